@@ -10,6 +10,8 @@ from typing import Protocol
 from enrich.databar.credentials import ApiAccess
 from enrich.job.job import Job
 from enrich.job.locations import Location
+from enrich.ledger.ledger import Ledger
+from enrich.ledger.writer import LedgerWriter
 from enrich.models import Decision, RequestSelection
 from enrich.rows.reader import JobInput
 from enrich.rows.requests import RowBatch
@@ -17,6 +19,9 @@ from enrich.rows.template import RequestTemplate
 from enrich.run.collector import OutputCounts
 from enrich.run.loops import WorkConfig
 from enrich.run.state import RunState
+
+#: Interval in seconds at which the leases of lost workers are checked.
+LEASE_CHECK_EVERY_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,3 +104,16 @@ class ClusterEngine(Protocol):
         callbacks: ClusterCallbacks,
     ) -> OutputCounts:
         """Write the output, which is a dataset."""
+
+
+async def settle_lost_workers(
+    lost_reasons: Sequence[str], run_state: RunState, ledger_writer: LedgerWriter, add_note: Callable[[str], None]
+) -> None:
+    """Note that workers were lost, and wait until what they held is unconfirmed, or free for any poller."""
+    counts = Counter(lost_reasons).items()
+    lost = ", ".join(f"{count} times: {reason}" if count > 1 else reason for reason, count in counts)
+    add_note(f"workers were lost ({lost}): what they were at was given to others")
+    while (others := await ledger_writer.submit(Ledger.other_holders)) and not run_state.stop_polling.is_set():
+        remaining_s = max(other.remaining_s for other in others)
+        await run_state.pause(min(max(remaining_s, 0.01), LEASE_CHECK_EVERY_S), run_state.stop_polling)
+    await ledger_writer.submit(Ledger.recover, run_state.clock.now_ms())

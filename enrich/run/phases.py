@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
 from enrich.databar.client import Client
-from enrich.errors import CommandRefused, EnrichError, Interrupted, LedgerFailed
+from enrich.errors import CommandRefused, EnrichError
 from enrich.exit_codes import OUTPUT_WRITING_CODES, ExitCode
 from enrich.job.locations import Location, is_dataset
 from enrich.ledger.ledger import Ledger
@@ -19,9 +18,11 @@ from enrich.ledger.writer import LedgerWriter
 from enrich.models import DECISIONS_TO_SEND, Decision, RequestSelection, RowStatus, State, Task, pluralize, to_credits
 from enrich.rows.reader import JobInput
 from enrich.run.budget import Budget, check_balance, check_canary
-from enrich.run.cluster import ClusterCallbacks, ClusterEngine, EnrollCounts, WorkerPool
+from enrich.run.cluster import ClusterCallbacks, ClusterEngine, EnrollCounts, settle_lost_workers
 from enrich.run.collector import Collector, OutputCounts, write_changes, write_rejects
 from enrich.run.context import RunContext, RunOptions, select_requests
+from enrich.run.early_end import EarlyEnd
+from enrich.run.latencies import save_latencies
 from enrich.run.loops import WorkConfig
 from enrich.run.plan import Cost, Plan, build_plan, format_plan
 from enrich.run.plan_file import check_plan, gather_plan_inputs
@@ -32,18 +33,14 @@ from enrich.run.signals import SignalHandler
 from enrich.run.state import RunState
 from enrich.run.summary import RunFinisher, RunSummary
 
-#: Interval in seconds at which learned task durations are saved. A kill loses no more than that.
-SAVE_LATENCIES_EVERY_S = 30.0
 #: An interrupted run counts the rows for its summary only up to this many, so that it exits quickly.
 MAX_ROWS_WHEN_INTERRUPTED = 100_000
-#: Interval in seconds at which the leases of lost workers are checked.
-LEASE_CHECK_EVERY_S = 0.5
 #: States of requests whose stored result is reused.
 REUSED_STATES = (State.FOUND, State.NOT_FOUND, State.FAILED)
-#: Largest share of --max-time that is reserved for collecting submitted tasks.
-COLLECT_TIME_SHARE = 0.2
 #: Limits for polling written-off tasks at the start, which is free: in seconds, and as a share of --max-time.
 REPOLL_S, REPOLL_SHARE = 60.0, 0.1
+#: The longest delay of a timer in seconds: no run lasts that long.
+MAX_TIMER_S = 86_400.0 * 365
 
 
 @dataclass(slots=True)
@@ -59,7 +56,7 @@ class RunPhases:
     run_state: RunState
     budget: Budget
     progress: ProgressReporter
-    started_at_s: float = 0.0
+    early_end: EarlyEnd
     #: Locations of the files beside the output, by kind: `rejects`, `changes`.
     extra_output_paths: Mapping[str, Location] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -76,51 +73,15 @@ class RunPhases:
     row_decisions: Counter[Decision] = field(default_factory=Counter)
     reused: int | None = None
     accepted_in_doubt: int = 0
-    out_of_time: bool = False
     #: The key may belong to another workspace; see `Poller.answers_only`.
     answers_only: bool = False
     #: The selection that was enrolled last.
     _selection: RequestSelection = field(default_factory=RequestSelection)
-    #: Poller to finish early on a signal.
-    _active_poller: Poller | WorkerPool | None = None
-    _background_tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     def add_note(self, text: str) -> None:
         """Show a note to the user now, and add it to the run summary."""
         self.notes.append(text)
         self.context.on_message(text)
-
-    def interrupt(self, code: ExitCode) -> None:
-        """Wind down after a signal: send no new POST, record answers to POSTs in flight, fetch ready results."""
-        self.run_state.stop(code, Interrupted(code))
-        self.ledger_writer.shorten_waits()
-        self._background_tasks.add(asyncio.create_task(self._wind_down(self.context.timeouts.drain_posts_s)))
-
-    def on_ledger_failed(self, error: LedgerFailed) -> None:
-        """Wind down when the ledger cannot be written: send nothing new; answers in flight go to the rescue file."""
-        self.run_state.stop(error.exit_code, error)
-        self._background_tasks.add(asyncio.create_task(self._wind_down(self.context.timeouts.post_s)))
-
-    async def enforce_max_time(self) -> None:
-        """Stop submitting early enough to collect; abort when --max-time is over and no POST is in flight."""
-        if self.options.max_time_s is None:
-            return
-        clock, deadline = self.context.clock, self.started_at_s + self.options.max_time_s
-        while (remaining_s := deadline - clock.monotonic() - self._collect_reserve_s()) > 0:
-            await self.run_state.pause(min(remaining_s, 1.0), self.run_state.abort)
-        self.out_of_time = True
-        self.run_state.stop_submitting.set()
-        self.run_state.notify_change()
-        await asyncio.sleep(deadline - clock.monotonic())
-        self.ledger_writer.shorten_waits()
-        # A slow POST that is cut off now would be unconfirmed.
-        await self.run_state.wait_for_posts(self.context.timeouts.drain_posts_s)
-        self.run_state.abort_now()
-
-    def _collect_reserve_s(self) -> float:
-        """Return how many seconds to reserve for collecting the running tasks."""
-        share = COLLECT_TIME_SHARE * (self.options.max_time_s or 0.0)
-        return min(share, max(10.0, 4 * self.run_state.poll_schedule.median_s))
 
     async def collect_open_tasks(self) -> None:
         """Poll every task that earlier runs left open once, nearest expiry first; then poll written-off tasks."""
@@ -147,8 +108,9 @@ class RunPhases:
         poller.poll_once_more = not to_be_resubmitted
         poller.no_new_tasks = True
         poller.repoll_written_off(tasks, to_be_resubmitted=to_be_resubmitted)
-        with _call_after(timeout_s, poller.stop_repolling):
-            await self.run_state.run_until_abort(poller.run())
+        timer = asyncio.get_running_loop().call_later(min(timeout_s, MAX_TIMER_S), poller.stop_repolling)
+        await self.run_state.run_until_abort(poller.run())
+        timer.cancel()
         if poller.revived_requests:
             self.add_note(
                 f"{pluralize(poller.revived_requests, 'request')} that had been written off: "
@@ -180,7 +142,7 @@ class RunPhases:
         if not run_state.stop_submitting.is_set():
             await self._submit_and_poll()
         await ledger_writer.submit(Ledger.recover, self.context.clock.now_ms())
-        if self.out_of_time:
+        if self.early_end.out_of_time:
             left = await ledger_writer.submit(Ledger.enrolled_counts)
             if left.get(State.SUBMITTED) or await ledger_writer.submit(Ledger.queued_count):
                 reason = EnrichError("--max-time is over", "the rest is pending; the next run goes on")
@@ -332,22 +294,11 @@ class RunPhases:
         if pool is None:
             return False
         await self.ledger_writer.submit(Ledger.release_tasks)
-        self._active_poller = pool
+        self.early_end.active_poller = pool
         await self.run_state.run_until_abort(pool.run())
         if pool.lost_reasons:
-            await self._settle_lost_workers(pool.lost_reasons)
+            await settle_lost_workers(pool.lost_reasons, self.run_state, self.ledger_writer, self.add_note)
         return not pool.lost_reasons
-
-    async def _settle_lost_workers(self, lost_reasons: Sequence[str]) -> None:
-        """Note that workers were lost, and wait until what they held is in doubt, or free for any poller."""
-        run_state = self.run_state
-        counts = Counter(lost_reasons).items()
-        lost = ", ".join(f"{count} times: {reason}" if count > 1 else reason for reason, count in counts)
-        self.add_note(f"workers were lost ({lost}): what they were at was given to others")
-        while (others := await self.ledger_writer.submit(Ledger.other_holders)) and not run_state.stop_polling.is_set():
-            remaining_s = max(other.remaining_s for other in others)
-            await run_state.pause(min(max(remaining_s, 0.01), LEASE_CHECK_EVERY_S), run_state.stop_polling)
-        await self.ledger_writer.submit(Ledger.recover, run_state.clock.now_ms())
 
     async def _collect(self, job_input: JobInput, target: Location) -> RunSummary:
         """Write the output if the exit code allows it, and count the rows by status."""
@@ -404,7 +355,7 @@ class RunPhases:
     ) -> RunSummary:
         """Complete the run summary and store it in the ledger."""
         reason, enrolled = self.run_state.exit_reasons.get(code), self.enrolled
-        await self._save_latencies()
+        await save_latencies(self.run_state, self.ledger_writer, self.preflight.template, self.context.job)
         self._note_cached()
         receipt = RunSummary(
             job=self.context.job.name,
@@ -413,7 +364,7 @@ class RunPhases:
             requests=None if enrolled is None else sum(enrolled.values()),
             reused=self.reused,
             planned=None if self.planned_cost is None else self.planned_cost.as_json(),
-            elapsed_s=round(self.context.clock.monotonic() - self.started_at_s, 3),
+            elapsed_s=round(self.context.clock.monotonic() - self.early_end.started_at_s, 3),
             output=None if output is None else str(output),
             **self.extra_output_summary,
             notes=self.notes,
@@ -438,44 +389,8 @@ class RunPhases:
         )
 
     def _new_poller(self) -> Poller:
-        poller = self._active_poller = self._work_config().make_poller(self.run_state, self.ledger_writer, self.client)
+        poller = self.early_end.active_poller = self._work_config().make_poller(
+            self.run_state, self.ledger_writer, self.client
+        )
         poller.answers_only = self.answers_only
         return poller
-
-    async def _wind_down(self, drain_posts_s: float) -> None:
-        run_state = self.run_state
-        if self._active_poller is not None:
-            self._active_poller.finish_early()
-        await run_state.wait_for_posts(drain_posts_s)
-        await asyncio.sleep(self.context.timeouts.ready_results_s)
-        run_state.abort_now()
-        self.context.ledger.shorten_waits()
-
-    async def save_latencies_periodically(self) -> None:
-        """Save the learned task durations periodically, so that a kill does not lose them."""
-        with suppress(LedgerFailed):  # the next write reports it
-            while True:
-                await asyncio.sleep(SAVE_LATENCIES_EVERY_S)
-                await self._save_latencies()
-
-    async def _save_latencies(self) -> None:
-        """Save how long tasks take, for the next run."""
-        schedule = self.run_state.poll_schedule
-        if schedule.answers_recorded:
-            await self.ledger_writer.submit(
-                Ledger.save_latencies,
-                self.preflight.template.call,
-                schedule.weights_by_age,
-                self.context.job.model.dispatch.bulk,
-            )
-
-
-@contextmanager
-def _call_after(seconds: float, call: Callable[[], None]) -> Iterator[None]:
-    """Call a function once if the block is still running after `seconds`; inf: never."""
-    timer = asyncio.get_running_loop().call_later(seconds, call) if seconds < inf else None
-    try:
-        yield
-    finally:
-        if timer is not None:
-            timer.cancel()

@@ -27,6 +27,8 @@ from enrich.rows.reader import JobInput
 from enrich.run.budget import Budget, make_run_budget
 from enrich.run.context import RunContext, RunOptions, rescue_folders
 from enrich.run.earlier_output import find_output_of_other_ledger
+from enrich.run.early_end import EarlyEnd
+from enrich.run.latencies import save_latencies_periodically
 from enrich.run.phases import RunPhases
 from enrich.run.poll_schedule import PollSchedule
 from enrich.run.preflight import LedgerBinding, Preflight, check_api_host, offline_preflight, preflight, read_binding
@@ -111,7 +113,9 @@ async def _execute(
     for note in [*rescue_notes, *used_preflight.notes]:
         phases.add_note(note)
     with _in_background(
-        phases.enforce_max_time(), phases.progress.report_periodically(), phases.save_latencies_periodically()
+        phases.early_end.enforce_max_time(),
+        phases.progress.report_periodically(),
+        save_latencies_periodically(run_state, ledger_writer, used_preflight.template, context.job),
     ):
         try:
             await phases.collect_open_tasks()
@@ -312,10 +316,11 @@ async def _start_run(  # noqa: PLR0913, PLR0917 - every argument is used once
         ),
     )
     progress = ProgressReporter(context, run_state, ledger_writer, started_at_s)
+    early_end = EarlyEnd(context, run_state, ledger_writer, started_at_s, options.max_time_s)
     phases = RunPhases(
-        context, options, signals, client, ledger_writer, effective_preflight, run_state, budget, progress, started_at_s
+        context, options, signals, client, ledger_writer, effective_preflight, run_state, budget, progress, early_end
     )
     phases.answers_only = any(isinstance(error, WorkspaceMismatch) for error in startup_errors.errors)
-    signals.on_first_signal = phases.interrupt
-    ledger_writer.on_failure = phases.on_ledger_failed
+    signals.on_first_signal = early_end.interrupt
+    ledger_writer.on_failure = early_end.on_ledger_failed
     return phases
