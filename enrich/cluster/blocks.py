@@ -70,12 +70,12 @@ class PartSource(Datasource):  # type: ignore[misc] # Ray has no usable type hin
         """Return a read task for each group of parts."""
         return [
             ReadTask(
-                partial(read_group, errand, self._shape, self._presence),
+                partial(read_group, parts, self._shape, self._presence),
                 BlockMetadata(
-                    num_rows=sum(part.rows for part in errand), size_bytes=None, input_files=None, exec_stats=None
+                    num_rows=sum(part.rows for part in parts), size_bytes=None, input_files=None, exec_stats=None
                 ),
             )
-            for errand in self.groups
+            for parts in self.groups
         ]
 
 

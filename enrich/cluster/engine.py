@@ -1,4 +1,4 @@
-"""Ray as the engine of an execution: its actors send and poll, its datasets read the input and write the output."""
+"""Runs the phases of a run on Ray: actors submit and poll, datasets enroll the input and collect the output."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _enroll(shared_pass: SharedPass, rows: JobInput) -> EnrollCounts:
     for batch in rows.batches(shared_pass.template):
 
         def enroll(ledger: Ledger, batch: RowBatch = batch) -> None:
-            # A commit for each batch: its requests are locked in their order, so that nobody waits in a circle.
+            # One commit per batch: requests are locked in their order, so that no two processes wait for each other.
             with ledger.transaction():
                 ledger.enroll(shared_pass.template.call, batch.requests())
 
@@ -128,18 +128,18 @@ def _collect(shared_pass: SharedPass, draft: DatasetWriter, rows: JobInput) -> t
 
 @dataclass(frozen=True, slots=True)
 class RayCluster:
-    """A cluster that we are connected to; see `enrich.run.cluster.Engine`."""
+    """A connected Ray cluster; see `enrich.run.cluster.ClusterEngine`."""
 
     ledger: PostgresLocation
     workers: int
-    #: The lease of the process that leads the execution; a block that comes after its end changes nothing.
+    #: The lease of the process that leads the run. A block that is enrolled after its end changes nothing.
     owner_id: int | None = None
     heartbeat_counter: Any = field(default_factory=new_heartbeat_counter)
 
     def make_worker_pool(
         self, run_state: RunState, work_config: WorkConfig, access: ApiAccess, requests: int
     ) -> WorkerPool | None:
-        """Make actors for `requests` requests; None: there is no need of workers."""
+        """Make actors for `requests` requests. None: no workers are needed."""
         workers = min(self.workers, run_state.max_open_tasks, max_posts_in_flight(work_config.bulk), requests)
         if workers < 1:
             return None
@@ -150,14 +150,14 @@ class RayCluster:
             run_state.execution_id,
             run_state.timeouts,
             run_state.max_open_tasks // workers,
-            run_state.result_ttl_s / workers,  # each has its share of the rate to fetch with
+            run_state.result_ttl_s / workers,  # each worker has its share of the rate
             run_state.poll_schedule,
             self.owner_id,
         )
         return WorkerPool(run_state, worker_task, _start_worker)
 
     def for_leader(self, owner_id: int) -> RayCluster:
-        """Do the same for an execution, until the lease of the process that leads it ends."""
+        """Return an engine for one run, which works until the lease of the process that leads the run ends."""
         return replace(self, owner_id=owner_id)
 
     def enroll(
@@ -168,7 +168,7 @@ class RayCluster:
         selection: RequestSelection,
         callbacks: ClusterCallbacks,
     ) -> EnrollCounts:
-        """Enroll all rows in a pass that was begun."""
+        """Enroll all rows."""
         return enroll_on_ray(job_input, self._shared_pass(job, template, selection), self._monitor(callbacks))
 
     def collect(  # noqa: PLR0913, PLR0917 - all of them travel
@@ -180,7 +180,7 @@ class RayCluster:
         target: Location,
         callbacks: ClusterCallbacks,
     ) -> OutputCounts:
-        """Write the output, a dataset."""
+        """Write the output, a Parquet dataset."""
         return collect_on_ray(job_input, self._shared_pass(job, template, selection), target, self._monitor(callbacks))
 
     def _monitor(self, callbacks: ClusterCallbacks) -> HeartbeatMonitor:

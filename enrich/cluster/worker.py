@@ -139,12 +139,15 @@ class Worker:
 
     async def _run_with_lease(self) -> bool:
         """Work under one lease. Return False when it was lost before all work was done."""
-        errand, run_state = self._task, self._state
+        worker_task, run_state = self._task, self._state
         try:
-            with open_leased(errand.ledger, leader_id=errand.leader_id) as (ledger, lease):
+            with open_leased(worker_task.ledger, leader_id=worker_task.leader_id) as (ledger, lease):
                 run_state.clock, run_state.lease_valid = lease, lease.is_valid
                 client = Client(
-                    errand.access, lease, post_timeout_s=errand.timeouts.post_s, get_timeout_s=errand.timeouts.get_s
+                    worker_task.access,
+                    lease,
+                    post_timeout_s=worker_task.timeouts.post_s,
+                    get_timeout_s=worker_task.timeouts.get_s,
                 )
                 async with client, LedgerWriter(ledger) as ledger_writer:
                     tasks = await self._take_over(ledger_writer)
