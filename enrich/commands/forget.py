@@ -1,4 +1,4 @@
-"""Erases personal data from a ledger: all requests about one person (forget), or all old answers (purge)."""
+"""`enrich forget` and `enrich purge`: erase one person, or old params and answers, from a ledger."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def purge(job_file: Path, older_than: float, instead: str | None, use_sandbox: b
 
 
 def _confirmed(prompt: str, *, yes: bool) -> bool:
-    """Ask a person; off a terminal --yes must be there."""
+    """Ask for confirmation unless `yes` is set. Raises UsageError off a terminal."""
     if yes:
         return True
     if sys.stdin is None or not sys.stdin.isatty():

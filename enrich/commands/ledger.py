@@ -1,4 +1,4 @@
-"""`enrich ledger check`, `backup` and `copy`."""
+"""`enrich ledger`: checks, backs up or copies a ledger."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _is_job_file(place: str) -> bool:
 def _resolve_ledger(
     place: str, instead: str | None = None, *, use_sandbox: bool = False, job_folder: Path | None = None
 ) -> LedgerLocation:
-    """Find the ledger of a job, or any; `home` is the folder of the job that a ledger on a server is for."""
+    """Return the ledger of a job file, or the ledger at `place`. `job_folder`: the job of a ledger on a server."""
     if _is_job_file(place):
         return options.load_job_file(Path(place), None, None, instead, use_sandbox).ledger
     if instead is not None or use_sandbox:

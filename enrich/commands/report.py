@@ -1,4 +1,4 @@
-"""`enrich report`: one page to look at."""
+"""`enrich report`: writes the report of a job as one HTML page or as JSON."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def report(
     if path is not None or to_stdout:
         _require_extra()
     job_arguments = make_job_arguments(job_file, input_path, None, ledger, use_sandbox=use_sandbox)
-    # Whom it can't be compared with is said before all is read.
+    # First, so that an invalid comparison is reported before the long reading.
     comparison = None if compare is None else _compare(job, compare, use_sandbox=use_sandbox)
     data = replace(build_report(job, job_arguments, now, with_rows=with_rows), comparison=comparison)
     if to_stdout:
@@ -86,7 +86,7 @@ def _render_page(data: Report) -> str:
 
 
 def write_run_report(job: Job, job_arguments: JobArguments) -> str | None:
-    """Write the report that the job wants of every run; return what went wrong. Nothing that happens breaks the run."""
+    """Write the report that the job requests of every run. Return an error text, None without one. Raises nothing."""
     try:
         now = datetime.now().astimezone()
         path = job.report_path(now)
@@ -97,6 +97,6 @@ def write_run_report(job: Job, job_arguments: JobArguments) -> str | None:
         return "the report was not written: interrupted"
     except EnrichError as error:
         return f"the report was not written: {error.message}" + (f"; {error.hint}" if error.hint else "")
-    except BaseException as error:  # noqa: BLE001 - a panic of what draws is no Exception; its text may hold data
+    except BaseException as error:  # noqa: BLE001 - a panic of the chart library is no Exception; its text may hold data
         return f"the report was not written: this is a bug: {type(error).__name__}"
     return None
