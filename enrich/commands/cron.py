@@ -21,6 +21,9 @@ from enrich.commands.paths import files_written, nearest_existing
 from enrich.errors import JobError
 from enrich.job.spec import parse_duration
 
+FOLDER = click.Path(path_type=Path, file_okay=False)
+#: Environment variables copied from the current shell to the units and the crontab line.
+INHERITED_VARIABLES = ("DATABAR_BASE_URL", "SSL_CERT_FILE", "SSL_CERT_DIR", "ENRICH_LEDGER")
 DAYS = ("Sun", "Mon", "Tue", "Wed", "Thu", "Fri", "Sat")
 _LONG_DAYS = ("sunday", "monday", "tuesday", "wednesday", "thursday", "friday", "saturday")
 
@@ -212,15 +215,14 @@ def _quote_argument(text: str) -> str:
     return _quote_word(text).replace("$", "$$")
 
 
-FOLDER = click.Path(path_type=Path, file_okay=False)
-
-
-#: Environment variables copied from the current shell to the units and the crontab line.
-INHERITED_VARIABLES = ("DATABAR_BASE_URL", "SSL_CERT_FILE", "SSL_CERT_DIR", "ENRICH_LEDGER")
-
-
 def _days_option(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...]:
     return () if value is None else parse_option(parse_days, value)
+
+
+def _write_units(folder: Path, units: dict[str, str], *, force: bool) -> None:
+    for name, text in units.items():
+        write_new_file(text, folder / name, force=force)
+        click.echo(f"{folder / name} is written", err=True)
 
 
 @click.command()
@@ -281,9 +283,3 @@ def cron(
     if only != "crontab" and output_dir is None:
         for name, text in units.items():
             click.echo(f"\n# /etc/systemd/system/{name}\n{text}", nl=False)
-
-
-def _write_units(folder: Path, units: dict[str, str], *, force: bool) -> None:
-    for name, text in units.items():
-        write_new_file(text, folder / name, force=force)
-        click.echo(f"{folder / name} is written", err=True)

@@ -20,11 +20,6 @@ from enrich.ledger.verify import LedgerVerifier, check_ledger
 JOB_OR_LEDGER_ARGUMENT = click.argument("place", metavar="JOB_OR_LEDGER")
 
 
-@click.group()
-def ledger() -> None:
-    """Check a ledger, or copy it; a job's or any file."""
-
-
 def _is_job_file(place: str) -> bool:
     return place.lower().endswith((".yaml", ".yml"))
 
@@ -43,6 +38,11 @@ def _resolve_ledger(
         raise click.UsageError(str(error)) from error
     options.record_ledger(ledger)
     return ledger
+
+
+@click.group()
+def ledger() -> None:
+    """Check a ledger, or copy it; a job's or any file."""
 
 
 @ledger.command()

@@ -27,6 +27,7 @@ T = TypeVar("T")
 #: States that `--retry` accepts.
 RETRYABLE = ("failed", "expired", "in_doubt")
 FILE = click.Path(path_type=Path, dir_okay=False)
+_TIME_OF_DAY = re.compile(r"([01]?[0-9]|2[0-3]):([0-5][0-9])")
 
 
 def parse_seconds(_: click.Context, __: click.Parameter, value: str | None) -> float | None:
@@ -60,17 +61,25 @@ def parse_lock_wait(context: click.Context, option: click.Parameter, value: str)
     return word == "skip", 0.0
 
 
-JOB_ARGUMENT = click.argument("job_file", metavar="JOB", type=FILE)
-JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-INPUT_OPTION = click.option(
-    "--input", "input_path", metavar="FILE", help="Read this file or URL, or - for stdin, instead."
-)
+def parse_time_of_day(text: str) -> tuple[int, int]:
+    """Parse a time of day to hour and minute. Raises ValueError."""
+    match = _TIME_OF_DAY.fullmatch(text.strip())
+    if match is None:
+        raise ValueError("must be a time of the day such as 02:00, between 0:00 and 23:59")
+    return int(match[1]), int(match[2])
 
 
-def ledger_option(*names: str, what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make a `--ledger` option. It rejects URLs with a password before the arguments are written anywhere."""
-    text = f"{what} this ledger, a file or postgresql://…, instead of the job's."
-    return click.option("--ledger", *names, callback=_reject_password, metavar="FILE", help=text)
+def parse_option(parse: Callable[[str], T], value: str) -> T:
+    """Parse an option's value with `parse`. Its ValueError becomes a usage error."""
+    try:
+        return parse(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+def time_option(_: click.Context, __: click.Parameter, value: str) -> tuple[int, int]:
+    """Parse the value of an option that is a time of day to hour and minute."""
+    return parse_option(parse_time_of_day, value)
 
 
 def _reject_password(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
@@ -82,7 +91,20 @@ def _reject_password(_: click.Context, __: click.Parameter, value: str | None) -
     return value
 
 
+def ledger_option(*names: str, what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make a `--ledger` option. It rejects URLs with a password before the arguments are written anywhere."""
+    text = f"{what} this ledger, a file or postgresql://…, instead of the job's."
+    return click.option("--ledger", *names, callback=_reject_password, metavar="FILE", help=text)
+
+
+JOB_ARGUMENT = click.argument("job_file", metavar="JOB", type=FILE)
+JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+INPUT_OPTION = click.option(
+    "--input", "input_path", metavar="FILE", help="Read this file or URL, or - for stdin, instead."
+)
 LEDGER_OPTION = ledger_option(what="Look into")
+LEDGER_INSTEAD_OPTION = ledger_option("instead", what="Take")
+SANDBOX_OPTION = click.option("--sandbox", "use_sandbox", is_flag=True, help="Take the ledger of the sandbox.")
 PATH_OPTIONS = (
     INPUT_OPTION,
     click.option("--output", metavar="FILE", help="Write this file or URL instead of the job's output."),
@@ -139,6 +161,37 @@ def record_ledger(ledger: LedgerLocation) -> None:
         context.meta[LEDGER_META_KEY] = ledger
 
 
+def make_job_arguments(
+    job_file: Path,
+    input_path: str | None,
+    output: str | None,
+    ledger: str | None,
+    *,
+    use_sandbox: bool,
+    as_typed: bool = False,
+) -> JobArguments:
+    """Return the arguments that name the job and its paths: absolute, or as given on the command line (`as_typed`)."""
+
+    def path(named: Path | str) -> str:
+        text = str(named)
+        if text == "-" or "://" in text:
+            return text
+        if as_typed:  # a leading dash would be parsed as an option
+            return f"./{text}" if text.startswith("-") else text
+        return str(Path(text).absolute())
+
+    ledger_args = [path(job_file)]
+    if ledger is not None:
+        ledger_args += ["--ledger", path(ledger)]
+    if use_sandbox:
+        ledger_args.append("--sandbox")
+    run_args = list(ledger_args)
+    for option, given in (("--input", input_path), ("--output", output)):
+        if given is not None:
+            run_args += [option, path(given)]
+    return JobArguments(shlex.join(run_args), shlex.join(ledger_args))
+
+
 @contextmanager
 def open_access(job: Job | None, *, use_sandbox: bool) -> Iterator[ApiAccess]:
     """Yield the API's address and key, or those of a sandbox that runs during the block."""
@@ -176,64 +229,3 @@ def make_styler() -> Callable[[str, str], str]:
         return click.style(text, fg=name) if name else text
 
     return paint
-
-
-LEDGER_INSTEAD_OPTION = ledger_option("instead", what="Take")
-
-
-SANDBOX_OPTION = click.option("--sandbox", "use_sandbox", is_flag=True, help="Take the ledger of the sandbox.")
-
-
-def make_job_arguments(
-    job_file: Path,
-    input_path: str | None,
-    output: str | None,
-    ledger: str | None,
-    *,
-    use_sandbox: bool,
-    as_typed: bool = False,
-) -> JobArguments:
-    """Return the arguments that name the job and its paths: absolute, or as given on the command line (`as_typed`)."""
-
-    def path(named: Path | str) -> str:
-        text = str(named)
-        if text == "-" or "://" in text:
-            return text
-        if as_typed:  # a leading dash would be parsed as an option
-            return f"./{text}" if text.startswith("-") else text
-        return str(Path(text).absolute())
-
-    ledger_args = [path(job_file)]
-    if ledger is not None:
-        ledger_args += ["--ledger", path(ledger)]
-    if use_sandbox:
-        ledger_args.append("--sandbox")
-    run_args = list(ledger_args)
-    for option, given in (("--input", input_path), ("--output", output)):
-        if given is not None:
-            run_args += [option, path(given)]
-    return JobArguments(shlex.join(run_args), shlex.join(ledger_args))
-
-
-_TIME_OF_DAY = re.compile(r"([01]?[0-9]|2[0-3]):([0-5][0-9])")
-
-
-def parse_time_of_day(text: str) -> tuple[int, int]:
-    """Parse a time of day to hour and minute. Raises ValueError."""
-    match = _TIME_OF_DAY.fullmatch(text.strip())
-    if match is None:
-        raise ValueError("must be a time of the day such as 02:00, between 0:00 and 23:59")
-    return int(match[1]), int(match[2])
-
-
-def parse_option(parse: Callable[[str], T], value: str) -> T:
-    """Parse an option's value with `parse`. Its ValueError becomes a usage error."""
-    try:
-        return parse(value)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from error
-
-
-def time_option(_: click.Context, __: click.Parameter, value: str) -> tuple[int, int]:
-    """Parse the value of an option that is a time of day to hour and minute."""
-    return parse_option(parse_time_of_day, value)

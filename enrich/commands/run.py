@@ -129,6 +129,80 @@ def open_engine(job: Job, cluster: ClusterOptions | None) -> Iterator[ClusterEng
         yield RayCluster(job.ledger, cluster.workers or cpus)
 
 
+def _confirm(plan_text: str) -> bool:
+    click.echo(plan_text, err=True)
+    try:
+        return click.confirm("Go on?", err=True)
+    except click.Abort:
+        raise KeyboardInterrupt from None
+
+
+def _run_pipeline(
+    job: Job, run_options: RunOptions, wait_s: float, observers: RunObservers, *, use_sandbox: bool, on_terminal: bool
+) -> RunSummary:
+    """Run the job under the ledger's lock, with the progress bar and the observers."""
+    with ExitStack() as stack:
+        stack.enter_context(lock_ledger(job.ledger, wait_s))
+        # Before any threads start, because the engine starts processes.
+        engine = stack.enter_context(open_engine(job, run_options.spread))
+        access = stack.enter_context(options.open_access(job, use_sandbox=use_sandbox))
+        store, lease = stack.enter_context(open_for_run(job.ledger))
+        bar = ProgressBar() if on_terminal else None
+
+        def note(text: str) -> None:
+            observers.note(text)
+            if bar is not None:
+                bar.write_line(text)
+
+        def show_progress(progress: Progress) -> None:
+            observers.show_progress(progress)
+            if bar is not None:
+                bar.show(progress)
+
+        if bar is not None:
+            stack.callback(bar.close)
+        observers.lock_acquired()
+        if engine is not None and lease is not None:
+            engine = engine.for_leader(lease.fencing_token.owner_id)
+        clock, lease_valid = (lease, lease.is_valid) if lease else (SystemClock(), lambda: True)
+        context = RunContext(
+            job,
+            access,
+            store,
+            clock,
+            on_message=note,
+            on_progress=show_progress,
+            lease_valid=lease_valid,
+            engine=engine,
+        )
+        return pipeline.run(context, run_options)
+
+
+def print_summary(summary: RunSummary, *, as_json: bool, show: bool) -> None:
+    """Print the run summary: text to stderr, JSON to stdout."""
+    paint = options.make_styler()
+    if summary.error:
+        click.echo(f"{paint('error', 'red')}: {summary.error}", err=True)
+    if summary.hint:
+        click.echo(f"hint: {summary.hint}", err=True)
+    if show and summary.rows is not None:
+        click.echo("\n".join(format_summary(summary, paint)), err=True)
+        if actions := required_actions(summary.exit_code, summary.as_json(), _target_as_typed()):
+            click.echo(
+                "\n".join(["", paint("needs you", "bold"), *(f"  {line}" for line in format_actions(actions))]),
+                err=True,
+            )
+    if as_json:
+        click.echo(json.dumps(summary.as_json(), ensure_ascii=False))
+
+
+def _target_as_typed() -> JobArguments:
+    """Return the job's arguments as typed, so that printed commands work in the current folder."""
+    params = click.get_current_context().params
+    paths = (params[name] for name in ("job_file", "input_path", "output", "ledger"))
+    return make_job_arguments(*paths, use_sandbox=params["use_sandbox"], as_typed=True)
+
+
 @click.command()
 @options.JOB_ARGUMENT
 @options.path_options
@@ -236,77 +310,3 @@ def run(
     if summary.exit_code not in (ExitCode.INTERRUPTED, ExitCode.TERMINATED):
         observers.report_problem(write_run_report(job, observers.job_arguments))
     return summary.exit_code
-
-
-def _run_pipeline(
-    job: Job, run_options: RunOptions, wait_s: float, observers: RunObservers, *, use_sandbox: bool, on_terminal: bool
-) -> RunSummary:
-    """Run the job under the ledger's lock, with the progress bar and the observers."""
-    with ExitStack() as stack:
-        stack.enter_context(lock_ledger(job.ledger, wait_s))
-        # Before any threads start, because the engine starts processes.
-        engine = stack.enter_context(open_engine(job, run_options.spread))
-        access = stack.enter_context(options.open_access(job, use_sandbox=use_sandbox))
-        store, lease = stack.enter_context(open_for_run(job.ledger))
-        bar = ProgressBar() if on_terminal else None
-
-        def note(text: str) -> None:
-            observers.note(text)
-            if bar is not None:
-                bar.write_line(text)
-
-        def show_progress(progress: Progress) -> None:
-            observers.show_progress(progress)
-            if bar is not None:
-                bar.show(progress)
-
-        if bar is not None:
-            stack.callback(bar.close)
-        observers.lock_acquired()
-        if engine is not None and lease is not None:
-            engine = engine.for_leader(lease.fencing_token.owner_id)
-        clock, lease_valid = (lease, lease.is_valid) if lease else (SystemClock(), lambda: True)
-        context = RunContext(
-            job,
-            access,
-            store,
-            clock,
-            on_message=note,
-            on_progress=show_progress,
-            lease_valid=lease_valid,
-            engine=engine,
-        )
-        return pipeline.run(context, run_options)
-
-
-def _confirm(plan_text: str) -> bool:
-    click.echo(plan_text, err=True)
-    try:
-        return click.confirm("Go on?", err=True)
-    except click.Abort:
-        raise KeyboardInterrupt from None
-
-
-def print_summary(summary: RunSummary, *, as_json: bool, show: bool) -> None:
-    """Print the run summary: text to stderr, JSON to stdout."""
-    paint = options.make_styler()
-    if summary.error:
-        click.echo(f"{paint('error', 'red')}: {summary.error}", err=True)
-    if summary.hint:
-        click.echo(f"hint: {summary.hint}", err=True)
-    if show and summary.rows is not None:
-        click.echo("\n".join(format_summary(summary, paint)), err=True)
-        if actions := required_actions(summary.exit_code, summary.as_json(), _target_as_typed()):
-            click.echo(
-                "\n".join(["", paint("needs you", "bold"), *(f"  {line}" for line in format_actions(actions))]),
-                err=True,
-            )
-    if as_json:
-        click.echo(json.dumps(summary.as_json(), ensure_ascii=False))
-
-
-def _target_as_typed() -> JobArguments:
-    """Return the job's arguments as typed, so that printed commands work in the current folder."""
-    params = click.get_current_context().params
-    paths = (params[name] for name in ("job_file", "input_path", "output", "ledger"))
-    return make_job_arguments(*paths, use_sandbox=params["use_sandbox"], as_typed=True)

@@ -20,6 +20,8 @@ from enrich.ledger.history import ExecutionRow, LedgerReader
 from enrich.ledger.lock import is_locked
 from enrich.models import format_duration, iso_time, pluralize, to_credits
 
+_RUN_LINE = "{:>4} {:<16} {:>8} {:>3} {:<15}{:>10}{:>10}{:>5}{:>10}{:>3}{:>12}"
+
 
 @dataclass(slots=True)
 class _Totals:
@@ -85,9 +87,6 @@ def _execution_as_json(execution: ExecutionRow, *, is_running: bool | None) -> d
         "credits_unknown": execution.unknown,
         "balance_after": to_credits(execution.balance_after),
     }
-
-
-_RUN_LINE = "{:>4} {:<16} {:>8} {:>3} {:<15}{:>10}{:>10}{:>5}{:>10}{:>3}{:>12}"
 
 
 def format_runs(result: dict[str, Any]) -> Iterator[str]:

@@ -25,6 +25,15 @@ from enrich.run.progress import read_snapshot
 
 #: A run writes a heartbeat every 2 s. A busy disk may delay it up to this time (seconds).
 HEARTBEAT_TIMEOUT_S = 15.0
+WAITING_TEXT = "no run is at work: waiting for the next; Ctrl-C leaves"
+NO_HEARTBEAT_TEXT = "waiting for a sign of life, or for the next run; Ctrl-C leaves"
+#: Switch to an alternate screen without a cursor, and back (xterm control sequences, which all terminals support).
+ENTER_SCREEN, LEAVE_SCREEN = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
+CURSOR_HOME, ERASE_LINE, ERASE_BELOW = "\x1b[H", "\x1b[K", "\x1b[J"
+#: Seconds between checks for a changed window size.
+RESIZE_CHECK_S = 0.2
+DEFAULT_INTERVAL_S = 2.0
+STATUS_COLORS = {RunStatus.RUNNING: "green", RunStatus.NO_HEARTBEAT: "red"}
 
 
 @dataclass(slots=True)
@@ -67,17 +76,6 @@ class RunWatcher:
             self._last_heartbeat, self._changed_at = heartbeat, now
         unchanged_s = now - self._changed_at
         return unchanged_s if self._has_changed else max(abs(age_ms) / 1000, unchanged_s)
-
-
-WAITING_TEXT = "no run is at work: waiting for the next; Ctrl-C leaves"
-NO_HEARTBEAT_TEXT = "waiting for a sign of life, or for the next run; Ctrl-C leaves"
-#: Switch to an alternate screen without a cursor, and back (xterm control sequences, which all terminals support).
-ENTER_SCREEN, LEAVE_SCREEN = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
-CURSOR_HOME, ERASE_LINE, ERASE_BELOW = "\x1b[H", "\x1b[K", "\x1b[J"
-#: Seconds between checks for a changed window size.
-RESIZE_CHECK_S = 0.2
-DEFAULT_INTERVAL_S = 2.0
-STATUS_COLORS = {RunStatus.RUNNING: "green", RunStatus.NO_HEARTBEAT: "red"}
 
 
 def _waiting_text(view: RunView) -> str:

@@ -286,6 +286,32 @@ def _program_findings(job: Job, context: DoctorContext) -> Iterator[Finding]:
         )
 
 
+def _make_cron_environ(given: tuple[str, ...], env_file: TextIO | None) -> dict[str, str]:
+    """Return the environment under cron: HOME, PATH and the variables that the crontab sets."""
+    environ = {"HOME": pwd.getpwuid(os.getuid()).pw_dir, "PATH": "/usr/bin:/bin"}
+    if env_file is not None:
+        environ |= parse_option(lambda _: parse_env_lines(env_file), "")
+    for pair in given:
+        name, equals, value = pair.partition("=")
+        if not (name and equals):
+            raise click.BadParameter(f"`{pair}` must be NAME=VALUE", param_hint="--env")
+        environ[name] = value
+    return environ
+
+
+@contextmanager
+def _cron_environment(environ: dict[str, str]) -> Iterator[dict[str, str]]:
+    """Use cron's environment during the block. Yields a copy of the shell's environment."""
+    shell = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(environ)
+    try:
+        yield shell
+    finally:
+        os.environ.clear()
+        os.environ.update(shell)
+
+
 @click.command()
 @options.JOB_ARGUMENT
 @click.option("--env", "given", multiple=True, metavar="NAME=VALUE", help="A variable that the crontab sets.")
@@ -328,29 +354,3 @@ def doctor(
     else:
         click.echo("\n".join(map(str, findings)))
     return findings_exit_code(findings)
-
-
-def _make_cron_environ(given: tuple[str, ...], env_file: TextIO | None) -> dict[str, str]:
-    """Return the environment under cron: HOME, PATH and the variables that the crontab sets."""
-    environ = {"HOME": pwd.getpwuid(os.getuid()).pw_dir, "PATH": "/usr/bin:/bin"}
-    if env_file is not None:
-        environ |= parse_option(lambda _: parse_env_lines(env_file), "")
-    for pair in given:
-        name, equals, value = pair.partition("=")
-        if not (name and equals):
-            raise click.BadParameter(f"`{pair}` must be NAME=VALUE", param_hint="--env")
-        environ[name] = value
-    return environ
-
-
-@contextmanager
-def _cron_environment(environ: dict[str, str]) -> Iterator[dict[str, str]]:
-    """Use cron's environment during the block. Yields a copy of the shell's environment."""
-    shell = dict(os.environ)
-    os.environ.clear()
-    os.environ.update(environ)
-    try:
-        yield shell
-    finally:
-        os.environ.clear()
-        os.environ.update(shell)

@@ -12,7 +12,7 @@ from typing import Literal
 from enrich.databar.waterfall import Waterfall
 
 ValueFormat = str
-
+Confidence = Literal["sure", "likely", "a guess"]
 _HOST = r"(?:[\w-]+\.)+[^\W\d_]{2,}"
 #: Patterns of value formats. A value may have several formats: a LinkedIn address is also a URL.
 VALUE_FORMATS: dict[ValueFormat, re.Pattern[str]] = {
@@ -29,6 +29,16 @@ _FREE_MAIL = re.compile(
     r"|wanadoo|laposte|t-online|freenet|libero|qq|163|126|yandex|zoho)\.[a-z.]{2,6}$",
     re.IGNORECASE,
 )
+#: A single word with fewer letters is too ambiguous among other words: `Last Contacted`, `Name of the fair`.
+_MIN_WORD_LENGTH = 5
+_EXACT_HEADER = 3
+#: Shares of the values in a format: from the first on it is proven, below the second it is ruled out, and from the
+#: third on the few other values count as exceptions.
+PROVING_SHARE, CONTRADICTING_SHARE, DOMINANT_SHARE = 0.5, 0.1, 0.8
+#: With this share of private mailboxes or more, a column of addresses yields no company domains.
+MAX_FREE_MAIL_SHARE = 0.2
+#: Minimum number of values for judging how often a host occurs.
+MIN_VALUES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +118,6 @@ EXCLUDING_WORDS = frozenset(
         "account billing shipping score size industry revenue country city address street zip stage"
     )
 )
-#: A single word with fewer letters is too ambiguous among other words: `Last Contacted`, `Name of the fair`.
-_MIN_WORD_LENGTH = 5
 
 
 def _normalized(name: str) -> str:
@@ -183,7 +191,6 @@ TITLE = ColumnKind(
     "title,job_title,position,role",
     "title,job title,position,role,function,berufsbezeichnung,funktion,poste,fonction,cargo,puesto,ruolo,functie",
 )
-
 COLUMN_KINDS = (
     FIRST_NAME, LAST_NAME, FULL_NAME, EMAIL, DOMAIN, COMPANY_NAME, LINKEDIN, COMPANY_LINKEDIN, PHONE, COUNTRY,
     CITY, TITLE,
@@ -194,17 +201,6 @@ def column_kind_of(param: str) -> ColumnKind:
     """Return the kind of data that a param takes. An unknown param takes a column of its own name."""
     kind = next((concept for concept in COLUMN_KINDS if concept.serves_param(param)), None)
     return kind or ColumnKind(param, " ".join(split_words(param)) or param)
-
-
-Confidence = Literal["sure", "likely", "a guess"]
-
-#: Shares of the values in a format: from the first on it is proven, below the second it is ruled out, and from the
-#: third on the few other values count as exceptions.
-PROVING_SHARE, CONTRADICTING_SHARE, DOMINANT_SHARE = 0.5, 0.1, 0.8
-#: With this share of private mailboxes or more, a column of addresses yields no company domains.
-MAX_FREE_MAIL_SHARE = 0.2
-#: Minimum number of values for judging how often a host occurs.
-MIN_VALUES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,9 +305,6 @@ def _make_candidate(kind: ColumnKind, column: Column, columns: Sequence[Column])
     return _Candidate(
         column, header_score * 10 + proven * 5, confidence, _blank_reason(column) or f"by its header; {share_text}"
     )
-
-
-_EXACT_HEADER = 3
 
 
 def _share_in_format(kind: ColumnKind, column: Column) -> float:

@@ -87,6 +87,23 @@ def rank_waterfalls(available: Sequence[Waterfall], sample: Sample) -> Iterator[
         yield f"  {waterfall.identifier:<{width}}  {found} of {needed} required params have a column: {required_names}"
 
 
+def _read_available(*, use_sandbox: bool, offline: bool) -> tuple[list[Waterfall], str]:
+    """Return the waterfalls, from the API or else from the documentation, and a text that names the source."""
+    documented = (
+        list(DOCUMENTED_WATERFALLS.values()),
+        f"the public documentation of {DOCUMENTED_ON}, which may be out of date",
+    )
+    if offline:
+        return documented
+    try:
+        with options.open_access(None, use_sandbox=use_sandbox) as access:
+            api_name = "the built-in sandbox" if use_sandbox else f"the API at {access.host}"
+            return read_waterfalls(access, None), f"{api_name}, asked on {datetime.now(UTC):%Y-%m-%d}"
+    except (ApiKeyRejected, ApiUnreachable) as error:
+        click.echo(f"note: {error.message}; so the waterfalls are those of the documentation", err=True)
+    return documented
+
+
 @click.command()
 @click.argument("leads", metavar="CSV", type=options.FILE)
 @click.option("--waterfall", "identifier", metavar="ID", help="What to ask; without it, say which waterfalls fit.")
@@ -122,20 +139,3 @@ def init(leads: Path, identifier: str | None, out: Path | None, use_sandbox: boo
     write_new_file(text, target, force=force)
     if sys.stderr.isatty():
         click.echo(f"{target} is written; read it, then: enrich check {target}", err=True)
-
-
-def _read_available(*, use_sandbox: bool, offline: bool) -> tuple[list[Waterfall], str]:
-    """Return the waterfalls, from the API or else from the documentation, and a text that names the source."""
-    documented = (
-        list(DOCUMENTED_WATERFALLS.values()),
-        f"the public documentation of {DOCUMENTED_ON}, which may be out of date",
-    )
-    if offline:
-        return documented
-    try:
-        with options.open_access(None, use_sandbox=use_sandbox) as access:
-            api_name = "the built-in sandbox" if use_sandbox else f"the API at {access.host}"
-            return read_waterfalls(access, None), f"{api_name}, asked on {datetime.now(UTC):%Y-%m-%d}"
-    except (ApiKeyRejected, ApiUnreachable) as error:
-        click.echo(f"note: {error.message}; so the waterfalls are those of the documentation", err=True)
-    return documented
