@@ -27,7 +27,10 @@ def _is_job_file(place: str) -> bool:
 def _resolve_ledger(
     place: str, instead: str | None = None, *, use_sandbox: bool = False, job_folder: Path | None = None
 ) -> LedgerLocation:
-    """Return the ledger of a job file, or the ledger at `place`. `job_folder`: the job of a ledger on a server."""
+    """Return the ledger of a job file, or the ledger at `place`. Raises a usage error for an unusable URL.
+
+    Local files of a ledger on a server are in `.enrich` in the `job_folder` (None: the working directory).
+    """
     if _is_job_file(place):
         return options.load_job_file(Path(place), None, None, instead, use_sandbox).ledger
     if instead is not None or use_sandbox:

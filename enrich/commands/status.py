@@ -22,6 +22,7 @@ from enrich.models import count_by_status, format_duration, iso_time, pluralize,
 from enrich.run.balance import choose_baseline
 from enrich.run.progress import Phase
 
+#: Number of past executions in the status.
 SHOWN_EXECUTIONS = 10
 
 
