@@ -159,14 +159,14 @@ COMMANDS = {name: command for commands in SECTIONS.values() for name, command in
 
 
 class LazyGroup(click.Group):
-    """The commands of `COMMANDS`, each imported when it is used: `enrich --help` imports none of them."""
+    """The commands of `COMMANDS`. Each is imported when it is used, so `enrich --help` imports none of them."""
 
     def list_commands(self, _: click.Context) -> list[str]:
         """Return the names of all commands."""
         return list(COMMANDS)
 
     def get_command(self, _: click.Context, name: str) -> click.Command | None:
-        """Import a command; None: there is no such command."""
+        """Import a command. None if it does not exist."""
         if name not in COMMANDS:
             return None
         command: click.Command = getattr(import_module(COMMANDS[name][0]), name)
@@ -179,7 +179,7 @@ class LazyGroup(click.Group):
                 formatter.write_dl([(name, text) for name, (_, text) in commands.items()])
 
     def shell_complete(self, context: click.Context, incomplete: str) -> list[CompletionItem]:
-        """Complete the name of a command, or an option of the group."""
+        """Complete a command name or an option of the group."""
         names = [CompletionItem(name, help=COMMANDS[name][1]) for name in COMMANDS if name.startswith(incomplete)]
         return names + click.Command.shell_complete(self, context, incomplete)
 

@@ -114,8 +114,6 @@ def count_by_status(counts: Mapping[State, int]) -> dict[str, int]:
 
 #: The ledger stores credits as integers, in millionths of a credit.
 MICROS_PER_CREDIT = 1_000_000
-
-
 #: Maximum valid price or balance in credits. A higher value counts as unreadable.
 MAX_CREDITS = 1_000_000_000_000
 

@@ -1,4 +1,4 @@
-"""`enrich check`: everything that can be said of a job before it runs. Looks only, and without network."""
+"""`enrich check`: validates a job, its input, its paths and its ledger before a run. Read-only, offline by default."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ from enrich.run.preflight import query_api
 
 @dataclass(slots=True)
 class CheckResult:
-    """What was found. `asking` of the `rows` ask something; both None when the input could not be read.
+    """Findings of a check. `sendable_rows` of the `rows` have a request. Both are None if the input was not read.
 
-    `source` says where the waterfall's description comes from, `changes` what the vendor changed.
+    `source` is where the waterfall's description comes from. `changes` lists what the vendor changed.
     """
 
     source: str
@@ -50,13 +50,13 @@ class CheckResult:
 
     @property
     def exit_code(self) -> ExitCode:
-        """The exit code that a run would have."""
+        """The exit code that a run would have because of the problems."""
         codes = {problem.exit_code for problem in self.problems}
         return next((code for code in EXIT_PRECEDENCE if code in codes), ExitCode.OK)
 
 
 def check_summary(job: Job, result: CheckResult) -> str:
-    """Say in one line what is fine."""
+    """Format one line about a job without problems."""
     counts = ""
     if result.rows is not None:
         counts = f"{result.rows:,} {'row' if result.rows == 1 else 'rows'}, {result.sendable_rows:,} can be asked, "
@@ -80,10 +80,10 @@ def check_as_json(job: Job, result: CheckResult) -> dict[str, Any]:
 
 
 def check_job(job: Job, bound_to: Mapping[str, str | None], live: Waterfall | None = None) -> CheckResult:
-    """Check a job as far as possible, all problems at once.
+    """Check a job as far as possible and collect all problems.
 
-    `bound_to` is what the runs will work with (`api_host`, `workspace`), as far as known; `live` is what the API
-    says of the waterfall, None: not asked.
+    `bound_to` is what the runs will use (`api_host`, `workspace`), as far as known. `live` is the API's current
+    description of the waterfall, None if the API was not asked.
     """
     result = CheckResult("")
     last_known: Waterfall | None = None
@@ -130,7 +130,7 @@ def _description_source(live: Waterfall | None, last_known: Waterfall | None, do
 
 
 def _read_ledger(job: Job, bound_to: Mapping[str, str | None]) -> tuple[Waterfall | None, list[int]]:
-    """Read what the ledger remembers of the waterfall. Raises what a run would."""
+    """Read the stored waterfall (None without one) and its provider ids. Raises the same errors as a run."""
     path = job.ledger
     if not (ledger_exists(path) if isinstance(path, PostgresLocation) else path_exists(path)):
         return None, []
@@ -160,7 +160,7 @@ def _unfilled_params(job: Job) -> Iterator[JobError]:
 
 
 def _open_input(job: Job, problems: list[EnrichError]) -> JobInput | None:
-    """Open the input and hold each part of the job against it; what does not fit is a problem and left out then."""
+    """Open the input and check each part of the job against it. A part that does not fit is reported and left out."""
     model = job.model
     removed_parts = dict.fromkeys(("where", "order_by", "caps", "suppress", "changes", "report")) | {
         "params": {},
@@ -185,7 +185,7 @@ def _open_input(job: Job, problems: list[EnrichError]) -> JobInput | None:
         only = [
             column
             for index, column in enumerate(model.only_if_empty)
-            if can_open(only_if_empty=[*first_column * index, column])  # at its index, so that its line is named
+            if can_open(only_if_empty=[*first_column * index, column])  # at its index, so that the error names its line
         ]
         valid_parts: dict[str, object] = {"params": params, "only_if_empty": only}
         order = [
@@ -204,7 +204,7 @@ def _open_input(job: Job, problems: list[EnrichError]) -> JobInput | None:
 
 
 def _param_fits(name: str, param: Param, can_open: Callable[..., bool]) -> bool:
-    """Try each column of a param, so that each that is missing is told."""
+    """Try each column of a param separately, so that each missing column is reported."""
     if PLACEHOLDER in param.columns:
         return False
     single_column_params = [param.model_copy(update={"columns": [column]}) for column in param.columns]
@@ -214,7 +214,7 @@ def _param_fits(name: str, param: Param, can_open: Callable[..., bool]) -> bool:
 def _make_template(
     job: Job, waterfall: Waterfall, providers: list[int], problems: list[EnrichError]
 ) -> RequestTemplate | None:
-    """Make the question with the params that the job has, whatever was said of them before."""
+    """Make the request template with all params of the job. Unknown and missing params were reported before."""
     if not providers:
         providers = [each.id for each in waterfall.available_enrichments if each.enabled_by_default]
     offered = {param.name: param for param in waterfall.input_params}
@@ -227,7 +227,7 @@ def _make_template(
 
 
 def _make_documented_template(job: Job, waterfall: Waterfall, problems: list[EnrichError]) -> RequestTemplate | None:
-    """Make the question from the documentation, which does not know the providers and not every field."""
+    """Make the request template from the documentation, which lacks the providers and some fields."""
     lenient = waterfall.model_copy(
         update={
             "is_email_verifying": True,
@@ -238,7 +238,7 @@ def _make_documented_template(job: Job, waterfall: Waterfall, problems: list[Enr
 
 
 def _read_input(job_input: JobInput, template: RequestTemplate, result: CheckResult) -> None:
-    """Read the input to its end."""
+    """Read the input to its end and count its rows. An error becomes a problem."""
     try:
         job_input.check_new_columns(template)
         result.rows = result.sendable_rows = 0

@@ -1,4 +1,4 @@
-"""`enrich collect`: writes the output from the ledger alone."""
+"""`enrich collect`: writes the output from the input and the ledger, without network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`enrich cron`: the crontab line and the systemd units that run a job every night. Texts only."""
+"""`enrich cron`: writes the crontab line and the systemd units that run a job on a schedule. Installs nothing."""
 
 from __future__ import annotations
 
@@ -21,13 +21,16 @@ from enrich.commands.paths import files_written, nearest_existing
 from enrich.errors import JobError
 from enrich.job.spec import parse_duration
 
+FOLDER = click.Path(path_type=Path, file_okay=False)
+#: Environment variables copied from the current shell to the units and the crontab line.
+INHERITED_VARIABLES = ("DATABAR_BASE_URL", "SSL_CERT_FILE", "SSL_CERT_DIR", "ENRICH_LEDGER")
 DAYS = ("Sun", "Mon", "Tue", "Wed", "Thu", "Fri", "Sat")
 _LONG_DAYS = ("sunday", "monday", "tuesday", "wednesday", "thursday", "friday", "saturday")
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """When a job runs: at a local time, on these days of the week (0 is Sunday), none named: on all."""
+    """When a job runs: a local time and days of the week (0 is Sunday). Empty `days` means every day."""
 
     hour: int
     minute: int
@@ -36,7 +39,7 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True)
 class ScheduledJob:
-    """What is to be run, by whom, when. `writes` are folders that a run writes in; paths are absolute."""
+    """The command, user and schedule of a job. A run writes to `writable_folders`. All paths are absolute."""
 
     name: str
     command: Sequence[str]
@@ -51,16 +54,16 @@ class ScheduledJob:
 
     @property
     def unit_name(self) -> str:
-        """The name of the units."""
+        """The name of the systemd units, without suffix."""
         return "enrich-" + (re.sub(r"[^A-Za-z0-9._-]+", "-", self.name).strip("-.") or "job")
 
     def command_line(self) -> list[str]:
-        """The command with its arguments."""
+        """Return the command with its arguments."""
         end = ["--if-locked", "skip", "--max-time", self.max_time, "--log-file", str(self.log)]
         return [*self.command, "run", str(self.job), *end]
 
     def check_printable(self) -> None:
-        """Refuse what no line can hold. Raises JobError."""
+        """Raise JobError if a path or variable has a character that does not fit on one line."""
         for text in (
             *self.command_line(),
             *map(str, self.writable_folders),
@@ -72,7 +75,7 @@ class ScheduledJob:
 
 
 def parse_days(text: str) -> tuple[int, ...]:
-    """Read `mon-fri` or `mon,thu`. Raises ValueError."""
+    """Parse `mon-fri` or `mon,thu` to day numbers (0 is Sunday). () means every day. Raises ValueError."""
     days: set[int] = set()
     for part in text.lower().replace(" ", "").split(","):
         first, dash, last = part.partition("-")
@@ -90,7 +93,7 @@ def _parse_day(word: str) -> int:
 
 
 def crontab_line(job: ScheduledJob) -> str:
-    """Write the line for `crontab -e` of the user."""
+    """Return the line for the user's `crontab -e`. Raises JobError for unprintable characters."""
     job.check_printable()
     schedule = job.schedule
     days = ",".join(map(str, schedule.days)) or "*"
@@ -102,17 +105,17 @@ def crontab_line(job: ScheduledJob) -> str:
 
 
 def _quote_for_cron(word: str) -> str:
-    r"""Quote a word for the shell, and its `%` for cron, which would make a line break of it.
+    r"""Quote a word for the shell and escape its `%` for cron, which would turn it into a line break.
 
-    cron takes the backslash off `\%` wherever it stands. The quotes are closed around it, so that no backslash
-    of the word itself can stand before it.
+    cron removes the backslash of every `\%`. The quotes are closed around it, so that no backslash of the word
+    itself can come directly before it.
     """
     quoted = shlex.quote(word)
     return quoted.replace("%", r"'\%'" if quoted.startswith("'") else r"\%")
 
 
 def crontab_text(job: ScheduledJob) -> str:
-    """Write the line with what to know of it."""
+    """Return the crontab line with comments that explain it."""
     return f"""\
 # {_printable(job.name)}: for `crontab -e` of the user {job.user}.
 # The key is alone in {_printable(str(job.key_file))}, mode 0600, owned by that user.
@@ -126,13 +129,13 @@ def _printable(text: str) -> str:
 
 
 def on_calendar(schedule: Schedule) -> str:
-    """Write the time as systemd reads it."""
+    """Format a schedule as an OnCalendar value of systemd."""
     days = ",".join(DAYS[day] for day in schedule.days)
     return f"{days} *-*-* {schedule.hour:02}:{schedule.minute:02}:00".strip()
 
 
 def systemd_timer(job: ScheduledJob) -> str:
-    """Write the systemd timer."""
+    """Return the text of the systemd timer."""
     return f"""\
 [Unit]
 Description=Run enrich every night: {_escape_percent(job.name)}
@@ -148,7 +151,7 @@ WantedBy=timers.target
 
 
 def systemd_service(job: ScheduledJob) -> str:
-    """Write the systemd service."""
+    """Return the text of the systemd service. Raises JobError for unprintable characters."""
     job.check_printable()
     environ = "".join(f"Environment={_quote_word(f'{name}={value}')}\n" for name, value in job.environ.items())
     writes = " ".join(_quote_word(str(folder)) for folder in job.writable_folders)
@@ -189,38 +192,37 @@ LockPersonality=true
 
 
 def _private_tmp_line(job: ScheduledJob) -> str:
-    """Give the unit a /tmp of its own, unless what it needs lies in the common one."""
+    """Return the line for a private /tmp, or nothing if the job uses files in the shared /tmp or /var/tmp."""
     used = (*job.writable_folders, job.job, job.key_file, Path(job.command[0]))
     shared = any(Path(tmp) in (path, *path.parents) for path in used for tmp in ("/tmp", "/var/tmp"))  # noqa: S108
     return "" if shared else "PrivateTmp=true\n"
 
 
 def _escape_percent(text: str) -> str:
-    """Keep systemd from reading a `%` as a specifier."""
+    """Escape `%`, which systemd would read as a specifier, and replace unprintable characters by `?`."""
     return _printable(text).replace("%", "%%")
 
 
 def _quote_word(text: str) -> str:
-    r"""Quote a word of a unit file."""
+    """Quote a word for a systemd unit file."""
     quoted = _escape_percent(text).replace("\\", "\\\\").replace('"', '\\"')
     plain = re.fullmatch(r"[\w@+=:,./%-]+", quoted, re.ASCII)
     return quoted if plain else f'"{quoted}"'
 
 
 def _quote_argument(text: str) -> str:
-    """Quote a word of a command, in which systemd would put variables for `$NAME`, too."""
+    """Quote an argument of a command line, where systemd would also expand `$NAME`."""
     return _quote_word(text).replace("$", "$$")
-
-
-FOLDER = click.Path(path_type=Path, file_okay=False)
-
-
-#: What the unit and the line take over from the present shell.
-INHERITED_VARIABLES = ("DATABAR_BASE_URL", "SSL_CERT_FILE", "SSL_CERT_DIR", "ENRICH_LEDGER")
 
 
 def _days_option(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...]:
     return () if value is None else parse_option(parse_days, value)
+
+
+def _write_units(folder: Path, units: dict[str, str], *, force: bool) -> None:
+    for name, text in units.items():
+        write_new_file(text, folder / name, force=force)
+        click.echo(f"{folder / name} is written", err=True)
 
 
 @click.command()
@@ -281,9 +283,3 @@ def cron(
     if only != "crontab" and output_dir is None:
         for name, text in units.items():
             click.echo(f"\n# /etc/systemd/system/{name}\n{text}", nl=False)
-
-
-def _write_units(folder: Path, units: dict[str, str], *, force: bool) -> None:
-    for name, text in units.items():
-        write_new_file(text, folder / name, force=force)
-        click.echo(f"{folder / name} is written", err=True)

@@ -1,4 +1,4 @@
-"""`enrich explain`: everything that ever happened to one lead, from input and ledger, without network."""
+"""`enrich explain`: shows the full history of one lead, from the input and the ledger, without network."""
 
 from __future__ import annotations
 
@@ -37,54 +37,10 @@ from enrich.rows.template import RequestTemplate
 from enrich.run.preflight import template_from_ledger
 
 
-def describe_next_step(
-    state: State, attempts: Sequence[AttemptRow], policy: Policy, now_ms: int, *, is_running: bool | None
-) -> str:
-    """Tell what comes next. `at_work`: an execution holds the ledger now; None: not known."""
-    last = next((attempt for attempt in reversed(attempts) if attempt.state != "refused"), None)
-    match state:
-        case State.PENDING:
-            again = "asked again" if attempts else "asked"
-            return f"will be {again} by the next run that wants it"
-        case State.SUBMITTING:
-            if is_running:
-                return "is being sent right now"
-            was = "was being sent" if is_running is False else "is being sent, or was"
-            return f"{was} when the program ended: then the next run puts it in doubt"
-        case State.SUBMITTED:
-            expires = (last.submitted_ms or 0) + _to_ms(policy.result_ttl) if last else 0
-            may_be_gone = " (so it may be gone)" if expires < now_ms else ""
-            return f"waits at the API, which keeps the result until about {iso_time(expires)}{may_be_gone}; the next run collects it"
-        case State.FOUND | State.NOT_FOUND:
-            age = policy.refresh.found if state is State.FOUND else policy.refresh.not_found
-            if age is None or last is None:
-                return f"stays as it is: the job has no policy.refresh for {state}"
-            due = (last.settled_ms or 0) + _to_ms(age)
-            when = f"on {iso_time(due)}" if due > now_ms else "by the next run"
-            return f"would be asked again {when}, by policy.refresh ({state}: {_format_duration(age)})"
-        case State.FAILED | State.EXPIRED:
-            lost = "taken for lost by --accept in_doubt; " if last and last.state == State.IN_DOUBT else ""
-            return f"{lost}asked again, at a price, only by --retry {state}"
-        case State.IN_DOUBT:
-            return "yours to decide: --retry in_doubt asks again (may pay twice), --accept in_doubt takes it for lost"
-
-
-def _to_ms(age: timedelta) -> int:
-    return int(age.total_seconds() * 1000)
-
-
-def _format_duration(age: timedelta) -> str:
-    """Write a duration as the job file does."""
-    hours, rest = divmod(age.seconds, 3600)
-    minutes, seconds = divmod(rest, 60)
-    parts = ((age.days, "d"), (hours, "h"), (minutes, "m"), (seconds, "s"))
-    return "".join(f"{number}{unit}" for number, unit in parts if number) or "0s"
-
-
 def explain_leads(job: Job, row: int | None, match: str | None) -> dict[str, Any]:
-    """Return the object of `enrich explain --json` for a row, or for those that match `COLUMN=VALUE`.
+    """Return the object of `enrich explain --json` for a row, or for the rows that match `COLUMN=VALUE`.
 
-    Raises JobError when the input has no such row or column, Refused when it can't be read.
+    Raises JobError if the input has no such row or column, CommandRefused if the input cannot be read.
     """
     template, forgotten = _read_template(job)
     job_input = JobInput(job, forgotten)
@@ -121,7 +77,7 @@ def explain_leads(job: Job, row: int | None, match: str | None) -> dict[str, Any
 
 
 def _read_template(job: Job) -> tuple[RequestTemplate | None, ForgottenRequests | None]:
-    """Make the question from the ledger, and tell who was forgotten; None when this job has never run."""
+    """Return the request template and the forgotten requests of the ledger. No template: this job has never run."""
     if not ledger_exists(job.ledger):
         return None, None
     with closing(Ledger(job.ledger, read_only=True)) as ledger:
@@ -129,11 +85,8 @@ def _read_template(job: Job) -> tuple[RequestTemplate | None, ForgottenRequests 
         return None if waterfall is None else template_from_ledger(ledger, job), ledger.load_forgotten()
 
 
-# Telling of them
-
-
 def _row_without_request(job: Job, lead: Lead) -> dict[str, Any]:
-    """Tell of a row that no ledger knows."""
+    """Describe a row that has no request in the ledger."""
     return {
         "row": lead.number,
         "status": lead.status or RowStatus.PENDING,
@@ -157,7 +110,7 @@ def _why_not_sent(job: Job, lead: Lead) -> str | None:
 
 
 def _param_cells(job: Job, lead: Lead) -> dict[str, dict[str, str]]:
-    """Tell for each param the cells that it may come from."""
+    """Return the cells that each param may be filled from: param to column to cell."""
     return {
         name: {column: lead.cells[column] for column in param.columns if column in lead.cells}
         for name, param in job.model.params.items()
@@ -166,7 +119,7 @@ def _param_cells(job: Job, lead: Lead) -> dict[str, dict[str, str]]:
 
 @dataclass(frozen=True, slots=True)
 class _Explainer:
-    """Tells what a ledger knows."""
+    """Describes rows and requests from the history in the ledger. `is_running`: see `describe_next_step`."""
 
     job: Job
     template: RequestTemplate
@@ -201,7 +154,7 @@ class _Explainer:
         }
 
     def _row_status(self, request: RequestRow) -> tuple[RowStatus, str | None]:
-        """Tell the row's status as the output has it: the last found answer stands, and this job's columns decide."""
+        """Return status and error of the row as in the output: the last found answer and this job's columns decide."""
         attempts = {attempt.id: attempt for attempt in self.history.attempts(request.id)}
         answered_attempt = attempts.get(request.answer_id or request.attempt_id or 0)
         state = State.FOUND if request.answer_id else request.state
@@ -239,8 +192,55 @@ def _attempt_as_json(attempt: AttemptRow) -> dict[str, Any]:
     }
 
 
+def describe_next_step(
+    state: State, attempts: Sequence[AttemptRow], policy: Policy, now_ms: int, *, is_running: bool | None
+) -> str:
+    """Describe what happens next to a request. `is_running`: an execution holds the ledger now (None: unknown)."""
+    last = next((attempt for attempt in reversed(attempts) if attempt.state != "refused"), None)
+    match state:
+        case State.PENDING:
+            again = "asked again" if attempts else "asked"
+            return f"will be {again} by the next run that wants it"
+        case State.SUBMITTING:
+            if is_running:
+                return "is being sent right now"
+            was = "was being sent" if is_running is False else "is being sent, or was"
+            return f"{was} when the program ended: then the next run puts it in doubt"
+        case State.SUBMITTED:
+            expires = (last.submitted_ms or 0) + _to_ms(policy.result_ttl) if last else 0
+            may_be_gone = " (so it may be gone)" if expires < now_ms else ""
+            return (
+                f"waits at the API, which keeps the result until about {iso_time(expires)}{may_be_gone}; "
+                "the next run collects it"
+            )
+        case State.FOUND | State.NOT_FOUND:
+            age = policy.refresh.found if state is State.FOUND else policy.refresh.not_found
+            if age is None or last is None:
+                return f"stays as it is: the job has no policy.refresh for {state}"
+            due = (last.settled_ms or 0) + _to_ms(age)
+            when = f"on {iso_time(due)}" if due > now_ms else "by the next run"
+            return f"would be asked again {when}, by policy.refresh ({state}: {_format_duration(age)})"
+        case State.FAILED | State.EXPIRED:
+            lost = "taken for lost by --accept in_doubt; " if last and last.state == State.IN_DOUBT else ""
+            return f"{lost}asked again, at a price, only by --retry {state}"
+        case State.IN_DOUBT:
+            return "yours to decide: --retry in_doubt asks again (may pay twice), --accept in_doubt takes it for lost"
+
+
+def _to_ms(age: timedelta) -> int:
+    return int(age.total_seconds() * 1000)
+
+
+def _format_duration(age: timedelta) -> str:
+    """Format a duration as in the job file, such as `90d` or `1h30m`."""
+    hours, rest = divmod(age.seconds, 3600)
+    minutes, seconds = divmod(rest, 60)
+    parts = ((age.days, "d"), (hours, "h"), (minutes, "m"), (seconds, "s"))
+    return "".join(f"{number}{unit}" for number, unit in parts if number) or "0s"
+
+
 def format_explanation(result: Mapping[str, Any]) -> Iterator[str]:
-    """Write it for a person."""
+    """Format the object of `explain_leads` as text lines."""
     if not result["ever_ran"]:
         yield f"{result['job']} has never run: nothing was ever asked ({result['ledger']})"
     if result["matches"] > MAX_LEADS_SHOWN:

@@ -1,4 +1,4 @@
-"""Erases personal data from a ledger: all requests about one person (forget), or all old answers (purge)."""
+"""`enrich forget` and `enrich purge`: erase one person, or old params and answers, from a ledger."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ from enrich.rows.reader import JobInput
 from enrich.rows.template import RequestTemplate
 from enrich.run.context import rescue_folders
 from enrich.run.preflight import template_from_ledger
+
+YES_OPTION = click.option("--yes", is_flag=True, help="Do not ask.")
 
 
 def forget_person(job: Job, matches: Sequence[str], confirm: Callable[[int], bool]) -> int:
@@ -168,7 +170,22 @@ def _values_named(
             yield from (str(value) for value in field.values() if not is_blank(value))
 
 
-YES_OPTION = click.option("--yes", is_flag=True, help="Do not ask.")
+def _confirmed(prompt: str, *, yes: bool) -> bool:
+    """Ask for confirmation unless `yes` is set. Raises UsageError off a terminal."""
+    if yes:
+        return True
+    if sys.stdin is None or not sys.stdin.isatty():
+        raise click.UsageError(f"{prompt} Off a terminal this needs --yes")
+    click.echo(prompt, err=True)
+    return click.confirm("Go on?", err=True)
+
+
+def _echo_count(count: int, done: str, *, as_json: bool) -> None:
+    click.echo(json.dumps({"exit_code": 0, "requests": count}) if as_json else f"{_count_text(count)} {done}")
+
+
+def _count_text(count: int) -> str:
+    return f"{count:,} request{'' if count == 1 else 's'}"
 
 
 @click.command()
@@ -208,21 +225,3 @@ def purge(job_file: Path, older_than: float, instead: str | None, use_sandbox: b
     confirmed = _confirmed("What was answered before then will be erased for good; outputs will lack it.", yes=yes)
     count = purge_answers(job, timedelta(seconds=older_than)) if confirmed else 0
     _echo_count(count, "purged", as_json=as_json)
-
-
-def _confirmed(prompt: str, *, yes: bool) -> bool:
-    """Ask a person; off a terminal --yes must be there."""
-    if yes:
-        return True
-    if sys.stdin is None or not sys.stdin.isatty():
-        raise click.UsageError(f"{prompt} Off a terminal this needs --yes")
-    click.echo(prompt, err=True)
-    return click.confirm("Go on?", err=True)
-
-
-def _echo_count(count: int, done: str, *, as_json: bool) -> None:
-    click.echo(json.dumps({"exit_code": 0, "requests": count}) if as_json else f"{_count_text(count)} {done}")
-
-
-def _count_text(count: int) -> str:
-    return f"{count:,} request{'' if count == 1 else 's'}"

@@ -1,4 +1,4 @@
-"""`enrich ledger check`, `backup` and `copy`."""
+"""`enrich ledger`: checks, backs up or copies a ledger."""
 
 from __future__ import annotations
 
@@ -19,11 +19,6 @@ from enrich.ledger.verify import LedgerVerifier, check_ledger
 JOB_OR_LEDGER_ARGUMENT = click.argument("place", metavar="JOB_OR_LEDGER")
 
 
-@click.group()
-def ledger() -> None:
-    """Check a ledger, or copy it; a job's or any file."""
-
-
 def _is_job_file(place: str) -> bool:
     return place.lower().endswith((".yaml", ".yml"))
 
@@ -31,7 +26,10 @@ def _is_job_file(place: str) -> bool:
 def _resolve_ledger(
     place: str, instead: str | None = None, *, use_sandbox: bool = False, job_folder: Path | None = None
 ) -> LedgerLocation:
-    """Find the ledger of a job, or any; `home` is the folder of the job that a ledger on a server is for."""
+    """Return the ledger of a job file, or the ledger at `place`. Raises a usage error for an unusable URL.
+
+    Local files of a ledger on a server are in `.enrich` in the `job_folder` (None: the working directory).
+    """
     if _is_job_file(place):
         return options.load_job_file(Path(place), None, None, instead, use_sandbox).ledger
     if instead is not None or use_sandbox:
@@ -42,6 +40,11 @@ def _resolve_ledger(
         raise click.UsageError(str(error)) from error
     options.record_ledger(ledger)
     return ledger
+
+
+@click.group()
+def ledger() -> None:
+    """Check a ledger, or copy it; a job's or any file."""
 
 
 @ledger.command()

@@ -1,4 +1,4 @@
-"""The options that several commands share, and what they stand for."""
+"""Options that several commands share, and functions that parse and use their values."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ from enrich.job.locations import LedgerLocation, check_no_password, path_beside_
 from enrich.job.spec import parse_duration
 
 T = TypeVar("T")
-#: States that --retry may name.
+#: States that `--retry` accepts.
 RETRYABLE = ("failed", "expired", "in_doubt")
 FILE = click.Path(path_type=Path, dir_okay=False)
+_TIME_OF_DAY = re.compile(r"([01]?[0-9]|2[0-3]):([0-5][0-9])")
 
 
 def parse_seconds(_: click.Context, __: click.Parameter, value: str | None) -> float | None:
-    """Read a duration option."""
+    """Parse a duration to seconds. None if the option is not given."""
     if value is None:
         return None
 
@@ -41,7 +42,7 @@ def parse_seconds(_: click.Context, __: click.Parameter, value: str | None) -> f
 
 
 def parse_states(_: click.Context, __: click.Parameter, value: str | None) -> frozenset[str]:
-    """Read `failed,expired,in_doubt`."""
+    """Parse `failed,expired,in_doubt`."""
     names = [name.strip() for name in (value or "").split(",") if name.strip()]
     for name in names:
         if name not in RETRYABLE:
@@ -50,7 +51,7 @@ def parse_states(_: click.Context, __: click.Parameter, value: str | None) -> fr
 
 
 def parse_lock_wait(context: click.Context, option: click.Parameter, value: str) -> tuple[bool, float]:
-    """Read --if-locked: whether to skip, and how long to wait in seconds (-1: as long as it takes)."""
+    """Parse `--if-locked`: whether to skip the run, and how many seconds to wait (-1: without limit)."""
     word, _equals, duration = value.partition("=")
     if word == "wait":
         at_most = parse_seconds(context, option, duration or None)
@@ -60,17 +61,25 @@ def parse_lock_wait(context: click.Context, option: click.Parameter, value: str)
     return word == "skip", 0.0
 
 
-JOB_ARGUMENT = click.argument("job_file", metavar="JOB", type=FILE)
-JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-INPUT_OPTION = click.option(
-    "--input", "input_path", metavar="FILE", help="Read this file or URL, or - for stdin, instead."
-)
+def parse_time_of_day(text: str) -> tuple[int, int]:
+    """Parse a time of day to hour and minute. Raises ValueError."""
+    match = _TIME_OF_DAY.fullmatch(text.strip())
+    if match is None:
+        raise ValueError("must be a time of the day such as 02:00, between 0:00 and 23:59")
+    return int(match[1]), int(match[2])
 
 
-def ledger_option(*names: str, what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make `--ledger`; what may hold a password is refused before anybody writes down how we were called."""
-    text = f"{what} this ledger, a file or postgresql://…, instead of the job's."
-    return click.option("--ledger", *names, callback=_reject_password, metavar="FILE", help=text)
+def parse_option(parse: Callable[[str], T], value: str) -> T:
+    """Parse an option's value with `parse`. Its ValueError becomes a usage error."""
+    try:
+        return parse(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+def time_option(_: click.Context, __: click.Parameter, value: str) -> tuple[int, int]:
+    """Parse the value of an option that is a time of day to hour and minute."""
+    return parse_option(parse_time_of_day, value)
 
 
 def _reject_password(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
@@ -82,7 +91,20 @@ def _reject_password(_: click.Context, __: click.Parameter, value: str | None) -
     return value
 
 
+def ledger_option(*names: str, what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make a `--ledger` option. It rejects URLs with a password before the arguments are written anywhere."""
+    text = f"{what} this ledger, a file or postgresql://…, instead of the job's."
+    return click.option("--ledger", *names, callback=_reject_password, metavar="FILE", help=text)
+
+
+JOB_ARGUMENT = click.argument("job_file", metavar="JOB", type=FILE)
+JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+INPUT_OPTION = click.option(
+    "--input", "input_path", metavar="FILE", help="Read this file or URL, or - for stdin, instead."
+)
 LEDGER_OPTION = ledger_option(what="Look into")
+LEDGER_INSTEAD_OPTION = ledger_option("instead", what="Take")
+SANDBOX_OPTION = click.option("--sandbox", "use_sandbox", is_flag=True, help="Take the ledger of the sandbox.")
 PATH_OPTIONS = (
     INPUT_OPTION,
     click.option("--output", metavar="FILE", help="Write this file or URL instead of the job's output."),
@@ -92,7 +114,7 @@ PATH_OPTIONS = (
 
 
 def path_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the options that say where its files are."""
+    """Add the options for input, output, ledger and sandbox to a command."""
     for option in reversed(PATH_OPTIONS):
         command = option(command)
     return command
@@ -110,7 +132,7 @@ SELECTION_OPTIONS = (
 
 
 def selection_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the options that say what is asked."""
+    """Add the options that select and limit requests to a command."""
     for option in reversed(SELECTION_OPTIONS):
         command = option(command)
     return command
@@ -124,7 +146,7 @@ def load_job_file(
     use_sandbox: bool,
     max_credits: float | None = None,
 ) -> Job:
-    """Read the job file, with what the command line and `ENRICH_LEDGER` say instead."""
+    """Load the job file. The command line and `ENRICH_LEDGER` override its values. Raises JobError."""
     job = load_job(
         job_file,
         Overrides(input_path, output, ledger or os.environ.get("ENRICH_LEDGER") or None, max_credits, use_sandbox),
@@ -134,16 +156,47 @@ def load_job_file(
 
 
 def record_ledger(ledger: LedgerLocation) -> None:
-    """Note which ledger a command uses: an error that was not foreseen may come from damage in it."""
+    """Record which ledger a command uses, because damage to it may cause an unexpected error."""
     if (context := click.get_current_context(silent=True)) is not None:
         context.meta[LEDGER_META_KEY] = ledger
 
 
+def make_job_arguments(
+    job_file: Path,
+    input_path: str | None,
+    output: str | None,
+    ledger: str | None,
+    *,
+    use_sandbox: bool,
+    as_typed: bool = False,
+) -> JobArguments:
+    """Return the arguments that name the job and its paths: absolute, or as given on the command line (`as_typed`)."""
+
+    def path(named: Path | str) -> str:
+        text = str(named)
+        if text == "-" or "://" in text:
+            return text
+        if as_typed:  # a leading dash would be parsed as an option
+            return f"./{text}" if text.startswith("-") else text
+        return str(Path(text).absolute())
+
+    ledger_args = [path(job_file)]
+    if ledger is not None:
+        ledger_args += ["--ledger", path(ledger)]
+    if use_sandbox:
+        ledger_args.append("--sandbox")
+    run_args = list(ledger_args)
+    for option, given in (("--input", input_path), ("--output", output)):
+        if given is not None:
+            run_args += [option, path(given)]
+    return JobArguments(shlex.join(run_args), shlex.join(ledger_args))
+
+
 @contextmanager
 def open_access(job: Job | None, *, use_sandbox: bool) -> Iterator[ApiAccess]:
-    """Find the key and the API's address, or start the sandbox."""
+    """Yield the API's address and key, or those of a sandbox that runs during the block."""
     if not use_sandbox:
-        # expanduser leaves the ~ where nobody knows a home; then there is no such file.
+        # Without a home directory expanduser leaves the ~, and then the key file does not exist.
         yield find_access(os.environ, Path(os.path.expanduser("~")))  # noqa: PTH111
         return
 
@@ -166,7 +219,7 @@ def open_access(job: Job | None, *, use_sandbox: bool) -> Iterator[ApiAccess]:
 
 
 def make_styler() -> Callable[[str, str], str]:
-    """Colours what is written to stderr where a person sees colours (https://no-color.org)."""
+    """Return a function that colors text for stderr, only on a color terminal (https://no-color.org)."""
     if not sys.stderr.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return lambda text, _: text
 
@@ -176,64 +229,3 @@ def make_styler() -> Callable[[str, str], str]:
         return click.style(text, fg=name) if name else text
 
     return paint
-
-
-LEDGER_INSTEAD_OPTION = ledger_option("instead", what="Take")
-
-
-SANDBOX_OPTION = click.option("--sandbox", "use_sandbox", is_flag=True, help="Take the ledger of the sandbox.")
-
-
-def make_job_arguments(
-    job_file: Path,
-    input_path: str | None,
-    output: str | None,
-    ledger: str | None,
-    *,
-    use_sandbox: bool,
-    as_typed: bool = False,
-) -> JobArguments:
-    """Name the job with the paths that the command line gave: for anywhere, or as they were typed."""
-
-    def path(named: Path | str) -> str:
-        text = str(named)
-        if text == "-" or "://" in text:
-            return text
-        if as_typed:  # what begins with a dash would be taken for an option
-            return f"./{text}" if text.startswith("-") else text
-        return str(Path(text).absolute())
-
-    ledger_args = [path(job_file)]
-    if ledger is not None:
-        ledger_args += ["--ledger", path(ledger)]
-    if use_sandbox:
-        ledger_args.append("--sandbox")
-    run_args = list(ledger_args)
-    for option, given in (("--input", input_path), ("--output", output)):
-        if given is not None:
-            run_args += [option, path(given)]
-    return JobArguments(shlex.join(run_args), shlex.join(ledger_args))
-
-
-_TIME_OF_DAY = re.compile(r"([01]?[0-9]|2[0-3]):([0-5][0-9])")
-
-
-def parse_time_of_day(text: str) -> tuple[int, int]:
-    """Read a time of the day. Raises ValueError."""
-    match = _TIME_OF_DAY.fullmatch(text.strip())
-    if match is None:
-        raise ValueError("must be a time of the day such as 02:00, between 0:00 and 23:59")
-    return int(match[1]), int(match[2])
-
-
-def parse_option(parse: Callable[[str], T], value: str) -> T:
-    """Read an option's value with `parse`, whose ValueError becomes a usage error."""
-    try:
-        return parse(value)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from error
-
-
-def time_option(_: click.Context, __: click.Parameter, value: str) -> tuple[int, int]:
-    """Read a time of the day."""
-    return parse_option(parse_time_of_day, value)

@@ -1,4 +1,4 @@
-"""The files of a job: which a run reads and writes, whether it may, and whether they are each other."""
+"""The local files that a run of a job reads and writes: their permissions and conflicts between them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from enrich.report.page_file import is_report
 
 
 def files_written(job: Job, now: datetime) -> dict[str, Path]:
-    """The files on this machine that a run writes, by their key in the job file. Raises JobError when two are one."""
+    """Return the local files that a run writes, by their key in the job file. Raises JobError if two are the same."""
     locations = {"output": job.output_path(now), "ledger": job.ledger, **job.extra_output_paths(now)}
     paths = {key: location for key, location in locations.items() if isinstance(location, Path)}
     report = job.report_path(now)
@@ -26,7 +26,7 @@ def files_written(job: Job, now: datetime) -> dict[str, Path]:
 
 
 def local_input_files(job: Job) -> list[Path]:
-    """The files of leads on this machine; a storage, a pipe and a folder that is closed have none."""
+    """Return the local input files. Empty for object storage, a pipe and a folder that cannot be read."""
     location = job.input_path
     try:
         return find_paths(location) if isinstance(location, Path) and location != STDIN else []
@@ -35,7 +35,7 @@ def local_input_files(job: Job) -> list[Path]:
 
 
 def files_read(job: Job) -> dict[str, Path]:
-    """The files on this machine that a run reads, by their key in the job file."""
+    """Return the local files that a run reads, by their key in the job file."""
     found = local_input_files(job)
     numbered = {"input" if len(found) == 1 else f"input {number}": path for number, path in enumerate(found, 1)}
     optional = {"suppress": job.model.suppress, "notify": job.model.notify}
@@ -45,7 +45,7 @@ def files_read(job: Job) -> dict[str, Path]:
 
 
 def path_problems(job: Job) -> Iterator[EnrichError]:
-    """Yield what is wrong with the places of a job's files; the input is read elsewhere."""
+    """Yield the problems with the paths of a job. The content of the input is not checked here."""
     try:
         outgoing, incoming = files_written(job, datetime.now().astimezone()), files_read(job)
     except JobError as error:
@@ -72,7 +72,7 @@ def path_problems(job: Job) -> Iterator[EnrichError]:
 
 
 def _overwrite_problems(outgoing: Mapping[str, Path]) -> Iterator[EnrichError]:
-    """Yield the files that a run would replace and must not."""
+    """Yield a problem for each file that a run would replace but must not."""
     output, report = outgoing.get("output"), outgoing.get("report")
     if output is not None and _is_sqlite_file(output):
         yield JobError(f"{output}: the output would replace a ledger", "choose another `output`")
@@ -82,7 +82,7 @@ def _overwrite_problems(outgoing: Mapping[str, Path]) -> Iterator[EnrichError]:
         except JobError as error:
             yield error
         except OSError:
-            pass  # where nobody may look, nobody can write
+            pass  # a folder that cannot be read cannot be written either
     if report is not None and _is_foreign_report(report):
         yield JobError(f"{report} is there already, and no report of enrich", "choose another `report`")
 
@@ -90,7 +90,7 @@ def _overwrite_problems(outgoing: Mapping[str, Path]) -> Iterator[EnrichError]:
 def _is_same_file(one: Path, other: Path) -> bool:
     try:
         return one == other or one.samefile(other)
-    except OSError:  # one of them is not there, or not to be seen
+    except OSError:  # one of them is missing or not accessible
         return False
 
 
@@ -98,7 +98,7 @@ def _is_foreign_report(report: Path) -> bool:
     try:
         return report.exists() and not is_report(report)
     except OSError:
-        return False  # where nobody may look, nobody can write
+        return False  # a folder that cannot be read cannot be written either
 
 
 def _is_sqlite_file(path: Path) -> bool:
@@ -112,7 +112,7 @@ def _is_sqlite_file(path: Path) -> bool:
 
 
 def path_exists(path: Path) -> bool:
-    """Tell whether a file is there. Raises Refused where this user may not look."""
+    """Whether a file exists. Raises CommandRefused if this user lacks the permission to check."""
     try:
         return path.exists()
     except OSError as error:
@@ -122,12 +122,12 @@ def path_exists(path: Path) -> bool:
 
 
 def nearest_existing(path: Path) -> Path:
-    """Return the nearest part of a path that this user can see."""
+    """Return the path or its nearest parent that exists and is visible to this user."""
     return next(each for each in (path, *path.parents) if _is_visible(each))
 
 
 def _is_visible(path: Path) -> bool:
-    return os.path.exists(path)  # noqa: PTH110 - false, too, where this user may not look
+    return os.path.exists(path)  # noqa: PTH110 - also False without permission to check
 
 
 def _why_not_writable(path: Path, *, may_be_folder: bool) -> str | None:

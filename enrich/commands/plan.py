@@ -1,4 +1,4 @@
-"""`enrich plan`: shows what a run would send and cost."""
+"""`enrich plan`: shows what a run would send and cost, and saves the plan on request."""
 
 from __future__ import annotations
 

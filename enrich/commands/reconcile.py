@@ -1,4 +1,4 @@
-"""`enrich reconcile`: what the balance lost against what the ledger knows; it decides nothing."""
+"""`enrich reconcile`: compares the change of the account's balance with the ledger. Changes nothing."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ from enrich.run.state import Timeouts
 
 
 def reconcile_job(job: Job, access: ApiAccess, since: int | None) -> Reconciliation:
-    """Ask for the balance and hold it against the ledger.
+    """Fetch the balance and compare it with the ledger from execution `since` on (None: chosen automatically).
 
-    Raises Refused when the ledger or the API does not tell what is needed, ApiUnreachable, Unauthorized.
+    Raises CommandRefused if the ledger lacks the needed data, ApiUnreachable (also if the API reports no balance)
+    and ApiKeyRejected.
     """
     if not ledger_exists(job.ledger):
         raise CommandRefused(f"{job.ledger}: there is no ledger: this job has never run", "enrich run it first")
@@ -65,7 +66,7 @@ async def _fetch_balance(access: ApiAccess) -> int:
 
 
 def format_reconciliation(result: Reconciliation) -> Iterator[str]:
-    """Write it for a person."""
+    """Format the result as text lines."""
     yield f"since execution {result.since}: balance {result.balance_before:,.2f}, now {result.balance_now:,.2f}"
     yield f"  {result.difference:>10,.2f}  credits are gone; the ledger knows of"
     for name, words in PART_LABELS.items():
@@ -75,7 +76,9 @@ def format_reconciliation(result: Reconciliation) -> Iterator[str]:
             amount = f"{part.most:,.2f}" if exact else f"{part.least:,.2f} to {part.most:,.2f}"
             yield f"  {amount:>20}  {part.number:,} {words}"
     if result.unexplained > 0:
-        yield f"  {result.unexplained:>20,.2f}  not explained: other users of the account, other ledgers, changed prices"
+        yield (
+            f"  {result.unexplained:>20,.2f}  not explained: other users of the account, other ledgers, changed prices"
+        )
     elif result.unexplained < 0:
         yield f"  {-result.unexplained:>20,.2f}  came in: a top-up, or refunds"
     else:

@@ -1,4 +1,4 @@
-"""`enrich report`: one page to look at."""
+"""`enrich report`: writes the report of a job as one HTML page or as JSON."""
 
 from __future__ import annotations
 
@@ -19,6 +19,40 @@ from enrich.report.build import build_report
 from enrich.report.compare import compare_executions, compare_jobs
 from enrich.report.data import Comparison, Report
 from enrich.report.page_file import INSTALL_HINT, default_report_path, is_extra_missing, write_report
+
+
+def _compare(job: Job, other: str, *, use_sandbox: bool) -> Comparison:
+    if other.isdecimal():
+        return compare_executions(job, int(other))
+    return compare_jobs(job, options.load_job_file(Path(other), None, None, None, use_sandbox))
+
+
+def _require_extra() -> None:
+    if is_extra_missing():
+        raise JobError("the report needs its extra", INSTALL_HINT)
+
+
+def _render_page(data: Report) -> str:
+    from enrich.report.render import render_report
+
+    return render_report(data)
+
+
+def write_run_report(job: Job, job_arguments: JobArguments) -> str | None:
+    """Write the report that the job requests of every run. Return an error text, None without one. Raises nothing."""
+    try:
+        now = datetime.now().astimezone()
+        path = job.report_path(now)
+        if path is not None:
+            _require_extra()
+            write_report(path, _render_page(build_report(job, job_arguments, now)), job, now)
+    except (KeyboardInterrupt, Interrupted):
+        return "the report was not written: interrupted"
+    except EnrichError as error:
+        return f"the report was not written: {error.message}" + (f"; {error.hint}" if error.hint else "")
+    except BaseException as error:  # noqa: BLE001 - a panic of the chart library is no Exception; its text may hold data
+        return f"the report was not written: this is a bug: {type(error).__name__}"
+    return None
 
 
 @click.command()
@@ -55,7 +89,7 @@ def report(
     if path is not None or to_stdout:
         _require_extra()
     job_arguments = make_job_arguments(job_file, input_path, None, ledger, use_sandbox=use_sandbox)
-    # Whom it can't be compared with is said before all is read.
+    # First, so that an invalid comparison is reported before the long reading.
     comparison = None if compare is None else _compare(job, compare, use_sandbox=use_sandbox)
     data = replace(build_report(job, job_arguments, now, with_rows=with_rows), comparison=comparison)
     if to_stdout:
@@ -66,37 +100,3 @@ def report(
             click.echo(f"the report is in {path}", err=True)
     if as_json:
         click.echo(json.dumps(data.as_json(), ensure_ascii=False))
-
-
-def _compare(job: Job, other: str, *, use_sandbox: bool) -> Comparison:
-    if other.isdecimal():
-        return compare_executions(job, int(other))
-    return compare_jobs(job, options.load_job_file(Path(other), None, None, None, use_sandbox))
-
-
-def _require_extra() -> None:
-    if is_extra_missing():
-        raise JobError("the report needs its extra", INSTALL_HINT)
-
-
-def _render_page(data: Report) -> str:
-    from enrich.report.render import render_report
-
-    return render_report(data)
-
-
-def write_run_report(job: Job, job_arguments: JobArguments) -> str | None:
-    """Write the report that the job wants of every run; return what went wrong. Nothing that happens breaks the run."""
-    try:
-        now = datetime.now().astimezone()
-        path = job.report_path(now)
-        if path is not None:
-            _require_extra()
-            write_report(path, _render_page(build_report(job, job_arguments, now)), job, now)
-    except (KeyboardInterrupt, Interrupted):
-        return "the report was not written: interrupted"
-    except EnrichError as error:
-        return f"the report was not written: {error.message}" + (f"; {error.hint}" if error.hint else "")
-    except BaseException as error:  # noqa: BLE001 - a panic of what draws is no Exception; its text may hold data
-        return f"the report was not written: this is a bug: {type(error).__name__}"
-    return None

@@ -35,7 +35,7 @@ from enrich.run.summary import RunSummary, format_summary
 
 
 def with_observers(command: Callable[..., int]) -> Callable[..., int]:
-    """Give a command its `witnesses` instead of `log_file`; they hear of every way out."""
+    """Pass `observers` to a command instead of `log_file`. They are notified of every error that ends it."""
 
     @functools.wraps(command)
     def wrapper(*, log_file: Path | None, **params: Any) -> int:  # noqa: ANN401 - click's options
@@ -55,7 +55,7 @@ def with_observers(command: Callable[..., int]) -> Callable[..., int]:
 
 
 def _exit_code_and_message(error: BaseException) -> tuple[int, str]:
-    """Say with which exit code the command line will leave, and why; of a bug only its kind, as it may hold data."""
+    """Return exit code and message of an error. For a bug only its type, because its text may contain data."""
     match error:
         case EnrichError():
             return error.exit_code, error.message
@@ -70,7 +70,7 @@ def _exit_code_and_message(error: BaseException) -> tuple[int, str]:
 
 
 def _check_address(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
-    """Read HOST:PORT."""
+    """Return HOST:PORT unchanged. Raises a usage error for another format."""
     if value is not None and not value.rpartition(":")[2].isdecimal():
         raise click.BadParameter("must be HOST:PORT, as `ray start --head` prints it")
     if value is not None and "://" in value:
@@ -88,7 +88,7 @@ ENGINE_OPTIONS = (
 
 
 def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the options that say who carries its work."""
+    """Add the options for a run on a Ray cluster to a command."""
     for option in reversed(ENGINE_OPTIONS):
         command = option(command)
     return command
@@ -97,7 +97,7 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def make_cluster_options(
     job: Job, engine: str | None, address: str | None, workers: int | None
 ) -> ClusterOptions | None:
-    """Put together over what the work is spread; None: this machine alone. Raises JobError when it can't be."""
+    """Return the options of the cluster, None for this process alone. Raises JobError if the job cannot use one."""
     if engine is None:
         if address is not None or workers is not None:
             raise click.UsageError("--address and --workers are for --engine ray")
@@ -114,7 +114,10 @@ def make_cluster_options(
 
 @contextmanager
 def open_engine(job: Job, cluster: ClusterOptions | None) -> Iterator[ClusterEngine | None]:
-    """Have a Ray cluster at work while the block runs. Raises ClusterFailed when it can't be reached or started."""
+    """Yield a Ray cluster for the block, None if `cluster` is None.
+
+    Raises ClusterFailed if the cluster cannot be reached or started.
+    """
     if cluster is None or not isinstance(job.ledger, PostgresLocation):
         yield None
         return
@@ -124,6 +127,80 @@ def open_engine(job: Job, cluster: ClusterOptions | None) -> Iterator[ClusterEng
         from enrich.cluster.engine import RayCluster
 
         yield RayCluster(job.ledger, cluster.workers or cpus)
+
+
+def _confirm(plan_text: str) -> bool:
+    click.echo(plan_text, err=True)
+    try:
+        return click.confirm("Go on?", err=True)
+    except click.Abort:
+        raise KeyboardInterrupt from None
+
+
+def _run_pipeline(
+    job: Job, run_options: RunOptions, wait_s: float, observers: RunObservers, *, use_sandbox: bool, on_terminal: bool
+) -> RunSummary:
+    """Run the job under the ledger's lock, with the progress bar and the observers."""
+    with ExitStack() as stack:
+        stack.enter_context(lock_ledger(job.ledger, wait_s))
+        # Before any threads start, because the engine starts processes.
+        engine = stack.enter_context(open_engine(job, run_options.spread))
+        access = stack.enter_context(options.open_access(job, use_sandbox=use_sandbox))
+        store, lease = stack.enter_context(open_for_run(job.ledger))
+        bar = ProgressBar() if on_terminal else None
+
+        def note(text: str) -> None:
+            observers.note(text)
+            if bar is not None:
+                bar.write_line(text)
+
+        def show_progress(progress: Progress) -> None:
+            observers.show_progress(progress)
+            if bar is not None:
+                bar.show(progress)
+
+        if bar is not None:
+            stack.callback(bar.close)
+        observers.lock_acquired()
+        if engine is not None and lease is not None:
+            engine = engine.for_leader(lease.fencing_token.owner_id)
+        clock, lease_valid = (lease, lease.is_valid) if lease else (SystemClock(), lambda: True)
+        context = RunContext(
+            job,
+            access,
+            store,
+            clock,
+            on_message=note,
+            on_progress=show_progress,
+            lease_valid=lease_valid,
+            engine=engine,
+        )
+        return pipeline.run(context, run_options)
+
+
+def print_summary(summary: RunSummary, *, as_json: bool, show: bool) -> None:
+    """Print the run summary: text to stderr, JSON to stdout."""
+    paint = options.make_styler()
+    if summary.error:
+        click.echo(f"{paint('error', 'red')}: {summary.error}", err=True)
+    if summary.hint:
+        click.echo(f"hint: {summary.hint}", err=True)
+    if show and summary.rows is not None:
+        click.echo("\n".join(format_summary(summary, paint)), err=True)
+        if actions := required_actions(summary.exit_code, summary.as_json(), _target_as_typed()):
+            click.echo(
+                "\n".join(["", paint("needs you", "bold"), *(f"  {line}" for line in format_actions(actions))]),
+                err=True,
+            )
+    if as_json:
+        click.echo(json.dumps(summary.as_json(), ensure_ascii=False))
+
+
+def _target_as_typed() -> JobArguments:
+    """Return the job's arguments as typed, so that printed commands work in the current folder."""
+    params = click.get_current_context().params
+    paths = (params[name] for name in ("job_file", "input_path", "output", "ledger"))
+    return make_job_arguments(*paths, use_sandbox=params["use_sandbox"], as_typed=True)
 
 
 @click.command()
@@ -233,77 +310,3 @@ def run(
     if summary.exit_code not in (ExitCode.INTERRUPTED, ExitCode.TERMINATED):
         observers.report_problem(write_run_report(job, observers.job_arguments))
     return summary.exit_code
-
-
-def _run_pipeline(
-    job: Job, run_options: RunOptions, wait_s: float, observers: RunObservers, *, use_sandbox: bool, on_terminal: bool
-) -> RunSummary:
-    """Run under the lock, with the bar and the witnesses."""
-    with ExitStack() as stack:
-        stack.enter_context(lock_ledger(job.ledger, wait_s))
-        # Before there are threads: it starts processes.
-        engine = stack.enter_context(open_engine(job, run_options.spread))
-        access = stack.enter_context(options.open_access(job, use_sandbox=use_sandbox))
-        store, lease = stack.enter_context(open_for_run(job.ledger))
-        bar = ProgressBar() if on_terminal else None
-
-        def note(text: str) -> None:
-            observers.note(text)
-            if bar is not None:
-                bar.write_line(text)
-
-        def show_progress(progress: Progress) -> None:
-            observers.show_progress(progress)
-            if bar is not None:
-                bar.show(progress)
-
-        if bar is not None:
-            stack.callback(bar.close)
-        observers.lock_acquired()
-        if engine is not None and lease is not None:
-            engine = engine.for_leader(lease.fencing_token.owner_id)
-        clock, lease_valid = (lease, lease.is_valid) if lease else (SystemClock(), lambda: True)
-        context = RunContext(
-            job,
-            access,
-            store,
-            clock,
-            on_message=note,
-            on_progress=show_progress,
-            lease_valid=lease_valid,
-            engine=engine,
-        )
-        return pipeline.run(context, run_options)
-
-
-def _confirm(plan_text: str) -> bool:
-    click.echo(plan_text, err=True)
-    try:
-        return click.confirm("Go on?", err=True)
-    except click.Abort:
-        raise KeyboardInterrupt from None
-
-
-def print_summary(summary: RunSummary, *, as_json: bool, show: bool) -> None:
-    """Print the run summary: text to stderr, JSON to stdout."""
-    paint = options.make_styler()
-    if summary.error:
-        click.echo(f"{paint('error', 'red')}: {summary.error}", err=True)
-    if summary.hint:
-        click.echo(f"hint: {summary.hint}", err=True)
-    if show and summary.rows is not None:
-        click.echo("\n".join(format_summary(summary, paint)), err=True)
-        if actions := required_actions(summary.exit_code, summary.as_json(), _target_as_typed()):
-            click.echo(
-                "\n".join(["", paint("needs you", "bold"), *(f"  {line}" for line in format_actions(actions))]),
-                err=True,
-            )
-    if as_json:
-        click.echo(json.dumps(summary.as_json(), ensure_ascii=False))
-
-
-def _target_as_typed() -> JobArguments:
-    """Name the job as it was typed: its commands work where they are read."""
-    params = click.get_current_context().params
-    paths = (params[name] for name in ("job_file", "input_path", "output", "ledger"))
-    return make_job_arguments(*paths, use_sandbox=params["use_sandbox"], as_typed=True)

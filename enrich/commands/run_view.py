@@ -1,4 +1,4 @@
-"""What a look at a run shows: the same picture for a terminal, for a line of a log, and as JSON. Pure."""
+"""The view of a run for a terminal, as one log line and as JSON. Pure functions."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from enrich.monitoring.progress_bar import choose_layout, render_bar
 from enrich.run.context import Progress
 from enrich.run.progress import ProgressSnapshot, TrafficCounts
 
-#: Narrower than this nothing can be read; what is wider is cut off by the terminal.
+#: Minimum width of the view in columns, for readability. A narrower terminal cuts the lines off.
 MIN_COLUMNS = 20
 
 
 class RunStatus(StrEnum):
-    """How the newest run of a job stands, as far as can be told from outside."""
+    """Status of the newest run of a job, as far as it is visible from another process."""
 
     NO_LEDGER = "no ledger"
     NEVER_RUN = "never run"
@@ -38,7 +38,7 @@ def run_status(
     *,
     lock_held: bool | None,
 ) -> RunStatus:
-    """Tell how a run stands whose last sign of life is `quiet_s` old; `held`: the system says it has its ledger."""
+    """Return the status of a run from the age of its heartbeat. `lock_held`: the ledger is locked (None: unknown)."""
     if run.ended_ms is not None:
         return RunStatus.ENDED
     pauses_heartbeat = snapshot is not None and snapshot.doing.blocks_snapshots and lock_held is True
@@ -47,7 +47,10 @@ def run_status(
 
 @dataclass(frozen=True, slots=True)
 class RunView:
-    """One look. `ttl_ms` is how long the API keeps results; `run` and `pulse` None: there is none."""
+    """State of a job's newest run at the time `now_ms` (milliseconds since 1970, UTC).
+
+    `ttl_ms` is how long the API keeps results, in milliseconds. `run` and `snapshot` are None if there is none.
+    """
 
     job: str
     ledger: LedgerLocation
@@ -59,21 +62,21 @@ class RunView:
 
     @property
     def last_heartbeat_ms(self) -> int | None:
-        """When the run was last known to live."""
+        """Time of the last heartbeat, or the start of the run (milliseconds since 1970, UTC). None without a run."""
         if self.snapshot is not None:
             return self.snapshot.at_ms
         return None if self.run is None else self.run.started_ms
 
     @property
     def recent_traffic(self) -> tuple[TrafficCounts, float]:
-        """What happened lately, and in how many seconds."""
+        """Recent traffic, and the number of seconds that it covers."""
         if self.snapshot is None or self.status is not RunStatus.RUNNING:
             return TrafficCounts(), 0.0
         return self.snapshot.traffic.recent(self.snapshot.elapsed_s)
 
     @property
     def remaining_s(self) -> float | None:
-        """How long it takes yet if it goes on like this; None: nobody knows."""
+        """Estimated remaining time in seconds at the recent speed. None if unknown."""
         lately, over_s = self.recent_traffic
         if self.snapshot is None or self.snapshot.total is None or not lately.answered:
             return None
@@ -81,11 +84,11 @@ class RunView:
 
     @property
     def next_expiry_ms(self) -> int | None:
-        """When the API forgets the first of what waits there."""
+        """When the API deletes the first uncollected result (milliseconds since 1970, UTC). None if there is none."""
         return None if self.run is None or self.run.oldest_ms is None else self.run.oldest_ms + self.ttl_ms
 
     def as_json(self) -> dict[str, Any]:
-        """Return the object that `enrich status --watch --json` prints; null: not known."""
+        """Return the object that `enrich status --watch --json` prints. None means unknown."""
         run, snapshot = self.run, self.snapshot
         result: dict[str, Any] = {"at": iso_time(self.now_ms), "job": self.job, "sign": self.status.value}
         if run is None:
@@ -120,7 +123,7 @@ class RunView:
 
 
 def format_headline(view: RunView) -> str:
-    """Say how the newest run stands."""
+    """Describe the status of the newest run in one line."""
     job, run, last_heartbeat_ms = view.job, view.run, view.last_heartbeat_ms
     if view.status is RunStatus.NO_LEDGER:
         return f"{job}: there is no ledger yet ({view.ledger})"
@@ -133,13 +136,16 @@ def format_headline(view: RunView) -> str:
     phase = "" if view.snapshot is None else view.snapshot.doing.value
     if view.status is RunStatus.NO_HEARTBEAT:
         while_ = f" while {phase}" if phase else ""
-        return f"{job}: execution {run.id}, no sign of life since {iso_time(last_heartbeat_ms)}: killed, asleep or stopped{while_}"
+        return (
+            f"{job}: execution {run.id}, no sign of life since {iso_time(last_heartbeat_ms)}: "
+            f"killed, asleep or stopped{while_}"
+        )
     since = f"at work since {iso_time(run.started_ms)} ({format_duration((view.now_ms - run.started_ms) / 1000)})"
     return f"{job}: execution {run.id}, {since}{f': {phase}' if phase else ''}"
 
 
 def format_bar(view: RunView, columns: int, *, ascii_only: bool) -> str | None:
-    """Draw the run's own bar, `plain` without block letters; None where it is not known how much there is to do."""
+    """Draw the progress bar of the run, with `ascii_only` without block characters. None if the total is unknown."""
     run, snapshot = view.run, view.snapshot
     if run is None or snapshot is None or not snapshot.total:
         return None
@@ -151,11 +157,11 @@ def format_bar(view: RunView, columns: int, *, ascii_only: bool) -> str | None:
 
 
 def run_facts(view: RunView) -> Iterator[tuple[str, str]]:
-    """Tell what a person wants to know of the newest run, by name."""
+    """Yield the facts about the newest run as (name, text)."""
     run, snapshot = view.run, view.snapshot
     if run is None:
         return
-    # What a silent run has done since its last word is in the ledger, and would have to be counted.
+    # After the last heartbeat the counts are out of date. Newer ones would have to be counted in the ledger.
     then = ", when it last told" if snapshot is not None and view.status is RunStatus.NO_HEARTBEAT else ""
     yield "answers", _answer_counts(run, snapshot) + then
     cap = "" if run.cap is None else f" of {to_credits(run.cap):,.2f} at most"
@@ -182,7 +188,7 @@ def run_facts(view: RunView) -> Iterator[tuple[str, str]]:
 
 
 def _answer_counts(run: LatestExecutionRow, snapshot: ProgressSnapshot | None) -> str:
-    """Count what came of the requests; what an execution without a pulse has heard is not known."""
+    """Format the number of answers by state. It is unknown for an execution without a snapshot."""
     if snapshot is None:
         return f"not known; {run.submitted:,} submitted"
     states = ", ".join(
@@ -193,7 +199,7 @@ def _answer_counts(run: LatestExecutionRow, snapshot: ProgressSnapshot | None) -
 
 
 def format_view(view: RunView, columns: int, *, ascii_only: bool = False) -> Iterator[str]:
-    """Write the picture for a terminal so wide."""
+    """Format the view for a terminal with `columns` columns."""
     columns = max(columns, MIN_COLUMNS)
     yield from textwrap.wrap(format_headline(view), columns, subsequent_indent="  ")
     bar_line = format_bar(view, columns, ascii_only=ascii_only)
@@ -204,7 +210,7 @@ def format_view(view: RunView, columns: int, *, ascii_only: bool = False) -> Ite
 
 
 def format_view_line(view: RunView) -> str:
-    """Write the picture in one line."""
+    """Format the view as one line."""
     parts = [f"{iso_time(view.now_ms)} {format_headline(view)}"]
     parts += [f"{name} {fact}" for name, fact in run_facts(view) if name != "breathes"]
     if view.remaining_s is not None:

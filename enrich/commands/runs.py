@@ -1,4 +1,4 @@
-"""`enrich runs`: the executions of a job, newest first."""
+"""`enrich runs`: lists the executions of a job, newest first."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ from enrich.ledger.history import ExecutionRow, LedgerReader
 from enrich.ledger.lock import is_locked
 from enrich.models import format_duration, iso_time, pluralize, to_credits
 
+_RUN_LINE = "{:>4} {:<16} {:>8} {:>3} {:<15}{:>10}{:>10}{:>5}{:>10}{:>3}{:>12}"
+
 
 @dataclass(slots=True)
 class _Totals:
-    """All executions of the job together; credits in millionths."""
+    """Totals of all executions of the job. `spent` in millionths of a credit, `unknown`: answers without a price."""
 
     executions: int = 0
     submitted: int = 0
@@ -87,11 +89,8 @@ def _execution_as_json(execution: ExecutionRow, *, is_running: bool | None) -> d
     }
 
 
-_RUN_LINE = "{:>4} {:<16} {:>8} {:>3} {:<15}{:>10}{:>10}{:>5}{:>10}{:>3}{:>12}"
-
-
 def format_runs(result: dict[str, Any]) -> Iterator[str]:
-    """Write them for a person, in lines of at most 100 columns."""
+    """Format the executions as text lines of at most 100 columns."""
     totals = result["totals"]
     if not totals["executions"]:
         yield f"{result['job']} has never run: {result['ledger']} knows of no execution of it"

@@ -1,4 +1,4 @@
-"""`enrich schema`: the JSON Schema of the job file."""
+"""`enrich schema`: prints the JSON Schema of the job file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the ledger knows: counts, credits, what expires when, past executions. Looks only."""
+"""`enrich status`: shows counts, credits, expiry times and past executions from the ledger. Read-only."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ from enrich.models import count_by_status, format_duration, iso_time, pluralize,
 from enrich.run.balance import choose_baseline
 from enrich.run.progress import Phase
 
+#: Number of past executions in the status.
 SHOWN_EXECUTIONS = 10
 
 
 def read_status(job: Job) -> dict[str, Any]:
-    """Return the object of `enrich status --json`; requests by state, with the names of the receipt."""
+    """Return the object of `enrich status --json`. Requests are counted by status, named as in the run summary."""
     if not ledger_exists(job.ledger):
         return _build_status(job, None)
     ledger = Ledger(job.ledger, read_only=True)
@@ -106,7 +107,7 @@ def _progress_text(run: dict[str, Any]) -> str:
 
 
 def format_status(result: dict[str, Any]) -> Iterator[str]:
-    """Write the status for a person."""
+    """Format the status as text lines."""
     requests = result["requests"]
     if not requests and not result["executions"]:
         yield f"{result['job']} has never run: {result['ledger']} knows of no request"
@@ -118,7 +119,10 @@ def format_status(result: dict[str, Any]) -> Iterator[str]:
         if result[state]:
             yield f"  {state:<10}{result[state]:>9,}"
     if (in_doubt := result["doubts"]) is not None:
-        oldest = f"the oldest is {format_duration(in_doubt['oldest_age_s'])} old, of execution {in_doubt['oldest_execution']}"
+        oldest = (
+            f"the oldest is {format_duration(in_doubt['oldest_age_s'])} old, "
+            f"of execution {in_doubt['oldest_execution']}"
+        )
         yield f"  {'':<10}{'':>9}  may have cost up to {in_doubt['credits_at_most']:,.2f} credits; {oldest}"
     unknown = f" and {result['credits_unknown']} answers of unknown price" if result["credits_unknown"] else ""
     yield f"  credits   {result['credits_spent']:>9,.2f}  spent in all{unknown}"

@@ -1,4 +1,4 @@
-"""`enrich status --watch`: the picture of a run, again and again, until it ends."""
+"""`enrich status --watch`: shows a run repeatedly until it ends."""
 
 from __future__ import annotations
 
@@ -23,15 +23,25 @@ from enrich.ledger.history import LatestExecutionRow, LedgerReader
 from enrich.ledger.lock import is_locked
 from enrich.run.progress import read_snapshot
 
-#: A run writes its pulse every 2 s; on a busy disk it may take a while.
+#: A run writes a heartbeat every 2 s. A busy disk may delay it up to this time (seconds).
 HEARTBEAT_TIMEOUT_S = 15.0
+WAITING_TEXT = "no run is at work: waiting for the next; Ctrl-C leaves"
+NO_HEARTBEAT_TEXT = "waiting for a sign of life, or for the next run; Ctrl-C leaves"
+#: Switch to an alternate screen without a cursor, and back (xterm control sequences, which all terminals support).
+ENTER_SCREEN, LEAVE_SCREEN = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
+CURSOR_HOME, ERASE_LINE, ERASE_BELOW = "\x1b[H", "\x1b[K", "\x1b[J"
+#: Seconds between checks for a changed window size.
+RESIZE_CHECK_S = 0.2
+DEFAULT_INTERVAL_S = 2.0
+STATUS_COLORS = {RunStatus.RUNNING: "green", RunStatus.NO_HEARTBEAT: "red"}
 
 
 @dataclass(slots=True)
 class RunWatcher:
-    """Looks at a job now and then. A run that gave no sign of life for longer than `patience_s` is not at work.
+    """Reads the state of a job's newest run. Without a heartbeat for `heartbeat_timeout_s` it is not running.
 
-    Two clocks may differ, and one may be set: a pulse that changed between two looks is fresh whatever its time.
+    Two machines' clocks may differ, and a clock may be set. So a heartbeat that changed between two reads is fresh,
+    whatever its time.
     """
 
     job: Job
@@ -42,12 +52,12 @@ class RunWatcher:
     _has_changed: bool = False
 
     def read_view(self) -> RunView:
-        """Look once. Raises Refused when the ledger is none, or can't be read."""
+        """Read the current state. Raises CommandRefused if the file is not a ledger or cannot be read."""
         job, now_ms = self.job, SystemClock().now_ms()
         ttl_ms = int(job.model.policy.result_ttl.total_seconds() * 1000)
         if not ledger_exists(job.ledger):
             return RunView(job.name, job.ledger, ttl_ms, now_ms, RunStatus.NO_LEDGER)
-        # Closed again at once: who has a ledger open keeps its run from tidying up at the end.
+        # Close it at once: an open ledger keeps the run from cleaning up at its end.
         with closing(LedgerReader(job.ledger)) as history:
             run = history.latest_execution(job.name)
         if run is None:
@@ -59,7 +69,7 @@ class RunWatcher:
         return RunView(job.name, job.ledger, ttl_ms, now_ms, status, run, snapshot)
 
     def _heartbeat_age_s(self, run: LatestExecutionRow, age_ms: int) -> float:
-        """Tell how long the run has given no sign, by what the clock says and by what was seen."""
+        """Return the seconds since the last heartbeat, by its time (`age_ms` ago) and by the changes seen so far."""
         now, heartbeat = self.clock(), (run.id, run.pulse)
         if self._last_heartbeat != heartbeat:
             self._has_changed = self._last_heartbeat is not None
@@ -68,40 +78,29 @@ class RunWatcher:
         return unchanged_s if self._has_changed else max(abs(age_ms) / 1000, unchanged_s)
 
 
-WAITING_TEXT = "no run is at work: waiting for the next; Ctrl-C leaves"
-NO_HEARTBEAT_TEXT = "waiting for a sign of life, or for the next run; Ctrl-C leaves"
-#: Another screen without a cursor, and back (xterm's control sequences, as all terminals of today know them).
-ENTER_SCREEN, LEAVE_SCREEN = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
-CURSOR_HOME, ERASE_LINE, ERASE_BELOW = "\x1b[H", "\x1b[K", "\x1b[J"
-#: How soon the picture follows a window that changes its size.
-RESIZE_CHECK_S = 0.2
-DEFAULT_INTERVAL_S = 2.0
-STATUS_COLORS = {RunStatus.RUNNING: "green", RunStatus.NO_HEARTBEAT: "red"}
-
-
 def _waiting_text(view: RunView) -> str:
-    """Say what is waited for."""
+    """Return what the watcher is waiting for."""
     return NO_HEARTBEAT_TEXT if view.status is RunStatus.NO_HEARTBEAT else WAITING_TEXT
 
 
 def _flush(out: TextIO) -> None:
-    """Show what was written. Raises BrokenPipeError when it can't be shown any more: then watching is over."""
+    """Flush the output. Raises BrokenPipeError if that fails, which ends watching."""
     if flush_error(out) is not None:
         raise BrokenPipeError
 
 
 class Display(Protocol):
-    """Where pictures are shown."""
+    """Shows views of a run."""
 
     def show(self, view: RunView, *, waiting: bool) -> None:
-        """Show a picture instead of the last one, or below it; `waiting` for a run."""
+        """Show a view in place of the last one, or below it. `waiting`: the watcher waits for a run or heartbeat."""
 
     def pause(self, seconds: float) -> None:
-        """Let the picture stand."""
+        """Wait while the view stays visible."""
 
 
 def run_watch_loop(watcher: RunWatcher, display: Display, interval_s: float) -> int:
-    """Show the job's newest run until it ends; without one at work wait for the next. Return the exit code."""
+    """Show the job's newest run until it ends. If none is running, wait for the next. Return the exit code."""
     ended_before: int | None = None
     try:
         while True:
@@ -122,13 +121,13 @@ def run_watch_loop(watcher: RunWatcher, display: Display, interval_s: float) -> 
 
 @dataclass(frozen=True, slots=True)
 class LineDisplay:
-    """One line for each look: text, or a JSON object."""
+    """Shows each view as one line: text or a JSON object."""
 
     out: TextIO
     as_json: bool
 
     def show(self, view: RunView, *, waiting: bool) -> None:
-        """Write a line, now."""
+        """Write one line and flush it."""
         if self.as_json:
             text = json.dumps(view.as_json(), ensure_ascii=False)
         else:
@@ -137,13 +136,13 @@ class LineDisplay:
         _flush(self.out)
 
     def pause(self, seconds: float) -> None:
-        """Let time pass."""
+        """Sleep."""
         time.sleep(seconds)
 
 
 @dataclass(slots=True)
 class TerminalDisplay:
-    """A terminal: each picture is drawn over the last one, on a screen of its own."""
+    """Draws each view over the last one, on the terminal's alternate screen."""
 
     out: TextIO
     use_color: bool
@@ -152,16 +151,16 @@ class TerminalDisplay:
     _drawn_size: tuple[int, int] | None = None
 
     def show(self, view: RunView, *, waiting: bool) -> None:
-        """Draw the picture as the window is now: no line is longer, and there are not more."""
+        """Draw the view, limited to the current width and height of the window."""
         self._last_shown, self._drawn_size = (view, waiting), self.size()
         columns, rows = self._drawn_size
-        # In the last column a terminal may go on to the next line.
+        # Leave the last column free: text there may move the cursor to the next line.
         shown = self._format_lines(view, columns - 1, waiting=waiting)[: max(1, rows)]
         self.out.write(CURSOR_HOME + "\r\n".join(text + ERASE_LINE for text in shown) + ERASE_BELOW)
         _flush(self.out)
 
     def pause(self, seconds: float) -> None:
-        """Let the picture stand; draw it again when the window changes its size."""
+        """Wait, and draw the view again if the window size changes."""
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             time.sleep(min(left, RESIZE_CHECK_S))
@@ -171,7 +170,7 @@ class TerminalDisplay:
 
     @contextmanager
     def alternate_screen(self) -> Iterator[None]:
-        """Take the terminal, give it back as it was, and leave how the run ended on it."""
+        """Use the alternate screen during the block. Then restore the terminal and print how the run ended."""
         try:
             self.out.write(ENTER_SCREEN)
             yield
@@ -197,7 +196,7 @@ class TerminalDisplay:
 
 
 def watch_job(watcher: RunWatcher, out: TextIO, environ: Mapping[str, str], interval_s: float, *, as_json: bool) -> int:
-    """Watch on a terminal that can be drawn on, or else line by line."""
+    """Watch by redrawing a terminal that supports it, else line by line."""
     if as_json or not out.isatty() or environ.get("TERM", "dumb") in ("dumb", ""):
         return run_watch_loop(watcher, LineDisplay(out, as_json), interval_s)
     display = TerminalDisplay(out, use_color=not environ.get("NO_COLOR"))

@@ -1,4 +1,4 @@
-"""`enrich waterfalls`: what the API offers."""
+"""`enrich waterfalls`: lists the waterfalls of the API with their params, fields, providers and prices."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from enrich.run.state import Timeouts
 
 
 def read_waterfalls(access: ApiAccess, identifier: str | None) -> list[Waterfall]:
-    """Ask for one waterfall or for all. Raises JobError for an unknown one, ApiUnreachable, Unauthorized."""
+    """Fetch one waterfall (None: all). Raises JobError for an unknown one, ApiUnreachable and ApiKeyRejected."""
     return asyncio.run(_fetch_waterfalls(access, identifier))
 
 
@@ -38,7 +38,7 @@ async def _fetch_waterfalls(access: ApiAccess, identifier: str | None) -> list[W
 
 
 def format_waterfalls(available: list[Waterfall], *, detailed: bool) -> Iterator[str]:
-    """Write the offer for a person: one line each, or one waterfall as a whole."""
+    """Format waterfalls as text: one line each, with `detailed` also params, fields and providers."""
     width = max((len(waterfall.identifier) for waterfall in available), default=0)
     for waterfall in available:
         yield f"{waterfall.identifier:<{width}}  {waterfall.name}".rstrip()

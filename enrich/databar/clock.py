@@ -1,4 +1,4 @@
-"""The time of the run: this machine's clock, corrected by the API's `Date` headers."""
+"""The clock of a run: this machine's time, corrected by the API's `Date` headers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from typing import Protocol
 
 #: A local clock that is off by more than this (5 minutes) is corrected.
 CLOCK_TOLERANCE_MS = 5 * 60 * 1000
-
-
 #: Number of consecutive API responses that must agree on the clock's offset, and their maximum difference.
 CLOCK_SAMPLES, CLOCK_SAMPLE_SPREAD_MS = 3, 5_000
 

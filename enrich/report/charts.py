@@ -268,7 +268,10 @@ def _found_text(step: WaterfallStep) -> str:
     if step.provider is None:
         return pluralize(step.end - step.start, "lead")
     asked = step.provider.asked + step.provider.presumed
-    return f"found {formatting.format_count(step.found)} ({formatting.format_percent(formatting.share_of(step.found, asked))})"
+    return (
+        f"found {formatting.format_count(step.found)} "
+        f"({formatting.format_percent(formatting.share_of(step.found, asked))})"
+    )
 
 
 def _facts_text(step: WaterfallStep) -> str:

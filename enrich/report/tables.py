@@ -317,7 +317,10 @@ def leads_table(rows: OutputRows) -> Table:
 
 
 def _run_label(run: ReportedRun) -> str:
-    return f"#{run.execution}{formatting.NO_BREAK_SPACE}·{formatting.NO_BREAK_SPACE}{formatting.format_date(run.started_at)}"
+    return (
+        f"#{run.execution}{formatting.NO_BREAK_SPACE}·{formatting.NO_BREAK_SPACE}"
+        f"{formatting.format_date(run.started_at)}"
+    )
 
 
 def _runs_caption(what: str, runs: Sequence[ReportedRun]) -> str:

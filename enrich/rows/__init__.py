@@ -1,1 +1,1 @@
-"""Rows of the input: reading, requests, lookup, suppression."""
+"""Rows of the input: reads, filters and suppresses rows, looks them up and builds their requests."""

@@ -1,4 +1,4 @@
-"""What the facts of a job mean for tonight: each judgement a pure function that yields findings."""
+"""The checks of `enrich doctor`: pure functions that turn facts about a job into findings."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from enrich.job.locations import Location
 from enrich.models import iso_time, to_credits
 
 DAY_S = 86_400.0
-#: An export that did not change for this long is asked after.
+#: An input that did not change for longer than this (seconds) causes a warning.
 STALE_INPUT_S = 2 * DAY_S
-#: Names of outputs are tried for so many nights.
+#: Number of days for which the output names are checked.
 DAYS_AHEAD = 366
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of the doctor. `code` is the exit code that a run would have because of a `fail`."""
+    """One line of the doctor's output. `exit_code` is the exit code that a run would have because of a `fail`."""
 
     mark: Literal["ok", "warn", "fail"]
     subject: str
@@ -32,18 +32,18 @@ class Finding:
     exit_code: ExitCode = ExitCode.OK
 
     def __str__(self) -> str:
-        """Write it on one line."""
+        """Format the finding as one line."""
         remedy = f" -> {self.remedy}" if self.remedy else ""
         return f"{self.mark:<6}{self.subject:<10}{' '.join(f'{self.message}{remedy}'.split())}"
 
 
 def error_finding(subject: str, error: EnrichError) -> Finding:
-    """Make a finding of what a run would fail with."""
+    """Turn an error that a run would raise into a finding."""
     return Finding("fail", subject, error.message, error.hint, error.exit_code)
 
 
 def check_clock(ahead_s: float | None) -> Finding:
-    """Judge by how much the API's clock is ahead of ours."""
+    """Check by how many seconds the API's clock is ahead of this machine's. None: the API sent no time."""
     if ahead_s is None:
         return Finding("ok", "clock", "the API tells no time to compare with")
     if abs(ahead_s) * 1000 <= CLOCK_TOLERANCE_MS:
@@ -56,7 +56,10 @@ def check_clock(ahead_s: float | None) -> Finding:
 def check_balance(
     balance: int | None, min_balance: int | None, max_price: int | None, recent_spends: Sequence[int]
 ) -> Iterator[Finding]:
-    """Judge the balance; `last` is what the last runs spent. All in millionths of a credit."""
+    """Check the balance (None: not reported) against the needs of the next run. All in millionths of a credit.
+
+    `max_price` is the maximum price of one request. `recent_spends` are the amounts that the last runs spent.
+    """
     if balance is None:
         yield Finding("ok", "balance", "the API does not tell it")
         return
@@ -85,7 +88,7 @@ def check_balance(
 def check_cap(
     max_credits: int | None, max_price: int | None, executions: Sequence[Mapping[str, Any]]
 ) -> Iterator[Finding]:
-    """Judge the cap (millionths) by the last executions, as the ledger's rows."""
+    """Check the cap (millionths of a credit) against the last executions, which are rows of the ledger."""
     if max_credits is None:
         yield Finding("warn", "cap", "limits.max_credits is not set: a run may spend the whole balance", "set it")
         return
@@ -109,7 +112,7 @@ def check_cap(
 
 
 def check_expiring_results(submitted_ms: Sequence[int], ttl_ms: int, now_ms: int, next_run_ms: int) -> Finding:
-    """Judge what waits at the API and expires before the next run; times in milliseconds since 1970."""
+    """Check for results that the API deletes before the next run. Times are in milliseconds since 1970 (UTC)."""
     if not submitted_ms:
         return Finding("ok", "results", "nothing waits at the API")
     count = sum(at + ttl_ms <= next_run_ms for at in submitted_ms)
@@ -123,7 +126,7 @@ def check_expiring_results(submitted_ms: Sequence[int], ttl_ms: int, now_ms: int
 
 
 def check_in_doubt(count: int) -> Finding:
-    """Judge what waits for a person's word."""
+    """Check for unconfirmed requests, which need a decision."""
     if not count:
         return Finding("ok", "doubts", "no request is in doubt")
     remedy = "enrich reconcile, then run --retry in_doubt (may pay twice) or --accept in_doubt"
@@ -131,7 +134,7 @@ def check_in_doubt(count: int) -> Finding:
 
 
 def check_input_age(changed_s: float, now_s: float) -> Finding:
-    """Judge how old the input is; times in seconds since 1970."""
+    """Check the age of the input. Times are in seconds since 1970."""
     days = (now_s - changed_s) / DAY_S
     if now_s - changed_s > STALE_INPUT_S:
         return Finding("warn", "input", f"did not change for {days:.0f} days", "is the export still running?")
@@ -141,7 +144,10 @@ def check_input_age(changed_s: float, now_s: float) -> Finding:
 def check_output_names(
     path_of: Callable[[datetime], Location], start: datetime, reserved: Mapping[Path, str]
 ) -> Finding:
-    """Judge the names that the output will have at the same time of the coming nights."""
+    """Check the output names of the coming days, each at the time of `start`.
+
+    They must differ from the `reserved` paths (path to description) and should not repeat irregularly.
+    """
     daily_paths = [path_of(start + timedelta(days=day)) for day in range(DAYS_AHEAD)]
     for day, path in enumerate(daily_paths):
         if isinstance(path, Path) and path in reserved:
@@ -157,7 +163,7 @@ def check_output_names(
 
 
 def check_free_space(folder: Path, free: int, output_bytes: int, ledger_bytes: int) -> Finding:
-    """Judge the free space (bytes): `certain` is needed by the output, up to `possible` by the ledger."""
+    """Check the free space in bytes: the output needs `output_bytes`, the ledger up to `ledger_bytes`."""
     free_text = f"{_format_size(free)} free in {folder}"
     if free < output_bytes:
         message = f"{free_text}, the output needs {_format_size(output_bytes)}"
@@ -171,13 +177,13 @@ def check_free_space(folder: Path, free: int, output_bytes: int, ledger_bytes: i
 
 def _format_size(count: float) -> str:
     for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:  # noqa: PLR2004 - as disks are sold
+        if count < 1000:  # noqa: PLR2004 - decimal units, as disks are sold
             return f"{count:,.0f} {unit}"
         count /= 1000
     return f"{count:,.1f} TB"
 
 
 def next_run_time(now: datetime, hour: int, minute: int) -> datetime:
-    """Tell when the clock shows that time next."""
+    """Return the next time after `now` at which the local clock shows this time."""
     today = now.replace(hour=hour, minute=minute, second=0, microsecond=0)
     return today if today > now else today + timedelta(days=1)

@@ -1,4 +1,4 @@
-"""`enrich doctor`: what will go wrong tonight. Looks only: it collects the facts that `outlook` judges."""
+"""`enrich doctor`: checks that the next cron run of a job will work. Collects the facts for `checks`. Read-only."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from enrich.report.page_file import INSTALL_HINT, is_extra_missing
 from enrich.run.budget import make_budget
 from enrich.run.preflight import ApiSnapshot, query_api
 
-#: Executions that are looked back at.
+#: Number of past executions that are considered.
 RECENT_EXECUTIONS = 7
-#: What a request takes in a young ledger, in bytes, and how many requests tell it better.
+#: Bytes per request in a small ledger. With at least ENOUGH_REQUESTS requests the ledger's own average is used.
 REQUEST_BYTES, ENOUGH_REQUESTS = 2_000, 100
-#: How much smaller gzip makes a CSV, at most.
+#: Maximum factor by which gzip compresses a CSV.
 GZIP_FACTOR = 10
-#: Variables that change where and how the API is reached.
+#: Environment variables that change where and how the API and the ledger are reached.
 ENVIRONMENT_VARIABLES = (
     "DATABAR_BASE_URL",
     *(name for lower in ("https_proxy", "all_proxy", "no_proxy") for name in (lower, lower.upper())),
@@ -54,9 +54,9 @@ ENVIRONMENT_VARIABLES = (
 
 @dataclass(frozen=True, slots=True)
 class DoctorContext:
-    """How the doctor looks: `environ` is what cron will have, `shell` what the person has now.
+    """Conditions of the checks. `cron_environ` is the environment under cron, `shell_environ` the current one.
 
-    `sandbox` is the way to the sandbox when the job is looked at there. `night` is when the job runs next.
+    `next_run` is when the job runs next. `sandbox_access` is set if the job is checked against the sandbox.
     """
 
     cron_environ: Mapping[str, str]
@@ -68,7 +68,7 @@ class DoctorContext:
 
 
 def findings_exit_code(findings: Sequence[Finding]) -> ExitCode:
-    """The exit code that tonight's run would have for what fails."""
+    """Return the exit code that the next run would have because of the failed findings."""
     codes = {finding.exit_code for finding in findings if finding.mark == "fail"}
     return next((code for code in EXIT_PRECEDENCE if code in codes), ExitCode.OK)
 
@@ -84,7 +84,7 @@ def findings_as_json(job: str, findings: Sequence[Finding]) -> dict[str, Any]:
 
 
 def job_findings(job: Job, context: DoctorContext) -> Iterator[Finding]:
-    """Look at a job and everything that its runs need. Nothing is written or paid."""
+    """Check a job and everything that its runs need. Writes nothing and spends nothing."""
     access = context.sandbox_access
     bound_to: dict[str, str | None] = {}
     if context.sandbox_access is None:
@@ -115,7 +115,7 @@ def job_findings(job: Job, context: DoctorContext) -> Iterator[Finding]:
 
 
 def environment_findings(context: DoctorContext) -> Iterator[Finding]:
-    """Look at the key and at what reaches the API, with the eyes of cron."""
+    """Check the API key and the network settings in cron's environment."""
     environ, home = context.cron_environ, Path(context.cron_environ["HOME"])
     try:
         find_key(environ, home)
@@ -153,7 +153,7 @@ def _key_file_findings(environ: Mapping[str, str], home: Path) -> Iterator[Findi
 
 
 def _find_usable_base_url(environ: Mapping[str, str]) -> str:
-    """Find the API's address. Raises JobError for what a run could not use to get there."""
+    """Return the API's address. Raises JobError if a run could not use the address, the proxy or the certificates."""
     base_url = find_base_url(environ)
     find_proxy(environ, base_url)
     if base_url.startswith("https:"):
@@ -162,7 +162,7 @@ def _find_usable_base_url(environ: Mapping[str, str]) -> str:
 
 
 def _find_access(context: DoctorContext) -> ApiAccess | None:
-    """Find the way to the API; what is wrong with it was told before."""
+    """Return the access to the API. None if it is unusable, which `environment_findings` reports."""
     try:
         return ApiAccess(
             _find_usable_base_url(context.cron_environ),
@@ -173,7 +173,7 @@ def _find_access(context: DoctorContext) -> ApiAccess | None:
 
 
 def _file_findings(job: Job, context: DoctorContext) -> Iterator[Finding]:
-    """Look at the input's age, the output's names and the ledger's file system."""
+    """Check the input's age, the output's names and the ledger's file system."""
     if ages := [path.stat().st_mtime for path in local_input_files(job) if os.access(path, os.R_OK)]:
         yield checks.check_input_age(max(ages), context.now.timestamp())
     reserved = {path: f"the {key}" if key in ("input", "ledger") else key for key, path in files_read(job).items()}
@@ -190,7 +190,7 @@ def _file_findings(job: Job, context: DoctorContext) -> Iterator[Finding]:
 def _ledger_findings(
     job: Job, context: DoctorContext, check: CheckResult, live: ApiSnapshot | None
 ) -> Iterator[Finding]:
-    """Look at what is left from the nights before, and at the money for the next."""
+    """Check what earlier runs left in the ledger, and the credits for the next run."""
     path = job.ledger
     counts: dict[State, int] = {}
     submitted: list[int] = []
@@ -204,7 +204,7 @@ def _ledger_findings(
         else:
             yield Finding("ok", "ledger", f"{path} will be made by the first run")
     except EnrichError:
-        return  # the check has said so
+        return  # check_job has reported it
     if _ledger_is_locked(path):
         yield Finding("warn", "lock", "a run holds the ledger now", "let it end before tonight's, or --if-locked skip")
     ttl_ms = int(job.model.policy.result_ttl.total_seconds() * 1000)
@@ -239,7 +239,7 @@ def _optional_micros(credits_: float | None) -> int | None:
 
 
 def _disk_findings(job: Job, context: DoctorContext, check: CheckResult) -> Iterator[Finding]:
-    """Look at the disks that the output and the ledger are on."""
+    """Check the free space for the output and the ledger."""
     try:
         size = sum(
             path.stat().st_size * (GZIP_FACTOR if path.suffix.lower() == ".gz" else 1)
@@ -247,12 +247,12 @@ def _disk_findings(job: Job, context: DoctorContext, check: CheckResult) -> Iter
         )
         per_request = float(REQUEST_BYTES)
         if isinstance(job.ledger, PostgresLocation):
-            per_request = 0.0  # the server's disk is another's to look after
+            per_request = 0.0  # the disk of the database server is not checked
         elif path_exists(job.ledger):
             with closing(Ledger(job.ledger, read_only=True)) as ledger:
                 request_count = sum(ledger.state_counts().values())
             per_request = job.ledger.stat().st_size / request_count if request_count >= ENOUGH_REQUESTS else per_request
-        # The journal may hold all of it once more.
+        # SQLite's journal may hold a second copy of the data.
         growth = int(2 * per_request * (check.sendable_rows or 0))
         ledger_folder = job.ledger.local_folder if isinstance(job.ledger, PostgresLocation) else job.ledger.parent
         ledger_disk, output = nearest_existing(ledger_folder), job.output_path(context.next_run)
@@ -263,11 +263,11 @@ def _disk_findings(job: Job, context: DoctorContext, check: CheckResult) -> Iter
             yield checks.check_free_space(folders[0], system.free_bytes(folders[0]), 2 * size, 0)
             yield checks.check_free_space(folders[1], system.free_bytes(folders[1]), 0, growth)
     except (OSError, EnrichError):
-        return  # the check has said what cannot be read
+        return  # check_job has reported what cannot be read
 
 
 def _program_findings(job: Job, context: DoctorContext) -> Iterator[Finding]:
-    """Start the program as cron would, and look at how it would write names."""
+    """Start the program as cron would, and check its encoding of file names."""
     command = system.enrich_command()
     problem = system.startup_error(command, context.cron_environ)
     if problem:
@@ -284,6 +284,32 @@ def _program_findings(job: Job, context: DoctorContext) -> Iterator[Finding]:
         yield Finding(
             "fail", "names", message, "LANG=C.UTF-8 in the crontab, then --env LANG=C.UTF-8", ExitCode.REFUSED
         )
+
+
+def _make_cron_environ(given: tuple[str, ...], env_file: TextIO | None) -> dict[str, str]:
+    """Return the environment under cron: HOME, PATH and the variables that the crontab sets."""
+    environ = {"HOME": pwd.getpwuid(os.getuid()).pw_dir, "PATH": "/usr/bin:/bin"}
+    if env_file is not None:
+        environ |= parse_option(lambda _: parse_env_lines(env_file), "")
+    for pair in given:
+        name, equals, value = pair.partition("=")
+        if not (name and equals):
+            raise click.BadParameter(f"`{pair}` must be NAME=VALUE", param_hint="--env")
+        environ[name] = value
+    return environ
+
+
+@contextmanager
+def _cron_environment(environ: dict[str, str]) -> Iterator[dict[str, str]]:
+    """Use cron's environment during the block. Yields a copy of the shell's environment."""
+    shell = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(environ)
+    try:
+        yield shell
+    finally:
+        os.environ.clear()
+        os.environ.update(shell)
 
 
 @click.command()
@@ -328,29 +354,3 @@ def doctor(
     else:
         click.echo("\n".join(map(str, findings)))
     return findings_exit_code(findings)
-
-
-def _make_cron_environ(given: tuple[str, ...], env_file: TextIO | None) -> dict[str, str]:
-    """Make the environment that cron will give: next to nothing, and what the crontab sets."""
-    environ = {"HOME": pwd.getpwuid(os.getuid()).pw_dir, "PATH": "/usr/bin:/bin"}
-    if env_file is not None:
-        environ |= parse_option(lambda _: parse_env_lines(env_file), "")
-    for pair in given:
-        name, equals, value = pair.partition("=")
-        if not (name and equals):
-            raise click.BadParameter(f"`{pair}` must be NAME=VALUE", param_hint="--env")
-        environ[name] = value
-    return environ
-
-
-@contextmanager
-def _cron_environment(environ: dict[str, str]) -> Iterator[dict[str, str]]:
-    """Live in cron's environment; yield the shell's."""
-    shell = dict(os.environ)
-    os.environ.clear()
-    os.environ.update(environ)
-    try:
-        yield shell
-    finally:
-        os.environ.clear()
-        os.environ.update(shell)

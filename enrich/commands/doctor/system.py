@@ -1,4 +1,4 @@
-"""What the machine says of its files: on which file system they lie, who may read them, how much room there is."""
+"""System facts for `enrich doctor`: file systems, permissions, locks, free space, and whether the program starts."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-#: File systems over a network, as Linux names them; SQLite's locks are not safe there.
+#: Network file systems, by their names in Linux. SQLite's locks are not safe on them.
 _NETWORK = re.compile(r"nfs\d?|cifs|smb\w*|ncpfs|afs|9p|ceph|glusterfs|lustre|beegfs|gpfs|davfs|fuse\..*")
 #: FUSE file systems whose data is on this machine.
 _LOCAL_FUSE = frozenset(
     {"fuse.lxcfs", "fuse.portal", "fuse.gvfsd-fuse", "fuse.bindfs", "fuse.mergerfs", "fuse.ntfs-3g"}
 )
 _OCTAL_ESCAPE = re.compile(r"\\([0-7]{3})")
-#: The program must be up by then.
+#: A program that is started must finish within this time (seconds).
 _START_TIMEOUT_S = 30.0
 
 
 def file_system_type(mountinfo: str, path: Path) -> str | None:
-    """Tell the type of the file system that a path (absolute, no links) is on, from /proc/self/mountinfo.
+    """Return the type of the file system of a path (absolute, no links) from the text of /proc/self/mountinfo.
 
-    A line is `36 35 98:0 /root /mount/point rw,noatime - ext4 /dev/sda1 rw`, see proc(5); what is mounted last
-    covers what was there. None: it does not say.
+    A line is `36 35 98:0 /root /mount/point rw,noatime - ext4 /dev/sda1 rw`, see proc(5). A later mount covers an
+    earlier one at the same mount point. None if the text does not contain it.
     """
     found: tuple[int, str] | None = None
     for line in mountinfo.splitlines():
@@ -43,12 +43,12 @@ def file_system_type(mountinfo: str, path: Path) -> str | None:
 
 
 def is_network_file_system(kind: str | None) -> bool:
-    """Tell whether a type of file system is one over a network."""
+    """Whether this is the type of a network file system."""
     return kind is not None and kind not in _LOCAL_FUSE and _NETWORK.fullmatch(kind) is not None
 
 
 def read_mountinfo() -> str:
-    """Read what is mounted; "" where the system does not tell it this way."""
+    """Return the text of /proc/self/mountinfo, "" on a system without it."""
     try:
         return Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -56,17 +56,17 @@ def read_mountinfo() -> str:
 
 
 def is_accessible_by_others(path: Path) -> bool:
-    """Tell whether group or others may read or write a file."""
+    """Whether the group or others have any permission on a file."""
     return bool(path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO))
 
 
 def free_bytes(folder: Path) -> int:
-    """Tell how much this user may still write there."""
+    """Return how many bytes this user may still write in a folder."""
     return shutil.disk_usage(folder).free
 
 
 def is_lock_held(lock: Path) -> bool:
-    """Tell whether a process holds a lock; nothing is made, and it is held for a moment only."""
+    """Whether a process holds a lock file. Creates no file, and holds a free lock only for a moment."""
     try:
         descriptor = os.open(lock, os.O_RDONLY)
     except OSError:
@@ -93,7 +93,7 @@ def enrich_command() -> list[str]:
 
 
 def startup_error(command: Sequence[str], environ: Mapping[str, str]) -> str | None:
-    """Start the program as cron would; return what goes wrong, None: nothing."""
+    """Start the program as cron would. Return the error, None if it starts."""
     try:
         result = subprocess.run(  # noqa: S603 - our own program
             [*command, "--version"],
@@ -112,7 +112,7 @@ def startup_error(command: Sequence[str], environ: Mapping[str, str]) -> str | N
 
 
 def file_name_encoding(environ: Mapping[str, str]) -> str:
-    """Ask a Python with this environment how it writes the names of files; "" when it does not start."""
+    """Return the file name encoding of a Python process in this environment, "" if it does not start."""
     script = "import sys; print(sys.getfilesystemencoding())"
     result = subprocess.run(  # noqa: S603 - our own interpreter
         [sys.executable, "-c", script],
@@ -127,7 +127,7 @@ def file_name_encoding(environ: Mapping[str, str]) -> str:
 
 
 def parse_env_lines(lines: Iterable[str]) -> dict[str, str]:
-    """Read `NAME=VALUE` lines, with `#` comments, quotes and `export` as a shell has them. Raises ValueError."""
+    """Parse `NAME=VALUE` lines with `#` comments, quotes and `export` as in a shell. Raises ValueError."""
     environ: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         try:

@@ -1,4 +1,4 @@
-"""Guesses which column serves which param, from headers and values; says how sure it is, and why."""
+"""Matches input columns to params by headers and values, with a confidence and a reason for each match."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Literal
 from enrich.databar.waterfall import Waterfall
 
 ValueFormat = str
-
+Confidence = Literal["sure", "likely", "a guess"]
 _HOST = r"(?:[\w-]+\.)+[^\W\d_]{2,}"
-#: How a value looks. A value may be of several kinds: a LinkedIn address is a URL.
+#: Patterns of value formats. A value may have several formats: a LinkedIn address is also a URL.
 VALUE_FORMATS: dict[ValueFormat, re.Pattern[str]] = {
     "e-mail addresses": re.compile(rf"(?:mailto:)?[^\s@:/]+@{_HOST}", re.IGNORECASE),
     "web addresses": re.compile(rf"[a-z][a-z0-9+.-]*://\S+|www\.{_HOST}\S*|{_HOST}(?:[/?#]\S*)", re.IGNORECASE),
@@ -23,19 +23,30 @@ VALUE_FORMATS: dict[ValueFormat, re.Pattern[str]] = {
     "LinkedIn company pages": re.compile(r"\S*linkedin\.[a-z]+/(?:company|school)/\S+", re.IGNORECASE),
     "phone numbers": re.compile(r"\+?[\d\s().\-/]{7,}(?:\s*(?:x|ext\.?)\s*\d+)?", re.IGNORECASE),
 }
-#: Mail of people, not of the company they work for.
+#: Addresses of private mailboxes. Their domain is not the domain of a company.
 _FREE_MAIL = re.compile(
     r"@(?:gmail|googlemail|yahoo|ymail|hotmail|outlook|live|msn|icloud|me|aol|gmx|web|mail|proton(?:mail)?|orange|free"
     r"|wanadoo|laposte|t-online|freenet|libero|qq|163|126|yandex|zoho)\.[a-z.]{2,6}$",
     re.IGNORECASE,
 )
+#: A single word with fewer letters is too ambiguous among other words: `Last Contacted`, `Name of the fair`.
+_MIN_WORD_LENGTH = 5
+_EXACT_HEADER = 3
+#: Shares of the values in a format: from the first on it is proven, below the second it is ruled out, and from the
+#: third on the few other values count as exceptions.
+PROVING_SHARE, CONTRADICTING_SHARE, DOMINANT_SHARE = 0.5, 0.1, 0.8
+#: With this share of private mailboxes or more, a column of addresses yields no company domains.
+MAX_FREE_MAIL_SHARE = 0.2
+#: Minimum number of values for judging how often a host occurs.
+MIN_VALUES = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column of the input as its sample shows it. `shares` of the `filled` values (a number) are of each kind.
+    """Statistics of the sampled values of an input column. All shares (0 to 1) refer to the non-blank values.
 
-    `top_host` is the share of the most frequent host, `free_mail` that of private mailboxes.
+    `filled_count` is the number of non-blank values. `numeric_share` counts values without letters, `spaced_share`
+    values with a space, `top_host_share` the most frequent host, `free_mail_share` private mailboxes.
     """
 
     name: str
@@ -48,7 +59,7 @@ class Column:
 
 
 def describe_column(name: str, values: Iterable[str]) -> Column:
-    """Look at a column's values; blank ones count for nothing."""
+    """Compute the statistics of a column's values. Blank values are ignored."""
     filled = [value.strip() for value in values if value.strip()]
     count = len(filled) or 1
     shares = {kind: sum(1 for value in filled if form.fullmatch(value)) / count for kind, form in VALUE_FORMATS.items()}
@@ -69,7 +80,7 @@ def _host(value: str) -> str:
 
 
 def split_words(name: str) -> tuple[str, ...]:
-    """Split a header or a param into lower-case words without accents: `firstName`, `First-Name`, `Prénom`."""
+    """Split a header or param name (`firstName`, `First-Name`, `Prénom`) into lower-case words without accents."""
     spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name)
     plain = "".join(sign for sign in unicodedata.normalize("NFKD", spaced) if not unicodedata.combining(sign))
     return tuple(re.findall(r"[^\W_]+", plain.casefold().replace("ß", "ss")))
@@ -77,7 +88,7 @@ def split_words(name: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class ColumnKind:
-    """A thing that params ask for. `kind` is the form that its values have, None: any text."""
+    """A kind of data: names of params that take it and of headers (comma-separated). No `value_format`: any text."""
 
     params: str
     headers: str
@@ -85,11 +96,11 @@ class ColumnKind:
     transform: tuple[str, ...] = ()
 
     def serves_param(self, param: str) -> bool:
-        """Tell whether a param asks for this."""
+        """Whether a param takes this kind of data."""
         return _normalized(param) in map(_normalized, self.params.split(","))
 
     def header_score(self, header: str) -> int:
-        """How well a header names this: 3 exactly, 2 among other words, 0 not at all."""
+        """Return how well a header matches: 3 exactly, 2 among other words, 0 not at all."""
         names = [split_words(name) for name in self.headers.split(",")]
         header_words = split_words(header)
         if "".join(header_words) in {"".join(name) for name in names}:
@@ -99,7 +110,7 @@ class ColumnKind:
         return 2 if any(_is_specific(name) and _is_sublist(name, header_words) for name in names) else 0
 
 
-#: A header with one of these speaks of somebody or something else: `Account Owner Email`, `Company Phone`.
+#: A header with one of these words names another person or thing: `Account Owner Email`, `Company Phone`.
 EXCLUDING_WORDS = frozenset(
     split_words(
         "owner manager assistant referrer parent previous former old opt optin status valid verified bounced date "
@@ -107,8 +118,6 @@ EXCLUDING_WORDS = frozenset(
         "account billing shipping score size industry revenue country city address street zip stage"
     )
 )
-#: A single word of fewer letters is too short to mean much among others: `Last Contacted`, `Name of the fair`.
-_MIN_WORD_LENGTH = 5
 
 
 def _normalized(name: str) -> str:
@@ -182,7 +191,6 @@ TITLE = ColumnKind(
     "title,job_title,position,role",
     "title,job title,position,role,function,berufsbezeichnung,funktion,poste,fonction,cargo,puesto,ruolo,functie",
 )
-
 COLUMN_KINDS = (
     FIRST_NAME, LAST_NAME, FULL_NAME, EMAIL, DOMAIN, COMPANY_NAME, LINKEDIN, COMPANY_LINKEDIN, PHONE, COUNTRY,
     CITY, TITLE,
@@ -190,24 +198,14 @@ COLUMN_KINDS = (
 
 
 def column_kind_of(param: str) -> ColumnKind:
-    """Tell what a param asks for; one that is not known asks for a column of its own name."""
+    """Return the kind of data that a param takes. An unknown param takes a column of its own name."""
     kind = next((concept for concept in COLUMN_KINDS if concept.serves_param(param)), None)
     return kind or ColumnKind(param, " ".join(split_words(param)) or param)
 
 
-Confidence = Literal["sure", "likely", "a guess"]
-
-#: Shares of the values: that prove a kind, that would contradict it, that a few strays may be.
-PROVING_SHARE, CONTRADICTING_SHARE, DOMINANT_SHARE = 0.5, 0.1, 0.8
-#: Private mailboxes tell nothing of a company.
-MAX_FREE_MAIL_SHARE = 0.2
-#: Fewer values say nothing about how often a host comes.
-MIN_VALUES = 4
-
-
 @dataclass(frozen=True, slots=True)
 class ColumnMatch:
-    """Where a param's values come from."""
+    """The columns and transforms that supply a param's values."""
 
     columns: tuple[str, ...]
     transform: tuple[str, ...]
@@ -217,7 +215,7 @@ class ColumnMatch:
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
-    """How well a column serves a concept."""
+    """How well a column fits a kind of data."""
 
     column: Column
     score: int
@@ -226,9 +224,10 @@ class _Candidate:
 
 
 def match_columns(params: Sequence[str], columns: Sequence[Column]) -> dict[str, ColumnMatch | None]:
-    """Choose columns for the params; None where none fits.
+    """Choose columns for the params; None where no column fits.
 
-    A column serves one param only, but for the domain taken out of it. Equal input gives equal guesses.
+    Each column supplies one param only, but the company domain may also come from a column used elsewhere. Equal
+    input gives equal results.
     """
     matches: dict[str, ColumnMatch | None] = dict.fromkeys(params)
     kinds = {param: column_kind_of(param) for param in params}
@@ -258,7 +257,7 @@ def match_columns(params: Sequence[str], columns: Sequence[Column]) -> dict[str,
 
 
 def _match_domain(columns: Sequence[Column]) -> ColumnMatch | None:
-    """Take the company's domain from its website, else from the address of a person who works there."""
+    """Match the company domain to the website column, else to the email addresses of employees. None if none fits."""
     sites = _ranked_candidates(DOMAIN, columns)[:1]
     mails = [
         fit
@@ -308,9 +307,6 @@ def _make_candidate(kind: ColumnKind, column: Column, columns: Sequence[Column])
     )
 
 
-_EXACT_HEADER = 3
-
-
 def _share_in_format(kind: ColumnKind, column: Column) -> float:
     if kind.value_format is None:
         return 0.0
@@ -324,7 +320,7 @@ def _blank_reason(column: Column) -> str | None:
 
 
 def _is_not_a_name(kind: ColumnKind, column: Column) -> bool:
-    """Tell whether a column holds addresses or numbers where names are asked for."""
+    """Whether a column holds addresses or numbers although the kind is a name."""
     if kind not in (FIRST_NAME, LAST_NAME, FULL_NAME, COMPANY_NAME):
         return False
     return (
@@ -334,7 +330,7 @@ def _is_not_a_name(kind: ColumnKind, column: Column) -> bool:
 
 
 def _is_single_site(column: Column) -> bool:
-    """Tell whether the addresses lead to one site, as those of photos do."""
+    """Whether most addresses lead to one site, as photo URLs do."""
     return column.filled_count >= MIN_VALUES and column.top_host_share > DOMINANT_SHARE
 
 
@@ -343,7 +339,7 @@ def _is_linkedin_urls(column: Column) -> bool:
 
 
 def _german_last_name_score(kind: ColumnKind, column: Column, columns: Sequence[Column]) -> int:
-    """Take `Name` for the last name where a first name stands beside it and no other last name."""
+    """Return 1 if `Name` means the last name: there is a first-name column and no other last-name column."""
     if (
         kind is not LAST_NAME
         or FULL_NAME.header_score(column.name) != _EXACT_HEADER
@@ -358,7 +354,7 @@ def _german_last_name_score(kind: ColumnKind, column: Column, columns: Sequence[
 
 
 def unmatched_reason(param: str, columns: Sequence[Column]) -> str | None:
-    """Say what stands in the way of a param that found no column."""
+    """Return why no column fits a param. None if there is no known reason."""
     if column_kind_of(param) in (FIRST_NAME, LAST_NAME):
         whole = _ranked_candidates(FULL_NAME, columns)[:1]
         if whole and whole[0].column.spaced_share >= PROVING_SHARE:
@@ -367,20 +363,20 @@ def unmatched_reason(param: str, columns: Sequence[Column]) -> str | None:
 
 
 def existing_result_columns(fields: Iterable[str], columns: Sequence[Column]) -> list[str]:
-    """Name the columns that hold already what the waterfall finds."""
+    """Return the columns that already hold fields of the waterfall's result."""
     kinds = [column_kind_of(field) for field in fields]
     return [candidates[0].column.name for concept in kinds if (candidates := _ranked_candidates(concept, columns))]
 
 
 def count_matched_params(waterfall: Waterfall, columns: Sequence[Column]) -> tuple[int, int]:
-    """Count the required params of a waterfall that a column was found for, and all of them."""
+    """Return how many required params of a waterfall have a matching column, and how many it has."""
     required = [param.name for param in waterfall.input_params if param.required]
     matches = match_columns(required, columns)
     return sum(each is not None for each in matches.values()), len(required)
 
 
 def result_column_names(fields: Sequence[str], header: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yield (new column, field), the names not among the header's, whatever their case."""
+    """Yield (new column, field). The new names do not occur in the header, ignoring case."""
     used_names = {name.casefold() for name in header}
     for field in fields:
         names = (field, f"found_{field}", *(f"found_{field}_{number}" for number in range(2, len(used_names) + 3)))

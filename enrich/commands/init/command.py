@@ -1,4 +1,4 @@
-"""`enrich init`: from a CSV and a waterfall to a job file."""
+"""`enrich init`: writes a commented job file for a CSV and a waterfall."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from enrich.job.spec import json_schema
 
 
 def draft_job(sample: Sample, available: Sequence[Waterfall], identifier: str, source: str, target: Path | None) -> str:
-    """Write the text of a job file that will lie at `target`, None: in the working directory.
+    """Return the text of a job file to be saved at `target` (None: in the working directory).
 
-    Raises JobError when the waterfall is not on offer.
+    Raises JobError if the waterfall is not available.
     """
     waterfall = next((each for each in available if each.identifier == identifier), None)
     if waterfall is None:
@@ -48,7 +48,7 @@ def draft_job(sample: Sample, available: Sequence[Waterfall], identifier: str, s
 
 
 def _path_in_job_file(path: Path, job_folder: Path) -> str:
-    """Write a path as the job file reads it; from far away the absolute one is clearer."""
+    """Return a path relative to the job file, or absolute if it is more than one folder up, which is clearer."""
     relative = os.path.relpath(path.absolute(), job_folder)
     return relative if relative.count("..") <= 1 else str(path.absolute())
 
@@ -61,7 +61,7 @@ def _is_our_schema(path: Path) -> bool:
 
 
 def write_new_file(text: str, target: Path, *, force: bool) -> None:
-    """Write a file (0600). Raises JobError when there is one already, unless `force`; Refused when it cannot be."""
+    """Write a file (mode 0600). Raises JobError if it exists (without `force`), CommandRefused if that fails."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if force:
@@ -76,7 +76,7 @@ def write_new_file(text: str, target: Path, *, force: bool) -> None:
 
 
 def rank_waterfalls(available: Sequence[Waterfall], sample: Sample) -> Iterator[str]:
-    """Tell how well each waterfall fits the columns, the best first."""
+    """Yield a line about how well each waterfall fits the columns, best first."""
     rated = [(count_matched_params(waterfall, sample.columns), waterfall) for waterfall in available]
     rated.sort(key=lambda each: (each[0][1] - each[0][0], -each[0][1], each[1].identifier))
     width = max((len(waterfall.identifier) for waterfall in available), default=0)
@@ -85,6 +85,23 @@ def rank_waterfalls(available: Sequence[Waterfall], sample: Sample) -> Iterator[
             ", ".join(param.name for param in waterfall.input_params if param.required) or "no params named"
         )
         yield f"  {waterfall.identifier:<{width}}  {found} of {needed} required params have a column: {required_names}"
+
+
+def _read_available(*, use_sandbox: bool, offline: bool) -> tuple[list[Waterfall], str]:
+    """Return the waterfalls, from the API or else from the documentation, and a text that names the source."""
+    documented = (
+        list(DOCUMENTED_WATERFALLS.values()),
+        f"the public documentation of {DOCUMENTED_ON}, which may be out of date",
+    )
+    if offline:
+        return documented
+    try:
+        with options.open_access(None, use_sandbox=use_sandbox) as access:
+            api_name = "the built-in sandbox" if use_sandbox else f"the API at {access.host}"
+            return read_waterfalls(access, None), f"{api_name}, asked on {datetime.now(UTC):%Y-%m-%d}"
+    except (ApiKeyRejected, ApiUnreachable) as error:
+        click.echo(f"note: {error.message}; so the waterfalls are those of the documentation", err=True)
+    return documented
 
 
 @click.command()
@@ -122,20 +139,3 @@ def init(leads: Path, identifier: str | None, out: Path | None, use_sandbox: boo
     write_new_file(text, target, force=force)
     if sys.stderr.isatty():
         click.echo(f"{target} is written; read it, then: enrich check {target}", err=True)
-
-
-def _read_available(*, use_sandbox: bool, offline: bool) -> tuple[list[Waterfall], str]:
-    """Ask the API for its waterfalls, else take the documented ones; and say which these are."""
-    documented = (
-        list(DOCUMENTED_WATERFALLS.values()),
-        f"the public documentation of {DOCUMENTED_ON}, which may be out of date",
-    )
-    if offline:
-        return documented
-    try:
-        with options.open_access(None, use_sandbox=use_sandbox) as access:
-            api_name = "the built-in sandbox" if use_sandbox else f"the API at {access.host}"
-            return read_waterfalls(access, None), f"{api_name}, asked on {datetime.now(UTC):%Y-%m-%d}"
-    except (ApiKeyRejected, ApiUnreachable) as error:
-        click.echo(f"note: {error.message}; so the waterfalls are those of the documentation", err=True)
-    return documented

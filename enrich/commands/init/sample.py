@@ -1,4 +1,4 @@
-"""Looks at an unknown table: its encoding, its separator, its header and its first rows."""
+"""Samples an unknown table: detects its encoding and separator, reads its header and its first rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SAMPLE_ROWS = 1_000
 SEPARATORS = ",;\t|"
 _CHUNK_BYTES = 1 << 20
 _BYTE_ORDER_MARKS = (
-    (codecs.BOM_UTF32_LE, "utf-32"),  # before utf-16, whose mark is its beginning
+    (codecs.BOM_UTF32_LE, "utf-32"),  # before utf-16: the utf-32 mark begins with that of utf-16
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
@@ -32,7 +32,7 @@ _BYTE_ORDER_MARKS = (
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """How a table is to be read, and its columns as the first rows show them."""
+    """The format of a table, and its columns as seen in the first `rows` rows."""
 
     format: TableFile
     columns: list[Column]
@@ -45,7 +45,7 @@ class Sample:
 
 
 def take_sample(path: Path) -> Sample:
-    """Guess encoding and separator and read the first rows. Raises Refused that says why it cannot be read."""
+    """Detect encoding and separator, and read the first rows. Raises CommandRefused if the file cannot be read."""
     if (kind := format_of(path.name)) not in ("csv", None):
         source = InputTable(path, Input(path=str(path)))
         frame = next(source.batches(), None)
@@ -53,7 +53,7 @@ def take_sample(path: Path) -> Sample:
     try:
         encoding = _detect_encoding(path)
         attempts = [_try_format(TableFile(path, separator, encoding)) for separator in SEPARATORS]
-        # With the right separator the rows are as long as the header, and longer than with any other.
+        # With the right separator the rows have as many cells as the header, and more than with any other separator.
         readable = [sample for sample in attempts if isinstance(sample, Sample)]
         best = max(readable, key=lambda sample: len(sample.columns), default=None)
         if best is None or (len(best.columns) == 1 and len(readable) < len(SEPARATORS)):
@@ -79,7 +79,7 @@ def _make_sample(source: TableFile, header: list[str], frame: pl.DataFrame | Non
 
 
 def _detect_encoding(path: Path) -> str:
-    """Take UTF-8 when the whole file is, what its mark says, else cp1252."""
+    """Return the encoding of the byte order mark if there is one, UTF-8 if the whole file is valid, else cp1252."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:
         if not path.is_file():
@@ -95,5 +95,5 @@ def _detect_encoding(path: Path) -> str:
     except UnicodeDecodeError:
         return "cp1252"
     except (OSError, EOFError, zlib.error):
-        return "utf-8"  # csvfile says what is wrong
+        return "utf-8"  # reading the table reports the error
     return "utf-8"

@@ -1,4 +1,4 @@
-"""Writes a new job file: what was guessed, how sure it is, and what else a job may say."""
+"""Writes a new job file: the matched columns with their confidence, and the optional keys as comments."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from enrich.commands.init.sample import Sample
 from enrich.databar.waterfall import Waterfall
 from enrich.rows.requests import STATUS_COLUMNS
 
-#: Stands where a column is missing; `enrich check` knows it.
+#: Placeholder for a missing column. `enrich check` reports it.
 PLACEHOLDER = "FILL THIS IN"
 
 
 @dataclass(frozen=True, slots=True)
 class JobDraft:
-    """What a job file is written from. `source` says where the waterfall's description comes from, and of what date;
-    `schema` names the JSON Schema, relative to the job file, None: there is none.
-    """  # noqa: D205 - one thought
+    """The content of a job file. `source` is the origin and date of the waterfall's description.
+
+    `schema` is the path of the JSON Schema relative to the job file, None if there is none.
+    """
 
     sample: Sample
     waterfall: Waterfall
@@ -38,7 +39,7 @@ class JobDraft:
 
 
 def render_job_file(draft: JobDraft) -> str:
-    """Write the job file. What was guessed is marked; what is missing is marked as missing."""
+    """Return the text of the job file. Guesses and missing columns are marked as such."""
     return "\n".join(_job_lines(draft)) + "\n"
 
 
@@ -94,19 +95,26 @@ def _provider_lines(waterfall: Waterfall) -> Iterator[str]:
 
 def _param_lines(waterfall: Waterfall, sample: Sample) -> Iterator[str]:
     names = [param.name for param in waterfall.input_params]
-    # The required ones choose first.
+    # Required params get their columns first.
     ordered = sorted(waterfall.input_params, key=lambda param: not param.required)
     matches = match_columns([param.name for param in ordered], sample.columns)
     yield "params: # the waterfall's params: columns of the input"
     if not names:
-        yield f"  name_of_a_param: {yaml_scalar(PLACEHOLDER)} # the waterfall names no params: look at its documentation"
+        yield (
+            f"  name_of_a_param: {yaml_scalar(PLACEHOLDER)} # the waterfall names no params: look at its documentation"
+        )
     for param in ordered:
         match = matches[param.name]
         if match is not None:
-            yield f"  {yaml_scalar(param.name)}: {_param_source(match)} # {match.confidence}: {_printable(match.reason)}"
+            yield (
+                f"  {yaml_scalar(param.name)}: {_param_source(match)} # {match.confidence}: {_printable(match.reason)}"
+            )
         elif param.required:
             why = unmatched_reason(param.name, sample.columns) or "no column looks like it"
-            yield f"  {yaml_scalar(param.name)}: {yaml_scalar(PLACEHOLDER)} # REQUIRED: {_printable(why)}; put a column's name here"
+            yield (
+                f"  {yaml_scalar(param.name)}: {yaml_scalar(PLACEHOLDER)} "
+                f"# REQUIRED: {_printable(why)}; put a column's name here"
+            )
         else:
             yield f"  # {yaml_scalar(param.name)}: a column # optional: no column looks like it"
 
@@ -163,7 +171,7 @@ def _optional_key_lines(waterfall: Waterfall, sample: Sample) -> Iterator[str]:
 
 
 def yaml_scalar(text: str) -> str:
-    """Write a text as YAML, with quotes where it needs them."""
+    """Format a text as a YAML scalar, quoted if necessary."""
     plain = bool(text) and all(sign.isalnum() or sign in " _-./" for sign in text) and text[0] not in " -/"
     if plain and text.isprintable() and text == text.strip():
         try:
@@ -179,5 +187,5 @@ def _quote(text: str) -> str:
 
 
 def _printable(text: str) -> str:
-    """Keep a comment on its line."""
+    """Replace unprintable characters by `?`, so that a comment stays on one line."""
     return "".join(sign if sign.isprintable() else "?" for sign in text)
