@@ -67,7 +67,6 @@ def test_transition_is_committed_before_future_resolves(ledger: CommittingLedger
     asyncio.run(scene())
 
 
-@pytest.mark.long
 def test_transitions_keep_order(ledger: CommittingLedger) -> None:
     """First asked, first made, first resolved."""
     resolved: list[int] = []
@@ -85,7 +84,6 @@ def test_transitions_keep_order(ledger: CommittingLedger) -> None:
     assert resolved == list(range(50))
 
 
-@pytest.mark.long
 def test_concurrent_transitions_share_a_commit(ledger: CommittingLedger) -> None:
     """A hundred moves behind a slow one cost one sync of the disk, not a hundred."""
     statements: list[str] = []
@@ -171,7 +169,6 @@ def test_different_calls_are_not_batched(ledger: CommittingLedger) -> None:
     assert asyncio.run(scene()) == [[State.FAILED], [State.PENDING], None]
 
 
-@pytest.mark.long
 def test_failed_batch_is_rolled_back_alone(ledger: CommittingLedger) -> None:
     """Who told what cannot be fails with those who told it with him; nothing of it stays, all else does."""
     first, second, third = (ledger.submit(f"task {number}") for number in range(3))
@@ -193,7 +190,6 @@ def test_failed_batch_is_rolled_back_alone(ledger: CommittingLedger) -> None:
     assert ledger.execution_counters == (COST, 2 * MAX_PRICE, 0, 3)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("bulk", [False, True])
 def test_batched_statement_count(ledger: CommittingLedger, *, bulk: bool) -> None:
     """From the claim over the task ids to the answers: what comes at once is written at once."""
@@ -238,7 +234,6 @@ def test_transition_runs_after_cancelled_caller(ledger: CommittingLedger) -> Non
     assert ledger.wrapped.state_counts()[State.SUBMITTING] == 2
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("backend", ["file"])
 @pytest.mark.parametrize("trouble", ["full", "locked"])
 def test_failed_commit_stops_writer(ledger: CommittingLedger, trouble: str) -> None:

@@ -234,6 +234,7 @@ def test_ledger_from_environment(api: SandboxApi, workspace: Workspace) -> None:
 # One at a time
 
 
+@pytest.mark.long
 def test_concurrent_run_is_exit_11(tmp_path: Path, workspace: Workspace) -> None:
     """One execution at a time holds the ledger, wherever the second is started."""
     workspace.write_leads(make_leads(20))
