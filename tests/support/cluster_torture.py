@@ -1,7 +1,7 @@
 """Lets several workers share one ledger on a server, and does to them what happens to machines.
 
 Workers are killed or stopped for longer than their leases, the server is restarted in order and as if it had crashed,
-the run itself is killed; the API goes wrong in all its ways. `python -m tests.support.cluster_torture` is the long form and
+the run itself is killed, and the API fails in every way. `python -m tests.support.cluster_torture` is the long form and
 prints its table; the suite runs short ones.
 """
 
