@@ -251,27 +251,24 @@ def _read_input(job_input: JobInput, template: RequestTemplate, result: CheckRes
 
 
 @click.command()
-@options.JOB_ARGUMENT
-@options.path_options
+@options.RUN_JOB_OPTIONS
 @click.option("--online", is_flag=True, help="Ask the API, too: what did it change since the last run?")
 @options.JSON_OPTION
 def check(
-    job_file: Path,
-    input_path: str | None,
-    output: str | None,
-    ledger: str | None,
-    use_sandbox: bool,
+    job_options: options.JobOptions,
     online: bool,
     as_json: bool,
 ) -> int:
     """Check JOB before it runs: the file, the input to its end, the paths, the ledger. Pays and changes nothing."""
-    job = options.load_job_file(job_file, input_path, output, ledger, use_sandbox)
+    job = job_options.load()
     live = None
-    bound_to: dict[str, str | None] = {} if use_sandbox else {"api_host": host_of(find_base_url(os.environ))}
+    bound_to: dict[str, str | None] = (
+        {} if job_options.use_sandbox else {"api_host": host_of(find_base_url(os.environ))}
+    )
     if online:
-        with options.open_access(None, use_sandbox=use_sandbox) as access:
+        with options.open_access(None, use_sandbox=job_options.use_sandbox) as access:
             live = query_api(access, job.model.waterfall)
-        if not use_sandbox:
+        if not job_options.use_sandbox:
             bound_to["workspace"] = live.user.workspace
     result = check_job(job, bound_to, live.waterfall if live else None)
     if as_json:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import click
 
@@ -14,22 +13,17 @@ from enrich.run.rebuild import rebuild_output
 
 
 @click.command()
-@options.JOB_ARGUMENT
-@options.path_options
+@options.RUN_JOB_OPTIONS
 @click.option("--partial", is_flag=True, help="Write the output even when rows are pending.")
 @options.JSON_OPTION
 def collect(
-    job_file: Path,
-    input_path: str | None,
-    output: str | None,
-    ledger: str | None,
-    use_sandbox: bool,
+    job_options: options.JobOptions,
     partial: bool,
     as_json: bool,
 ) -> int:
     """Write the output of JOB from the ledger alone, without network."""
-    job = options.load_job_file(job_file, input_path, output, ledger, use_sandbox)
+    job = job_options.load()
     with lock_ledger(job.ledger, 0):
         summary = rebuild_output(job, partial=partial)
-    print_summary(summary, as_json=as_json, show=sys.stderr.isatty())
+    print_summary(summary, job_options.arguments(as_typed=True), as_json=as_json, show=sys.stderr.isatty())
     return summary.exit_code

@@ -253,7 +253,7 @@ def cron(
 ) -> None:
     """Print the crontab line and the systemd units that run JOB every night; nothing is installed."""
     parse_option(parse_duration, max_time)
-    job = options.load_job_file(job_file, None, None, None, use_sandbox=False)
+    job = options.JobOptions(job_file).load()
     log = (log_file or job_file.with_name(f"{job.name}.log")).absolute()
     key_path = key_file or Path(os.environ.get("DATABAR_API_KEY_FILE", "").strip() or "/etc/enrich/databar_api_key")
     run_schedule = Schedule(*at, days)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import click
@@ -311,24 +310,18 @@ def _price_text(attempt: Mapping[str, Any]) -> str:
 
 
 @click.command()
-@options.JOB_ARGUMENT
+@options.job_options(has_input=True)
 @click.option("--row", type=click.IntRange(min=1), metavar="N", help="This row of the input; 1 is the first lead.")
 @click.option("--match", metavar="COLUMN=VALUE", help="The rows with this value, whatever the case of its letters.")
-@options.INPUT_OPTION
-@options.LEDGER_OPTION
-@click.option("--sandbox", "use_sandbox", is_flag=True, help="Look into the ledger of the sandbox.")
 @options.JSON_OPTION
 def explain(
-    job_file: Path,
+    job_options: options.JobOptions,
     row: int | None,
     match: str | None,
-    input_path: str | None,
-    ledger: str | None,
-    use_sandbox: bool,
     as_json: bool,
 ) -> None:
     """Tell everything that ever happened to one lead of JOB, without network."""
     if (row is None) == (match is None):
         raise click.UsageError('say which lead: --row N or --match "Email=ada@engine.example"')
-    result = explain_leads(options.load_job_file(job_file, input_path, None, ledger, use_sandbox), row, match)
+    result = explain_leads(job_options.load(), row, match)
     click.echo(json.dumps(result, ensure_ascii=False) if as_json else "\n".join(format_explanation(result)))

@@ -13,7 +13,6 @@ from typing import Any
 import click
 
 from enrich.commands import options
-from enrich.commands.options import LEDGER_INSTEAD_OPTION, SANDBOX_OPTION
 from enrich.databar.answers import is_blank, parse_data, value_at
 from enrich.databar.clock import SystemClock
 from enrich.errors import CommandRefused, EnrichError, JobError
@@ -189,20 +188,16 @@ def _count_text(count: int) -> str:
 
 
 @click.command()
-@options.JOB_ARGUMENT
+@options.job_options(ledger="Take", sandbox="Take the ledger of the sandbox.")
 @click.option("--match", "matches", multiple=True, required=True, metavar="NAME=VALUE", help="Whom; all must hold.")
-@LEDGER_INSTEAD_OPTION
-@SANDBOX_OPTION
 @YES_OPTION
 @options.JSON_OPTION
-def forget(
-    job_file: Path, matches: tuple[str, ...], instead: str | None, use_sandbox: bool, yes: bool, as_json: bool
-) -> None:
+def forget(job_options: options.JobOptions, matches: tuple[str, ...], yes: bool, as_json: bool) -> None:
     """Erase what the ledger of JOB holds of a person, who is never asked about again.
 
     NAME is a column of the input, a param or a new column. Outputs and backups are yours to erase.
     """
-    job = options.load_job_file(job_file, None, None, instead, use_sandbox)
+    job = job_options.load()
     count = forget_person(
         job, matches, lambda found: _confirmed(f"{_count_text(found)} will be erased for good.", yes=yes)
     )
@@ -210,18 +205,16 @@ def forget(
 
 
 @click.command()
-@options.JOB_ARGUMENT
+@options.job_options(ledger="Take", sandbox="Take the ledger of the sandbox.")
 @click.option("--older-than", callback=options.parse_seconds, required=True, metavar="90d", help="Settled longer ago.")
-@LEDGER_INSTEAD_OPTION
-@SANDBOX_OPTION
 @YES_OPTION
 @options.JSON_OPTION
-def purge(job_file: Path, older_than: float, instead: str | None, use_sandbox: bool, yes: bool, as_json: bool) -> None:
+def purge(job_options: options.JobOptions, older_than: float, yes: bool, as_json: bool) -> None:
     """Drop old params and answers from the ledger of JOB; that they were paid for is remembered.
 
     Leads that are still in the input come without these answers from then on.
     """
-    job = options.load_job_file(job_file, None, None, instead, use_sandbox)
+    job = job_options.load()
     confirmed = _confirmed("What was answered before then will be erased for good; outputs will lack it.", yes=yes)
     count = purge_answers(job, timedelta(seconds=older_than)) if confirmed else 0
     _echo_count(count, "purged", as_json=as_json)

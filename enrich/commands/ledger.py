@@ -31,7 +31,7 @@ def _resolve_ledger(
     Local files of a ledger on a server are in `.enrich` in the `job_folder` (None: the working directory).
     """
     if _is_job_file(place):
-        return options.load_job_file(Path(place), None, None, instead, use_sandbox).ledger
+        return options.JobOptions(Path(place), ledger=instead, use_sandbox=use_sandbox).load().ledger
     if instead is not None or use_sandbox:
         raise click.UsageError(f"{place} is taken as a ledger: --ledger and --sandbox go with a job file")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shlex
@@ -9,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,9 +26,12 @@ from enrich.job.locations import LedgerLocation, check_no_password, path_beside_
 from enrich.job.spec import parse_duration
 
 T = TypeVar("T")
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 #: States that `--retry` accepts.
 RETRYABLE = ("failed", "expired", "in_doubt")
 FILE = click.Path(path_type=Path, dir_okay=False)
+_INPUT_HELP = "Read this file or URL, or - for stdin, instead."
+_OUTPUT_HELP = "Write this file or URL instead of the job's output."
 _TIME_OF_DAY = re.compile(r"([01]?[0-9]|2[0-3]):([0-5][0-9])")
 
 
@@ -91,7 +96,7 @@ def _reject_password(_: click.Context, __: click.Parameter, value: str | None) -
     return value
 
 
-def ledger_option(*names: str, what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def ledger_option(*names: str, what: str) -> Decorator:
     """Make a `--ledger` option. It rejects URLs with a password before the arguments are written anywhere."""
     text = f"{what} this ledger, a file or postgresql://…, instead of the job's."
     return click.option("--ledger", *names, callback=_reject_password, metavar="FILE", help=text)
@@ -99,25 +104,84 @@ def ledger_option(*names: str, what: str) -> Callable[[Callable[..., Any]], Call
 
 JOB_ARGUMENT = click.argument("job_file", metavar="JOB", type=FILE)
 JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-INPUT_OPTION = click.option(
-    "--input", "input_path", metavar="FILE", help="Read this file or URL, or - for stdin, instead."
-)
-LEDGER_OPTION = ledger_option(what="Look into")
 LEDGER_INSTEAD_OPTION = ledger_option("instead", what="Take")
 SANDBOX_OPTION = click.option("--sandbox", "use_sandbox", is_flag=True, help="Take the ledger of the sandbox.")
-PATH_OPTIONS = (
-    INPUT_OPTION,
-    click.option("--output", metavar="FILE", help="Write this file or URL instead of the job's output."),
-    ledger_option(what="Use"),
-    click.option("--sandbox", "use_sandbox", is_flag=True, help="Ask the built-in sandbox: no key, no credits."),
+
+
+@dataclass(frozen=True, slots=True)
+class JobOptions:
+    """The job of a command, and what its options say instead of the job file."""
+
+    job_file: Path
+    input_path: str | None = None
+    output: str | None = None
+    ledger: str | None = None
+    use_sandbox: bool = False
+
+    def load(self, max_credits: float | None = None) -> Job:
+        """Load the job file. The options and `ENRICH_LEDGER` override its values. Raises JobError."""
+        ledger = self.ledger or os.environ.get("ENRICH_LEDGER") or None
+        job = load_job(self.job_file, Overrides(self.input_path, self.output, ledger, max_credits, self.use_sandbox))
+        record_ledger(job.ledger)
+        return job
+
+    def arguments(self, *, as_typed: bool = False) -> JobArguments:
+        """Return the arguments that name the job and its paths: absolute, or as given on the command line."""
+
+        def path(named: Path | str) -> str:
+            text = str(named)
+            if text == "-" or "://" in text:
+                return text
+            if as_typed:  # a leading dash would be parsed as an option
+                return f"./{text}" if text.startswith("-") else text
+            return str(Path(text).absolute())
+
+        ledger_args = [path(self.job_file)]
+        if self.ledger is not None:
+            ledger_args += ["--ledger", path(self.ledger)]
+        if self.use_sandbox:
+            ledger_args.append("--sandbox")
+        run_args = list(ledger_args)
+        for option, given in (("--input", self.input_path), ("--output", self.output)):
+            if given is not None:
+                run_args += [option, path(given)]
+        return JobArguments(shlex.join(run_args), shlex.join(ledger_args))
+
+
+def job_options(
+    *,
+    has_input: bool = False,
+    has_output: bool = False,
+    ledger: str = "Look into",
+    sandbox: str = "Look into the ledger of the sandbox.",
+) -> Decorator:
+    """Add JOB and the options for its paths to a command, which gets them as one object, `job_options`."""
+    added: list[Decorator] = [
+        JOB_ARGUMENT,
+        *([click.option("--input", "input_path", metavar="FILE", help=_INPUT_HELP)] if has_input else []),
+        *([click.option("--output", metavar="FILE", help=_OUTPUT_HELP)] if has_output else []),
+        ledger_option(what=ledger),
+        click.option("--sandbox", "use_sandbox", is_flag=True, help=sandbox),
+    ]
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(command)
+        def wrapper(**params: Any) -> Any:  # noqa: ANN401 - click's options, and what the command returns
+            given = {field.name: params.pop(field.name) for field in fields(JobOptions) if field.name in params}
+            return command(job_options=JobOptions(**given), **params)
+
+        decorated: Callable[..., Any] = wrapper
+        for option in reversed(added):
+            decorated = option(decorated)
+        return decorated
+
+    return decorate
+
+
+#: `job_options` of the commands that send or plan requests.
+RUN_JOB_OPTIONS = job_options(
+    has_input=True, has_output=True, ledger="Use", sandbox="Ask the built-in sandbox: no key, no credits."
 )
-
-
-def path_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options for input, output, ledger and sandbox to a command."""
-    for option in reversed(PATH_OPTIONS):
-        command = option(command)
-    return command
 
 
 SELECTION_OPTIONS = (
@@ -138,58 +202,10 @@ def selection_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def load_job_file(
-    job_file: Path,
-    input_path: str | None,
-    output: str | None,
-    ledger: str | None,
-    use_sandbox: bool,
-    max_credits: float | None = None,
-) -> Job:
-    """Load the job file. The command line and `ENRICH_LEDGER` override its values. Raises JobError."""
-    job = load_job(
-        job_file,
-        Overrides(input_path, output, ledger or os.environ.get("ENRICH_LEDGER") or None, max_credits, use_sandbox),
-    )
-    record_ledger(job.ledger)
-    return job
-
-
 def record_ledger(ledger: LedgerLocation) -> None:
     """Record which ledger a command uses, because damage to it may cause an unexpected error."""
     if (context := click.get_current_context(silent=True)) is not None:
         context.meta[LEDGER_META_KEY] = ledger
-
-
-def make_job_arguments(
-    job_file: Path,
-    input_path: str | None,
-    output: str | None,
-    ledger: str | None,
-    *,
-    use_sandbox: bool,
-    as_typed: bool = False,
-) -> JobArguments:
-    """Return the arguments that name the job and its paths: absolute, or as given on the command line (`as_typed`)."""
-
-    def path(named: Path | str) -> str:
-        text = str(named)
-        if text == "-" or "://" in text:
-            return text
-        if as_typed:  # a leading dash would be parsed as an option
-            return f"./{text}" if text.startswith("-") else text
-        return str(Path(text).absolute())
-
-    ledger_args = [path(job_file)]
-    if ledger is not None:
-        ledger_args += ["--ledger", path(ledger)]
-    if use_sandbox:
-        ledger_args.append("--sandbox")
-    run_args = list(ledger_args)
-    for option, given in (("--input", input_path), ("--output", output)):
-        if given is not None:
-            run_args += [option, path(given)]
-    return JobArguments(shlex.join(run_args), shlex.join(ledger_args))
 
 
 @contextmanager

@@ -43,18 +43,13 @@ from enrich.run.state import Timeouts
 
 
 @click.command()
-@options.JOB_ARGUMENT
-@options.path_options
+@options.RUN_JOB_OPTIONS
 @options.selection_options
 @click.option("-o", "freeze", type=options.FILE, help="Freeze the plan for `enrich run --plan`.")
 @click.option("--rows", "rows_file", type=options.FILE, help="Write each row's decision to this file.")
 @options.JSON_OPTION
 def plan(
-    job_file: Path,
-    input_path: str | None,
-    output: str | None,
-    ledger: str | None,
-    use_sandbox: bool,
+    job_options: options.JobOptions,
     limit: int | None,
     sample: int | None,
     seed: int,
@@ -65,11 +60,11 @@ def plan(
     as_json: bool,
 ) -> None:
     """Show what a run of JOB would ask and cost, and why each row is or isn't paid for; costs nothing."""
-    job = options.load_job_file(job_file, input_path, output, ledger, use_sandbox, max_credits)
+    job = job_options.load(max_credits)
     run_options = RunOptions(limit=limit, sample=sample, seed=seed, retry=frozenset(map(State, retry)))
     if freeze is not None and is_locked(job.ledger):
         raise LedgerLocked(f"{job.ledger}: a run is at work, so no plan can be kept to", "freeze one after it")
-    with options.open_access(job, use_sandbox=use_sandbox) as access:
+    with options.open_access(job, use_sandbox=job_options.use_sandbox) as access:
         planned, saved_plan = make_plan(job, access, run_options, rows_file.absolute() if rows_file else None)
     if freeze is not None:
         write_plan(freeze, saved_plan)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import click
 
@@ -88,15 +87,13 @@ def format_reconciliation(result: Reconciliation) -> Iterator[str]:
 
 
 @click.command()
-@options.JOB_ARGUMENT
-@options.LEDGER_OPTION
-@click.option("--sandbox", "use_sandbox", is_flag=True, help="Look into the ledger and the account of the sandbox.")
+@options.job_options(sandbox="Look into the ledger and the account of the sandbox.")
 @click.option("--since", type=int, metavar="EXECUTION", help="From this execution on; default: the last one.")
 @options.JSON_OPTION
-def reconcile(job_file: Path, ledger: str | None, use_sandbox: bool, since: int | None, as_json: bool) -> None:
+def reconcile(job_options: options.JobOptions, since: int | None, as_json: bool) -> None:
     """Hold the balance against the ledger of JOB: what explains the difference, and what cannot be known."""
-    job = options.load_job_file(job_file, None, None, ledger, use_sandbox)
-    with options.open_access(job, use_sandbox=use_sandbox) as access:
+    job = job_options.load()
+    with options.open_access(job, use_sandbox=job_options.use_sandbox) as access:
         result = reconcile_job(job, access, since)
     click.echo(
         json.dumps({"exit_code": 0, **result.as_json()}) if as_json else "\n".join(format_reconciliation(result))

@@ -11,7 +11,6 @@ from pathlib import Path
 import click
 
 from enrich.commands import options
-from enrich.commands.options import make_job_arguments
 from enrich.errors import EnrichError, Interrupted, JobError
 from enrich.exit_codes import JobArguments
 from enrich.job.job import Job
@@ -24,7 +23,7 @@ from enrich.report.page_file import INSTALL_HINT, default_report_path, is_extra_
 def _compare(job: Job, other: str, *, use_sandbox: bool) -> Comparison:
     if other.isdecimal():
         return compare_executions(job, int(other))
-    return compare_jobs(job, options.load_job_file(Path(other), None, None, None, use_sandbox))
+    return compare_jobs(job, options.JobOptions(Path(other), use_sandbox=use_sandbox).load())
 
 
 def _require_extra() -> None:
@@ -56,22 +55,16 @@ def write_run_report(job: Job, job_arguments: JobArguments) -> str | None:
 
 
 @click.command()
-@options.JOB_ARGUMENT
+@options.job_options(has_input=True)
 @click.option("-o", "page", type=click.Path(path_type=Path, allow_dash=True), help="Write this file; - for stdout.")
 @click.option("--compare", metavar="EXECUTION|JOB", help="Hold the newest execution, or the job, against another.")
 @click.option("--with-rows", is_flag=True, help="Show the leads, too: personal data.")
-@click.option("--input", "input_path", metavar="FILE", help="Read this file or URL instead.")
-@options.LEDGER_OPTION
-@click.option("--sandbox", "use_sandbox", is_flag=True, help="Look into the ledger of the sandbox.")
 @options.JSON_OPTION
 def report(
-    job_file: Path,
+    job_options: options.JobOptions,
     page: Path | None,
     compare: str | None,
     with_rows: bool,
-    input_path: str | None,
-    ledger: str | None,
-    use_sandbox: bool,
     as_json: bool,
 ) -> None:
     """Write the report of JOB: what was got, what it cost, who earned it, what needs a person.
@@ -81,17 +74,16 @@ def report(
     to_stdout = page == Path("-")
     if to_stdout and as_json:
         raise click.UsageError("--json and -o - would both write to stdout: choose one")
-    job = options.load_job_file(job_file, input_path, None, ledger, use_sandbox)
+    job = job_options.load()
     now = datetime.now().astimezone()
     path = (
         None if to_stdout or (as_json and page is None) else page.absolute() if page else default_report_path(job, now)
     )
     if path is not None or to_stdout:
         _require_extra()
-    job_arguments = make_job_arguments(job_file, input_path, None, ledger, use_sandbox=use_sandbox)
     # First, so that an invalid comparison is reported before the long reading.
-    comparison = None if compare is None else _compare(job, compare, use_sandbox=use_sandbox)
-    data = replace(build_report(job, job_arguments, now, with_rows=with_rows), comparison=comparison)
+    comparison = None if compare is None else _compare(job, compare, use_sandbox=job_options.use_sandbox)
+    data = replace(build_report(job, job_options.arguments(), now, with_rows=with_rows), comparison=comparison)
     if to_stdout:
         click.echo(_render_page(data))
     elif path is not None:

@@ -14,7 +14,6 @@ from typing import Any
 import click
 
 from enrich.commands import options
-from enrich.commands.options import make_job_arguments
 from enrich.commands.report import write_run_report
 from enrich.databar.clock import SystemClock
 from enrich.errors import EnrichError, JobError, LedgerLocked
@@ -38,15 +37,14 @@ def with_observers(command: Callable[..., int]) -> Callable[..., int]:
     """Pass `observers` to a command instead of `log_file`. They are notified of every error that ends it."""
 
     @functools.wraps(command)
-    def wrapper(*, log_file: Path | None, **params: Any) -> int:  # noqa: ANN401 - click's options
+    def wrapper(*, job_options: options.JobOptions, log_file: Path | None, **params: Any) -> int:  # noqa: ANN401 - click's options
         def print_error(text: str) -> None:
             click.echo(text, err=True)
 
-        with open_log(log_file, params["job_file"].stem, lambda text: print_error(f"note: {text}")) as log:
-            paths = (params[name] for name in ("job_file", "input_path", "output", "ledger"))
-            observers = RunObservers(log, print_error, make_job_arguments(*paths, use_sandbox=params["use_sandbox"]))
+        with open_log(log_file, job_options.job_file.stem, lambda text: print_error(f"note: {text}")) as log:
+            observers = RunObservers(log, print_error, job_options.arguments())
             try:
-                return command(**params, observers=observers)
+                return command(job_options=job_options, observers=observers, **params)
             except BaseException as error:
                 observers.failed(*_exit_code_and_message(error))
                 raise
@@ -178,7 +176,7 @@ def _run_pipeline(
         return pipeline.run(context, run_options)
 
 
-def print_summary(summary: RunSummary, *, as_json: bool, show: bool) -> None:
+def print_summary(summary: RunSummary, job_arguments: JobArguments, *, as_json: bool, show: bool) -> None:
     """Print the run summary: text to stderr, JSON to stdout."""
     paint = options.make_styler()
     if summary.error:
@@ -187,7 +185,7 @@ def print_summary(summary: RunSummary, *, as_json: bool, show: bool) -> None:
         click.echo(f"hint: {summary.hint}", err=True)
     if show and summary.rows is not None:
         click.echo("\n".join(format_summary(summary, paint)), err=True)
-        if actions := required_actions(summary.exit_code, summary.as_json(), _target_as_typed()):
+        if actions := required_actions(summary.exit_code, summary.as_json(), job_arguments):
             click.echo(
                 "\n".join(["", paint("needs you", "bold"), *(f"  {line}" for line in format_actions(actions))]),
                 err=True,
@@ -196,16 +194,8 @@ def print_summary(summary: RunSummary, *, as_json: bool, show: bool) -> None:
         click.echo(json.dumps(summary.as_json(), ensure_ascii=False))
 
 
-def _target_as_typed() -> JobArguments:
-    """Return the job's arguments as typed, so that printed commands work in the current folder."""
-    params = click.get_current_context().params
-    paths = (params[name] for name in ("job_file", "input_path", "output", "ledger"))
-    return make_job_arguments(*paths, use_sandbox=params["use_sandbox"], as_typed=True)
-
-
 @click.command()
-@options.JOB_ARGUMENT
-@options.path_options
+@options.RUN_JOB_OPTIONS
 @options.selection_options
 @click.option("--plan", "plan_file", type=options.FILE, help="Keep to a plan that `enrich plan -o` wrote.")
 @click.option(
@@ -233,11 +223,7 @@ def _target_as_typed() -> JobArguments:
 @click.option("--log-file", type=options.FILE, help="Append what happens to this file, one JSON object a line.")
 @with_observers
 def run(
-    job_file: Path,
-    input_path: str | None,
-    output: str | None,
-    ledger: str | None,
-    use_sandbox: bool,
+    job_options: options.JobOptions,
     limit: int | None,
     sample: int | None,
     seed: int,
@@ -269,9 +255,10 @@ def run(
         if retry or not (limit is sample is max_credits is None):
             raise click.UsageError("--plan has its own --limit, --sample, --max-credits and --retry: leave them out")
         max_credits = plan.max_credits
-    job = options.load_job_file(job_file, input_path, output, ledger, use_sandbox, max_credits)
+    job = job_options.load(max_credits)
     on_terminal = sys.stderr.isatty() and not quiet
     stdin_is_terminal = sys.stdin is not None and sys.stdin.isatty()
+    use_sandbox = job_options.use_sandbox
     should_confirm = stdin_is_terminal and on_terminal and not yes and not use_sandbox and job.max_credits is None
     if accept is not None and retry & {accept, "failed"}:
         conflicting = ",".join(sorted(retry & {accept, "failed"}))
@@ -306,7 +293,7 @@ def run(
         return ExitCode.OK
     observers.end(summary)
     show = on_terminal or always_receipt or (summary.exit_code != ExitCode.OK and not quiet)
-    print_summary(summary, as_json=as_json, show=show)
+    print_summary(summary, job_options.arguments(as_typed=True), as_json=as_json, show=show)
     if summary.exit_code not in (ExitCode.INTERRUPTED, ExitCode.TERMINATED):
         observers.report_problem(write_run_report(job, observers.job_arguments))
     return summary.exit_code

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import click
@@ -125,12 +124,10 @@ def _or_dash(value: float | None, style: str) -> str:
 
 
 @click.command()
-@options.JOB_ARGUMENT
+@options.job_options()
 @click.option("--last", type=click.IntRange(min=1), default=20, show_default=True, help="Show the newest N executions.")
-@options.LEDGER_OPTION
-@click.option("--sandbox", "use_sandbox", is_flag=True, help="Look into the ledger of the sandbox.")
 @options.JSON_OPTION
-def runs(job_file: Path, last: int, ledger: str | None, use_sandbox: bool, as_json: bool) -> None:
+def runs(job_options: options.JobOptions, last: int, as_json: bool) -> None:
     """List the executions of JOB, newest first (times are UTC)."""
-    result = read_runs(options.load_job_file(job_file, None, None, ledger, use_sandbox), last)
+    result = read_runs(job_options.load(), last)
     click.echo(json.dumps(result, ensure_ascii=False) if as_json else "\n".join(format_runs(result)))

@@ -7,7 +7,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import click
@@ -145,9 +144,7 @@ def format_status(result: dict[str, Any]) -> Iterator[str]:
 
 
 @click.command()
-@options.JOB_ARGUMENT
-@options.LEDGER_OPTION
-@click.option("--sandbox", "use_sandbox", is_flag=True, help="Look into the ledger of the sandbox.")
+@options.job_options()
 @click.option("--watch", "watching", is_flag=True, help="Show the run that is at work, until it ends.")
 @click.option(
     "--every",
@@ -156,16 +153,14 @@ def format_status(result: dict[str, Any]) -> Iterator[str]:
     help="With --watch: look so often; default: every 2 seconds.",
 )
 @options.JSON_OPTION
-def status(
-    job_file: Path, ledger: str | None, use_sandbox: bool, watching: bool, every: float | None, as_json: bool
-) -> int:
+def status(job_options: options.JobOptions, watching: bool, every: float | None, as_json: bool) -> int:
     """Show what the ledger of JOB knows: counts, credits, what expires when, past executions.
 
     With --watch it shows the run that is at work, again and again, and leaves with 0 when that ends, however it does.
     When none is at work it waits for the next; Ctrl-C leaves. Off a terminal each look is a line, with --json an
     object. A run is not disturbed by it.
     """
-    job = options.load_job_file(job_file, None, None, ledger, use_sandbox)
+    job = job_options.load()
     if watching:
         if every == 0:
             raise click.UsageError("--every 0s is too often: at least 1s")

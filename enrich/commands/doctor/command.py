@@ -344,7 +344,7 @@ def doctor(
         access = stack.enter_context(options.open_access(None, use_sandbox=True)) if use_sandbox else None
         context = DoctorContext(environ, shell, now, next_run_time(now, *at), offline, access)
         try:
-            job = options.load_job_file(job_file, None, None, None, use_sandbox)
+            job = options.JobOptions(job_file, use_sandbox=use_sandbox).load()
         except EnrichError as error:
             findings = [error_finding("job", error), *environment_findings(context)]
         else:
