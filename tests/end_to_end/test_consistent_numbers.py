@@ -1,4 +1,4 @@
-"""Whatever a job lives through, all that tell of it say the same: receipts, status, runs, report, metrics, bill."""
+"""All numbers about a job agree: summaries, status, runs, report, metrics, bill."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ RUN_OPTIONS: tuple[list[str], ...] = (
 @pytest.mark.long
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(1, 5))])
 def test_numbers_agree_over_runs(tmp_path: Path, workspace: Workspace, seed: int) -> None:
-    """Some nights of a job with an odd setting, with leads that come and go, failures, free and charged, and prices."""
+    """Numbers agree over several runs with unusual settings, changing leads, free and charged failures, and prices."""
     choose = random.Random(seed)
     settings = replace(INSTANT_API, failure_rate=0.3, free_failures=0.5, hit_rate=0.6, charge_misses=seed % 2 == 0)
     workspace.write_job(report="{by: Note}", metrics="job.prom", **JOB_VARIANTS[seed])
@@ -52,7 +52,7 @@ def test_numbers_agree_over_runs(tmp_path: Path, workspace: Workspace, seed: int
 
 @pytest.mark.long
 def test_numbers_agree_after_kill(tmp_path: Path, workspace: Workspace) -> None:
-    """What it bought is told by all once the next night has fetched it."""
+    """Numbers include what a killed run bought, once the next run has collected it."""
     workspace.write_leads(make_leads(40))
     workspace.write_job(report="{by: Note}", metrics="job.prom")
     with serve_api(tmp_path / "api.db", replace(INSTANT_API, latency="fixed(1)")) as api:
@@ -78,7 +78,7 @@ def _assert_numbers_agree(workspace: Workspace, api: SandboxApi) -> None:
     report, now = told("report", "job.yaml"), told("collect", "job.yaml", "--partial")
     bill, waterfall, nights = api.audit(), report["waterfall"], report["nights"]
 
-    # The money: of the ledger, of the nights, of the waterfall, of the metrics, of the page, and of the API itself.
+    # The credits: of the ledger, the runs, the waterfall, the metrics, the page, and the API.
     for spent in (
         runs["totals"]["credits_spent"],
         report["credits_spent"],
@@ -92,7 +92,7 @@ def _assert_numbers_agree(workspace: Workspace, api: SandboxApi) -> None:
     assert runs["totals"]["submitted"] == sum(night["submitted"] for night in nights) == bill["accepted"]
     assert waterfall["found"] == sum(night["found"] for night in nights)
 
-    # Each night: its receipt, and what is told of it afterwards.
+    # Each run: its summary, and what other commands show of it.
     for execution, run_number in zip(status["executions"], reversed(nights), strict=True):
         assert execution["credits_spent"] == run_number["credits_spent"]
         summary = execution["receipt"]

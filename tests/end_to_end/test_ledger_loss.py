@@ -1,4 +1,4 @@
-"""The ledger under a run: removed, replaced, locked or without room. What was paid for reaches the next run."""
+"""The ledger is removed, replaced, locked or out of space during a run: paid results reach the next run."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def slow_api(tmp_path: Path) -> Iterator[SandboxApi]:
 
 @pytest.fixture
 def workspace(workspace: Workspace) -> Workspace:
-    """Let a run take some seconds for its leads."""
+    """Make a job whose run takes some seconds."""
     workspace.write_leads(make_leads(LEADS))
     workspace.write_job(limits="{requests_per_second: 25}")
     return workspace
@@ -51,7 +51,7 @@ def wait_for_end(process: subprocess.Popen[str]) -> ProgramResult:
 
 
 def rescue_files(workspace: Workspace) -> list[Path]:
-    """Find the rescue files."""
+    """Return the rescue files."""
     return sorted(workspace.folder.rglob("*.rescue*"))
 
 
@@ -66,7 +66,7 @@ def rescue_lines(*files: Path) -> list[dict[str, Any]]:
 
 
 def assert_nothing_lost(workspace: Workspace, api: SandboxApi, *, doubtful: int = 0) -> None:
-    """Expect every charged task in the output, each lead sent once, and a sound ledger."""
+    """Assert that every charged task is in the output, each lead was sent once, and the ledger is sound."""
     audit = api.audit()
     assert (audit["paid_twice"], audit["accepted_more_than_once"], audit["accepted"]) == (0, 0, LEADS)
     rows = workspace.read_output()
@@ -80,7 +80,7 @@ def assert_nothing_lost(workspace: Workspace, api: SandboxApi, *, doubtful: int 
 
 
 def remove_database(workspace: Workspace) -> None:
-    """Remove the database alone."""
+    """Remove the database file only."""
     workspace.ledger_path.unlink()
 
 
@@ -90,7 +90,7 @@ def remove_wal(workspace: Workspace) -> None:
 
 
 def remove_shm(workspace: Workspace) -> None:
-    """Remove the file by which connections agree on the journal."""
+    """Remove the shared-memory file that coordinates connections to the journal."""
     workspace.ledger_path.with_name("job.db-shm").unlink()
 
 
@@ -128,7 +128,7 @@ LOST_LATER = [remove_wal, remove_shm, replace_with_old_copy]
 @pytest.mark.long
 @pytest.mark.parametrize("how", [*LOST_AT_ONCE, *(pytest.param(how, marks=pytest.mark.long) for how in LOST_LATER)])
 def test_lost_ledger_stops_run(slow_api: SandboxApi, workspace: Workspace, how: Callable[[Workspace], None]) -> None:
-    """Exit 1, nothing more is sent; the next run takes in the rescue file and pays for nothing again."""
+    """Exits with 1 and stops sending; the next run imports the rescue file and pays for nothing again."""
     slow_api.inject_fault("slow", 200, "post", seconds=0.3)
     process = workspace.start_subprocess(*RUN, api=slow_api)
     wait_until(lambda: slow_api.audit()["accepted"] >= 20)
@@ -163,7 +163,7 @@ def test_lost_ledger_stops_run(slow_api: SandboxApi, workspace: Workspace, how: 
 
 @pytest.mark.long
 def test_restored_ledger_imports_rescue_file(slow_api: SandboxApi, workspace: Workspace) -> None:
-    """Taking in what it knows already changes nothing."""
+    """Importing attempts that the ledger has already changes nothing."""
     process = workspace.start_subprocess(*RUN, api=slow_api)
     wait_until(lambda: slow_api.audit()["accepted"] >= 20)
     move_folder(workspace)
@@ -180,7 +180,7 @@ def test_restored_ledger_imports_rescue_file(slow_api: SandboxApi, workspace: Wo
 @pytest.mark.long
 @pytest.mark.parametrize("another", [False, True])
 def test_removed_lock_file_stops_run(slow_api: SandboxApi, workspace: Workspace, *, another: bool) -> None:
-    """No assertion; a run that begins meanwhile pays for nothing twice."""
+    """Stops without an assertion error; a run that starts meanwhile pays for nothing twice."""
     slow_api.inject_fault("slow", 200, "post", seconds=0.3)
     process = workspace.start_subprocess(*RUN, api=slow_api)
     wait_until(lambda: slow_api.audit()["accepted"] >= 20)
@@ -203,7 +203,7 @@ def test_removed_lock_file_stops_run(slow_api: SandboxApi, workspace: Workspace,
 
 @pytest.mark.long
 def test_foreign_lock_is_awaited(slow_api: SandboxApi, workspace: Workspace) -> None:
-    """Nothing is sent meanwhile, the person is told, and the run goes on when it is released."""
+    """Sends nothing while another program locks the ledger, says so, and resumes when it is released."""
     process = workspace.start_subprocess(*RUN, api=slow_api)
     wait_until(lambda: slow_api.audit()["accepted"] >= 20)
     with closing(sqlite3.connect(workspace.ledger_path, isolation_level=None)) as other:
@@ -247,7 +247,7 @@ def test_foreign_lock_with_signal_or_max_time(
 
 @pytest.mark.long
 def test_disk_full_keeps_task_ids(api: SandboxApi, workspace: Workspace) -> None:
-    """The reserved room takes the task ids of all POSTs on the wire."""
+    """The reserved space holds the task ids of all POSTs in flight."""
     workspace.write_job()
     result = workspace.run_subprocess(*RUN, api=api, max_file_bytes=150_000)
 
@@ -261,7 +261,7 @@ def test_disk_full_keeps_task_ids(api: SandboxApi, workspace: Workspace) -> None
 
 @pytest.mark.long
 def test_successful_run_leaves_no_rescue_file(api: SandboxApi, workspace: Workspace) -> None:
-    """Neither the reserved room nor a rescue file, also after a kill and another run."""
+    """Leaves no reserved space and no rescue file, also after a kill and another run."""
     process = workspace.start_subprocess(*RUN, api=api)
     wait_until(lambda: api.audit()["accepted"] >= 5)
     kill_process(process)

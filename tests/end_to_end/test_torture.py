@@ -1,4 +1,4 @@
-"""The torture of `tests.support.torture`, in short; and whether its judge would notice."""
+"""Short forms of `tests.support.torture`, and tests that its check detects violations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.long
 
 
 def test_torture_single(tmp_path: Path) -> None:
-    """Kills, a sleep, all faults at once, leads that come and go: every promise is kept."""
+    """Keeps every guarantee through kills, a suspend, all faults at once, and changing leads."""
     report = run_torture(tmp_path, rows=80, kills=6, seed=3)
 
     assert report.passed, report.as_markdown()
@@ -33,7 +33,7 @@ def test_torture_single(tmp_path: Path) -> None:
 
 
 def test_torture_bulk(tmp_path: Path) -> None:
-    """Tasks of five leads keep the same promises; a kill cuts off at most four of them."""
+    """Keeps the same guarantees with tasks of five leads; a kill interrupts at most four of them."""
     report = run_torture(tmp_path, rows=120, kills=5, seed=11, bulk=5)
 
     assert report.passed, report.as_markdown()
@@ -42,12 +42,12 @@ def test_torture_bulk(tmp_path: Path) -> None:
     assert report.accepted >= 120 - report.in_doubt
 
 
-#: Of the jobs that are falsified: enough for some to be found.
+#: Leads of the falsified jobs: enough for some matches.
 ROWS = 12
 
 
 def _falsify_request(workspace: Workspace, sql: str) -> bool:
-    """Change one request of those who stay that found something; tell whether there was one."""
+    """Change one request of a permanent lead with a match; return whether there was one."""
     if not workspace.ledger_path.exists():
         return False
     stays = f"CAST(substr(json_extract(params, '$.first_name'), 6) AS INTEGER) < {ROWS}"
@@ -68,7 +68,7 @@ def _falsify_request(workspace: Workspace, sql: str) -> bool:
     ids=["bought again", "forgotten", "another's", "not fetched"],
 )
 def test_audit_check_detects_falsified_ledger(tmp_path: Path, sql: str, noticed: str) -> None:
-    """A ledger that was falsified between two nights does not pass."""
+    """Detects a ledger that was falsified between two runs."""
     report = run_torture(
         tmp_path,
         rows=ROWS,
@@ -90,7 +90,7 @@ def test_audit_check_detects_falsified_ledger(tmp_path: Path, sql: str, noticed:
 )
 @in_turn("replaced", [False, True])
 def test_audit_check_detects_ignored_ledger_loss(tmp_path: Path, code: str, not_missed: int, *, replaced: bool) -> None:
-    """It has to end with exit 1 and say why; the ledger is where it was, whatever was put in its place."""
+    """Requires exit 1 with a message; the ledger is back in its place whatever replaced it."""
     workspace, report = Workspace(tmp_path), TortureReport(1, 1)
     workspace.ledger_path.parent.mkdir()
     workspace.ledger_path.write_text("the ledger")

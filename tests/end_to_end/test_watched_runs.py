@@ -1,4 +1,4 @@
-"""Real runs that are watched from another process, killed, stopped, and logged: the run does not notice."""
+"""Real runs that are watched from another process, killed, suspended and logged, without an effect on the run."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ pytestmark = pytest.mark.long
 
 
 def json_lines(text: str) -> list[dict[str, Any]]:
-    """Read one object a line."""
+    """Parse one object a line."""
     return [json.loads(row) for row in text.splitlines()]
 
 
 def test_watching_does_not_affect_run(tmp_path: Path, workspace: Workspace) -> None:
-    """Watched from before its start to its end by two at once: same receipt, clean audit, and the same numbers."""
+    """Two watchers from start to end: same summary, clean audit, and the same numbers."""
     workspace.write_leads(make_leads(8))
     other = Workspace(tmp_path / "other")
     other.folder.mkdir()
@@ -79,7 +79,7 @@ def test_watching_does_not_affect_run(tmp_path: Path, workspace: Workspace) -> N
 
 
 def test_stopped_and_killed_runs_are_detected(tmp_path: Path, workspace: Workspace) -> None:
-    """Stopped it may come back, and is at work again; killed it does not, and the next run is watched to its end."""
+    """A suspended run can resume; a killed one is detected, and the next run is watched to its end."""
     workspace.write_leads(make_leads(3))
     watcher = RunWatcher(load_job(workspace.job_file), heartbeat_timeout_s=3.0)
     with serve_api(tmp_path / "api.db", latency="fixed(600)") as api:
@@ -109,7 +109,7 @@ def test_stopped_and_killed_runs_are_detected(tmp_path: Path, workspace: Workspa
 
 
 def test_interrupt_restores_terminal(workspace: Workspace) -> None:
-    """On a real terminal of 40 columns: exit 130, no word, the screen and the cursor given back."""
+    """On a real terminal of 40 columns: exit 130, no message, screen and cursor restored."""
     ours, theirs = os.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 10, 40, 0, 0))
     process = subprocess.Popen(
@@ -132,9 +132,9 @@ def test_interrupt_restores_terminal(workspace: Workspace) -> None:
     assert text.startswith(ENTER_SCREEN)
     assert text.endswith(LEAVE_SCREEN)
     assert "error" not in text
-    # A signal in the middle of a write lets Python write its buffer once more.
+    # A signal in the middle of a write makes Python write its buffer once more.
     drawn = text.replace(ENTER_SCREEN, "").replace(LEAVE_SCREEN, "").split("\x1b[H")[1]
-    # The terminal makes a carriage return of its own.
+    # The terminal adds a carriage return.
     assert max(len(re.sub(r"\x1b\[[\d;]*\w|\r", "", row)) for row in drawn.split("\n")) < 40
 
 
@@ -142,20 +142,20 @@ def test_interrupt_restores_terminal(workspace: Workspace) -> None:
     ("options", "said"), [(("--every", "2s"), "--watch"), (("--watch", "--every", "0s"), "too often")]
 )
 def test_invalid_interval_is_exit_2(workspace: Workspace, options: tuple[str, ...], said: str) -> None:
-    """Exit 2."""
+    """Exits with 2."""
     result = workspace.run_in_process("status", "job.yaml", *options)
 
     assert (result.exit_code, said in result.stderr) == (2, True)
 
 
-# The line a minute
+# One progress event a minute
 
 
 @pytest.mark.parametrize("way", ["canary", "outage", "left"])
 def test_progress_events_in_every_phase(
     tmp_path: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    """Also under --quiet: in the canary, in an outage, while it collects what was left."""
+    """Logs progress also under --quiet: in the canary, in an outage, while collecting earlier tasks."""
     monkeypatch.setattr(log_file, "PROGRESS_INTERVAL_S", 0.4)
     workspace.write_leads(make_leads(6))
     options = ["run", "job.yaml", "--quiet", "--log-file", "run.log"]
