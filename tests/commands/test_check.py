@@ -132,7 +132,7 @@ def test_damaged_ledger_is_reported(workspace: Workspace, api: SandboxApi) -> No
 
 
 @pytest.mark.parametrize(
-    ("changed", "said", "code"),
+    ("changed", "message", "code"),
     [
         ({"output": "leads.csv"}, "`output` and `input` are the same file", 2),
         ({"output": "job.yaml.csv", "rejects": "job.yaml.csv"}, "written twice", 2),
@@ -142,13 +142,13 @@ def test_damaged_ledger_is_reported(workspace: Workspace, api: SandboxApi) -> No
         ({"input": "none.csv"}, "does not exist", 5),
     ],
 )
-def test_invalid_paths(workspace: Workspace, changed: dict[str, str], said: str, code: int) -> None:
+def test_invalid_paths(workspace: Workspace, changed: dict[str, str], message: str, code: int) -> None:
     """Reports invalid paths before the run, with the run's exit code."""
     workspace.write_leads(make_leads(1))
     workspace.write_job(**changed)
     result = workspace.run_in_process("check", "job.yaml")
     assert result.exit_code == code
-    assert said in result.stderr
+    assert message in result.stderr
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -168,11 +168,11 @@ def test_unreadable_ledger(workspace: Workspace) -> None:
     workspace.write_leads(make_leads(1))
     (workspace.folder / ".enrich").mkdir(mode=0o000)
     checked = workspace.run_in_process("check", "job.yaml")
-    doctored = workspace.run_in_process("doctor", "job.yaml", "--offline", "--env", "DATABAR_API_KEY=key")
+    doctor_result = workspace.run_in_process("doctor", "job.yaml", "--offline", "--env", "DATABAR_API_KEY=key")
     (workspace.folder / ".enrich").chmod(0o700)
-    assert (checked.exit_code, doctored.exit_code) == (5, 5)
+    assert (checked.exit_code, doctor_result.exit_code) == (5, 5)
     assert "Permission denied" in checked.stderr
-    assert "Permission denied" in doctored.stdout
+    assert "Permission denied" in doctor_result.stdout
 
 
 def test_input_is_read_completely(workspace: Workspace) -> None:
@@ -185,7 +185,7 @@ def test_input_is_read_completely(workspace: Workspace) -> None:
 
 def test_skipped_rows_are_counted(workspace: Workspace, api: SandboxApi) -> None:
     """Counts skipped rows (blank required param, invalid address) as a run does, with documentation or ledger."""
-    workspace.write_leads([["", "", "", mail, ""] for mail in ("ada@engine.example", "none", "")])
+    workspace.write_leads([["", "", "", email, ""] for email in ("ada@engine.example", "none", "")])
     workspace.write_job(waterfall="person_getter", params="{email: Email}", columns="{found_name: last_name}")
     for _ in range(2):
         assert "3 rows, 1 can be asked" in workspace.run_in_process("check", "job.yaml", api=api).stdout

@@ -273,12 +273,12 @@ def test_paths_on_the_command_line_are_relative_to_the_working_directory(api: Sa
     other_server = Workspace(workspace.folder.parent)
 
     from_job = other_server.run_in_process("run", "office/job.yaml", "--json", api=api)
-    from_here = other_server.run_in_process(
+    from_working_directory = other_server.run_in_process(
         *("run", "office/job.yaml", "--json", "--output", "here.csv", "--ledger", "here.db"), api=api
     )
 
     assert from_job.json_output["output"] == str(workspace.folder / "out.csv")
-    assert from_here.json_output["output"] == str(other_server.folder / "here.csv")
+    assert from_working_directory.json_output["output"] == str(other_server.folder / "here.csv")
     assert (other_server.folder / "here.db").is_file()
 
 
@@ -301,11 +301,11 @@ def test_a_key_file_and_the_config_of_databar_login_are_read(api: SandboxApi, wo
 def test_missing_home_is_supported(api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs with a key in a variable when the user has no HOME and no passwd entry, as in containers."""
 
-    def homeless() -> Path:
+    def home_without_user() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
     workspace.write_leads(make_leads(1))
-    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setattr(Path, "home", home_without_user)
 
     assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
     assert workspace.run_in_process("run", "job.yaml").exit_code == 3
@@ -352,7 +352,7 @@ def test_sandbox_options_are_validated(workspace: Workspace) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("arguments", [["sandbox"], ["run", "job.yaml", "--sandbox"], ["waterfalls", "--sandbox"]])
 def test_missing_sandbox_extra(workspace: Workspace, arguments: list[str]) -> None:
-    """Without FastAPI, says what to install and prints no traceback."""
+    """Without FastAPI, names what to install and prints no traceback."""
     workspace.write_leads(make_leads(1))
     block = "import sys; sys.modules['fastapi'] = None; from enrich.cli import run_command; "
     result = subprocess.run(
@@ -376,7 +376,7 @@ def test_missing_sandbox_extra(workspace: Workspace, arguments: list[str]) -> No
 
 @pytest.mark.long
 def test_first_run_asks_on_terminal(tmp_path: Path, workspace: Workspace) -> None:
-    """Asks before the first run without a cap; the run summary fits a small screen; stdout stays empty."""
+    """Prompts before the first run without a cap; the run summary fits a small screen; stdout stays empty."""
     workspace.write_leads(make_leads(5))
     with serve_api(tmp_path / "api.db") as api:
         refused = _run_on_terminal(workspace, api, "n\n")
@@ -395,20 +395,20 @@ def test_first_run_asks_on_terminal(tmp_path: Path, workspace: Workspace) -> Non
 
 def _run_on_terminal(workspace: Workspace, api: SandboxApi, answer: str) -> tuple[int, str]:
     """Run the program with a terminal for stdin and stderr; answer its prompt; return exit code and output."""
-    ours, theirs = os.openpty()
+    controller, terminal = os.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "enrich", "run", "job.yaml"],
         cwd=workspace.folder,
         env={"PATH": os.defpath, "HOME": str(workspace.folder), "TERM": "dumb", "COLUMNS": "80", **api.environ},
-        stdin=theirs,
-        stderr=theirs,
+        stdin=terminal,
+        stderr=terminal,
         stdout=subprocess.PIPE,
     )
-    os.close(theirs)
-    shown = read_terminal(ours, up_to=b"Go on?")
-    os.write(ours, answer.encode())
-    shown += read_terminal(ours)
-    os.close(ours)
+    os.close(terminal)
+    shown = read_terminal(controller, up_to=b"Go on?")
+    os.write(controller, answer.encode())
+    shown += read_terminal(controller)
+    os.close(controller)
     out, _ = process.communicate(timeout=90)
     assert out == b""
     return process.returncode, shown.decode().replace("\r\n", "\n")

@@ -125,7 +125,7 @@ def test_free_mail_domains_are_ignored() -> None:
 
 
 def test_company_by_name_is_uncertain() -> None:
-    """A match by company name is uncertain; the message says that no column has the website."""
+    """A match by company name is uncertain; the message: no column has the website."""
     found = match_columns(["company"], describe_columns(Account=["A Ltd", "B Ltd"]))["company"]
     assert found is not None
     assert (found.columns, found.transform, found.confidence) == (("Account",), (), "a guess")

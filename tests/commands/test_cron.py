@@ -30,7 +30,7 @@ from tests.support.workspace import Workspace, make_leads, serve_api
 
 def make_plan(**changed: object) -> ScheduledJob:
     """Return a plan with plain paths."""
-    usual: dict[str, object] = {
+    defaults: dict[str, object] = {
         "name": "leads",
         "command": ["/opt/enrich/bin/enrich"],
         "job": Path("/srv/leads/job.yaml"),
@@ -41,7 +41,7 @@ def make_plan(**changed: object) -> ScheduledJob:
         "max_time": "5h",
         "writable_folders": [Path("/srv/leads")],
     }
-    return ScheduledJob(**(usual | changed))  # type: ignore[arg-type]
+    return ScheduledJob(**(defaults | changed))  # type: ignore[arg-type]
 
 
 def shell_command_of(line: str) -> str:
@@ -51,15 +51,15 @@ def shell_command_of(line: str) -> str:
     """
     command = line.split(" ", 5)[5]
     message, escaped = "", False
-    for sign in command:
+    for character in command:
         if escaped:
-            message = message[:-1] + sign if sign == "%" else message + sign
+            message = message[:-1] + character if character == "%" else message + character
             escaped = False
             continue
-        if sign == "%":
+        if character == "%":
             break
-        escaped = sign == "\\"
-        message += sign
+        escaped = character == "\\"
+        message += character
     return message
 
 
@@ -91,8 +91,8 @@ def test_crontab_escapes_any_path(names: Sequence[str]) -> None:
     """Escapes percent signs, quotes, backslashes, dollars and spaces in any order."""
     job, log, key = (Path(f"/srv/{name}") for name in names)
     line = crontab_line(make_plan(job=job, log=log, key_file=key))
-    key_word, *words = shlex.split(shell_command_of(line))
-    assert key_word == f"DATABAR_API_KEY_FILE={key}"
+    key_setting, *words = shlex.split(shell_command_of(line))
+    assert key_setting == f"DATABAR_API_KEY_FILE={key}"
     assert (words[2], words[-1]) == (str(job), str(log))
     assert "\n" not in line
 
@@ -235,8 +235,8 @@ def test_systemd_accepts_units(odd_path_workspace: Workspace, tmp_path: Path) ->
         check=False,
         timeout=60,
     )
-    about_ours = [line for line in verified.stderr.splitlines() if "enrich-job" in line]
-    assert (verified.returncode, about_ours) == (0, [])
+    messages = [line for line in verified.stderr.splitlines() if "enrich-job" in line]
+    assert (verified.returncode, messages) == (0, [])
     calendar = subprocess.run(
         [analyze, "calendar", "Mon,Tue,Wed,Thu,Fri *-*-* 02:30:00"], capture_output=True, text=True, check=False
     )
@@ -245,10 +245,10 @@ def test_systemd_accepts_units(odd_path_workspace: Workspace, tmp_path: Path) ->
 
 def test_existing_units_need_force(odd_path_workspace: Workspace, tmp_path: Path) -> None:
     """Keeps existing units without `--force`: they may have been edited."""
-    ask = ("cron", "job.yaml", "--output-dir", str(tmp_path))
-    assert odd_path_workspace.run_in_process(*ask).exit_code == 0
-    assert odd_path_workspace.run_in_process(*ask).exit_code == 2
-    assert odd_path_workspace.run_in_process(*ask, "--force").exit_code == 0
+    command = ("cron", "job.yaml", "--output-dir", str(tmp_path))
+    assert odd_path_workspace.run_in_process(*command).exit_code == 0
+    assert odd_path_workspace.run_in_process(*command).exit_code == 2
+    assert odd_path_workspace.run_in_process(*command, "--force").exit_code == 0
 
 
 def test_crontab_or_systemd_option(odd_path_workspace: Workspace) -> None:
@@ -267,11 +267,11 @@ def test_crontab_or_systemd_option(odd_path_workspace: Workspace) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [("--at", "25:00"), ("--days", "someday"), ("--max-time", "soon"), ("--systemd", "--at", "2")]
+    "options", [("--at", "25:00"), ("--days", "someday"), ("--max-time", "soon"), ("--systemd", "--at", "2")]
 )
-def test_invalid_options_are_exit_2(odd_path_workspace: Workspace, wrong: tuple[str, ...]) -> None:
+def test_invalid_options_are_exit_2(odd_path_workspace: Workspace, options: tuple[str, ...]) -> None:
     """Exits with 2 for invalid options and prints nothing."""
-    result = odd_path_workspace.run_in_process("cron", "job.yaml", *wrong)
+    result = odd_path_workspace.run_in_process("cron", "job.yaml", *options)
     assert (result.exit_code, result.stdout) == (2, "")
 
 

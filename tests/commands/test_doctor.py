@@ -38,7 +38,7 @@ def run_doctor(
 def findings_with_mark(result: ProgramResult, mark: str) -> dict[str, str]:
     """Return the findings with this mark: subject to message."""
     lines = [line.split(maxsplit=2) for line in result.stdout.splitlines()]
-    return {subject: said for found, subject, said in lines if found == mark}
+    return {subject: message for found, subject, message in lines if found == mark}
 
 
 def test_healthy_job(ready_workspace: Workspace, api: SandboxApi) -> None:
@@ -130,9 +130,9 @@ def test_key_file_readable_by_others(ready_workspace: Workspace, api: SandboxApi
 @pytest.mark.long
 def test_unreachable_api(ready_workspace: Workspace) -> None:
     """Exits with 4 when the API is unreachable."""
-    away = SandboxApi("http://127.0.0.1:9/v1", "key")
+    unreachable_api = SandboxApi("http://127.0.0.1:9/v1", "key")
     with patch("enrich.run.preflight.Timeouts", lambda: AWAY):
-        result = run_doctor(ready_workspace, away)
+        result = run_doctor(ready_workspace, unreachable_api)
     assert result.exit_code == 4
     assert "unreachable" in findings_with_mark(result, "fail")["api"]
 
@@ -148,7 +148,7 @@ def test_invalid_job(ready_workspace: Workspace, api: SandboxApi) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("changed", "said", "code"),
+    ("changed", "message", "code"),
     [
         ({"input": "none.csv"}, "does not exist", 5),
         ({"params": "{first_name: Frist Name}"}, "requires `last_name`", 2),
@@ -159,13 +159,13 @@ def test_invalid_job(ready_workspace: Workspace, api: SandboxApi) -> None:
     ],
 )
 def test_predicts_exit_code_of_run(
-    ready_workspace: Workspace, api: SandboxApi, changed: dict[str, str], said: str, code: int
+    ready_workspace: Workspace, api: SandboxApi, changed: dict[str, str], message: str, code: int
 ) -> None:
     """Reports each problem with the exit code that the run would have."""
     ready_workspace.write_job(**changed)
     result = run_doctor(ready_workspace, api)
     assert result.exit_code == code
-    assert any(said in line for line in result.stdout.splitlines() if line.startswith("fail"))
+    assert any(message in line for line in result.stdout.splitlines() if line.startswith("fail"))
 
 
 @pytest.mark.long
@@ -202,10 +202,10 @@ def test_unconfirmed_and_expiring_results(ready_workspace: Workspace, tmp_path: 
         ledger.close()
         result = run_doctor(ready_workspace, slow, "--at", "23:59")
         ready_workspace.write_job(limits="{max_credits: 50}", policy="{result_ttl: 1s}")
-        late = run_doctor(ready_workspace, slow)
+        result_after_expiry = run_doctor(ready_workspace, slow)
     assert "1 requests are in doubt" in findings_with_mark(result, "warn")["doubts"]
     assert "2 paid requests wait at the API" in result.stdout
-    assert "2 expire before the next run" in findings_with_mark(late, "warn")["results"]
+    assert "2 expire before the next run" in findings_with_mark(result_after_expiry, "warn")["results"]
 
 
 @pytest.mark.long

@@ -102,9 +102,9 @@ def test_environment_file_syntax() -> None:
     """Reads comments, quotes and `export`; nothing else."""
     text = "# for cron\n\nexport A=1\nB='two words' # why\nC=\"x=y\"\nD=\n"
     assert parse_env_lines(text.splitlines()) == {"A": "1", "B": "two words", "C": "x=y", "D": ""}
-    for wrong in ("A", "1A=2", "A = 2", "A='2"):
+    for invalid in ("A", "1A=2", "A = 2", "A='2"):
         with pytest.raises(ValueError, match="line 2: "):
-            parse_env_lines(["X=1", wrong])
+            parse_env_lines(["X=1", invalid])
 
 
 def test_program_start_errors(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_file_permissions(tmp_path: Path) -> None:
 
 
 @in_turn(
-    ("ahead_s", "mark", "said"),
+    ("ahead_s", "mark", "message"),
     [
         (None, "ok", "no time"),
         (0.0, "ok", "agrees"),
@@ -140,11 +140,11 @@ def test_file_permissions(tmp_path: Path) -> None:
         (-7200.0, "warn", "2:00:00 ahead of the API's"),
     ],
 )
-def test_clock_offset_finding(ahead_s: float | None, mark: str, said: str) -> None:
+def test_clock_offset_finding(ahead_s: float | None, mark: str, message: str) -> None:
     """Reports an offset of more than five minutes with its direction."""
     finding = checks.check_clock(ahead_s)
     assert finding.mark == mark
-    assert said in finding.message
+    assert message in finding.message
 
 
 def only_finding(findings: Any) -> Finding:
@@ -169,13 +169,15 @@ def only_finding(findings: Any) -> Finding:
 )
 def test_balance_findings(credits_: tuple[int | None, ...], last: list[int], mark: str, code: int) -> None:
     """Compares the balance with the minimum balance, one request's maximum price, and a past run's spend."""
-    balance, least, worst = (None if each is None else each * MICROS_PER_CREDIT for each in credits_)
-    finding = only_finding(checks.check_balance(balance, least, worst, [each * MICROS_PER_CREDIT for each in last]))
+    balance, min_balance, max_price = (None if each is None else each * MICROS_PER_CREDIT for each in credits_)
+    finding = only_finding(
+        checks.check_balance(balance, min_balance, max_price, [each * MICROS_PER_CREDIT for each in last])
+    )
     assert (finding.mark, finding.exit_code) == (mark, code)
 
 
 @in_turn(
-    ("cap", "worst", "nights", "mark", "code"),
+    ("cap", "max_price", "runs", "mark", "code"),
     [
         (None, 5, [], "warn", 0),
         (100, 5, [], "ok", 0),
@@ -185,11 +187,11 @@ def test_balance_findings(credits_: tuple[int | None, ...], last: list[int], mar
         (4, 5, [], "fail", 12),
     ],
 )
-def test_cap_findings(cap: int | None, worst: int, nights: list[tuple[int, int]], mark: str, code: int) -> None:
+def test_cap_findings(cap: int | None, max_price: int, runs: list[tuple[int, int]], mark: str, code: int) -> None:
     """Warns about a cap below one request's price, below the last runs' spend, or missing."""
-    rows = [{"exit_code": ExitCode(exit_code), "spent": spent * MICROS_PER_CREDIT} for exit_code, spent in nights]
+    rows = [{"exit_code": ExitCode(exit_code), "spent": spent * MICROS_PER_CREDIT} for exit_code, spent in runs]
     finding = only_finding(
-        checks.check_cap(None if cap is None else cap * MICROS_PER_CREDIT, worst * MICROS_PER_CREDIT, rows)
+        checks.check_cap(None if cap is None else cap * MICROS_PER_CREDIT, max_price * MICROS_PER_CREDIT, rows)
     )
     assert (finding.mark, finding.exit_code) == (mark, code)
 
@@ -198,10 +200,10 @@ def test_expiring_results_finding() -> None:
     """Reports how many results have expired already."""
     hour = 3_600_000
     submitted = [-30 * hour, -20 * hour, -1 * hour]
-    late = checks.check_expiring_results(submitted, 24 * hour, 0, 6 * hour)
-    assert late.mark == "warn"
-    assert "3 paid requests wait at the API, 2 expire" in late.message
-    assert "1 of them should be gone already" in late.message
+    finding = checks.check_expiring_results(submitted, 24 * hour, 0, 6 * hour)
+    assert finding.mark == "warn"
+    assert "3 paid requests wait at the API, 2 expire" in finding.message
+    assert "1 of them should be gone already" in finding.message
     assert checks.check_expiring_results([-hour], 24 * hour, 0, 6 * hour).mark == "ok"
     assert checks.check_expiring_results([], 24 * hour, 0, 6 * hour).mark == "ok"
 
@@ -215,7 +217,7 @@ def test_old_input_finding() -> None:
 
 
 @in_turn(
-    ("name", "mark", "said"),
+    ("name", "mark", "message"),
     [
         ("out.csv", "ok", "each run replaces"),
         ("out-%Y-%m-%d.csv", "ok", "a file of its own"),
@@ -225,11 +227,11 @@ def test_old_input_finding() -> None:
         ("out-%m-%d.csv", "warn", "comes again after 365 nights"),
     ],
 )
-def test_repeating_output_names_finding(name: str, mark: str, said: str) -> None:
+def test_repeating_output_names_finding(name: str, mark: str, message: str) -> None:
     """Warns about date codes that repeat after some days and so replace an older output."""
     finding = checks.check_output_names(lambda now: Path(now.strftime(name)), NOW, {})
     assert finding.mark == mark
-    assert said in finding.message
+    assert message in finding.message
 
 
 def test_output_name_clash_finding() -> None:

@@ -193,14 +193,14 @@ def test_in_doubt_options(api: SandboxApi, workspace: Workspace) -> None:
     assert row["status"] == "in_doubt"
     assert "--retry in_doubt" in row["request"]["outlook"]
     assert "--accept in_doubt" in row["request"]["outlook"]
-    (doubt,) = row["request"]["attempts"]
-    assert (doubt["task_id"], doubt["credits"]) == (None, None)
+    (first_attempt,) = row["request"]["attempts"]
+    assert (first_attempt["task_id"], first_attempt["credits"]) == (None, None)
     assert "price not known" in explain_text(workspace, "--row", "1")
 
     workspace.run_job(api, RunOptions(retry=frozenset({State.IN_DOUBT})))
     attempts = only_row(explain_json(workspace, "--row", "1"))["request"]["attempts"]
     assert [attempt["execution"] for attempt in attempts] == [1, 2]
-    assert attempts[0] == doubt
+    assert attempts[0] == first_attempt
 
 
 @pytest.mark.long
@@ -265,9 +265,9 @@ def test_lead_no_longer_in_input(api: SandboxApi, workspace: Workspace) -> None:
     for match in ("First Name=first0", "Website=http://COMPANY0.example/"):
         result = explain_json(workspace, "--match", match)
         assert (result["matches"], result["rows"]) == (0, [])
-        (gone,) = result["gone"]
-        assert gone["params"]["last_name"] == "Last0"
-        assert len(gone["attempts"]) == 1
+        (removed,) = result["gone"]
+        assert removed["params"]["last_name"] == "Last0"
+        assert len(removed["attempts"]) == 1
     text = explain_text(workspace, "--match", "First Name=first0")
     assert "no row of" in text
     assert "not in the input any more, but in the ledger:" in text
@@ -307,7 +307,7 @@ def test_explain_during_run(tmp_path: Path, workspace: Workspace) -> None:
 
 
 @pytest.mark.parametrize(
-    ("which", "code", "words"),
+    ("selection", "code", "message"),
     [
         ([], 2, "--row N or --match"),
         (["--row", "1", "--match", "Note=x"], 2, "--row N or --match"),
@@ -317,14 +317,14 @@ def test_explain_during_run(tmp_path: Path, workspace: Workspace) -> None:
         (["--match", "First_Name=x"], 2, "did you mean `First Name`"),
     ],
 )
-def test_invalid_selection_is_exit_2(workspace: Workspace, which: list[str], code: int, words: str) -> None:
+def test_invalid_selection_is_exit_2(workspace: Workspace, selection: list[str], code: int, message: str) -> None:
     """Exits with 2 and a message with the valid form."""
     workspace.write_leads(make_leads(2))
 
-    result = workspace.run_in_process("explain", "job.yaml", *which)
+    result = workspace.run_in_process("explain", "job.yaml", *selection)
 
     assert result.exit_code == code
-    assert words in result.stderr
+    assert message in result.stderr
 
 
 def test_column_name_with_equals_sign(workspace: Workspace) -> None:
@@ -352,7 +352,7 @@ def test_takes_no_lock_and_changes_nothing(api: SandboxApi, workspace: Workspace
 
 
 @in_turn(
-    ("state", "at_work", "words"),
+    ("state", "running", "message"),
     [
         (State.PENDING, None, "asked by the next run"),
         (State.SUBMITTING, True, "right now"),
@@ -363,6 +363,6 @@ def test_takes_no_lock_and_changes_nothing(api: SandboxApi, workspace: Workspace
         (State.FOUND, None, "no policy.refresh for found"),
     ],
 )
-def test_every_state_has_next_step(state: State, at_work: bool | None, words: str) -> None:  # noqa: FBT001 - a table
+def test_every_state_has_next_step(state: State, running: bool | None, message: str) -> None:  # noqa: FBT001 - a table
     """Every state names the next step."""
-    assert words in describe_next_step(state, [], Policy(refresh=Refresh()), 0, is_running=at_work)
+    assert message in describe_next_step(state, [], Policy(refresh=Refresh()), 0, is_running=running)

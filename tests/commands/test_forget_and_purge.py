@@ -81,16 +81,16 @@ def test_group_of_forgotten_lead_is_erased(workspace: Workspace, api: SandboxApi
 @pytest.mark.long
 def test_open_reader_delays_erasure(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """An open reader (a long report, say) delays erasure: that is reported, and the next call completes it."""
-    words = ("forget", "job.yaml", "--match", "First Name=First1", "--yes")
-    with closing(workspace.open_ledger()) as report, report.snapshot(), monkeypatch.context() as soon:
-        soon.setattr("enrich.ledger.sqlite.BUSY_TIMEOUT_S", 0.1)
-        soon.setattr("enrich.ledger.postgres.VACUUM_TIMEOUT_S", 0.1)
+    command = ("forget", "job.yaml", "--match", "First Name=First1", "--yes")
+    with closing(workspace.open_ledger()) as report, report.snapshot(), monkeypatch.context() as patch:
+        patch.setattr("enrich.ledger.sqlite.BUSY_TIMEOUT_S", 0.1)
+        patch.setattr("enrich.ledger.postgres.VACUUM_TIMEOUT_S", 0.1)
         assert report.state_counts()
-        refused = workspace.run_in_process(*words)
+        refused = workspace.run_in_process(*command)
     kept = workspace.server_url is not None or b"First1" in ledger_bytes(workspace)  # not seen in a server's tables
-    again = workspace.run_in_process(*words)
+    second = workspace.run_in_process(*command)
 
-    assert (refused.exit_code, kept, again.exit_code) == (5, True, 0)
+    assert (refused.exit_code, kept, second.exit_code) == (5, True, 0)
     assert "is being read" in refused.stderr
     assert b"First1" not in ledger_bytes(workspace)
 
@@ -140,10 +140,10 @@ def test_no_match_is_an_error(workspace: Workspace) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("words", [("forget", "--match", "First Name=First1"), ("purge", "--older-than", "1d")])
-def test_forget_requires_yes_without_terminal(workspace: Workspace, words: tuple[str, ...]) -> None:
-    """Requires `--yes` when there is no terminal to ask on."""
-    result = workspace.run_subprocess(words[0], "job.yaml", *words[1:])
+@pytest.mark.parametrize("options", [("forget", "--match", "First Name=First1"), ("purge", "--older-than", "1d")])
+def test_forget_requires_yes_without_terminal(workspace: Workspace, options: tuple[str, ...]) -> None:
+    """Requires `--yes` when there is no terminal for a prompt."""
+    result = workspace.run_subprocess(options[0], "job.yaml", *options[1:])
     assert (result.exit_code, "--yes" in result.stderr) == (2, True)
     assert b"First1" in ledger_bytes(workspace)
 
@@ -185,11 +185,11 @@ def test_wrong_hash_key_is_refused(workspace: Workspace, api: SandboxApi, key: b
         path.write_bytes(key)
 
     run = workspace.run_in_process("run", "job.yaml", api=api)
-    again = workspace.run_in_process("forget", "job.yaml", "--match", "First Name=First2", "--yes")
+    second = workspace.run_in_process("forget", "job.yaml", "--match", "First Name=First2", "--yes")
 
-    assert (run.exit_code, again.exit_code) == (5, 5)
+    assert (run.exit_code, second.exit_code) == (5, 5)
     assert "job.db.key" in run.stderr
-    assert "job.db.key" in again.stderr
+    assert "job.db.key" in second.stderr
     assert api.audit()["accepted"] == 3
 
 
@@ -226,8 +226,8 @@ def test_purged_answers_are_not_resent(workspace: Workspace, api: SandboxApi) ->
     assert (result.exit_code, result.json_output["requests"]) == (0, 3)
     assert not any(email.encode() in ledger_bytes(workspace) for email in emails if email)
     assert b"First1" not in ledger_bytes(workspace)
-    again = workspace.run_in_process("run", "job.yaml", "--json", api=api)
-    assert (again.json_output["submitted"], again.json_output["reused"]) == (3, 3)
+    second = workspace.run_in_process("run", "job.yaml", "--json", api=api)
+    assert (second.json_output["submitted"], second.json_output["reused"]) == (3, 3)
     assert all("purged" in row["enrich_error"] and not row["work_email"] for row in workspace.read_output()[:3])
     assert check_ledger(workspace.ledger_location).problems == []
 

@@ -105,13 +105,13 @@ def test_param_without_column(workspace: Workspace) -> None:
 def test_existing_file_needs_force(sample_workspace: Workspace) -> None:
     """Keeps an existing job file without `--force`, as it may have been edited by hand."""
     (sample_workspace.folder / "leads.yaml").write_text("mine", encoding="utf-8")
-    ask = ("init", "leads.csv", "--waterfall", "email_getter", "--offline")
+    command = ("init", "leads.csv", "--waterfall", "email_getter", "--offline")
 
-    refused = sample_workspace.run_in_process(*ask)
+    refused = sample_workspace.run_in_process(*command)
     assert refused.exit_code == 2
     assert "--force" in refused.stderr
     assert (sample_workspace.folder / "leads.yaml").read_text(encoding="utf-8") == "mine"
-    assert sample_workspace.run_in_process(*ask, "--force").exit_code == 0
+    assert sample_workspace.run_in_process(*command, "--force").exit_code == 0
     assert load_job(sample_workspace.folder / "leads.yaml").model.waterfall == "email_getter"
 
 
@@ -144,11 +144,11 @@ def test_api_is_queried_with_key(sample_workspace: Workspace, api: SandboxApi) -
 
 
 def test_documentation_replaces_unreachable_api(sample_workspace: Workspace) -> None:
-    """Uses the documentation when the API is unreachable, and says so on screen and in the job file."""
-    gone = SandboxApi("http://127.0.0.1:9/v1", "key")
+    """Uses the documentation when the API is unreachable, and notes it on screen and in the job file."""
+    unreachable_api = SandboxApi("http://127.0.0.1:9/v1", "key")
     with patch("enrich.commands.waterfalls.Timeouts", lambda: AWAY):
         result = sample_workspace.run_in_process(
-            "init", "leads.csv", "--waterfall", "email_getter", "-o", "-", api=gone
+            "init", "leads.csv", "--waterfall", "email_getter", "-o", "-", api=unreachable_api
         )
     assert result.exit_code == 0
     assert "unreachable" in result.stderr
@@ -165,13 +165,13 @@ def test_documentation_used_without_key(sample_workspace: Workspace) -> None:
 
 def test_schema_comment_only_if_present(sample_workspace: Workspace) -> None:
     """Adds the schema comment only if the file exists, so that editors report no missing file."""
-    ask = ("init", "leads.csv", "--waterfall", "email_getter", "--offline", "-o", "-")
+    command = ("init", "leads.csv", "--waterfall", "email_getter", "--offline", "-o", "-")
     schema = sample_workspace.folder / "schema.json"
-    assert "$schema" not in sample_workspace.run_in_process(*ask).stdout
+    assert "$schema" not in sample_workspace.run_in_process(*command).stdout
     schema.write_text("{}", encoding="utf-8")
-    assert "$schema" not in sample_workspace.run_in_process(*ask).stdout
+    assert "$schema" not in sample_workspace.run_in_process(*command).stdout
     schema.write_text(sample_workspace.run_in_process("schema").stdout, encoding="utf-8")
-    assert sample_workspace.run_in_process(*ask).stdout.startswith("# yaml-language-server: $schema=schema.json\n")
+    assert sample_workspace.run_in_process(*command).stdout.startswith("# yaml-language-server: $schema=schema.json\n")
     assert json_schema()
 
 
@@ -192,7 +192,7 @@ def test_separator_and_encoding_detected(workspace: Workspace, separator: str, e
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"", "is empty"),
         (b"a,b\n1,2,3\n", "has 3 cells, but the header has 2 columns"),
@@ -202,13 +202,13 @@ def test_separator_and_encoding_detected(workspace: Workspace, separator: str, e
         (None, "does not exist"),
     ],
 )
-def test_not_a_table_is_refused(workspace: Workspace, content: bytes | None, said: str) -> None:
+def test_not_a_table_is_refused(workspace: Workspace, content: bytes | None, message: str) -> None:
     """Refuses a file that is not a table, with the run's message and exit 5."""
     if content is not None:
         (workspace.folder / "leads.csv").write_bytes(content)
     result = workspace.run_in_process("init", "leads.csv", "--waterfall", "email_getter", "--offline")
     assert result.exit_code == 5
-    assert said in result.stderr
+    assert message in result.stderr
 
 
 def test_job_in_other_folder(workspace: Workspace) -> None:
@@ -237,7 +237,7 @@ def test_percent_sign_in_file_name(workspace: Workspace) -> None:
 @given(st.text(min_size=1))
 def test_yaml_scalars_roundtrip(text: str) -> None:
     """Writes any text as a YAML scalar on one line and reads it back unchanged."""
-    if any("\ud800" <= sign <= "\udfff" for sign in text):
+    if any("\ud800" <= character <= "\udfff" for character in text):
         return
     written = yaml_scalar(text)
     assert "\n" not in written

@@ -150,19 +150,19 @@ def test_ledger_with_all_states_is_sound(filled_ledger: CommittingLedger) -> Non
 
 
 @pytest.mark.parametrize("backend", BOTH_BACKENDS_SERVER_LONG)
-@pytest.mark.parametrize("broken", INVARIANTS)
+@pytest.mark.parametrize("violation", INVARIANTS)
 def test_violations_are_reported(
-    filled_ledger: CommittingLedger, workspace: Workspace, backend: str, broken: str
+    filled_ledger: CommittingLedger, workspace: Workspace, backend: str, violation: str
 ) -> None:
     """Names each invariant that is violated, and what to do."""
-    if backend == "server" and broken == "row that refers to one that is not there":
+    if backend == "server" and violation == "row that refers to one that is not there":
         pytest.skip("a server does not let it come to that")
-    filled_ledger.query_all(VIOLATIONS[broken])
+    filled_ledger.query_all(VIOLATIONS[violation])
 
     result = workspace.run_in_process("ledger", "check", str(filled_ledger.location))
 
     assert result.exit_code == 5
-    assert any(line.endswith(f"times: {broken}") for line in result.stdout.splitlines()), result.stdout
+    assert any(line.endswith(f"times: {violation}") for line in result.stdout.splitlines()), result.stdout
     assert "not sound" in result.stderr
     assert "hint: restore a backup" in result.stderr
 
@@ -264,7 +264,7 @@ def test_killed_run_leaves_sound_ledger(tmp_path: Path, workspace: Workspace) ->
 
 @pytest.mark.long
 def test_faulty_run_leaves_sound_ledger(tmp_path: Path, workspace: Workspace) -> None:
-    """Sound after doubts, refusals, failures, free failures and a cap; then after retries and a full refresh."""
+    """Sound after unconfirmed, refused and failed requests, free failures and a cap; then after retries and a refresh."""
     workspace.write_leads(make_leads(30))
     workspace.write_job(limits="{max_credits: 80}")
     with serve_api(tmp_path / "api.db", failure_rate=0.3, free_failures=0.5) as api:
@@ -275,8 +275,8 @@ def test_faulty_run_leaves_sound_ledger(tmp_path: Path, workspace: Workspace) ->
         assert_sound(workspace)
         api.inject_fault("rate-limit", 3, "post")
         workspace.write_job(policy="{refresh: {found: 1s, not_found: 1s}}")
-        everything = RunOptions(retry=frozenset({State.FAILED, State.IN_DOUBT, State.EXPIRED}))
-        summary = workspace.run_job(api, everything, SHORT_TIMEOUTS)
+        retry_all = RunOptions(retry=frozenset({State.FAILED, State.IN_DOUBT, State.EXPIRED}))
+        summary = workspace.run_job(api, retry_all, SHORT_TIMEOUTS)
 
     assert summary.submitted
     assert assert_sound(workspace).json_output["executions"] == 2
@@ -389,7 +389,7 @@ def test_older_backup_is_replaced(filled_ledger: CommittingLedger, tmp_path: Pat
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("target", "word"),
+    ("target", "message"),
     [
         ("ledger.db", "the ledger itself"),
         ("link.db", "the ledger itself"),
@@ -401,7 +401,9 @@ def test_older_backup_is_replaced(filled_ledger: CommittingLedger, tmp_path: Pat
         ("leads.csv/copy.db", "cannot be written: Not a directory"),
     ],
 )
-def test_invalid_backup_path_is_exit_5(filled_ledger: CommittingLedger, tmp_path: Path, target: str, word: str) -> None:
+def test_invalid_backup_path_is_exit_5(
+    filled_ledger: CommittingLedger, tmp_path: Path, target: str, message: str
+) -> None:
     """Refuses to replace the ledger, other files and other ledgers; leaves nothing behind."""
     (tmp_path / "leads.csv").write_text("First Name,Last Name\n" * 9)
     (tmp_path / "link.db").symlink_to(filled_ledger.path)
@@ -413,7 +415,7 @@ def test_invalid_backup_path_is_exit_5(filled_ledger: CommittingLedger, tmp_path
 
     with (
         closing(LedgerVerifier(filled_ledger.location)) as records,
-        pytest.raises(CommandRefused, match=word) as refusal,
+        pytest.raises(CommandRefused, match=message) as refusal,
     ):
         records.backup(tmp_path / target)
 

@@ -43,29 +43,29 @@ def test_known_prices_explain_difference() -> None:
     assert (comparison.difference, comparison.spent.most, comparison.unexplained) == (10, 10, 0)
 
 
-@in_turn("gone", [10.0, 12.0, 14.0])
-def test_unconfirmed_cost_range(gone: float) -> None:
+@in_turn("difference", [10.0, 12.0, 14.0])
+def test_unconfirmed_cost_range(difference: float) -> None:
     """Explains any cost between nothing and the maximum price, without naming one request."""
-    movements = [("known", True, 20, credits_(10), 0), ("in_doubt", True, 2, 0, credits_(4))]
+    changes = [("known", True, 20, credits_(10), 0), ("in_doubt", True, 2, 0, credits_(4))]
 
-    comparison = explain_balance(1, credits_(100), credits_(100 - gone), movements)
+    comparison = explain_balance(1, credits_(100), credits_(100 - difference), changes)
 
     assert (comparison.in_doubt.least, comparison.in_doubt.most, comparison.unexplained) == (0, 4, 0)
 
 
 def test_external_changes_are_separated() -> None:
     """Attributes what exceeds the maximum price to others, and what is below the minimum to a top-up."""
-    movements = [("known", True, 20, credits_(10), 0), ("submitted", True, 1, 0, credits_(2))]
+    changes = [("known", True, 20, credits_(10), 0), ("submitted", True, 1, 0, credits_(2))]
 
-    assert explain_balance(1, credits_(100), credits_(80), movements).unexplained == 8
-    assert explain_balance(1, credits_(100), credits_(95), movements).unexplained == -5
+    assert explain_balance(1, credits_(100), credits_(80), changes).unexplained == 8
+    assert explain_balance(1, credits_(100), credits_(95), changes).unexplained == -5
 
 
 def test_earlier_reservations_can_be_returned() -> None:
     """The balance may rise when a task settles whose price an earlier execution reserved."""
-    movements = [("known", False, 1, credits_(1), credits_(3)), ("submitted", False, 1, 0, credits_(3))]
+    changes = [("known", False, 1, credits_(1), credits_(3)), ("submitted", False, 1, 0, credits_(3))]
 
-    comparison = explain_balance(2, credits_(100), credits_(102), movements)
+    comparison = explain_balance(2, credits_(100), credits_(102), changes)
 
     assert (comparison.earlier.least, comparison.earlier.most) == (-2, 1)
     assert (comparison.at_the_api.least, comparison.at_the_api.most) == (-3, 0)
@@ -104,15 +104,15 @@ def test_spending_by_others_is_not_attributed(tmp_path: Path, workspace: Workspa
     other.write_leads(make_leads(5, start=100))
     with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
         workspace.run_job(api)
-        theirs = other.run_job(api).credits_spent
+        spent_by_other = other.run_job(api).credits_spent
 
         output = workspace.run_in_process("reconcile", "job.yaml", "--json", api=api).json_output
-        assert output["unexplained"] == pytest.approx(theirs)
+        assert output["unexplained"] == pytest.approx(spent_by_other)
         assert "other users" in workspace.run_in_process("reconcile", "job.yaml", api=api).stdout
 
         api.top_up(1_000)
         output = workspace.run_in_process("reconcile", "job.yaml", "--json", api=api).json_output
-        assert output["unexplained"] == pytest.approx(theirs - 1_000)
+        assert output["unexplained"] == pytest.approx(spent_by_other - 1_000)
         assert "came in" in workspace.run_in_process("reconcile", "job.yaml", api=api).stdout
 
 
@@ -149,8 +149,8 @@ def test_accept_in_doubt(tmp_path: Path, workspace: Workspace) -> None:
         assert (accepted.exit_code, accepted.in_doubt, accepted.failed) == (ExitCode.SOME_FAILED, 0, 1)
         assert workspace.run_job(api, timing=SHORT_TIMEOUTS).exit_code == ExitCode.OK
         assert api.audit()["accepted"] == 6
-        with_word = workspace.run_job(api, RunOptions(retry=frozenset({State.FAILED})), SHORT_TIMEOUTS)
-        assert (with_word.exit_code, with_word.submitted) == (ExitCode.OK, 1)
+        retried = workspace.run_job(api, RunOptions(retry=frozenset({State.FAILED})), SHORT_TIMEOUTS)
+        assert (retried.exit_code, retried.submitted) == (ExitCode.OK, 1)
 
 
 def test_accept_and_retry_conflict(api: SandboxApi, workspace: Workspace) -> None:
@@ -172,9 +172,9 @@ def test_summary_and_status_show_difference(tmp_path: Path, workspace: Workspace
         assert "1 in doubt, or 0.00" in result.stderr
         assert "enrich reconcile job.yaml" in result.stderr
         execution = workspace.run_in_process("status", "job.yaml", "--json").json_output["executions"][0]
-        gone = execution["balance_before"] - execution["balance_after"]
-        assert gone == pytest.approx(api.audit()["credits_charged"])
-        assert gone > execution["credits_spent"]
+        difference = execution["balance_before"] - execution["balance_after"]
+        assert difference == pytest.approx(api.audit()["credits_charged"])
+        assert difference > execution["credits_spent"]
         assert "beyond the credits spent" in workspace.run_in_process("status", "job.yaml").stdout
 
 

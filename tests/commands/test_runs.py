@@ -85,10 +85,10 @@ def test_killed_or_running_execution(workspace: Workspace) -> None:
     ledger.wrapped.close()
 
     with lock_ledger(workspace.ledger_location, 0):
-        at_work = workspace.run_in_process("runs", "job.yaml", "--json").json_output["executions"]
+        while_running = workspace.run_in_process("runs", "job.yaml", "--json").json_output["executions"]
     killed = workspace.run_in_process("runs", "job.yaml", "--json").json_output["executions"]
 
-    assert [run["outcome"] for run in at_work] == ["at work now", "killed"]
+    assert [run["outcome"] for run in while_running] == ["at work now", "killed"]
     assert [run["outcome"] for run in killed] == ["killed", "killed"]
     assert killed[0]["exit_code"] is killed[0]["ended_at"] is killed[0]["found_share"] is None
     assert "killed" in workspace.run_in_process("runs", "job.yaml").stdout

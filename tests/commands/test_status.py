@@ -28,7 +28,7 @@ def open_ledger(workspace: Workspace) -> CommittingLedger:
 
 
 def test_job_without_runs(workspace: Workspace) -> None:
-    """Shows zeros and says that the job never ran; creates nothing on disk."""
+    """Shows zeros and "never run"; creates nothing on disk."""
     status = read_status(load_job(workspace.job_file))
 
     assert status["requests"] == status["pending"] == status["credits_spent"] == status["at_the_api"] == 0

@@ -60,7 +60,7 @@ def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def make_progress(doing: Phase = Phase.ASK, total: int | None = 500) -> ProgressSnapshot:
+def make_progress(phase: Phase = Phase.ASK, total: int | None = 500) -> ProgressSnapshot:
     """Make the progress of an execution that sent 12 and received 10 requests a second for twenty seconds."""
     traffic = TrafficRecorder()
     for second in range(20):
@@ -68,7 +68,7 @@ def make_progress(doing: Phase = Phase.ASK, total: int | None = 500) -> Progress
     return ProgressSnapshot(
         at_ms=NOW - 1_000,
         elapsed_s=20.0,
-        doing=doing,
+        doing=phase,
         total=total,
         done=200,
         found=140,
@@ -118,12 +118,12 @@ def test_view_contents() -> None:
 
 def test_unknown_values_are_omitted() -> None:
     """Omits unknown counts of an execution that just began or of an older version; JSON has null."""
-    unborn = RunView("leads", Path("x.db"), 1, NOW, RunStatus.RUNNING, RUN)
-    text = "\n".join(format_view(unborn, 79))
+    before_first_run = RunView("leads", Path("x.db"), 1, NOW, RunStatus.RUNNING, RUN)
+    text = "\n".join(format_view(before_first_run, 79))
 
     assert "not known" in text
     assert "%" not in text
-    result = unborn.as_json()
+    result = before_first_run.as_json()
     assert (
         result["done"] is result["total"] is result["polls"] is result["submitted_per_s"] is result["to_go_s"] is None
     )

@@ -18,20 +18,20 @@ from tests.support.cases import first_quick
 from tests.support.workspace import JOB, SHORT_TIMEOUTS, SandboxApi, Workspace, make_leads, serve_api, wait_until
 
 #: `fault`: name in the sandbox (`get:` for a poll), injected for two of four leads. `lead_status`: status of these two
-#: leads after the run. `posted_again`: whether the request is resent automatically: `tonight` or `next night` when it
+#: leads after the run. `resent`: whether the request is resent automatically: `same run` or `next run` when it
 #: was certainly not accepted, `never` when that is unknown, blank when not needed. `accepted`: whether the API accepted
 #: the first POST. `exit_codes`: of the run. (After a slow POST whose client disconnected, the sandbox does nothing;
 #: `silence-after` is the fault that was charged.)
 TABLE = """
 | fault                            | lead is  | posted again | accepted | exit |
 |----------------------------------|----------|--------------|----------|------|
-| rate-limit                       | answered | tonight      | no       | 0    |
-| rate-limit-date                  | answered | tonight      | no       | 0    |
-| rate-limit-bare                  | answered | tonight      | no       | 0    |
-| redirect                         | answered | tonight      | no       | 0    |
-| no-credits                       | pending  | next night   | no       | 12   |
-| unauthorized                     | pending  | next night   | no       | 3    |
-| forbidden                        | pending  | next night   | no       | 3    |
+| rate-limit                       | answered | same run     | no       | 0    |
+| rate-limit-date                  | answered | same run     | no       | 0    |
+| rate-limit-bare                  | answered | same run     | no       | 0    |
+| redirect                         | answered | same run     | no       | 0    |
+| no-credits                       | pending  | next run     | no       | 12   |
+| unauthorized                     | pending  | next run     | no       | 3    |
+| forbidden                        | pending  | next run     | no       | 3    |
 | error-before-500                 | in_doubt | never        | no       | 14   |
 | error-before-502                 | in_doubt | never        | no       | 14   |
 | error-before-503                 | in_doubt | never        | no       | 14   |
@@ -107,15 +107,15 @@ class FaultCase(NamedTuple):
 
     fault: str
     lead_status: str
-    posted_again: str
+    resent: str
     accepted: str
     exit_codes: str
 
     @property
     def timing(self) -> Timeouts:
         """The timeouts: short for faults that end only by a timeout."""
-        is_the_end_of_it = self.fault in {"silence-before", "silence-after", "slow,seconds=4", "lost-task"}
-        return TIGHT_TIMEOUTS if is_the_end_of_it else TIMEOUTS
+        ends_by_timeout = self.fault in {"silence-before", "silence-after", "slow,seconds=4", "lost-task"}
+        return TIGHT_TIMEOUTS if ends_by_timeout else TIMEOUTS
 
     def inject(self, api: SandboxApi) -> None:
         """Inject the fault into the next two requests (or into all, when the whole API is down)."""
@@ -163,27 +163,27 @@ def test_fault_outcomes_match_table(
         wait_until(lambda: sum(accepted_counts(api).values()) == LEADS)
     if summary.exit_code == ExitCode.KEY:  # the old output is kept
         assert workspace.run_in_process("collect", "job.yaml", "--partial").exit_code == 0
-    met = leads_with_status(workspace, {case.lead_status} if case.lead_status != "answered" else ANSWER_STATUSES)
-    others = LEADS - len(met)
-    assert len(leads_with_status(workspace, ANSWER_STATUSES) - met) == others
+    affected = leads_with_status(workspace, {case.lead_status} if case.lead_status != "answered" else ANSWER_STATUSES)
+    others = LEADS - len(affected)
+    assert len(leads_with_status(workspace, ANSWER_STATUSES) - affected) == others
     if case.lead_status == "answered":
         assert others == 0
     elif case.lead_status == "in_doubt" and not case.fault.startswith("unavailable"):
-        assert len(met) == AFFECTED
+        assert len(affected) == AFFECTED
     runs = accepted_counts(api)
-    was_accepted = case.accepted == "yes" or case.posted_again == "tonight"
-    assert {runs.get(name, 0) for name in met} == {int(was_accepted)}
+    was_accepted = case.accepted == "yes" or case.resent == "same run"
+    assert {runs.get(name, 0) for name in affected} == {int(was_accepted)}
     posts = api.audit()["requests"]["run"]
-    refused = AFFECTED if case.posted_again == "tonight" else 0
+    refused = AFFECTED if case.resent == "same run" else 0
     assert posts <= LEADS + refused
-    assert case.posted_again == "next night" or posts == LEADS + refused
+    assert case.resent == "next run" or posts == LEADS + refused
 
     api.clear_faults()
     second = workspace.run_job(api, timing=case.timing)
 
-    if case.posted_again == "never":
+    if case.resent == "never":
         assert (second.exit_code, second.submitted) == (14, 0)
-        assert leads_with_status(workspace, {"in_doubt"}) == met
+        assert leads_with_status(workspace, {"in_doubt"}) == affected
         assert accepted_counts(api) == runs
     else:
         assert (second.exit_code, second.submitted) == (0, LEADS - len(runs))

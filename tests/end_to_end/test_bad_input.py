@@ -63,10 +63,10 @@ def assert_refused(workspace: Workspace, api: SandboxApi, code: int, expected: t
 @pytest.mark.parametrize("name", first_quick(5, BROKEN, single=True))
 def test_broken_file_refused_before_spending(api: SandboxApi, workspace: Workspace, name: str) -> None:
     """Names the file, the place and the fix, and sends nothing, not even the valid rows before the error."""
-    data, code, words = BROKEN[name]
+    data, code, expected = BROKEN[name]
     (workspace.folder / "leads.csv").write_bytes(data)
 
-    assert_refused(workspace, api, code, words)
+    assert_refused(workspace, api, code, expected)
 
 
 def test_error_at_end_found_before_spending(api: SandboxApi, workspace: Workspace) -> None:
@@ -78,7 +78,7 @@ def test_error_at_end_found_before_spending(api: SandboxApi, workspace: Workspac
 
 
 def test_folder_as_input_file(api: SandboxApi, workspace: Workspace) -> None:
-    """Says that the input is a directory."""
+    """Reports that the input is a directory."""
     (workspace.folder / "leads.csv").mkdir()
 
     assert_refused(workspace, api, 5, ("folder",))
@@ -297,8 +297,8 @@ def test_any_cell_text_is_preserved(shared_api: SandboxApi, rows: list[tuple[str
             csv.writer(file, quoting=csv.QUOTE_ALL).writerows([HEADER, *rows])
 
         summary = workspace.run_job(shared_api)
-        again = workspace.run_job(shared_api)
+        second = workspace.run_job(shared_api)
 
         assert_rows_preserved(workspace, summary, [list(row) for row in rows], HEADER)
-        assert again.submitted == 0
+        assert second.submitted == 0
         assert summary.submitted == summary.requests

@@ -189,12 +189,12 @@ def test_lost_post_leaves_rows_unconfirmed(api: SandboxApi, workspace: Workspace
     assert (summary.exit_code, summary.in_doubt, summary.submitted) == (ExitCode.IN_DOUBT, BULK_SIZE, LEADS - BULK_SIZE)
     before = accepted_counts(api)
 
-    again = workspace.run_job(api, timing=SHORT_TIMEOUTS)
-    assert (again.exit_code, again.submitted, accepted_counts(api)) == (ExitCode.IN_DOUBT, 0, before)
+    second = workspace.run_job(api, timing=SHORT_TIMEOUTS)
+    assert (second.exit_code, second.submitted, accepted_counts(api)) == (ExitCode.IN_DOUBT, 0, before)
     assert check_ledger(workspace.ledger_location).problems == []
 
-    by_word = workspace.run_in_process("run", "job.yaml", "--json", "--retry", "in_doubt", api=api)
-    assert (by_word.exit_code, by_word.json_output["submitted"]) == (0, BULK_SIZE)
+    retried = workspace.run_in_process("run", "job.yaml", "--json", "--retry", "in_doubt", api=api)
+    assert (retried.exit_code, retried.json_output["submitted"]) == (0, BULK_SIZE)
 
 
 @pytest.mark.parametrize("fault", first_quick(1, ["rate-limit-bare", "redirect"]))
@@ -259,10 +259,10 @@ def test_bulk_size_limit_error(tmp_path: Path, workspace: Workspace) -> None:
 def rejected_leads(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Let the API reject the leads of this set, which the program's own check accepts."""
     refused: set[str] = set()
-    judge = questions._mistakes
+    original = questions._mistakes
 
     def mistakes(waterfall: Any, params: Mapping[str, Any]) -> dict[str, list[str]]:
-        return {"company": ["Bad."]} if params["first_name"] in refused else judge(waterfall, params)
+        return {"company": ["Bad."]} if params["first_name"] in refused else original(waterfall, params)
 
     monkeypatch.setattr(questions, "_mistakes", mistakes)
     return refused
@@ -396,10 +396,10 @@ def test_reconcile_counts_task_credits_once(api: SandboxApi, workspace: Workspac
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("how", ["410", "gone"])
-def test_expired_task(tmp_path: Path, workspace: Workspace, how: Any) -> None:
+@pytest.mark.parametrize("expired_as", ["410", "gone"])
+def test_expired_task(tmp_path: Path, workspace: Workspace, expired_as: Any) -> None:
     """Expires every row of the task at an unknown price, whatever the body contains."""
-    with serve_api(tmp_path / "api.db", latency="fixed(600)", expired_as=how) as api:
+    with serve_api(tmp_path / "api.db", latency="fixed(600)", expired_as=expired_as) as api:
         workspace.submit_without_collecting(api)
         status = workspace.run_in_process("status", "job.yaml")
         assert "25  requests at the API" in status.stdout
@@ -509,10 +509,10 @@ def test_bulk_posts_in_flight_limit(tmp_path: Path, workspace: Workspace) -> Non
         process = workspace.start_subprocess("run", "job.yaml", api=api)
         try:
             wait_until(lambda: request_count(api, "bulk_run") >= 1)
-            seen = max(posts_in_flight(workspace) for _ in range(100))
+            max_in_flight = max(posts_in_flight(workspace) for _ in range(100))
         finally:
             kill_process(process)
-    assert 2 <= seen <= 2 * MAX_BULK_POSTS_IN_FLIGHT
+    assert 2 <= max_in_flight <= 2 * MAX_BULK_POSTS_IN_FLIGHT
 
 
 def posts_in_flight(workspace: Workspace) -> int:
@@ -532,7 +532,7 @@ def test_unsent_claims_are_released(api: SandboxApi, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(Dispatcher, "_claim", claim_and_close)
 
-    async def scene() -> None:
+    async def scenario() -> None:
         async with open_loops(api, tmp_path / "ledger.db", range(LEADS)) as harness:
             await harness.run_loops(bulk=BULK_SIZE)
             assert harness.ledger.wrapped.state_counts() == {State.PENDING: LEADS}
@@ -540,7 +540,7 @@ def test_unsent_claims_are_released(api: SandboxApi, tmp_path: Path, monkeypatch
             assert [size for (size,) in harness.ledger.query_all("SELECT size FROM bundles")] == [10, 10, 5]
         assert check_ledger(tmp_path / "ledger.db").problems == []
 
-    asyncio.run(scene())
+    asyncio.run(scenario())
     assert api.audit()["accepted"] == 0
 
 

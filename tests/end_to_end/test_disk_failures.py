@@ -54,10 +54,10 @@ def assert_resumes(workspace: Workspace, api: SandboxApi, leads: int) -> None:
     assert (summary.pending, len(rows)) == (0, leads)
     assert (summary.in_doubt or 0) <= MAX_POSTS_IN_FLIGHT
     assert (audit["paid_twice"], audit["accepted_more_than_once"]) == (0, 0)
-    told_tasks = {row["enrich_task_id"] for row in rows}
+    reported_tasks = {row["enrich_task_id"] for row in rows}
     in_doubt = {row["First Name"] for row in rows if row["enrich_status"] == "in_doubt"}
     for run in audit["runs"]:
-        assert run["params"]["first_name"] in in_doubt or set(run["task_ids"]) <= told_tasks
+        assert run["params"]["first_name"] in in_doubt or set(run["task_ids"]) <= reported_tasks
     assert workspace.run_in_process("ledger", "check", "job.yaml").exit_code == 0
 
 
@@ -119,12 +119,12 @@ def test_disk_full_while_writing_output(api: SandboxApi, workspace: Workspace, n
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-@pytest.mark.parametrize("what", ["file", "folder"])
-def test_unwritable_ledger_is_exit_5(api: SandboxApi, workspace: Workspace, what: str) -> None:
+@pytest.mark.parametrize("target", ["file", "folder"])
+def test_unwritable_ledger_is_exit_5(api: SandboxApi, workspace: Workspace, target: str) -> None:
     """Refuses before anything is sent."""
     workspace.write_leads(make_leads(3))
     Ledger(workspace.ledger_path).close()
-    place, mode = (workspace.ledger_path, 0o400) if what == "file" else (workspace.ledger_path.parent, 0o500)
+    place, mode = (workspace.ledger_path, 0o400) if target == "file" else (workspace.ledger_path.parent, 0o500)
     place.chmod(mode)
 
     result = workspace.run_in_process("run", "job.yaml", "--json", api=api)

@@ -48,7 +48,7 @@ def old_output(workspace: Workspace) -> Path:
 
 
 def use_short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the program in this process with the timeouts of `UNREACHABLE_TIMEOUTS`."""
+    """Run the program in this process with the timeouts `AWAY`."""
     values = tuple(getattr(AWAY, name) for name in Timeouts.__dataclass_fields__)
     monkeypatch.setattr(Timeouts.__init__, "__defaults__", values)
 
@@ -70,7 +70,7 @@ def assert_exit(result: ProgramResult, code: int, *messages: str) -> dict[str, A
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "messages"),
     [
         (["run", "job.yaml", "--no-such-option"], ["--no-such-option"]),
         (["run", "nowhere.yaml"], ["nowhere.yaml", "no such job file"]),
@@ -85,18 +85,20 @@ def assert_exit(result: ProgramResult, code: int, *messages: str) -> dict[str, A
         (["run", "job.yaml", "--output", "out.docx"], ["out.docx", ".parquet"]),
     ],
 )
-def test_usage_error_is_exit_2(api: SandboxApi, workspace: Workspace, arguments: list[str], words: list[str]) -> None:
+def test_usage_error_is_exit_2(
+    api: SandboxApi, workspace: Workspace, arguments: list[str], messages: list[str]
+) -> None:
     """Names the error of the command line, and prints the JSON error."""
     workspace.write_leads(make_leads(1))
 
     result = workspace.run_in_process(*arguments, "--json", api=api)
 
-    assert_exit(result, 2, *words)
+    assert_exit(result, 2, *messages)
     assert api.audit()["accepted"] == 0
 
 
 @pytest.mark.parametrize(
-    ("replaced", "words"),
+    ("replaced", "messages"),
     [
         ({"waterfall": "email_geter"}, ["job.yaml:4", "email_geter", "did you mean `email_getter`?"]),
         ({"params": "{first_nam: First Name}"}, ["job.yaml:5", "first_nam", "did you mean `first_name`?"]),
@@ -119,7 +121,9 @@ def test_usage_error_is_exit_2(api: SandboxApi, workspace: Workspace, arguments:
         ({"params": "[unclosed"}, ["job.yaml:"]),
     ],
 )
-def test_job_error_is_exit_2(api: SandboxApi, workspace: Workspace, replaced: dict[str, str], words: list[str]) -> None:
+def test_job_error_is_exit_2(
+    api: SandboxApi, workspace: Workspace, replaced: dict[str, str], messages: list[str]
+) -> None:
     """Names the line, the key and the nearest valid name in the job file; sends nothing."""
     workspace.write_leads(make_leads(1))
     if replaced == {"input": "out.csv"}:
@@ -128,7 +132,7 @@ def test_job_error_is_exit_2(api: SandboxApi, workspace: Workspace, replaced: di
 
     result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
 
-    assert_exit(result, 2, *words)
+    assert_exit(result, 2, *messages)
     assert "sk-123" not in result.stderr + result.stdout
     assert api.audit()["accepted"] == 0
 
@@ -156,7 +160,7 @@ def test_output_path_equal_to_ledger_is_exit_2(api: SandboxApi, workspace: Works
 
 
 def test_wrong_base_path_is_exit_2(api: SandboxApi, workspace: Workspace) -> None:
-    """Says that the path in DATABAR_BASE_URL is wrong."""
+    """Reports that the path in DATABAR_BASE_URL is wrong."""
     workspace.write_leads(make_leads(1))
     other_server = replace(api, base_url=api.base_url.replace("/v1", "/v2"))
 
@@ -274,10 +278,10 @@ def test_failing_api_at_start_is_exit_4(api: SandboxApi, workspace: Workspace, f
     workspace.write_leads(make_leads(1))
     api.inject_fault(fault, 100, "me")
 
-    with pytest.raises(ApiUnreachable) as raised:
+    with pytest.raises(ApiUnreachable) as error:
         workspace.run_job(api, timing=AWAY)
 
-    assert raised.value.exit_code == 4
+    assert error.value.exit_code == 4
 
 
 @pytest.mark.long
@@ -437,12 +441,12 @@ def test_param_error_fails_row_only(api: SandboxApi, workspace: Workspace, monke
     """A 400 that names a param fails that row at no cost; the others continue."""
     submit = Databar.submit
 
-    def picky(self: Databar, order: Any, quirk: Any = None) -> str:
+    def reject_param(self: Databar, order: Any, quirk: Any = None) -> str:
         if order.rows[0]["first_name"] == "First3":
             raise ApiRefusal({"error": "INVALID_PARAMS", "rows": [{"position": 1, "fields": {"company": ["Bad."]}}]})
         return submit(self, order, quirk)
 
-    monkeypatch.setattr(Databar, "submit", picky)
+    monkeypatch.setattr(Databar, "submit", reject_param)
     workspace.write_leads(make_leads(6))
 
     summary = workspace.run_job(api)
@@ -460,11 +464,11 @@ def test_concurrent_run_is_exit_11(api: SandboxApi, workspace: Workspace, old_ou
     workspace.write_leads(make_leads(1))
     with lock_ledger(workspace.ledger_path, 0):
         fails = workspace.run_in_process("run", "job.yaml", "--json", api=api)
-        skips = workspace.run_in_process("run", "job.yaml", "--json", "--if-locked", "skip", api=api)
+        skipped = workspace.run_in_process("run", "job.yaml", "--json", "--if-locked", "skip", api=api)
         waits = workspace.run_in_process("run", "job.yaml", "--json", "--if-locked", "wait=1s", api=api)
 
     assert_exit(fails, 11, "another execution", "--if-locked")
-    assert skips.exit_code == skips.json_output["exit_code"] == 0
+    assert skipped.exit_code == skipped.json_output["exit_code"] == 0
     assert_exit(waits, 11)
     assert old_output.read_text() == OLD_OUTPUT
     assert api.audit()["accepted"] == 0
@@ -474,16 +478,16 @@ def test_concurrent_run_is_exit_11(api: SandboxApi, workspace: Workspace, old_ou
 def test_if_locked_wait(api: SandboxApi, workspace: Workspace) -> None:
     """`--if-locked wait` starts when the first run has ended."""
     workspace.write_leads(make_leads(1))
-    holding, release = threading.Event(), threading.Event()
+    lock_held, release = threading.Event(), threading.Event()
 
     def first() -> None:
         with lock_ledger(workspace.ledger_path, 0):
-            holding.set()
+            lock_held.set()
             release.wait(10)
 
     thread = threading.Thread(target=first)
     thread.start()
-    holding.wait(10)
+    lock_held.wait(10)
     threading.Timer(0.5, release.set).start()
 
     result = workspace.run_in_process("run", "job.yaml", "--json", "--if-locked", "wait", api=api)
@@ -630,7 +634,7 @@ def test_task_timeout_is_exit_13(tmp_path: Path, workspace: Workspace) -> None:
     first_quick(3, ["no-task-id", "error-after", "html-200", "broken-json", "wrong-json", "reset-after", "lost-task"]),
 )
 def test_in_doubt_is_exit_14(api: SandboxApi, workspace: Workspace, fault: str) -> None:
-    """The charge is unknown: the row says so, and the request is never resent automatically."""
+    """The charge is unknown: the row has a note, and the request is never resent automatically."""
     workspace.write_leads(make_leads(4))
     api.inject_fault(fault)
 

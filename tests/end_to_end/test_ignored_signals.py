@@ -88,22 +88,22 @@ def test_ignored_signal_while_reading_stdin(api: SandboxApi, workspace: Workspac
 def test_ignored_signal_during_prompt(api: SandboxApi, workspace: Workspace, number: signal.Signals) -> None:
     """Keeps the signal ignored during a prompt on a terminal."""
     workspace.write_leads(make_leads(3))
-    ours, theirs = os.openpty()
+    controller, terminal = os.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "enrich", "run", "job.yaml"],
         cwd=workspace.folder,
         env=workspace.environment(api) | {"TERM": "dumb"},
-        stdin=theirs,
-        stderr=theirs,
+        stdin=terminal,
+        stderr=terminal,
         stdout=subprocess.DEVNULL,
         preexec_fn=partial(reset_signals, [number]),
     )
-    os.close(theirs)
-    read_terminal(ours, up_to=b"Go on?")
+    os.close(terminal)
+    read_terminal(controller, up_to=b"Go on?")
     process.send_signal(number)
-    os.write(ours, b"y\n")
-    read_terminal(ours)
-    os.close(ours)
+    os.write(controller, b"y\n")
+    read_terminal(controller)
+    os.close(controller)
     assert process.wait(60) == 0
 
 

@@ -65,13 +65,13 @@ def rescue_lines(*files: Path) -> list[dict[str, Any]]:
     return list(result.values())
 
 
-def assert_nothing_lost(workspace: Workspace, api: SandboxApi, *, doubtful: int = 0) -> None:
+def assert_nothing_lost(workspace: Workspace, api: SandboxApi, *, in_doubt: int = 0) -> None:
     """Assert that every charged task is in the output, each lead was sent once, and the ledger is sound."""
     audit = api.audit()
     assert (audit["paid_twice"], audit["accepted_more_than_once"], audit["accepted"]) == (0, 0, LEADS)
     rows = workspace.read_output()
     assert [row["First Name"] for row in rows] == [f"First{number}" for number in range(LEADS)]
-    assert sum(row["enrich_status"] == "in_doubt" for row in rows) == doubtful
+    assert sum(row["enrich_status"] == "in_doubt" for row in rows) == in_doubt
     assert not {"pending", "failed", "expired"} & {row["enrich_status"] for row in rows}
     tasks = {row["First Name"]: row["enrich_task_id"] for row in rows}
     for run in audit["runs"]:
@@ -126,14 +126,18 @@ LOST_LATER = [remove_wal, remove_shm, replace_with_old_copy]
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("how", [*LOST_AT_ONCE, *(pytest.param(how, marks=pytest.mark.long) for how in LOST_LATER)])
-def test_lost_ledger_stops_run(slow_api: SandboxApi, workspace: Workspace, how: Callable[[Workspace], None]) -> None:
+@pytest.mark.parametrize(
+    "lose_ledger", [*LOST_AT_ONCE, *(pytest.param(lose_ledger, marks=pytest.mark.long) for lose_ledger in LOST_LATER)]
+)
+def test_lost_ledger_stops_run(
+    slow_api: SandboxApi, workspace: Workspace, lose_ledger: Callable[[Workspace], None]
+) -> None:
     """Exits with 1 and stops sending; the next run imports the rescue file and pays for nothing again."""
     slow_api.inject_fault("slow", 200, "post", seconds=0.3)
     process = workspace.start_subprocess(*RUN, api=slow_api)
     wait_until(lambda: slow_api.audit()["accepted"] >= 20)
 
-    how(workspace)
+    lose_ledger(workspace)
     result = wait_for_end(process)
 
     assert result.exit_code == 1, result.stderr
@@ -153,10 +157,10 @@ def test_lost_ledger_stops_run(slow_api: SandboxApi, workspace: Workspace, how: 
     }
     slow_api.clear_faults()
 
-    again = workspace.run_subprocess(*RUN, "--new-ledger", api=slow_api)
+    second = workspace.run_subprocess(*RUN, "--new-ledger", api=slow_api)
 
-    assert again.exit_code == 0, again.stderr
-    assert any(file.name in note for note in again.json_output["notes"])
+    assert second.exit_code == 0, second.stderr
+    assert any(file.name in note for note in second.json_output["notes"])
     assert not rescue_files(workspace)
     assert_nothing_lost(workspace, slow_api)
 
@@ -170,9 +174,9 @@ def test_restored_ledger_imports_rescue_file(slow_api: SandboxApi, workspace: Wo
     assert wait_for_end(process).exit_code == 1
     (workspace.folder / "elsewhere").rename(workspace.ledger_path.parent)
 
-    again = workspace.run_subprocess(*RUN, api=slow_api)
+    second = workspace.run_subprocess(*RUN, api=slow_api)
 
-    assert again.exit_code == 0, again.stderr
+    assert second.exit_code == 0, second.stderr
     assert not rescue_files(workspace)
     assert_nothing_lost(workspace, slow_api)
 
@@ -195,15 +199,15 @@ def test_removed_lock_file_stops_run(slow_api: SandboxApi, workspace: Workspace,
     if second is not None:
         assert wait_for_end(second).exit_code in (0, 14)
     slow_api.clear_faults()
-    again = workspace.run_subprocess(*RUN, api=slow_api)
-    assert again.exit_code == 0, again.stderr
+    third = workspace.run_subprocess(*RUN, api=slow_api)
+    assert third.exit_code == 0, third.stderr
     assert not rescue_files(workspace)
     assert_nothing_lost(workspace, slow_api)
 
 
 @pytest.mark.long
 def test_foreign_lock_is_awaited(slow_api: SandboxApi, workspace: Workspace) -> None:
-    """Sends nothing while another program locks the ledger, says so, and resumes when it is released."""
+    """Sends nothing while another program locks the ledger, reports it, and resumes when it is released."""
     process = workspace.start_subprocess(*RUN, api=slow_api)
     wait_until(lambda: slow_api.audit()["accepted"] >= 20)
     with closing(sqlite3.connect(workspace.ledger_path, isolation_level=None)) as other:
@@ -254,8 +258,8 @@ def test_disk_full_keeps_task_ids(api: SandboxApi, workspace: Workspace) -> None
     assert result.exit_code == 1, result.stderr
     assert "the ledger cannot be written" in result.stderr
     assert "make room" in result.stderr
-    again = workspace.run_subprocess(*RUN, api=api)
-    assert again.exit_code == 0, again.stderr
+    second = workspace.run_subprocess(*RUN, api=api)
+    assert second.exit_code == 0, second.stderr
     assert_nothing_lost(workspace, api)
 
 

@@ -94,8 +94,8 @@ def make_scenario(
 
 def every_nth(number: int, fault: ProxyFault, *kinds: str) -> ChooseFault:
     """Apply a fault to every n-th request of these kinds; by default POST and GET."""
-    concerned = kinds or ("POST", "GET")
-    return lambda exchange: fault if exchange.kind in concerned and not exchange.number % number else None
+    affected_kinds = kinds or ("POST", "GET")
+    return lambda exchange: fault if exchange.kind in affected_kinds and not exchange.number % number else None
 
 
 def fault_first_polls(number: int, make: Callable[[Exchange], ProxyFault]) -> ChooseFault:
@@ -114,20 +114,20 @@ def fault_first_polls(number: int, make: Callable[[Exchange], ProxyFault]) -> Ch
 @pytest.mark.long
 @pytest.mark.parametrize("after_s", [0.03, 0.0], ids=["30 ms later", "at once"])
 @pytest.mark.parametrize(
-    ("kinds", "share"),
+    ("kinds", "nth"),
     [((), 1), (("POST",), 1), (("GET",), 1), ((), 4)],
     ids=["all", "POST", "GET", "each 4th"],
 )
-def test_duplicated_responses(tmp_path: Path, kinds: tuple[str, ...], share: int, after_s: float) -> None:
+def test_duplicated_responses(tmp_path: Path, kinds: tuple[str, ...], nth: int, after_s: float) -> None:
     """A repeated response reaches no other request; a poll that it spoils is repeated."""
-    with make_scenario(tmp_path, every_nth(share, ProxyFault(ProxyFaultKind.REPEAT, after_s), *kinds)) as scenario:
+    with make_scenario(tmp_path, every_nth(nth, ProxyFault(ProxyFaultKind.REPEAT, after_s), *kinds)) as scenario:
         first = scenario.run_job()
         # When every POST is spoiled, the run stops sending after a while.
         assert scenario.answered_count() + len(scenario.leads_in_doubt()) == LEADS or first.exit_code == 4
-        assert sum(scenario.proxy.fault_counts.values()) >= min(5, LEADS // share)
+        assert sum(scenario.proxy.fault_counts.values()) >= min(5, LEADS // nth)
         scenario.proxy.clear_faults()
         scenario.run_job()
-        assert len(scenario.leads_in_doubt()) <= (0 if kinds == ("GET",) else LEADS // share)
+        assert len(scenario.leads_in_doubt()) <= (0 if kinds == ("GET",) else LEADS // nth)
         assert scenario.answered_count() == LEADS - len(scenario.leads_in_doubt())
 
 
@@ -199,16 +199,16 @@ def test_poll_gets_unknown_task(tmp_path: Path, times: int) -> None:
 @pytest.mark.long
 def test_invalid_response_permanently_for_one_row(tmp_path: Path) -> None:
     """The row stays open with a reason, the others are answered; it is collected when the API works again."""
-    victims: list[str] = []
+    affected_leads: list[str] = []
 
     def choose(exchange: Exchange) -> ProxyFault | None:
         if not exchange.is_poll:
             return None
-        if len(victims) < 3 and exchange.task_id not in victims:
-            victims.append(exchange.task_id)
+        if len(affected_leads) < 3 and exchange.task_id not in affected_leads:
+            affected_leads.append(exchange.task_id)
         return (
             ProxyFault(ProxyFaultKind.UNKNOWN_TASK, task_id=f"not-{exchange.task_id}")
-            if exchange.task_id in victims
+            if exchange.task_id in affected_leads
             else None
         )
 
@@ -227,10 +227,10 @@ def test_invalid_response_permanently_for_one_row(tmp_path: Path) -> None:
 def test_invalid_responses_stop_submitting(tmp_path: Path) -> None:
     """Stops sending when the API answers for unknown tasks; open tasks are collected later."""
     job = JOB.replace("1000}", "1000, in_flight: 25}")
-    strange = fault_first_polls(
+    choose_fault = fault_first_polls(
         10_000, lambda exchange: ProxyFault(ProxyFaultKind.UNKNOWN_TASK, task_id=f"not-{exchange.task_id}")
     )
-    with make_scenario(tmp_path, strange, leads=80, job=job) as scenario:
+    with make_scenario(tmp_path, choose_fault, leads=80, job=job) as scenario:
         first = scenario.run_job(NO_YOUNG_TIMEOUTS, RunOptions(max_time_s=20.0))
         assert first.exit_code == 4
         assert first.submitted < 80
@@ -240,9 +240,9 @@ def test_invalid_responses_stop_submitting(tmp_path: Path) -> None:
         assert (second.exit_code, first.submitted + second.submitted, scenario.answered_count()) == (0, 80, 80)
 
 
-def reuse_first_id(act: ProxyFaultKind) -> ChooseFault:
+def reuse_first_id(kind: ProxyFaultKind) -> ChooseFault:
     """Answer the second to fourth POST with the first one's id."""
-    return lambda exchange: ProxyFault(act) if exchange.is_post and 2 <= exchange.number <= 4 else None
+    return lambda exchange: ProxyFault(kind) if exchange.is_post and 2 <= exchange.number <= 4 else None
 
 
 @pytest.mark.long
@@ -377,26 +377,26 @@ UNUSABLE_BODIES = {
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("where", ["/user/me", "/waterfalls/email_getter"])
-@pytest.mark.parametrize("what", UNUSABLE_BODIES)
-def test_misdelivered_user_or_waterfall_response(tmp_path: Path, where: str, what: str) -> None:
+@pytest.mark.parametrize("path", ["/user/me", "/waterfalls/email_getter"])
+@pytest.mark.parametrize("body_name", UNUSABLE_BODIES)
+def test_misdelivered_user_or_waterfall_response(tmp_path: Path, path: str, body_name: str) -> None:
     """Requests the account or waterfall again when the response is another's; the run continues normally."""
-    if (where, what) == ("/user/me", "an account"):
+    if (path, body_name) == ("/user/me", "an account"):
         pytest.skip("an answer to it")
-    scripted_api: list[str] = []
+    faulty_paths: list[str] = []
 
     def choose(exchange: Exchange) -> ProxyFault | None:
-        if not exchange.path.endswith(where) or where in scripted_api:
+        if not exchange.path.endswith(path) or path in faulty_paths:
             return None
-        scripted_api.append(where)
-        return ProxyFault(ProxyFaultKind.BODY, body=json.dumps(UNUSABLE_BODIES[what]).encode())
+        faulty_paths.append(path)
+        return ProxyFault(ProxyFaultKind.BODY, body=json.dumps(UNUSABLE_BODIES[body_name]).encode())
 
     with make_scenario(tmp_path, lambda _: None, leads=4) as scenario:
         assert scenario.run_job().exit_code == 0
         scenario.workspace.write_leads(make_leads(8))
         scenario.proxy.choose_fault = choose
         second = scenario.run_job()
-        assert (scripted_api, second.exit_code, second.submitted, scenario.answered_count()) == ([where], 0, 4, 8)
+        assert (faulty_paths, second.exit_code, second.submitted, scenario.answered_count()) == ([path], 0, 4, 8)
 
 
 @pytest.mark.long
@@ -436,9 +436,9 @@ def proxy_faults(draw: st.DrawFn, kind: str) -> ProxyFault | None:
     """Draw the fault of a response of this kind, or None."""
     if draw(st.booleans()):
         return None
-    act = draw(st.sampled_from(FAULT_KINDS[kind]))
-    status = draw(st.sampled_from((408, 429, 503) if act is ProxyFaultKind.UNSOLICITED else (201, 202, 203)))
-    return ProxyFault(act, draw(st.sampled_from((0.0, 0.005, 0.03))), status)
+    fault_kind = draw(st.sampled_from(FAULT_KINDS[kind]))
+    status = draw(st.sampled_from((408, 429, 503) if fault_kind is ProxyFaultKind.UNSOLICITED else (201, 202, 203)))
+    return ProxyFault(fault_kind, draw(st.sampled_from((0.0, 0.005, 0.03))), status)
 
 
 @pytest.mark.long
@@ -455,12 +455,12 @@ def test_random_response_faults(posts: list[ProxyFault | None], gets: list[Proxy
         drawn = {"POST": posts, "GET": gets}.get(exchange.kind, [])
         return drawn[exchange.number - 1] if exchange.number <= len(drawn) else None
 
-    disturbed = sum(trick is not None and trick.kind is not ProxyFaultKind.STATUS for trick in posts)
+    faulty_posts = sum(fault is not None and fault.kind is not ProxyFaultKind.STATUS for fault in posts)
     with tempfile.TemporaryDirectory() as folder, make_scenario(Path(folder), choose, leads=12) as scenario:
         scenario.run_job(NO_YOUNG_TIMEOUTS)
         in_doubt = scenario.leads_in_doubt()
         assert scenario.answered_count() + len(in_doubt) == 12
-        assert len(in_doubt) <= disturbed
+        assert len(in_doubt) <= faulty_posts
         scenario.proxy.clear_faults()
         second = scenario.run_job(NO_YOUNG_TIMEOUTS)
         assert second.submitted == 0

@@ -40,12 +40,12 @@ def assert_refused(workspace: Workspace, api: SandboxApi, *more: str) -> None:
 
 
 @FILE_ONLY
-@pytest.mark.parametrize("how", first_quick(2, ["ledger removed", "folder removed", "another ledger", "renamed job"]))
-def test_new_ledger_with_paid_output_is_refused(api: SandboxApi, workspace: Workspace, how: str) -> None:
+@pytest.mark.parametrize("cause", first_quick(2, ["ledger removed", "folder removed", "another ledger", "renamed job"]))
+def test_new_ledger_with_paid_output_is_refused(api: SandboxApi, workspace: Workspace, cause: str) -> None:
     """Refuses a new ledger however it came about; with --new-ledger the run pays."""
     workspace.run_job(api)
     more: tuple[str, ...] = ()
-    match how:
+    match cause:
         case "ledger removed":
             workspace.ledger_path.unlink()
         case "folder removed":
@@ -132,7 +132,7 @@ def test_output_without_tasks_is_ignored(api: SandboxApi, workspace: Workspace, 
 @pytest.mark.long
 @FILE_ONLY
 def test_unreadable_output_is_a_note(api: SandboxApi, workspace: Workspace) -> None:
-    """The run continues, and the summary says that the output could not be checked."""
+    """The run continues, and the summary notes that the output was not checked."""
     (workspace.folder / "out.csv").write_bytes(b"\xff\xfe\x00enrich_task_id\n\x81\n")
 
     result = workspace.run_in_process(*RUN, api=api)
@@ -175,11 +175,11 @@ def test_confirmation_on_terminal(api: SandboxApi, workspace: Workspace) -> None
         workspace.environ,
     )
     other.write_job(name="other", ledger=other.server_url or ".enrich/other.db")
-    asked: list[str] = []
+    prompts: list[str] = []
 
     def confirm(text: str) -> bool:
-        asked.append(text)
-        return len(asked) > 1
+        prompts.append(text)
+        return len(prompts) > 1
 
     with pytest.raises(CommandRefused) as no:
         other.run_job(api, RunOptions(confirm_new_ledger=confirm))
@@ -187,5 +187,5 @@ def test_confirmation_on_terminal(api: SandboxApi, workspace: Workspace) -> None
     summary = other.run_job(api, RunOptions(confirm_new_ledger=confirm))
 
     assert (summary.exit_code, summary.submitted, summary.execution) == (0, 5, 1)
-    assert len(asked) == 2
-    assert "out.csv was paid for from another ledger" in asked[0]
+    assert len(prompts) == 2
+    assert "out.csv was paid for from another ledger" in prompts[0]

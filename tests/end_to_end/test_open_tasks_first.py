@@ -92,8 +92,8 @@ def run_once(
     """Run the job against a scripted API."""
     job = load_job(workspace.job_file)
     with lock_ledger(job.ledger, 0), open_for_run(job.ledger) as (ledger, _):
-        around = RunContext(job, ApiAccess(base_url, SecretStr("key-of-the-test")), ledger, timeouts=timing)
-        return run_job(around, options or RunOptions())
+        context = RunContext(job, ApiAccess(base_url, SecretStr("key-of-the-test")), ledger, timeouts=timing)
+        return run_job(context, options or RunOptions())
 
 
 def request_states(workspace: Workspace) -> list[str]:
@@ -114,42 +114,42 @@ def submit_and_leave(workspace: Workspace, scripted_api: ScriptedApi, base_url: 
 
 
 REFUSALS: dict[str, tuple[Callable[[ScriptedApi, Workspace], object], int]] = {
-    "the waterfall is gone": (lambda odd, _: setattr(odd, "waterfall", http_reply(404, {"detail": "no"})), 2),
+    "the waterfall is gone": (lambda api, _: setattr(api, "waterfall", http_reply(404, {"detail": "no"})), 2),
     "the waterfall is another": (
-        lambda odd, _: setattr(odd, "waterfall", http_reply(200, WATERFALL | {"identifier": "phone_getter"})),
+        lambda api, _: setattr(api, "waterfall", http_reply(200, WATERFALL | {"identifier": "phone_getter"})),
         4,
     ),
     "the waterfall wants more": (
-        lambda odd, _: setattr(
-            odd, "waterfall", http_reply(200, WATERFALL | {"input_params": [{"name": "age", "required": True}]})
+        lambda api, _: setattr(
+            api, "waterfall", http_reply(200, WATERFALL | {"input_params": [{"name": "age", "required": True}]})
         ),
         2,
     ),
-    "the account is unknown": (lambda odd, _: setattr(odd, "user", http_reply(404, {"detail": "no"})), 2),
-    "the account is no JSON": (lambda odd, _: setattr(odd, "user", http_reply(200, b"<html>")), 4),
-    "the account fails": (lambda odd, _: setattr(odd, "user", http_reply(500, {"detail": "no"})), 4),
-    "the account is a list": (lambda odd, _: setattr(odd, "user", http_reply(200, [1])), 4),
+    "the account is unknown": (lambda api, _: setattr(api, "user", http_reply(404, {"detail": "no"})), 2),
+    "the account is no JSON": (lambda api, _: setattr(api, "user", http_reply(200, b"<html>")), 4),
+    "the account fails": (lambda api, _: setattr(api, "user", http_reply(500, {"detail": "no"})), 4),
+    "the account is a list": (lambda api, _: setattr(api, "user", http_reply(200, [1])), 4),
     "the workspace is another": (
-        lambda odd, _: setattr(odd, "user", http_reply(200, {"balance": 1, "workspace": "theirs"})),
+        lambda api, _: setattr(api, "user", http_reply(200, {"balance": 1, "workspace": "theirs"})),
         2,
     ),
-    "the input is broken": (lambda _, office: (office.folder / "leads.csv").write_bytes(b"\xff\xfe\x00"), 5),
-    "the input is missing": (lambda _, office: (office.folder / "leads.csv").unlink(), 5),
+    "the input is broken": (lambda _, workspace: (workspace.folder / "leads.csv").write_bytes(b"\xff\xfe\x00"), 5),
+    "the input is missing": (lambda _, workspace: (workspace.folder / "leads.csv").unlink(), 5),
     "the changes would replace the input": (
-        lambda _, office: office.write_job(changes="{path: leads.csv, key: [Email]}"),
+        lambda _, workspace: workspace.write_job(changes="{path: leads.csv, key: [Email]}"),
         2,
     ),
     "a rescue file is damaged": (
-        lambda _, office: office.ledger_path.with_name("job.db.rescue").write_text("{", encoding="utf-8"),
+        lambda _, workspace: workspace.ledger_path.with_name("job.db.rescue").write_text("{", encoding="utf-8"),
         5,
     ),
-    "the job names an unknown waterfall": (lambda _, office: office.write_job(waterfall="none_such"), 4),
+    "the job names an unknown waterfall": (lambda _, workspace: workspace.write_job(waterfall="none_such"), 4),
 }
 
 
 @pytest.mark.parametrize("refusal", first_quick(3, REFUSALS, single=True))
 def test_open_tasks_collected_before_refusal(workspace: Workspace, refusal: str) -> None:
-    """Polls each open task and keeps its answer; sends nothing new, and the run says why."""
+    """Polls each open task and keeps its answer; sends nothing new, and the run reports the reason."""
     scripted_api = ScriptedApi()
     with serve_replies(scripted_api) as server:
         submit_and_leave(workspace, scripted_api, server.base_url)
@@ -189,9 +189,9 @@ def test_other_workspace_keeps_tasks_open(workspace: Workspace, answer: Reply) -
 
         scripted_api.task = completed_reply
         renamed = run_once(workspace, server.base_url, RunOptions(workspace_renamed=True))
-        again = run_once(workspace, server.base_url)
+        second = run_once(workspace, server.base_url)
 
-    assert (renamed.exit_code, again.exit_code, scripted_api.posts) == (0, 0, [])
+    assert (renamed.exit_code, second.exit_code, scripted_api.posts) == (0, 0, [])
     assert request_states(workspace) == ["found"] * 3
 
 
@@ -218,7 +218,7 @@ def test_only_continuous_404_expires_task(pattern: list[bool]) -> None:
     from enrich.run.poller import OpenTask  # noqa: PLC0415 - tests the rule without a run
 
     waiting, now = OpenTask(Task((1,), "t", 0), submitted_in_this_run=True, acknowledged=True, submitted_at_s=0.0), 0.0
-    believed, run, since = False, 0, 0.0
+    is_expired, run, since = False, 0, 0.0
     for missing in pattern:
         now += 17.0
         if not missing:
@@ -226,8 +226,8 @@ def test_only_continuous_404_expires_task(pattern: list[bool]) -> None:
             continue
         since = now if not run else since
         run += 1
-        believed = waiting.count_repeat("404", now).is_conclusive(now, 60.0)
-        assert believed == (run >= 5 and now - since >= 60.0)
+        is_expired = waiting.count_repeat("404", now).is_conclusive(now, 60.0)
+        assert is_expired == (run >= 5 and now - since >= 60.0)
 
 
 def test_signal_or_max_time_keeps_tasks_open(workspace: Workspace) -> None:
@@ -264,11 +264,11 @@ def test_expired_tasks_polled_once_more(workspace: Workspace) -> None:
     assert summary.credits_spent == 1.5
 
 
-@pytest.mark.parametrize("then", first_quick(1, ["completed", "running", "unknown", "gone"]))
-def test_in_doubt_with_id_polled_before_retry(workspace: Workspace, then: str) -> None:
+@pytest.mark.parametrize("task_state", first_quick(1, ["completed", "running", "unknown", "gone"]))
+def test_in_doubt_with_id_polled_before_retry(workspace: Workspace, task_state: str) -> None:
     """`--retry` pays only for what the API does not have."""
-    scripted_api, office_leads = ScriptedApi(), make_leads(2)
-    workspace.write_leads(office_leads)
+    scripted_api, leads = ScriptedApi(), make_leads(2)
+    workspace.write_leads(leads)
     scripted_api.post = lambda name: http_reply(500, {"task_id": f"t-{name}", "detail": "sorry"})
     with serve_replies(scripted_api) as server:
         assert run_once(workspace, server.base_url).exit_code == 14
@@ -278,17 +278,17 @@ def test_in_doubt_with_id_polled_before_retry(workspace: Workspace, then: str) -
         ]
         scripted_api.post = ScriptedApi.post
         scripted_api.take_requests()
-        still = iter([running_reply("First0"), running_reply("First0")])
+        replies = iter([running_reply("First0"), running_reply("First0")])
         scripted_api.task = {
             "completed": completed_reply,
-            "running": lambda name: next(still, completed_reply(name)) if name == "First0" else completed_reply(name),
+            "running": lambda name: next(replies, completed_reply(name)) if name == "First0" else completed_reply(name),
             "unknown": lambda name: http_reply(404, {}) if len(scripted_api.posts) < 2 else completed_reply(name),
             "gone": lambda name: http_reply(410, {}) if len(scripted_api.posts) < 2 else completed_reply(name),
-        }[then]
+        }[task_state]
 
         summary = run_once(workspace, server.base_url, RunOptions(retry=frozenset({State.IN_DOUBT})))
 
-    bought = 2 if then in ("unknown", "gone") else 0
+    bought = 2 if task_state in ("unknown", "gone") else 0
     assert (summary.exit_code, len(scripted_api.posts)) == (0, bought)
     assert request_states(workspace) == ["found"] * 2
 
@@ -314,8 +314,8 @@ def test_retry_after_of_post_does_not_block_polls(workspace: Workspace) -> None:
         submit_and_leave(workspace, scripted_api, server.base_url, leads=1)
         workspace.write_leads(make_leads(3))
         scripted_api.post = lambda _: http_reply(429, {}, retry_after="3600")
-        asked = iter([running_reply("First0"), running_reply("First0")])
-        scripted_api.task = lambda name: next(asked, completed_reply(name))
+        replies = iter([running_reply("First0"), running_reply("First0")])
+        scripted_api.task = lambda name: next(replies, completed_reply(name))
 
         summary = run_once(workspace, server.base_url, timing=replace(TIMEOUTS, outage_s=1.5))
 
@@ -357,24 +357,24 @@ UNUSABLE_ANSWERS: dict[str, tuple[Callable[[str], Reply], str, float | None]] = 
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("poison", UNUSABLE_ANSWERS)
-def test_unusable_answer_affects_one_row(workspace: Workspace, poison: str) -> None:
+@pytest.mark.parametrize("answer_name", UNUSABLE_ANSWERS)
+def test_unusable_answer_affects_one_row(workspace: Workspace, answer_name: str) -> None:
     """The other leads get theirs, the row has the reason, and the run is not blocked."""
     scripted_api = ScriptedApi()
-    answer, state, spent = UNUSABLE_ANSWERS[poison]
+    answer, state, spent = UNUSABLE_ANSWERS[answer_name]
     workspace.write_leads(make_leads(3))
     scripted_api.task = lambda name: answer(name) if name == "First0" else completed_reply(name)
     with serve_replies(scripted_api) as server:
         summary = run_once(workspace, server.base_url)
         rows = workspace.read_output()
-        healed = run_once(workspace, server.base_url) if state == "submitted" else summary
+        second = run_once(workspace, server.base_url) if state == "submitted" else summary
         scripted_api.task = completed_reply
         last = run_once(workspace, server.base_url)
 
     assert summary.exit_code == (13 if state == "submitted" else 0)
     assert [row["enrich_status"] for row in rows[1:]] == ["found", "found"]
     assert rows[1]["work_email"] == "first1@found.example"
-    assert healed.exit_code in (0, 13)
+    assert second.exit_code in (0, 13)
     if state == "found":
         assert rows[0]["enrich_status"] == "found"
         assert rows[0]["enrich_credits"] == ("" if spent is None else str(spent))
@@ -441,15 +441,15 @@ def test_cached_date_header_is_ignored() -> None:
 
     received: list[int] = []
 
-    class Heard(SystemClock):
+    class RecordingClock(SystemClock):
         def observe(self, api_ms: int) -> None:
             received.append(api_ms)
 
-    async def asking(base_url: str) -> None:
-        async with Client(ApiAccess(base_url, SecretStr("key-of-the-test")), Heard()) as client:
+    async def request_user(base_url: str) -> None:
+        async with Client(ApiAccess(base_url, SecretStr("key-of-the-test")), RecordingClock()) as client:
             await client.get_user()
 
     for more in ({}, {"age": "7200"}):
         with serve_replies(http_reply(200, {"workspace": "w"}, date="Sun, 01 Nov 2026 12:00:00 GMT", **more)) as server:
-            asyncio.run(asking(server.base_url))
+            asyncio.run(request_user(server.base_url))
     assert received == [1_793_534_400_000]

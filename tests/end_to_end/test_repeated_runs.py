@@ -138,9 +138,9 @@ def test_limit_follows_file_order(api: SandboxApi, workspace: Workspace) -> None
 
     runs = [workspace.run_job(api, RunOptions(limit=4)) for _ in range(3)]
 
-    assert [night.submitted for night in runs] == [4, 4, 1]
-    assert [night.exit_code for night in runs] == [0, 0, 0]
-    assert [night.pending for night in runs] == [5, 1, 0]
+    assert [run_summary.submitted for run_summary in runs] == [4, 4, 1]
+    assert [run_summary.exit_code for run_summary in runs] == [0, 0, 0]
+    assert [run_summary.pending for run_summary in runs] == [5, 1, 0]
 
 
 def test_limit_counts_unconfirmed(api: SandboxApi, workspace: Workspace) -> None:
@@ -310,10 +310,10 @@ def test_refresh_of_old_answers(tmp_path: Path, workspace: Workspace) -> None:
         misses = workspace.run_job(api, clock=clock_ahead(20 * DAY))
         assert workspace.run_job(api, clock=clock_ahead(20 * DAY)).submitted == 0
         api.advance(80 * DAY)
-        all_of_them = workspace.run_job(api, clock=clock_ahead(100 * DAY))
+        refreshed = workspace.run_job(api, clock=clock_ahead(100 * DAY))
 
     assert 0 < misses.submitted == (first.not_found or 0) < 20
-    assert all_of_them.submitted == 20
+    assert refreshed.submitted == 20
 
 
 @pytest.mark.long
@@ -339,7 +339,7 @@ def test_last_match_kept_during_refresh(tmp_path: Path, workspace: Workspace) ->
 
 @pytest.mark.long
 def test_refresh_ending_in_doubt(tmp_path: Path, workspace: Workspace) -> None:
-    """An old no match that was resent without an answer is in doubt: row and exit code say so."""
+    """An old no match that was resent without an answer is in doubt, in the row and by the exit code."""
     workspace.write_leads(make_leads(3))
     workspace.write_job(policy="{refresh: {not_found: 14d}}")
     with serve_api(tmp_path / "api.db", hit_rate=0.0) as api:
@@ -410,9 +410,9 @@ def test_sandbox_ledger_is_separate(api: SandboxApi, workspace: Workspace) -> No
     workspace.write_leads(make_leads(4))
 
     free = workspace.run_in_process("run", "job.yaml", "--sandbox", "--json")
-    real = workspace.run_in_process("run", "job.yaml", "--json", api=api)
+    real_run = workspace.run_in_process("run", "job.yaml", "--json", api=api)
 
-    assert free.json_output["submitted"] == real.json_output["submitted"] == 4
+    assert free.json_output["submitted"] == real_run.json_output["submitted"] == 4
     assert api.audit()["accepted"] == 4
     assert {path.name for path in workspace.ledger_path.parent.glob("*.db")} == {
         *("job.db", "job.sandbox.db", "job.sandbox.api.db"),
@@ -457,7 +457,7 @@ def test_ledger_bound_to_host(api: SandboxApi, workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_new_ledger_beside_others_is_reported(api: SandboxApi, workspace: Workspace) -> None:
-    """A renamed job would pay for everything again: the summary says so."""
+    """A renamed job would pay for everything again: the summary has a note."""
     workspace.write_leads(make_leads(2))
     workspace.run_in_process("run", "job.yaml", api=api)
     workspace.write_job(output="renamed.csv")
@@ -519,12 +519,12 @@ def test_changed_provider_defaults_are_reported(
     workspace.write_leads(make_leads(5))
 
     result = workspace.run_job(api)
-    followed = workspace.run_job(api, RunOptions(update_providers=True))
+    updated = workspace.run_job(api, RunOptions(update_providers=True))
     kept = workspace.run_job(api)
 
     assert result.submitted == 2
     assert any("833, 113" in note and "--update-providers" in note for note in result.notes)
-    assert (followed.submitted, followed.notes) == (5, [])
+    assert (updated.submitted, updated.notes) == (5, [])
     assert (kept.submitted, kept.notes) == (0, [])
     assert _request_counts(api) == {(833, 966, 701, 745), (833, 113)}
 
@@ -549,7 +549,7 @@ def test_explicit_providers_ignore_default_changes(
 
 @pytest.mark.long
 def test_input_changed_during_run(tmp_path: Path, workspace: Workspace) -> None:
-    """The output has the new file's rows; new ones are pending, and exit 4 says to run again."""
+    """The output has the new file's rows; new ones are pending, and exit 4 means run again."""
     workspace.write_leads(make_leads(6))
     changed: list[Path] = []
     with serve_api(tmp_path / "api.db", latency="fixed(0.5)") as api:
@@ -585,7 +585,7 @@ def test_all_executions_are_stored(api: SandboxApi, workspace: Workspace) -> Non
         kept = ledger.executions("job")
     finally:
         ledger.close()
-    output = [json.loads(json.dumps(receipt.as_json())) for receipt in reversed(summaries)]
+    output = [json.loads(json.dumps(summary.as_json())) for summary in reversed(summaries)]
     assert [json.loads(row["receipt"]) for row in kept] == output
 
 

@@ -88,17 +88,17 @@ def test_kill_with_posts_in_flight(api: SandboxApi, workspace: Workspace, fault:
     workspace.write_leads(make_leads(150))
     api.inject_fault(fault, 40)
     start_and_kill(workspace, api, lambda: api.audit()["faults"].get(fault, 0) >= 20)
-    on_the_wire = api.audit()["faults"][fault]
+    in_flight = api.audit()["faults"][fault]
     api.clear_faults()
 
     summary = workspace.run_job(api)
 
     assert summary.exit_code == 14
-    assert on_the_wire <= (summary.in_doubt or 0) <= MAX_POSTS_IN_FLIGHT
+    assert in_flight <= (summary.in_doubt or 0) <= MAX_POSTS_IN_FLIGHT
     assert summary.submitted == 150 - (summary.in_doubt or 0)
     assert any("killed" in note for note in summary.notes)
     audit = assert_consistent_with_audit(workspace, api, summary, 150)
-    assert audit["accepted"] == summary.submitted + (on_the_wire if fault == "silence-after" else 0)
+    assert audit["accepted"] == summary.submitted + (in_flight if fault == "silence-after" else 0)
 
 
 @pytest.mark.long

@@ -296,8 +296,8 @@ def test_default_providers_are_sent(api: SandboxApi, workspace: Workspace) -> No
 def test_duplicates_are_sent_once(api: SandboxApi, workspace: Workspace) -> None:
     """Rows with the same request share the answer; the first shows the cost, so the column sums to the bill."""
     leads = make_leads(6)
-    spelt_otherwise = [["  First0 ", "Last0", "company0.example", "", "another"], *leads]
-    workspace.write_leads([*leads, *spelt_otherwise])
+    other_spellings = [["  First0 ", "Last0", "company0.example", "", "another"], *leads]
+    workspace.write_leads([*leads, *other_spellings])
 
     summary = workspace.run_job(api)
 

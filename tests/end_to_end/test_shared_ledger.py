@@ -71,8 +71,8 @@ def test_executions_are_separate_per_job(api: SandboxApi, alpha: Workspace, beta
     alpha.run_job(api)
 
     shown = {
-        name: office.run_in_process("status", f"{name}.yaml", "--json").json_output["executions"]
-        for name, office in (("alpha", alpha), ("beta", beta))
+        name: job_workspace.run_in_process("status", f"{name}.yaml", "--json").json_output["executions"]
+        for name, job_workspace in (("alpha", alpha), ("beta", beta))
     }
 
     assert [each["execution"] for each in shown["alpha"]] == [3, 1]
@@ -89,17 +89,17 @@ def test_task_is_evaluated_by_its_own_job(tmp_path: Path, alpha: Workspace, beta
         alpha.submit_without_collecting(api)
         api.advance(90)
         collected = beta.run_job(api)
-        again = alpha.run_job(api)
+        second = alpha.run_job(api)
         assert api.audit()["accepted"] == 4
 
     with closing(alpha.open_ledger()) as ledger:
         assert ledger.state_counts() == {State.FOUND: 4}
     assert (collected.submitted, collected.found, collected.not_found) == (0, 0, 4)
-    assert (again.submitted, again.found) == (0, 4)
+    assert (second.submitted, second.found) == (0, 4)
 
 
 def test_open_request_of_other_job_is_awaited(tmp_path: Path, alpha: Workspace, beta: Workspace) -> None:
-    """Does not resend another job's open request; the plan says that it waits."""
+    """Does not resend another job's open request; the plan counts it as waiting."""
     alpha.write_leads(make_leads(3))
     with serve_api(tmp_path / "api.db", latency="fixed(60)", hit_rate=1.0) as api:
         alpha.submit_without_collecting(api)
@@ -144,10 +144,10 @@ def test_plan_after_other_job(api: SandboxApi, alpha: Workspace, beta: Workspace
 @pytest.mark.long
 def test_confirmation_per_job(api: SandboxApi, alpha: Workspace, beta: Workspace) -> None:
     """Another job's spending does not replace this job's confirmation."""
-    asked: list[str] = []
+    prompts: list[str] = []
 
     def refuse(text: str) -> bool:
-        asked.append(text)
+        prompts.append(text)
         return False
 
     alpha.write_leads(make_leads(2))
@@ -155,4 +155,4 @@ def test_confirmation_per_job(api: SandboxApi, alpha: Workspace, beta: Workspace
     alpha.write_leads(make_leads(4))
     assert beta.run_job(api, RunOptions(confirm=refuse)).exit_code == 5
     assert alpha.run_job(api, RunOptions(confirm=refuse)).submitted == 2
-    assert len(asked) == 1
+    assert len(prompts) == 1

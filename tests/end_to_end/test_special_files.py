@@ -139,17 +139,17 @@ def test_other_commands_do_not_block_on_pipes(api: SandboxApi, workspace: Worksp
 def test_key_file_from_pipe(api: SandboxApi, workspace: Workspace) -> None:
     """`DATABAR_API_KEY_FILE=<(pass show databar)` works, however late the key is written."""
     workspace.write_leads(make_leads(1))
-    ours, theirs = os.pipe()
+    reader, writer = os.pipe()
     process = subprocess.Popen(
         [sys.executable, "-m", "enrich", "run", "job.yaml"],
         cwd=workspace.folder,
-        env=workspace.environment(api) | {"DATABAR_API_KEY": "", "DATABAR_API_KEY_FILE": f"/dev/fd/{ours}"},
-        pass_fds=[ours],
+        env=workspace.environment(api) | {"DATABAR_API_KEY": "", "DATABAR_API_KEY_FILE": f"/dev/fd/{reader}"},
+        pass_fds=[reader],
     )
-    os.close(ours)
-    os.write(theirs, KEY[:4].encode())
-    os.write(theirs, KEY[4:].encode() + b"\n")
-    os.close(theirs)
+    os.close(reader)
+    os.write(writer, KEY[:4].encode())
+    os.write(writer, KEY[4:].encode() + b"\n")
+    os.close(writer)
     assert process.wait(timeout=90) == 0
 
 

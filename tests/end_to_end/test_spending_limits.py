@@ -182,8 +182,8 @@ def test_caps_sample_and_limit_together(api: SandboxApi, workspace: Workspace) -
     summary = workspace.run_job(api, RunOptions(sample=3, limit=2))
 
     assert (summary.submitted, summary.filtered, summary.pending) == (2, 6, 4)
-    stretches = sorted(int(name.removeprefix("First")) // 4 for name in requested_leads(api))
-    assert stretches == [1, 2]  # one of each third, and of these the two with the largest numbers
+    parts = sorted(int(name.removeprefix("First")) // 4 for name in requested_leads(api))
+    assert parts == [1, 2]  # one of each third, and of these the two with the largest numbers
     assert all(int(name.removeprefix("First")) % 2 for name in requested_leads(api))
 
 
@@ -245,10 +245,10 @@ def test_tighter_limit_is_reported(tmp_path: Path, workspace: Workspace) -> None
     """`max_credits` and `min_balance` apply together; the tighter one is reported."""
     workspace.write_leads(make_leads(9))
     with serve_api(tmp_path / "api.db", balance=100.0, hit_rate=1.0) as api:
-        for limits, says in (("max_credits: 5, min_balance: 10", "credits cap"), ("min_balance: 94", "min_balance")):
+        for limits, message in (("max_credits: 5, min_balance: 10", "credits cap"), ("min_balance: 94", "min_balance")):
             workspace.write_job(limits=f"{{requests_per_second: 1000, in_flight: 1, {limits}}}")
             summary = workspace.run_job(api)
-            assert (summary.exit_code, says in str(summary.error)) == (12, True), summary
+            assert (summary.exit_code, message in str(summary.error)) == (12, True), summary
 
 
 @pytest.mark.long
@@ -264,9 +264,9 @@ def test_unknown_price_with_cap_collects_only(
         workspace.write_leads(make_leads(4))
         monkeypatch.setattr("enrich.rows.template._worst_price", lambda *_: None)
         summary = workspace.run_job(api)
-        again = workspace.run_in_process("run", "job.yaml", api=api)
+        second = workspace.run_in_process("run", "job.yaml", api=api)
         assert api.audit()["accepted"] == 2
-    assert (summary.exit_code, again.exit_code) == (5, 5)
+    assert (summary.exit_code, second.exit_code) == (5, 5)
     assert "names no price" in str(summary.error)
     with closing(workspace.open_ledger()) as ledger:
         assert ledger.state_counts()[State.FOUND] == 2

@@ -154,11 +154,11 @@ def test_watch_ends_when_reader_closes(api: SandboxApi, stream_workspace: Worksp
 
 def test_nonblocking_stdout() -> None:
     """Loses nothing on a non-blocking pipe that is full for a moment."""
-    ours, theirs = os.pipe()
-    os.set_blocking(theirs, False)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
     code = "from enrich.commands.streams import *; guard_streams(); import sys; [print('x' * 99) for _ in range(9999)]"
-    with subprocess.Popen([sys.executable, "-c", code], stdout=theirs) as process:
-        os.close(theirs)
-        with open(ours, "rb") as reader:  # noqa: PTH123 - opened for its descriptor
-            assert reader.read() == (b"x" * 99 + b"\n") * 9999
+    with subprocess.Popen([sys.executable, "-c", code], stdout=writer) as process:
+        os.close(writer)
+        with open(reader, "rb") as stream:  # noqa: PTH123 - opened for its descriptor
+            assert stream.read() == (b"x" * 99 + b"\n") * 9999
     assert process.returncode == 0

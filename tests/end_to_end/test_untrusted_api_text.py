@@ -243,8 +243,8 @@ def test_key_is_found_in_json_escapes(hostile_workspace: Workspace, escape: str)
 
     def task(task_id: str) -> Reply:
         text = json.dumps(completed_task(task_id), ensure_ascii=escape == "escaped")
-        spelled = "".join(f"\\u{ord(letter):04x}" for letter in KEY) if escape == "escaped" else KEY
-        return http_reply(200, text.replace(KEY, spelled).encode(errors="replace"))
+        key_text = "".join(f"\\u{ord(character):04x}" for character in KEY) if escape == "escaped" else KEY
+        return http_reply(200, text.replace(KEY, key_text).encode(errors="replace"))
 
     with serve_replies(lambda seen: answer_request(seen, task=task)) as server:
         assert run_and_check(hostile_workspace, server, *RUN).exit_code == 0

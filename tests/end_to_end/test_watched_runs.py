@@ -64,9 +64,9 @@ def test_watching_does_not_affect_run(tmp_path: Path, workspace: Workspace) -> N
     assert ("there is no ledger yet" in first[0], json.loads(first[1])["sign"]) == (True, "no ledger")
     assert [watcher.returncode for watcher in watchers] == [0, 0]
     assert [err for _, err in result] == ["", ""]
-    told_apart = {"polls", "elapsed_s", "output", "rate_limited"}
-    assert {k: v for k, v in summary.items() if k not in told_apart} == {
-        k: v for k, v in unwatched.items() if k not in told_apart
+    excluded_keys = {"polls", "elapsed_s", "output", "rate_limited"}
+    assert {k: v for k, v in summary.items() if k not in excluded_keys} == {
+        k: v for k, v in unwatched.items() if k not in excluded_keys
     }
     assert (audit["accepted"], audit["paid_twice"]) == (8, 0)
     last = json_lines(result[1][0])[-1]
@@ -110,23 +110,23 @@ def test_stopped_and_killed_runs_are_detected(tmp_path: Path, workspace: Workspa
 
 def test_interrupt_restores_terminal(workspace: Workspace) -> None:
     """On a real terminal of 40 columns: exit 130, no message, screen and cursor restored."""
-    ours, theirs = os.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 10, 40, 0, 0))
+    controller, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 10, 40, 0, 0))
     process = subprocess.Popen(
         [sys.executable, "-m", "enrich", "status", "job.yaml", "--watch"],
         cwd=workspace.folder,
         env={"PATH": os.defpath, "HOME": str(workspace.folder), "TERM": "xterm"},
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
         preexec_fn=reset_signals,
     )
-    os.close(theirs)
-    shown = read_terminal(ours, up_to=WAITING_TEXT.encode()[:30])
+    os.close(terminal)
+    shown = read_terminal(controller, up_to=WAITING_TEXT.encode()[:30])
     process.send_signal(signal.SIGINT)
-    shown += read_terminal(ours)
+    shown += read_terminal(controller)
     assert process.wait(timeout=90) == 130
-    os.close(ours)
+    os.close(controller)
 
     text = shown.decode()
     assert text.startswith(ENTER_SCREEN)
@@ -139,13 +139,13 @@ def test_interrupt_restores_terminal(workspace: Workspace) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"), [(("--every", "2s"), "--watch"), (("--watch", "--every", "0s"), "too often")]
+    ("options", "message"), [(("--every", "2s"), "--watch"), (("--watch", "--every", "0s"), "too often")]
 )
-def test_invalid_interval_is_exit_2(workspace: Workspace, options: tuple[str, ...], said: str) -> None:
+def test_invalid_interval_is_exit_2(workspace: Workspace, options: tuple[str, ...], message: str) -> None:
     """Exits with 2."""
     result = workspace.run_in_process("status", "job.yaml", *options)
 
-    assert (result.exit_code, said in result.stderr) == (2, True)
+    assert (result.exit_code, message in result.stderr) == (2, True)
 
 
 # One progress event a minute

@@ -50,8 +50,8 @@ def misassigned_rows(
 
 def _expected_answer(run: Mapping[str, Any], settings: SandboxSettings, *, bulk: bool) -> tuple[str, str]:
     """Return the status and the email that the sandbox has for a run of its audit."""
-    asked = make_cascade(WATERFALLS[run["waterfall"]], run["enrichments"], run["email_verifier"])
-    template = Lookup(asked, run["params"])
+    cascade = make_cascade(WATERFALLS[run["waterfall"]], run["enrichments"], run["email_verifier"])
+    template = Lookup(cascade, run["params"])
     draw = SeededRandom(settings.seed, template.subject)
     outcome = make_answer(template, _LAST_ATTEMPT, draw, settings, bulk=bulk).outcome
     return _STATUS_BY_OUTCOME[outcome], invent_fields(run["waterfall"], run["params"], draw)["email"]

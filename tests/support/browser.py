@@ -101,8 +101,8 @@ class Browser:
         top = 0 if from_id is None else self._top_of(from_id) - margin
         width = self.evaluate("document.documentElement.clientWidth")
         clip = {"x": 0, "y": top, "width": width, "height": self._top_of(until_id) - margin - top, "scale": 1}
-        shot = self.send_command("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
-        return base64.b64decode(shot["data"])
+        screenshot_data = self.send_command("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
+        return base64.b64decode(screenshot_data["data"])
 
     def _top_of(self, element: str) -> int:
         return int(self.evaluate(f"document.getElementById('{element}').getBoundingClientRect().top + scrollY"))

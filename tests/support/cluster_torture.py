@@ -150,10 +150,10 @@ def worker_pids(pid: int) -> Iterator[int]:
             titles[number] = (entry / "cmdline").read_bytes().decode(errors="replace")
     for number, title in titles.items():
         if title.startswith("ray::Actor"):
-            above = number
-            while above in parents and above != pid:
-                above = parents[above]
-            if above == pid:
+            ancestor = number
+            while ancestor in parents and ancestor != pid:
+                ancestor = parents[ancestor]
+            if ancestor == pid:
                 yield number
 
 

@@ -74,8 +74,8 @@ class _Handler(socketserver.BaseRequestHandler):
         if self.server.tls is None:
             self._tunnel(self.request)
         else:
-            with self.server.tls.wrap_socket(self.request, server_side=True) as near:
-                self._tunnel(near)
+            with self.server.tls.wrap_socket(self.request, server_side=True) as tls_client:
+                self._tunnel(tls_client)
 
     def _tunnel(self, client: socket.socket) -> None:
         head = b""
@@ -87,11 +87,11 @@ class _Handler(socketserver.BaseRequestHandler):
         if self.server.refusal:
             client.sendall(self.server.refusal)
             return
-        with socket.create_connection(("127.0.0.1", self.server.target)) as far:
+        with socket.create_connection(("127.0.0.1", self.server.target)) as upstream:
             client.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
-            back = Thread(target=_pump, args=(far, client), daemon=True)
+            back = Thread(target=_pump, args=(upstream, client), daemon=True)
             back.start()
-            _pump(client, far)
+            _pump(client, upstream)
             back.join(10)
 
 

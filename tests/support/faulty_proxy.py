@@ -260,16 +260,16 @@ class _Session:
         """Forward requests and responses."""
         reader, writer = await asyncio.open_connection(*upstream)
         requests: asyncio.Queue[tuple[Exchange | None, bytes, bytes]] = asyncio.Queue()
-        answering = asyncio.create_task(self._forward_answers(requests, reader, writer))
-        asking = asyncio.create_task(self._read_requests(requests))
+        forwarding = asyncio.create_task(self._forward_answers(requests, reader, writer))
+        reading = asyncio.create_task(self._read_requests(requests))
         try:
-            await asyncio.wait({answering, asking}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({forwarding, reading}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in (answering, asking, *self._delayed_writes):
+            for task in (forwarding, reading, *self._delayed_writes):
                 task.cancel()
             writer.close()
             self._writer.close()
-            await asyncio.gather(answering, asking, *self._delayed_writes, return_exceptions=True)
+            await asyncio.gather(forwarding, reading, *self._delayed_writes, return_exceptions=True)
 
     async def _read_requests(self, requests: asyncio.Queue[tuple[Exchange | None, bytes, bytes]]) -> None:
         while True:
@@ -355,8 +355,8 @@ async def _body(head: bytes, reader: asyncio.StreamReader, *, answer: bool) -> b
                 return read
     if b"content-length" in headers:
         return await reader.readexactly(int(headers[b"content-length"]))
-    without = not answer or head.split(None, 2)[1] in (b"204", b"304") or head.split(None, 2)[1].startswith(b"1")
-    return b"" if without else await reader.read()
+    has_no_body = not answer or head.split(None, 2)[1] in (b"204", b"304") or head.split(None, 2)[1].startswith(b"1")
+    return b"" if has_no_body else await reader.read()
 
 
 @contextmanager
@@ -411,10 +411,10 @@ def random_faults(probabilities: Mapping[ProxyFaultKind, tuple[float, float]], s
     def choose_fault(exchange: Exchange) -> ProxyFault | None:
         if not (exchange.is_post or exchange.is_poll):
             return None
-        for act, (post, get) in probabilities.items():
+        for kind, (post, get) in probabilities.items():
             if rng.random() < (post if exchange.is_post else get):
-                fault = ProxyFault(act, rng.choice((0.0, rng.uniform(0.0, 0.05))))
-                if act is ProxyFaultKind.UNSOLICITED:
+                fault = ProxyFault(kind, rng.choice((0.0, rng.uniform(0.0, 0.05))))
+                if kind is ProxyFaultKind.UNSOLICITED:
                     return replace(fault, status=rng.choice((408, 429, 503)))
                 return replace(fault, status=rng.choice((201, 202, 203)))
         return None

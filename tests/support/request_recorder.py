@@ -44,7 +44,7 @@ class RequestRecorder:
     @property
     def paths(self) -> list[str]:
         """The requested paths, in order."""
-        return [heard.path for heard in self.requests]
+        return [request.path for request in self.requests]
 
 
 @contextmanager

@@ -62,10 +62,10 @@ def open_client(api: SandboxApi, choose_fault: ChooseFault) -> Iterator[ProxiedC
             client.http.close()
 
 
-def faults_for(kind: str, *tricks: ProxyFault | None) -> Callable[[Exchange], ProxyFault | None]:
+def faults_for(kind: str, *faults: ProxyFault | None) -> Callable[[Exchange], ProxyFault | None]:
     """Apply these faults to the first requests of a kind, in order."""
     return lambda exchange: (
-        tricks[exchange.number - 1] if exchange.kind == kind and exchange.number <= len(tricks) else None
+        faults[exchange.number - 1] if exchange.kind == kind and exchange.number <= len(faults) else None
     )
 
 
@@ -106,16 +106,20 @@ def test_swapped_polls(api: SandboxApi) -> None:
     with open_client(api, faults_for("GET", swap, swap)) as client, open_client(api, lambda _: None) as other:
         first, second = client.submit("Ada"), client.submit("Bela")
         other.url = client.url
-        got: dict[str, str] = {}
+        received: dict[str, str] = {}
         threads = [
-            Thread(target=lambda who=who, asked=asked: got.update({asked: who.task_body(asked)["task_id"]}))
-            for who, asked in ((client, first), (other, second))
+            Thread(
+                target=lambda sender=sender, task_id=task_id: received.update(
+                    {task_id: sender.task_body(task_id)["task_id"]}
+                )
+            )
+            for sender, task_id in ((client, first), (other, second))
         ]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert got == {first: second, second: first}
+        assert received == {first: second, second: first}
 
 
 def test_swap_without_partner(api: SandboxApi) -> None:
@@ -195,15 +199,15 @@ def test_random_faults_follow_seed() -> None:
     """The same seed chooses the same faults, about as often as configured; none with probability 0."""
     exchanges = [Exchange("POST" if number % 2 else "GET", number, 1, "/v1/tasks/x") for number in range(1, 2_001)]
 
-    def played(seed: int) -> list[ProxyFault | None]:
+    def chosen_faults(seed: int) -> list[ProxyFault | None]:
         choose = random_faults({ProxyFaultKind.REPEAT: (0.1, 0.0), ProxyFaultKind.UNSOLICITED: (0.0, 0.3)}, seed)
         return [choose(exchange) for exchange in exchanges]
 
-    assert played(1) == played(1) != played(2)
-    posts = [trick for trick, exchange in zip(played(1), exchanges, strict=True) if exchange.is_post]
-    assert {trick.kind for trick in posts if trick} == {ProxyFaultKind.REPEAT}
-    assert 60 < sum(trick is not None for trick in posts) < 140
-    assert {trick.status for trick in played(1) if trick and trick.kind is ProxyFaultKind.UNSOLICITED} <= {
+    assert chosen_faults(1) == chosen_faults(1) != chosen_faults(2)
+    posts = [fault for fault, exchange in zip(chosen_faults(1), exchanges, strict=True) if exchange.is_post]
+    assert {fault.kind for fault in posts if fault} == {ProxyFaultKind.REPEAT}
+    assert 60 < sum(fault is not None for fault in posts) < 140
+    assert {fault.status for fault in chosen_faults(1) if fault and fault.kind is ProxyFaultKind.UNSOLICITED} <= {
         408,
         429,
         503,

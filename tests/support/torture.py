@@ -307,10 +307,10 @@ def _run_once(
     workspace: Workspace, api: SandboxApi, rng: random.Random, report: TortureReport, scenario: RunScenario
 ) -> int | None:
     """Start the run; kill it at a random or a chosen moment. Return its exit code, None when it was killed."""
-    moment, condition, at_most = _choose_moment(workspace, rng, scenario)
+    moment, condition, timeout_s = _choose_moment(workspace, rng, scenario)
     process = start_with_clock(workspace, api, workspace.folder / "clock")
     if scenario.kill:
-        reached = _wait_for(process, condition, at_most)
+        reached = _wait_for(process, condition, timeout_s)
         if scenario.ledger_away and reached and process.poll() is None:
             remove_ledger(workspace, process, report, replaced=rng.random() < 1 / 2)
             return None
@@ -335,20 +335,20 @@ def remove_ledger(
     workspace: Workspace, process: subprocess.Popen[str], report: TortureReport, *, replaced: bool = False
 ) -> None:
     """Rename the ledger away until the run has ended because of it; `replaced`: a copy takes its place."""
-    files = [Path(f"{workspace.ledger_path}{ending}") for ending in ("", "-wal", "-shm")]
-    away = workspace.folder / "away"
-    away.mkdir(exist_ok=True)
+    files = [Path(f"{workspace.ledger_path}{suffix}") for suffix in ("", "-wal", "-shm")]
+    away_folder = workspace.folder / "away"
+    away_folder.mkdir(exist_ok=True)
     moved = [path for path in files if path.exists()]
     for path in moved:
-        path.rename(away / path.name)
+        path.rename(away_folder / path.name)
     if replaced:
         for path in moved:
-            shutil.copy(away / path.name, path)
+            shutil.copy(away_folder / path.name, path)
     _, stderr = process.communicate(timeout=600)
     for path in files:  # those of a ledger made in its place
         path.unlink(missing_ok=True)
     for path in moved:
-        (away / path.name).rename(path)
+        (away_folder / path.name).rename(path)
     report.ledger_away += 1
     report.missing_ledger_ignored += process.returncode != ExitCode.BUG or "this is a bug" in stderr
 
