@@ -249,7 +249,7 @@ def ledger_with_progress(workspace: Workspace, progress: ProgressSnapshot) -> Co
 
 
 def test_clock_change_does_not_end_run(workspace: Workspace) -> None:
-    """A heartbeat with a wrong time counts only while it changes."""
+    """A heartbeat with a wrong time keeps a run alive for the timeout after each change."""
     now = 0.0
     result = make_progress()
     ledger = ledger_with_progress(workspace, result)
@@ -269,7 +269,7 @@ def test_clock_change_does_not_end_run(workspace: Workspace) -> None:
 
 
 def test_lock_keeps_silent_run_alive(workspace: Workspace) -> None:
-    """A silent run counts as alive while it holds the lock, and as killed without it."""
+    """A silent run counts as running only while it holds its ledger's lock and no newer execution has started."""
     ledger = ledger_with_progress(workspace, make_progress(Phase.ENROLL, total=None))
     watcher = RunWatcher(load_job(workspace.job_file), heartbeat_timeout_s=1.0)
     with lock_ledger(workspace.ledger_location, 0):
