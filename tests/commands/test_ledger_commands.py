@@ -264,7 +264,7 @@ def test_killed_run_leaves_sound_ledger(tmp_path: Path, workspace: Workspace) ->
 
 @pytest.mark.long
 def test_faulty_run_leaves_sound_ledger(tmp_path: Path, workspace: Workspace) -> None:
-    """Sound after unconfirmed, refused and failed requests, free failures and a cap; then after a retry and a refresh."""
+    """Sound after unconfirmed, refused, failed and free-failed requests and a cap; then after retries and a refresh."""
     workspace.write_leads(make_leads(30))
     workspace.write_job(limits="{max_credits: 80}")
     with serve_api(tmp_path / "api.db", failure_rate=0.3, free_failures=0.5) as api:
