@@ -1,1 +1,1 @@
-"""Behaviour, over real HTTP and real files."""
+"""Tests of behavior over real HTTP and real files."""

@@ -1,4 +1,4 @@
-"""Fixtures: an API that serves, an office with a job, a PostgreSQL server."""
+"""Fixtures: a sandbox API, a workspace with a job, a PostgreSQL server."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from tests.support.ledger import CommittingLedger
 from tests.support.postgres import PostgresServer
 from tests.support.workspace import SandboxApi, Workspace, make_leads, serve_api
 
-# On a machine that is busy an example takes as long as it takes; the same code sees the same examples everywhere.
+# No deadline: a busy machine is slow. Derandomized: the same code sees the same examples everywhere.
 settings.register_profile("few", deadline=None, derandomize=True, max_examples=12)
-# `make stories` looks at all of them …
+# `make stories` runs all of them …
 settings.register_profile("full", deadline=None, derandomize=True, max_examples=FULL)
 # … and `HYPOTHESIS_PROFILE=explore make stories` for new ones.
 settings.register_profile("explore", deadline=None, max_examples=5 * FULL)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "few"))
 
-#: Names the folder of the server that all processes of pytest share.
+#: Name of the variable with the folder of the server that all pytest processes share.
 POSTGRES_FOLDER_VARIABLE = "ENRICH_TESTS_POSTGRES"
 
 
-# Containers often switch it off, and then each process of pytest prepares the assertions of all tests anew.
+# Containers often disable bytecode; then each pytest process rewrites the assertions of all tests again.
 sys.dont_write_bytecode = False
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Prepare the server that the tests may share; it lives no longer than the process that outlives all others."""
+    """Prepare the shared server; it ends with the last pytest process."""
     if not hasattr(config, "workerinput"):
         lifetime = servers.ServerLifetime()
         os.environ[POSTGRES_FOLDER_VARIABLE] = str(lifetime.folder)
@@ -44,20 +44,20 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def api(tmp_path: Path) -> Iterator[SandboxApi]:
-    """Serve an API that answers at once and never fails."""
+    """Serve an API that answers immediately and never fails."""
     with serve_api(tmp_path / "api.db") as served:
         yield served
 
 
 @pytest.fixture
 def backend() -> str:
-    """Say where the ledgers of a test lie: in a `file`, or on a `server`. Modules that are about both say so."""
+    """Choose where a test's ledgers are: in a `file` or on a `server`. Modules that cover both override this."""
     return "file"
 
 
 @pytest.fixture
 def ledger_location(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -> LedgerLocation:
-    """Name the place of a ledger that is not there yet."""
+    """Return the location of a ledger that does not exist yet."""
     if backend == "file":
         return tmp_path / "ledger.db"
     postgres: PostgresServer = request.getfixturevalue("postgres")
@@ -87,7 +87,7 @@ def workspace(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -> W
 
 @pytest.fixture(scope="session")
 def endpoint() -> Iterator[str]:
-    """Serve a storage."""
+    """Serve object storage."""
     from tests.support.object_storage import serve_s3  # noqa: PLC0415 - few tests need it, and it is slow to import
 
     with serve_s3() as url:
@@ -96,7 +96,7 @@ def endpoint() -> Iterator[str]:
 
 @pytest.fixture
 def bucket(endpoint: str) -> Iterator[dict[str, str]]:
-    """Make a bucket in the storage; what points to it is in the environment."""
+    """Make a bucket; the environment points to it."""
     from tests.support.object_storage import make_bucket  # noqa: PLC0415 - likewise
 
     with make_bucket(endpoint) as variables:
@@ -105,7 +105,7 @@ def bucket(endpoint: str) -> Iterator[dict[str, str]]:
 
 @pytest.fixture
 def finished_run(api: SandboxApi, workspace: Workspace) -> Workspace:
-    """Make an office whose job has run."""
+    """Make a workspace whose job has run."""
     workspace.write_leads(make_leads(12))
     workspace.run_in_process("run", "job.yaml", api=api)
     return workspace
@@ -113,7 +113,7 @@ def finished_run(api: SandboxApi, workspace: Workspace) -> Workspace:
 
 @pytest.fixture(scope="session")
 def _shared_postgres() -> PostgresServer:
-    """Start the server that all tests share, in whichever process of pytest needs it first."""
+    """Start the shared server in the first pytest process that needs it."""
     if not servers.find_binaries():
         pytest.skip(servers.NOT_INSTALLED)
     return servers.shared_server(Path(os.environ[POSTGRES_FOLDER_VARIABLE]))
@@ -121,7 +121,7 @@ def _shared_postgres() -> PostgresServer:
 
 @pytest.fixture
 def postgres(_shared_postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[PostgresServer]:
-    """Lend the server that all tests share: nobody may stop it; the schemas of its URLs are the test's own."""
+    """Return the shared server, which tests must not stop; the schemas of its URLs belong to the test."""
     server = replace(_shared_postgres, schemas=[])
     for name, value in server.environ.items():
         monkeypatch.setenv(name, value)

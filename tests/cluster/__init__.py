@@ -1,1 +1,1 @@
-"""Tests: cluster."""
+"""Tests of runs over several workers."""

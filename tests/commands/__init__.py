@@ -1,1 +1,1 @@
-"""Tests: commands."""
+"""Tests of the commands."""

@@ -1,4 +1,4 @@
-"""`enrich check`: all that is wrong with a job, before it runs and without network."""
+"""`enrich check`: lists every problem of a job before it runs, without network access."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.workspace import JOB, SandboxApi, Workspace, make_leads
 
 
 def test_valid_job_output(workspace: Workspace) -> None:
-    """Rows, what can be asked, and where the waterfall's description comes from."""
+    """Reports the rows, the requests to send and the source of the waterfall's description."""
     workspace.write_leads([*make_leads(3), ["", "", "", "", ""]])
     result = workspace.run_in_process("check", "job.yaml")
     assert (result.exit_code, result.stderr) == (0, "")
@@ -23,7 +23,7 @@ def test_valid_job_output(workspace: Workspace) -> None:
 
 
 def test_leaves_no_files(workspace: Workspace) -> None:
-    """Neither a ledger nor a lock nor an output."""
+    """Leaves no ledger, lock file or output behind."""
     workspace.write_leads(make_leads(1))
     before = sorted(workspace.folder.rglob("*"))
     assert workspace.run_in_process("check", "job.yaml").exit_code == 0
@@ -32,14 +32,14 @@ def test_leaves_no_files(workspace: Workspace) -> None:
 
 
 def test_needs_no_network_or_key(workspace: Workspace) -> None:
-    """An address where nobody answers changes nothing; one that tells the key in the clear is refused."""
+    """Passes when the API is unreachable; refuses a base URL that would send the key unencrypted."""
     workspace.write_leads(make_leads(1))
     assert workspace.run_in_process("check", "job.yaml", DATABAR_BASE_URL="http://127.0.0.1:9/v1").exit_code == 0
     assert workspace.run_in_process("check", "job.yaml", DATABAR_BASE_URL="http://api.example/v1").exit_code == 2
 
 
 def test_all_problems_are_listed(workspace: Workspace) -> None:
-    """Params, columns, expressions, paths: each with its line, in one go."""
+    """Reports every problem of params, columns, expressions and paths at once, each with its line."""
     workspace.write_leads(make_leads(2))
     workspace.write_job(
         params="{first_name: Frist Name, last_name: Surname, company: {column: [Website, Mail], transform: [domain]}}",
@@ -68,7 +68,7 @@ def test_all_problems_are_listed(workspace: Workspace) -> None:
 
 
 def test_missing_required_params(workspace: Workspace) -> None:
-    """By the documentation, when the ledger knows nothing yet."""
+    """Reports missing required params from the documentation when the ledger has no description."""
     workspace.write_leads(make_leads(1))
     workspace.write_job(params="{first_name: First Name}")
     result = workspace.run_in_process("check", "job.yaml")
@@ -78,7 +78,7 @@ def test_missing_required_params(workspace: Workspace) -> None:
 
 
 def test_unknown_param_is_a_note(workspace: Workspace) -> None:
-    """The documentation may be older than the API."""
+    """Reports an unknown param as a note, because the documentation may be older than the API."""
     workspace.write_leads(make_leads(1))
     workspace.write_job(JOB.replace("columns:\n", "  linkedin: Note\ncolumns:\n"))
     result = workspace.run_in_process("check", "job.yaml")
@@ -88,7 +88,7 @@ def test_unknown_param_is_a_note(workspace: Workspace) -> None:
 
 
 def test_undocumented_waterfall_is_a_note(workspace: Workspace) -> None:
-    """It may exist all the same."""
+    """Reports an undocumented waterfall as a note, because it may still exist."""
     workspace.write_leads(make_leads(1))
     workspace.write_job(waterfall="moon_getter")
     result = workspace.run_in_process("check", "job.yaml")
@@ -97,7 +97,7 @@ def test_undocumented_waterfall_is_a_note(workspace: Workspace) -> None:
 
 
 def test_ledger_waterfall_overrides_documentation(workspace: Workspace, api: SandboxApi) -> None:
-    """After a run what the API said counts, not the documentation: a param that it does not know is an error."""
+    """After a run, uses the API's stored description instead of the documentation: an unknown param is an error."""
     workspace.write_leads(make_leads(1))
     assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
     assert "as known from the API at the last run" in workspace.run_in_process("check", "job.yaml", api=api).stdout
@@ -112,7 +112,7 @@ def test_ledger_waterfall_overrides_documentation(workspace: Workspace, api: San
 
 
 def test_ledger_of_other_api_is_refused(workspace: Workspace, api: SandboxApi) -> None:
-    """It holds the answers of somebody else."""
+    """Refuses a ledger that holds the answers of another API."""
     workspace.write_leads(make_leads(1))
     workspace.run_in_process("run", "job.yaml", api=api)
     result = workspace.run_in_process("check", "job.yaml")
@@ -121,7 +121,7 @@ def test_ledger_of_other_api_is_refused(workspace: Workspace, api: SandboxApi) -
 
 
 def test_damaged_ledger_is_reported(workspace: Workspace, api: SandboxApi) -> None:
-    """Before a night is lost to it."""
+    """Reports a damaged ledger before a run fails on it."""
     workspace.write_leads(make_leads(1))
     workspace.run_in_process("run", "job.yaml", api=api)
     for path in workspace.ledger_path.parent.glob("job.db*"):
@@ -132,7 +132,7 @@ def test_damaged_ledger_is_reported(workspace: Workspace, api: SandboxApi) -> No
 
 
 @pytest.mark.parametrize(
-    ("changed", "said", "code"),
+    ("changed", "message", "code"),
     [
         ({"output": "leads.csv"}, "`output` and `input` are the same file", 2),
         ({"output": "job.yaml.csv", "rejects": "job.yaml.csv"}, "written twice", 2),
@@ -142,18 +142,18 @@ def test_damaged_ledger_is_reported(workspace: Workspace, api: SandboxApi) -> No
         ({"input": "none.csv"}, "does not exist", 5),
     ],
 )
-def test_invalid_paths(workspace: Workspace, changed: dict[str, str], said: str, code: int) -> None:
-    """Found before the run, with the run's exit code."""
+def test_invalid_paths(workspace: Workspace, changed: dict[str, str], message: str, code: int) -> None:
+    """Reports invalid paths before the run, with the run's exit code."""
     workspace.write_leads(make_leads(1))
     workspace.write_job(**changed)
     result = workspace.run_in_process("check", "job.yaml")
     assert result.exit_code == code
-    assert said in result.stderr
+    assert message in result.stderr
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_unwritable_folder(workspace: Workspace) -> None:
-    """The night would end with exit 5."""
+    """Reports an unwritable folder with exit 5, as the run would."""
     workspace.write_leads(make_leads(1))
     (workspace.folder / "out").mkdir(mode=0o500)
     workspace.write_job(output="out/leads.csv")
@@ -164,19 +164,19 @@ def test_unwritable_folder(workspace: Workspace) -> None:
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may look everywhere")
 def test_unreadable_ledger(workspace: Workspace) -> None:
-    """It is no new one: that would pay for everything again."""
+    """Refuses an unreadable ledger; treating it as new would pay for everything again."""
     workspace.write_leads(make_leads(1))
     (workspace.folder / ".enrich").mkdir(mode=0o000)
     checked = workspace.run_in_process("check", "job.yaml")
-    doctored = workspace.run_in_process("doctor", "job.yaml", "--offline", "--env", "DATABAR_API_KEY=key")
+    doctor_result = workspace.run_in_process("doctor", "job.yaml", "--offline", "--env", "DATABAR_API_KEY=key")
     (workspace.folder / ".enrich").chmod(0o700)
-    assert (checked.exit_code, doctored.exit_code) == (5, 5)
+    assert (checked.exit_code, doctor_result.exit_code) == (5, 5)
     assert "Permission denied" in checked.stderr
-    assert "Permission denied" in doctored.stdout
+    assert "Permission denied" in doctor_result.stdout
 
 
 def test_input_is_read_completely(workspace: Workspace) -> None:
-    """A row that is too long is found wherever it stands."""
+    """Finds a row that is too long anywhere in the file."""
     workspace.write_leads([*make_leads(30), ["too", "many", "", "", "", "cells"]])
     result = workspace.run_in_process("check", "job.yaml")
     assert result.exit_code == 5
@@ -184,8 +184,8 @@ def test_input_is_read_completely(workspace: Workspace) -> None:
 
 
 def test_skipped_rows_are_counted(workspace: Workspace, api: SandboxApi) -> None:
-    """As a run counts them: a blank required param, an address that is none; by documentation and by ledger alike."""
-    workspace.write_leads([["", "", "", mail, ""] for mail in ("ada@engine.example", "none", "")])
+    """Counts skipped rows (blank required param, invalid address) as a run does, with documentation or ledger."""
+    workspace.write_leads([["", "", "", email, ""] for email in ("ada@engine.example", "none", "")])
     workspace.write_job(waterfall="person_getter", params="{email: Email}", columns="{found_name: last_name}")
     for _ in range(2):
         assert "3 rows, 1 can be asked" in workspace.run_in_process("check", "job.yaml", api=api).stdout
@@ -193,7 +193,7 @@ def test_skipped_rows_are_counted(workspace: Workspace, api: SandboxApi) -> None
 
 
 def test_failing_expression_is_reported(workspace: Workspace) -> None:
-    """Its columns are there; its cells cannot be computed."""
+    """Reports an expression that fails on the cells although its columns exist."""
     workspace.write_leads(make_leads(2))
     workspace.write_job(where="CAST(Note AS INT) > 1")
     result = workspace.run_in_process("check", "job.yaml")
@@ -202,7 +202,7 @@ def test_failing_expression_is_reported(workspace: Workspace) -> None:
 
 
 def test_json_is_one_object(workspace: Workspace) -> None:
-    """Also when something is wrong."""
+    """Prints one JSON object, also when there are problems."""
     workspace.write_leads(make_leads(1))
     assert workspace.run_in_process("check", "job.yaml", "--json").json_output == {
         "exit_code": 0,
@@ -223,7 +223,7 @@ def test_json_is_one_object(workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_online_reports_waterfall_changes(workspace: Workspace, api: SandboxApi) -> None:
-    """Against what the ledger remembers."""
+    """Reports what has changed between the API's waterfall and the ledger's copy."""
     workspace.write_leads(make_leads(1))
     workspace.run_in_process("run", "job.yaml", api=api)
     same = workspace.run_in_process("check", "job.yaml", "--online", api=api)
@@ -245,13 +245,13 @@ def test_online_reports_waterfall_changes(workspace: Workspace, api: SandboxApi)
 
 @pytest.mark.parametrize(("environ", "code"), [({"DATABAR_API_KEY": "wrong"}, 3), ({"DATABAR_API_KEY": ""}, 3)])
 def test_online_needs_a_key(workspace: Workspace, api: SandboxApi, environ: dict[str, str], code: int) -> None:
-    """With the run's exit code."""
+    """Fails without a key, with the run's exit code."""
     workspace.write_leads(make_leads(1))
     assert workspace.run_in_process("check", "job.yaml", "--online", api=api, **environ).exit_code == code
 
 
 def test_waterfall_change_messages() -> None:
-    """Params, fields, providers, verifiers, prices, defaults."""
+    """Describes changes of params, fields, providers, verifiers, prices and defaults."""
     before = WATERFALLS["email_getter"].to_json()
     now = WATERFALLS["email_getter"].to_json()
     assert list(waterfall_changes(Waterfall.model_validate(before), Waterfall.model_validate(now))) == []
@@ -287,5 +287,5 @@ def test_waterfall_change_messages() -> None:
 
 
 def test_missing_job_file(workspace: Workspace, tmp_path: Path) -> None:
-    """Exit 2, as everywhere."""
+    """Exits with 2 when the job file is missing, as all commands do."""
     assert workspace.run_in_process("check", str(tmp_path / "none.yaml")).exit_code == 2

@@ -1,4 +1,4 @@
-"""The command line: every command, its help, its words on stdout and stderr."""
+"""The command line: every command, its help, and what it prints to stdout and stderr."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ COMMANDS = sorted(cli.list_commands(CONTEXT))
 
 
 def test_all_commands_exist() -> None:
-    """The commands people have in their scripts."""
+    """Offers all commands that users have in their scripts."""
     assert set(COMMANDS) >= {"run", "collect", "status", "waterfalls", "sandbox", "schema"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help(workspace: Workspace, name: str) -> None:
-    """`--help` says what the command does and what each option means; it needs nothing else."""
+    """`--help` describes the command and each option, and needs no job or key."""
     result = workspace.run_in_process(name, "--help")
 
     assert (result.exit_code, result.stderr) == (0, "")
@@ -45,7 +45,7 @@ def test_every_command_has_help(workspace: Workspace, name: str) -> None:
 
 @pytest.mark.parametrize("option", ["--help", "-h"])
 def test_help_lists_all_commands(workspace: Workspace, option: str) -> None:
-    """The first page names every command, each with a line of its own."""
+    """The help page lists every command on a line of its own."""
     result = workspace.run_in_process(option)
 
     assert result.exit_code == 0
@@ -54,17 +54,17 @@ def test_help_lists_all_commands(workspace: Workspace, option: str) -> None:
 
 
 def test_the_first_page_fits_a_terminal(workspace: Workspace) -> None:
-    """No command's line is cut off at 80 columns."""
+    """The help page fits 80 columns; no line is cut off."""
     assert "..." not in workspace.run_in_process("--help", COLUMNS="80").stdout.partition("Set up:")[2]
 
 
 def test_version_option(workspace: Workspace) -> None:
-    """`--version` for reports of bugs."""
+    """`--version` prints the version for bug reports."""
     assert __version__ in workspace.run_in_process("--version").stdout
 
 
 def test_no_command_shows_help_with_exit_2(workspace: Workspace) -> None:
-    """Nothing asked is a wrong usage, but a helpful one."""
+    """Shows the help page and exits with 2 when no command is given."""
     result = workspace.run_in_process()
 
     assert result.exit_code == 2
@@ -73,7 +73,7 @@ def test_no_command_shows_help_with_exit_2(workspace: Workspace) -> None:
 
 @pytest.mark.parametrize("arguments", [["fly"], ["run", "job.yaml", "--fast"], ["status"], ["schema", "extra"]])
 def test_unknown_command_is_exit_2(workspace: Workspace, arguments: list[str]) -> None:
-    """The error names it and where help is, on stderr; stdout stays clean."""
+    """Names the unknown command and where to find help on stderr; stdout stays empty."""
     result = workspace.run_in_process(*arguments)
 
     assert (result.exit_code, result.stdout) == (2, "")
@@ -83,7 +83,7 @@ def test_unknown_command_is_exit_2(workspace: Workspace, arguments: list[str]) -
 
 @pytest.mark.parametrize("arguments", [["fly"], ["run", "job.yaml", "--fast"], ["status"], ["collect", "no.yaml"]])
 def test_json_errors(workspace: Workspace, arguments: list[str]) -> None:
-    """Scripts read one object, whatever happens."""
+    """Prints one JSON object for every error."""
     result = workspace.run_in_process(*arguments, "--json")
 
     assert result.exit_code == 2
@@ -92,12 +92,12 @@ def test_json_errors(workspace: Workspace, arguments: list[str]) -> None:
 
 
 def test_misspelled_option_suggestion(workspace: Workspace) -> None:
-    """A typing mistake gets the right word."""
+    """Suggests the correct name for a misspelled option."""
     assert "--max-credits" in workspace.run_in_process("run", "job.yaml", "--max-credit", "5").stderr
 
 
 def test_schema_is_json(workspace: Workspace) -> None:
-    """`enrich schema` prints a JSON Schema that names every key of a job file with its meaning."""
+    """`enrich schema` prints a JSON Schema that describes every key of a job file."""
     result = workspace.run_in_process("schema")
 
     schema = json.loads(result.stdout)
@@ -112,7 +112,7 @@ def test_schema_is_json(workspace: Workspace) -> None:
 
 
 def test_waterfalls_list(api: SandboxApi, workspace: Workspace) -> None:
-    """One line each for a person, one list for a program."""
+    """Prints one line a waterfall as text, and one list as JSON."""
     text = workspace.run_in_process("waterfalls", api=api)
     listed = workspace.run_in_process("waterfalls", "--json", api=api)
 
@@ -123,7 +123,7 @@ def test_waterfalls_list(api: SandboxApi, workspace: Workspace) -> None:
 
 
 def test_waterfall_details(api: SandboxApi, workspace: Workspace) -> None:
-    """Params, fields, providers, verifiers and prices of the one that is asked for."""
+    """Shows the params, fields, providers, verifiers and prices of one waterfall."""
     text = workspace.run_in_process("waterfalls", "email_getter", api=api)
     shown = workspace.run_in_process("waterfalls", "email_getter", "--json", api=api)
 
@@ -133,7 +133,7 @@ def test_waterfall_details(api: SandboxApi, workspace: Workspace) -> None:
 
 
 def test_unknown_waterfall_suggestion(api: SandboxApi, workspace: Workspace) -> None:
-    """Exit 2 and the name that was perhaps meant."""
+    """Exits with 2 and suggests a similar name for an unknown waterfall."""
     result = workspace.run_in_process("waterfalls", "email_geter", "--json", api=api)
 
     assert result.exit_code == result.json_output["exit_code"] == 2
@@ -141,7 +141,7 @@ def test_unknown_waterfall_suggestion(api: SandboxApi, workspace: Workspace) -> 
 
 
 def test_sandbox_waterfalls_need_no_key(workspace: Workspace) -> None:
-    """`--sandbox` shows what can be tried."""
+    """`--sandbox` lists the sandbox's waterfalls without a key."""
     result = workspace.run_in_process("waterfalls", "--sandbox")
 
     assert (result.exit_code, result.stderr) == (0, "")
@@ -149,7 +149,7 @@ def test_sandbox_waterfalls_need_no_key(workspace: Workspace) -> None:
 
 
 def test_waterfalls_with_a_wrong_key_is_exit_3(api: SandboxApi, workspace: Workspace) -> None:
-    """The same exit codes as everywhere."""
+    """Exits with 3 when the key is wrong, as all commands do."""
     assert workspace.run_in_process("waterfalls", api=SandboxApi(api.base_url, "wrong")).exit_code == 3
 
 
@@ -157,7 +157,7 @@ def test_waterfalls_with_a_wrong_key_is_exit_3(api: SandboxApi, workspace: Works
 
 
 def test_status_shows_counts_and_runs(tmp_path: Path, workspace: Workspace) -> None:
-    """Counts, credits, what expires when and the past executions, with the names of the receipt."""
+    """Shows counts, credits, expiry times and past executions, under the names of the run summary."""
     workspace.write_leads(make_leads(12))
     with serve_api(tmp_path / "api.db", latency="fixed(30)") as api:
         workspace.run_job(api, RunOptions(max_time_s=3.0, limit=5))
@@ -179,7 +179,7 @@ def test_status_shows_counts_and_runs(tmp_path: Path, workspace: Workspace) -> N
 
 
 def test_status_of_new_job(workspace: Workspace) -> None:
-    """No ledger is no error, and none is made by looking."""
+    """A missing ledger is no error, and the command does not create one."""
     result = workspace.run_in_process("status", "job.yaml", "--json")
 
     assert (result.exit_code, result.json_output["requests"], result.json_output["executions"]) == (0, 0, [])
@@ -188,7 +188,7 @@ def test_status_of_new_job(workspace: Workspace) -> None:
 
 
 def test_status_needs_neither_key_nor_network(api: SandboxApi, workspace: Workspace) -> None:
-    """The ledger alone is asked, even while the API is away, and the sandbox's is another one."""
+    """Reads only the ledger while the API is unreachable; the sandbox has a ledger of its own."""
     workspace.write_leads(make_leads(2))
     workspace.run_job(api)
 
@@ -203,7 +203,7 @@ def test_status_needs_neither_key_nor_network(api: SandboxApi, workspace: Worksp
 
 
 def test_collect_from_ledger_only(api: SandboxApi, workspace: Workspace) -> None:
-    """The lost output comes back word for word, without key or network."""
+    """Writes a lost output again, byte for byte, without key or network."""
     workspace.write_leads(make_leads(9))
     workspace.run_job(api)
     path = workspace.folder / "out.csv"
@@ -221,7 +221,7 @@ def test_collect_from_ledger_only(api: SandboxApi, workspace: Workspace) -> None
 
 
 def test_collect_requires_partial_for_pending_rows(api: SandboxApi, workspace: Workspace) -> None:
-    """Pending rows: exit 5 and the old file stays; `--partial` writes what is there."""
+    """With pending rows: exits with 5 and keeps the old output; `--partial` writes the rows that are ready."""
     workspace.write_leads(make_leads(5))
     workspace.run_job(api, RunOptions(limit=2))
     path = workspace.folder / "out.csv"
@@ -239,7 +239,7 @@ def test_collect_requires_partial_for_pending_rows(api: SandboxApi, workspace: W
 
 
 def test_collect_before_any_run_is_exit_5(workspace: Workspace) -> None:
-    """There is nothing to collect from, and no ledger is left behind."""
+    """Exits with 5 before the first run and leaves no ledger behind."""
     workspace.write_leads(make_leads(1))
 
     result = workspace.run_in_process("collect", "job.yaml", "--json")
@@ -250,7 +250,7 @@ def test_collect_before_any_run_is_exit_5(workspace: Workspace) -> None:
 
 
 def test_collect_with_other_input_and_output(api: SandboxApi, workspace: Workspace) -> None:
-    """Answers that were bought serve any file that asks the same."""
+    """Uses stored answers for any input file with the same requests."""
     workspace.write_leads(make_leads(5))
     workspace.run_job(api)
     workspace.write_leads(make_leads(3), name="few.csv")
@@ -268,23 +268,23 @@ def test_collect_with_other_input_and_output(api: SandboxApi, workspace: Workspa
 
 @pytest.mark.long
 def test_paths_on_the_command_line_are_relative_to_the_working_directory(api: SandboxApi, workspace: Workspace) -> None:
-    """The job file's own paths are relative to the job file, wherever the command is called from."""
+    """Resolves the job file's paths against its folder, and command-line paths against the working directory."""
     workspace.write_leads(make_leads(2))
     other_server = Workspace(workspace.folder.parent)
 
     from_job = other_server.run_in_process("run", "office/job.yaml", "--json", api=api)
-    from_here = other_server.run_in_process(
+    from_working_directory = other_server.run_in_process(
         *("run", "office/job.yaml", "--json", "--output", "here.csv", "--ledger", "here.db"), api=api
     )
 
     assert from_job.json_output["output"] == str(workspace.folder / "out.csv")
-    assert from_here.json_output["output"] == str(other_server.folder / "here.csv")
+    assert from_working_directory.json_output["output"] == str(other_server.folder / "here.csv")
     assert (other_server.folder / "here.db").is_file()
 
 
 @pytest.mark.long
 def test_a_key_file_and_the_config_of_databar_login_are_read(api: SandboxApi, workspace: Workspace) -> None:
-    """The key may come from a file that cron may read, or from where `databar login` puts it."""
+    """Reads the key from a key file (for cron) or from the config that `databar login` writes."""
     workspace.write_leads(make_leads(1))
     (workspace.folder / "key").write_text(f"{api.api_key}\n")
     url = api.base_url
@@ -299,13 +299,13 @@ def test_a_key_file_and_the_config_of_databar_login_are_read(api: SandboxApi, wo
 
 @pytest.mark.long
 def test_missing_home_is_supported(api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a container the user may have neither HOME nor an entry in passwd: with a key in a variable that is fine."""
+    """Runs with a key in a variable when the user has no HOME and no passwd entry, as in containers."""
 
-    def homeless() -> Path:
+    def home_without_user() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
     workspace.write_leads(make_leads(1))
-    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setattr(Path, "home", home_without_user)
 
     assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
     assert workspace.run_in_process("run", "job.yaml").exit_code == 3
@@ -316,7 +316,7 @@ def test_missing_home_is_supported(api: SandboxApi, workspace: Workspace, monkey
 
 @pytest.mark.long
 def test_sandbox_prints_environment(workspace: Workspace) -> None:
-    """What it prints is all the environment that a run needs, and it ends without a word."""
+    """Prints the complete environment that a run needs, and exits without a message."""
     workspace.write_leads(make_leads(3))
     process = workspace.start_subprocess("sandbox")
     assert process.stdout is not None
@@ -342,7 +342,7 @@ def test_sandbox_prints_environment(workspace: Workspace) -> None:
 
 
 def test_sandbox_options_are_validated(workspace: Workspace) -> None:
-    """A wrong setting is exit 2 before anything is served."""
+    """Exits with 2 for an invalid setting before the sandbox serves anything."""
     result = workspace.run_in_process("sandbox", "--latency", "soon")
 
     assert result.exit_code == 2
@@ -352,7 +352,7 @@ def test_sandbox_options_are_validated(workspace: Workspace) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("arguments", [["sandbox"], ["run", "job.yaml", "--sandbox"], ["waterfalls", "--sandbox"]])
 def test_missing_sandbox_extra(workspace: Workspace, arguments: list[str]) -> None:
-    """An installation without FastAPI is told what to install, without a traceback."""
+    """Without FastAPI, names what to install and prints no traceback."""
     workspace.write_leads(make_leads(1))
     block = "import sys; sys.modules['fastapi'] = None; from enrich.cli import run_command; "
     result = subprocess.run(
@@ -376,7 +376,7 @@ def test_missing_sandbox_extra(workspace: Workspace, arguments: list[str]) -> No
 
 @pytest.mark.long
 def test_first_run_asks_on_terminal(tmp_path: Path, workspace: Workspace) -> None:
-    """On a terminal the first run without a cap asks; the receipt fits a small screen; stdout stays clean."""
+    """Prompts before the first run without a cap; the run summary fits a small screen; stdout stays empty."""
     workspace.write_leads(make_leads(5))
     with serve_api(tmp_path / "api.db") as api:
         refused = _run_on_terminal(workspace, api, "n\n")
@@ -394,21 +394,21 @@ def test_first_run_asks_on_terminal(tmp_path: Path, workspace: Workspace) -> Non
 
 
 def _run_on_terminal(workspace: Workspace, api: SandboxApi, answer: str) -> tuple[int, str]:
-    """Run the program with a terminal for stdin and stderr; answer its question; tell exit code and what it showed."""
-    ours, theirs = os.openpty()
+    """Run the program with a terminal for stdin and stderr; answer its prompt; return exit code and output."""
+    controller, terminal = os.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "enrich", "run", "job.yaml"],
         cwd=workspace.folder,
         env={"PATH": os.defpath, "HOME": str(workspace.folder), "TERM": "dumb", "COLUMNS": "80", **api.environ},
-        stdin=theirs,
-        stderr=theirs,
+        stdin=terminal,
+        stderr=terminal,
         stdout=subprocess.PIPE,
     )
-    os.close(theirs)
-    shown = read_terminal(ours, up_to=b"Go on?")
-    os.write(ours, answer.encode())
-    shown += read_terminal(ours)
-    os.close(ours)
+    os.close(terminal)
+    shown = read_terminal(controller, up_to=b"Go on?")
+    os.write(controller, answer.encode())
+    shown += read_terminal(controller)
+    os.close(controller)
     out, _ = process.communicate(timeout=90)
     assert out == b""
     return process.returncode, shown.decode().replace("\r\n", "\n")
@@ -416,7 +416,7 @@ def _run_on_terminal(workspace: Workspace, api: SandboxApi, answer: str) -> tupl
 
 @pytest.mark.long
 def test_quiet_hides_summary(workspace: Workspace, api: SandboxApi) -> None:
-    """`--quiet` leaves the receipt out even when the exit code is not 0."""
+    """`--quiet` hides the run summary also when the exit code is not 0."""
     workspace.write_leads(make_leads(2))
     api.inject_fault("no-task-id")
 
@@ -427,7 +427,7 @@ def test_quiet_hides_summary(workspace: Workspace, api: SandboxApi) -> None:
 
 @pytest.mark.long
 def test_closed_stdout_is_no_error(api: SandboxApi, workspace: Workspace) -> None:
-    """`enrich schema | head -1` ends without a complaint."""
+    """`enrich schema | head -1` ends without an error message."""
     process = workspace.start_subprocess("schema")
     assert process.stdout is not None
     process.stdout.close()
@@ -442,7 +442,7 @@ def test_closed_stdout_is_no_error(api: SandboxApi, workspace: Workspace) -> Non
 
 @pytest.mark.long
 def test_interrupt_during_import_exit_code(tmp_path: Path) -> None:
-    """Classes are made by `exec`, out of which `python -m` takes a KeyboardInterrupt for one that nobody handled."""
+    """Exits correctly on Ctrl-C during imports: in classes made by `exec`, `python -m` reports it as unhandled."""
     (tmp_path / "importing.py").write_text("""
 import os, signal, time
 from enrich import cli
@@ -465,7 +465,7 @@ cli.main()
 
 @pytest.mark.long
 def test_cluster_dependencies_load_lazily() -> None:
-    """The drivers for a server, and Ray, come with an extra, and take their time: a run over files loads neither."""
+    """A run over files loads no PostgreSQL driver and no Ray: both are optional extras and slow to import."""
     modules = "enrich.run.pipeline, enrich.cluster.worker, enrich.report.build"
     code = f"import sys, {modules}; print({{'psycopg', 'ray'}} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

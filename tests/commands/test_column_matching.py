@@ -1,4 +1,4 @@
-"""Which column serves which param: by the headers of many languages, by the values, never in contradiction."""
+"""Matches columns to params by headers in many languages and by values, and never against the values."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ PARAMS = sorted({name for concept in COLUMN_KINDS for name in concept.params.spl
 
 
 def describe_columns(**named: Sequence[str]) -> list[Column]:
-    """Describe columns."""
+    """Return the description of each column of a table."""
     return [describe_column(name.replace("_", " "), values) for name, values in named.items()]
 
 
 def chosen_columns(params: Sequence[str], table: dict[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
-    """Which columns are taken; none: ()."""
+    """Return the matched columns of each param; () means no match."""
     found = match_columns(params, [describe_column(name, values) for name, values in table.items()])
     return {param: each.columns if each else () for param, each in found.items()}
 
@@ -61,7 +61,7 @@ def chosen_columns(params: Sequence[str], table: dict[str, Sequence[str]]) -> di
     ],
 )
 def test_header_names_in_many_languages(header: list[str], first: str, last: str) -> None:
-    """As exports of CRMs write them."""
+    """Matches first and last names in the headers of common CRM exports."""
     assert chosen_columns(["first_name", "last_name"], dict.fromkeys(header, NAMES)) == {
         "first_name": (first,),
         "last_name": (last,),
@@ -70,7 +70,7 @@ def test_header_names_in_many_languages(header: list[str], first: str, last: str
 
 @in_turn("header", ["E-Mail", "email", "Email Address", "Work Email", "Courriel", "Correo electrónico"])
 def test_email_by_header_and_values(header: str) -> None:
-    """Both together are sure."""
+    """A match by both header and values is certain."""
     found = match_columns(["email"], [describe_column("Notes", ["x"]), describe_column(header, MAILS)])["email"]
     assert found is not None
     assert (found.columns, found.transform, found.confidence) == ((header,), ("lower",), "sure")
@@ -78,7 +78,7 @@ def test_email_by_header_and_values(header: str) -> None:
 
 
 def test_match_by_values_is_uncertain() -> None:
-    """A column of another name that holds nothing but what is asked for."""
+    """A match by values alone is uncertain."""
     found = match_columns(
         ["email", "linkedin", "phone"], describe_columns(Field_7=MAILS, Field_8=PROFILES, Field_9=PHONES)
     )
@@ -90,7 +90,7 @@ def test_match_by_values_is_uncertain() -> None:
 
 
 def test_header_contradicted_by_values() -> None:
-    """`Email` that says yes or no is no address; `Phone` of `mobile` is no number."""
+    """Rejects a header that its values contradict: yes/no under `Email`, text under `Phone` or `mobile`."""
     assert chosen_columns(["email", "phone"], {"Email": ["yes", "no"], "Phone": ["mobile", "desk"]}) == {
         "email": (),
         "phone": (),
@@ -98,7 +98,7 @@ def test_header_contradicted_by_values() -> None:
 
 
 def test_empty_columns_are_uncertain() -> None:
-    """Tonight's export may have values where the sample had none."""
+    """A match with an empty column is uncertain: a later export may have values."""
     found = match_columns(["email"], describe_columns(Email=["", " "]))["email"]
     assert found is not None
     assert (found.columns, found.confidence) == (("Email",), "likely")
@@ -106,7 +106,7 @@ def test_empty_columns_are_uncertain() -> None:
 
 
 def test_company_from_website_then_email() -> None:
-    """`company` is asked with a domain, which is the same for all that write it differently."""
+    """Matches `company` with a domain, which is the same however the website is written."""
     found = match_columns(
         EMAIL_GETTER, describe_columns(Vorname=NAMES, Nachname=NAMES, Firma=["A GmbH"], Webseite=SITES, Mail=MAILS)
     )
@@ -116,7 +116,7 @@ def test_company_from_website_then_email() -> None:
 
 
 def test_free_mail_domains_are_ignored() -> None:
-    """The domain of gmail.com would be asked for everybody."""
+    """Ignores free-mail domains: gmail.com would stand for everyone's company."""
     private = ["ada@gmail.com", "grace@gmx.de", "alan@bombe.example"]
     assert chosen_columns(["company"], {"Email": private, "Company": ["A Ltd", "B Ltd", "C Ltd"]}) == {
         "company": ("Company",)
@@ -125,7 +125,7 @@ def test_free_mail_domains_are_ignored() -> None:
 
 
 def test_company_by_name_is_uncertain() -> None:
-    """It is said that no column holds the website."""
+    """A match by company name is uncertain; the message: no column has the website."""
     found = match_columns(["company"], describe_columns(Account=["A Ltd", "B Ltd"]))["company"]
     assert found is not None
     assert (found.columns, found.transform, found.confidence) == (("Account",), (), "a guess")
@@ -142,23 +142,23 @@ def test_company_by_name_is_uncertain() -> None:
     ],
 )
 def test_shared_hosts_are_not_company_domains(header: str, values: list[str]) -> None:
-    """Photos and profiles lie on the domain of somebody else."""
+    """Ignores columns of photo and profile URLs: their domain belongs to another company."""
     assert chosen_columns(["company_website"], {header: values}) == {"company_website": ()}
 
 
 def test_single_company_website() -> None:
-    """A header that says so is believed."""
+    """Accepts a single company website under a matching header."""
     assert chosen_columns(["company"], {"Website": ["https://engine.example"] * 9}) == {"company": ("Website",)}
 
 
 @in_turn("header", ["Account Owner Email", "Parent Company", "Email Opt Out", "Last Contacted", "Name"])
 def test_column_about_something_else(header: str) -> None:
-    """A word of the header says that it is about somebody or something else."""
+    """Skips a column whose header is about someone or something else."""
     assert not any(chosen_columns(["first_name", "last_name", "email", "company_name"], {header: ["x", "y"]}).values())
 
 
 def test_full_names_are_reported() -> None:
-    """No transform splits a name."""
+    """Reports full names: no transform splits a name."""
     whole = describe_columns(Name=["Ada Lovelace", "Grace Hopper"])
     assert match_columns(["first_name"], whole) == {"first_name": None}
     assert "split it" in (unmatched_reason("first_name", whole) or "")
@@ -166,7 +166,7 @@ def test_full_names_are_reported() -> None:
 
 
 def test_unknown_param_matches_same_name() -> None:
-    """Other waterfalls have other params."""
+    """Matches an unknown param of other waterfalls to the column of the same name."""
     assert chosen_columns(["tax_number", "colour"], {"Tax Number": ["12"], "Shape": ["round"]}) == {
         "tax_number": ("Tax Number",),
         "colour": (),
@@ -174,14 +174,14 @@ def test_unknown_param_matches_same_name() -> None:
 
 
 def test_waterfalls_ranked_by_matched_params() -> None:
-    """A list of profiles fits the phone finder and not the e-mail finder."""
+    """Ranks the waterfalls by their matched params: a list of profiles fits the phone finder, not the e-mail finder."""
     profiles = describe_columns(Profile_URL=PROFILES)
     assert count_matched_params(DOCUMENTED_WATERFALLS["phone_getter"], profiles) == (1, 1)
     assert count_matched_params(DOCUMENTED_WATERFALLS["email_getter"], profiles) == (0, 3)
 
 
 def test_new_column_names_are_unused() -> None:
-    """Whatever the case: `email` beside `Email` would be taken for the other."""
+    """Picks names for new columns that are unused in any case: `email` beside `Email` would be ambiguous."""
     assert list(result_column_names(["email", "phone", "email"], ["Email", "found_email"])) == [
         ("found_email_2", "email"),
         ("phone", "phone"),
@@ -199,9 +199,9 @@ TABLES = st.dictionaries(HEADERS, st.lists(TEXTS, max_size=5), max_size=8)
 @settings(deadline=None)
 @given(TABLES, st.lists(st.sampled_from(PARAMS), unique=True, max_size=8))
 def test_any_table_is_handled(table: dict[str, list[str]], params: list[str]) -> None:
-    """It never raises, is the same each time, names columns that are there, and gives none to two params.
+    """Handles any table: never raises, is deterministic, uses existing columns, and gives none to two params.
 
-    But for the domain that is taken out of a column.
+    Except for the domain that is taken out of a column.
     """
     described = [describe_column(name, values) for name, values in table.items()]
     found = match_columns(params, described)
@@ -219,7 +219,7 @@ def test_any_table_is_handled(table: dict[str, list[str]], params: list[str]) ->
 @settings(deadline=None)
 @given(st.lists(st.text(max_size=6)), st.lists(st.text(min_size=1, max_size=6)))
 def test_new_names_are_unique(header: list[str], fields: list[str]) -> None:
-    """Neither with the input's nor with each other."""
+    """New column names clash neither with the input nor with each other."""
     names = [name.casefold() for name, _ in result_column_names(fields, header)]
     assert len(set(names)) == len(fields)
     assert not set(names) & {name.casefold() for name in header}

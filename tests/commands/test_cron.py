@@ -1,4 +1,4 @@
-"""`enrich cron`: what it prints can be pasted as it stands, whatever the paths are called."""
+"""`enrich cron`: its output can be pasted unchanged for any paths."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from tests.support.workspace import Workspace, make_leads, serve_api
 
 
 def make_plan(**changed: object) -> ScheduledJob:
-    """A plan of plain paths."""
-    usual: dict[str, object] = {
+    """Return a plan with plain paths."""
+    defaults: dict[str, object] = {
         "name": "leads",
         "command": ["/opt/enrich/bin/enrich"],
         "job": Path("/srv/leads/job.yaml"),
@@ -41,37 +41,37 @@ def make_plan(**changed: object) -> ScheduledJob:
         "max_time": "5h",
         "writable_folders": [Path("/srv/leads")],
     }
-    return ScheduledJob(**(usual | changed))  # type: ignore[arg-type]
+    return ScheduledJob(**(defaults | changed))  # type: ignore[arg-type]
 
 
 def shell_command_of(line: str) -> str:
-    r"""What cron hands to sh -c: the sixth field up to the first bare `%`, with the backslash taken off `\%`.
+    r"""Return what cron passes to `sh -c`: the sixth field up to the first bare `%`, with `\%` unescaped.
 
-    As cronie's do_command.c reads it, sign by sign.
+    Follows cronie's do_command.c character by character.
     """
     command = line.split(" ", 5)[5]
     message, escaped = "", False
-    for sign in command:
+    for character in command:
         if escaped:
-            message = message[:-1] + sign if sign == "%" else message + sign
+            message = message[:-1] + character if character == "%" else message + character
             escaped = False
             continue
-        if sign == "%":
+        if character == "%":
             break
-        escaped = sign == "\\"
-        message += sign
+        escaped = character == "\\"
+        message += character
     return message
 
 
 def unit_words(text: str) -> list[str]:
-    r"""Read a line of words as systemd does: quotes, backslashes, then `%%` and `$$`."""
+    r"""Split a line of words as systemd does: quotes, backslashes, then `%%` and `$$`."""
     lexer = shlex.shlex(text, posix=True, punctuation_chars=False)
     lexer.whitespace_split, lexer.commenters, lexer.quotes = True, "", '"'
     return [word.replace("%%", "%").replace("$$", "$") for word in lexer]
 
 
 def test_crontab_line() -> None:
-    """Nothing is quoted that needs no quotes."""
+    """Quotes only what needs quotes."""
     assert crontab_line(make_plan()) == (
         "5 2 * * * DATABAR_API_KEY_FILE=/etc/enrich/key /opt/enrich/bin/enrich run /srv/leads/job.yaml "
         "--if-locked skip --max-time 5h --log-file /srv/leads/job.log"
@@ -88,18 +88,18 @@ PRINTABLE = st.text(
 @settings(deadline=None)
 @given(st.lists(PRINTABLE, min_size=3, max_size=3))
 def test_crontab_escapes_any_path(names: Sequence[str]) -> None:
-    """Per cent, quotes, backslashes, dollars, blanks, in any order."""
+    """Escapes percent signs, quotes, backslashes, dollars and spaces in any order."""
     job, log, key = (Path(f"/srv/{name}") for name in names)
     line = crontab_line(make_plan(job=job, log=log, key_file=key))
-    key_word, *words = shlex.split(shell_command_of(line))
-    assert key_word == f"DATABAR_API_KEY_FILE={key}"
+    key_setting, *words = shlex.split(shell_command_of(line))
+    assert key_setting == f"DATABAR_API_KEY_FILE={key}"
     assert (words[2], words[-1]) == (str(job), str(log))
     assert "\n" not in line
 
 
 @in_turn("name", ["100% sure", r"a\%b", r"\\%%\'", "it's", '"x" $HOME `id` $(id)', "ü; rm -rf x &", "#a"])
 def test_shell_parses_crontab_line(name: str) -> None:
-    """As cron runs it: `sh -c`, next to nothing in the environment."""
+    """The crontab line works as cron runs it: `sh -c` with a nearly empty environment."""
     line = crontab_line(make_plan(command=["/usr/bin/printf", "%s\\n"], job=Path(f"/srv/{name}")))
     result = subprocess.run(
         ["/usr/bin/env", "-i", "/bin/sh", "-c", shell_command_of(line)], capture_output=True, text=True, check=True
@@ -110,7 +110,7 @@ def test_shell_parses_crontab_line(name: str) -> None:
 @settings(deadline=None)
 @given(PRINTABLE, PRINTABLE)
 def test_systemd_escapes_any_path(one: str, other: str) -> None:
-    """Specifiers, variables and quotes of systemd are none in a path."""
+    """Escapes systemd's specifiers, variables and quotes in any path."""
     job, folder = Path(f"/srv/{one}"), Path(f"/srv/{other}")
     text = systemd_service(make_plan(job=job, writable_folders=[folder, Path("/srv/b")]))
     settings = dict(line.split("=", 1) for line in text.splitlines() if re.match(r"[A-Z]\w+=", line))
@@ -121,7 +121,7 @@ def test_systemd_escapes_any_path(one: str, other: str) -> None:
 
 @in_turn("name", ["a\nb", "a\tb", "a\x00b", "a\u2028b"])
 def test_newline_in_path_is_refused(name: str) -> None:
-    """Rather than a crontab of two broken lines."""
+    """Refuses a newline in a path, which would break the crontab line in two."""
     for write in (crontab_line, systemd_service):
         with pytest.raises(JobError, match="fits in no crontab"):
             write(make_plan(job=Path(f"/srv/{name}")))
@@ -129,13 +129,13 @@ def test_newline_in_path_is_refused(name: str) -> None:
 
 @in_turn(("text", "time"), [("02:00", (2, 0)), ("2:00", (2, 0)), ("23:59", (23, 59)), ("0:00", (0, 0))])
 def test_times_of_day(text: str, time: tuple[int, int]) -> None:
-    """Hours and minutes."""
+    """Accepts hours and minutes."""
     assert parse_time_of_day(text) == time
 
 
 @in_turn("text", ["25:00", "24:00", "2", "2:0", "02:60", "2pm", "", "-1:00", "02:00:00", "٠٢:00"])
 def test_invalid_times(text: str) -> None:
-    """Rather than a job that never runs."""
+    """Refuses invalid times, which would never run."""
     with pytest.raises(ValueError, match="must be a time of the day"):
         parse_time_of_day(text)
 
@@ -152,35 +152,35 @@ def test_invalid_times(text: str) -> None:
     ],
 )
 def test_weekdays(text: str, days: tuple[int, ...]) -> None:
-    """Names, ranges, lists; all of them are none in particular."""
+    """Accepts names, ranges and lists of weekdays; all seven mean every day."""
     assert parse_days(text) == days
 
 
 @in_turn("text", ["", "m", "mon-", "1-5", "mond", "mon;tue"])
 def test_invalid_weekdays(text: str) -> None:
-    """With what can be said."""
+    """Refuses invalid weekdays and names the valid ones."""
     with pytest.raises(ValueError, match="is no day"):
         parse_days(text)
 
 
 def test_systemd_calendar() -> None:
-    """On all days, or on some."""
+    """Writes systemd's calendar for every day or for some days."""
     assert on_calendar(Schedule(2, 0)) == "*-*-* 02:00:00"
     assert on_calendar(Schedule(2, 5, (0, 5))) == "Sun,Fri *-*-* 02:05:00"
 
 
 def test_private_tmp() -> None:
-    """A job in /tmp would not be found in another."""
+    """Uses no private /tmp when the job is in /tmp: the unit would not find it."""
     assert "PrivateTmp=true" in systemd_service(make_plan())
     assert "PrivateTmp" not in systemd_service(make_plan(job=Path("/tmp/job.yaml")))  # noqa: S108
 
 
-# As a person uses it
+# From the command line
 
 
 @pytest.fixture
 def odd_path_workspace(workspace: Workspace) -> Workspace:
-    """An office in a folder with blanks and signs in its name, with leads and a key file."""
+    """Make a job in a folder with spaces and special characters in its name, with leads and a key file."""
     folder = workspace.folder / "100% of O'Brien's \"leads\""
     folder.mkdir()
     made = Workspace(folder)
@@ -193,7 +193,7 @@ def odd_path_workspace(workspace: Workspace) -> Workspace:
 
 @pytest.mark.long
 def test_crontab_line_runs_job(odd_path_workspace: Workspace, tmp_path: Path) -> None:
-    """With an empty environment, from another folder; the key comes from its file, the log is written."""
+    """Runs from another folder with an empty environment, reads the key file and writes the log."""
     with serve_api(tmp_path / "cron-api.db", api_key="sandbox-key") as api:
         printed = odd_path_workspace.run_in_process(
             "cron", "job.yaml", "--crontab", "--key-file", "key", DATABAR_BASE_URL=api.base_url, SSL_CERT_FILE=""
@@ -217,7 +217,7 @@ def test_crontab_line_runs_job(odd_path_workspace: Workspace, tmp_path: Path) ->
 
 
 def test_systemd_accepts_units(odd_path_workspace: Workspace, tmp_path: Path) -> None:
-    """`systemd-analyze verify` has nothing to say, and its calendar knows the time."""
+    """`systemd-analyze verify` reports nothing, and its calendar accepts the time."""
     analyze = shutil.which("systemd-analyze")
     if analyze is None:
         pytest.skip("systemd-analyze is not on this machine")
@@ -235,8 +235,8 @@ def test_systemd_accepts_units(odd_path_workspace: Workspace, tmp_path: Path) ->
         check=False,
         timeout=60,
     )
-    about_ours = [line for line in verified.stderr.splitlines() if "enrich-job" in line]
-    assert (verified.returncode, about_ours) == (0, [])
+    messages = [line for line in verified.stderr.splitlines() if "enrich-job" in line]
+    assert (verified.returncode, messages) == (0, [])
     calendar = subprocess.run(
         [analyze, "calendar", "Mon,Tue,Wed,Thu,Fri *-*-* 02:30:00"], capture_output=True, text=True, check=False
     )
@@ -244,15 +244,15 @@ def test_systemd_accepts_units(odd_path_workspace: Workspace, tmp_path: Path) ->
 
 
 def test_existing_units_need_force(odd_path_workspace: Workspace, tmp_path: Path) -> None:
-    """They may have been edited."""
-    ask = ("cron", "job.yaml", "--output-dir", str(tmp_path))
-    assert odd_path_workspace.run_in_process(*ask).exit_code == 0
-    assert odd_path_workspace.run_in_process(*ask).exit_code == 2
-    assert odd_path_workspace.run_in_process(*ask, "--force").exit_code == 0
+    """Keeps existing units without `--force`: they may have been edited."""
+    command = ("cron", "job.yaml", "--output-dir", str(tmp_path))
+    assert odd_path_workspace.run_in_process(*command).exit_code == 0
+    assert odd_path_workspace.run_in_process(*command).exit_code == 2
+    assert odd_path_workspace.run_in_process(*command, "--force").exit_code == 0
 
 
 def test_crontab_or_systemd_option(odd_path_workspace: Workspace) -> None:
-    """Both are printed otherwise."""
+    """Prints both forms by default, or one of them by option."""
     both = odd_path_workspace.run_in_process("cron", "job.yaml").stdout
     line = odd_path_workspace.run_in_process("cron", "job.yaml", "--crontab").stdout
     units = odd_path_workspace.run_in_process("cron", "job.yaml", "--systemd", "--user", "nightly").stdout
@@ -267,15 +267,15 @@ def test_crontab_or_systemd_option(odd_path_workspace: Workspace) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [("--at", "25:00"), ("--days", "someday"), ("--max-time", "soon"), ("--systemd", "--at", "2")]
+    "options", [("--at", "25:00"), ("--days", "someday"), ("--max-time", "soon"), ("--systemd", "--at", "2")]
 )
-def test_invalid_options_are_exit_2(odd_path_workspace: Workspace, wrong: tuple[str, ...]) -> None:
-    """Before anything is printed."""
-    result = odd_path_workspace.run_in_process("cron", "job.yaml", *wrong)
+def test_invalid_options_are_exit_2(odd_path_workspace: Workspace, options: tuple[str, ...]) -> None:
+    """Exits with 2 for invalid options and prints nothing."""
+    result = odd_path_workspace.run_in_process("cron", "job.yaml", *options)
     assert (result.exit_code, result.stdout) == (2, "")
 
 
 def test_invalid_job_is_refused(odd_path_workspace: Workspace) -> None:
-    """It would fail every night."""
+    """Refuses an invalid job, which would fail every night."""
     odd_path_workspace.write_job(watrfall="x")
     assert odd_path_workspace.run_in_process("cron", "job.yaml").exit_code == 2

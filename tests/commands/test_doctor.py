@@ -1,4 +1,4 @@
-"""`enrich doctor`: what will go wrong tonight, seen with the eyes of cron."""
+"""`enrich doctor`: predicts problems of the next run, checked in cron's environment."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.workspace import AWAY, ProgramResult, SandboxApi, Workspace, 
 
 @pytest.fixture
 def ready_workspace(workspace: Workspace, api: SandboxApi) -> Workspace:
-    """An office whose nights will be good."""
+    """Make a job whose next runs will succeed."""
     workspace.write_leads(make_leads(3))
     workspace.write_job(limits="{max_credits: 50}")
     key = workspace.folder / "key"
@@ -28,7 +28,7 @@ def ready_workspace(workspace: Workspace, api: SandboxApi) -> Workspace:
 def run_doctor(
     workspace: Workspace, api: SandboxApi, *more: str, shell_environ: dict[str, str] | None = None
 ) -> ProgramResult:
-    """Ask the doctor, with what the crontab sets; `beside` is set in the shell alone."""
+    """Run the doctor with the crontab's variables; `shell_environ` is set in the shell only."""
     env = {"HOME": str(workspace.folder), "DATABAR_BASE_URL": api.base_url}
     env["DATABAR_API_KEY_FILE"] = str(workspace.folder / "key")
     given = [word for name, value in env.items() for word in ("--env", f"{name}={value}")]
@@ -36,13 +36,13 @@ def run_doctor(
 
 
 def findings_with_mark(result: ProgramResult, mark: str) -> dict[str, str]:
-    """The lines with a mark, by their subject."""
+    """Return the findings with this mark: subject to message."""
     lines = [line.split(maxsplit=2) for line in result.stdout.splitlines()]
-    return {subject: said for found, subject, said in lines if found == mark}
+    return {subject: message for found, subject, message in lines if found == mark}
 
 
 def test_healthy_job(ready_workspace: Workspace, api: SandboxApi) -> None:
-    """All marks are ok; nothing is written, nothing is paid."""
+    """All findings are ok; nothing is written or charged."""
     before = {path: path.stat().st_mtime_ns for path in ready_workspace.folder.rglob("*")}
     result = run_doctor(ready_workspace, api)
 
@@ -56,7 +56,7 @@ def test_healthy_job(ready_workspace: Workspace, api: SandboxApi) -> None:
 
 
 def test_healthy_job_after_runs(ready_workspace: Workspace, api: SandboxApi) -> None:
-    """The ledger is looked into, and is as it was."""
+    """Reads the ledger and leaves it unchanged."""
     assert ready_workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
     before = ready_workspace.ledger_path.read_bytes()
     result = run_doctor(ready_workspace, api)
@@ -67,7 +67,7 @@ def test_healthy_job_after_runs(ready_workspace: Workspace, api: SandboxApi) -> 
 
 
 def test_key_only_in_shell_environment(ready_workspace: Workspace, api: SandboxApi) -> None:
-    """The classic: it works by hand and never at night."""
+    """Reports a key that is set in the shell only: the job works by hand and fails from cron."""
     result = ready_workspace.run_in_process(
         "doctor", "job.yaml", "--env", f"HOME={ready_workspace.folder}", "--offline", api=api
     )
@@ -80,7 +80,7 @@ def test_key_only_in_shell_environment(ready_workspace: Workspace, api: SandboxA
 
 
 def test_environment_file(ready_workspace: Workspace, api: SandboxApi) -> None:
-    """As systemd's EnvironmentFile."""
+    """Reads an environment file like systemd's EnvironmentFile."""
     text = (
         f"# cron\nDATABAR_BASE_URL={api.base_url}\nDATABAR_API_KEY_FILE='{ready_workspace.folder}/key'\nHOME=/nowhere\n"
     )
@@ -94,7 +94,7 @@ def test_environment_file(ready_workspace: Workspace, api: SandboxApi) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize(("name", "value"), [("ALL_PROXY", "socks5://p.example"), ("SSL_CERT_FILE", "/nowhere")])
 def test_invalid_proxy_for_cron(ready_workspace: Workspace, api: SandboxApi, name: str, value: str) -> None:
-    """Exit 2, as the run; what only the shell has is no hindrance, but is told."""
+    """Exits with 2 for an invalid proxy, as the run would; reports a proxy set in the shell only without failing."""
     way = ["--env", "DATABAR_BASE_URL=https://api.example/v1", "--env", f"{name}={value}", "--offline"]
     result = run_doctor(ready_workspace, api, *way)
     assert result.exit_code == 2
@@ -105,14 +105,14 @@ def test_invalid_proxy_for_cron(ready_workspace: Workspace, api: SandboxApi, nam
 
 
 def test_missing_key(ready_workspace: Workspace) -> None:
-    """Exit 3, as the run."""
+    """Exits with 3 without a key, as the run would."""
     result = ready_workspace.run_in_process("doctor", "job.yaml", "--env", f"HOME={ready_workspace.folder}")
     assert result.exit_code == 3
     assert "no API key" in findings_with_mark(result, "fail")["key"]
 
 
 def test_invalid_key(ready_workspace: Workspace, api: SandboxApi) -> None:
-    """Exit 3; offline nobody can tell."""
+    """Exits with 3 for an invalid key; with `--offline` the key is not checked."""
     (ready_workspace.folder / "key").write_text("old", encoding="utf-8")
     assert run_doctor(ready_workspace, api).exit_code == 3
     assert run_doctor(ready_workspace, api, "--offline").exit_code == 0
@@ -120,7 +120,7 @@ def test_invalid_key(ready_workspace: Workspace, api: SandboxApi) -> None:
 
 @pytest.mark.long
 def test_key_file_readable_by_others(ready_workspace: Workspace, api: SandboxApi) -> None:
-    """A warning with its remedy."""
+    """Warns about a key file that others can read, and names the fix."""
     (ready_workspace.folder / "key").chmod(0o644)
     result = run_doctor(ready_workspace, api)
     assert result.exit_code == 0
@@ -129,16 +129,16 @@ def test_key_file_readable_by_others(ready_workspace: Workspace, api: SandboxApi
 
 @pytest.mark.long
 def test_unreachable_api(ready_workspace: Workspace) -> None:
-    """Exit 4."""
-    away = SandboxApi("http://127.0.0.1:9/v1", "key")
+    """Exits with 4 when the API is unreachable."""
+    unreachable_api = SandboxApi("http://127.0.0.1:9/v1", "key")
     with patch("enrich.run.preflight.Timeouts", lambda: AWAY):
-        result = run_doctor(ready_workspace, away)
+        result = run_doctor(ready_workspace, unreachable_api)
     assert result.exit_code == 4
     assert "unreachable" in findings_with_mark(result, "fail")["api"]
 
 
 def test_invalid_job(ready_workspace: Workspace, api: SandboxApi) -> None:
-    """Exit 2, and the key is looked at all the same."""
+    """Exits with 2 for an invalid job and still checks the key."""
     ready_workspace.write_job(watrfall="x")
     result = run_doctor(ready_workspace, api)
     assert result.exit_code == 2
@@ -148,7 +148,7 @@ def test_invalid_job(ready_workspace: Workspace, api: SandboxApi) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("changed", "said", "code"),
+    ("changed", "message", "code"),
     [
         ({"input": "none.csv"}, "does not exist", 5),
         ({"params": "{first_name: Frist Name}"}, "requires `last_name`", 2),
@@ -159,13 +159,13 @@ def test_invalid_job(ready_workspace: Workspace, api: SandboxApi) -> None:
     ],
 )
 def test_predicts_exit_code_of_run(
-    ready_workspace: Workspace, api: SandboxApi, changed: dict[str, str], said: str, code: int
+    ready_workspace: Workspace, api: SandboxApi, changed: dict[str, str], message: str, code: int
 ) -> None:
-    """With the exit code that the run would have."""
+    """Reports each problem with the exit code that the run would have."""
     ready_workspace.write_job(**changed)
     result = run_doctor(ready_workspace, api)
     assert result.exit_code == code
-    assert any(said in line for line in result.stdout.splitlines() if line.startswith("fail"))
+    assert any(message in line for line in result.stdout.splitlines() if line.startswith("fail"))
 
 
 @pytest.mark.long
@@ -182,7 +182,7 @@ def test_old_input_and_missing_cap(ready_workspace: Workspace, api: SandboxApi) 
 
 @pytest.mark.long
 def test_run_in_progress(ready_workspace: Workspace, api: SandboxApi) -> None:
-    """It holds the lock; nobody is disturbed."""
+    """Reports a run that holds the lock and does not disturb it."""
     ready_workspace.run_in_process("run", "job.yaml", api=api)
     with lock_ledger(ready_workspace.ledger_path, 0):
         result = run_doctor(ready_workspace, api)
@@ -192,7 +192,7 @@ def test_run_in_progress(ready_workspace: Workspace, api: SandboxApi) -> None:
 
 @pytest.mark.long
 def test_unconfirmed_and_expiring_results(ready_workspace: Workspace, tmp_path: Path) -> None:
-    """What waits for a person, and what waits at the API until it is gone."""
+    """Reports unconfirmed requests that need a decision and results that will expire at the API."""
     with serve_api(tmp_path / "slow.db", latency="fixed(600)") as slow:
         (ready_workspace.folder / "key").write_text(slow.api_key, encoding="utf-8")
         ready_workspace.submit_without_collecting(slow)
@@ -202,15 +202,15 @@ def test_unconfirmed_and_expiring_results(ready_workspace: Workspace, tmp_path: 
         ledger.close()
         result = run_doctor(ready_workspace, slow, "--at", "23:59")
         ready_workspace.write_job(limits="{max_credits: 50}", policy="{result_ttl: 1s}")
-        late = run_doctor(ready_workspace, slow)
+        result_after_expiry = run_doctor(ready_workspace, slow)
     assert "1 requests are in doubt" in findings_with_mark(result, "warn")["doubts"]
     assert "2 paid requests wait at the API" in result.stdout
-    assert "2 expire before the next run" in findings_with_mark(late, "warn")["results"]
+    assert "2 expire before the next run" in findings_with_mark(result_after_expiry, "warn")["results"]
 
 
 @pytest.mark.long
 def test_last_run_stopped_by_cap(ready_workspace: Workspace, api: SandboxApi) -> None:
-    """The rest was left pending."""
+    """Reports that the cap stopped the last run and left rows pending."""
     ready_workspace.write_leads(make_leads(20))
     ready_workspace.write_job(limits="{max_credits: 5}")
     assert ready_workspace.run_in_process("run", "job.yaml", api=api).exit_code == 12
@@ -221,7 +221,7 @@ def test_last_run_stopped_by_cap(ready_workspace: Workspace, api: SandboxApi) ->
 
 @pytest.mark.long
 def test_ledger_on_network_file_system(ready_workspace: Workspace, api: SandboxApi) -> None:
-    """Its locks cannot be trusted."""
+    """Reports a ledger on a network file system, whose locks are unreliable."""
     mounts = f"1 0 0:1 / / rw - ext4 x rw\n2 1 0:2 / {os.path.realpath(ready_workspace.folder)} rw - nfs4 nas:/x rw\n"
     with patch("enrich.commands.doctor.system.read_mountinfo", lambda: mounts):
         result = run_doctor(ready_workspace, api)
@@ -231,7 +231,7 @@ def test_ledger_on_network_file_system(ready_workspace: Workspace, api: SandboxA
 
 @pytest.mark.long
 def test_clock_offset(ready_workspace: Workspace, api: SandboxApi) -> None:
-    """Against the API's."""
+    """Reports the offset of the local clock from the API's."""
     an_hour_ago = time.time_ns() - 3_600 * 10**9
     with patch("enrich.run.preflight.time.time_ns", lambda: an_hour_ago):
         result = run_doctor(ready_workspace, api)
@@ -241,7 +241,7 @@ def test_clock_offset(ready_workspace: Workspace, api: SandboxApi) -> None:
 
 @pytest.mark.long
 def test_non_utf8_locale_paths(ready_workspace: Workspace, api: SandboxApi) -> None:
-    """Only where the locale forbids UTF-8."""
+    """Reports non-ASCII paths only where the locale rules out UTF-8."""
     ready_workspace.write_job(output="Ausgänge.csv", limits="{max_credits: 50}")
     assert run_doctor(ready_workspace, api).exit_code == 0
     old = ("--env", "PYTHONUTF8=0", "--env", "PYTHONCOERCECLOCALE=0", "--env", "LC_ALL=C")
@@ -252,7 +252,7 @@ def test_non_utf8_locale_paths(ready_workspace: Workspace, api: SandboxApi) -> N
 
 @pytest.mark.long
 def test_json_is_one_object(ready_workspace: Workspace, api: SandboxApi) -> None:
-    """The findings with marks, messages and remedies."""
+    """Prints one JSON object with marks, messages and fixes."""
     output = run_doctor(ready_workspace, api, "--json").json_output
     assert output["exit_code"] == 0
     assert output["findings"][0] == {
@@ -265,7 +265,7 @@ def test_json_is_one_object(ready_workspace: Workspace, api: SandboxApi) -> None
 
 @pytest.mark.long
 def test_the_sandbox_needs_no_key(ready_workspace: Workspace) -> None:
-    """For a first look; nothing is left behind."""
+    """Runs against the sandbox without a key and leaves nothing behind."""
     before = sorted(ready_workspace.folder.rglob("*"))
     result = ready_workspace.run_in_process("doctor", "job.yaml", "--sandbox")
     assert (result.exit_code, sorted(ready_workspace.folder.rglob("*"))) == (0, before)
@@ -273,7 +273,7 @@ def test_the_sandbox_needs_no_key(ready_workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_shell_environment_is_restored(ready_workspace: Workspace, api: SandboxApi) -> None:
-    """The doctor lives in cron's for a moment only."""
+    """Restores the shell's environment after using cron's."""
     with patch.dict(os.environ, {"MINE": "1"}):
         before = dict(os.environ)
         run_doctor(ready_workspace, api)
@@ -282,7 +282,7 @@ def test_shell_environment_is_restored(ready_workspace: Workspace, api: SandboxA
 
 @pytest.mark.long
 def test_as_subprocess_with_empty_environment(ready_workspace: Workspace, api: SandboxApi) -> None:
-    """What cron would say when it asked the doctor itself."""
+    """Runs as a subprocess with an empty environment, as under cron."""
     result = ready_workspace.run_subprocess(
         "doctor", "job.yaml", "--env", f"HOME={ready_workspace.folder}", "--offline", api=api
     )

@@ -1,4 +1,4 @@
-"""What the doctor makes of the facts, without a machine: clocks, money, expiry, names, mounts, locks."""
+"""The doctor's checks as functions of the facts: clock, credits, expiry, file names, mounts, locks."""
 
 from __future__ import annotations
 
@@ -55,38 +55,38 @@ nonsense
     ],
 )
 def test_file_system_of_path(path: str, kind: str, network: bool) -> None:  # noqa: FBT001 - a table
-    """The nearest mount counts, and of several at one place the last."""
+    """Uses the nearest mount, and the last one of several at the same place."""
     assert file_system_type(MOUNTS, Path(path)) == kind
     assert is_network_file_system(kind) is network
 
 
 @in_turn("kind", ["smb3", "smbfs", "nfs", "9p", "fuse.rclone", "fuse.s3fs", "ceph"])
 def test_network_file_systems(kind: str) -> None:
-    """SQLite's locks cannot be trusted there."""
+    """Detects network file systems, where SQLite's locks are unreliable."""
     assert is_network_file_system(kind)
 
 
 @in_turn("kind", ["btrfs", "overlay", "tmpfs", "fuseblk", "fuse.lxcfs", "apfs", None])
 def test_local_file_systems(kind: str | None) -> None:
-    """No warning without reason."""
+    """Does not warn about local file systems."""
     assert not is_network_file_system(kind)
 
 
 @settings(deadline=None)
 @given(st.text())
 def test_malformed_mountinfo(text: str) -> None:
-    """Another kernel may say anything."""
+    """Accepts any text in mountinfo: other kernels may write it differently."""
     file_system_type(text, Path("/srv"))
     file_system_type(f"1 2 3 / / {text} - ext4", Path("/srv"))
 
 
 def test_missing_mountinfo() -> None:
-    """On other systems than Linux."""
+    """Accepts a missing mountinfo on systems other than Linux."""
     assert file_system_type("", Path("/srv")) is None
 
 
 def test_lock_detection(tmp_path: Path) -> None:
-    """Only while a process holds it."""
+    """Reports the lock only while a process holds it."""
     lock = tmp_path / "job.db.lock"
     assert not is_lock_held(lock)
     assert not lock.exists()
@@ -99,29 +99,29 @@ def test_lock_detection(tmp_path: Path) -> None:
 
 
 def test_environment_file_syntax() -> None:
-    """Comments, quotes, `export`; nothing else."""
+    """Reads comments, quotes and `export`; nothing else."""
     text = "# for cron\n\nexport A=1\nB='two words' # why\nC=\"x=y\"\nD=\n"
     assert parse_env_lines(text.splitlines()) == {"A": "1", "B": "two words", "C": "x=y", "D": ""}
-    for wrong in ("A", "1A=2", "A = 2", "A='2"):
+    for invalid in ("A", "1A=2", "A = 2", "A='2"):
         with pytest.raises(ValueError, match="line 2: "):
-            parse_env_lines(["X=1", wrong])
+            parse_env_lines(["X=1", invalid])
 
 
 def test_program_start_errors(tmp_path: Path) -> None:
-    """In its own words, or in the system's."""
+    """Reports why the program does not start, in its own words or the system's."""
     assert startup_error([sys.executable, "-m", "enrich"], {}) is None
     assert "No such file" in (startup_error([str(tmp_path / "enrich")], {}) or "")
     assert "no_such_module" in (startup_error([sys.executable, "-m", "no_such_module"], {}) or "")
 
 
 def test_python_encoding_detection() -> None:
-    """An empty environment is UTF-8 today, unless that is forbidden."""
+    """An empty environment means UTF-8 unless the variables rule it out."""
     assert file_name_encoding({}) == "utf-8"
     assert file_name_encoding({"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}) == "ascii"
 
 
 def test_file_permissions(tmp_path: Path) -> None:
-    """Group and others."""
+    """Reports access for group and others."""
     key = tmp_path / "key"
     key.touch(mode=0o600)
     assert not is_accessible_by_others(key)
@@ -131,7 +131,7 @@ def test_file_permissions(tmp_path: Path) -> None:
 
 
 @in_turn(
-    ("ahead_s", "mark", "said"),
+    ("ahead_s", "mark", "message"),
     [
         (None, "ok", "no time"),
         (0.0, "ok", "agrees"),
@@ -140,15 +140,15 @@ def test_file_permissions(tmp_path: Path) -> None:
         (-7200.0, "warn", "2:00:00 ahead of the API's"),
     ],
 )
-def test_clock_offset_finding(ahead_s: float | None, mark: str, said: str) -> None:
-    """More than five minutes are told, with their direction."""
+def test_clock_offset_finding(ahead_s: float | None, mark: str, message: str) -> None:
+    """Reports an offset of more than five minutes with its direction."""
     finding = checks.check_clock(ahead_s)
     assert finding.mark == mark
-    assert said in finding.message
+    assert message in finding.message
 
 
 def only_finding(findings: Any) -> Finding:
-    """The only finding."""
+    """Return the only finding."""
     (finding,) = findings
     assert isinstance(finding, Finding)
     return finding
@@ -168,14 +168,16 @@ def only_finding(findings: Any) -> Finding:
     ],
 )
 def test_balance_findings(credits_: tuple[int | None, ...], last: list[int], mark: str, code: int) -> None:
-    """The balance against what must stay, one request's worst price, and what a past run spent."""
-    balance, least, worst = (None if each is None else each * MICROS_PER_CREDIT for each in credits_)
-    finding = only_finding(checks.check_balance(balance, least, worst, [each * MICROS_PER_CREDIT for each in last]))
+    """Compares the balance with the minimum balance, one request's maximum price, and a past run's spend."""
+    balance, min_balance, max_price = (None if each is None else each * MICROS_PER_CREDIT for each in credits_)
+    finding = only_finding(
+        checks.check_balance(balance, min_balance, max_price, [each * MICROS_PER_CREDIT for each in last])
+    )
     assert (finding.mark, finding.exit_code) == (mark, code)
 
 
 @in_turn(
-    ("cap", "worst", "nights", "mark", "code"),
+    ("cap", "max_price", "runs", "mark", "code"),
     [
         (None, 5, [], "warn", 0),
         (100, 5, [], "ok", 0),
@@ -185,29 +187,29 @@ def test_balance_findings(credits_: tuple[int | None, ...], last: list[int], mar
         (4, 5, [], "fail", 12),
     ],
 )
-def test_cap_findings(cap: int | None, worst: int, nights: list[tuple[int, int]], mark: str, code: int) -> None:
-    """Below a request's price, below what the last nights needed, or none at all."""
-    rows = [{"exit_code": ExitCode(exit_code), "spent": spent * MICROS_PER_CREDIT} for exit_code, spent in nights]
+def test_cap_findings(cap: int | None, max_price: int, runs: list[tuple[int, int]], mark: str, code: int) -> None:
+    """Warns about a cap below one request's price, below the last runs' spend, or missing."""
+    rows = [{"exit_code": ExitCode(exit_code), "spent": spent * MICROS_PER_CREDIT} for exit_code, spent in runs]
     finding = only_finding(
-        checks.check_cap(None if cap is None else cap * MICROS_PER_CREDIT, worst * MICROS_PER_CREDIT, rows)
+        checks.check_cap(None if cap is None else cap * MICROS_PER_CREDIT, max_price * MICROS_PER_CREDIT, rows)
     )
     assert (finding.mark, finding.exit_code) == (mark, code)
 
 
 def test_expiring_results_finding() -> None:
-    """With how many are gone already."""
+    """Reports how many results have expired already."""
     hour = 3_600_000
     submitted = [-30 * hour, -20 * hour, -1 * hour]
-    late = checks.check_expiring_results(submitted, 24 * hour, 0, 6 * hour)
-    assert late.mark == "warn"
-    assert "3 paid requests wait at the API, 2 expire" in late.message
-    assert "1 of them should be gone already" in late.message
+    finding = checks.check_expiring_results(submitted, 24 * hour, 0, 6 * hour)
+    assert finding.mark == "warn"
+    assert "3 paid requests wait at the API, 2 expire" in finding.message
+    assert "1 of them should be gone already" in finding.message
     assert checks.check_expiring_results([-hour], 24 * hour, 0, 6 * hour).mark == "ok"
     assert checks.check_expiring_results([], 24 * hour, 0, 6 * hour).mark == "ok"
 
 
 def test_old_input_finding() -> None:
-    """After two days."""
+    """Warns after two days."""
     day = 86_400
     assert checks.check_input_age(0, day).mark == "ok"
     old = checks.check_input_age(0, 5 * day)
@@ -215,7 +217,7 @@ def test_old_input_finding() -> None:
 
 
 @in_turn(
-    ("name", "mark", "said"),
+    ("name", "mark", "message"),
     [
         ("out.csv", "ok", "each run replaces"),
         ("out-%Y-%m-%d.csv", "ok", "a file of its own"),
@@ -225,15 +227,15 @@ def test_old_input_finding() -> None:
         ("out-%m-%d.csv", "warn", "comes again after 365 nights"),
     ],
 )
-def test_repeating_output_names_finding(name: str, mark: str, said: str) -> None:
-    """Codes that are the same after some nights let an older output be replaced."""
+def test_repeating_output_names_finding(name: str, mark: str, message: str) -> None:
+    """Warns about date codes that repeat after some days and so replace an older output."""
     finding = checks.check_output_names(lambda now: Path(now.strftime(name)), NOW, {})
     assert finding.mark == mark
-    assert said in finding.message
+    assert message in finding.message
 
 
 def test_output_name_clash_finding() -> None:
-    """It would be refused only that night."""
+    """Reports an output name that the run would refuse on a later day."""
     finding = checks.check_output_names(
         lambda now: Path(now.strftime("leads-%d.csv")), NOW, {Path("leads-30.csv"): "the input"}
     )
@@ -243,17 +245,17 @@ def test_output_name_clash_finding() -> None:
 
 @in_turn(("free", "mark"), [(99, "fail"), (100, "warn"), (149, "warn"), (150, "ok")])
 def test_disk_space_finding(free: int, mark: str) -> None:
-    """The output is certain, the ledger's growth is an estimate."""
+    """The output's size is certain; the ledger's growth is an estimate."""
     assert checks.check_free_space(Path("/srv"), free, 100, 50).mark == mark
 
 
 def test_next_run_time() -> None:
-    """Later today, or tomorrow."""
+    """Returns a time later today or tomorrow."""
     assert checks.next_run_time(NOW, 22, 30) == NOW + timedelta(hours=2, minutes=30)
     assert checks.next_run_time(NOW, 2, 0) == NOW + timedelta(hours=6)
     assert checks.next_run_time(NOW, 20, 0) == NOW + timedelta(days=1)
 
 
 def test_a_finding_is_one_line() -> None:
-    """Whatever its message."""
+    """Prints a finding on one line whatever its message contains."""
     assert str(Finding("warn", "job", "a\nb", "c")) == "warn  job       a b -> c"

@@ -1,4 +1,4 @@
-"""The story of one lead: everything that happened to it, told from input and ledger."""
+"""`enrich explain`: the complete history of one lead, from input and ledger."""
 
 from __future__ import annotations
 
@@ -30,33 +30,33 @@ DAY = 86_400
 
 @pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Ask the same of a ledger in a file and on a server."""
+    """Run each test with a ledger in a file and on a server."""
     return str(request.param)
 
 
 def explain_json(workspace: Workspace, *options: str) -> dict[str, Any]:
-    """Ask as a program would."""
+    """Return the JSON output."""
     result = workspace.run_in_process("explain", "job.yaml", *options, "--json")
     assert result.exit_code == 0, result.stderr
     return result.json_output
 
 
 def explain_text(workspace: Workspace, *options: str) -> str:
-    """Ask as a person would."""
+    """Return the text output."""
     result = workspace.run_in_process("explain", "job.yaml", *options)
     assert (result.exit_code, result.stderr) == (0, "")
     return result.stdout
 
 
 def only_row(explanation: dict[str, Any]) -> dict[str, Any]:
-    """The one row that was told of."""
+    """Return the only explained row."""
     (row,) = explanation["rows"]
     found: dict[str, Any] = row
     return found
 
 
 def test_explain_matches_output(tmp_path: Path, workspace: Workspace) -> None:
-    """Found, missed and failed: status, provider, price, task, time and answer are those of the output."""
+    """For found, missed and failed rows: status, provider, price, task, time and answer equal the output."""
     workspace.write_leads(make_leads(30))
     with serve_api(tmp_path / "api.db", failure_rate=0.3, free_failures=0.0) as api:
         workspace.run_job(api)
@@ -81,7 +81,7 @@ def test_explain_matches_output(tmp_path: Path, workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_explain_text(api: SandboxApi, workspace: Workspace) -> None:
-    """What it asks with and from which cell, the intent, the task, the answer, the price, and what comes next."""
+    """Shows params with their source cells, the intent, the task, the answer, the price and the next step."""
     workspace.write_leads(make_leads(12))
     workspace.run_job(api)
     number = next(n for n, row in enumerate(workspace.read_output(), start=1) if row["work_email"])
@@ -100,7 +100,7 @@ def test_explain_text(api: SandboxApi, workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_skipped_and_filtered_rows(api: SandboxApi, workspace: Workspace) -> None:
-    """Invalid names the param, filtered names the rule."""
+    """A skipped row names the param, a filtered row the rule."""
     workspace.write_job(only_if_empty="[Email]", where="Note <> 'out'")
     workspace.write_leads(
         [
@@ -125,7 +125,7 @@ def test_skipped_and_filtered_rows(api: SandboxApi, workspace: Workspace) -> Non
 
 
 def test_duplicate_rows(api: SandboxApi, workspace: Workspace) -> None:
-    """Several rows match, whatever the case of the letters and the blanks around; all are told."""
+    """Explains every matching row; letter case and surrounding spaces do not matter."""
     first, second = make_leads(2)
     workspace.write_leads([first, second, first, [" First0 ", *first[1:]]])
     workspace.run_job(api)
@@ -140,7 +140,7 @@ def test_duplicate_rows(api: SandboxApi, workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_rows_without_dedupe(api: SandboxApi, workspace: Workspace) -> None:
-    """With `dedupe: false` each occurrence is a request, and none is another's other question."""
+    """With `dedupe: false` each occurrence has a request of its own and no related ones."""
     workspace.write_job(dedupe="false")
     workspace.write_leads(make_leads(1) * 2)
     workspace.run_job(api)
@@ -152,7 +152,7 @@ def test_rows_without_dedupe(api: SandboxApi, workspace: Workspace) -> None:
 
 
 def test_at_most_twenty_rows(workspace: Workspace) -> None:
-    """The number of all is told."""
+    """Shows at most twenty rows and the total."""
     workspace.write_leads([[*row[:2], "engine.example", "", "same"] for row in make_leads(25)])
 
     result = explain_json(workspace, "--match", "Note=same")
@@ -162,7 +162,7 @@ def test_at_most_twenty_rows(workspace: Workspace) -> None:
 
 
 def test_job_without_runs(workspace: Workspace) -> None:
-    """The row is there, and nothing was ever asked; looking makes no ledger."""
+    """Explains a row before any run; creates no ledger."""
     workspace.write_leads(make_leads(2))
 
     text = explain_text(workspace, "--row", "2")
@@ -174,7 +174,7 @@ def test_job_without_runs(workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_row_added_since_last_run(api: SandboxApi, workspace: Workspace) -> None:
-    """The job has run, this row has not."""
+    """Explains a row that was added after the last run."""
     workspace.write_leads(make_leads(1))
     workspace.run_job(api)
     workspace.write_leads(make_leads(2))
@@ -184,7 +184,7 @@ def test_row_added_since_last_run(api: SandboxApi, workspace: Workspace) -> None
 
 @pytest.mark.long
 def test_in_doubt_options(api: SandboxApi, workspace: Workspace) -> None:
-    """The doubt, what may have been lost, and both ways out; a retry is the next attempt of the same story."""
+    """Shows the unconfirmed attempt, its possible cost and both options; a retry is the next attempt of the history."""
     workspace.write_leads(make_leads(1))
     api.inject_fault("no-task-id")
     workspace.run_job(api)
@@ -193,19 +193,19 @@ def test_in_doubt_options(api: SandboxApi, workspace: Workspace) -> None:
     assert row["status"] == "in_doubt"
     assert "--retry in_doubt" in row["request"]["outlook"]
     assert "--accept in_doubt" in row["request"]["outlook"]
-    (doubt,) = row["request"]["attempts"]
-    assert (doubt["task_id"], doubt["credits"]) == (None, None)
+    (first_attempt,) = row["request"]["attempts"]
+    assert (first_attempt["task_id"], first_attempt["credits"]) == (None, None)
     assert "price not known" in explain_text(workspace, "--row", "1")
 
     workspace.run_job(api, RunOptions(retry=frozenset({State.IN_DOUBT})))
     attempts = only_row(explain_json(workspace, "--row", "1"))["request"]["attempts"]
     assert [attempt["execution"] for attempt in attempts] == [1, 2]
-    assert attempts[0] == doubt
+    assert attempts[0] == first_attempt
 
 
 @pytest.mark.long
 def test_accepted_in_doubt(api: SandboxApi, workspace: Workspace) -> None:
-    """The attempt stays in doubt on record, the request has failed by the person's word."""
+    """Keeps the attempt in doubt; `--accept in_doubt` marks the request as failed."""
     workspace.write_leads(make_leads(1))
     api.inject_fault("no-task-id")
     workspace.run_job(api)
@@ -219,9 +219,9 @@ def test_accepted_in_doubt(api: SandboxApi, workspace: Workspace) -> None:
 
 
 @pytest.mark.long
-@FILE_ONLY  # a server has its own time
+@FILE_ONLY  # The server uses its own clock.
 def test_refreshed_lead_has_all_attempts(tmp_path: Path, workspace: Workspace) -> None:
-    """Each with its execution; the last hit stands, and the next refresh has its day."""
+    """Shows all attempts with their executions; the last match stays, and the next refresh has a date."""
     workspace.write_job(policy="{refresh: {found: 90d, not_found: 14d}}")
     workspace.write_leads(make_leads(1))
     with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
@@ -238,9 +238,9 @@ def test_refreshed_lead_has_all_attempts(tmp_path: Path, workspace: Workspace) -
 
 
 @pytest.mark.long
-@FILE_ONLY  # a server has its own time
+@FILE_ONLY  # The server uses its own clock.
 def test_last_match_is_kept_after_no_match(tmp_path: Path, workspace: Workspace) -> None:
-    """The row is found, as in the output; the story has the miss, too."""
+    """The row is found, as in the output; the history includes the later miss."""
     workspace.write_job(policy="{refresh: {found: 90d}}")
     workspace.write_leads(make_leads(1))
     with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
@@ -257,7 +257,7 @@ def test_last_match_is_kept_after_no_match(tmp_path: Path, workspace: Workspace)
 
 @pytest.mark.long
 def test_lead_no_longer_in_input(api: SandboxApi, workspace: Workspace) -> None:
-    """By a column that the job asks with, through its transforms; the rows that are there are not gone."""
+    """Finds a removed lead by a job column, after its transforms; leads in the input don't count as removed."""
     workspace.write_leads(make_leads(3))
     workspace.run_job(api)
     workspace.write_leads(make_leads(2, start=1))
@@ -265,9 +265,9 @@ def test_lead_no_longer_in_input(api: SandboxApi, workspace: Workspace) -> None:
     for match in ("First Name=first0", "Website=http://COMPANY0.example/"):
         result = explain_json(workspace, "--match", match)
         assert (result["matches"], result["rows"]) == (0, [])
-        (gone,) = result["gone"]
-        assert gone["params"]["last_name"] == "Last0"
-        assert len(gone["attempts"]) == 1
+        (removed,) = result["gone"]
+        assert removed["params"]["last_name"] == "Last0"
+        assert len(removed["attempts"]) == 1
     text = explain_text(workspace, "--match", "First Name=first0")
     assert "no row of" in text
     assert "not in the input any more, but in the ledger:" in text
@@ -277,7 +277,7 @@ def test_lead_no_longer_in_input(api: SandboxApi, workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_requests_with_other_providers(api: SandboxApi, workspace: Workspace) -> None:
-    """Other providers make another request; both belong to the lead's story."""
+    """Other providers are another request; the lead's history includes both."""
     workspace.write_leads(make_leads(1))
     workspace.run_job(api)
     workspace.write_job(enrichments="[833]")
@@ -293,7 +293,7 @@ def test_requests_with_other_providers(api: SandboxApi, workspace: Workspace) ->
 
 @pytest.mark.long
 def test_explain_during_run(tmp_path: Path, workspace: Workspace) -> None:
-    """What waits at the API says until when; after a kill it waits for the next run."""
+    """Shows until when an open task's result is kept; after a kill, it is collected by the next run."""
     workspace.write_leads(make_leads(1))
     with serve_api(tmp_path / "api.db", latency="fixed(3600)") as api:
         process = workspace.start_subprocess("run", "job.yaml", api=api)
@@ -307,7 +307,7 @@ def test_explain_during_run(tmp_path: Path, workspace: Workspace) -> None:
 
 
 @pytest.mark.parametrize(
-    ("which", "code", "words"),
+    ("selection", "code", "message"),
     [
         ([], 2, "--row N or --match"),
         (["--row", "1", "--match", "Note=x"], 2, "--row N or --match"),
@@ -317,18 +317,18 @@ def test_explain_during_run(tmp_path: Path, workspace: Workspace) -> None:
         (["--match", "First_Name=x"], 2, "did you mean `First Name`"),
     ],
 )
-def test_invalid_selection_is_exit_2(workspace: Workspace, which: list[str], code: int, words: str) -> None:
-    """The message says what is right."""
+def test_invalid_selection_is_exit_2(workspace: Workspace, selection: list[str], code: int, message: str) -> None:
+    """Exits with 2 and a message with the valid form."""
     workspace.write_leads(make_leads(2))
 
-    result = workspace.run_in_process("explain", "job.yaml", *which)
+    result = workspace.run_in_process("explain", "job.yaml", *selection)
 
     assert result.exit_code == code
-    assert words in result.stderr
+    assert message in result.stderr
 
 
 def test_column_name_with_equals_sign(workspace: Workspace) -> None:
-    """The longest name counts."""
+    """Splits `--match` at the longest column name."""
     workspace.write_job(params="{first_name: a, last_name: a=b, company: c}")
     workspace.write_leads([["1", "2", "3"], ["b=2", "x", "y"]], header=["a", "a=b", "c"])
 
@@ -338,7 +338,7 @@ def test_column_name_with_equals_sign(workspace: Workspace) -> None:
 @pytest.mark.long
 @FILE_ONLY
 def test_takes_no_lock_and_changes_nothing(api: SandboxApi, workspace: Workspace) -> None:
-    """It needs neither the lock nor the network, and leaves the ledger as it is."""
+    """Takes no lock, uses no network, and leaves the ledger unchanged."""
     workspace.write_leads(make_leads(2))
     workspace.run_job(api)
     before = workspace.ledger_path.read_bytes()
@@ -352,7 +352,7 @@ def test_takes_no_lock_and_changes_nothing(api: SandboxApi, workspace: Workspace
 
 
 @in_turn(
-    ("state", "at_work", "words"),
+    ("state", "running", "message"),
     [
         (State.PENDING, None, "asked by the next run"),
         (State.SUBMITTING, True, "right now"),
@@ -363,6 +363,6 @@ def test_takes_no_lock_and_changes_nothing(api: SandboxApi, workspace: Workspace
         (State.FOUND, None, "no policy.refresh for found"),
     ],
 )
-def test_every_state_has_next_step(state: State, at_work: bool | None, words: str) -> None:  # noqa: FBT001 - a table
-    """Nobody is left without a word of what comes next."""
-    assert words in describe_next_step(state, [], Policy(refresh=Refresh()), 0, is_running=at_work)
+def test_every_state_has_next_step(state: State, running: bool | None, message: str) -> None:  # noqa: FBT001 - a table
+    """Every state names the next step."""
+    assert message in describe_next_step(state, [], Policy(refresh=Refresh()), 0, is_running=running)

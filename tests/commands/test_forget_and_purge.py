@@ -1,4 +1,4 @@
-"""Forgetting a person and purging old answers: gone from the file, remembered as paid for, never bought again."""
+"""Forgetting a person and purging old answers: erased from the ledger, still recorded as paid, never sent again."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from tests.support.workspace import BOTH_BACKENDS_SERVER_LONG, FILE_ONLY, Sandbo
 
 @pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Ask the same of a ledger in a file and on a server."""
+    """Run each test with a ledger in a file and on a server."""
     return str(request.param)
 
 
 @pytest.fixture
 def api(tmp_path: Path) -> Iterator[SandboxApi]:
-    """A calm API."""
+    """Serve an API without faults."""
     with serve_api(tmp_path / "api.db") as served:
         yield served
 
 
 @pytest.fixture
 def workspace(workspace: Workspace, api: SandboxApi) -> Workspace:
-    """A job with six leads, three of them answered."""
+    """Make a job with six leads, three of them answered."""
     workspace.write_leads(make_leads(6))
     assert workspace.run_in_process("run", "job.yaml", "--limit", "3", api=api).exit_code == 0
     return workspace
 
 
 def ledger_bytes(workspace: Workspace) -> bytes:
-    """All that the ledger's files hold; on a server, all that its tables tell."""
+    """Return all bytes of the ledger's files, or of all tables on a server."""
     if workspace.server_url:
         tables = workspace.sql("SELECT tablename FROM pg_tables WHERE schemaname = current_schema()")
         return repr([workspace.sql(f"SELECT * FROM {table}") for (table,) in tables]).encode()
@@ -42,7 +42,7 @@ def ledger_bytes(workspace: Workspace) -> bytes:
 
 
 def forget_matching(workspace: Workspace, *matches: str) -> int:
-    """Forget who matches; return how many requests were."""
+    """Forget the matching leads; return the number of forgotten requests."""
     options = [word for match in matches for word in ("--match", match)]
     result = workspace.run_in_process("forget", "job.yaml", *options, "--yes", "--json")
     assert result.exit_code == 0, result.stderr
@@ -51,7 +51,7 @@ def forget_matching(workspace: Workspace, *matches: str) -> int:
 
 @pytest.mark.long
 def test_forgotten_lead_is_not_in_ledger_files(workspace: Workspace) -> None:
-    """Params, answer, task and error are overwritten, not only unlinked; the books still balance."""
+    """Overwrites params, answer, task and error on disk, not only unlinked; the ledger's sums still agree."""
     email = workspace.read_output()[1]["work_email"]
     assert email.encode() in ledger_bytes(workspace)
     assert b"First1" in ledger_bytes(workspace)
@@ -71,7 +71,7 @@ def test_forgotten_lead_is_not_in_ledger_files(workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_group_of_forgotten_lead_is_erased(workspace: Workspace, api: SandboxApi) -> None:
-    """What a run has seen of its input says by whom its leads were capped."""
+    """Erases the per-group limit's record of the lead's group."""
     workspace.write_job(caps="{by: Note, max: 1}")
     assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
     forget_matching(workspace, "First Name=First1")
@@ -80,23 +80,23 @@ def test_group_of_forgotten_lead_is_erased(workspace: Workspace, api: SandboxApi
 
 @pytest.mark.long
 def test_open_reader_delays_erasure(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A long report, say: that is told, and the same command takes her out when it has ended."""
-    words = ("forget", "job.yaml", "--match", "First Name=First1", "--yes")
-    with closing(workspace.open_ledger()) as report, report.snapshot(), monkeypatch.context() as soon:
-        soon.setattr("enrich.ledger.sqlite.BUSY_TIMEOUT_S", 0.1)
-        soon.setattr("enrich.ledger.postgres.VACUUM_TIMEOUT_S", 0.1)
+    """An open reader (a long report, say) delays erasure: that is reported, and the next call completes it."""
+    command = ("forget", "job.yaml", "--match", "First Name=First1", "--yes")
+    with closing(workspace.open_ledger()) as report, report.snapshot(), monkeypatch.context() as patch:
+        patch.setattr("enrich.ledger.sqlite.BUSY_TIMEOUT_S", 0.1)
+        patch.setattr("enrich.ledger.postgres.VACUUM_TIMEOUT_S", 0.1)
         assert report.state_counts()
-        refused = workspace.run_in_process(*words)
-    kept = workspace.server_url is not None or b"First1" in ledger_bytes(workspace)  # what is deleted no table tells
-    again = workspace.run_in_process(*words)
+        refused = workspace.run_in_process(*command)
+    kept = workspace.server_url is not None or b"First1" in ledger_bytes(workspace)  # not seen in a server's tables
+    second = workspace.run_in_process(*command)
 
-    assert (refused.exit_code, kept, again.exit_code) == (5, True, 0)
+    assert (refused.exit_code, kept, second.exit_code) == (5, True, 0)
     assert "is being read" in refused.stderr
     assert b"First1" not in ledger_bytes(workspace)
 
 
 def test_forgotten_lead_is_not_sent_again(workspace: Workspace, api: SandboxApi) -> None:
-    """Not by the next run, nor by --retry; her row says why, and what she cost stays in the books."""
+    """Neither the next run nor `--retry` sends the request; the row has the reason, and its cost stays recorded."""
     spent = workspace.run_in_process("status", "job.yaml", "--json").json_output["credits_spent"]
     assert forget_matching(workspace, "First Name=First1") == 1
     assert forget_matching(workspace, "First Name=First4") == 1
@@ -115,7 +115,7 @@ def test_forgotten_lead_is_not_sent_again(workspace: Workspace, api: SandboxApi)
 
 @pytest.mark.long
 def test_lead_found_by_params_or_result(workspace: Workspace) -> None:
-    """By a param, by the column it came from, and by the e-mail that was found."""
+    """Finds a lead by a param, by its source column, and by the e-mail that was found."""
     by_answer = workspace.read_output()[2]["work_email"]
     workspace.write_leads(make_leads(1, start=50))
 
@@ -127,30 +127,30 @@ def test_lead_found_by_params_or_result(workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_multiple_matches_are_combined_with_and(workspace: Workspace) -> None:
-    """One person's first name with another's last name is nobody."""
+    """Multiple `--match` are combined with AND."""
     assert forget_matching(workspace, "First Name=First1", "Last Name=Last2") == 0
 
 
 @pytest.mark.long
 def test_no_match_is_an_error(workspace: Workspace) -> None:
-    """A typo must not pass for `nothing to erase`."""
+    """Reports an error when no lead matches, so that a typo is noticed."""
     result = workspace.run_in_process("forget", "job.yaml", "--match", "Frist Name=First1", "--yes")
     assert (result.exit_code, "did you mean `First Name`?" in result.stderr) == (2, True)
     assert workspace.run_in_process("forget", "job.yaml", "--match", "First1", "--yes").exit_code == 2
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("words", [("forget", "--match", "First Name=First1"), ("purge", "--older-than", "1d")])
-def test_forget_requires_yes_without_terminal(workspace: Workspace, words: tuple[str, ...]) -> None:
-    """Nobody is there to be asked."""
-    result = workspace.run_subprocess(words[0], "job.yaml", *words[1:])
+@pytest.mark.parametrize("options", [("forget", "--match", "First Name=First1"), ("purge", "--older-than", "1d")])
+def test_forget_requires_yes_without_terminal(workspace: Workspace, options: tuple[str, ...]) -> None:
+    """Requires `--yes` when there is no terminal for a prompt."""
+    result = workspace.run_subprocess(options[0], "job.yaml", *options[1:])
     assert (result.exit_code, "--yes" in result.stderr) == (2, True)
     assert b"First1" in ledger_bytes(workspace)
 
 
 @pytest.mark.long
 def test_open_request_is_not_forgotten(tmp_path: Path) -> None:
-    """The answer would come back; it is collected first."""
+    """Refuses while a request is open: its answer would be stored later. Collect it first."""
     workspace = Workspace(tmp_path)
     workspace.write_job()
     workspace.write_leads(make_leads(2))
@@ -163,7 +163,7 @@ def test_open_request_is_not_forgotten(tmp_path: Path) -> None:
 @pytest.mark.long
 @FILE_ONLY
 def test_missing_hash_key_blocks_run(workspace: Workspace, api: SandboxApi) -> None:
-    """Those who were forgotten could not be told from new leads."""
+    """Refuses to run without the hash key, which is needed to recognize forgotten leads."""
     forget_matching(workspace, "First Name=First1")
     workspace.ledger_path.with_name("job.db.key").unlink()
 
@@ -177,7 +177,7 @@ def test_missing_hash_key_blocks_run(workspace: Workspace, api: SandboxApi) -> N
 @pytest.mark.parametrize("key", [None, b"", b"x" * 100, bytes(32)])
 @FILE_ONLY
 def test_wrong_hash_key_is_refused(workspace: Workspace, api: SandboxApi, key: bytes | None) -> None:
-    """Neither a run nor the next wish to be forgotten goes on with it: the first would be asked about again."""
+    """Refuses a wrong hash key for runs and for forgetting: a forgotten lead would be sent again."""
     forget_matching(workspace, "First Name=First1")
     path = workspace.ledger_path.with_name("job.db.key")
     path.unlink()
@@ -185,18 +185,18 @@ def test_wrong_hash_key_is_refused(workspace: Workspace, api: SandboxApi, key: b
         path.write_bytes(key)
 
     run = workspace.run_in_process("run", "job.yaml", api=api)
-    again = workspace.run_in_process("forget", "job.yaml", "--match", "First Name=First2", "--yes")
+    second = workspace.run_in_process("forget", "job.yaml", "--match", "First Name=First2", "--yes")
 
-    assert (run.exit_code, again.exit_code) == (5, 5)
+    assert (run.exit_code, second.exit_code) == (5, 5)
     assert "job.db.key" in run.stderr
-    assert "job.db.key" in again.stderr
+    assert "job.db.key" in second.stderr
     assert api.audit()["accepted"] == 3
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("change", [{"email_verifier": "10"}, {"enrichments": "[701]"}, {"dedupe": "false"}])
 def test_duplicates_of_forgotten_lead(workspace: Workspace, api: SandboxApi, change: dict[str, str]) -> None:
-    """Whoever is asked, and however often she is in the file, the question is about her."""
+    """Forgets every spelling and duplicate of the same request."""
     forget_matching(workspace, "First Name=First1")
     workspace.write_leads([*make_leads(6), make_leads(2)[1]])
     workspace.write_job(**change)
@@ -209,7 +209,7 @@ def test_duplicates_of_forgotten_lead(workspace: Workspace, api: SandboxApi, cha
 
 @pytest.mark.long
 def test_purged_lead_can_be_forgotten(workspace: Workspace, api: SandboxApi) -> None:
-    """Her row of the input tells what was sent, when the ledger does not any more."""
+    """Finds a purged lead by its input row, because the ledger no longer has its params."""
     workspace.run_in_process("purge", "job.yaml", "--older-than", "0s", "--yes")
     assert forget_matching(workspace, "First Name=First1") == 1
     workspace.write_job(email_verifier="10")
@@ -218,7 +218,7 @@ def test_purged_lead_can_be_forgotten(workspace: Workspace, api: SandboxApi) -> 
 
 
 def test_purged_answers_are_not_resent(workspace: Workspace, api: SandboxApi) -> None:
-    """The values are gone, from the file and from the output; that they were paid for is known."""
+    """Erases the values from ledger and output, and keeps the record of payment."""
     emails = [row["work_email"] for row in workspace.read_output()[:3]]
 
     result = workspace.run_in_process("purge", "job.yaml", "--older-than", "0s", "--yes", "--json")
@@ -226,15 +226,15 @@ def test_purged_answers_are_not_resent(workspace: Workspace, api: SandboxApi) ->
     assert (result.exit_code, result.json_output["requests"]) == (0, 3)
     assert not any(email.encode() in ledger_bytes(workspace) for email in emails if email)
     assert b"First1" not in ledger_bytes(workspace)
-    again = workspace.run_in_process("run", "job.yaml", "--json", api=api)
-    assert (again.json_output["submitted"], again.json_output["reused"]) == (3, 3)
+    second = workspace.run_in_process("run", "job.yaml", "--json", api=api)
+    assert (second.json_output["submitted"], second.json_output["reused"]) == (3, 3)
     assert all("purged" in row["enrich_error"] and not row["work_email"] for row in workspace.read_output()[:3])
     assert check_ledger(workspace.ledger_location).problems == []
 
 
 @pytest.mark.long
 def test_purged_answers_can_be_refreshed(workspace: Workspace, api: SandboxApi) -> None:
-    """When policy.refresh asks again, the params come from the input once more."""
+    """Sends purged leads again when policy.refresh applies, with params from the input."""
     before = workspace.read_output()
     workspace.run_in_process("purge", "job.yaml", "--older-than", "0s", "--yes")
     workspace.write_job(policy="{refresh: {found: 0s, not_found: 0s}}")
@@ -248,7 +248,7 @@ def test_purged_answers_can_be_refreshed(workspace: Workspace, api: SandboxApi) 
 
 @pytest.mark.long
 def test_purge_keeps_recent_answers(workspace: Workspace) -> None:
-    """Nothing is purged before its time."""
+    """Keeps answers that are not old enough."""
     assert (
         workspace.run_in_process("purge", "job.yaml", "--older-than", "1d", "--yes", "--json").json_output["requests"]
         == 0
@@ -258,7 +258,7 @@ def test_purge_keeps_recent_answers(workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_explain_purged_answers(workspace: Workspace) -> None:
-    """Its story is known, but for what was said."""
+    """Shows the history without the erased values."""
     workspace.run_in_process("purge", "job.yaml", "--older-than", "0s", "--yes")
     output = workspace.run_in_process("explain", "job.yaml", "--row", "2", "--json").json_output
     (row,) = output["rows"]

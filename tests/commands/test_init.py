@@ -1,4 +1,4 @@
-"""`enrich init`: from a CSV to a job file that can be checked and run at once."""
+"""`enrich init`: makes a job file from a CSV that can be checked and run at once."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ LEADS = Path(__file__).parents[2] / "sample_data" / "leads.csv"
 
 @pytest.fixture
 def sample_workspace(workspace: Workspace) -> Workspace:
-    """An office with the leads that ship, and no job."""
+    """Make a folder with the shipped sample leads and no job."""
     shutil.copy(LEADS, workspace.folder)
     workspace.job_file.unlink()
     return workspace
 
 
 def test_init_check_run_with_sample(sample_workspace: Workspace) -> None:
-    """init, check, run: nothing to write by hand."""
+    """init, check and run succeed without editing."""
     made = sample_workspace.run_in_process("init", "leads.csv", "--waterfall", "email_getter", "--sandbox")
     checked = sample_workspace.run_in_process("check", "leads.yaml", "--sandbox")
     ran = sample_workspace.run_in_process("run", "leads.yaml", "--sandbox", "--limit", "3", "--json")
@@ -48,7 +48,7 @@ def test_init_check_run_with_sample(sample_workspace: Workspace) -> None:
 
 
 def test_match_confidence_is_shown(sample_workspace: Workspace) -> None:
-    """By which header, by which values; the names of the new columns do not clash."""
+    """Shows which headers and values each match is based on; new column names do not clash."""
     text = sample_workspace.run_in_process(
         "init", "leads.csv", "--waterfall", "email_getter", "--offline", "-o", "-"
     ).stdout
@@ -61,7 +61,7 @@ def test_match_confidence_is_shown(sample_workspace: Workspace) -> None:
 
 
 def test_commented_keys_are_valid(sample_workspace: Workspace) -> None:
-    """Each key that is offered may be used by taking the # away."""
+    """Every commented-out key is valid when the # is removed."""
     text = sample_workspace.run_in_process(
         "init", "leads.csv", "--waterfall", "email_getter", "--sandbox", "-o", "-"
     ).stdout
@@ -90,7 +90,7 @@ def test_commented_keys_are_valid(sample_workspace: Workspace) -> None:
 
 
 def test_param_without_column(workspace: Workspace) -> None:
-    """The file loads; check says line, key and what to put there."""
+    """The job file loads; check reports line, key and what to enter."""
     workspace.write_leads([["Ada", "Lovelace"]], header=["First Name", "Last Name"])
     made = workspace.run_in_process("init", "leads.csv", "--waterfall", "email_getter", "--offline")
     checked = workspace.run_in_process("check", "leads.yaml")
@@ -103,20 +103,20 @@ def test_param_without_column(workspace: Workspace) -> None:
 
 
 def test_existing_file_needs_force(sample_workspace: Workspace) -> None:
-    """The job file may hold an evening's work."""
+    """Keeps an existing job file without `--force`, as it may have been edited by hand."""
     (sample_workspace.folder / "leads.yaml").write_text("mine", encoding="utf-8")
-    ask = ("init", "leads.csv", "--waterfall", "email_getter", "--offline")
+    command = ("init", "leads.csv", "--waterfall", "email_getter", "--offline")
 
-    refused = sample_workspace.run_in_process(*ask)
+    refused = sample_workspace.run_in_process(*command)
     assert refused.exit_code == 2
     assert "--force" in refused.stderr
     assert (sample_workspace.folder / "leads.yaml").read_text(encoding="utf-8") == "mine"
-    assert sample_workspace.run_in_process(*ask, "--force").exit_code == 0
+    assert sample_workspace.run_in_process(*command, "--force").exit_code == 0
     assert load_job(sample_workspace.folder / "leads.yaml").model.waterfall == "email_getter"
 
 
 def test_matching_waterfalls_are_listed(workspace: Workspace) -> None:
-    """Exit 2 with a hint, the best first."""
+    """Exits with 2 and lists matching waterfalls, the best first."""
     workspace.write_leads([["https://linkedin.example/in/ada"]], header=["LinkedIn"])
     result = workspace.run_in_process("init", "leads.csv", "--offline")
 
@@ -128,14 +128,14 @@ def test_matching_waterfalls_are_listed(workspace: Workspace) -> None:
 
 
 def test_unknown_waterfall_suggestion(sample_workspace: Workspace) -> None:
-    """A typing mistake."""
+    """Suggests a similar name."""
     result = sample_workspace.run_in_process("init", "leads.csv", "--waterfall", "email_geter", "--offline")
     assert result.exit_code == 2
     assert "did you mean `email_getter`?" in result.stderr
 
 
 def test_api_is_queried_with_key(sample_workspace: Workspace, api: SandboxApi) -> None:
-    """The file says whom it was asked of, and when."""
+    """Names the queried API and the time in the job file."""
     text = sample_workspace.run_in_process(
         "init", "leads.csv", "--waterfall", "email_getter", "-o", "-", api=api
     ).stdout
@@ -144,11 +144,11 @@ def test_api_is_queried_with_key(sample_workspace: Workspace, api: SandboxApi) -
 
 
 def test_documentation_replaces_unreachable_api(sample_workspace: Workspace) -> None:
-    """It is said, in the file too."""
-    gone = SandboxApi("http://127.0.0.1:9/v1", "key")
+    """Uses the documentation when the API is unreachable, and notes it on screen and in the job file."""
+    unreachable_api = SandboxApi("http://127.0.0.1:9/v1", "key")
     with patch("enrich.commands.waterfalls.Timeouts", lambda: AWAY):
         result = sample_workspace.run_in_process(
-            "init", "leads.csv", "--waterfall", "email_getter", "-o", "-", api=gone
+            "init", "leads.csv", "--waterfall", "email_getter", "-o", "-", api=unreachable_api
         )
     assert result.exit_code == 0
     assert "unreachable" in result.stderr
@@ -156,7 +156,7 @@ def test_documentation_replaces_unreachable_api(sample_workspace: Workspace) -> 
 
 
 def test_documentation_used_without_key(sample_workspace: Workspace) -> None:
-    """A newcomer has none."""
+    """Uses the documentation without a key, as new users have none."""
     result = sample_workspace.run_in_process("init", "leads.csv", "--waterfall", "person_getter", "-o", "-")
     assert result.exit_code == 0
     assert "no API key" in result.stderr
@@ -164,21 +164,21 @@ def test_documentation_used_without_key(sample_workspace: Workspace) -> None:
 
 
 def test_schema_comment_only_if_present(sample_workspace: Workspace) -> None:
-    """An editor must not complain of a file that is not there."""
-    ask = ("init", "leads.csv", "--waterfall", "email_getter", "--offline", "-o", "-")
+    """Adds the schema comment only if the file exists, so that editors report no missing file."""
+    command = ("init", "leads.csv", "--waterfall", "email_getter", "--offline", "-o", "-")
     schema = sample_workspace.folder / "schema.json"
-    assert "$schema" not in sample_workspace.run_in_process(*ask).stdout
+    assert "$schema" not in sample_workspace.run_in_process(*command).stdout
     schema.write_text("{}", encoding="utf-8")
-    assert "$schema" not in sample_workspace.run_in_process(*ask).stdout
+    assert "$schema" not in sample_workspace.run_in_process(*command).stdout
     schema.write_text(sample_workspace.run_in_process("schema").stdout, encoding="utf-8")
-    assert sample_workspace.run_in_process(*ask).stdout.startswith("# yaml-language-server: $schema=schema.json\n")
+    assert sample_workspace.run_in_process(*command).stdout.startswith("# yaml-language-server: $schema=schema.json\n")
     assert json_schema()
 
 
 @pytest.mark.parametrize("separator", first_quick(2, [",", ";", "\t", "|"]))
 @pytest.mark.parametrize("encoding", first_quick(2, ["utf-8", "utf-8-sig", "cp1252", "utf-16"]))
 def test_separator_and_encoding_detected(workspace: Workspace, separator: str, encoding: str) -> None:
-    """As spreadsheets of many countries save them; the job reads the file as it is."""
+    """Detects separator and encoding as spreadsheets of many countries write them; the job reads the file unchanged."""
     rows = [["Vorname", "Nachname", "Firma, Ort", "Webseite"], ["Jürgen", "Groß", "Ä; B| C", "https://a.example"]]
     text = "\n".join(separator.join(f'"{cell}"' for cell in row) for row in rows)
     (workspace.folder / "leads.csv").write_text(text, encoding=encoding)
@@ -192,7 +192,7 @@ def test_separator_and_encoding_detected(workspace: Workspace, separator: str, e
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"", "is empty"),
         (b"a,b\n1,2,3\n", "has 3 cells, but the header has 2 columns"),
@@ -202,17 +202,17 @@ def test_separator_and_encoding_detected(workspace: Workspace, separator: str, e
         (None, "does not exist"),
     ],
 )
-def test_not_a_table_is_refused(workspace: Workspace, content: bytes | None, said: str) -> None:
-    """With the reason that a run would give, exit 5."""
+def test_not_a_table_is_refused(workspace: Workspace, content: bytes | None, message: str) -> None:
+    """Refuses a file that is not a table, with the run's message and exit 5."""
     if content is not None:
         (workspace.folder / "leads.csv").write_bytes(content)
     result = workspace.run_in_process("init", "leads.csv", "--waterfall", "email_getter", "--offline")
     assert result.exit_code == 5
-    assert said in result.stderr
+    assert message in result.stderr
 
 
 def test_job_in_other_folder(workspace: Workspace) -> None:
-    """The paths of a job file are relative to it."""
+    """Writes paths relative to the job file."""
     workspace.write_leads(make_leads(2))
     made = workspace.run_in_process(
         "init", "leads.csv", "--waterfall", "email_getter", "--offline", "-o", "jobs/night.yaml"
@@ -223,7 +223,7 @@ def test_job_in_other_folder(workspace: Workspace) -> None:
 
 
 def test_percent_sign_in_file_name(workspace: Workspace) -> None:
-    """The output is named after the input, whatever that is called."""
+    """Escapes a percent sign of the input's name in the output's name."""
     workspace.write_leads(make_leads(1), name="100%d leads.csv")
     assert (
         workspace.run_in_process("init", "100%d leads.csv", "--waterfall", "email_getter", "--offline").exit_code == 0
@@ -236,8 +236,8 @@ def test_percent_sign_in_file_name(workspace: Workspace) -> None:
 @settings(deadline=None)
 @given(st.text(min_size=1))
 def test_yaml_scalars_roundtrip(text: str) -> None:
-    """Any text survives YAML, on one line."""
-    if any("\ud800" <= sign <= "\udfff" for sign in text):
+    """Writes any text as a YAML scalar on one line and reads it back unchanged."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
         return
     written = yaml_scalar(text)
     assert "\n" not in written
@@ -252,7 +252,7 @@ NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"
 @settings(deadline=None, max_examples=examples(30))
 @given(st.lists(NAMES | st.sampled_from(["Email", "Website"]), unique=True, min_size=1, max_size=5))
 def test_any_header_makes_valid_job(tmp_path_factory: pytest.TempPathFactory, header: list[str]) -> None:
-    """Whatever a column is called, the file is YAML and names it rightly."""
+    """Any header gives valid YAML with the correct column name."""
     path = tmp_path_factory.getbasetemp() / "strange.yaml"
     sample = Sample(TableFile(Path("leads.csv"), ";", "utf-8"), [describe_column(name, ["x"]) for name in header], 1)
     for waterfall in DOCUMENTED_WATERFALLS.values():
@@ -265,6 +265,6 @@ def test_any_header_makes_valid_job(tmp_path_factory: pytest.TempPathFactory, he
 
 
 def test_samples_first_rows_only(workspace: Workspace) -> None:
-    """A large file is not read through for its columns."""
+    """Reads only the first rows of a large file."""
     workspace.write_leads(make_leads(1_200))
     assert take_sample(workspace.folder / "leads.csv").rows == 1_000

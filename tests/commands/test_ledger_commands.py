@@ -1,4 +1,4 @@
-"""`enrich ledger`: a check tells what is wrong with a ledger and nothing else; a copy is whole though a run goes on."""
+"""`enrich ledger`: check reports every violation and nothing else; a backup is complete even during a run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from tests.support.workspace import (
     wait_until,
 )
 
-#: One way to break each invariant of the ledger that `night` makes.
+#: One way to break each invariant of the ledger that `filled_ledger` makes.
 VIOLATIONS = {
     "request whose state is not that of its newest attempt": "UPDATE requests SET state = 'pending' WHERE id = 1",
     "request whose newest attempt or answer is another request's": "UPDATE requests SET answer_id = 1 WHERE id = 2",
@@ -64,7 +64,7 @@ VIOLATIONS = {
 
 @pytest.fixture
 def filled_ledger(ledger: CommittingLedger) -> CommittingLedger:
-    """Make a ledger with requests in many states: found, missed, at the API, in doubt, on the wire, failed, waiting."""
+    """Make a ledger with requests in many states: found, no match, submitted, in doubt, submitting, failed, pending."""
     ledger.start_and_enroll(1, 2, 3, 4, 5, 6, 7, 8, 9, cap=100)
     ledger.settle(ledger.submit("a"))
     ledger.settle(ledger.submit("b"), NO_MATCH)
@@ -74,14 +74,14 @@ def filled_ledger(ledger: CommittingLedger) -> CommittingLedger:
     ledger.commit(Ledger.record_rejected, [(ledger.claim().attempt_id, "company: Bad.", ledger.now)])
     ledger.settle(ledger.submit("d"), FREE_FAILURE)
     ledger.commit(Ledger.record_refused, [(ledger.claim().attempt_id, "429", ledger.now)])
-    # The last three as one task: it waits again, and is asked with two that are new.
+    # The last three as one task: it is pending again, and is sent with two new ones.
     ledger.settle_bulk(ledger.submit_bulk(3), NO_MATCH, credits_=COST)
     ledger.wrapped.close()
     return ledger
 
 
 def assert_sound(workspace: Workspace, *options: str) -> ProgramResult:
-    """Expect that the job's ledger (or another) is sound."""
+    """Assert that check finds no problem in the job's ledger, or in another."""
     result = workspace.run_in_process("ledger", "check", *(options or ("job.yaml",)), "--json")
     assert (result.exit_code, result.json_output["problems"]) == (0, [])
     return result
@@ -91,7 +91,7 @@ def assert_sound(workspace: Workspace, *options: str) -> ProgramResult:
 
 
 def test_check_of_sound_ledger(api: SandboxApi, workspace: Workspace) -> None:
-    """For people one line, for programs one object; a job's ledger is found through the job."""
+    """Prints one line as text and one object as JSON; finds the ledger through the job."""
     workspace.write_leads(make_leads(5))
     workspace.run_job(api)
 
@@ -110,7 +110,7 @@ def test_check_of_sound_ledger(api: SandboxApi, workspace: Workspace) -> None:
 
 
 def test_check_of_sandbox_and_other_ledgers(workspace: Workspace) -> None:
-    """`--sandbox` and `--ledger` mean what they mean elsewhere, and go with a job."""
+    """`--sandbox` and `--ledger` mean the same as for other commands and work with a job."""
     workspace.write_leads(make_leads(2))
     Ledger(workspace.folder / ".enrich" / "job.sandbox.db").close()
     Ledger(workspace.folder / "other.db").close()
@@ -125,7 +125,7 @@ def test_check_of_sandbox_and_other_ledgers(workspace: Workspace) -> None:
 
 
 def test_check_imports_are_light(workspace: Workspace) -> None:
-    """Who looks into a ledger need not wait for polars."""
+    """Starts without importing polars."""
     Ledger(workspace.folder / "other.db").close()
     process = workspace.start_subprocess("ledger", "check", "other.db", PYTHONPROFILEIMPORTTIME="1")
     out, err = process.communicate(timeout=90)
@@ -135,7 +135,7 @@ def test_check_imports_are_light(workspace: Workspace) -> None:
 
 
 def test_missing_ledger(workspace: Workspace) -> None:
-    """It is not made by looking."""
+    """Does not create a missing ledger."""
     result = workspace.run_in_process("ledger", "check", "job.yaml", "--json")
 
     assert (result.exit_code, result.json_output["exit_code"]) == (5, 5)
@@ -145,30 +145,30 @@ def test_missing_ledger(workspace: Workspace) -> None:
 
 @pytest.mark.parametrize("backend", BOTH_BACKENDS_SERVER_LONG)
 def test_ledger_with_all_states_is_sound(filled_ledger: CommittingLedger) -> None:
-    """Every state that a request can have holds the invariants."""
+    """Every possible state of a request satisfies the invariants."""
     assert check_ledger(filled_ledger.location) == LedgerCheck([], requests=9, attempts=11, executions=1)
 
 
 @pytest.mark.parametrize("backend", BOTH_BACKENDS_SERVER_LONG)
-@pytest.mark.parametrize("broken", INVARIANTS)
+@pytest.mark.parametrize("violation", INVARIANTS)
 def test_violations_are_reported(
-    filled_ledger: CommittingLedger, workspace: Workspace, backend: str, broken: str
+    filled_ledger: CommittingLedger, workspace: Workspace, backend: str, violation: str
 ) -> None:
-    """Each invariant, violated by hand, is named, and the way out with it."""
-    if backend == "server" and broken == "row that refers to one that is not there":
+    """Names each invariant that is violated, and what to do."""
+    if backend == "server" and violation == "row that refers to one that is not there":
         pytest.skip("a server does not let it come to that")
-    filled_ledger.query_all(VIOLATIONS[broken])
+    filled_ledger.query_all(VIOLATIONS[violation])
 
     result = workspace.run_in_process("ledger", "check", str(filled_ledger.location))
 
     assert result.exit_code == 5
-    assert any(line.endswith(f"times: {broken}") for line in result.stdout.splitlines()), result.stdout
+    assert any(line.endswith(f"times: {violation}") for line in result.stdout.splitlines()), result.stdout
     assert "not sound" in result.stderr
     assert "hint: restore a backup" in result.stderr
 
 
 def test_earlier_tasks_beyond_cap_are_sound(tmp_path: Path) -> None:
-    """Tasks of an earlier execution settle in this one, beyond its cap: that is no problem of the ledger."""
+    """Tasks of an earlier execution that settle in this one may exceed its cap."""
     ledger = CommittingLedger.open(tmp_path / "ledger.db").start_and_enroll(1, 2, 3)
     left = [ledger.submit(name) for name in "abc"]
     ledger.start_execution(cap=1)
@@ -180,7 +180,7 @@ def test_earlier_tasks_beyond_cap_are_sound(tmp_path: Path) -> None:
 
 
 def test_backup_of_older_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The way back to the older program is a copy that was made before."""
+    """Copies a ledger of an older version, so that the older program can be used again."""
     workspace = Workspace(tmp_path)
     workspace.write_job()
     workspace.ledger_path.parent.mkdir()
@@ -195,7 +195,7 @@ def test_backup_of_older_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_refused_retry_is_sound(tmp_path: Path) -> None:
-    """The request stands where it stood, with the attempt before; what was given up has its doubt on record."""
+    """After a refused retry, the request has its previous state and attempt; an accepted doubt stays recorded."""
     ledger = CommittingLedger.open(tmp_path / "ledger.db").start_and_enroll(1, 2)
     for _ in range(2):
         ledger.commit(Ledger.mark_in_doubt, [(ledger.claim().attempt_id, "reset", ledger.now, None)])
@@ -214,21 +214,21 @@ def test_refused_retry_is_sound(tmp_path: Path) -> None:
 
 
 class CheckedStateMachine(LedgerStateMachine):
-    """The model of the ledger, with a check after every step."""
+    """The ledger's state machine, checked after every step."""
 
     @invariant()
     def check_finds_nothing(self) -> None:
-        """Whatever happened, it is sound."""
+        """The check finds no problem in any state."""
         assert check_ledger(self.books.location).problems == []
 
 
 class CheckedPostgresStateMachine(CheckedStateMachine, PostgresStateMachine):
-    """The same, with the ledger on a server."""
+    """The same with the ledger on a server."""
 
 
 @pytest.mark.long
 def test_stateful_check_postgres(postgres: PostgresServer) -> None:
-    """Whatever happened there, it is sound."""
+    """The check finds no problem after any sequence of steps on a server."""
     PostgresStateMachine.server = postgres
     run_state_machine_as_test(
         CheckedPostgresStateMachine,
@@ -248,7 +248,7 @@ TestChecked.settings = settings(
 
 @pytest.mark.long
 def test_killed_run_leaves_sound_ledger(tmp_path: Path, workspace: Workspace) -> None:
-    """Killed in the thick of it and looked at before and after the next run."""
+    """Sound after a kill in mid-run, and after the next run."""
     workspace.write_leads(make_leads(80))
     with serve_api(tmp_path / "api.db", latency="uniform(0.05,0.4)") as api:
         process = workspace.start_subprocess("run", "job.yaml", api=api)
@@ -264,7 +264,7 @@ def test_killed_run_leaves_sound_ledger(tmp_path: Path, workspace: Workspace) ->
 
 @pytest.mark.long
 def test_faulty_run_leaves_sound_ledger(tmp_path: Path, workspace: Workspace) -> None:
-    """Doubts, refusals, failures, free failures, a cap; then retries and a refresh of all that is old."""
+    """Sound after unconfirmed, refused, failed and free-failed requests and a cap; then after retries and a refresh."""
     workspace.write_leads(make_leads(30))
     workspace.write_job(limits="{max_credits: 80}")
     with serve_api(tmp_path / "api.db", failure_rate=0.3, free_failures=0.5) as api:
@@ -275,8 +275,8 @@ def test_faulty_run_leaves_sound_ledger(tmp_path: Path, workspace: Workspace) ->
         assert_sound(workspace)
         api.inject_fault("rate-limit", 3, "post")
         workspace.write_job(policy="{refresh: {found: 1s, not_found: 1s}}")
-        everything = RunOptions(retry=frozenset({State.FAILED, State.IN_DOUBT, State.EXPIRED}))
-        summary = workspace.run_job(api, everything, SHORT_TIMEOUTS)
+        retry_all = RunOptions(retry=frozenset({State.FAILED, State.IN_DOUBT, State.EXPIRED}))
+        summary = workspace.run_job(api, retry_all, SHORT_TIMEOUTS)
 
     assert summary.submitted
     assert assert_sound(workspace).json_output["executions"] == 2
@@ -285,7 +285,7 @@ def test_faulty_run_leaves_sound_ledger(tmp_path: Path, workspace: Workspace) ->
 @pytest.mark.parametrize("damage", first_quick(1, ["empty", "cut", "cut to a page", "header", "middle", "schema"]))
 @pytest.mark.parametrize("command", first_quick(2, ["check", "backup"]))
 def test_damaged_file_is_exit_5(workspace: Workspace, command: str, damage: str) -> None:
-    """Whatever happened to the file: exit 5 and what it is, never a trace."""
+    """Exits with 5 and names the problem, without a traceback, for any damaged file."""
     path = workspace.folder / "ledger.db"
     ledger = CommittingLedger.open(path).start_and_enroll(*range(600))
     for number in range(100):
@@ -295,7 +295,7 @@ def test_damaged_file_is_exit_5(workspace: Workspace, command: str, damage: str)
 
     result = workspace.run_in_process("ledger", command, "ledger.db", *(["copy.db"] if command == "backup" else []))
 
-    if command == "backup" and result.exit_code == 0:  # pages are copied as they are
+    if command == "backup" and result.exit_code == 0:  # A backup copies pages unchanged.
         assert check_ledger(workspace.folder / "copy.db").problems
         return
     assert result.exit_code == 5, result.stdout + result.stderr
@@ -331,7 +331,7 @@ def damage_file(path: Path, damage: str) -> None:
 
 @pytest.mark.long
 def test_backup_during_run(tmp_path: Path, workspace: Workspace) -> None:
-    """Copy after copy, each sound, only for its owner's eyes and a ledger to go on with."""
+    """Each backup during a run is sound, readable by its owner only, and usable as the ledger."""
     workspace.write_leads(make_leads(150))
     workspace.write_job(limits="{requests_per_second: 400}")
     copy = workspace.folder / "copies" / "job.db"
@@ -360,7 +360,7 @@ def test_backup_during_run(tmp_path: Path, workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_restored_backup_is_used(api: SandboxApi, workspace: Workspace) -> None:
-    """In the ledger's place it is the ledger: what it knows is not bought again."""
+    """Uses a backup in the ledger's place and buys none of its leads again."""
     workspace.write_leads(make_leads(8))
     workspace.run_job(api)
     assert workspace.run_in_process("ledger", "backup", "job.yaml", "copy.db").exit_code == 0
@@ -373,7 +373,7 @@ def test_restored_backup_is_used(api: SandboxApi, workspace: Workspace) -> None:
 
 
 def test_older_backup_is_replaced(filled_ledger: CommittingLedger, tmp_path: Path) -> None:
-    """Also when it could be read by all and a killed backup left its part."""
+    """Replaces an older backup that anyone could read, and the partial file of a killed backup."""
     target = tmp_path / "copy.db"
     with closing(LedgerVerifier(filled_ledger.location)) as records:
         records.backup(target)
@@ -389,7 +389,7 @@ def test_older_backup_is_replaced(filled_ledger: CommittingLedger, tmp_path: Pat
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("target", "word"),
+    ("target", "message"),
     [
         ("ledger.db", "the ledger itself"),
         ("link.db", "the ledger itself"),
@@ -401,8 +401,10 @@ def test_older_backup_is_replaced(filled_ledger: CommittingLedger, tmp_path: Pat
         ("leads.csv/copy.db", "cannot be written: Not a directory"),
     ],
 )
-def test_invalid_backup_path_is_exit_5(filled_ledger: CommittingLedger, tmp_path: Path, target: str, word: str) -> None:
-    """The ledger, other files and other ledgers are not replaced; nothing is left behind."""
+def test_invalid_backup_path_is_exit_5(
+    filled_ledger: CommittingLedger, tmp_path: Path, target: str, message: str
+) -> None:
+    """Refuses to replace the ledger, other files and other ledgers; leaves nothing behind."""
     (tmp_path / "leads.csv").write_text("First Name,Last Name\n" * 9)
     (tmp_path / "link.db").symlink_to(filled_ledger.path)
     (tmp_path / "gone.db-wal").write_text("frames")
@@ -413,7 +415,7 @@ def test_invalid_backup_path_is_exit_5(filled_ledger: CommittingLedger, tmp_path
 
     with (
         closing(LedgerVerifier(filled_ledger.location)) as records,
-        pytest.raises(CommandRefused, match=word) as refusal,
+        pytest.raises(CommandRefused, match=message) as refusal,
     ):
         records.backup(tmp_path / target)
 
@@ -424,7 +426,7 @@ def test_invalid_backup_path_is_exit_5(filled_ledger: CommittingLedger, tmp_path
 
 
 def test_disk_full_during_backup_is_exit_5(filled_ledger: CommittingLedger, workspace: Workspace) -> None:
-    """The older copy stays whole, and no part of the new one is left."""
+    """Keeps the older backup complete and removes the partial new one."""
     copy = workspace.folder / "copy.db"
     assert workspace.run_in_process("ledger", "backup", str(filled_ledger.path), "copy.db").exit_code == 0
     old = copy.read_bytes()
@@ -442,7 +444,7 @@ def test_disk_full_during_backup_is_exit_5(filled_ledger: CommittingLedger, work
 
 
 def test_price_above_maximum_is_sound(tmp_path: Path) -> None:
-    """An API that charges more than it said breaks its word, not the ledger."""
+    """A price above the announced maximum is no problem of the ledger."""
     ledger = CommittingLedger.open(tmp_path / "ledger.db").start_and_enroll(1, cap=MAX_PRICE)
     attempt = ledger.claim().attempt_id
     ledger.commit(Ledger.record_accepted, [(attempt, "t", ledger.now)], BINDING)

@@ -1,4 +1,4 @@
-"""The balance against the ledger, and what the person may decide of a doubt."""
+"""`enrich reconcile`: compares the balance with the ledger, and shows decisions on unconfirmed requests."""
 
 from __future__ import annotations
 
@@ -27,45 +27,45 @@ from tests.support.workspace import (
 
 @pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Ask the same of a ledger in a file and on a server."""
+    """Run each test with a ledger in a file and on a server."""
     return str(request.param)
 
 
 def credits_(amount: float) -> int:
-    """Write credits as millionths."""
+    """Convert credits to millionths."""
     return int(amount * MICROS_PER_CREDIT)
 
 
 def test_known_prices_explain_difference() -> None:
-    """Answers of known price alone: nothing is left to explain."""
+    """Known prices alone explain the whole difference."""
     comparison = explain_balance(3, credits_(100), credits_(90), [("known", True, 20, credits_(10), credits_(50))])
 
     assert (comparison.difference, comparison.spent.most, comparison.unexplained) == (10, 10, 0)
 
 
-@in_turn("gone", [10.0, 12.0, 14.0])
-def test_unconfirmed_cost_range(gone: float) -> None:
-    """Between nothing and the worst price everything is explained, and no part is said to be the one."""
-    movements = [("known", True, 20, credits_(10), 0), ("in_doubt", True, 2, 0, credits_(4))]
+@in_turn("difference", [10.0, 12.0, 14.0])
+def test_unconfirmed_cost_range(difference: float) -> None:
+    """Explains any cost between nothing and the maximum price, without naming one request."""
+    changes = [("known", True, 20, credits_(10), 0), ("in_doubt", True, 2, 0, credits_(4))]
 
-    comparison = explain_balance(1, credits_(100), credits_(100 - gone), movements)
+    comparison = explain_balance(1, credits_(100), credits_(100 - difference), changes)
 
     assert (comparison.in_doubt.least, comparison.in_doubt.most, comparison.unexplained) == (0, 4, 0)
 
 
 def test_external_changes_are_separated() -> None:
-    """Above what all parts could cost it went elsewhere; below what they must cost it came from elsewhere."""
-    movements = [("known", True, 20, credits_(10), 0), ("submitted", True, 1, 0, credits_(2))]
+    """Attributes what exceeds the maximum price to others, and what is below the minimum to a top-up."""
+    changes = [("known", True, 20, credits_(10), 0), ("submitted", True, 1, 0, credits_(2))]
 
-    assert explain_balance(1, credits_(100), credits_(80), movements).unexplained == 8
-    assert explain_balance(1, credits_(100), credits_(95), movements).unexplained == -5
+    assert explain_balance(1, credits_(100), credits_(80), changes).unexplained == 8
+    assert explain_balance(1, credits_(100), credits_(95), changes).unexplained == -5
 
 
 def test_earlier_reservations_can_be_returned() -> None:
-    """A task of an earlier execution had its price reserved already: settled now, the balance may rise."""
-    movements = [("known", False, 1, credits_(1), credits_(3)), ("submitted", False, 1, 0, credits_(3))]
+    """The balance may rise when a task settles whose price an earlier execution reserved."""
+    changes = [("known", False, 1, credits_(1), credits_(3)), ("submitted", False, 1, 0, credits_(3))]
 
-    comparison = explain_balance(2, credits_(100), credits_(102), movements)
+    comparison = explain_balance(2, credits_(100), credits_(102), changes)
 
     assert (comparison.earlier.least, comparison.earlier.most) == (-2, 1)
     assert (comparison.at_the_api.least, comparison.at_the_api.most) == (-3, 0)
@@ -73,7 +73,7 @@ def test_earlier_reservations_can_be_returned() -> None:
 
 
 def test_reconcile_with_unconfirmed_requests(tmp_path: Path, workspace: Workspace) -> None:
-    """The command tells the difference, its parts, and who must decide; it changes nothing."""
+    """Shows the difference, its parts and the decisions to take; changes nothing."""
     workspace.write_leads(make_leads(12))
     with serve_api(tmp_path / "api.db") as api:
         api.inject_fault("error-after", 2, "post", status=502)
@@ -96,7 +96,7 @@ def test_reconcile_with_unconfirmed_requests(tmp_path: Path, workspace: Workspac
 
 @pytest.mark.long
 def test_spending_by_others_is_not_attributed(tmp_path: Path, workspace: Workspace) -> None:
-    """Credits that another ledger spent, or that were bought, are told as what they are: not ours."""
+    """Reports credits that another ledger spent, or that were added, as external."""
     workspace.write_leads(make_leads(5))
     other = Workspace(workspace.folder / "other")
     other.folder.mkdir()
@@ -104,20 +104,20 @@ def test_spending_by_others_is_not_attributed(tmp_path: Path, workspace: Workspa
     other.write_leads(make_leads(5, start=100))
     with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
         workspace.run_job(api)
-        theirs = other.run_job(api).credits_spent
+        spent_by_other = other.run_job(api).credits_spent
 
         output = workspace.run_in_process("reconcile", "job.yaml", "--json", api=api).json_output
-        assert output["unexplained"] == pytest.approx(theirs)
+        assert output["unexplained"] == pytest.approx(spent_by_other)
         assert "other users" in workspace.run_in_process("reconcile", "job.yaml", api=api).stdout
 
         api.top_up(1_000)
         output = workspace.run_in_process("reconcile", "job.yaml", "--json", api=api).json_output
-        assert output["unexplained"] == pytest.approx(theirs - 1_000)
+        assert output["unexplained"] == pytest.approx(spent_by_other - 1_000)
         assert "came in" in workspace.run_in_process("reconcile", "job.yaml", api=api).stdout
 
 
 def test_unpriced_answers_are_listed(tmp_path: Path, workspace: Workspace) -> None:
-    """Where the API hides what an answer cost, the difference is explained by their worst price."""
+    """Explains answers of unknown price by their maximum price."""
     workspace.write_leads(make_leads(4))
     with serve_api(tmp_path / "api.db", hit_rate=1.0, hide_credits=True, shape="flat") as api:
         workspace.run_job(api)
@@ -129,7 +129,7 @@ def test_unpriced_answers_are_listed(tmp_path: Path, workspace: Workspace) -> No
 
 
 def test_reconcile_without_runs(api: SandboxApi, workspace: Workspace) -> None:
-    """A job that never ran, and an execution that is not there, are refused."""
+    """Refuses a job that never ran and an execution that does not exist."""
     workspace.write_leads(make_leads(1))
     assert workspace.run_in_process("reconcile", "job.yaml", api=api).exit_code == ExitCode.REFUSED
     workspace.run_job(api)
@@ -138,7 +138,7 @@ def test_reconcile_without_runs(api: SandboxApi, workspace: Workspace) -> None:
 
 
 def test_accept_in_doubt(tmp_path: Path, workspace: Workspace) -> None:
-    """`--accept in_doubt` makes it failed: told once with exit 10, never asked again by itself."""
+    """`--accept in_doubt` marks them as failed: exits once with 10 and never resends them automatically."""
     workspace.write_leads(make_leads(6))
     with serve_api(tmp_path / "api.db") as api:
         api.inject_fault("error-after", 1, "post", status=500)
@@ -149,12 +149,12 @@ def test_accept_in_doubt(tmp_path: Path, workspace: Workspace) -> None:
         assert (accepted.exit_code, accepted.in_doubt, accepted.failed) == (ExitCode.SOME_FAILED, 0, 1)
         assert workspace.run_job(api, timing=SHORT_TIMEOUTS).exit_code == ExitCode.OK
         assert api.audit()["accepted"] == 6
-        with_word = workspace.run_job(api, RunOptions(retry=frozenset({State.FAILED})), SHORT_TIMEOUTS)
-        assert (with_word.exit_code, with_word.submitted) == (ExitCode.OK, 1)
+        retried = workspace.run_job(api, RunOptions(retry=frozenset({State.FAILED})), SHORT_TIMEOUTS)
+        assert (retried.exit_code, retried.submitted) == (ExitCode.OK, 1)
 
 
 def test_accept_and_retry_conflict(api: SandboxApi, workspace: Workspace) -> None:
-    """Both at once is a mistake of the command line."""
+    """Refuses `--accept` and `--retry` of the same requests together."""
     workspace.write_leads(make_leads(1))
     result = workspace.run_in_process("run", "job.yaml", "--accept", "in_doubt", "--retry", "in_doubt", api=api)
     assert result.exit_code == ExitCode.USAGE
@@ -162,7 +162,7 @@ def test_accept_and_retry_conflict(api: SandboxApi, workspace: Workspace) -> Non
 
 
 def test_summary_and_status_show_difference(tmp_path: Path, workspace: Workspace) -> None:
-    """The balance before and after, and what of it is not the credits spent."""
+    """Shows the balance before and after, and the part that differs from the credits spent."""
     workspace.write_leads(make_leads(8))
     with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
         api.inject_fault("error-after", 1, "post", status=500)
@@ -172,15 +172,15 @@ def test_summary_and_status_show_difference(tmp_path: Path, workspace: Workspace
         assert "1 in doubt, or 0.00" in result.stderr
         assert "enrich reconcile job.yaml" in result.stderr
         execution = workspace.run_in_process("status", "job.yaml", "--json").json_output["executions"][0]
-        gone = execution["balance_before"] - execution["balance_after"]
-        assert gone == pytest.approx(api.audit()["credits_charged"])
-        assert gone > execution["credits_spent"]
+        difference = execution["balance_before"] - execution["balance_after"]
+        assert difference == pytest.approx(api.audit()["credits_charged"])
+        assert difference > execution["credits_spent"]
         assert "beyond the credits spent" in workspace.run_in_process("status", "job.yaml").stdout
 
 
 @pytest.mark.long
 def test_open_tasks_limited_by_expiry(tmp_path: Path, workspace: Workspace) -> None:
-    """With a slow allowance and results that expire soon, few are in flight, whatever `in_flight` allows."""
+    """Limits open tasks below `in_flight` when sending is slow and results expire soon."""
     workspace.write_job(limits="{requests_per_second: 40, in_flight: 200}", policy="{result_ttl: 1s}")
     workspace.write_leads(make_leads(40))
     seen: list[int] = []
@@ -197,10 +197,10 @@ def test_open_tasks_limited_by_expiry(tmp_path: Path, workspace: Workspace) -> N
 
 @pytest.mark.long
 def test_unconfirmed_requests_persist(tmp_path: Path, workspace: Workspace) -> None:
-    """Later runs do not hide what an earlier one left in doubt: the balance is looked at since then."""
+    """Compares the balance since the first unconfirmed request; later runs do not hide it."""
     workspace.write_leads(make_leads(4))
     with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
-        workspace.run_job(api)  # before there is any doubt
+        workspace.run_job(api)  # no unconfirmed request yet
         workspace.write_leads(make_leads(8))
         api.inject_fault("error-after", 1, "post", status=500)
         in_doubt = workspace.run_job(api, timing=SHORT_TIMEOUTS)
@@ -233,7 +233,7 @@ def test_unconfirmed_requests_persist(tmp_path: Path, workspace: Workspace) -> N
 
 
 def test_cap_overrun_is_explained(workspace: Workspace) -> None:
-    """Prices that rose while requests were at the API: how much, why, and what to look at."""
+    """Explains an overrun by prices that rose while tasks were open: how much, why, and where to look."""
     workspace.write_leads(make_leads(4))
     workspace.write_job(limits="{requests_per_second: 1000, max_credits: 20}", enrichments="[833]")
     with serve_api(workspace.folder / "api.db") as api:
@@ -265,7 +265,7 @@ def test_cap_overrun_is_explained(workspace: Workspace) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("balance", [-3, -0.5, "-3.5", "-1e3", "-0.000001"])
 def test_negative_balance(workspace: Workspace, balance: object) -> None:
-    """It is shown, and no run begins with it."""
+    """Shows a negative balance and refuses to run with it."""
     workspace.write_leads(make_leads(2))
     with serve_api(workspace.folder / "api.db") as api:
         waterfall = httpx.get(f"{api.base_url}/waterfalls/email_getter", headers={"x-apikey": api.api_key}).json()
@@ -289,5 +289,5 @@ def test_negative_balance(workspace: Workspace, balance: object) -> None:
 
 @in_turn("balance", ["NaN", "inf", "-Infinity", "much", [], {"amount": 1}, True, None, "1e400", 10**30])
 def test_unreadable_balance_is_unknown(balance: object) -> None:
-    """It is never 0."""
+    """An unreadable balance is unknown, never 0."""
     assert read_balance(User.model_validate({"balance": balance}).balance) is None

@@ -1,4 +1,4 @@
-"""The list of executions: what each came to, newest first."""
+"""`enrich runs`: lists the executions and their results, newest first."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from tests.support.workspace import BOTH_BACKENDS_SERVER_LONG, SandboxApi, Works
 
 @pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Ask the same of a ledger in a file and on a server."""
+    """Run each test with a ledger in a file and on a server."""
     return str(request.param)
 
 
 def open_ledger(workspace: Workspace) -> CommittingLedger:
-    """Open the ledger of the office's job."""
+    """Open the ledger of the workspace's job."""
     return CommittingLedger.open(load_job(workspace.job_file).ledger)
 
 
 def test_job_without_runs(workspace: Workspace) -> None:
-    """No ledger is made by looking."""
+    """Creates no ledger."""
     result = workspace.run_in_process("runs", "job.yaml")
 
     assert result.exit_code == 0
@@ -35,7 +35,7 @@ def test_job_without_runs(workspace: Workspace) -> None:
 
 
 def test_executions_are_listed_newest_first(tmp_path: Path, workspace: Workspace) -> None:
-    """Each with its time, its exit code in words, its rows, its share of hits, its credits and the balance."""
+    """Lists time, exit code in words, rows, match rate, credits and balance of each execution."""
     workspace.write_leads(make_leads(20))
     with serve_api(tmp_path / "api.db", failure_rate=0.3, free_failures=0.0) as api:
         summaries = [workspace.run_in_process("run", "job.yaml", "--json", api=api).json_output for _ in range(2)]
@@ -61,7 +61,7 @@ def test_executions_are_listed_newest_first(tmp_path: Path, workspace: Workspace
 
 
 def test_last_option(workspace: Workspace) -> None:
-    """`--last N`; executions of another job that shares the ledger are not ours."""
+    """`--last N` limits the list; executions of other jobs in the same ledger are excluded."""
     ledger = open_ledger(workspace)
     for number in range(4):
         ledger.start_and_enroll(number)
@@ -78,24 +78,24 @@ def test_last_option(workspace: Workspace) -> None:
 
 
 def test_killed_or_running_execution(workspace: Workspace) -> None:
-    """Whoever holds the lock is at work; all others that have no end were killed."""
+    """The execution that holds the lock is running; others without an end were killed."""
     ledger = open_ledger(workspace)
     ledger.start_execution()
     ledger.start_execution()
     ledger.wrapped.close()
 
     with lock_ledger(workspace.ledger_location, 0):
-        at_work = workspace.run_in_process("runs", "job.yaml", "--json").json_output["executions"]
+        while_running = workspace.run_in_process("runs", "job.yaml", "--json").json_output["executions"]
     killed = workspace.run_in_process("runs", "job.yaml", "--json").json_output["executions"]
 
-    assert [run["outcome"] for run in at_work] == ["at work now", "killed"]
+    assert [run["outcome"] for run in while_running] == ["at work now", "killed"]
     assert [run["outcome"] for run in killed] == ["killed", "killed"]
     assert killed[0]["exit_code"] is killed[0]["ended_at"] is killed[0]["found_share"] is None
     assert "killed" in workspace.run_in_process("runs", "job.yaml").stdout
 
 
 def test_unknown_lock_state(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then it is one of both."""
+    """Reports both possibilities when the lock's state is unknown."""
     ledger = open_ledger(workspace)
     ledger.start_execution()
     ledger.wrapped.close()
@@ -107,7 +107,7 @@ def test_unknown_lock_state(workspace: Workspace, monkeypatch: pytest.MonkeyPatc
 
 
 def test_inspection_takes_no_lock(workspace: Workspace) -> None:
-    """A run that starts at that moment must not be refused."""
+    """Takes no lock, so that a run can start at the same time."""
     assert is_locked(workspace.ledger_location) is False
     with lock_ledger(workspace.ledger_location, 0):
         assert is_locked(workspace.ledger_location) is True
@@ -115,7 +115,7 @@ def test_inspection_takes_no_lock(workspace: Workspace) -> None:
 
 
 def test_line_width(workspace: Workspace) -> None:
-    """Also with large numbers: at most 100 columns, all columns under their heads."""
+    """Prints at most 100 columns, aligned with the header, also for large numbers."""
     ledger = open_ledger(workspace).start_and_enroll(1)
     ledger.settle(ledger.submit(), NO_MATCH)
     summary = {"rows": 1_234_567, "found": 1_234_567}
@@ -130,7 +130,7 @@ def test_line_width(workspace: Workspace) -> None:
 
 
 def test_runs_during_run(api: SandboxApi, workspace: Workspace) -> None:
-    """It waits for nobody."""
+    """Works during a run without waiting."""
     workspace.write_leads(make_leads(1))
     workspace.run_in_process("run", "job.yaml", api=api)
     ledger = Ledger(workspace.ledger_location)

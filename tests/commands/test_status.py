@@ -1,4 +1,4 @@
-"""The status: what the ledger knows, at any time and without touching it."""
+"""`enrich status`: shows the ledger's contents at any time without changing it."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ DAY_MS = 86_400_000
 
 @pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Ask the same of a ledger in a file and on a server."""
+    """Run each test with a ledger in a file and on a server."""
     return str(request.param)
 
 
 def open_ledger(workspace: Workspace) -> CommittingLedger:
-    """Open the ledger of the office's job, as a run does."""
+    """Open the ledger of the workspace's job, as a run does."""
     return CommittingLedger.open(load_job(workspace.job_file).ledger)
 
 
 def test_job_without_runs(workspace: Workspace) -> None:
-    """All is 0, nothing is made on disk, and a person is told so."""
+    """Shows zeros and "never run"; creates nothing on disk."""
     status = read_status(load_job(workspace.job_file))
 
     assert status["requests"] == status["pending"] == status["credits_spent"] == status["at_the_api"] == 0
@@ -39,7 +39,7 @@ def test_job_without_runs(workspace: Workspace) -> None:
 
 
 def test_status_matches_ledger(workspace: Workspace) -> None:
-    """Counts, credits and what is not known are what happened, request by request."""
+    """Counts, credits and unknown prices match what happened, request by request."""
     ledger = open_ledger(workspace)
     ledger.now = 1_750_000_000_000
     ledger.start_and_enroll(*range(9))
@@ -82,7 +82,7 @@ def test_status_matches_ledger(workspace: Workspace) -> None:
 
 
 def test_status_during_run(workspace: Workspace) -> None:
-    """It waits for nobody, shows what is committed, and the execution as not ended."""
+    """Shows committed data without waiting, and the execution as not ended."""
     ledger = open_ledger(workspace).start_and_enroll(1, 2)
     ledger.submit()
     with ledger.wrapped.transaction():
@@ -97,7 +97,7 @@ def test_status_during_run(workspace: Workspace) -> None:
 
 
 def test_status_after_crash(workspace: Workspace) -> None:
-    """What was committed is shown though nobody closed the ledger, and the doubt waits for the next run."""
+    """Shows committed data after a crash; the unconfirmed request is decided by the next run."""
     ledger = open_ledger(workspace).start_and_enroll(1)
     ledger.claim()
 
@@ -108,7 +108,7 @@ def test_status_after_crash(workspace: Workspace) -> None:
 
 
 def test_last_executions_of_job(workspace: Workspace) -> None:
-    """Newest first, at most ten, and none of another job that shares the ledger."""
+    """Lists at most ten executions, newest first, without those of other jobs in the ledger."""
     ledger = open_ledger(workspace)
     started = [ledger.start_execution() for _ in range(12)]
     ledger.commit(Ledger.start_execution, "other", None, ledger.now)
@@ -120,7 +120,7 @@ def test_last_executions_of_job(workspace: Workspace) -> None:
 
 
 def test_status_matches_bill(api: SandboxApi, workspace: Workspace) -> None:
-    """After a run, the credits are those that the API charged."""
+    """After a run, the credits equal the API's charges."""
     workspace.write_leads(make_leads(8))
     summary = workspace.run_job(api)
 

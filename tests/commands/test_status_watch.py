@@ -1,4 +1,4 @@
-"""`enrich status --watch`: what is seen of a run from outside, how, and that the run does not notice."""
+"""`enrich status --watch`: shows a run from another process without affecting it."""
 
 from __future__ import annotations
 
@@ -56,19 +56,19 @@ RUN = LatestExecutionRow(
 
 @pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Ask the same of a ledger in a file and on a server."""
+    """Run each test with a ledger in a file and on a server."""
     return str(request.param)
 
 
-def make_progress(doing: Phase = Phase.ASK, total: int | None = 500) -> ProgressSnapshot:
-    """Make the pulse of an execution that has sent 12 and heard 10 requests a second, for twenty seconds."""
+def make_progress(phase: Phase = Phase.ASK, total: int | None = 500) -> ProgressSnapshot:
+    """Make the progress of an execution that sent 12 and received 10 requests a second for twenty seconds."""
     traffic = TrafficRecorder()
     for second in range(20):
         traffic.record(second + 0.5, TrafficCounts(12 * (second + 1), 10 * (second + 1), 20 * (second + 1), 3))
     return ProgressSnapshot(
         at_ms=NOW - 1_000,
         elapsed_s=20.0,
-        doing=doing,
+        doing=phase,
         total=total,
         done=200,
         found=140,
@@ -80,7 +80,7 @@ def make_progress(doing: Phase = Phase.ASK, total: int | None = 500) -> Progress
 
 
 def make_view(status: RunStatus = RunStatus.RUNNING, progress: ProgressSnapshot | None = None, **run: Any) -> RunView:
-    """Make a picture of execution 7."""
+    """Make a view of execution 7."""
     return RunView(
         "leads",
         Path("/jobs/.enrich/leads.db"),
@@ -96,7 +96,7 @@ def make_view(status: RunStatus = RunStatus.RUNNING, progress: ProgressSnapshot 
 
 
 def test_view_contents() -> None:
-    """How far, how fast, what it cost, what expires, whether it breathes."""
+    """Shows progress, speed, cost, expiry and heartbeat."""
     shown = list(format_view(make_view(), 79))
 
     assert shown[0] == f"leads: execution 7, at work since {iso_time(RUN.started_ms)} (0:04:12): asking"
@@ -117,13 +117,13 @@ def test_view_contents() -> None:
 
 
 def test_unknown_values_are_omitted() -> None:
-    """An execution that just began, or of an older version, has no counts; null in JSON."""
-    unborn = RunView("leads", Path("x.db"), 1, NOW, RunStatus.RUNNING, RUN)
-    text = "\n".join(format_view(unborn, 79))
+    """Omits unknown counts of an execution that just began or of an older version; JSON has null."""
+    before_first_run = RunView("leads", Path("x.db"), 1, NOW, RunStatus.RUNNING, RUN)
+    text = "\n".join(format_view(before_first_run, 79))
 
     assert "not known" in text
     assert "%" not in text
-    result = unborn.as_json()
+    result = before_first_run.as_json()
     assert (
         result["done"] is result["total"] is result["polls"] is result["submitted_per_s"] is result["to_go_s"] is None
     )
@@ -133,7 +133,7 @@ def test_unknown_values_are_omitted() -> None:
 
 
 def test_silent_run_shows_last_progress() -> None:
-    """Its counts are of its last word, and it is waited for."""
+    """Shows the last reported counts of a silent run and keeps watching."""
     silent = make_view(RunStatus.NO_HEARTBEAT)
 
     assert "200 of 500: 140 found, 58 not_found, 2 failed, when it last told" in "\n".join(format_view(silent, 99))
@@ -155,7 +155,7 @@ VIEWS = (
 
 @given(st.sampled_from(VIEWS), st.integers(20, 200))
 def test_line_width(shown: RunView, columns: int) -> None:
-    """Down to twenty columns."""
+    """Fits the terminal down to twenty columns."""
     assert max(map(len, format_view(shown, columns))) <= columns
 
 
@@ -164,7 +164,7 @@ def test_line_width(shown: RunView, columns: int) -> None:
     st.floats(0, 100_000),
 )
 def test_progress_bar_width(progress: Progress, elapsed_s: float) -> None:
-    """In 80 columns with the hits, in 40 at least how far it is."""
+    """Shows the match rate at 80 columns and at least the progress at 40."""
     progress = replace(progress, done=min(progress.done, progress.total or 0))
     for columns in (80, 40):
         chosen = choose_layout(progress, elapsed_s, columns)
@@ -175,17 +175,17 @@ def test_progress_bar_width(progress: Progress, elapsed_s: float) -> None:
 
 
 class Terminal(io.StringIO):
-    """A terminal that remembers what was written to it."""
+    """A terminal that records what is written to it."""
 
     encoding = "utf-8"
 
     def isatty(self) -> bool:
-        """It is one."""
+        """Return True."""
         return True
 
 
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
-    """Press Ctrl-C after so many pauses."""
+    """Press Ctrl-C after this number of pauses."""
     pauses = iter(range(after))
 
     def sleep(_: float) -> None:
@@ -196,7 +196,7 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
 
 
 def test_views_overwrite_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Never more lines than the window has, and drawn again when that changes its size."""
+    """Never prints more lines than the window has, and redraws when its size changes."""
     sizes = [(80, 24)]
     out = Terminal()
     screen = TerminalDisplay(out, use_color=False, size=lambda: sizes[-1])
@@ -225,7 +225,7 @@ def test_views_overwrite_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_terminal_capabilities(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], *, draws: bool, colours: bool
 ) -> None:
-    """A dumb one gets lines; NO_COLOR is honoured; Ctrl-C leaves it as it was, without a word."""
+    """Prints plain lines on a dumb terminal; honors NO_COLOR; Ctrl-C restores the terminal without a message."""
     interrupt_after(monkeypatch, after=0)
     out = Terminal()
     code = watch_job(RunWatcher(load_job(workspace.job_file)), out, environ, 1.0, as_json=False)
@@ -236,11 +236,11 @@ def test_terminal_capabilities(
     assert ("\x1b" in out.getvalue()) == draws
 
 
-# What is told of a run that gives no sign
+# Runs without a heartbeat
 
 
 def ledger_with_progress(workspace: Workspace, progress: ProgressSnapshot) -> CommittingLedger:
-    """Open a ledger with an execution that has this pulse."""
+    """Open a ledger with an execution that has this progress."""
     ledger = CommittingLedger.open(load_job(workspace.job_file).ledger)
     ledger.now = NOW
     ledger.start_execution()
@@ -249,7 +249,7 @@ def ledger_with_progress(workspace: Workspace, progress: ProgressSnapshot) -> Co
 
 
 def test_clock_change_does_not_end_run(workspace: Workspace) -> None:
-    """A pulse of another time is not believed, unless it changes; when it stops to change it is."""
+    """A heartbeat with a wrong time keeps a run alive for the timeout after each change."""
     now = 0.0
     result = make_progress()
     ledger = ledger_with_progress(workspace, result)
@@ -269,7 +269,7 @@ def test_clock_change_does_not_end_run(workspace: Workspace) -> None:
 
 
 def test_lock_keeps_silent_run_alive(workspace: Workspace) -> None:
-    """As long as it holds its ledger it is believed; without the lock it was killed."""
+    """A silent run counts as running only while it holds its ledger's lock and no newer execution has started."""
     ledger = ledger_with_progress(workspace, make_progress(Phase.ENROLL, total=None))
     watcher = RunWatcher(load_job(workspace.job_file), heartbeat_timeout_s=1.0)
     with lock_ledger(workspace.ledger_location, 0):
@@ -282,7 +282,7 @@ def test_lock_keeps_silent_run_alive(workspace: Workspace) -> None:
 
 @FILE_ONLY
 def test_watch_takes_no_lock(workspace: Workspace) -> None:
-    """A run may start at any moment, and what it wrote can be tidied up."""
+    """Takes no lock: a run can start at any moment, and its files can be cleaned up."""
     job = load_job(workspace.job_file)
     watcher = RunWatcher(job)
     assert watcher.read_view().status is RunStatus.NO_LEDGER

@@ -1,1 +1,1 @@
-"""Tests: databar."""
+"""Tests of the API client."""

@@ -1,1 +1,1 @@
-"""Tests: end to end."""
+"""End-to-end tests."""

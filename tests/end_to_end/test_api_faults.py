@@ -1,4 +1,4 @@
-"""What every fault of the API leads to, at the level of a whole run."""
+"""The result of each API fault for a whole run."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from enrich.sandbox.faults import FAULT_KINDS
 from tests.support.cases import first_quick
 from tests.support.workspace import JOB, SHORT_TIMEOUTS, SandboxApi, Workspace, make_leads, serve_api, wait_until
 
-#: `fault` as the sandbox names it (`get:` when it is a poll that meets it), for two of four leads. What these two
-#: are at the end of the night; whether their question is posted again by itself: `tonight` or the `next night`,
-#: as it was provably not accepted; `never`, as nobody can tell; blank: there is no need. Whether the API accepted
-#: the first POST. The exit code of the night. (A slow POST whose client has gone is not carried out by the sandbox;
-#: `silence-after` is the one that was paid for.)
+#: `fault`: name in the sandbox (`get:` for a poll), injected for two of four leads. `lead_status`: status of these two
+#: leads after the run. `resent`: whether the request is resent automatically: `same run` or `next run` when it
+#: was certainly not accepted, `never` when that is unknown, blank when not needed. `accepted`: whether the API accepted
+#: the first POST. `exit_codes`: of the run. (After a slow POST whose client disconnected, the sandbox does nothing;
+#: `silence-after` is the fault that was charged.)
 TABLE = """
 | fault                            | lead is  | posted again | accepted | exit |
 |----------------------------------|----------|--------------|----------|------|
-| rate-limit                       | answered | tonight      | no       | 0    |
-| rate-limit-date                  | answered | tonight      | no       | 0    |
-| rate-limit-bare                  | answered | tonight      | no       | 0    |
-| redirect                         | answered | tonight      | no       | 0    |
-| no-credits                       | pending  | next night   | no       | 12   |
-| unauthorized                     | pending  | next night   | no       | 3    |
-| forbidden                        | pending  | next night   | no       | 3    |
+| rate-limit                       | answered | same run     | no       | 0    |
+| rate-limit-date                  | answered | same run     | no       | 0    |
+| rate-limit-bare                  | answered | same run     | no       | 0    |
+| redirect                         | answered | same run     | no       | 0    |
+| no-credits                       | pending  | next run     | no       | 12   |
+| unauthorized                     | pending  | next run     | no       | 3    |
+| forbidden                        | pending  | next run     | no       | 3    |
 | error-before-500                 | in_doubt | never        | no       | 14   |
 | error-before-502                 | in_doubt | never        | no       | 14   |
 | error-before-503                 | in_doubt | never        | no       | 14   |
@@ -83,12 +83,12 @@ TABLE = """
 | get:gzip-bomb                    | answered |              | yes      | 0    |
 """
 LEADS, AFFECTED = 4, 2
-#: A poll is awaited for 0.7 s; a POST, and a task that polls 404, longer than any machine needs …
+#: A poll times out after 0.7 s; a POST, and a task that polls 404, after longer than any machine needs …
 TIMEOUTS = replace(SHORT_TIMEOUTS, get_s=0.7, young_task_s=20.0, outage_s=30.0)
-#: … but where the end of that time is what the test waits for.
+#: … except where the test waits for that timeout.
 TIGHT_TIMEOUTS = replace(TIMEOUTS, post_s=2.0, young_task_s=0.7)
 ANSWER_STATUSES = frozenset({"found", "not_found", "failed"})
-#: One line of each kind, for `make test`: the long tests go through all.
+#: One case of each kind for `make test`; the long tests run all.
 QUICK = {
     "rate-limit",
     "no-credits",
@@ -103,22 +103,22 @@ QUICK = {
 
 
 class FaultCase(NamedTuple):
-    """A line of the table."""
+    """A row of the table."""
 
     fault: str
     lead_status: str
-    posted_again: str
+    resent: str
     accepted: str
     exit_codes: str
 
     @property
     def timing(self) -> Timeouts:
-        """How long to wait; the two that meet it are given up at the end of that, or nobody is."""
-        is_the_end_of_it = self.fault in {"silence-before", "silence-after", "slow,seconds=4", "lost-task"}
-        return TIGHT_TIMEOUTS if is_the_end_of_it else TIMEOUTS
+        """The timeouts: short for faults that end only by a timeout."""
+        ends_by_timeout = self.fault in {"silence-before", "silence-after", "slow,seconds=4", "lost-task"}
+        return TIGHT_TIMEOUTS if ends_by_timeout else TIMEOUTS
 
     def inject(self, api: SandboxApi) -> None:
-        """Let the next two meet it (all at once do, when the whole API is away)."""
+        """Inject the fault into the next two requests (or into all, when the whole API is down)."""
         name, *params = self.fault.split(",")
         fault = Fault.parse(",".join([f"{name}=0", *params]))
         count = 1 if fault.name == "unavailable" else AFFECTED
@@ -129,17 +129,17 @@ CASES = [FaultCase(*map(str.strip, line.strip("|").split("|"))) for line in TABL
 
 
 def leads_with_status(workspace: Workspace, statuses: Collection[str]) -> set[str]:
-    """Name the leads with a status among these."""
+    """Return the names of the leads with one of these statuses."""
     return {row["First Name"] for row in workspace.read_output() if row["enrich_status"] in statuses}
 
 
 def accepted_counts(api: SandboxApi) -> dict[str, int]:
-    """Tell how many runs the API accepted for each lead."""
+    """Return the number of accepted runs of each lead."""
     return {run["params"]["first_name"]: run["accepted"] for run in api.audit()["runs"]}
 
 
 def test_table_covers_all_faults() -> None:
-    """Whatever the sandbox can do wrong has its line."""
+    """The table has every fault of the sandbox."""
     named = {Fault.parse(f"{case.fault.split(',')[0]}=0").name for case in CASES}
     assert named == set(FAULT_KINDS)
 
@@ -151,7 +151,7 @@ def test_table_covers_all_faults() -> None:
 def test_fault_outcomes_match_table(
     api: SandboxApi, workspace: Workspace, case: FaultCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not accepted for sure: posted again by itself. Not sure: in doubt, and no plain run ever buys it again."""
+    """Resends a request that was certainly not accepted; otherwise it stays in doubt and no plain run resends it."""
     monkeypatch.setattr(poller, "FAILED_POLL_S", 0.2)
     workspace.write_leads(make_leads(LEADS))
     case.inject(api)
@@ -159,31 +159,31 @@ def test_fault_outcomes_match_table(
     summary = workspace.run_job(api, timing=case.timing)
 
     assert summary.exit_code == int(case.exit_codes)
-    if case.fault.startswith("slow"):  # carried out after we had given up
+    if case.fault.startswith("slow"):  # carried out after the client gave up
         wait_until(lambda: sum(accepted_counts(api).values()) == LEADS)
-    if summary.exit_code == ExitCode.KEY:  # leaves the old output
+    if summary.exit_code == ExitCode.KEY:  # the old output is kept
         assert workspace.run_in_process("collect", "job.yaml", "--partial").exit_code == 0
-    met = leads_with_status(workspace, {case.lead_status} if case.lead_status != "answered" else ANSWER_STATUSES)
-    others = LEADS - len(met)
-    assert len(leads_with_status(workspace, ANSWER_STATUSES) - met) == others
+    affected = leads_with_status(workspace, {case.lead_status} if case.lead_status != "answered" else ANSWER_STATUSES)
+    others = LEADS - len(affected)
+    assert len(leads_with_status(workspace, ANSWER_STATUSES) - affected) == others
     if case.lead_status == "answered":
         assert others == 0
     elif case.lead_status == "in_doubt" and not case.fault.startswith("unavailable"):
-        assert len(met) == AFFECTED
+        assert len(affected) == AFFECTED
     runs = accepted_counts(api)
-    was_accepted = case.accepted == "yes" or case.posted_again == "tonight"
-    assert {runs.get(name, 0) for name in met} == {int(was_accepted)}
+    was_accepted = case.accepted == "yes" or case.resent == "same run"
+    assert {runs.get(name, 0) for name in affected} == {int(was_accepted)}
     posts = api.audit()["requests"]["run"]
-    refused = AFFECTED if case.posted_again == "tonight" else 0
+    refused = AFFECTED if case.resent == "same run" else 0
     assert posts <= LEADS + refused
-    assert case.posted_again == "next night" or posts == LEADS + refused
+    assert case.resent == "next run" or posts == LEADS + refused
 
     api.clear_faults()
     second = workspace.run_job(api, timing=case.timing)
 
-    if case.posted_again == "never":
+    if case.resent == "never":
         assert (second.exit_code, second.submitted) == (14, 0)
-        assert leads_with_status(workspace, {"in_doubt"}) == met
+        assert leads_with_status(workspace, {"in_doubt"}) == affected
         assert accepted_counts(api) == runs
     else:
         assert (second.exit_code, second.submitted) == (0, LEADS - len(runs))
@@ -196,7 +196,7 @@ def test_fault_outcomes_match_table(
     first_quick(1, [(2, "rate-limit-date"), (-2, "rate-limit-date"), (2, "late-task,seconds=0.2"), (-2, "lost-task")]),
 )
 def test_api_clock_offset(tmp_path: Path, workspace: Workspace, hours: int, fault: str) -> None:
-    """Its Retry-After is measured by its own clock, and no task is too old or too young because of it."""
+    """Measures Retry-After by the API's own clock; its offset makes no task too old or too young."""
     case = next(case for case in CASES if case.fault == fault)
     workspace.write_leads(make_leads(LEADS))
     with serve_api(tmp_path / "api.db", date_offset=hours * 3600.0) as api:
@@ -213,7 +213,7 @@ def test_api_clock_offset(tmp_path: Path, workspace: Workspace, hours: int, faul
 
 @pytest.mark.long
 def test_outage_limits_unconfirmed_requests(tmp_path: Path, workspace: Workspace) -> None:
-    """Sending stops, probes leave one at a time after growing pauses, what is at the API is fetched; then exit 4."""
+    """Stops sending, probes one POST at a time with growing pauses, collects open tasks, then exits with 4."""
     bought, new = 5, 150
     workspace.write_job(JOB, limits="{requests_per_second: 1000, in_flight: 500}")
     workspace.write_leads(make_leads(bought))
@@ -245,7 +245,7 @@ def test_outage_limits_unconfirmed_requests(tmp_path: Path, workspace: Workspace
 
 
 def _claimed_s(workspace: Workspace) -> list[float]:
-    """Tell when each POST left that is in doubt now."""
+    """Return the claim times of the requests in doubt, in seconds."""
     ledger = workspace.open_ledger()
     try:
         rows = ledger._db.execute("SELECT claimed_ms FROM attempts WHERE state = 'in_doubt' ORDER BY id").fetchall()

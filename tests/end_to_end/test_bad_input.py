@@ -1,4 +1,4 @@
-"""The CSV from hell: what is broken is refused before anything is spent, what is merely odd comes through unharmed."""
+"""Broken input is refused before anything is spent; unusual but valid input is preserved."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OLD_OUTPUT = "the output of an older night\n"
 HEADER_LINE = ",".join(HEADER).encode()
 VALID_ROW = b"\nAda,Byron,engine.example,,x"
 
-#: What the file holds, the exit code and words that the error must have.
+#: The file's content, the exit code and words in the error message.
 BROKEN: dict[str, tuple[bytes, int, tuple[str, ...]]] = {
     "empty": (b"", 5, ("is empty", "column names")),
     "only blank lines": (b"\n\n\n", 5, ("is empty",)),
@@ -45,7 +45,7 @@ BROKEN: dict[str, tuple[bytes, int, tuple[str, ...]]] = {
 
 
 def assert_refused(workspace: Workspace, api: SandboxApi, code: int, expected: tuple[str, ...]) -> None:
-    """Expect the program to refuse tonight's file: the error names it, nothing was sent, the old output stays."""
+    """Assert that the run refuses the input: the error names it, nothing is sent, and the old output is kept."""
     old = workspace.folder / "out.csv"
     old.write_text(OLD_OUTPUT)
 
@@ -62,15 +62,15 @@ def assert_refused(workspace: Workspace, api: SandboxApi, code: int, expected: t
 
 @pytest.mark.parametrize("name", first_quick(5, BROKEN, single=True))
 def test_broken_file_refused_before_spending(api: SandboxApi, workspace: Workspace, name: str) -> None:
-    """The error names the file, the place and the remedy; not even the sound rows before it are paid for."""
-    data, code, words = BROKEN[name]
+    """Names the file, the place and the fix, and sends nothing, not even the valid rows before the error."""
+    data, code, expected = BROKEN[name]
     (workspace.folder / "leads.csv").write_bytes(data)
 
-    assert_refused(workspace, api, code, words)
+    assert_refused(workspace, api, code, expected)
 
 
 def test_error_at_end_found_before_spending(api: SandboxApi, workspace: Workspace) -> None:
-    """The whole file is read before the first POST, however long it is."""
+    """Reads the whole file before the first POST, however long it is."""
     path = workspace.write_leads(make_leads(10) * 4_500)
     path.write_text(path.read_text() + "First1,Last1\n")
 
@@ -78,21 +78,21 @@ def test_error_at_end_found_before_spending(api: SandboxApi, workspace: Workspac
 
 
 def test_folder_as_input_file(api: SandboxApi, workspace: Workspace) -> None:
-    """A directory in the file's place is named as one."""
+    """Reports that the input is a directory."""
     (workspace.folder / "leads.csv").mkdir()
 
     assert_refused(workspace, api, 5, ("folder",))
 
 
 def test_pipe_as_input_file(api: SandboxApi, workspace: Workspace) -> None:
-    """A named pipe would wait for ever, and can't be read twice."""
+    """Refuses a named pipe, which could block forever and can't be read twice."""
     os.mkfifo(workspace.folder / "leads.csv")
 
     assert_refused(workspace, api, 5, ("not a file",))
 
 
 def test_truncated_gzip_is_refused(api: SandboxApi, workspace: Workspace) -> None:
-    """A `.gz` of which the end is missing."""
+    """Refuses a `.gz` file whose end is missing."""
     workspace.write_job(input="leads.csv.gz")
     (workspace.folder / "leads.csv.gz").write_bytes(gzip.compress(HEADER_LINE + VALID_ROW * 1000)[:-20])
 
@@ -100,7 +100,7 @@ def test_truncated_gzip_is_refused(api: SandboxApi, workspace: Workspace) -> Non
 
 
 def test_plain_text_named_gz_is_refused(api: SandboxApi, workspace: Workspace) -> None:
-    """A `.gz` that is none."""
+    """Refuses a `.gz` file that is not compressed."""
     workspace.write_job(input="leads.csv.gz")
     (workspace.folder / "leads.csv.gz").write_bytes(HEADER_LINE + VALID_ROW)
 
@@ -109,7 +109,7 @@ def test_plain_text_named_gz_is_refused(api: SandboxApi, workspace: Workspace) -
 
 @pytest.mark.parametrize("data", [HEADER_LINE, HEADER_LINE + b"\n", HEADER_LINE + b"\n\n\n"])
 def test_header_without_rows(api: SandboxApi, workspace: Workspace, data: bytes) -> None:
-    """No leads: exit 0, and an output that has the columns and nothing else."""
+    """Without leads: exit 0, and an output with the header only."""
     (workspace.folder / "leads.csv").write_bytes(data)
 
     summary = workspace.run_job(api)
@@ -124,7 +124,7 @@ def test_header_without_rows(api: SandboxApi, workspace: Workspace, data: bytes)
 @pytest.mark.long
 @pytest.mark.parametrize("broken", [b"", HEADER_LINE + VALID_ROW + b"\na,b\n", b"Name\nx\n", None])
 def test_open_tasks_collected_despite_bad_input(tmp_path: Path, workspace: Workspace, broken: bytes | None) -> None:
-    """Tonight's file is broken, but yesterday's tasks would expire: they are fetched, and nothing new is bought."""
+    """With broken input, collects the open tasks of the last run before they expire, and sends nothing new."""
     workspace.write_leads(make_leads(4))
     with serve_api(tmp_path / "api.db", latency="fixed(30)") as api:
         workspace.submit_without_collecting(api)
@@ -145,11 +145,11 @@ def test_open_tasks_collected_despite_bad_input(tmp_path: Path, workspace: Works
     assert audit["accepted"] == 4
 
 
-# Odd, but sound
+# Unusual but valid
 
 
 def assert_rows_preserved(workspace: Workspace, summary: RunSummary, rows: list[list[str]], header: list[str]) -> None:
-    """Expect every row in its place with the very text of every cell."""
+    """Assert that every row is in its place with the exact text of every cell."""
     with (workspace.folder / "out.csv").open(newline="", encoding="utf-8") as file:
         written = list(csv.reader(file))
     assert summary.exit_code == 0, summary.error
@@ -174,7 +174,7 @@ def assert_rows_preserved(workspace: Workspace, summary: RunSummary, rows: list[
     ids=repr,
 )
 def test_spreadsheet_dialects(api: SandboxApi, workspace: Workspace, dialect: tuple[str, str, str, str]) -> None:
-    """Byte order marks, line ends, separators and encodings of all kinds come out as UTF-8 with commas."""
+    """Reads all common byte order marks, line ends, separators and encodings; writes UTF-8 with commas."""
     encoding, mark, separator, end = dialect
     rows = [
         ["Jürgen", "Groß", "engine.example", "", "a,b;c\td|e"],
@@ -194,7 +194,7 @@ def test_spreadsheet_dialects(api: SandboxApi, workspace: Workspace, dialect: tu
 
 @pytest.mark.long
 def test_unusual_cells_are_preserved(api: SandboxApi, workspace: Workspace) -> None:
-    """Leading zeros, phones, blanks, quotes, line ends in cells, formulas and very long texts."""
+    """Preserves leading zeros, phones, spaces, quotes, line ends in cells, formulas and very long texts."""
     notes = [
         *("00123", "+49 170 1234567", "  outer blanks ", 'a "quoted" word', "two\nlines", "two\r\nDOS lines", ""),
         *("=1+1", "@me", "-5", "null", "NaN", "1e5", "TRUE", "ﬁ ligature", "e\u0301 in two", "x" * 10_000, "'", '"'),
@@ -209,7 +209,7 @@ def test_unusual_cells_are_preserved(api: SandboxApi, workspace: Workspace) -> N
 
 
 def test_unusual_headers_are_preserved(api: SandboxApi, workspace: Workspace) -> None:
-    """A column may be called anything, even what polars or SQL or YAML would take for something else."""
+    """Preserves any header, also those with a meaning for polars, SQL or YAML."""
     header = ["^First.*$", "Last\nName", "", " padded ", "*", "index", "enrich_note", "a.b", '"', "NO", "名前"]
     workspace.write_job(
         params='{first_name: "^First.*$", last_name: "Last\\nName", company: {column: ["*"], transform: [domain]}}'
@@ -225,7 +225,7 @@ def test_unusual_headers_are_preserved(api: SandboxApi, workspace: Workspace) ->
 
 @pytest.mark.long
 def test_unusual_new_column_names(api: SandboxApi, workspace: Workspace) -> None:
-    """Even what polars would take for a pattern."""
+    """Accepts new column names that polars would read as patterns."""
     workspace.write_job(columns='{"^new.*$": email, "*": email, new: email}')
     workspace.write_leads(make_leads(5))
 
@@ -238,7 +238,7 @@ def test_unusual_new_column_names(api: SandboxApi, workspace: Workspace) -> None
 
 @pytest.mark.long
 def test_blank_lines_are_ignored(api: SandboxApi, workspace: Workspace) -> None:
-    """Spreadsheets leave empty lines at the end; they are neither asked nor written."""
+    """Ignores blank lines, which spreadsheets leave at the end: they are neither sent nor written."""
     path = workspace.write_leads(make_leads(3))
     path.write_text(path.read_text().replace("\n", "\n\n") + "\n\n")
 
@@ -250,7 +250,7 @@ def test_blank_lines_are_ignored(api: SandboxApi, workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_invalid_rows_are_free(api: SandboxApi, workspace: Workspace) -> None:
-    """A required param without a value, or none that is one: the row says why and is never sent."""
+    """A row with a missing or unusable required param has a reason in the output and is never sent."""
     workspace.write_leads(
         [
             ["", "Byron", "engine.example", "", "no first name"],
@@ -289,7 +289,7 @@ def shared_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SandboxApi]
 @settings(max_examples=examples(15), deadline=None, suppress_health_check=list(HealthCheck))
 @given(rows=st.lists(st.tuples(NAMES, NAMES, CELLS, CELLS, CELLS), max_size=8))
 def test_any_cell_text_is_preserved(shared_api: SandboxApi, rows: list[tuple[str, ...]]) -> None:
-    """Any text in any cell: same rows, same order, same text; never a bug, and a second run pays nothing."""
+    """Preserves order and text of any cells without a crash; a second run is free."""
     with tempfile.TemporaryDirectory() as folder:
         workspace = Workspace(Path(folder))
         workspace.write_job()
@@ -297,8 +297,8 @@ def test_any_cell_text_is_preserved(shared_api: SandboxApi, rows: list[tuple[str
             csv.writer(file, quoting=csv.QUOTE_ALL).writerows([HEADER, *rows])
 
         summary = workspace.run_job(shared_api)
-        again = workspace.run_job(shared_api)
+        second = workspace.run_job(shared_api)
 
         assert_rows_preserved(workspace, summary, [list(row) for row in rows], HEADER)
-        assert again.submitted == 0
+        assert second.submitted == 0
         assert summary.submitted == summary.requests

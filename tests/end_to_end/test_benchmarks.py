@@ -1,4 +1,4 @@
-"""The benchmarks run and print their tables; what they measure decides no test."""
+"""The benchmarks run and print their tables; no test depends on the measured values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.meter import BenchmarkCase, Result, Trial, format_table, measure
 from benchmarks.overhead import LONG_RUN, SHORT_RUN, best_loop_rate, steady_state
 from benchmarks.server import RunningServer, start_server
 
-#: What is measured is no behaviour of the program.
+#: These tests check no behavior of the program.
 pytestmark = pytest.mark.long
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +23,7 @@ LEAD = {"first_name": "Ada", "last_name": "Byron", "company": "engine.example"}
 
 
 def run_benchmark(name: str, *options: str) -> str:
-    """Run a benchmark as a person would, and return what it prints."""
+    """Run a benchmark as a user would, and return its output."""
     command = [sys.executable, "-m", f"benchmarks.{name}", *options]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
     assert result.returncode == 0, result.stderr
@@ -31,12 +31,12 @@ def run_benchmark(name: str, *options: str) -> str:
 
 
 def first_cells(printed: str) -> list[str]:
-    """Name the rows of a table."""
+    """Return the first cell of each row of a table."""
     return [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("|")]
 
 
 def test_overhead_benchmark_output() -> None:
-    """Plain loops and whole runs stand side by side."""
+    """Plain loops and whole runs are in one table."""
     printed = run_benchmark("overhead", "--rows", "24", "--seconds", "0")
 
     names = first_cells(printed)
@@ -45,14 +45,14 @@ def test_overhead_benchmark_output() -> None:
 
 
 def test_compare_benchmark_output() -> None:
-    """The vendor's SDK is left out when it is not installed, and nothing fails for it."""
+    """Skips the vendor's SDK without an error when it is not installed."""
     names = first_cells(run_benchmark("compare", "--rows", "20", "--seconds", "0"))
 
     assert {"who", "enrich run", "httpx, 10 tasks"} <= set(names)
 
 
 def test_sdk_client_enriches_every_row() -> None:
-    """The vendor's SDK understands the fake API, by single calls and in bulk."""
+    """The vendor's SDK works with the fake API, with single calls and in bulk."""
     pytest.importorskip("databar", reason="the extra `bench` is not installed")
     with start_server() as server:
         single = run_benchmark("vendor", "--rows", "6", "--threads", "3", "--base-url", server.base_url)
@@ -73,7 +73,7 @@ def _post(server: RunningServer, path: str, params: object) -> str:
 
 
 def test_fake_server_response_shapes() -> None:
-    """A single run is one wrapper in a list; a bulk run is a list aligned to its inputs, with its progress."""
+    """A single run returns a list with one wrapper; a bulk run returns a list aligned to its inputs, with progress."""
     with start_server() as server:
         tasks = [_post(server, "run", LEAD), _post(server, "bulk-run", [LEAD] * 3)]
         single, bulk = (httpx.get(f"{server.base_url}/tasks/{task}", trust_env=False).json() for task in tasks)
@@ -88,7 +88,7 @@ def test_fake_server_response_shapes() -> None:
 
 
 def test_fake_server_latency() -> None:
-    """With a latency a task is running first."""
+    """With a latency, a task is running first."""
     with start_server("--latency", "30") as server:
         task = httpx.get(f"{server.base_url}/tasks/{_post(server, 'run', LEAD)}", trust_env=False).json()
 
@@ -96,7 +96,7 @@ def test_fake_server_latency() -> None:
 
 
 def test_fake_server_rate_limit() -> None:
-    """Beyond the burst a request is answered 429, which says when to come again, and counted."""
+    """Beyond the burst, answers 429 with the time to retry, and counts it."""
     with start_server("--rate", "0.001", "--burst", "2", "--retry-after", "1") as server:
         answers = [httpx.get(f"{server.base_url}/user/me", trust_env=False) for _ in range(3)]
 
@@ -106,7 +106,7 @@ def test_fake_server_rate_limit() -> None:
 
 
 def test_incomplete_contender_is_not_measured(tmp_path: Path) -> None:
-    """A contender that leaves rows out would be the fastest."""
+    """Refuses to measure a contender that leaves rows out, which would be the fastest."""
     script = tmp_path / "quick.py"
     script.write_text('print(\'{"rows": 1, "elapsed_s": 0.1}\')')
     with start_server() as server, pytest.raises(RuntimeError, match="not every row"):
@@ -114,7 +114,7 @@ def test_incomplete_contender_is_not_measured(tmp_path: Path) -> None:
 
 
 def test_steady_state_figures() -> None:
-    """The steady state is what the long run has beyond the short one; the best of a kind has no interpreter's start."""
+    """The steady state is the long run minus the short one; the fastest of a kind excludes the interpreter's start."""
 
     def result(name: str, rows: int, *seconds: float) -> Result:
         return Result(name, tuple(Trial(rows, took + 1, took, 0.5, 50.0, 2 * rows) for took in seconds))
@@ -136,7 +136,7 @@ def test_steady_state_figures() -> None:
 
 
 def test_markdown_table() -> None:
-    """Numbers stand to the right."""
+    """Aligns numbers to the right."""
     assert format_table(("who", "rows/s"), [("a loop", "10")]).splitlines() == [
         "| who    | rows/s |",
         "| ------ | -----: |",
@@ -145,13 +145,13 @@ def test_markdown_table() -> None:
 
 
 def test_slow_script_is_stopped() -> None:
-    """It does not hold up the others."""
+    """A slow script is stopped and does not delay the others."""
     with pytest.raises(RuntimeError, match="server took longer"):
         run_script(Script("server", (), 0.5))
 
 
 def test_tables_replace_marked_section() -> None:
-    """A section replaces the one with its heading; the others and the page's words stay."""
+    """Replaces the section with the same heading; keeps the other sections and the page's text."""
     page = "words\n<!-- measured -->\n## A\nold\n\n## B\nold\n\n<!-- end -->\nmore words\n"
     new = insert_tables(page, ["## B\nnew\n\n", "## C\nnew\n\n"])
 

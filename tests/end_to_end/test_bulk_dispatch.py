@@ -1,4 +1,4 @@
-"""`dispatch: bulk`: many requests as one task, with the promises of single runs, by the API's own books."""
+"""`dispatch: bulk`: many requests as one task, with the guarantees of single runs, checked against the API's audit."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ from tests.support.workspace import (
 )
 
 LEADS, BULK_SIZE = 25, 10
-#: So many single runs are submitted within a second on any machine.
+#: This many single runs are submitted within a second on any machine.
 FEW_LEADS = 6
-#: What one request of the standard job may cost at worst, in credits.
+#: The maximum price of one request of the standard job, in credits.
 MAX_PRICE = 3.51
 
 
 @pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Ask the same of a ledger in a file and on a server."""
+    """Run each test with a ledger in a file and on a server."""
     return str(request.param)
 
 
@@ -70,33 +70,33 @@ def status_counts(workspace: Workspace) -> Counter[str]:
 
 
 def request_count(api: SandboxApi, name: str) -> int:
-    """Count the requests of a kind that the API has seen."""
+    """Count the requests of a kind that the API received."""
     return int(api.audit()["requests"].get(name, 0))
 
 
 def accepted_counts(api: SandboxApi) -> dict[str, int]:
-    """Tell how many runs of each lead were accepted."""
+    """Return the number of accepted runs of each lead."""
     return {run["params"]["first_name"]: run["accepted"] for run in api.audit()["runs"]}
 
 
 def bulk_tasks(workspace: Workspace) -> list[tuple[Any, ...]]:
-    """Look at the bundles as a person does: size, credits, states."""
+    """Return size, credits and states of each bulk task with plain SQL."""
     return workspace.sql("SELECT size, credits, states FROM readable_bundles ORDER BY id")
 
 
 def assert_consistent_with_audit(api: SandboxApi, workspace: Workspace, summary: RunSummary) -> None:
-    """Nothing twice, nothing lost, the receipt is the vendor's bill, and the ledger agrees with itself."""
+    """Assert that nothing is paid twice or lost, the summary equals the API's bill, and the ledger is sound."""
     audit = api.audit()
     assert audit["paid_twice"] == 0
     assert summary.credits_spent == pytest.approx(audit["credits_charged"])
     assert check_ledger(workspace.ledger_location).problems == []
 
 
-# One task for many
+# One task for many requests
 
 
 def test_bulk_sends_many_requests_per_task(api: SandboxApi, workspace: Workspace) -> None:
-    """Three POSTs for 25 leads; each row has its answer, its task, and no price of its own."""
+    """Three POSTs for 25 leads; each row has its answer and its task id, but no price of its own."""
     summary = workspace.run_job(api)
 
     assert (summary.exit_code, summary.submitted, summary.credits_unknown) == (0, LEADS, 0)
@@ -113,7 +113,7 @@ def test_bulk_sends_many_requests_per_task(api: SandboxApi, workspace: Workspace
 
 
 def test_task_price_is_stored_once(api: SandboxApi, workspace: Workspace) -> None:
-    """Once, beside its bundle: status, runs, plan and a person with `sqlite3` see the same sum."""
+    """Stores a task's price once; status, runs, plan and plain SQL show the same sum."""
     summary = workspace.run_job(api)
 
     sizes = [size for size, _, _ in bulk_tasks(workspace)]
@@ -129,7 +129,7 @@ def test_task_price_is_stored_once(api: SandboxApi, workspace: Workspace) -> Non
 
 
 def test_plan_duration_counts_tasks(api: SandboxApi, workspace: Workspace) -> None:
-    """Ten requests in a POST take a tenth of the time."""
+    """Plans a tenth of the time for ten requests in a POST."""
     workspace.write_job(limits="{requests_per_second: 1}", dispatch="{bulk: 25}")
     assert workspace.run_in_process("plan", "job.yaml", "--json", api=api).json_output["seconds"] == 2.5
     assert (
@@ -140,7 +140,7 @@ def test_plan_duration_counts_tasks(api: SandboxApi, workspace: Workspace) -> No
 
 
 def test_second_run_sends_nothing(api: SandboxApi, workspace: Workspace) -> None:
-    """Answers are reused, and more leads are a new task."""
+    """Reuses answers; more leads are a new task."""
     workspace.run_job(api)
     workspace.write_leads(make_leads(LEADS + 3))
 
@@ -159,7 +159,7 @@ def test_second_run_sends_nothing(api: SandboxApi, workspace: Workspace) -> None
     hit_rate=st.sampled_from([0.0, 0.5, 1.0]),
 )
 def test_output_equals_single_mode(seed: int, size: int, shape: Any, hit_rate: float) -> None:
-    """But for credits, task ids and times."""
+    """The output equals single mode's except for credits, task ids and times."""
     outputs = []
     for bulk in (None, size):
         with tempfile.TemporaryDirectory() as folder:
@@ -173,7 +173,7 @@ def test_output_equals_single_mode(seed: int, size: int, shape: Any, hit_rate: f
     assert outputs[0] == outputs[1]
 
 
-# POSTs that go wrong
+# Failed POSTs
 
 
 @pytest.mark.parametrize(
@@ -183,23 +183,23 @@ def test_output_equals_single_mode(seed: int, size: int, shape: Any, hit_rate: f
     ),
 )
 def test_lost_post_leaves_rows_unconfirmed(api: SandboxApi, workspace: Workspace, fault: str) -> None:
-    """They are never sent again by themselves; a person's word buys them as a task again."""
+    """The rows are never resent automatically; `--retry` sends them as a task again."""
     api.inject_fault(fault, 1, "post")
     summary = workspace.run_job(api, timing=SILENT if fault == "silence-after" else SHORT_TIMEOUTS)
     assert (summary.exit_code, summary.in_doubt, summary.submitted) == (ExitCode.IN_DOUBT, BULK_SIZE, LEADS - BULK_SIZE)
     before = accepted_counts(api)
 
-    again = workspace.run_job(api, timing=SHORT_TIMEOUTS)
-    assert (again.exit_code, again.submitted, accepted_counts(api)) == (ExitCode.IN_DOUBT, 0, before)
+    second = workspace.run_job(api, timing=SHORT_TIMEOUTS)
+    assert (second.exit_code, second.submitted, accepted_counts(api)) == (ExitCode.IN_DOUBT, 0, before)
     assert check_ledger(workspace.ledger_location).problems == []
 
-    by_word = workspace.run_in_process("run", "job.yaml", "--json", "--retry", "in_doubt", api=api)
-    assert (by_word.exit_code, by_word.json_output["submitted"]) == (0, BULK_SIZE)
+    retried = workspace.run_in_process("run", "job.yaml", "--json", "--retry", "in_doubt", api=api)
+    assert (retried.exit_code, retried.json_output["submitted"]) == (0, BULK_SIZE)
 
 
 @pytest.mark.parametrize("fault", first_quick(1, ["rate-limit-bare", "redirect"]))
 def test_rejected_task_is_resent(api: SandboxApi, workspace: Workspace, fault: str) -> None:
-    """All of its rows, once."""
+    """Resends all rows of the task, once."""
     api.inject_fault(fault, 2, "post")
     summary = workspace.run_job(api, timing=SHORT_TIMEOUTS)
     assert (summary.exit_code, summary.submitted, api.audit()["accepted"]) == (0, LEADS, LEADS)
@@ -210,7 +210,7 @@ def test_rejected_task_is_resent(api: SandboxApi, workspace: Workspace, fault: s
     ("fault", "code"), first_quick(1, [("unauthorized", ExitCode.KEY), ("no-credits", ExitCode.CREDITS)])
 )
 def test_fatal_status_leaves_rest_pending(api: SandboxApi, workspace: Workspace, fault: str, code: ExitCode) -> None:
-    """401 and 406 mean what they mean for single runs."""
+    """401 and 406 have the same effect as for single runs."""
     api.inject_fault(fault, 99, "post")
     summary = workspace.run_job(api, timing=SHORT_TIMEOUTS)
     assert (summary.exit_code, summary.pending, summary.in_doubt) == (code, LEADS, 0)
@@ -220,7 +220,7 @@ def test_fatal_status_leaves_rest_pending(api: SandboxApi, workspace: Workspace,
 
 
 def test_task_shrinks_when_balance_is_low(tmp_path: Path, workspace: Workspace) -> None:
-    """Where a whole task is too dear (406), smaller ones are sent; no night buys nothing, or anything twice."""
+    """Sends smaller tasks when a whole one exceeds the balance (406); no run sends nothing or pays twice."""
     with serve_api(tmp_path / "api.db", balance=8 * MAX_PRICE, hit_rate=1.0) as api:
         runs = [workspace.run_job(api)]
         while runs[-1].exit_code == ExitCode.CREDITS:
@@ -233,19 +233,19 @@ def test_task_shrinks_when_balance_is_low(tmp_path: Path, workspace: Workspace) 
 
 @pytest.mark.long
 def test_smaller_tasks_after_406(tmp_path: Path, workspace: Workspace) -> None:
-    """A task that was too dear teaches for the whole run: POSTs that buy nothing use the allowance, too."""
+    """Keeps the smaller task size for the whole run: rejected POSTs use the rate limit, too."""
     workspace.write_job(dispatch="{bulk: 64}")
     workspace.write_leads(make_leads(400))
     with serve_api(tmp_path / "api.db", balance=30 * MAX_PRICE, hit_rate=1.0) as api:
         summary = workspace.run_job(api)
         assert summary.exit_code == ExitCode.CREDITS
-        # Six times halved, and some on the wire each time; were nothing learned, it would be hundreds.
+        # Halved six times, with some in flight each time; without remembering the size it would be hundreds.
         assert request_count(api, "406") <= 6 * 8
 
 
 @pytest.mark.long
 def test_bulk_size_limit_error(tmp_path: Path, workspace: Workspace) -> None:
-    """Too many at once is a mistake of the job file: nothing is bought, and the API's words are told."""
+    """A task size above the API's limit is an error of the job file: nothing is sent, the API's message is shown."""
     workspace.write_leads(make_leads(2 * BULK_SIZE))
     with serve_api(tmp_path / "api.db", bulk_limit=5) as api:
         result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
@@ -257,19 +257,19 @@ def test_bulk_size_limit_error(tmp_path: Path, workspace: Workspace) -> None:
 
 @pytest.fixture
 def rejected_leads(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """Let the API refuse the leads of this set, which our own check takes for good."""
+    """Let the API reject the leads of this set, which the program's own check accepts."""
     refused: set[str] = set()
-    judge = questions._mistakes
+    original = questions._mistakes
 
     def mistakes(waterfall: Any, params: Mapping[str, Any]) -> dict[str, list[str]]:
-        return {"company": ["Bad."]} if params["first_name"] in refused else judge(waterfall, params)
+        return {"company": ["Bad."]} if params["first_name"] in refused else original(waterfall, params)
 
     monkeypatch.setattr(questions, "_mistakes", mistakes)
     return refused
 
 
 def lead_names(numbers: Iterable[int]) -> set[str]:
-    """Name leads."""
+    """Return the names of leads."""
     return {f"First{number}" for number in numbers}
 
 
@@ -278,7 +278,7 @@ def lead_names(numbers: Iterable[int]) -> set[str]:
 def test_invalid_rows_fail_and_rest_is_resent(
     tmp_path: Path, workspace: Workspace, rejected_leads: set[str], shape: Any, numbers: tuple[int, ...]
 ) -> None:
-    """In each generation of the API's body, also when it does not say which rows it means."""
+    """Fails the invalid rows and resends the rest, in each format of the API's error, also when it names no rows."""
     rejected_leads |= lead_names(numbers)
     with serve_api(tmp_path / "api.db", error_shape=shape) as api:
         summary = workspace.run_job(api)
@@ -295,7 +295,7 @@ def test_invalid_rows_fail_and_rest_is_resent(
 @pytest.mark.long
 @pytest.mark.parametrize("shape", ["new", "old_short"])
 def test_all_rows_invalid(tmp_path: Path, workspace: Workspace, rejected_leads: set[str], shape: Any) -> None:
-    """Every row is failed, and nothing was bought."""
+    """Fails every row; nothing is charged."""
     rejected_leads |= lead_names(range(LEADS))
     with serve_api(tmp_path / "api.db", error_shape=shape) as api:
         summary = workspace.run_job(api)
@@ -308,7 +308,7 @@ def test_all_rows_invalid(tmp_path: Path, workspace: Workspace, rejected_leads: 
 
 @pytest.mark.long
 def test_unaligned_result_fails_rows(tmp_path: Path, workspace: Workspace) -> None:
-    """Hits alone, in no order, as the API once did: nobody gets another's address, and the price is told."""
+    """Fails the rows when the result has matches only: none gets another's address, and the price is recorded."""
     with serve_api(tmp_path / "api.db", bulk_data="hits", hit_rate=0.5) as api:
         summary = workspace.run_job(api)
         assert_consistent_with_audit(api, workspace, summary)
@@ -321,7 +321,7 @@ def test_unaligned_result_fails_rows(tmp_path: Path, workspace: Workspace) -> No
 
 @pytest.mark.long
 def test_explain_hides_unaligned_data(tmp_path: Path, workspace: Workspace) -> None:
-    """`explain` does not show the first address of the task as the first row's."""
+    """`explain` does not show the task's first address for the first row."""
     with serve_api(tmp_path / "api.db", bulk_data="hits", hit_rate=0.5) as api:
         workspace.run_job(api)
     output = workspace.run_in_process("explain", "job.yaml", "--row", "1", "--json").json_output
@@ -335,7 +335,7 @@ def test_explain_hides_unaligned_data(tmp_path: Path, workspace: Workspace) -> N
 
 @pytest.mark.long
 def test_empty_unaligned_result_is_no_match(tmp_path: Path, workspace: Workspace) -> None:
-    """An empty list is aligned with anything."""
+    """Treats an empty list as no match for every row."""
     with serve_api(tmp_path / "api.db", bulk_data="hits", hit_rate=0.0) as api:
         summary = workspace.run_job(api)
     assert (summary.exit_code, summary.not_found) == (0, LEADS)
@@ -343,7 +343,7 @@ def test_empty_unaligned_result_is_no_match(tmp_path: Path, workspace: Workspace
 
 @pytest.mark.long
 def test_partially_failed_task(tmp_path: Path, workspace: Workspace) -> None:
-    """What was found is found; a row without an answer is failed where some failed, and says so."""
+    """Keeps the matches; rows without an answer are failed where some failed, with that reason."""
     with serve_api(tmp_path / "api.db", failure_rate=0.3, free_failures=0.0, hit_rate=0.6) as api:
         summary = workspace.run_job(api)
         assert_consistent_with_audit(api, workspace, summary)
@@ -356,7 +356,7 @@ def test_partially_failed_task(tmp_path: Path, workspace: Workspace) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("attempts", [1, 5])
 def test_free_failed_task_is_retried(tmp_path: Path, workspace: Workspace, attempts: int) -> None:
-    """All of its rows, up to `max_attempts`; rows that fail in a task that cost something are not."""
+    """Resends all rows of a free failed task up to `max_attempts`, and none of a task that was charged."""
     workspace.write_job(dispatch=f"{{bulk: {BULK_SIZE}}}", policy=f"{{max_attempts: {attempts}}}")
     with serve_api(tmp_path / "api.db", failure_rate=1.0, free_failures=1.0, hit_rate=1.0) as api:
         summary = workspace.run_job(api)
@@ -367,13 +367,13 @@ def test_free_failed_task_is_retried(tmp_path: Path, workspace: Workspace, attem
 
 
 def task_counts(workspace: Workspace) -> list[int]:
-    """Count the tasks of each request."""
+    """Return the number of tasks of each request."""
     return [count for (count,) in workspace.sql("SELECT count(task_id) FROM attempts GROUP BY request_id")]
 
 
 @pytest.mark.long
 def test_unknown_task_price(tmp_path: Path, workspace: Workspace) -> None:
-    """Every row of the task counts as of unknown price and keeps its reservation."""
+    """Counts every row of the task as of unknown price and keeps its reservation."""
     with serve_api(tmp_path / "api.db", hide_credits=True) as api:
         summary = workspace.run_job(api)
         output = workspace.run_in_process("reconcile", "job.yaml", "--json", api=api).json_output
@@ -396,10 +396,10 @@ def test_reconcile_counts_task_credits_once(api: SandboxApi, workspace: Workspac
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("how", ["410", "gone"])
-def test_expired_task(tmp_path: Path, workspace: Workspace, how: Any) -> None:
-    """Every row of the task, at an unknown price, whatever the body says."""
-    with serve_api(tmp_path / "api.db", latency="fixed(600)", expired_as=how) as api:
+@pytest.mark.parametrize("expired_as", ["410", "gone"])
+def test_expired_task(tmp_path: Path, workspace: Workspace, expired_as: Any) -> None:
+    """Expires every row of the task at an unknown price, whatever the body contains."""
+    with serve_api(tmp_path / "api.db", latency="fixed(600)", expired_as=expired_as) as api:
         workspace.submit_without_collecting(api)
         status = workspace.run_in_process("status", "job.yaml")
         assert "25  requests at the API" in status.stdout
@@ -419,7 +419,7 @@ def test_expired_task(tmp_path: Path, workspace: Workspace, how: Any) -> None:
     [("lost-task=1", 14, BULK_SIZE), ("late-task=1,seconds=0.2", 0, 0), ("odd-status=1", 0, 0)],
 )
 def test_task_with_unknown_status(tmp_path: Path, workspace: Workspace, fault: str, code: int, in_doubt: int) -> None:
-    """Never known since: in doubt; known late, or with a status never seen: waited for."""
+    """A task never known is in doubt; one known late, or with an unknown status, is polled further."""
     with serve_api(tmp_path / "api.db") as api:
         parsed = Fault.parse(fault)
         api.inject_fault(parsed.name, 1, "post", **parsed.params)
@@ -430,7 +430,7 @@ def test_task_with_unknown_status(tmp_path: Path, workspace: Workspace, fault: s
 
 @pytest.mark.long
 def test_forgotten_task_expires_rows(tmp_path: Path, workspace: Workspace) -> None:
-    """Once known and now 404: its rows are expired, at an unknown price, and not bought again by themselves."""
+    """A known task that is now 404 expires its rows at an unknown price; they are not resent automatically."""
     with serve_api(tmp_path / "api.db", latency="fixed(600)") as api:
         workspace.submit_without_collecting(api)
     # Old enough to be known by now.
@@ -445,7 +445,7 @@ def test_forgotten_task_expires_rows(tmp_path: Path, workspace: Workspace) -> No
 
 @pytest.mark.long
 def test_cancelled_task_is_retried(tmp_path: Path, workspace: Workspace) -> None:
-    """It failed; at no charge, so it is asked again, and paid for once."""
+    """Retries a cancelled task, which failed at no charge; pays once."""
     with serve_api(tmp_path / "api.db", latency="fixed(600)") as api:
         workspace.submit_without_collecting(api)
         ((task_id,),) = workspace.sql("SELECT task_id FROM attempts WHERE place = 0 LIMIT 1")
@@ -463,12 +463,12 @@ def test_cancelled_task_is_retried(tmp_path: Path, workspace: Workspace) -> None
         assert api.audit()["paid_twice"] == 0
 
 
-# What limits a run
+# Limits
 
 
 @pytest.mark.long
 def test_cap_limits_task_size(tmp_path: Path, workspace: Workspace) -> None:
-    """No more is reserved than the cap has room for; what came cheaper makes room again."""
+    """Reserves no more than the cap allows; cheaper answers make room again."""
     workspace.write_job(limits=f"{{max_credits: {7 * MAX_PRICE + 1}}}", dispatch=f"{{bulk: {BULK_SIZE}}}")
     workspace.write_leads(make_leads(200))
     with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
@@ -493,7 +493,7 @@ def test_limit_is_exact(api: SandboxApi, workspace: Workspace) -> None:
 def test_canary_is_a_separate_task(
     tmp_path: Path, workspace: Workspace, hit_rate: float, code: int, bought: int
 ) -> None:
-    """Its rows are judged before the others are sent."""
+    """Judges the canary's rows before the others are sent."""
     workspace.write_job(canary="{rows: 4, min_hit_rate: 0.5}", dispatch=f"{{bulk: {BULK_SIZE}}}")
     with serve_api(tmp_path / "api.db", hit_rate=hit_rate) as api:
         summary = workspace.run_job(api)
@@ -502,27 +502,27 @@ def test_canary_is_a_separate_task(
 
 @pytest.mark.long
 def test_bulk_posts_in_flight_limit(tmp_path: Path, workspace: Workspace) -> None:
-    """All requests of a POST are in doubt when it is lost, so at most four leave at once."""
+    """Sends at most four POSTs at once, because a lost POST leaves all of its requests in doubt."""
     workspace.write_job(dispatch="{bulk: 2}")
     workspace.write_leads(make_leads(60))
     with serve_api(tmp_path / "api.db", faults=(Fault("slow", 1.0, "post", {"seconds": 0.4}),)) as api:
         process = workspace.start_subprocess("run", "job.yaml", api=api)
         try:
             wait_until(lambda: request_count(api, "bulk_run") >= 1)
-            seen = max(posts_in_flight(workspace) for _ in range(100))
+            max_in_flight = max(posts_in_flight(workspace) for _ in range(100))
         finally:
             kill_process(process)
-    assert 2 <= seen <= 2 * MAX_BULK_POSTS_IN_FLIGHT
+    assert 2 <= max_in_flight <= 2 * MAX_BULK_POSTS_IN_FLIGHT
 
 
 def posts_in_flight(workspace: Workspace) -> int:
-    """Count the requests whose POST was not answered yet."""
+    """Count the requests whose POST has no answer yet."""
     ((count,),) = workspace.sql("SELECT count(*) FROM attempts WHERE state = 'submitting'")
     return int(count)
 
 
 def test_unsent_claims_are_released(api: SandboxApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the execution closes between the claim and the POST, nothing is in doubt and nothing set aside."""
+    """When the run stops between claim and POST, the claims are released: nothing in doubt, nothing reserved."""
     claim = Dispatcher._claim
 
     async def claim_and_close(dispatcher: Dispatcher, room: int) -> Any:
@@ -532,7 +532,7 @@ def test_unsent_claims_are_released(api: SandboxApi, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(Dispatcher, "_claim", claim_and_close)
 
-    async def scene() -> None:
+    async def scenario() -> None:
         async with open_loops(api, tmp_path / "ledger.db", range(LEADS)) as harness:
             await harness.run_loops(bulk=BULK_SIZE)
             assert harness.ledger.wrapped.state_counts() == {State.PENDING: LEADS}
@@ -540,14 +540,14 @@ def test_unsent_claims_are_released(api: SandboxApi, tmp_path: Path, monkeypatch
             assert [size for (size,) in harness.ledger.query_all("SELECT size FROM bundles")] == [10, 10, 5]
         assert check_ledger(tmp_path / "ledger.db").problems == []
 
-    asyncio.run(scene())
+    asyncio.run(scenario())
     assert api.audit()["accepted"] == 0
 
 
 @pytest.mark.long
-@FILE_ONLY  # a server has its own time
+@FILE_ONLY  # The server uses its own clock.
 def test_refresh_and_retry_in_bulk(api: SandboxApi, workspace: Workspace) -> None:
-    """`policy.refresh` and `--retry` work on bundles, too, and a refused refresh leaves the old answer."""
+    """`policy.refresh` and `--retry` work in bulk; a refused refresh keeps the old answer."""
     workspace.run_job(api)
     misses = status_counts(workspace)["not_found"]
     workspace.write_job(dispatch=f"{{bulk: {BULK_SIZE}}}", policy="{refresh: {not_found: 1d}}")
@@ -560,12 +560,12 @@ def test_refresh_and_retry_in_bulk(api: SandboxApi, workspace: Workspace) -> Non
     assert check_ledger(workspace.ledger_location).problems == []
 
 
-# Interrupted, and continued otherwise
+# Killed, then resumed in the same or another mode
 
 
 @pytest.mark.parametrize("fault", first_quick(1, ["silence-after", "silence-before"]))
 def test_kill_with_posts_in_flight(api: SandboxApi, workspace: Workspace, fault: str) -> None:
-    """What had left is in doubt, at most four POSTs of it; everything else is bought once."""
+    """A kill leaves at most four POSTs in doubt; everything else is bought once."""
     workspace.write_leads(make_leads(100))
     api.inject_fault(fault, MAX_BULK_POSTS_IN_FLIGHT)
     process = workspace.start_subprocess("run", "job.yaml", api=api)
@@ -585,7 +585,7 @@ def test_kill_with_posts_in_flight(api: SandboxApi, workspace: Workspace, fault:
 
 @pytest.mark.long
 def test_kill_with_open_tasks(tmp_path: Path, workspace: Workspace) -> None:
-    """The next run collects the bundles first, and buys nothing again."""
+    """The next run collects the open tasks first and pays for nothing again."""
     with serve_api(tmp_path / "api.db", latency="fixed(2)") as api:
         process = workspace.start_subprocess("run", "job.yaml", api=api)
         try:
@@ -600,7 +600,7 @@ def test_kill_with_open_tasks(tmp_path: Path, workspace: Workspace) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("first", ["bulk", "single"])
 def test_switching_between_bulk_and_single(tmp_path: Path, workspace: Workspace, first: str) -> None:
-    """Tasks in flight are collected as what they are, however the job sends now."""
+    """Collects open tasks in the mode they were sent in, whatever the job's mode is now."""
     jobs: dict[str, dict[str, str]] = {"bulk": {"dispatch": f"{{bulk: {BULK_SIZE}}}"}, "single": {}}
     second = "single" if first == "bulk" else "bulk"
     with serve_api(tmp_path / "api.db", latency="fixed(30)") as api:
@@ -620,7 +620,7 @@ def test_switching_between_bulk_and_single(tmp_path: Path, workspace: Workspace,
 
 @pytest.mark.long
 def test_bulk_answer_uses_columns_of_its_job(tmp_path: Path, workspace: Workspace) -> None:
-    """Whichever job of the same ledger collects it."""
+    """Evaluates an answer by the columns of the job that sent it, whichever job of the ledger collects it."""
     workspace.write_job(ledger="shared.db", dispatch=f"{{bulk: {BULK_SIZE}}}")
     with serve_api(tmp_path / "api.db", latency="fixed(30)", hit_rate=1.0) as api:
         workspace.submit_without_collecting(api)
@@ -634,7 +634,7 @@ def test_bulk_answer_uses_columns_of_its_job(tmp_path: Path, workspace: Workspac
 
 @pytest.mark.long
 def test_summaries_match_bill_under_faults(tmp_path: Path, workspace: Workspace) -> None:
-    """Receipts, and what the doubts cost, are the vendor's bill; every run is sold once."""
+    """The summaries plus the unconfirmed costs equal the API's bill; every run is sold once."""
     faults = tuple(
         map(Fault.parse, ["reset-after=0.15", "post:error-before=0.1", "post:rate-limit-bare=0.2", "broken-json=0.1"])
     )
@@ -652,12 +652,12 @@ def test_summaries_match_bill_under_faults(tmp_path: Path, workspace: Workspace)
     assert spent + in_doubt_rows == pytest.approx(audit["credits_charged"])
 
 
-# People
+# Personal data
 
 
 @pytest.mark.long
 def test_forget_erases_unaligned_task(tmp_path: Path, workspace: Workspace) -> None:
-    """The answer of a task whose rows can't be told apart names them all."""
+    """Erases the whole answer of a task whose rows can't be told apart, because it has all names."""
     workspace.write_leads(make_leads(BULK_SIZE))
     with serve_api(tmp_path / "api.db", bulk_data="hits", hit_rate=0.8, shape="flat") as api:
         workspace.run_job(api)
@@ -674,7 +674,7 @@ def test_forget_erases_unaligned_task(tmp_path: Path, workspace: Workspace) -> N
 
 @pytest.mark.long
 def test_forget_keeps_other_rows_of_task(api: SandboxApi, workspace: Workspace) -> None:
-    """Where each row has its own answer, hers alone is erased."""
+    """Erases only the forgotten lead's answer when each row has its own."""
     workspace.run_job(api)
     before = {row["First Name"]: row["work_email"] for row in workspace.read_output()}
     name = next(name for name, email in before.items() if email)
@@ -689,7 +689,7 @@ def test_forget_keeps_other_rows_of_task(api: SandboxApi, workspace: Workspace) 
 
 @pytest.mark.long
 def test_purge_of_bulk_tasks(tmp_path: Path, workspace: Workspace) -> None:
-    """Also when the first of the task was asked again since."""
+    """Purges a bulk task, also when its first request was resent since."""
     with serve_api(tmp_path / "api.db", bulk_data="hits", hit_rate=0.8, shape="flat") as api:
         workspace.run_job(api)
         workspace.sql("UPDATE attempts SET settled_ms = settled_ms - 864000000")

@@ -1,4 +1,4 @@
-"""A clock that steps by hours: what the launcher does, and that no run is led astray by it, nor by a wrong `Date`."""
+"""Steps of the local clock by hours, and wrong `Date` headers: the test clock itself, and runs that stay correct."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ each_clock_step = pytest.mark.parametrize("hours", [30, 2, -2, -30])
 
 
 def test_clock_steps_both_ways(tmp_path: Path) -> None:
-    """The time is off by what the file says now; without a file it is right."""
+    """Shifts the time by the file's current offset; without a file there is no shift."""
     path = tmp_path / "clock"
     clock = SteppingClock(path)
     assert abs(clock.time() - time.time()) < 60
@@ -34,7 +34,7 @@ def test_clock_steps_both_ways(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_program_runs_with_stepping_clock(api: SandboxApi, workspace: Workspace) -> None:
-    """The ledger's times are the clock's, if it is off by little; arguments and exit code pass through."""
+    """Runs the program with shifted times in the ledger; arguments and exit code pass through."""
     workspace.write_leads(make_leads(3))
     (workspace.folder / "clock").write_text("-240")
     process = start_with_clock(workspace, api, workspace.folder / "clock")
@@ -61,7 +61,7 @@ def submitted_count(workspace: Workspace) -> int:
 def assert_run_completes(
     workspace: Workspace, api: SandboxApi, hours: float | None, *options: str
 ) -> dict[str, object]:
-    """Run the job, stepping the clock once all is submitted, if by any hours; every lead must get its answer."""
+    """Run the job; step the clock after all submits if `hours` is not 0; assert that every lead has its answer."""
     clock = workspace.folder / "clock"
     process = start_with_clock(workspace, api, clock, *options)
     if hours is not None:
@@ -77,7 +77,7 @@ def assert_run_completes(
 @pytest.mark.long
 @each_clock_step
 def test_clock_step_with_flickering_task(tmp_path: Path, workspace: Workspace, hours: float) -> None:
-    """A task that is not known for some seconds is no older for a clock that stepped, and patience is no shorter."""
+    """A clock step makes no flickering task older and shortens no timeout."""
     workspace.write_leads(make_leads(LEADS))
     with serve_api(tmp_path / "api.db", latency="fixed(3)") as api:
         api.inject_fault("flickering-task", LEADS, "post", seconds=4)
@@ -88,7 +88,7 @@ def test_clock_step_with_flickering_task(tmp_path: Path, workspace: Workspace, h
 @pytest.mark.long
 @each_clock_step
 def test_clock_step_between_runs(tmp_path: Path, workspace: Workspace, hours: float) -> None:
-    """What an earlier run left is fetched, though it seems to be of tomorrow, or long gone, and flickers."""
+    """Collects a task of an earlier run that flickers and seems to be of tomorrow or of long ago."""
     workspace.write_leads(make_leads(LEADS))
     with serve_api(tmp_path / "api.db", latency="fixed(6)") as api:
         api.inject_fault("flickering-task", LEADS, "post", seconds=3)
@@ -101,7 +101,7 @@ def test_clock_step_between_runs(tmp_path: Path, workspace: Workspace, hours: fl
 @pytest.mark.parametrize("age", [0, 93_600])
 @pytest.mark.parametrize("hours", [26, -26])
 def test_wrong_date_headers(tmp_path: Path, workspace: Workspace, hours: int, age: int) -> None:
-    """An answer with a wrong `Date`, alone or of a cache with its age, writes no task off that flickers."""
+    """A wrong `Date`, alone or from a cache with its `Age`, expires no flickering task."""
     workspace.write_leads(make_leads(LEADS))
     with serve_api(tmp_path / "api.db", latency="fixed(2)") as api:
         api.inject_fault("flickering-task", LEADS, "post", seconds=3)
@@ -112,7 +112,7 @@ def test_wrong_date_headers(tmp_path: Path, workspace: Workspace, hours: int, ag
 
 @pytest.mark.long
 def test_clock_step_during_retry_after(tmp_path: Path, workspace: Workspace) -> None:
-    """A `Retry-After` date is measured by the clock of the answer that has it, not by ours."""
+    """Measures a `Retry-After` date by the clock of its own response, not by the local clock."""
     workspace.write_leads(make_leads(LEADS))
     (workspace.folder / "clock").write_text(str(-7 * 3600))
     with serve_api(tmp_path / "api.db", latency="fixed(1)") as api:

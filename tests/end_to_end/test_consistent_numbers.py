@@ -1,4 +1,4 @@
-"""Whatever a job lives through, all that tell of it say the same: receipts, status, runs, report, metrics, bill."""
+"""All numbers about a job agree: summaries, status, runs, report, metrics, bill."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ RUN_OPTIONS: tuple[list[str], ...] = (
 @pytest.mark.long
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(1, 5))])
 def test_numbers_agree_over_runs(tmp_path: Path, workspace: Workspace, seed: int) -> None:
-    """Some nights of a job with an odd setting, with leads that come and go, failures, free and charged, and prices."""
+    """Numbers agree over several runs with unusual settings, changing leads, free and charged failures, and prices."""
     choose = random.Random(seed)
     settings = replace(INSTANT_API, failure_rate=0.3, free_failures=0.5, hit_rate=0.6, charge_misses=seed % 2 == 0)
     workspace.write_job(report="{by: Note}", metrics="job.prom", **JOB_VARIANTS[seed])
@@ -52,13 +52,13 @@ def test_numbers_agree_over_runs(tmp_path: Path, workspace: Workspace, seed: int
 
 @pytest.mark.long
 def test_numbers_agree_after_kill(tmp_path: Path, workspace: Workspace) -> None:
-    """What it bought is told by all once the next night has fetched it."""
+    """Numbers include what a killed run bought, once the next run has collected it."""
     workspace.write_leads(make_leads(40))
     workspace.write_job(report="{by: Note}", metrics="job.prom")
     with serve_api(tmp_path / "api.db", replace(INSTANT_API, latency="fixed(1)")) as api:
-        night = workspace.start_subprocess("run", "job.yaml", api=api)
+        process = workspace.start_subprocess("run", "job.yaml", api=api)
         wait_until(lambda: workspace.ledger_path.exists() and _submitted_count(workspace) == 40)
-        kill_process(night)
+        kill_process(process)
         assert workspace.run_in_process("run", "job.yaml", "--retry", "in_doubt", api=api).exit_code == 0
         _assert_numbers_agree(workspace, api)
 
@@ -69,40 +69,40 @@ def _submitted_count(workspace: Workspace) -> int:
 
 
 def _assert_numbers_agree(workspace: Workspace, api: SandboxApi) -> None:
-    def told(*arguments: str) -> dict[str, Any]:
+    def json_output(*arguments: str) -> dict[str, Any]:
         result = workspace.run_in_process(*arguments, "--json", api=api)
         assert result.exit_code == 0, result.stderr
         return result.json_output
 
-    status, runs = told("status", "job.yaml"), told("runs", "job.yaml")
-    report, now = told("report", "job.yaml"), told("collect", "job.yaml", "--partial")
-    bill, waterfall, nights = api.audit(), report["waterfall"], report["nights"]
+    status, runs = json_output("status", "job.yaml"), json_output("runs", "job.yaml")
+    report, now = json_output("report", "job.yaml"), json_output("collect", "job.yaml", "--partial")
+    audit, waterfall, report_runs = api.audit(), report["waterfall"], report["nights"]
 
-    # The money: of the ledger, of the nights, of the waterfall, of the metrics, of the page, and of the API itself.
+    # The credits: of the ledger, the runs, the waterfall, the metrics, the page, and the API.
     for spent in (
         runs["totals"]["credits_spent"],
         report["credits_spent"],
         waterfall["spent"],
-        sum(night["credits_spent"] for night in nights),
+        sum(run["credits_spent"] for run in report_runs),
         sum(each["credits"] for each in waterfall["providers"]) + waterfall["elsewhere"],
         _gauge(workspace, "enrich_ledger_credits_spent"),
-        bill["credits_charged"],
+        audit["credits_charged"],
     ):
         assert spent == pytest.approx(status["credits_spent"], abs=1e-6)
-    assert runs["totals"]["submitted"] == sum(night["submitted"] for night in nights) == bill["accepted"]
-    assert waterfall["found"] == sum(night["found"] for night in nights)
+    assert runs["totals"]["submitted"] == sum(run["submitted"] for run in report_runs) == audit["accepted"]
+    assert waterfall["found"] == sum(run["found"] for run in report_runs)
 
-    # Each night: its receipt, and what is told of it afterwards.
-    for execution, run_number in zip(status["executions"], reversed(nights), strict=True):
-        assert execution["credits_spent"] == run_number["credits_spent"]
+    # Each run: its summary, and what other commands show of it.
+    for execution, report_run in zip(status["executions"], reversed(report_runs), strict=True):
+        assert execution["credits_spent"] == report_run["credits_spent"]
         summary = execution["receipt"]
         if summary is None:
-            assert run_number["outcome"] == "killed"
+            assert report_run["outcome"] == "killed"
             continue
         assert {name: summary[name] for name in SHARED_NUMBERS} == {name: execution[name] for name in SHARED_NUMBERS}
-        assert summary["answers"] == sum(run_number[state] for state in ("found", "not_found", "failed", "expired"))
-        assert (summary["cost_per_hit"] or 0) * run_number["found"] == pytest.approx(
-            summary["credits_spent"] if run_number["found"] else 0, abs=1e-4
+        assert summary["answers"] == sum(report_run[state] for state in ("found", "not_found", "failed", "expired"))
+        assert (summary["cost_per_hit"] or 0) * report_run["found"] == pytest.approx(
+            summary["credits_spent"] if report_run["found"] else 0, abs=1e-4
         )
         if summary["answers"]:
             stats = sum(each["credits"] for each in summary["providers"]) + summary["credits_elsewhere"]

@@ -1,4 +1,4 @@
-"""The disk under a run: full, read-only, damaged, gone. Told, never guessed; nothing is sent that is not remembered."""
+"""The disk is full, read-only, damaged or removed: a run reports it, and sends nothing that it cannot record."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from tests.support.ledger import CommittingLedger
 from tests.support.workspace import ProgramResult, SandboxApi, Workspace, make_leads, serve_api, wait_until
 
 OLD_OUTPUT = "the output of an older night\n"
-MAX_POSTS_IN_FLIGHT = 64  # the most that may be in doubt when the ledger can't remember any more
+MAX_POSTS_IN_FLIGHT = 64  # the most requests in doubt when the ledger can't be written any more
 
 
 def run_with_file_limit(workspace: Workspace, api: SandboxApi, max_file_bytes: int, *arguments: str) -> ProgramResult:
-    """Run the program where no file grows beyond `room` bytes, as on a full disk."""
+    """Run the program where no file grows beyond `max_file_bytes`, as on a full disk."""
     return workspace.run_subprocess(*arguments, api=api, max_file_bytes=max_file_bytes)
 
 
 def assert_exit(result: ProgramResult, code: int, *messages: str) -> dict[str, Any]:
-    """Expect an exit: its code here and in the JSON object, these words on stderr, a hint, no trace."""
+    """Assert an exit: its code, also in the JSON object, these words on stderr, a hint, no traceback."""
     assert result.exit_code == code, result.stderr
     assert result.json_output["exit_code"] == code
     assert "Traceback" not in result.stderr
@@ -39,14 +39,14 @@ def assert_exit(result: ProgramResult, code: int, *messages: str) -> dict[str, A
 
 
 def known_task_count(workspace: Workspace) -> int:
-    """Count the tasks whose id the ledger has."""
+    """Count the tasks whose id is in the ledger."""
     with closing(sqlite3.connect(workspace.ledger_path)) as db:
         count: int = db.execute("SELECT count(*) FROM attempts WHERE task_id IS NOT NULL").fetchone()[0]
     return count
 
 
 def assert_resumes(workspace: Workspace, api: SandboxApi, leads: int) -> None:
-    """Run again where there is room: every lead is answered or in doubt, and nothing was bought twice."""
+    """Run again with enough space; assert that every lead is answered or in doubt, and none is paid twice."""
     summary = workspace.run_job(api)
     audit = api.audit()
     rows = workspace.read_output()
@@ -54,10 +54,10 @@ def assert_resumes(workspace: Workspace, api: SandboxApi, leads: int) -> None:
     assert (summary.pending, len(rows)) == (0, leads)
     assert (summary.in_doubt or 0) <= MAX_POSTS_IN_FLIGHT
     assert (audit["paid_twice"], audit["accepted_more_than_once"]) == (0, 0)
-    told_tasks = {row["enrich_task_id"] for row in rows}
+    reported_tasks = {row["enrich_task_id"] for row in rows}
     in_doubt = {row["First Name"] for row in rows if row["enrich_status"] == "in_doubt"}
     for run in audit["runs"]:
-        assert run["params"]["first_name"] in in_doubt or set(run["task_ids"]) <= told_tasks
+        assert run["params"]["first_name"] in in_doubt or set(run["task_ids"]) <= reported_tasks
     assert workspace.run_in_process("ledger", "check", "job.yaml").exit_code == 0
 
 
@@ -66,7 +66,7 @@ def assert_resumes(workspace: Workspace, api: SandboxApi, leads: int) -> None:
 
 @pytest.mark.long
 def test_disk_full_during_run_is_exit_1(api: SandboxApi, workspace: Workspace) -> None:
-    """Once the ledger can't remember, nothing is sent any more; with room again the run goes on."""
+    """Stops sending when the ledger can't be written; resumes when there is space."""
     workspace.write_leads(make_leads(150))
     (workspace.folder / "out.csv").write_text(OLD_OUTPUT)
 
@@ -82,7 +82,7 @@ def test_disk_full_during_run_is_exit_1(api: SandboxApi, workspace: Workspace) -
 
 @pytest.mark.long
 def test_disk_full_at_start(api: SandboxApi, workspace: Workspace) -> None:
-    """No ledger can be made: refused before anything is sent, and no half of one stays in the way."""
+    """Refuses before anything is sent when no ledger can be made, and leaves no partial one behind."""
     workspace.write_leads(make_leads(5))
 
     result = run_with_file_limit(workspace, api, 8_000, "run", "job.yaml", "--json")
@@ -94,8 +94,8 @@ def test_disk_full_at_start(api: SandboxApi, workspace: Workspace) -> None:
 
 @pytest.mark.parametrize("name", ["out.csv", pytest.param("out.parquet", marks=pytest.mark.long)])
 def test_disk_full_while_writing_output(api: SandboxApi, workspace: Workspace, name: str) -> None:
-    """Told with the way out; `collect` writes it without paying when there is room."""
-    # Room that the ledger's journal never needs, however many commits a slow machine makes.
+    """Names the fix; `collect` writes the output without paying when there is space."""
+    # More than the ledger's journal needs, however many commits a slow machine makes.
     room = 3_000_000
     leads = [
         [*lead[:4], random.Random(number).randbytes(4_000).hex()] for number, lead in enumerate(make_leads(10) * 100)
@@ -119,12 +119,12 @@ def test_disk_full_while_writing_output(api: SandboxApi, workspace: Workspace, n
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-@pytest.mark.parametrize("what", ["file", "folder"])
-def test_unwritable_ledger_is_exit_5(api: SandboxApi, workspace: Workspace, what: str) -> None:
-    """Seen before anything is sent."""
+@pytest.mark.parametrize("target", ["file", "folder"])
+def test_unwritable_ledger_is_exit_5(api: SandboxApi, workspace: Workspace, target: str) -> None:
+    """Refuses before anything is sent."""
     workspace.write_leads(make_leads(3))
     Ledger(workspace.ledger_path).close()
-    place, mode = (workspace.ledger_path, 0o400) if what == "file" else (workspace.ledger_path.parent, 0o500)
+    place, mode = (workspace.ledger_path, 0o400) if target == "file" else (workspace.ledger_path.parent, 0o500)
     place.chmod(mode)
 
     result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
@@ -136,7 +136,7 @@ def test_unwritable_ledger_is_exit_5(api: SandboxApi, workspace: Workspace, what
 
 
 def test_unwritable_wal_is_exit_5(api: SandboxApi, workspace: Workspace) -> None:
-    """What binds root as well: a folder in the journal's place."""
+    """A folder in the journal's place stops root as well."""
     workspace.write_leads(make_leads(3))
     Ledger(workspace.ledger_path).close()
     workspace.ledger_path.with_name("job.db-wal").mkdir()
@@ -151,29 +151,29 @@ def test_unwritable_wal_is_exit_5(api: SandboxApi, workspace: Workspace) -> None
 
 
 def truncate(content: bytearray) -> None:
-    """Lose the second half."""
+    """Cut off the second half."""
     del content[len(content) // 2 :]
 
 
 def clear(content: bytearray) -> None:
-    """Lose everything."""
+    """Remove all content."""
     content.clear()
 
 
 def corrupt_pages(content: bytearray) -> None:
-    """Find noise where the newest pages were: the file opens all the same."""
+    """Overwrite the newest pages with noise: the file still opens."""
     content[-12_288:-4_096] = random.Random(3).randbytes(8_192)
 
 
 def corrupt_header(content: bytearray) -> None:
-    """Find noise where the header was."""
+    """Overwrite the header with noise."""
     content[:100] = random.Random(3).randbytes(100)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("damage", [truncate, clear, corrupt_pages, corrupt_header])
 def test_damaged_ledger_is_exit_5(api: SandboxApi, workspace: Workspace, damage: Callable[[bytearray], None]) -> None:
-    """What it forgot would be paid for again: the way out is a backup, and it works."""
+    """Refuses a damaged ledger, whose lost leads would be charged again; a restored backup works."""
     workspace.write_leads(make_leads(60))
     workspace.run_job(api)
     workspace.run_in_process("ledger", "backup", "job.yaml", "copy.db")
@@ -194,7 +194,7 @@ def test_damaged_ledger_is_exit_5(api: SandboxApi, workspace: Workspace, damage:
 
 
 def test_backup_beside_stale_wal_is_refused(tmp_path: Path) -> None:
-    """SQLite plays the killed run's journal into it: that is seen before anything is sent."""
+    """Refuses before anything is sent: SQLite would apply the killed run's journal to the backup."""
     ledger = CommittingLedger.open(tmp_path / "job.db").start_and_enroll(*range(300))
     with closing(LedgerVerifier(ledger.path)) as records:
         records.backup(tmp_path / "copy.db")
@@ -211,7 +211,7 @@ def test_backup_beside_stale_wal_is_refused(tmp_path: Path) -> None:
 
 
 def test_newer_ledger_is_unchanged(api: SandboxApi, workspace: Workspace) -> None:
-    """Refused by every command that opens it, to the byte the same afterwards."""
+    """Every command refuses a newer ledger and leaves it unchanged, byte for byte."""
     workspace.write_leads(make_leads(2))
     workspace.run_job(api)
     with closing(sqlite3.connect(workspace.ledger_path)) as db:
@@ -226,7 +226,7 @@ def test_newer_ledger_is_unchanged(api: SandboxApi, workspace: Workspace) -> Non
 
 
 def test_kill_during_ledger_creation(api: SandboxApi, workspace: Workspace) -> None:
-    """What a kill left of a ledger that was being made is no ledger, and in nobody's way."""
+    """A partial ledger left by a kill does not count as a ledger and blocks no run."""
     workspace.write_leads(make_leads(2))
     workspace.ledger_path.parent.mkdir()
     part = workspace.ledger_path.with_name(".job.db.new")
@@ -238,12 +238,12 @@ def test_kill_during_ledger_creation(api: SandboxApi, workspace: Workspace) -> N
     assert not part.exists()
 
 
-# Gone
+# Removed
 
 
 @pytest.mark.long
 def test_output_folder_removed(tmp_path: Path, workspace: Workspace) -> None:
-    """Removed while the run was at work it is made again; removed afterwards, `collect` makes it again."""
+    """The run makes a removed output folder again; `collect` does so after the run."""
     workspace.write_leads(make_leads(5))
     workspace.write_job(output="out/out.csv")
     with serve_api(tmp_path / "api.db", latency="fixed(1)") as api:

@@ -1,4 +1,4 @@
-"""The documents are true: what they show is run, what they name is there."""
+"""The documents are correct: their commands run as shown, and the names in them exist."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: 
 
 
 def keys_of_a_job() -> set[str]:
-    """All keys that a job file may have, at any depth."""
+    """Return all keys of a job file, at any depth."""
     schema = JobModel.model_json_schema()
     models = [schema, *schema["$defs"].values()]
     return {key for model in models for key in model["properties"]}
 
 
 def parse_command_line(arguments: list[str]) -> None:
-    """Read arguments as the command line does; raises click.UsageError for a command or an option that is not there."""
+    """Parse arguments as the command line does; raises click.UsageError for an unknown command or option."""
     command: click.Command = cli
     while isinstance(command, click.Group) and arguments:
         name, *arguments = arguments
@@ -53,14 +53,14 @@ def parse_command_line(arguments: list[str]) -> None:
 @pytest.mark.long
 @in_turn("document", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
 def test_console_blocks_match_output(document: Path, tmp_path: Path) -> None:
-    """Every `$ command` runs in a fresh checkout, in the document's order, and prints what stands below it."""
+    """Every `$ command` runs in a fresh checkout, in the document's order, and prints the output below it."""
     shown = document.read_text(encoding="utf-8").count("\n$ ")
     assert check_console(document, make_checkout(tmp_path)) == shown
 
 
 @each_document
 def test_documented_jobs_load(document: Path, tmp_path: Path) -> None:
-    """Every block that is a whole job file is a right one; parts of one have keys that there are."""
+    """Every block with a whole job file is valid; partial ones have only existing keys."""
     for number, block in enumerate(fenced_blocks(document, "yaml")):
         if re.search(r"^version:", block, re.MULTILINE):
             path = tmp_path / f"job{number}.yaml"
@@ -73,7 +73,7 @@ def test_documented_jobs_load(document: Path, tmp_path: Path) -> None:
 
 
 def test_shipped_jobs_load() -> None:
-    """The examples' jobs and those of `jobs/` are right."""
+    """The jobs of the examples and of `jobs/` are valid."""
     jobs = [*(ROOT / "jobs").glob("*.yaml"), *(ROOT / "examples" / "jobs").glob("*.yaml")]
     assert len(jobs) >= 4
     for job in jobs:
@@ -81,7 +81,7 @@ def test_shipped_jobs_load() -> None:
 
 
 def test_all_job_keys_are_documented() -> None:
-    """No key of the job file is unknown to the documents."""
+    """The documents mention every key of the job file."""
     shown = "\n".join(map(code_text, DOCUMENTS))
     alone = {key for path in re.findall(r"^[\w.]+$", shown, re.MULTILINE) for key in path.split(".")}
     assert keys_of_a_job() - alone - set(re.findall(r"(\w+):", shown)) == set()
@@ -89,7 +89,7 @@ def test_all_job_keys_are_documented() -> None:
 
 @each_document
 def test_documented_commands_exist(document: Path) -> None:
-    """Every `enrich …` in a block or in a sentence names a command and options that exist."""
+    """Every `enrich …` in a block or a sentence has an existing command and options."""
     wrong = []
     for arguments in enrich_invocations(code_text(document)):
         try:
@@ -100,7 +100,7 @@ def test_documented_commands_exist(document: Path) -> None:
 
 
 def test_unknown_commands_are_detected() -> None:
-    """The check itself: wrong commands and options are told, in all the forms in which documents show them."""
+    """The check detects wrong commands and options in all forms that documents use."""
     shown = (
         "enrich rnu job\nX=y enrich run job --max-tiem 5h | tee x\n15 2 * * * K=/k /opt/bin/enrich ledger chekc J; ls"
     )
@@ -113,7 +113,7 @@ def test_unknown_commands_are_detected() -> None:
 
 @in_turn("document", ALL_DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_resolve(document: Path) -> None:
-    """Relative links point to files that are there, and to headings that they have."""
+    """Relative links point to existing files and headings."""
     for link in relative_links(document):
         name, _, heading = link.partition("#")
         target = (document.parent / name).resolve() if name else document

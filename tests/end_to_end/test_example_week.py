@@ -1,4 +1,4 @@
-"""The week of `examples/week.py`: seven nights whose receipts are the vendor's bill."""
+"""The week of `examples/week.py`: the summaries of seven runs equal the API's bill."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(400)]
 
 
 def test_week_summaries_match_bill(tmp_path: Path) -> None:
-    """Every credit of seven nights is in a receipt or was in doubt, and nothing is paid twice unasked."""
+    """Every credit of seven runs is in a summary or was in doubt; nothing is paid twice without `--retry`."""
     result = subprocess.run(
         [sys.executable, WEEK, "--folder", tmp_path], capture_output=True, text=True, timeout=380, check=False
     )

@@ -1,4 +1,4 @@
-"""Every exit code of the contract: when it comes, what it says, whether the output was written, what it cost."""
+"""Every exit code: when it occurs, its message, whether the output is written, and what it costs."""
 
 from __future__ import annotations
 
@@ -41,20 +41,20 @@ OLD_OUTPUT = "the output of an older night\n"
 
 @pytest.fixture
 def old_output(workspace: Workspace) -> Path:
-    """Put an output there that only a finished execution may replace."""
+    """Write an output that only a finished execution may replace."""
     path = workspace.folder / "out.csv"
     path.write_text(OLD_OUTPUT)
     return path
 
 
 def use_short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give the program, run in this process, the patience of `AWAY`."""
+    """Run the program in this process with the timeouts `AWAY`."""
     values = tuple(getattr(AWAY, name) for name in Timeouts.__dataclass_fields__)
     monkeypatch.setattr(Timeouts.__init__, "__defaults__", values)
 
 
 def assert_exit(result: ProgramResult, code: int, *messages: str) -> dict[str, Any]:
-    """Expect an exit: its code, one JSON object that agrees, an error on stderr with these words, no traceback."""
+    """Assert an exit: its code, one JSON object that agrees, these words in an error on stderr, no traceback."""
     assert result.exit_code == code, result.stderr
     assert result.stdout.count("\n") == 1
     summary = result.json_output
@@ -70,7 +70,7 @@ def assert_exit(result: ProgramResult, code: int, *messages: str) -> dict[str, A
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "messages"),
     [
         (["run", "job.yaml", "--no-such-option"], ["--no-such-option"]),
         (["run", "nowhere.yaml"], ["nowhere.yaml", "no such job file"]),
@@ -85,18 +85,20 @@ def assert_exit(result: ProgramResult, code: int, *messages: str) -> dict[str, A
         (["run", "job.yaml", "--output", "out.docx"], ["out.docx", ".parquet"]),
     ],
 )
-def test_usage_error_is_exit_2(api: SandboxApi, workspace: Workspace, arguments: list[str], words: list[str]) -> None:
-    """What is wrong on the command line is named, and the JSON error is there all the same."""
+def test_usage_error_is_exit_2(
+    api: SandboxApi, workspace: Workspace, arguments: list[str], messages: list[str]
+) -> None:
+    """Names the error of the command line, and prints the JSON error."""
     workspace.write_leads(make_leads(1))
 
     result = workspace.run_in_process(*arguments, "--json", api=api)
 
-    assert_exit(result, 2, *words)
+    assert_exit(result, 2, *messages)
     assert api.audit()["accepted"] == 0
 
 
 @pytest.mark.parametrize(
-    ("replaced", "words"),
+    ("replaced", "messages"),
     [
         ({"waterfall": "email_geter"}, ["job.yaml:4", "email_geter", "did you mean `email_getter`?"]),
         ({"params": "{first_nam: First Name}"}, ["job.yaml:5", "first_nam", "did you mean `first_name`?"]),
@@ -119,8 +121,10 @@ def test_usage_error_is_exit_2(api: SandboxApi, workspace: Workspace, arguments:
         ({"params": "[unclosed"}, ["job.yaml:"]),
     ],
 )
-def test_job_error_is_exit_2(api: SandboxApi, workspace: Workspace, replaced: dict[str, str], words: list[str]) -> None:
-    """What is wrong in the job file is named with its line, its key and the nearest right name; nothing is sent."""
+def test_job_error_is_exit_2(
+    api: SandboxApi, workspace: Workspace, replaced: dict[str, str], messages: list[str]
+) -> None:
+    """Names the line, the key and the nearest valid name in the job file; sends nothing."""
     workspace.write_leads(make_leads(1))
     if replaced == {"input": "out.csv"}:
         workspace.write_leads(make_leads(1), name="out.csv")
@@ -128,14 +132,14 @@ def test_job_error_is_exit_2(api: SandboxApi, workspace: Workspace, replaced: di
 
     result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
 
-    assert_exit(result, 2, *words)
+    assert_exit(result, 2, *messages)
     assert "sk-123" not in result.stderr + result.stdout
     assert api.audit()["accepted"] == 0
 
 
 @pytest.mark.parametrize("base_url", ["http://api.databar.ai/v1", "ftp://api.databar.ai", "nonsense"])
 def test_insecure_base_url_is_exit_2(workspace: Workspace, base_url: str) -> None:
-    """The key travels over https or loopback only."""
+    """Sends the key over https or to loopback only."""
     workspace.write_leads(make_leads(1))
 
     result = workspace.run_in_process("run", "job.yaml", "--json", DATABAR_BASE_URL=base_url, DATABAR_API_KEY="key-77")
@@ -145,7 +149,7 @@ def test_insecure_base_url_is_exit_2(workspace: Workspace, base_url: str) -> Non
 
 
 def test_output_path_equal_to_ledger_is_exit_2(api: SandboxApi, workspace: Workspace) -> None:
-    """Written there, it would destroy the memory of what was paid for."""
+    """Refuses an output path that would overwrite the ledger."""
     workspace.write_job(ledger="memory.csv")
     workspace.write_leads(make_leads(2))
 
@@ -156,7 +160,7 @@ def test_output_path_equal_to_ledger_is_exit_2(api: SandboxApi, workspace: Works
 
 
 def test_wrong_base_path_is_exit_2(api: SandboxApi, workspace: Workspace) -> None:
-    """A wrong path in DATABAR_BASE_URL is named as what it is."""
+    """Reports that the path in DATABAR_BASE_URL is wrong."""
     workspace.write_leads(make_leads(1))
     other_server = replace(api, base_url=api.base_url.replace("/v1", "/v2"))
 
@@ -169,7 +173,7 @@ def test_wrong_base_path_is_exit_2(api: SandboxApi, workspace: Workspace) -> Non
 def test_waterfall_404_is_exit_2(
     api: SandboxApi, workspace: Workspace, old_output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A 404 to a POST is about the job, not the row: the run stops, and the rows stay to be asked."""
+    """A 404 to a POST concerns the job, not the row: the run stops and the rows stay pending."""
 
     def submit(*_: object) -> str:
         raise NotFoundError("Waterfall not found")
@@ -190,7 +194,7 @@ def test_waterfall_404_is_exit_2(
 
 
 def test_a_missing_key_is_exit_3(workspace: Workspace, old_output: Path) -> None:
-    """Without a key nothing starts, and the three places to put it are named."""
+    """Stops without a key and names the three places to put it."""
     workspace.write_leads(make_leads(1))
 
     result = workspace.run_in_process("run", "job.yaml", "--json", DATABAR_API_KEY="")
@@ -201,7 +205,7 @@ def test_a_missing_key_is_exit_3(workspace: Workspace, old_output: Path) -> None
 
 @pytest.mark.parametrize("status", ["401", "403"])
 def test_wrong_key_is_exit_3(tmp_path: Path, workspace: Workspace, old_output: Path, status: str) -> None:
-    """The API refuses the key: nothing was spent, and the key is in no message and no file."""
+    """The API rejects the key: nothing is spent, and the key is in no message or file."""
     workspace.write_leads(make_leads(1))
     with serve_api(tmp_path / "api.db", wrong_key=status) as api:
         wrong = replace(api, api_key="wrong-key-5c2")
@@ -224,7 +228,7 @@ def test_wrong_key_is_exit_3(tmp_path: Path, workspace: Workspace, old_output: P
 def test_key_revoked_during_run_is_exit_3(
     api: SandboxApi, workspace: Workspace, old_output: Path, scope: str, accepted: int
 ) -> None:
-    """A key that is withdrawn stops the run; what was bought is collected when there is a key again."""
+    """A revoked key stops the run; open tasks are collected when there is a valid key."""
     workspace.write_leads(make_leads(40))
     api.inject_fault("unauthorized", 100, scope)
 
@@ -244,7 +248,7 @@ def test_key_revoked_during_run_is_exit_3(
 
 
 def test_unreachable_api_is_exit_4(workspace: Workspace, old_output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unreachable at the start: no execution comes to be, nothing was spent, the old output stays."""
+    """Unreachable at the start: no execution is recorded, nothing is spent, the old output is kept."""
     use_short_timeouts(monkeypatch)
     workspace.write_leads(make_leads(1))
     unassigned = SandboxApi("http://127.0.0.1:9/v1", "key")
@@ -259,7 +263,7 @@ def test_unreachable_api_is_exit_4(workspace: Workspace, old_output: Path, monke
 
 
 def test_short_outage_at_start_is_retried(api: SandboxApi, workspace: Workspace) -> None:
-    """A short outage at the start is sat out."""
+    """Waits through a short outage at the start."""
     workspace.write_leads(make_leads(2))
     api.inject_fault("unavailable", 1, "all", seconds=0.4)
 
@@ -270,19 +274,19 @@ def test_short_outage_at_start_is_retried(api: SandboxApi, workspace: Workspace)
 
 @pytest.mark.parametrize("fault", first_quick(1, ["html", "error-before", "rate-limit-bare", "redirect"]))
 def test_failing_api_at_start_is_exit_4(api: SandboxApi, workspace: Workspace, fault: str) -> None:
-    """An API that answers nonsense is as good as none."""
+    """Treats invalid responses at the start as an unreachable API."""
     workspace.write_leads(make_leads(1))
     api.inject_fault(fault, 100, "me")
 
-    with pytest.raises(ApiUnreachable) as raised:
+    with pytest.raises(ApiUnreachable) as error:
         workspace.run_job(api, timing=AWAY)
 
-    assert raised.value.exit_code == 4
+    assert error.value.exit_code == 4
 
 
 @pytest.mark.long
 def test_outage_while_polling_is_exit_4(api: SandboxApi, workspace: Workspace) -> None:
-    """An outage in the middle: the output is written with the rest pending, and the next run collects it."""
+    """An outage in mid-run: writes the output with pending rows; the next run collects them."""
     workspace.write_leads(make_leads(20))
     api.inject_fault("unavailable", 1, "get", seconds=60)
 
@@ -299,7 +303,7 @@ def test_outage_while_polling_is_exit_4(api: SandboxApi, workspace: Workspace) -
 
 
 def test_failing_posts_are_exit_4(api: SandboxApi, workspace: Workspace) -> None:
-    """5xx to POSTs are doubts, each of them; the run stops making more of them and leaves."""
+    """Each 5xx to a POST leaves a request in doubt; the run stops sending and exits."""
     workspace.write_job(limits="{in_flight: 4}")
     workspace.write_leads(make_leads(100))
     api.inject_fault("error-before", 1000, "post", status=503)
@@ -316,7 +320,7 @@ def test_failing_posts_are_exit_4(api: SandboxApi, workspace: Workspace) -> None
 
 @pytest.mark.long
 def test_short_post_failure_recovers(api: SandboxApi, workspace: Workspace) -> None:
-    """Half a second of 5xx with the wire full is one bad moment: the pauses grow from a second, not from a minute."""
+    """Half a second of 5xx with many POSTs in flight counts once: pauses start at one second, not at a minute."""
     workspace.write_leads(make_leads(60))
     api.inject_fault("unavailable", 1, "post", seconds=0.5)
     started_at = time.monotonic()
@@ -330,7 +334,7 @@ def test_short_post_failure_recovers(api: SandboxApi, workspace: Workspace) -> N
 
 @pytest.mark.long
 def test_endless_429_is_exit_4(api: SandboxApi, workspace: Workspace) -> None:
-    """Being told to wait, again and again, is no good answer."""
+    """Repeated 429s count as an outage in the end."""
     workspace.write_leads(make_leads(5))
     api.inject_fault("rate-limit-bare", 100_000, "post")
 
@@ -343,7 +347,7 @@ def test_endless_429_is_exit_4(api: SandboxApi, workspace: Workspace) -> None:
 
 
 def test_a_missing_input_is_exit_5(api: SandboxApi, workspace: Workspace, old_output: Path) -> None:
-    """No file of leads: nothing is sent and the old output stays."""
+    """Without an input file, sends nothing and keeps the old output."""
     result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
 
     assert_exit(result, 5, "leads.csv")
@@ -351,7 +355,7 @@ def test_a_missing_input_is_exit_5(api: SandboxApi, workspace: Workspace, old_ou
 
 
 def test_insufficient_balance_is_exit_5(tmp_path: Path, workspace: Workspace, old_output: Path) -> None:
-    """Refused before anything is spent, with both amounts."""
+    """Refuses before anything is spent, with both amounts."""
     workspace.write_leads(make_leads(3))
     with serve_api(tmp_path / "api.db", balance=3.5) as api:
         result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
@@ -363,7 +367,7 @@ def test_insufficient_balance_is_exit_5(tmp_path: Path, workspace: Workspace, ol
 
 @pytest.mark.long
 def test_low_balance_without_new_requests(tmp_path: Path, workspace: Workspace) -> None:
-    """When all answers are in the ledger, an empty account does not matter."""
+    """An empty account does not matter when all answers are in the ledger."""
     workspace.write_leads(make_leads(3))
     state = tmp_path / "api.db"
     with serve_api(state, balance=11) as api:
@@ -377,7 +381,7 @@ def test_low_balance_without_new_requests(tmp_path: Path, workspace: Workspace) 
 
 
 def test_unwritable_output_is_exit_5(api: SandboxApi, workspace: Workspace) -> None:
-    """A folder in the output's place is seen before the first POST."""
+    """Finds a folder in the output's place before the first POST."""
     workspace.write_leads(make_leads(1))
     (workspace.folder / "out.csv").mkdir()
 
@@ -388,7 +392,7 @@ def test_unwritable_output_is_exit_5(api: SandboxApi, workspace: Workspace) -> N
 
 
 def test_not_a_ledger_is_exit_5(api: SandboxApi, workspace: Workspace) -> None:
-    """A ledger's place that is taken by something else is left alone."""
+    """Leaves another file in the ledger's place unchanged."""
     workspace.write_leads(make_leads(1))
     workspace.ledger_path.parent.mkdir()
     workspace.ledger_path.write_text("this is a diary, not a database, and longer than a header of SQLite is " * 3)
@@ -402,7 +406,7 @@ def test_not_a_ledger_is_exit_5(api: SandboxApi, workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_newer_ledger_is_exit_5(api: SandboxApi, workspace: Workspace) -> None:
-    """An older program does not touch what a newer one wrote."""
+    """Leaves a ledger of a newer version unchanged."""
     workspace.write_leads(make_leads(1))
     workspace.run_job(api)
     with sqlite3.connect(workspace.ledger_path) as db:
@@ -418,7 +422,7 @@ def test_newer_ledger_is_exit_5(api: SandboxApi, workspace: Workspace) -> None:
 
 
 def test_failed_rows_are_exit_10(tmp_path: Path, workspace: Workspace) -> None:
-    """The output is written and says which rows failed and why; tomorrow that is no news any more."""
+    """Writes the output with each failed row and its reason; the next run exits with 0."""
     workspace.write_leads(make_leads(30))
     with serve_api(tmp_path / "api.db", failure_rate=0.3, free_failures=0.0) as api:
         first = workspace.run_in_process("run", "job.yaml", "--json", api=api)
@@ -434,15 +438,15 @@ def test_failed_rows_are_exit_10(tmp_path: Path, workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_param_error_fails_row_only(api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A 400 that names a param is about that row: it failed at no cost, the others go on."""
+    """A 400 that names a param fails that row at no cost; the others continue."""
     submit = Databar.submit
 
-    def picky(self: Databar, order: Any, quirk: Any = None) -> str:
+    def reject_param(self: Databar, order: Any, quirk: Any = None) -> str:
         if order.rows[0]["first_name"] == "First3":
             raise ApiRefusal({"error": "INVALID_PARAMS", "rows": [{"position": 1, "fields": {"company": ["Bad."]}}]})
         return submit(self, order, quirk)
 
-    monkeypatch.setattr(Databar, "submit", picky)
+    monkeypatch.setattr(Databar, "submit", reject_param)
     workspace.write_leads(make_leads(6))
 
     summary = workspace.run_job(api)
@@ -456,15 +460,15 @@ def test_param_error_fails_row_only(api: SandboxApi, workspace: Workspace, monke
 
 
 def test_concurrent_run_is_exit_11(api: SandboxApi, workspace: Workspace, old_output: Path) -> None:
-    """One at a time: who comes second leaves at once and touches nothing."""
+    """A second run exits immediately and changes nothing."""
     workspace.write_leads(make_leads(1))
     with lock_ledger(workspace.ledger_path, 0):
         fails = workspace.run_in_process("run", "job.yaml", "--json", api=api)
-        skips = workspace.run_in_process("run", "job.yaml", "--json", "--if-locked", "skip", api=api)
+        skipped = workspace.run_in_process("run", "job.yaml", "--json", "--if-locked", "skip", api=api)
         waits = workspace.run_in_process("run", "job.yaml", "--json", "--if-locked", "wait=1s", api=api)
 
     assert_exit(fails, 11, "another execution", "--if-locked")
-    assert skips.exit_code == skips.json_output["exit_code"] == 0
+    assert skipped.exit_code == skipped.json_output["exit_code"] == 0
     assert_exit(waits, 11)
     assert old_output.read_text() == OLD_OUTPUT
     assert api.audit()["accepted"] == 0
@@ -472,18 +476,18 @@ def test_concurrent_run_is_exit_11(api: SandboxApi, workspace: Workspace, old_ou
 
 @pytest.mark.long
 def test_if_locked_wait(api: SandboxApi, workspace: Workspace) -> None:
-    """`--if-locked wait` starts when the first one is done."""
+    """`--if-locked wait` starts when the first run has ended."""
     workspace.write_leads(make_leads(1))
-    holding, release = threading.Event(), threading.Event()
+    lock_held, release = threading.Event(), threading.Event()
 
     def first() -> None:
         with lock_ledger(workspace.ledger_path, 0):
-            holding.set()
+            lock_held.set()
             release.wait(10)
 
     thread = threading.Thread(target=first)
     thread.start()
-    holding.wait(10)
+    lock_held.wait(10)
     threading.Timer(0.5, release.set).start()
 
     result = workspace.run_in_process("run", "job.yaml", "--json", "--if-locked", "wait", api=api)
@@ -494,7 +498,7 @@ def test_if_locked_wait(api: SandboxApi, workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_lock_released_by_killed_process(api: SandboxApi, workspace: Workspace) -> None:
-    """A killed execution locks nobody out."""
+    """A killed run does not keep the lock."""
     workspace.write_leads(make_leads(1))
     api.inject_fault("silence-before")
     process = workspace.start_subprocess("run", "job.yaml", api=api)
@@ -510,7 +514,7 @@ def test_lock_released_by_killed_process(api: SandboxApi, workspace: Workspace) 
 
 
 def test_cap_reached_is_exit_12(api: SandboxApi, workspace: Workspace) -> None:
-    """Never more than `--max-credits`, what is in flight included; the rest is pending and bought another night."""
+    """Never exceeds `--max-credits`, running tasks included; a later run buys the pending rows."""
     workspace.write_leads(make_leads(20))
 
     result = workspace.run_in_process("run", "job.yaml", "--json", "--max-credits", "8", api=api)
@@ -535,7 +539,7 @@ def test_zero_cap_sends_nothing(api: SandboxApi, workspace: Workspace) -> None:
 
 
 def test_out_of_credits_is_exit_12(tmp_path: Path, workspace: Workspace) -> None:
-    """406 from the API stops the buying; topped up, the next run goes on where this one stopped."""
+    """406 from the API stops sending; after a top-up the next run resumes there."""
     workspace.write_leads(make_leads(30))
     with serve_api(tmp_path / "api.db", balance=15) as api:
         result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
@@ -555,7 +559,7 @@ def test_out_of_credits_is_exit_12(tmp_path: Path, workspace: Workspace) -> None
 
 
 def test_max_time_is_exit_13(tmp_path: Path, workspace: Workspace) -> None:
-    """`--max-time` ends the run with the output written; what was bought is collected by the next one."""
+    """`--max-time` ends the run with the output written; the next run collects the open tasks."""
     workspace.write_leads(make_leads(5))
     state = tmp_path / "api.db"
     with serve_api(state, latency="fixed(30)") as api:
@@ -575,7 +579,7 @@ def test_max_time_is_exit_13(tmp_path: Path, workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_max_time_waits_for_posts_in_flight(tmp_path: Path, workspace: Workspace) -> None:
-    """What is on the wire when the time is over is waited for, as after a signal."""
+    """Waits for POSTs in flight when the time is over, as after a signal."""
     workspace.write_leads(make_leads(4))
     with serve_api(tmp_path / "api.db", faults=(Fault.parse("post:slow=1,seconds=4"),)) as api:
         summary = workspace.run_job(api, RunOptions(max_time_s=2.5))
@@ -585,7 +589,7 @@ def test_max_time_waits_for_posts_in_flight(tmp_path: Path, workspace: Workspace
 
 @pytest.mark.long
 def test_max_time_applies_to_earlier_tasks(tmp_path: Path, workspace: Workspace) -> None:
-    """Collecting what is outstanding counts as well: a slow API does not stretch the window."""
+    """Collecting earlier tasks counts as well: a slow API does not extend the time."""
     workspace.write_leads(make_leads(20))
     with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
         workspace.submit_without_collecting(api)
@@ -599,7 +603,7 @@ def test_max_time_applies_to_earlier_tasks(tmp_path: Path, workspace: Workspace)
 
 @pytest.mark.long
 def test_run_within_max_time_is_exit_0(api: SandboxApi, workspace: Workspace) -> None:
-    """A run that is done before its time is over is a success."""
+    """A run that finishes in time exits with 0."""
     workspace.write_leads(make_leads(5))
 
     result = workspace.run_in_process("run", "job.yaml", "--json", "--max-time", "1m", api=api)
@@ -609,7 +613,7 @@ def test_run_within_max_time_is_exit_0(api: SandboxApi, workspace: Workspace) ->
 
 @pytest.mark.long
 def test_task_timeout_is_exit_13(tmp_path: Path, workspace: Workspace) -> None:
-    """A task that hangs no longer holds the run: the rest is written, the next run asks it first."""
+    """A task that takes too long does not block the run: the rest is written, and the next run polls it first."""
     workspace.write_job(policy="{patience: 1s}")
     workspace.write_leads(make_leads(3))
     with serve_api(tmp_path / "api.db", latency="fixed(300)") as api:
@@ -630,7 +634,7 @@ def test_task_timeout_is_exit_13(tmp_path: Path, workspace: Workspace) -> None:
     first_quick(3, ["no-task-id", "error-after", "html-200", "broken-json", "wrong-json", "reset-after", "lost-task"]),
 )
 def test_in_doubt_is_exit_14(api: SandboxApi, workspace: Workspace, fault: str) -> None:
-    """Nobody can tell whether it was charged: the row says so, and it is not asked again by itself, ever."""
+    """The charge is unknown: the row has a note, and the request is never resent automatically."""
     workspace.write_leads(make_leads(4))
     api.inject_fault(fault)
 
@@ -648,7 +652,7 @@ def test_in_doubt_is_exit_14(api: SandboxApi, workspace: Workspace, fault: str) 
 
 @pytest.mark.long
 def test_summary_explains_in_doubt(api: SandboxApi, workspace: Workspace) -> None:
-    """The receipt on stderr says what a person may do."""
+    """The summary on stderr names the user's options."""
     workspace.write_leads(make_leads(2))
     api.inject_fault("no-task-id")
 
@@ -661,7 +665,7 @@ def test_summary_explains_in_doubt(api: SandboxApi, workspace: Workspace) -> Non
 @pytest.mark.long
 @pytest.mark.parametrize("fault", ["rate-limit", "rate-limit-date", "redirect"])
 def test_rejected_post_is_resent(api: SandboxApi, workspace: Workspace, fault: str) -> None:
-    """What provably was not accepted is simply sent again."""
+    """Resends what was certainly not accepted."""
     workspace.write_leads(make_leads(3))
     api.inject_fault(fault, 2, "post")
 
@@ -677,7 +681,7 @@ def test_rejected_post_is_resent(api: SandboxApi, workspace: Workspace, fault: s
 def run_and_signal(
     workspace: Workspace, api: SandboxApi, number: signal.Signals, ready: Callable[[], bool]
 ) -> tuple[ProgramResult, float]:
-    """Start the program, send it a signal once it is `ready`, tell how it ended and after how many seconds."""
+    """Start the program, send a signal once it is `ready`; return how it ended and after how many seconds."""
     process = workspace.start_subprocess("run", "job.yaml", "--json", api=api)
     wait_until(ready)
     started_at = time.monotonic()
@@ -698,7 +702,7 @@ def run_and_signal(
 def test_signal_stops_run_cleanly(
     tmp_path: Path, workspace: Workspace, old_output: Path, number: signal.Signals, code: int
 ) -> None:
-    """No new POST, every answer on the wire is written down, the old output stays, the next run goes on."""
+    """Sends no new POST, records every answer in flight, keeps the old output; the next run resumes."""
     workspace.write_leads(make_leads(150))
     workspace.write_job(limits="{requests_per_second: 1000, in_flight: 60}")
     state = tmp_path / "api.db"
@@ -724,7 +728,7 @@ def test_signal_stops_run_cleanly(
 
 @pytest.mark.long
 def test_signal_with_silent_api(api: SandboxApi, workspace: Workspace) -> None:
-    """POSTs that are never answered are in doubt after the exit, which comes all the same."""
+    """Exits although POSTs are never answered; these are in doubt afterwards."""
     workspace.write_leads(make_leads(40))
     api.inject_fault("silence-after", 40)
     received: list[float] = []
@@ -749,7 +753,7 @@ def test_signal_with_silent_api(api: SandboxApi, workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_signal_collects_ready_results(tmp_path: Path, workspace: Workspace) -> None:
-    """Results that are there at the signal are written down before the exit."""
+    """Records results that are ready at the signal before the exit."""
     workspace.write_leads(make_leads(6))
     with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
         result, _ = run_and_signal(workspace, api, signal.SIGINT, lambda: _posts_accepted(api, 6))
@@ -768,14 +772,14 @@ def _posts_accepted(api: SandboxApi, accepted: int) -> bool:
 
 @pytest.mark.long
 def test_second_signal_exits_at_once(api: SandboxApi, workspace: Workspace, old_output: Path) -> None:
-    """Who presses Ctrl-C twice does not wait; the POST on the wire is in doubt at the next start."""
+    """A second Ctrl-C exits immediately; the POST in flight is in doubt at the next start."""
     workspace.write_leads(make_leads(1))
     api.inject_fault("silence-after")
     process = workspace.start_subprocess("run", "job.yaml", api=api)
     wait_until(lambda: api.audit()["faults"].get("silence-after", 0) == 1)
     started_at = time.monotonic()
 
-    while process.poll() is None:  # a busy machine may not have heard the first before the second comes
+    while process.poll() is None:  # on a busy machine the second signal may come before the first is handled
         process.send_signal(signal.SIGINT)
         time.sleep(0.3)
     process.communicate(timeout=90)
@@ -789,7 +793,7 @@ def test_second_signal_exits_at_once(api: SandboxApi, workspace: Workspace, old_
 
 @pytest.mark.long
 def test_signal_before_first_post(api: SandboxApi, workspace: Workspace, old_output: Path) -> None:
-    """Interrupted while the API is still being asked who we are: out at once."""
+    """Interrupted during the first requests for account and waterfall, exits immediately."""
     workspace.write_leads(make_leads(5))
     api.inject_fault("slow", 1, "me", seconds=20)
 
@@ -803,7 +807,7 @@ def test_signal_before_first_post(api: SandboxApi, workspace: Workspace, old_out
 
 @pytest.mark.long
 def test_signal_while_writing_output(api: SandboxApi, workspace: Workspace, old_output: Path) -> None:
-    """The half-written file goes, the old one stays, and the exit is quick however long the file is."""
+    """Removes the partial output, keeps the old one, and exits quickly however long the file is."""
     workspace.write_leads(make_leads(10) * 3_000)
     part = workspace.folder / ".job.enrich-part"
 
@@ -817,7 +821,7 @@ def test_signal_while_writing_output(api: SandboxApi, workspace: Workspace, old_
 
 @pytest.mark.long
 def test_signal_during_retry_after(api: SandboxApi, workspace: Workspace) -> None:
-    """An API that asks for an hour's pause does not keep the program from leaving."""
+    """A Retry-After of an hour does not delay the exit."""
     workspace.write_leads(make_leads(5))
     api.inject_fault("rate-limit", 100, "post", retry_after=3600)
 
@@ -833,7 +837,7 @@ def test_signal_during_retry_after(api: SandboxApi, workspace: Workspace) -> Non
 def test_signal_while_waiting_for_lock(
     api: SandboxApi, workspace: Workspace, number: signal.Signals, code: int
 ) -> None:
-    """Every exit prints the object, also the one before an execution came to be."""
+    """Prints the JSON object on every exit, also before an execution exists."""
     workspace.write_leads(make_leads(1))
     with lock_ledger(workspace.ledger_path, 0):
         process = workspace.start_subprocess(
@@ -847,11 +851,11 @@ def test_signal_while_waiting_for_lock(
     assert_exit(ProgramResult(process.returncode, out, err), code)
 
 
-# When several hold
+# Several at once
 
 
 def test_exit_code_precedence(tmp_path: Path, workspace: Workspace) -> None:
-    """Failed rows, doubts and the cap together: the cap; without it the doubts; without them the failures."""
+    """Failed rows, unconfirmed requests and the cap together: the cap wins, then unconfirmed, then failed."""
     workspace.write_leads(make_leads(30))
     with serve_api(tmp_path / "api.db", failure_rate=0.3, free_failures=0.0) as api:
         api.inject_fault("no-task-id")
@@ -868,7 +872,7 @@ def test_exit_code_precedence(tmp_path: Path, workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_wrong_key_precedes_outage_and_cap(api: SandboxApi, workspace: Workspace) -> None:
-    """401 while doubts are there: the key comes first, and the output is not written."""
+    """401 beside unconfirmed requests: the wrong key wins, and the output is not written."""
     workspace.write_leads(make_leads(5))
     api.inject_fault("no-task-id", 2)
     api.inject_fault("unauthorized", 50, "get")
@@ -879,7 +883,7 @@ def test_wrong_key_precedes_outage_and_cap(api: SandboxApi, workspace: Workspace
 
 
 def test_outage_precedes_in_doubt(api: SandboxApi, workspace: Workspace) -> None:
-    """5xx to every POST: exit 4, with the doubts counted."""
+    """5xx to every POST: exit 4 with the unconfirmed requests counted."""
     workspace.write_leads(make_leads(5))
     api.inject_fault("error-after", 50)
 
@@ -893,7 +897,7 @@ def test_outage_precedes_in_doubt(api: SandboxApi, workspace: Workspace) -> None
 
 
 def test_unexpected_error_is_exit_1(api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What nobody foresaw pages somebody, and the JSON object is there."""
+    """An unexpected error exits with 1 and prints the JSON object."""
     workspace.write_leads(make_leads(1))
 
     def broken(*_: object, **__: object) -> None:
@@ -910,7 +914,7 @@ def test_unexpected_error_is_exit_1(api: SandboxApi, workspace: Workspace, monke
 
 
 def test_ledger_write_error_is_exit_1(api: SandboxApi, workspace: Workspace) -> None:
-    """A full disk in the middle: nothing more is sent, and the program says so instead of spending blindly."""
+    """A full disk in mid-run: stops sending and reports the error."""
     workspace.write_leads(make_leads(100))
     workspace.run_in_process("run", "job.yaml", "--limit", "0", api=api)
     with sqlite3.connect(workspace.ledger_path) as db:

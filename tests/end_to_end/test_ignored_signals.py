@@ -1,4 +1,4 @@
-"""Signals that were ignored when the program started, as under `nohup` or a shell's `&`, stay ignored to its end."""
+"""Signals that were ignored when the program started (`nohup`, a shell's `&`) stay ignored to its end."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 @pytest.mark.long
 @pytest.mark.parametrize("number", NUMBERS, ids=str)
 def test_ignored_signal_does_not_stop_run(tmp_path: Path, workspace: Workspace, number: signal.Signals) -> None:
-    """At its start, while tasks are at the API, and until the output is written; others still end it."""
+    """Ignores the signal at the start, while tasks are open, and until the output is written; others still work."""
     workspace.write_leads(make_leads(20))
     with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
         api.inject_fault("slow", 1, "me", seconds=1)
@@ -47,7 +47,7 @@ def test_ignored_signal_does_not_stop_run(tmp_path: Path, workspace: Workspace, 
 @pytest.mark.long
 @pytest.mark.parametrize("number", NUMBERS, ids=str)
 def test_other_signals_stop_run(tmp_path: Path, workspace: Workspace, number: signal.Signals) -> None:
-    """Only what was ignored is."""
+    """Only the ignored signal is ignored."""
     workspace.write_leads(make_leads(5))
     others = [other for other in NUMBERS if other != number]
     with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
@@ -61,7 +61,7 @@ def test_other_signals_stop_run(tmp_path: Path, workspace: Workspace, number: si
 @pytest.mark.long
 @pytest.mark.parametrize("number", NUMBERS, ids=str)
 def test_ignored_signal_while_reading_stdin(api: SandboxApi, workspace: Workspace, number: signal.Signals) -> None:
-    """A pipe that is slow is read with the program's own dispositions."""
+    """Keeps the signal's disposition while it reads a slow pipe."""
     workspace.write_leads(make_leads(3))
     process = subprocess.Popen(
         [sys.executable, "-m", "enrich", "run", "job.yaml", "--input", "-"],
@@ -86,24 +86,24 @@ def test_ignored_signal_while_reading_stdin(api: SandboxApi, workspace: Workspac
 @pytest.mark.long
 @pytest.mark.parametrize("number", NUMBERS, ids=str)
 def test_ignored_signal_during_prompt(api: SandboxApi, workspace: Workspace, number: signal.Signals) -> None:
-    """While the person is asked on a terminal, too."""
+    """Keeps the signal ignored during a prompt on a terminal."""
     workspace.write_leads(make_leads(3))
-    ours, theirs = os.openpty()
+    controller, terminal = os.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "enrich", "run", "job.yaml"],
         cwd=workspace.folder,
         env=workspace.environment(api) | {"TERM": "dumb"},
-        stdin=theirs,
-        stderr=theirs,
+        stdin=terminal,
+        stderr=terminal,
         stdout=subprocess.DEVNULL,
         preexec_fn=partial(reset_signals, [number]),
     )
-    os.close(theirs)
-    read_terminal(ours, up_to=b"Go on?")
+    os.close(terminal)
+    read_terminal(controller, up_to=b"Go on?")
     process.send_signal(number)
-    os.write(ours, b"y\n")
-    read_terminal(ours)
-    os.close(ours)
+    os.write(controller, b"y\n")
+    read_terminal(controller)
+    os.close(controller)
     assert process.wait(60) == 0
 
 

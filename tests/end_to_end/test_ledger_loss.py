@@ -1,4 +1,4 @@
-"""The ledger under a run: removed, replaced, locked or without room. What was paid for reaches the next run."""
+"""The ledger is removed, replaced, locked or out of space during a run: paid results reach the next run."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def slow_api(tmp_path: Path) -> Iterator[SandboxApi]:
 
 @pytest.fixture
 def workspace(workspace: Workspace) -> Workspace:
-    """Let a run take some seconds for its leads."""
+    """Make a job whose run takes some seconds."""
     workspace.write_leads(make_leads(LEADS))
     workspace.write_job(limits="{requests_per_second: 25}")
     return workspace
@@ -51,7 +51,7 @@ def wait_for_end(process: subprocess.Popen[str]) -> ProgramResult:
 
 
 def rescue_files(workspace: Workspace) -> list[Path]:
-    """Find the rescue files."""
+    """Return the rescue files."""
     return sorted(workspace.folder.rglob("*.rescue*"))
 
 
@@ -65,13 +65,13 @@ def rescue_lines(*files: Path) -> list[dict[str, Any]]:
     return list(result.values())
 
 
-def assert_nothing_lost(workspace: Workspace, api: SandboxApi, *, doubtful: int = 0) -> None:
-    """Expect every charged task in the output, each lead sent once, and a sound ledger."""
+def assert_nothing_lost(workspace: Workspace, api: SandboxApi, *, in_doubt: int = 0) -> None:
+    """Assert that every charged task is in the output, each lead was sent once, and the ledger is sound."""
     audit = api.audit()
     assert (audit["paid_twice"], audit["accepted_more_than_once"], audit["accepted"]) == (0, 0, LEADS)
     rows = workspace.read_output()
     assert [row["First Name"] for row in rows] == [f"First{number}" for number in range(LEADS)]
-    assert sum(row["enrich_status"] == "in_doubt" for row in rows) == doubtful
+    assert sum(row["enrich_status"] == "in_doubt" for row in rows) == in_doubt
     assert not {"pending", "failed", "expired"} & {row["enrich_status"] for row in rows}
     tasks = {row["First Name"]: row["enrich_task_id"] for row in rows}
     for run in audit["runs"]:
@@ -80,7 +80,7 @@ def assert_nothing_lost(workspace: Workspace, api: SandboxApi, *, doubtful: int 
 
 
 def remove_database(workspace: Workspace) -> None:
-    """Remove the database alone."""
+    """Remove the database file only."""
     workspace.ledger_path.unlink()
 
 
@@ -90,7 +90,7 @@ def remove_wal(workspace: Workspace) -> None:
 
 
 def remove_shm(workspace: Workspace) -> None:
-    """Remove the file by which connections agree on the journal."""
+    """Remove the shared-memory file that coordinates connections to the journal."""
     workspace.ledger_path.with_name("job.db-shm").unlink()
 
 
@@ -126,14 +126,18 @@ LOST_LATER = [remove_wal, remove_shm, replace_with_old_copy]
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("how", [*LOST_AT_ONCE, *(pytest.param(how, marks=pytest.mark.long) for how in LOST_LATER)])
-def test_lost_ledger_stops_run(slow_api: SandboxApi, workspace: Workspace, how: Callable[[Workspace], None]) -> None:
-    """Exit 1, nothing more is sent; the next run takes in the rescue file and pays for nothing again."""
+@pytest.mark.parametrize(
+    "lose_ledger", [*LOST_AT_ONCE, *(pytest.param(lose_ledger, marks=pytest.mark.long) for lose_ledger in LOST_LATER)]
+)
+def test_lost_ledger_stops_run(
+    slow_api: SandboxApi, workspace: Workspace, lose_ledger: Callable[[Workspace], None]
+) -> None:
+    """Exits with 1 and stops sending; the next run imports the rescue file and pays for nothing again."""
     slow_api.inject_fault("slow", 200, "post", seconds=0.3)
     process = workspace.start_subprocess(*RUN, api=slow_api)
     wait_until(lambda: slow_api.audit()["accepted"] >= 20)
 
-    how(workspace)
+    lose_ledger(workspace)
     result = wait_for_end(process)
 
     assert result.exit_code == 1, result.stderr
@@ -153,26 +157,26 @@ def test_lost_ledger_stops_run(slow_api: SandboxApi, workspace: Workspace, how: 
     }
     slow_api.clear_faults()
 
-    again = workspace.run_subprocess(*RUN, "--new-ledger", api=slow_api)
+    second = workspace.run_subprocess(*RUN, "--new-ledger", api=slow_api)
 
-    assert again.exit_code == 0, again.stderr
-    assert any(file.name in note for note in again.json_output["notes"])
+    assert second.exit_code == 0, second.stderr
+    assert any(file.name in note for note in second.json_output["notes"])
     assert not rescue_files(workspace)
     assert_nothing_lost(workspace, slow_api)
 
 
 @pytest.mark.long
 def test_restored_ledger_imports_rescue_file(slow_api: SandboxApi, workspace: Workspace) -> None:
-    """Taking in what it knows already changes nothing."""
+    """Importing attempts that the ledger has already changes nothing."""
     process = workspace.start_subprocess(*RUN, api=slow_api)
     wait_until(lambda: slow_api.audit()["accepted"] >= 20)
     move_folder(workspace)
     assert wait_for_end(process).exit_code == 1
     (workspace.folder / "elsewhere").rename(workspace.ledger_path.parent)
 
-    again = workspace.run_subprocess(*RUN, api=slow_api)
+    second = workspace.run_subprocess(*RUN, api=slow_api)
 
-    assert again.exit_code == 0, again.stderr
+    assert second.exit_code == 0, second.stderr
     assert not rescue_files(workspace)
     assert_nothing_lost(workspace, slow_api)
 
@@ -180,7 +184,7 @@ def test_restored_ledger_imports_rescue_file(slow_api: SandboxApi, workspace: Wo
 @pytest.mark.long
 @pytest.mark.parametrize("another", [False, True])
 def test_removed_lock_file_stops_run(slow_api: SandboxApi, workspace: Workspace, *, another: bool) -> None:
-    """No assertion; a run that begins meanwhile pays for nothing twice."""
+    """Stops without an assertion error; a run that starts meanwhile pays for nothing twice."""
     slow_api.inject_fault("slow", 200, "post", seconds=0.3)
     process = workspace.start_subprocess(*RUN, api=slow_api)
     wait_until(lambda: slow_api.audit()["accepted"] >= 20)
@@ -195,15 +199,15 @@ def test_removed_lock_file_stops_run(slow_api: SandboxApi, workspace: Workspace,
     if second is not None:
         assert wait_for_end(second).exit_code in (0, 14)
     slow_api.clear_faults()
-    again = workspace.run_subprocess(*RUN, api=slow_api)
-    assert again.exit_code == 0, again.stderr
+    third = workspace.run_subprocess(*RUN, api=slow_api)
+    assert third.exit_code == 0, third.stderr
     assert not rescue_files(workspace)
     assert_nothing_lost(workspace, slow_api)
 
 
 @pytest.mark.long
 def test_foreign_lock_is_awaited(slow_api: SandboxApi, workspace: Workspace) -> None:
-    """Nothing is sent meanwhile, the person is told, and the run goes on when it is released."""
+    """Sends nothing while another program locks the ledger, reports it, and resumes when it is released."""
     process = workspace.start_subprocess(*RUN, api=slow_api)
     wait_until(lambda: slow_api.audit()["accepted"] >= 20)
     with closing(sqlite3.connect(workspace.ledger_path, isolation_level=None)) as other:
@@ -247,21 +251,21 @@ def test_foreign_lock_with_signal_or_max_time(
 
 @pytest.mark.long
 def test_disk_full_keeps_task_ids(api: SandboxApi, workspace: Workspace) -> None:
-    """The reserved room takes the task ids of all POSTs on the wire."""
+    """The reserved space holds the task ids of all POSTs in flight."""
     workspace.write_job()
     result = workspace.run_subprocess(*RUN, api=api, max_file_bytes=150_000)
 
     assert result.exit_code == 1, result.stderr
     assert "the ledger cannot be written" in result.stderr
     assert "make room" in result.stderr
-    again = workspace.run_subprocess(*RUN, api=api)
-    assert again.exit_code == 0, again.stderr
+    second = workspace.run_subprocess(*RUN, api=api)
+    assert second.exit_code == 0, second.stderr
     assert_nothing_lost(workspace, api)
 
 
 @pytest.mark.long
 def test_successful_run_leaves_no_rescue_file(api: SandboxApi, workspace: Workspace) -> None:
-    """Neither the reserved room nor a rescue file, also after a kill and another run."""
+    """Leaves no reserved space and no rescue file, also after a kill and another run."""
     process = workspace.start_subprocess(*RUN, api=api)
     wait_until(lambda: api.audit()["accepted"] >= 5)
     kill_process(process)

@@ -1,4 +1,4 @@
-"""Whatever connections deliver to whom: every row has its own answer or none, and nothing is paid twice."""
+"""Responses reach the wrong requests: every row has its own answer or none, and nothing is paid twice."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ from tests.support.faulty_proxy import ChooseFault, Exchange, FaultyProxy, Proxy
 from tests.support.workspace import INSTANT_API, JOB, SHORT_TIMEOUTS, SandboxApi, Workspace, make_leads, serve_api
 
 LEADS = 40
-#: Longer than any machine needs, but for a task that is not known.
+#: Longer than any machine needs, except for an unknown task.
 TIMEOUTS = replace(SHORT_TIMEOUTS, outage_s=15.0)
-#: So that a 404 is not believed because of the time that passed.
+#: Makes the time alone never enough to believe a 404.
 NO_YOUNG_TIMEOUTS = replace(TIMEOUTS, young_task_s=60.0)
-#: How a run may end that cannot fetch all answers.
+#: Exit codes of a run that could not collect all answers.
 UNFINISHED_EXIT_CODES = {4, 13}
 DUPLICATE_ID_MESSAGE = "the API gave a task id twice"
 
 
 @pytest.fixture(autouse=True)
 def _fast_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ask again soon after a poll that failed."""
+    """Poll again soon after a failed poll."""
     monkeypatch.setattr(poller, "FAILED_POLL_S", 0.1, raising=False)
 
 
 @dataclass
 class Scenario:
-    """An office whose API is behind a proxy; `api` is the API itself."""
+    """A workspace whose API is behind a proxy; `api` is the API itself."""
 
     workspace: Workspace
     api: SandboxApi
@@ -51,13 +51,13 @@ class Scenario:
     bulk: bool = False
 
     def run_job(self, timing: Timeouts = TIMEOUTS, options: RunOptions | None = None) -> RunSummary:
-        """Run the job through the proxy; no row may have another's answer, whatever happens."""
+        """Run the job through the proxy; assert that no row has another's answer."""
         summary = self.workspace.run_job(replace(self.api, base_url=self.proxy.base_url), options, timing)
         self.check_output()
         return summary
 
     def check_output(self) -> None:
-        """Hold the output against the API: no row with another's answer, nothing paid twice, nothing lost."""
+        """Assert against the API's audit: no row has another's answer, nothing is paid twice, nothing is lost."""
         audit, rows = self.api.audit(), self.workspace.read_output()
         assert misassigned_rows(rows, audit, self.settings, bulk=self.bulk) == {}
         assert (audit["accepted_more_than_once"], audit["paid_twice"]) == (0, 0)
@@ -70,11 +70,11 @@ class Scenario:
         return Counter(row["enrich_status"] for row in self.workspace.read_output())
 
     def answered_count(self) -> int:
-        """Count the rows that have an answer."""
+        """Count the rows with an answer."""
         return sum(count for status, count in self.statuses().items() if status in ANSWER_STATUSES)
 
     def leads_in_doubt(self) -> set[str]:
-        """Name the leads in doubt."""
+        """Return the names of the leads in doubt."""
         return {row["First Name"] for row in self.workspace.read_output() if row["enrich_status"] == "in_doubt"}
 
 
@@ -82,7 +82,7 @@ class Scenario:
 def make_scenario(
     folder: Path, choose_fault: ChooseFault, leads: int = LEADS, job: str = JOB, **api: object
 ) -> Iterator[Scenario]:
-    """Set the scene: a job, its leads, and what the proxy does."""
+    """Make a job with its leads behind a faulty proxy."""
     settings = replace(INSTANT_API, **api)  # type: ignore[arg-type]
     (folder / "office").mkdir()
     workspace = Workspace(folder / "office")
@@ -93,13 +93,13 @@ def make_scenario(
 
 
 def every_nth(number: int, fault: ProxyFault, *kinds: str) -> ChooseFault:
-    """Play a trick with each so many-th request of these kinds, or of both."""
-    concerned = kinds or ("POST", "GET")
-    return lambda exchange: fault if exchange.kind in concerned and not exchange.number % number else None
+    """Apply a fault to every n-th request of these kinds; by default POST and GET."""
+    affected_kinds = kinds or ("POST", "GET")
+    return lambda exchange: fault if exchange.kind in affected_kinds and not exchange.number % number else None
 
 
 def fault_first_polls(number: int, make: Callable[[Exchange], ProxyFault]) -> ChooseFault:
-    """Play a trick with the first polls of each task."""
+    """Apply a fault to the first polls of each task."""
     polls: Counter[str] = Counter()
 
     def choose(exchange: Exchange) -> ProxyFault | None:
@@ -114,26 +114,26 @@ def fault_first_polls(number: int, make: Callable[[Exchange], ProxyFault]) -> Ch
 @pytest.mark.long
 @pytest.mark.parametrize("after_s", [0.03, 0.0], ids=["30 ms later", "at once"])
 @pytest.mark.parametrize(
-    ("kinds", "share"),
+    ("kinds", "nth"),
     [((), 1), (("POST",), 1), (("GET",), 1), ((), 4)],
     ids=["all", "POST", "GET", "each 4th"],
 )
-def test_duplicated_responses(tmp_path: Path, kinds: tuple[str, ...], share: int, after_s: float) -> None:
-    """A connection that says its answer again gives it to no other; a poll that it spoils is made again."""
-    with make_scenario(tmp_path, every_nth(share, ProxyFault(ProxyFaultKind.REPEAT, after_s), *kinds)) as scenario:
+def test_duplicated_responses(tmp_path: Path, kinds: tuple[str, ...], nth: int, after_s: float) -> None:
+    """A repeated response reaches no other request; a poll that it spoils is repeated."""
+    with make_scenario(tmp_path, every_nth(nth, ProxyFault(ProxyFaultKind.REPEAT, after_s), *kinds)) as scenario:
         first = scenario.run_job()
-        # An API all of whose POSTs are spoilt is left alone after a while.
+        # When every POST is spoiled, the run stops sending after a while.
         assert scenario.answered_count() + len(scenario.leads_in_doubt()) == LEADS or first.exit_code == 4
-        assert sum(scenario.proxy.fault_counts.values()) >= min(5, LEADS // share)
+        assert sum(scenario.proxy.fault_counts.values()) >= min(5, LEADS // nth)
         scenario.proxy.clear_faults()
         scenario.run_job()
-        assert len(scenario.leads_in_doubt()) <= (0 if kinds == ("GET",) else LEADS // share)
+        assert len(scenario.leads_in_doubt()) <= (0 if kinds == ("GET",) else LEADS // nth)
         assert scenario.answered_count() == LEADS - len(scenario.leads_in_doubt())
 
 
 @pytest.mark.long
 def test_duplicated_responses_subprocess(tmp_path: Path) -> None:
-    """The program as a person starts it does the same."""
+    """The same in a subprocess."""
     with make_scenario(tmp_path, every_nth(1, ProxyFault(ProxyFaultKind.REPEAT, 0.03))) as scenario:
         api = replace(scenario.api, base_url=scenario.proxy.base_url)
         result = scenario.workspace.run_subprocess("run", "job.yaml", "--json", api=api)
@@ -145,7 +145,7 @@ def test_duplicated_responses_subprocess(tmp_path: Path) -> None:
 @pytest.mark.parametrize("after_s", first_quick(1, [0.02, 0.0]), ids=["20 ms later", "at once"])
 @pytest.mark.parametrize("status", first_quick(2, [200, 404, 408, 429, 503]))
 def test_unsolicited_responses(tmp_path: Path, status: int, after_s: float) -> None:
-    """What comes on an idle connection answers no request: none is refused or repeated because of it."""
+    """A response on an idle connection is ignored: no request is refused or repeated because of it."""
     with make_scenario(tmp_path, every_nth(3, ProxyFault(ProxyFaultKind.UNSOLICITED, after_s, status))) as scenario:
         scenario.run_job(NO_YOUNG_TIMEOUTS)
         assert len(scenario.leads_in_doubt()) <= LEADS // 3
@@ -154,7 +154,7 @@ def test_unsolicited_responses(tmp_path: Path, status: int, after_s: float) -> N
 
 
 def test_swapped_polls(tmp_path: Path) -> None:
-    """Two polls that get each other's answer are both made again."""
+    """Repeats two polls that got each other's answer."""
     with make_scenario(tmp_path, fault_first_polls(2, lambda _: ProxyFault(ProxyFaultKind.SWAP))) as scenario:
         scenario.run_job()
         assert scenario.answered_count() == LEADS
@@ -164,7 +164,7 @@ def test_swapped_polls(tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("times", [1, 3])
 def test_poll_gets_other_task(tmp_path: Path, times: int) -> None:
-    """However often: the task is polled until its own answer comes."""
+    """Polls the task until its own answer comes."""
     with make_scenario(tmp_path, fault_first_polls(times, lambda _: ProxyFault(ProxyFaultKind.OTHER_TASK))) as scenario:
         summary = scenario.run_job()
         assert (summary.exit_code, scenario.answered_count()) == (0, LEADS)
@@ -173,7 +173,7 @@ def test_poll_gets_other_task(tmp_path: Path, times: int) -> None:
 
 @pytest.mark.long
 def test_polls_get_other_task_permanently(tmp_path: Path) -> None:
-    """The tasks are left at the API, and fetched when it is well again."""
+    """Leaves the tasks open and collects them when the API works again."""
     with make_scenario(
         tmp_path, fault_first_polls(10_000, lambda _: ProxyFault(ProxyFaultKind.OTHER_TASK)), leads=12
     ) as scenario:
@@ -188,7 +188,7 @@ def test_polls_get_other_task_permanently(tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("times", [1, 2])
 def test_poll_gets_unknown_task(tmp_path: Path, times: int) -> None:
-    """An id that was never given is no answer."""
+    """Ignores an answer with an unknown id."""
     with make_scenario(
         tmp_path, fault_first_polls(times, lambda _: ProxyFault(ProxyFaultKind.UNKNOWN_TASK))
     ) as scenario:
@@ -198,17 +198,17 @@ def test_poll_gets_unknown_task(tmp_path: Path, times: int) -> None:
 
 @pytest.mark.long
 def test_invalid_response_permanently_for_one_row(tmp_path: Path) -> None:
-    """Its row stays unanswered and says why; the others are answered; it is answered when the API is well again."""
-    victims: list[str] = []
+    """The row stays open with a reason, the others are answered; it is collected when the API works again."""
+    affected_leads: list[str] = []
 
     def choose(exchange: Exchange) -> ProxyFault | None:
         if not exchange.is_poll:
             return None
-        if len(victims) < 3 and exchange.task_id not in victims:
-            victims.append(exchange.task_id)
+        if len(affected_leads) < 3 and exchange.task_id not in affected_leads:
+            affected_leads.append(exchange.task_id)
         return (
             ProxyFault(ProxyFaultKind.UNKNOWN_TASK, task_id=f"not-{exchange.task_id}")
-            if exchange.task_id in victims
+            if exchange.task_id in affected_leads
             else None
         )
 
@@ -225,12 +225,12 @@ def test_invalid_response_permanently_for_one_row(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_invalid_responses_stop_submitting(tmp_path: Path) -> None:
-    """An API that answers for tasks that nobody has gets no more leads; what it has is fetched later."""
+    """Stops sending when the API answers for unknown tasks; open tasks are collected later."""
     job = JOB.replace("1000}", "1000, in_flight: 25}")
-    strange = fault_first_polls(
+    choose_fault = fault_first_polls(
         10_000, lambda exchange: ProxyFault(ProxyFaultKind.UNKNOWN_TASK, task_id=f"not-{exchange.task_id}")
     )
-    with make_scenario(tmp_path, strange, leads=80, job=job) as scenario:
+    with make_scenario(tmp_path, choose_fault, leads=80, job=job) as scenario:
         first = scenario.run_job(NO_YOUNG_TIMEOUTS, RunOptions(max_time_s=20.0))
         assert first.exit_code == 4
         assert first.submitted < 80
@@ -240,14 +240,14 @@ def test_invalid_responses_stop_submitting(tmp_path: Path) -> None:
         assert (second.exit_code, first.submitted + second.submitted, scenario.answered_count()) == (0, 80, 80)
 
 
-def reuse_first_id(act: ProxyFaultKind) -> ChooseFault:
+def reuse_first_id(kind: ProxyFaultKind) -> ChooseFault:
     """Answer the second to fourth POST with the first one's id."""
-    return lambda exchange: ProxyFault(act) if exchange.is_post and 2 <= exchange.number <= 4 else None
+    return lambda exchange: ProxyFault(kind) if exchange.is_post and 2 <= exchange.number <= 4 else None
 
 
 @pytest.mark.long
 def test_duplicate_task_id_sequential(tmp_path: Path) -> None:
-    """The first keeps it; the others are in doubt and stay so, as nobody knows their own ids."""
+    """The first lead keeps the id; the others stay in doubt because their own ids are unknown."""
     with make_scenario(tmp_path, reuse_first_id(ProxyFaultKind.FIRST_AFTER_POLL), leads=8) as scenario:
         first = scenario.run_job()
         assert (first.exit_code, len(scenario.leads_in_doubt())) == (14, 3)
@@ -261,7 +261,7 @@ def test_duplicate_task_id_sequential(tmp_path: Path) -> None:
 
 
 def test_duplicate_task_id_concurrent(tmp_path: Path) -> None:
-    """Nothing shows whose it is: at most one of the four has its answer."""
+    """Nothing shows which request the id belongs to: at most one of the four has its answer."""
     with make_scenario(tmp_path, reuse_first_id(ProxyFaultKind.FIRST_AT_ONCE), leads=8) as scenario:
         scenario.workspace.run_job(replace(scenario.api, base_url=scenario.proxy.base_url), timing=TIMEOUTS)
         rows = [row for row in scenario.workspace.read_output() if row["enrich_status"] in ANSWER_STATUSES]
@@ -273,7 +273,7 @@ def test_duplicate_task_id_concurrent(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_duplicate_task_id_in_bulk(tmp_path: Path) -> None:
-    """All leads of a bulk task whose id another has are in doubt."""
+    """All leads of a bulk task with another task's id are in doubt."""
     job = f"{JOB}dispatch: {{bulk: 4}}\n"
     with make_scenario(
         tmp_path,
@@ -287,7 +287,7 @@ def test_duplicate_task_id_in_bulk(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_duplicate_task_id_from_earlier_run(tmp_path: Path) -> None:
-    """The ledger remembers whose an id is."""
+    """Detects an id that an earlier run received."""
     with make_scenario(
         tmp_path,
         lambda one: ProxyFault(ProxyFaultKind.FIRST_AFTER_POLL) if one.number > 4 and one.is_post else None,
@@ -301,7 +301,7 @@ def test_duplicate_task_id_from_earlier_run(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_same_task_id_for_same_request(tmp_path: Path) -> None:
-    """An API that remembers what it answered gives the id again: that is no doubt."""
+    """An API that returns the same id for the same request leaves nothing in doubt."""
     with make_scenario(
         tmp_path,
         lambda one: ProxyFault(ProxyFaultKind.FIRST_AFTER_POLL) if one.number > 1 and one.is_post else None,
@@ -319,7 +319,7 @@ def test_same_task_id_for_same_request(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bulk", [False, True])
 @pytest.mark.parametrize("status", first_quick(1, [201, 202, 203, 206, 299]))
 def test_any_2xx_with_task_id_is_accepted(tmp_path: Path, status: int, *, bulk: bool) -> None:
-    """The task was accepted, whichever 2xx says so."""
+    """Any 2xx with a task id means that the task was accepted."""
     job = f"{JOB}dispatch: {{bulk: 5}}\n" if bulk else JOB
     with make_scenario(
         tmp_path, every_nth(1, ProxyFault(ProxyFaultKind.STATUS, status=status), "POST"), 10, job
@@ -331,7 +331,7 @@ def test_any_2xx_with_task_id_is_accepted(tmp_path: Path, status: int, *, bulk: 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["POST", "GET"])
 def test_truncated_responses(tmp_path: Path, kind: str) -> None:
-    """A POST is in doubt then; a poll is made again."""
+    """A truncated response leaves a POST in doubt; a poll is repeated."""
     with make_scenario(tmp_path, every_nth(4, ProxyFault(ProxyFaultKind.TRUNCATED), kind)) as scenario:
         scenario.run_job()
         assert len(scenario.leads_in_doubt()) == (LEADS // 4 if kind == "POST" else 0)
@@ -340,7 +340,7 @@ def test_truncated_responses(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.long
 def test_short_404s_do_not_expire_task(tmp_path: Path) -> None:
-    """However soon they come and however little is waited for: four in a row say nothing of a task."""
+    """Four quick 404s in a row do not expire a task, even with short timeouts."""
     with make_scenario(
         tmp_path, fault_first_polls(4, lambda _: ProxyFault(ProxyFaultKind.STATUS, status=404)), leads=6
     ) as scenario:
@@ -350,7 +350,7 @@ def test_short_404s_do_not_expire_task(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_expired_task_polled_by_next_run(tmp_path: Path) -> None:
-    """A 404 is believed in the end, but the next run asks once more, which costs nothing, and fetches the answer."""
+    """After a 404 that expired a task, the next run polls once more at no cost and collects the answer."""
     with make_scenario(
         tmp_path, fault_first_polls(10_000, lambda _: ProxyFault(ProxyFaultKind.STATUS, status=404)), leads=6
     ) as scenario:
@@ -361,7 +361,7 @@ def test_expired_task_polled_by_next_run(tmp_path: Path) -> None:
         assert (second.exit_code, second.submitted, scenario.answered_count()) == (0, 0, 6)
 
 
-#: What comes for a question about the account or the waterfall.
+#: Responses in place of the account or the waterfall.
 UNUSABLE_BODIES = {
     "a task": {"task_id": "x", "request_id": "x", "status": "completed", "data": [{"email": "x@elsewhere.example"}]},
     "another waterfall": {
@@ -377,31 +377,31 @@ UNUSABLE_BODIES = {
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("where", ["/user/me", "/waterfalls/email_getter"])
-@pytest.mark.parametrize("what", UNUSABLE_BODIES)
-def test_misdelivered_user_or_waterfall_response(tmp_path: Path, where: str, what: str) -> None:
-    """What is no answer to it is asked for again: the run goes on as if it had not come."""
-    if (where, what) == ("/user/me", "an account"):
+@pytest.mark.parametrize("path", ["/user/me", "/waterfalls/email_getter"])
+@pytest.mark.parametrize("body_name", UNUSABLE_BODIES)
+def test_misdelivered_user_or_waterfall_response(tmp_path: Path, path: str, body_name: str) -> None:
+    """Requests the account or waterfall again when the response is another's; the run continues normally."""
+    if (path, body_name) == ("/user/me", "an account"):
         pytest.skip("an answer to it")
-    scripted_api: list[str] = []
+    faulty_paths: list[str] = []
 
     def choose(exchange: Exchange) -> ProxyFault | None:
-        if not exchange.path.endswith(where) or where in scripted_api:
+        if not exchange.path.endswith(path) or path in faulty_paths:
             return None
-        scripted_api.append(where)
-        return ProxyFault(ProxyFaultKind.BODY, body=json.dumps(UNUSABLE_BODIES[what]).encode())
+        faulty_paths.append(path)
+        return ProxyFault(ProxyFaultKind.BODY, body=json.dumps(UNUSABLE_BODIES[body_name]).encode())
 
     with make_scenario(tmp_path, lambda _: None, leads=4) as scenario:
         assert scenario.run_job().exit_code == 0
         scenario.workspace.write_leads(make_leads(8))
         scenario.proxy.choose_fault = choose
         second = scenario.run_job()
-        assert (scripted_api, second.exit_code, second.submitted, scenario.answered_count()) == ([where], 0, 4, 8)
+        assert (faulty_paths, second.exit_code, second.submitted, scenario.answered_count()) == ([path], 0, 4, 8)
 
 
 @pytest.mark.long
 def test_duplicated_user_and_waterfall_responses(tmp_path: Path) -> None:
-    """What the API says of the account and the waterfall is no answer to a poll, nor the other way round."""
+    """Repeated responses about account or waterfall answer no poll, and the reverse."""
     with make_scenario(
         tmp_path, every_nth(1, ProxyFault(ProxyFaultKind.REPEAT, 0.02), "OTHER", "GET"), leads=8
     ) as scenario:
@@ -433,34 +433,34 @@ FAULT_KINDS = {
 
 @st.composite
 def proxy_faults(draw: st.DrawFn, kind: str) -> ProxyFault | None:
-    """Draw what happens to an answer of this kind, if anything."""
+    """Draw the fault of a response of this kind, or None."""
     if draw(st.booleans()):
         return None
-    act = draw(st.sampled_from(FAULT_KINDS[kind]))
-    status = draw(st.sampled_from((408, 429, 503) if act is ProxyFaultKind.UNSOLICITED else (201, 202, 203)))
-    return ProxyFault(act, draw(st.sampled_from((0.0, 0.005, 0.03))), status)
+    fault_kind = draw(st.sampled_from(FAULT_KINDS[kind]))
+    status = draw(st.sampled_from((408, 429, 503) if fault_kind is ProxyFaultKind.UNSOLICITED else (201, 202, 203)))
+    return ProxyFault(fault_kind, draw(st.sampled_from((0.0, 0.005, 0.03))), status)
 
 
 @pytest.mark.long
-# Each example is a whole run: to make one smaller would take minutes.
+# Without shrinking: each example is a whole run, so it would take minutes.
 @settings(max_examples=examples(10), phases=[Phase.explicit, Phase.generate])
 @given(
     posts=st.lists(proxy_faults("POST"), min_size=12, max_size=12),
     gets=st.lists(proxy_faults("GET"), min_size=20, max_size=60),
 )
 def test_random_response_faults(posts: list[ProxyFault | None], gets: list[ProxyFault | None]) -> None:
-    """A row is answered with its own, or in doubt where its POST was disturbed; the next run only makes it better."""
+    """Every row has its own answer, or is in doubt where its POST was disturbed; the next run only improves it."""
 
     def choose(exchange: Exchange) -> ProxyFault | None:
         drawn = {"POST": posts, "GET": gets}.get(exchange.kind, [])
         return drawn[exchange.number - 1] if exchange.number <= len(drawn) else None
 
-    disturbed = sum(trick is not None and trick.kind is not ProxyFaultKind.STATUS for trick in posts)
+    faulty_posts = sum(fault is not None and fault.kind is not ProxyFaultKind.STATUS for fault in posts)
     with tempfile.TemporaryDirectory() as folder, make_scenario(Path(folder), choose, leads=12) as scenario:
         scenario.run_job(NO_YOUNG_TIMEOUTS)
         in_doubt = scenario.leads_in_doubt()
         assert scenario.answered_count() + len(in_doubt) == 12
-        assert len(in_doubt) <= disturbed
+        assert len(in_doubt) <= faulty_posts
         scenario.proxy.clear_faults()
         second = scenario.run_job(NO_YOUNG_TIMEOUTS)
         assert second.submitted == 0

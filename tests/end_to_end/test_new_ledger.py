@@ -1,4 +1,4 @@
-"""A new ledger beside an output that another ledger paid for: refused, or asked about; never paid again in silence."""
+"""A new ledger beside an output that another ledger paid for: refused or confirmed, never paid again silently."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ RUN = ("run", "job.yaml", "--json")
 
 @pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Ask the same of a ledger in a file and on a server."""
+    """Run each test with a ledger in a file and on a server."""
     return str(request.param)
 
 
 @pytest.fixture
 def workspace(workspace: Workspace) -> Workspace:
-    """Have some leads."""
+    """Make a job with some leads."""
     workspace.write_leads(make_leads(5))
     return workspace
 
 
 def assert_refused(workspace: Workspace, api: SandboxApi, *more: str) -> None:
-    """Expect that nothing is sent off a terminal, however often it is tried, and that the ways out are named."""
+    """Assert that runs without a terminal send nothing, however often, and that the message names the options."""
     before = api.audit()["accepted"]
     for _ in range(2):
         result = workspace.run_in_process(*RUN, *more, "--yes", api=api)
@@ -40,12 +40,12 @@ def assert_refused(workspace: Workspace, api: SandboxApi, *more: str) -> None:
 
 
 @FILE_ONLY
-@pytest.mark.parametrize("how", first_quick(2, ["ledger removed", "folder removed", "another ledger", "renamed job"]))
-def test_new_ledger_with_paid_output_is_refused(api: SandboxApi, workspace: Workspace, how: str) -> None:
-    """However it came to be new; with --new-ledger it pays."""
+@pytest.mark.parametrize("cause", first_quick(2, ["ledger removed", "folder removed", "another ledger", "renamed job"]))
+def test_new_ledger_with_paid_output_is_refused(api: SandboxApi, workspace: Workspace, cause: str) -> None:
+    """Refuses a new ledger however it came about; with --new-ledger the run pays."""
     workspace.run_job(api)
     more: tuple[str, ...] = ()
-    match how:
+    match cause:
         case "ledger removed":
             workspace.ledger_path.unlink()
         case "folder removed":
@@ -63,7 +63,7 @@ def test_new_ledger_with_paid_output_is_refused(api: SandboxApi, workspace: Work
 
 
 def test_server_ledger_is_checked(api: SandboxApi, workspace: Workspace) -> None:
-    """The output was written from a file before, or from another schema."""
+    """Refuses when the output was written from a file or another schema."""
     workspace.run_job(api)
     assert_refused(
         workspace, api, "--ledger", f"{workspace.server_url or 'other.db'}".replace("schema=", "schema=other_")
@@ -78,7 +78,7 @@ def test_server_ledger_is_checked(api: SandboxApi, workspace: Workspace) -> None
     ),
 )
 def test_all_output_formats_are_checked(api: SandboxApi, workspace: Workspace, name: str) -> None:
-    """Also one of another day."""
+    """Checks every output format, also of another day."""
     workspace.write_job(output=name)
     assert workspace.run_job(api).exit_code == 0
     if "%d" in name:
@@ -92,7 +92,7 @@ def test_all_output_formats_are_checked(api: SandboxApi, workspace: Workspace, n
 @pytest.mark.long
 @FILE_ONLY
 def test_all_separators_and_encodings_are_checked(api: SandboxApi, workspace: Workspace) -> None:
-    """As the job writes them."""
+    """Reads the output with the job's separator and encoding."""
     workspace.write_job(output="{path: o.csv, separator: ';', encoding: utf-16}")
     assert workspace.run_job(api).exit_code == 0
     shutil.rmtree(workspace.ledger_path.parent)
@@ -103,7 +103,7 @@ def test_all_separators_and_encodings_are_checked(api: SandboxApi, workspace: Wo
 @pytest.mark.long
 @FILE_ONLY
 def test_newest_output_is_checked(api: SandboxApi, workspace: Workspace) -> None:
-    """An older one may be of any ledger."""
+    """Checks the newest output only: an older one may be of any ledger."""
     workspace.write_job(output="o-%Y-%m-%d.csv")
     assert workspace.run_job(api).exit_code == 0
     (paid,) = workspace.folder.glob("o-*.csv")
@@ -123,7 +123,7 @@ def test_newest_output_is_checked(api: SandboxApi, workspace: Workspace) -> None
     ids=["empty", "another file", "no ids", "blank"],
 )
 def test_output_without_tasks_is_ignored(api: SandboxApi, workspace: Workspace, text: str) -> None:
-    """It was not paid for; an empty or broken one is replaced."""
+    """Ignores an output without tasks, which was not paid for; replaces an empty or broken one."""
     (workspace.folder / "out.csv").write_text(text)
 
     assert workspace.run_in_process(*RUN, api=api).exit_code == 0
@@ -132,7 +132,7 @@ def test_output_without_tasks_is_ignored(api: SandboxApi, workspace: Workspace, 
 @pytest.mark.long
 @FILE_ONLY
 def test_unreadable_output_is_a_note(api: SandboxApi, workspace: Workspace) -> None:
-    """The run goes on, and the receipt says what is not known."""
+    """The run continues, and the summary notes that the output was not checked."""
     (workspace.folder / "out.csv").write_bytes(b"\xff\xfe\x00enrich_task_id\n\x81\n")
 
     result = workspace.run_in_process(*RUN, api=api)
@@ -144,7 +144,7 @@ def test_unreadable_output_is_a_note(api: SandboxApi, workspace: Workspace) -> N
 @pytest.mark.long
 @FILE_ONLY
 def test_sandbox_output_is_ignored(api: SandboxApi, workspace: Workspace) -> None:
-    """Neither is a rehearsal after a real run."""
+    """Ignores the sandbox's output, and a real output before a sandbox run."""
     assert workspace.run_in_process(*RUN, "--sandbox").exit_code == 0
     assert workspace.run_in_process(*RUN, api=api).exit_code == 0
     assert workspace.run_in_process(*RUN, "--sandbox").exit_code == 0
@@ -156,7 +156,7 @@ def test_sandbox_output_is_ignored(api: SandboxApi, workspace: Workspace) -> Non
 @pytest.mark.long
 @FILE_ONLY
 def test_enriched_input_is_ignored(api: SandboxApi, workspace: Workspace) -> None:
-    """Its columns are replaced, as ever."""
+    """Ignores an input that was enriched before; its columns are replaced as usual."""
     workspace.run_job(api)
     (workspace.folder / "out.csv").rename(workspace.folder / "leads.csv")
     workspace.write_job(merge="fill_empty")
@@ -167,7 +167,7 @@ def test_enriched_input_is_ignored(api: SandboxApi, workspace: Workspace) -> Non
 
 @pytest.mark.long
 def test_confirmation_on_terminal(api: SandboxApi, workspace: Workspace) -> None:
-    """No: one line, exit 5, no run on record. Yes: it pays."""
+    """No: one line, exit 5, no run recorded. Yes: the run pays."""
     workspace.run_job(api)
     other = Workspace(
         workspace.folder,
@@ -175,11 +175,11 @@ def test_confirmation_on_terminal(api: SandboxApi, workspace: Workspace) -> None
         workspace.environ,
     )
     other.write_job(name="other", ledger=other.server_url or ".enrich/other.db")
-    asked: list[str] = []
+    prompts: list[str] = []
 
     def confirm(text: str) -> bool:
-        asked.append(text)
-        return len(asked) > 1
+        prompts.append(text)
+        return len(prompts) > 1
 
     with pytest.raises(CommandRefused) as no:
         other.run_job(api, RunOptions(confirm_new_ledger=confirm))
@@ -187,5 +187,5 @@ def test_confirmation_on_terminal(api: SandboxApi, workspace: Workspace) -> None
     summary = other.run_job(api, RunOptions(confirm_new_ledger=confirm))
 
     assert (summary.exit_code, summary.submitted, summary.execution) == (0, 5, 1)
-    assert len(asked) == 2
-    assert "out.csv was paid for from another ledger" in asked[0]
+    assert len(prompts) == 2
+    assert "out.csv was paid for from another ledger" in prompts[0]

@@ -1,4 +1,4 @@
-"""What was paid for is collected before anything refuses a run, and is written off only when that is sure."""
+"""Open tasks are collected before anything refuses a run, and expire only when that is certain."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ WATERFALL = {
 
 @pytest.fixture(autouse=True)
 def _fast_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ask again soon after an answer that does not count."""
+    """Poll again soon after a response that does not count."""
     monkeypatch.setattr(poller, "FAILED_POLL_S", 0.1)
 
 
 @dataclass
 class ScriptedApi:
-    """An API whose answers a test can exchange; tasks are named after the lead, and answered by `task`."""
+    """An API whose responses a test can replace; task ids are named after the lead, and `task` answers polls."""
 
     user: Reply = field(default_factory=lambda: http_reply(200, {"balance": 100, "workspace": "ours"}))
     waterfall: Reply = field(default_factory=lambda: http_reply(200, WATERFALL))
@@ -55,7 +55,7 @@ class ScriptedApi:
     polls: list[str] = field(default_factory=list)
 
     def __call__(self, request: ReceivedRequest) -> Reply:
-        """Answer."""
+        """Answer a request."""
         path = request.line.split()[1]
         if request.line.startswith("POST"):
             name = re.findall(rb'"first_name": ?"(\w+)"', request.body)[0].decode()
@@ -70,39 +70,39 @@ class ScriptedApi:
         return self.user if path.endswith("/me") else self.waterfall
 
     def take_requests(self) -> None:
-        """Forget what was asked so far."""
+        """Return the requests since the last call."""
         self.posts.clear()
         self.polls.clear()
 
 
 def completed_reply(name: str, **more: Any) -> Reply:
-    """Say that a task found the lead's address."""
+    """Return a task reply with the lead's address."""
     body = {"task_id": f"t-{name}", "status": "completed", "data": [{"email": f"{name.lower()}@found.example"}]}
     return http_reply(200, body | {"credits_spent": 0.5} | more)
 
 
 def running_reply(name: str) -> Reply:
-    """Say that a task is at work."""
+    """Return the reply of a running task."""
     return http_reply(200, {"task_id": f"t-{name}", "status": "processing"})
 
 
 def run_once(
     workspace: Workspace, base_url: str, options: RunOptions | None = None, timing: Timeouts = TIMEOUTS
 ) -> RunSummary:
-    """Run the job against an odd API."""
+    """Run the job against a scripted API."""
     job = load_job(workspace.job_file)
     with lock_ledger(job.ledger, 0), open_for_run(job.ledger) as (ledger, _):
-        around = RunContext(job, ApiAccess(base_url, SecretStr("key-of-the-test")), ledger, timeouts=timing)
-        return run_job(around, options or RunOptions())
+        context = RunContext(job, ApiAccess(base_url, SecretStr("key-of-the-test")), ledger, timeouts=timing)
+        return run_job(context, options or RunOptions())
 
 
 def request_states(workspace: Workspace) -> list[str]:
-    """Tell where the requests stand, in the order of the input."""
+    """Return the states of the requests in input order."""
     return [state for (state,) in workspace.sql("SELECT state FROM requests ORDER BY id")]
 
 
 def submit_and_leave(workspace: Workspace, scripted_api: ScriptedApi, base_url: str, leads: int = 3) -> None:
-    """Buy for some leads, and leave while all tasks run."""
+    """Submit some leads, and end the run while all tasks are running."""
     workspace.write_leads(make_leads(leads))
     scripted_api.task = running_reply
     workspace.write_job(policy="{patience: 1s}")
@@ -114,42 +114,42 @@ def submit_and_leave(workspace: Workspace, scripted_api: ScriptedApi, base_url: 
 
 
 REFUSALS: dict[str, tuple[Callable[[ScriptedApi, Workspace], object], int]] = {
-    "the waterfall is gone": (lambda odd, _: setattr(odd, "waterfall", http_reply(404, {"detail": "no"})), 2),
+    "the waterfall is gone": (lambda api, _: setattr(api, "waterfall", http_reply(404, {"detail": "no"})), 2),
     "the waterfall is another": (
-        lambda odd, _: setattr(odd, "waterfall", http_reply(200, WATERFALL | {"identifier": "phone_getter"})),
+        lambda api, _: setattr(api, "waterfall", http_reply(200, WATERFALL | {"identifier": "phone_getter"})),
         4,
     ),
     "the waterfall wants more": (
-        lambda odd, _: setattr(
-            odd, "waterfall", http_reply(200, WATERFALL | {"input_params": [{"name": "age", "required": True}]})
+        lambda api, _: setattr(
+            api, "waterfall", http_reply(200, WATERFALL | {"input_params": [{"name": "age", "required": True}]})
         ),
         2,
     ),
-    "the account is unknown": (lambda odd, _: setattr(odd, "user", http_reply(404, {"detail": "no"})), 2),
-    "the account is no JSON": (lambda odd, _: setattr(odd, "user", http_reply(200, b"<html>")), 4),
-    "the account fails": (lambda odd, _: setattr(odd, "user", http_reply(500, {"detail": "no"})), 4),
-    "the account is a list": (lambda odd, _: setattr(odd, "user", http_reply(200, [1])), 4),
+    "the account is unknown": (lambda api, _: setattr(api, "user", http_reply(404, {"detail": "no"})), 2),
+    "the account is no JSON": (lambda api, _: setattr(api, "user", http_reply(200, b"<html>")), 4),
+    "the account fails": (lambda api, _: setattr(api, "user", http_reply(500, {"detail": "no"})), 4),
+    "the account is a list": (lambda api, _: setattr(api, "user", http_reply(200, [1])), 4),
     "the workspace is another": (
-        lambda odd, _: setattr(odd, "user", http_reply(200, {"balance": 1, "workspace": "theirs"})),
+        lambda api, _: setattr(api, "user", http_reply(200, {"balance": 1, "workspace": "theirs"})),
         2,
     ),
-    "the input is broken": (lambda _, office: (office.folder / "leads.csv").write_bytes(b"\xff\xfe\x00"), 5),
-    "the input is missing": (lambda _, office: (office.folder / "leads.csv").unlink(), 5),
+    "the input is broken": (lambda _, workspace: (workspace.folder / "leads.csv").write_bytes(b"\xff\xfe\x00"), 5),
+    "the input is missing": (lambda _, workspace: (workspace.folder / "leads.csv").unlink(), 5),
     "the changes would replace the input": (
-        lambda _, office: office.write_job(changes="{path: leads.csv, key: [Email]}"),
+        lambda _, workspace: workspace.write_job(changes="{path: leads.csv, key: [Email]}"),
         2,
     ),
     "a rescue file is damaged": (
-        lambda _, office: office.ledger_path.with_name("job.db.rescue").write_text("{", encoding="utf-8"),
+        lambda _, workspace: workspace.ledger_path.with_name("job.db.rescue").write_text("{", encoding="utf-8"),
         5,
     ),
-    "the job names an unknown waterfall": (lambda _, office: office.write_job(waterfall="none_such"), 4),
+    "the job names an unknown waterfall": (lambda _, workspace: workspace.write_job(waterfall="none_such"), 4),
 }
 
 
 @pytest.mark.parametrize("refusal", first_quick(3, REFUSALS, single=True))
 def test_open_tasks_collected_before_refusal(workspace: Workspace, refusal: str) -> None:
-    """Each open task is asked for and its answer kept; nothing new is sent, and the run says why."""
+    """Polls each open task and keeps its answer; sends nothing new, and the run reports the reason."""
     scripted_api = ScriptedApi()
     with serve_replies(scripted_api) as server:
         submit_and_leave(workspace, scripted_api, server.base_url)
@@ -174,7 +174,7 @@ NOT_FOUND_REPLIES = [
 
 @pytest.mark.parametrize("answer", first_quick(1, NOT_FOUND_REPLIES, single=True))
 def test_other_workspace_keeps_tasks_open(workspace: Workspace, answer: Reply) -> None:
-    """A key that cannot see the tasks proves nothing about them."""
+    """A key that cannot see the tasks does not expire them."""
     scripted_api = ScriptedApi()
     with serve_replies(scripted_api) as server:
         submit_and_leave(workspace, scripted_api, server.base_url)
@@ -189,14 +189,14 @@ def test_other_workspace_keeps_tasks_open(workspace: Workspace, answer: Reply) -
 
         scripted_api.task = completed_reply
         renamed = run_once(workspace, server.base_url, RunOptions(workspace_renamed=True))
-        again = run_once(workspace, server.base_url)
+        second = run_once(workspace, server.base_url)
 
-    assert (renamed.exit_code, again.exit_code, scripted_api.posts) == (0, 0, [])
+    assert (renamed.exit_code, second.exit_code, scripted_api.posts) == (0, 0, [])
     assert request_states(workspace) == ["found"] * 3
 
 
 def test_no_requests_to_other_host(workspace: Workspace) -> None:
-    """Not even the free questions: the ledger's task ids are not that host's business."""
+    """Sends nothing to another host, not even free requests: it must not see the ledger's task ids."""
     scripted_api = ScriptedApi()
     with serve_replies(scripted_api) as server:
         submit_and_leave(workspace, scripted_api, server.base_url)
@@ -208,17 +208,17 @@ def test_no_requests_to_other_host(workspace: Workspace) -> None:
         assert (scripted_api.posts, scripted_api.polls) == ([], [])
 
 
-# When a task is lost
+# When a task expires
 
 
 @given(pattern=st.lists(st.booleans(), min_size=0, max_size=12))
 def test_only_continuous_404_expires_task(pattern: list[bool]) -> None:
-    """A task that flickers is never written off, however often it is unknown in between."""
+    """A flickering task never expires, however often it is unknown in between."""
     from enrich.models import Task  # noqa: PLC0415
-    from enrich.run.open_task import OpenTask  # noqa: PLC0415 - the rule alone
+    from enrich.run.open_task import OpenTask  # noqa: PLC0415 - tests the rule without a run
 
     waiting, now = OpenTask(Task((1,), "t", 0), submitted_in_this_run=True, acknowledged=True, submitted_at_s=0.0), 0.0
-    believed, run, since = False, 0, 0.0
+    is_expired, run, since = False, 0, 0.0
     for missing in pattern:
         now += 17.0
         if not missing:
@@ -226,12 +226,12 @@ def test_only_continuous_404_expires_task(pattern: list[bool]) -> None:
             continue
         since = now if not run else since
         run += 1
-        believed = waiting.count_repeat("404", now).is_conclusive(now, 60.0)
-        assert believed == (run >= 5 and now - since >= 60.0)
+        is_expired = waiting.count_repeat("404", now).is_conclusive(now, 60.0)
+        assert is_expired == (run >= 5 and now - since >= 60.0)
 
 
 def test_signal_or_max_time_keeps_tasks_open(workspace: Workspace) -> None:
-    """The API that does not know a task for a while is asked again by the next run."""
+    """An unknown task stays open after a signal or --max-time, and the next run polls it again."""
     scripted_api = ScriptedApi()
     with serve_replies(scripted_api) as server:
         submit_and_leave(workspace, scripted_api, server.base_url)
@@ -248,7 +248,7 @@ def test_signal_or_max_time_keeps_tasks_open(workspace: Workspace) -> None:
 
 
 def test_expired_tasks_polled_once_more(workspace: Workspace) -> None:
-    """A 404 that was believed and a doubt with an id: the next run asks before a person has to pay."""
+    """Polls expired tasks and unconfirmed ones with an id once more before the user has to pay again."""
     scripted_api = ScriptedApi()
     with serve_replies(scripted_api) as server:
         submit_and_leave(workspace, scripted_api, server.base_url)
@@ -264,11 +264,11 @@ def test_expired_tasks_polled_once_more(workspace: Workspace) -> None:
     assert summary.credits_spent == 1.5
 
 
-@pytest.mark.parametrize("then", first_quick(1, ["completed", "running", "unknown", "gone"]))
-def test_in_doubt_with_id_polled_before_retry(workspace: Workspace, then: str) -> None:
-    """`--retry` pays for what the API does not have, and for nothing else."""
-    scripted_api, office_leads = ScriptedApi(), make_leads(2)
-    workspace.write_leads(office_leads)
+@pytest.mark.parametrize("task_state", first_quick(1, ["completed", "running", "unknown", "gone"]))
+def test_in_doubt_with_id_polled_before_retry(workspace: Workspace, task_state: str) -> None:
+    """`--retry` pays only for what the API does not have."""
+    scripted_api, leads = ScriptedApi(), make_leads(2)
+    workspace.write_leads(leads)
     scripted_api.post = lambda name: http_reply(500, {"task_id": f"t-{name}", "detail": "sorry"})
     with serve_replies(scripted_api) as server:
         assert run_once(workspace, server.base_url).exit_code == 14
@@ -278,24 +278,24 @@ def test_in_doubt_with_id_polled_before_retry(workspace: Workspace, then: str) -
         ]
         scripted_api.post = ScriptedApi.post
         scripted_api.take_requests()
-        still = iter([running_reply("First0"), running_reply("First0")])
+        replies = iter([running_reply("First0"), running_reply("First0")])
         scripted_api.task = {
             "completed": completed_reply,
-            "running": lambda name: next(still, completed_reply(name)) if name == "First0" else completed_reply(name),
+            "running": lambda name: next(replies, completed_reply(name)) if name == "First0" else completed_reply(name),
             "unknown": lambda name: http_reply(404, {}) if len(scripted_api.posts) < 2 else completed_reply(name),
             "gone": lambda name: http_reply(410, {}) if len(scripted_api.posts) < 2 else completed_reply(name),
-        }[then]
+        }[task_state]
 
         summary = run_once(workspace, server.base_url, RunOptions(retry=frozenset({State.IN_DOUBT})))
 
-    bought = 2 if then in ("unknown", "gone") else 0
+    bought = 2 if task_state in ("unknown", "gone") else 0
     assert (summary.exit_code, len(scripted_api.posts)) == (0, bought)
     assert request_states(workspace) == ["found"] * 2
 
 
 @pytest.mark.long
 def test_credits_without_data_polled_once_more(workspace: Workspace) -> None:
-    """A task that says it is done and has cost something may not have its data yet."""
+    """A completed and charged task may not have its data yet."""
     scripted_api = ScriptedApi()
     workspace.write_leads(make_leads(1))
     first = iter([completed_reply("First0", data=None)])
@@ -308,14 +308,14 @@ def test_credits_without_data_polled_once_more(workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_retry_after_of_post_does_not_block_polls(workspace: Workspace) -> None:
-    """Each open task is asked for before such a run leaves, and it leaves when an outage would end it."""
+    """Polls each open task before such a run exits, and exits when an outage would end it."""
     scripted_api = ScriptedApi()
     with serve_replies(scripted_api) as server:
         submit_and_leave(workspace, scripted_api, server.base_url, leads=1)
         workspace.write_leads(make_leads(3))
         scripted_api.post = lambda _: http_reply(429, {}, retry_after="3600")
-        asked = iter([running_reply("First0"), running_reply("First0")])
-        scripted_api.task = lambda name: next(asked, completed_reply(name))
+        replies = iter([running_reply("First0"), running_reply("First0")])
+        scripted_api.task = lambda name: next(replies, completed_reply(name))
 
         summary = run_once(workspace, server.base_url, timing=replace(TIMEOUTS, outage_s=1.5))
 
@@ -323,7 +323,7 @@ def test_retry_after_of_post_does_not_block_polls(workspace: Workspace) -> None:
     assert request_states(workspace) == ["found", "pending", "pending"]
 
 
-# Poison
+# Unusable answers
 
 UNUSABLE_ANSWERS: dict[str, tuple[Callable[[str], Reply], str, float | None]] = {
     "negative credits": (lambda name: completed_reply(name, credits_spent=-5), "found", None),
@@ -357,24 +357,24 @@ UNUSABLE_ANSWERS: dict[str, tuple[Callable[[str], Reply], str, float | None]] = 
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("poison", UNUSABLE_ANSWERS)
-def test_unusable_answer_affects_one_row(workspace: Workspace, poison: str) -> None:
-    """The other leads get theirs, the row says what is wrong, and the run is not held."""
+@pytest.mark.parametrize("answer_name", UNUSABLE_ANSWERS)
+def test_unusable_answer_affects_one_row(workspace: Workspace, answer_name: str) -> None:
+    """The other leads get theirs, the row has the reason, and the run is not blocked."""
     scripted_api = ScriptedApi()
-    answer, state, spent = UNUSABLE_ANSWERS[poison]
+    answer, state, spent = UNUSABLE_ANSWERS[answer_name]
     workspace.write_leads(make_leads(3))
     scripted_api.task = lambda name: answer(name) if name == "First0" else completed_reply(name)
     with serve_replies(scripted_api) as server:
         summary = run_once(workspace, server.base_url)
         rows = workspace.read_output()
-        healed = run_once(workspace, server.base_url) if state == "submitted" else summary
+        second = run_once(workspace, server.base_url) if state == "submitted" else summary
         scripted_api.task = completed_reply
         last = run_once(workspace, server.base_url)
 
     assert summary.exit_code == (13 if state == "submitted" else 0)
     assert [row["enrich_status"] for row in rows[1:]] == ["found", "found"]
     assert rows[1]["work_email"] == "first1@found.example"
-    assert healed.exit_code in (0, 13)
+    assert second.exit_code in (0, 13)
     if state == "found":
         assert rows[0]["enrich_status"] == "found"
         assert rows[0]["enrich_credits"] == ("" if spent is None else str(spent))
@@ -388,7 +388,7 @@ def test_unusable_answer_affects_one_row(workspace: Workspace, poison: str) -> N
 
 @pytest.mark.long
 def test_unknown_task_ids_stop_submitting(workspace: Workspace) -> None:
-    """Somebody else's tasks, again and again: kept raw, and after 20 nothing more is bought."""
+    """Keeps unknown tasks' raw answers, and stops sending after 20."""
     scripted_api = ScriptedApi()
     workspace.write_job(limits="{requests_per_second: 1000, in_flight: 25}")
     workspace.write_leads(make_leads(80))
@@ -408,7 +408,7 @@ def test_unknown_task_ids_stop_submitting(workspace: Workspace) -> None:
 
 @given(steps=st.lists(st.integers(-72, 72), min_size=1, max_size=5))
 def test_local_clock_steps_are_ignored(steps: list[int]) -> None:
-    """The clock of a run is the one it began with, counted on."""
+    """Computes the time from the run's start and the monotonic clock."""
     clock = SystemClock()
     before = clock.now_ms()
     with pytest.MonkeyPatch.context() as patch:
@@ -420,7 +420,7 @@ def test_local_clock_steps_are_ignored(steps: list[int]) -> None:
 
 @given(offsets=st.lists(st.integers(-(10**8), 10**8), min_size=0, max_size=8))
 def test_clock_offset_needs_agreeing_responses(offsets: list[int]) -> None:
-    """One answer, or several that differ, leave the clock as it is."""
+    """One response, or several that differ, do not change the clock."""
     clock = SystemClock()
     for number, offset in enumerate(offsets):
         before = clock.offset_ms
@@ -436,20 +436,20 @@ def test_clock_offset_needs_agreeing_responses(offsets: list[int]) -> None:
 
 
 def test_cached_date_header_is_ignored() -> None:
-    """An `Age` header says that the answer is old."""
-    from enrich.databar.client import Client  # noqa: PLC0415 - the header alone
+    """Ignores `Date` when an `Age` header shows a cached response."""
+    from enrich.databar.client import Client  # noqa: PLC0415 - tests the header only
 
     received: list[int] = []
 
-    class Heard(SystemClock):
+    class RecordingClock(SystemClock):
         def observe(self, api_ms: int) -> None:
             received.append(api_ms)
 
-    async def asking(base_url: str) -> None:
-        async with Client(ApiAccess(base_url, SecretStr("key-of-the-test")), Heard()) as client:
+    async def request_user(base_url: str) -> None:
+        async with Client(ApiAccess(base_url, SecretStr("key-of-the-test")), RecordingClock()) as client:
             await client.get_user()
 
     for more in ({}, {"age": "7200"}):
         with serve_replies(http_reply(200, {"workspace": "w"}, date="Sun, 01 Nov 2026 12:00:00 GMT", **more)) as server:
-            asyncio.run(asking(server.base_url))
+            asyncio.run(request_user(server.base_url))
     assert received == [1_793_534_400_000]

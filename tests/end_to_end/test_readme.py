@@ -1,4 +1,4 @@
-"""The README is true: its commands are run and say what it shows."""
+"""The README is correct: its commands run and print what it shows."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ README = ROOT / "README.md"
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkout whose .venv is the one that runs the tests."""
+    """Make a checkout whose .venv is the one that runs the tests."""
     return make_checkout(tmp_path_factory.mktemp("checkout"))
 
 
 @pytest.mark.long
 def test_readme_console_output(checkout: Path) -> None:
-    """Every `$ command` of the README prints what stands below it, in the README's order."""
+    """Every `$ command` of the README prints the output below it, in the README's order."""
     assert check_console(README, checkout) >= 3
 
 
 @pytest.mark.long
 def test_readme_api_commands(checkout: Path, tmp_path: Path) -> None:
-    """The commands with a key run as they stand, against an API that accepts this key."""
+    """The commands with a key run unchanged against an API that accepts this key."""
     (block,) = fenced_blocks(README, "sh")
     with serve_api(tmp_path / "api.db", INSTANT_API, api_key="your-key") as api:
         message = run_shell(block, checkout, DATABAR_BASE_URL=api.base_url)
@@ -42,13 +42,13 @@ def test_readme_api_commands(checkout: Path, tmp_path: Path) -> None:
 
 
 def test_readme_example_job() -> None:
-    """The job file shown is `jobs/leads.yaml`."""
+    """The shown job file is `jobs/leads.yaml`."""
     (block,) = fenced_blocks(README, "yaml")
     assert block in (ROOT / "jobs" / "leads.yaml").read_text(encoding="utf-8")
 
 
 def test_readme_mentions_every_command() -> None:
-    """The README knows every command."""
+    """The README mentions every command."""
     for name in cli.list_commands(click.Context(cli)):
         assert f"enrich {name}" in README.read_text(encoding="utf-8")
 
@@ -64,6 +64,6 @@ def test_shipped_schema_is_current() -> None:
 
 
 def test_changelog_names_version() -> None:
-    """The changelog has a heading for what comes next or for this version."""
+    """The changelog has a heading for the next or this version."""
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert "## Unreleased" in changelog or f"## {__version__}" in changelog

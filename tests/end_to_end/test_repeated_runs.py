@@ -1,4 +1,4 @@
-"""One night after another: what is paid for again, and what never is."""
+"""One run after another: which requests are paid again, and which never are."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DAY = 86_400
 
 
 def retry_options(*states: State) -> RunOptions:
-    """Ask these states again, by the person's word."""
+    """Return the options of `--retry` with these states."""
     return RunOptions(retry=frozenset(states))
 
 
@@ -41,7 +41,7 @@ def status_column(workspace: Workspace) -> list[str]:
 
 
 def test_only_new_leads_are_sent(api: SandboxApi, workspace: Workspace) -> None:
-    """The row number is no identity: order and neighbours may change, the answers stay with their leads."""
+    """Row numbers are no identity: order and neighbors may change, the answers stay with their leads."""
     workspace.write_leads(make_leads(30))
     workspace.run_job(api)
     before = rows_by_first_name(workspace)
@@ -59,7 +59,7 @@ def test_only_new_leads_are_sent(api: SandboxApi, workspace: Workspace) -> None:
 
 
 def test_unrelated_columns_may_change(api: SandboxApi, workspace: Workspace) -> None:
-    """A new note, another order of columns, a `www.` more: still the same question."""
+    """A changed note, another column order or a `www.` is still the same request."""
     workspace.write_leads(make_leads(6))
     workspace.run_job(api)
     header = ["Note", "Owner", "Website", "Last Name", "First Name", "Email"]
@@ -74,7 +74,7 @@ def test_unrelated_columns_may_change(api: SandboxApi, workspace: Workspace) -> 
 
 
 def test_other_providers_are_sent_again(api: SandboxApi, workspace: Workspace) -> None:
-    """Other providers, another order of them or a verifier make another question."""
+    """Other providers, their order or a verifier make another request."""
     workspace.write_leads(make_leads(3))
     for number, enrichments in enumerate(("[833, 966]", "[966, 833]", "[833]"), start=1):
         workspace.write_job(enrichments=enrichments)
@@ -86,7 +86,7 @@ def test_other_providers_are_sent_again(api: SandboxApi, workspace: Workspace) -
 
 
 def test_other_result_columns_are_free(api: SandboxApi, workspace: Workspace) -> None:
-    """The ledger keeps whole answers: a job that wants another field of them pays nothing."""
+    """The ledger keeps whole answers: a job that uses another field of them pays nothing."""
     workspace.write_job(waterfall="company_lookup", params="{company_website: Website}", columns="{industry: industry}")
     workspace.write_leads(make_leads(9))
     first = workspace.run_job(api)
@@ -101,7 +101,7 @@ def test_other_result_columns_are_free(api: SandboxApi, workspace: Workspace) ->
 
 
 def test_removed_pending_lead_is_not_sent(api: SandboxApi, workspace: Workspace) -> None:
-    """Only what tonight's file wants is sent, whatever waits in the ledger from other nights."""
+    """Sends only the input's leads, even if others are pending in the ledger."""
     workspace.write_leads(make_leads(10))
     first = workspace.run_job(api, RunOptions(limit=4))
     assert (first.exit_code, first.submitted, first.pending) == (0, 4, 6)
@@ -115,7 +115,7 @@ def test_removed_pending_lead_is_not_sent(api: SandboxApi, workspace: Workspace)
 
 @pytest.mark.long
 def test_removed_open_lead_is_collected(tmp_path: Path, workspace: Workspace) -> None:
-    """What was bought is fetched although tonight's file does not want it, for it may come back."""
+    """Collects an open lead that is no longer in the input, because it may come back."""
     workspace.write_leads(make_leads(4))
     with serve_api(tmp_path / "api.db", latency="fixed(30)") as api:
         workspace.submit_without_collecting(api)
@@ -133,18 +133,18 @@ def test_removed_open_lead_is_collected(tmp_path: Path, workspace: Workspace) ->
 
 @pytest.mark.long
 def test_limit_follows_file_order(api: SandboxApi, workspace: Workspace) -> None:
-    """`--limit N` asks the first N that are new; night by night the file is done."""
+    """`--limit N` sends the first N new rows, so that the file is finished run by run."""
     workspace.write_leads(make_leads(9))
 
     runs = [workspace.run_job(api, RunOptions(limit=4)) for _ in range(3)]
 
-    assert [night.submitted for night in runs] == [4, 4, 1]
-    assert [night.exit_code for night in runs] == [0, 0, 0]
-    assert [night.pending for night in runs] == [5, 1, 0]
+    assert [run_summary.submitted for run_summary in runs] == [4, 4, 1]
+    assert [run_summary.exit_code for run_summary in runs] == [0, 0, 0]
+    assert [run_summary.pending for run_summary in runs] == [5, 1, 0]
 
 
 def test_limit_counts_unconfirmed(api: SandboxApi, workspace: Workspace) -> None:
-    """What may have been bought is one of the N: a limit is a promise about money."""
+    """Unconfirmed requests count toward `--limit`, because they may have been charged."""
     workspace.write_leads(make_leads(9))
     api.inject_fault("error-after", 2)
 
@@ -155,7 +155,7 @@ def test_limit_counts_unconfirmed(api: SandboxApi, workspace: Workspace) -> None
 
 
 def test_open_tasks_collected_with_zero_limit(tmp_path: Path, workspace: Workspace) -> None:
-    """What an earlier night left at the API is collected even by a run that may buy nothing."""
+    """Collects an earlier run's open tasks even when the run may send nothing."""
     workspace.write_leads(make_leads(3))
     with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
         workspace.submit_without_collecting(api)
@@ -170,7 +170,7 @@ def test_open_tasks_collected_with_zero_limit(tmp_path: Path, workspace: Workspa
 
 @pytest.mark.long
 def test_expired_result_is_not_resent(tmp_path: Path, workspace: Workspace) -> None:
-    """The API keeps a result for a day: who comes too late is told, and only `--retry expired` pays again."""
+    """The API keeps a result for a day: later runs report it, and only `--retry expired` pays again."""
     workspace.write_leads(make_leads(3))
     state = tmp_path / "api.db"
     with serve_api(state, latency="fixed(30)") as api:
@@ -189,11 +189,11 @@ def test_expired_result_is_not_resent(tmp_path: Path, workspace: Workspace) -> N
     assert audit["accepted"] == 6
 
 
-# By the person's word
+# With --retry
 
 
 def test_failed_requests_need_retry(tmp_path: Path, workspace: Workspace) -> None:
-    """A failure stays one, night after night, until `--retry failed`, which asks those and no others."""
+    """A failed request stays failed until `--retry failed`, which resends those and no others."""
     workspace.write_leads(make_leads(30))
     with serve_api(tmp_path / "api.db", failure_rate=0.3, free_failures=0.0) as api:
         first = workspace.run_job(api)
@@ -212,7 +212,7 @@ def test_failed_requests_need_retry(tmp_path: Path, workspace: Workspace) -> Non
 
 @pytest.mark.long
 def test_free_failures_are_retried(tmp_path: Path, workspace: Workspace) -> None:
-    """A task that failed for free is sent again, up to `max_attempts`, and costs nothing extra."""
+    """Resends a task that failed for free, up to `max_attempts`, at no extra cost."""
     workspace.write_leads(make_leads(30))
     with serve_api(tmp_path / "api.db", failure_rate=0.5, free_failures=1.0) as api:
         summary = workspace.run_job(api)
@@ -237,7 +237,7 @@ def test_max_attempts_limits_free_failures(tmp_path: Path, workspace: Workspace)
 
 
 def test_in_doubt_needs_retry(api: SandboxApi, workspace: Workspace) -> None:
-    """`--retry in_doubt` is the person's decision that it may cost twice."""
+    """`--retry in_doubt` resends, at the user's risk of paying twice."""
     workspace.write_leads(make_leads(5))
     api.inject_fault("error-after", 2)
     first = workspace.run_job(api)
@@ -251,7 +251,7 @@ def test_in_doubt_needs_retry(api: SandboxApi, workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_retry_only_for_rows_in_input(api: SandboxApi, workspace: Workspace) -> None:
-    """A doubt about a lead that is gone stays a doubt; nobody pays for it."""
+    """Does not retry a lead that is no longer in the input; it stays in doubt."""
     workspace.write_leads(make_leads(4))
     api.inject_fault("error-after", 4)
     workspace.run_job(api)
@@ -265,7 +265,7 @@ def test_retry_only_for_rows_in_input(api: SandboxApi, workspace: Workspace) -> 
 
 @pytest.mark.long
 def test_retry_is_not_remembered_after_refusal(tmp_path: Path, workspace: Workspace) -> None:
-    """A person's word is for one run: when that is refused for lack of credits, tomorrow's cron does not act on it."""
+    """`--retry` applies to one run: when that run is refused for lack of credits, the next does not repeat it."""
     workspace.write_leads(make_leads(4))
     with serve_api(tmp_path / "api.db", balance=50) as api:
         api.inject_fault("error-after", 2)
@@ -284,7 +284,7 @@ def test_retry_is_not_remembered_after_refusal(tmp_path: Path, workspace: Worksp
 
 @pytest.mark.long
 def test_retry_of_shared_request_once(api: SandboxApi, workspace: Workspace) -> None:
-    """Rows that share a doubtful request are all answered by one new run."""
+    """Rows that share an unconfirmed request are all answered by one retry."""
     workspace.write_leads(make_leads(2) * 3)
     api.inject_fault("no-task-id", 2)
     assert workspace.run_job(api).in_doubt == 6
@@ -299,7 +299,7 @@ def test_retry_of_shared_request_once(api: SandboxApi, workspace: Workspace) -> 
 
 @pytest.mark.long
 def test_refresh_of_old_answers(tmp_path: Path, workspace: Workspace) -> None:
-    """`policy.refresh` has an age for hits and one for misses; by default answers are good for ever."""
+    """`policy.refresh` has an age for matches and one for no matches; by default answers are good forever."""
     state = tmp_path / "api.db"
     workspace.write_leads(make_leads(20))
     with serve_api(state) as api:
@@ -310,15 +310,15 @@ def test_refresh_of_old_answers(tmp_path: Path, workspace: Workspace) -> None:
         misses = workspace.run_job(api, clock=clock_ahead(20 * DAY))
         assert workspace.run_job(api, clock=clock_ahead(20 * DAY)).submitted == 0
         api.advance(80 * DAY)
-        all_of_them = workspace.run_job(api, clock=clock_ahead(100 * DAY))
+        refreshed = workspace.run_job(api, clock=clock_ahead(100 * DAY))
 
     assert 0 < misses.submitted == (first.not_found or 0) < 20
-    assert all_of_them.submitted == 20
+    assert refreshed.submitted == 20
 
 
 @pytest.mark.long
 def test_last_match_kept_during_refresh(tmp_path: Path, workspace: Workspace) -> None:
-    """A refresh that misses or fails does not take an address away that was paid for."""
+    """A refresh without match or with a failure keeps the paid address."""
     state = tmp_path / "api.db"
     workspace.write_leads(make_leads(12))
     workspace.write_job(policy="{refresh: {found: 90d}}")
@@ -339,7 +339,7 @@ def test_last_match_kept_during_refresh(tmp_path: Path, workspace: Workspace) ->
 
 @pytest.mark.long
 def test_refresh_ending_in_doubt(tmp_path: Path, workspace: Workspace) -> None:
-    """An old miss asked again without an answer is a doubt: the row and the exit code say so."""
+    """An old no match that was resent without an answer is in doubt, in the row and by the exit code."""
     workspace.write_leads(make_leads(3))
     workspace.write_job(policy="{refresh: {not_found: 14d}}")
     with serve_api(tmp_path / "api.db", hit_rate=0.0) as api:
@@ -353,12 +353,12 @@ def test_refresh_ending_in_doubt(tmp_path: Path, workspace: Workspace) -> None:
     assert sorted(status_column(workspace)) == ["in_doubt", "not_found", "not_found"]
 
 
-# Files that come back
+# The output as input
 
 
 @pytest.mark.long
 def test_output_as_next_input(api: SandboxApi, workspace: Workspace) -> None:
-    """Fed back in, nothing is paid again, our status columns are replaced, all other columns are kept."""
+    """With its own output as input, pays nothing again, replaces the status columns, and keeps all other columns."""
     workspace.write_leads(make_leads(8))
     workspace.run_job(api)
     first = workspace.read_output()
@@ -378,7 +378,7 @@ def test_output_as_next_input(api: SandboxApi, workspace: Workspace) -> None:
 
 
 def test_output_as_input_with_column_clash(api: SandboxApi, workspace: Workspace) -> None:
-    """A column that the input has already is the person's: it is not overwritten in silence."""
+    """Refuses to overwrite a column that the input has already."""
     workspace.write_leads(make_leads(2))
     workspace.run_job(api)
     (workspace.folder / "out.csv").rename(workspace.folder / "again.csv")
@@ -390,7 +390,7 @@ def test_output_as_input_with_column_clash(api: SandboxApi, workspace: Workspace
 
 @pytest.mark.long
 def test_where_uses_status_columns(api: SandboxApi, workspace: Workspace) -> None:
-    """`where` may look at an earlier output's status columns."""
+    """`where` may use an earlier output's status columns."""
     workspace.write_leads(make_leads(12))
     first = workspace.run_job(api)
     (workspace.folder / "out.csv").rename(workspace.folder / "again.csv")
@@ -401,18 +401,18 @@ def test_where_uses_status_columns(api: SandboxApi, workspace: Workspace) -> Non
     assert summary.filtered == first.found
 
 
-# Whose ledger it is
+# The ledger's owner
 
 
 @pytest.mark.long
 def test_sandbox_ledger_is_separate(api: SandboxApi, workspace: Workspace) -> None:
-    """Trying a job for free neither answers the real run nor costs it anything."""
+    """Sandbox runs neither answer the real run nor cost anything."""
     workspace.write_leads(make_leads(4))
 
     free = workspace.run_in_process("run", "job.yaml", "--sandbox", "--json")
-    real = workspace.run_in_process("run", "job.yaml", "--json", api=api)
+    real_run = workspace.run_in_process("run", "job.yaml", "--json", api=api)
 
-    assert free.json_output["submitted"] == real.json_output["submitted"] == 4
+    assert free.json_output["submitted"] == real_run.json_output["submitted"] == 4
     assert api.audit()["accepted"] == 4
     assert {path.name for path in workspace.ledger_path.parent.glob("*.db")} == {
         *("job.db", "job.sandbox.db", "job.sandbox.api.db"),
@@ -421,7 +421,7 @@ def test_sandbox_ledger_is_separate(api: SandboxApi, workspace: Workspace) -> No
 
 @pytest.mark.long
 def test_sandbox_reuses_answers(workspace: Workspace) -> None:
-    """The second free run pays no pretended credits either."""
+    """The second sandbox run pays no pretended credits either."""
     workspace.write_leads(make_leads(4))
     workspace.run_in_process("run", "job.yaml", "--sandbox")
 
@@ -431,7 +431,7 @@ def test_sandbox_reuses_answers(workspace: Workspace) -> None:
 
 
 def test_ledger_bound_to_workspace(api: SandboxApi, workspace: Workspace) -> None:
-    """With the key of another workspace the ledger is refused: its answers were bought by somebody else."""
+    """Refuses the key of another workspace, because another account bought the ledger's answers."""
     workspace.write_leads(make_leads(2))
     workspace.run_job(api)
     _execute_sql(workspace, "UPDATE facts SET value = 'the other team' WHERE name = 'workspace'")
@@ -445,7 +445,7 @@ def test_ledger_bound_to_workspace(api: SandboxApi, workspace: Workspace) -> Non
 
 @pytest.mark.long
 def test_ledger_bound_to_host(api: SandboxApi, workspace: Workspace) -> None:
-    """The same for another API; what was never used is bound to nothing."""
+    """Refuses another API; an unused ledger is bound to none."""
     other_server = dataclasses.replace(api, base_url=api.base_url.replace("127.0.0.1", "localhost"))
     workspace.write_leads(make_leads(2))
     assert workspace.run_job(api, RunOptions(limit=0)).exit_code == 0
@@ -457,7 +457,7 @@ def test_ledger_bound_to_host(api: SandboxApi, workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_new_ledger_beside_others_is_reported(api: SandboxApi, workspace: Workspace) -> None:
-    """A job that was renamed would pay for everything again: the receipt says so."""
+    """A renamed job would pay for everything again: the summary has a note."""
     workspace.write_leads(make_leads(2))
     workspace.run_in_process("run", "job.yaml", api=api)
     workspace.write_job(output="renamed.csv")
@@ -472,7 +472,7 @@ def test_new_ledger_beside_others_is_reported(api: SandboxApi, workspace: Worksp
 
 @pytest.mark.long
 def test_first_and_sandbox_ledgers_are_not_reported(api: SandboxApi, workspace: Workspace) -> None:
-    """A job that was tried in the sandbox first has nothing to be warned of."""
+    """Does not warn about a job that was run in the sandbox first."""
     workspace.write_leads(make_leads(2))
     first = workspace.run_in_process("run", "job.yaml", "--sandbox", "--json")
 
@@ -483,7 +483,7 @@ def test_first_and_sandbox_ledgers_are_not_reported(api: SandboxApi, workspace: 
 
 @pytest.mark.long
 def test_shared_ledger(api: SandboxApi, workspace: Workspace) -> None:
-    """`ledger:` makes two jobs pay once for the same question."""
+    """`ledger:` makes two jobs pay once for the same request."""
     workspace.write_job(ledger="shared.db")
     workspace.write_leads(make_leads(3))
     workspace.run_job(api)
@@ -512,19 +512,19 @@ def _request_counts(api: SandboxApi) -> set[tuple[int, ...]]:
 def test_changed_provider_defaults_are_reported(
     api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Other defaults would be other questions, paid again: the ledger keeps the first ones until it is told."""
+    """Keeps the stored provider defaults, because new ones would be charged again, until `--update-providers`."""
     workspace.write_leads(make_leads(3))
     workspace.run_job(api)
     _set_default_providers(monkeypatch, 833, 113)
     workspace.write_leads(make_leads(5))
 
     result = workspace.run_job(api)
-    followed = workspace.run_job(api, RunOptions(update_providers=True))
+    updated = workspace.run_job(api, RunOptions(update_providers=True))
     kept = workspace.run_job(api)
 
     assert result.submitted == 2
     assert any("833, 113" in note and "--update-providers" in note for note in result.notes)
-    assert (followed.submitted, followed.notes) == (5, [])
+    assert (updated.submitted, updated.notes) == (5, [])
     assert (kept.submitted, kept.notes) == (0, [])
     assert _request_counts(api) == {(833, 966, 701, 745), (833, 113)}
 
@@ -533,7 +533,7 @@ def test_changed_provider_defaults_are_reported(
 def test_explicit_providers_ignore_default_changes(
     api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who chose is not told what others would get."""
+    """Does not report changed defaults when the job names its providers."""
     workspace.write_job(enrichments="[833]")
     workspace.write_leads(make_leads(2))
     workspace.run_job(api)
@@ -544,12 +544,12 @@ def test_explicit_providers_ignore_default_changes(
     assert (summary.submitted, summary.notes) == (0, [])
 
 
-# An input that changes while the run is at work
+# The input changes during the run
 
 
 @pytest.mark.long
 def test_input_changed_during_run(tmp_path: Path, workspace: Workspace) -> None:
-    """The output has the rows of the new file; those that are new are pending, and exit 4 says to run again."""
+    """The output has the new file's rows; new ones are pending, and exit 4 means run again."""
     workspace.write_leads(make_leads(6))
     changed: list[Path] = []
     with serve_api(tmp_path / "api.db", latency="fixed(0.5)") as api:
@@ -576,7 +576,7 @@ def _execute_sql(workspace: Workspace, sql: str, values: Sequence[object] = ()) 
 
 @pytest.mark.long
 def test_all_executions_are_stored(api: SandboxApi, workspace: Workspace) -> None:
-    """The ledger remembers each night's receipt."""
+    """The ledger stores each run's summary."""
     workspace.write_leads(make_leads(2))
     summaries: list[RunSummary] = [workspace.run_job(api), workspace.run_job(api)]
 
@@ -585,13 +585,13 @@ def test_all_executions_are_stored(api: SandboxApi, workspace: Workspace) -> Non
         kept = ledger.executions("job")
     finally:
         ledger.close()
-    output = [json.loads(json.dumps(receipt.as_json())) for receipt in reversed(summaries)]
+    output = [json.loads(json.dumps(summary.as_json())) for summary in reversed(summaries)]
     assert [json.loads(row["receipt"]) for row in kept] == output
 
 
 @pytest.mark.long
 def test_run_without_new_requests(api: SandboxApi, workspace: Workspace) -> None:
-    """A night with nothing to do asks the API who we are and what it offers, and nothing else."""
+    """A run with nothing to do requests only the account and the waterfall."""
     workspace.write_leads(make_leads(4))
     workspace.run_job(api, timing=SHORT_TIMEOUTS)
     before = api.audit()["requests"]
@@ -604,7 +604,7 @@ def test_run_without_new_requests(api: SandboxApi, workspace: Workspace) -> None
 
 
 def test_open_tasks_collected_despite_header_clash(workspace: Workspace, tmp_path: Path) -> None:
-    """What was paid for is fetched before the clash of columns ends the run."""
+    """Collects open tasks before the header clash ends the run."""
     workspace.write_leads(make_leads(3))
     with serve_api(tmp_path / "api.db", latency="fixed(20)") as api:
         workspace.submit_without_collecting(api)
@@ -620,7 +620,7 @@ def test_open_tasks_collected_despite_header_clash(workspace: Workspace, tmp_pat
 
 
 def test_accepted_in_doubt_is_not_retried_at_once(workspace: Workspace) -> None:
-    """`--accept in_doubt` makes them failed: `--retry failed` beside it would pay for them once more."""
+    """`--accept in_doubt` marks them as failed: `--retry failed` in the same run would pay again."""
     workspace.write_leads(make_leads(1))
     for states in ("failed", "expired,in_doubt"):
         result = workspace.run_in_process("run", "job.yaml", "--accept", "in_doubt", "--retry", states)

@@ -1,4 +1,4 @@
-"""Power cuts: the program dies at any point and is started again; nothing is paid twice, nothing paid for is lost."""
+"""Resumes after a kill at any point without charging twice or losing a paid result."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from tests.support.workspace import (
 )
 
 OLD_OUTPUT = "the output of an older night\n"
-MAX_POSTS_IN_FLIGHT = 32  # the most that a kill leaves unconfirmed
+MAX_POSTS_IN_FLIGHT = 32  # the most requests that a kill may leave in doubt
 
 
 @pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Ask the same of a ledger in a file and on a server."""
+    """Run each test with a ledger in a file and on a server."""
     return str(request.param)
 
 
 def start_and_kill(workspace: Workspace, api: SandboxApi, condition: Callable[[], bool], *arguments: str) -> None:
-    """Start the program and kill it the moment something is so."""
+    """Start the program and kill it as soon as a condition holds."""
     process = workspace.start_subprocess("run", "job.yaml", *arguments, api=api)
     try:
         wait_until(condition)
@@ -53,7 +53,7 @@ def request_count(api: SandboxApi, name: str) -> int:
 def assert_consistent_with_audit(
     workspace: Workspace, api: SandboxApi, summary: RunSummary, leads: int, kills: int = 1
 ) -> dict[str, Any]:
-    """Hold the output against the API's own books: nothing twice, nothing lost, nothing untold."""
+    """Assert against the API's audit: nothing paid twice, nothing lost, nothing unreported."""
     audit = api.audit()
     assert audit["paid_twice"] == audit["accepted_more_than_once"] == 0
     assert (summary.in_doubt or 0) <= MAX_POSTS_IN_FLIGHT * kills
@@ -84,26 +84,26 @@ def test_kill_before_first_post(api: SandboxApi, workspace: Workspace) -> None:
 
 @pytest.mark.parametrize("fault", first_quick(1, ["silence-after", "silence-before"]))
 def test_kill_with_posts_in_flight(api: SandboxApi, workspace: Workspace, fault: str) -> None:
-    """What had left is in doubt, at most 64, whether it was accepted or not; the others are bought once."""
+    """At most 64 requests are in doubt, whether accepted or not; the others are bought once."""
     workspace.write_leads(make_leads(150))
     api.inject_fault(fault, 40)
     start_and_kill(workspace, api, lambda: api.audit()["faults"].get(fault, 0) >= 20)
-    on_the_wire = api.audit()["faults"][fault]
+    in_flight = api.audit()["faults"][fault]
     api.clear_faults()
 
     summary = workspace.run_job(api)
 
     assert summary.exit_code == 14
-    assert on_the_wire <= (summary.in_doubt or 0) <= MAX_POSTS_IN_FLIGHT
+    assert in_flight <= (summary.in_doubt or 0) <= MAX_POSTS_IN_FLIGHT
     assert summary.submitted == 150 - (summary.in_doubt or 0)
     assert any("killed" in note for note in summary.notes)
     audit = assert_consistent_with_audit(workspace, api, summary, 150)
-    assert audit["accepted"] == summary.submitted + (on_the_wire if fault == "silence-after" else 0)
+    assert audit["accepted"] == summary.submitted + (in_flight if fault == "silence-after" else 0)
 
 
 @pytest.mark.long
 def test_kill_while_submitting_and_polling(tmp_path: Path, workspace: Workspace) -> None:
-    """In the thick of it, POSTs and polls side by side, three times over."""
+    """Resumes without charging twice after three kills while POSTs and polls are in flight."""
     workspace.write_job(limits="{requests_per_second: 400}")
     workspace.write_leads(make_leads(160))
     with serve_api(tmp_path / "api.db", latency="uniform(0.05,0.6)", failure_rate=0.05, free_failures=0.0) as api:
@@ -116,7 +116,7 @@ def test_kill_while_submitting_and_polling(tmp_path: Path, workspace: Workspace)
 
 
 def test_kill_while_polling(tmp_path: Path, workspace: Workspace) -> None:
-    """All was bought, no answer was there yet: the next run fetches every one and buys nothing."""
+    """The next run collects every answer and sends nothing."""
     workspace.write_leads(make_leads(40))
     with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
         start_and_kill(workspace, api, lambda: request_count(api, "task") >= 40)
@@ -131,7 +131,7 @@ def test_kill_while_polling(tmp_path: Path, workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_kill_while_writing_output(api: SandboxApi, workspace: Workspace) -> None:
-    """The old output stays whole until the new one is; what a kill left half-written is gone after the next run."""
+    """The old output stays complete until it is replaced; the next run removes a partial one."""
     leads = [lead for _ in range(3_000) for lead in make_leads(10)]
     workspace.write_leads(leads)
     old = workspace.folder / "out.csv"
@@ -150,7 +150,7 @@ def test_kill_while_writing_output(api: SandboxApi, workspace: Workspace) -> Non
 
 
 def test_stale_part_removed_by_failed_run(api: SandboxApi, workspace: Workspace) -> None:
-    """The next start removes it whatever comes of that start."""
+    """The next start removes a partial output even if that run fails."""
     workspace.write_leads(make_leads(1))
     part = workspace.folder / ".job.enrich-part"
     part.write_text("half a fi")
@@ -164,7 +164,7 @@ def test_stale_part_removed_by_failed_run(api: SandboxApi, workspace: Workspace)
 
 @pytest.mark.long
 def test_repeated_random_kills(tmp_path: Path, workspace: Workspace) -> None:
-    """Kills at whatever it is doing then, and one run to the end."""
+    """Resumes after repeated kills at random times, and one run finishes the job."""
     workspace.write_job(limits="{requests_per_second: 300}")
     workspace.write_leads(make_leads(120))
     with serve_api(tmp_path / "api.db", latency="uniform(0.01,0.3)") as api:
@@ -180,7 +180,7 @@ def test_repeated_random_kills(tmp_path: Path, workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_credits_match_audit_after_kill(api: SandboxApi, workspace: Workspace) -> None:
-    """Over all executions the ledger's credits are the API's, except for what is in doubt and unknown."""
+    """The ledger's credits equal the API's over all executions, except for unconfirmed and unknown ones."""
     workspace.write_leads(make_leads(60))
     start_and_kill(workspace, api, lambda: request_count(api, "task") >= 5)
 
@@ -202,7 +202,7 @@ def test_credits_match_audit_after_kill(api: SandboxApi, workspace: Workspace) -
 
 @pytest.mark.long
 def test_cap_includes_open_tasks_of_killed_run(tmp_path: Path, workspace: Workspace) -> None:
-    """What is at the API from before counts against the cap of the execution that collects it."""
+    """Tasks of an earlier execution count against the cap of the execution that collects them."""
     workspace.write_leads(make_leads(30))
     with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
         start_and_kill(workspace, api, lambda: request_count(api, "task") >= 10, "--limit", "10")
@@ -219,7 +219,7 @@ def test_cap_includes_open_tasks_of_killed_run(tmp_path: Path, workspace: Worksp
 
 @pytest.mark.long
 def test_api_restart_during_run(tmp_path: Path, workspace: Workspace) -> None:
-    """Refused connections are sat out, what the API had accepted it still knows, nothing is bought twice."""
+    """Waits through refused connections; the API keeps accepted tasks, and nothing is bought twice."""
     workspace.write_job(limits="{requests_per_second: 400}")
     workspace.write_leads(make_leads(150))
     with socket.socket() as probe:
@@ -244,7 +244,7 @@ def test_api_restart_during_run(tmp_path: Path, workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_ledger_is_sound_after_kill(api: SandboxApi, workspace: Workspace) -> None:
-    """SQLite finds nothing wrong after a kill, and status can be read at once."""
+    """SQLite finds no damage after a kill, and status works immediately."""
     workspace.write_leads(make_leads(100))
     start_and_kill(workspace, api, lambda: request_count(api, "run") >= 30)
 
@@ -257,7 +257,7 @@ def test_ledger_is_sound_after_kill(api: SandboxApi, workspace: Workspace) -> No
 
 @pytest.mark.long
 def test_concurrent_starts(tmp_path: Path, workspace: Workspace) -> None:
-    """Of two crons that meet, one works and the other leaves with exit 11, at a server after a moment."""
+    """Of two simultaneous starts one runs and the other exits with 11, with a server after a moment."""
     workspace.write_leads(make_leads(10))
     with serve_api(tmp_path / "api.db", latency="fixed(5)" if workspace.server_url else "fixed(1)") as api:
         both = [workspace.start_subprocess("run", "job.yaml", api=api) for _ in range(2)]

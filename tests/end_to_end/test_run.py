@@ -1,4 +1,4 @@
-"""The happy way of a row, end to end, and everything else that can be said of one."""
+"""Normal runs end to end, and every status and format of a row."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.support.workspace import (
     serve_api,
 )
 
-#: What section 5 of the contract promises; other people's scripts read these.
+#: The guaranteed keys of the summary (section 5 of the contract), which users' scripts read.
 SUMMARY_KEYS = {
     *("execution", "job", "rows", "requests", "submitted", "reused", "credits_spent", "polls", "rate_limited"),
     *("elapsed_s", "output", "exit_code", "found", "not_found", "failed", "expired", "in_doubt", "invalid"),
@@ -35,7 +35,7 @@ SUMMARY_KEYS = {
 
 @pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Ask the same of a ledger in a file and on a server."""
+    """Run each test with a ledger in a file and on a server."""
     return str(request.param)
 
 
@@ -78,7 +78,7 @@ def test_second_run_is_free(api: SandboxApi, workspace: Workspace) -> None:
 
 
 def test_json_summary_keys(api: SandboxApi, workspace: Workspace) -> None:
-    """Stdout carries one object that agrees with the output and the API; nothing else is said anywhere."""
+    """Stdout has one object that agrees with the output and the API; nothing else is printed."""
     workspace.write_leads(make_leads(12))
 
     result = workspace.run_subprocess("run", "job.yaml", "--json", api=api)
@@ -99,7 +99,7 @@ def test_json_summary_keys(api: SandboxApi, workspace: Workspace) -> None:
 
 
 def test_success_is_silent_off_terminal(api: SandboxApi, workspace: Workspace) -> None:
-    """Cron sends no mail about a night that went well."""
+    """Prints nothing after a successful run, so that cron sends no mail."""
     workspace.write_leads(make_leads(3))
 
     result = workspace.run_in_process("run", "job.yaml", api=api)
@@ -109,7 +109,7 @@ def test_success_is_silent_off_terminal(api: SandboxApi, workspace: Workspace) -
 
 @pytest.mark.long
 def test_gzip_input_and_output(api: SandboxApi, workspace: Workspace) -> None:
-    """`.csv.gz` is read and written by its name alone."""
+    """Reads and writes `.csv.gz` by its file name."""
     workspace.write_job(input="leads.csv.gz", output="out.csv.gz")
     plain = workspace.write_leads(make_leads(5))
     (workspace.folder / "leads.csv.gz").write_bytes(gzip.compress(plain.read_bytes()))
@@ -126,7 +126,7 @@ def test_gzip_input_and_output(api: SandboxApi, workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_parquet_output_types(api: SandboxApi, workspace: Workspace) -> None:
-    """A Parquet output has all columns of the input as text, nulls for what is not known, and numeric credits."""
+    """A Parquet output has the input's columns as text, nulls for unknown values, and numeric credits."""
     workspace.write_job(output="out.parquet")
     leads = make_leads(8)
     leads[0][4] = "=007"
@@ -146,7 +146,7 @@ def test_parquet_output_types(api: SandboxApi, workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_output_with_every_status(tmp_path: Path, workspace: Workspace) -> None:
-    """Found, not found, failed, expired, in doubt, invalid, filtered and pending rows stand side by side."""
+    """The output has found, not found, failed, expired, in doubt, invalid, filtered and pending rows together."""
     state = tmp_path / "api.db"
     leads = make_leads(30)
     leads[5][2] = ""
@@ -182,7 +182,7 @@ def test_output_with_every_status(tmp_path: Path, workspace: Workspace) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("shape", ["wrapped", "wrapper_object", "flat", "flat_list"])
 def test_every_result_shape(tmp_path: Path, workspace: Workspace, shape: Shape) -> None:
-    """The documents disagree about the shape of a result; each gives the same e-mail and the same bill."""
+    """Each documented shape of a result gives the same email and the same bill."""
     workspace.write_leads(make_leads(12))
     kinds = ("null", "empty_list", "empty_object", "null_result", "blank_result", "no_data")
     with serve_api(tmp_path / "api.db", shape=shape, miss_kinds=kinds, aliases=shape == "flat") as api:
@@ -197,7 +197,7 @@ def test_every_result_shape(tmp_path: Path, workspace: Workspace, shape: Shape) 
 
 @pytest.mark.long
 def test_nested_and_json_values(api: SandboxApi, workspace: Workspace) -> None:
-    """A column takes a field of a nested result; objects and lists are written as JSON, numbers as they are."""
+    """A column takes a field of a nested result; objects and lists are written as JSON, numbers unchanged."""
     workspace.write_job(
         waterfall="company_lookup",
         params="{company_website: Website}",
@@ -234,7 +234,7 @@ def test_default_columns(api: SandboxApi, workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_charged_no_matches(tmp_path: Path, workspace: Workspace) -> None:
-    """Providers may charge for nothing found: the column shows it and sums to the bill."""
+    """Shows the price of a charged no match, and the column sums to the bill."""
     workspace.write_leads(make_leads(12))
     with serve_api(tmp_path / "api.db", charge_misses=True, hit_rate=0.4) as api:
         summary = workspace.run_job(api)
@@ -247,7 +247,7 @@ def test_charged_no_matches(tmp_path: Path, workspace: Workspace) -> None:
 
 
 def test_unknown_price_is_blank(tmp_path: Path, workspace: Workspace) -> None:
-    """Where the API hides what an answer cost, the cell is blank and the receipt counts it as unknown."""
+    """An unknown price is a blank cell, and the summary counts it as unknown."""
     workspace.write_leads(make_leads(9))
     with serve_api(tmp_path / "api.db", hide_credits=True, shape="flat") as api:
         summary = workspace.run_job(api)
@@ -258,7 +258,7 @@ def test_unknown_price_is_blank(tmp_path: Path, workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_step_prices_replace_hidden_price(tmp_path: Path, workspace: Workspace) -> None:
-    """Where the API hides the sum but shows its parts, the parts are added up."""
+    """Adds up the steps' prices where the API hides the sum."""
     workspace.write_leads(make_leads(9))
     with serve_api(tmp_path / "api.db", hide_credits=True, miss_kinds=("null_result",)) as api:
         summary = workspace.run_job(api)
@@ -270,7 +270,7 @@ def test_step_prices_replace_hidden_price(tmp_path: Path, workspace: Workspace) 
 
 @pytest.mark.long
 def test_providers_and_verifier_order(api: SandboxApi, workspace: Workspace) -> None:
-    """`enrichments` and `email_verifier` go to the API as they stand, and the output names who knew."""
+    """Sends `enrichments` and `email_verifier` in the job's order, and the output names the provider of each match."""
     workspace.write_job(enrichments="[966, 833]", email_verifier="10")
     workspace.write_leads(make_leads(9))
 
@@ -285,7 +285,7 @@ def test_providers_and_verifier_order(api: SandboxApi, workspace: Workspace) -> 
 
 
 def test_default_providers_are_sent(api: SandboxApi, workspace: Workspace) -> None:
-    """A job that names no providers sends the waterfall's own, so that a change of the vendor's changes nothing."""
+    """Sends the waterfall's own providers when the job names none, so that a change of the defaults has no effect."""
     workspace.write_leads(make_leads(1))
 
     workspace.run_job(api)
@@ -294,10 +294,10 @@ def test_default_providers_are_sent(api: SandboxApi, workspace: Workspace) -> No
 
 
 def test_duplicates_are_sent_once(api: SandboxApi, workspace: Workspace) -> None:
-    """Rows that ask the same share the answer; what it cost is shown on the first, so the column sums to the bill."""
+    """Rows with the same request share the answer; the first shows the cost, so the column sums to the bill."""
     leads = make_leads(6)
-    spelt_otherwise = [["  First0 ", "Last0", "company0.example", "", "another"], *leads]
-    workspace.write_leads([*leads, *spelt_otherwise])
+    other_spellings = [["  First0 ", "Last0", "company0.example", "", "another"], *leads]
+    workspace.write_leads([*leads, *other_spellings])
 
     summary = workspace.run_job(api)
 
@@ -313,7 +313,7 @@ def test_duplicates_are_sent_once(api: SandboxApi, workspace: Workspace) -> None
 
 @pytest.mark.long
 def test_rows_without_dedupe(api: SandboxApi, workspace: Workspace) -> None:
-    """`dedupe: false` runs and pays for each row, once: the second night still pays nothing."""
+    """`dedupe: false` sends and pays for each row once; the second run is free."""
     workspace.write_job(dedupe="false")
     workspace.write_leads(make_leads(3) * 2)
 
@@ -327,7 +327,7 @@ def test_rows_without_dedupe(api: SandboxApi, workspace: Workspace) -> None:
 
 
 def test_only_if_empty(api: SandboxApi, workspace: Workspace) -> None:
-    """`only_if_empty` leaves rows alone that have the answer already."""
+    """`only_if_empty` skips rows that have the answer already."""
     leads = make_leads(6)
     leads[2][3] = "known@company2.example"
     leads[3][3] = "   "
@@ -341,7 +341,7 @@ def test_only_if_empty(api: SandboxApi, workspace: Workspace) -> None:
 
 
 def test_formula_injection_is_escaped(api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A formula that comes from the API gets a quote in CSV; the person's own cells stay as they are."""
+    """A formula from the API gets a leading quote in CSV; the input's own cells stay unchanged."""
     monkeypatch.setattr(
         "enrich.sandbox.answers.invent_fields", lambda *_: {"email": '=HYPERLINK("http://evil.example")'}
     )
@@ -358,7 +358,7 @@ def test_formula_injection_is_escaped(api: SandboxApi, workspace: Workspace, mon
 
 @pytest.mark.long
 def test_unicode_leads(api: SandboxApi, workspace: Workspace) -> None:
-    """Accents, other alphabets and emoji pass through unharmed, in the question and in the output."""
+    """Preserves accents, other alphabets and emoji in requests and output."""
     names = [["Zoë", "Müller-Ünal"], ["김", "민준"], ["Ольга", "Иванова"], ["🦊", "O'Brien"]]
     workspace.write_leads([[*name, "https://www.münchen.example", "", "ñ"] for name in names])
 
@@ -370,7 +370,7 @@ def test_unicode_leads(api: SandboxApi, workspace: Workspace) -> None:
 
 
 def test_files_are_private(tmp_path: Path, workspace: Workspace) -> None:
-    """Every file we write is for its owner only, none holds the key, and the log knows nobody's name."""
+    """Files are readable by their owner only; none has the key, and the log has no names."""
     key = "key-4f1c-that-nobody-must-see"
     workspace.write_leads([["Adalbert", "Byronsson", "enginesmith.example", "", "private note"], *make_leads(9)])
     before = set(workspace.folder.rglob("*"))
@@ -402,7 +402,7 @@ def test_files_are_private(tmp_path: Path, workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_log_is_appended(api: SandboxApi, workspace: Workspace) -> None:
-    """Each night adds its lines; none overwrites the last."""
+    """Each run appends its lines to the log."""
     workspace.write_leads(make_leads(2))
 
     workspace.run_in_process("run", "job.yaml", "--log-file", "enrich.log", api=api)
@@ -414,7 +414,7 @@ def test_log_is_appended(api: SandboxApi, workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_output_name_with_date(api: SandboxApi, workspace: Workspace) -> None:
-    """Codes of strftime are filled in with local time and missing folders are made."""
+    """Fills in strftime codes with local time and makes missing folders."""
     workspace.write_job(output="'results/%Y/leads-%Y.csv'")
     workspace.write_leads(make_leads(1))
 
@@ -439,7 +439,7 @@ def test_default_output_name(api: SandboxApi, workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_other_separator_and_encoding(api: SandboxApi, workspace: Workspace) -> None:
-    """The input says how it is written, the output how it is to be."""
+    """Uses the input's and the output's own separator and encoding."""
     workspace.write_job(
         input='{path: leads.csv, separator: ";", encoding: cp1252}',
         output='{path: out.csv, separator: "\\t", encoding: utf-16}',
@@ -456,7 +456,7 @@ def test_other_separator_and_encoding(api: SandboxApi, workspace: Workspace) -> 
 
 
 def test_output_is_replaced_atomically(api: SandboxApi, workspace: Workspace) -> None:
-    """The new file takes the old one's place, mode and all, and nothing is left beside it."""
+    """The new file replaces the old one with its mode, and nothing is left beside it."""
     workspace.write_leads(make_leads(2))
     old = workspace.folder / "out.csv"
     old.write_text("an old night\n")
@@ -471,7 +471,7 @@ def test_output_is_replaced_atomically(api: SandboxApi, workspace: Workspace) ->
 
 @pytest.mark.long
 def test_rate_limited_api(tmp_path: Path, workspace: Workspace) -> None:
-    """429s slow the run down and cost nothing twice."""
+    """429s slow the run down, and nothing is paid twice."""
     workspace.write_job(limits="{requests_per_second: 60}")
     workspace.write_leads(make_leads(15))
     with serve_api(tmp_path / "api.db", rate=30.0, burst=3, retry_after=None) as api:

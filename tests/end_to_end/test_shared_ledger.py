@@ -1,4 +1,4 @@
-"""Several jobs with one ledger: an answer serves them all, executions and receipts stay apart."""
+"""Several jobs with one ledger: they share answers; executions and summaries stay separate."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ LOOKUP = {"waterfall": "company_lookup", "params": "{company_website: Website}",
 
 
 def workspace_for(workspace: Workspace, name: str) -> Workspace:
-    """Another job of the same folder; its outputs are called like it."""
+    """Make another job in the same folder; its outputs have its name."""
 
     class Other(Workspace):
-        """An office that works on another job file."""
+        """A workspace with another job file."""
 
         @property
         def job_file(self) -> Path:
@@ -49,7 +49,7 @@ def beta(workspace: Workspace) -> Workspace:
 
 
 def test_answer_is_shared_between_jobs(api: SandboxApi, alpha: Workspace, beta: Workspace) -> None:
-    """The same question of another job is reused, under other columns too."""
+    """Reuses the answer to the same request of another job, also under other columns."""
     beta.write_job(ledger="shared.db", output="beta.csv", columns="{mail: email}")
     alpha.write_leads(make_leads(5))
     first = alpha.run_job(api)
@@ -71,8 +71,8 @@ def test_executions_are_separate_per_job(api: SandboxApi, alpha: Workspace, beta
     alpha.run_job(api)
 
     shown = {
-        name: office.run_in_process("status", f"{name}.yaml", "--json").json_output["executions"]
-        for name, office in (("alpha", alpha), ("beta", beta))
+        name: job_workspace.run_in_process("status", f"{name}.yaml", "--json").json_output["executions"]
+        for name, job_workspace in (("alpha", alpha), ("beta", beta))
     }
 
     assert [each["execution"] for each in shown["alpha"]] == [3, 1]
@@ -81,7 +81,7 @@ def test_executions_are_separate_per_job(api: SandboxApi, alpha: Workspace, beta
 
 
 def test_task_is_evaluated_by_its_own_job(tmp_path: Path, alpha: Workspace, beta: Workspace) -> None:
-    """Collected by a job that looks for another field, it is found all the same, for who asked for it."""
+    """A job that collects another job's task evaluates it by the columns of the job that sent it."""
     alpha.write_job(columns="{industry: industry}", output="alpha.csv", **LOOKUP)
     beta.write_job(columns="{phone: phone}", output="beta.csv", **LOOKUP)
     alpha.write_leads(make_leads(4))
@@ -89,17 +89,17 @@ def test_task_is_evaluated_by_its_own_job(tmp_path: Path, alpha: Workspace, beta
         alpha.submit_without_collecting(api)
         api.advance(90)
         collected = beta.run_job(api)
-        again = alpha.run_job(api)
+        second = alpha.run_job(api)
         assert api.audit()["accepted"] == 4
 
     with closing(alpha.open_ledger()) as ledger:
         assert ledger.state_counts() == {State.FOUND: 4}
     assert (collected.submitted, collected.found, collected.not_found) == (0, 0, 4)
-    assert (again.submitted, again.found) == (0, 4)
+    assert (second.submitted, second.found) == (0, 4)
 
 
 def test_open_request_of_other_job_is_awaited(tmp_path: Path, alpha: Workspace, beta: Workspace) -> None:
-    """The same question at the API is not asked twice; the plan says that it waits."""
+    """Does not resend another job's open request; the plan counts it as waiting."""
     alpha.write_leads(make_leads(3))
     with serve_api(tmp_path / "api.db", latency="fixed(60)", hit_rate=1.0) as api:
         alpha.submit_without_collecting(api)
@@ -112,7 +112,7 @@ def test_open_request_of_other_job_is_awaited(tmp_path: Path, alpha: Workspace, 
 
 @pytest.mark.long
 def test_pending_rows_of_other_job_are_not_sent(api: SandboxApi, alpha: Workspace, beta: Workspace) -> None:
-    """What a job left pending is its own affair, even after it was killed before it could send."""
+    """Does not send another job's pending rows, even when that job was killed before it could send."""
     alpha.write_leads(make_leads(6))
     alpha.run_job(api, RunOptions(limit=2))
     alpha.write_leads(make_leads(1, start=50))
@@ -131,7 +131,7 @@ def test_jobs_exclude_each_other(api: SandboxApi, alpha: Workspace, beta: Worksp
 
 @pytest.mark.long
 def test_plan_after_other_job(api: SandboxApi, alpha: Workspace, beta: Workspace) -> None:
-    """Between the plan and its run the other job answers a part: only the rest is asked."""
+    """When another job answers a part between plan and run, only the rest is sent."""
     alpha.write_leads(make_leads(6))
     assert alpha.run_in_process("plan", "alpha.yaml", "-o", "alpha.plan", "--limit", "4", api=api).exit_code == 0
     beta.run_job(api, RunOptions(limit=3))
@@ -143,11 +143,11 @@ def test_plan_after_other_job(api: SandboxApi, alpha: Workspace, beta: Workspace
 
 @pytest.mark.long
 def test_confirmation_per_job(api: SandboxApi, alpha: Workspace, beta: Workspace) -> None:
-    """That another job has spent before is no leave for this one."""
-    asked: list[str] = []
+    """Another job's spending does not replace this job's confirmation."""
+    prompts: list[str] = []
 
     def refuse(text: str) -> bool:
-        asked.append(text)
+        prompts.append(text)
         return False
 
     alpha.write_leads(make_leads(2))
@@ -155,4 +155,4 @@ def test_confirmation_per_job(api: SandboxApi, alpha: Workspace, beta: Workspace
     alpha.write_leads(make_leads(4))
     assert beta.run_job(api, RunOptions(confirm=refuse)).exit_code == 5
     assert alpha.run_job(api, RunOptions(confirm=refuse)).submitted == 2
-    assert len(asked) == 1
+    assert len(prompts) == 1

@@ -1,4 +1,4 @@
-"""Pipes without a peer, devices and folders in the place of files: refused in words at once, never waited for."""
+"""Pipes without a peer, devices and folders in place of files: refused immediately with a message, never blocking."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def run_job(
 
 
 def make_special_file(workspace: Workspace, kind: str) -> str:
-    """Make what is no file; return its name."""
+    """Make a file of a special kind; return its name."""
     if kind.startswith("/dev/"):
         return kind
     path = workspace.folder / f"{kind}.prom"
@@ -67,7 +67,7 @@ KINDS = ["fifo", "/dev/zero", "/dev/urandom", "folder"]
     ),
 )
 def test_special_files_are_refused(api: SandboxApi, workspace: Workspace, use: str, code: int, kind: str) -> None:
-    """With words that name it, and nothing is bought."""
+    """Names the file in the message, and sends nothing."""
     if kind == "huge" and use not in ("key", "plan", "job"):
         pytest.skip("a file may be large")
     workspace.write_leads(make_leads(2))
@@ -96,7 +96,7 @@ def test_special_files_are_refused(api: SandboxApi, workspace: Workspace, use: s
 
     result = run_job(workspace, api, *options, environ=environ)
 
-    # click refuses folders as options before we see them.
+    # click refuses folders as options before the program sees them.
     assert result.exit_code == (2 if kind == "folder" and use in ("log", "plan", "job") else code), result.stderr
     assert Path(name).name in result.stderr
     assert api.audit()["accepted"] == 0
@@ -105,7 +105,7 @@ def test_special_files_are_refused(api: SandboxApi, workspace: Workspace, use: s
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["fifo", "/dev/zero"])
 def test_unreadable_notifications_file_is_a_note(api: SandboxApi, workspace: Workspace, kind: str) -> None:
-    """They are no reason not to run."""
+    """An unreadable notifications file does not stop the run."""
     workspace.write_leads(make_leads(2))
     workspace.write_job(notify=make_special_file(workspace, kind))
     result = run_job(workspace, api)
@@ -116,9 +116,9 @@ def test_unreadable_notifications_file_is_a_note(api: SandboxApi, workspace: Wor
 @pytest.mark.long
 @pytest.mark.parametrize("stdin", ["/dev/zero", "/dev/urandom"])
 def test_device_as_stdin(api: SandboxApi, workspace: Workspace, stdin: str) -> None:
-    """Only pipes and files are."""
+    """Refuses a device as stdin; only pipes and files are accepted."""
     workspace.write_leads(make_leads(1))
-    with open(stdin, "rb") as device:  # noqa: PTH123 - for its descriptor
+    with open(stdin, "rb") as device:  # noqa: PTH123 - opened for its descriptor
         result = run_job(workspace, api, "run", "job.yaml", "--input", "-", stdin=device.fileno())
     assert result.exit_code == 5
     assert "standard input is a device" in result.stderr
@@ -128,7 +128,7 @@ def test_device_as_stdin(api: SandboxApi, workspace: Workspace, stdin: str) -> N
 @pytest.mark.parametrize("use", ["suppress", "metrics", "notify", "input", "output"])
 @pytest.mark.long
 def test_other_commands_do_not_block_on_pipes(api: SandboxApi, workspace: Workspace, use: str, command: str) -> None:
-    """Whatever they say, they end."""
+    """Other commands end, whatever their result."""
     workspace.write_leads(make_leads(1))
     workspace.write_job(**{use: make_special_file(workspace, "fifo")})
     name, *options = command.split()
@@ -137,25 +137,25 @@ def test_other_commands_do_not_block_on_pipes(api: SandboxApi, workspace: Worksp
 
 @pytest.mark.long
 def test_key_file_from_pipe(api: SandboxApi, workspace: Workspace) -> None:
-    """`DATABAR_API_KEY_FILE=<(pass show databar)` works, however late its writer is."""
+    """`DATABAR_API_KEY_FILE=<(pass show databar)` works, however late the key is written."""
     workspace.write_leads(make_leads(1))
-    ours, theirs = os.pipe()
+    reader, writer = os.pipe()
     process = subprocess.Popen(
         [sys.executable, "-m", "enrich", "run", "job.yaml"],
         cwd=workspace.folder,
-        env=workspace.environment(api) | {"DATABAR_API_KEY": "", "DATABAR_API_KEY_FILE": f"/dev/fd/{ours}"},
-        pass_fds=[ours],
+        env=workspace.environment(api) | {"DATABAR_API_KEY": "", "DATABAR_API_KEY_FILE": f"/dev/fd/{reader}"},
+        pass_fds=[reader],
     )
-    os.close(ours)
-    os.write(theirs, KEY[:4].encode())
-    os.write(theirs, KEY[4:].encode() + b"\n")
-    os.close(theirs)
+    os.close(reader)
+    os.write(writer, KEY[:4].encode())
+    os.write(writer, KEY[4:].encode() + b"\n")
+    os.close(writer)
     assert process.wait(timeout=90) == 0
 
 
 @pytest.mark.long
 def test_log_to_pipe(api: SandboxApi, workspace: Workspace) -> None:
-    """A log may be read by another program while it is written."""
+    """Another program may read the log while it is written."""
     workspace.write_leads(make_leads(1))
     fifo = make_special_file(workspace, "fifo")
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
@@ -167,6 +167,6 @@ def test_log_to_pipe(api: SandboxApi, workspace: Workspace) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["/dev/null", "/dev/stderr"])
 def test_log_to_null_or_stderr(api: SandboxApi, workspace: Workspace, name: str) -> None:
-    """They are devices, too, but take lines."""
+    """Accepts these devices for the log, because they accept lines."""
     workspace.write_leads(make_leads(1))
     assert run_job(workspace, api, "run", "job.yaml", "--log-file", name).exit_code == 0

@@ -1,4 +1,4 @@
-"""Spending where it matters: `order_by`, `caps`, `--sample`, `--limit`, `min_balance`, by the API's own audit."""
+"""Limits on spending: `order_by`, `caps`, `--sample`, `--limit`, `min_balance`, checked against the API's audit."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from enrich.rows.reader import JobInput
 from enrich.run.context import RunOptions
 from tests.support.workspace import BOTH_BACKENDS_SERVER_LONG, SandboxApi, Workspace, make_leads, serve_api
 
-#: What one request of the standard job may cost at worst, in credits.
+#: The maximum price of one request of the standard job, in credits.
 MAX_PRICE = 3.51
 HEADER = ["First Name", "Last Name", "Website", "Email", "Size"]
 
 
 @pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Ask the same of a ledger in a file and on a server."""
+    """Run each test with a ledger in a file and on a server."""
     return str(request.param)
 
 
@@ -36,12 +36,12 @@ def lead_of_company(number: int, website: str) -> list[str]:
 
 
 def requested_leads(api: SandboxApi) -> set[str]:
-    """Whom the API was asked about, by their first names."""
+    """Return the first names of the leads that were sent."""
     return {run["params"]["first_name"] for run in api.audit()["runs"]}
 
 
 def row_statuses(workspace: Workspace) -> list[str]:
-    """The rows' status, `capped` where that is the reason, and `answered` with or without luck."""
+    """Return the rows' statuses: `capped` where that is the reason, `answered` for match and no match."""
     result = {"found": "answered", "not_found": "answered"}
     return [
         "capped" if "capped" in row["enrich_error"] else result.get(row["enrich_status"], row["enrich_status"])
@@ -54,7 +54,7 @@ def row_statuses(workspace: Workspace) -> list[str]:
 
 @pytest.mark.long
 def test_order_by_largest_first(api: SandboxApi, workspace: Workspace) -> None:
-    """Night by night, in the order of the column; the output keeps the file's order."""
+    """Sends the largest values of the column first, run by run; the output keeps the file's order."""
     workspace.write_job(order_by="Size")
     workspace.write_leads(leads_of_sizes("5", "", "1,200", "900", "n/a", "51-200"), HEADER)
 
@@ -69,7 +69,7 @@ def test_order_by_largest_first(api: SandboxApi, workspace: Workspace) -> None:
 
 
 def test_unknown_order_column(api: SandboxApi, workspace: Workspace) -> None:
-    """Like every column of the job file."""
+    """Reports an unknown column like every other column of the job file."""
     workspace.write_leads(make_leads(1))
     for key, value in (("order_by", "Siez"), ("caps", "{by: Notte, max: 1}")):
         workspace.write_job(**{key: value})
@@ -78,7 +78,7 @@ def test_unknown_order_column(api: SandboxApi, workspace: Workspace) -> None:
 
 
 def test_rows_added_while_sorting(api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file that grows under the run's eyes is no bug."""
+    """A file that grows during the run is no bug."""
     workspace.write_job(order_by="Note")
     workspace.write_leads(make_leads(4))
     monkeypatch.setattr(JobInput, "queue_order", lambda _: pl.Series([1, 0]))
@@ -91,7 +91,7 @@ def test_rows_added_while_sorting(api: SandboxApi, workspace: Workspace, monkeyp
 
 @pytest.mark.parametrize("by", ["company", "Website"])
 def test_cap_over_several_runs(api: SandboxApi, workspace: Workspace, by: str) -> None:
-    """Who was paid for counts first; new leads get what is left of their company's share, at last nothing."""
+    """Paid leads count first; new leads get the rest of their company's limit, then nothing."""
     workspace.write_job(caps=f"{{by: {by}, max: 2}}")
     workspace.write_leads([lead_of_company(1, "acme.example"), lead_of_company(2, "beta.example")])
     workspace.run_job(api)
@@ -107,14 +107,14 @@ def test_cap_over_several_runs(api: SandboxApi, workspace: Workspace, by: str) -
 
 
 def test_blank_groups_are_not_capped(api: SandboxApi, workspace: Workspace) -> None:
-    """Rows where the column is blank are not capped."""
+    """Rows with a blank in the column are not capped."""
     workspace.write_job(caps="{by: Email, max: 1}")
     workspace.write_leads(make_leads(4))
     assert workspace.run_job(api).submitted == 4
 
 
 def test_cap_by_constant_param(api: SandboxApi, workspace: Workspace) -> None:
-    """A param that is the same for all caps all."""
+    """A param that is the same for all rows caps all of them."""
     params = "{first_name: First Name, last_name: Last Name, company: {value: acme.example}}"
     workspace.write_job(caps="{by: company, max: 3}", params=params)
     workspace.write_leads(make_leads(5))
@@ -123,7 +123,7 @@ def test_cap_by_constant_param(api: SandboxApi, workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_cap_ignores_retries_and_refreshes(tmp_path: Path, workspace: Workspace) -> None:
-    """Both were paid for before: the cap is about new leads."""
+    """Retries and refreshes do not count, because the cap is for new leads."""
     workspace.write_job(caps="{by: company, max: 1}")
     workspace.write_leads([lead_of_company(1, "acme.example")])
     with serve_api(tmp_path / "api.db", failure_rate=1.0, free_failures=0.0) as api:
@@ -137,7 +137,7 @@ def test_cap_ignores_retries_and_refreshes(tmp_path: Path, workspace: Workspace)
 
 @pytest.mark.long
 def test_run_plan_and_collect_agree_on_capped(api: SandboxApi, workspace: Workspace) -> None:
-    """With an order, a limit and a lead that came after the last run."""
+    """run, plan and collect agree, with an order, a limit and a lead that came after the last run."""
     workspace.write_job(caps="{by: company, max: 2}", order_by="Note")
     leads = [[*lead_of_company(n, "acme.example")[:4], str(n)] for n in range(5)]
     workspace.write_leads(leads)
@@ -151,7 +151,7 @@ def test_run_plan_and_collect_agree_on_capped(api: SandboxApi, workspace: Worksp
     collected = row_statuses(workspace)
     workspace.run_job(api)
 
-    # The newcomer is the largest, so it takes the place that was left.
+    # The new lead is the largest, so it takes the free place.
     assert (output["to_submit"], output["decisions"]["capped"]) == (1, 4)
     assert collected == ["capped", "capped", "capped", "capped", "answered", "pending"]
     assert row_statuses(workspace) == [*collected[:5], "answered"]
@@ -163,7 +163,7 @@ def test_run_plan_and_collect_agree_on_capped(api: SandboxApi, workspace: Worksp
 
 @pytest.mark.long
 def test_sample_is_spread(api: SandboxApi, workspace: Workspace) -> None:
-    """One of each stretch; a sample larger than the file is the file."""
+    """Takes one row of each part of the file; a sample larger than the file is the whole file."""
     workspace.write_leads(make_leads(40))
     summary = workspace.run_job(api, RunOptions(sample=4, seed=3))
     assert (summary.exit_code, summary.submitted, summary.pending) == (0, 4, 36)
@@ -174,7 +174,7 @@ def test_sample_is_spread(api: SandboxApi, workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_caps_sample_and_limit_together(api: SandboxApi, workspace: Workspace) -> None:
-    """Caps, then the sample of what they leave, then the largest of it up to the limit."""
+    """Applies caps, then the sample of the rest, then the largest of it up to the limit."""
     workspace.write_job(caps="{by: company, max: 1}", order_by="Size")
     rows = [[*lead_of_company(n, f"c{n // 2}.example")[:4], str(n)] for n in range(12)]
     workspace.write_leads(rows, HEADER)
@@ -182,14 +182,14 @@ def test_caps_sample_and_limit_together(api: SandboxApi, workspace: Workspace) -
     summary = workspace.run_job(api, RunOptions(sample=3, limit=2))
 
     assert (summary.submitted, summary.filtered, summary.pending) == (2, 6, 4)
-    stretches = sorted(int(name.removeprefix("First")) // 4 for name in requested_leads(api))
-    assert stretches == [1, 2]  # one of each third, of these the two with the largest numbers
+    parts = sorted(int(name.removeprefix("First")) // 4 for name in requested_leads(api))
+    assert parts == [1, 2]  # one of each third, and of these the two with the largest numbers
     assert all(int(name.removeprefix("First")) % 2 for name in requested_leads(api))
 
 
 @pytest.mark.long
 def test_very_large_limits(api: SandboxApi, workspace: Workspace) -> None:
-    """All is all."""
+    """A limit above the number of rows means all rows."""
     workspace.write_job(caps=f"{{by: company, max: {10**30}}}", canary=f"{{rows: {10**30}, min_hit_rate: 1}}")
     workspace.write_leads(make_leads(2))
     assert workspace.run_job(api, RunOptions(limit=10**30, seed=10**30)).submitted == 2
@@ -197,7 +197,7 @@ def test_very_large_limits(api: SandboxApi, workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_limit_counts_requests_not_attempts(tmp_path: Path, workspace: Workspace) -> None:
-    """A task that failed at no charge is asked again in the same run: all that the limit allows come to an end."""
+    """A free failure is retried in the same run: all requests within the limit are finished."""
     workspace.write_job(policy="{max_attempts: 9}")
     workspace.write_leads(make_leads(9))
     with serve_api(tmp_path / "api.db", failure_rate=1.0, free_failures=1.0) as api:
@@ -212,7 +212,7 @@ def test_limit_counts_requests_not_attempts(tmp_path: Path, workspace: Workspace
 
 @pytest.mark.long
 def test_min_balance_is_kept(tmp_path: Path, workspace: Workspace) -> None:
-    """Whatever is in flight, in doubt or left from earlier runs."""
+    """Keeps the minimum balance whatever is in flight, in doubt or left from earlier runs."""
     workspace.write_job(limits="{requests_per_second: 1000, min_balance: 60}")
     workspace.write_leads(make_leads(80))
     with serve_api(tmp_path / "api.db", balance=100.0, hit_rate=1.0, failure_rate=0.0, latency="fixed(60)") as api:
@@ -230,7 +230,7 @@ def test_min_balance_is_kept(tmp_path: Path, workspace: Workspace) -> None:
 
 
 def test_min_balance_refused_at_start(tmp_path: Path, workspace: Workspace) -> None:
-    """Exit 5 before anything is sent; a run that wants nothing new is fine."""
+    """Exits with 5 before anything is sent; a run without new requests works."""
     workspace.write_job(limits="{requests_per_second: 1000, min_balance: 8}")
     workspace.write_leads(make_leads(1))
     with serve_api(tmp_path / "api.db", balance=11.0) as api:
@@ -242,20 +242,20 @@ def test_min_balance_refused_at_start(tmp_path: Path, workspace: Workspace) -> N
 
 @pytest.mark.long
 def test_tighter_limit_is_reported(tmp_path: Path, workspace: Workspace) -> None:
-    """`max_credits` and `min_balance` hold side by side."""
+    """`max_credits` and `min_balance` apply together; the tighter one is reported."""
     workspace.write_leads(make_leads(9))
     with serve_api(tmp_path / "api.db", balance=100.0, hit_rate=1.0) as api:
-        for limits, says in (("max_credits: 5, min_balance: 10", "credits cap"), ("min_balance: 94", "min_balance")):
+        for limits, message in (("max_credits: 5, min_balance: 10", "credits cap"), ("min_balance: 94", "min_balance")):
             workspace.write_job(limits=f"{{requests_per_second: 1000, in_flight: 1, {limits}}}")
             summary = workspace.run_job(api)
-            assert (summary.exit_code, says in str(summary.error)) == (12, True), summary
+            assert (summary.exit_code, message in str(summary.error)) == (12, True), summary
 
 
 @pytest.mark.long
 def test_unknown_price_with_cap_collects_only(
     tmp_path: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A provider without a price makes `max_credits` impossible: nothing is bought, what was bought is fetched."""
+    """A provider without a price rules out `max_credits`: nothing is sent, open tasks are collected."""
     workspace.write_leads(make_leads(2))
     with serve_api(tmp_path / "api.db", latency="fixed(60)", hit_rate=1.0) as api:
         workspace.submit_without_collecting(api)
@@ -264,9 +264,9 @@ def test_unknown_price_with_cap_collects_only(
         workspace.write_leads(make_leads(4))
         monkeypatch.setattr("enrich.rows.template._worst_price", lambda *_: None)
         summary = workspace.run_job(api)
-        again = workspace.run_in_process("run", "job.yaml", api=api)
+        second = workspace.run_in_process("run", "job.yaml", api=api)
         assert api.audit()["accepted"] == 2
-    assert (summary.exit_code, again.exit_code) == (5, 5)
+    assert (summary.exit_code, second.exit_code) == (5, 5)
     assert "names no price" in str(summary.error)
     with closing(workspace.open_ledger()) as ledger:
         assert ledger.state_counts()[State.FOUND] == 2

@@ -1,4 +1,4 @@
-"""Standard streams that are closed, full or left by their reader: a run does its work all the same."""
+"""Standard streams that are closed, full or left by their reader: the run still does its work."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def stream_workspace(workspace: Workspace) -> Iterator[Workspace]:
 def run_with_streams(
     workspace: Workspace, api: SandboxApi, *arguments: str, closed: tuple[int, ...] = (), full: tuple[int, ...] = ()
 ) -> ProgramResult:
-    """Run the program with descriptors that are closed, or on a full disk; what is neither is captured."""
+    """Run the program with closed descriptors, or with some on a full disk; capture the others."""
 
     def prepare() -> None:
         reset_signals()
@@ -70,7 +70,7 @@ STREAMS: list[dict[str, tuple[int, ...]]] = [
 def test_run_without_standard_streams(
     api: SandboxApi, stream_workspace: Workspace, streams: dict[str, tuple[int, ...]]
 ) -> None:
-    """The exit code is that of the leads, every file is whole, and nothing of it is in the files of others."""
+    """The exit code depends on the leads only, and every file is complete and free of other output."""
     result = run_with_streams(
         stream_workspace, api, "run", "job.yaml", "--json", "--receipt", "--log-file", "log", **streams
     )
@@ -91,7 +91,7 @@ def test_run_without_standard_streams(
 def test_exit_codes_without_streams(
     api: SandboxApi, stream_workspace: Workspace, streams: dict[str, tuple[int, ...]]
 ) -> None:
-    """A lead in doubt is 14, a wrong job is 2, whatever becomes of the words."""
+    """A lead in doubt exits with 14, a wrong job with 2, even if the messages cannot be printed."""
     api.inject_fault("no-task-id")
     assert run_with_streams(stream_workspace, api, "run", "job.yaml", "--json", **streams).exit_code == 14
     stream_workspace.write_job(where="no sql")
@@ -105,7 +105,7 @@ COMMANDS += [["runs", "job.yaml", "--json"], ["explain", "job.yaml", "--row", "1
 @pytest.mark.long
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_other_commands_without_streams(api: SandboxApi, stream_workspace: Workspace, command: list[str]) -> None:
-    """A full disk is told in a line, a closed stream not at all; neither changes the exit code."""
+    """Reports a full disk in one line, a closed stream not at all; neither changes the exit code."""
     plain = run_with_streams(stream_workspace, api, *command)
     for streams in STREAMS[:7]:
         result = run_with_streams(stream_workspace, api, *command, **streams)
@@ -140,7 +140,7 @@ def test_closed_reader_does_not_stop_run(
 
 @pytest.mark.long
 def test_watch_ends_when_reader_closes(api: SandboxApi, stream_workspace: Workspace) -> None:
-    """`status --watch | head -1` does not watch for ever."""
+    """`status --watch | head -1` does not watch forever."""
     assert stream_workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
     process = stream_workspace.start_subprocess("status", "job.yaml", "--watch", "--every", "1s")
     assert process.stdout is not None
@@ -153,12 +153,12 @@ def test_watch_ends_when_reader_closes(api: SandboxApi, stream_workspace: Worksp
 
 
 def test_nonblocking_stdout() -> None:
-    """A pipe in non-blocking mode that is full for a moment loses nothing."""
-    ours, theirs = os.pipe()
-    os.set_blocking(theirs, False)
+    """Loses nothing on a non-blocking pipe that is full for a moment."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
     code = "from enrich.commands.streams import *; guard_streams(); import sys; [print('x' * 99) for _ in range(9999)]"
-    with subprocess.Popen([sys.executable, "-c", code], stdout=theirs) as process:
-        os.close(theirs)
-        with open(ours, "rb") as reader:  # noqa: PTH123 - a descriptor
-            assert reader.read() == (b"x" * 99 + b"\n") * 9999
+    with subprocess.Popen([sys.executable, "-c", code], stdout=writer) as process:
+        os.close(writer)
+        with open(reader, "rb") as stream:  # noqa: PTH123 - opened for its descriptor
+            assert stream.read() == (b"x" * 99 + b"\n") * 9999
     assert process.returncode == 0

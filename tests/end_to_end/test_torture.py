@@ -1,4 +1,4 @@
-"""The torture of `tests.support.torture`, in short; and whether its judge would notice."""
+"""Short forms of `tests.support.torture`, and tests that its check detects violations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.long
 
 
 def test_torture_single(tmp_path: Path) -> None:
-    """Kills, a sleep, all faults at once, leads that come and go: every promise is kept."""
+    """Keeps every guarantee through kills, a suspend, all faults at once, and changing leads."""
     report = run_torture(tmp_path, rows=80, kills=6, seed=3)
 
     assert report.passed, report.as_markdown()
@@ -33,7 +33,7 @@ def test_torture_single(tmp_path: Path) -> None:
 
 
 def test_torture_bulk(tmp_path: Path) -> None:
-    """Tasks of five leads keep the same promises; a kill cuts off at most four of them."""
+    """Keeps the same guarantees with tasks of five leads; a kill interrupts at most four of them."""
     report = run_torture(tmp_path, rows=120, kills=5, seed=11, bulk=5)
 
     assert report.passed, report.as_markdown()
@@ -42,23 +42,23 @@ def test_torture_bulk(tmp_path: Path) -> None:
     assert report.accepted >= 120 - report.in_doubt
 
 
-#: Of the jobs that are falsified: enough for some to be found.
+#: Leads of the falsified jobs: enough for some matches.
 ROWS = 12
 
 
 def _falsify_request(workspace: Workspace, sql: str) -> bool:
-    """Change one request of those who stay that found something; tell whether there was one."""
+    """Change one request of a permanent lead with a match; return whether there was one."""
     if not workspace.ledger_path.exists():
         return False
-    stays = f"CAST(substr(json_extract(params, '$.first_name'), 6) AS INTEGER) < {ROWS}"
-    chosen = f"(SELECT min(attempt_id) FROM requests WHERE state = 'found' AND {stays})"
+    is_permanent = f"CAST(substr(json_extract(params, '$.first_name'), 6) AS INTEGER) < {ROWS}"
+    chosen = f"(SELECT min(attempt_id) FROM requests WHERE state = 'found' AND {is_permanent})"
     with closing(sqlite3.connect(workspace.ledger_path)) as db, db:
         another = f"(SELECT answer FROM attempts WHERE state = 'found' AND id <> {chosen})"
         return db.execute(sql.format(chosen, another=another)).rowcount == 1
 
 
 @in_turn(
-    ("sql", "noticed"),
+    ("sql", "report_field"),
     [
         ("UPDATE requests SET state = 'pending', position = NULL WHERE attempt_id = {}", "paid_twice"),
         ("UPDATE attempts SET task_id = 'another' WHERE id = {}", "lost"),
@@ -67,8 +67,8 @@ def _falsify_request(workspace: Workspace, sql: str) -> bool:
     ],
     ids=["bought again", "forgotten", "another's", "not fetched"],
 )
-def test_audit_check_detects_falsified_ledger(tmp_path: Path, sql: str, noticed: str) -> None:
-    """A ledger that was falsified between two nights does not pass."""
+def test_audit_check_detects_falsified_ledger(tmp_path: Path, sql: str, report_field: str) -> None:
+    """Detects a ledger that was falsified between two runs."""
     report = run_torture(
         tmp_path,
         rows=ROWS,
@@ -76,21 +76,23 @@ def test_audit_check_detects_falsified_ledger(tmp_path: Path, sql: str, noticed:
         seed=5,
         faults=(),
         extra_faults=False,
-        tamper=lambda office: _falsify_request(office, sql),
+        tamper=lambda workspace: _falsify_request(workspace, sql),
     )
 
     assert not report.passed
-    result = getattr(report, noticed)
+    result = getattr(report, report_field)
     assert (result if isinstance(result, int) else len(result)) == 1, report.as_markdown()
 
 
 @in_turn(
-    ("code", "not_missed"),
+    ("code", "ignored_count"),
     [("exit(1)", 0), ("exit(0)", 1), ("exit(14)", 1), ("print('this is a bug', file=stderr); exit(1)", 1)],
 )
 @in_turn("replaced", [False, True])
-def test_audit_check_detects_ignored_ledger_loss(tmp_path: Path, code: str, not_missed: int, *, replaced: bool) -> None:
-    """It has to end with exit 1 and say why; the ledger is where it was, whatever was put in its place."""
+def test_audit_check_detects_ignored_ledger_loss(
+    tmp_path: Path, code: str, ignored_count: int, *, replaced: bool
+) -> None:
+    """Requires exit 1 with a message; the ledger is back in its place whatever replaced it."""
     workspace, report = Workspace(tmp_path), TortureReport(1, 1)
     workspace.ledger_path.parent.mkdir()
     workspace.ledger_path.write_text("the ledger")
@@ -105,5 +107,5 @@ def test_audit_check_detects_ignored_ledger_loss(tmp_path: Path, code: str, not_
     assert process.stdin
     process.stdin.write("\n")
     remove_ledger(workspace, process, report, replaced=replaced)
-    assert (report.ledger_away, report.missing_ledger_ignored) == (1, not_missed)
+    assert (report.ledger_away, report.missing_ledger_ignored) == (1, ignored_count)
     assert workspace.ledger_path.read_text() == "the ledger"

@@ -1,4 +1,4 @@
-"""An API that echoes the key and puts control and bidi characters everywhere: none of it is shown or written."""
+"""An API that returns the key, control and bidi characters everywhere: none of it is shown or written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.raw_server import RawServer, ReceivedRequest, Reply, http_rep
 from tests.support.workspace import ProgramResult, SandboxApi, Workspace, make_leads
 
 KEY = "key-5b1f0e77-that-must-not-be-seen"
-#: The key, what steers terminals (C0, C1, DEL), what turns the direction of text, separators, half a character.
+#: The key, terminal controls (C0, C1, DEL), bidi controls, separators, half a surrogate pair.
 HOSTILE_TEXT = (
     f"<{KEY}\x1b]0;x\x07\x1b[2J\x9b31m\x7f\0\u202eevil\u2066\u200f\u2028\u061c{KEY[:9]}\u202e{KEY[9:]}\ud800>"
 )
@@ -23,7 +23,7 @@ CONTROL_CHARACTERS = {
 
 
 def hostile_name(name: str) -> str:
-    """Make a name of it that is still unique."""
+    """Return a unique name with the hostile text."""
     return f"{name} {HOSTILE_TEXT}"
 
 
@@ -49,7 +49,7 @@ WATERFALL = {
 
 
 def completed_task(task_id: str) -> dict[str, Any]:
-    """A result with it in keys and values, providers and steps."""
+    """Return a result with the hostile text in keys and values, providers and steps."""
     return {
         "task_id": task_id,
         "status": "completed",
@@ -77,7 +77,7 @@ def answer_request(
     post: Callable[[ReceivedRequest], Reply] | None = None,
     task: Callable[[str], Reply] | None = None,
 ) -> Reply:
-    """Answer as an API that works, but for what a test wants otherwise."""
+    """Answer as a working API, except for the responses that a test replaces."""
     target = request.line.split()[1]
     if request.line.startswith("POST"):
         params = json.loads(request.body)["params"]
@@ -98,7 +98,7 @@ def answer_request(
 
 @pytest.fixture
 def hostile_workspace(workspace: Workspace) -> Iterator[Workspace]:
-    """Make a job that writes every file there is; in the end none has the key or steers a terminal."""
+    """Make a job that writes every kind of file; afterwards assert that none has the key or controls."""
     pytest.importorskip("apprise")
     (workspace.folder / "notify").write_text("json://127.0.0.1:9/\n", encoding="utf-8")
     (workspace.folder / "notify").chmod(0o600)
@@ -120,7 +120,7 @@ def hostile_workspace(workspace: Workspace) -> Iterator[Workspace]:
 
 
 def run_and_check(workspace: Workspace, server: RawServer, *arguments: str) -> ProgramResult:
-    """Run a command; nothing that it shows has the key or steers a terminal."""
+    """Run a command; assert that its output has no key and no terminal controls."""
     api = SandboxApi(server.base_url, KEY)
     result = workspace.run_in_process(*arguments, api=api)
     for text in (result.stdout, result.stderr):
@@ -155,14 +155,14 @@ RUN = ["run", "job.yaml", "--receipt", "--log-file", "log"]
 
 
 def check_all_outputs(workspace: Workspace, server: RawServer) -> None:
-    """Look at all that can be looked at."""
+    """Run all commands that show something."""
     for arguments in READ_COMMANDS:
         run_and_check(workspace, server, *arguments)
 
 
 @pytest.mark.long
 def test_results_are_cleaned(hostile_workspace: Workspace) -> None:
-    """Every answer counts, with the clean text, and it is the same in all that is shown and written."""
+    """Every answer counts, and all screens and files have the same clean text."""
     with serve_replies(answer_request) as server:
         result = run_and_check(hostile_workspace, server, *RUN)
         assert result.exit_code == 0, result.stderr
@@ -201,7 +201,7 @@ POST_REPLIES: dict[str, Reply] = {
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.long) for name in POST_REPLIES])
 def test_post_errors_are_cleaned(hostile_workspace: Workspace, name: str) -> None:
-    """In the error, the row, the log, the ledger and whatever is told of it."""
+    """Cleans POST errors in the message, the row, the log, the ledger and all commands."""
     with serve_replies(lambda seen: answer_request(seen, post=lambda _: POST_REPLIES[name])) as server:
         result = run_and_check(hostile_workspace, server, *RUN, "--max-time", "2s")
         assert result.exit_code != 1
@@ -230,7 +230,7 @@ TASK_REPLIES: dict[str, Callable[[str], Reply]] = {
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.long) for name in TASK_REPLIES])
 def test_task_errors_are_cleaned(hostile_workspace: Workspace, name: str) -> None:
-    """Failed, gone or not readable."""
+    """Cleans the errors of failed, gone and unreadable tasks."""
     with serve_replies(lambda seen: answer_request(seen, task=TASK_REPLIES[name])) as server:
         assert run_and_check(hostile_workspace, server, *RUN, "--max-time", "2s").exit_code != 1
         check_all_outputs(hostile_workspace, server)
@@ -239,12 +239,12 @@ def test_task_errors_are_cleaned(hostile_workspace: Workspace, name: str) -> Non
 @pytest.mark.long
 @pytest.mark.parametrize("escape", ["raw", "escaped"])
 def test_key_is_found_in_json_escapes(hostile_workspace: Workspace, escape: str) -> None:
-    """Also where every letter of it is an escape."""
+    """Finds the key also when every letter of it is escaped."""
 
     def task(task_id: str) -> Reply:
         text = json.dumps(completed_task(task_id), ensure_ascii=escape == "escaped")
-        spelled = "".join(f"\\u{ord(letter):04x}" for letter in KEY) if escape == "escaped" else KEY
-        return http_reply(200, text.replace(KEY, spelled).encode(errors="replace"))
+        key_text = "".join(f"\\u{ord(character):04x}" for character in KEY) if escape == "escaped" else KEY
+        return http_reply(200, text.replace(KEY, key_text).encode(errors="replace"))
 
     with serve_replies(lambda seen: answer_request(seen, task=task)) as server:
         assert run_and_check(hostile_workspace, server, *RUN).exit_code == 0
@@ -252,7 +252,7 @@ def test_key_is_found_in_json_escapes(hostile_workspace: Workspace, escape: str)
 
 
 def test_traceback_hides_key(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A trace quotes values, too."""
+    """A traceback, which quotes values, does not show the key."""
 
     def broken(*_: object) -> None:
         raise ValueError(f"header x-apikey: {KEY}\x1b[2J")
@@ -267,7 +267,7 @@ def test_traceback_hides_key(workspace: Workspace, monkeypatch: pytest.MonkeyPat
 
 
 def test_file_names_are_escaped(workspace: Workspace) -> None:
-    """Errors quote names that anybody may have chosen."""
+    """Escapes file names in error messages, because anyone may choose them."""
     result = workspace.run_in_process("run", "no\x1b[2Jsuch\u202e.yaml")
     assert result.exit_code == 2
     assert not CONTROL_CHARACTERS & set(result.stderr)

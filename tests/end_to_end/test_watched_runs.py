@@ -1,4 +1,4 @@
-"""Real runs that are watched from another process, killed, stopped, and logged: the run does not notice."""
+"""Real runs that are watched from another process, killed, suspended and logged, without an effect on the run."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ pytestmark = pytest.mark.long
 
 
 def json_lines(text: str) -> list[dict[str, Any]]:
-    """Read one object a line."""
+    """Parse one object a line."""
     return [json.loads(row) for row in text.splitlines()]
 
 
 def test_watching_does_not_affect_run(tmp_path: Path, workspace: Workspace) -> None:
-    """Watched from before its start to its end by two at once: same receipt, clean audit, and the same numbers."""
+    """Two watchers from start to end: same summary, clean audit, and the same numbers."""
     workspace.write_leads(make_leads(8))
     other = Workspace(tmp_path / "other")
     other.folder.mkdir()
@@ -64,9 +64,9 @@ def test_watching_does_not_affect_run(tmp_path: Path, workspace: Workspace) -> N
     assert ("there is no ledger yet" in first[0], json.loads(first[1])["sign"]) == (True, "no ledger")
     assert [watcher.returncode for watcher in watchers] == [0, 0]
     assert [err for _, err in result] == ["", ""]
-    told_apart = {"polls", "elapsed_s", "output", "rate_limited"}
-    assert {k: v for k, v in summary.items() if k not in told_apart} == {
-        k: v for k, v in unwatched.items() if k not in told_apart
+    excluded_keys = {"polls", "elapsed_s", "output", "rate_limited"}
+    assert {k: v for k, v in summary.items() if k not in excluded_keys} == {
+        k: v for k, v in unwatched.items() if k not in excluded_keys
     }
     assert (audit["accepted"], audit["paid_twice"]) == (8, 0)
     last = json_lines(result[1][0])[-1]
@@ -79,7 +79,7 @@ def test_watching_does_not_affect_run(tmp_path: Path, workspace: Workspace) -> N
 
 
 def test_stopped_and_killed_runs_are_detected(tmp_path: Path, workspace: Workspace) -> None:
-    """Stopped it may come back, and is at work again; killed it does not, and the next run is watched to its end."""
+    """A suspended run can resume; a killed one is detected, and the next run is watched to its end."""
     workspace.write_leads(make_leads(3))
     watcher = RunWatcher(load_job(workspace.job_file), heartbeat_timeout_s=3.0)
     with serve_api(tmp_path / "api.db", latency="fixed(600)") as api:
@@ -109,53 +109,53 @@ def test_stopped_and_killed_runs_are_detected(tmp_path: Path, workspace: Workspa
 
 
 def test_interrupt_restores_terminal(workspace: Workspace) -> None:
-    """On a real terminal of 40 columns: exit 130, no word, the screen and the cursor given back."""
-    ours, theirs = os.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 10, 40, 0, 0))
+    """On a real terminal of 40 columns: exit 130, no message, screen and cursor restored."""
+    controller, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 10, 40, 0, 0))
     process = subprocess.Popen(
         [sys.executable, "-m", "enrich", "status", "job.yaml", "--watch"],
         cwd=workspace.folder,
         env={"PATH": os.defpath, "HOME": str(workspace.folder), "TERM": "xterm"},
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
         preexec_fn=reset_signals,
     )
-    os.close(theirs)
-    shown = read_terminal(ours, up_to=WAITING_TEXT.encode()[:30])
+    os.close(terminal)
+    shown = read_terminal(controller, up_to=WAITING_TEXT.encode()[:30])
     process.send_signal(signal.SIGINT)
-    shown += read_terminal(ours)
+    shown += read_terminal(controller)
     assert process.wait(timeout=90) == 130
-    os.close(ours)
+    os.close(controller)
 
     text = shown.decode()
     assert text.startswith(ENTER_SCREEN)
     assert text.endswith(LEAVE_SCREEN)
     assert "error" not in text
-    # A signal in the middle of a write lets Python write its buffer once more.
+    # A signal in the middle of a write makes Python write its buffer once more.
     drawn = text.replace(ENTER_SCREEN, "").replace(LEAVE_SCREEN, "").split("\x1b[H")[1]
-    # The terminal makes a carriage return of its own.
+    # The terminal adds a carriage return.
     assert max(len(re.sub(r"\x1b\[[\d;]*\w|\r", "", row)) for row in drawn.split("\n")) < 40
 
 
 @pytest.mark.parametrize(
-    ("options", "said"), [(("--every", "2s"), "--watch"), (("--watch", "--every", "0s"), "too often")]
+    ("options", "message"), [(("--every", "2s"), "--watch"), (("--watch", "--every", "0s"), "too often")]
 )
-def test_invalid_interval_is_exit_2(workspace: Workspace, options: tuple[str, ...], said: str) -> None:
-    """Exit 2."""
+def test_invalid_interval_is_exit_2(workspace: Workspace, options: tuple[str, ...], message: str) -> None:
+    """Exits with 2."""
     result = workspace.run_in_process("status", "job.yaml", *options)
 
-    assert (result.exit_code, said in result.stderr) == (2, True)
+    assert (result.exit_code, message in result.stderr) == (2, True)
 
 
-# The line a minute
+# One progress event a minute
 
 
 @pytest.mark.parametrize("way", ["canary", "outage", "left"])
 def test_progress_events_in_every_phase(
     tmp_path: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    """Also under --quiet: in the canary, in an outage, while it collects what was left."""
+    """Logs progress also under --quiet: in the canary, in an outage, while collecting earlier tasks."""
     monkeypatch.setattr(log_file, "PROGRESS_INTERVAL_S", 0.4)
     workspace.write_leads(make_leads(6))
     options = ["run", "job.yaml", "--quiet", "--log-file", "run.log"]

@@ -1,1 +1,1 @@
-"""Tests: job."""
+"""Tests of the job file."""

@@ -1,1 +1,1 @@
-"""Tests: ledger."""
+"""Tests of the ledger."""

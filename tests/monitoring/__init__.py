@@ -1,1 +1,1 @@
-"""Tests: monitoring."""
+"""Tests of logs, metrics and notifications."""

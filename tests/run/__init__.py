@@ -1,1 +1,1 @@
-"""Tests: run."""
+"""Tests of the run loop."""

@@ -1,1 +1,1 @@
-"""The sandbox is as strict and as nasty as the API it stands for."""
+"""Tests of the sandbox: as strict and as faulty as the real API."""

@@ -1,1 +1,1 @@
-"""Tests: support."""
+"""Helpers that tests share."""

@@ -1,4 +1,4 @@
-"""Whose answer is whose: what the sandbox says of each lead, and the rows that say something else."""
+"""Compares each row's answer with the sandbox's answer for that lead, and finds rows that differ."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from enrich.sandbox.catalogue import WATERFALLS
 from enrich.sandbox.people import SeededRandom, invent_fields
 from enrich.sandbox.questions import Lookup, make_cascade
 
-#: What counts as an answer; nothing expires here: `expired` would be a loss.
+#: Statuses that count as an answer. Nothing expires here: `expired` would be a loss.
 ANSWER_STATUSES = frozenset({"found", "not_found", "failed"})
-#: What a lead can be answered with when its free failures are over.
+#: The row status for each outcome of the sandbox, after the last free failure.
 _STATUS_BY_OUTCOME = {"found": "found", "missed": "not_found", "no_data": "not_found", "failed": "failed"}
 _LAST_ATTEMPT = 10
 
@@ -26,9 +26,9 @@ def misassigned_rows(
     bulk: bool = False,
     column: str | None = "work_email",
 ) -> dict[str, str]:
-    """Name the leads whose row has another's answer (by first name), and say what is wrong with it.
+    """Return the leads whose row has another lead's answer: first name to what is wrong.
 
-    `column` is the one that has the email, if any. A row that was not answered is never wrong.
+    `column` is the column with the email, None if there is none. A row without an answer is never wrong.
     """
     runs = {run["params"]["first_name"]: run for run in audit["runs"]}
     wrong = {}
@@ -40,7 +40,7 @@ def misassigned_rows(
             wrong[name] = f"its task is another's: {task_id}"
             continue
         expected, email = _expected_answer(runs[name], settings, bulk=bulk)
-        # A failure at no charge may have been the last one allowed; in bulk a failure may look like a miss.
+        # A failure at no charge may have been the last one allowed; in bulk, a failure may look like a miss.
         if status != "failed" and (status == "found") != (expected == "found"):
             wrong[name] = f"{status}, not {expected}"
         elif status == "found" and column and row[column] != email:
@@ -49,9 +49,9 @@ def misassigned_rows(
 
 
 def _expected_answer(run: Mapping[str, Any], settings: SandboxSettings, *, bulk: bool) -> tuple[str, str]:
-    """Tell the status and the email that the sandbox has for a run of its audit."""
-    asked = make_cascade(WATERFALLS[run["waterfall"]], run["enrichments"], run["email_verifier"])
-    template = Lookup(asked, run["params"])
+    """Return the status and the email that the sandbox has for a run of its audit."""
+    cascade = make_cascade(WATERFALLS[run["waterfall"]], run["enrichments"], run["email_verifier"])
+    template = Lookup(cascade, run["params"])
     draw = SeededRandom(settings.seed, template.subject)
     outcome = make_answer(template, _LAST_ATTEMPT, draw, settings, bulk=bulk).outcome
     return _STATUS_BY_OUTCOME[outcome], invent_fields(run["waterfall"], run["params"], draw)["email"]

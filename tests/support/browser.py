@@ -1,4 +1,4 @@
-"""Opens a page in headless Chromium and looks at it: the DevTools protocol over a pipe, no port, no further package."""
+"""Opens a page in headless Chromium and inspects it: DevTools protocol over a pipe, no port, no extra package."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
-#: The names under which package managers install it.
+#: The names that package managers use for it.
 PROGRAM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CHROMIUM_PATH = next((path for path in map(shutil.which, PROGRAM_NAMES) if path), None)
 NOT_INSTALLED = "no Chromium on the PATH (apt-get install chromium)"
@@ -41,7 +41,7 @@ Scheme = Literal["light", "dark"]
 
 @dataclass
 class Browser:
-    """A browser with one page; `events` are what it told since the page was opened."""
+    """A browser with one page; `events` are the browser's messages since the page was opened."""
 
     commands: IO[bytes]
     responses: IO[bytes]
@@ -51,7 +51,7 @@ class Browser:
     _buffer: bytes = b""
 
     def send_command(self, method: str, **params: Any) -> dict[str, Any]:
-        """Send a command and return its result; what happens meanwhile is kept in `events`."""
+        """Send a command and return its result; messages that arrive before it go to `events`."""
         number = next(self._ids)
         command = {"id": number, "method": method, "params": params}
         if self.session:
@@ -73,7 +73,7 @@ class Browser:
             self.events.append(self._read_message())
 
     def set_viewport(self, width: int, scheme: Scheme = "light", height: int = 900) -> None:
-        """Take another width and colour scheme for the page that is open."""
+        """Set another width and color scheme for the open page."""
         self.send_command(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
         )
@@ -87,28 +87,28 @@ class Browser:
         return response["result"].get("value")
 
     def requests(self) -> list[str]:
-        """Name the addresses that the page asked for."""
+        """Return the addresses that the page requested."""
         sent = (event for event in self.events if event.get("method") == "Network.requestWillBeSent")
         return [event["params"]["request"]["url"] for event in sent]
 
     def console_messages(self) -> list[str]:
-        """Tell what the page wrote to the console, and what went wrong in it."""
+        """Return the page's console messages and errors."""
         kinds = {"Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded", "Audits.issueAdded"}
         return [json.dumps(event["params"]) for event in self.events if event.get("method") in kinds]
 
     def screenshot(self, from_id: str | None, until_id: str, margin: int = 24) -> bytes:
-        """Return a PNG of the page from above one element (None: its top) to above another, by their ids."""
+        """Return a PNG of the page from one element (None: the top of the page) to before another, by their ids."""
         top = 0 if from_id is None else self._top_of(from_id) - margin
         width = self.evaluate("document.documentElement.clientWidth")
         clip = {"x": 0, "y": top, "width": width, "height": self._top_of(until_id) - margin - top, "scale": 1}
-        shot = self.send_command("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
-        return base64.b64decode(shot["data"])
+        screenshot_data = self.send_command("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
+        return base64.b64decode(screenshot_data["data"])
 
     def _top_of(self, element: str) -> int:
         return int(self.evaluate(f"document.getElementById('{element}').getBoundingClientRect().top + scrollY"))
 
     def pdf(self) -> bytes:
-        """Print the page."""
+        """Return the page as a PDF."""
         return base64.b64decode(
             self.send_command("Page.printToPDF", preferCSSPageSize=True, printBackground=False)["data"]
         )
@@ -125,12 +125,12 @@ class Browser:
 
 @contextmanager
 def open_browser() -> Iterator[Browser]:
-    """Start a browser with a profile of its own and open an empty page in it."""
+    """Start a browser with a new profile and open an empty page in it."""
     if CHROMIUM_PATH is None:
         raise RuntimeError(NOT_INSTALLED)
     (browser_in, commands_out), (commands_in, browser_out) = os.pipe(), os.pipe()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        # It reads commands from 3 and answers on 4; only the shell can give it just these.
+        # Chromium reads commands from descriptor 3 and answers on 4; only a shell can assign exactly these.
         shell_command = f'exec "$@" 3<&{browser_in} 4>&{browser_out}'
         with subprocess.Popen(
             ["bash", "-c", shell_command, "bash", CHROMIUM_PATH, *FLAGS, f"--user-data-dir={profile}"],

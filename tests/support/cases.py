@@ -1,7 +1,7 @@
-"""How many cases are run, and when.
+"""Table-driven tests, and how many cases run when.
 
-Tables of small cases are one test, as pytest needs longer for a test than most of them do; of slow cases a few are
-among the quick tests, all others among the long ones.
+Tables of small cases are one test, because pytest's overhead per test exceeds the time of most cases. Of slow cases,
+a few run with the quick tests and all others with the long ones.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-#: How many examples of each property the long tests look at.
+#: The examples of each property that the long tests run.
 FULL = 60
-#: What `pytest.param` makes.
+#: The type of `pytest.param`.
 PARAM = type(pytest.param())
 Test = Callable[..., None]
 
@@ -25,9 +25,9 @@ Test = Callable[..., None]
 def in_turn(
     names: str | Sequence[str], cases: Iterable[Any], *, ids: Iterable[str] | Callable[[Any], object] | None = None
 ) -> Callable[[Test], Test]:
-    """Run a test with each case, written as for `pytest.mark.parametrize`; all are run, and those that fail are named.
+    """Run a test with each case, written as for `pytest.mark.parametrize`; all cases run, and failed ones are named.
 
-    A `tmp_path` is a new folder for each case; what a case does with `monkeypatch` is undone after it.
+    Each case has a new folder as `tmp_path`; a case's `monkeypatch` is undone after it.
     """
     named = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
     single = isinstance(names, str) and len(named) == 1
@@ -50,7 +50,7 @@ def in_turn(
             for number, (label, case) in enumerate(zip(labels, table, strict=True)):
                 try:
                     _run(test, args, fixtures, number, dict(zip(named, case.values, strict=True)))
-                except (Exception, pytest.fail.Exception) as failure:  # noqa: BLE001 - told when all were run
+                except (Exception, pytest.fail.Exception) as failure:  # noqa: BLE001 - raised after all cases
                     first = first or failure
                     failed.append(f"  {label}: {type(failure).__name__}")
             if first is not None:
@@ -62,14 +62,14 @@ def in_turn(
         signature = inspect.signature(test)
         kept = [parameter for name, parameter in signature.parameters.items() if name not in named]
         assert len(kept) == len(signature.parameters) - len(named), f"{test.__name__} does not take {named}"
-        run_all.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined] # what pytest looks at
+        run_all.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined] # pytest reads it
         return run_all
 
     return decorate
 
 
 def first_quick(count: int, cases: Iterable[Any], *, single: bool = False) -> list[Any]:
-    """Leave all but the first cases of a slow test to the long ones; `single`: a tuple is one value, not several."""
+    """Mark all but the first cases of a slow test as long. With `single`, a tuple is one value, not several."""
     params = [
         case
         if isinstance(case, PARAM)
@@ -85,7 +85,7 @@ def _param(case: Any, *, single: bool) -> Any:
 
 
 def examples(full: int) -> int:
-    """Tell how many examples the profile of Hypothesis wants where the whole suite looks at `full`."""
+    """Return the profile's number of Hypothesis examples where the whole suite runs `full`."""
     return max(3, full * settings().max_examples // FULL)
 
 

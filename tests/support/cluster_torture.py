@@ -1,7 +1,7 @@
-"""Lets several workers share one ledger on a server, and does to them what happens to machines.
+"""Runs several workers over one ledger on a server while machines and processes fail.
 
-Workers are killed or stopped for longer than their leases, the server is restarted in order and as if it had crashed,
-the run itself is killed, and the API fails in every way. `python -m tests.support.cluster_torture` is the long form and
+Workers are killed, or stopped for longer than their leases; the server is restarted in order and by a crash; the run
+itself is killed; the API has every kind of fault. `python -m tests.support.cluster_torture` is the long form and
 prints its table; the suite runs short ones.
 """
 
@@ -30,13 +30,13 @@ from tests.support.postgres import PostgresServer, dedicated_server, find_binari
 from tests.support.torture import FAULTS
 from tests.support.workspace import JOB, SandboxApi, Workspace, make_leads, serve_api
 
-#: Seconds of a lease here, and for how long somebody is stopped: past it, and not until the crew gives him up.
+#: Seconds of a lease, and seconds that a worker is stopped: past its lease, but before the other workers replace it.
 LEASE_S, STOP_S = 2, 3
-#: How a night that was not killed may end: 4 when the server was away at the wrong moment.
+#: Exit codes allowed for a run that was not killed; 4 when the server was down at the wrong moment.
 ALLOWED_EXIT_CODES = frozenset({0, 4, 10, 12, 14})
-#: 429s that come by chance would let the rate fall far below what it shall be seen to keep.
+#: Without random 429s, which would push the rate far below the limit that the test checks.
 FAULTS_WITHOUT_RATE_LIMITS = tuple(fault for fault in FAULTS if not fault.startswith("rate-limit"))
-#: So many workers must be there to be struck at: others inherit.
+#: Faults are injected only with at least this many workers, so that others can take over.
 MIN_WORKERS = 2
 MAX_EXTRA_RUNS = 30
 ON_RAY = ("run", "job.yaml", "--json", "--engine", "ray", "--workers")
@@ -44,7 +44,7 @@ ON_RAY = ("run", "job.yaml", "--json", "--engine", "ray", "--workers")
 
 @dataclass
 class ClusterTortureReport:
-    """What became of it; the sandbox's word, not ours."""
+    """The result of a torture test, measured by the sandbox."""
 
     rows: int
     workers: int
@@ -65,7 +65,7 @@ class ClusterTortureReport:
 
     @property
     def passed(self) -> bool:
-        """Tell whether every promise was kept; how busy the busiest second was, the machine decides, too."""
+        """Whether every guarantee held. `busiest_second` is not judged, because it also depends on the machine."""
         broken_promises = (
             self.paid_twice,
             self.lost,
@@ -76,7 +76,7 @@ class ClusterTortureReport:
         return not any(broken_promises) and self.max_charged <= self.cap + 1e-6
 
     def as_markdown(self) -> str:
-        """The report as a Markdown table."""
+        """Return the report as a Markdown table."""
         lines_by_name: dict[str, float] = {
             "leads": self.rows,
             "workers": self.workers,
@@ -98,7 +98,7 @@ class ClusterTortureReport:
 
 @dataclass
 class FaultInjector:
-    """Does something to a run now and then, until all of it is done."""
+    """Injects faults into a run at random intervals until none remain."""
 
     server: PostgresServer
     rng: random.Random
@@ -106,7 +106,7 @@ class FaultInjector:
     remaining: list[str]
 
     def inject_until_exit(self, run: subprocess.Popen[str]) -> None:
-        """Strike until the run ends."""
+        """Inject faults until the run ends."""
         while self.remaining and run.poll() is None:
             self._wait(run, self.rng.uniform(0.3, 1.5))
             workers = list(worker_pids(run.pid))
@@ -115,14 +115,14 @@ class FaultInjector:
 
     def _inject(self, fault: str, run: subprocess.Popen[str], workers: list[int]) -> None:
         worker_pid = self.rng.choice(workers)
-        with suppress(ProcessLookupError):  # it ended just now
+        with suppress(ProcessLookupError):  # it has just ended
             match fault:
                 case "workers killed":
                     os.kill(worker_pid, signal.SIGKILL)
                 case "workers stopped for longer than a lease":
                     os.kill(worker_pid, signal.SIGSTOP)
                     self._wait(run, STOP_S)
-                    with suppress(ProcessLookupError):  # the crew has given it up
+                    with suppress(ProcessLookupError):  # the other workers have replaced it
                         os.kill(worker_pid, signal.SIGCONT)
                 case "restarts of the server":
                     self.server.restart("fast")
@@ -140,20 +140,20 @@ class FaultInjector:
 
 
 def worker_pids(pid: int) -> Iterator[int]:
-    """Find the workers of a run: actors of Ray below its process."""
+    """Yield the process ids of a run's workers: Ray actors below its process."""
     parents: dict[int, int] = {}
     titles: dict[int, str] = {}
     for entry in Path("/proc").iterdir():
-        with suppress(ValueError, OSError):  # no process, or one that is gone
+        with suppress(ValueError, OSError):  # not a process, or one that has ended
             number = int(entry.name)
             parents[number] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             titles[number] = (entry / "cmdline").read_bytes().decode(errors="replace")
     for number, title in titles.items():
         if title.startswith("ray::Actor"):
-            above = number
-            while above in parents and above != pid:
-                above = parents[above]
-            if above == pid:
+            ancestor = number
+            while ancestor in parents and ancestor != pid:
+                ancestor = parents[ancestor]
+            if ancestor == pid:
                 yield number
 
 
@@ -168,11 +168,11 @@ def run_torture(
     rate: int = 60,
     faults: Iterable[str] = FAULTS_WITHOUT_RATE_LIMITS,
 ) -> ClusterTortureReport:
-    """Run the job, strike at it, until it has come to its end; judge it by the sandbox's audit."""
+    """Run the job until it is finished, inject faults meanwhile, and check it against the sandbox's audit."""
     rng = random.Random(seed)
     remaining = [name for name, count in injections.items() for _ in range(count)]
     rng.shuffle(remaining)
-    cap = rows / 6  # in credits: some nights end with it
+    cap = rows / 6  # in credits, low enough to end some runs
     report = ClusterTortureReport(rows, workers, rate, cap)
     workspace = Workspace(folder, f"{server.ledger_url()}&lease={LEASE_S}", server.environ)
     limits = f"{{requests_per_second: {rate}, in_flight: 300, max_credits: {cap:g}}}"
@@ -198,11 +198,11 @@ def run_torture(
             report.exit_codes[run.returncode] += 1
             assert "Traceback" not in err, err
             summary = json.loads(out)
-            if "execution" not in summary:  # the server was away when it began
+            if "execution" not in summary:  # the server was down at the start
                 continue
             report.max_charged = max(report.max_charged, _credits_bought(workspace, summary))
             if run.returncode in (0, 10, 14) and not (remaining and summary["submitted"]):
-                break  # nothing is left to do, or to strike at
+                break  # nothing is left to do or to inject
         else:
             raise AssertionError(f"it does not end:\n{report.as_markdown()}")
         _check_audit(workspace, api, report)
@@ -211,9 +211,9 @@ def run_torture(
 
 
 def _credits_bought(workspace: Workspace, summary: dict[str, Any]) -> float:
-    """Sum up in credits what an execution has bought, at the worst price where the true one is not known.
+    """Return the credits that an execution bought, at the maximum price where the true one is unknown.
 
-    What earlier ones left at the API settles in it, too, but was bought by them.
+    Excludes tasks of earlier executions that settled in it.
     """
     (row,) = workspace.sql(
         "SELECT coalesce(sum(CASE WHEN state = 'refused' THEN 0 ELSE coalesce(credits, reserved) END), 0) / 1e6 "
@@ -224,7 +224,7 @@ def _credits_bought(workspace: Workspace, summary: dict[str, Any]) -> float:
 
 
 def _check_audit(workspace: Workspace, api: SandboxApi, report: ClusterTortureReport) -> None:
-    """Hold output and ledger against the sandbox's audit."""
+    """Compare output and ledger with the sandbox's audit."""
     audit = api.audit()
     report.accepted, report.paid_twice, report.busiest_second = (
         audit["accepted"],
@@ -255,7 +255,7 @@ def _check_audit(workspace: Workspace, api: SandboxApi, report: ClusterTortureRe
     report.problems = check.json_output["problems"]
 
 
-#: What is done to a run, with how often in the long form.
+#: The faults for a run, with their counts in the long form.
 INJECTIONS = {
     "workers killed": 20,
     "workers stopped for longer than a lease": 6,
@@ -266,7 +266,7 @@ INJECTIONS = {
 
 
 def main() -> None:
-    """Torture a crew from the command line."""
+    """Run the torture test of a cluster from the command line."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--rows", type=int, default=4_000)
     parser.add_argument("--workers", type=int, default=4)

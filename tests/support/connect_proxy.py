@@ -1,4 +1,4 @@
-"""A proxy that opens tunnels (CONNECT) on loopback, and certificates for whatever is at their end."""
+"""A CONNECT proxy on loopback, and certificates for the servers behind it."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Certificate:
-    """A certificate that vouches for itself, and its key."""
+    """A self-signed certificate and its key."""
 
     file: Path
     key: Path
 
     def server(self) -> ssl.SSLContext:
-        """What a server needs to show it."""
+        """Return the TLS context of a server with this certificate."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(self.file, self.key)
         return context
 
 
 def make_certificate(folder: Path, name: str, days: int = 1) -> Certificate:
-    """Make a certificate for `DNS:…` or `IP:…`; with fewer than 0 days it has expired."""
+    """Make a certificate for `DNS:…` or `IP:…`; a negative number of days makes it expired."""
     made = Certificate(folder / "certificate.pem", folder / "key.pem")
     request, extensions = folder / "request.pem", folder / "extensions"
     extensions.write_text(f"subjectAltName={name}\n")
-    # Each with a subject of its own: by that a trusted one is found.
+    # Each has its own subject, because trusted certificates are looked up by subject.
     kind = f"-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN={secrets.token_hex(8)}"
     _openssl(f"req -new {kind}", "-keyout", str(made.key), "-out", str(request))
     sign = ["-in", str(request), "-signkey", str(made.key), "-extfile", str(extensions), "-out", str(made.file)]
@@ -48,7 +48,7 @@ def _openssl(command: str, *files: str) -> None:
 
 @dataclass
 class ConnectProxy:
-    """A proxy that was started; `heads`: what it was asked for, as it came."""
+    """A running proxy; `request_heads` are the request heads as received."""
 
     port: int
     request_heads: list[str] = field(default_factory=list)
@@ -64,7 +64,7 @@ class _Server(socketserver.ThreadingTCPServer):
         self.proxy = ConnectProxy(self.server_address[1])
 
     def handle_error(self, *_: Any) -> None:
-        """Say nothing: the other side may go away at any time."""
+        """Print nothing: the other side may close the connection at any time."""
 
 
 class _Handler(socketserver.BaseRequestHandler):
@@ -74,8 +74,8 @@ class _Handler(socketserver.BaseRequestHandler):
         if self.server.tls is None:
             self._tunnel(self.request)
         else:
-            with self.server.tls.wrap_socket(self.request, server_side=True) as near:
-                self._tunnel(near)
+            with self.server.tls.wrap_socket(self.request, server_side=True) as tls_client:
+                self._tunnel(tls_client)
 
     def _tunnel(self, client: socket.socket) -> None:
         head = b""
@@ -87,11 +87,11 @@ class _Handler(socketserver.BaseRequestHandler):
         if self.server.refusal:
             client.sendall(self.server.refusal)
             return
-        with socket.create_connection(("127.0.0.1", self.server.target)) as far:
+        with socket.create_connection(("127.0.0.1", self.server.target)) as upstream:
             client.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
-            back = Thread(target=_pump, args=(far, client), daemon=True)
+            back = Thread(target=_pump, args=(upstream, client), daemon=True)
             back.start()
-            _pump(client, far)
+            _pump(client, upstream)
             back.join(10)
 
 
@@ -105,7 +105,7 @@ def _pump(source: socket.socket, sink: socket.socket) -> None:
 
 @contextmanager
 def serve_connect_proxy(target: int, tls: ssl.SSLContext | None = None, refusal: bytes = b"") -> Iterator[ConnectProxy]:
-    """Lead every tunnel to a port on loopback, whatever host was asked for; or refuse with these bytes."""
+    """Connect every tunnel to a port on loopback whatever host was requested, or refuse with these bytes."""
     with _Server(target, tls, refusal) as server:
         thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         thread.start()

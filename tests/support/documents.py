@@ -1,4 +1,4 @@
-"""The project's documents, taken apart, and a checkout in which their commands are run."""
+"""Parses the project's documents and runs their commands in a checkout."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-#: All that a user reads.
+#: The documents for users.
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples" / "README.md"]
-#: What only developers read as well.
+#: Including the documents for developers.
 ALL_DOCUMENTS = [*DOCUMENTS, *(ROOT / f"{name}.md" for name in ("ARCHITECTURE", "RELIABILITY", "CHANGELOG"))]
 
 
@@ -25,20 +25,20 @@ def fenced_blocks(document: Path, kind: str) -> list[str]:
 
 
 def code_text(document: Path) -> str:
-    """Return everything that is written as code, in blocks or in lines."""
+    """Return all text marked as code, in blocks or inline."""
     text = document.read_text(encoding="utf-8")
     inside, outside = text.split("```")[1::2], "".join(text.split("```")[::2])
     return "\n".join([*inside, *re.findall(r"`([^`]+)`", outside)])
 
 
 def relative_links(document: Path) -> list[str]:
-    """Return where its links to other files lead to."""
+    """Return the targets of the document's links to other files."""
     targets = re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8"))
     return [target for target in targets if "://" not in target]
 
 
 def enrich_invocations(text: str) -> Iterator[list[str]]:
-    """Yield the arguments of each `enrich …` in lines of shell, or in code within a sentence."""
+    """Yield the arguments of each `enrich …` in shell lines or in inline code."""
     for line in text.replace("\\\n", " ").splitlines():
         lexer = shlex.shlex(line, posix=True, punctuation_chars=";|&<>")
         lexer.whitespace_split = True
@@ -50,7 +50,7 @@ def enrich_invocations(text: str) -> Iterator[list[str]]:
             end = next(index for index, word in enumerate(words) if set(word) <= set(";|&<>"))
             command, words = words[:end], words[end + 1 :]
             at = next((index for index, word in enumerate(command) if Path(word).name == "enrich"), None)
-            # Before it may stand variables, a prompt and the times of a crontab line, behind it a command or an option.
+            # Before `enrich`, only variables, a prompt and crontab times may stand; after it, a command or an option.
             if at is not None and all("=" in word or set(word) <= set("$0123456789*/,-") for word in command[:at]):
                 arguments = command[at + 1 :]
                 if arguments and re.fullmatch(r"[a-z]+|--?[a-z].*", arguments[0]):
@@ -68,8 +68,8 @@ def make_checkout(folder: Path) -> Path:
 
 
 def run_shell(command: str, folder: Path, **environ: str) -> str:
-    """Run a command of a document as a person would, and return what it says."""
-    # The checkout's .venv is there: make must not install it again.
+    """Run a document's shell command and return its output."""
+    # The checkout has a .venv already: make must not install it again.
     command = command.replace("make demo", "make --old-file=.venv/run --no-print-directory demo")
     path = f"{folder}/.venv/bin{os.pathsep}{os.environ['PATH']}"
     result = subprocess.run(
@@ -87,14 +87,14 @@ def run_shell(command: str, folder: Path, **environ: str) -> str:
 
 
 def console_entries(block: str) -> Iterator[tuple[str, str]]:
-    """Yield each `$ command` of a console block with what stands below it."""
+    """Yield each `$ command` of a console block with the output below it."""
     for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
         command, _, output = part.partition("\n")
         yield command, output
 
 
 def output_pattern(shown: str) -> str:
-    """What must be said: all but times, random names, the number of polls and what an ellipsis leaves out."""
+    """Return a pattern for the output: any times, random names and number of polls; `…` matches any text."""
     pattern = re.escape(shown.strip())
     pattern = pattern.replace("…", ".*")
     pattern = re.sub(r"\d{4}\\-\d\d\\-\d\dT\d\d:\d\d:\d\dZ", r"\\S{20}", pattern)
@@ -103,7 +103,7 @@ def output_pattern(shown: str) -> str:
 
 
 def check_console(document: Path, folder: Path) -> int:
-    """Run every `$ command` of a document in its order; each must print what stands below it. Return how many."""
+    """Run every `$ command` of a document in order and compare its output; return the number of commands."""
     count = 0
     for block in fenced_blocks(document, "console"):
         for command, expected in console_entries(block):

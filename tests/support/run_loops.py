@@ -1,4 +1,4 @@
-"""The dispatcher and the poller over a real ledger, journal and client, against the sandbox."""
+"""Runs the dispatcher and the poller over a real ledger, writer and client, against the sandbox."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from enrich.run.state import RunState, Timeouts
 from tests.support.ledger import BINDING, CALL, CommittingLedger
 from tests.support.workspace import SHORT_TIMEOUTS, SandboxApi
 
-#: What `CALL` costs at worst in the sandbox, in millionths.
+#: The maximum price of `CALL` in the sandbox, in millionths.
 SANDBOX_MAX_PRICE = 3_510_000
 
 
 class FastPollSchedule(PollSchedule):
-    """Asks early: the sandbox answers at once."""
+    """Polls early: the sandbox answers immediately."""
 
     FIRST_GUESS_S = 0.05
     MIN_DELAY_S = 0.1
 
 
 class FastCircuitBreaker(CircuitBreaker):
-    """Does not pause for long."""
+    """Pauses only briefly."""
 
     FIRST_PAUSE_S = 0.05
     MAX_PAUSE_S = 0.2
@@ -45,25 +45,25 @@ class FastCircuitBreaker(CircuitBreaker):
 
 @dataclass
 class RequestLog:
-    """What was seen of the requests."""
+    """What the client recorded about its requests."""
 
     run_state: RunState
     posts: int = 0
     posts_in_flight: int = 0
     max_posts_in_flight: int = 0
     max_open_tasks: int = 0
-    #: No POST leaves before so many have been on the wire at once.
+    #: POSTs wait until this many were in flight at the same time.
     together: int = 0
     polled_task_ids: list[str] = field(default_factory=list)
 
 
 class RecordingClient(Client):
-    """The real client; every request is seen."""
+    """The real client; records every request."""
 
     request_log: RequestLog
 
     async def submit(self, waterfall: str, body: bytes, rows: int | None = None) -> str:
-        """Count the POSTs, and those on the wire."""
+        """Count the POSTs, and those in flight."""
         log = self.request_log
         log.posts += 1
         log.posts_in_flight += 1
@@ -77,14 +77,14 @@ class RecordingClient(Client):
             log.posts_in_flight -= 1
 
     async def poll_task(self, task_id: str, *, new_connection: bool = False) -> TaskReply:
-        """Remember who was asked, in order."""
+        """Record the ids of polled tasks, in order."""
         self.request_log.polled_task_ids.append(task_id)
         return await super().poll_task(task_id, new_connection=new_connection)
 
 
 @dataclass
 class LoopHarness:
-    """One execution at work."""
+    """One execution with everything its loops need."""
 
     api: SandboxApi
     ledger: CommittingLedger
@@ -94,7 +94,7 @@ class LoopHarness:
     request_log: RequestLog
 
     def make_poller(self, max_attempts: int = 3, patience_s: float = 60.0) -> Poller:
-        """Make a poller that looks for an e-mail."""
+        """Make a poller that looks for an email."""
         return Poller(self.run_state, self.writer, self.client, ("email",), max_attempts, patience_s)
 
     def make_dispatcher(
@@ -105,14 +105,14 @@ class LoopHarness:
         price: int = SANDBOX_MAX_PRICE,
         bulk: int | None = None,
     ) -> Dispatcher:
-        """Make a dispatcher that hands its tasks to the poller."""
+        """Make a dispatcher that passes its tasks to the poller."""
         budget = Budget(None, price, "the credits cap is reached", "raise it")
         return Dispatcher(
             self.run_state, self.writer, self.client, call, budget, BINDING, poller.add_task, limit, bulk_size=bulk
         )
 
     async def dispatch(self, dispatcher: Dispatcher, poller: Poller) -> None:
-        """Run a dispatcher to its end; then no more tasks can come."""
+        """Run a dispatcher to its end; no new tasks come after that."""
         try:
             await dispatcher.run()
         finally:
@@ -120,19 +120,19 @@ class LoopHarness:
             self.run_state.notify_change()
 
     async def run_loops(self, poller: Poller | None = None, **dispatching: Any) -> None:
-        """Submit and poll side by side to the end, as the pipeline does."""
+        """Submit and poll concurrently to the end, as the pipeline does."""
         poller = poller or self.make_poller()
         dispatcher = self.make_dispatcher(poller, **dispatching)
         await self.run_state.run_until_abort(self.dispatch(dispatcher, poller), poller.run())
 
     async def poll_once(self, poller: Poller) -> None:
-        """Ask once for what earlier executions left at the API."""
+        """Poll once the tasks that earlier executions left at the API."""
         poller.poll_once_more = True
         poller.add_earlier_tasks(await self.writer.submit(Ledger.submitted_tasks), polled_before=False)
         await self.run_state.run_until_abort(poller.run())
 
     def add_open_tasks(self, *tasks: tuple[str, float], acknowledged: bool = False) -> None:
-        """Put tasks of an earlier execution into the ledger: their ids, and how old they are in seconds."""
+        """Add tasks of an earlier execution to the ledger: ids, and ages in seconds."""
         for task_id, age_s in tasks:
             claim = self.ledger.claim()
             at = self.run_state.clock.now_ms() - int(age_s * 1000)
@@ -141,16 +141,16 @@ class LoopHarness:
                 self.ledger.commit(Ledger.mark_acknowledged, [claim.attempt_id])
 
     async def poll_open_tasks(self, poller: Poller, *, asked_before: bool = False) -> None:
-        """Poll to the end what earlier executions left at the API."""
+        """Poll to the end the tasks that earlier executions left at the API."""
         poller.add_earlier_tasks(await self.writer.submit(Ledger.submitted_tasks), polled_before=asked_before)
         poller.no_new_tasks = True
         await self.run_state.run_until_abort(poller.run())
 
 
 async def wait_until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
-    """Let the loops run until something holds."""
+    """Let the loops run until a condition holds."""
     async with asyncio.timeout(timeout_s):
-        while not condition():  # noqa: ASYNC110 - what is looked at tells nobody of a change
+        while not condition():  # noqa: ASYNC110 - the condition has no event to wait for
             await asyncio.sleep(0.001)
 
 
@@ -166,7 +166,7 @@ async def open_loops(
     timing: Timeouts = SHORT_TIMEOUTS,
     clock: Clock | None = None,
 ) -> AsyncIterator[LoopHarness]:
-    """Open a ledger, start an execution that wants these leads, and connect to the API."""
+    """Open a ledger, start an execution for these leads, and connect to the API."""
     ledger = CommittingLedger.open(path)
     clock = clock or SystemClock()
     ledger.now = clock.now_ms()
@@ -182,7 +182,7 @@ async def open_loops(
         poll_schedule=FastPollSchedule(),
     )
     if rate is not None:
-        execution.rate_limiter.rate = rate  # not felt for, as is right for a real API
+        execution.rate_limiter.rate = rate  # a known rate is not probed, as with a real API
     client = RecordingClient(api.access, clock, post_timeout_s=timing.post_s, get_timeout_s=timing.get_s)
     client.request_log = RequestLog(execution)
     try:

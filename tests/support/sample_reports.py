@@ -1,4 +1,4 @@
-"""A rich report about an invented job, for the tests of the page; and reports at the edges."""
+"""A full report of an invented job for the tests of the page, and reports at the extremes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FIRST_RUN_AT = datetime(2026, 11, 9, 2, tzinfo=UTC)
 
 
 def make_provider(name: str, asked: int, found: int, spent: float, inferred: int = 0) -> ReportedProvider:
-    """Make a provider that passes on what it does not find."""
+    """Make a provider that passes on the leads it does not find."""
     return ReportedProvider(
         name=name,
         verifies=False,
@@ -51,7 +51,7 @@ def make_verifier(name: str, asked: int, spent: float) -> ReportedProvider:
 
 
 def run_totals(number: int, found: int, not_found: int, spent: float, **more: object) -> ReportedRun:
-    """Make a night, one a day."""
+    """Make the totals of a run; run numbers are days."""
     start = FIRST_RUN_AT + timedelta(days=number - 1)
     values: dict[str, object] = {
         "execution": number,
@@ -182,7 +182,7 @@ def typical_report() -> Report:
 
 
 def with_comparison(report: Report) -> Report:
-    """Add another order of the providers beside it."""
+    """Add a comparison with another order of providers."""
     left = ComparedSide("jobs/leads.yaml", ["Mailhound", "Peoplegrid", "Profilewell"], 1180, 735, 428, 1261.6, 1.7165)
     right = ComparedSide("jobs/cheap-first.yaml", ["Profilewell", "Peoplegrid"], 410, 231, 170, 371.0, 1.606)
     return replace(
@@ -238,11 +238,11 @@ def empty_report() -> Report:
 
 
 def full_report() -> Report:
-    """Make a report with all that a page can hold."""
+    """Make a report with everything that a page can show."""
     return with_rows(with_comparison(typical_report()))
 
 
-#: Names as they come from outside, at their worst.
+#: Hostile text in place of names from outside.
 HOSTILE_TEXTS = (
     "<script>alert(1)</script>",
     "</style></svg><img src=x onerror=alert(1)>",
@@ -290,7 +290,7 @@ def hostile_report() -> Report:
 
 
 def large_report() -> Report:
-    """Make a report of a million rows, a dozen providers, sixty groups and four hundred nights."""
+    """Make a report of a million rows, a dozen providers, sixty groups and four hundred runs."""
     providers = [
         make_provider(f"Provider of data number {place}", 1_000_000 - 75_000 * place, 70_000, 140_000.5, 4_000)
         for place in range(12)
@@ -311,7 +311,7 @@ def large_report() -> Report:
 
 
 def no_match_report() -> Report:
-    """Make the report of a first night that found nothing, of a single provider."""
+    """Make the report of a first run without matches, with a single provider."""
     return replace(
         typical_report(),
         waterfall=ReportedWaterfall("email_getter", [make_provider("Mailhound", 12, 0, 0.0)], 12, 0, 0, 0.0, 0.0),
@@ -329,14 +329,14 @@ def no_match_report() -> Report:
 
 
 def marked_values(page: str, about: str, name: str) -> list[float | None]:
-    """Read the numbers of a page that carry these marks."""
+    """Return the numbers of a page that have these marks."""
     parts = re.findall(rf'data-of="{re.escape(escape(about))}"(.*?)(?=data-of=|</table>|$)', page, re.DOTALL)
     values = [re.findall(rf'data-name="{name}"(?: data-value="([^"]*)")?', part) for part in parts]
     return [float(value) if value else None for found in values for value in found]
 
 
 def report_json(workspace: Workspace, *arguments: str, job: str = "job.yaml") -> dict[str, Any]:
-    """Return the facts as `--json` prints them."""
+    """Return the report's data as `--json` prints it."""
     result = workspace.run_in_process("report", job, "--json", *arguments)
     assert (result.exit_code, result.stderr) == (0, "")
     return result.json_output

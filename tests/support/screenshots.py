@@ -1,4 +1,4 @@
-"""Makes the pictures of the README: `python -m tests.support.screenshots`. They show invented leads."""
+"""Makes the README's screenshots, with invented leads: `python -m tests.support.screenshots`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.support.browser import Scheme, open_browser
 from tests.support.documents import ROOT, make_checkout, run_shell
 
-#: Name, colour scheme, the heading it begins with (None: the top of the page) and the first that is beyond it.
+#: Name, color scheme, the first heading shown (None: the top of the page) and the heading below the screenshot.
 SCREENSHOTS: tuple[tuple[str, Scheme, str | None, str], ...] = (
     ("report-light", "light", None, "rows"),
     ("report-dark", "dark", "rows", "speed"),
@@ -19,7 +19,7 @@ WIDTH = 1024
 
 
 def main() -> None:
-    """Run the demo and the week, and look at their reports."""
+    """Run the demo and the example week, and take screenshots of their reports."""
     with tempfile.TemporaryDirectory() as folder, open_browser() as browser:
         checkout, week = make_checkout(Path(folder)), Path(folder) / "week"
         run_shell("make demo", checkout)

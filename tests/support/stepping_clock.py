@@ -1,6 +1,6 @@
 """Runs `enrich` under a clock that steps: `python -m tests.support.stepping_clock run job.yaml …`.
 
-`time.time` and `time.time_ns` are off by the seconds that the file named in STEPPING_CLOCK says; it may change at any
+`time.time` and `time.time_ns` are shifted by the seconds in the file named in STEPPING_CLOCK, which may change at any
 time. Not shifted: `datetime.now`, the clocks of the file system and of SQLite, and processes that `enrich` starts.
 """
 
@@ -14,17 +14,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # nothing of the program is imported before the clock is moved
+if TYPE_CHECKING:  # the program is imported only after the clock is replaced
     from tests.support.workspace import SandboxApi, Workspace
 
-#: Names the file with the offset in seconds.
+#: Name of the variable with the file of the offset in seconds.
 CLOCK_VARIABLE = "STEPPING_CLOCK"
-#: How long an offset is remembered, in seconds.
+#: How long an offset is cached, in seconds.
 CACHE_S = 0.02
 
 
 class SteppingClock:
-    """The clock of this machine, moved; a file that is not there moves nothing."""
+    """This machine's clock with an offset; without the file the offset is 0."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -33,7 +33,7 @@ class SteppingClock:
         self._read_at = float("-inf")
 
     def time_ns(self) -> int:
-        """Stand in for `time.time_ns`."""
+        """Replacement of `time.time_ns`."""
         now = time.monotonic()
         if now - self._read_at > CACHE_S:
             self._read_at = now
@@ -42,12 +42,12 @@ class SteppingClock:
         return self._time_ns() + self._offset_ns
 
     def time(self) -> float:
-        """Stand in for `time.time`."""
+        """Replacement of `time.time`."""
         return self.time_ns() / 1e9
 
 
 def start_with_clock(workspace: Workspace, api: SandboxApi, clock: Path, *options: str) -> subprocess.Popen[str]:
-    """Start a run of an office's job under the clock that a file moves; the caller ends it."""
+    """Start a run of a workspace's job under the clock of a file; the caller ends it."""
     return subprocess.Popen(
         [sys.executable, "-m", "tests.support.stepping_clock", "run", "job.yaml", "--json", *options],
         cwd=workspace.folder,
@@ -60,10 +60,10 @@ def start_with_clock(workspace: Workspace, api: SandboxApi, clock: Path, *option
 
 
 def main() -> None:
-    """Move the clock before anything of the program is imported, then run it."""
+    """Replace the clock before the program is imported, then run the program."""
     clock = SteppingClock(Path(os.environ[CLOCK_VARIABLE]))
     time.time, time.time_ns = clock.time, clock.time_ns
-    from enrich.cli import main as enrich  # noqa: PLC0415 - after the clock was moved
+    from enrich.cli import main as enrich  # noqa: PLC0415 - imported after the clock was replaced
 
     sys.argv[0] = "enrich"
     enrich()

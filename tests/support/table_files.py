@@ -1,4 +1,4 @@
-"""Tables in files of every format, written and read by other libraries than the program's own where there are any."""
+"""Writes and reads tables in every file format, where possible with libraries that the program does not use."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Rows = Sequence[Sequence[str]]
 
 
 def write_table(path: Path, header: Sequence[str], rows: Rows) -> Path:
-    """Write a table of text in the format that the path's ending says."""
+    """Write a table of text in the format of the path's suffix."""
     kind = path.name.removesuffix(".gz").rpartition(".")[2]
     if kind == "parquet":
         pl.DataFrame([list(row) for row in rows], dict.fromkeys(header, pl.String), orient="row").write_parquet(path)
@@ -45,7 +45,7 @@ def write_table(path: Path, header: Sequence[str], rows: Rows) -> Path:
 
 
 def read_table(path: Path) -> list[list[Any]]:
-    """Read a file: the header, then the rows; a blank is ''."""
+    """Read a file: the header, then the rows; a blank cell is ''."""
     kind = path.name.removesuffix(".gz").rpartition(".")[2]
     if kind == "parquet":
         frame = pl.read_parquet(path)

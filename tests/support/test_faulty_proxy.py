@@ -1,4 +1,4 @@
-"""Each trick of the proxy is seen by a client as it says; without tricks nothing is seen of it."""
+"""A client sees each fault of the proxy as described, and without faults no difference."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ LEAD = {"first_name": "Ada", "last_name": "Byron", "company": "engine.example"}
 
 
 class ProxiedClient:
-    """Talks to the API through the proxy, over one connection when it can."""
+    """Sends requests to the API through the proxy, over one connection if possible."""
 
     def __init__(self, proxy: FaultyProxy, api: SandboxApi) -> None:
         self.http = httpx.Client(verify=False, trust_env=False, timeout=5, headers={"x-apikey": api.api_key})  # noqa: S501
         self.url = proxy.base_url
 
     def post_run(self, name: str = "Ada") -> httpx.Response:
-        """Submit a run."""
+        """Submit a run; return the response."""
         params = LEAD | {"first_name": name}
         return self.http.post(f"{self.url}/waterfalls/email_getter/run", json={"params": params, "enrichments": [833]})
 
@@ -42,7 +42,7 @@ class ProxiedClient:
         return str(self.post_run(name).json()["task_id"])
 
     def get_task(self, task_id: str) -> httpx.Response:
-        """Poll a task."""
+        """Poll a task; return the response."""
         return self.http.get(f"{self.url}/tasks/{task_id}")
 
     def task_body(self, task_id: str) -> dict[str, Any]:
@@ -53,7 +53,7 @@ class ProxiedClient:
 
 @contextmanager
 def open_client(api: SandboxApi, choose_fault: ChooseFault) -> Iterator[ProxiedClient]:
-    """Talk through a proxy with tricks."""
+    """Open a client behind a proxy with faults."""
     with faulty_proxy(api.base_url, choose_fault) as proxy:
         client = ProxiedClient(proxy, api)
         try:
@@ -62,15 +62,15 @@ def open_client(api: SandboxApi, choose_fault: ChooseFault) -> Iterator[ProxiedC
             client.http.close()
 
 
-def faults_for(kind: str, *tricks: ProxyFault | None) -> Callable[[Exchange], ProxyFault | None]:
-    """Play these tricks with the first requests of a kind, in order."""
+def faults_for(kind: str, *faults: ProxyFault | None) -> Callable[[Exchange], ProxyFault | None]:
+    """Apply these faults to the first requests of a kind, in order."""
     return lambda exchange: (
-        tricks[exchange.number - 1] if exchange.kind == kind and exchange.number <= len(tricks) else None
+        faults[exchange.number - 1] if exchange.kind == kind and exchange.number <= len(faults) else None
     )
 
 
 def test_no_faults_by_default(api: SandboxApi) -> None:
-    """Every answer is the API's own, and the switches work."""
+    """Forwards every answer unchanged, and the sandbox's controls work."""
     with open_client(api, lambda _: None) as client:
         task_id = client.submit()
         assert client.task_body(task_id)["task_id"] == task_id
@@ -79,7 +79,7 @@ def test_no_faults_by_default(api: SandboxApi) -> None:
 
 @pytest.mark.parametrize("after_s", [0.0, 0.01])
 def test_repeated_response(api: SandboxApi, after_s: float) -> None:
-    """The next request on that connection gets the answer of the one before."""
+    """Sends the previous response to the next request on the same connection."""
     with open_client(api, faults_for("GET", None, ProxyFault(ProxyFaultKind.REPEAT, after_s))) as client:
         first, second = client.submit("Ada"), client.submit("Bela")
         client.get_task(first)
@@ -94,39 +94,43 @@ def test_repeated_response(api: SandboxApi, after_s: float) -> None:
 
 
 def test_unsolicited_response(api: SandboxApi) -> None:
-    """A 429 follows in the same breath."""
+    """Sends a 429 in the same write."""
     with open_client(api, faults_for("POST", ProxyFault(ProxyFaultKind.UNSOLICITED, 0.0, status=429))) as client:
         assert client.post_run().status_code == 200
     assert api.audit()["accepted"] == 1
 
 
 def test_swapped_polls(api: SandboxApi) -> None:
-    """Each gets the other's answer."""
+    """Two polls get each other's answers."""
     swap = ProxyFault(ProxyFaultKind.SWAP)
     with open_client(api, faults_for("GET", swap, swap)) as client, open_client(api, lambda _: None) as other:
         first, second = client.submit("Ada"), client.submit("Bela")
         other.url = client.url
-        got: dict[str, str] = {}
+        received: dict[str, str] = {}
         threads = [
-            Thread(target=lambda who=who, asked=asked: got.update({asked: who.task_body(asked)["task_id"]}))
-            for who, asked in ((client, first), (other, second))
+            Thread(
+                target=lambda sender=sender, task_id=task_id: received.update(
+                    {task_id: sender.task_body(task_id)["task_id"]}
+                )
+            )
+            for sender, task_id in ((client, first), (other, second))
         ]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert got == {first: second, second: first}
+        assert received == {first: second, second: first}
 
 
 def test_swap_without_partner(api: SandboxApi) -> None:
-    """An answer waits for another to be swapped with, but not for ever."""
+    """A response waits for a partner only for a limited time."""
     with open_client(api, faults_for("GET", ProxyFault(ProxyFaultKind.SWAP))) as client:
         task_id = client.submit()
         assert client.task_body(task_id)["task_id"] == task_id
 
 
 def test_response_of_other_task(api: SandboxApi) -> None:
-    """A poll gets what an earlier one got; a POST gets an id that is already known and was polled."""
+    """A poll gets an earlier poll's answer; a POST gets a known id that was polled."""
     with open_client(api, faults_for("GET", None, ProxyFault(ProxyFaultKind.OTHER_TASK))) as client:
         first, second = client.submit("Ada"), client.submit("Bela")
         right = client.get_task(first).content
@@ -150,7 +154,7 @@ def test_response_of_other_task(api: SandboxApi) -> None:
 
 
 def test_response_of_unknown_task(api: SandboxApi) -> None:
-    """Its id is nobody's, and its answer looks like one."""
+    """The response has a task id that does not exist, and looks like a result."""
     with open_client(
         api,
         faults_for(
@@ -176,7 +180,7 @@ def test_truncated_response(api: SandboxApi) -> None:
 
 
 def test_changed_status(api: SandboxApi) -> None:
-    """A body comes with another 2xx."""
+    """The body comes with another 2xx status."""
     with open_client(api, faults_for("POST", ProxyFault(ProxyFaultKind.STATUS, status=203))) as client:
         response = client.post_run()
         assert response.status_code == 203
@@ -184,7 +188,7 @@ def test_changed_status(api: SandboxApi) -> None:
 
 
 def test_reset_is_forwarded(api: SandboxApi) -> None:
-    """What the API breaks off is broken off."""
+    """Forwards the API's connection reset."""
     api.inject_fault("reset-after")
     with open_client(api, lambda _: None) as client, pytest.raises(httpx.ReadError, match="reset"):
         client.post_run()
@@ -192,18 +196,18 @@ def test_reset_is_forwarded(api: SandboxApi) -> None:
 
 
 def test_random_faults_follow_seed() -> None:
-    """The same seed plays the same tricks, about as often as it shall; nothing happens without a chance."""
+    """The same seed chooses the same faults, about as often as configured; none with probability 0."""
     exchanges = [Exchange("POST" if number % 2 else "GET", number, 1, "/v1/tasks/x") for number in range(1, 2_001)]
 
-    def played(seed: int) -> list[ProxyFault | None]:
+    def chosen_faults(seed: int) -> list[ProxyFault | None]:
         choose = random_faults({ProxyFaultKind.REPEAT: (0.1, 0.0), ProxyFaultKind.UNSOLICITED: (0.0, 0.3)}, seed)
         return [choose(exchange) for exchange in exchanges]
 
-    assert played(1) == played(1) != played(2)
-    posts = [trick for trick, exchange in zip(played(1), exchanges, strict=True) if exchange.is_post]
-    assert {trick.kind for trick in posts if trick} == {ProxyFaultKind.REPEAT}
-    assert 60 < sum(trick is not None for trick in posts) < 140
-    assert {trick.status for trick in played(1) if trick and trick.kind is ProxyFaultKind.UNSOLICITED} <= {
+    assert chosen_faults(1) == chosen_faults(1) != chosen_faults(2)
+    posts = [fault for fault, exchange in zip(chosen_faults(1), exchanges, strict=True) if exchange.is_post]
+    assert {fault.kind for fault in posts if fault} == {ProxyFaultKind.REPEAT}
+    assert 60 < sum(fault is not None for fault in posts) < 140
+    assert {fault.status for fault in chosen_faults(1) if fault and fault.kind is ProxyFaultKind.UNSOLICITED} <= {
         408,
         429,
         503,

@@ -1,4 +1,4 @@
-"""The server that the tests stand on: it starts, restarts, asks for a password and leaves nothing behind."""
+"""The test server: it starts, restarts, requires a password and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from tests.support import postgres as servers
 from tests.support.postgres import PostgresServer
 from tests.support.workspace import wait_until
 
-#: They start servers of their own.
+#: These tests start servers of their own.
 pytestmark = pytest.mark.long
 
 
 def test_wrong_password_is_refused(postgres: PostgresServer) -> None:
-    """Nobody comes in without the password: what passes here passes on a real server."""
+    """Refuses a wrong password, as a real server does."""
     with pytest.raises(psycopg.OperationalError, match="password authentication failed"):
         replace(postgres, password="wrong").connect()
 
 
 def test_test_schemas_are_dropped(postgres: PostgresServer) -> None:
-    """A schema that a test made is gone after it, and that of the sandbox."""
+    """Drops a test's schema after the test, and its sandbox schema."""
     schema = postgres.ledger_url().rpartition("=")[2]
     with closing(postgres.connect()) as db:
         db.execute(f"CREATE SCHEMA {schema}")
@@ -38,7 +38,7 @@ def test_test_schemas_are_dropped(postgres: PostgresServer) -> None:
 
 
 def test_text_sorts_by_locale(postgres: PostgresServer) -> None:
-    """The database has a language: whoever relies on the order of bytes is found out."""
+    """Sorts by locale, so that code that relies on byte order fails."""
     with closing(postgres.connect()) as db:
         row = db.execute("SELECT to_jsonb(d)->>'datlocprovider' FROM pg_database d WHERE datname = 'enrich'").fetchone()
         if row != ("i",):
@@ -47,7 +47,7 @@ def test_text_sorts_by_locale(postgres: PostgresServer) -> None:
 
 
 def test_dedicated_server_restarts(own_postgres: PostgresServer) -> None:
-    """What was committed is there after a restart and after a crash; connections are lost."""
+    """Keeps committed data over a restart and a crash; connections are lost."""
     with closing(own_postgres.connect()) as db:
         db.execute("CREATE TABLE kept AS SELECT 1 AS number")
         own_postgres.restart("immediate")
@@ -71,7 +71,7 @@ with dedicated_server() as server:
 
 
 def is_running(process: int) -> bool:
-    """Tell whether a process is there."""
+    """Return whether a process exists."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -80,7 +80,7 @@ def is_running(process: int) -> bool:
 
 
 def test_server_stops_with_parent() -> None:
-    """Though pytest is killed no server stays, and no folder."""
+    """After pytest is killed, server and folder are removed."""
     if not servers.find_binaries():
         pytest.skip(servers.NOT_INSTALLED)
     with subprocess.Popen(

@@ -1,7 +1,7 @@
-"""Kills a real `enrich run` again and again until the job is done, and asks the API what was paid for.
+"""Kills a real `enrich run` repeatedly until the job is done, and compares its output with the API's audit.
 
-Meanwhile the API fails in all its ways, connections get out of step, the clock steps by hours, and now and then the
-ledger is renamed away under the run.
+Meanwhile the API has every kind of fault, connections misdeliver responses, the clock steps by hours, and in some runs
+the ledger is renamed away.
 
 `python -m tests.support.torture` is the long form and prints the table of RELIABILITY.md; the suite runs a short one.
 """
@@ -34,7 +34,7 @@ from tests.support.faulty_proxy import ProxyFaultKind, faulty_proxy, random_faul
 from tests.support.stepping_clock import start_with_clock
 from tests.support.workspace import JOB, SandboxApi, Workspace, make_leads, serve_api
 
-#: Every way in which the API goes wrong, each for a small share of the requests. A lost task is not among them:
+#: Every kind of API fault, each for a small share of the requests. A lost task is left out:
 #: it takes a minute to be sure of one.
 FAULTS = (
     "rate-limit=0.001,retry_after=1",
@@ -78,9 +78,9 @@ FAULTS = (
     "get:many-steps=0.002,steps=20000",
     "get:gzip-bomb=0.001,mebibytes=64",
 )
-#: How connections get out of step, each for a small share of the POSTs and of the polls. A POST never gets the answer
-#: of a task that exists nowhere: it takes a minute to be sure of that. Nor are the answers of two POSTs exchanged:
-#: nothing in them tells whose they are.
+#: Faults of connections, each for a small share of the POSTs and of the polls. A POST never gets the response
+#: of a task that does not exist: it takes a minute to be sure of that. The responses of two POSTs are never swapped:
+#: nothing in them shows which request they answer.
 PROXY_FAULTS: Mapping[ProxyFaultKind, tuple[float, float]] = {
     ProxyFaultKind.REPEAT: (0.03, 0.03),
     ProxyFaultKind.UNSOLICITED: (0.01, 0.01),
@@ -90,21 +90,21 @@ PROXY_FAULTS: Mapping[ProxyFaultKind, tuple[float, float]] = {
     ProxyFaultKind.TRUNCATED: (0.005, 0.01),
     ProxyFaultKind.STATUS: (0.01, 0.0),
 }
-#: By how much the clock of this machine may be off, in hours.
+#: Offsets of this machine's clock, in hours.
 CLOCK_STEPS_H = (-30, -7, -2, 0, 0, 2, 7, 30)
-#: In each of so many nights the ledger is renamed away under the run, or replaced by a copy, and back after it.
+#: In one of this many runs the ledger is renamed away or replaced by a copy, and put back after the run.
 LEDGER_AWAY_EVERY = 8
-#: What a kill may leave in doubt, whatever `in_flight` is; in bulk it is what four POSTs carry.
+#: Requests that a kill may leave in doubt, whatever `in_flight` is; in bulk, the rows of four POSTs.
 MAX_IN_DOUBT = 64
-#: How a night that was not killed may end here.
+#: Exit codes allowed here for a run that was not killed.
 ALLOWED_EXIT_CODES = frozenset({0, 4, 10, 14})
-#: Nights after the last kill in which it must come to its end.
+#: The job must be finished within this many runs after the last kill.
 MAX_EXTRA_RUNS = 20
 
 
 @dataclass
 class TortureReport:
-    """What became of a tortured job; the sandbox's word, not ours."""
+    """The result of a torture test, measured by the sandbox."""
 
     rows: int
     max_in_doubt: int
@@ -121,7 +121,7 @@ class TortureReport:
     paid_twice: int = 0
     paid_after_removal: int = 0
     lost: int = 0
-    #: Leads that had it on any night, and why it is another's.
+    #: Leads that had another lead's answer after any run, and what was wrong.
     misassigned_rows: dict[str, str] = field(default_factory=dict)
     misplaced_rows: int = 0
     in_doubt: int = 0
@@ -132,7 +132,7 @@ class TortureReport:
 
     @property
     def passed(self) -> bool:
-        """Tell whether every promise was kept."""
+        """Whether every guarantee held."""
         broken_promises = (
             self.paid_twice,
             self.paid_after_removal,
@@ -148,7 +148,7 @@ class TortureReport:
         return not any(broken_promises)
 
     def as_markdown(self) -> str:
-        """The report as a Markdown table."""
+        """Return the report as a Markdown table."""
         lines_by_name = {
             "leads": self.rows,
             "kills (SIGKILL)": self.kills.total(),
@@ -179,18 +179,18 @@ class TortureReport:
 
 @dataclass
 class LeadSchedule:
-    """The leads of each night: most stay, new ones come, some are there for one night only; all in any order."""
+    """The leads of each run in random order: most stay, new ones come, some are there for one run only."""
 
     rows: int
     runs: int
     rng: random.Random
-    #: Leads that left, with the most runs that may ever be accepted for each.
+    #: Removed leads, with the maximum number of runs that may ever be accepted for each.
     accepted_at_removal: dict[str, int] = field(default_factory=dict)
     current: list[list[str]] = field(default_factory=list)
     _temporary: list[list[str]] = field(default_factory=list)
 
     def leads_for_run(self, run_number: int) -> list[list[str]]:
-        """Tell who is in the file tonight: half of the leads from the start, all after the last kill."""
+        """Return the leads of a run: half of all in the first one, all after the last kill."""
         share = min(1.0, 0.5 + 0.5 * run_number / self.runs)
         permanent = make_leads(int(self.rows * share))
         a_few = max(1, self.rows // 10 // self.runs) if run_number < self.runs else 0
@@ -200,7 +200,7 @@ class LeadSchedule:
         return self.current
 
     def remove_temporary(self, accepted: dict[str, int], in_flight: set[str]) -> None:
-        """Let those who were passing leave; a POST on the wire may still arrive at the API."""
+        """Remove the temporary leads; a POST in flight may still arrive at the API."""
         for name, *_ in self._temporary:
             self.accepted_at_removal[name] = accepted.get(name, 0) + (name in in_flight)
 
@@ -217,11 +217,11 @@ def run_torture(
     bulk: int | None = None,
     tamper: Callable[[Workspace], bool] | None = None,
 ) -> TortureReport:
-    """Run the job, killing it `kills` times, and judge it by the sandbox's audit.
+    """Run the job, killing it `kills` times, and check it against the sandbox's audit.
 
-    `attacks`: beside kills and faults let connections get out of step, the clock step, and the ledger be away.
-    `bulk`: send so many requests as one task. `tamper` may falsify ledger or output between nights, until it tells
-    that it did: to see the judge find it.
+    `extra_faults`: besides kills and API faults, misdeliver responses, step the clock and move the ledger away.
+    `bulk`: requests in one task. `tamper` may falsify ledger or output between runs, until it returns True: for tests
+    of the check itself.
     """
     rng = random.Random(seed)
     workspace = Workspace(folder)
@@ -273,7 +273,7 @@ def run_torture(
 
 @contextmanager
 def _step_clock(clock: Path, rng: random.Random, report: TortureReport, *, enabled: bool) -> Iterator[None]:
-    """Step the clock that the runs see, by hours, every second or so; at the end it is right."""
+    """Step the clock of the runs by hours, every 0.2 to 2 seconds; the offset is 0 at the end."""
     stopped = Event()
 
     def step() -> None:
@@ -295,7 +295,7 @@ def _step_clock(clock: Path, rng: random.Random, report: TortureReport, *, enabl
 
 @dataclass(frozen=True)
 class RunScenario:
-    """What a night has in store; `stop_s`: for how long a run that falls asleep sleeps."""
+    """What happens in one run; `stop_s`: seconds between SIGSTOP and SIGCONT."""
 
     run_number: int
     stop_s: float
@@ -307,10 +307,10 @@ def _run_once(
     workspace: Workspace, api: SandboxApi, rng: random.Random, report: TortureReport, scenario: RunScenario
 ) -> int | None:
     """Start the run; kill it at a random or a chosen moment. Return its exit code, None when it was killed."""
-    moment, condition, at_most = _choose_moment(workspace, rng, scenario)
+    moment, condition, timeout_s = _choose_moment(workspace, rng, scenario)
     process = start_with_clock(workspace, api, workspace.folder / "clock")
     if scenario.kill:
-        reached = _wait_for(process, condition, at_most)
+        reached = _wait_for(process, condition, timeout_s)
         if scenario.ledger_away and reached and process.poll() is None:
             remove_ledger(workspace, process, report, replaced=rng.random() < 1 / 2)
             return None
@@ -334,21 +334,21 @@ def _run_once(
 def remove_ledger(
     workspace: Workspace, process: subprocess.Popen[str], report: TortureReport, *, replaced: bool = False
 ) -> None:
-    """Rename the ledger away until the run has ended because of it; `replaced`: a copy takes its place meanwhile."""
-    files = [Path(f"{workspace.ledger_path}{ending}") for ending in ("", "-wal", "-shm")]
-    away = workspace.folder / "away"
-    away.mkdir(exist_ok=True)
+    """Rename the ledger away until the run has ended because of it; `replaced`: a copy takes its place."""
+    files = [Path(f"{workspace.ledger_path}{suffix}") for suffix in ("", "-wal", "-shm")]
+    away_folder = workspace.folder / "away"
+    away_folder.mkdir(exist_ok=True)
     moved = [path for path in files if path.exists()]
     for path in moved:
-        path.rename(away / path.name)
+        path.rename(away_folder / path.name)
     if replaced:
         for path in moved:
-            shutil.copy(away / path.name, path)
+            shutil.copy(away_folder / path.name, path)
     _, stderr = process.communicate(timeout=600)
-    for path in files:  # of a ledger in its place
+    for path in files:  # those of a ledger made in its place
         path.unlink(missing_ok=True)
     for path in moved:
-        (away / path.name).rename(path)
+        (away_folder / path.name).rename(path)
     report.ledger_away += 1
     report.missing_ledger_ignored += process.returncode != ExitCode.BUG or "this is a bug" in stderr
 
@@ -356,11 +356,11 @@ def remove_ledger(
 def _choose_moment(
     workspace: Workspace, rng: random.Random, scenario: RunScenario
 ) -> tuple[str, Callable[[], bool], float]:
-    """Choose when to strike: its name, how to know it, and for how many seconds to wait for it."""
+    """Choose when to kill: a name, a condition, and how many seconds to wait for it."""
     executions, attempts = _count(workspace, "executions"), _count(workspace, "attempts")
     min_in_flight = rng.choice((1, 4, 16))
 
-    def begun() -> bool:  # what the ledger says before is about the night before
+    def begun() -> bool:  # until then the ledger shows the run before
         return _count(workspace, "executions") > executions
 
     def sending() -> bool:
@@ -391,7 +391,7 @@ def _choose_moment(
 
 
 def _wait_for(process: subprocess.Popen[str], condition: Callable[[], bool], seconds: float) -> bool:
-    """Wait for a moment; tell whether it came."""
+    """Wait for a condition; return whether it was met."""
     end = time.monotonic() + seconds
     while time.monotonic() < end and process.poll() is None:
         if condition():
@@ -405,14 +405,14 @@ def _never() -> bool:
 
 
 def _suspend(process: subprocess.Popen[str], seconds: float) -> None:
-    """Close the laptop, and open it again."""
+    """Suspend and resume the process, like a closed laptop."""
     process.send_signal(signal.SIGSTOP)
     time.sleep(seconds)
     process.send_signal(signal.SIGCONT)
 
 
 def _query(workspace: Workspace, sql: str) -> list[Any]:
-    """Look into the ledger, which may not be there yet."""
+    """Query the ledger, which may not exist yet."""
     if not workspace.ledger_path.exists():
         return []
     for mode in ("ro", "rw"):
@@ -420,9 +420,9 @@ def _query(workspace: Workspace, sql: str) -> list[Any]:
             try:
                 return db.execute(sql).fetchall()
             except sqlite3.OperationalError as error:
-                if "no such table" in str(error):  # killed before they were made
+                if "no such table" in str(error):  # killed before the tables were made
                     return []
-                if mode == "rw" or "readonly" not in str(error):  # what a kill left has to be recovered first
+                if mode == "rw" or "readonly" not in str(error):  # SQLite must first recover after a kill
                     raise
     return []
 
@@ -433,20 +433,20 @@ def _count(workspace: Workspace, table: str, state: str | None = None) -> int:
 
 
 def _leads_in_state(workspace: Workspace, state: str) -> set[str]:
-    """Name the leads with an attempt in a state."""
+    """Return the leads with an attempt in a state."""
     sql = "SELECT json_extract(params, '$.first_name') FROM requests r JOIN attempts a ON a.request_id = r.id"
     return {name for (name,) in _query(workspace, f"{sql} WHERE a.state = '{state}'")}
 
 
 def _accepted_counts(audit: Mapping[str, Any]) -> dict[str, int]:
-    """Tell how many runs of each lead were accepted."""
+    """Return how many runs of each lead were accepted."""
     return {run["params"]["first_name"]: run["accepted"] for run in audit["runs"]}
 
 
 def _misassigned_rows(
     workspace: Workspace, audit: Mapping[str, Any], settings: SandboxSettings, *, bulk: bool
 ) -> dict[str, str]:
-    """Name the leads that have another's answer, in the output that is there now or in the ledger."""
+    """Return the leads with another lead's answer, in the current output or in the ledger."""
     sql = "SELECT json_extract(params, '$.first_name'), a.state, coalesce(a.task_id, '')"
     settled = _query(workspace, f"{sql} FROM requests r JOIN attempts a ON a.request_id = r.id")
     ledger = [dict(zip(("First Name", "enrich_status", "enrich_task_id"), row, strict=True)) for row in settled]
@@ -456,7 +456,7 @@ def _misassigned_rows(
 
 
 def _check_audit(workspace: Workspace, api: SandboxApi, report: TortureReport, schedule: LeadSchedule) -> None:
-    """Hold output and ledger against the sandbox's audit."""
+    """Compare output and ledger with the sandbox's audit."""
     audit = api.audit()
     report.accepted, report.paid_twice = audit["accepted"], audit["paid_twice"]
     output = workspace.read_output()
@@ -477,7 +477,7 @@ def _check_audit(workspace: Workspace, api: SandboxApi, report: TortureReport, s
 
 
 def _retry_in_doubt(workspace: Workspace, api: SandboxApi, proxied_api: SandboxApi, report: TortureReport) -> None:
-    """Ask again for those in doubt, and for no others; `behind` is the API behind the proxy."""
+    """Retry the leads in doubt and no others; `api` is the API behind the proxy, `proxied_api` the proxy."""
     before = _accepted_counts(api.audit())
     in_doubt = {row["First Name"] for row in workspace.read_output() if row["enrich_status"] == "in_doubt"}
     api.clear_faults()
@@ -491,7 +491,7 @@ def _retry_in_doubt(workspace: Workspace, api: SandboxApi, proxied_api: SandboxA
 
 
 def main() -> None:
-    """Torture a job from the command line."""
+    """Run the torture test of a job from the command line."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--rows", type=int, default=3_000)
     parser.add_argument("--kills", type=int, default=100)

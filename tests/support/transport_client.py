@@ -32,7 +32,7 @@ class Sender:
 
 
 def with_transport(base_url: str, use: Callable[[Sender], Awaitable[T]], **settings: Any) -> T:
-    """Use a transport; `settings` are its own."""
+    """Open a transport and use it; `settings` are its own."""
 
     async def use_and_close() -> T:
         transport = Transport(32, 5.0, ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), **settings)

@@ -1,4 +1,4 @@
-"""What the tests stand on: the sandbox over real HTTP, a folder with a job and leads, the program as a process."""
+"""The base of most tests: the sandbox over real HTTP, a folder with a job and leads, the program as a process."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ from enrich.sandbox import SandboxSettings
 from enrich.sandbox.server import serve_in_thread
 from tests.support.ledger import run_sql
 
-#: An API that answers at once and never fails: what most tests want.
+#: An API that answers immediately and never fails; most tests use it.
 INSTANT_API = SandboxSettings(latency="fixed(0)", failure_rate=0.0, miss_kinds=("null",))
-#: Little patience with what tests wait for, but much with answers that come: a busy machine is late.
+#: Short limits for what tests wait for, long ones for answers that come: a busy machine is slow.
 SHORT_TIMEOUTS = Timeouts(
     startup_s=20,
     outage_s=20,
@@ -53,11 +53,11 @@ SHORT_TIMEOUTS = Timeouts(
     post_s=20,
     get_s=20,
 )
-#: The same for an API that is not there at the start, and …
+#: For an API that is unreachable at the start, and …
 AWAY = replace(SHORT_TIMEOUTS, startup_s=0.5)
-#: … for one that gives no good answer any more in the middle.
+#: … for one that fails permanently during the run.
 ILL = replace(SHORT_TIMEOUTS, outage_s=1.0)
-#: The same for POSTs that are never answered.
+#: For POSTs that are never answered.
 SILENT = replace(SHORT_TIMEOUTS, post_s=2.0)
 
 JOB = """\
@@ -78,7 +78,7 @@ HEADER = ["First Name", "Last Name", "Website", "Email", "Note"]
 
 @dataclass(frozen=True)
 class SandboxApi:
-    """A sandbox that serves, and its switches."""
+    """A running sandbox and its controls."""
 
     base_url: str
     api_key: str
@@ -90,27 +90,27 @@ class SandboxApi:
 
     @property
     def access(self) -> ApiAccess:
-        """The same, for code."""
+        """The same as an object."""
         return ApiAccess(self.base_url, SecretStr(self.api_key))
 
     def _control(self, method: str, path: str, **body: Any) -> Any:
-        # Without certificates, which take long to read and are not needed on loopback.
+        # Without certificates, which are slow to load and not needed on loopback.
         with httpx.Client(verify=False, trust_env=False, timeout=60) as http:  # noqa: S501
             answer = http.request(method, self.base_url.removesuffix("/v1") + path, json=body or None)
         answer.raise_for_status()
         return answer.json()
 
     def audit(self) -> dict[str, Any]:
-        """What was accepted, charged and paid twice."""
+        """Return what was accepted, charged and paid twice."""
         audit: dict[str, Any] = self._control("GET", "/__audit")
         return audit
 
     def advance(self, seconds: float) -> None:
-        """Move the API's clock."""
+        """Move the API's clock forward."""
         self._control("POST", "/__advance", seconds=seconds)
 
     def inject_fault(self, name: str, count: int = 1, scope: str | None = None, **params: Any) -> None:
-        """Let the next requests of a scope meet a fault."""
+        """Inject a fault into the next `count` requests of a scope."""
         body: dict[str, Any] = {"name": name, "next": count, "params": params}
         self._control("POST", "/__faults", **body, **({"scope": scope} if scope else {}))
 
@@ -119,11 +119,11 @@ class SandboxApi:
         self._control("POST", "/__topup", credits=credits_)
 
     def set_prices(self, prices: dict[int, float]) -> None:
-        """Give providers or verifiers another price."""
+        """Set prices of providers or verifiers."""
         self._control("POST", "/__prices", prices=prices)
 
     def clear_faults(self) -> None:
-        """End all faults."""
+        """Stop all faults."""
         self._control("POST", "/__faults", clear=True)
 
 
@@ -136,16 +136,16 @@ def serve_api(
         yield SandboxApi(server.base_url, server.api_key)
 
 
-#: Where the ledgers of a test lie, for a fixture `where`: in both places, or on the server among the long tests.
+#: Values of a `backend` fixture: both backends, or the server among the long tests only.
 BOTH_BACKENDS = ("file", "server")
 BOTH_BACKENDS_SERVER_LONG = ("file", pytest.param("server", marks=pytest.mark.long))
-#: For a test that is about the file in a module that is about both.
+#: For a test of the file in a module that covers both.
 FILE_ONLY = pytest.mark.parametrize("backend", ["file"])
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """A folder with a job and its leads; the job file says where the ledger is when that is a server."""
+    """A folder with a job and its leads; the job file names the ledger only when it is on a server."""
 
     folder: Path
     server_url: str | None = None
@@ -158,16 +158,16 @@ class Workspace:
 
     @property
     def ledger_path(self) -> Path:
-        """Where the job's ledger is."""
+        """The path of the job's ledger when it is a file."""
         return self.folder / ".enrich" / "job.db"
 
     @property
     def ledger_location(self) -> LedgerLocation:
-        """Where the job's ledger is, file or server."""
+        """The location of the job's ledger, file or server."""
         return parse_ledger_location(self.folder, self.server_url or self.ledger_path, self.ledger_path.parent)
 
     def sql(self, sql: str, *values: object) -> list[Any]:
-        """Look into the ledger, or change it."""
+        """Run SQL on the ledger and return the rows."""
         return run_sql(self.ledger_location, sql, *values)
 
     def write_job(self, text: str = JOB, **replaced: str) -> Path:
@@ -199,17 +199,17 @@ class Workspace:
             return list(csv.DictReader(file))
 
     def open_ledger(self) -> Ledger:
-        """Look into the ledger."""
+        """Open the ledger read-only."""
         return Ledger(self.ledger_location, read_only=True)
 
     def run_subprocess(
         self, *arguments: str, api: SandboxApi | None = None, max_file_bytes: int | None = None, **environ: str
     ) -> ProgramResult:
-        """Run the program to its end, as cron would: with next to nothing in its environment.
+        """Run the program to its end as cron does, with a nearly empty environment.
 
-        With `room` no file grows beyond so many bytes, as on a full disk.
+        With `max_file_bytes`, no file grows beyond that size, as on a full disk.
         """
-        if max_file_bytes is not None:  # Python would leave half of a compiled module behind
+        if max_file_bytes is not None:  # Python would leave a truncated compiled module behind
             environ = {"PYTHONDONTWRITEBYTECODE": "1"} | environ
 
         def prepare() -> None:
@@ -231,7 +231,7 @@ class Workspace:
         return ProgramResult(process.returncode, process.stdout, process.stderr)
 
     def run_in_process(self, *arguments: str, api: SandboxApi | None = None, **environ: str) -> ProgramResult:
-        """Run the program in this process: quicker to start, blind to signals."""
+        """Run the program in this process: starts faster, and ignores signals."""
         out, err = io.StringIO(), io.StringIO()
         with (
             _fast_polling(),
@@ -251,7 +251,7 @@ class Workspace:
         group: bool = False,
         **environ: str,
     ) -> subprocess.Popen[str]:
-        """Start the program, `ignoring` signals as under `nohup`, in a process group of its own; the caller ends it."""
+        """Start the program, `ignoring` signals as under `nohup`; `group`: in a process group. The caller ends it."""
         return subprocess.Popen(
             [sys.executable, "-m", "enrich", *arguments],
             cwd=self.folder,
@@ -267,7 +267,7 @@ class Workspace:
     def run_job(
         self, api: SandboxApi, options: RunOptions | None = None, timing: Timeouts | None = None, **around: Any
     ) -> RunSummary:
-        """Run the job in this process, with any patience."""
+        """Run the job in this process with any timeouts."""
         job = load_job(self.job_file)
         with _fast_polling(), lock_ledger(job.ledger, 0), open_for_run(job.ledger) as (ledger, lease):
             if lease is not None:
@@ -277,18 +277,18 @@ class Workspace:
             )
 
     def open_task_count(self) -> int:
-        """Count the tasks that wait for their answer."""
+        """Count the tasks without an answer."""
         if not ledger_exists(self.ledger_location):
             return 0
         with closing(self.open_ledger()) as ledger:
             return len(ledger.submitted_tasks())
 
     def environment(self, api: SandboxApi | None = None) -> dict[str, str]:
-        """All that is in the environment, as cron would have it."""
+        """Return the complete environment, as under cron."""
         return {"PATH": os.defpath, "HOME": str(self.folder), **self.environ, **(api.environ if api else {})}
 
     def submit_without_collecting(self, api: SandboxApi) -> None:
-        """Buy what the job wants from an API that is slow, and leave before any answer is there."""
+        """Submit all requests to a slow API, and end the run before any answer arrives."""
         clock = JumpingClock()
 
         def end_when_submitted(progress: Progress) -> None:
@@ -301,18 +301,18 @@ class Workspace:
 
 @dataclass(slots=True)
 class JumpingClock(SystemClock):
-    """A clock whose time since start can be moved forward, so that the time of a run is over at once."""
+    """A clock that can jump forward, so that the time of a run is over immediately."""
 
     jumped_s: float = 0.0
 
     def monotonic(self) -> float:
-        """Return the seconds since some moment, with the jump."""
+        """Return the seconds since some moment, plus the jump."""
         return SystemClock.monotonic(self) + self.jumped_s
 
 
 @dataclass(frozen=True)
 class ProgramResult:
-    """How the program ended."""
+    """The exit code and output of the program."""
 
     exit_code: int
     stdout: str
@@ -320,13 +320,13 @@ class ProgramResult:
 
     @property
     def json_output(self) -> dict[str, Any]:
-        """The one object on stdout."""
+        """The one JSON object on stdout."""
         output: dict[str, Any] = json.loads(self.stdout)
         return output
 
 
 def reset_signals(ignoring: Iterable[signal.Signals] = ()) -> None:
-    """Give a process that is being started the dispositions of a shell, however the tests were started."""
+    """Give a starting process a shell's signal dispositions, however the tests were started."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
         signal.signal(number, signal.SIG_DFL)
     for number in ignoring:
@@ -335,20 +335,20 @@ def reset_signals(ignoring: Iterable[signal.Signals] = ()) -> None:
 
 @contextmanager
 def _fast_polling() -> Iterator[None]:
-    """Poll a sandbox that answers at once after 0.05 s instead of 0.9 s: hundreds of runs are waited for here."""
+    """Poll after 0.05 s instead of 0.9 s, because hundreds of tests wait for runs against an instant sandbox."""
     with patch.object(PollSchedule, "FIRST_GUESS_S", 0.05), patch.object(PollSchedule, "MIN_DELAY_S", 0.05):
         yield
 
 
 def clock_ahead(seconds: float) -> SystemClock:
-    """Make this machine's clock as it will be: what the API's clock says alone makes no answer old."""
+    """Return a clock that is ahead: moving the API's clock alone makes no answer old."""
     clock = SystemClock()
     clock._boot_ms += int(seconds * 1000)
     return clock
 
 
 def make_leads(count: int, start: int = 0) -> list[list[str]]:
-    """Make leads that all differ and can all be asked."""
+    """Make leads that all differ and are all valid."""
     return [
         [f"First{number}", f"Last{number}", f"https://www.company{number}.example/about", "", f"note {number}"]
         for number in range(start, start + count)
@@ -356,7 +356,7 @@ def make_leads(count: int, start: int = 0) -> list[list[str]]:
 
 
 def read_terminal(terminal: int, up_to: bytes | None = None) -> bytes:
-    """Read what a pseudo-terminal is shown, `up_to` these words or until who writes to it has left."""
+    """Read from a pseudo-terminal until `up_to` appears or the other side is closed."""
     shown = b""
     with suppress(OSError):  # the other side is closed
         while (up_to is None or up_to not in shown) and (more := os.read(terminal, 65536)):
@@ -365,7 +365,7 @@ def read_terminal(terminal: int, up_to: bytes | None = None) -> bytes:
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    """Wait until something holds."""
+    """Wait until a condition holds."""
     end = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > end:
@@ -374,6 +374,6 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
 
 
 def kill_process(process: subprocess.Popen[str]) -> None:
-    """End a process as a power cut would."""
+    """Kill a process with SIGKILL, as a power cut would."""
     process.send_signal(signal.SIGKILL)
     process.communicate()
