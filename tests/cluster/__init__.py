@@ -1,1 +1,1 @@
-"""Tests: cluster."""
+"""Tests of `enrich.cluster`."""

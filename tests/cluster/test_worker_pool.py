@@ -1,4 +1,4 @@
-"""Several workers: their reports are added up, one that is lost is replaced. Without a ledger and without Ray."""
+"""A pool of several workers, without ledger and Ray: reports are summed, and lost workers are replaced."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from enrich.run.state import RunCounters, RunState, Timeouts
 
 @dataclass(slots=True, eq=False)
 class FakeWorker:
-    """A worker that does what a test says."""
+    """A worker that the test controls."""
 
     on_status: Callable[[WorkerHandle], None]
     status: WorkerStatus = field(default_factory=WorkerStatus)
@@ -39,23 +39,23 @@ class FakeWorker:
     commands: list[WorkerCommand] = field(default_factory=list)
 
     def send(self, command: WorkerCommand) -> None:
-        """Remember what was said, and leave when told so."""
+        """Record a command, and exit on ABORT."""
         self.commands.append(command)
         if command is WorkerCommand.ABORT:
             self.exit(ended=True)
 
     async def end(self) -> None:
-        """Go."""
+        """End without having finished."""
         self.exit(ended=False)
 
     def report(self, **told: Any) -> None:
-        """Tell something, if it is there."""
+        """Report a status, unless the worker is gone."""
         if not self.gone.is_set():
             self.status = WorkerStatus(**told)
             self.on_status(self)
 
     def exit(self, *, ended: bool) -> None:
-        """Go, with the work done or not."""
+        """Exit, with the work done (`ended`) or not."""
         if not self.gone.is_set():
             self.status = WorkerStatus(self.status.counters, is_done=ended)
             self.gone.set()
@@ -64,12 +64,12 @@ class FakeWorker:
 
 @dataclass(slots=True)
 class FakeBackend:
-    """Where puppets come from."""
+    """The backend that starts fake workers."""
 
     workers: list[FakeWorker] = field(default_factory=list)
 
     def start_worker(self, _: WorkerTask, on_status: Callable[[WorkerHandle], None]) -> WorkerHandle:
-        """Have one more."""
+        """Start one more fake worker."""
         self.workers.append(FakeWorker(on_status))
         return self.workers[-1]
 
@@ -77,7 +77,7 @@ class FakeBackend:
 def run_pool(
     *, steps: Sequence[Callable[[FakeBackend], None]], monkeypatch: pytest.MonkeyPatch, lease_s: float = 60.0
 ) -> WorkerPool:
-    """Let a crew of three live through scenes, one after the other, until none of them is left."""
+    """Run a pool of three workers, apply the steps one after the other, and return when all workers have exited."""
     monkeypatch.setattr(worker_pool, "CHECK_EVERY_S", 0.02)
     monkeypatch.setattr(worker_pool, "START_TIMEOUT_S", 0.5)
     monkeypatch.setattr(worker_pool, "share_rate", lambda *_: nullcontext())
@@ -103,14 +103,14 @@ def run_pool(
 
 
 def finish_all(backend: FakeBackend) -> None:
-    """Let all end in peace who are there."""
+    """Let all workers that are left finish."""
     for worker in backend.workers:
         worker.report()
         worker.exit(ended=True)
 
 
 def test_status_of_all_workers_is_summed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also what those told who are gone; one that sends no more, as its key is refused, stops all."""
+    """Reports of exited workers count too; a worker that stops because its key was refused stops all others."""
 
     def work(backend: FakeBackend) -> None:
         for worker in backend.workers:
@@ -137,7 +137,7 @@ def test_status_of_all_workers_is_summed(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_worker_that_is_lost_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The others go on meanwhile."""
+    """A lost worker is replaced while the others continue."""
     seen: list[FakeBackend] = []
 
     def fall(stage: FakeBackend) -> None:
@@ -154,7 +154,7 @@ def test_a_worker_that_is_lost_is_replaced(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_worker_lost_before_first_status_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It was there: somebody has killed it."""
+    """A worker lost before its first report is replaced: it had started and was killed."""
     seen: list[FakeBackend] = []
 
     def fall(backend: FakeBackend) -> None:
@@ -168,7 +168,7 @@ def test_worker_lost_before_first_status_is_replaced(monkeypatch: pytest.MonkeyP
 
 
 def test_replacement_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the end nobody is left, and what is left is the boss's."""
+    """Each worker is replaced a limited number of times; then the pool ends, and the driver does the rest."""
 
     def fall(backend: FakeBackend) -> None:
         for worker in backend.workers:
@@ -181,7 +181,7 @@ def test_replacement_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_silent_worker_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After two leases, when what it was at is another's; one is hired in its place."""
+    """A worker silent for two leases is replaced, when its tasks belong to other workers."""
 
     def speak(backend: FakeBackend) -> None:
         for worker in [*backend.workers[:2], *backend.workers[3:]]:
@@ -197,7 +197,7 @@ def test_silent_worker_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_late_worker_is_not_required(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cluster may have no room for all: the others do it."""
+    """The pool does not wait for a worker that the cluster has no room for."""
 
     def some_end(backend: FakeBackend) -> None:
         for worker in backend.workers[:2]:
@@ -208,14 +208,14 @@ def test_late_worker_is_not_required(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_worker_that_never_starts_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """When there is room for none, the boss does it."""
+    """When no worker starts, the pool ends and the driver does the work."""
     pool = run_pool(steps=[], monkeypatch=monkeypatch)
 
     assert set(pool.lost_reasons) == {"it said nothing any more"}
 
 
 def test_a_post_may_be_on_the_wire_until_a_worker_says_that_it_sends_no_more() -> None:
-    """A signal may come before the first report of a worker that has sent just now: its answer is waited for."""
+    """Until a worker reports that it has stopped submitting, one POST counts as in flight once the run closes."""
     puppet = FakeWorker(lambda _: None)
 
     assert (posts_in_flight(puppet, closing=False), posts_in_flight(puppet, closing=True)) == (0, 1)

@@ -1,1 +1,1 @@
-"""Tests: databar."""
+"""Tests of `enrich.databar`."""

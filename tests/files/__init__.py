@@ -1,1 +1,1 @@
-"""Tests: files."""
+"""Tests of `enrich.files`."""

@@ -1,1 +1,1 @@
-"""Tests: job."""
+"""Tests of `enrich.job`."""

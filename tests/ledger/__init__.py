@@ -1,1 +1,1 @@
-"""Tests: ledger."""
+"""Tests of `enrich.ledger`."""

@@ -1,4 +1,4 @@
-"""The journal: what it says is done is on disk, in order, many moves to a commit."""
+"""The ledger writer: finished transitions are on disk, in order, with many of them in one commit."""
 
 from __future__ import annotations
 
@@ -32,28 +32,28 @@ from tests.support.workspace import BOTH_BACKENDS
 
 @pytest.fixture(params=BOTH_BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Ask the same of a ledger in a file and on a server."""
+    """Run each test with a SQLite file and with PostgreSQL."""
     return str(request.param)
 
 
 @pytest.fixture
 def ledger(ledger: CommittingLedger) -> CommittingLedger:
-    """Begin an execution that wants a hundred."""
+    """Start an execution with a hundred requests."""
     return ledger.start_and_enroll(*range(100))
 
 
 def slow_move(_: Ledger) -> None:
-    """Keep the journal busy, so that moves come together behind it."""
+    """Keep the writer busy, so that transitions gather behind this one."""
     time.sleep(0.05)
 
 
 def fill_disk(ledger: Ledger) -> None:
-    """Write more than a full disk takes."""
+    """Write more than fits on the full disk."""
     ledger.save_waterfall("big", {"description": "x" * 10_000_000}, [])
 
 
 def test_transition_is_committed_before_future_resolves(ledger: CommittingLedger) -> None:
-    """Who awaited a move finds it through another connection, at once."""
+    """When a future resolves, another connection sees its transition."""
 
     async def one(writer: LedgerWriter, number: int) -> None:
         await asyncio.sleep(number % 7 / 1000)
@@ -69,7 +69,7 @@ def test_transition_is_committed_before_future_resolves(ledger: CommittingLedger
 
 @pytest.mark.long
 def test_transitions_keep_order(ledger: CommittingLedger) -> None:
-    """First asked, first made, first resolved."""
+    """Transitions are made and resolved in the order of submission."""
     resolved: list[int] = []
 
     async def scene() -> list[int]:
@@ -87,7 +87,7 @@ def test_transitions_keep_order(ledger: CommittingLedger) -> None:
 
 @pytest.mark.long
 def test_concurrent_transitions_share_a_commit(ledger: CommittingLedger) -> None:
-    """A hundred moves behind a slow one cost one sync of the disk, not a hundred."""
+    """A hundred transitions that wait behind a slow one share one commit."""
     statements: list[str] = []
     begun, asked = threading.Event(), threading.Event()
 
@@ -112,7 +112,7 @@ def test_concurrent_transitions_share_a_commit(ledger: CommittingLedger) -> None
 
 
 def test_failed_transition_is_rolled_back_alone(ledger: CommittingLedger) -> None:
-    """Its own changes are taken back, the others of its batch stay."""
+    """A transition that fails is rolled back alone; the others in its batch are kept."""
 
     def failing_move(raw_ledger: Ledger) -> None:
         raw_ledger.claim(ledger.execution, MAX_PRICE, 1)
@@ -132,7 +132,7 @@ def test_failed_transition_is_rolled_back_alone(ledger: CommittingLedger) -> Non
 
 
 def test_equal_calls_are_batched(ledger: CommittingLedger) -> None:
-    """Each asker gets its own part of what the move returned, though it was made once for all."""
+    """Equal calls are made as one, and each caller gets its own part of the result."""
     attempts = [ledger.submit(f"task {number}") for number in range(4)]
     answers = [NO_MATCH, FOUND, FREE_FAILURE, FOUND]
     statements: list[str] = []
@@ -144,7 +144,7 @@ def test_equal_calls_are_batched(ledger: CommittingLedger) -> None:
             result = [(attempt, answer, 5) for attempt, answer in zip(attempts, answers, strict=True)]
             parts = [result[:1], result[1:3], result[3:]]
             states = [writer.submit_batch(Ledger.settle, part, ledger.execution, 3) for part in parts]
-            await asyncio.sleep(0)  # all are handed over
+            await asyncio.sleep(0)  # all are submitted
             asked.set()
             await slow
             return list(await asyncio.gather(*states))
@@ -156,7 +156,7 @@ def test_equal_calls_are_batched(ledger: CommittingLedger) -> None:
 
 
 def test_different_calls_are_not_batched(ledger: CommittingLedger) -> None:
-    """Other arguments, or another move: a group of its own, in the order asked for."""
+    """Calls with other arguments or of another transition are made separately, in order."""
     attempts = [ledger.submit(f"task {number}") for number in range(3)]
 
     async def scene() -> list[object]:
@@ -173,7 +173,7 @@ def test_different_calls_are_not_batched(ledger: CommittingLedger) -> None:
 
 @pytest.mark.long
 def test_failed_batch_is_rolled_back_alone(ledger: CommittingLedger) -> None:
-    """Who told what cannot be fails with those who told it with him; nothing of it stays, all else does."""
+    """A batch that fails does so for all its callers and leaves nothing; other batches are kept."""
     first, second, third = (ledger.submit(f"task {number}") for number in range(3))
     ledger.settle(third)
 
@@ -196,7 +196,7 @@ def test_failed_batch_is_rolled_back_alone(ledger: CommittingLedger) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("bulk", [False, True])
 def test_batched_statement_count(ledger: CommittingLedger, *, bulk: bool) -> None:
-    """From the claim over the task ids to the answers: what comes at once is written at once."""
+    """Claims, task ids and answers that come together are written together: under 32 statements for 32 requests."""
     statements: list[str] = []
 
     async def scene() -> None:
@@ -224,7 +224,7 @@ def test_batched_statement_count(ledger: CommittingLedger, *, bulk: bool) -> Non
 
 
 def test_transition_runs_after_cancelled_caller(ledger: CommittingLedger) -> None:
-    """What was asked for is written down, though its asker was cancelled and the journal is being closed."""
+    """A transition is made although its caller was cancelled and the writer is closing."""
 
     async def scene() -> None:
         async with LedgerWriter(ledger.wrapped) as writer:
@@ -279,7 +279,7 @@ def test_failed_commit_stops_writer(ledger: CommittingLedger, trouble: str) -> N
 
 
 def test_idle_writer_uses_no_cpu(ledger: CommittingLedger) -> None:
-    """An idle journal sleeps."""
+    """An idle writer uses no processor time."""
 
     async def scene() -> float:
         async with LedgerWriter(ledger.wrapped):

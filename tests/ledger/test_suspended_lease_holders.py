@@ -1,4 +1,4 @@
-"""Who falls silent while others wait for what it holds on the server: they go on, and it finds out."""
+"""A suspended process holds a lease or lock while others wait: they continue, and it notices when it resumes."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ TIMEOUT_S = 60
 
 @pytest.fixture
 def ledger_location(postgres: PostgresServer, tmp_path: Path) -> Place:
-    """Name a place with short leases."""
+    """Return a location with leases of one second."""
     found = parse_ledger_location(tmp_path, f"{postgres.ledger_url()}&lease=1", tmp_path)
     assert isinstance(found, Place)
     return found
 
 
 def is_idle_in_transaction(ledger_location: Place, pid: int) -> bool:
-    """Tell whether a connection is in the middle of a transaction."""
+    """Return whether the connection still exists on the server."""
     return bool(run_sql(ledger_location, "SELECT 1 FROM pg_stat_activity WHERE pid = ?", pid))
 
 
 def test_idle_transaction_is_retried(ledger_location: Place) -> None:
-    """The server ended it; whoever wakes up in the middle of one is told so, and may try again."""
+    """The server ends an idle transaction; the process gets `TransactionInterrupted` and may try again."""
     with Lease(ledger_location) as lease:
         ledger = Ledger(ledger_location, fencing_token=lease.fencing_token)
         ledger._db.begin()
@@ -53,7 +53,7 @@ def test_idle_transaction_is_retried(ledger_location: Place) -> None:
 
 
 def test_stopped_process_does_not_hold_rate(ledger_location: Place) -> None:
-    """A process that was stopped while it had the row of the rate does not stop the others."""
+    """A process suspended while it updates the shared rate's row does not stop the others."""
     silent, other = SharedRateRow(ledger_location), SharedRateRow(ledger_location)
     has_it, result = threading.Event(), threading.Event()
 
@@ -79,7 +79,7 @@ def test_stopped_process_does_not_hold_rate(ledger_location: Place) -> None:
 
 
 def test_unrenewable_lease_is_reported(ledger_location: Place) -> None:
-    """It sends nothing more, and does not wait for ever to be sure again."""
+    """A lease that can't be renewed raises `LeaseLost`: the process sends nothing more and does not wait for ever."""
     with Lease(ledger_location) as lease:
         assert lease.is_valid()
         run_sql(ledger_location, "DELETE FROM owners")
@@ -88,7 +88,7 @@ def test_unrenewable_lease_is_reported(ledger_location: Place) -> None:
 
 
 def test_lock_is_reacquired(ledger_location: Place) -> None:
-    """Another was quicker after the connection was lost, saw that ours lives, and left."""
+    """After a lost connection, another process took the lock and left; the run takes the lock again."""
     ours = "locktype = 'advisory' AND objid::bigint = (hashtext(?)::bigint & 4294967295)"
 
     def in_line() -> bool:
@@ -97,7 +97,7 @@ def test_lock_is_reacquired(ledger_location: Place) -> None:
         )
 
     def other() -> None:
-        """Wait for it, have it for a while, and let go of it with the connection."""
+        """Wait for the lock, hold it for 1 s, and release it with the connection."""
         run_sql(
             ledger_location,
             "SELECT pg_advisory_lock(?, hashtext(?)), pg_sleep(1)",
@@ -121,7 +121,7 @@ def test_lock_is_reacquired(ledger_location: Place) -> None:
 
 @pytest.mark.long
 def test_release_does_not_wait_for_server(own_postgres: PostgresServer, tmp_path: Path) -> None:
-    """Whoever lets go of it needs no server any more."""
+    """Releasing the lock does not wait for a stopped server."""
     ledger_location = parse_ledger_location(tmp_path, own_postgres.ledger_url(), tmp_path)
     lost, leave = threading.Event(), threading.Event()
 
@@ -134,7 +134,7 @@ def test_release_does_not_wait_for_server(own_postgres: PostgresServer, tmp_path
     leader.start()
     lost.wait()
     own_postgres.stop()
-    leave.wait(1)  # until the lock is looked for
+    leave.wait(1)  # until the lock is next checked
     leave.set()
     leader.join(TIMEOUT_S)
     assert not leader.is_alive()

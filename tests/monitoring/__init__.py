@@ -1,1 +1,1 @@
-"""Tests: monitoring."""
+"""Tests of `enrich.monitoring`."""
