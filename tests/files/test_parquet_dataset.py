@@ -90,7 +90,7 @@ def download_dataset(target: Location, into: Path) -> Path:
 
 
 def test_parts_contain_all_rows_in_order(dataset_location: Location, tmp_path: Path) -> None:
-    """A part is named for its first row; they are replaced as one, and no other file is left."""
+    """The parts hold all rows in order, are named for their first row and replaced as a whole; no other file stays."""
     with patch.object(parquet_dataset, "ROWS_PER_PART", 5):
         write_dataset(dataset_location, 3, 3, 4, 1)
     folder = download_dataset(dataset_location, tmp_path / "fetched")

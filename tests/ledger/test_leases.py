@@ -137,7 +137,7 @@ def _before_statement(ledger: Ledger, statement_number: int, action: Callable[[]
 
 
 def test_foreign_key_does_not_block_claims(ledger: CommittingLedger, ledger_location: LedgerLocation) -> None:
-    """An answer that is written down refers to it; a claim that waited for that could be waited for in turn."""
+    """Settling an attempt, which references the execution, does not block claims: they could end up in a deadlock."""
     ledger.start_and_enroll(1, 2)
     attempt = ledger.submit()
     with closing(Ledger(ledger_location)) as other, other.transaction():

@@ -388,7 +388,7 @@ def test_failed_removal_is_reported(tmp_path: Path) -> None:
     """A file that can't be removed, here a folder in its place, is reported by name."""
     (tmp_path / "job.db.rescue").mkdir()
     with pytest.raises(CommandRefused, match=r"job\.db\.rescue"):
-        remove_imported_files([(tmp_path / "job.db.rescue", None)])  # type: ignore[list-item] # the content does not matter
+        remove_imported_files([(tmp_path / "job.db.rescue", None)])  # type: ignore[list-item] # any content
 
 
 def test_rescue_line_states() -> None:

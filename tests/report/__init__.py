@@ -1,1 +1,1 @@
-"""Tests: report."""
+"""Tests of `enrich.report`."""

@@ -1,1 +1,1 @@
-"""Tests: rows."""
+"""Tests of `enrich.rows`."""

@@ -1,1 +1,1 @@
-"""The sandbox is as strict and as nasty as the API it stands for."""
+"""Tests of the sandbox: as strict as the API that it simulates, and with the same faults."""
