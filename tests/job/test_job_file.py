@@ -454,7 +454,7 @@ def test_relative_job_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     ],
 )
 def test_date_in_output_name(tmp_path: Path, output: str, name: str) -> None:
-    """strftime codes are filled in with local time, in folders too; a % in the job's own folder is no code."""
+    """Codes of strftime are filled in with local time, in folders too; a % in the job's own folder is no code."""
     home = tmp_path / "50%Y off"
     job = load_job_text(home, f"{BASE_JOB}output: {output}\n")
     assert job.output_path(datetime(2026, 11, 1, 9, 30).astimezone()) == home / name

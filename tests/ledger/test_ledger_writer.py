@@ -242,7 +242,7 @@ def test_transition_runs_after_cancelled_caller(ledger: CommittingLedger) -> Non
 @pytest.mark.parametrize("backend", ["file"])
 @pytest.mark.parametrize("trouble", ["full", "locked"])
 def test_failed_commit_stops_writer(ledger: CommittingLedger, trouble: str) -> None:
-    """After a failed commit, the batch and all later transitions fail with `LedgerFailed`, even when it could work."""
+    """After a failed commit, the batch and all later transitions fail with `LedgerFailed`, even with the cause gone."""
     pages = ledger.query_one("PRAGMA page_count")[0]
     db = ledger.wrapped._db
     other = sqlite3.connect(ledger.path, isolation_level=None)

@@ -123,9 +123,7 @@ def test_two_executions_of_a_job(tmp_path: Path, workspace: Workspace) -> None:
         workspace.write_leads(make_leads(15))
         workspace.write_job(policy="{refresh: {found: 0s, not_found: 0s}}")
         second = run_job(workspace, api)
-        assert (
-            workspace.run_in_process("run", "job.yaml", "--limit", "0", api=api).exit_code == 0
-        )  # no answers
+        assert workspace.run_in_process("run", "job.yaml", "--limit", "0", api=api).exit_code == 0  # no answers
     comparison = compare_json(workspace, "1")
 
     assert [comparison[side]["label"] for side in ("left", "right")] == ["execution 2", "execution 1"]

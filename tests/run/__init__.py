@@ -1,1 +1,1 @@
-"""Tests: run."""
+"""Tests of `enrich.run`."""

@@ -240,7 +240,7 @@ def test_help_names_every_fault() -> None:
     ],
 )
 def test_non_loopback_host_header_is_rejected(tmp_path: Path, host: str, answers: bool) -> None:  # noqa: FBT001
-    """A page elsewhere whose name leads to loopback (DNS rebinding) reaches neither the API nor the switches."""
+    """A web page whose host name leads to loopback (DNS rebinding) can't use the API or the control endpoints."""
     with ExitStack() as stack:
         api = open_client(stack, tmp_path / "state.db")
         for path in ("/health", "/v1/user/me", "/__audit", "/nowhere"):
