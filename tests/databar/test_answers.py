@@ -260,13 +260,13 @@ def test_free_no_match_is_final(status: str) -> None:
     ],
 )
 def test_error_is_one_line(error: object, text: str | None) -> None:
-    """Text, a list of texts or an object; a failure that says nothing says its status."""
+    """An error of text, a list or an object becomes one line; a failure without an error shows its status."""
     assert error_text(error) == text
     assert parse_answer(status="Cancelled", error=error).error == (text or "the API says: Cancelled")
 
 
 def test_expired_result() -> None:
-    """What it cost is not known then."""
+    """An expired result has an unknown price."""
     answer = parse_answer(status="gone")
     assert (answer.state, answer.credits) == (State.EXPIRED, None)
     assert "expired" in (answer.error or "")
@@ -288,12 +288,12 @@ def test_expired_result() -> None:
     ],
 )
 def test_provider_of_match(data: object, provider: str | None) -> None:
-    """By its own data first, then by the steps; nobody is named for a miss."""
+    """The provider of a match comes from its data, otherwise from its steps; a miss has none."""
     assert parse_answer(status="completed", data=data).provider == provider
 
 
 def test_raw_answer_is_kept() -> None:
-    """What was paid for is in the ledger as it came, readable by a person."""
+    """The paid answer is stored as it came, in readable JSON."""
     task = {"status": "completed", "data": [{"email": "größe@x.example", "more": {"a": [1, None]}}], "new_key": 1}
     written = json.dumps(task, ensure_ascii=False, indent=1)
     assert read_answer(TaskReply(task, written), TaskPhase.COMPLETED, PATHS).raw == written
@@ -304,7 +304,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
     max_leaves=12,
 )
-#: Objects with the names that the parser looks for, and anything behind them.
+#: Objects with the names that the parser looks for, and any values.
 TASK_BODIES = st.fixed_dictionaries(
     {},
     optional={
@@ -321,7 +321,7 @@ TASK_BODIES = st.fixed_dictionaries(
     spent=JSON,
 )
 def test_any_json_is_parsed(status: object, data: object, error: object, spent: object) -> None:
-    """Any JSON at all is judged, and what comes of it can be written down."""
+    """Any JSON gives an answer that can be stored."""
     task = {"status": status, "data": data, "error": error, "credits_spent": spent}
     answer = read_answer(TaskReply(task, json.dumps(task)), task_phase(task), ["email", "result", "a.0.b"])
     assert answer.state in {State.FOUND, State.NOT_FOUND, State.FAILED, State.EXPIRED}

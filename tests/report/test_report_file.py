@@ -49,7 +49,7 @@ def fake_renderer(page: str = "<html>drawn</html>", error: BaseException | None 
 
 
 def test_report_beside_output(finished_run: Workspace) -> None:
-    """For its owner only, replaced by the next one; nothing is said off a terminal."""
+    """The report lies beside the output, for its owner only, and is replaced each time; off a terminal it is silent."""
     path = finished_run.folder / "job_report.html"
     for page in ("<html>one</html>", "<html>two</html>"):
         with fake_renderer(page):
