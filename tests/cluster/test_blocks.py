@@ -119,11 +119,11 @@ def begin_enrollment(
     return SharedPass(load_job(folder / "job.yaml"), TEMPLATE, selection, opening)
 
 
-def monitor_heartbeats(boss: ClusterCallbacks | None = None) -> Any:
+def monitor_heartbeats(callbacks: ClusterCallbacks | None = None) -> Any:
     """Create the heartbeat monitor of a step."""
     from enrich.cluster.presence import HeartbeatMonitor, Heartbeats, new_heartbeat_counter  # noqa: PLC0415 - as above
 
-    return HeartbeatMonitor(Heartbeats(new_heartbeat_counter()), boss or ClusterCallbacks())
+    return HeartbeatMonitor(Heartbeats(new_heartbeat_counter()), callbacks or ClusterCallbacks())
 
 
 def enroll_locally(rows: JobInput, ledger: CommittingLedger, selection: RequestSelection) -> tuple[int, Counter[str]]:
@@ -163,9 +163,9 @@ def queued_requests(ledger: CommittingLedger) -> list[Any]:
     return [(bytes(row[0]), *row[1:]) for row in rows]
 
 
-def answer_queued(ledger: CommittingLedger, but: int = 5) -> None:
+def answer_queued(ledger: CommittingLedger, left_pending: int = 5) -> None:
     """Answer the queued requests except the last `but`; every third one is a miss."""
-    for number in range(len(queued_requests(ledger)) - but):
+    for number in range(len(queued_requests(ledger)) - left_pending):
         ledger.settle(ledger.submit(f"task {number}"), FOUND if number % 3 else NO_MATCH)
 
 
@@ -442,9 +442,9 @@ def test_other_version_is_refused(tmp_path: Path, kind: str) -> None:
         list(map_blocks(rows, split_input(rows, watch), partial(wait_in_block, tmp_path / "flag"), watch))
 
 
-def raise_unexpected(how: str, rows: JobInput) -> int:
+def raise_unexpected(message: str, rows: JobInput) -> int:
     """Raise an unexpected error that quotes a row."""
-    raise ValueError(f"{how} {next(rows.batches(TEMPLATE)).frame.row(0)}")
+    raise ValueError(f"{message} {next(rows.batches(TEMPLATE)).frame.row(0)}")
 
 
 def test_unexpected_error_hides_cells(tmp_path: Path) -> None:

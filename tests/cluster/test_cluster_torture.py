@@ -30,6 +30,6 @@ def assert_promises_kept(report: ClusterTortureReport) -> None:
 
 @pytest.mark.cluster
 @pytest.mark.timeout(600)
-def test_nothing_is_paid_twice_or_lost_by_several_workers(tmp_path: Path, own_postgres: PostgresServer) -> None:
+def test_nothing_is_paid_twice_or_lost(tmp_path: Path, own_postgres: PostgresServer) -> None:
     """No request is paid twice or lost while Ray actors are killed or suspended and the server restarts and crashes."""
     assert_promises_kept(run_torture(tmp_path, own_postgres, rows=150, workers=3, injections=SHORT_INJECTIONS, seed=5))

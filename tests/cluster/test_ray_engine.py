@@ -72,7 +72,7 @@ def test_missing_cluster_extra(api: SandboxApi, postgres_workspace: Workspace) -
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--processes", "2"], "No such option"),
         (["--workers", "2"], "are for --engine ray"),
@@ -81,13 +81,13 @@ def test_missing_cluster_extra(api: SandboxApi, postgres_workspace: Workspace) -
         (["--engine", "ray", "--address", "ray://127.0.0.1:10001"], "without `ray://`"),
     ],
 )
-def test_incompatible_options(options: list[str], said: str, api: SandboxApi, workspace: Workspace) -> None:
+def test_incompatible_options(options: list[str], message: str, api: SandboxApi, workspace: Workspace) -> None:
     """Options that can't be combined are usage errors before anything starts."""
     workspace.write_leads(make_leads(2))
     result = workspace.run_in_process(*RUN, *options, api=api)
 
     assert result.exit_code == 2
-    assert said in result.stderr
+    assert message in result.stderr
 
 
 def test_stdin_input_is_refused(api: SandboxApi, postgres_workspace: Workspace) -> None:
@@ -114,7 +114,7 @@ def test_unreachable_cluster_is_exit_4(api: SandboxApi, postgres_workspace: Work
     assert result.exit_code == 4
     assert "the Ray cluster at 127.0.0.1" in result.stderr
     assert "can't be reached" in result.stderr
-    assert accepted(api) == 0
+    assert accepted_count(api) == 0
 
 
 # Runs on a real Ray cluster
@@ -151,27 +151,27 @@ def is_listening(port: int) -> bool:
         return not probe.connect_ex(("127.0.0.1", port))
 
 
-def accepted(api: SandboxApi) -> int:
+def accepted_count(api: SandboxApi) -> int:
     """Return how many runs the API has accepted."""
     return int(api.audit()["accepted"])
 
 
-def alive(number: int) -> bool:
+def process_exists(pid: int) -> bool:
     """Return whether a process exists and is no zombie."""
     try:
-        return "\nState:\tZ" not in Path(f"/proc/{number}/status").read_text(encoding="utf-8")
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     except (FileNotFoundError, ProcessLookupError):
         return False
 
 
 @contextmanager
-def at_work(
-    far: Workspace, api: SandboxApi, *more: str, enough: int = 30, group: bool = False
+def running_actors(
+    workspace: Workspace, api: SandboxApi, *more: str, enough: int = 30, group: bool = False
 ) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
     """Start a run and wait until its three actors have bought `enough` rows; kill the run at the end."""
-    process = far.start_subprocess(*THREE, *more, api=api, group=group)
+    process = workspace.start_subprocess(*THREE, *more, api=api, group=group)
     try:
-        wait_until(lambda: accepted(api) >= enough and len(list(worker_pids(process.pid))) == 3, 120)
+        wait_until(lambda: accepted_count(api) >= enough and len(list(worker_pids(process.pid))) == 3, 120)
         yield process, list(worker_pids(process.pid))
     finally:
         kill_process(process) if process.poll() is None else None
@@ -222,7 +222,7 @@ class TestOnRay:
         """A killed actor is replaced and its tasks are taken over; no file of Ray contains the key."""
         postgres_workspace.write_leads(make_leads(200))
         with serve_api(tmp_path / "api.db", latency="uniform(0.1,0.6)") as api:
-            with at_work(postgres_workspace, api) as (process, workers):
+            with running_actors(postgres_workspace, api) as (process, workers):
                 files = [each for each in Path("/tmp/ray").glob("session_*/**/*") if each.is_file()]  # noqa: S108
                 assert not any(api.api_key.encode() in each.read_bytes() for each in files)
                 os.kill(workers[0], signal.SIGKILL)
@@ -232,52 +232,52 @@ class TestOnRay:
         assert summary.exit_code == (14 if summary.in_doubt else 0)
         assert any("an actor of the cluster died" in note for note in summary.notes)
 
-    def test_the_cap_is_kept_though_an_actor_is_killed(self, tmp_path: Path, far: Workspace) -> None:
+    def test_cap_is_kept_when_actor_is_killed(self, tmp_path: Path, postgres_workspace: Workspace) -> None:
         """The cap holds when an actor is killed: its reservation stays, and others wait for credits to come free."""
-        far.write_job(limits="{requests_per_second: 120, max_credits: 15}")
-        far.write_leads(make_leads(200))
+        postgres_workspace.write_job(limits="{requests_per_second: 120, max_credits: 15}")
+        postgres_workspace.write_leads(make_leads(200))
         with (
             serve_api(tmp_path / "api.db", latency="uniform(0.1,0.6)") as api,
-            at_work(far, api, enough=5) as (process, workers),
+            running_actors(postgres_workspace, api, enough=5) as (process, workers),
         ):
             os.kill(workers[0], signal.SIGKILL)
-            receipt = wait_for_summary(process)
+            summary = wait_for_summary(process)
             audit = api.audit()
-        (worst,) = far.sql("SELECT max(reserved) FROM attempts")[0]
-        unknown = receipt.in_doubt or 0
+        (max_reserved,) = postgres_workspace.sql("SELECT max(reserved) FROM attempts")[0]
+        unknown = summary.in_doubt or 0
 
-        assert (receipt.exit_code, audit["paid_twice"]) == (12, 0)
-        assert 15 - (1 + unknown) * worst / 1e6 < audit["credits_charged"] <= 15
+        assert (summary.exit_code, audit["paid_twice"]) == (12, 0)
+        assert 15 - (1 + unknown) * max_reserved / 1e6 < audit["credits_charged"] <= 15
 
-    def test_an_actor_that_sleeps_past_its_lease_begins_anew(self, tmp_path: Path, far: Workspace) -> None:
+    def test_suspended_actor_rejoins_after_its_lease(self, tmp_path: Path, postgres_workspace: Workspace) -> None:
         """Others take over the tasks of an actor suspended past its lease; it overwrites nothing and resumes later."""
-        far.write_job(limits="{requests_per_second: 40}")
-        far.write_leads(make_leads(300))
+        postgres_workspace.write_job(limits="{requests_per_second: 40}")
+        postgres_workspace.write_leads(make_leads(300))
         with serve_api(tmp_path / "api.db", latency="uniform(0.1,0.6)") as api:
-            with at_work(far, api) as (process, workers):
+            with running_actors(postgres_workspace, api) as (process, workers):
                 leases = ("SELECT count(*) FROM owners WHERE name LIKE ?", f"% {workers[0]}")
-                wait_until(lambda: far.sql(*leases) == [(1,)])
+                wait_until(lambda: postgres_workspace.sql(*leases) == [(1,)])
                 os.kill(workers[0], signal.SIGSTOP)
-                wait_until(lambda: far.sql(*leases) == [(0,)])
+                wait_until(lambda: postgres_workspace.sql(*leases) == [(0,)])
                 os.kill(workers[0], signal.SIGCONT)
-                wait_until(lambda: far.sql(*leases) == [(1,)])
-                receipt = wait_for_summary(process)
-            assert_consistent_with_audit(api, 300, receipt)
+                wait_until(lambda: postgres_workspace.sql(*leases) == [(1,)])
+                summary = wait_for_summary(process)
+            assert_consistent_with_audit(api, 300, summary)
 
-        assert receipt.exit_code == (14 if receipt.in_doubt else 0)
-        assert not any("lost" in note for note in receipt.notes)
+        assert summary.exit_code == (14 if summary.in_doubt else 0)
+        assert not any("lost" in note for note in summary.notes)
 
-    def test_an_actor_that_never_wakes_up_is_given_up(self, tmp_path: Path, far: Workspace) -> None:
+    def test_actor_that_never_resumes_is_given_up(self, tmp_path: Path, postgres_workspace: Workspace) -> None:
         """The run ends without an actor that never resumes."""
-        far.write_leads(make_leads(200))
+        postgres_workspace.write_leads(make_leads(200))
         with serve_api(tmp_path / "api.db", latency="uniform(0.1,0.6)") as api:
-            with at_work(far, api) as (process, workers):
+            with running_actors(postgres_workspace, api) as (process, workers):
                 os.kill(workers[0], signal.SIGSTOP)
-                receipt = wait_for_summary(process)
-            assert_consistent_with_audit(api, 200, receipt)
+                summary = wait_for_summary(process)
+            assert_consistent_with_audit(api, 200, summary)
 
-        assert not alive(workers[0])
-        assert any("said nothing any more" in note for note in receipt.notes)
+        assert not process_exists(workers[0])
+        assert any("said nothing any more" in note for note in summary.notes)
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=str)
     def test_signals_stop_actors_cleanly(
@@ -290,13 +290,13 @@ class TestOnRay:
         postgres_workspace.write_leads(make_leads(150))
         code = 128 + number
         with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
-            with at_work(postgres_workspace, api, group=True) as (process, left):
+            with running_actors(postgres_workspace, api, group=True) as (process, left):
                 (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
                 summary = wait_for_summary(process)
-            assert postgres_workspace.open_task_count() == accepted(api)
+            assert postgres_workspace.open_task_count() == accepted_count(api)
 
         assert (process.returncode, summary.exit_code, summary.in_doubt) == (code, code, 0)
-        assert not any(map(alive, left))
+        assert not any(map(process_exists, left))
 
     def test_actors_exit_when_driver_is_killed(
         self, tmp_path: Path, postgres_workspace: Workspace, cluster: tuple[str, int]
@@ -307,7 +307,7 @@ class TestOnRay:
         words = (*THREE, "--address", address)
         with serve_api(tmp_path / "api.db", latency="uniform(0.1,0.6)") as api:
             process = postgres_workspace.start_subprocess(*words, api=api)
-            wait_until(lambda: accepted(api) >= 30 and len(list(worker_pids(head))) == 3, 60)
+            wait_until(lambda: accepted_count(api) >= 30 and len(list(worker_pids(head))) == 3, 60)
             kill_process(process)
             wait_until(lambda: not list(worker_pids(head)), 40)
             wait_until(lambda: postgres_workspace.sql("SELECT count(*) FROM owners WHERE seconds > 0") == [(0,)], 40)

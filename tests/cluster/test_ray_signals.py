@@ -45,13 +45,13 @@ def unresponsive_address() -> Iterator[str]:
         yield f"127.0.0.1:{listening.getsockname()[1]}"
 
 
-@pytest.mark.parametrize("heard", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("sent_signal", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("after_s", [0.0, 1.0])
 def test_signal_during_ray_start(
-    api: SandboxApi, workspace: Workspace, heard: tuple[signal.Signals, int], after_s: float
+    api: SandboxApi, workspace: Workspace, sent_signal: tuple[signal.Signals, int], after_s: float
 ) -> None:
     """A signal during Ray's start gives our exit code, though Ray has its own handlers and swallows exceptions."""
-    number, code = heard
+    number, code = sent_signal
     api.inject_fault("slow", 1000, "post", seconds=1)
     run = workspace.start_subprocess(*ON_RAY, api=api)
     wait_until(lambda: has_children(run.pid), timeout_s=40)  # Ray starts another process first
@@ -79,17 +79,17 @@ os._exit(0)
 
 def test_signal_during_ray_shutdown() -> None:
     """A signal during Ray's shutdown does not end the process, although Ray's own handler would exit on SIGTERM."""
-    leaving = subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-c", SHUTDOWN_SCRIPT], stdout=subprocess.PIPE, preexec_fn=reset_signals
     )
-    assert leaving.stdout is not None
-    message = os.read(leaving.stdout.fileno(), 100)
+    assert process.stdout is not None
+    message = os.read(process.stdout.fileno(), 100)
     for _ in range(10):
-        leaving.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
         time.sleep(0.1)
-    message += leaving.communicate(timeout=60)[0]
+    message += process.communicate(timeout=60)[0]
 
-    assert leaving.returncode == 0
+    assert process.returncode == 0
     before, _, after = message.partition(b"left")
     assert before.count(b"heard") <= 1  # sent just before the driver leaves
     assert b"heard" in after

@@ -68,7 +68,7 @@ def test_unaligned_data_fails_all_rows(data: object) -> None:
 
 
 @in_turn(
-    ("failed", "rest", "free"),
+    ("failed", "other_state", "free"),
     [
         (0, "not_found", False),
         (1, "failed", False),
@@ -77,14 +77,14 @@ def test_unaligned_data_fails_all_rows(data: object) -> None:
         ("2", "not_found", False),
     ],
 )
-def test_missing_rows_in_partial_failure(failed: object, rest: str, *, free: bool) -> None:
+def test_missing_rows_in_partial_failure(failed: object, other_state: str, *, free: bool) -> None:
     """After a partial failure, the failed rows are unknown; they are resent only when all rows failed at no charge."""
     progress = {"total": 3, "failed": failed}
     answers, _ = parse_bulk_answer(
         3, status="partially_completed", data=[ADA, None, None], progress=progress, credits_spent=0
     )
 
-    assert state_names(answers) == ["found", rest, rest]
+    assert state_names(answers) == ["found", other_state, other_state]
     assert answers[1].free_failure is free
     if failed == 1:
         assert "1 of the 2 rows without an answer failed" in str(answers[1].error)
@@ -224,4 +224,4 @@ def test_any_error_body_is_parsed(body: object, size: int) -> None:
     """Any error body names only rows that were sent, each with a message."""
     named = wrong_rows(body, size)
 
-    assert named is None or all(0 <= row < size and isinstance(said, str) for row, said in named.items())
+    assert named is None or all(0 <= row < size and isinstance(message, str) for row, message in named.items())

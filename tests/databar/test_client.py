@@ -74,12 +74,12 @@ def call_api(
 ) -> T:
     """Make calls with a new client."""
 
-    async def asking() -> T:
+    async def run_call() -> T:
         access = ApiAccess(base_url, SecretStr(key))
         async with Client(access, clock or SystemClock(), post_timeout_s=seconds, get_timeout_s=seconds) as client:
             return await call(client)
 
-    return asyncio.run(asking())
+    return asyncio.run(run_call())
 
 
 def expect_failure(
@@ -550,10 +550,12 @@ def test_param_names_in_400_bodies(body: object, named: str | None) -> None:
 
 def test_malformed_error_bodies() -> None:
     """A malformed error body still gives a message."""
-    scripted_api: list[object] = [None, 5, "body", {}, []]
-    replies = iter([http_reply(422, {"detail": [{"loc": loc, "msg": None}, 1]}) for loc in scripted_api])
+    invalid_locations: list[object] = [None, 5, "body", {}, []]
+    replies = iter([http_reply(422, {"detail": [{"loc": loc, "msg": None}, 1]}) for loc in invalid_locations])
     with serve_replies(lambda _: next(replies)) as server:
-        assert failure_kinds(server.base_url, [submit_run] * len(scripted_api)) == [JobRejected] * len(scripted_api)
+        assert failure_kinds(server.base_url, [submit_run] * len(invalid_locations)) == [JobRejected] * len(
+            invalid_locations
+        )
 
 
 @in_turn(
@@ -681,7 +683,7 @@ def test_request_headers_and_paths() -> None:
 
 
 @in_turn(
-    ("date", "heard"),
+    ("date", "observed_ms"),
     [
         ("Sun, 01 Nov 2026 12:00:00 GMT", [1_793_534_400_000]),
         ("yesterday", []),
@@ -689,9 +691,9 @@ def test_request_headers_and_paths() -> None:
         ("Sun, 01 Nov 99999 12:00:00 GMT", []),
     ],
 )
-def test_clock_observes_date_header(date: str, heard: list[int]) -> None:
+def test_clock_observes_date_header(date: str, observed_ms: list[int]) -> None:
     """The `Date` header sets the clock, because ours may be far off; an unreadable date is ignored."""
     clock = RecordingClock()
     with serve_replies(http_reply(200, {"workspace": "w"}, date=date)) as server:
         call_api(server.base_url, lambda client: client.get_user(), clock=clock)
-    assert clock.observed == heard
+    assert clock.observed == observed_ms

@@ -198,7 +198,7 @@ def test_invalid_proxy_url_is_not_shown(value: str) -> None:
 def post_and_poll(environ: Mapping[str, str], base_url: str = API, seconds: float = 5.0) -> str:
     """Post a run and poll it once, with this environment."""
 
-    async def asking() -> str:
+    async def post_then_poll() -> str:
         access = ApiAccess(base_url, SecretStr(KEY))
         async with Client(
             access, SystemClock(), post_timeout_s=seconds, get_timeout_s=seconds, environ=environ
@@ -207,7 +207,7 @@ def post_and_poll(environ: Mapping[str, str], base_url: str = API, seconds: floa
             await client.poll_task(task_id)
             return task_id
 
-    return asyncio.run(asking())
+    return asyncio.run(post_then_poll())
 
 
 def answer_post_or_get(line: str) -> object:
@@ -414,18 +414,20 @@ def test_certificate_folder(certificate: Certificate, tmp_path: Path, separated:
 @pytest.mark.long
 @needs_openssl
 @pytest.mark.parametrize("kind", ["unknown", "expired", "another host"])
-@pytest.mark.parametrize("whose", ["the API's", "the proxy's"])
-def test_untrusted_certificate_fails(tmp_path: Path, kind: str, whose: str) -> None:
+@pytest.mark.parametrize("bad_side", ["the API's", "the proxy's"])
+def test_untrusted_certificate_fails(tmp_path: Path, kind: str, bad_side: str) -> None:
     """An untrusted certificate fails without a retry; the message names it and SSL_CERT_FILE, and nothing was sent."""
     (tmp_path / "good").mkdir()
     (tmp_path / "bad").mkdir()
-    mine, its = ("IP:127.0.0.1", f"DNS:{HOST}") if whose == "the API's" else (f"DNS:{HOST}", "IP:127.0.0.1")
-    name = "DNS:other.example" if kind == "another host" else its
+    trusted_name, untrusted_name = (
+        ("IP:127.0.0.1", f"DNS:{HOST}") if bad_side == "the API's" else (f"DNS:{HOST}", "IP:127.0.0.1")
+    )
+    name = "DNS:other.example" if kind == "another host" else untrusted_name
     bad = make_certificate(tmp_path / "bad", name, -1 if kind == "expired" else 1)
-    good = make_certificate(tmp_path / "good", mine)
+    good = make_certificate(tmp_path / "good", trusted_name)
     trusted = tmp_path / "trusted.pem"
     trusted.write_bytes(good.file.read_bytes() + (b"" if kind == "unknown" else bad.file.read_bytes()))
-    api, front = (bad, good) if whose == "the API's" else (good, bad)
+    api, proxy_certificates = (bad, good) if bad_side == "the API's" else (good, bad)
     tries = 0
 
     async def user() -> None:
@@ -436,7 +438,7 @@ def test_untrusted_certificate_fails(tmp_path: Path, kind: str, whose: str) -> N
 
     with (
         serve_replies(CREATED, tls=api.server()) as server,
-        serve_connect_proxy(server.port, tls=front.server()) as proxy,
+        serve_connect_proxy(server.port, tls=proxy_certificates.server()) as proxy,
     ):
         environ = {"https_proxy": f"https://127.0.0.1:{proxy.port}", "SSL_CERT_FILE": str(trusted)}
         assert type(failed_post(environ)) is CertificateUntrusted

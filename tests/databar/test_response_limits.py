@@ -257,7 +257,7 @@ def test_decompression_bomb_memory_limit(times: int) -> None:
     rows = json.dumps([{"email": f"lead-{number}@engine.example"} for number in range(60_000)]).encode()
     slow = gzip.compress(rows) * 30
     _, without = measure(http_reply(200, {"task_id": "a"}), times)
-    for bomb in (compressed_reply(compressed_zeros(10_240)), compressed_reply(slow), http_reply(200, bytes(40 * MIB))):
-        failed, memory = measure(bomb, times)
+    for reply in (compressed_reply(compressed_zeros(10_240)), compressed_reply(slow), http_reply(200, bytes(40 * MIB))):
+        failed, memory = measure(reply, times)
         assert failed == ["AnswerTooLarge"] * times
         assert memory - without < 100

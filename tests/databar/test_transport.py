@@ -114,20 +114,20 @@ def test_connection_closed_in_handshake_is_not_accepted(end: ConnectionAction) -
 def test_connect_timeout_message() -> None:
     """A connect timeout names its own limit, not the longer one for answers."""
 
-    async def knock(port: int) -> None:
+    async def connect_once(port: int) -> None:
         transport = Transport(1, 0.2, ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
         request = httpx.Request("POST", f"http://127.0.0.1:{port}/", extensions={"timeout": {"read": 5.0}})
         with pytest.raises(httpx.ConnectError, match="Connection timeout"):
             await transport.handle_async_request(request)
         await transport.aclose()
 
-    with socket.create_server(("127.0.0.1", 0), backlog=0) as deaf, contextlib.ExitStack() as crowd:
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full_listener, contextlib.ExitStack() as waiting_sockets:
         # Once its queue is full, the kernel accepts no more connections.
         for _ in range(4):
-            caller = crowd.enter_context(socket.socket())
+            caller = waiting_sockets.enter_context(socket.socket())
             caller.setblocking(False)  # noqa: FBT003 - its only argument
-            caller.connect_ex(deaf.getsockname())
-        asyncio.run(knock(deaf.getsockname()[1]))
+            caller.connect_ex(full_listener.getsockname())
+        asyncio.run(connect_once(full_listener.getsockname()[1]))
 
 
 def test_response_received_while_suspended_counts(tmp_path: Path) -> None:

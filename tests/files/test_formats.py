@@ -225,7 +225,7 @@ def test_jsonl_roundtrip(tmp_path: Path) -> None:
 
 
 @in_turn(
-    ("content", "told"),
+    ("content", "message_start"),
     [
         ("", "FILE is empty"),
         ("\n \n", "FILE is empty"),
@@ -245,10 +245,10 @@ def test_jsonl_roundtrip(tmp_path: Path) -> None:
         (b"PK\x03\x04", "FILE is not JSON Lines but a zip archive"),
     ],
 )
-def test_invalid_jsonl_line(tmp_path: Path, content: str | bytes, told: str) -> None:
+def test_invalid_jsonl_line(tmp_path: Path, content: str | bytes, message_start: str) -> None:
     """The error names file, row, line and cause, and quotes no value."""
     (tmp_path / "leads.jsonl").write_bytes(content.encode() if isinstance(content, str) else content)
-    assert read_error(tmp_path / "leads.jsonl").startswith(told)
+    assert read_error(tmp_path / "leads.jsonl").startswith(message_start)
 
 
 def test_jsonl_changed_between_reads(tmp_path: Path) -> None:
@@ -319,7 +319,7 @@ def test_excel_sheet_selection(tmp_path: Path) -> None:
 
 
 @in_turn(
-    ("rows", "told"),
+    ("rows", "message_start"),
     [
         ([], "FILE: sheet `Sheet` is empty"),
         ([["A", "B", "A"]], "FILE: the header (row 1 of sheet `Sheet`) names columns twice: `A` at A, C"),
@@ -329,9 +329,9 @@ def test_excel_sheet_selection(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_excel_invalid_header(tmp_path: Path, rows: list[list[Any]], told: str) -> None:
+def test_excel_invalid_header(tmp_path: Path, rows: list[list[Any]], message_start: str) -> None:
     """A header error names row and column in spreadsheet notation."""
-    assert read_error(write_workbook(tmp_path / "leads.xlsx", rows)).startswith(told)
+    assert read_error(write_workbook(tmp_path / "leads.xlsx", rows)).startswith(message_start)
 
 
 @in_turn("content", [b"", b"A,B\n1,2\n", b"PK\x03\x04" + b"x" * 50])

@@ -91,8 +91,8 @@ def test_different_header_is_reported(tmp_path: Path, ending: str, header: list[
     )
     with pytest.raises(CommandRefused) as caught:
         read_rows(pattern)
-    there, first = tmp_path / f"c.{ending}", tmp_path / f"a.{ending}"
-    assert caught.value.message == f"{there}: its header differs from that of {first}: {difference}"
+    different, first = tmp_path / f"c.{ending}", tmp_path / f"a.{ending}"
+    assert caught.value.message == f"{different}: its header differs from that of {first}: {difference}"
 
 
 def test_jsonl_files_merge_keys(tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_job_file_with_stdin_input(workspace: Workspace, api: SandboxApi) -> Non
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "message_start"),
     [
         (b"", "error: standard input is empty"),
         (b"First Name\nx,y\n", "error: "),
@@ -234,30 +234,33 @@ def test_job_file_with_stdin_input(workspace: Workspace, api: SandboxApi) -> Non
         (None, "error: standard input is a terminal, or closed"),
     ],
 )
-def test_unusable_stdin(workspace: Workspace, api: SandboxApi, data: bytes | None, told: str) -> None:
+def test_unusable_stdin(workspace: Workspace, api: SandboxApi, data: bytes | None, message_start: str) -> None:
     """Unusable stdin is an error before anything is spent."""
     result = run_with_stdin(workspace, api, data, "run", "job.yaml", "--input", "-")
-    assert (result.exit_code, result.stderr.startswith(told)) == (2 if told == "error: " else 5, True), result.stderr
+    assert (result.exit_code, result.stderr.startswith(message_start)) == (
+        2 if message_start == "error: " else 5,
+        True,
+    ), result.stderr
     assert api.audit()["accepted"] == 0
 
 
 @pytest.mark.long
 def test_stdin_terminal_is_refused(workspace: Workspace, api: SandboxApi) -> None:
     """A terminal as stdin is refused with a message: the pipe was probably forgotten."""
-    ours, theirs = os.openpty()
+    controller, terminal = os.openpty()
     try:
         process = subprocess.run(
             [sys.executable, "-m", "enrich", "run", "job.yaml", "--input", "-"],
             cwd=workspace.folder,
             env=workspace.environment(api),
-            stdin=theirs,
+            stdin=terminal,
             capture_output=True,
             timeout=60,
             check=False,
         )
     finally:
-        os.close(ours)
-        os.close(theirs)
+        os.close(controller)
+        os.close(terminal)
     assert process.returncode == 5
     assert process.stderr.startswith(b"error: standard input is a terminal")
 
@@ -338,7 +341,7 @@ def test_format_by_extension(tmp_path: Path, job: str, given: str | None, kind: 
 
 
 @in_turn(
-    ("line", "told"),
+    ("line", "expected"),
     [
         ("input: {path: a.csv, sheet: New}", "2: input: `sheet` is for workbooks: format xlsx"),
         ("input: {path: a.csv, format: xls}", "2: input.format: Input should be 'csv', 'jsonl', 'parquet' or 'xlsx'"),
@@ -347,12 +350,12 @@ def test_format_by_extension(tmp_path: Path, job: str, given: str | None, kind: 
         ("input: s3://id:secret@bucket/a.csv", "2: input: a URL holds no credentials: they come from the environment"),
     ],
 )
-def test_input_option_errors(tmp_path: Path, line: str, told: str) -> None:
+def test_input_option_errors(tmp_path: Path, line: str, expected: str) -> None:
     """An invalid input option is reported with file, line and key."""
     (tmp_path / "job.yaml").write_text(f"version: 1\n{line}\nwaterfall: w\nparams: {{a: A}}\n")
     with pytest.raises(JobError) as caught:
         load_job(tmp_path / "job.yaml")
-    assert caught.value.message == f"{tmp_path}/job.yaml:{told}"
+    assert caught.value.message == f"{tmp_path}/job.yaml:{expected}"
 
 
 def test_path_or_url_parsing(tmp_path: Path) -> None:

@@ -280,7 +280,7 @@ def test_dataset_manifest_selects_parts() -> None:
 
 
 @pytest.mark.long
-def test_a_run_reads_a_folder_of_a_storage(
+def test_run_reads_storage_folder(
     workspace: Workspace, api: SandboxApi, bucket: dict[str, Any], tmp_path: Path
 ) -> None:
     """A run on a storage folder leaves nothing on disk and refuses an output inside that folder."""

@@ -126,7 +126,7 @@ def test_multipart_upload(tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("url", "told"),
+    ("url", "message"),
     [
         (f"s3://{BUCKET}/none.csv", " does not exist"),
         ("s3://nobody/a.csv", ": there is no bucket `nobody`"),
@@ -137,22 +137,22 @@ def test_multipart_upload(tmp_path: Path) -> None:
     ],
 )
 def test_storage_errors_before_spending(
-    workspace: Workspace, api: SandboxApi, storage_environ: dict[str, Any], url: str, told: str
+    workspace: Workspace, api: SandboxApi, storage_environ: dict[str, Any], url: str, message: str
 ) -> None:
     """A storage error is exit 5 in one line without secrets, before anything is spent."""
-    if "reached" in told:
+    if "reached" in message:
         storage_environ["AWS_ENDPOINT_URL"] = "http://127.0.0.1:9"
-    if "no credentials" in told:
+    if "no credentials" in message:
         del storage_environ["AWS_ACCESS_KEY_ID"], storage_environ["AWS_SECRET_ACCESS_KEY"]
         storage_environ["AWS_METADATA_ENDPOINT"] = "http://127.0.0.1:9"
-    if "TLS" in told:
+    if "TLS" in message:
         del storage_environ["AWS_ALLOW_HTTP"]
     workspace.write_leads(make_leads(1))
     result = workspace.run_in_process("run", "job.yaml", "--input", url, api=api, **storage_environ)
-    assert (result.exit_code, result.stderr.splitlines()[0]) == (5, f"error: {url}{told}")
+    assert (result.exit_code, result.stderr.splitlines()[0]) == (5, f"error: {url}{message}")
     if "none.csv" not in url:
         result = workspace.run_in_process("run", "job.yaml", "--output", url, api=api, **storage_environ)
-        assert (result.exit_code, result.stderr.splitlines()[0]) == (5, f"error: {url}{told}")
+        assert (result.exit_code, result.stderr.splitlines()[0]) == (5, f"error: {url}{message}")
     assert SECRET not in result.stderr
     assert api.audit()["accepted"] == 0
 

@@ -123,11 +123,11 @@ def test_dataset_permissions(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_concurrent_part_writers(dataset_location: Location, tmp_path: Path) -> None:
     """Parts can be written in any order, on any machine and twice; parts of lost workers don't count."""
-    mine = begin_dataset(dataset_location)
-    draft = pickle.loads(pickle.dumps(mine))  # noqa: S301 - pickled on this line
+    writer = begin_dataset(dataset_location)
+    draft = pickle.loads(pickle.dumps(writer))  # noqa: S301 - pickled on this line
     parts = [draft.write_part(first, SCHEMA, frames(2, start=first)) for first in (4, 0, 2, 0)]
     draft.write_part(1, SCHEMA, frames(7, start=1))
-    mine.finish(parts[:3])
+    writer.finish(parts[:3])
     folder = download_dataset(dataset_location, tmp_path / "fetched")
     assert row_indexes(folder) == [0, 1, 2, 3, 4, 5]
     assert len(file_names(folder)) == 4
@@ -265,31 +265,35 @@ def test_failed_swap_keeps_old_dataset(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("strange", ["leads.csv", ".hidden", "part-0000000009.parquet", "deep/leads.csv"])
-@pytest.mark.parametrize("known", [True, False])
-def test_foreign_files_are_not_replaced(dataset_location: Location, strange: str, *, known: bool) -> None:
+@pytest.mark.parametrize("foreign_file", ["leads.csv", ".hidden", "part-0000000009.parquet", "deep/leads.csv"])
+@pytest.mark.parametrize("replaces_dataset", [True, False])
+def test_foreign_files_are_not_replaced(
+    dataset_location: Location, foreign_file: str, *, replaces_dataset: bool
+) -> None:
     """A folder with foreign files is exit 2 with a file's name, before anything is spent and again before the swap."""
-    if known:
+    if replaces_dataset:
         write_dataset(dataset_location, 2)
-    mine = (
-        parquet_dataset.begin_dataset(dataset_location, "job") if known and isinstance(dataset_location, Path) else None
+    writer = (
+        parquet_dataset.begin_dataset(dataset_location, "job")
+        if replaces_dataset and isinstance(dataset_location, Path)
+        else None
     )
     if isinstance(dataset_location, ObjectUrl):
-        put_object(f"{dataset_location.key}{strange}", b"precious")
+        put_object(f"{dataset_location.key}{foreign_file}", b"precious")
     else:
-        (dataset_location / strange).parent.mkdir(parents=True, exist_ok=True)
-        (dataset_location / strange).write_text("precious")
-    if mine is not None:
+        (dataset_location / foreign_file).parent.mkdir(parents=True, exist_ok=True)
+        (dataset_location / foreign_file).write_text("precious")
+    if writer is not None:
         with pytest.raises(CommandRefused, match="the output would replace a folder that has other files in it"):
-            mine.finish([mine.write_part(0, SCHEMA, frames(1))])
-        mine.discard()
+            writer.finish([writer.write_part(0, SCHEMA, frames(1))])
+        writer.discard()
     with pytest.raises(JobError) as caught:
         prepare_file(dataset_location, Path("/leads.csv"), "job")
-    assert f"{dataset_location}".rstrip("/") + f"/{strange.partition('/')[0]}" in caught.value.message
+    assert f"{dataset_location}".rstrip("/") + f"/{foreign_file.partition('/')[0]}" in caught.value.message
     if isinstance(dataset_location, Path):
-        assert (dataset_location / strange).read_text() == "precious"
+        assert (dataset_location / foreign_file).read_text() == "precious"
     else:
-        assert object_store.read_object(ObjectUrl("s3", BUCKET, f"{dataset_location.key}{strange}")) == b"precious"
+        assert object_store.read_object(ObjectUrl("s3", BUCKET, f"{dataset_location.key}{foreign_file}")) == b"precious"
 
 
 def test_empty_folder_is_replaced(tmp_path: Path) -> None:
@@ -302,16 +306,16 @@ def test_empty_folder_is_replaced(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_concurrent_run_with_same_name_fails(dataset_location: Location, tmp_path: Path) -> None:
     """Of two runs with one name but different ledgers, one fails: no mixed or incomplete dataset is published."""
-    mine = begin_dataset(dataset_location)
-    part = mine.write_part(0, SCHEMA, frames(2))
-    theirs = begin_dataset(dataset_location)
-    others = theirs.write_part(0, SCHEMA, frames(2, start=100))
+    first = begin_dataset(dataset_location)
+    part = first.write_part(0, SCHEMA, frames(2))
+    second = begin_dataset(dataset_location)
+    second_part = second.write_part(0, SCHEMA, frames(2, start=100))
     with pytest.raises(CommandRefused, match="another run"):
-        mine.finish([part, mine.write_part(2, SCHEMA, frames(2, start=2))])
+        first.finish([part, first.write_part(2, SCHEMA, frames(2, start=2))])
     with pytest.raises(CommandRefused, match="another run"):
-        mine.finish([part])
-    mine.discard()
-    theirs.finish([others])
+        first.finish([part])
+    first.discard()
+    second.finish([second_part])
     assert row_indexes(download_dataset(dataset_location, tmp_path / "fetched")) == [100, 101]
 
 
@@ -319,29 +323,29 @@ def test_concurrent_run_with_same_name_fails(dataset_location: Location, tmp_pat
 def test_concurrent_runs_do_not_mix_parts(dataset_location: Location, tmp_path: Path) -> None:
     """Concurrent runs publish their own parts or fail."""
     prepare_file(dataset_location, Path("/leads.csv"), "job")
-    mine, theirs = (
+    first, second = (
         parquet_dataset.begin_dataset(dataset_location, "job"),
         parquet_dataset.begin_dataset(dataset_location, "job"),
     )
-    part = mine.write_part(0, SCHEMA, frames(2))
-    others = theirs.write_part(0, SCHEMA, frames(2, start=100))
-    mine.finish([part, mine.write_part(2, SCHEMA, frames(2, start=2))])
+    part = first.write_part(0, SCHEMA, frames(2))
+    second_part = second.write_part(0, SCHEMA, frames(2, start=100))
+    first.finish([part, first.write_part(2, SCHEMA, frames(2, start=2))])
     assert row_indexes(download_dataset(dataset_location, tmp_path / "fetched")) == [0, 1, 2, 3]
     if isinstance(dataset_location, Path):
-        theirs.finish([others])
+        second.finish([second_part])
         assert row_indexes(dataset_location) == [100, 101]
     else:
         with pytest.raises(CommandRefused, match="another run"):
-            theirs.finish([others])
+            second.finish([second_part])
         assert row_indexes(download_dataset(dataset_location, tmp_path / "fetched")) == [0, 1, 2, 3]
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("whose", ["this run", "a run that was killed"])
-def test_late_writer_changes_nothing(dataset_location: Location, tmp_path: Path, whose: str) -> None:
+@pytest.mark.parametrize("lost_writer_of", ["this run", "a run that was killed"])
+def test_late_writer_changes_nothing(dataset_location: Location, tmp_path: Path, lost_writer_of: str) -> None:
     """A late writer changes no published part and no later run's; the next start removes its leftovers."""
     lost = begin_dataset(dataset_location)
-    draft = lost if whose == "this run" else begin_dataset(dataset_location)
+    draft = lost if lost_writer_of == "this run" else begin_dataset(dataset_location)
     write_late_part(lost)
     part = draft.write_part(0, SCHEMA, frames(2))
     write_late_part(lost)

@@ -174,7 +174,7 @@ def test_quoted_values_are_text(tmp_path: Path, word: str) -> None:
 
 
 @in_turn(
-    ("text", "told"),
+    ("text", "expected"),
     [
         ("version: 1\n", ["1: input: is missing", "1: waterfall: is missing", "1: params: is missing"]),
         (BASE_JOB.replace("version: 1", "version: 2"), ["1: version: Input should be 1"]),
@@ -308,10 +308,10 @@ def test_quoted_values_are_text(tmp_path: Path, word: str) -> None:
         ("name: Größe".encode("cp1252"), [" the job file is not UTF-8 text", "hint: save it as UTF-8"]),
     ],
 )
-def test_error_names_line_and_suggestion(tmp_path: Path, text: str | bytes, told: list[str] | None) -> None:
+def test_error_names_line_and_suggestion(tmp_path: Path, text: str | bytes, expected: list[str] | None) -> None:
     """An error names file, line, key and, where there is one, the nearest valid name."""
     found = job_errors(tmp_path, text)
-    assert found == told if told is not None else found
+    assert found == expected if expected is not None else found
 
 
 @pytest.mark.parametrize("text", [b"Vorname;Nachname\nS\xf6ren;Wei\xdf\n", b"First Name\nAda\n"])
@@ -492,9 +492,9 @@ def test_command_line_cap_overrides(tmp_path: Path) -> None:
     assert load_job_text(tmp_path, text).max_credits == 5
     assert load_job_text(tmp_path, text, Overrides(max_credits=0)).max_credits == 0
     assert load_job_text(tmp_path, text, Overrides(max_credits=7.5)).max_credits == 7.5
-    for scripted_api in (float("nan"), float("inf"), -1.0, 1e13):
+    for invalid_cap in (float("nan"), float("inf"), -1.0, 1e13):
         with pytest.raises(JobError, match="--max-credits"):
-            load_job_text(tmp_path, text, Overrides(max_credits=scripted_api))
+            load_job_text(tmp_path, text, Overrides(max_credits=invalid_cap))
 
 
 @in_turn(

@@ -49,7 +49,7 @@ def enroll_and_decide(
     ledger.commit(Ledger.enroll, CALL, rows)
     ledger.commit(Ledger.apply_limits)
     ledger.commit(Ledger.fill_queue)
-    return [told.decision for told in ledger.wrapped.row_decisions(rows)]
+    return [row.decision for row in ledger.wrapped.row_decisions(rows)]
 
 
 def preview_decisions(
@@ -59,7 +59,7 @@ def preview_decisions(
     ledger.wrapped.begin_pass(selection)
     ledger.wrapped.preview(rows)
     ledger.wrapped.apply_limits()
-    return [told.decision for told in ledger.wrapped.row_decisions(rows)]
+    return [row.decision for row in ledger.wrapped.row_decisions(rows)]
 
 
 def queued_leads(ledger: CommittingLedger) -> list[int]:

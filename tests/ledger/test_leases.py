@@ -60,9 +60,9 @@ def test_worker_cannot_lease_after_run_ended(server_ledger: Place) -> None:
     """A worker that resumes after its run ended can't get a lease, because the next run may have started."""
     with open_for_run(server_ledger) as (_, leader):
         assert leader is not None
-        with open_leased(server_ledger, leader_id=leader.fencing_token.owner_id) as (mine, lease):
+        with open_leased(server_ledger, leader_id=leader.fencing_token.owner_id) as (ledger, lease):
             assert lease.is_valid()
-            assert [other.is_leader for other in mine.other_holders()] == [True]
+            assert [other.is_leader for other in ledger.other_holders()] == [True]
     with pytest.raises(RunEnded), open_leased(server_ledger, leader_id=leader.fencing_token.owner_id):
         pass
     assert run_sql(server_ledger, "SELECT count(*) FROM owners") == [(0,)]
@@ -70,28 +70,28 @@ def test_worker_cannot_lease_after_run_ended(server_ledger: Place) -> None:
 
 def test_dismissed_worker_cannot_lease(server_ledger: Place) -> None:
     """A worker can't get a lease when another process has revoked its leader's."""
-    with open_for_run(server_ledger) as (mine, leader):
+    with open_for_run(server_ledger) as (ledger, leader):
         assert leader is not None
         other = Ledger(server_ledger)
         other.revoke_leases(other.other_holders())
         other.close()
         with pytest.raises(RunEnded), open_leased(server_ledger, leader_id=leader.fencing_token.owner_id):
             pass
-        assert mine.owner_id == leader.fencing_token.owner_id
+        assert ledger.owner_id == leader.fencing_token.owner_id
 
 
 def test_new_run_sees_remaining_workers(server_ledger: Place) -> None:
     """A new run sees a worker that is just starting under an expired leader's lease, so it does not start alone."""
-    leader, beginner, looker = (Ledger(server_ledger) for _ in range(3))
+    leader, new_worker, observer = (Ledger(server_ledger) for _ in range(3))
     with leader.transaction():
         number = leader.acquire_lease("leader", 30)
     run_sql(server_ledger, "UPDATE owners SET lease_until = now() - interval '1 s', seconds = 1e-9")
-    beginner._db.begin()
-    beginner.acquire_lease("worker", 30, leader_id=number)
-    assert [owner.name for owner in looker.other_holders()] == ["leader"]
-    beginner._db.commit()
-    assert [owner.name for owner in looker.other_holders()] == ["worker"]
-    for each in (leader, beginner, looker):
+    new_worker._db.begin()
+    new_worker.acquire_lease("worker", 30, leader_id=number)
+    assert [owner.name for owner in observer.other_holders()] == ["leader"]
+    new_worker._db.commit()
+    assert [owner.name for owner in observer.other_holders()] == ["worker"]
+    for each in (leader, new_worker, observer):
         each.close()
 
 
@@ -122,15 +122,15 @@ def test_lease_may_end_during_recovery(ledger: CommittingLedger, ledger_location
 
 def _before_statement(ledger: Ledger, statement_number: int, action: Callable[[], object]) -> None:
     """Run `action` before the given next statement of a ledger."""
-    execute, left = ledger._db.execute, [statement_number]
+    execute, remaining = ledger._db.execute, [statement_number]
 
-    def told(sql: str, values: Sequence[Any] = (), /) -> Any:
-        left[0] -= 1
-        if left[0] == 0:
+    def execute_after_action(sql: str, values: Sequence[Any] = (), /) -> Any:
+        remaining[0] -= 1
+        if remaining[0] == 0:
             action()
         return execute(sql, values)
 
-    ledger._db.execute = told  # type: ignore[method-assign]
+    ledger._db.execute = execute_after_action  # type: ignore[method-assign]
 
 
 # Concurrent writers
@@ -191,11 +191,11 @@ def test_erasing_waits_for_workers(api: SandboxApi, workspace: Workspace, comman
 
 def test_leases_use_server_time(server_ledger: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leases use the server's time, so a wrong local clock has no effect."""
-    with open_for_run(server_ledger) as (mine, lease):
+    with open_for_run(server_ledger) as (ledger, lease):
         assert lease is not None
         hours_ago = time.time_ns() - 10**9 * 7200
         monkeypatch.setattr(time, "time_ns", lambda: hours_ago)
-        assert abs(lease.now_ms() - mine.now_ms()) < 60_000
+        assert abs(lease.now_ms() - ledger.now_ms()) < 60_000
 
 
 def test_failed_begin_is_harmless(ledger: CommittingLedger) -> None:

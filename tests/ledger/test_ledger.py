@@ -257,7 +257,7 @@ class TestTransitions:
         assert ledger.state_of(1) is State.SUBMITTING
 
 
-class TestStandingAnswer:
+class TestCurrentResult:
     """The result a row has while its request is sent again."""
 
     def current_result(self, ledger: CommittingLedger, number: int = 1) -> tuple[State, str | None]:
@@ -387,15 +387,15 @@ class TestQueue:
         with pytest.raises(CapReached), ledger.wrapped.transaction():
             ledger.wrapped.claim(ledger.execution, MAX_PRICE, ledger.now)
 
-    def test_what_may_free_some_of_the_cap_is_known_by_its_age(self, ledger: CommittingLedger) -> None:
+    def test_open_requests_may_release_credits_until_timeout(self, ledger: CommittingLedger) -> None:
         """At the cap, a worker waits for open requests that may release credits, but not for those past the timeout."""
-        told = [ledger.start_and_enroll(1).commit(Ledger.has_open_since, 0)]
+        has_open = [ledger.start_and_enroll(1).commit(Ledger.has_open_since, 0)]
         claim = ledger.claim()
-        told.append(ledger.commit(Ledger.has_open_since, 0))
+        has_open.append(ledger.commit(Ledger.has_open_since, 0))
         ledger.commit(Ledger.record_accepted, [(claim.attempt_id, "task", 5_000)], BINDING)
-        told += [ledger.commit(Ledger.has_open_since, since) for since in (4_000, 6_000)]
+        has_open += [ledger.commit(Ledger.has_open_since, since) for since in (4_000, 6_000)]
 
-        assert told == [False, True, True, False]
+        assert has_open == [False, True, True, False]
 
     def test_empty_queue_is_not_cap_reached(self, ledger: CommittingLedger) -> None:
         """With an empty queue, a cap of 0 is not reached."""
@@ -593,7 +593,7 @@ class TestFile:
         assert ledger.query_one("PRAGMA user_version") == (len(first) + 1,)
         assert ledger.query_all("SELECT * FROM more") == []
 
-    def test_a_ledger_from_before_the_first_release_is_refused(self, ledger: CommittingLedger) -> None:
+    def test_prerelease_ledger_is_refused(self, ledger: CommittingLedger) -> None:
         """A ledger from before the first release is neither read nor changed; the error says what to do."""
         ledger.wrapped._db.execute(f"PRAGMA application_id = {schema.UNRELEASED_MARK}")
 

@@ -103,10 +103,10 @@ def test_copy_roundtrip_is_identical(
     """Copying to the server and back to a file keeps every number, text and key; the source stays as it was."""
     before, back = table_contents(filled_ledger.location), tmp_path / "back" / "ledger.db"
 
-    there = copy_ledger(filled_ledger.location, server_location)
+    to_server = copy_ledger(filled_ledger.location, server_location)
     again = copy_ledger(server_location, back)
 
-    assert replace(there, key=None) == replace(again, key=None)
+    assert replace(to_server, key=None) == replace(again, key=None)
     assert table_contents(filled_ledger.location) == table_contents(server_location) == table_contents(back) == before
     assert (
         key_path(filled_ledger.location).read_bytes()
@@ -284,14 +284,18 @@ def test_job_moves_to_server_without_resending(
     assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
     url = postgres.ledger_url()
 
-    there = replace(workspace, environ=postgres.environ).run_in_process("ledger", "copy", "job.yaml", url, "--json")
+    to_server = replace(workspace, environ=postgres.environ).run_in_process("ledger", "copy", "job.yaml", url, "--json")
     moved = replace(workspace, server_url=url, environ=postgres.environ)
     moved.write_job()
     ran = moved.run_job(api)
     back = moved.run_in_process("ledger", "copy", "job.yaml", "back.db")
 
-    assert (there.exit_code, back.exit_code) == (0, 0), there.stderr + back.stderr
-    assert (there.json_output["to"], there.json_output["key"], there.json_output["rows"]["requests"]) == (url, None, 6)
+    assert (to_server.exit_code, back.exit_code) == (0, 0), to_server.stderr + back.stderr
+    assert (to_server.json_output["to"], to_server.json_output["key"], to_server.json_output["rows"]["requests"]) == (
+        url,
+        None,
+        6,
+    )
     assert (ran.reused, ran.submitted) == (6, 0)
     assert back.stdout.startswith("ok: ")
     assert "run no more with the old one" in back.stdout

@@ -207,11 +207,11 @@ def make_fifo(path: Path) -> None:
 
 def make_socket(path: Path) -> None:
     """Make a socket."""
-    here = Path.cwd()
+    working_dir = Path.cwd()
     os.chdir(path.parent)
     with closing(socket.socket(socket.AF_UNIX)) as made:
         made.bind(path.name)
-    os.chdir(here)
+    os.chdir(working_dir)
 
 
 def make_dangling_link(path: Path) -> None:

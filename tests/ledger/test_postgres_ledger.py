@@ -246,13 +246,13 @@ def test_concurrent_run_is_exit_11(tmp_path: Path, workspace: Workspace) -> None
 
 def test_restart_right_after_kill(workspace: Workspace) -> None:
     """A run restarted right after a kill is not refused because of the killed run."""
-    dead = lock_ledger(workspace.ledger_location, 0)
-    dead.__enter__()
-    noticed = threading.Timer(0.7, dead.__exit__, (None, None, None))
-    noticed.start()
+    killed_lock = lock_ledger(workspace.ledger_location, 0)
+    killed_lock.__enter__()
+    release_timer = threading.Timer(0.7, killed_lock.__exit__, (None, None, None))
+    release_timer.start()
     with lock_ledger(workspace.ledger_location, 0):
         pass
-    noticed.join()
+    release_timer.join()
 
 
 @pytest.mark.long

@@ -37,13 +37,13 @@ def test_restart_between_transitions(
 ) -> None:
     """A transition that finds its connection closed before it wrote anything is repeated."""
 
-    async def scene() -> None:
+    async def scenario() -> None:
         async with LedgerWriter(ledger.wrapped) as writer:
             await writer.submit(Ledger.start_execution, "before", None, 1)
             await asyncio.to_thread(own_postgres.restart, how)
             await writer.submit(Ledger.start_execution, "after", None, 2)
 
-    asyncio.run(scene())
+    asyncio.run(scenario())
 
     assert ledger.query_all("SELECT job FROM executions ORDER BY id") == [("before",), ("after",)]
 
@@ -60,24 +60,26 @@ def test_no_duplicate_transition_after_lost_commit(
     def reached(number: int) -> bool:
         return len(made) > number
 
-    async def ask(writer: LedgerWriter, asker: int) -> None:
+    async def submit_until_stopped(writer: LedgerWriter, task_number: int) -> None:
         while not stop.is_set():
-            name = f"{asker} {len(made)}"
+            name = f"{task_number} {len(made)}"
             made.append(name)
             await writer.submit(Ledger.start_execution, name, None, 1)
 
-    async def disturb() -> None:
+    async def restart_server() -> None:
         for _ in range(3):
             enough = len(made) + 50
             await asyncio.to_thread(wait_until, partial(reached, enough))
             await asyncio.to_thread(own_postgres.restart, how)
         stop.set()
 
-    async def scene() -> None:
+    async def scenario() -> None:
         async with LedgerWriter(ledger.wrapped) as writer:
-            await asyncio.gather(disturb(), *(ask(writer, asker) for asker in range(5)))
+            await asyncio.gather(
+                restart_server(), *(submit_until_stopped(writer, task_number) for task_number in range(5))
+            )
 
-    asyncio.run(scene())
+    asyncio.run(scenario())
 
     assert sorted(name for (name,) in ledger.query_all("SELECT job FROM executions")) == sorted(made)
 
@@ -128,10 +130,10 @@ def test_unreachable_server_does_not_delay_end(own_postgres: PostgresServer, tmp
     limiter.rate = 42.0
     start_sharing(ledger_location, limiter)
     own_postgres.stop()
-    away = stop_sharing(ledger_location)
+    while_stopped = stop_sharing(ledger_location)
     own_postgres.start()
-    back = stop_sharing(ledger_location)
+    after_start = stop_sharing(ledger_location)
 
-    assert away is None
-    assert back is not None
-    assert back.rate == 42.0
+    assert while_stopped is None
+    assert after_start is not None
+    assert after_start.rate == 42.0

@@ -176,12 +176,12 @@ STATES = ["submitting", "submitted", "in_doubt", "refused", "found", "not_found"
 
 @given(
     moves=st.lists(st.sampled_from(["claim", "submit", "settle", "doubt"]), max_size=8),
-    told=st.lists(
+    attempts=st.lists(
         st.tuples(st.integers(0, 7), st.sampled_from(STATES), st.integers(0, 5), st.sampled_from([1_000, 1_001]))
     ),
 )
 def test_any_rescue_file_keeps_ledger_sound(
-    tmp_path_factory: pytest.TempPathFactory, moves: list[str], told: list[tuple[int, str, int, int]]
+    tmp_path_factory: pytest.TempPathFactory, moves: list[str], attempts: list[tuple[int, str, int, int]]
 ) -> None:
     """A second import changes nothing, no task belongs to two requests, and no answer is lost."""
     ledger = CommittingLedger.open(tmp_path_factory.mktemp("any") / "job.db").start_and_enroll(*range(8))
@@ -202,7 +202,7 @@ def test_any_rescue_file_keeps_ledger_sound(
             attempt=at,
             claimed_ms=claimed,
         )
-        for at, (number, state, task, claimed) in enumerate(told)
+        for at, (number, state, task, claimed) in enumerate(attempts)
     ]
 
     import_lines(ledger, *lines)

@@ -55,24 +55,24 @@ def test_idle_transaction_is_retried(ledger_location: Place) -> None:
 def test_stopped_process_does_not_hold_rate(ledger_location: Place) -> None:
     """A process suspended while it updates the shared rate's row does not stop the others."""
     silent, other = SharedRateRow(ledger_location), SharedRateRow(ledger_location)
-    has_it, result = threading.Event(), threading.Event()
+    row_taken, resume = threading.Event(), threading.Event()
 
-    def rest(_: str | None, __: float) -> tuple[str, None]:
-        has_it.set()
-        result.wait(TIMEOUT_S)
+    def hold_row(_: str | None, __: float) -> tuple[str, None]:
+        row_taken.set()
+        resume.wait(TIMEOUT_S)
         return "silent", None
 
-    thread = threading.Thread(target=silent.update, args=(rest,))
+    thread = threading.Thread(target=silent.update, args=(hold_row,))
     thread.start()
-    has_it.wait()
+    row_taken.wait()
     waiting = threading.Thread(target=other.update, args=(lambda *_: ("other", None),))
     waiting.start()
     waiting.join(TIMEOUT_S / 2)
-    went_on = not waiting.is_alive()
-    result.set()
+    continued = not waiting.is_alive()
+    resume.set()
     for each in (thread, waiting):
         each.join()
-    assert went_on
+    assert continued
     assert run_sql(ledger_location, "SELECT state FROM allowance") == [("silent",)]
     silent.close()
     other.close()
@@ -89,14 +89,18 @@ def test_unrenewable_lease_is_reported(ledger_location: Place) -> None:
 
 def test_lock_is_reacquired(ledger_location: Place) -> None:
     """After a lost connection, another process took the lock and left; the run takes the lock again."""
-    ours = "locktype = 'advisory' AND objid::bigint = (hashtext(?)::bigint & 4294967295)"
+    lock_condition = "locktype = 'advisory' AND objid::bigint = (hashtext(?)::bigint & 4294967295)"
 
-    def in_line() -> bool:
+    def is_waiting() -> bool:
         return bool(
-            run_sql(ledger_location, f"SELECT 1 FROM pg_locks WHERE {ours} AND NOT granted", ledger_location.schema)
+            run_sql(
+                ledger_location,
+                f"SELECT 1 FROM pg_locks WHERE {lock_condition} AND NOT granted",
+                ledger_location.schema,
+            )
         )
 
-    def other() -> None:
+    def take_lock() -> None:
         """Wait for the lock, hold it for 1 s, and release it with the connection."""
         run_sql(
             ledger_location,
@@ -106,12 +110,12 @@ def test_lock_is_reacquired(ledger_location: Place) -> None:
         )
 
     with lock_ledger(ledger_location, 0):
-        waiting = threading.Thread(target=other)
+        waiting = threading.Thread(target=take_lock)
         waiting.start()
-        wait_until(in_line)
+        wait_until(is_waiting)
         run_sql(
             ledger_location,
-            f"SELECT pg_terminate_backend(pid) FROM pg_locks WHERE {ours} AND granted",
+            f"SELECT pg_terminate_backend(pid) FROM pg_locks WHERE {lock_condition} AND granted",
             ledger_location.schema,
         )
         waiting.join()
@@ -123,18 +127,18 @@ def test_lock_is_reacquired(ledger_location: Place) -> None:
 def test_release_does_not_wait_for_server(own_postgres: PostgresServer, tmp_path: Path) -> None:
     """Releasing the lock does not wait for a stopped server."""
     ledger_location = parse_ledger_location(tmp_path, own_postgres.ledger_url(), tmp_path)
-    lost, leave = threading.Event(), threading.Event()
+    locked, release = threading.Event(), threading.Event()
 
-    def lead() -> None:
+    def hold_lock() -> None:
         with lock_ledger(ledger_location, 0):
-            lost.set()
-            leave.wait()
+            locked.set()
+            release.wait()
 
-    leader = threading.Thread(target=lead, daemon=True)
-    leader.start()
-    lost.wait()
+    holder = threading.Thread(target=hold_lock, daemon=True)
+    holder.start()
+    locked.wait()
     own_postgres.stop()
-    leave.wait(1)  # until the lock is next checked
-    leave.set()
-    leader.join(TIMEOUT_S)
-    assert not leader.is_alive()
+    release.wait(1)  # until the lock is next checked
+    release.set()
+    holder.join(TIMEOUT_S)
+    assert not holder.is_alive()

@@ -164,8 +164,8 @@ def test_unresponsive_server_does_not_block_run(
     if way == "hanging":
         recorder.release.clear()
     else:
-        there = {"down": "127.0.0.1:9", "nowhere": "no-such-host.invalid"}[way]
-        pinging_workspace.write_job(healthcheck=f"http://{there}/secret-path")
+        address = {"down": "127.0.0.1:9", "nowhere": "no-such-host.invalid"}[way]
+        pinging_workspace.write_job(healthcheck=f"http://{address}/secret-path")
 
     result = pinging_workspace.run_in_process("run", "job.yaml", *LOG_OPTIONS, api=api)
 

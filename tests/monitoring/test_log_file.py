@@ -75,7 +75,7 @@ def _no_input(workspace: Workspace, api: SandboxApi) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("break_start", "expected"),
     [
         (_no_job, (2, "unknown key", ["error"])),
         (_no_key, (3, "DATABAR_API_KEY", ["start", "error"])),
@@ -87,15 +87,15 @@ def test_failed_start_is_logged(
     api: SandboxApi,
     workspace: Workspace,
     monkeypatch: pytest.MonkeyPatch,
-    spoil: Callable[[Workspace, SandboxApi], dict[str, str]],
-    told: tuple[int, str, list[str]],
+    break_start: Callable[[Workspace, SandboxApi], dict[str, str]],
+    expected: tuple[int, str, list[str]],
 ) -> None:
     """A start that fails before the execution, also for an invalid job file, is an error with its exit code."""
     away = tuple(getattr(AWAY, name) for name in Timeouts.__dataclass_fields__)
     monkeypatch.setattr(Timeouts.__init__, "__defaults__", away)
-    code, word, seen = told
+    code, word, seen = expected
     workspace.write_leads(searchable_leads(1))
-    environ = spoil(workspace, api)
+    environ = break_start(workspace, api)
 
     result = workspace.run_in_process("run", "job.yaml", *LOG_OPTIONS, api=None, **environ)
 

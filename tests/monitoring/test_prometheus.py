@@ -192,10 +192,10 @@ def test_sandbox_writes_no_metrics(metrics_workspace: Workspace) -> None:
 def test_invalid_old_file_is_ignored(metrics_workspace: Workspace) -> None:
     """Gauges in the old file that are not valid ones of ours are dropped, and the rest is kept."""
     (metrics_workspace.folder / PROM).parent.mkdir()
-    scripted_api = (
+    old_metrics = (
         'enrich_rows{job="job"} 3\nenrich_polls{job="job",status="found"} 1\nup 1\nenrich_requests{job="job"} 7\n'
     )
-    (metrics_workspace.folder / PROM).write_text(scripted_api)
+    (metrics_workspace.folder / PROM).write_text(old_metrics)
 
     assert metrics_workspace.run_in_process("run", "job.yaml").exit_code == 3
 

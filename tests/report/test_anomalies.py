@@ -139,10 +139,12 @@ def test_value_repeats_unusually() -> None:
 
 def test_naturally_repeated_values() -> None:
     """A value that repeats in every run, such as a city shared by half of the leads, is not reported."""
-    night = [*typical_run(50), *typical_run(50, office={"city": "Berlin"})]
-    before = [*typical_run(250), *typical_run(250, office={"city": "Berlin"})]
+    last_run = [*typical_run(50), *typical_run(50, office={"city": "Berlin"})]
+    earlier_runs = [*typical_run(250), *typical_run(250, office={"city": "Berlin"})]
     assert [
-        each.text for each in find_anomalies(run_statistics(night), run_statistics(before)) if "city" in each.text
+        each.text
+        for each in find_anomalies(run_statistics(last_run), run_statistics(earlier_runs))
+        if "city" in each.text
     ] == []
 
 
@@ -187,7 +189,7 @@ def test_few_false_alarms_in_simulation() -> None:
     """In a thousand simulated weeks with equal rates, prices and fields, only a few have a false alarm."""
     chance = random.Random(6)
 
-    def night(size: int) -> list[SettledAttempt]:
+    def simulated_run(size: int) -> list[SettledAttempt]:
         rate = 0.6
         made = []
         for _ in range(size):
@@ -202,7 +204,9 @@ def test_few_false_alarms_in_simulation() -> None:
                 made.append(no_match(chance.choice([0, 0, 100_000])))
         return made
 
-    alarms = sum(bool(anomaly_kinds(night(chance.choice([25, 60, 120])), night(200))) for _ in range(300))
+    alarms = sum(
+        bool(anomaly_kinds(simulated_run(chance.choice([25, 60, 120])), simulated_run(200))) for _ in range(300)
+    )
 
     assert alarms <= 4
 
@@ -212,10 +216,10 @@ def test_bad_run_is_detected_in_simulation() -> None:
     """In the same simulation with a provider down, nearly all of a hundred weeks are reported."""
     chance = random.Random(7)
 
-    def night(size: int, rate: float) -> list[SettledAttempt]:
+    def simulated_run(size: int, rate: float) -> list[SettledAttempt]:
         return [match(number) if chance.random() < rate else no_match() for number in range(size)]
 
-    assert sum("hit_rate" in anomaly_kinds(night(120, 0.3), night(400, 0.6)) for _ in range(100)) >= 95
+    assert sum("hit_rate" in anomaly_kinds(simulated_run(120, 0.3), simulated_run(400, 0.6)) for _ in range(100)) >= 95
 
 
 @pytest.mark.long
@@ -247,10 +251,10 @@ def test_frequency_sketch_error_bound(values: list[int], kept: int) -> None:
 
 @pytest.mark.long
 @given(st.integers(0, 30), st.integers(0, 30), st.integers(0, 30))
-def test_hypergeometric_probability_of_zero(there: int, others: int, other: int) -> None:
+def test_hypergeometric_probability_of_zero(matching: int, rest: int, drawn: int) -> None:
     """The probability equals the one by exact counting."""
-    of = there + others
-    assert absence_probability(there, of, other) == pytest.approx(comb(of, there) / comb(of + other, there))
+    of = matching + rest
+    assert absence_probability(matching, of, drawn) == pytest.approx(comb(of, matching) / comb(of + drawn, matching))
 
 
 @given(st.integers(1, 500), st.integers(1, 500), st.data())

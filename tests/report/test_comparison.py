@@ -226,7 +226,7 @@ def make_comparison(leads: tuple[int, int, int, int], left: float, right: float)
 
 
 @in_turn(
-    ("told", "unknown", "said"),
+    ("comparison", "unknown", "verdict"),
     [
         (
             make_comparison((60, 29, 41, 20), 89 * 0.50, 101 * 0.39),
@@ -275,6 +275,6 @@ def make_comparison(leads: tuple[int, int, int, int], left: float, right: float)
         ),
     ],
 )
-def test_verdict_text(told: Comparison, unknown: int, said: str) -> None:
+def test_verdict_text(comparison: Comparison, unknown: int, verdict: str) -> None:
     """The verdict says which side found more for less, and how certain that is."""
-    assert write_verdict(told, unknown) == said
+    assert write_verdict(comparison, unknown) == verdict

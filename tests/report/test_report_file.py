@@ -217,7 +217,7 @@ def test_interrupted_run_writes_no_report(tmp_path: Path, workspace: Workspace) 
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("report", "said"),
+    ("report", "message"),
     [
         ("page.txt", "job.yaml:12: report: `page.txt` is no HTML file"),
         ("s3://bucket/page.html", "no HTML file on this machine"),
@@ -229,7 +229,7 @@ def test_interrupted_run_writes_no_report(tmp_path: Path, workspace: Workspace) 
         ("{by: [Note, Contry]}", "job.yaml:12: report.by.1: the input has no column `Contry`"),
     ],
 )
-def test_invalid_report_key(workspace: Workspace, report: str, said: str) -> None:
+def test_invalid_report_key(workspace: Workspace, report: str, message: str) -> None:
     """An invalid key is reported with its nearest valid name, by `check` as by `run`."""
     workspace.write_leads([[*make_leads(1)[0], "found"]], [*HEADER, "enrich_status"])
     workspace.write_job(report=report)
@@ -238,7 +238,7 @@ def test_invalid_report_key(workspace: Workspace, report: str, said: str) -> Non
             command, "job.yaml", DATABAR_API_KEY="x", DATABAR_BASE_URL="http://127.0.0.1:9/v1"
         )
         assert result.exit_code == 2
-        assert said in result.stderr
+        assert message in result.stderr
 
 
 def test_report_path_clash(api: SandboxApi, workspace: Workspace) -> None:

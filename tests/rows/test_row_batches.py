@@ -139,11 +139,11 @@ def count_statements(ledger: Ledger, work: Callable[[], object]) -> int:
     """Count SQLite's statements; one that is executed for many rows counts once a row."""
     count = 0
 
-    def heard(_: str) -> None:
+    def count_statement(_: str) -> None:
         nonlocal count
         count += 1
 
-    sqlite_connection(ledger).set_trace_callback(heard)
+    sqlite_connection(ledger).set_trace_callback(count_statement)
     work()
     sqlite_connection(ledger).set_trace_callback(None)
     return count
@@ -210,6 +210,6 @@ def test_plan_during_run_counts_requests_once(tmp_path: Path) -> None:
     ledger.start_and_enroll(1).settle(ledger.submit(), FOUND)
     reader.preview(row_requests([1, 2, 3], 2))
     assert reader.decision_counts() == {Decision.NEW: 3}
-    assert [told.first_position for told in reader.row_decisions(row_requests([3, 2, 1]))] == [4, 1, 0]
+    assert [row.first_position for row in reader.row_decisions(row_requests([3, 2, 1]))] == [4, 1, 0]
     reader.close()
     ledger.wrapped.close()

@@ -65,7 +65,7 @@ def test_restart_checks_next_rows(tmp_path: Path, canary_workspace: Workspace) -
     with serve_api(tmp_path / "api.db", hit_rate=0.0) as api:
         runs = [canary_workspace.run_job(api) for _ in range(3)]
         assert (api.audit()["accepted"], api.audit()["paid_twice"]) == (18, 0)
-    assert [(night.exit_code, night.submitted, night.reused) for night in runs] == [
+    assert [(run.exit_code, run.submitted, run.reused) for run in runs] == [
         (15, 6, 0),
         (15, 6, 6),
         (15, 6, 12),

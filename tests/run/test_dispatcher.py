@@ -49,7 +49,7 @@ class TestLimits:
     def test_max_posts_and_open_tasks(self, tmp_path: Path, in_flight: int, expected_on_the_wire: int) -> None:
         """At most 32 POSTs and `in_flight` tasks are open at once, and that room is used."""
 
-        async def scene(api: SandboxApi) -> None:
+        async def scenario(api: SandboxApi) -> None:
             async with open_loops(api, tmp_path / LEDGER, range(100), in_flight=in_flight) as harness:
                 harness.request_log.together = expected_on_the_wire
                 await harness.run_loops()
@@ -61,13 +61,13 @@ class TestLimits:
                 )
 
         with serve_api(tmp_path / "api.db", latency="fixed(0.05)") as api:
-            asyncio.run(scene(api))
+            asyncio.run(scenario(api))
             assert (api.audit()["accepted"], api.audit()["paid_twice"]) == (100, 0)
 
     def test_rate_limit_is_kept(self, api: SandboxApi, tmp_path: Path) -> None:
         """Submits and polls together stay below the job's `requests_per_second`."""
 
-        async def scene() -> None:
+        async def scenario() -> None:
             async with open_loops(api, tmp_path / LEDGER, range(15), rate=40.0) as harness:
                 started = time.monotonic()
                 await harness.run_loops()
@@ -78,14 +78,14 @@ class TestLimits:
                     <= 1 + 40 * (elapsed + BURST_S)
                 )
 
-        asyncio.run(scene())
+        asyncio.run(scenario())
 
     def test_limit_counts_unconfirmed_requests(self, api: SandboxApi, tmp_path: Path) -> None:
         """`--limit` counts accepted and unconfirmed requests but no refused ones, exactly; the rest stays pending."""
         api.inject_fault("rate-limit-bare", 3, "post")
         api.inject_fault("error-after", 2, "post")
 
-        async def scene() -> None:
+        async def scenario() -> None:
             async with open_loops(api, tmp_path / LEDGER, range(50)) as harness:
                 await harness.run_loops(limit=40)
                 assert harness.run_state.counters.submitted == 38
@@ -93,26 +93,26 @@ class TestLimits:
                 counts = harness.ledger.wrapped.state_counts()
                 assert (counts[State.IN_DOUBT], counts[State.PENDING]) == (2, 10)
 
-        asyncio.run(scene())
+        asyncio.run(scenario())
         assert api.audit()["accepted"] == 40
 
     def test_ends_with_empty_queue(self, api: SandboxApi, tmp_path: Path) -> None:
         """With an empty queue and no open tasks, the dispatcher ends at once."""
 
-        async def scene() -> float:
+        async def scenario() -> float:
             async with open_loops(api, tmp_path / LEDGER) as harness:
                 started = time.monotonic()
                 await harness.run_loops()
                 return time.monotonic() - started
 
-        assert asyncio.run(scene()) < 5
+        assert asyncio.run(scenario()) < 5
         assert api.audit()["accepted"] == 0
 
     def test_cap_waits_for_open_tasks(self, tmp_path: Path) -> None:
         """At the cap the dispatcher waits while open tasks may release credits, and ends when none can."""
         cap = 3 * SANDBOX_MAX_PRICE
 
-        async def scene(api: SandboxApi) -> int:
+        async def scenario(api: SandboxApi) -> int:
             async with open_loops(api, tmp_path / LEDGER, range(50), cap=cap) as harness:
                 await harness.run_loops()
                 assert harness.request_log.max_open_tasks <= 3
@@ -124,31 +124,31 @@ class TestLimits:
                 return spent
 
         with serve_api(tmp_path / "api.db", latency="fixed(0.02)") as api:
-            spent = asyncio.run(scene(api))
+            spent = asyncio.run(scenario(api))
             assert api.audit()["credits_charged"] == pytest.approx(spent / 1e6)
 
     def test_cap_sufficient_for_all(self, api: SandboxApi, tmp_path: Path) -> None:
         """A cap that is enough for all requests delays some but ends with none left."""
 
-        async def scene() -> None:
+        async def scenario() -> None:
             async with open_loops(api, tmp_path / LEDGER, range(6), cap=8 * SANDBOX_MAX_PRICE // 2) as harness:
                 await harness.run_loops()
                 assert harness.run_state.exit_reasons == {}
                 assert harness.run_state.counters.submitted == 6
 
-        asyncio.run(scene())
+        asyncio.run(scenario())
 
     def test_unknown_prices_keep_reservation(self, tmp_path: Path) -> None:
         """An answer without a price keeps its reservation, so the cap holds even for unknown prices."""
 
-        async def scene(api: SandboxApi) -> None:
+        async def scenario(api: SandboxApi) -> None:
             async with open_loops(api, tmp_path / LEDGER, range(9), cap=4 * SANDBOX_MAX_PRICE) as harness:
                 await harness.run_loops()
                 assert harness.ledger.execution_counters == (0, 4 * SANDBOX_MAX_PRICE, 4, 4)
                 assert ExitCode.CREDITS in harness.run_state.exit_reasons
 
         with serve_api(tmp_path / "api.db", hide_credits=True, hit_rate=0.0) as api:
-            asyncio.run(scene(api))
+            asyncio.run(scenario(api))
 
 
 class TestAnswers:
@@ -160,7 +160,7 @@ class TestAnswers:
         count = 40 if fault == "rate-limit-bare" else 2
         api.inject_fault(fault, count, "post")
 
-        async def scene() -> None:
+        async def scenario() -> None:
             async with open_loops(api, tmp_path / LEDGER, range(45)) as harness:
                 await harness.run_loops()
                 assert harness.run_state.exit_reasons == {}
@@ -172,7 +172,7 @@ class TestAnswers:
                 assert refused == (count, 0)
                 assert no_credits_reserved(harness.ledger)
 
-        asyncio.run(scene())
+        asyncio.run(scenario())
         assert (api.audit()["accepted"], api.audit()["accepted_more_than_once"]) == (45, 0)
 
     @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ class TestAnswers:
         api.inject_fault(fault, 2, "post")
         timing = SILENT if fault == "silence-after" else SHORT_TIMEOUTS
 
-        async def scene() -> None:
+        async def scenario() -> None:
             async with open_loops(api, tmp_path / LEDGER, range(20), timing=timing) as harness:
                 await harness.run_loops()
                 assert harness.run_state.exit_reasons == {}
@@ -192,65 +192,65 @@ class TestAnswers:
                 assert harness.ledger.execution_counters[1] == 2 * SANDBOX_MAX_PRICE
                 assert harness.request_log.posts == 20
 
-        asyncio.run(scene())
+        asyncio.run(scenario())
         assert (api.audit()["accepted"], api.audit()["accepted_more_than_once"]) == (20, 0)
 
     def test_circuit_breaker_opens(self, api: SandboxApi, tmp_path: Path) -> None:
         """After the first failures one POST at a time probes the API; when they fail for too long, the run ends."""
         api.inject_fault("error-before", 1000, "post", status=503)
 
-        async def scene() -> None:
+        async def scenario() -> None:
             async with open_loops(api, tmp_path / LEDGER, range(200), timing=ILL) as harness:
                 await harness.run_loops()
                 assert ExitCode.API in harness.run_state.exit_reasons
                 in_doubt = harness.ledger.wrapped.state_counts()[State.IN_DOUBT]
                 assert 0 < in_doubt == harness.request_log.posts <= MAX_POSTS_IN_FLIGHT + 12
 
-        asyncio.run(scene())
+        asyncio.run(scenario())
 
     @pytest.mark.long
     def test_circuit_breaker_closes(self, api: SandboxApi, tmp_path: Path) -> None:
         """One success closes the breaker, and the rest is sent in parallel."""
         api.inject_fault("error-before", 34, "post")
 
-        async def scene() -> None:
+        async def scenario() -> None:
             async with open_loops(api, tmp_path / LEDGER, range(100)) as harness:
                 await harness.run_loops()
                 assert harness.run_state.exit_reasons == {}
                 assert harness.ledger.wrapped.state_counts()[State.IN_DOUBT] == 34
                 assert harness.run_state.counters.submitted == 66
 
-        asyncio.run(scene())
+        asyncio.run(scenario())
 
     def test_endless_429_ends_run(self, api: SandboxApi, tmp_path: Path) -> None:
         """Only 429s for as long as the outage limit end the run, and everything is pending again."""
         api.inject_fault("rate-limit-bare", 100_000, "all")
 
-        async def scene() -> None:
+        async def scenario() -> None:
             async with open_loops(api, tmp_path / LEDGER, range(50), timing=ILL) as harness:
                 await harness.run_loops()
                 assert ExitCode.API in harness.run_state.exit_reasons
                 assert harness.ledger.wrapped.state_counts() == {State.PENDING: 50}
 
-        asyncio.run(scene())
+        asyncio.run(scenario())
 
     def test_unreachable_api_leaves_all_pending(self, api: SandboxApi, tmp_path: Path) -> None:
         """Without a connection nothing was sent: all requests are pending and nothing is reserved."""
         nowhere = replace(api, base_url="http://127.0.0.1:9/v1")
 
-        async def scene() -> None:
+        async def scenario() -> None:
             async with open_loops(nowhere, tmp_path / LEDGER, range(50), timing=ILL) as harness:
                 await harness.run_loops()
                 assert ExitCode.API in harness.run_state.exit_reasons
                 assert harness.ledger.wrapped.state_counts() == {State.PENDING: 50}
                 assert no_credits_reserved(harness.ledger)
 
-        asyncio.run(scene())
+        asyncio.run(scenario())
 
     def test_param_error_fails_one_row(self, api: SandboxApi, tmp_path: Path) -> None:
         """A 400 about a param fails that request at no cost; the others are sent."""
 
-        async def scene() -> None:
+        async def scenario() -> None:
             async with open_loops(api, tmp_path / LEDGER) as harness:
                 batch = [*row_requests(range(5)), RowRequest(5, b"w" * 16, '{"first_name": "Ada"}')]
                 harness.ledger.commit(Ledger.enroll, CALL, batch)
@@ -264,7 +264,7 @@ class TestAnswers:
                 assert no_credits_reserved(harness.ledger)
                 assert harness.run_state.counters.settled[State.FAILED] == 1
 
-        asyncio.run(scene())
+        asyncio.run(scenario())
 
     @pytest.mark.long
     @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ class TestAnswers:
         if fault:
             api.inject_fault(fault, 1000, "post")
 
-        async def scene() -> None:
+        async def scenario() -> None:
             async with open_loops(api, tmp_path / LEDGER, range(80)) as harness:
                 await harness.run_loops(call=call)
                 assert set(harness.run_state.exit_reasons) == {code}
@@ -293,14 +293,14 @@ class TestAnswers:
                 assert no_credits_reserved(harness.ledger)
                 assert harness.request_log.posts <= MAX_POSTS_IN_FLIGHT
 
-        asyncio.run(scene())
+        asyncio.run(scenario())
         assert api.audit()["accepted"] == 0
 
     @pytest.mark.long
     def test_free_failure_is_resent(self, tmp_path: Path) -> None:
         """Edge g: while tasks are in flight, the dispatcher waits for failures that may be resent."""
 
-        async def scene(api: SandboxApi) -> None:
+        async def scenario(api: SandboxApi) -> None:
             async with open_loops(api, tmp_path / LEDGER, range(10)) as harness:
                 await harness.run_loops(harness.make_poller(max_attempts=3))
                 counts = harness.ledger.wrapped.state_counts()
@@ -308,7 +308,7 @@ class TestAnswers:
                 assert 20 <= harness.request_log.posts <= 30
 
         with serve_api(tmp_path / "api.db", failure_rate=1.0, free_failures=1.0) as api:
-            asyncio.run(scene(api))
+            asyncio.run(scenario(api))
             assert api.audit()["paid_twice"] == 0
 
 
@@ -318,7 +318,7 @@ class TestEnding:
     def test_stop_sends_no_more_requests(self, tmp_path: Path) -> None:
         """After a stop no POST is sent; POSTs in flight are recorded, and the rest stays pending."""
 
-        async def scene(api: SandboxApi) -> None:
+        async def scenario(api: SandboxApi) -> None:
             async with open_loops(api, tmp_path / LEDGER, range(200)) as harness:
                 work = asyncio.create_task(harness.run_loops())
                 await wait_until(lambda: harness.request_log.posts_in_flight > 0)
@@ -331,13 +331,13 @@ class TestEnding:
                 assert set(counts) <= {State.FOUND, State.NOT_FOUND}
 
         with serve_api(tmp_path / "api.db", faults=delay_posts(0.2)) as api:
-            asyncio.run(scene(api))
+            asyncio.run(scenario(api))
 
     @pytest.mark.parametrize("leave", [True, False], ids=["leave", "stop"])
     def test_unsent_claims_are_released(self, api: SandboxApi, tmp_path: Path, *, leave: bool) -> None:
         """A run that ends between a claim and its POST releases the claim."""
 
-        async def scene() -> None:
+        async def scenario() -> None:
             async with open_loops(api, tmp_path / LEDGER, range(50)) as harness:
                 begun, ended = threading.Event(), threading.Event()
 
@@ -361,12 +361,12 @@ class TestEnding:
                 assert harness.ledger.query_one("SELECT count(*) FROM attempts WHERE state = 'refused'")[0] > 0
                 assert harness.request_log.posts == 0
 
-        asyncio.run(scene())
+        asyncio.run(scenario())
 
     def test_abort_marks_only_posts_in_flight_in_doubt(self, tmp_path: Path) -> None:
         """An abort leaves exactly the POSTs in flight in doubt."""
 
-        async def scene(api: SandboxApi) -> None:
+        async def scenario(api: SandboxApi) -> None:
             async with open_loops(api, tmp_path / LEDGER, range(200)) as harness:
                 work = asyncio.create_task(harness.run_loops())
                 await wait_until(lambda: harness.request_log.posts_in_flight == MAX_POSTS_IN_FLIGHT)
@@ -376,13 +376,13 @@ class TestEnding:
                 assert harness.ledger.execution_counters[1] == MAX_POSTS_IN_FLIGHT * SANDBOX_MAX_PRICE
 
         with serve_api(tmp_path / "api.db", faults=delay_posts(30)) as api:
-            asyncio.run(scene(api))
+            asyncio.run(scenario(api))
 
     @pytest.mark.long
     def test_ledger_error_stops_dispatcher(self, api: SandboxApi, tmp_path: Path) -> None:
         """The first failed commit ends the dispatcher with its own error, and no more POSTs are sent."""
 
-        async def scene() -> int:
+        async def scenario() -> int:
             async with open_loops(api, tmp_path / LEDGER, range(2000)) as harness:
                 (pages,) = harness.ledger.query_one("PRAGMA page_count")
                 harness.ledger.wrapped._db.execute(f"PRAGMA max_page_count = {pages + 5}")
@@ -393,7 +393,7 @@ class TestEnding:
                 assert harness.request_log.posts == sent < 2000
                 return sent
 
-        sent = asyncio.run(scene())
+        sent = asyncio.run(scenario())
         ledger = CommittingLedger.open(tmp_path / LEDGER)
         ledger.commit(Ledger.recover, 1)
         counts = ledger.wrapped.state_counts()
@@ -407,7 +407,7 @@ class TestEnding:
         leads = range(60) if waiting_for != "queue" else range(20)
         knobs = {"room": {"in_flight": 20}, "cap": {"cap": 20 * SANDBOX_MAX_PRICE}, "queue": {}, "rate": {"rate": 10}}
 
-        async def scene(api: SandboxApi) -> float:
+        async def scenario(api: SandboxApi) -> float:
             knob: dict[str, Any] = knobs[waiting_for]
             async with open_loops(api, tmp_path / LEDGER, leads, **knob) as harness:
                 work = asyncio.create_task(harness.run_loops())
@@ -424,13 +424,13 @@ class TestEnding:
                 return used
 
         with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
-            assert asyncio.run(scene(api)) < MAX_IDLE_CPU_S
+            assert asyncio.run(scenario(api)) < MAX_IDLE_CPU_S
 
 
 def test_release_survives_lost_commit(api: SandboxApi, tmp_path: Path) -> None:
     """When the commit of a release is lost, the release can be repeated and still has its claims."""
 
-    async def scene() -> None:
+    async def scenario() -> None:
         async with open_loops(api, tmp_path / LEDGER, range(3)) as harness:
             ledger, dispatcher = harness.ledger.wrapped, harness.make_dispatcher(harness.make_poller())
             with ledger.transaction():
@@ -442,13 +442,13 @@ def test_release_survives_lost_commit(api: SandboxApi, tmp_path: Path) -> None:
                 dispatcher._release_unsent(ledger, 0)
             assert ledger.state_counts() == {State.PENDING: 3}
 
-    asyncio.run(scene())
+    asyncio.run(scenario())
 
 
 def test_no_claims_without_valid_lease(api: SandboxApi, tmp_path: Path) -> None:
     """Without a valid lease the dispatcher waits and claims nothing."""
 
-    async def scene() -> None:
+    async def scenario() -> None:
         async with open_loops(api, tmp_path / LEDGER, range(3)) as harness:
             asked = 0
 
@@ -461,4 +461,4 @@ def test_no_claims_without_valid_lease(api: SandboxApi, tmp_path: Path) -> None:
             await harness.run_loops()
             assert harness.ledger.query_all("SELECT count(*) FROM attempts") == [(3,)]
 
-    asyncio.run(scene())
+    asyncio.run(scenario())

@@ -222,7 +222,7 @@ def test_interrupted_plan_is_resumed(mixed_api: SandboxApi, case: PlanCase) -> N
             for row in read_decisions(workspace.folder / "rows.csv")
             if row["plan_decision"] in PAID_DECISIONS
         }
-        assert sum(night.submitted for night in runs) == message.to_submit
+        assert sum(run.submitted for run in runs) == message.to_submit
         assert runs[2].submitted == 0
 
 
@@ -384,14 +384,14 @@ def test_plan_during_run(api: SandboxApi, workspace: Workspace) -> None:
     workspace.run_job(api, RunOptions(limit=1))
     with lock_ledger(workspace.ledger_location, 0):
         result = run_plan_command(workspace, api)
-        frozen = run_plan_command(workspace, api, "-o", "night.plan")
+        saved = run_plan_command(workspace, api, "-o", "night.plan")
 
     assert (result.exit_code, "a run is at work" in result.stdout, "2 would be sent" in result.stdout) == (
         0,
         True,
         True,
     )
-    assert frozen.exit_code == LedgerLocked.exit_code
+    assert saved.exit_code == LedgerLocked.exit_code
     assert not (workspace.folder / "night.plan").exists()
 
 
@@ -438,15 +438,15 @@ def test_saved_plan_runs_once(api: SandboxApi, workspace: Workspace) -> None:
         workspace.run_in_process("run", "job.yaml", "--plan", name, "--json", api=api).json_output for _ in range(2)
     ]
 
-    assert [(night["exit_code"], night["submitted"], night["pending"]) for night in runs] == [(0, 4, 5), (0, 0, 5)]
+    assert [(run["exit_code"], run["submitted"], run["pending"]) for run in runs] == [(0, 4, 5), (0, 0, 5)]
     assert (workspace.folder / name).stat().st_mode & 0o777 == 0o600
 
 
 CHANGES: dict[str, Any] = {
-    "the input": lambda office: office.write_leads(make_leads(8)),
-    "the job file, or the options": lambda office: office.write_job(suppress="never.txt", where="Note <> 'x'"),
-    "the providers": lambda office: alter_ledger(office, "UPDATE waterfalls SET providers = '[833]'"),
-    "the list of `suppress`": lambda office: (office.folder / "never.txt").write_text("other.example\n"),
+    "the input": lambda workspace: workspace.write_leads(make_leads(8)),
+    "the job file, or the options": lambda workspace: workspace.write_job(suppress="never.txt", where="Note <> 'x'"),
+    "the providers": lambda workspace: alter_ledger(workspace, "UPDATE waterfalls SET providers = '[833]'"),
+    "the list of `suppress`": lambda workspace: (workspace.folder / "never.txt").write_text("other.example\n"),
 }
 
 

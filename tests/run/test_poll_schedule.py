@@ -131,7 +131,7 @@ def test_negative_intervals_are_ignored() -> None:
 
 def test_invalid_stored_durations_are_ignored() -> None:
     """Invalid stored durations are ignored."""
-    scripted_api = [
+    invalid_durations = [
         (4.0, -5.0),
         (float("inf"), 3.0),
         (-1.0, 3.0),
@@ -139,8 +139,8 @@ def test_invalid_stored_durations_are_ignored() -> None:
         (float("nan"), 1.0),
         (1.0, float("nan")),
     ]
-    assert PollSchedule(scripted_api).weights_by_age == []
-    assert PollSchedule([*scripted_api, (3.0, 6.0)]).median_s == pytest.approx(3.0, rel=0.1)
+    assert PollSchedule(invalid_durations).weights_by_age == []
+    assert PollSchedule([*invalid_durations, (3.0, 6.0)]).median_s == pytest.approx(3.0, rel=0.1)
 
 
 def test_stored_durations_have_low_weight() -> None:

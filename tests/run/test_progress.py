@@ -101,9 +101,9 @@ def test_current_speed() -> None:
         width_s=4, submitted=(40, 8, 4, 4, 1), answered=(0, 0, 4, 6, 1), polls=(0,) * 5, rate_limited=(0,) * 5
     )
 
-    lately, over_s = traffic.recent(elapsed_s=16.5)
+    recent, over_s = traffic.recent(elapsed_s=16.5)
 
-    assert (lately.submitted, lately.answered, over_s) == (17, 11, 12.5)
+    assert (recent.submitted, recent.answered, over_s) == (17, 11, 12.5)
     assert traffic.recent(0.0) == (TrafficCounts(57, 11), 0.0)
 
 

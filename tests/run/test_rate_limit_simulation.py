@@ -20,11 +20,11 @@ SHARED_LIMIT = ("half taken from 60 to 120 of 180 s", 20.0, "sliding window")
 
 @pytest.mark.parametrize("kind", first_quick(1, LIMITER_KINDS, single=True))
 @pytest.mark.parametrize("rate", first_quick(1, RATES, single=True))
-@pytest.mark.parametrize("story", first_quick(1, RATE_SCENARIOS, single=True))
-def test_rate_limit_is_used_with_few_429s(story: str, rate: float, kind: str) -> None:
+@pytest.mark.parametrize("scenario", first_quick(1, RATE_SCENARIOS, single=True))
+def test_rate_limit_is_used_with_few_429s(scenario: str, rate: float, kind: str) -> None:
     """From the start at least 90% is used, for constant, changing or shared limits; 80% where a 429 costs a second."""
-    seen = simulate(scenarios(rate)[story](SERVERS[kind]))
-    least = 0.8 if "Retry-After" in story else 0.87 if (story, rate, kind) == SHARED_LIMIT else 0.9
+    seen = simulate(scenarios(rate)[scenario](SERVERS[kind]))
+    least = 0.8 if "Retry-After" in scenario else 0.87 if (scenario, rate, kind) == SHARED_LIMIT else 0.9
     assert seen.used_share >= least
     assert seen.refused_share <= 0.02
 

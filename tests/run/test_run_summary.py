@@ -251,16 +251,16 @@ def test_signal_skips_provider_stats(api: SandboxApi, workspace: Workspace, monk
 
 def run_on_terminal(workspace: Workspace, api: SandboxApi, **environ: str) -> str:
     """Run the job on a terminal of 80 columns and return the screen."""
-    leader, follower = os.openpty()
+    controller, terminal = os.openpty()
     variables = {"PATH": os.environ["PATH"], "TERM": "xterm", "COLUMNS": "80", **api.environ, **environ}
     command = [sys.executable, "-m", "enrich", "run", "job.yaml", "--yes"]
     with subprocess.Popen(
-        command, cwd=workspace.folder, env=variables, stdin=follower, stdout=follower, stderr=follower
+        command, cwd=workspace.folder, env=variables, stdin=terminal, stdout=terminal, stderr=terminal
     ) as run:
-        os.close(follower)
-        shown = read_terminal(leader)
+        os.close(terminal)
+        shown = read_terminal(controller)
         run.wait(timeout=60)
-    os.close(leader)
+    os.close(controller)
     return shown.decode().replace("\r\n", "\n")
 
 

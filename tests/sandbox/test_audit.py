@@ -15,7 +15,7 @@ def assert_totals_add_up(totals: Any) -> None:
     assert totals["balance_at_start"] + totals["topped_up"] - totals["balance"] == pytest.approx(gone, abs=1e-9)
 
 
-def test_counts_the_canonical_question(api: SandboxClient) -> None:
+def test_identical_requests_are_one_entry(api: SandboxClient) -> None:
     """Identical requests are one entry with all task ids; another provider or verifier is another request."""
     tasks = [api.submit(ADA, enrichments=[833, 966], email_verifier=10) for _ in range(2)]
     api.submit(ADA, enrichments=[966, 833], email_verifier=10)

@@ -15,7 +15,7 @@ def test_results_are_aligned_with_rows(start: StartSandbox) -> None:
     assert api.task_body(api.submit(make_leads(20)[0]))["data"] in ([task["data"][0]], None, [], {})
 
 
-def test_credits_are_those_of_the_single_runs(api: SandboxClient) -> None:
+def test_bulk_cost_equals_single_runs(api: SandboxClient) -> None:
     """A bulk run costs as much as its rows in single runs."""
     bulk = api.task_body(api.submit_bulk(make_leads(5), enrichments=[833, 966]))
     singles = [api.submit_and_get(params, enrichments=[833, 966]) for params in make_leads(5)]

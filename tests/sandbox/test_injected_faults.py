@@ -179,8 +179,8 @@ def test_odd_credits(api: SandboxClient, credits_: float | str) -> None:
     task_id = api.submit()
     right = api.task_body(task_id)
     api.inject_fault("odd-credits", credits=credits_)
-    scripted_api = json.loads(api.get_task(task_id).text, parse_constant=str)
-    assert scripted_api == right | {"credits_spent": credits_}
+    body = json.loads(api.get_task(task_id).text, parse_constant=str)
+    assert body == right | {"credits_spent": credits_}
 
 
 def test_invalid_utf8(api: SandboxClient) -> None:
@@ -281,7 +281,7 @@ def test_after_faults_leave_refusals_alone(api: SandboxClient) -> None:
     assert api.post_run({}).status_code == 400
 
 
-def test_scope_of_a_get(api: SandboxClient) -> None:
+def test_get_scope(api: SandboxClient) -> None:
     """A fault with the scope `get` waits for the poll of a task."""
     task_id = api.submit()
     api.inject_fault("broken-json", scope="get")
@@ -290,7 +290,7 @@ def test_scope_of_a_get(api: SandboxClient) -> None:
     assert api.task_body(task_id)["status"] == "completed"
 
 
-def test_default_scope_of_charged_faults_is_the_run(api: SandboxClient) -> None:
+def test_default_scope_of_charged_faults_is_run(api: SandboxClient) -> None:
     """Faults that can cost money apply to runs by default, single and bulk."""
     task_id = api.submit()
     api.inject_fault("error-after", times=2)

@@ -153,8 +153,8 @@ def test_signals_stop_the_server(number: signal.Signals) -> None:
     with start_process() as (running, api):
         api.submit()
         os.kill(running.pid, number)
-        rest, errors = running.communicate(timeout=60)
-    assert (running.returncode, rest, errors) == (0, "", "")
+        remaining_output, errors = running.communicate(timeout=60)
+    assert (running.returncode, remaining_output, errors) == (0, "", "")
 
 
 @pytest.mark.long

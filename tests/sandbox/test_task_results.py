@@ -166,7 +166,7 @@ def test_rejected_matches_cost_verification(start: StartSandbox) -> None:
     assert api.audit()["credits_charged"] > 0
 
 
-def test_worst_case_is_reserved_and_settled(start: StartSandbox) -> None:
+def test_max_price_is_reserved_and_settled(start: StartSandbox) -> None:
     """The maximum price is reserved at submission, and the difference to the actual price is refunded at completion."""
     api = start(latency="fixed(60)")
     task_id = api.submit(**MAIL)
@@ -177,7 +177,7 @@ def test_worst_case_is_reserved_and_settled(start: StartSandbox) -> None:
     assert spent in {0.51, 1.01, 1.02}
 
 
-def test_default_cascade(start: StartSandbox) -> None:
+def test_default_providers(start: StartSandbox) -> None:
     """Without enrichments the enabled providers are used in order; a missing param skips a provider."""
     api = start(hit_rate=0.0, miss_kinds=("null_result",))
     [wrapper] = api.task_body(api.submit())["data"]
@@ -187,7 +187,7 @@ def test_default_cascade(start: StartSandbox) -> None:
     assert api.audit()["runs"][0]["enrichments"] == [833, 966, 701, 745]
 
 
-def test_order_of_enrichments_is_the_cascade(start: StartSandbox) -> None:
+def test_request_sets_provider_order(start: StartSandbox) -> None:
     """The providers are used in the order of the request."""
     api = start(hit_rate=0.0, miss_kinds=("null_result",))
     [wrapper] = api.task_body(api.submit(enrichments=[966, 113, 833]))["data"]
