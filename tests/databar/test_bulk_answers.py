@@ -102,7 +102,7 @@ def test_missing_rows_in_partial_failure(failed: object, other_state: str, *, fr
     ],
 )
 def test_failed_task_fails_all_rows(status: str, data: object, credits_: object, *, free: bool) -> None:
-    """A failed task fails all rows; it is free only if the API says so and returned nothing."""
+    """A failed task fails all rows; it is free only if the API reports so and returned nothing."""
     answers, _ = parse_bulk_answer(2, status=status, data=data, credits_spent=credits_, error=["no", "way"])
 
     assert state_names(answers) == ["failed"] * 2

@@ -495,7 +495,7 @@ def test_connection_failure_is_not_accepted(host: str, scheme: str) -> None:
     ],
 )
 def test_bulk_rejection_details(status: int, body: object, kind: type, rows: dict[int, str] | None) -> None:
-    """A rejected bulk run says which rows are wrong, that there are too many, or nothing about the rows."""
+    """A rejected bulk run names the wrong rows, or that there are too many, or nothing about the rows."""
     with serve_replies(http_reply(status, body)) as server:
         error = expect_failure(server.base_url, lambda client: client.submit("email_getter", b'{"params": []}', rows=3))
         assert isinstance(error, kind)
@@ -581,7 +581,7 @@ def test_non_http_response_is_not_quoted(answer: str) -> None:
 
 @in_turn("body", [None, [], "x", 1, {}, {"task_id": "t-1"}, b"[" * 100_000])
 def test_invalid_task_body_is_retried(body: object) -> None:
-    """A task body without a status is retried: it says nothing about the task."""
+    """A task body without a status is retried: it has no news of the task."""
     with serve_replies(http_reply(200, body)) as server:
         assert type(expect_failure(server.base_url, get_task)) is InvalidPollResponse
 

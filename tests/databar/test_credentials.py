@@ -134,7 +134,7 @@ def test_default_base_url(tmp_path: Path, base_url: str | None) -> None:
     ],
 )
 def test_invalid_base_url(base_url: str) -> None:
-    """An invalid base URL is refused before anything is sent; the hint says what to write instead."""
+    """An invalid base URL is refused before anything is sent; the hint shows what to write instead."""
     with pytest.raises(JobError, match="must be an https address, or http on loopback") as caught:
         check_base_url(base_url)
     assert DEFAULT_BASE_URL in (caught.value.hint or "")

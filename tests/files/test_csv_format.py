@@ -235,7 +235,7 @@ def test_gzip_by_extension(tmp_path: Path) -> None:
     ),
 )
 def test_error_names_row_and_line(tmp_path: Path, content: bytes | str, message: str, hint: str) -> None:
-    """The message says where the error is, and the hint what to do."""
+    """The message shows where the error is, and the hint what to do."""
     source = write_csv(tmp_path, content)
     problem = read_problem(source)
     assert problem.message.startswith(message.format(path=source.path))

@@ -160,7 +160,7 @@ def test_output_matching_input_pattern(workspace: Workspace, api: SandboxApi, ou
 
 
 def test_other_outputs_matching_input_pattern(tmp_path: Path) -> None:
-    """For other outputs that match the pattern, the message says which key to change."""
+    """For other outputs that match the pattern, the message shows which key to change."""
     with pytest.raises(JobError, match=r"rejects.csv: the rejects would be read as input") as caught:
         prepare_file(tmp_path / "rejects.csv", tmp_path / "*.csv", "job", kind="rejects")
     assert caught.value.hint == "choose another `rejects`, or a narrower pattern than *.csv"
@@ -214,7 +214,7 @@ def test_input_from_stdin(workspace: Workspace, api: SandboxApi, packed: str) ->
 
 @pytest.mark.long
 def test_job_file_with_stdin_input(workspace: Workspace, api: SandboxApi) -> None:
-    """Stdin is CSV unless the job says otherwise, and the output still gets a name."""
+    """Stdin is CSV unless the job sets another format, and the output still gets a name."""
     (workspace.folder / "job.yaml").write_text(
         'version: 1\ninput: "-"\nwaterfall: email_getter\n'
         "params: {first_name: A, last_name: B, company: {value: a.example}}\n"

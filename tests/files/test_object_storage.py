@@ -181,7 +181,7 @@ def test_output_never_replaces_input(workspace: Workspace, api: SandboxApi, stor
 
 
 def test_missing_storage_extra(workspace: Workspace, api: SandboxApi) -> None:
-    """Without the storage extra, one line and a hint say how to install it, also for an output."""
+    """Without the storage extra, one line and a hint show how to install it, also for an output."""
     workspace.write_leads(make_leads(1))
     for option in ("--input", "--output"):
         with patch.dict("sys.modules", {"obstore": None, "obstore.store": None}):

@@ -150,7 +150,7 @@ def test_defaults(tmp_path: Path) -> None:
     ],
 )
 def test_ambiguous_yaml_values_need_quotes(tmp_path: Path, word: str, kind: str, before: str, key: str) -> None:
-    """Values that YAML misreads (`no`, postcodes) are refused, and the message says what to type."""
+    """Values that YAML misreads (`no`, postcodes) are refused, and the message shows what to type."""
     if kind == "nothing" and key in {"where", "name"}:
         return  # keys that may be left out
     text = f"{BASE_JOB}{before}{word}{']' if '[' in before else ''}\n"
@@ -371,7 +371,7 @@ were: x
     ],
 )
 def test_api_key_in_job_is_refused(tmp_path: Path, text: str) -> None:
-    """An API key in a job file is refused, because job files are shared; the message says where it belongs."""
+    """An API key in a job file is refused, because job files are shared; the message shows where it belongs."""
     with pytest.raises(JobError) as caught:
         load_job_text(tmp_path, text)
     assert "SECRET" not in f"{caught.value.message}{caught.value.hint}"

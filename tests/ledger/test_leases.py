@@ -137,7 +137,7 @@ def _before_statement(ledger: Ledger, statement_number: int, action: Callable[[]
 
 
 def test_foreign_key_does_not_block_claims(ledger: CommittingLedger, ledger_location: LedgerLocation) -> None:
-    """Settling an attempt, which references the execution, does not block claims: they could end up in a deadlock."""
+    """Settling an attempt does not block claims by its reference to the execution, which could end in a deadlock."""
     ledger.start_and_enroll(1, 2)
     attempt = ledger.submit()
     with closing(Ledger(ledger_location)) as other, other.transaction():

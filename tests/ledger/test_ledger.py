@@ -594,7 +594,7 @@ class TestFile:
         assert ledger.query_all("SELECT * FROM more") == []
 
     def test_prerelease_ledger_is_refused(self, ledger: CommittingLedger) -> None:
-        """A ledger from before the first release is neither read nor changed; the error says what to do."""
+        """A ledger from before the first release is neither read nor changed; the error shows what to do."""
         ledger.wrapped._db.execute(f"PRAGMA application_id = {schema.UNRELEASED_MARK}")
 
         for read_only in (True, False):

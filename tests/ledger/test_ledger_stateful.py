@@ -320,7 +320,7 @@ class LedgerStateMachine(RuleBasedStateMachine):
 
     @rule(data=st.data(), paid=st.integers(0, 9), answer=st.sampled_from(["known", "known", "gone"]))
     def poll_written_off(self, data: Any, paid: int, answer: str) -> None:
-        """Poll a task that was written off: the API knows it after all, or has deleted it."""
+        """Poll a task that was written off: the API still has it, or has deleted it."""
         ledger, model = self.books, self.model
         if not model.written_off_before(ledger.execution):
             self.lose_task(data)

@@ -53,7 +53,7 @@ def test_restart_between_transitions(
 def test_no_duplicate_transition_after_lost_commit(
     ledger: CommittingLedger, own_postgres: PostgresServer, how: Literal["fast", "immediate"]
 ) -> None:
-    """After a lost connection, the server says whether a commit was made, so no transition is made twice."""
+    """After a lost connection, the server shows whether a commit was made, so no transition is made twice."""
     stop = threading.Event()
     made: list[str] = []
 

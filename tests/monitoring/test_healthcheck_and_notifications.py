@@ -158,7 +158,7 @@ def test_invalid_ping_url_is_not_retried(
 def test_unresponsive_server_does_not_block_run(
     api: SandboxApi, pinging_workspace: Workspace, recorder: RequestRecorder, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    """An unresponsive server does not block the run; one note says that the ping was lost and shows no secret."""
+    """An unresponsive server does not block the run; one note reports the lost ping without secrets."""
     monkeypatch.setattr(healthcheck, "REQUEST_TIMEOUT_S", 0.1)
     monkeypatch.setattr(healthcheck, "END_TIMEOUT_S", 1.0)
     if way == "hanging":
@@ -285,7 +285,7 @@ def test_no_notification_on_success(api: SandboxApi, notifying_workspace: Worksp
 
 @pytest.mark.long
 def test_missing_notify_extra(api: SandboxApi, notifying_workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the notify extra, one note at the start says so; the run is unaffected."""
+    """Without the notify extra, one note at the start reports it; the run is unaffected."""
     monkeypatch.setattr(notifications, "find_spec", lambda _: None)
     api.inject_fault("no-task-id")
 

@@ -334,7 +334,7 @@ def test_external_rotation(tmp_path: Path, log_warnings: list[str]) -> None:
 
 @pytest.mark.usefixtures("_small_log_files")
 def test_failed_rotation_keeps_logging(tmp_path: Path, log_warnings: list[str]) -> None:
-    """When rotation fails, the log keeps growing, and one warning says so."""
+    """When rotation fails, the log keeps growing, and one warning reports it."""
     (tmp_path / "run.log.4").write_text("{}")
     (tmp_path / "run.log.5").mkdir()
     with open_log(tmp_path / "run.log", "job", log_warnings.append) as log:

@@ -276,5 +276,5 @@ def make_comparison(leads: tuple[int, int, int, int], left: float, right: float)
     ],
 )
 def test_verdict_text(comparison: Comparison, unknown: int, verdict: str) -> None:
-    """The verdict says which side found more for less, and how certain that is."""
+    """The verdict names the side that found more for less, and the certainty."""
     assert write_verdict(comparison, unknown) == verdict

@@ -109,7 +109,7 @@ def test_changes_against_previous_run() -> None:
 
 @pytest.mark.long
 def test_actions_come_first() -> None:
-    """Required actions come before all numbers; without any, the page says so."""
+    """Required actions come before all numbers; without any, the page states it."""
     page = rendered_page(reports.typical_report)
     assert page.index("enrich reconcile jobs/leads.yaml") < page.index("<dl class") < page.index("<svg")
     assert "What needs you" in page
@@ -135,7 +135,7 @@ def test_rows_only_on_request() -> None:
 
 
 def test_empty_report() -> None:
-    """Sections without data are left out, and the page says why."""
+    """Sections without data are left out, and the page shows why."""
     page = rendered_page(reports.empty_report)
     assert "has never run" in page
     assert "<svg" not in page

@@ -107,7 +107,7 @@ def test_unwritable_report_is_exit_5(finished_run: Workspace) -> None:
 
 @pytest.mark.long
 def test_missing_report_extra(api: SandboxApi, finished_run: Workspace) -> None:
-    """Without the report extra, the error says how to install it; with `report:`, check, doctor and run say so too."""
+    """Without the report extra, the error shows how to install it; with `report:`, check, doctor and run do too."""
     pip = "pip install 'databar-enrich[report]'"
     with patch("enrich.report.page_file._LIBRARIES", ("no_such_library",)):
         page, facts = (

@@ -258,7 +258,7 @@ def test_missing_input(finished_run: Workspace) -> None:
     ],
 )
 def test_job_that_no_longer_fits(finished_run: Workspace, changes: dict[str, str]) -> None:
-    """When the job no longer fits, the report says why the rows are unknown; unless stdin is used, action is needed."""
+    """When the job no longer fits, the report shows why the rows are unknown; unless it is stdin, action is needed."""
     finished_run.write_job(**changes)
     report = report_json(finished_run)
 

@@ -172,7 +172,7 @@ def test_incomplete_waterfall_is_accepted(workspace: Workspace) -> None:
 
 
 def test_null_keys_are_optional() -> None:
-    """Keys of the waterfall may be null, because the API's documents don't say which can be."""
+    """Keys of the waterfall may be null, because the API's documents leave it open."""
     waterfall = Waterfall.model_validate(
         {
             "identifier": "w",

@@ -194,7 +194,7 @@ def test_row_without_params_is_invalid(tmp_path: Path) -> None:
 
 @in_turn("good", ["ada@x.example", "a@b.c", "ä.b+c@ö.example", '"a"@b.c', " ada@x.example "])
 def test_email_param(tmp_path: Path, good: str) -> None:
-    """The email check is coarse, because only the API knows which addresses exist."""
+    """The email check is coarse, because only the API can check which addresses exist."""
     batch = read_requests(open_rows(tmp_path, "params: {email: E}\n", ["E"], [[good]]), emails=["email"])
     assert sent_params(batch) == [{"email": good.strip()}]
 
@@ -283,7 +283,7 @@ def test_invalid_where(tmp_path: Path, where: str, message: str, hint: str) -> N
     ['CAST("Team Size" AS INT) > 4', "CAST(Name AS DATE) > '2024-01-01'", "STRPTIME(Name, '%Y') IS NULL"],
 )
 def test_where_error_hides_cell(tmp_path: Path, where: str) -> None:
-    """An error in `where` quotes no cell (personal data); the hint says how to cast blank values."""
+    """An error in `where` quotes no cell (personal data); the hint shows how to cast blank values."""
     error = job_error(tmp_path, f"params: {{name: Name}}\nwhere: {json.dumps(where)}\n", HEADER, LEADS)
     assert "where: cannot be computed" in error.message
     assert "TRY_CAST" in (error.hint or "")

@@ -379,7 +379,7 @@ def test_plan_does_not_change_ledger(api: SandboxApi, workspace: Workspace) -> N
 
 
 def test_plan_during_run(api: SandboxApi, workspace: Workspace) -> None:
-    """During a run a plan says that it may be outdated, and it can't be saved."""
+    """During a run a plan warns that it may be outdated, and it can't be saved."""
     workspace.write_leads(make_leads(3))
     workspace.run_job(api, RunOptions(limit=1))
     with lock_ledger(workspace.ledger_location, 0):

@@ -44,7 +44,7 @@ def assert_counts(harness: LoopHarness, **counts: int) -> bool:
 
 
 async def submit_as_earlier_run(harness: LoopHarness, count: int) -> None:
-    """Submit requests as an earlier execution, whose tasks are then not known to this one."""
+    """Submit requests as an earlier execution, whose tasks are then unknown to this one."""
     await harness.make_dispatcher(harness.make_poller(), limit=count).run()
     harness.run_state.open_tasks = 0
     assert assert_counts(harness, submitted=count)

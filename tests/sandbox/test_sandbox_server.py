@@ -200,7 +200,7 @@ def test_wrong_options(options: list[str], words: str) -> None:
 
 
 def test_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without FastAPI, the error says how to install it."""
+    """Without FastAPI, the error shows how to install it."""
     monkeypatch.delitem(sys.modules, "enrich.sandbox.server")
     monkeypatch.delitem(sys.modules, "enrich.sandbox.app")
     monkeypatch.setitem(sys.modules, "fastapi", None)
