@@ -453,7 +453,7 @@ def test_unexpected_error_hides_cells(tmp_path: Path) -> None:
 
     write_input_files(tmp_path, names=["Nobody-Knows-Me"] * 150)
     rows, watch = open_rows(tmp_path), monitor_heartbeats()
-    with pytest.raises(EnrichError, match=r"^a task of the cluster failed: ValueError at test_cluster_blocks.py:\d+$"):
+    with pytest.raises(EnrichError, match=r"^a task of the cluster failed: ValueError at test_blocks\.py:\d+$"):
         list(map_blocks(rows, split_input(rows, watch), partial(raise_unexpected, "it was"), watch))
     import ray  # noqa: PLC0415 - as above
 
@@ -590,16 +590,12 @@ QUIET_SCRIPT = """
 import os
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
-from enrich.cluster.connection import connected
+from enrich.cluster.connection import connect_ray
 from enrich.cluster.engine import enroll_on_ray
 from enrich.cluster.blocks import SharedPass
 from enrich.models import RequestSelection
-from enrich.job.spec import Input
 from enrich.ledger.ledger import Ledger
-from enrich.tables import storage
-from enrich.files.reader import InputTable
 from tests.cluster.test_blocks import TEMPLATE, monitor_heartbeats, open_ledger_remotely, open_rows
 from enrich.job.job import load_job
 import sys
@@ -607,7 +603,7 @@ import sys
 folder = Path(sys.argv[1])
 rows = open_rows(folder)
 Ledger(folder / "quiet.db").close()
-with connected(None):
+with connect_ray(None):
     open_ledger = partial(open_ledger_remotely, folder / "quiet.db", {})
     taken = SharedPass(load_job(folder / "job.yaml"), TEMPLATE, RequestSelection(), open_ledger)
     assert enroll_on_ray(rows, taken, monitor_heartbeats()).rows == 150

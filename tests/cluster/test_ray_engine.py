@@ -64,7 +64,7 @@ def test_ray_needs_server_ledger(api: SandboxApi, workspace: Workspace) -> None:
 def test_missing_cluster_extra(api: SandboxApi, postgres_workspace: Workspace) -> None:
     """Without the `cluster` extra, the error shows how to install it."""
     postgres_workspace.write_leads(make_leads(2))
-    with patch("enrich.commands.options.find_spec", return_value=None):
+    with patch("enrich.commands.run.find_spec", return_value=None):
         result = postgres_workspace.run_in_process(*RUN, "--engine", "ray", api=api)
 
     assert result.exit_code == 2

@@ -66,10 +66,10 @@ def test_signal_during_ray_start(
 
 SHUTDOWN_SCRIPT = """
 import os, signal
-from enrich.cluster.connection import connected
+from enrich.cluster.connection import connect_ray
 
 signal.signal(signal.SIGTERM, lambda *_: os.write(1, b"heard "))
-with connected(None):
+with connect_ray(None):
     os.write(1, b"leaving ")
 os.write(1, b"left ")
 os.kill(os.getpid(), signal.SIGTERM)

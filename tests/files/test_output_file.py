@@ -92,7 +92,7 @@ import os, signal, sys
 from pathlib import Path
 import polars as pl
 from enrich.job.spec import Output
-from enrich.files.writer import write
+from enrich.files.writer import write_file
 
 def frames():
     for _ in range(3):
@@ -101,7 +101,7 @@ def frames():
 
 target = Path(sys.argv[1])
 schema = dict.fromkeys(["old", "new"], pl.String())
-write(target, Output(path=target.name), job="job", schema=schema, frames=frames(), new=1)
+write_file(target, Output(path=target.name), job="job", schema=schema, frames=frames(), new_columns=1)
 """
 
 

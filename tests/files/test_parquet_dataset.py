@@ -177,14 +177,14 @@ KILLED_SCRIPT = """
 import os, signal, sys
 from pathlib import Path
 from unittest.mock import patch
-from enrich.tables import dataset, folder
-from enrich.files.writer import prepare
+from enrich.files import parquet_dataset
+from enrich.files.writer import prepare_file
 from tests.files.test_parquet_dataset import SCHEMA, frames
 
 target, moment = Path(sys.argv[1]), sys.argv[2]
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-prepare(target, Path("/leads.csv"), "job")
-draft = dataset.begin(target, "job")
+prepare_file(target, Path("/leads.csv"), "job")
+draft = parquet_dataset.begin_dataset(target, "job")
 part = draft.write_part(0, SCHEMA, frames(3))
 if moment == "parts":
     die()
@@ -193,7 +193,7 @@ def renamed(path, to):
     if moment == "between" and to == target:
         die()
     return rename(path, to)
-with patch.object(Path, "rename", renamed), patch.object(folder, "_remove_old_dataset", die):
+with patch.object(Path, "rename", renamed), patch.object(parquet_dataset, "_remove_old_dataset", die):
     draft.finish([part])
 """
 

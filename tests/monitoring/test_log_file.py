@@ -298,11 +298,11 @@ def test_rotation_keeps_five_files(tmp_path: Path, log_warnings: list[str]) -> N
 WRITER_SCRIPT = """
 import sys
 from pathlib import Path
-from enrich.watch import runlog
-runlog.LARGEST = 8_000
-with runlog.log_to(Path("run.log"), "job", print) as log:
+from enrich.monitoring import log_file
+log_file.MAX_BYTES = 8_000
+with log_file.open_log(Path("run.log"), "job", print) as log:
     for number in range(100):
-        log.line("note", text=f"{sys.argv[1]}-{number}")
+        log.write_event("note", text=f"{sys.argv[1]}-{number}")
 """
 
 
