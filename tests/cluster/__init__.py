@@ -1,1 +1,1 @@
-"""Tests of runs over several workers."""
+"""Tests of `enrich.cluster`."""

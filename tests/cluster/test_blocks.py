@@ -1,4 +1,4 @@
-"""Enrolling and collecting on Ray: the same as in one process, whatever is lost on the way."""
+"""Enrolling and collecting on Ray gives the same results as in one process, even when blocks and connections fail."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from tests.support.object_storage import BUCKET, put_object, storage_environ
 from tests.support.table_files import read_table, write_table
 from tests.support.workspace import wait_until
 
-# Ray warns of what Ray does.
+# Ray's own warnings.
 pytestmark = [
     pytest.mark.cluster,
     pytest.mark.skipif(find_spec("ray") is None, reason="Ray comes with the extra `cluster`"),
@@ -57,9 +57,9 @@ NAMES = [f"person {number % 40}" for number in range(150)]
 
 @pytest.fixture(scope="module")
 def _ray(endpoint: str) -> Iterator[None]:
-    """Start Ray on this machine, with two processes at work that find the storage."""
+    """Start Ray on this machine with two worker processes that can reach the object storage."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray  # noqa: PLC0415 - it reads its settings when it is imported
+    import ray  # noqa: PLC0415 - Ray reads its settings at import
 
     with patch.dict(os.environ, storage_environ(endpoint)):
         ray.init(
@@ -76,7 +76,7 @@ def _ray(endpoint: str) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _small_blocks(_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Divide even small inputs."""
+    """Split even small inputs into blocks of 25 rows."""
     from enrich.cluster import blocks  # noqa: PLC0415 - as above
     from enrich.files import reader  # noqa: PLC0415 - likewise
 
@@ -85,7 +85,7 @@ def _small_blocks(_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def open_ledger_remotely(ledger_location: LedgerLocation, environ: dict[str, str], seen: Path | None = None) -> Ledger:
-    """Open a ledger in a process of Ray, which was started before the server, and write down that it did."""
+    """Open a ledger in a Ray process that started before the server, and append its process id to `seen`."""
     os.environ.update(environ)
     if seen is not None:
         with seen.open("a") as file:
@@ -94,7 +94,7 @@ def open_ledger_remotely(ledger_location: LedgerLocation, environ: dict[str, str
 
 
 def write_input_files(folder: Path, kind: str = "parquet", names: Sequence[str] = NAMES) -> None:
-    """Write leads in three files."""
+    """Write the leads into three files."""
     for number, country in enumerate(("DE", "DE", "FR")):
         path = folder / "leads" / f"country={country}" / f"{number}.{kind}"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +102,7 @@ def write_input_files(folder: Path, kind: str = "parquet", names: Sequence[str] 
 
 
 def open_rows(folder: Path, more: str = "") -> JobInput:
-    """Open the leads of a job."""
+    """Open the leads of a job as a `JobInput`."""
     (folder / "job.yaml").write_text(JOB + more)
     return JobInput(load_job(folder / "job.yaml"))
 
@@ -110,7 +110,7 @@ def open_rows(folder: Path, more: str = "") -> JobInput:
 def begin_enrollment(
     folder: Path, ledger: CommittingLedger, selection: RequestSelection, environ: dict[str, str] | None = None
 ) -> Any:
-    """Make the pass that blocks take part in."""
+    """Create the `SharedPass` that the blocks use."""
     from enrich.cluster.blocks import SharedPass  # noqa: PLC0415 - as above
 
     opening = partial(
@@ -119,15 +119,15 @@ def begin_enrollment(
     return SharedPass(load_job(folder / "job.yaml"), TEMPLATE, selection, opening)
 
 
-def monitor_heartbeats(boss: ClusterCallbacks | None = None) -> Any:
-    """Watch over a step."""
+def monitor_heartbeats(callbacks: ClusterCallbacks | None = None) -> Any:
+    """Create the heartbeat monitor of a step."""
     from enrich.cluster.presence import HeartbeatMonitor, Heartbeats, new_heartbeat_counter  # noqa: PLC0415 - as above
 
-    return HeartbeatMonitor(Heartbeats(new_heartbeat_counter()), boss or ClusterCallbacks())
+    return HeartbeatMonitor(Heartbeats(new_heartbeat_counter()), callbacks or ClusterCallbacks())
 
 
 def enroll_locally(rows: JobInput, ledger: CommittingLedger, selection: RequestSelection) -> tuple[int, Counter[str]]:
-    """Enroll in this process."""
+    """Enroll all rows in this process; return the number of rows and the rows per status."""
     of_rows: Counter[str] = Counter()
     height = 0
     with ledger.wrapped.transaction():
@@ -144,7 +144,7 @@ def enroll_locally(rows: JobInput, ledger: CommittingLedger, selection: RequestS
 def enroll_blocks(
     folder: Path, rows: JobInput, ledger: CommittingLedger, selection: RequestSelection, **options: Any
 ) -> Any:
-    """Enroll on Ray."""
+    """Enroll all rows on Ray; return the number of rows and the rows per status."""
     from enrich.cluster.engine import enroll_on_ray  # noqa: PLC0415 - as above
 
     ledger.commit(Ledger.begin_pass, selection)
@@ -156,22 +156,22 @@ def enroll_blocks(
 
 
 def queued_requests(ledger: CommittingLedger) -> list[Any]:
-    """Look at what is to be asked, in its order."""
+    """Return the queued requests in queue order."""
     rows = ledger.query_all(
         "SELECT fingerprint, params, state FROM requests WHERE position IS NOT NULL ORDER BY position"
     )
     return [(bytes(row[0]), *row[1:]) for row in rows]
 
 
-def answer_queued(ledger: CommittingLedger, but: int = 5) -> None:
-    """Answer what is in the queue, each third a miss; leave the last."""
-    for number in range(len(queued_requests(ledger)) - but):
+def answer_queued(ledger: CommittingLedger, left_pending: int = 5) -> None:
+    """Answer the queued requests except the last `but`; every third one is a miss."""
+    for number in range(len(queued_requests(ledger)) - left_pending):
         ledger.settle(ledger.submit(f"task {number}"), FOUND if number % 3 else NO_MATCH)
 
 
 @pytest.fixture
 def ledger_location(postgres: servers.PostgresServer, tmp_path: Path) -> LedgerLocation:
-    """Name the place of a ledger: several processes share one only on a server."""
+    """Return a ledger location on the server: several processes can share a ledger only there."""
     return parse_ledger_location(tmp_path, postgres.ledger_url(), tmp_path)
 
 
@@ -179,7 +179,7 @@ def ledger_location(postgres: servers.PostgresServer, tmp_path: Path) -> LedgerL
 def test_enrollment_matches_single_process(
     tmp_path: Path, ledger: CommittingLedger, postgres: servers.PostgresServer, kind: str
 ) -> None:
-    """The same requests in the same order, the same left out and for the same reasons."""
+    """Ray queues the same requests in the same order and skips the same rows for the same reasons."""
     write_input_files(tmp_path, kind, ["" if number % 30 == 7 else name for number, name in enumerate(NAMES)])
     rows = open_rows(tmp_path, "where: B <> '1'\ncaps: {by: country, max: 25}\n")
     selection = RequestSelection(max_per_group=25, limit=30)
@@ -202,7 +202,7 @@ def test_enrollment_matches_single_process(
 
 
 def test_collection_matches_single_process(tmp_path: Path, ledger: CommittingLedger) -> None:
-    """The same table, and the same counts; a price stands on the first row that asked, wherever the others are."""
+    """Ray writes the same table and counts; a price is on the first row of its request, even across blocks."""
     from enrich.cluster.engine import collect_on_ray  # noqa: PLC0415 - as above
 
     write_input_files(tmp_path)
@@ -233,7 +233,7 @@ def test_collection_matches_single_process(tmp_path: Path, ledger: CommittingLed
 @pytest.mark.parametrize("kind", ["parquet", "csv"])
 @pytest.mark.usefixtures("bucket")
 def test_reads_and_writes_object_storage(tmp_path: Path, ledger: CommittingLedger, kind: str) -> None:
-    """Every task fetches what it reads, and sends what it writes."""
+    """Each task downloads the input it reads and uploads the part it writes."""
     from enrich.cluster.engine import collect_on_ray  # noqa: PLC0415 - as above
 
     write_input_files(tmp_path, kind)
@@ -257,7 +257,7 @@ def test_reads_and_writes_object_storage(tmp_path: Path, ledger: CommittingLedge
 
 
 def test_empty_dataset_has_columns(tmp_path: Path, ledger: CommittingLedger) -> None:
-    """With its columns."""
+    """A dataset without rows still has all columns."""
     from enrich.cluster.engine import collect_on_ray  # noqa: PLC0415 - as above
 
     (tmp_path / "leads").mkdir()
@@ -274,7 +274,7 @@ def test_empty_dataset_has_columns(tmp_path: Path, ledger: CommittingLedger) -> 
 
 
 def test_input_errors_are_raised_unchanged(tmp_path: Path, ledger: CommittingLedger) -> None:
-    """With its file, its row and its remedy, and no word of Ray; nothing is queued."""
+    """Errors name the file, the row and the remedy, without any mention of Ray; nothing is queued."""
     write_input_files(tmp_path, "csv")
     with (tmp_path / "leads" / "country=FR" / "2.csv").open("a") as file:
         file.write("one cell\n")
@@ -291,7 +291,7 @@ def test_input_errors_are_raised_unchanged(tmp_path: Path, ledger: CommittingLed
 
 
 def test_undividable_input_is_refused(tmp_path: Path, ledger: CommittingLedger) -> None:
-    """The caller does it in one process."""
+    """An input that can't be divided is refused; the caller then reads it in one process."""
     from enrich.cluster.engine import collect_on_ray  # noqa: PLC0415 - as above
 
     write_input_files(tmp_path)
@@ -306,11 +306,11 @@ def test_undividable_input_is_refused(tmp_path: Path, ledger: CommittingLedger) 
 
 
 class InterruptedByTestError(Exception):
-    """What a signal raises."""
+    """The error that a signal raises."""
 
 
 def wait_in_block(flag: Path, rows: JobInput) -> int:
-    """Be slow but for the first block: say that the work has begun, and wait."""
+    """Touch `flag` to show that the work has begun, and wait; the first block does not wait."""
     if rows.first_position:
         flag.touch()
         time.sleep(60)
@@ -318,7 +318,7 @@ def wait_in_block(flag: Path, rows: JobInput) -> int:
 
 
 def test_interrupt_does_not_wait_for_blocks(tmp_path: Path) -> None:
-    """A signal is heard within a moment, whatever the blocks are at; their tasks end."""
+    """A signal takes effect at once, whatever the blocks are doing, and their tasks end."""
     from enrich.cluster.blocks import map_blocks, split_input  # noqa: PLC0415 - as above
 
     write_input_files(tmp_path)
@@ -342,7 +342,7 @@ def test_interrupt_does_not_wait_for_blocks(tmp_path: Path) -> None:
 
 
 def kill_process_once(flag: Path, rows: JobInput) -> tuple[int, int]:
-    """Be killed in the middle, the first time."""
+    """Kill this process in the middle of the first attempt."""
     height = sum(batch.frame.height for batch in rows.batches(TEMPLATE))
     if rows.first_position == 50 and not flag.exists():
         flag.touch()
@@ -351,7 +351,7 @@ def kill_process_once(flag: Path, rows: JobInput) -> tuple[int, int]:
 
 
 def test_lost_block_is_retried(tmp_path: Path) -> None:
-    """What comes of it is told once."""
+    """A lost block is retried and its result is returned once."""
     from enrich.cluster.blocks import map_blocks, split_input  # noqa: PLC0415 - as above
 
     write_input_files(tmp_path)
@@ -363,14 +363,14 @@ def test_lost_block_is_retried(tmp_path: Path) -> None:
 
 
 def kill_process(rows: JobInput) -> int:
-    """Be killed, as for want of memory."""
+    """Kill this process, as the system does when memory runs out."""
     if rows.first_position < 50:
         os.kill(os.getpid(), signal.SIGKILL)
     return rows.first_position
 
 
 def test_repeatedly_lost_block_fails(tmp_path: Path) -> None:
-    """It would never come to an end; the next run resumes."""
+    """A block that is lost again and again fails instead of retrying for ever; the next run resumes."""
     from enrich.cluster.blocks import map_blocks, split_input  # noqa: PLC0415 - as above
 
     write_input_files(tmp_path)
@@ -381,7 +381,7 @@ def test_repeatedly_lost_block_fails(tmp_path: Path) -> None:
 
 @pytest.fixture
 def _full_cluster(_ray: None) -> Iterator[None]:
-    """Let others have all of the cluster."""
+    """Let another user occupy the whole cluster."""
     import ray  # noqa: PLC0415 - as above
 
     held = ray.util.placement_group([{"CPU": 2}])
@@ -394,7 +394,7 @@ def _full_cluster(_ray: None) -> Iterator[None]:
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.usefixtures("_full_cluster")
 def test_full_cluster_times_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, *, late: bool) -> None:
-    """It is told soon, and at once when the time is up; others may need the machines the whole night."""
+    """A full cluster is reported soon and times out, at once when the run is over time: it may stay full for hours."""
     from enrich.cluster import presence  # noqa: PLC0415 - as above
     from enrich.cluster.blocks import map_blocks, split_input  # noqa: PLC0415 - likewise
 
@@ -414,7 +414,7 @@ def test_full_cluster_times_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 @pytest.mark.parametrize("kind", ["parquet", "csv"])
 def test_slow_block_is_awaited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    """However long a block takes, and though it is late."""
+    """A slow block is awaited however long it takes, even when the run is over time."""
     from enrich.cluster import presence  # noqa: PLC0415 - as above
     from enrich.cluster.blocks import map_blocks, split_input  # noqa: PLC0415 - likewise
 
@@ -425,14 +425,14 @@ def test_slow_block_is_awaited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 
 def process_slowly(rows: JobInput) -> int:
-    """Be slow with one block."""
+    """Take 18 s for every block but the first."""
     time.sleep(0 if rows.first_position else 18)
     return rows.first_position
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv"])
 def test_other_version_is_refused(tmp_path: Path, kind: str) -> None:
-    """It might ask other questions, and pay for them."""
+    """A worker with another version of enrich is refused: it might send other requests and pay for them."""
     from enrich.cluster.blocks import map_blocks, split_input  # noqa: PLC0415 - as above
 
     write_input_files(tmp_path, kind)
@@ -442,18 +442,18 @@ def test_other_version_is_refused(tmp_path: Path, kind: str) -> None:
         list(map_blocks(rows, split_input(rows, watch), partial(wait_in_block, tmp_path / "flag"), watch))
 
 
-def raise_unexpected(how: str, rows: JobInput) -> int:
-    """Fail as nobody foresaw."""
-    raise ValueError(f"{how} {next(rows.batches(TEMPLATE)).frame.row(0)}")
+def raise_unexpected(message: str, rows: JobInput) -> int:
+    """Raise an unexpected error that quotes a row."""
+    raise ValueError(f"{message} {next(rows.batches(TEMPLATE)).frame.row(0)}")
 
 
 def test_unexpected_error_hides_cells(tmp_path: Path) -> None:
-    """Only what it is and where it was: neither here nor in the logs of Ray is there a person."""
+    """An unexpected error shows only its type and place; no cell appears in it or in Ray's logs."""
     from enrich.cluster.blocks import map_blocks, split_input  # noqa: PLC0415 - as above
 
     write_input_files(tmp_path, names=["Nobody-Knows-Me"] * 150)
     rows, watch = open_rows(tmp_path), monitor_heartbeats()
-    with pytest.raises(EnrichError, match=r"^a task of the cluster failed: ValueError at test_cluster_blocks.py:\d+$"):
+    with pytest.raises(EnrichError, match=r"^a task of the cluster failed: ValueError at test_blocks\.py:\d+$"):
         list(map_blocks(rows, split_input(rows, watch), partial(raise_unexpected, "it was"), watch))
     import ray  # noqa: PLC0415 - as above
 
@@ -466,7 +466,7 @@ def test_unexpected_error_hides_cells(tmp_path: Path) -> None:
 def test_enrollment_survives_database_restart(
     tmp_path: Path, own_postgres: servers.PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever was in the middle is done again."""
+    """Enrolling survives a restart of the database: unfinished blocks are done again."""
     from enrich.cluster import blocks  # noqa: PLC0415 - as above
     from enrich.files import reader  # noqa: PLC0415 - likewise
 
@@ -499,7 +499,7 @@ def test_enrollment_survives_database_restart(
 
 
 def test_missing_ledger_error(tmp_path: Path, ledger: CommittingLedger) -> None:
-    """As in one process, with what to do."""
+    """A missing ledger gives the same error and remedy as in one process."""
     from enrich.cluster.engine import enroll_on_ray  # noqa: PLC0415 - as above
 
     write_input_files(tmp_path)
@@ -531,7 +531,7 @@ CELLS: dict[str, Any] = {
 
 
 def test_column_types_survive_blocks(tmp_path: Path) -> None:
-    """As it went in, whatever Arrow calls it."""
+    """Column types survive the way through blocks, whatever type Arrow gives them."""
     from enrich.cluster.blocks import PartSource, from_block, read_group, to_block  # noqa: PLC0415 - as above
     from enrich.files.values import json_column  # noqa: PLC0415 - likewise
 
@@ -561,8 +561,8 @@ def test_column_types_survive_blocks(tmp_path: Path) -> None:
 
 
 def test_merged_blocks_are_split() -> None:
-    """Each stretch of rows that follow one another has its place."""
-    import pyarrow as pa  # noqa: PLC0415 - comes with Ray
+    """A merged block is split into its runs of consecutive rows, each with its own position."""
+    import pyarrow as pa  # noqa: PLC0415 - installed with Ray
 
     from enrich.cluster.blocks import error_block, from_block, to_block  # noqa: PLC0415 - as above
 
@@ -580,9 +580,9 @@ def test_merged_blocks_are_split() -> None:
 
 
 def test_errors_can_be_pickled() -> None:
-    """Every error comes back as it was."""
+    """Every error type is the same after pickling."""
     for error in (CommandRefused("a", "b"), JobError("a"), LedgerFailed("a", "b")):
-        back = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own
+        back = pickle.loads(pickle.dumps(error))  # noqa: S301 - pickled two lines above
         assert (type(back), back.message, back.hint) == (type(error), error.message, error.hint)
 
 
@@ -590,16 +590,12 @@ QUIET_SCRIPT = """
 import os
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
-from enrich.cluster.connection import connected
+from enrich.cluster.connection import connect_ray
 from enrich.cluster.engine import enroll_on_ray
 from enrich.cluster.blocks import SharedPass
 from enrich.models import RequestSelection
-from enrich.job.spec import Input
 from enrich.ledger.ledger import Ledger
-from enrich.tables import storage
-from enrich.files.reader import InputTable
 from tests.cluster.test_blocks import TEMPLATE, monitor_heartbeats, open_ledger_remotely, open_rows
 from enrich.job.job import load_job
 import sys
@@ -607,7 +603,7 @@ import sys
 folder = Path(sys.argv[1])
 rows = open_rows(folder)
 Ledger(folder / "quiet.db").close()
-with connected(None):
+with connect_ray(None):
     open_ledger = partial(open_ledger_remotely, folder / "quiet.db", {})
     taken = SharedPass(load_job(folder / "job.yaml"), TEMPLATE, RequestSelection(), open_ledger)
     assert enroll_on_ray(rows, taken, monitor_heartbeats()).rows == 150
@@ -615,7 +611,7 @@ with connected(None):
 
 
 def test_no_terminal_output(tmp_path: Path) -> None:
-    """Neither a bar nor a log line: success is silent."""
+    """Ray shows no progress bar and no log line: a successful run is silent."""
     write_input_files(tmp_path)
     result = subprocess.run(
         [sys.executable, "-c", QUIET_SCRIPT, str(tmp_path)], capture_output=True, text=True, check=False, timeout=100

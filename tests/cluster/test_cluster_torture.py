@@ -19,17 +19,17 @@ SHORT_INJECTIONS = {
 
 
 def assert_promises_kept(report: ClusterTortureReport) -> None:
-    """Check that every promise was kept, and that there was something to keep it against."""
+    """Check that every promise was kept, and that enough faults were injected for the check to mean something."""
     assert report.passed, report.as_markdown()
     assert report.injected.total() >= 5, report.as_markdown()
     assert report.faults > 15
     assert report.accepted >= report.rows - report.in_doubt
-    # How evenly requests arrive is the machine's, too; who did not share the allowance would take it times three.
+    # The spread of requests also depends on the machine; without a shared rate it would be three times the limit.
     assert report.busiest_second < 2 * report.rate, report.as_markdown()
 
 
 @pytest.mark.cluster
 @pytest.mark.timeout(600)
-def test_nothing_is_paid_twice_or_lost_by_several_workers(tmp_path: Path, own_postgres: PostgresServer) -> None:
-    """Actors of a Ray cluster: killed, stopped past their leases, their server restarted and crashed."""
+def test_nothing_is_paid_twice_or_lost(tmp_path: Path, own_postgres: PostgresServer) -> None:
+    """No request is paid twice or lost while Ray actors are killed or suspended and the server restarts and crashes."""
     assert_promises_kept(run_torture(tmp_path, own_postgres, rows=150, workers=3, injections=SHORT_INJECTIONS, seed=5))

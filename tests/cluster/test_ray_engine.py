@@ -1,4 +1,4 @@
-"""`--engine ray`: what is said when it can't be, and a run whose three steps Ray carries."""
+"""`--engine ray`: its error messages, and runs whose three steps are done on Ray."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ needs_ray = [
 RUN = ("run", "job.yaml", "--json")
 THREE = (*ON_RAY, "3")
 
-#: What Ray says of itself.
+#: Ray's own messages.
 RAY_MESSAGE = re.compile(r"\bray(let)?\b", re.IGNORECASE)
 
 
 @pytest.fixture
 def postgres_workspace(tmp_path: Path, postgres: PostgresServer) -> Workspace:
-    """Make an office whose ledger is on the server."""
+    """Return a workspace whose ledger is on the server."""
     folder = tmp_path / "far"
     folder.mkdir()
     made = Workspace(folder, f"{postgres.ledger_url()}&lease=2", postgres.environ)
@@ -45,11 +45,11 @@ def postgres_workspace(tmp_path: Path, postgres: PostgresServer) -> Workspace:
     return made
 
 
-# What can't be
+# Refused uses
 
 
 def test_ray_needs_server_ledger(api: SandboxApi, workspace: Workspace) -> None:
-    """Told with the file, the line, the key and what to do."""
+    """Ray without a server ledger is refused with file, line, key and remedy."""
     workspace.write_job(ledger="leads.db")
     workspace.write_leads(make_leads(2))
     result = workspace.run_in_process(*RUN, "--engine", "ray", api=api)
@@ -62,9 +62,9 @@ def test_ray_needs_server_ledger(api: SandboxApi, workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_missing_cluster_extra(api: SandboxApi, postgres_workspace: Workspace) -> None:
-    """It is said how to get it."""
+    """Without the `cluster` extra, the error shows how to install it."""
     postgres_workspace.write_leads(make_leads(2))
-    with patch("enrich.commands.options.find_spec", return_value=None):
+    with patch("enrich.commands.run.find_spec", return_value=None):
         result = postgres_workspace.run_in_process(*RUN, "--engine", "ray", api=api)
 
     assert result.exit_code == 2
@@ -72,7 +72,7 @@ def test_missing_cluster_extra(api: SandboxApi, postgres_workspace: Workspace) -
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--processes", "2"], "No such option"),
         (["--workers", "2"], "are for --engine ray"),
@@ -81,17 +81,17 @@ def test_missing_cluster_extra(api: SandboxApi, postgres_workspace: Workspace) -
         (["--engine", "ray", "--address", "ray://127.0.0.1:10001"], "without `ray://`"),
     ],
 )
-def test_incompatible_options(options: list[str], said: str, api: SandboxApi, workspace: Workspace) -> None:
-    """They are errors of usage, told before anything begins."""
+def test_incompatible_options(options: list[str], message: str, api: SandboxApi, workspace: Workspace) -> None:
+    """Options that can't be combined are usage errors before anything starts."""
     workspace.write_leads(make_leads(2))
     result = workspace.run_in_process(*RUN, *options, api=api)
 
     assert result.exit_code == 2
-    assert said in result.stderr
+    assert message in result.stderr
 
 
 def test_stdin_input_is_refused(api: SandboxApi, postgres_workspace: Workspace) -> None:
-    """The others of a cluster do not see what came through it."""
+    """Input from stdin is refused: other machines of the cluster can't read it."""
     result = postgres_workspace.run_in_process(
         *RUN, "--input", "-", "--engine", "ray", "--address", "10.0.0.5:6379", api=api
     )
@@ -103,7 +103,7 @@ def test_stdin_input_is_refused(api: SandboxApi, postgres_workspace: Workspace) 
 @pytest.mark.long
 @pytest.mark.skipif(find_spec("ray") is None, reason="Ray comes with the extra `cluster`")
 def test_unreachable_cluster_is_exit_4(api: SandboxApi, postgres_workspace: Workspace) -> None:
-    """The next run resumes: exit 4, and nothing was sent."""
+    """An unreachable cluster is exit 4: nothing was sent, and the next run resumes."""
     postgres_workspace.write_leads(make_leads(2))
     with closing(socket.socket()) as taken:
         taken.bind(("127.0.0.1", 0))
@@ -114,15 +114,15 @@ def test_unreachable_cluster_is_exit_4(api: SandboxApi, postgres_workspace: Work
     assert result.exit_code == 4
     assert "the Ray cluster at 127.0.0.1" in result.stderr
     assert "can't be reached" in result.stderr
-    assert accepted(api) == 0
+    assert accepted_count(api) == 0
 
 
-# Ray itself, in processes of its own
+# Runs on a real Ray cluster
 
 
 @pytest.fixture
 def cluster(postgres_workspace: Workspace) -> Iterator[tuple[str, int]]:
-    """Start a Ray cluster that was there before the run, and stays after it; return its address and its process."""
+    """Start a Ray cluster that exists before and after the run; return its address and its process id."""
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -146,39 +146,39 @@ def cluster(postgres_workspace: Workspace) -> Iterator[tuple[str, int]]:
 
 
 def is_listening(port: int) -> bool:
-    """Tell whether somebody listens there."""
+    """Return whether a server listens on this port."""
     with closing(socket.socket()) as probe:
         return not probe.connect_ex(("127.0.0.1", port))
 
 
-def accepted(api: SandboxApi) -> int:
-    """Count the runs that the API has taken."""
+def accepted_count(api: SandboxApi) -> int:
+    """Return how many runs the API has accepted."""
     return int(api.audit()["accepted"])
 
 
-def alive(number: int) -> bool:
-    """Tell whether a process is there."""
+def process_exists(pid: int) -> bool:
+    """Return whether a process exists and is no zombie."""
     try:
-        return "\nState:\tZ" not in Path(f"/proc/{number}/status").read_text(encoding="utf-8")
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     except (FileNotFoundError, ProcessLookupError):
         return False
 
 
 @contextmanager
-def at_work(
-    far: Workspace, api: SandboxApi, *more: str, enough: int = 30, group: bool = False
+def running_actors(
+    workspace: Workspace, api: SandboxApi, *more: str, enough: int = 30, group: bool = False
 ) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
-    """Start a run, wait until its three actors have bought enough; whatever happens, it is not left."""
-    process = far.start_subprocess(*THREE, *more, api=api, group=group)
+    """Start a run and wait until its three actors have bought `enough` rows; kill the run at the end."""
+    process = workspace.start_subprocess(*THREE, *more, api=api, group=group)
     try:
-        wait_until(lambda: accepted(api) >= enough and len(list(worker_pids(process.pid))) == 3, 120)
+        wait_until(lambda: accepted_count(api) >= enough and len(list(worker_pids(process.pid))) == 3, 120)
         yield process, list(worker_pids(process.pid))
     finally:
         kill_process(process) if process.poll() is None else None
 
 
 def wait_for_summary(process: subprocess.Popen[str]) -> RunSummary:
-    """Wait for the end of a run that says nothing but its receipt on stdout."""
+    """Wait for the end of a run and return its summary, the only text on stdout."""
     out, err = process.communicate(timeout=240)
     assert "Traceback" not in err
     assert not RAY_MESSAGE.search(err)
@@ -186,7 +186,7 @@ def wait_for_summary(process: subprocess.Popen[str]) -> RunSummary:
 
 
 def assert_consistent_with_audit(api: SandboxApi, leads: int, summary: RunSummary) -> None:
-    """Hold a receipt against the API's books."""
+    """Compare a run summary with the API's audit."""
     audit = api.audit()
     assert audit["paid_twice"] == audit["accepted_more_than_once"] == 0
     assert summary.pending == 0
@@ -194,7 +194,7 @@ def assert_consistent_with_audit(api: SandboxApi, leads: int, summary: RunSummar
 
 
 class TestOnRay:
-    """Runs that Ray carries."""
+    """Runs on Ray."""
 
     pytestmark = needs_ray
 
@@ -202,7 +202,7 @@ class TestOnRay:
     def test_ray_matches_single_process(
         self, tmp_path: Path, postgres_workspace: Workspace, postgres: PostgresServer, dispatch: str
     ) -> None:
-        """The same rows with the same answers, here as a dataset; rate, canary and limit count for all workers."""
+        """Ray gives the same rows and answers, here as a dataset; rate, canary and limit apply to all workers."""
         canary, limits = "{rows: 5, min_hit_rate: 0.01}", "{requests_per_second: 50}"
         postgres_workspace.write_job(limits=limits, output="out/leads/", canary=canary, dispatch=dispatch)
         postgres_workspace.write_leads(make_leads(120))
@@ -219,11 +219,11 @@ class TestOnRay:
         assert outcomes[0] == outcomes[1]
 
     def test_killed_actor_is_replaced(self, tmp_path: Path, postgres_workspace: Workspace) -> None:
-        """The others inherit, another comes in its place; no file of Ray has the key."""
+        """A killed actor is replaced and its tasks are taken over; no file of Ray contains the key."""
         postgres_workspace.write_leads(make_leads(200))
         with serve_api(tmp_path / "api.db", latency="uniform(0.1,0.6)") as api:
-            with at_work(postgres_workspace, api) as (process, workers):
-                files = [each for each in Path("/tmp/ray").glob("session_*/**/*") if each.is_file()]  # noqa: S108 - Ray's
+            with running_actors(postgres_workspace, api) as (process, workers):
+                files = [each for each in Path("/tmp/ray").glob("session_*/**/*") if each.is_file()]  # noqa: S108
                 assert not any(api.api_key.encode() in each.read_bytes() for each in files)
                 os.kill(workers[0], signal.SIGKILL)
                 summary = wait_for_summary(process)
@@ -232,82 +232,82 @@ class TestOnRay:
         assert summary.exit_code == (14 if summary.in_doubt else 0)
         assert any("an actor of the cluster died" in note for note in summary.notes)
 
-    def test_the_cap_is_kept_though_an_actor_is_killed(self, tmp_path: Path, far: Workspace) -> None:
-        """What it had reserved stays so until its tasks are answered; none stops while some may come free."""
-        far.write_job(limits="{requests_per_second: 120, max_credits: 15}")
-        far.write_leads(make_leads(200))
+    def test_cap_is_kept_when_actor_is_killed(self, tmp_path: Path, postgres_workspace: Workspace) -> None:
+        """The cap holds when an actor is killed: its reservation stays, and others wait for credits to come free."""
+        postgres_workspace.write_job(limits="{requests_per_second: 120, max_credits: 15}")
+        postgres_workspace.write_leads(make_leads(200))
         with (
             serve_api(tmp_path / "api.db", latency="uniform(0.1,0.6)") as api,
-            at_work(far, api, enough=5) as (process, workers),
+            running_actors(postgres_workspace, api, enough=5) as (process, workers),
         ):
             os.kill(workers[0], signal.SIGKILL)
-            receipt = wait_for_summary(process)
+            summary = wait_for_summary(process)
             audit = api.audit()
-        (worst,) = far.sql("SELECT max(reserved) FROM attempts")[0]
-        unknown = receipt.in_doubt or 0
+        (max_reserved,) = postgres_workspace.sql("SELECT max(reserved) FROM attempts")[0]
+        unknown = summary.in_doubt or 0
 
-        assert (receipt.exit_code, audit["paid_twice"]) == (12, 0)
-        assert 15 - (1 + unknown) * worst / 1e6 < audit["credits_charged"] <= 15
+        assert (summary.exit_code, audit["paid_twice"]) == (12, 0)
+        assert 15 - (1 + unknown) * max_reserved / 1e6 < audit["credits_charged"] <= 15
 
-    def test_an_actor_that_sleeps_past_its_lease_begins_anew(self, tmp_path: Path, far: Workspace) -> None:
-        """Its tasks are the others' meanwhile; woken up it overwrites nothing, and helps again."""
-        far.write_job(limits="{requests_per_second: 40}")
-        far.write_leads(make_leads(300))
+    def test_suspended_actor_rejoins_after_its_lease(self, tmp_path: Path, postgres_workspace: Workspace) -> None:
+        """Others take over the tasks of an actor suspended past its lease; it overwrites nothing and resumes later."""
+        postgres_workspace.write_job(limits="{requests_per_second: 40}")
+        postgres_workspace.write_leads(make_leads(300))
         with serve_api(tmp_path / "api.db", latency="uniform(0.1,0.6)") as api:
-            with at_work(far, api) as (process, workers):
+            with running_actors(postgres_workspace, api) as (process, workers):
                 leases = ("SELECT count(*) FROM owners WHERE name LIKE ?", f"% {workers[0]}")
-                wait_until(lambda: far.sql(*leases) == [(1,)])
+                wait_until(lambda: postgres_workspace.sql(*leases) == [(1,)])
                 os.kill(workers[0], signal.SIGSTOP)
-                wait_until(lambda: far.sql(*leases) == [(0,)])
+                wait_until(lambda: postgres_workspace.sql(*leases) == [(0,)])
                 os.kill(workers[0], signal.SIGCONT)
-                wait_until(lambda: far.sql(*leases) == [(1,)])
-                receipt = wait_for_summary(process)
-            assert_consistent_with_audit(api, 300, receipt)
+                wait_until(lambda: postgres_workspace.sql(*leases) == [(1,)])
+                summary = wait_for_summary(process)
+            assert_consistent_with_audit(api, 300, summary)
 
-        assert receipt.exit_code == (14 if receipt.in_doubt else 0)
-        assert not any("lost" in note for note in receipt.notes)
+        assert summary.exit_code == (14 if summary.in_doubt else 0)
+        assert not any("lost" in note for note in summary.notes)
 
-    def test_an_actor_that_never_wakes_up_is_given_up(self, tmp_path: Path, far: Workspace) -> None:
-        """The run ends without it."""
-        far.write_leads(make_leads(200))
+    def test_actor_that_never_resumes_is_given_up(self, tmp_path: Path, postgres_workspace: Workspace) -> None:
+        """The run ends without an actor that never resumes."""
+        postgres_workspace.write_leads(make_leads(200))
         with serve_api(tmp_path / "api.db", latency="uniform(0.1,0.6)") as api:
-            with at_work(far, api) as (process, workers):
+            with running_actors(postgres_workspace, api) as (process, workers):
                 os.kill(workers[0], signal.SIGSTOP)
-                receipt = wait_for_summary(process)
-            assert_consistent_with_audit(api, 200, receipt)
+                summary = wait_for_summary(process)
+            assert_consistent_with_audit(api, 200, summary)
 
-        assert not alive(workers[0])
-        assert any("said nothing any more" in note for note in receipt.notes)
+        assert not process_exists(workers[0])
+        assert any("said nothing any more" in note for note in summary.notes)
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=str)
     def test_signals_stop_actors_cleanly(
         self, tmp_path: Path, postgres_workspace: Workspace, number: signal.Signals
     ) -> None:
-        """Ray would end with SIGTERM by itself. Actors write down what is on the wire; nothing is in doubt.
+        """On SIGTERM the actors record their POSTs in flight and nothing is in doubt; Ray alone would end at once.
 
         Ctrl-C reaches every process of the terminal.
         """
         postgres_workspace.write_leads(make_leads(150))
         code = 128 + number
         with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
-            with at_work(postgres_workspace, api, group=True) as (process, left):
+            with running_actors(postgres_workspace, api, group=True) as (process, left):
                 (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
                 summary = wait_for_summary(process)
-            assert postgres_workspace.open_task_count() == accepted(api)
+            assert postgres_workspace.open_task_count() == accepted_count(api)
 
         assert (process.returncode, summary.exit_code, summary.in_doubt) == (code, code, 0)
-        assert not any(map(alive, left))
+        assert not any(map(process_exists, left))
 
     def test_actors_exit_when_driver_is_killed(
         self, tmp_path: Path, postgres_workspace: Workspace, cluster: tuple[str, int]
     ) -> None:
-        """They write down what is on the wire; the next run goes on, on the same cluster."""
+        """When the driver is killed, actors record their POSTs in flight; the next run resumes on the same cluster."""
         postgres_workspace.write_leads(make_leads(300))
         address, head = cluster
         words = (*THREE, "--address", address)
         with serve_api(tmp_path / "api.db", latency="uniform(0.1,0.6)") as api:
             process = postgres_workspace.start_subprocess(*words, api=api)
-            wait_until(lambda: accepted(api) >= 30 and len(list(worker_pids(head))) == 3, 60)
+            wait_until(lambda: accepted_count(api) >= 30 and len(list(worker_pids(head))) == 3, 60)
             kill_process(process)
             wait_until(lambda: not list(worker_pids(head)), 40)
             wait_until(lambda: postgres_workspace.sql("SELECT count(*) FROM owners WHERE seconds > 0") == [(0,)], 40)

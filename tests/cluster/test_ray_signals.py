@@ -1,4 +1,4 @@
-"""Whoever ends a run that starts Ray, or ends it, is heard at whatever moment."""
+"""A signal takes effect at any time while a run starts or stops Ray."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ON_RAY = ("run", "job.yaml", "--engine", "ray", "--workers", "1")
 
 @pytest.fixture
 def workspace(tmp_path: Path, postgres: PostgresServer) -> Workspace:
-    """Make an office whose ledger is on the server."""
+    """Return a workspace whose ledger is on the server."""
     made = Workspace(tmp_path, postgres.ledger_url(), postgres.environ)
     made.write_job()
     made.write_leads(make_leads(300))
@@ -38,23 +38,23 @@ def workspace(tmp_path: Path, postgres: PostgresServer) -> Workspace:
 
 @pytest.fixture
 def unresponsive_address() -> Iterator[str]:
-    """Listen as a server does that is busy, or is none of Ray's; return its address."""
+    """Listen without answering, like a busy server or one that is not Ray; return the address."""
     with closing(socket.socket()) as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen()
         yield f"127.0.0.1:{listening.getsockname()[1]}"
 
 
-@pytest.mark.parametrize("heard", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("sent_signal", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("after_s", [0.0, 1.0])
 def test_signal_during_ray_start(
-    api: SandboxApi, workspace: Workspace, heard: tuple[signal.Signals, int], after_s: float
+    api: SandboxApi, workspace: Workspace, sent_signal: tuple[signal.Signals, int], after_s: float
 ) -> None:
-    """Ray has handlers of its own, and swallows what is raised in the middle of it; the exit code is ours."""
-    number, code = heard
+    """A signal during Ray's start gives our exit code, though Ray has its own handlers and swallows exceptions."""
+    number, code = sent_signal
     api.inject_fault("slow", 1000, "post", seconds=1)
     run = workspace.start_subprocess(*ON_RAY, api=api)
-    wait_until(lambda: has_children(run.pid), timeout_s=40)  # Ray begins with a process of its own
+    wait_until(lambda: has_children(run.pid), timeout_s=40)  # Ray starts another process first
     time.sleep(after_s)
     run.send_signal(number)
     out, err = run.communicate(timeout=60)
@@ -66,10 +66,10 @@ def test_signal_during_ray_start(
 
 SHUTDOWN_SCRIPT = """
 import os, signal
-from enrich.cluster.connection import connected
+from enrich.cluster.connection import connect_ray
 
 signal.signal(signal.SIGTERM, lambda *_: os.write(1, b"heard "))
-with connected(None):
+with connect_ray(None):
     os.write(1, b"leaving ")
 os.write(1, b"left ")
 os.kill(os.getpid(), signal.SIGTERM)
@@ -78,25 +78,25 @@ os._exit(0)
 
 
 def test_signal_during_ray_shutdown() -> None:
-    """It hears no signal meanwhile, and has its own handlers afterwards: Ray would let SIGTERM kill it."""
-    leaving = subprocess.Popen(
+    """A signal during Ray's shutdown does not end the process, although Ray's own handler would exit on SIGTERM."""
+    process = subprocess.Popen(
         [sys.executable, "-c", SHUTDOWN_SCRIPT], stdout=subprocess.PIPE, preexec_fn=reset_signals
     )
-    assert leaving.stdout is not None
-    message = os.read(leaving.stdout.fileno(), 100)
+    assert process.stdout is not None
+    message = os.read(process.stdout.fileno(), 100)
     for _ in range(10):
-        leaving.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
         time.sleep(0.1)
-    message += leaving.communicate(timeout=60)[0]
+    message += process.communicate(timeout=60)[0]
 
-    assert leaving.returncode == 0
+    assert process.returncode == 0
     before, _, after = message.partition(b"left")
-    assert before.count(b"heard") <= 1  # in the moment before it leaves
+    assert before.count(b"heard") <= 1  # sent just before the driver leaves
     assert b"heard" in after
 
 
 def test_non_ray_address_fails_fast(api: SandboxApi, workspace: Workspace, unresponsive_address: str) -> None:
-    """Ray would wait for minutes, and hear nobody meanwhile."""
+    """An address without Ray fails fast; Ray itself would wait for minutes and block signals."""
     result = workspace.run_subprocess(*ON_RAY, "--address", unresponsive_address, api=api)
 
     assert result.exit_code == 4
@@ -105,7 +105,7 @@ def test_non_ray_address_fails_fast(api: SandboxApi, workspace: Workspace, unres
 
 
 def test_second_signal_stops_waiting_for_ray(api: SandboxApi, workspace: Workspace, unresponsive_address: str) -> None:
-    """Ray's own calls can't be interrupted."""
+    """A second signal ends the wait for Ray, whose own calls can't be interrupted."""
     run = workspace.start_subprocess(*ON_RAY, "--address", unresponsive_address, "--json", api=api)
     wait_until(lambda: "_raylet" in Path(f"/proc/{run.pid}/maps").read_text(encoding="utf-8"))
     begun = time.monotonic()
@@ -119,5 +119,5 @@ def test_second_signal_stops_waiting_for_ray(api: SandboxApi, workspace: Workspa
 
 
 def has_children(pid: int) -> bool:
-    """Tell whether a process has started others, in whichever thread."""
+    """Return whether any thread of a process has started child processes."""
     return any(path.read_text(encoding="ascii") for path in Path(f"/proc/{pid}/task").glob("*/children"))

@@ -1,4 +1,4 @@
-"""The rate that processes on several machines share, on a virtual clock: however late they are, none too many."""
+"""The rate that several machines share, on a virtual clock: delays never let them exceed it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ REQUESTED_SLOTS = 32
 
 
 def shared_state(rate: float) -> str:
-    """Write down a pace that has found its rate."""
+    """Return the stored state of a rate limiter that has found its rate."""
     limiter = AdaptiveRateLimiter(rate)
     limiter.rate = rate
     return dump_limiter(limiter, 0.0)
@@ -34,25 +34,25 @@ def shared_state(rate: float) -> str:
 
 @dataclass
 class SharedRow:
-    """The row that all of them share."""
+    """The database row with the shared state."""
 
     state: str
 
 
 @dataclass
 class SimulatedProcess:
-    """One process: looks at the row, and sends in what it was given when its processor lets it."""
+    """One process: reads the row, then sends what it was given as soon as it gets processor time."""
 
     row: SharedRow
     rng: random.Random
-    #: At most so many seconds until the row's answer is here, and until a timer is heard.
+    #: The longest delay in seconds until the row is read (`answer_s`) and until a timer fires (`late_s`).
     answer_s: float
     late_s: float
     slots: SlotQueue = field(default_factory=SlotQueue)
     sent: list[float] = field(default_factory=list)
 
     def step(self, now: float) -> float:
-        """Look and send once; return when it is our turn again."""
+        """Read the row and send once; return the time of the next step."""
         if wanted := REQUESTED_SLOTS - len(self.slots):
             self.row.state, taken = take_slots(self.row.state, now, [], wanted)
             asked = now + self.rng.uniform(0, self.answer_s / 2)
@@ -66,7 +66,7 @@ class SimulatedProcess:
 
 
 def simulate(rate: float, seed: int, delays: list[tuple[float, float]], seconds: float = 8.0) -> list[float]:
-    """Let processes with these lags share a rate; return when their requests left."""
+    """Let processes with these delays share a rate; return the times of their requests."""
     rng, row = random.Random(seed), SharedRow(shared_state(rate))
     pool = [SimulatedProcess(row, rng, answer_s, late_s) for answer_s, late_s in delays]
     turns = [(rng.random(), process) for process in pool]
@@ -99,7 +99,7 @@ DELAYS = st.floats(0, 1.5) | st.just(0.0)
     lags=st.lists(st.tuples(DELAYS, DELAYS), min_size=1, max_size=5),
 )
 def test_shared_rate_never_exceeded(rate: float, seed: int, lags: list[tuple[float, float]]) -> None:
-    """Answers of the server may be late, and processes may not get their turn."""
+    """The shared rate is never exceeded, even with late answers from the server and late processes."""
     assert busiest_second(simulate(rate, seed, lags)) <= rate * (1 + SLOT_LIFETIME_S + BURST_S) + 1
 
 
@@ -107,13 +107,13 @@ def test_shared_rate_never_exceeded(rate: float, seed: int, lags: list[tuple[flo
 @in_turn("processes", [1, 2, 5])
 @in_turn("rate", [20.0, 100.0, 400.0])
 def test_shared_rate_is_used(rate: float, processes: int) -> None:
-    """With a server and timers as they are, by one process as by many."""
+    """With usual delays, one process or several use at least 95% of the rate."""
     sent = simulate(rate, 1, [(0.01, 0.01)] * processes)
     assert len(sent) >= 0.95 * rate * (8 - 1)
 
 
 def test_unused_slots_expire() -> None:
-    """Who was held up does not catch up; who got one back may use it now."""
+    """Unused slots expire after `SLOT_LIFETIME_S`; a refunded slot can be used at once."""
     slots = SlotQueue()
     slots.add(10.0, [0.0, 0.1, 0.2])
     assert slots.delay(9.9) == pytest.approx(0.1)
@@ -126,7 +126,7 @@ def test_unused_slots_expire() -> None:
 
 
 def test_retry_after_applies_to_all() -> None:
-    """A 429 shuts the door for everybody who looks, for as long as the API says; then they are slower."""
+    """A 429 pauses every process for as long as the API asks, and lowers the rate afterwards."""
     state, first = take_slots(shared_state(50.0), 100.0, [], 8)
     state, result = take_slots(state, 100.1, [RateEvent("record_throttled", 3.0)], 8)
     state, other = take_slots(state, 101.0, [], 8)
@@ -142,7 +142,7 @@ def test_retry_after_applies_to_all() -> None:
 
 
 def test_rate_state_is_clock_independent() -> None:
-    """What was written by one machine's clock is read by another's."""
+    """State that one machine wrote means the same on a machine whose clock differs."""
     limiter = AdaptiveRateLimiter(None)
     for at in (5.0, 5.1, 5.2):
         limiter.consume(at)

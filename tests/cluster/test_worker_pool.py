@@ -1,4 +1,4 @@
-"""Several workers: their reports are added up, one that is lost is replaced. Without a ledger and without Ray."""
+"""A pool of several workers, without ledger and Ray: reports are summed, and lost workers are replaced."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from enrich.run.state import RunCounters, RunState, Timeouts
 
 @dataclass(slots=True, eq=False)
 class FakeWorker:
-    """A worker that does what a test says."""
+    """A worker that the test controls."""
 
     on_status: Callable[[WorkerHandle], None]
     status: WorkerStatus = field(default_factory=WorkerStatus)
@@ -39,23 +39,23 @@ class FakeWorker:
     commands: list[WorkerCommand] = field(default_factory=list)
 
     def send(self, command: WorkerCommand) -> None:
-        """Remember what was said, and leave when told so."""
+        """Record a command, and exit on ABORT."""
         self.commands.append(command)
         if command is WorkerCommand.ABORT:
             self.exit(ended=True)
 
     async def end(self) -> None:
-        """Go."""
+        """End without having finished."""
         self.exit(ended=False)
 
-    def report(self, **told: Any) -> None:
-        """Tell something, if it is there."""
+    def report(self, **status_fields: Any) -> None:
+        """Report a status, unless the worker is gone."""
         if not self.gone.is_set():
-            self.status = WorkerStatus(**told)
+            self.status = WorkerStatus(**status_fields)
             self.on_status(self)
 
     def exit(self, *, ended: bool) -> None:
-        """Go, with the work done or not."""
+        """Exit, with the work done (`ended`) or not."""
         if not self.gone.is_set():
             self.status = WorkerStatus(self.status.counters, is_done=ended)
             self.gone.set()
@@ -64,12 +64,12 @@ class FakeWorker:
 
 @dataclass(slots=True)
 class FakeBackend:
-    """Where puppets come from."""
+    """The backend that starts fake workers."""
 
     workers: list[FakeWorker] = field(default_factory=list)
 
     def start_worker(self, _: WorkerTask, on_status: Callable[[WorkerHandle], None]) -> WorkerHandle:
-        """Have one more."""
+        """Start one more fake worker."""
         self.workers.append(FakeWorker(on_status))
         return self.workers[-1]
 
@@ -77,149 +77,149 @@ class FakeBackend:
 def run_pool(
     *, steps: Sequence[Callable[[FakeBackend], None]], monkeypatch: pytest.MonkeyPatch, lease_s: float = 60.0
 ) -> WorkerPool:
-    """Let a crew of three live through scenes, one after the other, until none of them is left."""
+    """Run a pool of three workers, apply the steps one after the other, and return when all workers have exited."""
     monkeypatch.setattr(worker_pool, "CHECK_EVERY_S", 0.02)
     monkeypatch.setattr(worker_pool, "START_TIMEOUT_S", 0.5)
     monkeypatch.setattr(worker_pool, "share_rate", lambda *_: nullcontext())
-    execution = RunState(1, SystemClock(), AdaptiveRateLimiter(None))
+    run_state = RunState(1, SystemClock(), AdaptiveRateLimiter(None))
     budget = Budget(None, 0, "", "")
-    shift = WorkConfig(Call("email_getter", (833,)), budget, {}, None, ("email",), 3, 60.0, workers=3)
+    work_config = WorkConfig(Call("email_getter", (833,)), budget, {}, None, ("email",), 3, 60.0, workers=3)
     ledger_location = Server("postgresql://nowhere", "enrich", Path(), lease_s)
     access = ApiAccess("http://127.0.0.1", SecretStr("none"))
-    worker_task = WorkerTask(shift, access, ledger_location, 1, Timeouts(), 10, 60.0, PollSchedule())
-    stage = FakeBackend()
-    pool = WorkerPool(execution, worker_task, stage.start_worker)
+    worker_task = WorkerTask(work_config, access, ledger_location, 1, Timeouts(), 10, 60.0, PollSchedule())
+    backend = FakeBackend()
+    pool = WorkerPool(run_state, worker_task, backend.start_worker)
 
-    async def live() -> None:
+    async def run_steps() -> None:
         run = asyncio.create_task(pool.run())
-        for scene in steps:
+        for step in steps:
             await asyncio.sleep(0.1)
-            scene(stage)
+            step(backend)
         async with asyncio.timeout(10):
             await run
 
-    asyncio.run(live())
+    asyncio.run(run_steps())
     return pool
 
 
 def finish_all(backend: FakeBackend) -> None:
-    """Let all end in peace who are there."""
+    """Let all workers that are left finish."""
     for worker in backend.workers:
         worker.report()
         worker.exit(ended=True)
 
 
 def test_status_of_all_workers_is_summed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also what those told who are gone; one that sends no more, as its key is refused, stops all."""
+    """Reports of exited workers count too; a worker that stops because its key was refused stops all others."""
 
-    def work(backend: FakeBackend) -> None:
+    def report_and_lose_first(backend: FakeBackend) -> None:
         for worker in backend.workers:
             worker.report(counters=RunCounters(submitted=2))
         backend.workers[0].exit(ended=False)
 
-    def stop(backend: FakeBackend) -> None:
+    def refuse_key(backend: FakeBackend) -> None:
         refused = {ExitCode.KEY: ("the API refuses the key", None)}
         backend.workers[1].report(counters=RunCounters(submitted=3), exit_reasons=refused, stop_submitting=True)
 
-    words: list[list[WorkerCommand]] = []
+    sent_commands: list[list[WorkerCommand]] = []
 
-    def end(backend: FakeBackend) -> None:
-        words.extend(puppet.commands for puppet in backend.workers)
+    def finish_others(backend: FakeBackend) -> None:
+        sent_commands.extend(worker.commands for worker in backend.workers)
         for worker in backend.workers[1:]:
             worker.exit(ended=True)
 
-    pool = run_pool(steps=[work, stop, end], monkeypatch=monkeypatch)
+    pool = run_pool(steps=[report_and_lose_first, refuse_key, finish_others], monkeypatch=monkeypatch)
 
     assert pool.run_state.counters.submitted == 2 + 3 + 2
     assert pool.run_state.exit_reasons[ExitCode.KEY].message == "the API refuses the key"
-    assert all(WorkerCommand.STOP_SUBMITTING in said for said in words[1:])
+    assert all(WorkerCommand.STOP_SUBMITTING in commands for commands in sent_commands[1:])
     assert pool.lost_reasons == ["it fell"]
 
 
-def test_a_worker_that_is_lost_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The others go on meanwhile."""
+def test_lost_worker_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lost worker is replaced while the others continue."""
     seen: list[FakeBackend] = []
 
-    def fall(stage: FakeBackend) -> None:
-        seen.append(stage)
-        for puppet in stage.workers:
-            puppet.report()
-        stage.workers[0].exit(ended=False)
+    def lose_first_worker(backend: FakeBackend) -> None:
+        seen.append(backend)
+        for worker in backend.workers:
+            worker.report()
+        backend.workers[0].exit(ended=False)
 
-    crew = run_pool(steps=[fall, finish_all], monkeypatch=monkeypatch)
+    pool = run_pool(steps=[lose_first_worker, finish_all], monkeypatch=monkeypatch)
 
     assert len(seen[0].workers) == 4
     assert WorkerCommand.STOP_SUBMITTING not in seen[0].workers[1].commands
-    assert crew.lost_reasons == ["it fell"]
+    assert pool.lost_reasons == ["it fell"]
 
 
 def test_worker_lost_before_first_status_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It was there: somebody has killed it."""
+    """A worker lost before its first report is replaced: it had started and was killed."""
     seen: list[FakeBackend] = []
 
-    def fall(backend: FakeBackend) -> None:
+    def lose_second_worker(backend: FakeBackend) -> None:
         seen.append(backend)
         backend.workers[1].exit(ended=False)
 
-    pool = run_pool(steps=[fall, finish_all], monkeypatch=monkeypatch)
+    pool = run_pool(steps=[lose_second_worker, finish_all], monkeypatch=monkeypatch)
 
     assert len(seen[0].workers) == 4
     assert pool.lost_reasons == ["it fell"]
 
 
 def test_replacement_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the end nobody is left, and what is left is the boss's."""
+    """Each worker is replaced a limited number of times; then the pool ends, and the driver does the rest."""
 
-    def fall(backend: FakeBackend) -> None:
+    def lose_all_workers(backend: FakeBackend) -> None:
         for worker in backend.workers:
             worker.report()
             worker.exit(ended=False)
 
-    pool = run_pool(steps=[fall] * (REPLACEMENTS_PER_WORKER + 2), monkeypatch=monkeypatch)
+    pool = run_pool(steps=[lose_all_workers] * (REPLACEMENTS_PER_WORKER + 2), monkeypatch=monkeypatch)
 
     assert len(pool.lost_reasons) == 3 + REPLACEMENTS_PER_WORKER * 3
 
 
 def test_silent_worker_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After two leases, when what it was at is another's; one is hired in its place."""
+    """A worker silent for two leases is replaced, when its tasks belong to other workers."""
 
-    def speak(backend: FakeBackend) -> None:
+    def report_all_but_third(backend: FakeBackend) -> None:
         for worker in [*backend.workers[:2], *backend.workers[3:]]:
             worker.report()
 
-    def begin(backend: FakeBackend) -> None:
+    def report_all(backend: FakeBackend) -> None:
         for worker in backend.workers:
             worker.report()
 
-    pool = run_pool(steps=[begin, *[speak] * 5, finish_all], monkeypatch=monkeypatch, lease_s=0.2)
+    pool = run_pool(steps=[report_all, *[report_all_but_third] * 5, finish_all], monkeypatch=monkeypatch, lease_s=0.2)
 
     assert pool.lost_reasons == ["it said nothing any more"]
 
 
 def test_late_worker_is_not_required(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cluster may have no room for all: the others do it."""
+    """The pool does not wait for a worker that the cluster has no room for."""
 
-    def some_end(backend: FakeBackend) -> None:
+    def finish_two_workers(backend: FakeBackend) -> None:
         for worker in backend.workers[:2]:
             worker.report()
             worker.exit(ended=True)
 
-    assert run_pool(steps=[some_end], monkeypatch=monkeypatch).lost_reasons == []
+    assert run_pool(steps=[finish_two_workers], monkeypatch=monkeypatch).lost_reasons == []
 
 
 def test_worker_that_never_starts_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """When there is room for none, the boss does it."""
+    """When no worker starts, the pool ends and the driver does the work."""
     pool = run_pool(steps=[], monkeypatch=monkeypatch)
 
     assert set(pool.lost_reasons) == {"it said nothing any more"}
 
 
-def test_a_post_may_be_on_the_wire_until_a_worker_says_that_it_sends_no_more() -> None:
-    """A signal may come before the first report of a worker that has sent just now: its answer is waited for."""
-    puppet = FakeWorker(lambda _: None)
+def test_post_counts_as_in_flight_until_worker_stops() -> None:
+    """Until a worker reports that it has stopped submitting, one POST counts as in flight once the run closes."""
+    worker = FakeWorker(lambda _: None)
 
-    assert (posts_in_flight(puppet, closing=False), posts_in_flight(puppet, closing=True)) == (0, 1)
-    puppet.status = WorkerStatus(posts_in_flight=3)
-    assert posts_in_flight(puppet, closing=True) == 3
-    puppet.status = WorkerStatus(stop_submitting=True)
-    assert posts_in_flight(puppet, closing=True) == 0
+    assert (posts_in_flight(worker, closing=False), posts_in_flight(worker, closing=True)) == (0, 1)
+    worker.status = WorkerStatus(posts_in_flight=3)
+    assert posts_in_flight(worker, closing=True) == 3
+    worker.status = WorkerStatus(stop_submitting=True)
+    assert posts_in_flight(worker, closing=True) == 0

@@ -1,1 +1,1 @@
-"""Tests of the API client."""
+"""Tests of `enrich.databar`."""

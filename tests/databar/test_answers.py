@@ -1,4 +1,4 @@
-"""What a task says, in every shape that was ever seen, and in those that nobody has seen yet."""
+"""How task bodies are parsed, in every shape that was ever seen and in unknown ones."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ PATHS = ["email"]
 
 
 def step(provider: str, cost: object = "1.0", result: object = None, *, is_verified: object = None) -> dict[str, Any]:
-    """Write a step of a cascade as the API does."""
+    """Return a step of a waterfall in the API's format."""
     return {"action": "x", "provider": provider, "result": result, "cost": cost, "is_verified": is_verified}
 
 
 def wrapper(result: object, *steps: dict[str, Any], by_provider: object = None) -> dict[str, Any]:
-    """Write the wrapper of a result."""
+    """Return the wrapper of a result in the API's format."""
     return {"result": result, "result_field": ["email"], "enrichment_data": by_provider, "steps": list(steps)}
 
 
 def parse_answer(**task: Any) -> Answer:
-    """Judge a task."""
+    """Parse the body of a task."""
     return read_answer(TaskReply(task, json.dumps(task)), task_phase(task), PATHS)
 
 
@@ -63,12 +63,12 @@ def parse_answer(**task: Any) -> Answer:
     ],
 )
 def test_status_mapping(status: object, phase: TaskPhase) -> None:
-    """Aliases and capitals count; what was never seen before counts as running, for a task must not be lost."""
+    """Aliases and capitals are accepted; an unknown status means running, so that no task is lost."""
     assert task_phase({"status": status}) is phase
 
 
 def test_missing_status_means_running() -> None:
-    """Nothing is known of it."""
+    """A body without a status means that the task is running."""
     assert task_phase({}) is TaskPhase.RUNNING
 
 
@@ -89,7 +89,7 @@ def test_missing_status_means_running() -> None:
 )
 @in_turn("status", ["completed", "SUCCESS", "partially_completed", "no_data"])
 def test_match_found_in_every_shape(status: str, data: object) -> None:
-    """The documents contradict each other about the shape; what was paid for is found in all of them."""
+    """A match is found in every shape; the API's documents contradict each other about it."""
     answer = parse_answer(status=status, data=data, credits_spent=2.5)
     assert (answer.state, answer.credits) == (State.FOUND, 2_500_000)
     assert value_at(parse_data(data).fields, "email") == EMAIL
@@ -123,14 +123,14 @@ def test_match_found_in_every_shape(status: str, data: object) -> None:
 )
 @in_turn("status", ["completed", "no_data"])
 def test_no_match_found_in_every_shape(status: str, data: object) -> None:
-    """It cost what it cost, and it is no failure."""
+    """No match is recognized in every shape; it has its price and is no failure."""
     answer = parse_answer(status=status, data=data, credits_spent=0)
     assert (answer.state, answer.error, answer.provider, answer.credits) == (State.NOT_FOUND, None, None, 0)
 
 
 @in_turn("value", [0, False, 0.0, "0", "null", [None], {"a": None}])
 def test_zero_and_false_are_values(value: object) -> None:
-    """Nought and false are answers; blank are only null, blank text, [] and {}."""
+    """0 and false are values; only null, blank text, [] and {} are blank."""
     assert not is_blank(value)
     assert parse_answer(status="completed", data={"email": value}).state is State.FOUND
 
@@ -156,7 +156,7 @@ def test_zero_and_false_are_values(value: object) -> None:
     ],
 )
 def test_dotted_path_lookup(path: str, value: object) -> None:
-    """Through objects and lists; a name that has the dots itself wins; what leads nowhere is null."""
+    """A path leads through objects and lists; a name that contains dots comes first; an unknown path gives null."""
     fields = {
         "email": EMAIL,
         "person": {"name": "Ada", "emails": ["a@b.c", {"x": 2}]},
@@ -167,7 +167,7 @@ def test_dotted_path_lookup(path: str, value: object) -> None:
 
 
 def test_job_columns_decide_match() -> None:
-    """A value that no column asks for makes no hit; any of the columns makes one."""
+    """Only fields that the job's columns use make a match; one of them is enough."""
     task = {"status": "completed", "data": {"email": None, "phone": "1"}}
     assert read_answer(TaskReply(task, "{}"), TaskPhase.COMPLETED, ["email"]).state is State.NOT_FOUND
     assert read_answer(TaskReply(task, "{}"), TaskPhase.COMPLETED, ["email", "phone"]).state is State.FOUND
@@ -195,19 +195,19 @@ def test_job_columns_decide_match() -> None:
     ],
 )
 def test_credits_parsing(spent: object, micros: int | None) -> None:
-    """Number or text; what is not an amount is not taken for 0."""
+    """Credits may be a number or text; anything that is not an amount is unknown, not 0."""
     assert parse_answer(status="completed", data=None, credits_spent=spent).credits == micros
     assert parse_answer(status="failed", credits_spent=spent).credits == micros
 
 
 def test_missing_credits_are_unknown() -> None:
-    """Without steps there is nothing to sum."""
+    """Without credits and steps the price is unknown."""
     assert parse_answer(status="completed", data={"email": EMAIL}).credits is None
     assert parse_answer(status="completed", data=wrapper({"email": EMAIL})).credits is None
 
 
 def test_step_costs_replace_missing_credits() -> None:
-    """Their costs are text and are summed; one that cannot be read leaves the sum unknown."""
+    """Missing credits are the sum of the steps' costs, given as text; an unreadable cost makes the sum unknown."""
     steps = [step("A", "1.0"), step("B", 0.5), step("C", "0")]
     assert parse_answer(status="completed", data=wrapper({}, *steps)).credits == 1_500_000
     assert parse_answer(status="completed", data=wrapper({}, *steps), credits_spent=9).credits == 9_000_000
@@ -230,7 +230,7 @@ def test_step_costs_replace_missing_credits() -> None:
     ],
 )
 def test_free_failure_requires_zero_credits(task: dict[str, Any], *, is_free: bool) -> None:
-    """Free ones are asked again by themselves, so 0 must be said, and no step may have a cost."""
+    """A failure is free only if credits are 0 and no step has a cost: free failures are resent automatically."""
     answer = parse_answer(status="failed", error="boom", **task)
     assert answer.state is State.FAILED
     assert answer.free_failure is is_free
@@ -238,7 +238,7 @@ def test_free_failure_requires_zero_credits(task: dict[str, Any], *, is_free: bo
 
 @in_turn("status", ["completed", "no_data", "gone"])
 def test_free_no_match_is_final(status: str) -> None:
-    """A miss that cost nothing is an answer, and is not asked again."""
+    """No match at no charge is final and is not resent."""
     assert not parse_answer(status=status, credits_spent=0).free_failure
 
 
@@ -260,13 +260,13 @@ def test_free_no_match_is_final(status: str) -> None:
     ],
 )
 def test_error_is_one_line(error: object, text: str | None) -> None:
-    """Text, a list of texts or an object; a failure that says nothing says its status."""
+    """An error of text, a list or an object becomes one line; a failure without an error shows its status."""
     assert error_text(error) == text
     assert parse_answer(status="Cancelled", error=error).error == (text or "the API says: Cancelled")
 
 
 def test_expired_result() -> None:
-    """What it cost is not known then."""
+    """An expired result has an unknown price."""
     answer = parse_answer(status="gone")
     assert (answer.state, answer.credits) == (State.EXPIRED, None)
     assert "expired" in (answer.error or "")
@@ -288,12 +288,12 @@ def test_expired_result() -> None:
     ],
 )
 def test_provider_of_match(data: object, provider: str | None) -> None:
-    """By its own data first, then by the steps; nobody is named for a miss."""
+    """The provider of a match comes from its data, otherwise from its steps; a miss has none."""
     assert parse_answer(status="completed", data=data).provider == provider
 
 
 def test_raw_answer_is_kept() -> None:
-    """What was paid for is in the ledger as it came, readable by a person."""
+    """The paid answer is stored as it came, in readable JSON."""
     task = {"status": "completed", "data": [{"email": "größe@x.example", "more": {"a": [1, None]}}], "new_key": 1}
     written = json.dumps(task, ensure_ascii=False, indent=1)
     assert read_answer(TaskReply(task, written), TaskPhase.COMPLETED, PATHS).raw == written
@@ -304,7 +304,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
     max_leaves=12,
 )
-#: Objects with the names that the parser looks for, and anything behind them.
+#: Objects with the names that the parser looks for, and any values.
 TASK_BODIES = st.fixed_dictionaries(
     {},
     optional={
@@ -321,7 +321,7 @@ TASK_BODIES = st.fixed_dictionaries(
     spent=JSON,
 )
 def test_any_json_is_parsed(status: object, data: object, error: object, spent: object) -> None:
-    """Any JSON at all is judged, and what comes of it can be written down."""
+    """Any JSON gives an answer that can be stored."""
     task = {"status": status, "data": data, "error": error, "credits_spent": spent}
     answer = read_answer(TaskReply(task, json.dumps(task)), task_phase(task), ["email", "result", "a.0.b"])
     assert answer.state in {State.FOUND, State.NOT_FOUND, State.FAILED, State.EXPIRED}

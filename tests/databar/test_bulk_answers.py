@@ -1,4 +1,4 @@
-"""What a bulk task and a refused bulk POST say, in every shape, and in those that nobody has seen yet."""
+"""How a bulk task and a rejected bulk POST are parsed, in every shape that was ever seen and in unknown ones."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ json_values = st.recursive(
 
 
 def parse_bulk_answer(size: int, **task: Any) -> tuple[list[Answer], int | None]:
-    """Judge a task."""
+    """Parse the answer of a bulk task of `size` rows."""
     return read_bulk_answers(TaskReply(task, json.dumps(task)), task_phase(task), size, ["email"])
 
 
 def state_names(answers: list[Answer]) -> list[str]:
-    """Name the states of answers."""
+    """Return the names of the answers' states."""
     return [answer.state.value for answer in answers]
 
 
@@ -39,7 +39,7 @@ def state_names(answers: list[Answer]) -> list[str]:
 
 
 def test_rows_get_their_own_answer() -> None:
-    """In the order sent; a wrapper, flat fields and a list of one are read as for a single run."""
+    """Rows get their answers in the order sent; wrappers, flat fields and lists of one work as in a single run."""
     wrapper = {"result": ADA, "steps": [{"provider": "Mailhound", "cost": "1.0"}], "enrichment_data": {}}
     answers, price = parse_bulk_answer(4, status="completed", data=[wrapper, None, ADA, [ADA]], credits_spent=2.5)
 
@@ -51,13 +51,13 @@ def test_rows_get_their_own_answer() -> None:
 
 @in_turn("data", [None, [], {}, [None, None], [{}, []]])
 def test_empty_data_is_no_match(data: object) -> None:
-    """However the API writes that it found nothing."""
+    """Empty data means no match, in every form the API uses."""
     assert state_names(parse_bulk_answer(2, status="completed", data=data, credits_spent=0)[0]) == ["not_found"] * 2
 
 
 @in_turn("data", [[ADA], [ADA, ADA, ADA], ADA, "text", 7, True])
 def test_unaligned_data_fails_all_rows(data: object) -> None:
-    """Nobody's answer is shown as another's; what came is kept once, and not as the first row's own."""
+    """Unaligned data fails all rows, so no row gets another's answer; the body is kept once, not as the first row's."""
     answers, price = parse_bulk_answer(2, status="completed", data=data, credits_spent=1)
 
     assert state_names(answers) == ["failed", "failed"]
@@ -68,7 +68,7 @@ def test_unaligned_data_fails_all_rows(data: object) -> None:
 
 
 @in_turn(
-    ("failed", "rest", "free"),
+    ("failed", "other_state", "free"),
     [
         (0, "not_found", False),
         (1, "failed", False),
@@ -77,14 +77,14 @@ def test_unaligned_data_fails_all_rows(data: object) -> None:
         ("2", "not_found", False),
     ],
 )
-def test_missing_rows_in_partial_failure(failed: object, rest: str, *, free: bool) -> None:
-    """Which of them failed nobody says; only when all did at no charge they are asked again."""
+def test_missing_rows_in_partial_failure(failed: object, other_state: str, *, free: bool) -> None:
+    """After a partial failure, the failed rows are unknown; they are resent only when all rows failed at no charge."""
     progress = {"total": 3, "failed": failed}
     answers, _ = parse_bulk_answer(
         3, status="partially_completed", data=[ADA, None, None], progress=progress, credits_spent=0
     )
 
-    assert state_names(answers) == ["found", rest, rest]
+    assert state_names(answers) == ["found", other_state, other_state]
     assert answers[1].free_failure is free
     if failed == 1:
         assert "1 of the 2 rows without an answer failed" in str(answers[1].error)
@@ -102,7 +102,7 @@ def test_missing_rows_in_partial_failure(failed: object, rest: str, *, free: boo
     ],
 )
 def test_failed_task_fails_all_rows(status: str, data: object, credits_: object, *, free: bool) -> None:
-    """At no charge only when the API says so, and gave nothing."""
+    """A failed task fails all rows; it is free only if the API reports so and returned nothing."""
     answers, _ = parse_bulk_answer(2, status=status, data=data, credits_spent=credits_, error=["no", "way"])
 
     assert state_names(answers) == ["failed"] * 2
@@ -111,7 +111,7 @@ def test_failed_task_fails_all_rows(status: str, data: object, credits_: object,
 
 
 def test_expired_task_has_unknown_price() -> None:
-    """The zero in the body of an expired task is no price."""
+    """The zero in the body of an expired task is not its price."""
     answers, price = parse_bulk_answer(2, status="gone", data=None, credits_spent=0)
 
     assert (state_names(answers), price) == (["expired"] * 2, None)
@@ -126,7 +126,7 @@ def test_expired_task_has_unknown_price() -> None:
 )
 @example(task={"data": [[[]] * 9, {"a": 10**400}, {"\ud800": "\udfff"}]}, phase=TaskPhase.COMPLETED)
 def test_any_json_is_judged(task: dict[str, Any], phase: TaskPhase) -> None:
-    """An answer for each row, that the ledger can hold and read again, and no price of a row."""
+    """Any JSON gives one answer a row that the ledger can store and read, without a price for single rows."""
     answers, price = read_bulk_answers(TaskReply(task, "{}"), phase, 3, ["email"])
 
     assert len(answers) == 3
@@ -141,7 +141,7 @@ def test_any_json_is_judged(task: dict[str, Any], phase: TaskPhase) -> None:
 
 @pytest.mark.parametrize(("depth", "state"), [(300, "not_found"), (1_000, "failed")])
 def test_deeply_nested_answer(depth: int, state: str) -> None:
-    """What can't be written down is no answer; the others are not harmed."""
+    """An answer that can't be stored fails; the other answers are unaffected."""
     deep: list[Any] = []
     for _ in range(depth):
         deep = [deep]
@@ -164,7 +164,7 @@ def test_deeply_nested_answer(depth: int, state: str) -> None:
     ids=["new", "old", "FastAPI"],
 )
 def test_invalid_row_is_identified(body: object) -> None:
-    """In each generation of the body."""
+    """The invalid row is found in each format of the error body."""
     assert wrong_rows(body, 3) == {1: INVALID_PARAM_MESSAGE}
 
 
@@ -184,7 +184,7 @@ def test_invalid_row_is_identified(body: object) -> None:
     ],
 )
 def test_error_without_row_index(body: object) -> None:
-    """Something is wrong with some of them; of a POST with one row it is that one."""
+    """Without a row index any of the rows may be invalid; a POST of one row is about that row."""
     assert wrong_rows(body, 3) == {}
     assert wrong_rows(body, 1) == wrong_params(body) != {}
 
@@ -202,7 +202,7 @@ def test_error_without_row_index(body: object) -> None:
     ],
 )
 def test_error_not_about_rows(body: object) -> None:
-    """The job is wrong, or the API."""
+    """An error that is not about rows is about the job or the API."""
     assert wrong_rows(body, 3) is None
     assert wrong_rows(body, 1) is None
 
@@ -221,7 +221,7 @@ def test_error_not_about_rows(body: object) -> None:
     size=st.integers(1, 5),
 )
 def test_any_error_body_is_parsed(body: object, size: int) -> None:
-    """Only rows that were sent are named, each with words."""
+    """Any error body names only rows that were sent, each with a message."""
     named = wrong_rows(body, size)
 
-    assert named is None or all(0 <= row < size and isinstance(said, str) for row, said in named.items())
+    assert named is None or all(0 <= row < size and isinstance(message, str) for row, message in named.items())

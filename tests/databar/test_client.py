@@ -49,19 +49,19 @@ def shared_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SandboxApi]
 
 @pytest.fixture
 def api(shared_api: SandboxApi) -> Iterator[SandboxApi]:
-    """Take that API, without faults that another test left."""
+    """Return that API, without faults left by another test."""
     yield shared_api
     shared_api.clear_faults()
 
 
 @dataclass
 class RecordingClock(SystemClock):
-    """A clock that remembers what time the API has."""
+    """A clock that records the API's time."""
 
     observed: list[int] = field(default_factory=list)
 
     def observe(self, api_ms: int) -> None:
-        """Remember."""
+        """Record the API's time."""
         self.observed.append(api_ms)
 
 
@@ -72,32 +72,32 @@ def call_api(
     clock: SystemClock | None = None,
     seconds: float = 30.0,
 ) -> T:
-    """Make calls with a client of their own."""
+    """Make calls with a new client."""
 
-    async def asking() -> T:
+    async def run_call() -> T:
         access = ApiAccess(base_url, SecretStr(key))
         async with Client(access, clock or SystemClock(), post_timeout_s=seconds, get_timeout_s=seconds) as client:
             return await call(client)
 
-    return asyncio.run(asking())
+    return asyncio.run(run_call())
 
 
 def expect_failure(
     base_url: str, call: Callable[[Client], Awaitable[object]], key: str = KEY, seconds: float = 30.0
 ) -> ApiCallFailed:
-    """Make a call that fails."""
+    """Return the error of a call that must fail."""
     return expect_failures(base_url, [call], key, seconds)[0]
 
 
 def failure_kinds(base_url: str, calls: list[Callable[[Client], Awaitable[object]]]) -> list[type[ApiCallFailed]]:
-    """Tell how each of the calls fails."""
+    """Return the error type of each call."""
     return [type(error) for error in expect_failures(base_url, calls)]
 
 
 def expect_failures(
     base_url: str, calls: list[Callable[[Client], Awaitable[object]]], key: str = KEY, seconds: float = 30.0
 ) -> list[ApiCallFailed]:
-    """Make calls that fail; whatever is written down of the failures, the key is not in it."""
+    """Return the errors of calls that must fail; no error text contains the key."""
 
     async def each(client: Client) -> list[ApiCallFailed]:
         errors = []
@@ -115,7 +115,7 @@ def expect_failures(
 
 
 def timeout_for(fault: str) -> float:
-    """Wait long, but not for what never comes."""
+    """Return a long timeout, or a short one for faults that never answer."""
     return 0.3 if fault.startswith(("silence", "slow")) else 30.0
 
 
@@ -125,7 +125,7 @@ async def submit_run(client: Client) -> str:
 
 
 async def get_task(client: Client) -> dict[str, Any]:
-    """Ask for a task."""
+    """Poll a task."""
     return (await client.poll_task("t-1")).body
 
 
@@ -161,7 +161,7 @@ async def get_task(client: Client) -> dict[str, Any]:
 def test_post_faults_are_classified(
     api: SandboxApi, fault: str, params: dict[str, Any], kind: type[ApiCallFailed], accepted: int
 ) -> None:
-    """Only what was provably not accepted is NotAccepted, and no fault makes the client post twice."""
+    """Only a POST that was provably not accepted is `NotAccepted`, and no fault makes the client post twice."""
     before = api.audit()
     api.inject_fault(fault, count=2, scope="post", **params)
 
@@ -196,7 +196,7 @@ def test_post_faults_are_classified(
 def test_poll_faults_are_retryable(
     api: SandboxApi, fault: str, params: dict[str, Any], kind: type[ApiCallFailed]
 ) -> None:
-    """A task may be asked for again after anything but a refused key; none of these makes it lost."""
+    """A poll can be repeated after any fault but a refused key; none of them loses the task."""
     task_id = call_api(api.base_url, submit_run, api.api_key)
     api.inject_fault(fault, scope="get", **params)
 
@@ -210,20 +210,20 @@ def test_poll_faults_are_retryable(
 
 
 def test_run_returns_task_id(api: SandboxApi) -> None:
-    """The way of a request that nothing goes wrong with."""
+    """A submitted run returns its task id, and the task can be polled."""
     task_id = call_api(api.base_url, submit_run, api.api_key)
     answer = call_api(api.base_url, lambda client: client.poll_task(task_id), api.api_key).body
     assert answer["status"] == "completed"
 
 
 def test_wrong_key_error(api: SandboxApi) -> None:
-    """It is the key that must be mended, and it is not shown."""
+    """A refused key is a key error that does not show the key."""
     assert type(expect_failure(api.base_url, submit_run)) is Unauthorized
     assert type(expect_failure(api.base_url, lambda client: client.get_user())) is Unauthorized
 
 
 def test_unknown_waterfall_error(api: SandboxApi) -> None:
-    """A 404 for a run is about the job; so is one for the waterfall itself."""
+    """A 404 for a run or for the waterfall is an error of the job."""
     assert isinstance(
         expect_failure(api.base_url, lambda client: client.submit("no_such", BODY), api.api_key), JobRejected
     )
@@ -233,7 +233,7 @@ def test_unknown_waterfall_error(api: SandboxApi) -> None:
 
 
 def test_unknown_and_expired_task(api: SandboxApi) -> None:
-    """404 is an error of its own, 410 an answer."""
+    """A poll's 404 is an error of its own; a 410 is an answer."""
     assert type(expect_failure(api.base_url, get_task, api.api_key)) is TaskUnknown
     task_id = call_api(api.base_url, submit_run, api.api_key)
     call_api(api.base_url, lambda client: client.poll_task(task_id), api.api_key)
@@ -243,7 +243,7 @@ def test_unknown_and_expired_task(api: SandboxApi) -> None:
 
 @in_turn("error_shape", ["new", "fields", "old"])
 def test_error_400_about_row_or_job(tmp_path: Path, error_shape: Literal["new", "fields", "old"]) -> None:
-    """In every generation of its body a complaint about a param is about the row, one about a provider is not."""
+    """A complaint about a param is about the row, one about a provider about the job, in every body format."""
     with serve_api(tmp_path / "api.db", error_shape=error_shape) as api:
         body = BODY.replace(b', "company": "engine.example"', b"")
         error = expect_failure(api.base_url, lambda client: client.submit("email_getter", body), api.api_key)
@@ -280,7 +280,7 @@ def test_error_400_about_row_or_job(tmp_path: Path, error_shape: Literal["new", 
     ],
 )
 def test_other_run_statuses(status: int, kind: type[ApiCallFailed]) -> None:
-    """The status decides, whatever the body is; a task id counts with 2xx only."""
+    """The status decides, whatever the body is; a task id counts only with a 2xx."""
     bodies: list[object] = [None, b"<html>", {"detail": "said"}, {"task_id": "t-1"}, ["said"]]
     replies = iter([http_reply(status, None if status in (204, 304) else body) for body in bodies])
     with serve_replies(lambda _: next(replies)) as server:
@@ -300,7 +300,7 @@ def test_other_run_statuses(status: int, kind: type[ApiCallFailed]) -> None:
     ],
 )
 def test_other_poll_statuses_keep_task(status: int, kind: type[ApiCallFailed]) -> None:
-    """A 400 for a poll is not taken for "unknown": a firewall's whim must not expire what was paid for."""
+    """A poll's 400 does not mean an unknown task: a firewall's answer must not expire a paid task."""
     with serve_replies(http_reply(status, {"detail": [{"loc": ["path", "task_id"], "msg": "said"}]})) as server:
         assert type(expect_failure(server.base_url, get_task)) is kind
 
@@ -309,14 +309,14 @@ def test_other_poll_statuses_keep_task(status: int, kind: type[ApiCallFailed]) -
     "detail", ["no \x1b]0;owned\x07\x1b[2J\nerror: more", [{"loc": ["\x1b[31m"], "msg": "\u202e"}]]
 )
 def test_api_messages_are_one_clean_line(detail: object) -> None:
-    """They are shown on a terminal as one line."""
+    """Messages of the API are shown as one line without control characters."""
     with serve_replies(http_reply(406, {"detail": detail})) as server:
         assert expect_failure(server.base_url, submit_run).message.isprintable()
 
 
 @in_turn("where", ["/v1/other", "http://127.0.0.1:{port}/steal", "http://[", "http://127.0.0.1:99999/", "gopher:x"])
 def test_post_redirects_are_not_followed(where: str) -> None:
-    """Nothing was accepted, nothing is posted again, and the key goes nowhere else."""
+    """A redirected POST was not accepted; it is not posted again, and the key goes to no other host."""
     with serve_replies(CREATED) as other_server:
         statuses = [301, 302, 303, 307, 308]
         replies = iter([http_reply(status, location=where.format(port=other_server.port)) for status in statuses])
@@ -328,7 +328,7 @@ def test_post_redirects_are_not_followed(where: str) -> None:
 
 @in_turn("status", [301, 302, 307, 308])
 def test_get_redirect_to_same_host(status: int) -> None:
-    """A list that moved by a slash is still found."""
+    """A GET follows a redirect on the same host, such as a moved slash."""
 
     def answer(request: ReceivedRequest) -> Reply:
         return (
@@ -344,7 +344,7 @@ def test_get_redirect_to_same_host(status: int) -> None:
 
 @in_turn("where", ["http://127.0.0.1:{port}/steal", "//127.0.0.1:{port}/steal", "http://localhost:{port}/"])
 def test_get_redirect_to_other_host_is_refused(where: str) -> None:
-    """The key would go with it; another port is another host."""
+    """A GET does not follow a redirect to another host or port, because it would carry the key."""
     with (
         serve_replies(http_reply(200, {})) as other_server,
         serve_replies(http_reply(302, location=where.format(port=other_server.port))) as server,
@@ -357,7 +357,7 @@ def test_get_redirect_to_other_host_is_refused(where: str) -> None:
 
 @in_turn("where", ["/v1/user/me", "http://[", "http://127.0.0.1:99999/", "http://127.0.0.1:x/", "https://127.0.0.1/"])
 def test_redirect_loops_fail(where: str) -> None:
-    """Redirects that lead to no answer are one failure, and not a bug of ours."""
+    """A redirect that leads to no answer is one ordinary API failure."""
     with serve_replies(http_reply(302, location=where)) as server:
         assert type(expect_failure(server.base_url, lambda client: client.get_user())) is RequestNotAccepted
         assert len(server.requests) <= 3
@@ -395,7 +395,7 @@ def test_redirect_loops_fail(where: str) -> None:
     ],
 )
 def test_retry_after_formats(headers: dict[str, str], seconds: float | None) -> None:
-    """A date is measured against the API's own clock; what cannot be read is not known."""
+    """A date is compared with the API's own clock; an unreadable value is None."""
     with serve_replies(http_reply(429, {"detail": "Too Many Requests"}, **headers)) as server:
         error = expect_failure(server.base_url, submit_run)
     assert isinstance(error, RateLimited)
@@ -414,7 +414,7 @@ def test_retry_after_formats(headers: dict[str, str], seconds: float | None) -> 
     ],
 )
 def test_task_id_names_and_types(body: dict[str, Any], task_id: str) -> None:
-    """`request_id` is the older name, and no form is required of an id."""
+    """`request_id` is accepted as the older name, and an id may have any form."""
     with serve_replies(http_reply(200, body)) as server:
         assert call_api(server.base_url, submit_run) == task_id
 
@@ -443,7 +443,7 @@ def test_task_id_names_and_types(body: dict[str, Any], task_id: str) -> None:
     ],
 )
 def test_success_without_task_id_is_in_doubt(body: object) -> None:
-    """It may have been accepted, so it is not sent again."""
+    """A success without a task id is in doubt and not resent, because it may have been accepted."""
     with serve_replies(http_reply(200, body)) as server:
         assert type(expect_failure(server.base_url, submit_run)) is SubmissionUnconfirmed
 
@@ -466,7 +466,7 @@ def test_success_without_task_id_is_in_doubt(body: object) -> None:
     ids=str,
 )
 def test_broken_connection_after_send_is_in_doubt(reply: Reply) -> None:
-    """Nobody can tell what the API did; the client posts once and no more."""
+    """A connection that breaks after the request was sent leaves it in doubt; the client posts once."""
     with serve_replies(reply) as server:
         seconds = 0.3 if reply.action is ConnectionAction.HANG else 30.0
         assert type(expect_failure(server.base_url, submit_run, seconds=seconds)) is SubmissionUnconfirmed
@@ -475,7 +475,7 @@ def test_broken_connection_after_send_is_in_doubt(reply: Reply) -> None:
 
 @in_turn(("host", "scheme"), [("127.0.0.1", "http"), ("127.0.0.1", "https"), ("no-such-host.invalid", "https")])
 def test_connection_failure_is_not_accepted(host: str, scheme: str) -> None:
-    """A refused connection and a name that nobody has: the request may be sent again."""
+    """A refused connection or an unknown host name means not sent: the request may be sent again."""
     base_url = f"{scheme}://{host}:{unused_port()}/v1"
     assert type(expect_failure(base_url, submit_run)) is RequestNotAccepted
     assert type(expect_failure(base_url, get_task)) is RequestNotAccepted
@@ -495,7 +495,7 @@ def test_connection_failure_is_not_accepted(host: str, scheme: str) -> None:
     ],
 )
 def test_bulk_rejection_details(status: int, body: object, kind: type, rows: dict[int, str] | None) -> None:
-    """Which rows are wrong, if the API says so; that there are too many; or that nobody can tell."""
+    """A rejected bulk run names the wrong rows, or that there are too many, or nothing about the rows."""
     with serve_replies(http_reply(status, body)) as server:
         error = expect_failure(server.base_url, lambda client: client.submit("email_getter", b'{"params": []}', rows=3))
         assert isinstance(error, kind)
@@ -505,7 +505,7 @@ def test_bulk_rejection_details(status: int, body: object, kind: type, rows: dic
 
 @in_turn("status", [400, 401, 403, 404, 406, 422, 429, 500])
 def test_echoed_key_is_redacted(status: int) -> None:
-    """Messages end in the ledger, the output and the log."""
+    """A key that the API echoes is redacted: messages reach the ledger, the output and the log."""
     bodies = [
         {"detail": f"Invalid API key {KEY}"},
         {"detail": {"x": KEY}},
@@ -544,16 +544,18 @@ def test_echoed_key_is_redacted(status: int) -> None:
     ],
 )
 def test_param_names_in_400_bodies(body: object, named: str | None) -> None:
-    """A complaint about anything else than a param is one about the job."""
+    """Only a complaint about a param names a row; any other is about the job."""
     assert wrong_params(body).get(0) == named
 
 
 def test_malformed_error_bodies() -> None:
-    """What the API says wrongly is still what the API said."""
-    scripted_api: list[object] = [None, 5, "body", {}, []]
-    replies = iter([http_reply(422, {"detail": [{"loc": loc, "msg": None}, 1]}) for loc in scripted_api])
+    """A malformed error body still gives a message."""
+    invalid_locations: list[object] = [None, 5, "body", {}, []]
+    replies = iter([http_reply(422, {"detail": [{"loc": loc, "msg": None}, 1]}) for loc in invalid_locations])
     with serve_replies(lambda _: next(replies)) as server:
-        assert failure_kinds(server.base_url, [submit_run] * len(scripted_api)) == [JobRejected] * len(scripted_api)
+        assert failure_kinds(server.base_url, [submit_run] * len(invalid_locations)) == [JobRejected] * len(
+            invalid_locations
+        )
 
 
 @in_turn(
@@ -568,7 +570,7 @@ def test_malformed_error_bodies() -> None:
     ],
 )
 def test_non_http_response_is_not_quoted(answer: str) -> None:
-    """Messages end in the ledger, the output and the log, each on a line; what came may be about anybody."""
+    """A response that is not HTTP is not quoted: messages are stored and logged, and it could contain personal data."""
     with serve_replies(Reply(answer.encode(), ConnectionAction.CLOSE)) as server:
         error = expect_failure(server.base_url, submit_run)
     assert (type(error), error.message) == (
@@ -579,7 +581,7 @@ def test_non_http_response_is_not_quoted(answer: str) -> None:
 
 @in_turn("body", [None, [], "x", 1, {}, {"task_id": "t-1"}, b"[" * 100_000])
 def test_invalid_task_body_is_retried(body: object) -> None:
-    """Without a status nothing is known of the task."""
+    """A task body without a status is retried: it has no news of the task."""
     with serve_replies(http_reply(200, body)) as server:
         assert type(expect_failure(server.base_url, get_task)) is InvalidPollResponse
 
@@ -589,7 +591,7 @@ def test_invalid_task_body_is_retried(body: object) -> None:
     [([], UnexpectedResponse), ("x", UnexpectedResponse), (5, UnexpectedResponse), (b"<html>", RequestNotAccepted)],
 )
 def test_malformed_user_and_waterfalls(body: object, kind: type[ApiCallFailed]) -> None:
-    """The account and the waterfalls are read leniently, but they must be what they are."""
+    """User and waterfalls are parsed leniently, but a wrong top-level type is an error."""
     with serve_replies(http_reply(200, body)) as server:
         assert type(expect_failure(server.base_url, lambda client: client.get_user())) is kind
         assert type(expect_failure(server.base_url, lambda client: client.get_waterfall("w"))) is kind
@@ -599,7 +601,7 @@ def test_malformed_user_and_waterfalls(body: object, kind: type[ApiCallFailed]) 
 
 @in_turn("body", [{}, {"name": "w"}, {"identifier": None}, {"identifier": []}, {"identifier": True}])
 def test_waterfall_requires_identifier(body: object) -> None:
-    """The one thing that it must have; a list loses only such items."""
+    """A waterfall needs an identifier; a list only loses the items without one."""
     with serve_replies(http_reply(200, body)) as server:
         assert type(expect_failure(server.base_url, lambda client: client.get_waterfall("w"))) is UnexpectedResponse
     with serve_replies(http_reply(200, [body, {"identifier": 5}, None, "x"])) as server:
@@ -618,7 +620,7 @@ def test_waterfall_requires_identifier(body: object) -> None:
     ],
 )
 def test_html_403_is_not_about_the_key(status: int, body: object, kind: type[ApiCallFailed]) -> None:
-    """A firewall or CDN before the API refuses with a page; the API itself with JSON."""
+    """A 403 with an HTML page comes from a firewall or CDN; the API itself refuses a key with JSON."""
     calls: list[Callable[[Client], Awaitable[object]]] = [submit_run, get_task, lambda client: client.get_user()]
     with serve_replies(http_reply(status, body, content_type="text/html")) as server:
         errors = expect_failures(server.base_url, calls)
@@ -627,7 +629,7 @@ def test_html_403_is_not_about_the_key(status: int, body: object, kind: type[Api
 
 
 def test_proxy_407_is_not_accepted() -> None:
-    """407 comes from what stands between."""
+    """A 407 comes from a proxy, so the request was not accepted."""
     with serve_replies(http_reply(407, b"<html>")) as server:
         assert failure_kinds(server.base_url, [submit_run, get_task]) == [RequestNotAccepted] * 2
         assert "the proxy wants a login" in expect_failure(server.base_url, submit_run).message
@@ -635,14 +637,14 @@ def test_proxy_407_is_not_accepted() -> None:
 
 @in_turn("body", [b"<html>", b"", {"detail": "x"}])
 def test_html_with_other_statuses(body: object) -> None:
-    """A 429 is a 429 and a 5xx may have been accepted, whatever comes with it."""
+    """With HTML, too, a 429 is a 429, and a request with a 5xx may have been accepted."""
     replies = iter([http_reply(429, body), http_reply(503, body)])
     with serve_replies(lambda _: next(replies)) as server:
         assert failure_kinds(server.base_url, [submit_run, submit_run]) == [RateLimited, SubmissionUnconfirmed]
 
 
 def test_lone_surrogate_is_replaced() -> None:
-    """A lone surrogate is legal JSON, but neither a database nor a file can hold it."""
+    """A lone surrogate, which is legal JSON, is replaced: databases and files can't store it."""
     with serve_replies(
         http_reply(200, rb'{"status": "completed", "data": {"email": "a\ud83d\ude00b\ud800c"}}')
     ) as server:
@@ -650,7 +652,7 @@ def test_lone_surrogate_is_replaced() -> None:
 
 
 def test_large_integers_are_kept() -> None:
-    """A whole number of more digits than a machine's word holds stays whole: it may be the id of a paid task."""
+    """An integer longer than 64 bits keeps all digits: it may be the id of a paid task."""
     number = 123456789012345678901234
     with serve_replies(
         http_reply(200, {"task_id": number, "status": "completed", "data": [number, -(2**63) - 1]})
@@ -663,7 +665,7 @@ def test_large_integers_are_kept() -> None:
 
 
 def test_request_headers_and_paths() -> None:
-    """One header holds the key, no cookie is kept, and names are quoted in paths."""
+    """One header holds the key, no cookie is kept, and names in paths are quoted."""
     with serve_replies(http_reply(200, {"task_id": "../user/me", "status": "x"}, set_cookie="a=b; Path=/")) as server:
 
         async def both(client: Client) -> None:
@@ -681,7 +683,7 @@ def test_request_headers_and_paths() -> None:
 
 
 @in_turn(
-    ("date", "heard"),
+    ("date", "observed_ms"),
     [
         ("Sun, 01 Nov 2026 12:00:00 GMT", [1_793_534_400_000]),
         ("yesterday", []),
@@ -689,9 +691,9 @@ def test_request_headers_and_paths() -> None:
         ("Sun, 01 Nov 99999 12:00:00 GMT", []),
     ],
 )
-def test_clock_observes_date_header(date: str, heard: list[int]) -> None:
-    """Ages are measured on the API's clock when ours is far off; an unreadable date is none."""
+def test_clock_observes_date_header(date: str, observed_ms: list[int]) -> None:
+    """The `Date` header sets the clock, because ours may be far off; an unreadable date is ignored."""
     clock = RecordingClock()
     with serve_replies(http_reply(200, {"workspace": "w"}, date=date)) as server:
         call_api(server.base_url, lambda client: client.get_user(), clock=clock)
-    assert clock.observed == heard
+    assert clock.observed == observed_ms

@@ -1,4 +1,4 @@
-"""Where the key and the address come from, and that the key is shown nowhere."""
+"""Where the key and the base URL come from; the key is never shown."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ KEY = "key-5b1f0e77-that-nobody-may-see"
 
 
 def write_login(home: Path, text: str) -> None:
-    """Write what `databar login` writes."""
+    """Write the file that `databar login` writes."""
     folder = home / ".databar"
     folder.mkdir()
     (folder / "config").write_text(text, encoding="utf-8")
 
 
 def test_key_lookup_order(tmp_path: Path) -> None:
-    """The variable, then the file that a variable names, then the file of `databar login`."""
+    """The key variable comes first, then the file that a variable names, then the file of `databar login`."""
     file = tmp_path / "key"
     file.write_text("from-file\n", encoding="utf-8")
     write_login(tmp_path, "user = ada\napi_key = from-login\n")
@@ -36,7 +36,7 @@ def test_key_lookup_order(tmp_path: Path) -> None:
 
 @in_turn("text", ["", "\n", "api_key=\n", "api_key\n", "other=KEY\n", "# api_key=KEY\n"])
 def test_login_file_without_key(tmp_path: Path, text: str) -> None:
-    """The message says where was looked, and how to try without."""
+    """The message lists the places that were searched and how to try the sandbox."""
     write_login(tmp_path, text)
     with pytest.raises(ApiKeyRejected, match="no API key") as caught:
         find_key({}, tmp_path)
@@ -45,14 +45,14 @@ def test_login_file_without_key(tmp_path: Path, text: str) -> None:
 
 @in_turn("text", [KEY, f"{KEY}\r\n", f"\ufeff{KEY}\n", f"\n  {KEY}\t\n"])
 def test_key_file_whitespace_and_bom(tmp_path: Path, text: str) -> None:
-    """Editors add line ends, and some a byte order mark; neither is part of the key."""
+    """Whitespace and a byte order mark that editors add are not part of the key."""
     file = tmp_path / "key"
     file.write_text(text, encoding="utf-8", newline="")
     assert find_key({"DATABAR_API_KEY_FILE": str(file)}, tmp_path).get_secret_value() == KEY
 
 
 def test_unreadable_key_file(tmp_path: Path) -> None:
-    """A file that was named is not passed over in silence for another place."""
+    """A named key file that can't be read is an error; no other place is tried."""
     write_login(tmp_path, f"api_key={KEY}")
     empty, binary = tmp_path / "empty", tmp_path / "binary"
     empty.touch()
@@ -70,7 +70,7 @@ def test_unreadable_key_file(tmp_path: Path) -> None:
 
 @in_turn("key", [f"{KEY}\nx", f"{KEY} x", f"{KEY}é", f"{KEY}\x00", f"{KEY}\x7f", f"{KEY}\u200b"])
 def test_invalid_key_characters(tmp_path: Path, key: str) -> None:
-    """Two lines in a file, a copied blank: it is told before anything is sent, without showing it."""
+    """A key with a line break or a space inside is refused before anything is sent, without being shown."""
     file = tmp_path / "key"
     file.write_text(key, encoding="utf-8")
     for environ in ({"DATABAR_API_KEY": key}, {"DATABAR_API_KEY_FILE": str(file)}):
@@ -80,7 +80,7 @@ def test_invalid_key_characters(tmp_path: Path, key: str) -> None:
 
 
 def test_key_is_not_in_repr() -> None:
-    """Neither a log nor a traceback that shows the value can tell it."""
+    """The key is not in the repr, so logs and tracebacks don't show it."""
     access = ApiAccess(DEFAULT_BASE_URL, SecretStr(KEY))
     assert KEY not in f"{access} {access!r} {access.key}"
 
@@ -99,7 +99,7 @@ def test_key_is_not_in_repr() -> None:
     ],
 )
 def test_base_url_https_or_loopback(tmp_path: Path, base_url: str, host: str) -> None:
-    """The key travels encrypted or not at all beyond this machine."""
+    """The base URL must be HTTPS or loopback: the key never leaves the machine unencrypted."""
     access = find_access({"DATABAR_BASE_URL": base_url, "DATABAR_API_KEY": KEY}, tmp_path)
     assert access.host == host
     assert not access.base_url.endswith(("/", "\n"))
@@ -107,7 +107,7 @@ def test_base_url_https_or_loopback(tmp_path: Path, base_url: str, host: str) ->
 
 @in_turn("base_url", [None, "", " "])
 def test_default_base_url(tmp_path: Path, base_url: str | None) -> None:
-    """An empty variable counts as missing."""
+    """An empty variable counts as missing, and the default URL is used."""
     environ = {"DATABAR_API_KEY": KEY} | ({} if base_url is None else {"DATABAR_BASE_URL": base_url})
     assert find_access(environ, tmp_path).base_url == DEFAULT_BASE_URL
 
@@ -134,7 +134,7 @@ def test_default_base_url(tmp_path: Path, base_url: str | None) -> None:
     ],
 )
 def test_invalid_base_url(base_url: str) -> None:
-    """Before anything is sent; the hint says what to write instead."""
+    """An invalid base URL is refused before anything is sent; the hint shows what to write instead."""
     with pytest.raises(JobError, match="must be an https address, or http on loopback") as caught:
         check_base_url(base_url)
     assert DEFAULT_BASE_URL in (caught.value.hint or "")

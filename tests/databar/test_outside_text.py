@@ -1,4 +1,4 @@
-"""What the filter for text from outside does to JSON, to words and to the key in them."""
+"""How text from outside is cleaned: JSON, plain text, and the key inside them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ JSON = st.recursive(
 
 
 def expected(value: Any) -> Any:
-    """Clean parsed JSON string by string."""
+    """Clean parsed JSON string by string, the expected result."""
     if isinstance(value, dict):
         return {expected(name): expected(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -33,14 +33,14 @@ def expected(value: Any) -> Any:
 
 @given(value=JSON, ascii_only=st.booleans())
 def test_json_strings_are_cleaned(value: Any, *, ascii_only: bool) -> None:
-    """However the strings are written, the values are those that cleaning each string gives."""
+    """Cleaning raw JSON gives the same values as cleaning each parsed string, however it is written."""
     body = json.dumps(value, ensure_ascii=ascii_only).encode()
     assert json.loads(clean_json(body, KEY)) == expected(json.loads(body))
 
 
 @given(body=st.binary(max_size=60) | st.text('{}[]":,\\ub6f\0\u202e' + KEY, max_size=60).map(str.encode))
 def test_broken_json_is_cleaned(body: bytes) -> None:
-    """Whatever the bytes are, neither the key nor a control character is left, and cleaning twice changes nothing."""
+    """Whatever the bytes are, no key and no control character stays, and cleaning twice changes nothing."""
     clean = clean_json(body, KEY)
     assert KEY.encode() not in clean
     assert json.dumps(KEY)[1:-1].encode() not in clean
@@ -53,7 +53,7 @@ def test_broken_json_is_cleaned(body: bytes) -> None:
     ["key-0000-0001", r"\u006bey-0000-0001", r"\u006Bey\u002d0000-0001", r"key\u202e-0000-0001", "key-0000-\u200f0001"],
 )
 def test_key_is_found_in_all_spellings(written: str) -> None:
-    """As an escape, as an object's key, and with invisible characters within."""
+    """The key is found as an escape, as an object's key, and with invisible characters inside."""
     for body in (f'{{"a": ["x{written}y"]}}', f'{{"{written}": 1}}', f'{{"a": "x{written}'):
         clean = clean_json(body.encode(), "key-0000-0001").decode()
         assert "0001" not in clean
@@ -61,29 +61,29 @@ def test_key_is_found_in_all_spellings(written: str) -> None:
 
 
 def test_clean_text_is_unchanged() -> None:
-    """The very bytes, with long numbers, accents and emoji, line breaks and tabs."""
+    """Clean text keeps its bytes: long numbers, accents, emoji, line breaks and tabs."""
     body = '{"n": 12345678901234567890123, "s": "caf\u00e9 \\u00e9 \\ud83d\\ude00 😀\\n\\t \u2019", "f": 1.10}'.encode()
     assert clean_json(body, KEY) == body
 
 
 def test_numeric_key_keeps_numbers() -> None:
-    """It is replaced in strings only, so that JSON stays JSON."""
+    """A key of digits is replaced in strings only, so that JSON stays valid."""
     assert clean_json(b'{"a": 12345678, "b": "12345678"}', "12345678") == b'{"a": 12345678, "b": "[key]"}'
 
 
 def test_utf16_and_utf32_json_is_cleaned() -> None:
-    """UTF-16 and UTF-32 hold the key in other bytes."""
+    """JSON in UTF-16 and UTF-32, where the key has other bytes, is cleaned."""
     for encoding in ("utf-16", "utf-16-le", "utf-32", "utf-8-sig"):
         assert json.loads(clean_json(json.dumps({"a": f"{KEY}\u202e"}).encode(encoding), KEY)) == {"a": MASK}
 
 
 def test_deep_nesting_is_cleaned() -> None:
-    """Nothing recurses."""
+    """Deep nesting is cleaned without recursion."""
     clean = clean_json(b"[" * 100_000 + json.dumps(KEY).encode(), KEY)
     assert clean == b"[" * 100_000 + json.dumps(MASK).encode()
 
 
 def test_control_and_bidi_characters() -> None:
-    """In text; line breaks and tabs stay unless it must be one line."""
+    """Control and bidi characters are removed; line breaks and tabs stay unless one line is required."""
     assert clean_text(f"a{REMOVED}b{BLANKED}c\r\n\td\ud800") == f"ab{' ' * len(BLANKED)}c\r\n\td?"
     assert clean_line(f" a\n{BLANKED}b\t\u200bc\ud800 {KEY}", KEY) == f"a b c? {MASK}"

@@ -1,4 +1,4 @@
-"""The proxy and the certificates of the environment: what is used, and what is refused by name."""
+"""The proxy and the certificates of the environment: which are used, and which are refused by name."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ INVALID_PROXIES = ["socks5://127.0.0.1:9", "http://", "http://[", "http://proxy.
 @in_turn("base_url", LOOPBACK)
 @in_turn("value", [*INVALID_PROXIES, "http://proxy.example:3128"])
 def test_loopback_ignores_proxy(base_url: str, value: str) -> None:
-    """The demo runs behind any corporate proxy, and even beside a broken variable."""
+    """Loopback ignores every proxy variable, even a broken one, so the demo runs behind any proxy."""
     names = ["http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"]
     assert find_proxy(dict.fromkeys(names, value), base_url) is None
 
@@ -80,7 +80,7 @@ def test_loopback_ignores_proxy(base_url: str, value: str) -> None:
     ],
 )
 def test_proxy_variable_precedence(environ: Mapping[str, str], url: str | None) -> None:
-    """Lower case first, the scheme's before `all_proxy`; empty is none, without a scheme it is http."""
+    """Lower case comes first, then the scheme's variable before `all_proxy`; empty means none, no scheme means http."""
     proxy = find_proxy(environ, API)
     assert (proxy.url if proxy else None) == url
 
@@ -118,14 +118,14 @@ def test_proxy_variable_precedence(environ: Mapping[str, str], url: str | None) 
 )
 @in_turn("name", ["no_proxy", "NO_PROXY"])
 def test_no_proxy_matching(no_proxy: str, direct: list[str], proxied: list[str], name: str) -> None:
-    """Hosts, their domains, ports, addresses and networks, with commas or blanks between them."""
+    """`no_proxy` matches hosts, their domains, ports, addresses and networks, separated by commas or spaces."""
     environ = {"https_proxy": "http://p.example:3128", name: no_proxy}
     assert [host for host in direct if find_proxy(environ, f"https://{host}/v1")] == []
     assert [host for host in proxied if not find_proxy(environ, f"https://{host}/v1")] == []
 
 
 def test_lower_case_no_proxy_first() -> None:
-    """Unless it is empty, which is as if it were not there."""
+    """Lower-case `no_proxy` comes first, unless it is empty."""
     environ = {"https_proxy": "p.example:1", "NO_PROXY": "*"}
     assert find_proxy(environ, API) is None
     assert find_proxy(environ | {"no_proxy": "a.example"}, API) is not None
@@ -146,7 +146,7 @@ def test_lower_case_no_proxy_first() -> None:
     ],
 )
 def test_proxy_credentials_become_header(userinfo: str, pair: bytes) -> None:
-    """They are in no URL and no repr from then on."""
+    """Proxy credentials become a header; no URL and no repr contains them."""
     proxy = find_proxy({"https_proxy": f"http://{userinfo}@p.example:3128"}, API)
     assert proxy is not None
     assert proxy.url == "http://p.example:3128"
@@ -159,7 +159,7 @@ def test_proxy_credentials_become_header(userinfo: str, pair: bytes) -> None:
 @in_turn("scheme", ["socks", "socks4", "socks4a", "socks5", "SOCKS5H", "ftp", "quic", "file", ""])
 @in_turn("name", ["https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"])
 def test_unsupported_proxy_kinds(scheme: str, name: str) -> None:
-    """Ignored, the key would take a way that its owner did not want."""
+    """An unsupported proxy is refused: ignoring it would send the key by a way that its owner did not choose."""
     with pytest.raises(JobError, match=f"^{name}: ") as caught:
         find_proxy({name: f"{scheme}://ada:s3cret@p.example:1080"}, API)
     message = f"{caught.value} {caught.value.hint}"
@@ -186,19 +186,19 @@ def test_unsupported_proxy_kinds(scheme: str, name: str) -> None:
     ],
 )
 def test_invalid_proxy_url_is_not_shown(value: str) -> None:
-    """A password with a sign that should have been percent-encoded is not printed."""
+    """An invalid proxy URL is not shown: it may hold a password that should have been percent-encoded."""
     with pytest.raises(JobError, match=r"^https_proxy: not the address of a proxy$") as caught:
         find_proxy({"https_proxy": value}, API)
     assert "s3" not in "".join(traceback.format_exception(caught.value))
 
 
-# Over real connections.
+# Over real connections
 
 
 def post_and_poll(environ: Mapping[str, str], base_url: str = API, seconds: float = 5.0) -> str:
     """Post a run and poll it once, with this environment."""
 
-    async def asking() -> str:
+    async def post_then_poll() -> str:
         access = ApiAccess(base_url, SecretStr(KEY))
         async with Client(
             access, SystemClock(), post_timeout_s=seconds, get_timeout_s=seconds, environ=environ
@@ -207,30 +207,30 @@ def post_and_poll(environ: Mapping[str, str], base_url: str = API, seconds: floa
             await client.poll_task(task_id)
             return task_id
 
-    return asyncio.run(asking())
+    return asyncio.run(post_then_poll())
 
 
 def answer_post_or_get(line: str) -> object:
-    """Answer a POST with a task, a GET with its answer."""
+    """Answer a POST with a task, and a GET with its result."""
     return {"task_id": "t-1", "status": "created" if line.startswith("POST") else "processing"}
 
 
 @pytest.fixture
 def certificate(tmp_path: Path) -> Certificate:
-    """A certificate of the API's host."""
+    """Make a certificate of the API's host."""
     return make_certificate(tmp_path, f"DNS:{HOST}")
 
 
 @pytest.fixture
 def proxy_certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
-    """A certificate of a proxy on loopback."""
+    """Make a certificate of a proxy on loopback."""
     return make_certificate(tmp_path_factory.mktemp("proxy"), "IP:127.0.0.1")
 
 
 @needs_openssl
 @pytest.mark.parametrize("value", ["http://127.0.0.1:{}", "127.0.0.1:{}", "http://ada:s3%2Fcret@127.0.0.1:{}/"])
 def test_api_through_proxy(certificate: Certificate, value: str) -> None:
-    """The proxy is asked for a tunnel only, and sees neither the request nor the key."""
+    """The proxy only opens a tunnel; it sees no request and no key."""
     with (
         serve_replies(lambda seen: http_reply(200, answer_post_or_get(seen.line)), tls=certificate.server()) as server,
         serve_connect_proxy(server.port) as proxy,
@@ -252,7 +252,7 @@ def test_api_through_proxy(certificate: Certificate, value: str) -> None:
 @needs_openssl
 @pytest.mark.parametrize("scheme", ["https", "HTTPS"])
 def test_proxy_over_tls(certificate: Certificate, proxy_certificate: Certificate, scheme: str) -> None:
-    """TLS to the proxy, and in it TLS to the API."""
+    """A proxy over TLS carries the API's TLS inside."""
     bulk_task = certificate.file.parent / "both.pem"
     bulk_task.write_bytes(certificate.file.read_bytes() + proxy_certificate.file.read_bytes())
     with (
@@ -266,7 +266,7 @@ def test_proxy_over_tls(certificate: Certificate, proxy_certificate: Certificate
 
 
 def failed_post(environ: Mapping[str, str], base_url: str = API) -> ApiCallFailed:
-    """Post a run that fails; no secret is in what is written of it, nor in what it was raised from."""
+    """Return the error of a run whose POST must fail; no secret is in it or in its causes."""
     with pytest.raises(ApiCallFailed) as caught:
         post_and_poll(environ, base_url)
     error: BaseException | None = caught.value
@@ -281,7 +281,7 @@ def failed_post(environ: Mapping[str, str], base_url: str = API) -> ApiCallFaile
 
 @in_turn("status", [200, 301, 401, 403, 407, 502, 599])
 def test_proxy_refuses_tunnel(status: int) -> None:
-    """The error names the variable and the status, and shows neither user nor password."""
+    """A refused tunnel's error names the variable and the status, without user and password."""
     refusal = b"HTTP/1.1 %d s3cret\r\nproxy-authenticate: s3cret\r\nconnection: close\r\n\r\ns3cret" % status
     with serve_connect_proxy(0, refusal=refusal) as proxy:
         error = failed_post({"https_proxy": f"http://ada:s3%63ret@127.0.0.1:{proxy.port}"})
@@ -293,13 +293,13 @@ def test_proxy_refuses_tunnel(status: int) -> None:
 
 @in_turn("refusal", [b"garbage s3cret\r\n\r\n", b"HTTP/1.1 200", b"\x00" * 99_999, b"HTTP/1.1 200 OK\r\n"])
 def test_proxy_without_http(refusal: bytes) -> None:
-    """What it says is not quoted."""
+    """The answer of a proxy that does not speak HTTP is not quoted."""
     with serve_connect_proxy(0, refusal=refusal) as proxy:
         assert type(failed_post({"https_proxy": f"ada:s3cret@127.0.0.1:{proxy.port}"})) is RequestNotAccepted
 
 
 def test_unreachable_proxy() -> None:
-    """It is named, with its variable: the API itself may be well."""
+    """The error for an unreachable proxy names the proxy and its variable, because the API may be fine."""
     port = unused_port()
     error = failed_post({"ALL_PROXY": f"ada:s3cret@127.0.0.1:{port}"})
     assert type(error) is RequestNotAccepted
@@ -308,7 +308,7 @@ def test_unreachable_proxy() -> None:
 
 @in_turn("name", ["HTTP_PROXY", "http_proxy", "https_proxy", "ALL_PROXY"])
 def test_run_on_loopback_without_proxy(name: str) -> None:
-    """Neither for POSTs nor for polls, whatever the environment says."""
+    """On loopback POSTs and polls use no proxy, whatever the environment contains."""
     with serve_replies(lambda seen: http_reply(200, answer_post_or_get(seen.line))) as server:
         assert post_and_poll({name: "http://127.0.0.1:1"}, server.base_url) == "t-1"
 
@@ -318,7 +318,7 @@ def test_run_on_loopback_without_proxy(name: str) -> None:
 def test_netrc_is_ignored(
     certificate: Certificate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_proxy: str
 ) -> None:
-    """Its passwords are for other programs."""
+    """`.netrc` is ignored: its passwords belong to other programs."""
     netrc = tmp_path / ".netrc"
     netrc.write_text(
         "".join(f"machine {host} login ada password s3cret\n" for host in (HOST, "127.0.0.1", "localhost"))
@@ -339,11 +339,11 @@ def test_netrc_is_ignored(
             assert "authorization" not in head.lower()
 
 
-# Certificates.
+# Certificates
 
 
 def test_default_certificates() -> None:
-    """None: whatever comes with the program; an empty variable is none."""
+    """The default is None, the certificates of the program; an empty variable means the same."""
     assert load_certificates({}) is None
     assert load_certificates({"SSL_CERT_FILE": "", "SSL_CERT_DIR": ""}) is None
 
@@ -353,7 +353,7 @@ def test_default_certificates() -> None:
     "kind", first_quick(2, ["missing", "empty", "text", "key", "folder", "unreadable", "pipe", "device", "broken"])
 )
 def test_invalid_certificate_file(certificate: Certificate, tmp_path: Path, kind: str) -> None:
-    """Nothing takes its place in silence; a pipe and a device are not read at all."""
+    """An invalid certificate file is an error without a fallback; a pipe or a device is not read at all."""
     path = tmp_path / "named.pem"
     match kind:
         case "empty":
@@ -380,7 +380,7 @@ def test_invalid_certificate_file(certificate: Certificate, tmp_path: Path, kind
 @needs_openssl
 @pytest.mark.parametrize("kind", ["missing", "empty", "file", "unhashed"])
 def test_invalid_certificate_folder(certificate: Certificate, tmp_path: Path, kind: str) -> None:
-    """OpenSSL would find nothing in it and say nothing of it."""
+    """An invalid certificate folder is an error: OpenSSL would silently find nothing in it."""
     path = tmp_path / "certificates"
     if kind == "file":
         path.touch()
@@ -398,7 +398,7 @@ def test_invalid_certificate_folder(certificate: Certificate, tmp_path: Path, ki
 @needs_openssl
 @pytest.mark.parametrize("separated", ["{}", "/nowhere:{}"])
 def test_certificate_folder(certificate: Certificate, tmp_path: Path, separated: str) -> None:
-    """Several folders are one list."""
+    """A certificate folder may be a list of several folders."""
     folder = tmp_path / "certificates"
     folder.mkdir()
     shutil.copy(certificate.file, folder)
@@ -414,18 +414,20 @@ def test_certificate_folder(certificate: Certificate, tmp_path: Path, separated:
 @pytest.mark.long
 @needs_openssl
 @pytest.mark.parametrize("kind", ["unknown", "expired", "another host"])
-@pytest.mark.parametrize("whose", ["the API's", "the proxy's"])
-def test_untrusted_certificate_fails(tmp_path: Path, kind: str, whose: str) -> None:
-    """Asking again changes nothing; the words name the certificate and SSL_CERT_FILE. Nothing was sent."""
+@pytest.mark.parametrize("bad_side", ["the API's", "the proxy's"])
+def test_untrusted_certificate_fails(tmp_path: Path, kind: str, bad_side: str) -> None:
+    """An untrusted certificate fails without a retry; the message names it and SSL_CERT_FILE, and nothing was sent."""
     (tmp_path / "good").mkdir()
     (tmp_path / "bad").mkdir()
-    mine, its = ("IP:127.0.0.1", f"DNS:{HOST}") if whose == "the API's" else (f"DNS:{HOST}", "IP:127.0.0.1")
-    name = "DNS:other.example" if kind == "another host" else its
+    trusted_name, untrusted_name = (
+        ("IP:127.0.0.1", f"DNS:{HOST}") if bad_side == "the API's" else (f"DNS:{HOST}", "IP:127.0.0.1")
+    )
+    name = "DNS:other.example" if kind == "another host" else untrusted_name
     bad = make_certificate(tmp_path / "bad", name, -1 if kind == "expired" else 1)
-    good = make_certificate(tmp_path / "good", mine)
+    good = make_certificate(tmp_path / "good", trusted_name)
     trusted = tmp_path / "trusted.pem"
     trusted.write_bytes(good.file.read_bytes() + (b"" if kind == "unknown" else bad.file.read_bytes()))
-    api, front = (bad, good) if whose == "the API's" else (good, bad)
+    api, proxy_certificates = (bad, good) if bad_side == "the API's" else (good, bad)
     tries = 0
 
     async def user() -> None:
@@ -436,7 +438,7 @@ def test_untrusted_certificate_fails(tmp_path: Path, kind: str, whose: str) -> N
 
     with (
         serve_replies(CREATED, tls=api.server()) as server,
-        serve_connect_proxy(server.port, tls=front.server()) as proxy,
+        serve_connect_proxy(server.port, tls=proxy_certificates.server()) as proxy,
     ):
         environ = {"https_proxy": f"https://127.0.0.1:{proxy.port}", "SSL_CERT_FILE": str(trusted)}
         assert type(failed_post(environ)) is CertificateUntrusted
@@ -447,7 +449,7 @@ def test_untrusted_certificate_fails(tmp_path: Path, kind: str, whose: str) -> N
         assert not server.requests
 
 
-# The whole program.
+# The whole program
 
 
 @pytest.fixture
@@ -468,7 +470,7 @@ def api(tmp_path: Path) -> Iterator[SandboxApi]:
 
 @pytest.mark.long
 def test_loopback_with_broken_network_settings(workspace: Workspace, api: SandboxApi) -> None:
-    """A broken proxy variable and a missing certificate file are nothing to it."""
+    """A run on loopback ignores a broken proxy variable and a missing certificate file."""
     broken = {"HTTP_PROXY": "socks5://x", "https_proxy": "http://[", "ALL_PROXY": "://", "SSL_CERT_FILE": "/nowhere"}
     assert workspace.run_in_process("run", "job.yaml", api=api, **broken).exit_code == 0
 
@@ -482,7 +484,7 @@ def test_loopback_with_broken_network_settings(workspace: Workspace, api: Sandbo
 def test_invalid_network_settings_are_exit_2(
     workspace: Workspace, variable: str, value: str, command: tuple[str, ...]
 ) -> None:
-    """With the variable's name, without a traceback, before anything is sent."""
+    """Invalid network settings are exit 2 with the variable's name and no traceback, before anything is sent."""
     environ = {"DATABAR_BASE_URL": API, "DATABAR_API_KEY": KEY, variable: value}
     result = workspace.run_in_process(*command, api=None, **environ)
     assert result.exit_code == 2
@@ -493,6 +495,6 @@ def test_invalid_network_settings_are_exit_2(
 
 
 def test_proxy_password_is_hidden() -> None:
-    """Whatever prints it."""
+    """The proxy's password is hidden in every output."""
     proxy = Proxy("http://p.example:1", "https_proxy", SecretStr("Basic s3cret"))
     assert "s3cret" not in f"{proxy} {proxy!r}"

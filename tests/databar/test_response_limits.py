@@ -1,4 +1,4 @@
-"""How much of an answer is read, and in which encodings: one answer costs that answer, not the memory."""
+"""How much of a response is read and in which encodings: a response can't use unlimited memory."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ TEXT = BODY.encode()
 
 
 def deflate_raw(data: bytes) -> bytes:
-    """Pack without zlib's header."""
+    """Compress without zlib's header."""
     packer = zlib.compressobj(wbits=-15)
     return packer.compress(data) + packer.flush()
 
 
 def chunked(data: bytes, size: int) -> bytes:
-    """Write a body in chunks."""
+    """Split a body into HTTP chunks."""
     pieces = [data[start : start + size] for start in range(0, len(data), size)]
     return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
 
 
 def compressed_zeros(times: int, level: int = 9) -> bytes:
-    """Pack so many MiB of zeros, with a wrong checksum, in no time."""
+    """Return `times` MiB of zeros compressed with a wrong checksum, quickly."""
     packer = zlib.compressobj(level, zlib.DEFLATED, -15)
     block = packer.compress(bytes(MIB)) + packer.flush(zlib.Z_FULL_FLUSH)
     return b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03" + block * times + packer.flush() + bytes(8)
@@ -61,7 +61,7 @@ COMPRESSED = {
 @in_turn(("encoding", "data"), COMPRESSED.values(), ids=COMPRESSED.keys())
 @in_turn("chunk", [0, 1, 1000])
 def test_compressed_responses_are_decompressed(encoding: str, data: bytes, chunk: int) -> None:
-    """In whole or in chunks of any size; nobody unpacks them again, the header is gone."""
+    """A compressed response is decompressed once, whole or in chunks of any size; its encoding header is removed."""
     head = b"HTTP/1.1 200 OK\r\ncontent-encoding: %b\r\n" % encoding.encode()
     if chunk:
         reply = head + b"transfer-encoding: chunked\r\n\r\n" + chunked(data, chunk)
@@ -74,7 +74,7 @@ def test_compressed_responses_are_decompressed(encoding: str, data: bytes, chunk
 
 
 def test_highly_compressed_body_is_complete() -> None:
-    """Much comes out of few bytes, some of it after the last was read."""
+    """A highly compressed body is complete, even when much of it comes out after the last byte was read."""
     for size in (0, 1, 64 * 1024 - 1, 64 * 1024, 64 * 1024 + 1, 3 * MIB + 7):
         for encoding, pack in (("gzip", gzip.compress), ("deflate", zlib.compress), ("deflate", deflate_raw)):
             with serve_replies(http_reply(200, pack(bytes(size)), content_encoding=encoding)) as server:
@@ -83,7 +83,7 @@ def test_highly_compressed_body_is_complete() -> None:
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate"])
 def test_empty_compressed_body(encoding: str) -> None:
-    """A 429 without a body may say that it is packed."""
+    """A 429 without a body may be declared as compressed."""
     with serve_replies(http_reply(429, b"", content_encoding=encoding)) as server:
         response = send_get(server.base_url)
         assert (response.status_code, response.content) == (429, b"")
@@ -114,7 +114,7 @@ CORRUPT = {
 @in_turn(("encoding", "data"), CORRUPT.values(), ids=CORRUPT.keys())
 @in_turn("status", [200, 500])
 def test_corrupt_compression_is_an_error(encoding: str, data: bytes, status: int) -> None:
-    """It is said in words; what came is not shown as an answer, and the next request has another connection."""
+    """Corrupt compression is an error that does not show the body; the next request uses another connection."""
 
     async def two(send: Sender) -> str:
         with pytest.raises(httpx.ReadError) as caught:
@@ -138,7 +138,7 @@ def test_corrupt_compression_is_an_error(encoding: str, data: bytes, status: int
 @in_turn("over", [-1, 0, 1, 1000])
 @in_turn("packed", [True, False])
 def test_response_size_limit_is_exact(over: int, packed: bool) -> None:  # noqa: FBT001 - a case
-    """An answer of the bound is read, one byte more is too much; its start is kept."""
+    """A response of exactly the limit is read; one byte more is an error that keeps the start."""
     data = (TEXT * 2)[: SMALL - 200 + over] if not packed else bytes(SMALL + over)
     if packed:
         reply = http_reply(200, gzip.compress(data), content_encoding="gzip")
@@ -176,7 +176,7 @@ ENDLESS = {
 
 @in_turn("data", ENDLESS.values(), ids=ENDLESS.keys())
 def test_endless_response_is_cut_at_limit(data: bytes) -> None:
-    """Wherever it has no end, it is cut off, long before its time is over; the connection is not used again."""
+    """An endless response is cut at the limit, well before its timeout, and its connection is not used again."""
 
     async def two(send: Sender) -> httpx.Response:
         with pytest.raises(httpx.ReadError) as caught:
@@ -192,7 +192,7 @@ def test_endless_response_is_cut_at_limit(data: bytes) -> None:
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_start_of_oversized_response_is_kept(packed: bool) -> None:  # noqa: FBT001 - a case
-    """64 KiB of it, unpacked: it shows what came."""
+    """The first 64 KiB of an oversized response are kept uncompressed, to show what came."""
     data = TEXT * 20
     reply = http_reply(200, gzip.compress(data), content_encoding="gzip") if packed else http_reply(200, data)
     with serve_replies(reply) as server:
@@ -203,20 +203,20 @@ def test_start_of_oversized_response_is_kept(packed: bool) -> None:  # noqa: FBT
 
 @in_turn("length", [b"-1", b"+5", b"5, 6", b"5x", b"0x5", b"", b"5\r\ncontent-length: 6"])
 def test_invalid_content_length_is_an_error(length: bytes) -> None:
-    """Nor are two that differ: nobody knows where that answer ends."""
+    """An invalid content length, or two different ones, is an error: the end of the response is unknown."""
     reply = Reply(b"HTTP/1.1 200 OK\r\ncontent-length: " + length + b"\r\n\r\n{}   ", ConnectionAction.CLOSE)
     with serve_replies(reply) as server, pytest.raises(httpx.ReadError):
         send_get(server.base_url)
 
 
 def test_truncated_body_is_an_error() -> None:
-    """The connection was cut off, or an intermediary was."""
+    """A truncated body is an error."""
     reply = Reply(b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{}", ConnectionAction.CLOSE)
     with serve_replies(reply) as server, pytest.raises(httpx.ReadError, match="too early"):
         send_get(server.base_url)
 
 
-#: Asks for something side by side, in a process of its own, and prints how many failed and the most memory, in KiB.
+#: Sends requests concurrently in its own process; prints how many failed and the peak memory in KiB.
 MEASURE_SCRIPT = """
 import asyncio, json, resource, sys
 from tests.support.transport_client import Sender, with_transport
@@ -232,7 +232,7 @@ print(json.dumps([failed, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))
 
 
 def measure(reply: Reply, times: int) -> tuple[list[str], float]:
-    """Tell how `times` such answers at once fail, and how much memory they take, in MiB."""
+    """Return how many of `times` concurrent responses fail, and how much memory they take, in MiB."""
     with serve_replies(reply) as server:
         process = subprocess.run(
             [sys.executable, "-c", MEASURE_SCRIPT, server.base_url, str(times)],
@@ -246,18 +246,18 @@ def measure(reply: Reply, times: int) -> tuple[list[str], float]:
 
 
 def compressed_reply(data: bytes, **headers: Any) -> Reply:
-    """Answer with something packed already."""
+    """Return a response with a body that is already compressed."""
     return http_reply(200, data, content_encoding="gzip", **headers)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("times", [1, 32])
 def test_decompression_bomb_memory_limit(times: int) -> None:
-    """10 GiB of zeros in 10 MiB, one or 32 at once; and such that grow more slowly."""
+    """10 GiB of zeros in 10 MiB stay within the memory limit, once or 32 times at once, and so do slower ones."""
     rows = json.dumps([{"email": f"lead-{number}@engine.example"} for number in range(60_000)]).encode()
     slow = gzip.compress(rows) * 30
     _, without = measure(http_reply(200, {"task_id": "a"}), times)
-    for bomb in (compressed_reply(compressed_zeros(10_240)), compressed_reply(slow), http_reply(200, bytes(40 * MIB))):
-        failed, memory = measure(bomb, times)
+    for reply in (compressed_reply(compressed_zeros(10_240)), compressed_reply(slow), http_reply(200, bytes(40 * MIB))):
+        failed, memory = measure(reply, times)
         assert failed == ["AnswerTooLarge"] * times
         assert memory - without < 100

@@ -1,4 +1,4 @@
-"""Which bytes count as the answer of which request, when an API or a proxy sends more than was asked for."""
+"""Which bytes count as the response to which request, when an API or a proxy sends more than was requested."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.transport_client import Sender, with_transport
 from tests.support.workspace import wait_until
 
 STRAY_REPLY = http_reply(200, {"task_id": "another"}).data
-#: What an API, a proxy or a load balancer may send without being asked.
+#: Unsolicited bytes that an API, a proxy or a load balancer may send.
 STRAY_REPLIES = {
     "an answer again": STRAY_REPLY,
     "an answer of another kind": http_reply(500, {"task_id": "another"}).data,
@@ -32,23 +32,23 @@ each_stray = pytest.mark.parametrize("stray", STRAY_REPLIES.values(), ids=STRAY_
 
 
 def requested_path(request: ReceivedRequest) -> str:
-    """Name what was asked for."""
+    """Return the path that was requested."""
     return request.line.split()[1].rpartition("/")[2]
 
 
 def echo(request: ReceivedRequest) -> bytes:
-    """Answer with what was asked for."""
+    """Respond with the requested path."""
     return http_reply(200, {"task_id": requested_path(request)}).data
 
 
 async def wait_until_closed(server: RawServer, number: int) -> None:
-    """Wait until a connection is over."""
+    """Wait until a connection is closed."""
     await asyncio.to_thread(wait_until, lambda: number in server.closed_connections)
 
 
 @each_stray
 def test_stray_bytes_between_requests_close_connection(stray: bytes) -> None:
-    """They come 30 ms after the answer, while nothing is asked: the connection is closed at once."""
+    """Bytes that come 30 ms after a response, between requests, close the connection at once."""
 
     async def two(send: Sender) -> list[object]:
         first = await send("/a")
@@ -64,9 +64,9 @@ def test_stray_bytes_between_requests_close_connection(stray: bytes) -> None:
 @pytest.mark.parametrize("body", [b"", b'{"task_id": "a"}'])
 @pytest.mark.parametrize("apart", ["in one piece", "the end apart"])
 def test_stray_bytes_after_response_are_discarded(stray: bytes, body: bytes, apart: str) -> None:
-    """Head, body and stray bytes come in one piece, or the body's last byte with them: all kinds end the connection.
+    """Stray bytes in one piece with a response, or with its last byte, close the connection.
 
-    Garbage right behind an answer may spoil that answer, which is asked for again.
+    Garbage right behind a response may spoil that response, which is then requested again.
     """
     head = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body)
     whole = head + body + stray
@@ -88,7 +88,7 @@ def test_stray_bytes_after_response_are_discarded(stray: bytes, body: bytes, apa
 
 @in_turn("stray", [STRAY_REPLY, b"HTTP/1.1 408 Request Timeout\r\n\r\n", b"220 mail.example"])
 def test_stray_bytes_before_request_prove_not_sent(stray: bytes) -> None:
-    """What is there when the connection stands is no answer: the request is not sent on it."""
+    """Bytes that are there when the connection opens are no response: the request is not sent on it."""
 
     async def slow_down() -> None:
         for _ in range(100):
@@ -108,7 +108,7 @@ def test_stray_bytes_before_request_prove_not_sent(stray: bytes) -> None:
 
 
 def test_no_reuse_uses_new_connections() -> None:
-    """So a POST never reads what an earlier exchange left, nor meets a server that closes an idle connection."""
+    """A POST uses a new connection: it reads no stray bytes and meets no server that closes an idle one."""
 
     async def three(send: Sender) -> list[tuple[object, object]]:
         answers = [await send(f"/{name}", method="POST") for name in "abc"]
@@ -120,7 +120,7 @@ def test_no_reuse_uses_new_connections() -> None:
 
 
 def test_fresh_connection_on_demand() -> None:
-    """It is told of each answer whether its connection carried another request before."""
+    """Each response shows whether its connection carried another request before."""
 
     async def several(send: Sender) -> list[object]:
         answers = [await send("/a"), await send("/a"), await send("/a", fresh=True), await send("/a")]
@@ -132,7 +132,7 @@ def test_fresh_connection_on_demand() -> None:
 
 
 def test_fresh_requests_do_not_queue() -> None:
-    """They have connections of their own: 32 silent polls hold up none."""
+    """Fresh requests have their own connections: 32 silent polls block none of them."""
 
     async def both(send: Sender) -> object:
         silent = [asyncio.create_task(send("/silent")) for _ in range(32)]
@@ -152,7 +152,7 @@ def test_fresh_requests_do_not_queue() -> None:
 
 @pytest.mark.parametrize("times", [1, 2])
 def test_close_connection_of_response(times: int) -> None:
-    """As for an answer that has another's task id; once more does no harm."""
+    """The connection of a response can be closed, as for one with another task's id; closing twice does no harm."""
 
     async def two(send: Sender) -> object:
         answer = await send("/a")
@@ -167,7 +167,7 @@ def test_close_connection_of_response(times: int) -> None:
 
 
 def test_closed_connection_fails_its_request() -> None:
-    """That request's answer would come from a connection that mixes them up; it is asked again on another."""
+    """Closing a connection fails its current request, whose response might be another's; it is repeated elsewhere."""
 
     async def two(send: Sender) -> object:
         first = await send("/a")
@@ -186,7 +186,7 @@ def test_closed_connection_fails_its_request() -> None:
 
 
 def test_interim_responses_are_skipped() -> None:
-    """1xx may come before it, any number of them."""
+    """Any number of interim responses (1xx) may come before the response."""
     interim = b"HTTP/1.1 100 Continue\r\n\r\n" * 3 + b"HTTP/1.1 103 Early Hints\r\nlink: <x>\r\n\r\n"
 
     async def two(send: Sender) -> list[object]:

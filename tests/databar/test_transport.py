@@ -1,4 +1,4 @@
-"""The transport: which connection is used, and what is proved when it fails."""
+"""The transport: which connection is used, and what its failures prove."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.workspace import serve_api, wait_until
 
 
 def test_posts_use_new_connections() -> None:
-    """So it neither reads what an earlier exchange left, nor meets a server that closes an idle connection."""
+    """A POST uses a new connection: it reads no earlier bytes and meets no server that closes an idle one."""
 
     async def three(client: Client) -> list[str]:
         return [await submit_run(client) for _ in range(3)]
@@ -34,7 +34,7 @@ def test_posts_use_new_connections() -> None:
 
 
 def test_polls_reuse_idle_connections() -> None:
-    """Asking twice costs nothing, so connections are kept longer."""
+    """Polls reuse idle connections, because repeating a poll costs nothing."""
 
     async def two(client: Client) -> None:
         await get_task(client)
@@ -47,7 +47,7 @@ def test_polls_reuse_idle_connections() -> None:
 
 
 def test_connection_lost_during_post_is_in_doubt() -> None:
-    """The bytes left on it, and nothing is sent again."""
+    """A connection lost during a POST leaves it in doubt: bytes were sent, and nothing is resent."""
     replies = iter([CREATED, Reply(action=ConnectionAction.CLOSE), CREATED])
 
     async def two(client: Client) -> None:
@@ -63,7 +63,7 @@ def test_connection_lost_during_post_is_in_doubt() -> None:
 
 @pytest.mark.long
 def test_broken_responses_release_connections() -> None:
-    """There are 32: each that an unread answer kept would be missing for the rest of the night."""
+    """A broken response releases its connection; otherwise the 32 connections would run out during the run."""
 
     async def many(client: Client) -> None:
         for _ in range(40):
@@ -77,11 +77,11 @@ def test_broken_responses_release_connections() -> None:
 
 
 def test_posts_and_polls_use_separate_pools() -> None:
-    """They have connections of their own: 32 silent polls hold up no POST."""
+    """Posts and polls use separate connection pools: 32 silent polls block no POST."""
 
     async def both(client: Client) -> str:
         polls = [asyncio.create_task(client.poll_task(f"t-{number}")) for number in range(32)]
-        while len(server.requests) < 32:  # noqa: ASYNC110 - the wire tells nobody
+        while len(server.requests) < 32:  # noqa: ASYNC110 - no event to wait for
             await asyncio.sleep(0.01)
         task_id = await submit_run(client)
         for poll in polls:
@@ -96,7 +96,7 @@ def test_posts_and_polls_use_separate_pools() -> None:
 
 
 def test_server_without_tls_is_not_accepted() -> None:
-    """The handshake comes before the request, so the request never left."""
+    """A server without TLS did not accept the request: the handshake comes before it."""
     with serve_replies(http_reply(400)) as server:
         assert type(expect_failure(f"https://127.0.0.1:{server.port}/v1", submit_run)) is RequestNotAccepted
         assert not any(KEY in seen.head for seen in server.requests)
@@ -104,7 +104,7 @@ def test_server_without_tls_is_not_accepted() -> None:
 
 @pytest.mark.parametrize("end", [ConnectionAction.CLOSE, ConnectionAction.RESET])
 def test_connection_closed_in_handshake_is_not_accepted(end: ConnectionAction) -> None:
-    """A connection that was opened and closed again at once never carried a request."""
+    """A connection closed during the handshake never carried a request, so it was not accepted."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     with serve_replies(Reply(action=end), tls=context) as server:
         assert type(expect_failure(f"https://127.0.0.1:{server.port}/v1", submit_run)) is RequestNotAccepted
@@ -112,31 +112,31 @@ def test_connection_closed_in_handshake_is_not_accepted(end: ConnectionAction) -
 
 
 def test_connect_timeout_message() -> None:
-    """Its time-out is its own: nobody reads that no answer came in a time that was not waited."""
+    """A connect timeout names its own limit, not the longer one for answers."""
 
-    async def knock(port: int) -> None:
+    async def connect_once(port: int) -> None:
         transport = Transport(1, 0.2, ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
         request = httpx.Request("POST", f"http://127.0.0.1:{port}/", extensions={"timeout": {"read": 5.0}})
         with pytest.raises(httpx.ConnectError, match="Connection timeout"):
             await transport.handle_async_request(request)
         await transport.aclose()
 
-    with socket.create_server(("127.0.0.1", 0), backlog=0) as deaf, contextlib.ExitStack() as crowd:
-        # Once its queue is full, the kernel lets nobody else in.
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full_listener, contextlib.ExitStack() as waiting_sockets:
+        # Once its queue is full, the kernel accepts no more connections.
         for _ in range(4):
-            caller = crowd.enter_context(socket.socket())
+            caller = waiting_sockets.enter_context(socket.socket())
             caller.setblocking(False)  # noqa: FBT003 - its only argument
-            caller.connect_ex(deaf.getsockname())
-        asyncio.run(knock(deaf.getsockname()[1]))
+            caller.connect_ex(full_listener.getsockname())
+        asyncio.run(connect_once(full_listener.getsockname()[1]))
 
 
 def test_response_received_while_suspended_counts(tmp_path: Path) -> None:
-    """A laptop that slept finds the time-out over and the answer there: nothing is in doubt."""
+    """A response that arrived while the machine slept counts, although the timeout is over; nothing is in doubt."""
 
     async def stopped(client: Client) -> None:
         posting = asyncio.create_task(submit_run(client))
         await asyncio.sleep(0.3)
-        # Nothing of ours runs meanwhile, as under SIGSTOP; the API's thread answers.
+        # Our code does not run meanwhile, as under SIGSTOP; the API's thread answers.
         time.sleep(2.5)  # noqa: ASYNC251
         assert await posting
 

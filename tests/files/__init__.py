@@ -1,1 +1,1 @@
-"""Tests of file formats."""
+"""Tests of `enrich.files`."""

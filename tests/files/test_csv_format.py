@@ -1,4 +1,4 @@
-"""Reads and writes real files: ugly ones come through cell by cell, broken ones are named by row and line."""
+"""CSV files are read and written unchanged cell by cell; broken ones are refused with row and line."""
 
 import csv
 import gzip
@@ -82,13 +82,13 @@ def written_bytes(
     ],
 )
 def test_valid_unusual_csv(tmp_path: Path, content: bytes | str, rows: list[tuple[str, ...]]) -> None:
-    """Each cell comes out as it was written, and no row is invented or lost."""
+    """Unusual but valid CSV keeps each cell as written, and no row is added or lost."""
     assert read_rows(write_csv(tmp_path, content)) == rows
 
 
 @in_turn("rows_per_batch", [1, 2, 3, 100])
 def test_batches_keep_order(tmp_path: Path, rows_per_batch: int) -> None:
-    """However the rows are cut, they come in the order of the file, each batch full but the last."""
+    """Batches of any size keep the file's order, and all but the last are full."""
     source = write_csv(tmp_path, "n\n" + "".join(f"{number}\n\n" for number in range(7)))
     frames = list(read_batches(source, rows_per_batch))
     assert [cell for frame in frames for cell in frame["n"]] == [str(number) for number in range(7)]
@@ -97,13 +97,13 @@ def test_batches_keep_order(tmp_path: Path, rows_per_batch: int) -> None:
 
 
 def test_header_only_file_has_no_batches(tmp_path: Path) -> None:
-    """A header alone is a header, not a batch of nothing."""
+    """A file with only a header gives the header and no batch."""
     assert list(read_batches(write_csv(tmp_path, "a,b\n"))) == []
 
 
 @in_turn("padding", range(8180, 8196))
 def test_crlf_across_read_buffers(tmp_path: Path, padding: int) -> None:
-    """A CRLF that the buffer of the text cuts in two ends one line, not two."""
+    """A CRLF split by the read buffer ends one line, not two."""
     source = write_csv(tmp_path, f'a\r\n"{"x" * padding}\r\n"\r\n2\r\n3')
     assert read_problem(write_csv(tmp_path, f"a\r\n{'x' * padding}\r\n2\r\n3,", "bad.csv")).message.endswith(
         "row 3 (line 4) has 2 cells, but the header has 1 column"
@@ -113,7 +113,7 @@ def test_crlf_across_read_buffers(tmp_path: Path, padding: int) -> None:
 
 @in_turn("encoding", ["utf-8", "UTF8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32", "utf-7"])
 def test_unicode_encodings(tmp_path: Path, encoding: str) -> None:
-    """The encoding is the one that was named, and a byte order mark is never part of a name."""
+    """Unicode encodings are read as named, and a byte order mark is never part of a column name."""
     text = "名前,b\nЩёлк,Ωμέγα 🚀\n"
     expected = [("名前", "b"), ("Щёлк", "Ωμέγα 🚀")]
     assert read_rows(write_csv(tmp_path, text.encode(encoding), encoding=encoding)) == expected
@@ -122,12 +122,12 @@ def test_unicode_encodings(tmp_path: Path, encoding: str) -> None:
 
 @in_turn("separator", [";", "\t", "|", " ", "¦"])
 def test_separators(tmp_path: Path, separator: str) -> None:
-    """The separator parts the cells, and the comma is text."""
+    """Only the chosen separator splits cells; a comma is then text."""
     assert read_rows(write_csv(tmp_path, f"a{separator}b\n1,5{separator}2\n", separator=separator))[1] == ("1,5", "2")
 
 
 def test_gzip_by_extension(tmp_path: Path) -> None:
-    """The ending alone decides, in either case."""
+    """The extension `.gz`, in either case, decides whether a file is compressed."""
     assert read_rows(write_csv(tmp_path, gzip.compress(b"a\n1\n"), "leads.csv.GZ")) == [("a",), ("1",)]
 
 
@@ -235,7 +235,7 @@ def test_gzip_by_extension(tmp_path: Path) -> None:
     ),
 )
 def test_error_names_row_and_line(tmp_path: Path, content: bytes | str, message: str, hint: str) -> None:
-    """The message says where, the hint what to do."""
+    """The message shows where the error is, and the hint what to do."""
     source = write_csv(tmp_path, content)
     problem = read_problem(source)
     assert problem.message.startswith(message.format(path=source.path))
@@ -245,7 +245,7 @@ def test_error_names_row_and_line(tmp_path: Path, content: bytes | str, message:
 
 @in_turn("at", [0, 1, 2, 3, 4])
 def test_error_in_later_batch(tmp_path: Path, at: int) -> None:
-    """The row is counted over the whole file, and the batches before it have come out."""
+    """Rows are counted over the whole file, and the batches before the error are returned."""
     lines = [f"{number},x" for number in range(5)]
     lines[at] += ",y"
     source = write_csv(tmp_path, "a,b\n" + "\n".join(lines))
@@ -258,7 +258,7 @@ def test_error_in_later_batch(tmp_path: Path, at: int) -> None:
 
 @in_turn("row", ["Jane", 'Jane,"Jane"Jane', 'Jane,"Jane', "Jane,Jane\0", "Jane,\ud8ff"])
 def test_errors_do_not_quote_cells(tmp_path: Path, row: str) -> None:
-    """Messages may end in logs, and the cells are about persons."""
+    """Errors don't quote cells: messages may be logged, and cells are personal data."""
     source = write_csv(tmp_path, f"a,b\n{row}\n".encode(errors="surrogatepass"))
     problem = read_problem(source)
     result = "".join([*traceback.format_exception_only(problem), problem.hint or ""])
@@ -287,7 +287,7 @@ def test_wrong_encoding_hint(tmp_path: Path, content: bytes, encoding: str, hint
 
 @in_turn("encoding", ["no-such", "", "base64", "rot13", "locale", "undefined", "utf-8\0"])
 def test_unknown_encoding(tmp_path: Path, encoding: str) -> None:
-    """It is told by its name, whether one reads or writes."""
+    """An unknown encoding is named in the error, on reading and on writing."""
     problem = read_problem(write_csv(tmp_path, "a\n1\n", encoding=encoding))
     assert problem.message == f"encoding `{encoding}` is not known"
     with pytest.raises(FileProblem, match="is not known"):
@@ -296,7 +296,7 @@ def test_unknown_encoding(tmp_path: Path, encoding: str) -> None:
 
 @in_turn("separator", ["", ";;", "\\t", '"', "\n", "\r", "\0"])
 def test_invalid_separators(tmp_path: Path, separator: str) -> None:
-    """Quotes and line ends have their own meaning."""
+    """Quotes and line ends are no valid separators, because they have their own meaning in CSV."""
     assert "is not a single character" in read_problem(write_csv(tmp_path, "a\n", separator=separator)).message
     with pytest.raises(FileProblem, match="is not a single character"):
         CsvWriter(io.BytesIO(), separator)
@@ -306,27 +306,27 @@ def test_invalid_separators(tmp_path: Path, separator: str) -> None:
     "content", [b"a\n1\n", gzip.compress(b"a\n1\n", mtime=0)[:-9], gzip.compress(b"a\n" * 99, mtime=0)[:12] + b"?" * 9]
 )
 def test_corrupt_gzip(tmp_path: Path, content: bytes) -> None:
-    """Plain text, a file cut short and a damaged one are alike: not a sound gzip file."""
+    """Plain text, a truncated file and a damaged file are all reported as invalid gzip."""
     source = write_csv(tmp_path, content, "leads.csv.gz")
     assert read_problem(source).message == f"{source.path} is not a sound gzip file"
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    """The path stands in the message as it was given."""
+    """The error for a missing file shows the path as it was given."""
     assert read_problem(TableFile(tmp_path / "none.csv")).message == f"{tmp_path / 'none.csv'} does not exist"
     file = write_csv(tmp_path, "a\n").path
     assert read_problem(TableFile(file / "below")).message == f"{file / 'below'} cannot be read: Not a directory"
 
 
 def test_not_a_regular_file(tmp_path: Path) -> None:
-    """A folder cannot be read, and a named pipe would never end."""
+    """A folder or a named pipe is refused: the first can't be read, the second never ends."""
     assert read_problem(TableFile(tmp_path)).message == f"{tmp_path} is a folder"
     os.mkfifo(tmp_path / "pipe.csv")
     assert read_problem(TableFile(tmp_path / "pipe.csv")).message.endswith("pipe.csv is not a file")
 
 
 def test_permission_denied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The right is refused by hand, since root may read everything."""
+    """A missing read permission is reported. The test raises the error, because root may read everything."""
 
     def refuse(*_: object) -> None:
         raise PermissionError
@@ -337,7 +337,7 @@ def test_permission_denied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_field_size_limit_is_restored(tmp_path: Path) -> None:
-    """The limit of the csv module is the whole process's, so it is as before, also between two batches."""
+    """The csv module's process-wide field limit is restored after reading, also between two batches."""
     source = write_csv(tmp_path, f"a\n{'x' * 200_000}\n2\n")
     before = csv.field_size_limit()
     batches = read_batches(source, 1)
@@ -361,37 +361,37 @@ def test_field_size_limit_is_restored(tmp_path: Path) -> None:
     ],
 )
 def test_separator_suggestion(header: list[str], separator: str, likely: str | None) -> None:
-    """Only a header of one single column gives rise to doubt."""
+    """Another separator is suggested only when the header is a single column."""
     assert likely_separator(header, separator) == likely
 
 
 def test_minimal_quoting() -> None:
-    """Line feeds end the lines, and a null is a blank cell."""
+    """Cells are quoted only where needed; lines end with a line feed, and null is a blank cell."""
     rows: list[list[str | None]] = [[None, "x y"], ["1,5", 'a "b"'], [" ", "c\rd"], ["", "e\nf\r\n"]]
     assert written_bytes(["a", "ü"], rows) == 'a,ü\n,x y\n"1,5","a ""b"""\n ,"c\rd"\n,"e\nf\r\n"\n'.encode()
 
 
 def test_single_blank_cell_is_quoted(tmp_path: Path) -> None:
-    """It is written in quotes, since an empty line is no row."""
+    """A single blank cell is written in quotes, because an empty line is no row."""
     content = written_bytes(["a"], [[""], [None], ["x"]])
     assert content == b'a\n""\n""\nx\n'
     assert read_rows(write_csv(tmp_path, content)) == [("a",), ("",), ("",), ("x",)]
 
 
 def test_bom_character_in_first_header(tmp_path: Path) -> None:
-    """It is no byte order mark of the file."""
+    """A U+FEFF inside the first column name is kept: it is not the file's byte order mark."""
     assert read_header(write_csv(tmp_path, written_bytes(["\ufeffa", "b"], []))) == ["\ufeffa", "b"]
 
 
 def test_bom_is_written_once(tmp_path: Path) -> None:
-    """Several frames make one text."""
+    """The byte order mark is written once, even when the file is written as several frames."""
     content = written_bytes(["a"], [["1"], ["2"]], encoding="utf-16")
     assert content.decode("utf-16") == "a\n1\n2\n"
     assert read_rows(write_csv(tmp_path, content, encoding="utf-16")) == [("a",), ("1",), ("2",)]
 
 
 def test_unencodable_character() -> None:
-    """The problem names the column and the row, counted over all frames, and nothing of the frame is written."""
+    """The problem names the column and the row, counted over all frames, and no row of that frame is written."""
     raw = io.BytesIO()
     with CsvWriter(raw, encoding="cp1252") as writer:
         writer.write_header(["a", "b"])
@@ -413,7 +413,7 @@ CELL = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")
 
 @st.composite
 def csv_tables(draw: st.DrawFn) -> tuple[list[str], list[list[str | None]]]:
-    """Draw a header of different names and rows of any text."""
+    """Draw a header of distinct names and rows of any text."""
     header = draw(st.lists(CELL, min_size=1, max_size=4, unique=True))
     return header, draw(st.lists(st.lists(CELL, min_size=len(header), max_size=len(header)), max_size=5))
 
@@ -432,7 +432,7 @@ def test_csv_roundtrip(
     encoding: str,
     rows_per_batch: int,
 ) -> None:
-    """Any text in any cell comes back, through any separator and encoding of Unicode."""
+    """Any text in any cell survives writing and reading with any separator and Unicode encoding."""
     header, rows = table
     content = written_bytes(header, rows, separator, encoding)
     source = write_csv(tmp_path_factory.mktemp("round"), content, separator=separator, encoding=encoding)
@@ -451,7 +451,7 @@ def test_csv_roundtrip(
 def test_any_bytes_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, content: bytes, name: str, encoding: str
 ) -> None:
-    """Rows of one width or a problem, never another exception; the same from gzip."""
+    """Any bytes, also as gzip, give rows of one width or a file problem, never another exception."""
     packed = gzip.compress(content) if name.endswith(".gz") else content
     source = write_csv(tmp_path_factory.mktemp("any"), packed, name, encoding=encoding)
     with suppress(FileProblem):

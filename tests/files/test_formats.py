@@ -1,4 +1,4 @@
-"""Leads in every format: they come back as they were, or a problem says where and what."""
+"""Leads in every format: values survive reading and writing, and problems name their place and cause."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ TEXT = st.sampled_from(HOSTILE_CELLS) | st.text(
 
 @st.composite
 def hostile_tables(draw: st.DrawFn) -> tuple[list[str], list[list[str]]]:
-    """Draw a header and rows of its width, of which none is all blank."""
+    """Draw a header and rows of its width, none of them all blank."""
     name = TEXT.map("h".__add__) | st.sampled_from(["", "^h.*$", "*", "column_0"])
     header = draw(st.lists(name, min_size=1, max_size=3, unique=True).filter(any))
     cells = st.tuples(TEXT.map("x".__add__), *[TEXT | st.just("")] * (len(header) - 1)).map(list)
@@ -72,7 +72,7 @@ def read_rows(source: InputTable) -> list[list[Any]]:
 
 
 def copy_table(source: Path, target: Path, **options: Any) -> Path:
-    """Read a file and write its rows to another, with a new column."""
+    """Read a file and write its rows to another one with a new column."""
     table = InputTable(source, Input(path=str(source), **options))
     frames = (frame.with_columns(new=pl.lit("=new")) for frame in table.batches())
     schema = {**table.schema, "new": pl.String()}
@@ -81,7 +81,7 @@ def copy_table(source: Path, target: Path, **options: Any) -> Path:
 
 
 def read_error(path: Path, **options: Any) -> str:
-    """Read a file that can't be read; return what is told, without its path."""
+    """Return the error of a file that can't be read, without its path."""
     with pytest.raises(CommandRefused) as caught:
         read_rows(InputTable(path, Input(path=str(path), **options)))
     return f"{caught.value.message} / {caught.value.hint}".replace(str(path), "FILE")
@@ -94,7 +94,7 @@ def read_error(path: Path, **options: Any) -> str:
 def test_values_survive_every_format_pair(
     tmp_path_factory: pytest.TempPathFactory, given_as: str, table: tuple[list[str], list[list[str]]]
 ) -> None:
-    """Every cell's very text through every pair of formats; only in CSV the new value is kept from being run."""
+    """Cells keep their exact text through every pair of formats; only CSV escapes the new value against formulas."""
     folder = tmp_path_factory.mktemp("pairs")
     header, rows = table
     leads = write_table(folder / f"leads.{given_as}", header, rows)
@@ -106,7 +106,7 @@ def test_values_survive_every_format_pair(
 
 @in_turn("wanted_as", [*OUTPUTS, "jsonl.gz", "tsv.gz"])
 def test_outputs_are_deterministic(tmp_path: Path, wanted_as: str) -> None:
-    """No time and no name is inside."""
+    """Writing twice gives the same bytes: the file holds no time and no name."""
     leads = write_table(tmp_path / "leads.csv", ["A"], [["1"], [""], ["2"]])
     one, other = copy_table(leads, tmp_path / f"one.{wanted_as}"), copy_table(leads, tmp_path / f"other.{wanted_as}")
     assert one.read_bytes() == other.read_bytes()
@@ -114,7 +114,7 @@ def test_outputs_are_deterministic(tmp_path: Path, wanted_as: str) -> None:
 
 @in_turn("given_as", ["csv", "jsonl", "parquet", "xlsx"])
 def test_explicit_format_ignores_extension(tmp_path: Path, given_as: Format) -> None:
-    """The ending says nothing then."""
+    """An explicit format is used whatever the extension is."""
     leads = write_table(tmp_path / f"leads.{given_as}", ["A"], [["007"], ["8"]]).rename(tmp_path / "export.dat")
     assert read_rows(InputTable(leads, Input(path="export.dat", format=given_as))) == [["007"], ["8"]]
 
@@ -150,7 +150,7 @@ AS_TEXT[1] += ["", "", "", "", "", "ff", "", ""]
 
 
 def test_parquet_types_are_kept(tmp_path: Path) -> None:
-    """Nested ones, too, under names that polars would take for patterns; nulls stay nulls."""
+    """Parquet types are kept, nested ones too, under names that polars could take for patterns; nulls stay null."""
     frame = pl.DataFrame(TYPED)
     frame.write_parquet(tmp_path / "leads.parquet")
     found = pl.read_parquet(copy_table(tmp_path / "leads.parquet", tmp_path / "out.parquet"))
@@ -160,14 +160,14 @@ def test_parquet_types_are_kept(tmp_path: Path) -> None:
 
 @in_turn("wanted_as", ["csv", "tsv", "xlsx"])
 def test_parquet_values_as_text(tmp_path: Path, wanted_as: str) -> None:
-    """Whole numbers without a point, dates as ISO 8601, nested values as JSON, nulls blank."""
+    """As text, whole numbers have no point, dates are ISO 8601, nested values are JSON, and nulls are blank."""
     pl.DataFrame(TYPED).write_parquet(tmp_path / "leads.parquet")
     found = read_table(copy_table(tmp_path / "leads.parquet", tmp_path / f"out.{wanted_as}"))
     assert [row[:-1] for row in found] == [list(TYPED), *AS_TEXT]
 
 
 def test_parquet_values_as_json(tmp_path: Path) -> None:
-    """Numbers and booleans are such; what JSON has no type for is the text of above."""
+    """As JSON, numbers and booleans keep their type; types that JSON lacks become the same text as above."""
     pl.DataFrame(TYPED).write_parquet(tmp_path / "leads.parquet")
     first, second = copy_table(tmp_path / "leads.parquet", tmp_path / "out.jsonl").read_text().splitlines()
     typed: dict[str, Any] = {"^x.*$": 1, "big": 2**64 - 1, "float": 12.0, "short": 0.1, "yes": True, "money": 1.5}
@@ -178,7 +178,7 @@ def test_parquet_values_as_json(tmp_path: Path) -> None:
 
 
 def test_parquet_is_read_in_batches(tmp_path: Path) -> None:
-    """In the order of the file."""
+    """Parquet is read in batches in the order of the file."""
     pl.DataFrame({"n": range(50_000)}).write_parquet(tmp_path / "leads.parquet", row_group_size=7_000)
     source = InputTable(tmp_path / "leads.parquet", Input(path="leads.parquet"))
     heights = [frame.height for frame in source.batches()]
@@ -188,7 +188,7 @@ def test_parquet_is_read_in_batches(tmp_path: Path) -> None:
 
 @in_turn("content", [b"", b"PAR1", b"A,B\n1,2\n", b"PAR1" + b"x" * 100 + b"PAR1"])
 def test_damaged_parquet(tmp_path: Path, content: bytes) -> None:
-    """Whatever is wrong with it."""
+    """A damaged Parquet file is refused, whatever is wrong with it."""
     (tmp_path / "leads.parquet").write_bytes(content)
     assert read_error(tmp_path / "leads.parquet").startswith("FILE is not a sound Parquet file")
 
@@ -204,7 +204,7 @@ LINES = r"""
 
 
 def test_jsonl_values_as_text(tmp_path: Path) -> None:
-    """Keys are columns in order of appearance, numbers as they are written, nothing is blank."""
+    """Keys are columns in order of appearance, numbers keep their spelling, and null is blank."""
     (tmp_path / "leads.ndjson").write_text(LINES)
     assert read_table(copy_table(tmp_path / "leads.ndjson", tmp_path / "out.csv")) == [
         ["Email", "n", "more", "flag", "😀", "new"],
@@ -215,7 +215,7 @@ def test_jsonl_values_as_text(tmp_path: Path) -> None:
 
 
 def test_jsonl_roundtrip(tmp_path: Path) -> None:
-    """Numbers to the digit, booleans, null; a key that a line lacks is null."""
+    """Numbers keep all digits, booleans and null stay what they are, and a key missing in a line is null."""
     (tmp_path / "leads.jsonl").write_text(LINES)
     assert copy_table(tmp_path / "leads.jsonl", tmp_path / "out.jsonl").read_text().splitlines() == [
         '{"Email": "ada@lovelace.example", "n": 1.0, "more": null, "flag": null, "😀": null, "new": "=new"}',
@@ -225,7 +225,7 @@ def test_jsonl_roundtrip(tmp_path: Path) -> None:
 
 
 @in_turn(
-    ("content", "told"),
+    ("content", "message_start"),
     [
         ("", "FILE is empty"),
         ("\n \n", "FILE is empty"),
@@ -245,14 +245,14 @@ def test_jsonl_roundtrip(tmp_path: Path) -> None:
         (b"PK\x03\x04", "FILE is not JSON Lines but a zip archive"),
     ],
 )
-def test_invalid_jsonl_line(tmp_path: Path, content: str | bytes, told: str) -> None:
-    """File, row, line and what; no value is quoted."""
+def test_invalid_jsonl_line(tmp_path: Path, content: str | bytes, message_start: str) -> None:
+    """The error names file, row, line and cause, and quotes no value."""
     (tmp_path / "leads.jsonl").write_bytes(content.encode() if isinstance(content, str) else content)
-    assert read_error(tmp_path / "leads.jsonl").startswith(told)
+    assert read_error(tmp_path / "leads.jsonl").startswith(message_start)
 
 
 def test_jsonl_changed_between_reads(tmp_path: Path) -> None:
-    """Its keys were collected first."""
+    """A file that changes after its keys were collected is refused."""
     path = tmp_path / "leads.jsonl"
     path.write_text('{"a": "1"}\n')
     source = InputTable(path, Input(path="leads.jsonl"))
@@ -266,7 +266,7 @@ def test_jsonl_changed_between_reads(tmp_path: Path) -> None:
 
 
 def write_workbook(path: Path, rows: list[list[Any]], title: str = "Sheet") -> Path:
-    """Write a workbook by another library."""
+    """Write a workbook with another library."""
     book = openpyxl.Workbook()
     sheet = book.active
     assert sheet is not None
@@ -278,7 +278,7 @@ def write_workbook(path: Path, rows: list[list[Any]], title: str = "Sheet") -> P
 
 
 def test_excel_cell_text(tmp_path: Path) -> None:
-    """Numbers without idle noughts, dates as ISO 8601, short rows filled up, empty rows only dropped at the end."""
+    """Numbers have no trailing `.0`, dates are ISO 8601, and short rows are padded; only trailing empty rows drop."""
     rows: list[list[Any]] = [
         ["n", "when", "x"],
         [12, date(2026, 1, 2), "007"],
@@ -305,11 +305,11 @@ def test_excel_cell_text(tmp_path: Path) -> None:
 
 
 def test_excel_sheet_selection(tmp_path: Path) -> None:
-    """The first without one; a wrong name is told with the right ones."""
+    """Without a name the first sheet is read; the error for a wrong name lists the existing ones."""
     book = openpyxl.Workbook()
     for name in ("One", "Two"):
         sheet = book.create_sheet(name)
-        sheet["C3"], sheet["C4"] = "A", name  # empty rows above and columns beside are nothing
+        sheet["C3"], sheet["C4"] = "A", name  # empty rows above and empty columns beside are ignored
     del book["Sheet"]
     book.save(tmp_path / "leads.xlsx")
     path = tmp_path / "leads.xlsx"
@@ -319,7 +319,7 @@ def test_excel_sheet_selection(tmp_path: Path) -> None:
 
 
 @in_turn(
-    ("rows", "told"),
+    ("rows", "message_start"),
     [
         ([], "FILE: sheet `Sheet` is empty"),
         ([["A", "B", "A"]], "FILE: the header (row 1 of sheet `Sheet`) names columns twice: `A` at A, C"),
@@ -329,20 +329,20 @@ def test_excel_sheet_selection(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_excel_invalid_header(tmp_path: Path, rows: list[list[Any]], told: str) -> None:
-    """By row and column, as the spreadsheet calls them."""
-    assert read_error(write_workbook(tmp_path / "leads.xlsx", rows)).startswith(told)
+def test_excel_invalid_header(tmp_path: Path, rows: list[list[Any]], message_start: str) -> None:
+    """A header error names row and column in spreadsheet notation."""
+    assert read_error(write_workbook(tmp_path / "leads.xlsx", rows)).startswith(message_start)
 
 
 @in_turn("content", [b"", b"A,B\n1,2\n", b"PK\x03\x04" + b"x" * 50])
 def test_damaged_workbook(tmp_path: Path, content: bytes) -> None:
-    """Whatever is wrong with it."""
+    """A damaged workbook is refused, whatever is wrong with it."""
     (tmp_path / "leads.xlsx").write_bytes(content)
     assert read_error(tmp_path / "leads.xlsx").startswith("FILE is not a sound Excel workbook")
 
 
 def test_excel_output_formatting(tmp_path: Path) -> None:
-    """All cells are text, no formula among them; the header is bold, frozen and filters."""
+    """All cells are text and none is a formula; the header is bold, frozen and has filters."""
     leads = write_table(
         tmp_path / "leads.csv", ["A", "B"], [["=1+1", "00123456789012345678"], ["https://a.example", ""]]
     )
@@ -356,7 +356,7 @@ def test_excel_output_formatting(tmp_path: Path) -> None:
 
 
 def test_excel_limits_keep_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Too long a cell, too many rows or columns; the limit of rows is made smaller here."""
+    """A cell too long, or too many rows or columns, is an error that keeps the old file; the row limit is lowered."""
     target = tmp_path / "out.xlsx"
     target.write_text("the old one")
     longest = "x" * 32_767
@@ -365,7 +365,7 @@ def test_excel_limits_keep_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         CommandRefused, match="row 2, column `A`: a cell of a sheet holds no more than 32,767 characters"
     ):
         copy_table(leads, target)
-    leads = write_table(tmp_path / "leads.csv", ["A"], [["😀" * 16_384]])  # of two units each, as Excel counts
+    leads = write_table(tmp_path / "leads.csv", ["A"], [["😀" * 16_384]])  # two UTF-16 units each, as Excel counts
     with pytest.raises(CommandRefused, match="row 1, column `A`"):
         copy_table(leads, target)
     write_table(leads, [str(number) for number in range(16_384)], [])

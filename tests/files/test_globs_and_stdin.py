@@ -1,4 +1,4 @@
-"""Leads from several files and through a pipe; asking and joining see the same rows in the same order."""
+"""Leads from several files and from stdin; enrolling and collecting read the same rows in the same order."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.support.workspace import (
 def run_with_stdin(
     workspace: Workspace, api: SandboxApi, data: bytes | None, *arguments: str, **environ: str
 ) -> ProgramResult:
-    """Run the program with what comes through a pipe; None: nothing is open there."""
+    """Run the program with `data` on stdin; None: stdin is closed."""
     process = subprocess.run(
         [sys.executable, "-m", "enrich", *arguments],
         cwd=workspace.folder,
@@ -53,7 +53,7 @@ def run_with_stdin(
 
 
 def write_inputs(folder: Path, *tables: list[list[str]], ending: str = "csv") -> Path:
-    """Write a.csv, b.csv … and return the pattern that matches them."""
+    """Write a.csv, b.csv and so on; return the pattern that matches them."""
     for name, (header, *rows) in zip("abcdef", tables, strict=False):
         write_table(folder / f"{name}.{ending}", header, rows)
     return folder / f"*.{ending}"
@@ -67,7 +67,7 @@ def read_rows(pattern: Path, **options: str) -> list[tuple[object, ...]]:
 
 @in_turn("ending", ["csv", "csv.gz", "tsv", "jsonl", "parquet", "xlsx"])
 def test_glob_reads_matching_files(tmp_path: Path, ending: str) -> None:
-    """In the order of their names; hidden files and folders are none of them."""
+    """Matching files are read in the order of their names, without hidden files and folders."""
     pattern = write_inputs(tmp_path, [["A", "B"], ["1", "2"]], [["A", "B"], ["3", "4"], ["5", "6"]], ending=ending)
     (tmp_path / f".hidden.{ending}").write_text("?")
     (tmp_path / f"folder.{ending}").mkdir()
@@ -85,18 +85,18 @@ def test_glob_reads_matching_files(tmp_path: Path, ending: str) -> None:
 )
 @in_turn("ending", ["csv", "parquet", "xlsx"])
 def test_different_header_is_reported(tmp_path: Path, ending: str, header: list[str], difference: str) -> None:
-    """With the difference; silently shifted columns would be paid for."""
+    """A different header is an error that shows the difference: shifted columns would be paid for."""
     pattern = write_inputs(
         tmp_path, [["A", "B"], ["1", "2"]], [["A", "B"], ["1", "2"]], [header, header], ending=ending
     )
     with pytest.raises(CommandRefused) as caught:
         read_rows(pattern)
-    there, first = tmp_path / f"c.{ending}", tmp_path / f"a.{ending}"
-    assert caught.value.message == f"{there}: its header differs from that of {first}: {difference}"
+    different, first = tmp_path / f"c.{ending}", tmp_path / f"a.{ending}"
+    assert caught.value.message == f"{different}: its header differs from that of {first}: {difference}"
 
 
 def test_jsonl_files_merge_keys(tmp_path: Path) -> None:
-    """As the lines of one file have."""
+    """The files' keys are merged into one header, like the keys of the lines of one file."""
     (tmp_path / "a.jsonl").write_text('{"A": "1"}\n')
     (tmp_path / "b.jsonl").write_text('{"A": 2, "B": true}\n')
     source = InputTable(tmp_path / "*.jsonl", Input(path="*.jsonl"))
@@ -105,7 +105,7 @@ def test_jsonl_files_merge_keys(tmp_path: Path) -> None:
 
 
 def test_pattern_without_extension(tmp_path: Path) -> None:
-    """Which must be the same."""
+    """A pattern without an extension reads files that all have the same one."""
     write_inputs(tmp_path, [["A", "B"], ["1", "2"]], [["A", "B"], ["3", "4"]], ending="tsv.gz")
     assert read_rows(tmp_path / "*") == [("1", "2"), ("3", "4")]
     write_table(tmp_path / "c.jsonl", ["A", "B"], [["1", "2"]])
@@ -114,14 +114,14 @@ def test_pattern_without_extension(tmp_path: Path) -> None:
 
 
 def test_error_names_file_and_line(tmp_path: Path) -> None:
-    """Rows and lines count from the beginning of that file."""
+    """An error names the file, and counts rows and lines from its beginning."""
     pattern = write_inputs(tmp_path, [["A", "B"], ["1", "2"]], [["A", "B"], ["1", "2"], ["3"]])
     with pytest.raises(CommandRefused, match=rf"{tmp_path}/b.csv: row 2 \(line 3\) has 1 cell"):
         read_rows(pattern)
 
 
 def test_pattern_without_match(workspace: Workspace, api: SandboxApi) -> None:
-    """Perhaps the export has not come yet: exit 5, and nothing is spent."""
+    """A pattern without a match is exit 5 and spends nothing: the export may not have arrived yet."""
     workspace.write_job(input='"in/*.csv"')
     result = workspace.run_in_process("run", "job.yaml", api=api)
     assert (result.exit_code, result.stderr.splitlines()[0]) == (
@@ -132,7 +132,7 @@ def test_pattern_without_match(workspace: Workspace, api: SandboxApi) -> None:
 
 @in_turn("kind", INPUTS)
 def test_file_name_with_glob_characters(tmp_path: Path, kind: str) -> None:
-    """Browsers save `leads[1].csv`; the folder of a job is no pattern either."""
+    """A file named `leads[1].csv`, as browsers save it, and a job folder with such a name are no patterns."""
     folder = tmp_path / "old [1]"
     folder.mkdir()
     write_table(folder / f"leads[1].{kind}", ["A"], [["1"]])
@@ -148,7 +148,7 @@ def test_file_name_with_glob_characters(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("output", ["leads/out.csv", "leads/%Y.csv", "soft.csv", "leads/../leads/x.csv"])
 def test_output_matching_input_pattern(workspace: Workspace, api: SandboxApi, output: str) -> None:
-    """Exit 2 with its name, before anything is spent or read."""
+    """An output that matches the input pattern is exit 2 with its name, before anything is spent or read."""
     (workspace.folder / "leads").mkdir()
     leads = write_table(workspace.folder / "leads" / "a.csv", HEADER, make_leads(1))
     (workspace.folder / "soft.csv").symlink_to(leads)
@@ -160,19 +160,19 @@ def test_output_matching_input_pattern(workspace: Workspace, api: SandboxApi, ou
 
 
 def test_other_outputs_matching_input_pattern(tmp_path: Path) -> None:
-    """The message says which key to change."""
+    """For other outputs that match the pattern, the message shows which key to change."""
     with pytest.raises(JobError, match=r"rejects.csv: the rejects would be read as input") as caught:
         prepare_file(tmp_path / "rejects.csv", tmp_path / "*.csv", "job", kind="rejects")
     assert caught.value.hint == "choose another `rejects`, or a narrower pattern than *.csv"
 
 
 def test_added_file_sends_only_its_rows(workspace: Workspace, api: SandboxApi) -> None:
-    """Row positions run on; the output has the rows of all files."""
+    """An added file sends only its own rows; positions continue, and the output has the rows of all files."""
     (workspace.folder / "in").mkdir()
     workspace.write_job(input='"in/*.csv"')
     write_table(workspace.folder / "in" / "2026-11-01.csv", HEADER, make_leads(3))
     assert workspace.run_job(api).submitted == 3
-    write_table(workspace.folder / "in" / "2026-10-31.csv", HEADER, make_leads(2, start=2))  # one of them is known
+    write_table(workspace.folder / "in" / "2026-10-31.csv", HEADER, make_leads(2, start=2))  # one lead is known
     summary = workspace.run_job(api)
     assert (summary.rows, summary.submitted, summary.reused) == (5, 1, 3)
     assert [row["First Name"][5:] for row in workspace.read_output()] == ["2", "3", "0", "1", "2"]
@@ -180,7 +180,7 @@ def test_added_file_sends_only_its_rows(workspace: Workspace, api: SandboxApi) -
 
 
 def test_file_added_during_run(tmp_path: Path) -> None:
-    """As a change of the only file is."""
+    """A file added during the run is reported like a change of a single file."""
     pattern = write_inputs(tmp_path, [["A"], ["1"]], [["A"], ["2"]])
     source = InputTable(pattern, Input(path="*.csv"))
     before = source.file_versions()
@@ -197,7 +197,7 @@ def test_file_added_during_run(tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("packed", ["plain", "gzip"])
 def test_input_from_stdin(workspace: Workspace, api: SandboxApi, packed: str) -> None:
-    """They are in the format of the job's input; the copy on disk is gone at the end."""
+    """Stdin is read in the format of the job's input, and its copy on disk is removed at the end."""
     workspace.write_job(input="leads.jsonl", output="out.jsonl")
     (workspace.folder / "tmp").mkdir()
     lines = "".join(json.dumps({**dict(zip(HEADER, lead, strict=True)), "n": 1.0}) + "\n" for lead in make_leads(3))
@@ -214,7 +214,7 @@ def test_input_from_stdin(workspace: Workspace, api: SandboxApi, packed: str) ->
 
 @pytest.mark.long
 def test_job_file_with_stdin_input(workspace: Workspace, api: SandboxApi) -> None:
-    """CSV, when nothing else is said; the output has a name all the same."""
+    """Stdin is CSV unless the job sets another format, and the output still gets a name."""
     (workspace.folder / "job.yaml").write_text(
         'version: 1\ninput: "-"\nwaterfall: email_getter\n'
         "params: {first_name: A, last_name: B, company: {value: a.example}}\n"
@@ -226,7 +226,7 @@ def test_job_file_with_stdin_input(workspace: Workspace, api: SandboxApi) -> Non
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "message_start"),
     [
         (b"", "error: standard input is empty"),
         (b"First Name\nx,y\n", "error: "),
@@ -234,30 +234,33 @@ def test_job_file_with_stdin_input(workspace: Workspace, api: SandboxApi) -> Non
         (None, "error: standard input is a terminal, or closed"),
     ],
 )
-def test_unusable_stdin(workspace: Workspace, api: SandboxApi, data: bytes | None, told: str) -> None:
-    """Nothing is spent."""
+def test_unusable_stdin(workspace: Workspace, api: SandboxApi, data: bytes | None, message_start: str) -> None:
+    """Unusable stdin is an error before anything is spent."""
     result = run_with_stdin(workspace, api, data, "run", "job.yaml", "--input", "-")
-    assert (result.exit_code, result.stderr.startswith(told)) == (2 if told == "error: " else 5, True), result.stderr
+    assert (result.exit_code, result.stderr.startswith(message_start)) == (
+        2 if message_start == "error: " else 5,
+        True,
+    ), result.stderr
     assert api.audit()["accepted"] == 0
 
 
 @pytest.mark.long
 def test_stdin_terminal_is_refused(workspace: Workspace, api: SandboxApi) -> None:
-    """Whoever forgot the pipe is told so."""
-    ours, theirs = os.openpty()
+    """A terminal as stdin is refused with a message: the pipe was probably forgotten."""
+    controller, terminal = os.openpty()
     try:
         process = subprocess.run(
             [sys.executable, "-m", "enrich", "run", "job.yaml", "--input", "-"],
             cwd=workspace.folder,
             env=workspace.environment(api),
-            stdin=theirs,
+            stdin=terminal,
             capture_output=True,
             timeout=60,
             check=False,
         )
     finally:
-        os.close(ours)
-        os.close(theirs)
+        os.close(controller)
+        os.close(terminal)
     assert process.returncode == 5
     assert process.stderr.startswith(b"error: standard input is a terminal")
 
@@ -265,7 +268,7 @@ def test_stdin_terminal_is_refused(workspace: Workspace, api: SandboxApi) -> Non
 @pytest.mark.long
 @pytest.mark.parametrize("waiting_at_the_api", [0, 2])
 def test_signal_while_reading_stdin(tmp_path: Path, workspace: Workspace, waiting_at_the_api: int) -> None:
-    """Whatever is to be collected: the exit code says so, nothing is asked, and what came so far is removed."""
+    """A signal while reading stdin gives its exit code; nothing is sent, and the partial copy is removed."""
     (workspace.folder / "tmp").mkdir()
     workspace.write_leads(make_leads(waiting_at_the_api))
     with serve_api(tmp_path / "slow.db", latency="fixed(60)") as api:
@@ -292,7 +295,7 @@ def test_signal_while_reading_stdin(tmp_path: Path, workspace: Workspace, waitin
 
 
 def test_stdin_copy_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Personal data; it goes with the object that reads it."""
+    """The copy holds personal data: only its owner can read it, and it is removed with the object that reads it."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with (tmp_path / "leads.csv").open("w+") as file:
         file.write("A\n1\n")
@@ -307,7 +310,7 @@ def test_stdin_copy_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert not folder.exists()
 
 
-# What the job file and the command line say
+# Input options of the job file and the command line
 
 
 @in_turn(
@@ -330,7 +333,7 @@ def test_stdin_copy_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     ],
 )
 def test_format_by_extension(tmp_path: Path, job: str, given: str | None, kind: str, separator: str) -> None:
-    """Unless it is said; another input from the command line brings its own."""
+    """The extension gives the format unless the job sets it; an input from the command line has its own format."""
     text = f"version: 1\ninput: {job}\nwaterfall: w\nparams: {{a: A}}\n"
     (tmp_path / "job.yaml").write_text(text.replace(";}", '";"}'))
     result = load_job(tmp_path / "job.yaml", Overrides(input=given)).input
@@ -338,7 +341,7 @@ def test_format_by_extension(tmp_path: Path, job: str, given: str | None, kind: 
 
 
 @in_turn(
-    ("line", "told"),
+    ("line", "expected"),
     [
         ("input: {path: a.csv, sheet: New}", "2: input: `sheet` is for workbooks: format xlsx"),
         ("input: {path: a.csv, format: xls}", "2: input.format: Input should be 'csv', 'jsonl', 'parquet' or 'xlsx'"),
@@ -347,16 +350,16 @@ def test_format_by_extension(tmp_path: Path, job: str, given: str | None, kind: 
         ("input: s3://id:secret@bucket/a.csv", "2: input: a URL holds no credentials: they come from the environment"),
     ],
 )
-def test_input_option_errors(tmp_path: Path, line: str, told: str) -> None:
-    """With file, line and key."""
+def test_input_option_errors(tmp_path: Path, line: str, expected: str) -> None:
+    """An invalid input option is reported with file, line and key."""
     (tmp_path / "job.yaml").write_text(f"version: 1\n{line}\nwaterfall: w\nparams: {{a: A}}\n")
     with pytest.raises(JobError) as caught:
         load_job(tmp_path / "job.yaml")
-    assert caught.value.message == f"{tmp_path}/job.yaml:{told}"
+    assert caught.value.message == f"{tmp_path}/job.yaml:{expected}"
 
 
 def test_path_or_url_parsing(tmp_path: Path) -> None:
-    """URLs have no working directory and keep their slashes."""
+    """URLs don't depend on the working directory and keep their slashes."""
     assert parse_location(tmp_path, "a/../b.csv") == tmp_path / "b.csv"
     assert parse_location(tmp_path, "S3://bucket/a//b.csv") == ObjectUrl("s3", "bucket", "a//b.csv")
     assert str(ObjectUrl("s3", "bucket", "a//b.csv")) == "s3://bucket/a//b.csv"

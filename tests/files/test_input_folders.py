@@ -1,4 +1,4 @@
-"""Leads in a folder of files, whose own folders may name columns; here and in a storage."""
+"""Leads in a folder of files whose subfolders may name columns, on disk and in object storage."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def read_rows(location: Path | ObjectUrl, **options: str) -> list[tuple[Any, ...
 
 
 def read_error(location: Path | ObjectUrl) -> CommandRefused:
-    """Return why it can't be read."""
+    """Return the error of an input that can't be read."""
     with pytest.raises(CommandRefused) as caught:
         read_rows(location)
     return caught.value
@@ -52,7 +52,7 @@ def read_error(location: Path | ObjectUrl) -> CommandRefused:
 
 @in_turn("ending", INPUTS)
 def test_folder_includes_all_files(tmp_path: Path, ending: str) -> None:
-    """In the order of their paths; what is hidden or begins with `_` does not count."""
+    """A folder includes all files in the order of their paths, except hidden ones and those that begin with `_`."""
     folder = write_files(tmp_path / "leads", f"b/1.{ending}", f"b.{ending}", f"c/d/e.{ending}")
     for name in (f"_x.{ending}", f".x.{ending}", "_SUCCESS", f"_old/x.{ending}", f".tmp/x.{ending}"):
         (folder / name).parent.mkdir(exist_ok=True)
@@ -61,7 +61,7 @@ def test_folder_includes_all_files(tmp_path: Path, ending: str) -> None:
 
 
 def test_partition_columns(tmp_path: Path) -> None:
-    """As text behind the others, written as Hive does it; nothing is null."""
+    """Partition folders become text columns after the file's own, in Hive's notation; no value is null."""
     names = ("country=DE/day=1/a.csv", "country=FR%2FGP/day=2/a.csv", "country=__HIVE_DEFAULT_PARTITION__/day=/a.csv")
     folder = write_files(tmp_path / "year=2026", *names)
     source = open_input(folder)
@@ -75,26 +75,26 @@ def test_partition_columns(tmp_path: Path) -> None:
 
 @in_turn("ending", ["csv", "jsonl", "parquet"])
 def test_file_column_overrides_partition(tmp_path: Path, ending: str) -> None:
-    """Spark writes both."""
+    """A column in the file comes before the partition folder of the same name; Spark writes both."""
     folder = write_files(tmp_path / "leads", f"B=x/a.{ending}", f"B=y/a.{ending}")
     assert read_rows(folder) == [("1", "2"), ("3", "4")]
 
 
 def test_inconsistent_partition_columns(tmp_path: Path) -> None:
-    """Silently blank cells would be asked with."""
+    """Inconsistent partition columns are refused: their blank cells would be sent as requests."""
     folder = write_files(tmp_path / "leads", "c=1/a.csv", "c=2/d=3/a.csv")
     result = read_error(folder)
     assert result.message == (f"{folder}/c=2/d=3/a.csv: its folders name `c=` / `d=`, those of {folder}/c=1/a.csv `c=`")
 
 
 def test_duplicate_partition_columns(tmp_path: Path) -> None:
-    """Nobody can tell which of them counts."""
+    """Duplicate partition columns are refused, because it is unclear which one counts."""
     folder = write_files(tmp_path / "leads", "c=1/c=2/a.csv")
     assert read_error(folder).message == f"{folder}/c=1/c=2/a.csv: its folders name a column twice: `c=` / `c=`"
 
 
 def test_mixed_formats_are_refused(tmp_path: Path) -> None:
-    """A file that lies there by mistake is named, unless the format is said."""
+    """With mixed formats, the stray file is named, unless the job sets the format."""
     folder = write_files(tmp_path / "leads", "a.parquet", "b.csv")
     assert read_error(folder).message == f"{folder}/b.csv is CSV text, but {folder}/a.parquet is not"
     folder = write_files(tmp_path / "exports", "a.txt", "b.dat")
@@ -102,7 +102,7 @@ def test_mixed_formats_are_refused(tmp_path: Path) -> None:
 
 
 def test_different_headers_are_refused(tmp_path: Path) -> None:
-    """With both names and the difference."""
+    """Different headers are refused with both file names and the difference."""
     folder = write_files(tmp_path / "leads", "a.csv")
     write_table(folder / "b.csv", ["A", "C"], [])
     assert read_error(folder).message == (
@@ -111,7 +111,7 @@ def test_different_headers_are_refused(tmp_path: Path) -> None:
 
 
 def test_empty_folder_is_refused(tmp_path: Path, workspace: Workspace, api: SandboxApi) -> None:
-    """Perhaps the export has not come yet: exit 5, and nothing is spent."""
+    """An empty folder is exit 5 and spends nothing: the export may not have arrived yet."""
     (workspace.folder / "leads").mkdir()
     (workspace.folder / "leads" / "_SUCCESS").touch()
     for named in ("leads", "leads/"):
@@ -126,7 +126,7 @@ def test_empty_folder_is_refused(tmp_path: Path, workspace: Workspace, api: Sand
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_unreadable_subfolder_is_refused(tmp_path: Path) -> None:
-    """It is named: its rows are not left out in silence."""
+    """An unreadable subfolder is refused by name instead of skipping its rows."""
     folder = write_files(tmp_path / "leads", "a.csv", "b/c.csv")
     (folder / "b").chmod(0)
     try:
@@ -136,7 +136,7 @@ def test_unreadable_subfolder_is_refused(tmp_path: Path) -> None:
 
 
 def test_added_or_removed_file_is_detected(tmp_path: Path) -> None:
-    """As one that changes is, and one that moves to where it means something else."""
+    """Adding, removing or changing a file is detected, and so is moving one to another partition."""
     folder = write_files(tmp_path / "leads", "c=1/a.csv", "c=2/a.csv")
     source = open_input(folder)
     before, digest = source.file_versions(), source.digest()
@@ -151,7 +151,7 @@ def test_added_or_removed_file_is_detected(tmp_path: Path) -> None:
 
 
 def test_run_reads_folder(workspace: Workspace, api: SandboxApi) -> None:
-    """Its column may be asked with; a file that comes next night pays for its rows alone."""
+    """A run reads a folder, a partition column can be a param, and a file added later pays only for its own rows."""
     for name in ("country=DE", "country=FR"):
         (workspace.folder / "in" / name).mkdir(parents=True)
     write_table(workspace.folder / "in" / "country=DE" / "a.csv", HEADER, make_leads(3))
@@ -167,7 +167,7 @@ def test_run_reads_folder(workspace: Workspace, api: SandboxApi) -> None:
 
 
 def test_output_named_after_folder(tmp_path: Path) -> None:
-    """Beside the job, as that of a file."""
+    """The output is named after the folder and lies beside the job, as for a single file."""
     (tmp_path / "job.yaml").write_text("version: 1\nwaterfall: w\nparams: {a: A}\ninput: crm/leads/\n")
     assert load_job(tmp_path / "job.yaml").output.path == "leads_enriched.csv"
     text = (tmp_path / "job.yaml").read_text()
@@ -176,7 +176,7 @@ def test_output_named_after_folder(tmp_path: Path) -> None:
 
 
 def test_output_inside_input_folder_is_refused(tmp_path: Path) -> None:
-    """Hidden places and those that begin with `_` may be anywhere."""
+    """An output inside the input folder is refused, except under a hidden name or one that begins with `_`."""
     folder = write_files(tmp_path / "leads", "a.csv")
     (tmp_path / "link").symlink_to(folder)
     for name in ("leads/out.csv", "leads/new/out.csv", "link/out.csv"):
@@ -186,13 +186,13 @@ def test_output_inside_input_folder_is_refused(tmp_path: Path) -> None:
         prepare_file(tmp_path / name, folder, "job")
 
 
-# In a storage
+# In object storage
 
 
 @pytest.mark.long
 @pytest.mark.usefixtures("bucket")
 def test_storage_prefix_includes_all_objects(tmp_path: Path) -> None:
-    """As on a disk; what else begins like its name is none of them."""
+    """A prefix includes all objects below it, as on disk, but not those whose name only starts the same."""
     for name, row in zip(("b/c=1/x.csv", "b/c=2/x.csv", "b2/c=3/x.csv"), ROWS, strict=True):
         put_object(name, write_table(tmp_path / "x.csv", ["A", "B"], [row]).read_bytes())
     put_object("b/_SUCCESS", b"?")
@@ -207,7 +207,7 @@ def test_storage_prefix_includes_all_objects(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("bucket")
 def test_object_name_with_glob_characters() -> None:
-    """Signs of a pattern may be in its name."""
+    """An object's name may contain glob characters."""
     put_object("leads[1].csv", b"A\n1\n")
     put_object("leads1.csv", b"A\n2\n")
     assert read_rows(ObjectUrl("s3", BUCKET, "leads[1].csv")) == [("1",)]
@@ -215,14 +215,14 @@ def test_object_name_with_glob_characters() -> None:
 
 @pytest.mark.usefixtures("bucket")
 def test_empty_storage_prefix_is_refused() -> None:
-    """With the URL."""
+    """An empty prefix is refused with its URL."""
     assert read_error(ObjectUrl("s3", BUCKET, "none/")).message == f"s3://{BUCKET}/none/ has no files in it"
     assert read_error(ObjectUrl("s3", BUCKET, "none/*.csv")).message == f"s3://{BUCKET}/none/*.csv: no file matches"
 
 
 @pytest.mark.usefixtures("bucket")
 def test_changed_object_is_detected(tmp_path: Path) -> None:
-    """Objects are fetched when they are read, each time anew but for the last."""
+    """A changed object is detected; each read downloads the object again, except the last one read."""
     for name in ("in/a.csv", "in/b.csv"):
         put_object(name, b"A\n1\n")
     source = open_input(ObjectUrl("s3", BUCKET, "in/"))
@@ -242,7 +242,7 @@ def test_changed_object_is_detected(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("bucket")
 @pytest.mark.parametrize("ending", ["parquet", "csv", "tsv.gz"])
 def test_storage_reads_only_metadata_first(tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The columns, and of Parquet the number of rows; unless that little does not say it."""
+    """Opening reads only the columns and, for Parquet, the row count; it reads more only if that is not enough."""
     leads = [[os.urandom(8).hex(), "x"] for _ in range(500)]
     for name in ("in/a", "in/b"):
         put_object(f"{name}.{ending}", write_table(tmp_path / f"a.{ending}", ["A", "B"], leads).read_bytes())
@@ -268,7 +268,7 @@ def test_storage_reads_only_metadata_first(tmp_path: Path, ending: str, monkeypa
 @pytest.mark.long
 @pytest.mark.usefixtures("bucket")
 def test_dataset_manifest_selects_parts() -> None:
-    """Parts of a writer that is at work are none of it; a part that is missing is told."""
+    """The manifest selects the parts: unfinished parts are ignored, and a missing part is an error."""
     target = ObjectUrl("s3", BUCKET, "out/")
     frame = pl.DataFrame({"A": ["x"], "enrich_index": [0]})
     write_file(target, Output(path="out/"), job="job", schema=frame.schema, frames=[frame], new_columns=1)
@@ -280,10 +280,10 @@ def test_dataset_manifest_selects_parts() -> None:
 
 
 @pytest.mark.long
-def test_a_run_reads_a_folder_of_a_storage(
+def test_run_reads_storage_folder(
     workspace: Workspace, api: SandboxApi, bucket: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Nothing of it is left on the disk, and no output goes in between."""
+    """A run on a storage folder leaves nothing on disk and refuses an output inside that folder."""
     for number in range(3):
         put_object(
             f"in/{number}.parquet", write_table(tmp_path / "a.parquet", HEADER, make_leads(1, number)).read_bytes()

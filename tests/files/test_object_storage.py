@@ -1,4 +1,4 @@
-"""Leads in a storage and back into one, over real HTTP against a server that speaks S3."""
+"""Leads read from object storage and written back, over real HTTP to a server that speaks S3."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.workspace import HEADER, SandboxApi, Workspace, make_leads
 
 @pytest.fixture
 def storage_environ(bucket: dict[str, str]) -> dict[str, str]:
-    """Say what points to the storage."""
+    """Return the environment variables that point to the storage."""
     return bucket
 
 
@@ -37,7 +37,7 @@ def storage_environ(bucket: dict[str, str]) -> dict[str, str]:
 def test_run_with_storage_input_and_output(
     tmp_path: Path, workspace: Workspace, api: SandboxApi, storage_environ: dict[str, Any], names: tuple[str, str]
 ) -> None:
-    """As from and to a disk; the next run pays nothing, and the ledger alone writes the output again."""
+    """A run reads and writes storage as on disk; the next run pays nothing, and the output can be rebuilt."""
     leads, output = names
     put_object(f"in/{leads}", write_table(tmp_path / leads, HEADER, make_leads(3)).read_bytes())
     workspace.write_job(input=f"s3://{BUCKET}/in/{leads}", output=f"s3://{BUCKET}/out/{output}")
@@ -59,7 +59,7 @@ def test_run_with_storage_input_and_output(
 
 @pytest.mark.long
 def test_urls_on_command_line(workspace: Workspace, api: SandboxApi, storage_environ: dict[str, Any]) -> None:
-    """The process itself, as cron would start it."""
+    """URLs work on the command line of a process with cron's environment."""
     put_object("leads.csv", write_table(workspace.folder / "leads.csv", HEADER, make_leads(1)).read_bytes())
     (workspace.folder / "leads.csv").unlink()
     places = ("--input", f"s3://{BUCKET}/leads.csv", "--output", f"s3://{BUCKET}/deep/out.csv.gz")
@@ -70,7 +70,7 @@ def test_urls_on_command_line(workspace: Workspace, api: SandboxApi, storage_env
 
 @pytest.mark.usefixtures("storage_environ")
 def test_changed_object_changes_stamp() -> None:
-    """So that a run notices new leads; the rows that were fetched stay as they were."""
+    """A changed object changes the stamp, so a run notices new leads; rows that were downloaded stay as they were."""
     url = put_object("leads.csv", b"A\n1\n")
     source = InputTable(url, Input(path=str(url)))
     before = source.file_versions()
@@ -84,7 +84,7 @@ def test_changed_object_changes_stamp() -> None:
 
 @pytest.mark.usefixtures("storage_environ")
 def test_error_names_url() -> None:
-    """And not with the name of the copy."""
+    """An error names the URL, not the local copy."""
     url = put_object("leads.csv", b"A,B\n1\n")
     with pytest.raises(CommandRefused, match=rf"s3://{BUCKET}/leads.csv: row 1 \(line 2\) has 1 cell"):
         list(InputTable(url, Input(path=str(url))).batches())
@@ -92,7 +92,7 @@ def test_error_names_url() -> None:
 
 @pytest.mark.usefixtures("storage_environ")
 def test_failed_output_keeps_old_object(tmp_path: Path) -> None:
-    """Whole or not at all."""
+    """A failed output leaves the old object whole."""
     url = put_object("out.csv", b"the old one")
 
     def frames() -> Iterator[pl.DataFrame]:
@@ -106,7 +106,7 @@ def test_failed_output_keeps_old_object(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("storage_environ")
 def test_output_collected_after_upload_error() -> None:
-    """The bucket went during the night."""
+    """After a failed upload (here the bucket is gone), the hint is to write the output with `enrich collect`."""
     url = ObjectUrl("s3", "gone", "out.csv")
     frame = pl.DataFrame({"A": ["1"]})
     with pytest.raises(CommandRefused, match="there is no bucket `gone`") as caught:
@@ -117,7 +117,7 @@ def test_output_collected_after_upload_error() -> None:
 @pytest.mark.long
 @pytest.mark.usefixtures("storage_environ")
 def test_multipart_upload(tmp_path: Path) -> None:
-    """More than one request can carry."""
+    """An output larger than one request can carry is uploaded in parts."""
     frame = pl.DataFrame({"A": [os.urandom(5_000).hex() for _ in range(1_200)]})
     url = ObjectUrl("s3", BUCKET, "out.csv")
     write_file(url, Output(path=str(url)), job="job", schema=frame.schema, frames=[frame], new_columns=0)
@@ -126,7 +126,7 @@ def test_multipart_upload(tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("url", "told"),
+    ("url", "message"),
     [
         (f"s3://{BUCKET}/none.csv", " does not exist"),
         ("s3://nobody/a.csv", ": there is no bucket `nobody`"),
@@ -137,28 +137,28 @@ def test_multipart_upload(tmp_path: Path) -> None:
     ],
 )
 def test_storage_errors_before_spending(
-    workspace: Workspace, api: SandboxApi, storage_environ: dict[str, Any], url: str, told: str
+    workspace: Workspace, api: SandboxApi, storage_environ: dict[str, Any], url: str, message: str
 ) -> None:
-    """Exit 5, in one line, without what is secret."""
-    if "reached" in told:
+    """A storage error is exit 5 in one line without secrets, before anything is spent."""
+    if "reached" in message:
         storage_environ["AWS_ENDPOINT_URL"] = "http://127.0.0.1:9"
-    if "no credentials" in told:
+    if "no credentials" in message:
         del storage_environ["AWS_ACCESS_KEY_ID"], storage_environ["AWS_SECRET_ACCESS_KEY"]
         storage_environ["AWS_METADATA_ENDPOINT"] = "http://127.0.0.1:9"
-    if "TLS" in told:
+    if "TLS" in message:
         del storage_environ["AWS_ALLOW_HTTP"]
     workspace.write_leads(make_leads(1))
     result = workspace.run_in_process("run", "job.yaml", "--input", url, api=api, **storage_environ)
-    assert (result.exit_code, result.stderr.splitlines()[0]) == (5, f"error: {url}{told}")
+    assert (result.exit_code, result.stderr.splitlines()[0]) == (5, f"error: {url}{message}")
     if "none.csv" not in url:
         result = workspace.run_in_process("run", "job.yaml", "--output", url, api=api, **storage_environ)
-        assert (result.exit_code, result.stderr.splitlines()[0]) == (5, f"error: {url}{told}")
+        assert (result.exit_code, result.stderr.splitlines()[0]) == (5, f"error: {url}{message}")
     assert SECRET not in result.stderr
     assert api.audit()["accepted"] == 0
 
 
 def test_rejected_credentials(endpoint: str, storage_environ: dict[str, Any]) -> None:
-    """The server is told to look at them for once; the message names the variables and not their values."""
+    """A server that checks credentials rejects wrong ones; the message names the variables, not their values."""
     put_object("a.csv", b"A\n1\n")
     with httpx.Client(base_url=endpoint, verify=False, trust_env=False) as http:  # noqa: S501
         http.post("/moto-api/reset-auth", content="0")
@@ -174,14 +174,14 @@ def test_rejected_credentials(endpoint: str, storage_environ: dict[str, Any]) ->
 
 
 def test_output_never_replaces_input(workspace: Workspace, api: SandboxApi, storage_environ: dict[str, Any]) -> None:
-    """The same URL is an error of the job."""
+    """An output with the input's URL is an error of the job."""
     workspace.write_job(input=f"s3://{BUCKET}/a.csv", output=f"s3://{BUCKET}/a.csv")
     result = workspace.run_in_process("run", "job.yaml", api=api, **storage_environ)
     assert (result.exit_code, "would replace the input" in result.stderr) == (2, True)
 
 
 def test_missing_storage_extra(workspace: Workspace, api: SandboxApi) -> None:
-    """One line and the remedy, also for the output."""
+    """Without the storage extra, one line and a hint show how to install it, also for an output."""
     workspace.write_leads(make_leads(1))
     for option in ("--input", "--output"):
         with patch.dict("sys.modules", {"obstore": None, "obstore.store": None}):

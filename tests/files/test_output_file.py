@@ -1,4 +1,4 @@
-"""The output: whole or not at all, ours only, every cell of the input as it was, every new one safe and true."""
+"""The output: published whole or not at all, replacing only our own files, with input cells unchanged."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ JOB = "version: 1\ninput: leads.csv\nwaterfall: email_getter\n"
 
 
 def write_output(target: Path, values: Sequence[Any], kind: type[pl.DataType] = pl.String, **options: str) -> Path:
-    """Write a file of one column of the input, which says the same, and one of ours."""
+    """Write a file with one input column and one new column of the same values."""
     frame = pl.DataFrame({"old": [str(value) for value in values], "new": pl.Series(values, dtype=kind)})
     output = Output(path=target.name, **options)
     write_file(target, output, job="job", schema=frame.schema, frames=iter([frame]), new_columns=1)
@@ -55,7 +55,7 @@ def read_cells(path: Path, encoding: str = "utf-8", separator: str = ",") -> lis
 
 @contextmanager
 def limit_file_size(size: int) -> Iterator[None]:
-    """Let no file grow beyond a size, as on a full disk."""
+    """Limit the size of any file, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -65,13 +65,13 @@ def limit_file_size(size: int) -> Iterator[None]:
 
 
 class InterruptedByTestError(Exception):
-    """What a signal raises between two batches."""
+    """The error that a signal raises between two batches."""
 
 
 @in_turn("name", NAMES)
 @in_turn("error", [CommandRefused("the input changed"), InterruptedByTestError(), KeyboardInterrupt()], ids=repr)
 def test_unfinished_file_is_not_published(tmp_path: Path, name: str, error: BaseException) -> None:
-    """The old one stays as it was, nothing is left beside it, and what went wrong is told as it was."""
+    """An unfinished file is not published: the old one stays, no part is left, and the error is raised unchanged."""
     frame = pl.DataFrame({"old": ["x"], "new": ["y"]})
     target = tmp_path / name
     target.write_text("the old one")
@@ -92,7 +92,7 @@ import os, signal, sys
 from pathlib import Path
 import polars as pl
 from enrich.job.spec import Output
-from enrich.files.writer import write
+from enrich.files.writer import write_file
 
 def frames():
     for _ in range(3):
@@ -101,18 +101,18 @@ def frames():
 
 target = Path(sys.argv[1])
 schema = dict.fromkeys(["old", "new"], pl.String())
-write(target, Output(path=target.name), job="job", schema=schema, frames=frames(), new=1)
+write_file(target, Output(path=target.name), job="job", schema=schema, frames=frames(), new_columns=1)
 """
 
 
 @pytest.mark.long
 @in_turn("name", ["out.csv.gz", "out.jsonl", "out.parquet", "out.xlsx"])
 def test_kill_keeps_old_file(tmp_path: Path, name: str) -> None:
-    """And at most one part beside it, which the next start removes."""
+    """A kill keeps the old file and leaves at most one part, which the next start removes."""
     target = tmp_path / "out" / name
     target.parent.mkdir()
     target.write_text("the old one")
-    environ = {**os.environ, "TMPDIR": str(tmp_path)}  # where a workbook grows: what a kill leaves there is ours alone
+    environ = {**os.environ, "TMPDIR": str(tmp_path)}  # workbooks are built there, so the leftovers are ours
     process = subprocess.run([sys.executable, "-c", KILLED_SCRIPT, str(target)], env=environ, check=False, timeout=60)
     assert process.returncode == -signal.SIGKILL
     assert target.read_text() == "the old one"
@@ -123,7 +123,7 @@ def test_kill_keeps_old_file(tmp_path: Path, name: str) -> None:
 
 @in_turn("name", NAMES)
 def test_disk_full_keeps_old_file(tmp_path: Path, name: str) -> None:
-    """It is told, and the answers are in the ledger all the same."""
+    """A full disk is reported and keeps the old file; the answers are in the ledger."""
     target = tmp_path / name
     target.write_text("the old one")
     with (
@@ -137,7 +137,7 @@ def test_disk_full_keeps_old_file(tmp_path: Path, name: str) -> None:
 
 @in_turn("name", NAMES)
 def test_output_permissions(tmp_path: Path, name: str) -> None:
-    """Personal data; also when the old file was open to all and a killed run left a part."""
+    """The output is 0600 (personal data), even when the old file or a leftover part was open to all."""
     target = tmp_path / name
     target.write_text("old")
     target.chmod(0o644)
@@ -148,7 +148,7 @@ def test_output_permissions(tmp_path: Path, name: str) -> None:
 
 
 def test_leftover_parts_are_removed(tmp_path: Path) -> None:
-    """Whatever the date in the name of the next output; nothing else is touched."""
+    """Leftover parts are removed whatever date the next output's name has; other files are untouched."""
     temporary_path(tmp_path / "out-2026-10-31.csv", "job").write_text("stale")
     other = temporary_path(tmp_path / "out.csv", "other")
     other.write_text("another job's")
@@ -157,7 +157,7 @@ def test_leftover_parts_are_removed(tmp_path: Path) -> None:
 
 
 def test_concurrent_jobs_do_not_mix_parts(tmp_path: Path) -> None:
-    """When another run has replaced the part that we write, ours fails rather than publish theirs."""
+    """When another run has replaced our part, ours fails instead of publishing the other's."""
     target = tmp_path / "out.csv"
     frame = pl.DataFrame({"old": ["x"], "new": ["y"]})
 
@@ -172,7 +172,7 @@ def test_concurrent_jobs_do_not_mix_parts(tmp_path: Path) -> None:
 
 
 def test_missing_folders_are_created(tmp_path: Path) -> None:
-    """At the start, not after the night."""
+    """Missing folders are created at the start, not at the end of the run."""
     target = tmp_path / "a/b/out.csv"
     prepare_file(target, tmp_path / "leads.csv", "job")
     write_output(target, ["x"])
@@ -180,7 +180,7 @@ def test_missing_folders_are_created(tmp_path: Path) -> None:
 
 
 def test_output_never_replaces_input(tmp_path: Path) -> None:
-    """Under whatever name the input goes: the same path, a symbolic link, a hard link, a detour."""
+    """The output never replaces the input under any of its names: same path, symbolic link, hard link or `..`."""
     leads = tmp_path / "leads.csv"
     leads.write_text("A\n1\n")
     (tmp_path / "folder").mkdir()
@@ -196,7 +196,7 @@ def test_output_never_replaces_input(tmp_path: Path) -> None:
 
 
 def test_output_never_replaces_ledger(tmp_path: Path) -> None:
-    """This job's or another's: it would destroy the memory of what was paid for."""
+    """The output never replaces this job's or another job's ledger, which records what was paid for."""
     path = tmp_path / "memory.csv"
     Ledger(path).close()
     with pytest.raises(JobError, match="the output would replace a ledger"):
@@ -205,7 +205,7 @@ def test_output_never_replaces_ledger(tmp_path: Path) -> None:
 
 @in_turn("name", ["file/out.csv", "folder.csv", f"{'x' * 300}.csv"])
 def test_invalid_output_refused_before_spending(tmp_path: Path, name: str) -> None:
-    """A file where a folder should be, a folder where the file should be, a name that is too long."""
+    """An invalid output path is refused before anything is spent: file for folder, folder for file, name too long."""
     (tmp_path / "file").touch()
     (tmp_path / "folder.csv").mkdir()
     with pytest.raises(CommandRefused, match="the output cannot be written"):
@@ -242,7 +242,7 @@ HARMLESS_CELLS += ["+1-202-555-0100", "5", "x=1", " =1", "a@b.c", "'=1", "ada", 
 
 @pytest.mark.parametrize("name", ["out.csv", "out.csv.gz"])
 def test_formula_injection_is_escaped(tmp_path: Path, name: str) -> None:
-    """It gets an apostrophe; numbers, phones and all cells of the input are left alone."""
+    """A new value that is a formula gets an apostrophe; numbers, phones and all input cells are unchanged."""
     path = write_output(tmp_path / name, [*FORMULAS, *HARMLESS_CELLS])
     if name.endswith(".gz"):
         path = path.with_suffix("")
@@ -255,7 +255,7 @@ def test_formula_injection_is_escaped(tmp_path: Path, name: str) -> None:
 
 
 def test_parquet_values_are_not_escaped(tmp_path: Path) -> None:
-    """Nobody runs it: values and types are as they are, null is null."""
+    """Parquet values are not escaped, because nothing evaluates them: values and types stay, and null is null."""
     path = write_output(tmp_path / "out.parquet", [*FORMULAS, None])
     assert pl.read_parquet(path)["new"].to_list() == [*FORMULAS, None]
     path = write_output(tmp_path / "credits.parquet", [1.5, None, 0.0], pl.Float64)
@@ -263,21 +263,21 @@ def test_parquet_values_are_not_escaped(tmp_path: Path) -> None:
 
 
 def test_number_formatting(tmp_path: Path) -> None:
-    """Without exponents and idle noughts, to the millionth that the ledger knows; what is not known is blank."""
+    """Numbers have no exponent and no trailing zeros, up to a millionth; unknown is blank."""
     path = write_output(tmp_path / "out.csv", [0.0, 1.0, 2.5, 0.000001, 1234567.0, 0.1 + 0.2, 100.0, None], pl.Float64)
     assert [row[1] for row in read_cells(path)[1:]] == ["0", "1", "2.5", "0.000001", "1234567", "0.3", "100", ""]
 
 
 @in_turn(("separator", "encoding"), [(";", "cp1252"), ("\t", "utf-16"), ("|", "utf-8-sig"), (",", "utf-8")])
 def test_output_separator_and_encoding(tmp_path: Path, separator: str, encoding: str) -> None:
-    """The separator inside a value is quoted, and a spreadsheet finds the mark it needs."""
+    """A value with the separator is quoted, and the byte order mark that spreadsheets need is written."""
     values = [f"Größe{separator}1,5", '"', "a\r\nb", "a\rb"]
     path = write_output(tmp_path / "out.csv", values, separator=separator, encoding=encoding)
     assert read_cells(path, encoding, separator) == [["old", "new"], *([value, value] for value in values)]
 
 
 def test_unencodable_character_error(tmp_path: Path) -> None:
-    """The old file stays; nothing is replaced by question marks."""
+    """A character that the encoding lacks is an error; the old file stays, and nothing becomes a question mark."""
     target = tmp_path / "out.csv"
     with pytest.raises(CommandRefused, match="row 2, column `old`: `cp1252` has no sign") as caught:
         write_output(target, ["ö", "日本"], encoding="cp1252")
@@ -286,7 +286,7 @@ def test_unencodable_character_error(tmp_path: Path) -> None:
 
 
 def test_outputs_are_deterministic(tmp_path: Path) -> None:
-    """A compressed file holds neither its name nor the time."""
+    """Writing twice gives the same bytes: a compressed file holds neither its name nor the time."""
     assert (
         write_output(tmp_path / "a.csv.gz", ["x"]).read_bytes()
         == write_output(tmp_path / "b.csv.gz", ["x"]).read_bytes()
@@ -313,7 +313,7 @@ def test_outputs_are_deterministic(tmp_path: Path) -> None:
     ],
 )
 def test_result_value_as_cell(value: object, text: str | None) -> None:
-    """Text as it is, anything else as JSON, nothing as nothing."""
+    """Text stays text, other values become JSON, and no value is blank."""
     assert to_cell(value) == text
 
 
@@ -334,7 +334,7 @@ def write_job_and_leads(
 def enroll_and_settle(
     ledger: Ledger, rows: JobInput, template: RequestTemplate, tasks: Sequence[dict[str, Any] | None]
 ) -> None:
-    """Ask all rows and settle the distinct requests, in their order, with these tasks; None leaves one pending."""
+    """Enroll all rows and settle the distinct requests in order with these tasks; None leaves one pending."""
     with ledger.transaction():
         execution = ledger.start_execution("job", None, 0)
         ledger.begin_pass()
@@ -361,7 +361,7 @@ def open_ledger(tmp_path: Path) -> Iterator[Ledger]:
 
 
 def test_rows_get_answer_and_status(tmp_path: Path, open_ledger: Ledger) -> None:
-    """Rows that ask the same share the answer; what it cost is shown once, on the first of them."""
+    """Rows with the same request share its answer; its cost is shown once, on the first of them."""
     leads = [["A", "Skip"], ["ada", ""], ["bob", ""], [" ada", ""], ["", ""], ["x", "yes"], ["cyd", ""], ["dan", ""]]
     job = "params: {a: A}\nonly_if_empty: [Skip]\ncolumns: {mail: email, more: person.tags}\n"
     loaded, rows, template = write_job_and_leads(tmp_path, leads, job)
@@ -405,7 +405,7 @@ def test_rows_get_answer_and_status(tmp_path: Path, open_ledger: Ledger) -> None
 
 
 def test_other_columns_from_stored_answers(tmp_path: Path, open_ledger: Ledger) -> None:
-    """The ledger keeps the whole answer: another column is another look at it, and costs nothing."""
+    """Other columns come from the stored answers at no cost, because the ledger keeps whole answers."""
     loaded, rows, template = write_job_and_leads(tmp_path, [["A"], ["ada"]], "params: {a: A}\ncolumns: {mail: email}\n")
     enroll_and_settle(
         open_ledger, rows, template, [{"status": "completed", "data": [{"email": None, "phone": "+49 30"}]}]
@@ -418,7 +418,7 @@ def test_other_columns_from_stored_answers(tmp_path: Path, open_ledger: Ledger) 
 @pytest.mark.parametrize("value", [5, 0, 1.5, True, "x", ["a"], {"b": 1}, "日本", 'a\nb,"c"', "null", "a\u2028b"])
 @pytest.mark.parametrize("name", first_quick(1, ["out.csv", "out.parquet"]))
 def test_result_values_of_any_type(tmp_path: Path, open_ledger: Ledger, name: str, value: object) -> None:
-    """New columns are text, whatever the API sends."""
+    """New columns are text, whatever types the API returns."""
     loaded, rows, template = write_job_and_leads(tmp_path, [["A"], ["ada"]], "params: {a: A}\n")
     enroll_and_settle(open_ledger, rows, template, [{"status": "completed", "data": {"email": value}}])
     target = tmp_path / name
@@ -429,7 +429,7 @@ def test_result_values_of_any_type(tmp_path: Path, open_ledger: Ledger, name: st
 
 @pytest.mark.parametrize("name", ["out.csv", "out.csv.gz", "out.parquet"])
 def test_empty_input_gives_empty_output(tmp_path: Path, open_ledger: Ledger, name: str) -> None:
-    """With all its columns, in their types: the next step of a pipeline need not know."""
+    """An empty input gives an empty output with all columns and types, so the next step of a pipeline works."""
     loaded, rows, template = write_job_and_leads(tmp_path, [["A", ""]], "params: {a: A}\n")
     assert Collector(open_ledger, loaded, template, rows).write(tmp_path / name).statuses == {}
     columns = ["A", "", "email", *STATUS]
@@ -444,7 +444,7 @@ def test_empty_input_gives_empty_output(tmp_path: Path, open_ledger: Ledger, nam
 
 
 def test_output_as_next_input(tmp_path: Path, open_ledger: Ledger) -> None:
-    """The status columns are replaced and not added again."""
+    """In an output used as input, the status columns are replaced, not added again."""
     loaded, rows, template = write_job_and_leads(tmp_path, [["A"], ["ada"]], "params: {a: A}\ncolumns: {mail: email}\n")
     enroll_and_settle(open_ledger, rows, template, [{"status": "completed", "data": {"email": "x"}}])
     Collector(open_ledger, loaded, template, rows).write(tmp_path / "first.csv")
@@ -457,7 +457,7 @@ def test_output_as_next_input(tmp_path: Path, open_ledger: Ledger) -> None:
 
 
 def test_interrupt_between_batches_keeps_old_file(tmp_path: Path, open_ledger: Ledger) -> None:
-    """`check` is asked before every batch."""
+    """`check` is called before each batch; an interrupt there keeps the old file."""
 
     def check() -> None:
         raise InterruptedByTestError
@@ -471,7 +471,7 @@ def test_interrupt_between_batches_keeps_old_file(tmp_path: Path, open_ledger: L
 
 
 def test_input_error_keeps_old_file(tmp_path: Path, open_ledger: Ledger) -> None:
-    """It is told as a fault of the input."""
+    """An error in the input keeps the old file and is reported as an input error."""
     loaded, rows, template = write_job_and_leads(tmp_path, [["A", "B"], ["a", "b"], ["c"]], "params: {a: A}\n")
     target = tmp_path / "out.parquet"
     with pytest.raises(EnrichError, match="row 2"):
@@ -500,7 +500,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")
         "ä",
     ]
 )
-#: A header begins with a letter: a byte order mark before the first name is the file's own.
+#: A header begins with a letter: a byte order mark before the first name would be the file's own.
 NAME = TEXT.map("h".__add__) | st.sampled_from(["", " ", "^h.*$", "*", "column_0", "wanted", "literal", "a.b"])
 
 
@@ -517,7 +517,7 @@ def output_tables(draw: st.DrawFn) -> list[list[str]]:
 @settings(deadline=None)
 @pytest.mark.parametrize("name", ["out.csv", pytest.param("out.parquet", marks=pytest.mark.long)])
 def test_input_cells_are_preserved(tmp_path_factory: pytest.TempPathFactory, name: str, table: list[list[str]]) -> None:
-    """Any text in any cell under any name: the very text, the very order, and the new columns behind."""
+    """Any text in any cell under any name is preserved exactly and in order, with the new columns behind."""
     folder = tmp_path_factory.getbasetemp()
     ledger = Ledger(folder / "cells.db")
     try:

@@ -1,4 +1,4 @@
-"""The output as a folder of parts: whole or not at all, ours only, the order of its rows in a column."""
+"""The output as a folder of parts: published whole or not at all, replacing only our own, row order in a column."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SCHEMA = {"A": pl.String(), "enrich_index": pl.Int64()}
 
 
 def frames(*rows: int, start: int = 0) -> Iterator[pl.DataFrame]:
-    """Make frames of so many rows."""
+    """Make frames with this many rows each."""
     first = start
     for height in rows:
         index = range(first, first + height)
@@ -53,7 +53,7 @@ def begin_dataset(target: Location) -> parquet_dataset.DatasetWriter:
 
 
 def write_late_part(draft: parquet_dataset.DatasetWriter) -> None:
-    """Write a part as somebody does who was taken for lost: nobody hears of it, nor what came of it."""
+    """Write a part like a worker that was taken for lost: the run never gets its result."""
     with suppress(CommandRefused):
         draft.write_part(0, SCHEMA, frames(2, start=100))
 
@@ -64,13 +64,13 @@ def file_names(folder: Path) -> list[str]:
 
 
 def row_indexes(folder: Path) -> list[int]:
-    """Return the places of the rows, in the order of the parts."""
+    """Return the row numbers, in the order of the parts."""
     return pl.concat(pl.read_parquet(path) for path in sorted(folder.glob("part-*.parquet")))["enrich_index"].to_list()
 
 
 @pytest.fixture(params=["disk", "storage"])
 def dataset_location(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
-    """Say where the dataset goes."""
+    """Return where the dataset goes: a folder or a storage URL."""
     if request.param == "disk":
         return tmp_path / "out" / "leads"
     request.getfixturevalue("bucket")
@@ -78,7 +78,7 @@ def dataset_location(request: pytest.FixtureRequest, tmp_path: Path) -> Location
 
 
 def download_dataset(target: Location, into: Path) -> Path:
-    """Bring a dataset to the disk, as its manifest has it."""
+    """Download a dataset to disk, as its manifest lists it."""
     if isinstance(target, Path):
         return target
     into.mkdir(exist_ok=True)
@@ -90,7 +90,7 @@ def download_dataset(target: Location, into: Path) -> Path:
 
 
 def test_parts_contain_all_rows_in_order(dataset_location: Location, tmp_path: Path) -> None:
-    """A part is named for its first row; they are replaced as one, and no other file is left."""
+    """The parts hold all rows in order, are named for their first row and replaced as a whole; no other file stays."""
     with patch.object(parquet_dataset, "ROWS_PER_PART", 5):
         write_dataset(dataset_location, 3, 3, 4, 1)
     folder = download_dataset(dataset_location, tmp_path / "fetched")
@@ -107,14 +107,14 @@ def test_parts_contain_all_rows_in_order(dataset_location: Location, tmp_path: P
 
 
 def test_empty_dataset_has_columns(dataset_location: Location, tmp_path: Path) -> None:
-    """Whoever reads it finds the same table."""
+    """An empty dataset has the same columns."""
     write_dataset(dataset_location)
     (part,) = download_dataset(dataset_location, tmp_path / "fetched").glob("*.parquet")
     assert dict(pl.read_parquet_schema(part)) == SCHEMA
 
 
 def test_dataset_permissions(tmp_path: Path) -> None:
-    """Personal data."""
+    """The dataset's files are for their owner only (personal data)."""
     write_dataset(tmp_path / "out", 1)
     assert [path.stat().st_mode & 0o777 for path in sorted((tmp_path / "out").iterdir())] == [0o600, 0o600]
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o700
@@ -122,12 +122,12 @@ def test_dataset_permissions(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_concurrent_part_writers(dataset_location: Location, tmp_path: Path) -> None:
-    """In any order, on any machine, again if need be; parts of those who were taken for lost don't count."""
-    mine = begin_dataset(dataset_location)
-    draft = pickle.loads(pickle.dumps(mine))  # noqa: S301 - our own
+    """Parts can be written in any order, on any machine and twice; parts of lost workers don't count."""
+    writer = begin_dataset(dataset_location)
+    draft = pickle.loads(pickle.dumps(writer))  # noqa: S301 - pickled on this line
     parts = [draft.write_part(first, SCHEMA, frames(2, start=first)) for first in (4, 0, 2, 0)]
     draft.write_part(1, SCHEMA, frames(7, start=1))
-    mine.finish(parts[:3])
+    writer.finish(parts[:3])
     folder = download_dataset(dataset_location, tmp_path / "fetched")
     assert row_indexes(folder) == [0, 1, 2, 3, 4, 5]
     assert len(file_names(folder)) == 4
@@ -138,7 +138,7 @@ def test_concurrent_part_writers(dataset_location: Location, tmp_path: Path) -> 
 def test_missing_or_duplicate_rows_are_refused(
     dataset_location: Location, tmp_path: Path, firsts: tuple[int, ...]
 ) -> None:
-    """The old dataset stays."""
+    """Missing or duplicate rows are refused, and the old dataset stays."""
     write_dataset(dataset_location, 1)
     draft = begin_dataset(dataset_location)
     parts = [draft.write_part(first, SCHEMA, frames(2, start=first)) for first in firsts]
@@ -150,7 +150,7 @@ def test_missing_or_duplicate_rows_are_refused(
 
 
 class InterruptedByTestError(Exception):
-    """What a signal raises between two batches."""
+    """The error that a signal raises between two batches."""
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ class InterruptedByTestError(Exception):
     ids=repr,
 )
 def test_unfinished_dataset_is_not_published(dataset_location: Location, tmp_path: Path, error: BaseException) -> None:
-    """The old one counts, and the next start removes what is left."""
+    """An unfinished dataset is not published: the old one counts, and the next start removes the leftovers."""
     write_dataset(dataset_location, 1)
 
     def some() -> Iterator[pl.DataFrame]:
@@ -177,14 +177,14 @@ KILLED_SCRIPT = """
 import os, signal, sys
 from pathlib import Path
 from unittest.mock import patch
-from enrich.tables import dataset, folder
-from enrich.files.writer import prepare
+from enrich.files import parquet_dataset
+from enrich.files.writer import prepare_file
 from tests.files.test_parquet_dataset import SCHEMA, frames
 
 target, moment = Path(sys.argv[1]), sys.argv[2]
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-prepare(target, Path("/leads.csv"), "job")
-draft = dataset.begin(target, "job")
+prepare_file(target, Path("/leads.csv"), "job")
+draft = parquet_dataset.begin_dataset(target, "job")
 part = draft.write_part(0, SCHEMA, frames(3))
 if moment == "parts":
     die()
@@ -193,7 +193,7 @@ def renamed(path, to):
     if moment == "between" and to == target:
         die()
     return rename(path, to)
-with patch.object(Path, "rename", renamed), patch.object(folder, "_remove_old_dataset", die):
+with patch.object(Path, "rename", renamed), patch.object(parquet_dataset, "_remove_old_dataset", die):
     draft.finish([part])
 """
 
@@ -208,7 +208,7 @@ with patch.object(Path, "rename", renamed), patch.object(folder, "_remove_old_da
     ],
 )
 def test_kill_during_swap(tmp_path: Path, moment: str, rows: int) -> None:
-    """The next start mends the moment in which neither was there."""
+    """After a kill during the swap, when neither dataset is in place, the next start repairs it."""
     target = tmp_path / "out" / "2026-11-24"
     write_dataset(target, 2)
     killed = subprocess.run([sys.executable, "-c", KILLED_SCRIPT, str(target), moment], check=False, timeout=60)
@@ -222,7 +222,7 @@ def test_kill_during_swap(tmp_path: Path, moment: str, rows: int) -> None:
 @pytest.mark.long
 @pytest.mark.usefixtures("bucket")
 def test_leftover_objects_are_removed(tmp_path: Path) -> None:
-    """Whatever looks like a part of ours, and only where a manifest says that the dataset is; it says what counts."""
+    """Leftover parts are removed only where a manifest marks the folder as ours; the parts it lists stay."""
     target = ObjectUrl("s3", BUCKET, "out/")
     write_dataset(target, 2)
     parquet_dataset.begin_dataset(target, "job").write_part(0, SCHEMA, frames(3))
@@ -237,7 +237,7 @@ def test_leftover_objects_are_removed(tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.usefixtures("bucket")
 def test_replaced_objects_removed_at_next_start(tmp_path: Path) -> None:
-    """The new parts count as soon as the manifest names them, whatever becomes of the old ones."""
+    """New parts count as soon as the manifest names them; replaced objects are removed at the next start."""
     target = ObjectUrl("s3", BUCKET, "out/")
     write_dataset(target, 2)
     with patch.object(object_store, "delete_objects", side_effect=CommandRefused("the storage failed")):
@@ -249,7 +249,7 @@ def test_replaced_objects_removed_at_next_start(tmp_path: Path) -> None:
 
 
 def test_failed_swap_keeps_old_dataset(tmp_path: Path) -> None:
-    """At once, not only after the next start."""
+    """A failed swap puts the old dataset back at once, not only at the next start."""
     write_dataset(tmp_path / "out", 2)
     rename = Path.rename
 
@@ -265,35 +265,39 @@ def test_failed_swap_keeps_old_dataset(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("strange", ["leads.csv", ".hidden", "part-0000000009.parquet", "deep/leads.csv"])
-@pytest.mark.parametrize("known", [True, False])
-def test_foreign_files_are_not_replaced(dataset_location: Location, strange: str, *, known: bool) -> None:
-    """Exit 2 with the name of such a file, before anything is spent, and again before the swap."""
-    if known:
+@pytest.mark.parametrize("foreign_file", ["leads.csv", ".hidden", "part-0000000009.parquet", "deep/leads.csv"])
+@pytest.mark.parametrize("replaces_dataset", [True, False])
+def test_foreign_files_are_not_replaced(
+    dataset_location: Location, foreign_file: str, *, replaces_dataset: bool
+) -> None:
+    """A folder with foreign files is exit 2 with a file's name, before anything is spent and again before the swap."""
+    if replaces_dataset:
         write_dataset(dataset_location, 2)
-    mine = (
-        parquet_dataset.begin_dataset(dataset_location, "job") if known and isinstance(dataset_location, Path) else None
+    writer = (
+        parquet_dataset.begin_dataset(dataset_location, "job")
+        if replaces_dataset and isinstance(dataset_location, Path)
+        else None
     )
     if isinstance(dataset_location, ObjectUrl):
-        put_object(f"{dataset_location.key}{strange}", b"precious")
+        put_object(f"{dataset_location.key}{foreign_file}", b"precious")
     else:
-        (dataset_location / strange).parent.mkdir(parents=True, exist_ok=True)
-        (dataset_location / strange).write_text("precious")
-    if mine is not None:
+        (dataset_location / foreign_file).parent.mkdir(parents=True, exist_ok=True)
+        (dataset_location / foreign_file).write_text("precious")
+    if writer is not None:
         with pytest.raises(CommandRefused, match="the output would replace a folder that has other files in it"):
-            mine.finish([mine.write_part(0, SCHEMA, frames(1))])
-        mine.discard()
+            writer.finish([writer.write_part(0, SCHEMA, frames(1))])
+        writer.discard()
     with pytest.raises(JobError) as caught:
         prepare_file(dataset_location, Path("/leads.csv"), "job")
-    assert f"{dataset_location}".rstrip("/") + f"/{strange.partition('/')[0]}" in caught.value.message
+    assert f"{dataset_location}".rstrip("/") + f"/{foreign_file.partition('/')[0]}" in caught.value.message
     if isinstance(dataset_location, Path):
-        assert (dataset_location / strange).read_text() == "precious"
+        assert (dataset_location / foreign_file).read_text() == "precious"
     else:
-        assert object_store.read_object(ObjectUrl("s3", BUCKET, f"{dataset_location.key}{strange}")) == b"precious"
+        assert object_store.read_object(ObjectUrl("s3", BUCKET, f"{dataset_location.key}{foreign_file}")) == b"precious"
 
 
 def test_empty_folder_is_replaced(tmp_path: Path) -> None:
-    """Somebody made it beforehand."""
+    """An empty folder that exists already is replaced."""
     (tmp_path / "out").mkdir()
     write_dataset(tmp_path / "out", 1)
     assert row_indexes(tmp_path / "out") == [0]
@@ -301,47 +305,47 @@ def test_empty_folder_is_replaced(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_concurrent_run_with_same_name_fails(dataset_location: Location, tmp_path: Path) -> None:
-    """Of a job of its name, with another ledger: nothing is published that lacks parts, or has those of the other."""
-    mine = begin_dataset(dataset_location)
-    part = mine.write_part(0, SCHEMA, frames(2))
-    theirs = begin_dataset(dataset_location)
-    others = theirs.write_part(0, SCHEMA, frames(2, start=100))
+    """Of two runs with one name but different ledgers, one fails: no mixed or incomplete dataset is published."""
+    first = begin_dataset(dataset_location)
+    part = first.write_part(0, SCHEMA, frames(2))
+    second = begin_dataset(dataset_location)
+    second_part = second.write_part(0, SCHEMA, frames(2, start=100))
     with pytest.raises(CommandRefused, match="another run"):
-        mine.finish([part, mine.write_part(2, SCHEMA, frames(2, start=2))])
+        first.finish([part, first.write_part(2, SCHEMA, frames(2, start=2))])
     with pytest.raises(CommandRefused, match="another run"):
-        mine.finish([part])
-    mine.discard()
-    theirs.finish([others])
+        first.finish([part])
+    first.discard()
+    second.finish([second_part])
     assert row_indexes(download_dataset(dataset_location, tmp_path / "fetched")) == [100, 101]
 
 
 @pytest.mark.long
 def test_concurrent_runs_do_not_mix_parts(dataset_location: Location, tmp_path: Path) -> None:
-    """Each publishes its own, or fails."""
+    """Concurrent runs publish their own parts or fail."""
     prepare_file(dataset_location, Path("/leads.csv"), "job")
-    mine, theirs = (
+    first, second = (
         parquet_dataset.begin_dataset(dataset_location, "job"),
         parquet_dataset.begin_dataset(dataset_location, "job"),
     )
-    part = mine.write_part(0, SCHEMA, frames(2))
-    others = theirs.write_part(0, SCHEMA, frames(2, start=100))
-    mine.finish([part, mine.write_part(2, SCHEMA, frames(2, start=2))])
+    part = first.write_part(0, SCHEMA, frames(2))
+    second_part = second.write_part(0, SCHEMA, frames(2, start=100))
+    first.finish([part, first.write_part(2, SCHEMA, frames(2, start=2))])
     assert row_indexes(download_dataset(dataset_location, tmp_path / "fetched")) == [0, 1, 2, 3]
     if isinstance(dataset_location, Path):
-        theirs.finish([others])
+        second.finish([second_part])
         assert row_indexes(dataset_location) == [100, 101]
     else:
         with pytest.raises(CommandRefused, match="another run"):
-            theirs.finish([others])
+            second.finish([second_part])
         assert row_indexes(download_dataset(dataset_location, tmp_path / "fetched")) == [0, 1, 2, 3]
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("whose", ["this run", "a run that was killed"])
-def test_late_writer_changes_nothing(dataset_location: Location, tmp_path: Path, whose: str) -> None:
-    """Neither parts that count already nor what a later run writes; what he leaves, the next start removes."""
+@pytest.mark.parametrize("lost_writer_of", ["this run", "a run that was killed"])
+def test_late_writer_changes_nothing(dataset_location: Location, tmp_path: Path, lost_writer_of: str) -> None:
+    """A late writer changes no published part and no later run's; the next start removes its leftovers."""
     lost = begin_dataset(dataset_location)
-    draft = lost if whose == "this run" else begin_dataset(dataset_location)
+    draft = lost if lost_writer_of == "this run" else begin_dataset(dataset_location)
     write_late_part(lost)
     part = draft.write_part(0, SCHEMA, frames(2))
     write_late_part(lost)
@@ -356,7 +360,7 @@ def test_late_writer_changes_nothing(dataset_location: Location, tmp_path: Path,
 
 @pytest.mark.long
 def test_late_part_during_finish(dataset_location: Location, tmp_path: Path) -> None:
-    """The run finishes meanwhile."""
+    """A part written late, while the run finishes, does not disturb it."""
     draft = begin_dataset(dataset_location)
     part = draft.write_part(0, SCHEMA, frames(2))
 
@@ -372,7 +376,7 @@ def test_late_part_during_finish(dataset_location: Location, tmp_path: Path) -> 
 
 
 def test_invalid_location_refused_before_spending(tmp_path: Path) -> None:
-    """A file where its folder should be, or the folder above."""
+    """A dataset location that is a file, or whose parent is one, is refused before anything is spent."""
     (tmp_path / "file").touch()
     for name in ("file", "file/out"):
         with pytest.raises(CommandRefused, match="the output cannot be written"):
@@ -390,7 +394,7 @@ def test_invalid_location_refused_before_spending(tmp_path: Path) -> None:
     ],
 )
 def test_output_must_not_overlap_input(tmp_path: Path, source: str, output: str) -> None:
-    """The folder has the leads in it, or lies among them."""
+    """A dataset folder that contains the input, or lies inside it, is refused."""
     (tmp_path / "leads").mkdir()
     for name in ("a.csv", "a.parquet"):
         write_table(tmp_path / "leads" / name, HEADER, make_leads(1))
@@ -406,7 +410,7 @@ def test_output_must_not_overlap_input(tmp_path: Path, source: str, output: str)
 @pytest.mark.long
 @pytest.mark.parametrize("line", ["ledger: out/memory.db", "rejects: out/rejects.csv", "report: out/report.html"])
 def test_other_outputs_inside_dataset_refused(workspace: Workspace, api: SandboxApi, line: str) -> None:
-    """It would be lost: exit 2 with the line, before anything is spent."""
+    """Another output inside the dataset folder would be lost: exit 2 with the line, before anything is spent."""
     workspace.write_leads(make_leads(1))
     workspace.write_job(output="out/", **dict([line.split(": ")]))
     for command in (("run", "job.yaml"), ("check", "job.yaml")):
@@ -421,7 +425,7 @@ def test_other_outputs_inside_dataset_refused(workspace: Workspace, api: Sandbox
 
 @pytest.mark.long
 def test_dataset_roundtrip(workspace: Workspace, api: SandboxApi) -> None:
-    """All that a job does beside it works as with a file; read as input its own columns are replaced."""
+    """A dataset works like a file with all other features; read as input, its own columns are replaced."""
     workspace.write_leads([*make_leads(3), ["", "", "", "", ""]])
     workspace.write_job(output="out/", rejects="rejects.csv", changes="{path: changes.csv, key: [First Name]}")
     result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
@@ -455,7 +459,7 @@ def test_dataset_roundtrip(workspace: Workspace, api: SandboxApi) -> None:
 
 @pytest.mark.long
 def test_merge_into_dataset(workspace: Workspace, api: SandboxApi) -> None:
-    """As in a file."""
+    """Merging into a dataset works as into a file."""
     workspace.write_leads(make_leads(2))
     workspace.write_job(output="out/", merge="fill_empty", columns="{Email: email}")
     assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
@@ -467,7 +471,7 @@ def test_merge_into_dataset(workspace: Workspace, api: SandboxApi) -> None:
 
 @pytest.mark.long
 def test_refused_collect_keeps_old_dataset(workspace: Workspace, api: SandboxApi) -> None:
-    """Rows are pending that are not to be partial."""
+    """A collect refused because rows are pending keeps the old dataset."""
     workspace.write_leads(make_leads(2))
     workspace.write_job(output="out/")
     workspace.run_in_process("run", "job.yaml", api=api)
@@ -483,7 +487,7 @@ def test_refused_collect_keeps_old_dataset(workspace: Workspace, api: SandboxApi
 def test_dataset_in_object_storage(
     workspace: Workspace, api: SandboxApi, bucket: dict[str, Any], tmp_path: Path
 ) -> None:
-    """And takes it as its input; what lies there beside it is read by nobody."""
+    """A run writes a dataset to object storage and reads it as input; other objects beside it are ignored."""
     workspace.write_leads(make_leads(3))
     workspace.write_job(output=f"s3://{BUCKET}/out/")
     for _ in range(2):

@@ -1,1 +1,1 @@
-"""Tests of the job file."""
+"""Tests of `enrich.job`."""

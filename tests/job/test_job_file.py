@@ -1,4 +1,4 @@
-"""The job file: what may stand in it, and that every mistake is told with its line and the nearest right name."""
+"""The job file: its valid content, and errors that name the line and the nearest valid name."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def load_job_text(folder: Path, text: str, overrides: Overrides | None = None, n
 
 
 def job_errors(folder: Path, text: str | bytes) -> list[str]:
-    """Load a job file that is wrong; return what is told, line by line, the file's path left out, and the hint."""
+    """Return the error lines of a wrong job file, without the file's path, and the hint."""
     path = folder / "job.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(JobError) as caught:
@@ -46,7 +46,7 @@ def job_errors(folder: Path, text: str | bytes) -> list[str]:
 
 
 def test_all_keys_are_read(tmp_path: Path) -> None:
-    """Every key of the contract, in its long form."""
+    """Every documented key is read in its long form."""
     job = load_job_text(
         tmp_path,
         """\
@@ -106,7 +106,7 @@ policy:
 
 
 def test_defaults(tmp_path: Path) -> None:
-    """The shortest job file is five lines."""
+    """The shortest job file has five lines; all other keys have defaults."""
     job = load_job_text(tmp_path, BASE_JOB, name="Leads of May.yaml")
     model = job.model
     assert job.name == "Leads of May"
@@ -150,16 +150,16 @@ def test_defaults(tmp_path: Path) -> None:
     ],
 )
 def test_ambiguous_yaml_values_need_quotes(tmp_path: Path, word: str, kind: str, before: str, key: str) -> None:
-    """Norway is no boolean and a postcode no number; a person who reads the message knows what to type."""
+    """Values that YAML misreads (`no`, postcodes) are refused, and the message shows what to type."""
     if kind == "nothing" and key in {"where", "name"}:
-        return  # these may be left out
+        return  # keys that may be left out
     text = f"{BASE_JOB}{before}{word}{']' if '[' in before else ''}\n"
     line = len(text.splitlines())
     assert job_errors(tmp_path, text) == [f"{line}: {key}: must be text, but YAML reads it as {kind}: put it in quotes"]
 
 
 def test_null_param_needs_quotes(tmp_path: Path) -> None:
-    """A key with nothing behind it is null to YAML."""
+    """A param without a value is null to YAML and must be quoted."""
     for before, key in [("  x:", "params.x.column"), ("  x:\n    value:", "params.x.value")]:
         (result,) = job_errors(tmp_path, f"{BASE_JOB}{before}\n")
         assert result.endswith(f"{key}: must be text, but YAML reads it as nothing: put it in quotes")
@@ -167,14 +167,14 @@ def test_null_param_needs_quotes(tmp_path: Path) -> None:
 
 @in_turn("word", ["NO", "00501", "1.5", "null", "2024-01-01", "=", "!x", "*x", "&x"])
 def test_quoted_values_are_text(tmp_path: Path, word: str) -> None:
-    """The remedy of the message works."""
+    """Quoting, the message's remedy, makes the value text."""
     job = load_job_text(tmp_path, f"{BASE_JOB}  a: {{value: '{word}'}}\n  b: \"{word}\"\n")
     assert job.model.params["a"].value == word
     assert job.model.params["b"].columns == [word]
 
 
 @in_turn(
-    ("text", "told"),
+    ("text", "expected"),
     [
         ("version: 1\n", ["1: input: is missing", "1: waterfall: is missing", "1: params: is missing"]),
         (BASE_JOB.replace("version: 1", "version: 2"), ["1: version: Input should be 1"]),
@@ -308,15 +308,15 @@ def test_quoted_values_are_text(tmp_path: Path, word: str) -> None:
         ("name: Größe".encode("cp1252"), [" the job file is not UTF-8 text", "hint: save it as UTF-8"]),
     ],
 )
-def test_error_names_line_and_suggestion(tmp_path: Path, text: str | bytes, told: list[str] | None) -> None:
-    """File, line, key and, where there is one, the nearest right name."""
+def test_error_names_line_and_suggestion(tmp_path: Path, text: str | bytes, expected: list[str] | None) -> None:
+    """An error names file, line, key and, where there is one, the nearest valid name."""
     found = job_errors(tmp_path, text)
-    assert found == told if told is not None else found
+    assert found == expected if expected is not None else found
 
 
 @pytest.mark.parametrize("text", [b"Vorname;Nachname\nS\xf6ren;Wei\xdf\n", b"First Name\nAda\n"])
 def test_csv_as_job_file(tmp_path: Path, text: bytes) -> None:
-    """Who gives the leads instead of the job is told which command makes one of them, and it runs as it stands."""
+    """A CSV given as a job file gives the command that makes a job of it, ready to run."""
     path = tmp_path / "my leads.csv"
     path.write_bytes(text)
     with pytest.raises(JobError) as caught:
@@ -325,7 +325,7 @@ def test_csv_as_job_file(tmp_path: Path, text: bytes) -> None:
 
 
 def test_all_errors_are_listed(tmp_path: Path) -> None:
-    """In the order of the lines, each with its own nearest name: nobody mends a file one error at a time."""
+    """All errors are listed at once in line order, each with its own nearest name."""
     text = """\
 version: 2
 input: {pth: leads.csv}
@@ -371,7 +371,7 @@ were: x
     ],
 )
 def test_api_key_in_job_is_refused(tmp_path: Path, text: str) -> None:
-    """Job files are shared; the message says where the key belongs and not what it is."""
+    """An API key in a job file is refused, because job files are shared; the message shows where it belongs."""
     with pytest.raises(JobError) as caught:
         load_job_text(tmp_path, text)
     assert "SECRET" not in f"{caught.value.message}{caught.value.hint}"
@@ -382,7 +382,7 @@ def test_api_key_in_job_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_missing_job_file(tmp_path: Path) -> None:
-    """So is a folder."""
+    """A missing job file or a folder in its place is an error."""
     with pytest.raises(JobError, match="there is no such job file"):
         load_job(tmp_path / "none.yaml")
     with pytest.raises(JobError, match="cannot be read: Is a directory"):
@@ -400,21 +400,21 @@ def test_missing_job_file(tmp_path: Path) -> None:
     ],
 )
 def test_file_encodings_and_line_ends(tmp_path: Path, text: str) -> None:
-    """A byte order mark, line ends of Windows, marks of a document."""
+    """A byte order mark, Windows line ends and YAML document markers are accepted."""
     path = tmp_path / "job.yaml"
     path.write_bytes(text.encode())
     assert load_job(path).model == load_job_text(tmp_path, BASE_JOB).model
 
 
 def test_keys_are_text(tmp_path: Path) -> None:
-    """A param called `no`, a new column called 2024: YAML's opinion of them does not count."""
+    """Keys are text, such as a param `no` or a column 2024, whatever type YAML gives them."""
     job = load_job_text(tmp_path, f"{BASE_JOB}  NO: A\n  1: B\n  2024-01-01: C\ncolumns: {{null: email, 1.0: name}}\n")
     assert list(job.model.params) == ["company", "NO", "1", "2024-01-01"]
     assert job.model.columns == {"null": "email", "1.0": "name"}
 
 
 def test_path_resolution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cron starts in the home folder, a person anywhere."""
+    """Paths are resolved against the job file's folder, because cron starts in the home folder."""
     other_server = tmp_path / "elsewhere"
     other_server.mkdir()
     monkeypatch.chdir(other_server)
@@ -438,7 +438,7 @@ def test_path_resolution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_relative_job_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its paths do not move when the working directory does."""
+    """A job's paths stay the same when the working directory changes later."""
     load_job_text(tmp_path, BASE_JOB, name="jobs/job.yaml")
     monkeypatch.chdir(tmp_path)
     assert load_job(Path("jobs/job.yaml")).input_path == tmp_path / "jobs/leads.csv"
@@ -454,7 +454,7 @@ def test_relative_job_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     ],
 )
 def test_date_in_output_name(tmp_path: Path, output: str, name: str) -> None:
-    """Codes of strftime, in local time, folders included; a per cent sign of the job's own folder is none."""
+    """Codes of strftime are filled in with local time, in folders too; a % in the job's own folder is no code."""
     home = tmp_path / "50%Y off"
     job = load_job_text(home, f"{BASE_JOB}output: {output}\n")
     assert job.output_path(datetime(2026, 11, 1, 9, 30).astimezone()) == home / name
@@ -472,14 +472,14 @@ def test_date_in_output_name(tmp_path: Path, output: str, name: str) -> None:
     ],
 )
 def test_default_output_name(tmp_path: Path, leads: str, name: str) -> None:
-    """It lies beside the job file; a per cent sign in the input's name is no date."""
+    """The default output lies beside the job file; a % in the input's name is no date code."""
     now = datetime(2026, 11, 1).astimezone()
     assert load_job_text(tmp_path, BASE_JOB.replace("leads.csv", leads)).output_path(now) == tmp_path / name
     assert load_job_text(tmp_path, BASE_JOB, Overrides(input=Path(leads))).output_path(now) == tmp_path / name
 
 
 def test_sandbox_ledger_path(tmp_path: Path) -> None:
-    """What play money bought is never taken for the real thing."""
+    """The sandbox has a ledger of its own, so its answers are never mixed with paid ones."""
     sandbox = Overrides(sandbox=True)
     assert load_job_text(tmp_path, BASE_JOB, sandbox).ledger == tmp_path / ".enrich/job.sandbox.db"
     assert load_job_text(tmp_path, f"{BASE_JOB}name: leads\n", sandbox).ledger == tmp_path / ".enrich/leads.sandbox.db"
@@ -487,14 +487,14 @@ def test_sandbox_ledger_path(tmp_path: Path) -> None:
 
 
 def test_command_line_cap_overrides(tmp_path: Path) -> None:
-    """A number of credits, and nothing that would mean "no cap" by mistake."""
+    """The cap from the command line is a number of credits; no value means "no cap" by mistake."""
     text = f"{BASE_JOB}limits: {{max_credits: 5}}\n"
     assert load_job_text(tmp_path, text).max_credits == 5
     assert load_job_text(tmp_path, text, Overrides(max_credits=0)).max_credits == 0
     assert load_job_text(tmp_path, text, Overrides(max_credits=7.5)).max_credits == 7.5
-    for scripted_api in (float("nan"), float("inf"), -1.0, 1e13):
+    for invalid_cap in (float("nan"), float("inf"), -1.0, 1e13):
         with pytest.raises(JobError, match="--max-credits"):
-            load_job_text(tmp_path, text, Overrides(max_credits=scripted_api))
+            load_job_text(tmp_path, text, Overrides(max_credits=invalid_cap))
 
 
 @in_turn(
@@ -510,19 +510,19 @@ def test_command_line_cap_overrides(tmp_path: Path) -> None:
     ],
 )
 def test_duration_syntax(text: str, seconds: int) -> None:
-    """Units may follow each other from the longest to the shortest."""
+    """Units follow each other from the longest to the shortest."""
     assert parse_duration(text) == timedelta(seconds=seconds)
 
 
 @in_turn("odd", ["", " ", "5", 5, 1.5, None, True, "h", "-1h", "1.5h", "1h1h", "30m1h", "1 hour", "1w", "24H"])
 def test_invalid_durations(odd: object) -> None:
-    """A number alone could be seconds or days, and that may cost money."""
+    """A number without a unit is refused: reading days as seconds could cost money."""
     with pytest.raises(ValueError, match="a duration is a number with its unit"):
         parse_duration(odd)
 
 
 def test_line_of_every_key(tmp_path: Path) -> None:
-    """From the top to the deepest; of what is not there, the nearest that is."""
+    """Every key has a line; a missing key has the line of its nearest existing parent."""
     job = load_job_text(tmp_path, f"{BASE_JOB}  x:\n    column:\n      - A\n      - B\nwhere: a\n")
     line = job.document.line_of
     assert [line(["version"]), line(["params"]), line(["params", "company"]), line(["where"])] == [1, 4, 5, 10]
@@ -538,7 +538,7 @@ def test_line_of_every_key(tmp_path: Path) -> None:
 
 
 def test_nearest_name_suggestion() -> None:
-    """One that is close, else all when they are few."""
+    """A close name is suggested, or all names when they are few."""
     assert suggest_name("first name", ["First Name", "Last Name"]) == "did you mean `First Name`?"
     assert suggest_name("E-Mail", ["email", "phone"]) == "did you mean `email`?"
     assert suggest_name("zzz", ["email", "phone"]) == "known: email, phone"
@@ -547,7 +547,7 @@ def test_nearest_name_suggestion() -> None:
 
 
 def test_schema_accepts_short_forms() -> None:
-    """An editor must not mark what the program takes."""
+    """The JSON Schema accepts the short forms that the program accepts."""
     schema = json_schema()
     text, several = {"type": "string", "minLength": 1}, {"type": "array"}
     definitions = schema["$defs"]
@@ -565,7 +565,7 @@ def test_schema_accepts_short_forms() -> None:
 
 
 def test_schema_is_deterministic() -> None:
-    """It is kept in a file, so that it changes only when the job file does; every key is described."""
+    """The schema is deterministic, because it is kept in a file, and describes every key."""
     schema = json_schema()
     assert json.dumps(schema) == json.dumps(json_schema())
     assert json.loads(json.dumps(schema)) == schema
@@ -575,7 +575,7 @@ def test_schema_is_deterministic() -> None:
 
 @given(st.text() | st.text(alphabet="abc: -[]{}&*!|>'\"#%\n\t,?123", max_size=60))
 def test_any_text_is_handled(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
-    """Whatever stands in the file, it is a job or a mistake that names the file."""
+    """Any text gives a job or an error that names the file."""
     path = tmp_path_factory.getbasetemp() / "any.yaml"
     path.write_text(text, encoding="utf-8", errors="replace")
     with pytest.raises(JobError) as caught:
@@ -584,7 +584,7 @@ def test_any_text_is_handled(tmp_path_factory: pytest.TempPathFactory, text: str
 
 
 def test_yaml_constructs_no_objects(tmp_path: Path) -> None:
-    """A job file from somebody else can't run code."""
+    """YAML tags construct no objects: a job file can't run code."""
     path = tmp_path / "job.yaml"
     path.write_text("a: !!python/object/apply:os.system [echo]\n", encoding="utf-8")
     assert YamlDocument(path).data == {"a": ["echo"]}

@@ -1,4 +1,4 @@
-"""The choosing of requests over a real ledger: what is asked, in which order, and what is left out."""
+"""How requests are selected over a real ledger: which are sent, in which order, and which are left out."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ NEW, CAPPED, WAITING = Decision.NEW, Decision.CAPPED, Decision.WAITING
 
 @pytest.fixture(params=BOTH_BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Ask the same of a ledger in a file and on a server."""
+    """Run each test with a SQLite file and with PostgreSQL."""
     return str(request.param)
 
 
 def row_request(
     position: int, number: int, *, queue_position: int | None = None, group: str | None = None
 ) -> RowRequest:
-    """Ask about a lead."""
+    """Return the row of a lead."""
     return RowRequest(position, fingerprint(number), params(number), queue_position, group)
 
 
 def enroll_and_decide(
     ledger: CommittingLedger, rows: Sequence[RowRequest], selection: RequestSelection | None = None
 ) -> list[Decision]:
-    """Read an input, mark what is wanted, and tell what was decided about each row."""
+    """Enroll an input, fill the queue, and return the decision about each row."""
     ledger.commit(Ledger.begin_pass, selection or RequestSelection())
     ledger.commit(Ledger.enroll, CALL, rows)
     ledger.commit(Ledger.apply_limits)
     ledger.commit(Ledger.fill_queue)
-    return [told.decision for told in ledger.wrapped.row_decisions(rows)]
+    return [row.decision for row in ledger.wrapped.row_decisions(rows)]
 
 
 def preview_decisions(
@@ -59,11 +59,11 @@ def preview_decisions(
     ledger.wrapped.begin_pass(selection)
     ledger.wrapped.preview(rows)
     ledger.wrapped.apply_limits()
-    return [told.decision for told in ledger.wrapped.row_decisions(rows)]
+    return [row.decision for row in ledger.wrapped.row_decisions(rows)]
 
 
 def queued_leads(ledger: CommittingLedger) -> list[int]:
-    """The leads that would be sent, in order."""
+    """Return the leads that would be sent, in order."""
     sql = (
         "SELECT fingerprint FROM requests WHERE position IS NOT NULL "
         "AND state NOT IN ('submitting', 'submitted') ORDER BY position"
@@ -72,10 +72,10 @@ def queued_leads(ledger: CommittingLedger) -> list[int]:
 
 
 class TestCaps:
-    """`caps`: so many of a group are asked, whichever night."""
+    """`caps`: at most this many requests of a group are sent, over all runs."""
 
     def test_cap_takes_first_in_order(self, ledger: CommittingLedger) -> None:
-        """Blank groups are not capped, and every group has its own count."""
+        """A cap takes the first rows of each group in queue order; rows with a blank group are not capped."""
         groups = ["a", "a", None, "b", "a", None, None]
         rows = [row_request(n, n, queue_position=10 - n, group=group) for n, group in enumerate(groups)]
 
@@ -92,7 +92,7 @@ class TestCaps:
 
     @pytest.mark.parametrize("answer", [FOUND, NO_MATCH])
     def test_cap_counts_earlier_requests(self, ledger: CommittingLedger, answer: Answer) -> None:
-        """A new lead at the top of the file does not get the place of one that was paid for."""
+        """Paid requests of earlier runs count for the cap, even when a new lead comes before them in the file."""
         ledger.start_execution()
         enroll_and_decide(ledger, [row_request(0, 1, group="a")])
         ledger.settle(ledger.submit(), answer)
@@ -106,7 +106,7 @@ class TestCaps:
         assert result[:2] == [NEW, CAPPED]
 
     def test_retry_does_not_count_for_cap(self, ledger: CommittingLedger) -> None:
-        """It was asked before, so it is none of the new that the cap leaves out."""
+        """A retry was sent before, so the cap for new requests does not leave it out."""
         ledger.start_execution()
         enroll_and_decide(ledger, [row_request(0, 1, group="a")])
         ledger.settle(ledger.submit(), FREE_FAILURE, max_attempts=1)
@@ -118,7 +118,7 @@ class TestCaps:
         ]
 
     def test_cap_counts_duplicates_once(self, ledger: CommittingLedger) -> None:
-        """The first row's group is the request's; its place is the best of all its rows."""
+        """Duplicates count once: the request has its first row's group and the best queue position of its rows."""
         rows = [
             row_request(0, 1, queue_position=3, group="a"),
             row_request(1, 2, queue_position=2, group="a"),
@@ -128,7 +128,7 @@ class TestCaps:
         assert enroll_and_decide(ledger, rows, RequestSelection(max_per_group=1)) == [NEW, CAPPED, NEW]
 
     def test_capped_lead_without_request(self, ledger: CommittingLedger) -> None:
-        """`collect` sees a lead that came after the last run as a run would."""
+        """`collect` decides about a lead added after the last run as a run would."""
         ledger.start_and_enroll(1)
         rows = [row_request(0, 1, group="a"), row_request(1, 2, group="a"), row_request(2, 3)]
         assert preview_decisions(ledger, rows, RequestSelection(max_per_group=1)) == [NEW, CAPPED, NEW]
@@ -140,10 +140,10 @@ class TestCaps:
 
 
 class TestLimits:
-    """`--limit` and `--sample`, and a plan that has them."""
+    """`--limit` and `--sample`, alone and in a plan."""
 
     def test_limit_takes_first_in_order(self, ledger: CommittingLedger) -> None:
-        """In the order of asking, not of the file."""
+        """A limit takes the first requests in queue order, not in the order of the file."""
         rows = [row_request(n, n, queue_position=place) for n, place in enumerate([2, 0, 3, 1])]
 
         assert enroll_and_decide(ledger, rows, RequestSelection(limit=2)) == [
@@ -155,7 +155,7 @@ class TestLimits:
         assert queued_leads(ledger) == [1, 3]
 
     def test_caps_then_sample_then_limit(self, ledger: CommittingLedger) -> None:
-        """Of ten leads in two groups six are left, of those a sample of three, of those two."""
+        """Caps come first, then the sample, then the limit: of ten leads six, then three, then two are left."""
         rows = [row_request(n, n, group="ab"[n % 2]) for n in range(10)]
 
         result = enroll_and_decide(ledger, rows, RequestSelection(max_per_group=3, sample=3, limit=2))
@@ -169,7 +169,7 @@ class TestLimits:
         assert len(queued_leads(ledger)) == 2
 
     def test_free_failures_and_limit(self, ledger: CommittingLedger) -> None:
-        """A task that fails at no charge goes on in an ordinary run; `--limit 0` sends nothing."""
+        """A free failure is resent in an ordinary run, but not with `--limit 0` or a full sample."""
         for selection, sent in (
             (RequestSelection(), [1]),
             (RequestSelection(limit=0), []),
@@ -182,7 +182,7 @@ class TestLimits:
             assert queued_leads(ledger) == sent
 
     def test_preview_of_interrupted_requests(self, ledger: CommittingLedger) -> None:
-        """A plan calls it what the next run will find it to be; while a run is at work it waits."""
+        """For a plan an interrupted request is in doubt, as the next run will mark it; during a run it is waiting."""
         ledger.start_and_enroll(1)
         ledger.claim()
 
@@ -193,7 +193,7 @@ class TestLimits:
         ) == [Decision.RETRY]
 
     def test_plan_counts_requests_sent_since(self, ledger: CommittingLedger) -> None:
-        """Of a plan for three one was asked: the same other two are left, and a failure at no charge is owed."""
+        """A plan counts the requests sent since: of three, one was sent, two are left, and a free failure is resent."""
         ledger.start_and_enroll(1)
         waiting = ledger.submit()
         planned = RequestSelection(limit=3, after_execution=ledger.execution)
@@ -216,7 +216,7 @@ class TestLimits:
         assert queued_leads(ledger) == [3, 4]
 
     def test_plan_retries_once(self, ledger: CommittingLedger) -> None:
-        """What it asked again and failed again is not asked a third time by the same plan."""
+        """A plan retries a request once; when that fails, the same plan does not retry it again."""
         ledger.start_and_enroll(1)
         ledger.settle(ledger.submit(), FREE_FAILURE, max_attempts=1)
         planned = RequestSelection(frozenset({State.FAILED}), after_execution=ledger.execution)
@@ -229,10 +229,10 @@ class TestLimits:
 
 
 class TestInDoubt:
-    """`--accept in_doubt`: taken for lost."""
+    """`--accept in_doubt`: unconfirmed requests are marked as failed."""
 
     def test_accept_in_doubt_once_per_row(self, ledger: CommittingLedger) -> None:
-        """Whichever batches it came in, and however often each; who left the file stays in doubt."""
+        """Each unconfirmed request in the input is accepted once, however often its row comes; others stay in doubt."""
         ledger.start_and_enroll(*range(4))
         for _ in range(3):
             ledger.claim()
@@ -256,11 +256,11 @@ class TestInDoubt:
 
 
 class TestSampling:
-    """A sample is spread over the file and the same for the same seed."""
+    """A sample is spread over the file and is the same for the same seed."""
 
     @given(st.integers(0, 200), st.integers(1, 10**15), st.integers())
     def test_one_row_per_stratum(self, count: int, sample: int, seed: int) -> None:
-        """As many as asked for, or all there are; in order, each in its own stretch."""
+        """One row of each equal part of the file is sampled, in order; with too few rows, all are."""
         chosen = stratified_sample(count, sample, seed)
 
         size = min(count, sample)
@@ -269,27 +269,27 @@ class TestSampling:
         assert chosen == stratified_sample(count, sample, seed)
 
     def test_different_seeds_differ(self) -> None:
-        """Another seed is another sample."""
+        """Another seed gives another sample."""
         assert len({tuple(stratified_sample(1000, 5, seed)) for seed in range(20)}) == 20
 
 
 def sorted_rows(*columns: Sequence[str]) -> list[int]:
-    """The rows in the order in which they are asked."""
+    """Return the rows in queue order."""
     frame = pl.DataFrame([pl.Series(f"^{n}$", list(cells), pl.String) for n, cells in enumerate(columns)])
     places = rank_rows(sort_keys(frame, list(range(len(columns))))).to_list()
     return sorted(range(frame.height), key=places.__getitem__)
 
 
 def sorted_cells(cells: Sequence[str]) -> list[str]:
-    """The cells in the order in which their rows are asked."""
+    """Return the cells in the queue order of their rows."""
     return [cells[place] for place in sorted_rows(cells)]
 
 
 class TestOrder:
-    """`order_by`: the largest first."""
+    """`order_by`: the largest values first."""
 
     def test_numbers_before_text_before_blanks(self) -> None:
-        """As people write numbers; text goes backwards through the alphabet."""
+        """Numbers come first, in any usual notation, then text in reverse alphabetical order, then blanks."""
         cells = ["", "abc", "-5", "1,200", "  ", "zed", "300", "$ 5.50", "-$6", "51-200", "€1,000,000", "0"]
         assert sorted_cells(cells) == [
             "€1,000,000",
@@ -307,26 +307,26 @@ class TestOrder:
         ]
 
     def test_newest_dates_first(self) -> None:
-        """ISO dates are compared as such."""
+        """ISO dates are sorted as dates, the newest first."""
         dates = ["2023-01-14", "2024-02-01", "2023-12-01", "2023-01-15"]
         assert sorted_cells(dates) == sorted(dates, reverse=True)
 
     def test_alphanumeric_is_text(self) -> None:
-        """`B2B` is no 2."""
+        """Text with digits, such as `B2B`, is text and not a number."""
         assert sorted_cells(["B2B", "1", "Q3"]) == ["1", "Q3", "B2B"]
 
     def test_ties_use_next_column(self) -> None:
-        """However they are written; then by the input's order."""
+        """Equal values, however written, are sorted by the next column and then by the input's order."""
         assert sorted_rows(["1200", "1,200", "1200.0", "$1200", "7"], ["1", "9", "1", "5", "99"]) == [1, 3, 0, 2, 4]
 
     @given(st.lists(st.text(max_size=6)))
     def test_every_row_has_one_position(self, cells: list[str]) -> None:
-        """Whatever stands in the cells."""
+        """Every row gets exactly one position, whatever its cells contain."""
         assert sorted(sorted_rows(cells)) == list(range(len(cells)))
 
     @pytest.mark.long
     @given(numbers=st.lists(st.integers(-(10**9), 10**9)), commas=st.booleans())
     def test_whole_numbers_are_sorted_by_size(self, numbers: list[int], *, commas: bool) -> None:
-        """With and without commas."""
+        """Whole numbers are sorted by size, with and without thousands separators."""
         shown = [f"{number:,}" if commas else str(number) for number in numbers]
         assert [numbers[place] for place in sorted_rows(shown)] == sorted(numbers, reverse=True)

@@ -1,4 +1,4 @@
-"""How long tasks take is kept in the ledger from night to night."""
+"""The ledger keeps task latencies from run to run."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tests.support.workspace import BOTH_BACKENDS_SERVER_LONG, Workspace, make_l
 
 @pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Ask the same of a ledger in a file and on a server."""
+    """Run each test with a SQLite file and with PostgreSQL."""
     return str(request.param)
 
 
 def test_latencies_are_stored_per_call(tmp_path: Path) -> None:
-    """Another call has its own latencies; the newest replace the older ones."""
+    """Each call has its own latencies; the newest replace older ones."""
     ledger = CommittingLedger.open(tmp_path / "ledger.db")
     other = type(CALL)(CALL.waterfall, (*CALL.enrichments, 99))
     ledger.commit(Ledger.save_latencies, CALL, [(1.0, 3.0), (2.0, 0.5)])
@@ -36,7 +36,7 @@ def test_latencies_are_stored_per_call(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_second_run_uses_stored_latencies(tmp_path: Path) -> None:
-    """It asks for each row about once, when the first had to find out."""
+    """The second run uses stored latencies and polls each task about once; the first had to measure them."""
     workspace = Workspace(tmp_path)
     workspace.write_job()
     polls = []

@@ -1,4 +1,4 @@
-"""Who works for a run works no longer than it does, and what is done to a ledger waits for all of them."""
+"""Leases on a PostgreSQL server: workers stop with their run, and maintenance waits for all lease holders."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.support.workspace import SandboxApi, Workspace, make_leads
 
 @pytest.fixture
 def backend() -> str:
-    """Only at a server are there leases."""
+    """Use PostgreSQL only: SQLite files have no leases."""
     return "server"
 
 
@@ -44,7 +44,7 @@ def server_ledger(ledger_location: LedgerLocation) -> Place:
 
 @pytest.fixture
 def worker(server_ledger: Place) -> Iterator[tuple[Ledger, Lease]]:
-    """Be a worker whose run was killed: nobody holds the lock, and the lease of who led has ended."""
+    """Return a worker of a killed run: the lock is free, and its leader's lease has ended."""
     with ExitStack() as run, ExitStack() as stack:
         _, leader = run.enter_context(open_for_run(server_ledger))
         assert leader is not None
@@ -53,45 +53,45 @@ def worker(server_ledger: Place) -> Iterator[tuple[Ledger, Lease]]:
         yield worker
 
 
-# A worker and who leads it
+# Workers and the leader of their run
 
 
 def test_worker_cannot_lease_after_run_ended(server_ledger: Place) -> None:
-    """It was asleep, and wakes up when the next run may be at work already."""
+    """A worker that resumes after its run ended can't get a lease, because the next run may have started."""
     with open_for_run(server_ledger) as (_, leader):
         assert leader is not None
-        with open_leased(server_ledger, leader_id=leader.fencing_token.owner_id) as (mine, lease):
+        with open_leased(server_ledger, leader_id=leader.fencing_token.owner_id) as (ledger, lease):
             assert lease.is_valid()
-            assert [other.is_leader for other in mine.other_holders()] == [True]
+            assert [other.is_leader for other in ledger.other_holders()] == [True]
     with pytest.raises(RunEnded), open_leased(server_ledger, leader_id=leader.fencing_token.owner_id):
         pass
     assert run_sql(server_ledger, "SELECT count(*) FROM owners") == [(0,)]
 
 
 def test_dismissed_worker_cannot_lease(server_ledger: Place) -> None:
-    """Another has ended the lease of who led, and waits for those who are left."""
-    with open_for_run(server_ledger) as (mine, leader):
+    """A worker can't get a lease when another process has revoked its leader's."""
+    with open_for_run(server_ledger) as (ledger, leader):
         assert leader is not None
         other = Ledger(server_ledger)
         other.revoke_leases(other.other_holders())
         other.close()
         with pytest.raises(RunEnded), open_leased(server_ledger, leader_id=leader.fencing_token.owner_id):
             pass
-        assert mine.owner_id == leader.fencing_token.owner_id
+        assert ledger.owner_id == leader.fencing_token.owner_id
 
 
 def test_new_run_sees_remaining_workers(server_ledger: Place) -> None:
-    """Also while a worker is about to begin, whose leader's lease has run out: nobody goes on as if alone."""
-    leader, beginner, looker = (Ledger(server_ledger) for _ in range(3))
+    """A new run sees a worker that is just starting under an expired leader's lease, so it does not start alone."""
+    leader, new_worker, observer = (Ledger(server_ledger) for _ in range(3))
     with leader.transaction():
         number = leader.acquire_lease("leader", 30)
     run_sql(server_ledger, "UPDATE owners SET lease_until = now() - interval '1 s', seconds = 1e-9")
-    beginner._db.begin()
-    beginner.acquire_lease("worker", 30, leader_id=number)
-    assert [owner.name for owner in looker.other_holders()] == ["leader"]
-    beginner._db.commit()
-    assert [owner.name for owner in looker.other_holders()] == ["worker"]
-    for each in (leader, beginner, looker):
+    new_worker._db.begin()
+    new_worker.acquire_lease("worker", 30, leader_id=number)
+    assert [owner.name for owner in observer.other_holders()] == ["leader"]
+    new_worker._db.commit()
+    assert [owner.name for owner in observer.other_holders()] == ["worker"]
+    for each in (leader, new_worker, observer):
         each.close()
 
 
@@ -100,7 +100,7 @@ def test_new_run_sees_remaining_workers(server_ledger: Place) -> None:
 
 @pytest.mark.long
 def test_lease_may_end_during_recovery(ledger: CommittingLedger, ledger_location: LedgerLocation) -> None:
-    """What its holder was at is in doubt with its request, or neither yet: nothing is torn."""
+    """When a lease ends during recovery, a request and its attempt go in doubt together or not at all."""
     assert isinstance(ledger_location, Place)
     ledger.start_and_enroll(1, 2, 3, 4, 5, 6, 7, 8)
     result = 0
@@ -117,27 +117,27 @@ def test_lease_may_end_during_recovery(ledger: CommittingLedger, ledger_location
         result += ledger.commit(Ledger.recover, ledger.now)
         assert check_ledger(ledger_location).problems == []
     assert ledger.query_all("SELECT attempts FROM requests WHERE state = 'in_doubt'") == [(1,)] * 4
-    assert result < 4  # some were found by the first look
+    assert result < 4  # some were found by the first recovery
 
 
 def _before_statement(ledger: Ledger, statement_number: int, action: Callable[[], object]) -> None:
-    """Let something happen before one of the next statements of a ledger."""
-    execute, left = ledger._db.execute, [statement_number]
+    """Run `action` before the given next statement of a ledger."""
+    execute, remaining = ledger._db.execute, [statement_number]
 
-    def told(sql: str, values: Sequence[Any] = (), /) -> Any:
-        left[0] -= 1
-        if left[0] == 0:
+    def execute_after_action(sql: str, values: Sequence[Any] = (), /) -> Any:
+        remaining[0] -= 1
+        if remaining[0] == 0:
             action()
         return execute(sql, values)
 
-    ledger._db.execute = told  # type: ignore[method-assign]
+    ledger._db.execute = execute_after_action  # type: ignore[method-assign]
 
 
-# Several at once
+# Concurrent writers
 
 
 def test_foreign_key_does_not_block_claims(ledger: CommittingLedger, ledger_location: LedgerLocation) -> None:
-    """An answer that is written down refers to it; a claim that waited for that could be waited for in turn."""
+    """Settling an attempt does not block claims by its reference to the execution, which could end in a deadlock."""
     ledger.start_and_enroll(1, 2)
     attempt = ledger.submit()
     with closing(Ledger(ledger_location)) as other, other.transaction():
@@ -146,26 +146,26 @@ def test_foreign_key_does_not_block_claims(ledger: CommittingLedger, ledger_loca
         assert ledger.claim()
 
 
-# What is done to a ledger that no run is at work with
+# Maintenance without an active run
 
 
 @pytest.mark.long
 def test_exclusive_access_waits_for_workers(server_ledger: Place, worker: tuple[Ledger, Lease]) -> None:
-    """Though nobody holds its lock: it may send yet what it has claimed."""
+    """Exclusive access waits for a worker although the lock is free: it may still send its claims."""
     assert worker[1].is_valid()
     with pytest.raises(LedgerLocked, match="left processes behind"), open_exclusive(server_ledger):
         pass
 
 
 def test_exclusive_access_is_visible_to_runs(server_ledger: Place) -> None:
-    """Also when the server has lost its lock: who is alone has a lease, as one who leads."""
+    """Exclusive access has a leader's lease, so runs see it even when the server has lost the lock."""
     with open_exclusive(server_ledger), closing(Ledger(server_ledger)) as other:
         assert [owner.is_leader for owner in other.other_holders()] == [True]
 
 
 @pytest.mark.long
 def test_copy_waits_for_workers(server_ledger: Place, worker: tuple[Ledger, Lease], tmp_path: Path) -> None:
-    """What it buys in the old ledger the new one would buy again."""
+    """Copying waits for workers; otherwise the new ledger would buy their requests again."""
     assert worker[1].is_valid()
     with pytest.raises(LedgerLocked):
         copy_ledger(server_ledger, tmp_path / "copy.db")
@@ -174,7 +174,7 @@ def test_copy_waits_for_workers(server_ledger: Place, worker: tuple[Ledger, Leas
 
 @pytest.mark.parametrize("command", [("forget", "--match", "First Name=First1"), ("purge", "--older-than", "0s")])
 def test_erasing_waits_for_workers(api: SandboxApi, workspace: Workspace, command: tuple[str, ...]) -> None:
-    """It would be told of again by what comes yet."""
+    """Erasing waits for workers; otherwise their later writes would bring the data back."""
     workspace.write_leads(make_leads(2))
     assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
     assert isinstance(workspace.ledger_location, Place)
@@ -186,20 +186,20 @@ def test_erasing_waits_for_workers(api: SandboxApi, workspace: Workspace, comman
     assert (result.exit_code, again.exit_code) == (ExitCode.LOCKED, 0), (result.stderr, again.stderr)
 
 
-# A clock that nobody sets
+# The server's clock
 
 
 def test_leases_use_server_time(server_ledger: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What processes write down for each other has one time."""
-    with open_for_run(server_ledger) as (mine, lease):
+    """Leases use the server's time, so a wrong local clock has no effect."""
+    with open_for_run(server_ledger) as (ledger, lease):
         assert lease is not None
         hours_ago = time.time_ns() - 10**9 * 7200
         monkeypatch.setattr(time, "time_ns", lambda: hours_ago)
-        assert abs(lease.now_ms() - mine.now_ms()) < 60_000
+        assert abs(lease.now_ms() - ledger.now_ms()) < 60_000
 
 
 def test_failed_begin_is_harmless(ledger: CommittingLedger) -> None:
-    """The connection serves the next one."""
+    """After a BEGIN that failed, the connection works for the next transaction."""
     ledger.query_all("ALTER TABLE commits RENAME TO gone")
     with pytest.raises(DatabaseFailed), ledger.wrapped.transaction():
         pass
@@ -207,7 +207,7 @@ def test_failed_begin_is_harmless(ledger: CommittingLedger) -> None:
     ledger.start_and_enroll(1)
 
 
-# Its name
+# The ledger's URL
 
 
 SECRETS = (
@@ -227,7 +227,7 @@ SECRETS = (
 def test_password_in_url_is_refused(
     workspace: Workspace, api: SandboxApi, postgres: PostgresServer, tmp_path: Path, url: str
 ) -> None:
-    """In the job file, as an option, in the environment, as an argument; and nobody repeats it."""
+    """A password in the URL is refused in the job file, an option, the environment or an argument, and not shown."""
     url = url.format(f"127.0.0.1:{postgres.port}")
     workspace.write_leads(make_leads(1))
     plain = Workspace(workspace.folder)
@@ -262,7 +262,7 @@ def test_password_in_url_is_refused(
     ],
 )
 def test_libpq_url_forms(url: str, tmp_path: Path) -> None:
-    """As long as nothing secret is in it."""
+    """Other libpq URLs are accepted as long as they contain no secret."""
     found = parse_ledger_location(tmp_path, url, tmp_path)
     assert isinstance(found, Place)
     assert str(found).partition("?")[0] == f"postgresql://{url.partition('://')[2].partition('?')[0]}"
@@ -271,7 +271,7 @@ def test_libpq_url_forms(url: str, tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("command", ["status", "runs", "explain", "report"])
 def test_ledger_option_finds_server_ledger(api: SandboxApi, workspace: Workspace, command: str) -> None:
-    """An option names it as the job file would."""
+    """The `--ledger` option finds a server ledger like the job file's key."""
     workspace.write_leads(make_leads(2))
     url = str(workspace.server_url)
     plain = Workspace(workspace.folder, environ=workspace.environ)

@@ -1,4 +1,4 @@
-"""The ledger: every move with its money, what it survives, and who may open it."""
+"""The ledger: every transition with its credits, durability, and who may open the file."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ from tests.support.workspace import BOTH_BACKENDS
 
 @pytest.fixture(params=BOTH_BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Ask the same of a ledger in a file and on a server."""
+    """Run each test with a SQLite file and with PostgreSQL."""
     return str(request.param)
 
 
 class TestTransitions:
-    """The lettered edges, each with what it does to the money."""
+    """The lettered edges of the state diagram, each with its effect on credits."""
 
     def test_claim_reserves_price(self, ledger: CommittingLedger) -> None:
-        """Edge a: the request is `submitting` and its price is set aside."""
+        """Edge a: the request is `submitting` and its maximum price is reserved."""
         claim = ledger.start_and_enroll(1).claim()
 
         assert claim.params == params(1)
@@ -53,7 +53,7 @@ class TestTransitions:
         assert ledger.query_one("SELECT state, reserved FROM attempts") == ("submitting", MAX_PRICE)
 
     def test_accept_keeps_reservation(self, ledger: CommittingLedger) -> None:
-        """Edge b: the task id is written down; nothing is spent yet."""
+        """Edge b: the task id is stored; nothing is spent yet."""
         ledger.start_and_enroll(1).submit("task-1")
 
         assert ledger.state_of(1) is State.SUBMITTED
@@ -73,7 +73,7 @@ class TestTransitions:
         assert ledger.claim().attempt_id != claim.attempt_id
 
     def test_rejected_request_fails_free(self, ledger: CommittingLedger) -> None:
-        """Edge c: a param that the API names fails the request, at no cost."""
+        """Edge c: a request whose param the API rejects fails at no cost."""
         claim = ledger.start_and_enroll(1).claim()
         ledger.commit(Ledger.record_rejected, [(claim.attempt_id, "company: unknown", ledger.now)])
 
@@ -81,7 +81,7 @@ class TestTransitions:
         assert ledger.execution_counters == (0, 0, 0, 0)
 
     def test_in_doubt_keeps_reservation(self, ledger: CommittingLedger) -> None:
-        """Edge d: nobody can tell whether it was charged, so the price stays set aside."""
+        """Edge d: it is unknown whether the request was charged, so its price stays reserved."""
         claim = ledger.start_and_enroll(1).claim()
         ledger.commit(Ledger.mark_in_doubt, [(claim.attempt_id, "no answer", ledger.now, None)])
 
@@ -91,7 +91,7 @@ class TestTransitions:
 
     @pytest.mark.parametrize("answer", [FOUND, NO_MATCH, Answer(State.FAILED, "broken", credits=1)])
     def test_answer_settles_reservation(self, ledger: CommittingLedger, answer: Answer) -> None:
-        """Edge e: the true price is spent and the rest of the reservation is free."""
+        """Edge e: the actual price is spent, and the rest of the reservation is released."""
         attempt = ledger.start_and_enroll(1).submit()
 
         assert ledger.settle(attempt, answer) is answer.state
@@ -101,7 +101,7 @@ class TestTransitions:
     @pytest.mark.long
     @pytest.mark.parametrize("state", [State.FOUND, State.NOT_FOUND, State.FAILED, State.EXPIRED])
     def test_unknown_price_keeps_reservation(self, ledger: CommittingLedger, state: State) -> None:
-        """Edge e: what is not known is counted as not known, never as 0."""
+        """Edge e: an unknown price counts as unknown, never as 0, and stays reserved."""
         attempt = ledger.start_and_enroll(1).submit()
         ledger.settle(attempt, Answer(state))
 
@@ -110,7 +110,7 @@ class TestTransitions:
         assert ledger.wrapped.spent_totals() == (0, 1)
 
     def test_lost_task_is_in_doubt(self, ledger: CommittingLedger) -> None:
-        """Edge e: a lost task keeps its reservation, as it may have been charged."""
+        """Edge e: a lost task keeps its reservation, because it may have been charged."""
         attempt = ledger.start_and_enroll(1).submit()
         ledger.commit(Ledger.mark_in_doubt, [(attempt, "404", ledger.now, None)])
 
@@ -121,7 +121,7 @@ class TestTransitions:
     @pytest.mark.long
     @pytest.mark.parametrize("state", [State.FAILED, State.EXPIRED, State.IN_DOUBT])
     def test_retry_requeues_state(self, ledger: CommittingLedger, state: State) -> None:
-        """Edge f: `--retry` names the state, which lasts until it is claimed; its old attempt stays on record."""
+        """Edge f: `--retry` queues a request, which keeps its state until claimed; its old attempt stays on record."""
         attempt = ledger.start_and_enroll(1).submit()
         if state is State.IN_DOUBT:
             ledger.commit(Ledger.mark_in_doubt, [(attempt, "404", ledger.now, None)])
@@ -138,7 +138,7 @@ class TestTransitions:
         assert ledger.query_all("SELECT task_id FROM attempts ORDER BY id") == [(f"task-{attempt}",), ("again",)]
 
     def test_free_failure_is_requeued(self, ledger: CommittingLedger) -> None:
-        """Edge g: at no charge the request goes back to its place in the queue by itself."""
+        """Edge g: a free failure goes back to its place in the queue automatically."""
         attempt = ledger.start_and_enroll(1, 2).submit()
 
         assert ledger.settle(attempt, FREE_FAILURE) is State.PENDING
@@ -146,7 +146,7 @@ class TestTransitions:
         assert ledger.claim().params == params(1)
 
     def test_free_failure_respects_max_attempts(self, ledger: CommittingLedger) -> None:
-        """Edge g ends at `max_attempts`; what the API refused does not count."""
+        """Edge g ends at `max_attempts`; POSTs that the API refused do not count."""
         ledger.start_and_enroll(1)
         for _ in range(2):
             ledger.commit(Ledger.record_refused, [(ledger.claim().attempt_id, "HTTP 429", ledger.now)])
@@ -156,7 +156,7 @@ class TestTransitions:
         assert outcomes == [State.PENDING, State.PENDING, State.FAILED]
 
     def test_retry_resets_attempt_count(self, ledger: CommittingLedger) -> None:
-        """Edge f: the person's word allows `max_attempts` tries again."""
+        """Edge f: `--retry` allows `max_attempts` attempts again."""
         ledger.start_and_enroll(1)
         assert ledger.settle(ledger.submit(), FREE_FAILURE, max_attempts=1) is State.FAILED
 
@@ -166,7 +166,7 @@ class TestTransitions:
         assert ledger.settle(ledger.submit(), FREE_FAILURE, max_attempts=2) is State.FAILED
 
     def test_retry_only_for_rows_in_input(self, ledger: CommittingLedger) -> None:
-        """Edge f: a lead that left the file is not sent back."""
+        """Edge f: a lead that is no longer in the input is not retried."""
         ledger.start_and_enroll(1, 2)
         for _ in range(2):
             ledger.settle(ledger.submit(), Answer(State.FAILED, credits=0))
@@ -179,7 +179,7 @@ class TestTransitions:
     @pytest.mark.long
     @pytest.mark.parametrize("state", [State.FAILED, State.EXPIRED, State.IN_DOUBT])
     def test_retry_lasts_one_execution(self, ledger: CommittingLedger, state: State) -> None:
-        """Edge f: what was not asked again stands where it stood, and the next run without the word leaves it."""
+        """Edge f: `--retry` lasts one run; what it did not reach keeps its state, and the next run leaves it."""
         attempt = ledger.start_and_enroll(1).submit()
         if state is State.IN_DOUBT:
             ledger.commit(Ledger.mark_in_doubt, [(attempt, "404", ledger.now, None)])
@@ -196,7 +196,7 @@ class TestTransitions:
         assert ledger.commit(Ledger.claim, ledger.execution, MAX_PRICE, ledger.now) == []
 
     def test_failed_retry_is_not_repeated(self, ledger: CommittingLedger) -> None:
-        """Edge f: the person's word is good for one try, not for a circle that pays for ever."""
+        """Edge f: a retry that fails is not repeated, so it can't pay in an endless loop."""
         ledger.start_and_enroll(1)
         ledger.settle(ledger.submit(), Answer(State.FAILED, credits=COST))
         ledger.enroll([1], retry={State.FAILED})
@@ -207,7 +207,7 @@ class TestTransitions:
     @pytest.mark.long
     @pytest.mark.parametrize("answer", [FOUND, NO_MATCH])
     def test_refresh_requeues_old_answers(self, ledger: CommittingLedger, answer: Answer) -> None:
-        """Edge h: only what came before the given time, and only where the policy names its state."""
+        """Edge h: only answers older than the given time are refreshed, and only in states named by the policy."""
         ledger.start_and_enroll(1, 2)
         ledger.settle(ledger.submit(), answer)
         ledger.now += 10
@@ -235,7 +235,7 @@ class TestTransitions:
     def test_illegal_transition_changes_nothing(
         self, ledger: CommittingLedger, move: Callable[[Ledger, int], object]
     ) -> None:
-        """A request that is settled cannot be moved, and the money stays as it is."""
+        """An illegal transition of a settled request raises and changes neither state nor credits."""
         attempt = ledger.start_and_enroll(1).submit()
         ledger.settle(attempt)
         before = ledger.query_all("SELECT * FROM attempts, requests, executions")
@@ -246,7 +246,7 @@ class TestTransitions:
         assert ledger.query_all("SELECT * FROM attempts, requests, executions") == before
 
     def test_late_transition_of_old_attempt(self, ledger: CommittingLedger) -> None:
-        """A late word about a refused attempt does not touch the attempt that followed it."""
+        """A late transition of a refused attempt does not change the attempt that followed it."""
         first = ledger.start_and_enroll(1).claim()
         ledger.commit(Ledger.record_refused, [(first.attempt_id, "HTTP 429", ledger.now)])
         ledger.claim()
@@ -257,24 +257,24 @@ class TestTransitions:
         assert ledger.state_of(1) is State.SUBMITTING
 
 
-class TestStandingAnswer:
-    """What a row is told while its request is asked again."""
+class TestCurrentResult:
+    """The result a row has while its request is sent again."""
 
     def current_result(self, ledger: CommittingLedger, number: int = 1) -> tuple[State, str | None]:
-        """Tell the state and the answer that the row of a lead has."""
+        """Return the state and the answer of a lead's row."""
         ledger.commit(Ledger.begin_pass)
         (known,) = ledger.wrapped.request_results(row_requests([number]))
         return State(known.state), known.answer
 
     def refresh(self, ledger: CommittingLedger) -> int:
-        """Ask again what is old; return the new attempt."""
+        """Refresh old answers; return the new attempt."""
         ledger.now += 10
         ledger.enroll([1], stale=dict.fromkeys((State.FOUND, State.NOT_FOUND), ledger.now))
         return ledger.submit()
 
     @pytest.mark.long
     def test_found_answer_is_kept_until_replaced(self, ledger: CommittingLedger) -> None:
-        """A found answer outlives the question, a miss and a doubt; a newer one replaces it."""
+        """A found answer stays during a refresh and after no match or in doubt; only a newer one replaces it."""
         ledger.settle(ledger.start_and_enroll(1).submit())
         old = (State.FOUND, FOUND.raw)
 
@@ -288,7 +288,7 @@ class TestStandingAnswer:
         assert self.current_result(ledger) == (State.FOUND, "{}")
 
     def test_no_match_does_not_hide_in_doubt(self, ledger: CommittingLedger) -> None:
-        """Only a found answer stands: a miss that is asked again and gets lost is in doubt, and says so."""
+        """No match is not kept: when its refresh is lost, the result is in doubt."""
         ledger.settle(ledger.start_and_enroll(1).submit(), NO_MATCH)
         assert self.current_result(ledger) == (State.NOT_FOUND, NO_MATCH.raw)
 
@@ -299,13 +299,13 @@ class TestStandingAnswer:
         assert self.current_result(ledger)[0] is State.IN_DOUBT
 
     def test_unknown_request_has_no_result(self, ledger: CommittingLedger) -> None:
-        """The ledger says nothing of what it does not know."""
+        """An unknown request has no result."""
         ledger.start_and_enroll(1)
 
         assert [known.position for known in ledger.wrapped.request_results(row_requests([9, 1]))] == [1]
 
     def test_first_row_of_request_is_marked(self, ledger: CommittingLedger) -> None:
-        """On a second pass each batch tells a request once, and `first` holds once, across batches."""
+        """On a second pass each batch returns a request once, and `first` is true once, across batches."""
         ledger.start_and_enroll(1, 2)
         ledger.settle(ledger.submit())
         ledger.commit(Ledger.begin_pass)
@@ -317,7 +317,7 @@ class TestStandingAnswer:
 
 
 def fail_after(_: object) -> None:
-    """Fail when a move was made."""
+    """Raise after a transition."""
     raise ZeroDivisionError
 
 
@@ -325,7 +325,7 @@ class TestQueue:
     """From the input to the claims."""
 
     def test_duplicates_share_request(self, ledger: CommittingLedger) -> None:
-        """Within a batch and across batches, a question is enrolled once."""
+        """Duplicates within a batch and across batches share one request."""
         ledger.start_execution()
         ledger.enroll([1, 2, 1], [2, 3, 3, 1])
 
@@ -333,7 +333,7 @@ class TestQueue:
         assert ledger.query_all("SELECT position FROM requests ORDER BY id") == [(0,), (1,), (4,)]
 
     def test_claims_follow_input_order(self, ledger: CommittingLedger) -> None:
-        """The file's order decides, not the order in which the ledger learned of the leads."""
+        """Claims follow the file's order, not the order in which leads were enrolled."""
         ledger.start_and_enroll(1, 2, 3)
         ledger.enroll([3, 5], [1, 4, 2])
 
@@ -341,7 +341,7 @@ class TestQueue:
         assert ledger.commit(Ledger.claim, ledger.execution, MAX_PRICE, ledger.now) == []
 
     def test_lead_not_in_input_is_not_claimed(self, ledger: CommittingLedger) -> None:
-        """Only what this execution wants is paid for."""
+        """A lead that is not in the current input is not claimed."""
         ledger.start_and_enroll(1, 2)
         ledger.enroll([2])
 
@@ -349,7 +349,7 @@ class TestQueue:
         assert ledger.commit(Ledger.claim, ledger.execution, MAX_PRICE, ledger.now) == []
 
     def test_free_failure_not_in_input_is_not_resent(self, ledger: CommittingLedger) -> None:
-        """Edge g puts it to pending, and there it waits until a file wants it."""
+        """Edge g makes a free failure pending; without its row in the input it is not resent."""
         attempt = ledger.start_and_enroll(1).submit()
         ledger.enroll([2])
         ledger.settle(attempt, FREE_FAILURE)
@@ -358,7 +358,7 @@ class TestQueue:
         assert ledger.commit(Ledger.claim, ledger.execution, MAX_PRICE, ledger.now) == []
 
     def test_answered_requests_are_not_claimed(self, ledger: CommittingLedger) -> None:
-        """Found, missed, failed and doubtful requests are reused, not claimed."""
+        """Requests that are found, not found, failed or in doubt are reused, not claimed."""
         ledger.start_and_enroll(1, 2, 3, 4)
         for answer in (FOUND, NO_MATCH, Answer(State.FAILED)):
             ledger.settle(ledger.submit(), answer)
@@ -372,7 +372,7 @@ class TestQueue:
         )
 
     def test_cap_is_never_exceeded(self, ledger: CommittingLedger) -> None:
-        """What is reserved counts against the cap; what is freed may be claimed again."""
+        """The cap counts reserved credits; credits that are released can be claimed again."""
         ledger.start_and_enroll(*range(9), cap=2 * MAX_PRICE + COST)
         first = ledger.submit()
         ledger.submit()
@@ -387,18 +387,18 @@ class TestQueue:
         with pytest.raises(CapReached), ledger.wrapped.transaction():
             ledger.wrapped.claim(ledger.execution, MAX_PRICE, ledger.now)
 
-    def test_what_may_free_some_of_the_cap_is_known_by_its_age(self, ledger: CommittingLedger) -> None:
-        """A worker that met the cap waits for what others may free, but not for what is no longer waited for."""
-        told = [ledger.start_and_enroll(1).commit(Ledger.has_open_since, 0)]
+    def test_open_requests_may_release_credits_until_timeout(self, ledger: CommittingLedger) -> None:
+        """At the cap, a worker waits for open requests that may release credits, but not for those past the timeout."""
+        has_open = [ledger.start_and_enroll(1).commit(Ledger.has_open_since, 0)]
         claim = ledger.claim()
-        told.append(ledger.commit(Ledger.has_open_since, 0))
+        has_open.append(ledger.commit(Ledger.has_open_since, 0))
         ledger.commit(Ledger.record_accepted, [(claim.attempt_id, "task", 5_000)], BINDING)
-        told += [ledger.commit(Ledger.has_open_since, since) for since in (4_000, 6_000)]
+        has_open += [ledger.commit(Ledger.has_open_since, since) for since in (4_000, 6_000)]
 
-        assert told == [False, True, True, False]
+        assert has_open == [False, True, True, False]
 
     def test_empty_queue_is_not_cap_reached(self, ledger: CommittingLedger) -> None:
-        """With nothing left to ask, a cap of 0 is not reached."""
+        """With an empty queue, a cap of 0 is not reached."""
         ledger.start_and_enroll(cap=0)
 
         assert ledger.commit(Ledger.claim, ledger.execution, MAX_PRICE, ledger.now) == []
@@ -408,7 +408,7 @@ class TestExecutions:
     """What one execution leaves to the next."""
 
     def test_recovery_marks_submitting_in_doubt(self, ledger: CommittingLedger) -> None:
-        """Edge d: `submitting` at the start means killed; all else stays as it was."""
+        """Edge d: `submitting` at the start means a killed run and becomes in doubt; other states stay."""
         ledger.start_and_enroll(1, 2, 3)
         ledger.submit("living")
         ledger.claim()
@@ -421,7 +421,7 @@ class TestExecutions:
         assert ledger.query_one("SELECT attempts FROM requests WHERE state = 'in_doubt'") == (1,)
 
     def test_open_reservations_are_adopted(self, ledger: CommittingLedger) -> None:
-        """What is in flight settles in the new execution, so it counts against its cap; doubts stay behind."""
+        """Open tasks settle in the new execution and count against its cap; in-doubt reservations stay behind."""
         attempt = ledger.start_and_enroll(1, 2, 3).submit()
         ledger.commit(Ledger.mark_in_doubt, [(ledger.claim().attempt_id, "reset", ledger.now, None)])
         first = ledger.execution
@@ -441,7 +441,7 @@ class TestExecutions:
         assert ledger.claim().params == params(3)
 
     def test_execution_ends_with_summary(self, ledger: CommittingLedger) -> None:
-        """The newest come first, and each job sees its own."""
+        """The newest executions come first, and each job sees its own."""
         ledger.start_execution()
         ledger.commit(Ledger.start_execution, "other", 3, ledger.now)
         ledger.commit(Ledger.end_execution, ledger.execution, 10, {"rows": 2}, 77)
@@ -451,7 +451,7 @@ class TestExecutions:
         assert (row["ended_ms"], row["exit_code"], row["receipt"]) == (77, 10, '{"rows": 2}')
 
     def test_ledger_used_flag(self, ledger: CommittingLedger) -> None:
-        """Used means that the API accepted something."""
+        """`has_submitted` is true once the API has accepted a request."""
         ledger.start_and_enroll(1)
         ledger.commit(Ledger.record_refused, [(ledger.claim().attempt_id, "HTTP 429", ledger.now)])
         assert not ledger.wrapped.has_submitted()
@@ -461,7 +461,7 @@ class TestExecutions:
         assert ledger.wrapped.has_submitted()
 
     def test_tasks_ordered_by_expiry(self, ledger: CommittingLedger) -> None:
-        """The task that was submitted first expires first, whatever its row."""
+        """The task submitted first expires first and comes first, whatever its row."""
         ledger.start_and_enroll(1, 2, 3)
         claims = [ledger.claim() for _ in range(3)]
         for at, claim in zip((30, 10, 20), claims, strict=True):
@@ -475,7 +475,7 @@ class TestExecutions:
         ]
 
     def test_ledger_binding_is_set_once(self, ledger: CommittingLedger) -> None:
-        """The first accepted POST binds it; what is unknown binds nothing."""
+        """The first accepted POST sets each fact of the binding; unknown facts set nothing."""
         ledger.start_and_enroll(1, 2)
         ledger.commit(
             Ledger.record_accepted, [(ledger.claim().attempt_id, "t", 1)], {"api_host": "first", "workspace": None}
@@ -489,7 +489,7 @@ class TestExecutions:
         assert ledger.wrapped.read_fact("other") is None
 
     def test_stored_waterfall_is_replaced(self, ledger: CommittingLedger) -> None:
-        """The newest description replaces the old one."""
+        """The newest description of a waterfall replaces the old one."""
         assert ledger.wrapped.waterfall("w") is None
         ledger.commit(Ledger.save_waterfall, "w", {"name": "é"}, [1])
         ledger.commit(Ledger.save_waterfall, "w", {"name": "new"}, [2, 1])
@@ -498,10 +498,10 @@ class TestExecutions:
 
 
 class TestTransactions:
-    """What stays and what does not, and what others see."""
+    """What is kept and undone, and what other connections see."""
 
     def test_transaction_rolls_back(self, ledger: CommittingLedger) -> None:
-        """A transaction that raises leaves nothing."""
+        """A transaction that raises changes nothing."""
         ledger.start_and_enroll(1)
         with pytest.raises(ZeroDivisionError), ledger.wrapped.transaction():
             fail_after(ledger.wrapped.claim(ledger.execution, MAX_PRICE, 1))
@@ -510,7 +510,7 @@ class TestTransactions:
         assert ledger.execution_counters == (0, 0, 0, 0)
 
     def test_savepoint_rolls_back_one_transition(self, ledger: CommittingLedger) -> None:
-        """When one move of a transaction raises, the others stay."""
+        """When one transition of a transaction raises, the others are kept."""
         ledger.start_and_enroll(1, 2)
         with ledger.wrapped.transaction():
             ledger.wrapped.claim(ledger.execution, MAX_PRICE, 1)
@@ -520,7 +520,7 @@ class TestTransactions:
         assert (ledger.state_of(1), ledger.state_of(2)) == (State.SUBMITTING, State.PENDING)
 
     def test_readers_do_not_block(self, ledger: CommittingLedger) -> None:
-        """A reader sees what is committed, waits for nobody and can change nothing."""
+        """A reader sees committed data, waits for no writer and can't change anything."""
         ledger.start_and_enroll(1, 2)
         ledger.submit()
         with ledger.wrapped.transaction():
@@ -533,21 +533,21 @@ class TestTransactions:
         reader.close()
 
     def test_invalid_fingerprint_length_fails(self, ledger: CommittingLedger) -> None:
-        """A question that cannot be named must not get lost."""
+        """A fingerprint of the wrong length raises, so that no request gets lost."""
         with pytest.raises(DATABASE_ERRORS), ledger.wrapped.transaction():
             ledger.wrapped.enroll(CALL, [RowRequest(0, b"short", "{}")])
 
 
 class TestFile:
-    """Who may open a file, who may read it, what survives."""
+    """The SQLite file: opening, permissions, durability."""
 
     @pytest.fixture
     def backend(self) -> str:
-        """Ask of a file alone."""
+        """Use a SQLite file only."""
         return "file"
 
     def test_ledger_files_are_0600(self, tmp_path: Path) -> None:
-        """The ledger holds personal data: also its -wal and -shm are for its owner alone."""
+        """The ledger and its -wal and -shm files are for their owner only, because they hold personal data."""
         before = os.umask(0)
         try:
             ledger = CommittingLedger.open(tmp_path / "new" / "ledger.db").start_and_enroll(1)
@@ -559,7 +559,7 @@ class TestFile:
         assert modes == dict.fromkeys(("ledger.db", "ledger.db-wal", "ledger.db-shm"), 0o600)
 
     def test_commits_are_durable(self, ledger: CommittingLedger) -> None:
-        """WAL with synchronous=FULL: every commit is synced before it counts."""
+        """Commits are durable: WAL with synchronous=FULL syncs each of them."""
         (synchronous,) = ledger.wrapped._db.execute("PRAGMA synchronous").fetchone()
 
         assert synchronous == 2
@@ -577,7 +577,7 @@ class TestFile:
     def test_older_ledger_is_migrated_by_writer(
         self, ledger: CommittingLedger, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Reading never changes the file; the next run migrates it, once and as a whole."""
+        """Reading never changes an older file; the next run migrates it once, in one transaction."""
         first = schema.MIGRATIONS
         column, index = "CREATE TABLE more (x INTEGER) STRICT", "CREATE INDEX mores ON more (x)"
         monkeypatch.setattr(schema, "MIGRATIONS", [*first, f"{column};\n\nCREATE INDEX mores ON more (y)"])
@@ -593,8 +593,8 @@ class TestFile:
         assert ledger.query_one("PRAGMA user_version") == (len(first) + 1,)
         assert ledger.query_all("SELECT * FROM more") == []
 
-    def test_a_ledger_from_before_the_first_release_is_refused(self, ledger: CommittingLedger) -> None:
-        """Its columns may be others: it is neither read nor changed, and the error says what to do."""
+    def test_prerelease_ledger_is_refused(self, ledger: CommittingLedger) -> None:
+        """A ledger from before the first release is neither read nor changed; the error shows what to do."""
         ledger.wrapped._db.execute(f"PRAGMA application_id = {schema.UNRELEASED_MARK}")
 
         for read_only in (True, False):
@@ -605,7 +605,7 @@ class TestFile:
     @in_turn("read_only", [True, False])
     @in_turn("content", [b"First Name,Last Name\n" * 99, b"SQLite format 3\x00" + b"\xff" * 4080])
     def test_not_a_database_is_refused(self, tmp_path: Path, content: bytes, *, read_only: bool) -> None:
-        """It is named and stays as it was."""
+        """A file that is no database is refused by name and not changed."""
         path = tmp_path / "leads.csv"
         path.write_bytes(content)
 
@@ -616,7 +616,7 @@ class TestFile:
 
     @pytest.mark.parametrize("version", [0, 1])
     def test_foreign_database_is_refused(self, tmp_path: Path, version: int) -> None:
-        """Nothing is added to it, whatever version it says that it has."""
+        """A foreign database is refused and not changed, whatever version number it has."""
         path = tmp_path / "other.db"
         db = sqlite3.connect(path)
         db.executescript(f"CREATE TABLE theirs (x); PRAGMA user_version = {version}")
@@ -630,7 +630,7 @@ class TestFile:
         assert path.read_bytes() == content
 
     def test_truncated_ledger_is_refused(self, tmp_path: Path) -> None:
-        """Half a ledger is no ledger: what it forgot would be paid for again."""
+        """A truncated ledger is refused, because requests missing in it would be paid for again."""
         path = tmp_path / "ledger.db"
         Ledger(path).close()
         os.truncate(path, path.stat().st_size // 2)
@@ -639,7 +639,7 @@ class TestFile:
             Ledger(path)
 
     def test_invalid_path_is_refused(self, tmp_path: Path) -> None:
-        """A folder, a folder below a file, and a place where nobody can write."""
+        """A folder, a path below a file and an unwritable place are refused."""
         (tmp_path / "file").touch()
         for path in (tmp_path, tmp_path / "file" / "ledger.db", Path("/proc/enrich/ledger.db")):
             with pytest.raises(CommandRefused, match=re.escape(str(path))):
@@ -650,13 +650,13 @@ class TestFile:
 
     @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
     def test_unwritable_ledger_is_refused(self, ledger: CommittingLedger) -> None:
-        """The message names the file."""
+        """The error for an unwritable ledger names the file."""
         ledger.path.chmod(0o400)
         with pytest.raises(CommandRefused, match=re.escape(str(ledger.path))):
             Ledger(ledger.path)
 
     def test_views_are_readable_with_sqlite3(self, ledger: CommittingLedger) -> None:
-        """The views show credits as credits and times as times."""
+        """The views show credits as decimals and times as text."""
         ledger.now = 1_750_000_000_000
         ledger.start_and_enroll(1, cap=2_500_000)
         ledger.commit(Ledger.record_accepted, [(ledger.claim(2_000_000).attempt_id, "t", ledger.now)], BINDING)
@@ -685,7 +685,7 @@ class TestFile:
         )
 
     def test_transitions_use_indexes(self, ledger: CommittingLedger) -> None:
-        """With millions of requests, every move finds its rows by an index."""
+        """Every transition finds its rows through an index, because a ledger may hold millions of requests."""
         statements: dict[str, None] = {}
         sqlite_connection(ledger.wrapped).set_trace_callback(statements.setdefault)
         ledger.commit(Ledger.recover, 1)
@@ -707,12 +707,12 @@ class TestFile:
         used = {match for plan in plans.values() for step in plan for match in re.findall(r"INDEX (\w+)", step)}
 
         assert {"queue", "open_attempts"} <= used
-        # Clearing the queue reads the queue, which holds no more than the last input.
+        # Clearing the queue reads the whole queue, which holds no more than the last input.
         scans = {step for plan in plans.values() for step in plan if re.match(r"SCAN (requests|attempts|r|a)\b", step)}
         assert scans <= {"SCAN requests USING INDEX queue"}
 
     def test_progress_query_uses_indexes(self, ledger: CommittingLedger) -> None:
-        """What an execution made, what it settled and what is left there; not the millions before it."""
+        """The progress queries use indexes: they read one execution's rows, not all earlier ones."""
         ledger.start_and_enroll(1, 2, 3)
         ledger.settle(ledger.submit("old"))
         carried = ledger.submit("carried")

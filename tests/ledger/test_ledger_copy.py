@@ -1,4 +1,4 @@
-"""`enrich ledger copy`: from a file to a server and back, all of it or nothing, and both say the same."""
+"""`enrich ledger copy`: from SQLite to PostgreSQL and back, complete or not at all, with identical contents."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ from tests.support.workspace import BOTH_BACKENDS_SERVER_LONG, SandboxApi, Works
 
 @pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Copy from both kinds of ledgers."""
+    """Copy from SQLite and from PostgreSQL."""
     return str(request.param)
 
 
 @pytest.fixture
 def server_location(postgres: servers.PostgresServer, tmp_path: Path) -> LedgerLocation:
-    """Name a place on the server where nothing is."""
+    """Return an empty location on the server."""
     return parse_ledger_location(tmp_path, postgres.ledger_url(), tmp_path / "keys")
 
 
 @pytest.fixture
 def filled_ledger(ledger: CommittingLedger) -> CommittingLedger:
-    """Make a ledger with something in every table."""
+    """Make a ledger with rows in every table."""
     ledger.start_and_enroll(1, 2, 3, 4, 5, 6, 7, 8, 9, cap=100)
     ledger.settle(ledger.submit("a"))
     ledger.settle(ledger.submit("b"), NO_MATCH)
@@ -61,7 +61,7 @@ def filled_ledger(ledger: CommittingLedger) -> CommittingLedger:
 
 
 def table_contents(ledger_location: LedgerLocation) -> dict[str, list[str]]:
-    """Read all that a ledger remembers, in any order."""
+    """Read all stored rows, in any order."""
     return {
         table: sorted(map(repr, run_sql(ledger_location, f"SELECT {_columns(ledger_location, table)} FROM {table}")))
         for table in COPIED_TABLES
@@ -82,7 +82,7 @@ def _columns(ledger_location: LedgerLocation, table: str) -> str:
 
 
 def test_all_tables_are_covered(filled_ledger: CommittingLedger) -> None:
-    """Whoever adds a table says whether it is copied; the night has something in each."""
+    """Each table is listed as copied or not, and the test data has rows in each."""
     if isinstance(filled_ledger.location, PostgresLocation):
         named = {
             name
@@ -100,13 +100,13 @@ def test_all_tables_are_covered(filled_ledger: CommittingLedger) -> None:
 def test_copy_roundtrip_is_identical(
     filled_ledger: CommittingLedger, server_location: LedgerLocation, tmp_path: Path
 ) -> None:
-    """Every number, text and key arrives, on the server and in a file again; what was copied stays as it was."""
+    """Copying to the server and back to a file keeps every number, text and key; the source stays as it was."""
     before, back = table_contents(filled_ledger.location), tmp_path / "back" / "ledger.db"
 
-    there = copy_ledger(filled_ledger.location, server_location)
+    to_server = copy_ledger(filled_ledger.location, server_location)
     again = copy_ledger(server_location, back)
 
-    assert replace(there, key=None) == replace(again, key=None)
+    assert replace(to_server, key=None) == replace(again, key=None)
     assert table_contents(filled_ledger.location) == table_contents(server_location) == table_contents(back) == before
     assert (
         key_path(filled_ledger.location).read_bytes()
@@ -118,7 +118,7 @@ def test_copy_roundtrip_is_identical(
 
 
 def test_copy_can_be_used(filled_ledger: CommittingLedger, server_location: LedgerLocation, tmp_path: Path) -> None:
-    """New requests, attempts and executions get numbers of their own, and what was at the API settles."""
+    """A copy can be used: new rows get new ids, and open tasks settle."""
     for target in (server_location, tmp_path / "copy.db"):
         copy_ledger(filled_ledger.location, target)
         ledger = CommittingLedger.open(target)
@@ -155,7 +155,7 @@ def test_any_values_are_copied(
     hashes: set[bytes],
     balance: int,
 ) -> None:
-    """Signs of all alphabets, JSON with a NUL in it, the largest numbers; a bare NUL becomes what stands for it."""
+    """Any alphabet, JSON with a NUL and the largest numbers are copied; a bare NUL becomes its replacement."""
     with tempfile.TemporaryDirectory() as name:
         first, back = Path(name) / "first.db", Path(name) / "back.db"
         server = parse_ledger_location(Path(name), postgres.ledger_url(), Path(name))
@@ -188,7 +188,7 @@ def test_any_values_are_copied(
 def test_existing_target_is_refused(
     filled_ledger: CommittingLedger, server_location: LedgerLocation, tmp_path: Path
 ) -> None:
-    """A ledger in which something stands stays as it is, and so does the key of another."""
+    """A target that contains data or another ledger's key is refused and stays as it was."""
     for target in (server_location, tmp_path / "other.db"):
         ledger = CommittingLedger.open(target).start_and_enroll(1)
         ledger.wrapped.close()
@@ -208,7 +208,7 @@ def test_existing_target_is_refused(
 def test_failed_copy_leaves_nothing(
     filled_ledger: CommittingLedger, server_location: LedgerLocation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The copy is there as a whole or not at all."""
+    """A failed copy leaves nothing."""
     for target in (server_location, tmp_path / "copy.db"):
         with monkeypatch.context() as broken:
             broken.setattr(copy, "_copy_forgotten_key", lambda *_: 1 / 0)
@@ -221,13 +221,13 @@ def test_failed_copy_leaves_nothing(
 
 @pytest.mark.parametrize("held", ["source", "target"])
 def test_copy_refused_during_run(filled_ledger: CommittingLedger, server_location: LedgerLocation, held: str) -> None:
-    """While one is at work with either, nothing is copied."""
+    """While a run uses either ledger, nothing is copied."""
     with lock_ledger(filled_ledger.location if held == "source" else server_location, 0), pytest.raises(LedgerLocked):
         copy_ledger(filled_ledger.location, server_location)
 
 
 def test_copy_onto_itself_is_refused(filled_ledger: CommittingLedger) -> None:
-    """However it is named."""
+    """Copying a ledger onto itself is refused, whatever its name."""
     with pytest.raises(CommandRefused, match="the ledger itself"):
         copy_ledger(filled_ledger.location, filled_ledger.location)
 
@@ -235,7 +235,7 @@ def test_copy_onto_itself_is_refused(filled_ledger: CommittingLedger) -> None:
 def test_missing_source_is_refused(
     ledger_location: LedgerLocation, server_location: LedgerLocation, tmp_path: Path
 ) -> None:
-    """It is told, and no empty copy is made of it."""
+    """A missing source is an error, and no empty copy is made."""
     for target in (server_location, tmp_path / "copy.db"):
         with pytest.raises(CommandRefused, match="no such ledger"):
             copy_ledger(ledger_location, target)
@@ -244,7 +244,7 @@ def test_missing_source_is_refused(
 
 @pytest.mark.long
 def test_damaged_source_is_refused(filled_ledger: CommittingLedger, server_location: LedgerLocation) -> None:
-    """Equal to what is wrong is wrong, too: it is told, and nothing stays."""
+    """A damaged source is refused and leaves no copy, although the copy would equal it."""
     filled_ledger.query_all("UPDATE executions SET spent = spent + 1")
     with pytest.raises(CommandRefused, match="execution whose spending is not the sum"):
         copy_ledger(filled_ledger.location, server_location)
@@ -255,7 +255,7 @@ def test_damaged_source_is_refused(filled_ledger: CommittingLedger, server_locat
 def test_differences_are_detected(
     filled_ledger: CommittingLedger, server_location: LedgerLocation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What does not arrive, or arrives as something else, is no copy."""
+    """A row that is missing or different in the copy is detected."""
     take = copy._TargetLedger.load_tables
 
     def lose(new: copy._TargetLedger, tables: Mapping[str, tuple[list[str], Iterator[tuple[Any, ...]]]]) -> None:
@@ -279,19 +279,23 @@ def test_differences_are_detected(
 def test_job_moves_to_server_without_resending(
     api: SandboxApi, workspace: Workspace, postgres: servers.PostgresServer
 ) -> None:
-    """Its ledger is copied, the job file says so, and the next run uses every answer again; likewise back."""
+    """A job can move its ledger to a server and back; the next run uses every answer and resends nothing."""
     workspace.write_leads(make_leads(6))
     assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
     url = postgres.ledger_url()
 
-    there = replace(workspace, environ=postgres.environ).run_in_process("ledger", "copy", "job.yaml", url, "--json")
+    to_server = replace(workspace, environ=postgres.environ).run_in_process("ledger", "copy", "job.yaml", url, "--json")
     moved = replace(workspace, server_url=url, environ=postgres.environ)
     moved.write_job()
     ran = moved.run_job(api)
     back = moved.run_in_process("ledger", "copy", "job.yaml", "back.db")
 
-    assert (there.exit_code, back.exit_code) == (0, 0), there.stderr + back.stderr
-    assert (there.json_output["to"], there.json_output["key"], there.json_output["rows"]["requests"]) == (url, None, 6)
+    assert (to_server.exit_code, back.exit_code) == (0, 0), to_server.stderr + back.stderr
+    assert (to_server.json_output["to"], to_server.json_output["key"], to_server.json_output["rows"]["requests"]) == (
+        url,
+        None,
+        6,
+    )
     assert (ran.reused, ran.submitted) == (6, 0)
     assert back.stdout.startswith("ok: ")
     assert "run no more with the old one" in back.stdout
@@ -302,7 +306,7 @@ def test_job_moves_to_server_without_resending(
 def test_hash_key_is_copied(
     api: SandboxApi, workspace: Workspace, postgres: servers.PostgresServer, tmp_path: Path
 ) -> None:
-    """Whoever was forgotten is not asked about again, from whichever folder the copy was made."""
+    """Forgotten leads stay forgotten after a copy, whichever folder it was made from."""
     workspace.write_leads(make_leads(3))
     workspace.run_job(api)
     assert workspace.run_in_process("forget", "job.yaml", "--match", "First Name=First1", "--yes").exit_code == 0
@@ -329,7 +333,7 @@ def test_hash_key_is_copied(
     ],
 )
 def test_copy_errors_have_exit_codes(workspace: Workspace, arguments: tuple[str, ...], code: int, word: str) -> None:
-    """With the exit code of its kind, never a trace."""
+    """Each error has the exit code of its kind and no traceback."""
     result = workspace.run_in_process("ledger", "copy", *arguments)
 
     assert (result.exit_code, word in result.stderr) == (code, True), result.stderr

@@ -1,4 +1,4 @@
-"""A damaged ledger, or a path that can be no ledger: words and exit 5 from every command, and nothing quoted."""
+"""A damaged ledger, or a path that can't be a ledger, is exit 5 with a message that quotes no content."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ NAMES = [" ".join(command[:2]).removesuffix(" job.yaml") for command in COMMANDS
 
 @pytest.fixture(scope="module")
 def paid_ledger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[SandboxApi, Workspace, bytes]]:
-    """Make a ledger with thirty leads, and keep its bytes."""
+    """Make a ledger with thirty leads, and return its bytes."""
     folder = tmp_path_factory.mktemp("damage")
     workspace = Workspace(folder / "office")
     workspace.folder.mkdir()
@@ -55,7 +55,7 @@ def paid_ledger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Sand
 
 
 def write_ledger(workspace: Workspace, content: bytes) -> None:
-    """Put other bytes in the ledger's place, and nothing beside it."""
+    """Replace the ledger with these bytes, without files beside it."""
     shutil.rmtree(workspace.ledger_path.parent)
     workspace.ledger_path.parent.mkdir()
     workspace.ledger_path.write_bytes(content)
@@ -64,7 +64,7 @@ def write_ledger(workspace: Workspace, content: bytes) -> None:
 
 
 def assert_error_without_content(result: ProgramResult, *codes: int) -> None:
-    """Expect one of these exits, without a trace and without a word of the content."""
+    """Check for one of these exit codes, no traceback and no content of the ledger."""
     assert "Traceback" not in result.stderr
     assert result.exit_code in codes, result.stderr
     if result.exit_code:
@@ -74,7 +74,7 @@ def assert_error_without_content(result: ProgramResult, *codes: int) -> None:
 
 
 def execute_raw(path: Path, *statements: str) -> None:
-    """Write what no program of ours would."""
+    """Execute statements that the program itself never would."""
     with closing(sqlite3.connect(path, isolation_level=None)) as db:
         db.execute("PRAGMA writable_schema = ON")
         for statement in statements:
@@ -87,7 +87,7 @@ def execute_raw(path: Path, *statements: str) -> None:
 def test_truncated_file_is_reported(
     paid_ledger: tuple[SandboxApi, Workspace, bytes], command: list[str], lost: int
 ) -> None:
-    """Whatever is missing at its end, by every command."""
+    """A truncated file is reported by every command, however much is missing."""
     api, workspace, content = paid_ledger
     write_ledger(workspace, content[:-lost])
 
@@ -96,7 +96,7 @@ def test_truncated_file_is_reported(
 
 @pytest.mark.parametrize("command", first_quick(2, COMMANDS, single=True), ids=NAMES)
 def test_overwritten_bytes_are_reported(paid_ledger: tuple[SandboxApi, Workspace, bytes], command: list[str]) -> None:
-    """Anywhere, also in the pages of the schema: damage is told where it is seen, and nothing is quoted."""
+    """Overwritten bytes are reported where they are read, also in the schema's pages, and nothing is quoted."""
     api, workspace, content = paid_ledger
     chance = random.Random(len(command[0]))
     for start, length in [
@@ -128,7 +128,7 @@ def test_overwritten_bytes_are_reported(paid_ledger: tuple[SandboxApi, Workspace
 def test_invalid_text_is_reported(
     paid_ledger: tuple[SandboxApi, Workspace, bytes], command: list[str], statement: str
 ) -> None:
-    """No trace, and nothing of the text is shown."""
+    """Invalid text is reported without a traceback and without showing it."""
     api, workspace, content = paid_ledger
     write_ledger(workspace, content)
     execute_raw(workspace.ledger_path, statement)
@@ -137,7 +137,7 @@ def test_invalid_text_is_reported(
 
 
 def test_check_names_column_and_row(paid_ledger: tuple[SandboxApi, Workspace, bytes]) -> None:
-    """Each text is decoded, and each JSON parsed."""
+    """The check decodes every text and parses all JSON, and names column and row."""
     api, workspace, content = paid_ledger
     write_ledger(workspace, content)
     execute_raw(
@@ -168,7 +168,7 @@ def small_ledger(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @given(share=st.floats(0, 1, exclude_max=True))
 def test_any_truncation_is_refused(small_ledger: Path, tmp_path_factory: pytest.TempPathFactory, share: float) -> None:
-    """A file of any shorter length is refused as damaged, by those who write and those who read."""
+    """A file truncated to any length is refused as damaged, on writing and on reading."""
     content = small_ledger.read_bytes()
     length = int(share * len(content))
     path = tmp_path_factory.mktemp("cut") / "job.db"
@@ -183,7 +183,7 @@ def test_any_truncation_is_refused(small_ledger: Path, tmp_path_factory: pytest.
 def test_check_of_random_damage(
     small_ledger: Path, tmp_path_factory: pytest.TempPathFactory, start: float, noise: bytes
 ) -> None:
-    """Wherever bytes are overwritten, the check ends with findings in our own words."""
+    """Wherever bytes are overwritten, the check ends with findings in its own words."""
     content = small_ledger.read_bytes()
     at = int(start * (len(content) - len(noise)))
     path = tmp_path_factory.mktemp("noise") / "job.db"
@@ -192,30 +192,30 @@ def test_check_of_random_damage(
     try:
         found = check_ledger(path)
     except CommandRefused as refused:
-        assert refused.message.startswith(str(path))  # noqa: PT017 - both ways out are right
+        assert refused.message.startswith(str(path))  # noqa: PT017 - both outcomes are valid
         return
     assert all("example" not in problem and "F1" not in problem for problem in found.problems)
 
 
-# What can be no ledger
+# Paths that can't be a ledger
 
 
 def make_fifo(path: Path) -> None:
-    """Make a named pipe that nothing writes to."""
+    """Make a named pipe without a writer."""
     os.mkfifo(path)
 
 
 def make_socket(path: Path) -> None:
     """Make a socket."""
-    here = Path.cwd()
+    working_dir = Path.cwd()
     os.chdir(path.parent)
     with closing(socket.socket(socket.AF_UNIX)) as made:
         made.bind(path.name)
-    os.chdir(here)
+    os.chdir(working_dir)
 
 
 def make_dangling_link(path: Path) -> None:
-    """Make a link to a file that is not there."""
+    """Make a link to a missing file."""
     path.symlink_to(path.with_name("gone.db"))
 
 
@@ -236,7 +236,7 @@ def make_device_link(path: Path) -> None:
 def test_special_files_are_refused(
     api: SandboxApi, workspace: Workspace, make: Callable[[Path], None], command: list[str]
 ) -> None:
-    """At once, with the reason; no ledger is made in another place."""
+    """A special file is refused at once with the reason, and no ledger is made elsewhere."""
     workspace.write_leads(make_leads(3))
     workspace.ledger_path.parent.mkdir()
     make(workspace.ledger_path)
@@ -252,7 +252,7 @@ def test_special_files_are_refused(
 
 @pytest.mark.long
 def test_symlinked_ledger_shares_lock(api: SandboxApi, workspace: Workspace) -> None:
-    """It is used where it is, its lock too, so that no other run gets at it by another name."""
+    """A symbolic link uses the ledger and the lock at its target, so no other run gets in by another name."""
     workspace.write_leads(make_leads(3))
     assert workspace.run_job(api).exit_code == 0
     (workspace.folder / "link.db").symlink_to(workspace.ledger_path)

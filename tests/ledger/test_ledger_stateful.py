@@ -1,4 +1,4 @@
-"""The ledger against a small model: whatever happens in whatever order, money and fates agree."""
+"""The ledger compared with a small model: after any sequence of events, credits and states agree."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MAX_ATTEMPTS = 2
 
 @dataclass
 class AttemptModel:
-    """An attempt as the model sees it."""
+    """An attempt in the model."""
 
     lead: int
     execution: int
@@ -40,7 +40,7 @@ class AttemptModel:
     previous_attempt: int | None = None
     credits: int | None = None
     execution_charged: int | None = None  # the execution whose reservation it holds
-    bulk_id: int | None = None  # what it was sent with
+    bulk_id: int | None = None  # the bulk task it was sent with
     task_id: str | None = None
     settled_execution: int | None = None  # the execution that settled it at an unknown price
     deleted_at_api: bool = False
@@ -48,7 +48,7 @@ class AttemptModel:
 
 @dataclass
 class RequestModel:
-    """A request as the model sees it."""
+    """A request in the model."""
 
     state: State = State.PENDING
     queue_position: int | None = None
@@ -58,13 +58,13 @@ class RequestModel:
 
     @property
     def queued(self) -> bool:
-        """May it be claimed."""
+        """Return whether it may be claimed."""
         return self.queue_position is not None and self.state not in (State.SUBMITTING, State.SUBMITTED)
 
 
 @dataclass
 class LedgerModel:
-    """All that the ledger should know."""
+    """All that the ledger should contain."""
 
     requests: dict[int, RequestModel] = field(default_factory=dict)
     attempts: dict[int, AttemptModel] = field(default_factory=dict)
@@ -72,13 +72,13 @@ class LedgerModel:
     adopted: dict[int, int] = field(default_factory=dict)
     spent: Counter[int] = field(default_factory=Counter)
     unknown: Counter[int] = field(default_factory=Counter)
-    #: What free questions brought into executions, beside their cap.
+    #: Credits that late polls of written-off tasks added to executions, beyond their cap.
     settled_late: Counter[int] = field(default_factory=Counter)
-    #: What bundles have cost; None: not known.
+    #: Price of each bulk task; None: unknown.
     bulk_tasks: dict[int, int | None] = field(default_factory=dict)
 
     def reserved(self, execution: int) -> int:
-        """Sum what an execution has set aside."""
+        """Sum the credits that an execution has reserved."""
         return sum(post.reserved for post in self.attempts.values() if post.execution_charged == execution)
 
     def attempts_in(self, *states: str) -> list[int]:
@@ -86,7 +86,7 @@ class LedgerModel:
         return [number for number, post in self.attempts.items() if post.state in states]
 
     def attempts_in_task(self, number: int) -> list[int]:
-        """List the attempts that were sent with one as one task, itself too."""
+        """List the attempts in the same task as this one, including itself."""
         bulk_task = self.attempts[number].bulk_id
         return (
             [number]
@@ -95,20 +95,20 @@ class LedgerModel:
         )
 
     def request_key(self, number: int) -> tuple[bool, list[int]]:
-        """Tell what was asked with one attempt: in bulk or alone, and for which leads, in the order sent."""
+        """Return what an attempt requested: whether in bulk, and its leads in the order sent."""
         return self.attempts[number].bulk_id is not None, [
             self.attempts[other].lead for other in self.attempts_in_task(number)
         ]
 
     def task_id_conflicts(self, numbers: list[int], task_id: str) -> bool:
-        """Tell whether a task id that the API gave to a POST is another question's."""
+        """Return whether a task id returned for a POST belongs to a different request."""
         holders = [
             number for number, post in self.attempts.items() if post.task_id == task_id and number not in numbers
         ]
         return any(self.request_key(holder) != self.request_key(numbers[0]) for holder in holders)
 
     def price_already_charged(self, numbers: list[int]) -> bool:
-        """Tell whether another attempt has the same task, and its price."""
+        """Return whether another attempt has the same task with a price."""
         post = self.attempts[numbers[0]]
         alike = [
             other for other, each in self.attempts.items() if each.task_id == post.task_id and other not in numbers
@@ -118,12 +118,12 @@ class LedgerModel:
         return any(self.bulk_tasks.get(self.attempts[other].bulk_id or 0) is not None for other in alike)
 
     def written_off(self) -> list[list[int]]:
-        """List the POSTs that were written off, and whose fate a free question may tell."""
+        """List the POSTs that were written off and whose task a free poll may still find."""
         posts = {tuple(self.attempts_in_task(number)) for number in self.attempts_in("in_doubt", "expired")}
         return sorted(list(post) for post in posts if self._is_written_off(post))
 
     def written_off_before(self, execution: int) -> list[list[int]]:
-        """List those of them that earlier executions have written off."""
+        """List the POSTs that earlier executions have written off."""
         return [post for post in self.written_off() if self.attempts[post[0]].execution_charged != execution]
 
     def _is_written_off(self, numbers: tuple[int, ...]) -> bool:
@@ -143,7 +143,7 @@ class LedgerModel:
 
 
 class LedgerStateMachine(RuleBasedStateMachine):
-    """Nights of one job: files come and go, the program is killed, the API does what it likes."""
+    """Runs of one job: inputs change, the program is killed, and the API returns anything."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ class LedgerStateMachine(RuleBasedStateMachine):
 
     @classmethod
     def ledger_location(cls, folder: Path) -> LedgerLocation:
-        """Say where the ledger is to be."""
+        """Return where the ledger is."""
         return folder / "ledger.db"
 
     def teardown(self) -> None:
@@ -164,7 +164,7 @@ class LedgerStateMachine(RuleBasedStateMachine):
         self.folder.cleanup()
 
     def begin(self, cap: int | None) -> None:
-        """Start an execution, as the program does: recover first."""
+        """Start an execution as the program does: recover first."""
         self.recover()
         number = self.books.start_execution(cap)
         for post in self.model.attempts.values():
@@ -174,7 +174,7 @@ class LedgerStateMachine(RuleBasedStateMachine):
         self.model.adopted[number] = self.model.reserved(number)
 
     def recover(self) -> None:
-        """Put in doubt what was on the wire."""
+        """Mark the attempts in flight as in doubt."""
         lost = self.model.attempts_in("submitting")
         assert self.books.commit(Ledger.recover, self.books.now) == len(lost)
         for number in lost:
@@ -195,16 +195,16 @@ class LedgerStateMachine(RuleBasedStateMachine):
         elif after not in (State.PENDING, State.SUBMITTED):
             lead.queue_position = None
 
-    # What happens
+    # Events
 
     @rule(seconds=st.integers(1, 50))
     def advance_clock(self, seconds: int) -> None:
-        """Let the clock go on."""
+        """Advance the clock."""
         self.books.now += seconds
 
     @rule(cap=st.none() | st.integers(0, 60))
     def start_new_execution(self, cap: int | None) -> None:
-        """End this execution in order and begin the next."""
+        """End this execution normally and begin the next."""
         self.recover()
         self.books.commit(Ledger.end_execution, self.books.execution, 0, {}, self.books.now)
         self.begin(cap)
@@ -225,7 +225,7 @@ class LedgerStateMachine(RuleBasedStateMachine):
         stale=st.dictionaries(st.sampled_from([State.FOUND, State.NOT_FOUND]), st.integers(0, 60)),
     )
     def enroll_rows(self, batches: list[list[int]], retry: set[State], stale: dict[State, int]) -> None:
-        """Enroll any leads in any order, with the person's wishes."""
+        """Enroll any leads in any order, with any retry and refresh options."""
         before = {state: self.books.now - age for state, age in stale.items()}
         self.books.enroll(*batches, retry=retry, stale=before)
         for lead in self.model.requests.values():
@@ -247,7 +247,7 @@ class LedgerStateMachine(RuleBasedStateMachine):
 
     @rule(price=PRICES, room=st.integers(1, 4), bulk=st.booleans())
     def claim_requests(self, price: int, room: int, *, bulk: bool) -> None:
-        """Claim the first of the queue, as many as there are and the cap has room for, alone or as one task."""
+        """Claim the first requests of the queue, up to the room and the cap, one by one or as one bulk task."""
         if not any(lead.queued for lead in self.model.requests.values()):
             self.enroll_rows([list(LEADS)], {State.IN_DOUBT}, {})
             self.requests_match_model()
@@ -276,7 +276,7 @@ class LedgerStateMachine(RuleBasedStateMachine):
 
     @rule(data=st.data(), answer=st.sampled_from(["accepted", "accepted", "refused", "rejected", "doubt"]))
     def answer_post(self, data: Any, answer: str) -> None:
-        """Bring one of the four fates of a POST; of one with several rows some may be wrong."""
+        """Apply one of the four outcomes of a POST; of a bulk POST some rows may be invalid."""
         if not self.model.attempts_in("submitting"):
             self.claim_requests(1, 3, bulk=data.draw(st.booleans()))
             self.requests_match_model()
@@ -314,13 +314,13 @@ class LedgerStateMachine(RuleBasedStateMachine):
                     self.settle_attempt(number, post.previous_state, "refused")
 
     def draw_task_id(self, data: Any, number: int) -> str:
-        """Draw the id that the API gives: mostly a new one, now and then one that it gave before."""
+        """Draw the task id that the API returns: usually a new one, sometimes an old one."""
         known = sorted({post.task_id for post in self.model.attempts.values() if post.task_id is not None})
         return str(data.draw(st.sampled_from([f"task-{number}", f"task-{number}", *known])))
 
     @rule(data=st.data(), paid=st.integers(0, 9), answer=st.sampled_from(["known", "known", "gone"]))
     def poll_written_off(self, data: Any, paid: int, answer: str) -> None:
-        """Ask for what was written off: the API knows it after all, or has deleted it."""
+        """Poll a task that was written off: the API still has it, or has deleted it."""
         ledger, model = self.books, self.model
         if not model.written_off_before(ledger.execution):
             self.lose_task(data)
@@ -366,7 +366,7 @@ class LedgerStateMachine(RuleBasedStateMachine):
         free=st.booleans(),
     )
     def settle_task(self, data: Any, state: State, share: int | None, *, free: bool) -> None:
-        """Bring an answer of any kind, whose price is known or not."""
+        """Settle a task with any answer, at a known or unknown price."""
         if not self.model.attempts_in("submitted"):
             self.answer_post(data, "accepted")
             self.requests_match_model()
@@ -398,7 +398,7 @@ class LedgerStateMachine(RuleBasedStateMachine):
             lead.current_attempt = number
 
     def settle_bulk_task(self, data: Any, numbers: list[int], share: int | None) -> None:
-        """Bring the answers of a task of several, each of any kind, at one price."""
+        """Settle a bulk task with any answers for its rows, at one price."""
         ledger, model = self.books, self.model
         fates = [State.FOUND, State.NOT_FOUND, State.FAILED, State.EXPIRED]
         answers = [
@@ -435,7 +435,7 @@ class LedgerStateMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def lose_task(self, data: Any) -> None:
-        """Let the API never have known a task."""
+        """Lose a task: the API never knew it."""
         if not self.model.attempts_in("submitted"):
             self.answer_post(data, "accepted")
             self.requests_match_model()
@@ -449,7 +449,7 @@ class LedgerStateMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.model.attempts)
     @rule(data=st.data(), move=st.sampled_from(["accepted", "refused", "rejected", "doubt", "settle"]))
     def late_transition(self, data: Any, move: str) -> None:
-        """Try any move on any attempt that is settled: it raises and changes nothing."""
+        """Any transition of a settled attempt raises and changes nothing."""
         settled = [
             number for number in self.model.attempts if number not in self.model.attempts_in("submitting", "submitted")
         ]
@@ -466,11 +466,11 @@ class LedgerStateMachine(RuleBasedStateMachine):
         with pytest.raises(AssertionError):
             moves[move]()
 
-    # What always holds
+    # Invariants
 
     @invariant()
     def requests_match_model(self) -> None:
-        """States, counts and places in the queue are the model's, and each move is one of the drawing's."""
+        """States, counts and queue positions equal the model's, and each transition is in the state diagram."""
         rows = self.books.query_all(
             "SELECT fingerprint, state, attempts, attempt_id, answer_id, position FROM requests"
         )
@@ -486,7 +486,7 @@ class LedgerStateMachine(RuleBasedStateMachine):
 
     @invariant()
     def attempts_match_model(self) -> None:
-        """An attempt is never overwritten by the next: spending can be reconciled for ever."""
+        """A later attempt never overwrites an earlier one, so all spending can be reconciled."""
         rows = self.books.query_all("SELECT id, state, execution_id, reserved, credits FROM attempts")
         assert {row[0]: row[1:] for row in rows} == {
             number: (post.state, post.execution, post.reserved, post.credits)
@@ -495,7 +495,7 @@ class LedgerStateMachine(RuleBasedStateMachine):
 
     @invariant()
     def credits_match_model(self) -> None:
-        """Spent, unknown and reserved are what the attempts say, and the cap holds."""
+        """Spent, unknown and reserved credits equal the sums over the attempts, and the cap holds."""
         model = self.model
         for row in self.books.wrapped.executions():
             number = row["id"]
@@ -514,7 +514,7 @@ class LedgerStateMachine(RuleBasedStateMachine):
 
     @invariant()
     def results_match_model(self) -> None:
-        """The last found answer stands; without one, the newest fate is told."""
+        """The result is the last found answer or, without one, the newest state."""
         self.books.commit(Ledger.begin_pass)
         for known in self.books.wrapped.request_results(row_requests(LEADS)):
             lead = self.model.requests[known.position]
@@ -540,13 +540,13 @@ TestLedger.settings = settings(
 
 
 class PostgresStateMachine(LedgerStateMachine):
-    """The same nights, with the ledger on a server."""
+    """The same state machine with the ledger on a PostgreSQL server."""
 
     server: ClassVar[PostgresServer]
 
     @classmethod
     def ledger_location(cls, folder: Path) -> LedgerLocation:
-        """Say where the ledger is to be."""
+        """Return where the ledger is."""
         return parse_ledger_location(folder, cls.server.ledger_url(), folder)
 
     def teardown(self) -> None:
@@ -557,7 +557,7 @@ class PostgresStateMachine(LedgerStateMachine):
 
 @pytest.mark.long
 def test_stateful_postgres(postgres: PostgresServer) -> None:
-    """Fewer nights than in a file: each move takes longer."""
+    """Fewer examples than for a file, because each step takes longer."""
     PostgresStateMachine.server = postgres
     few = settings(TestLedger.settings, max_examples=examples(8), stateful_step_count=25)
     run_state_machine_as_test(PostgresStateMachine, settings=few)

@@ -1,4 +1,4 @@
-"""The journal: what it says is done is on disk, in order, many moves to a commit."""
+"""The ledger writer: finished transitions are on disk, in order, with many of them in one commit."""
 
 from __future__ import annotations
 
@@ -32,132 +32,132 @@ from tests.support.workspace import BOTH_BACKENDS
 
 @pytest.fixture(params=BOTH_BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Ask the same of a ledger in a file and on a server."""
+    """Run each test with a SQLite file and with PostgreSQL."""
     return str(request.param)
 
 
 @pytest.fixture
 def ledger(ledger: CommittingLedger) -> CommittingLedger:
-    """Begin an execution that wants a hundred."""
+    """Start an execution with a hundred requests."""
     return ledger.start_and_enroll(*range(100))
 
 
 def slow_move(_: Ledger) -> None:
-    """Keep the journal busy, so that moves come together behind it."""
+    """Keep the writer busy, so that transitions gather behind this one."""
     time.sleep(0.05)
 
 
 def fill_disk(ledger: Ledger) -> None:
-    """Write more than a full disk takes."""
+    """Write more than fits on the full disk."""
     ledger.save_waterfall("big", {"description": "x" * 10_000_000}, [])
 
 
 def test_transition_is_committed_before_future_resolves(ledger: CommittingLedger) -> None:
-    """Who awaited a move finds it through another connection, at once."""
+    """When a future resolves, another connection sees its transition."""
 
     async def one(writer: LedgerWriter, number: int) -> None:
         await asyncio.sleep(number % 7 / 1000)
         execution = await writer.submit(Ledger.start_execution, f"job {number}", None, number)
         assert ledger.query_one("SELECT job FROM executions WHERE id = ?", execution) == (f"job {number}",)
 
-    async def scene() -> None:
+    async def scenario() -> None:
         async with LedgerWriter(ledger.wrapped) as writer:
             await asyncio.gather(*(one(writer, number) for number in range(100)))
 
-    asyncio.run(scene())
+    asyncio.run(scenario())
 
 
 def test_transitions_keep_order(ledger: CommittingLedger) -> None:
-    """First asked, first made, first resolved."""
+    """Transitions are made and resolved in the order of submission."""
     resolved: list[int] = []
 
-    async def scene() -> list[int]:
+    async def scenario() -> list[int]:
         async with LedgerWriter(ledger.wrapped) as writer:
             futures = [writer.submit(Ledger.start_execution, "job", None, number) for number in range(50)]
             for number, future in enumerate(futures):
                 future.add_done_callback(partial(lambda number, _: resolved.append(number), number))
             return await asyncio.gather(*futures)
 
-    made = asyncio.run(scene())
+    made = asyncio.run(scenario())
 
     assert made == sorted(made)
     assert resolved == list(range(50))
 
 
 def test_concurrent_transitions_share_a_commit(ledger: CommittingLedger) -> None:
-    """A hundred moves behind a slow one cost one sync of the disk, not a hundred."""
+    """A hundred transitions that wait behind a slow one share one commit."""
     statements: list[str] = []
-    begun, asked = threading.Event(), threading.Event()
+    slow_started, all_submitted = threading.Event(), threading.Event()
 
     def slow(_: Ledger) -> None:
-        begun.set()
-        asked.wait(10)
+        slow_started.set()
+        all_submitted.wait(10)
 
-    async def scene() -> None:
+    async def scenario() -> None:
         async with LedgerWriter(ledger.wrapped) as writer:
             moves: list[asyncio.Future[Any]] = [writer.submit(slow)]
-            await asyncio.to_thread(begun.wait, 10)
+            await asyncio.to_thread(slow_started.wait, 10)
             moves += [writer.submit(Ledger.claim, ledger.execution, MAX_PRICE, 1) for _ in range(100)]
             await asyncio.sleep(0)
-            asked.set()
+            all_submitted.set()
             await asyncio.gather(*moves)
 
     record_statements(ledger.wrapped, statements)
-    asyncio.run(scene())
+    asyncio.run(scenario())
 
     assert statements.count("COMMIT") == 2
     assert ledger.wrapped.state_counts() == {State.SUBMITTING: 100}
 
 
 def test_failed_transition_is_rolled_back_alone(ledger: CommittingLedger) -> None:
-    """Its own changes are taken back, the others of its batch stay."""
+    """A transition that fails is rolled back alone; the others in its batch are kept."""
 
     def failing_move(raw_ledger: Ledger) -> None:
         raw_ledger.claim(ledger.execution, MAX_PRICE, 1)
         raise CapReached
 
-    async def scene() -> list[object]:
+    async def scenario() -> list[object]:
         async with LedgerWriter(ledger.wrapped) as writer:
             moves: list[asyncio.Future[Any]] = [writer.submit(slow_move)]
             moves += [writer.submit(Ledger.claim, ledger.execution, MAX_PRICE, 1), writer.submit(failing_move)]
             moves += [writer.submit(Ledger.claim, ledger.execution, MAX_PRICE, 1) for _ in range(2)]
             return list(await asyncio.gather(*moves, return_exceptions=True))
 
-    results = asyncio.run(scene())
+    results = asyncio.run(scenario())
 
     assert [type(result).__name__ for result in results] == ["NoneType", "list", "CapReached", "list", "list"]
     assert ledger.execution_counters == (0, 3 * MAX_PRICE, 0, 0)
 
 
 def test_equal_calls_are_batched(ledger: CommittingLedger) -> None:
-    """Each asker gets its own part of what the move returned, though it was made once for all."""
+    """Equal calls are made as one, and each caller gets its own part of the result."""
     attempts = [ledger.submit(f"task {number}") for number in range(4)]
     answers = [NO_MATCH, FOUND, FREE_FAILURE, FOUND]
     statements: list[str] = []
 
-    async def scene() -> list[list[State]]:
+    async def scenario() -> list[list[State]]:
         async with LedgerWriter(ledger.wrapped) as writer:
-            asked = threading.Event()
-            slow = writer.submit(lambda _: asked.wait(10))
+            all_submitted = threading.Event()
+            slow = writer.submit(lambda _: all_submitted.wait(10))
             result = [(attempt, answer, 5) for attempt, answer in zip(attempts, answers, strict=True)]
             parts = [result[:1], result[1:3], result[3:]]
             states = [writer.submit_batch(Ledger.settle, part, ledger.execution, 3) for part in parts]
-            await asyncio.sleep(0)  # all are handed over
-            asked.set()
+            await asyncio.sleep(0)  # all are submitted
+            all_submitted.set()
             await slow
             return list(await asyncio.gather(*states))
 
     record_statements(ledger.wrapped, statements)
-    assert asyncio.run(scene()) == [[State.NOT_FOUND], [State.FOUND, State.PENDING], [State.FOUND]]
+    assert asyncio.run(scenario()) == [[State.NOT_FOUND], [State.FOUND, State.PENDING], [State.FOUND]]
     assert sum(statement.startswith("UPDATE requests") for statement in statements) == 1
     assert ledger.execution_counters == (2 * COST, 0, 0, 4)
 
 
 def test_different_calls_are_not_batched(ledger: CommittingLedger) -> None:
-    """Other arguments, or another move: a group of its own, in the order asked for."""
+    """Calls with other arguments or of another transition are made separately, in order."""
     attempts = [ledger.submit(f"task {number}") for number in range(3)]
 
-    async def scene() -> list[object]:
+    async def scenario() -> list[object]:
         async with LedgerWriter(ledger.wrapped) as writer:
             last, again = (
                 writer.submit_batch(Ledger.settle, [(attempt, FREE_FAILURE, 5)], ledger.execution, max_attempts)
@@ -166,15 +166,15 @@ def test_different_calls_are_not_batched(ledger: CommittingLedger) -> None:
             lost = writer.submit_batch(Ledger.mark_in_doubt, [(attempts[2], "404", 5, None)])
             return list(await asyncio.gather(last, again, lost))
 
-    assert asyncio.run(scene()) == [[State.FAILED], [State.PENDING], None]
+    assert asyncio.run(scenario()) == [[State.FAILED], [State.PENDING], None]
 
 
 def test_failed_batch_is_rolled_back_alone(ledger: CommittingLedger) -> None:
-    """Who told what cannot be fails with those who told it with him; nothing of it stays, all else does."""
+    """A batch that fails does so for all its callers and leaves nothing; other batches are kept."""
     first, second, third = (ledger.submit(f"task {number}") for number in range(3))
     ledger.settle(third)
 
-    async def scene() -> list[object]:
+    async def scenario() -> list[object]:
         async with LedgerWriter(ledger.wrapped) as writer:
             moves: list[asyncio.Future[Any]] = [
                 writer.submit_batch(Ledger.settle, [(first, FOUND, 5)], ledger.execution, 3),
@@ -183,7 +183,7 @@ def test_failed_batch_is_rolled_back_alone(ledger: CommittingLedger) -> None:
             ]
             return list(await asyncio.gather(*moves, return_exceptions=True))
 
-    results = asyncio.run(scene())
+    results = asyncio.run(scenario())
 
     assert [type(result).__name__ for result in results] == ["AssertionError", "AssertionError", "NoneType"]
     assert [ledger.state_of(number) for number in range(3)] == [State.SUBMITTED, State.IN_DOUBT, State.FOUND]
@@ -192,15 +192,17 @@ def test_failed_batch_is_rolled_back_alone(ledger: CommittingLedger) -> None:
 
 @pytest.mark.parametrize("bulk", [False, True])
 def test_batched_statement_count(ledger: CommittingLedger, *, bulk: bool) -> None:
-    """From the claim over the task ids to the answers: what comes at once is written at once."""
+    """Claims, task ids and answers that come together are written together: under 32 statements for 32 requests."""
     statements: list[str] = []
 
-    async def scene() -> None:
+    async def scenario() -> None:
         async with LedgerWriter(ledger.wrapped) as writer:
             claims = await writer.submit(Ledger.claim, ledger.execution, MAX_PRICE, 1, 32, bulk=bulk)
             attempts = [claim.attempt_id for claim in claims]
             accepted = [(attempt, "bundle" if bulk else f"task {attempt}", 2) for attempt in attempts]
-            await asyncio.gather(*(writer.submit_batch(Ledger.record_accepted, [told], BINDING) for told in accepted))
+            await asyncio.gather(
+                *(writer.submit_batch(Ledger.record_accepted, [record], BINDING) for record in accepted)
+            )
             if bulk:
                 result = [(attempt, replace(FOUND, credits=None), 3) for attempt in attempts]
                 await writer.submit(Ledger.settle_bulk_task, result, ledger.execution, 3, 32 * COST)
@@ -212,7 +214,7 @@ def test_batched_statement_count(ledger: CommittingLedger, *, bulk: bool) -> Non
                 await asyncio.gather(*moves)
 
     record_statements(ledger.wrapped, statements)
-    asyncio.run(scene())
+    asyncio.run(scenario())
 
     assert len(statements) < 32, statements
     assert ledger.wrapped.state_counts() == {State.PENDING: 68, State.FOUND: 32}
@@ -220,16 +222,16 @@ def test_batched_statement_count(ledger: CommittingLedger, *, bulk: bool) -> Non
 
 
 def test_transition_runs_after_cancelled_caller(ledger: CommittingLedger) -> None:
-    """What was asked for is written down, though its asker was cancelled and the journal is being closed."""
+    """A transition is made although its caller was cancelled and the writer is closing."""
 
-    async def scene() -> None:
+    async def scenario() -> None:
         async with LedgerWriter(ledger.wrapped) as writer:
             writer.submit(slow_move)
             abandoned = asyncio.ensure_future(writer.submit(Ledger.claim, ledger.execution, MAX_PRICE, 1))
             abandoned.cancel()
             writer.submit(Ledger.claim, ledger.execution, MAX_PRICE, 1)
 
-    asyncio.run(scene())
+    asyncio.run(scenario())
 
     assert ledger.wrapped.state_counts()[State.SUBMITTING] == 2
 
@@ -237,7 +239,7 @@ def test_transition_runs_after_cancelled_caller(ledger: CommittingLedger) -> Non
 @pytest.mark.parametrize("backend", ["file"])
 @pytest.mark.parametrize("trouble", ["full", "locked"])
 def test_failed_commit_stops_writer(ledger: CommittingLedger, trouble: str) -> None:
-    """Every move of the batch fails with LedgerFailed, and so does every later one, though the trouble be over."""
+    """After a failed commit, the batch and all later transitions fail with `LedgerFailed`, even with the cause gone."""
     pages = ledger.query_one("PRAGMA page_count")[0]
     db = ledger.wrapped._db
     other = sqlite3.connect(ledger.path, isolation_level=None)
@@ -247,7 +249,7 @@ def test_failed_commit_stops_writer(ledger: CommittingLedger, trouble: str) -> N
         db.execute("PRAGMA busy_timeout = 50")
         other.execute("BEGIN IMMEDIATE")
 
-    async def scene() -> None:
+    async def scenario() -> None:
         async with LedgerWriter(ledger.wrapped) as writer:
             batch: list[asyncio.Future[Any]] = [
                 writer.submit(Ledger.claim, ledger.execution, MAX_PRICE, 1),
@@ -265,7 +267,7 @@ def test_failed_commit_stops_writer(ledger: CommittingLedger, trouble: str) -> N
                 await writer.submit(Ledger.claim, ledger.execution, MAX_PRICE, 1)
 
     try:
-        asyncio.run(scene())
+        asyncio.run(scenario())
     finally:
         other.close()
 
@@ -274,12 +276,12 @@ def test_failed_commit_stops_writer(ledger: CommittingLedger, trouble: str) -> N
 
 
 def test_idle_writer_uses_no_cpu(ledger: CommittingLedger) -> None:
-    """An idle journal sleeps."""
+    """An idle writer uses no processor time."""
 
-    async def scene() -> float:
+    async def scenario() -> float:
         async with LedgerWriter(ledger.wrapped):
             before = time.process_time()
             await asyncio.sleep(0.5)
             return time.process_time() - before
 
-    assert asyncio.run(scene()) < 0.25
+    assert asyncio.run(scenario()) < 0.25

@@ -1,4 +1,4 @@
-"""The lock: one writer per ledger, and nothing to clean up after a crash."""
+"""The lock: one writer per ledger, with nothing to clean up after a crash."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ with lock_ledger(Path(sys.argv[1]), 0):
 
 @contextmanager
 def lock_in_other_process(ledger: Path, seconds: float = 60) -> Iterator[subprocess.Popen[str]]:
-    """Let another process hold the lock for so long."""
+    """Hold the lock in another process for `seconds`."""
     command = [sys.executable, "-c", HOLDER_SCRIPT, str(ledger), str(seconds)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -41,12 +41,12 @@ def lock_in_other_process(ledger: Path, seconds: float = 60) -> Iterator[subproc
 
 @pytest.fixture
 def ledger_path(tmp_path: Path) -> Path:
-    """Name a ledger in a folder that is not there yet."""
+    """Return the path of a ledger in a folder that does not exist yet."""
     return tmp_path / ".enrich" / "leads.db"
 
 
 def test_held_lock_fails_at_once(ledger_path: Path) -> None:
-    """Without waiting, the error names the ledger and what to do."""
+    """A held lock fails at once with an error that names the ledger and what to do."""
     with lock_in_other_process(ledger_path):
         started = time.monotonic()
         with pytest.raises(LedgerLocked, match=r"leads\.db") as locked, lock_ledger(ledger_path, 0):
@@ -58,7 +58,7 @@ def test_held_lock_fails_at_once(ledger_path: Path) -> None:
 
 
 def test_lock_released_by_killed_process(ledger_path: Path) -> None:
-    """After a power cut or SIGKILL nothing is left to remove."""
+    """After SIGKILL or a power cut, there is no lock to remove."""
     with lock_in_other_process(ledger_path) as process:
         process.kill()
         process.wait()
@@ -68,7 +68,7 @@ def test_lock_released_by_killed_process(ledger_path: Path) -> None:
 
 @pytest.mark.parametrize("wait_s", [10, -1])
 def test_wait_for_lock(ledger_path: Path, wait_s: float) -> None:
-    """It is taken as soon as the other process lets go."""
+    """Waiting takes the lock as soon as the other process releases it."""
     with lock_in_other_process(ledger_path, 0.3):
         with pytest.raises(LedgerLocked), lock_ledger(ledger_path, 0.05):
             pytest.fail("two writers")
@@ -77,14 +77,14 @@ def test_wait_for_lock(ledger_path: Path, wait_s: float) -> None:
 
 
 def test_lock_excludes_within_process(ledger_path: Path) -> None:
-    """The lock is of the holder, not of the process; it can be taken again when it was let go."""
+    """The lock excludes other holders in the same process, and can be taken again after its release."""
     for _ in range(2):
         with lock_ledger(ledger_path, 0), pytest.raises(LedgerLocked), lock_ledger(ledger_path, 0):
             pytest.fail("two writers")
 
 
 def test_lock_file_permissions(ledger_path: Path) -> None:
-    """Removing it would let two processes hold two files of one name."""
+    """The lock file is 0600 and stays: after removing it, two processes could lock two files of one name."""
     before = os.umask(0)
     try:
         with lock_ledger(ledger_path, 0):
@@ -97,7 +97,7 @@ def test_lock_file_permissions(ledger_path: Path) -> None:
 
 
 def test_file_system_without_locks(tmp_path: Path) -> None:
-    """The message names the file."""
+    """The error for a file system without locks names the file."""
     (tmp_path / "file").touch()
     for path in (tmp_path / "file" / "leads.db", Path("/proc/enrich/leads.db")):
         with pytest.raises(CommandRefused, match=r"leads\.db\.lock"), lock_ledger(path, 0):
@@ -105,7 +105,7 @@ def test_file_system_without_locks(tmp_path: Path) -> None:
 
 
 def test_lock_inspection_changes_nothing(tmp_path: Path) -> None:
-    """Held or not, looking changes nothing for who holds it, and makes no file."""
+    """Checking the lock changes nothing for its holder and creates no file."""
     ledger = tmp_path / "ledger.db"
     assert not is_locked(ledger)
     assert list(tmp_path.iterdir()) == []

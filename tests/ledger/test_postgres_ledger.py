@@ -1,4 +1,4 @@
-"""A ledger on a server: how it is found and let in, who may have it, and what a person is told when it is not so."""
+"""A ledger on PostgreSQL: login, schemas and versions, concurrency, and the errors for each of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.workspace import SandboxApi, Workspace, kill_process, make_le
 
 @pytest.fixture
 def backend() -> str:
-    """Ask of a ledger on a server."""
+    """Use a ledger on a server."""
     return "server"
 
 
@@ -32,7 +32,7 @@ def backend() -> str:
 
 @pytest.mark.long
 def test_password_from_environment(api: SandboxApi, workspace: Workspace) -> None:
-    """PGPASSWORD, as for every program that speaks to PostgreSQL; it stands in no file of ours and in no output."""
+    """PGPASSWORD is used as by every libpq program; the password is in no file of ours and no output."""
     workspace.write_leads(make_leads(3))
 
     result = workspace.run_subprocess("run", "job.yaml", "--json", "--log-file", "run.log", api=api)
@@ -46,7 +46,7 @@ def test_password_from_environment(api: SandboxApi, workspace: Workspace) -> Non
 @pytest.mark.long
 @pytest.mark.parametrize("named", [True, False])
 def test_password_from_file(api: SandboxApi, workspace: Workspace, postgres: PostgresServer, *, named: bool) -> None:
-    """~/.pgpass, or the one that PGPASSFILE names."""
+    """The password is read from ~/.pgpass or from the file that PGPASSFILE names."""
     workspace.write_leads(make_leads(1))
     secrets = workspace.folder / ("secrets" if named else ".pgpass")
     secrets.write_text(f"127.0.0.1:{postgres.port}:enrich:enrich:{postgres.password}\n")
@@ -60,7 +60,7 @@ def test_password_from_file(api: SandboxApi, workspace: Workspace, postgres: Pos
 
 @pytest.mark.parametrize("url", ["postgresql://enrich:secret@{}/enrich", "postgresql://{}/enrich?password=secret"])
 def test_password_in_job_is_refused(workspace: Workspace, api: SandboxApi, postgres: PostgresServer, url: str) -> None:
-    """It is not repeated either."""
+    """A password in the job file is refused and not shown."""
     workspace.write_job(ledger=url.format(f"127.0.0.1:{postgres.port}"))
 
     result = workspace.run_in_process("run", "job.yaml", api=api)
@@ -80,7 +80,7 @@ def test_password_in_job_is_refused(workspace: Workspace, api: SandboxApi, postg
 def test_login_failure(
     api: SandboxApi, workspace: Workspace, command: str, variables: dict[str, str], words: list[str]
 ) -> None:
-    """Exit 5 and what to do, whichever command; nothing was asked of the API that costs."""
+    """A failed login is exit 5 with a remedy for every command, and no paid request was sent."""
     workspace.write_leads(make_leads(1))
 
     result = replace(workspace, environ=variables).run_in_process(command, "job.yaml", api=api)
@@ -91,7 +91,7 @@ def test_login_failure(
     assert api.audit()["accepted"] == 0
 
 
-# Other places
+# Servers, schemas and versions
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_login_failure(
 def test_unreachable_server(
     api: SandboxApi, workspace: Workspace, postgres: PostgresServer, url: str, word: str
 ) -> None:
-    """With the place and a hint; who only looks does not wait for it."""
+    """An unreachable server's error names it with a hint; read-only commands don't wait for it."""
     workspace.write_leads(make_leads(1))
     workspace.write_job(ledger=url.format(f"127.0.0.1:{postgres.port}"))
 
@@ -117,7 +117,7 @@ def test_unreachable_server(
 
 
 def test_foreign_schema_is_refused(api: SandboxApi, workspace: Workspace, postgres: PostgresServer) -> None:
-    """What has tables that are not ours is no ledger, and none is made of it."""
+    """A schema with foreign tables is refused, and no ledger is made in it."""
     schema = postgres.ledger_url().rpartition("=")[2]
     with closing(postgres.connect()) as db:
         db.execute(f"CREATE SCHEMA {schema}")
@@ -136,7 +136,7 @@ def test_foreign_schema_is_refused(api: SandboxApi, workspace: Workspace, postgr
 
 @pytest.fixture
 def guest_role(postgres: PostgresServer) -> Iterator[str]:
-    """Make a role that may log in, with the password `guest`, and make nothing."""
+    """Make a role with the password `guest` that may log in but create nothing."""
     role = f"guest_{postgres.ledger_url().rpartition('=')[2]}"
     with closing(postgres.connect("postgres")) as db:
         db.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'guest'")
@@ -148,7 +148,7 @@ def guest_role(postgres: PostgresServer) -> Iterator[str]:
 def test_prepared_schema_is_used(
     api: SandboxApi, workspace: Workspace, postgres: PostgresServer, guest_role: str
 ) -> None:
-    """Whoever may not make schemas gets an empty one from whoever may, and is told so without."""
+    """A role without the right to create schemas can use an empty one prepared for it; the error asks for that."""
     schema = postgres.ledger_url().rpartition("=")[2]
     workspace.write_leads(make_leads(1))
     workspace.write_job(ledger=postgres.ledger_url(schema, guest_role))
@@ -164,7 +164,7 @@ def test_prepared_schema_is_used(
 
 @pytest.mark.parametrize(("version", "word"), [(99, "newer version"), (0, "older version")])
 def test_ledger_of_other_version(workspace: Workspace, version: int, word: str) -> None:
-    """Whoever only looks neither reads what it cannot know nor changes it."""
+    """A read-only command neither reads nor changes a ledger of another version."""
     Ledger(workspace.ledger_location).close()
     workspace.sql("UPDATE ledger SET version = ?", version)
 
@@ -175,7 +175,7 @@ def test_ledger_of_other_version(workspace: Workspace, version: int, word: str) 
 
 
 def test_older_ledger_is_migrated_once(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the next who writes; several at once take turns, and all of them find it whole."""
+    """The next writer migrates an older ledger; several at once take turns, and all see it complete."""
     Ledger(workspace.ledger_location).close()
     step = "CREATE TABLE remarks (id BIGINT PRIMARY KEY);\n\nINSERT INTO remarks VALUES (1)"
     monkeypatch.setattr(schema, "POSTGRES_MIGRATIONS", [*schema.POSTGRES_MIGRATIONS, step])
@@ -189,7 +189,7 @@ def test_older_ledger_is_migrated_once(workspace: Workspace, monkeypatch: pytest
 
 
 def test_failed_migration_rolls_back(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All steps to the newest version are one transaction."""
+    """All migration steps to the newest version are one transaction, so a failed one changes nothing."""
     Ledger(workspace.ledger_location).close()
     version = workspace.sql("SELECT version FROM ledger")
     steps = ["CREATE TABLE remarks (id BIGINT PRIMARY KEY)", "INSERT INTO remarks VALUES (1);\n\nSELECT 1 / 0"]
@@ -204,7 +204,7 @@ def test_failed_migration_rolls_back(workspace: Workspace, monkeypatch: pytest.M
 
 
 def test_sandbox_schema_is_separate(workspace: Workspace, postgres: PostgresServer) -> None:
-    """What play money bought lies beside the real thing, and is found again."""
+    """The sandbox has a schema of its own beside the real one and finds it again."""
     workspace.write_leads(make_leads(2))
 
     first = workspace.run_in_process("run", "job.yaml", "--sandbox", "--json")
@@ -218,7 +218,7 @@ def test_sandbox_schema_is_separate(workspace: Workspace, postgres: PostgresServ
 
 
 def test_ledger_from_environment(api: SandboxApi, workspace: Workspace) -> None:
-    """`ENRICH_LEDGER` instead of the job file's: the same job on a laptop and in a cluster."""
+    """`ENRICH_LEDGER` replaces the job file's ledger, so one job runs on a laptop and in a cluster."""
     url = str(workspace.server_url)
     plain = Workspace(workspace.folder, environ=workspace.environ)
     plain.write_job()
@@ -231,12 +231,12 @@ def test_ledger_from_environment(api: SandboxApi, workspace: Workspace) -> None:
     assert workspace.sql("SELECT count(*) FROM requests") == [(2,)]
 
 
-# One at a time
+# One run at a time
 
 
 @pytest.mark.long
 def test_concurrent_run_is_exit_11(tmp_path: Path, workspace: Workspace) -> None:
-    """One execution at a time holds the ledger, wherever the second is started."""
+    """Only one run at a time holds the ledger; a second one on any machine is exit 11."""
     workspace.write_leads(make_leads(20))
     with serve_api(tmp_path / "api.db", latency="fixed(0.5)") as api, lock_ledger(workspace.ledger_location, 0):
         assert is_locked(workspace.ledger_location)
@@ -246,19 +246,19 @@ def test_concurrent_run_is_exit_11(tmp_path: Path, workspace: Workspace) -> None
 
 
 def test_restart_right_after_kill(workspace: Workspace) -> None:
-    """Who starts a killed run again at once is not turned away by the run that is no more."""
-    dead = lock_ledger(workspace.ledger_location, 0)
-    dead.__enter__()
-    noticed = threading.Timer(0.7, dead.__exit__, (None, None, None))
-    noticed.start()
+    """A run restarted right after a kill is not refused because of the killed run."""
+    killed_lock = lock_ledger(workspace.ledger_location, 0)
+    killed_lock.__enter__()
+    release_timer = threading.Timer(0.7, killed_lock.__exit__, (None, None, None))
+    release_timer.start()
     with lock_ledger(workspace.ledger_location, 0):
         pass
-    noticed.join()
+    release_timer.join()
 
 
 @pytest.mark.long
 def test_lock_released_by_killed_run(tmp_path: Path, workspace: Workspace) -> None:
-    """It dies with its connection; the next run finds what was on the wire in doubt and buys nothing twice."""
+    """A killed run's lock ends with its connection; the next run marks its POSTs in doubt and buys nothing twice."""
     workspace.write_job(ledger=f"{workspace.server_url}&lease=1")
     workspace.write_leads(make_leads(60))
     with serve_api(tmp_path / "api.db", latency="uniform(0.2,0.6)") as api:

@@ -1,4 +1,4 @@
-"""A server that is restarted while somebody writes or reads: nothing is lost, nothing is written twice."""
+"""The server restarts while processes write and read: nothing is lost and nothing is written twice."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.support.workspace import SandboxApi, Workspace, kill_process, make_le
 
 @pytest.fixture
 def ledger_location(own_postgres: PostgresServer, tmp_path: Path) -> LedgerLocation:
-    """Name a place on a server that may be restarted."""
+    """Return a location on a server that may be restarted."""
     return parse_ledger_location(tmp_path, own_postgres.ledger_url(), tmp_path)
 
 
@@ -35,15 +35,15 @@ def ledger_location(own_postgres: PostgresServer, tmp_path: Path) -> LedgerLocat
 def test_restart_between_transitions(
     ledger: CommittingLedger, own_postgres: PostgresServer, how: Literal["fast", "immediate"]
 ) -> None:
-    """The second finds its connection gone before it wrote anything, and is made all the same."""
+    """A transition that finds its connection closed before it wrote anything is repeated."""
 
-    async def scene() -> None:
+    async def scenario() -> None:
         async with LedgerWriter(ledger.wrapped) as writer:
             await writer.submit(Ledger.start_execution, "before", None, 1)
             await asyncio.to_thread(own_postgres.restart, how)
             await writer.submit(Ledger.start_execution, "after", None, 2)
 
-    asyncio.run(scene())
+    asyncio.run(scenario())
 
     assert ledger.query_all("SELECT job FROM executions ORDER BY id") == [("before",), ("after",)]
 
@@ -53,31 +53,33 @@ def test_restart_between_transitions(
 def test_no_duplicate_transition_after_lost_commit(
     ledger: CommittingLedger, own_postgres: PostgresServer, how: Literal["fast", "immediate"]
 ) -> None:
-    """Of a commit whose end was not heard the server tells afterwards whether it was one."""
+    """After a lost connection, the server shows whether a commit was made, so no transition is made twice."""
     stop = threading.Event()
     made: list[str] = []
 
     def reached(number: int) -> bool:
         return len(made) > number
 
-    async def ask(writer: LedgerWriter, asker: int) -> None:
+    async def submit_until_stopped(writer: LedgerWriter, task_number: int) -> None:
         while not stop.is_set():
-            name = f"{asker} {len(made)}"
+            name = f"{task_number} {len(made)}"
             made.append(name)
             await writer.submit(Ledger.start_execution, name, None, 1)
 
-    async def disturb() -> None:
+    async def restart_server() -> None:
         for _ in range(3):
             enough = len(made) + 50
             await asyncio.to_thread(wait_until, partial(reached, enough))
             await asyncio.to_thread(own_postgres.restart, how)
         stop.set()
 
-    async def scene() -> None:
+    async def scenario() -> None:
         async with LedgerWriter(ledger.wrapped) as writer:
-            await asyncio.gather(disturb(), *(ask(writer, asker) for asker in range(5)))
+            await asyncio.gather(
+                restart_server(), *(submit_until_stopped(writer, task_number) for task_number in range(5))
+            )
 
-    asyncio.run(scene())
+    asyncio.run(scenario())
 
     assert sorted(name for (name,) in ledger.query_all("SELECT job FROM executions")) == sorted(made)
 
@@ -87,7 +89,7 @@ def test_no_duplicate_transition_after_lost_commit(
 def test_run_survives_server_restarts(
     tmp_path: Path, own_postgres: PostgresServer, how: Literal["fast", "immediate"]
 ) -> None:
-    """Restarted twice in the thick of it, and away for a while: every lead is answered, none is paid for twice."""
+    """After two restarts and an outage of the server, every lead is answered and none is paid for twice."""
     workspace = Workspace(tmp_path, f"{own_postgres.ledger_url()}&lease=3", own_postgres.environ)
     workspace.write_job(limits="{requests_per_second: 60}")
     workspace.write_leads(make_leads(150))
@@ -114,13 +116,13 @@ def test_run_survives_server_restarts(
 
 
 def requests_sent(api: SandboxApi, enough: int) -> bool:
-    """Tell whether so many requests were sent."""
+    """Return whether at least `enough` requests were sent."""
     return bool(api.audit()["requests"].get("run", 0) >= enough)
 
 
 @pytest.mark.long
 def test_unreachable_server_does_not_delay_end(own_postgres: PostgresServer, tmp_path: Path) -> None:
-    """Who goes on alone, or leaves, does so without the others' pace when the server is away."""
+    """When the server is away, a process stops sharing the rate at once and gets no shared limiter back."""
     ledger_location = parse_ledger_location(tmp_path, own_postgres.ledger_url(), tmp_path)
     assert isinstance(ledger_location, Place)
     Ledger(ledger_location).close()
@@ -128,10 +130,10 @@ def test_unreachable_server_does_not_delay_end(own_postgres: PostgresServer, tmp
     limiter.rate = 42.0
     start_sharing(ledger_location, limiter)
     own_postgres.stop()
-    away = stop_sharing(ledger_location)
+    while_stopped = stop_sharing(ledger_location)
     own_postgres.start()
-    back = stop_sharing(ledger_location)
+    after_start = stop_sharing(ledger_location)
 
-    assert away is None
-    assert back is not None
-    assert back.rate == 42.0
+    assert while_stopped is None
+    assert after_start is not None
+    assert after_start.rate == 42.0

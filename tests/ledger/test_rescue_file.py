@@ -1,4 +1,4 @@
-"""The rescue file: taken in once, whatever the ledger has meanwhile; refused when damaged; erased with the ledger."""
+"""The rescue file: imported once whatever the ledger contains, refused when damaged, erased with the ledger."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RUN = ("run", "job.yaml", "--json")
 
 
 def rescue_record(number: int, state: str = "submitted", task: str | None = "task", **more: Any) -> RescuedAttempt:
-    """Write about the request of a lead."""
+    """Return the rescued attempt of a lead."""
     result: dict[str, Any] = {
         "ledger": "/somewhere/leads.db",
         "attempt": number,
@@ -46,26 +46,26 @@ def rescue_record(number: int, state: str = "submitted", task: str | None = "tas
 
 
 def import_lines(ledger: CommittingLedger, *lines: RescuedAttempt) -> str:
-    """Take in lines; say what came of them."""
+    """Import lines; return the message about them."""
     return str(ledger.commit(Ledger.import_rescued, lines, "job", 9_000))
 
 
 def request_states(ledger: CommittingLedger) -> dict[int, str]:
-    """Tell where each lead's request stands."""
+    """Return the state of each lead's request."""
     rows = ledger.wrapped._db.execute("SELECT fingerprint, state FROM requests").fetchall()
     return {int.from_bytes(name): state for name, state in rows}
 
 
 def assert_sound(ledger: CommittingLedger) -> None:
-    """Expect that all invariants hold."""
+    """Check that all invariants hold."""
     assert check_ledger(ledger.location).problems == []
 
 
-# Into the ledger
+# Import
 
 
 def test_new_ledger_imports_everything(ledger: CommittingLedger) -> None:
-    """Open tasks are asked for again, answers count, doubts stay doubts; what was not accepted is free to be sent."""
+    """Open tasks are polled, answers count, unconfirmed ones stay so; requests that were refused may be sent."""
     lines = [
         rescue_record(1, task="a"),
         rescue_record(2, "found", task="b"),
@@ -96,7 +96,7 @@ def test_new_ledger_imports_everything(ledger: CommittingLedger) -> None:
 
 
 def test_submitting_attempt_is_completed(ledger: CommittingLedger) -> None:
-    """The file says `submitting`; the rescue file has what the API said."""
+    """An attempt that the ledger has as `submitting` gets its outcome from the rescue file."""
     ledger.start_and_enroll(1, 2, 3, 4)
     claims = [ledger.claim() for _ in range(4)]
     assert claims
@@ -117,7 +117,7 @@ def test_submitting_attempt_is_completed(ledger: CommittingLedger) -> None:
 
 
 def test_in_doubt_is_resolved_by_task_id(ledger: CommittingLedger) -> None:
-    """A run between has put it in doubt."""
+    """A task id from the rescue file resolves a request that a run in between marked in doubt."""
     ledger.start_and_enroll(1)
     ledger.claim()
     ledger.commit(Ledger.recover, 1_500)
@@ -130,7 +130,7 @@ def test_in_doubt_is_resolved_by_task_id(ledger: CommittingLedger) -> None:
 
 
 def test_newer_ledger_state_is_kept(ledger: CommittingLedger) -> None:
-    """An answer is not replaced, a task that another request has is not asked for in its place."""
+    """An answer is not replaced, and a task id that another request has is not used again."""
     ledger.start_and_enroll(1, 2)
     ledger.settle(ledger.submit("a"))
     ledger.submit("b")
@@ -148,7 +148,7 @@ def test_newer_ledger_state_is_kept(ledger: CommittingLedger) -> None:
 
 
 def test_bulk_requests_stay_together(ledger: CommittingLedger) -> None:
-    """All of them or none: answers go by their places."""
+    """The rows of a bulk task are imported all or not at all, because answers are matched by their order."""
     whole = [rescue_record(number, task="t", bundle=1, place=number, size=3) for number in range(3)]
     torn = [
         rescue_record(number, task="u", bundle=2, place=number - 10, size=3, claimed_ms=1_001) for number in (10, 11)
@@ -163,7 +163,7 @@ def test_bulk_requests_stay_together(ledger: CommittingLedger) -> None:
 
 
 def test_other_workspace_is_refused(ledger: CommittingLedger) -> None:
-    """Nothing is taken in."""
+    """A rescue file of another workspace is refused, and nothing is imported."""
     ledger.start_and_enroll(1)
     ledger.submit("a")
 
@@ -176,14 +176,14 @@ STATES = ["submitting", "submitted", "in_doubt", "refused", "found", "not_found"
 
 @given(
     moves=st.lists(st.sampled_from(["claim", "submit", "settle", "doubt"]), max_size=8),
-    told=st.lists(
+    attempts=st.lists(
         st.tuples(st.integers(0, 7), st.sampled_from(STATES), st.integers(0, 5), st.sampled_from([1_000, 1_001]))
     ),
 )
 def test_any_rescue_file_keeps_ledger_sound(
-    tmp_path_factory: pytest.TempPathFactory, moves: list[str], told: list[tuple[int, str, int, int]]
+    tmp_path_factory: pytest.TempPathFactory, moves: list[str], attempts: list[tuple[int, str, int, int]]
 ) -> None:
-    """Taken in twice or in parts it changes nothing more, no task belongs to two requests, and no answer is lost."""
+    """A second import changes nothing, no task belongs to two requests, and no answer is lost."""
     ledger = CommittingLedger.open(tmp_path_factory.mktemp("any") / "job.db").start_and_enroll(*range(8))
     for number, move in enumerate(moves):
         attempt = ledger.claim().attempt_id
@@ -202,7 +202,7 @@ def test_any_rescue_file_keeps_ledger_sound(
             attempt=at,
             claimed_ms=claimed,
         )
-        for at, (number, state, task, claimed) in enumerate(told)
+        for at, (number, state, task, claimed) in enumerate(attempts)
     ]
 
     import_lines(ledger, *lines)
@@ -225,13 +225,13 @@ def test_any_rescue_file_keeps_ledger_sound(
 
 
 def test_rescue_file_roundtrip(tmp_path: Path) -> None:
-    """Of several lines about an attempt the last counts; room that was not used is no line."""
+    """The last of several lines about an attempt counts; unused preallocated space is no line."""
     file = RescueFile(tmp_path / "job.db")
     assert file.append([rescue_record(1, "submitting", task=None), rescue_record(2)])
     assert file.append([rescue_record(1, "found", error="ü\n\u2028", answer='{"data": "\\u0000"}')])
     assert file.path == tmp_path / "job.db.rescue"
 
-    lines = read_rescue_file(file.path)  # as a kill leaves it
+    lines = read_rescue_file(file.path)  # before it is closed, as after a kill
 
     assert [(line.attempt, line.state) for line in lines] == [(1, "found"), (2, "submitted")]
     assert lines[0].error == "ü\n\u2028"
@@ -241,7 +241,7 @@ def test_rescue_file_roundtrip(tmp_path: Path) -> None:
 
 
 def test_second_file_does_not_replace_first(tmp_path: Path) -> None:
-    """What was not taken in yet stays."""
+    """A second file does not replace one that has not been imported."""
     for number in range(3):
         file = RescueFile(tmp_path / "job.db")
         file.append([rescue_record(number)])
@@ -251,7 +251,7 @@ def test_second_file_does_not_replace_first(tmp_path: Path) -> None:
 
 
 def test_fallback_location_beside_output(tmp_path: Path) -> None:
-    """With all that was written before."""
+    """If the ledger's folder is gone, the file moves beside the output with all earlier lines."""
     ledger, output = tmp_path / ".enrich" / "job.db", tmp_path / "out"
     ledger.parent.mkdir()
     output.mkdir()
@@ -267,7 +267,7 @@ def test_fallback_location_beside_output(tmp_path: Path) -> None:
 
 
 def test_rescue_file_of_other_ledger(tmp_path: Path) -> None:
-    """Two jobs may write into one folder."""
+    """A rescue file of another ledger in the same folder is not imported: two jobs may share a folder."""
     file = RescueFile(tmp_path / "gone" / "job.db", [tmp_path])
     file.append([rescue_record(1)])
     file.close()
@@ -300,7 +300,7 @@ VALID_LINE = rescue_record(1).to_line()
     ],
 )
 def test_damaged_rescue_file_is_refused(api: SandboxApi, workspace: Workspace, content: bytes) -> None:
-    """By run, forget and purge, with its name and without its content; nothing is sent."""
+    """Run, forget and purge refuse a damaged rescue file by name, without showing its content, and send nothing."""
     workspace.write_leads(make_leads(2))
     assert workspace.run_job(api).exit_code == 0
     file = workspace.ledger_path.with_name("job.db.rescue")
@@ -320,7 +320,7 @@ def test_damaged_rescue_file_is_refused(api: SandboxApi, workspace: Workspace, c
 
 
 def run_without_ledger(workspace: Workspace, api: SandboxApi) -> Path:
-    """Lose the ledger under a run that has paid for three leads; return the rescue file."""
+    """Lose the ledger during a run that has paid for three leads; return the rescue file."""
     workspace.write_leads(make_leads(3))
     process = workspace.start_subprocess(*RUN, api=api)
     wait_until(lambda: workspace.open_task_count() == 3)
@@ -332,7 +332,7 @@ def run_without_ledger(workspace: Workspace, api: SandboxApi) -> Path:
 
 @pytest.mark.long
 def test_import_is_idempotent_after_kill(tmp_path: Path, workspace: Workspace) -> None:
-    """The next run takes it in again, and it changes nothing."""
+    """After a kill the next run imports the file again, which changes nothing."""
     with serve_api(tmp_path / "api.db", latency="fixed(2)") as api:
         file = run_without_ledger(workspace, api)
         content = file.read_bytes()
@@ -350,7 +350,7 @@ def test_import_is_idempotent_after_kill(tmp_path: Path, workspace: Workspace) -
 
 @pytest.mark.long
 def test_forget_and_purge_clean_rescue_file(tmp_path: Path, workspace: Workspace) -> None:
-    """What is running is refused as ever; what was answered is erased; no file with it stays."""
+    """Forget and purge refuse running tasks, erase imported answers, and leave no rescue file that contains them."""
     with serve_api(tmp_path / "api.db", latency="fixed(2)") as api:
         file = run_without_ledger(workspace, api)
         forget = ("forget", "job.yaml", "--match", "First Name=First1", "--yes")
@@ -366,13 +366,13 @@ def test_forget_and_purge_clean_rescue_file(tmp_path: Path, workspace: Workspace
 
 
 def rescue_lines_of_ledger(workspace: Workspace) -> Sequence[RescuedAttempt]:
-    """Write a rescue file about all that a ledger has."""
+    """Write a rescue file about all attempts in a ledger."""
     with closing(workspace.open_ledger()) as ledger:
         return list(ledger.answered_attempts())
 
 
 def test_sandbox_rescue_file_is_separate(tmp_path: Path, workspace: Workspace) -> None:
-    """A real run takes in nothing of a rehearsal."""
+    """A real run does not import a sandbox run's rescue file."""
     workspace.write_leads(make_leads(2))
     (workspace.ledger_path.parent).mkdir()
     workspace.ledger_path.with_name("job.sandbox.db.rescue").write_bytes(
@@ -385,12 +385,12 @@ def test_sandbox_rescue_file_is_separate(tmp_path: Path, workspace: Workspace) -
 
 
 def test_failed_removal_is_reported(tmp_path: Path) -> None:
-    """A folder in its place is named."""
+    """A file that can't be removed, here a folder in its place, is reported by name."""
     (tmp_path / "job.db.rescue").mkdir()
     with pytest.raises(CommandRefused, match=r"job\.db\.rescue"):
-        remove_imported_files([(tmp_path / "job.db.rescue", None)])  # type: ignore[list-item] # what was in it does not matter
+        remove_imported_files([(tmp_path / "job.db.rescue", None)])  # type: ignore[list-item] # any content
 
 
 def test_rescue_line_states() -> None:
-    """But `pending`, which is no attempt's."""
+    """A rescue line may have any state of an attempt; `pending` is none."""
     assert set(STATES) - {"refused"} == {state.value for state in State} - {"pending"}

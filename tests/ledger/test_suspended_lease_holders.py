@@ -1,4 +1,4 @@
-"""Who falls silent while others wait for what it holds on the server: they go on, and it finds out."""
+"""A suspended process holds a lease or lock while others wait: they continue, and it notices when it resumes."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ TIMEOUT_S = 60
 
 @pytest.fixture
 def ledger_location(postgres: PostgresServer, tmp_path: Path) -> Place:
-    """Name a place with short leases."""
+    """Return a location with leases of one second."""
     found = parse_ledger_location(tmp_path, f"{postgres.ledger_url()}&lease=1", tmp_path)
     assert isinstance(found, Place)
     return found
 
 
 def is_idle_in_transaction(ledger_location: Place, pid: int) -> bool:
-    """Tell whether a connection is in the middle of a transaction."""
+    """Return whether the connection still exists on the server."""
     return bool(run_sql(ledger_location, "SELECT 1 FROM pg_stat_activity WHERE pid = ?", pid))
 
 
 def test_idle_transaction_is_retried(ledger_location: Place) -> None:
-    """The server ended it; whoever wakes up in the middle of one is told so, and may try again."""
+    """The server ends an idle transaction; the process gets `TransactionInterrupted` and may try again."""
     with Lease(ledger_location) as lease:
         ledger = Ledger(ledger_location, fencing_token=lease.fencing_token)
         ledger._db.begin()
@@ -53,33 +53,33 @@ def test_idle_transaction_is_retried(ledger_location: Place) -> None:
 
 
 def test_stopped_process_does_not_hold_rate(ledger_location: Place) -> None:
-    """A process that was stopped while it had the row of the rate does not stop the others."""
+    """A process suspended while it updates the shared rate's row does not stop the others."""
     silent, other = SharedRateRow(ledger_location), SharedRateRow(ledger_location)
-    has_it, result = threading.Event(), threading.Event()
+    row_taken, resume = threading.Event(), threading.Event()
 
-    def rest(_: str | None, __: float) -> tuple[str, None]:
-        has_it.set()
-        result.wait(TIMEOUT_S)
+    def hold_row(_: str | None, __: float) -> tuple[str, None]:
+        row_taken.set()
+        resume.wait(TIMEOUT_S)
         return "silent", None
 
-    thread = threading.Thread(target=silent.update, args=(rest,))
+    thread = threading.Thread(target=silent.update, args=(hold_row,))
     thread.start()
-    has_it.wait()
+    row_taken.wait()
     waiting = threading.Thread(target=other.update, args=(lambda *_: ("other", None),))
     waiting.start()
     waiting.join(TIMEOUT_S / 2)
-    went_on = not waiting.is_alive()
-    result.set()
+    continued = not waiting.is_alive()
+    resume.set()
     for each in (thread, waiting):
         each.join()
-    assert went_on
+    assert continued
     assert run_sql(ledger_location, "SELECT state FROM allowance") == [("silent",)]
     silent.close()
     other.close()
 
 
 def test_unrenewable_lease_is_reported(ledger_location: Place) -> None:
-    """It sends nothing more, and does not wait for ever to be sure again."""
+    """A lease that can't be renewed raises `LeaseLost`: the process sends nothing more and does not wait for ever."""
     with Lease(ledger_location) as lease:
         assert lease.is_valid()
         run_sql(ledger_location, "DELETE FROM owners")
@@ -88,16 +88,20 @@ def test_unrenewable_lease_is_reported(ledger_location: Place) -> None:
 
 
 def test_lock_is_reacquired(ledger_location: Place) -> None:
-    """Another was quicker after the connection was lost, saw that ours lives, and left."""
-    ours = "locktype = 'advisory' AND objid::bigint = (hashtext(?)::bigint & 4294967295)"
+    """After a lost connection, another process took the lock and left; the run takes the lock again."""
+    lock_condition = "locktype = 'advisory' AND objid::bigint = (hashtext(?)::bigint & 4294967295)"
 
-    def in_line() -> bool:
+    def is_waiting() -> bool:
         return bool(
-            run_sql(ledger_location, f"SELECT 1 FROM pg_locks WHERE {ours} AND NOT granted", ledger_location.schema)
+            run_sql(
+                ledger_location,
+                f"SELECT 1 FROM pg_locks WHERE {lock_condition} AND NOT granted",
+                ledger_location.schema,
+            )
         )
 
-    def other() -> None:
-        """Wait for it, have it for a while, and let go of it with the connection."""
+    def take_lock() -> None:
+        """Wait for the lock, hold it for 1 s, and release it with the connection."""
         run_sql(
             ledger_location,
             "SELECT pg_advisory_lock(?, hashtext(?)), pg_sleep(1)",
@@ -106,12 +110,12 @@ def test_lock_is_reacquired(ledger_location: Place) -> None:
         )
 
     with lock_ledger(ledger_location, 0):
-        waiting = threading.Thread(target=other)
+        waiting = threading.Thread(target=take_lock)
         waiting.start()
-        wait_until(in_line)
+        wait_until(is_waiting)
         run_sql(
             ledger_location,
-            f"SELECT pg_terminate_backend(pid) FROM pg_locks WHERE {ours} AND granted",
+            f"SELECT pg_terminate_backend(pid) FROM pg_locks WHERE {lock_condition} AND granted",
             ledger_location.schema,
         )
         waiting.join()
@@ -121,20 +125,20 @@ def test_lock_is_reacquired(ledger_location: Place) -> None:
 
 @pytest.mark.long
 def test_release_does_not_wait_for_server(own_postgres: PostgresServer, tmp_path: Path) -> None:
-    """Whoever lets go of it needs no server any more."""
+    """Releasing the lock does not wait for a stopped server."""
     ledger_location = parse_ledger_location(tmp_path, own_postgres.ledger_url(), tmp_path)
-    lost, leave = threading.Event(), threading.Event()
+    locked, release = threading.Event(), threading.Event()
 
-    def lead() -> None:
+    def hold_lock() -> None:
         with lock_ledger(ledger_location, 0):
-            lost.set()
-            leave.wait()
+            locked.set()
+            release.wait()
 
-    leader = threading.Thread(target=lead, daemon=True)
-    leader.start()
-    lost.wait()
+    holder = threading.Thread(target=hold_lock, daemon=True)
+    holder.start()
+    locked.wait()
     own_postgres.stop()
-    leave.wait(1)  # until the lock is looked for
-    leave.set()
-    leader.join(TIMEOUT_S)
-    assert not leader.is_alive()
+    release.wait(1)  # until the lock is next checked
+    release.set()
+    holder.join(TIMEOUT_S)
+    assert not holder.is_alive()

@@ -1,1 +1,1 @@
-"""Tests of logs, metrics and notifications."""
+"""Tests of `enrich.monitoring`."""

@@ -1,4 +1,4 @@
-"""The healthcheck and the notifications: who is told what, and that none of them can break or expose anything."""
+"""Healthcheck pings and notifications: what is sent when, without breaking a run or exposing personal data."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ from tests.support.request_recorder import (
 from tests.support.workspace import SandboxApi, Workspace, serve_api, wait_until
 
 LOG_OPTIONS = ("--log-file", "run.log")
-# Apprise imports it where it is there.
+# Apprise imports this module where it is installed.
 pytestmark = pytest.mark.filterwarnings("ignore:'imghdr' is deprecated:DeprecationWarning")
 
 
 @pytest.fixture
 def recorder() -> Iterator[RequestRecorder]:
-    """A server that hears pings and notifications."""
+    """Return a server that records pings and notifications."""
     with record_requests() as received:
         yield received
 
 
 @pytest.fixture(autouse=True)
 def _fast_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Try again at once."""
+    """Retry at once."""
     monkeypatch.setattr(healthcheck, "RETRY_PAUSE_S", 0.0)
 
 
 @pytest.fixture
 def pinging_workspace(workspace: Workspace, recorder: RequestRecorder) -> Workspace:
-    """An office whose job has a healthcheck."""
+    """Return a workspace whose job has a healthcheck."""
     workspace.write_job(healthcheck=recorder.url)
     workspace.write_leads(searchable_leads(3))
     return workspace
@@ -55,7 +55,7 @@ def pinging_workspace(workspace: Workspace, recorder: RequestRecorder) -> Worksp
 
 
 def test_start_and_success_pings(api: SandboxApi, pinging_workspace: Workspace, recorder: RequestRecorder) -> None:
-    """Both carry the same run id; the second says in one line what came of it, and nobody's name."""
+    """Start and success pings carry one run id; the second has the result in one line and no personal data."""
     result = pinging_workspace.run_in_process("run", "job.yaml", *LOG_OPTIONS, api=api)
 
     assert (result.exit_code, result.stderr) == (0, "")
@@ -70,7 +70,7 @@ def test_start_and_success_pings(api: SandboxApi, pinging_workspace: Workspace, 
 
 
 def test_failure_pings(api: SandboxApi, pinging_workspace: Workspace, recorder: RequestRecorder) -> None:
-    """Doubts, and a key that is missing: the latter never began."""
+    """Unconfirmed requests and a missing key send failure pings; with a missing key there was no start ping."""
     api.inject_fault("no-task-id")
     assert pinging_workspace.run_in_process("run", "job.yaml", api=api).exit_code == 14
     assert recorder.paths == ["/secret-path/start", "/secret-path/fail"]
@@ -84,7 +84,7 @@ def test_failure_pings(api: SandboxApi, pinging_workspace: Workspace, recorder: 
 def test_failed_rows_and_timeout_ping_success(
     tmp_path: Path, pinging_workspace: Workspace, recorder: RequestRecorder
 ) -> None:
-    """Exit 10 is told by its counts, exit 13 goes on by itself."""
+    """Exit 10 pings success with its counts, and so does exit 13, because the next run continues."""
     pinging_workspace.write_leads(searchable_leads(12))
     with serve_api(tmp_path / "f.db", failure_rate=0.5, free_failures=0.0) as api:
         assert pinging_workspace.run_in_process("run", "job.yaml", api=api).exit_code == 10
@@ -98,7 +98,7 @@ def test_failed_rows_and_timeout_ping_success(
 
 
 def test_locked_out_run_sends_no_ping(api: SandboxApi, pinging_workspace: Workspace, recorder: RequestRecorder) -> None:
-    """The run that is at work will tell; a turn that was skipped is no failure."""
+    """A locked-out run sends no ping: the other run reports, and a skipped run is no failure."""
     with lock_ledger(pinging_workspace.ledger_path, 0):
         assert pinging_workspace.run_in_process("run", "job.yaml", api=api).exit_code == 11
         assert pinging_workspace.run_in_process("run", "job.yaml", "--if-locked", "skip", api=api).exit_code == 0
@@ -107,7 +107,7 @@ def test_locked_out_run_sends_no_ping(api: SandboxApi, pinging_workspace: Worksp
 
 
 def test_sandbox_sends_no_ping(pinging_workspace: Workspace, recorder: RequestRecorder) -> None:
-    """Who tries something turns no dashboard green or red."""
+    """A sandbox run sends no ping, so it changes no dashboard."""
     assert pinging_workspace.run_in_process("run", "job.yaml", "--sandbox", "--limit", "0").exit_code == 0
 
     assert recorder.requests == []
@@ -117,7 +117,7 @@ def test_sandbox_sends_no_ping(pinging_workspace: Workspace, recorder: RequestRe
 def test_interrupted_run_sends_start_only(
     tmp_path: Path, pinging_workspace: Workspace, recorder: RequestRecorder
 ) -> None:
-    """It must leave quickly; the check itself notices that nothing more comes."""
+    """An interrupted run sends only its start ping, because it must exit quickly; the check notices the missing end."""
     with serve_api(tmp_path / "slow.db", latency="fixed(3600)") as api:
         process = pinging_workspace.start_subprocess("run", "job.yaml", api=api)
         wait_until(lambda: api.audit()["accepted"] == 3)
@@ -129,7 +129,7 @@ def test_interrupted_run_sends_start_only(
 
 
 def test_ping_is_retried(api: SandboxApi, pinging_workspace: Workspace, recorder: RequestRecorder) -> None:
-    """A 5xx twice is no news."""
+    """A ping is retried after a 5xx, without a note when it succeeds at last."""
     recorder.statuses += [500, 503]
 
     result = pinging_workspace.run_in_process("run", "job.yaml", api=api)
@@ -141,7 +141,7 @@ def test_ping_is_retried(api: SandboxApi, pinging_workspace: Workspace, recorder
 def test_invalid_ping_url_is_not_retried(
     api: SandboxApi, pinging_workspace: Workspace, recorder: RequestRecorder
 ) -> None:
-    """One note for the run, with the host alone."""
+    """An invalid ping URL is not retried and gives one note a run with the host alone."""
     recorder.statuses += [404, 404]
 
     result = pinging_workspace.run_in_process("run", "job.yaml", *LOG_OPTIONS, api=api)
@@ -158,14 +158,14 @@ def test_invalid_ping_url_is_not_retried(
 def test_unresponsive_server_does_not_block_run(
     api: SandboxApi, pinging_workspace: Workspace, recorder: RequestRecorder, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    """The run does its work, says once that the ping was lost, and shows no secret."""
+    """An unresponsive server does not block the run; one note reports the lost ping without secrets."""
     monkeypatch.setattr(healthcheck, "REQUEST_TIMEOUT_S", 0.1)
     monkeypatch.setattr(healthcheck, "END_TIMEOUT_S", 1.0)
     if way == "hanging":
         recorder.release.clear()
     else:
-        there = {"down": "127.0.0.1:9", "nowhere": "no-such-host.invalid"}[way]
-        pinging_workspace.write_job(healthcheck=f"http://{there}/secret-path")
+        address = {"down": "127.0.0.1:9", "nowhere": "no-such-host.invalid"}[way]
+        pinging_workspace.write_job(healthcheck=f"http://{address}/secret-path")
 
     result = pinging_workspace.run_in_process("run", "job.yaml", *LOG_OPTIONS, api=api)
 
@@ -181,7 +181,7 @@ def test_unresponsive_server_does_not_block_run(
 def test_loopback_ping_ignores_proxy(
     api: SandboxApi, pinging_workspace: Workspace, recorder: RequestRecorder, value: str
 ) -> None:
-    """Whatever the proxy variables say."""
+    """A ping to loopback ignores all proxy variables."""
     result = pinging_workspace.run_in_process(
         "run", "job.yaml", api=api, http_proxy=value, HTTP_PROXY=value, ALL_PROXY=value
     )
@@ -192,7 +192,7 @@ def test_loopback_ping_ignores_proxy(
 @pytest.mark.long
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_ping_uses_proxy(api: SandboxApi, pinging_workspace: Workspace, scheme: str) -> None:
-    """One that cannot be used is a note by name, without its password."""
+    """A ping uses the proxy; an unusable proxy is a note with its name and without its password."""
     pinging_workspace.write_job(healthcheck=f"{scheme}://hc.example/secret-path")
     with serve_replies(http_reply(502)) as proxy:
         result = pinging_workspace.run_in_process(
@@ -210,7 +210,7 @@ def test_ping_uses_proxy(api: SandboxApi, pinging_workspace: Workspace, scheme: 
 
 
 def test_invalid_url_is_exit_2(api: SandboxApi, pinging_workspace: Workspace) -> None:
-    """The line of the job file is named."""
+    """An invalid URL is exit 2 with the line of the job file."""
     pinging_workspace.write_job(healthcheck="https://1.2.3.999/secret-path")
 
     result = pinging_workspace.run_in_process("run", "job.yaml", api=api)
@@ -225,7 +225,7 @@ def test_invalid_url_is_exit_2(api: SandboxApi, pinging_workspace: Workspace) ->
 
 @pytest.fixture
 def notifying_workspace(workspace: Workspace, recorder: RequestRecorder) -> Workspace:
-    """An office whose job notifies somebody."""
+    """Return a workspace whose job sends notifications."""
     workspace.write_job(notify="people.txt")
     workspace.write_leads(searchable_leads(3))
     addresses = workspace.folder / "people.txt"
@@ -238,7 +238,7 @@ def notifying_workspace(workspace: Workspace, recorder: RequestRecorder) -> Work
 def test_notification_for_unconfirmed_requests(
     api: SandboxApi, notifying_workspace: Workspace, recorder: RequestRecorder
 ) -> None:
-    """The title says what, the text has the receipt and the exact commands, and nobody's name."""
+    """The title names the problem; the text has the run summary and the exact commands, and no personal data."""
     api.inject_fault("no-task-id")
 
     where = ("--ledger", "my ledger.db", "--output", "out.csv")
@@ -263,7 +263,7 @@ def test_notification_for_unconfirmed_requests(
 
 
 def test_notification_for_missing_key(notifying_workspace: Workspace, recorder: RequestRecorder) -> None:
-    """What went wrong before an execution existed is told, too."""
+    """An error before the execution starts is notified, too."""
     assert notifying_workspace.run_in_process("run", "job.yaml").exit_code == 3
 
     output = json.loads(recorder.requests[0].body)
@@ -274,7 +274,7 @@ def test_notification_for_missing_key(notifying_workspace: Workspace, recorder: 
 
 @pytest.mark.long
 def test_no_notification_on_success(api: SandboxApi, notifying_workspace: Workspace, recorder: RequestRecorder) -> None:
-    """Nor does the sandbox."""
+    """A successful run sends no notification, and neither does the sandbox."""
     assert notifying_workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
     with lock_ledger(notifying_workspace.ledger_path, 0):
         assert notifying_workspace.run_in_process("run", "job.yaml", api=api).exit_code == 11
@@ -285,7 +285,7 @@ def test_no_notification_on_success(api: SandboxApi, notifying_workspace: Worksp
 
 @pytest.mark.long
 def test_missing_notify_extra(api: SandboxApi, notifying_workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One clear note at the start; the run is unaffected."""
+    """Without the notify extra, one note at the start reports it; the run is unaffected."""
     monkeypatch.setattr(notifications, "find_spec", lambda _: None)
     api.inject_fault("no-task-id")
 
@@ -299,7 +299,7 @@ def test_missing_notify_extra(api: SandboxApi, notifying_workspace: Workspace, m
 
 @pytest.mark.long
 def test_notifications_file_permissions(api: SandboxApi, notifying_workspace: Workspace) -> None:
-    """They are secrets."""
+    """The notifications file must be private, because its addresses are secrets."""
     (notifying_workspace.folder / "people.txt").chmod(0o644)
 
     result = notifying_workspace.run_in_process("run", "job.yaml", *LOG_OPTIONS, api=api)
@@ -316,7 +316,7 @@ def test_notifications_file_permissions(api: SandboxApi, notifying_workspace: Wo
 def test_empty_notifications_file(
     api: SandboxApi, notifying_workspace: Workspace, content: str | bytes | None, words: str
 ) -> None:
-    """Not only on the night when somebody is needed."""
+    """An empty notifications file is reported at every run, not only when a notification is due."""
     path = notifying_workspace.folder / "people.txt"
     if content is None:
         path.unlink()
@@ -331,7 +331,7 @@ def test_empty_notifications_file(
 
 
 def test_invalid_lines_are_numbered(notifying_workspace: Workspace, recorder: RequestRecorder) -> None:
-    """The address is in no message; the others are told all the same."""
+    """Invalid lines are reported by number without the address; valid ones are still notified."""
     path = notifying_workspace.folder / "people.txt"
     path.write_text(f"secret-nonsense\n{path.read_text()}json://127.0.0.1:9/secret\n")
 
@@ -346,7 +346,7 @@ def test_invalid_lines_are_numbered(notifying_workspace: Workspace, recorder: Re
 def test_unresponsive_service_does_not_block_run(
     notifying_workspace: Workspace, recorder: RequestRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run ends, and says so."""
+    """An unresponsive service does not block the run's end; a note reports it."""
     monkeypatch.setattr(notifications, "SEND_TIMEOUT_S", 0.2)
     recorder.release.clear()
 
@@ -356,11 +356,11 @@ def test_unresponsive_service_does_not_block_run(
     assert "people.txt: not everybody was notified: it took too long" in result.stderr
 
 
-# The table
+# The table of exit codes
 
 
 def test_exit_codes_have_text_and_advice() -> None:
-    """Nobody is woken without a command that helps, and no code is both fine and not."""
+    """Each exit code that notifies has a command that helps, and each is either a success or a failure."""
     assert {int(code) for code in ExitCode} <= set(exit_codes.EXIT_LABELS)
     for code in exit_codes.EXIT_LABELS:
         assert bool(

@@ -1,4 +1,4 @@
-"""The run log: what is in it, whatever ends the run, and what never is."""
+"""The log file: what it contains however a run ends, and what it never contains."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LOG_OPTIONS = ("--log-file", "run.log")
 
 
 def test_start_and_end_events(api: SandboxApi, workspace: Workspace) -> None:
-    """Every line has its envelope; the start says what the run was given, the end what came of it."""
+    """Each line has the common fields; the start event has the run's inputs, the end event its result."""
     workspace.write_leads(searchable_leads(3))
 
     result = workspace.run_in_process(
@@ -75,7 +75,7 @@ def _no_input(workspace: Workspace, api: SandboxApi) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("break_start", "expected"),
     [
         (_no_job, (2, "unknown key", ["error"])),
         (_no_key, (3, "DATABAR_API_KEY", ["start", "error"])),
@@ -87,15 +87,15 @@ def test_failed_start_is_logged(
     api: SandboxApi,
     workspace: Workspace,
     monkeypatch: pytest.MonkeyPatch,
-    spoil: Callable[[Workspace, SandboxApi], dict[str, str]],
-    told: tuple[int, str, list[str]],
+    break_start: Callable[[Workspace, SandboxApi], dict[str, str]],
+    expected: tuple[int, str, list[str]],
 ) -> None:
-    """Before an execution exists there is an error with its exit code, also for a job file that is wrong."""
+    """A start that fails before the execution, also for an invalid job file, is an error with its exit code."""
     away = tuple(getattr(AWAY, name) for name in Timeouts.__dataclass_fields__)
     monkeypatch.setattr(Timeouts.__init__, "__defaults__", away)
-    code, word, seen = told
+    code, word, seen = expected
     workspace.write_leads(searchable_leads(1))
-    environ = spoil(workspace, api)
+    environ = break_start(workspace, api)
 
     result = workspace.run_in_process("run", "job.yaml", *LOG_OPTIONS, api=None, **environ)
 
@@ -107,7 +107,7 @@ def test_failed_start_is_logged(
 
 
 def test_locked_out_run_is_logged(api: SandboxApi, workspace: Workspace) -> None:
-    """Exit 11 is an error, a turn that was skipped an end without a receipt."""
+    """Exit 11 is logged as an error, a skipped run as an end without a summary."""
     workspace.write_leads(searchable_leads(1))
     with lock_ledger(workspace.ledger_path, 0):
         refused = workspace.run_in_process("run", "job.yaml", *LOG_OPTIONS, api=api)
@@ -123,7 +123,7 @@ def test_locked_out_run_is_logged(api: SandboxApi, workspace: Workspace) -> None
 
 @pytest.mark.long
 def test_two_processes_share_log(tmp_path: Path, workspace: Workspace) -> None:
-    """While one is at work the other is refused; both are in the log, line by line."""
+    """Two processes share a log: the refused one and the running one both write whole lines."""
     workspace.write_leads(searchable_leads(2))
     with serve_api(tmp_path / "api.db", latency="fixed(3600)") as api:
         first = workspace.start_subprocess("run", "job.yaml", *LOG_OPTIONS, api=api)
@@ -141,7 +141,7 @@ def test_two_processes_share_log(tmp_path: Path, workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_killed_run_has_no_end_event(tmp_path: Path, workspace: Workspace) -> None:
-    """The next start follows a start; its notes carry the number of the execution."""
+    """After a kill, the next start event follows the start; its notes have the number of the execution."""
     workspace.write_leads(searchable_leads(3))
     with serve_api(tmp_path / "api.db", latency="fixed(600)") as api:
         first = workspace.start_subprocess("run", "job.yaml", *LOG_OPTIONS, api=api)
@@ -158,11 +158,11 @@ def test_killed_run_has_no_end_event(tmp_path: Path, workspace: Workspace) -> No
     assert "3 tasks of an earlier execution" in note["text"]
 
 
-# What never is in it
+# What the log never contains
 
 
 def test_log_has_no_personal_data(tmp_path: Path, workspace: Workspace) -> None:
-    """Doubts, failures and refusals are logged without a cell of the input and without an answer."""
+    """Unconfirmed, failed and refused requests are logged without input cells and answers."""
     workspace.write_leads(searchable_leads(12))
     with serve_api(tmp_path / "api.db", failure_rate=0.3) as api:
         api.inject_fault("no-task-id", count=2)
@@ -174,7 +174,7 @@ def test_log_has_no_personal_data(tmp_path: Path, workspace: Workspace) -> None:
 
 
 def test_quoted_params_are_removed(api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its words are on stderr for the person; the log has the status."""
+    """Quoted params are shown on stderr but removed from the log, which keeps the status."""
 
     def submit(_: Databar, order: Any, __: Any = None) -> str:
         raise ApiRefusal({"detail": f"there is no {order.rows[0]['first_name']}"})
@@ -194,7 +194,7 @@ def test_quoted_params_are_removed(api: SandboxApi, workspace: Workspace, monkey
     ("header", "code"), [(["Ada", "Ada", "Lovelace", "x", "y"], 5), (["Lovelace", "First name", "Ada", "x", "y"], 2)]
 )
 def test_lead_as_header_is_not_logged(api: SandboxApi, workspace: Workspace, header: list[str], code: int) -> None:
-    """Where the header is missing the first lead stands in its place: no column's name is logged."""
+    """With a missing header the first lead takes its place, so no column name is logged."""
     workspace.write_leads(searchable_leads(1), header)
 
     result = workspace.run_in_process("run", "job.yaml", *LOG_OPTIONS, api=api)
@@ -206,7 +206,7 @@ def test_lead_as_header_is_not_logged(api: SandboxApi, workspace: Workspace, hea
 
 
 def test_where_error_hides_cell(api: SandboxApi, workspace: Workspace) -> None:
-    """What polars says of a cell stays out of the log."""
+    """A cell that polars quotes in an error of `where` is not logged."""
     workspace.write_job(where="CAST(Note AS INT) > 1")
     workspace.write_leads(searchable_leads(1))
 
@@ -219,7 +219,7 @@ def test_where_error_hides_cell(api: SandboxApi, workspace: Workspace) -> None:
 def test_unexpected_error_logs_type_only(
     api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The text of an unexpected exception may hold anything."""
+    """Of an unexpected exception only the type is logged, because its text may contain anything."""
     workspace.write_leads(searchable_leads(1))
 
     def broken(*_: object) -> None:
@@ -235,7 +235,7 @@ def test_unexpected_error_logs_type_only(
 
 
 def test_other_messages_are_kept() -> None:
-    """Only what follows a quoting word is cut off."""
+    """Messages are cut only after a word that introduces a quotation."""
     assert redact_message("job.yaml:3: colour: unknown key") == "job.yaml:3: colour: unknown key"
     assert (
         redact_message("the API refuses the key: HTTP 401: for ada@x.example\nand")
@@ -248,18 +248,18 @@ def test_other_messages_are_kept() -> None:
 
 @pytest.fixture
 def _small_log_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rotate every 20 lines or so."""
+    """Rotate about every 20 lines."""
     monkeypatch.setattr(log_file, "MAX_BYTES", 2_000)
 
 
 @pytest.fixture
 def log_warnings() -> list[str]:
-    """What the log complains of."""
+    """Return the warnings that the log raised."""
     return []
 
 
 def log_texts(folder: Path) -> Iterator[str]:
-    """The texts of all lines of all files of a log."""
+    """Return the texts of all lines in all files of a log."""
     for path in folder.glob("run.log*"):
         if path.is_file():
             yield from (json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines())
@@ -267,7 +267,7 @@ def log_texts(folder: Path) -> Iterator[str]:
 
 @pytest.mark.usefixtures("_small_log_files")
 def test_log_rotation(tmp_path: Path, log_warnings: list[str]) -> None:
-    """Two writers take turns: no line is lost or doubled, and every file is for its owner only."""
+    """Two writers rotate one log without losing or doubling a line, and each file is for its owner only."""
     old = os.umask(0)
     try:
         with ExitStack() as stack:
@@ -286,7 +286,7 @@ def test_log_rotation(tmp_path: Path, log_warnings: list[str]) -> None:
 
 @pytest.mark.usefixtures("_small_log_files")
 def test_rotation_keeps_five_files(tmp_path: Path, log_warnings: list[str]) -> None:
-    """The oldest lines go."""
+    """Rotation keeps five files and drops the oldest lines."""
     with open_log(tmp_path / "run.log", "job", log_warnings.append) as log:
         for number in range(400):
             log.write_event("note", text=str(number))
@@ -298,17 +298,17 @@ def test_rotation_keeps_five_files(tmp_path: Path, log_warnings: list[str]) -> N
 WRITER_SCRIPT = """
 import sys
 from pathlib import Path
-from enrich.watch import runlog
-runlog.LARGEST = 8_000
-with runlog.log_to(Path("run.log"), "job", print) as log:
+from enrich.monitoring import log_file
+log_file.MAX_BYTES = 8_000
+with log_file.open_log(Path("run.log"), "job", print) as log:
     for number in range(100):
-        log.line("note", text=f"{sys.argv[1]}-{number}")
+        log.write_event("note", text=f"{sys.argv[1]}-{number}")
 """
 
 
 @pytest.mark.long
 def test_concurrent_rotation(tmp_path: Path) -> None:
-    """Three processes write and rotate one file as fast as they can."""
+    """Three processes write and rotate one file at full speed without losing a line."""
     root = str(Path(__file__).parents[2])
     writers = [
         subprocess.Popen([sys.executable, "-c", WRITER_SCRIPT, name], cwd=tmp_path, env={"PYTHONPATH": root})
@@ -321,7 +321,7 @@ def test_concurrent_rotation(tmp_path: Path) -> None:
 
 
 def test_external_rotation(tmp_path: Path, log_warnings: list[str]) -> None:
-    """The next line goes to the file that has the name then."""
+    """After a rotation from outside, the next line goes to the file that now has the name."""
     with open_log(tmp_path / "run.log", "job", log_warnings.append) as log:
         log.write_event("note", text="old")
         (tmp_path / "run.log").rename(tmp_path / "old.log")
@@ -334,7 +334,7 @@ def test_external_rotation(tmp_path: Path, log_warnings: list[str]) -> None:
 
 @pytest.mark.usefixtures("_small_log_files")
 def test_failed_rotation_keeps_logging(tmp_path: Path, log_warnings: list[str]) -> None:
-    """Where something is in the way the file grows, and that is told once."""
+    """When rotation fails, the log keeps growing, and one warning reports it."""
     (tmp_path / "run.log.4").write_text("{}")
     (tmp_path / "run.log.5").mkdir()
     with open_log(tmp_path / "run.log", "job", log_warnings.append) as log:
@@ -349,7 +349,7 @@ def test_failed_rotation_keeps_logging(tmp_path: Path, log_warnings: list[str]) 
 
 @pytest.mark.usefixtures("_small_log_files")
 def test_symlinked_log_is_rotated(tmp_path: Path, log_warnings: list[str]) -> None:
-    """The file that it leads to is rotated, where it lies."""
+    """For a symbolic link, the file it points to is rotated in its own folder."""
     (tmp_path / "far").mkdir()
     (tmp_path / "far" / "run.log").touch()
     (tmp_path / "here.log").symlink_to(tmp_path / "far" / "run.log")
@@ -363,7 +363,7 @@ def test_symlinked_log_is_rotated(tmp_path: Path, log_warnings: list[str]) -> No
 
 @pytest.mark.long
 def test_disk_full_log_is_a_note(api: SandboxApi, workspace: Workspace) -> None:
-    """The log stays behind, is told of once on stderr, and the leads are enriched."""
+    """On a full disk logging stops with one note on stderr, and the leads are enriched."""
     workspace.write_leads(searchable_leads(2))
     room = 3_000_000
     (workspace.folder / "run.log").write_text('{"v": 1}\n' * (room // 9))
@@ -377,7 +377,7 @@ def test_disk_full_log_is_a_note(api: SandboxApi, workspace: Workspace) -> None:
 
 
 def test_unwritable_log_is_exit_5(api: SandboxApi, workspace: Workspace) -> None:
-    """Told before anything is spent."""
+    """An unwritable log is exit 5 before anything is spent."""
     workspace.write_leads(searchable_leads(1))
 
     result = workspace.run_in_process("run", "job.yaml", "--log-file", "leads.csv/run.log", api=api)
@@ -388,7 +388,7 @@ def test_unwritable_log_is_exit_5(api: SandboxApi, workspace: Workspace) -> None
 
 
 def test_progress_event_per_minute(tmp_path: Path, log_warnings: list[str]) -> None:
-    """Also after the process was stopped for an hour: one line, not sixty."""
+    """After an hour of suspension there is one progress event, not sixty."""
     now = 0.0
     progress = Progress(total=9, done=3, found=2, spent=1.5, in_flight=4)
     with open_log(tmp_path / "run.log", "job", log_warnings.append) as opened:
@@ -407,7 +407,7 @@ def test_progress_event_per_minute(tmp_path: Path, log_warnings: list[str]) -> N
 @pytest.mark.long
 @in_turn("name", ["leads.csv", ".enrich/job.db", "leads.jsonl"])
 def test_foreign_file_is_not_appended(tmp_path: Path, name: str) -> None:
-    """A slip of the pen must not append to the leads, or rotate a ledger away."""
+    """A log path that names a foreign file is refused: a typo must not append to leads or rotate a ledger."""
     workspace = Workspace(tmp_path)
     workspace.write_job()
     workspace.write_leads(make_leads(1))

@@ -1,4 +1,4 @@
-"""The metrics: what Prometheus reads after a run, whatever ended it."""
+"""The metrics file: what Prometheus reads after a run, however the run ended."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ SUCCESS = "enrich_last_success_timestamp_seconds"
 
 @pytest.fixture
 def metrics_workspace(workspace: Workspace) -> Workspace:
-    """An office whose job writes metrics."""
+    """Return a workspace whose job writes metrics."""
     workspace.write_job(metrics=PROM)
     workspace.write_leads(searchable_leads(4))
     return workspace
 
 
 def read_gauges(workspace: Workspace) -> dict[str, float]:
-    """What Prometheus' own parser reads: `name` or `name status` to a value; all are gauges of this job."""
+    """Read the metrics with Prometheus' own parser as `name` or `name status` → value; all are gauges of this job."""
     result = {}
     for family in text_string_to_metric_families((workspace.folder / PROM).read_text(encoding="utf-8")):
         assert family.type == "gauge"
@@ -49,7 +49,7 @@ def read_gauges(workspace: Workspace) -> dict[str, float]:
 
 
 def test_metrics_match_summary_and_ledger(api: SandboxApi, metrics_workspace: Workspace) -> None:
-    """They are those of the receipt and of the ledger; the file is for its owner only and knows nobody."""
+    """Metrics equal the run summary and the ledger; the file is for its owner only and has no personal data."""
     before = time.time()
     summary = metrics_workspace.run_in_process("run", "job.yaml", "--json", api=api).json_output
 
@@ -79,7 +79,7 @@ def test_metrics_match_summary_and_ledger(api: SandboxApi, metrics_workspace: Wo
 
 
 def test_second_run_updates_ledger_totals(api: SandboxApi, metrics_workspace: Workspace) -> None:
-    """Credits of the execution and of the ledger are told apart."""
+    """Credits of the run and of the whole ledger are separate metrics."""
     metrics_workspace.run_in_process("run", "job.yaml", "--limit", "2", api=api)
     first = read_gauges(metrics_workspace)
     metrics_workspace.run_in_process("run", "job.yaml", api=api)
@@ -94,7 +94,7 @@ def test_second_run_updates_ledger_totals(api: SandboxApi, metrics_workspace: Wo
 
 
 def test_failed_start_keeps_last_success(api: SandboxApi, metrics_workspace: Workspace) -> None:
-    """Exit 3 and exit 11 write their code and their times; the last success and the last numbers stay."""
+    """Exits 3 and 11 write their code and times; the last success and the last numbers stay."""
     metrics_workspace.run_in_process("run", "job.yaml", api=api)
     good = read_gauges(metrics_workspace)
 
@@ -113,7 +113,7 @@ def test_failed_start_keeps_last_success(api: SandboxApi, metrics_workspace: Wor
 
 
 def test_failed_first_start_has_no_success(metrics_workspace: Workspace) -> None:
-    """What is not known has no number."""
+    """After a failed first start there is no metric of the last success."""
     assert metrics_workspace.run_in_process("run", "job.yaml").exit_code == 3
 
     assert set(read_gauges(metrics_workspace)) == {
@@ -124,7 +124,7 @@ def test_failed_first_start_has_no_success(metrics_workspace: Workspace) -> None
 
 
 def test_last_success_from_file_or_ledger(api: SandboxApi, metrics_workspace: Workspace) -> None:
-    """One of them is enough."""
+    """The last success comes from the old file or from the ledger; one of them is enough."""
     metrics_workspace.run_in_process("run", "job.yaml", api=api)
     good = read_gauges(metrics_workspace)[SUCCESS]
 
@@ -139,7 +139,7 @@ def test_last_success_from_file_or_ledger(api: SandboxApi, metrics_workspace: Wo
 
 @pytest.mark.long
 def test_in_doubt_is_no_success(api: SandboxApi, metrics_workspace: Workspace) -> None:
-    """They are counted, and an alert can stand on them."""
+    """Unconfirmed requests are counted and are no success, so an alert can use them."""
     api.inject_fault("no-task-id")
     assert metrics_workspace.run_in_process("run", "job.yaml", api=api).exit_code == 14
 
@@ -150,7 +150,7 @@ def test_in_doubt_is_no_success(api: SandboxApi, metrics_workspace: Workspace) -
 
 @pytest.mark.long
 def test_open_tasks_are_counted(tmp_path: Path, metrics_workspace: Workspace) -> None:
-    """Exit 13 is a night that goes on by itself: a success, with what is still at the API."""
+    """Exit 13 is a success with a count of open tasks, because the next run continues."""
     with serve_api(tmp_path / "slow.db", latency="fixed(3600)") as api:
         assert metrics_workspace.run_in_process("run", "job.yaml", "--max-time", "1s", api=api).exit_code == 13
 
@@ -160,7 +160,7 @@ def test_open_tasks_are_counted(tmp_path: Path, metrics_workspace: Workspace) ->
 
 
 def test_unwritable_metrics_are_a_note(api: SandboxApi, metrics_workspace: Workspace) -> None:
-    """One note; the leads are enriched."""
+    """An unwritable metrics file is one note; the leads are enriched."""
     metrics_workspace.write_job(metrics="leads.csv/enrich.prom")
 
     result = metrics_workspace.run_in_process("run", "job.yaml", api=api)
@@ -172,7 +172,7 @@ def test_unwritable_metrics_are_a_note(api: SandboxApi, metrics_workspace: Works
 
 
 def test_metrics_file_must_end_in_prom(api: SandboxApi, metrics_workspace: Workspace) -> None:
-    """The textfile collector takes *.prom only."""
+    """The file must end in `.prom`, the only files that the textfile collector reads."""
     metrics_workspace.write_job(metrics="enrich.txt")
 
     result = metrics_workspace.run_in_process("run", "job.yaml", api=api)
@@ -183,19 +183,19 @@ def test_metrics_file_must_end_in_prom(api: SandboxApi, metrics_workspace: Works
 
 
 def test_sandbox_writes_no_metrics(metrics_workspace: Workspace) -> None:
-    """Who tries something turns nobody's dashboard."""
+    """A sandbox run writes no metrics, so it changes no dashboard."""
     assert metrics_workspace.run_in_process("run", "job.yaml", "--sandbox", "--limit", "0").exit_code == 0
 
     assert not (metrics_workspace.folder / PROM).parent.exists()
 
 
 def test_invalid_old_file_is_ignored(metrics_workspace: Workspace) -> None:
-    """What somebody else wrote there is left out, and the rest is kept."""
+    """Gauges in the old file that are not valid ones of ours are dropped, and the rest is kept."""
     (metrics_workspace.folder / PROM).parent.mkdir()
-    scripted_api = (
+    old_metrics = (
         'enrich_rows{job="job"} 3\nenrich_polls{job="job",status="found"} 1\nup 1\nenrich_requests{job="job"} 7\n'
     )
-    (metrics_workspace.folder / PROM).write_text(scripted_api)
+    (metrics_workspace.folder / PROM).write_text(old_metrics)
 
     assert metrics_workspace.run_in_process("run", "job.yaml").exit_code == 3
 
@@ -205,14 +205,14 @@ def test_invalid_old_file_is_ignored(metrics_workspace: Workspace) -> None:
 
 
 def test_metric_naming_conventions() -> None:
-    """A prefix, base units, and no `_total`, which is for counters."""
+    """Names have a prefix and base units, and no `_total`, which is for counters."""
     for name in GAUGES:
         assert name.startswith("enrich_")
         assert not name.endswith(("_total", "_count", "_sum", "_bucket", "_ms", "_minutes"))
 
 
 def test_unknown_values_have_no_metric() -> None:
-    """A balance that the API did not tell is not 0."""
+    """An unknown value, such as a balance not reported, has no metric instead of 0."""
     result = samples_from_summary({"balance_after": None, "rows": None, "found": None, "polls": 0})
 
     assert result == {("enrich_polls", ""): 0.0}
@@ -229,7 +229,7 @@ KEYS = st.sampled_from(
 )
 @example(job="\r", samples={("enrich_polls", ""): 1.0})
 def test_metrics_roundtrip(tmp_path_factory: pytest.TempPathFactory, job: str, samples: Samples) -> None:
-    """Every number of every job comes back as it was."""
+    """All numbers of all jobs survive writing and reading."""
     path = tmp_path_factory.getbasetemp() / "round.prom"
     write_metrics(path, job, samples)
 

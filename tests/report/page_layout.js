@@ -1,4 +1,4 @@
-// Looks at the page that is open: what is there, and what a reader would stumble over.
+// Inspects the open page: its elements, and everything that makes it hard to read.
 (() => {
   const shown = (element) => element.checkVisibility({ opacityProperty: false, visibilityProperty: true });
   const named = (element) => `${element.tagName} ${(element.textContent || "").trim().slice(0, 40)}`;

@@ -1,4 +1,4 @@
-"""Side by side: who found more for less, told like with like."""
+"""Comparing two jobs or executions: matches and costs on the leads that both sides requested."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.workspace import INSTANT_API, SandboxApi, Workspace, make_lea
 
 
 def write_other_job(workspace: Workspace, name: str = "other", **changes: str) -> Path:
-    """Write another job beside the office's."""
+    """Write another job beside the workspace's."""
     changes = {"output": f"{name}.csv", "name": name} | changes
     ours = workspace.job_file.read_text()
     path = workspace.write_job(**changes).rename(workspace.folder / f"{name}.yaml")
@@ -30,14 +30,14 @@ def write_other_job(workspace: Workspace, name: str = "other", **changes: str) -
 
 
 def run_job(workspace: Workspace, api: SandboxApi, job: str = "job.yaml") -> dict[str, Any]:
-    """Run a job; return its receipt."""
+    """Run a job; return its summary."""
     result = workspace.run_in_process("run", job, "--json", api=api)
     assert result.exit_code == 0, result.stderr
     return result.json_output
 
 
 def compare_json(workspace: Workspace, what: str, *more: str) -> dict[str, Any]:
-    """Return the comparison as `--json` prints it."""
+    """Return the comparison that `--json` prints."""
     result = workspace.run_in_process("report", "job.yaml", "--json", "--compare", what, *more)
     assert (result.exit_code, result.stderr) == (0, "")
     output: dict[str, Any] = result.json_output["comparison"]
@@ -45,14 +45,14 @@ def compare_json(workspace: Workspace, what: str, *more: str) -> dict[str, Any]:
 
 
 def comparison_error(workspace: Workspace, what: str) -> tuple[int, str]:
-    """Return how a comparison was refused."""
+    """Return the error of a refused comparison."""
     result = workspace.run_in_process("report", "job.yaml", "--json", "--compare", what)
     return result.exit_code, result.stderr
 
 
 @pytest.mark.long
 def test_two_ledgers(tmp_path: Path, workspace: Workspace) -> None:
-    """Each side as it was, and the leads that both asked for like with like."""
+    """With two ledgers, each side has its own numbers, and common leads are compared."""
     workspace.write_job(enrichments="[833, 966]")
     workspace.write_leads(make_leads(60))
     workspace.write_leads(make_leads(60, start=20), name="later.csv")
@@ -92,13 +92,13 @@ def test_two_ledgers(tmp_path: Path, workspace: Workspace) -> None:
 
 
 def matches_by_lead(workspace: Workspace, output: str) -> dict[str, bool]:
-    """Tell of each lead whether it was found."""
+    """Return for each lead whether it was found."""
     return {row["First Name"]: row["enrich_status"] == "found" for row in workspace.read_output(output)}
 
 
 @pytest.mark.long
 def test_two_jobs_sharing_a_ledger(api: SandboxApi, workspace: Workspace) -> None:
-    """Another verifier makes another question; the same question is asked once, by whoever came first."""
+    """Another verifier makes another request; an identical request is sent once and counts for the first job."""
     workspace.write_job(ledger="shared.db")
     workspace.write_leads(make_leads(10))
     write_other_job(workspace, ledger="shared.db", email_verifier="10")
@@ -115,7 +115,7 @@ def test_two_jobs_sharing_a_ledger(api: SandboxApi, workspace: Workspace) -> Non
 
 
 def test_two_executions_of_a_job(tmp_path: Path, workspace: Workspace) -> None:
-    """The newest that was answered anything against an earlier one; a lead that was asked again is in both."""
+    """The newest execution with answers is compared with an earlier one; a lead requested in both is common."""
     workspace.write_leads(make_leads(12))
     with serve_api(tmp_path / "api.db") as api:
         first = run_job(workspace, api)
@@ -123,9 +123,7 @@ def test_two_executions_of_a_job(tmp_path: Path, workspace: Workspace) -> None:
         workspace.write_leads(make_leads(15))
         workspace.write_job(policy="{refresh: {found: 0s, not_found: 0s}}")
         second = run_job(workspace, api)
-        assert (
-            workspace.run_in_process("run", "job.yaml", "--limit", "0", api=api).exit_code == 0
-        )  # is answered nothing
+        assert workspace.run_in_process("run", "job.yaml", "--limit", "0", api=api).exit_code == 0  # no answers
     comparison = compare_json(workspace, "1")
 
     assert [comparison[side]["label"] for side in ("left", "right")] == ["execution 2", "execution 1"]
@@ -140,7 +138,7 @@ def test_two_executions_of_a_job(tmp_path: Path, workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_bulk_cost_is_split_by_lead(api: SandboxApi, workspace: Workspace) -> None:
-    """The price is the task's; a lead that only one side asked for takes its part with it."""
+    """A bulk task's price is split by lead, so each lead takes its part to the side it is on."""
     workspace.write_leads(make_leads(8))
     write_other_job(workspace, input="few.csv", dispatch="{bulk: 5}", columns="{mail: email}")
     workspace.write_leads(make_leads(5), name="few.csv")
@@ -156,7 +154,7 @@ def test_bulk_cost_is_split_by_lead(api: SandboxApi, workspace: Workspace) -> No
 
 @pytest.mark.long
 def test_forgotten_leads_are_excluded(api: SandboxApi, workspace: Workspace) -> None:
-    """Nobody knows any more whom they were about: they are no common lead of each other."""
+    """Forgotten leads are not common leads, because their identity is erased."""
     workspace.write_leads(make_leads(6))
     write_other_job(workspace)
     run_job(workspace, api)
@@ -170,7 +168,7 @@ def test_forgotten_leads_are_excluded(api: SandboxApi, workspace: Workspace) -> 
 
 
 def test_invalid_comparisons(api: SandboxApi, workspace: Workspace) -> None:
-    """Itself, an execution that is none of the job's, a job that never ran, one that is not there."""
+    """A job compared with itself, an unknown execution, a job that never ran or is missing is refused."""
     workspace.write_leads(make_leads(2))
     write_other_job(workspace)
     assert comparison_error(workspace, "1")[0] == 5
@@ -194,7 +192,7 @@ def test_invalid_comparisons(api: SandboxApi, workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_comparison_has_no_personal_data(api: SandboxApi, workspace: Workspace) -> None:
-    """It is part of a report that may be passed on."""
+    """A comparison has no personal data, because reports are passed on."""
     workspace.write_leads(make_leads(4))
     write_other_job(workspace)
     run_job(workspace, api)
@@ -206,7 +204,7 @@ def test_comparison_has_no_personal_data(api: SandboxApi, workspace: Workspace) 
 
 @given(st.integers(0, 60), st.integers(0, 60))
 def test_mcnemar_is_the_exact_binomial_test(one: int, other_: int) -> None:
-    """Counted out in whole numbers."""
+    """The p-value equals the exact binomial test in integers."""
     both = one + other_
     tail = sum(Fraction(comb(both, chosen), 2**both) for chosen in range(min(one, other_) + 1))
     exact = 1.0 if one == other_ else float(min(Fraction(1), 2 * tail))
@@ -215,20 +213,20 @@ def test_mcnemar_is_the_exact_binomial_test(one: int, other_: int) -> None:
 
 
 def test_mcnemar_approximation_matches_exact() -> None:
-    """Where the normal distribution takes over nothing jumps, and millions take no time."""
+    """Where the normal approximation begins the value does not jump, and millions of leads take no time."""
     exact, near = mcnemar_p_value(460, 540), mcnemar_p_value(460, 541)
     assert near == pytest.approx(exact, rel=0.15)
     assert mcnemar_p_value(1_000_000, 1_010_000) < 1e-6
 
 
 def make_comparison(leads: tuple[int, int, int, int], left: float, right: float) -> Comparison:
-    """Make a comparison of the leads that both asked for: found by both, only left, only right, neither."""
+    """Make a comparison of common leads: found by both, only left, only right, neither."""
     sides = [ComparedSide(label, (), 0, 0, 0, 0.0, None) for label in ("a.yaml", "b.yaml")]
     return Comparison(sides[0], sides[1], (), (), sum(leads), *leads, left, right, "")
 
 
 @in_turn(
-    ("told", "unknown", "said"),
+    ("comparison", "unknown", "verdict"),
     [
         (
             make_comparison((60, 29, 41, 20), 89 * 0.50, 101 * 0.39),
@@ -277,6 +275,6 @@ def make_comparison(leads: tuple[int, int, int, int], left: float, right: float)
         ),
     ],
 )
-def test_verdict_text(told: Comparison, unknown: int, said: str) -> None:
-    """Who found more for less, and how sure that is."""
-    assert write_verdict(told, unknown) == said
+def test_verdict_text(comparison: Comparison, unknown: int, verdict: str) -> None:
+    """The verdict names the side that found more for less, and the certainty."""
+    assert write_verdict(comparison, unknown) == verdict

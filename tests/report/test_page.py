@@ -1,4 +1,4 @@
-"""The report's page: what it says, that it is safe with any name, and how it looks in a browser."""
+"""The report page: its content, safe with any name, and its layout in a browser."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ REPORTS = {
 }
 WIDTHS = (390, 1024, 1600)
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
-#: A usual report stays below, in bytes.
+#: Upper limit of a usual report, in bytes.
 MAX_PAGE_BYTES = 400_000
 
 needs_browser = pytest.mark.skipif(CHROMIUM_PATH is None, reason=NOT_INSTALLED)
@@ -51,29 +51,29 @@ def browser() -> Iterator[Browser]:
 
 @cache
 def rendered_page(make: Callable[[], Report]) -> str:
-    """Write a report once for all tests that read it."""
+    """Render a report once for all tests that read it."""
     return render_report(make())
 
 
 def write_page(folder: Path, make: Callable[[], Report]) -> Path:
-    """Put a report into a file."""
+    """Write a report to a file."""
     path = folder / "report.html"
     path.write_text(rendered_page(make), encoding="utf-8")
     return path
 
 
-# What it says
+# Content
 
 
 @pytest.mark.long
 def test_page_is_deterministic() -> None:
-    """A report can be compared with an older one byte by byte."""
+    """The same data gives the same bytes, so reports can be compared."""
     assert render_report(reports.full_report()) == rendered_page(reports.full_report)
 
 
 @pytest.mark.long
 def test_page_contains_machine_readable_values() -> None:
-    """A program reads from the page what `--json` tells, to the last digit."""
+    """The page contains the values of `--json` for programs, to the last digit."""
     report = reports.typical_report()
     page = rendered_page(reports.typical_report)
     assert reports.marked_values(page, "job", "credits_spent") == [1236.6]
@@ -90,7 +90,7 @@ def test_page_contains_machine_readable_values() -> None:
 
 @pytest.mark.long
 def test_unknown_values_are_dashes() -> None:
-    """A balance that nobody told is a dash, and an amount of unknown price is named."""
+    """An unknown balance is a dash, and an amount with unknown prices is labeled."""
     page = rendered_page(reports.no_match_report)
     assert re.search(rf'data-name="balance_after">{DASH}<', page)
     assert re.search(rf'data-name="cost_per_hit">{DASH}<', page)
@@ -99,7 +99,7 @@ def test_unknown_values_are_dashes() -> None:
 
 @pytest.mark.long
 def test_changes_against_previous_run() -> None:
-    """The key numbers say by how much they changed; the first night has nothing to be held against."""
+    """The key numbers show their change since the previous run; the first run has none."""
     page = rendered_page(reports.typical_report)
     assert "▼ 13.6 points less" in page
     assert "▲ 1.88 more" in page
@@ -109,7 +109,7 @@ def test_changes_against_previous_run() -> None:
 
 @pytest.mark.long
 def test_actions_come_first() -> None:
-    """What waits for a person stands before all numbers; when nothing does, the page says so."""
+    """Required actions come before all numbers; without any, the page states it."""
     page = rendered_page(reports.typical_report)
     assert page.index("enrich reconcile jobs/leads.yaml") < page.index("<dl class") < page.index("<svg")
     assert "What needs you" in page
@@ -120,7 +120,7 @@ def test_actions_come_first() -> None:
 
 @pytest.mark.long
 def test_comparison_section_position() -> None:
-    """Who compares two sides wants the verdict first; without a comparison there is no such section."""
+    """A comparison comes first on the page; without one there is no such section."""
     page = rendered_page(reports.full_report)
     assert page.index("found 19 more") < page.index('id="waterfall"')
     assert set(reports.marked_values(page, "common left", "common_found")) == {238.0}
@@ -135,17 +135,17 @@ def test_rows_only_on_request() -> None:
 
 
 def test_empty_report() -> None:
-    """Sections without facts are left out, and the page says why."""
+    """Sections without data are left out, and the page shows why."""
     page = rendered_page(reports.empty_report)
     assert "has never run" in page
     assert "<svg" not in page
 
 
-# The staircase
+# The provider staircase
 
 
 def test_provider_staircase_chart() -> None:
-    """Each provider's finds start where those before it ended; what nobody found is what is left."""
+    """Each provider's bar of matches starts where the previous ones end; the rest is leads that were not found."""
     steps = charts.waterfall_steps(reports.typical_report().waterfall)
     assert [step.start for step in steps] == [0, 412, 599, 660, 718, 735]
     assert steps[0].end == 1090 + 74
@@ -155,7 +155,7 @@ def test_provider_staircase_chart() -> None:
 
 @pytest.mark.long
 def test_verifiers_not_in_chart() -> None:
-    """A verifier finds nothing: it stands in the table and in the words."""
+    """Verifiers find nothing, so they are in the table and the text but not in the chart."""
     assert "Mailproof" not in [step.name for step in charts.waterfall_steps(reports.typical_report().waterfall)]
     page = rendered_page(reports.typical_report)
     assert "Mailproof (verifier)" in page
@@ -166,7 +166,7 @@ def test_verifiers_not_in_chart() -> None:
 
 
 def test_hostile_names_are_escaped() -> None:
-    """No name becomes an element, an attribute or a template, in the page or in a picture."""
+    """No name becomes an element, an attribute or a template, on the page or in a chart."""
     page = rendered_page(reports.hostile_report)
     assert "<script" not in page
     assert "<img" not in page
@@ -179,14 +179,14 @@ def test_hostile_names_are_escaped() -> None:
 
 @given(st.text(st.characters(codec=None)))
 def test_any_name_can_be_drawn(name: str) -> None:
-    """What is cleaned can stand in XML, and is never nothing: the library that draws ends the process otherwise."""
+    """A cleaned name is valid in XML and never empty, either of which would end the process in the chart library."""
     assert clean_text(name)
-    ET.fromstring(f"<text>{escape(clean_text(name))}</text>".encode())  # noqa: S314 - made here
+    ET.fromstring(f"<text>{escape(clean_text(name))}</text>".encode())  # noqa: S314 - made on this line
 
 
 @given(st.text(min_size=1), st.integers(min_value=20, max_value=300))
 def test_long_names_are_shortened(name: str, room: int) -> None:
-    """A name that is too wide for its place ends in an ellipsis; one that fits stays."""
+    """A name too wide for its place ends in an ellipsis; one that fits is kept."""
     fitted = fit_text(name, room, 13)
     assert width_of(fitted, 13) <= room
     assert fitted == name or fitted.endswith("…")
@@ -194,7 +194,7 @@ def test_long_names_are_shortened(name: str, room: int) -> None:
 
 @pytest.mark.long
 def test_page_has_no_external_resources() -> None:
-    """Nothing in it can be loaded or run: no script, no address but those of the SVG format itself."""
+    """The page loads and runs nothing: no script, and no URL but SVG's namespace."""
     page = rendered_page(reports.full_report)
     assert "default-src 'none'" in page
     assert not re.search(r"<(script|link|iframe|img|object|base)\b|\bon\w+=|https?:|url\((?!#)|@import", page)
@@ -205,19 +205,19 @@ def test_page_has_no_external_resources() -> None:
 
 @pytest.mark.long
 def test_page_size_limit() -> None:
-    """A usual report can be sent by mail; even one of a million rows and 400 nights opens at once."""
+    """A usual report is small enough for mail; one of a million rows and 400 runs still opens at once."""
     assert len(rendered_page(reports.full_report).encode()) < MAX_PAGE_BYTES
     assert len(rendered_page(reports.large_report).encode()) < 2.5 * MAX_PAGE_BYTES
 
 
 # In the browser
 
-#: Looks at the page that is open and tells what is wrong, and what is there.
+#: Inspects the open page; returns its elements and its layout errors.
 LAYOUT_SCRIPT = Path(__file__).with_name("page_layout.js").read_text(encoding="utf-8")
 
 
 def inspect_layout(page: Browser) -> dict[str, Any]:
-    """Tell what the page that is open looks like."""
+    """Return the layout of the open page."""
     return dict(page.evaluate(LAYOUT_SCRIPT))
 
 
@@ -225,7 +225,7 @@ def inspect_layout(page: Browser) -> dict[str, Any]:
 @needs_browser
 @pytest.mark.parametrize("name", list(REPORTS))
 def test_page_layout(browser: Browser, tmp_path: Path, name: str) -> None:
-    """At any width and in both schemes: quiet, within its bounds, legible, with marks in every picture."""
+    """At any width and in both color schemes: no errors, no overflow, readable text, and marks in every chart."""
     path = write_page(tmp_path, REPORTS[name])
     for width, scheme in itertools.product(WIDTHS, SCHEMES):
         browser.open(path, width, scheme)
@@ -243,7 +243,7 @@ def test_page_layout(browser: Browser, tmp_path: Path, name: str) -> None:
 
 
 def check_structure(layout: dict[str, Any]) -> None:
-    """One main heading, no level left out, named tables and pictures, ids that are there once."""
+    """Check for one main heading, no skipped level, named tables and charts, and unique ids."""
     levels = layout["headings"]
     assert levels.count(1) == 1
     assert levels[0] == 1
@@ -256,7 +256,7 @@ def check_structure(layout: dict[str, Any]) -> None:
 @pytest.mark.long
 @needs_browser
 def test_page_print_layout(browser: Browser, tmp_path: Path) -> None:
-    """On paper it is light, and what is folded on a screen is open."""
+    """In print the page is light, and folded parts are open."""
     browser.open(write_page(tmp_path, reports.full_report), 1024, "dark")
     printed = pypdf.PdfReader(io.BytesIO(browser.pdf()))
     text = " ".join(" ".join(page.extract_text() for page in printed.pages).split())
@@ -272,7 +272,7 @@ def test_page_print_layout(browser: Browser, tmp_path: Path) -> None:
 @pytest.mark.long
 @needs_browser
 def test_layout_checks_detect_errors(browser: Browser, tmp_path: Path) -> None:
-    """The eyes of these tests see: a faint word, a word too wide, an image from elsewhere, an error."""
+    """The layout checks detect faint text, a word too wide, an external image and a script error."""
     wrong = tmp_path / "wrong.html"
     wrong.write_text(
         "<body style='margin:0;background:#fff'><p style='color:#ccc'>faint</p>"

@@ -1,4 +1,4 @@
-"""The file of the report: where it lies, what it never replaces, and that no run is broken by it."""
+"""The report file: where it is written, what it never replaces, and that it breaks no run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.support.workspace import (
 
 @contextmanager
 def fake_renderer(page: str = "<html>drawn</html>", error: BaseException | None = None) -> Iterator[None]:
-    """Draw this page, or fail."""
+    """Replace the renderer: return this page or raise this error."""
     module = ModuleType("enrich.report.render")
 
     def render(report: Report) -> str:
@@ -49,7 +49,7 @@ def fake_renderer(page: str = "<html>drawn</html>", error: BaseException | None 
 
 
 def test_report_beside_output(finished_run: Workspace) -> None:
-    """For its owner only, replaced by the next one; nothing is said off a terminal."""
+    """The report lies beside the output, for its owner only, and is replaced each time; off a terminal it is silent."""
     path = finished_run.folder / "job_report.html"
     for page in ("<html>one</html>", "<html>two</html>"):
         with fake_renderer(page):
@@ -61,7 +61,7 @@ def test_report_beside_output(finished_run: Workspace) -> None:
 
 
 def test_report_destinations(finished_run: Workspace) -> None:
-    """To a file, to stdout, or where the job says."""
+    """A report goes to a file, to stdout or to the job's path."""
     with fake_renderer():
         assert finished_run.run_in_process("report", "job.yaml", "-o", "-").stdout == "<html>drawn</html>\n"
         assert (
@@ -82,7 +82,7 @@ def test_report_destinations(finished_run: Workspace) -> None:
     ["leads.csv", "job.yaml", "out.csv", ".enrich/job.db", ".enrich/job.db.lock", "mine.html", "later.csv"],
 )
 def test_only_reports_are_replaced(finished_run: Workspace, name: str) -> None:
-    """Neither a file of the job, there or to come, nor the lock of its ledger (which is empty), nor somebody's page."""
+    """Only a report is replaced, not a file of the job (existing or future), its empty lock file or a foreign page."""
     (finished_run.folder / "mine.html").write_text("<html>mine</html>")
     finished_run.write_job(rejects="later.csv")
     path = finished_run.folder / name
@@ -98,7 +98,7 @@ def test_only_reports_are_replaced(finished_run: Workspace, name: str) -> None:
 
 
 def test_unwritable_report_is_exit_5(finished_run: Workspace) -> None:
-    """The message names it."""
+    """The error for an unwritable report names the file."""
     with fake_renderer():
         refused = finished_run.run_in_process("report", "job.yaml", "-o", "leads.csv/page.html")
     assert refused.exit_code == 5
@@ -107,7 +107,7 @@ def test_unwritable_report_is_exit_5(finished_run: Workspace) -> None:
 
 @pytest.mark.long
 def test_missing_report_extra(api: SandboxApi, finished_run: Workspace) -> None:
-    """And a hint how to get it; a job that wants a page of every run is told before the night."""
+    """Without the report extra, the error shows how to install it; with `report:`, check, doctor and run do too."""
     pip = "pip install 'databar-enrich[report]'"
     with patch("enrich.report.page_file._LIBRARIES", ("no_such_library",)):
         page, facts = (
@@ -130,12 +130,12 @@ def test_missing_report_extra(api: SandboxApi, finished_run: Workspace) -> None:
     assert (found["mark"], found["remedy"]) == ("warn", pip)
 
 
-# The run's own report
+# The report of a run
 
 
 @pytest.mark.long
 def test_report_after_every_run(api: SandboxApi, workspace: Workspace) -> None:
-    """After a good night and after a bad one, and after the sandbox's."""
+    """Every run writes a report: successful, failed, or in the sandbox."""
     workspace.write_leads(make_leads(3))
     workspace.write_job(report="page.html")
     path = workspace.folder / "page.html"
@@ -165,7 +165,7 @@ def test_report_after_every_run(api: SandboxApi, workspace: Workspace) -> None:
     ),
 )
 def test_failing_report_is_a_note(api: SandboxApi, workspace: Workspace, error: BaseException, why: str) -> None:
-    """One note; the exit code is the run's, and the note quotes nobody."""
+    """A failing report is one note without quoted data; the exit code is the run's."""
     workspace.write_leads(make_leads(2))
     workspace.write_job(report="page.html")
     with fake_renderer(error=error):
@@ -179,7 +179,7 @@ def test_failing_report_is_a_note(api: SandboxApi, workspace: Workspace, error: 
 
 @pytest.mark.long
 def test_report_over_foreign_file_is_a_note(api: SandboxApi, workspace: Workspace) -> None:
-    """It stays, and one note says so; the check has told before."""
+    """A foreign file in the report's place stays and gives one note; `enrich check` warns before."""
     workspace.write_leads(make_leads(2))
     workspace.write_job(report="mine.html")
     mine = workspace.folder / "mine.html"
@@ -197,7 +197,7 @@ def test_report_over_foreign_file_is_a_note(api: SandboxApi, workspace: Workspac
 
 @pytest.mark.long
 def test_interrupted_run_writes_no_report(tmp_path: Path, workspace: Workspace) -> None:
-    """It writes no report."""
+    """An interrupted run writes no report."""
     workspace.write_leads(make_leads(2))
     workspace.write_job(report="page.html")
     with serve_api(tmp_path / "api.db", INSTANT_API, latency="fixed(600)") as api:
@@ -212,12 +212,12 @@ def test_interrupted_run_writes_no_report(tmp_path: Path, workspace: Workspace) 
     assert not (workspace.folder / "page.html").exists()
 
 
-# The key in the job file
+# The `report` key of the job file
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("report", "said"),
+    ("report", "message"),
     [
         ("page.txt", "job.yaml:12: report: `page.txt` is no HTML file"),
         ("s3://bucket/page.html", "no HTML file on this machine"),
@@ -229,8 +229,8 @@ def test_interrupted_run_writes_no_report(tmp_path: Path, workspace: Workspace) 
         ("{by: [Note, Contry]}", "job.yaml:12: report.by.1: the input has no column `Contry`"),
     ],
 )
-def test_invalid_report_key(workspace: Workspace, report: str, said: str) -> None:
-    """And the nearest right name; the check says what the run says."""
+def test_invalid_report_key(workspace: Workspace, report: str, message: str) -> None:
+    """An invalid key is reported with its nearest valid name, by `check` as by `run`."""
     workspace.write_leads([[*make_leads(1)[0], "found"]], [*HEADER, "enrich_status"])
     workspace.write_job(report=report)
     for command in ("check", "run"):
@@ -238,11 +238,11 @@ def test_invalid_report_key(workspace: Workspace, report: str, said: str) -> Non
             command, "job.yaml", DATABAR_API_KEY="x", DATABAR_BASE_URL="http://127.0.0.1:9/v1"
         )
         assert result.exit_code == 2
-        assert said in result.stderr
+        assert message in result.stderr
 
 
 def test_report_path_clash(api: SandboxApi, workspace: Workspace) -> None:
-    """A report that is another file of the job is refused before anything is spent."""
+    """A report path that is another file of the job is refused before anything is spent."""
     workspace.write_leads(make_leads(1))
     workspace.write_job(report="page.html", metrics="m.prom", suppress="page.html")
     (workspace.folder / "page.html").write_text("")
@@ -254,7 +254,7 @@ def test_report_path_clash(api: SandboxApi, workspace: Workspace) -> None:
 
 
 def test_unwritable_path_found_by_check(workspace: Workspace) -> None:
-    """Before the night."""
+    """`enrich check` reports an unwritable path before the run."""
     workspace.write_leads(make_leads(1))
     workspace.write_job(report="leads.csv/page.html")
     result = workspace.run_in_process("check", "job.yaml")
@@ -264,7 +264,7 @@ def test_unwritable_path_found_by_check(workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_report_with_only_groups(api: SandboxApi, workspace: Workspace) -> None:
-    """`by` alone says how `enrich report` groups."""
+    """`by` alone sets the groups of `enrich report`."""
     workspace.write_leads(make_leads(2))
     workspace.write_job(report="{by: Note}")
     with fake_renderer():

@@ -1,4 +1,4 @@
-"""The report: its numbers are those of the status, of the runs, of the receipts, and of the API's own books."""
+"""The report's numbers agree with `status`, `runs`, the run summaries and the API's audit."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ CREDIT = 1_000_000
 
 @pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Ask the same of a ledger in a file and on a server."""
+    """Run each test with a SQLite file and with PostgreSQL."""
     return str(request.param)
 
 
 def build_report_at(workspace: Workspace, now: datetime = NOW, **more: Any) -> Report:
-    """Gather the facts in this process, at a time."""
+    """Build the report in this process, at a given time."""
     return build_report(load_job(workspace.job_file), TARGET, now, **more)
 
 
 def assert_agrees_with_status(workspace: Workspace, job: str = "job.yaml") -> dict[str, Any]:
-    """Hold the report against the status and the list of runs; return it."""
+    """Compare the report with `status` and `runs`; return the report."""
     report = report_json(workspace, job=job)
     status = workspace.run_in_process("status", job, "--json").json_output
     runs = workspace.run_in_process("runs", job, "--last", "99", "--json").json_output
@@ -76,7 +76,7 @@ def assert_agrees_with_status(workspace: Workspace, job: str = "job.yaml") -> di
 
 
 def assert_agrees_with_audit(report: dict[str, Any], audit: dict[str, Any]) -> None:
-    """Hold the waterfall against what the API charged for whom."""
+    """Compare the provider statistics with the API's charges by provider."""
     true = audit["by_provider"]
     for each in report["waterfall"]["providers"]:
         assert each["found"] == true[each["name"]]["found"]
@@ -86,7 +86,7 @@ def assert_agrees_with_audit(report: dict[str, Any], audit: dict[str, Any]) -> N
 
 @pytest.mark.long
 def test_page_matches_status(tmp_path: Path, workspace: Workspace) -> None:
-    """The numbers of two nights, read from the page itself."""
+    """The page has the same numbers of two runs as `status`."""
     workspace.write_job(email_verifier="10")
     with serve_api(tmp_path / "api.db", miss_kinds=("null_result",)) as api:
         for leads in (20, 45):
@@ -118,7 +118,7 @@ def test_page_matches_status(tmp_path: Path, workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_report_over_a_week(tmp_path: Path, workspace: Workspace) -> None:
-    """New leads, new prices, a kill -9, tasks that were cancelled and refunded, failures asked again."""
+    """The report agrees over a week of new leads, new prices, a kill -9, refunded cancellations and retries."""
     settings = replace(INSTANT_API, failure_rate=0.2, miss_kinds=("null_result",))
     with serve_api(tmp_path / "api.db", settings) as api:
         workspace.write_leads(make_leads(30))
@@ -156,7 +156,7 @@ def test_report_over_a_week(tmp_path: Path, workspace: Workspace) -> None:
     for run_number, summary in zip(ended, summaries, strict=True):
         for name in run_number.keys() & summary.keys() - {"found", "not_found", "failed", "expired", "elapsed_s"}:
             assert run_number[name] == summary[name], name
-    # Nobody is there twice: what is answered for the first time is a row.
+    # No lead is twice in the input, so each first answer is a row.
     first = ended[0]
     assert {name: first[name] for name in ("found", "not_found", "failed")} == {
         name: summaries[0][name] for name in ("found", "not_found", "failed")
@@ -166,22 +166,22 @@ def test_report_over_a_week(tmp_path: Path, workspace: Workspace) -> None:
     assert sum(night["not_found"] for night in report["nights"]) == report["requests"]["not_found"]
     assert report["rows"] == summaries[-1]["rows"]
     assert sum(age["found"] for age in report["ages"]) == report["requests"]["found"]
-    # Charged failures show their steps only now and then, so only finds are the API's own here.
+    # Charged failures show their steps only sometimes, so only the matches equal the API's.
     true = audit["by_provider"]
     assert all(each["found"] == true[each["name"]]["found"] for each in report["waterfall"]["providers"])
-    # What the third night left behind tells when we came back, not how long it took.
+    # The latencies of tasks left by the third run are unknown: they show when the next run polled them.
     assert report["latencies"]["longest"] < 60
 
 
 def cancel_tasks(api: SandboxApi, task_ids: list[str]) -> None:
-    """Take tasks back, and get the credits again."""
+    """Cancel tasks, which refunds their credits."""
     with httpx.Client(verify=False, trust_env=False, headers={"x-apikey": api.api_key}) as http:  # noqa: S501 - loopback
         for task_id in task_ids:
             http.post(f"{api.base_url}/tasks/{task_id}/cancel").raise_for_status()
 
 
 def test_provider_stats_match_audit(tmp_path: Path, workspace: Workspace) -> None:
-    """Provider by provider, over two nights with other prices."""
+    """Each provider's statistics equal the audit, over two runs with different prices."""
     with serve_api(tmp_path / "api.db", INSTANT_API, miss_kinds=("blank_result",), charge_misses=True) as api:
         for count, price in ((20, 0.5), (45, 0.75)):
             api.set_prices({833: price})
@@ -197,7 +197,7 @@ def test_provider_stats_match_audit(tmp_path: Path, workspace: Workspace) -> Non
 
 @pytest.mark.long
 def test_jobs_sharing_a_ledger(tmp_path: Path, workspace: Workspace) -> None:
-    """One of them in bulk: each is told what it spent, together they are the bill."""
+    """Two jobs share a ledger, one in bulk: each shows its own spending, and together they equal the charges."""
     workspace.write_leads(make_leads(12), name="alpha.csv")
     workspace.write_leads(make_leads(30), name="beta.csv")
     for name, more in (("alpha", {}), ("beta", {"dispatch": "{bulk: 7}"})):
@@ -213,7 +213,7 @@ def test_jobs_sharing_a_ledger(tmp_path: Path, workspace: Workspace) -> None:
     assert (alpha["nights"][0]["submitted"], beta["nights"][0]["submitted"]) == (12, 18)
     assert alpha["requests"] == beta["requests"]
     assert any("other jobs use this ledger" in note for note in alpha["notes"])
-    assert beta["rows"] == 30  # twelve of them answered by the other
+    assert beta["rows"] == 30  # twelve were answered by the other job
     assert beta["latencies"]["count"] == 3  # tasks, not rows
     found = {
         each["name"]: each["found"] for each in [*alpha["waterfall"]["providers"], *beta["waterfall"]["providers"]]
@@ -222,7 +222,7 @@ def test_jobs_sharing_a_ledger(tmp_path: Path, workspace: Workspace) -> None:
 
 
 def test_job_without_runs(workspace: Workspace) -> None:
-    """Nothing is known, nothing is made."""
+    """A job without runs has no numbers, and the report creates no files."""
     report = report_json(workspace)
 
     assert (report["nights"], report["rows"], report["planned"], report["traffic"]) == ([], None, None, None)
@@ -232,7 +232,7 @@ def test_job_without_runs(workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_missing_input(finished_run: Workspace) -> None:
-    """Its rows are not known; nights, credits and providers are."""
+    """With the input missing its rows are unknown; runs, credits and providers are shown."""
     whole = report_json(finished_run)
     (finished_run.folder / "leads.csv").unlink()
     report = report_json(finished_run)
@@ -259,7 +259,7 @@ def test_missing_input(finished_run: Workspace) -> None:
     ],
 )
 def test_job_that_no_longer_fits(finished_run: Workspace, changes: dict[str, str]) -> None:
-    """It says why the rows are not known; where that is no pipe, somebody should look."""
+    """When the job no longer fits, the report shows why the rows are unknown; unless it is stdin, action is needed."""
     finished_run.write_job(**changes)
     report = report_json(finished_run)
 
@@ -272,7 +272,7 @@ def test_job_that_no_longer_fits(finished_run: Workspace, changes: dict[str, str
 
 @pytest.mark.long
 def test_other_columns_use_stored_answers(finished_run: Workspace) -> None:
-    """As in the output that the next run would write."""
+    """Other columns are filled from stored answers, as the next run would write them."""
     finished_run.write_job(columns="{nothing: phone, mail: email}")
     report = report_json(finished_run)
 
@@ -284,7 +284,7 @@ def test_other_columns_use_stored_answers(finished_run: Workspace) -> None:
 
 @pytest.mark.long
 def test_unreadable_waterfall_description(finished_run: Workspace) -> None:
-    """One that nobody understands is as good as none: then nothing is presumed."""
+    """An unreadable description of a waterfall counts as missing, so nothing is inferred."""
     finished_run.sql("UPDATE waterfalls SET description = '{\"identifier\": 7}'")
     report = report_json(finished_run)
 
@@ -294,7 +294,7 @@ def test_unreadable_waterfall_description(finished_run: Workspace) -> None:
 
 @pytest.mark.long
 def test_purged_and_forgotten_leads(finished_run: Workspace) -> None:
-    """That they were paid for is; what they answered is no zero."""
+    """Purged and forgotten leads keep their cost; their unknown answers do not count as zero."""
     before = report_json(finished_run)
     assert finished_run.run_in_process("forget", "job.yaml", "--match", "First Name=First0", "--yes").exit_code == 0
     assert finished_run.run_in_process("purge", "job.yaml", "--older-than", "0s", "--yes").exit_code == 0
@@ -309,7 +309,7 @@ def test_purged_and_forgotten_leads(finished_run: Workspace) -> None:
 
 
 def test_report_during_run(workspace: Workspace) -> None:
-    """What is committed is shown, and whoever holds the lock is no killed one."""
+    """A report during a run shows what is committed, and the active run is not reported as killed."""
     workspace.write_leads(make_leads(2))
     ledger = CommittingLedger.open(workspace.ledger_location).start_and_enroll(1, 2)
     ledger.submit()
@@ -330,7 +330,7 @@ def test_report_during_run(workspace: Workspace) -> None:
 
 
 def test_retried_free_failure_is_not_counted(workspace: Workspace) -> None:
-    """Failed at no charge, asked again, found: one request, one hit."""
+    """A free failure that was retried and found is one request and one match."""
     ledger = CommittingLedger.open(workspace.ledger_location).start_and_enroll(1, 2, 3)
     assert ledger.settle(ledger.submit(), FREE_FAILURE) is State.PENDING
     assert ledger.settle(ledger.submit()) is State.FOUND
@@ -351,7 +351,7 @@ def test_retried_free_failure_is_not_counted(workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_required_actions(tmp_path: Path, workspace: Workspace) -> None:
-    """Failed rows, doubts and rows that were never sent."""
+    """Failed, unconfirmed and unsent rows require action."""
     workspace.write_leads([*make_leads(8), ["", "", "", "", "nobody"]])
     workspace.write_job(rejects="rejects.csv")
     with serve_api(tmp_path / "api.db", failure_rate=1.0, free_failures=0.0) as api:
@@ -371,7 +371,7 @@ def test_required_actions(tmp_path: Path, workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_commands_use_given_paths(api: SandboxApi, workspace: Workspace) -> None:
-    """They can be pasted anywhere."""
+    """Commands use the paths as given, so they can be pasted."""
     workspace.write_leads(make_leads(3), name="other file.csv")
     api.inject_fault("no-task-id")
     workspace.run_in_process("run", "job.yaml", "--input", "other file.csv", "--ledger", "l.db", api=api)
@@ -383,7 +383,7 @@ def test_commands_use_given_paths(api: SandboxApi, workspace: Workspace) -> None
 
 
 def test_advice_after_failed_run(api: SandboxApi, workspace: Workspace) -> None:
-    """As the notification of that night does."""
+    """The advice after a failed run equals its notification."""
     workspace.write_leads(make_leads(30))
     workspace.write_job(limits="{max_credits: 4, requests_per_second: 1000}")
     assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 12
@@ -395,7 +395,7 @@ def test_advice_after_failed_run(api: SandboxApi, workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_answer_ages(finished_run: Workspace) -> None:
-    """Each that the output shows, once, whatever asks for it."""
+    """Each answer in the output is counted once by age, however many rows share it."""
     leads = make_leads(12)
     finished_run.write_leads([*leads, *leads])
     since = datetime.now(UTC)
@@ -410,7 +410,7 @@ def test_answer_ages(finished_run: Workspace) -> None:
 
 @pytest.mark.long
 def test_groups_by_input_column(api: SandboxApi, workspace: Workspace) -> None:
-    """The largest first; what only one row has may be a person, and is no group of its own."""
+    """The largest groups come first; a value of a single row may be a person and gets no group."""
     notes = ["DE"] * 3 + ["", " "] + ["FR"] * 2 + ["Ada", "Bea"]
     workspace.write_leads([[*lead[:4], note] for lead, note in zip(make_leads(9), notes, strict=True)])
     workspace.write_job(report="{by: [Note, Website]}")
@@ -439,7 +439,7 @@ def test_groups_by_input_column(api: SandboxApi, workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_rows_only_on_request(finished_run: Workspace) -> None:
-    """Personal data is in no report else; at most a thousand rows, the rest is counted."""
+    """Rows (personal data) are in a report only on request: at most a thousand, with the rest counted."""
     plain = json.dumps(report_json(finished_run))
     assert "First1" not in plain
     assert "company1" not in plain
@@ -455,7 +455,7 @@ def test_rows_only_on_request(finished_run: Workspace) -> None:
 
 @pytest.mark.long
 def test_traffic_from_progress(finished_run: Workspace) -> None:
-    """Its pulse, when there is one; else what its attempts tell, and polls are not known."""
+    """Traffic comes from the stored progress; without it, from the attempts, and polls are unknown."""
     received = report_json(finished_run)
     assert sum(received["traffic"]["polls"]) == received["nights"][0]["polls"]
     assert (sum(received["traffic"]["submitted"]), sum(received["traffic"]["answered"])) == (12, 12)
@@ -469,7 +469,7 @@ def test_traffic_from_progress(finished_run: Workspace) -> None:
 
 @given(st.lists(st.integers(0, 10**9), max_size=200))
 def test_latency_histogram(waits: list[int]) -> None:
-    """Each in its bar; half took no longer than the median, nine of ten no longer than p90."""
+    """Each latency is in its bar; half are at most the median, and nine of ten at most p90."""
     waits.sort()
     made = latency_histogram(waits)
     if made is None:

@@ -1,1 +1,1 @@
-"""Tests of rows and requests."""
+"""Tests of `enrich.rows`."""

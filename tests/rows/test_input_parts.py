@@ -1,4 +1,4 @@
-"""The input in parts: each can be read by itself, elsewhere, and all of them are the whole."""
+"""The input in parts: each can be read alone and elsewhere, and together they equal the whole."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def open_rows(
 
 
 def described_rows(batches: Iterator[RowBatch]) -> list[tuple[object, ...]]:
-    """List what is known of each row: its place, its cells, what it asks or why it doesn't."""
+    """Return what is known of each row: position, cells, and its request or the reason it has none."""
     return [
         row
         for batch in batches
@@ -56,8 +56,8 @@ def described_rows(batches: Iterator[RowBatch]) -> list[tuple[object, ...]]:
 
 
 def pickle_roundtrip(rows: JobInput) -> JobInput:
-    """Take it to another process."""
-    copied: JobInput = pickle.loads(pickle.dumps(rows))  # noqa: S301 - our own
+    """Pickle and unpickle, as for another process."""
+    copied: JobInput = pickle.loads(pickle.dumps(rows))  # noqa: S301 - pickled on this line
     return copied
 
 
@@ -74,9 +74,9 @@ FILE = st.tuples(st.sampled_from(["", "c=1/", "c=2/"]), st.lists(st.tuples(CELL,
 def test_parts_equal_whole_input(
     tmp_path_factory: pytest.TempPathFactory, files: list[tuple[str, list[tuple[str, str]]]], kind: str, size: int
 ) -> None:
-    """The same rows in the same places ask the same, whatever the files and the size of the parts."""
+    """The parts give the same rows, positions and requests as the whole, for any files and part sizes."""
     folder = tmp_path_factory.mktemp("parts")
-    # Either all files lie in folders that name a column, or none does.
+    # Either all files lie in partition folders, or none does.
     deep = bool(files[0][0])
     for number, (below, leads) in enumerate(files):
         path = folder / "leads" / ((below or "c=3/") if deep else "") / f"{number}.{kind}"
@@ -93,7 +93,7 @@ def test_parts_equal_whole_input(
 
 
 def test_part_can_be_read_elsewhere(tmp_path: Path) -> None:
-    """Neither the job file nor the list of those who are never asked: they went with it."""
+    """A part can be read without the job file and the suppression list, because both are pickled with it."""
     folder = tmp_path / "leads"
     folder.mkdir()
     people = [["Ada", "ada@x.example"], ["Bob", "bob@y.example"], ["Cyd", "cyd@z.example"]]
@@ -113,7 +113,7 @@ def test_part_can_be_read_elsewhere(tmp_path: Path) -> None:
 
 
 def test_part_errors_name_job_line(tmp_path: Path) -> None:
-    """With the line of the job file, though it isn't there, and with no cell."""
+    """Errors in a part name the job file's line, even without that file, and quote no cell."""
     write_table(tmp_path / "leads.csv", ["A", "B"], [["x", "1"]])
     rows = pickle_roundtrip(
         (whole := open_rows(tmp_path, "leads.csv", "where: CAST(A AS INT) > 1\n")).for_part(whole.parts()[0])
@@ -125,7 +125,7 @@ def test_part_errors_name_job_line(tmp_path: Path) -> None:
 
 
 def test_in_memory_rows_keep_positions(tmp_path: Path) -> None:
-    """As a cluster brings them."""
+    """Rows that a cluster brings in memory keep their positions."""
     write_table(tmp_path / "leads.csv", ["A", "B", "enrich_status"], [["x", "1", "found"], ["y", "2", "failed"]])
     rows = open_rows(tmp_path, "leads.csv", "where: enrich_status = 'failed'\n")
     frame = pl.DataFrame({"A": ["y"], "B": ["2"], "enrich_status": ["failed"]})
@@ -137,7 +137,7 @@ def test_in_memory_rows_keep_positions(tmp_path: Path) -> None:
 
 @in_turn(("kind", "rows"), [("parquet", 0), ("parquet", 2), ("csv", 0), ("csv", 2), ("csv", 4)])
 def test_changed_row_count_is_refused(tmp_path: Path, kind: str, rows: int) -> None:
-    """The rows behind it would have other places."""
+    """A changed row count is refused, because later rows would have other positions."""
     path = write_table(tmp_path / f"leads.{kind}", ["A", "B"], [["1", "2"]] * 3)
     whole = open_rows(tmp_path, path.name)
     (part,) = whole.parts()
@@ -147,7 +147,7 @@ def test_changed_row_count_is_refused(tmp_path: Path, kind: str, rows: int) -> N
 
 
 def test_undividable_inputs(tmp_path: Path) -> None:
-    """And says why."""
+    """An input that can't be divided gives the reason."""
     write_table(tmp_path / "leads.csv", ["A", "B"], [])
     assert open_rows(tmp_path, "leads.csv").why_not_parallel() is None
     assert "`dedupe: false`" in (open_rows(tmp_path, "leads.csv", "dedupe: false\n").why_not_parallel() or "")
@@ -157,7 +157,7 @@ def test_undividable_inputs(tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.usefixtures("bucket")
 def test_parts_of_objects(tmp_path: Path) -> None:
-    """It is fetched there; another object in its place is none of the run's."""
+    """A part of an object is downloaded where it is read; an object changed since the start is refused."""
     leads = [[str(number), "x"] for number in range(5)]
     data = write_table(tmp_path / "a.parquet", ["A", "B"], leads).read_bytes()
     for name in ("in/c=1/a.parquet", "in/c=2/a.parquet"):
@@ -181,7 +181,7 @@ def test_parts_of_objects(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("bucket")
 @pytest.mark.parametrize("name", ["leads.parquet", "leads[1].parquet"])
 def test_replaced_object_is_detected(tmp_path: Path, name: str) -> None:
-    """Though it has as many rows: half of the output would be of the old one, and half of the new."""
+    """A replaced object is detected even with as many rows: the output would mix the old and the new one."""
     data = write_table(tmp_path / "a.parquet", ["A", "B"], [["1", "x"]] * 4).read_bytes()
     put_object(name, data)
     rows = open_rows(tmp_path, f"s3://{BUCKET}/{name}")
@@ -194,7 +194,7 @@ def test_replaced_object_is_detected(tmp_path: Path, name: str) -> None:
 
 
 def test_row_counting_reads(tmp_path: Path) -> None:
-    """The others say it themselves."""
+    """Counting the rows of Parquet files reads no rows, because their metadata has the count."""
     for name in ("a.parquet", "b.parquet"):
         (tmp_path / "leads").mkdir(exist_ok=True)
         write_table(tmp_path / "leads" / name, ["A", "B"], [["1", "2"]] * 3)

@@ -1,4 +1,4 @@
-"""A job held against a waterfall: the providers, the worst price, the params it must have, the columns it gives."""
+"""A job matched with its waterfall: providers, maximum price, required params and result columns."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ params:
 
 
 def waterfall_json(**changes: Any) -> Waterfall:
-    """Describe a waterfall as the API does."""
+    """Return a waterfall in the API's format."""
     message = {
         "identifier": "email_getter",
         "input_params": [
@@ -54,32 +54,32 @@ def build_template(
     waterfall: Waterfall | None = None,
     providers: Sequence[int] | None = None,
 ) -> RequestTemplate:
-    """Make the question of a job."""
+    """Build the request template of a job."""
     waterfall = waterfall or waterfall_json()
     job = load_job(workspace.write_job(JOB + extra_yaml))
     return make_request_template(job, waterfall, default_providers(waterfall) if providers is None else providers)
 
 
 def job_error(workspace: Workspace, extra_yaml: str = "", waterfall: Waterfall | None = None) -> tuple[str, str | None]:
-    """Return the message, without the job file's path, and the hint."""
+    """Return the error message, without the job file's path, and the hint."""
     with pytest.raises(JobError) as caught:
         build_template(workspace, extra_yaml, waterfall)
     return caught.value.message.removeprefix(f"{workspace.job_file}:"), caught.value.hint
 
 
 def test_default_providers(workspace: Workspace) -> None:
-    """Add-ons run only when they are named; a provider that says nothing is enabled."""
+    """Add-ons run only when the job names them; a provider without a default is enabled."""
     assert build_template(workspace).call.enrichments == (833, 966)
     assert build_template(workspace, providers=[966]).call.enrichments == (966,)
 
 
 def test_provider_order_of_job(workspace: Workspace) -> None:
-    """It is the order in which they are asked, and so it is part of the question."""
+    """The job's order of providers is the order of the requests, so it is part of the fingerprint."""
     assert build_template(workspace, "enrichments: [966, 113, 833]\n").call.enrichments == (966, 113, 833)
 
 
 def test_max_price(workspace: Workspace) -> None:
-    """In millionths: each provider, and a verification of what each found."""
+    """The maximum price, in millionths, is each provider's price and a verification of each result."""
     assert build_template(workspace).worst_price == 1_750_000
     assert build_template(workspace, "enrichments: [113]\n").worst_price == 3_000_000
     assert build_template(workspace, "email_verifier: 10\n").worst_price == 1_950_000
@@ -87,7 +87,7 @@ def test_max_price(workspace: Workspace) -> None:
 
 @pytest.mark.parametrize("price", [None, "free", "", -1, "nan"])
 def test_unknown_price(workspace: Workspace, price: object) -> None:
-    """Without a cap the run may go on; a cap that cannot be kept is refused."""
+    """With an unknown price a run without a cap may go on; a cap that can't be kept is refused."""
     waterfall = waterfall_json(available_enrichments=[{"id": 833, "price": "1"}, {"id": 966, "price": price}])
     made = build_template(workspace, waterfall=waterfall)
     assert made.worst_price is None
@@ -99,19 +99,19 @@ def test_unknown_price(workspace: Workspace, price: object) -> None:
 
 
 def test_unlisted_provider_has_unknown_price(workspace: Workspace) -> None:
-    """The ledger may keep it from the first run: what it costs today nobody says."""
+    """A provider that is no longer listed, known from the ledger's first run, has an unknown price."""
     assert build_template(workspace, providers=[833, 1]).worst_price is None
 
 
 def test_required_params_and_emails(workspace: Workspace) -> None:
-    """A param is an e-mail by its type or by its name."""
+    """A param is an email by its type or by its name."""
     made = build_template(workspace)
     assert made.required_params == ("first_name", "last_name", "company")
     assert made.email_params == ("email", "second")
 
 
 def test_default_result_columns(workspace: Workspace) -> None:
-    """New column: field of the result."""
+    """Each result field becomes a column; new column → field of the result."""
     assert build_template(workspace).columns == {"email": "email", "score": "score"}
     assert build_template(workspace, "columns: {work: email, city: person.city}\n").columns == {
         "work": "email",
@@ -142,12 +142,12 @@ def test_default_result_columns(workspace: Workspace) -> None:
     ],
 )
 def test_unknown_names_are_reported(workspace: Workspace, more: str, message: str, hint: str) -> None:
-    """With the line of the job file and what there is instead."""
+    """Unknown names are reported with the job file's line and the valid names."""
     assert job_error(workspace, more) == (message, hint)
 
 
 def test_unmapped_required_param(workspace: Workspace) -> None:
-    """It is told before anything is asked."""
+    """A required param without a column is an error before anything is sent."""
     known = {"name": "linkedin", "required": True}
     message, hint = job_error(
         workspace, waterfall=waterfall_json(input_params=[known, *waterfall_json().model_dump()["input_params"]])
@@ -157,13 +157,13 @@ def test_unmapped_required_param(workspace: Workspace) -> None:
 
 
 def test_verifier_not_supported(workspace: Workspace) -> None:
-    """The API would ignore it, or charge for nothing."""
+    """A verifier is refused where none is supported: the API would ignore it, or charge for nothing."""
     message, _ = job_error(workspace, "email_verifier: 10\n", waterfall_json(is_email_verifying=False))
     assert message == "8: email_verifier: the waterfall `email_getter` verifies no e-mails"
 
 
 def test_incomplete_waterfall_is_accepted(workspace: Workspace) -> None:
-    """Older documents know neither verifiers nor defaults; nothing is refused for what nobody says."""
+    """A waterfall without verifiers and defaults, as in older API documents, is accepted."""
     waterfall = Waterfall.model_validate({"identifier": "email_getter", "is_email_verifying": True})
     made = build_template(workspace, "enrichments: [1]\nemail_verifier: 2\ncolumns: {a: b}\n", waterfall)
     assert (made.call.enrichments, made.call.email_verifier, made.worst_price) == ((1,), 2, None)
@@ -172,7 +172,7 @@ def test_incomplete_waterfall_is_accepted(workspace: Workspace) -> None:
 
 
 def test_null_keys_are_optional() -> None:
-    """The API's documents do not tell which keys may be null."""
+    """Keys of the waterfall may be null, because the API's documents leave it open."""
     waterfall = Waterfall.model_validate(
         {
             "identifier": "w",
@@ -191,6 +191,6 @@ def test_null_keys_are_optional() -> None:
 
 
 def test_waterfall_json_roundtrip() -> None:
-    """The ledger keeps the description as JSON and makes the same question of it."""
+    """The ledger's stored JSON of a waterfall gives the same request template."""
     waterfall = waterfall_json()
     assert Waterfall.model_validate(waterfall.model_dump()) == waterfall

@@ -1,4 +1,4 @@
-"""What each row of the input asks: transforms, params, filters, and the fingerprint that names the question."""
+"""How input rows become requests: transforms, params, filters and fingerprints."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def read_requests(
 
 
 def sent_params(batch: RowBatch) -> list[dict[str, str] | None]:
-    """Return what each row sends."""
+    """Return the params that each row sends."""
     return [None if params is None else json.loads(params) for params in batch.params]
 
 
 def job_error(
     folder: Path, job: str, header: Sequence[str], leads: Sequence[Sequence[str]] = (("x",) * 9,)
 ) -> JobError:
-    """Return why the job does not fit its input."""
+    """Return the error of a job that does not fit its input."""
     with pytest.raises(JobError) as caught:
         read_requests(open_rows(folder, job, header, [row[: len(header)] for row in leads]))
     assert caught.value.message.startswith(f"{folder / 'job.yaml'}:")
@@ -118,7 +118,7 @@ def job_error(
     ],
 )
 def test_domain_transform(tmp_path: Path, cell: str, domain: str | None) -> None:
-    """A URL, an e-mail address or a bare host has one; what has none asks nothing."""
+    """A URL, an email address or a bare host gives a domain; without one, the row sends nothing."""
     rows = open_rows(tmp_path, "params: {company: {column: A, transform: [domain]}, b: B}\n", ["A", "B"], [[cell, "x"]])
     assert sent_params(read_requests(rows)) == [{"b": "x"} | ({"company": domain} if domain else {})]
 
@@ -141,13 +141,13 @@ def test_domain_transform(tmp_path: Path, cell: str, domain: str | None) -> None
     ],
 )
 def test_param_normalization(tmp_path: Path, transform: str, cell: str, sent: str) -> None:
-    """NFC, without outer blanks, case kept; the transforms come before, in their order."""
+    """Params are NFC without outer blanks, with their case; transforms are applied first, in order."""
     rows = open_rows(tmp_path, f"params: {{a: {{column: A, transform: [{transform}]}}}}\n", ["A"], [[cell]])
     assert sent_params(read_requests(rows)) == [{"a": sent}]
 
 
 def test_first_non_blank_column(tmp_path: Path) -> None:
-    """A website that is no URL gives way to the e-mail address."""
+    """The first column with a usable value counts: a website that is no URL gives way to the email address."""
     job = "params: {company: {column: [Website, Email, Firm], transform: [domain]}, name: [Nick, Name], k: K}\n"
     leads = [
         ["https://a.example", "x@b.example", "c.example", "Ada", "Augusta", "k"],
@@ -165,7 +165,7 @@ def test_first_non_blank_column(tmp_path: Path) -> None:
 
 
 def test_constant_param(tmp_path: Path) -> None:
-    """It is normalised like a cell; alone it is a question too."""
+    """A constant param is normalized like a cell, and is a request even when it is the only param."""
     rows = open_rows(tmp_path, "params: {country: {value: ' US '}, a: A}\n", ["A"], [["1"], ["2"]])
     assert sent_params(read_requests(rows)) == [{"a": "1", "country": "US"}, {"a": "2", "country": "US"}]
     rows = open_rows(tmp_path, "params: {country: {value: US}}\n", ["A"], [["1"], ["2"]])
@@ -173,7 +173,7 @@ def test_constant_param(tmp_path: Path) -> None:
 
 
 def test_blank_required_param_is_invalid(tmp_path: Path) -> None:
-    """It is never sent, and the reason names the param and its columns but no cell; an optional one is left out."""
+    """A row with a blank required param is not sent; the reason names param and columns, but no cell."""
     job = "params: {first: First, company: {column: [Site, Mail], transform: [domain]}, opt: Opt}\n"
     leads = [["Ada", "x.example", "", ""], ["Ada", "Secret Inc.", "none", "o"], [" ", "x.example", "", ""]]
     batch = read_requests(
@@ -187,21 +187,21 @@ def test_blank_required_param_is_invalid(tmp_path: Path) -> None:
 
 
 def test_row_without_params_is_invalid(tmp_path: Path) -> None:
-    """Even when nothing is required."""
+    """A row without any params is invalid, even when none is required."""
     batch = read_requests(open_rows(tmp_path, "params: {a: A}\n", ["A", "B"], [["", "x"]]))
     assert (batch.statuses, batch.errors) == ([RowStatus.INVALID], ["no param has a value"])
 
 
 @in_turn("good", ["ada@x.example", "a@b.c", "ä.b+c@ö.example", '"a"@b.c', " ada@x.example "])
 def test_email_param(tmp_path: Path, good: str) -> None:
-    """The check is a coarse one: only the API knows which exist."""
+    """The email check is coarse, because only the API can check which addresses exist."""
     batch = read_requests(open_rows(tmp_path, "params: {email: E}\n", ["E"], [[good]]), emails=["email"])
     assert sent_params(batch) == [{"email": good.strip()}]
 
 
 @in_turn("bad", ["ada", "ada@x", "@x.example", "ada@", "a b@x.example", "a@b@c.d", "a@b.c,d@e.f g", "a@b .c"])
 def test_malformed_email_is_invalid(tmp_path: Path, bad: str) -> None:
-    """It is not paid for, and the reason does not quote it."""
+    """A malformed email is not paid for, and the reason does not quote it."""
     batch = read_requests(open_rows(tmp_path, "params: {email: E}\n", ["E"], [[bad]]), emails=["email"])
     assert (batch.statuses, batch.errors) == ([RowStatus.INVALID], ["email is no e-mail address (E)"])
 
@@ -238,7 +238,7 @@ LEADS = [
     ],
 )
 def test_where_filters_rows(tmp_path: Path, where: str, kept: str) -> None:
-    """SQL over text: blanks are '', and where the answer is null the row is left out."""
+    """`where` is SQL over text: blanks are '', and a row for which it is null is left out."""
     job = f"params: {{name: Name}}\nwhere: {json.dumps(where)}\n"
     batch = read_requests(open_rows(tmp_path, job, HEADER, LEADS))
     assert " ".join(params["name"] for params in sent_params(batch) if params) == kept
@@ -271,7 +271,7 @@ def test_where_filters_rows(tmp_path: Path, where: str, kept: str) -> None:
     ],
 )
 def test_invalid_where(tmp_path: Path, where: str, message: str, hint: str) -> None:
-    """Before anything is spent, with the line; what looks at other rows is refused, for rows come in batches."""
+    """An invalid `where` is an error with its line before anything is spent; using other rows is invalid, too."""
     error = job_error(tmp_path, f"params: {{name: Name}}\nwhere: {json.dumps(where)}\n", HEADER, LEADS)
     assert error.message.startswith(f"{tmp_path / 'job.yaml'}:5: where: {message}")
     assert "\n" not in error.message
@@ -283,16 +283,16 @@ def test_invalid_where(tmp_path: Path, where: str, message: str, hint: str) -> N
     ['CAST("Team Size" AS INT) > 4', "CAST(Name AS DATE) > '2024-01-01'", "STRPTIME(Name, '%Y') IS NULL"],
 )
 def test_where_error_hides_cell(tmp_path: Path, where: str) -> None:
-    """Cells are about persons; the hint says how to cast what may be blank."""
+    """An error in `where` quotes no cell (personal data); the hint shows how to cast blank values."""
     error = job_error(tmp_path, f"params: {{name: Name}}\nwhere: {json.dumps(where)}\n", HEADER, LEADS)
     assert "where: cannot be computed" in error.message
     assert "TRY_CAST" in (error.hint or "")
-    result = error.message.replace(str(tmp_path), "")  # which has numbers, and may have those of a cell
+    result = error.message.replace(str(tmp_path), "")  # its numbers could be those of a cell
     assert not any(cell in result for row in LEADS for cell in (row[0], row[2]) if len(cell) > 1)
 
 
 def test_only_if_empty(tmp_path: Path) -> None:
-    """All of them, outer blanks not counting; together with `where` both must hold."""
+    """A row is sent only if all listed columns are blank; with `where`, both conditions must hold."""
     leads = [["a", "", ""], ["b", " \t", ""], ["c", "x", ""], ["d", "", "y"], ["e", "", ""]]
     job = "params: {n: N}\nonly_if_empty: [E, P]\n"
     batch = read_requests(open_rows(tmp_path, job, ["N", "E", "P"], leads))
@@ -302,7 +302,7 @@ def test_only_if_empty(tmp_path: Path) -> None:
 
 
 def test_filtered_rows_have_no_reason(tmp_path: Path) -> None:
-    """What the job leaves out needs no reason."""
+    """Rows that the job filters out have no reason."""
     batch = read_requests(
         open_rows(tmp_path, "params: {a: A}\nonly_if_empty: [B]\n", ["A", "B"], [["", "x"]]), required=["a"]
     )
@@ -326,7 +326,7 @@ def test_filtered_rows_have_no_reason(tmp_path: Path) -> None:
     ],
 )
 def test_unknown_column(tmp_path: Path, job: str, where: str, hint: str) -> None:
-    """With the line of the job file, the input file, and the nearest column."""
+    """An unknown column is reported with the job file's line, the input file and the nearest column."""
     error = job_error(tmp_path, job, ["First Name", "Email"])
     assert error.message.startswith(f"{tmp_path / 'job.yaml'}:{where}: the input has no column")
     assert str(tmp_path / "leads.csv") in error.message
@@ -335,7 +335,7 @@ def test_unknown_column(tmp_path: Path, job: str, where: str, hint: str) -> None
 
 @in_turn(("separator", "shown"), [(";", '";"'), ("\t", '"\\t"'), ("|", '"|"')])
 def test_separator_hint(tmp_path: Path, separator: str, shown: str) -> None:
-    """The commonest mistake has a hint that can be copied, and following it helps."""
+    """A wrong separator, the most common mistake, gives a hint that can be copied and works."""
     (tmp_path / "leads.csv").write_text(separator.join(["Name", "Email"]) + "\n" + separator.join(["Ada", "x"]) + "\n")
     path = tmp_path / "job.yaml"
     text = "version: 1\ninput: leads.csv\nwaterfall: w\nparams: {a: Name}\n"
@@ -348,7 +348,7 @@ def test_separator_hint(tmp_path: Path, separator: str, shown: str) -> None:
 
 
 def test_unreadable_input(tmp_path: Path) -> None:
-    """It is no mistake of the job file, and nothing was spent."""
+    """An unreadable input is not reported as a mistake of the job file, and nothing is spent."""
     path = tmp_path / "job.yaml"
     path.write_text("version: 1\ninput: leads.csv\nwaterfall: w\nparams: {a: A}\n")
     with pytest.raises(CommandRefused, match="does not exist"):
@@ -360,7 +360,7 @@ def test_unreadable_input(tmp_path: Path) -> None:
 
 
 def test_new_column_clash(tmp_path: Path) -> None:
-    """A clash is told with the line; the status columns have their names for themselves."""
+    """A new column that exists in the input, or has a status column's name, is reported with its line."""
     rows = open_rows(tmp_path, "params: {a: A}\ncolumns:\n  A: email\n  enrich_at: x\n", ["A"])
     for name, message in [
         ("A", "6: columns.A: the input has a column"),
@@ -372,7 +372,7 @@ def test_new_column_clash(tmp_path: Path) -> None:
 
 
 def test_status_columns_are_replaced(tmp_path: Path) -> None:
-    """An output may be the next input: what we added does not come back twice, and can still be read."""
+    """In an output used as input the status columns are not added twice, and can be read."""
     header = ["enrich_status", "A", "enrich_credits", "enrich_at"]
     job = "params: {a: A, status: enrich_status}\nwhere: enrich_status <> 'found'\n"
     rows = open_rows(tmp_path, job, header, [["failed", "x", "1", "t"], ["found", "y", "1", "t"]])
@@ -398,7 +398,7 @@ def test_status_columns_are_replaced(tmp_path: Path) -> None:
     ],
 )
 def test_any_column_name(tmp_path: Path, header: list[str]) -> None:
-    """Names are names and never patterns, and none is in the way of ours."""
+    """Column names are never patterns, and none clashes with internal names."""
     job = as_yaml(params={"a": header[1], "wanted": header[2], "literal": {"value": "c"}}, only_if_empty=[header[2]])
     leads = [["1", "2", ""], ["4", "5", "6"]]
     batch = read_requests(open_rows(tmp_path, job, header, leads))
@@ -409,7 +409,7 @@ def test_any_column_name(tmp_path: Path, header: list[str]) -> None:
 
 @pytest.mark.long
 def test_positions_count_over_batches(tmp_path: Path) -> None:
-    """A position is a row's place in the file, whatever the batch."""
+    """Positions count over the whole file, whatever the batch size."""
     rows = open_rows(tmp_path, "params: {a: A}\n", ["A"], [[str(number)] for number in range(20_001)])
     batches = list(rows.batches(RequestTemplate(CALL, (), (), {"new": "x"}, None)))
     assert [(batch.first_position, batch.frame.height) for batch in batches] == [(0, 20_000), (20_000, 1)]
@@ -417,7 +417,7 @@ def test_positions_count_over_batches(tmp_path: Path) -> None:
 
 
 def test_changed_input_changes_stamp(tmp_path: Path) -> None:
-    """Replaced, appended to or gone: the answer must not be joined to other rows."""
+    """A replaced, extended or missing input changes the stamp: answers must not be joined to other rows."""
     rows = open_rows(tmp_path, "params: {a: A}\n", ["A"], [["1"]])
     before = rows.file_versions()
     assert before == rows.file_versions()
@@ -440,7 +440,7 @@ def fingerprints_of(
 
 
 def test_fingerprints_never_change(tmp_path: Path) -> None:
-    """Every ledger in the world stands on these very bytes: another value here means that everybody pays again."""
+    """Fingerprints never change: with other bytes, every existing ledger would pay for all its leads again."""
     assert fingerprints_of(tmp_path, [["Ada", "engine.example", ""]]) == ["13a2745522ca047efcb51bda5339965d"]
     assert fingerprints_of(tmp_path, [["Zoë", "größe.example", ""]], call=Call("email_getter", (833,))) == [
         "20d77e6ed2160a4654c9c6deb12bf693"
@@ -448,7 +448,7 @@ def test_fingerprints_never_change(tmp_path: Path) -> None:
 
 
 def test_fingerprint_depends_only_on_request(tmp_path: Path) -> None:
-    """Not of the row's place, its other columns, the order of the params, or how a cell is written."""
+    """The fingerprint does not depend on the row's position, other columns, the order of params or cell spelling."""
     first, second, third = fingerprints_of(
         tmp_path, [["Ada", "x.example", "1"], ["Bob", "x.example", "2"], [" Ada", "x.example ", "3"]]
     )
@@ -465,7 +465,7 @@ def test_fingerprint_depends_only_on_request(tmp_path: Path) -> None:
 
 
 def test_blank_param_not_in_fingerprint(tmp_path: Path) -> None:
-    """What is not sent is not in the name either."""
+    """A blank param is not sent, so it is not part of the fingerprint."""
     (without,) = fingerprints_of(tmp_path, [["Ada", "x", ""]], "params: {first: F, company: C, note: N}\n")
     assert fingerprints_of(tmp_path, [["Ada", "x", ""]]) == [without]
 
@@ -481,13 +481,13 @@ def test_blank_param_not_in_fingerprint(tmp_path: Path) -> None:
     ],
 )
 def test_fingerprint_depends_on_call(tmp_path: Path, call: Call) -> None:
-    """The waterfall, the providers in their order, the verifier: each changes what comes back."""
+    """The waterfall, the order of providers and the verifier change the fingerprint, because they change the result."""
     lead = ["Ada", "x.example", ""]
     assert fingerprints_of(tmp_path, [lead], call=call) != fingerprints_of(tmp_path, [lead])
 
 
 def test_fingerprints_without_dedupe(tmp_path: Path) -> None:
-    """The first of equal rows is the shared one; the others are told apart by their place among them."""
+    """Without dedupe, equal rows differ by their count; the first has the shared fingerprint."""
     job = "params: {first: F, company: C}\ndedupe: false\n"
     ada, bob = ["Ada", "x", ""], ["Bob", "x", ""]
     (shared_ada, shared_bob) = fingerprints_of(tmp_path, [ada, bob])
@@ -501,14 +501,14 @@ def test_fingerprints_without_dedupe(tmp_path: Path) -> None:
 
 
 CELL = st.text(alphabet="aA bB\u00e9e\u0301\u00a0\"\\{},:'\n", max_size=4) | st.text(
-    # Without what Python and Rust see differently: four separators, and what one of them does not know yet.
+    # Without characters that Python and Rust treat differently: four separators, and new ones that one does not know.
     st.characters(exclude_categories=["Cs", "Cn"], exclude_characters="\0\x1c\x1d\x1e\x1f"),
     max_size=6,
 )
 
 
 def expected_params(cells: Mapping[str, str]) -> dict[str, str]:
-    """Say what the contract says is sent."""
+    """Return the params that the documentation promises."""
     clean = {name: unicodedata.normalize("NFC", cell).strip() for name, cell in cells.items()}
     return {name: value for name, value in clean.items() if value}
 
@@ -517,7 +517,7 @@ def expected_params(cells: Mapping[str, str]) -> dict[str, str]:
 @given(leads=st.lists(st.lists(CELL, min_size=3, max_size=3), min_size=2, max_size=8))
 @settings(deadline=None)
 def test_fingerprint_equality(tmp_path_factory: pytest.TempPathFactory, leads: list[list[str]]) -> None:
-    """No cell can be made so that two different questions share an answer, or one is paid twice."""
+    """No cell makes two different requests share an answer, or one request be paid twice."""
     rows = open_rows(tmp_path_factory.getbasetemp(), "params: {a: A, ab: B, b: C}\n", ["A", "B", "C"], leads)
     batch = read_requests(rows)
     named = list(zip(sent_params(batch), batch.fingerprints, strict=True))
@@ -529,7 +529,7 @@ def test_fingerprint_equality(tmp_path_factory: pytest.TempPathFactory, leads: l
 
 
 def test_column_pattern_in_where(tmp_path: Path) -> None:
-    """A pattern for a column name in `where` is beyond polars' SQL: that is told, too."""
+    """A column pattern in `where`, which polars' SQL does not support, is reported."""
     job = as_yaml(params={"a": "x"}, where="\"^x.*$\" = 'p'")
     with pytest.raises(JobError, match="where: not a polars SQL expression over the columns"):
         open_rows(tmp_path, job, ["^x.*$", "x", "xy"], [["p", "q", "r"]])

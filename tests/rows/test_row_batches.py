@@ -1,4 +1,4 @@
-"""What is done a batch at a time comes to the very same as row by row, and asks the ledger no more often."""
+"""Batches give the same results as row by row, with no more ledger statements."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ dedupe: {dedupe}
 params: {{'b "q"': B, email: {{column: [E, F]}}, a: A, c: {{value: US}}}}
 """
 CELLS = st.text(alphabet='aZ@. \u00a0"\\/\b\f\n\r\t\x01\x1f\x7f\u2028\u2029e\u0301\u00e9\U0001f600', max_size=6)
-#: The White_Space of Unicode, as Rust cuts it; Python cuts \x1c to \x1f, too.
+#: Unicode's White_Space, as Rust strips it; Python strips \x1c to \x1f as well.
 BLANKS = " \t\n\v\f\r\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 MAILS = st.sampled_from(["a@b.example", "a@b", "@b.example", "a@b@c.d", "a b@c.d", "a\u2003b@c.d", "a@.", "a@\n."])
 
@@ -43,7 +43,7 @@ MAILS = st.sampled_from(["a@b.example", "a@b", "@b.example", "a@b@c.d", "a b@c.d
 def expected_requests(
     leads: Sequence[Mapping[str, str]], *, dedupe: bool
 ) -> list[tuple[str | None, bytes | None, str | None]]:
-    """Ask for each row as the first version did: params, fingerprint, reason. All ledgers stand on these bytes."""
+    """Return each row's params, fingerprint and reason as the first version did; all ledgers depend on these bytes."""
     written = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
     call = json.dumps([1, "run", CALL.waterfall, CALL.body()], sort_keys=True)
     prefix = blake2b(call.encode(), digest_size=16, person=b"enrich-request")
@@ -84,7 +84,7 @@ def expected_requests(
 def test_fingerprints_are_stable(
     tmp_path_factory: pytest.TempPathFactory, leads: list[dict[str, str]], *, dedupe: bool
 ) -> None:
-    """Another byte in params or fingerprint, and everybody would pay for everything again."""
+    """With other bytes in params or fingerprints, every ledger would pay for all its leads again."""
     folder = tmp_path_factory.mktemp("leads")
     with (folder / "leads.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["A", "B", "E", "F"], *([lead[name] for name in "ABEF"] for lead in leads)])
@@ -104,7 +104,7 @@ def test_fingerprints_are_stable(
 )
 @settings(max_examples=examples(200), deadline=None)
 def test_csv_output_matches_csv_module(rows: list[tuple[str | None, ...]], separator: str) -> None:
-    """Quotes where they are needed and nowhere else, blanks as nothing, whoever writes it."""
+    """Cells are quoted only where needed and blanks are empty, the same as with Python's csv module."""
     raw, text = io.BytesIO(), io.StringIO()
     with CsvWriter(raw, separator) as writer:
         writer.write(pl.DataFrame(rows, schema=dict.fromkeys(["^a$", "", "c"], pl.String), orient="row"))
@@ -130,27 +130,27 @@ def test_csv_output_matches_csv_module(rows: list[tuple[str | None, ...]], separ
     ],
 )
 def test_number_precision_is_kept(value: str, text: str | None) -> None:
-    """What the fast parser would round or refuse is read by the exact one."""
+    """Numbers that the fast JSON parser would round or refuse are read by the exact one."""
     answer = f'{{"data": [{{"result": {{"found": {value}, "name": "Ada"}}, "steps": []}}]}}'
     assert answer_cells(answer, ["found", "name", "none"]) == [text, "Ada", None]
 
 
 def count_statements(ledger: Ledger, work: Callable[[], object]) -> int:
-    """Count what SQLite is asked to do; a statement for many rows counts once for each."""
+    """Count SQLite's statements; one that is executed for many rows counts once a row."""
     count = 0
 
-    def heard(_: str) -> None:
+    def count_statement(_: str) -> None:
         nonlocal count
         count += 1
 
-    sqlite_connection(ledger).set_trace_callback(heard)
+    sqlite_connection(ledger).set_trace_callback(count_statement)
     work()
     sqlite_connection(ledger).set_trace_callback(None)
     return count
 
 
 class TestStatements:
-    """A batch costs the ledger one statement a row, to load it, and a few more."""
+    """A batch costs the ledger one statement a row to load it, and a few more."""
 
     ROWS, FEW = 1_000, 25
 
@@ -160,7 +160,7 @@ class TestStatements:
         return CommittingLedger.open(tmp_path / "ledger.db")
 
     def test_two_statements_per_new_row(self, ledger: CommittingLedger) -> None:
-        """One to load it, one to make it."""
+        """A new row takes two statements, to load it and to insert its request."""
         batch = row_requests(range(self.ROWS))
         assert (
             count_statements(ledger.wrapped, lambda: ledger.commit(Ledger.enroll, ASKED, batch))
@@ -168,7 +168,7 @@ class TestStatements:
         )
 
     def test_one_statement_per_known_row(self, ledger: CommittingLedger) -> None:
-        """To enroll them again, to look at them, and to collect their answers."""
+        """A known row takes one statement to enroll, preview or collect it again."""
         ledger.enroll(range(self.ROWS))
         batch = row_requests(range(self.ROWS))
         ledger.commit(Ledger.begin_pass)
@@ -179,13 +179,13 @@ class TestStatements:
         assert count_statements(ledger.wrapped, lambda: ledger.wrapped.request_results(batch)) < self.ROWS + self.FEW
 
     def test_duplicate_rows_add_no_statements(self, ledger: CommittingLedger) -> None:
-        """They are loaded once."""
+        """Duplicate rows are loaded once."""
         batch = row_requests([1, 2, 3] * self.ROWS)
         assert count_statements(ledger.wrapped, lambda: ledger.commit(Ledger.enroll, ASKED, batch)) < self.FEW
         assert count_statements(ledger.wrapped, lambda: ledger.wrapped.request_results(batch)) < self.FEW
 
     def test_selection_uses_few_statements(self, ledger: CommittingLedger) -> None:
-        """Choosing, marking and counting ask nothing row by row."""
+        """Selecting, queueing and counting take a few statements, not one a row."""
         ledger.commit(Ledger.begin_pass)
         ledger.commit(Ledger.enroll, ASKED, row_requests(range(self.ROWS)))
 
@@ -203,13 +203,13 @@ class TestStatements:
 
 
 def test_plan_during_run_counts_requests_once(tmp_path: Path) -> None:
-    """What was unknown when it was first seen stays one request, under whatever number it is known now."""
+    """During a run, a request that was unknown at first is counted once, even after it gets an id."""
     ledger = CommittingLedger.open(tmp_path / "ledger.db")
     reader = Ledger(ledger.path, read_only=True)
     reader.preview(row_requests([1, 2]))
     ledger.start_and_enroll(1).settle(ledger.submit(), FOUND)
     reader.preview(row_requests([1, 2, 3], 2))
     assert reader.decision_counts() == {Decision.NEW: 3}
-    assert [told.first_position for told in reader.row_decisions(row_requests([3, 2, 1]))] == [4, 1, 0]
+    assert [row.first_position for row in reader.row_decisions(row_requests([3, 2, 1]))] == [4, 1, 0]
     reader.close()
     ledger.wrapped.close()

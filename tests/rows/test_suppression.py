@@ -1,4 +1,4 @@
-"""`suppress`: who is listed is never sent, however the row names them."""
+"""`suppress`: listed people and domains are never sent, in whatever spelling."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HEADER = ["First Name", "Last Name", "Website", "Email", "Note"]
 
 @pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Ask the same of a ledger in a file and on a server."""
+    """Run each test with a SQLite file and with PostgreSQL."""
     return str(request.param)
 
 
@@ -34,7 +34,7 @@ def read_list(folder: Path, text: str) -> Suppression:
 
 
 def is_suppressed(suppression: Suppression, *, website: str = "", note: str = "") -> bool:
-    """Tell whether a row is suppressed that is asked with its website, and has a note."""
+    """Return whether a row with this website param and this note is suppressed."""
     (answer,) = suppression.suppressed_rows(pl.DataFrame({"Website": [website], "^Note$": [note]}), [0])
     return bool(answer)
 
@@ -62,7 +62,7 @@ DOMAIN = "acme.example"
         (DOMAIN, "notacme.example", "", False),
         (DOMAIN, "acme.example.org", "", False),
         (DOMAIN, "", "bob@mail.acme.example", True),
-        (DOMAIN, "", "acme.example", False),  # in a cell that is not asked with
+        (DOMAIN, "", "acme.example", False),  # the cell is no param
         ("shop.acme.example", "acme.example", "", False),
         ("@acme.example", "acme.example", "", True),
         ("*@acme.example", "", "bob@acme.example", True),
@@ -74,7 +74,7 @@ DOMAIN = "acme.example"
     ],
 )
 def test_suppression_rules(tmp_path: Path, entry: str, website: str, note: str, *, expected: bool) -> None:
-    """An address in any cell; a domain and what is below it where it is asked with, and all addresses at it."""
+    """An address suppresses any cell; a domain suppresses itself, its subdomains in params, and its addresses."""
     assert is_suppressed(read_list(tmp_path, f"# never\n\n{entry}\n"), website=website, note=note) is expected
 
 
@@ -83,13 +83,13 @@ def test_suppression_rules(tmp_path: Path, entry: str, website: str, note: str, 
     ["acme", "a b.example", "jane@acme", "jane@acme.example, bob@b.example", "@", "*", "a@b@c.example", "1.2.3.4"],
 )
 def test_invalid_suppression_line(tmp_path: Path, line: str) -> None:
-    """It is named with its file and line: a list that is misread must not be a list that is ignored."""
+    """An invalid line is an error with its file and line: a misread list must not be ignored."""
     with pytest.raises(CommandRefused, match=r"never\.txt: line 2 is neither"):
         read_list(tmp_path, f"acme.example\n{line}\n")
 
 
 def test_unreadable_suppression_list(api: SandboxApi, workspace: Workspace) -> None:
-    """Missing, a folder, no text: nobody is asked about."""
+    """With a missing list, a folder or a binary file in its place, nothing is sent."""
     workspace.write_job(suppress="never.txt")
     workspace.write_leads(make_leads(1))
     path = workspace.folder / "never.txt"
@@ -109,7 +109,7 @@ NAMES = st.text(string.ascii_lowercase, min_size=1, max_size=3)
 
 @given(st.lists(NAMES, min_size=1, max_size=4), st.lists(NAMES, min_size=1, max_size=4), st.integers())
 def test_domain_covers_subdomains(listed_: list[str], asked: list[str], seed: int) -> None:
-    """And nothing else, in whatever case."""
+    """A domain covers its subdomains and nothing else, in any case."""
     domain, host = ".".join([*listed_, "example"]), ".".join([*asked, "example"])
     chance = random.Random(seed)
     written = "".join(chance.choice((letter, letter.upper())) for letter in host)
@@ -122,7 +122,7 @@ def test_domain_covers_subdomains(listed_: list[str], asked: list[str], seed: in
 
 
 def test_suppressed_rows_are_not_sent(api: SandboxApi, workspace: Workspace) -> None:
-    """Their rows say so, in the output and in the plan; a lead that waited in the queue is taken out of it."""
+    """Suppressed rows are marked in the output and the plan; a request that was already queued is removed."""
     workspace.write_leads([[*lead[:3], f"l{number}@mail.example", ""] for number, lead in enumerate(make_leads(4))])
     workspace.run_job(api, RunOptions(limit=1))
     (workspace.folder / "never.txt").write_text("COMPANY1.example\nL2@mail.example\n")
@@ -137,7 +137,7 @@ def test_suppressed_rows_are_not_sent(api: SandboxApi, workspace: Workspace) -> 
 
 
 def test_suppressed_constant_param(api: SandboxApi, workspace: Workspace) -> None:
-    """When the company that all rows are asked with is listed, nothing is sent."""
+    """When a constant param, such as the company of all rows, is listed, nothing is sent."""
     params = "{first_name: First Name, last_name: Last Name, company: {value: www.acme.example}}"
     workspace.write_job(params=params, suppress="never.txt")
     (workspace.folder / "never.txt").write_text("acme.example\n")

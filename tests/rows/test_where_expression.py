@@ -1,4 +1,4 @@
-"""What a job's `where` may not be: too long to compute in time, or about more than one row."""
+"""A job's `where` is refused when it is too long to evaluate in time or is about more than one row."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ REFUSED_EXPRESSIONS = {
 
 
 def run_plan(workspace: Workspace, where: str) -> subprocess.CompletedProcess[str]:
-    """Plan the job with a `where`, as a process: it may be ended by a panic, or hang."""
+    """Plan the job with a `where` in its own process, because it may panic or hang."""
     text = workspace.write_job().read_text(encoding="utf-8")
     workspace.job_file.write_text(f"{text}where: {json.dumps(where)}\n", encoding="utf-8")
     return subprocess.run(
@@ -82,7 +82,7 @@ def run_plan(workspace: Workspace, where: str) -> subprocess.CompletedProcess[st
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.long) for name in REFUSED_EXPRESSIONS])
 def test_non_row_expressions_are_refused(workspace: Workspace, name: str) -> None:
-    """With exit 2 and words that name the key, soon, and without ending the process."""
+    """An expression about several rows is exit 2 with the key's name, quickly and without a crash."""
     workspace.write_leads(make_leads(3))
     result = run_plan(workspace, REFUSED_EXPRESSIONS[name])
     assert result.returncode == 2, result.stderr
@@ -94,7 +94,7 @@ def test_non_row_expressions_are_refused(workspace: Workspace, name: str) -> Non
 @pytest.mark.long
 @pytest.mark.parametrize("name", VALID_EXPRESSIONS)
 def test_long_row_expressions_work(api: SandboxApi, workspace: Workspace, name: str) -> None:
-    """Every row is there afterwards."""
+    """A long expression about one row works and keeps every row."""
     workspace.write_leads(make_leads(3))
     text = workspace.write_job().read_text(encoding="utf-8")
     workspace.job_file.write_text(f"{text}where: {json.dumps(VALID_EXPRESSIONS[name])}\n", encoding="utf-8")

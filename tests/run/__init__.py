@@ -1,1 +1,1 @@
-"""Tests of the run loop."""
+"""Tests of `enrich.run`."""

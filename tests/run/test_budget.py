@@ -1,4 +1,4 @@
-"""The budget is a budget: whatever is in flight and whatever goes wrong, the sandbox's audit never exceeds it."""
+"""The cap: whatever is in flight and whatever goes wrong, the sandbox's audit never exceeds it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FAULTS = (
 @pytest.mark.long
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_cap_holds_with_unconfirmed_requests(tmp_path: Path, workspace: Workspace, seed: int) -> None:
-    """All providers and their verifications charged, misses too, a tenth of the POSTs ambiguous."""
+    """The cap holds with all providers, verifications and misses charged, and a tenth of the POSTs unconfirmed."""
     cap = 60
     workspace.write_job(
         email_verifier="10", limits=f"{{requests_per_second: 1000, in_flight: 400, max_credits: {cap}}}"
@@ -39,12 +39,12 @@ def test_cap_holds_with_unconfirmed_requests(tmp_path: Path, workspace: Workspac
     assert summary.exit_code == ExitCode.CREDITS
     assert audit["credits_charged"] + audit["credits_reserved"] <= cap
     assert summary.credits_spent <= audit["credits_charged"]
-    # Doubts keep their worst price reserved; the rest of the cap is used.
+    # Unconfirmed requests keep their maximum price reserved; the rest of the cap is used.
     assert audit["credits_charged"] > cap / 4
 
 
 def test_open_tasks_count_against_next_cap(tmp_path: Path, workspace: Workspace) -> None:
-    """What settles in an execution is paid by it: its cap has room for the rest only."""
+    """Open tasks of an earlier run settle in the next one and count against its cap."""
     workspace.write_job(limits="{requests_per_second: 1000, max_credits: 1000}")
     workspace.write_leads(make_leads(8))
     state = tmp_path / "api.db"

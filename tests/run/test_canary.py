@@ -1,4 +1,4 @@
-"""The canary: the first answers are judged before the rest is bought."""
+"""The canary: the first answers are checked before the rest is bought."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ CANARY_YAML = "{rows: 6, min_hit_rate: 0.5}"
 
 @pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Ask the same of a ledger in a file and on a server."""
+    """Run each test with a SQLite file and with PostgreSQL."""
     return str(request.param)
 
 
 @pytest.fixture
 def canary_workspace(workspace: Workspace) -> Workspace:
-    """Make an office whose job has a canary of six."""
+    """Return a workspace whose job has a canary of six rows."""
     workspace.write_job(canary=CANARY_YAML)
     workspace.write_leads(make_leads(LEADS))
     return workspace
 
 
 def test_good_canary_continues(tmp_path: Path, canary_workspace: Workspace) -> None:
-    """Nobody notices a canary that lives."""
+    """After a good canary the run continues with all leads."""
     with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
         summary = canary_workspace.run_job(api)
     assert (summary.exit_code, summary.submitted, summary.found) == (0, LEADS, LEADS)
 
 
 def test_bad_canary_stops_run(tmp_path: Path, canary_workspace: Workspace) -> None:
-    """Exit 15 with what was seen; only the first were paid, the rest is pending, the old output stays."""
+    """A bad canary is exit 15 with its counts; only its rows are paid, the rest is pending, the old output stays."""
     (canary_workspace.folder / "out.csv").write_text("of yesterday\n")
     with serve_api(tmp_path / "api.db", hit_rate=0.0) as api:
         result = canary_workspace.run_in_process("run", "job.yaml", "--json", api=api)
@@ -61,11 +61,11 @@ def test_bad_canary_stops_run(tmp_path: Path, canary_workspace: Workspace) -> No
 
 
 def test_restart_checks_next_rows(tmp_path: Path, canary_workspace: Workspace) -> None:
-    """What was asked stays answered; each start risks no more than the canary's rows."""
+    """Each start buys only as many new rows as the canary has; earlier answers are reused."""
     with serve_api(tmp_path / "api.db", hit_rate=0.0) as api:
         runs = [canary_workspace.run_job(api) for _ in range(3)]
         assert (api.audit()["accepted"], api.audit()["paid_twice"]) == (18, 0)
-    assert [(night.exit_code, night.submitted, night.reused) for night in runs] == [
+    assert [(run.exit_code, run.submitted, run.reused) for run in runs] == [
         (15, 6, 0),
         (15, 6, 6),
         (15, 6, 12),
@@ -76,7 +76,7 @@ def test_restart_checks_next_rows(tmp_path: Path, canary_workspace: Workspace) -
 def test_canary_skipped_for_small_runs(
     tmp_path: Path, canary_workspace: Workspace, leads: int, limit: int | None
 ) -> None:
-    """There is no rest to protect."""
+    """The canary is skipped when the whole run fits inside it."""
     canary_workspace.write_leads(make_leads(leads))
     with serve_api(tmp_path / "api.db", hit_rate=0.0) as api:
         summary = canary_workspace.run_job(api, RunOptions(limit=limit))
@@ -84,7 +84,7 @@ def test_canary_skipped_for_small_runs(
 
 
 def test_limit_includes_canary_rows(tmp_path: Path, canary_workspace: Workspace) -> None:
-    """The canary's rows are among those that the limit allows."""
+    """The canary's rows are among those that `--limit` allows."""
     with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
         summary = canary_workspace.run_job(api, RunOptions(limit=10))
         assert api.audit()["accepted"] == 10
@@ -93,7 +93,7 @@ def test_limit_includes_canary_rows(tmp_path: Path, canary_workspace: Workspace)
 
 @pytest.mark.long
 def test_canary_counts_free_failures(tmp_path: Path, canary_workspace: Workspace) -> None:
-    """An API that fails every task is asked six times, although each of them could be asked again."""
+    """Free failures count: an API that fails every task gets six requests, although each could be resent."""
     with serve_api(tmp_path / "api.db", failure_rate=1.0, free_failures=1.0) as api:
         summary = canary_workspace.run_job(api)
         assert api.audit()["accepted"] == 6
@@ -102,7 +102,7 @@ def test_canary_counts_free_failures(tmp_path: Path, canary_workspace: Workspace
 
 @pytest.mark.long
 def test_canary_stops_on_unconfirmed(tmp_path: Path, canary_workspace: Workspace) -> None:
-    """When nothing is known of the first, nothing more is risked."""
+    """Without any answer from the canary's requests, the run stops."""
     with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
         api.inject_fault("error-after", 100)
         summary = canary_workspace.run_job(api)
@@ -115,7 +115,7 @@ def test_canary_stops_on_unconfirmed(tmp_path: Path, canary_workspace: Workspace
 def test_canary_counts_rejected_rows(
     tmp_path: Path, canary_workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A mapping that every row is refused for is noticed after six, not after all."""
+    """Rejected rows count: a mapping that the API rejects for every row is noticed after six of them."""
 
     def refuse(*_: object) -> str:
         raise Refused({"error": "INVALID_PARAMS", "rows": [{"position": 1, "fields": {"company": ["Bad."]}}]})
@@ -129,7 +129,7 @@ def test_canary_counts_rejected_rows(
 
 @pytest.mark.long
 def test_canary_stops_on_timeout(tmp_path: Path, canary_workspace: Workspace) -> None:
-    """Beyond the patience nothing was seen: exit 15, and the next run collects what was bought."""
+    """When the canary's tasks time out, the run is exit 15, and the next run collects them."""
     canary_workspace.write_job(canary=CANARY_YAML, policy="{patience: 1s}")
     with serve_api(tmp_path / "api.db", latency="fixed(60)", hit_rate=1.0) as api:
         summary = canary_workspace.run_job(api)
@@ -142,7 +142,7 @@ def test_canary_stops_on_timeout(tmp_path: Path, canary_workspace: Workspace) ->
 
 @pytest.mark.long
 def test_canary_ignores_rate_limits(tmp_path: Path, canary_workspace: Workspace) -> None:
-    """A 429 is no answer about a lead."""
+    """A 429 is no answer about a lead and does not count."""
     with serve_api(tmp_path / "api.db", hit_rate=0.0) as api:
         api.inject_fault("rate-limit", 5, "post", retry_after=0)
         summary = canary_workspace.run_job(api)
@@ -152,7 +152,7 @@ def test_canary_ignores_rate_limits(tmp_path: Path, canary_workspace: Workspace)
 
 @pytest.mark.long
 def test_cap_takes_precedence_over_canary(tmp_path: Path, canary_workspace: Workspace) -> None:
-    """Who ran out of credits among the first is told that."""
+    """When the cap is reached among the canary's rows, the exit code is the cap's."""
     canary_workspace.write_job(canary=CANARY_YAML, limits="{requests_per_second: 1000, max_credits: 4, in_flight: 1}")
     with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
         summary = canary_workspace.run_job(api)
@@ -163,7 +163,7 @@ def test_cap_takes_precedence_over_canary(tmp_path: Path, canary_workspace: Work
 
 @pytest.mark.long
 def test_kill_during_canary(tmp_path: Path, canary_workspace: Workspace) -> None:
-    """Kill -9 in the middle of the canary: the next start collects its answers and judges six of its own."""
+    """After a kill -9 during the canary, the next start collects its answers and checks six rows of its own."""
     with serve_api(tmp_path / "api.db", hit_rate=0.0, latency="fixed(60)") as api:
         process = canary_workspace.start_subprocess("run", "job.yaml", api=api)
         try:
@@ -179,7 +179,7 @@ def test_kill_during_canary(tmp_path: Path, canary_workspace: Workspace) -> None
 
 @in_turn("of", [7, 20, 100])
 def test_hit_rate_threshold_is_inclusive(of: int) -> None:
-    """11 of 20 are 55 %, however a computer writes 0.55."""
+    """A hit rate equal to the minimum passes, whatever the rounding of floats: 11 of 20 are 55%."""
     for found in range(1, of + 1):
         canary = Canary(rows=of, min_hit_rate=found / of)
         assert check_canary(canary, {State.FOUND: found, State.NOT_FOUND: of - found}) is None
@@ -188,7 +188,7 @@ def test_hit_rate_threshold_is_inclusive(of: int) -> None:
 
 @pytest.mark.long
 def test_canary_excludes_refreshes(tmp_path: Path, canary_workspace: Workspace) -> None:
-    """Misses that are due are misses again: only leads that were never answered are sent first, and judged."""
+    """Refreshed misses would be misses again, so only leads that were never answered count for the canary."""
     with serve_api(tmp_path / "api.db", hit_rate=0.5) as api:
         canary_workspace.write_job(ledger="scout.db", output="scout.csv")
         canary_workspace.run_job(api)
@@ -211,7 +211,7 @@ def test_canary_excludes_refreshes(tmp_path: Path, canary_workspace: Workspace) 
 
 @pytest.mark.long
 def test_canary_uses_new_leads_only(tmp_path: Path, canary_workspace: Workspace) -> None:
-    """Due answers that come back do not hide that the new leads find nothing."""
+    """Refreshed answers that are found again do not hide that the new leads find nothing."""
     with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
         canary_workspace.write_job()
         canary_workspace.run_job(api)

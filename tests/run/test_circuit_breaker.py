@@ -1,4 +1,4 @@
-"""When an API that is ill is left alone."""
+"""When the circuit breaker pauses POSTs to a failing API."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enrich.run.circuit_breaker import CircuitBreaker
 
 
 def test_breaker_opens_and_probes() -> None:
-    """Three bad answers in a row trip it; the pauses double up to a minute; a good answer ends it."""
+    """Three failures in a row open the breaker; its pauses double up to a minute, and a success closes it."""
     breaker = CircuitBreaker()
     for now in (1.0, 2.0):
         breaker.record_failure(now)
@@ -31,7 +31,7 @@ def test_breaker_opens_and_probes() -> None:
 
 
 def test_simultaneous_failures_count_once() -> None:
-    """What had left before the pause began says nothing new: the pause is a second and not a minute."""
+    """Failures of requests sent before the pause do not count again: the pause is a second, not a minute."""
     breaker = CircuitBreaker()
     for _ in range(32):
         breaker.record_failure(5.0)
@@ -39,7 +39,7 @@ def test_simultaneous_failures_count_once() -> None:
 
 
 def test_success_resets_failure_count() -> None:
-    """Only bad answers in a row are an illness."""
+    """A success resets the count, so only failures in a row open the breaker."""
     breaker = CircuitBreaker()
     for now in range(30):
         breaker.record_failure(float(now))

@@ -1,4 +1,4 @@
-"""The dispatcher: each request is sent once, within every limit, and what became of it is written down."""
+"""The dispatcher sends each request once, within every limit, and records its outcome."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ LEDGER = "ledger.db"
 
 
 def delay_posts(seconds: float) -> tuple[Fault, ...]:
-    """Let every POST take so long."""
+    """Return a fault that delays each POST by this many seconds."""
     return (Fault("slow", 1.0, "post", {"seconds": seconds}),)
 
 
 def no_credits_reserved(ledger: CommittingLedger) -> bool:
-    """Tell whether the execution has set nothing aside."""
+    """Return whether the execution has no credits reserved."""
     return ledger.execution_counters[1] == 0
 
 
-#: Seconds of processor time in a second: a loop that spins would use most of it.
+#: The allowed processor seconds per second; a busy loop would use almost all of it.
 MAX_IDLE_CPU_S = 0.15
 
 
 class TestLimits:
-    """How many POSTs leave, and when none does any more."""
+    """How many POSTs are sent, and when to stop."""
 
     @pytest.mark.parametrize(
         ("in_flight", "expected_on_the_wire"), first_quick(1, [(200, MAX_POSTS_IN_FLIGHT), (7, 7)])
     )
     def test_max_posts_and_open_tasks(self, tmp_path: Path, in_flight: int, expected_on_the_wire: int) -> None:
-        """At most 32 POSTs are on the wire and `in_flight` tasks at the API, and the room is used."""
+        """At most 32 POSTs and `in_flight` tasks are open at once, and that room is used."""
 
-        async def scene(api: SandboxApi) -> None:
+        async def scenario(api: SandboxApi) -> None:
             async with open_loops(api, tmp_path / LEDGER, range(100), in_flight=in_flight) as harness:
                 harness.request_log.together = expected_on_the_wire
                 await harness.run_loops()
@@ -61,13 +61,13 @@ class TestLimits:
                 )
 
         with serve_api(tmp_path / "api.db", latency="fixed(0.05)") as api:
-            asyncio.run(scene(api))
+            asyncio.run(scenario(api))
             assert (api.audit()["accepted"], api.audit()["paid_twice"]) == (100, 0)
 
     def test_rate_limit_is_kept(self, api: SandboxApi, tmp_path: Path) -> None:
         """Submits and polls together stay below the job's `requests_per_second`."""
 
-        async def scene() -> None:
+        async def scenario() -> None:
             async with open_loops(api, tmp_path / LEDGER, range(15), rate=40.0) as harness:
                 started = time.monotonic()
                 await harness.run_loops()
@@ -78,14 +78,14 @@ class TestLimits:
                     <= 1 + 40 * (elapsed + BURST_S)
                 )
 
-        asyncio.run(scene())
+        asyncio.run(scenario())
 
     def test_limit_counts_unconfirmed_requests(self, api: SandboxApi, tmp_path: Path) -> None:
-        """`--limit` is reached exactly, doubts included, whatever was refused on the way; the rest stays pending."""
+        """`--limit` counts accepted and unconfirmed requests but no refused ones, exactly; the rest stays pending."""
         api.inject_fault("rate-limit-bare", 3, "post")
         api.inject_fault("error-after", 2, "post")
 
-        async def scene() -> None:
+        async def scenario() -> None:
             async with open_loops(api, tmp_path / LEDGER, range(50)) as harness:
                 await harness.run_loops(limit=40)
                 assert harness.run_state.counters.submitted == 38
@@ -93,26 +93,26 @@ class TestLimits:
                 counts = harness.ledger.wrapped.state_counts()
                 assert (counts[State.IN_DOUBT], counts[State.PENDING]) == (2, 10)
 
-        asyncio.run(scene())
+        asyncio.run(scenario())
         assert api.audit()["accepted"] == 40
 
     def test_ends_with_empty_queue(self, api: SandboxApi, tmp_path: Path) -> None:
-        """An empty queue and nothing in flight: there is nothing to wait for."""
+        """With an empty queue and no open tasks, the dispatcher ends at once."""
 
-        async def scene() -> float:
+        async def scenario() -> float:
             async with open_loops(api, tmp_path / LEDGER) as harness:
                 started = time.monotonic()
                 await harness.run_loops()
                 return time.monotonic() - started
 
-        assert asyncio.run(scene()) < 5
+        assert asyncio.run(scenario()) < 5
         assert api.audit()["accepted"] == 0
 
     def test_cap_waits_for_open_tasks(self, tmp_path: Path) -> None:
-        """Answers that cost less than reserved make room again; when none can, the cap is reached."""
+        """At the cap the dispatcher waits while open tasks may release credits, and ends when none can."""
         cap = 3 * SANDBOX_MAX_PRICE
 
-        async def scene(api: SandboxApi) -> int:
+        async def scenario(api: SandboxApi) -> int:
             async with open_loops(api, tmp_path / LEDGER, range(50), cap=cap) as harness:
                 await harness.run_loops()
                 assert harness.request_log.max_open_tasks <= 3
@@ -124,43 +124,43 @@ class TestLimits:
                 return spent
 
         with serve_api(tmp_path / "api.db", latency="fixed(0.02)") as api:
-            spent = asyncio.run(scene(api))
+            spent = asyncio.run(scenario(api))
             assert api.audit()["credits_charged"] == pytest.approx(spent / 1e6)
 
     def test_cap_sufficient_for_all(self, api: SandboxApi, tmp_path: Path) -> None:
-        """The last request is sent though the cap was in the way for a while."""
+        """A cap that is enough for all requests delays some but ends with none left."""
 
-        async def scene() -> None:
+        async def scenario() -> None:
             async with open_loops(api, tmp_path / LEDGER, range(6), cap=8 * SANDBOX_MAX_PRICE // 2) as harness:
                 await harness.run_loops()
                 assert harness.run_state.exit_reasons == {}
                 assert harness.run_state.counters.submitted == 6
 
-        asyncio.run(scene())
+        asyncio.run(scenario())
 
     def test_unknown_prices_keep_reservation(self, tmp_path: Path) -> None:
-        """An answer that does not tell its price keeps its reservation: the cap is never exceeded on faith."""
+        """An answer without a price keeps its reservation, so the cap holds even for unknown prices."""
 
-        async def scene(api: SandboxApi) -> None:
+        async def scenario(api: SandboxApi) -> None:
             async with open_loops(api, tmp_path / LEDGER, range(9), cap=4 * SANDBOX_MAX_PRICE) as harness:
                 await harness.run_loops()
                 assert harness.ledger.execution_counters == (0, 4 * SANDBOX_MAX_PRICE, 4, 4)
                 assert ExitCode.CREDITS in harness.run_state.exit_reasons
 
         with serve_api(tmp_path / "api.db", hide_credits=True, hit_rate=0.0) as api:
-            asyncio.run(scene(api))
+            asyncio.run(scenario(api))
 
 
 class TestAnswers:
-    """What each answer to a POST means for its request."""
+    """The effect of each response to a POST on its request."""
 
     @pytest.mark.parametrize("fault", first_quick(1, ["rate-limit-bare", "rate-limit", "redirect"]))
     def test_rejections_are_resent_without_loss(self, api: SandboxApi, tmp_path: Path, fault: str) -> None:
-        """What was not accepted is sent again, is paid once, and counts as no attempt."""
+        """A rejected POST is sent again, is paid once, and does not count as an attempt."""
         count = 40 if fault == "rate-limit-bare" else 2
         api.inject_fault(fault, count, "post")
 
-        async def scene() -> None:
+        async def scenario() -> None:
             async with open_loops(api, tmp_path / LEDGER, range(45)) as harness:
                 await harness.run_loops()
                 assert harness.run_state.exit_reasons == {}
@@ -172,7 +172,7 @@ class TestAnswers:
                 assert refused == (count, 0)
                 assert no_credits_reserved(harness.ledger)
 
-        asyncio.run(scene())
+        asyncio.run(scenario())
         assert (api.audit()["accepted"], api.audit()["accepted_more_than_once"]) == (45, 0)
 
     @pytest.mark.parametrize(
@@ -180,11 +180,11 @@ class TestAnswers:
         first_quick(2, ["error-after", "reset-after", "html-200", "broken-json", "no-task-id", "silence-after"]),
     )
     def test_unconfirmed_request_is_not_resent(self, api: SandboxApi, tmp_path: Path, fault: str) -> None:
-        """It is in doubt and keeps its reservation; the others go on."""
+        """An unconfirmed request is in doubt, keeps its reservation and is not resent; the others go on."""
         api.inject_fault(fault, 2, "post")
         timing = SILENT if fault == "silence-after" else SHORT_TIMEOUTS
 
-        async def scene() -> None:
+        async def scenario() -> None:
             async with open_loops(api, tmp_path / LEDGER, range(20), timing=timing) as harness:
                 await harness.run_loops()
                 assert harness.run_state.exit_reasons == {}
@@ -192,65 +192,65 @@ class TestAnswers:
                 assert harness.ledger.execution_counters[1] == 2 * SANDBOX_MAX_PRICE
                 assert harness.request_log.posts == 20
 
-        asyncio.run(scene())
+        asyncio.run(scenario())
         assert (api.audit()["accepted"], api.audit()["accepted_more_than_once"]) == (20, 0)
 
     def test_circuit_breaker_opens(self, api: SandboxApi, tmp_path: Path) -> None:
-        """After the first burst one POST at a time tries; when it stays ill for too long nothing more is sent."""
+        """After the first failures one POST at a time probes the API; when they fail for too long, the run ends."""
         api.inject_fault("error-before", 1000, "post", status=503)
 
-        async def scene() -> None:
+        async def scenario() -> None:
             async with open_loops(api, tmp_path / LEDGER, range(200), timing=ILL) as harness:
                 await harness.run_loops()
                 assert ExitCode.API in harness.run_state.exit_reasons
                 in_doubt = harness.ledger.wrapped.state_counts()[State.IN_DOUBT]
                 assert 0 < in_doubt == harness.request_log.posts <= MAX_POSTS_IN_FLIGHT + 12
 
-        asyncio.run(scene())
+        asyncio.run(scenario())
 
     @pytest.mark.long
     def test_circuit_breaker_closes(self, api: SandboxApi, tmp_path: Path) -> None:
-        """One good answer closes the breaker, and the rest is sent side by side."""
+        """One success closes the breaker, and the rest is sent in parallel."""
         api.inject_fault("error-before", 34, "post")
 
-        async def scene() -> None:
+        async def scenario() -> None:
             async with open_loops(api, tmp_path / LEDGER, range(100)) as harness:
                 await harness.run_loops()
                 assert harness.run_state.exit_reasons == {}
                 assert harness.ledger.wrapped.state_counts()[State.IN_DOUBT] == 34
                 assert harness.run_state.counters.submitted == 66
 
-        asyncio.run(scene())
+        asyncio.run(scenario())
 
     def test_endless_429_ends_run(self, api: SandboxApi, tmp_path: Path) -> None:
-        """Nothing but 429 for as long as an outage may last ends the run; everything is pending again."""
+        """Only 429s for as long as the outage limit end the run, and everything is pending again."""
         api.inject_fault("rate-limit-bare", 100_000, "all")
 
-        async def scene() -> None:
+        async def scenario() -> None:
             async with open_loops(api, tmp_path / LEDGER, range(50), timing=ILL) as harness:
                 await harness.run_loops()
                 assert ExitCode.API in harness.run_state.exit_reasons
                 assert harness.ledger.wrapped.state_counts() == {State.PENDING: 50}
 
-        asyncio.run(scene())
+        asyncio.run(scenario())
 
     def test_unreachable_api_leaves_all_pending(self, api: SandboxApi, tmp_path: Path) -> None:
-        """No connection means not sent: all is pending and nothing is reserved."""
+        """Without a connection nothing was sent: all requests are pending and nothing is reserved."""
         nowhere = replace(api, base_url="http://127.0.0.1:9/v1")
 
-        async def scene() -> None:
+        async def scenario() -> None:
             async with open_loops(nowhere, tmp_path / LEDGER, range(50), timing=ILL) as harness:
                 await harness.run_loops()
                 assert ExitCode.API in harness.run_state.exit_reasons
                 assert harness.ledger.wrapped.state_counts() == {State.PENDING: 50}
                 assert no_credits_reserved(harness.ledger)
 
-        asyncio.run(scene())
+        asyncio.run(scenario())
 
     def test_param_error_fails_one_row(self, api: SandboxApi, tmp_path: Path) -> None:
         """A 400 about a param fails that request at no cost; the others are sent."""
 
-        async def scene() -> None:
+        async def scenario() -> None:
             async with open_loops(api, tmp_path / LEDGER) as harness:
                 batch = [*row_requests(range(5)), RowRequest(5, b"w" * 16, '{"first_name": "Ada"}')]
                 harness.ledger.commit(Ledger.enroll, CALL, batch)
@@ -264,7 +264,7 @@ class TestAnswers:
                 assert no_credits_reserved(harness.ledger)
                 assert harness.run_state.counters.settled[State.FAILED] == 1
 
-        asyncio.run(scene())
+        asyncio.run(scenario())
 
     @pytest.mark.long
     @pytest.mark.parametrize(
@@ -281,11 +281,11 @@ class TestAnswers:
     def test_fatal_error_stops_run(
         self, api: SandboxApi, tmp_path: Path, call: Call, fault: str | None, code: ExitCode
     ) -> None:
-        """The execution stops with its code; every request is pending again and costs nothing."""
+        """A fatal error ends the execution with its code; every request is pending again at no cost."""
         if fault:
             api.inject_fault(fault, 1000, "post")
 
-        async def scene() -> None:
+        async def scenario() -> None:
             async with open_loops(api, tmp_path / LEDGER, range(80)) as harness:
                 await harness.run_loops(call=call)
                 assert set(harness.run_state.exit_reasons) == {code}
@@ -293,14 +293,14 @@ class TestAnswers:
                 assert no_credits_reserved(harness.ledger)
                 assert harness.request_log.posts <= MAX_POSTS_IN_FLIGHT
 
-        asyncio.run(scene())
+        asyncio.run(scenario())
         assert api.audit()["accepted"] == 0
 
     @pytest.mark.long
     def test_free_failure_is_resent(self, tmp_path: Path) -> None:
-        """Edge g: while something is in flight the dispatcher waits for what may come back."""
+        """Edge g: while tasks are in flight, the dispatcher waits for failures that may be resent."""
 
-        async def scene(api: SandboxApi) -> None:
+        async def scenario(api: SandboxApi) -> None:
             async with open_loops(api, tmp_path / LEDGER, range(10)) as harness:
                 await harness.run_loops(harness.make_poller(max_attempts=3))
                 counts = harness.ledger.wrapped.state_counts()
@@ -308,17 +308,17 @@ class TestAnswers:
                 assert 20 <= harness.request_log.posts <= 30
 
         with serve_api(tmp_path / "api.db", failure_rate=1.0, free_failures=1.0) as api:
-            asyncio.run(scene(api))
+            asyncio.run(scenario(api))
             assert api.audit()["paid_twice"] == 0
 
 
 class TestEnding:
-    """Being stopped in the middle leaves no doubt that is not one."""
+    """Stopping in the middle leaves only real unconfirmed requests."""
 
     def test_stop_sends_no_more_requests(self, tmp_path: Path) -> None:
-        """What is on the wire is written down, the rest stays pending."""
+        """After a stop no POST is sent; POSTs in flight are recorded, and the rest stays pending."""
 
-        async def scene(api: SandboxApi) -> None:
+        async def scenario(api: SandboxApi) -> None:
             async with open_loops(api, tmp_path / LEDGER, range(200)) as harness:
                 work = asyncio.create_task(harness.run_loops())
                 await wait_until(lambda: harness.request_log.posts_in_flight > 0)
@@ -331,13 +331,13 @@ class TestEnding:
                 assert set(counts) <= {State.FOUND, State.NOT_FOUND}
 
         with serve_api(tmp_path / "api.db", faults=delay_posts(0.2)) as api:
-            asyncio.run(scene(api))
+            asyncio.run(scenario(api))
 
     @pytest.mark.parametrize("leave", [True, False], ids=["leave", "stop"])
     def test_unsent_claims_are_released(self, api: SandboxApi, tmp_path: Path, *, leave: bool) -> None:
-        """An execution that ends between the intent and its POST takes the intent back."""
+        """A run that ends between a claim and its POST releases the claim."""
 
-        async def scene() -> None:
+        async def scenario() -> None:
             async with open_loops(api, tmp_path / LEDGER, range(50)) as harness:
                 begun, ended = threading.Event(), threading.Event()
 
@@ -348,7 +348,7 @@ class TestEnding:
                 harness.writer.submit(busy)
                 await wait_until(begun.is_set)
                 work = asyncio.create_task(harness.run_loops())
-                await wait_until(lambda: harness.writer._batches.qsize() > 0)  # the intents wait behind it
+                await wait_until(lambda: harness.writer._batches.qsize() > 0)  # the claims wait behind it
                 if leave:
                     harness.run_state.abort_now()
                 else:
@@ -361,12 +361,12 @@ class TestEnding:
                 assert harness.ledger.query_one("SELECT count(*) FROM attempts WHERE state = 'refused'")[0] > 0
                 assert harness.request_log.posts == 0
 
-        asyncio.run(scene())
+        asyncio.run(scenario())
 
     def test_abort_marks_only_posts_in_flight_in_doubt(self, tmp_path: Path) -> None:
-        """Whoever leaves without waiting has as many doubts as POSTs that were under way."""
+        """An abort leaves exactly the POSTs in flight in doubt."""
 
-        async def scene(api: SandboxApi) -> None:
+        async def scenario(api: SandboxApi) -> None:
             async with open_loops(api, tmp_path / LEDGER, range(200)) as harness:
                 work = asyncio.create_task(harness.run_loops())
                 await wait_until(lambda: harness.request_log.posts_in_flight == MAX_POSTS_IN_FLIGHT)
@@ -376,13 +376,13 @@ class TestEnding:
                 assert harness.ledger.execution_counters[1] == MAX_POSTS_IN_FLIGHT * SANDBOX_MAX_PRICE
 
         with serve_api(tmp_path / "api.db", faults=delay_posts(30)) as api:
-            asyncio.run(scene(api))
+            asyncio.run(scenario(api))
 
     @pytest.mark.long
     def test_ledger_error_stops_dispatcher(self, api: SandboxApi, tmp_path: Path) -> None:
-        """The first commit that fails is the last: its error comes out bare, and no POST leaves any more."""
+        """The first failed commit ends the dispatcher with its own error, and no more POSTs are sent."""
 
-        async def scene() -> int:
+        async def scenario() -> int:
             async with open_loops(api, tmp_path / LEDGER, range(2000)) as harness:
                 (pages,) = harness.ledger.query_one("PRAGMA page_count")
                 harness.ledger.wrapped._db.execute(f"PRAGMA max_page_count = {pages + 5}")
@@ -393,7 +393,7 @@ class TestEnding:
                 assert harness.request_log.posts == sent < 2000
                 return sent
 
-        sent = asyncio.run(scene())
+        sent = asyncio.run(scenario())
         ledger = CommittingLedger.open(tmp_path / LEDGER)
         ledger.commit(Ledger.recover, 1)
         counts = ledger.wrapped.state_counts()
@@ -403,16 +403,16 @@ class TestEnding:
     @pytest.mark.long
     @pytest.mark.parametrize("waiting_for", ["room", "cap", "queue", "rate"])
     def test_waiting_uses_no_cpu(self, tmp_path: Path, waiting_for: str) -> None:
-        """While slow tasks run the loops sleep, whatever they wait for."""
+        """The loops sleep while tasks run, whatever they wait for."""
         leads = range(60) if waiting_for != "queue" else range(20)
         knobs = {"room": {"in_flight": 20}, "cap": {"cap": 20 * SANDBOX_MAX_PRICE}, "queue": {}, "rate": {"rate": 10}}
 
-        async def scene(api: SandboxApi) -> float:
+        async def scenario(api: SandboxApi) -> float:
             knob: dict[str, Any] = knobs[waiting_for]
             async with open_loops(api, tmp_path / LEDGER, leads, **knob) as harness:
                 work = asyncio.create_task(harness.run_loops())
                 used = 1.0
-                for _ in range(5):  # on a busy machine the submitting may not be over at first
+                for _ in range(5):  # on a busy machine submitting may take a moment longer
                     await asyncio.sleep(0.5)
                     before = time.thread_time()
                     await asyncio.sleep(1)
@@ -424,13 +424,13 @@ class TestEnding:
                 return used
 
         with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
-            assert asyncio.run(scene(api)) < MAX_IDLE_CPU_S
+            assert asyncio.run(scenario(api)) < MAX_IDLE_CPU_S
 
 
 def test_release_survives_lost_commit(api: SandboxApi, tmp_path: Path) -> None:
-    """The move is done again then, and knows again what it is about."""
+    """When the commit of a release is lost, the release can be repeated and still has its claims."""
 
-    async def scene() -> None:
+    async def scenario() -> None:
         async with open_loops(api, tmp_path / LEDGER, range(3)) as harness:
             ledger, dispatcher = harness.ledger.wrapped, harness.make_dispatcher(harness.make_poller())
             with ledger.transaction():
@@ -442,13 +442,13 @@ def test_release_survives_lost_commit(api: SandboxApi, tmp_path: Path) -> None:
                 dispatcher._release_unsent(ledger, 0)
             assert ledger.state_counts() == {State.PENDING: 3}
 
-    asyncio.run(scene())
+    asyncio.run(scenario())
 
 
 def test_no_claims_without_valid_lease(api: SandboxApi, tmp_path: Path) -> None:
-    """Until it is sure of its lease again it waits, and writes nothing."""
+    """Without a valid lease the dispatcher waits and claims nothing."""
 
-    async def scene() -> None:
+    async def scenario() -> None:
         async with open_loops(api, tmp_path / LEDGER, range(3)) as harness:
             asked = 0
 
@@ -461,4 +461,4 @@ def test_no_claims_without_valid_lease(api: SandboxApi, tmp_path: Path) -> None:
             await harness.run_loops()
             assert harness.ledger.query_all("SELECT count(*) FROM attempts") == [(3,)]
 
-    asyncio.run(scene())
+    asyncio.run(scenario())

@@ -1,4 +1,4 @@
-"""Completing a CRM export in place: new values land in columns that the input has, and a miss blanks nothing."""
+"""Merging into a CRM export: new values go to existing columns, and a miss blanks nothing."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ MERGE_JOB = JOB.replace("work_email: email", "Email: email")
 
 @pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Ask the same of a ledger in a file and on a server."""
+    """Run each test with a SQLite file and with PostgreSQL."""
     return str(request.param)
 
 
 @pytest.fixture
 def api(tmp_path: Path) -> Iterator[SandboxApi]:
-    """A calm API."""
+    """An API without faults."""
     with serve_api(tmp_path / "api.db") as served:
         yield served
 
 
 @pytest.fixture
 def workspace(workspace: Workspace) -> Workspace:
-    """Eight leads, half of them with an address already, one with blanks for one."""
+    """Eight leads, half of them with an address, one with only spaces."""
     rows = make_leads(8)
     for number, row in enumerate(rows):
         row[3] = f"old{number}@crm.example" if number % 2 else ""
@@ -39,7 +39,7 @@ def workspace(workspace: Workspace) -> Workspace:
 
 
 def run_and_compare_emails(workspace: Workspace, api: SandboxApi, merge: str) -> tuple[list[str], list[str], list[str]]:
-    """Run the job; return the column before and after, and the rows' status."""
+    """Run the job; return the column before and after, and the rows' statuses."""
     workspace.write_job(MERGE_JOB, merge=merge)
     with (workspace.folder / "leads.csv").open(newline="", encoding="utf-8") as file:
         before = [row["Email"] for row in csv.DictReader(file)]
@@ -50,7 +50,7 @@ def run_and_compare_emails(workspace: Workspace, api: SandboxApi, merge: str) ->
 
 
 def test_fill_blank_cells(workspace: Workspace, api: SandboxApi) -> None:
-    """What was there stays, blanks get what was found, and a miss leaves the very text."""
+    """Existing values stay, blanks are filled with matches, and a miss keeps the exact text."""
     before, after, status = run_and_compare_emails(workspace, api, "fill_empty")
     assert {"found", "not_found"} <= set(status)
     for old, new, result in zip(before, after, status, strict=True):
@@ -62,7 +62,7 @@ def test_fill_blank_cells(workspace: Workspace, api: SandboxApi) -> None:
 
 
 def test_overwrite_with_matches(workspace: Workspace, api: SandboxApi) -> None:
-    """A miss still blanks nothing."""
+    """Matches replace existing values, and a miss blanks nothing."""
     before, after, status = run_and_compare_emails(workspace, api, "overwrite")
     for old, new, result in zip(before, after, status, strict=True):
         assert (new == old) is (result != "found")
@@ -70,7 +70,7 @@ def test_overwrite_with_matches(workspace: Workspace, api: SandboxApi) -> None:
 
 
 def test_name_clash_without_merge(workspace: Workspace, api: SandboxApi) -> None:
-    """The hint names the way out; nothing is spent."""
+    """Without merge, a clash of names is an error whose hint names the option, and nothing is spent."""
     workspace.write_job(MERGE_JOB)
     result = workspace.run_in_process("run", "job.yaml", api=api)
     assert (result.exit_code, "merge: fill_empty" in result.stderr) == (2, True)
@@ -78,7 +78,7 @@ def test_name_clash_without_merge(workspace: Workspace, api: SandboxApi) -> None
 
 
 def test_only_if_empty_with_merge(workspace: Workspace, api: SandboxApi) -> None:
-    """Rows that have an address are neither asked nor changed."""
+    """Rows that have an address are neither sent nor changed."""
     workspace.write_job(MERGE_JOB, merge="fill_empty", only_if_empty="[Email]")
     result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
     assert (result.exit_code, result.json_output["submitted"], result.json_output["filtered"]) == (0, 4, 4)
@@ -88,7 +88,7 @@ def test_only_if_empty_with_merge(workspace: Workspace, api: SandboxApi) -> None
 
 
 def test_new_columns_with_merge(workspace: Workspace, api: SandboxApi) -> None:
-    """A column that the input lacks is added behind it, as ever."""
+    """A column that is not in the input is added behind it."""
     both = "{Email: email, found_email: email}"
     workspace.write_job(JOB.replace("columns:\n  work_email: email", f"columns: {both}"), merge="overwrite")
     assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
@@ -97,7 +97,7 @@ def test_new_columns_with_merge(workspace: Workspace, api: SandboxApi) -> None:
 
 
 def test_input_formulas_are_unchanged(tmp_path: Path) -> None:
-    """Only what is found is made safe for spreadsheets: the rest is the very text it was."""
+    """Only new values are escaped for spreadsheets; input formulas keep their exact text."""
     workspace = Workspace(tmp_path)
     rows = make_leads(6)
     for row in rows[:3]:
@@ -115,7 +115,7 @@ def test_input_formulas_are_unchanged(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_merged_output_as_next_input(workspace: Workspace, api: SandboxApi) -> None:
-    """Fed back, it asks nothing new and stays as it is."""
+    """A merged output used as input sends nothing and stays as it is."""
     workspace.write_job(MERGE_JOB, merge="fill_empty")
     assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
     first = (workspace.folder / "out.csv").read_text(encoding="utf-8")

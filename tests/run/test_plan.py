@@ -1,4 +1,4 @@
-"""`enrich plan`: what it says is what a run then does, and looking costs nothing."""
+"""`enrich plan` predicts what a run does, and changes nothing."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ from tests.support.workspace import (
     serve_api,
 )
 
-#: What one request of the standard job may cost at worst, in credits.
+#: The maximum price of one request of the standard job, in credits.
 MAX_PRICE = 3.51
 PAID_DECISIONS = {decision.value for decision in DECISIONS_TO_SEND}
 
 
 @pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Ask the same of a ledger in a file and on a server."""
+    """Run each test with a SQLite file and with PostgreSQL."""
     return str(request.param)
 
 
@@ -57,7 +57,7 @@ def plan_in_process(
 def saved_plan(
     workspace: Workspace, api: SandboxApi, options: RunOptions | None = None, rows: Path | None = None
 ) -> SavedPlan:
-    """Make a plan to be kept to."""
+    """Make a plan that a run can follow."""
     return make_plan(load_job(workspace.job_file), api.access, options or RunOptions(), rows)[1]
 
 
@@ -67,27 +67,27 @@ def run_plan_command(workspace: Workspace, api: SandboxApi, *arguments: str) -> 
 
 
 def read_decisions(path: Path) -> list[dict[str, str]]:
-    """Read what `--rows` wrote."""
+    """Read the file that `--rows` wrote."""
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
 def accepted_counts(api: SandboxApi) -> dict[str, int]:
-    """Count the accepted runs by the question, which the first name tells."""
+    """Count the accepted runs by first name, which identifies the request."""
     return {run["params"]["first_name"]: run["accepted"] for run in api.audit()["runs"]}
 
 
 def alter_ledger(workspace: Workspace, sql: str) -> None:
-    """Change the ledger behind the program's back."""
+    """Change the ledger with SQL."""
     workspace.sql(sql)
 
 
-# What a run does is what the plan said
+# The plan equals the run
 
 
 @dataclass(frozen=True)
 class PlanCase:
-    """Some leads by number (None: one that can't be asked), what happened before, and what is wished for now."""
+    """Leads by number (None: an invalid row), what happened before, and the options of this run."""
 
     leads: list[int | None]
     history: list[tuple[str, int]] = field(default_factory=list)
@@ -123,7 +123,7 @@ CASES = st.builds(
 
 @contextmanager
 def make_history(api: SandboxApi, case: PlanCase, number: int) -> Iterator[Workspace]:
-    """Set the scene: an office in which all this has happened; `number` keeps the leads of cases apart."""
+    """Make a workspace with this history; `number` keeps the leads of different cases apart."""
     with tempfile.TemporaryDirectory() as folder:
         workspace = Workspace(Path(folder))
         workspace.write_leads([make_lead(number, each) for each in case.leads])
@@ -143,7 +143,7 @@ def make_history(api: SandboxApi, case: PlanCase, number: int) -> Iterator[Works
 
 HISTORY = {
     "age": "UPDATE attempts SET settled_ms = settled_ms - 345600000 WHERE id % 3 <> {count} % 3",
-    # As a kill -9 leaves it: the intent is on disk, the POST on the wire.
+    # As a kill -9 leaves it: the attempt is stored, its POST in flight.
     "submitting": "UPDATE attempts SET state = 'submitting', settled_ms = NULL WHERE state = 'in_doubt' "
     "AND id = (SELECT attempt_id FROM requests WHERE attempt_id = attempts.id AND state = 'in_doubt')",
 }
@@ -173,7 +173,7 @@ _case_numbers = iter(range(10**6))
 @settings(max_examples=examples(20), deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=CASES, frozen=st.booleans())
 def test_plan_matches_run(mixed_api: SandboxApi, case: PlanCase, *, frozen: bool) -> None:
-    """For any input and any past: the same rows, the same requests, no more credits than at most."""
+    """For any input and history, the run decides as planned, sends the same requests, and stays below the maximum."""
     with make_history(mixed_api, case, next(_case_numbers)) as workspace:
         message, kept = make_plan(
             load_job(workspace.job_file), mixed_api.access, case.options, workspace.folder / "rows.csv"
@@ -206,7 +206,7 @@ def test_plan_matches_run(mixed_api: SandboxApi, case: PlanCase, *, frozen: bool
 @settings(max_examples=examples(12), deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=CASES)
 def test_interrupted_plan_is_resumed(mixed_api: SandboxApi, case: PlanCase) -> None:
-    """Started again it asks what is left of the plan: in all the very requests that it named, each once."""
+    """An interrupted plan can be resumed; all its runs together send exactly the planned requests, each once."""
     with make_history(mixed_api, case, next(_case_numbers)) as workspace:
         message, kept = make_plan(
             load_job(workspace.job_file), mixed_api.access, case.options, workspace.folder / "rows.csv"
@@ -223,15 +223,15 @@ def test_interrupted_plan_is_resumed(mixed_api: SandboxApi, case: PlanCase) -> N
             for row in read_decisions(workspace.folder / "rows.csv")
             if row["plan_decision"] in PAID_DECISIONS
         }
-        assert sum(night.submitted for night in runs) == message.to_submit
+        assert sum(run.submitted for run in runs) == message.to_submit
         assert runs[2].submitted == 0
 
 
-# Why a row is or isn't paid for
+# Why a row is paid for or not
 
 
 def test_decisions_of_all_rows(api: SandboxApi, workspace: Workspace) -> None:
-    """New, answered, duplicate, invalid with its param, filtered by what, beyond the limit."""
+    """Each row has its decision and reason: new, answered, duplicate, invalid, filtered or over the limit."""
     workspace.write_job(where="Note <> 'no'", suppress="never.txt")
     (workspace.folder / "never.txt").write_text("company3.example\n")
     workspace.write_leads(make_leads(1))
@@ -259,7 +259,7 @@ def test_decisions_of_all_rows(api: SandboxApi, workspace: Workspace) -> None:
 
 
 def test_rows_file_is_replaced(api: SandboxApi, workspace: Workspace) -> None:
-    """A file that `--rows` wrote can be planned again."""
+    """A file written by `--rows` can be the input of another plan, whose columns replace the old ones."""
     workspace.write_leads(make_leads(2))
     run_plan_command(workspace, api, "--rows", "rows.csv")
 
@@ -271,7 +271,7 @@ def test_rows_file_is_replaced(api: SandboxApi, workspace: Workspace) -> None:
 
 @FILE_ONLY
 def test_rows_file_never_replaces_job_or_input(api: SandboxApi, workspace: Workspace) -> None:
-    """Nor a ledger: exit 2, and the files stay."""
+    """A rows file that names the job, the input or the ledger is exit 2, and these files stay."""
     workspace.write_leads(make_leads(2))
     workspace.run_job(api)
     for path in (workspace.job_file, workspace.folder / "leads.csv", workspace.ledger_path):
@@ -281,7 +281,7 @@ def test_rows_file_never_replaces_job_or_input(api: SandboxApi, workspace: Works
 
 
 def test_open_tasks_reduce_cap(tmp_path: Path, workspace: Workspace) -> None:
-    """A task of an earlier run is collected; it is kept out of what the cap has room for."""
+    """An open task of an earlier run is collected, and its price reduces what the cap allows."""
     workspace.write_job(limits="{requests_per_second: 1000, max_credits: 10}")
     workspace.write_leads(make_leads(1))
     with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
@@ -290,14 +290,14 @@ def test_open_tasks_reduce_cap(tmp_path: Path, workspace: Workspace) -> None:
         made_plan = plan_in_process(workspace, api)
 
     assert made_plan.decisions[Decision.WAITING] == 1
-    assert (made_plan.to_submit, made_plan.cap_allows) == (3, 1)  # 10 - 3.51 has room for one at its worst price
+    assert (made_plan.to_submit, made_plan.cap_allows) == (3, 1)  # 10 - 3.51 leaves room for one at its maximum price
 
 
-# What it says
+# Output
 
 
 def test_json_keys(api: SandboxApi, workspace: Workspace) -> None:
-    """Counts, cost, balance, what the cap allows and the time at the set rate."""
+    """`--json` has the counts, cost, balance, what the cap allows, and the time in seconds at the configured rate."""
     workspace.write_job(limits="{requests_per_second: 10, max_credits: 8}")
     workspace.write_leads(make_leads(4))
 
@@ -310,7 +310,7 @@ def test_json_keys(api: SandboxApi, workspace: Workspace) -> None:
 
 
 def test_likely_cost_from_history(api: SandboxApi, workspace: Workspace) -> None:
-    """The ledger's own credits per request, times what would be sent."""
+    """The likely cost is the ledger's average credits per request times the requests to send."""
     workspace.write_leads(make_leads(12))
     summary = workspace.run_job(api)
     workspace.write_leads(make_leads(20))
@@ -322,7 +322,7 @@ def test_likely_cost_from_history(api: SandboxApi, workspace: Workspace) -> None
 
 
 def test_unknown_price(api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cost and cap are null, and unknown in words; with a cap the plan is refused as the run would be."""
+    """With an unknown price, cost and cap are null and shown as unknown; with a cap, plan and run refuse."""
     workspace.write_leads(make_leads(2))
     monkeypatch.setattr("enrich.rows.template._worst_price", lambda *_: None)
 
@@ -339,7 +339,7 @@ def test_unknown_price(api: SandboxApi, workspace: Workspace, monkeypatch: pytes
 
 
 def test_plan_without_dedupe(api: SandboxApi, workspace: Workspace) -> None:
-    """With `dedupe: false` equal rows are paid for each, and each has its own decision."""
+    """With `dedupe: false` equal rows are paid separately, and each has its own decision."""
     workspace.write_job(dedupe="false")
     workspace.write_leads(make_leads(2) * 3)
     workspace.run_job(api, RunOptions(limit=3))
@@ -356,7 +356,7 @@ def test_plan_without_dedupe(api: SandboxApi, workspace: Workspace) -> None:
 
 
 def test_plan_leaves_no_files(api: SandboxApi, workspace: Workspace) -> None:
-    """No POST, no ledger, no lock, no output."""
+    """A plan sends no POST and creates no ledger, lock or output."""
     workspace.write_leads(make_leads(3))
 
     result = run_plan_command(workspace, api)
@@ -369,7 +369,7 @@ def test_plan_leaves_no_files(api: SandboxApi, workspace: Workspace) -> None:
 
 @FILE_ONLY
 def test_plan_does_not_change_ledger(api: SandboxApi, workspace: Workspace) -> None:
-    """Looking leaves every byte of it as it was."""
+    """A plan leaves every byte of the ledger as it was."""
     workspace.write_leads(make_leads(3))
     workspace.run_job(api, RunOptions(limit=1))
     before = workspace.ledger_path.read_bytes()
@@ -380,25 +380,25 @@ def test_plan_does_not_change_ledger(api: SandboxApi, workspace: Workspace) -> N
 
 
 def test_plan_during_run(api: SandboxApi, workspace: Workspace) -> None:
-    """The lock is the run's; the plan says that it may be overtaken, and none can be frozen."""
+    """During a run a plan warns that it may be outdated, and it can't be saved."""
     workspace.write_leads(make_leads(3))
     workspace.run_job(api, RunOptions(limit=1))
     with lock_ledger(workspace.ledger_location, 0):
         result = run_plan_command(workspace, api)
-        frozen = run_plan_command(workspace, api, "-o", "night.plan")
+        saved = run_plan_command(workspace, api, "-o", "night.plan")
 
     assert (result.exit_code, "a run is at work" in result.stdout, "2 would be sent" in result.stdout) == (
         0,
         True,
         True,
     )
-    assert frozen.exit_code == LedgerLocked.exit_code
+    assert saved.exit_code == LedgerLocked.exit_code
     assert not (workspace.folder / "night.plan").exists()
 
 
 @FILE_ONLY
 def test_older_ledger_is_not_migrated(api: SandboxApi, workspace: Workspace) -> None:
-    """It is not migrated by a look, and the hint says what does it without asking anything."""
+    """A plan does not migrate an older ledger; the hint names a command that does, without sending requests."""
     workspace.write_leads(make_leads(1))
     workspace.run_job(api)
     alter_ledger(workspace, "PRAGMA user_version = 0")
@@ -411,7 +411,7 @@ def test_older_ledger_is_not_migrated(api: SandboxApi, workspace: Workspace) -> 
 
 
 def test_low_balance_is_reported(tmp_path: Path, workspace: Workspace) -> None:
-    """The plan is shown all the same, with what a run would say."""
+    """With a low balance the plan is shown with the message that a run would give."""
     workspace.write_leads(make_leads(1))
     with serve_api(tmp_path / "api.db", balance=2.0) as api:
         result = run_plan_command(workspace, api)
@@ -419,11 +419,11 @@ def test_low_balance_is_reported(tmp_path: Path, workspace: Workspace) -> None:
     assert "a run would be refused: the balance is 2 credits" in result.stdout
 
 
-# Frozen plans
+# Saved plans
 
 
 def save_plan(workspace: Workspace, api: SandboxApi, *arguments: str) -> str:
-    """Freeze a plan; return its name."""
+    """Save a plan; return its file name."""
     result = run_plan_command(workspace, api, "-o", "night.plan", *arguments)
     assert result.exit_code == 0, result.stderr
     return "night.plan"
@@ -431,7 +431,7 @@ def save_plan(workspace: Workspace, api: SandboxApi, *arguments: str) -> str:
 
 @pytest.mark.long
 def test_saved_plan_runs_once(api: SandboxApi, workspace: Workspace) -> None:
-    """The second time nothing is left of it; the file is readable by its owner only."""
+    """A saved plan is used up by its run, and its file is readable for its owner only."""
     workspace.write_leads(make_leads(9))
     name = save_plan(workspace, api, "--limit", "4")
 
@@ -439,22 +439,22 @@ def test_saved_plan_runs_once(api: SandboxApi, workspace: Workspace) -> None:
         workspace.run_in_process("run", "job.yaml", "--plan", name, "--json", api=api).json_output for _ in range(2)
     ]
 
-    assert [(night["exit_code"], night["submitted"], night["pending"]) for night in runs] == [(0, 4, 5), (0, 0, 5)]
+    assert [(run["exit_code"], run["submitted"], run["pending"]) for run in runs] == [(0, 4, 5), (0, 0, 5)]
     assert (workspace.folder / name).stat().st_mode & 0o777 == 0o600
 
 
 CHANGES: dict[str, Any] = {
-    "the input": lambda office: office.write_leads(make_leads(8)),
-    "the job file, or the options": lambda office: office.write_job(suppress="never.txt", where="Note <> 'x'"),
-    "the providers": lambda office: alter_ledger(office, "UPDATE waterfalls SET providers = '[833]'"),
-    "the list of `suppress`": lambda office: (office.folder / "never.txt").write_text("other.example\n"),
+    "the input": lambda workspace: workspace.write_leads(make_leads(8)),
+    "the job file, or the options": lambda workspace: workspace.write_job(suppress="never.txt", where="Note <> 'x'"),
+    "the providers": lambda workspace: alter_ledger(workspace, "UPDATE waterfalls SET providers = '[833]'"),
+    "the list of `suppress`": lambda workspace: (workspace.folder / "never.txt").write_text("other.example\n"),
 }
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("what", list(CHANGES))
 def test_saved_plan_refused_after_changes(api: SandboxApi, workspace: Workspace, what: str) -> None:
-    """The input, the job, the providers, the list of those never sent: exit 5, named, nothing sent."""
+    """A change of the input, job, providers or suppression list is named with exit 5, and nothing is sent."""
     workspace.write_job(suppress="never.txt")
     (workspace.folder / "never.txt").write_text("gone.example\n")
     workspace.write_leads(make_leads(9))
@@ -470,7 +470,7 @@ def test_saved_plan_refused_after_changes(api: SandboxApi, workspace: Workspace,
 
 
 def test_saved_plan_refused_after_price_change(api: SandboxApi, workspace: Workspace) -> None:
-    """What would cost other than it said is not bought."""
+    """After a change of prices the plan is refused."""
     workspace.write_leads(make_leads(2))
     made_plan = saved_plan(workspace, api)
     first, *others = made_plan.ground.providers
@@ -484,7 +484,7 @@ def test_saved_plan_refused_after_price_change(api: SandboxApi, workspace: Works
 
 
 def test_killed_plan_keeps_its_budget(tmp_path: Path, workspace: Workspace) -> None:
-    """What is at the API from the first start counts once: the second asks all that is left."""
+    """After a kill, the second run sends only the rest of the plan: open tasks of the first one count once."""
     workspace.write_leads(make_leads(6))
     with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
         made_plan = saved_plan(workspace, api)
@@ -497,7 +497,7 @@ def test_killed_plan_keeps_its_budget(tmp_path: Path, workspace: Workspace) -> N
 
 
 def test_saved_plan_cap(api: SandboxApi, workspace: Workspace) -> None:
-    """With `--max-credits` frozen, the run keeps to it, whatever the job says."""
+    """A saved `--max-credits` holds for the run, whatever the job's cap is."""
     workspace.write_job(limits="{requests_per_second: 1000, max_credits: 500}")
     workspace.write_leads(make_leads(6))
     name = save_plan(workspace, api, "--max-credits", "3")
@@ -510,7 +510,7 @@ def test_saved_plan_cap(api: SandboxApi, workspace: Workspace) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("option", [("--limit", "1"), ("--sample", "2"), ("--max-credits", "1"), ("--retry", "failed")])
 def test_saved_plan_rejects_selection_options(api: SandboxApi, workspace: Workspace, option: tuple[str, str]) -> None:
-    """Options that would choose otherwise are refused."""
+    """Options that would change the selection are refused."""
     workspace.write_leads(make_leads(2))
     result = workspace.run_in_process("run", "job.yaml", "--plan", save_plan(workspace, api), *option, api=api)
     assert (result.exit_code, "--plan has its own" in result.stderr) == (2, True)
@@ -518,7 +518,7 @@ def test_saved_plan_rejects_selection_options(api: SandboxApi, workspace: Worksp
 
 @pytest.mark.parametrize("content", ["", "{}", '{"version": 2}', "First Name\nÅ\n"])
 def test_invalid_plan_file(api: SandboxApi, workspace: Workspace, content: str) -> None:
-    """It is named; no traceback."""
+    """The error for an invalid plan file names it, without a traceback."""
     workspace.write_leads(make_leads(1))
     (workspace.folder / "night.plan").write_text(content)
 
@@ -530,7 +530,7 @@ def test_invalid_plan_file(api: SandboxApi, workspace: Workspace, content: str) 
 @pytest.mark.long
 @FILE_ONLY
 def test_plan_output_never_replaces_other_files(api: SandboxApi, workspace: Workspace) -> None:
-    """`-o` with the name of the input, the job or the ledger destroys nothing."""
+    """`-o` with the name of the input, the job or the ledger is refused."""
     workspace.write_leads(make_leads(2))
     workspace.run_job(api)
     for path in (workspace.job_file, workspace.folder / "leads.csv", workspace.ledger_path):
@@ -543,7 +543,7 @@ def test_plan_output_never_replaces_other_files(api: SandboxApi, workspace: Work
 
 
 def test_plan_file_roundtrip(api: SandboxApi, workspace: Workspace) -> None:
-    """What is read is what was written."""
+    """A plan survives writing and reading."""
     workspace.write_leads(make_leads(2))
     made_plan = saved_plan(workspace, api, RunOptions(sample=1, seed=7, retry=frozenset({State.FAILED})))
     path = workspace.folder / "night.plan"
@@ -558,7 +558,7 @@ def test_plan_file_roundtrip(api: SandboxApi, workspace: Workspace) -> None:
 
 
 def test_special_files_are_not_replaced(workspace: Workspace, api: SandboxApi) -> None:
-    """A device or a pipe that is named by mistake stays what it is."""
+    """A device or a pipe given as the output is not replaced."""
     workspace.write_leads(make_leads(1))
     os.mkfifo(workspace.folder / "pipe.csv")
     for words in (("-o", "pipe.csv"), ("--rows", "pipe.csv")):

@@ -1,4 +1,4 @@
-"""When a poll pays: learned from intervals, planned by price, relearned when the API changes."""
+"""Poll times are learned from task durations, planned by the cost of a poll, and relearned when durations change."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.cases import first_quick, in_turn
 
 
 def trained_schedule(*durations_s: float, times: int = 40) -> PollSchedule:
-    """Make poll times that have seen tasks take so long, closely watched."""
+    """Return a schedule that has seen tasks of these durations, closely polled."""
     learned = PollSchedule()
     for _ in range(times):
         for age in durations_s:
@@ -26,7 +26,7 @@ def trained_schedule(*durations_s: float, times: int = 40) -> PollSchedule:
 
 
 def poll_ages(times: PollSchedule, cost: PollCost = PollCost.NORMAL, until: float = 60.0) -> list[float]:
-    """List the ages at which a task is asked that runs so long."""
+    """List the ages at which a task that runs until `until` is polled."""
     ages = [times.next_delay_s(0.0, cost)]
     while ages[-1] < until:
         ages.append(ages[-1] + times.next_delay_s(ages[-1], cost))
@@ -34,7 +34,7 @@ def poll_ages(times: PollSchedule, cost: PollCost = PollCost.NORMAL, until: floa
 
 
 def test_initial_polls_back_off() -> None:
-    """The first guess is a second; nothing waits longer than half a minute for the next poll."""
+    """Without data the first poll comes after about a second, and the intervals grow up to half a minute."""
     ages = poll_ages(PollSchedule(), until=200.0)
     assert ages[0] == pytest.approx(0.9)
     gaps = [after - before for before, after in pairwise(ages)]
@@ -45,20 +45,20 @@ def test_initial_polls_back_off() -> None:
 
 
 def test_constant_duration_polled_once() -> None:
-    """Just after it is done."""
+    """Tasks of constant duration are polled once, just after they finish."""
     first = trained_schedule(4.0).next_delay_s(0.0)
     assert 4.0 <= first < 4.7
 
 
 def test_bimodal_durations() -> None:
-    """Nobody asks in between, when none can be done."""
+    """With two typical durations, nothing is polled between them."""
     ages = poll_ages(trained_schedule(2.0, 20.0), until=18.0)
     assert 2.0 <= ages[0] < 2.5
     assert ages[1] >= 18.0
 
 
 def test_poll_cost_shifts_time() -> None:
-    """The price of a poll decides how sure it must be."""
+    """The more a poll costs, the later and rarer it is."""
     times = trained_schedule(2.0, 3.0, 4.0, 5.0, 7.0)
     low, fair, high = (len(poll_ages(times, price, until=7.0)) for price in PollCost)
     assert low > fair > high >= 1
@@ -75,12 +75,12 @@ def test_poll_cost_shifts_time() -> None:
     ],
 )
 def test_poll_cost_from_run_limits(scarce: bool, room: float, price: PollCost) -> None:  # noqa: FBT001 - a table
-    """Slots that submits want make a poll dear; a full house and slots left over make it cheap."""
+    """A limiting rate makes polls expensive; full open tasks and a rate to spare make them cheap."""
     assert PollCost.choose(rate_is_limiting=scarce, free_share=room) is price
 
 
 def test_durations_are_relearned() -> None:
-    """After thousands of quick tasks a hundred slow ones decide."""
+    """After thousands of quick tasks, 60 slow ones are enough to change the schedule."""
     times = trained_schedule(1.0, times=1000)
     assert times.median_s == pytest.approx(1.0, rel=0.1)
     for _ in range(60):
@@ -92,7 +92,7 @@ def test_durations_are_relearned() -> None:
 @pytest.mark.long
 @pytest.mark.parametrize(("before", "after"), [(30.0, 2.0), (4.0, 1.0), (2.0, 30.0)])
 def test_duration_changes_are_noticed(before: float, after: float) -> None:
-    """Also when every answer is there at the time at which it was expected: one in twenty is looked for earlier."""
+    """Shorter durations are noticed although tasks are ready when polled: one in twenty is polled earlier."""
     tasks = count()
 
     def latency(chance: random.Random) -> float:
@@ -105,7 +105,7 @@ def test_duration_changes_are_noticed(before: float, after: float) -> None:
 
 
 def test_wide_intervals_are_weak_evidence() -> None:
-    """A laptop that slept, a poll that was late: done at some time in these hours agrees with what is known."""
+    """A wide interval, after a laptop's sleep or a late poll, fits what is known and changes little."""
     times = trained_schedule(4.0)
     for _ in range(30):
         times.record_duration(0.0, 30_000.0)
@@ -113,7 +113,7 @@ def test_wide_intervals_are_weak_evidence() -> None:
 
 
 def test_poll_times_do_not_bias_durations() -> None:
-    """Asked every ten seconds, tasks of 4 or 13 seconds teach that they took at most 10 and 20, not 10 and 20."""
+    """Late polls do not lengthen the learned durations: they are taken as upper bounds."""
     times, chance = PollSchedule(), random.Random(1)
     for _ in range(200):
         latency = chance.choice([4.0, 4.0, 13.0])
@@ -123,15 +123,15 @@ def test_poll_times_do_not_bias_durations() -> None:
 
 
 def test_negative_intervals_are_ignored() -> None:
-    """A task cannot be done before it was seen at work."""
+    """An interval that ends before it starts is ignored."""
     times = PollSchedule()
     times.record_duration(10.0, 3.0)
     assert times.weights_by_age == []
 
 
 def test_invalid_stored_durations_are_ignored() -> None:
-    """What cannot be is passed over."""
-    scripted_api = [
+    """Invalid stored durations are ignored."""
+    invalid_durations = [
         (4.0, -5.0),
         (float("inf"), 3.0),
         (-1.0, 3.0),
@@ -139,12 +139,12 @@ def test_invalid_stored_durations_are_ignored() -> None:
         (float("nan"), 1.0),
         (1.0, float("nan")),
     ]
-    assert PollSchedule(scripted_api).weights_by_age == []
-    assert PollSchedule([*scripted_api, (3.0, 6.0)]).median_s == pytest.approx(3.0, rel=0.1)
+    assert PollSchedule(invalid_durations).weights_by_age == []
+    assert PollSchedule([*invalid_durations, (3.0, 6.0)]).median_s == pytest.approx(3.0, rel=0.1)
 
 
 def test_stored_durations_have_low_weight() -> None:
-    """What was inherited weighs as much as a few answers."""
+    """Stored durations weigh as much as a few new answers."""
     times = PollSchedule(trained_schedule(8.0).weights_by_age)
     assert sum(answers for _, answers in times.weights_by_age) == pytest.approx(MAX_STORED_WEIGHT)
     assert 8.0 <= times.next_delay_s(0.0) < 9.5
@@ -160,7 +160,7 @@ def test_stored_durations_have_low_weight() -> None:
     price=st.sampled_from(PollCost),
 )
 def test_next_poll_is_bounded(intervals: list[tuple[float, float]], age: float, price: PollCost) -> None:
-    """The wait is above nothing, and at most until the oldest age that is known."""
+    """The delay is above 0 and at most the largest known age."""
     times = PollSchedule()
     for after, longer in intervals:
         times.record_duration(after, after + longer)
@@ -171,10 +171,10 @@ def test_next_poll_is_bounded(intervals: list[tuple[float, float]], age: float, 
 
 @pytest.mark.long
 def test_polls_and_delay_on_typical_latencies() -> None:
-    """For the latencies that such an API has: beginner's polls included.
+    """On typical latencies, including the first polls without data: at most 1.7 polls and a median delay of 2 s.
 
-    Who knew the distribution beforehand and planned for just this would need 1.74 polls for a median delay of 1.5 s,
-    and with 1.7 polls would see the median answer after 1.57 s.
+    A plan for the known distribution would need 1.74 polls for a median delay of 1.5 s; with 1.7 polls its median delay
+    would be 1.57 s.
     """
     seen = [simulate(PollSchedule(), LATENCIES["lognormal(4 s, 0.6)"], seed=seed) for seed in range(4)]
     assert sum(run.polls for run in seen) / 4 <= 1.7
@@ -183,7 +183,7 @@ def test_polls_and_delay_on_typical_latencies() -> None:
 
 @pytest.mark.parametrize("name", first_quick(1, LATENCIES, single=True))
 def test_schedule_beats_fixed_intervals(name: str) -> None:
-    """In polls and typical latencies of delay together, at the price that is fair."""
+    """The schedule costs at most 1.15 times the best fixed interval, in polls and delay at a poll's normal price."""
     latency = LATENCIES[name]
     chance = random.Random(1)
     typical = sorted(latency(chance) for _ in range(999))[499]
@@ -197,7 +197,7 @@ def test_schedule_beats_fixed_intervals(name: str) -> None:
 
 @pytest.mark.long
 def test_submits_share_of_tight_rate() -> None:
-    """With one poll a row half would be the most."""
+    """With a tight rate submits get at least 90% of what one poll a row would leave them (half of the rate)."""
     for name in ("constant 4 s", "lognormal(4 s, 0.2)", "lognormal(4 s, 0.6)", "2 s or 12 s"):
         seen = tight.simulate(PollSchedule(), LATENCIES[name], use_poll_cost=True, rate=20.0, rows=2000)
         assert seen.rows_per_s >= 0.9 * 20 / 2
@@ -206,7 +206,7 @@ def test_submits_share_of_tight_rate() -> None:
 
 @pytest.mark.long
 def test_cheap_polls_free_open_task_limit() -> None:
-    """Answers that are fetched sooner make room for the next submits."""
+    """With open tasks at their limit, cheap polls fetch answers sooner and make room for submits."""
     latency = LATENCIES["lognormal(60 s, 0.6)"]
     given_way, fair = (
         tight.simulate(PollSchedule(), latency, use_poll_cost=arbitrated, rate=20.0, rows=1500)

@@ -1,4 +1,4 @@
-"""The poller: every answer is brought in time, none is made up, and nobody waits for ever."""
+"""The poller: every answer is collected in time, none is invented, and waiting always ends."""
 
 from __future__ import annotations
 
@@ -29,34 +29,34 @@ LEDGER = "ledger.db"
 def run_scenario(
     path: Path, api: SandboxApi, scenario: Callable[[LoopHarness], Coroutine[Any, Any, None]], **settings: Any
 ) -> None:
-    """Play a scene on one execution."""
+    """Run a scenario on one execution."""
 
-    async def played() -> None:
+    async def run_loops() -> None:
         async with open_loops(api, path / LEDGER, **settings) as harness:
             await scenario(harness)
 
-    asyncio.run(played())
+    asyncio.run(run_loops())
 
 
 def assert_counts(harness: LoopHarness, **counts: int) -> bool:
-    """Compare the ledger's counts."""
+    """Check the ledger's counts; return True."""
     return harness.ledger.wrapped.state_counts() == {State(name): count for name, count in counts.items()}
 
 
 async def submit_as_earlier_run(harness: LoopHarness, count: int) -> None:
-    """Submit requests as an earlier execution did, and forget them."""
+    """Submit requests as an earlier execution, whose tasks are then unknown to this one."""
     await harness.make_dispatcher(harness.make_poller(), limit=count).run()
     harness.run_state.open_tasks = 0
     assert assert_counts(harness, submitted=count)
 
 
 class TestAnswers:
-    """What a task says, and what becomes of its request."""
+    """The effect of a task's answer on its request."""
 
     def test_answers_settle_at_their_price(self, tmp_path: Path) -> None:
-        """Found, missed and failed: the ledger's credits are those that the API charged."""
+        """Found, missed and failed tasks settle at the price that the API charged."""
 
-        async def scene(harness: LoopHarness) -> None:
+        async def scenario(harness: LoopHarness) -> None:
             await harness.run_loops()
             assert harness.run_state.open_tasks == 0
             counts = harness.ledger.wrapped.state_counts()
@@ -67,40 +67,40 @@ class TestAnswers:
             assert spent / MICROS_PER_CREDIT == pytest.approx(harness.api.audit()["credits_charged"])
 
         with serve_api(tmp_path / "api.db", latency="uniform(0,0.2)", failure_rate=0.3) as api:
-            run_scenario(tmp_path, api, scene, leads=range(60))
+            run_scenario(tmp_path, api, scenario, leads=range(60))
             assert api.audit()["paid_twice"] == 0
 
     @pytest.mark.parametrize(("lasting", "polls"), [(None, 6), (0.1, 3)])
     def test_no_data_becomes_no_match(self, tmp_path: Path, lasting: float | None, polls: int) -> None:
-        """It is asked again for a while; then it is a miss that is settled at its price."""
+        """A task without data is polled for a while, then becomes a miss at its price."""
 
-        async def scene(harness: LoopHarness) -> None:
+        async def scenario(harness: LoopHarness) -> None:
             await harness.run_loops()
             assert assert_counts(harness, not_found=3)
             assert harness.ledger.execution_counters[:3] == (0, 0, 0)
             assert len(harness.request_log.polled_task_ids) >= polls
-            if lasting is None:  # else a busy machine may ask when it is over
+            if lasting is None:  # otherwise a busy machine may poll after it is over
                 assert harness.ledger.query_one("SELECT sum(seen_alive) FROM attempts") == (3,)
 
         with serve_api(tmp_path / "api.db", hit_rate=0.0, miss_kinds=("no_data",), no_data_seconds=lasting) as api:
-            run_scenario(tmp_path, api, scene, leads=range(3))
+            run_scenario(tmp_path, api, scenario, leads=range(3))
 
     def test_unknown_status_means_running(self, api: SandboxApi, tmp_path: Path) -> None:
-        """An odd word is no end: the task is asked until it has one."""
+        """An unknown status is no end: the task is polled until it has a known one."""
         api.inject_fault("odd-status", 3, "post", polls=3)
 
-        async def scene(harness: LoopHarness) -> None:
+        async def scenario(harness: LoopHarness) -> None:
             await harness.run_loops()
             assert set(harness.ledger.wrapped.state_counts()) <= {State.FOUND, State.NOT_FOUND}
             assert len(harness.request_log.polled_task_ids) == 12
 
-        run_scenario(tmp_path, api, scene, leads=range(3))
+        run_scenario(tmp_path, api, scenario, leads=range(3))
 
     @pytest.mark.parametrize("expired_as", ["410", "gone"])
     def test_late_result_is_expired(self, tmp_path: Path, expired_as: str) -> None:
-        """410 and the status `gone` say the same; the price is not known and stays reserved."""
+        """410 and the status `gone` both mean expired; the price is unknown and stays reserved."""
 
-        async def scene(harness: LoopHarness) -> None:
+        async def scenario(harness: LoopHarness) -> None:
             await submit_as_earlier_run(harness, 2)
             reserved = harness.ledger.execution_counters[1]
             harness.api.advance(3 * 86_400)
@@ -110,13 +110,13 @@ class TestAnswers:
             assert harness.run_state.counters.settled == {State.EXPIRED: 2}
 
         with serve_api(tmp_path / "api.db", expired_as=expired_as) as api:
-            run_scenario(tmp_path, api, scene, leads=range(2))
+            run_scenario(tmp_path, api, scenario, leads=range(2))
 
     def test_unacknowledged_lost_task_is_in_doubt(self, api: SandboxApi, tmp_path: Path) -> None:
-        """404 is believed only when the task is no longer young, and then nobody knows whether it was charged."""
+        """A 404 counts only when the task is no longer young; it is then unknown whether it was charged."""
         api.inject_fault("lost-task", 1, "post")
 
-        async def scene(harness: LoopHarness) -> None:
+        async def scenario(harness: LoopHarness) -> None:
             await harness.run_loops()
             counts = harness.ledger.wrapped.state_counts()
             assert (counts[State.IN_DOUBT], sum(counts.values())) == (1, 3)
@@ -125,78 +125,78 @@ class TestAnswers:
             assert age >= SHORT_TIMEOUTS.young_task_s * 1000
             assert harness.run_state.open_tasks == 0
 
-        run_scenario(tmp_path, api, scene, leads=range(3))
+        run_scenario(tmp_path, api, scenario, leads=range(3))
 
     def test_acknowledged_lost_task_is_expired(self, api: SandboxApi, tmp_path: Path) -> None:
-        """The API knew it once, so it was accepted, and its result is gone."""
+        """A lost task that the API once acknowledged is expired: it was accepted, and its result is gone."""
 
-        async def scene(harness: LoopHarness) -> None:
+        async def scenario(harness: LoopHarness) -> None:
             harness.add_open_tasks(("forgotten", 90.0), acknowledged=True)
             await harness.poll_open_tasks(harness.make_poller())
             assert assert_counts(harness, expired=1)
 
-        run_scenario(tmp_path, api, scene, leads=range(1))
+        run_scenario(tmp_path, api, scenario, leads=range(1))
 
     def test_young_unknown_task_is_awaited(self, api: SandboxApi, tmp_path: Path) -> None:
-        """A young task may not be known yet."""
+        """A young task may not be known yet, so a 404 is repeated."""
         api.inject_fault("late-task", 2, "post", seconds=0.3)
 
-        async def scene(harness: LoopHarness) -> None:
+        async def scenario(harness: LoopHarness) -> None:
             await harness.run_loops()
             assert set(harness.ledger.wrapped.state_counts()) <= {State.FOUND, State.NOT_FOUND}
 
-        run_scenario(tmp_path, api, scene, leads=range(2))
+        run_scenario(tmp_path, api, scenario, leads=range(2))
 
     def test_acknowledged_flag_is_stored(self, tmp_path: Path) -> None:
-        """The next execution knows that the API has known it."""
+        """The ledger stores that the API acknowledged a task, for the next execution."""
 
-        async def scene(harness: LoopHarness) -> None:
+        async def scenario(harness: LoopHarness) -> None:
             await harness.run_loops(harness.make_poller(patience_s=0.1))
             assert [task.acknowledged for task in harness.ledger.wrapped.submitted_tasks()] == [True, True]
 
         with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
-            run_scenario(tmp_path, api, scene, leads=range(2))
+            run_scenario(tmp_path, api, scenario, leads=range(2))
 
     @pytest.mark.parametrize("fault", ["error-before", "rate-limit-bare", "reset-before"])
     def test_failed_poll_is_repeated(self, api: SandboxApi, tmp_path: Path, fault: str) -> None:
-        """Whatever happens to a GET costs nothing: it is repeated until the answer is there."""
+        """A failed poll costs nothing and is repeated until the answer arrives."""
 
-        async def scene(harness: LoopHarness) -> None:
+        async def scenario(harness: LoopHarness) -> None:
             await submit_as_earlier_run(harness, 3)
             harness.api.inject_fault(fault, 3, "get")
             await harness.poll_open_tasks(harness.make_poller())
             assert set(harness.ledger.wrapped.state_counts()) <= {State.FOUND, State.NOT_FOUND}
             assert harness.run_state.exit_reasons == {}
 
-        run_scenario(tmp_path, api, scene, leads=range(3), timing=SHORT_TIMEOUTS)
+        run_scenario(tmp_path, api, scenario, leads=range(3), timing=SHORT_TIMEOUTS)
 
     def test_free_failures_end_as_failed(self, tmp_path: Path) -> None:
-        """Edge g: asked again, in all `max_attempts` times, and then the API's word stands."""
+        """Edge g: after `max_attempts` free failures, the request has failed."""
 
-        async def scene(harness: LoopHarness) -> None:
+        async def scenario(harness: LoopHarness) -> None:
             await harness.run_loops(harness.make_poller(max_attempts=1))
             assert assert_counts(harness, failed=4)
             assert harness.request_log.posts == 4
             assert harness.ledger.execution_counters[:3] == (0, 0, 0)
 
         with serve_api(tmp_path / "api.db", failure_rate=1.0, free_failures=1.0) as api:
-            run_scenario(tmp_path, api, scene, leads=range(4))
+            run_scenario(tmp_path, api, scenario, leads=range(4))
 
 
 class TestOrder:
-    """Who is asked when."""
+    """The order of polls."""
 
     def test_nearest_expiry_polled_first(self, api: SandboxApi, tmp_path: Path) -> None:
-        """Of the tasks that are due, the oldest goes first, whatever order they came in."""
+        """Of the tasks that are due, the oldest is polled first, whatever the order they were added in."""
 
-        async def scene(harness: LoopHarness) -> None:
+        async def scenario(harness: LoopHarness) -> None:
             ages = [30.0, 10.0, 50.0, 20.0, 40.0]
             harness.add_open_tasks(*((f"task-{age:.0f}", age) for age in ages))
             poller = harness.make_poller()
             poller.add_earlier_tasks(harness.ledger.wrapped.submitted_tasks()[::-1], polled_before=False)
             poller.poll_once_more = True
             await harness.run_state.run_until_abort(poller.run())
-            # A 404 is asked for once more over a connection of its own.
+            # A 404 is repeated on a new connection.
             assert list(dict.fromkeys(harness.request_log.polled_task_ids)) == [
                 "task-50",
                 "task-40",
@@ -205,12 +205,14 @@ class TestOrder:
                 "task-10",
             ]
 
-        run_scenario(tmp_path, api, scene, leads=range(5), rate=50.0, timing=replace(SHORT_TIMEOUTS, young_task_s=60))
+        run_scenario(
+            tmp_path, api, scenario, leads=range(5), rate=50.0, timing=replace(SHORT_TIMEOUTS, young_task_s=60)
+        )
 
     def test_last_round_polls_each_once(self, tmp_path: Path) -> None:
-        """What still runs is left for later and is no failure of this execution."""
+        """The last round polls each task once; tasks that still run stay open and are no failure of this execution."""
 
-        async def scene(harness: LoopHarness) -> None:
+        async def scenario(harness: LoopHarness) -> None:
             await submit_as_earlier_run(harness, 40)
             await harness.poll_once(harness.make_poller())
             assert sorted(harness.request_log.polled_task_ids) == sorted(set(harness.request_log.polled_task_ids))
@@ -219,24 +221,24 @@ class TestOrder:
             assert (harness.run_state.open_tasks, harness.run_state.exit_reasons) == (0, {})
 
         with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
-            run_scenario(tmp_path, api, scene, leads=range(40))
+            run_scenario(tmp_path, api, scenario, leads=range(40))
 
     @pytest.mark.long
     def test_last_round_repeats_after_429(self, api: SandboxApi, tmp_path: Path) -> None:
-        """Each task of an earlier execution is really asked before anything new is bought."""
+        """In the last round a 429 is repeated, so each earlier task is really polled before anything new is bought."""
 
-        async def scene(harness: LoopHarness) -> None:
+        async def scenario(harness: LoopHarness) -> None:
             await submit_as_earlier_run(harness, 20)
             harness.api.inject_fault("rate-limit-bare", 15, "get")
             await harness.poll_once(harness.make_poller())
             assert set(harness.ledger.wrapped.state_counts()) <= {State.FOUND, State.NOT_FOUND}
 
-        run_scenario(tmp_path, api, scene, leads=range(20), timing=SHORT_TIMEOUTS)
+        run_scenario(tmp_path, api, scenario, leads=range(20), timing=SHORT_TIMEOUTS)
 
     def test_last_round_keeps_no_data_open(self, tmp_path: Path) -> None:
-        """Without its grace it is provisional: the next loop asks again."""
+        """In the last round a task without data stays open, and the next loop polls it again."""
 
-        async def scene(harness: LoopHarness) -> None:
+        async def scenario(harness: LoopHarness) -> None:
             await submit_as_earlier_run(harness, 2)
             await harness.poll_once(harness.make_poller())
             assert assert_counts(harness, submitted=2)
@@ -244,12 +246,12 @@ class TestOrder:
             assert assert_counts(harness, not_found=2)
 
         with serve_api(tmp_path / "api.db", hit_rate=0.0, miss_kinds=("no_data",), no_data_seconds=None) as api:
-            run_scenario(tmp_path, api, scene, leads=range(2))
+            run_scenario(tmp_path, api, scenario, leads=range(2))
 
     def test_finish_early_polls_all_once(self, tmp_path: Path) -> None:
-        """After a signal even a task that is not due is asked, and then the loop ends."""
+        """After a signal each task is polled once more, even if it is not due, and then the loop ends."""
 
-        async def scene(harness: LoopHarness) -> None:
+        async def scenario(harness: LoopHarness) -> None:
             await submit_as_earlier_run(harness, 5)
             poller = harness.make_poller()
             poller.add_earlier_tasks(harness.ledger.wrapped.submitted_tasks(), polled_before=True)
@@ -257,33 +259,33 @@ class TestOrder:
             running = asyncio.create_task(poller.run())
             await wait_until(lambda: len(harness.request_log.polled_task_ids) == 5 and not poller._open_polls)
             poller.finish_early()
-            await asyncio.wait_for(running, 10)  # not the minute after which they are due
+            await asyncio.wait_for(running, 10)  # not the 60 s after which they are due
             assert sorted(harness.request_log.polled_task_ids[:5]) == sorted(harness.request_log.polled_task_ids[5:])
             assert (harness.run_state.open_tasks, harness.run_state.exit_reasons) == (0, {})
 
         with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
-            run_scenario(tmp_path, api, scene, leads=range(5))
+            run_scenario(tmp_path, api, scenario, leads=range(5))
 
 
 class TestTimeouts:
     """When waiting ends."""
 
     def test_task_timeout_ends_waiting(self, tmp_path: Path) -> None:
-        """Beyond the patience the run goes on without it, says so with exit 13, and the ledger keeps the task."""
+        """After the task timeout the run goes on without the task and ends with exit 13; the ledger keeps the task."""
 
-        async def scene(harness: LoopHarness) -> None:
+        async def scenario(harness: LoopHarness) -> None:
             await harness.run_loops(harness.make_poller(patience_s=0.3))
             assert set(harness.run_state.exit_reasons) == {ExitCode.TIME}
             assert assert_counts(harness, submitted=3)
             assert harness.run_state.open_tasks == 0
 
         with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
-            run_scenario(tmp_path, api, scene, leads=range(3))
+            run_scenario(tmp_path, api, scenario, leads=range(3))
 
     def test_old_task_is_polled_once(self, tmp_path: Path) -> None:
-        """What an earlier execution lost patience with costs this one no more than another poll."""
+        """A task that an earlier execution stopped waiting for is polled once more."""
 
-        async def scene(harness: LoopHarness) -> None:
+        async def scenario(harness: LoopHarness) -> None:
             await submit_as_earlier_run(harness, 1)
             await harness.poll_once(harness.make_poller(patience_s=0.0))
             await asyncio.sleep(0.01)
@@ -293,28 +295,28 @@ class TestTimeouts:
             assert harness.run_state.open_tasks == 0
 
         with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
-            run_scenario(tmp_path, api, scene, leads=range(1))
+            run_scenario(tmp_path, api, scenario, leads=range(1))
 
     @pytest.mark.long
     @pytest.mark.parametrize("fault", ["error-before", "rate-limit-bare"])
     def test_outage_ends_polling(self, api: SandboxApi, tmp_path: Path, fault: str) -> None:
-        """Without one good answer for long, the run ends with exit 4 and the tasks stay for the next."""
+        """Without one good response during the outage limit, polling ends with exit 4, and the tasks stay open."""
 
-        async def scene(harness: LoopHarness) -> None:
+        async def scenario(harness: LoopHarness) -> None:
             await submit_as_earlier_run(harness, 3)
             harness.api.inject_fault(fault, 10_000, "get")
             await harness.poll_open_tasks(harness.make_poller())
             assert set(harness.run_state.exit_reasons) == {ExitCode.API}
             assert assert_counts(harness, submitted=3)
 
-        run_scenario(tmp_path, api, scene, leads=range(3), timing=ILL)
+        run_scenario(tmp_path, api, scenario, leads=range(3), timing=ILL)
 
     @pytest.mark.long
     @pytest.mark.parametrize("fault", ["unauthorized", "forbidden"])
     def test_wrong_key_waits_for_posts_in_flight(self, tmp_path: Path, fault: str) -> None:
-        """The POSTs on the wire are written down first: cut off, they would be in doubt."""
+        """After a refused key, POSTs in flight are recorded first; an abort would leave them in doubt."""
 
-        async def scene(harness: LoopHarness) -> None:
+        async def scenario(harness: LoopHarness) -> None:
             work = asyncio.create_task(harness.run_loops())
             await wait_until(lambda: harness.run_state.open_tasks > 0 and harness.request_log.posts_in_flight > 0)
             harness.api.inject_fault(fault, 10_000, "get")
@@ -328,12 +330,12 @@ class TestTimeouts:
 
         slow = (Fault("slow", 1.0, "post", {"seconds": 0.3}),)
         with serve_api(tmp_path / "api.db", faults=slow, latency="fixed(60)") as api:
-            run_scenario(tmp_path, api, scene, leads=range(200))
+            run_scenario(tmp_path, api, scenario, leads=range(200))
 
     def test_clock_set_back(self, api: SandboxApi, tmp_path: Path) -> None:
-        """A task from the future is as new as can be, and is asked soon."""
+        """With the clock set back, a task from the future counts as new and is polled soon."""
 
-        async def scene(harness: LoopHarness) -> None:
+        async def scenario(harness: LoopHarness) -> None:
             await submit_as_earlier_run(harness, 2)
             clock = harness.run_state.clock
             assert isinstance(clock, ShiftedClock)
@@ -343,12 +345,12 @@ class TestTimeouts:
             assert time.monotonic() - started < 60
             assert set(harness.ledger.wrapped.state_counts()) <= {State.FOUND, State.NOT_FOUND}
 
-        run_scenario(tmp_path, api, scene, leads=range(2), clock=ShiftedClock())
+        run_scenario(tmp_path, api, scenario, leads=range(2), clock=ShiftedClock())
 
     def test_abort_cancels_polls(self, tmp_path: Path) -> None:
-        """Even a poll whose answer does not come is dropped; its task stays."""
+        """An abort cancels polls without a response; their tasks stay open."""
 
-        async def scene(harness: LoopHarness) -> None:
+        async def scenario(harness: LoopHarness) -> None:
             await submit_as_earlier_run(harness, 3)
             work = asyncio.create_task(harness.poll_open_tasks(harness.make_poller()))
             await wait_until(lambda: len(harness.request_log.polled_task_ids) == 3)
@@ -360,13 +362,13 @@ class TestTimeouts:
 
         slow = (Fault("slow", 1.0, "get", {"seconds": 5}),)
         with serve_api(tmp_path / "api.db", faults=slow) as api:
-            run_scenario(tmp_path, api, scene, leads=range(3), timing=Timeouts())
+            run_scenario(tmp_path, api, scenario, leads=range(3), timing=Timeouts())
 
     @pytest.mark.long
     def test_waiting_uses_no_cpu(self, tmp_path: Path) -> None:
-        """Between polls the loop sleeps, and polls become rare."""
+        """The loop sleeps between polls, and polls become rare."""
 
-        async def scene(harness: LoopHarness) -> None:
+        async def scenario(harness: LoopHarness) -> None:
             await submit_as_earlier_run(harness, 50)
             harness.run_state.poll_schedule = PollSchedule()
             with patch.object(
@@ -375,23 +377,23 @@ class TestTimeouts:
                 await harness.poll_open_tasks(harness.make_poller())
             polls = len(harness.request_log.polled_task_ids)
             assert polls <= 50 * 5
-            # Each poll begins and ends, and each second the loop looks around; it never turns in between.
+            # Each poll starts and ends, and the loop wakes once a second; it does nothing else.
             assert waits.call_count <= 2 * polls + 60
             assert State.SUBMITTED not in harness.ledger.wrapped.state_counts()
 
         with serve_api(tmp_path / "api.db", latency="fixed(2)") as api:
-            run_scenario(tmp_path, api, scene, leads=range(50))
+            run_scenario(tmp_path, api, scenario, leads=range(50))
 
     def test_deferred_polls_run_after_submits(self, tmp_path: Path) -> None:
-        """A poll that was put off for a slot's sake is not put off at the end of the run."""
+        """Polls that were deferred to leave slots for submits are brought forward when no submits are left."""
 
-        async def scene(harness: LoopHarness) -> None:
+        async def scenario(harness: LoopHarness) -> None:
             for latency in (0.5, 1.0, 1.5, 2.0, 3.0) * 10:
                 harness.run_state.poll_schedule.record_duration(0.9 * latency, latency)
             assert harness.run_state.poll_cost is PollCost.HIGH
             await harness.make_dispatcher(poller := harness.make_poller(), limit=3).run()
             tasks, poller._scheduled = [task for _, _, task in poller._scheduled], []
-            for task in tasks:  # all of them now, however long the submitting took
+            for task in tasks:  # all at this time, however long the submitting took
                 poller._schedule(task, poller._poll_delay_s(poller._age_s(task)))
             meant = min(due for due, _, _ in poller._scheduled)
             poller.no_new_tasks = True
@@ -399,13 +401,13 @@ class TestTimeouts:
             assert max(due for due, _, _ in poller._scheduled) < meant
 
         with serve_api(tmp_path / "api.db") as api:
-            run_scenario(tmp_path, api, scene, leads=range(3), rate=20.0)
+            run_scenario(tmp_path, api, scenario, leads=range(3), rate=20.0)
 
     @pytest.mark.long
     def test_ledger_error_stops_poller(self, api: SandboxApi, tmp_path: Path) -> None:
-        """An answer that cannot be written is not counted; the error comes out bare."""
+        """An answer that can't be stored is not counted, and the ledger's error is raised unchanged."""
 
-        async def scene(harness: LoopHarness) -> None:
+        async def scenario(harness: LoopHarness) -> None:
             await submit_as_earlier_run(harness, 40)
             harness.ledger.wrapped._db.execute("PRAGMA query_only = 1")
             with pytest.raises(EnrichError, match="cannot be written"):
@@ -414,15 +416,15 @@ class TestTimeouts:
             harness.ledger.wrapped._db.execute("PRAGMA query_only = 0")
             assert assert_counts(harness, submitted=40)
 
-        run_scenario(tmp_path, api, scene, leads=range(40))
+        run_scenario(tmp_path, api, scenario, leads=range(40))
 
 
 @dataclass(slots=True)
 class ShiftedClock(SystemClock):
-    """A machine's clock that somebody sets."""
+    """A clock that can be set."""
 
     offset_ms: int = 0
 
     def now_ms(self) -> int:
-        """Tell the time as it was set."""
+        """Return the time with the offset."""
         return time.time_ns() // 1_000_000 + self.offset_ms

@@ -1,4 +1,4 @@
-"""The pulse: what an execution writes down of itself while it is at work, and that it is what happened."""
+"""Stored progress snapshots: what an execution records while it runs equals what happened."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from enrich.run.progress import (
 from tests.support.cases import in_turn
 from tests.support.workspace import BOTH_BACKENDS_SERVER_LONG, SandboxApi, Workspace, make_leads, serve_api
 
-#: Seconds until the next tick, and what happened until then.
+#: Seconds until the next tick, and the counts until then.
 TICKS = st.lists(
     st.tuples(st.floats(0, 5_000) | st.floats(0, 3), st.builds(TrafficCounts, *[st.integers(0, 500)] * 4)),
     max_size=60,
@@ -34,18 +34,18 @@ TICKS = st.lists(
 
 @pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Ask the same of a ledger in a file and on a server."""
+    """Run each test with a SQLite file and with PostgreSQL."""
     return str(request.param)
 
 
 def add_counts(one: TrafficCounts, other: TrafficCounts) -> TrafficCounts:
-    """Add up what happened."""
+    """Add two counts."""
     return TrafficCounts(*(a + b for a, b in zip(one, other, strict=True)))
 
 
 @given(TICKS)
 def test_bins_sum_to_totals(ticks: list[tuple[float, TrafficCounts]]) -> None:
-    """Late, in bursts or at once: the bins add up to what happened, and there are never many of them."""
+    """The bins sum to the totals for any pattern of ticks, and their number is limited."""
     meter, at_s, seen = TrafficRecorder(), 0.0, TrafficCounts()
     for passed_s, happened in ticks:
         at_s, seen = at_s + passed_s, add_counts(seen, happened)
@@ -60,7 +60,7 @@ def test_bins_sum_to_totals(ticks: list[tuple[float, TrafficCounts]]) -> None:
 
 @given(TICKS)
 def test_merged_bins_keep_boundaries(ticks: list[tuple[float, TrafficCounts]]) -> None:
-    """Each tick falls into the bin of its time, whatever was merged since."""
+    """Each tick is in the bin of its time, even after bins were merged."""
     meter, seen = TrafficRecorder(), TrafficCounts()
     times = list(accumulate(passed_s for passed_s, _ in ticks))
     for at_s, (_, happened) in zip(times, ticks, strict=True):
@@ -75,7 +75,7 @@ def test_merged_bins_keep_boundaries(ticks: list[tuple[float, TrafficCounts]]) -
 
 
 def test_pause_gives_empty_bins() -> None:
-    """An hour without a tick is an hour of nothing, and what comes then comes then."""
+    """An hour without ticks gives empty bins, and later counts are in later bins."""
     meter = TrafficRecorder()
     meter.record(0.5, TrafficCounts(submitted=3))
     meter.record(3600.5, TrafficCounts(submitted=5))
@@ -86,7 +86,7 @@ def test_pause_gives_empty_bins() -> None:
 
 
 def test_clock_going_back() -> None:
-    """What happened counts for the latest moment that was told; a count that fell is none."""
+    """After the clock goes back, counts belong to the latest known time; a count that decreased adds nothing."""
     traffic = TrafficRecorder()
     traffic.record(5.0, TrafficCounts(polls=4))
     traffic.record(1.0, TrafficCounts(polls=6))
@@ -96,25 +96,25 @@ def test_clock_going_back() -> None:
 
 
 def test_current_speed() -> None:
-    """The bin that has only begun counts for as long as it lasts."""
+    """The current speed weighs the unfinished bin by its elapsed part."""
     traffic = Traffic(
         width_s=4, submitted=(40, 8, 4, 4, 1), answered=(0, 0, 4, 6, 1), polls=(0,) * 5, rate_limited=(0,) * 5
     )
 
-    lately, over_s = traffic.recent(elapsed_s=16.5)
+    recent, over_s = traffic.recent(elapsed_s=16.5)
 
-    assert (lately.submitted, lately.answered, over_s) == (17, 11, 12.5)
+    assert (recent.submitted, recent.answered, over_s) == (17, 11, 12.5)
     assert traffic.recent(0.0) == (TrafficCounts(57, 11), 0.0)
 
 
 @in_turn("text", [None, "", "{}", "[]", '{"at_ms": 1}'])
 def test_invalid_progress_is_none(text: str | None) -> None:
-    """An execution of an older version has none."""
+    """Missing or invalid stored progress, as of an older version, is None."""
     assert read_snapshot(text) is None
 
 
 def stored_progress(workspace: Workspace, execution: int = 1) -> ProgressSnapshot:
-    """Read what an execution has written down."""
+    """Return an execution's stored progress."""
     with_ledger = workspace.open_ledger()
     snapshot = read_snapshot(with_ledger.execution(execution)["pulse"])
     with_ledger.close()
@@ -123,7 +123,7 @@ def stored_progress(workspace: Workspace, execution: int = 1) -> ProgressSnapsho
 
 
 def assert_matches_summary(snapshot: ProgressSnapshot, summary: Any) -> None:
-    """The pulse ends with the numbers of the receipt."""
+    """The last progress has the numbers of the run summary."""
     totals = snapshot.traffic.totals()
     assert (totals.submitted, totals.polls, totals.rate_limited) == (
         summary.submitted,
@@ -136,7 +136,7 @@ def assert_matches_summary(snapshot: ProgressSnapshot, summary: Any) -> None:
 
 
 def test_final_progress_matches_summary(tmp_path: Path, workspace: Workspace) -> None:
-    """All that was sent and heard is in it, also when some of it was told to wait."""
+    """The last progress contains all requests and answers, including rate-limited ones."""
     workspace.write_leads(make_leads(15))
     with serve_api(tmp_path / "api.db", rate=100.0, burst=1, retry_after=None) as api:
         summary = workspace.run_job(api)
@@ -150,7 +150,7 @@ def test_final_progress_matches_summary(tmp_path: Path, workspace: Workspace) ->
 
 @pytest.mark.long
 def test_progress_includes_canary_and_earlier_tasks(tmp_path: Path, workspace: Workspace) -> None:
-    """What an earlier execution left is heard by this one; a run that its canary ends has its pulse."""
+    """Tasks of an earlier execution and the canary's rows are in the progress."""
     workspace.write_leads(make_leads(3))
     with serve_api(tmp_path / "api.db", latency="fixed(600)") as api:
         workspace.submit_without_collecting(api)
@@ -167,7 +167,7 @@ def test_progress_includes_canary_and_earlier_tasks(tmp_path: Path, workspace: W
 
 
 def test_progress_of_interrupted_run(api: SandboxApi, workspace: Workspace) -> None:
-    """A doubt is an end for this execution; a broken input comes before anything is known to be done."""
+    """An unconfirmed request counts as done for this execution; with a broken input, the total is unknown."""
     workspace.write_leads(make_leads(2))
     api.inject_fault("no-task-id")
     summary = workspace.run_job(api)
@@ -181,7 +181,7 @@ def test_progress_of_interrupted_run(api: SandboxApi, workspace: Workspace) -> N
 
 
 def test_progress_write_error_is_exit_1(api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exit 1 with its reason, and nothing is sent after it."""
+    """Progress that can't be stored is exit 1 with its reason, and nothing more is sent."""
     workspace.write_leads(make_leads(3))
 
     def full(*_: object) -> None:
@@ -196,7 +196,7 @@ def test_progress_write_error_is_exit_1(api: SandboxApi, workspace: Workspace, m
 
 
 def test_no_progress_after_end(api: SandboxApi, workspace: Workspace) -> None:
-    """An execution that has ended has its last pulse for good."""
+    """After an execution has ended, its last progress is not replaced."""
     workspace.write_leads(make_leads(1))
     workspace.run_job(api)
     before = stored_progress(workspace)

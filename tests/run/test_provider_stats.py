@@ -1,4 +1,4 @@
-"""Who earned it: what the steps of the answers add up to, and what is presumed where they are silent."""
+"""Provider statistics: sums over the steps of answers, and what is inferred for answers without steps."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ SENT_PARAMS = {"first_name": "Ada"}
 
 
 def settled_attempt(state: State, data: object = None, paid: int | None = 0, **changed: Any) -> SettledAttempt:
-    """Make an attempt that was settled with this `data`."""
+    """Return an attempt that was settled with this `data`."""
     made = SettledAttempt(1, state, CALL.canonical(), json.dumps(SENT_PARAMS), paid, json.dumps({"data": data}), 0)
     return made._replace(**changed)
 
 
 def step(provider: object, cost: object = "0", action: str = "search", **more: object) -> dict[str, object]:
-    """Make a step as the API tells it."""
+    """Return a step in the API's format."""
     return {"action": action, "provider": provider, "cost": cost, **more}
 
 
 def result_wrapper(email: str | None, *steps: object, provider: str | None = None) -> dict[str, object]:
-    """Make a wrapper with steps."""
+    """Return a wrapper with steps."""
     return {
         "result": {"email": email},
         "enrichment_data": {provider: {"email": email}} if provider else {},
@@ -55,7 +55,7 @@ def result_wrapper(email: str | None, *steps: object, provider: str | None = Non
 
 
 def stats_of(answers: Iterable[SettledAttempt], offers: Mapping[str, Waterfall]) -> ProviderTotals:
-    """Add up answers."""
+    """Return the totals of these answers."""
     cascade = ProviderStats(offers)
     for answer in answers:
         cascade.add(answer)
@@ -63,13 +63,13 @@ def stats_of(answers: Iterable[SettledAttempt], offers: Mapping[str, Waterfall])
 
 
 def provider_stats(*answers: SettledAttempt) -> tuple[dict[str, ProviderStat], ProviderTotals]:
-    """Add up answers; providers by their names."""
+    """Return the providers by name, and the totals."""
     whole = stats_of(answers, {"email_getter": WATERFALL})
     return {each.name: each for each in whole.providers}, whole
 
 
 def test_steps_give_provider_stats() -> None:
-    """Each in its place, with its price; who knew the answer has found it, the others passed it on."""
+    """Each provider is in order with its credits; the one with the result found it, and the others passed it on."""
     steps = step("Mailhound"), step("Peoplegrid", "1.5")
     by_name, whole = provider_stats(
         settled_attempt(State.FOUND, [result_wrapper("a@b.example", *steps, provider="Peoplegrid")], 1_500_000)
@@ -83,7 +83,7 @@ def test_steps_give_provider_stats() -> None:
 
 
 def test_verifier_stats() -> None:
-    """What it turned down is rejected once, however often it looked; a find that holds is none of its own."""
+    """A match that a verifier rejects counts once, however many checks; a verified match is its provider's."""
     steps = (
         step("Mailhound"),
         step("Mailproof", "0.01", "verify"),
@@ -106,7 +106,7 @@ def test_verifier_stats() -> None:
 
 @in_turn("data", [None, [], {}, [None], {"email": None}, {"email": ""}, result_wrapper(None)])
 def test_no_match_without_steps_is_inferred(data: object) -> None:
-    """All but those whose inputs were not sent; no price is made up."""
+    """A miss without steps is inferred to have passed all providers whose inputs were sent, at no price."""
     by_name, whole = provider_stats(settled_attempt(State.NOT_FOUND, data, 50))
 
     assert set(by_name) == {"Mailhound", "Peoplegrid", "Inboxly"}
@@ -115,7 +115,7 @@ def test_no_match_without_steps_is_inferred(data: object) -> None:
 
 
 def test_match_without_steps_is_inferred() -> None:
-    """When its own data tells who that was; else nobody knows whom it asked."""
+    """A match without steps is inferred if its data names the provider; otherwise it is not reported."""
     data = {"result": {"email": "a@b.example"}, "enrichment_data": {"Peoplegrid": {"email": "a@b.example"}}}
     by_name, whole = provider_stats(
         settled_attempt(State.FOUND, data), settled_attempt(State.FOUND, {"email": "a@b.example"})
@@ -129,7 +129,7 @@ def test_match_without_steps_is_inferred() -> None:
 
 
 def test_provider_from_data_without_step() -> None:
-    """Its data is in the answer."""
+    """A provider whose data is in the answer counts as asked, even without a step."""
     by_name, _ = provider_stats(
         settled_attempt(State.FOUND, result_wrapper("a@b.example", step("Mailhound"), provider="Peoplegrid"))
     )
@@ -138,7 +138,7 @@ def test_provider_from_data_without_step() -> None:
 
 
 def test_unattributed_credits() -> None:
-    """Failures without steps, purged answers and unknown providers."""
+    """Failures without steps, purged answers and unknown providers give unattributed credits."""
     gone = settled_attempt(State.NOT_FOUND, answer=None, params="{}", erased=1)
     other = settled_attempt(State.NOT_FOUND, call=CALL.canonical().replace("966", "999"))
     foreign = settled_attempt(State.NOT_FOUND, call=CALL.canonical().replace("email_getter", "other"))
@@ -148,14 +148,14 @@ def test_unattributed_credits() -> None:
 
 
 def test_expired_and_in_doubt_add_only_cost() -> None:
-    """They add what they cost."""
+    """Expired and unconfirmed requests add only their cost."""
     _, whole = provider_stats(settled_attempt(State.EXPIRED, paid=3), settled_attempt(State.IN_DOUBT, paid=None))
 
     assert (whole.answers, whole.spent, whole.unattributed) == (0, 3, 3)
 
 
 def test_unknown_price_leaves_bill_unchanged() -> None:
-    """Its steps tell what its providers cost; the bill does not know."""
+    """An unknown price adds nothing to the bill, although the steps have the providers' costs."""
     by_name, whole = provider_stats(
         settled_attempt(State.NOT_FOUND, result_wrapper(None, step("Mailhound", "2")), None)
     )
@@ -164,7 +164,7 @@ def test_unknown_price_leaves_bill_unchanged() -> None:
 
 
 def test_refund_gives_negative_unattributed() -> None:
-    """The steps tell more than was paid: providers and the rest still add up to the bill."""
+    """A refund below the steps' costs gives negative unattributed credits, so the sum is still the bill."""
     _, whole = provider_stats(settled_attempt(State.FAILED, result_wrapper(None, step("Mailhound", "2")), 0))
 
     assert whole.unattributed == -2_000_000
@@ -172,7 +172,7 @@ def test_refund_gives_negative_unattributed() -> None:
 
 @in_turn("cost", [None, "", "free", "NaN", "-1", -3, True, [], {}, [["1"]], "1e99"])
 def test_invalid_step_cost_is_ignored(cost: object) -> None:
-    """What was paid for it is elsewhere."""
+    """A step's invalid cost counts as 0, and the price paid is unattributed."""
     by_name, whole = provider_stats(
         settled_attempt(State.NOT_FOUND, result_wrapper(None, step("Mailhound", cost)), 500_000)
     )
@@ -182,7 +182,7 @@ def test_invalid_step_cost_is_ignored(cost: object) -> None:
 
 @in_turn("provider", [None, "", "  ", 833, True, ["Mailhound"], {"name": "Ada"}])
 def test_step_without_name_is_ignored(provider: object) -> None:
-    """Then it is as if there was none."""
+    """A step without a name is ignored, as if the answer had no steps."""
     by_name, whole = provider_stats(settled_attempt(State.NOT_FOUND, result_wrapper(None, step(provider, "1"))))
 
     assert set(by_name) == {"Mailhound", "Peoplegrid", "Inboxly"}
@@ -191,7 +191,7 @@ def test_step_without_name_is_ignored(provider: object) -> None:
 
 @in_turn("answer", ["", "{", "[]", '"text"', "null", "[" * 100_000, '{"data": {"steps": 7}}'])
 def test_unreadable_answer_is_counted(answer: str) -> None:
-    """It is counted."""
+    """An unreadable answer is counted as an answer."""
     _, whole = provider_stats(settled_attempt(State.NOT_FOUND, answer=answer))
 
     assert whole.answers == 1
@@ -225,7 +225,7 @@ ANSWERS = st.tuples(
 
 @given(st.lists(ANSWERS, max_size=6))
 def test_any_answer_keeps_totals(answers: list[tuple[State, object, int | None]]) -> None:
-    """The parts add up to the bill where prices are known, and nobody found what nobody was asked for."""
+    """For any answers, the parts sum to the bill where prices are known, and providers find at most what they got."""
     by_name, whole = provider_stats(*(settled_attempt(state, data, paid) for state, data, paid in answers))
 
     assert whole.spent == sum(paid or 0 for _, _, paid in answers)
@@ -239,7 +239,7 @@ def test_any_answer_keeps_totals(answers: list[tuple[State, object, int | None]]
 
 
 def test_provider_that_verifies_counted_once() -> None:
-    """Nobody is asked for more leads than there are."""
+    """A provider that also verifies its match is counted once a lead."""
     steps = step("Peoplegrid"), {**step("Peoplegrid"), "action": "verify"}
     by_name, _ = provider_stats(settled_attempt(State.FOUND, result_wrapper("a@b.example", *steps)))
 
@@ -247,7 +247,7 @@ def test_provider_that_verifies_counted_once() -> None:
 
 
 def ledger_stats(workspace: Workspace) -> ProviderTotals:
-    """Add up the ledger of the office's job."""
+    """Return the totals of the ledger of the workspace's job."""
     with closing(workspace.open_ledger()) as ledger:
         return stats_of(ledger.settled_attempts("job"), load_waterfalls(ledger.waterfalls()))
 
@@ -269,7 +269,7 @@ def ledger_stats(workspace: Workspace) -> ProviderTotals:
 def test_stats_agree_with_audit(
     tmp_path: Path, workspace: Workspace, *, shape: str, verifier: bool, bulk: bool
 ) -> None:
-    """With steps finds and credits are the API's own, and all are asked whom it asked; without, nothing is made up."""
+    """With steps, matches and credits agree with the API's audit; without steps, nothing is invented."""
     more = {"email_verifier": "10"} if verifier else {}
     workspace.write_job(**more, **({"dispatch": "{bulk: 25}"} if bulk else {}))
     workspace.write_leads(make_leads(60))
@@ -283,11 +283,11 @@ def test_stats_agree_with_audit(
     assert whole.answers == audit["charged"] == 60
     assert sum(each.credits for each in whole.providers) + whole.unattributed == whole.spent
     if not shape.startswith("wrap"):
-        assert whole.not_reported == whole.found  # who found it is not told
+        assert whole.not_reported == whole.found  # its provider is not reported
         assert all(each.found == each.credits == 0 for each in whole.providers)
         return
     for each in whole.providers:
-        if not each.verifies:  # a silent miss tells no price and no verification
+        if not each.verifies:  # a miss without steps shows no price and no verification
             assert each.found == true[each.name]["found"]
             assert each.asked + each.presumed == true[each.name]["asked"]
         assert each.credits / 1e6 <= true[each.name]["credits"] + 1e-9
@@ -296,7 +296,7 @@ def test_stats_agree_with_audit(
 
 @pytest.mark.long
 def test_stats_with_steps_match_charges(tmp_path: Path, workspace: Workspace) -> None:
-    """Finds, questions and credits of every provider and verifier are those that the API charged."""
+    """With all steps, requests, matches and credits of every provider and verifier equal the API's charges."""
     workspace.write_job(email_verifier="10")
     workspace.write_leads(make_leads(60))
     with serve_api(tmp_path / "api.db", INSTANT_API, miss_kinds=("null_result",), charge_misses=True) as api:

@@ -1,4 +1,4 @@
-"""When the next request may leave: never faster than told, soon as fast as allowed, slower when asked to."""
+"""The rate limiter: never above the ceiling, quickly up to the limit, slower on request."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from enrich.run.rate_limit import (
     AdaptiveRateLimiter,
 )
 
-#: What may happen between two requests: nothing, an answer, a 429 with or without a wish, a slot that was not used.
+#: Events between two requests: nothing, an answer, a 429 with or without Retry-After, an unused slot.
 EVENTS = st.sampled_from(["nothing", "answered", "429", "429 bare", "given back"])
 
 
@@ -44,7 +44,7 @@ def busiest_second(times: Sequence[float]) -> int:
     steps=st.lists(st.tuples(st.floats(0, 0.3) | st.sampled_from([0.0, 3.0]), EVENTS), min_size=1, max_size=300),
 )
 def test_rate_never_exceeds_limit(ceiling: float, steps: list[tuple[float, str]]) -> None:
-    """Whatever comes in between, at most the ceiling and the small burst that makes up for late timers leave."""
+    """Whatever happens, a second has at most the ceiling and the small burst that makes up for late timers."""
     limiter, now, left = AdaptiveRateLimiter(ceiling), 100.0, []
     for pause, event in steps:
         now += pause
@@ -67,7 +67,7 @@ def test_rate_never_exceeds_limit(ceiling: float, steps: list[tuple[float, str]]
 
 @given(ceiling=st.floats(0.1, START_RATE_WITH_CEILING))
 def test_constant_load_reaches_limit(ceiling: float) -> None:
-    """The pace costs nothing beyond what it promises: the mean rate is the ceiling."""
+    """Under constant load the mean rate equals the ceiling."""
     limiter, now = AdaptiveRateLimiter(ceiling), 0.0
     for _ in range(100):
         now += limiter.delay(now)
@@ -76,7 +76,7 @@ def test_constant_load_reaches_limit(ceiling: float) -> None:
 
 
 def send_at_limit(limiter: AdaptiveRateLimiter, now: float, seconds: float) -> float:
-    """Send all that the pace allows for a while, each answered at once; return when it ended."""
+    """Send all that the limiter allows for some seconds, with instant answers; return the end time."""
     end = now + seconds
     while now < end:
         now += limiter.delay(now)
@@ -86,7 +86,7 @@ def send_at_limit(limiter: AdaptiveRateLimiter, now: float, seconds: float) -> f
 
 
 def test_rate_grows_from_start() -> None:
-    """The start is slow; each answer to a rate that held us back makes it larger."""
+    """The rate starts low and grows with each answer while it limits requests."""
     limiter = AdaptiveRateLimiter(None)
     assert limiter.rate == START_RATE
     limiter.consume(50.0)
@@ -97,7 +97,7 @@ def test_rate_grows_from_start() -> None:
 
 
 def test_unused_rate_does_not_grow() -> None:
-    """Nothing is known about a rate that nobody needed: it would be far too high when somebody does."""
+    """A rate that is not used does not grow, because it would be far too high when it is needed."""
     limiter, now = AdaptiveRateLimiter(None), 50.0
     for _ in range(100):
         now += 5 / limiter.rate
@@ -108,7 +108,7 @@ def test_unused_rate_does_not_grow() -> None:
 
 
 def test_rate_bounded_by_recent_throughput() -> None:
-    """When answers take long, the rate waits for them: what is on the wire is at most a quarter too much."""
+    """With slow answers the rate grows only with them: at most a quarter above the proven throughput."""
     limiter, now = AdaptiveRateLimiter(None), 0.0
     for _ in range(40):
         now += limiter.delay(now)
@@ -119,7 +119,7 @@ def test_rate_bounded_by_recent_throughput() -> None:
 
 
 def test_retry_after_pauses_all() -> None:
-    """Nothing leaves before; afterwards it goes on slower, and what was missed is not caught up."""
+    """After a Retry-After, no request is sent until it ends; then the rate is lower, and nothing is caught up."""
     limiter = AdaptiveRateLimiter(50.0)
     limiter.consume(9.9)
     limiter.record_throttled(10.0, 7.0)
@@ -132,7 +132,7 @@ def test_retry_after_pauses_all() -> None:
 
 
 def test_longest_retry_after_wins() -> None:
-    """The rate is cut once for what was on the wire, but everybody's wish is heard."""
+    """Of several 429s to requests in flight, the longest Retry-After counts, and the rate is cut once."""
     limiter = AdaptiveRateLimiter(50.0)
     for _ in range(3):
         limiter.consume(9.9)
@@ -144,7 +144,7 @@ def test_longest_retry_after_wins() -> None:
 
 
 def test_429_without_retry_after_backs_off() -> None:
-    """Without Retry-After the silence is short, and twice as long each time that the door is still shut after it."""
+    """Without Retry-After the pause is short and doubles each time the next request gets a 429 again."""
     limiter, now, pauses = AdaptiveRateLimiter(100.0), 10.0, []
     for _ in range(4):
         limiter.consume(now)
@@ -159,14 +159,14 @@ def test_429_without_retry_after_backs_off() -> None:
 
 
 def test_retry_after_is_capped() -> None:
-    """A Retry-After of a day would end the night."""
+    """A Retry-After is capped at 600 s, so that one of a day does not end the run."""
     limiter = AdaptiveRateLimiter(4.0)
     limiter.record_throttled(0.0, 86_400.0)
     assert limiter.delay(0.0) == 600
 
 
 def test_burst_of_429s_reduces_rate_once() -> None:
-    """What was on the wire when the first came says nothing new; the next burst does."""
+    """A burst of 429s cuts the rate once, because its requests were all in flight; the next burst cuts it again."""
     limiter = AdaptiveRateLimiter(40.0)
     for _ in range(20):
         limiter.consume(0.0)
@@ -184,7 +184,7 @@ def test_burst_of_429s_reduces_rate_once() -> None:
 
 
 def test_lost_requests_are_forgotten() -> None:
-    """Requests that were lost are forgotten after a while: then a 429 counts again."""
+    """Requests without an answer are forgotten after a while, and then a 429 cuts the rate again."""
     limiter = AdaptiveRateLimiter(40.0)
     for _ in range(20):
         limiter.consume(0.0)
@@ -196,7 +196,7 @@ def test_lost_requests_are_forgotten() -> None:
 
 
 def test_cubic_recovery() -> None:
-    """Quickly at first, hardly at all near the old limit, ever faster beyond it; the ceiling holds."""
+    """The rate recovers quickly, slowly near the old limit, then ever faster beyond it, up to the ceiling."""
     limiter = AdaptiveRateLimiter(200.0)
     now = send_at_limit(limiter, 0.0, 3.0)
     for cut in (FIRST_CUT, CUT):
@@ -215,7 +215,7 @@ def test_cubic_recovery() -> None:
 
 
 def test_costly_429_slows_probing() -> None:
-    """When each costs seconds of silence, the rate rests for longer before it feels for more."""
+    """When each 429 costs seconds of pause, the rate waits longer before it probes for more."""
     refused = []
     for retry_after in (None, 4.0):
         limiter = AdaptiveRateLimiter(None)
@@ -229,7 +229,7 @@ def test_costly_429_slows_probing() -> None:
 
 
 def test_high_limit_is_approached_from_below() -> None:
-    """What the person allows may be far more than the API does."""
+    """A high ceiling is approached from below, because it may be far above the API's limit."""
     limiter = AdaptiveRateLimiter(400.0)
     assert limiter.rate == START_RATE_WITH_CEILING
     send_at_limit(limiter, 0.0, 5.0)
@@ -237,7 +237,7 @@ def test_high_limit_is_approached_from_below() -> None:
 
 
 def test_minimum_rate() -> None:
-    """There is a slowest rate; a ceiling below it is kept all the same."""
+    """The rate has a minimum, but a lower ceiling holds."""
     slow, fast = AdaptiveRateLimiter(0.05), AdaptiveRateLimiter(None)
     for number in range(100):
         slow.record_throttled(number * 100.0, None)
@@ -247,7 +247,7 @@ def test_minimum_rate() -> None:
 
 
 def test_next_slot_delay() -> None:
-    """A slot that was given back is there at once."""
+    """The next slot's delay is known, and a refunded slot is available at once."""
     limiter = AdaptiveRateLimiter(2.0)
     limiter.consume(5.0)
     assert limiter.delay(5.0) == pytest.approx(0.5 - BURST_S)

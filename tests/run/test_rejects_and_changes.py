@@ -1,4 +1,4 @@
-"""The files beside the output: what to mend and feed back, and what is new since the last time."""
+"""Files beside the output: rejects to correct and send again, and the feed of new values."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from tests.support.workspace import BOTH_BACKENDS_SERVER_LONG, SandboxApi, Works
 
 @pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Ask the same of a ledger in a file and on a server."""
+    """Run each test with a SQLite file and with PostgreSQL."""
     return str(request.param)
 
 
 @pytest.fixture
 def api(tmp_path: Path) -> Iterator[SandboxApi]:
-    """An API that finds everybody."""
+    """An API that finds everyone."""
     with serve_api(tmp_path / "api.db", hit_rate=1.0) as served:
         yield served
 
 
 @pytest.fixture
 def workspace(workspace: Workspace) -> Workspace:
-    """Six leads, of which one cannot be asked."""
+    """Six leads, one of them invalid."""
     rows = make_leads(6)
     rows[3][0] = ""
     workspace.write_leads(rows)
@@ -33,7 +33,7 @@ def workspace(workspace: Workspace) -> Workspace:
 
 
 def run_and_read_changes(workspace: Workspace, api: SandboxApi, *words: str) -> list[dict[str, str]]:
-    """Run, and read the change feed."""
+    """Run the job and return the change feed."""
     result = workspace.run_in_process("run", "job.yaml", "--json", *words, api=api)
     assert result.exit_code == 0, result.stderr
     changes = workspace.read_output("changes.csv")
@@ -43,7 +43,7 @@ def run_and_read_changes(workspace: Workspace, api: SandboxApi, *words: str) -> 
 
 @pytest.mark.long
 def test_rejects_can_be_corrected_and_rerun(workspace: Workspace, api: SandboxApi) -> None:
-    """They have the input's columns and the reason; mended, they are asked and nobody else is."""
+    """Rejects have the input's columns and the reason; once corrected, only they are sent."""
     workspace.write_job(rejects="rejects.csv")
     result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
     assert (result.exit_code, result.json_output["rejected"]) == (0, 1)
@@ -64,7 +64,7 @@ def test_rejects_can_be_corrected_and_rerun(workspace: Workspace, api: SandboxAp
 
 
 def test_failed_rows_are_rejects(tmp_path: Path) -> None:
-    """Those that the API failed are there with what it said."""
+    """Rows that the API failed are rejects with its message."""
     workspace = Workspace(tmp_path)
     workspace.write_job(rejects="rejects.csv")
     workspace.write_leads(make_leads(4))
@@ -77,7 +77,7 @@ def test_failed_rows_are_rejects(tmp_path: Path) -> None:
 
 
 def test_change_feed_reports_each_value_once(workspace: Workspace, api: SandboxApi) -> None:
-    """One line a field with its key, and no line twice."""
+    """The change feed has one line a field with its key, and never repeats it."""
     workspace.write_job(changes="{path: changes.csv, key: [Last Name, Note]}")
     changes = run_and_read_changes(workspace, api)
     found = [row for row in workspace.read_output() if row["enrich_status"] == "found"]
@@ -91,7 +91,7 @@ def test_change_feed_reports_each_value_once(workspace: Workspace, api: SandboxA
 
 
 def test_already_enriched_lead_appears_in_change_feed(workspace: Workspace, api: SandboxApi) -> None:
-    """The CRM has not heard of it under this key, though nothing is paid for."""
+    """An enriched lead under a new key is in the feed at no cost, because the CRM has no value under that key."""
     workspace.write_job(changes="{path: changes.csv, key: Note}")
     run_and_read_changes(workspace, api)
     rows = make_leads(3)
@@ -108,17 +108,17 @@ def test_already_enriched_lead_appears_in_change_feed(workspace: Workspace, api:
 
 @pytest.mark.long
 def test_change_feed_after_refresh(workspace: Workspace, api: SandboxApi) -> None:
-    """Only what is another value now is a change."""
+    """After a refresh only values that differ are changes."""
     workspace.write_job(changes="changes.csv")
     run_and_read_changes(workspace, api)
     workspace.write_job(changes="changes.csv", policy="{refresh: {found: 0s, not_found: 0s}}")
-    # The sandbox knows the same people: the answers are newer, the values are not.
+    # The sandbox's answers are newer but have the same values.
     assert run_and_read_changes(workspace, api) == []
 
 
 @pytest.mark.long
 def test_change_feed_with_merge(workspace: Workspace, api: SandboxApi) -> None:
-    """With merge the feed compares with the cell that the CRM has."""
+    """With merge, the feed compares new values with the input's cells."""
     rows = make_leads(6)
     for row in rows:
         row[3] = "stale@crm.example"
@@ -136,7 +136,7 @@ def test_change_feed_with_merge(workspace: Workspace, api: SandboxApi) -> None:
 
 @pytest.mark.long
 def test_unwritten_change_feed_is_repeated(workspace: Workspace, api: SandboxApi) -> None:
-    """What nobody could read was not told."""
+    """A feed that was not written is repeated by the next run."""
     workspace.write_job(changes="feeds/changes.csv")
     (workspace.folder / "feeds" / "changes.csv").mkdir(parents=True)
     assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 5
@@ -160,7 +160,7 @@ def test_unwritten_change_feed_is_repeated(workspace: Workspace, api: SandboxApi
 def test_invalid_change_feed_config(
     workspace: Workspace, api: SandboxApi, replaced: dict[str, str], words: str
 ) -> None:
-    """Exit 2, with the key of the job file."""
+    """An invalid change feed is exit 2 with the job file's key."""
     (workspace.folder / "alias").symlink_to(workspace.folder)
     (workspace.folder / "never.csv").write_text("nobody.example\n")
     workspace.write_job(**replaced)
@@ -171,7 +171,7 @@ def test_invalid_change_feed_config(
 
 @pytest.mark.long
 def test_collect_does_not_overwrite_rejects(workspace: Workspace, api: SandboxApi) -> None:
-    """An output from the command line must not replace the rejects."""
+    """`collect` with an output that is the rejects file is refused."""
     workspace.write_job(rejects="rejects.csv")
     assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
     result = workspace.run_in_process("collect", "job.yaml", "--output", "rejects.csv")

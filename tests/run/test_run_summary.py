@@ -1,4 +1,4 @@
-"""The receipt as a person reads it: aligned, honest about what is not known, and within 80 columns."""
+"""The run summary as text: aligned, explicit about unknown values, and within 80 columns."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ CREDITS = st.floats(0, 5_000_000).map(lambda value: round(value, 6))
 
 
 def make_provider(name: str, **known: Any) -> dict[str, Any]:
-    """A provider of a receipt."""
+    """Return a provider of a run summary."""
     nothing = {"verifies": False, "asked": 0, "presumed": 0, "found": 0, "rejected": 0, "credits": 0.0}
     return {"name": name, **nothing, "cost_per_hit": None, **known}
 
 
 def terminal_width(text: str) -> int:
-    """How many columns of a terminal a text takes."""
+    """Return a text's width in terminal columns."""
     wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
     return len(text) + wide - sum(unicodedata.category(letter) in {"Mn", "Me"} for letter in text)
 
@@ -44,7 +44,7 @@ def terminal_width(text: str) -> int:
 @pytest.mark.long
 @given(st.data())
 def test_line_width(data: st.DataObject) -> None:
-    """Whatever the numbers and the names are: 80 columns, nothing that moves the cursor, no blank at an end."""
+    """Any numbers and names fit in 80 columns, without control characters and trailing spaces."""
     names = st.text(min_size=1, max_size=60)
     summary = RunSummary(
         job=data.draw(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,9}", fullmatch=True)),
@@ -84,7 +84,7 @@ def test_line_width(data: st.DataObject) -> None:
 
 
 def test_columns_are_aligned_in_any_script() -> None:
-    """Ideographs and emoji take two columns of a terminal, an accent of its own none."""
+    """Columns are aligned in any script: ideographs and emoji are two columns wide, combining accents none."""
     names = [
         "plain",
         "メールアドレス" * 3,
@@ -103,7 +103,7 @@ def test_columns_are_aligned_in_any_script() -> None:
 
 
 def test_small_amounts() -> None:
-    """Less than a hundredth of a credit is told as it is, and nothing has no sign."""
+    """Amounts below a hundredth of a credit keep their digits, and zero has no sign."""
     result = "\n".join(
         format_summary(
             RunSummary(
@@ -125,18 +125,18 @@ def test_small_amounts() -> None:
 
 
 def test_unknown_values_are_omitted() -> None:
-    """No hits have no price, no plan has no figure, no balance has no line."""
+    """Unknown values are omitted: no price without matches, and no plan or balance without a value."""
     summary = RunSummary("job", 0, rows=1, polls=3).with_row_counts({RowStatus.PENDING: 1}, {"a": 0})
     words = [word for line in format_summary(summary) for word in line.split()]
 
     assert "balance" not in words
     assert "hit" not in words
     assert "planned" not in words
-    assert "a" not in words  # nothing was answered, so nothing can be said of a column
+    assert "a" not in words  # without answers nothing is known about a column
 
 
 def test_unknown_prices_are_counted() -> None:
-    """What was spent is then at least so much."""
+    """Answers of unknown price are counted, because the credits spent are then a minimum."""
     summary = RunSummary(
         "job", 0, rows=2, credits_spent=1.5, credits_unknown=2, planned={"min": 0, "likely": 3, "max": None}
     )
@@ -147,7 +147,7 @@ def test_unknown_prices_are_counted() -> None:
 
 
 def test_balance_difference() -> None:
-    """Any other is taken apart, to what nobody can explain."""
+    """A balance that differs from the spending is explained in parts, the last of them unexplained."""
     summary = RunSummary("job", 0, rows=2, credits_spent=3, balance_before=10, balance_after=2)
     movements = [("known", True, 2, 3_000_000, 0), ("in_doubt", True, 1, 0, 2_000_000)]
     difference = explain_balance(1, 10_000_000, 2_000_000, movements)
@@ -181,7 +181,7 @@ def test_balance_difference() -> None:
     ],
 )
 def test_commands_for_required_actions(code: int, rows: dict[str, int], commands: list[str]) -> None:
-    """Each once, ready to be pasted."""
+    """Each required action has its command once, ready to paste."""
     needed = required_actions(code, rows, TARGET)
 
     assert [command for need in needed for command in need.commands] == commands
@@ -189,7 +189,7 @@ def test_commands_for_required_actions(code: int, rows: dict[str, int], commands
 
 
 def test_summary_matches_bill(tmp_path: Path, workspace: Workspace) -> None:
-    """Providers, what is of no provider, and the columns: all of it is what the API charged and answered."""
+    """Providers, unattributed credits and columns add up to what the API charged and answered."""
     workspace.write_leads(make_leads(80))
     workspace.write_job(email_verifier="10")
     with serve_api(tmp_path / "api.db", miss_kinds=("null", "blank_result"), failure_rate=0.1) as api:
@@ -214,14 +214,14 @@ def test_summary_matches_bill(tmp_path: Path, workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_resumed_run_explains_balance(tmp_path: Path, workspace: Workspace) -> None:
-    """The API had reserved the worst price of what an earlier execution left there; now it gives the rest back."""
+    """The balance of a resumed run is explained: the API refunds what it had reserved for earlier tasks."""
     workspace.write_leads(make_leads(12))
     with serve_api(tmp_path / "api.db", latency="fixed(600)") as api:
         workspace.submit_without_collecting(api)
         waited = iter([601])
         summary = workspace.run_job(
             api, on_progress=lambda _: api.advance(next(waited, 0))
-        )  # once it knows its balance
+        )  # after its balance is read
 
     assert summary.balance_before is not None
     assert summary.balance_after is not None
@@ -232,7 +232,7 @@ def test_resumed_run_explains_balance(tmp_path: Path, workspace: Workspace) -> N
 
 
 def test_signal_skips_provider_stats(api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who earned it is then not known; a few answers are read all the same."""
+    """After a signal the provider statistics are skipped, unless there are only a few answers to read."""
     workspace.write_leads(make_leads(3))
     summary = workspace.run_job(api)
     signals = SignalHandler(on_first_signal=lambda _: None)
@@ -250,23 +250,23 @@ def test_signal_skips_provider_stats(api: SandboxApi, workspace: Workspace, monk
 
 
 def run_on_terminal(workspace: Workspace, api: SandboxApi, **environ: str) -> str:
-    """Run the job on a terminal of 80 columns and return what was shown."""
-    leader, follower = os.openpty()
+    """Run the job on a terminal of 80 columns and return the screen."""
+    controller, terminal = os.openpty()
     variables = {"PATH": os.environ["PATH"], "TERM": "xterm", "COLUMNS": "80", **api.environ, **environ}
     command = [sys.executable, "-m", "enrich", "run", "job.yaml", "--yes"]
     with subprocess.Popen(
-        command, cwd=workspace.folder, env=variables, stdin=follower, stdout=follower, stderr=follower
+        command, cwd=workspace.folder, env=variables, stdin=terminal, stdout=terminal, stderr=terminal
     ) as run:
-        os.close(follower)
-        shown = read_terminal(leader)
+        os.close(terminal)
+        shown = read_terminal(controller)
         run.wait(timeout=60)
-    os.close(leader)
+    os.close(controller)
     return shown.decode().replace("\r\n", "\n")
 
 
 @pytest.mark.long
 def test_terminal_colors(api: SandboxApi, workspace: Workspace) -> None:
-    """NO_COLOR and dumb terminals have the same words, plain."""
+    """With NO_COLOR or a dumb terminal the text is the same without colors."""
     workspace.write_leads([*make_leads(3), ["", "", "", "", ""]])
     workspace.run_job(api, timing=SHORT_TIMEOUTS)
 
@@ -281,7 +281,7 @@ def test_terminal_colors(api: SandboxApi, workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_commands_use_given_paths(tmp_path: Path, workspace: Workspace) -> None:
-    """With the paths as they were typed: they work where they are read."""
+    """Commands use the paths as typed, so they work in the reader's folder."""
     workspace.write_leads(make_leads(30))
     with serve_api(tmp_path / "api.db", failure_rate=1.0, free_failures=0.0) as api:
         result = workspace.run_in_process("run", "job.yaml", "--ledger", "my ledger.db", "--output", "o.csv", api=api)
@@ -292,7 +292,7 @@ def test_commands_use_given_paths(tmp_path: Path, workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_file_name_starting_with_dash(tmp_path: Path, workspace: Workspace) -> None:
-    """Its command can be pasted all the same."""
+    """For a job file whose name starts with a dash, the command still works when pasted."""
     workspace.write_leads(make_leads(3))
     workspace.write_job().rename(workspace.folder / "-job.yaml")
     with serve_api(tmp_path / "api.db", failure_rate=1.0, free_failures=0.0) as api:

@@ -1,1 +1,1 @@
-"""Tests of the sandbox: as strict and as faulty as the real API."""
+"""Tests of the sandbox: as strict as the API that it simulates, and with the same faults."""

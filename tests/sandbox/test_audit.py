@@ -1,4 +1,4 @@
-"""The audit tells what was accepted and charged, so that a test can trust no client's word."""
+"""The audit counts what was accepted and charged, so tests need not trust any client."""
 
 from typing import Any
 
@@ -15,8 +15,8 @@ def assert_totals_add_up(totals: Any) -> None:
     assert totals["balance_at_start"] + totals["topped_up"] - totals["balance"] == pytest.approx(gone, abs=1e-9)
 
 
-def test_counts_the_canonical_question(api: SandboxClient) -> None:
-    """Equal questions are one entry with all task ids; another provider or verifier is another question."""
+def test_identical_requests_are_one_entry(api: SandboxClient) -> None:
+    """Identical requests are one entry with all task ids; another provider or verifier is another request."""
     tasks = [api.submit(ADA, enrichments=[833, 966], email_verifier=10) for _ in range(2)]
     api.submit(ADA, enrichments=[966, 833], email_verifier=10)
     api.submit(ADA, enrichments=[833, 966])
@@ -38,7 +38,7 @@ def test_counts_the_canonical_question(api: SandboxClient) -> None:
 
 
 def test_same_key_for_default_and_named_providers(api: SandboxClient) -> None:
-    """A run without enrichments is the same question as one that names the default cascade."""
+    """A run without enrichments is the same request as one that names the default providers."""
     api.submit(ADA)
     api.submit(ADA, enrichments=[833, 966, 701, 745])
     assert api.audit()["paid_twice"] == 1
@@ -53,12 +53,12 @@ def test_totals_alone(api: SandboxClient) -> None:
 
 
 def test_needs_no_key(api: SandboxClient) -> None:
-    """The switches need no key."""
+    """The control endpoints need no key."""
     assert httpx.get(f"{api.root}/__audit", trust_env=False).status_code == 200
 
 
 def test_counts_requests(api: SandboxClient) -> None:
-    """Requests are counted by endpoint, and unhappy answers by status; the switches are not counted."""
+    """Requests are counted by endpoint, and errors by status; control requests are not counted."""
     task_id = api.submit()
     api.task_body(task_id)
     api.task_body(task_id)
@@ -80,7 +80,7 @@ def test_counts_requests(api: SandboxClient) -> None:
 
 
 def test_credits_are_charged_or_reserved(start: StartSandbox) -> None:
-    """What is gone from the balance is charged or reserved, at every moment."""
+    """Credits missing from the balance are charged or reserved at every moment."""
     api = start(latency="uniform(0,100)", hit_rate=0.7, failure_rate=0.2)
     for number, params in enumerate(make_leads(40)):
         task_id = api.submit(params, enrichments=[833, 966], email_verifier=10)
@@ -100,7 +100,7 @@ def test_credits_are_charged_or_reserved(start: StartSandbox) -> None:
 
 
 def test_top_up(start: StartSandbox) -> None:
-    """Credits can be added while it runs, and are told apart from those at the start."""
+    """Credits can be added while the sandbox runs, and are reported apart from the initial ones."""
     api = start(balance=0.4)
     assert api.post_run(ADA, enrichments=[833]).status_code == 406
     answer = api.http.post(f"{api.root}/__topup", json={"credits": 0.1})
@@ -112,7 +112,7 @@ def test_top_up(start: StartSandbox) -> None:
 
 
 def test_provider_totals_add_up(start: StartSandbox) -> None:
-    """By provider and verifier, whatever the answers tell of it; what was refunded is nobody's."""
+    """Totals by provider and verifier add up to the charges, whatever the answers show; refunds count for none."""
     api = start(latency="uniform(10,100)", charge_misses=True, hit_rate=0.7, failure_rate=0.2, shape="flat")
     for number, person in enumerate(make_leads(24)):
         task_id = api.submit(person, enrichments=[833, 966], email_verifier=10)
@@ -131,16 +131,16 @@ def test_provider_totals_add_up(start: StartSandbox) -> None:
 
 
 def test_busiest_second_is_a_sliding_window() -> None:
-    """The most requests in any second, wherever it begins; so a client that is too fast can't hide in the average."""
+    """The busiest second may begin anywhere, so a client can't hide bursts in the average."""
     now = 0.0
     busiest = PeakRate(lambda: now)
-    for now in (0.0, 0.5, 0.9, 1.0, 1.4, 5.0):  # noqa: B007 - the clock looks at it
+    for now in (0.0, 0.5, 0.9, 1.0, 1.4, 5.0):  # noqa: B007 - the clock reads it
         busiest.count()
     assert busiest.peak == 4  # from 0.5 to 1.4
 
 
 def test_busiest_second_counts_all_api_requests(api: SandboxClient) -> None:
-    """Whatever is asked counts, only the switches do not."""
+    """All API requests count, and control requests do not."""
     for _ in range(3):
         api.submit(ADA)
         api.audit()

@@ -1,10 +1,10 @@
-"""A bulk run is one task whose data is aligned with its rows."""
+"""A bulk run is one task whose data is in the order of its rows."""
 
 from tests.sandbox.conftest import ADA, SandboxClient, StartSandbox, make_leads
 
 
 def test_results_are_aligned_with_rows(start: StartSandbox) -> None:
-    """Data has an element for each row, null where nothing was found; progress counts them."""
+    """The data has one element a row, null for no match; the progress counts them."""
     api = start(hit_rate=0.5)
     task = api.task_body(api.submit_bulk(make_leads(20)))
     found = [row for row in task["data"] if row is not None]
@@ -15,8 +15,8 @@ def test_results_are_aligned_with_rows(start: StartSandbox) -> None:
     assert api.task_body(api.submit(make_leads(20)[0]))["data"] in ([task["data"][0]], None, [], {})
 
 
-def test_credits_are_those_of_the_single_runs(api: SandboxClient) -> None:
-    """A bulk run costs what its rows cost one by one."""
+def test_bulk_cost_equals_single_runs(api: SandboxClient) -> None:
+    """A bulk run costs as much as its rows in single runs."""
     bulk = api.task_body(api.submit_bulk(make_leads(5), enrichments=[833, 966]))
     singles = [api.submit_and_get(params, enrichments=[833, 966]) for params in make_leads(5)]
     assert bulk["credits_spent"] == sum(task["credits_spent"] for task in singles)
@@ -24,7 +24,7 @@ def test_credits_are_those_of_the_single_runs(api: SandboxClient) -> None:
 
 
 def test_partially_completed_status(start: StartSandbox) -> None:
-    """Some failures make it `partially_completed`, with their errors in a list."""
+    """With some failed rows the status is `partially_completed`, and the errors are in a list."""
     api = start(failure_rate=0.3)
     task = api.task_body(api.submit_bulk(make_leads(20)))
     failed = task["progress"]["failed"]
@@ -34,13 +34,13 @@ def test_partially_completed_status(start: StartSandbox) -> None:
 
 
 def test_failed_status_when_all_rows_fail(start: StartSandbox) -> None:
-    """A bulk run of which nothing succeeded has failed."""
+    """A bulk run with only failed rows has failed."""
     api = start(failure_rate=1.0)
     assert api.task_body(api.submit_bulk(make_leads(3)))["status"] == "failed"
 
 
 def test_partial_rows(start: StartSandbox) -> None:
-    """A running bulk shows its finished rows only when asked to."""
+    """A running bulk task shows its finished rows only on request."""
     api = start(latency="uniform(10,1000)")
     task_id = api.submit_bulk(make_leads(20))
     api.advance(500)
@@ -54,7 +54,7 @@ def test_partial_rows(start: StartSandbox) -> None:
 
 
 def test_cancel_keeps_finished_rows(start: StartSandbox) -> None:
-    """Cancelling keeps and charges what has finished, and refunds the rest."""
+    """Cancelling keeps and charges the finished rows, and refunds the rest."""
     api = start(latency="uniform(10,1000)")
     task_id = api.submit_bulk(make_leads(20), enrichments=[833])
     api.advance(500)
@@ -68,21 +68,21 @@ def test_cancel_keeps_finished_rows(start: StartSandbox) -> None:
 
 
 def test_flat_result_shapes(start: StartSandbox) -> None:
-    """The flat shapes hold for the rows of a bulk run too."""
+    """The flat shapes also apply to the rows of a bulk run."""
     api = start(shape="flat_list")
     [row] = api.task_body(api.submit_bulk([ADA]))["data"]
     assert row.keys() == {"email"}
 
 
 def test_audit_counts_each_row(api: SandboxClient) -> None:
-    """The audit counts each row, equal ones together."""
+    """The audit counts each row, with identical rows in one entry."""
     api.submit_bulk([ADA, ADA, *make_leads(3)])
     totals = api.audit()
     assert (totals["accepted"], totals["distinct"], totals["accepted_more_than_once"]) == (5, 4, 1)
 
 
 def test_matches_without_alignment(start: StartSandbox) -> None:
-    """Before July 2026 the data was the hits, in no order; the counts were the same."""
+    """Before July 2026 the data held only the matches in no order; the counts were the same."""
     api = start(hit_rate=0.5, bulk_data="hits")
     task = api.task_body(api.submit_bulk(make_leads(20)))
     assert None not in task["data"]
@@ -90,7 +90,7 @@ def test_matches_without_alignment(start: StartSandbox) -> None:
 
 
 def test_too_many_rows(start: StartSandbox) -> None:
-    """Where there is a limit, a bulk-run beyond it is a 400 that names no row; nothing is accepted."""
+    """Beyond the row limit, a bulk run is a 400 that names no row, and nothing is accepted."""
     api = start(bulk_limit=3)
     answer = api.post_bulk(make_leads(4))
     assert (answer.status_code, answer.json()["error"]) == (400, "BATCH_TOO_LARGE")

@@ -1,4 +1,4 @@
-"""The API answers each endpoint as its documents describe it."""
+"""Each endpoint responds as the API's documents describe."""
 
 import time
 from itertools import pairwise
@@ -31,13 +31,13 @@ ROWS = {
 
 
 def test_health(api: SandboxClient) -> None:
-    """Health needs no key."""
+    """The health endpoint needs no key."""
     response = httpx.get(f"{api.root}/health", trust_env=False)
     assert (response.status_code, response.json()) == (200, {"status": "ok"})
 
 
 def test_lists_waterfalls(api: SandboxClient) -> None:
-    """The list holds each waterfall as the single form shows it."""
+    """The list shows each waterfall as its own endpoint does."""
     listed = api.http.get("/waterfalls/").json()
     assert {waterfall["identifier"] for waterfall in listed} == WATERFALLS
     for waterfall in listed:
@@ -59,7 +59,7 @@ def test_describes_a_waterfall(api: SandboxClient) -> None:
 
 
 def test_waterfalls_have_three_providers(api: SandboxClient) -> None:
-    """Each waterfall has three providers or more, one of them off by default."""
+    """Each waterfall has three or more providers, one of them off by default."""
     for waterfall in api.http.get("/waterfalls/").json():
         enabled = [provider["enabled_by_default"] for provider in waterfall["available_enrichments"]]
         assert (len(enabled) >= 3, enabled.count(False)) == (True, 1)
@@ -67,7 +67,7 @@ def test_waterfalls_have_three_providers(api: SandboxClient) -> None:
 
 @pytest.mark.parametrize("waterfall", sorted(WATERFALLS))
 def test_every_waterfall_runs(api: SandboxClient, waterfall: str) -> None:
-    """A run of each waterfall finds all of its output fields."""
+    """A run of each waterfall returns all of its output fields."""
     fields = [field["name"] for field in api.http.get(f"/waterfalls/{waterfall}").json()["output_fields"]]
     result = api.task_body(api.submit(ROWS[waterfall], waterfall))["data"][0]["result"]
     assert list(result) == fields
@@ -75,7 +75,7 @@ def test_every_waterfall_runs(api: SandboxClient, waterfall: str) -> None:
 
 
 def test_run_returns_created_task(api: SandboxClient) -> None:
-    """A run answers its task id and nothing but `created`."""
+    """A run returns only its task id and the status `created`."""
     body = api.post_run(ADA, enrichments=[833, 966], email_verifier=10).json()
     assert body.keys() == {"task_id", "status"}
     assert body["status"] == "created"
@@ -83,7 +83,7 @@ def test_run_returns_created_task(api: SandboxClient) -> None:
 
 
 def test_task_has_deprecated_request_id(api: SandboxClient) -> None:
-    """A task is named by `task_id` and, deprecated, by `request_id`; a single one has no progress."""
+    """A task has `task_id` and the deprecated `request_id`; a single one has no progress."""
     task_id = api.submit()
     task = api.task_body(task_id)
     assert (task["task_id"], task["request_id"]) == (task_id, task_id)
@@ -106,19 +106,19 @@ def test_user(api: SandboxClient) -> None:
     ],
 )
 def test_wrong_trailing_slash_redirects(api: SandboxClient, wrong: str, right: str) -> None:
-    """The form with the wrong slash answers 307 to the right one."""
+    """A path with the wrong trailing slash redirects with 307 to the right one."""
     response = api.http.get(wrong)
     assert (response.status_code, response.headers["location"]) == (307, api.base_url + right)
 
 
 def test_redirected_run_is_not_accepted(api: SandboxClient) -> None:
-    """A run posted to the wrong form is redirected and not accepted."""
+    """A run posted to the wrong path is redirected and not accepted."""
     assert api.http.post("/waterfalls/email_getter/run/", json={"params": ADA}).status_code == 307
     assert api.audit()["accepted"] == 0
 
 
 def test_cancels_a_running_task(start: StartSandbox) -> None:
-    """Cancelling refunds a task, shows it as cancelled, and works once."""
+    """Cancelling refunds a running task, marks it as cancelled, and works once."""
     api = start(latency="fixed(60)")
     task_id = api.submit(enrichments=[833, 966])
     assert api.balance() == 9998.5
@@ -144,7 +144,7 @@ def test_does_not_cancel_a_finished_task(api: SandboxClient) -> None:
 
 
 def test_responses_have_no_nagle_delay(api: SandboxClient) -> None:
-    """The answers on one connection take no Nagle pauses of 40 ms: these would hold up each of them."""
+    """Responses on one connection are not delayed by 40 ms each (Nagle's algorithm)."""
     task_id = api.submit()
     times = [time.monotonic()]
     for _ in range(50):
@@ -154,7 +154,7 @@ def test_responses_have_no_nagle_delay(api: SandboxClient) -> None:
 
 
 def test_changed_price_is_charged(tmp_path: Path) -> None:
-    """A new price is told and charged from then on, after a restart, too."""
+    """A changed price is shown and charged at once, even after a restart."""
     settings = SandboxSettings(latency="fixed(0)", hit_rate=1.0, failure_rate=0.0)
     with serve_in_thread(tmp_path / "state.db", settings) as first:
         switch = first.base_url.removesuffix("/v1") + "/__prices"

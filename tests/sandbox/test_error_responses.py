@@ -1,4 +1,4 @@
-"""The API refuses with the documented statuses and bodies, and accepts nothing then."""
+"""The API refuses with the documented statuses and bodies, and then accepts nothing."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ BLANK = {"first_name": "Ada", "last_name": " ", "company": "engine.example"}
 
 
 def test_missing_key(api: SandboxClient) -> None:
-    """Without the key header the answer is a schema error that names it."""
+    """Without the key header, a schema error names it."""
     response = httpx.get(f"{api.base_url}/user/me", trust_env=False)
     error = response.json()["detail"][0]
     assert (response.status_code, error["loc"], error["type"]) == (422, ["header", "x-apikey"], "missing")
@@ -30,26 +30,26 @@ def test_missing_key(api: SandboxClient) -> None:
     ],
 )
 def test_wrong_key(api: SandboxClient, method: str, path: str) -> None:
-    """A wrong key is forbidden everywhere, whatever else is wrong."""
+    """A wrong key is a 403 at every endpoint, whatever else is wrong."""
     response = api.http.request(method, path, headers={"x-apikey": "other"}, json={} if method == "POST" else None)
     assert (response.status_code, response.json()) == (403, {"detail": "Forbidden"})
 
 
 def test_wrong_key_as_401(start: StartSandbox) -> None:
-    """A wrong key may be a 401 instead."""
+    """A wrong key can be a 401 instead."""
     response = start(wrong_key="401").http.get("/user/me", headers={"x-apikey": "other"})
     assert (response.status_code, response.json()) == (401, {"detail": "Unauthorized"})
 
 
 def test_unknown_waterfall(api: SandboxClient) -> None:
-    """An unknown waterfall is a 404, for reading and for running."""
+    """An unknown waterfall is a 404, on reading and on running."""
     assert api.http.get("/waterfalls/nothing").status_code == 404
     response = api.post_run(ADA, "nothing")
     assert (response.status_code, response.json()) == (404, {"detail": "Waterfall not found"})
 
 
 def test_unknown_task(api: SandboxClient) -> None:
-    """An unknown task is a 404, for reading and for cancelling."""
+    """An unknown task is a 404, on reading and on cancelling."""
     assert (api.get_task("nothing").status_code, api.get_task("nothing").json()) == (404, {"detail": "Task not found"})
     assert api.cancel("nothing").status_code == 404
 
@@ -77,7 +77,7 @@ def test_bad_params(api: SandboxClient, params: dict[str, Any], name: str, text:
 
 
 def test_lone_surrogate_is_rejected(api: SandboxClient) -> None:
-    """A text that cannot be encoded is refused like any other non-string."""
+    """Text that can't be encoded is refused like any value that is no string."""
     body = b'{"params":{"first_name":"\\ud800","last_name":"B","company":"c"}}'
     response = api.http.post("/waterfalls/email_getter/run", content=body, headers={"content-type": "application/json"})
     assert (response.status_code, response.json()["rows"][0]["fields"]) == (
@@ -87,7 +87,7 @@ def test_lone_surrogate_is_rejected(api: SandboxClient) -> None:
 
 
 def test_bad_params_in_bulk(api: SandboxClient) -> None:
-    """One bad row refuses the whole bulk run, and is named by its position."""
+    """One bad row, named by its position, refuses the whole bulk run."""
     response = api.post_bulk([ADA, BLANK])
     assert response.status_code == 400
     assert response.json()["rows"] == [{"position": 2, "fields": {"last_name": ["This field may not be blank."]}}]
@@ -95,7 +95,7 @@ def test_bad_params_in_bulk(api: SandboxClient) -> None:
 
 
 def test_error_body_old_short_omits_row_index(start: StartSandbox) -> None:
-    """`old_short` lists the wrong rows of a bulk run alone: nobody can tell which they were."""
+    """With `old_short`, a bulk run's error lists only the wrong rows without their positions."""
     api = start(error_shape="old_short")
     assert api.post_bulk([ADA, {"first_name": "Ada"}, ADA]).json() == {
         "detail": [{"last_name": ["This field is required."], "company": ["This field is required."]}]
@@ -103,7 +103,7 @@ def test_error_body_old_short_omits_row_index(start: StartSandbox) -> None:
 
 
 def test_error_body_old_format(start: StartSandbox) -> None:
-    """The older bodies name params at once; for bulk they are a list of rows."""
+    """With the old format, the error has the params at the top; for a bulk run it is a list of rows."""
     api = start(error_shape="old")
     fields = {"last_name": ["This field may not be blank."]}
     assert api.post_run(BLANK).json() == {"detail": fields}
@@ -111,7 +111,7 @@ def test_error_body_old_format(start: StartSandbox) -> None:
 
 
 def test_error_body_fields_format(start: StartSandbox) -> None:
-    """A single run may answer `fields` in place of `rows`."""
+    """For a single run the error can have `fields` instead of `rows`."""
     body = start(error_shape="fields").post_run(BLANK).json()
     assert body["fields"] == {"last_name": ["This field may not be blank."]}
     assert "rows" not in body
@@ -133,7 +133,7 @@ def test_error_body_fields_format(start: StartSandbox) -> None:
     ],
 )
 def test_bad_schema(api: SandboxClient, body: Any, location: list[Any], kind: str) -> None:
-    """A body of another schema is a 422 with location and type."""
+    """A body with another schema is a 422 with location and type."""
     response = api.http.post("/waterfalls/email_getter/run", json=body)
     error = response.json()["detail"][0]
     assert (response.status_code, error["loc"], error["type"]) == (422, location, kind)
@@ -148,13 +148,13 @@ def test_broken_json_is_a_schema_error(api: SandboxClient) -> None:
 
 
 def test_bulk_needs_rows(api: SandboxClient) -> None:
-    """A bulk run of no rows, or of one object, is a 422."""
+    """A bulk run without rows, or with one object instead of a list, is a 422."""
     assert api.post_bulk([]).status_code == 422
     assert api.post_bulk(ADA).status_code == 422
 
 
 def test_schema_checked_before_waterfall(api: SandboxClient) -> None:
-    """An unknown waterfall shows only once the schema is right."""
+    """The schema is checked before the waterfall."""
     assert api.http.post("/waterfalls/nothing/run", json={}).status_code == 422
 
 
@@ -167,7 +167,7 @@ def test_enrichments_may_be_required(start: StartSandbox) -> None:
 
 
 def test_unknown_enrichment(api: SandboxClient) -> None:
-    """A provider of another waterfall is a 400 in the old shape."""
+    """A provider of another waterfall is a 400 in the old format."""
     response = api.post_run(enrichments=[833, 301])
     assert response.status_code == 400
     assert response.json() == {"detail": {"enrichments": ["301 is not part of this waterfall."]}}
@@ -182,7 +182,7 @@ def test_unknown_verifier(api: SandboxClient) -> None:
 
 
 def test_no_credits(start: StartSandbox) -> None:
-    """A balance below the worst case is a 406, though the likely price is below it."""
+    """A balance below the maximum price is a 406, even if the likely price is below it."""
     api = start(balance=1.51)
     response = api.post_run(enrichments=[833, 966], email_verifier=10)
     assert response.status_code == 406
@@ -191,12 +191,12 @@ def test_no_credits(start: StartSandbox) -> None:
 
 
 def test_params_checked_before_balance(start: StartSandbox) -> None:
-    """Bad params show even when there are no credits."""
+    """Params are checked before the balance."""
     assert start(balance=0).post_run(BLANK).status_code == 400
 
 
 def test_bulk_requires_balance_for_all_rows(start: StartSandbox) -> None:
-    """A bulk run is refused unless the worst case of all its rows is there."""
+    """A bulk run needs a balance for the maximum price of all its rows."""
     api = start(balance=1)
     assert api.post_bulk([ADA, ADA, ADA], enrichments=[833]).status_code == 406
     assert api.post_bulk([ADA, ADA], enrichments=[833]).status_code == 200

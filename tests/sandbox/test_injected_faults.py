@@ -1,4 +1,4 @@
-"""Each fault looks to the client as it would in the wild, and the audit knows whether it was paid for."""
+"""Each fault looks to the client as in reality, and the audit shows whether the request was charged."""
 
 import json
 import time
@@ -18,7 +18,7 @@ ResponseCheck = Callable[[httpx.Response], bool]
 
 
 def is_html(response: httpx.Response) -> bool:
-    """Say whether it is a page."""
+    """Return whether the response is an HTML page."""
     return response.text.startswith("<!doctype html>") and response.headers["content-type"].startswith("text/html")
 
 
@@ -53,7 +53,7 @@ FAULTS_AFTER_ACCEPTANCE: list[tuple[str, int, ResponseCheck]] = [
 def test_fault_before_acceptance(
     api: SandboxClient, name: str, params: dict[str, Any], status: int, see: ResponseCheck
 ) -> None:
-    """The client sees the answer once; nothing was accepted; the next request is well."""
+    """The client sees the fault once; nothing was accepted, and the next request works."""
     api.inject_fault(name, **params)
     response = api.post_run()
     assert (response.status_code, see(response)) == (status, True)
@@ -63,7 +63,7 @@ def test_fault_before_acceptance(
 
 @pytest.mark.parametrize(("name", "status", "see"), FAULTS_AFTER_ACCEPTANCE)
 def test_fault_after_acceptance(api: SandboxClient, name: str, status: int, see: ResponseCheck) -> None:
-    """The client sees a spoilt answer, but the run was accepted and charged."""
+    """The client sees a spoiled response, but the run was accepted and charged."""
     api.inject_fault(name)
     response = api.post_run()
     assert (response.status_code, see(response)) == (status, True)
@@ -73,7 +73,7 @@ def test_fault_after_acceptance(api: SandboxClient, name: str, status: int, see:
 
 
 def test_rate_limit_with_a_date(start: StartSandbox) -> None:
-    """Retry-After may be a date, by the clock that the Date header tells."""
+    """Retry-After can be a date by the clock of the Date header."""
     api = start(date_offset=-3_600.0)
     api.inject_fault("rate-limit-date", retry_after=5)
     headers = api.post_run().headers
@@ -83,7 +83,7 @@ def test_rate_limit_with_a_date(start: StartSandbox) -> None:
 
 @pytest.mark.parametrize(("name", "accepted"), [("reset-before", 0), ("reset-after", 1)])
 def test_reset(api: SandboxClient, name: str, accepted: int) -> None:
-    """The connection is reset without an answer, before or after the run was accepted."""
+    """The connection is reset without a response, before or after the run was accepted."""
     api.inject_fault(name)
     with pytest.raises((httpx.ReadError, httpx.WriteError), match="reset"):
         api.post_run()
@@ -92,7 +92,7 @@ def test_reset(api: SandboxClient, name: str, accepted: int) -> None:
 
 @pytest.mark.parametrize(("name", "accepted"), [("silence-before", 0), ("silence-after", 1)])
 def test_silence(api: SandboxClient, name: str, accepted: int) -> None:
-    """No answer comes until the client gives up, before or after the run was accepted."""
+    """No response comes until the client gives up, before or after the run was accepted."""
     api.inject_fault(name)
     api.http.timeout = httpx.Timeout(0.2)
     with pytest.raises(httpx.ReadTimeout):
@@ -102,14 +102,14 @@ def test_silence(api: SandboxClient, name: str, accepted: int) -> None:
 
 
 def test_silence_ends_with_reset(api: SandboxClient) -> None:
-    """A client with all the patience in the world is reset in the end."""
+    """A silent request is reset in the end, for clients without a timeout."""
     api.inject_fault("silence-before", seconds=0.1)
     with pytest.raises(httpx.ReadError):
         api.post_run()
 
 
 def test_slow(api: SandboxClient) -> None:
-    """The right answer comes late."""
+    """The right response comes late."""
     api.inject_fault("slow", seconds=0.2)
     start = time.monotonic()
     assert api.post_run().status_code == 200
@@ -118,7 +118,7 @@ def test_slow(api: SandboxClient) -> None:
 
 @pytest.mark.long
 def test_slow_run_is_accepted_after_client_timeout(api: SandboxClient) -> None:
-    """A time-out that is charged afterwards: what makes a repeated POST pay twice."""
+    """A run is accepted after the client's timeout: repeating such a POST would pay twice."""
     api.inject_fault("slow", seconds=2)
     with pytest.raises(httpx.ReadTimeout):
         api.http.post("/waterfalls/email_getter/run", json={"params": ADA, "enrichments": [833]}, timeout=0.3)
@@ -127,7 +127,7 @@ def test_slow_run_is_accepted_after_client_timeout(api: SandboxClient) -> None:
 
 
 def test_lost_task(api: SandboxClient) -> None:
-    """An accepted run whose task is unknown for ever, and paid for."""
+    """An accepted run was charged, but its task stays unknown."""
     api.inject_fault("lost-task")
     task_id = api.submit()
     assert api.get_task(task_id).status_code == 404
@@ -137,7 +137,7 @@ def test_lost_task(api: SandboxClient) -> None:
 
 
 def test_late_task(api: SandboxClient) -> None:
-    """An accepted run whose task is unknown at first."""
+    """An accepted run's task is unknown at first."""
     api.inject_fault("late-task", seconds=30)
     task_id = api.submit()
     assert api.get_task(task_id).status_code == 404
@@ -146,7 +146,7 @@ def test_late_task(api: SandboxClient) -> None:
 
 
 def test_flickering_task_returns(api: SandboxClient) -> None:
-    """A task that was known is unknown for a while, then known again with its answer."""
+    """A known task is unknown for a while, then known again with its answer."""
     api.inject_fault("flickering-task", seconds=30)
     task_id = api.submit()
     assert [api.get_task(task_id).status_code for _ in range(6)] == [404] * 6
@@ -155,7 +155,7 @@ def test_flickering_task_returns(api: SandboxClient) -> None:
 
 
 def test_task_flickers_after_first_poll(start: StartSandbox) -> None:
-    """The first poll finds it at work, the next ones don't find it."""
+    """The first poll finds the task running, the next ones don't find it."""
     api = start(latency="fixed(60)")
     api.inject_fault("flickering-task", seconds=10)
     task_id = api.submit()
@@ -166,7 +166,7 @@ def test_task_flickers_after_first_poll(start: StartSandbox) -> None:
 
 @pytest.mark.parametrize("status", [201, 202, 203])
 def test_other_success(api: SandboxClient, status: int) -> None:
-    """An accepted run is answered as usual, but for the status."""
+    """An accepted run has the usual response with another 2xx status."""
     api.inject_fault("other-success", status=status)
     response = api.post_run()
     assert response.status_code == status
@@ -175,16 +175,16 @@ def test_other_success(api: SandboxClient, status: int) -> None:
 
 @pytest.mark.parametrize("credits_", ["many", -5, 1e300, "NaN"])
 def test_odd_credits(api: SandboxClient, credits_: float | str) -> None:
-    """The price that a task tells is nonsense, the rest of it is right."""
+    """The task's price is invalid, and the rest of its body is right."""
     task_id = api.submit()
     right = api.task_body(task_id)
     api.inject_fault("odd-credits", credits=credits_)
-    scripted_api = json.loads(api.get_task(task_id).text, parse_constant=str)
-    assert scripted_api == right | {"credits_spent": credits_}
+    body = json.loads(api.get_task(task_id).text, parse_constant=str)
+    assert body == right | {"credits_spent": credits_}
 
 
 def test_invalid_utf8(api: SandboxClient) -> None:
-    """Bytes that are no text stand in a body that is whole otherwise."""
+    """A body contains bytes that are not UTF-8, and is otherwise complete."""
     task_id = api.submit()
     right = api.task_body(task_id)
     api.inject_fault("invalid-utf8")
@@ -198,7 +198,7 @@ def test_invalid_utf8(api: SandboxClient) -> None:
 
 @pytest.mark.parametrize("scope", ["post", "get"])
 def test_long_id(api: SandboxClient, scope: str) -> None:
-    """An id is longer than any can be; the API itself knows another."""
+    """A task id is far too long; the API itself uses another one."""
     task_id = api.submit() if scope == "get" else ""
     api.inject_fault("long-id", scope=scope)
     response = api.get_task(task_id) if scope == "get" else api.post_run()
@@ -208,7 +208,7 @@ def test_long_id(api: SandboxClient, scope: str) -> None:
 
 
 def test_deep_json(api: SandboxClient) -> None:
-    """Lists in lists in lists, deeper than a parser goes."""
+    """Lists are nested deeper than parsers can read."""
     task_id = api.submit()
     api.inject_fault("deep-json")
     body = api.get_task(task_id).content
@@ -220,7 +220,7 @@ def test_deep_json(api: SandboxClient) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("shape", ["wrapped", "wrapper_object", "flat"])
 def test_many_steps(start: StartSandbox, shape: str) -> None:
-    """The list of steps is longer than any; what was found is there."""
+    """The list of steps is extremely long, and the result is still there."""
     api = start(shape=shape)
     task_id = api.submit()
     right = api.task_body(task_id)
@@ -232,7 +232,7 @@ def test_many_steps(start: StartSandbox, shape: str) -> None:
 
 
 def test_gzip_bomb(api: SandboxClient) -> None:
-    """A small answer becomes a large one when it is unpacked."""
+    """A small response becomes large when it is decompressed."""
     task_id = api.submit()
     right = api.task_body(task_id)
     api.inject_fault("gzip-bomb", mebibytes=8)
@@ -244,7 +244,7 @@ def test_gzip_bomb(api: SandboxClient) -> None:
 
 @pytest.mark.parametrize(("seconds", "age"), [(7_200, 0), (-7_200, 0), (86_400, 600)])
 def test_wrong_date(start: StartSandbox, seconds: int, age: int) -> None:
-    """One answer tells a wrong time, an old one with its age; the next is right."""
+    """A response has a wrong date, and an old one has its age; the next one is right."""
     api = start(date_offset=60.0)
     api.inject_fault("wrong-date", seconds=seconds, age=age)
     wrong, right = api.post_run().headers, api.post_run().headers
@@ -255,7 +255,7 @@ def test_wrong_date(start: StartSandbox, seconds: int, age: int) -> None:
 
 
 def test_odd_status(api: SandboxClient) -> None:
-    """A task reports statuses never seen before, then completes."""
+    """A task has unknown statuses first, then completes."""
     api.inject_fault("odd-status", polls=3)
     task_id = api.submit()
     statuses = [api.task_body(task_id)["status"] for _ in range(4)]
@@ -265,7 +265,7 @@ def test_odd_status(api: SandboxClient) -> None:
 
 
 def test_unavailable(api: SandboxClient) -> None:
-    """For a while everything is a 503; the switches still work."""
+    """For a while every request is a 503; the control endpoints still work."""
     task_id = api.submit()
     api.inject_fault("unavailable", seconds=60)
     assert [api.post_run().status_code, api.get_task(task_id).status_code] == [503, 503]
@@ -276,13 +276,13 @@ def test_unavailable(api: SandboxClient) -> None:
 
 
 def test_after_faults_leave_refusals_alone(api: SandboxClient) -> None:
-    """A request that is refused anyway shows why, as there is nothing to be in doubt about."""
+    """An after-fault leaves a refused request's response as it is, because nothing is in doubt then."""
     api.inject_fault("error-after")
     assert api.post_run({}).status_code == 400
 
 
-def test_scope_of_a_get(api: SandboxClient) -> None:
-    """A fault of the scope `get` waits for the GET of a task, and spoils it."""
+def test_get_scope(api: SandboxClient) -> None:
+    """A fault with the scope `get` waits for the poll of a task."""
     task_id = api.submit()
     api.inject_fault("broken-json", scope="get")
     assert api.post_run().status_code == 200
@@ -290,8 +290,8 @@ def test_scope_of_a_get(api: SandboxClient) -> None:
     assert api.task_body(task_id)["status"] == "completed"
 
 
-def test_default_scope_of_charged_faults_is_the_run(api: SandboxClient) -> None:
-    """What can cost money happens to runs, single and bulk."""
+def test_default_scope_of_charged_faults_is_run(api: SandboxClient) -> None:
+    """Faults that can cost money apply to runs by default, single and bulk."""
     task_id = api.submit()
     api.inject_fault("error-after", times=2)
     assert (api.get_task(task_id).status_code, api.http.get("/user/me").status_code) == (200, 200)
@@ -299,7 +299,7 @@ def test_default_scope_of_charged_faults_is_the_run(api: SandboxClient) -> None:
 
 
 def test_fault_for_next_n_requests(api: SandboxClient) -> None:
-    """A chosen fault happens to the next N requests; the list tells what is left and what happened."""
+    """A chosen fault applies to the next N requests; the list shows how many are left and how many happened."""
     api.inject_fault("error-before", times=2, scope="me")
     assert api.http.get(f"{api.root}/__faults").json() == {"chosen": ["error-before"] * 2, "happened": {}}
     assert [api.http.get("/user/me").status_code for _ in range(3)] == [500, 500, 200]
@@ -309,7 +309,7 @@ def test_fault_for_next_n_requests(api: SandboxClient) -> None:
 
 @pytest.mark.long
 def test_faults_are_drawn_by_seed(start: StartSandbox) -> None:
-    """Which requests meet a fault follows from the fault seed, whatever else is asked between."""
+    """The fault seed decides which requests get a fault, whatever other requests come between."""
 
     def statuses(*, polls: bool, **settings: Any) -> list[int]:
         api = start(faults=(Fault("error-after", 0.4),), **settings)
@@ -327,7 +327,7 @@ def test_faults_are_drawn_by_seed(start: StartSandbox) -> None:
 
 
 def test_clear_faults(start: StartSandbox) -> None:
-    """Clearing ends chosen faults, chances and unavailability."""
+    """Clearing ends chosen faults, fault probabilities and unavailability."""
     api = start(faults=(Fault("forbidden", 1.0),))
     assert api.post_run().status_code == 403
     api.inject_fault("unavailable", seconds=60)
@@ -357,26 +357,26 @@ def test_fault_syntax(text: str, fault: Fault) -> None:
     ["html", "html=x", "html=2", "quake=1", "run:html=1", "html=1,colour=red", "html=1,status", "get:lost-task=1"],
 )
 def test_invalid_fault_syntax(text: str) -> None:
-    """What is no fault is an error."""
+    """Text that is no fault is an error."""
     with pytest.raises(ValueError, match=r"."):
         Fault.parse(text)
 
 
 def test_unknown_fault_name_at_runtime(api: SandboxClient) -> None:
-    """An unknown fault is refused at runtime, with the names there are."""
+    """An unknown fault is refused at runtime with a list of the valid names."""
     answer = api.http.post(f"{api.root}/__faults", json={"name": "quake"})
     assert answer.status_code == 422
     assert all(name in answer.json()["detail"] for name in FAULT_KINDS)
 
 
 def test_fault_rate_matches_probability() -> None:
-    """A fault happens about as often as its probability says."""
+    """A fault happens about as often as its probability."""
     faults = FaultInjector([Fault("html", 0.1)], 1)
     assert 60 < sum(faults.draw("me") is not None for _ in range(1_000)) < 140
 
 
 def test_rate_and_burst_limit(start: StartSandbox) -> None:
-    """Beyond rate and burst the answer is 429; nothing is accepted then."""
+    """Beyond rate and burst the response is 429, and nothing is accepted."""
     api = start(rate=0.001, burst=3, retry_after=9)
     answers = [api.post_run() for _ in range(5)]
     assert [answer.status_code for answer in answers] == [200, 200, 200, 429, 429]
@@ -387,7 +387,7 @@ def test_rate_and_burst_limit(start: StartSandbox) -> None:
 
 @pytest.mark.long
 def test_rate_refills(start: StartSandbox) -> None:
-    """The rate lets requests through again after a while, and may say nothing of when."""
+    """After a while the rate allows requests again; the 429 may come without Retry-After."""
     api = start(rate=0.5, burst=1, retry_after=None)
     assert [api.post_run().status_code, api.post_run().status_code] == [200, 429]
     assert "retry-after" not in api.post_run().headers

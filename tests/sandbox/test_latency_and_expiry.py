@@ -1,4 +1,4 @@
-"""Tasks take their time by the sandbox's own clock, which can be moved; results expire by it."""
+"""Task durations and expiry follow the sandbox's own clock, which can be advanced."""
 
 from email.utils import parsedate_to_datetime
 from statistics import median
@@ -12,12 +12,12 @@ from tests.support.cases import in_turn
 
 
 def date_of(api: SandboxClient) -> float:
-    """Give the time that the API claims."""
+    """Return the time in the API's Date header."""
     return parsedate_to_datetime(api.http.get("/user/me").headers["date"]).timestamp()
 
 
 def test_advance_completes_tasks(start: StartSandbox) -> None:
-    """Moving the clock makes tasks complete."""
+    """Advancing the clock completes tasks."""
     api = start(latency="fixed(3600)")
     task_id = api.submit()
     api.advance(3_590)
@@ -27,7 +27,7 @@ def test_advance_completes_tasks(start: StartSandbox) -> None:
 
 
 def test_latency_is_deterministic_per_request(start: StartSandbox) -> None:
-    """How long tasks take is drawn from the settings, and the same every time."""
+    """A task's duration is drawn from the settings and the same for the same request."""
     result = []
     for _ in range(2):
         api = start(latency="uniform(0,1000)")
@@ -48,7 +48,7 @@ def test_date_follows_the_clock(start: StartSandbox) -> None:
 
 
 def test_expired(start: StartSandbox) -> None:
-    """A result is gone after its time, counted from completion: 410."""
+    """A result expires a fixed time after completion and is then a 410."""
     api = start(latency="fixed(1800)", result_ttl=3_600.0)
     task_id = api.submit()
     api.advance(1_800 + 3_590)
@@ -61,7 +61,7 @@ def test_expired(start: StartSandbox) -> None:
 
 
 def test_expired_task_with_status_gone(start: StartSandbox) -> None:
-    """Expiry may be told as a 200 with the status `gone` and no data."""
+    """An expired task can be a 200 with the status `gone` and no data."""
     api = start(expired_as="gone")
     task_id = api.submit()
     api.advance(86_401)
@@ -69,7 +69,7 @@ def test_expired_task_with_status_gone(start: StartSandbox) -> None:
 
 
 def test_cancelled_tasks_expire(start: StartSandbox) -> None:
-    """A cancelled task is kept for its time, too."""
+    """A cancelled task expires after the same time."""
     api = start(latency="fixed(100000)")
     task_id = api.submit()
     api.cancel(task_id)
@@ -78,7 +78,7 @@ def test_cancelled_tasks_expire(start: StartSandbox) -> None:
 
 
 def test_expired_results_stay_charged(api: SandboxClient) -> None:
-    """An expired result has cost what it cost."""
+    """An expired result stays charged."""
     api.submit(ADA, enrichments=[833])
     api.advance(100_000)
     assert api.audit()["credits_charged"] == 0.5
@@ -86,13 +86,13 @@ def test_expired_results_stay_charged(api: SandboxClient) -> None:
 
 @in_turn("text", ["", "fixed", "fixed(a)", "fixed(-1)", "uniform(2,1)", "lognormal(0,1)", "normal(1,1)"])
 def test_unknown_latency(text: str) -> None:
-    """What is no distribution is an error that shows the forms."""
+    """An unknown distribution is an error that shows the valid forms."""
     with pytest.raises(ValueError, match="none of lognormal"):
         parse_latency(text)
 
 
 def test_distributions() -> None:
-    """The distributions have the median and the bounds that they are called by."""
+    """The distributions have the median and the bounds in their names."""
     draws = [(number + 0.5) / 1_000 for number in range(1_000)]
     assert {parse_latency("fixed(2)")(draw) for draw in draws} == {2}
     assert median(map(parse_latency("lognormal(1.2, 0.6)"), draws)) == pytest.approx(1.2, rel=0.01)

@@ -1,4 +1,4 @@
-"""The server starts and stops at once, and forgets nothing that it has accepted."""
+"""The server starts and stops quickly and keeps everything that it has accepted."""
 
 import os
 import signal
@@ -29,7 +29,7 @@ INSTANT = SandboxSettings(latency="fixed(0)")
 
 @contextmanager
 def start_process(*options: str) -> Iterator[tuple[subprocess.Popen[str], SandboxClient]]:
-    """Run `python -m enrich.sandbox`, and give it with a client."""
+    """Run `python -m enrich.sandbox`; return the process and a client."""
     command = [sys.executable, "-m", "enrich.sandbox", "--latency", "fixed(0)", *options]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=reset_signals
@@ -54,7 +54,7 @@ def open_client(stack: ExitStack, state: Path, settings: SandboxSettings = INSTA
 
 
 def test_restart_keeps_state(tmp_path: Path) -> None:
-    """Tasks, credits and the clock outlive the server."""
+    """Tasks, credits and the clock survive a restart."""
     state = tmp_path / "state.db"
     with ExitStack() as stack:
         api = open_client(stack, state)
@@ -72,7 +72,7 @@ def test_restart_keeps_state(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_kill_keeps_accepted_tasks(tmp_path: Path) -> None:
-    """What was answered before a kill -9 is there after it."""
+    """Accepted tasks survive a kill -9."""
     state = tmp_path / "state.db"
     with start_process("--state", str(state)) as (running, api):
         tasks = [api.submit(params) for params in make_leads(20)]
@@ -85,7 +85,7 @@ def test_kill_keeps_accepted_tasks(tmp_path: Path) -> None:
 
 
 def test_state_is_private(tmp_path: Path) -> None:
-    """The state file is for its owner alone, even if it was not before."""
+    """The state file is made readable for its owner only, even if it was not before."""
     state = tmp_path / "state.db"
     state.touch(0o644)
     with serve_in_thread(state):
@@ -101,7 +101,7 @@ def test_second_sandbox_on_same_state_is_refused(tmp_path: Path) -> None:
 
 
 def test_foreign_file_is_refused(tmp_path: Path) -> None:
-    """A file that is no state of a sandbox is refused."""
+    """A file that is no sandbox state is refused."""
     (tmp_path / "leads.csv").write_text("First Name,Last Name\n" * 100)
     with sqlite3.connect(tmp_path / "other.db") as other:
         other.execute("CREATE TABLE leads (name TEXT)")
@@ -114,7 +114,7 @@ def test_foreign_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_port_can_be_chosen(tmp_path: Path) -> None:
-    """The server listens where it is told to, and says so."""
+    """The server listens on the chosen port and prints it."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with serve_in_thread(tmp_path / "state.db", port=port) as running:
@@ -123,7 +123,7 @@ def test_port_can_be_chosen(tmp_path: Path) -> None:
 
 
 def test_stops_with_requests_in_flight(tmp_path: Path) -> None:
-    """A client that waits for a silent answer does not keep the server."""
+    """A client that waits for a response does not delay the server's exit."""
     failures: list[Exception] = []
 
     def wait() -> None:
@@ -149,17 +149,17 @@ def test_stops_with_requests_in_flight(tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_stop_the_server(number: signal.Signals) -> None:
-    """SIGTERM and SIGINT end it with success, after two lines on stdout and not a word more."""
+    """SIGTERM and SIGINT end it with exit 0, after exactly two lines on stdout."""
     with start_process() as (running, api):
         api.submit()
         os.kill(running.pid, number)
-        rest, errors = running.communicate(timeout=60)
-    assert (running.returncode, rest, errors) == (0, "", "")
+        remaining_output, errors = running.communicate(timeout=60)
+    assert (running.returncode, remaining_output, errors) == (0, "", "")
 
 
 @pytest.mark.long
 def test_temporary_state_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without `--state` nothing stays behind."""
+    """Without `--state` no file is left."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     with start_process() as (running, _):
         assert [path.name for path in tmp_path.glob("*/*.db")] == ["state.db"]
@@ -170,7 +170,7 @@ def test_temporary_state_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.long
 def test_options_reach_settings(tmp_path: Path) -> None:
-    """Options reach the settings, faults and misses several times."""
+    """Options set the settings; those for faults and misses can be repeated."""
     options = ["--balance", "7.5", "--api-key", "k-1", "--wrong-key", "401", "--aliases", "--hit-rate", "0"]
     options += ["--miss-kind", "empty_list", "--miss-kind", "empty_object", "--no-data-seconds", "none"]
     options += ["--fault", "me:html=1", "--fault", "get:slow=0", "--state", str(tmp_path / "state.db")]
@@ -193,14 +193,14 @@ def test_options_reach_settings(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_options(options: list[str], words: str) -> None:
-    """A wrong option is a usage error that says what is wrong."""
+    """A wrong option is a usage error with its reason."""
     result = CliRunner().invoke(sandbox, options)
     assert result.exit_code == 2
     assert words in " ".join(result.output.split())
 
 
 def test_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without FastAPI the command says how to get it."""
+    """Without FastAPI, the error shows how to install it."""
     monkeypatch.delitem(sys.modules, "enrich.sandbox.server")
     monkeypatch.delitem(sys.modules, "enrich.sandbox.app")
     monkeypatch.setitem(sys.modules, "fastapi", None)
@@ -215,7 +215,7 @@ def test_imports_without_server_extra() -> None:
 
 
 def test_help_names_every_fault() -> None:
-    """The help lists the options with their defaults, and the faults."""
+    """The help lists the options with their defaults, and all faults."""
     words = " ".join(CliRunner().invoke(sandbox, ["--help"]).output.split())
     assert all(text in words for text in ("--no-data-seconds", "lognormal(1.2,0.6)", "reset-after", "unavailable"))
 
@@ -240,7 +240,7 @@ def test_help_names_every_fault() -> None:
     ],
 )
 def test_non_loopback_host_header_is_rejected(tmp_path: Path, host: str, answers: bool) -> None:  # noqa: FBT001
-    """A page elsewhere whose name leads to loopback (DNS rebinding) reaches neither the API nor the switches."""
+    """A web page whose host name leads to loopback (DNS rebinding) can't use the API or the control endpoints."""
     with ExitStack() as stack:
         api = open_client(stack, tmp_path / "state.db")
         for path in ("/health", "/v1/user/me", "/__audit", "/nowhere"):

@@ -1,4 +1,4 @@
-"""Finished tasks show finds, misses and failures in every documented form, at the right price."""
+"""Finished tasks show matches, misses and failures in every documented form at the right price."""
 
 from collections import Counter
 from decimal import Decimal
@@ -14,7 +14,7 @@ MAIL: dict[str, Any] = {"enrichments": [833, 966], "email_verifier": 10}
 
 
 def step_costs(wrapper: Any) -> Decimal:
-    """Add up what a wrapper's steps cost."""
+    """Sum the costs of a wrapper's steps."""
     return sum((Decimal(step["cost"]) for step in wrapper["steps"]), Decimal(0))
 
 
@@ -27,7 +27,7 @@ def test_running(start: StartSandbox) -> None:
 
 
 def test_wrapped_match(api: SandboxClient) -> None:
-    """A find is a list of one wrapper, whose steps add up to what was spent."""
+    """A match is a list of one wrapper, whose steps sum to the credits spent."""
     task = api.task_body(api.submit(**MAIL))
     [wrapper] = task["data"]
     assert task["status"] == "completed"
@@ -40,7 +40,7 @@ def test_wrapped_match(api: SandboxClient) -> None:
 
 
 def test_other_shapes(start: StartSandbox) -> None:
-    """The same find can be a bare wrapper, a flat object, or a list of that."""
+    """The same match can be a bare wrapper, a flat object, or a list of one."""
     [wrapper] = start().submit_and_get(**MAIL)["data"]
     assert start(shape="wrapper_object").submit_and_get(**MAIL)["data"] == wrapper
     assert start(shape="flat").submit_and_get(**MAIL)["data"] == wrapper["result"]
@@ -52,14 +52,14 @@ def test_other_shapes(start: StartSandbox) -> None:
     [("null", None), ("empty_list", []), ("empty_object", {}), ("no_data", None)],
 )
 def test_no_match_without_data(start: StartSandbox, kind: str, data: Any) -> None:
-    """A miss may be completed with nothing at all, free of charge."""
+    """A miss can be completed without any data, free of charge."""
     task = start(hit_rate=0.0, miss_kinds=(kind,), no_data_seconds=0.0).submit_and_get()
     assert (task["status"], task["data"], task["error"], task["credits_spent"]) == ("completed", data, None, 0)
 
 
 @pytest.mark.parametrize(("kind", "value"), [("null_result", None), ("blank_result", "")])
 def test_no_match_with_empty_fields(start: StartSandbox, kind: str, value: str | None) -> None:
-    """A miss may be a wrapper whose output fields are all null or blank."""
+    """A miss can be a wrapper whose output fields are all null or blank."""
     api = start(hit_rate=0.0, miss_kinds=(kind,))
     [wrapper] = api.task_body(api.submit({"email": "ada@engine.example"}, "person_getter"))["data"]
     assert wrapper["result"] == dict.fromkeys(("first_name", "last_name", "linkedin_url"), value)
@@ -78,7 +78,7 @@ def test_no_data_becomes_completed(start: StartSandbox) -> None:
 
 @pytest.mark.parametrize("lasting", [None, -1.0])
 def test_no_data_can_be_final(start: StartSandbox, lasting: float | None) -> None:
-    """The status `no_data` can be the last word."""
+    """The status `no_data` can be final."""
     api = start(hit_rate=0.0, miss_kinds=("no_data",), no_data_seconds=lasting)
     task_id = api.submit()
     api.advance(3_600)
@@ -86,7 +86,7 @@ def test_no_data_can_be_final(start: StartSandbox, lasting: float | None) -> Non
 
 
 def test_no_match_shapes_all_occur(start: StartSandbox) -> None:
-    """The misses of one list are of all kinds."""
+    """The misses of a longer list include all kinds."""
     api = start(hit_rate=0.0)
     seen: Counter[tuple[str, str]] = Counter()
     for params in make_leads(60):
@@ -103,13 +103,13 @@ def test_no_match_shapes_all_occur(start: StartSandbox) -> None:
 
 
 def test_no_match_can_be_charged(start: StartSandbox) -> None:
-    """Where misses are charged, each provider that was asked costs its price."""
+    """Where misses are charged, each provider that was used costs its price."""
     task = start(hit_rate=0.0, charge_misses=True).submit_and_get(enrichments=[833, 966])
     assert task["credits_spent"] == 1.5
 
 
 def test_free_failure_succeeds_on_retry(start: StartSandbox) -> None:
-    """A free failure costs nothing, has no data, and goes away when asked again."""
+    """A free failure costs nothing, has no data, and succeeds on a retry."""
     api = start(failure_rate=1.0, free_failures=1.0)
     task = api.task_body(api.submit())
     assert (task["status"], task["data"], task["credits_spent"]) == ("failed", None, 0)
@@ -121,7 +121,7 @@ def test_free_failure_succeeds_on_retry(start: StartSandbox) -> None:
 
 
 def test_charged_failure_repeats(start: StartSandbox) -> None:
-    """A failure that was charged fails again, and is charged again."""
+    """A charged failure fails and is charged again on a retry."""
     api = start(failure_rate=1.0, free_failures=0.0)
     first, second = api.task_body(api.submit(enrichments=[833])), api.task_body(api.submit(enrichments=[833]))
     assert (first["status"], first["credits_spent"]) == ("failed", 0.5)
@@ -130,13 +130,13 @@ def test_charged_failure_repeats(start: StartSandbox) -> None:
 
 
 def test_errors_are_texts_and_lists(start: StartSandbox) -> None:
-    """The error of a failure is a text for some and a list for others."""
+    """The error of a failure is a text or a list."""
     api = start(failure_rate=1.0)
     assert {type(api.task_body(api.submit(params))["error"]) for params in make_leads(20)} == {str, list}
 
 
 def test_charged_failures_may_show_steps(start: StartSandbox) -> None:
-    """Some failures that were charged have data that says for what."""
+    """Some charged failures have data with their steps."""
     api = start(failure_rate=1.0, free_failures=0.0)
     shown = [api.task_body(api.submit(params))["data"] for params in make_leads(20)]
     wrappers = [data[0] for data in shown if data]
@@ -145,18 +145,18 @@ def test_charged_failures_may_show_steps(start: StartSandbox) -> None:
 
 
 def test_aliases(start: StartSandbox) -> None:
-    """The statuses may be spelt `success` and `error`."""
+    """The statuses can be `success` and `error`."""
     assert start(aliases=True).submit_and_get()["status"] == "success"
     assert start(aliases=True, failure_rate=1.0).submit_and_get()["status"] == "error"
 
 
 def test_credits_may_be_hidden(start: StartSandbox) -> None:
-    """A task may say nothing of credits."""
+    """A task can leave out its credits."""
     assert "credits_spent" not in start(hide_credits=True).submit_and_get()
 
 
 def test_rejected_matches_cost_verification(start: StartSandbox) -> None:
-    """With a verifier some misses cost what checking the wrong finds cost, and their steps say so."""
+    """With a verifier, some misses cost the verification of rejected matches, shown in their steps."""
     api = start(hit_rate=0.0, miss_kinds=("null_result",))
     for params in make_leads(30):
         task = api.task_body(api.submit(params, **MAIL))
@@ -166,8 +166,8 @@ def test_rejected_matches_cost_verification(start: StartSandbox) -> None:
     assert api.audit()["credits_charged"] > 0
 
 
-def test_worst_case_is_reserved_and_settled(start: StartSandbox) -> None:
-    """The balance drops by the worst case at submit, and rises to the true cost at completion."""
+def test_max_price_is_reserved_and_settled(start: StartSandbox) -> None:
+    """The maximum price is reserved at submission, and the difference to the actual price is refunded at completion."""
     api = start(latency="fixed(60)")
     task_id = api.submit(**MAIL)
     assert api.balance() == 10_000 - (0.5 + 1 + 2 * 0.01)
@@ -177,8 +177,8 @@ def test_worst_case_is_reserved_and_settled(start: StartSandbox) -> None:
     assert spent in {0.51, 1.01, 1.02}
 
 
-def test_default_cascade(start: StartSandbox) -> None:
-    """Without enrichments the enabled providers are asked, in their order; absent params skip a provider."""
+def test_default_providers(start: StartSandbox) -> None:
+    """Without enrichments the enabled providers are used in order; a missing param skips a provider."""
     api = start(hit_rate=0.0, miss_kinds=("null_result",))
     [wrapper] = api.task_body(api.submit())["data"]
     assert [step["provider"] for step in wrapper["steps"]] == ["Mailhound", "Peoplegrid", "Inboxly"]
@@ -187,15 +187,15 @@ def test_default_cascade(start: StartSandbox) -> None:
     assert api.audit()["runs"][0]["enrichments"] == [833, 966, 701, 745]
 
 
-def test_order_of_enrichments_is_the_cascade(start: StartSandbox) -> None:
-    """The providers are asked in the order of the request."""
+def test_request_sets_provider_order(start: StartSandbox) -> None:
+    """The providers are used in the order of the request."""
     api = start(hit_rate=0.0, miss_kinds=("null_result",))
     [wrapper] = api.task_body(api.submit(enrichments=[966, 113, 833]))["data"]
     assert [step["provider"] for step in wrapper["steps"]] == ["Peoplegrid", "Apex Contacts", "Mailhound"]
 
 
 def test_nested_result_fields(api: SandboxClient) -> None:
-    """Some results hold objects and lists."""
+    """Some results contain objects and lists."""
     result = api.task_body(api.submit({"company_website": "engine.example"}, "company_lookup"))["data"][0]["result"]
     assert isinstance(result["headquarters"]["city"], str)
     assert isinstance(result["technologies"], list)
@@ -216,7 +216,7 @@ def test_nested_result_fields(api: SandboxClient) -> None:
     ],
 )
 def test_names_become_ascii(name: str, spelt: str) -> None:
-    """Any name can be spelt in an email address."""
+    """Any name becomes ASCII in an email address."""
     assert ascii_name(name) == spelt
 
 
@@ -230,12 +230,12 @@ def test_names_become_ascii(name: str, spelt: str) -> None:
     ],
 )
 def test_companies_have_domains(company: str, domain: str) -> None:
-    """A company is known by its domain, or gets one from its name."""
+    """A company has the given domain, or one made from its name."""
     assert domain_of(company) == domain
 
 
 def test_phones_are_fictional(api: SandboxClient) -> None:
-    """Phone numbers are from the range that belongs to nobody."""
+    """Phone numbers are from a range reserved for fiction."""
     for number in range(5):
         task = api.task_body(api.submit({"linkedin": f"https://linkedin.example/in/{number}"}, "phone_getter"))
         assert "-555-01" in task["data"][0]["result"]["phone"]
