@@ -457,11 +457,12 @@ def test_random_response_faults(posts: list[ProxyFault | None], gets: list[Proxy
 
     faulty_posts = sum(fault is not None and fault.kind is not ProxyFaultKind.STATUS for fault in posts)
     with tempfile.TemporaryDirectory() as folder, make_scenario(Path(folder), choose, leads=12) as scenario:
-        scenario.run_job(NO_YOUNG_TIMEOUTS)
+        first = scenario.run_job(NO_YOUNG_TIMEOUTS)
         in_doubt = scenario.leads_in_doubt()
-        assert scenario.answered_count() + len(in_doubt) == 12
+        pending = first.pending or 0  # on a busy machine the circuit breaker may end the run early
+        assert scenario.answered_count() + len(in_doubt) + pending == 12
         assert len(in_doubt) <= faulty_posts
         scenario.proxy.clear_faults()
         second = scenario.run_job(NO_YOUNG_TIMEOUTS)
-        assert second.submitted == 0
+        assert second.submitted <= pending
         assert scenario.leads_in_doubt() <= in_doubt
