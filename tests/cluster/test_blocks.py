@@ -189,9 +189,9 @@ def test_enrollment_matches_single_process(
         other.start_execution()
         height, of_rows = enroll_locally(rows, other, selection)
         result: list[int] = []
-        found = enroll_blocks(tmp_path, rows, ledger, selection, tell=lambda so_far: result.append(so_far.rows))
-        assert (found.rows, found.of_rows) == (height, {Decision(name): count for name, count in of_rows.items()})
-        assert found.asked == height - sum(of_rows.values())
+        found = enroll_blocks(tmp_path, rows, ledger, selection, on_progress=lambda so_far: result.append(so_far.rows))
+        assert (found.rows, found.row_decisions) == (height, {Decision(name): count for name, count in of_rows.items()})
+        assert found.requests == height - sum(of_rows.values())
         assert sum(ledger.wrapped.decision_counts().values()) == sum(other.wrapped.decision_counts().values())
         assert ledger.wrapped.decision_counts() == other.wrapped.decision_counts()
         assert queued_requests(ledger) == queued_requests(other) != []
@@ -437,7 +437,7 @@ def test_other_version_is_refused(tmp_path: Path, kind: str) -> None:
 
     write_input_files(tmp_path, kind)
     rows, watch = open_rows(tmp_path), monitor_heartbeats()
-    watch.presence = replace(watch.presence, version="0.0.1")
+    watch.heartbeats = replace(watch.heartbeats, version="0.0.1")
     with pytest.raises(JobError, match=r"enrich 0\.0\.1 can't work with enrich"):
         list(map_blocks(rows, split_input(rows, watch), partial(wait_in_block, tmp_path / "flag"), watch))
 
@@ -506,7 +506,7 @@ def test_missing_ledger_error(tmp_path: Path, ledger: CommittingLedger) -> None:
     rows = open_rows(tmp_path)
     (tmp_path / "none").touch()
     opening = partial(open_ledger_remotely, tmp_path / "none" / "ledger.db", {})
-    broken = replace(begin_enrollment(tmp_path, ledger, RequestSelection()), opening=opening)
+    broken = replace(begin_enrollment(tmp_path, ledger, RequestSelection()), open_ledger=opening)
     with pytest.raises(EnrichError) as caught:
         enroll_on_ray(rows, broken, monitor_heartbeats())
     assert "ledger" in caught.value.message
@@ -552,7 +552,7 @@ def test_column_types_survive_blocks(tmp_path: Path) -> None:
     rows = JobInput(load_job(tmp_path / "job.yaml"))
     import ray  # noqa: PLC0415 - as above
 
-    heartbeats = monitor_heartbeats().presence
+    heartbeats = monitor_heartbeats().heartbeats
     dataset = ray.data.read_datasource(PartSource(rows.parts(), rows.input_schema, heartbeats), override_num_blocks=1)
     block = ray.get(next(iter(dataset.iter_internal_ref_bundles())).block_refs[0])
     ((_, back),) = from_block(block, rows.all_columns)

@@ -149,7 +149,7 @@ def worker_pids(pid: int) -> Iterator[int]:
             parents[number] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             titles[number] = (entry / "cmdline").read_bytes().decode(errors="replace")
     for number, title in titles.items():
-        if title.startswith("ray::Actor"):
+        if title.startswith("ray::WorkerActor"):
             ancestor = number
             while ancestor in parents and ancestor != pid:
                 ancestor = parents[ancestor]
