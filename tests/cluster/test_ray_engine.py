@@ -285,7 +285,7 @@ class TestOnRay:
     ) -> None:
         """On SIGTERM the actors record their POSTs in flight and nothing is in doubt; Ray alone would end at once.
 
-        Ctrl-C reaches every process of the terminal.
+        Ctrl-C reaches every process of the terminal: nothing is lost, but a POST in flight may be in doubt.
         """
         postgres_workspace.write_leads(make_leads(150))
         code = 128 + number
@@ -293,9 +293,11 @@ class TestOnRay:
             with running_actors(postgres_workspace, api, group=True) as (process, left):
                 (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
                 summary = wait_for_summary(process)
-            assert postgres_workspace.open_task_count() == accepted_count(api)
+            in_doubt = summary.in_doubt or 0
+            assert 0 <= accepted_count(api) - postgres_workspace.open_task_count() <= in_doubt
 
-        assert (process.returncode, summary.exit_code, summary.in_doubt) == (code, code, 0)
+        assert (process.returncode, summary.exit_code) == (code, code)
+        assert in_doubt == 0 or number == signal.SIGINT
         assert not any(map(process_exists, left))
 
     def test_actors_exit_when_driver_is_killed(
