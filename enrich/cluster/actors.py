@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, TypeVar
 
 import ray
@@ -139,15 +140,21 @@ class ActorHandle:
             self.on_status(self)
 
 
-def start_actor() -> Any:  # noqa: ANN401 - a Ray actor
-    """Start an actor on any machine of the cluster with free resources."""
+@cache
+def _actor_class() -> Any:  # noqa: ANN401 - a Ray actor class
+    """Return the class that Ray starts actors of. Ray sends it to the cluster once."""
     options = {
         "num_cpus": CPUS_PER_WORKER,
         "max_restarts": 0,
         "max_concurrency": MAX_CONCURRENCY,
         "lifetime": "detached",
     }
-    return ray.remote(WorkerActor).options(**options, scheduling_strategy="SPREAD").remote()
+    return ray.remote(WorkerActor).options(**options, scheduling_strategy="SPREAD")
+
+
+def start_actor() -> Any:  # noqa: ANN401 - a Ray actor
+    """Start an actor on any machine of the cluster with free resources."""
+    return _actor_class().remote()
 
 
 def _call_in_thread(call: Callable[[], T]) -> asyncio.Future[T]:

@@ -128,7 +128,11 @@ class WorkerPool:
         return [worker for worker in self._workers if not worker.gone.is_set()]
 
     def _start_worker(self) -> None:
-        self._workers.append(self.start_worker(self.worker_task, self._on_status))
+        """Start a worker. One that cannot be started counts as lost: its work is left to the others."""
+        try:
+            self._workers.append(self.start_worker(self.worker_task, self._on_status))
+        except OSError as error:
+            self.lost_reasons.append(error.strerror or str(error))
 
     async def _supervise(self) -> None:
         """Wait until all workers have ended; replace lost ones where that helps."""

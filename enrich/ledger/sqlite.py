@@ -331,7 +331,7 @@ def _check_application_id(db: sqlite3.Connection, path: Path) -> None:
     if application_id == schema.UNRELEASED_MARK:
         raise CommandRefused(
             f"{path}: this ledger was made by a version of enrich before its first release",
-            "name another file as `ledger`: a new ledger is made there, and requests are paid again",
+            "finish with that version, then name another file as `ledger`; requests that it has are paid again there",
         )
     if application_id != schema.APPLICATION_ID and {"requests", "attempts"} <= tables_found:
         raise damaged_ledger_error(path)

@@ -109,8 +109,10 @@ class RunPhases:
         poller.no_new_tasks = True
         poller.repoll_written_off(tasks, to_be_resubmitted=to_be_resubmitted)
         timer = asyncio.get_running_loop().call_later(min(timeout_s, MAX_TIMER_S), poller.stop_repolling)
-        await self.run_state.run_until_abort(poller.run())
-        timer.cancel()
+        try:
+            await self.run_state.run_until_abort(poller.run())
+        finally:
+            timer.cancel()
         if poller.revived_requests:
             self.add_note(
                 f"{pluralize(poller.revived_requests, 'request')} that had been written off: "

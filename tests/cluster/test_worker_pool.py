@@ -67,15 +67,24 @@ class FakeBackend:
     """The backend that starts fake workers."""
 
     workers: list[FakeWorker] = field(default_factory=list)
+    #: This many of the next starts fail.
+    failing_starts: int = 0
 
     def start_worker(self, _: WorkerTask, on_status: Callable[[WorkerHandle], None]) -> WorkerHandle:
         """Start one more fake worker."""
+        if self.failing_starts:
+            self.failing_starts -= 1
+            raise ConnectionError("the cluster does not answer")
         self.workers.append(FakeWorker(on_status))
         return self.workers[-1]
 
 
 def run_pool(
-    *, steps: Sequence[Callable[[FakeBackend], None]], monkeypatch: pytest.MonkeyPatch, lease_s: float = 60.0
+    *,
+    steps: Sequence[Callable[[FakeBackend], None]],
+    monkeypatch: pytest.MonkeyPatch,
+    lease_s: float = 60.0,
+    failing_starts: int = 0,
 ) -> WorkerPool:
     """Run a pool of three workers, apply the steps one after the other, and return when all workers have exited."""
     monkeypatch.setattr(worker_pool, "CHECK_EVERY_S", 0.02)
@@ -87,7 +96,7 @@ def run_pool(
     ledger_location = Server("postgresql://nowhere", "enrich", Path(), lease_s)
     access = ApiAccess("http://127.0.0.1", SecretStr("none"))
     worker_task = WorkerTask(work_config, access, ledger_location, 1, Timeouts(), 10, 60.0, PollSchedule())
-    backend = FakeBackend()
+    backend = FakeBackend(failing_starts=failing_starts)
     pool = WorkerPool(run_state, worker_task, backend.start_worker)
 
     async def run_steps() -> None:
@@ -107,6 +116,14 @@ def finish_all(backend: FakeBackend) -> None:
     for worker in backend.workers:
         worker.report()
         worker.exit(ended=True)
+
+
+@pytest.mark.parametrize("failing_starts", [1, 3])
+def test_worker_that_cannot_be_started_is_lost(failing_starts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others do the work. Without any, the pool ends, and the process that started it does the work."""
+    pool = run_pool(steps=[finish_all], monkeypatch=monkeypatch, failing_starts=failing_starts)
+
+    assert pool.lost_reasons == ["the cluster does not answer"] * failing_starts
 
 
 def test_status_of_all_workers_is_summed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ DUPLICATE_ID_MESSAGE = "the API gave a task id twice"
 @pytest.fixture(autouse=True)
 def _fast_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Poll again soon after a failed poll."""
-    monkeypatch.setattr(poller, "FAILED_POLL_S", 0.1, raising=False)
+    monkeypatch.setattr(poller, "FAILED_POLL_S", 0.1)
 
 
 @dataclass

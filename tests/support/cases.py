@@ -42,6 +42,8 @@ def in_turn(
     assert all(len(case.values) == len(named) and not case.marks for case in table)
 
     def decorate(test: Test) -> Test:
+        assert not inspect.iscoroutinefunction(test)
+
         @wraps(test)
         def run_all(*args: Any, **fixtures: Any) -> None:
             __tracebackhide__ = True
@@ -50,6 +52,8 @@ def in_turn(
             for number, (label, case) in enumerate(zip(labels, table, strict=True)):
                 try:
                     _run(test, args, fixtures, number, dict(zip(named, case.values, strict=True)))
+                except pytest.skip.Exception as skip:
+                    raise AssertionError(f"{label}: a case of a table cannot be skipped") from skip
                 except (Exception, pytest.fail.Exception) as failure:  # noqa: BLE001 - raised after all cases
                     first = first or failure
                     failed.append(f"  {label}: {type(failure).__name__}")
