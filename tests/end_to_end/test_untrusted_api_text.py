@@ -257,7 +257,7 @@ def test_traceback_hides_key(workspace: Workspace, monkeypatch: pytest.MonkeyPat
     def broken(*_: object) -> None:
         raise ValueError(f"header x-apikey: {KEY}\x1b[2J")
 
-    monkeypatch.setattr("enrich.commands.options.load_job_file", broken)
+    monkeypatch.setattr("enrich.commands.options.load_job", broken)
     workspace.write_leads(make_leads(1))
     result = workspace.run_in_process("run", "job.yaml", api=SandboxApi("http://127.0.0.1:9/v1", KEY))
     assert result.exit_code == 1
