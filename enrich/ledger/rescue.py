@@ -91,6 +91,19 @@ class RescueQueries(LeaseQueries):
         Raises CommandRefused when they belong to another API host or workspace.
         """
         self._check_binding(lines)
+        counts = self._import_pass(lines, job, now_ms)
+        # Of several lines about one request a pass imports the best. The next pass adds what the others know.
+        for _ in lines:
+            changes = self._import_pass(lines, job, now_ms)
+            del changes["known"]
+            if not changes.total():
+                break
+            counts.update(changes)
+            counts["known"] -= changes.total()
+        return RescueImport(**counts)
+
+    def _import_pass(self, lines: Sequence[RescuedAttempt], job: str, now_ms: int) -> Counter[str]:
+        """Import at most one new attempt per request. Return the number of lines by what became of them."""
         counts: Counter[str] = Counter()
         holders = self._task_holders(lines)
         rest = [line for line in lines if not self._update_existing(line, holders, now_ms, counts)]
@@ -105,7 +118,7 @@ class RescueQueries(LeaseQueries):
             "UPDATE executions SET reserved = (SELECT max(executions.reserved, coalesce(sum(reserved), 0)) "
             f"FROM attempts WHERE {OPEN_ATTEMPT}) WHERE id = (SELECT max(id) FROM executions)"
         )
-        return RescueImport(**counts)
+        return counts
 
     def _check_binding(self, lines: Sequence[RescuedAttempt]) -> None:
         for name in ("api_host", "workspace"):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from enrich.errors import CommandRefused
@@ -180,6 +180,8 @@ STATES = ["submitting", "submitted", "in_doubt", "refused", "found", "not_found"
         st.tuples(st.integers(0, 7), st.sampled_from(STATES), st.integers(0, 5), st.sampled_from([1_000, 1_001]))
     ),
 )
+@example(moves=[], attempts=[(0, "submitted", 1, 1_000), (0, "failed", 1, 1_000)])
+@example(moves=[], attempts=[(0, "submitted", 1, 1_000), (1, "submitted", 1, 1_000), (1, "submitted", 0, 1_000)])
 def test_any_rescue_file_keeps_ledger_sound(
     tmp_path_factory: pytest.TempPathFactory, moves: list[str], attempts: list[tuple[int, str, int, int]]
 ) -> None:
