@@ -24,11 +24,10 @@ from enrich.exit_codes import JobArguments
 from enrich.job.job import Job, Overrides, load_job
 from enrich.job.locations import LedgerLocation, check_no_password, path_beside_ledger
 from enrich.job.spec import parse_duration
+from enrich.models import RETRYABLE_STATES, State
 
 T = TypeVar("T")
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-#: States that `--retry` accepts.
-RETRYABLE = ("failed", "expired", "in_doubt")
 FILE = click.Path(path_type=Path, dir_okay=False)
 _INPUT_HELP = "Read this file or URL, or - for stdin, instead."
 _OUTPUT_HELP = "Write this file or URL instead of the job's output."
@@ -50,8 +49,8 @@ def parse_states(_: click.Context, __: click.Parameter, value: str | None) -> fr
     """Parse `failed,expired,in_doubt`."""
     names = [name.strip() for name in (value or "").split(",") if name.strip()]
     for name in names:
-        if name not in RETRYABLE:
-            raise click.BadParameter(f"`{name}` is none of {', '.join(RETRYABLE)}")
+        if name not in RETRYABLE_STATES:
+            raise click.BadParameter(f"`{name}` is none of {', '.join(filter(RETRYABLE_STATES.__contains__, State))}")
     return frozenset(names)
 
 

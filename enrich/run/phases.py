@@ -39,8 +39,6 @@ MAX_ROWS_WHEN_INTERRUPTED = 100_000
 REUSED_STATES = (State.FOUND, State.NOT_FOUND, State.FAILED)
 #: Limits for polling written-off tasks at the start, which is free: in seconds, and as a share of --max-time.
 REPOLL_S, REPOLL_SHARE = 60.0, 0.1
-#: The longest delay of a timer in seconds: no run lasts that long.
-MAX_TIMER_S = 86_400.0 * 365
 
 
 @dataclass(slots=True)
@@ -108,11 +106,13 @@ class RunPhases:
         poller.poll_once_more = not to_be_resubmitted
         poller.no_new_tasks = True
         poller.repoll_written_off(tasks, to_be_resubmitted=to_be_resubmitted)
-        timer = asyncio.get_running_loop().call_later(min(timeout_s, MAX_TIMER_S), poller.stop_repolling)
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(timeout_s, poller.stop_repolling) if timeout_s < inf else None
         try:
             await self.run_state.run_until_abort(poller.run())
         finally:
-            timer.cancel()
+            if timer is not None:
+                timer.cancel()
         if poller.revived_requests:
             self.add_note(
                 f"{pluralize(poller.revived_requests, 'request')} that had been written off: "
