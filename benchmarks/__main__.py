@@ -52,7 +52,9 @@ SCRIPTS = (
     Script("compare", ("--rows", "5000", "--seconds", "30"), 55),
     Script("allowance", (), 20),
     Script("polls", (), 20),
-    Script("million", ("--rows", "200000"), 40),
+    Script("in_flight", (), 60),
+    Script("million", ("--growth", "10000,100000"), 60),
+    Script("startup", (), 40),
 )
 
 

@@ -231,17 +231,17 @@ def scenarios(rate: float) -> dict[str, Callable[[Callable[[RateAt], Server]], S
     }
 
 
-def measure_real_run(rate: float, rows: int, retry_after: int | None) -> None:
+def measure_real_run(rate: float, rows: int, *, retry_after: int | None = None, latency: str = "0") -> None:
     """Run the program against a server that allows `rate` requests per second, and print the result.
 
     The measured time is from the first POST to the last one, because the start and the wait for the last answers
     don't use the limit.
     """
-    options = ["--rate", str(rate), *(["--retry-after", str(retry_after)] if retry_after else [])]
+    options = ["--rate", str(rate), "--latency", latency, *(["--retry-after", str(retry_after)] if retry_after else [])]
     with tempfile.TemporaryDirectory(prefix="allowance-") as name, start_server(*options) as server:
         job = write_job(Path(name), rows)
         text = job.read_text(encoding="utf-8")
-        job.write_text(text.replace("  requests_per_second: 100000 # no limit of ours\n", ""), encoding="utf-8")
+        job.write_text(text.replace("100000 # no limit of ours", "null"), encoding="utf-8")
         command = [sys.executable, "-m", "enrich", "run", str(job), "--yes", "--json"]
         samples = [(0.0, 0, 0)]
         with subprocess.Popen(command, env=os.environ | server.environ, stdout=subprocess.PIPE) as running:
@@ -254,15 +254,15 @@ def measure_real_run(rate: float, rows: int, retry_after: int | None) -> None:
                 time.sleep(0.2)
             assert running.stdout is not None
             summary = json.load(running.stdout)
+        tail_s = server.idle_s()
         counts = server.counts()
     (begun, _, before), (ended, _, after) = samples[1], samples[-1]
-    refused = sum(by_status.get("429", 0) for by_status in counts.values()) / sum(
-        sum(told.values()) for told in counts.values()
-    )
+    requests = sum(sum(by_status.values()) for by_status in counts.values())
+    refused = sum(by_status.get("429", 0) for by_status in counts.values()) / requests
     print(
         f"{rate:>4.0f}/s for real, Retry-After {retry_after or '-'}: {rows:,} rows in {summary['elapsed_s']:.1f} s, "
         f"{summary['polls'] / rows:.2f} polls a row, {(after - before) / (ended - begun) / rate:.1%} used, "
-        f"{refused:.2%} answered 429",
+        f"posting {(ended - begun) / (requests / rate):.2f}, {refused:.2%} answered 429, tail {tail_s:.1f} s",
         flush=True,
     )
 
@@ -284,7 +284,7 @@ def main(latency: float, late: float, *, for_real: bool) -> None:
     if for_real:
         for rate in RATES:
             for retry_after in (None, 1):
-                measure_real_run(rate, int(rate * 20), retry_after)
+                measure_real_run(rate, int(rate * 20), retry_after=retry_after)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -101,7 +102,7 @@ class MemoryMonitor:
             return None
         if not title.startswith("ray::"):
             return None
-        return WORKER if title.startswith("ray::Actor") else BLOCK
+        return WORKER if title.startswith("ray::WorkerActor") else BLOCK
 
 
 def _anonymous_mib(pid: int) -> float:
@@ -198,7 +199,7 @@ def main() -> None:
     parser.add_argument("--files", type=int, default=16)
     parser.add_argument("--workers", default="1,2,4", help="so many, in turn")
     parser.add_argument("--rate", default="null", help="what the job says is allowed; null: all that the server takes")
-    parser.add_argument("--in-flight", type=int, default=10_000, help="so many tasks at the API at once")
+    parser.add_argument("--in-flight", default="null", help="so many tasks at the API at once; null: it is found")
     parser.add_argument("--make", type=Path, metavar="FOLDER", help="write the dataset there, and nothing else")
     options = parser.parse_args()
     if options.make:
@@ -213,6 +214,8 @@ def main() -> None:
         folder = Path(name)
         make_dataset(folder / "leads", options.rows, options.questions, options.files)
         for workers in map(int, options.workers.split(",")):
+            # A new ledger beside an output that another one paid for is refused.
+            shutil.rmtree(folder / "enriched", ignore_errors=True)
             with start_server() as api:
                 measurement = measure_run(
                     folder, database, api, workers, rate=options.rate, in_flight=options.in_flight

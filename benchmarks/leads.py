@@ -22,7 +22,6 @@ columns:
   work_email: email
 limits:
   requests_per_second: 100000 # no limit of ours
-  in_flight: 5000
 """
 
 

@@ -1,7 +1,9 @@
-"""Time and memory for a million rows that are all answered: plan, a run with nothing to send, and collect.
+"""Time and memory for a million rows that are all answered: plan, a run with nothing to send, collect, report, check.
 
 The script makes the input and the ledger. Each command runs as a separate process, over CSV and over Parquet. Controls
-are the same file read and written by Python's `csv`, and by polars without any processing. `--others` fills the ledger
+are the same file read and written by Python's `csv`, and by polars without any processing, and for the report and
+`ledger check` all answers read by `sqlite3` and parsed as JSON. The last column compares processor time with that of
+the control: `csv` or `sqlite3`. `--growth` measures several sizes, one after the other. `--others` fills the ledger
 with unrelated requests, to measure what a small file of 100 rows then costs.
 """
 
@@ -14,13 +16,14 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from enrich.ledger import enroll, execution_records
 from enrich.sandbox import SandboxSettings
 from enrich.sandbox.server import serve_in_thread
 
@@ -40,6 +43,9 @@ columns:
 limits: {requests_per_second: 1000}
 """
 HEADER = ["First Name", "Last Name", "Company", "Website", "Email", "Phone", "Country", "Note"]
+#: The commands that are compared with reading the input, and those that are compared with reading the ledger.
+READS_INPUT = ("plan", "run", "collect")
+READS_LEDGER = frozenset(("report", "check"))
 #: The sandbox's answers without the task id: with a match, and with no match.
 FOUND_ANSWER = (
     '","status":"completed","data":[{"result":{"email":"ada.lovelace@company.example"},"result_field":["email"],'
@@ -56,8 +62,8 @@ NOT_FOUND_ANSWER = (
 )
 #: Settles each pending request as the sandbox would have answered it: 7 of 10 found.
 SETTLE_SQL = """
-INSERT INTO attempts (id, request_id, execution_id, came_from, state, task_id, claimed_ms, submitted_ms, settled_ms,
-                      settled_in, seen_alive, reserved, credits, provider, answer)
+INSERT INTO attempts (id, request_id, execution_id, previous_state, state, task_id, claimed_ms, submitted_ms,
+                      settled_ms, settled_execution_id, acknowledged, reserved, credits, provider, answer)
 SELECT id, id, :execution, 'pending', iif(id % 10 < 7, 'found', 'not_found'), 'task-' || id, :now, :now, :now + id,
        :execution, 1, 5000000, iif(id % 10 < 7, 2000000, 0), iif(id % 10 < 7, 'Mailhound', NULL),
        '{"task_id":"task-' || id || iif(id % 10 < 7, :found, :missed)
@@ -117,39 +123,27 @@ def write_leads(folder: Path, rows: int, questions: int) -> None:
 def write_ledger(job_file: Path, others: int) -> None:
     """Settle all requests of the input, and `others` unrelated ones."""
     from enrich.job.job import load_job  # noqa: PLC0415
-    from enrich.ledger.ledger import Ledger  # noqa: PLC0415
-    from enrich.rows.reader import JobInput  # noqa: PLC0415
+    from enrich.ledger.database import Database  # noqa: PLC0415
+    from enrich.models import RequestSelection  # noqa: PLC0415
+    from enrich.rows.job_input import JobInput  # noqa: PLC0415
     from enrich.run.preflight import template_from_ledger  # noqa: PLC0415 - runs in a separate process
 
     job = load_job(job_file)
-    with closing(Ledger(job.ledger)) as ledger, ledger.transaction():
+    with closing(Database(job.ledger)) as ledger, ledger.transaction():
         template = template_from_ledger(ledger, job)
-        db: Any = ledger._db
+        db: Any = ledger.session
         db.execute(OTHER_REQUESTS_SQL, {"others": others}) if others else None
         for batch in JobInput(job).batches(template):
-            ledger.enroll(template.call, batch.requests())
+            enroll.enroll(ledger, template.target, batch.requests(), RequestSelection())
         now = int(time.time() * 1000)
         known = {
-            "execution": ledger.executions(last=1)[0]["id"],
+            "execution": execution_records.newest_execution_id(ledger),
             "now": now,
             "found": FOUND_ANSWER,
             "missed": NOT_FOUND_ANSWER,
         }
         for statement in SETTLE_SQL.split(";\n"):
             db.execute(statement, known)
-
-
-def copy_with_csv(source: Path, target: Path) -> None:
-    """Read and write the file with Python's `csv`, cell by cell."""
-    with source.open(newline="", encoding="utf-8") as file, target.open("w", newline="", encoding="utf-8") as into:
-        csv.writer(into).writerows(csv.reader(file))
-
-
-def copy_with_polars(source: Path, target: Path) -> None:
-    """Read and write the file with polars, streaming."""
-    import polars as pl  # noqa: PLC0415 - runs in a separate process
-
-    pl.scan_csv(source, infer_schema=False).sink_csv(target)
 
 
 def run_in_process(function: Callable[..., None], *arguments: object) -> ProcessCost:
@@ -163,11 +157,18 @@ def run_in_process(function: Callable[..., None], *arguments: object) -> Process
 
 def run_enrich(folder: Path, environ: dict[str, str], *words: str) -> ProcessCost:
     """Run `enrich` with these arguments."""
+    return run_module(folder, "enrich", *words, environ=environ)
+
+
+def run_module(folder: Path, module: str, *words: str, environ: Mapping[str, str] | None = None) -> ProcessCost:
+    """Run a module as a program with these arguments."""
     begun = time.perf_counter()
     with (folder / "said.txt").open("w") as output:
         actions = [(os.POSIX_SPAWN_DUP2, output.fileno(), 1), (os.POSIX_SPAWN_DUP2, output.fileno(), 2)]
-        program = [sys.executable, "-m", "enrich", *words]
-        pid = os.posix_spawn(sys.executable, program, os.environ | environ, file_actions=actions)
+        program = [sys.executable, "-m", module, *words]
+        # Empty: the modules are compiled once, as those of an installed program are.
+        everything = {**os.environ, "PYTHONDONTWRITEBYTECODE": "", **(environ or {})}
+        pid = os.posix_spawn(sys.executable, program, everything, file_actions=actions)
     return _wait_for_process(pid, begun)
 
 
@@ -192,12 +193,22 @@ def measure(
             few = ("--input", str(folder / "few.csv"), "--output", str(folder / "few_enriched.csv"))
             run_enrich(folder, environ, "run", str(job), "--quiet", "--yes", *few)
             run_in_process(write_ledger, job, others)
-        yield "control: Python csv", run_in_process(copy_with_csv, folder / "leads.csv", folder / "copy.csv")
-        yield "control: polars", run_in_process(copy_with_polars, folder / "leads.csv", folder / "copy.csv")
+        copied = (str(folder / "leads.csv"), str(folder / "copy.csv"))
+        yield "control: Python csv", run_module(folder, "benchmarks.controls", "copy_with_csv", *copied)
+        yield "control: polars", run_module(folder, "benchmarks.controls", "copy_with_polars", *copied)
         for kind in ("csv", "parquet"):
             files = ("--input", str(folder / f"leads.{kind}"), "--output", str(folder / f"leads_enriched.{kind}"))
-            for word in only:
+            for word in (word for word in READS_INPUT if word in only):
                 yield f"{word}, {kind}", run_enrich(folder, environ, word, str(job), "--json", *files)
+        if not READS_LEDGER.isdisjoint(only):
+            yield (
+                "control: sqlite3",
+                run_module(folder, "benchmarks.controls", "read_answers", str(folder / "million.db")),
+            )
+        if "report" in only:
+            yield "report", run_enrich(folder, environ, "report", str(job), "-o", str(folder / "report.html"))
+        if "check" in only:
+            yield "ledger check", run_enrich(folder, environ, "ledger", "check", str(folder / "million.db"))
         if others:
             files = ("--input", str(folder / "few.csv"), "--output", str(folder / "few_enriched.csv"))
             yield "status", run_enrich(folder, environ, "status", str(job))
@@ -205,24 +216,33 @@ def measure(
                 yield f"{word}, 100 rows", run_enrich(folder, environ, word, str(job), "--json", *files)
 
 
+def print_table(folder: Path, rows: int, questions: int, others: int, only: Sequence[str]) -> None:
+    """Measure an input of this size and print the table, line by line."""
+    print(f"{rows:,} rows, {questions:,} questions, all answered; {others:,} other requests")
+    print(f"{'':24}{'seconds':>9}{'rows/s':>12}{'CPU s':>9}{'peak MiB':>10}{'of control':>12}")
+    control = 0.0
+    for name, cost in measure(folder, rows, questions, others, only):
+        if name in ("control: Python csv", "control: sqlite3"):
+            control = cost.cpu_s
+        per_s, ratio = f"{rows / cost.wall_s:>12,.0f}", f"{cost.cpu_s / control:>12.1f}"
+        print(f"{name:24}{cost.wall_s:>9.2f}{per_s}{cost.cpu_s:>9.2f}{cost.peak_mib:>10.0f}{ratio}", flush=True)
+
+
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(prog="benchmarks.million", description=__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--growth", help="several numbers of rows instead, such as 10000,100000,1000000")
     parser.add_argument("--questions", type=int, help="distinct ones (default: every row asks its own)")
     parser.add_argument("--others", type=int, default=0, help="requests in the ledger that the input does not ask")
-    parser.add_argument("--only", default="plan,run,collect", help="some of these commands")
+    parser.add_argument("--only", default="plan,run,collect,report,check", help="some of these commands")
     parser.add_argument("--folder", type=Path, help="keep the files here, and take a ledger that is there already")
     options = parser.parse_args()
-    rows, questions = options.rows, options.questions or options.rows
-    print(f"{rows:,} rows, {questions:,} questions, all answered; {options.others:,} other requests")
-    print(f"{'':24}{'seconds':>9}{'rows/s':>12}{'CPU s':>9}{'peak MiB':>10}")
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = options.folder or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, cost in measure(folder, rows, questions, options.others, options.only.split(",")):
-            per_s = f"{rows / cost.wall_s:>12,.0f}"
-            print(f"{name:24}{cost.wall_s:>9.2f}{per_s}{cost.cpu_s:>9.2f}{cost.peak_mib:>10.0f}", flush=True)
+    for rows in map(int, options.growth.split(",")) if options.growth else (options.rows,):
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) if options.folder is None else options.folder / f"{rows}"
+            folder.mkdir(parents=True, exist_ok=True)
+            print_table(folder, rows, options.questions or rows, options.others, options.only.split(","))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 `python -m benchmarks.server --port 8000 --latency "lognormal(4,0.6)" --rate 100 --retry-after 1`
 
 It has the waterfall `email_getter` only. It prints its address once it listens. `GET /__counts` returns the number of
-answered requests by endpoint and status, `GET /__busiest` the largest number of requests in any one second.
+answered requests by endpoint and status, `GET /__busiest` the largest number of requests in any one second, and
+`GET /__idle` the seconds since the last task was ready.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ import orjson
 import uvloop
 
 from enrich.sandbox.catalogue import WATERFALLS
-from enrich.sandbox.gate import PeakRate
 from enrich.sandbox.latency import Latency, parse_latency
+from enrich.sandbox.middleware import PeakRate
 
 ROOT = Path(__file__).parent.parent
 API_KEY = "benchmark"
@@ -109,6 +110,7 @@ class FakeApi:
         self._tasks: dict[bytes, float | list[float]] = {}
         self._suffix = str(uuid4())[8:].encode()
         self._rows = 0
+        self._last_ready = 0.0
         self._chance = random.Random(0)
         self._document = WATERFALLS[WATERFALL].to_json()
 
@@ -119,6 +121,8 @@ class FakeApi:
         if path == b"/__busiest":
             return Reply("busiest", 200, b"%d" % self.peak_rate.peak)
         now = time.monotonic()
+        if path == b"/__idle":
+            return Reply("idle", 200, b"%.3f" % (now - self._last_ready))
         self.peak_rate.count()
         endpoint, task = _route(method, path)
         if not self.bucket.accepts(now):
@@ -146,7 +150,9 @@ class FakeApi:
 
     def _ready_time(self, now: float) -> float:
         # The latency functions exclude 0 and 1.
-        return now + self._sample(self._chance.uniform(1e-9, 1 - 1e-9))
+        ready = now + self._sample(self._chance.uniform(1e-9, 1 - 1e-9))
+        self._last_ready = max(self._last_ready, ready)
+        return ready
 
     def _task_reply(self, task: bytes, now: float) -> Reply:
         ready = self._tasks.get(task)
@@ -264,6 +270,11 @@ class RunningServer:
         """Return the largest number of requests in any one second."""
         with urlopen(f"{self.url}/__busiest", timeout=10) as answer:  # noqa: S310 - loopback
             return int(answer.read())
+
+    def idle_s(self) -> float:
+        """Return the seconds since the last task was ready."""
+        with urlopen(f"{self.url}/__idle", timeout=10) as answer:  # noqa: S310 - loopback
+            return float(answer.read())
 
     def request_count(self) -> int:
         """Return the total number of answered requests."""

@@ -1,5 +1,5 @@
 """`python -m enrich` is `enrich`."""
 
-from enrich.cli import main
+from databar_enrich import main
 
 main()

@@ -19,13 +19,15 @@ from click.shell_completion import CompletionItem, shell_complete
 from enrich import __version__
 from enrich.commands import LEDGER_META_KEY
 from enrich.commands.streams import flush_error, guard_streams
-from enrich.databar.outside_text import clean_text
-from enrich.errors import EnrichError, Interrupted
+from enrich.databar.text_filter import clean_text
+from enrich.errors import EnrichError, Interrupted, RunCancelled
 from enrich.exit_codes import ExitCode
 
 
 def main() -> None:
     """Run the command line and exit with its exit code."""
+    # We use no plugins of pydantic. It would read the entry points of all installed packages to find some.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     guard_streams()
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # ignored under nohup, or after `&` in a shell
@@ -75,6 +77,8 @@ def run_command(arguments: Sequence[str]) -> int:
         return _fail(ExitCode.USAGE, error.format_message(), None, as_json=as_json)
     except (click.Abort, EOFError, KeyboardInterrupt):
         return _fail(ExitCode.INTERRUPTED, "interrupted", None, as_json=as_json)
+    except RunCancelled as error:
+        return _fail(error.exit_code, error.message, None, as_json=as_json, label="")
     except EnrichError as error:
         return _fail(error.exit_code, error.message, error.hint, as_json=as_json)
     except BrokenPipeError:
@@ -85,25 +89,13 @@ def run_command(arguments: Sequence[str]) -> int:
 
 
 def _fail_unexpected(error: Exception, ledger: object, *, as_json: bool) -> int:
-    from enrich.ledger.dialect import DatabaseFailed
-    from enrich.ledger.sqlite import RESTORE_HINT, is_busy_error, is_damage_error
-    from enrich.ledger.verify import is_damaged
+    from enrich.ledger.verify import as_enrich_error
 
-    if isinstance(error, DatabaseFailed):
-        return _fail(
-            ExitCode.BUG, f"the ledger's server failed: {error}", "run the same command again", as_json=as_json
-        )
-    if is_busy_error(error):
-        hint = "end the program that holds the lock, then run the same command again"
-        return _fail(ExitCode.BUG, "another program has locked the ledger", hint, as_json=as_json)
-    # An error caused by a damaged ledger is not a bug. Print no traceback: it may quote the ledger's content.
-    if is_damage_error(error) or (isinstance(ledger, Path) and is_damaged(ledger)):
-        return _fail(
-            ExitCode.REFUSED, f"{ledger or 'a database'}: the ledger is damaged", RESTORE_HINT, as_json=as_json
-        )
+    if (known := as_enrich_error(error, ledger)) is not None:
+        return _fail(known.exit_code, known.message, known.hint, as_json=as_json)
     click.echo(clean_text("".join(traceback.format_exception(error)), _find_api_key()).rstrip("\n"), err=True)
     return _fail(
-        ExitCode.BUG, f"this is a bug: {type(error).__name__}", "please report it with the lines above", as_json=as_json
+        ExitCode.BUG, f"this is a bug: {type(error).__name__}", "report it with the lines above", as_json=as_json
     )
 
 
@@ -116,9 +108,9 @@ def _find_api_key() -> str:
     return ""
 
 
-def _fail(code: ExitCode, message: str, hint: str | None, *, as_json: bool) -> int:
+def _fail(code: ExitCode, message: str, hint: str | None, *, as_json: bool, label: str = "error: ") -> int:
     message = clean_text(message)  # it may contain a file name or a server's text
-    click.echo(f"error: {message}", err=True)
+    click.echo(f"{label}{message}", err=True)
     if hint:
         click.echo(f"hint: {hint}", err=True)
     if as_json:
@@ -130,29 +122,33 @@ def _fail(code: ExitCode, message: str, hint: str | None, *, as_json: bool) -> i
 SECTIONS = {
     "Set up": {
         "init": ("enrich.commands.init.command", "Write a commented job file for a CSV."),
-        "check": ("enrich.commands.check", "Check JOB before it runs; pays and changes nothing."),
-        "waterfalls": ("enrich.commands.waterfalls", "Show what the API offers, with params and prices."),
+        "check": ("enrich.commands.check", "Check JOB before it runs, and list every problem. Free, offline."),
+        "waterfalls": ("enrich.commands.waterfalls", "List waterfalls, with params and prices."),
+        "enrichments": ("enrich.commands.waterfalls", "List enrichments, with params and prices."),
         "schema": ("enrich.commands.schema", "Print the JSON Schema of the job file, for editors."),
         "cron": ("enrich.commands.cron", "Print the crontab line and the systemd units for JOB."),
-        "doctor": ("enrich.commands.doctor.command", "Check that tonight's run of JOB will work, as cron starts it."),
+        "doctor": ("enrich.commands.doctor.command", "Check that the next cron run of JOB will work."),
     },
     "Run": {
-        "plan": ("enrich.commands.plan", "Show what a run of JOB would ask and cost; costs nothing."),
-        "run": ("enrich.commands.run", "Enrich the leads of JOB; started again it resumes."),
-        "collect": ("enrich.commands.collect", "Write the output of JOB from the ledger alone."),
-        "sandbox": ("enrich.sandbox.command", "Serve a fake of the Databar API on loopback."),
+        "plan": ("enrich.commands.plan", "Show what a run of JOB sends and the most it can cost. Free."),
+        "run": ("enrich.commands.run", "Enrich the leads of JOB. The same command resumes."),
+        "cancel": ("enrich.commands.cancel", "Cancel the tasks of JOB that are running at Databar."),
     },
     "Inspect": {
-        "status": ("enrich.commands.status", "Show what the ledger of JOB contains, or watch a run."),
+        "status": ("enrich.commands.status", "Show the last run of JOB, or watch the current one."),
         "runs": ("enrich.commands.runs", "List the runs of JOB, newest first."),
-        "explain": ("enrich.commands.explain", "Show everything that happened to one lead of JOB."),
+        "explain": ("enrich.commands.explain", "Show the history of one lead of JOB."),
         "report": ("enrich.commands.report", "Write the report of JOB: one HTML page."),
-        "reconcile": ("enrich.commands.reconcile", "Compare the account's balance with the ledger of JOB."),
     },
-    "Maintain": {
-        "ledger": ("enrich.commands.ledger", "Check, back up or copy a ledger."),
+    "Data": {
+        "collect": ("enrich.commands.collect", "Write the output of JOB from the ledger, without network."),
         "forget": ("enrich.commands.forget", "Erase a person from the ledger of JOB."),
-        "purge": ("enrich.commands.forget", "Erase old params and answers from the ledger of JOB."),
+        "purge": ("enrich.commands.forget", "Erase old params and results from the ledger of JOB."),
+    },
+    "Maintenance": {
+        "ledger": ("enrich.commands.ledger", "Check, back up or copy a ledger."),
+        "reconcile": ("enrich.commands.reconcile", "Compare the account balance with the ledger of JOB."),
+        "sandbox": ("enrich.sandbox.command", "Serve the built-in sandbox of the Databar API."),
     },
 }
 COMMANDS = {name: command for commands in SECTIONS.values() for name, command in commands.items()}
@@ -187,7 +183,7 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="enrich")
 def cli() -> None:
-    """Enrich a CSV of leads with a Databar.ai waterfall.
+    """Enrich a CSV of leads with a Databar.ai waterfall or enrichment.
 
-    Resumable, never paying twice, losing no answer. Start with: enrich run JOB --sandbox
+    Resumable, never charged twice, with a budget cap. Try it without a key: enrich run JOB --sandbox
     """

@@ -7,6 +7,8 @@ EnrichError                        message, hint and exit code
 ├── ApiUnreachable           4     the API does not respond: the next run resumes
 ├── ClusterFailed            4     the cluster cannot be reached or started: the next run resumes
 ├── CommandRefused           5     nothing was spent: check the input, the balance, the ledger
+│   ├── RunDeclined                the run needs a confirmation, and leaves no record
+│   │   └── RunCancelled           the user answered no
 │   └── LedgerDamaged              the ledger's file is damaged
 ├── LedgerLocked            11     another run is in progress
 ├── Interrupted        130,143     a signal ended the run
@@ -25,6 +27,7 @@ EnrichError                        message, hint and exit code
     │   └── InvalidPollResponse    unreadable, or possibly for another task: poll again
     ├── BadParams                  400, 422 that name a param: the row fails
     ├── TaskUnknown                404 for a task: too new, or lost
+    ├── TaskFinished               409: the task can no longer be cancelled
     ├── JobRejected                any other 400, 422, and 404: stop with exit code 2
     └── SubmissionUnconfirmed      may have been accepted: the request becomes in_doubt
 """
@@ -81,12 +84,23 @@ class CommandRefused(EnrichError):
     exit_code = ExitCode.REFUSED
 
 
+class RunDeclined(CommandRefused):
+    """The run needs a confirmation, and there is no terminal for it. No record of the run is kept."""
+
+
+class RunCancelled(RunDeclined):
+    """The user answered no."""
+
+    def __init__(self) -> None:
+        super().__init__("Cancelled. Nothing sent.")
+
+
 class LedgerDamaged(CommandRefused):
     """The ledger's file is damaged: its content is not what was written."""
 
 
 #: Hint for LedgerLocked.
-LOCKED_HINT = "wait for it, or use --if-locked skip or wait"
+LOCKED_HINT = "`enrich status JOB --watch` shows it. To wait for it or to skip: --if-locked wait or skip"
 
 
 class LedgerLocked(EnrichError):
@@ -121,8 +135,8 @@ class LeaseLost(LedgerFailed):
 
     def __init__(self) -> None:
         super().__init__(
-            "this process was silent for too long, and what it was at was given to others",
-            "run the same command again: it goes on where the ledger stands",
+            "this process sent no heartbeat for too long, and other workers took over its tasks",
+            "run the same command again: it resumes",
         )
 
     def __reduce__(self) -> tuple[type[LeaseLost], tuple[()]]:
@@ -137,7 +151,7 @@ class Interrupted(EnrichError):
     """A signal ended the run. `exit_code` is 130 or 143."""
 
     def __init__(self, code: ExitCode) -> None:
-        super().__init__("interrupted: what is at the API is collected by the next run")
+        super().__init__("interrupted: the next run collects the running tasks")
         self.exit_code = code
 
 
@@ -165,7 +179,7 @@ class CertificateUntrusted(RequestNotAccepted):
     def __init__(self, message: str) -> None:
         super().__init__(
             message,
-            "if the network inspects TLS, put its certificate into a file (PEM) and name that in SSL_CERT_FILE",
+            "if your network inspects TLS, set SSL_CERT_FILE to a file with its certificate (PEM)",
         )
 
 
@@ -218,6 +232,10 @@ class JobRejected(ApiCallFailed):
 
 class TaskUnknown(ApiCallFailed):
     """404 for a task id."""
+
+
+class TaskFinished(ApiCallFailed):
+    """409: the task has finished, so it cannot be cancelled."""
 
 
 class SubmissionUnconfirmed(ApiCallFailed):

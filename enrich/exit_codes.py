@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -58,14 +58,14 @@ EXIT_LABELS = {
     0: "ok",
     1: "bug or disk",
     2: "wrong job",
-    3: "key refused",
+    3: "key rejected",
     4: "API unreachable",
     5: "refused",
     10: "some failed",
     11: "locked",
     12: "out of credits",
     13: "out of time",
-    14: "in doubt",
+    14: "unconfirmed",
     15: "canary",
     130: "interrupted",
     143: "terminated",
@@ -75,7 +75,7 @@ _IN_DOUBT_CODE = 14
 
 #: No action is required: the counts show the failures of 10, and the next run continues after 13.
 SUCCESS_CODES = frozenset({0, 10, 13})
-#: Says nothing about the health of the job: another run holds the ledger, or a person stopped this one.
+#: No statement about the health of the job: another run has locked the ledger, or the user stopped this one.
 NEUTRAL_CODES = frozenset({11, 130, 143})
 
 #: The commands that help, by exit code. `{run}` is the job with all its paths, `{look}` with its ledger only.
@@ -90,14 +90,14 @@ _COMMANDS = {
     15: ("enrich status {look}", "enrich run {run}"),
 }
 _INSTRUCTIONS = {
-    1: "nothing that is known is lost; look, then go on",
-    2: "mend the job or its input, then",
-    3: "put the right key in its place, then",
-    4: "the next run goes on; to go on now",
-    5: "mend what the error says, then",
-    12: "top up the account or raise `max_credits`, then",
-    14: "see what it may have cost; then ask again (may pay twice) or take it for lost",
-    15: "look at the first answers and the mapping; then",
+    1: "Check the ledger, then run again",
+    2: "Correct the job or its input, then run again",
+    3: "Set the right API key, then run again",
+    4: "The next run resumes. To resume now",
+    5: "Correct the cause, then run again",
+    12: "Top up the account or raise `max_credits`, then run again",
+    14: "Compare the balance, then retry (may charge again) or mark as failed",
+    15: "Check the first results and the mapping, then run again",
 }
 
 
@@ -110,7 +110,7 @@ def outcome_label(code: int | None, *, is_running: bool | None) -> str:
     """Return how a run ended. Without an exit code it is running or was killed; `is_running` None: not known which."""
     if code is not None:
         return exit_label(code)
-    return {True: "at work now", False: "killed", None: "at work, killed"}[is_running]
+    return {True: "running", False: "killed", None: "running or killed"}[is_running]
 
 
 def requires_action(code: int) -> bool:
@@ -136,34 +136,43 @@ class RequiredAction:
 
 #: What rows of each status require, and the commands for it.
 _ACTIONS_BY_STATUS: dict[RowStatus, tuple[str, tuple[str, ...]]] = {
-    RowStatus.IN_DOUBT: (f"in doubt: {_INSTRUCTIONS[14]}", _COMMANDS[14]),
-    RowStatus.FAILED: ("failed: ask again (costs again)", ("enrich run {run} --retry failed",)),
-    RowStatus.EXPIRED: ("expired: ask again (costs again)", ("enrich run {run} --retry expired",)),
+    RowStatus.FAILED: ("Retry {things} (may charge)", ("enrich run {run} --retry failed",)),
+    RowStatus.EXPIRED: ("Retry {things} (charges again)", ("enrich run {run} --retry expired",)),
+    RowStatus.IN_DOUBT: ("{things} may have been charged. " + _INSTRUCTIONS[14], _COMMANDS[14]),
 }
 
 
 def required_actions(
-    code: int, rows: Mapping[str, Any], target: JobArguments, noun: str = "row"
+    code: int, rows: Mapping[str, Any], target: JobArguments, noun: str = "lead"
 ) -> list[RequiredAction]:
     """Return the required actions for an exit code and for the number of rows (or of another `noun`) by status."""
-    actions = []
-    if code in _COMMANDS and not (code == _IN_DOUBT_CODE and rows.get(RowStatus.IN_DOUBT)):
+    actions: list[tuple[str, tuple[str, ...]]] = []
+    if code == ExitCode.CREDITS and "--new-ledger" in (hint := rows.get("hint") or ""):
+        # No money is missing: another ledger has paid for what a later step would send.
+        actions.append((hint, ("enrich run {run} --new-ledger",)))
+    elif code in _COMMANDS and not (code == _IN_DOUBT_CODE and rows.get(RowStatus.IN_DOUBT)):
         actions.append((_INSTRUCTIONS[code], _COMMANDS[code]))
     if credits_over_cap := rows.get("credits_over_cap"):
         overrun = format_credits(credits_over_cap)
-        text = f"the credits cap was overrun by {overrun}, because a price rose: look at the prices"
+        text = f"The run spent {overrun} credits over the cap, because a price rose. See the current prices"
         actions.append((text, ("enrich plan {run}",)))
     for status, (text, commands) in _ACTIONS_BY_STATUS.items():
         if count := rows.get(status):
-            actions.append((f"{pluralize(count, noun)} {text}", commands))
+            word = "unconfirmed" if status is RowStatus.IN_DOUBT else status.value
+            things = f"the {word} {noun}" if count == 1 else pluralize(count, f"{word} {noun}")
+            sentence = text.format(things=things)
+            actions.append((sentence[0].upper() + sentence[1:], commands))
     return [
         RequiredAction(text, tuple(each.format(run=target.run_args, look=target.ledger_args) for each in commands))
         for text, commands in actions
     ]
 
 
-def format_actions(actions: Iterable[RequiredAction]) -> list[str]:
-    """Format the actions as lines."""
-    return [
-        line for action in actions for line in (f"{action.text}:", *(f"  {command}" for command in action.commands))
-    ]
+def format_actions(actions: Iterable[RequiredAction]) -> Iterator[str]:
+    """Yield the actions as lines. A single command is on the line of its text."""
+    for action in actions:
+        if len(action.commands) == 1:
+            yield f"{action.text}: {action.commands[0]}"
+        else:
+            yield f"{action.text}:" if action.commands else action.text
+            yield from (f"  {command}" for command in action.commands)

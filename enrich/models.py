@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
 from enum import StrEnum
+from itertools import repeat
 from typing import Any, NamedTuple, overload
 
 import orjson
@@ -30,26 +31,29 @@ class State(StrEnum):
 #: to pending and continue to submitting in the same transaction. Until then the request keeps its old state. If the
 #: API refuses the POST, the request returns to it.
 TRANSITIONS: dict[tuple[State, State], str] = {
-    (State.PENDING, State.SUBMITTING): "a: the intent is on disk before the POST leaves",
+    (State.PENDING, State.SUBMITTING): "a: the intent is on disk before the POST is sent",
     (State.SUBMITTING, State.SUBMITTED): "b: the API answered with a task id",
     (State.SUBMITTING, State.PENDING): "c: provably not accepted",
     (State.SUBMITTING, State.FAILED): "c: the API named a param that is wrong, or refused a retry",
     (State.SUBMITTING, State.EXPIRED): "c: the API refused a retry",
     (State.SUBMITTING, State.FOUND): "c: the API refused a refresh",
     (State.SUBMITTING, State.NOT_FOUND): "c: the API refused a refresh",
-    (State.SUBMITTING, State.IN_DOUBT): "d: bytes may have left, or the process died, or a retry was refused",
-    (State.SUBMITTED, State.FOUND): "e: the poller brought the answer",
-    (State.SUBMITTED, State.NOT_FOUND): "e: the poller brought the answer",
-    (State.SUBMITTED, State.FAILED): "e: the poller brought the answer",
-    (State.SUBMITTED, State.EXPIRED): "e: the result is gone",
-    (State.SUBMITTED, State.IN_DOUBT): "e: a task that was never seen alive polls 404",
-    (State.IN_DOUBT, State.SUBMITTING): "f, a: only by the person's word",
-    (State.IN_DOUBT, State.FAILED): "f: the person takes it for lost",
-    (State.FAILED, State.SUBMITTING): "f, a: only by the person's word",
-    (State.EXPIRED, State.SUBMITTING): "f, a: only by the person's word",
-    (State.IN_DOUBT, State.SUBMITTED): "i: the API knows its task after all",
-    (State.EXPIRED, State.SUBMITTED): "i: the API knows its task after all",
-    (State.SUBMITTED, State.PENDING): "g: failed at no charge, attempts are left",
+    (
+        State.SUBMITTING,
+        State.IN_DOUBT,
+    ): "d: bytes may have been sent, or the process was killed, or a retry was refused",
+    (State.SUBMITTED, State.FOUND): "e: the poller fetched the result",
+    (State.SUBMITTED, State.NOT_FOUND): "e: the poller fetched the result",
+    (State.SUBMITTED, State.FAILED): "e: the poller fetched the result",
+    (State.SUBMITTED, State.EXPIRED): "e: the result expired",
+    (State.SUBMITTED, State.IN_DOUBT): "e: a task that was never seen running polls 404",
+    (State.IN_DOUBT, State.SUBMITTING): "f, a: only by --retry",
+    (State.IN_DOUBT, State.FAILED): "f: marked as failed by --accept",
+    (State.FAILED, State.SUBMITTING): "f, a: only by --retry",
+    (State.EXPIRED, State.SUBMITTING): "f, a: only by --retry",
+    (State.IN_DOUBT, State.SUBMITTED): "i: a later poll finds its task",
+    (State.EXPIRED, State.SUBMITTED): "i: a later poll finds its task",
+    (State.SUBMITTED, State.PENDING): "g: failed at no charge, and attempts remain",
     (State.FOUND, State.SUBMITTING): "h, a: older than policy.refresh allows",
     (State.NOT_FOUND, State.SUBMITTING): "h, a: older than policy.refresh allows",
 }
@@ -66,6 +70,7 @@ class Decision(StrEnum):
     NEW = "new"  # never answered
     RETRY = "retry"  # sent again because of --retry
     REFRESH = "refresh"  # sent again because its answer is too old
+    POSSIBLE = "possible"  # rows of a later step only: sent if the results of earlier steps call for it
     FOUND = "found"  # already answered
     NOT_FOUND = "not_found"  # already answered
     FAILED = "failed"
@@ -83,6 +88,25 @@ class Decision(StrEnum):
 
 #: Decisions with which a request is sent and paid for.
 DECISIONS_TO_SEND = (Decision.NEW, Decision.RETRY, Decision.REFRESH)
+#: The decisions that limit and sample count. They include requests sent since the plan was saved.
+COUNTED_TOWARDS_LIMIT = (*DECISIONS_TO_SEND, Decision.PLANNED)
+
+
+class LeftOut(StrEnum):
+    """Why a cell, although it is not empty, gives no value for a param."""
+
+    PLACEHOLDER = "placeholder"  # N/A, #REF! …: see `blanks` in the job file
+    NO_TEXT = "list, object or boolean"
+    NUL = "NUL character"
+    TOO_LONG = "too long"
+    NO_DOMAIN = "no public host"
+    NO_EMAIL = "no e-mail address"
+    NO_COUNT = "no whole number above 0"
+    NO_CHOICE = "none of the choices"
+    SEVERAL = "two addresses"
+    FREE_MAIL = "free mail"
+    SOCIAL_NETWORK = "social network"
+    SHARED_HOST = "shared host"
 
 
 class RowStatus(StrEnum):
@@ -147,9 +171,15 @@ def to_credits(micros: int | None) -> float | None:
     return None if micros is None else micros / MICROS_PER_CREDIT
 
 
+def job_title(name: str, *, sandbox: bool) -> str:
+    """Return a job's name for people, marked for a sandbox run."""
+    return f"SANDBOX {name}" if sandbox else name
+
+
 def pluralize(number: int, noun: str) -> str:
-    """Format a number with its noun, such as `1 row` or `1,000 rows`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    """Format a number with its noun, such as `1 row`, `1,000 rows` or `2 matches`."""
+    ending = "" if number == 1 else "es" if noun.endswith("ch") else "s"
+    return f"{number:,} {noun}{ending}"
 
 
 def format_credits(amount: float) -> str:
@@ -174,44 +204,49 @@ def iso_time(at_ms: int) -> str:
     return datetime.fromtimestamp(at_ms / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def format_duration(seconds: float) -> str:
-    """Format a duration in seconds as h:mm:ss."""
-    minutes, rest = divmod(max(0, round(seconds)), 60)
+def format_elapsed(seconds: float) -> str:
+    """Format a duration in seconds as `0.3 s`, `14 s`, `3 min 20 s` or `2 h 05 min`."""
+    if seconds < 9.95:  # noqa: PLR2004 - shown as 10 s
+        return f"{max(0.0, seconds):.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{rest} s"
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}"
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """The part that all requests of a job share: waterfall, provider ids in order, and email verifier id."""
+class RequestBatch:
+    """The requests of rows, as columns: an object for each of a million rows would take longer than reading the rows.
 
-    waterfall: str
-    enrichments: tuple[int, ...]
-    email_verifier: int | None = None
-
-    def canonical(self) -> str:
-        """Return the call as canonical JSON: equal calls have equal text."""
-        return json.dumps(self.body() | {"waterfall": self.waterfall}, sort_keys=True)
-
-    def body(self) -> dict[str, Any]:
-        """Return the request body without `params`."""
-        body: dict[str, Any] = {"enrichments": list(self.enrichments)}
-        if self.email_verifier is not None:
-            body["email_verifier"] = self.email_verifier
-        return body
-
-
-class RowRequest(NamedTuple):
-    """The request of a row: position in the input (from 0), fingerprint of the request, and params as JSON.
-
-    `queue_position` is its rank in the send order (None: same as `position`). `group` is the value `caps` counts by.
+    `positions` are those of the rows in the input (from 0), `params` are JSON. `queue_positions` are ranks in the send
+    order; None: the same as `positions`. `groups` has the values that `caps` counts; None: the job has none.
     """
 
-    position: int
-    fingerprint: bytes
-    params: str
-    queue_position: int | None = None
-    group: str | None = None
+    positions: Sequence[int]
+    fingerprints: Sequence[bytes]
+    params: Sequence[str]
+    queue_positions: Sequence[int] | None = None
+    groups: Sequence[str | None] | None = None
+
+    def distinct(self) -> RequestBatch:
+        """Return the requests without those of earlier rows. The lowest place in the send order counts."""
+        if len(set(self.fingerprints)) == len(self.fingerprints):
+            return self
+        first: dict[bytes, int] = {}
+        queue_positions: dict[bytes, int] = {}
+        for place, name in enumerate(self.fingerprints):
+            first.setdefault(name, place)
+        for name, position in zip(self.fingerprints, self.queue_positions or (), strict=False):
+            queue_positions[name] = min(position, queue_positions.get(name, position))
+        places = list(first.values())
+        return RequestBatch(
+            [self.positions[place] for place in places],
+            list(first),
+            [self.params[place] for place in places],
+            list(queue_positions.values()) or None,
+            None if self.groups is None else [self.groups[place] for place in places],
+        )
 
 
 class RowDecision(NamedTuple):
@@ -231,6 +266,7 @@ class RequestSelection:
     """Which requests a run sends. `refresh_before_ms`: answers older than this time (ms) are requested again.
 
     `after_execution`: select as if nothing was sent after this execution, the newest one when the plan was saved.
+    `sent_in`: what this execution has sent is not selected again, for a later step that has the same request.
     `no_active_run`: no run is in progress, so requests in state submitting were left by a killed run.
     """
 
@@ -241,6 +277,7 @@ class RequestSelection:
     seed: int = 0
     limit: int | None = None
     after_execution: int | None = None
+    sent_in: int | None = None
     no_active_run: bool = False
 
     @property
@@ -248,9 +285,14 @@ class RequestSelection:
         """Whether the user limited the number of requests (`--limit`, `--sample` or a saved plan)."""
         return not (self.limit is self.sample is self.after_execution is None)
 
+    @property
+    def sent_again(self) -> frozenset[State]:
+        """States of requests that may be sent again."""
+        return self.retry | frozenset(self.refresh_before_ms)
+
 
 @dataclass(frozen=True, slots=True)
-class Claim:
+class ClaimedRequest:
     """A request whose intent to submit is on disk. Exactly one POST may be sent for it, or for its whole bulk task."""
 
     attempt_id: int
@@ -274,6 +316,8 @@ class Task:
     bulk_task_id: int | None = None
     #: A newer attempt of the same request exists.
     superseded: bool = False
+    #: Highest price of all its requests, in millionths.
+    reserved: int = field(default=0, compare=False)
 
 
 class Acceptance(StrEnum):
@@ -307,7 +351,7 @@ class Answer:
 class SettledAttempt(NamedTuple):
     """An attempt that a run settled: request, outcome and cost.
 
-    `state` is the value of a State, `call` is a canonical Call. `params` and `answer` are JSON. `answer` is None if
+    `state` is the value of a State, `call` is a canonical Target. `params` and `answer` are JSON. `answer` is None if
     there is none or it was purged. `paid` is its charge in millionths of a credit, None if unknown.
     """
 
@@ -318,6 +362,10 @@ class SettledAttempt(NamedTuple):
     paid: int | None
     answer: str | None
     erased: int
+    #: The step of the job that sent it; None: the job has none.
+    step: str | None = None
+    #: The provider of the answer, as it was stored with it.
+    provider: str | None = None
 
 
 class RequestResult(NamedTuple):
@@ -340,3 +388,13 @@ class RequestResult(NamedTuple):
     attempt_id: int | None
     capped: int
     erased_ms: int | None
+
+
+#: The results of a batch by field of RequestResult, in the order of its fields. Objects for a million rows would take
+#: longer than reading them.
+ResultColumns = Mapping[str, Sequence[Any]]
+
+
+def result_columns(results: Sequence[RequestResult]) -> ResultColumns:
+    """Return results as columns."""
+    return dict(zip(RequestResult._fields, zip(*results, strict=True) if results else repeat(()), strict=False))

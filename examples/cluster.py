@@ -35,7 +35,7 @@ params:
   company: {{column: Website, transform: [domain]}}
 columns:
   work_email: email
-limits: {{requests_per_second: 200, in_flight: 200}}
+limits: {{requests_per_second: 200}}
 """
 
 
@@ -61,7 +61,7 @@ def main() -> None:
     job = options.folder / "job.yaml"
     with dedicated_server() as server:
         job.write_text(JOB.format(ledger=server.ledger_url("cluster")))
-        run_command = ["run", str(job), "--sandbox", "--engine", "ray", "--workers", str(options.workers), "--receipt"]
+        run_command = ["run", str(job), "--sandbox", "--engine", "ray", "--workers", str(options.workers), "--summary"]
         print(f"{options.rows:,} leads in {options.folder / 'leads'}, with {options.questions:,} distinct questions")
         first = run_enrich(server, *run_command)
         if first not in (0, 10):
@@ -71,7 +71,7 @@ def main() -> None:
         run_enrich(server, *run_command)
         print(f"({time.monotonic() - began:.0f} s, with the start of Ray)")
         run_enrich(server, "ledger", "check", str(job), "--sandbox")
-    dataset = pl.scan_parquet(options.folder / "enriched" / "*.parquet").sort("enrich_index")
+    dataset = pl.scan_parquet(options.folder / "enriched.sandbox" / "*.parquet").sort("enrich_index")
     with pl.Config(tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True, tbl_width_chars=120):
         print(dataset.select("enrich_index", "First Name", "Last Name", "country", "work_email", "enrich_status")
               .head(8).collect())  # fmt: skip

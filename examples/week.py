@@ -39,7 +39,7 @@ MONDAY = 4 * 24 * HOUR  # the first Monday of Unix time
 #: Exit codes of a good run; 10: some rows failed at the vendor.
 SUCCESS_CODES = (0, 10)
 COUNTRIES = ("DE", "FR", "US", "GB", "")
-HEADER = ("night", "what", "exit", "rows", "submitted", "reused", "found", "credits", "sold twice")
+HEADER = ("day", "event", "exit", "rows", "submitted", "reused", "found", "credits", "paid twice")
 TABLE = "{:<10}{:<38}{:>5}{:>6}{:>10}{:>8}{:>7}{:>9}{:>12}"
 
 
@@ -216,9 +216,9 @@ def monday(week: Week) -> None:
     plan = week.run_json("plan", "leads.yaml", "-o", "monday.plan")
     run = week.run("first run, as planned", "--plan", "monday.plan")
     # More than planned: requests that failed without a charge were sent again.
-    week.check(run.summary["submitted"] >= plan["to_submit"], "Monday's run asks what its plan says")
+    week.check(run.summary["submitted"] >= plan["to_submit"], "Monday's run sends what its plan contains")
     again = week.run("the same once more")
-    week.check(not again.summary["submitted"], "what is known is not asked again")
+    week.check(not again.summary["submitted"], "leads with a result are not sent again")
 
 
 def tuesday(week: Week) -> None:
@@ -226,7 +226,7 @@ def tuesday(week: Week) -> None:
     write_leads(week.folder, 80, duplicates=5, removed=1)
     week.run("20 new, 5 of them twice, one left")
     write_fair_guests(week.folder)
-    fair = week.run("a fair's guests, half of them known", job="fair.yaml")
+    fair = week.run("guests of a fair, half already enriched", job="fair.yaml")
     week.check(fair.summary["reused"] > 0, "the jobs share a ledger")
 
 
@@ -238,11 +238,11 @@ def wednesday(week: Week) -> None:
     week.api.inject_fault("silence-before", 1000)
     week.run("kill -9 in the middle", expected=(-9,), meanwhile=lambda run: kill_when_silent(run, week.api))
     week.api.call("/__faults", clear=True)
-    in_doubt = week.run("cron's next start resumes", expected=(14,))
+    in_doubt = week.run("the next start by cron resumes", expected=(14,))
     balance = week.run_json("reconcile", "leads.yaml", "--since", str(in_doubt.summary["execution"] - 1))
-    week.check(balance["in_doubt"]["number"] >= 2, "reconcile knows the doubts")
-    week.check(balance["unexplained"] == 0, "the doubts explain the balance")
-    week.run("a person: --retry in_doubt", "--retry", "in_doubt", repeats_allowed=True)
+    week.check(balance["in_doubt"]["number"] >= 2, "reconcile lists the unconfirmed requests")
+    week.check(balance["unexplained"] == 0, "the unconfirmed requests explain the balance")
+    week.run("decision: --retry in_doubt", "--retry", "in_doubt", repeats_allowed=True)
 
 
 def kill_when_silent(run: subprocess.Popen[str], api: SandboxApi) -> None:
@@ -266,8 +266,8 @@ def friday(week: Week) -> None:
     """Other users of the account have spent nearly all credits."""
     write_leads(week.folder, 150, duplicates=5, removed=1)
     week.api.call("/__topup", credits=14.5 - week.api.call("/__audit")["balance"])
-    week.run("hardly any credits", expected=(12,))
-    week.run("none to spare: nothing is asked", expected=(5,))
+    week.run("nearly no credits", expected=(12,))
+    week.run("no credits to spare: nothing is sent", expected=(5,))
     week.api.call("/__topup", credits=1000)
     week.run("topped up")
 
@@ -282,17 +282,17 @@ def saturday(week: Week) -> None:
         week.api.inject_fault(name, 2, scope="get")
     in_doubt = week.run("429s, 5xx and resets", expected=(14,))
     week.check(in_doubt.summary["rate_limited"] >= 3, "the 429s are counted")
-    week.run("a person: --accept in_doubt", "--accept", "in_doubt")
+    week.run("decision: --accept in_doubt", "--accept", "in_doubt")
 
 
 def sunday(week: Week) -> None:
     """There are no new leads. In the afternoon, Monday's requests with no match are due for a refresh."""
     quiet = week.run("nothing new")
-    week.check(not quiet.summary["submitted"], "nothing new is nothing paid")
-    week.check(not quiet.summary["changed"], "nothing new is nothing in the change feed")
+    week.check(not quiet.summary["submitted"], "nothing new, nothing paid")
+    week.check(not quiet.summary["changed"], "nothing new in the change feed")
     week.api.wait_until(day=6, hour=14)
     due = week.run("Monday's misses are due: refresh", repeats_allowed=True)
-    week.check(due.summary["submitted"] > 0, "the refresh asks")
+    week.check(due.summary["submitted"] > 0, "the refresh sends")
 
 
 def check_report(week: Week) -> Iterator[str]:
@@ -304,7 +304,7 @@ def check_report(week: Week) -> Iterator[str]:
         page["waterfall"]["spent"],
         sum(night["credits_spent"] for night in page["nights"]),
     ]
-    week.check({round(each, 6) for each in totals} == {round(spent, 6)}, "the report adds up to the receipts")
+    week.check({round(each, 6) for each in totals} == {round(spent, 6)}, "the report adds up to the run summaries")
     yield f"the report        {page['credits_spent']:>9.2f} credits for leads.yaml: report.html"
 
 
@@ -320,14 +320,16 @@ def check_bill(week: Week) -> Iterator[str]:
     unreported = [task for run in audit["runs"] for task in run["task_ids"] if task not in reported]
     price = sum(week.api.call(f"/v1/tasks/{task}")["credits_spent"] for task in unreported)
     twice = sum(run.paid_twice - before.paid_twice for before, run in pairwise(week.runs) if run.repeats_allowed)
-    yield f"receipts          {spent:>9.2f} credits for {submitted} runs"
-    yield f"never heard of    {price:>9.2f} credits for {len(unreported)} runs: what the doubts have cost"
+    yield f"run summaries     {spent:>9.2f} credits for {submitted} runs"
+    yield f"no response       {price:>9.2f} credits for {len(unreported)} runs: the cost of unconfirmed requests"
     yield f"the vendor's bill {audit['credits_charged']:>9.2f} credits for {audit['accepted']} runs"
-    yield f"sold twice        {audit['paid_twice']:>9} questions, {twice} of them by a person's choice"
-    week.check(round(spent + price, 6) == audit["credits_charged"], "the receipts add up to the bill")
-    week.check(submitted + len(unreported) == audit["accepted"], "every accepted run is in a receipt or was in doubt")
+    yield f"charged twice     {audit['paid_twice']:>9} requests, {twice} of them by --retry or refresh"
+    week.check(round(spent + price, 6) == audit["credits_charged"], "the run summaries add up to the bill")
+    week.check(
+        submitted + len(unreported) == audit["accepted"], "every accepted run is in a summary or was unconfirmed"
+    )
     week.check(unknown == 0, "every price is known")
-    week.check(twice == audit["paid_twice"], "nothing is paid twice but by a person's choice")
+    week.check(twice == audit["paid_twice"], "nothing is paid twice except by --retry or refresh")
 
 
 DAYS = (monday, tuesday, wednesday, thursday, friday, saturday, sunday)
@@ -355,7 +357,7 @@ def run_week(folder: Path) -> int:
 def main() -> int:
     """Parse the command line and run the week."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, help="an empty folder that keeps what the week leaves behind")
+    parser.add_argument("--folder", type=Path, help="an empty folder for the files of the week")
     folder = parser.parse_args().folder
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)

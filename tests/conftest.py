@@ -1,33 +1,48 @@
-"""Fixtures: a sandbox API, a workspace with a job, a PostgreSQL server."""
+"""Fixtures: a sandbox API, a workspace with a job, a PostgreSQL server.
 
+The program, the sandbox and the servers are imported by the fixtures: pytest's first process, which only distributes
+the tests, imports this file, too, before it starts the others.
+"""
+
+# ruff: noqa: PLC0415
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
 
-from enrich.job.locations import LedgerLocation, parse_ledger_location
-from tests.support import postgres as servers
+from tests.support import program
 from tests.support.cases import FULL
-from tests.support.ledger import CommittingLedger
-from tests.support.postgres import PostgresServer
-from tests.support.workspace import SandboxApi, Workspace, make_leads, serve_api
+from tests.support.server_lifetime import ServerLifetime
+
+if TYPE_CHECKING:
+    from xdist.remote import Producer
+    from xdist.scheduler import Scheduling
+
+    from enrich.job.locations import LedgerLocation
+    from tests.support.ledger import CommittingLedger
+    from tests.support.postgres import PostgresServer
+    from tests.support.workspace import SandboxApi, Workspace
 
 # No deadline: a busy machine is slow. Derandomized: the same code sees the same examples everywhere.
 settings.register_profile("few", deadline=None, derandomize=True, max_examples=12)
-# `make stories` runs all of them …
+# `make stories` runs all of them. Properties of functions have 60 to 200 examples; those whose example is a whole run
+# have 4 to 8, as each has a history of several runs; the stateful ones of the ledger have 40 times 40 steps, enough
+# for every rule to follow every other, …
 settings.register_profile("full", deadline=None, derandomize=True, max_examples=FULL)
 # … and `HYPOTHESIS_PROFILE=explore make stories` for new ones.
 settings.register_profile("explore", deadline=None, max_examples=5 * FULL)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "few"))
 
-#: Name of the variable with the folder of the server that all pytest processes share.
-POSTGRES_FOLDER_VARIABLE = "ENRICH_TESTS_POSTGRES"
+#: Name of the variable with the folder of the servers that all pytest processes share.
+SERVER_FOLDER_VARIABLE = "ENRICH_TESTS_SERVERS"
 
 
 # Containers often disable bytecode; then each pytest process rewrites the assertions of all tests again.
@@ -35,16 +50,38 @@ sys.dont_write_bytecode = False
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Prepare the shared server; it ends with the last pytest process."""
+    """Prepare the shared servers; they end with the last pytest process."""
     if not hasattr(config, "workerinput"):
-        lifetime = servers.ServerLifetime()
-        os.environ[POSTGRES_FOLDER_VARIABLE] = str(lifetime.folder)
+        lifetime = ServerLifetime()
+        os.environ[SERVER_FOLDER_VARIABLE] = str(lifetime.folder)
         config.add_cleanup(lifetime.close)
+    program.server_folder = Path(os.environ[SERVER_FOLDER_VARIABLE])
+
+
+def pytest_collection_finish() -> None:
+    """Exempt from garbage collection what stays to the end: going over it again and again costs 5 % of the time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Scheduling | None:
+    """With `--dist loadscope`, run the tests on Ray, which share a cluster, in one process. None: the default."""
+    if config.getvalue("dist") != "loadscope":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class RayInOneProcess(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "ray" if nodeid.startswith("tests/cluster/") else nodeid
+
+    return RayInOneProcess(config, log)
 
 
 @pytest.fixture
 def api(tmp_path: Path) -> Iterator[SandboxApi]:
     """Serve an API that answers immediately and never fails."""
+    from tests.support.workspace import serve_api
+
     with serve_api(tmp_path / "api.db") as served:
         yield served
 
@@ -58,6 +95,8 @@ def backend() -> str:
 @pytest.fixture
 def ledger_location(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -> LedgerLocation:
     """Return the location of a ledger that does not exist yet."""
+    from enrich.job.locations import parse_ledger_location
+
     if backend == "file":
         return tmp_path / "ledger.db"
     postgres: PostgresServer = request.getfixturevalue("postgres")
@@ -67,6 +106,8 @@ def ledger_location(backend: str, tmp_path: Path, request: pytest.FixtureRequest
 @pytest.fixture
 def ledger(ledger_location: LedgerLocation) -> Iterator[CommittingLedger]:
     """Open a new ledger."""
+    from tests.support.ledger import CommittingLedger
+
     ledger = CommittingLedger.open(ledger_location)
     yield ledger
     ledger.wrapped.close()
@@ -75,6 +116,8 @@ def ledger(ledger_location: LedgerLocation) -> Iterator[CommittingLedger]:
 @pytest.fixture
 def workspace(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -> Workspace:
     """Make an empty folder with the standard job."""
+    from tests.support.workspace import Workspace
+
     folder = tmp_path / "office"
     folder.mkdir()
     made = Workspace(folder)
@@ -88,7 +131,7 @@ def workspace(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -> W
 @pytest.fixture(scope="session")
 def endpoint() -> Iterator[str]:
     """Serve object storage."""
-    from tests.support.object_storage import serve_s3  # noqa: PLC0415 - few tests need it, and it is slow to import
+    from tests.support.object_storage import serve_s3
 
     with serve_s3() as url:
         yield url
@@ -97,7 +140,7 @@ def endpoint() -> Iterator[str]:
 @pytest.fixture
 def bucket(endpoint: str) -> Iterator[dict[str, str]]:
     """Make a bucket; the environment points to it."""
-    from tests.support.object_storage import make_bucket  # noqa: PLC0415 - likewise
+    from tests.support.object_storage import make_bucket
 
     with make_bucket(endpoint) as variables:
         yield variables
@@ -106,6 +149,8 @@ def bucket(endpoint: str) -> Iterator[dict[str, str]]:
 @pytest.fixture
 def finished_run(api: SandboxApi, workspace: Workspace) -> Workspace:
     """Make a workspace whose job has run."""
+    from tests.support.workspace import make_leads
+
     workspace.write_leads(make_leads(12))
     workspace.run_in_process("run", "job.yaml", api=api)
     return workspace
@@ -114,9 +159,11 @@ def finished_run(api: SandboxApi, workspace: Workspace) -> Workspace:
 @pytest.fixture(scope="session")
 def _shared_postgres() -> PostgresServer:
     """Start the shared server in the first pytest process that needs it."""
+    from tests.support import postgres as servers
+
     if not servers.find_binaries():
         pytest.skip(servers.NOT_INSTALLED)
-    return servers.shared_server(Path(os.environ[POSTGRES_FOLDER_VARIABLE]))
+    return servers.shared_server(Path(os.environ[SERVER_FOLDER_VARIABLE]))
 
 
 @pytest.fixture
@@ -129,12 +176,21 @@ def postgres(_shared_postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch) 
     server.drop_schemas()
 
 
-@pytest.fixture
-def own_postgres(monkeypatch: pytest.MonkeyPatch) -> Iterator[PostgresServer]:
-    """Start a server that the test may stop and restart."""
+@pytest.fixture(scope="session")
+def _own_postgres() -> Iterator[PostgresServer]:
+    """Start a server for the tests of this pytest process that stop and restart it."""
+    from tests.support import postgres as servers
+
     if not servers.find_binaries():
         pytest.skip(servers.NOT_INSTALLED)
     with servers.dedicated_server() as server:
-        for name, value in server.environ.items():
-            monkeypatch.setenv(name, value)
         yield server
+
+
+@pytest.fixture
+def own_postgres(_own_postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[PostgresServer]:
+    """Return a server that the test may stop and restart; afterwards it runs again, without connections."""
+    for name, value in _own_postgres.environ.items():
+        monkeypatch.setenv(name, value)
+    yield _own_postgres
+    _own_postgres.restart("immediate")

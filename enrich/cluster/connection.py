@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -23,18 +24,22 @@ from enrich.errors import ClusterFailed, Interrupted
 from enrich.exit_codes import ExitCode
 from enrich.run.signals import EXIT_CODE_BY_SIGNAL, handled_signals
 
-#: Ray's settings, unless the user has set them. With auto-connect a thread that outlives Ray would start it again.
-RAY_ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_ENABLE_AUTO_CONNECT": "0",
-}
 #: How long to retry a cluster's port, in seconds.
 PORT_TIMEOUT_S = 10
 #: How long to wait for a port that answers, but not like Ray, in seconds. Ray itself would wait for minutes.
 CONNECT_TIMEOUT_S = 20.0
 #: A timeout that never expires, in seconds: the worker pool and the heartbeat monitor detect silent machines, not Ray.
 NO_TIMEOUT_S = 10**8
+#: Ray's settings, unless the user has set them. With auto-connect a thread that outlives Ray would start it again.
+RAY_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_AUTO_CONNECT": "0",
+    # Ray would end this process a minute after the head process is lost, here too, without a summary, and log a lot.
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": str(NO_TIMEOUT_S),
+    # Ray would start a task again forever when it ends for want of memory.
+    "RAY_task_oom_retries": "3",
+}
 #: How long disconnecting may take, in seconds. All results are in the ledger by then.
 DISCONNECT_TIMEOUT_S = 10.0
 #: How often our signal handlers are installed again, in seconds, because Ray replaces them during its calls.
@@ -79,15 +84,12 @@ def _connect(address: str | None) -> tuple[int, Path | None]:
     if address is not None:
         _check_port(address)
         os.environ.setdefault("RAY_gcs_server_port_wait_time_s", str(PORT_TIMEOUT_S))
-        # Ray would end this process a minute after the head node is lost, without a run summary, and log a lot.
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(NO_TIMEOUT_S))
         if _has_token():
             os.environ.setdefault("RAY_AUTH_MODE", "token")
     logger = logging.getLogger("ray")
     logger.addHandler(logging.NullHandler())
     logger.propagate = False
-    import ray.data  # noqa: PLC0415 - Ray reads its settings when it is imported
+    import ray  # noqa: PLC0415 - Ray reads its settings when it is imported
 
     context = ray.init(
         address or "local",  # None would let RAY_ADDRESS decide
@@ -113,11 +115,12 @@ def _wait(call: Future[Any], at_most_s: float, signals: float = inf) -> list[Exi
     """Wait for a call into Ray, up to `at_most_s` seconds or `signals` signals; return the signals' exit codes."""
     heard: list[ExitCode] = []
     latest = time.monotonic() + at_most_s
-    handlers = {number: signal.getsignal(number) for number in EXIT_CODE_BY_SIGNAL}
+    is_main = threading.current_thread() is threading.main_thread()  # only that one can have handlers
+    handlers = {number: signal.getsignal(number) for number in EXIT_CODE_BY_SIGNAL if is_main}
     listening = handled_signals()
     try:
         while not call.done() and len(heard) < signals and time.monotonic() < latest:
-            for number in EXIT_CODE_BY_SIGNAL:
+            for number in handlers:
                 if number in listening:
                     signal.signal(number, lambda number, _: heard.append(EXIT_CODE_BY_SIGNAL[signal.Signals(number)]))
                 else:
@@ -161,10 +164,12 @@ def _has_token() -> bool:
 
 def _connection_error(address: str | None, error: Exception) -> ClusterFailed:
     said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    said = said or ("it does not answer" if isinstance(error, TimeoutError) else type(error).__name__)
+    said = said or ("it does not respond" if isinstance(error, TimeoutError) else type(error).__name__)
     if address is None:
-        return ClusterFailed(f"Ray can't be started on this machine: {said}", "look into /tmp/ray/session_latest/logs")
+        return ClusterFailed(
+            f"Ray can't be started on this machine: {said}", "see the logs in /tmp/ray/session_latest/logs"
+        )
     return ClusterFailed(
         f"the Ray cluster at {address} can't be reached: {said}",
-        "does it run there, with the same versions of Ray and Python, and is its token in ~/.ray/auth_token?",
+        "check that it runs there with the same versions of Ray and Python, and its token in ~/.ray/auth_token",
     )

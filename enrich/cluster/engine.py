@@ -1,4 +1,4 @@
-"""Runs the phases of a run on Ray: actors submit and poll, datasets enroll the input and collect the output."""
+"""Runs the phases of a run on Ray: actors submit and poll, tasks enroll the input and collect the output."""
 
 from __future__ import annotations
 
@@ -9,29 +9,28 @@ from typing import Any
 
 import polars as pl
 
-from enrich.cluster.actors import ActorHandle, start_actor
 from enrich.cluster.blocks import SharedPass, map_blocks, split_input
-from enrich.cluster.presence import HeartbeatMonitor, Heartbeats, new_heartbeat_counter
+from enrich.cluster.heartbeats import HeartbeatMonitor, Heartbeats, new_heartbeat_counter
 from enrich.cluster.worker import WorkerTask
-from enrich.cluster.worker_pool import WorkerHandle, WorkerPool
+from enrich.cluster.workers import WorkerPool
 from enrich.databar.credentials import ApiAccess
 from enrich.errors import CommandRefused
 from enrich.files.manifest import PartFile
 from enrich.files.parquet_dataset import DatasetWriter, begin_dataset
 from enrich.job.job import Job
 from enrich.job.locations import Location, PostgresLocation
+from enrich.ledger import enroll
+from enrich.ledger.database import Database
 from enrich.ledger.dialect import OUTAGE_TIMEOUT_S
-from enrich.ledger.ledger import Ledger
 from enrich.ledger.postgres import FencingToken
 from enrich.models import RequestSelection
-from enrich.rows.reader import JobInput
+from enrich.rows.job_input import JobInput
 from enrich.rows.requests import RowBatch
 from enrich.rows.template import RequestTemplate
-from enrich.run.cluster import ClusterCallbacks, EnrollCounts
+from enrich.run.cluster_protocol import ClusterCallbacks, EnrollCounts
 from enrich.run.collector import Collector, OutputCounts, output_schema
 from enrich.run.dispatcher import max_posts_in_flight
-from enrich.run.loops import WorkConfig
-from enrich.run.state import RunState
+from enrich.run.run_state import RunState, WorkConfig
 
 
 def enroll_on_ray(
@@ -41,13 +40,13 @@ def enroll_on_ray(
     *,
     on_progress: Callable[[EnrollCounts], None] = lambda _: None,
 ) -> EnrollCounts:
-    """Enroll all rows in a pass that the caller has begun; the caller chooses and marks.
+    """Enroll all rows in a pass that the caller has begun; the caller selects which of them are sent.
 
-    `tell` hears now and then what was read so far. Raises what the watch raises, Refused when the input can't
+    `on_progress` is called with the counts so far. Raises what `monitor` raises, CommandRefused when the input cannot
     be read or depends on the order of its rows, LedgerFailed, LeaseLost, ClusterFailed.
     """
     if reason := rows.why_not_parallel():
-        raise CommandRefused(f"the input can't be enrolled part by part: {reason}", "enroll it in one process")
+        raise CommandRefused(f"the input cannot be read in parts: {reason}", "run without --engine ray")
     parts = split_input(rows, monitor)
     total = EnrollCounts()
     for some in map_blocks(rows, parts, partial(_enroll, shared_pass), monitor):
@@ -55,7 +54,7 @@ def enroll_on_ray(
         on_progress(total)
     if total.rows != (expected := sum(part.rows for part in parts)):
         raise CommandRefused(
-            f"{total.rows:,} rows were read, not {expected:,}", "start again when the files are complete"
+            f"{total.rows:,} rows were read, not {expected:,}", "run again when the files are complete"
         )
     return total
 
@@ -65,12 +64,12 @@ def _enroll(shared_pass: SharedPass, rows: JobInput) -> EnrollCounts:
     total = EnrollCounts()
     for batch in rows.batches(shared_pass.template):
 
-        def enroll(ledger: Ledger, batch: RowBatch = batch) -> None:
+        def enroll_batch(ledger: Database, batch: RowBatch = batch) -> None:
             # One commit per batch: requests are locked in their order, so that no two processes wait for each other.
             with ledger.transaction():
-                ledger.enroll(shared_pass.template.call, batch.requests())
+                enroll.enroll(ledger, shared_pass.template.target, batch.requests(), shared_pass.selection)
 
-        shared_pass.with_ledger(enroll)
+        shared_pass.with_ledger(enroll_batch)
         total += EnrollCounts.from_batch(batch)
     return total
 
@@ -85,15 +84,16 @@ def collect_on_ray(
 ) -> OutputCounts:
     """Write the output, a dataset, from the input and the ledger alone, in a pass that was enrolled.
 
-    `tell` hears now and then what was written so far. Raises what the watch raises, Refused when the input
-    can't be read or the output can't be written, LedgerFailed, ClusterFailed.
+    `on_progress` is called with the counts so far. Raises what `monitor` raises, CommandRefused when the input cannot
+    be read or the output cannot be written, LedgerFailed, ClusterFailed.
     """
     if not shared_pass.job.model.dedupe:
         raise CommandRefused(
-            f"the output can't be collected part by part: {rows.why_not_parallel()}", "collect it in one process"
+            f"the output cannot be written in parts: {rows.why_not_parallel()}", "run without --engine ray"
         )
     parts = split_input(rows, monitor)
-    draft = begin_dataset(target, shared_pass.job.name)
+    schema = output_schema(rows, shared_pass.template, with_index=True)
+    draft = begin_dataset(target, shared_pass.job.name, schema)
     try:
         files: list[PartFile] = []
         total = OutputCounts()
@@ -103,10 +103,9 @@ def collect_on_ray(
             total += counted
             on_progress(total)
         if not files:
-            schema = output_schema(rows, shared_pass.template, with_index=True)
-            files = [draft.write_part(0, schema, [pl.DataFrame(schema=schema)])]
+            files = [draft.write_part(0, [pl.DataFrame(schema=schema)])]
         if sum(file.rows for file in files) != sum(part.rows for part in parts):
-            raise CommandRefused("rows of the output are missing", "start again when the files are complete")
+            raise CommandRefused("rows of the output are missing", "run again when the files are complete")
         draft.finish(files)
     except BaseException:
         draft.discard()
@@ -117,30 +116,30 @@ def collect_on_ray(
 def _collect(shared_pass: SharedPass, draft: DatasetWriter, rows: JobInput) -> tuple[PartFile, OutputCounts]:
     """Write the part of a block. Done again it writes the same."""
 
-    def write(ledger: Ledger) -> tuple[PartFile, OutputCounts]:
+    def write(ledger: Database) -> tuple[PartFile, OutputCounts]:
         counted = OutputCounts()
         collector = Collector(ledger, shared_pass.job, shared_pass.template, rows)
-        schema = output_schema(rows, shared_pass.template, with_index=True)
-        return draft.write_part(rows.first_position, schema, collector.frames(counted, with_index=True)), counted
+        return draft.write_part(rows.first_position, collector.frames(counted, with_index=True)), counted
 
     return shared_pass.with_ledger(write)
 
 
 @dataclass(frozen=True, slots=True)
 class RayCluster:
-    """A connected Ray cluster; see `enrich.run.cluster.ClusterEngine`."""
+    """A connected Ray cluster; see `enrich.run.cluster_protocol.ClusterEngine`."""
 
     ledger: PostgresLocation
     workers: int
     #: The lease of the process that leads the run. A block that is enrolled after its end changes nothing.
-    owner_id: int | None = None
+    lease_id: int | None = None
     heartbeat_counter: Any = field(default_factory=new_heartbeat_counter)
 
     def make_worker_pool(
         self, run_state: RunState, work_config: WorkConfig, access: ApiAccess, requests: int
     ) -> WorkerPool | None:
         """Make actors for `requests` requests. None: no workers are needed."""
-        workers = min(self.workers, run_state.max_open_tasks, max_posts_in_flight(work_config.bulk), requests)
+        in_flight_limit = run_state.in_flight_limit
+        workers = min(self.workers, in_flight_limit.start, max_posts_in_flight(work_config.bulk), requests)
         if workers < 1:
             return None
         worker_task = WorkerTask(
@@ -149,16 +148,17 @@ class RayCluster:
             self.ledger,
             run_state.execution_id,
             run_state.timeouts,
-            run_state.max_open_tasks // workers,
-            run_state.result_ttl_s / workers,  # each worker has its share of the rate
+            replace(in_flight_limit, workers=workers),
+            run_state.result_ttl_s,
+            run_state.rate_limiter.ceiling,
             run_state.poll_schedule,
-            self.owner_id,
+            self.lease_id,
         )
-        return WorkerPool(run_state, worker_task, _start_worker)
+        return WorkerPool(run_state, worker_task)
 
-    def for_leader(self, owner_id: int) -> RayCluster:
+    def for_leader(self, lease_id: int) -> RayCluster:
         """Return an engine for one run, which works until the lease of the process that leads the run ends."""
-        return replace(self, owner_id=owner_id)
+        return replace(self, lease_id=lease_id)
 
     def enroll(
         self,
@@ -187,11 +187,10 @@ class RayCluster:
         return HeartbeatMonitor(Heartbeats(self.heartbeat_counter), callbacks)
 
     def _shared_pass(self, job: Job, template: RequestTemplate, selection: RequestSelection) -> SharedPass:
-        fence = None if self.owner_id is None else FencingToken(self.owner_id, self.ledger.lease_s)
+        fence = None if self.lease_id is None else FencingToken(self.lease_id, self.ledger.lease_s)
         return SharedPass(
-            job, template, selection, partial(Ledger, self.ledger, fencing_token=fence, open_timeout_s=OUTAGE_TIMEOUT_S)
+            job,
+            template,
+            selection,
+            partial(Database, self.ledger, fencing_token=fence, open_timeout_s=OUTAGE_TIMEOUT_S),
         )
-
-
-def _start_worker(worker_task: WorkerTask, on_status: Callable[[WorkerHandle], None]) -> WorkerHandle:
-    return ActorHandle(start_actor(), worker_task, on_status)

@@ -1,4 +1,4 @@
-"""One of several workers on a PostgreSQL ledger: submits and polls, reports its status, and handles commands.
+"""One of several workers on a PostgreSQL ledger: submits and polls, reports its status, and stops on request.
 
 It holds its own lease. It takes over tasks of workers that are gone, and starts again after its lease has expired.
 """
@@ -8,57 +8,67 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import Enum, auto
+from math import inf
+from typing import TYPE_CHECKING
 
-from enrich.cluster.shared_rate import SharedRateLimiter
 from enrich.databar.client import Client
 from enrich.databar.clock import SystemClock
 from enrich.databar.credentials import ApiAccess
-from enrich.errors import EnrichError, LeaseLost, RunEnded
+from enrich.errors import EnrichError, LeaseLost, LedgerFailed, RunEnded
 from enrich.exit_codes import ExitCode
 from enrich.job.locations import PostgresLocation
-from enrich.ledger.ledger import Ledger
+from enrich.ledger import resume
+from enrich.ledger.dialect import DatabaseFailed
 from enrich.ledger.lock import open_leased
 from enrich.ledger.writer import LedgerWriter
 from enrich.models import Task
-from enrich.run.loops import WorkConfig
+from enrich.run.in_flight import InFlightLimit
 from enrich.run.poll_schedule import PollSchedule
 from enrich.run.poller import Poller
 from enrich.run.rate_limit import AdaptiveRateLimiter
-from enrich.run.state import RunCounters, RunState, Timeouts
+from enrich.run.request_loops import submit_and_poll
+from enrich.run.run_state import RunCounters, RunState, Timeouts, WorkConfig
+
+if TYPE_CHECKING:  # it needs psycopg
+    from enrich.ledger.leases import Lease
 
 #: How often a worker looks for tasks that no process holds, in seconds.
 TAKE_OVER_EVERY_S = 1.0
+#: How often a worker looks whether it has a share of the rate, in seconds.
+SHARE_CHECK_EVERY_S = 0.1
 
 
-class WorkerCommand(Enum):
-    """A command to a running worker."""
+@dataclass(frozen=True, slots=True)
+class StopRequest:
+    """What a running worker should stop, as a state: it may be received twice, or by the replacement of a worker."""
 
-    STOP_SUBMITTING = auto()  # send no more POSTs
-    STOP_POLLING = auto()  # send nothing more
-    FINISH_EARLY = auto()  # poll every task once more
-    ABORT = auto()  # stop waiting for anything
+    submitting: bool = False  # send no more POSTs
+    polling: bool = False  # send nothing more
+    finish_early: bool = False  # poll every task once more
+    abort: bool = False  # stop waiting for anything
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerTask:
-    """What a worker is started with. `max_open_tasks` is its equal share of the run's limit."""
+    """What a worker is started with."""
 
     work_config: WorkConfig
     access: ApiAccess
     ledger: PostgresLocation
     execution_id: int
     timeouts: Timeouts
-    max_open_tasks: int
+    in_flight_limit: InFlightLimit
     result_ttl_s: float
+    #: The most requests per second of all workers together; `inf`: no limit of ours.
+    rate_ceiling: float
     poll_schedule: PollSchedule
-    #: The owner that leads the run.
+    #: The lease of the run.
     leader_id: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerStatus:
-    """The status of a worker. `is_done` is set once, when all that it learned is in the ledger."""
+    """What a worker has counted and learned."""
 
     counters: RunCounters = field(default_factory=RunCounters)
     open_tasks: int = 0
@@ -67,52 +77,71 @@ class WorkerStatus:
     stop_submitting: bool = False
     stop_polling: bool = False
     poll_schedule: PollSchedule | None = None
-    is_done: bool = False
+
+
+class WorkerRateLimiter(AdaptiveRateLimiter):
+    """The rate of one of several workers. It finds the API's limit alone, and has an equal share of the ceiling.
+
+    Under a ceiling nothing is sent without a valid lease and a share.
+    """
+
+    def __init__(self, total_ceiling: float) -> None:
+        super().__init__(total_ceiling)
+        self._total_ceiling = total_ceiling
+        #: The lease that this worker has now.
+        self.lease: Lease | None = None
+
+    def delay(self, now: float) -> float:
+        """Return how many seconds the next request must wait; 0: it may be sent now. Raises LeaseLost."""
+        if self._total_ceiling < inf:
+            if self.lease is None or not self.lease.rate_share or not self.lease.is_valid():
+                return SHARE_CHECK_EVERY_S
+            self.ceiling = self._total_ceiling * self.lease.rate_share
+            self.rate = min(self.rate, self.ceiling)
+        return super().delay(now)
 
 
 class Worker:
-    """Runs one worker task. Commands and status requests are possible at any time."""
+    """Runs one worker task. It can be stopped, and its status read, at any time."""
 
     def __init__(self, worker_task: WorkerTask) -> None:
         """Prepare; nothing is sent before `run`."""
         self._task = worker_task
         self._poller: Poller | None = None
         self._finishing_early = False
+        self._rate_limiter = WorkerRateLimiter(worker_task.rate_ceiling)
         self._state = RunState(
             worker_task.execution_id,
             SystemClock(),
-            AdaptiveRateLimiter(None),
+            self._rate_limiter,
             worker_task.timeouts,
-            max_open_tasks=worker_task.max_open_tasks,
+            in_flight_limit=worker_task.in_flight_limit,
             result_ttl_s=worker_task.result_ttl_s,
             poll_schedule=worker_task.poll_schedule,
         )
 
-    def handle(self, command: WorkerCommand) -> None:
-        """Execute a command."""
+    def stop(self, request: StopRequest) -> None:
+        """Stop what is requested, and not stopped yet."""
         run_state = self._state
-        match command:
-            case WorkerCommand.STOP_SUBMITTING:
-                run_state.stop_submitting.set()
-                run_state.notify_change()
-            case WorkerCommand.STOP_POLLING:
-                run_state.stop_submitting.set()
-                run_state.stop_polling.set()
-                run_state.notify_change()
-            case WorkerCommand.FINISH_EARLY:
-                self._finishing_early = True
-                if self._poller is not None:
-                    self._poller.finish_early()
-            case WorkerCommand.ABORT:
-                run_state.abort_now()
+        if request.polling:
+            run_state.stop_polling.set()
+        if request.polling or request.submitting:
+            run_state.stop_submitting.set()
+            run_state.notify_change()
+        if request.finish_early and not self._finishing_early:
+            self._finishing_early = True
+            if self._poller is not None:
+                self._poller.finish_early()
+        if request.abort:
+            run_state.abort_now()
 
     async def finish_orphaned(self, at_most_s: float) -> None:
         """Stop because the run is gone: wait up to `at_most_s` seconds for running POSTs, store them, and abort."""
-        self.handle(WorkerCommand.STOP_SUBMITTING)
+        self.stop(StopRequest(submitting=True))
         await self._state.wait_for_posts(at_most_s)
         self._state.abort_now()
 
-    def status(self, *, is_done: bool = False) -> WorkerStatus:
+    def status(self) -> WorkerStatus:
         """Return the current status."""
         run_state = self._state
         return WorkerStatus(
@@ -123,33 +152,35 @@ class Worker:
             run_state.stop_submitting.is_set(),
             run_state.stop_polling.is_set(),
             run_state.poll_schedule,
-            is_done,
         )
 
     async def run(self) -> None:
         """Run the task. Errors become exit reasons in the status."""
         execution = self._state
         try:
-            with SharedRateLimiter(self._task.ledger) as execution.rate_limiter:
-                while not await self._run_with_lease() and not execution.stop_submitting.is_set():
-                    execution.open_tasks = execution.posts_in_flight = 0
+            while not await self._run_with_lease() and not execution.stop_submitting.is_set():
+                execution.open_tasks = execution.posts_in_flight = 0
         except EnrichError as error:
             # Exit code REFUSED promises that nothing was spent, which is not certain here
             execution.stop(ExitCode.BUG if error.exit_code is ExitCode.REFUSED else error.exit_code, error)
+        except DatabaseFailed as error:
+            reason = LedgerFailed(f"the ledger cannot be written: {error}", "then run the same command again")
+            execution.stop(reason.exit_code, reason)
 
     async def _run_with_lease(self) -> bool:
         """Work under one lease. Return False when it was lost before all work was done."""
         worker_task, run_state = self._task, self._state
         try:
             with open_leased(worker_task.ledger, leader_id=worker_task.leader_id) as (ledger, lease):
-                run_state.clock, run_state.lease_valid = lease, lease.is_valid
+                run_state.clock, run_state.lease_valid, self._rate_limiter.lease = lease, lease.is_valid, lease
                 client = Client(
                     worker_task.access,
                     lease,
                     post_timeout_s=worker_task.timeouts.post_s,
                     get_timeout_s=worker_task.timeouts.get_s,
                 )
-                async with client, LedgerWriter(ledger) as ledger_writer:
+                writer = LedgerWriter(ledger, writers=worker_task.work_config.workers)
+                async with client, writer as ledger_writer:
                     tasks = await self._take_over(ledger_writer)
                     while tasks := await self._submit_and_poll(ledger_writer, client, tasks):
                         pass
@@ -165,14 +196,14 @@ class Worker:
         """Submit and poll, also tasks that other workers leave. Return those taken over after the poller ended."""
         run_state, ended = self._state, asyncio.Event()
         late: list[Task] = []
-        poller = self._poller = self._task.work_config.make_poller(run_state, ledger_writer, client)
+        poller = self._poller = Poller(run_state, ledger_writer, client, self._task.work_config)
         if self._finishing_early:
             poller.finish_early()
         poller.add_earlier_tasks(tasks, polled_before=True)
 
         async def send() -> None:
             try:
-                await self._task.work_config.submit_and_poll(poller)
+                await submit_and_poll(poller)
             finally:
                 ended.set()
 
@@ -191,7 +222,7 @@ class Worker:
     async def _take_over(self, ledger_writer: LedgerWriter) -> Sequence[Task]:
         """Take over as many tasks that no process holds as there are free slots."""
         run_state = self._state
-        free_slots = run_state.max_open_tasks - run_state.open_tasks - run_state.posts_in_flight
+        free_slots = run_state.free_capacity
         if free_slots <= 0 or self._finishing_early or run_state.stop_polling.is_set():
             return ()
-        return await ledger_writer.submit(Ledger.take_over_tasks, free_slots)
+        return await ledger_writer.submit(resume.take_over_tasks, free_slots)

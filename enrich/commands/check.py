@@ -4,63 +4,48 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from enrich.commands import options
+from enrich.commands.check_steps import check_steps, step_lines
+from enrich.commands.check_target import CheckResult, check_target, read_stored
 from enrich.commands.init.template import PLACEHOLDER
-from enrich.commands.paths import path_exists, path_problems
+from enrich.commands.paths import path_problems
 from enrich.databar.credentials import find_base_url, host_of
-from enrich.databar.waterfall import DOCUMENTED_ON, DOCUMENTED_WATERFALLS, Field, Waterfall, waterfall_changes
-from enrich.databar.waterfall import Param as Offered
-from enrich.errors import CommandRefused, EnrichError, JobError
-from enrich.exit_codes import EXIT_PRECEDENCE, ExitCode
+from enrich.databar.description import Description
+from enrich.errors import EnrichError, JobError
 from enrich.job.job import Job
-from enrich.job.locations import STDIN, ObjectUrl, PostgresLocation
-from enrich.job.spec import Param
-from enrich.ledger.database import ledger_exists
-from enrich.ledger.ledger import Ledger
-from enrich.ledger.sqlite import CHECKED_AT_START_BYTES, RESTORE_HINT
-from enrich.ledger.verify import check_ledger
+from enrich.job.locations import STDIN
+from enrich.job.target_spec import Param
+from enrich.models import pluralize
 from enrich.report.page_file import INSTALL_HINT, is_extra_missing
-from enrich.rows.reader import JobInput
-from enrich.rows.template import RequestTemplate, make_request_template, missing_params, unknown_params
+from enrich.rows.job_input import JobInput
+from enrich.rows.param_fill import ParamFill
+from enrich.rows.params import format_left_out, left_out_by_param
+from enrich.rows.template import RequestTemplate
 from enrich.run.preflight import query_api
 
-
-@dataclass(slots=True)
-class CheckResult:
-    """Findings of a check. `sendable_rows` of the `rows` have a request. Both are None if the input was not read.
-
-    `source` is where the waterfall's description comes from. `changes` lists what the vendor changed.
-    """
-
-    source: str
-    problems: list[EnrichError] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    changes: list[str] = field(default_factory=list)
-    template: RequestTemplate | None = None
-    rows: int | None = None
-    sendable_rows: int | None = None
-
-    @property
-    def exit_code(self) -> ExitCode:
-        """The exit code that a run would have because of the problems."""
-        codes = {problem.exit_code for problem in self.problems}
-        return next((code for code in EXIT_PRECEDENCE if code in codes), ExitCode.OK)
+#: If the input lacks all columns of the job, and these are at least so many, that is one problem, not one for each.
+_MANY_COLUMNS = 2
 
 
 def check_summary(job: Job, result: CheckResult) -> str:
     """Format one line about a job without problems."""
     counts = ""
     if result.rows is not None:
-        counts = f"{result.rows:,} {'row' if result.rows == 1 else 'rows'}, {result.sendable_rows:,} can be asked, "
-    return f"{job.name}: {counts}{job.model.waterfall} as known from {result.source}"
+        counts = f"{pluralize(result.rows, 'lead')}, {result.sendable_rows:,} can be sent, "
+    target = f"{len(job.step_jobs)} steps" if job.step_jobs else job.model.target.title
+    return f"{job.name}: {counts}{target} as described by {result.source}"
+
+
+def _warnings(result: CheckResult) -> list[str]:
+    warning = None if result.fill is None else result.fill.warning()
+    return [] if warning is None else [warning]
 
 
 def check_as_json(job: Job, result: CheckResult) -> dict[str, Any]:
@@ -71,96 +56,67 @@ def check_as_json(job: Job, result: CheckResult) -> dict[str, Any]:
         "job": job.name,
         "rows": result.rows,
         "can_be_asked": result.sendable_rows,
-        "waterfall": job.model.waterfall,
+        "left_out": left_out_by_param(result.left_out),
+        "params": None
+        if result.fill is None
+        else {
+            name: {"filled": result.fill.filled[name], "missing": result.fill.missing[name]}
+            for name in job.model.params
+        },
+        **(
+            {"steps": result.steps}
+            if job.step_jobs
+            else {job.model.target.kind.value: job.model.waterfall or job.model.enrichment}
+        ),
         "described_by": result.source,
         "changes": result.changes,
-        "notes": result.notes,
+        "notes": [*_warnings(result), *result.notes],
         "problems": problems,
     } | ({"error": problems[0]["message"]} if problems else {})
 
 
-def check_job(job: Job, bound_to: Mapping[str, str | None], live: Waterfall | None = None) -> CheckResult:
+def check_job(job: Job, bound_to: Mapping[str, str | None], live: Sequence[Description] = ()) -> CheckResult:
     """Check a job as far as possible and collect all problems.
 
-    `bound_to` is what the runs will use (`api_host`, `workspace`), as far as known. `live` is the API's current
-    description of the waterfall, None if the API was not asked.
+    `bound_to` is what the runs will use (`api_host`, `workspace`), as far as known. `live` has the API's current
+    descriptions of the targets of the steps; (): the check is offline.
     """
     result = CheckResult("")
-    last_known: Waterfall | None = None
-    providers: list[int] = []
-    try:
-        last_known, providers = _read_ledger(job, bound_to)
-    except EnrichError as error:
-        result.problems.append(error)
-    documented = DOCUMENTED_WATERFALLS.get(job.model.waterfall)
-    waterfall = live or last_known or documented
-    result.source = _description_source(live, last_known, documented)
-    if live and last_known:
-        result.changes = list(waterfall_changes(last_known, live))
-    result.problems += _unfilled_params(job)
-    job_input = None
-    if job.input_path == STDIN or isinstance(job.input_path, ObjectUrl):
-        result.notes.append("the input comes through a pipe or from a storage: it was not read")
+    stored = [read_stored(step, bound_to, result) for step in job.steps]
+    result.problems += [problem for step in job.steps for problem in _unfilled_params(step)]
+    opened = None
+    if job.input_path == STDIN or not isinstance(job.input_path, Path):
+        result.notes.append("the input was not read, because it is a pipe, in object storage or on the web")
     else:
-        job_input = _open_input(job, result.problems)
-    if waterfall is None:
-        result.notes.append(f"the waterfall `{job.model.waterfall}` is in no documentation: `--online` asks the API")
-    elif waterfall is documented:
-        result.problems += missing_params(job, waterfall)
-        source_note = f"says {result.source}, which may be out of date: `--online` asks the API"
-        result.notes += [f"{problem.message}, {source_note}" for problem in unknown_params(job, waterfall)]
-        result.template = _make_documented_template(job, waterfall, result.problems)
-    else:
-        result.problems += [*unknown_params(job, waterfall), *missing_params(job, waterfall)]
-        result.template = _make_template(job, waterfall, providers, result.problems)
-    if job_input is not None and result.template is not None:
-        _read_input(job_input, result.template, result)
+        opened = _open_input(job, result.problems)
+        result.notes += [] if opened is None else opened[1].notes()
+    templates = [
+        check_target(step, known, live[number] if live else None, result)
+        for number, (step, known) in enumerate(zip(job.steps, stored, strict=True))
+    ]
+    result.template = templates[0]
+    if job.step_jobs:
+        check_steps(job, None if opened is None else opened[1], templates, result)
+    elif opened is not None and result.template is not None:
+        _read_input(*opened, result.template, result)
     result.problems += path_problems(job)
     if job.model.report is not None and job.model.report.path is not None and is_extra_missing():
-        result.notes.append(f"no run can write the `report` without its extra: {INSTALL_HINT}")
+        result.notes.append(f"the `report` needs its extra: {INSTALL_HINT}")
     return result
-
-
-def _description_source(live: Waterfall | None, last_known: Waterfall | None, documented: Waterfall | None) -> str:
-    if live:
-        return "the API now"
-    if last_known:
-        return "the API at the last run"
-    return f"the documentation of {DOCUMENTED_ON}" if documented else "nobody"
-
-
-def _read_ledger(job: Job, bound_to: Mapping[str, str | None]) -> tuple[Waterfall | None, list[int]]:
-    """Read the stored waterfall (None without one) and its provider ids. Raises the same errors as a run."""
-    path = job.ledger
-    if not (ledger_exists(path) if isinstance(path, PostgresLocation) else path_exists(path)):
-        return None, []
-    if isinstance(path, Path) and path.is_file() and path.stat().st_size <= CHECKED_AT_START_BYTES:
-        found = check_ledger(path)
-        if found.problems:
-            raise CommandRefused(f"{path}: the ledger is not sound: {'; '.join(found.problems)}", RESTORE_HINT)
-    with closing(Ledger(path, read_only=True)) as ledger:
-        bound = {name: ledger.read_fact(name) for name in bound_to}
-        stored = ledger.waterfall(job.model.waterfall)
-    for name, value in bound_to.items():
-        if None not in (value, bound[name]) and value != bound[name]:
-            raise JobError(
-                f"{path}: this ledger belongs to another {name.replace('_', ' ')}: {bound[name]}, not {value}",
-                "use another `ledger:`, or the key and DATABAR_BASE_URL that it was made with",
-            )
-    if stored is None:
-        return None, []
-    return Waterfall.model_validate(stored[0]), stored[1] or []
 
 
 def _unfilled_params(job: Job) -> Iterator[JobError]:
     for name, param in job.model.params.items():
         if PLACEHOLDER in param.columns:
-            hint = f"put the name of the column there that holds the {name}, or {{value: …}} for a constant"
-            yield job.error(["params", name], "is still to be filled in", hint)
+            hint = f"write the name of the column with the {name}, or {{value: …}} for a constant"
+            yield job.error(["params", name], "no column is set", hint)
 
 
-def _open_input(job: Job, problems: list[EnrichError]) -> JobInput | None:
-    """Open the input and check each part of the job against it. A part that does not fit is reported and left out."""
+def _open_input(job: Job, problems: list[EnrichError]) -> tuple[Job, JobInput] | None:
+    """Open the input and check each part of the job against it. A part that does not fit is reported and left out.
+
+    Returns the job without these parts, too.
+    """
     model = job.model
     removed_parts = dict.fromkeys(("where", "order_by", "caps", "suppress", "changes", "report")) | {
         "params": {},
@@ -172,12 +128,17 @@ def _open_input(job: Job, problems: list[EnrichError]) -> JobInput | None:
         try:
             JobInput(replace(job, model=bare_model.model_copy(update=part)))
         except EnrichError as error:
-            problems.append(error)
+            if error.message not in [problem.message for problem in problems]:
+                problems.append(error)
             return False
         return True
 
     try:
-        first_column = JobInput(replace(job, model=bare_model)).columns[:1]
+        job_input = JobInput(replace(job, model=bare_model))
+        if (error := _foreign_input_error(job, job_input)) is not None:
+            problems.append(error)
+            return None
+        first_column = job_input.columns[:1]
         params = {
             name: param if _param_fits(name, param, can_open) else Param(value="?")
             for name, param in model.params.items()
@@ -197,84 +158,89 @@ def _open_input(job: Job, problems: list[EnrichError]) -> JobInput | None:
         for key in ("where", "caps", "suppress", "changes", "report"):
             part = getattr(model, key)
             valid_parts[key] = part if part is None or can_open(params=params, **{key: part}) else None
-        return JobInput(replace(job, model=model.model_copy(update=valid_parts)))
+        fitting_job = replace(job, model=model.model_copy(update=valid_parts))
+        return fitting_job, JobInput(fitting_job)
     except EnrichError as error:
         problems.append(error)
         return None
+
+
+def _foreign_input_error(job: Job, job_input: JobInput) -> JobError | None:
+    """Return one error when the input has no column of the params: it is another file, or read in another way."""
+    named = dict.fromkeys(column for param in job.model.params.values() for column in param.columns)
+    if len(named) < _MANY_COLUMNS or not named.keys().isdisjoint(job_input.all_columns):
+        return None
+    message = f"the input has none of these columns: {', '.join(named)} ({job.input_path})"
+    hint = job_input.separator_hint() or "check that it is the right file, and that its first line is the header"
+    return job.error(["params"], message, hint)
 
 
 def _param_fits(name: str, param: Param, can_open: Callable[..., bool]) -> bool:
     """Try each column of a param separately, so that each missing column is reported."""
     if PLACEHOLDER in param.columns:
         return False
-    single_column_params = [param.model_copy(update={"columns": [column]}) for column in param.columns]
+    single_column_params = [param.only_from(column) for column in param.columns]
     return not [each for each in single_column_params if not can_open(params={name: each})]
 
 
-def _make_template(
-    job: Job, waterfall: Waterfall, providers: list[int], problems: list[EnrichError]
-) -> RequestTemplate | None:
-    """Make the request template with all params of the job. Unknown and missing params were reported before."""
-    if not providers:
-        providers = [each.id for each in waterfall.available_enrichments if each.enabled_by_default]
-    offered = {param.name: param for param in waterfall.input_params}
-    mapped = [offered.get(name, Offered(name=name)) for name in job.model.params]
-    try:
-        return make_request_template(job, waterfall.model_copy(update={"input_params": mapped}), providers)
-    except JobError as error:
-        problems.append(error)
-        return None
-
-
-def _make_documented_template(job: Job, waterfall: Waterfall, problems: list[EnrichError]) -> RequestTemplate | None:
-    """Make the request template from the documentation, which lacks the providers and some fields."""
-    lenient = waterfall.model_copy(
-        update={
-            "is_email_verifying": True,
-            "output_fields": waterfall.output_fields or [Field(name=waterfall.identifier)],
-        }
-    )
-    return _make_template(job, lenient, job.model.enrichments or [0], problems)
-
-
-def _read_input(job_input: JobInput, template: RequestTemplate, result: CheckResult) -> None:
+def _read_input(job: Job, job_input: JobInput, template: RequestTemplate, result: CheckResult) -> None:
     """Read the input to its end and count its rows. An error becomes a problem."""
     try:
         job_input.check_new_columns(template)
-        result.rows = result.sendable_rows = 0
+        rows, fill = 0, ParamFill(job, template)
         for batch in job_input.batches(template):
-            result.rows += batch.frame.height
-            result.sendable_rows += sum(fingerprint is not None for fingerprint in batch.fingerprints)
+            rows += batch.frame.height
+            result.left_out += batch.left_out
+            fill.add(batch)
     except EnrichError as error:
-        result.rows = result.sendable_rows = None
         result.problems.append(error)
+        return
+    result.rows, result.sendable_rows, result.fill = rows, fill.sendable, fill
+
+
+def _echo_facts(job: Job, result: CheckResult) -> None:
+    click.echo(f"ok: {check_summary(job, result)}")
+    for line in step_lines(result.steps) if result.steps else ():
+        click.echo(line)
+    for line in result.fill.mapping_lines() if result.fill else ():
+        click.echo(line)
+
+
+def check_with_access(job: Job, *, online: bool) -> CheckResult:
+    """Check a job and its ledger; with `online` against the API, too. Raises EnrichError if the API cannot be used."""
+    live = None
+    bound_to: dict[str, str | None] = {} if job.sandbox else {"api_host": host_of(find_base_url(os.environ))}
+    if online:
+        with options.open_access(None, use_sandbox=job.sandbox) as access:
+            live = query_api(access, job)
+        if not job.sandbox:
+            bound_to["workspace"] = live.user.workspace
+    return check_job(job, bound_to, live.descriptions if live else ())
 
 
 @click.command()
 @options.RUN_JOB_OPTIONS
-@click.option("--online", is_flag=True, help="Ask the API, too: what did it change since the last run?")
+@click.option("--online", is_flag=True, help="Compare with the API, too, and list what changed since the last run.")
 @options.JSON_OPTION
 def check(
     job_options: options.JobOptions,
     online: bool,
     as_json: bool,
 ) -> int:
-    """Check JOB before it runs: the file, the input to its end, the paths, the ledger. Pays and changes nothing."""
+    """Check JOB before it runs, and list every problem. Free, offline, changes nothing.
+
+    Reads the job file, the whole input, the paths and the ledger.
+    """
     job = job_options.load()
-    live = None
-    bound_to: dict[str, str | None] = (
-        {} if job_options.use_sandbox else {"api_host": host_of(find_base_url(os.environ))}
-    )
-    if online:
-        with options.open_access(None, use_sandbox=job_options.use_sandbox) as access:
-            live = query_api(access, job.model.waterfall)
-        if not job_options.use_sandbox:
-            bound_to["workspace"] = live.user.workspace
-    result = check_job(job, bound_to, live.waterfall if live else None)
+    result = check_with_access(job, online=online)
     if as_json:
         click.echo(json.dumps(check_as_json(job, result), ensure_ascii=False))
     elif not result.problems:
-        click.echo(f"ok: {check_summary(job, result)}")
+        _echo_facts(job, result)
+    for line in format_left_out(left_out_by_param(result.left_out)):
+        click.echo(f"not used: {line}", err=True)
+    for warning in _warnings(result):
+        click.echo(f"warning: {warning}", err=True)
     for note in [*result.changes, *result.notes]:
         click.echo(f"note: {note}", err=True)
     for problem in result.problems:

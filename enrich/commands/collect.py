@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import sys
+from datetime import datetime
 
 import click
 
 from enrich.commands import options
 from enrich.commands.run import print_summary
 from enrich.ledger.lock import lock_ledger
-from enrich.run.rebuild import rebuild_output
+from enrich.run.offline_output import rebuild_output
+from enrich.run.sandbox_output import with_own_output
 
 
 @click.command()
 @options.RUN_JOB_OPTIONS
-@click.option("--partial", is_flag=True, help="Write the output even when rows are pending.")
+@click.option("--partial", is_flag=True, help="Write the output although leads are pending.")
 @options.JSON_OPTION
 def collect(
     job_options: options.JobOptions,
     partial: bool,
     as_json: bool,
 ) -> int:
-    """Write the output of JOB from the ledger alone, without network."""
-    job = job_options.load()
+    """Write the output of JOB from the ledger, without network and cost."""
+    job, note = with_own_output(job_options.load(), datetime.now().astimezone())
+    if note is not None:
+        click.echo(f"note: {note}", err=True)
     with lock_ledger(job.ledger, 0):
         summary = rebuild_output(job, partial=partial)
     print_summary(summary, job_options.arguments(as_typed=True), as_json=as_json, show=sys.stderr.isatty())

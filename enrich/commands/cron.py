@@ -19,7 +19,7 @@ from enrich.commands.init.command import write_new_file
 from enrich.commands.options import parse_option, time_option
 from enrich.commands.paths import files_written, nearest_existing
 from enrich.errors import JobError
-from enrich.job.spec import parse_duration
+from enrich.job.field_types import parse_duration
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 #: Environment variables copied from the current shell to the units and the crontab line.
@@ -71,7 +71,7 @@ class ScheduledJob:
             *self.environ.values(),
         ):
             if not text.isprintable():
-                raise JobError(f"{text!r}: a path with a line break or the like fits in no crontab", "rename it")
+                raise JobError(f"{text!r}: a path with a line break cannot be used in a crontab", "rename it")
 
 
 def parse_days(text: str) -> tuple[int, ...]:
@@ -89,7 +89,7 @@ def _parse_day(word: str) -> int:
     for number, name in enumerate(_LONG_DAYS):
         if word in (name, name[:3]):
             return number
-    raise ValueError(f"`{word}` is no day: use mon, tue, wed, thu, fri, sat, sun, or mon-fri")
+    raise ValueError(f"`{word}` is not a day: use mon, tue, wed, thu, fri, sat, sun, or mon-fri")
 
 
 def crontab_line(job: ScheduledJob) -> str:
@@ -119,7 +119,7 @@ def crontab_text(job: ScheduledJob) -> str:
     return f"""\
 # {_printable(job.name)}: for `crontab -e` of the user {job.user}.
 # The key is alone in {_printable(str(job.key_file))}, mode 0600, owned by that user.
-# Off a terminal a run prints nothing but what is wrong: cron mails that to MAILTO.
+# Without a terminal a run prints only problems. cron mails them to MAILTO.
 {crontab_line(job)}
 """
 
@@ -142,7 +142,7 @@ Description=Run enrich every night: {_escape_percent(job.name)}
 
 [Timer]
 OnCalendar={on_calendar(job.schedule)}
-# A night that the machine slept through is made up for.
+# Start a missed run after the machine was off.
 Persistent=true
 
 [Install]
@@ -164,23 +164,23 @@ After=network-online.target
 [Service]
 Type=oneshot
 User={job.user}
-# The unit sees the key under %d only; the file may belong to root, mode 0600.
+# The unit reads the key from %d. The file can belong to root, mode 0600.
 LoadCredential=databar_api_key:{_escape_percent(str(job.key_file))}
 Environment=DATABAR_API_KEY_FILE=%d/databar_api_key
 Environment=LANG=C.UTF-8
 {environ}ExecStart={" ".join(map(_quote_argument, job.command_line()))}
-# No failure: 13 (the time is over, the next run resumes) and 143 (stopped: resumes likewise).
-# Left as failures, for each needs a person: 2, 3 and 5 (job, key, input), 4 (API away), 10 (rows failed),
-# 12 (cap or credits), 14 (in doubt: decide), 15 (canary). 11 cannot come: a locked ledger is skipped with 0.
-# When a few failed rows are your everyday, add 10.
+# Not failures: 13 (out of time) and 143 (stopped). The next run resumes.
+# Failures that require action: 2, 3, 5 (job, key, input), 4 (API unreachable), 10 (leads failed),
+# 12 (cap or credits), 14 (unconfirmed), 15 (canary). A locked ledger (11) is skipped with 0.
+# Add 10 if a few failed leads are normal for you.
 SuccessExitStatus=13 143
-# A run that is stopped writes down what is under way and leaves within 10 seconds.
+# A stopped run records its open requests and exits within 10 seconds.
 TimeoutStopSec=30
 UMask=0077
 NoNewPrivileges=true
 ProtectSystem=strict
 ProtectHome=read-only
-# Where a run writes: the output, the ledger, the log. These folders must be there before the unit starts.
+# Folders of the output, the ledger and the log. They must exist before the unit starts.
 ReadWritePaths={writes}
 {_private_tmp_line(job)}PrivateDevices=true
 ProtectKernelTunables=true
@@ -222,23 +222,28 @@ def _days_option(_: click.Context, __: click.Parameter, value: str | None) -> tu
 def _write_units(folder: Path, units: dict[str, str], *, force: bool) -> None:
     for name, text in units.items():
         write_new_file(text, folder / name, force=force)
-        click.echo(f"{folder / name} is written", err=True)
+        click.echo(f"Written: {folder / name}", err=True)
 
 
 @click.command()
 @options.JOB_ARGUMENT
 @click.option(
-    "--at", default="02:00", show_default=True, callback=time_option, metavar="HH:MM", help="When, in local time."
+    "--at",
+    default="02:00",
+    show_default=True,
+    callback=time_option,
+    metavar="HH:MM",
+    help="Time of day, in local time.",
 )
-@click.option("--days", callback=_days_option, metavar="mon-fri", help="On these days; default: every day.")
+@click.option("--days", callback=_days_option, metavar="mon-fri", help="Days of the week. Default: every day.")
 @click.option("--max-time", default="5h", show_default=True, metavar="5h", help="Stop a run after this time.")
-@click.option("--user", help="Who runs it; default: you.")
-@click.option("--key-file", type=options.FILE, help="Where the key lies; default: DATABAR_API_KEY_FILE.")
-@click.option("--log-file", type=options.FILE, help="The log; default: <name>.log beside the job.")
+@click.option("--user", help="User that runs the job. Default: you.")
+@click.option("--key-file", type=options.FILE, help="File with the API key. Default: DATABAR_API_KEY_FILE.")
+@click.option("--log-file", type=options.FILE, help="Log file. Default: <name>.log in the folder of the job.")
 @click.option("--crontab", "only", flag_value="crontab", help="Print the crontab line only.")
 @click.option("--systemd", "only", flag_value="systemd", help="Print the systemd units only.")
 @click.option("--output-dir", type=FOLDER, help="Write the systemd units into this folder instead.")
-@click.option("--force", is_flag=True, help="Replace units that are there.")
+@click.option("--force", is_flag=True, help="Replace existing units.")
 def cron(
     job_file: Path,
     at: tuple[int, int],
@@ -251,7 +256,7 @@ def cron(
     output_dir: Path | None,
     force: bool,
 ) -> None:
-    """Print the crontab line and the systemd units that run JOB every night; nothing is installed."""
+    """Print the crontab line and the systemd units that run JOB every night. Installs nothing."""
     parse_option(parse_duration, max_time)
     job = options.JobOptions(job_file).load()
     log = (log_file or job_file.with_name(f"{job.name}.log")).absolute()

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,24 +14,30 @@ from typing import Any
 import click
 
 from enrich.commands import options
-from enrich.databar.answers import is_blank, parse_data, value_at
+from enrich.commands.forget_steps import RowRequests, follow_answers, requests_of_rows
 from enrich.databar.clock import SystemClock
+from enrich.databar.task_results import ParsedData, column_value, is_blank, parse_data
 from enrich.errors import CommandRefused, EnrichError, JobError
 from enrich.files.values import text_frame
-from enrich.job.job import Job, suggest_name
-from enrich.ledger.database import ledger_exists
+from enrich.job.cell_text import fold
+from enrich.job.job import Job
+from enrich.job.locations import sandbox_state_path
+from enrich.job.name_hints import suggest_name
+from enrich.ledger import erasure, queries
+from enrich.ledger.database import Database, ledger_exists, try_read
+from enrich.ledger.dialect import DATABASE_ERRORS
 from enrich.ledger.forgotten import read_or_make_key
-from enrich.ledger.ledger import Ledger
 from enrich.ledger.lock import open_exclusive
 from enrich.ledger.rescue_file import find_rescue_files
 from enrich.ledger.rescue_import import import_rescue_files, remove_imported_files
-from enrich.models import OPEN_STATES
-from enrich.rows.reader import JobInput
+from enrich.models import OPEN_STATES, pluralize
+from enrich.rows.job_input import JobInput
 from enrich.rows.template import RequestTemplate
 from enrich.run.context import rescue_folders
 from enrich.run.preflight import template_from_ledger
+from enrich.sandbox.erasure import StoredLookup, erase_lookups, read_lookups
 
-YES_OPTION = click.option("--yes", is_flag=True, help="Do not ask.")
+YES_OPTION = click.option("--yes", is_flag=True, help="Skip the confirmation.")
 
 
 def forget_person(job: Job, matches: Sequence[str], confirm: Callable[[int], bool]) -> int:
@@ -45,20 +52,24 @@ def forget_person(job: Job, matches: Sequence[str], confirm: Callable[[int], boo
     criteria = dict(_parse_match(match) for match in matches)
     with _open_for_erasing(job) as ledger:
         template = template_from_ledger(ledger, job)
-        matching = _matching_requests(job, template, criteria)
+        matching, of_others = _matching_requests(job, template, criteria, ledger)
         found = [
             known
-            for known in map(dict, ledger.requests_with_answers())
-            if known["fingerprint"] in matching or _matches_person(known, job, template, criteria)
+            for known in map(dict, erasure.requests_with_answers(ledger))
+            if known["fingerprint"] in matching or _matches_person(known, job, template.columns, criteria)
         ]
+        if job.step_jobs:
+            known_requests = list(map(dict, erasure.requests_with_answers(ledger)))
+            found = list(map(dict, follow_answers(job, found, known_requests, of_others)))
         waiting = sum(known["state"] in OPEN_STATES for known in found)
         if waiting:
             raise CommandRefused(
-                f"{waiting} of them wait at the API for their answer", "enrich run collects them; then again"
+                f"{pluralize(waiting, 'request')} of this person still running at Databar",
+                "collect them with `enrich run`, then run this again",
             )
         if not found or not confirm(len(found)):
             return 0
-        ledger.load_forgotten()  # raises if the key of earlier hashes is missing: a new key would not match them
+        erasure.load_forgotten(ledger)  # raises if the key of earlier hashes is missing: a new key would not match them
         key = read_or_make_key(job.ledger)
         with ledger.transaction():
             # Purged requests have no params in the ledger, so prefer the params from the input.
@@ -66,7 +77,7 @@ def forget_person(job: Job, matches: Sequence[str], confirm: Callable[[int], boo
                 (known["id"], known["fingerprint"], matching.get(known["fingerprint"], known["params"]))
                 for known in found
             )
-            ledger.forget(key, forgotten_rows, SystemClock().now_ms())
+            erasure.forget(ledger, key, forgotten_rows, SystemClock().now_ms())
         return len(found)
 
 
@@ -74,30 +85,66 @@ def purge_answers(job: Job, older_than: timedelta) -> int:
     """Erase params and answers of requests settled longer ago. Return their number. Raises LedgerLocked."""
     now_ms = SystemClock().now_ms()
     with _open_for_erasing(job) as ledger, ledger.transaction():
-        return ledger.purge(now_ms - int(older_than.total_seconds() * 1000), now_ms)
+        return erasure.purge(ledger, now_ms - int(older_than.total_seconds() * 1000), now_ms)
+
+
+def forget_in_sandbox_state(job: Job, matches: Sequence[str], confirm: Callable[[int], bool]) -> int:
+    """Erase the requests and results about a person from the sandbox of the ledger. Return the number of lookups.
+
+    A lookup has the params of its request: `matches` find it by these, by its answers and by the job's columns.
+    """
+    criteria = dict(_parse_match(match) for match in matches)
+    columns = {name: path for step in job.steps for name, path in (step.model.columns or {}).items()}
+
+    def is_person(lookup: StoredLookup) -> bool:
+        answers = json.dumps([json.dumps({"data": json.loads(data)}) for data in lookup.answers])
+        return _matches_person({"params": lookup.params, "answers": answers}, job, columns, criteria)
+
+    return _erase_from_sandbox_state(job, is_person, confirm)
+
+
+def purge_sandbox_state(job: Job, older_than: timedelta) -> int:
+    """Erase older requests from the sandbox of the ledger. Return the number of lookups."""
+    before_s = SystemClock().now_ms() / 1000 - older_than.total_seconds()
+    return _erase_from_sandbox_state(job, lambda lookup: lookup.asked_at < before_s, lambda _: True)
+
+
+def _erase_from_sandbox_state(job: Job, choose: Callable[[StoredLookup], bool], confirm: Callable[[int], bool]) -> int:
+    state = sandbox_state_path(job.ledger)
+    if not state.is_file():
+        return 0
+    try:
+        chosen = [lookup.id for lookup in read_lookups(state) if choose(lookup)]
+        if not chosen or not confirm(len(chosen)):
+            return 0
+        erase_lookups(state, chosen)
+    except DATABASE_ERRORS as error:
+        message = f"{state}: the data of the sandbox cannot be erased: {error}"
+        raise CommandRefused(message, "end the sandbox run that uses it, then run this again") from error
+    return len(chosen)
 
 
 @contextmanager
-def _open_for_erasing(job: Job) -> Iterator[Ledger]:
+def _open_for_erasing(job: Job) -> Iterator[Database]:
     """Lock and open the ledger so that erased data is also removed from its file. Raises CommandRefused."""
     folders = rescue_folders(job)
     if not ledger_exists(job.ledger):
         if isinstance(job.ledger, Path) and (leftovers := find_rescue_files(job.ledger, folders)):
             raise CommandRefused(
-                f"{job.ledger}: there is no ledger, but {leftovers[0]} holds what it knew",
-                "enrich run JOB --limit 0 takes that in; then the same command again",
+                f"{job.ledger}: the ledger is missing, but {leftovers[0]} still has its data",
+                "import it with `enrich run JOB --limit 0`, then run this again",
             )
-        raise CommandRefused(f"{job.ledger}: there is no ledger: this job has never run")
-    with open_exclusive(job.ledger) as fence, closing(Ledger(job.ledger, fencing_token=fence)) as ledger:
-        ledger.enable_secure_delete()
+        raise CommandRefused(f"{job.ledger}: no ledger, because this job has never run")
+    with open_exclusive(job.ledger) as fence, closing(Database(job.ledger, fencing_token=fence)) as ledger:
+        ledger.session.enable_secure_delete()
         with ledger.transaction():  # so that no rescue file with the data is left beside the ledger
             rescued = import_rescue_files(ledger, folders, job.name, SystemClock().now_ms())
         remove_imported_files(rescued)
         yield ledger
-        if not ledger.discard_erased_data():
+        if not ledger.session.discard_erased_data():
             raise CommandRefused(
-                f"{job.ledger} is being read, by `enrich report` perhaps: what was erased is still in the file",
-                "when that has ended, the same command again takes it out",
+                f"{job.ledger} is in use by another command, so the erased data is still in the file",
+                "run this again after that command ends",
             )
 
 
@@ -105,15 +152,13 @@ def _parse_match(match: str) -> tuple[str, str]:
     name, equals, value = match.partition("=")
     if not equals or not name.strip() or not value.strip():
         raise JobError(f"--match {match}: must be NAME=VALUE, such as Email=ada@engine.example")
-    return name.strip(), _fold(value)
+    return name.strip(), fold(value)
 
 
-def _fold(value: str) -> str:
-    return value.strip().casefold()
-
-
-def _matching_requests(job: Job, template: RequestTemplate, criteria: Mapping[str, str]) -> dict[bytes, str]:
-    """Return the requests of matching input rows: fingerprint to params (JSON). Empty if the input is unusable."""
+def _matching_requests(
+    job: Job, template: RequestTemplate, criteria: Mapping[str, str], ledger: Database
+) -> RowRequests:
+    """Return the requests of matching input rows. Empty if the input is unusable."""
     job_input = None
     try:
         job_input = JobInput(job)
@@ -121,16 +166,19 @@ def _matching_requests(job: Job, template: RequestTemplate, criteria: Mapping[st
         columns: list[str] = []
     else:
         columns = job_input.columns
-    known = [*columns, *job.model.params, *template.columns]
-    known += [name for param in job.model.params.values() for name in param.columns]
+    params = [param for step in job.steps for param in step.model.params.items()]
+    known = [*columns, *(name for name, _ in params), *template.columns]
+    known += [name for _, param in params for name in param.columns]
     for name in criteria:
         if name not in known:
             hint = suggest_name(name, known)
-            raise JobError(f"--match {name}=…: neither the input nor the job has a column `{name}`", hint)
+            raise JobError(f"--match {name}=…: the input and the job have no column `{name}`", hint)
+    if job.step_jobs:
+        return requests_of_rows(job, ledger, criteria)
     if job_input is None or not set(criteria) <= set(columns):
-        return {}
+        return RowRequests({}, ())
     cell_indexes = {columns.index(name): value for name, value in criteria.items()}
-    return {
+    own = {
         fingerprint: params
         for batch in job_input.batches(template)
         for cells, fingerprint, params in zip(
@@ -138,45 +186,47 @@ def _matching_requests(job: Job, template: RequestTemplate, criteria: Mapping[st
         )
         if fingerprint is not None
         and params is not None
-        and all(_fold(str(cells[index])) == value for index, value in cell_indexes.items())
+        and all(fold(str(cells[index])) == value for index, value in cell_indexes.items())
     }
+    return RowRequests(own, ())
 
 
 def _matches_person(
-    request: Mapping[str, Any], job: Job, template: RequestTemplate, criteria: Mapping[str, str]
+    request: Mapping[str, Any], job: Job, columns: Mapping[str, str], criteria: Mapping[str, str]
 ) -> bool:
     """Check whether a request's params and answers match all criteria."""
     params = json.loads(request["params"])
     answers = [json.loads(answer) for answer in json.loads(request["answers"]) if answer]
-    fields = [parse_data(answer.get("data")).fields for answer in answers]
-    return bool(params or fields) and all(
-        any(_fold(value) == text for value in _values_named(name, text, params, fields, job, template))
+    parsed = [parse_data(answer.get("data")) for answer in answers]
+    return bool(params or parsed) and all(
+        any(fold(value) == text for value in _values_named(name, text, params, parsed, job, columns))
         for name, text in criteria.items()
     )
 
 
 def _values_named(
-    name: str, text: str, params: Mapping[str, str], fields: list[Any], job: Job, template: RequestTemplate
+    name: str, text: str, params: Mapping[str, str], answers: list[ParsedData], job: Job, columns: Mapping[str, str]
 ) -> Iterator[str]:
     """Yield a request's values for a name, which is a param, an input column of a param, or an output column."""
-    for param, source in job.model.params.items():
+    sources = [(param, source) for step in job.steps for param, source in step.model.params.items()]
+    for param, source in sources:
         if param in params and (name == param or name in source.columns):
             yield params[param]
-    for field in fields:
-        if name in template.columns:
-            yield str(value_at(field, template.columns[name]))
+    for parsed in answers:
+        if name in columns:
+            yield str(column_value(parsed, columns[name]))
         elif "@" in text:  # an email address identifies a person in any field
-            yield from (str(value) for value in field.values() if not is_blank(value))
+            yield from (str(value) for value in parsed.fields.values() if not is_blank(value))
 
 
 def _confirmed(prompt: str, *, yes: bool) -> bool:
-    """Ask for confirmation unless `yes` is set. Raises UsageError off a terminal."""
+    """Ask for confirmation unless `yes` is set. Raises UsageError without a terminal."""
     if yes:
         return True
     if sys.stdin is None or not sys.stdin.isatty():
-        raise click.UsageError(f"{prompt} Off a terminal this needs --yes")
+        raise click.UsageError(f"{prompt} Without a terminal, add --yes")
     click.echo(prompt, err=True)
-    return click.confirm("Go on?", err=True)
+    return click.confirm("Continue?", prompt_suffix=" ", err=True)
 
 
 def _echo_count(count: int, done: str, *, as_json: bool) -> None:
@@ -187,34 +237,77 @@ def _count_text(count: int) -> str:
     return f"{count:,} request{'' if count == 1 else 's'}"
 
 
+def _jobs_to_erase(job_options: options.JobOptions) -> list[Job]:
+    """Return the job, and for the sandbox where that has data. With `--sandbox` only the latter."""
+    sandbox_job = replace(job_options, use_sandbox=True).load()
+    if job_options.use_sandbox:
+        return [sandbox_job]
+    job = job_options.load()
+    has_sandbox = _has_requests(sandbox_job) or sandbox_state_path(sandbox_job.ledger).is_file()
+    if not has_sandbox:
+        return [job]
+    return [job, sandbox_job] if ledger_exists(job.ledger) else [sandbox_job]
+
+
+def _has_requests(job: Job) -> bool:
+    return ledger_exists(job.ledger) and bool(try_read(job.ledger, queries.state_counts) != {})
+
+
 @click.command()
-@options.job_options(ledger="Take", sandbox="Take the ledger of the sandbox.")
-@click.option("--match", "matches", multiple=True, required=True, metavar="NAME=VALUE", help="Whom; all must hold.")
+@options.job_options(sandbox="Erase from the sandbox only.")
+@click.option(
+    "--match",
+    "matches",
+    multiple=True,
+    required=True,
+    metavar="NAME=VALUE",
+    help="Value that identifies the person. Several are combined with AND.",
+)
 @YES_OPTION
 @options.JSON_OPTION
 def forget(job_options: options.JobOptions, matches: tuple[str, ...], yes: bool, as_json: bool) -> None:
-    """Erase what the ledger of JOB holds of a person, who is never asked about again.
+    """Erase a person from the ledger of JOB and from its sandbox. Later runs skip this person.
 
-    NAME is a column of the input, a param or a new column. Outputs and backups are yours to erase.
+    NAME is a column of the input, a param or a new column. Matching ignores case and surrounding spaces. Erase
+    outputs and backups yourself.
     """
-    job = job_options.load()
-    count = forget_person(
-        job, matches, lambda found: _confirmed(f"{_count_text(found)} will be erased for good.", yes=yes)
-    )
-    _echo_count(count, "forgotten", as_json=as_json)
+    answers = [True] if yes else []
+
+    def confirm(found: int) -> bool:
+        """Ask once for the ledger and the sandbox."""
+        if not answers:
+            answers.append(_confirmed(f"This permanently erases {_count_text(found)}.", yes=False))
+        return answers[0]
+
+    count = 0
+    for job in _jobs_to_erase(job_options):
+        state_exists = job.sandbox and sandbox_state_path(job.ledger).is_file()
+        if not state_exists or _has_requests(job):
+            count += forget_person(job, matches, confirm)
+        if state_exists:
+            count += forget_in_sandbox_state(job, matches, confirm)
+    _echo_count(count, "erased", as_json=as_json)
 
 
 @click.command()
-@options.job_options(ledger="Take", sandbox="Take the ledger of the sandbox.")
-@click.option("--older-than", callback=options.parse_seconds, required=True, metavar="90d", help="Settled longer ago.")
+@options.job_options(sandbox="Erase from the sandbox only.")
+@click.option(
+    "--older-than", callback=options.parse_seconds, required=True, metavar="90d", help="Erase results older than this."
+)
 @YES_OPTION
 @options.JSON_OPTION
 def purge(job_options: options.JobOptions, older_than: float, yes: bool, as_json: bool) -> None:
-    """Drop old params and answers from the ledger of JOB; that they were paid for is remembered.
+    """Erase old params and results from the ledger of JOB and from its sandbox.
 
-    Leads that are still in the input come without these answers from then on.
+    The ledger keeps that the requests were paid, so they are not sent again. Outputs written later lack these
+    results.
     """
-    job = job_options.load()
-    confirmed = _confirmed("What was answered before then will be erased for good; outputs will lack it.", yes=yes)
-    count = purge_answers(job, timedelta(seconds=older_than)) if confirmed else 0
+    confirmed = _confirmed("This permanently erases older results. Outputs written later lack them.", yes=yes)
+    count = 0
+    for job in _jobs_to_erase(job_options) if confirmed else ():
+        state_exists = job.sandbox and sandbox_state_path(job.ledger).is_file()
+        if not state_exists or _has_requests(job):
+            count += purge_answers(job, timedelta(seconds=older_than))
+        if state_exists:
+            count += purge_sandbox_state(job, timedelta(seconds=older_than))
     _echo_count(count, "purged", as_json=as_json)

@@ -9,7 +9,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,15 +21,17 @@ from enrich.commands import LEDGER_META_KEY
 from enrich.databar.credentials import ApiAccess, find_access
 from enrich.errors import JobError
 from enrich.exit_codes import JobArguments
+from enrich.extras import install_hint
+from enrich.job.field_types import parse_duration
 from enrich.job.job import Job, Overrides, load_job
-from enrich.job.locations import LedgerLocation, check_no_password, path_beside_ledger
-from enrich.job.spec import parse_duration
+from enrich.job.locations import LedgerLocation, check_no_password, hide_secrets, sandbox_state_path
+from enrich.ledger.file_identity import make_private_folder
 from enrich.models import RETRYABLE_STATES, State
 
 T = TypeVar("T")
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 FILE = click.Path(path_type=Path, dir_okay=False)
-_INPUT_HELP = "Read this file or URL, or - for stdin, instead."
+_INPUT_HELP = "Read this file or URL, or - for stdin, instead of the job's input."
 _OUTPUT_HELP = "Write this file or URL instead of the job's output."
 _TIME_OF_DAY = re.compile(r"([01]?[0-9]|2[0-3]):([0-5][0-9])")
 
@@ -50,7 +52,9 @@ def parse_states(_: click.Context, __: click.Parameter, value: str | None) -> fr
     names = [name.strip() for name in (value or "").split(",") if name.strip()]
     for name in names:
         if name not in RETRYABLE_STATES:
-            raise click.BadParameter(f"`{name}` is none of {', '.join(filter(RETRYABLE_STATES.__contains__, State))}")
+            raise click.BadParameter(
+                f"`{name}` must be one of {', '.join(filter(RETRYABLE_STATES.__contains__, State))}"
+            )
     return frozenset(names)
 
 
@@ -103,8 +107,8 @@ def ledger_option(*names: str, what: str) -> Decorator:
 
 JOB_ARGUMENT = click.argument("job_file", metavar="JOB", type=FILE)
 JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-LEDGER_INSTEAD_OPTION = ledger_option("instead", what="Take")
-SANDBOX_OPTION = click.option("--sandbox", "use_sandbox", is_flag=True, help="Take the ledger of the sandbox.")
+LEDGER_INSTEAD_OPTION = ledger_option("instead", what="Use")
+SANDBOX_OPTION = click.option("--sandbox", "use_sandbox", is_flag=True, help="Use the ledger of the sandbox.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +133,9 @@ class JobOptions:
 
         def path(named: Path | str) -> str:
             text = str(named)
-            if text == "-" or "://" in text:
+            if "://" in text:
+                return hide_secrets(text)
+            if text == "-":
                 return text
             if as_typed:  # a leading dash would be parsed as an option
                 return f"./{text}" if text.startswith("-") else text
@@ -151,8 +157,8 @@ def job_options(
     *,
     has_input: bool = False,
     has_output: bool = False,
-    ledger: str = "Look into",
-    sandbox: str = "Look into the ledger of the sandbox.",
+    ledger: str = "Use",
+    sandbox: str = "Use the ledger of the sandbox.",
 ) -> Decorator:
     """Add JOB and the options for its paths to a command, which gets them as one object, `job_options`."""
     added: list[Decorator] = [
@@ -178,18 +184,38 @@ def job_options(
 
 
 #: `job_options` of the commands that send or plan requests.
-RUN_JOB_OPTIONS = job_options(
-    has_input=True, has_output=True, ledger="Use", sandbox="Ask the built-in sandbox: no key, no credits."
-)
+RUN_JOB_OPTIONS = job_options(has_input=True, has_output=True, sandbox="Use the built-in sandbox: no key, no credits.")
 
 
 SELECTION_OPTIONS = (
-    click.option("--limit", type=click.IntRange(min=0), help="Ask at most N new requests; the rest stays pending."),
-    click.option("--sample", type=click.IntRange(min=1), help="Ask only N new requests, spread over the whole file."),
-    click.option("--seed", type=int, default=0, show_default=True, help="Which sample; equal seeds choose equal rows."),
-    click.option("--max-credits", type=click.FloatRange(min=0), help="Spend at most so many credits in one run."),
     click.option(
-        "--retry", callback=parse_states, metavar="STATES", help="Ask these again, at a price: failed,expired,in_doubt."
+        "--limit",
+        type=click.IntRange(min=0),
+        metavar="ROWS",
+        help="Send at most this many new requests. The rest stays pending.",
+    ),
+    click.option(
+        "--sample",
+        type=click.IntRange(min=1),
+        metavar="ROWS",
+        help="Send only this many new requests: a stratified random sample of the file.",
+    ),
+    click.option(
+        "--seed",
+        type=int,
+        default=0,
+        show_default=True,
+        metavar="NUMBER",
+        help="Seed of the sample. The same seed chooses the same rows.",
+    ),
+    click.option(
+        "--max-credits", type=click.FloatRange(min=0), metavar="CREDITS", help="Spend at most this many credits."
+    ),
+    click.option(
+        "--retry",
+        callback=parse_states,
+        metavar="STATES",
+        help="Send these again, which may charge again: failed, expired, in_doubt, separated by commas.",
     ),
 )
 
@@ -218,19 +244,37 @@ def open_access(job: Job | None, *, use_sandbox: bool) -> Iterator[ApiAccess]:
     try:
         from enrich.sandbox.server import serve_in_thread
     except ModuleNotFoundError as error:
-        raise JobError("the sandbox needs its extra", "pip install 'databar-enrich[sandbox]'") from error
+        raise JobError("the sandbox is not installed", install_hint("sandbox")) from error
     with ExitStack() as stack:
         if job is None:
             state = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "sandbox.db"
         else:
-            state = (
-                job.ledger.with_suffix(".api.db")
-                if isinstance(job.ledger, Path)
-                else path_beside_ledger(job.ledger, ".api.db")
-            )
-            state.parent.mkdir(parents=True, exist_ok=True)
+            state = sandbox_state_path(job.ledger)
+            make_private_folder(state.parent)
         server = stack.enter_context(serve_in_thread(state))
         yield ApiAccess(server.base_url, SecretStr(server.api_key))
+
+
+def short_path(path: str | None) -> str | None:
+    """Return a path as seen from the working directory, if it is below it."""
+    if path is None or "://" in path:
+        return path
+    with suppress(ValueError):
+        return str(Path(path).relative_to(Path.cwd()))
+    return path
+
+
+#: Stand-ins for characters that not every terminal can show.
+_ASCII = str.maketrans({"✓": "ok:", "→": "->", "·": "-", "…": "..."})
+
+
+def for_terminal(text: str) -> str:
+    """Return a text as stderr can show it."""
+    try:
+        text.encode(sys.stderr.encoding or "utf-8")
+    except (LookupError, UnicodeEncodeError):
+        return text.translate(_ASCII)
+    return text
 
 
 def make_styler() -> Callable[[str, str], str]:

@@ -59,15 +59,15 @@ def path_problems(job: Job) -> Iterator[EnrichError]:
     for key, path in outgoing.items():
         if reason := _why_not_writable(path, may_be_folder=key == "output" and is_dataset(path)):
             yield CommandRefused(
-                f"{path}: `{key}` cannot be written: {reason}", "mend the rights, or choose another folder"
+                f"{path}: `{key}` cannot be written: {reason}", "change the permissions, or choose another folder"
             )
     if isinstance(job.ledger, Path) and _is_visible(job.ledger) and not os.access(job.ledger, os.R_OK | os.W_OK):
         yield CommandRefused(
-            f"{job.ledger}: this user may not write the ledger", "run as its owner, or mend the rights"
+            f"{job.ledger}: this user cannot write the ledger", "run as its owner, or change its permissions"
         )
     for key, path in incoming.items():
         if key == "notify" and (not os.access(path, os.R_OK) or path.is_dir()):
-            yield CommandRefused(f"{path}: `{key}` cannot be read", "make it, or leave the key out")
+            yield CommandRefused(f"{path}: `{key}` cannot be read", "create it, or remove the key")
     yield from _overwrite_problems(outgoing)
 
 
@@ -84,7 +84,7 @@ def _overwrite_problems(outgoing: Mapping[str, Path]) -> Iterator[EnrichError]:
         except OSError:
             pass  # a folder that cannot be read cannot be written either
     if report is not None and _is_foreign_report(report):
-        yield JobError(f"{report} is there already, and no report of enrich", "choose another `report`")
+        yield JobError(f"{report} exists and is not a report of enrich", "choose another `report`")
 
 
 def _is_same_file(one: Path, other: Path) -> bool:
@@ -117,7 +117,7 @@ def path_exists(path: Path) -> bool:
         return path.exists()
     except OSError as error:
         raise CommandRefused(
-            f"{path}: {error.strerror}", "mend the rights of its folder, or run as its owner"
+            f"{path}: {error.strerror}", "change the permissions of its folder, or run as its owner"
         ) from error
 
 
@@ -139,6 +139,6 @@ def _why_not_writable(path: Path, *, may_be_folder: bool) -> str | None:
         folder = nearest_existing(path.parent)
         if not folder.is_dir():
             return f"{folder} is no folder"
-        return None if os.access(folder, os.W_OK | os.X_OK) else f"no right to write in {folder}"
+        return None if os.access(folder, os.W_OK | os.X_OK) else f"no permission to write in {folder}"
     except OSError as error:
         return error.strerror or str(error)

@@ -4,49 +4,57 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shlex
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import click
-import polars as pl
 
 from enrich.commands import options
+from enrich.commands.check_steps import open_ledger_or_empty
+from enrich.commands.plan_rows import write_rows, write_step_rows
 from enrich.databar.client import Client
 from enrich.databar.clock import SystemClock
 from enrich.databar.credentials import ApiAccess
 from enrich.errors import CommandRefused, JobError, LedgerLocked
-from enrich.files.writer import prepare_file, write_file
+from enrich.files.writer import prepare_file
 from enrich.job.job import Job
-from enrich.job.spec import Output
-from enrich.ledger.database import ledger_exists
-from enrich.ledger.ledger import Ledger
+from enrich.job.locations import sandbox_file_name
+from enrich.ledger import enroll, erasure, execution_records
+from enrich.ledger.database import Database
 from enrich.ledger.lock import is_locked
 from enrich.models import (
     DECISIONS_TO_SEND,
     Decision,
-    RowDecision,
     RowStatus,
     State,
-    iso_time,
 )
-from enrich.rows.reader import JobInput
-from enrich.rows.template import RequestTemplate
+from enrich.rows.job_input import JobInput
+from enrich.rows.param_fill import ParamFill
+from enrich.rows.params import LeftOutCounts
+from enrich.run import neighbour_ledgers
 from enrich.run.budget import check_balance, make_budget
 from enrich.run.context import RunOptions, select_requests
-from enrich.run.plan import DECISION_REASONS, Plan, build_plan, format_plan
+from enrich.run.plan import DECISION_REASONS, Plan, PlanCounts, build_plan, format_plan
 from enrich.run.plan_file import SavedPlan, gather_plan_inputs, write_plan
 from enrich.run.preflight import Preflight, preflight, read_binding
-from enrich.run.state import Timeouts
+from enrich.run.run_state import Timeouts
+from enrich.run.sandbox_output import is_written_by_run
+from enrich.run.startup import make_step_rows
+from enrich.run.step_input import StepInput
+from enrich.run.step_plan import StepsPlan, format_steps_plan, plan_steps
+from enrich.run.step_rows import StepRows
 
 
 @click.command()
 @options.RUN_JOB_OPTIONS
 @options.selection_options
-@click.option("-o", "freeze", type=options.FILE, help="Freeze the plan for `enrich run --plan`.")
-@click.option("--rows", "rows_file", type=options.FILE, help="Write each row's decision to this file.")
+@click.option("-o", "plan_file", type=options.FILE, help="Save the plan for `enrich run --plan`.")
+@click.option("--rows", "rows_file", type=options.FILE, help="Write the decision for each row to this file.")
+@click.option("-v", "--verbose", is_flag=True, help="Add each decision, the prices of the providers and the time.")
 @options.JSON_OPTION
 def plan(
     job_options: options.JobOptions,
@@ -55,30 +63,74 @@ def plan(
     seed: int,
     max_credits: float | None,
     retry: frozenset[str],
-    freeze: Path | None,
+    plan_file: Path | None,
     rows_file: Path | None,
+    verbose: bool,
     as_json: bool,
 ) -> None:
-    """Show what a run of JOB would ask and cost, and why each row is or isn't paid for; costs nothing."""
-    job = job_options.load(max_credits)
+    """Show what a run of JOB would send and the most it can cost. Free.
+
+    Reads the input and the ledger, and gets prices and balance from Databar. Changes nothing.
+    """
     run_options = RunOptions(limit=limit, sample=sample, seed=seed, retry=frozenset(map(State, retry)))
-    if freeze is not None and is_locked(job.ledger):
-        raise LedgerLocked(f"{job.ledger}: a run is at work, so no plan can be kept to", "freeze one after it")
-    with options.open_access(job, use_sandbox=job_options.use_sandbox) as access:
-        planned, saved_plan = make_plan(job, access, run_options, rows_file.absolute() if rows_file else None)
-    if freeze is not None:
-        write_plan(freeze, saved_plan)
-    click.echo(json.dumps(planned.as_json(), ensure_ascii=False) if as_json else "\n".join(format_plan(planned)))
+    planned, note = plan_with_access(job_options.load(max_credits), run_options, plan_file, rows_file)
+    if note is not None:
+        click.echo(f"note: {note}", err=True)
+    if as_json:
+        click.echo(json.dumps(planned.as_json(), ensure_ascii=False))
+        return
+    command = f"enrich run {job_options.arguments(as_typed=True).run_args}"
+    if plan_file is not None:
+        chosen = f" --plan {shlex.quote(str(plan_file))}"
+    else:
+        chosen = _selection_arguments(limit, sample, seed, max_credits, retry)
+    next_lines = list(_next_lines(planned, command, chosen))
+    if isinstance(planned, StepsPlan):
+        click.echo("\n".join(format_steps_plan(planned, next_lines)))
+    else:
+        click.echo("\n".join(format_plan(planned, next_lines, details=verbose)))
 
 
-#: The columns that `--rows` adds to the input's.
-PLAN_COLUMNS = {
-    "plan_decision": pl.String(),
-    "plan_why": pl.String(),
-    "plan_same_as_row": pl.Int64(),
-    "plan_answered_at": pl.String(),
-    "plan_age_days": pl.Float64(),
-}
+def _selection_arguments(
+    limit: int | None, sample: int | None, seed: int, max_credits: float | None, retry: frozenset[str]
+) -> str:
+    """Return the options of the plan as arguments of a run."""
+    chosen = {"--limit": limit, "--sample": sample, "--seed": seed or None, "--max-credits": max_credits}
+    texts = [f" {name} {value:g}" for name, value in chosen.items() if value is not None]
+    return "".join([*texts, f" --retry {','.join(sorted(retry))}" if retry else ""])
+
+
+def _next_lines(planned: Plan | StepsPlan, command: str, chosen: str) -> Iterator[str]:
+    """Yield the commands that come after the plan."""
+    if not planned.to_submit:
+        yield f"Next: {command}{chosen} (free: writes the output)"
+        return
+    is_new = planned.cost.likely is None and not chosen and planned.cost.maximum is not None
+    if is_new and planned.to_submit > SUGGESTED_SAMPLE:
+        yield f"No history yet: `{command} --sample {SUGGESTED_SAMPLE}` gives an estimate"
+    suggested = f" --limit {SUGGESTED_LIMIT}" if is_new and planned.to_submit > SUGGESTED_LIMIT else chosen
+    yield f"Next: {command}{suggested}"
+
+
+def plan_with_access(
+    job: Job, run_options: RunOptions, plan_file: Path | None = None, rows_file: Path | None = None
+) -> tuple[Plan | StepsPlan, str | None]:
+    """Plan a run with the job's access to the API, and save the plan in `plan_file`, if given (see `make_plan`).
+
+    Also returns a note if the plan was saved in another file: a sandbox run does not replace the plan of a real run.
+    """
+    if plan_file is not None and is_locked(job.ledger):
+        raise LedgerLocked(f"{job.ledger}: a run is in progress, so a plan cannot be saved", "save it after the run")
+    make = make_steps_plan if job.step_jobs else make_plan
+    with options.open_access(job, use_sandbox=job.sandbox) as access:
+        planned, saved_plan = make(job, access, run_options, rows_file.absolute() if rows_file else None)
+    if plan_file is None or (written := write_plan(plan_file, saved_plan)) == plan_file:
+        return planned, None
+    return planned, f"{plan_file} is the plan of a real run. The plan of the sandbox is in {written}"
+
+
+#: Size of the first run that the plan suggests, and of the sample for an estimate.
+SUGGESTED_LIMIT, SUGGESTED_SAMPLE = 10, 20
 
 
 def make_plan(
@@ -86,15 +138,12 @@ def make_plan(
 ) -> tuple[Plan, SavedPlan]:
     """Plan a run. Returns the plan to show and the plan to save. Writes each row's decision to `rows_file`, if given.
 
-    Raises what a run would raise before it spends.
+    Raises what a run would raise before it spends. A sandbox run writes the rows under its own name.
     """
-    with _open_ledger(job) as ledger:
-        job_input = JobInput(job, ledger.load_forgotten())
+    with open_ledger_or_empty(job) as ledger:
+        job_input = JobInput(job, erasure.load_forgotten(ledger))
         file_versions = job_input.file_versions()
-        if rows_file is not None:
-            if rows_file.exists() and rows_file.samefile(job.document.path):
-                raise JobError(f"{rows_file}: the rows would replace the job file", "choose another name")
-            prepare_file(rows_file, job.input_path, job.name, "plan")
+        rows_file = _prepare_rows_file(job, rows_file)
         preflight_result = asyncio.run(_preflight(job, access, ledger, options))
         job_input.check_new_columns(preflight_result.template)
         clock = SystemClock()
@@ -103,43 +152,117 @@ def make_plan(
         budget = make_budget(job, template, preflight_result.balance)
         counts = dict.fromkeys(DECISION_REASONS, 0)
         is_running = bool(is_locked(job.ledger))
-        ledger.begin_pass(replace(select_requests(job, options, now_ms), no_active_run=not is_running))
+        selection = replace(select_requests(job, options, now_ms), no_active_run=not is_running)
+        enroll.begin_pass(ledger)
         row_count = requesting_rows = 0
+        left_out: LeftOutCounts = Counter()
+        skipped: Counter[str] = Counter()
+        fill = ParamFill(job, template)
         for batch in job_input.batches(template, job_input.queue_order()):
-            ledger.preview(batch.requests())
+            enroll.preview(ledger, batch.requests(), selection)
             row_count += batch.frame.height
+            left_out += batch.left_out
+            skipped += batch.skip_reasons()
             requesting_rows += sum(fingerprint is not None for fingerprint in batch.fingerprints)
             counts[Decision.INVALID] += batch.statuses.count(RowStatus.INVALID)
             counts[Decision.FILTERED] += batch.statuses.count(RowStatus.FILTERED)
-        ledger.apply_limits()
-        request_counts = ledger.decision_counts()
+            if RowStatus.INVALID in batch.statuses:
+                fill.add(batch)
+        enroll.apply_limits(ledger, selection)
+        request_counts = enroll.decision_counts(ledger)
         counts |= request_counts
         counts[Decision.DUPLICATE] = requesting_rows - sum(request_counts.values())
         if rows_file is not None:
-            _write_rows(rows_file, job, job_input, ledger, (template, now_ms))
+            write_rows(rows_file, job, job_input, ledger, (template, now_ms))
         to_submit = sum(counts[decision] for decision in DECISIONS_TO_SEND)
-        saved_plan = SavedPlan(
-            made_ms=now_ms,
-            ground=gather_plan_inputs(job, template, preflight_result.waterfall, job_input),
-            limit=options.limit,
-            sample=options.sample,
-            seed=options.seed,
-            retry=sorted(options.retry),
-            max_credits=job.max_credits,
-            to_submit=to_submit,
-            after_execution=max((row["id"] for row in ledger.executions(last=1)), default=0),
-        )
+        saved_plan = _saved_plan(job, options, preflight_result, job_input, ledger, now_ms, [to_submit])
         if job_input.file_versions() != file_versions:
-            raise CommandRefused(f"{job.input_path}: the input changed while the plan was made", "plan again")
-        plan = build_plan(job, preflight_result, ledger, row_count, counts, budget.cap)
-        return replace(
-            plan, notes=[*plan.notes, *_notes(job, preflight_result, to_submit, is_running=is_running)]
-        ), saved_plan
+            raise CommandRefused(f"{job.input_path}: the input changed while it was read", "run the command again")
+        plan = build_plan(job, preflight_result, ledger, PlanCounts(row_count, counts, left_out, skipped), budget.cap)
+        notes = [
+            *plan.notes,
+            *_notes(job, preflight_result, to_submit, is_running=is_running),
+            *(_neighbour_notes(job, preflight_result, ledger) if to_submit else ()),
+        ]
+        return replace(plan, notes=notes, missing=fill.missing), saved_plan
+
+
+def make_steps_plan(
+    job: Job, access: ApiAccess, options: RunOptions, rows_file: Path | None = None
+) -> tuple[StepsPlan, SavedPlan]:
+    """Plan a run of a job with steps, as `make_plan` does."""
+    with open_ledger_or_empty(job) as ledger:
+        job_input = JobInput(job, erasure.load_forgotten(ledger))
+        file_versions = job_input.file_versions()
+        rows_file = _prepare_rows_file(job, rows_file)
+        preflights = [asyncio.run(_preflight(step, access, ledger, options)) for step in job.step_jobs]
+        joined = Preflight.of_steps(preflights)
+        for step, of_step in zip(job.step_jobs, preflights, strict=True):
+            make_budget(step, of_step.template, of_step.balance)
+        rows = make_step_rows(job, job_input, ledger, joined, options)
+        now_ms, is_running = SystemClock().now_ms(), bool(is_locked(job.ledger))
+        selections = [
+            replace(select_requests(step, options, now_ms), no_active_run=not is_running) for step in job.steps
+        ]
+        StepInput(rows, 0).begin(selections[0])
+        rows.prepare()
+        selections = [replace(selection, limit=None, sample=None) for selection in selections]
+        plan = plan_steps(rows, ledger, joined, selections)
+        requests = [step.at_most for step in plan.steps]
+        saved_plan = _saved_plan(job, options, joined, job_input, ledger, now_ms, requests)
+        if rows_file is not None:
+            write_step_rows(rows_file, rows, selections)
+        if job_input.file_versions() != file_versions:
+            raise CommandRefused(f"{job.input_path}: the input changed while it was read", "run the command again")
+        notes = [
+            *job_input.notes(),
+            *plan.notes,
+            *_notes(job.steps[0], preflights[0], plan.to_submit, is_running=is_running),
+            *(_neighbour_notes(job, joined, ledger, rows) if plan.to_submit else ()),
+        ]
+        return replace(plan, notes=notes), saved_plan
+
+
+def _prepare_rows_file(job: Job, rows_file: Path | None) -> Path | None:
+    """Return where the rows are written: a sandbox run has its own name. Raises EnrichError if it cannot be written."""
+    if rows_file is None:
+        return None
+    if job.sandbox:
+        rows_file = rows_file.with_name(sandbox_file_name(rows_file.name))
+    if (key := job.key_of_file(rows_file, datetime.now().astimezone())) is not None:
+        raise JobError(f"{rows_file}: the rows would replace `{key}` of the job", "choose another name")
+    if is_written_by_run(job, rows_file):
+        raise JobError(f"{rows_file}: the rows would replace a file that a run has written", "choose another name")
+    prepare_file(rows_file, job.input_path, job.name, "plan")
+    return rows_file
+
+
+def _saved_plan(
+    job: Job,
+    options: RunOptions,
+    preflight_result: Preflight,
+    job_input: JobInput,
+    ledger: Database,
+    now_ms: int,
+    requests: list[int],
+) -> SavedPlan:
+    return SavedPlan(
+        made_ms=now_ms,
+        ground=gather_plan_inputs(job, preflight_result, job_input),
+        limit=options.limit,
+        sample=options.sample,
+        seed=options.seed,
+        retry=sorted(options.retry),
+        max_credits=job.max_credits,
+        requests=requests,
+        after_execution=execution_records.newest_execution_id(ledger),
+        sandbox=job.sandbox,
+    )
 
 
 def _notes(job: Job, preflight_result: Preflight, to_submit: int, *, is_running: bool) -> Iterator[str]:
     if is_running:
-        yield "a run is at work in this ledger: what it does from now on is not in this plan"
+        yield "a run of this ledger is in progress: what it does from now on is not in this plan"
     if to_submit:
         try:
             check_balance(job, preflight_result.template, preflight_result.balance)
@@ -147,76 +270,26 @@ def _notes(job: Job, preflight_result: Preflight, to_submit: int, *, is_running:
             yield f"a run would be refused: {error.message}"
 
 
-@contextmanager
-def _open_ledger(job: Job) -> Iterator[Ledger]:
-    """Open the job's ledger read-only, or an empty one where there is none yet."""
-    with TemporaryDirectory() as folder:
-        is_known = ledger_exists(job.ledger)
-        ledger = Ledger(job.ledger if is_known else Path(folder) / "none.db", read_only=is_known)
-        with closing(ledger):
-            yield ledger
+def _neighbour_notes(
+    job: Job, preflight_result: Preflight, ledger: Database, step_rows: StepRows | None = None
+) -> Iterator[str]:
+    overlap = neighbour_ledgers.find_overlap(ledger, job, preflight_result.bound_to, step_rows)
+    if overlap is not None:
+        error = neighbour_ledgers.refusal(job, overlap)
+        yield from (
+            neighbour_ledgers.overlap_notes(overlap)
+            if error is None
+            else (f"a run would be refused: {error.message}; {error.hint}",)
+        )
 
 
-async def _preflight(job: Job, access: ApiAccess, ledger: Ledger, options: RunOptions) -> Preflight:
+async def _preflight(job: Job, access: ApiAccess, ledger: Database, options: RunOptions) -> Preflight:
     async with Client(access, SystemClock()) as client:
         return await preflight(
             client,
-            read_binding(ledger, job.model.waterfall),
+            read_binding(ledger, job),
             job,
             access.host,
             timeout_s=Timeouts().startup_s,
             update_providers=options.update_providers,
         )
-
-
-def _write_rows(
-    target: Path, job: Job, job_input: JobInput, ledger: Ledger, template_and_time: tuple[RequestTemplate, int]
-) -> None:
-    """Write the input with each row's decision. The time is in ms (UTC)."""
-    template, now_ms = template_and_time
-    filters = [name for name in ("where", "only_if_empty") if getattr(job.model, name)]
-    filtered_reason = f"left out by {' or '.join(filters)}"
-
-    def frames() -> Iterator[pl.DataFrame]:
-        for batch in job_input.batches(template):
-            decisions = {row_decision.position: row_decision for row_decision in ledger.row_decisions(batch.requests())}
-            if len(decisions) != batch.statuses.count(None):
-                raise CommandRefused(f"{job.input_path}: the input changed while the plan was made", "plan again")
-            cells = [
-                _decision_cells(decisions[position], now_ms)
-                if status is None
-                else _skipped_cells(status, error or filtered_reason)
-                for position, (status, error) in enumerate(
-                    zip(batch.statuses, batch.errors, strict=True), batch.first_position
-                )
-            ]
-            new = [
-                pl.Series(name, [row[place] for row in cells], dtype)
-                for place, (name, dtype) in enumerate(PLAN_COLUMNS.items())
-            ]
-            yield batch.frame.select(pl.exclude(*PLAN_COLUMNS)).hstack(new)
-
-    # The columns of an earlier plan are replaced.
-    schema = {name: kind for name, kind in job_input.schema.items() if name not in PLAN_COLUMNS} | PLAN_COLUMNS
-    output = Output(path=str(target))
-    write_file(target, output, job=job.name, schema=schema, frames=frames(), new_columns=len(PLAN_COLUMNS), kind="plan")
-
-
-def _skipped_cells(status: RowStatus, reason: str) -> list[object]:
-    return [Decision(status.value), reason, None, None, None]
-
-
-def _decision_cells(row_decision: RowDecision, now_ms: int) -> list[object]:
-    answered_at, age_days = None, None
-    if (
-        row_decision.decision in (Decision.FOUND, Decision.NOT_FOUND, Decision.REFRESH)
-        and row_decision.settled_ms is not None
-    ):
-        answered_at, age_days = (
-            iso_time(row_decision.settled_ms),
-            round((now_ms - row_decision.settled_ms) / 86_400_000, 2),
-        )
-    if row_decision.first_position == row_decision.position:
-        return [row_decision.decision, DECISION_REASONS[row_decision.decision], None, answered_at, age_days]
-    reason = f"{DECISION_REASONS[Decision.DUPLICATE]}: {row_decision.decision.value}"
-    return [Decision.DUPLICATE, reason, row_decision.first_position + 1, answered_at, age_days]

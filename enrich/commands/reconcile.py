@@ -14,8 +14,8 @@ from enrich.databar.clock import SystemClock
 from enrich.databar.credentials import ApiAccess
 from enrich.errors import ApiUnreachable, CommandRefused
 from enrich.job.job import Job
-from enrich.ledger.database import ledger_exists
-from enrich.ledger.ledger import Ledger
+from enrich.ledger import execution_records, queries
+from enrich.ledger.database import Database, ledger_exists
 from enrich.models import read_balance
 from enrich.run.balance import (
     PART_LABELS,
@@ -26,7 +26,7 @@ from enrich.run.balance import (
     explain_balance,
 )
 from enrich.run.preflight import retry_until
-from enrich.run.state import Timeouts
+from enrich.run.run_state import Timeouts
 
 
 def reconcile_job(job: Job, access: ApiAccess, since: int | None) -> Reconciliation:
@@ -36,23 +36,23 @@ def reconcile_job(job: Job, access: ApiAccess, since: int | None) -> Reconciliat
     and ApiKeyRejected.
     """
     if not ledger_exists(job.ledger):
-        raise CommandRefused(f"{job.ledger}: there is no ledger: this job has never run", "enrich run it first")
-    ledger = Ledger(job.ledger, read_only=True)
+        raise CommandRefused(f"{job.ledger}: no ledger, because this job has never run", "run it first: enrich run JOB")
+    ledger = Database(job.ledger, read_only=True)
     try:
-        executions, in_doubt = ledger.executions(), ledger.in_doubt_summary()
+        executions, in_doubt = execution_records.list_executions(ledger), queries.in_doubt_summary(ledger)
         if since is None:
             start = choose_baseline(executions, None if in_doubt is None else in_doubt.oldest_execution_id)
         else:
-            named = [row for row in executions if row["id"] == since and row["balance_before"] is not None]
+            named = [row for row in executions if row.id == since and row.balance_before is not None]
             start = named[0] if named else None
-        if start is None:
-            which = "no execution" if since is None else f"execution {since} is not there or"
-            raise CommandRefused(f"{job.ledger}: {which} knows its balance", "enrich status lists the executions")
-        movements = ledger.credit_movements(start["id"])
+        if start is None or start.balance_before is None:
+            which = "any run" if since is None else f"run {since}"
+            raise CommandRefused(f"{job.ledger} has no balance of {which}", "`enrich runs JOB` lists the runs")
+        movements = queries.credit_movements(ledger, start.id)
     finally:
         ledger.close()
     now = asyncio.run(_fetch_balance(access))
-    return explain_balance(start["id"], start["balance_before"], now, movements)
+    return explain_balance(start.id, start.balance_before, now, movements)
 
 
 async def _fetch_balance(access: ApiAccess) -> int:
@@ -60,14 +60,14 @@ async def _fetch_balance(access: ApiAccess) -> int:
         user = await retry_until(client.get_user, Timeouts().startup_s)
     balance = read_balance(user.balance)
     if balance is None:
-        raise ApiUnreachable("the API tells no balance", "nothing can be reconciled without it")
+        raise ApiUnreachable("the API reports no balance", "reconcile needs it")
     return balance
 
 
 def format_reconciliation(result: Reconciliation) -> Iterator[str]:
     """Format the result as text lines."""
-    yield f"since execution {result.since}: balance {result.balance_before:,.2f}, now {result.balance_now:,.2f}"
-    yield f"  {result.difference:>10,.2f}  credits are gone; the ledger knows of"
+    yield f"Since run {result.since}: balance {result.balance_before:,.2f}, now {result.balance_now:,.2f}"
+    yield f"  {result.difference:>10,.2f}  credits less. The ledger explains:"
     for name, words in PART_LABELS.items():
         part: DifferencePart = getattr(result, name)
         if part.number:
@@ -76,22 +76,27 @@ def format_reconciliation(result: Reconciliation) -> Iterator[str]:
             yield f"  {amount:>20}  {part.number:,} {words}"
     if result.unexplained > 0:
         yield (
-            f"  {result.unexplained:>20,.2f}  not explained: other users of the account, other ledgers, changed prices"
+            f"  {result.unexplained:>20,.2f}  not explained: other users of the account, other ledgers, price changes"
         )
     elif result.unexplained < 0:
-        yield f"  {-result.unexplained:>20,.2f}  came in: a top-up, or refunds"
+        yield f"  {-result.unexplained:>20,.2f}  added: a top-up, or refunds"
     else:
-        yield "  nothing beyond that: the difference can be explained"
+        yield "  The ledger explains the whole difference."
     if result.in_doubt.number:
-        yield "what is in doubt is yours to decide: enrich run --retry in_doubt (may pay twice) or --accept in_doubt"
+        yield "For unconfirmed requests: enrich run JOB --retry in_doubt (may charge again) or --accept in_doubt"
 
 
 @click.command()
-@options.job_options(sandbox="Look into the ledger and the account of the sandbox.")
-@click.option("--since", type=int, metavar="EXECUTION", help="From this execution on; default: the last one.")
+@options.job_options(sandbox="Use the ledger and the account of the sandbox.")
+@click.option(
+    "--since",
+    type=int,
+    metavar="RUN",
+    help="Compare from this run on. Default: the last one, or the oldest with unconfirmed requests.",
+)
 @options.JSON_OPTION
 def reconcile(job_options: options.JobOptions, since: int | None, as_json: bool) -> None:
-    """Hold the balance against the ledger of JOB: what explains the difference, and what cannot be known."""
+    """Compare the account balance with the ledger of JOB, and explain the difference. Free, changes nothing."""
     job = job_options.load()
     with options.open_access(job, use_sandbox=job_options.use_sandbox) as access:
         result = reconcile_job(job, access, since)

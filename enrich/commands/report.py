@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -14,13 +15,13 @@ from enrich.commands import options
 from enrich.errors import EnrichError, Interrupted, JobError
 from enrich.exit_codes import JobArguments
 from enrich.job.job import Job
-from enrich.report.build import build_report
-from enrich.report.compare import compare_executions, compare_jobs
 from enrich.report.data import Comparison, Report
-from enrich.report.page_file import INSTALL_HINT, default_report_path, is_extra_missing, write_report
+from enrich.report.page_file import INSTALL_HINT, default_report_path, given_report_path, is_extra_missing, write_report
 
 
 def _compare(job: Job, other: str, *, use_sandbox: bool) -> Comparison:
+    from enrich.report.compare import compare_executions, compare_jobs
+
     if other.isdecimal():
         return compare_executions(job, int(other))
     return compare_jobs(job, options.JobOptions(Path(other), use_sandbox=use_sandbox).load())
@@ -28,13 +29,29 @@ def _compare(job: Job, other: str, *, use_sandbox: bool) -> Comparison:
 
 def _require_extra() -> None:
     if is_extra_missing():
-        raise JobError("the report needs its extra", INSTALL_HINT)
+        raise JobError("the report is not installed", INSTALL_HINT)
 
 
-def _render_page(data: Report) -> str:
+def _build_report(job: Job, job_arguments: JobArguments, now: datetime, *, with_rows: bool = False) -> Report:
+    from enrich.report.build import build_report
+
+    return build_report(job, job_arguments, now, with_rows=with_rows)
+
+
+def _return_free_memory() -> None:
+    """Return freed memory to the system, because drawing the charts takes another 100 MiB."""
+    import ctypes
+
+    with suppress(OSError, AttributeError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _render_page(data: Report, job: Job, now: datetime) -> str:
+    from enrich.report.relative_paths import with_relative_paths
     from enrich.report.render import render_report
 
-    return render_report(data)
+    _return_free_memory()
+    return render_report(with_relative_paths(data, job, now, Path.cwd()))
 
 
 def write_run_report(job: Job, job_arguments: JobArguments) -> str | None:
@@ -44,7 +61,7 @@ def write_run_report(job: Job, job_arguments: JobArguments) -> str | None:
         path = job.report_path(now)
         if path is not None:
             _require_extra()
-            write_report(path, _render_page(build_report(job, job_arguments, now)), job, now)
+            write_report(path, _render_page(_build_report(job, job_arguments, now), job, now), job, now)
     except (KeyboardInterrupt, Interrupted):
         return "the report was not written: interrupted"
     except EnrichError as error:
@@ -56,9 +73,13 @@ def write_run_report(job: Job, job_arguments: JobArguments) -> str | None:
 
 @click.command()
 @options.job_options(has_input=True)
-@click.option("-o", "page", type=click.Path(path_type=Path, allow_dash=True), help="Write this file; - for stdout.")
-@click.option("--compare", metavar="EXECUTION|JOB", help="Hold the newest execution, or the job, against another.")
-@click.option("--with-rows", is_flag=True, help="Show the leads, too: personal data.")
+@click.option(
+    "-o", "page", type=click.Path(path_type=Path, allow_dash=True), help="Write to this file, or - for stdout."
+)
+@click.option(
+    "--compare", metavar="RUN|JOB", help="Compare the last run with another run, or the job with another job."
+)
+@click.option("--with-rows", is_flag=True, help="Add the leads, which are personal data.")
 @options.JSON_OPTION
 def report(
     job_options: options.JobOptions,
@@ -67,28 +88,30 @@ def report(
     with_rows: bool,
     as_json: bool,
 ) -> None:
-    """Write the report of JOB: what was got, what it cost, who earned it, what needs a person.
+    """Write the report of JOB: match rate, spend, provider performance, required actions.
 
-    From the ledger and the input alone, without network. It holds no leads, unless --with-rows asks for them.
+    Reads the ledger and the input, without network. Contains no leads unless you pass --with-rows.
     """
     to_stdout = page == Path("-")
     if to_stdout and as_json:
-        raise click.UsageError("--json and -o - would both write to stdout: choose one")
+        raise click.UsageError("--json and -o - both write to stdout: choose one")
     job = job_options.load()
     now = datetime.now().astimezone()
-    path = (
-        None if to_stdout or (as_json and page is None) else page.absolute() if page else default_report_path(job, now)
-    )
+    path = None
+    if page is not None and not to_stdout:
+        path = given_report_path(job, page.absolute())
+    elif not to_stdout and not as_json:
+        path = default_report_path(job, now)
     if path is not None or to_stdout:
         _require_extra()
     # First, so that an invalid comparison is reported before the long reading.
     comparison = None if compare is None else _compare(job, compare, use_sandbox=job_options.use_sandbox)
-    data = replace(build_report(job, job_options.arguments(), now, with_rows=with_rows), comparison=comparison)
+    data = replace(_build_report(job, job_options.arguments(), now, with_rows=with_rows), comparison=comparison)
     if to_stdout:
-        click.echo(_render_page(data))
+        click.echo(_render_page(data, job, now))
     elif path is not None:
-        write_report(path, _render_page(data), job, now)
-        if sys.stderr.isatty():
-            click.echo(f"the report is in {path}", err=True)
+        write_report(path, _render_page(data, job, now), job, now)
+        if sys.stderr.isatty() or (page is not None and path != page.absolute()):
+            click.echo(f"report: {path}", err=True)
     if as_json:
         click.echo(json.dumps(data.as_json(), ensure_ascii=False))

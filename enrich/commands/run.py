@@ -5,8 +5,11 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,36 +21,44 @@ from enrich.commands.report import write_run_report
 from enrich.databar.clock import SystemClock
 from enrich.errors import EnrichError, JobError, LedgerLocked
 from enrich.exit_codes import ExitCode, JobArguments, format_actions, required_actions
+from enrich.extras import install_hint
 from enrich.job.job import Job
-from enrich.job.locations import STDIN, PostgresLocation
+from enrich.job.locations import STDIN, PostgresLocation, WebUrl
 from enrich.ledger.lock import lock_ledger, open_for_run
 from enrich.ledger.sqlite import is_damage_error
 from enrich.models import State
 from enrich.monitoring.log_file import open_log
 from enrich.monitoring.observers import RunObservers
-from enrich.monitoring.progress_bar import ProgressBar
 from enrich.run import pipeline
-from enrich.run.cluster import ClusterEngine
-from enrich.run.context import ClusterOptions, Progress, RunContext, RunOptions
-from enrich.run.plan_file import read_plan
-from enrich.run.summary import RunSummary, format_summary
+from enrich.run.cluster_protocol import ClusterEngine
+from enrich.run.context import ClusterOptions, RunEnvironment, RunOptions
+from enrich.run.plan_file import SavedPlan, read_plan
+from enrich.run.progress import Progress
+from enrich.run.sandbox_output import with_own_output
+from enrich.run.summary import RunSummary, format_details, format_summary
+
+
+@contextmanager
+def observe_run(
+    job_options: options.JobOptions, log_file: Path | None, show_note: Callable[[str], None]
+) -> Iterator[RunObservers]:
+    """Yield the observers of a run. They are notified of every error that ends the block."""
+    with open_log(log_file, job_options.job_file.stem, show_note) as log:
+        observers = RunObservers(log, show_note, job_options.arguments())
+        try:
+            yield observers
+        except BaseException as error:
+            observers.failed(*_exit_code_and_message(error))
+            raise
 
 
 def with_observers(command: Callable[..., int]) -> Callable[..., int]:
-    """Pass `observers` to a command instead of `log_file`. They are notified of every error that ends it."""
+    """Pass `observers` to a command instead of `log_file`."""
 
     @functools.wraps(command)
     def wrapper(*, job_options: options.JobOptions, log_file: Path | None, **params: Any) -> int:  # noqa: ANN401 - click's options
-        def print_error(text: str) -> None:
-            click.echo(text, err=True)
-
-        with open_log(log_file, job_options.job_file.stem, lambda text: print_error(f"note: {text}")) as log:
-            observers = RunObservers(log, print_error, job_options.arguments())
-            try:
-                return command(job_options=job_options, observers=observers, **params)
-            except BaseException as error:
-                observers.failed(*_exit_code_and_message(error))
-                raise
+        with observe_run(job_options, log_file, lambda text: click.echo(f"note: {text}", err=True)) as observers:
+            return command(job_options=job_options, observers=observers, **params)
 
     return wrapper
 
@@ -72,16 +83,21 @@ def _check_address(_: click.Context, __: click.Parameter, value: str | None) -> 
     if value is not None and not value.rpartition(":")[2].isdecimal():
         raise click.BadParameter("must be HOST:PORT, as `ray start --head` prints it")
     if value is not None and "://" in value:
-        raise click.BadParameter("must be HOST:PORT without `ray://`: run it on a machine of the cluster")
+        raise click.BadParameter("must be HOST:PORT without `ray://`. Run the command on a machine of the cluster")
     return value
 
 
 ENGINE_OPTIONS = (
-    click.option("--engine", type=click.Choice(["ray"]), help="Let Ray carry the work; the ledger is in PostgreSQL."),
+    click.option("--engine", type=click.Choice(["ray"]), help="Run on a Ray cluster. Needs a ledger in PostgreSQL."),
     click.option(
-        "--address", callback=_check_address, metavar="HOST:PORT", help="The Ray cluster; default: one on this machine."
+        "--address",
+        callback=_check_address,
+        metavar="HOST:PORT",
+        help="Address of the Ray cluster. Default: this machine.",
     ),
-    click.option("--workers", type=click.IntRange(min=1), help="Actors of Ray that send and poll; default: the CPUs."),
+    click.option(
+        "--workers", type=click.IntRange(min=1), metavar="NUMBER", help="Number of Ray workers. Default: one per CPU."
+    ),
 )
 
 
@@ -98,15 +114,15 @@ def make_cluster_options(
     """Return the options of the cluster, None for this process alone. Raises JobError if the job cannot use one."""
     if engine is None:
         if address is not None or workers is not None:
-            raise click.UsageError("--address and --workers are for --engine ray")
+            raise JobError("--address and --workers need --engine ray")
         return None
     if not isinstance(job.ledger, PostgresLocation):
-        message = f"--engine ray needs a ledger that all workers reach, and this is a file: {job.ledger}"
-        raise job.error(["ledger"], message, "keep it in PostgreSQL: `ledger: postgresql://host/database`")
-    if address is not None and job.input_path == STDIN:
-        raise click.UsageError("what comes through a pipe is not seen by the machines at --address: put it into a file")
+        message = f"--engine ray needs a ledger in PostgreSQL, and this one is a file: {job.ledger}"
+        raise job.error(["ledger"], message, "set `ledger: postgresql://host/database`")
+    if address is not None and (job.input_path == STDIN or isinstance(job.input_path, WebUrl)):
+        raise JobError("with --address, the input must be a file that all machines can read, not a pipe or a download")
     if find_spec("ray") is None:
-        raise JobError("--engine ray needs the extra `cluster`", "pip install 'databar-enrich[cluster]'")
+        raise JobError("--engine ray is not installed", install_hint("cluster"))
     return ClusterOptions(address, workers)
 
 
@@ -127,56 +143,98 @@ def open_engine(job: Job, cluster: ClusterOptions | None) -> Iterator[ClusterEng
         yield RayCluster(job.ledger, cluster.workers or cpus)
 
 
-def _confirm(plan_text: str) -> bool:
-    click.echo(plan_text, err=True)
+def check_combination(
+    plan: SavedPlan | None,
+    limit: int | None,
+    sample: int | None,
+    max_credits: float | None,
+    retry: Collection[str],
+    *,
+    accept: str | None,
+) -> None:
+    """Raise JobError for options that contradict each other."""
+    if plan is not None and (retry or not (limit is sample is max_credits is None)):
+        raise JobError(
+            "--plan cannot be combined with --limit, --sample, --max-credits or --retry: the plan has its own"
+        )
+    if accept is not None and (conflicting := sorted({accept, "failed"}.intersection(retry))):
+        raise JobError(f"--accept {accept} and --retry {','.join(conflicting)} contradict each other: choose one")
+
+
+def _confirm(text: str) -> bool:
+    """Ask the question that is the last line of a text."""
+    *lines, question = text.splitlines()
+    click.echo(options.for_terminal("\n".join(lines)), err=True)
     try:
-        return click.confirm("Go on?", err=True)
+        return click.confirm(question, prompt_suffix=" ", err=True)
     except click.Abort:
         raise KeyboardInterrupt from None
 
 
-def _run_pipeline(
-    job: Job, run_options: RunOptions, wait_s: float, observers: RunObservers, *, use_sandbox: bool, on_terminal: bool
+@dataclass(frozen=True, slots=True)
+class RunCallbacks:
+    """What a run calls: `on_message` with a text for the user at once, `on_progress` often, `on_end` before the report.
+
+    `close_progress` is called when no progress follows, also after an error. Setting a result of `stop`, from any
+    thread, stops the run as SIGINT does.
+    """
+
+    on_message: Callable[[str], None] = lambda _: None
+    on_progress: Callable[[Progress], None] = lambda _: None
+    close_progress: Callable[[], None] = lambda: None
+    on_end: Callable[[RunSummary], None] = lambda _: None
+    stop: Future[None] = field(default_factory=Future)
+
+
+def run_observed(
+    job: Job, run_options: RunOptions, wait_s: float, observers: RunObservers, callbacks: RunCallbacks
 ) -> RunSummary:
-    """Run the job under the ledger's lock, with the progress bar and the observers."""
+    """Run a job under its ledger's lock, which it waits for up to `wait_s` seconds, and write its report.
+
+    Raises EnrichError for failures before the run is recorded in the ledger.
+    """
+    observers.start(job, run_options)
+    job, moved = with_own_output(job, datetime.now().astimezone())
+    observers.report_problem(moved)
     with ExitStack() as stack:
         stack.enter_context(lock_ledger(job.ledger, wait_s))
         # Before any threads start, because the engine starts processes.
         engine = stack.enter_context(open_engine(job, run_options.spread))
-        access = stack.enter_context(options.open_access(job, use_sandbox=use_sandbox))
+        access = stack.enter_context(options.open_access(job, use_sandbox=job.sandbox))
         store, lease = stack.enter_context(open_for_run(job.ledger))
-        bar = ProgressBar() if on_terminal else None
 
         def note(text: str) -> None:
             observers.note(text)
-            if bar is not None:
-                bar.write_line(text)
+            callbacks.on_message(text)
 
         def show_progress(progress: Progress) -> None:
             observers.show_progress(progress)
-            if bar is not None:
-                bar.show(progress)
+            callbacks.on_progress(progress)
 
-        if bar is not None:
-            stack.callback(bar.close)
+        stack.callback(callbacks.close_progress)
         observers.lock_acquired()
         if engine is not None and lease is not None:
-            engine = engine.for_leader(lease.fencing_token.owner_id)
+            engine = engine.for_leader(lease.fencing_token.lease_id)
         clock, lease_valid = (lease, lease.is_valid) if lease else (SystemClock(), lambda: True)
-        context = RunContext(
-            job,
-            access,
-            store,
+        environment = RunEnvironment(
             clock,
             on_message=note,
             on_progress=show_progress,
             lease_valid=lease_valid,
+            stop=callbacks.stop,
             engine=engine,
         )
-        return pipeline.run(context, run_options)
+        summary = pipeline.run(job, access, store, run_options, environment)
+    observers.end(summary)
+    callbacks.on_end(summary)
+    if summary.exit_code not in (ExitCode.INTERRUPTED, ExitCode.TERMINATED):
+        observers.report_problem(write_run_report(job, observers.job_arguments))
+    return summary
 
 
-def print_summary(summary: RunSummary, job_arguments: JobArguments, *, as_json: bool, show: bool) -> None:
+def print_summary(
+    summary: RunSummary, job_arguments: JobArguments, *, as_json: bool, show: bool, details: bool = False
+) -> None:
     """Print the run summary: text to stderr, JSON to stdout."""
     paint = options.make_styler()
     if summary.error:
@@ -184,12 +242,15 @@ def print_summary(summary: RunSummary, job_arguments: JobArguments, *, as_json: 
     if summary.hint:
         click.echo(f"hint: {summary.hint}", err=True)
     if show and summary.rows is not None:
-        click.echo("\n".join(format_summary(summary, paint)), err=True)
-        if actions := required_actions(summary.exit_code, summary.as_json(), job_arguments):
-            click.echo(
-                "\n".join(["", paint("needs you", "bold"), *(f"  {line}" for line in format_actions(actions))]),
-                err=True,
-            )
+        output, rejects, changes = map(options.short_path, (summary.output, summary.rejects, summary.changes))
+        shown = replace(summary, output=output, rejects=rejects, changes=changes)
+        # The hint of an error is about its exit code, too.
+        code = ExitCode.OK if summary.hint else summary.exit_code
+        actions = required_actions(code, summary.as_json(), job_arguments)
+        lines = [*format_summary(shown, paint), *(f"  {line}" for line in format_actions(actions))]
+        click.echo(
+            options.for_terminal("\n".join([*lines, *(format_details(summary, paint) if details else ())])), err=True
+        )
     if as_json:
         click.echo(json.dumps(summary.as_json(), ensure_ascii=False))
 
@@ -197,30 +258,33 @@ def print_summary(summary: RunSummary, job_arguments: JobArguments, *, as_json: 
 @click.command()
 @options.RUN_JOB_OPTIONS
 @options.selection_options
-@click.option("--plan", "plan_file", type=options.FILE, help="Keep to a plan that `enrich plan -o` wrote.")
+@click.option("--plan", "plan_file", type=options.FILE, help="Send exactly what a plan of `enrich plan -o` contains.")
 @click.option(
-    "--max-time", callback=options.parse_seconds, metavar="5h", help="Stop after this time; the rest stays pending."
+    "--max-time", callback=options.parse_seconds, metavar="5h", help="Stop after this time. The rest stays pending."
 )
 @click.option(
-    "--accept", type=click.Choice(["in_doubt"]), help="Take these for lost: they become failed and are not asked again."
+    "--accept", type=click.Choice(["in_doubt"]), help="Mark unconfirmed requests as failed, without sending them again."
 )
 @engine_options
-@click.option("--update-providers", is_flag=True, help="Take over the API's present default providers.")
-@click.option("--workspace-renamed", is_flag=True, help="The ledger's workspace has another name at Databar now.")
-@click.option("--new-ledger", is_flag=True, help="Use a new ledger though an earlier output was paid from another one.")
-@click.option("--yes", is_flag=True, help="Do not ask before the first real run without a cap.")
+@click.option("--update-providers", is_flag=True, help="Switch to the current default providers of the waterfall.")
+@click.option(
+    "--workspace-renamed", is_flag=True, help="Confirm that the workspace of the ledger was renamed at Databar."
+)
+@click.option("--new-ledger", is_flag=True, help="Pay again for leads that another ledger has paid for.")
+@click.option("--yes", is_flag=True, help="Skip the confirmation of the first run without a cap.")
 @click.option(
     "--if-locked",
     default="fail",
     show_default=True,
     callback=options.parse_lock_wait,
     metavar="fail|skip|wait[=10m]",
-    help="What to do when another execution holds the ledger.",
+    help="What to do when another run is using the ledger.",
 )
 @options.JSON_OPTION
-@click.option("--receipt", "always_receipt", is_flag=True, help="Print the receipt off a terminal, too.")
-@click.option("--quiet", is_flag=True, help="No bar and no receipt, only errors.")
-@click.option("--log-file", type=options.FILE, help="Append what happens to this file, one JSON object a line.")
+@click.option("--summary", "always_summary", is_flag=True, help="Print the run summary without a terminal, too.")
+@click.option("-v", "--verbose", is_flag=True, help="Add columns, balance, polls and providers to the run summary.")
+@click.option("--quiet", is_flag=True, help="Print errors only: no progress bar, no run summary.")
+@click.option("--log-file", type=options.FILE, help="Append events to this file, one JSON object per line.")
 @with_observers
 def run(
     job_options: options.JobOptions,
@@ -241,37 +305,30 @@ def run(
     yes: bool,
     if_locked: tuple[bool, float],
     as_json: bool,
-    always_receipt: bool,
+    always_summary: bool,
+    verbose: bool,
     quiet: bool,
     observers: RunObservers,
 ) -> int:
-    """Enrich the leads of JOB; started again it resumes.
+    """Enrich the leads of JOB. The same command resumes after an interruption.
 
-    Collects what is outstanding, submits what was never asked, polls, writes the output and
-    prints the receipt. Nothing is paid for twice, whatever ended the run before.
+    Collects the results of earlier requests, sends new ones, and writes the output. Without a terminal, it prints
+    only errors and problems.
     """
     plan = None if plan_file is None else read_plan(plan_file)
-    if plan is not None:
-        if retry or not (limit is sample is max_credits is None):
-            raise click.UsageError("--plan has its own --limit, --sample, --max-credits and --retry: leave them out")
-        max_credits = plan.max_credits
-    job = job_options.load(max_credits)
+    check_combination(plan, limit, sample, max_credits, retry, accept=accept)
+    job = job_options.load(max_credits if plan is None else plan.max_credits)
     on_terminal = sys.stderr.isatty() and not quiet
     stdin_is_terminal = sys.stdin is not None and sys.stdin.isatty()
     use_sandbox = job_options.use_sandbox
     should_confirm = stdin_is_terminal and on_terminal and not yes and not use_sandbox and job.max_credits is None
-    if accept is not None and retry & {accept, "failed"}:
-        conflicting = ",".join(sorted(retry & {accept, "failed"}))
-        raise click.UsageError(
-            f"--accept {accept} takes them for lost, and --retry {conflicting} would ask them again: choose one"
-        )
     run_options = RunOptions(
         limit=limit,
         sample=sample,
         seed=seed,
         max_time_s=max_time,
         retry=frozenset(map(State, retry)),
-        accept_doubts=accept is not None,
+        accept_in_doubt=accept is not None,
         update_providers=update_providers,
         workspace_renamed=workspace_renamed,
         confirm=_confirm if should_confirm and plan is None else None,
@@ -280,20 +337,26 @@ def run(
         confirm_new_ledger=_confirm if stdin_is_terminal and on_terminal else None,
         spread=make_cluster_options(job, engine, address, workers),
     )
-    observers.start(job, run_options, sandbox=use_sandbox)
     skip, wait_s = if_locked
+
+    def end(summary: RunSummary) -> None:
+        show = on_terminal or always_summary or verbose or (summary.exit_code != ExitCode.OK and not quiet)
+        arguments = job_options.arguments(as_typed=True)
+        print_summary(summary, arguments, as_json=as_json, show=show, details=verbose)
+
+    callbacks = RunCallbacks(on_end=end)
+    if on_terminal:
+        from enrich.monitoring.progress_bar import ProgressBar
+
+        bar = ProgressBar()
+        callbacks = RunCallbacks(bar.write_line, bar.show, bar.close, end)
     try:
-        summary = _run_pipeline(job, run_options, wait_s, observers, use_sandbox=use_sandbox, on_terminal=on_terminal)
+        return run_observed(job, run_options, wait_s, observers, callbacks).exit_code
     except LedgerLocked as error:
         if not skip:
-            raise
+            watch = f"enrich status {job_options.arguments(as_typed=True).ledger_args} --watch"
+            raise LedgerLocked(error.message, (error.hint or "").replace("enrich status JOB --watch", watch)) from None
         observers.skipped(error.message)
         if as_json:
             click.echo(json.dumps({"exit_code": 0, "error": error.message}))
         return ExitCode.OK
-    observers.end(summary)
-    show = on_terminal or always_receipt or (summary.exit_code != ExitCode.OK and not quiet)
-    print_summary(summary, job_options.arguments(as_typed=True), as_json=as_json, show=show)
-    if summary.exit_code not in (ExitCode.INTERRUPTED, ExitCode.TERMINATED):
-        observers.report_problem(write_run_report(job, observers.job_arguments))
-    return summary.exit_code

@@ -10,11 +10,9 @@ from typing import Any
 
 from enrich.exit_codes import exit_label
 from enrich.job.locations import LedgerLocation
-from enrich.ledger.history import LatestExecutionRow
-from enrich.models import format_duration, iso_time, to_credits
-from enrich.monitoring.progress_bar import choose_layout, render_bar
-from enrich.run.context import Progress
-from enrich.run.progress import ProgressSnapshot, TrafficCounts
+from enrich.ledger.execution_records import ExecutionRow
+from enrich.models import format_elapsed, iso_time, job_title, pluralize, to_credits
+from enrich.run.progress import Progress, ProgressSnapshot, TrafficCounts
 
 #: Minimum width of the view in columns, for readability. A narrower terminal cuts the lines off.
 MIN_COLUMNS = 20
@@ -25,13 +23,13 @@ class RunStatus(StrEnum):
 
     NO_LEDGER = "no ledger"
     NEVER_RUN = "never run"
-    RUNNING = "at work"
-    NO_HEARTBEAT = "no sign of life"
+    RUNNING = "running"
+    NO_HEARTBEAT = "no heartbeat"
     ENDED = "ended"
 
 
 def run_status(
-    run: LatestExecutionRow,
+    run: ExecutionRow,
     snapshot: ProgressSnapshot | None,
     heartbeat_age_s: float,
     heartbeat_timeout_s: float,
@@ -57,8 +55,10 @@ class RunView:
     ttl_ms: int
     now_ms: int
     status: RunStatus
-    run: LatestExecutionRow | None = None
+    run: ExecutionRow | None = None
     snapshot: ProgressSnapshot | None = None
+    oldest_open_ms: int | None = None
+    sandbox: bool = False
 
     @property
     def last_heartbeat_ms(self) -> int | None:
@@ -85,12 +85,17 @@ class RunView:
     @property
     def next_expiry_ms(self) -> int | None:
         """When the API deletes the first uncollected result (milliseconds since 1970, UTC). None if there is none."""
-        return None if self.run is None or self.run.oldest_ms is None else self.run.oldest_ms + self.ttl_ms
+        return None if self.oldest_open_ms is None else self.oldest_open_ms + self.ttl_ms
 
     def as_json(self) -> dict[str, Any]:
         """Return the object that `enrich status --watch --json` prints. None means unknown."""
         run, snapshot = self.run, self.snapshot
-        result: dict[str, Any] = {"at": iso_time(self.now_ms), "job": self.job, "sign": self.status.value}
+        result: dict[str, Any] = {
+            "at": iso_time(self.now_ms),
+            "job": self.job,
+            "sandbox": self.sandbox,
+            "sign": self.status.value,
+        }
         if run is None:
             return result
         lately, over_s = self.recent_traffic
@@ -124,28 +129,30 @@ class RunView:
 
 def format_headline(view: RunView) -> str:
     """Describe the status of the newest run in one line."""
-    job, run, last_heartbeat_ms = view.job, view.run, view.last_heartbeat_ms
+    job, run, last_heartbeat_ms = job_title(view.job, sandbox=view.sandbox), view.run, view.last_heartbeat_ms
     if view.status is RunStatus.NO_LEDGER:
-        return f"{job}: there is no ledger yet ({view.ledger})"
+        return f"{job}: no ledger yet ({view.ledger})"
     if run is None or last_heartbeat_ms is None:
-        return f"{job} has never run: {view.ledger} knows of no execution of it"
+        return f"{job} has never run ({view.ledger})"
     if run.ended_ms is not None:
         how = "" if run.exit_code is None else f": exit {run.exit_code} ({exit_label(run.exit_code)})"
-        lasted = format_duration((run.ended_ms - run.started_ms) / 1000)
-        return f"{job}: execution {run.id} ended at {iso_time(run.ended_ms)} after {lasted}{how}"
+        lasted = format_elapsed((run.ended_ms - run.started_ms) / 1000)
+        return f"{job}: run {run.id} ended at {iso_time(run.ended_ms)} after {lasted}{how}"
     phase = "" if view.snapshot is None else view.snapshot.doing.value
     if view.status is RunStatus.NO_HEARTBEAT:
         while_ = f" while {phase}" if phase else ""
         return (
-            f"{job}: execution {run.id}, no sign of life since {iso_time(last_heartbeat_ms)}: "
-            f"killed, asleep or stopped{while_}"
+            f"{job}: run {run.id}, no heartbeat since {iso_time(last_heartbeat_ms)}: "
+            f"killed, suspended or stopped{while_}"
         )
-    since = f"at work since {iso_time(run.started_ms)} ({format_duration((view.now_ms - run.started_ms) / 1000)})"
-    return f"{job}: execution {run.id}, {since}{f': {phase}' if phase else ''}"
+    since = f"since {iso_time(run.started_ms)} ({format_elapsed((view.now_ms - run.started_ms) / 1000)})"
+    return f"{job}: run {run.id}, running {since}{f': {phase}' if phase else ''}"
 
 
 def format_bar(view: RunView, columns: int, *, ascii_only: bool) -> str | None:
     """Draw the progress bar of the run, with `ascii_only` without block characters. None if the total is unknown."""
+    from enrich.monitoring.progress_bar import choose_layout, render_bar  # `status` alone draws no bar
+
     run, snapshot = view.run, view.snapshot
     if run is None or snapshot is None or not snapshot.total:
         return None
@@ -162,35 +169,35 @@ def run_facts(view: RunView) -> Iterator[tuple[str, str]]:
     if run is None:
         return
     # After the last heartbeat the counts are out of date. Newer ones would have to be counted in the ledger.
-    then = ", when it last told" if snapshot is not None and view.status is RunStatus.NO_HEARTBEAT else ""
-    yield "answers", _answer_counts(run, snapshot) + then
-    cap = "" if run.cap is None else f" of {to_credits(run.cap):,.2f} at most"
-    unknown = f" and {run.unknown:,} answers of unknown price" if run.unknown else ""
-    reserved = f"; {to_credits(run.reserved):,.2f} more are reserved" if run.reserved else ""
+    then = " at the last heartbeat" if snapshot is not None and view.status is RunStatus.NO_HEARTBEAT else ""
+    yield "results", _answer_counts(run, snapshot) + then
+    cap = "" if run.cap is None else f" of at most {to_credits(run.cap):,.2f}"
+    unknown = f" and {pluralize(run.unknown, 'result')} of unknown price" if run.unknown else ""
+    reserved = f"; {to_credits(run.reserved):,.2f} more reserved" if run.reserved else ""
     yield "credits", f"{to_credits(run.spent):,.2f}{cap} spent{unknown}{reserved}"
     if run.balance_after is not None:
-        yield "balance", f"{to_credits(run.balance_after):,.2f} after it"
+        yield "balance", f"{to_credits(run.balance_after):,.2f} after the run"
     if snapshot is None:
         return
     totals, (lately, over_s) = snapshot.traffic.totals(), view.recent_traffic
     if over_s:
         sent, answered = lately.submitted / over_s, lately.answered / over_s
-        yield "speed", f"{sent:,.1f} submitted/s, {answered:,.1f} answered/s in the last {over_s:.0f} s"
-    yield "asked", f"{run.submitted:,} submitted, {totals.polls:,} polls, {totals.rate_limited:,} answers 429"
+        yield "speed", f"{sent:,.1f} sent/s, {answered:,.1f} results/s in the last {over_s:.0f} s"
+    yield "sent", f"{run.submitted:,} requests, {totals.polls:,} polls, {totals.rate_limited:,} rate-limited (429)"
     if view.next_expiry_ms is not None:
         at = iso_time(view.next_expiry_ms)
         if view.status is RunStatus.RUNNING:
-            yield "waiting", f"{snapshot.in_flight:,} at the API; the first result expires at {at}"
+            yield "running", f"{snapshot.in_flight:,} at Databar; the first result expires at {at}"
         else:
-            yield "expires", f"what is left at the API, from {at} on"
+            yield "expires", f"uncollected results, from {at} on"
     if view.status is RunStatus.RUNNING:
-        yield "breathes", f"{max(0, view.now_ms - snapshot.at_ms) / 1000:.0f} s ago"
+        yield "heartbeat", f"{max(0, view.now_ms - snapshot.at_ms) / 1000:.0f} s ago"
 
 
-def _answer_counts(run: LatestExecutionRow, snapshot: ProgressSnapshot | None) -> str:
+def _answer_counts(run: ExecutionRow, snapshot: ProgressSnapshot | None) -> str:
     """Format the number of answers by state. It is unknown for an execution without a snapshot."""
     if snapshot is None:
-        return f"not known; {run.submitted:,} submitted"
+        return f"unknown; {run.submitted:,} sent"
     states = ", ".join(
         f"{count:,} {state}" for state, count in sorted(snapshot.states.items(), key=lambda each: -each[1])
     )
@@ -212,9 +219,9 @@ def format_view(view: RunView, columns: int, *, ascii_only: bool = False) -> Ite
 def format_view_line(view: RunView) -> str:
     """Format the view as one line."""
     parts = [f"{iso_time(view.now_ms)} {format_headline(view)}"]
-    parts += [f"{name} {fact}" for name, fact in run_facts(view) if name != "breathes"]
+    parts += [f"{name} {fact}" for name, fact in run_facts(view) if name != "heartbeat"]
     if view.remaining_s is not None:
-        parts.append(f"{format_duration(view.remaining_s)} to go")
+        parts.append(f"{format_elapsed(view.remaining_s)} left")
     return "; ".join(parts)
 
 

@@ -1,4 +1,4 @@
-"""`enrich runs`: lists the executions of a job, newest first."""
+"""`enrich runs`: lists the runs of a job, newest first."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ import click
 from enrich.commands import options
 from enrich.exit_codes import outcome_label
 from enrich.job.job import Job
-from enrich.ledger.database import ledger_exists
-from enrich.ledger.history import ExecutionRow, LedgerReader
+from enrich.ledger import execution_records
+from enrich.ledger.database import ledger_exists, open_existing
+from enrich.ledger.execution_records import ExecutionRow
 from enrich.ledger.lock import is_locked
-from enrich.models import format_duration, iso_time, pluralize, to_credits
+from enrich.models import format_elapsed, iso_time, job_title, pluralize, to_credits
 
-_RUN_LINE = "{:>4} {:<16} {:>8} {:>3} {:<15}{:>10}{:>10}{:>5}{:>10}{:>3}{:>12}"
+_RUN_LINE = "{:>3} {:<16} {:>11} {:>3} {:<15}{:>10}{:>9}{:>6}{:>10}{:>2}{:>11}"
 
 
 @dataclass(slots=True)
@@ -43,11 +44,10 @@ def read_runs(job: Job, last: int) -> dict[str, Any]:
     shown: list[dict[str, Any]] = []
     totals = _Totals()
     if ledger_exists(job.ledger):
-        with closing(LedgerReader(job.ledger)) as history:
-            history.begin_snapshot()
+        with closing(open_existing(job.ledger)) as ledger, ledger.snapshot():
             lock_held = is_locked(job.ledger)
-            newest = history.newest_execution_id()
-            executions = history.executions(job.name)
+            newest = execution_records.newest_execution_id(ledger)
+            executions = iter(execution_records.list_executions(ledger, job.name))
             for execution in islice(executions, last):
                 totals.add(execution)
                 shown.append(_execution_as_json(execution, is_running=lock_held if execution.id == newest else False))
@@ -55,6 +55,7 @@ def read_runs(job: Job, last: int) -> dict[str, Any]:
                 totals.add(execution)
     return {
         "job": job.name,
+        "sandbox": job.sandbox,
         "ledger": str(job.ledger),
         "executions": shown,
         "totals": {
@@ -67,7 +68,7 @@ def read_runs(job: Job, last: int) -> dict[str, Any]:
 
 
 def _execution_as_json(execution: ExecutionRow, *, is_running: bool | None) -> dict[str, Any]:
-    summary = execution.receipt
+    summary = execution.read_summary()
     rows, found = summary.get("rows"), summary.get("found")
     return {
         "execution": execution.id,
@@ -89,19 +90,21 @@ def _execution_as_json(execution: ExecutionRow, *, is_running: bool | None) -> d
 
 
 def format_runs(result: dict[str, Any]) -> Iterator[str]:
-    """Format the executions as text lines of at most 100 columns."""
-    totals = result["totals"]
+    """Format the runs as text lines of at most 100 columns."""
+    totals, title = result["totals"], job_title(result["job"], sandbox=result["sandbox"])
     if not totals["executions"]:
-        yield f"{result['job']} has never run: {result['ledger']} knows of no execution of it"
+        yield f"{title} has never run ({result['ledger']})"
         return
+    if result["sandbox"]:
+        yield title
     yield _RUN_LINE.format(
-        "run", "started (UTC)", "time", "", "exit", "rows", "submitted", "hits", "credits", "?", "balance"
+        "run", "started (UTC)", "time", "", "exit", "leads", "sent", "match", "credits", "?", "balance"
     )
     for run in result["executions"]:
         yield _RUN_LINE.format(
             run["execution"],
             run["started_at"].replace("T", " ")[:16],
-            "-" if run["elapsed_s"] is None else format_duration(run["elapsed_s"]),
+            "-" if run["elapsed_s"] is None else format_elapsed(run["elapsed_s"]),
             _or_dash(run["exit_code"], ""),
             run["outcome"],
             _or_dash(run["rows"], ","),
@@ -111,11 +114,12 @@ def format_runs(result: dict[str, Any]) -> Iterator[str]:
             run["credits_unknown"] or "",
             _or_dash(run["balance_after"], ",.2f"),
         )
-    unknown = f" and {totals['credits_unknown']:,} answers of unknown price (?)" if totals["credits_unknown"] else ""
+    unknown = ""
+    if totals["credits_unknown"]:
+        unknown = f", {pluralize(totals['credits_unknown'], 'result')} of unknown price (?)"
     yield (
-        f"in all {pluralize(totals['executions'], 'execution')}: "
-        f"{totals['submitted']:,} submitted, "
-        f"{totals['credits_spent']:,.2f} credits spent{unknown}"
+        f"All {pluralize(totals['executions'], 'run')}: {totals['submitted']:,} sent, "
+        f"{totals['credits_spent']:,.2f} credits{unknown}"
     )
 
 
@@ -125,9 +129,11 @@ def _or_dash(value: float | None, style: str) -> str:
 
 @click.command()
 @options.job_options()
-@click.option("--last", type=click.IntRange(min=1), default=20, show_default=True, help="Show the newest N executions.")
+@click.option(
+    "--last", type=click.IntRange(min=1), default=20, show_default=True, metavar="RUNS", help="Number of runs."
+)
 @options.JSON_OPTION
 def runs(job_options: options.JobOptions, last: int, as_json: bool) -> None:
-    """List the executions of JOB, newest first (times are UTC)."""
+    """List the runs of JOB, newest first. Times are UTC."""
     result = read_runs(job_options.load(), last)
     click.echo(json.dumps(result, ensure_ascii=False) if as_json else "\n".join(format_runs(result)))

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import click
@@ -14,45 +14,56 @@ import click
 from enrich.commands import options
 from enrich.commands.run_view import RunStatus
 from enrich.commands.status_watch import DEFAULT_INTERVAL_S, RunWatcher, watch_job
+from enrich.exit_codes import exit_label
 from enrich.job.job import Job
-from enrich.ledger.database import ledger_exists
-from enrich.ledger.ledger import Ledger
-from enrich.models import count_by_status, format_duration, iso_time, pluralize, to_credits
+from enrich.ledger import execution_records, queries, step_results, transitions
+from enrich.ledger.database import Database, ledger_exists
+from enrich.models import count_by_status, format_elapsed, iso_time, job_title, pluralize, to_credits
 from enrich.run.balance import choose_baseline
 from enrich.run.progress import Phase
 
-#: Number of past executions in the status.
+#: Number of past runs in the status.
 SHOWN_EXECUTIONS = 10
+#: The words for the states of requests.
+_STATE_WORDS = {
+    "found": "found",
+    "not_found": "no match",
+    "failed": "failed",
+    "expired": "expired",
+    "in_doubt": "unconfirmed",
+    "pending": "pending",
+}
 
 
 def read_status(job: Job) -> dict[str, Any]:
     """Return the object of `enrich status --json`. Requests are counted by status, named as in the run summary."""
     if not ledger_exists(job.ledger):
         return _build_status(job, None)
-    ledger = Ledger(job.ledger, read_only=True)
+    ledger = Database(job.ledger, read_only=True)
     try:
         return _build_status(job, ledger)
     finally:
         ledger.close()
 
 
-def _build_status(job: Job, ledger: Ledger | None) -> dict[str, Any]:
-    counts = ledger.state_counts() if ledger else {}
-    spent, unknown = ledger.spent_totals() if ledger else (0, 0)
-    tasks = ledger.submitted_tasks() if ledger else []
+def _build_status(job: Job, ledger: Database | None) -> dict[str, Any]:
+    counts = queries.state_counts(ledger) if ledger else {}
+    spent, unknown = queries.spent_totals(ledger) if ledger else (0, 0)
+    tasks = transitions.submitted_tasks(ledger) if ledger else []
     ttl_ms = int(job.model.policy.result_ttl.total_seconds() * 1000)
-    executions = ledger.executions(job.name, SHOWN_EXECUTIONS) if ledger else []
+    executions = execution_records.list_executions(ledger, job.name, SHOWN_EXECUTIONS) if ledger else []
     view = RunWatcher(job).read_view() if ledger else None
-    in_doubt = ledger.in_doubt_summary() if ledger else None
-    all_executions = ledger.executions() if ledger else []
-    last = next((row for row in all_executions if row["balance_after"] is not None), None)
+    in_doubt = queries.in_doubt_summary(ledger) if ledger else None
+    all_executions = execution_records.list_executions(ledger) if ledger else []
+    last = next((row for row in all_executions if row.balance_after is not None), None)
     first = (
         None
         if last is None
-        else choose_baseline(all_executions, last["id"] if in_doubt is None else in_doubt.oldest_execution_id)
+        else choose_baseline(all_executions, last.id if in_doubt is None else in_doubt.oldest_execution_id)
     )
     return {
         "job": job.name,
+        "sandbox": job.sandbox,
         "ledger": str(job.ledger),
         "requests": sum(counts.values()),
         **count_by_status(counts),
@@ -71,102 +82,165 @@ def _build_status(job: Job, ledger: Ledger | None) -> dict[str, Any]:
             "oldest_age_s": max(0, (time.time_ns() // 1_000_000 - in_doubt.oldest_ms) // 1000),
         },
         "balance": None
-        if first is None or last is None or last["id"] < first["id"]
+        if first is None or last is None or last.id < first.id
         else {
-            "since_execution": first["id"],
-            "before": to_credits(first["balance_before"]),
-            "after": to_credits(last["balance_after"]),
-            "credits_spent": to_credits(
-                sum(row["spent"] for row in all_executions if first["id"] <= row["id"] <= last["id"])
-            ),
+            "since_execution": first.id,
+            "before": to_credits(first.balance_before),
+            "after": to_credits(last.balance_after),
+            "credits_spent": to_credits(sum(row.spent for row in all_executions if first.id <= row.id <= last.id)),
         },
         "at_work": view.as_json() if view is not None and view.status is RunStatus.RUNNING else None,
         "executions": [
             {
-                "execution": row["id"],
-                "started_at": iso_time(row["started_ms"]),
-                "ended_at": None if row["ended_ms"] is None else iso_time(row["ended_ms"]),
-                "exit_code": row["exit_code"],
-                "submitted": row["submitted"],
-                "credits_spent": to_credits(row["spent"]),
-                "credits_unknown": row["unknown"],
-                "balance_before": to_credits(row["balance_before"]),
-                "balance_after": to_credits(row["balance_after"]),
-                "receipt": None if row["receipt"] is None else json.loads(row["receipt"]),
+                "execution": row.id,
+                "started_at": iso_time(row.started_ms),
+                "ended_at": None if row.ended_ms is None else iso_time(row.ended_ms),
+                "exit_code": row.exit_code,
+                "submitted": row.submitted,
+                "credits_spent": to_credits(row.spent),
+                "credits_unknown": row.unknown,
+                "balance_before": to_credits(row.balance_before),
+                "balance_after": to_credits(row.balance_after),
+                "receipt": None if row.summary is None else json.loads(row.summary),
             }
             for row in executions
         ],
+    } | _step_counts(job, ledger)
+
+
+def _step_counts(job: Job, ledger: Database | None) -> dict[str, Any]:
+    """Return the requests of each step by status, and its credits in all runs; nothing for a job without steps."""
+    if not job.step_jobs:
+        return {}
+    counts = step_results.requests_by_step(ledger) if ledger else {}
+    spent = step_results.credits_by_step(ledger) if ledger else {}
+    return {
+        "steps": [
+            {
+                "name": step.step,
+                "requests": sum(counts.get(step.step, {}).values()),
+                **count_by_status(counts.get(step.step, {})),
+                "credits_spent": to_credits(spent.get(step.step, 0)),
+            }
+            for step in job.step_jobs
+        ]
     }
+
+
+def _step_lines(steps: Sequence[dict[str, Any]]) -> Iterator[str]:
+    if steps:
+        yield f"  {'step':<14}{'requests':>9}{'found':>9}{'no match':>9}{'open':>9}{'credits':>12}"
+    for step in steps:
+        open_requests = step["pending"] + step["in_doubt"]
+        numbers = f"{step['requests']:>9,}{step['found']:>9,}{step['not_found']:>9,}{open_requests:>9,}"
+        yield f"  {step['name']:<14}{numbers}{step['credits_spent']:>12,.2f}"
 
 
 def _progress_text(run: dict[str, Any]) -> str:
     if run["total"] is None:
-        return Phase[run["doing"].upper()].value if run["doing"] else "it has just begun"
+        return Phase[run["doing"].upper()].value if run["doing"] else "starting"
     return f"{run['done']:,} of {run['total']:,} requests"
 
 
-def format_status(result: dict[str, Any]) -> Iterator[str]:
-    """Format the status as text lines."""
-    requests = result["requests"]
+def format_status(result: dict[str, Any], watch_command: str = "enrich status JOB --watch") -> Iterator[str]:
+    """Format the status as text lines, the last run first."""
+    requests, title = result["requests"], job_title(result["job"], sandbox=result["sandbox"])
     if not requests and not result["executions"]:
-        yield f"{result['job']} has never run: {result['ledger']} knows of no request"
+        yield f"{title} has never run ({result['ledger']})"
         return
-    yield f"{result['job']}: {pluralize(requests, 'request')} in {result['ledger']}"
     if (run := result["at_work"]) is not None:
-        yield f"  at work since {run['started_at']}: {_progress_text(run)}; --watch shows how it goes on"
+        yield f"{title}: running since {run['started_at']}: {_progress_text(run)}. Watch it: {watch_command}"
+    for execution in result["executions"][:1]:
+        yield from _last_run_lines(execution, title, is_running=run is not None)
+    yield from _total_lines(result)
+    if len(result["executions"]) > 1:
+        yield "  run  started               ended                 exit       sent    credits"
+        for execution in result["executions"]:
+            ended = execution["ended_at"] or "not ended"
+            code = "-" if execution["exit_code"] is None else execution["exit_code"]
+            yield (
+                f"  {execution['execution']:>3}  {execution['started_at']}  {ended:<20}  {code:>4}"
+                f"  {execution['submitted']:>9,}  {execution['credits_spent']:>9,.2f}"
+            )
+
+
+def _total_lines(result: dict[str, Any]) -> Iterator[str]:
+    """Yield requests, credits and balance of all runs."""
+    yield f"All runs: {pluralize(result['requests'], 'request')} in {result['ledger']}"
     for state in ("found", "not_found", "failed", "expired", "in_doubt", "pending"):
         if result[state]:
-            yield f"  {state:<10}{result[state]:>9,}"
+            yield f"  {_STATE_WORDS[state]:<12}{result[state]:>9,}"
+    yield from _step_lines(result.get("steps", ()))
     if (in_doubt := result["doubts"]) is not None:
-        oldest = (
-            f"the oldest is {format_duration(in_doubt['oldest_age_s'])} old, "
-            f"of execution {in_doubt['oldest_execution']}"
+        age = format_elapsed(in_doubt["oldest_age_s"])
+        yield (
+            f"  {'':<12}{'':>9}  may have cost up to {in_doubt['credits_at_most']:,.2f} credits; "
+            f"the oldest is {age} old, from run {in_doubt['oldest_execution']}"
         )
-        yield f"  {'':<10}{'':>9}  may have cost up to {in_doubt['credits_at_most']:,.2f} credits; {oldest}"
-    unknown = f" and {result['credits_unknown']} answers of unknown price" if result["credits_unknown"] else ""
-    yield f"  credits   {result['credits_spent']:>9,.2f}  spent in all{unknown}"
+    unknown = (
+        f", {pluralize(result['credits_unknown'], 'result')} of unknown price" if result["credits_unknown"] else ""
+    )
+    yield f"  {'credits':<12}{result['credits_spent']:>9,.2f}  spent in all runs{unknown}"
     if result["at_the_api"]:
         expiry = f"the first result expires at {result['next_expiry']}"
-        yield f"  waiting   {result['at_the_api']:>9,}  requests at the API; {expiry}"
+        yield f"  {'running':<12}{result['at_the_api']:>9,}  at Databar; {expiry}"
     if (balance := result["balance"]) is not None:
-        other = round(balance["before"] - balance["after"] - balance["credits_spent"], 2) + 0.0
-        was = f"was {balance['before']:,.2f} before execution {balance['since_execution']}"
-        yield f"  balance   {balance['after']:>9,.2f}  {was}; {other:+,.2f} beyond the credits spent"
-    if result["executions"]:
-        yield "  execution  started               ended                 exit  submitted    credits"
-    for execution in result["executions"]:
-        ended = execution["ended_at"] or "not ended"
-        code = "-" if execution["exit_code"] is None else execution["exit_code"]
-        yield (
-            f"  {execution['execution']:>9}  {execution['started_at']}  {ended:<20}  {code:>4}"
-            f"  {execution['submitted']:>9,}  {execution['credits_spent']:>9,.2f}"
-        )
+        yield f"  {'balance':<12}{balance['after']:>9,.2f}  {_balance_text(balance)}"
+
+
+def _last_run_lines(execution: dict[str, Any], title: str, *, is_running: bool) -> Iterator[str]:
+    """Yield the last run: when it ended and how, and the leads by status."""
+    number, code = execution["execution"], execution["exit_code"]
+    if code is None:
+        if not is_running:
+            yield f"{title}: run {number} started at {execution['started_at']} and did not end"
+        return
+    yield f"{title}: run {number} ended at {execution['ended_at']} with exit {code} ({exit_label(code)})"
+    summary = execution["receipt"] or {}
+    if summary.get("rows") is not None and summary.get("found") is not None:
+        counts = {state: summary.get(state) for state in (*_STATE_WORDS, "invalid", "filtered")}
+        words = {**_STATE_WORDS, "found": "enriched", "invalid": "skipped"}
+        parts = [f"{count:,} {words.get(state, state)}" for state, count in counts.items() if count]
+        yield f"  {pluralize(summary['rows'], 'lead')}: {' · '.join(parts)}"
+    yield f"  {execution['submitted']:,} sent, {execution['credits_spent']:,.2f} credits"
+
+
+def _balance_text(balance: dict[str, Any]) -> str:
+    other = round(balance["before"] - balance["after"] - balance["credits_spent"], 2) + 0.0
+    was = f"{balance['before']:,.2f} before run {balance['since_execution']}"
+    if not other:
+        return was
+    return f"{was}; {-other:,.2f} refunded or added" if other < 0 else f"{was}; {other:+,.2f} beyond the credits spent"
 
 
 @click.command()
 @options.job_options()
-@click.option("--watch", "watching", is_flag=True, help="Show the run that is at work, until it ends.")
+@click.option("--watch", "watching", is_flag=True, help="Show the run in progress until it ends.")
 @click.option(
     "--every",
     callback=options.parse_seconds,
     metavar="2s",
-    help="With --watch: look so often; default: every 2 seconds.",
+    help="With --watch: refresh interval; default: 2s.",
 )
 @options.JSON_OPTION
 def status(job_options: options.JobOptions, watching: bool, every: float | None, as_json: bool) -> int:
-    """Show what the ledger of JOB knows: counts, credits, what expires when, past executions.
+    """Show the last run of JOB, and the requests, credits and open tasks in its ledger.
 
-    With --watch it shows the run that is at work, again and again, and leaves with 0 when that ends, however it does.
-    When none is at work it waits for the next; Ctrl-C leaves. Off a terminal each look is a line, with --json an
-    object. A run is not disturbed by it.
+    With --watch, it shows the run in progress until it ends, then exits with 0. Without a run, it waits for the
+    next one; Ctrl-C quits. Without a terminal, each refresh is one line, with --json one object. Watching does not
+    disturb the run.
     """
     job = job_options.load()
     if watching:
         if every == 0:
-            raise click.UsageError("--every 0s is too often: at least 1s")
+            raise click.UsageError("--every must be at least 1s")
         return watch_job(RunWatcher(job), sys.stdout, os.environ, every or DEFAULT_INTERVAL_S, as_json=as_json)
     if every is not None:
-        raise click.UsageError("--every says how often --watch looks: it needs --watch")
+        raise click.UsageError("--every needs --watch")
     result = read_status(job)
-    click.echo(json.dumps(result, ensure_ascii=False) if as_json else "\n".join(format_status(result)))
+    if as_json:
+        click.echo(json.dumps(result, ensure_ascii=False))
+    else:
+        watch_command = f"enrich status {job_options.arguments(as_typed=True).ledger_args} --watch"
+        click.echo("\n".join(format_status(result, watch_command)))
     return 0

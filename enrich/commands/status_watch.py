@@ -18,15 +18,16 @@ from enrich.databar.clock import SystemClock
 from enrich.errors import Interrupted
 from enrich.exit_codes import ExitCode
 from enrich.job.job import Job
-from enrich.ledger.database import ledger_exists
-from enrich.ledger.history import LatestExecutionRow, LedgerReader
+from enrich.ledger import execution_records, queries
+from enrich.ledger.database import ledger_exists, open_existing
+from enrich.ledger.execution_records import ExecutionRow
 from enrich.ledger.lock import is_locked
 from enrich.run.progress import read_snapshot
 
 #: A run writes a heartbeat every 2 s. A busy disk may delay it up to this time (seconds).
 HEARTBEAT_TIMEOUT_S = 15.0
-WAITING_TEXT = "no run is at work: waiting for the next; Ctrl-C leaves"
-NO_HEARTBEAT_TEXT = "waiting for a sign of life, or for the next run; Ctrl-C leaves"
+WAITING_TEXT = "no run in progress: waiting for the next one; Ctrl-C quits"
+NO_HEARTBEAT_TEXT = "waiting for a heartbeat, or for the next run; Ctrl-C quits"
 #: Switch to an alternate screen without a cursor, and back (xterm control sequences, which all terminals support).
 ENTER_SCREEN, LEAVE_SCREEN = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
 CURSOR_HOME, ERASE_LINE, ERASE_BELOW = "\x1b[H", "\x1b[K", "\x1b[J"
@@ -56,21 +57,24 @@ class RunWatcher:
         job, now_ms = self.job, SystemClock().now_ms()
         ttl_ms = int(job.model.policy.result_ttl.total_seconds() * 1000)
         if not ledger_exists(job.ledger):
-            return RunView(job.name, job.ledger, ttl_ms, now_ms, RunStatus.NO_LEDGER)
+            return RunView(job.name, job.ledger, ttl_ms, now_ms, RunStatus.NO_LEDGER, sandbox=job.sandbox)
         # Close it at once: an open ledger keeps the run from cleaning up at its end.
-        with closing(LedgerReader(job.ledger)) as history:
-            run = history.latest_execution(job.name)
-        if run is None:
-            return RunView(job.name, job.ledger, ttl_ms, now_ms, RunStatus.NEVER_RUN)
-        snapshot = read_snapshot(run.pulse)
+        with closing(open_existing(job.ledger)) as ledger:
+            executions = execution_records.list_executions(ledger, job.name, last=1)
+            newest = execution_records.newest_execution_id(ledger)
+            oldest_open_ms = queries.oldest_open_submission_ms(ledger)
+        if not executions:
+            return RunView(job.name, job.ledger, ttl_ms, now_ms, RunStatus.NEVER_RUN, sandbox=job.sandbox)
+        run = executions[0]
+        snapshot = read_snapshot(run.progress)
         heartbeat_age_s = self._heartbeat_age_s(run, now_ms - (run.started_ms if snapshot is None else snapshot.at_ms))
-        lock_held = run.id == run.newest and is_locked(job.ledger)
+        lock_held = run.id == newest and is_locked(job.ledger)
         status = run_status(run, snapshot, heartbeat_age_s, self.heartbeat_timeout_s, lock_held=lock_held)
-        return RunView(job.name, job.ledger, ttl_ms, now_ms, status, run, snapshot)
+        return RunView(job.name, job.ledger, ttl_ms, now_ms, status, run, snapshot, oldest_open_ms, job.sandbox)
 
-    def _heartbeat_age_s(self, run: LatestExecutionRow, age_ms: int) -> float:
+    def _heartbeat_age_s(self, run: ExecutionRow, age_ms: int) -> float:
         """Return the seconds since the last heartbeat, by its time (`age_ms` ago) and by the changes seen so far."""
-        now, heartbeat = self.clock(), (run.id, run.pulse)
+        now, heartbeat = self.clock(), (run.id, run.progress)
         if self._last_heartbeat != heartbeat:
             self._has_changed = self._last_heartbeat is not None
             self._last_heartbeat, self._changed_at = heartbeat, now

@@ -1,62 +1,93 @@
-"""`enrich waterfalls`: lists the waterfalls of the API with their params, fields, providers and prices."""
+"""`enrich waterfalls` and `enrich enrichments`: what the API offers, with params, fields, providers and prices."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import click
 
 from enrich.commands import options
-from enrich.databar.client import Client
+from enrich.databar.client import MIN_QUERY_LENGTH, Client
 from enrich.databar.clock import SystemClock
 from enrich.databar.credentials import ApiAccess
-from enrich.databar.waterfall import Provider, Waterfall
+from enrich.databar.description import Description
+from enrich.databar.enrichment import Enrichment
+from enrich.databar.waterfall import Param, Provider, Waterfall
 from enrich.errors import JobError, JobRejected
-from enrich.job.job import suggest_name
+from enrich.job.name_hints import suggest_name
+from enrich.job.target import Target, TargetKind
 from enrich.run.preflight import retry_until
-from enrich.run.state import Timeouts
+from enrich.run.run_state import Timeouts
 
 
-def read_waterfalls(access: ApiAccess, identifier: str | None) -> list[Waterfall]:
-    """Fetch one waterfall (None: all). Raises JobError for an unknown one, ApiUnreachable and ApiKeyRejected."""
-    return asyncio.run(_fetch_waterfalls(access, identifier))
+def list_descriptions(access: ApiAccess, kind: TargetKind, query: str | None = None) -> list[Description]:
+    """List what the API offers. Raises ApiUnreachable and ApiKeyRejected."""
+
+    async def fetch() -> list[Description]:
+        async with Client(access, SystemClock()) as client:
+            return await retry_until(lambda: client.list_descriptions(kind, query), Timeouts().startup_s)
+
+    return asyncio.run(fetch())
 
 
-async def _fetch_waterfalls(access: ApiAccess, identifier: str | None) -> list[Waterfall]:
+def read_description(access: ApiAccess, target: Target) -> Description:
+    """Fetch one description. Raises JobError for an unknown target, ApiUnreachable and ApiKeyRejected."""
+    return asyncio.run(_fetch_description(access, target))
+
+
+async def _fetch_description(access: ApiAccess, target: Target) -> Description:
     at_most_s = Timeouts().startup_s
     async with Client(access, SystemClock()) as client:
-        if identifier is None:
-            return await retry_until(client.list_waterfalls, at_most_s)
         try:
-            return [await retry_until(lambda: client.get_waterfall(identifier), at_most_s)]
+            return await retry_until(lambda: client.get_description(target), at_most_s)
         except JobRejected as error:
-            known = await retry_until(client.list_waterfalls, at_most_s)
-            hint = suggest_name(identifier, [waterfall.identifier for waterfall in known])
-            raise JobError(f"the API has no waterfall `{identifier}`", hint) from error
+            known = await retry_until(lambda: client.list_descriptions(target.kind), at_most_s)
+            hint = suggest_name(target.id, [each.identifier for each in known])
+            raise JobError(f"the API has no {target.kind} `{target.id}`", hint) from error
 
 
-def format_waterfalls(available: list[Waterfall], *, detailed: bool) -> Iterator[str]:
-    """Format waterfalls as text: one line each, with `detailed` also params, fields and providers."""
-    width = max((len(waterfall.identifier) for waterfall in available), default=0)
-    for waterfall in available:
-        yield f"{waterfall.identifier:<{width}}  {waterfall.name}".rstrip()
-        if not detailed:
-            continue
-        if waterfall.description:
-            yield f"  {waterfall.description}"
-        yield "  params"
-        for param in waterfall.input_params:
-            yield f"    {param.name:<24}{param.type}{', required' if param.required else ''}"
-        yield "  fields"
-        for field in waterfall.output_fields:
-            yield f"    {field.name:<24}{field.label or ''}".rstrip()
+def format_list(available: Sequence[Description]) -> Iterator[str]:
+    """Format descriptions as text, a line each."""
+    width = max((len(each.identifier) for each in available), default=0)
+    for each in available:
+        price = f"  {_price_text(each)}" if isinstance(each, Enrichment) else ""
+        yield f"{each.identifier:<{width}}  {each.name}{price}".rstrip()
+
+
+def format_description(described: Description) -> Iterator[str]:
+    """Format a description as text, with params, fields and prices."""
+    yield f"{described.identifier}  {described.name}".rstrip()
+    if described.description:
+        yield f"  {described.description}"
+    yield "  params"
+    yield from (_param_line(param) for param in described.input_params)
+    yield "  fields"
+    for field in described.output_fields:
+        yield f"    {field.name:<24}{field.label or ''}".rstrip()
+    if isinstance(described, Waterfall):
         yield "  providers (enrichments)"
-        yield from _provider_lines(waterfall.available_enrichments)
-        if waterfall.is_email_verifying:
+        yield from _provider_lines(described.available_enrichments)
+        if described.is_email_verifying:
             yield "  verifiers (email_verifier)"
-            yield from _provider_lines(waterfall.email_verifiers)
+            yield from _provider_lines(described.email_verifiers)
+        return
+    yield f"  price: {_price_text(described)}"
+    if described.data_source:
+        yield f"  source: {described.data_source}"
+
+
+def _param_line(param: Param) -> str:
+    choices = f": {', '.join(choice.id for choice in param.choices)}" if param.choices else ""
+    return f"    {param.name:<24}{param.type}{', required' if param.required else ''}{choices}"
+
+
+def _price_text(enrichment: Enrichment) -> str:
+    if enrichment.highest_price(enrichment.target) is None:
+        return "price unknown"
+    unit = f" for each {enrichment.priced_by}" if enrichment.priced_by else ""
+    return f"{enrichment.price} credits{unit}{' for each page' if enrichment.is_paginated else ''}"
 
 
 def _provider_lines(providers: list[Provider]) -> Iterator[str]:
@@ -66,16 +97,46 @@ def _provider_lines(providers: list[Provider]) -> Iterator[str]:
         yield f"    {provider.id:<8}{provider.name:<24}{price}{only_named}"
 
 
+_SANDBOX_OPTION = click.option("--sandbox", "use_sandbox", is_flag=True, help="Use the built-in sandbox.")
+
+
 @click.command()
 @click.argument("identifier", required=False)
-@click.option("--sandbox", "use_sandbox", is_flag=True, help="Ask the built-in sandbox.")
+@_SANDBOX_OPTION
 @options.JSON_OPTION
 def waterfalls(identifier: str | None, use_sandbox: bool, as_json: bool) -> None:
-    """Show what the API offers: waterfalls, their params, fields, providers and prices."""
+    """List the waterfalls of the API, or show one with its params, fields, providers and prices."""
+    target = None if identifier is None else Target(TargetKind.WATERFALL, identifier)
+    _show(TargetKind.WATERFALL, target, None, use_sandbox=use_sandbox, as_json=as_json)
+
+
+@click.command()
+@click.argument("query", required=False)
+@_SANDBOX_OPTION
+@options.JSON_OPTION
+def enrichments(query: str | None, use_sandbox: bool, as_json: bool) -> None:
+    """List the enrichments of the API, those that contain QUERY, or show the one with the number QUERY."""
+    is_id = query is not None and query.isascii() and query.isdecimal()
+    target = Target(TargetKind.ENRICHMENT, str(int(query or 0))) if is_id else None
+    _show(TargetKind.ENRICHMENT, target, query, use_sandbox=use_sandbox, as_json=as_json)
+
+
+def _show(kind: TargetKind, target: Target | None, query: str | None, *, use_sandbox: bool, as_json: bool) -> None:
     with options.open_access(None, use_sandbox=use_sandbox) as access:
-        available = read_waterfalls(access, identifier)
+        if target is None:
+            found = [each for each in list_descriptions(access, kind, query) if _matches(each, query)]
+        else:
+            found = [read_description(access, target)]
     if as_json:
-        documents = [waterfall.model_dump() for waterfall in available]
-        click.echo(json.dumps(documents[0] if identifier else documents, ensure_ascii=False))
+        documents = [each.model_dump() for each in found]
+        click.echo(json.dumps(documents if target is None else documents[0], ensure_ascii=False))
     else:
-        click.echo("\n".join(format_waterfalls(available, detailed=identifier is not None)))
+        click.echo("\n".join(format_list(found) if target is None else format_description(found[0])))
+
+
+def _matches(described: Description, query: str | None) -> bool:
+    """Check whether a text is in a description. The API searches only for texts of three characters and more."""
+    if query is None or len(query) >= MIN_QUERY_LENGTH:
+        return True
+    source = described.data_source if isinstance(described, Enrichment) else ""
+    return query.casefold() in f"{described.name} {described.description or ''} {source}".casefold()

@@ -7,30 +7,43 @@ import ssl
 from collections.abc import Mapping
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
+from http import HTTPStatus
 from types import TracebackType
 from typing import Any, TypeVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
-import httpx
+import certifi
 from pydantic import BaseModel, ValidationError
 
 from enrich import __version__
-from enrich.databar.answers import TaskReply
 from enrich.databar.clock import Clock
 from enrich.databar.credentials import ApiAccess
+from enrich.databar.description import MODELS, Description
 from enrich.databar.network import find_proxy, load_certificates
-from enrich.databar.outside_text import clean_line, clean_text
-from enrich.databar.replies import parse_body, read_task_reply, response_error, usable_task_id
-from enrich.databar.transport import AnswerTooLarge, CertificateRefused, Transport
-from enrich.databar.waterfall import User, Waterfall
+from enrich.databar.responses import parse_body, read_poll_error, read_task_reply, response_error, usable_task_id
+from enrich.databar.task_results import TaskReply
+from enrich.databar.text_filter import clean_line, clean_text
+from enrich.databar.transport import (
+    AnswerTooLarge,
+    CertificateRefused,
+    ConnectionFailed,
+    HttpAnswer,
+    Origin,
+    Transport,
+    TransportError,
+    serialize_headers,
+)
+from enrich.databar.user import User
 from enrich.errors import (
     BadParams,
     CertificateUntrusted,
     InvalidPollResponse,
     RequestNotAccepted,
     SubmissionUnconfirmed,
+    TaskFinished,
     UnexpectedResponse,
 )
+from enrich.job.target import Target, TargetKind
 
 #: Maximum number of concurrent POSTs, and so of the requests that a kill can leave unconfirmed.
 MAX_POSTS_IN_FLIGHT = 32
@@ -39,6 +52,9 @@ MAX_BULK_POSTS_IN_FLIGHT = 4
 MAX_POLLS_IN_FLIGHT = 32
 CONNECT_TIMEOUT_S, POST_TIMEOUT_S, GET_TIMEOUT_S = 10.0, 60.0, 30.0
 MAX_REDIRECTS = 3
+_REDIRECTS = (301, 302, 303, 307, 308)
+#: The API searches enrichments for no shorter text.
+MIN_QUERY_LENGTH = 3
 
 
 class Client:
@@ -62,24 +78,21 @@ class Client:
         self._clock = clock
         self._last_date = ""
         # Build headers and URLs once: creating a request costs as much time as sending it.
-        self._headers = httpx.Headers(
+        self._origin = Origin.of(self._base_url)
+        self._header_lines = serialize_headers(
             {
-                "host": httpx.URL(self._base_url).netloc.decode(),
+                "host": self._origin.host_header,
                 "x-apikey": self._key,
                 "user-agent": f"databar-enrich/{__version__}",
-                "accept-encoding": "gzip, deflate",  # the encodings that httpx always supports
+                "accept-encoding": "gzip, deflate",
             }
         )
-        self._post_headers = httpx.Headers([*self._headers.raw, (b"content-type", b"application/json")])
-        self._run_urls: dict[str, httpx.URL] = {}
-        self._post_timeout, self._get_timeout = (
-            {"timeout": {"read": post_timeout_s}},
-            {"timeout": {"read": get_timeout_s}},
-        )
+        self._base_path = _encoded_path(self._base_url).rstrip(b"/")
+        self._post_timeout_s, self._get_timeout_s = post_timeout_s, get_timeout_s
         # Load certificates only for https: loading takes longer than a whole run on loopback.
         tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         if access.base_url.startswith("https:"):
-            tls = load_certificates(environ) or httpx.create_ssl_context(trust_env=False)
+            tls = load_certificates(environ) or ssl.create_default_context(cafile=certifi.where())
         proxy = find_proxy(environ, access.base_url)
         # POST connections are never reused, so a POST cannot read leftover bytes of an earlier exchange.
         self._post_transport = Transport(MAX_POSTS_IN_FLIGHT, CONNECT_TIMEOUT_S, tls, reuse=False, proxy=proxy)
@@ -98,48 +111,72 @@ class Client:
         """Fetch the workspace and the balance of the key. Raises Unauthorized, RequestNotAccepted."""
         return _parse(User, await self._get("/user/me"))
 
-    async def list_waterfalls(self) -> list[Waterfall]:
-        """List the waterfalls, without unreadable ones. Raises Unauthorized, RequestNotAccepted."""
-        listed = await self._get("/waterfalls/")
+    async def list_descriptions(self, kind: TargetKind, query: str | None = None) -> list[Description]:
+        """List the waterfalls or enrichments, without unreadable ones. Raises Unauthorized, RequestNotAccepted.
+
+        `query` searches enrichments. A list of enrichments has no params and no fields.
+        """
+        search = f"?q={quote(query, safe='')}" if query and len(query) >= MIN_QUERY_LENGTH else ""
+        listed = await self._get(f"/{kind}s/{search}")
         if not isinstance(listed, list):
-            raise UnexpectedResponse("the API's list of waterfalls is not a list")
-        read = []
+            raise UnexpectedResponse(f"the API's list of {kind}s is not a list")
+        read: list[Description] = []
         for item in listed:
             with suppress(UnexpectedResponse):
-                read.append(_parse(Waterfall, item))
+                read.append(_parse(MODELS[kind], item))
         return read
 
-    async def get_waterfall(self, identifier: str) -> Waterfall:
-        """Fetch one waterfall. Raises JobRejected if it does not exist, Unauthorized, RequestNotAccepted."""
-        waterfall = _parse(Waterfall, await self._get(f"/waterfalls/{quote(identifier, safe='')}"))
-        if waterfall.identifier.casefold() != identifier.casefold():
-            raise RequestNotAccepted("the API described another waterfall")
-        return waterfall
+    async def get_description(self, target: Target) -> Description:
+        """Fetch a description. Raises JobRejected for an unknown target, Unauthorized, RequestNotAccepted."""
+        description: Description = _parse(MODELS[target.kind], await self._get(target.path))
+        if description.identifier.casefold() != target.id.casefold():
+            raise RequestNotAccepted(f"the API described another {target.kind}")
+        return description
 
-    async def submit(self, waterfall: str, body: bytes, rows: int | None = None) -> str:
+    async def submit(self, target: Target, body: bytes, rows: int | None = None) -> str:
         """Submit one paid request, or `rows` rows as one bulk task, with exactly one POST. Return the task id.
 
         Raises only the errors in the table at the top of `replies`.
         """
-        path = f"/waterfalls/{quote(waterfall, safe='')}/{'run' if rows is None else 'bulk-run'}"
-        if (url := self._run_urls.get(path)) is None:
-            url = self._run_urls[path] = httpx.URL(self._base_url + path)
+        path = f"{target.path}/{'run' if rows is None else 'bulk-run'}"
+        answer = await self._post(path, body)
+        if not answer.is_success:
+            raise response_error(answer, self._key, rows)
+        if task_id := usable_task_id(answer.content, self._key):
+            return task_id
+        raise SubmissionUnconfirmed(f"the API answered {answer.status} without a usable task id")
+
+    async def cancel_task(self, task_id: str) -> TaskReply:
+        """Cancel a running task, which refunds what is unfinished. It may be repeated: the second time it has finished.
+
+        Raises TaskFinished (409), and the errors of `poll_task`.
+        """
+        path = f"/tasks/{quote(task_id, safe='')}/cancel"
         try:
-            response = await self._post_transport.handle_async_request(
-                httpx.Request("POST", url, headers=self._post_headers, content=body, extensions=self._post_timeout)
-            )
+            answer = await self._post(path, b"")
+        except SubmissionUnconfirmed as error:
+            raise RequestNotAccepted(error.message) from error
+        if answer.is_success:
+            return read_task_reply(answer.content, task_id, self._key, new_connection=answer.is_fresh)
+        if answer.status == HTTPStatus.CONFLICT:
+            raise TaskFinished(response_error(answer, self._key).message)
+        return read_poll_error(answer, self._key)
+
+    async def _post(self, path: str, body: bytes) -> HttpAnswer:
+        """Send one POST over a new connection."""
+        request = b"POST %s%s HTTP/1.1\r\n%scontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s" % (
+            self._base_path, path.encode(), self._header_lines, len(body), body
+        )  # fmt: skip
+        try:
+            answer = await self._post_transport.exchange(self._origin, request, self._post_timeout_s)
         except CertificateRefused as error:
             raise CertificateUntrusted(clean_line(str(error), self._key)) from error
-        except httpx.ConnectError as error:
+        except ConnectionFailed as error:
             raise RequestNotAccepted(f"no connection to the API: {clean_line(str(error), self._key)}") from error
-        except httpx.HTTPError as error:
-            raise SubmissionUnconfirmed(f"no answer from the API: {clean_line(str(error), self._key)}") from error
-        self._observe_clock(response)
-        if not response.is_success:
-            raise response_error(response, rows)
-        if task_id := usable_task_id(response):
-            return task_id
-        raise SubmissionUnconfirmed(f"the API answered {response.status_code} without a task id that can be asked for")
+        except TransportError as error:
+            raise SubmissionUnconfirmed(f"no response from the API: {clean_line(str(error), self._key)}") from error
+        self._observe_clock(answer)
+        return answer
 
     async def poll_task(self, task_id: str, *, new_connection: bool = False) -> TaskReply:
         """Poll a task, over a new connection if `new_connection` is set. An expired task (410) has the status `gone`.
@@ -147,57 +184,65 @@ class Client:
         Raises TaskUnknown (404), Unauthorized, RateLimited, InvalidPollResponse, and RequestNotAccepted for any other
         error that a retry may resolve.
         """
-        response = await self._fetch(f"/tasks/{quote(task_id, safe='')}", new_connection=new_connection)
+        path = f"/tasks/{quote(task_id, safe='')}"
+        answer = await self._fetch(path, new_connection=new_connection)
         try:
-            return read_task_reply(response, task_id)
+            if answer.is_success:
+                return read_task_reply(answer.content, task_id, self._key, new_connection=answer.is_fresh)
+            return read_poll_error(answer, self._key)
         except InvalidPollResponse:
-            response.extensions["close"]()
+            answer.close()
             raise
 
     async def _get(self, path: str) -> Any:  # noqa: ANN401 - a JSON document can be any type
         """GET a JSON document over a new connection, which cannot carry the response to an earlier request."""
-        response = await self._fetch(path, new_connection=True)
-        if not response.is_success:
-            error = response_error(response)
+        answer = await self._fetch(path, new_connection=True)
+        if not answer.is_success:
+            error = response_error(answer, self._key)
             raise RequestNotAccepted(error.message) if isinstance(error, SubmissionUnconfirmed | BadParams) else error
         try:
-            return parse_body(response).value
+            return parse_body(answer.content, self._key).value
         except ValueError as error:
-            raise RequestNotAccepted("the API's answer is not JSON") from error
+            raise RequestNotAccepted("the API's response is not JSON") from error
 
-    async def _fetch(self, path: str, *, new_connection: bool) -> httpx.Response:
+    async def _fetch(self, path: str, *, new_connection: bool) -> HttpAnswer:
         """Send a GET. Follow redirects only to the same host, because they carry the API key."""
-        url = httpx.URL(self._base_url + path)
-        extensions = self._get_timeout | {"fresh": new_connection}
+        url = self._base_url + path
+        target = self._base_path + path.encode()
         try:
             for _ in range(MAX_REDIRECTS):
-                response = await self._get_transport.handle_async_request(
-                    httpx.Request("GET", url, headers=self._headers, extensions=extensions)
+                answer = await self._get_transport.exchange(
+                    self._origin,
+                    b"GET %s HTTP/1.1\r\n%s\r\n" % (target, self._header_lines),
+                    self._get_timeout_s,
+                    fresh=new_connection,
+                    is_repeatable=True,
                 )
-                self._observe_clock(response)
-                if not response.has_redirect_location:
+                self._observe_clock(answer)
+                if answer.status not in _REDIRECTS or not (location := answer.header(b"location")):
                     break
-                url = response.url.join(response.headers["location"])
-                if _origin(str(url)) != _origin(self._base_url):
+                url = urljoin(url, location)
+                target = _encoded_path(url)
+                if _origin(url) != _origin(self._base_url):
                     raise RequestNotAccepted("the API redirects to another host")
         except CertificateRefused as error:
             raise CertificateUntrusted(clean_line(str(error), self._key)) from error
         except AnswerTooLarge as error:
             start = clean_text(error.start.decode(errors="replace"), self._key)
             raise InvalidPollResponse(
-                f"the API's answer cannot be read: {error}", start, new_connection=new_connection
+                f"the API's response cannot be read: {error}", start, new_connection=new_connection
             ) from None
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise RequestNotAccepted(f"no answer from the API: {clean_line(str(error), self._key)}") from error
-        return response
+        except (TransportError, ValueError) as error:
+            raise RequestNotAccepted(f"no response from the API: {clean_line(str(error), self._key)}") from error
+        return answer
 
-    def _observe_clock(self, response: httpx.Response) -> None:
+    def _observe_clock(self, answer: HttpAnswer) -> None:
         """Pass the response's `Date` to the clock when it changes (once a second at most).
 
         A response with an `Age` header comes from a cache, so its date is old and is ignored.
         """
-        date = response.headers.get("date", "")
-        if date == self._last_date or "age" in response.headers:
+        date = answer.header(b"date")
+        if date == self._last_date or any(name == b"age" for name, _ in answer.headers):
             return
         self._last_date = date
         try:
@@ -214,8 +259,15 @@ def _origin(url: str) -> tuple[str, str]:
     return parts.scheme, parts.netloc.lower()
 
 
+def _encoded_path(url: str) -> bytes:
+    """Return path and query of a URL as they are sent. Raises ValueError."""
+    parts = urlsplit(url)
+    target = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
+    return quote(target, safe="/?%:@!$&'()*+,;=~").encode()
+
+
 def _parse(kind: type[M], data: object) -> M:
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        raise UnexpectedResponse(f"the API's answer is not a {kind.__name__.lower()}") from error
+        raise UnexpectedResponse(f"the API's response is not a {kind.__name__.lower()}") from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -13,6 +12,7 @@ from pydantic import SecretStr
 
 from enrich.errors import ApiKeyRejected, JobError
 from enrich.job.bounded_read import read_text
+from enrich.job.locations import is_loopback
 
 DEFAULT_BASE_URL = "https://api.databar.ai/v1"
 
@@ -59,25 +59,13 @@ def check_base_url(base_url: str) -> str:
     if not secure or not parts.hostname or parts.username is not None or not base_url.isprintable():
         raise JobError(
             "DATABAR_BASE_URL: must be an https address, or http on loopback",
-            f"leave it out for {DEFAULT_BASE_URL}, or take what `enrich sandbox` prints",
+            f"remove it to use {DEFAULT_BASE_URL}, or use the one that `enrich sandbox` prints",
         )
     return base_url.rstrip("/")
 
 
-def is_loopback(host: str) -> bool:
-    """Check whether a host (without brackets) is this machine."""
-    host = host.lower().removesuffix(".")
-    address = parse_ip(host)
-    return host == "localhost" or (address is not None and address.is_loopback)
-
-
-def parse_ip(host: str) -> IPv4Address | IPv6Address | None:
-    """Parse an IP address. An IPv4-mapped IPv6 address becomes IPv4. None for a host name."""
-    try:
-        address = ip_address(host)
-    except ValueError:
-        return None
-    return (isinstance(address, IPv6Address) and address.ipv4_mapped) or address
+#: Hint where no key is set.
+NO_KEY_HINT = "set DATABAR_API_KEY, or add --sandbox to try it without a key"
 
 
 def find_key(environ: Mapping[str, str], home: Path) -> SecretStr:
@@ -87,7 +75,7 @@ def find_key(environ: Mapping[str, str], home: Path) -> SecretStr:
     if name := environ.get("DATABAR_API_KEY_FILE", "").strip():
         if key := _read_key_file(Path(name), "DATABAR_API_KEY_FILE").strip():
             return _check_key(key, f"DATABAR_API_KEY_FILE ({name})")
-        raise ApiKeyRejected(f"{name}: the file that DATABAR_API_KEY_FILE names is empty", "put the key into it")
+        raise ApiKeyRejected(f"{name}: the file of DATABAR_API_KEY_FILE is empty", "write the key into it")
     config = home / ".databar" / "config"
     if os.path.isfile(config):  # noqa: PTH113 - os.path.isfile is also False without read permission
         for line in _read_key_file(config, "databar login").splitlines():
@@ -95,8 +83,8 @@ def find_key(environ: Mapping[str, str], home: Path) -> SecretStr:
             if name.strip() == "api_key" and value.strip():
                 return _check_key(value.strip(), str(config))
     raise ApiKeyRejected(
-        "no API key: DATABAR_API_KEY, DATABAR_API_KEY_FILE and ~/.databar/config have none",
-        "set DATABAR_API_KEY, or try it without a key: --sandbox",
+        "no API key in DATABAR_API_KEY, DATABAR_API_KEY_FILE or ~/.databar/config",
+        NO_KEY_HINT,
     )
 
 
@@ -111,5 +99,5 @@ def _read_key_file(path: Path, source: str) -> str:
 def _check_key(key: str, source: str) -> SecretStr:
     """Refuse a key that an HTTP header cannot carry. The message does not show the key."""
     if not (key.isascii() and key.isprintable()) or " " in key:
-        raise ApiKeyRejected(f"{source}: the key has characters that no key has (line break, blank or accent)")
+        raise ApiKeyRejected(f"{source}: the key has invalid characters (line break, space or accent)")
     return SecretStr(key)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-#: Keys of the request body beside `params`. An error about one of them concerns the job, not a row.
+#: Keys of the request body besides `params`. An error about one of them concerns the job, not a row.
 BODY_KEYS = frozenset({"params", "enrichments", "email_verifier", "body", "x-apikey"})
 #: Keys of an error object that are not param names.
 ERROR_KEYS = frozenset({"position", "error", "code", "message", "msg", "type", "status", "detail"})

@@ -17,12 +17,12 @@ from urllib.parse import unquote_to_bytes, urlsplit
 
 from pydantic import SecretStr
 
-from enrich.databar.credentials import is_loopback, parse_ip
 from enrich.errors import JobError
+from enrich.job.locations import is_loopback, parse_ip
 
 #: Port per scheme for a proxy URL without a port, as in curl.
 DEFAULT_PORTS = {"http": 1080, "https": 443}
-_NO_CERTIFICATE = "there is no readable certificate in it (PEM)"
+_NO_CERTIFICATE = "it has no readable certificate (PEM)"
 #: OpenSSL looks up a certificate in a folder by file name: the hash of its subject.
 _HASHED_NAME = re.compile(r"[0-9a-f]{8}\.\d+")
 
@@ -74,7 +74,7 @@ def _parse_proxy(variable: str, value: str) -> Proxy:
     if scheme not in DEFAULT_PORTS:
         raise JobError(
             f"{variable}: proxies of this kind are not supported{f': {scheme}://' if scheme.isalnum() else ''}",
-            f"name an http:// or https:// proxy in {variable}, or exempt the API's host in no_proxy",
+            f"set an http:// or https:// proxy in {variable}, or exempt the API's host in no_proxy",
         )
     try:
         parts = urlsplit(f"{scheme}://{rest}")
@@ -83,7 +83,7 @@ def _parse_proxy(variable: str, value: str) -> Proxy:
         host, port = "", 0
     if not port or not re.fullmatch(r"[\w.:%-]+", host):
         raise JobError(
-            f"{variable}: not the address of a proxy",
+            f"{variable}: not a proxy address",
             "write http://HOST:PORT, with special characters in user and password percent-encoded",
         )
     authorization = None
@@ -164,7 +164,7 @@ def _check_folders(folders: str) -> None:
         try:
             if any(_HASHED_NAME.fullmatch(name) for name in os.listdir(folder or ".")):  # noqa: PTH208 - only names are needed
                 return
-            reasons.append("there is no certificate in it under its hash (`openssl rehash` makes these names)")
+            reasons.append("it has no certificate with a hash as its name (run `openssl rehash`)")
         except (OSError, ValueError) as error:
             reasons.append(getattr(error, "strerror", None) or str(error))
     raise _unusable_error("SSL_CERT_DIR", folders, reasons[0])

@@ -14,8 +14,8 @@ from enrich.errors import CommandRefused
 from enrich.files.text import FileProblem
 from enrich.job.locations import Location
 
-COLLECT_HINT = "the ledger has the answers: `enrich collect` writes them without paying"
-_SPACE_HINT = f"make room for it; {COLLECT_HINT}"
+COLLECT_HINT = "the ledger has the results: `enrich collect JOB` writes them for free"
+_SPACE_HINT = f"free some space; {COLLECT_HINT}"
 
 
 @contextmanager
@@ -34,6 +34,11 @@ def as_write_refused(target: Location, kind: str) -> Iterator[None]:
         raise CommandRefused(f"{target}: the {kind} cannot be written: {error}", _SPACE_HINT) from error
 
 
+def follow_link(target: Path) -> Path:
+    """Return the file or folder that a link leads to, which is replaced instead of the link."""
+    return Path(os.path.realpath(target)) if target.is_symlink() else target
+
+
 @contextmanager
 def atomic_write(target: Path, temporary: Path) -> Iterator[BinaryIO]:
     """Open a new temporary file that replaces the target if the block ends without an error."""
@@ -45,7 +50,7 @@ def atomic_write(target: Path, temporary: Path) -> Iterator[BinaryIO]:
             raw.flush()
             os.fsync(raw.fileno())
             if not os.path.samestat(os.fstat(raw.fileno()), temporary.stat()):
-                raise FileExistsError(17, f"another run of a job of this name writes {temporary}")
+                raise FileExistsError(17, f"another run of a job with this name writes {temporary}")
             temporary.replace(target)
     except BaseException:
         with suppress(OSError):

@@ -3,10 +3,11 @@
 import codecs
 import csv
 import io
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO, Literal, Self, TextIO
 
@@ -15,12 +16,13 @@ import polars as pl
 from enrich.files.text import (
     BINARY_HINT,
     BYTE_ORDER_MARK,
+    LATER_HEADER_HINT,
     FileProblem,
     TableFile,
     check_encoding,
+    header_problem,
     open_text,
     quote_column,
-    repeated_columns,
 )
 
 if TYPE_CHECKING:
@@ -29,6 +31,13 @@ if TYPE_CHECKING:
 CellRows = Sequence[Sequence[object]]
 
 MAX_CELL_CHARACTERS = 10_000_000  # csv's default of 131,072 is too low for scraped pages and long notes
+MAX_LINE_CHARACTERS = 50_000_000
+#: A batch ends early after this many characters, so that rows of any length are read in bounded memory.
+_MAX_BATCH_CHARACTERS = 20_000_000
+#: Characters that are read at once, and then the rest of the line.
+_BLOCK_CHARACTERS = 1 << 18
+#: The line that Excel reads as the separator, before the header.
+_SEPARATOR_LINE = re.compile(r'"?sep=(.)"?[\r\n]*', re.IGNORECASE)
 
 _SYNTAX_PROBLEMS = {  # csv's errors differ only in their message texts
     "unexpected end of data": ("has a quote that is never closed", "Close the quote, or double it if it is text"),
@@ -46,22 +55,19 @@ _cell_limit_lock = threading.Lock()
 
 def read_header(source: TableFile) -> list[str]:
     """Return the column names exactly as written."""
-    with _open_csv(source) as text:
-        return _next_header(source, _csv_reader(source, text))
+    with _open_csv(source) as lines:
+        return _next_header(source, lines.reader())
 
 
 def read_batches(source: TableFile, rows_per_batch: int = 20_000) -> Iterator[pl.DataFrame]:
     """Yield the rows in order as frames of text. A blank cell is `""`, never null."""
-    with _open_csv(source) as text:
-        reader = _csv_reader(source, text)
+    with _open_csv(source) as lines:
+        reader = lines.reader()
         header = _next_header(source, reader)
-        while rows := _next_rows(reader, rows_per_batch):
-            if set(map(len, rows)) != {len(header)}:
-                raise _first_problem(source)
-            # Search unnamed columns, because polars reads a name such as `^a.*$` as a pattern.
-            columns = [pl.Series(values=cells, dtype=pl.String) for cells in zip(*rows, strict=True)]
-            if any(column.str.contains("\0", literal=True).any() for column in columns):
-                raise _first_problem(source)
+        width = len(header)
+        while cells := _next_cells(source, reader, rows_per_batch, lines, width):
+            # One list of all cells, not one of each row: creating and collecting those takes as long as reading.
+            columns = [pl.Series(values=cells[place::width], dtype=pl.String) for place in range(width)]
             yield pl.DataFrame(dict(zip(header, columns, strict=True)))
 
 
@@ -121,7 +127,7 @@ class CsvWriter:
             for name, cell in zip(columns, cells, strict=True):
                 if not _can_encode(str(cell), self._encoding):
                     position = f"{f'row {row}' if row else 'the header'}, column {quote_column(name)}"
-                    return FileProblem(f"{position}: `{self._encoding}` has no sign for a character of this cell", hint)
+                    return FileProblem(f"{position}: `{self._encoding}` cannot encode a character of this cell", hint)
         return FileProblem(f"separator {self._separator!r} cannot be written in `{self._encoding}`", hint)
 
 
@@ -139,13 +145,68 @@ class _LineFeedText(io.StringIO):
         return super().write(row.removesuffix("\r\n") + "\n")
 
 
+class _Lines:
+    """The lines of a text file, of bounded length. A first line `sep=;` sets the separator."""
+
+    def __init__(self, source: TableFile, text: TextIO) -> None:
+        self._source = source
+        self._text = text
+        self._first = text.readline(MAX_LINE_CHARACTERS + 1)
+        self._check_length(self._first)
+        named = _SEPARATOR_LINE.fullmatch(self._first)
+        self.separator = named[1] if named else source.separator
+        self._skipped = bool(named)
+        #: Characters read so far, up to a block more than the reader used.
+        self.characters = 0
+        #: Whether they have a NUL.
+        self.has_nul = False
+
+    def reader(self) -> "Reader":
+        """Return a CSV reader of the lines."""
+        return csv.reader(chain.from_iterable(self._blocks()), delimiter=self.separator, strict=True)
+
+    def first_line_number(self) -> int:
+        """Return the number of the line in the file that is the reader's first."""
+        return 2 if self._skipped else 1
+
+    def _blocks(self) -> Iterator[Iterable[str]]:
+        """Yield the lines in blocks: a block is divided without Python code for each line."""
+        if not self._skipped:
+            self._count(self._first)
+            yield [self._first]
+        while block := self._next_block():
+            self._count(block)
+            if len(block) > MAX_LINE_CHARACTERS:
+                for line in _divide(block):
+                    self._check_length(line)
+            yield _divide(block)
+
+    def _next_block(self) -> str:
+        """Read whole lines: some characters, and the rest of the last line."""
+        return self._text.read(_BLOCK_CHARACTERS) + self._text.readline(MAX_LINE_CHARACTERS + 1)
+
+    def _count(self, text: str) -> None:
+        self.characters += len(text)
+        self.has_nul = self.has_nul or "\0" in text
+
+    def _check_length(self, line: str) -> None:
+        if len(line) > MAX_LINE_CHARACTERS:
+            message = f"{self._source} has a line of more than {MAX_LINE_CHARACTERS:,} characters"
+            raise FileProblem(message, "Look for an unclosed quote, or for missing line ends")
+
+
+def _divide(block: str) -> Iterable[str]:
+    r"""Return the lines of a text, which end with `\n`, `\r` or both, as those of a file."""
+    return io.StringIO(block, newline="")
+
+
 @contextmanager
-def _open_csv(source: TableFile) -> Iterator[TextIO]:
-    """Open the file as text. Convert parser errors into FileProblem."""
+def _open_csv(source: TableFile) -> Iterator[_Lines]:
+    """Open the file as lines. Convert parser errors into FileProblem."""
     _check_settings(source.separator, source.encoding)
     try:
         with open_text(source) as text:
-            yield text
+            yield _Lines(source, text)
     except csv.Error:
         raise _first_problem(source) from None
 
@@ -165,10 +226,6 @@ def _can_encode(text: str, encoding: str) -> bool:
     return True
 
 
-def _csv_reader(source: TableFile, text: Iterable[str]) -> "Reader":
-    return csv.reader(text, delimiter=source.separator, strict=True)
-
-
 @contextmanager
 def _raised_cell_limit() -> Iterator[None]:
     """Raise csv's cell limit temporarily. It applies to the whole process, and other code may rely on its own limit."""
@@ -180,59 +237,84 @@ def _raised_cell_limit() -> Iterator[None]:
             csv.field_size_limit(previous_limit)
 
 
-def _next_rows(reader: Iterator[list[str]], count: int) -> list[list[str]]:
-    """Return the next rows, at most `count`. Empty lines, which csv returns as empty lists, do not count as rows."""
+def _next_cells(source: TableFile, reader: Iterator[list[str]], count: int, lines: _Lines, width: int) -> list[str]:
+    """Return the cells of the next rows, at most `count`, one row after the other. Raises FileProblem.
+
+    csv returns an empty line as an empty list. It is a blank cell of a table with one column, in other tables no row.
+    """
+    cells: list[str] = []
+    is_ragged = False
+    end, last_character = count * width, lines.characters + _MAX_BATCH_CHARACTERS
     with _raised_cell_limit():
-        return list(islice(filter(None, reader), count))
+        for row in reader:
+            if len(row) == width:
+                cells += row
+            elif row:
+                is_ragged = True
+                break
+            elif width == 1:
+                cells.append("")
+            # A batch without cells would be the end of the file.
+            if len(cells) == end or (cells and lines.characters > last_character):
+                break
+    if is_ragged or lines.has_nul:
+        raise _first_problem(source)
+    return cells
 
 
 def _next_header(source: TableFile, reader: Iterator[list[str]]) -> list[str]:
-    rows = _next_rows(reader, 1)
-    if not rows:
-        raise FileProblem(f"{source} is empty", "The first line must hold the column names")
-    if _row_problem(source, rows[0], rows[0]):
+    with _raised_cell_limit():
+        header = next(filter(None, reader), None)
+    if header is None:
+        raise FileProblem(f"{source} is empty", "The first line must have the column names")
+    if _row_problem(source, header, header):
         raise _first_problem(source)
-    return rows[0]
+    return header
 
 
 def _first_problem(source: TableFile) -> FileProblem:
     """Read the file again, row by row, to find the row and line of its first error."""
     header: list[str] = []
-    row, line = 0, 1
-    with _open_csv(source) as text, _raised_cell_limit():
-        reader = _csv_reader(source, text)
+    row = 0
+    with _open_csv(source) as lines, _raised_cell_limit():
+        reader = lines.reader()
+        line = first_line = lines.first_line_number()
         try:
-            for cells in reader:
+            for found in reader:
+                cells = found or ([""] if len(header) == 1 else [])
                 if cells:
                     header = header or cells
-                    if problem := _row_problem(source, header, cells):
+                    if problem := _row_problem(source, header, cells, is_first_row=row == 1):
                         break
                     row += 1
-                line = reader.line_num + 1
+                line = reader.line_num + first_line
             else:
-                return FileProblem(f"{source} changed while it was read", "Start again when the file is complete")
+                return FileProblem(f"{source} changed while it was read", "Run again when the file is complete")
         except csv.Error as error:
             known = (flaw for words, flaw in _SYNTAX_PROBLEMS.items() if words in str(error))
-            problem = next(known, ("is not well-formed CSV", "Look at its quotes"))
+            problem = next(known, ("is not well-formed CSV", "Check its quotes"))
     message, hint = problem
-    if reader.line_num > line:
-        hint += f"; the row runs on to line {reader.line_num}"
+    if (last_line := reader.line_num + first_line - 1) > line:
+        hint += f"; the row runs on to line {last_line}"
     position = f"row {row}" if row else "the header"
     return FileProblem(f"{source}: {position} (line {line}) {message}", hint)
 
 
-def _row_problem(source: TableFile, header: list[str], cells: list[str]) -> tuple[str, str] | None:
+def _row_problem(
+    source: TableFile, header: list[str], cells: list[str], *, is_first_row: bool = False
+) -> tuple[str, str] | None:
     """Return the problem of a row or of the header, with a hint. None: the row is valid."""
     if len(cells) != len(header):
         message = f"has {_count_text(len(cells), 'cell')}, but the header has {_count_text(len(header), 'column')}"
         separator = likely_separator(header, source.separator)
         if separator:
-            return message, f"Perhaps the separator is {separator!r}"
-        return message, f"Look for a cell with {source.separator!r} or a quote in it that should be in quotes"
+            return message, f"The separator may be {separator!r}"
+        hint = f"Look for a cell with {source.separator!r} or a quote in it that should be in quotes"
+        is_title = len(header) < len(cells) and (is_first_row or len(header) == 1)
+        return message, f"{LATER_HEADER_HINT}. Or: {hint}" if is_title else hint
     if any("\0" in cell for cell in cells):
         return "has a NUL character", BINARY_HINT
-    repeated = repeated_columns(header) if cells is header else None
-    return (repeated, "Give each column a name of its own") if repeated else None
+    return header_problem(header) if cells is header else None
 
 
 def _count_text(number: int, thing: str) -> str:

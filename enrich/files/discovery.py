@@ -14,12 +14,13 @@ from urllib.parse import unquote
 from enrich.files import object_store
 from enrich.files.manifest import MANIFEST, Manifest, read_manifest
 from enrich.files.text import FORMAT_NAMES, FileProblem, TableFile
-from enrich.job.locations import Location, ObjectUrl, has_wildcards, is_pattern
+from enrich.job.locations import InputLocation, Location, ObjectUrl, WebUrl, has_wildcards, is_pattern
 from enrich.job.spec import Input
 
 #: A folder name `COLUMN=VALUE`, as written by Hive, Spark and Polars: a column's value for all files in the folder.
 _PARTITION = re.compile(r"([^=]+)=(.*)", re.DOTALL)
 _ESCAPED_WILDCARD = re.compile(r"\[[*?\[]\]")
+_LEFTOVERS = frozenset(("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"))
 _NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 
 
@@ -58,7 +59,7 @@ def find_input_files(location: Location, settings: Input) -> list[InputFile]:
     if not found and is_pattern(location):
         raise FileProblem(f"{location}: no file matches", "check the pattern, which is relative to the job file")
     if not found:
-        raise FileProblem(f"{location} has no files in it", "hidden files and those that begin with `_` do not count")
+        raise FileProblem(f"{location} has no files in it", "hidden files and names that begin with `_` are ignored")
     return _check_consistent(
         [
             replace(
@@ -77,12 +78,15 @@ def find_paths(location: Path) -> list[Path]:
     Raises FileProblem for an unreadable folder.
     """
     if is_pattern(location):
-        return sorted(path for path in map(Path, glob.glob(str(location))) if path.is_file())  # noqa: PTH207 - Path.glob also finds hidden files
+        matches = map(Path, glob.glob(str(location)))  # noqa: PTH207 - Path.glob also finds hidden files
+        return sorted(path for path in matches if path.is_file() and not _is_leftover(path.name))
     return sorted(_walk_folder(location)) if location.is_dir() else [location]
 
 
-def would_include(location: Location, target: Location) -> bool:
+def would_include(location: InputLocation, target: Location) -> bool:
     """Check whether a folder or pattern would include a target file, which need not exist yet."""
+    if isinstance(location, WebUrl):
+        return False
     if isinstance(location, ObjectUrl):
         is_several = location.is_folder or is_pattern(location)
         same_bucket = isinstance(target, ObjectUrl) and (target.scheme, target.bucket) == (
@@ -99,17 +103,17 @@ def would_include(location: Location, target: Location) -> bool:
         return False
     if is_pattern(location):
         return target.match(str(location))
-    resolved = target.resolve()
-    return (
-        location.is_dir()
-        and resolved.is_relative_to(location.resolve())
-        and all(map(_is_visible, resolved.relative_to(location.resolve()).parts))
+    folder = location.resolve()
+    # The target may be a link, which is read as the file that it leads to.
+    places = (target.resolve(), target.parent.resolve() / target.name)
+    return location.is_dir() and any(
+        place.is_relative_to(folder) and all(map(_is_visible, place.relative_to(folder).parts)) for place in places
     )
 
 
 def _walk_folder(folder: Path) -> Iterator[Path]:
     def raise_problem(error: OSError) -> None:
-        hint = "give yourself the right to read it"
+        hint = "change its permissions"
         raise FileProblem(f"{error.filename} cannot be read: {error.strerror}", hint) from None
 
     for parent, folders, names in os.walk(folder, onerror=raise_problem):
@@ -142,7 +146,7 @@ def _objects_of_manifest(
 ) -> dict[str, object_store.ObjectVersion]:
     named = {url.key + name for name in manifest.part_names}
     if missing := named - found.keys():
-        raise FileProblem(f"{url} lacks a part of its own: {min(missing)}", "write the dataset again")
+        raise FileProblem(f"{url} is incomplete, a part is missing: {min(missing)}", "write the dataset again")
     return {key: found[key] for key in named}
 
 
@@ -150,14 +154,23 @@ def _matches(url: ObjectUrl, key: str, folder: str) -> bool:
     if url.is_folder:
         return key.startswith(folder) and not key.endswith("/") and all(map(_is_visible, key[len(folder) :].split("/")))
     parts, patterns = key.split("/"), url.key.split("/")
-    return len(parts) == len(patterns) and all(
-        fnmatchcase(part, sign) and (sign.startswith(".") or not part.startswith("."))
-        for part, sign in zip(parts, patterns, strict=True)
+    return (
+        len(parts) == len(patterns)
+        and not _is_leftover(parts[-1])
+        and all(
+            fnmatchcase(part, sign) and (sign.startswith(".") or not part.startswith("."))
+            for part, sign in zip(parts, patterns, strict=True)
+        )
     )
 
 
 def _is_visible(name: str) -> bool:
-    return not name.startswith((".", "_"))
+    return not name.startswith((".", "_")) and not _is_leftover(name)
+
+
+def _is_leftover(name: str) -> bool:
+    """Check whether a file is what Windows, macOS or Excel leave in a folder. `~$` marks a workbook that is open."""
+    return name.startswith("~$") or name.lower() in _LEFTOVERS
 
 
 def _file_settings(settings: Input, file: InputFile) -> Input:
@@ -194,14 +207,14 @@ def _check_consistent(input_files: list[InputFile]) -> list[InputFile]:
         names = [name for name, _ in file.partition_values]
         if len(set(names)) < len(names):
             raise FileProblem(
-                f"{file}: its folders name a column twice: {_partition_names(names)}", "rename one of them"
+                f"{file}: its folders have a column twice: {_partition_names(names)}", "rename one of them"
             )
         if names != [name for name, _ in first.partition_values]:
             message = (
                 f"{file}: its folders name {_partition_names(names)}, "
                 f"those of {first} {_partition_names([n for n, _ in first.partition_values])}"
             )
-            raise FileProblem(message, "let the folders of all files name the same columns, in one order")
+            raise FileProblem(message, "use the same columns in the same order in all folder names")
     return input_files
 
 

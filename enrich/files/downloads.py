@@ -1,4 +1,4 @@
-"""Makes private local copies of inputs that are not local files: storage objects and standard input."""
+"""Makes private local copies of inputs that are not local files: storage objects, web addresses, standard input."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import shutil
 import stat
 import sys
-import tempfile
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +14,9 @@ from typing import BinaryIO
 
 from enrich.files import object_store, parquet_format
 from enrich.files.discovery import InputFile
+from enrich.files.temporary_folders import make_folder, remove_folder
 from enrich.files.text import FileProblem, TableFile
-from enrich.job.locations import ObjectUrl
+from enrich.job.locations import ObjectUrl, WebUrl
 
 #: Number of bytes downloaded to read a file's columns. A smaller object is downloaded completely.
 HEAD_BYTES = 1 << 20
@@ -83,6 +83,16 @@ class LocalCopies:
             shutil.copyfileobj(sys.stdin.buffer, into, 1 << 20)
         return path
 
+    def copy_web(self, url: WebUrl) -> Path:
+        """Copy what a web address answers to a file. Raises CommandRefused."""
+        from enrich.files import web_download  # noqa: PLC0415 - few inputs need an HTTP client
+
+        with self._new_file("download") as (path, into):
+            web_download.download(url, into)
+        with path.open("rb") as file:
+            is_gzip = file.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
+        return path.rename(path.with_suffix(".gz")) if is_gzip else path
+
     def _remove_current(self) -> None:
         if self._current is not None:
             self._current[1].unlink(missing_ok=True)
@@ -91,8 +101,8 @@ class LocalCopies:
     @contextmanager
     def _new_file(self, name: str) -> Iterator[tuple[Path, BinaryIO]]:
         if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="enrich-"))
-            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+            self._folder, lock = make_folder()
+            weakref.finalize(self, remove_folder, self._folder, lock)
         path = self._folder / name
         path.unlink(missing_ok=True)
         try:
@@ -101,5 +111,7 @@ class LocalCopies:
         except BaseException as error:
             path.unlink(missing_ok=True)
             if isinstance(error, OSError):
-                raise FileProblem(f"{path} cannot be written: {error.strerror}", "make room, or set TMPDIR") from None
+                raise FileProblem(
+                    f"{path} cannot be written: {error.strerror}", "free some space, or set TMPDIR"
+                ) from None
             raise

@@ -1,26 +1,25 @@
-"""Reads a sheet of an Excel workbook as text, and writes a workbook with text cells only."""
+"""Reads a sheet of an Excel workbook as text."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from datetime import UTC, datetime
+from collections.abc import Iterator
 from itertools import islice
-from tempfile import TemporaryDirectory
-from typing import BinaryIO
 
 import polars as pl
-from python_calamine import CalamineError, CalamineWorkbook, WorksheetNotFound
-from xlsxwriter import Workbook
-from xlsxwriter.utility import xl_col_to_name
-from xlsxwriter.worksheet import Worksheet
+from python_calamine import CalamineError, CalamineSheet, CalamineWorkbook, SheetTypeEnum, SheetVisibleEnum
 
-from enrich.files.text import FileProblem, TableFile, as_file_problem, quote_column, repeated_columns
+from enrich.files.text import (
+    FileProblem,
+    TableFile,
+    as_file_problem,
+    check_magic_bytes,
+    header_problem,
+)
 from enrich.files.values import to_text
+from enrich.files.workbook_scan import UnsoundWorkbook, check_size, find_non_date, scan_sheet
 
 #: Limits of an Excel sheet. Rows include the header.
 MAX_ROWS, MAX_COLUMNS, MAX_CELL_CHARACTERS = 1_048_576, 16_384, 32_767
-_OTHER_FORMAT_HINT = "`enrich collect` with an --output that ends in .csv or .parquet writes it without paying"
-_COLUMN_WIDTH = 18
 
 
 def read_header(source: TableFile) -> list[str]:
@@ -36,82 +35,94 @@ def read_batches(source: TableFile, rows_per_batch: int = 20_000) -> Iterator[pl
         yield pl.DataFrame(dict(zip(header, zip(*batch, strict=True), strict=True)), dict.fromkeys(header, pl.String))
 
 
-def write(raw: BinaryIO, columns: list[str], frames: Iterable[pl.DataFrame]) -> None:
-    """Write frames of text. Raises FileProblem if they exceed the limits of a sheet."""
-    if len(columns) > MAX_COLUMNS:
-        raise FileProblem(f"a sheet holds no more than {MAX_COLUMNS:,} columns", _OTHER_FORMAT_HINT)
-    with TemporaryDirectory(prefix="enrich-") as folder:
-        book = Workbook(raw, {"constant_memory": True, "tmpdir": folder})
-        book.set_properties({"created": datetime(2000, 1, 1, tzinfo=UTC)})  # makes equal outputs byte-identical
-        sheet = book.add_worksheet("leads")
-        try:
-            _write_sheet(sheet, book, columns, frames)
-        except BaseException:
-            if sheet.row_data_fh is not None:
-                sheet.row_data_fh.close()
-            raise
-        book.close()
-
-
-def _write_sheet(sheet: Worksheet, book: Workbook, columns: list[str], frames: Iterable[pl.DataFrame]) -> None:
-    bold = book.add_format({"bold": True})
-    sheet.freeze_panes(1, 0)
-    sheet.set_column(0, len(columns) - 1, _COLUMN_WIDTH)
-    for column, name in enumerate(columns):
-        sheet.write_string(0, column, _checked_cell(name, 0, name), bold)
-    row = 0
-    for frame in frames:
-        for cells in frame.iter_rows():
-            row += 1
-            if row == MAX_ROWS:
-                raise FileProblem(
-                    f"a sheet holds no more than {MAX_ROWS - 1:,} rows under its header", _OTHER_FORMAT_HINT
-                )
-            for column, cell in enumerate(cells):
-                if cell:
-                    sheet.write_string(row, column, _checked_cell(cell, row, columns[column]))
-    sheet.autofilter(0, 0, row, len(columns) - 1)
-    # Turn off the green corners that warn about numbers stored as text.
-    sheet.ignore_errors({"number_stored_as_text": f"A1:{xl_col_to_name(len(columns) - 1)}{row + 1}"})
-
-
-def _checked_cell(cell: str, row: int, column: str) -> str:
-    # Excel counts UTF-16 code units.
-    if len(cell) * 2 > MAX_CELL_CHARACTERS and len(cell.encode("utf-16-le")) // 2 > MAX_CELL_CHARACTERS:
-        position = f"{f'row {row}' if row else 'the header'}, column {quote_column(column)}"
-        raise FileProblem(
-            f"{position}: a cell of a sheet holds no more than {MAX_CELL_CHARACTERS:,} characters", _OTHER_FORMAT_HINT
-        )
-    return cell
+def cell_length(cell: str) -> int:
+    """Return the length of a cell as Excel counts it, in UTF-16 code units."""
+    return len(cell.encode("utf-16-le")) // 2
 
 
 def _sheet_rows(source: TableFile) -> Iterator[list[str]]:
     """Yield the header and the rows below it, all as wide as the sheet. Blank rows at the end are left out."""
-    with as_file_problem(source):
-        try:
-            book = CalamineWorkbook.from_path(source.path)
-            sheet = book.get_sheet_by_index(0) if source.sheet is None else book.get_sheet_by_name(source.sheet)
-        except WorksheetNotFound:
-            hint = f"Its sheets: {', '.join(book.sheet_names)}"
-            raise FileProblem(f"{source} has no sheet `{source.sheet}`", hint) from None
-        except CalamineError as error:
-            hint = "Open it in a spreadsheet and save it as `.xlsx`, without a password"
-            raise FileProblem(f"{source} is not a sound Excel workbook: {error}", hint) from None
+    from xlsxwriter.utility import xl_col_to_name  # noqa: PLC0415 - slow to import, and few inputs are workbooks
+
+    sheet = _open_sheet(source)
+    first_column = (sheet.start or (0, 0))[1]
     header: list[str] = []
     blank: list[list[str]] = []
-    for row, values in enumerate(sheet.iter_rows(), 1):
-        cells = list(map(to_text, values))
+    for row, cells in enumerate(_text_rows(source, sheet), 1):
         if not any(cells):
             blank.append(cells)
             continue
+        if "\0" in "".join(cells):
+            column = xl_col_to_name(first_column + next(place for place, cell in enumerate(cells) if "\0" in cell))
+            raise FileProblem(f"{source}: cell {column}{row} has a NUL character", "Clear the cell, or write it again")
         if not header:
-            first = (sheet.start or (0, 0))[1]
-            if repeated := repeated_columns(cells, [xl_col_to_name(first + place) for place in range(len(cells))]):
-                position = f"{source}: the header (row {row} of sheet `{sheet.name}`)"
-                raise FileProblem(f"{position} {repeated}", "Give each column a name of its own")
+            positions = [xl_col_to_name(first_column + place) for place in range(len(cells))]
+            if problem := header_problem(cells, positions):
+                message, hint = problem
+                raise FileProblem(f"{source}: the header (row {row} of sheet `{sheet.name}`) {message}", hint)
             header, blank = cells, []
         yield from blank
         blank = []
         yield cells
     if not header:
-        raise FileProblem(f"{source}: sheet `{sheet.name}` is empty", "The first row must hold the column names")
+        raise FileProblem(f"{source}: sheet `{sheet.name}` is empty", "The first row must have the column names")
+
+
+def _open_sheet(source: TableFile) -> CalamineSheet:
+    """Open the named sheet, or else the first that is a visible table. Raises FileProblem."""
+    with as_file_problem(source):
+        try:
+            check_size(source.path)
+            book = CalamineWorkbook.from_path(source.path)
+            name = _choose_sheet(source, book)
+            stat = source.path.stat()
+            scan = scan_sheet(source.path, name, (stat.st_size, stat.st_mtime_ns))
+            if scan.far_cell is not None:
+                hint = "Delete the rows and columns beyond the table, or save the sheet as CSV"
+                raise FileProblem(f"{source}: sheet `{name}` has a cell far beyond its table: {scan.far_cell}", hint)
+            if scan.formula_without_value is not None:
+                message = f"{source}: sheet `{name}` has a formula without a value: {scan.formula_without_value}"
+                raise FileProblem(
+                    message, "Open the workbook in a spreadsheet and save it, so that formulas have values"
+                )
+            return book.get_sheet_by_name(name)
+        except (CalamineError, UnsoundWorkbook) as error:
+            check_magic_bytes(source)
+            reason = f": {error}" if isinstance(error, UnsoundWorkbook) else ""
+            hint = "Open it in a spreadsheet and save it as `.xlsx`, without a password"
+            raise FileProblem(f"{source} is a damaged Excel workbook{reason}", hint) from None
+
+
+def _choose_sheet(source: TableFile, book: CalamineWorkbook) -> str:
+    tables = [each for each in book.sheets_metadata if each.typ == SheetTypeEnum.WorkSheet]
+    hint = f"Its sheets: {', '.join(each.name for each in tables) or 'none with cells'}"
+    if source.sheet is not None:
+        if source.sheet not in [each.name for each in tables]:
+            kind = "" if source.sheet not in book.sheet_names else " with cells"
+            raise FileProblem(f"{source} has no sheet `{source.sheet}`{kind}", hint)
+        return source.sheet
+    visible = [each.name for each in tables if each.visible == SheetVisibleEnum.Visible]
+    if not visible:
+        raise FileProblem(f"{source} has no visible sheet with cells", f"{hint}; choose one: `sheet: …`")
+    return visible[0]
+
+
+def _text_rows(source: TableFile, sheet: CalamineSheet) -> Iterator[list[str]]:
+    rows, row = sheet.iter_rows(), 0
+    while True:
+        row += 1
+        try:
+            values = next(rows, None)
+        except BaseException as error:
+            # Rust's panics are no Exception. Their type cannot be imported.
+            if not isinstance(error, OverflowError | ValueError) and type(error).__name__ != "PanicException":
+                raise
+            cell = find_non_date(source.path, sheet.name, row)
+            place = f"cell {cell}" if cell else f"row {row}"
+            message = (
+                f"{source}: {place} of sheet `{sheet.name}` is formatted as a date or time, but has another number"
+            )
+            raise FileProblem(message, "Format the cell as a number or as text") from None
+        if values is None:
+            return
+        yield list(map(to_text, values))

@@ -14,7 +14,7 @@ from enrich.files.text import FileProblem, TableFile, open_text, quote_column
 from enrich.files.values import JSON_TYPE, RawJson, json_cells, json_column, quote_json, to_json
 
 MAX_LINE_CHARACTERS = 50_000_000
-_EXAMPLE = 'Write one object a line: {"Email": "ada@lovelace.example"}'
+_EXAMPLE = 'Write one object per line: {"Email": "ada@lovelace.example"}'
 
 
 def read_schema(source: TableFile) -> dict[str, pl.DataType]:
@@ -76,7 +76,7 @@ def _read_rows(source: TableFile) -> Iterator[dict[str, str | None]]:
             except _LineProblem as flaw:
                 hint = _EXAMPLE
                 if row == 1 and text_line.lstrip().startswith("["):
-                    hint = "It looks like one JSON array; `jq -c '.[]'` makes lines of it"
+                    hint = "It looks like a JSON array. Convert it to lines: `jq -c '.[]'`"
                 raise FileProblem(f"{source}: row {row} (line {line}) {flaw}", hint) from None
             yield found
 
@@ -88,7 +88,7 @@ def _parse_object(line: str) -> dict[str, str | None]:
     try:
         found = _DECODER.decode(line)
         if not isinstance(found, dict):
-            raise _LineProblem("is no JSON object")
+            raise _LineProblem("is not a JSON object")
         cells = {key: _raw_cell(value) for key, value in found.items()}
     except json.JSONDecodeError as error:
         raise _LineProblem(f"is not JSON: {error.msg} (character {error.pos + 1})") from None
@@ -108,7 +108,7 @@ def _raw_cell(value: object) -> str | None:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise _LineProblem(f"is not JSON: {name} is no number of JSON")
+    raise _LineProblem(f"is not JSON: {name} is not a JSON number")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from uuid import uuid4
 
+import polars as pl
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from enrich.errors import CommandRefused
+from enrich.files.parquet_format import file_schema
 
-#: File that marks a folder as a dataset written by enrich. Parquet readers ignore names that begin with `_`.
-MANIFEST = "_manifest.json"
+#: File that marks a folder as a dataset written by enrich. The list of the parts is in its metadata. It is a Parquet
+#: file with the columns of the parts and no row, because polars refuses a folder that has other files in it.
+MANIFEST = "_manifest.parquet"
+_METADATA_KEY = "enrich_manifest"
 _PART_NAME = re.compile(r"part-\d{10}-[0-9a-f]{8}\.parquet")
 
 
@@ -26,7 +31,7 @@ class PartFile:
 
 
 class _ManifestPart(BaseModel):
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, defer_build=True)
 
     name: str
     rows: int
@@ -35,7 +40,7 @@ class _ManifestPart(BaseModel):
 class Manifest(BaseModel):
     """The parts of a dataset, in the order of their rows. `dataset_of` is the name of the job."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, defer_build=True)
 
     dataset_of: str
     rows: int = 0
@@ -60,12 +65,26 @@ def is_part_name(name: str) -> bool:
     return _PART_NAME.fullmatch(name) is not None
 
 
-def read_manifest(text: bytes | None) -> Manifest | None:
-    """Parse a manifest. None if there is none or it was not written by enrich."""
+def read_manifest(content: bytes | None) -> Manifest | None:
+    """Parse a manifest file. None if there is none or it was not written by enrich."""
     try:
-        return None if text is None else Manifest.model_validate_json(text)
+        return None if content is None else Manifest.model_validate_json(_read_metadata(content))
     except ValidationError:
         return None
+
+
+def _read_metadata(content: bytes) -> str:
+    try:
+        return pl.read_parquet_metadata(BytesIO(content)).get(_METADATA_KEY, "")
+    except pl.exceptions.PolarsError:
+        return ""
+
+
+def manifest_file(manifest: Manifest, schema: Mapping[str, pl.DataType]) -> bytes:
+    """Return the content of a manifest file. `schema` has the columns of the parts."""
+    file = BytesIO()
+    pl.DataFrame(schema=file_schema(schema)).write_parquet(file, metadata={_METADATA_KEY: manifest.model_dump_json()})
+    return file.getvalue()
 
 
 def make_manifest(job: str, parts: Iterable[PartFile]) -> Manifest:

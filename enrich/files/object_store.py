@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, BinaryIO
 
 from enrich.errors import CommandRefused, JobError
+from enrich.extras import install_hint
 from enrich.job.locations import ObjectUrl
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def _open_store(url: ObjectUrl) -> ObjectStore:
     try:
         from obstore.store import from_url  # noqa: PLC0415 - an optional dependency
     except ModuleNotFoundError:
-        raise JobError(f"{url}: storage URLs need their extra", "pip install 'databar-enrich[storage]'") from None
+        raise JobError(f"{url}: object storage is not installed", install_hint("storage")) from None
     allow_http = os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true")
     with _as_refused(url):
         return from_url(
@@ -123,17 +124,21 @@ def _as_refused(url: ObjectUrl) -> Iterator[None]:
         code = next((next(filter(None, found)) for found in _ERROR_CODE.findall(message)), "")
         credentials_hint = f"set {_CREDENTIAL_VARIABLES[url.scheme]}"
         if "NoSuchBucket" in message:
-            refused = CommandRefused(f"{url}: there is no bucket `{url.bucket}`", "check the URL and the region")
+            refused = CommandRefused(f"{url}: no bucket `{url.bucket}`", "check the URL and the region")
         elif isinstance(error, FileNotFoundError):
             refused = CommandRefused(f"{url} does not exist", "check the URL")
         elif _NO_CREDENTIALS.search(message):
-            refused = CommandRefused(f"{url}: there are no credentials for the storage", credentials_hint)
+            refused = CommandRefused(f"{url}: no credentials for the object storage", credentials_hint)
         elif re.search(r"status code: 40[13]", message):
-            refused = CommandRefused(f"{url}: the storage refuses these credentials ({code})", credentials_hint)
+            refused = CommandRefused(f"{url}: the object storage rejects these credentials ({code})", credentials_hint)
         elif "BadScheme" in message:
-            refused = CommandRefused(f"{url}: the endpoint has no TLS", "if that is meant, set AWS_ALLOW_HTTP=true")
+            refused = CommandRefused(f"{url}: the endpoint has no TLS", "to allow it, set AWS_ALLOW_HTTP=true")
         elif re.search(r"kind: (Connect|Timeout)|error sending request", message):
-            refused = CommandRefused(f"{url}: the storage cannot be reached", "check the network and the endpoint")
+            refused = CommandRefused(
+                f"{url}: the object storage cannot be reached", "check the network and the endpoint"
+            )
         else:
-            refused = CommandRefused(f"{url}: the storage failed ({code or type(error).__name__})", credentials_hint)
+            refused = CommandRefused(
+                f"{url}: the object storage failed ({code or type(error).__name__})", credentials_hint
+            )
         raise refused from None

@@ -17,7 +17,7 @@ import polars as pl
 
 from enrich.errors import CommandRefused, JobError
 from enrich.files import object_store, parquet_format
-from enrich.files.atomic import COLLECT_HINT, as_write_refused, atomic_write, fsync_dir
+from enrich.files.atomic import COLLECT_HINT, as_write_refused, atomic_write, follow_link, fsync_dir
 from enrich.files.discovery import would_include
 from enrich.files.manifest import (
     MANIFEST,
@@ -25,10 +25,11 @@ from enrich.files.manifest import (
     PartFile,
     is_part_name,
     make_manifest,
+    manifest_file,
     new_part_name,
     read_manifest,
 )
-from enrich.job.locations import STDIN, Location, ObjectUrl
+from enrich.job.locations import STDIN, InputLocation, Location, ObjectUrl
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +38,15 @@ class FolderDatasetWriter:
 
     target: Path
     job: str
+    schema: Mapping[str, pl.DataType]
     #: Unique per run, so that no other run writes into it. The next run removes a leftover.
     parts_folder: Path
 
-    def write_part(
-        self, first_position: int, schema: Mapping[str, pl.DataType], frames: Iterable[pl.DataFrame]
-    ) -> PartFile:
+    def write_part(self, first_position: int, frames: Iterable[pl.DataFrame]) -> PartFile:
         """Write a part, which can be repeated after a failure. Raises CommandRefused."""
         name = new_part_name(first_position)
         with self._as_write_refused(), atomic_write(self.parts_folder / name, self.parts_folder / f".{name}") as raw:
-            rows = parquet_format.write(raw, schema, frames)
+            rows = parquet_format.write(raw, self.schema, frames)
         return PartFile(name, first_position, rows)
 
     def finish(self, parts: Iterable[PartFile]) -> None:
@@ -60,7 +60,7 @@ class FolderDatasetWriter:
             for name in manifest.part_names:
                 (self.parts_folder / name).rename(complete_folder / name)
             with atomic_write(complete_folder / MANIFEST, complete_folder / f".{MANIFEST}") as raw:
-                raw.write(manifest.model_dump_json().encode())
+                raw.write(manifest_file(manifest, self.schema))
             if target.exists():
                 _recheck_own_folder(target)
                 target.rename(old)
@@ -83,16 +83,16 @@ class FolderDatasetWriter:
             try:
                 yield
             except FileNotFoundError as error:
-                message = f"{self.parts_folder} is gone: another run of a job of this name may have removed it"
+                message = f"{self.parts_folder} is missing: another run of a job with this name may have removed it"
                 raise FileNotFoundError(2, message) from error
 
 
-def begin_in_folder(target: Path, job: str) -> FolderDatasetWriter:
+def begin_in_folder(target: Path, job: str, schema: Mapping[str, pl.DataType]) -> FolderDatasetWriter:
     """Create the folder for the parts of a new dataset. Raises CommandRefused."""
     parts_folder = target.with_name(_parts_prefix(job) + uuid4().hex)
     with as_write_refused(target, "output"):
         parts_folder.mkdir(mode=0o700, parents=True)
-    return FolderDatasetWriter(target, job, parts_folder)
+    return FolderDatasetWriter(target, job, schema, parts_folder)
 
 
 def clean_up_folder(target: Path, job: str) -> None:
@@ -113,8 +113,8 @@ def check_own_folder(target: Path) -> None:
     manifest, existing = _folder_manifest(target), {path.name for path in target.iterdir()}
     foreign = sorted(existing - {MANIFEST} - (manifest.part_names if manifest else set()))
     if foreign or (existing and manifest is None):
-        message = f"{target}: the output would replace a folder that has other files in it: {target / min(foreign)}"
-        raise JobError(message, "name a folder of its own, which enrich makes")
+        message = f"{target}: the output would replace a folder with other files: {target / min(foreign)}"
+        raise JobError(message, "choose a separate folder, which enrich creates")
 
 
 def _recheck_own_folder(target: Path) -> None:
@@ -122,7 +122,7 @@ def _recheck_own_folder(target: Path) -> None:
     try:
         check_own_folder(target)
     except JobError as error:
-        raise CommandRefused(error.message, f"take it away; {COLLECT_HINT}") from error
+        raise CommandRefused(error.message, f"remove it; {COLLECT_HINT}") from error
 
 
 def _parts_prefix(job: str) -> str:
@@ -156,15 +156,14 @@ class BucketDatasetWriter:
 
     target: ObjectUrl
     job: str
+    schema: Mapping[str, pl.DataType]
 
-    def write_part(
-        self, first_position: int, schema: Mapping[str, pl.DataType], frames: Iterable[pl.DataFrame]
-    ) -> PartFile:
+    def write_part(self, first_position: int, frames: Iterable[pl.DataFrame]) -> PartFile:
         """Write a part, which can be repeated after a failure. Raises CommandRefused."""
         name = new_part_name(first_position)
         with as_write_refused(self.target, "output"), tempfile.TemporaryFile() as file:
             raw = cast("BinaryIO", file)
-            rows = parquet_format.write(raw, schema, frames)
+            rows = parquet_format.write(raw, self.schema, frames)
             _upload(_object_url(self.target, name), raw)
         return PartFile(name, first_position, rows)
 
@@ -173,9 +172,9 @@ class BucketDatasetWriter:
         manifest = make_manifest(self.job, parts)
         if missing := manifest.part_names - _object_names(self.target):
             raise CommandRefused(
-                f"{_object_url(self.target, min(missing))} is gone: another run may have removed it", COLLECT_HINT
+                f"{_object_url(self.target, min(missing))} is missing: another run may have removed it", COLLECT_HINT
             )
-        _write_manifest(self.target, manifest)
+        _write_manifest(self.target, manifest, self.schema)
         with suppress(CommandRefused):  # the next run cleans up instead
             clean_up_bucket(self.target)
 
@@ -183,11 +182,11 @@ class BucketDatasetWriter:
         """Do nothing. The next run removes the uploaded parts."""
 
 
-def begin_in_bucket(target: ObjectUrl, job: str) -> BucketDatasetWriter:
+def begin_in_bucket(target: ObjectUrl, job: str, schema: Mapping[str, pl.DataType]) -> BucketDatasetWriter:
     """Write an empty manifest before any part, so that the next run can clean up the folder. Raises CommandRefused."""
     if _bucket_manifest(target) is None:
-        _write_manifest(target, Manifest(dataset_of=job))
-    return BucketDatasetWriter(target, job)
+        _write_manifest(target, Manifest(dataset_of=job), schema)
+    return BucketDatasetWriter(target, job, schema)
 
 
 def clean_up_bucket(target: ObjectUrl) -> None:
@@ -204,8 +203,8 @@ def check_own_bucket(target: ObjectUrl) -> None:
     manifest = _bucket_manifest(target)
     foreign = _object_names(target) - {MANIFEST} - (manifest.part_names if manifest else set())
     if foreign:
-        message = f"{target}: the output would go among other objects: {_object_url(target, min(foreign))}"
-        raise JobError(message, "name a folder of its own")
+        message = f"{target}: the output folder has other objects: {_object_url(target, min(foreign))}"
+        raise JobError(message, "choose a separate folder")
 
 
 def _object_names(target: ObjectUrl) -> set[str]:
@@ -220,9 +219,9 @@ def _bucket_manifest(target: ObjectUrl) -> Manifest | None:
     return read_manifest(object_store.read_object(_object_url(target, MANIFEST)))
 
 
-def _write_manifest(target: ObjectUrl, manifest: Manifest) -> None:
+def _write_manifest(target: ObjectUrl, manifest: Manifest, schema: Mapping[str, pl.DataType]) -> None:
     with as_write_refused(target, "output"), tempfile.TemporaryFile() as file:
-        file.write(manifest.model_dump_json().encode())
+        file.write(manifest_file(manifest, schema))
         _upload(_object_url(target, MANIFEST), cast("BinaryIO", file))
 
 
@@ -240,7 +239,7 @@ ROWS_PER_PART = 1_000_000
 DatasetWriter = FolderDatasetWriter | BucketDatasetWriter
 
 
-def prepare_dataset(target: Location, input_location: Location, job: str) -> None:
+def prepare_dataset(target: Location, input_location: InputLocation, job: str) -> None:
     """Clean up after a killed run, and check that the dataset can be written.
 
     Raises JobError if it would replace anything except a dataset written by enrich, or if the input includes it.
@@ -258,12 +257,13 @@ def prepare_dataset(target: Location, input_location: Location, job: str) -> Non
     if would_include(input_location, target / new_part_name(0)):
         raise _would_be_read_error(target)
     if (
-        not isinstance(input_location, ObjectUrl)
+        isinstance(input_location, Path)
         and input_location != STDIN
         and input_location.resolve().is_relative_to(target.resolve())
     ):
         raise JobError(f"{target}: the output would replace the input", "choose another `output`")
     try:
+        target = follow_link(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists() and not target.is_dir():
             raise NotADirectoryError(20, "it is a file, not a folder")
@@ -276,31 +276,31 @@ def prepare_dataset(target: Location, input_location: Location, job: str) -> Non
         raise CommandRefused(f"{target}: the output cannot be written: {error.strerror}") from error
 
 
-def begin_dataset(target: Location, job: str) -> DatasetWriter:
-    """Start writing a dataset, in one process or in several. Raises CommandRefused."""
-    return begin_in_bucket(target, job) if isinstance(target, ObjectUrl) else begin_in_folder(target, job)
+def begin_dataset(target: Location, job: str, schema: Mapping[str, pl.DataType]) -> DatasetWriter:
+    """Start writing a dataset with these columns, in one process or in several. Raises CommandRefused."""
+    if isinstance(target, ObjectUrl):
+        return begin_in_bucket(target, job, schema)
+    return begin_in_folder(follow_link(target), job, schema)
 
 
 def write_dataset(
     target: Location, job: str, schema: Mapping[str, pl.DataType], frames: Iterable[pl.DataFrame]
 ) -> None:
     """Write all frames in this process, part by part. Raises CommandRefused, and then the old dataset stays."""
-    writer = begin_dataset(target, job)
+    writer = begin_dataset(target, job, schema)
     try:
-        writer.finish(list(_write_parts(writer, schema, frames)))
+        writer.finish(list(_write_parts(writer, frames)))
     except BaseException:
         writer.discard()
         raise
 
 
-def _write_parts(
-    writer: DatasetWriter, schema: Mapping[str, pl.DataType], frames: Iterable[pl.DataFrame]
-) -> Iterator[PartFile]:
+def _write_parts(writer: DatasetWriter, frames: Iterable[pl.DataFrame]) -> Iterator[PartFile]:
     remaining, first_position = iter(frames), 0
     # Without rows, write one empty part, so that the dataset has its columns.
-    frame: pl.DataFrame | None = next(remaining, pl.DataFrame(schema=schema))
+    frame: pl.DataFrame | None = next(remaining, pl.DataFrame(schema=writer.schema))
     while frame is not None:
-        part = writer.write_part(first_position, schema, _one_part(chain([frame], remaining)))
+        part = writer.write_part(first_position, _one_part(chain([frame], remaining)))
         yield part
         first_position += part.rows
         frame = next(remaining, None)

@@ -9,8 +9,8 @@ from typing import BinaryIO
 import polars as pl
 from polars.io.plugins import register_io_source
 
-from enrich.files.text import FileProblem, TableFile, as_file_problem
-from enrich.files.values import JSON_TYPE, as_text
+from enrich.files.text import FileProblem, TableFile, as_file_problem, check_magic_bytes, quote_column
+from enrich.files.values import JSON_TYPE, as_text, first_without_text
 
 #: Number of rows held in memory while reading or writing.
 ROWS_PER_CHUNK = 100_000
@@ -19,6 +19,8 @@ ROWS_PER_CHUNK = 100_000
 #: Size of the end of a file: the length of its footer (4 bytes) and the magic number (4 bytes).
 TAIL_BYTES = 8
 _MAGIC = b"PAR1"
+#: A NUL character in JSON text: an escape whose backslash is not itself escaped.
+_NUL_IN_JSON = r"(?:^|[^\\])(?:\\\\)*\\u0000"
 
 
 def footer_length(tail: bytes) -> int | None:
@@ -42,7 +44,7 @@ def read_schema(source: TableFile) -> dict[str, pl.DataType]:
     with _as_parquet_problem(source):
         schema = dict(_scan(source).collect_schema())
     if not schema:
-        raise FileProblem(f"{source} has no columns", "Name a file of leads")
+        raise FileProblem(f"{source} has no columns", "Choose a file of leads")
     return schema
 
 
@@ -62,11 +64,41 @@ def read_batches(
         scan = _scan(source)
         # Read in fixed chunks, because polars prefetches several row groups of any size.
         for position in range(start, end, ROWS_PER_CHUNK):
-            yield from scan.slice(position, min(ROWS_PER_CHUNK, end - position)).collect().iter_slices(rows_per_batch)
+            chunk = scan.slice(position, min(ROWS_PER_CHUNK, end - position)).collect()
+            _check_cells(source, chunk, position)
+            yield from chunk.iter_slices(rows_per_batch)
+
+
+def _check_cells(source: TableFile, frame: pl.DataFrame, start: int) -> None:
+    """Raise FileProblem for the first cell of a column that no text can stand for, or with a NUL character."""
+    for column in frame.get_columns():
+        problem, index = "has a date or time that does not exist", first_without_text(column)
+        if index is None and column.dtype not in _WITHOUT_NUL:
+            problem, index = "has a NUL character", _first_nul(column)
+        if index is not None:
+            position = f"{source}: row {start + index + 1}, column {quote_column(column.name)}"
+            raise FileProblem(f"{position}: this cell {problem}", "Write the file again without it")
+
+
+_WITHOUT_NUL = (pl.Binary, pl.Boolean, pl.Null)
+
+
+def _first_nul(column: pl.Series) -> int | None:
+    kind = column.dtype
+    if kind.is_numeric() or kind.is_temporal():
+        return None
+    escape = _NUL_IN_JSON if kind.is_nested() else "\0"
+    has_nul = as_text(column).alias("").str.contains(escape, literal=not kind.is_nested())
+    return has_nul.arg_max() if has_nul.any() else None
 
 
 def _scan(source: TableFile) -> pl.LazyFrame:
     return pl.scan_parquet(source.path, glob=False, hive_partitioning=False)
+
+
+def file_schema(schema: Mapping[str, pl.DataType]) -> pl.Schema:
+    """Return the columns of a file. JSON columns become text."""
+    return pl.Schema({name: pl.String() if kind == JSON_TYPE else kind for name, kind in schema.items()})
 
 
 def write(raw: BinaryIO, schema: Mapping[str, pl.DataType], frames: Iterable[pl.DataFrame]) -> int:
@@ -84,8 +116,7 @@ def write(raw: BinaryIO, schema: Mapping[str, pl.DataType], frames: Iterable[pl.
             written += frame.height
             yield pl.DataFrame({it.name: as_text(it) if it.dtype == JSON_TYPE else it for it in frame.get_columns()})
 
-    types = {name: pl.String() if kind == JSON_TYPE else kind for name, kind in schema.items()}
-    register_io_source(batches, schema=pl.Schema(types)).sink_parquet(raw, row_group_size=ROWS_PER_CHUNK)
+    register_io_source(batches, schema=file_schema(schema)).sink_parquet(raw, row_group_size=ROWS_PER_CHUNK)
     return written
 
 
@@ -95,4 +126,5 @@ def _as_parquet_problem(source: TableFile) -> Iterator[None]:
         with as_file_problem(source):
             yield
     except pl.exceptions.PolarsError:
-        raise FileProblem(f"{source} is not a sound Parquet file", "Write it again, or fetch it again") from None
+        check_magic_bytes(source)
+        raise FileProblem(f"{source} is a damaged Parquet file", "Write or download it again") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ from enrich.errors import CommandRefused
 from enrich.files import csv_format, excel_format, jsonl_format, parquet_format
 from enrich.files.discovery import InputFile, find_input_files, find_objects, find_paths
 from enrich.files.downloads import LocalCopies
-from enrich.files.text import FileProblem, TableFile, as_refused
-from enrich.files.values import JSON_TYPE
-from enrich.job.locations import STDIN, Location, ObjectUrl
+from enrich.files.temporary_folders import sweep_once
+from enrich.files.text import FileProblem, TableFile, as_refused, quote_column
+from enrich.files.values import JSON_TYPE, text_frame
+from enrich.job.locations import STDIN, InputLocation, ObjectUrl, WebUrl
 from enrich.job.spec import Input
 
 Schema = dict[str, pl.DataType]
@@ -106,15 +108,15 @@ def count_file_rows(file: InputFile, input_schema: InputSchema, copies: LocalCop
 
 def _schema_difference(first: list[tuple[str, pl.DataType]], other: list[tuple[str, pl.DataType]]) -> str | None:
     names, others = [name for name, _ in first], [name for name, _ in other]
-    missing = [f"`{name}` is missing" for name in names if name not in others]
-    more = [f"`{name}` is new" for name in others if name not in names]
+    missing = [f"{quote_column(name)} is missing" for name in names if name not in others]
+    more = [f"{quote_column(name)} is new" for name in others if name not in names]
     if missing or more:
         return ", ".join([*missing, *more])
     for place, ((name, kind), (its_name, its_kind)) in enumerate(zip(first, other, strict=True), 1):
         if its_name != name:
-            return f"column {place} is `{its_name}`, not `{name}`"
+            return f"column {place} is {quote_column(its_name)}, not {quote_column(name)}"
         if its_kind != kind:
-            return f"`{name}` is of type {its_kind}, not {kind}"
+            return f"{quote_column(name)} is of type {its_kind}, not {kind}"
     return None
 
 
@@ -212,14 +214,17 @@ RowCounter = Callable[[Sequence[InputFile]], Sequence[int]]
 
 
 class InputTable:
-    """The input as a table that can be read repeatedly. Objects and stdin are copied to private local files."""
+    """The input as a table that can be read repeatedly. Objects, downloads and stdin become private local files."""
 
-    def __init__(self, location: Location, settings: Input) -> None:
+    def __init__(self, location: InputLocation, settings: Input) -> None:
         """Find the files and read their headers. Raises CommandRefused that names the file and the remedy."""
+        sweep_once()
         self._location = location
+        self._settings = settings
+        self._is_copy_current: bool | None = None
         self._copies = LocalCopies()
         with as_refused():
-            self.input_files = self._find_files(settings)
+            self.input_files = self._find_files()
             metadata = read_metadata(self.input_files, self._copies)
             self.input_schema = common_schema(self.input_files, metadata)
         # Files with a row count in their metadata.
@@ -237,6 +242,10 @@ class InputTable:
                 return find_objects(location)
             except (CommandRefused, FileProblem):  # assume no change while the storage cannot be read
                 return {file.location: file.version for file in self.input_files}
+        if isinstance(location, WebUrl):
+            # The first call is about the copy that was just read. Later ones look at the address again.
+            self._is_copy_current = self._is_copy_current is None or self._has_same_rows()
+            return self._is_copy_current
         if location == STDIN:
             return True
         if self.input_files[0].location == location:
@@ -265,6 +274,13 @@ class InputTable:
             for file in self.input_files:
                 yield from read_batches(file, self.input_schema, self._copies)
 
+    def _cell_digest(self) -> bytes:
+        """Hash the cells as text. Only for a comparison in this process: other versions of polars hash differently."""
+        total = sha256()
+        for frame in self.batches():
+            total.update(array("Q", text_frame(frame).hash_rows().to_list()).tobytes())
+        return total.digest()
+
     def parts(self, row_counter: RowCounter | None = None) -> list[InputPart]:
         """Divide the rows into parts. Raises CommandRefused.
 
@@ -279,10 +295,22 @@ class InputTable:
     def _count_rows(self, input_files: Sequence[InputFile]) -> list[int]:
         return [count_file_rows(file, self.input_schema, self._copies) for file in input_files]
 
-    def _find_files(self, settings: Input) -> list[InputFile]:
+    def _has_same_rows(self) -> bool:
+        """Download the input again, and check whether it has the same cells. True if it cannot be read now."""
+        try:
+            current = InputTable(self._location, self._settings)
+            if current.digest() == self.digest():
+                return True
+            return list(current.schema) == list(self.schema) and current._cell_digest() == self._cell_digest()
+        except CommandRefused:
+            return True
+
+    def _find_files(self) -> list[InputFile]:
+        if isinstance(self._location, WebUrl):
+            return [InputFile(self._copies.copy_web(self._location), self._settings, str(self._location))]
         if self._location == STDIN:
-            return [InputFile(self._copies.copy_stdin(), settings, "standard input")]
-        return find_input_files(self._location, settings)
+            return [InputFile(self._copies.copy_stdin(), self._settings, "standard input")]
+        return find_input_files(self._location, self._settings)
 
 
 def _file_identity(path: Path) -> tuple[int, int, int] | None:

@@ -3,6 +3,7 @@
 import codecs
 import gzip
 import io
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +13,19 @@ from pathlib import Path
 from typing import TextIO
 
 from enrich.errors import CommandRefused
+from enrich.job.field_types import is_text_encoding
 from enrich.job.locations import Format
 
 BYTE_ORDER_MARK = "\ufeff"
-BINARY_HINT = "It is no text file, or one in another encoding, perhaps `encoding: utf-16-le`"
+_CELL_SHAPE = re.compile(
+    r"[^\s@]+@[^\s@]+\.[^\s@]+"  # an e-mail address
+    r"|^\s*(?:[a-z]+://|www\.)\S+\s*$"
+    r"|^\s*(?:[a-z0-9-]+\.)+[a-z]{2,}(?:/\S*)?\s*$"  # a domain
+    r"|^\s*\+\d[\d\s()./-]{3,}$"  # a phone number
+    r"|^\s*\(?(?:\d[\s()./-]*){9,}$",
+    re.IGNORECASE,
+)
+BINARY_HINT = "It may be a binary file, or have another encoding, such as `encoding: utf-16-le`"
 
 _BYTE_ORDER_MARKS = {
     codecs.BOM_UTF8: "utf-8",
@@ -24,12 +34,31 @@ _BYTE_ORDER_MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+_UNPACK_HINT = "Decompress it first. Only `.gz` is supported"
+#: How files begin that are often taken for a table, what they are, and what to do.
 _MAGIC_BYTES = {
-    b"PK\x03\x04": ("a zip archive or an Excel workbook", "If it is a workbook, let its name end in `.xlsx`"),
-    b"\xd0\xcf\x11\xe0": ("an old Excel workbook", "Open it in a spreadsheet and save it as `.xlsx`"),
-    b"PAR1": ("a Parquet file", "Let its name end in `.parquet`"),
-    b"\x1f\x8b": ("compressed with gzip", "Let its name end in `.gz`, or unpack it"),
+    b"PK\x03\x04": (
+        "a zip archive or an Excel workbook",
+        "If it is a workbook, rename it to end in `.xlsx`. Otherwise unpack it",
+    ),
+    b"\xd0\xcf\x11\xe0": ("an old Excel workbook (`.xls`)", "Open it in a spreadsheet and save it as `.xlsx`"),
+    b"PAR1": ("a Parquet file", "Rename it to end in `.parquet`"),
+    b"\x1f\x8b": ("compressed with gzip", "Rename it to end in `.gz`, or decompress it"),
+    b"\x28\xb5\x2f\xfd": ("compressed with Zstandard", _UNPACK_HINT),
+    b"\xfd7zXZ\0": ("compressed with xz", _UNPACK_HINT),
+    b"BZh": ("compressed with bzip2", _UNPACK_HINT),
+    b"\x04\x22\x4d\x18": ("compressed with LZ4", _UNPACK_HINT),
+    b"7z\xbc\xaf\x27\x1c": ("a 7-Zip archive", _UNPACK_HINT),
+    b"Rar!\x1a": ("a RAR archive", _UNPACK_HINT),
+    b"\xff\x06\x00\x00sNaPpY": ("compressed with Snappy", _UNPACK_HINT),
+    b"SQLite format 3\0": ("an SQLite database", "Export the table as CSV"),
+    b"%PDF-": ("a PDF document", "Name a file of leads"),
+    b"{\\rtf": ("a text document (RTF)", "Save it as CSV"),
 }
+#: An OpenDocument file is a zip archive whose first member says so.
+_OPEN_DOCUMENT = b"mimetypeapplication/vnd.oasis.opendocument."
+_OPEN_DOCUMENT_HINT = "Open it in a spreadsheet and save it as `.xlsx` or as CSV"
+_MAGIC_LENGTH = 128
 FORMAT_NAMES = {"csv": "CSV text", "jsonl": "JSON Lines", "parquet": "a Parquet file", "xlsx": "an Excel workbook"}
 
 
@@ -73,7 +102,7 @@ def open_text(source: TableFile, newline: str = "") -> Iterator[TextIO]:
     with as_file_problem(source):
         try:
             with _open_binary(source) as raw:
-                _check_magic_bytes(source, raw.read(8))
+                _check_magic_bytes(source, raw.read(_MAGIC_LENGTH))
                 raw.seek(0)
                 with io.TextIOWrapper(raw, source.encoding, newline=newline) as text:
                     if text.read(1) != BYTE_ORDER_MARK:
@@ -92,43 +121,65 @@ def as_file_problem(source: TableFile) -> Iterator[None]:
             raise FileProblem(f"{source} is {'a folder' if path.is_dir() else 'not a file'}", "Name a file")
         yield
     except FileNotFoundError:
-        raise FileProblem(f"{source} does not exist", "Check the path; it is relative to the current folder") from None
+        raise FileProblem(f"{source} does not exist", "check the path") from None
     except PermissionError:
-        raise FileProblem(f"{source} may not be read by this user", "Give yourself the right to read it") from None
+        raise FileProblem(f"{source} cannot be read by this user", "Change its permissions") from None
     except (gzip.BadGzipFile, EOFError, zlib.error):
-        hint = "Fetch the file again; if it is plain text, let its name not end in `.gz`"
-        raise FileProblem(f"{source} is not a sound gzip file", hint) from None
+        hint = "Download the file again. If it is plain text, rename it without `.gz`"
+        raise FileProblem(f"{source} is a damaged gzip file", hint) from None
     except OSError as error:
         raise FileProblem(f"{source} cannot be read: {error.strerror or error}") from None
 
 
 def check_encoding(encoding: str) -> None:
     """Raise FileProblem if the encoding is unknown or not a text encoding."""
-    try:
-        codecs.lookup(encoding)
-        "a".encode(encoding)  # refuses codecs that are not for text, such as base64
-    except (LookupError, ValueError):
-        message = f"encoding `{encoding}` is not known"
-        raise FileProblem(message, "Use a name such as `utf-8`, `cp1252` or `utf-16`") from None
+    if not is_text_encoding(encoding):
+        message = f"encoding `{encoding}` is unknown"
+        raise FileProblem(message, "Use a name such as `utf-8`, `cp1252` or `utf-16`")
 
 
 def quote_column(column: str) -> str:
-    """Format a column's name for a message."""
+    """Format a column's name for a message. A name that looks like a cell of a person is not shown."""
+    if looks_like_cell(column):
+        return "(a name that looks like a cell)"
     return f"`{column}`" if column else "the blank name"
 
 
-def repeated_columns(header: list[str], positions: list[str] | None = None) -> str | None:
-    """Return a message with the repeated column names and their positions. None if there are none.
+def looks_like_cell(name: str) -> bool:
+    """Check whether a column's name looks like a cell of a lead: an e-mail, a URL, a domain, a phone number."""
+    return _CELL_SHAPE.search(name) is not None
 
-    `positions` are the names of the positions. By default they are numbered from 1.
+
+#: Why a header is no header, where its cells look like those of a lead.
+NO_HEADER = "looks like a lead, not like column names: the file has no header"
+NO_HEADER_HINT = "Write the column names into a first line, as in First Name,Last Name,Website"
+LATER_HEADER_HINT = "The header may be a later row: delete the lines above it"
+
+
+def header_problem(header: list[str], positions: list[str] | None = None) -> tuple[str, str] | None:
+    """Return the problem of a header, with a hint that quotes no lead. None: the header is valid.
+
+    `positions` are the names of the columns' positions. By default they are numbered from 1.
     """
+    repeated = _repeated_columns(header, positions)
+    if repeated is None:
+        return None
+    if any(map(looks_like_cell, header)):
+        return NO_HEADER, NO_HEADER_HINT
+    named = [name for name in header if name]
+    is_title = len(set(named)) == len(named)  # only the blank name is repeated
+    return repeated, LATER_HEADER_HINT if is_title else "Give each column its own name"
+
+
+def _repeated_columns(header: list[str], positions: list[str] | None) -> str | None:
+    """Return a message with the repeated column names and their positions. None if there are none."""
     if len(set(header)) == len(header):
         return None
     found: dict[str, list[str]] = {}
     for position, name in enumerate(header):
         found.setdefault(name, []).append(positions[position] if positions else str(position + 1))
     repeated = [f"{quote_column(name)} at {', '.join(where)}" for name, where in found.items() if len(where) > 1]
-    return f"names columns twice: {'; '.join(repeated)}"
+    return f"has duplicate column names: {'; '.join(repeated)}"
 
 
 def _open_binary(source: TableFile) -> io.BufferedReader | gzip.GzipFile:
@@ -136,10 +187,27 @@ def _open_binary(source: TableFile) -> io.BufferedReader | gzip.GzipFile:
     return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
 
 
+def check_magic_bytes(source: TableFile) -> None:
+    """Raise FileProblem that says what a binary file is, if its beginning shows that it is of another format."""
+    with as_file_problem(source), source.path.open("rb") as raw:
+        beginning = raw.read(_MAGIC_LENGTH)
+    if not beginning.startswith(_OWN_MAGIC_BYTES.get(source.format, b"-")) or _OPEN_DOCUMENT in beginning:
+        _check_other_format(source, beginning)
+
+
+_OWN_MAGIC_BYTES = {"xlsx": b"PK\x03\x04", "parquet": b"PAR1"}
+
+
+def _check_other_format(source: TableFile, beginning: bytes) -> None:
+    known = [told for magic, told in _MAGIC_BYTES.items() if beginning.startswith(magic)]
+    if beginning.startswith(b"PK") and _OPEN_DOCUMENT in beginning:
+        known = [("an OpenDocument file (`.ods`)", _OPEN_DOCUMENT_HINT)]
+    for kind, hint in known:
+        raise FileProblem(f"{source} is not {FORMAT_NAMES[source.format]} but {kind}", hint)
+
+
 def _check_magic_bytes(source: TableFile, beginning: bytes) -> None:
-    for magic, (kind, hint) in _MAGIC_BYTES.items():
-        if beginning.startswith(magic):
-            raise FileProblem(f"{source} is not {FORMAT_NAMES[source.format]} but {kind}", hint)
+    _check_other_format(source, beginning)
     encoding = codecs.lookup(source.encoding).name
     mark = next((marked for mark, marked in _BYTE_ORDER_MARKS.items() if beginning.startswith(mark)), None)
     if mark and not encoding.startswith(mark):
@@ -166,9 +234,9 @@ def _decoding_problem(source: TableFile) -> FileProblem:
                 start = getattr(error, "start", 0) - len(pending)
                 decoder.setstate((pending if start > 0 else b"", state))
                 line += decoder.decode(chunk[: max(start, 0)], final=True).count("\n")
-                position = f": byte {offset + start + 1} (line {line}) has no meaning in it"
+                position = f": byte {offset + start + 1} (line {line}) is invalid in it"
                 break
             offset += len(chunk)
     suggestion = "cp1252" if codecs.lookup(source.encoding).name.startswith("utf-8") else "utf-8"
-    hint = f"Name the encoding it was saved in, perhaps `encoding: {suggestion}`"
+    hint = f"Set the encoding it was saved in, such as `encoding: {suggestion}`"
     return FileProblem(f"{source} is not `{source.encoding}` text{position}", BINARY_HINT if b"\0" in chunk else hint)

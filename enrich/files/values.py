@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
+from typing import cast
 
 import polars as pl
 
@@ -15,6 +16,10 @@ JSON_TYPE = pl.Struct({"enrich:json": pl.String})
 #: Integers below this are exact as floats.
 _MAX_EXACT_INTEGER = 2**53
 _DATETIME_FORMAT = "%Y-%m-%dT%H:%M:%S%.f"
+#: Dates up to this many days from 1970 (about 260,000 years) can be written as text.
+_MAX_DAYS = 95_000_000
+_SECONDS_PER_DAY = 86_400
+_UNITS_PER_SECOND = {"ms": 10**3, "us": 10**6, "ns": 10**9}
 
 #: Writes text as a JSON string without escaping non-ASCII letters.
 quote_json = json.encoder.encode_basestring
@@ -35,13 +40,9 @@ def as_text(column: pl.Series) -> pl.Series:
         text = column
     elif kind == JSON_TYPE:
         text = _text_series([None if cell is None else _json_to_text(cell) for cell in raw_json_cells(column)])
-    elif isinstance(kind, pl.Datetime):
-        text = column.dt.strftime(_DATETIME_FORMAT + ("%:z" if kind.time_zone else ""))
-    elif kind == pl.Duration:
-        text = column.dt.to_string("iso")
-    elif kind == pl.Time:
-        text = column.dt.to_string("%H:%M:%S%.f")
-    elif kind.is_integer() or kind.is_decimal() or kind in (pl.Boolean, pl.Categorical, pl.Enum, pl.Date):
+    elif kind.is_temporal():
+        text = column.to_frame().select(_temporal_text(pl.nth(0), kind)).to_series()
+    elif kind.is_integer() or kind.is_decimal() or kind in (pl.Boolean, pl.Categorical, pl.Enum):
         text = column.cast(pl.String)
     elif kind.is_float():
         # Convert each distinct number once: prices, for example, repeat often.
@@ -49,8 +50,16 @@ def as_text(column: pl.Series) -> pl.Series:
         texts = {number: to_text(number) for number in set(numbers)}
         text = _text_series(map(texts.__getitem__, numbers))
     else:
-        text = _text_series(map(to_text, column.to_list()))
+        text = _text_series(map(to_text, plain_values(column)))
     return text.fill_null("").alias(name)
+
+
+def has_no_text(column: pl.Series) -> pl.Series | None:
+    """Return which cells are lists, objects or booleans. None: the column's type has none of them."""
+    kind = column.dtype
+    if kind == JSON_TYPE:
+        return pl.Series("", [cell is not None and cell[0] in "[{tf" for cell in raw_json_cells(column)], pl.Boolean)
+    return column.alias("").is_not_null() if kind.is_nested() or kind == pl.Boolean else None
 
 
 def text_frame(frame: pl.DataFrame) -> pl.DataFrame:
@@ -67,7 +76,81 @@ def json_cells(column: pl.Series) -> list[str]:
     if column.dtype.is_temporal() or column.dtype == pl.Binary:
         is_null = column.alias("").is_null()
         return ["null" if nothing else quote_json(cell) for cell, nothing in zip(as_text(column), is_null, strict=True)]
-    return list(map(to_json, _shorten_floats(column).to_list()))
+    return list(map(to_json, plain_values(_shorten_floats(column))))
+
+
+def plain_values(column: pl.Series) -> list[object]:
+    """Return the values of a column. Dates and times inside lists and structs are text: Python's end with year 9999."""
+    name_free = column.alias("")
+    if column.dtype.is_nested() and _has_temporal(column.dtype):
+        name_free = name_free.to_frame().select(_plain(pl.nth(0), column.dtype).alias("")).to_series()
+    return name_free.to_list()
+
+
+def first_without_text(column: pl.Series) -> int | None:
+    """Return the index of the first cell with a date or time that cannot be written. None: there is none."""
+    if not _has_temporal(column.dtype):
+        return None
+    has_text = column.alias("").to_frame().select(_has_text(pl.nth(0), column.dtype).alias("")).to_series()
+    return (~has_text).arg_max() if not has_text.all() else None
+
+
+def _has_temporal(kind: pl.DataType) -> bool:
+    if isinstance(kind, pl.Struct):
+        return any(_has_temporal(inner) for _, inner in _fields(kind))
+    return _has_temporal(_inner(kind)) if isinstance(kind, pl.List | pl.Array) else kind.is_temporal()
+
+
+def _fields(kind: pl.Struct) -> list[tuple[str, pl.DataType]]:
+    return [(field.name, cast("pl.DataType", field.dtype)) for field in kind.fields]
+
+
+def _inner(kind: pl.List | pl.Array) -> pl.DataType:
+    return cast("pl.DataType", kind.inner)
+
+
+def _temporal_text(value: pl.Expr, kind: pl.DataType) -> pl.Expr:
+    if isinstance(kind, pl.Datetime):
+        return value.dt.strftime(_DATETIME_FORMAT + ("%:z" if kind.time_zone else ""))
+    if kind == pl.Duration:
+        return value.dt.to_string("iso")
+    return value.dt.to_string("%H:%M:%S%.f") if kind == pl.Time else value.cast(pl.String)
+
+
+def _plain(value: pl.Expr, kind: pl.DataType) -> pl.Expr:
+    """Replace the dates and times in a nested value by their text."""
+    if not _has_temporal(kind):
+        return value
+    if isinstance(kind, pl.Struct):
+        fields = [_plain(value.struct.field(name), inner).alias(name) for name, inner in _fields(kind)]
+        return pl.when(value.is_not_null()).then(pl.struct(fields))
+    if isinstance(kind, pl.Array):
+        value = value.arr.to_list()
+    return (
+        value.list.eval(_plain(pl.element(), _inner(kind)))
+        if isinstance(kind, pl.List | pl.Array)
+        else _temporal_text(value, kind)
+    )
+
+
+def _has_text(value: pl.Expr, kind: pl.DataType) -> pl.Expr:
+    """Return whether all dates and times in a value can be written."""
+    if isinstance(kind, pl.Struct):
+        fields = [_has_text(value.struct.field(name), inner) for name, inner in _fields(kind)]
+        return pl.all_horizontal(fields) if fields else pl.lit(value=True)
+    if isinstance(kind, pl.Array):
+        value = value.arr.to_list()
+    if isinstance(kind, pl.List | pl.Array):
+        return value.list.eval(_has_text(pl.element(), _inner(kind))).list.all().fill_null(value=True)
+    if isinstance(kind, pl.Datetime):
+        limit = _MAX_DAYS * _SECONDS_PER_DAY * _UNITS_PER_SECOND[kind.time_unit]
+    elif kind == pl.Date:
+        limit = _MAX_DAYS
+    elif kind == pl.Time:
+        return value.to_physical().is_between(0, _SECONDS_PER_DAY * 10**9, closed="left").fill_null(value=True)
+    else:
+        return value.is_null() | value.is_not_null()
+    return value.to_physical().is_between(-limit, limit).fill_null(value=True)
 
 
 def json_column(cells: list[str | None]) -> pl.Series:
@@ -80,16 +163,17 @@ def raw_json_cells(column: pl.Series) -> list[str | None]:
     return column.alias("").struct.field("enrich:json").to_list()
 
 
-def to_json(value: object) -> str:
-    """Convert a value to JSON without spaces. Types unknown to JSON become text, NaN and infinity become null."""
+def to_json(value: object, comma: str = ",", colon: str = ":") -> str:
+    """Convert a value to JSON. Types unknown to JSON become text, NaN and infinity become null."""
     if isinstance(value, RawJson):
         return value
     if isinstance(value, str):
         return quote_json(value)
     if isinstance(value, dict):
-        return "{" + ",".join(f"{quote_json(key)}:{to_json(item)}" for key, item in value.items()) + "}"
+        pairs = (f"{quote_json(key)}{colon}{to_json(item, comma, colon)}" for key, item in value.items())
+        return f"{{{comma.join(pairs)}}}"
     if isinstance(value, list | tuple):
-        return "[" + ",".join(map(to_json, value)) + "]"
+        return "[" + comma.join(to_json(item, comma, colon) for item in value) + "]"
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "null"
     if isinstance(value, bool):
@@ -122,9 +206,10 @@ def to_text(value: object) -> str:  # noqa: C901 - a table of types
             return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
         case bytes():
             try:
-                return value.decode()
+                text = value.decode()
             except UnicodeDecodeError:
                 return value.hex()
+            return value.hex() if "\0" in text else text
         case _:
             return to_json(value)
 

@@ -13,18 +13,20 @@ from typing import BinaryIO, cast
 import polars as pl
 
 from enrich.errors import CommandRefused, JobError
-from enrich.files import excel_format, jsonl_format, object_store, parquet_dataset, parquet_format
-from enrich.files.atomic import COLLECT_HINT, as_write_refused, atomic_write
+from enrich.files import jsonl_format, object_store, parquet_dataset, parquet_format
+from enrich.files.atomic import COLLECT_HINT, as_write_refused, atomic_write, follow_link
 from enrich.files.csv_format import CsvWriter
 from enrich.files.discovery import find_paths, would_include
 from enrich.files.text import as_refused
 from enrich.files.values import text_frame
-from enrich.job.locations import Location, ObjectUrl, format_of, is_dataset, is_pattern
+from enrich.job.locations import InputLocation, Location, ObjectUrl, format_of, is_dataset, is_pattern
 from enrich.job.spec import Output
 
-#: Text that a spreadsheet would run as a formula. `+` or `-` before a number or a phone number is harmless.
-_FORMULA = r"^[=@\t\r]"
-_SIGNED = r"^[+-]"
+#: Text that a spreadsheet would run as a formula: it skips line breaks and invisible characters before it, and takes
+#: full-width signs. `+` or `-` before a number or a phone number is harmless.
+_SKIPPED = r"^[\n\r\x0b\x0c\x{85}\x{2028}\x{2029}\p{Cf}]*"
+_FORMULA = rf"^[\t\r]|{_SKIPPED}[=@\x{{FF1D}}\x{{FF20}}]"
+_SIGNED = rf"{_SKIPPED}[+\-\x{{FF0B}}\x{{FF0D}}]"
 _NUMBER_OR_PHONE = r"^[+-]\s?\(?\d[\d\s().,/-]*(?:\s*(?:x|ext\.?)\s*\d+)?$"
 
 
@@ -33,7 +35,7 @@ def temporary_path(target: Path, job: str, kind: str = "output") -> Path:
     return target.with_name(f".{job}.enrich-part" if kind == "output" else f".{job}.enrich-{kind}-part")
 
 
-def prepare_file(target: Location, input_location: Location, job: str, kind: str = "output") -> None:
+def prepare_file(target: Location, input_location: InputLocation, job: str, kind: str = "output") -> None:
     """Create the folder of a file that the run will write, and remove leftovers of a killed run.
 
     Raises JobError if the file would replace the input or a ledger, or become part of the input.
@@ -51,6 +53,7 @@ def prepare_file(target: Location, input_location: Location, job: str, kind: str
         return
     try:
         _check_not_input(target, input_location, kind)
+        target = follow_link(target)
         if target.is_file() and _is_database(target):
             raise JobError(f"{target}: the {kind} would replace a ledger", f"choose another `{kind}`")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -60,13 +63,13 @@ def prepare_file(target: Location, input_location: Location, job: str, kind: str
         if target.is_dir():
             raise IsADirectoryError(21, "it is a folder")
         if target.exists() and not target.is_file():
-            raise OSError(0, "it is no file")
+            raise OSError(0, "it is not a file")
     except OSError as error:
         raise CommandRefused(f"{target}: the {kind} cannot be written: {error.strerror}") from error
 
 
-def _check_not_input(target: Path, input_location: Location, kind: str) -> None:
-    if isinstance(input_location, ObjectUrl):
+def _check_not_input(target: Path, input_location: InputLocation, kind: str) -> None:
+    if not isinstance(input_location, Path):
         return
     if would_include(input_location, target):
         raise _would_be_read_error(target, input_location, kind)
@@ -77,7 +80,7 @@ def _check_not_input(target: Path, input_location: Location, kind: str) -> None:
             raise JobError(f"{target}: the {kind} would replace the input", f"choose another `{kind}`")
 
 
-def _would_be_read_error(target: Location, input_location: Location, kind: str) -> JobError:
+def _would_be_read_error(target: Location, input_location: InputLocation, kind: str) -> JobError:
     pattern_hint = f", or a narrower pattern than {input_location.name}" if is_pattern(input_location) else ""
     return JobError(
         f"{target}: the {kind} would be read as input by the next run", f"choose another `{kind}`{pattern_hint}"
@@ -112,7 +115,9 @@ def write_file(  # noqa: PLR0913 - all of these describe one file
             case "parquet":
                 parquet_format.write(plain, schema, frames)
             case "xlsx":
-                excel_format.write(plain, list(schema), map(text_frame, frames))
+                from enrich.files import excel_writer  # noqa: PLC0415 - its library is slow to import
+
+                excel_writer.write(plain, list(schema), map(text_frame, frames))
             case "jsonl":
                 jsonl_format.write(plain, list(schema), frames)
             case _:
@@ -123,6 +128,7 @@ def write_file(  # noqa: PLR0913 - all of these describe one file
 def _open_target(target: Location, job: str, kind: str) -> Iterator[BinaryIO]:
     """Open a temporary file that becomes the target if the block ends without an error."""
     if isinstance(target, Path):
+        target = follow_link(target)
         # The folder may have been removed during a long run.
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(target, temporary_path(target, job, kind)) as raw:
@@ -157,14 +163,14 @@ def _write_csv(
             writer.write(text.with_columns(map(escape_formulas, text.get_columns()[-new_columns:])))
 
 
-def needs_formula_escape(target: Location) -> bool:
-    """Check whether a spreadsheet would run text in this file as a formula."""
-    return format_of(target.name) == "csv"
+def is_formula(text: str) -> bool:
+    """Check whether a spreadsheet would run a text as a formula."""
+    return bool(escape_formulas(pl.Series([text])).item() != text)
 
 
 def escape_formulas(column: pl.Series) -> pl.Series:
     """Prefix text that looks like a formula with `'`, so that no spreadsheet runs it."""
     text = pl.nth(0)
-    is_formula = text.str.contains(_FORMULA) | (text.str.contains(_SIGNED) & ~text.str.contains(_NUMBER_OR_PHONE))
-    safe = pl.when(is_formula).then("'" + text).otherwise(text)
+    runs = text.str.contains(_FORMULA) | (text.str.contains(_SIGNED) & ~text.str.contains(_NUMBER_OR_PHONE))
+    safe = pl.when(runs).then("'" + text).otherwise(text)
     return column.alias("").to_frame().select(safe.alias("")).to_series().alias(column.name)

@@ -33,7 +33,7 @@ def read_bounded(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
             if len(content) > max_bytes:
                 raise OSError(errno.EFBIG, f"it has more than {max_bytes:,} bytes")
         if not content and stat.S_ISFIFO(status.st_mode):
-            raise OSError(errno.EINVAL, "it is a pipe that nothing is written to")
+            raise OSError(errno.EINVAL, "it is a pipe without a writer")
         return bytes(content)
     finally:
         os.close(descriptor)
@@ -50,4 +50,4 @@ def _read_chunk(descriptor: int, size: int, deadline: float) -> bytes:
             return os.read(descriptor, min(size, MAX_BYTES))
         except BlockingIOError:
             if not select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                raise TimeoutError(errno.ETIMEDOUT, "it is a pipe whose writer does not finish") from None
+                raise TimeoutError(errno.ETIMEDOUT, "it is a pipe that does not end") from None

@@ -3,51 +3,43 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from enrich.errors import JobError
+from enrich.job.field_types import MAX_CREDITS
 from enrich.job.locations import (
-    SANDBOX_NAME,
     STDIN,
+    InputLocation,
     LedgerLocation,
     Location,
-    ObjectUrl,
     PostgresLocation,
+    WebUrl,
     format_of,
     is_dataset,
     is_pattern,
+    is_sandbox_ledger,
     parse_input_location,
     parse_ledger_location,
     parse_location,
+    sandbox_file_name,
     sandbox_ledger_location,
 )
-from enrich.job.spec import (
-    MAX_CREDITS,
-    Canary,
-    Caps,
-    Changes,
-    Input,
-    JobModel,
-    Limits,
-    Output,
-    Param,
-    Policy,
-    Refresh,
-    Report,
-)
+from enrich.job.spec import Input, JobModel, Output, SteppedJobModel
+from enrich.job.steps import step_model, step_problems
+from enrich.job.target_spec import TargetModel
+from enrich.job.validation_errors import dotted_path, join_validation_errors
 from enrich.job.yaml_file import YamlDocument
+from enrich.models import job_title
 
 _Table = TypeVar("_Table", Input, Output)
 
-#: File name suffix of the `--sandbox` ledger, which is in the same folder as the real one.
-SANDBOX_SUFFIX = f".{SANDBOX_NAME}.db"
 OUTPUT_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz", ".parquet", ".xlsx")
 
 
@@ -70,10 +62,32 @@ class Job:
     document: YamlDocument
     name: str
     input: Input
-    input_path: Location
+    input_path: InputLocation
     output: Output
     output_base: Path
     ledger: LedgerLocation
+    #: A sandbox run: its ledger and the files of the job file have their own names.
+    sandbox: bool = False
+    #: The output is that of the command line (`--output`).
+    output_is_given: bool = False
+    #: The jobs of the steps; () for a job without `steps`, which is its own only step.
+    step_jobs: tuple[Job, ...] = ()
+    #: The columns that each complete lead has a value in; (): those of the last step.
+    complete: tuple[str, ...] = ()
+    #: Of the job of a step: its name, the place of its keys in the file, and what it alone may spend.
+    step: str = ""
+    key_prefix: tuple[str | int, ...] = ()
+    step_max_credits: float | None = None
+
+    @property
+    def steps(self) -> tuple[Job, ...]:
+        """The steps of the job, in their order. A job without `steps` is one step."""
+        return self.step_jobs or (self,)
+
+    @property
+    def title(self) -> str:
+        """The job's name for people, marked for a sandbox run."""
+        return job_title(self.name, sandbox=self.sandbox)
 
     @property
     def max_credits(self) -> float | None:
@@ -125,19 +139,22 @@ class Job:
                 self._check_outside_dataset(kind, location, files["output"])
         return files
 
-    def _check_distinct(self, kind: str, location: Location, files: Mapping[str, Location]) -> None:
+    def key_of_file(self, path: Path, now: datetime) -> str | None:
+        """Return the key of the job's file at a path, such as `output`. None: the path is none of the job's files."""
+        files = {"input": self.input_path, **self.file_locations(now), "report": self.report_path(now)}
+        return next((key for key, place in files.items() if place is not None and _is_same(path, place)), None)
+
+    def _check_distinct(self, kind: str, location: Location, files: Mapping[str, InputLocation]) -> None:
         if other := next((key for key, path in files.items() if _is_same(location, path)), None):
-            raise self.error(
-                [kind], f"{location} is written twice: it is `{other}`", "give each file a name of its own"
-            )
+            raise self.error([kind], f"{location} is used twice: for `{other}`", "give each file its own name")
 
     def _check_outside_dataset(self, kind: str, location: object, output: Location) -> None:
         """Raise JobError if a file of the job is in the output folder, which every run replaces."""
         if not isinstance(location, Path) or not isinstance(output, Path) or not is_dataset(output):
             return
         if location.resolve().is_relative_to(output.resolve()):
-            message = f"{output} is replaced as a whole by every run, and has `{kind}` in it"
-            raise self.error(["output"], message, "name a folder of its own")
+            message = f"{output} is replaced by every run, and contains `{kind}`"
+            raise self.error(["output"], message, "choose a separate folder")
 
     def resolve_path(self, path: str) -> Path:
         """Resolve a path that is relative to the folder of the job file."""
@@ -145,9 +162,20 @@ class Job:
 
     def error(self, key_path: Sequence[str | int], message: str, hint: str | None = None) -> JobError:
         """Return a JobError that names the job file, the line and the key."""
+        if self.key_prefix and self._is_own_key(key_path[0]):
+            key_path = [*self.key_prefix, *key_path]
         return JobError(
-            f"{self.document.path}:{self.document.line_of(key_path)}: {_dotted_path(key_path)}: {message}", hint
+            f"{self.document.path}:{self.document.line_of(key_path)}: {dotted_path(key_path)}: {message}", hint
         )
+
+    def _is_own_key(self, key: str | int) -> bool:
+        """Return whether a key of this step's model stands in the step, and not at the job."""
+        steps, index = self.key_prefix
+        return key in TargetModel.model_fields or key in self.document.data[steps][index]
+
+
+#: The codes of strftime that mean the same on every system, except those that put a line break or a slash into a name.
+_DATE_CODES = frozenset(f"%{letter}" for letter in "aAbBcCdeFGgHIjklmMpPsSTuUVwWxXyYzZ%")
 
 
 def load_job(path: Path, overrides: Overrides | None = None) -> Job:
@@ -156,13 +184,14 @@ def load_job(path: Path, overrides: Overrides | None = None) -> Job:
     document = YamlDocument(path)
     if "api_key" in document.data:
         raise JobError(
-            f"{path}:{document.line_of(['api_key'])}: api_key: a job file holds no key",
+            f"{path}:{document.line_of(['api_key'])}: api_key: the API key does not belong in the job file",
             "set DATABAR_API_KEY, or DATABAR_API_KEY_FILE for cron",
         )
+    model_type = SteppedJobModel if "steps" in document.data else JobModel
     try:
-        model = JobModel.model_validate(document.data)
+        model = model_type.model_validate(document.data)
     except ValidationError as error:
-        raise _from_validation_error(document, error) from error
+        raise join_validation_errors(document, error) from error
     if overrides.max_credits is not None:
         if not 0 <= overrides.max_credits <= MAX_CREDITS:
             raise JobError("--max-credits: must be a number of credits")
@@ -170,11 +199,13 @@ def load_job(path: Path, overrides: Overrides | None = None) -> Job:
         model = model.model_copy(update={"limits": limits})
     job_folder = path.resolve().parent
     name = model.name or path.stem
+    if overrides.sandbox:
+        model = _with_sandbox_names(model)
     input_settings = _override_input(model.input, overrides.input)
     input_path = _checked_location(
         document, "input", Path.cwd() if overrides.input else job_folder, input_settings.path
     )
-    output = model.output or Output(path=f"{_default_stem(input_path, name)}_enriched.csv")
+    output = model.output or Output(path=_default_output(input_path, name, sandbox=overrides.sandbox))
     if overrides.output is not None:
         output = _with_path(output, overrides.output)
     ledger = _ledger_location(document, overrides, job_folder, model.ledger or f".enrich/{name}.db")
@@ -187,9 +218,28 @@ def load_job(path: Path, overrides: Overrides | None = None) -> Job:
         output=output,
         output_base=Path.cwd() if overrides.output else job_folder,
         ledger=ledger,
+        sandbox=overrides.sandbox,
+        output_is_given=overrides.output is not None,
     )
     _check_outputs(job, job_folder)
-    return job
+    return _with_steps(job, model) if isinstance(model, SteppedJobModel) else job
+
+
+def _with_steps(job: Job, model: SteppedJobModel) -> Job:
+    """Add the jobs of the steps. Raises JobError for the first thing that is wrong with them."""
+    for problem in step_problems(model):
+        raise job.error(problem.key_path, problem.message, problem.hint)
+    step_jobs = [
+        replace(
+            job,
+            model=step_model(model, step),
+            step=step.name,
+            key_prefix=("steps", index),
+            step_max_credits=step.limits.max_credits,
+        )
+        for index, step in enumerate(model.steps)
+    ]
+    return replace(job, step_jobs=tuple(step_jobs), complete=tuple(model.complete or ()))
 
 
 def _check_outputs(job: Job, job_folder: Path) -> None:
@@ -199,20 +249,32 @@ def _check_outputs(job: Job, job_folder: Path) -> None:
         if written is None:
             continue
         _checked_location(job.document, key, job_folder, written.path)
+        _check_date_codes(job, key, written.path)
         if key == "output" and written.path.endswith("/"):
             if format_of(written.path.rstrip("/")) is not None:
-                raise job.error([key], f"`{written.path}`: a folder has no ending of a file", "as in out/leads/")
+                raise job.error([key], f"`{written.path}`: a folder must not have a file extension", "as in out/leads/")
         elif not written.path.lower().endswith(OUTPUT_SUFFIXES):
             folder = "; for a folder: leads/" if key == "output" else ""
             raise job.error(
                 [key],
-                f"`{written.path}` is of no type that can be written",
+                f"`{written.path}` has an unsupported file type",
                 f"use {', '.join(OUTPUT_SUFFIXES)}{folder}",
             )
     if model.report is not None and model.report.path is not None:
+        _check_date_codes(job, "report", model.report.path)
         location = _checked_location(job.document, "report", job_folder, model.report.path)
-        if isinstance(location, ObjectUrl) or location.suffix.lower() not in (".html", ".htm"):
-            raise job.error(["report"], f"`{model.report.path}` is no HTML file on this machine", "as in report.html")
+        if not isinstance(location, Path) or location.suffix.lower() not in (".html", ".htm"):
+            raise job.error(
+                ["report"], f"`{model.report.path}` is not an HTML file on this machine", "as in report.html"
+            )
+
+
+def _check_date_codes(job: Job, key: str, path: str) -> None:
+    """Raise JobError for a `%` that is no strftime code: systems differ in what they make of it."""
+    unknown = next((code for code in re.findall(r"%.?", path, re.DOTALL) if code not in _DATE_CODES), None)
+    if unknown is not None:
+        hint = f"use codes such as %Y-%m-%d, and write `%%` for a percent sign: {path.replace('%', '%%')}"
+        raise job.error([key], f"`{path}`: `{unknown}` is an unknown date code", hint)
 
 
 def _ledger_location(
@@ -222,17 +284,27 @@ def _ledger_location(
     given = overrides.ledger
     try:
         if given is not None:
-            location = parse_ledger_location(Path.cwd(), given, job_folder / ".enrich")
-            return (
-                sandbox_ledger_location(location)
-                if overrides.sandbox and isinstance(location, PostgresLocation)
-                else location
-            )
-        ledger = parse_ledger_location(job_folder, path_or_url, job_folder / ".enrich")
+            ledger = parse_ledger_location(Path.cwd(), given, job_folder / ".enrich")
+            if isinstance(ledger, Path) and is_sandbox_ledger(ledger):
+                return ledger  # the sandbox's own ledger was named
+        else:
+            ledger = parse_ledger_location(job_folder, path_or_url, job_folder / ".enrich")
     except ValueError as error:
         option_or_key = "--ledger" if given is not None else f"{document.path}:{document.line_of(['ledger'])}: ledger"
         raise JobError(f"{option_or_key}: {error}") from error
-    return sandbox_ledger_location(ledger) if overrides.sandbox else ledger
+    is_folder = isinstance(ledger, Path) and ledger.is_dir()  # refused when it is opened, with the name that was given
+    return sandbox_ledger_location(ledger) if overrides.sandbox and not is_folder else ledger
+
+
+def _with_sandbox_names(model: JobModel) -> JobModel:
+    """Give the files that a run writes the names of a sandbox run, so that it replaces none of a real run."""
+    written = {key: getattr(model, key) for key in ("output", "rejects", "changes", "report")}
+    renamed = {
+        key: file.model_copy(update={"path": sandbox_file_name(file.path)})
+        for key, file in written.items()
+        if file is not None and file.path is not None
+    }
+    return model.model_copy(update=renamed)
 
 
 def _override_input(settings: Input, path: Path | str | None) -> Input:
@@ -252,10 +324,10 @@ def _with_path(settings: _Table, path: Path | str, **defaults: object) -> _Table
     try:
         return type(settings).model_validate({**defaults, **explicit, "path": str(path)})
     except ValidationError:
-        raise JobError(f"`{path}` is no path of a file") from None
+        raise JobError(f"`{path}` is not the path of a file") from None
 
 
-def _checked_location(document: YamlDocument, key: str, base: Path, path_or_url: str) -> Location:
+def _checked_location(document: YamlDocument, key: str, base: Path, path_or_url: str) -> InputLocation:
     """Parse a path or URL of the job file. Raises JobError for an unusable URL."""
     try:
         return parse_input_location(base, path_or_url) if key == "input" else parse_location(base, path_or_url)
@@ -267,7 +339,7 @@ def _expand_date(path: str, now: datetime) -> str:
     return now.strftime(path) if "%" in path else path
 
 
-def _is_same(one: Location, other: Location) -> bool:
+def _is_same(one: InputLocation, other: InputLocation) -> bool:
     """Check whether two locations are the same file, also through links."""
     if isinstance(one, Path) and isinstance(other, Path):
         return one.resolve() == other.resolve()
@@ -278,76 +350,18 @@ def _absolute_path(base: Path, path: str | Path) -> Path:
     return Path(os.path.normpath(base / path))
 
 
-def _default_stem(location: Location, name: str) -> str:
-    """Return the default stem of the output: that of the input, or the job name if the input is several files.
+def _default_output(input_path: InputLocation, name: str, *, sandbox: bool) -> str:
+    path = f"{_default_stem(input_path, name)}_enriched.csv"
+    return sandbox_file_name(path) if sandbox else path
+
+
+def _default_stem(location: InputLocation, name: str) -> str:
+    """Return the default stem of the output: that of the input, or the job name if the input is several or has no name.
 
     `%` is doubled, so that it is not read as a strftime code.
     """
     if location == STDIN:
         return "stdin"
-    stem = name if is_pattern(location) else location.name.removesuffix(".gz").rsplit(".", 1)[0]
+    has_no_name = isinstance(location, WebUrl) and format_of(location.name) is None
+    stem = name if has_no_name or is_pattern(location) else location.name.removesuffix(".gz").rsplit(".", 1)[0]
     return stem.replace("%", "%%")
-
-
-def suggest_name(name: str, known: Iterable[str]) -> str | None:
-    """Return a hint with the closest known name, or with all known names if they are few. None: no hint."""
-    names = list(known)
-    by_fold = {candidate.casefold(): candidate for candidate in names}
-    close = get_close_matches(name.casefold(), by_fold, n=1, cutoff=0.6)
-    if close:
-        return f"did you mean `{by_fold[close[0]]}`?"
-    max_listed = 12
-    return f"known: {', '.join(names)}" if 0 < len(names) <= max_listed else None
-
-
-def _dotted_path(key_path: Sequence[str | int]) -> str:
-    return ".".join(map(str, key_path))
-
-
-#: Messages for pydantic's error types, in terms of the job file.
-_ERROR_MESSAGES = {
-    "missing": "is missing",
-    "model_type": "must be a mapping of keys",
-    "dict_type": "must be a mapping of keys",
-    "list_type": "must be a list: [...]",
-    "too_short": "must not be empty",
-    "string_too_short": "must not be empty",
-}
-
-
-def _from_validation_error(document: YamlDocument, error: ValidationError) -> JobError:
-    """Combine all validation errors, sorted by line. A single error has its hint as a separate text."""
-    found: list[tuple[int, str, str | None]] = []
-    for problem in error.errors(include_url=False):
-        key_path = [step for step in problem["loc"] if step != "[key]"]
-        if problem["type"] == "default_factory_not_called":
-            continue  # the field it depends on has its own error
-        message = _ERROR_MESSAGES.get(problem["type"], problem["msg"].removeprefix("Value error, "))
-        hint = None
-        if problem["type"] == "extra_forbidden":
-            message, hint = "unknown key", suggest_name(str(key_path[-1]), _sibling_keys(key_path))
-        line = document.line_of(key_path)
-        found.append((line, f"{document.path}:{line}: {_dotted_path(key_path)}: {message}", hint))
-    found.sort(key=lambda each: each[0])
-    if len(found) == 1:
-        return JobError(found[0][1], found[0][2])
-    return JobError("\n".join(f"{text}, {hint}" if hint else text for _, text, hint in found))
-
-
-def _sibling_keys(key_path: Sequence[str | int]) -> list[str]:
-    """List the valid keys at the place of an unknown key."""
-    models: dict[tuple[str, ...], type[BaseModel]] = {
-        ("input",): Input,
-        ("output",): Output,
-        ("rejects",): Output,
-        ("changes",): Changes,
-        ("caps",): Caps,
-        ("canary",): Canary,
-        ("report",): Report,
-        ("limits",): Limits,
-        ("policy",): Policy,
-        ("policy", "refresh"): Refresh,
-    }
-    parent = tuple(map(str, key_path[:-1]))
-    model = Param if parent[:1] == ("params",) else models.get(parent, JobModel)
-    return [field.alias or name for name, field in model.model_fields.items()]

@@ -6,6 +6,7 @@ import glob
 import os
 import re
 from dataclasses import dataclass, replace
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Literal
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
@@ -24,6 +25,7 @@ _FORMAT_BY_EXTENSION: dict[str, Format] = {
     ".xlsx": "xlsx",
 }
 _URL_SCHEMES = ("s3", "gs", "az")
+_WEB_SCHEMES = ("http", "https")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/]*)/?(.*)", re.DOTALL)
 
 
@@ -49,12 +51,34 @@ class ObjectUrl:
         return f"{self.scheme}://{self.bucket}/{self.key}"
 
 
+@dataclass(frozen=True, slots=True)
+class WebUrl:
+    """A web address that a table is read from. As text it has only host and file: the rest may be a secret."""
+
+    url: str
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return urlsplit(self.url).path.rpartition("/")[2]
+
+    def __str__(self) -> str:
+        parts = urlsplit(self.url)
+        file = f"/{self.name}" if format_of(self.name) is not None else ""
+        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}/…{file}"
+
+
 Location = Path | ObjectUrl
+InputLocation = Location | WebUrl
 
 #: Default PostgreSQL schema of a ledger.
 DEFAULT_SCHEMA = "enrich"
-#: Part of the name of a `--sandbox` ledger (file or schema), which keeps it separate from the real one.
+#: Part of the names of what `--sandbox` writes (files, schema), which keeps them apart from the real ones.
 SANDBOX_NAME = "sandbox"
+#: Ending of a `--sandbox` ledger, which is in the same folder as the real one.
+SANDBOX_LEDGER_SUFFIX = f".{SANDBOX_NAME}.db"
+#: Endings before which `sandbox_file_name` puts its mark. `.gz` may follow where a format allows it.
+_KNOWN_ENDING = re.compile(r"(?:\.(?:csv|tsv|jsonl|ndjson)(?:\.gz)?|\.[^.]+)$", re.IGNORECASE)
 #: Default, minimum and maximum lease duration in seconds.
 DEFAULT_LEASE_S, MIN_LEASE_S, MAX_LEASE_S = 30.0, 1.0, 3600.0
 _POSTGRES_SCHEMES = ("postgresql", "postgres")
@@ -97,12 +121,12 @@ def parse_ledger_location(base: Path, path_or_url: str | Path, local_folder: Pat
     if match is None:
         return Path(os.path.normpath(base / path_or_url))
     if match[1].lower() not in _POSTGRES_SCHEMES:
-        raise ValueError(f"`{match[1]}://` keeps no ledger: use a file, or postgresql://")
+        raise ValueError(f"`{match[1]}://` cannot be used for a ledger: use a file, or postgresql://")
     url = urlsplit(str(path_or_url))
     query = parse_qsl(url.query, keep_blank_values=True)
     schema = next((value for name, value in query if name == "schema"), DEFAULT_SCHEMA)
     if not _SCHEMA_PATTERN.fullmatch(schema) or schema.startswith("pg_"):
-        raise ValueError(f"`{schema}` is no name for a schema: use small letters, digits and `_`")
+        raise ValueError(f"`{schema}` is not a schema name: use lowercase letters, digits and `_`")
     lease = next((value for name, value in query if name == "lease"), f"{DEFAULT_LEASE_S:g}").removesuffix("s")
     if not re.fullmatch(r"\d+(\.\d+)?", lease) or not MIN_LEASE_S <= float(lease) <= MAX_LEASE_S:
         raise ValueError(f"`lease={lease}` must be a number of seconds from {MIN_LEASE_S:g} to {MAX_LEASE_S:g}")
@@ -129,8 +153,7 @@ def check_no_password(path_or_url: str) -> None:
         has_password = re.search(r"password\s*=", path_or_url, re.IGNORECASE) is not None
     if has_password:
         raise ValueError(
-            "a URL holds no password, and looks like postgresql://user@host:5432/database: "
-            "set PGPASSWORD, or keep the password in ~/.pgpass"
+            "a URL must be postgresql://user@host:5432/database, without a password: set PGPASSWORD, or use ~/.pgpass"
         )
 
 
@@ -138,7 +161,33 @@ def sandbox_ledger_location(ledger: LedgerLocation) -> LedgerLocation:
     """Return the ledger location that `--sandbox` uses instead of `ledger`."""
     if isinstance(ledger, PostgresLocation):
         return replace(ledger, schema=f"{ledger.schema}_{SANDBOX_NAME}")
-    return ledger.with_name(f"{ledger.stem}.{SANDBOX_NAME}.db")
+    return ledger.with_name(f"{ledger.stem}{SANDBOX_LEDGER_SUFFIX}")
+
+
+def is_sandbox_ledger(path: Path) -> bool:
+    """Check whether a file is named as the ledger of a sandbox."""
+    return path.name.endswith(SANDBOX_LEDGER_SUFFIX)
+
+
+def sandbox_state_path(sandbox_ledger: LedgerLocation) -> Path:
+    """Return the file in which the sandbox of a ledger keeps its tasks and requests."""
+    if isinstance(sandbox_ledger, PostgresLocation):
+        return path_beside_ledger(sandbox_ledger, ".api.db")
+    return sandbox_ledger.with_suffix(".api.db")
+
+
+def sandbox_file_name(path_or_url: str) -> str:
+    """Return the name under which `--sandbox` writes a file, folder or URL: `out/a.csv.gz` is `out/a.sandbox.csv.gz`.
+
+    Two names never become one. strftime codes stay as they are.
+    """
+    name = path_or_url.rstrip("/")
+    slashes = path_or_url[len(name) :]
+    folder, slash, last = name.rpartition("/")
+    # In a folder's name a dot begins no ending, and what begins with its only dot has none.
+    ending = None if slashes else _KNOWN_ENDING.search(last, 1)
+    at = len(last) if ending is None else ending.start()
+    return f"{folder}{slash}{last[:at]}.{SANDBOX_NAME}{last[at:]}{slashes}"
 
 
 def path_beside_ledger(ledger: LedgerLocation, suffix: str) -> Path:
@@ -154,24 +203,28 @@ def parse_location(base: Path, path_or_url: str | Path) -> Location:
     if match is None:
         return Path(os.path.normpath(base / path_or_url))
     scheme, bucket, key = match[1].lower(), match[2], match[3]
+    if scheme in _WEB_SCHEMES:
+        raise ValueError(f"`{scheme}://` is for input only")
     if scheme not in _URL_SCHEMES:
         raise ValueError(
-            f"`{scheme}://` is no storage that is known: use {', '.join(f'{it}://' for it in _URL_SCHEMES)}"
+            f"`{scheme}://` is an unknown object storage: use {', '.join(f'{it}://' for it in _URL_SCHEMES)}"
         )
     if "@" in bucket:
-        raise ValueError("a URL holds no credentials: they come from the environment")
+        raise ValueError("a URL must have no credentials: they come from the environment")
     if not bucket or not key.strip("/"):
-        raise ValueError(f"a storage URL names a bucket and an object: {scheme}://bucket/leads.csv")
+        raise ValueError(f"an object storage URL needs a bucket and an object: {scheme}://bucket/leads.csv")
     return ObjectUrl(scheme, bucket, key)
 
 
-def parse_input_location(base: Path, path_or_url: str) -> Location:
-    """Parse the input's location: a file, a folder, a pattern or `-` (stdin). Raises ValueError for an unusable URL.
+def parse_input_location(base: Path, path_or_url: str) -> InputLocation:
+    """Parse the input's location: a file, a folder, a pattern, a URL or `-` (stdin). Raises ValueError for a bad URL.
 
     Wildcards in `base` are escaped, so only `path_or_url` is a pattern.
     """
     if path_or_url == str(STDIN):
         return STDIN
+    if _is_web_url(path_or_url):
+        return _parse_web_url(path_or_url)
     location = parse_location(base, path_or_url)
     return (
         parse_location(Path(glob.escape(str(base))), path_or_url)
@@ -180,8 +233,53 @@ def parse_input_location(base: Path, path_or_url: str) -> Location:
     )
 
 
-def is_pattern(location: Location) -> bool:
+def hide_secrets(url: str) -> str:
+    """Return a URL as it may be shown: of a web address only host and file."""
+    if not _is_web_url(url):
+        return url
+    try:
+        return str(_parse_web_url(url))
+    except ValueError:
+        return "https://…"
+
+
+def _is_web_url(path_or_url: str) -> bool:
+    match = _URL.fullmatch(path_or_url)
+    return match is not None and match[1].lower() in _WEB_SCHEMES
+
+
+def _parse_web_url(url: str) -> WebUrl:
+    parts = urlsplit(url)
+    _ = parts.port  # raises ValueError for a number that is no port
+    if not parts.hostname or not url.isprintable() or " " in url:
+        raise ValueError("must be an address such as https://crm.example/leads.csv")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("a URL must have no user and no password")
+    if parts.scheme != "https" and not is_loopback(parts.hostname):
+        raise ValueError("must be an https:// address (http:// only on loopback)")
+    return WebUrl(url)
+
+
+def is_loopback(host: str) -> bool:
+    """Check whether a host (without brackets) is this machine."""
+    host = host.lower().removesuffix(".")
+    address = parse_ip(host)
+    return host == "localhost" or (address is not None and address.is_loopback)
+
+
+def parse_ip(host: str) -> IPv4Address | IPv6Address | None:
+    """Parse an IP address. An IPv4-mapped IPv6 address becomes IPv4. None for a host name."""
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return None
+    return (isinstance(address, IPv6Address) and address.ipv4_mapped) or address
+
+
+def is_pattern(location: InputLocation) -> bool:
     """Check whether a location is a pattern. A local path with wildcards is not a pattern if that very file exists."""
+    if isinstance(location, WebUrl):
+        return False
     if isinstance(location, ObjectUrl):
         return has_wildcards(location.key)
     return has_wildcards(str(location)) and not os.path.exists(location)  # noqa: PTH110 - Path.exists raises if the name is too long
@@ -199,7 +297,7 @@ def is_dataset(target: Location) -> bool:
 
 def format_of(name: str) -> Format | None:
     """Return the format for a file name's extension. None if the extension is unknown."""
-    lowered = name.lower()
+    lowered = _without_query(name).lower()
     extension = os.path.splitext(lowered.removesuffix(".gz"))[1]  # noqa: PTH122 - unlike Path.suffix, it is empty for `leads.csv/`
     found = _FORMAT_BY_EXTENSION.get(extension)
     return None if found in ("parquet", "xlsx") and lowered.endswith(".gz") else found
@@ -207,4 +305,8 @@ def format_of(name: str) -> Format | None:
 
 def separator_of(name: str) -> str:
     """Return the separator for a file name's extension: a tab for .tsv, else a comma."""
-    return "\t" if name.lower().removesuffix(".gz").endswith(".tsv") else ","
+    return "\t" if _without_query(name).lower().removesuffix(".gz").endswith(".tsv") else ","
+
+
+def _without_query(name: str) -> str:
+    return re.split(r"[?#]", name, maxsplit=1)[0] if _is_web_url(name) else name

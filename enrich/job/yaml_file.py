@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,10 @@ import yaml
 
 from enrich.errors import JobError
 from enrich.job.bounded_read import read_text
+
+_NUMBER_TAGS = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"}
+#: Octal and sexagesimal numbers.
+_UNUSUAL_NUMBER = re.compile(r"[-+]?(0[0-7_]+$|[0-9_.]+:)")
 
 
 class YamlDocument:
@@ -22,7 +27,7 @@ class YamlDocument:
         try:
             text = read_text(path)
         except FileNotFoundError:
-            raise JobError(f"{path}: there is no such job file", "enrich init LEADS writes one") from None
+            raise JobError(f"{path}: the job file does not exist", "create one: enrich init CSV") from None
         except OSError as error:
             raise JobError(f"{path}: the job file cannot be read: {error.strerror}") from error
         except UnicodeDecodeError as error:
@@ -35,16 +40,16 @@ class YamlDocument:
             mark = error.problem_mark or error.context_mark
             line = f":{mark.line + 1}" if mark else ""
             problem = error.problem or error.context or ""
-            hint = "put it in quotes if it is text" if "cannot start any token" in problem else None
             # Drop the cause: it quotes the file's content.
-            raise JobError(f"{path}{line}: {problem}", "indent with blanks" if "\\t" in problem else hint) from None
+            raise JobError(f"{path}{line}: {problem}", _syntax_hint(problem)) from None
         except yaml.YAMLError as error:
             raise JobError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
         except RecursionError:
             raise JobError(f"{path}: nested too deeply") from None
         if not isinstance(root, yaml.MappingNode):
             raise JobError(
-                f"{path}: a job file is a mapping of keys", _not_yaml_hint(path) or "start from jobs/leads.yaml"
+                f"{path}: a job file must be a mapping of keys",
+                _not_yaml_hint(path) or "see jobs/leads.yaml for an example",
             )
         self._root = root
         self.data: dict[Any, Any] = _to_plain_data(root, path)
@@ -82,11 +87,23 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
+def _syntax_hint(problem: str) -> str | None:
+    if "\\t" in problem:
+        return "indent with blanks"
+    if "cannot start any token" in problem:
+        return "put it in quotes if it is text"
+    if any(
+        sign in problem for sign in ("<block end>", "mapping values are not allowed", "could not find expected ':'")
+    ):
+        return "check the indentation: keys of one level begin in the same column"
+    return None
+
+
 def _not_yaml_hint(path: Path) -> str | None:
     """Return a hint on creating a job if the file is not a YAML file but, for example, the leads. Else None."""
     if path.suffix in (".yaml", ".yml"):
         return None
-    return f"a job is a YAML file; for leads: {shlex.join(['enrich', 'init', str(path)])}"
+    return f"JOB must be a YAML file. To create one: {shlex.join(['enrich', 'init', str(path)])}"
 
 
 def _key_text(node: yaml.Node) -> str:
@@ -103,11 +120,15 @@ def _to_plain_data(node: yaml.Node, path: Path) -> Any:  # noqa: ANN401 - YAML
             if name is None:
                 raise JobError(f"{path}:{line}: a key must be text")
             if name in data:
-                raise JobError(f"{path}:{line}: `{name}` is there twice", "remove one of the two")
+                raise JobError(f"{path}:{line}: `{name}` is set twice", "remove one of the two")
             data[name] = _to_plain_data(value, path)
         return data
     if isinstance(node, yaml.SequenceNode):
         return [_to_plain_data(item, path) for item in node.value]
+    if node.tag in _NUMBER_TAGS and _UNUSUAL_NUMBER.match(str(node.value)):
+        number = yaml.SafeLoader("").construct_object(node)
+        hint = "write numbers without leading zeros and colons, and put text in quotes"
+        raise JobError(f"{path}:{node.start_mark.line + 1}: YAML reads `{node.value}` as {number}", hint)
     try:
         return yaml.SafeLoader("").construct_object(node)
     except (yaml.YAMLError, ValueError) as error:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from enrich.errors import JobError
+from enrich.errors import CommandRefused, EnrichError, JobError
+from enrich.extras import install_hint
 from enrich.job.locations import LedgerLocation, PostgresLocation
-from enrich.ledger.dialect import DATABASE_ERRORS, Session
-from enrich.ledger.open_files import ledger_file_exists
+from enrich.ledger.dialect import DATABASE_ERRORS, Cursor, Dialect, Session
+from enrich.ledger.file_identity import ledger_file_exists
 from enrich.ledger.sqlite import JOURNAL_SUFFIXES, open_sqlite
 
 if TYPE_CHECKING:
     from enrich.ledger.postgres import FencingToken
-from collections.abc import Iterable
-
-from enrich.models import Call
 
 
 def load_postgres() -> ModuleType:
@@ -28,8 +26,8 @@ def load_postgres() -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != "psycopg":
             raise
-        hint = "pip install 'databar-enrich[cluster]'"
-        raise JobError("a ledger in PostgreSQL needs the extra `cluster`", hint) from error
+        hint = install_hint("cluster")
+        raise JobError("PostgreSQL support is not installed", hint) from error
     return postgres_schema
 
 
@@ -54,15 +52,25 @@ class Database:
         """Open the ledger and create it if it is missing. With `read_only` it can be read during a run.
 
         With `any_version` a ledger of another version is opened as it is. With `skip_integrity_check` the caller checks
-        for damage. With a `fencing_token` every transaction fails once the owner has lost its lease. An unreachable
+        for damage. With a `fencing_token` every transaction fails once the holder has lost its lease. An unreachable
         server is retried for `open_timeout_s` seconds. Raises CommandRefused when this is not a ledger, when it was
         written by a newer version of enrich, or when it cannot be written.
         """
         self.location = location
-        #: The owner that this connection writes as, where processes hold their work by leases. None: no leases.
-        self.owner_id = None if fencing_token is None else fencing_token.owner_id
+        #: Where the next claim starts, by `only_new`: the last claimed position, and the claims since a full look.
+        self.claimed_up_to: dict[bool, tuple[int, int]] = {}
+        #: What a step of an execution has cost; see `step_costs`.
+        self.step_costs: dict[tuple[int, str | None], tuple[int, int, int]] = {}
+        #: The id of the request that the last batch of the input ended with; see `enroll`.
+        self.matched_up_to = 0
+        #: With leases, several processes write to the ledger, and the table `seen` of a pass is theirs together.
+        self.shares_passes = isinstance(location, PostgresLocation) and not read_only
+        #: Names of facts that are certainly in the ledger (see `bindings.bind`).
+        self.known_facts: frozenset[str] = frozenset()
+        #: The lease that this connection writes under, where processes hold their work by leases. None: no leases.
+        self.lease_id = None if fencing_token is None else fencing_token.lease_id
         if isinstance(location, PostgresLocation):
-            self._db: Session = load_postgres().open_schema(
+            self.session: Session = load_postgres().open_schema(
                 location,
                 read_only=read_only,
                 any_version=any_version,
@@ -70,38 +78,89 @@ class Database:
                 open_timeout_s=open_timeout_s,
             )
         else:
-            self._db = open_sqlite(
+            self.session = open_sqlite(
                 location, read_only=read_only, any_version=any_version, skip_integrity_check=skip_integrity_check
             )
+
+    @property
+    def dialect(self) -> Dialect:
+        """The parts of SQL that differ between databases."""
+        return self.session.dialect
+
+    @property
+    def in_transaction(self) -> bool:
+        """Whether a transaction is open."""
+        return self.session.in_transaction
+
+    def execute(self, sql: str, values: Sequence[Any] = (), /) -> Cursor:
+        """Run one statement. Parameters are written as `?` or `?1`."""
+        return self.session.execute(sql, values)
+
+    def executemany(self, sql: str, rows: Iterable[Sequence[Any]], /) -> None:
+        """Run one statement for each of many rows."""
+        self.session.executemany(sql, rows)
+
+    def write_together(self, statements: Iterable[tuple[str, Sequence[Any]]], /) -> list[int]:
+        """Run several UPDATEs, on a server as one statement. Return the number of rows that each changed.
+
+        Parameters are written as `?`. No UPDATE may change a row that another one changes, or read a column that an
+        earlier one sets: as one statement, all of them see what was there before.
+        """
+        statements = list(statements)
+        if not self.dialect.joins_writes:
+            return [self.execute(sql, values).rowcount for sql, values in statements]
+        names = [f"write_{number}" for number in range(len(statements))]
+        parts = ", ".join(f"{name} AS ({sql} RETURNING 1)" for name, (sql, _) in zip(names, statements, strict=True))
+        counts = ", ".join(f"(SELECT count(*) FROM {name})" for name in names)
+        values = [value for _, its_values in statements for value in its_values]
+        return list(self.execute(f"WITH {parts} SELECT {counts}", values).fetchone())
+
+    def stream(self, sql: str, values: Sequence[Any] = (), /) -> Iterator[Any]:
+        """Yield the rows of a query that are too many to hold in memory."""
+        return self.session.stream(sql, values)
 
     def watch_files(self) -> None:
         """Record which files the ledger is open in. The caller holds the ledger's lock."""
         if isinstance(self.location, Path):
-            self._db.watch_files(self.location)
+            self.session.watch_files(self.location)
 
     def check_files(self) -> None:
         """Raise LedgerMoved when one of the recorded files was removed or replaced."""
-        self._db.check_files()
+        self.session.check_files()
 
     def close(self) -> None:
         """Close the connection. Committed data stays."""
-        self._db.close()
+        self.session.close()
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """Run the block in one transaction. When it raises, everything it wrote is rolled back."""
         try:
-            self._db.begin()
+            self.session.begin()
             yield
-            if self._db.in_transaction:  # false when the block has rolled back
-                self._db.commit()
+            if self.session.in_transaction:  # false when the block has rolled back
+                self.session.commit()
         except BaseException:
-            self._db.rollback()
+            self.rollback()
+            raise
+
+    @contextmanager
+    def temporary_transaction(self) -> Iterator[None]:
+        """Use the open transaction, or open one that writes only to temporary tables."""
+        if self.in_transaction:
+            yield
+            return
+        self.session.begin_temporary()
+        try:
+            yield
+            self.session.commit()
+        except BaseException:
+            self.session.rollback()
             raise
 
     def shorten_waits(self) -> None:
         """Shorten all waits for an unreachable server. Can be called from any thread."""
-        self._db.shorten_waits()
+        self.session.shorten_waits()
 
     def retry_on_disconnect(self, action: Callable[[], T]) -> T:
         """Run an action that is one transaction. Retry it after a lost connection, even if it may be committed."""
@@ -114,55 +173,50 @@ class Database:
 
     def rollback(self) -> None:
         """Roll back and end the current transaction."""
-        self._db.rollback()
+        self.claimed_up_to.clear()
+        self.step_costs.clear()
+        self.known_facts = frozenset()  # a fact of this transaction may have been read in it
+        self.session.rollback()
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:
         """Read from one snapshot, also during a run."""
-        self._db.begin_snapshot()
+        self.session.begin_snapshot()
         try:
             yield
         finally:
-            self._db.rollback()
+            self.session.rollback()
 
     def reconnect(self, failure: BaseException) -> bool | None:
         """Recover after a failure in a transaction, so that its whole block can be run again.
 
         Return whether the failed transaction was committed after all. None: the failure is permanent.
         """
-        return self._db.reconnect(failure)
+        return self.session.reconnect(failure)
 
     @contextmanager
     def savepoint(self) -> Iterator[None]:
         """Isolate one of several operations of a transaction: when it raises, only its own changes are rolled back."""
-        self._db.execute("SAVEPOINT move")
+        self.session.execute("SAVEPOINT move")
         try:
             yield
         except BaseException:
-            if self._db.in_transaction:  # false when a full disk has already ended the transaction
-                self._db.execute("ROLLBACK TO move")
-                self._db.execute("RELEASE move")
+            self.claimed_up_to.clear()
+            self.step_costs.clear()
+            if self.session.in_transaction:  # false when a full disk has already ended the transaction
+                self.session.execute("ROLLBACK TO move")
+                self.session.execute("RELEASE move")
             raise
-        self._db.execute("RELEASE move")
+        self.session.execute("RELEASE move")
 
-    def enable_secure_delete(self) -> None:
-        """Overwrite deleted data from now on, if the database supports it."""
-        self._db.enable_secure_delete()
-
-    def discard_erased_data(self) -> bool:
-        """Remove erased data from where the database keeps old versions.
-
-        Return whether that is complete. It is not while another connection still reads an older snapshot.
-        """
-        return self._db.discard_erased_data()
-
-    def _stream_rows(self, sql: str) -> Iterator[Mapping[str, Any]]:
+    def stream_rows(self, sql: str) -> Iterator[Mapping[str, Any]]:
         """Stream the rows of a query that are too many to hold in memory."""
-        names: list[str] = [column[0] for column in self._db.execute(f"{sql} LIMIT 0").description or ()]
-        return (dict(zip(names, row, strict=True)) for row in self._db.stream(sql))
+        names: list[str] = [column[0] for column in self.session.execute(f"{sql} LIMIT 0").description or ()]
+        return (dict(zip(names, row, strict=True)) for row in self.session.stream(sql))
 
-    def _rows(self, sql: str, *values: object) -> Iterator[Mapping[str, Any]]:
-        cursor = self._db.execute(sql, values)
+    def rows(self, sql: str, *values: object) -> Iterator[Mapping[str, Any]]:
+        """Yield the rows of a query, each as a mapping by column name."""
+        cursor = self.session.execute(sql, values)
         names = [column[0] for column in cursor.description or ()]
         return (dict(zip(names, row, strict=True)) for row in cursor)
 
@@ -179,6 +233,18 @@ def ledger_exists(location: LedgerLocation) -> bool:
     )
 
 
+def open_existing(
+    location: LedgerLocation, *, any_version: bool = False, skip_integrity_check: bool = False
+) -> Database:
+    """Open a ledger read-only. For the parameters see Database.
+
+    Raises CommandRefused when it is missing, not a ledger, or of another version.
+    """
+    if not ledger_exists(location):
+        raise CommandRefused(f"{location}: the ledger does not exist", "the first `enrich run` creates it")
+    return Database(location, read_only=True, any_version=any_version, skip_integrity_check=skip_integrity_check)
+
+
 def delete_ledger(location: LedgerLocation) -> None:
     """Delete a ledger permanently. Raises CommandRefused when the server cannot be reached, and OSError."""
     if isinstance(location, PostgresLocation):
@@ -188,26 +254,10 @@ def delete_ledger(location: LedgerLocation) -> None:
         name.unlink(missing_ok=True)
 
 
-class LatencyQueries(Database):
-    """A ledger that stores how long tasks take, for the poll schedule."""
-
-    def load_latencies(self, call: Call, bulk_size: int | None = None) -> list[tuple[float, float]]:
-        """Return pairs (seconds, answers): how many answers took at most that many seconds. Empty before the first run.
-
-        With `bulk_size`, those of bulk tasks with that many requests.
-        """
-        return self._db.execute(
-            "SELECT seconds, answers FROM latencies WHERE call = ? ORDER BY seconds", (_call_key(call, bulk_size),)
-        ).fetchall()
-
-    def save_latencies(self, call: Call, learned: Iterable[tuple[float, float]], bulk_size: int | None = None) -> None:
-        """Replace the stored durations of a call."""
-        name = _call_key(call, bulk_size)
-        self._db.execute("DELETE FROM latencies WHERE call = ?", (name,))
-        self._db.executemany(
-            "INSERT INTO latencies VALUES (?, ?, ?)", ((name, seconds, answers) for seconds, answers in learned)
-        )
-
-
-def _call_key(call: Call, bulk_size: int | None) -> str:
-    return call.canonical() + ("" if bulk_size is None else f" bulk {bulk_size}")
+def try_read(location: LedgerLocation, query: Callable[[Database], T]) -> T | None:
+    """Run one query. None when the ledger is missing or cannot be read."""
+    try:
+        with closing(open_existing(location)) as db:
+            return query(db)
+    except (EnrichError, *DATABASE_ERRORS):
+        return None

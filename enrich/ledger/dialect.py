@@ -55,9 +55,11 @@ class Dialect:
     as_bytes: str = "{}"
     #: Selects rows that refer to missing rows.
     orphan_query: str = "SELECT 1 WHERE false"
+    #: Whether one statement can hold several that write.
+    joins_writes: bool = False
     #: Keeps other transactions from comparing the same task ids (a JSON list of lists) until this one ends.
     lock_task_ids: str = ""
-    #: Condition for attempts that no other process holds: without an owner, with an ended lease, or our own.
+    #: Condition for attempts that no other process holds: without a lease, with an ended one, or our own.
     not_held_by_others: str = "true"
 
 

@@ -11,6 +11,7 @@ from secrets import token_bytes
 from enrich.errors import CommandRefused
 from enrich.job.bounded_read import read_bounded
 from enrich.job.locations import LedgerLocation, path_beside_ledger
+from enrich.ledger.file_identity import make_private_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ _KEY_BYTES = 32
 
 
 def key_path(ledger: LedgerLocation) -> Path:
-    """Return the path of the key file. It is beside the ledger, so a copy of the ledger alone identifies no person."""
+    """Return the path of the key file. It is not in the ledger, so a copy of the ledger alone identifies no person."""
     return path_beside_ledger(ledger, ".key")
 
 
@@ -45,8 +46,8 @@ def read_key(ledger: LedgerLocation, expected_key_id: str | None) -> bytes:
             return key
         reason = "it is not the one that they were forgotten with"
     raise CommandRefused(
-        f"{path}: the key to those who were forgotten cannot be used: {reason}",
-        "restore it from a backup: without it they would be asked about again",
+        f"{path}: the key of the erased people cannot be used: {reason}",
+        "restore it from a backup: without it, erased people would be sent again",
     )
 
 
@@ -54,7 +55,7 @@ def read_or_make_key(ledger: LedgerLocation) -> bytes:
     """Read the key, or create it (mode 0600) atomically."""
     path = key_path(ledger)
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_private_folder(path.parent)
         temporary = path.with_name(f".{path.name}.part")
         temporary.unlink(missing_ok=True)
         with os.fdopen(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:

@@ -8,15 +8,14 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import FileLock, Timeout
-
 from enrich.errors import LOCKED_HINT, CommandRefused, LedgerLocked
 from enrich.job.locations import LedgerLocation, PostgresLocation
-from enrich.ledger.database import load_postgres
+from enrich.ledger import execution_records, lease_table
+from enrich.ledger.database import Database, load_postgres, try_read
 from enrich.ledger.dialect import OUTAGE_TIMEOUT_S
-from enrich.ledger.ledger import Ledger
-from enrich.ledger.open_files import ledger_file_exists
+from enrich.ledger.file_identity import ledger_file_exists, make_private_folder
 from enrich.ledger.sqlite import lock_path
+from enrich.models import iso_time
 
 if TYPE_CHECKING:
     from enrich.ledger.leases import Lease
@@ -33,10 +32,12 @@ def lock_ledger(ledger: LedgerLocation, wait_s: float) -> Iterator[None]:
         with load_postgres().advisory_lock(ledger, wait_s):
             yield
         return
+    from filelock import FileLock, Timeout  # noqa: PLC0415 - commands that only look need not wait for it
+
     ledger_file_exists(ledger)  # raises for a path that cannot be a ledger
     path = lock_path(ledger)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_private_folder(path.parent)
         file_lock = FileLock(path, timeout=wait_s, mode=0o600)
         file_lock.acquire()
         while not _is_file_at(file_lock.lock_file, file_lock._context.lock_file_fd):  # noqa: SLF001 - not public in older versions
@@ -44,7 +45,7 @@ def lock_ledger(ledger: LedgerLocation, wait_s: float) -> Iterator[None]:
             file_lock.release()
             file_lock.acquire()
     except Timeout:
-        raise LedgerLocked(f"{ledger}: another execution holds this ledger", LOCKED_HINT) from None
+        raise locked_error(ledger) from None
     except OSError as error:
         raise CommandRefused(f"{path}: the lock cannot be made: {error.strerror or error}") from error
     try:
@@ -61,22 +62,39 @@ def _is_file_at(path: str, descriptor: int | None) -> bool:
         return False
 
 
+def locked_error(path: Path) -> LedgerLocked:
+    """Return the error about a locked ledger file: with the process and the start of its run, as far as known."""
+    pid = lock_holder(path)
+    newest = try_read(path, lambda ledger: execution_records.list_executions(ledger, last=1))
+    facts = [
+        *([f"process {pid}"] if pid else []),
+        *(f"since {iso_time(execution.started_ms)}" for execution in newest or () if execution.ended_ms is None),
+    ]
+    details = f" ({', '.join(facts)})" if facts else ""
+    return LedgerLocked(f"{path}: another run is using this ledger{details}", LOCKED_HINT)
+
+
 def is_locked(ledger: LedgerLocation) -> bool | None:
     """Return whether a run holds the lock, without touching it. None: the system does not provide this."""
     if isinstance(ledger, PostgresLocation):
         return bool(load_postgres().is_locked(ledger))
-    path = lock_path(ledger)
+    holder = lock_holder(ledger)
+    return None if holder is None else holder != 0
+
+
+def lock_holder(path: Path) -> int | None:
+    """Return the id of the process that holds the lock of a ledger file; 0: none. None: unknown on this system."""
     try:
         lock_table = Path("/proc/locks").read_text(encoding="ascii")
     except OSError:
         return None
     try:
-        inode = path.stat().st_ino
+        inode = lock_path(path).stat().st_ino
     except OSError:
-        return False
+        return 0
     # Example: `1: FLOCK  ADVISORY  WRITE 708 08:01:1311 0 EOF`. File systems disagree on the device, so it is ignored.
     locks = (line.split() for line in lock_table.splitlines())
-    return any(lock[1] == "FLOCK" and lock[5].endswith(f":{inode}") for lock in locks)
+    return next((int(lock[4]) for lock in locks if lock[1] == "FLOCK" and lock[5].endswith(f":{inode}")), 0)
 
 
 #: The leader of a run reads the input in one transaction and may wait for a slow disk meanwhile, in seconds.
@@ -84,10 +102,10 @@ INPUT_IDLE_TIMEOUT_S = 600.0
 
 
 @contextmanager
-def open_for_run(location: LedgerLocation) -> Iterator[tuple[Ledger, Lease | None]]:
+def open_for_run(location: LedgerLocation) -> Iterator[tuple[Database, Lease | None]]:
     """Open a ledger for writing. On PostgreSQL with a lease: writes fail once it is lost. The caller holds the lock."""
     if not isinstance(location, PostgresLocation):
-        with closing(Ledger(location)) as ledger:
+        with closing(Database(location)) as ledger:
             ledger.watch_files()
             yield ledger, None
         return
@@ -98,14 +116,14 @@ def open_for_run(location: LedgerLocation) -> Iterator[tuple[Ledger, Lease | Non
 @contextmanager
 def open_leased(
     location: PostgresLocation, *, leader_id: int | None = None, idle_timeout_s: float | None = None
-) -> Iterator[tuple[Ledger, Lease]]:
+) -> Iterator[tuple[Database, Lease]]:
     """Open a ledger for writing under a lease (see `Lease`). Raises JobError when psycopg is not installed."""
     load_postgres()  # raises JobError without psycopg
     from enrich.ledger.leases import Lease  # noqa: PLC0415 - only needed for PostgreSQL
 
     with (
         Lease(location, leader_id=leader_id, idle_timeout_s=idle_timeout_s) as lease,
-        closing(Ledger(location, fencing_token=lease.fencing_token, open_timeout_s=OUTAGE_TIMEOUT_S)) as ledger,
+        closing(Database(location, fencing_token=lease.fencing_token, open_timeout_s=OUTAGE_TIMEOUT_S)) as ledger,
     ):
         yield ledger, lease
 
@@ -122,10 +140,10 @@ def open_exclusive(location: LedgerLocation) -> Iterator[FencingToken | None]:
             return
         with open_leased(location) as (ledger, lease):
             with ledger.transaction():
-                other_holders = ledger.other_holders()
+                other_holders = lease_table.other_holders(ledger)
             if other_holders:
                 names = ", ".join(other.name for other in other_holders)
                 raise LedgerLocked(
-                    f"{location}: a run has left processes behind: {names}", "they leave soon: try again"
+                    f"{location}: processes of an earlier run still end: {names}", "try again in a minute"
                 )
             yield lease.fencing_token

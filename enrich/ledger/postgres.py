@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 import select
-import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import count
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import psycopg
-from psycopg import errors
-from psycopg.adapt import Loader
-from psycopg.types.string import StrDumper
 
 from enrich.errors import LeaseLost
 from enrich.job.locations import PostgresLocation
 from enrich.ledger.dialect import OUTAGE_TIMEOUT_S, DatabaseFailed, Dialect, TransactionInterrupted
+from enrich.ledger.postgres_connection import (
+    CONFLICT_ERRORS,
+    PERMANENT_ERRORS,
+    Connection,
+    StatementTimeout,
+    as_database_errors,
+    check_database,
+    error_text,
+    to_psycopg_sql,
+)
 
+#: How long connecting may take, in seconds, and the last statements of a connection that is being closed.
 CONNECT_TIMEOUT_S = 10
+CLOSE_TIMEOUT_S = 2.0
+#: How long one statement may take, in seconds, and the same when the run is ending. A server that is silent, because of
+#: a lock or a stopped process, looks like a slow one. After this time the connection is replaced.
+STATEMENT_TIMEOUT_S = 240.0
+SHORT_STATEMENT_TIMEOUT_S = 10.0
 #: How often an unreachable server is retried, in seconds.
 RETRY_EVERY_S = 0.25
 #: How long it is retried when the run is ending, in seconds.
@@ -35,12 +46,12 @@ KEEPALIVE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count"
 SERVER_KEEPALIVE = {name if name.startswith("tcp") else f"tcp_{name}": str(value) for name, value in KEEPALIVE.items()}
 #: How long an erase waits for connections that still read the erased rows, in seconds, and the tables to vacuum.
 VACUUM_TIMEOUT_S = 5.0
-TABLES_WITH_ERASED_DATA = ("requests", "attempts", "delivered")
-#: Records the writer's transaction, and locks the owner's row: its lease cannot be deleted before the commit.
+TABLES_WITH_ERASED_DATA = ("requests", "attempts", "delivered", "step_rows")
+#: Records the writer's transaction, and locks the lease: it cannot be deleted before the commit.
 RECORD_TRANSACTION = (
     "WITH begun AS (INSERT INTO commits (writer, number) VALUES (%s, %s) "
     "ON CONFLICT (writer) DO UPDATE SET number = excluded.number, at = now()) "
-    "SELECT id FROM owners WHERE id = %s FOR KEY SHARE"
+    "SELECT id FROM leases WHERE id = %s FOR KEY SHARE"
 )
 #: The last transaction of a writer. `pg_xact_status` is no alternative: after a crash the lost ids are used again.
 LAST_TRANSACTION = (
@@ -56,36 +67,26 @@ DIALECT = Dialect(
     blob_type="BYTEA",
     passes_are_shared=True,
     has_leases=True,
+    joins_writes=True,
     as_json="::json",
     byte_order=' COLLATE "C"',
     json_list="coalesce(json_agg({}), '[]')::text",
     lock_task_ids="SELECT pg_advisory_xact_lock(hashtextextended(id, 0)) FROM "
     "(SELECT DISTINCT value->>0 AS id FROM json_each(CAST(? AS TEXT)) ORDER BY 1) AS ids",
-    not_held_by_others="(owner_id IS NULL OR owner_id = nullif(current_setting('enrich.owner', true), '')::bigint "
-    "OR NOT EXISTS (SELECT FROM owners WHERE owners.id = owner_id))",
+    not_held_by_others="(lease_id IS NULL OR lease_id = nullif(current_setting('enrich.lease', true), '')::bigint "
+    "OR NOT EXISTS (SELECT FROM leases WHERE leases.id = lease_id))",
     # Not `FOR UPDATE`: a transaction that refers to the row holds it too, and may be about to change it. Each would
     # wait for the other until the server ends one of them (PostgreSQL docs: "Row-Level Locks").
     for_update="FOR NO KEY UPDATE",
     skip_locked="FOR UPDATE SKIP LOCKED",
 )
-#: A conflict with another transaction: run this one again.
-_CONFLICT_ERRORS = (errors.DeadlockDetected, errors.SerializationFailure)
-#: The server is unreachable, shutting down or starting up.
-_CONNECTION_ERRORS = (psycopg.OperationalError, psycopg.InterfaceError, errors.IdleInTransactionSessionTimeout)
-#: Retrying does not help against these.
-PERMANENT_ERRORS = (
-    errors.InvalidPassword,
-    errors.InvalidAuthorizationSpecification,
-    errors.InvalidCatalogName,
-    errors.DiskFull,
-)
 
 
 @dataclass(frozen=True, slots=True)
 class FencingToken:
-    """The owner that writes, whose lease must be valid. The server ends transactions idle for `idle_timeout_s`."""
+    """The lease of a writer, which must be valid. The server ends transactions idle for `idle_timeout_s`."""
 
-    owner_id: int
+    lease_id: int
     idle_timeout_s: float
 
 
@@ -108,7 +109,12 @@ class PostgresSession:
         self._transaction_number = 0
         self._open_transaction: int | None = None
         self._cursor_numbers = count()
-        self._waits_shortened = threading.Event()
+        #: Since when waits are short, in monotonic seconds.
+        self._waits_shortened_at = inf
+        #: When the first of several silent statements began, and when the last was given up, in monotonic seconds.
+        self._silent_since: float | None = None
+        self._silent_until = -inf
+        self._statement_timeout_s = STATEMENT_TIMEOUT_S
         self._connection = self._connect()
 
     @property
@@ -148,13 +154,19 @@ class PostgresSession:
         for table, name, _ in references:
             self.execute(f"ALTER TABLE {table} DROP CONSTRAINT {name}")
         yield
-        for table, name, definition in references:
-            self.execute(f"ALTER TABLE {table} ADD CONSTRAINT {name} {definition}")
+        with self._statement_timeout(inf):
+            for table, name, definition in references:
+                self.execute(f"ALTER TABLE {table} ADD CONSTRAINT {name} {definition}")
 
     def load_rows(self, table: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], /) -> None:
         """Insert many rows. The next generated id is above theirs. Raises DatabaseFailed."""
         copy_sql = f"COPY {table} ({', '.join(columns)}) FROM STDIN"
-        with as_database_errors(), self._connection.cursor() as cursor, cursor.copy(copy_sql) as copy:
+        with (
+            self._statement_timeout(inf),
+            as_database_errors(),
+            self._connection.cursor() as cursor,
+            cursor.copy(copy_sql) as copy,
+        ):
             for row in rows:
                 copy.write_row(row)
         if "id" in columns:
@@ -162,23 +174,24 @@ class PostgresSession:
         self.execute(f"ANALYZE {table}")
 
     def begin(self) -> None:
-        """Begin a transaction that writes. Raises LeaseLost when the owner's lease has ended."""
+        """Begin a transaction that writes. Raises LeaseLost when the lease has ended."""
         self._open_transaction = None
         self._transaction_number += 1
-        owner_id = None if self.fencing_token is None else self.fencing_token.owner_id
+        lease_id = None if self.fencing_token is None else self.fencing_token.lease_id
         with as_database_errors():
             self._connection.execute("BEGIN")
             lease = self._connection.execute(
-                RECORD_TRANSACTION, (self._writer_id, self._transaction_number, owner_id)
+                RECORD_TRANSACTION, (self._writer_id, self._transaction_number, lease_id)
             ).fetchone()
         self._open_transaction = self._transaction_number
-        if owner_id is not None and lease is None:
+        if lease_id is not None and lease is None:
             self.rollback()
             raise LeaseLost
 
     def begin_snapshot(self) -> None:
         """Begin a transaction that reads from one snapshot."""
-        self.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+        # READ WRITE: a pass over the input creates temporary tables.
+        self.execute("BEGIN ISOLATION LEVEL REPEATABLE READ, READ WRITE")
 
     def begin_temporary(self) -> None:
         """Begin a transaction that writes only to temporary tables."""
@@ -188,6 +201,8 @@ class PostgresSession:
     def commit(self) -> None:
         """Commit the transaction durably."""
         self.execute("COMMIT")
+        if self._open_transaction is not None:
+            self._silent_since = None
         self._open_transaction = None
         self._may_truncate = not self.read_only
 
@@ -206,20 +221,59 @@ class PostgresSession:
             return None
         if not self._connection.closed and not self._connection.broken:
             # Anything else that the server refuses, such as for lack of memory, it would refuse again.
-            return False if isinstance(failure.__cause__, _CONFLICT_ERRORS) else None
-        deadline = time.monotonic() + OUTAGE_TIMEOUT_S
+            return False if isinstance(failure.__cause__, CONFLICT_ERRORS) else None
+        began = self._outage_began(failure.__cause__)
         while True:
             try:
-                self._connection = self._connect()
-                return self._was_committed()
+                with self._statement_timeout(SHORT_STATEMENT_TIMEOUT_S):
+                    self._connection = self._connect()
+                    committed = self._was_committed()
             except PERMANENT_ERRORS as error:
                 raise DatabaseFailed(error_text(error)) from error
             except psycopg.Error as error:
-                if self._waits_shortened.is_set():
-                    deadline = min(deadline, time.monotonic() + SHORT_OUTAGE_TIMEOUT_S)
-                if time.monotonic() > deadline:
+                if self._is_outage_over(began):
                     raise DatabaseFailed(error_text(error)) from error
+            else:
+                # The server may accept connections, and be silent to the same statement again.
+                is_silent = isinstance(failure.__cause__, StatementTimeout)
+                if is_silent and not committed and self._is_outage_over(began):
+                    raise DatabaseFailed(error_text(failure)) from failure
+                return committed
             time.sleep(RETRY_EVERY_S)
+
+    def _is_outage_over(self, began: float) -> bool:
+        """Return whether an outage that began at this time, in monotonic seconds, is not waited for any longer."""
+        latest = began + OUTAGE_TIMEOUT_S - SHORT_STATEMENT_TIMEOUT_S
+        return time.monotonic() > min(latest, max(began, self._waits_shortened_at) + SHORT_OUTAGE_TIMEOUT_S)
+
+    def _outage_began(self, cause: BaseException | None) -> float:
+        """Return when the outage of the server began, in monotonic seconds."""
+        if not isinstance(cause, StatementTimeout):
+            return time.monotonic()
+        # Several silent statements are one outage, unless a commit or enough time is between them.
+        if self._silent_since is None or cause.began > self._silent_until + OUTAGE_TIMEOUT_S:
+            self._silent_since = cause.began
+        self._silent_until = time.monotonic()
+        return self._silent_since
+
+    def _statement_deadline(self, began: float) -> float:
+        """Return until when a statement may take that began at this time, both in monotonic seconds."""
+        if self._statement_timeout_s == inf:
+            return inf
+        deadline = began + self._statement_timeout_s
+        if self._silent_since is not None:
+            latest = self._silent_since + OUTAGE_TIMEOUT_S - SHORT_STATEMENT_TIMEOUT_S
+            deadline = min(deadline, max(latest, began + SHORT_STATEMENT_TIMEOUT_S))
+        return min(deadline, max(began, self._waits_shortened_at) + SHORT_STATEMENT_TIMEOUT_S)
+
+    @contextmanager
+    def _statement_timeout(self, seconds: float) -> Iterator[None]:
+        """Give the statements of the block another time-out; `inf` for those that go over whole tables."""
+        self._statement_timeout_s, before = seconds, self._statement_timeout_s
+        try:
+            yield
+        finally:
+            self._statement_timeout_s = before
 
     def watch_files(self, _: Path) -> None:
         """Do nothing: the server manages its own files."""
@@ -229,7 +283,7 @@ class PostgresSession:
 
     def shorten_waits(self) -> None:
         """Shorten all waits for the server. Can be called from any thread."""
-        self._waits_shortened.set()
+        self._waits_shortened_at = min(self._waits_shortened_at, time.monotonic())
 
     def _was_committed(self) -> bool:
         """Return whether the open transaction was committed. Waits while the server is still committing it."""
@@ -249,7 +303,7 @@ class PostgresSession:
 
     def execute_ddl(self, statement: str) -> None:
         """Run one statement without parameters, as written. Raises DatabaseFailed."""
-        with as_database_errors():
+        with self._statement_timeout(inf), as_database_errors():
             self._connection.execute(statement)
 
     def has_temporary_table(self, table: str) -> bool:
@@ -276,7 +330,8 @@ class PostgresSession:
         """Vacuum the erased rows. Return whether all are gone: not while another connection still sees them."""
         deadline = time.monotonic() + VACUUM_TIMEOUT_S
         while True:
-            self.execute(f"VACUUM {', '.join(TABLES_WITH_ERASED_DATA)}")
+            with self._statement_timeout(inf):
+                self.execute(f"VACUUM {', '.join(TABLES_WITH_ERASED_DATA)}")
             (dead_rows,) = self.execute(
                 "SELECT coalesce(sum(n_dead_tup), 0) FROM pg_stat_user_tables "
                 "WHERE schemaname = current_schema() AND relname = ANY(?)",
@@ -288,7 +343,7 @@ class PostgresSession:
 
     def close(self) -> None:
         """Close the connection."""
-        with suppress(psycopg.Error):
+        with suppress(psycopg.Error), self._statement_timeout(CLOSE_TIMEOUT_S):
             # The server notices a closed connection late. The next process should not wait for the lock until then.
             self._connection.execute("SELECT pg_advisory_unlock_all()")
             if self._transaction_number:
@@ -302,80 +357,40 @@ class PostgresSession:
             return self.fencing_token.idle_timeout_s
         return 0.0 if self.read_only else self.location.lease_s
 
-    def _connect(self) -> psycopg.Connection[Any]:
-        connection = psycopg.connect(
-            self.location.conninfo,
-            autocommit=True,
-            connect_timeout=CONNECT_TIMEOUT_S,
-            application_name="enrich",
-            client_encoding="utf8",
-            **KEEPALIVE,  # type: ignore[arg-type]
-        )
-        adapters = connection.adapters
-        adapters.register_loader("numeric", _NumberLoader)
-        adapters.register_dumper(str, _TextDumper)
+    def _connect(self) -> Connection:
+        connection = self._open_connection()
         settings = {
             "search_path": self.location.schema,
             # The server's default may lose the latest commits (PostgreSQL docs: "Asynchronous Commit").
             "synchronous_commit": "on",
             "idle_in_transaction_session_timeout": f"{self._idle_timeout_s * 1000:.0f}",
-            # Giving up a wait would only start it again.
+            # Our own deadlines end a wait, and the outcome is looked up then.
             "statement_timeout": "0",
+            # A statement sees what others committed before it, and not only what they did before the transaction.
+            "default_transaction_isolation": "read committed",
             "lock_timeout": "0",
             "default_transaction_read_only": "on" if self.read_only else "off",
-            "enrich.owner": "" if self.fencing_token is None else str(self.fencing_token.owner_id),
+            "enrich.lease": "" if self.fencing_token is None else str(self.fencing_token.lease_id),
             # Otherwise a machine that lost power would hold its locks for hours.
             **SERVER_KEEPALIVE,
         }
-        for name, value in settings.items():
-            connection.execute("SELECT set_config(%s, %s, false)", (name, value))
+        try:
+            check_database(connection, self._open_connection)  # before a pooler gives the settings to others
+            calls = ", ".join(["set_config(%s, %s, false)"] * len(settings))
+            connection.execute(f"SELECT {calls}", [each for setting in settings.items() for each in setting])
+        except BaseException:
+            connection.close()
+            raise
         return connection
 
-
-class _NumberLoader(Loader):
-    """Loads numeric values as Python numbers; a sum of integers becomes an int."""
-
-    def load(self, data: Any) -> int | float:  # noqa: ANN401 - bytes or a buffer
-        text = bytes(data)
-        return float(text) if b"." in text or b"N" in text else int(text)
-
-
-class _TextDumper(StrDumper):
-    """Replaces NUL in text by U+FFFD: PostgreSQL text cannot hold NUL."""
-
-    def dump(self, obj: str) -> Any:  # noqa: ANN401 - bytes or a buffer
-        return super().dump(obj.replace("\0", "\ufffd") if "\0" in obj else obj)
-
-
-@lru_cache(maxsize=1024)
-def to_psycopg_sql(text: str) -> tuple[str, bool]:
-    """Convert `?` and `?1` to psycopg's placeholders. Return also whether they are numbered."""
-    text = text.replace("%", "%%")
-    if re.search(r"\?\d", text):
-        return re.sub(r"\?(\d+)", r"%(p\1)s", text), True
-    return text.replace("?", "%s"), False
-
-
-@contextmanager
-def as_database_errors() -> Iterator[None]:
-    """Raise psycopg's errors as DatabaseFailed, and as TransactionInterrupted when a retry may help."""
-    try:
-        yield
-    except psycopg.Error as error:
-        is_retryable = isinstance(error, (*_CONFLICT_ERRORS, *_CONNECTION_ERRORS)) and not isinstance(
-            error, PERMANENT_ERRORS
+    def _open_connection(self) -> Connection:
+        connection = Connection.connect(
+            self.location.conninfo,
+            autocommit=True,
+            connect_timeout=CONNECT_TIMEOUT_S if self._waits_shortened_at == inf else int(SHORT_OUTAGE_TIMEOUT_S),
+            application_name="enrich",
+            client_encoding="utf8",
+            **KEEPALIVE,  # type: ignore[arg-type]
         )
-        raise (TransactionInterrupted if is_retryable else DatabaseFailed)(error_text(error)) from error
-
-
-def is_unreachable(error: BaseException | None) -> bool:
-    """Return whether the server is unreachable now but may come back."""
-    return isinstance(error, TransactionInterrupted) or (
-        isinstance(error, _CONNECTION_ERRORS) and not isinstance(error, PERMANENT_ERRORS)
-    )
-
-
-def error_text(error: BaseException) -> str:
-    """Return the message of the server or driver on one line, without values of the statement."""
-    primary = error.diag.message_primary if isinstance(error, psycopg.Error) else None
-    return " ".join((primary or str(error)).split())
+        connection.prepare(self._statement_deadline)
+        return connection

@@ -14,7 +14,8 @@ from enrich.errors import LOCKED_HINT, CommandRefused, LedgerLocked
 from enrich.job.locations import PostgresLocation
 from enrich.ledger import schema
 from enrich.ledger.dialect import DatabaseFailed, TransactionInterrupted
-from enrich.ledger.postgres import RETRY_EVERY_S, FencingToken, PostgresSession, error_text, is_unreachable
+from enrich.ledger.postgres import RETRY_EVERY_S, FencingToken, PostgresSession
+from enrich.ledger.postgres_connection import UnsuitableDatabase, error_text, is_unreachable
 
 #: Class id of our advisory locks: "enri" in ASCII.
 _LOCK_CLASS_ID = 0x656E7269
@@ -94,23 +95,35 @@ def _check_and_migrate(
     if version is not None and version > newest:
         raise CommandRefused(
             f"{location}: this ledger was written by a newer version of enrich",
-            f"it has version {version}, this program knows {newest}; install the newer one",
+            f"it has version {version}, this program supports {newest}; install a newer version",
         )
     if version != newest and not any_version:
         if read_only:
             raise CommandRefused(
                 f"{location}: this ledger is of an older version of enrich",
-                "a run brings it up to date; with --limit 0 it asks nothing new",
+                "a run upgrades it; with --limit 0 it sends nothing new",
             )
         _migrate(session)
+
+
+def _has_leases(session: PostgresSession) -> bool:
+    """Return whether attempts have their lease, as since the last change before the first release."""
+    found = session.execute(
+        "SELECT 1 FROM information_schema.columns WHERE table_schema = ? AND table_name = 'attempts' "
+        "AND column_name = 'lease_id'",
+        (session.location.schema,),
+    )
+    return found.fetchone() is not None
 
 
 def _version(session: PostgresSession) -> int | None:
     """Return the version of the schema. None: it has no tables; _FOREIGN: its tables are not a ledger's."""
     found = session.execute("SELECT tablename FROM pg_tables WHERE schemaname = ?", (session.location.schema,))
     tables = {name for (name,) in found.fetchall()}
-    if "ledger" in tables and "attempts" in tables:
-        (version,) = session.execute("SELECT version FROM ledger").fetchone()
+    if "attempts" in tables and (not tables.isdisjoint({"ledger", "waterfalls"}) or not _has_leases(session)):
+        raise schema.unreleased_ledger_error(session.location)
+    if {"ledger_version", "attempts"} <= tables:
+        (version,) = session.execute("SELECT version FROM ledger_version").fetchone()
         return int(version)
     return _FOREIGN if tables else None
 
@@ -127,7 +140,7 @@ def _migrate(session: PostgresSession) -> None:
         for number, script in enumerate(schema.POSTGRES_MIGRATIONS[version:], start=version + 1):
             for statement in schema.statements(script):
                 session.execute_ddl(statement)
-            session.execute("UPDATE ledger SET version = ?", (number,))
+            session.execute("UPDATE ledger_version SET version = ?", (number,))
         session.commit()
     except BaseException:
         session.rollback()
@@ -158,6 +171,8 @@ def _as_refused(location: PostgresLocation) -> Iterator[None]:
 
 
 def _hint(error: BaseException) -> str:
+    if isinstance(error, UnsuitableDatabase):
+        return error.hint
     text = str(error)
     if "password" in text or "authentication" in text:
         return "set PGPASSWORD, or keep the password in ~/.pgpass"
@@ -165,7 +180,7 @@ def _hint(error: BaseException) -> str:
         return "grant CREATE on the database, or make the schema for this user"
     if isinstance(error, errors.InvalidCatalogName) or "does not exist" in text:
         return "make the database first: createdb"
-    return "is the server there, and does it let us in? psql with the same URL tells"
+    return "check the server and the access with psql and the same URL"
 
 
 @contextmanager
@@ -178,7 +193,7 @@ def advisory_lock(location: PostgresLocation, wait_s: float) -> Iterator[None]:
         with _as_refused(location):
             while not _try_lock(session):
                 if wait_s >= 0 and time.monotonic() >= deadline:
-                    raise LedgerLocked(f"{location}: another execution holds this ledger", LOCKED_HINT)
+                    raise LedgerLocked(f"{location}: another run is using this ledger", LOCKED_HINT)
                 time.sleep(RETRY_EVERY_S)
         stop = threading.Event()
         thread = threading.Thread(target=_keep_locked_until, args=(session, stop), name="lock", daemon=True)

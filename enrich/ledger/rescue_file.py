@@ -1,11 +1,12 @@
 """The rescue file: paid results that could not be written to the ledger, one JSON object per line.
 
-It is beside the ledger (`leads.db.rescue`), or beside the output when the ledger's folder is gone. The next run imports
+It is in the folder of the ledger (`leads.db.rescue`), or of the output if that folder is missing. The next run imports
 and removes it. Disk space for it is reserved when a run starts, so that a full disk does not lose task ids.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -15,7 +16,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from enrich.errors import CommandRefused
+from enrich.errors import LOCKED_HINT, CommandRefused, LedgerLocked
 from enrich.files.atomic import fsync_dir
 
 #: Appended to the ledger's name. Further files of the same ledger end with `.2`, `.3` and so on.
@@ -33,7 +34,7 @@ class RescuedAttempt(BaseModel):
     Times are milliseconds since 1970 (UTC), credits millionths.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
 
     format: Literal[1] = 1
     #: The ledger that the attempt belongs to.
@@ -47,20 +48,22 @@ class RescuedAttempt(BaseModel):
     call: Json
     params: Json
     paths: list[str] = []
+    #: The step of the job that sent it.
+    step: str | None = None
     state: Literal["submitting", "submitted", "in_doubt", "refused", "found", "not_found", "failed", "expired"]
     task_id: str | None = None
     claimed_ms: int
     submitted_ms: int | None = None
     settled_ms: int | None = None
     reserved: int = Field(ge=0)
-    seen_alive: bool = False
+    acknowledged: bool = False
     credits: int | None = None
     provider: str | None = None
     error: str | None = None
     answer: str | None = None
     #: For requests sent as one bulk task: its id in that ledger, the index in the task, and the number of requests.
-    bundle: int | None = None
-    place: int | None = Field(None, ge=0)
+    bulk_task: int | None = None
+    bulk_index: int | None = Field(None, ge=0)
     size: int | None = Field(None, ge=1)
 
     def to_line(self) -> bytes:
@@ -123,15 +126,18 @@ def _check_line(attempt: RescuedAttempt) -> None:
         raise ValueError
     if attempt.state in ("found", "not_found", "failed", "expired") and attempt.settled_ms is None:
         raise ValueError
-    if len({attempt.bundle is None, attempt.place is None, attempt.size is None}) > 1:
+    if len({attempt.bulk_task is None, attempt.bulk_index is None, attempt.size is None}) > 1:
         raise ValueError
 
 
 class RescueFile:
-    """Writes a rescue file. Disk space for it is reserved beside the ledger in advance."""
+    """Writes a rescue file. Disk space for it is reserved in the ledger's folder in advance."""
 
     def __init__(self, ledger: Path, other_folders: Sequence[Path] = ()) -> None:
-        """Reserve disk space. `other_folders` are used when the ledger's folder is gone."""
+        """Reserve disk space. `other_folders` are used when the ledger's folder is gone.
+
+        Raises LedgerLocked when another run is alive that writes such a file: its lock file was removed.
+        """
         self._ledger = ledger
         self._folders = list(dict.fromkeys([ledger.parent, *other_folders]))
         self._reserved_path = ledger.with_name(f".{ledger.name}.room-{os.getpid()}")
@@ -139,13 +145,22 @@ class RescueFile:
         self._end = 0
         #: Path of the file, once something was written.
         self.path: Path | None = None
+        self._refuse_second_writer()
         self._reserve_space()
+
+    def _refuse_second_writer(self) -> None:
+        """Raise LedgerLocked when another process holds its reserved space or a rescue file of this ledger."""
+        reserved = self._ledger.parent.glob(f".{self._ledger.name}.room-*")
+        for path in (*reserved, *find_rescue_files(self._ledger, ())):
+            if _is_held(path):
+                raise LedgerLocked(f"{self._ledger}: another run is using this ledger, without a lock", LOCKED_HINT)
 
     def _reserve_space(self) -> None:
         """Reserve disk space. On a disk that is already full the run continues without."""
         try:
             self._remove_abandoned()
             self._file = os.open(self._reserved_path, os.O_CREAT | os.O_TRUNC | os.O_RDWR | os.O_NOFOLLOW, 0o600)
+            _hold(self._file)
             os.posix_fallocate(self._file, 0, RESERVED_BYTES)
         except (OSError, AttributeError):
             self._drop_reserved()
@@ -208,6 +223,7 @@ class RescueFile:
                 return False
             old_file, old_end = self._file, self._end
             self._file, self._end = file, 0
+            _hold(file)
             if self._write(content):
                 self.path = path
                 if old_file is not None:
@@ -256,6 +272,24 @@ class RescueFile:
             self._file = None
         with suppress(OSError):
             self._reserved_path.unlink(missing_ok=True)
+
+
+def _hold(file: int) -> None:
+    """Show other processes that this one is alive and writes the file."""
+    with suppress(OSError):  # some network file systems have no locks
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _is_held(path: Path) -> bool:
+    """Return whether a process that is alive writes this file."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _file_name(ledger: str, number: int) -> str:

@@ -6,12 +6,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from enrich.errors import CommandRefused
-from enrich.ledger.rescue import RescueImport, RescueQueries
+from enrich.ledger import rescue_merge
+from enrich.ledger.database import Database
 from enrich.ledger.rescue_file import find_rescue_files, read_rescue_file
+from enrich.ledger.rescue_merge import RescueImport
 
 
 def import_rescue_files(
-    ledger: RescueQueries, other_folders: Sequence[Path], job: str, now_ms: int
+    ledger: Database, other_folders: Sequence[Path], job: str, now_ms: int
 ) -> list[tuple[Path, RescueImport]]:
     """Import the rescue files of a ledger in the caller's transaction. The caller removes them after its commit.
 
@@ -27,7 +29,7 @@ def import_rescue_files(
         if path.parent != location.parent and any(line.ledger != str(location) for line in lines):
             continue
         try:
-            imported.append((path, ledger.import_rescued(lines, job, now_ms)))
+            imported.append((path, rescue_merge.import_rescued(ledger, lines, job, now_ms)))
         except CommandRefused as error:
             raise CommandRefused(f"{path}: {error.message}", error.hint) from error
     return imported

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, ClassVar
+from typing import Any
 
 from enrich.errors import LedgerFailed
+from enrich.ledger import rescue_merge, resume, task_ids, transitions
+from enrich.ledger.database import Database
 from enrich.ledger.dialect import DATABASE_ERRORS
-from enrich.ledger.queue import InDoubtUpdate
-from enrich.ledger.rescue import SETTLED_STATES, RescueQueries
 from enrich.ledger.rescue_file import RescuedAttempt, RescueFile
+from enrich.ledger.rescue_merge import SETTLED_STATES
+from enrich.ledger.transitions import InDoubtUpdate
 from enrich.models import Acceptance, Answer, State
 
 #: Lines per write.
@@ -25,23 +28,7 @@ _READ_ERRORS = (*DATABASE_ERRORS, ValueError, TypeError)
 class RescueRecorder:
     """Records operations that could not be written. One that would start something new fails with `failure`."""
 
-    #: The methods of the ledger that this class replaces.
-    OPERATIONS: ClassVar = frozenset(
-        {
-            "record_accepted",
-            "mark_in_doubt",
-            "record_refused",
-            "record_rejected",
-            "mark_acknowledged",
-            "settle",
-            "settle_bulk_task",
-            "has_task",
-            "save_unusable_answer",
-            "mark_result_deleted",
-        }
-    )
-
-    ledger: RescueQueries
+    ledger: Database
     file: RescueFile
     failure: LedgerFailed
     #: The ledger's path no longer leads to the open database.
@@ -55,7 +42,7 @@ class RescueRecorder:
         """Record all running and unconfirmed attempts when the whole ledger is gone."""
         if self.database_missing:
             with suppress(*_READ_ERRORS):
-                self._lines = {line.attempt: line for line in self.ledger.open_attempts()}
+                self._lines = {line.attempt: line for line in rescue_merge.open_attempts(self.ledger)}
                 self._changed = set(self._lines)
         self.flush()
 
@@ -82,6 +69,10 @@ class RescueRecorder:
         for attempt, error, now_ms in updates:
             self._update_line(attempt, state="refused", error=error, settled_ms=now_ms)
 
+    def release_unsent(self, attempt_ids: AbstractSet[int], now_ms: int) -> None:
+        """Record that these attempts were not sent."""
+        self.record_refused([(attempt, "not sent: the run ended", now_ms) for attempt in sorted(attempt_ids)])
+
     def record_rejected(self, updates: Sequence[tuple[int, str, int]]) -> None:
         """Record that the API refused the params."""
         for attempt, error, now_ms in updates:
@@ -91,7 +82,7 @@ class RescueRecorder:
         """Record that the API has acknowledged the tasks."""
         for attempt in attempt_ids:
             if attempt in self._lines:
-                self._lines[attempt] = self._lines[attempt].model_copy(update={"seen_alive": True})
+                self._lines[attempt] = self._lines[attempt].model_copy(update={"acknowledged": True})
 
     def has_task(self, _task_id: str) -> bool:
         """Return True without the ledger, so that no task counts as unknown."""
@@ -130,7 +121,7 @@ class RescueRecorder:
     def _update_line(self, attempt: int, **changes: Any) -> None:  # noqa: ANN401 - fields of a line
         if attempt not in self._lines:
             with suppress(*_READ_ERRORS):
-                self._lines |= {line.attempt: line for line in self.ledger.rescued_attempts([attempt])}
+                self._lines |= {line.attempt: line for line in rescue_merge.rescued_attempts(self.ledger, [attempt])}
         if attempt in self._lines:
             self._lines[attempt] = self._lines[attempt].model_copy(update=changes)
             self._changed.add(attempt)
@@ -153,14 +144,14 @@ class RescueRecorder:
         self.file.append(line for line in self._unwritten_lines() if line.state in SETTLED_STATES)
         if self.database_missing:
             with suppress(*_READ_ERRORS):
-                rest = (line for line in self.ledger.answered_attempts() if line.attempt not in self._lines)
+                rest = (line for line in rescue_merge.answered_attempts(self.ledger) if line.attempt not in self._lines)
                 while (lines := list(islice(rest, _LINES_PER_WRITE))) and self.file.append(lines):
                     pass
         self.file.close()
         message, hint = self.failure.message, self.failure.hint
         if self.file.path is not None:
             message += f"; what was paid for is kept in {self.file.path}"
-            hint = f"{hint}; it takes in {self.file.path.name}"
+            hint = f"{hint}; it imports {self.file.path.name}"
         if self._unsaved_task_ids:
             fingerprints = {attempt: line.fingerprint for attempt, line in self._lines.items()}
             lost = ", ".join(
@@ -168,3 +159,19 @@ class RescueRecorder:
             )
             message += f"; these tasks could be written nowhere, so keep their ids: {lost}"
         return type(self.failure)(message, hint)
+
+
+#: The operations of a run that are recorded when the ledger cannot be written, each with its replacement.
+REPLACEMENTS: Mapping[Callable[..., Any], Callable[..., Any]] = {
+    transitions.record_accepted: RescueRecorder.record_accepted,
+    transitions.mark_in_doubt: RescueRecorder.mark_in_doubt,
+    transitions.record_refused: RescueRecorder.record_refused,
+    transitions.release_unsent: RescueRecorder.release_unsent,
+    transitions.record_rejected: RescueRecorder.record_rejected,
+    transitions.mark_acknowledged: RescueRecorder.mark_acknowledged,
+    transitions.settle: RescueRecorder.settle,
+    transitions.settle_bulk_task: RescueRecorder.settle_bulk_task,
+    task_ids.has_task: RescueRecorder.has_task,
+    resume.save_unusable_answer: RescueRecorder.save_unusable_answer,
+    resume.mark_result_deleted: RescueRecorder.mark_result_deleted,
+}

@@ -1,23 +1,25 @@
 """The ledger's tables: one SQL script for each database, and a further script for each later version.
 
 The version of a ledger is the number of scripts that were applied. It is stored in `PRAGMA user_version` of a SQLite
-file and in the table `ledger` of a PostgreSQL schema.
+file and in the table `ledger_version` of a PostgreSQL schema.
 """
 
 from __future__ import annotations
 
 from importlib.resources import files
 
+from enrich.errors import CommandRefused
+
 #: `PRAGMA application_id` of a ledger. A SQLite file with another one belongs to another program.
-APPLICATION_ID = 0x656E7231
-#: The application id of ledgers made before the first release.
-UNRELEASED_MARK = 0x656E7269
+APPLICATION_ID = 0x656E7235
+#: The application ids of ledgers made before the first release.
+UNRELEASED_IDS = (0x656E7269, 0x656E7231, 0x656E7232, 0x656E7233, 0x656E7234)
 
 #: Text columns that hold JSON, by table.
 JSON_COLUMNS = {
-    "waterfalls": ("description", "providers"),
+    "targets": ("description", "providers"),
     "calls": ("canonical",),
-    "executions": ("receipt", "paths", "pulse"),
+    "executions": ("summary", "paths", "progress"),
     "requests": ("params",),
     "attempts": ("answer",),
 }
@@ -30,6 +32,14 @@ def _script(name: str) -> str:
 #: The scripts for SQLite and PostgreSQL. Append a script for each new version of the tables.
 MIGRATIONS = [_script("schema.sql")]
 POSTGRES_MIGRATIONS = [_script("schema_postgres.sql")]
+
+
+def unreleased_ledger_error(location: object) -> CommandRefused:
+    """Return the error for a ledger that a version before the first release made."""
+    return CommandRefused(
+        f"{location}: this ledger was made by a version of enrich before its first release",
+        "finish with that version, then name another one as `ledger`; requests that it has are paid again there",
+    )
 
 
 def statements(script: str) -> list[str]:

@@ -14,16 +14,18 @@ from typing import Any, NamedTuple
 from enrich.errors import CommandRefused, LedgerDamaged, LedgerMoved
 from enrich.ledger import schema
 from enrich.ledger.dialect import Dialect
-from enrich.ledger.open_files import OpenFiles, ledger_file_exists
+from enrich.ledger.file_identity import OpenFiles, ledger_file_exists, make_private_folder
 
 #: A journal of the damaged ledger would be applied to the backup.
-RESTORE_HINT = "restore a backup, with no -wal and -shm beside it; what that buys again is in RELIABILITY.md"
+RESTORE_HINT = (
+    "restore a backup without -wal and -shm files. Leads since the backup are charged again: see RELIABILITY.md"
+)
 
 #: How long to wait for another process that writes, or that reads data to be erased, in seconds.
 BUSY_TIMEOUT_S = 30.0
 #: During a run the write lock is retried after this many milliseconds.
 RUN_BUSY_TIMEOUT_MS = 500
-#: Suffixes of the files that SQLite keeps beside a database.
+#: Suffixes of the files that SQLite keeps next to a database.
 JOURNAL_SUFFIXES = ("-journal", "-wal", "-shm")
 _DAMAGE_CODES = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR_SHORT_READ, sqlite3.SQLITE_FORMAT}
 #: Python's decoding errors start with this. They have no error code and quote the text.
@@ -37,7 +39,7 @@ CHECKED_AT_START_BYTES = 256 * 1024 * 1024
 #: SQLite's messages about damage quote the file's content. These texts replace them; the first matching pattern counts.
 _DAMAGE_TEXTS = (
     ("index|non-unique", "an index does not agree with its table"),
-    ("constraint failed|value in", "a column has a value that it does not take"),
+    ("constraint failed|value in", "a column has an invalid value"),
     ("", "its pages do not fit together"),
 )
 
@@ -97,7 +99,7 @@ class SqliteSession(sqlite3.Connection):
         if changed == self._files.files[-1][0]:
             raise LedgerMoved(
                 f"{changed}: the lock file was removed or replaced while the run was using it",
-                "let no other run use this ledger meanwhile, then run the same command again",
+                "make sure that no other run uses this ledger, then run the same command again",
                 database_missing=False,
             )
         raise LedgerMoved(
@@ -143,9 +145,9 @@ class SqliteSession(sqlite3.Connection):
         """Return None: a failed file operation would fail again."""
         return None
 
-    def has_temporary_table(self, _: str) -> bool:
-        """Return True: the only connection has created all temporary tables."""
-        return True
+    def has_temporary_table(self, table: str) -> bool:
+        """Return whether this connection has created the temporary table."""
+        return self.execute("SELECT 1 FROM temp.sqlite_master WHERE name = ?", (table,)).fetchone() is not None
 
     def shorten_waits(self) -> None:
         """Do nothing: waits for a file are short."""
@@ -196,7 +198,7 @@ def describe_write_error(error: BaseException) -> tuple[str, str]:
             "cannot be written: another program has locked it (database is locked)",
             "end the program that holds the lock, such as a database browser, then run the same command again",
         )
-    return f"cannot be written: {error}", "make room or mend it, then run the same command again"
+    return f"cannot be written: {error}", "free some space or repair the disk, then run the same command again"
 
 
 def is_damage_error(error: BaseException | None) -> bool:
@@ -230,7 +232,7 @@ def open_sqlite(path: Path, *, read_only: bool, any_version: bool, skip_integrit
     try:
         file_exists = ledger_file_exists(path)
         if not read_only:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_private_folder(path.parent)
             if not file_exists:
                 _create(path)
             # SQLite would silently open a read-only file for reading.
@@ -328,11 +330,8 @@ def _check_application_id(db: sqlite3.Connection, path: Path) -> None:
     (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
     (application_id,) = db.execute("PRAGMA application_id").fetchone()
     tables_found = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    if application_id == schema.UNRELEASED_MARK:
-        raise CommandRefused(
-            f"{path}: this ledger was made by a version of enrich before its first release",
-            "finish with that version, then name another file as `ledger`; requests that it has are paid again there",
-        )
+    if application_id in schema.UNRELEASED_IDS:
+        raise schema.unreleased_ledger_error(path)
     if application_id != schema.APPLICATION_ID and {"requests", "attempts"} <= tables_found:
         raise damaged_ledger_error(path)
     if tables and application_id != schema.APPLICATION_ID:
@@ -346,12 +345,12 @@ def _migrate(db: sqlite3.Connection, path: Path, *, allowed: bool) -> None:
     if version > len(schema.MIGRATIONS):
         raise CommandRefused(
             f"{path}: this ledger was written by a newer version of enrich",
-            f"it has version {version}, this program knows {len(schema.MIGRATIONS)}; install the newer one",
+            f"it has version {version}, this program supports {len(schema.MIGRATIONS)}; install a newer version",
         )
     if version < len(schema.MIGRATIONS) and not allowed:
         raise CommandRefused(
             f"{path}: this ledger is of an older version of enrich",
-            "a run brings it up to date; with --limit 0 it asks nothing new",
+            "a run upgrades it; with --limit 0 it sends nothing new",
         )
     for number, script in enumerate(schema.MIGRATIONS[version:], start=version + 1):
         db.execute("BEGIN IMMEDIATE")

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from enrich.errors import CommandRefused, LedgerDamaged
+import orjson
+
+from enrich.errors import CommandRefused, EnrichError, LedgerDamaged, LedgerFailed
 from enrich.job.locations import LedgerLocation, PostgresLocation
-from enrich.ledger.database import Database, ledger_exists
-from enrich.ledger.dialect import DATABASE_ERRORS
+from enrich.ledger.database import Database, open_existing
+from enrich.ledger.dialect import DATABASE_ERRORS, DatabaseFailed
 from enrich.ledger.schema import APPLICATION_ID, JSON_COLUMNS
-from enrich.ledger.sqlite import Column, damaged_ledger_error, is_damage_error, ledger_columns
+from enrich.ledger.sqlite import Column, damaged_ledger_error, is_busy_error, is_damage_error, ledger_columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +34,11 @@ class LedgerCheck:
 def check_ledger(location: LedgerLocation) -> LedgerCheck:
     """Check a ledger's file and invariants. Raises CommandRefused when it is missing or cannot be opened."""
     try:
-        verifier = LedgerVerifier(location)
+        verifier = open_existing(location, skip_integrity_check=True)
     except LedgerDamaged as error:
         return LedgerCheck([f"the file is damaged{error.message.partition('is damaged')[2]}"])
     with closing(verifier):
-        return verifier.check()
+        return check_open_ledger(verifier)
 
 
 def is_damaged(location: Path) -> bool:
@@ -47,112 +49,142 @@ def is_damaged(location: Path) -> bool:
         return False
 
 
-class LedgerVerifier(Database):
-    """A ledger that is opened read-only."""
+def as_enrich_error(error: Exception, ledger: object) -> EnrichError | None:
+    """Return the error to show for an unexpected one that the ledger's file or server causes; None: it is a bug.
 
-    def __init__(self, location: LedgerLocation, *, any_version: bool = False) -> None:
-        """Open the ledger; with `any_version` also an older one.
+    Without the text of a database error: that may quote the ledger's content.
+    """
+    if isinstance(error, EnrichError):
+        return error
+    if isinstance(error, DatabaseFailed):
+        return LedgerFailed(f"the ledger's server failed: {error}", "run the same command again")
+    if is_busy_error(error):
+        hint = "end the program that holds the lock, then run the same command again"
+        return LedgerFailed("another program has locked the ledger", hint)
+    if is_damage_error(error) or (isinstance(ledger, Path) and is_damaged(ledger)):
+        return damaged_ledger_error(ledger or "a database")
+    return None
 
-        Raises CommandRefused when it is missing or not a ledger.
-        """
-        if not ledger_exists(location):
-            raise CommandRefused(f"{location}: there is no such ledger", "it is made by the first `enrich run`")
-        super().__init__(location, read_only=True, any_version=any_version, skip_integrity_check=True)
 
-    def check(self) -> LedgerCheck:
-        """Check one snapshot of the ledger, also during a run."""
+def check_open_ledger(db: Database) -> LedgerCheck:
+    """Check one snapshot of the ledger, also during a run."""
+    with suppress(*DATABASE_ERRORS):
+        db.session.begin_snapshot()
+    try:
+        return LedgerCheck(list(problems(db)), *(_count(db, table) for table in ("requests", "attempts", "executions")))
+    finally:
         with suppress(*DATABASE_ERRORS):
-            self._db.begin_snapshot()
-        try:
-            return LedgerCheck(list(self.problems()), *map(self._count, ("requests", "attempts", "executions")))
-        finally:
-            with suppress(*DATABASE_ERRORS):
-                self._db.rollback()
+            db.session.rollback()
 
-    def problems(self) -> Iterator[str]:
-        """Yield each problem as text: first of the file, then, if the file is sound, of the invariants."""
-        has_damage = False
+
+def problems(db: Database) -> Iterator[str]:
+    """Yield each problem as text: first of the file, then, if the file is sound, of the invariants."""
+    has_damage = False
+    try:
+        for problem in db.session.integrity_problems():
+            has_damage = True
+            yield f"the file is damaged: {problem}"
+    except (*DATABASE_ERRORS, UnicodeDecodeError):
+        has_damage = True
+        yield "the file is damaged: it cannot be read to its end"
+    for problem in _unreadable_values(db):
+        has_damage = True
+        yield problem
+    for invariant, query in () if has_damage else INVARIANTS.items():
         try:
-            for problem in self._db.integrity_problems():
-                has_damage = True
-                yield f"the file is damaged: {problem}"
+            rows = query.replace(_ORPHAN_QUERY, db.dialect.orphan_query)
+            (count,) = db.execute(f"SELECT count(*) FROM ({rows}) AS broken").fetchone()
+        except DATABASE_ERRORS:
+            yield f"cannot be checked: {invariant}"
+            continue
+        if count:
+            yield f"{count:,} times: {invariant}"
+
+
+def _unreadable_values(db: Database) -> Iterator[str]:
+    """Decode every value and parse every JSON column. Yield column and row of each broken value."""
+    for table, group in groupby(ledger_columns(), key=lambda column: column.table):
+        table_columns = list(group)
+        if _is_readable(db, table, table_columns):
+            continue
+        expressions = [
+            db.dialect.as_bytes.format(column.name) if column.kind is str else column.name for column in table_columns
+        ]
+        id_expression = "id" if "id" in expressions else "NULL"
+        try:
+            for row_number, (row_id, *values) in enumerate(
+                db.stream(f"SELECT {id_expression}, {', '.join(expressions)} FROM {table}"), 1
+            ):
+                for column, value in zip(table_columns, values, strict=True):
+                    if (problem := _value_problem(column, value)) is not None:
+                        row_label = f"row {row_number}" if row_id is None else f"id {row_id}"
+                        yield f"the file is damaged: {table}.{column.name}, {row_label}: {problem}"
         except (*DATABASE_ERRORS, UnicodeDecodeError):
-            has_damage = True
-            yield "the file is damaged: it cannot be read to its end"
-        for problem in self._unreadable_values():
-            has_damage = True
-            yield problem
-        for invariant, query in () if has_damage else INVARIANTS.items():
-            try:
-                rows = query.replace(_ORPHAN_QUERY, self._db.dialect.orphan_query)
-                (count,) = self._db.execute(f"SELECT count(*) FROM ({rows}) AS broken").fetchone()
-            except DATABASE_ERRORS:
-                yield f"cannot be checked: {invariant}"
-                continue
-            if count:
-                yield f"{count:,} times: {invariant}"
+            yield f"the file is damaged: the table {table} cannot be read"
 
-    def _unreadable_values(self) -> Iterator[str]:
-        """Decode every value and parse every JSON column. Yield column and row of each broken value."""
-        for table, group in groupby(ledger_columns(), key=lambda column: column.table):
-            table_columns = list(group)
-            expressions = [
-                self._db.dialect.as_bytes.format(column.name) if column.kind is str else column.name
-                for column in table_columns
-            ]
-            id_expression = "id" if "id" in expressions else "NULL"
-            try:
-                for row_number, (row_id, *values) in enumerate(
-                    self._db.stream(f"SELECT {id_expression}, {', '.join(expressions)} FROM {table}"), 1
-                ):
-                    for column, value in zip(table_columns, values, strict=True):
-                        if (problem := _value_problem(column, value)) is not None:
-                            row_label = f"row {row_number}" if row_id is None else f"id {row_id}"
-                            yield f"the file is damaged: {table}.{column.name}, {row_label}: {problem}"
-            except (*DATABASE_ERRORS, UnicodeDecodeError):
-                yield f"the file is damaged: the table {table} cannot be read"
 
-    def _count(self, table: str) -> int | None:
-        with suppress(*DATABASE_ERRORS):
-            (count,) = self._db.execute(f"SELECT count(*) FROM {table}").fetchone()
-            return int(count)
-        return None
+def _is_readable(db: Database, table: str, columns: Sequence[Column]) -> bool:
+    """Read a table as a whole, much faster than value by value. False: it has a broken value, or may have one."""
+    json_places = [place for place, column in enumerate(columns) if column.name in JSON_COLUMNS.get(table, ())]
+    row_types = set()
+    try:
+        for row in db.stream(f"SELECT {', '.join(column.name for column in columns)} FROM {table}"):
+            row_types.add(tuple(map(type, row)))
+            for place in json_places:
+                if row[place] is not None:
+                    orjson.loads(row[place])
+    except (*DATABASE_ERRORS, ValueError, RecursionError, TypeError):
+        return False
+    kinds = [column.kind for column in columns]
+    return all(
+        found is type(None) or issubclass(found, kind)
+        for found_types in row_types
+        for found, kind in zip(found_types, kinds, strict=True)
+    )
 
-    def backup(self, target: Path) -> None:
-        """Write a consistent copy (mode 0600) atomically, also during a run.
 
-        Raises CommandRefused when the copy cannot be written or would replace a file that is not a copy.
-        """
-        if isinstance(self.location, PostgresLocation):
-            hint = "pg_dump copies it, and `enrich ledger copy` makes a file of it"
-            raise CommandRefused(f"{self.location}: a ledger on a server is no file that could be copied", hint)
-        temporary = target.with_name(f".{target.name}.part")
+def _count(db: Database, table: str) -> int | None:
+    with suppress(*DATABASE_ERRORS):
+        (count,) = db.execute(f"SELECT count(*) FROM {table}").fetchone()
+        return int(count)
+    return None
+
+
+def backup(db: Database, target: Path) -> None:
+    """Write a consistent copy (mode 0600) atomically, also during a run.
+
+    Raises CommandRefused when the copy cannot be written or would replace a file that is not a copy.
+    """
+    if isinstance(db.location, PostgresLocation):
+        hint = "pg_dump copies it, and `enrich ledger copy` makes a file of it"
+        raise CommandRefused(f"{db.location}: a ledger on a server is no file that could be copied", hint)
+    temporary = target.with_name(f".{target.name}.part")
+    try:
+        _check_target(target, db.location)
+        _remove_unfinished_copy(temporary)
         try:
-            _check_target(target, self.location)
-            _remove_unfinished_copy(temporary)
-            try:
-                os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-                with closing(sqlite3.connect(temporary)) as copy:
-                    self._db.backup(copy)  # type: ignore[attr-defined] # a path, therefore SQLite
-                    # The copy must be a single file without a journal beside it.
-                    copy.execute("PRAGMA journal_mode = DELETE")
-                with temporary.open("rb") as written:
-                    os.fsync(written.fileno())
-                temporary.replace(target)
-            finally:
-                with suppress(OSError):
-                    _remove_unfinished_copy(temporary)
-            folder = os.open(target.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-        except OSError as error:
-            raise CommandRefused(f"{target}: the copy cannot be written: {error.strerror or error}") from error
-        except sqlite3.Error as error:
-            if is_damage_error(error):
-                raise damaged_ledger_error(self.location) from error
-            raise CommandRefused(f"{target}: the copy cannot be written: {error}") from error
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            with closing(sqlite3.connect(temporary)) as copy:
+                db.session.backup(copy)  # type: ignore[attr-defined] # a path, therefore SQLite
+                # The copy must be a single file without a journal.
+                copy.execute("PRAGMA journal_mode = DELETE")
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
+            temporary.replace(target)
+        finally:
+            with suppress(OSError):
+                _remove_unfinished_copy(temporary)
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise CommandRefused(f"{target}: the copy cannot be written: {error.strerror or error}") from error
+    except sqlite3.Error as error:
+        if is_damage_error(error):
+            raise damaged_ledger_error(db.location) from error
+        raise CommandRefused(f"{target}: the copy cannot be written: {error}") from error
 
 
 def _value_problem(column: Column, value: object) -> str | None:
@@ -192,7 +224,7 @@ def _check_target(target: Path, ledger: Path) -> None:
         raise CommandRefused(f"{target}: this is {obstacle}", "choose another file for the copy")
     if target.with_name(target.name + "-wal").exists():
         # SQLite would apply it to the copy.
-        raise CommandRefused(f"{target}: beside it lies the journal of a database that is gone", "choose another file")
+        raise CommandRefused(f"{target}: its folder has the journal of a missing database", "choose another file")
 
 
 def _remove_unfinished_copy(temporary: Path) -> None:
@@ -209,30 +241,30 @@ _ORPHAN_QUERY = "orphans"
 
 #: Each invariant with a query for the rows that violate it. A query reads each table a few times at most.
 INVARIANTS = {
-    "request whose state is not that of its newest attempt": (
+    "request with another state than its newest attempt": (
         # After a failure at no charge the request waits again. After `--accept in_doubt` the attempt stays in_doubt.
         "SELECT 1 FROM requests r LEFT JOIN attempts a ON a.id = r.attempt_id WHERE CASE r.state "
         "WHEN 'pending' THEN coalesce(a.state, 'refused') NOT IN ('refused', 'failed') "
         "WHEN 'failed' THEN coalesce(a.state, '') NOT IN ('failed', 'in_doubt') "
         "ELSE r.state IS DISTINCT FROM a.state END"
     ),
-    "request whose newest attempt or answer is another request's": (
+    "request with the newest attempt or answer of another request": (
         "SELECT 1 FROM requests r JOIN attempts a ON a.id IN (r.attempt_id, r.answer_id) WHERE a.request_id <> r.id"
     ),
-    "request with two attempts at the API at once": (
+    "request with two running attempts": (
         "SELECT 1 FROM attempts WHERE state IN ('submitting', 'submitted') GROUP BY request_id HAVING count(*) > 1"
     ),
-    "attempt at the API that its request does not wait for": (
+    "running attempt that its request does not wait for": (
         "SELECT 1 FROM attempts a JOIN requests r ON r.id = a.request_id "
         "WHERE a.state IN ('submitting', 'submitted') AND r.attempt_id IS DISTINCT FROM a.id"
     ),
-    "answer that is not the newest that was found": (
+    "answer that is not the newest match": (
         "SELECT 1 FROM requests r LEFT JOIN attempts a ON a.id = r.answer_id "
         "WHERE r.answer_id IS NOT NULL AND a.state IS DISTINCT FROM 'found' UNION ALL "
         "SELECT 1 FROM attempts a JOIN requests r ON r.id = a.request_id "
         "WHERE a.state = 'found' AND a.id > coalesce(r.answer_id, 0)"
     ),
-    "attempt that was answered without an answer": (
+    "settled attempt without an answer": (
         "SELECT 1 FROM attempts WHERE state IN ('found', 'not_found') AND answer IS NULL AND erased_ms IS NULL"
     ),
     "task without its id": (
@@ -240,34 +272,37 @@ INVARIANTS = {
         "AND (submitted_ms IS NOT NULL OR state IN ('submitted', 'found', 'not_found', 'expired'))"
     ),
     "row that refers to one that is not there": _ORPHAN_QUERY,
-    "execution that has reserved less than nothing": "SELECT 1 FROM executions WHERE reserved < 0",
-    "execution that has not set aside what is at the API": (
+    "run with a negative reservation": "SELECT 1 FROM executions WHERE reserved < 0",
+    "run without a reservation for its running tasks": (
         "SELECT 1 FROM executions WHERE id = (SELECT max(id) FROM executions) AND reserved < "
         "(SELECT coalesce(sum(reserved), 0) FROM attempts WHERE state IN ('submitting', 'submitted'))"
     ),
-    "execution whose spending is not the sum of what it settled": (
-        "SELECT 1 FROM executions e LEFT JOIN (SELECT settled_in, coalesce(sum(paid), 0) AS spent, "
-        "count(*) FILTER (WHERE paid IS NULL) AS unknown FROM billed WHERE settled_in IS NOT NULL "
-        "GROUP BY settled_in) a ON a.settled_in = e.id "
+    "run with other spending than the sum of its attempts": (
+        "SELECT 1 FROM executions e LEFT JOIN (SELECT settled_execution_id, coalesce(sum(paid), 0) AS spent, "
+        "count(*) FILTER (WHERE paid IS NULL) AS unknown FROM billed WHERE settled_execution_id IS NOT NULL "
+        "GROUP BY settled_execution_id) a ON a.settled_execution_id = e.id "
         "WHERE e.spent <> coalesce(a.spent, 0) OR e.unknown <> coalesce(a.unknown, 0)"
     ),
-    "execution that submitted another number than it counted": (
+    "run with another number of submitted requests than counted": (
         "SELECT 1 FROM executions e LEFT JOIN (SELECT execution_id, count(submitted_ms) AS submitted "
         "FROM attempts GROUP BY execution_id) a ON a.execution_id = e.id WHERE e.submitted <> coalesce(a.submitted, 0)"
     ),
-    "execution that bought for more than its cap": (
+    "run that reserved more than its cap": (
         # Tasks left open by earlier runs, and charges above the maximum price, may exceed the cap. The cost of a bulk
         # task is divided evenly, as its rows reserve the same amount. 0.5 allows for rounding.
-        "SELECT 1 FROM executions e JOIN attempts a ON a.execution_id = e.id LEFT JOIN bundles b ON b.id = a.bundle_id "
+        "SELECT 1 FROM executions e JOIN attempts a ON a.execution_id = e.id LEFT JOIN bulk_tasks b ON b.id = "
+        "a.bulk_task_id "
         "WHERE e.cap IS NOT NULL GROUP BY e.id "
         "HAVING sum(CASE WHEN coalesce(a.credits, b.credits * 1.0 / b.size, a.reserved) < a.reserved "
         "THEN coalesce(a.credits, b.credits * 1.0 / b.size) ELSE a.reserved END) > e.cap + 0.5"
     ),
-    "bundle that is not what its attempts say": (
-        "SELECT 1 FROM bundles b LEFT JOIN attempts a ON a.bundle_id = b.id GROUP BY b.id HAVING count(a.id) <> b.size "
-        "OR count(DISTINCT a.place) <> b.size OR min(a.place) <> 0 OR max(a.place) <> b.size - 1 "
+    "bulk task that differs from its attempts": (
+        "SELECT 1 FROM bulk_tasks b LEFT JOIN attempts a ON a.bulk_task_id = b.id GROUP BY b.id HAVING count(a.id) "
+        "<> b.size "
+        "OR count(DISTINCT a.bulk_index) <> b.size OR min(a.bulk_index) <> 0 OR max(a.bulk_index) <> b.size - 1 "
         "OR count(DISTINCT a.task_id) > 1 OR count(*) FILTER (WHERE a.execution_id <> b.execution_id) > 0 "
-        "OR count(*) FILTER (WHERE a.settled_in IS DISTINCT FROM b.settled_in AND a.task_id IS NOT NULL) > 0"
+        "OR count(*) FILTER (WHERE a.settled_execution_id IS DISTINCT FROM b.settled_execution_id AND a.task_id IS "
+        "NOT NULL) > 0"
     ),
-    "row of a bundle with a price of its own": "SELECT 1 FROM attempts WHERE bundle_id IS NOT NULL AND credits <> 0",
+    "row of a bulk task with its own price": ("SELECT 1 FROM attempts WHERE bulk_task_id IS NOT NULL AND credits <> 0"),
 }

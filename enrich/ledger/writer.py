@@ -16,10 +16,11 @@ from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 from enrich.errors import LeaseLost, LedgerFailed, LedgerMoved
 from enrich.exit_codes import ExitCode
+from enrich.ledger import transitions
+from enrich.ledger.database import Database
 from enrich.ledger.dialect import DATABASE_ERRORS
-from enrich.ledger.ledger import Ledger
 from enrich.ledger.rescue_file import RescueFile
-from enrich.ledger.rescue_recorder import RescueRecorder
+from enrich.ledger.rescue_recorder import REPLACEMENTS, RescueRecorder
 from enrich.ledger.sqlite import describe_write_error, is_busy_error, is_damage_error
 
 P = ParamSpec("P")
@@ -30,6 +31,8 @@ I = TypeVar("I")  # noqa: E741 - an item
 LOCK_TIMEOUT_S = 300.0
 #: The same after a signal or --max-time, in seconds.
 SHORT_LOCK_TIMEOUT_S = 2.0
+#: How long a writer pauses at most between two commits for the sake of others, in seconds.
+MAX_PAUSE_S = 0.2
 #: After how many seconds the wait is reported to the user.
 ANNOUNCE_AFTER_S = 3.0
 
@@ -37,42 +40,36 @@ ANNOUNCE_AFTER_S = 3.0
 class _Operation(Generic[T]):
     """One operation and its result. `items` can be merged with those of equal operations into one call."""
 
-    __slots__ = ("args", "can_be_rescued", "error", "function", "future", "items", "kwargs", "result")
+    __slots__ = ("args", "error", "function", "future", "items", "kwargs", "result")
 
-    def __init__(  # noqa: PLR0913 - all of them are needed once
+    def __init__(
         self,
         function: Callable[..., T],
         future: asyncio.Future[T],
         args: tuple[object, ...] = (),
         kwargs: Mapping[str, object] | None = None,
         items: Sequence[Any] | None = None,
-        *,
-        can_be_rescued: bool = False,
     ) -> None:
         self.function = function
         self.future = future
         self.args = args
         self.kwargs = kwargs or {}
         self.items = items
-        #: Run it on the RescueRecorder when the ledger cannot be written, instead of failing.
-        self.can_be_rescued = can_be_rescued
         self.result: T | None = None
         self.error: BaseException | None = None
 
-    def execute(self, ledger: object) -> None:
+    def execute(self, ledger: Database) -> None:
         self.result = self.function(ledger, *self.args, **self.kwargs)
 
     def execute_on_rescue(self, recorder: RescueRecorder) -> None:
         """Run the operation without the ledger. Operations that start something new fail."""
         self.error = None
-        name = getattr(self.function, "__name__", "")
-        if self.can_be_rescued:
-            self.execute(recorder)
-        elif name in RescueRecorder.OPERATIONS and self.function is getattr(Ledger, name):
-            items = () if self.items is None else (self.items,)
-            self.result = getattr(recorder, name)(*items, *self.args, **self.kwargs)
-        else:
+        replacement = REPLACEMENTS.get(self.function)
+        if replacement is None:
             self.error = recorder.failure
+            return
+        items = () if self.items is None else (self.items,)
+        self.result = replacement(recorder, *items, *self.args, **self.kwargs)
 
     def resolve(self) -> None:
         if self.future.done():
@@ -83,24 +80,31 @@ class _Operation(Generic[T]):
             self.future.set_result(self.result)  # type: ignore[arg-type] # None only where T is None
 
 
+class _OperationFailed(Exception):
+    """An operation raised the cause. Its transaction is rolled back."""
+
+
 class LedgerWriter:
     """Writes to the ledger during a run. Use it as an async context manager."""
 
     def __init__(
         self,
-        ledger: Ledger,
+        ledger: Database,
         *,
         new_rescue_file: Callable[[], RescueFile] | None = None,
         lock_timeout_s: float = 0.0,
+        writers: int = 1,
     ) -> None:
         """Write to a ledger.
 
         `new_rescue_file` creates the file for data that cannot be written to the ledger. `lock_timeout_s` is how long
-        to wait for another program's write lock, beyond the database's own wait.
+        to wait for another program's write lock, beyond the database's own wait. `writers` is how many processes write
+        at the same time: each pauses between its commits, so that all of them commit about as often as one would.
         """
         self._ledger = ledger
         self._new_rescue_file = new_rescue_file
         self._lock_timeout_s = lock_timeout_s
+        self._other_writers = writers - 1
         #: Called once in the event loop when the ledger can no longer be written. Nothing new may be started then.
         self.on_failure: Callable[[LedgerFailed], None] = lambda _: None
         #: Called once in the event loop when the writer waits for another program's lock.
@@ -147,24 +151,16 @@ class LedgerWriter:
             self._waits_shortened_since = time.monotonic()
 
     def submit(
-        self, function: Callable[Concatenate[Ledger, P], T], *args: P.args, **kwargs: P.kwargs
+        self, function: Callable[Concatenate[Database, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> asyncio.Future[T]:
         """Run one operation. The future is done when it is durable, or holds the exception that it raised."""
         future: asyncio.Future[T] = self._loop.create_future()
         self._enqueue(_Operation(function, future, args, kwargs))
         return future
 
-    def submit_or_rescue(
-        self, function: Callable[Concatenate[Ledger, P], T], *args: P.args, **kwargs: P.kwargs
-    ) -> asyncio.Future[T]:
-        """Run one operation like `submit`. When the ledger cannot be written, run it on the RescueRecorder instead."""
-        future: asyncio.Future[T] = self._loop.create_future()
-        self._enqueue(_Operation(function, future, args, kwargs, can_be_rescued=True))
-        return future
-
     def submit_batch(
         self,
-        function: Callable[Concatenate[Ledger, Sequence[I], P], T],
+        function: Callable[Concatenate[Database, Sequence[I], P], T],
         items: Sequence[I],
         *args: P.args,
         **_: P.kwargs,
@@ -201,12 +197,15 @@ class LedgerWriter:
                 operations += batch or ()
                 block = False
             if operations:
+                began = time.monotonic()
                 self._commit(operations)
                 self._loop.call_soon_threadsafe(_resolve, operations)
+                if self._other_writers and not last:
+                    time.sleep(min(MAX_PAUSE_S, self._other_writers * (time.monotonic() - began)))
 
     def _commit(self, batch: list[_Operation[Any]]) -> None:
         """Commit the batch in one transaction. After a failed commit nothing is written to the ledger any more."""
-        self._has_accepted = self._has_accepted or any(move.function is Ledger.record_accepted for move in batch)
+        self._has_accepted = self._has_accepted or any(move.function is transitions.record_accepted for move in batch)
         if self._error is None:
             try:
                 self._commit_with_retries(batch)
@@ -272,24 +271,36 @@ class LedgerWriter:
 
     def _commit_once(self, batch: list[_Operation[Any]]) -> None:
         groups = _group_batchable(batch)
-        for operation in batch:
-            operation.error = None
-        # An operation that is alone in its transaction needs no savepoint.
-        savepoint = self._ledger.savepoint if len(groups) > 1 else contextlib.nullcontext
+        try:
+            self._execute_and_commit(groups, contextlib.nullcontext)
+        except _OperationFailed as failed:
+            if len(groups) == 1:
+                for operation in batch:
+                    operation.error = failed.__cause__
+            else:
+                # Savepoints are statements of their own, so they are used only where an operation does fail.
+                self._execute_and_commit(groups, self._ledger.savepoint)
+
+    def _execute_and_commit(
+        self, groups: list[list[_Operation[Any]]], savepoint: Callable[[], contextlib.AbstractContextManager[None]]
+    ) -> None:
+        """Run all operations in one transaction. Without savepoints, raises _OperationFailed for the first failure."""
         with self._ledger.transaction():
             # Check with the write lock held: a run that uses another lock file comes before or after this transaction.
             self._ledger.check_files()
             for operations in groups:
+                for operation in operations:
+                    operation.error = None
                 try:
                     with savepoint():
                         _execute_group(operations, self._ledger)
                 except (*DATABASE_ERRORS, UnicodeDecodeError, LeaseLost, LedgerMoved):
                     raise
-                except Exception as error:  # noqa: BLE001 - passed on to the futures
+                except Exception as error:
+                    if savepoint is contextlib.nullcontext:
+                        raise _OperationFailed from error
                     for operation in operations:
                         operation.error = error
-                    if len(groups) == 1:
-                        self._ledger.rollback()
         # Data written to a file that is no longer at its path is not durable.
         self._ledger.check_files()
 
@@ -312,7 +323,7 @@ def _group_batchable(batch: list[_Operation[Any]]) -> list[list[_Operation[Any]]
     return groups
 
 
-def _execute_group(operations: list[_Operation[Any]], ledger: Ledger) -> None:
+def _execute_group(operations: list[_Operation[Any]], ledger: Database) -> None:
     first = operations[0]
     if first.items is None:
         first.execute(ledger)

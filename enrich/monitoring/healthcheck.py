@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from uuid import uuid4
 
 import httpx
 
-from enrich.databar.network import find_proxy, load_certificates
+from enrich.databar.web_client import open_web_client
 from enrich.errors import Interrupted, JobError
 from enrich.exit_codes import NEUTRAL_CODES, SUCCESS_CODES
 
@@ -55,7 +54,7 @@ class Healthcheck:
         try:
             self._url = httpx.URL(url)
         except httpx.InvalidURL:
-            raise ValueError("must be an address that can be asked") from None
+            raise ValueError("must be a web address") from None
         self._run_id = str(uuid4())
         self._start_ping: BackgroundTask | None = None
 
@@ -71,26 +70,16 @@ class Healthcheck:
         start_problem = self._start_ping.wait(END_TIMEOUT_S / 2) if self._start_ping else None
         path = "" if code in SUCCESS_CODES else "/fail"
         problem = BackgroundTask(lambda: self._ping(path, text)).wait(deadline - time.monotonic()) or start_problem
-        return f"the healthcheck at {self._url.host} was not told: {problem}" if problem else None
+        return f"the healthcheck at {self._url.host} could not be pinged: {problem}" if problem else None
 
     def _ping(self, path: str, text: str) -> str | None:
         url = self._url.copy_with(path=self._url.path.rstrip("/") + path).copy_merge_params({"rid": self._run_id})
         problem: str | None = None
         try:
-            proxy_url = find_proxy(os.environ, str(url))
-            tls = (url.scheme == "https" and load_certificates(os.environ)) or httpx.create_ssl_context(trust_env=False)
+            http = open_web_client(str(url), timeout_s=REQUEST_TIMEOUT_S, follow_redirects=True)
         except JobError as error:
             return error.message
-        proxy = None
-        if proxy_url is not None:
-            key = proxy_url.authorization
-            headers = {"proxy-authorization": key.get_secret_value()} if key else None
-            proxy = httpx.Proxy(
-                proxy_url.url, headers=headers, ssl_context=tls if proxy_url.url.startswith("https:") else None
-            )
-        with httpx.Client(
-            timeout=REQUEST_TIMEOUT_S, follow_redirects=True, trust_env=False, proxy=proxy, verify=tls
-        ) as http:
+        with http:
             for number in range(TRIES):
                 time.sleep(RETRY_PAUSE_S * number)
                 try:

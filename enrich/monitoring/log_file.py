@@ -20,7 +20,7 @@ from pathlib import Path
 
 from enrich.errors import CommandRefused
 from enrich.models import iso_time
-from enrich.run.context import Progress
+from enrich.run.progress import Progress
 
 VERSION = 1
 PROGRESS_INTERVAL_S = 60.0
@@ -29,7 +29,7 @@ BACKUP_COUNT = 5
 
 #: Text after these phrases may quote sent data (the API's message) or a header. Without a header, line 1 is a lead.
 _MAY_QUOTE = re.compile(
-    r"(HTTP \d{3}|names columns twice|its header differs from that of|cannot be computed|"
+    r"(HTTP \d{3}|has duplicate column names|its header differs from that of|cannot be computed|"
     r"not a polars SQL expression).*",
     re.DOTALL,
 )
@@ -112,11 +112,11 @@ def _check_is_log(path: Path) -> None:
         with suppress(OSError):
             os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
             return
-        raise CommandRefused(f"{path}: the log cannot be written: it is a pipe that nothing reads from")
+        raise CommandRefused(f"{path}: the log cannot be written: it is a pipe without a reader")
     if path.is_file():
         with path.open("rb") as file:
             if file.read(4) not in (b"", b'{"v"'):
-                raise CommandRefused(f"{path}: this is there already, and no log", "choose another `--log-file`")
+                raise CommandRefused(f"{path}: this file exists and is not a log", "choose another `--log-file`")
 
 
 def _is_terminal_or_null(device: Path) -> bool:
@@ -196,7 +196,7 @@ class _LogHandler(RotatingFileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002, N802 - logging's name
         """Report the first failure; the run continues without a log."""
-        self._report_once("cannot be written any more")
+        self._report_once("can no longer be written")
 
     def _report_once(self, problem: str) -> None:
         if not self._reported:

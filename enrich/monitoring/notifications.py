@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from enrich.extras import install_hint
 from enrich.job.bounded_read import read_text
 from enrich.monitoring.healthcheck import BackgroundTask
 
@@ -26,27 +27,27 @@ class Notifier:
         if not self.addresses:
             return None
         problem = BackgroundTask(lambda: _send(self.addresses, title, text)).wait(SEND_TIMEOUT_S)
-        return f"{self.path}: not everybody was notified: {problem}" if problem else None
+        return f"{self.path}: some notifications failed: {problem}" if problem else None
 
 
 def read_addresses(path: Path) -> tuple[Notifier, list[str]]:
     """Read a file of Apprise URLs, one per line; also return its problems, without any URL in their text."""
     problems = []
     if find_spec("apprise") is None:
-        return Notifier(path, []), ["nobody can be notified without the extra: pip install 'databar-enrich[notify]'"]
+        return Notifier(path, []), [f"notifications are not installed: {install_hint('notify')}"]
     addresses: list[tuple[int, str]] = []
     try:
         if path.stat().st_mode & GROUP_AND_OTHERS:
-            problems.append(f"{path}: others may read the addresses in it: chmod 600 {path}")
+            problems.append(f"{path}: other users can read the addresses: chmod 600 {path}")
         for number, line in enumerate(read_text(path).splitlines(), start=1):
             if (url := line.strip()) and not url.startswith("#"):
                 addresses.append((number, url))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        problems.append(f"{path}: nobody can be notified: {reason}")
+        problems.append(f"{path}: notifications cannot be sent: {reason}")
     else:
         if not addresses:
-            problems.append(f"{path}: nobody can be notified: it names no address")
+            problems.append(f"{path}: no address for notifications")
     return Notifier(path, addresses), problems
 
 
@@ -64,8 +65,8 @@ def _send(addresses: list[tuple[int, str]], title: str, text: str) -> str | None
             invalid.append(number)
         elif not apprise_client.notify(title=title, body=text, body_format=apprise.NotifyFormat.TEXT):
             failed.append(number)
-    problems = [f"line {_join_numbers(invalid)} is no Apprise URL"] if invalid else []
-    problems += [f"line {_join_numbers(failed)} did not take it"] if failed else []
+    problems = [f"line {_join_numbers(invalid)} is not an Apprise URL"] if invalid else []
+    problems += [f"line {_join_numbers(failed)} was rejected"] if failed else []
     return "; ".join(problems) or None
 
 

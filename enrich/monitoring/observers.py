@@ -7,19 +7,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from enrich import __version__, exit_codes
 from enrich.exit_codes import ExitCode
 from enrich.job.job import Job
-from enrich.ledger.history import LedgerReader, try_read
+from enrich.ledger import execution_records, queries
+from enrich.ledger.database import try_read
 from enrich.models import iso_time
 from enrich.monitoring import prometheus
-from enrich.monitoring.healthcheck import Healthcheck
 from enrich.monitoring.log_file import RunLog, redact_message
-from enrich.monitoring.notifications import Notifier, read_addresses
-from enrich.run.context import Progress, RunOptions
+from enrich.run.context import RunOptions
+from enrich.run.progress import Progress
 from enrich.run.summary import RunSummary, format_summary
+
+if TYPE_CHECKING:
+    from enrich.monitoring.healthcheck import Healthcheck
+    from enrich.monitoring.notifications import Notifier
 
 SUCCESS_SAMPLE = ("enrich_last_success_timestamp_seconds", "")
 
@@ -28,11 +32,11 @@ SUCCESS_SAMPLE = ("enrich_last_success_timestamp_seconds", "")
 class RunObservers:
     """The observers of one run; a sandbox run has only its log.
 
-    `print_error` shows an observer's failure to the user. `job_arguments` is the job as suggested commands name it.
+    `show_note` shows an observer's failure to the user. `job_arguments` is the job as suggested commands name it.
     """
 
     log: RunLog
-    print_error: Callable[[str], None]
+    show_note: Callable[[str], None]
     job_arguments: exit_codes.JobArguments
     job: Job | None = None
     _started_at: float = field(default_factory=time.time)
@@ -43,30 +47,34 @@ class RunObservers:
     _notifier: Notifier | None = None
     _ended: bool = False
 
-    def start(self, job: Job, options: RunOptions, *, sandbox: bool) -> None:
+    def start(self, job: Job, options: RunOptions) -> None:
         """Set the job and log the start. Raises JobError when an observer's setting in the job file is unusable."""
         self.job = job
         self.log.job = job.name
-        self.log.write_event("start", **_run_settings(job, options), sandbox=sandbox)
+        self.log.write_event("start", **_run_settings(job, options), sandbox=job.sandbox)
         model = job.model
-        if sandbox:
+        if job.sandbox:
             return
         if model.healthcheck is not None:
+            from enrich.monitoring.healthcheck import Healthcheck  # noqa: PLC0415 - its HTTP client is slow to import
+
             try:
                 self._healthcheck = Healthcheck(model.healthcheck)
             except ValueError as error:
                 raise job.error(["healthcheck"], str(error), "as in https://hc.example/your-uuid") from error
         if model.notify is not None:
+            from enrich.monitoring.notifications import read_addresses  # noqa: PLC0415 - likewise
+
             self._notifier, problems = read_addresses(job.resolve_path(model.notify))
             for problem in problems:
                 self.report_problem(problem)
         if model.metrics is not None:
             if not model.metrics.endswith(".prom"):
-                message = f"`{model.metrics}` would not be read: the textfile collector takes *.prom only"
-                raise job.error(["metrics"], message, "let its name end in .prom")
+                message = f"`{model.metrics}` is not read by the textfile collector, which reads *.prom only"
+                raise job.error(["metrics"], message, "rename it to end in .prom")
             self._metrics_path = job.resolve_path(model.metrics)
             if self._metrics_path.exists() and not self._metrics_path.is_file():
-                raise job.error(["metrics"], f"{self._metrics_path}: the metrics cannot be written: it is no file")
+                raise job.error(["metrics"], f"{self._metrics_path}: the metrics cannot be written: it is not a file")
 
     def lock_acquired(self) -> None:
         """Ping the healthcheck: the run has locked its ledger and begins."""
@@ -96,7 +104,7 @@ class RunObservers:
             "end", execution=summary.execution, exit_code=summary.exit_code, error=error, receipt=values
         )
         summary_lines = [] if summary.rows is None else format_summary(summary)
-        actions = exit_codes.required_actions(summary.exit_code, values, self.job_arguments)
+        actions = exit_codes.required_actions(summary.exit_code, summary.as_json(), self.job_arguments)
         self._notify_all(summary.exit_code, prometheus.samples_from_summary(values), error, summary_lines, actions)
 
     def failed(self, code: int, message: str) -> None:
@@ -125,7 +133,7 @@ class RunObservers:
         if self._metrics_path is not None:
             self._write_metrics(self._metrics_path, code, samples)
         if self._healthcheck is not None:
-            counts = [" ".join(line.split()) for line in summary_lines if line and not line.startswith("  output")]
+            counts = [" ".join(line.split()) for line in summary_lines if line and "→" not in line]
             self.report_problem(self._healthcheck.end(code, "; ".join([headline, *counts])))
         if self._notifier is not None and exit_codes.requires_action(code):
             text = [*([error] if error else []), *summary_lines, "", *exit_codes.format_actions(actions)]
@@ -154,8 +162,8 @@ class RunObservers:
     def _ledger_samples(self) -> prometheus.Samples:
         """Return the samples of the whole ledger; empty when it can't be read."""
         job = self._require_job()
-        totals = try_read(job.ledger, LedgerReader.totals)
-        last = try_read(job.ledger, lambda history: history.last_ended_ms(job.name, exit_codes.SUCCESS_CODES))
+        totals = try_read(job.ledger, queries.totals)
+        last = try_read(job.ledger, lambda db: execution_records.last_ended_ms(db, job.name, exit_codes.SUCCESS_CODES))
         samples = prometheus.samples_from_ledger(totals) if totals is not None else {}
         return samples if last is None else samples | {SUCCESS_SAMPLE: last / 1000}
 
@@ -167,7 +175,7 @@ class RunObservers:
         return self._execution
 
     def _newest_execution(self) -> int:
-        return try_read(self._require_job().ledger, LedgerReader.newest_execution_id) or 0
+        return try_read(self._require_job().ledger, execution_records.newest_execution_id) or 0
 
     def _require_job(self) -> Job:
         assert self.job is not None  # noqa: S101 - callers run after `start`
@@ -177,7 +185,7 @@ class RunObservers:
         """Log an observer's failure and show it to the user; None: no failure."""
         if problem is not None:
             self.log.write_event("note", text=problem)
-            self.print_error(f"note: {problem}")
+            self.show_note(problem)
 
 
 def _run_settings(job: Job, options: RunOptions) -> dict[str, Any]:

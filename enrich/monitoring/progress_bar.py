@@ -8,7 +8,7 @@ from typing import Never
 
 from tqdm import tqdm
 
-from enrich.run.context import Progress
+from enrich.run.progress import Progress
 
 UNIT = " requests"
 #: tqdm's default format without the rate.
@@ -26,9 +26,9 @@ class BarLayout:
 
 
 def choose_layout(progress: Progress, elapsed_s: float, columns: int) -> BarLayout:
-    """Choose the most detailed layout that fits beside a bar of ten columns; the rate is dropped first."""
-    hits = f"{progress.found / progress.done:.0%}" if progress.done else "-"
-    details = [f"{hits} hits", f"{progress.spent:.2f} credits", f"{progress.in_flight} in flight"]
+    """Choose the most detailed layout that fits next to a bar of ten columns; the rate is dropped first."""
+    matches = f"{progress.found / progress.done:.0%}" if progress.done else "-"
+    details = [f"{matches} match", f"{progress.spent:.2f} credits", f"{progress.in_flight} in flight"]
     layouts = [
         BarLayout(None, ", ".join(details)),
         *(BarLayout(SHORT_FORMAT, ", ".join(details[:some])) for some in (3, 2, 1, 0)),

@@ -8,11 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Gauge, generate_latest
-from prometheus_client.parser import text_string_to_metric_families
-
+from enrich.files.atomic import follow_link
 from enrich.job.bounded_read import read_text
-from enrich.ledger.history import LedgerTotals
+from enrich.ledger.queries import LedgerTotals
 from enrich.models import RowStatus, to_credits
 
 #: Each gauge with its help text.
@@ -21,26 +19,35 @@ GAUGES = {
     "enrich_last_end_timestamp_seconds": "When the last run ended.",
     "enrich_last_success_timestamp_seconds": "When a run last ended with exit code 0, 10 or 13.",
     "enrich_exit_code": "The exit code of the last run.",
-    "enrich_duration_seconds": "How long the last execution took.",
+    "enrich_duration_seconds": "Duration of the last run.",
     "enrich_rows": "Rows of the input by the status they have in the output.",
-    "enrich_requests": "Distinct requests that the input asks for.",
-    "enrich_requests_submitted": "Requests that the API accepted in the last execution.",
-    "enrich_requests_reused": "Requests that were answered from the ledger.",
-    "enrich_credits_spent": "Known credits of the last execution.",
-    "enrich_answers_price_unknown": "Answers of the last execution whose price is not known.",
-    "enrich_balance_credits": "The account's balance after the last execution.",
-    "enrich_polls": "Polls of the last execution.",
-    "enrich_rate_limited": "Answers 429 in the last execution.",
+    "enrich_requests": "Distinct requests of the input.",
+    "enrich_requests_submitted": "Requests that the API accepted in the last run.",
+    "enrich_requests_reused": "Requests that were already answered in the ledger.",
+    "enrich_credits_spent": "Known credits of the last run.",
+    "enrich_answers_price_unknown": "Results of the last run with an unknown price.",
+    "enrich_balance_credits": "The account's balance after the last run.",
+    "enrich_polls": "Polls of the last run.",
+    "enrich_rate_limited": "Rate-limited responses (429) in the last run.",
+    "enrich_step_rows_found": "Rows for which a step has found something.",
+    "enrich_step_requests_submitted": "Requests of a step that the API accepted in the last run.",
+    "enrich_step_credits_spent": "Known credits of a step in the last run.",
     "enrich_ledger_credits_spent": "Known credits of all attempts in the ledger.",
-    "enrich_ledger_answers_price_unknown": "Answers in the ledger whose price is not known.",
-    "enrich_ledger_requests_in_doubt": "Requests in doubt: a person must decide.",
-    "enrich_ledger_requests_at_the_api": "Requests whose answer is still waited for.",
+    "enrich_ledger_answers_price_unknown": "Results in the ledger with an unknown price.",
+    "enrich_ledger_requests_in_doubt": "Unconfirmed requests, which need a decision.",
+    "enrich_ledger_requests_at_the_api": "Requests that are running at Databar.",
 }
 
-#: The only gauge with a label besides `job`.
 ROWS_BY_STATUS = "enrich_rows"
+_STEP_GAUGES = {
+    "enrich_step_rows_found": "found",
+    "enrich_step_requests_submitted": "submitted",
+    "enrich_step_credits_spent": "credits_spent",
+}
+#: The gauges that have a label besides `job`.
+LABELS = {ROWS_BY_STATUS: "status", **dict.fromkeys(_STEP_GAUGES, "step")}
 
-#: (name, status) to value; the status is empty except for ROWS_BY_STATUS.
+#: (name, value of its label) to value; the label's value is empty for a gauge without one.
 Samples = dict[tuple[str, str], float]
 
 _SUMMARY_GAUGES = {
@@ -60,6 +67,8 @@ def samples_from_summary(summary: Mapping[str, Any]) -> Samples:
     """Return the gauges of a run summary; unknown values are left out."""
     samples = {(name, ""): summary.get(field) for name, field in _SUMMARY_GAUGES.items()}
     samples |= {(ROWS_BY_STATUS, status.value): summary.get(status.value) for status in RowStatus}
+    for step in summary.get("steps", ()):
+        samples |= {(name, step["name"]): step[field] for name, field in _STEP_GAUGES.items()}
     return {key: float(value) for key, value in samples.items() if value is not None}
 
 
@@ -75,31 +84,39 @@ def samples_from_ledger(totals: LedgerTotals) -> Samples:
 
 def read_metrics(path: Path) -> Samples:
     """Read the gauges that an earlier run wrote; empty when the file can't be read."""
+    from prometheus_client.parser import text_string_to_metric_families  # noqa: PLC0415 - few jobs write metrics
+
     try:
         families = list(text_string_to_metric_families(read_text(path)))
     except (OSError, ValueError):
         return {}
     samples = (sample for family in families for sample in family.samples if sample.name in GAUGES)
-    found = {(sample.name, sample.labels.get("status", "")): sample.value for sample in samples}
-    return {key: value for key, value in found.items() if (key[0] == ROWS_BY_STATUS) is bool(key[1])}
+    found = {}
+    for sample in samples:
+        labels = {name: value for name, value in sample.labels.items() if name != "job"}
+        if list(labels) == ([LABELS[sample.name]] if sample.name in LABELS else []) and all(labels.values()):
+            found[sample.name, "".join(labels.values())] = sample.value
+    return found
 
 
 def format_metrics(job: str, samples: Samples) -> bytes:
     """Return the gauges in Prometheus's text format."""
+    from prometheus_client import CollectorRegistry, Gauge, generate_latest  # noqa: PLC0415 - likewise
+
     registry = CollectorRegistry()
     for name, help_text in GAUGES.items():
-        by_status = {status: value for (gauge, status), value in samples.items() if gauge == name}
-        if not by_status:
+        by_label = {label: value for (gauge, label), value in samples.items() if gauge == name}
+        if not by_label:
             continue
-        labels = ["job", "status"] if name == ROWS_BY_STATUS else ["job"]
-        gauge = Gauge(name, help_text, labels, registry=registry)
-        for status, value in by_status.items():
-            gauge.labels(*([job, status] if status else [job])).set(value)
+        gauge = Gauge(name, help_text, ["job", *([LABELS[name]] if name in LABELS else [])], registry=registry)
+        for label, value in by_label.items():
+            gauge.labels(*([job, label] if label else [job])).set(value)
     return generate_latest(registry)
 
 
 def write_metrics(path: Path, job: str, samples: Samples) -> None:
     """Replace the file (mode 0600) atomically: the collector may read at any time. Raises OSError."""
+    path = follow_link(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:

@@ -12,13 +12,13 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from math import exp, inf, lgamma, sqrt
 from typing import Any
 
-from enrich.databar.answers import PHASE_BY_STATUS, is_blank, parse_data, value_at
-from enrich.models import MICROS_PER_CREDIT, SettledAttempt, State
+from enrich.databar.task_results import PHASE_BY_STATUS, ParsedData, column_value, is_blank
+from enrich.models import MICROS_PER_CREDIT, SettledAttempt, State, pluralize
 from enrich.report.data import Anomaly
-from enrich.run.provider_stats import load_task
 
 #: A difference above this many standard deviations is not chance.
 SIGMAS = 3.0
@@ -33,6 +33,7 @@ REPEATED_COUNT, REPEATED_SHARE = 5, 0.02
 #: Different values of a column, and field names, that are kept; beyond these limits counts are slightly too low.
 MAX_VALUES = 10_000
 MAX_FIELDS = 500
+MAX_SHAPES = 10_000
 MAX_DEPTH = 6
 #: Names that don't match may be data: too long, or with other characters.
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,39}")
@@ -73,7 +74,9 @@ class AnswerStats:
     #: Matches whose answer is still stored (not purged).
     stored_hits: int = 0
     values: dict[str, FrequencyCounter] = field(default_factory=dict)
-    fields: Counter[str] = field(default_factory=Counter)
+    _fields: Counter[str] = field(default_factory=Counter)
+    #: Stored matches with the same fields, which are not in `_fields` yet: a million answers have few shapes.
+    _shapes: Counter[tuple[str, ...]] = field(default_factory=Counter)
     status_words: Counter[str] = field(default_factory=Counter)
     #: Over answers of known price: matches, and the sums of c, c² and c·h (c: price in millionths, h: 1 for a match).
     priced_hits: int = 0
@@ -86,8 +89,8 @@ class AnswerStats:
         """Number of answers with a match or with no match; failures are not counted."""
         return self.found + self.not_found
 
-    def add(self, settled: SettledAttempt) -> None:
-        """Count one settled attempt, and its answer if it is stored."""
+    def add(self, settled: SettledAttempt, task: Mapping[str, Any], parsed: ParsedData) -> None:
+        """Count one settled attempt, and its answer if it is stored: `task`, whose data is `parsed`."""
         found = settled.state == State.FOUND
         self.found += found
         self.not_found += settled.state == State.NOT_FOUND
@@ -98,37 +101,61 @@ class AnswerStats:
             self.cost_squared += settled.paid * settled.paid
             self.cost_of_hits += settled.paid * found
         if settled.answer is not None:
-            self._read_answer(load_task(settled.answer), found=found)
+            self._read_answer(task, parsed, found=found)
 
-    def _read_answer(self, task: Mapping[str, Any], *, found: bool) -> None:
-        if (
-            isinstance(word := task.get("status"), str)
-            and _NAME.fullmatch(word)
-            and len(self.status_words) < MAX_FIELDS
-        ):
-            self.status_words[word.lower()] += 1
+    def _read_answer(self, task: Mapping[str, Any], parsed: ParsedData, *, found: bool) -> None:
+        if isinstance(word := task.get("status"), str):
+            if word in self.status_words:
+                self.status_words[word] += 1
+            elif _NAME.fullmatch(word) and len(self.status_words) < MAX_FIELDS:
+                self.status_words[word.lower()] += 1
         if not found:
             return
         self.stored_hits += 1
-        fields = parse_data(task.get("data")).fields
-        for name in set(_field_paths(fields)):
-            if name in self.fields or len(self.fields) < MAX_FIELDS:
-                self.fields[name] += 1
+        shape = _field_shape(parsed.fields)
+        self._shapes[shape] += 1
+        if len(self._shapes) > MAX_SHAPES:
+            self._add_shapes()
         for column, path in self.column_paths.items():
-            value = fields[path] if path in fields else value_at(fields, path)
+            value = column_value(parsed, path)
             if not is_blank(value):
                 self.values.setdefault(column, FrequencyCounter()).add(value if isinstance(value, str) else repr(value))
+
+    @property
+    def fields(self) -> Counter[str]:
+        """Count the stored matches by their fields, as dotted paths."""
+        self._add_shapes()
+        return self._fields
+
+    def _add_shapes(self) -> None:
+        for shape, number in self._shapes.items():
+            for name in shape:
+                if name in self._fields or len(self._fields) < MAX_FIELDS:
+                    self._fields[name] += number
+        self._shapes.clear()
 
     def value_count(self, column: str) -> int:
         """Return how many matches have a value in a column."""
         return self.values[column].total if column in self.values else 0
 
 
+def _field_shape(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the paths of an answer's fields."""
+    if any(value.__class__ in (dict, list) for value in fields.values()):
+        return tuple(sorted(set(_field_paths(fields))))
+    return _flat_shape(tuple(fields))
+
+
+@lru_cache(MAX_SHAPES)
+def _flat_shape(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(sorted(name for name in names if _NAME.fullmatch(name)))
+
+
 def _field_paths(value: object, before: str = "", depth: int = 0) -> Iterator[str]:
     """Yield a result's fields as dotted paths; a list index is `*`. Names that may be data are left out."""
     if depth > MAX_DEPTH:
         return
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         for name, inner in value.items():
             if _NAME.fullmatch(name):
                 path = f"{before}.{name}" if before else name
@@ -196,7 +223,7 @@ def _hit_rate_anomalies(last: AnswerStats, before: AnswerStats) -> Iterator[Anom
         then - now >= MIN_RATE_CHANGE
         and -shares_z_score(last.found, last.answered, before.found, before.answered) > SIGMAS
     ):
-        text = f"the hit rate fell from {then:.1%} (of {before.answered:,} answers) to {now:.1%} (of {last.answered:,})"
+        text = f"The match rate fell from {then:.1%} of {before.answered:,} to {now:.1%} of {last.answered:,} results."
         yield Anomaly("hit_rate", text)
 
 
@@ -206,7 +233,7 @@ def _failure_anomalies(last: AnswerStats, before: AnswerStats) -> Iterator[Anoma
         return
     now, then = last.failed / of, before.failed / of_before
     if now - then >= MIN_RATE_CHANGE and shares_z_score(last.failed, of, before.failed, of_before) > SIGMAS:
-        yield Anomaly("failed", f"{now:.1%} of {of:,} tasks failed; before it were {then:.1%} of {of_before:,}")
+        yield Anomaly("failed", f"{now:.1%} of {of:,} tasks failed, {then:.1%} of {of_before:,} before.")
 
 
 def _cost_anomalies(last: AnswerStats, before: AnswerStats) -> Iterator[Anomaly]:
@@ -214,8 +241,8 @@ def _cost_anomalies(last: AnswerStats, before: AnswerStats) -> Iterator[Anomaly]
         return
     now, then = last.cost / last.priced_hits, before.cost / before.priced_hits
     if now >= (1 + MIN_COST_INCREASE) * then and cost_z_score(last, before) > SIGMAS:
-        prices = f"{now / MICROS_PER_CREDIT:,.2f} credits; before it was {then / MICROS_PER_CREDIT:,.2f}"
-        text = f"a hit cost {prices} ({now / then - 1:+.0%})"
+        prices = f"{now / MICROS_PER_CREDIT:,.2f} credits, {then / MICROS_PER_CREDIT:,.2f} before"
+        text = f"A match cost {prices} ({now / then - 1:+.0%})."
         yield Anomaly("cost_per_hit", text)
 
 
@@ -224,8 +251,8 @@ def _empty_column_anomalies(last: AnswerStats, before: AnswerStats) -> Iterator[
         had = before.value_count(column)
         if not last.value_count(column) and absence_probability(had, before.stored_hits, last.stored_hits) < MAX_CHANCE:
             text = (
-                f"the column `{column}` has no value in {last.stored_hits:,} hits; "
-                f"before, {had:,} of {before.stored_hits:,} had one"
+                f"The column `{column}` is empty in {pluralize(last.stored_hits, 'match')}. "
+                f"Before, {had:,} of {before.stored_hits:,} had a value."
             )
             yield Anomaly("column_empty", text)
 
@@ -247,29 +274,30 @@ def _repeated_value_anomalies(last: AnswerStats, before: AnswerStats) -> Iterato
         else:  # one repeated value among values that otherwise all differ
             is_unusual = second <= 1 and have >= MIN_ANSWERS
         if is_unusual:
-            text = f"the same value is in `{column}` of {first:,} different requests, {first / have:.1%} of the hits"
+            text = f"{first:,} different requests have the same `{column}`: {first / have:.1%} of the matches."
             yield Anomaly("value_repeated", text)
 
 
 def _schema_anomalies(last: AnswerStats, before: AnswerStats) -> Iterator[Anomaly]:
     if min(last.stored_hits, before.stored_hits) < MIN_ANSWERS:
         return
+    fields, fields_before = last.fields, before.fields
     missing = [
         name
-        for name, count in before.fields.items()
-        if not last.fields[name]
+        for name, count in fields_before.items()
+        if not fields[name]
         and 2 * count >= before.stored_hits
         and absence_probability(count, before.stored_hits, last.stored_hits) < MAX_CHANCE
     ]
     new = [
         name
-        for name, count in last.fields.items()
-        if not before.fields[name] and absence_probability(count, last.stored_hits, before.stored_hits) < MAX_CHANCE
+        for name, count in fields.items()
+        if not fields_before[name] and absence_probability(count, last.stored_hits, before.stored_hits) < MAX_CHANCE
     ]
     if _outermost_paths(missing):
-        yield Anomaly("schema", f"no answer has {_join_names(_outermost_paths(missing))} any more")
-    if _outermost_paths(new) and len(before.fields) < MAX_FIELDS:
-        yield Anomaly("schema", f"answers have {_join_names(_outermost_paths(new))}, which was never there before")
+        yield Anomaly("schema", f"Results no longer have {_join_names(_outermost_paths(missing))}.")
+    if _outermost_paths(new) and len(fields_before) < MAX_FIELDS:
+        yield Anomaly("schema", f"Results have new fields: {_join_names(_outermost_paths(new))}.")
 
 
 def _outermost_paths(names: Iterable[str]) -> list[str]:
@@ -295,4 +323,4 @@ def _status_anomalies(last: AnswerStats, before: AnswerStats) -> Iterator[Anomal
         if word not in before.status_words and PHASE_BY_STATUS.get(word) in {None, *known_phases}
     ]
     if new:
-        yield Anomaly("status", f"tasks have a status that was never there before: {_join_names(sorted(new))}")
+        yield Anomaly("status", f"Tasks have a new status: {_join_names(sorted(new))}.")

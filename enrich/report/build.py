@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from enrich.databar.task_results import parse_data
 from enrich.errors import CommandRefused, EnrichError
 from enrich.exit_codes import (
     SUCCESS_CODES,
@@ -23,10 +24,11 @@ from enrich.exit_codes import (
 )
 from enrich.job.job import Job
 from enrich.job.locations import STDIN
-from enrich.ledger.database import ledger_exists
-from enrich.ledger.ledger import Ledger
+from enrich.job.target import Target
+from enrich.ledger import bindings, execution_records, queries
+from enrich.ledger.database import Database, ledger_exists
+from enrich.ledger.execution_records import ExecutionRow
 from enrich.ledger.lock import is_locked
-from enrich.ledger.queries import ReportedExecutionRow
 from enrich.models import SettledAttempt, count_by_status, iso_time, pluralize, to_credits
 from enrich.monitoring.log_file import redact_message
 from enrich.report.anomalies import AnswerStats, find_anomalies
@@ -40,13 +42,13 @@ from enrich.report.input_stats import MAX_GROUP_VALUES, InputStats, read_input_s
 from enrich.report.timings import latency_histogram, run_traffic
 from enrich.rows.template import RequestTemplate
 from enrich.run import provider_stats
+from enrich.run.offline_output import prepare_collector
 from enrich.run.preflight import template_from_ledger
-from enrich.run.provider_stats import ProviderStats, load_waterfalls
-from enrich.run.rebuild import prepare_collector
+from enrich.run.provider_stats import ProviderStats, load_task, parse_descriptions
 
 
 def reported_runs(
-    executions: Sequence[ReportedExecutionRow],
+    executions: Sequence[ExecutionRow],
     outcome_counts: Iterable[tuple[int, str, int]],
     newest: int,
     *,
@@ -62,8 +64,8 @@ def reported_runs(
     ]
 
 
-def _reported_run(row: ReportedExecutionRow, settled: Mapping[str, int], *, is_running: bool | None) -> ReportedRun:
-    summary = json.loads(row.receipt) if row.receipt else {}
+def _reported_run(row: ExecutionRow, settled: Mapping[str, int], *, is_running: bool | None) -> ReportedRun:
+    summary = json.loads(row.summary) if row.summary else {}
     ended_ms, started_ms = row.ended_ms, row.started_ms
     return ReportedRun(
         execution=row.id,
@@ -99,16 +101,19 @@ def reported_providers(earnings: provider_stats.ProviderTotals) -> list[Reported
     return [ReportedProvider(passed_on=each.passed_on, **each.as_json()) for each in earnings.providers]
 
 
-def reported_waterfall(name: str, earnings: provider_stats.ProviderTotals) -> ReportedWaterfall:
+def reported_waterfall(target: Target, earnings: provider_stats.ProviderTotals, step: str = "") -> ReportedWaterfall:
     """Convert the totals of the waterfall."""
     return ReportedWaterfall(
-        name=name,
+        name=target.id,
         providers=reported_providers(earnings),
         answers=earnings.answers,
         found=earnings.found,
         untold=earnings.not_reported,
         spent=to_credits(earnings.spent),
         elsewhere=to_credits(earnings.unattributed),
+        kind=target.kind,
+        step=step,
+        failed=earnings.failed,
     )
 
 
@@ -120,27 +125,30 @@ def report_actions(
     `counts` are rows by status, or requests by state when the input can't be read; `what` is "row" or "request".
     `reasons_file` is the file with the reason for each skipped row.
     """
-    if last_run is not None:
+    if last_run is None:
+        yield RequiredAction("Start with ten requests", (f"enrich run {job_arguments.run_args} --limit 10",))
+    else:
         yield from _run_actions(last_run, job_arguments, has_in_doubt=bool(counts.get("in_doubt")))
     yield from required_actions(0, counts, job_arguments, what)
     if number := counts.get("invalid", 0):
-        yield RequiredAction(f"{pluralize(number, what)} invalid, so never sent: {reasons_file} says why", ())
+        text = f"{pluralize(number, what)} skipped: missing or unusable input. {reasons_file} has the reasons"
+        yield RequiredAction(text, ())
 
 
 def _run_actions(last_run: ReportedRun, job_arguments: JobArguments, *, has_in_doubt: bool) -> Iterator[RequiredAction]:
     code = last_run.exit_code
     if last_run.outcome == "killed":
         yield RequiredAction(
-            f"execution {last_run.execution} was killed: the next run goes on",
+            f"Run {last_run.execution} was killed. The next run resumes",
             (f"enrich run {job_arguments.run_args}",),
         )
     elif (
         code is not None and code not in SUCCESS_CODES and not (code == ExitCode.IN_DOUBT and has_in_doubt)
     ):  # unconfirmed rows have an action of their own
-        ended = f"execution {last_run.execution} ended with exit {code} ({exit_label(code)})"
-        others = [RequiredAction("go on", (f"enrich run {job_arguments.run_args}",))]
+        ended = f"Run {last_run.execution} ended with exit code {code} ({exit_label(code)})"
+        others = [RequiredAction("Resume", (f"enrich run {job_arguments.run_args}",))]
         yield from (
-            replace(need, text=f"{ended}: {need.text}") for need in required_actions(code, {}, job_arguments) or others
+            replace(need, text=f"{ended}. {need.text}") for need in required_actions(code, {}, job_arguments) or others
         )
 
 
@@ -154,28 +162,32 @@ def build_report(job: Job, job_arguments: JobArguments, now: datetime, *, with_r
     Unreadable data stays None, and a note gives the reason. Raises CommandRefused when the ledger can't be read.
     """
     if not ledger_exists(job.ledger):
-        return _make_report(job, now, notes=["this job has never run: nothing is known yet"])
-    with closing(Ledger(job.ledger, read_only=True)) as ledger, ledger.snapshot():
+        needs = list(report_actions(None, {}, "row", "", job_arguments))
+        return _make_report(job, now, needs=needs)
+    with closing(Database(job.ledger, read_only=True)) as ledger, ledger.snapshot():
         return _build_from_ledger(job, ledger, job_arguments, now, with_rows=with_rows)
 
 
 def _build_from_ledger(
-    job: Job, ledger: Ledger, job_arguments: JobArguments, now: datetime, *, with_rows: bool
+    job: Job, ledger: Database, job_arguments: JobArguments, now: datetime, *, with_rows: bool
 ) -> Report:
     now_ms = int(now.timestamp() * 1000)
     ledger_held = is_locked(job.ledger)
-    executions = ledger.job_executions(job.name)
+    executions = execution_records.list_executions(ledger, job.name)[::-1]
     # Check twice: a run that began just before this snapshot, or ended just after it, was not killed.
     ledger_held = ledger_held or is_locked(job.ledger)
     runs = reported_runs(
-        executions, ledger.outcome_counts(job.name), ledger.newest_execution_id(), is_running=ledger_held
+        executions,
+        queries.outcome_counts(ledger, job.name),
+        execution_records.newest_execution_id(ledger),
+        is_running=ledger_held,
     )
     last_run = runs[-1] if runs else None
     stats, unread = _try_read_input(job, ledger, now_ms, with_rows=with_rows)
     answers = _AnswerTotals(ledger, job, runs)
-    for settled in ledger.settled_attempts(job.name):
+    for settled in queries.settled_attempts(ledger, job.name):
         answers.add(settled)
-    requests = count_by_status(ledger.state_counts())
+    requests = count_by_status(queries.state_counts(ledger))
     counts = requests if stats is None else stats.by_status()
     output = str(job.output_path(now.astimezone()))
     reasons_file = (
@@ -185,27 +197,35 @@ def _build_from_ledger(
     return _make_report(
         job,
         now,
-        waterfall=reported_waterfall(job.model.waterfall, earnings),
+        waterfall=reported_waterfall(job.model.target, earnings),
+        step_waterfalls=[
+            reported_waterfall(step.model.target, answers.stats_by_step[step.step].totals(), step.step)
+            for step in job.step_jobs
+        ],
         nights=runs,
         stats=stats,
         requests=requests,
         credits_spent=to_credits(sum(row.spent for row in executions)),
         credits_unknown=sum(row.unknown for row in executions),
-        planned=_planned_credits(executions[-1].receipt if executions else None),
-        latencies=latency_histogram(ledger.latencies(job.name)),
+        planned=_planned_credits(executions[-1].summary if executions else None),
+        latencies=latency_histogram(queries.latencies(ledger, job.name)),
         traffic=run_traffic(ledger, executions, now_ms),
         anomalies=find_anomalies(answers.last, answers.before),
         needs=[
             *unread.needs(job_arguments),
             *report_actions(last_run, counts, "request" if stats is None else "row", reasons_file, job_arguments),
         ],
-        notes=[*unread.notes(), *_report_notes(runs, stats, answers.erased, others=ledger.has_other_jobs(job.name))],
+        notes=[
+            *unread.notes(),
+            *_report_notes(runs, stats, answers.erased, others=execution_records.has_other_jobs(ledger, job.name)),
+        ],
     )
 
 
 def _make_report(job: Job, now: datetime, *, stats: InputStats | None = None, **fields: Any) -> Report:  # noqa: ANN401 - fields of Report
     nothing: dict[str, Any] = {
-        "waterfall": ReportedWaterfall(job.model.waterfall, (), 0, 0, 0, 0.0, 0.0),
+        "waterfall": ReportedWaterfall(job.model.target.id, (), 0, 0, 0, 0.0, 0.0, job.model.target.kind),
+        "step_waterfalls": (),
         "nights": (),
         "requests": count_by_status({}),
         "credits_spent": 0.0,
@@ -215,17 +235,20 @@ def _make_report(job: Job, now: datetime, *, stats: InputStats | None = None, **
         "traffic": None,
         "anomalies": (),
         "needs": (),
+        "notes": (),
     }
-    rows: dict[str, Any] = {"rows": None, "statuses": {}, "columns": (), "groups": (), "ages": (), "leads": None}
+    rows: dict[str, Any] = {"rows": None, "statuses": {}}
+    rows |= dict.fromkeys(("skipped", "columns", "groups", "ages"), ()) | {"leads": None}
     if stats is not None:
-        rows |= {name: getattr(stats, name) for name in ("rows", "columns", "groups", "ages", "leads")}
-        rows["statuses"] = stats.by_status()
+        rows = {name: getattr(stats, name) for name in rows} | {"statuses": stats.by_status()}
     return Report(
         job=job.name,
+        sandbox=job.sandbox,
         made_at=now.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         ledger=str(job.ledger),
         input=str(job.input_path),
         output=str(job.output_path(now.astimezone())),
+        job_file=str(job.document.path.absolute()),
         **nothing | rows | fields,
     )
 
@@ -239,7 +262,7 @@ class _UnreadInput:
 
     @property
     def _text(self) -> str:
-        return f"nothing is known of the rows: {self.reason}"
+        return f"The rows are unknown: {self.reason}"
 
     def needs(self, job_arguments: JobArguments) -> Iterator[RequiredAction]:
         if not self.is_expected:
@@ -251,11 +274,11 @@ class _UnreadInput:
 
 
 def _try_read_input(
-    job: Job, ledger: Ledger, now_ms: int, *, with_rows: bool
+    job: Job, ledger: Database, now_ms: int, *, with_rows: bool
 ) -> tuple[InputStats | None, _UnreadInput]:
     """Read the current input, or return None and the reason why it can't be read."""
     if job.input_path == STDIN:
-        return None, _UnreadInput("the input came through a pipe; --input names a file instead")
+        return None, _UnreadInput("the input was a pipe. Name a file with --input")
     try:
         template = _read_template(ledger, job)
     except EnrichError as error:
@@ -269,25 +292,27 @@ def _try_read_input(
         return None, _UnreadInput(redact_message(error.message), is_expected=False)
 
 
-def _read_template(ledger: Ledger, job: Job) -> RequestTemplate:
+def _read_template(ledger: Database, job: Job) -> RequestTemplate:
     try:
         return template_from_ledger(ledger, job)
     except ValidationError as error:
         raise CommandRefused(
-            "nobody understands what the ledger remembers of the waterfall", "enrich run asks again"
+            "the ledger's description of the job's target cannot be read", "enrich run loads it again"
         ) from error
 
 
 class _AnswerTotals:
     """Totals over all answers of the job, each read once: per provider, and for the comparison of runs."""
 
-    def __init__(self, ledger: Ledger, job: Job, runs: Sequence[ReportedRun]) -> None:
+    def __init__(self, ledger: Database, job: Job, runs: Sequence[ReportedRun]) -> None:
         try:
             paths: Mapping[str, str] = _read_template(ledger, job).columns
         except EnrichError:
             paths = job.model.columns or {}
         answered = [run.execution for run in runs if run.answered + run.failed]
-        self.provider_stats = ProviderStats(load_waterfalls(ledger.waterfalls()))
+        descriptions = parse_descriptions(bindings.load_descriptions(ledger))
+        self.provider_stats = ProviderStats(descriptions)
+        self.stats_by_step = {step.step: ProviderStats(descriptions) for step in job.step_jobs}
         self.last, self.before = AnswerStats(paths), AnswerStats(paths)
         self.erased = 0
         self._stats_by_execution = dict.fromkeys(answered[-1 - COMPARED_RUNS : -1], self.before) | dict.fromkeys(
@@ -295,11 +320,15 @@ class _AnswerTotals:
         )
 
     def add(self, settled: SettledAttempt) -> None:
-        self.provider_stats.add(settled)
+        task = load_task(settled.answer)
+        parsed = parse_data(task.get("data"), settled.provider, find_provider=False)
+        self.provider_stats.add(settled, parsed)
+        if settled.step in self.stats_by_step:
+            self.stats_by_step[settled.step].add(settled, parsed)
         self.erased += settled.erased
         side = self._stats_by_execution.get(settled.execution)
         if side is not None:
-            side.add(settled)
+            side.add(settled, task, parsed)
 
 
 def _planned_credits(receipt: str | None) -> Mapping[str, float | None] | None:
@@ -310,19 +339,19 @@ def _planned_credits(receipt: str | None) -> Mapping[str, float | None] | None:
 def _report_notes(runs: Sequence[ReportedRun], stats: InputStats | None, erased: int, *, others: bool) -> Iterator[str]:
     """Yield notes that explain missing or partial numbers."""
     if not runs:
-        yield "this job has never run with this ledger"
+        yield "This job has no runs in this ledger."
     if others:
-        yield "other jobs use this ledger, too: the requests are those of all, nights and credits are this job's own"
+        yield "Other jobs use this ledger, too. Requests count all jobs; runs and credits count this job only."
     if killed := [run.execution for run in runs if run.outcome == "killed"]:
-        was = f"execution {killed[0]} was" if len(killed) == 1 else f"{len(killed):,} executions were"
-        yield f"{was} killed and left no receipt: rows, polls, 429s, time and last balance are not known"
-    if runs and runs[-1].outcome == "at work now":
-        yield f"execution {runs[-1].execution} is at work now: its numbers still grow"
+        was = f"Run {killed[0]} was" if len(killed) == 1 else f"{len(killed):,} runs were"
+        yield f"{was} killed without a run summary: rows, polls, 429s, time and last balance are unknown."
+    if runs and runs[-1].outcome == outcome_label(None, is_running=True):
+        yield f"Run {runs[-1].execution} is still running. Its numbers will grow."
     if erased:
-        yield f"{erased:,} answers were purged or forgotten: nobody can tell any more whom they asked"
+        yield f"{pluralize(erased, 'result')} purged or erased: the providers are unknown."
     for column in [] if stats is None else stats.ungrouped:
-        yield f"the column `{column}` makes no groups: it has more than {MAX_GROUP_VALUES:,} different values"
+        yield f"The column `{column}` makes no groups: it has more than {MAX_GROUP_VALUES:,} different values."
     if stats is not None and stats.purged:
-        yield f"{stats.purged:,} rows have an answer that was purged: they are left out of the columns' hit rates"
+        yield f"{pluralize(stats.purged, 'row')} with a purged result: not part of the match rates of columns."
     if unknown := sum(night.credits_unknown for night in runs):
-        yield f"{unknown:,} answers have no known price: the credits are at least those that are told"
+        yield f"{pluralize(unknown, 'result')} of unknown price: the credits are a minimum."

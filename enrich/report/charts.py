@@ -83,7 +83,7 @@ def status_chart(counts: Sequence[tuple[str, int]], label: str) -> RenderedChart
     inks |= {"expired": ChartColor.TROUBLE, "in_doubt": ChartColor.TROUBLE}
     rows = [
         BarRow(
-            status.replace("_", " "),
+            formatting.format_status(status),
             [(count, inks.get(status, ChartColor.PASSED))],
             f"{formatting.format_count(count)} · {formatting.format_percent(formatting.share_of(count, whole))}",
         )
@@ -121,16 +121,16 @@ def age_chart(answers: Sequence[AnswerAge], label: str) -> RenderedChart | None:
     return draw_bars(rows, label)
 
 
-NO_MATCH_LABEL = "Nobody found"
+NO_MATCH_LABEL = "No match"
 #: Number columns to the right of the bars, with their right edges in pixels.
-NUMBER_COLUMNS = {"asked": 82.0, "found": 164.0, "of asked": 226.0, "credits": 310.0, "per hit": 372.0}
+NUMBER_COLUMNS = {"requests": 72.0, "matches": 142.0, "match rate": 216.0, "credits": 296.0, "per match": 372.0}
 #: Smallest and largest width of the names in pixels.
 NAME_WIDTHS = (110.0, 230.0)
 
 
 @dataclass(frozen=True, slots=True)
 class WaterfallStep:
-    """A row of the waterfall chart: `found` leads from `start`, then those passed on, the last `presumed` inferred."""
+    """A row of the waterfall chart: `found` requests from `start`, then those passed on, `presumed` of them."""
 
     name: str
     start: int
@@ -173,7 +173,7 @@ def _wide_layout(steps: Sequence[WaterfallStep], size: ScreenSize) -> tuple[draw
     least, most = NAME_WIDTHS
     room = min(most, max(least, *(formatting.text_width(step.name, NAME_PX) + 18 for step in steps)))
     frame = ChartFrame(
-        size, 34 + pitch * len(steps) + 40, left=room, right=NUMBER_COLUMNS["per hit"] + 4, top=34, bottom=40
+        size, 34 + pitch * len(steps) + 40, left=room, right=NUMBER_COLUMNS["per match"] + 4, top=34, bottom=40
     )
     middles = [pitch * (index + 0.5) for index in range(len(steps))]
     names = [
@@ -226,7 +226,7 @@ def _step_marks(
 ) -> list[alt.Chart]:
     """Draw the bars at these heights; `joined` connects them when no text is between them."""
     domain = (0.0, float(max(1, *(step.end for step in steps))))
-    axis = drawing.make_axis("leads", ticks, orient="bottom", labelFlush=30, grid=joined)
+    axis = drawing.make_axis("requests", ticks, orient="bottom", labelFlush=30, grid=joined)
     spans = list(zip(steps, tops, strict=True))
     passed = [_bar_rect(step.start + step.found, step.end - step.presumed, top, bar) for step, top in spans[:-1]]
     presumed = [
@@ -266,16 +266,13 @@ def _step_numbers(step: WaterfallStep) -> tuple[str, ...]:
 
 def _found_text(step: WaterfallStep) -> str:
     if step.provider is None:
-        return pluralize(step.end - step.start, "lead")
+        return pluralize(step.end - step.start, "request")
     asked = step.provider.asked + step.provider.presumed
-    return (
-        f"found {formatting.format_count(step.found)} "
-        f"({formatting.format_percent(formatting.share_of(step.found, asked))})"
-    )
+    return f"{pluralize(step.found, 'match')} ({formatting.format_percent(formatting.share_of(step.found, asked))})"
 
 
 def _facts_text(step: WaterfallStep) -> str:
     if step.provider is None:
         return ""
     asked, _, _, spent, cost_per_hit = _step_numbers(step)
-    return f"asked {asked} · {spent} credits · {cost_per_hit} per hit"
+    return f"{asked} requests · {spent} credits · {cost_per_hit} per match"

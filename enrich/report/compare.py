@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from array import array
 from collections.abc import Iterator
 from contextlib import closing
@@ -14,12 +15,12 @@ import polars as pl
 
 from enrich.errors import CommandRefused, JobError
 from enrich.job.job import Job
-from enrich.ledger.database import ledger_exists
-from enrich.ledger.ledger import Ledger
+from enrich.ledger import bindings, execution_records, queries
+from enrich.ledger.database import Database, ledger_exists
 from enrich.models import MICROS_PER_CREDIT, SettledAttempt, State, format_credits, pluralize, to_credits
 from enrich.report.build import reported_providers
 from enrich.report.data import ComparedSide, Comparison, ReportedProvider
-from enrich.run.provider_stats import ProviderStats, load_waterfalls
+from enrich.run.provider_stats import ProviderStats, parse_descriptions
 
 #: A p-value from SIGNIFICANT_P on may be chance; one below CERTAIN_P is called no chance.
 SIGNIFICANT_P, CERTAIN_P = 0.05, 0.001
@@ -39,29 +40,30 @@ class _SideData:
 
 
 def compare_executions(job: Job, execution: int) -> Comparison:
-    """Compare the newest execution with answers to another one.
+    """Compare the newest run with results to another one.
 
-    Raises JobError when the job has no such execution, CommandRefused when no other execution has answers.
+    Raises JobError when the job has no such run, CommandRefused when no other run has results.
     """
     with closing(_open_ledger(job)) as ledger, ledger.snapshot():
-        known = [row.id for row in ledger.job_executions(job.name)]
+        known = [row.id for row in execution_records.list_executions(ledger, job.name)]
         if execution not in known:
-            raise JobError(f"--compare {execution}: {job.name} has no execution {execution}", "enrich runs lists them")
-        settled = {number for number, _, _ in ledger.outcome_counts(job.name)}
+            raise JobError(f"--compare {execution}: {job.name} has no run {execution}", "enrich runs lists them")
+        settled = {number for number, _, _ in queries.outcome_counts(ledger, job.name)}
         newest = max(settled - {execution}, default=None)
         if newest is None:
-            raise CommandRefused(f"--compare {execution}: no other execution of {job.name} was answered anything")
-        left, right = (_read_side(ledger, job, f"execution {number}", number) for number in (newest, execution))
+            raise CommandRefused(f"--compare {execution}: no other run of {job.name} has results")
+        left, right = (_read_side(ledger, job, f"run {number}", number) for number in (newest, execution))
     return _compare(left, right)
 
 
 def compare_jobs(job: Job, other: Job) -> Comparison:
     """Compare two jobs. Raises JobError when both are the same, CommandRefused when one has no ledger."""
     if (job.name, job.ledger) == (other.name, other.ledger):
-        raise JobError(f"--compare {other.document.path}: that is this very job", "name another one, or an execution")
+        raise JobError(f"--compare {other.document.path}: this is the same job", "name another job, or a run")
     labels = [each.document.path.name for each in (job, other)]
     if labels[0] == labels[1]:
-        labels = [str(each.document.path) for each in (job, other)]
+        paths = [each.document.path.resolve() for each in (job, other)]
+        labels = [os.path.relpath(path, os.path.commonpath(paths)) for path in paths]
     sides = []
     for each, label in zip((job, other), labels, strict=True):
         with closing(_open_ledger(each)) as ledger, ledger.snapshot():
@@ -69,15 +71,15 @@ def compare_jobs(job: Job, other: Job) -> Comparison:
     return _compare(*sides)
 
 
-def _open_ledger(job: Job) -> Ledger:
+def _open_ledger(job: Job) -> Database:
     if not ledger_exists(job.ledger):
-        raise CommandRefused(f"{job.ledger}: there is no ledger: {job.name} has never run", "enrich run it first")
-    return Ledger(job.ledger, read_only=True)
+        raise CommandRefused(f"{job.ledger}: no ledger, because {job.name} has no runs yet", "enrich run it first")
+    return Database(job.ledger, read_only=True)
 
 
-def _read_side(ledger: Ledger, job: Job, label: str, execution: int | None) -> _SideData:
-    stats, totals = ProviderStats(load_waterfalls(ledger.waterfalls())), _Totals()
-    for settled in ledger.settled_attempts(job.name, execution):
+def _read_side(ledger: Database, job: Job, label: str, execution: int | None) -> _SideData:
+    stats, totals = ProviderStats(parse_descriptions(bindings.load_descriptions(ledger))), _Totals()
+    for settled in queries.settled_attempts(ledger, job.name, execution):
         stats.add(settled)
         totals.add(settled)
     side_providers = reported_providers(stats.totals())
@@ -85,7 +87,7 @@ def _read_side(ledger: Ledger, job: Job, label: str, execution: int | None) -> _
     spent = to_credits(totals.spent)
     cost_per_hit = spent / totals.found if totals.found else None
     side = ComparedSide(label, names, totals.asked, totals.found, totals.not_found, spent, cost_per_hit)
-    return _SideData(side, side_providers, _lead_frame(ledger.answered_params(job.name, execution)))
+    return _SideData(side, side_providers, _lead_frame(queries.answered_params(ledger, job.name, execution)))
 
 
 @dataclass(slots=True)
@@ -147,36 +149,36 @@ def _compare(left: _SideData, right: _SideData) -> Comparison:
 def write_verdict(comparison: Comparison, unknown: int = 0) -> str:
     """Return the verdict in one sentence; `unknown` answers to common leads have no known price."""
     if not comparison.common:
-        return "no lead was answered on both sides: compare the rates with care, the leads differ"
+        return "No lead has results on both sides. The sides have different leads, so their rates are hard to compare."
     more, leads = comparison.only_right - comparison.only_left, pluralize(comparison.common, "lead")
     only = f"{comparison.only_right:,} only there, {comparison.only_left:,} only here"
     if more:
         chance = _significance_text(mcnemar_p_value(comparison.only_left, comparison.only_right))
         how = "more" if more > 0 else "fewer"
-        found = f"found {abs(more):,} {how} of the {leads} that both asked for ({only}: {chance})"
+        matches = f"{pluralize(abs(more), f'{how} match')} for the {leads} of both sides ({only}: {chance})"
     else:
-        found = f"found as many of the {leads} that both asked for ({only})"
-    return f"`{comparison.right.label}` {found}{_cost_text(comparison, unknown)}"
+        matches = f"as many matches for the {leads} of both sides ({only})"
+    return f"`{comparison.right.label}` has {matches}{_cost_text(comparison, unknown)}."
 
 
 def _significance_text(p_value: float) -> str:
     if p_value >= SIGNIFICANT_P:
         return "may be chance"
-    return f"hardly chance: p = {p_value:.2g}" if p_value >= CERTAIN_P else f"no chance: p < {CERTAIN_P}"
+    return f"unlikely to be chance, p = {p_value:.2g}" if p_value >= CERTAIN_P else f"not chance, p < {CERTAIN_P}"
 
 
 def _cost_text(comparison: Comparison, unknown: int) -> str:
     left_found, right_found = comparison.both + comparison.only_left, comparison.both + comparison.only_right
     if unknown:
-        return f"; what that cost is not known of {pluralize(unknown, 'answer')}"
+        return f". The price of {pluralize(unknown, 'result')} is unknown"
     if not left_found or not right_found:
         credits_ = comparison.common_right_credits - comparison.common_left_credits
         return f" at {format_credits(abs(credits_))} credits {'more' if credits_ > 0 else 'less'}" if credits_ else ""
     price, other = comparison.common_right_credits / right_found, comparison.common_left_credits / left_found
     difference = price - other
     if abs(difference) <= min(SAME_COST_CREDITS, SAME_COST_SHARE * max(price, other)):
-        return " at the same cost per hit"
-    return f" at {format_credits(abs(difference))} credits {'more' if difference > 0 else 'less'} per hit"
+        return " at the same cost per match"
+    return f" at {format_credits(abs(difference))} credits {'more' if difference > 0 else 'less'} per match"
 
 
 #: Above this many pairs, the normal distribution is close enough.

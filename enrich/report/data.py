@@ -60,8 +60,8 @@ class ReportedRun:
 class ReportedProvider:
     """A provider or verifier, over all answers of the job.
 
-    `asked` comes from the answers' steps. `presumed` is inferred for answers with no match and no steps
-    (enrich.run.provider_stats).
+    `asked` counts requests that the answers report, `presumed` those that are inferred for answers with no match and
+    no steps (enrich.run.provider_stats).
     """
 
     name: str
@@ -77,7 +77,9 @@ class ReportedProvider:
 
 @dataclass(frozen=True, slots=True)
 class ReportedWaterfall:
-    """The providers in the order they are asked. Of `answers`, `found` have a match and `untold` report no provider.
+    """A waterfall's providers in their order, or an enrichment.
+
+    Of `answers`, `found` have a match, `failed` are failures, and `untold` report no provider.
 
     `spent` is the total price of these answers; `elsewhere` is the part that no step accounts for.
     """
@@ -89,6 +91,20 @@ class ReportedWaterfall:
     untold: int
     spent: float
     elsewhere: float
+    kind: str = "waterfall"
+    #: The step of the job; '' for a job without steps.
+    step: str = ""
+    failed: int = 0
+
+    @property
+    def answered(self) -> int:
+        """Number of requests with a match or with no match."""
+        return self.answers - self.failed
+
+    @property
+    def cost_per_hit(self) -> float | None:
+        """Credits per match; None without a match."""
+        return self.spent / self.found if self.found else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +124,16 @@ class GroupedHits:
     column: str
     groups: Sequence[HitCounts]
     rest: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SkippedRows:
+    """Rows for which no request is sent, for one reason. `step` is '' for a job without steps."""
+
+    step: str
+    status: str
+    reason: str
+    rows: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +239,7 @@ class Report:
     """
 
     job: str
+    sandbox: bool
     made_at: str
     ledger: str
     input: str
@@ -235,7 +262,22 @@ class Report:
     notes: Sequence[str]
     comparison: Comparison | None = None
     leads: OutputRows | None = None
+    #: The waterfall or enrichment of each step; () for a job without steps.
+    step_waterfalls: Sequence[ReportedWaterfall] = ()
+    #: Rows of the current input for which no request is sent, the most frequent reasons first.
+    skipped: Sequence[SkippedRows] = ()
+    job_file: str = ""
+
+    @property
+    def cost_per_lead(self) -> float | None:
+        """All credits divided by the found rows, for a job with steps. None: no steps, no found row, unknown prices."""
+        found = self.statuses.get("found", 0)
+        return self.credits_spent / found if self.step_waterfalls and found and not self.credits_unknown else None
 
     def as_json(self) -> dict[str, Any]:
         """Return the object that `--json` prints."""
-        return {"exit_code": 0, **asdict(self)}
+        values = asdict(self)
+        if not self.step_waterfalls:
+            del values["step_waterfalls"], values["waterfall"]["step"]
+            return {"exit_code": 0, **values}
+        return {"exit_code": 0, **values, "cost_per_lead": self.cost_per_lead}

@@ -49,7 +49,7 @@ class ScreenSize:
 NARROW = ScreenSize("narrow", 350)
 #: Half of the page: all charts but the waterfall.
 HALF = ScreenSize("wide", 470)
-MEDIUM = ScreenSize("medium", 688)
+MEDIUM = ScreenSize("medium", 740)
 FULL = ScreenSize("wide", 980)
 
 

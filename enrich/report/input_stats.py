@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 import polars as pl
 
 from enrich.files.values import as_text, text_frame
-from enrich.models import RowStatus
-from enrich.report.data import AnswerAge, GroupedHits, HitCounts, OutputRows
-from enrich.run.collector import Collector, JoinedBatch
+from enrich.job.cell_text import clean_cells
+from enrich.models import RequestResult, RowStatus
+from enrich.report.data import AnswerAge, GroupedHits, HitCounts, OutputRows, SkippedRows
+from enrich.run.collector import Collector, JoinedBatch, JoinedStep
 
 #: Ages of answers: upper limit in days, and the label.
 AGE_LABELS = ((1, "today"), (7, "1-7 days"), (30, "8-30 days"), (90, "31-90 days"), (365, "91-365 days"))
@@ -25,6 +26,9 @@ MAX_GROUP_VALUES = 100_000
 #: Limit of the rows listed with `--with-rows`.
 MAX_LEAD_ROWS = 1_000
 ANSWERED_STATUSES = (RowStatus.FOUND.value, RowStatus.NOT_FOUND.value)
+SKIPPED_STATUSES = (RowStatus.INVALID.value, RowStatus.FILTERED.value)
+#: Limit of the reasons listed for skipped rows, and the reason where a row has none of its own.
+MAX_SKIP_REASONS, CONDITION_REASON, OTHER_REASONS = 30, "left out by where or only_if_empty", "other reasons"
 
 
 @dataclass(slots=True)
@@ -36,6 +40,7 @@ class InputStats:
 
     rows: int = 0
     statuses: Counter[RowStatus] = field(default_factory=Counter)
+    skipped: list[SkippedRows] = field(default_factory=list)
     columns: list[HitCounts] = field(default_factory=list)
     groups: list[GroupedHits] = field(default_factory=list)
     ages: list[AnswerAge] = field(default_factory=list)
@@ -52,27 +57,31 @@ def read_input_stats(collector: Collector, by: Sequence[str], now_ms: int, *, wi
     """Read the input once. Raises EnrichError when it can't be read."""
     stats = InputStats()
     filled = dict.fromkeys(collector.template.columns, 0)
-    ages: dict[str, Counter[str]] = {label: Counter() for label in (*(label for _, label in AGE_LABELS), OLDER_LABEL)}
+    ages: Counter[tuple[str, str]] = Counter()
     grouped = {column: _GroupCounter(column) for column in by}
+    skipped: Counter[tuple[str, str, str]] = Counter()
     leads: list[tuple[str, ...]] = []
     for joined in collector.joined_batches():
         status = joined.cells["enrich_status"]
         stats.rows += len(status)
         stats.statuses += joined.count_statuses()
+        for step in joined.steps:
+            skipped.update(_skip_reasons(step))
         answered = status.is_in(ANSWERED_STATUSES)
-        purged = answered & pl.Series(
-            [row is not None and row.erased_ms is not None for row in joined.results], dtype=pl.Boolean
-        )
-        stats.purged += int(purged.sum())
+        is_purged = pl.repeat(value=False, n=len(status), eager=True)
+        for step in joined.steps:
+            results = step.results
+            is_purged |= pl.Series([row is not None and row.erased_ms is not None for row in results], dtype=pl.Boolean)
+            ages.update(_answers_by_age(results, step.cells["enrich_status"], joined.batch.first_position, now_ms))
+        stats.purged += int((answered & is_purged).sum())
         for name in filled:
             filled[name] += int((joined.cells[name].is_not_null() & answered).sum())
-        for settled_ms, what in _answers_in_use(joined):
-            ages[_age_label(now_ms - settled_ms)][what] += 1
         for column, groups in grouped.items():
             groups.add(joined.batch.frame.get_column(column), status)
         if with_rows and len(leads) < MAX_LEAD_ROWS:
             leads += _output_cells(collector, joined).head(MAX_LEAD_ROWS - len(leads)).rows()
     answered_rows = sum(stats.statuses[RowStatus(name)] for name in ANSWERED_STATUSES) - stats.purged
+    stats.skipped = list(_most_frequent(skipped))
     stats.columns = [HitCounts(name, stats.rows, answered_rows, found) for name, found in filled.items()]
     for column, groups in grouped.items():
         grouped_hits = groups.result()
@@ -80,26 +89,51 @@ def read_input_stats(collector: Collector, by: Sequence[str], now_ms: int, *, wi
             stats.ungrouped.append(column)
         else:
             stats.groups.append(grouped_hits)
-    stats.ages = [AnswerAge(label, count["found"], count["not_found"]) for label, count in ages.items()]
+    labels = (*(label for _, label in AGE_LABELS), OLDER_LABEL)
+    stats.ages = [AnswerAge(label, ages[label, "found"], ages[label, "not_found"]) for label in labels]
     if with_rows:
         stats.leads = OutputRows(_output_columns(collector), leads, stats.rows - len(leads))
     return stats
 
 
-def _answers_in_use(joined: JoinedBatch) -> Iterator[tuple[int, str]]:
-    """Yield each answer in use once: when it was settled (ms), and its status (found or not_found)."""
-    first = joined.batch.first_position
-    for offset, (result, status) in enumerate(zip(joined.results, joined.cells["enrich_status"], strict=True)):
-        if result is None or not result.first or result.position != first + offset:
-            continue
-        if status in ANSWERED_STATUSES and result.settled_ms is not None:
-            yield result.settled_ms, status
+def _answers_by_age(
+    results: Sequence[RequestResult | None], status: pl.Series, first_position: int, now_ms: int
+) -> dict[tuple[str, str], int]:
+    """Count each answer in use once, by its age and its status (found or not_found)."""
+    settled_ms = [
+        row.settled_ms if row is not None and row.first and row.position == position else None
+        for position, row in enumerate(results, first_position)
+    ]
+    answers = pl.DataFrame({"days": pl.Series(settled_ms, dtype=pl.Int64), "status": status})
+    counts = (
+        answers.filter(pl.col("days").is_not_null() & pl.col("status").is_in(ANSWERED_STATUSES))
+        .group_by((now_ms - pl.col("days")) // DAY_MS, "status")
+        .len()
+    )
+    ages: Counter[tuple[str, str]] = Counter()
+    for days, name, number in counts.rows():
+        ages[_age_label(days), name] += number
+    return ages
 
 
-def _age_label(age_ms: int) -> str:
+def _skip_reasons(step: JoinedStep) -> dict[tuple[str, str, str], int]:
+    """Count the rows of a batch for which a step sends no request, by step, status and reason."""
+    rows = pl.DataFrame([step.cells[name].alias(name) for name in ("enrich_status", "enrich_error")])
+    counts = rows.filter(pl.col("enrich_status").is_in(SKIPPED_STATUSES)).group_by(pl.all()).len()
+    return {(step.name, status, reason or CONDITION_REASON): count for status, reason, count in counts.rows()}
+
+
+def _most_frequent(skipped: Counter[tuple[str, str, str]]) -> Iterator[SkippedRows]:
+    """Yield the most frequent reasons, and the others as one."""
+    ranked = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
+    yield from (SkippedRows(*names, rows) for names, rows in ranked[:MAX_SKIP_REASONS])
+    if rest := sum(rows for _, rows in ranked[MAX_SKIP_REASONS:]):
+        yield SkippedRows("", "", OTHER_REASONS, rest)
+
+
+def _age_label(days: int) -> str:
     # Only full days count: 7.9 days are "1-7 days".
-    days = age_ms // DAY_MS
-    return "today" if days < 1 else next((label for max_days, label in AGE_LABELS[1:] if days <= max_days), OLDER_LABEL)
+    return "today" if days < 1 else next((label for most, label in AGE_LABELS[1:] if days <= most), OLDER_LABEL)
 
 
 @dataclass(slots=True)
@@ -112,7 +146,7 @@ class _GroupCounter:
     def add(self, cells: pl.Series, status: pl.Series) -> None:
         if self._parts is None:
             return
-        frame = pl.DataFrame({"value": as_text(cells).alias("value").str.strip_chars(), "status": status})
+        frame = pl.DataFrame({"value": clean_cells(as_text(cells)), "status": status})
         self._parts.append(
             frame.group_by("value").agg(
                 pl.len().alias("rows"),

@@ -10,13 +10,18 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from enrich.errors import CommandRefused, JobError
+from enrich.extras import install_hint
+from enrich.files.atomic import follow_link
 from enrich.job.job import Job
+from enrich.job.locations import sandbox_file_name
 
 #: The last line of every report; a file without it was not written by enrich.
 REPORT_MARKER = b"\n<!-- a report of enrich -->\n"
+#: The line before it in the report of a sandbox run.
+SANDBOX_MARKER = b"\n<!-- SANDBOX -->"
 #: File name suffixes of a page.
 PAGE_SUFFIXES = (".html", ".htm")
-INSTALL_HINT = "pip install 'databar-enrich[report]'"
+INSTALL_HINT = install_hint("report")
 _LIBRARIES = ("altair", "jinja2", "vl_convert")
 
 
@@ -32,7 +37,13 @@ def default_report_path(job: Job, now: datetime) -> Path:
         return named
     output = job.output_path(now)
     folder = output.parent if isinstance(output, Path) else job.document.path.resolve().parent
-    return folder / f"{job.name}_report.html"
+    name = f"{job.name}_report.html"
+    return folder / (sandbox_file_name(name) if job.sandbox else name)
+
+
+def given_report_path(job: Job, path: Path) -> Path:
+    """Return where to write a page that the command line names. A sandbox run keeps off the report of a real run."""
+    return path.with_name(sandbox_file_name(path.name)) if job.sandbox and _is_real_report(path) else path
 
 
 def write_report(path: Path, page: str, job: Job, now: datetime) -> None:
@@ -40,18 +51,20 @@ def write_report(path: Path, page: str, job: Job, now: datetime) -> None:
 
     Raises JobError when it would replace another kind of file, CommandRefused when it can't be written.
     """
-    named = job.file_locations(now) | {"input": job.input_path}
-    paths = ((key, place.resolve()) for key, place in named.items() if isinstance(place, Path))
-    if other := next((key for key, place in paths if place == path.resolve()), None):
+    if (other := job.key_of_file(path, now)) not in (None, "report"):
         raise JobError(f"{path}: the report would replace `{other}`", "choose another file: -o FILE")
     try:
         if path.exists() and not is_report(path):
-            raise JobError(f"{path} is there already, and no report of enrich", "choose another file: -o FILE")
+            raise JobError(f"{path} exists and is not a report of enrich", "choose another file: -o FILE")
+        path = follow_link(path)
+        if job.sandbox and _is_real_report(path):
+            raise CommandRefused(f"{path}: the report would replace that of a real run", "choose another file: -o FILE")
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
             with os.fdopen(descriptor, "wb") as file:
-                file.write(page.encode(errors="replace") + REPORT_MARKER)
+                file.write(page.encode(errors="replace"))
+                file.write((SANDBOX_MARKER if job.sandbox else b"") + REPORT_MARKER)
             os.replace(part, path)  # noqa: PTH105 - `part` is a str
         except BaseException:
             with suppress(OSError):
@@ -74,3 +87,13 @@ def is_report(path: Path) -> bool:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - len(REPORT_MARKER)))
         return file.read() == REPORT_MARKER if size else path.suffix.lower() in PAGE_SUFFIXES
+
+
+def _is_real_report(path: Path) -> bool:
+    """Return True for the report of a real run."""
+    if not path.is_file() or not is_report(path):
+        return False
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - len(SANDBOX_MARKER + REPORT_MARKER)))
+        return size > 0 and not file.read().startswith(SANDBOX_MARKER)

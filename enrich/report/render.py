@@ -1,32 +1,47 @@
-"""Renders the report as one HTML file that needs no network and no script. Equal data gives equal bytes."""
+"""Renders the report as one HTML file that needs no network. Equal data gives equal bytes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from base64 import b64encode
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from importlib.resources import files
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from enrich.models import pluralize
 from enrich.report import formatting, sections, tables
-from enrich.report.data import Report, ReportedRun
+from enrich.report.data import Report, ReportedRun, ReportedWaterfall
 from enrich.report.tables import Cell
 
 #: The newest runs are shown; older ones are collapsed.
 RUNS_SHOWN = 14
+#: Rates of two runs are compared if each has at least this many results.
+MIN_COMPARED = 100
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """A key number with a note and its change since the run before; `good` is None where a change is neutral."""
+    """A key number with a note and, for a rate, its change since an earlier run; `good` is None for no change."""
 
     label: str
     cell: Cell
-    about: str
     note: str
     change: str | None = None
     good: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TileGroup:
+    """Key numbers of the last run or of all runs: `scope` says which runs, `about` marks them for programs."""
+
+    key: str
+    title: str
+    scope: str
+    about: str
+    tiles: Sequence[Tile]
 
 
 def render_report(report: Report) -> str:
@@ -36,81 +51,119 @@ def render_report(report: Report) -> str:
     environment.filters |= {
         "clean": formatting.clean_text,
         "moment": formatting.format_time,
-        "count": formatting.format_count,
+        "count": pluralize,
+        "command": _format_command,
     }
-    template = environment.from_string(folder.joinpath("page.html").read_text(encoding="utf-8"))
-    comparison = report.comparison
-    return template.render(
+    page, style, script = (
+        folder.joinpath(f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")
+    )
+    comparison, waterfalls = report.comparison, report.step_waterfalls or [report.waterfall]
+    return environment.from_string(
+        page
+    ).render(
         report=report,
-        style=Markup(folder.joinpath("page.css").read_text(encoding="utf-8")),  # noqa: S704 - a file of this package
-        night=report.nights[-1] if report.nights else None,
-        tiles=list(make_tiles(report)),
-        waterfall=sections.waterfall_figure(report.waterfall),
+        style=Markup(style),  # noqa: S704 - a file of this package
+        script=Markup(script),  # noqa: S704 - a file of this package
+        script_hash=b64encode(sha256(script.encode()).digest()).decode(),
+        last=report.nights[-1] if report.nights else None,
+        tile_groups=list(tile_groups(report)),
+        steps=tables.step_table(report) if report.step_waterfalls else None,
+        waterfalls=[
+            (each, sections.waterfall_figure(each), _waterfall_cells(each), f"waterfall {each.step}".rstrip())
+            for each in waterfalls
+        ],
         sections=list(sections.make_sections(report)),
         compared=comparison and (tables.common_leads_table(comparison), tables.sides_table(comparison)),
         sides=list(sections.side_figures(comparison)) if comparison else [],
-        nights=tables.run_table(report.nights[-RUNS_SHOWN:], "The last nights, newest first"),
-        older=tables.run_table(report.nights[:-RUNS_SHOWN], "Older nights, newest first"),
+        runs=tables.run_table(report.nights[-RUNS_SHOWN:], "Newest first"),
+        older=tables.run_table(report.nights[:-RUNS_SHOWN], "Older runs, newest first"),
+        traffic=tables.run_traffic_table(report.nights),
         requests=tables.status_table(report.requests.items(), "Requests in the ledger by state", "State"),
         leads=report.leads and tables.leads_table(report.leads),
-        totals=_waterfall_cells(report),
         total_cell=tables.credits_cell("credits_spent", report.credits_spent),
         rows_cell=tables.count_cell("rows", report.rows),
+        infers=any(provider.presumed for each in waterfalls for provider in each.providers),
         dash=formatting.DASH,
     )
 
 
-def make_tiles(report: Report) -> Iterator[Tile]:
-    """Yield the key numbers of the last run."""
+def _format_command(command: str) -> Markup:
+    """Format a shell command as HTML whose options are not broken after a hyphen."""
+    words = formatting.clean_text(command).split(" ")
+    return Markup(" ").join(Markup("<span>{}</span>").format(word) if word.startswith("-") else word for word in words)
+
+
+def tile_groups(report: Report) -> Iterator[TileGroup]:
+    """Yield the key numbers of the last run, and of all runs where they differ."""
     if not report.nights:
         return
-    run, about = report.nights[-1], f"night {report.nights[-1].execution}"
+    first, last = report.nights[0], report.nights[-1]
+    scope = f"Run {last.execution}, {formatting.format_date(last.started_at)}"
+    yield TileGroup("last-run", "Last run", scope, f"night {last.execution}", list(_last_run_tiles(report)))
+    if len(report.nights) > 1 or report.step_waterfalls:
+        scope = f"{pluralize(len(report.nights), 'run')} since {formatting.format_date(first.started_at)}"
+        yield TileGroup("all-runs", "All runs", scope, "all runs", list(_all_runs_tiles(report)))
 
-    def difference(of: Callable[[ReportedRun], float | None]) -> float | None:
-        old, new = of(report.nights[-2]) if len(report.nights) > 1 else None, of(run)
-        return None if old is None or new is None else new - old
+
+def _last_run_tiles(report: Report) -> Iterator[Tile]:
+    run, earlier = report.nights[-1], _comparable_run(report.nights)
+
+    def change(of: Callable[[ReportedRun], float | None], write: Callable[[float], str], better: int) -> _Change:
+        return (None, None) if earlier is None else _format_change(earlier, of(earlier), of(run), write, better)
 
     yield Tile(
-        "Hit rate",
+        "Match rate",
         Cell(formatting.format_percent(run.hit_rate), "hit_rate", run.hit_rate),
-        about,
-        f"{run.found:,} of {run.answered:,} answered",
-        *_format_change(difference(lambda each: each.hit_rate), lambda points: f"{points * 100:.1f} points", better=1),
+        f"of {pluralize(run.answered, 'result')}",
+        *change(lambda each: each.hit_rate, lambda points: f"{points * 100:.1f} points", 1),
     )
+    yield Tile("Matches", tables.count_cell("found", run.found), f"{pluralize(run.submitted, 'request')} sent")
+    yield Tile("Credits", tables.credits_cell("credits_spent", run.credits_spent), _planned_text(report.planned, run))
     yield Tile(
-        "Leads found",
-        tables.count_cell("found", run.found),
-        about,
-        f"{run.submitted:,} sent",
-        *_format_change(difference(lambda each: each.found), formatting.format_count),
-    )
-    yield Tile(
-        "Credits",
-        tables.credits_cell("credits_spent", run.credits_spent),
-        about,
-        _planned_text(report.planned, run),
-        *_format_change(difference(lambda each: each.credits_spent), formatting.format_amount),
-    )
-    yield Tile(
-        "Cost per hit",
+        "Cost per match",
         tables.credits_cell("cost_per_hit", run.cost_per_hit),
-        about,
-        "credits" if run.cost_per_hit is not None else "no hit tonight",
-        *_format_change(difference(lambda each: each.cost_per_hit), formatting.format_amount, better=-1),
+        "credits" if run.cost_per_hit is not None else "no match",
+        *change(lambda each: each.cost_per_hit, formatting.format_amount, -1),
     )
-    yield Tile("Balance", tables.credits_cell("balance_after", run.balance_after), about, _balance_text(run))
+    yield Tile("Balance", tables.credits_cell("balance_after", run.balance_after), _balance_text(run))
+
+
+def _all_runs_tiles(report: Report) -> Iterator[Tile]:
+    if len(report.nights) > 1:
+        found, answered, sent = (
+            sum(getattr(run, name) for run in report.nights) for name in ("found", "answered", "submitted")
+        )
+        unknown = f"{report.credits_unknown:,} of unknown price" if report.credits_unknown else "credits spent"
+        per_match = report.credits_spent / found if found else None
+        yield Tile("Match rate", tables.rate_cell(found, answered), f"of {pluralize(answered, 'result')}")
+        yield Tile("Matches", tables.count_cell("found", found), f"{pluralize(sent, 'request')} sent")
+        yield Tile("Credits", tables.credits_cell("credits_spent", report.credits_spent), unknown)
+        yield Tile("Cost per match", tables.credits_cell("cost_per_hit", per_match), "credits" if found else "no match")
+    if report.step_waterfalls:
+        complete = tables.count_cell("found", report.statuses.get("found"))
+        yield Tile("Completed leads", complete, f"of {pluralize(report.rows or 0, 'row')}")
+        yield Tile("Per completed lead", tables.credits_cell("cost_per_lead", report.cost_per_lead), "credits")
+
+
+def _comparable_run(runs: Sequence[ReportedRun]) -> ReportedRun | None:
+    """Return the newest earlier run with enough results; None when there is none, or the last run has too few."""
+    enough = [run for run in runs if run.answered >= MIN_COMPARED]
+    return enough[-2] if len(enough) > 1 and enough[-1] is runs[-1] else None
+
+
+_Change = tuple[str | None, bool | None]
 
 
 def _format_change(
-    change: float | None, write: Callable[[float], str], *, better: int = 0
-) -> tuple[str | None, bool | None]:
-    """Format a change. `better`: 1 if more is good, -1 if less is good, 0 for no judgment."""
-    if change is None:
+    earlier: ReportedRun, old: float | None, new: float | None, write: Callable[[float], str], better: int
+) -> _Change:
+    """Format a change since an earlier run. `better`: 1 if more is good, -1 if less is good."""
+    if old is None or new is None:
         return None, None
-    size = write(abs(change))
+    size = write(abs(new - old))
     if size == write(0.0):
-        return "as the night before", None
-    return f"▲ {size} more" if change > 0 else f"▼ {size} less", change * better > 0 if better else None
+        return f"same as run {earlier.execution}", None
+    return f"{'▲' if new > old else '▼'} {size} vs. run {earlier.execution}", (new - old) * better > 0
 
 
 def _planned_text(planned: Mapping[str, float | None] | None, run: ReportedRun) -> str:
@@ -120,21 +173,18 @@ def _planned_text(planned: Mapping[str, float | None] | None, run: ReportedRun) 
         return f"planned {formatting.format_amount(known['likely'])}{unknown}"
     if "max" in known:
         return f"planned at most {formatting.format_amount(known['max'])}{unknown}"
-    return f"no plan is known{unknown}"
+    return f"no plan{unknown}"
 
 
 def _balance_text(run: ReportedRun) -> str:
     if run.balance_after is None:
-        return "not known"
+        return "unknown"
     if run.balance_before is None:
         return "credits left"
-    was = f"was {formatting.format_amount(run.balance_before)}"
-    if run.unexplained is None:
-        return was
-    return f"{was}; {f'{run.unexplained:+,.2f} unexplained' if run.unexplained else 'all explained'}"
+    unexplained = f"; {run.unexplained:+,.2f} unexplained" if run.unexplained else ""
+    return f"{formatting.format_amount(run.balance_before)} before{unexplained}"
 
 
-def _waterfall_cells(report: Report) -> dict[str, Cell]:
-    facts = report.waterfall
+def _waterfall_cells(facts: ReportedWaterfall) -> dict[str, Cell]:
     counts = {name: tables.count_cell(name, getattr(facts, name)) for name in ("answers", "found", "untold")}
     return counts | {name: tables.credits_cell(name, getattr(facts, name)) for name in ("spent", "elsewhere")}

@@ -20,13 +20,14 @@ from enrich.report.data import (
 from enrich.report.drawing import HALF, NARROW, RenderedChart
 from enrich.report.tables import Table
 
-#: A trend needs at least this many runs.
-MIN_TREND_RUNS = 2
+#: Charts over time need at least this many runs, and that of a run's requests this many bins.
+MIN_TREND_RUNS = 5
+MIN_TRAFFIC_BINS = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One or more charts with a title, their result in a sentence (`finding`), and a table."""
+    """A title, the result in a sentence (`finding`), its charts, and a table; `wide` for that of a waterfall."""
 
     title: str
     finding: str
@@ -37,12 +38,11 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A heading with its figures; `empty` is the text when there are none."""
+    """A heading with its figures."""
 
     key: str
     title: str
     figures: Sequence[Figure]
-    empty: str
 
     @property
     def stacks(self) -> list[list[Figure]]:
@@ -54,20 +54,21 @@ class Section:
 
 
 def _stack_height(stack: Sequence[Figure]) -> float:
-    around = 100.0
-    return sum(around + sum(picture.height for picture in figure.pictures) for figure in stack)
+    return sum(100 + (sum(picture.height for picture in figure.pictures) or _table_height(figure)) for figure in stack)
+
+
+def _table_height(figure: Figure) -> float:
+    return 60.0 + 33 * len(figure.table.lines) if figure.table else 0.0
 
 
 def make_sections(report: Report) -> Iterator[Section]:
-    """Yield the sections after the waterfall, in the order of the page."""
-    yield Section("rows", "What the rows came to", list(_row_figures(report)), "No row was looked at yet.")
-    yield Section(
-        "money",
-        "Night by night",
-        list(_run_figures(report.nights)),
-        "There are too few nights with answers to show a trend.",
+    """Yield the sections after the waterfall that have figures, in the order of the page."""
+    sections = (
+        Section("rows", "Rows of the input", list(_row_figures(report))),
+        Section("trends", "Run by run", list(_run_figures(report.nights))),
+        Section("timing", "Timing", list(_timing_figures(report))),
     )
-    yield Section("speed", "How the run went", list(_speed_figures(report)), "The last run sent nothing.")
+    yield from (section for section in sections if section.figures)
 
 
 def waterfall_figure(facts: ReportedWaterfall) -> Figure | None:
@@ -94,23 +95,26 @@ def side_figures(comparison: Comparison) -> Iterator[Figure]:
         label = formatting.clean_text(side.label)
         facts = ReportedWaterfall(label, providers, answers, side.found, 0, side.credits, 0.0)
         rate = formatting.format_percent(formatting.share_of(side.found, answers))
-        finding = f"{side.found:,} of {answers:,} found ({rate}) for {formatting.format_amount(side.credits)} credits."
+        spent = formatting.format_amount(side.credits)
+        finding = f"{pluralize(side.found, 'match')} in {pluralize(answers, 'result')} ({rate}), {spent} credits."
         table = tables.provider_table(providers, f"Providers of {label}", f"{about} provider")
         yield Figure(label, finding, [charts.waterfall_chart(facts, finding, (NARROW, HALF))], table)
 
 
 def _waterfall_text(facts: ReportedWaterfall) -> str:
-    text = f"Of {pluralize(facts.answers, 'answer')}, {facts.found:,} found something"
-    text += f" ({formatting.format_percent(formatting.share_of(facts.found, facts.answers))})."
+    rate = formatting.format_percent(formatting.share_of(facts.found, facts.answered))
+    text = f"{pluralize(facts.found, 'match')} in {pluralize(facts.answered, 'result')} ({rate})."
+    if facts.failed:
+        text += f" {pluralize(facts.failed, 'request')} failed."
     best = max((each for each in facts.providers if not each.verifies), key=lambda each: each.found)
     if best.found:
         part = formatting.format_percent(formatting.share_of(best.found, facts.found))
-        text += f" {formatting.clean_text(best.name)} found most of them: {best.found:,} ({part} of all finds)."
+        text += f" Most matches: {formatting.clean_text(best.name)}, {best.found:,} ({part})."
     priced = [each for each in facts.providers if each.cost_per_hit is not None and not each.verifies]
     if len(priced) > 1:
         most_expensive = max(priced, key=lambda each: each.cost_per_hit or 0.0)
         text += (
-            f" A hit costs most at {formatting.clean_text(most_expensive.name)}:"
+            f" Highest cost per match: {formatting.clean_text(most_expensive.name)},"
             f" {formatting.format_amount(most_expensive.cost_per_hit)} credits."
         )
     return text
@@ -118,7 +122,7 @@ def _waterfall_text(facts: ReportedWaterfall) -> str:
 
 def _verifier_text(facts: ReportedWaterfall) -> str:
     sentences = (
-        f" {formatting.clean_text(each.name)} verified {pluralize(each.asked, 'find')}:"
+        f" {formatting.clean_text(each.name)} verified {pluralize(each.asked, 'match')}:"
         f" {formatting.format_amount(each.credits)} credits."
         for each in facts.providers
         if each.verifies
@@ -133,14 +137,17 @@ def _row_figures(report: Report) -> Iterator[Figure]:
         table = tables.status_table(counts, "Rows of the input by status", "Status")
         yield _make_figure("Rows by status", finding, table, charts.status_chart(counts, finding))
     if report.columns:
-        finding = _hit_rates_text(report.columns, "Every column was filled equally often")
-        table = tables.hit_rate_table(report.columns, "Hit rate by output column", "Column", "column")
-        yield _make_figure("Hit rate by column", finding, table, charts.hit_rate_chart(report.columns, finding))
-    whole = sum(each.found + each.not_found for each in report.ages)
-    if whole:
-        finding = f"{pluralize(whole, 'answer')} in use, as found + not found."
+        finding = _hit_rates_text(report.columns, "All columns have the same match rate")
+        table = tables.hit_rate_table(report.columns, "Match rate by output column", "Column", "column")
+        yield _make_figure("Match rate by column", finding, table, charts.hit_rate_chart(report.columns, finding))
+    if report.skipped:
+        yield _make_figure("Why rows were not sent", _skipped_text(report), tables.skipped_table(report.skipped))
+    used = [each for each in report.ages if each.found + each.not_found]
+    if len(used) > 1:
+        whole = sum(each.found + each.not_found for each in used)
+        finding = f"{pluralize(whole, 'result')} in use, as matches + no match."
         yield _make_figure(
-            "Age of the answers", finding, tables.age_table(report.ages), charts.age_chart(report.ages, finding)
+            "Age of the results", finding, tables.age_table(report.ages), charts.age_chart(report.ages, finding)
         )
     for each in report.groups:
         if each.groups:
@@ -154,18 +161,26 @@ def _status_text(counts: Sequence[tuple[str, int]]) -> str:
     if not whole:
         return "The input has no rows."
     rate = formatting.format_percent(formatting.share_of(most[1], whole))
-    return f"Of {pluralize(whole, 'row')} of the input, {most[1]:,} ({rate}) are {most[0].replace('_', ' ')}."
+    return f"{pluralize(whole, 'row')}. Most frequent: {formatting.format_status(most[0])}, {most[1]:,} ({rate})."
+
+
+def _skipped_text(report: Report) -> str:
+    most, skipped = report.skipped[0], sum(each.rows for each in report.skipped)
+    reason = f"Most frequent reason: {formatting.clean_text(most.reason)}."
+    if report.step_waterfalls:
+        return f"Counted for each step. {reason}"
+    return f"No request for {pluralize(skipped, 'row')} of {report.rows or 0:,}. {reason}"
 
 
 def _hit_rates_text(hits: Sequence[HitCounts], equal: str) -> str:
     known = [each for each in hits if each.answered]
     if not known:
-        return "None of these rows was answered yet."
+        return "No results for these rows yet."
     best = max(known, key=lambda each: each.found / each.answered)
     least = min(known, key=lambda each: each.found / each.answered)
     high, low = (formatting.format_percent(each.found / each.answered) for each in (best, least))
     if len(known) == 1:
-        return f"{formatting.clean_text(best.name, '(blank)')} has a value in {high} of the answered rows."
+        return f"{formatting.clean_text(best.name, '(blank)')} has a value in {high} of the rows with a result."
     if high == low:
         return f"{equal}: {high}."
     return (
@@ -175,11 +190,11 @@ def _hit_rates_text(hits: Sequence[HitCounts], equal: str) -> str:
 
 
 def _groups_text(groups: GroupedHits) -> str:
-    text = _hit_rates_text(groups.groups, "All groups have the same hit rate")
+    text = _hit_rates_text(groups.groups, "All groups have the same match rate")
     if len(groups.groups) > charts.MAX_BARS:
-        text += f" The first {charts.MAX_BARS} of {len(groups.groups)} are drawn; the table has all."
+        text += f" The chart shows {charts.MAX_BARS} of {len(groups.groups)} groups, the table all."
     if groups.rest:
-        text += f" The last group stands for {pluralize(groups.rest, 'further value')}."
+        text += f" The last group combines {pluralize(groups.rest, 'further value')}."
     return text
 
 
@@ -189,72 +204,62 @@ def _run_figures(runs: Sequence[ReportedRun]) -> Iterator[Figure]:
     spent = sum(run.credits_spent for run in runs)
     if spent:
         dearest = max(runs, key=lambda night: night.credits_spent)
-        finding = f"{formatting.format_amount(spent)} credits in {pluralize(len(runs), 'night')}; most in execution "
+        finding = f"{formatting.format_amount(spent)} credits in {pluralize(len(runs), 'run')}. Most: run "
         finding += f"{dearest.execution}, {formatting.format_amount(dearest.credits_spent)}."
         pictures = (
             timelines.credits_chart(runs, finding),
-            timelines.cumulative_credits_chart(runs, f"Added up. {finding}"),
+            timelines.cumulative_credits_chart(runs, f"Cumulative. {finding}"),
         )
-        yield _make_figure("Credits per night and in all", finding, tables.spending_table(runs), *pictures)
+        yield _make_figure("Credits per run", finding, None, *pictures)
     if any(night.cost_per_hit is not None for night in runs):
         finding = _cost_per_hit_text(runs)
-        yield _make_figure(
-            "Cost per hit", finding, tables.cost_per_hit_table(runs), timelines.cost_per_hit_chart(runs, finding)
-        )
+        yield _make_figure("Cost per match", finding, None, timelines.cost_per_hit_chart(runs, finding))
     if any(night.answered for night in runs):
         finding = _run_hit_rates_text(runs)
-        yield _make_figure(
-            "Hit rate of each night",
-            finding,
-            tables.run_hit_rate_table(runs),
-            timelines.run_hit_rate_chart(runs, finding),
-        )
+        yield _make_figure("Match rate", finding, None, timelines.run_hit_rate_chart(runs, finding))
 
 
 def _run_hit_rates_text(runs: Sequence[ReportedRun]) -> str:
     known = [run.hit_rate for run in runs if run.hit_rate is not None]
     if len(known) == 1:
-        return f"{formatting.format_percent(known[0])} of what was answered was found."
+        return f"{formatting.format_percent(known[0])} in the only run with results."
     spread = f"between {formatting.format_percent(min(known))} and {formatting.format_percent(max(known))}"
-    return f"{formatting.format_percent(known[-1])} in the last night with an answer, {spread} over all."
+    return f"{formatting.format_percent(known[-1])} in the last run with results, {spread} in all runs."
 
 
 def _cost_per_hit_text(runs: Sequence[ReportedRun]) -> str:
     known = [run.cost_per_hit for run in runs if run.cost_per_hit is not None]
     if len(known) == 1:
-        return f"A hit cost {formatting.format_amount(known[0])} credits."
+        return f"{formatting.format_amount(known[0])} credits in the only run with a match."
     spread = f"between {formatting.format_amount(min(known))} and {formatting.format_amount(max(known))}"
-    return f"A hit cost {formatting.format_amount(known[-1])} credits in the last night with one, {spread} over all."
+    return f"{formatting.format_amount(known[-1])} credits in the last run with a match, {spread} in all runs."
 
 
-def _speed_figures(report: Report) -> Iterator[Figure]:
+def _timing_figures(report: Report) -> Iterator[Figure]:
     times, traffic = report.latencies, report.traffic
     if times is not None and times.count:
         finding = _latency_text(times)
         yield _make_figure(
-            "Time until an answer", finding, tables.latency_table(times), timelines.latency_chart(times, finding)
+            "Time to result, all runs", finding, tables.latency_table(times), timelines.latency_chart(times, finding)
         )
-    if traffic is not None and any((*traffic.submitted, *traffic.answered, *traffic.rate_limited)):
+    if traffic is not None and len(traffic.submitted) >= MIN_TRAFFIC_BINS:
         finding = _traffic_text(traffic)
         pictures = timelines.throughput_chart(traffic, finding), timelines.rate_limited_chart(traffic, finding)
-        yield _make_figure("Sent, answered and held back", finding, tables.traffic_table(traffic), *pictures)
+        yield _make_figure(
+            f"Requests over time, run {traffic.execution}", finding, tables.traffic_table(traffic), *pictures
+        )
 
 
 def _latency_text(times: LatencyHistogram) -> str:
     half, most, longest = (formatting.format_seconds(each) for each in (times.median, times.p90, times.longest))
-    text = f"Half of {pluralize(times.count, 'task')} were answered within {half}, 90% within {most}"
-    return f"{text}; the slowest took {longest}."
+    return f"{pluralize(times.count, 'task')}: half within {half}, 90% within {most}, the slowest after {longest}."
 
 
 def _traffic_text(traffic: Traffic) -> str:
     sent, answered, limited = (sum(each) for each in (traffic.submitted, traffic.answered, traffic.rate_limited))
-    text = f"Execution {traffic.execution} sent {pluralize(sent, 'request')} and heard {pluralize(answered, 'answer')}"
-    return (
-        f"{text}; the API said 429 (too fast) {pluralize(limited, 'time')}."
-        if limited
-        else f"{text}; it was never held back (no 429)."
-    )
+    text = f"{pluralize(sent, 'request')} sent, {pluralize(answered, 'result')} received"
+    return f"{text}, rate-limited (429) {pluralize(limited, 'time')}."
 
 
-def _make_figure(title: str, finding: str, table: Table, *pictures: RenderedChart | None) -> Figure:
+def _make_figure(title: str, finding: str, table: Table | None, *pictures: RenderedChart | None) -> Figure:
     return Figure(title, finding, [picture for picture in pictures if picture], table)

@@ -15,13 +15,15 @@ from enrich.report.data import (
     HitCounts,
     LatencyHistogram,
     OutputRows,
+    Report,
     ReportedProvider,
     ReportedRun,
     ReportedWaterfall,
+    SkippedRows,
     Traffic,
 )
 
-#: Limit of runs in the tables below the charts; the list of runs has all of them.
+#: Limit of runs in the table of balance, polls and time.
 RECENT_RUNS = 60
 
 
@@ -76,7 +78,8 @@ def rate_cell(part: int, of: int, name: str = "hit_rate") -> Cell:
 
 def provider_table(providers: Sequence[ReportedProvider], caption: str, about: str = "provider") -> Table:
     """List requests, matches and cost of each provider and verifier."""
-    heads = ("Provider", "Asked", "of it presumed", "Found", "of asked", "Rejected", "Passed on", "Credits", "Per hit")
+    heads: tuple[str, ...] = ("Provider", "Requests", "Inferred", "Matches", "Match rate", "Rejected", "Passed on")
+    heads += ("Credits", "Per match")
     lines = []
     for each in providers:
         reached = each.asked + each.presumed
@@ -100,8 +103,8 @@ def provider_table(providers: Sequence[ReportedProvider], caption: str, about: s
 
 
 def waterfall_table(facts: ReportedWaterfall) -> Table:
-    """List the providers in the order they are asked, verifiers last."""
-    return provider_table(facts.providers, "Providers in the order they are asked; verifiers last")
+    """List the providers in their order, verifiers last."""
+    return provider_table(facts.providers, "Providers in their order, verifiers last")
 
 
 def status_table(counts: Iterable[tuple[str, int]], caption: str, head: str) -> Table:
@@ -109,10 +112,58 @@ def status_table(counts: Iterable[tuple[str, int]], caption: str, head: str) -> 
     pairs = list(counts)
     total = sum(count for _, count in pairs)
     lines = [
-        Line("statuses", name.replace("_", " "), (count_cell(name, count), rate_cell(count, total, "share")))
+        Line("statuses", formatting.format_status(name), (count_cell(name, count), rate_cell(count, total, "share")))
         for name, count in pairs
     ]
     return Table(caption, (head, "Count", "Share"), lines)
+
+
+def skipped_table(skipped: Sequence[SkippedRows]) -> Table:
+    """List why rows were not sent."""
+    has_steps = any(each.step for each in skipped)
+    lines = []
+    for each in skipped:
+        reason, number = formatting.clean_text(each.reason), count_cell("rows", each.rows)
+        status = formatting.format_status(each.status) if each.status else formatting.DASH
+        step = (formatting.clean_text(each.step, formatting.DASH),) if has_steps else ()
+        lines.append(Line(f"skipped {each.step}".rstrip(), reason, (*step, status, number)))
+    heads = ("Reason", *(("Step",) if has_steps else ()), "Status", "Rows")
+    return Table("Rows without a request, by reason", heads, lines)
+
+
+def step_table(report: Report) -> Table:
+    """List requests, match rate and cost of each step, and of all."""
+    leads = report.statuses.get("found", 0)
+
+    def line(about: str, name: str, target: str, steps: Sequence[ReportedWaterfall]) -> Line:
+        answers, answered, found = (
+            sum(getattr(each, key) for each in steps) for key in ("answers", "answered", "found")
+        )
+        spent = sum(each.spent for each in steps)
+        cells = (
+            target,
+            count_cell("answers", answers),
+            count_cell("found", found),
+            rate_cell(found, answered),
+            credits_cell("spent", spent),
+            credits_cell("cost_per_hit", spent / found if found else None),
+            credits_cell("cost_per_lead", None if report.credits_unknown or not leads else spent / leads),
+        )
+        return Line(about, name, cells)
+
+    steps = report.step_waterfalls
+    lines = [
+        line(
+            f"step {each.step}",
+            formatting.clean_text(each.step),
+            f"{each.kind} {formatting.clean_text(each.name)}",
+            [each],
+        )
+        for each in steps
+    ]
+    lines.append(line("all steps", "All steps", pluralize(len(steps), "step"), steps))
+    heads = ("Step", "Target", "Requests", "Matches", "Match rate", "Credits", "Per match", "Per completed lead")
+    return Table("All runs", heads, lines)
 
 
 def hit_rate_table(rows: Sequence[HitCounts], caption: str, head: str, about: str) -> Table:
@@ -130,55 +181,18 @@ def hit_rate_table(rows: Sequence[HitCounts], caption: str, head: str, about: st
         )
         for each in rows
     ]
-    return Table(caption, (head, "Rows", "Answered", "Found", "Hit rate"), lines)
+    return Table(caption, (head, "Rows", "Results", "Matches", "Match rate"), lines)
 
 
 def group_table(facts: GroupedHits) -> Table:
     """List match rates by the values of an input column."""
     column = formatting.clean_text(facts.column)
-    return hit_rate_table(facts.groups, f"Hit rate by {column}", column, f"group {facts.column}")
-
-
-def spending_table(runs: Sequence[ReportedRun]) -> Table:
-    """List the cost of each run, newest first."""
-    total, lines = 0.0, []
-    for run in runs:
-        total += run.credits_spent
-        cells = credits_cell("credits_spent", run.credits_spent), credits_cell("so_far", round(total, 6))
-        lines.append(Line(f"spending {run.execution}", _run_label(run), cells))
-    return Table(_runs_caption("Credits", runs), ("Night", "Credits", "In all"), lines[: -RECENT_RUNS - 1 : -1])
-
-
-def cost_per_hit_table(runs: Sequence[ReportedRun]) -> Table:
-    """List the cost per match of each run, newest first."""
-    lines = [
-        Line(
-            f"cost_per_hit {run.execution}",
-            _run_label(run),
-            (count_cell("found", run.found), credits_cell("cost_per_hit", run.cost_per_hit)),
-        )
-        for run in runs[: -RECENT_RUNS - 1 : -1]
-    ]
-    return Table(_runs_caption("Cost per hit", runs), ("Night", "Found", "Per hit"), lines)
-
-
-def run_hit_rate_table(runs: Sequence[ReportedRun]) -> Table:
-    """List the match rate of each run, newest first."""
-    lines = [
-        Line(
-            f"hit_rate {run.execution}",
-            _run_label(run),
-            (count_cell("answered", run.answered), count_cell("found", run.found), rate_cell(run.found, run.answered)),
-        )
-        for run in runs[: -RECENT_RUNS - 1 : -1]
-    ]
-    return Table(_runs_caption("Hit rate", runs), ("Night", "Answered", "Found", "Hit rate"), lines)
+    return hit_rate_table(facts.groups, f"Match rate by {column}", column, f"group {facts.column}")
 
 
 def run_table(facts: Sequence[ReportedRun], caption: str) -> Table:
-    """List all numbers of each run, newest first."""
-    heads: tuple[str, ...] = ("Night", "Outcome", "Sent", "Found", "Not found", "Failed", "Expired", "Hit rate")
-    heads += ("Credits", "Per hit", "Balance", "Polls", "429s", "Time")
+    """List outcome and results of each run, newest first."""
+    heads = ("Run", "Outcome", "Sent", "Matches", "No match", "Failed", "Expired", "Match rate", "Credits", "Per match")
     lines = [
         Line(
             f"night {run.execution}",
@@ -193,15 +207,30 @@ def run_table(facts: Sequence[ReportedRun], caption: str) -> Table:
                 Cell(formatting.format_percent(run.hit_rate), "hit_rate", run.hit_rate),
                 credits_cell("credits_spent", run.credits_spent),
                 credits_cell("cost_per_hit", run.cost_per_hit),
+            ),
+        )
+        for run in reversed(facts)
+    ]
+    return Table(caption, heads, lines)
+
+
+def run_traffic_table(runs: Sequence[ReportedRun]) -> Table:
+    """List balance, polls and time of the newest runs."""
+    lines = [
+        Line(
+            f"night {run.execution}",
+            _run_label(run),
+            (
                 credits_cell("balance_after", run.balance_after),
                 count_cell("polls", run.polls),
                 count_cell("rate_limited", run.rate_limited),
                 Cell(formatting.format_seconds(run.elapsed_s), "elapsed_s", run.elapsed_s),
             ),
         )
-        for run in reversed(facts)
+        for run in runs[: -RECENT_RUNS - 1 : -1]
     ]
-    return Table(caption, heads, lines)
+    cut = f"The last {RECENT_RUNS} of {len(runs):,} runs, newest" if len(runs) > RECENT_RUNS else "Newest"
+    return Table(f"{cut} first", ("Run", "Balance", "Polls", "429s", "Time"), lines)
 
 
 def latency_table(times: LatencyHistogram) -> Table:
@@ -214,7 +243,7 @@ def latency_table(times: LatencyHistogram) -> Table:
         )
         for bar in times.bars
     ]
-    return Table("Tasks by the time until their answer", ("From the POST", "Tasks"), lines)
+    return Table("Tasks by time to result", ("Time", "Tasks"), lines)
 
 
 def traffic_table(facts: Traffic, *, max_steps: int = 60) -> Table:
@@ -235,12 +264,12 @@ def traffic_table(facts: Traffic, *, max_steps: int = 60) -> Table:
         )
         for at in range(0, length, step)
     ]
-    caption = f"Execution {facts.execution} in steps of {formatting.format_seconds(step * facts.width_s)}"
-    return Table(caption, ("From", "Sent", "Answered", "Polls", "429s"), lines)
+    caption = f"Run {facts.execution} in steps of {formatting.format_seconds(step * facts.width_s)}"
+    return Table(caption, ("From", "Sent", "Results", "Polls", "429s"), lines)
 
 
 def age_table(answers: Sequence[AnswerAge]) -> Table:
-    """List the answers in use by age."""
+    """List the results in use by age."""
     lines = [
         Line(
             "age",
@@ -249,7 +278,7 @@ def age_table(answers: Sequence[AnswerAge]) -> Table:
         )
         for each in answers
     ]
-    return Table("Answers in use, by age", ("Age", "Found", "Not found"), lines)
+    return Table("Results in use, by age", ("Age", "Matches", "No match"), lines)
 
 
 def sides_table(comparison: Comparison) -> Table:
@@ -271,7 +300,7 @@ def sides_table(comparison: Comparison) -> Table:
             ),
         )
 
-    heads = ("Side", "Providers", "Asked", "Found", "Not found", "Hit rate", "Credits", "Per hit")
+    heads = ("Side", "Providers", "Requests", "Matches", "No match", "Match rate", "Credits", "Per match")
     return Table("Each side as a whole", heads, [line("left", comparison.left), line("right", comparison.right)])
 
 
@@ -299,8 +328,8 @@ def common_leads_table(comparison: Comparison) -> Table:
             comparison.common_right_credits,
         ),
     ]
-    caption = f"Like with like: the {pluralize(comparison.common, 'lead')} that both sides have answered"
-    return Table(caption, ("Side", "Found", "Hit rate", "Only here", "Credits", "Per hit"), lines)
+    caption = f"{pluralize(comparison.common, 'lead')} with results on both sides"
+    return Table(caption, ("Side", "Matches", "Match rate", "Only here", "Credits", "Per match"), lines)
 
 
 def leads_table(rows: OutputRows) -> Table:
@@ -321,8 +350,3 @@ def _run_label(run: ReportedRun) -> str:
         f"#{run.execution}{formatting.NO_BREAK_SPACE}·{formatting.NO_BREAK_SPACE}"
         f"{formatting.format_date(run.started_at)}"
     )
-
-
-def _runs_caption(what: str, runs: Sequence[ReportedRun]) -> str:
-    cut = f"the last {RECENT_RUNS} of {len(runs):,} nights" if len(runs) > RECENT_RUNS else "nights"
-    return f"{what}: {cut}, newest first"

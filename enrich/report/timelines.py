@@ -26,7 +26,7 @@ PANEL_HEIGHT = 216.0
 def credits_chart(runs: Sequence[ReportedRun], label: str) -> RenderedChart | None:
     """Draw the credits of each run."""
     rows = [{"x": index - 0.38, "x2": index + 0.38, "v": 0, "v2": run.credits_spent} for index, run in enumerate(runs)]
-    return _column_chart(rows, runs, "credits per night", label) if any(row["v2"] for row in rows) else None
+    return _column_chart(rows, runs, "credits per run", label) if any(row["v2"] for row in rows) else None
 
 
 def cumulative_credits_chart(runs: Sequence[ReportedRun], label: str) -> RenderedChart | None:
@@ -35,17 +35,17 @@ def cumulative_credits_chart(runs: Sequence[ReportedRun], label: str) -> Rendere
     for index, run in enumerate(runs):
         total += run.credits_spent
         rows.append({"x": index - 0.5, "x2": index + 0.5, "v": 0, "v2": round(total, 6)})
-    return _column_chart(rows, runs, "credits in all", label, ChartColor.PASSED) if total else None
+    return _column_chart(rows, runs, "credits, all runs so far", label, ChartColor.PASSED) if total else None
 
 
 def cost_per_hit_chart(runs: Sequence[ReportedRun], label: str) -> RenderedChart | None:
     """Draw the cost per match of each run; runs without matches are left out."""
-    return _line_chart([run.cost_per_hit for run in runs], runs, "credits per hit", label)
+    return _line_chart([run.cost_per_hit for run in runs], runs, "credits per match", label)
 
 
 def run_hit_rate_chart(runs: Sequence[ReportedRun], label: str) -> RenderedChart | None:
     """Draw the match rate of each run; runs without answers are left out."""
-    return _line_chart([run.hit_rate for run in runs], runs, "hit rate", label, format=".0%")
+    return _line_chart([run.hit_rate for run in runs], runs, "match rate", label, format=".0%")
 
 
 def latency_chart(times: LatencyHistogram, label: str) -> RenderedChart | None:
@@ -79,7 +79,7 @@ def latency_chart(times: LatencyHistogram, label: str) -> RenderedChart | None:
             marked.append({"x": at / unit, "y": top - 6, "y2": frame.height - frame.top - frame.bottom})
             align, away = ("right", -6) if px > frame.inner_width / 2 else ("left", 6)
             labels[align].append({"px": px + away, "py": top, "text": text})
-        axis = drawing.make_axis(f"{name} until the answer", 5, orient="bottom", grid=False)
+        axis = drawing.make_axis(f"{name} to result", 5, orient="bottom", grid=False)
         counts = drawing.make_left_axis("tasks", 4, _largest(rows), tickMinStep=1)
         chart = alt.layer(
             _column_marks(rows, drawing.x_scale(domain, axis), counts, ChartColor.PASSED),
@@ -122,7 +122,7 @@ def throughput_chart(traffic: Traffic, label: str) -> RenderedChart | None:
             for counts, ink, dash in ((sent, ChartColor.TEXT, [4, 3]), (answered, ChartColor.FOUND, [1, 0]))
         ]
         sent_label = [{"px": 50, "py": -19, "text": "sent (dashed)"}]
-        answered_label = [{"px": 150, "py": -19, "text": "answered (solid)"}]
+        answered_label = [{"px": 150, "py": -19, "text": "results (solid)"}]
         return alt.layer(
             *layers,
             drawing.text_marks(sent_label, ChartColor.TEXT),
@@ -147,7 +147,7 @@ def rate_limited_chart(traffic: Traffic, label: str) -> RenderedChart | None:
 
     def draw_at_size(size: ScreenSize) -> tuple[drawing.AltairChart, ChartFrame]:
         along = drawing.make_axis(f"{name} from the start", 5, orient="bottom", grid=False)
-        upright = drawing.make_left_axis("answers 429", 2, _largest(rows), tickMinStep=1)
+        upright = drawing.make_left_axis("rate-limited (429)", 2, _largest(rows), tickMinStep=1)
         bars = _column_marks(rows, drawing.x_scale(domain, along), upright, ChartColor.TROUBLE)
         return alt.layer(bars), _make_frame(size, height=PANEL_HEIGHT - 70)
 
@@ -208,16 +208,15 @@ def _column_marks(rows: Sequence[drawing.ChartRow], x: alt.X, axis: alt.Axis, in
 
 
 def _run_axis(runs: Sequence[ReportedRun], size: ScreenSize) -> alt.X:
-    """Label a few runs with their day, or with their execution number when a day repeats."""
+    """Label a few runs with their day, or with their number when a day repeats."""
     slots = max(len(runs), MIN_SLOTS)
     room = max(1, (4 if size is NARROW else 6) - 1)
     step = max(1, -(-(len(runs) - 1) // room))
     indexes = list(range(len(runs) - 1, -1, -step))[::-1]
     days = [formatting.format_day(runs[index].started_at) for index in indexes]
     labels = days if len(set(days)) == len(days) else [f"#{runs[place].execution}" for place in indexes]
-    title = "night" if labels is days else "execution"
     names = f"({json.dumps(dict(zip(map(str, indexes), labels, strict=True)))})[datum.value]"
-    axis = drawing.make_axis(title, 6, orient="bottom", values=indexes, labelExpr=names, grid=False)
+    axis = drawing.make_axis("run", 6, orient="bottom", values=indexes, labelExpr=names, grid=False)
     return alt.X("x:Q", scale=alt.Scale(domain=[-0.5, slots - 0.5], nice=False), axis=axis)
 
 

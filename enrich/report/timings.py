@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from math import ceil
 
-from enrich.ledger.ledger import Ledger
-from enrich.ledger.queries import ReportedExecutionRow
+from enrich.ledger import queries
+from enrich.ledger.database import Database
+from enrich.ledger.execution_records import ExecutionRow
 from enrich.report.data import (
     HistogramBar,
     LatencyHistogram,
@@ -60,12 +61,12 @@ def quantile_s(durations: Sequence[int], share: float) -> float:
     return durations[max(0, ceil(share * len(durations)) - 1)] / 1000
 
 
-def run_traffic(ledger: Ledger, executions: Sequence[ReportedExecutionRow], now_ms: int) -> Traffic | None:
+def run_traffic(ledger: Database, executions: Sequence[ExecutionRow], now_ms: int) -> Traffic | None:
     """Return the traffic of the newest execution with submits: from its progress snapshot, else from attempt times."""
     execution = next((row for row in reversed(executions) if row.submitted), None)
     if execution is None:
         return None
-    return _traffic_from_snapshot(execution.id, execution.pulse) or _traffic_from_attempts(ledger, execution, now_ms)
+    return _traffic_from_snapshot(execution.id, execution.progress) or _traffic_from_attempts(ledger, execution, now_ms)
 
 
 def _traffic_from_snapshot(execution: int, text: str | None) -> Traffic | None:
@@ -76,15 +77,15 @@ def _traffic_from_snapshot(execution: int, text: str | None) -> Traffic | None:
     return Traffic(execution, **snapshot.traffic.model_dump())
 
 
-def _traffic_from_attempts(ledger: Ledger, row: ReportedExecutionRow, now_ms: int) -> Traffic:
+def _traffic_from_attempts(ledger: Database, row: ExecutionRow, now_ms: int) -> Traffic:
     """Derive the traffic from the attempts' times; they hold no polls and no 429s."""
-    end_ms = row.ended_ms or ledger.last_answer_ms(row.id) or now_ms
+    end_ms = row.ended_ms or queries.last_answer_ms(ledger, row.id) or now_ms
     lasted_s = max(0, end_ms - row.started_ms) / 1000
     width_s = next(
         (width for width in TRAFFIC_BIN_WIDTHS_S if lasted_s <= width * MAX_TRAFFIC_BINS),
         ceil(lasted_s / MAX_TRAFFIC_BINS),
     )
-    submitted, answered = ledger.throughput(row.id, row.started_ms, width_s * 1000)
+    submitted, answered = queries.throughput(ledger, row.id, row.started_ms, width_s * 1000)
     # Limits the number of bins when the clock jumped.
     length = min(max((*submitted, *answered), default=-1) + 1, 2 * MAX_TRAFFIC_BINS)
     return Traffic(

@@ -9,10 +9,13 @@ import polars as pl
 
 from enrich.errors import JobError
 from enrich.files.values import text_frame
-from enrich.job.job import Job, suggest_name
+from enrich.job.cell_text import fold
+from enrich.job.job import Job
+from enrich.job.name_hints import suggest_name
 from enrich.models import RowStatus
-from enrich.rows.reader import JobInput
-from enrich.rows.requests import RowBatch, param_values
+from enrich.rows.job_input import JobInput
+from enrich.rows.params import ParamCells, conversion_of, param_values, split_left_out
+from enrich.rows.requests import RowBatch
 from enrich.rows.template import RequestTemplate
 
 #: Most leads to show.
@@ -58,19 +61,17 @@ def find_by_number(job: Job, job_input: JobInput, template: RequestTemplate, num
         row_count = batch.first_position + batch.frame.height
         if number <= row_count:
             return LeadMatches([_make_lead(batch, number - batch.first_position - 1)], 1)
-    raise JobError(
-        f"--row {number}: the input has {row_count:,} rows ({job.input_path})", "the first row has the number 1"
-    )
+    raise JobError(f"--row {number}: the input has {row_count:,} rows ({job.input_path})", "row numbers start at 1")
 
 
 def find_by_cell(job_input: JobInput, template: RequestTemplate, column: str, value: str) -> LeadMatches:
-    """Find the rows whose cell is this value. Ignores case and surrounding whitespace."""
-    found, folded = LeadMatches(), value.strip().casefold()
+    """Find the rows whose cell is this value. Ignores case, and what `enrich.job.cell_text` ignores."""
+    found, folded = LeadMatches(), fold(value)
     for batch in job_input.batches(template):
         for index, cell in enumerate(
             text_frame(batch.frame.select(pl.nth(job_input.columns.index(column)))).to_series()
         ):
-            if cell.strip().casefold() == folded:
+            if fold(cell) == folded:
                 found.count += 1
                 if found.count <= MAX_LEADS_SHOWN:
                     found.leads.append(_make_lead(batch, index))
@@ -94,19 +95,19 @@ def rows_by_request(
     """Return the numbers (from 1) of the rows that have each of these requests."""
     row_numbers: dict[bytes, list[int]] = {}
     for batch in job_input.batches(template) if fingerprints else ():
-        for row in batch.requests():
-            if row.fingerprint in fingerprints:
-                row_numbers.setdefault(row.fingerprint, []).append(row.position + 1)
+        for number, name in enumerate(batch.fingerprints, batch.first_position + 1):
+            if name is not None and name in fingerprints:
+                row_numbers.setdefault(name, []).append(number)
     return row_numbers
 
 
-def params_from_cell(job: Job, column: str, value: str) -> dict[str, str]:
+def params_from_cell(job: Job, template: RequestTemplate, column: str, value: str) -> dict[str, str]:
     """Return each param that reads this column, as it would be sent for this cell."""
-    params = {
-        name: param.model_copy(update={"columns": [column]})
+    frame = pl.DataFrame({column: [value]}, schema={column: pl.String})
+    cells = ParamCells([column], frame, frame, job.model.placeholders)
+    values = {
+        name: split_left_out(param_values(param.only_from(column), cells, conversion_of(template, name)))[0].item()
         for name, param in job.model.params.items()
         if column in param.columns
     }
-    frame = pl.DataFrame({column: [value]}, schema={column: pl.String})
-    sent = {name: param_values(param, frame, [column]).item() for name, param in params.items()}
-    return {name: text for name, text in sent.items() if text}
+    return {name: text for name, text in values.items() if text}

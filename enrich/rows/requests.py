@@ -4,43 +4,25 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from hashlib import blake2b
-from itertools import count, repeat
+from itertools import compress, count
+from typing import TypeVar, cast
 
 import polars as pl
 
 from enrich.files.values import quote_json
+from enrich.job.cell_text import clean_cells
 from enrich.job.job import Job
-from enrich.job.spec import Param
+from enrich.job.steps import STEP_FIELDS, step_column, step_columns
+from enrich.job.target_spec import Param
 from enrich.ledger.forgotten import ForgottenRequests
-from enrich.models import RowRequest, RowStatus
+from enrich.models import RequestBatch, RowStatus
+from enrich.rows.params import LeftOutCounts, ParamCells, conversion_of, param_values, split_left_out
 from enrich.rows.template import RequestTemplate
 
-#: No top-level domain is a number: a text that ends in one is a date, an amount or an IP address.
-_HOST_PATTERN = r"^(?:[\p{L}\p{M}\p{N}_-]+\.)+[\p{L}\p{M}\p{N}-]*\p{L}[\p{L}\p{M}\p{N}-]*$"
-
-
-def extract_domain(text: pl.Expr) -> pl.Expr:
-    """Extract the domain of a URL, an email address or a bare host, without `www.`; '' when there is none."""
-    host = (
-        text.str.strip_chars()
-        .str.to_lowercase()
-        .str.replace(r"^([a-z][a-z0-9+.-]*://|//|mailto:)", "")
-        .str.replace(r"(?s)[/?#].*$", "")
-        .str.replace(r"^.*@", "")
-        .str.replace(r":\d*$", "")
-        .str.replace(r"\.$", "")
-        .str.replace(r"^www\.(.*\.)", "${1}")
-    )
-    return host.map_batches(_blank_non_hosts, return_dtype=pl.String)
-
-
-def _blank_non_hosts(texts: pl.Series) -> pl.Series:
-    """Blank the texts that are not a host."""
-    return texts.set(~texts.str.contains(_HOST_PATTERN), "")
-
+T = TypeVar("T")
 
 #: The columns that enrich adds after the job's own. Those of an earlier output are replaced.
 STATUS_COLUMNS: dict[str, pl.DataType] = {
@@ -52,6 +34,29 @@ STATUS_COLUMNS: dict[str, pl.DataType] = {
     "enrich_at": pl.String(),
 }
 
+#: The types of a step's columns in the output, in the order of `STEP_FIELDS`.
+_STEP_TYPES = [pl.String(), pl.String(), pl.Float64(), pl.String(), pl.String()]
+#: The columns of a row of a job with steps, after those of its steps.
+_ROW_COLUMNS = ("enrich_status", "enrich_error", "enrich_credits")
+
+
+def status_columns(job: Job) -> dict[str, pl.DataType]:
+    """Return the columns that enrich adds after the job's own, with their types."""
+    if not job.step_jobs:
+        return STATUS_COLUMNS
+    columns = {
+        step_column(step.step, field): kind
+        for step in job.step_jobs
+        for field, kind in zip(STEP_FIELDS, _STEP_TYPES, strict=True)
+    }
+    return columns | {name: STATUS_COLUMNS[name] for name in _ROW_COLUMNS}
+
+
+def own_columns(job: Job, former_steps: Iterable[str]) -> set[str]:
+    """Return the columns of an earlier output that are replaced: those of any job, and of its and former steps."""
+    return {*ENRICH_COLUMNS, *status_columns(job), *(column for step in former_steps for column in step_columns(step))}
+
+
 #: A row's position in the input, from 0. Only in a dataset, whose parts may be read in any order.
 INDEX_COLUMN = "enrich_index"
 ENRICH_COLUMNS = (*STATUS_COLUMNS, INDEX_COLUMN)
@@ -61,14 +66,10 @@ CHANGE_COLUMNS = ("field", "old", "new", "provider", "at")
 
 #: Characters that JSON escapes.
 _NEEDS_ESCAPING = r'["\\\x00-\x1f]'
-#: One `@` with something before it and a dot after it.
-_EMAIL = r"^[^@]+@[^@]*\.[^@]*$"
-#: Whitespace as Python's `str.isspace` defines it.
-_WHITESPACE = r"[\s\x1c-\x1f]"
 
 #: Why a row is filtered, where the job's expressions are not the reason.
-SUPPRESSED_REASON = "suppressed: listed as never to be sent"
-FORGOTTEN_REASON = "forgotten at the person's wish"
+SUPPRESSED_REASON = "on a suppression list"
+FORGOTTEN_REASON = "erased by `enrich forget`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,9 @@ class RowBatch:
 
     `frame` has the input's columns in their types, as they are written to the output. The lists run parallel to it: a
     row has either a fingerprint and params (JSON, as sent), or a status (`invalid`, `filtered`) and perhaps the reason
-    in `errors`. `groups` has the values that `caps` counts. `queue_order` is the send order; None: that of the input.
+    in `errors`. `groups` has the values that `caps` counts; None: the job has none. `queue_order` is the send order;
+    None: that of the input. `left_out` counts the rows that are not filtered by the params that they lack although a
+    cell is not empty. `values` has the text of each param as it is sent, '' where it has no value.
     """
 
     first_position: int
@@ -86,14 +89,32 @@ class RowBatch:
     params: list[str | None]
     statuses: list[RowStatus | None]
     errors: list[str | None]
-    groups: list[str | None]
+    groups: list[str | None] | None
     queue_order: list[int] | None = None
+    left_out: LeftOutCounts = field(default_factory=Counter)
+    values: Mapping[str, pl.Series] = field(default_factory=dict)
 
-    def requests(self) -> Iterator[RowRequest]:
-        """Yield the requests of those rows that have one."""
-        queue_order = self.queue_order or repeat(None)
-        rows = zip(count(self.first_position), self.fingerprints, self.params, queue_order, self.groups, strict=False)
-        return (RowRequest._make(row) for row in rows if row[1] is not None)
+    def skip_reasons(self) -> Counter[str]:
+        """Count the invalid rows by reason, without the columns."""
+        if RowStatus.INVALID not in self.statuses:
+            return Counter()
+        rows = zip(self.statuses, self.errors, strict=True)
+        return Counter((error or "").partition(" (")[0] for status, error in rows if status is RowStatus.INVALID)
+
+    def requests(self) -> RequestBatch:
+        """Return the requests of those rows that have one."""
+        wanted = [name is not None for name in self.fingerprints]
+
+        def of_wanted(column: Iterable[T]) -> list[T]:
+            return list(compress(column, wanted))
+
+        return RequestBatch(
+            of_wanted(count(self.first_position)),
+            of_wanted(cast("list[bytes]", self.fingerprints)),
+            of_wanted(cast("list[str]", self.params)),
+            None if self.queue_order is None else of_wanted(self.queue_order),
+            None if self.groups is None else of_wanted(self.groups),
+        )
 
 
 class RequestBuilder:
@@ -103,32 +124,49 @@ class RequestBuilder:
         params = job.model.params
         self._forgotten = forgotten
         self._occurrences: Counter[bytes] | None = None if job.model.dedupe else Counter()
-        call = json.dumps([1, "run", template.call.waterfall, template.call.body()], sort_keys=True)
+        target = template.target
+        call = json.dumps([1, target.kind, target.id, target.body()], sort_keys=True)
         self._hash_prefix = blake2b(call.encode() + b"\0", digest_size=16, person=b"enrich-request")
         self._names = sorted(params)
         self._params = [params[name] for name in self._names]
+        self._conversions = [conversion_of(template, name) for name in self._names]
+        self._placeholders = job.model.placeholders
         self._invalid_reason = _invalid_reason_of(self._names, params, template)
         self._header = header
         self._group_by = job.model.caps.by if job.model.caps else None
         self._kept_columns = [place for place, name in enumerate(header) if name not in ENRICH_COLUMNS]
 
-    def build_batch(
+    def build_batch(  # noqa: PLR0913, PLR0917 - the frame and what is known of its rows
         self,
         first_position: int,
         frame: pl.DataFrame,
+        text: pl.DataFrame,
         selected: pl.Series,
         suppressed: pl.Series | None,
         queue_order: list[int] | None,
+        wanted: pl.Series | None = None,
     ) -> RowBatch:
-        """Build the batch of a frame that begins at this position. `selected` and `suppressed` run parallel to it."""
+        """Build the batch of a frame that begins at this position.
+
+        `text` is the frame with every cell as text. `selected`, `suppressed` and `wanted` run parallel to it. Rows that
+        are not `wanted` have a request, but do not count as `left_out`.
+        """
+        cells = ParamCells(self._header, text, frame, self._placeholders)
+        computed = [
+            split_left_out(param_values(param, cells, conversion))
+            for param, conversion in zip(self._params, self._conversions, strict=True)
+        ]
         # Columns are numbered, so that the name of a param cannot collide with another column.
-        values = pl.DataFrame(
-            {str(i): param_values(param, frame, self._header) for i, param in enumerate(self._params)}
-        )
+        values = pl.DataFrame({str(number): value for number, (value, _) in enumerate(computed)})
+        reasons = [
+            (pl.lit(None, pl.String) if reason is None else reason).alias(_reason_column(number))
+            for number, (_, reason) in enumerate(computed)
+        ]
         is_suppressed = pl.repeat(value=False, n=frame.height, eager=True) if suppressed is None else suppressed
-        row_states = values.with_columns(
-            params_as_json(self._names, values), selected.alias("wanted"), is_suppressed.alias("vetoed")
-        ).select(
+        rows = values.with_columns(
+            params_as_json(self._names, values), selected.alias("wanted"), is_suppressed.alias("vetoed"), *reasons
+        )
+        row_states = rows.select(
             pl.when(_IS_FILTERED).then(1).when(self._invalid_reason.is_not_null()).then(2).otherwise(0).alias("status"),
             pl.when(_IS_FILTERED).then(_FILTER_REASON).otherwise(self._invalid_reason).alias("error"),
             pl.when(~_IS_FILTERED & self._invalid_reason.is_null()).then("params").alias("params"),
@@ -136,33 +174,45 @@ class RequestBuilder:
         params = row_states.get_column("params")
         texts: list[str | None] = params.to_list()
         errors: list[str | None] = row_states.get_column("error").to_list()
-        statuses = [_STATUS_BY_CODE[status] for status in row_states.get_column("status")]
+        statuses = [_STATUS_BY_CODE[status] for status in row_states.get_column("status").to_list()]
         fingerprints = self._make_fingerprints(params.cast(pl.Binary).to_list())
-        for index, text in enumerate(texts) if self._forgotten.hashes else ():
-            if text is not None and text in self._forgotten:
+        for index, sent in enumerate(texts) if self._forgotten.hashes else ():
+            if sent is not None and sent in self._forgotten:
                 statuses[index], errors[index] = RowStatus.FILTERED, FORGOTTEN_REASON
                 texts[index] = fingerprints[index] = None
-        kept_columns = frame.select(pl.nth(self._kept_columns))
         return RowBatch(
             first_position,
-            kept_columns,
+            frame.select(pl.nth(self._kept_columns)),
             fingerprints,
             texts,
             statuses,
             errors,
-            self._group_values(values, frame),
+            self._group_values(values, text),
             queue_order,
+            self._count_left_out(
+                rows if wanted is None else rows.filter(wanted),
+                [number for number, (_, reason) in enumerate(computed) if reason is not None],
+            ),
+            {name: value for name, (value, _) in zip(self._names, computed, strict=True)},
         )
+
+    def _count_left_out(self, rows: pl.DataFrame, numbers: list[int]) -> LeftOutCounts:
+        """Count the rows that are not filtered, by param and reason, for the params with these numbers."""
+        counts: LeftOutCounts = Counter()
+        for number in numbers:
+            reasons = rows.filter(~_IS_FILTERED).get_column(_reason_column(number)).drop_nulls()
+            counts.update({(self._names[number], kind): count for kind, count in reasons.value_counts().iter_rows()})
+        return counts
 
     def _make_fingerprints(self, params: Sequence[bytes | None]) -> list[bytes | None]:
         """Hash what is sent. Hashes are stable over versions, machines and the order of params in the job file."""
-        prefix, occurrences = self._hash_prefix, self._occurrences
+        copy, occurrences = self._hash_prefix.copy, self._occurrences
         fingerprints: list[bytes | None] = []
         for text in params:
             if text is None:
                 fingerprints.append(None)
                 continue
-            digest = prefix.copy()
+            digest = copy()
             digest.update(text)
             fingerprint = digest.digest()
             if occurrences is not None:
@@ -174,17 +224,15 @@ class RequestBuilder:
             fingerprints.append(fingerprint)
         return fingerprints
 
-    def _group_values(self, values: pl.DataFrame, frame: pl.DataFrame) -> list[str | None]:
+    def _group_values(self, values: pl.DataFrame, text: pl.DataFrame) -> list[str | None] | None:
         """Return the value that `caps` counts: a param as it is sent, or a column; None where it is blank."""
         if self._group_by is None:
-            return [None] * frame.height
+            return None
         if self._group_by in self._names:
-            value, group = pl.nth(0), values.to_series(self._names.index(self._group_by))
+            group = values.to_series(self._names.index(self._group_by)).alias("")
         else:
-            value, group = normalize(pl.nth(0)), frame.to_series(self._header.index(self._group_by))
-        return (
-            group.alias("").to_frame().select(pl.when(value != "").then(value.str.to_lowercase())).to_series().to_list()
-        )
+            group = clean_cells(text.to_series(self._header.index(self._group_by)))
+        return group.str.to_lowercase().set(group == "", None).to_list()
 
 
 #: Row statuses by their number in `row_states`.
@@ -194,21 +242,28 @@ _FILTER_REASON = pl.when("wanted").then(pl.lit(SUPPRESSED_REASON))
 
 
 def _invalid_reason_of(names: list[str], params: Mapping[str, Param], template: RequestTemplate) -> pl.Expr:
-    """Return why a row cannot be sent, with the params as columns `0`, `1` …; null where it can."""
+    """Return why a row cannot be sent; null where it can. The params are columns named by their numbers."""
 
-    def value_and_source(name: str) -> tuple[pl.Expr, str]:
-        return pl.col(str(names.index(name))), f"({', '.join(params[name].columns) or 'a constant'})"
+    def reason(name: str, otherwise: pl.Expr) -> pl.Expr:
+        left_out = pl.col(_reason_column(names.index(name)))
+        source_note = f" ({', '.join(params[name].columns) or 'a constant'})"
+        text = pl.lit(f"{name}: ") + left_out + pl.lit(source_note)
+        return pl.when(left_out.is_not_null()).then(text).otherwise(otherwise)
 
     blank = pl.all_horizontal(pl.col(str(number)) == "" for number in range(len(names)))
-    reason: pl.Expr = pl.when(blank).then(pl.lit("no param has a value"))
-    for name in (name for name in reversed(template.email_params) if name in names):
-        value, source_note = value_and_source(name)
-        is_valid = (value == "") | (value.str.contains(_EMAIL) & ~value.str.contains(_WHITESPACE))
-        reason = pl.when(is_valid).then(reason).otherwise(pl.lit(f"{name} is no e-mail address {source_note}"))
+    no_param: pl.Expr = pl.lit("all params blank")
+    for name in reversed(names):
+        no_param = reason(name, no_param)
+    result: pl.Expr = pl.when(blank).then(no_param)
     for name in reversed(template.required_params):
-        value, source_note = value_and_source(name)
-        reason = pl.when(value != "").then(reason).otherwise(pl.lit(f"{name} is empty {source_note}"))
-    return reason
+        empty = pl.lit(f"{name} blank ({', '.join(params[name].columns) or 'a constant'})")
+        result = pl.when(pl.col(str(names.index(name))) != "").then(result).otherwise(reason(name, empty))
+    return result
+
+
+def _reason_column(number: int) -> str:
+    """Return the column with the reasons why a param is left out."""
+    return f"reason {number}"
 
 
 def params_as_json(names: Sequence[str], values: pl.DataFrame) -> pl.Series:
@@ -228,34 +283,3 @@ def params_as_json(names: Sequence[str], values: pl.DataFrame) -> pl.Series:
     return texts.select(
         ("{" + pl.concat_str(pairs, separator=",", ignore_nulls=True) + "}").alias("params")
     ).to_series()
-
-
-def param_values(param: Param, frame: pl.DataFrame, header: list[str]) -> pl.Series:
-    """Compute a param: NFC, without surrounding whitespace; '' where nothing is to be sent."""
-    if param.value is not None:
-        return pl.select(normalize(pl.repeat(param.value, frame.height, dtype=pl.String))).to_series()
-    text = pl.repeat("", frame.height, dtype=pl.String, eager=True)
-    for column in param.columns:
-        # Most rows have their value in the first column, so the others are computed for the remaining rows only.
-        unfilled = (text == "").arg_true()
-        if len(unfilled):
-            # Unnamed: polars would take a name such as `^a.*$` for a pattern.
-            cells = frame.to_series(header.index(column)).alias("")
-            value = pl.nth(0)
-            for transform in param.transform:
-                value = TRANSFORMS[transform](value)
-            found = cells.gather(unfilled).to_frame().select(normalize(value)).to_series()
-            text = found if len(found) == len(text) else text.scatter(unfilled, found)
-    return text
-
-
-def normalize(text: pl.Expr) -> pl.Expr:
-    """Normalize to Unicode NFC and strip surrounding whitespace."""
-    return text.str.normalize("NFC").str.strip_chars()
-
-
-TRANSFORMS = {
-    "trim": lambda text: text.str.strip_chars(),
-    "lower": lambda text: text.str.to_lowercase(),
-    "domain": extract_domain,
-}

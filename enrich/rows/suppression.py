@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,18 +11,27 @@ import polars as pl
 
 from enrich.errors import CommandRefused
 from enrich.job.bounded_read import read_text
-from enrich.rows.requests import extract_domain
+from enrich.rows.domains import (
+    canonical_host,
+    fold_address,
+    fold_addresses,
+    mentioned_hosts,
+    parent_domains,
+    read_address,
+    trim_word,
+    usual_hosts,
+)
 
 #: An email address, alone in a cell or within other text.
 _EMAIL_PATTERN = r"[^\s<>()\[\]\"',;:@|]+@[^\s<>()\[\]\"',;:@|/?#]+"
 
-#: Marks around an address in a sentence, and invisible characters.
-_SURROUNDING_MARKS = re.compile(r"[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]|[.!?…*_`]+$|^[*_`]+")
+#: Marks around an address in a sentence.
+_SURROUNDING_MARKS = re.compile(r"[.!?…*_`]+$|^[*_`]+")
 
 
 @dataclass(frozen=True, slots=True)
 class Suppression:
-    """Email addresses and domains that are never sent, in lower case and NFC."""
+    """Email addresses and domains that are never sent, in the spelling of `fold_address` and `canonical_host`."""
 
     addresses: frozenset[str]
     domains: frozenset[str]
@@ -35,15 +43,14 @@ class Suppression:
         """
         suppressed = pl.repeat(value=False, n=frame.height, eager=True)
         for index, cells in enumerate(frame.iter_columns()):
-            text = cells.alias("").str.normalize("NFC").str.to_lowercase()
+            text = fold_addresses(cells)
             found = text.str.extract_all(_EMAIL_PATTERN)
             addresses = found.explode().drop_nulls().unique()
             listed = [address for address in addresses if self._contains_address(address)]
             if listed:
                 suppressed |= found.list.eval(pl.element().is_in(listed)).list.any()
             if index in param_columns and self.domains:
-                hosts = _extract_domains(text)
-                suppressed |= hosts.is_in([host for host in hosts.unique() if self._contains_domain(host)])
+                suppressed |= self._has_listed_host(text)
         return suppressed
 
     def contains(self, text: str) -> bool:
@@ -51,16 +58,22 @@ class Suppression:
         return bool(self.suppressed_rows(pl.DataFrame({"": [text]}), [0]).any())
 
     def _contains_address(self, address: str) -> bool:
-        address = _SURROUNDING_MARKS.sub("", address)
-        return address in self.addresses or self._contains_domain(address.rpartition("@")[2])
+        local, _, host = _SURROUNDING_MARKS.sub("", address).rpartition("@")
+        host = canonical_host(host.rstrip(".")) or host
+        return f"{local}@{host}" in self.addresses or self._contains_domain(host)
 
     def _contains_domain(self, host: str) -> bool:
-        parts = host.split(".")
-        return any(".".join(parts[start:]) in self.domains for start in range(len(parts)))
+        return any(domain in self.domains for domain in parent_domains(host))
 
-
-def _extract_domains(texts: pl.Series) -> pl.Series:
-    return texts.alias("").to_frame().select(extract_domain(pl.nth(0))).to_series()
+    def _has_listed_host(self, text: pl.Series) -> pl.Series:
+        host = usual_hosts(text)
+        listed = [each for each in host.drop_nulls().unique() if self._contains_domain(each)]
+        listed += [
+            cell
+            for cell in text.filter(host.is_null()).unique()
+            if any(map(self._contains_domain, mentioned_hosts(cell)))
+        ]
+        return host.zip_with(host.is_not_null(), text).is_in(listed)
 
 
 #: Largest size of a list in bytes, because it is held in memory.
@@ -75,25 +88,24 @@ def read_suppression(path: Path) -> Suppression:
     try:
         lines = read_text(path, MAX_LIST_BYTES).splitlines()
     except FileNotFoundError:
-        raise CommandRefused(
-            f"{path}: the list of `suppress` does not exist", "nobody is asked about without it"
-        ) from None
+        raise CommandRefused(f"{path}: the list of `suppress` does not exist", "nothing is sent without it") from None
     except OSError as error:
         raise CommandRefused(f"{path}: the list of `suppress` cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise CommandRefused(f"{path}: the list of `suppress` is not UTF-8 text", "save it as UTF-8") from error
     addresses, domains = set(), set()
-    entries = [unicodedata.normalize("NFC", line.partition("#")[0].strip().lower()) for line in lines]
-    # `*.acme.example`, `*@acme.example`, `@acme.example` and `https://acme.example/` all mean the domain.
-    hosts = _extract_domains(pl.Series("", [re.sub(r"^\*?[.@]", "", entry) for entry in entries], pl.String))
-    for number, (entry, host) in enumerate(zip(entries, hosts, strict=True), 1):
+    for number, line in enumerate(lines, 1):
+        entry = fold_address(line.partition("#")[0])
         if not entry:
             continue
-        is_address = re.fullmatch(_EMAIL_PATTERN, entry) is not None and not entry.startswith("*@")
-        if any(map(str.isspace, entry)) or not host or ("@" in entry[2:] and not is_address):
-            raise CommandRefused(f"{path}: line {number} is neither an e-mail address nor a domain", "one entry a line")
-        if is_address:
-            addresses.add(entry)
+        # `*.acme.example`, `*@acme.example`, `@acme.example` and `https://acme.example/` all mean the domain.
+        address = None if " " in entry else read_address(trim_word(entry))
+        if address is None or "." not in address.host:
+            raise CommandRefused(
+                f"{path}: line {number} must be an e-mail address or a domain", "use one entry per line"
+            )
+        if address.local:
+            addresses.add(f"{address.local}@{address.host}")
         else:
-            domains.add(host)
+            domains.add(re.sub(r"^www\.(?=.*\.)", "", address.host))
     return Suppression(frozenset(addresses), frozenset(domains))

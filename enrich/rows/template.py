@@ -1,113 +1,90 @@
-"""Turns a job and a waterfall into a request template: the call, its highest price, its params, its columns."""
+"""Turns a job and a description into a request template: the target, its highest price, its params, its columns."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from enrich.databar.waterfall import Provider, Waterfall
-from enrich.errors import JobError
-from enrich.job.job import Job, suggest_name
-from enrich.models import Call, to_micros
+from enrich.databar.description import Description
+from enrich.databar.waterfall import Waterfall
+from enrich.job.job import Job
+from enrich.job.target import Target, TargetKind
+from enrich.rows.known_names import is_count, join_problems, spellings_of, target_problems
 
 
 @dataclass(frozen=True, slots=True)
 class RequestTemplate:
     """What all requests of a job have in common.
 
-    `required_params` and `email_params` are names of params. `columns` maps new columns to dotted paths. `worst_price`
-    is in millionths of a credit; None: the API gives no price.
+    `required_params` and `email_params` are names of params. `columns` maps new columns to dotted paths. `unit_price`
+    is the highest price in millionths of a credit, for one unit of the param `priced_by` if that is set; None: the API
+    gives no price.
     """
 
-    call: Call
+    target: Target
     required_params: tuple[str, ...]
     email_params: tuple[str, ...]
     columns: Mapping[str, str]
-    worst_price: int | None
+    unit_price: int | None
+    priced_by: str | None = None
+    #: The values that a param may have: a spelling in lower case to the value that is sent.
+    choices: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    #: The name of the one source, where answers name none.
+    source: str | None = None
+
+    @property
+    def worst_price(self) -> int | None:
+        """The highest price of any request, in millionths. None: not known, or it depends on the row."""
+        return self.unit_price if self.priced_by is None else None
 
 
-def default_providers(waterfall: Waterfall) -> list[int]:
-    """Return the providers that the API enables by default, in its order."""
-    return [provider.id for provider in waterfall.available_enrichments if provider.enabled_by_default]
+def default_providers(description: Description) -> list[int]:
+    """Return the providers that the API enables by default, in its order. An enrichment has none to choose."""
+    if not isinstance(description, Waterfall):
+        return []
+    return [provider.id for provider in description.available_enrichments if provider.enabled_by_default]
 
 
-def make_request_template(job: Job, waterfall: Waterfall, providers: Iterable[int]) -> RequestTemplate:
-    """Check the job against the waterfall. `providers` are used when the job names none.
+def make_request_template(job: Job, description: Description, providers: Iterable[int]) -> RequestTemplate:
+    """Check the job against the description. `providers` are used when the job names none.
 
     Raises JobError with the key and the nearest valid name.
     """
-    model = job.model
-    for problem in (*unknown_params(job, waterfall), *missing_params(job, waterfall)):
-        raise problem
-    required_params = tuple(param.name for param in waterfall.input_params if param.required)
-    chosen = _chosen_providers(job, waterfall, providers)
-    verifier = _chosen_verifier(job, waterfall)
-    columns = model.columns or {field.name: field.name for field in waterfall.output_fields}
+    model, kind = job.model, description.target.kind
+    if problems := list(target_problems(job, description)):
+        raise join_problems(problems)
+    target = replace(model.target, id=description.identifier)
+    if kind is TargetKind.WATERFALL:
+        target = replace(target, enrichments=tuple(model.enrichments or providers))
+        if not target.enrichments:
+            hint = "set `enrichments`"
+            raise job.error(["waterfall"], "the API enables none of its providers by default", hint)
+    columns = model.columns or {field.name: field.name for field in description.output_fields}
     if not columns:
-        raise job.error(["waterfall"], "the API names no output fields for it", "say which `columns` you want")
+        raise job.error([kind.value], "the API lists no output fields for it", "set `columns`")
+    unit_price, priced_by = description.highest_price(target), description.priced_by
+    required = [param.name for param in description.input_params if param.required]
+    if priced_by is not None:
+        constant = model.params[priced_by].value if priced_by in model.params else None
+        if unit_price is not None and constant is not None and is_count(constant):
+            unit_price, priced_by = unit_price * int(constant), None
+        elif priced_by in model.params and priced_by not in required:
+            required.append(priced_by)  # without it the price of the row has no limit
     return RequestTemplate(
-        call=Call(waterfall.identifier, tuple(provider.id for provider in chosen), model.email_verifier),
-        required_params=required_params,
-        email_params=tuple(p.name for p in waterfall.input_params if p.type == "email" or p.name == "email"),
+        target=target,
+        required_params=tuple(required),
+        email_params=tuple(p.name for p in description.input_params if p.type == "email" or p.name == "email"),
         columns=columns,
-        worst_price=_worst_price(chosen, verifier),
+        unit_price=unit_price,
+        priced_by=priced_by,
+        choices={param.name: spellings for param in description.input_params if (spellings := spellings_of(param))},
+        source=None if isinstance(description, Waterfall) else description.source,
     )
 
 
-def unknown_params(job: Job, waterfall: Waterfall) -> Iterator[JobError]:
-    """Yield an error for each param that the waterfall does not have."""
-    known = [param.name for param in waterfall.input_params]
-    for name in job.model.params if known else ():
-        if name not in known:
-            message = f"the waterfall `{waterfall.identifier}` has no such param"
-            yield job.error(["params", name], message, suggest_name(name, known))
-
-
-def missing_params(job: Job, waterfall: Waterfall) -> Iterator[JobError]:
-    """Yield an error for each required param that the job does not map."""
-    for param in waterfall.input_params:
-        if param.required and param.name not in job.model.params:
-            message = f"the waterfall `{waterfall.identifier}` requires `{param.name}`"
-            yield job.error(["params"], message, f"map it: {param.name}: <a column of the input>")
-
-
-def _chosen_providers(job: Job, waterfall: Waterfall, providers: Iterable[int]) -> list[Provider]:
-    available = {provider.id: provider for provider in waterfall.available_enrichments}
-    named = job.model.enrichments
-    for index, provider_id in enumerate(named or ()):
-        if available and provider_id not in available:
-            known = ", ".join(f"{provider.id} {provider.name}" for provider in available.values())
-            raise job.error(
-                ["enrichments", index], f"`{waterfall.identifier}` has no provider {provider_id}", f"it has {known}"
-            )
-        if provider_id in (named or ())[:index]:
-            raise job.error(["enrichments", index], f"provider {provider_id} is there twice", "remove one of the two")
-    chosen = list(named or providers)
-    if not chosen:
-        raise job.error(["waterfall"], "the API enables none of its providers by default", "say which `enrichments`")
-    return [available.get(number, Provider(id=number)) for number in chosen]
-
-
-def _chosen_verifier(job: Job, waterfall: Waterfall) -> Provider | None:
-    verifier_id = job.model.email_verifier
-    if verifier_id is None:
-        return None
-    if not waterfall.is_email_verifying:
-        raise job.error(
-            ["email_verifier"], f"the waterfall `{waterfall.identifier}` verifies no e-mails", "leave it out"
-        )
-    verifiers = {verifier.id: verifier for verifier in waterfall.email_verifiers}
-    if verifiers and verifier_id not in verifiers:
-        known = ", ".join(f"{verifier.id} {verifier.name}" for verifier in verifiers.values())
-        raise job.error(
-            ["email_verifier"], f"`{waterfall.identifier}` has no verifier {verifier_id}", f"it has {known}"
-        )
-    return verifiers.get(verifier_id, Provider(id=verifier_id))
-
-
-def _worst_price(providers: list[Provider], verifier: Provider | None) -> int | None:
-    """Return the price when every provider is called and each match verified; None: a price is unknown."""
-    prices = [to_micros(provider.price) for provider in providers]
-    checks = [0 if verifier is None else to_micros(verifier.price)] * len(providers)
-    known = [price for price in prices + checks if price is not None]
-    return sum(known) if len(known) == len(prices + checks) else None
+def join_templates(templates: Sequence[RequestTemplate]) -> RequestTemplate:
+    """Return a template with the columns of all steps. The rest is that of the first step."""
+    columns: dict[str, str] = {}
+    for template in templates:
+        columns |= {name: path for name, path in template.columns.items() if name not in columns}
+    return replace(templates[0], columns=columns)

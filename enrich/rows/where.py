@@ -7,12 +7,13 @@ long. A function over several rows can change the number of rows, or give anothe
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 
 import polars as pl
 
 #: This many operators take about half a second per batch.
 MAX_OPERATORS = 500
-PER_ROW_MESSAGE = "must say yes or no for each row by itself"
+PER_ROW_MESSAGE = "must be true or false for each row alone"
 WHERE_EXAMPLE = "for example: Country = 'DE'"
 
 #: Text, quoted names and comments: their content is not SQL.
@@ -39,7 +40,7 @@ def expression_problem(expression: str) -> str | None:
     if _CROSS_ROW_FUNCTIONS.search(unquoted):
         return PER_ROW_MESSAGE
     if padding := _PADDING_FUNCTIONS.search(unquoted):
-        return f"{padding[1].upper()} is not allowed: it could take all memory"
+        return f"{padding[1].upper()} is not allowed: it could use all memory"
     if (count := len(_OPERATOR.findall(unquoted))) > MAX_OPERATORS:
         return f"has {count:,} operators, more than {MAX_OPERATORS}: list values with IN ('a', 'b')"
     return None
@@ -54,6 +55,17 @@ def depends_on_other_rows(expression: str, columns: list[str]) -> bool:
     except pl.exceptions.PolarsError:
         return False  # the expression cannot be evaluated on the sample
     return not together.equals(row_by_row)
+
+
+def columns_used(expression: str, header: Sequence[str], columns: Iterable[str]) -> set[str]:
+    """Return those of the columns without which the expression cannot be evaluated."""
+    used = set()
+    for column in columns:
+        try:
+            evaluate_expression(expression, pl.DataFrame(schema={name: pl.String for name in header if name != column}))
+        except pl.exceptions.PolarsError:
+            used.add(column)
+    return used
 
 
 def evaluate_expression(expression: str, frame: pl.DataFrame) -> pl.DataFrame:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from enrich.ledger.execution_records import ExecutionRow
 from enrich.models import to_credits
 
 #: Smaller differences are rounding.
@@ -51,7 +52,7 @@ class Reconciliation:
 def explain_balance(
     since: int, before: int, after: int, movements: Sequence[tuple[str, bool, int, int, int]]
 ) -> Reconciliation:
-    """Split the difference into its parts. Amounts in millionths; `movements` from Ledger.credit_movements."""
+    """Split the difference into its parts. Amounts in millionths; `movements` from queries.credit_movements."""
 
     def part(*kinds: str, submitted_since: bool | None = None) -> DifferencePart:
         rows = [row for row in movements if row[0] in kinds and submitted_since in (None, bool(row[1]))]
@@ -87,23 +88,23 @@ def explain_balance(
     )
 
 
-def choose_baseline(executions: Sequence[Mapping[str, Any]], oldest_in_doubt: int | None) -> Mapping[str, Any] | None:
+def choose_baseline(executions: Sequence[ExecutionRow], oldest_in_doubt: int | None) -> ExecutionRow | None:
     """Choose the run since which to compare the balance: the last, or the one with the oldest open in_doubt request.
 
     `executions` are in the order newest first, `oldest_in_doubt` is the id of that run. Only runs with a known balance
     count: otherwise the next older one is chosen, else the oldest. Returns None when no run has a known balance.
     """
-    known = [row for row in executions if row["balance_before"] is not None]
+    known = [row for row in executions if row.balance_before is not None]
     if not known:
         return None
-    return next((row for row in known if oldest_in_doubt is None or row["id"] <= oldest_in_doubt), known[-1])
+    return next((row for row in known if oldest_in_doubt is None or row.id <= oldest_in_doubt), known[-1])
 
 
 PART_LABELS = {
-    "spent": "answers of known price",
-    "earlier": "answers submitted before",
-    "at_the_api": "still running at the API",
-    "in_doubt": "in doubt",
+    "spent": "results of known price",
+    "earlier": "results of earlier requests",
+    "at_the_api": "running at Databar",
+    "in_doubt": "unconfirmed",
     "expired": "expired before they were fetched",
-    "unknown_price": "answers of unknown price",
+    "unknown_price": "results of unknown price",
 }

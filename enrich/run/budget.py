@@ -1,4 +1,4 @@
-"""What a run may spend: the cap, and the highest price of one request."""
+"""What a run may spend and is expected to: the cap, the highest price of one request, the cost of many."""
 
 from __future__ import annotations
 
@@ -9,19 +9,60 @@ from math import inf
 from enrich.errors import CanaryStopped, CommandRefused
 from enrich.job.job import Job
 from enrich.job.spec import Canary
-from enrich.ledger.ledger import Ledger
+from enrich.ledger import transitions
+from enrich.ledger.database import Database
 from enrich.models import State, to_credits, to_micros
 from enrich.rows.template import RequestTemplate
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What a run may spend, in millionths of a credit. `cap` None: no cap. `stop_reason` is the message at its end."""
+    """What a run may spend, in millionths of a credit. `cap` None: no cap. `stop_reason` is the message at its end.
+
+    The highest price of a request is `max_request_price`, times the number in its param `priced_by` if that is set.
+    """
 
     cap: int | None
     max_request_price: int
     stop_reason: str
     hint: str
+    priced_by: str | None = None
+    #: What one step may spend; None: no cap of its own.
+    step_cap: int | None = None
+
+
+#: Nothing may be spent.
+NO_BUDGET = Budget(cap=0, max_request_price=0, stop_reason="", hint="")
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """The expected cost of requests, in credits. `likely` is None before the ledger has any experience.
+
+    `maximum`: every provider is called, and what each found is verified. None when a price is unknown.
+    """
+
+    likely: float | None
+    maximum: float | None
+
+    @classmethod
+    def for_requests(cls, requests: int, likely_price: float | None, worst_price: int | None) -> Cost:
+        """Return the cost of requests. Prices are in millionths."""
+        likely = None if likely_price is None else to_credits(round(likely_price * requests))
+        most = None if worst_price is None else to_credits(worst_price * requests)
+        return cls(likely if requests else 0.0, most if requests else 0.0)
+
+    def __add__(self, other: Cost) -> Cost:
+        """Add two costs. The sum is None where one of them is unknown."""
+        return Cost(_add_known(self.likely, other.likely), _add_known(self.maximum, other.maximum))
+
+    def as_json(self) -> dict[str, float | None]:
+        """Return what `--json` prints."""
+        return {"min": 0.0, "likely": self.likely, "max": self.maximum}
+
+
+def _add_known(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else round(one + other, 6)
 
 
 def make_budget(job: Job, template: RequestTemplate, balance: int | None, planned_cost: int | None = None) -> Budget:
@@ -31,48 +72,42 @@ def make_budget(job: Job, template: RequestTemplate, balance: int | None, planne
     """
     limits = job.model.limits
     max_credits, min_balance = to_micros(limits.max_credits), to_micros(limits.min_balance)
-    if template.worst_price is None and (max_credits is not None or min_balance is not None):
+    step_cap = to_micros(job.step_max_credits)
+    if template.unit_price is None and (max_credits, min_balance, step_cap) != (None, None, None):
         raise CommandRefused(
-            f"the API names no price for a provider, so `{_configured_limit(job)}` cannot be kept",
-            f"leave such providers out of `enrichments`, or run without `{_configured_limit(job)}`",
+            f"a provider has no price, so `{_configured_limit(job)}` cannot be enforced",
+            f"remove such providers from `enrichments`, or run without `{_configured_limit(job)}`",
         )
     if min_balance is not None and balance is None:
-        raise CommandRefused("the API does not tell the balance, so `min_balance` cannot be kept", "run without it")
-    max_request_price = template.worst_price or 0
+        raise CommandRefused("the API reports no balance, so `min_balance` cannot be enforced", "run without it")
     spendable = None if min_balance is None or balance is None else max(0, balance - min_balance)
     caps = {
         "the credits cap is reached": (max_credits, "raise `max_credits`"),
-        "the balance has come down to `min_balance`": (spendable, "top up the account"),
-        "what the plan would cost at most is spent": (planned_cost, "make a new plan"),
+        "the balance has reached `min_balance`": (spendable, "top up the account"),
+        "the maximum cost of the plan is spent": (planned_cost, "make a new plan"),
     }
     stop_reason, (cap, remedy) = min(caps.items(), key=lambda each: inf if each[1][0] is None else each[1][0])
-    full_reason = f"{stop_reason}: nothing in flight could free enough for another request"
-    return Budget(cap, max_request_price, full_reason, f"{remedy}; the rest stays pending")
+    hint = f"{remedy}, then run again; the rest stays pending"
+    return Budget(cap, template.unit_price or 0, stop_reason, hint, template.priced_by, step_cap)
 
 
 def make_run_budget(
-    ledger: Ledger, job: Job, template: RequestTemplate, balance: int | None, plan: tuple[int, int] | None
+    ledger: Database, job: Job, template: RequestTemplate, balance: int | None, most: int | None
 ) -> tuple[Budget, CommandRefused | None]:
-    """Make the budget of a run. `plan`: how many requests it sends, and the newest run when it was made.
+    """Make the budget of a run. `most`: what a saved plan costs at most; see `plan_file.planned_cost`.
 
     A cap that cannot be enforced is raised, or returned when open tasks have to be collected first.
     """
-    planned_cost = None
-    if plan is not None and template.worst_price is not None:
-        to_submit, since = plan
-        # Open tasks settle in this run, so their reservations come on top.
-        left = max(0, to_submit - ledger.sent_since(since, job.name))
-        planned_cost = left * template.worst_price + ledger.open_reservations()
     try:
-        return make_budget(job, template, balance, planned_cost), None
+        return make_budget(job, template, balance, most), None
     except CommandRefused as error:
-        if not ledger.submitted_tasks():
+        if not transitions.submitted_tasks(ledger):
             raise
-        return Budget(0, 0, error.message, error.hint or ""), error
+        return NO_BUDGET, error
 
 
 def _configured_limit(job: Job) -> str:
-    return "max_credits" if job.max_credits is not None else "min_balance"
+    return "min_balance" if job.max_credits is job.step_max_credits is None else "max_credits"
 
 
 def check_balance(job: Job, template: RequestTemplate, balance: int | None) -> None:
@@ -90,7 +125,7 @@ def check_balance(job: Job, template: RequestTemplate, balance: int | None) -> N
         )
     if min_balance is not None and balance - min_balance < max_request_price:
         raise CommandRefused(
-            f"{balance_text}, `min_balance` keeps {to_credits(min_balance):,g} of them "
+            f"{balance_text}, `min_balance` is {to_credits(min_balance):,g}, "
             f"and one request may cost {to_credits(max_request_price):g}",
             "top up the account, or lower `min_balance`",
         )
@@ -100,8 +135,8 @@ def check_balance(job: Job, template: RequestTemplate, balance: int | None) -> N
 _CONCLUSIVE = (State.FOUND, State.NOT_FOUND, State.FAILED, State.EXPIRED)
 
 
-def check_canary(canary: Canary, outcomes: Mapping[State, int]) -> CanaryStopped | None:
-    """Return why the rest must not be sent; None when the first results look right."""
+def check_canary(canary: Canary, outcomes: Mapping[State, int], step: str = "") -> CanaryStopped | None:
+    """Return why the rest must not be sent; None when the first results look right. `step`: '' without steps."""
     conclusive = sum(outcomes.get(state, 0) for state in _CONCLUSIVE)
     found = outcomes.get(State.FOUND, 0)
     # Not `found >= rate * conclusive`: as a float, 0.55 * 100 is more than 55.
@@ -109,12 +144,13 @@ def check_canary(canary: Canary, outcomes: Mapping[State, int]) -> CanaryStopped
         return None
     others = ", ".join(f"{count:,} {state.value}" for state, count in outcomes.items() if state is not State.FOUND)
     observed = (
-        f"{found:,} of {conclusive:,} answers found something ({found / conclusive:.0%})"
+        f"{found:,} of {conclusive:,} results have a match ({found / conclusive:.0%})"
         if conclusive
-        else "no answer came"
+        else "no result arrived"
     )
+    where = f"step `{step}`: " if step else ""
     return CanaryStopped(
-        f"the canary stopped the run: {observed}, at least {canary.min_hit_rate:.0%} were wished for"
+        f"{where}the canary stopped the run: {observed}, at least {canary.min_hit_rate:.0%} are required"
         + (f"; {others}" if others else ""),
-        "look at `params` and at some answers (enrich explain); the rest is pending, the output was left as it was",
+        "check `params` and some results (`enrich explain`). The rest is pending, and the output is unchanged",
     )

@@ -2,36 +2,68 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from hashlib import blake2b
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Protocol
 
-import orjson
 import polars as pl
 
-from enrich.databar.answers import is_blank, result_fields, value_at
+from enrich.databar.task_results import makes_match
 from enrich.errors import CommandRefused
+from enrich.files.limits import NO_LIMITS, FileLimits, limits_of
 from enrich.files.values import as_text
-from enrich.files.writer import escape_formulas, needs_formula_escape, write_file
+from enrich.files.writer import escape_formulas, write_file
+from enrich.job.cell_text import blank_cells
 from enrich.job.job import Job
 from enrich.job.locations import Location, is_dataset
-from enrich.job.spec import Changes, Output
-from enrich.ledger.ledger import Ledger
-from enrich.models import MICROS_PER_CREDIT, OPEN_STATES, RequestResult, RowStatus, State, iso_time
-from enrich.rows.reader import JobInput
-from enrich.rows.requests import CHANGE_COLUMNS, INDEX_COLUMN, STATUS_COLUMNS, RowBatch
+from enrich.ledger import enroll
+from enrich.ledger.database import Database
+from enrich.models import (
+    MICROS_PER_CREDIT,
+    OPEN_STATES,
+    RequestResult,
+    RequestSelection,
+    ResultColumns,
+    RowStatus,
+    State,
+    to_micros,
+)
+from enrich.rows.job_input import JobInput
+from enrich.rows.requests import INDEX_COLUMN, STATUS_COLUMNS, RowBatch, status_columns
 from enrich.rows.template import RequestTemplate
+from enrich.run.answer_cells import answer_columns
+
+
+@dataclass(frozen=True)  # no slots: of a `cached_property`
+class JoinedStep:
+    """A batch in one step: the results of its requests, and its new cells, by column.
+
+    `name` is '' for a job without steps. `columns` maps the step's new columns to dotted paths. `places` has for each
+    row the place of its result among the `request_results`; None: it has none.
+    """
+
+    name: str
+    columns: Mapping[str, str]
+    fingerprints: Sequence[bytes | None]
+    request_results: ResultColumns
+    places: Sequence[int | None]
+    cells: dict[str, pl.Series]
+
+    @cached_property
+    def results(self) -> list[RequestResult | None]:
+        """The result of each row's request; None where there is none."""
+        results = list(map(RequestResult._make, zip(*self.request_results.values(), strict=True)))
+        return [None if place is None else results[place] for place in self.places]
 
 
 @dataclass(frozen=True, slots=True)
 class JoinedBatch:
-    """A batch with the results of its rows' requests, None where there is none, and its new cells, by column."""
+    """A batch with its new cells, by column, and what each step has found for it."""
 
     batch: RowBatch
-    results: Sequence[RequestResult | None]
+    steps: Sequence[JoinedStep]
     cells: Mapping[str, pl.Series]
 
     def count_statuses(self) -> Counter[RowStatus]:
@@ -46,6 +78,10 @@ class OutputCounts:
 
     statuses: Counter[RowStatus] = field(default_factory=Counter)
     filled_by_column: Counter[str] = field(default_factory=Counter)
+    #: Rows by their status in each step; empty for a job without steps.
+    by_step: dict[str, Counter[RowStatus]] = field(default_factory=dict)
+    #: The credits that the rows show for each step, in millionths.
+    credits: Counter[str] = field(default_factory=Counter)
 
     def __add__(self, other: OutputCounts) -> OutputCounts:
         """Add the counts of several parts."""
@@ -58,20 +94,38 @@ class OutputCounts:
     def add(self, joined: JoinedBatch) -> None:
         """Count the rows of a batch."""
         self.statuses.update(joined.count_statuses())
-        self.filled_by_column.update(
-            {name: cells.count() for name, cells in joined.cells.items() if name not in STATUS_COLUMNS}
-        )
+        columns = dict.fromkeys(name for step in joined.steps for name in step.columns)
+        self.filled_by_column.update({name: joined.cells[name].count() for name in columns})
+        for step in joined.steps:
+            if step.name:
+                names, counts = step.cells["enrich_status"].value_counts()
+                counted = {RowStatus(name): count for name, count in zip(names, counts, strict=True)}
+                self.by_step.setdefault(step.name, Counter()).update(counted)
+                self.credits[step.name] += to_micros(step.cells["enrich_credits"].sum()) or 0
+
+
+class JoinedRows(Protocol):
+    """The rows of a job with steps, joined with the ledger."""
+
+    def joined_batches(self, check_stopped: Callable[[], None]) -> Iterator[JoinedBatch]:
+        """Read the input once. Yield each batch with its new cells."""
 
 
 @dataclass(frozen=True, slots=True)
 class Collector:
-    """Builds the output. `check_stopped` is called before every batch and may raise to stop."""
+    """Builds the output. `check_stopped` is called before every batch and may raise to stop.
 
-    ledger: Ledger
+    `selection`: decide with it about requests that the pass has not seen; see `enroll.request_results`.
+    """
+
+    ledger: Database
     job: Job
     template: RequestTemplate
     job_input: JobInput
     check_stopped: Callable[[], None] = lambda: None
+    selection: RequestSelection | None = None
+    #: Joins the rows of a job with steps; None: the job has none.
+    step_rows: JoinedRows | None = None
 
     def write(self, target: Location, *, partial: bool = True) -> OutputCounts:
         """Write the output from the input and the ledger alone. Returns its counts.
@@ -88,21 +142,24 @@ class Collector:
             job=self.job.name,
             schema=schema,
             frames=self._checked_frames(
-                counts, with_index=with_index, partial=partial, formula_safe=needs_formula_escape(target)
+                counts, with_index=with_index, partial=partial, limits=limits_of("output", self.job.output)
             ),
             new_columns=len(schema) - len(self.job_input.schema),
         )
         return counts
 
-    def frames(self, counts: OutputCounts, *, with_index: bool, formula_safe: bool = False) -> Iterator[pl.DataFrame]:
-        """Yield the rows of the output, and add them to `counts`."""
+    def frames(
+        self, counts: OutputCounts, *, with_index: bool, limits: FileLimits = NO_LIMITS
+    ) -> Iterator[pl.DataFrame]:
+        """Yield the rows of the output, and add them to `counts`. New cells are made to fit into the `limits`."""
         merged_columns = self.merged_columns
-        new_columns = [name for name in new_column_types(self.template) if name not in merged_columns]
-        for joined in self.joined_batches():
-            counts.add(joined)
+        new_columns = [name for name in new_column_types(self.job, self.template) if name not in merged_columns]
+        for answered in self.joined_batches():
+            counts.add(answered)
+            joined = replace(answered, cells=limits.fit_answers(answered.cells, "enrich_error"))
             batch = joined.batch
             frame = batch.frame.with_columns(
-                self.merge_column(joined, name, formula_safe=formula_safe) for name in merged_columns
+                self.merge_column(joined, name, formula_safe=limits.runs_formulas) for name in merged_columns
             )
             first_position, height = batch.first_position, batch.frame.height
             index = (
@@ -126,53 +183,70 @@ class Collector:
 
     def joined_batches(self) -> Iterator[JoinedBatch]:
         """Read the input once. Yield each batch with its new cells."""
+        if self.step_rows is not None:
+            yield from self.step_rows.joined_batches(self.check_stopped)
+            return
         for batch in self.job_input.batches(self.template):
             self.check_stopped()
-            results = self.ledger.request_results(batch.requests())
-            index_of = {
-                batch.fingerprints[row.position - batch.first_position]: number for number, row in enumerate(results)
-            }
-            result_indexes = [index_of.get(fingerprint) for fingerprint in batch.fingerprints]
-            cells = _new_cells(batch, results, pl.Series(result_indexes, dtype=pl.UInt32), self.template)
-            yield JoinedBatch(batch, [None if place is None else results[place] for place in result_indexes], cells)
+            results = name_source(self.template, enroll.request_results(self.ledger, batch.requests(), self.selection))
+            first_rows = enumerate(results["position"])
+            place_of = {batch.fingerprints[position - batch.first_position]: place for place, position in first_rows}
+            places = [place_of.get(fingerprint) for fingerprint in batch.fingerprints]
+            cells = new_cells(batch, results, pl.Series(places, dtype=pl.UInt32), self.template.columns)
+            step = JoinedStep("", self.template.columns, batch.fingerprints, results, places, cells)
+            yield JoinedBatch(batch, [step], cells)
 
     def _checked_frames(
-        self, counts: OutputCounts, *, with_index: bool, partial: bool, formula_safe: bool
+        self, counts: OutputCounts, *, with_index: bool, partial: bool, limits: FileLimits
     ) -> Iterator[pl.DataFrame]:
-        yield from self.frames(counts, with_index=with_index, formula_safe=formula_safe)
+        yield from self.frames(counts, with_index=with_index, limits=limits)
         self.ledger.check_files()  # before the old output is replaced
         pending = counts.statuses[RowStatus.PENDING]
         if pending and not partial:
             raise CommandRefused(
-                f"{pending:,} rows are pending: the output would not be complete",
-                "enrich run goes on with them; --partial writes what is there",
+                f"{pending:,} rows are pending: the output would be incomplete",
+                "finish them with `enrich run JOB`, or write the current results with --partial",
             )
 
     def merge_column(self, joined: JoinedBatch, name: str, *, formula_safe: bool = False) -> pl.Series:
         """Fill in a column of the input. A missing result never blanks an existing cell."""
-        # Unnamed: polars would take a name such as `^a.*$` for a pattern.
-        old = as_text(joined.batch.frame.get_column(name)).alias("")
-        new = joined.cells[name].alias("")
-        if formula_safe:
-            new = escape_formulas(new)
-        if self.job.model.merge == "fill_empty":
-            new = new.set(old.str.strip_chars() != "", None)
-        return new.fill_null(old).alias(name)
+        new = joined.cells[name]
+        return merge_cells(self.job, joined.batch.frame.get_column(name), escape_formulas(new) if formula_safe else new)
+
+
+def name_source(template: RequestTemplate, results: ResultColumns) -> ResultColumns:
+    """Return the results with the source of the enrichment as provider of what was found. A waterfall has none."""
+    source = template.source
+    if source is None:
+        return results
+    named = zip(results["state"], results["provider"], strict=True)
+    return {**results, "provider": [source if state == State.FOUND else provider for state, provider in named]}
+
+
+def merge_cells(job: Job, old: pl.Series, new: pl.Series) -> pl.Series:
+    """Return a column of the input with the results filled in, as text, by the job's `merge`."""
+    # Unnamed: polars would take a name such as `^a.*$` for a pattern.
+    name, old, new = old.name, as_text(old).alias(""), new.alias("")
+    if job.model.merge == "fill_empty":
+        new = new.set(~blank_cells(old, job.model.placeholders), None)
+    return new.fill_null(old).alias(name)
 
 
 def output_schema(job_input: JobInput, template: RequestTemplate, *, with_index: bool) -> dict[str, pl.DataType]:
     """Return the columns of the output with their types. `with_index` adds the row's position in the input."""
-    new = new_column_types(template)
+    new = new_column_types(job_input.job, template)
     # Merged columns are text.
     old: dict[str, pl.DataType] = {name: new.get(name, kind) for name, kind in job_input.schema.items()}
     return old | new | ({INDEX_COLUMN: pl.Int64()} if with_index else {})
 
 
-def new_column_types(template: RequestTemplate) -> dict[str, pl.DataType]:
+def new_column_types(job: Job, template: RequestTemplate) -> dict[str, pl.DataType]:
     """Return the new columns with their types."""
-    return {name: pl.String() for name in template.columns} | STATUS_COLUMNS
+    return {name: pl.String() for name in template.columns} | status_columns(job)
 
 
+#: States with an answer to judge.
+_ANSWERED = (State.FOUND.value, State.NOT_FOUND.value)
 #: The fields of a RequestResult that are used unchanged.
 _RESULT_COLUMNS = {
     "position": pl.Int64,
@@ -194,14 +268,20 @@ def _iso_time(column: str) -> pl.Expr:
     return pl.from_epoch(column, "ms").dt.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _new_cells(
-    batch: RowBatch, results: Sequence[RequestResult], result_indexes: pl.Series, template: RequestTemplate
+def new_cells(
+    batch: RowBatch, results: ResultColumns, result_indexes: pl.Series, columns: Mapping[str, str]
 ) -> dict[str, pl.Series]:
     """Build the new cells of a batch. `result_indexes` has the index of each row's result; null: it has none."""
-    paths = list(template.columns.values())
-    values = [_answer_values(row, paths) for row in results]
+    names, paths = list(columns), list(columns.values())
+    given = zip(results["answer"], results["state"], strict=True)
+    answers = [answer if state in _ANSWERED else None for answer, state in given]
+    cells = answer_columns(answers, paths)
     # Another job with other columns may have sent the request. This job's columns decide whether it counts as found.
-    found = pl.Series("found", [None if row is None else any(row) for row in values], pl.Boolean)
+    found = pl.repeat(value=False, n=len(answers), eager=True).alias("found")
+    for column, path in zip(cells, paths, strict=True):
+        if makes_match(path):
+            found |= column.is_not_null()
+    found = found.set(pl.Series([answer is None for answer in answers], dtype=pl.Boolean), None)
     is_first_row = pl.col("position") == pl.int_range(batch.first_position, batch.first_position + len(result_indexes))
     status_cells = (
         _status_frame(results, found)
@@ -218,20 +298,14 @@ def _new_cells(
             pl.when(is_first_row).then("enrich_credits").alias("enrich_credits"),
         )
     )
-    nothing = [None] * len(paths)
-    cells = zip(*(row or nothing for row in values), strict=True) if values else ((),) * len(paths)
-    new = {
-        # Unnamed: polars would take a name such as `^a.*$` for a pattern.
-        name: pl.Series("", column, pl.String).gather(result_indexes).alias(name)
-        for name, column in zip(template.columns, cells, strict=True)
-    }
+    # The cells have no name: polars would take one such as `^a.*$` for a pattern.
+    new = {name: column.gather(result_indexes).alias(name) for name, column in zip(names, cells, strict=True)}
     return new | {name: status_cells.get_column(name) for name in STATUS_COLUMNS}
 
 
-def _status_frame(results: Sequence[RequestResult], found: pl.Series) -> pl.DataFrame:
+def _status_frame(results: ResultColumns, found: pl.Series) -> pl.DataFrame:
     """Build the status columns of each request, with its position. `found` is null where there is no answer."""
-    columns = dict(zip(RequestResult._fields, zip(*results, strict=True), strict=True)) if results else {}
-    frame = pl.DataFrame({name: pl.Series(columns.get(name, ()), dtype=kind) for name, kind in _RESULT_COLUMNS.items()})
+    frame = pl.DataFrame({name: pl.Series(results[name], dtype=kind) for name, kind in _RESULT_COLUMNS.items()})
     return frame.with_columns(found).select(
         "position",
         pl.when(_IS_CAPPED)
@@ -245,9 +319,9 @@ def _status_frame(results: Sequence[RequestResult], found: pl.Series) -> pl.Data
         .otherwise("state")
         .alias("enrich_status"),
         pl.when(_IS_CAPPED)
-        .then(pl.lit("capped: enough leads of its group are asked"))
+        .then(pl.lit("over the per-group limit (caps)"))
         .when(~_IS_PENDING & pl.col("erased_ms").is_not_null())
-        .then("the answer was purged at " + _iso_time("erased_ms"))
+        .then("the result was purged at " + _iso_time("erased_ms"))
         .otherwise("error")
         .alias("enrich_error"),
         # A pending request has no answer yet, so it has no provider, credits or time. Its last attempt may be running.
@@ -258,128 +332,3 @@ def _status_frame(results: Sequence[RequestResult], found: pl.Series) -> pl.Data
         pl.when(~_IS_CAPPED).then("task_id").alias("enrich_task_id"),
         pl.when(~_IS_PENDING).then(_iso_time("settled_ms")).alias("enrich_at"),
     )
-
-
-def _answer_values(result: RequestResult, paths: Sequence[str]) -> list[str | None] | None:
-    """Read the job's columns from an answer; None when there is no answer to judge."""
-    if result.answer is None or result.state not in (State.FOUND, State.NOT_FOUND):
-        return None
-    return answer_cells(result.answer, paths)
-
-
-def answer_cells(answer: str, paths: Sequence[str]) -> list[str | None]:
-    """Read values of an answer (JSON) as cells."""
-    try:
-        values = _values_at(orjson.loads(answer), paths)
-    except orjson.JSONDecodeError:
-        values = None
-    if values is None or not all(value is None or isinstance(value, str) for value in values):
-        # The slower parser keeps every digit of a number, and reads values that JSON does not have (NaN, Infinity).
-        values = _values_at(json.loads(answer), paths)
-    return list(map(to_cell, values))
-
-
-def _values_at(task: Mapping[str, object], paths: Iterable[str]) -> list[object]:
-    fields = result_fields(task.get("data"))
-    return [fields[path] if path in fields else value_at(fields, path) for path in paths]
-
-
-def to_cell(value: object) -> str | None:
-    """Write a value of the result as a cell: text unchanged, anything else as JSON, a blank as null."""
-    if is_blank(value):
-        return None
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-#: Rows with these statuses can be corrected or sent again.
-REJECTED_STATUSES = (RowStatus.INVALID, RowStatus.FAILED, RowStatus.EXPIRED)
-#: The columns of a rejects file after those of the input. They are replaced when the file is used as input.
-REJECT_COLUMNS = ("enrich_status", "enrich_error")
-
-
-def write_rejects(collector: Collector, target: Location, output: Output) -> int:
-    """Write the invalid, failed and expired rows unchanged, with the reason. Returns how many."""
-    count = 0
-
-    def frames() -> Iterator[pl.DataFrame]:
-        nonlocal count
-        for joined in collector.joined_batches():
-            reason_cells = [joined.cells[name] for name in REJECT_COLUMNS]
-            frame = joined.batch.frame.hstack(reason_cells).filter(pl.col("enrich_status").is_in(REJECTED_STATUSES))
-            count += frame.height
-            yield frame
-
-    schema = collector.job_input.schema | dict.fromkeys(REJECT_COLUMNS, pl.String())
-    write_file(
-        target,
-        output,
-        job=collector.job.name,
-        schema=schema,
-        frames=frames(),
-        new_columns=len(REJECT_COLUMNS),
-        kind="rejects",
-    )
-    return count
-
-
-def write_changes(collector: Collector, target: Location, changes: Changes) -> int:
-    """Write what is new since the last change feed, one line per field. Returns the number of lines.
-
-    Delivery is recorded in the caller's transaction: if that fails, the same changes are written again.
-    """
-    key = collector.job_input.change_key
-    schema = dict.fromkeys([*key, *CHANGE_COLUMNS], pl.String())
-    count = 0
-
-    def frames() -> Iterator[pl.DataFrame]:
-        nonlocal count
-        for joined in collector.joined_batches():
-            lines = list(_changed_cells(collector, joined, key))
-            count += len(lines)
-            yield pl.DataFrame(lines, schema=schema, orient="row")
-
-    write_file(
-        target,
-        changes,
-        job=collector.job.name,
-        schema=schema,
-        frames=frames(),
-        new_columns=len(CHANGE_COLUMNS),
-        kind="changes",
-    )
-    return count
-
-
-def _changed_cells(collector: Collector, joined: JoinedBatch, key: list[str]) -> Iterator[list[str | None]]:
-    """Yield the changes of a batch, and record them as delivered."""
-    job, columns = collector.job.name, collector.template.columns
-    keys = joined.batch.frame.select(as_text(joined.batch.frame.get_column(name)) for name in key).rows()
-    delivered: list[tuple[int, bytes, int]] = []
-    statuses = joined.cells["enrich_status"]
-    for index, (result, fingerprint, status) in enumerate(
-        zip(joined.results, joined.batch.fingerprints, statuses, strict=True)
-    ):
-        if result is None or fingerprint is None or result.attempt_id is None:
-            continue
-        if status == RowStatus.FOUND and result.erased_ms is None:
-            delivered.append((index, _delivery_key(keys[index], fingerprint), result.attempt_id))
-    merged_columns = {name: collector.merge_column(joined, name) for name in collector.merged_columns}
-    for index, previous_answer in collector.ledger.undelivered_rows(job, delivered):
-        result, previous_fields = joined.results[index], _answer_fields(previous_answer)
-        for name, path in columns.items():
-            if name in merged_columns:
-                old, new = as_text(joined.batch.frame.get_column(name))[index], merged_columns[name][index]
-            else:
-                old, new = to_cell(value_at(previous_fields, path)) or "", joined.cells[name][index] or ""
-            if result is not None and new and new != old:
-                at = None if result.settled_ms is None else iso_time(result.settled_ms)
-                yield [*keys[index], name, old, new, result.provider, at]
-    collector.ledger.mark_delivered(job, delivered)
-
-
-def _delivery_key(cells: tuple[str, ...], fingerprint: bytes) -> bytes:
-    return blake2b(json.dumps(cells).encode() + fingerprint, digest_size=16, person=b"enrich-delivered").digest()
-
-
-def _answer_fields(answer: str | None) -> Mapping[str, Any]:
-    return {} if answer is None else result_fields(json.loads(answer).get("data"))

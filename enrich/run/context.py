@@ -1,9 +1,10 @@
-"""What a run is given: the job, access to the API, the ledger, the user's options, a clock."""
+"""What a run is given: the job, access to the API, the ledger, the user's options, its environment."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -12,13 +13,22 @@ from typing import TYPE_CHECKING
 from enrich.databar.clock import Clock, SystemClock
 from enrich.databar.credentials import ApiAccess
 from enrich.job.job import Job
-from enrich.ledger.ledger import Ledger
-from enrich.models import RequestSelection, State
-from enrich.run.plan_file import SavedPlan
-from enrich.run.state import Timeouts
+from enrich.job.locations import Location
+from enrich.models import RequestSelection, State, to_micros
+from enrich.run.progress import Progress
+from enrich.run.run_state import Timeouts
 
-if TYPE_CHECKING:  # commands that only read runs need not import the cluster
-    from enrich.run.cluster import ClusterEngine
+if TYPE_CHECKING:  # commands that only read runs need not import what runs them
+    from enrich.databar.client import Client
+    from enrich.ledger.database import Database
+    from enrich.ledger.writer import LedgerWriter
+    from enrich.rows.job_input import JobInput
+    from enrich.run.budget import Budget
+    from enrich.run.cluster_protocol import ClusterEngine
+    from enrich.run.plan_file import SavedPlan
+    from enrich.run.preflight import Preflight
+    from enrich.run.signals import SignalHandler
+    from enrich.run.step_rows import StepRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +43,8 @@ class ClusterOptions:
 class RunOptions:
     """The user's options for this run.
 
-    `confirm` is given the expected cost as text and returns whether to continue. The run follows `plan`.
+    `confirm` is given the expected cost as text and returns whether to continue. The run follows `plan`, which replaces
+    `limit`, `sample`, `seed` and `retry`.
     """
 
     limit: int | None = None
@@ -41,7 +52,7 @@ class RunOptions:
     seed: int = 0
     max_time_s: float | None = None
     retry: frozenset[State] = frozenset()
-    accept_doubts: bool = False
+    accept_in_doubt: bool = False
     update_providers: bool = False
     #: The ledger's workspace has a new name.
     workspace_renamed: bool = False
@@ -53,43 +64,89 @@ class RunOptions:
     #: Run the work on Ray.
     spread: ClusterOptions | None = None
 
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """Progress of a run, in requests. `spent` is in credits; `total` None: not known yet."""
-
-    total: int | None
-    done: int
-    found: int
-    spent: float
-    in_flight: int
-    submitted: int = 0
-    polls: int = 0
-    rate_limited: int = 0
+    def with_plan(self) -> RunOptions:
+        """Return the options as the saved plan has them."""
+        if (plan := self.plan) is None:
+            return self
+        return replace(self, limit=plan.limit, sample=plan.sample, seed=plan.seed, retry=frozenset(plan.retry))
 
 
 @dataclass(frozen=True, slots=True)
-class RunContext:
-    """What a run works with. Tests pass their own clock and timeouts.
+class RunEnvironment:
+    """What surrounds a run. Tests pass their own clock and timeouts.
 
     `on_message` gets messages for the user at once; `on_progress` is called often.
     """
 
-    job: Job
-    access: ApiAccess
-    ledger: Ledger
     clock: Clock = field(default_factory=SystemClock)
     timeouts: Timeouts = field(default_factory=Timeouts)
     on_message: Callable[[str], None] = lambda _: None
     on_progress: Callable[[Progress], None] = lambda _: None
     #: Whether this process certainly still holds its claims, where several processes share a ledger.
     lease_valid: Callable[[], bool] = lambda: True
+    #: Once it has a result, set by any thread, the run stops as after a SIGINT.
+    stop: Future[None] = field(default_factory=Future)
     #: The cluster that runs the phases; None: this machine alone.
     engine: ClusterEngine | None = None
 
+
+@dataclass(frozen=True, slots=True)
+class RunContext:
+    """All that a run is given. What it counts and finds out is in `RunState`.
+
+    `started_at_s` is the monotonic time of its start. Until the API was queried, `preflight` is an offline one, and
+    `budget` allows nothing.
+    """
+
+    job: Job
+    access: ApiAccess
+    ledger: Database
+    options: RunOptions
+    environment: RunEnvironment
+    signals: SignalHandler
+    client: Client
+    ledger_writer: LedgerWriter
+    started_at_s: float
+    preflight: Preflight
+    budget: Budget
+
+    def steps(self) -> list[RunContext]:
+        """Return the context of each step. A job without steps is one step."""
+        if not self.job.step_jobs:
+            return [self]
+        return [
+            replace(
+                self,
+                job=job,
+                preflight=preflight,
+                budget=replace(
+                    self.budget,
+                    max_request_price=preflight.template.unit_price or 0,
+                    priced_by=preflight.template.priced_by,
+                    step_cap=to_micros(job.step_max_credits),
+                ),
+            )
+            for job, preflight in zip(self.job.steps, self.preflight.steps, strict=True)
+        ]
+
+    def elapsed_s(self) -> float:
+        """Return the seconds since the start of the run."""
+        return self.environment.clock.monotonic() - self.started_at_s
+
     def results_kept_since_ms(self) -> int:
         """Return the earliest time of submission (UTC, ms) whose results the API still keeps."""
-        return self.clock.now_ms() - int(self.job.model.policy.result_ttl.total_seconds() * 1000)
+        return self.environment.clock.now_ms() - int(self.job.model.policy.result_ttl.total_seconds() * 1000)
+
+
+@dataclass(frozen=True, slots=True)
+class RunFiles:
+    """The input, and the locations of the output and of the other files, by kind: `rejects`, `changes`."""
+
+    job_input: JobInput
+    target: Location
+    extra_output_paths: Mapping[str, Location]
+    #: The rows as the steps of the job see them; None: the job has no steps.
+    step_rows: StepRows | None = None
 
 
 def rescue_folders(job: Job) -> tuple[Path, ...]:
@@ -105,13 +162,10 @@ def rescue_folders(job: Job) -> tuple[Path, ...]:
 def select_requests(job: Job, options: RunOptions, now_ms: int) -> RequestSelection:
     """Build the selection of requests from the job and the user's options.
 
-    A plan is applied as of the time when it was made, so that it selects the same requests.
+    A saved plan is applied as of the time when it was made, so that it selects the same requests.
     """
     plan = options.plan
     if plan is not None:
-        options = replace(
-            options, limit=plan.limit, sample=plan.sample, seed=plan.seed, retry=frozenset(plan.retry), plan=None
-        )
         now_ms = plan.made_ms
     refresh = job.model.policy.refresh
     ages = {State.FOUND: refresh.found, State.NOT_FOUND: refresh.not_found}

@@ -6,11 +6,9 @@ Order of the steps: free capacity, rate-limit slot, budget, intent on disk, one 
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from math import ceil, inf
+from math import ceil
 
 from enrich.databar.client import MAX_BULK_POSTS_IN_FLIGHT, MAX_POSTS_IN_FLIGHT, Client
 from enrich.errors import (
@@ -27,15 +25,16 @@ from enrich.errors import (
     Unauthorized,
 )
 from enrich.exit_codes import ExitCode
-from enrich.ledger.ledger import Ledger
-from enrich.ledger.queue import CapReached
+from enrich.ledger import queries, transitions
+from enrich.ledger.database import Database
+from enrich.ledger.transitions import CapReached, StepCapReached
 from enrich.ledger.writer import LedgerWriter
-from enrich.models import DUPLICATE_TASK_ID, Acceptance, Call, Claim, State, Task
-from enrich.run.budget import Budget
-from enrich.run.state import RunState
+from enrich.models import DUPLICATE_TASK_ID, Acceptance, ClaimedRequest, State, Task
+from enrich.run.run_state import RunState, WorkConfig
 
 #: Seconds after which to check again when no change was signaled.
 IDLE_S = 1.0
+STEP_CAP_HINT = "raise its `max_credits`. Its other rows stay pending, and independent steps continue"
 
 
 def max_posts_in_flight(bulk_size: int | None) -> int:
@@ -47,31 +46,26 @@ def max_posts_in_flight(bulk_size: int | None) -> int:
 class Dispatcher:
     """Moves requests from pending to submitted.
 
-    `budget` has the price to reserve for each request. `limit` is the highest number of requests that the run may send
-    (for a canary). `on_task_accepted` is called for every task.
+    `limit` is the highest number of requests that the run may send (for a canary). `on_task_accepted` is called for
+    every task.
     """
 
     run_state: RunState
     ledger_writer: LedgerWriter
     client: Client
-    call: Call
-    budget: Budget
-    bound_to: Mapping[str, str | None]
+    config: WorkConfig
     on_task_accepted: Callable[[Task], None]
     limit: int | None = None
     #: Skip requests that were answered before.
     only_new: bool = False
-    #: Send at most this many requests as one task; None: each request as its own task.
-    bulk_size: int | None = None
-    #: Number of workers that share this queue and the limit of POSTs in flight.
-    workers: int = 1
-    #: Seconds after which no worker waits for a task any more.
-    patience_s: float = inf
     #: Attempts that are claimed and certainly not sent yet.
     _unsent_attempts: set[int] = field(default_factory=set)
     #: Those of them in the current claim. A failed commit is repeated, and may then claim others.
     _claiming_attempts: set[int] = field(default_factory=set)
-    #: Claimed requests whose POST has no answer yet.
+    #: POSTs that are claimed and not answered yet. One whose acceptance waits for its commit makes room for the next,
+    #: whose claim is in the same commit or a later one: a kill leaves no more of them unconfirmed.
+    _unanswered_posts: int = 0
+    #: Claimed requests whose POST has no recorded answer yet.
     _unanswered_requests: int = 0
     #: Most requests per POST. Halved after a POST that cost too much, or had invalid rows that the API did not name.
     _current_bulk_size: int = field(init=False)
@@ -81,31 +75,34 @@ class Dispatcher:
 
     def __post_init__(self) -> None:
         """Serialize the common beginning of all request bodies."""
-        self._current_bulk_size = self._max_bulk_size = self.bulk_size or 1
-        self._body_prefix = json.dumps(self.call.body())[:-1] + ', "params": '
+        self._current_bulk_size = self._max_bulk_size = self.config.bulk or 1
+        self._body_prefix = self.config.target.body_prefix()
 
     async def run(self) -> None:
         """Send until the queue is empty and no open task can refill it, or submitting stops."""
         try:
             async with asyncio.TaskGroup() as posts:
                 while (post_slots := await self._acquire_post_slots()) and (
-                    batches := await self._claim(post_slots)
+                    requests_by_post := await self._next_posts(post_slots)
                 ) is not None:
-                    for claims in batches:
-                        posts.create_task(self._post(claims))
+                    for requests in requests_by_post:
+                        posts.create_task(self._post(requests))
         finally:
-            # The writer runs this after all claims, including one that was made during the cancellation.
-            await self.ledger_writer.submit_or_rescue(self._release_unsent, self.run_state.clock.now_ms())
+            # The writer runs this after all claims, including one that was made during the cancellation, which adds to
+            # the set.
+            await self.ledger_writer.submit(
+                transitions.release_unsent, self._unsent_attempts, self.run_state.clock.now_ms()
+            )
 
     @property
     def _max_posts_in_flight(self) -> int:
-        return max_posts_in_flight(self.bulk_size) // self.workers
+        return max_posts_in_flight(self.config.bulk) // self.config.workers
 
     async def _acquire_post_slots(self) -> int:
         """Wait until a POST may be sent. Returns how many may be sent; 0 when submitting is over."""
         run_state = self.run_state
         while not run_state.stop_submitting.is_set():
-            post_slots = min(self._max_posts_in_flight - run_state.posts_in_flight, run_state.free_capacity)
+            post_slots = min(self._max_posts_in_flight - self._unanswered_posts, run_state.free_capacity)
             if self.limit is not None:
                 left = self.limit - run_state.counters.attempted_requests
                 if left <= 0:
@@ -125,8 +122,8 @@ class Dispatcher:
                 )
         return 0
 
-    async def _claim(self, post_slots: int) -> list[list[Claim]] | None:
-        """Write the intents of up to `post_slots` POSTs to the ledger. Returns None when nothing is left to send.
+    async def _next_posts(self, post_slots: int) -> list[list[ClaimedRequest]] | None:
+        """Claim the requests of up to `post_slots` POSTs in the ledger. Returns None when nothing is left to send.
 
         These POSTs are sent at once: a kill leaves only them unconfirmed.
         """
@@ -138,8 +135,8 @@ class Dispatcher:
                 max_requests, self.limit - run_state.counters.attempted_requests - self._unanswered_requests
             )
         try:
-            posts, capped, may_free_budget = await self.ledger_writer.submit(
-                self._claim_batches, max_requests, bulk_size, run_state.clock.now_ms()
+            posts, reached, may_free_budget = await self.ledger_writer.submit(
+                self._claim_posts, max_requests, bulk_size, run_state.clock.now_ms()
             )
         except LeaseLost:
             raise
@@ -148,60 +145,85 @@ class Dispatcher:
             return None
         self._claiming_attempts.clear()
         run_state.rate_limiter.refund(post_slots - len(posts))
+        run_state.queue_is_empty = not posts
         if posts:
             run_state.posts_in_flight += len(posts)
+            self._unanswered_posts += len(posts)
             self._unanswered_requests += sum(map(len, posts))
         elif run_state.posts_in_flight or run_state.open_tasks or may_free_budget:
             await run_state.wait_for_change(IDLE_S)
-        elif capped:
-            run_state.stop(ExitCode.CREDITS, EnrichError(self.budget.stop_reason, self.budget.hint))
         else:
+            self._end_at_cap(reached)
             return None
         return posts
 
-    async def _post(self, claims: list[Claim]) -> None:
+    def _end_at_cap(self, reached: type[CapReached] | None) -> None:
+        """Note which cap ends the claims, if one does. That of a step ends the step only."""
+        budget, step = self.config.budget, self.config.step
+        if reached is StepCapReached:
+            reason = EnrichError(f"the credits cap of the step `{step}` is reached", STEP_CAP_HINT)
+            self.run_state.exit_reasons.setdefault(ExitCode.CREDITS, reason)
+        elif reached is not None:
+            self.run_state.stop(ExitCode.CREDITS, EnrichError(budget.stop_reason, budget.hint))
+
+    async def _post(self, requests: list[ClaimedRequest]) -> None:
         """Send one POST, exactly once, and record its result."""
+        try:
+            task_id = await self._send(requests)
+            if task_id is not None:
+                await self._record_accepted(requests, task_id)
+        finally:
+            self.run_state.posts_in_flight -= 1
+            self._unanswered_requests -= len(requests)
+            self.run_state.notify_change()
+
+    async def _send(self, requests: list[ClaimedRequest]) -> str | None:
+        """Send the POST. Returns the task id; None: there is none, which is recorded."""
         run_state = self.run_state
-        attempts = tuple(claim.attempt_id for claim in claims)
-        params = ",".join(claim.params for claim in claims)
-        body = self._body_prefix + (f"[{params}]" if self.bulk_size else params) + "}"
+        attempts = [request.attempt_id for request in requests]
+        params = ",".join(request.params for request in requests)
+        body = self._body_prefix + (f"[{params}]" if self.config.bulk else params) + "}"
         try:
             if run_state.stop_submitting.is_set():
-                return
+                return None
             self._unsent_attempts.difference_update(attempts)
             if not run_state.lease_valid():
                 # Others may take this process for dead. A POST sent now could become unconfirmed and be sent again.
                 await self.ledger_writer.submit_batch(
-                    Ledger.record_refused, [(one, "not sent", run_state.clock.now_ms()) for one in attempts]
+                    transitions.record_refused, [(one, "not sent", run_state.clock.now_ms()) for one in attempts]
                 )
-                return
-            task_id = await self.client.submit(
-                self.call.waterfall, body.encode(), len(claims) if self.bulk_size else None
+                return None
+            return await self.client.submit(
+                self.config.target, body.encode(), len(requests) if self.config.bulk else None
             )
         except ApiCallFailed as error:
             await self._handle_post_error(attempts, error)
-        else:
-            now_ms = run_state.clock.now_ms()
-            updates = [(attempt, task_id, now_ms) for attempt in attempts]
-            acceptances = await self.ledger_writer.submit_batch(Ledger.record_accepted, updates, self.bound_to)
-            if acceptances[0] is Acceptance.CONFLICT:
-                self._count_unconfirmed(len(claims), SubmissionUnconfirmed(DUPLICATE_TASK_ID))
-                return
-            self._grow_bulk()
-            run_state.counters.submitted += len(claims)
-            run_state.counters.cached += sum(each is Acceptance.CACHED for each in acceptances)
-            run_state.open_tasks += 1
-            run_state.circuit_breaker.record_success()
-            run_state.record_success()
-            run_state.record_post_accepted()
-            self.on_task_accepted(Task(attempts, task_id, now_ms, bulk_task_id=claims[0].bulk_task_id))
+            return None
         finally:
-            run_state.posts_in_flight -= 1
-            self._unanswered_requests -= len(claims)
+            self._unanswered_posts -= 1
             run_state.notify_change()
 
+    async def _record_accepted(self, requests: list[ClaimedRequest], task_id: str) -> None:
+        """Record the task of an accepted POST, and pass it on when it is durable."""
+        run_state, now_ms = self.run_state, self.run_state.clock.now_ms()
+        attempts = tuple(request.attempt_id for request in requests)
+        acceptances = await self.ledger_writer.submit_batch(
+            transitions.record_accepted, [(attempt, task_id, now_ms) for attempt in attempts], self.config.bound_to
+        )
+        if acceptances[0] is Acceptance.CONFLICT:
+            self._count_unconfirmed(len(requests), SubmissionUnconfirmed(DUPLICATE_TASK_ID))
+            return
+        self._grow_bulk()
+        run_state.counters.submitted += len(requests)
+        run_state.counters.cached += sum(each is Acceptance.CACHED for each in acceptances)
+        run_state.open_tasks += 1
+        run_state.circuit_breaker.record_success()
+        run_state.record_success()
+        run_state.record_post_accepted()
+        self.on_task_accepted(Task(attempts, task_id, now_ms, bulk_task_id=requests[0].bulk_task_id))
+
     async def _handle_post_error(self, attempts: Sequence[int], error: ApiCallFailed) -> None:
-        """Record a failed POST by the kind of error alone. `enrich.databar.replies` has the table."""
+        """Record a failed POST by the kind of error alone. `enrich.databar.responses` has the table."""
         run_state = self.run_state
         now, now_ms = run_state.clock.monotonic(), run_state.clock.now_ms()
         updates = [(attempt, error.message, now_ms) for attempt in attempts]
@@ -223,10 +245,10 @@ class Dispatcher:
                     case _:
                         run_state.circuit_breaker.record_failure(now)
                         run_state.record_failure(error)
-                await self.ledger_writer.submit_batch(Ledger.record_refused, updates)
+                await self.ledger_writer.submit_batch(transitions.record_refused, updates)
             case _:
                 task_id = error.task_id if isinstance(error, SubmissionUnconfirmed) else None
-                await self.ledger_writer.submit_batch(Ledger.mark_in_doubt, [(*each, task_id) for each in updates])
+                await self.ledger_writer.submit_batch(transitions.mark_in_doubt, [(*each, task_id) for each in updates])
                 self._count_unconfirmed(len(updates), error)
         self._stop_after_outage(error)
 
@@ -248,9 +270,9 @@ class Dispatcher:
             (attempt, "sent with wrong rows", now_ms) for row, attempt in enumerate(attempts) if row not in error.rows
         ]
         # Submitted to the writer together, so that one commit holds both.
-        transitions = [(Ledger.record_rejected, invalid_updates), (Ledger.record_refused, valid_updates)]
+        operations = [(transitions.record_rejected, invalid_updates), (transitions.record_refused, valid_updates)]
         await asyncio.gather(
-            *(self.ledger_writer.submit_batch(transition, updates) for transition, updates in transitions if updates)
+            *(self.ledger_writer.submit_batch(operation, updates) for operation, updates in operations if updates)
         )
         self.run_state.counters.rejected += len(invalid_updates)
         self.run_state.counters.count_settled(State.FAILED, len(invalid_updates))
@@ -268,40 +290,39 @@ class Dispatcher:
         if failing_since is not None and now - failing_since >= self.run_state.timeouts.outage_s:
             self.run_state.stop(ExitCode.API, error)
 
-    def _claim_batches(
-        self, ledger: Ledger, max_requests: int, bulk_size: int, now_ms: int
-    ) -> tuple[list[list[Claim]], bool, bool]:
+    def _claim_posts(
+        self, ledger: Database, max_requests: int, bulk_size: int, now_ms: int
+    ) -> tuple[list[list[ClaimedRequest]], type[CapReached] | None, bool]:
         """Claim up to `max_requests` requests, in POSTs of at most `bulk_size`.
 
-        Returns the POSTs, whether the cap stopped the claim, and whether tasks of other workers may free some budget.
+        Returns the POSTs, the cap that stopped the claim, and whether tasks of other workers may free some budget.
         """
-        posts: list[list[Claim]] = []
+        posts: list[list[ClaimedRequest]] = []
         self._unsent_attempts -= self._claiming_attempts
         self._claiming_attempts.clear()
-        claim = partial(
-            ledger.claim,
-            self.run_state.execution_id,
-            self.budget.max_request_price,
-            now_ms,
-            only_new=self.only_new,
-            bulk=self.bulk_size is not None,
-        )
+        budget, is_bulk = self.config.budget, self.config.bulk is not None
         try:
             while max_requests > 0 and (
-                claims := claim(count=min(max_requests, bulk_size) if self.bulk_size else max_requests)
+                requests := transitions.claim(
+                    ledger,
+                    self.run_state.execution_id,
+                    budget.max_request_price,
+                    now_ms,
+                    min(max_requests, bulk_size) if is_bulk else max_requests,
+                    only_new=self.only_new,
+                    bulk=is_bulk,
+                    priced_by=budget.priced_by,
+                    step=self.config.step,
+                    step_cap=budget.step_cap,
+                )
             ):
-                self._claiming_attempts.update(one.attempt_id for one in claims)
+                self._claiming_attempts.update(request.attempt_id for request in requests)
                 self._unsent_attempts |= self._claiming_attempts
-                posts += [claims] if self.bulk_size else [[one] for one in claims]
-                max_requests -= len(claims)
-        except CapReached:
-            may_free_budget = self.workers > 1 and ledger.has_open_since(now_ms - self.patience_s * 1000)
-            return posts, True, may_free_budget
-        return posts, False, False
-
-    def _release_unsent(self, ledger: Ledger, now_ms: int) -> None:
-        """Return unsent claims to the queue; otherwise they would become unconfirmed. Safe to repeat."""
-        if self._unsent_attempts:
-            ledger.record_refused(
-                [(attempt, "not sent: the execution ended", now_ms) for attempt in sorted(self._unsent_attempts)]
+                posts += [requests] if is_bulk else [[request] for request in requests]
+                max_requests -= len(requests)
+        except CapReached as reached:
+            may_free_budget = self.config.workers > 1 and queries.has_open_since(
+                ledger, now_ms - self.config.patience_s * 1000
             )
+            return posts, type(reached), may_free_budget
+        return posts, None, False

@@ -20,13 +20,14 @@ from enrich.job.locations import (
     ObjectUrl,
     is_dataset,
     parse_location,
-    path_beside_ledger,
+    sandbox_file_name,
     sandbox_ledger_location,
+    sandbox_state_path,
 )
 from enrich.job.spec import Input
-from enrich.ledger.database import ledger_exists
+from enrich.ledger import task_ids
+from enrich.ledger.database import Database, ledger_exists
 from enrich.ledger.dialect import DATABASE_ERRORS
-from enrich.ledger.ledger import Ledger
 from enrich.ledger.sqlite import unknown_to_sandbox
 from enrich.ledger.writer import LedgerWriter
 
@@ -53,27 +54,29 @@ async def find_output_of_other_ledger(
                 tasks = next(batches, None)
             if tasks is None:
                 return None, None
-            unknown = await ledger_writer.submit(Ledger.unknown_task_ids, tasks)
-            if unknown and _without_sandbox_tasks(job.ledger, unknown):
+            unknown = await ledger_writer.submit(task_ids.unknown_task_ids, tasks)
+            if unknown and _without_sandbox_tasks(sandbox_ledger_location(job.ledger), unknown):
                 return output, None
     except (CommandRefused, FileProblem, OSError) as error:
         message = error.strerror if isinstance(error, OSError) else error.message
-        return None, f"whether an earlier output was paid for from another ledger is not known: {message}"
+        return None, f"cannot check whether another ledger paid for an earlier output: {message}"
 
 
-def _without_sandbox_tasks(ledger: LedgerLocation, tasks: Iterable[str]) -> list[str]:
+def has_real_tasks(job: Job, output: Location) -> bool:
+    """Check whether a file has tasks that the sandbox of the job did not issue. Without readable tasks: no."""
+    with suppress(CommandRefused, FileProblem, OSError):
+        return any(_without_sandbox_tasks(job.ledger, tasks) for tasks in _read_task_ids(job, output))
+    return False
+
+
+def _without_sandbox_tasks(sandbox_ledger: LedgerLocation, tasks: Iterable[str]) -> list[str]:
     """Leave out the tasks of the sandbox, which are in its ledger or in its own state."""
-    sandbox_ledger, unknown = sandbox_ledger_location(ledger), list(tasks)
+    unknown = list(tasks)
     with suppress(EnrichError, *DATABASE_ERRORS):
         if ledger_exists(sandbox_ledger):
-            with closing(Ledger(sandbox_ledger, read_only=True)) as other:
-                unknown = other.unknown_task_ids(unknown)
-    sandbox_state = (
-        sandbox_ledger.with_suffix(".api.db")
-        if isinstance(sandbox_ledger, Path)
-        else path_beside_ledger(sandbox_ledger, ".api.db")
-    )
-    return unknown_to_sandbox(sandbox_state, unknown)
+            with closing(Database(sandbox_ledger, read_only=True)) as other:
+                unknown = task_ids.unknown_task_ids(other, unknown)
+    return unknown_to_sandbox(sandbox_state_path(sandbox_ledger), unknown)
 
 
 def _read_task_ids(job: Job, output: Location) -> Iterator[list[str]]:
@@ -101,7 +104,10 @@ def _newest_output(job: Job) -> Location | None:
             status = path.stat()
             if path.is_dir() == is_dataset(pattern) and (path.is_dir() or path.is_file()):
                 candidates.append((status.st_mtime, path))
-    outputs = [each for each in candidates if not _is_input(job, each[1])]
+    sandbox_outputs = set(
+        _matching_paths(Path(str(parse_location(job.output_base, sandbox_file_name(job.output.path)))))
+    )
+    outputs = [each for each in candidates if each[1] not in sandbox_outputs and not _is_input(job, each[1])]
     return max(outputs)[1] if outputs else None
 
 
@@ -143,6 +149,13 @@ def _newest_object(url_pattern: ObjectUrl) -> ObjectUrl | None:
     first, _, _ = url_pattern.key.partition("%")
     folder = first.rpartition("/")[0]
     folder_url = ObjectUrl(url_pattern.scheme, url_pattern.bucket, f"{folder}/" if folder else "")
-    pattern = re.compile("/".join(_name_pattern(part).pattern for part in url_pattern.key.split("/")), re.DOTALL)
-    keys = [key for key, _ in object_store.list_objects(folder_url) if pattern.fullmatch(key)]
+    pattern, sandbox_pattern = (
+        re.compile("/".join(_name_pattern(part).pattern for part in key.split("/")), re.DOTALL)
+        for key in (url_pattern.key, sandbox_file_name(url_pattern.key))
+    )
+    keys = [
+        key
+        for key, _ in object_store.list_objects(folder_url)
+        if pattern.fullmatch(key) and not sandbox_pattern.fullmatch(key)
+    ]
     return ObjectUrl(url_pattern.scheme, url_pattern.bucket, max(keys)) if keys else None

@@ -8,6 +8,8 @@ from enrich.models import Task
 
 #: A 404 counts after this many in a row, over at least `Timeouts.young_task_s`. So does an unreadable answer.
 CONFIRMING_REPLIES = 5
+#: An answer about a task that the ledger does not have counts after this many identical ones.
+CONFIRMING_FOREIGN_REPLIES = 3
 
 
 @dataclass(slots=True)
@@ -39,6 +41,8 @@ class OpenTask:
     no_data_since: float | None = None
     #: Send the next poll over a new connection.
     needs_new_connection: bool = False
+    #: The poll that is running began after it was known to be the last one.
+    is_last_poll: bool = False
     repeated_reply: RepeatedReply | None = None
     #: The last answer about a task that the ledger does not have, and how often it came in a row.
     last_foreign_reply: str = ""

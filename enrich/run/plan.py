@@ -2,127 +2,137 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from math import ceil
 from typing import Any
 
 from enrich.job.job import Job
-from enrich.ledger.ledger import Ledger
+from enrich.ledger import enroll, queries
+from enrich.ledger.database import Database
 from enrich.models import (
     DECISIONS_TO_SEND,
     Decision,
-    format_duration,
+    format_credits,
+    format_elapsed,
     iso_time,
+    pluralize,
     to_credits,
-    to_micros,
 )
+from enrich.rows.params import LeftOutCounts, format_left_out, left_out_by_param
+from enrich.run.budget import Cost
 from enrich.run.plan_file import ProviderPrice, provider_prices
 from enrich.run.preflight import Preflight
+from enrich.run.terminal_text import top_reasons, wrap_parts
 
 #: Polls per task, as long as the ledger has no experience.
 DEFAULT_POLLS_PER_TASK = 1.5
 
 DECISION_REASONS = {
-    Decision.NEW: "never answered",
-    Decision.RETRY: "asked again by --retry",
-    Decision.REFRESH: "its answer is older than policy.refresh allows",
-    Decision.FOUND: "answered before",
-    Decision.NOT_FOUND: "answered before: nothing was found",
-    Decision.FAILED: "failed before; --retry failed asks again",
-    Decision.EXPIRED: "its result was gone; --retry expired asks again",
-    Decision.IN_DOUBT: "perhaps charged; decide: --retry in_doubt or --accept in_doubt",
-    Decision.WAITING: "waiting at the API; its answer is collected",
-    Decision.CAPPED: "beyond caps: enough leads of its group are asked",
+    Decision.NEW: "not sent yet",
+    Decision.RETRY: "sent again by --retry",
+    Decision.REFRESH: "result is older than policy.refresh allows",
+    Decision.FOUND: "already enriched",
+    Decision.NOT_FOUND: "no match in an earlier run",
+    Decision.FAILED: "failed before; --retry failed sends it again",
+    Decision.EXPIRED: "result expired; --retry expired sends it again",
+    Decision.IN_DOUBT: "unconfirmed, may have been charged; decide: --retry in_doubt or --accept in_doubt",
+    Decision.WAITING: "running at Databar; the run collects its result",
+    Decision.CAPPED: "over the per-group limit (caps)",
     Decision.NOT_SAMPLED: "not in the sample",
-    Decision.OVER_LIMIT: "beyond --limit",
-    Decision.DUPLICATE: "asks what an earlier row asks",
-    Decision.INVALID: "a required param is empty or malformed",
-    Decision.FILTERED: "left out by the job",
+    Decision.OVER_LIMIT: "over --limit",
+    Decision.DUPLICATE: "same request as an earlier row",
+    Decision.INVALID: "missing or unusable input",
+    Decision.FILTERED: "filtered by the job",
+}
+#: The words of the first screen for what is not sent.
+_NOT_SENT_WORDS = {
+    Decision.FOUND: "already enriched",
+    Decision.NOT_FOUND: "no match",
+    Decision.FAILED: "failed",
+    Decision.EXPIRED: "expired",
+    Decision.IN_DOUBT: "unconfirmed",
+    Decision.WAITING: "running",
+    Decision.CAPPED: "over the per-group limit",
+    Decision.NOT_SAMPLED: "not in the sample",
+    Decision.OVER_LIMIT: "over --limit",
+    Decision.DUPLICATE: "duplicate",
+    Decision.FILTERED: "filtered",
 }
 
 _ROW_DECISIONS = (Decision.DUPLICATE, Decision.INVALID, Decision.FILTERED)
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
-    """The expected cost of requests, in credits. `likely` is None before the ledger has any experience.
+class PlanCounts:
+    """What was read of the input.
 
-    `maximum`: every provider is called, and what each found is verified. None when a price is unknown.
+    `decisions` counts requests, but rows for decisions about rows alone. `left_out` counts the rows that lack a param
+    although a cell is not empty, by param and reason, and `skipped` the rows that cannot be sent, by reason.
     """
 
-    likely: float | None
-    maximum: float | None
-
-    @classmethod
-    def for_requests(cls, requests: int, likely_price: float | None, worst_price: int | None) -> Cost:
-        """Return the cost of requests. Prices are in millionths."""
-        likely = None if likely_price is None else to_credits(round(likely_price * requests))
-        most = None if worst_price is None else to_credits(worst_price * requests)
-        return cls(likely if requests else 0.0, most if requests else 0.0)
-
-    def __add__(self, other: Cost) -> Cost:
-        """Add two costs. The sum is None where one of them is unknown."""
-        return Cost(_add_known(self.likely, other.likely), _add_known(self.maximum, other.maximum))
-
-    def as_json(self) -> dict[str, float | None]:
-        """Return what `--json` prints."""
-        return {"min": 0.0, "likely": self.likely, "max": self.maximum}
+    rows: int
+    decisions: dict[Decision, int]
+    left_out: LeftOutCounts
+    skipped: Counter[str]
 
 
-def _add_known(one: float | None, other: float | None) -> float | None:
-    return None if one is None or other is None else round(one + other, 6)
+@dataclass(frozen=True, slots=True)
+class PlannedProvider:
+    """A provider or a verifier of a planned run, with its price in credits; None: unknown."""
+
+    id: int
+    name: str
+    price: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a run would do. Credits in millionths. None: unknown, or not set.
+    """What a run would do, with amounts in credits. None: unknown, or not set.
 
-    `decisions` counts requests, but rows for decisions about rows alone. `likely_price` is the average cost of a
-    request so far. `reserved` is the highest cost of the running tasks. `providers` and `verifier` come with their
-    names.
+    `decisions`, `left_out` and `skipped` are those of `PlanCounts`. `cap_allows` is how many requests the cap allows
+    even at their highest price (`worst_price`); None: there is no cap, or no price. `reserved` is the highest cost of
+    the running tasks.
     """
 
     job: str
+    sandbox: bool
     rows: int
     decisions: dict[Decision, int]
+    left_out: Mapping[str, Mapping[str, int]]
     oldest_answer_ms: int | None
-    balance: int | None
-    max_credits: int | None
-    min_balance: int | None
-    cap: int | None
-    worst_price: int | None
-    likely_price: float | None
-    reserved: int
+    balance: float | None
+    max_credits: float | None
+    min_balance: float | None
+    cap: float | None
+    cap_allows: int | None
+    worst_price: float | None
+    cost: Cost
+    reserved: float
     requests_per_second: float | None
     polls_per_task: float | None
     bulk: int | None
     canary: int | None
-    providers: list[tuple[ProviderPrice, str]]
-    verifier: tuple[ProviderPrice, str] | None
+    providers: list[PlannedProvider]
+    verifier: PlannedProvider | None
     notes: list[str]
+    skipped: Counter[str]
+    #: Rows that cannot be sent because they lack a param, by param; empty: not counted.
+    missing: Mapping[str, int] = field(default_factory=dict)
+    #: The param whose number multiplies the price of a request, and how many pages do.
+    priced_by: str | None = None
+    pages: int = 1
 
     @property
     def to_submit(self) -> int:
         """How many requests would be sent."""
-        return sum(self.decisions.get(decision, 0) for decision in DECISIONS_TO_SEND)
+        return _count_to_submit(self.decisions)
 
     @property
     def requests(self) -> int:
         """How many distinct requests the input has."""
         return sum(count for decision, count in self.decisions.items() if decision not in _ROW_DECISIONS)
-
-    @property
-    def cost(self) -> Cost:
-        """The expected cost."""
-        return Cost.for_requests(self.to_submit, self.likely_price, self.worst_price)
-
-    @property
-    def cap_allows(self) -> int | None:
-        """How many requests the cap allows even at their highest price; None: there is no cap, or no price."""
-        if self.cap is None or not self.worst_price:
-            return None
-        return min(self.to_submit, max(0, self.cap - self.reserved) // self.worst_price)
 
     @property
     def duration_s(self) -> float | None:
@@ -142,100 +152,150 @@ class Plan:
             "requests": self.requests,
             "to_submit": self.to_submit,
             "decisions": {decision.value: count for decision, count in self.decisions.items()},
+            "left_out": self.left_out,
+            "missing": {name: count for name, count in self.missing.items() if count},
             "oldest_answer_at": None if self.oldest_answer_ms is None else iso_time(self.oldest_answer_ms),
-            "balance": to_credits(self.balance),
+            "balance": self.balance,
             "cost": self.cost.as_json(),
-            "worst_price": to_credits(self.worst_price),
-            "max_credits": to_credits(self.max_credits),
-            "min_balance": to_credits(self.min_balance),
+            "worst_price": self.worst_price,
+            "max_credits": self.max_credits,
+            "min_balance": self.min_balance,
+            "priced_by": self.priced_by,
+            "pages": self.pages,
             "cap_allows": self.cap_allows,
             "seconds": self.duration_s,
-            "providers": [_provider_json(*provider) for provider in self.providers],
-            "email_verifier": None if self.verifier is None else _provider_json(*self.verifier),
+            "providers": [asdict(provider) for provider in self.providers],
+            "email_verifier": None if self.verifier is None else asdict(self.verifier),
+            "sandbox": self.sandbox,
             "notes": self.notes,
         }
 
 
-def build_plan(  # noqa: PLR0913, PLR0917 - every argument is used once
-    job: Job, preflight: Preflight, ledger: Ledger, rows: int, decisions: dict[Decision, int], cap: int | None
-) -> Plan:
+def build_plan(job: Job, preflight: Preflight, ledger: Database, counts: PlanCounts, cap: int | None) -> Plan:
     """Build the plan, after the whole input was read in a pass of the ledger."""
-    template, waterfall = preflight.template, preflight.waterfall
-    providers, verifier = provider_prices(template, waterfall)
-    provider_names = {each.id: each.name for each in waterfall.available_enrichments}
-    verifier_names = {each.id: each.name for each in waterfall.email_verifiers}
+    template, description = preflight.template, preflight.description
+    providers, verifier = provider_prices(template, description)
+    provider_names = {each.id: each.name for each in description.available_enrichments}
+    verifier_names = {each.id: each.name for each in description.email_verifiers}
+    to_submit, reserved = _count_to_submit(counts.decisions), queries.open_reservations(ledger)
+    cap_allows = None
+    if cap is not None and template.worst_price:
+        cap_allows = min(to_submit, max(0, cap - reserved) // template.worst_price)
+    cost = Cost.for_requests(to_submit, queries.average_price(ledger, template.target)[1], template.worst_price)
+    if template.priced_by is not None and cost.maximum is None:
+        cost = Cost(cost.likely, to_credits(cap))  # where the price depends on the row, the cap is its limit
     return Plan(
         job=job.name,
-        rows=rows,
-        decisions=decisions,
-        oldest_answer_ms=ledger.oldest_answer_ms(),
-        balance=preflight.balance,
-        max_credits=to_micros(job.max_credits),
-        min_balance=to_micros(job.model.limits.min_balance),
-        cap=cap,
-        worst_price=template.worst_price,
-        reserved=ledger.open_reservations(),
-        likely_price=ledger.average_price(template.call)[1],
+        sandbox=job.sandbox,
+        rows=counts.rows,
+        decisions=counts.decisions,
+        left_out=left_out_by_param(counts.left_out),
+        skipped=counts.skipped,
+        oldest_answer_ms=enroll.oldest_answer_ms(ledger),
+        balance=to_credits(preflight.balance),
+        max_credits=job.max_credits,
+        min_balance=job.model.limits.min_balance,
+        cap=to_credits(cap),
+        cap_allows=cap_allows,
+        worst_price=to_credits(template.worst_price),
+        priced_by=template.priced_by,
+        pages=template.target.pages,
+        cost=cost,
+        reserved=to_credits(reserved),
         requests_per_second=job.model.limits.requests_per_second,
-        polls_per_task=ledger.polls_per_task(),
+        polls_per_task=queries.polls_per_task(ledger),
         bulk=job.model.dispatch.bulk,
         canary=job.model.canary.rows if job.model.canary else None,
-        providers=[(each, provider_names.get(each.id, "")) for each in providers],
-        verifier=None if verifier is None else (verifier, verifier_names.get(verifier.id, "")),
+        providers=[_planned_provider(each, provider_names) for each in providers],
+        verifier=None if verifier is None else _planned_provider(verifier, verifier_names),
         notes=preflight.notes,
     )
 
 
-def _provider_json(provider: ProviderPrice, name: str) -> dict[str, Any]:
-    return {"id": provider.id, "name": name, "price": to_credits(provider.price)}
+def _count_to_submit(decisions: Mapping[Decision, int]) -> int:
+    return sum(decisions.get(decision, 0) for decision in DECISIONS_TO_SEND)
 
 
-def format_plan(plan: Plan) -> Iterator[str]:
-    """Yield the plan as lines of text."""
-    yield f"{plan.job}: {plan.rows:,} rows, {plan.requests:,} distinct requests: {plan.to_submit:,} would be sent"
-    for decision, why in DECISION_REASONS.items():
+def _planned_provider(provider: ProviderPrice, names: Mapping[int, str]) -> PlannedProvider:
+    return PlannedProvider(provider.id, names.get(provider.id, ""), to_credits(provider.price))
+
+
+def spend_question(maximum: float | None, leads: int) -> str:
+    """Return the question before a run without a cap: what it may cost, and for how many leads."""
+    count = pluralize(leads, "lead")
+    if maximum is None:
+        return f"Send {count} at an unknown price?"
+    return f"Spend up to {format_credits(maximum).removesuffix('.00')} credits on {count}?"
+
+
+def format_plan(plan: Plan, next_lines: Sequence[str] = (), *, details: bool = False) -> Iterator[str]:
+    """Yield the plan as lines of text. `details` adds each decision, the providers and the time.
+
+    `next_lines` are the commands that come next.
+    """
+    yield from wrap_parts(_headline_parts(plan), " · ")
+    parts = [f"{plan.decisions[each]:,} {word}" for each, word in _NOT_SENT_WORDS.items() if plan.decisions.get(each)]
+    if parts:
+        yield from wrap_parts([(f"Not sent: {parts[0]}", ""), *((part, "") for part in parts[1:])], " · ")
+    if number := plan.decisions.get(Decision.INVALID):
+        yield f"Skipped: {pluralize(number, 'lead')} ({top_reasons(plan.skipped)})"
+    if plan.cap_allows is not None and plan.cap_allows < plan.to_submit:
+        running = f", after {plan.reserved:,.2f} for running tasks" if plan.reserved else ""
+        enough = f"{plan.cap_allows:,} of {pluralize(plan.to_submit, 'request')}"
+        yield f"The cap is enough for {enough} at their maximum price{running}"
+    if plan.canary is not None and plan.decisions.get(Decision.NEW, 0) > plan.canary:
+        yield f"Canary: the first {pluralize(plan.canary, 'request')} are checked before the others are sent"
+    yield from (f"Note: {note}" for note in plan.notes)
+    if details:
+        yield from _detail_lines(plan)
+    yield from next_lines
+
+
+def _headline_parts(plan: Plan) -> Iterator[tuple[str, str]]:
+    sandbox = "SANDBOX " if plan.sandbox else ""
+    if plan.to_submit:
+        yield f"{sandbox}{pluralize(plan.to_submit, 'request')} to send", ""
+        yield format_cost(plan.cost), ""
+    else:
+        yield f"{sandbox}Nothing to send", ""
+    if plan.balance is not None:
+        yield f"balance {plan.balance:,.2f}", ""
+    if plan.min_balance is not None:
+        yield f"min_balance {plan.min_balance:,.2f}", ""
+    yield f"cap: {'none' if plan.max_credits is None else format_credits(plan.max_credits)}", ""
+
+
+def format_cost(cost: Cost) -> str:
+    """Format the expected cost."""
+    most = "at an unknown price" if cost.maximum is None else f"at most {cost.maximum:,.2f} credits"
+    return most if cost.likely is None else f"likely {cost.likely:,.2f}, {most}"
+
+
+def _detail_lines(plan: Plan) -> Iterator[str]:
+    yield ""
+    yield f"{pluralize(plan.rows, 'lead')}, {pluralize(plan.requests, 'distinct request')}"
+    for decision, reason in DECISION_REASONS.items():
         if count := plan.decisions.get(decision):
-            oldest = (
-                f"; the oldest at {iso_time(plan.oldest_answer_ms)}"
-                if decision is Decision.FOUND and plan.oldest_answer_ms
-                else ""
-            )
-            yield (
-                f"  {decision.value:<12}{count:>9,}  {'pay' if decision in DECISIONS_TO_SEND else '   '}  {why}{oldest}"
-            )
-    yield from _cost_lines(plan)
+            oldest = decision is Decision.FOUND and plan.oldest_answer_ms
+            since = f"; the oldest at {iso_time(plan.oldest_answer_ms)}" if oldest and plan.oldest_answer_ms else ""
+            paid = "charged" if decision in DECISIONS_TO_SEND else ""
+            yield f"  {decision.value:<12}{count:>9,}  {paid:<7}  {reason}{since}"
+    for line in format_left_out(plan.left_out):
+        yield f"  not used    {line}"
+    providers = [f"{each.name or 'provider'} {each.id} ({_format_price(each)})" for each in plan.providers]
+    times = f" times {plan.priced_by}" if plan.priced_by else ""
+    times += f" times {plan.pages:,} pages" if plan.pages > 1 else ""
+    yield f"  providers   {', '.join(providers)}{times}"
+    if plan.verifier is not None:
+        yield f"  verifier    {plan.verifier.name or 'verifier'} {plan.verifier.id} ({_format_price(plan.verifier)})"
     if plan.duration_s is not None:
-        polls = "guessed" if plan.polls_per_task is None else "so far"
+        source = "estimated" if plan.polls_per_task is None else "so far"
         per_task = DEFAULT_POLLS_PER_TASK if plan.polls_per_task is None else plan.polls_per_task
         yield (
-            f"  time      about {format_duration(plan.duration_s)} at {plan.requests_per_second:g} requests/s, "
-            f"{per_task:.1f} polls a {f'task of {plan.bulk:,}' if plan.bulk else 'request'} {polls}"
+            f"  time        about {format_elapsed(plan.duration_s)} at {plan.requests_per_second:g} requests/s, "
+            f"{per_task:.1f} polls per {f'task of {plan.bulk:,}' if plan.bulk else 'request'} ({source})"
         )
-    if plan.canary is not None and plan.decisions.get(Decision.NEW, 0) > plan.canary:
-        yield f"  canary    the first {plan.canary:,} are judged before the others are sent"
-    for note in plan.notes:
-        yield f"  note      {note}"
 
 
-def _cost_lines(plan: Plan) -> Iterator[str]:
-    cost = plan.cost
-    maximum = "an unknown number of" if cost.maximum is None else f"{cost.maximum:,.2f}"
-    likely = "" if cost.likely is None else f", likely {cost.likely:,.2f} (by this ledger's answers so far)"
-    yield f"  cost      0.00 to {maximum} credits{likely}"
-    providers = [f"{name or 'provider'} {each.id} ({_format_price(each)})" for each, name in plan.providers]
-    yield f"  asked     {', '.join(providers)}"
-    if plan.verifier is not None:
-        each, name = plan.verifier
-        yield f"            and what each finds is verified by {name or 'verifier'} {each.id} ({_format_price(each)})"
-    if plan.balance is not None:
-        kept = "" if plan.min_balance is None else f", {to_credits(plan.min_balance):,.2f} of it stays (min_balance)"
-        yield f"  balance   {to_credits(plan.balance):,.2f}{kept}"
-    if plan.cap_allows is not None:
-        cap = to_credits(plan.cap or 0)
-        enough = "all" if plan.cap_allows == plan.to_submit else f"{plan.cap_allows:,} of {plan.to_submit:,}"
-        waiting = f", {to_credits(plan.reserved):,.2f} of them kept for those at the API" if plan.reserved else ""
-        yield f"  cap       {cap:,.2f} credits{waiting}: enough for {enough} even at their worst price"
-
-
-def _format_price(provider: ProviderPrice) -> str:
-    return "price unknown" if provider.price is None else f"{to_credits(provider.price):g}"
+def _format_price(provider: PlannedProvider) -> str:
+    return "price unknown" if provider.price is None else f"{provider.price:g}"

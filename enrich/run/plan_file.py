@@ -11,41 +11,58 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from enrich.databar.waterfall import Provider, Waterfall
+from enrich.databar.description import Description
+from enrich.databar.waterfall import Provider
 from enrich.errors import CommandRefused, EnrichError, JobError
 from enrich.job.bounded_read import read_text
 from enrich.job.job import Job
+from enrich.job.locations import sandbox_file_name
+from enrich.ledger import queries
+from enrich.ledger.database import Database
 from enrich.models import State, iso_time, to_micros
-from enrich.rows.reader import JobInput
+from enrich.rows.job_input import JobInput
 from enrich.rows.template import RequestTemplate
+from enrich.run.preflight import Preflight
 
 
 class ProviderPrice(BaseModel):
     """A provider or the verifier, with its price in millionths of a credit; None: unknown."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     id: int
     price: int | None
 
 
-class PlanInputs(BaseModel):
-    """What a plan is based on: digests of job, input and `suppress` list; the providers and their prices."""
+class PlannedTarget(BaseModel):
+    """A target with its providers, its verifier and their prices."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
+
+    target: str
+    providers: list[ProviderPrice]
+    verifier: ProviderPrice | None
+
+    def provider_ids(self) -> list[int]:
+        """Return the providers in the order of their calls, then the verifier."""
+        return [each.id for each in [*self.providers, *([self.verifier] if self.verifier else [])]]
+
+
+class PlanInputs(BaseModel):
+    """What a plan is based on: digests of job, input and `suppress` list; the target, or that of each step."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     job: str
     input: str
     suppress: str | None
-    waterfall: str
-    providers: list[ProviderPrice]
-    verifier: ProviderPrice | None
+    targets: list[PlannedTarget]
 
 
 class SavedPlan(BaseModel):
     """What `enrich plan -o FILE` writes and `enrich run --plan FILE` follows."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     version: Literal[1] = 1
     made_ms: int
@@ -55,40 +72,58 @@ class SavedPlan(BaseModel):
     seed: int
     retry: list[State]
     max_credits: float | None
-    to_submit: int
+    #: How many requests a run sends: exactly in the first step, at most in each later one.
+    requests: list[int]
     #: The newest run when the plan was made. Requests of later runs count as sent for this plan.
     after_execution: int
+    #: The plan of a sandbox run.
+    sandbox: bool = False
 
 
-def gather_plan_inputs(job: Job, template: RequestTemplate, waterfall: Waterfall, job_input: JobInput) -> PlanInputs:
+def gather_plan_inputs(job: Job, preflight: Preflight, job_input: JobInput) -> PlanInputs:
     """Gather what must not change between the plan and the run."""
     resolved = [job.name, job.model.model_dump_json(), str(job.ledger)]
-    providers, verifier = provider_prices(template, waterfall)
+    targets = []
+    for step in preflight.steps:
+        providers, verifier = provider_prices(step.template, step.description)
+        target = step.template.target.canonical()
+        targets.append(PlannedTarget(target=target, providers=providers, verifier=verifier))
     return PlanInputs(
         job=sha256(json.dumps(resolved).encode()).hexdigest(),
         input=job_input.digest(),
         suppress=job_input.suppression_digest(),
-        waterfall=template.call.waterfall,
-        providers=providers,
-        verifier=verifier,
+        targets=targets,
     )
+
+
+def planned_cost(ledger: Database, job: Job, plan: SavedPlan | None, preflight: Preflight) -> int | None:
+    """Return what a run spends at most under a saved plan, in millionths. None: no plan, or a price is unknown."""
+    if plan is None:
+        return None
+    cost = 0
+    for step, of_step, requests in zip(job.steps, preflight.steps, plan.requests, strict=False):
+        left = max(0, requests - queries.sent_since(ledger, plan.after_execution, job.name, step.step))
+        price = of_step.template.worst_price
+        if left and price is None:
+            return None
+        cost += left * (price or 0)
+    # Open tasks settle in this run, so their reservations come on top.
+    return cost + queries.open_reservations(ledger)
 
 
 def provider_prices(
-    template: RequestTemplate, waterfall: Waterfall
+    template: RequestTemplate, description: Description
 ) -> tuple[list[ProviderPrice], ProviderPrice | None]:
-    """Return the prices of the providers in the call, and of its verifier."""
-    providers = {provider.id: provider for provider in waterfall.available_enrichments}
-    verifiers = {verifier.id: verifier for verifier in waterfall.email_verifiers}
-    verifier = template.call.email_verifier
+    """Return the prices of the target: the providers of a waterfall and its verifier, or an enrichment."""
+    verifier = description.verifier(template.target)
     return (
-        [_provider_price(number, providers.get(number)) for number in template.call.enrichments],
-        None if verifier is None else _provider_price(verifier, verifiers.get(verifier)),
+        [_provider_price(each) for each in description.asked(template.target)],
+        None if verifier is None else _provider_price(verifier),
     )
 
 
-def _provider_price(provider_id: int, provider: Provider | None) -> ProviderPrice:
-    return ProviderPrice(id=provider_id, price=None if provider is None else to_micros(provider.price))
+def _provider_price(provider: Provider) -> ProviderPrice:
+    return ProviderPrice(id=provider.id, price=to_micros(provider.price))
 
 
 def changed_inputs(planned: PlanInputs, current: PlanInputs) -> Sequence[str]:
@@ -100,13 +135,10 @@ def changed_inputs(planned: PlanInputs, current: PlanInputs) -> Sequence[str]:
         changed.append("the input")
     if planned.suppress != current.suppress:
         changed.append("the list of `suppress`")
-    provider_ids = [
-        [provider.id for provider in [*each.providers, *([each.verifier] if each.verifier else [])]]
-        for each in (planned, current)
-    ]
-    if (planned.waterfall, provider_ids[0]) != (current.waterfall, provider_ids[1]):
+    called = [[(each.target, each.provider_ids()) for each in inputs.targets] for inputs in (planned, current)]
+    if called[0] != called[1]:
         changed.append("the providers")
-    elif (planned.providers, planned.verifier) != (current.providers, current.verifier):
+    elif planned.targets != current.targets:
         changed.append("the prices")
     return changed
 
@@ -117,19 +149,24 @@ def check_plan(plan: SavedPlan, current: PlanInputs) -> None:
         description = " and ".join([", ".join(changed[:-1]), changed[-1]] if changed[1:] else changed)
         raise CommandRefused(
             f"{description} changed since the plan was made ({iso_time(plan.made_ms)})",
-            "make a new one: enrich plan -o FILE",
+            "create a new one: enrich plan JOB -o FILE",
         )
 
 
-def write_plan(path: Path, plan: SavedPlan) -> None:
-    """Write a plan (mode 0600), whole or not at all. Raises JobError when the file exists and is not a plan."""
+def write_plan(path: Path, plan: SavedPlan) -> Path:
+    """Write a plan (mode 0600), whole or not at all, and return its path. The sandbox replaces no plan of a real run.
+
+    Raises JobError when the file exists and is not a plan.
+    """
     if path.exists() and not path.is_file():
-        raise CommandRefused(f"{path}: the plan cannot be written: it is no file")
+        raise CommandRefused(f"{path}: the plan cannot be written: it is not a file")
     try:
+        if path.exists() and path.stat().st_size and plan.sandbox and not read_plan(path).sandbox:
+            return write_plan(path.with_name(sandbox_file_name(path.name)), plan)
         if path.exists() and path.stat().st_size:
             read_plan(path)
     except EnrichError as error:
-        raise JobError(f"{path}: this is there already, and no plan", "choose another name for the plan") from error
+        raise JobError(f"{path}: this file exists and is not a plan", "choose another name for the plan") from error
     temporary = path.with_name(f".{path.name}.part")
     try:
         temporary.unlink(missing_ok=True)
@@ -138,6 +175,7 @@ def write_plan(path: Path, plan: SavedPlan) -> None:
         temporary.replace(path)
     except OSError as error:
         raise CommandRefused(f"{path}: the plan cannot be written: {error.strerror}") from error
+    return path
 
 
 def read_plan(path: Path) -> SavedPlan:
@@ -147,4 +185,6 @@ def read_plan(path: Path) -> SavedPlan:
     except OSError as error:
         raise CommandRefused(f"{path}: the plan cannot be read: {error.strerror}") from error
     except (ValidationError, UnicodeDecodeError) as error:
-        raise JobError(f"{path}: this is no plan of this version of enrich", "make one: enrich plan -o FILE") from error
+        raise JobError(
+            f"{path}: this is not a plan of this version of enrich", "create one: enrich plan JOB -o FILE"
+        ) from error

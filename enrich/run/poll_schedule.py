@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from enum import Enum
 from itertools import accumulate, pairwise
 from math import inf
+from operator import mul
 
 #: The ages that are distinguished, in seconds: each 8% above the one before, from 0.05 s to an hour and a half.
 AGES_S = tuple(0.05 * 1.08**step for step in range(151))
@@ -37,6 +38,13 @@ TAIL_SHARE = 0.05
 PROBE_EVERY, PROBE_AT_SHARE = 20, 0.5
 #: If a task is done though fewer than this share should be, the learned weights shrink to this many answers.
 SURPRISE_SHARE, WEIGHT_AFTER_SURPRISE = 0.02, 1.0
+#: While nothing is known, so many tasks are polled early, at this share of the first guess: the API may be fast. They
+#: are enough for a plan.
+FIRST_PROBES, FIRST_PROBE_AT_SHARE = 5, 0.1
+#: When nothing is left to submit, the open tasks are polled with this share of the rate, each at most this often.
+LAST_POLLS_SHARE, LAST_POLL_S = 0.2, 1.0
+#: From this multiple of the median duration on, the intervals grow by this share of the additional age.
+OVERDUE_AT, OVERDUE_GROWTH = 10.0, 0.03
 HIGH_CAPACITY_SHARE, LOW_CAPACITY_SHARE = 0.5, 0.1
 
 
@@ -78,6 +86,7 @@ class PollSchedule:
         #: For each age at which a task may still be running, the next age to poll, as indexes of AGES_S.
         self._plans: dict[PollCost, list[int]] = {}
         self._median_s: float | None = None
+        self._mean_s: float | None = None
         for seconds, answers in weights_by_age:
             if 0 < seconds < inf and 0 < answers < MAX_WEIGHT:  # users can edit the stored values
                 self._weights[_age_index(seconds)] += answers
@@ -104,6 +113,16 @@ class PollSchedule:
         """The median duration of a task, in seconds."""
         return self.FIRST_GUESS_S if self._median_s is None else self._median_s
 
+    @property
+    def has_plan(self) -> bool:
+        """Whether enough is known to plan polls."""
+        return bool(self._done_shares)
+
+    @property
+    def mean_s(self) -> float:
+        """The mean duration of a task, in seconds."""
+        return self.FIRST_GUESS_S if self._mean_s is None else self._mean_s
+
     def record_duration(self, running_at_s: float, done_at_s: float) -> None:
         """Record that a task was running at one age (0: not polled before) and done at another, in seconds."""
         if done_at_s <= running_at_s:  # the clock was changed
@@ -127,8 +146,13 @@ class PollSchedule:
             self._replan()
 
     def first_delay_s(self, cost: PollCost = PollCost.NORMAL) -> float:
-        """Return in how many seconds a new task is worth its first poll. One task in PROBE_EVERY is polled earlier."""
+        """Return in how many seconds a new task is worth its first poll. The first tasks are polled earlier.
+
+        Later, one task in PROBE_EVERY is.
+        """
         self._tasks_started += 1
+        if not self.has_plan and self._tasks_started <= FIRST_PROBES:
+            return FIRST_PROBE_AT_SHARE * self.FIRST_GUESS_S
         return self.next_delay_s(0.0, cost) * (
             PROBE_AT_SHARE if self._done_shares and not self._tasks_started % PROBE_EVERY else 1.0
         )
@@ -146,6 +170,16 @@ class PollSchedule:
             return self.median_s * 0.9 - age_s
         return min(self.MAX_DELAY_S, max(self.MIN_DELAY_S, age_s * self.GROWTH))
 
+    def last_delay_s(self, age_s: float, open_tasks: int, rate: float) -> float:
+        """Return in how many seconds a task of this age is polled at the latest when nothing is left to submit.
+
+        The run ends with the answer of its last task, and any of the `open_tasks` may be the last. All their polls
+        take a share of the `rate` (requests per second). A task that is far older than most is polled more rarely.
+        """
+        soon = max(LAST_POLL_S, open_tasks / (LAST_POLLS_SHARE * rate))
+        overdue_s = age_s - OVERDUE_AT * self.median_s
+        return max(soon, LAST_POLL_S + OVERDUE_GROWTH * overdue_s)
+
     def _replan(self) -> None:
         if sum(self._weights) < MIN_ANSWERS * self._newest_weight:
             return
@@ -153,6 +187,8 @@ class PollSchedule:
         total = sum(weights)
         self._done_shares = list(accumulate((weight / total for weight in weights), initial=0.0))
         self._median_s = AGES_S[bisect_left(self._done_shares, 0.5) - 1]
+        # Without the prior weights, which reach far beyond any duration that was seen.
+        self._mean_s = sum(map(mul, self._weights, _MIDDLES_S)) / sum(self._weights)
         self._plans.clear()
 
 

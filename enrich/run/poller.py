@@ -7,8 +7,10 @@ import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import count
+from math import inf
 
-from enrich.databar.answers import (
+from enrich.databar.client import MAX_POLLS_IN_FLIGHT, Client
+from enrich.databar.task_results import (
     TaskPhase,
     TaskReply,
     is_paid_without_data,
@@ -16,38 +18,33 @@ from enrich.databar.answers import (
     read_bulk_answers,
     task_phase,
 )
-from enrich.databar.client import MAX_POLLS_IN_FLIGHT, Client
 from enrich.errors import EnrichError, InvalidPollResponse, RateLimited, RequestNotAccepted, TaskUnknown, Unauthorized
 from enrich.exit_codes import ExitCode
-from enrich.ledger.ledger import Ledger
+from enrich.ledger import resume, task_ids, transitions
 from enrich.ledger.writer import LedgerWriter
 from enrich.models import Answer, State, Task
-from enrich.run.open_task import CONFIRMING_REPLIES, OpenTask
+from enrich.run.in_flight import FETCH_WINDOW_SHARE
+from enrich.run.open_task import CONFIRMING_FOREIGN_REPLIES, CONFIRMING_REPLIES, OpenTask
 from enrich.run.poll_schedule import PollCost
-from enrich.run.state import FETCH_WINDOW_SHARE, MAX_UNKNOWN_TASKS, RunState
+from enrich.run.run_state import MAX_UNKNOWN_TASKS, RunState, WorkConfig
 
 IDLE_S = 1.0
 NO_DATA_POLL_S = 1.0
 YOUNG_TASK_POLL_S = 5.0
 FAILED_POLL_S = 2.0
-#: An answer about a task that the ledger does not have counts after this many identical ones.
-CONFIRMING_FOREIGN_REPLIES = 3
 
 
 @dataclass(slots=True)
 class Poller:
     """Moves tasks from submitted to settled.
 
-    `column_paths` are the paths of the job's columns, which decide between found and not found. A task that another job
-    left open is judged by that job's paths.
+    A task that another job left open is judged by that job's column paths.
     """
 
     run_state: RunState
     ledger_writer: LedgerWriter
     client: Client
-    column_paths: tuple[str, ...]
-    max_attempts: int
-    patience_s: float
+    config: WorkConfig
     #: Poll each task once more, then finish.
     poll_once_more: bool = False
     #: No new tasks will be added.
@@ -61,7 +58,9 @@ class Poller:
     _scheduled: list[tuple[float, int, OpenTask]] = field(default_factory=list)
     _ready: list[tuple[int, int, OpenTask]] = field(default_factory=list)
     _open_polls: int = 0
-    _polls_brought_forward: bool = False
+    #: The number of open tasks when polls were last brought forward.
+    _brought_forward_at: float = inf
+    _had_plan: bool = False
     _sequence: count[int] = field(default_factory=count)
 
     def add_task(self, task: Task) -> None:
@@ -117,8 +116,7 @@ class Poller:
         stop = self.run_state.stop_polling
         async with asyncio.TaskGroup() as polls:
             while not stop.is_set():
-                if self.no_new_tasks and not self._polls_brought_forward:
-                    self._bring_polls_forward()
+                self._bring_polls_forward()
                 wait = self._move_due_to_ready()
                 if self._ready and self._open_polls < MAX_POLLS_IN_FLIGHT:
                     slots = min(MAX_POLLS_IN_FLIGHT - self._open_polls, len(self._ready))
@@ -133,9 +131,22 @@ class Poller:
                 else:
                     await self.run_state.wait_for_change(min(wait, IDLE_S))
 
+    @property
+    def _nothing_to_send(self) -> bool:
+        return self.no_new_tasks or self.run_state.queue_is_empty
+
     def _bring_polls_forward(self) -> None:
-        """No submits left: bring the remaining polls forward. They were late because each took the slot of a submit."""
-        self._polls_brought_forward = True
+        """Bring polls forward when enough tasks are settled to plan by, and then when half of the tasks are settled.
+
+        The fewer tasks are left while nothing is sent any more, the sooner each can be polled.
+        """
+        has_plan = self.run_state.poll_schedule.has_plan
+        has_fewer = self._nothing_to_send and self.run_state.open_tasks <= self._brought_forward_at / 2
+        if has_plan == self._had_plan and not has_fewer:
+            return
+        self._had_plan = has_plan
+        if has_fewer:
+            self._brought_forward_at = self.run_state.open_tasks
         now = self.run_state.clock.monotonic()
         self._scheduled = [
             (min(due, now + self._poll_delay_s(self._age_s(open_task))), number, open_task)
@@ -146,12 +157,16 @@ class Poller:
     def _poll_delay_s(self, age_s: float) -> float:
         """Return in how many seconds a task of this age is worth a poll, before its result or `patience_s` expires."""
         run_state = self.run_state
-        no_submits_left = self.no_new_tasks or self.poll_once_more or run_state.stop_submitting.is_set()
+        no_submits_left = self._nothing_to_send or self.poll_once_more or run_state.stop_submitting.is_set()
         cost = PollCost.NORMAL if no_submits_left else run_state.poll_cost
         wait = (
             run_state.poll_schedule.next_delay_s(age_s, cost) if age_s else run_state.poll_schedule.first_delay_s(cost)
         )
-        return min(wait, run_state.result_ttl_s * FETCH_WINDOW_SHARE, max(0.0, self.patience_s - age_s))
+        if self._nothing_to_send:
+            wait = min(
+                wait, run_state.poll_schedule.last_delay_s(age_s, run_state.open_tasks, run_state.rate_limiter.rate)
+            )
+        return min(wait, run_state.result_ttl_s * FETCH_WINDOW_SHARE, max(0.0, self.config.patience_s - age_s))
 
     def _schedule(self, open_task: OpenTask, seconds: float) -> None:
         due = self.run_state.clock.monotonic() + seconds
@@ -168,7 +183,7 @@ class Poller:
 
     async def _poll(self, open_task: OpenTask) -> None:
         """Poll one task and record the result."""
-        run_state = self.run_state
+        run_state, open_task.is_last_poll = self.run_state, self.poll_once_more
         try:
             run_state.counters.polls += 1
             reply = await self.client.poll_task(open_task.task.task_id, new_connection=open_task.needs_new_connection)
@@ -210,12 +225,12 @@ class Poller:
             await self._settle_superseded(open_task, reply, phase)
             return
         if open_task.written_off:
-            await self.ledger_writer.submit(Ledger.revive, open_task.task.attempts, run_state.execution_id)
+            await self.ledger_writer.submit(resume.revive, open_task.task.attempts, run_state.execution_id)
             open_task.written_off, open_task.acknowledged = False, True
             self.revived_requests += 1
         if phase in (TaskPhase.RUNNING, TaskPhase.NO_DATA) and not open_task.acknowledged:
             open_task.acknowledged = True
-            await self.ledger_writer.submit_batch(Ledger.mark_acknowledged, open_task.task.attempts)
+            await self.ledger_writer.submit_batch(transitions.mark_acknowledged, open_task.task.attempts)
         if phase is TaskPhase.RUNNING:
             open_task.last_running_age_s = age_s
             self._handle_running(open_task, age_s)
@@ -229,7 +244,7 @@ class Poller:
                 return
         elif open_task.submitted_in_this_run:
             run_state.poll_schedule.record_duration(open_task.last_running_age_s, age_s)
-        column_paths = open_task.task.column_paths or self.column_paths
+        column_paths = open_task.task.column_paths or self.config.column_paths
         if open_task.task.bulk_task_id is None:
             await self._settle(open_task, read_answer(reply, phase, column_paths))
         else:
@@ -245,18 +260,18 @@ class Poller:
     async def _handle_deleted(self, open_task: OpenTask) -> None:
         """Leave a task as it is, though the API has deleted its result."""
         if open_task.written_off and not self.answers_only:
-            await self.ledger_writer.submit_batch(Ledger.mark_result_deleted, open_task.task.attempts)
+            await self.ledger_writer.submit_batch(resume.mark_result_deleted, open_task.task.attempts)
         self.run_state.open_tasks -= 1
 
     async def _settle_superseded(self, open_task: OpenTask, reply: TaskReply, phase: TaskPhase) -> None:
         """Record the cost of a task whose request was sent again in the meantime."""
         run_state = self.run_state
-        answer = read_answer(reply, phase, open_task.task.column_paths or self.column_paths)
+        answer = read_answer(reply, phase, open_task.task.column_paths or self.config.column_paths)
         run_state.open_tasks -= 1
         if phase is not TaskPhase.RUNNING and answer.credits is not None:
             (attempt,) = open_task.task.attempts
             await self.ledger_writer.submit(
-                Ledger.settle_superseded, attempt, answer, run_state.clock.now_ms(), run_state.execution_id
+                resume.settle_superseded, attempt, answer, run_state.clock.now_ms(), run_state.execution_id
             )
             run_state.counters.spent += answer.credits
 
@@ -270,7 +285,7 @@ class Poller:
             return
         run_state.record_failure(error)
         now = run_state.clock.monotonic()
-        is_foreign = error.task_id is not None and not await self.ledger_writer.submit(Ledger.has_task, error.task_id)
+        is_foreign = error.task_id is not None and not await self.ledger_writer.submit(task_ids.has_task, error.task_id)
         if is_foreign:
             open_task.foreign_reply_count = (
                 open_task.foreign_reply_count + 1 if error.raw == open_task.last_foreign_reply else 1
@@ -295,20 +310,15 @@ class Poller:
             # The data of another request is not stored here.
             raw = error.raw if is_foreign or error.task_id is None else None
             reason = f"{error.message}, which the ledger does not have" if is_foreign else error.message
-            await self.ledger_writer.submit(Ledger.save_unusable_answer, open_task.task.attempts, reason, raw)
+            await self.ledger_writer.submit(resume.save_unusable_answer, open_task.task.attempts, reason, raw)
             run_state.open_tasks -= 1
-            message = "the API's answers to some tasks do not count: see enrich_error"
-            run_state.exit_reasons.setdefault(ExitCode.TIME, EnrichError(message, "the next run asks for them again"))
+            message = "some responses of the API do not match their tasks: see enrich_error"
+            run_state.exit_reasons.setdefault(ExitCode.TIME, EnrichError(message, "the next run polls them again"))
         if is_foreign:
             run_state.counters.unknown_tasks += 1
             if run_state.counters.unknown_tasks >= MAX_UNKNOWN_TASKS:
-                message = (
-                    f"the API answered {run_state.counters.unknown_tasks} polls with tasks "
-                    "that the ledger does not have"
-                )
-                run_state.stop(
-                    ExitCode.API, EnrichError(message, "is there a proxy between, or another client with this key?")
-                )
+                message = f"the API answered {run_state.counters.unknown_tasks} polls with unknown tasks"
+                run_state.stop(ExitCode.API, EnrichError(message, "check for a proxy, or another client with this key"))
 
     def _skip_written_off(self, open_task: OpenTask) -> None:
         """Leave a written-off task as it is."""
@@ -331,24 +341,24 @@ class Poller:
         elif open_task.written_off:
             run_state.open_tasks -= 1
         elif open_task.acknowledged:
-            reason = "the API has forgotten the task (404) before its result was fetched"
+            reason = "the task disappeared (404) before its result was fetched"
             expired = Answer(State.EXPIRED, reason)
             if open_task.task.bulk_task_id is None:
                 await self._settle(open_task, expired)
             else:
                 await self._settle_bulk_task(open_task, [expired] * len(open_task.task.attempts), None)
         else:
-            reason = "the API gave a task id and has never known it since (404)"
+            reason = "the API returned a task id, and has not found it since (404)"
             now_ms = run_state.clock.now_ms()
             updates = [(attempt, reason, now_ms, None) for attempt in open_task.task.attempts]
-            await self.ledger_writer.submit_batch(Ledger.mark_in_doubt, updates)
+            await self.ledger_writer.submit_batch(transitions.mark_in_doubt, updates)
             run_state.open_tasks -= 1
 
     async def _settle(self, open_task: OpenTask, answer: Answer) -> None:
         run_state = self.run_state
         updates = [(open_task.task.attempts[0], answer, run_state.clock.now_ms())]
         states = await self.ledger_writer.submit_batch(
-            Ledger.settle, updates, run_state.execution_id, self.max_attempts
+            transitions.settle, updates, run_state.execution_id, self.config.max_attempts
         )
         self._count_settled(states, answer.credits)
 
@@ -356,7 +366,7 @@ class Poller:
         run_state, now_ms = self.run_state, self.run_state.clock.now_ms()
         updates = [(attempt, answer, now_ms) for attempt, answer in zip(open_task.task.attempts, answers, strict=True)]
         states = await self.ledger_writer.submit(
-            Ledger.settle_bulk_task, updates, run_state.execution_id, self.max_attempts, credits_
+            transitions.settle_bulk_task, updates, run_state.execution_id, self.config.max_attempts, credits_
         )
         self._count_settled(states, credits_)
 
@@ -372,13 +382,13 @@ class Poller:
         """Poll again later, unless the task is older than `patience_s`."""
         if open_task.written_off:
             self._skip_written_off(open_task)
-        elif self.poll_once_more or self._age_s(open_task) > self.patience_s:
-            reason = EnrichError("tasks are still running at the API", "the next run asks them first")
+        elif open_task.is_last_poll or self._age_s(open_task) > self.config.patience_s:
+            reason = EnrichError("tasks are still running at Databar", "the next run collects them first")
             if not self.poll_once_more:
                 self.run_state.exit_reasons.setdefault(ExitCode.TIME, reason)
             self.run_state.open_tasks -= 1
         else:
-            self._schedule(open_task, seconds)
+            self._schedule(open_task, 0.0 if self.poll_once_more else seconds)
 
     def _age_s(self, open_task: OpenTask) -> float:
         """Return a task's age in seconds."""

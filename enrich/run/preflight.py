@@ -1,20 +1,20 @@
-"""Fetches account and waterfall from the API before a run, and checks them against the job and the ledger."""
+"""Fetches account and target from the API before a run, and checks them against the job and the ledger."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeVar
 
-import tenacity
-
-from enrich.databar.client import Client
 from enrich.databar.clock import SystemClock
 from enrich.databar.credentials import ApiAccess
-from enrich.databar.waterfall import User, Waterfall
+from enrich.databar.description import Description, parse_description
+from enrich.databar.enrichment import Enrichment
+from enrich.databar.user import User
+from enrich.databar.waterfall import Waterfall
 from enrich.errors import (
     ApiUnreachable,
     CertificateUntrusted,
@@ -27,12 +27,19 @@ from enrich.errors import (
     UnexpectedResponse,
     WorkspaceMismatch,
 )
-from enrich.job.job import SANDBOX_SUFFIX, Job, suggest_name
-from enrich.job.locations import PostgresLocation
-from enrich.ledger.ledger import Ledger
-from enrich.models import Call, read_balance
-from enrich.rows.template import RequestTemplate, default_providers, make_request_template
-from enrich.run.state import Timeouts
+from enrich.job.job import Job
+from enrich.job.name_hints import suggest_name
+from enrich.job.target import Target, TargetKind
+from enrich.ledger import bindings, queries
+from enrich.ledger.database import Database
+from enrich.models import read_balance
+from enrich.rows.known_names import BESIDE_RESULT, KnownNames, column_fields, join_problems, name_problems
+from enrich.rows.template import RequestTemplate, default_providers, join_templates, make_request_template
+
+if TYPE_CHECKING:
+    import tenacity
+
+    from enrich.databar.client import Client
 
 T = TypeVar("T")
 MAX_PAUSE_S = 5.0
@@ -48,9 +55,23 @@ class Preflight:
     template: RequestTemplate
     balance: int | None
     bound_to: dict[str, str | None]
-    waterfall: Waterfall
+    description: Description
     providers: list[int]
     notes: list[str]
+    #: Those of the steps; () for a job without steps.
+    step_preflights: tuple[Preflight, ...] = ()
+
+    @property
+    def steps(self) -> tuple[Preflight, ...]:
+        """What the API returned for each step. A job without steps is one step."""
+        return self.step_preflights or (self,)
+
+    @classmethod
+    def of_steps(cls, steps: Sequence[Preflight]) -> Preflight:
+        """Join what the API returned for the steps of a job. The template has the columns of all of them."""
+        template = join_templates([step.template for step in steps])
+        notes = list(dict.fromkeys(note for step in steps for note in step.notes))
+        return replace(steps[0], template=template, notes=notes, step_preflights=tuple(steps))
 
 
 async def retry_until(call: Callable[[], Awaitable[T]], timeout_s: float) -> T:
@@ -58,6 +79,7 @@ async def retry_until(call: Callable[[], Awaitable[T]], timeout_s: float) -> T:
 
     Raises ApiUnreachable after `timeout_s` seconds, and at once when the certificate is not trusted.
     """
+    import tenacity  # noqa: PLC0415 - `check` imports this file, and uses the API on request only
 
     def pause(state: tenacity.RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome else None
@@ -78,7 +100,7 @@ async def retry_until(call: Callable[[], Awaitable[T]], timeout_s: float) -> T:
     except Unauthorized:
         raise
     except (RequestNotAccepted, TimeoutError) as error:
-        reason = str(error) or f"no answer in {timeout_s:g} s"
+        reason = str(error) or f"no response in {timeout_s:g} s"
         what = "" if isinstance(error, UnexpectedResponse) else "the API is unreachable: "
         hint = getattr(error, "hint", None) or "run the same command again later"
         raise ApiUnreachable(f"{what}{reason}", hint) from error
@@ -91,17 +113,27 @@ def _is_retryable(error: BaseException) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class LedgerBinding:
-    """What the preflight needs from the ledger. `has_runs`: a run was started with this ledger before."""
+    """What the preflight needs from the ledger.
+
+    `description` and its default `providers` are as the API last gave them, None without that. `answered` has the
+    fields of the job's columns that answers have although the description does not name them.
+    """
 
     bound_to: Mapping[str, str | None]
-    waterfall: tuple[dict[str, Any], list[int] | None] | None
-    has_runs: bool
+    description: Description | None
+    providers: list[int] | None
+    answered: frozenset[str]
 
 
-def read_binding(ledger: Ledger, identifier: str) -> LedgerBinding:
-    """Read what the ledger is bound to, and its copy of a waterfall."""
-    bound_to = {name: ledger.read_fact(name) for name in ("api_host", "workspace")}
-    return LedgerBinding(bound_to, ledger.waterfall(identifier), bool(ledger.executions(last=1)))
+def read_binding(ledger: Database, job: Job) -> LedgerBinding:
+    """Read what the ledger is bound to, and its data about the job's target."""
+    bound_to = {name: bindings.read_fact(ledger, name) for name in ("api_host", "workspace")}
+    target = job.model.target
+    stored = bindings.load_description(ledger, target)
+    description = None if stored is None else parse_description(target.kind, stored[0])
+    listed = [] if description is None else [field.name for field in description.output_fields]
+    answered = queries.answered_fields(ledger, column_fields(job).difference(listed, BESIDE_RESULT))
+    return LedgerBinding(bound_to, description, None if stored is None else stored[1], answered)
 
 
 def check_api_host(binding: LedgerBinding, job: Job, host: str) -> None:
@@ -110,7 +142,17 @@ def check_api_host(binding: LedgerBinding, job: Job, host: str) -> None:
     if bound_host not in (None, host):
         raise JobError(
             f"{job.ledger}: this ledger belongs to another API host: {bound_host}, not {host}",
-            "use another `ledger:`, or the DATABAR_BASE_URL that it was made with",
+            "set another `ledger:`, or use the DATABAR_BASE_URL of this one",
+        )
+
+
+def check_workspace(binding: LedgerBinding, job: Job, user: User) -> None:
+    """Raise WorkspaceMismatch when the key belongs to another workspace than the ledger."""
+    bound_workspace = binding.bound_to.get("workspace")
+    if None not in (bound_workspace, user.workspace) and bound_workspace != user.workspace:
+        raise WorkspaceMismatch(
+            f"{job.ledger}: this ledger belongs to another workspace: {bound_workspace}, not {user.workspace}",
+            "set another `ledger:`, or use the key of this one; if the workspace was renamed: --workspace-renamed",
         )
 
 
@@ -133,53 +175,54 @@ async def preflight(  # noqa: PLR0913 - every argument is used once
     try:
         user = await retry_until(client.get_user, timeout_s)
     except JobRejected as error:
-        raise JobError(f"DATABAR_BASE_URL: no Databar API answers there: {error.message}") from error
-    bound_workspace = binding.bound_to.get("workspace")
-    if None not in (bound_workspace, user.workspace) and bound_workspace != user.workspace and not workspace_renamed:
-        raise WorkspaceMismatch(
-            f"{job.ledger}: this ledger belongs to another workspace: {bound_workspace}, not {user.workspace}",
-            "use another `ledger:`, or the key that it was made with; --workspace-renamed if it has a new name",
-        )
+        raise JobError(f"DATABAR_BASE_URL: no Databar API at this address: {error.message}") from error
+    if not workspace_renamed:
+        check_workspace(binding, job, user)
     bound_to = {"api_host": host, "workspace": user.workspace}
-    waterfall = await _fetch_waterfall(client, job, timeout_s)
-    providers, notes = _choose_providers(binding, job, waterfall, update_providers=update_providers)
-    template = make_request_template(job, waterfall, providers)
-    if not binding.has_runs:
-        notes += _note_other_ledgers(job)
-    return Preflight(template, read_balance(user.balance), bound_to, waterfall, providers, notes)
+    description = await _fetch_description(client, job, timeout_s)
+    providers, notes = _choose_providers(binding, job, description, update_providers=update_providers)
+    if problems := name_problems(job, KnownNames(description, binding.description, binding.answered)):
+        raise join_problems(problems)
+    template = make_request_template(job, description, providers)
+    return Preflight(template, read_balance(user.balance), bound_to, description, providers, notes)
 
 
 def offline_preflight(job: Job) -> Preflight:
     """Build a preflight without the API: enough to collect the open tasks of earlier runs, but not to send requests."""
-    model = job.model
-    call = Call(model.waterfall, tuple(model.enrichments or ()), model.email_verifier)
-    template = RequestTemplate(call, required_params=(), email_params=(), columns=model.columns or {}, worst_price=None)
-    return Preflight(template, None, {}, Waterfall(identifier=model.waterfall), [], [])
+    target = job.model.target
+    template = RequestTemplate(target, (), (), columns=job.model.columns or {}, unit_price=None)
+    return Preflight(template, None, {}, make_empty_description(target), [], [])
 
 
-async def _fetch_waterfall(client: Client, job: Job, timeout_s: float) -> Waterfall:
-    name = job.model.waterfall
+def make_empty_description(target: Target) -> Description:
+    """Return the description of a target of which nothing is known."""
+    return Waterfall(identifier=target.id) if target.kind is TargetKind.WATERFALL else Enrichment(id=int(target.id))
+
+
+async def _fetch_description(client: Client, job: Job, timeout_s: float) -> Description:
+    target = job.model.target
     try:
-        return await retry_until(lambda: client.get_waterfall(name), timeout_s)
+        return await retry_until(lambda: client.get_description(target), timeout_s)
     except JobRejected as error:
-        known = await retry_until(client.list_waterfalls, timeout_s)
-        hint = suggest_name(name, [waterfall.identifier for waterfall in known])
-        raise job.error(["waterfall"], f"the API has no waterfall `{name}`", hint) from error
+        known = await retry_until(lambda: client.list_descriptions(target.kind), timeout_s)
+        hint = suggest_name(target.id, [each.identifier for each in known])
+        hint = hint or f"`enrich {target.kind}s` lists them"
+        raise job.error([target.kind.value], f"the API has no {target.kind} `{target.id}`", hint) from error
 
 
 def _choose_providers(
-    binding: LedgerBinding, job: Job, waterfall: Waterfall, *, update_providers: bool
+    binding: LedgerBinding, job: Job, description: Description, *, update_providers: bool
 ) -> tuple[list[int], list[str]]:
     """Keep the default providers of the first use. A change by the vendor is noted, not followed."""
-    offered = default_providers(waterfall)
-    first = binding.waterfall[1] if binding.waterfall is not None else None
+    offered = default_providers(description)
+    first = binding.providers
     if first is None or update_providers:
         return offered, []
     if first != offered and job.model.enrichments is None:
         note = (
-            f"the API's default providers of `{waterfall.identifier}` are now {_join_ids(offered)}; "
-            f"this ledger keeps {_join_ids(first)}; --update-providers takes the new ones over "
-            "(the questions are others then, and paid for again)"
+            f"the default providers of `{description.identifier}` are now {_join_ids(offered)}; "
+            f"this ledger keeps {_join_ids(first)}; --update-providers switches to the new ones "
+            "(this sends and charges the requests again)"
         )
         return first, [note]
     return first, []
@@ -189,35 +232,19 @@ def _join_ids(providers: list[int]) -> str:
     return ", ".join(map(str, providers))
 
 
-def _note_other_ledgers(job: Job) -> list[str]:
-    """Return a note when a new ledger is created beside others: a renamed job would pay again."""
-    if isinstance(job.ledger, PostgresLocation):
-        return []
-    sandbox = job.ledger.name.endswith(SANDBOX_SUFFIX)
-    others = [
-        path.name
-        for path in job.ledger.parent.glob("*.db")
-        if path != job.ledger and path.name.endswith(SANDBOX_SUFFIX) is sandbox and not path.name.endswith(".api.db")
-    ]
-    if not others:
-        return []
-    note = (
-        f"a new ledger is made, {job.ledger}, beside {', '.join(sorted(others))}: "
-        "what those have answered is paid for again, unless `ledger:` in the job file names one of them"
-    )
-    return [note]
+def template_from_ledger(ledger: Database, job: Job) -> RequestTemplate:
+    """Build the request template from the ledger, without the API. That of a job with steps has all their columns.
 
-
-def template_from_ledger(ledger: Ledger, job: Job) -> RequestTemplate:
-    """Build the request template from the ledger, without the API.
-
-    Raises CommandRefused when this waterfall was never used with this ledger.
+    Raises CommandRefused when this target was never used with this ledger.
     """
-    known = ledger.waterfall(job.model.waterfall)
+    if job.step_jobs:
+        return join_templates([template_from_ledger(ledger, step) for step in job.step_jobs])
+    target = job.model.target
+    known = bindings.load_description(ledger, target)
     if known is None:
-        raise CommandRefused(f"{job.ledger}: this job has never run: its ledger knows nothing", "enrich run it first")
+        raise CommandRefused(f"{job.ledger}: this job has never run", "run it first: enrich run JOB")
     description, providers = known
-    return make_request_template(job, Waterfall.model_validate(description), providers or [])
+    return make_request_template(job, parse_description(target.kind, description), providers or [])
 
 
 @dataclass(slots=True)
@@ -233,28 +260,32 @@ class _ClockOffsetProbe(SystemClock):
 
 @dataclass(frozen=True, slots=True)
 class ApiSnapshot:
-    """What the API returns now. `clock_ahead_s`: its clock minus ours, in seconds; None: it sends no time."""
+    """What the API returns now, with a description for each step of the job.
+
+    `clock_ahead_s`: its clock minus ours, in seconds; None: it sends no time.
+    """
 
     user: User
-    waterfall: Waterfall
+    descriptions: tuple[Description, ...]
     clock_ahead_s: float | None
 
 
-def query_api(access: ApiAccess, identifier: str, environ: Mapping[str, str] = os.environ) -> ApiSnapshot:
-    """Fetch the account and a waterfall; this is free. Raises JobError, ApiUnreachable, Unauthorized."""
-    return asyncio.run(_query_api(access, identifier, environ))
+def query_api(access: ApiAccess, job: Job, environ: Mapping[str, str] = os.environ) -> ApiSnapshot:
+    """Fetch the account and the job's target; this is free. Raises JobError, ApiUnreachable, Unauthorized."""
+    return asyncio.run(_query_api(access, job, environ))
 
 
-async def _query_api(access: ApiAccess, identifier: str, environ: Mapping[str, str]) -> ApiSnapshot:
+async def _query_api(access: ApiAccess, job: Job, environ: Mapping[str, str]) -> ApiSnapshot:
+    # `check` imports this file, and uses the API on request only.
+    from enrich.databar.client import Client  # noqa: PLC0415
+    from enrich.run.run_state import Timeouts  # noqa: PLC0415
+
     clock = _ClockOffsetProbe()
     timeout_s = Timeouts().startup_s
     async with Client(access, clock, environ=environ) as client:
         try:
             user = await retry_until(client.get_user, timeout_s)
         except JobRejected as error:
-            raise JobError(f"DATABAR_BASE_URL: no Databar API answers there: {error.message}") from error
-        try:
-            waterfall = await retry_until(lambda: client.get_waterfall(identifier), timeout_s)
-        except JobRejected as error:
-            raise JobError(f"waterfall: the API has no waterfall `{identifier}`", "enrich waterfalls") from error
-    return ApiSnapshot(user, waterfall, None if clock.api_ahead_ms is None else clock.api_ahead_ms / 1000)
+            raise JobError(f"DATABAR_BASE_URL: no Databar API at this address: {error.message}") from error
+        descriptions = [await _fetch_description(client, step, timeout_s) for step in job.steps]
+    return ApiSnapshot(user, tuple(descriptions), None if clock.api_ahead_ms is None else clock.api_ahead_ms / 1000)

@@ -1,23 +1,13 @@
-"""Progress of a run: shown and stored in the ledger while the run is active."""
+"""The progress of a run: as it is shown, and as snapshots that are stored in the ledger."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-from enrich.databar.clock import SystemClock
-from enrich.errors import LedgerFailed
-from enrich.ledger.ledger import Ledger
-from enrich.ledger.writer import LedgerWriter
-from enrich.models import State, to_credits
-from enrich.run.context import Progress, RunContext
-from enrich.run.state import RunState
 
 #: With more bins than this, bins are merged, so that a run of hours stores no more than a short one.
 MAX_BINS = 240
@@ -28,16 +18,30 @@ SPEED_WINDOW_S = 10.0
 class Phase(StrEnum):
     """The phase of a run."""
 
-    RESCUE = "collecting what was left at the API"
+    RESCUE = "collecting earlier results"
     ENROLL = "reading the input"
-    CANARY = "asking the canary"
-    ASK = "asking"
+    CANARY = "checking the canary"
+    SEND = "sending"
     COLLECT = "writing the output"
 
     @property
     def blocks_snapshots(self) -> bool:
         """Whether one long transaction keeps the ledger busy, so that no snapshot can be stored."""
         return self in (Phase.ENROLL, Phase.COLLECT)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Progress of a run, in requests. `spent` is in credits; `total` None: not known yet."""
+
+    total: int | None
+    done: int
+    found: int
+    spent: float
+    in_flight: int
+    submitted: int = 0
+    polls: int = 0
+    rate_limited: int = 0
 
 
 class TrafficCounts(NamedTuple):
@@ -52,7 +56,7 @@ class TrafficCounts(NamedTuple):
 class Traffic(BaseModel):
     """What was sent and answered: counts for each `width_s` seconds from the start."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, defer_build=True)
 
     width_s: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     submitted: tuple[int, ...]
@@ -79,7 +83,7 @@ class ProgressSnapshot(BaseModel):
     `elapsed_s` and the bins are from the monotonic clock, which never jumps and stands still while the machine sleeps.
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, defer_build=True)
 
     at_ms: int
     elapsed_s: float
@@ -136,94 +140,3 @@ class TrafficRecorder:
         self.width_s *= 2
         for bins in self._bins:
             bins[:] = [sum(bins[at : at + 2]) for at in range(0, len(bins), 2)]
-
-
-SHOW_INTERVAL_S = 0.2
-STORE_INTERVAL_S = 2.0
-
-
-@dataclass(slots=True)
-class ProgressReporter:
-    """Reports the progress of a run. `started_at_s` is the monotonic time of its start."""
-
-    context: RunContext
-    run_state: RunState
-    ledger_writer: LedgerWriter
-    started_at_s: float
-    phase: Phase = Phase.RESCUE
-    #: How many requests the run completes; None: not known yet.
-    total_requests: int | None = None
-    _traffic: TrafficRecorder = field(default_factory=TrafficRecorder)
-
-    async def report_periodically(self) -> None:
-        """Show and store the progress until cancelled at the end of the run."""
-        await asyncio.gather(self._show_periodically(), self._store_periodically())
-
-    @property
-    def done_requests(self) -> int:
-        """How many requests are complete. An unconfirmed request is complete for this run."""
-        counters = self.run_state.counters
-        return sum(counters.settled.values()) + counters.unconfirmed
-
-    async def start_phase(self, phase: Phase) -> None:
-        """Start the next phase, and store the progress so far."""
-        self.phase = phase
-        await self._store()
-
-    async def _show_periodically(self) -> None:
-        while True:
-            self._show()
-            await asyncio.sleep(SHOW_INTERVAL_S)
-
-    async def _store_periodically(self) -> None:
-        while True:
-            await self._store()
-            await asyncio.sleep(STORE_INTERVAL_S)
-
-    def _show(self) -> None:
-        counters = self.run_state.counters
-        self._traffic.record(self._elapsed_s(), self._traffic_counts())
-        self.context.on_progress(
-            Progress(
-                total=self.total_requests,
-                done=self.done_requests,
-                found=counters.settled.get(State.FOUND, 0),
-                spent=to_credits(counters.spent),
-                in_flight=self.run_state.open_tasks,
-                submitted=counters.submitted,
-                polls=counters.polls,
-                rate_limited=counters.rate_limited,
-            )
-        )
-
-    async def _store(self) -> None:
-        self._show()
-        with suppress(LedgerFailed):  # the next write reports it
-            await self.ledger_writer.submit(
-                Ledger.save_progress, self.run_state.execution_id, self._snapshot().model_dump_json()
-            )
-
-    def _snapshot(self) -> ProgressSnapshot:
-        counters = self.run_state.counters
-        states = {state.value: count for state, count in counters.settled.items() if count}
-        if counters.unconfirmed:
-            states[State.IN_DOUBT.value] = states.get(State.IN_DOUBT.value, 0) + counters.unconfirmed
-        return ProgressSnapshot(
-            at_ms=SystemClock().now_ms(),
-            elapsed_s=round(self._elapsed_s(), 3),
-            doing=self.phase,
-            total=self.total_requests,
-            done=self.done_requests,
-            found=counters.settled.get(State.FOUND, 0),
-            spent=counters.spent,
-            in_flight=self.run_state.open_tasks,
-            states=states,
-            traffic=self._traffic.traffic(),
-        )
-
-    def _traffic_counts(self) -> TrafficCounts:
-        counters = self.run_state.counters
-        return TrafficCounts(counters.submitted, sum(counters.settled.values()), counters.polls, counters.rate_limited)
-
-    def _elapsed_s(self) -> float:
-        return self.context.clock.monotonic() - self.started_at_s

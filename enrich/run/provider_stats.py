@@ -2,7 +2,8 @@
 
 An answer with `steps` lists the providers that the waterfall called. Many answers without a match have no steps. A
 waterfall calls its providers in turn until one has a match, so for such an answer it called every provider whose
-inputs were sent. These calls are *inferred* (`presumed`), counted separately, and get no price.
+inputs were sent. These calls are *inferred* (`presumed`), counted separately, and get no price. An enrichment is one
+provider: it was called for every answer, and its price is the answer's.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 from pydantic import ValidationError
 
-from enrich.databar.answers import ParsedData, is_blank, parse_data
-from enrich.databar.waterfall import Waterfall
+from enrich.databar.description import Description, parse_description
+from enrich.databar.enrichment import Enrichment
+from enrich.databar.task_results import ParsedData, is_blank, parse_data
+from enrich.job.target import Target, TargetKind
 from enrich.models import SettledAttempt, State, to_credits, to_micros
 
 
@@ -58,8 +61,8 @@ class ProviderStat:
 class ProviderTotals:
     """All providers in the order of their calls, and what the answers do not report; credits in millionths.
 
-    `answers` were counted; for `not_reported` of them the providers are unknown. `unattributed` was paid and is in no
-    step; below 0 the steps report more than was paid. Answers of unknown price are in neither.
+    `answers` were counted, `failed` of them failures; for `not_reported` the providers are unknown. `unattributed` was
+    paid and is in no step; below 0 the steps report more than was paid. Answers of unknown price are in neither.
     """
 
     providers: Sequence[ProviderStat] = ()
@@ -68,6 +71,7 @@ class ProviderTotals:
     not_reported: int = 0
     spent: int = 0
     unattributed: int = 0
+    failed: int = 0
 
 
 @dataclass(slots=True)
@@ -82,35 +86,71 @@ class _ProviderCounter:
     position_sum: int = 0
 
 
+#: Above this many kinds of answers, those that were counted are added up.
+MAX_KINDS = 20_000
+_SETTLED = (State.FOUND, State.NOT_FOUND, State.FAILED)
+
+
+class _AnswerKind(NamedTuple):
+    """The properties of an answer that count. `steps` are provider, action and cost of each step with a provider.
+
+    `sent` has the names of the params of an answer without such steps.
+    """
+
+    state: str
+    call: str
+    erased: int
+    provider: str | None
+    steps: tuple[tuple[str, object, object], ...]
+    sent: tuple[str, ...]
+
+
 @dataclass(slots=True)
 class ProviderStats:
-    """Adds up answers. `waterfalls` are the waterfalls as last described, by identifier."""
+    """Adds up answers. `descriptions` are those that the API last gave, by kind and id.
 
-    waterfalls: Mapping[str, Waterfall]
+    Answers of one kind are counted first, because a million answers have few kinds.
+    """
+
+    descriptions: Mapping[tuple[TargetKind, str], Description]
+    #: Answers of each kind, their credits in millionths, and how many of them have a known price.
+    _kinds: dict[tuple[object, ...], list[int]] = field(default_factory=dict)
     _counters: dict[str, _ProviderCounter] = field(default_factory=dict)
     _providers_by_call: dict[str, tuple[list[tuple[str, frozenset[str]]], str | None]] = field(default_factory=dict)
+    _sources: dict[str, str | None] = field(default_factory=dict)
     _answers: int = 0
     _found: int = 0
+    _failed: int = 0
     _not_reported: int = 0
     _spent: int = 0
     _attributed: int = 0
 
-    def add(self, settled: SettledAttempt) -> None:
-        """Count one answer. An attempt without one (expired or unconfirmed) adds only its cost."""
+    def add(self, settled: SettledAttempt, parsed: ParsedData | None = None) -> None:
+        """Count one answer. An attempt without one (expired or unconfirmed) adds only its cost.
+
+        `parsed` is the answer's data, if it is parsed already.
+        """
         self._spent += settled.paid or 0
-        if settled.state not in (State.FOUND, State.NOT_FOUND, State.FAILED):
+        if settled.state not in _SETTLED:
             return
-        self._answers += 1
-        self._found += settled.state == State.FOUND
-        parsed = parse_data(load_task(settled.answer).get("data"))
-        asked = [step for step in parsed.steps if _is_name(step.get("provider"))]
-        if asked:
-            self._add_steps(asked, settled, parsed)
-        elif settled.state == State.FAILED or not self._infer_providers(settled, parsed.provider):
-            self._not_reported += 1
+        if parsed is None:
+            parsed = parse_data(load_task(settled.answer).get("data"), settled.provider, find_provider=False)
+        steps = _named_steps(parsed)
+        sent = () if steps else tuple(orjson.loads(settled.params))
+        kind = (settled.state, settled.call, settled.erased, parsed.provider, steps, sent)
+        counts = self._kinds.get(kind)
+        if counts is None:
+            if len(self._kinds) >= MAX_KINDS:
+                self._add_kinds()
+            counts = self._kinds[kind] = [0, 0, 0]
+        counts[0] += 1
+        if settled.paid is not None:
+            counts[1] += settled.paid
+            counts[2] += 1
 
     def totals(self) -> ProviderTotals:
         """Return the totals."""
+        self._add_kinds()
         names = sorted(self._counters, key=self._sort_key)
         providers = [
             ProviderStat(name, count.verifies, count.asked, count.presumed, count.found, count.rejected, count.credits)
@@ -118,22 +158,52 @@ class ProviderStats:
             for count in (self._counters[name],)
         ]
         unattributed = self._spent - self._attributed
-        return ProviderTotals(providers, self._answers, self._found, self._not_reported, self._spent, unattributed)
+        return ProviderTotals(
+            providers, self._answers, self._found, self._not_reported, self._spent, unattributed, self._failed
+        )
 
-    def _add_steps(self, steps: Sequence[Mapping[str, Any]], settled: SettledAttempt, parsed: ParsedData) -> None:
-        _, verifier = self._call_providers(settled.call)
+    def _add_kinds(self) -> None:
+        for values, (answers, spent, priced) in self._kinds.items():
+            kind = _AnswerKind._make(values)
+            self._answers += answers
+            self._found += answers if kind.state == State.FOUND else 0
+            self._failed += answers if kind.state == State.FAILED else 0
+            if (source := self._source(kind.call)) is not None:
+                self._add_source(source, kind, answers, spent)
+            elif kind.steps:
+                self._add_steps(kind, answers, priced)
+            elif kind.state == State.FAILED or not self._infer_providers(kind, answers):
+                self._not_reported += answers
+        self._kinds.clear()
+
+    def _source(self, call: str) -> str | None:
+        """Return the name of the enrichment of a call; None for a waterfall."""
+        if call not in self._sources:
+            target = Target.from_json(json.loads(call))
+            description = self.descriptions.get((target.kind, target.id))
+            source = description.source if isinstance(description, Enrichment) else target.id
+            self._sources[call] = None if target.kind is TargetKind.WATERFALL else source
+        return self._sources[call]
+
+    def _add_source(self, name: str, kind: _AnswerKind, answers: int, spent: int) -> None:
+        count = self._counters.setdefault(name, _ProviderCounter())
+        count.asked += answers
+        count.found += answers if kind.state == State.FOUND else 0
+        count.credits += spent
+        self._attributed += spent
+
+    def _add_steps(self, kind: _AnswerKind, answers: int, priced: int) -> None:
+        _, verifier = self._call_providers(kind.call)
         previous: str | None = None
         asked: dict[str, None] = {}
         verified: dict[str, None] = {}
         verifiers = set()
-        for step in steps:
-            name = str(step["provider"])
+        for name, action, price in kind.steps:
             count = self._counters.setdefault(name, _ProviderCounter())
-            cost = to_micros(step.get("cost")) or 0
-            count.credits += cost
-            if settled.paid is not None:
-                self._attributed += cost
-            if name == verifier or str(step.get("action", "")).lower().startswith("verif"):
+            cost = to_micros(price) or 0
+            count.credits += cost * answers
+            self._attributed += cost * priced
+            if name == verifier or str(action).lower().startswith("verif"):
                 count.verifies = True
                 verifiers.add(name)
                 if previous is not None:
@@ -142,54 +212,51 @@ class ProviderStats:
                 asked[name] = None
                 previous = name
         # A verifier does not find the answer. The provider before it did.
-        winner = previous if parsed.provider in verifiers else parsed.provider
-        found = winner if settled.state == State.FOUND else None
+        winner = previous if kind.provider in verifiers else kind.provider
+        found = winner if kind.state == State.FOUND else None
         if found is not None and found not in asked:
             self._counters.setdefault(found, _ProviderCounter())
             asked[found] = None
         for position, name in enumerate(asked):
-            self._counters[name].asked += 1
-            self._counters[name].position_sum += position
+            self._counters[name].asked += answers
+            self._counters[name].position_sum += position * answers
         for name in verifiers - asked.keys():
-            self._counters[name].asked += 1
+            self._counters[name].asked += answers
         for name in verified:
-            self._counters[name].rejected += name != winner
+            self._counters[name].rejected += answers if name != winner else 0
         if found is not None:
-            self._counters[found].found += 1
+            self._counters[found].found += answers
 
-    def _infer_providers(self, settled: SettledAttempt, provider: str | None) -> bool:
-        """Infer the providers that a waterfall called for an answer without steps. Returns whether they are known."""
-        providers, _ = self._call_providers(settled.call)
-        found = settled.state == State.FOUND
-        if settled.erased or not providers or (found and provider not in dict(providers)):
+    def _infer_providers(self, kind: _AnswerKind, answers: int) -> bool:
+        """Infer the providers that a waterfall called for answers without steps. Returns whether they are known."""
+        providers, _ = self._call_providers(kind.call)
+        found = kind.state == State.FOUND
+        if kind.erased or not providers or (found and kind.provider not in dict(providers)):
             return False
-        sent = frozenset(json.loads(settled.params))  # the names of the params
         for position, (name, needed) in enumerate(providers):
-            if needed <= sent or name == provider:
+            if needed <= frozenset(kind.sent) or name == kind.provider:
                 count = self._counters.setdefault(name, _ProviderCounter())
-                count.presumed += 1
-                count.position_sum += position
-            if found and name == provider:
-                self._counters[name].found += 1
+                count.presumed += answers
+                count.position_sum += position * answers
+            if found and name == kind.provider:
+                self._counters[name].found += answers
                 break
         return True
 
     def _call_providers(self, call: str) -> tuple[list[tuple[str, frozenset[str]]], str | None]:
         """Return the providers of a call in their order, each with the inputs it needs, and its verifier."""
         if call not in self._providers_by_call:
-            self._providers_by_call[call] = self._find_providers(json.loads(call))
+            self._providers_by_call[call] = self._find_providers(Target.from_json(json.loads(call)))
         return self._providers_by_call[call]
 
-    def _find_providers(self, call: Mapping[str, Any]) -> tuple[list[tuple[str, frozenset[str]]], str | None]:
-        waterfall = self.waterfalls.get(call["waterfall"])
-        if waterfall is None:
+    def _find_providers(self, target: Target) -> tuple[list[tuple[str, frozenset[str]]], str | None]:
+        description = self.descriptions.get((target.kind, target.id))
+        if description is None:
             return [], None
-        known = {each.id: each for each in waterfall.available_enrichments}
-        verifiers = {each.id: each.name for each in waterfall.email_verifiers}
-        asked = [known[number] for number in call["enrichments"] if number in known]
-        all_known = len(asked) == len(call["enrichments"]) and all(each.name for each in asked)
+        asked, verifier = description.asked(target), description.verifier(target)
+        all_known = all(each.name for each in asked)
         providers = [(each.name, frozenset(each.params)) for each in asked] if all_known else []
-        return providers, verifiers.get(call.get("email_verifier", 0)) or None
+        return providers, None if verifier is None else verifier.name or None
 
     def _sort_key(self, name: str) -> tuple[bool, float, str]:
         """Sort providers by their average position; verifiers come last."""
@@ -197,8 +264,20 @@ class ProviderStats:
         return count.verifies, count.position_sum / max(1, count.asked + count.presumed), name
 
 
-def _is_name(provider: object) -> bool:
-    return isinstance(provider, str) and not is_blank(provider)
+def _named_steps(parsed: ParsedData) -> tuple[tuple[str, object, object], ...]:
+    """Return provider, action and cost of each step with a provider."""
+    return tuple(
+        [
+            (provider, _scalar(step.get("action")), _scalar(step.get("cost")))
+            for step in parsed.steps
+            if isinstance(provider := step.get("provider"), str) and not is_blank(provider)
+        ]
+    )
+
+
+def _scalar(value: object) -> object:
+    """Return a text or number; None for anything else: it is no price, and may have no hash."""
+    return value if value.__class__ in (str, int, float) else None
 
 
 def load_task(answer: str | None) -> Mapping[str, Any]:
@@ -213,10 +292,12 @@ def load_task(answer: str | None) -> Mapping[str, Any]:
     return task if isinstance(task, dict) else {}
 
 
-def load_waterfalls(descriptions: Mapping[str, Mapping[str, Any]]) -> dict[str, Waterfall]:
-    """Read waterfalls as last described. A description that cannot be read is left out."""
+def parse_descriptions(
+    descriptions: Mapping[tuple[TargetKind, str], Mapping[str, Any]],
+) -> dict[tuple[TargetKind, str], Description]:
+    """Read descriptions as the ledger stores them. One that cannot be read is left out."""
     known = {}
-    for identifier, description in descriptions.items():
+    for key, description in descriptions.items():
         with suppress(ValidationError):
-            known[identifier] = Waterfall.model_validate(description)
+            known[key] = parse_description(key[0], description)
     return known

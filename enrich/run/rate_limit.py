@@ -39,7 +39,12 @@ MAX_RETRY_AFTER_S = 600.0
 FORGET_AFTER_S = 2.0
 #: Answers can overtake each other: this many times the requests in flight at a cut may have been sent before it.
 REORDER_FACTOR = 1.1
-BURST_S = 0.05  # timers fire late; this much of the lost time may be caught up
+#: Slots that passed unused, because a timer fired late or the process did not run, are caught up: so many of them, or
+#: those of so many seconds at a higher rate. Not more, as the API's buckets are small: what waited for a commit or on
+#: the wire arrives together with what is caught up, and a refused burst looks like a rate that is too high.
+MAX_BURST, BURST_S = 4.0, 0.008
+#: At a low rate, slots are caught up for at most this many seconds.
+MAX_BURST_S = 0.05
 #: When more than this share of the rate was unused in the last second, the rate is not the bottleneck.
 MAX_IDLE_SHARE = 0.1
 
@@ -49,7 +54,7 @@ class AdaptiveRateLimiter:
 
     def __init__(self, ceiling: float | None) -> None:
         """Never exceed `ceiling` requests per second; None: find the API's limit."""
-        self._ceiling = inf if ceiling is None else ceiling
+        self.ceiling = inf if ceiling is None else ceiling
         self.rate = START_RATE if ceiling is None else min(ceiling, START_RATE_WITH_CEILING)
         self._next_free = 0.0
         self._blocked_until = 0.0
@@ -74,9 +79,6 @@ class AdaptiveRateLimiter:
         """Whether the rate is the bottleneck."""
         return self._idle_s <= MAX_IDLE_SHARE
 
-    def announce_demand(self, requested: int) -> None:
-        """Take the number of requests to send now, before `delay` is called. Only a shared rate limiter uses it."""
-
     def delay(self, now: float) -> float:
         """Return how many seconds the next request must wait; 0: it may be sent now."""
         return max(self._blocked_until - now, self._next_free - now, 0.0)
@@ -85,11 +87,14 @@ class AdaptiveRateLimiter:
         """Return for how many seconds nothing may be sent because of a 429."""
         return max(0.0, self._blocked_until - now)
 
-    def consume(self, now: float) -> None:
-        """Count one request as sent."""
-        unused_s = max(0.0, now - BURST_S - self._next_free)
+    def consume(self, now: float, wanted_at: float | None = None) -> None:
+        """Count one request as sent. `wanted_at` is since when it waits for a slot; None: it did not wait."""
+        burst_s = min(MAX_BURST_S, max(BURST_S, MAX_BURST / self.rate))
+        unused_s = max(0.0, now - burst_s - self._next_free)
         if self._consumed_at is not None:
-            self._idle_s = self._idle_s * max(0.0, 1 - (now - self._consumed_at)) + min(1.0, unused_s)
+            # Slots that pass while a request waits are lost, but they don't show that the rate is not needed.
+            idle_s = max(0.0, unused_s - (0.0 if wanted_at is None else now - wanted_at))
+            self._idle_s = self._idle_s * max(0.0, 1 - (now - self._consumed_at)) + min(1.0, idle_s)
         self._consumed_at = now
         self._next_free += unused_s + 1 / self.rate
         self._rates_in_flight.append(self.rate)
@@ -114,7 +119,7 @@ class AdaptiveRateLimiter:
             self._growth_time_s += 1 / self.rate
             left = 1 - self._growth_time_s / self._return_s
             rate = self._resting_rate * (1 - (self._cut_depth if left > 0 else PROBE_GAIN) * left**3)
-        self.rate = max(self.rate, min(self._ceiling, MAX_OVER_PROVEN_RATE * proven_rate, rate))
+        self.rate = max(self.rate, min(self.ceiling, MAX_OVER_PROVEN_RATE * proven_rate, rate))
 
     def record_lost(self, now: float) -> None:
         """Record a request without an answer, or with one that has no information about the rate."""

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 from enrich.errors import Interrupted
 from enrich.exit_codes import ExitCode
@@ -31,6 +32,8 @@ class SignalHandler:
     on_first_signal: Callable[[ExitCode], object]
     received: ExitCode | None = field(default=None, init=False)
     _signals: tuple[signal.Signals, ...] = field(default_factory=handled_signals, init=False)
+    #: The handlers from before the run: only where it runs in the main thread.
+    _previous: dict[signal.Signals, Any] = field(default_factory=dict, init=False)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -40,11 +43,16 @@ class SignalHandler:
             yield
         finally:
             self._uninstall()
+            for number, handler in self._previous.items():
+                signal.signal(number, handler or signal.SIG_DFL)  # None: one that Python cannot install again
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
         """Let signals interrupt a block that blocks the event loop, such as a prompt to the user."""
         self._uninstall()
+        for number in self._previous:
+            if number != signal.SIGINT:  # Python raises KeyboardInterrupt for it
+                signal.signal(number, _raise_interrupted)
         try:
             yield
         except KeyboardInterrupt:
@@ -60,16 +68,16 @@ class SignalHandler:
     def _install(self) -> None:
         for number in self._signals:
             with suppress(ValueError, RuntimeError):  # possible in the main thread's loop only
-                asyncio.get_running_loop().add_signal_handler(number, self._on_signal, EXIT_CODE_BY_SIGNAL[number])
+                previous = signal.getsignal(number)
+                asyncio.get_running_loop().add_signal_handler(number, self.stop, EXIT_CODE_BY_SIGNAL[number])
+                self._previous.setdefault(number, previous)
 
     def _uninstall(self) -> None:
-        for number in self._signals:
-            with suppress(ValueError, RuntimeError):
-                asyncio.get_running_loop().remove_signal_handler(number)
-                if number != signal.SIGINT:  # Python raises KeyboardInterrupt for it
-                    signal.signal(number, _raise_interrupted)
+        for number in self._previous:
+            asyncio.get_running_loop().remove_signal_handler(number)
 
-    def _on_signal(self, code: ExitCode) -> None:
+    def stop(self, code: ExitCode) -> None:
+        """Stop the run; the second time, end the process at once."""
         if self.received is not None:
             os._exit(code)
         self.received = code

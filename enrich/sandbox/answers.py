@@ -1,13 +1,14 @@
 """Decides what a run finds and costs, and formats it as the `data` of a task."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from enrich.sandbox import money
 from enrich.sandbox.catalogue import Provider, Verifier
-from enrich.sandbox.people import Fields, SeededRandom, invent_fields
-from enrich.sandbox.questions import Lookup
+from enrich.sandbox.lookups import Cascade, EnrichmentCall, Lookup
+from enrich.sandbox.people import Fields, SeededRandom, invent_fields, invent_rows
 from enrich.sandbox.settings import SandboxSettings
 
 # `free`: a failure that costs nothing and ends when sent again. `no_data`: no match, with that status for a while.
@@ -33,10 +34,10 @@ class Answer:
 
 @dataclass(slots=True)
 class _CascadeTrace:
-    """What the providers of a cascade returned."""
+    """What the providers of a cascade, or an enrichment, returned."""
 
     cost: int = 0
-    result: Fields | None = None
+    result: Fields | list[Fields] | None = None
     steps: list[dict[str, Any]] = field(default_factory=list)
     by_provider: dict[str, Fields] = field(default_factory=dict)
     provider_results: list[tuple[str, bool, int]] = field(default_factory=list)
@@ -68,22 +69,43 @@ def make_answer(
             return _charged_failure(lookup, draw, settings, bulk=bulk)
         if attempt <= 1 + (draw("fails twice") < _FAIL_TWICE_SHARE):
             return Answer("free", "null", _error_json(draw, "Provider unavailable, please try again later."), 0)
-    trace = _run_cascade(lookup, draw, settings)
+    target = lookup.target
+    if isinstance(target, Cascade):
+        trace = _run_cascade(target, lookup.params, draw, settings)
+    else:
+        trace = _run_enrichment(target, lookup.params, draw, settings)
     if trace.result is not None:
-        data = _data_json(trace.result, trace, settings, bulk=bulk)
+        data = _data_json(lookup, trace.result, trace, settings, bulk=bulk)
         return Answer("found", data, "null", trace.cost, json.dumps(trace.provider_results))
     if bulk:
         return Answer("missed", "null", "null", trace.cost, json.dumps(trace.provider_results))
     return _missed_answer(lookup, trace, draw, settings)
 
 
-def _run_cascade(lookup: Lookup, draw: SeededRandom, settings: SandboxSettings) -> _CascadeTrace:
+def _run_enrichment(
+    target: EnrichmentCall, params: Mapping[str, str], draw: SeededRandom, settings: SandboxSettings
+) -> _CascadeTrace:
+    """Ask the one source. It has no steps; a match costs its whole price."""
+    enrichment, trace = target.enrichment, _CascadeTrace()
+    is_found = enrichment.always_answers or draw("known") < settings.hit_rate
+    if is_found or settings.charge_misses:
+        trace.cost = target.worst_case(params)
+    trace.provider_results.append((enrichment.data_source, is_found, trace.cost))
+    if is_found and enrichment.priced_by is None and target.pages is None:
+        trace.result = invent_fields(str(enrichment.id), params, draw)
+    elif is_found:
+        count = target.units(params) if target.pages is None else (enrichment.per_page or 1) * target.pages
+        trace.result = invent_rows(str(enrichment.id), params, count, draw)
+    return trace
+
+
+def _run_cascade(
+    cascade: Cascade, params: Mapping[str, str], draw: SeededRandom, settings: SandboxSettings
+) -> _CascadeTrace:
     """Ask the providers in turn. The last one finds all known people, so any cascade has the same hit rate."""
     trace = _CascadeTrace()
-    verifier = lookup.cascade.verifier
-    usable_providers = [
-        provider for provider in lookup.cascade.providers if lookup.params.keys() >= set(provider.params)
-    ]
+    verifier = cascade.verifier
+    usable_providers = [provider for provider in cascade.providers if params.keys() >= set(provider.params)]
     is_known = draw("known") < settings.hit_rate
     for provider in usable_providers:
         last = provider is usable_providers[-1]
@@ -94,7 +116,7 @@ def _run_cascade(lookup: Lookup, draw: SeededRandom, settings: SandboxSettings) 
             trace.add_step("search", provider, "not_found", provider.cost if settings.charge_misses else 0)
             trace.by_provider[provider.name] = {}
             continue
-        found = invent_fields(lookup.cascade.waterfall.identifier, lookup.params, draw)
+        found = invent_fields(cascade.waterfall.identifier, params, draw)
         if verifier and is_wrong:
             trace.add_step("search", provider, "found", 0)
             trace.add_step("verify", verifier, "invalid", verifier.cost)
@@ -112,7 +134,7 @@ def _run_cascade(lookup: Lookup, draw: SeededRandom, settings: SandboxSettings) 
 
 def _missed_answer(lookup: Lookup, trace: _CascadeTrace, draw: SeededRandom, settings: SandboxSettings) -> Answer:
     kind = draw.pick("miss", settings.miss_kinds)
-    outputs = lookup.cascade.waterfall.outputs
+    outputs = lookup.target.offer.outputs
     match kind:
         case "no_data":
             return Answer("no_data", "null", "null", trace.cost, json.dumps(trace.provider_results))
@@ -121,24 +143,29 @@ def _missed_answer(lookup: Lookup, trace: _CascadeTrace, draw: SeededRandom, set
         case "empty_object":
             data = "{}"
         case "null_result":
-            data = _data_json(dict.fromkeys(outputs), trace, settings)
+            data = _data_json(lookup, dict.fromkeys(outputs), trace, settings)
         case "blank_result":
-            data = _data_json(dict.fromkeys(outputs, ""), trace, settings)
+            data = _data_json(lookup, dict.fromkeys(outputs, ""), trace, settings)
         case _:
             data = "null"
     return Answer("missed", data, "null", trace.cost, json.dumps(trace.provider_results))
 
 
 def _charged_failure(lookup: Lookup, draw: SeededRandom, settings: SandboxSettings, *, bulk: bool) -> Answer:
-    trace = _CascadeTrace()
-    provider = lookup.cascade.providers[0]
-    trace.add_step("search", provider, "error", provider.cost)
-    shows_steps = not bulk and draw("failure shows steps") < 1 / 2
-    data = _data_json({}, trace, settings) if shows_steps else "null"
+    target, trace = lookup.target, _CascadeTrace()
+    if isinstance(target, Cascade):
+        source = target.providers[0].name
+        trace.add_step("search", target.providers[0], "error", target.providers[0].cost)
+    else:
+        source = target.enrichment.data_source
+        trace.cost = lookup.worst_case
+        trace.provider_results.append((source, False, trace.cost))
+    shows_steps = bool(trace.steps) and not bulk and draw("failure shows steps") < 1 / 2
+    data = _data_json(lookup, {}, trace, settings) if shows_steps else "null"
     return Answer(
         "failed",
         data,
-        _error_json(draw, f"{provider.name}: unexpected response."),
+        _error_json(draw, f"{source}: unexpected response."),
         trace.cost,
         json.dumps(trace.provider_results),
     )
@@ -148,15 +175,23 @@ def _error_json(draw: SeededRandom, text: str) -> str:
     return json.dumps([text, "Task failed."] if draw("error is a list") < 1 / 2 else text)
 
 
-def _data_json(result: Fields, trace: _CascadeTrace, settings: SandboxSettings, *, bulk: bool = False) -> str:
+def _data_json(
+    lookup: Lookup,
+    result: Fields | list[Fields],
+    trace: _CascadeTrace,
+    settings: SandboxSettings,
+    *,
+    bulk: bool = False,
+) -> str:
+    """Write the result. An enrichment's is flat: there is nothing beside it, and several rows are a list of them."""
     data: Any = result
-    if settings.shape.startswith("wrap"):
+    if isinstance(lookup.target, Cascade) and settings.shape.startswith("wrap"):
         data = {
             "result": result,
             "result_field": list(result),
             "enrichment_data": trace.by_provider,
             "steps": trace.steps,
         }
-    if not bulk and settings.shape in ("wrapped", "flat_list"):
+    if not bulk and isinstance(data, dict) and settings.shape in ("wrapped", "flat_list"):
         data = [data]
     return json.dumps(data, ensure_ascii=False, separators=(",", ":"))

@@ -9,9 +9,11 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
 from enrich.sandbox.databar import Databar, ExpiredError, FinishedError, NoCreditsError, NotFoundError, Submission
+from enrich.sandbox.enrichments import MAX_PAGES
 from enrich.sandbox.faults import Fault, FaultInjector, Param
-from enrich.sandbox.gate import FAULT_KEY, FaultMiddleware, Message, Receive, Send
-from enrich.sandbox.questions import Refused
+from enrich.sandbox.flows import FLOWS, flow_detail
+from enrich.sandbox.lookups import Cascade, EnrichmentCall, Refused, make_cascade, make_enrichment_call
+from enrich.sandbox.middleware import FAULT_KEY, FaultMiddleware, Message, Receive, Send
 from enrich.sandbox.settings import SandboxSettings
 from enrich.sandbox.store import SandboxStore
 
@@ -42,6 +44,24 @@ class BulkRunBody(_RunBody):
     """The body of `bulk-run`."""
 
     params: list[dict[str, Any]] = Field(min_length=1)
+
+
+class _Pagination(_StrictBody):
+    pages: StrictInt = Field(1, ge=1, le=MAX_PAGES)
+
+
+class EnrichmentBody(_StrictBody):
+    """The body of an enrichment's `run`."""
+
+    params: dict[str, Any]
+    pagination: _Pagination | None = None
+
+
+class BulkEnrichmentBody(_StrictBody):
+    """The body of an enrichment's `bulk-run`."""
+
+    params: list[dict[str, Any]] = Field(min_length=1)
+    pagination: _Pagination | None = None
 
 
 class _FaultsBody(_StrictBody):
@@ -127,16 +147,21 @@ async def _health() -> dict[str, str]:
     return {"status": "ok"}
 
 
-def _submit(
-    context: _Context, identifier: str, body: _RunBody, rows: list[dict[str, Any]], request: Request
-) -> Response:
+def _cascade(context: _Context, identifier: str, body: _RunBody) -> Cascade:
     if context.settings.require_enrichments and "enrichments" not in body.model_fields_set:
         missing = {"type": "missing", "loc": ("body", "enrichments"), "msg": "Field required", "input": {}}
         raise RequestValidationError([missing])
-    bulk = isinstance(body, BulkRunBody)
-    submission = Submission(context.databar.waterfall(identifier), rows, body.enrichments, body.email_verifier, bulk)
+    return make_cascade(context.databar.waterfall(identifier), body.enrichments, body.email_verifier)
+
+
+def _enrichment_call(context: _Context, number: int, pagination: _Pagination | None) -> EnrichmentCall:
+    return make_enrichment_call(context.databar.enrichment(number), pagination.pages if pagination else None)
+
+
+def _submit(context: _Context, submission: Submission, request: Request) -> Response:
     task_id = context.databar.submit(submission, request.scope.get(FAULT_KEY))
-    return _json(f'{{"task_id":"{task_id}","status":"created"}}'.encode())
+    status = "created" if isinstance(submission.target, Cascade) else "processing"
+    return _json(f'{{"task_id":"{task_id}","status":"{status}"}}'.encode())
 
 
 @_API.get("/waterfalls/")
@@ -151,12 +176,59 @@ async def _waterfall(context: Context, identifier: str) -> Response:
 
 @_API.post("/waterfalls/{identifier}/run")
 async def _run(context: Context, identifier: str, body: SingleRunBody, request: Request) -> Response:
-    return _submit(context, identifier, body, [body.params], request)
+    return _submit(context, Submission(_cascade(context, identifier, body), [body.params], bulk=False), request)
 
 
 @_API.post("/waterfalls/{identifier}/bulk-run")
 async def _bulk_run(context: Context, identifier: str, body: BulkRunBody, request: Request) -> Response:
-    return _submit(context, identifier, body, body.params, request)
+    return _submit(context, Submission(_cascade(context, identifier, body), body.params, bulk=True), request)
+
+
+@_API.get("/enrichments/")
+async def _enrichments(  # noqa: PLR0913 - the API has these params
+    context: Context,
+    q: Annotated[str | None, Query(min_length=3)] = None,
+    page: Annotated[int | None, Query(ge=1)] = None,
+    limit: Annotated[int, Query(ge=1, le=500)] = 50,
+    *,
+    authorized_only: Annotated[bool, Query()] = True,  # noqa: ARG001 - the account may use all of them
+    category: Annotated[str | None, Query()] = None,
+) -> Response:
+    found = [enrichment.summary() for enrichment in context.databar.enrichments(q, category)]
+    if page is None:
+        return JSONResponse(found)
+    items = found[(page - 1) * limit : page * limit]
+    counts = {"page": page, "limit": limit, "has_next_page": page * limit < len(found), "total_count": len(found)}
+    return JSONResponse({"items": items} | counts)
+
+
+@_API.get("/enrichments/{number}")
+async def _enrichment(context: Context, number: int) -> Response:
+    return JSONResponse(context.databar.enrichment(number).to_json())
+
+
+@_API.post("/enrichments/{number}/run")
+async def _run_enrichment(context: Context, number: int, body: EnrichmentBody, request: Request) -> Response:
+    call = _enrichment_call(context, number, body.pagination)
+    return _submit(context, Submission(call, [body.params], bulk=False), request)
+
+
+@_API.post("/enrichments/{number}/bulk-run")
+async def _bulk_run_enrichment(context: Context, number: int, body: BulkEnrichmentBody, request: Request) -> Response:
+    call = _enrichment_call(context, number, body.pagination)
+    return _submit(context, Submission(call, body.params, bulk=True), request)
+
+
+@_API.get("/flows")
+async def _flows(_: Context) -> Response:
+    return JSONResponse(list(FLOWS.values()))
+
+
+@_API.get("/flows/{flow_id}")
+async def _flow(_: Context, flow_id: str) -> Response:
+    if flow_id not in FLOWS:
+        raise NotFoundError("Flow not found")
+    return JSONResponse(flow_detail(flow_id))
 
 
 @_API.get("/tasks/{task_id}")

@@ -147,24 +147,26 @@ WATERFALLS: Mapping[str, Waterfall] = {
             required=("company_website",),
             outputs={
                 "name": "text",
-                "industry": "text",
+                "description": "text",
+                "linkedin": "url",
                 "employees": "number",
-                "headquarters": "json",
-                "technologies": "json",
+                "industries": "json",
+                "revenue": "number",
+                "funding": "json",
             },
             providers=(
                 Provider(301, "Firmfacts", "0.01", 0.5, ("company_website",)),
-                Provider(317, "Orgsight", "0.5", 0.6, ("company_website",)),
+                Provider(317, "Orgsight.example", "0.5", 0.6, ("company_website",)),
                 Provider(329, "Registrar Pro", "1.0", 0.4, ("company_website",)),
                 Provider(1304, "Blendrank", "2.0", 0.7, ("company_website",), enabled=False),
             ),
         ),
         Waterfall(
             "person_by_link",
-            "Person by link",
-            "Describes the person behind a profile link.",
+            "Email by link",
+            "Finds the emails of the person behind a profile link.",
             required=("link",),
-            outputs={"first_name": "text", "last_name": "text", "title": "text", "company": "json"},
+            outputs={"first_name": "text", "last_name": "text", "work_email": "text", "personal_email": "text"},
             providers=(
                 Provider(610, "Profilewell", 0.5, 0.6, ("link",)),
                 Provider(622, "Peoplegrid", 1.0, 0.5, ("link",)),
@@ -176,7 +178,7 @@ WATERFALLS: Mapping[str, Waterfall] = {
             "Job postings",
             "Lists what a company is hiring for.",
             required=("company_website",),
-            outputs={"count": "number", "job_postings": "json"},
+            outputs={"jobs": "json", "job_links": "json", "descriptions": "json", "locations": "json"},
             providers=(
                 Provider(401, "Hirewatch", 1.0, 0.5, ("company_website",)),
                 Provider(415, "Careerscan", 1.0, 0.5, ("company_website",)),
@@ -185,3 +187,12 @@ WATERFALLS: Mapping[str, Waterfall] = {
         ),
     )
 }
+
+#: Prices in the order of the real API's, by the ids of providers, verifiers and enrichments.
+REAL_PRICES: Mapping[int, float] = (
+    {701: 4, 833: 4, 966: 5, 745: 6, 113: 6}  # an email
+    | {912: 5, 920: 6, 610: 4, 622: 5, 640: 6}  # a person
+    | {510: 7, 522: 15, 530: 25, 541: 35}  # a phone
+    | {301: 3, 317: 5, 329: 10, 1304: 15, 401: 3, 415: 4, 430: 6}  # a company
+    | {10: 0.3, 12: 0.5, 60: 0.15, 70: 3, 80: 3}  # enrichments
+)

@@ -11,16 +11,17 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import click
 
+from enrich.extras import install_hint
 from enrich.sandbox.faults import FAULT_KINDS, Fault
 from enrich.sandbox.settings import SandboxSettings
 
-_HELP = f"""Serve a fake of the Databar API on loopback, with people, prices, latency and faults to choose.
+_HELP = f"""Serve the built-in sandbox of the Databar API on loopback, with invented people and configurable faults.
 
-Prints the two variables that point `enrich` to it, then serves until it is interrupted. Nothing costs anything.
+Prints the two variables that point `enrich` to it, and serves until you press Ctrl-C. Free.
 
-The faults: {", ".join(FAULT_KINDS)}."""
+Faults: {", ".join(FAULT_KINDS)}."""
 
-_EXTRA = "the sandbox needs its extra: pip install 'databar-enrich[sandbox]'"
+_EXTRA = f"the sandbox is not installed: {install_hint('sandbox')}"
 
 
 def _reader(name: str, read: Callable[[str], Any]) -> Callable[[Any], Any]:
@@ -94,13 +95,19 @@ sandbox = click.Command(
     "sandbox",
     callback=_run,
     help=_HELP,
-    short_help="Serve a fake of the API on loopback.",
+    short_help="Serve the built-in sandbox of the Databar API.",
     params=[
-        click.Option(["--port"], type=click.IntRange(0, 65535), default=0, help="Port to listen on; 0: a free one."),
+        click.Option(
+            ["--port"],
+            type=click.IntRange(0, 65535),
+            default=0,
+            metavar="PORT",
+            help="Port to listen on. Default: a free one.",
+        ),
         click.Option(
             ["--state"],
             type=click.Path(dir_okay=False, path_type=Path),
-            help="File that keeps tasks and credits; by default a temporary one.",
+            help="File for tasks and credits. Default: a temporary one.",
         ),
         *_options(),
     ],

@@ -9,19 +9,20 @@ from uuid import uuid4
 
 from enrich.sandbox import money
 from enrich.sandbox.answers import make_answer
-from enrich.sandbox.catalogue import WATERFALLS, Waterfall
+from enrich.sandbox.catalogue import REAL_PRICES, WATERFALLS, Waterfall
 from enrich.sandbox.clock import Clock
+from enrich.sandbox.enrichments import ENRICHMENTS, Enrichment
 from enrich.sandbox.faults import Fault
 from enrich.sandbox.latency import parse_latency
+from enrich.sandbox.lookups import Cascade, EnrichmentCall, Lookup, Refused, make_lookups
 from enrich.sandbox.people import SeededRandom
-from enrich.sandbox.questions import Lookup, Refused, make_cascade, make_lookups
 from enrich.sandbox.settings import SandboxSettings
 from enrich.sandbox.store import Run, SandboxStore, Task, TaskFault
 from enrich.sandbox.tasks import TaskRenderer
 
 
 class NotFoundError(Exception):
-    """The waterfall or task does not exist."""
+    """The waterfall, enrichment, flow or task does not exist."""
 
 
 class NoCreditsError(Exception):
@@ -38,12 +39,10 @@ class FinishedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """The content of a run or bulk-run before validation; empty `enrichments` mean the default cascade."""
+    """The content of a run or bulk-run before its rows are validated."""
 
-    waterfall: Waterfall
+    target: Cascade | EnrichmentCall
     rows: Sequence[Mapping[str, Any]]
-    enrichments: Sequence[int]
-    verifier: int | None
     bulk: bool
 
 
@@ -63,24 +62,44 @@ class Databar:
         """Return a waterfall with its current prices. Raises NotFoundError."""
         if identifier not in WATERFALLS:
             raise NotFoundError("Waterfall not found")
-        return WATERFALLS[identifier].with_prices(self._store.prices)
+        return WATERFALLS[identifier].with_prices(self._prices())
 
     def waterfalls(self) -> list[Waterfall]:
         """Return all waterfalls."""
         return [self.waterfall(identifier) for identifier in WATERFALLS]
+
+    def enrichment(self, number: int) -> Enrichment:
+        """Return an enrichment with its current price. Raises NotFoundError."""
+        if number not in ENRICHMENTS:
+            raise NotFoundError("Enrichment not found")
+        return ENRICHMENTS[number].with_prices(self._prices())
+
+    def enrichments(self, query: str | None, category: str | None) -> list[Enrichment]:
+        """Return the enrichments whose name, description or source has the query in it, of one category if given."""
+        found = [self.enrichment(number) for number in ENRICHMENTS]
+        if query:
+            found = [
+                each
+                for each in found
+                if query.casefold() in f"{each.name} {each.description} {each.data_source}".casefold()
+            ]
+        return [each for each in found if category in (None, each.category)]
+
+    def _prices(self) -> Mapping[int, float]:
+        """The prices that differ from the catalogue's: those of the level, then those that were changed."""
+        return {**(REAL_PRICES if self._settings.prices == "real" else {}), **self._store.prices}
 
     def submit(self, submission: Submission, fault: Fault | None = None) -> str:
         """Accept a run for each row, or none of them; they are stored on disk before this returns the task id."""
         limit = self._settings.bulk_limit
         if submission.bulk and limit is not None and len(submission.rows) > limit:
             raise Refused({"error": "BATCH_TOO_LARGE", "detail": f"At most {limit} rows are allowed."})
-        requested_cascade = make_cascade(submission.waterfall, submission.enrichments, submission.verifier)
         lookups = make_lookups(
-            requested_cascade, submission.rows, bulk=submission.bulk, error_shape=self._settings.error_shape
+            submission.target, submission.rows, bulk=submission.bulk, error_shape=self._settings.error_shape
         )
         now = self.clock.now()
         self._store.settle(now)
-        if self._store.balance < requested_cascade.worst_case * len(lookups):
+        if self._store.balance < sum(lookup.worst_case for lookup in lookups):
             raise NoCreditsError("Check the number of remaining credits or the tariff plan.")
         task_id = str(uuid4())
         with self._store.transaction():
@@ -102,7 +121,7 @@ class Databar:
             outcome=reply.outcome,
             data=reply.data,
             error=reply.error,
-            reserved=lookup.cascade.worst_case,
+            reserved=lookup.worst_case,
             cost=reply.cost,
             state="running",
             question=lookup_count.id,
@@ -192,23 +211,12 @@ class Databar:
     def _lookup_totals(self) -> list[dict[str, Any]]:
         return [
             {
-                "waterfall": waterfall,
+                **json.loads(target),
                 "params": json.loads(params),
-                "enrichments": json.loads(enrichments),
-                "email_verifier": verifier,
                 "accepted": accepted,
                 "charged": charged,
                 "credits": money.to_number(cost),
                 "task_ids": task_ids.split(),
             }
-            for (
-                waterfall,
-                params,
-                enrichments,
-                verifier,
-                accepted,
-                charged,
-                cost,
-                task_ids,
-            ) in self._store.lookup_totals()
+            for target, params, accepted, charged, cost, task_ids in self._store.lookup_totals()
         ]

@@ -42,11 +42,11 @@ fault belongs to the accepted task.
 |                 |       |        | age=0            | with `Age` when `age` is not 0                           |
 
 The table shows the default scope. Any other may be given, except for no-task-id and the faults of moment "task", which
-apply to `post` only. `post` is run and bulk-run, `get` the GET of a task, `me` the user, `waterfalls` the list or one
-of them, `all` everything under `/v1`. A silence ends early when the client disconnects. A flickering task is known at
-the first poll if it still runs; from the next poll on, or from the first one if it has finished, it is 404. A slow
-request is carried out after its delay, even when the client has disconnected by then. Each fault has its own series of
-random numbers (from `fault_seed` and the number of the matching request).
+apply to `post` only. `post` is run and bulk-run, `get` the GET of a task, `me` the user, `waterfalls` and `enrichments`
+the list or one of them, `all` everything under `/v1`. A silence ends early when the client disconnects. A flickering
+task is known at the first poll if it still runs; from the next poll on, or from the first one if it has finished, it is
+404. A slow request is carried out after its delay, even when the client has disconnected by then. Each fault has its
+own series of random numbers (from `fault_seed` and the number of the matching request).
 """
 
 import re
@@ -56,7 +56,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Literal
 
-Scope = Literal["post", "get", "me", "waterfalls", "all"]
+Scope = Literal["post", "get", "me", "waterfalls", "enrichments", "all"]
 Moment = Literal["before", "after", "task"]
 Param = int | float | str
 
@@ -65,7 +65,8 @@ ENDPOINTS: Mapping[str, frozenset[str]] = {
     "get": frozenset({"task"}),
     "me": frozenset({"me"}),
     "waterfalls": frozenset({"waterfalls"}),
-    "all": frozenset({"run", "bulk_run", "task", "cancel", "me", "waterfalls", "other"}),
+    "enrichments": frozenset({"enrichments"}),
+    "all": frozenset({"run", "bulk_run", "task", "cancel", "me", "waterfalls", "enrichments", "flows", "other"}),
 }
 
 

@@ -14,8 +14,14 @@ FIRST_NAMES = ("Ada", "Bela", "Chidi", "Dolores", "Emre", "Freya", "Goran", "Han
 LAST_NAMES = ("Abara", "Brandt", "Castellano", "Dvořák", "Eriksen", "Fontaine", "Grünwald", "Holm", "Ivers", "Jansen")
 TITLES = ("Head of Sales", "Founder", "Operations Lead", "Data Engineer", "Marketing Manager", "Finance Director")
 INDUSTRIES = ("Software", "Logistics", "Agriculture", "Textiles", "Machine tools", "Hospitality")
-CITIES = (("Lisbon", "PT"), ("Utrecht", "NL"), ("Ghent", "BE"), ("Tampere", "FI"), ("Graz", "AT"), ("Duluth", "US"))
-TECHNOLOGIES = ("PostgreSQL", "Kubernetes", "Django", "React", "Snowflake", "SAP", "Terraform")
+CITIES = ("Lisbon", "Utrecht", "Ghent", "Tampere", "Graz", "Duluth")
+_MAILBOX_STATES = (
+    ("valid", "accepted"),
+    ("valid", "accepted"),
+    ("valid", "accepted"),
+    ("catch_all", "the domain accepts any address"),
+    ("invalid", "no such mailbox"),
+)
 AREA_CODES = ("202", "303", "404", "512", "617", "702", "808", "916")
 
 
@@ -32,12 +38,21 @@ class SeededRandom:
 
     def pick(self, label: str, choices: Sequence[T]) -> T:
         """Return one of the choices."""
-        return choices[int(self(label) * len(choices))]
+        return _pick(self, label, choices)
 
 
-def invent_fields(waterfall: str, params: Mapping[str, str], draw: SeededRandom) -> Fields:
-    """Invent the result of a waterfall for a known person or company."""
-    return _INVENTORS[waterfall](params, draw)
+def invent_fields(target: str, params: Mapping[str, str], draw: SeededRandom) -> Fields:
+    """Invent the result of a waterfall or of an enrichment (its id as text) for a known person or company."""
+    return _INVENTORS[target](params, draw)
+
+
+def invent_rows(target: str, params: Mapping[str, str], count: int, draw: SeededRandom) -> list[Fields]:
+    """Invent the rows of an enrichment that lists several; more of them begin with the same ones."""
+
+    def row(number: int) -> Fields:
+        return _ROW_INVENTORS[target](params, lambda label: draw(f"{number} {label}"))
+
+    return [row(number) for number in range(count)]
 
 
 def ascii_name(text: str) -> str:
@@ -84,13 +99,17 @@ def _invent_phone(_: Mapping[str, str], draw: SeededRandom) -> Fields:
 
 
 def _invent_company(params: Mapping[str, str], draw: SeededRandom) -> Fields:
-    city, country = draw.pick("city", CITIES)
+    name, employees = _company_name(params["company_website"]), int(5 * 400 ** draw("employees"))
+    industries = sorted({draw.pick(f"industry {number}", INDUSTRIES) for number in range(2)})
+    rounds = 1 + int(draw("rounds") * 4)
     return {
-        "name": _company_name(params["company_website"]),
-        "industry": draw.pick("industry", INDUSTRIES),
-        "employees": int(5 * 400 ** draw("employees")),
-        "headquarters": {"city": city, "country": country},
-        "technologies": sorted({draw.pick(f"technology {number}", TECHNOLOGIES) for number in range(3)}),
+        "name": name,
+        "description": f"{name} is in {industries[0].lower()}, in {draw.pick('city', CITIES)}.",
+        "linkedin": f"https://linkedin.example/company/{ascii_name(name)}",
+        "employees": employees,
+        "industries": industries,
+        "revenue": employees * 120_000,
+        "funding": {"total": rounds * 2_500_000, "rounds": rounds},
     }
 
 
@@ -100,23 +119,58 @@ def _company_name(website: str) -> str:
 
 def _invent_linked_person(params: Mapping[str, str], draw: SeededRandom) -> Fields:
     words = [word.capitalize() for word in re.findall(r"[^\W\d_]+", params["link"].rstrip("/").split("/")[-1])]
-    company = f"{draw.pick('company', LAST_NAMES)} & {draw.pick('partner', LAST_NAMES)}"
+    first = words[0] if words else draw.pick("first", FIRST_NAMES)
+    last = words[1] if len(words) > 1 else draw.pick("last", LAST_NAMES)
+    local = f"{ascii_name(first)}.{ascii_name(last)}"
+    company = f"{draw.pick('company', LAST_NAMES)} {draw.pick('partner', LAST_NAMES)}"
     return {
-        "first_name": words[0] if words else draw.pick("first", FIRST_NAMES),
-        "last_name": words[1] if len(words) > 1 else draw.pick("last", LAST_NAMES),
-        "title": draw.pick("title", TITLES),
-        "company": {"name": company, "website": f"https://{domain_of(company.replace(' & ', ' '))}"},
+        "first_name": first,
+        "last_name": last,
+        "work_email": f"{local}@{domain_of(company)}",
+        "personal_email": f"{local}@mail.example",
     }
 
 
 def _invent_job_postings(params: Mapping[str, str], draw: SeededRandom) -> Fields:
     site = domain_of(params["company_website"])
     titles = sorted({draw.pick(f"job {number}", TITLES) for number in range(1 + int(draw("jobs") * 4))})
-    postings = [
-        {"title": title, "location": draw.pick(title, CITIES)[0], "url": f"https://{site}/jobs/{ascii_name(title)}"}
-        for title in titles
-    ]
-    return {"count": len(postings), "job_postings": postings}
+    return {
+        "jobs": titles,
+        "job_links": [f"https://{site}/jobs/{ascii_name(title)}" for title in titles],
+        "descriptions": [f"{title} wanted" for title in titles],
+        "locations": [draw.pick(title, CITIES) for title in titles],
+    }
+
+
+def _verify_email(params: Mapping[str, str], draw: SeededRandom) -> Fields:
+    status, reason = draw.pick("status", _MAILBOX_STATES)
+    return {"email": params["email"], "status": status, "reason": reason}
+
+
+def _check_phone(params: Mapping[str, str], draw: SeededRandom) -> Fields:
+    line_type, carrier = draw.pick("line", ("mobile", "landline")), f"{draw.pick('carrier', CITIES)} Telecom"
+    return {"phone": params["phone"], "line_type": line_type, "carrier": carrier}
+
+
+def _invent_employee(params: Mapping[str, str], draw: Callable[[str], float]) -> Fields:
+    first, last = _pick(draw, "first", FIRST_NAMES), _pick(draw, "last", LAST_NAMES)
+    link = f"https://linkedin.example/in/{ascii_name(first)}-{ascii_name(last)}"
+    title = f"{_pick(draw, 'title', TITLES)} of {_company_name(params['company_website'])}"
+    return {"first_name": first, "last_name": last, "title": title, "linkedin_url": link}
+
+
+def _invent_place(params: Mapping[str, str], draw: Callable[[str], float]) -> Fields:
+    name = f"{_pick(draw, 'name', LAST_NAMES)} {params['query'].title()}"
+    return {
+        "name": name,
+        "address": f"{1 + int(draw('number') * 99)} Station Road, {_pick(draw, 'city', CITIES)}",
+        "phone": f"+1-{_pick(draw, 'area', AREA_CODES)}-555-01{int(draw('line') * 100):02d}",
+        "website": f"https://{domain_of(name)}",
+    }
+
+
+def _pick(draw: Callable[[str], float], label: str, choices: Sequence[T]) -> T:
+    return choices[int(draw(label) * len(choices))]
 
 
 _INVENTORS: Mapping[str, Callable[[Mapping[str, str], SeededRandom], Fields]] = {
@@ -126,4 +180,11 @@ _INVENTORS: Mapping[str, Callable[[Mapping[str, str], SeededRandom], Fields]] = 
     "company_lookup": _invent_company,
     "person_by_link": _invent_linked_person,
     "job_postings_getter": _invent_job_postings,
+    "10": _verify_email,
+    "12": _verify_email,
+    "80": _check_phone,
+}
+_ROW_INVENTORS: Mapping[str, Callable[[Mapping[str, str], Callable[[str], float]], Fields]] = {
+    "60": _invent_employee,
+    "70": _invent_place,
 }

@@ -14,7 +14,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from enrich.sandbox import money
 from enrich.sandbox.app import build_app
-from enrich.sandbox.gate import TRANSPORT_KEY, App, Message, Receive, Send
+from enrich.sandbox.middleware import TRANSPORT_KEY, App, Message, Receive, Send
 from enrich.sandbox.settings import DEFAULTS, SandboxSettings
 from enrich.sandbox.store import SandboxStore
 
@@ -83,6 +83,10 @@ def _url(listener: socket.socket) -> str:
     return f"http://{_HOST}:{listener.getsockname()[1]}/v1"
 
 
+#: Turns of the event loop until a connection that was just accepted is listed, plus one in which its end is handled.
+_TURNS_TO_CLOSE = 4
+
+
 class _Protocol(H11Protocol):
     """Passes the connection to the application, which breaks it for some faults."""
 
@@ -143,8 +147,10 @@ class _Server(uvicorn.Server):
         """Drop every connection: a client that waits during a silence must not delay the stop."""
         for server in self.servers:
             server.close()
-        for connection in list(self.server_state.connections):
-            connection.transport.abort()
+        for _ in range(_TURNS_TO_CLOSE):
+            await asyncio.sleep(0)
+            for connection in list(self.server_state.connections):
+                connection.transport.abort()
         tasks = list(self.server_state.tasks)
         for task in tasks:
             task.cancel()

@@ -20,36 +20,41 @@ _DEFAULT_LATENCY = "lognormal(1.2,0.6)"
 class SandboxSettings:
     """How the sandbox behaves. The defaults: an API without faults, as its newest documentation describes it."""
 
-    api_key: Annotated[str, "The key it accepts."] = "sandbox-key"
-    wrong_key: Annotated[Literal["403", "401"], "Status for another key."] = "403"
-    balance: Annotated[float, "Credits to begin with, when the state is new."] = 10_000
-    seed: Annotated[int, "Which people it knows: same seed, same answers."] = 1
-    hit_rate: Annotated[float, "Share of the questions that have an answer."] = 0.7
-    failure_rate: Annotated[float, "Share of the questions whose task fails."] = 0.015
-    free_failures: Annotated[float, "Share of the failures that cost nothing and succeed when asked again."] = 0.5
-    miss_kinds: Annotated[tuple[MissKind, ...], "How a miss looks; repeat for several."] = MISS_KINDS
-    no_data_seconds: Annotated[float | None, "How long `no_data` lasts before `completed`; none: for ever."] = 2.0
-    latency: Annotated[str, "How long a task takes: lognormal(median,sigma), uniform(a,b) or fixed(s)."] = (
+    api_key: Annotated[str, "The API key that is accepted."] = "sandbox-key"
+    wrong_key: Annotated[Literal["403", "401"], "Status for any other key."] = "403"
+    balance: Annotated[float, "Balance of a new sandbox, in credits."] = 10_000
+    seed: Annotated[int, "Seed of the invented people. The same seed gives the same results."] = 1
+    hit_rate: Annotated[float, "Share of the requests with a match."] = 0.7
+    failure_rate: Annotated[float, "Share of the requests whose task fails."] = 0.015
+    free_failures: Annotated[float, "Share of the failures that are free and succeed when sent again."] = 0.5
+    miss_kinds: Annotated[tuple[MissKind, ...], "Form of a result without a match. Can be repeated."] = MISS_KINDS
+    no_data_seconds: Annotated[float | None, "Seconds of `no_data` before `completed`. none: forever."] = 2.0
+    latency: Annotated[str, "Task duration in seconds: lognormal(median,sigma), uniform(a,b) or fixed(s)."] = (
         _DEFAULT_LATENCY
     )
-    result_ttl: Annotated[float, "Seconds a result is kept after completion."] = 86_400.0
-    expired_as: Annotated[Literal["410", "gone"], "Answer for an expired task: 410, or 200 with status gone."] = "410"
-    shape: Annotated[Shape, "Shape of a result's data."] = "wrapped"
-    error_shape: Annotated[ErrorShape, "Shape of a 400; `old_short` lists in bulk the wrong rows alone."] = "new"
-    bulk_data: Annotated[Literal["aligned", "hits"], "A bulk task's data: along its rows, or the hits alone."] = (
+    result_ttl: Annotated[float, "Seconds until a result expires."] = 86_400.0
+    expired_as: Annotated[Literal["410", "gone"], "Response for an expired task: 410, or 200 with status gone."] = "410"
+    shape: Annotated[Shape, "Form of the data of a result."] = "wrapped"
+    error_shape: Annotated[ErrorShape, "Form of a 400. `old_short` lists only the wrong rows of a bulk request."] = (
+        "new"
+    )
+    bulk_data: Annotated[Literal["aligned", "hits"], "Data of a bulk task: one entry per row, or matches only."] = (
         "aligned"
     )
-    bulk_limit: Annotated[int | None, "Rows that a bulk-run may have; none: any number."] = None
-    aliases: Annotated[bool, "Say `success` and `error` for `completed` and `failed`."] = False
-    hide_credits: Annotated[bool, "Leave `credits_spent` out."] = False
-    charge_misses: Annotated[bool, "Charge for each provider that found nothing, too."] = False
-    require_enrichments: Annotated[bool, "Answer 422 to a run without `enrichments`."] = False
-    date_offset: Annotated[float, "Seconds by which the Date header is ahead of the sandbox's clock."] = 0.0
-    rate: Annotated[float | None, "Requests a second that are allowed; none: any."] = None
-    burst: Annotated[int, "Requests allowed at once, beyond the rate."] = 10
-    retry_after: Annotated[int | None, "Seconds to send as Retry-After when over the rate; none: no header."] = 1
-    fault_seed: Annotated[int, "Which requests meet the faults."] = 1
-    faults: Annotated[tuple[Fault, ...], "[SCOPE:]NAME=PROBABILITY[,PARAM=VALUE…]; repeat for several."] = ()
+    bulk_limit: Annotated[int | None, "Maximum rows of a bulk task. none: no limit."] = None
+    aliases: Annotated[bool, "Return `success` and `error` instead of `completed` and `failed`."] = False
+    hide_credits: Annotated[bool, "Omit `credits_spent`."] = False
+    prices: Annotated[
+        Literal["sample", "real"], "Small prices, or prices like those of the real API: 3 to 35 credits."
+    ] = "sample"
+    charge_misses: Annotated[bool, "Charge for each provider without a match, too."] = False
+    require_enrichments: Annotated[bool, "Return 422 for a request without `enrichments`."] = False
+    date_offset: Annotated[float, "Seconds by which the Date header is ahead of the clock."] = 0.0
+    rate: Annotated[float | None, "Requests per second that are allowed. none: no limit."] = None
+    burst: Annotated[int, "Requests allowed at once, above the rate."] = 10
+    retry_after: Annotated[int | None, "Retry-After of a 429, in seconds. none: no header."] = 1
+    fault_seed: Annotated[int, "Seed that chooses the requests with faults."] = 1
+    faults: Annotated[tuple[Fault, ...], "[SCOPE:]NAME=PROBABILITY[,PARAM=VALUE…]. Can be repeated."] = ()
 
     def __post_init__(self) -> None:
         for name in ("hit_rate", "failure_rate", "free_failures"):

@@ -14,17 +14,15 @@ from typing import Any, NamedTuple
 
 # "sbox" in ASCII, and the schema version; a file with other values is not a sandbox state.
 _APPLICATION_ID = 0x73626F78
-_VERSION = 1
+_VERSION = 2
 
 _SCHEMA = """
 CREATE TABLE facts (name TEXT PRIMARY KEY, value REAL NOT NULL) STRICT;
 CREATE TABLE questions (
     id INTEGER PRIMARY KEY,
     key BLOB NOT NULL UNIQUE,
-    waterfall TEXT NOT NULL,
+    target TEXT NOT NULL,
     params TEXT NOT NULL,
-    enrichments TEXT NOT NULL,
-    email_verifier INTEGER,
     asked INTEGER NOT NULL
 ) STRICT;
 CREATE TABLE tasks (
@@ -178,11 +176,11 @@ class SandboxStore:
         self.prices[seller_id] = price
         self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", [f"price:{seller_id}", price])
 
-    def count_lookup(self, key: bytes, canonical: tuple[str, str, str, int | None]) -> LookupCount:
+    def count_lookup(self, key: bytes, canonical: tuple[str, str]) -> LookupCount:
         """Count one more request for a lookup."""
         row = self._one(
-            "INSERT INTO questions (key, waterfall, params, enrichments, email_verifier, asked)"
-            " VALUES (?, ?, ?, ?, ?, 1) ON CONFLICT (key) DO UPDATE SET asked = asked + 1 RETURNING id, asked",
+            "INSERT INTO questions (key, target, params, asked)"
+            " VALUES (?, ?, ?, 1) ON CONFLICT (key) DO UPDATE SET asked = asked + 1 RETURNING id, asked",
             [key, *canonical],
         )
         return LookupCount(*row)
@@ -237,13 +235,14 @@ class SandboxStore:
         self.reserved -= int(freed)
 
     def totals(self) -> dict[str, int]:
-        """Count accepted runs and lookups, and how many lookups were paid twice."""
+        """Count accepted runs and lookups, how many lookups were paid twice, and the runs that were refunded."""
         row = self._one(
             "SELECT total(accepted), total(charged), count(*), total(accepted > 1), total(charged > 1) FROM"
             " (SELECT count(*) AS accepted, sum(charged) AS charged FROM bought GROUP BY question)"
         )
         names = ("accepted", "charged", "distinct", "accepted_more_than_once", "paid_twice")
-        return dict(zip(names, map(int, row), strict=True))
+        refunded = self._one("SELECT count(*) FROM runs WHERE state = 'refunded'")[0]
+        return {**dict(zip(names, map(int, row), strict=True)), "refunded": int(refunded)}
 
     def provider_totals(self) -> list[tuple[str, int, int, int]]:
         """Return for each provider and verifier the settled runs: name, runs, finds, millionths."""
@@ -253,9 +252,9 @@ class SandboxStore:
         ).fetchall()
 
     def lookup_totals(self) -> list[tuple[Any, ...]]:
-        """List all lookups: waterfall, params, enrichments, verifier, accepted, charged, millionths, task ids."""
+        """List all lookups: target and params (JSON), accepted, charged, millionths, task ids."""
         return self._db.execute(
-            "SELECT waterfall, params, enrichments, email_verifier, count(*), sum(charged), sum(spent),"
+            "SELECT target, params, count(*), sum(charged), sum(spent),"
             " group_concat(task_id, ' ')"
             " FROM bought JOIN questions ON questions.id = question JOIN tasks ON tasks.id = task"
             " GROUP BY question ORDER BY question"

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -15,7 +13,7 @@ from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,15 +28,18 @@ from enrich.files.reader import InputTable
 from enrich.job.job import load_job
 from enrich.job.locations import LedgerLocation, ObjectUrl, parse_ledger_location
 from enrich.job.spec import Input
-from enrich.ledger.ledger import Ledger
-from enrich.models import Call, Decision, RequestSelection, RowStatus
-from enrich.rows.reader import JobInput
+from enrich.job.target import Target, TargetKind
+from enrich.ledger import enroll
+from enrich.ledger.database import Database
+from enrich.models import Decision, RequestSelection, RowStatus
+from enrich.rows.job_input import JobInput
 from enrich.rows.template import RequestTemplate
-from enrich.run.cluster import ClusterCallbacks
+from enrich.run.cluster_protocol import ClusterCallbacks
 from enrich.run.collector import Collector
 from tests.support import postgres as servers
 from tests.support.ledger import FOUND, NO_MATCH, CommittingLedger
-from tests.support.object_storage import BUCKET, put_object, storage_environ
+from tests.support.object_storage import BUCKET, put_object
+from tests.support.ray_head import RayHead
 from tests.support.table_files import read_table, write_table
 from tests.support.workspace import wait_until
 
@@ -50,27 +51,22 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
-TEMPLATE = RequestTemplate(Call("email_getter", (833,)), ("a",), (), {"email": "email"}, None)
+TEMPLATE = RequestTemplate(Target(TargetKind.WATERFALL, "email_getter", (833,)), ("a",), (), {"email": "email"}, None)
 JOB = "version: 1\nwaterfall: email_getter\nparams: {a: A}\ninput: leads/\noutput: out/\n"
 NAMES = [f"person {number % 40}" for number in range(150)]
 
 
 @pytest.fixture(scope="module")
-def _ray(endpoint: str) -> Iterator[None]:
-    """Start Ray on this machine with two worker processes that can reach the object storage."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray  # noqa: PLC0415 - Ray reads its settings at import
+def _ray(ray_head: RayHead) -> Iterator[None]:
+    """Connect to the cluster, with the settings of a run."""
+    from enrich.cluster.connection import RAY_ENVIRONMENT  # noqa: PLC0415 - as below
 
-    with patch.dict(os.environ, storage_environ(endpoint)):
-        ray.init(
-            "local",
-            num_cpus=2,
-            include_dashboard=False,
-            log_to_driver=False,
-            configure_logging=False,
-            object_store_memory=100 << 20,
-        )
+    with patch.dict(os.environ, RAY_ENVIRONMENT):
+        import ray  # noqa: PLC0415 - Ray reads its settings at import
+
+        ray.init(ray_head.address, log_to_driver=False, configure_logging=False)
     yield
+    heartbeat_counter.cache_clear()
     ray.shutdown()
 
 
@@ -84,13 +80,15 @@ def _small_blocks(_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "ROWS_PER_PART", 25)
 
 
-def open_ledger_remotely(ledger_location: LedgerLocation, environ: dict[str, str], seen: Path | None = None) -> Ledger:
+def open_ledger_remotely(
+    ledger_location: LedgerLocation, environ: dict[str, str], seen: Path | None = None
+) -> Database:
     """Open a ledger in a Ray process that started before the server, and append its process id to `seen`."""
     os.environ.update(environ)
     if seen is not None:
         with seen.open("a") as file:
             file.write(f"{os.getpid()}\n")
-    return Ledger(ledger_location)
+    return Database(ledger_location)
 
 
 def write_input_files(folder: Path, kind: str = "parquet", names: Sequence[str] = NAMES) -> None:
@@ -119,11 +117,19 @@ def begin_enrollment(
     return SharedPass(load_job(folder / "job.yaml"), TEMPLATE, selection, opening)
 
 
+@cache
+def heartbeat_counter() -> Any:
+    """Start the counter that all steps share, as in a run."""
+    from enrich.cluster.heartbeats import new_heartbeat_counter  # noqa: PLC0415 - as above
+
+    return new_heartbeat_counter()
+
+
 def monitor_heartbeats(callbacks: ClusterCallbacks | None = None) -> Any:
     """Create the heartbeat monitor of a step."""
-    from enrich.cluster.presence import HeartbeatMonitor, Heartbeats, new_heartbeat_counter  # noqa: PLC0415 - as above
+    from enrich.cluster.heartbeats import HeartbeatMonitor, Heartbeats  # noqa: PLC0415 - as above
 
-    return HeartbeatMonitor(Heartbeats(new_heartbeat_counter()), callbacks or ClusterCallbacks())
+    return HeartbeatMonitor(Heartbeats(heartbeat_counter()), callbacks or ClusterCallbacks())
 
 
 def enroll_locally(rows: JobInput, ledger: CommittingLedger, selection: RequestSelection) -> tuple[int, Counter[str]]:
@@ -131,13 +137,13 @@ def enroll_locally(rows: JobInput, ledger: CommittingLedger, selection: RequestS
     of_rows: Counter[str] = Counter()
     height = 0
     with ledger.wrapped.transaction():
-        ledger.wrapped.begin_pass(selection)
+        enroll.begin_pass(ledger.wrapped)
         for batch in rows.batches(TEMPLATE):
-            ledger.wrapped.enroll(TEMPLATE.call, batch.requests())
+            enroll.enroll(ledger.wrapped, TEMPLATE.target, batch.requests(), selection)
             of_rows.update(status.value for status in batch.statuses if status is not None)
             height += batch.frame.height
-        ledger.wrapped.apply_limits()
-        ledger.wrapped.fill_queue()
+        enroll.apply_limits(ledger.wrapped, selection)
+        enroll.fill_queue(ledger.wrapped, selection)
     return height, of_rows
 
 
@@ -147,18 +153,18 @@ def enroll_blocks(
     """Enroll all rows on Ray; return the number of rows and the rows per status."""
     from enrich.cluster.engine import enroll_on_ray  # noqa: PLC0415 - as above
 
-    ledger.commit(Ledger.begin_pass, selection)
+    ledger.commit(enroll.begin_pass)
     found = enroll_on_ray(rows, begin_enrollment(folder, ledger, selection), monitor_heartbeats(), **options)
     with ledger.wrapped.transaction():
-        ledger.wrapped.apply_limits()
-        ledger.wrapped.fill_queue()
+        enroll.apply_limits(ledger.wrapped, selection)
+        enroll.fill_queue(ledger.wrapped, selection)
     return found
 
 
 def queued_requests(ledger: CommittingLedger) -> list[Any]:
     """Return the queued requests in queue order."""
     rows = ledger.query_all(
-        "SELECT fingerprint, params, state FROM requests WHERE position IS NOT NULL ORDER BY position"
+        "SELECT fingerprint, params, state FROM requests WHERE queue_position IS NOT NULL ORDER BY queue_position"
     )
     return [(bytes(row[0]), *row[1:]) for row in rows]
 
@@ -192,13 +198,20 @@ def test_enrollment_matches_single_process(
         found = enroll_blocks(tmp_path, rows, ledger, selection, on_progress=lambda so_far: result.append(so_far.rows))
         assert (found.rows, found.row_decisions) == (height, {Decision(name): count for name, count in of_rows.items()})
         assert found.requests == height - sum(of_rows.values())
-        assert sum(ledger.wrapped.decision_counts().values()) == sum(other.wrapped.decision_counts().values())
-        assert ledger.wrapped.decision_counts() == other.wrapped.decision_counts()
+        assert sum(enroll.decision_counts(ledger.wrapped).values()) == sum(
+            enroll.decision_counts(other.wrapped).values()
+        )
+        assert enroll.decision_counts(ledger.wrapped) == enroll.decision_counts(other.wrapped)
         assert queued_requests(ledger) == queued_requests(other) != []
         assert result == sorted(result)
         assert result[-1] == 150
         processes = (tmp_path / "seen").read_text().splitlines()
         assert len(processes) == len(set(processes)), "each process opens the ledger once"
+
+
+def read_parts(folder: Path) -> list[list[str]]:
+    """Read the rows of a dataset's parts, in order; a file of another name describes its columns."""
+    return [row for part in sorted(folder.glob("part-*.parquet")) for row in read_table(part)[1:]]
 
 
 def test_collection_matches_single_process(tmp_path: Path, ledger: CommittingLedger) -> None:
@@ -223,9 +236,7 @@ def test_collection_matches_single_process(tmp_path: Path, ledger: CommittingLed
     assert counted.statuses[RowStatus.PENDING]
     parts = sorted((tmp_path / "out").glob("part-*.parquet"))
     assert len(parts) == len(result) == 6
-    assert [row for part in parts for row in read_table(part)[1:]] == read_table(
-        next((tmp_path / "one").glob("*.parquet"))
-    )[1:]
+    assert read_parts(tmp_path / "out") == read_parts(tmp_path / "one") != []
     assert {part.stat().st_mode & 0o777 for part in parts} == {0o600}
     assert sorted(path.name for path in tmp_path.glob(".*")) == []
 
@@ -296,10 +307,10 @@ def test_undividable_input_is_refused(tmp_path: Path, ledger: CommittingLedger) 
 
     write_input_files(tmp_path)
     for more in ("dedupe: false\n", "order_by: B\n"):
-        with pytest.raises(CommandRefused, match=r"can't be enrolled part by part: `(dedupe|order_by)"):
+        with pytest.raises(CommandRefused, match=r"cannot be read in parts: `(dedupe|order_by)"):
             enroll_blocks(tmp_path, open_rows(tmp_path, more), ledger, RequestSelection())
     rows = open_rows(tmp_path, "dedupe: false\n")
-    with pytest.raises(CommandRefused, match="can't be collected part by part: `dedupe"):
+    with pytest.raises(CommandRefused, match="cannot be written in parts: `dedupe"):
         collect_on_ray(
             rows, begin_enrollment(tmp_path, ledger, RequestSelection()), tmp_path / "out", monitor_heartbeats()
         )
@@ -364,7 +375,7 @@ def test_lost_block_is_retried(tmp_path: Path) -> None:
 
 def kill_process(rows: JobInput) -> int:
     """Kill this process, as the system does when memory runs out."""
-    if rows.first_position < 50:
+    if not rows.first_position:
         os.kill(os.getpid(), signal.SIGKILL)
     return rows.first_position
 
@@ -375,8 +386,9 @@ def test_repeatedly_lost_block_fails(tmp_path: Path) -> None:
 
     write_input_files(tmp_path)
     rows, watch = open_rows(tmp_path), monitor_heartbeats()
-    with pytest.raises(ClusterFailed, match=r"0\.parquet from row (1|26) on was lost 4 times"):
+    with pytest.raises(ClusterFailed, match="a task of the cluster was lost 4 times") as caught:
         list(map_blocks(rows, split_input(rows, watch), kill_process, watch))
+    assert caught.value.hint == "has each machine memory enough?"
 
 
 @pytest.fixture
@@ -390,43 +402,46 @@ def _full_cluster(_ray: None) -> Iterator[None]:
     ray.util.remove_placement_group(held)
 
 
-@pytest.mark.parametrize("kind", ["parquet", "csv"])
-@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(("kind", "late"), [("parquet", False), ("csv", True)])  # CSV files are counted first
 @pytest.mark.usefixtures("_full_cluster")
 def test_full_cluster_times_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, *, late: bool) -> None:
     """A full cluster is reported soon and times out, at once when the run is over time: it may stay full for hours."""
-    from enrich.cluster import presence  # noqa: PLC0415 - as above
+    from enrich.cluster import heartbeats  # noqa: PLC0415 - as above
     from enrich.cluster.blocks import map_blocks, split_input  # noqa: PLC0415 - likewise
 
-    monkeypatch.setattr(presence, "WARN_AFTER_S", 1.0)
-    monkeypatch.setattr(presence, "CAPACITY_TIMEOUT_S", 60.0 if late else 3.0)
+    monkeypatch.setattr(heartbeats, "WARN_AFTER_S", 1.0)
+    monkeypatch.setattr(heartbeats, "CAPACITY_TIMEOUT_S", 60.0 if late else 3.0)
     write_input_files(tmp_path, kind)
     result: list[str] = []
     rows, watch = (
         open_rows(tmp_path),
         monitor_heartbeats(ClusterCallbacks(on_message=result.append, is_aborting=lambda: late)),
     )
-    with pytest.raises(ClusterFailed, match=f"nobody in the cluster was at work for {1 if late else 3} s"):
+    with pytest.raises(ClusterFailed, match=f"no task of the cluster ran for {1 if late else 3} s"):
         list(map_blocks(rows, split_input(rows, watch), partial(wait_in_block, tmp_path / "flag"), watch))
     assert len(result) == 1
-    assert result[0].startswith("the cluster has no room for the input: waiting")
+    assert result[0].startswith("the cluster has no free capacity: waiting")
 
 
-@pytest.mark.parametrize("kind", ["parquet", "csv"])
-def test_slow_block_is_awaited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_slow_block_is_awaited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A slow block is awaited however long it takes, even when the run is over time."""
-    from enrich.cluster import presence  # noqa: PLC0415 - as above
+    from enrich.cluster import heartbeats  # noqa: PLC0415 - as above
     from enrich.cluster.blocks import map_blocks, split_input  # noqa: PLC0415 - likewise
 
-    monkeypatch.setattr(presence, "WARN_AFTER_S", 15.0)
-    write_input_files(tmp_path, kind)
-    rows, watch = open_rows(tmp_path), monitor_heartbeats(ClusterCallbacks(is_aborting=lambda: True))
-    assert sorted(map_blocks(rows, split_input(rows, watch), process_slowly, watch))
+    monkeypatch.setattr(heartbeats, "WARN_AFTER_S", 10.0)
+    write_input_files(tmp_path)
+    flag = tmp_path / "begun"
+    rows, watch = open_rows(tmp_path), monitor_heartbeats(ClusterCallbacks(is_aborting=flag.exists))
+    found = map_blocks(rows, split_input(rows, watch), partial(process_slowly, flag), watch)
+    assert sorted(found) == list(range(0, 150, 25))
 
 
-def process_slowly(rows: JobInput) -> int:
-    """Take 18 s for every block but the first."""
-    time.sleep(0 if rows.first_position else 18)
+def process_slowly(flag: Path, rows: JobInput) -> int:
+    """Take longer for the first block than no block may be at work; touch `flag` when it has begun."""
+    if not rows.first_position:
+        time.sleep(1)  # the first heartbeat arrives
+        flag.touch()
+        time.sleep(14)
     return rows.first_position
 
 
@@ -484,7 +499,7 @@ def test_enrollment_survives_database_restart(
 
     from enrich.cluster.engine import enroll_on_ray  # noqa: PLC0415 - as above
 
-    ledger.commit(Ledger.begin_pass, RequestSelection())
+    ledger.commit(enroll.begin_pass)
     found = enroll_on_ray(
         rows,
         begin_enrollment(tmp_path, ledger, RequestSelection(), own_postgres.environ),
@@ -531,52 +546,37 @@ CELLS: dict[str, Any] = {
 
 
 def test_column_types_survive_blocks(tmp_path: Path) -> None:
-    """Column types survive the way through blocks, whatever type Arrow gives them."""
-    from enrich.cluster.blocks import PartSource, from_block, read_group, to_block  # noqa: PLC0415 - as above
-    from enrich.files.values import json_column  # noqa: PLC0415 - likewise
+    """A block has the columns of the file, with their types."""
+    from enrich.cluster.blocks import read_blocks  # noqa: PLC0415 - as above
 
     frame = pl.DataFrame(CELLS).with_columns(
         pl.Series("kind", ["x", None, "y"], pl.Enum(["x", "y"])),
         pl.Series("sort", ["x", None, "y"], pl.Categorical()),
         pl.Series("short", [0.1, None, 2.5], pl.Float32()),
         pl.Series("huge", [2**100, None, -1], pl.Int128()),
-        json_column(["1.0", None, "[1,2]"]).alias("json"),
     )
-    schema = dict(frame.schema)
-    ((first, back),) = from_block(to_block(7, frame), schema)
-    assert first == 7
-    assert back.equals(frame)
-    assert back.schema == frame.schema
-    frame.drop("json").write_parquet(tmp_path / "leads.parquet")
+    frame.write_parquet(tmp_path / "leads.parquet")
     (tmp_path / "job.yaml").write_text(JOB.replace("leads/", "leads.parquet").replace("a: A", "a: text"))
     rows = JobInput(load_job(tmp_path / "job.yaml"))
-    import ray  # noqa: PLC0415 - as above
-
-    heartbeats = monitor_heartbeats().heartbeats
-    dataset = ray.data.read_datasource(PartSource(rows.parts(), rows.input_schema, heartbeats), override_num_blocks=1)
-    block = ray.get(next(iter(dataset.iter_internal_ref_bundles())).block_refs[0])
-    ((_, back),) = from_block(block, rows.all_columns)
-    assert back.equals(frame.drop("json"))
-    assert next(read_group((rows.parts()[0],), rows.input_schema, heartbeats)).num_rows == 3
+    ((first, back),) = read_blocks(tuple(rows.parts()), rows.input_schema)
+    assert first == 0
+    assert back.equals(frame)
+    assert dict(back.schema) == rows.input_schema.all_columns
 
 
-def test_merged_blocks_are_split() -> None:
-    """A merged block is split into its runs of consecutive rows, each with its own position."""
-    import pyarrow as pa  # noqa: PLC0415 - installed with Ray
+@pytest.mark.parametrize(("block_bytes", "expected"), [(1, [(25, 25), (50, 25), (75, 25)]), (1 << 20, [(25, 75)])])
+def test_blocks_join_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int, expected: list[tuple[int, int]]
+) -> None:
+    """Consecutive parts are read as one block up to its size; each block has the position of its first row."""
+    from enrich.cluster import blocks  # noqa: PLC0415 - as above
 
-    from enrich.cluster.blocks import error_block, from_block, to_block  # noqa: PLC0415 - as above
-
-    schema = {"A": pl.String()}
-    blocks = [to_block(first, pl.DataFrame({"A": [f"{first}", "x"]})) for first in (4, 6, 2)]
-    found = [(first, frame["A"].to_list()) for first, frame in from_block(pa.concat_tables(blocks), schema)]
-    assert found == [(4, ["4", "x", "6", "x"]), (2, ["2", "x"])]
-    assert list(from_block(to_block(0, pl.DataFrame(schema=schema)), schema)) == []
-    mixed = pa.concat_tables(
-        [*blocks, error_block(CommandRefused("the file is gone", "look"))], promote_options="default"
-    )
-    with pytest.raises(CommandRefused, match="the file is gone") as caught:
-        list(from_block(mixed, schema))
-    assert caught.value.hint == "look"
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", block_bytes)
+    write_input_files(tmp_path)
+    rows = open_rows(tmp_path)
+    found = list(blocks.read_blocks(tuple(rows.parts()[1:4]), rows.input_schema))
+    assert [(first, frame.height) for first, frame in found] == expected
+    assert [name for _, frame in found for name in frame["A"]] == NAMES[25:100]
 
 
 def test_errors_can_be_pickled() -> None:
@@ -584,36 +584,3 @@ def test_errors_can_be_pickled() -> None:
     for error in (CommandRefused("a", "b"), JobError("a"), LedgerFailed("a", "b")):
         back = pickle.loads(pickle.dumps(error))  # noqa: S301 - pickled two lines above
         assert (type(back), back.message, back.hint) == (type(error), error.message, error.hint)
-
-
-QUIET_SCRIPT = """
-import os
-os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-from functools import partial
-from pathlib import Path
-from enrich.cluster.connection import connect_ray
-from enrich.cluster.engine import enroll_on_ray
-from enrich.cluster.blocks import SharedPass
-from enrich.models import RequestSelection
-from enrich.ledger.ledger import Ledger
-from tests.cluster.test_blocks import TEMPLATE, monitor_heartbeats, open_ledger_remotely, open_rows
-from enrich.job.job import load_job
-import sys
-
-folder = Path(sys.argv[1])
-rows = open_rows(folder)
-Ledger(folder / "quiet.db").close()
-with connect_ray(None):
-    open_ledger = partial(open_ledger_remotely, folder / "quiet.db", {})
-    taken = SharedPass(load_job(folder / "job.yaml"), TEMPLATE, RequestSelection(), open_ledger)
-    assert enroll_on_ray(rows, taken, monitor_heartbeats()).rows == 150
-"""
-
-
-def test_no_terminal_output(tmp_path: Path) -> None:
-    """Ray shows no progress bar and no log line: a successful run is silent."""
-    write_input_files(tmp_path)
-    result = subprocess.run(
-        [sys.executable, "-c", QUIET_SCRIPT, str(tmp_path)], capture_output=True, text=True, check=False, timeout=100
-    )
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

@@ -8,9 +8,10 @@ import pytest
 
 from tests.support.cluster_torture import ClusterTortureReport, run_torture
 from tests.support.postgres import PostgresServer
+from tests.support.ray_head import start_ray_head
 
 SHORT_INJECTIONS = {
-    "workers killed": 4,
+    "workers killed": 2,
     "workers stopped for longer than a lease": 1,
     "restarts of the server": 1,
     "crashes of the server": 1,
@@ -32,4 +33,8 @@ def assert_promises_kept(report: ClusterTortureReport) -> None:
 @pytest.mark.timeout(600)
 def test_nothing_is_paid_twice_or_lost(tmp_path: Path, own_postgres: PostgresServer) -> None:
     """No request is paid twice or lost while Ray actors are killed or suspended and the server restarts and crashes."""
-    assert_promises_kept(run_torture(tmp_path, own_postgres, rows=150, workers=3, injections=SHORT_INJECTIONS, seed=5))
+    with start_ray_head(own_postgres.environ) as head:
+        report = run_torture(
+            tmp_path, own_postgres, rows=150, workers=3, injections=SHORT_INJECTIONS, seed=5, head=head
+        )
+    assert_promises_kept(report)

@@ -8,18 +8,62 @@ from pathlib import Path
 
 import pytest
 
-from enrich.databar.waterfall import Waterfall, waterfall_changes
+from enrich.databar.description import description_changes
+from enrich.databar.waterfall import Waterfall
+from enrich.ledger import bindings
 from enrich.sandbox.catalogue import WATERFALLS
+from tests.support.ledger import CALL
 from tests.support.workspace import JOB, SandboxApi, Workspace, make_leads
 
 
 def test_valid_job_output(workspace: Workspace) -> None:
     """Reports the rows, the requests to send and the source of the waterfall's description."""
-    workspace.write_leads([*make_leads(3), ["", "", "", "", ""]])
+    workspace.write_leads([*make_leads(4), ["Ada", "Byron", "", "", ""]])
     result = workspace.run_in_process("check", "job.yaml")
     assert (result.exit_code, result.stderr) == (0, "")
-    message = "ok: job: 4 rows, 3 can be asked, email_getter as known from the documentation of 2026-11\n"
-    assert result.stdout == message
+    assert result.stdout == (
+        "ok: job: 5 leads, 4 can be sent, email_getter as described by the documentation of 2026-11\n"
+        "  first_name ← First Name   5 of 5 filled\n"
+        "  last_name ← Last Name   5 of 5 filled\n"
+        "  company ← Website (domain), Email (domain)   4 of 5 filled   e.g. company0.example\n"
+    )
+
+
+def test_few_sendable_rows_are_a_warning(workspace: Workspace, api: SandboxApi) -> None:
+    """Below 80 % it warns, by param, and the exit code stays 0; rows that the job leaves out don't count."""
+    rows = [*make_leads(7), ["Ada", "Byron", "", "", ""], ["", "Byron", "a.example", "", ""], ["", "B", "", "", ""]]
+    workspace.write_leads([*rows, *([["", "", "", "", "no"]] * 20)])
+    workspace.write_job(where="Note <> 'no'", params="{first_name: First Name, last_name: Last Name, company: Website}")
+
+    result = workspace.run_in_process("check", "job.yaml")
+
+    assert result.exit_code == 0
+    warning = "only 7 of 10 leads (70%) can be sent: first_name is missing in 2, company is missing in 2"
+    assert result.stderr == f"warning: {warning}\n"
+    params = workspace.run_in_process("check", "job.yaml", "--json").json_output["params"]
+    assert params["company"] == {"filled": 8, "missing": 2}
+    planned = workspace.run_in_process("plan", "job.yaml", api=api)
+    assert planned.exit_code == 0
+    assert "\nSkipped: 3 leads (first_name blank 2, company 1)\n" in planned.stdout
+    assert workspace.run_in_process("plan", "job.yaml", "--json", api=api).json_output["missing"] == {
+        "first_name": 2,
+        "company": 2,
+    }
+
+
+def test_param_from_a_status_column(workspace: Workspace, api: SandboxApi) -> None:
+    """A param may read a status column of an earlier output, although the new output replaces that column."""
+    workspace.write_leads(make_leads(3))
+    workspace.run_in_process("run", "job.yaml", api=api)
+    (workspace.folder / "out.csv").rename(workspace.folder / "leads.csv")
+    workspace.write_job(
+        params="{first_name: First Name, last_name: Last Name, company: enrich_provider}",
+        columns="{again: email}",
+    )
+
+    for command in ("check", "plan"):
+        result = workspace.run_in_process(command, "job.yaml", api=api)
+        assert (result.exit_code, "Traceback" in result.stderr) == (0, False), result.stderr
 
 
 def test_leaves_no_files(workspace: Workspace) -> None:
@@ -68,11 +112,11 @@ def test_all_problems_are_listed(workspace: Workspace) -> None:
 
 
 def test_missing_required_params(workspace: Workspace) -> None:
-    """Reports missing required params from the documentation when the ledger has no description."""
+    """Warns of missing required params by the documentation when the ledger has no description."""
     workspace.write_leads(make_leads(1))
     workspace.write_job(params="{first_name: First Name}")
     result = workspace.run_in_process("check", "job.yaml")
-    assert result.exit_code == 2
+    assert result.exit_code == 0
     assert "requires `last_name`" in result.stderr
     assert "requires `company`" in result.stderr
 
@@ -100,7 +144,7 @@ def test_ledger_waterfall_overrides_documentation(workspace: Workspace, api: San
     """After a run, uses the API's stored description instead of the documentation: an unknown param is an error."""
     workspace.write_leads(make_leads(1))
     assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
-    assert "as known from the API at the last run" in workspace.run_in_process("check", "job.yaml", api=api).stdout
+    assert "as described by the API at the last run" in workspace.run_in_process("check", "job.yaml", api=api).stdout
 
     workspace.write_job(
         JOB.replace("columns:\n", "  linkedn: Note\ncolumns:\n"), email_verifier="99", enrichments="[7]"
@@ -135,7 +179,7 @@ def test_damaged_ledger_is_reported(workspace: Workspace, api: SandboxApi) -> No
     ("changed", "message", "code"),
     [
         ({"output": "leads.csv"}, "`output` and `input` are the same file", 2),
-        ({"output": "job.yaml.csv", "rejects": "job.yaml.csv"}, "written twice", 2),
+        ({"output": "job.yaml.csv", "rejects": "job.yaml.csv"}, "used twice", 2),
         ({"ledger": "out.csv"}, "`output` and `ledger` are the same file", 2),
         ({"output": "leads.csv/out.csv"}, "is no folder", 5),
         ({"notify": "nobody.txt"}, "`notify` cannot be read", 5),
@@ -188,7 +232,7 @@ def test_skipped_rows_are_counted(workspace: Workspace, api: SandboxApi) -> None
     workspace.write_leads([["", "", "", email, ""] for email in ("ada@engine.example", "none", "")])
     workspace.write_job(waterfall="person_getter", params="{email: Email}", columns="{found_name: last_name}")
     for _ in range(2):
-        assert "3 rows, 1 can be asked" in workspace.run_in_process("check", "job.yaml", api=api).stdout
+        assert "3 leads, 1 can be sent" in workspace.run_in_process("check", "job.yaml", api=api).stdout
         assert workspace.run_in_process("run", "job.yaml", "--json", api=api).json_output["invalid"] == 2
 
 
@@ -209,6 +253,8 @@ def test_json_is_one_object(workspace: Workspace) -> None:
         "job": "job",
         "rows": 1,
         "can_be_asked": 1,
+        "left_out": {},
+        "params": {name: {"filled": 1, "missing": 0} for name in ("first_name", "last_name", "company")},
         "waterfall": "email_getter",
         "described_by": "the documentation of 2026-11",
         "changes": [],
@@ -222,20 +268,20 @@ def test_json_is_one_object(workspace: Workspace) -> None:
 
 
 @pytest.mark.long
-def test_online_reports_waterfall_changes(workspace: Workspace, api: SandboxApi) -> None:
+def test_online_reports_description_changes(workspace: Workspace, api: SandboxApi) -> None:
     """Reports what has changed between the API's waterfall and the ledger's copy."""
     workspace.write_leads(make_leads(1))
     workspace.run_in_process("run", "job.yaml", api=api)
     same = workspace.run_in_process("check", "job.yaml", "--online", api=api)
     assert (same.exit_code, same.stderr) == (0, "")
-    assert "as known from the API now" in same.stdout
+    assert "as described by the API now" in same.stdout
 
-    from enrich.ledger.ledger import Ledger  # noqa: PLC0415
+    from enrich.ledger.database import Database  # noqa: PLC0415
 
-    ledger = Ledger(workspace.ledger_path)
-    described, providers = ledger.waterfall("email_getter") or ({}, None)
+    ledger = Database(workspace.ledger_path)
+    described, providers = bindings.load_description(ledger, CALL) or ({}, None)
     described["available_enrichments"][0]["price"] = 0.25
-    ledger.save_waterfall("email_getter", described, providers or [])
+    bindings.save_description(ledger, CALL, described, providers or [])
     ledger.close()
 
     changed = workspace.run_in_process("check", "job.yaml", "--online", api=api)
@@ -254,7 +300,7 @@ def test_waterfall_change_messages() -> None:
     """Describes changes of params, fields, providers, verifiers, prices and defaults."""
     before = WATERFALLS["email_getter"].to_json()
     now = WATERFALLS["email_getter"].to_json()
-    assert list(waterfall_changes(Waterfall.model_validate(before), Waterfall.model_validate(now))) == []
+    assert list(description_changes(Waterfall.model_validate(before), Waterfall.model_validate(now))) == []
     now["input_params"] = [*now["input_params"][1:3], {"name": "country", "required": True}]
     now["input_params"][0]["required"] = False
     now["output_fields"] = [{"name": "score"}]
@@ -268,7 +314,7 @@ def test_waterfall_change_messages() -> None:
     ]
     now["email_verifiers"] = now["email_verifiers"][:1]
 
-    result = list(waterfall_changes(Waterfall.model_validate(before), Waterfall.model_validate(now)))
+    result = list(description_changes(Waterfall.model_validate(before), Waterfall.model_validate(now)))
 
     assert result == [
         "param country: new, required",

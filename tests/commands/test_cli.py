@@ -17,7 +17,8 @@ import pytest
 from enrich import __version__
 from enrich.cli import cli
 from enrich.run.context import RunOptions
-from tests.support.workspace import SandboxApi, Workspace, make_leads, read_terminal, reset_signals, serve_api
+from tests.support.program import reset_signals
+from tests.support.workspace import SandboxApi, Workspace, make_leads, read_terminal, serve_api
 
 CONTEXT = click.Context(cli)
 COMMANDS = sorted(cli.list_commands(CONTEXT))
@@ -156,6 +157,7 @@ def test_waterfalls_with_a_wrong_key_is_exit_3(api: SandboxApi, workspace: Works
 # status
 
 
+@pytest.mark.long
 def test_status_shows_counts_and_runs(tmp_path: Path, workspace: Workspace) -> None:
     """Shows counts, credits, expiry times and past executions, under the names of the run summary."""
     workspace.write_leads(make_leads(12))
@@ -174,7 +176,7 @@ def test_status_shows_counts_and_runs(tmp_path: Path, workspace: Workspace) -> N
     assert [run["exit_code"] for run in status["executions"]] == [0, 13]
     text = workspace.run_in_process("status", "job.yaml")
     assert (text.exit_code, text.stderr) == (0, "")
-    for word in ("job: 12 requests", "found", "pending", "credits", "execution"):
+    for word in ("All runs: 12 requests", "found", "pending", "credits", "  run  started"):
         assert word in text.stdout
 
 
@@ -367,7 +369,7 @@ def test_missing_sandbox_extra(workspace: Workspace, arguments: list[str]) -> No
 
     assert result.returncode == 2
     assert result.stdout == ""
-    assert "pip install 'databar-enrich[sandbox]'" in result.stderr
+    assert "pip install 'FILE[sandbox]'" in result.stderr
     assert "Traceback" not in result.stderr
 
 
@@ -385,11 +387,11 @@ def test_first_run_asks_on_terminal(tmp_path: Path, workspace: Workspace) -> Non
         assert api.audit()["accepted"] == 5
 
     assert refused[0] == 5
-    assert "5 distinct requests: 5 would be sent" in refused[1]
-    assert "0.00 to 17.55 credits" in refused[1]
+    assert "5 requests to send · at most 17.55 credits · " in refused[1]
+    assert "Spend up to 17.55 credits on 5 leads? [y/N]" in refused[1]
+    assert refused[1].endswith("\nCancelled. Nothing sent.\n")
     assert agreed[0] == 0
-    assert "job: 5 rows, 5 distinct requests" in agreed[1]
-    summary = agreed[1][agreed[1].rindex("job: 5 rows") :]
+    summary = agreed[1][agreed[1].index("✓ ") :]
     assert max(map(len, summary.splitlines()[:-1])) <= 80
 
 
@@ -405,7 +407,7 @@ def _run_on_terminal(workspace: Workspace, api: SandboxApi, answer: str) -> tupl
         stdout=subprocess.PIPE,
     )
     os.close(terminal)
-    shown = read_terminal(controller, up_to=b"Go on?")
+    shown = read_terminal(controller, up_to=b"[y/N]")
     os.write(controller, answer.encode())
     shown += read_terminal(controller)
     os.close(controller)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from enrich.commands.init.column_kinds import COLUMN_KINDS
 from enrich.commands.init.column_matching import (
-    COLUMN_KINDS,
     Column,
     ColumnMatch,
     count_matched_params,
@@ -129,7 +129,13 @@ def test_company_by_name_is_uncertain() -> None:
     found = match_columns(["company"], describe_columns(Account=["A Ltd", "B Ltd"]))["company"]
     assert found is not None
     assert (found.columns, found.transform, found.confidence) == (("Account",), (), "a guess")
-    assert "no column holds the company's website" in found.reason
+    assert "no column has the company's website" in found.reason
+
+
+def test_free_mail_is_that_of_the_domain_transform() -> None:
+    """The addresses that `domain` leaves out are no company domains here, either; placeholders are blank."""
+    (column,) = describe_columns(Email=["ada@posteo.de", "GRACE@Proton.me", "alan@bombe.example", "N/A", "\u200b"])
+    assert (column.filled_count, column.free_mail_share) == (3, 2 / 3)
 
 
 @in_turn(

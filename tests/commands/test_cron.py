@@ -123,7 +123,7 @@ def test_systemd_escapes_any_path(one: str, other: str) -> None:
 def test_newline_in_path_is_refused(name: str) -> None:
     """Refuses a newline in a path, which would break the crontab line in two."""
     for write in (crontab_line, systemd_service):
-        with pytest.raises(JobError, match="fits in no crontab"):
+        with pytest.raises(JobError, match="cannot be used in a crontab"):
             write(make_plan(job=Path(f"/srv/{name}")))
 
 
@@ -159,7 +159,7 @@ def test_weekdays(text: str, days: tuple[int, ...]) -> None:
 @in_turn("text", ["", "m", "mon-", "1-5", "mond", "mon;tue"])
 def test_invalid_weekdays(text: str) -> None:
     """Refuses invalid weekdays and names the valid ones."""
-    with pytest.raises(ValueError, match="is no day"):
+    with pytest.raises(ValueError, match="is not a day"):
         parse_days(text)
 
 

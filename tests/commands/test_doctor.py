@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 
-from enrich.ledger.ledger import Ledger
+from enrich.ledger import transitions
+from enrich.ledger.database import Database
 from enrich.ledger.lock import lock_ledger
-from tests.support.workspace import AWAY, ProgramResult, SandboxApi, Workspace, make_leads, serve_api
+from tests.support.workspace import SHORT_STARTUP_TIMEOUT, ProgramResult, SandboxApi, Workspace, make_leads, serve_api
 
 
 @pytest.fixture
@@ -36,8 +38,9 @@ def run_doctor(
 
 
 def findings_with_mark(result: ProgramResult, mark: str) -> dict[str, str]:
-    """Return the findings with this mark: subject to message."""
-    lines = [line.split(maxsplit=2) for line in result.stdout.splitlines()]
+    """Return the findings with this mark: subject to message, with the remedy that is on the next line."""
+    text = re.sub(r"\n +→ ", " → ", result.stdout)
+    lines = [line.split(maxsplit=2) for line in text.splitlines()[:-1]]
     return {subject: message for found, subject, message in lines if found == mark}
 
 
@@ -47,7 +50,9 @@ def test_healthy_job(ready_workspace: Workspace, api: SandboxApi) -> None:
     result = run_doctor(ready_workspace, api)
 
     assert (result.exit_code, result.stderr) == (0, "")
-    assert {line.split()[0] for line in result.stdout.splitlines()} == {"ok"}
+    *lines, last = result.stdout.splitlines()
+    assert {line.split()[0] for line in lines} == {"ok"}
+    assert last == "No problems found"
     assert {"key", "api", "clock", "job", "ledger", "disk", "balance", "program"} <= findings_with_mark(
         result, "ok"
     ).keys()
@@ -72,9 +77,7 @@ def test_key_only_in_shell_environment(ready_workspace: Workspace, api: SandboxA
         "doctor", "job.yaml", "--env", f"HOME={ready_workspace.folder}", "--offline", api=api
     )
     assert result.exit_code == 3
-    assert (
-        "DATABAR_API_KEY is set in this shell only: cron will not have it" in findings_with_mark(result, "fail")["key"]
-    )
+    assert "DATABAR_API_KEY is set in this shell only, not in cron" in findings_with_mark(result, "fail")["key"]
     assert "DATABAR_BASE_URL is set in this shell only" in findings_with_mark(result, "warn")["api"]
     assert api.api_key not in result.stdout
 
@@ -131,7 +134,7 @@ def test_key_file_readable_by_others(ready_workspace: Workspace, api: SandboxApi
 def test_unreachable_api(ready_workspace: Workspace) -> None:
     """Exits with 4 when the API is unreachable."""
     unreachable_api = SandboxApi("http://127.0.0.1:9/v1", "key")
-    with patch("enrich.run.preflight.Timeouts", lambda: AWAY):
+    with patch("enrich.run.run_state.Timeouts", lambda: SHORT_STARTUP_TIMEOUT):
         result = run_doctor(ready_workspace, unreachable_api)
     assert result.exit_code == 4
     assert "unreachable" in findings_with_mark(result, "fail")["api"]
@@ -146,6 +149,15 @@ def test_invalid_job(ready_workspace: Workspace, api: SandboxApi) -> None:
     assert "key" in findings_with_mark(result, "ok")
 
 
+def test_cap_with_verifier(ready_workspace: Workspace, api: SandboxApi) -> None:
+    """A job with a cap and a verifier has a price, so its cap can be enforced."""
+    ready_workspace.write_job(email_verifier="10", limits="{max_credits: 500}")
+
+    result = run_doctor(ready_workspace, api)
+
+    assert (result.exit_code, findings_with_mark(result, "ok")["cap"]) == (0, "limits.max_credits is 500.00")
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("changed", "message", "code"),
@@ -155,7 +167,7 @@ def test_invalid_job(ready_workspace: Workspace, api: SandboxApi) -> None:
         ({"waterfall": "moon_getter"}, "no waterfall `moon_getter`", 2),
         ({"output": "leads.csv"}, "the same file", 2),
         ({"limits": "{min_balance: 1000000000}"}, "limits.min_balance", 5),
-        ({"limits": "{max_credits: 0.5}"}, "nothing would be asked", 12),
+        ({"limits": "{max_credits: 0.5}"}, "nothing would be sent", 12),
     ],
 )
 def test_predicts_exit_code_of_run(
@@ -176,7 +188,7 @@ def test_old_input_and_missing_cap(ready_workspace: Workspace, api: SandboxApi) 
     os.utime(ready_workspace.folder / "leads.csv", (three_days_ago, three_days_ago))
     result = run_doctor(ready_workspace, api)
     assert result.exit_code == 0
-    assert "is the export still running?" in findings_with_mark(result, "warn")["input"]
+    assert "check that the export still runs" in findings_with_mark(result, "warn")["input"]
     assert "max_credits is not set" in findings_with_mark(result, "warn")["cap"]
 
 
@@ -187,7 +199,7 @@ def test_run_in_progress(ready_workspace: Workspace, api: SandboxApi) -> None:
     with lock_ledger(ready_workspace.ledger_path, 0):
         result = run_doctor(ready_workspace, api)
     assert result.exit_code == 0
-    assert "a run holds the ledger now" in findings_with_mark(result, "warn")["lock"]
+    assert "a run is in progress" in findings_with_mark(result, "warn")["lock"]
 
 
 @pytest.mark.long
@@ -196,15 +208,15 @@ def test_unconfirmed_and_expiring_results(ready_workspace: Workspace, tmp_path: 
     with serve_api(tmp_path / "slow.db", latency="fixed(600)") as slow:
         (ready_workspace.folder / "key").write_text(slow.api_key, encoding="utf-8")
         ready_workspace.submit_without_collecting(slow)
-        ledger = Ledger(ready_workspace.ledger_path)
+        ledger = Database(ready_workspace.ledger_path)
         with ledger.transaction():
-            ledger.mark_in_doubt([(ledger.submitted_tasks()[0].attempts[0], "reset", 1, None)])
+            transitions.mark_in_doubt(ledger, [(transitions.submitted_tasks(ledger)[0].attempts[0], "reset", 1, None)])
         ledger.close()
         result = run_doctor(ready_workspace, slow, "--at", "23:59")
         ready_workspace.write_job(limits="{max_credits: 50}", policy="{result_ttl: 1s}")
         result_after_expiry = run_doctor(ready_workspace, slow)
-    assert "1 requests are in doubt" in findings_with_mark(result, "warn")["doubts"]
-    assert "2 paid requests wait at the API" in result.stdout
+    assert "1 request may have been charged" in findings_with_mark(result, "warn")["unconfirmed"]
+    assert "2 paid requests running at Databar" in result.stdout
     assert "2 expire before the next run" in findings_with_mark(result_after_expiry, "warn")["results"]
 
 
@@ -258,7 +270,7 @@ def test_json_is_one_object(ready_workspace: Workspace, api: SandboxApi) -> None
     assert output["findings"][0] == {
         "mark": "ok",
         "subject": "key",
-        "message": "cron will find it",
+        "message": "available to cron",
         "remedy": None,
     }
 
@@ -287,4 +299,4 @@ def test_as_subprocess_with_empty_environment(ready_workspace: Workspace, api: S
         "doctor", "job.yaml", "--env", f"HOME={ready_workspace.folder}", "--offline", api=api
     )
     assert result.exit_code == 3
-    assert "cron will not have it" in result.stdout
+    assert "set in this shell only, not in cron" in result.stdout

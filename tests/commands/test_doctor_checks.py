@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from enrich.commands.doctor import checks
-from enrich.commands.doctor.checks import Finding
+from enrich.commands.doctor.checks import Finding, format_findings
 from enrich.commands.doctor.system import (
     file_name_encoding,
     file_system_type,
@@ -24,7 +24,7 @@ from enrich.commands.doctor.system import (
     parse_env_lines,
     startup_error,
 )
-from enrich.exit_codes import ExitCode
+from enrich.ledger.execution_records import ExecutionRow
 from enrich.models import MICROS_PER_CREDIT
 from tests.support.cases import in_turn
 
@@ -189,7 +189,10 @@ def test_balance_findings(credits_: tuple[int | None, ...], last: list[int], mar
 )
 def test_cap_findings(cap: int | None, max_price: int, runs: list[tuple[int, int]], mark: str, code: int) -> None:
     """Warns about a cap below one request's price, below the last runs' spend, or missing."""
-    rows = [{"exit_code": ExitCode(exit_code), "spent": spent * MICROS_PER_CREDIT} for exit_code, spent in runs]
+    rows = [
+        ExecutionRow(1, "job", 0, 1, exit_code, None, 0, spent * MICROS_PER_CREDIT, 0, 0, None, None, None, None)
+        for exit_code, spent in runs
+    ]
     finding = only_finding(
         checks.check_cap(None if cap is None else cap * MICROS_PER_CREDIT, max_price * MICROS_PER_CREDIT, rows)
     )
@@ -202,8 +205,8 @@ def test_expiring_results_finding() -> None:
     submitted = [-30 * hour, -20 * hour, -1 * hour]
     finding = checks.check_expiring_results(submitted, 24 * hour, 0, 6 * hour)
     assert finding.mark == "warn"
-    assert "3 paid requests wait at the API, 2 expire" in finding.message
-    assert "1 of them should be gone already" in finding.message
+    assert "3 paid requests running at Databar, 2 expire" in finding.message
+    assert "1 of them have probably expired" in finding.message
     assert checks.check_expiring_results([-hour], 24 * hour, 0, 6 * hour).mark == "ok"
     assert checks.check_expiring_results([], 24 * hour, 0, 6 * hour).mark == "ok"
 
@@ -213,18 +216,18 @@ def test_old_input_finding() -> None:
     day = 86_400
     assert checks.check_input_age(0, day).mark == "ok"
     old = checks.check_input_age(0, 5 * day)
-    assert (old.mark, old.message, old.remedy) == ("warn", "did not change for 5 days", "is the export still running?")
+    assert (old.mark, old.message, old.remedy) == ("warn", "unchanged for 5 days", "check that the export still runs")
 
 
 @in_turn(
     ("name", "mark", "message"),
     [
         ("out.csv", "ok", "each run replaces"),
-        ("out-%Y-%m-%d.csv", "ok", "a file of its own"),
+        ("out-%Y-%m-%d.csv", "ok", "each day has its own file"),
         ("out-%H%M.csv", "ok", "each run replaces"),
-        ("out-%A.csv", "warn", "after 7 nights"),
-        ("out-%d.csv", "warn", "comes again after 30 nights"),
-        ("out-%m-%d.csv", "warn", "comes again after 365 nights"),
+        ("out-%A.csv", "warn", "after 7 days"),
+        ("out-%d.csv", "warn", "repeats after 30 days"),
+        ("out-%m-%d.csv", "warn", "repeats after 365 days"),
     ],
 )
 def test_repeating_output_names_finding(name: str, mark: str, message: str) -> None:
@@ -240,7 +243,7 @@ def test_output_name_clash_finding() -> None:
         lambda now: Path(now.strftime("leads-%d.csv")), NOW, {Path("leads-30.csv"): "the input"}
     )
     assert (finding.mark, finding.exit_code) == ("fail", 2)
-    assert "in 7 nights" in finding.message
+    assert "in 7 days" in finding.message
 
 
 @in_turn(("free", "mark"), [(99, "fail"), (100, "warn"), (149, "warn"), (150, "ok")])
@@ -256,6 +259,15 @@ def test_next_run_time() -> None:
     assert checks.next_run_time(NOW, 20, 0) == NOW + timedelta(days=1)
 
 
-def test_a_finding_is_one_line() -> None:
-    """Prints a finding on one line whatever its message contains."""
-    assert str(Finding("warn", "job", "a\nb", "c")) == "warn  job       a b -> c"
+def test_findings_are_sorted() -> None:
+    """Prints failures, then warnings, then the rest, each on one line with its remedy below, and their number."""
+    findings = [Finding("ok", "api", "reached"), Finding("warn", "job", "a\nb", "c\nd"), Finding("fail", "key", "none")]
+
+    assert list(format_findings(findings)) == [
+        "fail  key          none",
+        "warn  job          a b",
+        "                   → c d",
+        "ok    api          reached",
+        "1 failure, 1 warning",
+    ]
+    assert list(format_findings(findings[:1])) == ["ok    api          reached", "No problems found"]

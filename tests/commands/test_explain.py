@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from enrich.commands.explain import describe_next_step
+from enrich.commands.explain_history import describe_next_step
 from enrich.job.spec import Policy, Refresh
 from enrich.ledger.lock import lock_ledger
 from enrich.models import State
@@ -55,6 +55,7 @@ def only_row(explanation: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.long
 def test_explain_matches_output(tmp_path: Path, workspace: Workspace) -> None:
     """For found, missed and failed rows: status, provider, price, task, time and answer equal the output."""
     workspace.write_leads(make_leads(30))
@@ -91,11 +92,11 @@ def test_explain_text(api: SandboxApi, workspace: Workspace) -> None:
 
     assert text.startswith(f"row {number}: found\n")
     assert f"company{number - 1}.example'  from Website: 'https://www.company{number - 1}.example/about'" in text
-    for word in ("intent written", "credits reserved at most", f"accepted as task {output['enrich_task_id']}"):
+    for word in ("recorded, at most", "credits reserved", f"accepted as task {output['enrich_task_id']}"):
         assert word in text
     assert f"{float(output['enrich_credits']):,.2f} credits, by {output['enrich_provider']}" in text
     assert f"email: {output['work_email']}" in text
-    assert "stays as it is: the job has no policy.refresh for found" in text
+    assert "final: the job has no policy.refresh for found" in text
 
 
 @pytest.mark.long
@@ -115,13 +116,13 @@ def test_skipped_and_filtered_rows(api: SandboxApi, workspace: Workspace) -> Non
     result = [only_row(explain_json(workspace, "--row", str(number))) for number in (1, 2, 3, 4)]
 
     assert [row["status"] for row in result[:3]] == ["invalid", "filtered", "filtered"]
-    assert result[0]["why"] == "last_name is empty (Last Name)"
+    assert result[0]["why"] == "last_name blank (Last Name)"
     assert result[1]["why"] == "only_if_empty: Email has a value"
     assert result[2]["why"] == "where: Note <> 'out'"
     assert [row["request"] for row in result[:3]] == [None, None, None]
     assert result[3]["request"] is not None
     assert "row 2: filtered, only_if_empty: Email has a value" in explain_text(workspace, "--row", "2")
-    assert "first_name  not asked  from First Name: 'Ada'" in explain_text(workspace, "--row", "1")
+    assert "first_name  not sent  from First Name: 'Ada'" in explain_text(workspace, "--row", "1")
 
 
 def test_duplicate_rows(api: SandboxApi, workspace: Workspace) -> None:
@@ -135,7 +136,7 @@ def test_duplicate_rows(api: SandboxApi, workspace: Workspace) -> None:
     assert [(row["row"], row["shared_with"]) for row in result["rows"]] == [(1, [3, 4]), (3, [1, 4]), (4, [1, 3])]
     assert (result["matches"], result["gone"]) == (3, [])
     assert len({row["fingerprint"] for row in result["rows"]}) == 1
-    assert "the same is asked by row 1, 4; paid once" in explain_text(workspace, "--row", "3")
+    assert "same request as row 1, 4, charged once" in explain_text(workspace, "--row", "3")
 
 
 @pytest.mark.long
@@ -167,7 +168,7 @@ def test_job_without_runs(workspace: Workspace) -> None:
 
     text = explain_text(workspace, "--row", "2")
 
-    assert "job has never run: nothing was ever asked" in text
+    assert "job has never run (" in text
     assert "row 2: pending" in text
     assert not workspace.ledger_path.parent.exists()
 
@@ -179,7 +180,7 @@ def test_row_added_since_last_run(api: SandboxApi, workspace: Workspace) -> None
     workspace.run_job(api)
     workspace.write_leads(make_leads(2))
 
-    assert "never asked so far; the next run asks" in explain_text(workspace, "--row", "2")
+    assert "not sent yet; the next run sends it" in explain_text(workspace, "--row", "2")
 
 
 @pytest.mark.long
@@ -195,7 +196,7 @@ def test_in_doubt_options(api: SandboxApi, workspace: Workspace) -> None:
     assert "--accept in_doubt" in row["request"]["outlook"]
     (first_attempt,) = row["request"]["attempts"]
     assert (first_attempt["task_id"], first_attempt["credits"]) == (None, None)
-    assert "price not known" in explain_text(workspace, "--row", "1")
+    assert "price unknown" in explain_text(workspace, "--row", "1")
 
     workspace.run_job(api, RunOptions(retry=frozenset({State.IN_DOUBT})))
     attempts = only_row(explain_json(workspace, "--row", "1"))["request"]["attempts"]
@@ -209,13 +210,13 @@ def test_accepted_in_doubt(api: SandboxApi, workspace: Workspace) -> None:
     workspace.write_leads(make_leads(1))
     api.inject_fault("no-task-id")
     workspace.run_job(api)
-    workspace.run_job(api, RunOptions(accept_doubts=True))
+    workspace.run_job(api, RunOptions(accept_in_doubt=True))
 
     row = only_row(explain_json(workspace, "--row", "1"))
 
     assert row["status"] == "failed"
     assert row["request"]["attempts"][0]["state"] == "in_doubt"
-    assert "taken for lost by --accept in_doubt" in row["request"]["outlook"]
+    assert "marked as failed by --accept in_doubt" in row["request"]["outlook"]
 
 
 @pytest.mark.long
@@ -233,7 +234,7 @@ def test_refreshed_lead_has_all_attempts(tmp_path: Path, workspace: Workspace) -
 
     assert [attempt["execution"] for attempt in row["request"]["attempts"]] == [1, 2, 3]
     assert {attempt["state"] for attempt in row["request"]["attempts"]} == {"found"}
-    assert row["request"]["outlook"].startswith("would be asked again on ")
+    assert row["request"]["outlook"].startswith("sent again on ")
     assert row["request"]["outlook"].endswith("by policy.refresh (found: 90d)")
 
 
@@ -269,8 +270,8 @@ def test_lead_no_longer_in_input(api: SandboxApi, workspace: Workspace) -> None:
         assert removed["params"]["last_name"] == "Last0"
         assert len(removed["attempts"]) == 1
     text = explain_text(workspace, "--match", "First Name=first0")
-    assert "no row of" in text
-    assert "not in the input any more, but in the ledger:" in text
+    assert "No row of" in text
+    assert "No longer in the input, but in the ledger:" in text
     assert explain_json(workspace, "--match", "First Name=First1")["gone"] == []
     assert explain_json(workspace, "--match", "Note=note 0")["gone"] == []
 
@@ -288,7 +289,7 @@ def test_requests_with_other_providers(api: SandboxApi, workspace: Workspace) ->
     assert row["request"]["enrichments"] == [833]
     (other,) = row["other_questions"]
     assert len(other["enrichments"]) > 1
-    assert "also asked as another question" in explain_text(workspace, "--row", "1")
+    assert "other request for this lead" in explain_text(workspace, "--row", "1")
 
 
 @pytest.mark.long
@@ -303,14 +304,14 @@ def test_explain_during_run(tmp_path: Path, workspace: Workspace) -> None:
         kill_process(process)
 
     assert text.startswith("row 1: pending\n")
-    assert "waits at the API, which keeps the result until about " in text
+    assert "running at Databar; the result is kept until about " in text
 
 
 @pytest.mark.parametrize(
     ("selection", "code", "message"),
     [
-        ([], 2, "--row N or --match"),
-        (["--row", "1", "--match", "Note=x"], 2, "--row N or --match"),
+        ([], 2, "--row ROW or --match"),
+        (["--row", "1", "--match", "Note=x"], 2, "--row ROW or --match"),
         (["--row", "0"], 2, "--row"),
         (["--row", "3"], 2, "the input has 2 rows"),
         (["--match", "Email"], 2, "COLUMN=VALUE"),
@@ -354,12 +355,12 @@ def test_takes_no_lock_and_changes_nothing(api: SandboxApi, workspace: Workspace
 @in_turn(
     ("state", "running", "message"),
     [
-        (State.PENDING, None, "asked by the next run"),
-        (State.SUBMITTING, True, "right now"),
-        (State.SUBMITTING, False, "the next run puts it in doubt"),
-        (State.SUBMITTING, None, "or was when the program ended"),
-        (State.FAILED, None, "only by --retry failed"),
-        (State.EXPIRED, None, "only by --retry expired"),
+        (State.PENDING, None, "the next run with this lead sends it"),
+        (State.SUBMITTING, True, "being sent now"),
+        (State.SUBMITTING, False, "the next run marks it as unconfirmed"),
+        (State.SUBMITTING, None, "being sent, or interrupted"),
+        (State.FAILED, None, "only with --retry failed"),
+        (State.EXPIRED, None, "only with --retry expired"),
         (State.FOUND, None, "no policy.refresh for found"),
     ],
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from enrich.ledger import queries
 from enrich.ledger.verify import check_ledger
 from tests.support.workspace import BOTH_BACKENDS_SERVER_LONG, FILE_ONLY, SandboxApi, Workspace, make_leads, serve_api
 
@@ -85,13 +86,13 @@ def test_open_reader_delays_erasure(workspace: Workspace, monkeypatch: pytest.Mo
     with closing(workspace.open_ledger()) as report, report.snapshot(), monkeypatch.context() as patch:
         patch.setattr("enrich.ledger.sqlite.BUSY_TIMEOUT_S", 0.1)
         patch.setattr("enrich.ledger.postgres.VACUUM_TIMEOUT_S", 0.1)
-        assert report.state_counts()
+        assert queries.state_counts(report)
         refused = workspace.run_in_process(*command)
     kept = workspace.server_url is not None or b"First1" in ledger_bytes(workspace)  # not seen in a server's tables
     second = workspace.run_in_process(*command)
 
     assert (refused.exit_code, kept, second.exit_code) == (5, True, 0)
-    assert "is being read" in refused.stderr
+    assert "is in use by another command" in refused.stderr
     assert b"First1" not in ledger_bytes(workspace)
 
 
@@ -105,7 +106,7 @@ def test_forgotten_lead_is_not_sent_again(workspace: Workspace, api: SandboxApi)
 
     assert (result.exit_code, result.json_output["submitted"], result.json_output["filtered"]) == (0, 2, 2)
     rows = workspace.read_output()
-    assert [row["enrich_error"] for row in (rows[1], rows[4])] == ["forgotten at the person's wish"] * 2
+    assert [row["enrich_error"] for row in (rows[1], rows[4])] == ["erased by `enrich forget`"] * 2
     assert rows[1]["work_email"] == rows[4]["work_email"] == ""
     audit = api.audit()
     assert audit["accepted"] == 5
@@ -157,7 +158,7 @@ def test_open_request_is_not_forgotten(tmp_path: Path) -> None:
     with serve_api(tmp_path / "api.db", latency="fixed(600)") as api:
         workspace.submit_without_collecting(api)
         result = workspace.run_in_process("forget", "job.yaml", "--match", "First Name=First1", "--yes")
-    assert (result.exit_code, "wait at the API" in result.stderr) == (5, True)
+    assert (result.exit_code, "still running at Databar" in result.stderr) == (5, True)
 
 
 @pytest.mark.long

@@ -21,7 +21,7 @@ from enrich.files.text import TableFile
 from enrich.job.job import load_job
 from enrich.job.spec import json_schema
 from tests.support.cases import examples, first_quick
-from tests.support.workspace import AWAY, SandboxApi, Workspace, make_leads
+from tests.support.workspace import SHORT_STARTUP_TIMEOUT, SandboxApi, Workspace, make_leads
 
 LEADS = Path(__file__).parents[2] / "sample_data" / "leads.csv"
 
@@ -40,9 +40,10 @@ def test_init_check_run_with_sample(sample_workspace: Workspace) -> None:
     checked = sample_workspace.run_in_process("check", "leads.yaml", "--sandbox")
     ran = sample_workspace.run_in_process("run", "leads.yaml", "--sandbox", "--limit", "3", "--json")
 
-    assert (made.exit_code, made.stdout, made.stderr) == (0, "", "")
+    assert (made.exit_code, made.stdout) == (0, "")
+    assert made.stderr == "Written: leads.yaml. Read it, then: enrich check leads.yaml\n"
     assert checked.exit_code == 0
-    assert checked.stdout.startswith("ok: leads: 263 rows, 243 can be asked")
+    assert checked.stdout.startswith("ok: leads: 263 leads, 243 can be sent")
     assert (ran.exit_code, ran.json_output["submitted"], ran.json_output["failed"]) == (0, 3, 0)
     assert (sample_workspace.folder / "leads.yaml").stat().st_mode & 0o777 == 0o600
 
@@ -96,10 +97,10 @@ def test_param_without_column(workspace: Workspace) -> None:
     checked = workspace.run_in_process("check", "leads.yaml")
 
     assert made.exit_code == 0
-    assert "REQUIRED: no column looks like it" in (workspace.folder / "leads.yaml").read_text(encoding="utf-8")
+    assert "REQUIRED: no matching column" in (workspace.folder / "leads.yaml").read_text(encoding="utf-8")
     assert checked.exit_code == 2
-    assert re.search(r"leads.yaml:\d+: params.company: is still to be filled in", checked.stderr)
-    assert "put the name of the column there" in checked.stderr
+    assert re.search(r"leads.yaml:\d+: params.company: no column is set", checked.stderr)
+    assert "write the name of the column" in checked.stderr
 
 
 def test_existing_file_needs_force(sample_workspace: Workspace) -> None:
@@ -113,6 +114,27 @@ def test_existing_file_needs_force(sample_workspace: Workspace) -> None:
     assert (sample_workspace.folder / "leads.yaml").read_text(encoding="utf-8") == "mine"
     assert sample_workspace.run_in_process(*command, "--force").exit_code == 0
     assert load_job(sample_workspace.folder / "leads.yaml").model.waterfall == "email_getter"
+
+
+def test_force_replaces_only_job_files(sample_workspace: Workspace) -> None:
+    """Keeps leads, ledgers, locks, reports and outputs even with `--force`; replaces a job file of any name."""
+    folder = sample_workspace.folder
+    others = {
+        "leads.csv": (folder / "leads.csv").read_bytes(),
+        "job.db": b"SQLite format 3\0version:",
+        "job.db.lock": b"",
+        "out.csv": b"version,input\n1,2\n",
+        "job.yaml.gz": b"\x1f\x8b\x08",
+    }
+    command = ("init", "leads.csv", "--waterfall", "email_getter", "--offline", "--force", "-o")
+    for name, content in others.items():
+        (folder / name).write_bytes(content)
+        result = sample_workspace.run_in_process(*command, name)
+        assert (result.exit_code, "is not a job file" in result.stderr) == (2, True), result.stderr
+        assert (folder / name).read_bytes() == content
+    (folder / "nightly.job").write_text("version: 1\ninput: leads.csv\nwaterfall: x\n", encoding="utf-8")
+    assert sample_workspace.run_in_process(*command, "nightly.job").exit_code == 0
+    assert load_job(folder / "nightly.job").model.waterfall == "email_getter"
 
 
 def test_matching_waterfalls_are_listed(workspace: Workspace) -> None:
@@ -139,14 +161,14 @@ def test_api_is_queried_with_key(sample_workspace: Workspace, api: SandboxApi) -
     text = sample_workspace.run_in_process(
         "init", "leads.csv", "--waterfall", "email_getter", "-o", "-", api=api
     ).stdout
-    assert re.search(r"those of the API at 127.0.0.1, asked on \d{4}-\d\d-\d\d", text)
+    assert re.search(r"from the API at 127.0.0.1 on \d{4}-\d\d-\d\d", text)
     assert "833 Mailhound: 0.5 credits" in text
 
 
 def test_documentation_replaces_unreachable_api(sample_workspace: Workspace) -> None:
     """Uses the documentation when the API is unreachable, and notes it on screen and in the job file."""
     unreachable_api = SandboxApi("http://127.0.0.1:9/v1", "key")
-    with patch("enrich.commands.waterfalls.Timeouts", lambda: AWAY):
+    with patch("enrich.commands.waterfalls.Timeouts", lambda: SHORT_STARTUP_TIMEOUT):
         result = sample_workspace.run_in_process(
             "init", "leads.csv", "--waterfall", "email_getter", "-o", "-", api=unreachable_api
         )
@@ -188,7 +210,7 @@ def test_separator_and_encoding_detected(workspace: Workspace, separator: str, e
 
     assert made.exit_code == 0
     assert result.stderr == ""
-    assert result.stdout.startswith("ok: leads: 1 row, 1 can be asked")
+    assert result.stdout.startswith("ok: leads: 1 lead, 1 can be sent")
 
 
 @pytest.mark.parametrize(
@@ -196,7 +218,7 @@ def test_separator_and_encoding_detected(workspace: Workspace, separator: str, e
     [
         (b"", "is empty"),
         (b"a,b\n1,2,3\n", "has 3 cells, but the header has 2 columns"),
-        (b"a,a\n1,2\n", "names columns twice"),
+        (b"a,a\n1,2\n", "has duplicate column names"),
         (b'a,b\n"1,2\n', "never closed"),
         (b"PK\x03\x04rest", "Excel"),
         (None, "does not exist"),

@@ -15,10 +15,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import invariant, run_state_machine_as_test
 
 from enrich.errors import CommandRefused
-from enrich.ledger import schema
-from enrich.ledger.database import Database
-from enrich.ledger.ledger import Ledger
-from enrich.ledger.verify import INVARIANTS, LedgerCheck, LedgerVerifier, check_ledger
+from enrich.ledger import queries, schema, transitions, verify
+from enrich.ledger.database import Database, open_existing
+from enrich.ledger.verify import INVARIANTS, LedgerCheck, check_ledger
 from enrich.models import State
 from enrich.run.context import RunOptions
 from tests.ledger.test_ledger_stateful import LedgerStateMachine, PostgresStateMachine
@@ -39,26 +38,26 @@ from tests.support.workspace import (
 
 #: One way to break each invariant of the ledger that `filled_ledger` makes.
 VIOLATIONS = {
-    "request whose state is not that of its newest attempt": "UPDATE requests SET state = 'pending' WHERE id = 1",
-    "request whose newest attempt or answer is another request's": "UPDATE requests SET answer_id = 1 WHERE id = 2",
-    "request with two attempts at the API at once": (
-        "INSERT INTO attempts (request_id, execution_id, came_from, state, claimed_ms, reserved) "
+    "request with another state than its newest attempt": "UPDATE requests SET state = 'pending' WHERE id = 1",
+    "request with the newest attempt or answer of another request": "UPDATE requests SET answer_id = 1 WHERE id = 2",
+    "request with two running attempts": (
+        "INSERT INTO attempts (request_id, execution_id, previous_state, state, claimed_ms, reserved) "
         "VALUES (5, 1, 'pending', 'submitting', 1, 0)"
     ),
-    "attempt at the API that its request does not wait for": (
+    "running attempt that its request does not wait for": (
         "UPDATE requests SET attempt_id = NULL, state = 'pending' WHERE id = 3"
     ),
-    "answer that is not the newest that was found": "UPDATE requests SET answer_id = NULL WHERE id = 1",
-    "attempt that was answered without an answer": "UPDATE attempts SET answer = NULL WHERE state = 'found'",
+    "answer that is not the newest match": "UPDATE requests SET answer_id = NULL WHERE id = 1",
+    "settled attempt without an answer": "UPDATE attempts SET answer = NULL WHERE state = 'found'",
     "task without its id": "UPDATE attempts SET task_id = NULL WHERE state = 'submitted'",
     "row that refers to one that is not there": "DELETE FROM calls",
-    "execution that has reserved less than nothing": "UPDATE executions SET reserved = -1",
-    "execution that has not set aside what is at the API": "UPDATE executions SET reserved = 1",
-    "execution whose spending is not the sum of what it settled": "UPDATE executions SET spent = spent + 1",
-    "execution that submitted another number than it counted": "UPDATE executions SET submitted = submitted - 1",
-    "execution that bought for more than its cap": "UPDATE executions SET cap = 3",
-    "bundle that is not what its attempts say": "UPDATE bundles SET size = 2",
-    "row of a bundle with a price of its own": "UPDATE attempts SET credits = 1 WHERE place = 1",
+    "run with a negative reservation": "UPDATE executions SET reserved = -1",
+    "run without a reservation for its running tasks": "UPDATE executions SET reserved = 1",
+    "run with other spending than the sum of its attempts": "UPDATE executions SET spent = spent + 1",
+    "run with another number of submitted requests than counted": "UPDATE executions SET submitted = submitted - 1",
+    "run that reserved more than its cap": "UPDATE executions SET cap = 3",
+    "bulk task that differs from its attempts": "UPDATE bulk_tasks SET size = 2",
+    "row of a bulk task with its own price": "UPDATE attempts SET credits = 1 WHERE bulk_index = 1",
 }
 
 
@@ -69,11 +68,11 @@ def filled_ledger(ledger: CommittingLedger) -> CommittingLedger:
     ledger.settle(ledger.submit("a"))
     ledger.settle(ledger.submit("b"), NO_MATCH)
     ledger.submit("c")
-    ledger.commit(Ledger.mark_in_doubt, [(ledger.claim().attempt_id, "reset", ledger.now, None)])
+    ledger.commit(transitions.mark_in_doubt, [(ledger.claim().attempt_id, "reset", ledger.now, None)])
     ledger.claim()
-    ledger.commit(Ledger.record_rejected, [(ledger.claim().attempt_id, "company: Bad.", ledger.now)])
+    ledger.commit(transitions.record_rejected, [(ledger.claim().attempt_id, "company: Bad.", ledger.now)])
     ledger.settle(ledger.submit("d"), FREE_FAILURE)
-    ledger.commit(Ledger.record_refused, [(ledger.claim().attempt_id, "429", ledger.now)])
+    ledger.commit(transitions.record_refused, [(ledger.claim().attempt_id, "429", ledger.now)])
     # The last three as one task: it is pending again, and is sent with two new ones.
     ledger.settle_bulk(ledger.submit_bulk(3), NO_MATCH, credits_=COST)
     ledger.wrapped.close()
@@ -98,7 +97,7 @@ def test_check_of_sound_ledger(api: SandboxApi, workspace: Workspace) -> None:
     line = workspace.run_in_process("ledger", "check", "job.yaml")
     result = workspace.run_in_process("ledger", "check", ".enrich/job.db", "--json")
 
-    assert (line.exit_code, line.stdout, line.stderr) == (0, "ok: 5 requests, 5 attempts, 1 executions\n", "")
+    assert (line.exit_code, line.stdout, line.stderr) == (0, "ok: 5 requests, 5 attempts, 1 run\n", "")
     assert result.json_output == {
         "exit_code": 0,
         "ledger": ".enrich/job.db",
@@ -112,8 +111,8 @@ def test_check_of_sound_ledger(api: SandboxApi, workspace: Workspace) -> None:
 def test_check_of_sandbox_and_other_ledgers(workspace: Workspace) -> None:
     """`--sandbox` and `--ledger` mean the same as for other commands and work with a job."""
     workspace.write_leads(make_leads(2))
-    Ledger(workspace.folder / ".enrich" / "job.sandbox.db").close()
-    Ledger(workspace.folder / "other.db").close()
+    Database(workspace.folder / ".enrich" / "job.sandbox.db").close()
+    Database(workspace.folder / "other.db").close()
 
     sandbox = workspace.run_in_process("ledger", "check", "job.yaml", "--sandbox", "--json")
     other = workspace.run_in_process("ledger", "check", "job.yaml", "--ledger", "other.db", "--json")
@@ -124,13 +123,14 @@ def test_check_of_sandbox_and_other_ledgers(workspace: Workspace) -> None:
     assert (sandbox.exit_code, other.exit_code, twice.exit_code) == (0, 0, 2)
 
 
+@pytest.mark.long
 def test_check_imports_are_light(workspace: Workspace) -> None:
     """Starts without importing polars."""
-    Ledger(workspace.folder / "other.db").close()
+    Database(workspace.folder / "other.db").close()
     process = workspace.start_subprocess("ledger", "check", "other.db", PYTHONPROFILEIMPORTTIME="1")
     out, err = process.communicate(timeout=90)
 
-    assert (process.returncode, out) == (0, "ok: 0 requests, 0 attempts, 0 executions\n")
+    assert (process.returncode, out) == (0, "ok: 0 requests, 0 attempts, 0 runs\n")
     assert "polars" not in err
 
 
@@ -139,7 +139,7 @@ def test_missing_ledger(workspace: Workspace) -> None:
     result = workspace.run_in_process("ledger", "check", "job.yaml", "--json")
 
     assert (result.exit_code, result.json_output["exit_code"]) == (5, 5)
-    assert "there is no such ledger" in result.stderr
+    assert "the ledger does not exist" in result.stderr
     assert not workspace.ledger_path.exists()
 
 
@@ -163,7 +163,7 @@ def test_violations_are_reported(
 
     assert result.exit_code == 5
     assert any(line.endswith(f"times: {violation}") for line in result.stdout.splitlines()), result.stdout
-    assert "not sound" in result.stderr
+    assert "damaged" in result.stderr
     assert "hint: restore a backup" in result.stderr
 
 
@@ -191,24 +191,24 @@ def test_backup_of_older_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     assert result.exit_code == 0, result.stderr
     with closing(sqlite3.connect(tmp_path / "copy.db")) as copy:
-        assert copy.execute("PRAGMA user_version").fetchone() == (1,)
+        assert copy.execute("PRAGMA user_version").fetchone() == (len(schema.MIGRATIONS) - 1,)
 
 
 def test_refused_retry_is_sound(tmp_path: Path) -> None:
     """After a refused retry, the request has its previous state and attempt; an accepted doubt stays recorded."""
     ledger = CommittingLedger.open(tmp_path / "ledger.db").start_and_enroll(1, 2)
     for _ in range(2):
-        ledger.commit(Ledger.mark_in_doubt, [(ledger.claim().attempt_id, "reset", ledger.now, None)])
+        ledger.commit(transitions.mark_in_doubt, [(ledger.claim().attempt_id, "reset", ledger.now, None)])
     ledger.enroll((1,), retry={State.IN_DOUBT})
-    ledger.commit(Ledger.record_refused, [(ledger.claim().attempt_id, "429", ledger.now)])
+    ledger.commit(transitions.record_refused, [(ledger.claim().attempt_id, "429", ledger.now)])
     assert check_ledger(ledger.path).problems == []
     with ledger.wrapped.transaction():
-        ledger.wrapped._db.execute("UPDATE requests SET state = 'failed' WHERE state = 'in_doubt'")
+        ledger.wrapped.session.execute("UPDATE requests SET state = 'failed' WHERE state = 'in_doubt'")
 
     assert check_ledger(ledger.path).problems == []
     ledger.enroll((1, 2), retry={State.FAILED})
     ledger.submit("later")
-    ledger.commit(Ledger.record_refused, [(ledger.claim().attempt_id, "429", ledger.now)])
+    ledger.commit(transitions.record_refused, [(ledger.claim().attempt_id, "429", ledger.now)])
     assert check_ledger(ledger.path).problems == []
     ledger.wrapped.close()
 
@@ -219,7 +219,7 @@ class CheckedStateMachine(LedgerStateMachine):
     @invariant()
     def check_finds_nothing(self) -> None:
         """The check finds no problem in any state."""
-        assert check_ledger(self.books.location).problems == []
+        assert check_ledger(self.ledger.location).problems == []
 
 
 class CheckedPostgresStateMachine(CheckedStateMachine, PostgresStateMachine):
@@ -353,8 +353,8 @@ def test_backup_during_run(tmp_path: Path, workspace: Workspace) -> None:
     assert 20 <= requests[0] < 150
     assert copy.stat().st_mode & 0o777 == 0o600
     assert list(copy.parent.iterdir()) == [copy]
-    with closing(Ledger(copy)) as ledger:
-        assert ledger.state_counts()
+    with closing(Database(copy)) as ledger:
+        assert queries.state_counts(ledger)
     assert_sound(workspace)
 
 
@@ -375,12 +375,12 @@ def test_restored_backup_is_used(api: SandboxApi, workspace: Workspace) -> None:
 def test_older_backup_is_replaced(filled_ledger: CommittingLedger, tmp_path: Path) -> None:
     """Replaces an older backup that anyone could read, and the partial file of a killed backup."""
     target = tmp_path / "copy.db"
-    with closing(LedgerVerifier(filled_ledger.location)) as records:
-        records.backup(target)
+    with closing(open_existing(filled_ledger.location, skip_integrity_check=True)) as records:
+        verify.backup(records, target)
         target.chmod(0o644)
         (tmp_path / ".copy.db.part").write_text("half a fi")
         (tmp_path / ".copy.db.part-journal").write_text("stale")
-        records.backup(target)
+        verify.backup(records, target)
 
     assert target.stat().st_mode & 0o777 == 0o600
     assert sorted(path.name for path in tmp_path.iterdir() if "copy" in path.name) == ["copy.db"]
@@ -395,7 +395,7 @@ def test_older_backup_is_replaced(filled_ledger: CommittingLedger, tmp_path: Pat
         ("link.db", "the ledger itself"),
         ("leads.csv", "no copy of a ledger"),
         ("in_use.db", "in use"),
-        ("gone.db", "journal of a database that is gone"),
+        ("gone.db", "has the journal of a missing database"),
         ("folder", "no file"),
         ("nowhere/copy.db", "cannot be written: No such file"),
         ("leads.csv/copy.db", "cannot be written: Not a directory"),
@@ -409,15 +409,15 @@ def test_invalid_backup_path_is_exit_5(
     (tmp_path / "link.db").symlink_to(filled_ledger.path)
     (tmp_path / "gone.db-wal").write_text("frames")
     (tmp_path / "folder").mkdir()
-    Ledger(tmp_path / "in_use.db").close()
+    Database(tmp_path / "in_use.db").close()
     (tmp_path / "in_use.db.lock").touch()
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
 
     with (
-        closing(LedgerVerifier(filled_ledger.location)) as records,
+        closing(open_existing(filled_ledger.location, skip_integrity_check=True)) as records,
         pytest.raises(CommandRefused, match=message) as refusal,
     ):
-        records.backup(tmp_path / target)
+        verify.backup(records, tmp_path / target)
 
     assert refusal.value.exit_code == 5
     assert target in refusal.value.message
@@ -425,6 +425,7 @@ def test_invalid_backup_path_is_exit_5(
     assert {path: content for path, content in before.items() if "ledger.db-" not in path.name} == after
 
 
+@pytest.mark.long
 def test_disk_full_during_backup_is_exit_5(filled_ledger: CommittingLedger, workspace: Workspace) -> None:
     """Keeps the older backup complete and removes the partial new one."""
     copy = workspace.folder / "copy.db"
@@ -447,7 +448,7 @@ def test_price_above_maximum_is_sound(tmp_path: Path) -> None:
     """A price above the announced maximum is no problem of the ledger."""
     ledger = CommittingLedger.open(tmp_path / "ledger.db").start_and_enroll(1, cap=MAX_PRICE)
     attempt = ledger.claim().attempt_id
-    ledger.commit(Ledger.record_accepted, [(attempt, "t", ledger.now)], BINDING)
+    ledger.commit(transitions.record_accepted, [(attempt, "t", ledger.now)], BINDING)
     ledger.settle(attempt, replace(NO_MATCH, credits=MAX_PRICE * 3))
 
     assert check_ledger(ledger.path).problems == []

@@ -8,11 +8,12 @@ from pathlib import Path
 import httpx
 import pytest
 
-from enrich.databar.waterfall import User
+from enrich.databar.user import User
 from enrich.exit_codes import ExitCode
 from enrich.models import MICROS_PER_CREDIT, State, read_balance
 from enrich.run.balance import explain_balance
-from enrich.run.context import Progress, RunOptions
+from enrich.run.context import RunOptions
+from enrich.run.progress import Progress
 from tests.support.cases import in_turn
 from tests.support.raw_server import ReceivedRequest, Reply, http_reply, serve_replies
 from tests.support.workspace import (
@@ -113,7 +114,7 @@ def test_spending_by_others_is_not_attributed(tmp_path: Path, workspace: Workspa
         api.top_up(1_000)
         output = workspace.run_in_process("reconcile", "job.yaml", "--json", api=api).json_output
         assert output["unexplained"] == pytest.approx(spent_by_other - 1_000)
-        assert "came in" in workspace.run_in_process("reconcile", "job.yaml", api=api).stdout
+        assert "added: a top-up" in workspace.run_in_process("reconcile", "job.yaml", api=api).stdout
 
 
 def test_unpriced_answers_are_listed(tmp_path: Path, workspace: Workspace) -> None:
@@ -144,7 +145,7 @@ def test_accept_in_doubt(tmp_path: Path, workspace: Workspace) -> None:
         api.inject_fault("error-after", 1, "post", status=500)
         assert workspace.run_job(api, timing=SHORT_TIMEOUTS).exit_code == ExitCode.IN_DOUBT
 
-        accepted = workspace.run_job(api, RunOptions(accept_doubts=True), SHORT_TIMEOUTS)
+        accepted = workspace.run_job(api, RunOptions(accept_in_doubt=True), SHORT_TIMEOUTS)
 
         assert (accepted.exit_code, accepted.in_doubt, accepted.failed) == (ExitCode.SOME_FAILED, 0, 1)
         assert workspace.run_job(api, timing=SHORT_TIMEOUTS).exit_code == ExitCode.OK
@@ -166,10 +167,10 @@ def test_summary_and_status_show_difference(tmp_path: Path, workspace: Workspace
     workspace.write_leads(make_leads(8))
     with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
         api.inject_fault("error-after", 1, "post", status=500)
-        result = workspace.run_in_process("run", "job.yaml", api=api)
+        result = workspace.run_in_process("run", "job.yaml", "-v", api=api)
 
-        assert "7 answers of known price" in result.stderr
-        assert "1 in doubt, or 0.00" in result.stderr
+        assert "7 results of known price" in result.stderr
+        assert "1 unconfirmed, or 0.00" in result.stderr
         assert "enrich reconcile job.yaml" in result.stderr
         execution = workspace.run_in_process("status", "job.yaml", "--json").json_output["executions"][0]
         difference = execution["balance_before"] - execution["balance_after"]
@@ -224,9 +225,9 @@ def test_unconfirmed_requests_persist(tmp_path: Path, workspace: Workspace) -> N
         assert 0 < missing <= status["doubts"]["credits_at_most"]
         shown = workspace.run_in_process("status", "job.yaml").stdout
         assert "may have cost up to" in shown
-        assert f"of execution {in_doubt.execution}" in shown
+        assert f"from run {in_doubt.execution}" in shown
 
-        workspace.run_job(api, RunOptions(accept_doubts=True), SHORT_TIMEOUTS)
+        workspace.run_job(api, RunOptions(accept_in_doubt=True), SHORT_TIMEOUTS)
         assert workspace.run_in_process("reconcile", "job.yaml", "--json", api=api).json_output["since"] == 5
         status = workspace.run_in_process("status", "job.yaml", "--json").json_output
         assert (status["doubts"], status["balance"]["since_execution"]) == (None, 5)
@@ -250,15 +251,15 @@ def test_cap_overrun_is_explained(workspace: Workspace) -> None:
 
     with serve_replies(answer) as server:
         result = workspace.run_in_process(
-            "run", "job.yaml", "--json", "--receipt", api=SandboxApi(server.base_url, "sandbox-key")
+            "run", "job.yaml", "--json", "--summary", api=SandboxApi(server.base_url, "sandbox-key")
         )
     summary, err = result.json_output, result.stderr
 
     over = summary["credits_spent"] - 20
     assert over > 0
     assert summary["credits_over_cap"] == pytest.approx(over)
-    assert f"cap was overrun by {over:,.2f}" in summary["notes"][-1]
-    assert "over cap" in err
+    assert f"cap was exceeded by {over:,.2f}" in summary["notes"][-1]
+    assert "credits over the cap: a price rose" in err
     assert "because a price rose" in err
 
 

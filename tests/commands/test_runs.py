@@ -8,7 +8,8 @@ import pytest
 
 from enrich.commands.runs import format_runs, read_runs
 from enrich.job.job import load_job
-from enrich.ledger.ledger import Ledger
+from enrich.ledger import execution_records
+from enrich.ledger.database import Database
 from enrich.ledger.lock import is_locked, lock_ledger
 from tests.support.ledger import NO_MATCH, CommittingLedger
 from tests.support.workspace import BOTH_BACKENDS_SERVER_LONG, SandboxApi, Workspace, make_leads, serve_api
@@ -57,7 +58,7 @@ def test_executions_are_listed_newest_first(tmp_path: Path, workspace: Workspace
     assert len(shown) == 4
     assert "10 some failed" in shown[2]
     assert f"{summaries[0]['balance_after']:,.2f}" in shown[2]
-    assert shown[3].startswith("in all 2 executions: ")
+    assert shown[3].startswith("All 2 runs: ")
 
 
 def test_last_option(workspace: Workspace) -> None:
@@ -66,15 +67,17 @@ def test_last_option(workspace: Workspace) -> None:
     for number in range(4):
         ledger.start_and_enroll(number)
         ledger.settle(ledger.submit())
-        ledger.commit(Ledger.end_execution, ledger.execution, 0, {"rows": 1, "found": 1}, ledger.now + 3_723_000)
-    ledger.commit(Ledger.start_execution, "other", None, ledger.now)
+        ledger.commit(
+            execution_records.end_execution, ledger.execution, 0, {"rows": 1, "found": 1}, ledger.now + 3_723_000
+        )
+    ledger.commit(execution_records.start_execution, "other", None, ledger.now)
     ledger.wrapped.close()
 
     output = workspace.run_in_process("runs", "job.yaml", "--last", "2", "--json").json_output
 
     assert [run["execution"] for run in output["executions"]] == [4, 3]
     assert (output["totals"]["executions"], output["totals"]["submitted"]) == (4, 4)
-    assert "1:02:03" in workspace.run_in_process("runs", "job.yaml").stdout
+    assert "1 h 02 min" in workspace.run_in_process("runs", "job.yaml").stdout
 
 
 def test_killed_or_running_execution(workspace: Workspace) -> None:
@@ -88,7 +91,7 @@ def test_killed_or_running_execution(workspace: Workspace) -> None:
         while_running = workspace.run_in_process("runs", "job.yaml", "--json").json_output["executions"]
     killed = workspace.run_in_process("runs", "job.yaml", "--json").json_output["executions"]
 
-    assert [run["outcome"] for run in while_running] == ["at work now", "killed"]
+    assert [run["outcome"] for run in while_running] == ["running", "killed"]
     assert [run["outcome"] for run in killed] == ["killed", "killed"]
     assert killed[0]["exit_code"] is killed[0]["ended_at"] is killed[0]["found_share"] is None
     assert "killed" in workspace.run_in_process("runs", "job.yaml").stdout
@@ -103,7 +106,7 @@ def test_unknown_lock_state(workspace: Workspace, monkeypatch: pytest.MonkeyPatc
 
     (run,) = read_runs(load_job(workspace.job_file), 5)["executions"]
 
-    assert run["outcome"] == "at work, killed"
+    assert run["outcome"] == "running or killed"
 
 
 def test_inspection_takes_no_lock(workspace: Workspace) -> None:
@@ -119,7 +122,9 @@ def test_line_width(workspace: Workspace) -> None:
     ledger = open_ledger(workspace).start_and_enroll(1)
     ledger.settle(ledger.submit(), NO_MATCH)
     summary = {"rows": 1_234_567, "found": 1_234_567}
-    ledger.commit(Ledger.end_execution, ledger.execution, 13, summary, ledger.now + 86_400_000 * 4, 999_999_900_000)
+    ledger.commit(
+        execution_records.end_execution, ledger.execution, 13, summary, ledger.now + 86_400_000 * 4, 999_999_900_000
+    )
     ledger.wrapped.close()
 
     shown = list(format_runs(read_runs(load_job(workspace.job_file), 5)))
@@ -133,9 +138,9 @@ def test_runs_during_run(api: SandboxApi, workspace: Workspace) -> None:
     """Works during a run without waiting."""
     workspace.write_leads(make_leads(1))
     workspace.run_in_process("run", "job.yaml", api=api)
-    ledger = Ledger(workspace.ledger_location)
+    ledger = Database(workspace.ledger_location)
     with ledger.transaction():
-        ledger.start_execution("job", None, 1)
+        execution_records.start_execution(ledger, "job", None, 1)
         output = workspace.run_in_process("runs", "job.yaml", "--json").json_output
     ledger.close()
 

@@ -7,7 +7,7 @@ import pytest
 from enrich.commands.status import format_status, read_status
 from enrich.errors import CommandRefused
 from enrich.job.job import load_job
-from enrich.ledger.ledger import Ledger
+from enrich.ledger import execution_records, transitions
 from enrich.models import Answer, State, iso_time
 from tests.support.ledger import FREE_FAILURE, NO_MATCH, CommittingLedger
 from tests.support.workspace import BOTH_BACKENDS_SERVER_LONG, FILE_ONLY, SandboxApi, Workspace, make_leads
@@ -49,11 +49,11 @@ def test_status_matches_ledger(workspace: Workspace) -> None:
     ledger.settle(ledger.submit(), Answer(State.FAILED, credits=2 * CREDIT))
     ledger.settle(ledger.submit(), Answer(State.EXPIRED))
     ledger.settle(ledger.submit(), FREE_FAILURE)
-    ledger.commit(Ledger.mark_in_doubt, [(ledger.claim().attempt_id, "reset", ledger.now, None)])
+    ledger.commit(transitions.mark_in_doubt, [(ledger.claim().attempt_id, "reset", ledger.now, None)])
     ledger.submit()
     ledger.now += 5_000
     ledger.submit()
-    ledger.commit(Ledger.end_execution, ledger.execution, 10, {"rows": 9}, ledger.now)
+    ledger.commit(execution_records.end_execution, ledger.execution, 10, {"rows": 9}, ledger.now)
     ledger.wrapped.close()
 
     status = read_status(load_job(workspace.job_file))
@@ -77,7 +77,7 @@ def test_status_matches_ledger(workspace: Workspace) -> None:
     assert (execution["credits_unknown"], execution["receipt"]) == (2, {"rows": 9})
     shown = "\n".join(format_status(status))
     assert "2.50" in shown
-    assert "2 answers of unknown price" in shown
+    assert "2 results of unknown price" in shown
     assert status["next_expiry"] in shown
 
 
@@ -86,14 +86,14 @@ def test_status_during_run(workspace: Workspace) -> None:
     ledger = open_ledger(workspace).start_and_enroll(1, 2)
     ledger.submit()
     with ledger.wrapped.transaction():
-        ledger.wrapped.claim(ledger.execution, 1, 1)
+        transitions.claim(ledger.wrapped, ledger.execution, 1, 1)
         status = read_status(load_job(workspace.job_file))
     ledger.wrapped.close()
 
     assert (status["requests"], status["pending"], status["at_the_api"]) == (2, 2, 1)
     (execution,) = status["executions"]
     assert execution["ended_at"] is execution["exit_code"] is execution["receipt"] is None
-    assert "not ended" in "\n".join(format_status(status))
+    assert "did not end" in "\n".join(format_status(status))
 
 
 def test_status_after_crash(workspace: Workspace) -> None:
@@ -111,7 +111,7 @@ def test_last_executions_of_job(workspace: Workspace) -> None:
     """Lists at most ten executions, newest first, without those of other jobs in the ledger."""
     ledger = open_ledger(workspace)
     started = [ledger.start_execution() for _ in range(12)]
-    ledger.commit(Ledger.start_execution, "other", None, ledger.now)
+    ledger.commit(execution_records.start_execution, "other", None, ledger.now)
     ledger.wrapped.close()
 
     status = read_status(load_job(workspace.job_file))

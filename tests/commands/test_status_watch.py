@@ -26,19 +26,19 @@ from enrich.commands.status_watch import (
     watch_job,
 )
 from enrich.job.job import load_job
-from enrich.ledger.history import LatestExecutionRow
-from enrich.ledger.ledger import Ledger
+from enrich.ledger import execution_records
+from enrich.ledger.execution_records import ExecutionRow
 from enrich.ledger.lock import lock_ledger
 from enrich.models import iso_time
 from enrich.monitoring.progress_bar import choose_layout, render_bar
-from enrich.run.context import Progress
-from enrich.run.progress import Phase, ProgressSnapshot, TrafficCounts, TrafficRecorder
+from enrich.run.progress import Phase, Progress, ProgressSnapshot, TrafficCounts, TrafficRecorder
 from tests.support.ledger import CommittingLedger
 from tests.support.workspace import BOTH_BACKENDS_SERVER_LONG, FILE_ONLY, Workspace
 
 NOW = 1_795_000_000_000
-RUN = LatestExecutionRow(
+RUN = ExecutionRow(
     id=7,
+    job="leads",
     started_ms=NOW - 252_000,
     ended_ms=None,
     exit_code=None,
@@ -47,10 +47,10 @@ RUN = LatestExecutionRow(
     spent=41_200_000,
     unknown=0,
     submitted=200,
+    balance_before=None,
     balance_after=None,
-    pulse=None,
-    newest=7,
-    oldest_ms=NOW - 60_000,
+    summary=None,
+    progress=None,
 )
 
 
@@ -60,7 +60,7 @@ def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def make_progress(phase: Phase = Phase.ASK, total: int | None = 500) -> ProgressSnapshot:
+def make_progress(phase: Phase = Phase.SEND, total: int | None = 500) -> ProgressSnapshot:
     """Make the progress of an execution that sent 12 and received 10 requests a second for twenty seconds."""
     traffic = TrafficRecorder()
     for second in range(20):
@@ -89,6 +89,7 @@ def make_view(status: RunStatus = RunStatus.RUNNING, progress: ProgressSnapshot 
         status,
         replace(RUN, **run),
         progress or make_progress(),
+        oldest_open_ms=NOW - 60_000,
     )
 
 
@@ -99,20 +100,20 @@ def test_view_contents() -> None:
     """Shows progress, speed, cost, expiry and heartbeat."""
     shown = list(format_view(make_view(), 79))
 
-    assert shown[0] == f"leads: execution 7, at work since {iso_time(RUN.started_ms)} (0:04:12): asking"
+    assert shown[0] == f"leads: run 7, running since {iso_time(RUN.started_ms)} (4 min 12 s): sending"
     text = "\n".join(shown)
     for message in (
         "200/500",
-        "70% hits, 41.20 credits, 40 in flight",
+        "70% match, 41.20 credits, 40 in flight",
         "200 of 500: 140 found, 58 not_found, 2 failed",
-        "41.20 of 100.00 at most spent; 30.00 more are reserved",
-        "12.0 submitted/s, 10.0 answered/s in the last 10 s",
-        "200 submitted, 400 polls, 3 answers 429",
-        "40 at the API; the first result expires at",
+        "41.20 of at most 100.00 spent; 30.00 more reserved",
+        "12.0 sent/s, 10.0 results/s in the last 10 s",
+        "200 requests, 400 polls, 3 rate-limited (429)",
+        "40 at Databar; the first result expires at",
         "1 s ago",
     ):
         assert message in text
-    assert "0:00:30 to go" in format_view_line(make_view())
+    assert "30 s left" in format_view_line(make_view())
     assert "\n" not in format_view_line(make_view())
 
 
@@ -121,7 +122,7 @@ def test_unknown_values_are_omitted() -> None:
     before_first_run = RunView("leads", Path("x.db"), 1, NOW, RunStatus.RUNNING, RUN)
     text = "\n".join(format_view(before_first_run, 79))
 
-    assert "not known" in text
+    assert "unknown" in text
     assert "%" not in text
     result = before_first_run.as_json()
     assert (
@@ -136,10 +137,10 @@ def test_silent_run_shows_last_progress() -> None:
     """Shows the last reported counts of a silent run and keeps watching."""
     silent = make_view(RunStatus.NO_HEARTBEAT)
 
-    assert "200 of 500: 140 found, 58 not_found, 2 failed, when it last told" in "\n".join(format_view(silent, 99))
+    assert "200 of 500: 140 found, 58 not_found, 2 failed at the last heartbeat" in "\n".join(format_view(silent, 99))
     out = io.StringIO()
     LineDisplay(out, as_json=False).show(silent, waiting=True)
-    assert "killed, asleep or stopped while asking" in out.getvalue()
+    assert "killed, suspended or stopped while sending" in out.getvalue()
     assert out.getvalue().endswith(f"; {NO_HEARTBEAT_TEXT}\n")
 
 
@@ -171,7 +172,7 @@ def test_progress_bar_width(progress: Progress, elapsed_s: float) -> None:
         drawn = render_bar(progress, elapsed_s, chosen, columns=columns)
         assert len(drawn) <= columns
         assert f"{progress.done}/{progress.total}" in drawn or columns == 40
-    assert "hits" in choose_layout(replace(progress, total=500, done=100, found=50), 60.0, 80).postfix
+    assert "match" in choose_layout(replace(progress, total=500, done=100, found=50), 60.0, 80).postfix
 
 
 class Terminal(io.StringIO):
@@ -244,7 +245,7 @@ def ledger_with_progress(workspace: Workspace, progress: ProgressSnapshot) -> Co
     ledger = CommittingLedger.open(load_job(workspace.job_file).ledger)
     ledger.now = NOW
     ledger.start_execution()
-    ledger.commit(Ledger.save_progress, ledger.execution, progress.model_dump_json())
+    ledger.commit(execution_records.save_progress, ledger.execution, progress.model_dump_json())
     return ledger
 
 
@@ -257,13 +258,15 @@ def test_clock_change_does_not_end_run(workspace: Workspace) -> None:
     assert watcher.read_view().status is RunStatus.NO_HEARTBEAT
 
     now = 2.0
-    ledger.commit(Ledger.save_progress, ledger.execution, result.model_copy(update={"at_ms": 1}).model_dump_json())
+    ledger.commit(
+        execution_records.save_progress, ledger.execution, result.model_copy(update={"at_ms": 1}).model_dump_json()
+    )
     assert watcher.read_view().status is RunStatus.RUNNING
     now = 17.0
     assert watcher.read_view().status is RunStatus.RUNNING
     now = 17.1
     assert watcher.read_view().status is RunStatus.NO_HEARTBEAT
-    ledger.commit(Ledger.end_execution, ledger.execution, 0, {}, NOW)
+    ledger.commit(execution_records.end_execution, ledger.execution, 0, {}, NOW)
     assert watcher.read_view().status is RunStatus.ENDED
     ledger.wrapped.close()
 
@@ -274,7 +277,7 @@ def test_lock_keeps_silent_run_alive(workspace: Workspace) -> None:
     watcher = RunWatcher(load_job(workspace.job_file), heartbeat_timeout_s=1.0)
     with lock_ledger(workspace.ledger_location, 0):
         assert watcher.read_view().status is RunStatus.RUNNING
-        ledger.commit(Ledger.start_execution, "other", None, NOW)
+        ledger.commit(execution_records.start_execution, "other", None, NOW)
         assert watcher.read_view().status is RunStatus.NO_HEARTBEAT
     assert watcher.read_view().status is RunStatus.NO_HEARTBEAT
     ledger.wrapped.close()

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from enrich.databar.answers import TaskPhase, TaskReply, read_bulk_answers, task_phase
 from enrich.databar.error_bodies import wrong_params, wrong_rows
+from enrich.databar.task_results import TaskPhase, TaskReply, read_bulk_answers, task_phase
 from enrich.models import Answer, State
 from tests.support.cases import in_turn
 
@@ -61,7 +61,7 @@ def test_unaligned_data_fails_all_rows(data: object) -> None:
     answers, price = parse_bulk_answer(2, status="completed", data=data, credits_spent=1)
 
     assert state_names(answers) == ["failed", "failed"]
-    assert "nobody can tell which is whose" in str(answers[1].error)
+    assert "the rows cannot be matched" in str(answers[1].error)
     assert (price, answers[0].free_failure) == (1_000_000, False)
     assert json.loads(answers[0].raw or "")["bundle"]["data"] == data
     assert answers[1].raw is None
@@ -87,7 +87,7 @@ def test_missing_rows_in_partial_failure(failed: object, other_state: str, *, fr
     assert state_names(answers) == ["found", other_state, other_state]
     assert answers[1].free_failure is free
     if failed == 1:
-        assert "1 of the 2 rows without an answer failed" in str(answers[1].error)
+        assert "1 of the 2 rows without a result failed" in str(answers[1].error)
 
 
 @in_turn(

@@ -29,6 +29,7 @@ from enrich.errors import (
     Unauthorized,
     UnexpectedResponse,
 )
+from enrich.job.target import Target, TargetKind
 from tests.support.cases import in_turn
 from tests.support.raw_server import ConnectionAction, ReceivedRequest, Reply, http_reply, serve_replies, unused_port
 from tests.support.workspace import SandboxApi, serve_api
@@ -36,6 +37,8 @@ from tests.support.workspace import SandboxApi, serve_api
 T = TypeVar("T")
 
 KEY = "key-5b1f0e77-that-nobody-may-see"
+SOME = Target(TargetKind.WATERFALL, "w")
+EMAIL_GETTER, NO_SUCH = Target(TargetKind.WATERFALL, "email_getter"), Target(TargetKind.WATERFALL, "no_such")
 BODY = b'{"enrichments": [833], "params": {"first_name": "Ada", "last_name": "Byron", "company": "engine.example"}}'
 CREATED = http_reply(200, {"task_id": "t-1", "status": "created"})
 
@@ -121,7 +124,7 @@ def timeout_for(fault: str) -> float:
 
 async def submit_run(client: Client) -> str:
     """Submit one run."""
-    return await client.submit("email_getter", BODY)
+    return await client.submit(EMAIL_GETTER, BODY)
 
 
 async def get_task(client: Client) -> dict[str, Any]:
@@ -225,10 +228,10 @@ def test_wrong_key_error(api: SandboxApi) -> None:
 def test_unknown_waterfall_error(api: SandboxApi) -> None:
     """A 404 for a run or for the waterfall is an error of the job."""
     assert isinstance(
-        expect_failure(api.base_url, lambda client: client.submit("no_such", BODY), api.api_key), JobRejected
+        expect_failure(api.base_url, lambda client: client.submit(NO_SUCH, BODY), api.api_key), JobRejected
     )
     assert isinstance(
-        expect_failure(api.base_url, lambda client: client.get_waterfall("no_such"), api.api_key), JobRejected
+        expect_failure(api.base_url, lambda client: client.get_description(NO_SUCH), api.api_key), JobRejected
     )
 
 
@@ -246,12 +249,12 @@ def test_error_400_about_row_or_job(tmp_path: Path, error_shape: Literal["new", 
     """A complaint about a param is about the row, one about a provider about the job, in every body format."""
     with serve_api(tmp_path / "api.db", error_shape=error_shape) as api:
         body = BODY.replace(b', "company": "engine.example"', b"")
-        error = expect_failure(api.base_url, lambda client: client.submit("email_getter", body), api.api_key)
+        error = expect_failure(api.base_url, lambda client: client.submit(EMAIL_GETTER, body), api.api_key)
         assert type(error) is BadParams
         assert error.message == "company: This field is required."
         body = BODY.replace(b"833", b"1")
         assert (
-            type(expect_failure(api.base_url, lambda client: client.submit("email_getter", body), api.api_key))
+            type(expect_failure(api.base_url, lambda client: client.submit(EMAIL_GETTER, body), api.api_key))
             is JobRejected
         )
 
@@ -448,6 +451,7 @@ def test_success_without_task_id_is_in_doubt(body: object) -> None:
         assert type(expect_failure(server.base_url, submit_run)) is SubmissionUnconfirmed
 
 
+@pytest.mark.long
 @in_turn(
     "reply",
     [
@@ -497,7 +501,7 @@ def test_connection_failure_is_not_accepted(host: str, scheme: str) -> None:
 def test_bulk_rejection_details(status: int, body: object, kind: type, rows: dict[int, str] | None) -> None:
     """A rejected bulk run names the wrong rows, or that there are too many, or nothing about the rows."""
     with serve_replies(http_reply(status, body)) as server:
-        error = expect_failure(server.base_url, lambda client: client.submit("email_getter", b'{"params": []}', rows=3))
+        error = expect_failure(server.base_url, lambda client: client.submit(EMAIL_GETTER, b'{"params": []}', rows=3))
         assert isinstance(error, kind)
         assert getattr(error, "rows", None) == rows
         assert server.requests[0].line == "POST /v1/waterfalls/email_getter/bulk-run HTTP/1.1"
@@ -575,7 +579,7 @@ def test_non_http_response_is_not_quoted(answer: str) -> None:
         error = expect_failure(server.base_url, submit_run)
     assert (type(error), error.message) == (
         SubmissionUnconfirmed,
-        "no answer from the API: the connection ended too early, or what came is not HTTP",
+        "no response from the API: the connection ended too early, or the response is not HTTP",
     )
 
 
@@ -594,18 +598,20 @@ def test_malformed_user_and_waterfalls(body: object, kind: type[ApiCallFailed]) 
     """User and waterfalls are parsed leniently, but a wrong top-level type is an error."""
     with serve_replies(http_reply(200, body)) as server:
         assert type(expect_failure(server.base_url, lambda client: client.get_user())) is kind
-        assert type(expect_failure(server.base_url, lambda client: client.get_waterfall("w"))) is kind
+        assert type(expect_failure(server.base_url, lambda client: client.get_description(SOME))) is kind
         if body != []:
-            assert type(expect_failure(server.base_url, lambda client: client.list_waterfalls())) is kind
+            assert type(expect_failure(server.base_url, lambda client: client.list_descriptions(SOME.kind))) is kind
 
 
 @in_turn("body", [{}, {"name": "w"}, {"identifier": None}, {"identifier": []}, {"identifier": True}])
 def test_waterfall_requires_identifier(body: object) -> None:
     """A waterfall needs an identifier; a list only loses the items without one."""
     with serve_replies(http_reply(200, body)) as server:
-        assert type(expect_failure(server.base_url, lambda client: client.get_waterfall("w"))) is UnexpectedResponse
+        assert type(expect_failure(server.base_url, lambda client: client.get_description(SOME))) is UnexpectedResponse
     with serve_replies(http_reply(200, [body, {"identifier": 5}, None, "x"])) as server:
-        assert [each.identifier for each in call_api(server.base_url, lambda client: client.list_waterfalls())] == ["5"]
+        assert [
+            each.identifier for each in call_api(server.base_url, lambda client: client.list_descriptions(SOME.kind))
+        ] == ["5"]
 
 
 @in_turn("status", [401, 403])
@@ -632,7 +638,7 @@ def test_proxy_407_is_not_accepted() -> None:
     """A 407 comes from a proxy, so the request was not accepted."""
     with serve_replies(http_reply(407, b"<html>")) as server:
         assert failure_kinds(server.base_url, [submit_run, get_task]) == [RequestNotAccepted] * 2
-        assert "the proxy wants a login" in expect_failure(server.base_url, submit_run).message
+        assert "the proxy requires a login" in expect_failure(server.base_url, submit_run).message
 
 
 @in_turn("body", [b"<html>", b"", {"detail": "x"}])
@@ -669,7 +675,7 @@ def test_request_headers_and_paths() -> None:
     with serve_replies(http_reply(200, {"task_id": "../user/me", "status": "x"}, set_cookie="a=b; Path=/")) as server:
 
         async def both(client: Client) -> None:
-            await client.submit("a/b?c", BODY)
+            await client.submit(Target(TargetKind.WATERFALL, "a/b?c"), BODY)
             await client.poll_task("../user/me")
 
         call_api(server.base_url, both)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from hypothesis import given
+import pytest
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from enrich.databar.outside_text import MASK, clean_json, clean_line, clean_text
+from enrich.databar import responses
+from enrich.databar.text_filter import MASK, clean_json, clean_line, clean_text
 from tests.support.cases import in_turn
 
 KEY = 'k-1/"x\\7'
@@ -87,3 +89,29 @@ def test_control_and_bidi_characters() -> None:
     """Control and bidi characters are removed; line breaks and tabs stay unless one line is required."""
     assert clean_text(f"a{REMOVED}b{BLANKED}c\r\n\td\ud800") == f"ab{' ' * len(BLANKED)}c\r\n\td?"
     assert clean_line(f" a\n{BLANKED}b\t\u200bc\ud800 {KEY}", KEY) == f"a b c? {MASK}"
+
+
+def depth_of(value: Any) -> int:
+    """Count the levels of lists and objects."""
+    if not isinstance(value, dict | list):
+        return 0
+    return 1 + max(map(depth_of, value.values() if isinstance(value, dict) else value), default=0)
+
+
+@given(rows=st.lists(JSON, max_size=3), wrappers=st.text("[{", min_size=0, max_size=230), copies=st.integers(1, 300))
+@example(rows=[1], wrappers="[{" * 99, copies=1)
+@example(rows=[1], wrappers="[{" * 100, copies=1)
+@example(rows=["[" * 300], wrappers="", copies=1)
+@example(rows=["\\", "]"], wrappers="[" * 199, copies=1)
+def test_depth_is_checked(rows: list[Any], wrappers: str, copies: int) -> None:
+    """A body with more than 200 levels is refused, one with less never, whatever its strings contain."""
+    value: Any = rows * copies
+    for wrapper in wrappers:
+        value = [value] if wrapper == "[" else {"a": value}
+    body = json.dumps(value, ensure_ascii=False).encode(errors="replace")
+    depth = depth_of(value)
+    if depth > responses.MAX_DEPTH:
+        with pytest.raises(ValueError, match="nested"):
+            responses.parse_body(body, KEY)
+    elif depth < responses.MAX_DEPTH:
+        responses.parse_body(body, KEY)

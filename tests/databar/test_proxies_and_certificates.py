@@ -19,6 +19,7 @@ from enrich.databar.clock import SystemClock
 from enrich.databar.credentials import ApiAccess
 from enrich.databar.network import Proxy, find_proxy, load_certificates
 from enrich.errors import ApiCallFailed, ApiUnreachable, CertificateUntrusted, JobError, RequestNotAccepted
+from enrich.job.target import Target, TargetKind
 from enrich.run.preflight import retry_until
 from tests.databar.test_client import BODY, CREATED, KEY
 from tests.support.cases import first_quick, in_turn
@@ -187,7 +188,7 @@ def test_unsupported_proxy_kinds(scheme: str, name: str) -> None:
 )
 def test_invalid_proxy_url_is_not_shown(value: str) -> None:
     """An invalid proxy URL is not shown: it may hold a password that should have been percent-encoded."""
-    with pytest.raises(JobError, match=r"^https_proxy: not the address of a proxy$") as caught:
+    with pytest.raises(JobError, match=r"^https_proxy: not a proxy address$") as caught:
         find_proxy({"https_proxy": value}, API)
     assert "s3" not in "".join(traceback.format_exception(caught.value))
 
@@ -203,7 +204,7 @@ def post_and_poll(environ: Mapping[str, str], base_url: str = API, seconds: floa
         async with Client(
             access, SystemClock(), post_timeout_s=seconds, get_timeout_s=seconds, environ=environ
         ) as client:
-            task_id = await client.submit("email_getter", BODY)
+            task_id = await client.submit(Target(TargetKind.WATERFALL, "email_getter"), BODY)
             await client.poll_task(task_id)
             return task_id
 

@@ -9,11 +9,10 @@ import sys
 import zlib
 from typing import Any
 
-import httpx
 import pytest
 
-from enrich.databar.transport import KEPT_START_BYTES, AnswerTooLarge
-from enrich.databar.unpacking import MAX_MEMBERS
+from enrich.databar.decompression import MAX_MEMBERS
+from enrich.databar.transport import KEPT_START_BYTES, AnswerLost, AnswerTooLarge, HttpAnswer
 from tests.support.cases import in_turn
 from tests.support.raw_server import ConnectionAction, Reply, http_reply, serve_replies
 from tests.support.transport_client import Sender, send_get, with_transport
@@ -61,16 +60,14 @@ COMPRESSED = {
 @in_turn(("encoding", "data"), COMPRESSED.values(), ids=COMPRESSED.keys())
 @in_turn("chunk", [0, 1, 1000])
 def test_compressed_responses_are_decompressed(encoding: str, data: bytes, chunk: int) -> None:
-    """A compressed response is decompressed once, whole or in chunks of any size; its encoding header is removed."""
+    """A compressed response is decompressed once, whole or in chunks of any size."""
     head = b"HTTP/1.1 200 OK\r\ncontent-encoding: %b\r\n" % encoding.encode()
     if chunk:
         reply = head + b"transfer-encoding: chunked\r\n\r\n" + chunked(data, chunk)
     else:
         reply = head + b"content-length: %d\r\n\r\n" % len(data) + data
     with serve_replies(Reply(reply)) as server:
-        response = send_get(server.base_url)
-        assert response.content == TEXT
-        assert "content-encoding" not in response.headers
+        assert send_get(server.base_url).content == TEXT
 
 
 def test_highly_compressed_body_is_complete() -> None:
@@ -86,7 +83,7 @@ def test_empty_compressed_body(encoding: str) -> None:
     """A 429 without a body may be declared as compressed."""
     with serve_replies(http_reply(429, b"", content_encoding=encoding)) as server:
         response = send_get(server.base_url)
-        assert (response.status_code, response.content) == (429, b"")
+        assert (response.status, response.content) == (429, b"")
 
 
 CORRUPT = {
@@ -117,9 +114,9 @@ def test_corrupt_compression_is_an_error(encoding: str, data: bytes, status: int
     """Corrupt compression is an error that does not show the body; the next request uses another connection."""
 
     async def two(send: Sender) -> str:
-        with pytest.raises(httpx.ReadError) as caught:
+        with pytest.raises(AnswerLost) as caught:
             await send("/a")
-        assert type(caught.value) is httpx.ReadError
+        assert type(caught.value) is AnswerLost
         await send("/b")
         return str(caught.value)
 
@@ -128,10 +125,10 @@ def test_corrupt_compression_is_an_error(encoding: str, data: bytes, status: int
     ) as server:
         words = with_transport(server.base_url, two)
         assert words in {
-            "the answer is packed, and damaged",
-            "the answer is packed, and its end is missing",
-            "the answer is packed, and more follows its end",
-            "the answer is in an encoding that was not asked for",
+            "the compressed response is damaged",
+            "the compressed response is truncated",
+            "the compressed response has extra data",
+            "the response has an encoding that was not requested",
         }
 
 
@@ -164,7 +161,8 @@ ENDLESS = {
     "trailers": b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n0\r\n" + b"a: b\r\n" * 100_000,
     "interim answers": b"HTTP/1.1 100 Continue\r\n\r\n" * 40_000,
     "empty lines": b"\r\n" * 400_000,
-    "packed": b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: 99999999\r\n\r\n" + compressed_zeros(9),
+    "packed": b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: 999999\r\n\r\n"
+    + compressed_zeros(99)[:-16],
     "a header": b"HTTP/1.1 200 OK\r\nx: " + b"x" * 4_000_000,
     "a header's name": b"HTTP/1.1 200 OK\r\n" + b"x" * 4_000_000,
     "headers": b"HTTP/1.1 200 OK\r\n" + b"x-some: thing\r\n" * 100_000,
@@ -178,16 +176,16 @@ ENDLESS = {
 def test_endless_response_is_cut_at_limit(data: bytes) -> None:
     """An endless response is cut at the limit, well before its timeout, and its connection is not used again."""
 
-    async def two(send: Sender) -> httpx.Response:
-        with pytest.raises(httpx.ReadError) as caught:
+    async def two(send: Sender) -> HttpAnswer:
+        with pytest.raises(AnswerLost) as caught:
             await send("/a", seconds=60)
-        assert "no answer in" not in str(caught.value)
+        assert "no response in" not in str(caught.value)
         return await send("/b")
 
     with serve_replies(
         lambda seen: Reply(data, ConnectionAction.HANG) if "/a" in seen.line else http_reply(200, {"b": 1})
     ) as server:
-        assert with_transport(server.base_url, two, max_bytes=SMALL).json() == {"b": 1}
+        assert with_transport(server.base_url, two, max_bytes=SMALL).content == b'{"b": 1}'
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -205,14 +203,14 @@ def test_start_of_oversized_response_is_kept(packed: bool) -> None:  # noqa: FBT
 def test_invalid_content_length_is_an_error(length: bytes) -> None:
     """An invalid content length, or two different ones, is an error: the end of the response is unknown."""
     reply = Reply(b"HTTP/1.1 200 OK\r\ncontent-length: " + length + b"\r\n\r\n{}   ", ConnectionAction.CLOSE)
-    with serve_replies(reply) as server, pytest.raises(httpx.ReadError):
+    with serve_replies(reply) as server, pytest.raises(AnswerLost):
         send_get(server.base_url)
 
 
 def test_truncated_body_is_an_error() -> None:
     """A truncated body is an error."""
     reply = Reply(b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{}", ConnectionAction.CLOSE)
-    with serve_replies(reply) as server, pytest.raises(httpx.ReadError, match="too early"):
+    with serve_replies(reply) as server, pytest.raises(AnswerLost, match="too early"):
         send_get(server.base_url)
 
 
@@ -251,9 +249,9 @@ def compressed_reply(data: bytes, **headers: Any) -> Reply:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("times", [1, 32])
-def test_decompression_bomb_memory_limit(times: int) -> None:
-    """10 GiB of zeros in 10 MiB stay within the memory limit, once or 32 times at once, and so do slower ones."""
+def test_decompression_bomb_memory_limit() -> None:
+    """10 GiB of zeros in 10 MiB stay within the memory limit, 32 times at once, and so do slower ones."""
+    times = 32
     rows = json.dumps([{"email": f"lead-{number}@engine.example"} for number in range(60_000)]).encode()
     slow = gzip.compress(rows) * 30
     _, without = measure(http_reply(200, {"task_id": "a"}), times)

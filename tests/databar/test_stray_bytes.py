@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from threading import Event
+from typing import Any, TypeVar
 
-import httpx
 import pytest
 
+from enrich.databar.transport import AnswerLost, ConnectionFailed
+from enrich.run.event_loop import run_in_event_loop
+from tests.support import transport_client
 from tests.support.cases import in_turn
 from tests.support.raw_server import ConnectionAction, RawServer, ReceivedRequest, Reply, http_reply, serve_replies
-from tests.support.transport_client import Sender, with_transport
+from tests.support.transport_client import Sender
 from tests.support.workspace import wait_until
 
 STRAY_REPLY = http_reply(200, {"task_id": "another"}).data
@@ -28,7 +34,20 @@ STRAY_REPLIES = {
     "text": b"Service Unavailable\r\n\r\n",
     "an empty line": b"\r\n",
 }
+T = TypeVar("T")
+LOOPS = {"asyncio": asyncio.run, "uvloop": run_in_event_loop}
+WithTransport = Callable[..., Any]
 each_stray = pytest.mark.parametrize("stray", STRAY_REPLIES.values(), ids=STRAY_REPLIES.keys())
+
+
+@pytest.fixture(params=LOOPS)
+def with_transport(request: pytest.FixtureRequest) -> WithTransport:
+    """Open a transport in each kind of event loop: they differ in when they read received bytes."""
+
+    def use_transport(base_url: str, use: Callable[[Sender], Awaitable[T]], **settings: Any) -> T:
+        return transport_client.with_transport(base_url, use, run=LOOPS[request.param], **settings)
+
+    return use_transport
 
 
 def requested_path(request: ReceivedRequest) -> str:
@@ -47,15 +66,20 @@ async def wait_until_closed(server: RawServer, number: int) -> None:
 
 
 @each_stray
-def test_stray_bytes_between_requests_close_connection(stray: bytes) -> None:
-    """Bytes that come 30 ms after a response, between requests, close the connection at once."""
+def test_stray_bytes_between_requests_close_connection(with_transport: WithTransport, stray: bytes) -> None:
+    """Bytes that come after a response was read, between requests, close the connection at once."""
+    was_read = Event()
 
     async def two(send: Sender) -> list[object]:
         first = await send("/a")
+        was_read.set()
         await wait_until_closed(server, 1)
-        return [first.json(), (await send("/b")).json()]
+        return [json.loads(first.content), json.loads((await send("/b")).content)]
 
-    with serve_replies(lambda seen: Reply(echo(seen), stray_bytes=stray if seen.connection == 1 else b"")) as server:
+    def reply(seen: ReceivedRequest) -> Reply:
+        return Reply(echo(seen), stray_bytes=stray if seen.connection == 1 else b"", stray_after=was_read)
+
+    with serve_replies(reply) as server:
         assert with_transport(server.base_url, two) == [{"task_id": "a"}, {"task_id": "b"}]
         assert [(seen.connection, requested_path(seen)) for seen in server.requests] == [(1, "a"), (2, "b")]
 
@@ -63,7 +87,9 @@ def test_stray_bytes_between_requests_close_connection(stray: bytes) -> None:
 @each_stray
 @pytest.mark.parametrize("body", [b"", b'{"task_id": "a"}'])
 @pytest.mark.parametrize("apart", ["in one piece", "the end apart"])
-def test_stray_bytes_after_response_are_discarded(stray: bytes, body: bytes, apart: str) -> None:
+def test_stray_bytes_after_response_are_discarded(
+    with_transport: WithTransport, stray: bytes, body: bytes, apart: str
+) -> None:
     """Stray bytes in one piece with a response, or with its last byte, close the connection.
 
     Garbage right behind a response may spoil that response, which is then requested again.
@@ -76,7 +102,7 @@ def test_stray_bytes_after_response_are_discarded(stray: bytes, body: bytes, apa
     async def several(send: Sender) -> list[bytes]:
         try:
             contents = [(await send("/a")).content]
-        except httpx.ReadError:
+        except AnswerLost:
             contents = [body]
         return contents + [(await send("/b")).content for _ in range(3)]
 
@@ -87,7 +113,7 @@ def test_stray_bytes_after_response_are_discarded(stray: bytes, body: bytes, apa
 
 
 @in_turn("stray", [STRAY_REPLY, b"HTTP/1.1 408 Request Timeout\r\n\r\n", b"220 mail.example"])
-def test_stray_bytes_before_request_prove_not_sent(stray: bytes) -> None:
+def test_stray_bytes_before_request_prove_not_sent(with_transport: WithTransport, stray: bytes) -> None:
     """Bytes that are there when the connection opens are no response: the request is not sent on it."""
 
     async def slow_down() -> None:
@@ -98,7 +124,7 @@ def test_stray_bytes_before_request_prove_not_sent(stray: bytes) -> None:
 
     async def one(send: Sender) -> None:
         slow = asyncio.create_task(slow_down())
-        with pytest.raises(httpx.ConnectError, match="before the request"):
+        with pytest.raises(ConnectionFailed, match="before the request"):
             await send("/a", method="POST")
         await slow
 
@@ -107,31 +133,32 @@ def test_stray_bytes_before_request_prove_not_sent(stray: bytes) -> None:
         assert not server.requests
 
 
-def test_no_reuse_uses_new_connections() -> None:
+def test_no_reuse_uses_new_connections(with_transport: WithTransport) -> None:
     """A POST uses a new connection: it reads no stray bytes and meets no server that closes an idle one."""
 
     async def three(send: Sender) -> list[tuple[object, object]]:
         answers = [await send(f"/{name}", method="POST") for name in "abc"]
-        return [(answer.json()["task_id"], answer.extensions["fresh"]) for answer in answers]
+        return [(json.loads(answer.content)["task_id"], answer.is_fresh) for answer in answers]
 
     with serve_replies(lambda seen: Reply(echo(seen), stray_bytes=STRAY_REPLY)) as server:
         assert with_transport(server.base_url, three, reuse=False) == [("a", True), ("b", True), ("c", True)]
         assert [seen.connection for seen in server.requests] == [1, 2, 3]
 
 
-def test_fresh_connection_on_demand() -> None:
+def test_fresh_connection_on_demand(with_transport: WithTransport) -> None:
     """Each response shows whether its connection carried another request before."""
 
     async def several(send: Sender) -> list[object]:
         answers = [await send("/a"), await send("/a"), await send("/a", fresh=True), await send("/a")]
-        return [answer.extensions["fresh"] for answer in answers]
+        return [answer.is_fresh for answer in answers]
 
     with serve_replies(lambda seen: Reply(echo(seen))) as server:
         assert with_transport(server.base_url, several) == [True, False, True, False]
         assert [seen.connection for seen in server.requests] == [1, 1, 2, 1]
 
 
-def test_fresh_requests_do_not_queue() -> None:
+@pytest.mark.long
+def test_fresh_requests_do_not_queue(with_transport: WithTransport) -> None:
     """Fresh requests have their own connections: 32 silent polls block none of them."""
 
     async def both(send: Sender) -> object:
@@ -141,7 +168,7 @@ def test_fresh_requests_do_not_queue() -> None:
         for task in silent:
             task.cancel()
         await asyncio.gather(*silent, return_exceptions=True)
-        return answer.json()["task_id"]
+        return json.loads(answer.content)["task_id"]
 
     def answer(request: ReceivedRequest) -> Reply:
         return Reply(action=ConnectionAction.HANG) if requested_path(request) == "silent" else Reply(echo(request))
@@ -151,30 +178,30 @@ def test_fresh_requests_do_not_queue() -> None:
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_close_connection_of_response(times: int) -> None:
+def test_close_connection_of_response(with_transport: WithTransport, times: int) -> None:
     """The connection of a response can be closed, as for one with another task's id; closing twice does no harm."""
 
     async def two(send: Sender) -> object:
         answer = await send("/a")
         for _ in range(times):
-            answer.extensions["close"]()
+            answer.close()
         await wait_until_closed(server, 1)
-        return (await send("/b")).json()["task_id"]
+        return json.loads((await send("/b")).content)["task_id"]
 
     with serve_replies(lambda seen: Reply(echo(seen))) as server:
         assert with_transport(server.base_url, two) == "b"
         assert [seen.connection for seen in server.requests] == [1, 2]
 
 
-def test_closed_connection_fails_its_request() -> None:
+def test_closed_connection_fails_its_request(with_transport: WithTransport) -> None:
     """Closing a connection fails its current request, whose response might be another's; it is repeated elsewhere."""
 
     async def two(send: Sender) -> object:
         first = await send("/a")
         second = asyncio.create_task(send("/b"))
         await asyncio.to_thread(wait_until, lambda: len(server.requests) == 2)
-        first.extensions["close"]()
-        return (await second).json()["task_id"]
+        first.close()
+        return json.loads((await second).content)["task_id"]
 
     def answer(request: ReceivedRequest) -> Reply:
         silent = requested_path(request) == "b" and request.connection == 1
@@ -185,12 +212,12 @@ def test_closed_connection_fails_its_request() -> None:
         assert [(seen.connection, requested_path(seen)) for seen in server.requests] == [(1, "a"), (1, "b"), (2, "b")]
 
 
-def test_interim_responses_are_skipped() -> None:
+def test_interim_responses_are_skipped(with_transport: WithTransport) -> None:
     """Any number of interim responses (1xx) may come before the response."""
     interim = b"HTTP/1.1 100 Continue\r\n\r\n" * 3 + b"HTTP/1.1 103 Early Hints\r\nlink: <x>\r\n\r\n"
 
     async def two(send: Sender) -> list[object]:
-        return [(await send(f"/{name}")).json()["task_id"] for name in "ab"]
+        return [json.loads((await send(f"/{name}")).content)["task_id"] for name in "ab"]
 
     with serve_replies(lambda seen: Reply(interim + echo(seen))) as server:
         assert with_transport(server.base_url, two) == ["a", "b"]

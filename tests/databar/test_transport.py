@@ -6,15 +6,17 @@ import asyncio
 import contextlib
 import socket
 import ssl
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-import httpx
 import pytest
 
 from enrich.databar.client import Client
-from enrich.databar.transport import Transport
+from enrich.databar.transport import ConnectionFailed, Origin, Transport, serialize_headers
 from enrich.errors import ApiCallFailed, RequestNotAccepted, SubmissionUnconfirmed
+from enrich.run.event_loop import run_in_event_loop
 from enrich.sandbox import Fault
 from tests.databar.test_client import CREATED, KEY, call_api, expect_failure, get_task, submit_run
 from tests.support.raw_server import ConnectionAction, Reply, http_reply, serve_replies
@@ -33,6 +35,7 @@ def test_posts_use_new_connections() -> None:
         assert [seen.connection for seen in server.requests] == [1, 2, 3]
 
 
+@pytest.mark.long
 def test_polls_reuse_idle_connections() -> None:
     """Polls reuse idle connections, because repeating a poll costs nothing."""
 
@@ -76,6 +79,7 @@ def test_broken_responses_release_connections() -> None:
         wait_until(lambda: len(server.requests) == 40)
 
 
+@pytest.mark.long
 def test_posts_and_polls_use_separate_pools() -> None:
     """Posts and polls use separate connection pools: 32 silent polls block no POST."""
 
@@ -116,9 +120,8 @@ def test_connect_timeout_message() -> None:
 
     async def connect_once(port: int) -> None:
         transport = Transport(1, 0.2, ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
-        request = httpx.Request("POST", f"http://127.0.0.1:{port}/", extensions={"timeout": {"read": 5.0}})
-        with pytest.raises(httpx.ConnectError, match="Connection timeout"):
-            await transport.handle_async_request(request)
+        with pytest.raises(ConnectionFailed, match="Connection timeout"):
+            await transport.exchange(Origin("127.0.0.1", port, is_tls=False), b"", 5.0)
         await transport.aclose()
 
     with socket.create_server(("127.0.0.1", 0), backlog=0) as full_listener, contextlib.ExitStack() as waiting_sockets:
@@ -130,6 +133,48 @@ def test_connect_timeout_message() -> None:
         asyncio.run(connect_once(full_listener.getsockname()[1]))
 
 
+@pytest.mark.parametrize("dead_first", [True, False])
+def test_next_address_is_tried(monkeypatch: pytest.MonkeyPatch, dead_first: bool) -> None:  # noqa: FBT001 - a case
+    """A host with several addresses is reached while one of them is, and its addresses are looked up once."""
+    lookups = 0
+
+    async def find(*_: object, **__: object) -> Sequence[object]:
+        nonlocal lookups
+        lookups += 1
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port)) for port in (server.port, dead_port)]
+        return found[::-1] if dead_first else found
+
+    async def three(client: Client) -> list[str]:
+        return [await submit_run(client) for _ in range(3)]
+
+    with socket.create_server(("127.0.0.1", 0)) as dead:
+        dead_port = dead.getsockname()[1]
+    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", find)
+    with serve_replies(CREATED) as server:
+        assert call_api(f"http://localhost:{server.port}/v1", three) == ["t-1"] * 3
+    assert lookups == 1
+
+
+def test_header_with_line_break_is_refused() -> None:
+    """A header cannot begin another one."""
+    for value in ("a\r\nx-other: b", "a\nb", "a\rb"):
+        with pytest.raises(ValueError, match="line break"):
+            serialize_headers({"x-apikey": value})
+
+
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_event_loop_of_a_run(monkeypatch: pytest.MonkeyPatch, is_installed: bool) -> None:  # noqa: FBT001 - a case
+    """A run uses uvloop where it is installed."""
+    if not is_installed:
+        monkeypatch.setitem(sys.modules, "uvloop", None)
+
+    async def name_of_loop() -> str:
+        return type(asyncio.get_running_loop()).__module__
+
+    assert run_in_event_loop(name_of_loop()).startswith("uvloop" if is_installed else "asyncio")
+
+
+@pytest.mark.long
 def test_response_received_while_suspended_counts(tmp_path: Path) -> None:
     """A response that arrived while the machine slept counts, although the timeout is over; nothing is in doubt."""
 

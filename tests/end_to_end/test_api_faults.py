@@ -10,12 +10,23 @@ from typing import NamedTuple
 import pytest
 
 from enrich.exit_codes import ExitCode
+from enrich.job.target import TargetKind
 from enrich.run import poller
-from enrich.run.state import Timeouts
+from enrich.run.run_state import Timeouts
 from enrich.sandbox import Fault
 from enrich.sandbox.faults import FAULT_KINDS
 from tests.support.cases import first_quick
-from tests.support.workspace import JOB, SHORT_TIMEOUTS, SandboxApi, Workspace, make_leads, serve_api, wait_until
+from tests.support.workspace import (
+    JOB,
+    JOBS,
+    SHORT_TIMEOUTS,
+    SandboxApi,
+    Workspace,
+    lead_name,
+    make_leads,
+    serve_api,
+    wait_until,
+)
 
 #: `fault`: name in the sandbox (`get:` for a poll), injected for two of four leads. `lead_status`: status of these two
 #: leads after the run. `resent`: whether the request is resent automatically: `same run` or `next run` when it
@@ -135,7 +146,7 @@ def leads_with_status(workspace: Workspace, statuses: Collection[str]) -> set[st
 
 def accepted_counts(api: SandboxApi) -> dict[str, int]:
     """Return the number of accepted runs of each lead."""
-    return {run["params"]["first_name"]: run["accepted"] for run in api.audit()["runs"]}
+    return {lead_name(run["params"]): run["accepted"] for run in api.audit()["runs"]}
 
 
 def test_table_covers_all_faults() -> None:
@@ -145,14 +156,19 @@ def test_table_covers_all_faults() -> None:
 
 
 @pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, id=case.fault, marks=[] if case.fault in QUICK else pytest.mark.long) for case in CASES],
+    ("case", "kind"),
+    [
+        pytest.param(case, kind, id=f"{kind} {case.fault}", marks=[] if case.fault in quick else pytest.mark.long)
+        for kind, quick in ((TargetKind.WATERFALL, QUICK), (TargetKind.ENRICHMENT, {"reset-after"}))
+        for case in CASES
+    ],
 )
 def test_fault_outcomes_match_table(
-    api: SandboxApi, workspace: Workspace, case: FaultCase, monkeypatch: pytest.MonkeyPatch
+    api: SandboxApi, workspace: Workspace, case: FaultCase, kind: TargetKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Resends a request that was certainly not accepted; otherwise it stays in doubt and no plain run resends it."""
     monkeypatch.setattr(poller, "FAILED_POLL_S", 0.2)
+    workspace.write_job(JOBS[kind])
     workspace.write_leads(make_leads(LEADS))
     case.inject(api)
 
@@ -248,7 +264,7 @@ def _claimed_s(workspace: Workspace) -> list[float]:
     """Return the claim times of the requests in doubt, in seconds."""
     ledger = workspace.open_ledger()
     try:
-        rows = ledger._db.execute("SELECT claimed_ms FROM attempts WHERE state = 'in_doubt' ORDER BY id").fetchall()
+        rows = ledger.session.execute("SELECT claimed_ms FROM attempts WHERE state = 'in_doubt' ORDER BY id").fetchall()
     finally:
         ledger.close()
     return [claimed_ms / 1000 for (claimed_ms,) in rows]

@@ -51,6 +51,21 @@ def test_compare_benchmark_output() -> None:
     assert {"who", "enrich run", "httpx, 10 tasks"} <= set(names)
 
 
+def test_million_benchmark_output() -> None:
+    """Each size has its table, and each command is compared with its control."""
+    printed = run_benchmark("million", "--growth", "30,60", "--only", "plan,report,check")
+
+    assert printed.count("control: Python csv") == printed.count("control: sqlite3") == 2
+    assert printed.count("ledger check") == printed.count("plan, parquet") == printed.count("report") == 2
+
+
+def test_startup_benchmark_output() -> None:
+    """Each command is compared with the import of polars."""
+    names = first_cells(run_benchmark("startup", "--rounds", "0"))
+
+    assert {"control: polars", "enrich --help", "enrich status", "enrich run"} <= set(names)
+
+
 def test_sdk_client_enriches_every_row() -> None:
     """The vendor's SDK works with the fake API, with single calls and in bulk."""
     pytest.importorskip("databar", reason="the extra `bench` is not installed")

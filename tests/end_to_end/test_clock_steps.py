@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.answer_check import ANSWER_STATUSES
-from tests.support.stepping_clock import SteppingClock, start_with_clock
+from tests.support.stepping_clock import SteppingClock
 from tests.support.workspace import SandboxApi, Workspace, make_leads, serve_api, wait_until
 
 LEADS = 8
@@ -37,12 +37,12 @@ def test_program_runs_with_stepping_clock(api: SandboxApi, workspace: Workspace)
     """Runs the program with shifted times in the ledger; arguments and exit code pass through."""
     workspace.write_leads(make_leads(3))
     (workspace.folder / "clock").write_text("-240")
-    process = start_with_clock(workspace, api, workspace.folder / "clock")
+    process = workspace.start_subprocess("run", "job.yaml", "--json", api=api, clock=workspace.folder / "clock")
     process.communicate(timeout=60)
     assert process.returncode == 0
     (started_at,) = workspace.sql("SELECT min(claimed_ms) FROM attempts")[0]
     assert time.time() - 300 < started_at / 1000 < time.time() - 200
-    process = start_with_clock(workspace, api, workspace.folder / "clock", "--nonsense")
+    process = workspace.start_subprocess("run", "job.yaml", "--nonsense", api=api, clock=workspace.folder / "clock")
     process.communicate(timeout=60)
     assert process.returncode == 2
 
@@ -63,7 +63,7 @@ def assert_run_completes(
 ) -> dict[str, object]:
     """Run the job; step the clock after all submits if `hours` is not 0; assert that every lead has its answer."""
     clock = workspace.folder / "clock"
-    process = start_with_clock(workspace, api, clock, *options)
+    process = workspace.start_subprocess("run", "job.yaml", "--json", *options, api=api, clock=clock)
     if hours is not None:
         wait_until(lambda: submitted_count(workspace) == LEADS, 60)
         clock.write_text(str(hours * 3600))
@@ -95,7 +95,7 @@ def test_clock_step_between_runs(tmp_path: Path, workspace: Workspace, hours: fl
         workspace.submit_without_collecting(api)
         (workspace.folder / "clock").write_text(str(hours * 3600))
         for _ in range(5):
-            process = start_with_clock(workspace, api, workspace.folder / "clock")
+            process = workspace.start_subprocess("run", "job.yaml", "--json", api=api, clock=workspace.folder / "clock")
             out, stderr = process.communicate(timeout=100)
             assert json.loads(out)["submitted"] == 0, stderr
             # 13: before the API's clock is known, a task may seem too old to be waited for.

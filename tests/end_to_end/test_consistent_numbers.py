@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from enrich.ledger import execution_records
+from tests.support.fake_renderer import fake_renderer
 from tests.support.workspace import INSTANT_API, SandboxApi, Workspace, kill_process, make_leads, serve_api, wait_until
 
 SHARED_NUMBERS = ("submitted", "credits_spent", "credits_unknown", "balance_before", "balance_after")
@@ -46,7 +48,8 @@ def test_numbers_agree_over_runs(tmp_path: Path, workspace: Workspace, seed: int
             del leads[-3:]
             workspace.write_leads(leads)
             api.set_prices({833: choose.choice([0, 0.004, 3])})
-            workspace.run_in_process("run", "job.yaml", *choose.choice(RUN_OPTIONS), api=api)
+            with fake_renderer():
+                workspace.run_in_process("run", "job.yaml", *choose.choice(RUN_OPTIONS), api=api)
             _assert_numbers_agree(workspace, api)
 
 
@@ -65,7 +68,7 @@ def test_numbers_agree_after_kill(tmp_path: Path, workspace: Workspace) -> None:
 
 def _submitted_count(workspace: Workspace) -> int:
     with closing(workspace.open_ledger()) as ledger:
-        return sum(execution.submitted for execution in ledger.job_executions("job"))
+        return sum(execution.submitted for execution in execution_records.list_executions(ledger, "job"))
 
 
 def _assert_numbers_agree(workspace: Workspace, api: SandboxApi) -> None:

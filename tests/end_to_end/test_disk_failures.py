@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from enrich.errors import CommandRefused
-from enrich.ledger.ledger import Ledger
-from enrich.ledger.verify import LedgerVerifier
+from enrich.ledger import verify
+from enrich.ledger.database import Database, open_existing
 from tests.support.ledger import CommittingLedger
 from tests.support.workspace import ProgramResult, SandboxApi, Workspace, make_leads, serve_api, wait_until
 
@@ -72,7 +72,7 @@ def test_disk_full_during_run_is_exit_1(api: SandboxApi, workspace: Workspace) -
 
     result = run_with_file_limit(workspace, api, 150_000, "run", "job.yaml", "--json")
 
-    assert_exit(result, 1, "the ledger cannot be written", "make room")
+    assert_exit(result, 1, "the ledger cannot be written", "free some space")
     audit = api.audit()
     assert 0 < audit["accepted"] < 150
     assert audit["accepted"] - known_task_count(workspace) <= MAX_POSTS_IN_FLIGHT
@@ -92,6 +92,7 @@ def test_disk_full_at_start(api: SandboxApi, workspace: Workspace) -> None:
     assert_resumes(workspace, api, 5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["out.csv", pytest.param("out.parquet", marks=pytest.mark.long)])
 def test_disk_full_while_writing_output(api: SandboxApi, workspace: Workspace, name: str) -> None:
     """Names the fix; `collect` writes the output without paying when there is space."""
@@ -123,7 +124,7 @@ def test_disk_full_while_writing_output(api: SandboxApi, workspace: Workspace, n
 def test_unwritable_ledger_is_exit_5(api: SandboxApi, workspace: Workspace, target: str) -> None:
     """Refuses before anything is sent."""
     workspace.write_leads(make_leads(3))
-    Ledger(workspace.ledger_path).close()
+    Database(workspace.ledger_path).close()
     place, mode = (workspace.ledger_path, 0o400) if target == "file" else (workspace.ledger_path.parent, 0o500)
     place.chmod(mode)
 
@@ -138,7 +139,7 @@ def test_unwritable_ledger_is_exit_5(api: SandboxApi, workspace: Workspace, targ
 def test_unwritable_wal_is_exit_5(api: SandboxApi, workspace: Workspace) -> None:
     """A folder in the journal's place stops root as well."""
     workspace.write_leads(make_leads(3))
-    Ledger(workspace.ledger_path).close()
+    Database(workspace.ledger_path).close()
     workspace.ledger_path.with_name("job.db-wal").mkdir()
 
     result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
@@ -193,11 +194,12 @@ def test_damaged_ledger_is_exit_5(api: SandboxApi, workspace: Workspace, damage:
     assert api.audit()["accepted"] == 60
 
 
+@pytest.mark.long
 def test_backup_beside_stale_wal_is_refused(tmp_path: Path) -> None:
     """Refuses before anything is sent: SQLite would apply the killed run's journal to the backup."""
     ledger = CommittingLedger.open(tmp_path / "job.db").start_and_enroll(*range(300))
-    with closing(LedgerVerifier(ledger.path)) as records:
-        records.backup(tmp_path / "copy.db")
+    with closing(open_existing(ledger.path, skip_integrity_check=True)) as records:
+        verify.backup(records, tmp_path / "copy.db")
     for number in range(200):
         ledger.settle(ledger.submit(str(number)))
     (tmp_path / "restored.db-wal").write_bytes((tmp_path / "job.db-wal").read_bytes())
@@ -205,7 +207,7 @@ def test_backup_beside_stale_wal_is_refused(tmp_path: Path) -> None:
     ledger.wrapped.close()
 
     with pytest.raises(CommandRefused, match=r"damaged|malformed") as refusal:
-        Ledger(tmp_path / "restored.db")
+        Database(tmp_path / "restored.db")
 
     assert "-wal" in str(refusal.value.hint)
 

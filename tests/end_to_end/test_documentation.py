@@ -12,7 +12,8 @@ import yaml
 
 from enrich.cli import cli
 from enrich.job.job import load_job
-from enrich.job.spec import JobModel
+from enrich.job.spec import SteppedJobModel
+from enrich.job.target_spec import SOURCES_KEY
 from tests.support.cases import in_turn
 from tests.support.documents import (
     ALL_DOCUMENTS,
@@ -24,16 +25,19 @@ from tests.support.documents import (
     fenced_blocks,
     make_checkout,
     relative_links,
+    run_shell,
 )
+from tests.support.message_texts import message_texts
+from tests.support.reference_pages import GENERATED, PAGES, with_reference
 
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
 
 def keys_of_a_job() -> set[str]:
     """Return all keys of a job file, at any depth."""
-    schema = JobModel.model_json_schema()
+    schema = SteppedJobModel.model_json_schema()
     models = [schema, *schema["$defs"].values()]
-    return {key for model in models for key in model["properties"]}
+    return {key for model in models for key in model["properties"]} - {SOURCES_KEY}
 
 
 def parse_command_line(arguments: list[str]) -> None:
@@ -51,11 +55,23 @@ def parse_command_line(arguments: list[str]) -> None:
 
 
 @pytest.mark.long
-@in_turn("document", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
+@pytest.mark.parametrize("document", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
 def test_console_blocks_match_output(document: Path, tmp_path: Path) -> None:
     """Every `$ command` runs in a fresh checkout, in the document's order, and prints the output below it."""
     shown = document.read_text(encoding="utf-8").count("\n$ ")
     assert check_console(document, make_checkout(tmp_path)) == shown
+
+
+@pytest.mark.long
+def test_python_blocks_run(tmp_path: Path) -> None:
+    """The Python of the documents runs in a fresh checkout."""
+    blocks = {document.name: fenced_blocks(document, "python") for document in DOCUMENTS}
+    folder = make_checkout(tmp_path)
+    for number, block in enumerate(block for blocks_of_one in blocks.values() for block in blocks_of_one):
+        script = folder / f"block{number}.py"
+        script.write_text(block, encoding="utf-8")
+        run_shell(f"python {script}", folder)
+    assert blocks["python.md"]
 
 
 @each_document
@@ -69,7 +85,13 @@ def test_documented_jobs_load(document: Path, tmp_path: Path) -> None:
         elif isinstance(part := yaml.safe_load(block), dict) and "apiVersion" in part:
             parse_command_line(shlex.split(part["spec"]["entrypoint"])[1:])  # another program's file
         elif isinstance(part, dict):
-            assert part.keys() <= JobModel.model_fields.keys()
+            assert part.keys() <= SteppedJobModel.model_fields.keys()
+
+
+def test_documents_name_one_key_file() -> None:
+    """All documents use one path of the key file: that of `enrich cron`, which the README prints."""
+    text = "\n".join(document.read_text(encoding="utf-8") for document in DOCUMENTS)
+    assert len(set(re.findall(r"/etc/enrich/[\w.]*key\w*", text))) == 1
 
 
 def test_shipped_jobs_load() -> None:
@@ -87,11 +109,30 @@ def test_all_job_keys_are_documented() -> None:
     assert keys_of_a_job() - alone - set(re.findall(r"(\w+):", shown)) == set()
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_reference_pages_are_current(page: str) -> None:
+    """The generated parts are those of the present commands and schema (`make reference` writes them)."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    assert GENERATED.search(text)
+    assert text == with_reference(page)
+
+
+def test_troubleshooting_quotes_the_source() -> None:
+    """Each message of the troubleshooting page is a text of the source, and stands in one place."""
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^\| (?:`([^`]+)`|``(.+?) ?``) \|", page, re.MULTILINE)
+    messages = [one or other for one, other in quoted]
+    texts = list(message_texts(ROOT / "enrich"))
+    assert len(messages) > 50
+    assert [message for message in messages if not any(message in text for text in texts)] == []
+    assert len(messages) == len(set(messages))
+
+
 @each_document
 def test_documented_commands_exist(document: Path) -> None:
     """Every `enrich …` in a block or a sentence has an existing command and options."""
     wrong = []
-    for arguments in enrich_invocations(code_text(document)):
+    for arguments in enrich_invocations(code_text(document, GENERATED)):
         try:
             parse_command_line(arguments)
         except click.UsageError as error:

@@ -18,14 +18,14 @@ from enrich.errors import ApiUnreachable
 from enrich.ledger.lock import lock_ledger
 from enrich.models import State
 from enrich.run.context import RunOptions
-from enrich.run.state import Timeouts
+from enrich.run.run_state import Timeouts
 from enrich.sandbox import Fault
 from enrich.sandbox.databar import Databar, NotFoundError
-from enrich.sandbox.questions import Refused as ApiRefusal
+from enrich.sandbox.lookups import Refused as ApiRefusal
 from tests.support.cases import first_quick
 from tests.support.workspace import (
-    AWAY,
-    ILL,
+    SHORT_OUTAGE_TIMEOUT,
+    SHORT_STARTUP_TIMEOUT,
     SHORT_TIMEOUTS,
     ProgramResult,
     SandboxApi,
@@ -48,8 +48,8 @@ def old_output(workspace: Workspace) -> Path:
 
 
 def use_short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the program in this process with the timeouts `AWAY`."""
-    values = tuple(getattr(AWAY, name) for name in Timeouts.__dataclass_fields__)
+    """Run the program in this process with the timeouts `SHORT_STARTUP_TIMEOUT`."""
+    values = tuple(getattr(SHORT_STARTUP_TIMEOUT, name) for name in Timeouts.__dataclass_fields__)
     monkeypatch.setattr(Timeouts.__init__, "__defaults__", values)
 
 
@@ -73,7 +73,7 @@ def assert_exit(result: ProgramResult, code: int, *messages: str) -> dict[str, A
     ("arguments", "messages"),
     [
         (["run", "job.yaml", "--no-such-option"], ["--no-such-option"]),
-        (["run", "nowhere.yaml"], ["nowhere.yaml", "no such job file"]),
+        (["run", "nowhere.yaml"], ["nowhere.yaml", "the job file does not exist"]),
         (["run"], ["JOB"]),
         (["walk", "job.yaml"], ["walk"]),
         (["run", "job.yaml", "--retry", "found"], ["`found`", "failed, expired, in_doubt"]),
@@ -262,6 +262,7 @@ def test_unreachable_api_is_exit_4(workspace: Workspace, old_output: Path, monke
     assert old_output.read_text() == OLD_OUTPUT
 
 
+@pytest.mark.long
 def test_short_outage_at_start_is_retried(api: SandboxApi, workspace: Workspace) -> None:
     """Waits through a short outage at the start."""
     workspace.write_leads(make_leads(2))
@@ -279,7 +280,7 @@ def test_failing_api_at_start_is_exit_4(api: SandboxApi, workspace: Workspace, f
     api.inject_fault(fault, 100, "me")
 
     with pytest.raises(ApiUnreachable) as error:
-        workspace.run_job(api, timing=AWAY)
+        workspace.run_job(api, timing=SHORT_STARTUP_TIMEOUT)
 
     assert error.value.exit_code == 4
 
@@ -290,7 +291,7 @@ def test_outage_while_polling_is_exit_4(api: SandboxApi, workspace: Workspace) -
     workspace.write_leads(make_leads(20))
     api.inject_fault("unavailable", 1, "get", seconds=60)
 
-    summary = workspace.run_job(api, timing=ILL)
+    summary = workspace.run_job(api, timing=SHORT_OUTAGE_TIMEOUT)
 
     assert summary.exit_code == 4
     assert summary.error is not None
@@ -302,6 +303,7 @@ def test_outage_while_polling_is_exit_4(api: SandboxApi, workspace: Workspace) -
     assert api.audit()["accepted_more_than_once"] == 0
 
 
+@pytest.mark.long
 def test_failing_posts_are_exit_4(api: SandboxApi, workspace: Workspace) -> None:
     """Each 5xx to a POST leaves a request in doubt; the run stops sending and exits."""
     workspace.write_job(limits="{in_flight: 4}")
@@ -309,7 +311,7 @@ def test_failing_posts_are_exit_4(api: SandboxApi, workspace: Workspace) -> None
     api.inject_fault("error-before", 1000, "post", status=503)
     started_at = time.monotonic()
 
-    summary = workspace.run_job(api, timing=ILL)
+    summary = workspace.run_job(api, timing=SHORT_OUTAGE_TIMEOUT)
 
     assert summary.exit_code == 4
     assert 0 < (summary.in_doubt or 0) <= 10
@@ -338,7 +340,7 @@ def test_endless_429_is_exit_4(api: SandboxApi, workspace: Workspace) -> None:
     workspace.write_leads(make_leads(5))
     api.inject_fault("rate-limit-bare", 100_000, "post")
 
-    summary = workspace.run_job(api, timing=ILL)
+    summary = workspace.run_job(api, timing=SHORT_OUTAGE_TIMEOUT)
 
     assert (summary.exit_code, summary.in_doubt, summary.pending) == (4, 0, 5)
 
@@ -459,6 +461,7 @@ def test_param_error_fails_row_only(api: SandboxApi, workspace: Workspace, monke
 # 11: the lock
 
 
+@pytest.mark.long
 def test_concurrent_run_is_exit_11(api: SandboxApi, workspace: Workspace, old_output: Path) -> None:
     """A second run exits immediately and changes nothing."""
     workspace.write_leads(make_leads(1))
@@ -467,7 +470,7 @@ def test_concurrent_run_is_exit_11(api: SandboxApi, workspace: Workspace, old_ou
         skipped = workspace.run_in_process("run", "job.yaml", "--json", "--if-locked", "skip", api=api)
         waits = workspace.run_in_process("run", "job.yaml", "--json", "--if-locked", "wait=1s", api=api)
 
-    assert_exit(fails, 11, "another execution", "--if-locked")
+    assert_exit(fails, 11, "another run is using this ledger (process ", "--if-locked")
     assert skipped.exit_code == skipped.json_output["exit_code"] == 0
     assert_exit(waits, 11)
     assert old_output.read_text() == OLD_OUTPUT
@@ -513,6 +516,7 @@ def test_lock_released_by_killed_process(api: SandboxApi, workspace: Workspace) 
 # 12: credits
 
 
+@pytest.mark.long
 def test_cap_reached_is_exit_12(api: SandboxApi, workspace: Workspace) -> None:
     """Never exceeds `--max-credits`, running tasks included; a later run buys the pending rows."""
     workspace.write_leads(make_leads(20))
@@ -558,6 +562,7 @@ def test_out_of_credits_is_exit_12(tmp_path: Path, workspace: Workspace) -> None
 # 13: time
 
 
+@pytest.mark.long
 def test_max_time_is_exit_13(tmp_path: Path, workspace: Workspace) -> None:
     """`--max-time` ends the run with the output written; the next run collects the open tasks."""
     workspace.write_leads(make_leads(5))
@@ -690,6 +695,7 @@ def run_and_signal(
     return ProgramResult(process.returncode, out, err), time.monotonic() - started_at
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("number", "code"),
     [
@@ -854,6 +860,7 @@ def test_signal_while_waiting_for_lock(
 # Several at once
 
 
+@pytest.mark.long
 def test_exit_code_precedence(tmp_path: Path, workspace: Workspace) -> None:
     """Failed rows, unconfirmed requests and the cap together: the cap wins, then unconfirmed, then failed."""
     workspace.write_leads(make_leads(30))
@@ -882,6 +889,7 @@ def test_wrong_key_precedes_outage_and_cap(api: SandboxApi, workspace: Workspace
     assert (summary.exit_code, summary.output) == (3, None)
 
 
+@pytest.mark.long
 def test_outage_precedes_in_doubt(api: SandboxApi, workspace: Workspace) -> None:
     """5xx to every POST: exit 4 with the unconfirmed requests counted."""
     workspace.write_leads(make_leads(5))
@@ -903,7 +911,7 @@ def test_unexpected_error_is_exit_1(api: SandboxApi, workspace: Workspace, monke
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("enrich.run.pipeline.preflight", broken)
+    monkeypatch.setattr("enrich.run.startup.preflight", broken)
 
     result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
 
@@ -913,6 +921,7 @@ def test_unexpected_error_is_exit_1(api: SandboxApi, workspace: Workspace, monke
     assert api.api_key not in result.stderr
 
 
+@pytest.mark.long
 def test_ledger_write_error_is_exit_1(api: SandboxApi, workspace: Workspace) -> None:
     """A full disk in mid-run: stops sending and reports the error."""
     workspace.write_leads(make_leads(100))

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.program import reset_signals
 from tests.support.workspace import (
     SandboxApi,
     Workspace,
     make_leads,
     read_terminal,
-    reset_signals,
     serve_api,
     wait_until,
 )
@@ -99,7 +99,7 @@ def test_ignored_signal_during_prompt(api: SandboxApi, workspace: Workspace, num
         preexec_fn=partial(reset_signals, [number]),
     )
     os.close(terminal)
-    read_terminal(controller, up_to=b"Go on?")
+    read_terminal(controller, up_to=b"[y/N]")
     process.send_signal(number)
     os.write(controller, b"y\n")
     read_terminal(controller)

@@ -197,7 +197,7 @@ def test_removed_lock_file_stops_run(slow_api: SandboxApi, workspace: Workspace,
     assert "Traceback" not in result.stderr
     assert "job.db.lock: the lock file was removed or replaced" in result.stderr
     if second is not None:
-        assert wait_for_end(second).exit_code in (0, 14)
+        assert wait_for_end(second).exit_code in (0, 11, 14)  # 11: the first run was still alive
     slow_api.clear_faults()
     third = workspace.run_subprocess(*RUN, api=slow_api)
     assert third.exit_code == 0, third.stderr
@@ -230,7 +230,7 @@ def test_foreign_lock_with_signal_or_max_time(
 ) -> None:
     """A signal and --max-time wait some seconds; the task ids go into the rescue file."""
     slow_api.inject_fault("slow", 200, "post", seconds=0.5)
-    more = () if end else ("--max-time", "4s")
+    more = () if end else ("--max-time", "10s")
     process = workspace.start_subprocess(*RUN, *more, api=slow_api)
     wait_until(lambda: slow_api.audit()["accepted"] >= 10)
     with closing(sqlite3.connect(workspace.ledger_path, isolation_level=None)) as other:
@@ -257,7 +257,7 @@ def test_disk_full_keeps_task_ids(api: SandboxApi, workspace: Workspace) -> None
 
     assert result.exit_code == 1, result.stderr
     assert "the ledger cannot be written" in result.stderr
-    assert "make room" in result.stderr
+    assert "free some space" in result.stderr
     second = workspace.run_subprocess(*RUN, api=api)
     assert second.exit_code == 0, second.stderr
     assert_nothing_lost(workspace, api)

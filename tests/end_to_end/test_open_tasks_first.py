@@ -19,9 +19,9 @@ from enrich.job.job import load_job
 from enrich.ledger.lock import lock_ledger, open_for_run
 from enrich.models import State
 from enrich.run import poller
-from enrich.run.context import RunContext, RunOptions
+from enrich.run.context import RunEnvironment, RunOptions
 from enrich.run.pipeline import run as run_job
-from enrich.run.state import Timeouts
+from enrich.run.run_state import Timeouts
 from enrich.run.summary import RunSummary
 from tests.support.cases import first_quick
 from tests.support.raw_server import ReceivedRequest, Reply, http_reply, serve_replies
@@ -92,8 +92,8 @@ def run_once(
     """Run the job against a scripted API."""
     job = load_job(workspace.job_file)
     with lock_ledger(job.ledger, 0), open_for_run(job.ledger) as (ledger, _):
-        context = RunContext(job, ApiAccess(base_url, SecretStr("key-of-the-test")), ledger, timeouts=timing)
-        return run_job(context, options or RunOptions())
+        access = ApiAccess(base_url, SecretStr("key-of-the-test"))
+        return run_job(job, access, ledger, options or RunOptions(), RunEnvironment(timeouts=timing))
 
 
 def request_states(workspace: Workspace) -> list[str]:
@@ -147,7 +147,8 @@ REFUSALS: dict[str, tuple[Callable[[ScriptedApi, Workspace], object], int]] = {
 }
 
 
-@pytest.mark.parametrize("refusal", first_quick(3, REFUSALS, single=True))
+@pytest.mark.long
+@pytest.mark.parametrize("refusal", REFUSALS)
 def test_open_tasks_collected_before_refusal(workspace: Workspace, refusal: str) -> None:
     """Polls each open task and keeps its answer; sends nothing new, and the run reports the reason."""
     scripted_api = ScriptedApi()
@@ -195,6 +196,7 @@ def test_other_workspace_keeps_tasks_open(workspace: Workspace, answer: Reply) -
     assert request_states(workspace) == ["found"] * 3
 
 
+@pytest.mark.long
 def test_no_requests_to_other_host(workspace: Workspace) -> None:
     """Sends nothing to another host, not even free requests: it must not see the ledger's task ids."""
     scripted_api = ScriptedApi()
@@ -230,6 +232,7 @@ def test_only_continuous_404_expires_task(pattern: list[bool]) -> None:
         assert is_expired == (run >= 5 and now - since >= 60.0)
 
 
+@pytest.mark.long
 def test_signal_or_max_time_keeps_tasks_open(workspace: Workspace) -> None:
     """An unknown task stays open after a signal or --max-time, and the next run polls it again."""
     scripted_api = ScriptedApi()
@@ -247,6 +250,7 @@ def test_signal_or_max_time_keeps_tasks_open(workspace: Workspace) -> None:
     assert (request_states(workspace), scripted_api.posts) == (["found"] * 3, [])
 
 
+@pytest.mark.long
 def test_expired_tasks_polled_once_more(workspace: Workspace) -> None:
     """Polls expired tasks and unconfirmed ones with an id once more before the user has to pay again."""
     scripted_api = ScriptedApi()
@@ -349,7 +353,7 @@ UNUSABLE_ANSWERS: dict[str, tuple[Callable[[str], Reply], str, float | None]] = 
         "submitted",
         None,
     ),
-    "no JSON": (lambda _: http_reply(200, b"<html>busy</html>"), "submitted", None),
+    "not JSON": (lambda _: http_reply(200, b"<html>busy</html>"), "submitted", None),
     "no status": (lambda name: http_reply(200, {"task_id": f"t-{name}"}), "submitted", None),
     "another task": (lambda _: completed_reply("First1"), "submitted", None),
     "a long id": (lambda name: completed_reply(name, task_id="x" * 600), "submitted", None),

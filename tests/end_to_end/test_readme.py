@@ -3,54 +3,42 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
-import click
 import pytest
 
 from enrich import __version__
-from enrich.cli import cli
 from enrich.job.job import load_job
 from enrich.job.spec import json_schema
-from tests.support.documents import ROOT, check_console, fenced_blocks, make_checkout, run_shell
+from tests.support.documents import ROOT, check_console_block, make_checkout, run_shell, runnable_blocks
 from tests.support.workspace import INSTANT_API, serve_api
 
 README = ROOT / "README.md"
 
 
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a checkout whose .venv is the one that runs the tests."""
-    return make_checkout(tmp_path_factory.mktemp("checkout"))
-
-
 @pytest.mark.long
-def test_readme_console_output(checkout: Path) -> None:
-    """Every `$ command` of the README prints the output below it, in the README's order."""
-    assert check_console(README, checkout) >= 3
-
-
-@pytest.mark.long
-def test_readme_api_commands(checkout: Path, tmp_path: Path) -> None:
-    """The commands with a key run unchanged against an API that accepts this key."""
-    (block,) = fenced_blocks(README, "sh")
+def test_readme_commands(tmp_path: Path) -> None:
+    """All commands of the README run in its order: consoles print what is shown, others use an API with this key."""
+    checkout, seen = make_checkout(tmp_path), set()
     with serve_api(tmp_path / "api.db", INSTANT_API, api_key="your-key") as api:
-        message = run_shell(block, checkout, DATABAR_BASE_URL=api.base_url)
-        accepted = api.audit()["accepted"]
-    assert "email_getter" in message
-    assert accepted == 232
+        for kind, block in runnable_blocks(README):
+            if "pip install" in block:
+                assert_installs_as_make(block)
+            elif kind == "console":
+                check_console_block(block, checkout)
+            else:
+                run_shell(block, checkout, DATABAR_BASE_URL=api.base_url)
+                assert api.audit()["accepted"] == 234
+            seen.add(kind)
+    assert seen == {"console", "sh"}
 
 
-def test_readme_example_job() -> None:
-    """The shown job file is `jobs/leads.yaml`."""
-    (block,) = fenced_blocks(README, "yaml")
-    assert block in (ROOT / "jobs" / "leads.yaml").read_text(encoding="utf-8")
-
-
-def test_readme_mentions_every_command() -> None:
-    """The README mentions every command."""
-    for name in cli.list_commands(click.Context(cli)):
-        assert f"enrich {name}" in README.read_text(encoding="utf-8")
+def assert_installs_as_make(block: str) -> None:
+    """Assert that the commands install what `make` installs into the .venv that this test uses."""
+    rule = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (installed,) = re.findall(r"install --editable ('.*')", block)
+    assert f"--editable {installed}\n" in rule
 
 
 def test_shipped_schema_is_current() -> None:

@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 
+from enrich.ledger import execution_records, queries
 from enrich.ledger.verify import check_ledger
 from enrich.run.context import RunOptions
 from enrich.run.summary import RunSummary
 from tests.support.cases import first_quick
 from tests.support.workspace import (
     BOTH_BACKENDS_SERVER_LONG,
+    FILE_ONLY,
     SandboxApi,
     Workspace,
     kill_process,
@@ -129,6 +131,7 @@ def test_kill_while_polling(tmp_path: Path, workspace: Workspace) -> None:
     assert (summary.found or 0) + (summary.not_found or 0) == 40
 
 
+@FILE_ONLY
 @pytest.mark.long
 def test_kill_while_writing_output(api: SandboxApi, workspace: Workspace) -> None:
     """The old output stays complete until it is replaced; the next run removes a partial one."""
@@ -149,6 +152,7 @@ def test_kill_while_writing_output(api: SandboxApi, workspace: Workspace) -> Non
     assert api.audit()["accepted"] == 10
 
 
+@FILE_ONLY
 def test_stale_part_removed_by_failed_run(api: SandboxApi, workspace: Workspace) -> None:
     """The next start removes a partial output even if that run fails."""
     workspace.write_leads(make_leads(1))
@@ -188,16 +192,16 @@ def test_credits_match_audit_after_kill(api: SandboxApi, workspace: Workspace) -
 
     ledger = workspace.open_ledger()
     try:
-        spent, unknown = ledger.spent_totals()
-        executions = ledger.executions()
+        spent, unknown = queries.spent_totals(ledger)
+        executions = execution_records.list_executions(ledger)
     finally:
         ledger.close()
-    assert [row["exit_code"] is None for row in executions] == [False, True]
+    assert [row.exit_code is None for row in executions] == [False, True]
     in_doubt = [row["First Name"] for row in workspace.read_output() if row["enrich_status"] == "in_doubt"]
     known = [run["credits"] for run in api.audit()["runs"] if run["params"]["first_name"] not in in_doubt]
     assert unknown == 0
     assert spent / 1e6 == pytest.approx(sum(known))
-    assert sum(row["spent"] for row in executions) == spent
+    assert sum(row.spent for row in executions) == spent
 
 
 @pytest.mark.long

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from enrich.errors import LedgerLocked
+from enrich.errors import LedgerLocked, RunDeclined
 from enrich.job.job import load_job
+from enrich.ledger import queries
 from enrich.ledger.lock import lock_ledger
 from enrich.models import State
 from enrich.run.context import RunOptions
@@ -80,10 +81,11 @@ def test_executions_are_separate_per_job(api: SandboxApi, alpha: Workspace, beta
     assert {each["receipt"]["job"] for each in shown["alpha"]} == {"alpha"}
 
 
+@pytest.mark.long
 def test_task_is_evaluated_by_its_own_job(tmp_path: Path, alpha: Workspace, beta: Workspace) -> None:
     """A job that collects another job's task evaluates it by the columns of the job that sent it."""
-    alpha.write_job(columns="{industry: industry}", output="alpha.csv", **LOOKUP)
-    beta.write_job(columns="{phone: phone}", output="beta.csv", **LOOKUP)
+    alpha.write_job(columns="{about: description}", output="alpha.csv", **LOOKUP)
+    beta.write_job(columns="{phone: funding.phone}", output="beta.csv", **LOOKUP)
     alpha.write_leads(make_leads(4))
     with serve_api(tmp_path / "api.db", latency="fixed(60)", hit_rate=1.0) as api:
         alpha.submit_without_collecting(api)
@@ -93,11 +95,12 @@ def test_task_is_evaluated_by_its_own_job(tmp_path: Path, alpha: Workspace, beta
         assert api.audit()["accepted"] == 4
 
     with closing(alpha.open_ledger()) as ledger:
-        assert ledger.state_counts() == {State.FOUND: 4}
+        assert queries.state_counts(ledger) == {State.FOUND: 4}
     assert (collected.submitted, collected.found, collected.not_found) == (0, 0, 4)
     assert (second.submitted, second.found) == (0, 4)
 
 
+@pytest.mark.long
 def test_open_request_of_other_job_is_awaited(tmp_path: Path, alpha: Workspace, beta: Workspace) -> None:
     """Does not resend another job's open request; the plan counts it as waiting."""
     alpha.write_leads(make_leads(3))
@@ -153,6 +156,7 @@ def test_confirmation_per_job(api: SandboxApi, alpha: Workspace, beta: Workspace
     alpha.write_leads(make_leads(2))
     alpha.run_job(api)
     alpha.write_leads(make_leads(4))
-    assert beta.run_job(api, RunOptions(confirm=refuse)).exit_code == 5
+    with pytest.raises(RunDeclined):
+        beta.run_job(api, RunOptions(confirm=refuse))
     assert alpha.run_job(api, RunOptions(confirm=refuse)).submitted == 2
     assert len(prompts) == 1

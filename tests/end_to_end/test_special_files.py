@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import pytest
 
@@ -23,21 +24,13 @@ def run_job(
     api: SandboxApi,
     *options: str,
     stdin: int = subprocess.DEVNULL,
-    environ: Mapping[str, str] = MappingProxyType({}),
+    environ: Mapping[str, Any] = MappingProxyType({}),
 ) -> ProgramResult:
     """Run the job as a process, so that one that hangs can be ended."""
-    process = subprocess.run(
-        [sys.executable, "-m", "enrich", *(options or ("run", "job.yaml"))],
-        cwd=workspace.folder,
-        env=workspace.environment(api) | dict(environ),
-        stdin=stdin,
-        capture_output=True,
-        text=True,
-        timeout=90,
-        check=False,
-    )
-    assert "Traceback" not in process.stderr
-    return ProgramResult(process.returncode, process.stdout, process.stderr)
+    arguments = options or ("run", "job.yaml")
+    result = workspace.run_subprocess(*arguments, api=api, stdin=stdin, **environ)
+    assert "Traceback" not in result.stderr
+    return result
 
 
 def make_special_file(workspace: Workspace, kind: str) -> str:
@@ -110,7 +103,7 @@ def test_unreadable_notifications_file_is_a_note(api: SandboxApi, workspace: Wor
     workspace.write_job(notify=make_special_file(workspace, kind))
     result = run_job(workspace, api)
     assert result.exit_code == 0
-    assert "nobody can be notified: it " in result.stderr
+    assert "notifications cannot be sent: it " in result.stderr
 
 
 @pytest.mark.long

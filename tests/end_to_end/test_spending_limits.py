@@ -9,8 +9,9 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from enrich.ledger import queries
 from enrich.models import State
-from enrich.rows.reader import JobInput
+from enrich.rows.job_input import JobInput
 from enrich.run.context import RunOptions
 from tests.support.workspace import BOTH_BACKENDS_SERVER_LONG, SandboxApi, Workspace, make_leads, serve_api
 
@@ -44,7 +45,7 @@ def row_statuses(workspace: Workspace) -> list[str]:
     """Return the rows' statuses: `capped` where that is the reason, `answered` for match and no match."""
     result = {"found": "answered", "not_found": "answered"}
     return [
-        "capped" if "capped" in row["enrich_error"] else result.get(row["enrich_status"], row["enrich_status"])
+        "capped" if "per-group limit" in row["enrich_error"] else result.get(row["enrich_status"], row["enrich_status"])
         for row in workspace.read_output()
     ]
 
@@ -224,7 +225,7 @@ def test_min_balance_is_kept(tmp_path: Path, workspace: Workspace) -> None:
         second = workspace.run_job(api)
         audit = api.audit()
     assert second.exit_code == 12
-    assert "has come down to `min_balance`" in str(second.error)
+    assert "has reached `min_balance`" in str(second.error)
     assert audit["balance"] - audit["credits_reserved"] >= 60
     assert audit["paid_twice"] == 0
 
@@ -236,7 +237,7 @@ def test_min_balance_refused_at_start(tmp_path: Path, workspace: Workspace) -> N
     with serve_api(tmp_path / "api.db", balance=11.0) as api:
         result = workspace.run_in_process("run", "job.yaml", api=api)
         assert (result.exit_code, api.audit()["accepted"]) == (5, 0)
-        assert "`min_balance` keeps 8 of them" in result.stderr
+        assert "`min_balance` is 8" in result.stderr
         assert workspace.run_job(api, RunOptions(limit=0)).exit_code == 0
 
 
@@ -262,11 +263,11 @@ def test_unknown_price_with_cap_collects_only(
         api.advance(90)
         workspace.write_job(limits="{requests_per_second: 1000, max_credits: 50}")
         workspace.write_leads(make_leads(4))
-        monkeypatch.setattr("enrich.rows.template._worst_price", lambda *_: None)
+        monkeypatch.setattr("enrich.databar.waterfall.Waterfall.highest_price", lambda *_: None)
         summary = workspace.run_job(api)
         second = workspace.run_in_process("run", "job.yaml", api=api)
         assert api.audit()["accepted"] == 2
     assert (summary.exit_code, second.exit_code) == (5, 5)
-    assert "names no price" in str(summary.error)
+    assert "has no price" in str(summary.error)
     with closing(workspace.open_ledger()) as ledger:
-        assert ledger.state_counts()[State.FOUND] == 2
+        assert queries.state_counts(ledger)[State.FOUND] == 2

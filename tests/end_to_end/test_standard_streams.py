@@ -7,10 +7,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.support.workspace import ProgramResult, SandboxApi, Workspace, make_leads, reset_signals
+from tests.support.program import ProgramStart
+from tests.support.workspace import ProgramResult, SandboxApi, Workspace, make_leads
 
 NO_SPACE = "note: stdout cannot be written: No space left on device\n"
 pytestmark = pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
@@ -27,32 +29,21 @@ def stream_workspace(workspace: Workspace) -> Iterator[Workspace]:
 
 
 def run_with_streams(
-    workspace: Workspace, api: SandboxApi, *arguments: str, closed: tuple[int, ...] = (), full: tuple[int, ...] = ()
+    workspace: Workspace,
+    api: SandboxApi,
+    *arguments: str,
+    closed: tuple[int, ...] = (),
+    full: tuple[int, ...] = (),
+    execute: bool = False,
 ) -> ProgramResult:
     """Run the program with closed descriptors, or with some on a full disk; capture the others."""
-
-    def prepare() -> None:
-        reset_signals()
-        for descriptor in full:
-            os.dup2(os.open("/dev/full", os.O_WRONLY), descriptor)
-        for descriptor in closed:
-            os.close(descriptor)
-
-    process = subprocess.run(
-        [sys.executable, "-m", "enrich", *arguments],
-        cwd=workspace.folder,
-        env=workspace.environment(api),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        preexec_fn=prepare,
-    )
-    return ProgramResult(process.returncode, process.stdout, process.stderr)
+    start = ProgramStart(arguments, str(workspace.folder), workspace.environment(api), closed=closed, full=full)
+    process = start.start(execute=execute)
+    stdout, stderr = process.communicate(timeout=60)
+    return ProgramResult(process.returncode, stdout, stderr)
 
 
-STREAMS: list[dict[str, tuple[int, ...]]] = [
+STREAMS: list[dict[str, Any]] = [
     {"closed": (1,)},
     {"closed": (2,)},
     {"closed": (1, 2)},
@@ -67,12 +58,10 @@ STREAMS: list[dict[str, tuple[int, ...]]] = [
 
 @pytest.mark.long
 @pytest.mark.parametrize("streams", STREAMS, ids=str)
-def test_run_without_standard_streams(
-    api: SandboxApi, stream_workspace: Workspace, streams: dict[str, tuple[int, ...]]
-) -> None:
+def test_run_without_standard_streams(api: SandboxApi, stream_workspace: Workspace, streams: dict[str, Any]) -> None:
     """The exit code depends on the leads only, and every file is complete and free of other output."""
     result = run_with_streams(
-        stream_workspace, api, "run", "job.yaml", "--json", "--receipt", "--log-file", "log", **streams
+        stream_workspace, api, "run", "job.yaml", "--json", "--summary", "--log-file", "log", execute=True, **streams
     )
 
     assert result.exit_code == 0
@@ -82,15 +71,13 @@ def test_run_without_standard_streams(
     assert "Traceback" not in result.stderr
     unusable = streams.get("closed", ()) + streams.get("full", ())
     assert bool(result.stdout) == (1 not in unusable)
-    assert ("job: 5 rows" in result.stderr) == (2 not in unusable)
+    assert ("5 of 5 leads enriched" in result.stderr) == (2 not in unusable)
     assert result.stderr.endswith(NO_SPACE) == (streams == {"full": (1,)})
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("streams", STREAMS[:4], ids=str)
-def test_exit_codes_without_streams(
-    api: SandboxApi, stream_workspace: Workspace, streams: dict[str, tuple[int, ...]]
-) -> None:
+def test_exit_codes_without_streams(api: SandboxApi, stream_workspace: Workspace, streams: dict[str, Any]) -> None:
     """A lead in doubt exits with 14, a wrong job with 2, even if the messages cannot be printed."""
     api.inject_fault("no-task-id")
     assert run_with_streams(stream_workspace, api, "run", "job.yaml", "--json", **streams).exit_code == 14
@@ -114,7 +101,7 @@ def test_other_commands_without_streams(api: SandboxApi, stream_workspace: Works
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("arguments", [["run", "job.yaml", "--json", "--receipt"], ["schema"]], ids=" ".join)
+@pytest.mark.parametrize("arguments", [["run", "job.yaml", "--json", "--summary"], ["schema"]], ids=" ".join)
 @pytest.mark.parametrize("left", ["stdout", "stderr"])
 def test_closed_reader_does_not_stop_run(
     api: SandboxApi, stream_workspace: Workspace, arguments: list[str], left: str

@@ -23,13 +23,13 @@ from enrich.commands.status import read_status
 from enrich.commands.status_watch import ENTER_SCREEN, LEAVE_SCREEN, WAITING_TEXT, RunWatcher, watch_job
 from enrich.job.job import load_job
 from enrich.monitoring import log_file
+from tests.support.program import reset_signals
 from tests.support.request_recorder import log_lines
 from tests.support.workspace import (
     Workspace,
     kill_process,
     make_leads,
     read_terminal,
-    reset_signals,
     serve_api,
     wait_until,
 )
@@ -61,7 +61,7 @@ def test_watching_does_not_affect_run(tmp_path: Path, workspace: Workspace) -> N
         audit = api.audit()
     result = [watcher.communicate(timeout=90) for watcher in watchers]
 
-    assert ("there is no ledger yet" in first[0], json.loads(first[1])["sign"]) == (True, "no ledger")
+    assert ("no ledger yet" in first[0], json.loads(first[1])["sign"]) == (True, "no ledger")
     assert [watcher.returncode for watcher in watchers] == [0, 0]
     assert [err for _, err in result] == ["", ""]
     excluded_keys = {"polls", "elapsed_s", "output", "rate_limited"}
@@ -87,24 +87,24 @@ def test_stopped_and_killed_runs_are_detected(tmp_path: Path, workspace: Workspa
         wait_until(lambda: (watcher.read_view().as_json().get("in_flight") or 0) == 3)
         status = workspace.run_in_process("status", "job.yaml", "--json").json_output
         assert (status["at_work"]["execution"], status["at_work"]["total"], status["at_work"]["done"]) == (1, 3, 0)
-        assert "at work since" in workspace.run_in_process("status", "job.yaml").stdout
+        assert "running since" in workspace.run_in_process("status", "job.yaml").stdout
         run.send_signal(signal.SIGSTOP)
         wait_until(lambda: watcher.read_view().status is RunStatus.NO_HEARTBEAT)
         run.send_signal(signal.SIGCONT)
         wait_until(lambda: watcher.read_view().status is RunStatus.RUNNING)
         kill_process(run)
         wait_until(lambda: watcher.read_view().status is RunStatus.NO_HEARTBEAT)
-        assert "killed, asleep or stopped while asking" in format_headline(watcher.read_view())
+        assert "killed, suspended or stopped while sending" in format_headline(watcher.read_view())
 
         result = io.StringIO()
         watching = threading.Thread(target=watch_job, args=(watcher, result, {}, 0.05), kwargs={"as_json": True})
         watching.start()
-        wait_until(lambda: "no sign of life" in result.getvalue())
+        wait_until(lambda: "no heartbeat" in result.getvalue())
         api.advance(601)
         assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
         watching.join(timeout=90)
 
-    assert json_lines(result.getvalue())[0]["sign"] == "no sign of life"
+    assert json_lines(result.getvalue())[0]["sign"] == "no heartbeat"
     assert (json_lines(result.getvalue())[-1]["execution"], json_lines(result.getvalue())[-1]["exit_code"]) == (2, 0)
 
 
@@ -139,7 +139,7 @@ def test_interrupt_restores_terminal(workspace: Workspace) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [(("--every", "2s"), "--watch"), (("--watch", "--every", "0s"), "too often")]
+    ("options", "message"), [(("--every", "2s"), "--watch"), (("--watch", "--every", "0s"), "at least 1s")]
 )
 def test_invalid_interval_is_exit_2(workspace: Workspace, options: tuple[str, ...], message: str) -> None:
     """Exits with 2."""

@@ -6,14 +6,17 @@ import io
 import os
 import traceback
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from enrich.files import csv_format
 from enrich.files.csv_format import MAX_CELL_CHARACTERS, CsvWriter, likely_separator, read_batches, read_header
 from enrich.files.text import FileProblem, TableFile
 from tests.support.cases import examples, first_quick, in_turn
@@ -65,8 +68,10 @@ def written_bytes(
         pytest.param(UTF8_BOM + b"a,b\n1,2\n", [("a", "b"), ("1", "2")], id="byte order mark"),
         pytest.param(UTF8_BOM + b'"a",b\n1,2\n', [("a", "b"), ("1", "2")], id="byte order mark before a quote"),
         pytest.param("\n\na,b\n\n1,2\n\n\r\n3,4\n\n", [("a", "b"), ("1", "2"), ("3", "4")], id="empty lines"),
-        pytest.param("a\n\n1\n\n2\n", [("a",), ("1",), ("2",)], id="empty lines of one column"),
-        pytest.param('a\n""\n\n \n', [("a",), ("",), (" ",)], id="blank cells of one column"),
+        pytest.param(
+            "\na\n\n1\n\n2\n\n", [("a",), ("",), ("1",), ("",), ("2",), ("",)], id="empty lines of one column"
+        ),
+        pytest.param('a\n""\n\n \n', [("a",), ("",), ("",), (" ",)], id="blank cells of one column"),
         pytest.param("a,b\n,\n", [("a", "b"), ("", "")], id="blank cells"),
         pytest.param("a,b\n", [("a", "b")], id="no rows"),
         pytest.param("a,,c\n1,2,3\n", [("a", "", "c"), ("1", "2", "3")], id="one blank column name"),
@@ -89,11 +94,11 @@ def test_valid_unusual_csv(tmp_path: Path, content: bytes | str, rows: list[tupl
 @in_turn("rows_per_batch", [1, 2, 3, 100])
 def test_batches_keep_order(tmp_path: Path, rows_per_batch: int) -> None:
     """Batches of any size keep the file's order, and all but the last are full."""
-    source = write_csv(tmp_path, "n\n" + "".join(f"{number}\n\n" for number in range(7)))
+    source = write_csv(tmp_path, "n,m\n" + "".join(f"{number},\n\n" for number in range(7)))
     frames = list(read_batches(source, rows_per_batch))
     assert [cell for frame in frames for cell in frame["n"]] == [str(number) for number in range(7)]
     assert all(frame.height == rows_per_batch for frame in frames[:-1])
-    assert all(frame.schema == {"n": pl.String} for frame in frames)
+    assert all(frame.schema == {"n": pl.String, "m": pl.String} for frame in frames)
 
 
 def test_header_only_file_has_no_batches(tmp_path: Path) -> None:
@@ -152,7 +157,7 @@ def test_gzip_by_extension(tmp_path: Path) -> None:
                 "a,b\n \n", "{path}: row 1 (line 2) has 1 cell, but the header has 2 columns", "", id="spaces"
             ),
             pytest.param(
-                "a;b\nx;1,5\n", "{path}: row 1 (line 2) has 2 cells", "separator is ';'", id="wrong separator"
+                "a;b\nx;1,5\n", "{path}: row 1 (line 2) has 2 cells", "separator may be ';'", id="wrong separator"
             ),
             pytest.param(
                 'a,b\n"1\n2",3\n4,"5\n\n6",7\n',
@@ -176,22 +181,22 @@ def test_gzip_by_extension(tmp_path: Path) -> None:
                 "the row runs on to line 3",
                 id="closed by the next quote",
             ),
-            pytest.param("a,b\n1,2\n3,\0\n", "{path}: row 2 (line 3) has a NUL character", "text file", id="NUL"),
+            pytest.param("a,b\n1,2\n3,\0\n", "{path}: row 2 (line 3) has a NUL character", "binary file", id="NUL"),
             pytest.param(
-                "a,\0\n1,2\n", "{path}: the header (line 1) has a NUL character", "text file", id="NUL in header"
+                "a,\0\n1,2\n", "{path}: the header (line 1) has a NUL character", "binary file", id="NUL in header"
             ),
             pytest.param(
                 "a,b\n1,2\n".encode("utf-16-le"), "{path}: the header (line 1) has a NUL", "utf-16-le", id="no mark"
             ),
             pytest.param(
                 "Email,b,Email,,c,\n",
-                "{path}: the header (line 1) names columns twice: `Email` at 1, 3; the blank name at 4, 6",
-                "name of its own",
+                "{path}: the header (line 1) has duplicate column names: `Email` at 1, 3; the blank name at 4, 6",
+                "its own name",
                 id="duplicate names",
             ),
             pytest.param(
                 "a,b\n\n1,2\n3,Jos\u00e9\n".encode("cp1252"),
-                "{path} is not `utf-8` text: byte 15 (line 4) has no meaning in it",
+                "{path} is not `utf-8` text: byte 15 (line 4) is invalid in it",
                 "`encoding: cp1252`",
                 id="cp1252",
             ),
@@ -224,7 +229,9 @@ def test_gzip_by_extension(tmp_path: Path) -> None:
                 b"PK\x03\x04\x14\0", "{path} is not CSV text but a zip archive or an Excel", "`.xlsx`", id="xlsx"
             ),
             pytest.param(gzip.compress(b"a\n"), "{path} is not CSV text but compressed with gzip", "`.gz`", id="gzip"),
-            pytest.param(b"\x89PNG\r\n\x1a\n\0\0", "{path} is not `utf-8` text: byte 1", "no text file", id="picture"),
+            pytest.param(
+                b"\x89PNG\r\n\x1a\n\0\0", "{path} is not `utf-8` text: byte 1", "may be a binary file", id="picture"
+            ),
             pytest.param(
                 "a\n" + "x" * (MAX_CELL_CHARACTERS + 1),
                 "{path}: row 1 (line 2) has a cell of more than 10,000,000 characters",
@@ -289,8 +296,8 @@ def test_wrong_encoding_hint(tmp_path: Path, content: bytes, encoding: str, hint
 def test_unknown_encoding(tmp_path: Path, encoding: str) -> None:
     """An unknown encoding is named in the error, on reading and on writing."""
     problem = read_problem(write_csv(tmp_path, "a\n1\n", encoding=encoding))
-    assert problem.message == f"encoding `{encoding}` is not known"
-    with pytest.raises(FileProblem, match="is not known"):
+    assert problem.message == f"encoding `{encoding}` is unknown"
+    with pytest.raises(FileProblem, match="is unknown"):
         CsvWriter(io.BytesIO(), encoding=encoding)
 
 
@@ -308,7 +315,7 @@ def test_invalid_separators(tmp_path: Path, separator: str) -> None:
 def test_corrupt_gzip(tmp_path: Path, content: bytes) -> None:
     """Plain text, a truncated file and a damaged file are all reported as invalid gzip."""
     source = write_csv(tmp_path, content, "leads.csv.gz")
-    assert read_problem(source).message == f"{source.path} is not a sound gzip file"
+    assert read_problem(source).message == f"{source.path} is a damaged gzip file"
 
 
 def test_missing_file(tmp_path: Path) -> None:
@@ -333,7 +340,7 @@ def test_permission_denied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
     source = write_csv(tmp_path, "a\n")
     monkeypatch.setattr(Path, "open", refuse)
-    assert read_problem(source).message == f"{source.path} may not be read by this user"
+    assert read_problem(source).message == f"{source.path} cannot be read by this user"
 
 
 def test_field_size_limit_is_restored(tmp_path: Path) -> None:
@@ -396,7 +403,7 @@ def test_unencodable_character() -> None:
     with CsvWriter(raw, encoding="cp1252") as writer:
         writer.write_header(["a", "b"])
         writer.write(pl.DataFrame({"a": ["é"], "b": [None]}))
-        with pytest.raises(FileProblem, match=r"^row 3, column `b`: `cp1252` has no sign") as caught:
+        with pytest.raises(FileProblem, match=r"^row 3, column `b`: `cp1252` cannot encode a character") as caught:
             writer.write(pl.DataFrame({"a": ["1", "2"], "b": ["3", "田"]}))
         assert caught.value.hint == "Set `encoding: utf-8` for the file to write"
         with pytest.raises(FileProblem, match=r"^the header, column `田`"):
@@ -457,3 +464,28 @@ def test_any_bytes_read_or_refused(
     with suppress(FileProblem):
         rows = read_rows(source, 2)
         assert {len(row) for row in rows} == {len(rows[0])}
+
+
+@given(content=st.text('a,"\r\n\v\u2028é', max_size=40), block=st.integers(1, 9))
+@settings(max_examples=examples(200), deadline=None)
+def test_lines_in_blocks(tmp_path_factory: pytest.TempPathFactory, content: str, block: int) -> None:
+    """However the file is divided into blocks, its lines are those that Python's files have."""
+    source = write_csv(tmp_path_factory.mktemp("lines"), content)
+    with source.path.open(newline="", encoding="utf-8") as file:
+        expected = list(file)
+    with patch.object(csv_format, "_BLOCK_CHARACTERS", block), csv_format._open_csv(source) as lines:
+        assert list(chain.from_iterable(lines._blocks())) == (expected or [""])
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_many_blank_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    """Blank lines for longer than a batch are not the end of the file."""
+    monkeypatch.setattr(csv_format, "_MAX_BATCH_CHARACTERS", 1_000)
+    monkeypatch.setattr(csv_format, "_BLOCK_CHARACTERS", 100)
+    first, last = ",".join("ab"[:width]), ",".join("34"[:width])
+    blank_lines = 5_000
+
+    rows = read_rows(write_csv(tmp_path, f"{first}\n{last}\n" + "\n" * blank_lines + f"{last}\n"))
+
+    assert rows[-1] == tuple("34"[:width])
+    assert len(rows) == 3 + (blank_lines if width == 1 else 0)

@@ -190,7 +190,7 @@ def test_parquet_is_read_in_batches(tmp_path: Path) -> None:
 def test_damaged_parquet(tmp_path: Path, content: bytes) -> None:
     """A damaged Parquet file is refused, whatever is wrong with it."""
     (tmp_path / "leads.parquet").write_bytes(content)
-    assert read_error(tmp_path / "leads.parquet").startswith("FILE is not a sound Parquet file")
+    assert read_error(tmp_path / "leads.parquet").startswith("FILE is a damaged Parquet file")
 
 
 # JSON Lines
@@ -232,9 +232,9 @@ def test_jsonl_roundtrip(tmp_path: Path) -> None:
         ("{}\n{}\n", "FILE is empty"),
         ('{"a": 1}\n\n{"a": 1,}\n', "FILE: row 2 (line 3) is not JSON: "),
         ('{"a": 1} {"a": 2}\n', "FILE: row 1 (line 1) is not JSON: Extra data (character 10)"),
-        ('"a"\n', "FILE: row 1 (line 1) is no JSON object / Write one object a line"),
-        ('[{"a": 1}]\n', "FILE: row 1 (line 1) is no JSON object / It looks like one JSON array"),
-        ('{"a": NaN}\n', "FILE: row 1 (line 1) is not JSON: NaN is no number"),
+        ('"a"\n', "FILE: row 1 (line 1) is not a JSON object / Write one object per line"),
+        ('[{"a": 1}]\n', "FILE: row 1 (line 1) is not a JSON object / It looks like a JSON array"),
+        ('{"a": NaN}\n', "FILE: row 1 (line 1) is not JSON: NaN is not a JSON number"),
         ('{"a": 1, "b": {"c": 1, "c": 2}}\n', "FILE: row 1 (line 1) has a key twice: `c`"),
         (r'{"a": "\u0000"}', "FILE: row 1 (line 1) has a NUL character"),
         (r'{"a": "\ud83d"}', "FILE: row 1 (line 1) has half a character"),
@@ -322,10 +322,10 @@ def test_excel_sheet_selection(tmp_path: Path) -> None:
     ("rows", "message_start"),
     [
         ([], "FILE: sheet `Sheet` is empty"),
-        ([["A", "B", "A"]], "FILE: the header (row 1 of sheet `Sheet`) names columns twice: `A` at A, C"),
+        ([["A", "B", "A"]], "FILE: the header (row 1 of sheet `Sheet`) has duplicate column names: `A` at A, C"),
         (
             [[], ["A", None, None], [1, 2, 3]],
-            "FILE: the header (row 2 of sheet `Sheet`) names columns twice: the blank",
+            "FILE: the header (row 2 of sheet `Sheet`) has duplicate column names: the blank",
         ),
     ],
 )
@@ -338,7 +338,7 @@ def test_excel_invalid_header(tmp_path: Path, rows: list[list[Any]], message_sta
 def test_damaged_workbook(tmp_path: Path, content: bytes) -> None:
     """A damaged workbook is refused, whatever is wrong with it."""
     (tmp_path / "leads.xlsx").write_bytes(content)
-    assert read_error(tmp_path / "leads.xlsx").startswith("FILE is not a sound Excel workbook")
+    assert read_error(tmp_path / "leads.xlsx").startswith("FILE is a damaged Excel workbook")
 
 
 def test_excel_output_formatting(tmp_path: Path) -> None:
@@ -361,19 +361,17 @@ def test_excel_limits_keep_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     target.write_text("the old one")
     longest = "x" * 32_767
     leads = write_table(tmp_path / "leads.csv", ["A"], [[longest], ["x" + longest]])
-    with pytest.raises(
-        CommandRefused, match="row 2, column `A`: a cell of a sheet holds no more than 32,767 characters"
-    ):
+    with pytest.raises(CommandRefused, match="row 2, column `A`: a cell of a sheet has at most 32,767 characters"):
         copy_table(leads, target)
     leads = write_table(tmp_path / "leads.csv", ["A"], [["😀" * 16_384]])  # two UTF-16 units each, as Excel counts
     with pytest.raises(CommandRefused, match="row 1, column `A`"):
         copy_table(leads, target)
     write_table(leads, [str(number) for number in range(16_384)], [])
-    with pytest.raises(CommandRefused, match="no more than 16,384 columns"):
+    with pytest.raises(CommandRefused, match="at most 16,384 columns"):
         copy_table(leads, target)
     monkeypatch.setattr(excel_format, "MAX_ROWS", 3)
     write_table(leads, ["A"], [["1"], ["2"], ["3"]])
-    with pytest.raises(CommandRefused, match="no more than 2 rows under its header"):
+    with pytest.raises(CommandRefused, match="at most 2 rows under its header"):
         copy_table(leads, target)
     assert target.read_text() == "the old one"
     write_table(leads, ["A"], [["1"], ["2"]])

@@ -19,6 +19,7 @@ from enrich.job.job import Overrides, load_job
 from enrich.job.locations import STDIN, ObjectUrl, parse_location
 from enrich.job.spec import Input
 from tests.support.cases import in_turn
+from tests.support.program import reset_signals
 from tests.support.table_files import INPUTS, read_table, write_table
 from tests.support.workspace import (
     HEADER,
@@ -26,7 +27,6 @@ from tests.support.workspace import (
     SandboxApi,
     Workspace,
     make_leads,
-    reset_signals,
     serve_api,
     wait_until,
 )
@@ -345,9 +345,12 @@ def test_format_by_extension(tmp_path: Path, job: str, given: str | None, kind: 
     [
         ("input: {path: a.csv, sheet: New}", "2: input: `sheet` is for workbooks: format xlsx"),
         ("input: {path: a.csv, format: xls}", "2: input.format: Input should be 'csv', 'jsonl', 'parquet' or 'xlsx'"),
-        ("input: ftp://a/b.csv", "2: input: `ftp://` is no storage that is known: use s3://, gs://, az://"),
-        ("input: s3://bucket", "2: input: a storage URL names a bucket and an object: s3://bucket/leads.csv"),
-        ("input: s3://id:secret@bucket/a.csv", "2: input: a URL holds no credentials: they come from the environment"),
+        ("input: ftp://a/b.csv", "2: input: `ftp://` is an unknown object storage: use s3://, gs://, az://"),
+        ("input: s3://bucket", "2: input: an object storage URL needs a bucket and an object: s3://bucket/leads.csv"),
+        (
+            "input: s3://id:secret@bucket/a.csv",
+            "2: input: a URL must have no credentials: they come from the environment",
+        ),
     ],
 )
 def test_input_option_errors(tmp_path: Path, line: str, expected: str) -> None:

@@ -90,7 +90,7 @@ def test_inconsistent_partition_columns(tmp_path: Path) -> None:
 def test_duplicate_partition_columns(tmp_path: Path) -> None:
     """Duplicate partition columns are refused, because it is unclear which one counts."""
     folder = write_files(tmp_path / "leads", "c=1/c=2/a.csv")
-    assert read_error(folder).message == f"{folder}/c=1/c=2/a.csv: its folders name a column twice: `c=` / `c=`"
+    assert read_error(folder).message == f"{folder}/c=1/c=2/a.csv: its folders have a column twice: `c=` / `c=`"
 
 
 def test_mixed_formats_are_refused(tmp_path: Path) -> None:
@@ -150,6 +150,7 @@ def test_added_or_removed_file_is_detected(tmp_path: Path) -> None:
     assert source.file_versions() != before
 
 
+@pytest.mark.long
 def test_run_reads_folder(workspace: Workspace, api: SandboxApi) -> None:
     """A run reads a folder, a partition column can be a param, and a file added later pays only for its own rows."""
     for name in ("country=DE", "country=FR"):
@@ -205,6 +206,7 @@ def test_storage_prefix_includes_all_objects(tmp_path: Path) -> None:
     assert read_rows(ObjectUrl("s3", BUCKET, "b/c=[2-9]/*")) == [("3", "4", "2")]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("bucket")
 def test_object_name_with_glob_characters() -> None:
     """An object's name may contain glob characters."""
@@ -213,6 +215,7 @@ def test_object_name_with_glob_characters() -> None:
     assert read_rows(ObjectUrl("s3", BUCKET, "leads[1].csv")) == [("1",)]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("bucket")
 def test_empty_storage_prefix_is_refused() -> None:
     """An empty prefix is refused with its URL."""
@@ -272,11 +275,11 @@ def test_dataset_manifest_selects_parts() -> None:
     target = ObjectUrl("s3", BUCKET, "out/")
     frame = pl.DataFrame({"A": ["x"], "enrich_index": [0]})
     write_file(target, Output(path="out/"), job="job", schema=frame.schema, frames=[frame], new_columns=1)
-    parquet_dataset.begin_dataset(target, "job").write_part(0, frame.schema, [frame])
+    parquet_dataset.begin_dataset(target, "job", frame.schema).write_part(0, [frame])
     assert read_rows(target) == [("x", 0)]
     (key,) = [leaf.location.key for leaf in open_input(target).input_files if isinstance(leaf.location, ObjectUrl)]
     object_store.delete_objects(target, [key])
-    assert read_error(target).message == f"s3://{BUCKET}/out/ lacks a part of its own: {key}"
+    assert read_error(target).message == f"s3://{BUCKET}/out/ is incomplete, a part is missing: {key}"
 
 
 @pytest.mark.long

@@ -13,6 +13,7 @@ import polars as pl
 import pytest
 
 from enrich.errors import CommandRefused
+from enrich.extras import install_hint
 from enrich.files.reader import InputTable
 from enrich.files.writer import prepare_file, write_file
 from enrich.job.locations import ObjectUrl
@@ -109,9 +110,9 @@ def test_output_collected_after_upload_error() -> None:
     """After a failed upload (here the bucket is gone), the hint is to write the output with `enrich collect`."""
     url = ObjectUrl("s3", "gone", "out.csv")
     frame = pl.DataFrame({"A": ["1"]})
-    with pytest.raises(CommandRefused, match="there is no bucket `gone`") as caught:
+    with pytest.raises(CommandRefused, match="no bucket `gone`") as caught:
         write_file(url, Output(path=str(url)), job="job", schema=frame.schema, frames=[frame], new_columns=0)
-    assert "`enrich collect` writes them without paying" in (caught.value.hint or "")
+    assert "`enrich collect JOB` writes them for free" in (caught.value.hint or "")
 
 
 @pytest.mark.long
@@ -129,11 +130,11 @@ def test_multipart_upload(tmp_path: Path) -> None:
     ("url", "message"),
     [
         (f"s3://{BUCKET}/none.csv", " does not exist"),
-        ("s3://nobody/a.csv", ": there is no bucket `nobody`"),
-        (f"s3://{BUCKET}/a.csv", ": the storage cannot be reached"),
+        ("s3://nobody/a.csv", ": no bucket `nobody`"),
+        (f"s3://{BUCKET}/a.csv", ": the object storage cannot be reached"),
         (f"s3://{BUCKET}/b.csv", ": the endpoint has no TLS"),
-        (f"s3://{BUCKET}/c.csv", ": there are no credentials for the storage"),
-        ("az://box/a.csv", ": there are no credentials for the storage"),
+        (f"s3://{BUCKET}/c.csv", ": no credentials for the object storage"),
+        ("az://box/a.csv", ": no credentials for the object storage"),
     ],
 )
 def test_storage_errors_before_spending(
@@ -163,9 +164,9 @@ def test_rejected_credentials(endpoint: str, storage_environ: dict[str, Any]) ->
     with httpx.Client(base_url=endpoint, verify=False, trust_env=False) as http:  # noqa: S501
         http.post("/moto-api/reset-auth", content="0")
         try:
-            with pytest.raises(CommandRefused, match=r"refuses these credentials") as caught:
+            with pytest.raises(CommandRefused, match=r"rejects these credentials") as caught:
                 InputTable(ObjectUrl("s3", BUCKET, "a.csv"), Input(path="s3://leads/a.csv"))
-            with pytest.raises(CommandRefused, match=r"refuses these credentials"):
+            with pytest.raises(CommandRefused, match=r"rejects these credentials"):
                 prepare_file(ObjectUrl("s3", BUCKET, "out.csv"), Path("/leads.csv"), "job")
         finally:
             http.post("/moto-api/reset-auth", content="inf")
@@ -188,5 +189,5 @@ def test_missing_storage_extra(workspace: Workspace, api: SandboxApi) -> None:
             result = workspace.run_in_process("run", "job.yaml", option, "s3://leads/a.csv", api=api)
         assert result.exit_code == 2
         assert result.stderr == (
-            "error: s3://leads/a.csv: storage URLs need their extra\nhint: pip install 'databar-enrich[storage]'\n"
+            f"error: s3://leads/a.csv: object storage is not installed\nhint: {install_hint('storage')}\n"
         )

@@ -6,12 +6,13 @@ import csv
 import gzip
 import json
 import os
+import random
 import resource
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +21,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from enrich.databar.answers import TaskReply, read_answer, task_phase
+from enrich.databar.task_results import TaskReply, read_answer, task_phase
 from enrich.errors import CommandRefused, EnrichError, JobError
+from enrich.files import reader
 from enrich.files.writer import prepare_file, temporary_path, write_file
 from enrich.job.job import Job, load_job
 from enrich.job.spec import Output
-from enrich.ledger.ledger import Ledger
-from enrich.models import Call, RowStatus, State
-from enrich.rows.reader import JobInput
+from enrich.job.target import Target, TargetKind
+from enrich.ledger import enroll, execution_records, transitions
+from enrich.ledger.database import Database
+from enrich.models import Answer, RowStatus, State
+from enrich.rows.job_input import JobInput
 from enrich.rows.requests import STATUS_COLUMNS
 from enrich.rows.template import RequestTemplate
-from enrich.run.collector import Collector, to_cell
-from tests.support.cases import first_quick, in_turn
+from enrich.run.answer_cells import to_cell
+from enrich.run.collector import Collector
+from tests.support.cases import examples, first_quick, in_turn
+from tests.support.ledger import DEFAULT_SELECTION
 
-CALL = Call("email_getter", (833,))
+CALL = Target(TargetKind.WATERFALL, "email_getter", (833,))
 STATUS = list(STATUS_COLUMNS)
 NAMES = ["out.csv", "out.csv.gz", "out.tsv", "out.jsonl", "out.jsonl.gz", "out.parquet", "out.xlsx"]
 JOB = "version: 1\ninput: leads.csv\nwaterfall: email_getter\n"
@@ -92,6 +98,7 @@ import os, signal, sys
 from pathlib import Path
 import polars as pl
 from enrich.job.spec import Output
+from enrich.files import reader
 from enrich.files.writer import write_file
 
 def frames():
@@ -166,7 +173,7 @@ def test_concurrent_jobs_do_not_mix_parts(tmp_path: Path) -> None:
         temporary_path(target, "job").unlink()
         temporary_path(target, "job").write_text("theirs, half")
 
-    with pytest.raises(CommandRefused, match="another run of a job of this name"):
+    with pytest.raises(CommandRefused, match="another run of a job with this name"):
         write_file(target, Output(path="out.csv"), job="job", schema=frame.schema, frames=frames(), new_columns=1)
     assert not target.exists()
 
@@ -198,7 +205,7 @@ def test_output_never_replaces_input(tmp_path: Path) -> None:
 def test_output_never_replaces_ledger(tmp_path: Path) -> None:
     """The output never replaces this job's or another job's ledger, which records what was paid for."""
     path = tmp_path / "memory.csv"
-    Ledger(path).close()
+    Database(path).close()
     with pytest.raises(JobError, match="the output would replace a ledger"):
         prepare_file(path, tmp_path / "leads.csv", "job")
 
@@ -227,6 +234,7 @@ FORMULAS = [
     "+49 30 1234 x",
     "-5e3",
 ]
+FORMULAS += ["\n=1+1", "\r\n+x", "\u200b=1", "\ufeff@x", "\uff1d1+1", "\uff20x", "\uff0bx", "\uff0dx", "\n\u2060-x"]
 FORMULAS += ["- item", "+1;=1", "+1\n=cmd()", "--5", "+(x)", "=", "-A1", "-5%"]
 HARMLESS_CELLS = [
     "+49 30 1234",
@@ -279,7 +287,7 @@ def test_output_separator_and_encoding(tmp_path: Path, separator: str, encoding:
 def test_unencodable_character_error(tmp_path: Path) -> None:
     """A character that the encoding lacks is an error; the old file stays, and nothing becomes a question mark."""
     target = tmp_path / "out.csv"
-    with pytest.raises(CommandRefused, match="row 2, column `old`: `cp1252` has no sign") as caught:
+    with pytest.raises(CommandRefused, match="row 2, column `old`: `cp1252` cannot encode a character") as caught:
         write_output(target, ["ö", "日本"], encoding="cp1252")
     assert "encoding: utf-8" in (caught.value.hint or "")
     assert not target.exists()
@@ -332,35 +340,35 @@ def write_job_and_leads(
 
 
 def enroll_and_settle(
-    ledger: Ledger, rows: JobInput, template: RequestTemplate, tasks: Sequence[dict[str, Any] | None]
+    ledger: Database, rows: JobInput, template: RequestTemplate, tasks: Sequence[dict[str, Any] | None]
 ) -> None:
     """Enroll all rows and settle the distinct requests in order with these tasks; None leaves one pending."""
     with ledger.transaction():
-        execution = ledger.start_execution("job", None, 0)
-        ledger.begin_pass()
+        execution = execution_records.start_execution(ledger, "job", None, 0)
+        enroll.begin_pass(ledger)
         for batch in rows.batches(template):
-            ledger.enroll(template.call, batch.requests())
-        ledger.fill_queue()
+            enroll.enroll(ledger, template.target, batch.requests(), DEFAULT_SELECTION)
+        enroll.fill_queue(ledger, DEFAULT_SELECTION)
         for number, task in enumerate(tasks):
-            (claim,) = ledger.claim(execution, 0, 0)
+            (claim,) = transitions.claim(ledger, execution, 0, 0)
             if task is None:
-                ledger.record_refused([(claim.attempt_id, "not now", 0)])
+                transitions.record_refused(ledger, [(claim.attempt_id, "not now", 0)])
                 return
-            ledger.record_accepted([(claim.attempt_id, f"t-{number}", 0)], {})
+            transitions.record_accepted(ledger, [(claim.attempt_id, f"t-{number}", 0)], {})
             written = json.dumps(task, ensure_ascii=False)
             answer = read_answer(TaskReply(task, written), task_phase(task), tuple(template.columns.values()))
-            ledger.settle([(claim.attempt_id, answer, 1_793_534_400_000)], execution, 1)
+            transitions.settle(ledger, [(claim.attempt_id, answer, 1_793_534_400_000)], execution, 1)
 
 
 @pytest.fixture
-def open_ledger(tmp_path: Path) -> Iterator[Ledger]:
+def open_ledger(tmp_path: Path) -> Iterator[Database]:
     """Open a ledger."""
-    opened = Ledger(tmp_path / "ledger.db")
+    opened = Database(tmp_path / "ledger.db")
     yield opened
     opened.close()
 
 
-def test_rows_get_answer_and_status(tmp_path: Path, open_ledger: Ledger) -> None:
+def test_rows_get_answer_and_status(tmp_path: Path, open_ledger: Database) -> None:
     """Rows with the same request share its answer; its cost is shown once, on the first of them."""
     leads = [["A", "Skip"], ["ada", ""], ["bob", ""], [" ada", ""], ["", ""], ["x", "yes"], ["cyd", ""], ["dan", ""]]
     job = "params: {a: A}\nonly_if_empty: [Skip]\ncolumns: {mail: email, more: person.tags}\n"
@@ -387,7 +395,7 @@ def test_rows_get_answer_and_status(tmp_path: Path, open_ledger: Ledger) -> None
         ["ada", "", "'=a@b.c", '["x"]', "found", "", "Mailhound", "1.5", "t-0", at],
         ["bob", "", "", "", "not_found", "", "", "0", "t-1", at],
         [" ada", "", "'=a@b.c", '["x"]', "found", "", "Mailhound", "", "t-0", at],
-        ["", "", "", "", "invalid", "a is empty (A)", "", "", "", ""],
+        ["", "", "", "", "invalid", "a blank (A)", "", "", "", ""],
         ["x", "yes", "", "", "filtered", "", "", "", "", ""],
         ["cyd", "", "", "", "failed", "'-boom; bang", "", "", "t-2", at],
         ["dan", "", "", "", "pending", "not now", "", "", "", ""],
@@ -404,7 +412,62 @@ def test_rows_get_answer_and_status(tmp_path: Path, open_ledger: Ledger) -> None
     assert Collector(open_ledger, loaded, template, rows).count_rows() == counted
 
 
-def test_other_columns_from_stored_answers(tmp_path: Path, open_ledger: Ledger) -> None:
+#: Cells that are blank, equal, or need quotes in some way.
+CELLS = st.sampled_from(
+    ["ada", "Ada", " ada", "ada\u200b", "\ufeffada", "", " ", "\u200b", "-", "N/A", 'a\n"b", c', "é", "e\u0301", "=1+1"]
+) | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=3)
+
+
+@given(cells=st.lists(CELLS, min_size=1, max_size=12), batch_size=st.integers(1, 5), rng=st.randoms())
+@settings(max_examples=examples(60), deadline=None)
+def test_output_does_not_depend_on_ledger_order(
+    tmp_path_factory: pytest.TempPathFactory, cells: list[str], batch_size: int, rng: random.Random
+) -> None:
+    """Answers are found in any ledger: with the leads in the file's order, shuffled, or beside those of other files."""
+    folder = tmp_path_factory.mktemp("order")
+    job = "params: {a: A}\ncolumns: {mail: email}\n"
+    loaded, rows, template = write_job_and_leads(folder, [["A", "B"], *([cell, "b"] for cell in cells)], job)
+    others = [*cells, *(f"other {number}" for number in range(4))]
+    rng.shuffle(others)
+    outputs = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reader, "ROWS_PER_BATCH", batch_size)
+        for name, enrolled in (("same", cells), ("shuffled", others)):
+            with closing(Database(folder / f"{name}.db")) as ledger:
+                frame = pl.DataFrame({"A": enrolled, "B": ["b"] * len(enrolled)})
+                settle_by_params(ledger, rows.for_frame(0, frame), template)
+                enroll.begin_pass(ledger)
+                in_batches = rows.for_frame(0, pl.DataFrame({"A": cells, "B": ["b"] * len(cells)}))
+                collector = Collector(ledger, loaded, template, in_batches, selection=DEFAULT_SELECTION)
+                collector.write(folder / f"{name}.csv")
+            outputs.append((folder / f"{name}.csv").read_bytes())
+
+    assert outputs[0] == outputs[1]
+    mails = [row[2] for row in read_cells(folder / "same.csv")[1:]]
+    sent = [
+        None if text is None else json.loads(text)["a"] for batch in rows.batches(template) for text in batch.params
+    ]
+    assert mails == [f"{text.encode().hex()}@c.example" if text else "" for text in sent]
+
+
+def settle_by_params(ledger: Database, rows: JobInput, template: RequestTemplate) -> None:
+    """Enroll all rows and settle each request with an answer that depends on what it sends."""
+    with ledger.transaction():
+        execution = execution_records.start_execution(ledger, "job", None, 0)
+        enroll.begin_pass(ledger)
+        for batch in rows.batches(template):
+            enroll.enroll(ledger, template.target, batch.requests(), DEFAULT_SELECTION)
+        enroll.fill_queue(ledger, DEFAULT_SELECTION)
+        while claims := transitions.claim(ledger, execution, 0, 0):
+            for claim in claims:
+                name = json.loads(claim.params)["a"].encode().hex()
+                transitions.record_accepted(ledger, [(claim.attempt_id, f"t-{name}", 0)], {})
+                raw = json.dumps({"data": [{"result": {"email": f"{name}@c.example"}, "steps": []}]})
+                answer = Answer(State.FOUND, provider="Mailhound", credits=1, raw=raw)
+                transitions.settle(ledger, [(claim.attempt_id, answer, 1_793_534_400_000)], execution, 1)
+
+
+def test_other_columns_from_stored_answers(tmp_path: Path, open_ledger: Database) -> None:
     """Other columns come from the stored answers at no cost, because the ledger keeps whole answers."""
     loaded, rows, template = write_job_and_leads(tmp_path, [["A"], ["ada"]], "params: {a: A}\ncolumns: {mail: email}\n")
     enroll_and_settle(
@@ -417,7 +480,7 @@ def test_other_columns_from_stored_answers(tmp_path: Path, open_ledger: Ledger) 
 
 @pytest.mark.parametrize("value", [5, 0, 1.5, True, "x", ["a"], {"b": 1}, "日本", 'a\nb,"c"', "null", "a\u2028b"])
 @pytest.mark.parametrize("name", first_quick(1, ["out.csv", "out.parquet"]))
-def test_result_values_of_any_type(tmp_path: Path, open_ledger: Ledger, name: str, value: object) -> None:
+def test_result_values_of_any_type(tmp_path: Path, open_ledger: Database, name: str, value: object) -> None:
     """New columns are text, whatever types the API returns."""
     loaded, rows, template = write_job_and_leads(tmp_path, [["A"], ["ada"]], "params: {a: A}\n")
     enroll_and_settle(open_ledger, rows, template, [{"status": "completed", "data": {"email": value}}])
@@ -428,7 +491,7 @@ def test_result_values_of_any_type(tmp_path: Path, open_ledger: Ledger, name: st
 
 
 @pytest.mark.parametrize("name", ["out.csv", "out.csv.gz", "out.parquet"])
-def test_empty_input_gives_empty_output(tmp_path: Path, open_ledger: Ledger, name: str) -> None:
+def test_empty_input_gives_empty_output(tmp_path: Path, open_ledger: Database, name: str) -> None:
     """An empty input gives an empty output with all columns and types, so the next step of a pipeline works."""
     loaded, rows, template = write_job_and_leads(tmp_path, [["A", ""]], "params: {a: A}\n")
     assert Collector(open_ledger, loaded, template, rows).write(tmp_path / name).statuses == {}
@@ -443,7 +506,7 @@ def test_empty_input_gives_empty_output(tmp_path: Path, open_ledger: Ledger, nam
         assert text == ",".join(columns) + "\n"
 
 
-def test_output_as_next_input(tmp_path: Path, open_ledger: Ledger) -> None:
+def test_output_as_next_input(tmp_path: Path, open_ledger: Database) -> None:
     """In an output used as input, the status columns are replaced, not added again."""
     loaded, rows, template = write_job_and_leads(tmp_path, [["A"], ["ada"]], "params: {a: A}\ncolumns: {mail: email}\n")
     enroll_and_settle(open_ledger, rows, template, [{"status": "completed", "data": {"email": "x"}}])
@@ -456,7 +519,7 @@ def test_output_as_next_input(tmp_path: Path, open_ledger: Ledger) -> None:
     assert row[:4] == ["ada", "x", "x", "found"]
 
 
-def test_interrupt_between_batches_keeps_old_file(tmp_path: Path, open_ledger: Ledger) -> None:
+def test_interrupt_between_batches_keeps_old_file(tmp_path: Path, open_ledger: Database) -> None:
     """`check` is called before each batch; an interrupt there keeps the old file."""
 
     def check() -> None:
@@ -470,7 +533,7 @@ def test_interrupt_between_batches_keeps_old_file(tmp_path: Path, open_ledger: L
     assert target.read_text() == "old"
 
 
-def test_input_error_keeps_old_file(tmp_path: Path, open_ledger: Ledger) -> None:
+def test_input_error_keeps_old_file(tmp_path: Path, open_ledger: Database) -> None:
     """An error in the input keeps the old file and is reported as an input error."""
     loaded, rows, template = write_job_and_leads(tmp_path, [["A", "B"], ["a", "b"], ["c"]], "params: {a: A}\n")
     target = tmp_path / "out.parquet"
@@ -519,7 +582,7 @@ def output_tables(draw: st.DrawFn) -> list[list[str]]:
 def test_input_cells_are_preserved(tmp_path_factory: pytest.TempPathFactory, name: str, table: list[list[str]]) -> None:
     """Any text in any cell under any name is preserved exactly and in order, with the new columns behind."""
     folder = tmp_path_factory.getbasetemp()
-    ledger = Ledger(folder / "cells.db")
+    ledger = Database(folder / "cells.db")
     try:
         loaded, rows, template = write_job_and_leads(folder, table, "params: {a: {value: x}}\n")
         counted = Collector(ledger, loaded, template, rows).write(folder / name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import signal
 import subprocess
@@ -18,7 +17,7 @@ import pytest
 
 from enrich.errors import CommandRefused, JobError
 from enrich.files import object_store, parquet_dataset
-from enrich.files.manifest import MANIFEST
+from enrich.files.manifest import MANIFEST, read_manifest
 from enrich.files.reader import InputTable
 from enrich.files.writer import prepare_file, write_file
 from enrich.job.locations import Location, ObjectUrl
@@ -49,13 +48,18 @@ def write_dataset(target: Location, *rows: int) -> None:
 def begin_dataset(target: Location) -> parquet_dataset.DatasetWriter:
     """Begin a dataset as a run does, from its start."""
     prepare_file(target, Path("/leads.csv"), "job")
-    return parquet_dataset.begin_dataset(target, "job")
+    return parquet_dataset.begin_dataset(target, "job", SCHEMA)
 
 
 def write_late_part(draft: parquet_dataset.DatasetWriter) -> None:
     """Write a part like a worker that was taken for lost: the run never gets its result."""
     with suppress(CommandRefused):
-        draft.write_part(0, SCHEMA, frames(2, start=100))
+        draft.write_part(0, frames(2, start=100))
+
+
+def part_names(folder: Path) -> list[str]:
+    """List the parts of a dataset without the random ends of their names."""
+    return [path.name[:15] for path in sorted(folder.glob("part-*"))]
 
 
 def file_names(folder: Path) -> list[str]:
@@ -68,7 +72,7 @@ def row_indexes(folder: Path) -> list[int]:
     return pl.concat(pl.read_parquet(path) for path in sorted(folder.glob("part-*.parquet")))["enrich_index"].to_list()
 
 
-@pytest.fixture(params=["disk", "storage"])
+@pytest.fixture(params=["disk", pytest.param("storage", marks=pytest.mark.long)])
 def dataset_location(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
     """Return where the dataset goes: a folder or a storage URL."""
     if request.param == "disk":
@@ -94,13 +98,15 @@ def test_parts_contain_all_rows_in_order(dataset_location: Location, tmp_path: P
     with patch.object(parquet_dataset, "ROWS_PER_PART", 5):
         write_dataset(dataset_location, 3, 3, 4, 1)
     folder = download_dataset(dataset_location, tmp_path / "fetched")
-    assert [name[:15] for name in file_names(folder)] == [MANIFEST, "part-0000000000", "part-0000000006"]
+    assert part_names(folder) == ["part-0000000000", "part-0000000006"]
     assert row_indexes(folder) == list(range(11))
-    output = json.loads((folder / MANIFEST).read_bytes())
-    assert (output["dataset_of"], output["rows"], [part["rows"] for part in output["parts"]]) == ("job", 11, [6, 5])
+    output = read_manifest((folder / MANIFEST).read_bytes())
+    assert output is not None
+    assert (output.dataset_of, output.rows, [part.rows for part in output.parts]) == ("job", 11, [6, 5])
+    assert pl.read_parquet(folder)["enrich_index"].to_list() == list(range(11))  # the manifest is no obstacle
     write_dataset(dataset_location, 2)
     folder = download_dataset(dataset_location, tmp_path / "fetched")
-    assert [name[:15] for name in file_names(folder)] == [MANIFEST, "part-0000000000"]
+    assert part_names(folder) == ["part-0000000000"]
     assert row_indexes(folder) == [0, 1]
     if isinstance(dataset_location, Path):
         assert file_names(dataset_location.parent) == ["leads"]
@@ -109,7 +115,7 @@ def test_parts_contain_all_rows_in_order(dataset_location: Location, tmp_path: P
 def test_empty_dataset_has_columns(dataset_location: Location, tmp_path: Path) -> None:
     """An empty dataset has the same columns."""
     write_dataset(dataset_location)
-    (part,) = download_dataset(dataset_location, tmp_path / "fetched").glob("*.parquet")
+    (part,) = download_dataset(dataset_location, tmp_path / "fetched").glob("part-*.parquet")
     assert dict(pl.read_parquet_schema(part)) == SCHEMA
 
 
@@ -125,8 +131,8 @@ def test_concurrent_part_writers(dataset_location: Location, tmp_path: Path) -> 
     """Parts can be written in any order, on any machine and twice; parts of lost workers don't count."""
     writer = begin_dataset(dataset_location)
     draft = pickle.loads(pickle.dumps(writer))  # noqa: S301 - pickled on this line
-    parts = [draft.write_part(first, SCHEMA, frames(2, start=first)) for first in (4, 0, 2, 0)]
-    draft.write_part(1, SCHEMA, frames(7, start=1))
+    parts = [draft.write_part(first, frames(2, start=first)) for first in (4, 0, 2, 0)]
+    draft.write_part(1, frames(7, start=1))
     writer.finish(parts[:3])
     folder = download_dataset(dataset_location, tmp_path / "fetched")
     assert row_indexes(folder) == [0, 1, 2, 3, 4, 5]
@@ -141,12 +147,13 @@ def test_missing_or_duplicate_rows_are_refused(
     """Missing or duplicate rows are refused, and the old dataset stays."""
     write_dataset(dataset_location, 1)
     draft = begin_dataset(dataset_location)
-    parts = [draft.write_part(first, SCHEMA, frames(2, start=first)) for first in firsts]
+    parts = [draft.write_part(first, frames(2, start=first)) for first in firsts]
     with pytest.raises(CommandRefused, match="the parts of the output do not follow one another"):
         draft.finish(parts)
     written_before = download_dataset(dataset_location, tmp_path / "fetched")
-    output = json.loads((written_before / MANIFEST).read_bytes())
-    assert [part["rows"] for part in output["parts"]] == [1]
+    output = read_manifest((written_before / MANIFEST).read_bytes())
+    assert output is not None
+    assert [part.rows for part in output.parts] == [1]
 
 
 class InterruptedByTestError(Exception):
@@ -184,8 +191,8 @@ from tests.files.test_parquet_dataset import SCHEMA, frames
 target, moment = Path(sys.argv[1]), sys.argv[2]
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 prepare_file(target, Path("/leads.csv"), "job")
-draft = parquet_dataset.begin_dataset(target, "job")
-part = draft.write_part(0, SCHEMA, frames(3))
+draft = parquet_dataset.begin_dataset(target, "job", SCHEMA)
+part = draft.write_part(0, frames(3))
 if moment == "parts":
     die()
 rename = Path.rename
@@ -225,12 +232,12 @@ def test_leftover_objects_are_removed(tmp_path: Path) -> None:
     """Leftover parts are removed only where a manifest marks the folder as ours; the parts it lists stay."""
     target = ObjectUrl("s3", BUCKET, "out/")
     write_dataset(target, 2)
-    parquet_dataset.begin_dataset(target, "job").write_part(0, SCHEMA, frames(3))
+    parquet_dataset.begin_dataset(target, "job", SCHEMA).write_part(0, frames(3))
     prepare_file(target, Path("/leads.csv"), "job")
     assert row_indexes(download_dataset(target, tmp_path / "fetched")) == [0, 1]
     (part,) = [key for key, _ in object_store.list_objects(target) if "part-" in key]
     put_object(part.replace("out/", "copied/"), b"precious")
-    with pytest.raises(JobError, match="would go among other objects"):
+    with pytest.raises(JobError, match="the output folder has other objects"):
         prepare_file(ObjectUrl("s3", BUCKET, "copied/"), Path("/leads.csv"), "job")
 
 
@@ -240,7 +247,7 @@ def test_replaced_objects_removed_at_next_start(tmp_path: Path) -> None:
     """New parts count as soon as the manifest names them; replaced objects are removed at the next start."""
     target = ObjectUrl("s3", BUCKET, "out/")
     write_dataset(target, 2)
-    with patch.object(object_store, "delete_objects", side_effect=CommandRefused("the storage failed")):
+    with patch.object(object_store, "delete_objects", side_effect=CommandRefused("the object storage failed")):
         write_file(target, Output(path="out/"), job="job", schema=SCHEMA, frames=frames(3), new_columns=1)
     assert len(list(object_store.list_objects(target))) == 3
     assert [frame.height for frame in InputTable(target, Input(path=str(target))).batches()] == [3]
@@ -274,7 +281,7 @@ def test_foreign_files_are_not_replaced(
     if replaces_dataset:
         write_dataset(dataset_location, 2)
     writer = (
-        parquet_dataset.begin_dataset(dataset_location, "job")
+        parquet_dataset.begin_dataset(dataset_location, "job", SCHEMA)
         if replaces_dataset and isinstance(dataset_location, Path)
         else None
     )
@@ -284,8 +291,8 @@ def test_foreign_files_are_not_replaced(
         (dataset_location / foreign_file).parent.mkdir(parents=True, exist_ok=True)
         (dataset_location / foreign_file).write_text("precious")
     if writer is not None:
-        with pytest.raises(CommandRefused, match="the output would replace a folder that has other files in it"):
-            writer.finish([writer.write_part(0, SCHEMA, frames(1))])
+        with pytest.raises(CommandRefused, match="the output would replace a folder with other files"):
+            writer.finish([writer.write_part(0, frames(1))])
         writer.discard()
     with pytest.raises(JobError) as caught:
         prepare_file(dataset_location, Path("/leads.csv"), "job")
@@ -307,11 +314,11 @@ def test_empty_folder_is_replaced(tmp_path: Path) -> None:
 def test_concurrent_run_with_same_name_fails(dataset_location: Location, tmp_path: Path) -> None:
     """Of two runs with one name but different ledgers, one fails: no mixed or incomplete dataset is published."""
     first = begin_dataset(dataset_location)
-    part = first.write_part(0, SCHEMA, frames(2))
+    part = first.write_part(0, frames(2))
     second = begin_dataset(dataset_location)
-    second_part = second.write_part(0, SCHEMA, frames(2, start=100))
+    second_part = second.write_part(0, frames(2, start=100))
     with pytest.raises(CommandRefused, match="another run"):
-        first.finish([part, first.write_part(2, SCHEMA, frames(2, start=2))])
+        first.finish([part, first.write_part(2, frames(2, start=2))])
     with pytest.raises(CommandRefused, match="another run"):
         first.finish([part])
     first.discard()
@@ -324,12 +331,12 @@ def test_concurrent_runs_do_not_mix_parts(dataset_location: Location, tmp_path: 
     """Concurrent runs publish their own parts or fail."""
     prepare_file(dataset_location, Path("/leads.csv"), "job")
     first, second = (
-        parquet_dataset.begin_dataset(dataset_location, "job"),
-        parquet_dataset.begin_dataset(dataset_location, "job"),
+        parquet_dataset.begin_dataset(dataset_location, "job", SCHEMA),
+        parquet_dataset.begin_dataset(dataset_location, "job", SCHEMA),
     )
-    part = first.write_part(0, SCHEMA, frames(2))
-    second_part = second.write_part(0, SCHEMA, frames(2, start=100))
-    first.finish([part, first.write_part(2, SCHEMA, frames(2, start=2))])
+    part = first.write_part(0, frames(2))
+    second_part = second.write_part(0, frames(2, start=100))
+    first.finish([part, first.write_part(2, frames(2, start=2))])
     assert row_indexes(download_dataset(dataset_location, tmp_path / "fetched")) == [0, 1, 2, 3]
     if isinstance(dataset_location, Path):
         second.finish([second_part])
@@ -347,7 +354,7 @@ def test_late_writer_changes_nothing(dataset_location: Location, tmp_path: Path,
     lost = begin_dataset(dataset_location)
     draft = lost if lost_writer_of == "this run" else begin_dataset(dataset_location)
     write_late_part(lost)
-    part = draft.write_part(0, SCHEMA, frames(2))
+    part = draft.write_part(0, frames(2))
     write_late_part(lost)
     draft.finish([part])
     write_late_part(lost)
@@ -362,14 +369,14 @@ def test_late_writer_changes_nothing(dataset_location: Location, tmp_path: Path,
 def test_late_part_during_finish(dataset_location: Location, tmp_path: Path) -> None:
     """A part written late, while the run finishes, does not disturb it."""
     draft = begin_dataset(dataset_location)
-    part = draft.write_part(0, SCHEMA, frames(2))
+    part = draft.write_part(0, frames(2))
 
     def slowly() -> Iterator[pl.DataFrame]:
         yield from frames(2, start=100)
         draft.finish([part])
 
     with suppress(CommandRefused):
-        draft.write_part(0, SCHEMA, slowly())
+        draft.write_part(0, slowly())
     prepare_file(dataset_location, Path("/leads.csv"), "job")
     folder = download_dataset(dataset_location, tmp_path / "fetched")
     assert (row_indexes(folder), len(file_names(folder))) == ([0, 1], 2)
@@ -417,7 +424,7 @@ def test_other_outputs_inside_dataset_refused(workspace: Workspace, api: Sandbox
         result = workspace.run_in_process(*command, api=api)
         key = line.partition(":")[0]
         assert result.exit_code == 2
-        assert f"job.yaml:3: output: {workspace.folder}/out is replaced as a whole by every run, and has `{key}`" in (
+        assert f"job.yaml:3: output: {workspace.folder}/out is replaced by every run, and contains `{key}`" in (
             result.stderr + result.stdout
         )
     assert api.audit()["accepted"] == 0
@@ -434,7 +441,7 @@ def test_dataset_roundtrip(workspace: Workspace, api: SandboxApi) -> None:
         f"{workspace.folder}/out",
         4,
     )
-    (part,) = (workspace.folder / "out").glob("*.parquet")
+    (part,) = (workspace.folder / "out").glob("part-*.parquet")
     header, *rows = read_table(part)
     assert header[-2:] == ["enrich_at", "enrich_index"]
     assert [(row[0], row[-1]) for row in rows] == [("First0", 0), ("First1", 1), ("First2", 2), ("", 3)]
@@ -446,14 +453,14 @@ def test_dataset_roundtrip(workspace: Workspace, api: SandboxApi) -> None:
     assert workspace.run_in_process("report", "job.yaml", "-o", "report.html", api=api).exit_code == 0
 
     again = workspace.run_in_process("run", "job.yaml", "--json", "--input", "out/", "--output", "next/", api=api)
-    assert (again.exit_code, "columns.work_email: the input has a column of this name already" in again.stderr) == (
+    assert (again.exit_code, "columns.work_email: the input already has a column with this name" in again.stderr) == (
         2,
         True,
     )
     workspace.write_job(workspace.job_file.read_text().replace("work_email: email", "mail: email"))
     again = workspace.run_in_process("run", "job.yaml", "--json", "--input", "out/", "--output", "next/", api=api)
     assert (again.exit_code, again.json_output["submitted"], again.json_output["rows"]) == (0, 0, 4)
-    (part,) = (workspace.folder / "next").glob("*.parquet")
+    (part,) = (workspace.folder / "next").glob("part-*.parquet")
     assert read_table(part)[0] == [*HEADER, "work_email", "mail", *header[-7:]]
 
 
@@ -463,7 +470,7 @@ def test_merge_into_dataset(workspace: Workspace, api: SandboxApi) -> None:
     workspace.write_leads(make_leads(2))
     workspace.write_job(output="out/", merge="fill_empty", columns="{Email: email}")
     assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
-    (part,) = (workspace.folder / "out").glob("*.parquet")
+    (part,) = (workspace.folder / "out").glob("part-*.parquet")
     header, *rows = read_table(part)
     assert header[: len(HEADER) + 1] == [*HEADER, "enrich_status"]
     assert any("@" in row[3] for row in rows)

@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from enrich.errors import JobError
-from enrich.job.job import Job, Overrides, load_job, suggest_name
-from enrich.job.spec import json_schema, parse_duration
+from enrich.job.field_types import parse_duration
+from enrich.job.job import Job, Overrides, load_job
+from enrich.job.name_hints import suggest_name
+from enrich.job.spec import json_schema
 from enrich.job.yaml_file import YamlDocument
 from tests.support.cases import in_turn
 
@@ -116,9 +118,12 @@ def test_defaults(tmp_path: Path) -> None:
     assert (job.input.separator, job.input.encoding, job.output.separator, job.output.encoding) == (",", "utf-8") * 2
     assert (model.enrichments, model.email_verifier, model.columns, model.where) == (None, None, None, None)
     assert (model.only_if_empty, model.dedupe) == ([], True)
-    assert (model.limits.requests_per_second, model.limits.in_flight, job.max_credits) == (None, 200, None)
+    assert (model.limits.requests_per_second, model.limits.in_flight, job.max_credits) == (None, None, None)
     assert (model.policy.result_ttl, model.policy.patience) == (timedelta(hours=24), timedelta(hours=1))
     assert (model.policy.max_attempts, model.policy.refresh.found, model.policy.refresh.not_found) == (3, None, None)
+
+
+NUMBER_HINT = "hint: write numbers without leading zeros and colons, and put text in quotes"
 
 
 @in_turn(
@@ -126,10 +131,8 @@ def test_defaults(tmp_path: Path) -> None:
     [
         ("NO", "a boolean"),
         ("yes", "a boolean"),
-        ("00501", "a number"),
         ("1.5", "a number"),
         ("1_000", "a number"),
-        ("12:30:45", "a number"),
         (".nan", "a number"),
         ("null", "nothing"),
         ("~", "nothing"),
@@ -205,7 +208,7 @@ def test_quoted_values_are_text(tmp_path: Path, word: str) -> None:
         (f"{BASE_JOB}  x: {{column: A, transform: trim}}\n", ["6: params.x.transform: must be a list: [...]"]),
         (
             f"{BASE_JOB}  x: {{column: A, transform: [trimm]}}\n",
-            ["6: params.x.transform.0: Input should be 'trim', 'lower' or 'domain'"],
+            ["6: params.x.transform.0: Input should be 'trim', 'lower', 'domain' or 'host'"],
         ),
         (f"{BASE_JOB}  x: []\n", ["6: params.x.column: must not be empty"]),
         (f"{BASE_JOB}  x: ''\n", ["6: params.x.column.0: must not be empty"]),
@@ -256,34 +259,83 @@ def test_quoted_values_are_text(tmp_path: Path, word: str) -> None:
         (f"{BASE_JOB}policy: {{patience: {9**20}d}}\n", ["6: policy.patience: this duration is too long"]),
         (
             BASE_JOB.replace("leads.csv", '{path: a.csv, separator: ";;"}'),
-            ['2: input.separator: must be one character, such as "," or ";" or "\\t", and no quote or line end'],
+            ['2: input.separator: must be one character, such as "," or ";" or "\\t", and not a quote or line end'],
         ),
         (
             f"{BASE_JOB}output: {{path: a.csv, separator: '\"'}}\n",
-            ['6: output.separator: must be one character, such as "," or ";" or "\\t", and no quote or line end'],
+            ['6: output.separator: must be one character, such as "," or ";" or "\\t", and not a quote or line end'],
         ),
         (
             f"{BASE_JOB}output: {{path: a.csv, encoding: utf9}}\n",
-            ["6: output.encoding: no encoding that is known: use a name such as utf-8, cp1252 or utf-16"],
+            ["6: output.encoding: unknown encoding: use a name such as utf-8, cp1252 or utf-16"],
         ),
         (
             BASE_JOB.replace("leads.csv", "{path: a.csv, encoding: base64}"),
-            ["2: input.encoding: no encoding that is known: use a name such as utf-8, cp1252 or utf-16"],
+            ["2: input.encoding: unknown encoding: use a name such as utf-8, cp1252 or utf-16"],
         ),
         (
             f"{BASE_JOB}output: out.xls\n",
             [
-                "6: output: `out.xls` is of no type that can be written",
+                "6: output: `out.xls` has an unsupported file type",
                 "hint: use .csv, .csv.gz, .tsv, .tsv.gz, .jsonl, .jsonl.gz, .parquet, .xlsx; for a folder: leads/",
             ],
         ),
         (
             f"{BASE_JOB}output: out.parquet/\n",
-            ["6: output: `out.parquet/`: a folder has no ending of a file", "hint: as in out/leads/"],
+            ["6: output: `out.parquet/`: a folder must not have a file extension", "hint: as in out/leads/"],
         ),
-        (f"{BASE_JOB}waterfall: x\n", ["6: `waterfall` is there twice", "hint: remove one of the two"]),
-        (f"{BASE_JOB}  company: B\n", ["6: `company` is there twice", "hint: remove one of the two"]),
-        (f"{BASE_JOB}  x: {{column: A, column: B}}\n", ["6: `column` is there twice", "hint: remove one of the two"]),
+        (
+            f"{BASE_JOB}output: {{path: a.csv, encoding: idna}}\n",
+            ["6: output.encoding: unknown encoding: use a name such as utf-8, cp1252 or utf-16"],
+        ),
+        (
+            f"{BASE_JOB}output: {{path: a.csv, encoding: punycode}}\n",
+            ["6: output.encoding: unknown encoding: use a name such as utf-8, cp1252 or utf-16"],
+        ),
+        (
+            f"{BASE_JOB}output: {{path: a.csv, encoding: latin-1, separator: €}}\n",
+            ["6: output: `separator` has no code in the encoding latin-1"],
+        ),
+        (
+            f"{BASE_JOB}rejects: {{path: a.csv, encoding: ascii, separator: §}}\n",
+            ["6: rejects: `separator` has no code in the encoding ascii"],
+        ),
+        (BASE_JOB.replace("leads.csv", '"a\\0.csv"'), ["2: input.path: has a character that no file name can have"]),
+        (f'{BASE_JOB}output: "a\\uD800.csv"\n', ["6: output.path: has a character that no file name can have"]),
+        (f'{BASE_JOB}ledger: "a\\0.db"\n', ["6: ledger: has a character that no file name can have"]),
+        (f'{BASE_JOB}suppress: "a\\0"\n', ["6: suppress: has a character that no file name can have"]),
+        (f'{BASE_JOB}report: "a\\0.html"\n', ["6: report.path: has a character that no file name can have"]),
+        (f'{BASE_JOB}changes: "a\\0.csv"\n', ["6: changes.path: has a character that no file name can have"]),
+        (f'{BASE_JOB}notify: "a\\0"\n', ["6: notify: has a character that no file name can have"]),
+        (f'{BASE_JOB}metrics: "a\\0.prom"\n', ["6: metrics: has a character that no file name can have"]),
+        (BASE_JOB.replace("version: 1", "version: true"), ["1: version: must be a whole number"]),
+        (BASE_JOB.replace("version: 1", "version: 1.0"), ["1: version: must be a whole number"]),
+        (
+            f"{BASE_JOB}limits: {{max_credits: 0500}}\n",
+            [
+                "6: YAML reads `0500` as 320",
+                NUMBER_HINT,
+            ],
+        ),
+        (
+            f"{BASE_JOB}limits: {{max_credits: 1:30}}\n",
+            [
+                "6: YAML reads `1:30` as 90",
+                NUMBER_HINT,
+            ],
+        ),
+        (
+            f"{BASE_JOB}  zip: 00501\n",
+            [
+                "6: YAML reads `00501` as 321",
+                NUMBER_HINT,
+            ],
+        ),
+        (BASE_JOB.replace("email_getter", "../x"), ["3: waterfall: must be an identifier such as email_getter"]),
+        (BASE_JOB.replace("email_getter", "a?b=1"), ["3: waterfall: must be an identifier such as email_getter"]),
+        (f"{BASE_JOB}waterfall: x\n", ["6: `waterfall` is set twice", "hint: remove one of the two"]),
+        (f"{BASE_JOB}  company: B\n", ["6: `company` is set twice", "hint: remove one of the two"]),
+        (f"{BASE_JOB}  x: {{column: A, column: B}}\n", ["6: `column` is set twice", "hint: remove one of the two"]),
         (f"{BASE_JOB}where: &a x\nname: *a\n", ["7: YAML aliases (*a) are not allowed: write the value out"]),
         (f"{BASE_JOB}  <<: {{a: A}}\n", None),
         (f"{BASE_JOB}? [a]\n: 1\n", ["6: a key must be text"]),
@@ -301,10 +353,10 @@ def test_quoted_values_are_text(tmp_path: Path, word: str) -> None:
         ("version: 1\ninput: [a\nwaterfall: b\n", None),
         ("version: 1\ninput: 'a\n", None),
         ("version: 1\nname: \x01\n", None),
-        ("", [" a job file is a mapping of keys", "hint: start from jobs/leads.yaml"]),
-        ("# nothing\n", [" a job file is a mapping of keys", "hint: start from jobs/leads.yaml"]),
-        ("- version: 1\n", [" a job file is a mapping of keys", "hint: start from jobs/leads.yaml"]),
-        ("version 1", [" a job file is a mapping of keys", "hint: start from jobs/leads.yaml"]),
+        ("", [" a job file must be a mapping of keys", "hint: see jobs/leads.yaml for an example"]),
+        ("# nothing\n", [" a job file must be a mapping of keys", "hint: see jobs/leads.yaml for an example"]),
+        ("- version: 1\n", [" a job file must be a mapping of keys", "hint: see jobs/leads.yaml for an example"]),
+        ("version 1", [" a job file must be a mapping of keys", "hint: see jobs/leads.yaml for an example"]),
         ("name: Größe".encode("cp1252"), [" the job file is not UTF-8 text", "hint: save it as UTF-8"]),
     ],
 )
@@ -321,7 +373,7 @@ def test_csv_as_job_file(tmp_path: Path, text: bytes) -> None:
     path.write_bytes(text)
     with pytest.raises(JobError) as caught:
         load_job(path)
-    assert caught.value.hint == f"a job is a YAML file; for leads: enrich init '{path}'"
+    assert caught.value.hint == f"JOB must be a YAML file. To create one: enrich init '{path}'"
 
 
 def test_all_errors_are_listed(tmp_path: Path) -> None:
@@ -376,14 +428,14 @@ def test_api_key_in_job_is_refused(tmp_path: Path, text: str) -> None:
         load_job_text(tmp_path, text)
     assert "SECRET" not in f"{caught.value.message}{caught.value.hint}"
     if text.startswith("api_key"):
-        assert caught.value.message.endswith("job.yaml:1: api_key: a job file holds no key")
+        assert caught.value.message.endswith("job.yaml:1: api_key: the API key does not belong in the job file")
         assert "DATABAR_API_KEY" in (caught.value.hint or "")
     assert "SECRET" not in "".join(traceback.format_exception(caught.value))
 
 
 def test_missing_job_file(tmp_path: Path) -> None:
     """A missing job file or a folder in its place is an error."""
-    with pytest.raises(JobError, match="there is no such job file"):
+    with pytest.raises(JobError, match="the job file does not exist"):
         load_job(tmp_path / "none.yaml")
     with pytest.raises(JobError, match="cannot be read: Is a directory"):
         load_job(tmp_path)
@@ -478,6 +530,13 @@ def test_default_output_name(tmp_path: Path, leads: str, name: str) -> None:
     assert load_job_text(tmp_path, BASE_JOB, Overrides(input=Path(leads))).output_path(now) == tmp_path / name
 
 
+def test_ledger_is_no_folder(tmp_path: Path) -> None:
+    """A folder as ledger keeps its name in a sandbox run, whose ledger would be outside the folder."""
+    path = tmp_path / "job.yaml"
+    path.write_text(f"{BASE_JOB}ledger: .\n", encoding="utf-8")
+    assert load_job(path, Overrides(sandbox=True)).ledger == tmp_path
+
+
 def test_sandbox_ledger_path(tmp_path: Path) -> None:
     """The sandbox has a ledger of its own, so its answers are never mixed with paid ones."""
     sandbox = Overrides(sandbox=True)
@@ -558,7 +617,12 @@ def test_schema_accepts_short_forms() -> None:
     column = definitions["Param"]["anyOf"][-1]["properties"]["column"]["anyOf"]
     assert column[0] == text
     assert several.items() <= column[1].items()
-    assert schema["required"] == ["version", "input", "waterfall", "params"]
+    assert schema["required"] == ["version", "input"]
+    assert schema["oneOf"] == [
+        {"required": ["waterfall", "params"]},
+        {"required": ["enrichment", "params"]},
+        {"required": ["steps"]},
+    ]
     assert schema["additionalProperties"] is False
     credits_ = definitions["Limits"]["properties"]["max_credits"]["anyOf"][0]
     assert (credits_["minimum"], credits_["type"]) == (0, "number")

@@ -2,33 +2,44 @@
 
 from __future__ import annotations
 
+import json
+import random
+import sqlite3
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from enrich.errors import CommandRefused
+from enrich.ledger import enroll, queries, request_ids, resume
 from enrich.ledger.enroll import stratified_sample
-from enrich.ledger.ledger import Ledger
-from enrich.models import Answer, Decision, RequestSelection, RowRequest, State
-from enrich.rows.reader import rank_rows, sort_keys
+from enrich.models import Answer, Decision, RequestBatch, RequestSelection, State
+from enrich.rows.send_order import rank_rows, sort_keys
 from tests.support.ledger import (
     CALL,
+    DEFAULT_SELECTION,
     FOUND,
     FREE_FAILURE,
     NO_MATCH,
     CommittingLedger,
+    RowRequest,
+    as_batch,
     fingerprint,
     params,
+    record_statements,
+    results_of,
     row_requests,
 )
-from tests.support.workspace import BOTH_BACKENDS
+from tests.support.workspace import BOTH_BACKENDS_SERVER_LONG
 
 NEW, CAPPED, WAITING = Decision.NEW, Decision.CAPPED, Decision.WAITING
 
 
-@pytest.fixture(params=BOTH_BACKENDS)
+@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
 def backend(request: pytest.FixtureRequest) -> str:
     """Run each test with a SQLite file and with PostgreSQL."""
     return str(request.param)
@@ -42,33 +53,78 @@ def row_request(
 
 
 def enroll_and_decide(
-    ledger: CommittingLedger, rows: Sequence[RowRequest], selection: RequestSelection | None = None
+    ledger: CommittingLedger, rows: RequestBatch | Sequence[RowRequest], selection: RequestSelection | None = None
 ) -> list[Decision]:
     """Enroll an input, fill the queue, and return the decision about each row."""
-    ledger.commit(Ledger.begin_pass, selection or RequestSelection())
-    ledger.commit(Ledger.enroll, CALL, rows)
-    ledger.commit(Ledger.apply_limits)
-    ledger.commit(Ledger.fill_queue)
-    return [row.decision for row in ledger.wrapped.row_decisions(rows)]
+    selection = selection or DEFAULT_SELECTION
+    batch = rows if isinstance(rows, RequestBatch) else as_batch(rows)
+    ledger.commit(enroll.begin_pass)
+    ledger.commit(enroll.enroll, CALL, batch, selection)
+    ledger.commit(enroll.apply_limits, selection)
+    ledger.commit(enroll.fill_queue, selection)
+    return [row.decision for row in enroll.row_decisions(ledger.wrapped, batch)]
 
 
 def preview_decisions(
-    ledger: CommittingLedger, rows: Sequence[RowRequest], selection: RequestSelection
+    ledger: CommittingLedger, rows: RequestBatch | Sequence[RowRequest], selection: RequestSelection
 ) -> list[Decision]:
     """Decide without changing the ledger, as a plan does."""
-    ledger.wrapped.begin_pass(selection)
-    ledger.wrapped.preview(rows)
-    ledger.wrapped.apply_limits()
-    return [row.decision for row in ledger.wrapped.row_decisions(rows)]
+    batch = rows if isinstance(rows, RequestBatch) else as_batch(rows)
+    enroll.begin_pass(ledger.wrapped)
+    enroll.preview(ledger.wrapped, batch, selection)
+    enroll.apply_limits(ledger.wrapped, selection)
+    return [row.decision for row in enroll.row_decisions(ledger.wrapped, batch)]
 
 
 def queued_leads(ledger: CommittingLedger) -> list[int]:
     """Return the leads that would be sent, in order."""
     sql = (
-        "SELECT fingerprint FROM requests WHERE position IS NOT NULL "
-        "AND state NOT IN ('submitting', 'submitted') ORDER BY position"
+        "SELECT fingerprint FROM requests WHERE queue_position IS NOT NULL "
+        "AND state NOT IN ('submitting', 'submitted') ORDER BY queue_position"
     )
     return [int.from_bytes(name) for (name,) in ledger.query_all(sql)]
+
+
+def test_batch_is_inserted_by_one_statement(ledger: CommittingLedger) -> None:
+    """New requests of a batch need one INSERT, and their params stay the very text that they were."""
+    texts = ['{"a":"\\u0000"}', r'{"a":"\\u0000 \\\\u0000"}', '{"a":"\u2028 \U0001f600 %s ? ?1 \'quoted\'"}', "{}"] * 50
+    batch = as_batch(RowRequest(number, fingerprint(number), text) for number, text in enumerate(texts))
+    statements: list[str] = []
+    record_statements(ledger.wrapped, statements)
+
+    ledger.commit(enroll.begin_pass)
+    ledger.commit(enroll.enroll, CALL, batch, DEFAULT_SELECTION)
+
+    assert sum(statement.startswith("INSERT INTO requests") for statement in statements) == 1
+    stored = ledger.query_all("SELECT params FROM requests ORDER BY fingerprint")
+    assert [text for (text,) in stored] == texts
+
+
+def test_requests_are_found_in_any_order(ledger: CommittingLedger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row finds its request, whatever left the file, joined it or moved, in batches of any size."""
+    monkeypatch.setattr(request_ids, "_WINDOW_EXTRA", 2)
+    rng = random.Random(7)
+    ledger.commit(enroll.enroll, CALL, row_requests(range(40)), DEFAULT_SELECTION)
+    ids = dict(ledger.query_all("SELECT fingerprint, id FROM requests"))
+    for _ in range(12):
+        leads = [number for number in range(40) if rng.random() < rng.choice([0.5, 1.0])]
+        for _ in range(rng.randrange(6)):
+            leads.insert(rng.randrange(len(leads)), rng.randrange(60))
+        leads = rng.sample(leads, len(leads)) if rng.random() < 0.2 else leads
+        rows = [row_request(position, number) for position, number in enumerate(leads, 3)]
+        size = rng.randrange(1, 30)
+
+        enroll.begin_pass(ledger.wrapped)
+        for start in range(0, len(rows), size):
+            enroll.preview(ledger.wrapped, as_batch(rows[start : start + size]), DEFAULT_SELECTION)
+
+        seen = ledger.wrapped.execute("SELECT id, first_position FROM seen WHERE id > 0 ORDER BY first_position")
+        known = {number: position for position, number in reversed(list(enumerate(leads, 3))) if number < 40}
+        assert [tuple(row) for row in seen] == sorted(
+            ((ids[fingerprint(number)], position) for number, position in known.items()), key=lambda pair: pair[1]
+        )
+        (unknown,) = ledger.wrapped.execute("SELECT count(*) FROM seen WHERE id < 0").fetchone()
+        assert unknown == len({number for number in leads if number >= 40})
 
 
 class TestCaps:
@@ -133,10 +189,37 @@ class TestCaps:
         rows = [row_request(0, 1, group="a"), row_request(1, 2, group="a"), row_request(2, 3)]
         assert preview_decisions(ledger, rows, RequestSelection(max_per_group=1)) == [NEW, CAPPED, NEW]
 
-        assert [(known.position, known.capped) for known in ledger.wrapped.request_results(rows)] == [
+        assert [(known.position, known.capped) for known in results_of(ledger.wrapped, as_batch(rows))] == [
             (0, False),
             (1, True),
         ]
+
+
+def test_answers_larger_than_one_value(tmp_path: Path) -> None:
+    """The answers of a batch may together be larger than the largest text that the database returns."""
+    ledger = CommittingLedger.open(tmp_path / "ledger.db")
+    ledger.start_and_enroll(*range(30))
+    for number in range(30):
+        ledger.settle(ledger.submit(), replace(FOUND, raw=f'{{"data":{{"n":"{number:08000}"}}}}'))
+    session = ledger.wrapped.session
+    assert isinstance(session, sqlite3.Connection)
+    session.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 100_000)
+
+    found = results_of(ledger.wrapped, row_requests(range(30)))
+
+    assert [json.loads(known.answer or "")["data"]["n"] for known in found] == [
+        f"{number:08000}" for number in range(30)
+    ]
+    ledger.wrapped.close()
+
+
+def test_too_large_numbers_are_refused() -> None:
+    """An id or a position that its bits cannot hold is an error, not another request."""
+    one = row_requests([1])
+    for batch, number in ((one, 1 << 31), (replace(one, positions=[1 << 32]), 1)):
+        with pytest.raises(CommandRefused, match="too large"):
+            request_ids.packed(batch, [number])
+    assert request_ids.packed(one, [(1 << 31) - 1]) == f"[{(2**31 - 1) * 2**32}]"
 
 
 class TestLimits:
@@ -225,7 +308,7 @@ class TestLimits:
         ledger.settle(ledger.submit(), FREE_FAILURE, max_attempts=1)
 
         assert enroll_and_decide(ledger, row_requests([1, 2]), planned) == [Decision.PLANNED, NEW]
-        assert ledger.wrapped.sent_since(1, "job") == 1
+        assert queries.sent_since(ledger.wrapped, 1, "job") == 1
 
 
 class TestInDoubt:
@@ -236,23 +319,23 @@ class TestInDoubt:
         ledger.start_and_enroll(*range(4))
         for _ in range(3):
             ledger.claim()
-        ledger.commit(Ledger.recover, ledger.now)
-        ledger.commit(Ledger.begin_pass, RequestSelection())
+        ledger.commit(resume.recover, ledger.now)
+        ledger.commit(enroll.begin_pass)
         for batch in (
             [row_request(0, 0), row_request(1, 3)],
             [row_request(2, 1), row_request(3, 0)],
             [row_request(2, 1), row_request(3, 0)],
         ):
-            ledger.commit(Ledger.enroll, CALL, batch)
-        accepted = ledger.commit(Ledger.accept_in_doubt_as_failed)
-        ledger.commit(Ledger.apply_limits)
-        ledger.commit(Ledger.fill_queue)
+            ledger.commit(enroll.enroll, CALL, as_batch(batch), DEFAULT_SELECTION)
+        accepted = ledger.commit(enroll.accept_in_doubt_as_failed)
+        ledger.commit(enroll.apply_limits, DEFAULT_SELECTION)
+        ledger.commit(enroll.fill_queue, DEFAULT_SELECTION)
 
         assert accepted == 2
         assert [ledger.state_of(number) for number in range(3)] == [State.FAILED, State.FAILED, State.IN_DOUBT]
-        assert ledger.wrapped.decision_counts() == {Decision.FAILED: 2, NEW: 1}
+        assert enroll.decision_counts(ledger.wrapped) == {Decision.FAILED: 2, NEW: 1}
         assert queued_leads(ledger) == [3]
-        assert ledger.commit(Ledger.accept_in_doubt_as_failed) == 0
+        assert ledger.commit(enroll.accept_in_doubt_as_failed) == 0
 
 
 class TestSampling:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from enrich.ledger.ledger import Ledger
+from enrich.ledger import bindings
 from enrich.ledger.verify import check_ledger
 from tests.support.ledger import CALL, CommittingLedger
 from tests.support.workspace import BOTH_BACKENDS_SERVER_LONG, Workspace, make_leads, serve_api
@@ -21,15 +22,15 @@ def backend(request: pytest.FixtureRequest) -> str:
 def test_latencies_are_stored_per_call(tmp_path: Path) -> None:
     """Each call has its own latencies; the newest replace older ones."""
     ledger = CommittingLedger.open(tmp_path / "ledger.db")
-    other = type(CALL)(CALL.waterfall, (*CALL.enrichments, 99))
-    ledger.commit(Ledger.save_latencies, CALL, [(1.0, 3.0), (2.0, 0.5)])
-    ledger.commit(Ledger.save_latencies, other, [(9.0, 1.0)])
-    ledger.commit(Ledger.save_latencies, CALL, [(4.0, 2.0)])
-    assert ledger.wrapped.load_latencies(CALL) == [(4.0, 2.0)]
-    assert ledger.wrapped.load_latencies(other) == [(9.0, 1.0)]
-    ledger.commit(Ledger.save_latencies, CALL, [(30.0, 1.0)], 100)
-    assert ledger.wrapped.load_latencies(CALL, 100) == [(30.0, 1.0)]
-    assert ledger.wrapped.load_latencies(CALL) == [(4.0, 2.0)]
+    other = replace(CALL, enrichments=(*CALL.enrichments, 99))
+    ledger.commit(bindings.save_latencies, CALL, [(1.0, 3.0), (2.0, 0.5)])
+    ledger.commit(bindings.save_latencies, other, [(9.0, 1.0)])
+    ledger.commit(bindings.save_latencies, CALL, [(4.0, 2.0)])
+    assert bindings.load_latencies(ledger.wrapped, CALL) == [(4.0, 2.0)]
+    assert bindings.load_latencies(ledger.wrapped, other) == [(9.0, 1.0)]
+    ledger.commit(bindings.save_latencies, CALL, [(30.0, 1.0)], 100)
+    assert bindings.load_latencies(ledger.wrapped, CALL, 100) == [(30.0, 1.0)]
+    assert bindings.load_latencies(ledger.wrapped, CALL) == [(4.0, 2.0)]
     assert check_ledger(ledger.path).problems == []
     ledger.wrapped.close()
 

@@ -15,11 +15,11 @@ from enrich.errors import LedgerLocked, RunEnded
 from enrich.exit_codes import ExitCode
 from enrich.job.locations import LedgerLocation, parse_ledger_location
 from enrich.job.locations import PostgresLocation as Place
-from enrich.ledger.copy import copy_ledger
-from enrich.ledger.database import ledger_exists
+from enrich.ledger import lease_table, resume, transitions
+from enrich.ledger.database import Database, ledger_exists
+from enrich.ledger.database_copy import copy_ledger
 from enrich.ledger.dialect import DatabaseFailed
 from enrich.ledger.leases import Lease
-from enrich.ledger.ledger import Ledger
 from enrich.ledger.lock import open_exclusive, open_for_run, open_leased
 from enrich.ledger.verify import check_ledger
 from tests.support.cases import in_turn
@@ -38,17 +38,17 @@ def backend() -> str:
 def server_ledger(ledger_location: LedgerLocation) -> Place:
     """Make a ledger on a server."""
     assert isinstance(ledger_location, Place)
-    Ledger(ledger_location).close()
+    Database(ledger_location).close()
     return ledger_location
 
 
 @pytest.fixture
-def worker(server_ledger: Place) -> Iterator[tuple[Ledger, Lease]]:
+def worker(server_ledger: Place) -> Iterator[tuple[Database, Lease]]:
     """Return a worker of a killed run: the lock is free, and its leader's lease has ended."""
     with ExitStack() as run, ExitStack() as stack:
         _, leader = run.enter_context(open_for_run(server_ledger))
         assert leader is not None
-        worker = stack.enter_context(open_leased(server_ledger, leader_id=leader.fencing_token.owner_id))
+        worker = stack.enter_context(open_leased(server_ledger, leader_id=leader.fencing_token.lease_id))
         run.close()
         yield worker
 
@@ -60,37 +60,37 @@ def test_worker_cannot_lease_after_run_ended(server_ledger: Place) -> None:
     """A worker that resumes after its run ended can't get a lease, because the next run may have started."""
     with open_for_run(server_ledger) as (_, leader):
         assert leader is not None
-        with open_leased(server_ledger, leader_id=leader.fencing_token.owner_id) as (ledger, lease):
+        with open_leased(server_ledger, leader_id=leader.fencing_token.lease_id) as (ledger, lease):
             assert lease.is_valid()
-            assert [other.is_leader for other in ledger.other_holders()] == [True]
-    with pytest.raises(RunEnded), open_leased(server_ledger, leader_id=leader.fencing_token.owner_id):
+            assert [other.is_leader for other in lease_table.other_holders(ledger)] == [True]
+    with pytest.raises(RunEnded), open_leased(server_ledger, leader_id=leader.fencing_token.lease_id):
         pass
-    assert run_sql(server_ledger, "SELECT count(*) FROM owners") == [(0,)]
+    assert run_sql(server_ledger, "SELECT count(*) FROM leases") == [(0,)]
 
 
 def test_dismissed_worker_cannot_lease(server_ledger: Place) -> None:
     """A worker can't get a lease when another process has revoked its leader's."""
     with open_for_run(server_ledger) as (ledger, leader):
         assert leader is not None
-        other = Ledger(server_ledger)
-        other.revoke_leases(other.other_holders())
+        other = Database(server_ledger)
+        lease_table.revoke_leases(other, lease_table.other_holders(other))
         other.close()
-        with pytest.raises(RunEnded), open_leased(server_ledger, leader_id=leader.fencing_token.owner_id):
+        with pytest.raises(RunEnded), open_leased(server_ledger, leader_id=leader.fencing_token.lease_id):
             pass
-        assert ledger.owner_id == leader.fencing_token.owner_id
+        assert ledger.lease_id == leader.fencing_token.lease_id
 
 
 def test_new_run_sees_remaining_workers(server_ledger: Place) -> None:
     """A new run sees a worker that is just starting under an expired leader's lease, so it does not start alone."""
-    leader, new_worker, observer = (Ledger(server_ledger) for _ in range(3))
+    leader, new_worker, observer = (Database(server_ledger) for _ in range(3))
     with leader.transaction():
-        number = leader.acquire_lease("leader", 30)
-    run_sql(server_ledger, "UPDATE owners SET lease_until = now() - interval '1 s', seconds = 1e-9")
-    new_worker._db.begin()
-    new_worker.acquire_lease("worker", 30, leader_id=number)
-    assert [owner.name for owner in observer.other_holders()] == ["leader"]
-    new_worker._db.commit()
-    assert [owner.name for owner in observer.other_holders()] == ["worker"]
+        number = lease_table.acquire_lease(leader, "leader", 30)
+    run_sql(server_ledger, "UPDATE leases SET lease_until = now() - interval '1 s', seconds = 1e-9")
+    new_worker.session.begin()
+    lease_table.acquire_lease(new_worker, "worker", 30, leader_id=number)
+    assert [owner.name for owner in lease_table.other_holders(observer)] == ["leader"]
+    new_worker.session.commit()
+    assert [owner.name for owner in lease_table.other_holders(observer)] == ["worker"]
     for each in (leader, new_worker, observer):
         each.close()
 
@@ -107,22 +107,22 @@ def test_lease_may_end_during_recovery(ledger: CommittingLedger, ledger_location
     for moment in range(1, 5):
         with open_for_run(ledger_location) as (_, leader):
             assert leader is not None
-            holder = Ledger(ledger_location, fencing_token=leader.fencing_token)
+            holder = Database(ledger_location, fencing_token=leader.fencing_token)
             with holder.transaction():
-                holder.claim(ledger.execution, MAX_PRICE, ledger.now)
-            _before_statement(ledger.wrapped, moment, lambda: run_sql(ledger_location, "DELETE FROM owners"))
-            ledger.commit(Ledger.recover, ledger.now)
+                transitions.claim(holder, ledger.execution, MAX_PRICE, ledger.now)
+            _before_statement(ledger.wrapped, moment, lambda: run_sql(ledger_location, "DELETE FROM leases"))
+            ledger.commit(resume.recover, ledger.now)
             assert check_ledger(ledger_location).problems == []
             holder.close()
-        result += ledger.commit(Ledger.recover, ledger.now)
+        result += ledger.commit(resume.recover, ledger.now)
         assert check_ledger(ledger_location).problems == []
     assert ledger.query_all("SELECT attempts FROM requests WHERE state = 'in_doubt'") == [(1,)] * 4
     assert result < 4  # some were found by the first recovery
 
 
-def _before_statement(ledger: Ledger, statement_number: int, action: Callable[[], object]) -> None:
+def _before_statement(ledger: Database, statement_number: int, action: Callable[[], object]) -> None:
     """Run `action` before the given next statement of a ledger."""
-    execute, remaining = ledger._db.execute, [statement_number]
+    execute, remaining = ledger.session.execute, [statement_number]
 
     def execute_after_action(sql: str, values: Sequence[Any] = (), /) -> Any:
         remaining[0] -= 1
@@ -130,7 +130,7 @@ def _before_statement(ledger: Ledger, statement_number: int, action: Callable[[]
             action()
         return execute(sql, values)
 
-    ledger._db.execute = execute_after_action  # type: ignore[method-assign]
+    ledger.session.execute = execute_after_action  # type: ignore[method-assign]
 
 
 # Concurrent writers
@@ -140,9 +140,9 @@ def test_foreign_key_does_not_block_claims(ledger: CommittingLedger, ledger_loca
     """Settling an attempt does not block claims by its reference to the execution, which could end in a deadlock."""
     ledger.start_and_enroll(1, 2)
     attempt = ledger.submit()
-    with closing(Ledger(ledger_location)) as other, other.transaction():
-        other._db.execute("UPDATE attempts SET settled_in = ? WHERE id = ?", (ledger.execution, attempt))
-        ledger.wrapped._db.execute("SET lock_timeout = '5s'")
+    with closing(Database(ledger_location)) as other, other.transaction():
+        other.session.execute("UPDATE attempts SET settled_execution_id = ? WHERE id = ?", (ledger.execution, attempt))
+        ledger.wrapped.session.execute("SET lock_timeout = '5s'")
         assert ledger.claim()
 
 
@@ -150,21 +150,21 @@ def test_foreign_key_does_not_block_claims(ledger: CommittingLedger, ledger_loca
 
 
 @pytest.mark.long
-def test_exclusive_access_waits_for_workers(server_ledger: Place, worker: tuple[Ledger, Lease]) -> None:
+def test_exclusive_access_waits_for_workers(server_ledger: Place, worker: tuple[Database, Lease]) -> None:
     """Exclusive access waits for a worker although the lock is free: it may still send its claims."""
     assert worker[1].is_valid()
-    with pytest.raises(LedgerLocked, match="left processes behind"), open_exclusive(server_ledger):
+    with pytest.raises(LedgerLocked, match="processes of an earlier run still end"), open_exclusive(server_ledger):
         pass
 
 
 def test_exclusive_access_is_visible_to_runs(server_ledger: Place) -> None:
     """Exclusive access has a leader's lease, so runs see it even when the server has lost the lock."""
-    with open_exclusive(server_ledger), closing(Ledger(server_ledger)) as other:
-        assert [owner.is_leader for owner in other.other_holders()] == [True]
+    with open_exclusive(server_ledger), closing(Database(server_ledger)) as other:
+        assert [owner.is_leader for owner in lease_table.other_holders(other)] == [True]
 
 
 @pytest.mark.long
-def test_copy_waits_for_workers(server_ledger: Place, worker: tuple[Ledger, Lease], tmp_path: Path) -> None:
+def test_copy_waits_for_workers(server_ledger: Place, worker: tuple[Database, Lease], tmp_path: Path) -> None:
     """Copying waits for workers; otherwise the new ledger would buy their requests again."""
     assert worker[1].is_valid()
     with pytest.raises(LedgerLocked):
@@ -172,6 +172,7 @@ def test_copy_waits_for_workers(server_ledger: Place, worker: tuple[Ledger, Leas
     assert not ledger_exists(tmp_path / "copy.db")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", [("forget", "--match", "First Name=First1"), ("purge", "--older-than", "0s")])
 def test_erasing_waits_for_workers(api: SandboxApi, workspace: Workspace, command: tuple[str, ...]) -> None:
     """Erasing waits for workers; otherwise their later writes would bring the data back."""
@@ -195,7 +196,7 @@ def test_leases_use_server_time(server_ledger: Place, monkeypatch: pytest.Monkey
         assert lease is not None
         hours_ago = time.time_ns() - 10**9 * 7200
         monkeypatch.setattr(time, "time_ns", lambda: hours_ago)
-        assert abs(lease.now_ms() - ledger.now_ms()) < 60_000
+        assert abs(lease.now_ms() - lease_table.now_ms(ledger)) < 60_000
 
 
 def test_failed_begin_is_harmless(ledger: CommittingLedger) -> None:

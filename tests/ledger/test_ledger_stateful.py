@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from enrich.job.locations import LedgerLocation, parse_ledger_location
-from enrich.ledger.ledger import Ledger
-from enrich.ledger.queue import CapReached
-from enrich.models import RETRYABLE_STATES, TRANSITIONS, Acceptance, Answer, State
+from enrich.ledger import enroll, execution_records, queries, resume, transitions
+from enrich.ledger.transitions import CapReached, StepCapReached
+from enrich.models import RETRYABLE_STATES, TRANSITIONS, Acceptance, Answer, ClaimedRequest, State
 from tests.support.cases import examples
-from tests.support.ledger import BINDING, CommittingLedger, params, row_requests
+from tests.support.ledger import BINDING, DEFAULT_SELECTION, CommittingLedger, params, results_of, row_requests
 from tests.support.postgres import PostgresServer
 
 LEADS = range(6)
@@ -44,6 +44,7 @@ class AttemptModel:
     task_id: str | None = None
     settled_execution: int | None = None  # the execution that settled it at an unknown price
     deleted_at_api: bool = False
+    step: str | None = None  # the step that sent it
 
 
 @dataclass
@@ -80,6 +81,20 @@ class LedgerModel:
     def reserved(self, execution: int) -> int:
         """Sum the credits that an execution has reserved."""
         return sum(post.reserved for post in self.attempts.values() if post.execution_charged == execution)
+
+    def step_cost(self, execution: int, step: str) -> int:
+        """Return what the attempts of a step in an execution cost, at most."""
+        cost, counted = 0, set()
+        for post in self.attempts.values():
+            if (post.execution, post.step) != (execution, step):
+                continue
+            price = None if post.bulk_id is None else self.bulk_tasks.get(post.bulk_id)
+            if price is None:
+                cost += post.reserved if post.credits is None else post.credits
+            elif post.bulk_id not in counted:
+                counted.add(post.bulk_id)
+                cost += price
+        return cost
 
     def attempts_in(self, *states: str) -> list[int]:
         """List the attempts in these states."""
@@ -148,7 +163,7 @@ class LedgerStateMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
-        self.books = CommittingLedger.open(self.ledger_location(Path(self.folder.name)))
+        self.ledger = CommittingLedger.open(self.ledger_location(Path(self.folder.name)))
         self.model = LedgerModel()
         self.before: dict[int, State] = {}
         self.begin(None)
@@ -160,13 +175,13 @@ class LedgerStateMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Close the ledger."""
-        self.books.wrapped.close()
+        self.ledger.wrapped.close()
         self.folder.cleanup()
 
     def begin(self, cap: int | None) -> None:
         """Start an execution as the program does: recover first."""
         self.recover()
-        number = self.books.start_execution(cap)
+        number = self.ledger.start_execution(cap)
         for post in self.model.attempts.values():
             if post.state == "submitted":
                 post.execution_charged = number
@@ -176,7 +191,7 @@ class LedgerStateMachine(RuleBasedStateMachine):
     def recover(self) -> None:
         """Mark the attempts in flight as in doubt."""
         lost = self.model.attempts_in("submitting")
-        assert self.books.commit(Ledger.recover, self.books.now) == len(lost)
+        assert self.ledger.commit(resume.recover, self.ledger.now) == len(lost)
         for number in lost:
             self.settle_attempt(number, State.IN_DOUBT)
 
@@ -187,7 +202,7 @@ class LedgerStateMachine(RuleBasedStateMachine):
         if post.state == "submitting" and after in (State.IN_DOUBT, State.SUBMITTED) and outcome != "refused":
             lead.attempts += 1
         post.state = outcome or after.value
-        post.at = self.books.now
+        post.at = self.ledger.now
         lead.state = after
         if post.state == "refused":
             if after is not State.PENDING:
@@ -200,23 +215,23 @@ class LedgerStateMachine(RuleBasedStateMachine):
     @rule(seconds=st.integers(1, 50))
     def advance_clock(self, seconds: int) -> None:
         """Advance the clock."""
-        self.books.now += seconds
+        self.ledger.now += seconds
 
     @rule(cap=st.none() | st.integers(0, 60))
     def start_new_execution(self, cap: int | None) -> None:
         """End this execution normally and begin the next."""
         self.recover()
-        self.books.commit(Ledger.end_execution, self.books.execution, 0, {}, self.books.now)
+        self.ledger.commit(execution_records.end_execution, self.ledger.execution, 0, {}, self.ledger.now)
         self.begin(cap)
 
     @rule(cap=st.none() | st.integers(0, 60))
     def crash_and_restart(self, cap: int | None) -> None:
         """Kill the program in the middle of a commit, and start it again."""
-        db = self.books.wrapped._db
+        db = self.ledger.wrapped.session
         db.begin()
         db.execute("UPDATE requests SET state = 'found'")
         db.execute("UPDATE attempts SET state = 'failed' WHERE state = 'submitted'")
-        self.books.reopen()
+        self.ledger.reopen()
         self.begin(cap)
 
     @rule(
@@ -226,8 +241,8 @@ class LedgerStateMachine(RuleBasedStateMachine):
     )
     def enroll_rows(self, batches: list[list[int]], retry: set[State], stale: dict[State, int]) -> None:
         """Enroll any leads in any order, with any retry and refresh options."""
-        before = {state: self.books.now - age for state, age in stale.items()}
-        self.books.enroll(*batches, retry=retry, stale=before)
+        before = {state: self.ledger.now - age for state, age in stale.items()}
+        self.ledger.enroll(*batches, retry=retry, stale=before)
         for lead in self.model.requests.values():
             lead.queue_position = None
         flat = [number for batch in batches for number in batch]
@@ -241,34 +256,61 @@ class LedgerStateMachine(RuleBasedStateMachine):
             if old or lead.state in {*retry, State.PENDING, State.SUBMITTING, State.SUBMITTED}:
                 lead.queue_position = position
         leads = [self.model.requests[number] for number in set(flat)]
-        assert self.books.wrapped.enrolled_counts() == Counter(
+        assert enroll.enrolled_counts(self.ledger.wrapped) == Counter(
             State.PENDING if lead.queued else lead.state for lead in leads
         )
 
-    @rule(price=PRICES, room=st.integers(1, 4), bulk=st.booleans())
-    def claim_requests(self, price: int, room: int, *, bulk: bool) -> None:
-        """Claim the first requests of the queue, up to the room and the cap, one by one or as one bulk task."""
+    @rule(
+        price=PRICES,
+        room=st.integers(1, 4),
+        bulk=st.booleans(),
+        step=st.sampled_from([None, "email", "phone"]),
+        step_cap=st.none() | st.integers(0, 30),
+    )
+    def claim_requests(self, price: int, room: int, step: str | None, step_cap: int | None, *, bulk: bool) -> None:
+        """Claim the first requests of the queue, up to the room and both caps, one by one or as one bulk task."""
         if not any(lead.queued for lead in self.model.requests.values()):
             self.enroll_rows([list(LEADS)], {State.IN_DOUBT}, {})
             self.requests_match_model()
         queue = sorted((lead.queue_position, number) for number, lead in self.model.requests.items() if lead.queued)
-        execution = self.books.execution
+        execution = self.ledger.execution
         cap = self.model.caps[execution]
+        step_cap = None if step is None else step_cap
+
+        def make_claims(count: int) -> list[ClaimedRequest]:
+            return self.ledger.commit(
+                transitions.claim,
+                execution,
+                price,
+                self.ledger.now,
+                count,
+                bulk=bulk,
+                step=step,
+                step_cap=step_cap,
+            )
+
+        lefts: list[tuple[int, type[CapReached]]] = []
         if cap is not None:
-            left = cap - self.model.spent[execution] - self.model.reserved(execution)
+            lefts.append((cap - self.model.spent[execution] - self.model.reserved(execution), CapReached))
+        if step is not None and step_cap is not None:
+            lefts.append((step_cap - self.model.step_cost(execution, step), StepCapReached))
+        for left, reached in lefts:
             if queue and price > left:
-                with pytest.raises(CapReached):
-                    self.books.commit(Ledger.claim, execution, price, self.books.now, room, bulk=bulk)
+                with pytest.raises(CapReached) as caught:
+                    make_claims(room)
+                assert caught.type is reached
                 return
             room = min(room, left // price)
-        claims = self.books.commit(Ledger.claim, execution, price, self.books.now, room, bulk=bulk)
+        claims = make_claims(room)
         for claim, (_, number) in zip(claims, queue[:room], strict=True):
             assert claim.params == params(number)
             assert claim.attempt_id not in self.model.attempts
             assert (claim.bulk_task_id is not None) is bulk
             lead = self.model.requests[number]
-            post = AttemptModel(number, execution, "submitting", price, self.books.now, lead.state, lead.newest_attempt)
-            post.execution_charged, post.bulk_id = execution, claim.bulk_task_id
+            post = AttemptModel(
+                number, execution, "submitting", price, self.ledger.now, lead.state, lead.newest_attempt
+            )
+            post.execution_charged, post.bulk_id, post.step = execution, claim.bulk_task_id, step
             self.model.attempts[claim.attempt_id] = post
             if lead.state is not State.PENDING:
                 lead.attempts = 0
@@ -278,17 +320,17 @@ class LedgerStateMachine(RuleBasedStateMachine):
     def answer_post(self, data: Any, answer: str) -> None:
         """Apply one of the four outcomes of a POST; of a bulk POST some rows may be invalid."""
         if not self.model.attempts_in("submitting"):
-            self.claim_requests(1, 3, bulk=data.draw(st.booleans()))
+            self.claim_requests(1, 3, None, None, bulk=data.draw(st.booleans()))
             self.requests_match_model()
         if not self.model.attempts_in("submitting"):
             return
         numbers = self.model.attempts_in_task(data.draw(st.sampled_from(self.model.attempts_in("submitting"))))
-        ledger = self.books
+        ledger = self.ledger
         task_id = self.draw_task_id(data, numbers[0])
         if answer == "accepted":
             taken = self.model.task_id_conflicts(numbers, task_id)
             means = ledger.commit(
-                Ledger.record_accepted, [(number, task_id, ledger.now) for number in numbers], BINDING
+                transitions.record_accepted, [(number, task_id, ledger.now) for number in numbers], BINDING
             )
             assert {each is Acceptance.CONFLICT for each in means} == {taken}
             for number in numbers:
@@ -297,7 +339,7 @@ class LedgerStateMachine(RuleBasedStateMachine):
         elif answer == "doubt":
             message = data.draw(st.sampled_from([None, task_id]))
             kept = None if message is None or self.model.task_id_conflicts(numbers, message) else message
-            ledger.commit(Ledger.mark_in_doubt, [(number, "reset", ledger.now, message) for number in numbers])
+            ledger.commit(transitions.mark_in_doubt, [(number, "reset", ledger.now, message) for number in numbers])
             for number in numbers:
                 self.settle_attempt(number, State.IN_DOUBT)
                 self.model.attempts[number].task_id = kept
@@ -307,10 +349,10 @@ class LedgerStateMachine(RuleBasedStateMachine):
                 post = self.model.attempts[number]
                 post.credits, post.execution_charged = 0, None
                 if number in wrong:
-                    ledger.commit(Ledger.record_rejected, [(number, "400", ledger.now)])
+                    ledger.commit(transitions.record_rejected, [(number, "400", ledger.now)])
                     self.settle_attempt(number, State.FAILED)
                 else:
-                    ledger.commit(Ledger.record_refused, [(number, "429", ledger.now)])
+                    ledger.commit(transitions.record_refused, [(number, "429", ledger.now)])
                     self.settle_attempt(number, post.previous_state, "refused")
 
     def draw_task_id(self, data: Any, number: int) -> str:
@@ -321,19 +363,21 @@ class LedgerStateMachine(RuleBasedStateMachine):
     @rule(data=st.data(), paid=st.integers(0, 9), answer=st.sampled_from(["known", "known", "gone"]))
     def poll_written_off(self, data: Any, paid: int, answer: str) -> None:
         """Poll a task that was written off: the API still has it, or has deleted it."""
-        ledger, model = self.books, self.model
+        ledger, model = self.ledger, self.model
         if not model.written_off_before(ledger.execution):
             self.lose_task(data)
             self.requests_match_model()
             self.start_new_execution(None)
-        assert sorted(list(task.attempts) for task in ledger.wrapped.written_off_tasks(0)) == model.written_off()
+        assert (
+            sorted(list(task.attempts) for task in resume.written_off_tasks(ledger.wrapped, 0)) == model.written_off()
+        )
         left = model.written_off_before(ledger.execution)
         if not left:
             return
         numbers = data.draw(st.sampled_from(left))
         lead = model.requests[model.attempts[numbers[0]].lead]
         if answer == "gone":
-            ledger.commit(Ledger.mark_result_deleted, numbers)
+            ledger.commit(resume.mark_result_deleted, numbers)
             for number in numbers:
                 model.attempts[number].deleted_at_api = True
             return
@@ -345,13 +389,13 @@ class LedgerStateMachine(RuleBasedStateMachine):
         if lead.newest_attempt != numbers[0]:
             (number,) = numbers
             late = Answer(State.FOUND, credits=paid, raw="{}")
-            ledger.commit(Ledger.settle_superseded, number, late, ledger.now, ledger.execution)
+            ledger.commit(resume.settle_superseded, number, late, ledger.now, ledger.execution)
             post = model.attempts[number]
             model.spent[ledger.execution] += paid
             post.credits, post.execution_charged, post.at = paid, None, ledger.now
             model.settled_late[ledger.execution] += paid
             return
-        ledger.commit(Ledger.revive, numbers, ledger.execution)
+        ledger.commit(resume.revive, numbers, ledger.execution)
         for number in numbers:
             post = model.attempts[number]
             if post.execution != ledger.execution:
@@ -373,7 +417,7 @@ class LedgerStateMachine(RuleBasedStateMachine):
         if not self.model.attempts_in("submitted"):
             return
         number = data.draw(st.sampled_from(self.model.attempts_in("submitted")))
-        ledger, post = self.books, self.model.attempts[number]
+        ledger, post = self.ledger, self.model.attempts[number]
         if post.bulk_id is not None:
             self.settle_bulk_task(data, self.model.attempts_in_task(number), share)
             return
@@ -399,7 +443,7 @@ class LedgerStateMachine(RuleBasedStateMachine):
 
     def settle_bulk_task(self, data: Any, numbers: list[int], share: int | None) -> None:
         """Settle a bulk task with any answers for its rows, at one price."""
-        ledger, model = self.books, self.model
+        ledger, model = self.ledger, self.model
         fates = [State.FOUND, State.NOT_FOUND, State.FAILED, State.EXPIRED]
         answers = [
             Answer(state, raw=f"{number}", free_failure=state is State.FAILED and share == 0)
@@ -415,7 +459,7 @@ class LedgerStateMachine(RuleBasedStateMachine):
             for number, answer in zip(numbers, answers, strict=True)
         ]
         result = [(number, answer, ledger.now) for number, answer in zip(numbers, answers, strict=True)]
-        assert ledger.commit(Ledger.settle_bulk_task, result, ledger.execution, MAX_ATTEMPTS, paid) == after
+        assert ledger.commit(transitions.settle_bulk_task, result, ledger.execution, MAX_ATTEMPTS, paid) == after
         if paid and model.price_already_charged(numbers):
             paid = 0
         bulk_task = model.attempts[numbers[0]].bulk_id
@@ -442,7 +486,7 @@ class LedgerStateMachine(RuleBasedStateMachine):
         if not self.model.attempts_in("submitted"):
             return
         numbers = self.model.attempts_in_task(data.draw(st.sampled_from(self.model.attempts_in("submitted"))))
-        self.books.commit(Ledger.mark_in_doubt, [(number, "404", self.books.now, None) for number in numbers])
+        self.ledger.commit(transitions.mark_in_doubt, [(number, "404", self.ledger.now, None) for number in numbers])
         for number in numbers:
             self.settle_attempt(number, State.IN_DOUBT)
 
@@ -455,12 +499,12 @@ class LedgerStateMachine(RuleBasedStateMachine):
         ]
         if not settled:
             return
-        number, ledger = data.draw(st.sampled_from(settled)), self.books
+        number, ledger = data.draw(st.sampled_from(settled)), self.ledger
         moves: dict[str, Callable[[], object]] = {
-            "accepted": lambda: ledger.commit(Ledger.record_accepted, [(number, "x", ledger.now)], BINDING),
-            "refused": lambda: ledger.commit(Ledger.record_refused, [(number, "x", ledger.now)]),
-            "rejected": lambda: ledger.commit(Ledger.record_rejected, [(number, "x", ledger.now)]),
-            "doubt": lambda: ledger.commit(Ledger.mark_in_doubt, [(number, "x", ledger.now, None)]),
+            "accepted": lambda: ledger.commit(transitions.record_accepted, [(number, "x", ledger.now)], BINDING),
+            "refused": lambda: ledger.commit(transitions.record_refused, [(number, "x", ledger.now)]),
+            "rejected": lambda: ledger.commit(transitions.record_rejected, [(number, "x", ledger.now)]),
+            "doubt": lambda: ledger.commit(transitions.mark_in_doubt, [(number, "x", ledger.now, None)]),
             "settle": lambda: ledger.settle(number, Answer(State.FOUND, credits=1)),
         }
         with pytest.raises(AssertionError):
@@ -471,8 +515,8 @@ class LedgerStateMachine(RuleBasedStateMachine):
     @invariant()
     def requests_match_model(self) -> None:
         """States, counts and queue positions equal the model's, and each transition is in the state diagram."""
-        rows = self.books.query_all(
-            "SELECT fingerprint, state, attempts, attempt_id, answer_id, position FROM requests"
+        rows = self.ledger.query_all(
+            "SELECT fingerprint, state, attempts, attempt_id, answer_id, queue_position FROM requests"
         )
         known = {int.from_bytes(key): (State(state), *rest) for key, state, *rest in rows}
         states = {number: state for number, (state, *_) in known.items()}
@@ -487,9 +531,9 @@ class LedgerStateMachine(RuleBasedStateMachine):
     @invariant()
     def attempts_match_model(self) -> None:
         """A later attempt never overwrites an earlier one, so all spending can be reconciled."""
-        rows = self.books.query_all("SELECT id, state, execution_id, reserved, credits FROM attempts")
+        rows = self.ledger.query_all("SELECT id, state, execution_id, reserved, credits, step FROM attempts")
         assert {row[0]: row[1:] for row in rows} == {
-            number: (post.state, post.execution, post.reserved, post.credits)
+            number: (post.state, post.execution, post.reserved, post.credits, post.step)
             for number, post in self.model.attempts.items()
         }
 
@@ -497,17 +541,17 @@ class LedgerStateMachine(RuleBasedStateMachine):
     def credits_match_model(self) -> None:
         """Spent, unknown and reserved credits equal the sums over the attempts, and the cap holds."""
         model = self.model
-        for row in self.books.wrapped.executions():
-            number = row["id"]
-            assert row["spent"] == model.spent[number]
-            assert row["unknown"] == model.unknown[number]
-            if number == self.books.execution:
-                assert row["reserved"] == model.reserved(number) >= 0
+        for row in execution_records.list_executions(self.ledger.wrapped):
+            number = row.id
+            assert row.spent == model.spent[number]
+            assert row.unknown == model.unknown[number]
+            if number == self.ledger.execution:
+                assert row.reserved == model.reserved(number) >= 0
             assert (
-                row["cap"] is None
-                or row["spent"] + row["reserved"] <= max(row["cap"], model.adopted[number]) + model.settled_late[number]
+                row.cap is None
+                or row.spent + row.reserved <= max(row.cap, model.adopted[number]) + model.settled_late[number]
             )
-        spent, unknown = self.books.wrapped.spent_totals()
+        spent, unknown = queries.spent_totals(self.ledger.wrapped)
         alone = sum(post.credits or 0 for post in model.attempts.values())
         assert spent == alone + sum(paid or 0 for paid in model.bulk_tasks.values()) == sum(model.spent.values())
         assert unknown == sum(model.unknown.values())
@@ -515,16 +559,16 @@ class LedgerStateMachine(RuleBasedStateMachine):
     @invariant()
     def results_match_model(self) -> None:
         """The result is the last found answer or, without one, the newest state."""
-        self.books.commit(Ledger.begin_pass)
-        for known in self.books.wrapped.request_results(row_requests(LEADS)):
+        self.ledger.commit(enroll.begin_pass)
+        for known in results_of(self.ledger.wrapped, row_requests(LEADS), DEFAULT_SELECTION):
             lead = self.model.requests[known.position]
             stands = lead.current_attempt if lead.current_attempt is not None else lead.newest_attempt
             assert known.state == (State.FOUND if lead.current_attempt is not None else lead.state)
             if stands is not None:
                 assert known.credits == self.model.attempts[stands].credits
             assert known.first
-        assert self.books.wrapped.state_counts() == Counter(lead.state for lead in self.model.requests.values())
-        tasks = self.books.wrapped.submitted_tasks()
+        assert queries.state_counts(self.ledger.wrapped) == Counter(lead.state for lead in self.model.requests.values())
+        tasks = transitions.submitted_tasks(self.ledger.wrapped)
         assert sorted(number for task in tasks for number in task.attempts) == self.model.attempts_in("submitted")
         assert all(list(task.attempts) == self.model.attempts_in_task(task.attempts[0]) for task in tasks)
 

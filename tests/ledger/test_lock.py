@@ -66,6 +66,7 @@ def test_lock_released_by_killed_process(ledger_path: Path) -> None:
             pass
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("wait_s", [10, -1])
 def test_wait_for_lock(ledger_path: Path, wait_s: float) -> None:
     """Waiting takes the lock as soon as the other process releases it."""

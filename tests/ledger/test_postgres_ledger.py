@@ -14,10 +14,11 @@ import pytest
 from enrich.errors import CommandRefused
 from enrich.exit_codes import ExitCode
 from enrich.ledger import schema
-from enrich.ledger.ledger import Ledger
+from enrich.ledger.database import Database
 from enrich.ledger.lock import is_locked, lock_ledger
 from enrich.ledger.verify import check_ledger
 from tests.support.postgres import PostgresServer
+from tests.support.postgres_pooler import postgres_pooler
 from tests.support.workspace import SandboxApi, Workspace, kill_process, make_leads, serve_api, wait_until
 
 
@@ -65,7 +66,7 @@ def test_password_in_job_is_refused(workspace: Workspace, api: SandboxApi, postg
 
     result = workspace.run_in_process("run", "job.yaml", api=api)
 
-    assert (result.exit_code, "a URL holds no password" in result.stderr, "secret" in result.stderr) == (2, True, False)
+    assert (result.exit_code, "without a password" in result.stderr, "secret" in result.stderr) == (2, True, False)
     assert "job.yaml:" in result.stderr
 
 
@@ -162,47 +163,124 @@ def test_prepared_schema_is_used(
     assert (taken.exit_code, taken.stderr) == (0, "")
 
 
+# Databases that cannot hold a ledger
+
+
+def assert_refused(workspace: Workspace, api: SandboxApi, reason: str, hint: str) -> None:
+    """Check that commands refuse the ledger with a reason and a hint, and that nothing was sent."""
+    workspace.write_leads(make_leads(1))
+    for command in (("run", "job.yaml", "--json"), ("plan", "job.yaml"), ("status", "job.yaml")):
+        result = workspace.run_in_process(*command, api=api)
+        assert (result.exit_code, reason in result.stderr) == (ExitCode.REFUSED, True), result.stderr
+        assert f"hint: {hint}" in result.stderr
+        assert "Traceback" not in result.stderr
+    assert api.audit()["accepted"] == 0
+
+
+def test_database_of_other_encoding_is_refused(api: SandboxApi, workspace: Workspace, postgres: PostgresServer) -> None:
+    """A database that cannot hold every character of a lead is refused before anything is sent."""
+    name = f"latin_{postgres.ledger_url().rpartition('=')[2]}"
+    with closing(postgres.connect("postgres")) as db:
+        db.execute(f"CREATE DATABASE {name} OWNER enrich TEMPLATE template0 ENCODING 'LATIN1' LOCALE 'C'")
+        try:
+            workspace.write_job(ledger=f"postgresql://enrich@127.0.0.1:{postgres.port}/{name}")
+            assert_refused(
+                workspace, api, "the encoding of the database is LATIN1", "make one with createdb --encoding=UTF8"
+            )
+        finally:
+            db.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+def test_role_without_temporary_tables_is_refused(
+    api: SandboxApi, workspace: Workspace, postgres: PostgresServer, guest_role: str
+) -> None:
+    """A role that may not create temporary tables is refused with the grant that it lacks."""
+    name = f"closed_{guest_role}"
+    with closing(postgres.connect("postgres")) as db:
+        db.execute(f"CREATE DATABASE {name} TEMPLATE template0")
+        try:
+            db.execute(f"REVOKE TEMPORARY ON DATABASE {name} FROM PUBLIC")
+            db.execute(f"GRANT CREATE ON DATABASE {name} TO {guest_role}")
+            workspace.write_job(ledger=f"postgresql://{guest_role}@127.0.0.1:{postgres.port}/{name}")
+            closed = replace(workspace, environ={"PGPASSWORD": "guest"})
+            grant = f"GRANT TEMPORARY ON DATABASE {name} TO {guest_role}"
+            assert_refused(closed, api, "this user may not create temporary tables", grant)
+        finally:
+            db.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("per_transaction", [True, False])
+def test_pooler(api: SandboxApi, workspace: Workspace, postgres: PostgresServer, *, per_transaction: bool) -> None:
+    """A pooler that gives each transaction another connection is refused; one that keeps sessions is not."""
+    with postgres_pooler(postgres.port, per_transaction=per_transaction) as port:
+        workspace.write_job(ledger=str(workspace.server_url).replace(f":{postgres.port}/", f":{port}/"))
+        if per_transaction:
+            assert_refused(
+                workspace,
+                api,
+                "a connection pooler gives each transaction another connection",
+                "name the server itself, or a pool in session mode",
+            )
+        else:
+            workspace.write_leads(make_leads(3))
+            assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == ExitCode.OK
+
+
 @pytest.mark.parametrize(("version", "word"), [(99, "newer version"), (0, "older version")])
 def test_ledger_of_other_version(workspace: Workspace, version: int, word: str) -> None:
     """A read-only command neither reads nor changes a ledger of another version."""
-    Ledger(workspace.ledger_location).close()
-    workspace.sql("UPDATE ledger SET version = ?", version)
+    Database(workspace.ledger_location).close()
+    workspace.sql("UPDATE ledger_version SET version = ?", version)
 
     result = workspace.run_in_process("report", "job.yaml")
 
     assert (result.exit_code, word in result.stderr) == (ExitCode.REFUSED, True), result.stderr
-    assert workspace.sql("SELECT version FROM ledger") == [(version,)]
+    assert workspace.sql("SELECT version FROM ledger_version") == [(version,)]
+
+
+def test_prerelease_ledger_is_refused(api: SandboxApi, workspace: Workspace) -> None:
+    """A ledger from before the first release is neither read nor changed; the error shows what to do."""
+    Database(workspace.ledger_location).close()
+    workspace.sql("ALTER TABLE ledger_version RENAME TO ledger")
+    workspace.write_leads(make_leads(1))
+    for command in ("run", "report", "status"):
+        result = workspace.run_in_process(command, "job.yaml", api=api)
+        assert (result.exit_code, "before its first release" in result.stderr) == (ExitCode.REFUSED, True), (
+            result.stderr
+        )
 
 
 def test_older_ledger_is_migrated_once(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next writer migrates an older ledger; several at once take turns, and all see it complete."""
-    Ledger(workspace.ledger_location).close()
+    Database(workspace.ledger_location).close()
     step = "CREATE TABLE remarks (id BIGINT PRIMARY KEY);\n\nINSERT INTO remarks VALUES (1)"
     monkeypatch.setattr(schema, "POSTGRES_MIGRATIONS", [*schema.POSTGRES_MIGRATIONS, step])
 
     with ThreadPoolExecutor() as several:
-        for ledger in several.map(lambda _: Ledger(workspace.ledger_location), range(4)):
+        for ledger in several.map(lambda _: Database(workspace.ledger_location), range(4)):
             ledger.close()
 
-    assert workspace.sql("SELECT version FROM ledger") == [(len(schema.POSTGRES_MIGRATIONS),)]
+    assert workspace.sql("SELECT version FROM ledger_version") == [(len(schema.POSTGRES_MIGRATIONS),)]
     assert workspace.sql("SELECT id FROM remarks") == [(1,)]
 
 
 def test_failed_migration_rolls_back(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """All migration steps to the newest version are one transaction, so a failed one changes nothing."""
-    Ledger(workspace.ledger_location).close()
-    version = workspace.sql("SELECT version FROM ledger")
+    Database(workspace.ledger_location).close()
+    version = workspace.sql("SELECT version FROM ledger_version")
     steps = ["CREATE TABLE remarks (id BIGINT PRIMARY KEY)", "INSERT INTO remarks VALUES (1);\n\nSELECT 1 / 0"]
     with monkeypatch.context() as newer:
         newer.setattr(schema, "POSTGRES_MIGRATIONS", [*schema.POSTGRES_MIGRATIONS, *steps])
         with pytest.raises(CommandRefused, match="division by zero"):
-            Ledger(workspace.ledger_location)
+            Database(workspace.ledger_location)
 
-    assert workspace.sql("SELECT version FROM ledger") == version
+    assert workspace.sql("SELECT version FROM ledger_version") == version
     assert workspace.sql("SELECT to_regclass('remarks')") == [(None,)]
-    Ledger(workspace.ledger_location).close()
+    Database(workspace.ledger_location).close()
 
 
+@pytest.mark.long
 def test_sandbox_schema_is_separate(workspace: Workspace, postgres: PostgresServer) -> None:
     """The sandbox has a schema of its own beside the real one and finds it again."""
     workspace.write_leads(make_leads(2))

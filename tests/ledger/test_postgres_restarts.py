@@ -12,13 +12,10 @@ from typing import Literal
 
 import pytest
 
-from enrich.cluster.shared_rate import start_sharing, stop_sharing
 from enrich.job.locations import LedgerLocation, parse_ledger_location
-from enrich.job.locations import PostgresLocation as Place
-from enrich.ledger.ledger import Ledger
+from enrich.ledger import execution_records
 from enrich.ledger.verify import check_ledger
 from enrich.ledger.writer import LedgerWriter
-from enrich.run.rate_limit import AdaptiveRateLimiter
 from tests.support.ledger import CommittingLedger
 from tests.support.postgres import PostgresServer
 from tests.support.workspace import SandboxApi, Workspace, kill_process, make_leads, serve_api, wait_until
@@ -39,9 +36,9 @@ def test_restart_between_transitions(
 
     async def scenario() -> None:
         async with LedgerWriter(ledger.wrapped) as writer:
-            await writer.submit(Ledger.start_execution, "before", None, 1)
+            await writer.submit(execution_records.start_execution, "before", None, 1)
             await asyncio.to_thread(own_postgres.restart, how)
-            await writer.submit(Ledger.start_execution, "after", None, 2)
+            await writer.submit(execution_records.start_execution, "after", None, 2)
 
     asyncio.run(scenario())
 
@@ -64,7 +61,7 @@ def test_no_duplicate_transition_after_lost_commit(
         while not stop.is_set():
             name = f"{task_number} {len(made)}"
             made.append(name)
-            await writer.submit(Ledger.start_execution, name, None, 1)
+            await writer.submit(execution_records.start_execution, name, None, 1)
 
     async def restart_server() -> None:
         for _ in range(3):
@@ -118,22 +115,3 @@ def test_run_survives_server_restarts(
 def requests_sent(api: SandboxApi, enough: int) -> bool:
     """Return whether at least `enough` requests were sent."""
     return bool(api.audit()["requests"].get("run", 0) >= enough)
-
-
-@pytest.mark.long
-def test_unreachable_server_does_not_delay_end(own_postgres: PostgresServer, tmp_path: Path) -> None:
-    """When the server is away, a process stops sharing the rate at once and gets no shared limiter back."""
-    ledger_location = parse_ledger_location(tmp_path, own_postgres.ledger_url(), tmp_path)
-    assert isinstance(ledger_location, Place)
-    Ledger(ledger_location).close()
-    limiter = AdaptiveRateLimiter(None)
-    limiter.rate = 42.0
-    start_sharing(ledger_location, limiter)
-    own_postgres.stop()
-    while_stopped = stop_sharing(ledger_location)
-    own_postgres.start()
-    after_start = stop_sharing(ledger_location)
-
-    assert while_stopped is None
-    assert after_start is not None
-    assert after_start.rate == 42.0

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from enrich.errors import CommandRefused
-from enrich.ledger.ledger import Ledger
+from enrich.errors import CommandRefused, LedgerLocked
+from enrich.ledger import bindings, rescue_merge, resume, transitions
+from enrich.ledger.database import Database
 from enrich.ledger.rescue_file import RescuedAttempt, RescueFile, read_rescue_file
 from enrich.ledger.rescue_import import import_rescue_files, remove_imported_files
 from enrich.ledger.verify import check_ledger
@@ -47,12 +48,12 @@ def rescue_record(number: int, state: str = "submitted", task: str | None = "tas
 
 def import_lines(ledger: CommittingLedger, *lines: RescuedAttempt) -> str:
     """Import lines; return the message about them."""
-    return str(ledger.commit(Ledger.import_rescued, lines, "job", 9_000))
+    return str(ledger.commit(rescue_merge.import_rescued, lines, "job", 9_000))
 
 
 def request_states(ledger: CommittingLedger) -> dict[int, str]:
     """Return the state of each lead's request."""
-    rows = ledger.wrapped._db.execute("SELECT fingerprint, state FROM requests").fetchall()
+    rows = ledger.wrapped.session.execute("SELECT fingerprint, state FROM requests").fetchall()
     return {int.from_bytes(name): state for name, state in rows}
 
 
@@ -87,11 +88,11 @@ def test_new_ledger_imports_everything(ledger: CommittingLedger) -> None:
         5: "in_doubt",
         7: "failed",
     }
-    (task,) = ledger.wrapped.submitted_tasks()
+    (task,) = transitions.submitted_tasks(ledger.wrapped)
     assert (task.task_id, task.column_paths) == ("a", ("email",))
-    assert ledger.wrapped.read_fact("workspace") == BINDING["workspace"]
+    assert bindings.read_fact(ledger.wrapped, "workspace") == BINDING["workspace"]
     assert_sound(ledger)
-    assert import_lines(ledger, *lines).endswith("already known")
+    assert import_lines(ledger, *lines).endswith("already in the ledger")
     assert_sound(ledger)
 
 
@@ -120,7 +121,7 @@ def test_in_doubt_is_resolved_by_task_id(ledger: CommittingLedger) -> None:
     """A task id from the rescue file resolves a request that a run in between marked in doubt."""
     ledger.start_and_enroll(1)
     ledger.claim()
-    ledger.commit(Ledger.recover, 1_500)
+    ledger.commit(resume.recover, 1_500)
 
     import_lines(ledger, rescue_record(1, task="a"))
 
@@ -143,20 +144,21 @@ def test_newer_ledger_state_is_kept(ledger: CommittingLedger) -> None:
     )
 
     assert request_states(ledger) == {1: "found", 2: "submitted", 3: "in_doubt"}
-    assert [task.task_id for task in ledger.wrapped.submitted_tasks()] == ["b"]
+    assert [task.task_id for task in transitions.submitted_tasks(ledger.wrapped)] == ["b"]
     assert_sound(ledger)
 
 
 def test_bulk_requests_stay_together(ledger: CommittingLedger) -> None:
     """The rows of a bulk task are imported all or not at all, because answers are matched by their order."""
-    whole = [rescue_record(number, task="t", bundle=1, place=number, size=3) for number in range(3)]
+    whole = [rescue_record(number, task="t", bulk_task=1, bulk_index=number, size=3) for number in range(3)]
     torn = [
-        rescue_record(number, task="u", bundle=2, place=number - 10, size=3, claimed_ms=1_001) for number in (10, 11)
+        rescue_record(number, task="u", bulk_task=2, bulk_index=number - 10, size=3, claimed_ms=1_001)
+        for number in (10, 11)
     ]
 
     import_lines(ledger, *whole, *torn)
 
-    (task,) = ledger.wrapped.submitted_tasks()
+    (task,) = transitions.submitted_tasks(ledger.wrapped)
     assert (task.task_id, len(task.attempts)) == ("t", 3)
     assert request_states(ledger) == dict.fromkeys(range(3), "submitted") | dict.fromkeys((10, 11), "in_doubt")
     assert_sound(ledger)
@@ -190,11 +192,11 @@ def test_any_rescue_file_keeps_ledger_sound(
     for number, move in enumerate(moves):
         attempt = ledger.claim().attempt_id
         if move != "claim":
-            ledger.commit(Ledger.record_accepted, [(attempt, f"task-{number}", ledger.now)], BINDING)
+            ledger.commit(transitions.record_accepted, [(attempt, f"task-{number}", ledger.now)], BINDING)
         if move == "settle":
             ledger.settle(attempt)
         if move == "doubt":
-            ledger.commit(Ledger.mark_in_doubt, [(attempt, "404", ledger.now, None)])
+            ledger.commit(transitions.mark_in_doubt, [(attempt, "404", ledger.now, None)])
     before = request_states(ledger)
     lines = [
         rescue_record(
@@ -214,7 +216,7 @@ def test_any_rescue_file_keeps_ledger_sound(
     assert {name for name, state in before.items() if state == "found"} <= {
         name for name, state in after.items() if state == "found"
     }
-    open_tasks = [task.task_id for task in ledger.wrapped.submitted_tasks()]
+    open_tasks = [task.task_id for task in transitions.submitted_tasks(ledger.wrapped)]
     assert len(open_tasks) == len(set(open_tasks))
     counted = ledger.query_one("SELECT count(*) FROM attempts")
     import_lines(ledger, *lines)
@@ -224,6 +226,20 @@ def test_any_rescue_file_keeps_ledger_sound(
 
 
 # The file
+
+
+def test_second_writer_is_refused(tmp_path: Path) -> None:
+    """While a run that reserves or writes a rescue file is alive, no other run uses the ledger, lock file or not."""
+    ledger = tmp_path / "job.db"
+    first = RescueFile(ledger)
+    with pytest.raises(LedgerLocked, match=r"job\.db: another run is using this ledger"):
+        RescueFile(ledger)
+    assert first.append([rescue_record(1)])
+    with pytest.raises(LedgerLocked):
+        RescueFile(ledger)
+    first.close()
+
+    RescueFile(ledger).close()
 
 
 def test_rescue_file_roundtrip(tmp_path: Path) -> None:
@@ -275,7 +291,7 @@ def test_rescue_file_of_other_ledger(tmp_path: Path) -> None:
     file.close()
     (tmp_path / "here").mkdir()
 
-    with closing(Ledger(tmp_path / "here" / "job.db")) as ledger, ledger.transaction():
+    with closing(Database(tmp_path / "here" / "job.db")) as ledger, ledger.transaction():
         assert import_rescue_files(ledger, [tmp_path], "job", 1) == []
     assert (tmp_path / "job.db.rescue").exists()
 
@@ -345,7 +361,7 @@ def test_import_is_idempotent_after_kill(tmp_path: Path, workspace: Workspace) -
 
         assert result.exit_code == 0, result.stderr
         assert not file.exists()
-        assert any("3 already known" in note for note in result.json_output["notes"])
+        assert any("3 already in the ledger" in note for note in result.json_output["notes"])
         assert api.audit()["accepted"] == 3
         assert workspace.run_in_process("ledger", "check", "job.yaml").exit_code == 0
 
@@ -357,7 +373,7 @@ def test_forget_and_purge_clean_rescue_file(tmp_path: Path, workspace: Workspace
         file = run_without_ledger(workspace, api)
         forget = ("forget", "job.yaml", "--match", "First Name=First1", "--yes")
         gone = workspace.run_in_process(*forget, api=api)
-        assert (gone.exit_code, "job.db.rescue holds" in gone.stderr) == (5, True), gone.stderr
+        assert (gone.exit_code, "job.db.rescue still has its data" in gone.stderr) == (5, True), gone.stderr
         assert file.exists()
         assert workspace.run_subprocess(*RUN, api=api).exit_code == 0
         file.write_bytes(b"".join(line.to_line() for line in rescue_lines_of_ledger(workspace)))
@@ -370,7 +386,7 @@ def test_forget_and_purge_clean_rescue_file(tmp_path: Path, workspace: Workspace
 def rescue_lines_of_ledger(workspace: Workspace) -> Sequence[RescuedAttempt]:
     """Write a rescue file about all attempts in a ledger."""
     with closing(workspace.open_ledger()) as ledger:
-        return list(ledger.answered_attempts())
+        return list(rescue_merge.answered_attempts(ledger))
 
 
 def test_sandbox_rescue_file_is_separate(tmp_path: Path, workspace: Workspace) -> None:

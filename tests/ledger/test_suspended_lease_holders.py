@@ -10,12 +10,11 @@ import pytest
 from enrich.errors import LeaseLost
 from enrich.job.locations import PostgresLocation as Place
 from enrich.job.locations import parse_ledger_location
-from enrich.ledger import postgres_schema
+from enrich.ledger import execution_records, postgres_schema
+from enrich.ledger.database import Database
 from enrich.ledger.dialect import TransactionInterrupted
 from enrich.ledger.leases import Lease
-from enrich.ledger.ledger import Ledger
 from enrich.ledger.lock import is_locked, lock_ledger
-from enrich.ledger.shared_rate import SharedRateRow
 from tests.support.ledger import run_sql
 from tests.support.postgres import PostgresServer
 from tests.support.workspace import wait_until
@@ -36,57 +35,38 @@ def is_idle_in_transaction(ledger_location: Place, pid: int) -> bool:
     return bool(run_sql(ledger_location, "SELECT 1 FROM pg_stat_activity WHERE pid = ?", pid))
 
 
+@pytest.mark.long
 def test_idle_transaction_is_retried(ledger_location: Place) -> None:
     """The server ends an idle transaction; the process gets `TransactionInterrupted` and may try again."""
     with Lease(ledger_location) as lease:
-        ledger = Ledger(ledger_location, fencing_token=lease.fencing_token)
-        ledger._db.begin()
-        pid = ledger._db._connection.info.backend_pid  # type: ignore[attr-defined]
+        ledger = Database(ledger_location, fencing_token=lease.fencing_token)
+        ledger.session.begin()
+        pid = ledger.session._connection.info.backend_pid  # type: ignore[attr-defined]
         wait_until(lambda: not is_idle_in_transaction(ledger_location, pid))
         with pytest.raises(TransactionInterrupted) as failure:
-            ledger.newest_execution_id()
+            execution_records.newest_execution_id(ledger)
         ledger.rollback()
         assert ledger.reconnect(failure.value) is False
         with ledger.transaction():
-            assert ledger.newest_execution_id() == 0
+            assert execution_records.newest_execution_id(ledger) == 0
         ledger.close()
-
-
-def test_stopped_process_does_not_hold_rate(ledger_location: Place) -> None:
-    """A process suspended while it updates the shared rate's row does not stop the others."""
-    silent, other = SharedRateRow(ledger_location), SharedRateRow(ledger_location)
-    row_taken, resume = threading.Event(), threading.Event()
-
-    def hold_row(_: str | None, __: float) -> tuple[str, None]:
-        row_taken.set()
-        resume.wait(TIMEOUT_S)
-        return "silent", None
-
-    thread = threading.Thread(target=silent.update, args=(hold_row,))
-    thread.start()
-    row_taken.wait()
-    waiting = threading.Thread(target=other.update, args=(lambda *_: ("other", None),))
-    waiting.start()
-    waiting.join(TIMEOUT_S / 2)
-    continued = not waiting.is_alive()
-    resume.set()
-    for each in (thread, waiting):
-        each.join()
-    assert continued
-    assert run_sql(ledger_location, "SELECT state FROM allowance") == [("silent",)]
-    silent.close()
-    other.close()
 
 
 def test_unrenewable_lease_is_reported(ledger_location: Place) -> None:
     """A lease that can't be renewed raises `LeaseLost`: the process sends nothing more and does not wait for ever."""
     with Lease(ledger_location) as lease:
-        assert lease.is_valid()
-        run_sql(ledger_location, "DELETE FROM owners")
+
+        def look() -> bool:
+            lease.is_valid()  # raises when the lease is lost; it is also invalid while a renewal is late
+            return False
+
+        wait_until(lease.is_valid)
+        run_sql(ledger_location, "DELETE FROM leases")
         with pytest.raises(LeaseLost):
-            wait_until(lambda: not lease.is_valid())
+            wait_until(look)
 
 
+@pytest.mark.long
 def test_lock_is_reacquired(ledger_location: Place) -> None:
     """After a lost connection, another process took the lock and left; the run takes the lock again."""
     lock_condition = "locktype = 'advisory' AND objid::bigint = (hashtext(?)::bigint & 4294967295)"

@@ -12,6 +12,7 @@ import pytest
 
 from enrich import exit_codes
 from enrich.exit_codes import ExitCode
+from enrich.extras import install_hint
 from enrich.ledger.lock import lock_ledger
 from enrich.monitoring import healthcheck, notifications
 from tests.support.raw_server import http_reply, serve_replies
@@ -63,7 +64,7 @@ def test_start_and_success_pings(api: SandboxApi, pinging_workspace: Workspace, 
     assert recorder.requests[0].query == recorder.requests[1].query
     assert len(recorder.requests[0].query["rid"][0]) == 36
     body = recorder.requests[1].body
-    assert body.startswith("job: exit 0 (ok); job: 3 rows")
+    assert body.startswith("job: exit 0 (ok); ✓ ")
     assert "\n" not in body
     assert_no_personal_data(body, pinging_workspace)
     assert "secret-path" not in (pinging_workspace.folder / "run.log").read_text()
@@ -77,7 +78,7 @@ def test_failure_pings(api: SandboxApi, pinging_workspace: Workspace, recorder: 
 
     assert pinging_workspace.run_in_process("run", "job.yaml").exit_code == 3
     assert recorder.paths[2:] == ["/secret-path/fail"]
-    assert recorder.requests[2].body == "job: exit 3 (key refused)"
+    assert recorder.requests[2].body == "job: exit 3 (key rejected)"
 
 
 @pytest.mark.long
@@ -147,7 +148,7 @@ def test_invalid_ping_url_is_not_retried(
     result = pinging_workspace.run_in_process("run", "job.yaml", *LOG_OPTIONS, api=api)
 
     assert result.exit_code == 0
-    assert result.stderr == "note: the healthcheck at 127.0.0.1 was not told: HTTP 404\n"
+    assert result.stderr == "note: the healthcheck at 127.0.0.1 could not be pinged: HTTP 404\n"
     assert len(recorder.requests) == 2
     assert log_events(pinging_workspace) == ["start", "end", "note"]
     assert "secret" not in (pinging_workspace.folder / "run.log").read_text()
@@ -205,7 +206,7 @@ def test_ping_uses_proxy(api: SandboxApi, pinging_workspace: Workspace, scheme: 
     assert "note: the healthcheck at hc.example" in result.stderr
     result = pinging_workspace.run_in_process("run", "job.yaml", api=api, ALL_PROXY="socks5://ada:secret@127.0.0.1:9")
     assert result.exit_code == 0
-    assert "was not told: ALL_PROXY: " in result.stderr
+    assert "could not be pinged: ALL_PROXY: " in result.stderr
     assert "secret" not in result.stderr
 
 
@@ -216,7 +217,7 @@ def test_invalid_url_is_exit_2(api: SandboxApi, pinging_workspace: Workspace) ->
     result = pinging_workspace.run_in_process("run", "job.yaml", api=api)
 
     assert result.exit_code == 2
-    assert "job.yaml:12: healthcheck: must be an address" in result.stderr
+    assert "job.yaml:12: healthcheck: must be a web address" in result.stderr
     assert "secret" not in result.stderr
 
 
@@ -247,8 +248,8 @@ def test_notification_for_unconfirmed_requests(
     assert result.exit_code == 14
     (received,) = recorder.requests
     notification = json.loads(received.body)
-    assert notification["title"] == "enrich job: in doubt (exit 14)"
-    assert "in_doubt              1  33.3%" in notification["message"]
+    assert notification["title"] == "enrich job: unconfirmed (exit 14)"
+    assert "\n  1 unconfirmed\n" in notification["message"]
     commands = [shlex.split(line) for line in notification["message"].splitlines() if line.startswith("  enrich ")]
     job = [str(notifying_workspace.job_file), "--ledger", str(notifying_workspace.folder / "my ledger.db")]
     output = ["--output", str(notifying_workspace.folder / "out.csv")]
@@ -267,7 +268,7 @@ def test_notification_for_missing_key(notifying_workspace: Workspace, recorder: 
     assert notifying_workspace.run_in_process("run", "job.yaml").exit_code == 3
 
     output = json.loads(recorder.requests[0].body)
-    assert output["title"] == "enrich job: key refused (exit 3)"
+    assert output["title"] == "enrich job: key rejected (exit 3)"
     assert "DATABAR_API_KEY" in output["message"]
     assert f"enrich run {notifying_workspace.job_file}" in output["message"]
 
@@ -293,7 +294,7 @@ def test_missing_notify_extra(api: SandboxApi, notifying_workspace: Workspace, m
 
     assert result.exit_code == 14
     assert [line for line in result.stderr.splitlines() if line.startswith("note:")] == [
-        "note: nobody can be notified without the extra: pip install 'databar-enrich[notify]'"
+        f"note: notifications are not installed: {install_hint('notify')}"
     ]
 
 
@@ -305,13 +306,18 @@ def test_notifications_file_permissions(api: SandboxApi, notifying_workspace: Wo
     result = notifying_workspace.run_in_process("run", "job.yaml", *LOG_OPTIONS, api=api)
 
     assert result.exit_code == 0
-    assert "people.txt: others may read the addresses in it: chmod 600" in result.stderr
+    assert "people.txt: other users can read the addresses: chmod 600" in result.stderr
     assert log_lines(notifying_workspace)[1]["event"] == "note"
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("content", "words"), [(None, "No such file"), ("# nobody\n", "no address"), (b"\xff", "UTF-8")]
+    ("content", "words"),
+    [
+        (None, "notifications cannot be sent: No such file"),
+        ("# nobody\n", "no address for notifications"),
+        (b"\xff", "notifications cannot be sent: it is not UTF-8 text"),
+    ],
 )
 def test_empty_notifications_file(
     api: SandboxApi, notifying_workspace: Workspace, content: str | bytes | None, words: str
@@ -326,8 +332,7 @@ def test_empty_notifications_file(
     result = notifying_workspace.run_in_process("run", "job.yaml", api=api)
 
     assert result.exit_code == 0
-    assert "people.txt: nobody can be notified" in result.stderr
-    assert words in result.stderr
+    assert f"note: {path}: {words}" in result.stderr
 
 
 def test_invalid_lines_are_numbered(notifying_workspace: Workspace, recorder: RequestRecorder) -> None:
@@ -339,7 +344,7 @@ def test_invalid_lines_are_numbered(notifying_workspace: Workspace, recorder: Re
 
     assert result.exit_code == 3
     assert len(recorder.requests) == 1
-    assert "line 1 is no Apprise URL; line 5 did not take it" in result.stderr
+    assert "line 1 is not an Apprise URL; line 5 was rejected" in result.stderr
     assert "secret" not in result.stderr + (notifying_workspace.folder / "run.log").read_text()
 
 
@@ -353,7 +358,7 @@ def test_unresponsive_service_does_not_block_run(
     result = notifying_workspace.run_in_process("run", "job.yaml")
 
     assert result.exit_code == 3
-    assert "people.txt: not everybody was notified: it took too long" in result.stderr
+    assert "people.txt: some notifications failed: it took too long" in result.stderr
 
 
 # The table of exit codes

@@ -17,17 +17,26 @@ from typing import Any
 import pytest
 
 from enrich import __version__
+from enrich.ledger import queries
 from enrich.ledger.lock import lock_ledger
 from enrich.models import State
 from enrich.monitoring import log_file
 from enrich.monitoring.log_file import RunLog, open_log, redact_message
-from enrich.run.context import Progress
-from enrich.run.state import Timeouts
+from enrich.run.progress import Progress
+from enrich.run.run_state import Timeouts
 from enrich.sandbox.databar import Databar
-from enrich.sandbox.questions import Refused as ApiRefusal
+from enrich.sandbox.lookups import Refused as ApiRefusal
 from tests.support.cases import in_turn
 from tests.support.request_recorder import assert_no_personal_data, log_events, log_lines, searchable_leads
-from tests.support.workspace import AWAY, SandboxApi, Workspace, kill_process, make_leads, serve_api, wait_until
+from tests.support.workspace import (
+    SHORT_STARTUP_TIMEOUT,
+    SandboxApi,
+    Workspace,
+    kill_process,
+    make_leads,
+    serve_api,
+    wait_until,
+)
 
 TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 LOG_OPTIONS = ("--log-file", "run.log")
@@ -91,7 +100,7 @@ def test_failed_start_is_logged(
     expected: tuple[int, str, list[str]],
 ) -> None:
     """A start that fails before the execution, also for an invalid job file, is an error with its exit code."""
-    away = tuple(getattr(AWAY, name) for name in Timeouts.__dataclass_fields__)
+    away = tuple(getattr(SHORT_STARTUP_TIMEOUT, name) for name in Timeouts.__dataclass_fields__)
     monkeypatch.setattr(Timeouts.__init__, "__defaults__", away)
     code, word, seen = expected
     workspace.write_leads(searchable_leads(1))
@@ -118,7 +127,7 @@ def test_locked_out_run_is_logged(api: SandboxApi, workspace: Workspace) -> None
     lines = log_lines(workspace)
     assert lines[1]["exit_code"] == 11
     assert (lines[3]["exit_code"], "receipt" in lines[3]) == (0, False)
-    assert "another execution" in lines[3]["skipped"]
+    assert "another run" in lines[3]["skipped"]
 
 
 @pytest.mark.long
@@ -146,7 +155,7 @@ def test_killed_run_has_no_end_event(tmp_path: Path, workspace: Workspace) -> No
     with serve_api(tmp_path / "api.db", latency="fixed(600)") as api:
         first = workspace.start_subprocess("run", "job.yaml", *LOG_OPTIONS, api=api)
         wait_until(lambda: api.audit()["accepted"] == 3)
-        wait_until(lambda: workspace.open_ledger().state_counts().get(State.SUBMITTED) == 3)
+        wait_until(lambda: queries.state_counts(workspace.open_ledger()).get(State.SUBMITTED) == 3)
         kill_process(first)
         api.advance(601)
         result = workspace.run_in_process("run", "job.yaml", *LOG_OPTIONS, api=api)
@@ -155,7 +164,7 @@ def test_killed_run_has_no_end_event(tmp_path: Path, workspace: Workspace) -> No
     assert log_events(workspace) == ["start", "start", "note", "end"]
     note, end = log_lines(workspace)[2:]
     assert (note["execution"], end["execution"]) == (2, 2)
-    assert "3 tasks of an earlier execution" in note["text"]
+    assert "3 tasks of an earlier run" in note["text"]
 
 
 # What the log never contains
@@ -372,7 +381,7 @@ def test_disk_full_log_is_a_note(api: SandboxApi, workspace: Workspace) -> None:
 
     assert result.exit_code == 0
     assert result.stderr.count("\n") == 1
-    assert "run.log: the log cannot be written" in result.stderr
+    assert "run.log: the log can no longer be written" in result.stderr
     assert len(workspace.read_output()) == 2
 
 
@@ -416,5 +425,5 @@ def test_foreign_file_is_not_appended(tmp_path: Path, name: str) -> None:
         assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
         before = (tmp_path / name).read_bytes()
         result = workspace.run_in_process("run", "job.yaml", "--log-file", name, api=api)
-    assert (result.exit_code, "no log" in result.stderr) == (5, True)
+    assert (result.exit_code, "is not a log" in result.stderr) == (5, True)
     assert (tmp_path / name).read_bytes() == before

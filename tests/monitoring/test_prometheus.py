@@ -15,6 +15,7 @@ from enrich.ledger.lock import lock_ledger
 from enrich.models import RowStatus
 from enrich.monitoring.prometheus import (
     GAUGES,
+    LABELS,
     Samples,
     format_metrics,
     read_metrics,
@@ -219,7 +220,8 @@ def test_unknown_values_have_no_metric() -> None:
 
 
 KEYS = st.sampled_from(
-    [(name, "") for name in GAUGES if name != "enrich_rows"] + [("enrich_rows", status.value) for status in RowStatus]
+    [(name, "email" if LABELS.get(name) == "step" else "") for name in GAUGES if name != "enrich_rows"]
+    + [("enrich_rows", status.value) for status in RowStatus]
 )
 
 

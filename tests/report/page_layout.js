@@ -21,8 +21,8 @@
     const [dark, light] = [luminance(ink), luminance(ground(element))].sort((a, b) => a - b);
     return (light + 0.05) / (dark + 0.05);
   };
+  for (const folded of document.querySelectorAll("details")) folded.open = true;
   const all = [...document.body.querySelectorAll("*")].filter(shown);
-  const scrolled = (element) => element.closest(".scroll, pre");
   const worded = all.filter((element) => [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim()));
   const svgs = all.filter((element) => element.tagName === "svg");
   const texts = (svg) => [...svg.querySelectorAll("text")].filter((text) => text.getAttribute("opacity") !== "0" && text.textContent);
@@ -33,8 +33,15 @@
     dark: luminance(getComputedStyle(document.body).color) > 0.5,
     lang: root.lang,
     overflowing: all
-      .filter((element) => !scrolled(element) && !element.closest("svg, .hidden"))
+      .filter((element) => !element.closest("svg, .hidden"))
       .filter((element) => element.getBoundingClientRect().right > innerWidth + 0.5 || (element.scrollWidth > innerWidth))
+      .map(named),
+    clipped: all
+      .filter((element) => !element.closest("svg, .hidden") && getComputedStyle(element).overflowX !== "visible")
+      .filter((element) => element.scrollWidth > element.clientWidth + 1 || element.scrollHeight > element.clientHeight + 1)
+      .map(named),
+    split: [...document.querySelectorAll("thead th bdi")]
+      .filter((head) => shown(head) && !/\s/.test(head.textContent) && head.textContent.length < 10 && head.getClientRects().length > 1)
       .map(named),
     faint: worded.filter((element) => !element.closest(".hidden") && contrast(element) < 4.5).map((element) => `${named(element)} ${contrast(element)}`),
     pictures: svgs.map((svg) => ({

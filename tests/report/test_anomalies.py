@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from enrich.databar.task_results import parse_data
 from enrich.models import SettledAttempt, State
 from enrich.report import anomalies as rules
 from enrich.report.anomalies import (
@@ -22,6 +23,7 @@ from enrich.report.anomalies import (
     find_anomalies,
     shares_z_score,
 )
+from enrich.run.provider_stats import load_task
 
 PATHS = {"work_email": "email", "city": "office.city"}
 
@@ -51,7 +53,8 @@ def run_statistics(answers: Iterable[SettledAttempt]) -> AnswerStats:
     """Return the statistics of the answers of some runs."""
     made = AnswerStats(PATHS)
     for each in answers:
-        made.add(each)
+        task = load_task(each.answer)
+        made.add(each, task, parse_data(task.get("data")))
     return made
 
 
@@ -82,7 +85,7 @@ def test_no_anomaly_in_similar_runs() -> None:
 def test_hit_rate_drop() -> None:
     """A drop in the hit rate is reported if it is significant, at least five points, and from enough answers."""
     message = anomaly_text(typical_run(30, 70), typical_run(300, 200))
-    assert message == "the hit rate fell from 60.0% (of 500 answers) to 30.0% (of 100)"
+    assert message == "The match rate fell from 60.0% of 500 to 30.0% of 100 results."
     assert anomaly_kinds(typical_run(70, 30), typical_run(300, 200)) == []  # an increase is fine
     assert anomaly_kinds(typical_run(0, 19), typical_run(300, 200)) == []  # too few answers
     assert anomaly_kinds(typical_run(52, 48), typical_run(300, 200)) == []  # not significant
@@ -94,7 +97,7 @@ def test_failure_rate_rise() -> None:
     """A rise of the failure rate is reported; failures don't count in the hit rate."""
     failures = [failure() for _ in range(20)]
     assert anomaly_text([*typical_run(50, 30), *failures], typical_run(500, 300)) == (
-        "20.0% of 100 tasks failed; before it were 0.0% of 800"
+        "20.0% of 100 tasks failed, 0.0% of 800 before."
     )
     assert anomaly_kinds([*typical_run(50, 30), *failures[:4]], typical_run(500, 300)) == []
 
@@ -102,7 +105,7 @@ def test_failure_rate_rise() -> None:
 def test_cost_per_match_rise() -> None:
     """A rise of the cost per match is reported if it is significant and at least 25%; a cheaper run is fine."""
     assert anomaly_text(typical_run(50, 20, paid=1_000_000), typical_run(500, 200)) == (
-        "a hit cost 1.00 credits; before it was 0.50 (+100%)"
+        "A match cost 1.00 credits, 0.50 before (+100%)."
     )
     assert anomaly_kinds(typical_run(50, 20, paid=600_000), typical_run(500, 200)) == []
     assert anomaly_kinds(typical_run(50, 20, paid=100_000), typical_run(500, 200)) == []
@@ -121,7 +124,7 @@ def test_column_becomes_empty() -> None:
     """A column that had values and is now empty is reported; one that rarely has values may be empty by chance."""
     nowhere: Any = {"office": {"city": ""}}
     message = anomaly_text(typical_run(40, **nowhere), typical_run(400))
-    assert message == "the column `city` has no value in 40 hits; before, 400 of 400 had one"
+    assert message == "The column `city` is empty in 40 matches. Before, 400 of 400 had a value."
     assert anomaly_kinds(typical_run(40, **nowhere), [*typical_run(4), *typical_run(396, **nowhere)]) == []
     assert anomaly_kinds([no_match() for _ in range(10)], typical_run(400)) == []
 
@@ -130,7 +133,7 @@ def test_value_repeats_unusually() -> None:
     """A value that repeats unusually is reported without showing it, because it is personal data."""
     same = [match(number, email="info@catch-all.example") for number in range(200, 212)]
     message = anomaly_text([*typical_run(100), *same], typical_run(400))
-    assert message == "the same value is in `work_email` of 12 different requests, 10.7% of the hits"
+    assert message == "12 different requests have the same `work_email`: 10.7% of the matches."
     assert "catch-all" not in message
     # Without earlier runs, a repeated value is unusual where the other values all differ.
     assert anomaly_kinds([*typical_run(100), *same], []) == ["value_repeated"]
@@ -153,8 +156,8 @@ def test_result_fields_change() -> None:
     old = typical_run(60, phones=[{"type": "work"}])
     new = typical_run(60, phones=[{"kind": "work"}])
     assert [each.text for each in find_anomalies(run_statistics(new), run_statistics(old))] == [
-        "no answer has `phones.*.type` any more",
-        "answers have `phones.*.kind`, which was never there before",
+        "Results no longer have `phones.*.type`.",
+        "Results have new fields: `phones.*.kind`.",
     ]
     assert anomaly_kinds(typical_run(60), old) == ["schema"]
     # A rare field may be missing by chance, and a new field may be rare.
@@ -166,14 +169,12 @@ def test_field_names_with_data_are_hidden() -> None:
     """A field name that contains data, such as an address as a key, is not shown."""
     secret: Any = {"by": {"ada@engine.example": 1, "Ada Lovelace": 2, "x" * 80: 3}}
     message = anomaly_text(typical_run(60, **secret), typical_run(60))
-    assert message == "answers have `by`, which was never there before"
+    assert message == "Results have new fields: `by`."
 
 
 def test_status_changes() -> None:
     """A new status for the same outcome is reported; the first failure of a job is not."""
-    assert anomaly_text(typical_run(30, status="success"), typical_run(60)) == (
-        "tasks have a status that was never there before: `success`"
-    )
+    assert anomaly_text(typical_run(30, status="success"), typical_run(60)) == ("Tasks have a new status: `success`.")
     assert anomaly_kinds([*typical_run(30), failure()], typical_run(60)) == []
 
 

@@ -87,8 +87,8 @@ def test_two_ledgers(tmp_path: Path, workspace: Workspace) -> None:
         ]
         assert len(spent) == 60
         assert comparison[name] == pytest.approx(sum(common))
-    assert comparison["verdict"].startswith("`other.yaml` found ")
-    assert "40 leads that both asked for" in comparison["verdict"]
+    assert comparison["verdict"].startswith("`other.yaml` has ")
+    assert "40 leads of both sides" in comparison["verdict"]
 
 
 def matches_by_lead(workspace: Workspace, output: str) -> dict[str, bool]:
@@ -111,9 +111,10 @@ def test_two_jobs_sharing_a_ledger(api: SandboxApi, workspace: Workspace) -> Non
     assert [each["name"] for each in comparison["right_providers"] if each["verifies"]] == ["Mailproof"]
     nothing = compare_json(workspace, "same.yaml")
     assert (nothing["right"]["asked"], nothing["right"]["cost_per_hit"], nothing["common"]) == (0, None, 0)
-    assert nothing["verdict"].startswith("no lead was answered on both sides")
+    assert nothing["verdict"].startswith("No lead has results on both sides.")
 
 
+@pytest.mark.long
 def test_two_executions_of_a_job(tmp_path: Path, workspace: Workspace) -> None:
     """The newest execution with answers is compared with an earlier one; a lead requested in both is common."""
     workspace.write_leads(make_leads(12))
@@ -126,14 +127,14 @@ def test_two_executions_of_a_job(tmp_path: Path, workspace: Workspace) -> None:
         assert workspace.run_in_process("run", "job.yaml", "--limit", "0", api=api).exit_code == 0  # no answers
     comparison = compare_json(workspace, "1")
 
-    assert [comparison[side]["label"] for side in ("left", "right")] == ["execution 2", "execution 1"]
+    assert [comparison[side]["label"] for side in ("left", "right")] == ["run 2", "run 1"]
     assert (comparison["left"]["asked"], comparison["right"]["asked"], comparison["common"]) == (15, 12, 12)
     assert comparison["left"]["credits"] == pytest.approx(second["credits_spent"])
     assert comparison["common_right_credits"] == pytest.approx(first["credits_spent"])
     assert comparison["common_left_credits"] > comparison["common_right_credits"]
     assert (comparison["both"], comparison["neither"]) == (first["found"], first["not_found"])
-    assert "credits less per hit" in comparison["verdict"]
-    assert compare_executions(load_job(workspace.job_file), 2).left.label == "execution 1"
+    assert "credits less per match" in comparison["verdict"]
+    assert compare_executions(load_job(workspace.job_file), 2).left.label == "run 1"
 
 
 @pytest.mark.long
@@ -149,7 +150,7 @@ def test_bulk_cost_is_split_by_lead(api: SandboxApi, workspace: Workspace) -> No
     assert comparison.common == 5
     assert comparison.common_right_credits == pytest.approx(summary["credits_spent"])
     assert comparison.only_left == comparison.only_right == 0
-    assert "found as many of the 5 leads" in comparison.verdict
+    assert "as many matches for the 5 leads" in comparison.verdict
 
 
 @pytest.mark.long
@@ -176,15 +177,15 @@ def test_invalid_comparisons(api: SandboxApi, workspace: Workspace) -> None:
 
     assert comparison_error(workspace, "1") == (
         5,
-        "error: --compare 1: no other execution of job was answered anything\n",
+        "error: --compare 1: no other run of job has results\n",
     )
     code, message = comparison_error(workspace, "7")
     assert code == 2
-    assert "job has no execution 7" in message
+    assert "job has no run 7" in message
     assert comparison_error(workspace, "job.yaml")[0] == 2
     code, message = comparison_error(workspace, "other.yaml")
     assert code == 5
-    assert "other has never run" in message
+    assert "other has no runs yet" in message
     code, message = comparison_error(workspace, "third.yaml")
     assert code == 2
     assert "third.yaml" in message
@@ -232,46 +233,46 @@ def make_comparison(leads: tuple[int, int, int, int], left: float, right: float)
             make_comparison((60, 29, 41, 20), 89 * 0.50, 101 * 0.39),
             0,
             (
-                "`b.yaml` found 12 more of the 150 leads that both asked for (41 only there, 29 only here: may be "
-                "chance) at 0.11 credits less per hit"
+                "`b.yaml` has 12 more matches for the 150 leads of both sides (41 only there, 29 only here: may be "
+                "chance) at 0.11 credits less per match."
             ),
         ),
         (
             make_comparison((60, 40, 0, 0), 100, 90),
             0,
             (
-                "`b.yaml` found 40 fewer of the 100 leads that both asked for (0 only there, 40 only here: no chance: "
-                "p < 0.001) at 0.50 credits more per hit"
+                "`b.yaml` has 40 fewer matches for the 100 leads of both sides (0 only there, 40 only here: not "
+                "chance, p < 0.001) at 0.50 credits more per match."
             ),
         ),
         (
             make_comparison((60, 5, 17, 0), 65, 77),
             0,
             (
-                "`b.yaml` found 12 more of the 82 leads that both asked for (17 only there, 5 only here: hardly "
-                "chance: p = 0.017) at the same cost per hit"
+                "`b.yaml` has 12 more matches for the 82 leads of both sides (17 only there, 5 only here: unlikely to "
+                "be chance, p = 0.017) at the same cost per match."
             ),
         ),
         (
             make_comparison((1, 0, 0, 0), 1, 1),
             1,
             (
-                "`b.yaml` found as many of the 1 lead that both asked for (0 only there, 0 only here); what that "
-                "cost is not known of 1 answer"
+                "`b.yaml` has as many matches for the 1 lead of both sides (0 only there, 0 only here). The price of "
+                "1 result is unknown."
             ),
         ),
         (
             make_comparison((0, 0, 0, 3), 1, 2.5),
             0,
             (
-                "`b.yaml` found as many of the 3 leads that both asked for (0 only there, 0 only here) "
-                "at 1.50 credits more"
+                "`b.yaml` has as many matches for the 3 leads of both sides (0 only there, 0 only here) "
+                "at 1.50 credits more."
             ),
         ),
         (
             make_comparison((0, 0, 0, 0), 0, 0),
             0,
-            "no lead was answered on both sides: compare the rates with care, the leads differ",
+            "No lead has results on both sides. The sides have different leads, so their rates are hard to compare.",
         ),
     ],
 )

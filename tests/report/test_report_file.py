@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import stat
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from unittest.mock import patch
 
 import pytest
@@ -15,9 +11,10 @@ from polars.exceptions import PanicException
 
 from enrich.errors import Interrupted, JobError
 from enrich.exit_codes import ExitCode
-from enrich.report.data import Report
+from enrich.extras import install_hint
 from enrich.report.page_file import REPORT_MARKER
 from tests.support.cases import first_quick
+from tests.support.fake_renderer import fake_renderer
 from tests.support.workspace import (
     HEADER,
     INSTANT_API,
@@ -30,22 +27,6 @@ from tests.support.workspace import (
 )
 
 # The file
-
-
-@contextmanager
-def fake_renderer(page: str = "<html>drawn</html>", error: BaseException | None = None) -> Iterator[None]:
-    """Replace the renderer: return this page or raise this error."""
-    module = ModuleType("enrich.report.render")
-
-    def render(report: Report) -> str:
-        assert isinstance(report, Report)
-        if error is not None:
-            raise error
-        return page
-
-    module.render_report = render  # type: ignore[attr-defined]
-    with patch.dict(sys.modules, {"enrich.report.render": module}):
-        yield
 
 
 def test_report_beside_output(finished_run: Workspace) -> None:
@@ -108,7 +89,7 @@ def test_unwritable_report_is_exit_5(finished_run: Workspace) -> None:
 @pytest.mark.long
 def test_missing_report_extra(api: SandboxApi, finished_run: Workspace) -> None:
     """Without the report extra, the error shows how to install it; with `report:`, check, doctor and run do too."""
-    pip = "pip install 'databar-enrich[report]'"
+    pip = install_hint("report")
     with patch("enrich.report.page_file._LIBRARIES", ("no_such_library",)):
         page, facts = (
             finished_run.run_in_process("report", "job.yaml"),
@@ -148,7 +129,7 @@ def test_report_after_every_run(api: SandboxApi, workspace: Workspace) -> None:
         assert path.exists()
         path.unlink()
         assert workspace.run_in_process("run", "job.yaml", "--sandbox", "--limit", "0").exit_code == 0
-        assert path.exists()
+        assert path.with_name("page.sandbox.html").exists()
 
 
 @pytest.mark.parametrize(
@@ -189,9 +170,9 @@ def test_report_over_foreign_file_is_a_note(api: SandboxApi, workspace: Workspac
         result = workspace.run_in_process("run", "job.yaml", api=api)
 
     assert checked.exit_code == 2
-    assert "no report of enrich" in checked.stderr
+    assert "not a report of enrich" in checked.stderr
     assert result.exit_code == 0
-    assert "mine.html is there already" in result.stderr
+    assert "mine.html exists" in result.stderr
     assert mine.read_text() == "<html>mine</html>"
 
 
@@ -219,8 +200,8 @@ def test_interrupted_run_writes_no_report(tmp_path: Path, workspace: Workspace) 
 @pytest.mark.parametrize(
     ("report", "message"),
     [
-        ("page.txt", "job.yaml:12: report: `page.txt` is no HTML file"),
-        ("s3://bucket/page.html", "no HTML file on this machine"),
+        ("page.txt", "job.yaml:12: report: `page.txt` is not an HTML file"),
+        ("s3://bucket/page.html", "not an HTML file on this machine"),
         ("{}", "job.yaml:12: report: needs `path` or `by`"),
         ("{by: []}", "report"),
         ("{bye: Note}", "did you mean `by`?"),

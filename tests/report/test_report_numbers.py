@@ -15,12 +15,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enrich.exit_codes import JobArguments
+from enrich.exit_codes import JobArguments, outcome_label
 from enrich.job.job import load_job
+from enrich.ledger import transitions
 from enrich.ledger.lock import lock_ledger
 from enrich.models import Answer, RowStatus, State
 from enrich.report.build import build_report
 from enrich.report.data import Report
+from enrich.report.relative_paths import with_relative_paths
 from enrich.report.timings import latency_histogram
 from tests.support.ledger import FREE_FAILURE, NO_MATCH, CommittingLedger
 from tests.support.sample_reports import marked_values, report_json
@@ -136,7 +138,7 @@ def test_report_over_a_week(tmp_path: Path, workspace: Workspace) -> None:
             kill_process(process)
         at_work = report_json(workspace)
         with closing(workspace.open_ledger()) as ledger:
-            cancel_tasks(api, [task.task_id for task in ledger.submitted_tasks()[:3]])
+            cancel_tasks(api, [task.task_id for task in transitions.submitted_tasks(ledger)[:3]])
         api.advance(700)
     with serve_api(tmp_path / "api.db", settings) as api:
         summaries.append(workspace.run_in_process("run", "job.yaml", "--json", api=api).json_output)
@@ -180,6 +182,7 @@ def cancel_tasks(api: SandboxApi, task_ids: list[str]) -> None:
             http.post(f"{api.base_url}/tasks/{task_id}/cancel").raise_for_status()
 
 
+@pytest.mark.long
 def test_provider_stats_match_audit(tmp_path: Path, workspace: Workspace) -> None:
     """Each provider's statistics equal the audit, over two runs with different prices."""
     with serve_api(tmp_path / "api.db", INSTANT_API, miss_kinds=("blank_result",), charge_misses=True) as api:
@@ -212,7 +215,7 @@ def test_jobs_sharing_a_ledger(tmp_path: Path, workspace: Workspace) -> None:
     assert alpha["credits_spent"] + beta["credits_spent"] == pytest.approx(audit["credits_charged"])
     assert (alpha["nights"][0]["submitted"], beta["nights"][0]["submitted"]) == (12, 18)
     assert alpha["requests"] == beta["requests"]
-    assert any("other jobs use this ledger" in note for note in alpha["notes"])
+    assert any("Other jobs use this ledger" in note for note in alpha["notes"])
     assert beta["rows"] == 30  # twelve were answered by the other job
     assert beta["latencies"]["count"] == 3  # tasks, not rows
     found = {
@@ -226,7 +229,9 @@ def test_job_without_runs(workspace: Workspace) -> None:
     report = report_json(workspace)
 
     assert (report["nights"], report["rows"], report["planned"], report["traffic"]) == ([], None, None, None)
-    assert report["notes"] == ["this job has never run: nothing is known yet"]
+    assert report["needs"] == [
+        {"text": "Start with ten requests", "commands": [f"enrich run {workspace.job_file} --limit 10"]}
+    ]
     assert not workspace.ledger_path.parent.exists()
 
 
@@ -265,7 +270,7 @@ def test_job_that_no_longer_fits(finished_run: Workspace, changes: dict[str, str
 
     assert report["rows"] is None
     message = [*report["notes"], *(need["text"] for need in report["needs"])]
-    assert [text.startswith("nothing is known of the rows: ") for text in message] == [True]
+    assert [text.startswith("The rows are unknown: ") for text in message] == [True]
     assert bool(report["needs"]) is changes.keys().isdisjoint({"input", "waterfall"})
     assert len(report["nights"]) == 1
 
@@ -285,7 +290,7 @@ def test_other_columns_use_stored_answers(finished_run: Workspace) -> None:
 @pytest.mark.long
 def test_unreadable_waterfall_description(finished_run: Workspace) -> None:
     """An unreadable description of a waterfall counts as missing, so nothing is inferred."""
-    finished_run.sql("UPDATE waterfalls SET description = '{\"identifier\": 7}'")
+    finished_run.sql("UPDATE targets SET description = '{\"identifier\": 7}'")
     report = report_json(finished_run)
 
     assert report["nights"][0]["found"] == report["requests"]["found"]
@@ -314,19 +319,19 @@ def test_report_during_run(workspace: Workspace) -> None:
     ledger = CommittingLedger.open(workspace.ledger_location).start_and_enroll(1, 2)
     ledger.submit()
     with lock_ledger(workspace.ledger_location, 0), ledger.wrapped.transaction():
-        ledger.wrapped.claim(ledger.execution, 1, 1)
+        transitions.claim(ledger.wrapped, ledger.execution, 1, 1)
         report = report_json(workspace)
     ledger.wrapped.close()
 
     (night,) = report["nights"]
     assert (night["outcome"], night["ended_at"], night["polls"], night["elapsed_s"]) == (
-        "at work now",
+        outcome_label(None, is_running=True),
         None,
         None,
         None,
     )
     assert report["needs"] == []
-    assert any("at work" in note for note in report["notes"])
+    assert any("still running" in note for note in report["notes"])
 
 
 def test_retried_free_failure_is_not_counted(workspace: Workspace) -> None:
@@ -361,12 +366,12 @@ def test_required_actions(tmp_path: Path, workspace: Workspace) -> None:
 
     run = "enrich run job.yaml --output out.csv"
     in_doubt_rows = ("enrich reconcile job.yaml", f"{run} --retry in_doubt", f"{run} --accept in_doubt")
-    assert [(need.text.partition(":")[0], need.commands) for need in report.needs] == [
-        ("1 row in doubt", in_doubt_rows),
-        ("7 rows failed", (f"{run} --retry failed",)),
-        ("1 row invalid, so never sent", ()),
-    ]
-    assert f"{workspace.folder}/rejects.csv says why" in report.needs[-1].text
+    failed, in_doubt, skipped = report.needs
+    assert (failed.text, failed.commands) == ("Retry 7 failed rows (may charge)", (f"{run} --retry failed",))
+    assert "unconfirmed row may have been charged" in in_doubt.text
+    assert in_doubt.commands == in_doubt_rows
+    assert (skipped.text.partition(":")[0], skipped.commands) == ("1 row skipped", ())
+    assert f"{workspace.folder}/rejects.csv has the reasons" in report.needs[-1].text
 
 
 @pytest.mark.long
@@ -389,7 +394,7 @@ def test_advice_after_failed_run(api: SandboxApi, workspace: Workspace) -> None:
     assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 12
 
     (need,) = build_report_at(workspace).needs
-    assert need.text.startswith("execution 1 ended with exit 12 (out of credits): top up")
+    assert need.text.startswith("Run 1 ended with exit code 12 (out of credits). ")
     assert need.commands == ("enrich run job.yaml --output out.csv",)
 
 
@@ -432,7 +437,7 @@ def test_groups_by_input_column(api: SandboxApi, workspace: Workspace) -> None:
         report = report_json(workspace)
     assert report["groups"] == []
     assert report["notes"] == [
-        f"the column `{name}` makes no groups: it has more than 100,000 different values"
+        f"The column `{name}` makes no groups: it has more than 100,000 different values."
         for name in ("Note", "Website")
     ]
 
@@ -460,7 +465,7 @@ def test_traffic_from_progress(finished_run: Workspace) -> None:
     assert sum(received["traffic"]["polls"]) == received["nights"][0]["polls"]
     assert (sum(received["traffic"]["submitted"]), sum(received["traffic"]["answered"])) == (12, 12)
 
-    finished_run.sql("UPDATE executions SET pulse = '{}'")
+    finished_run.sql("UPDATE executions SET progress = '{}'")
 
     derived = report_json(finished_run)["traffic"]
     assert (derived["execution"], sum(derived["submitted"]), sum(derived["answered"])) == (1, 12, 12)
@@ -483,3 +488,40 @@ def test_latency_histogram(waits: list[int]) -> None:
     assert 2 * sum(wait / 1000 <= made.median for wait in waits) >= len(waits)
     assert 10 * sum(wait / 1000 <= made.p90 for wait in waits) >= 9 * len(waits)
     assert made.longest == waits[-1] / 1000
+
+
+@pytest.mark.long
+def test_skipped_rows(api: SandboxApi, workspace: Workspace) -> None:
+    """Rows without a request are counted by reason: a blank param, or the job's condition."""
+    leads = make_leads(9)
+    leads[0][1] = leads[1][1] = ""
+    leads[2][4] = "no"
+    workspace.write_leads(leads)
+    workspace.write_job(where="\"Note <> 'no'\"")
+    workspace.run_in_process("run", "job.yaml", api=api)
+    report = report_json(workspace)
+    invalid, filtered = report["skipped"]
+    assert (invalid["step"], invalid["status"], invalid["rows"]) == ("", "invalid", 2)
+    assert invalid["reason"].startswith("last_name ")
+    assert filtered == {"step": "", "status": "filtered", "reason": "left out by where or only_if_empty", "rows": 1}
+    assert sum(each["rows"] for each in report["skipped"]) + sum(report["requests"].values()) == report["rows"]
+
+
+@pytest.mark.long
+def test_page_has_no_absolute_path(finished_run: Workspace, tmp_path: Path) -> None:
+    """Paths are relative to the working folder, or to that of the job file if it is elsewhere. `--json` keeps them."""
+    (finished_run.folder / "leads.csv").unlink()
+    written = finished_run.run_in_process("report", str(finished_run.job_file), "--json", "-o", "page.html")
+    page = (finished_run.folder / "page.html").read_text(encoding="utf-8")
+    assert str(finished_run.folder) not in page
+    assert "<code>enrich check job.yaml</code>" in page
+    assert "relative to the folder that contains <code>job.yaml</code>" in page
+    assert written.json_output["needs"][0]["commands"] == [f"enrich check {finished_run.job_file}"]
+
+    job, name = load_job(finished_run.job_file), finished_run.folder.name
+    arguments = JobArguments(str(finished_run.job_file), str(finished_run.job_file))
+    for folder, before in ((finished_run.folder.parent, f"{name}/"), (Path("/"), ""), (tmp_path / "elsewhere", "")):
+        report = with_relative_paths(build_report(job, arguments, NOW), job, NOW, folder)
+        assert (report.job_file, report.input) == (f"{before}job.yaml", f"{before}leads.csv")
+        assert report.needs[0].commands == (f"enrich check {before}job.yaml",)
+        assert str(finished_run.folder) not in json.dumps(report.as_json())

@@ -16,16 +16,16 @@ from hypothesis import strategies as st
 from enrich.errors import CommandRefused
 from enrich.files import reader
 from enrich.job.job import load_job
+from enrich.job.target import Target, TargetKind
 from enrich.ledger.forgotten import ForgottenRequests, keyed_hash
-from enrich.models import Call
-from enrich.rows.reader import JobInput
+from enrich.rows.job_input import JobInput
 from enrich.rows.requests import RowBatch
 from enrich.rows.template import RequestTemplate
 from tests.support.cases import in_turn
 from tests.support.object_storage import BUCKET, put_object
 from tests.support.table_files import write_table
 
-TEMPLATE = RequestTemplate(Call("email_getter", (833,)), ("a",), (), {"new": "email"}, None)
+TEMPLATE = RequestTemplate(Target(TargetKind.WATERFALL, "email_getter", (833,)), ("a",), (), {"new": "email"}, None)
 JOB = "version: 1\nwaterfall: email_getter\nparams: {a: A, b: B}\n"
 
 
@@ -49,7 +49,7 @@ def described_rows(batches: Iterator[RowBatch]) -> list[tuple[object, ...]]:
             batch.params,
             batch.statuses,
             batch.errors,
-            batch.groups,
+            batch.groups or [None] * batch.frame.height,
             strict=True,
         )
     ]

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from enrich.databar.waterfall import User, Waterfall
+from enrich.databar.user import User
+from enrich.databar.waterfall import Waterfall
 from enrich.errors import CommandRefused, JobError
 from enrich.job.job import load_job
 from enrich.rows.template import RequestTemplate, default_providers, make_request_template
@@ -69,13 +70,13 @@ def job_error(workspace: Workspace, extra_yaml: str = "", waterfall: Waterfall |
 
 def test_default_providers(workspace: Workspace) -> None:
     """Add-ons run only when the job names them; a provider without a default is enabled."""
-    assert build_template(workspace).call.enrichments == (833, 966)
-    assert build_template(workspace, providers=[966]).call.enrichments == (966,)
+    assert build_template(workspace).target.enrichments == (833, 966)
+    assert build_template(workspace, providers=[966]).target.enrichments == (966,)
 
 
 def test_provider_order_of_job(workspace: Workspace) -> None:
     """The job's order of providers is the order of the requests, so it is part of the fingerprint."""
-    assert build_template(workspace, "enrichments: [966, 113, 833]\n").call.enrichments == (966, 113, 833)
+    assert build_template(workspace, "enrichments: [966, 113, 833]\n").target.enrichments == (966, 113, 833)
 
 
 def test_max_price(workspace: Workspace) -> None:
@@ -93,7 +94,7 @@ def test_unknown_price(workspace: Workspace, price: object) -> None:
     assert made.worst_price is None
     assert make_budget(load_job(workspace.job_file), made, None).max_request_price == 0
     capped = load_job(workspace.write_job(f"{JOB}limits: {{max_credits: 5}}\n"))
-    with pytest.raises(CommandRefused, match="names no price"):
+    with pytest.raises(CommandRefused, match="has no price"):
         make_budget(capped, made, None)
     assert make_budget(capped, build_template(workspace), None).max_request_price == 1_750_000
 
@@ -124,12 +125,12 @@ def test_default_result_columns(workspace: Workspace) -> None:
     [
         (
             "  compani: X\n",
-            "8: params.compani: the waterfall `email_getter` has no such param",
+            "8: params.compani: the waterfall `email_getter` has no param with this name",
             "did you mean `company`?",
         ),
         (
             "  zzz: X\n",
-            "8: params.zzz: the waterfall `email_getter` has no such param",
+            "8: params.zzz: the waterfall `email_getter` has no param with this name",
             "known: first_name, last_name, company, email, second",
         ),
         (
@@ -137,7 +138,7 @@ def test_default_result_columns(workspace: Workspace) -> None:
             "10: enrichments.1: `email_getter` has no provider 5",
             "it has 833 A, 113 Add-on, 966 B",
         ),
-        ("enrichments: [833, 833]\n", "8: enrichments.1: provider 833 is there twice", "remove one of the two"),
+        ("enrichments: [833, 833]\n", "8: enrichments.1: provider 833 is set twice", "remove one of the two"),
         ("email_verifier: 9\n", "8: email_verifier: `email_getter` has no verifier 9", "it has 10 V"),
     ],
 )
@@ -166,9 +167,9 @@ def test_incomplete_waterfall_is_accepted(workspace: Workspace) -> None:
     """A waterfall without verifiers and defaults, as in older API documents, is accepted."""
     waterfall = Waterfall.model_validate({"identifier": "email_getter", "is_email_verifying": True})
     made = build_template(workspace, "enrichments: [1]\nemail_verifier: 2\ncolumns: {a: b}\n", waterfall)
-    assert (made.call.enrichments, made.call.email_verifier, made.worst_price) == ((1,), 2, None)
-    assert "say which `enrichments`" in (job_error(workspace, "columns: {a: b}\n", waterfall)[1] or "")
-    assert "say which `columns`" in (job_error(workspace, "enrichments: [1]\n", waterfall)[1] or "")
+    assert (made.target.enrichments, made.target.email_verifier, made.worst_price) == ((1,), 2, None)
+    assert "set `enrichments`" in (job_error(workspace, "columns: {a: b}\n", waterfall)[1] or "")
+    assert "set `columns`" in (job_error(workspace, "enrichments: [1]\n", waterfall)[1] or "")
 
 
 def test_null_keys_are_optional() -> None:

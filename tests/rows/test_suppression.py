@@ -84,7 +84,7 @@ def test_suppression_rules(tmp_path: Path, entry: str, website: str, note: str, 
 )
 def test_invalid_suppression_line(tmp_path: Path, line: str) -> None:
     """An invalid line is an error with its file and line: a misread list must not be ignored."""
-    with pytest.raises(CommandRefused, match=r"never\.txt: line 2 is neither"):
+    with pytest.raises(CommandRefused, match=r"never\.txt: line 2 must be"):
         read_list(tmp_path, f"acme.example\n{line}\n")
 
 
@@ -132,7 +132,7 @@ def test_suppressed_rows_are_not_sent(api: SandboxApi, workspace: Workspace) -> 
 
     assert {run["params"]["first_name"] for run in api.audit()["runs"]} == {"First0", "First3"}
     assert [(row["enrich_status"], row["enrich_error"]) for row in workspace.read_output()[1:3]] == [
-        ("filtered", "suppressed: listed as never to be sent")
+        ("filtered", "on a suppression list")
     ] * 2
 
 

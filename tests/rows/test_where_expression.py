@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 
-from tests.support.workspace import SandboxApi, Workspace, make_leads
+from tests.support.workspace import ProgramResult, SandboxApi, Workspace, make_leads
 
 VALID_EXPRESSIONS = {
     "alternatives": " OR ".join(f"Note = '{number}'" for number in range(200)) + " OR TRUE",
@@ -65,27 +63,19 @@ REFUSED_EXPRESSIONS = {
 }
 
 
-def run_plan(workspace: Workspace, where: str) -> subprocess.CompletedProcess[str]:
-    """Plan the job with a `where` in its own process, because it may panic or hang."""
+def run_job(workspace: Workspace, where: str) -> ProgramResult:
+    """Run the job with a `where` in its own process, because it may panic or hang."""
     text = workspace.write_job().read_text(encoding="utf-8")
     workspace.job_file.write_text(f"{text}where: {json.dumps(where)}\n", encoding="utf-8")
-    return subprocess.run(
-        [sys.executable, "-m", "enrich", "run", "job.yaml", "--json"],
-        cwd=workspace.folder,
-        env=workspace.environment() | {"DATABAR_API_KEY": "key-77", "DATABAR_BASE_URL": "http://127.0.0.1:9/v1"},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+    return workspace.run_subprocess("run", "job.yaml", "--json", api=SandboxApi("http://127.0.0.1:9/v1", "key-77"))
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.long) for name in REFUSED_EXPRESSIONS])
 def test_non_row_expressions_are_refused(workspace: Workspace, name: str) -> None:
     """An expression about several rows is exit 2 with the key's name, quickly and without a crash."""
     workspace.write_leads(make_leads(3))
-    result = run_plan(workspace, REFUSED_EXPRESSIONS[name])
-    assert result.returncode == 2, result.stderr
+    result = run_job(workspace, REFUSED_EXPRESSIONS[name])
+    assert result.exit_code == 2, result.stderr
     assert "job.yaml:" in result.stderr
     assert "where: " in result.stderr
     assert "Traceback" not in result.stderr

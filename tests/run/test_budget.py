@@ -43,6 +43,7 @@ def test_cap_holds_with_unconfirmed_requests(tmp_path: Path, workspace: Workspac
     assert audit["credits_charged"] > cap / 4
 
 
+@pytest.mark.long
 def test_open_tasks_count_against_next_cap(tmp_path: Path, workspace: Workspace) -> None:
     """Open tasks of an earlier run settle in the next one and count against its cap."""
     workspace.write_job(limits="{requests_per_second: 1000, max_credits: 1000}")

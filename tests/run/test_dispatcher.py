@@ -14,14 +14,25 @@ import pytest
 from enrich.databar.client import MAX_POSTS_IN_FLIGHT
 from enrich.errors import EnrichError, LedgerFailed
 from enrich.exit_codes import ExitCode
-from enrich.ledger.ledger import Ledger
-from enrich.models import Call, RowRequest, State
-from enrich.run.rate_limit import BURST_S
+from enrich.job.target import Target, TargetKind
+from enrich.ledger import enroll, queries, resume, transitions
+from enrich.ledger.database import Database
+from enrich.ledger.writer import LedgerWriter
+from enrich.models import State
+from enrich.run.rate_limit import MAX_BURST_S
 from enrich.sandbox.faults import Fault
 from tests.support.cases import first_quick
-from tests.support.ledger import CALL, CommittingLedger, row_requests
+from tests.support.ledger import (
+    CALL,
+    DEFAULT_SELECTION,
+    CommittingLedger,
+    RowRequest,
+    as_batch,
+    fingerprint,
+    params,
+)
 from tests.support.run_loops import SANDBOX_MAX_PRICE, open_loops, wait_until
-from tests.support.workspace import ILL, SHORT_TIMEOUTS, SILENT, SandboxApi, serve_api
+from tests.support.workspace import SHORT_OUTAGE_TIMEOUT, SHORT_POST_TIMEOUT, SHORT_TIMEOUTS, SandboxApi, serve_api
 
 LEDGER = "ledger.db"
 
@@ -51,18 +62,41 @@ class TestLimits:
 
         async def scenario(api: SandboxApi) -> None:
             async with open_loops(api, tmp_path / LEDGER, range(100), in_flight=in_flight) as harness:
-                harness.request_log.together = expected_on_the_wire
+                harness.request_log.awaited_posts_in_flight = expected_on_the_wire
                 await harness.run_loops()
                 assert harness.request_log.max_posts_in_flight == expected_on_the_wire
                 assert harness.request_log.max_open_tasks <= in_flight
                 assert (harness.run_state.posts_in_flight, harness.run_state.open_tasks) == (0, 0)
                 assert (
-                    sum(harness.ledger.wrapped.state_counts().values()) == harness.run_state.counters.submitted == 100
+                    sum(queries.state_counts(harness.ledger.wrapped).values())
+                    == harness.run_state.counters.submitted
+                    == 100
                 )
 
         with serve_api(tmp_path / "api.db", latency="fixed(0.05)") as api:
             asyncio.run(scenario(api))
             assert (api.audit()["accepted"], api.audit()["paid_twice"]) == (100, 0)
+
+    def test_kill_leaves_at_most_32_unconfirmed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A POST that is answered makes room for the next, whose claim is never committed before the acceptance."""
+        submitting: list[int] = []
+        commit = LedgerWriter._commit
+
+        async def scenario(api: SandboxApi) -> None:
+            async with open_loops(api, tmp_path / LEDGER, range(200), in_flight=200) as harness:
+
+                def commit_and_count(writer: LedgerWriter, batch: list[Any]) -> None:
+                    commit(writer, batch)
+                    submitting.append(queries.state_counts(harness.ledger.wrapped).get(State.SUBMITTING, 0))
+
+                monkeypatch.setattr(LedgerWriter, "_commit", commit_and_count)
+                harness.request_log.awaited_posts_in_flight = MAX_POSTS_IN_FLIGHT
+                await harness.run_loops()
+
+        with serve_api(tmp_path / "api.db", latency="fixed(0.05)") as api:
+            asyncio.run(scenario(api))
+            assert (api.audit()["accepted"], api.audit()["paid_twice"]) == (200, 0)
+        assert max(submitting) == MAX_POSTS_IN_FLIGHT
 
     def test_rate_limit_is_kept(self, api: SandboxApi, tmp_path: Path) -> None:
         """Submits and polls together stay below the job's `requests_per_second`."""
@@ -75,7 +109,7 @@ class TestLimits:
                 assert (
                     30
                     <= harness.request_log.posts + len(harness.request_log.polled_task_ids)
-                    <= 1 + 40 * (elapsed + BURST_S)
+                    <= 1 + 40 * (elapsed + MAX_BURST_S)
                 )
 
         asyncio.run(scenario())
@@ -90,7 +124,7 @@ class TestLimits:
                 await harness.run_loops(limit=40)
                 assert harness.run_state.counters.submitted == 38
                 assert harness.run_state.exit_reasons == {}
-                counts = harness.ledger.wrapped.state_counts()
+                counts = queries.state_counts(harness.ledger.wrapped)
                 assert (counts[State.IN_DOUBT], counts[State.PENDING]) == (2, 10)
 
         asyncio.run(scenario())
@@ -108,6 +142,7 @@ class TestLimits:
         assert asyncio.run(scenario()) < 5
         assert api.audit()["accepted"] == 0
 
+    @pytest.mark.long
     def test_cap_waits_for_open_tasks(self, tmp_path: Path) -> None:
         """At the cap the dispatcher waits while open tasks may release credits, and ends when none can."""
         cap = 3 * SANDBOX_MAX_PRICE
@@ -157,7 +192,7 @@ class TestAnswers:
     @pytest.mark.parametrize("fault", first_quick(1, ["rate-limit-bare", "rate-limit", "redirect"]))
     def test_rejections_are_resent_without_loss(self, api: SandboxApi, tmp_path: Path, fault: str) -> None:
         """A rejected POST is sent again, is paid once, and does not count as an attempt."""
-        count = 40 if fault == "rate-limit-bare" else 2
+        count = 20 if fault == "rate-limit-bare" else 2
         api.inject_fault(fault, count, "post")
 
         async def scenario() -> None:
@@ -182,28 +217,29 @@ class TestAnswers:
     def test_unconfirmed_request_is_not_resent(self, api: SandboxApi, tmp_path: Path, fault: str) -> None:
         """An unconfirmed request is in doubt, keeps its reservation and is not resent; the others go on."""
         api.inject_fault(fault, 2, "post")
-        timing = SILENT if fault == "silence-after" else SHORT_TIMEOUTS
+        timing = SHORT_POST_TIMEOUT if fault == "silence-after" else SHORT_TIMEOUTS
 
         async def scenario() -> None:
             async with open_loops(api, tmp_path / LEDGER, range(20), timing=timing) as harness:
                 await harness.run_loops()
                 assert harness.run_state.exit_reasons == {}
-                assert harness.ledger.wrapped.state_counts()[State.IN_DOUBT] == 2
+                assert queries.state_counts(harness.ledger.wrapped)[State.IN_DOUBT] == 2
                 assert harness.ledger.execution_counters[1] == 2 * SANDBOX_MAX_PRICE
                 assert harness.request_log.posts == 20
 
         asyncio.run(scenario())
         assert (api.audit()["accepted"], api.audit()["accepted_more_than_once"]) == (20, 0)
 
+    @pytest.mark.long
     def test_circuit_breaker_opens(self, api: SandboxApi, tmp_path: Path) -> None:
         """After the first failures one POST at a time probes the API; when they fail for too long, the run ends."""
         api.inject_fault("error-before", 1000, "post", status=503)
 
         async def scenario() -> None:
-            async with open_loops(api, tmp_path / LEDGER, range(200), timing=ILL) as harness:
+            async with open_loops(api, tmp_path / LEDGER, range(200), timing=SHORT_OUTAGE_TIMEOUT) as harness:
                 await harness.run_loops()
                 assert ExitCode.API in harness.run_state.exit_reasons
-                in_doubt = harness.ledger.wrapped.state_counts()[State.IN_DOUBT]
+                in_doubt = queries.state_counts(harness.ledger.wrapped)[State.IN_DOUBT]
                 assert 0 < in_doubt == harness.request_log.posts <= MAX_POSTS_IN_FLIGHT + 12
 
         asyncio.run(scenario())
@@ -217,32 +253,34 @@ class TestAnswers:
             async with open_loops(api, tmp_path / LEDGER, range(100)) as harness:
                 await harness.run_loops()
                 assert harness.run_state.exit_reasons == {}
-                assert harness.ledger.wrapped.state_counts()[State.IN_DOUBT] == 34
+                assert queries.state_counts(harness.ledger.wrapped)[State.IN_DOUBT] == 34
                 assert harness.run_state.counters.submitted == 66
 
         asyncio.run(scenario())
 
+    @pytest.mark.long
     def test_endless_429_ends_run(self, api: SandboxApi, tmp_path: Path) -> None:
         """Only 429s for as long as the outage limit end the run, and everything is pending again."""
         api.inject_fault("rate-limit-bare", 100_000, "all")
 
         async def scenario() -> None:
-            async with open_loops(api, tmp_path / LEDGER, range(50), timing=ILL) as harness:
+            async with open_loops(api, tmp_path / LEDGER, range(50), timing=SHORT_OUTAGE_TIMEOUT) as harness:
                 await harness.run_loops()
                 assert ExitCode.API in harness.run_state.exit_reasons
-                assert harness.ledger.wrapped.state_counts() == {State.PENDING: 50}
+                assert queries.state_counts(harness.ledger.wrapped) == {State.PENDING: 50}
 
         asyncio.run(scenario())
 
+    @pytest.mark.long
     def test_unreachable_api_leaves_all_pending(self, api: SandboxApi, tmp_path: Path) -> None:
         """Without a connection nothing was sent: all requests are pending and nothing is reserved."""
         nowhere = replace(api, base_url="http://127.0.0.1:9/v1")
 
         async def scenario() -> None:
-            async with open_loops(nowhere, tmp_path / LEDGER, range(50), timing=ILL) as harness:
+            async with open_loops(nowhere, tmp_path / LEDGER, range(50), timing=SHORT_OUTAGE_TIMEOUT) as harness:
                 await harness.run_loops()
                 assert ExitCode.API in harness.run_state.exit_reasons
-                assert harness.ledger.wrapped.state_counts() == {State.PENDING: 50}
+                assert queries.state_counts(harness.ledger.wrapped) == {State.PENDING: 50}
                 assert no_credits_reserved(harness.ledger)
 
         asyncio.run(scenario())
@@ -252,11 +290,12 @@ class TestAnswers:
 
         async def scenario() -> None:
             async with open_loops(api, tmp_path / LEDGER) as harness:
-                batch = [*row_requests(range(5)), RowRequest(5, b"w" * 16, '{"first_name": "Ada"}')]
-                harness.ledger.commit(Ledger.enroll, CALL, batch)
-                harness.ledger.commit(Ledger.fill_queue)
+                rows = [RowRequest(number, fingerprint(number), params(number)) for number in range(5)]
+                batch = as_batch([*rows, RowRequest(5, b"w" * 16, '{"first_name": "Ada"}')])
+                harness.ledger.commit(enroll.enroll, CALL, batch, DEFAULT_SELECTION)
+                harness.ledger.commit(enroll.fill_queue, DEFAULT_SELECTION)
                 await harness.run_loops()
-                counts = harness.ledger.wrapped.state_counts()
+                counts = queries.state_counts(harness.ledger.wrapped)
                 assert (counts[State.FAILED], sum(counts.values())) == (1, 6)
                 error, credits_ = harness.ledger.query_one("SELECT error, credits FROM attempts WHERE state = 'failed'")
                 assert "last_name" in error
@@ -268,10 +307,10 @@ class TestAnswers:
 
     @pytest.mark.long
     @pytest.mark.parametrize(
-        ("call", "fault", "code"),
+        ("target", "fault", "code"),
         [
-            (Call("nothing_getter", (833,)), None, ExitCode.USAGE),
-            (Call("email_getter", (4711,)), None, ExitCode.USAGE),
+            (Target(TargetKind.WATERFALL, "nothing_getter", (833,)), None, ExitCode.USAGE),
+            (Target(TargetKind.WATERFALL, "email_getter", (4711,)), None, ExitCode.USAGE),
             (CALL, "unauthorized", ExitCode.KEY),
             (CALL, "forbidden", ExitCode.KEY),
             (CALL, "no-credits", ExitCode.CREDITS),
@@ -279,7 +318,7 @@ class TestAnswers:
         ids=["404", "400", "401", "403", "406"],
     )
     def test_fatal_error_stops_run(
-        self, api: SandboxApi, tmp_path: Path, call: Call, fault: str | None, code: ExitCode
+        self, api: SandboxApi, tmp_path: Path, target: Target, fault: str | None, code: ExitCode
     ) -> None:
         """A fatal error ends the execution with its code; every request is pending again at no cost."""
         if fault:
@@ -287,9 +326,9 @@ class TestAnswers:
 
         async def scenario() -> None:
             async with open_loops(api, tmp_path / LEDGER, range(80)) as harness:
-                await harness.run_loops(call=call)
+                await harness.run_loops(target=target)
                 assert set(harness.run_state.exit_reasons) == {code}
-                assert harness.ledger.wrapped.state_counts() == {State.PENDING: 80}
+                assert queries.state_counts(harness.ledger.wrapped) == {State.PENDING: 80}
                 assert no_credits_reserved(harness.ledger)
                 assert harness.request_log.posts <= MAX_POSTS_IN_FLIGHT
 
@@ -303,7 +342,7 @@ class TestAnswers:
         async def scenario(api: SandboxApi) -> None:
             async with open_loops(api, tmp_path / LEDGER, range(10)) as harness:
                 await harness.run_loops(harness.make_poller(max_attempts=3))
-                counts = harness.ledger.wrapped.state_counts()
+                counts = queries.state_counts(harness.ledger.wrapped)
                 assert set(counts) <= {State.FOUND, State.NOT_FOUND}
                 assert 20 <= harness.request_log.posts <= 30
 
@@ -326,7 +365,7 @@ class TestEnding:
                 sent = harness.request_log.posts
                 await work
                 assert harness.request_log.posts == sent
-                counts = harness.ledger.wrapped.state_counts()
+                counts = queries.state_counts(harness.ledger.wrapped)
                 assert counts.pop(State.PENDING) == 200 - sent
                 assert set(counts) <= {State.FOUND, State.NOT_FOUND}
 
@@ -341,7 +380,7 @@ class TestEnding:
             async with open_loops(api, tmp_path / LEDGER, range(50)) as harness:
                 begun, ended = threading.Event(), threading.Event()
 
-                def busy(_: Ledger) -> None:
+                def busy(_: Database) -> None:
                     begun.set()
                     ended.wait(30)
 
@@ -355,8 +394,8 @@ class TestEnding:
                     harness.run_state.stop(ExitCode.INTERRUPTED, EnrichError("stop"))
                 ended.set()
                 await work
-                assert await harness.writer.submit(Ledger.recover, 1) == 0
-                assert harness.ledger.wrapped.state_counts() == {State.PENDING: 50}
+                assert await harness.writer.submit(resume.recover, 1) == 0
+                assert queries.state_counts(harness.ledger.wrapped) == {State.PENDING: 50}
                 assert no_credits_reserved(harness.ledger)
                 assert harness.ledger.query_one("SELECT count(*) FROM attempts WHERE state = 'refused'")[0] > 0
                 assert harness.request_log.posts == 0
@@ -372,7 +411,7 @@ class TestEnding:
                 await wait_until(lambda: harness.request_log.posts_in_flight == MAX_POSTS_IN_FLIGHT)
                 harness.run_state.abort_now()
                 await work
-                assert await harness.writer.submit(Ledger.recover, 1) == MAX_POSTS_IN_FLIGHT
+                assert await harness.writer.submit(resume.recover, 1) == MAX_POSTS_IN_FLIGHT
                 assert harness.ledger.execution_counters[1] == MAX_POSTS_IN_FLIGHT * SANDBOX_MAX_PRICE
 
         with serve_api(tmp_path / "api.db", faults=delay_posts(30)) as api:
@@ -385,7 +424,7 @@ class TestEnding:
         async def scenario() -> int:
             async with open_loops(api, tmp_path / LEDGER, range(2000)) as harness:
                 (pages,) = harness.ledger.query_one("PRAGMA page_count")
-                harness.ledger.wrapped._db.execute(f"PRAGMA max_page_count = {pages + 5}")
+                harness.ledger.wrapped.session.execute(f"PRAGMA max_page_count = {pages + 5}")
                 with pytest.raises(LedgerFailed, match="full"):
                     await harness.run_loops()
                 sent = harness.request_log.posts
@@ -395,8 +434,8 @@ class TestEnding:
 
         sent = asyncio.run(scenario())
         ledger = CommittingLedger.open(tmp_path / LEDGER)
-        ledger.commit(Ledger.recover, 1)
-        counts = ledger.wrapped.state_counts()
+        ledger.commit(resume.recover, 1)
+        counts = queries.state_counts(ledger.wrapped)
         ledger.wrapped.close()
         assert counts[State.PENDING] + sent >= 2000
 
@@ -434,13 +473,13 @@ def test_release_survives_lost_commit(api: SandboxApi, tmp_path: Path) -> None:
         async with open_loops(api, tmp_path / LEDGER, range(3)) as harness:
             ledger, dispatcher = harness.ledger.wrapped, harness.make_dispatcher(harness.make_poller())
             with ledger.transaction():
-                dispatcher._claim_batches(ledger, 3, 1, 0)
-            ledger._db.begin()
-            dispatcher._release_unsent(ledger, 0)
+                dispatcher._claim_posts(ledger, 3, 1, 0)
+            ledger.session.begin()
+            transitions.release_unsent(ledger, dispatcher._unsent_attempts, 0)
             ledger.rollback()
             with ledger.transaction():
-                dispatcher._release_unsent(ledger, 0)
-            assert ledger.state_counts() == {State.PENDING: 3}
+                transitions.release_unsent(ledger, dispatcher._unsent_attempts, 0)
+            assert queries.state_counts(ledger) == {State.PENDING: 3}
 
     asyncio.run(scenario())
 

@@ -213,3 +213,11 @@ def test_cheap_polls_free_open_task_limit() -> None:
         for arbitrated in (True, False)
     )
     assert given_way.rows_per_s > 1.15 * fair.rows_per_s
+
+
+def test_first_tasks_are_polled_early() -> None:
+    """While nothing is known, a few tasks are polled early, because the API may be fast; later ones are not."""
+    schedule = PollSchedule()
+    first = [schedule.first_delay_s() for _ in range(10)]
+    assert first == [pytest.approx(0.1)] * 5 + [pytest.approx(0.9)] * 5
+    assert trained_schedule(4.0).first_delay_s() >= 4.0

@@ -15,13 +15,13 @@ import pytest
 from enrich.databar.clock import SystemClock
 from enrich.errors import EnrichError
 from enrich.exit_codes import ExitCode
-from enrich.ledger.ledger import Ledger
+from enrich.ledger import queries, resume, transitions
 from enrich.models import MICROS_PER_CREDIT, State
 from enrich.run.poll_schedule import PollCost, PollSchedule
-from enrich.run.state import RunState, Timeouts
+from enrich.run.run_state import RunState, Timeouts
 from enrich.sandbox.faults import Fault
 from tests.support.run_loops import LoopHarness, open_loops, wait_until
-from tests.support.workspace import ILL, SHORT_TIMEOUTS, SandboxApi, serve_api
+from tests.support.workspace import SHORT_OUTAGE_TIMEOUT, SHORT_TIMEOUTS, SandboxApi, serve_api
 
 LEDGER = "ledger.db"
 
@@ -40,7 +40,7 @@ def run_scenario(
 
 def assert_counts(harness: LoopHarness, **counts: int) -> bool:
     """Check the ledger's counts; return True."""
-    return harness.ledger.wrapped.state_counts() == {State(name): count for name, count in counts.items()}
+    return queries.state_counts(harness.ledger.wrapped) == {State(name): count for name, count in counts.items()}
 
 
 async def submit_as_earlier_run(harness: LoopHarness, count: int) -> None:
@@ -53,13 +53,14 @@ async def submit_as_earlier_run(harness: LoopHarness, count: int) -> None:
 class TestAnswers:
     """The effect of a task's answer on its request."""
 
+    @pytest.mark.long
     def test_answers_settle_at_their_price(self, tmp_path: Path) -> None:
         """Found, missed and failed tasks settle at the price that the API charged."""
 
         async def scenario(harness: LoopHarness) -> None:
             await harness.run_loops()
             assert harness.run_state.open_tasks == 0
-            counts = harness.ledger.wrapped.state_counts()
+            counts = queries.state_counts(harness.ledger.wrapped)
             assert counts == harness.run_state.counters.settled
             assert sum(counts.values()) == 60
             spent, reserved, unknown, _ = harness.ledger.execution_counters
@@ -70,6 +71,7 @@ class TestAnswers:
             run_scenario(tmp_path, api, scenario, leads=range(60))
             assert api.audit()["paid_twice"] == 0
 
+    @pytest.mark.long
     @pytest.mark.parametrize(("lasting", "polls"), [(None, 6), (0.1, 3)])
     def test_no_data_becomes_no_match(self, tmp_path: Path, lasting: float | None, polls: int) -> None:
         """A task without data is polled for a while, then becomes a miss at its price."""
@@ -80,7 +82,7 @@ class TestAnswers:
             assert harness.ledger.execution_counters[:3] == (0, 0, 0)
             assert len(harness.request_log.polled_task_ids) >= polls
             if lasting is None:  # otherwise a busy machine may poll after it is over
-                assert harness.ledger.query_one("SELECT sum(seen_alive) FROM attempts") == (3,)
+                assert harness.ledger.query_one("SELECT sum(acknowledged) FROM attempts") == (3,)
 
         with serve_api(tmp_path / "api.db", hit_rate=0.0, miss_kinds=("no_data",), no_data_seconds=lasting) as api:
             run_scenario(tmp_path, api, scenario, leads=range(3))
@@ -91,7 +93,7 @@ class TestAnswers:
 
         async def scenario(harness: LoopHarness) -> None:
             await harness.run_loops()
-            assert set(harness.ledger.wrapped.state_counts()) <= {State.FOUND, State.NOT_FOUND}
+            assert set(queries.state_counts(harness.ledger.wrapped)) <= {State.FOUND, State.NOT_FOUND}
             assert len(harness.request_log.polled_task_ids) == 12
 
         run_scenario(tmp_path, api, scenario, leads=range(3))
@@ -118,7 +120,7 @@ class TestAnswers:
 
         async def scenario(harness: LoopHarness) -> None:
             await harness.run_loops()
-            counts = harness.ledger.wrapped.state_counts()
+            counts = queries.state_counts(harness.ledger.wrapped)
             assert (counts[State.IN_DOUBT], sum(counts.values())) == (1, 3)
             assert harness.ledger.execution_counters[1] > 0
             (age,) = harness.ledger.query_one("SELECT settled_ms - submitted_ms FROM attempts WHERE state = 'in_doubt'")
@@ -143,7 +145,7 @@ class TestAnswers:
 
         async def scenario(harness: LoopHarness) -> None:
             await harness.run_loops()
-            assert set(harness.ledger.wrapped.state_counts()) <= {State.FOUND, State.NOT_FOUND}
+            assert set(queries.state_counts(harness.ledger.wrapped)) <= {State.FOUND, State.NOT_FOUND}
 
         run_scenario(tmp_path, api, scenario, leads=range(2))
 
@@ -152,11 +154,12 @@ class TestAnswers:
 
         async def scenario(harness: LoopHarness) -> None:
             await harness.run_loops(harness.make_poller(patience_s=0.1))
-            assert [task.acknowledged for task in harness.ledger.wrapped.submitted_tasks()] == [True, True]
+            assert [task.acknowledged for task in transitions.submitted_tasks(harness.ledger.wrapped)] == [True, True]
 
         with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
             run_scenario(tmp_path, api, scenario, leads=range(2))
 
+    @pytest.mark.long
     @pytest.mark.parametrize("fault", ["error-before", "rate-limit-bare", "reset-before"])
     def test_failed_poll_is_repeated(self, api: SandboxApi, tmp_path: Path, fault: str) -> None:
         """A failed poll costs nothing and is repeated until the answer arrives."""
@@ -165,7 +168,7 @@ class TestAnswers:
             await submit_as_earlier_run(harness, 3)
             harness.api.inject_fault(fault, 3, "get")
             await harness.poll_open_tasks(harness.make_poller())
-            assert set(harness.ledger.wrapped.state_counts()) <= {State.FOUND, State.NOT_FOUND}
+            assert set(queries.state_counts(harness.ledger.wrapped)) <= {State.FOUND, State.NOT_FOUND}
             assert harness.run_state.exit_reasons == {}
 
         run_scenario(tmp_path, api, scenario, leads=range(3), timing=SHORT_TIMEOUTS)
@@ -193,7 +196,7 @@ class TestOrder:
             ages = [30.0, 10.0, 50.0, 20.0, 40.0]
             harness.add_open_tasks(*((f"task-{age:.0f}", age) for age in ages))
             poller = harness.make_poller()
-            poller.add_earlier_tasks(harness.ledger.wrapped.submitted_tasks()[::-1], polled_before=False)
+            poller.add_earlier_tasks(transitions.submitted_tasks(harness.ledger.wrapped)[::-1], polled_before=False)
             poller.poll_once_more = True
             await harness.run_state.run_until_abort(poller.run())
             # A 404 is repeated on a new connection.
@@ -231,10 +234,11 @@ class TestOrder:
             await submit_as_earlier_run(harness, 20)
             harness.api.inject_fault("rate-limit-bare", 15, "get")
             await harness.poll_once(harness.make_poller())
-            assert set(harness.ledger.wrapped.state_counts()) <= {State.FOUND, State.NOT_FOUND}
+            assert set(queries.state_counts(harness.ledger.wrapped)) <= {State.FOUND, State.NOT_FOUND}
 
         run_scenario(tmp_path, api, scenario, leads=range(20), timing=SHORT_TIMEOUTS)
 
+    @pytest.mark.long
     def test_last_round_keeps_no_data_open(self, tmp_path: Path) -> None:
         """In the last round a task without data stays open, and the next loop polls it again."""
 
@@ -254,7 +258,7 @@ class TestOrder:
         async def scenario(harness: LoopHarness) -> None:
             await submit_as_earlier_run(harness, 5)
             poller = harness.make_poller()
-            poller.add_earlier_tasks(harness.ledger.wrapped.submitted_tasks(), polled_before=True)
+            poller.add_earlier_tasks(transitions.submitted_tasks(harness.ledger.wrapped), polled_before=True)
             harness.run_state.poll_schedule.MIN_DELAY_S = harness.run_state.poll_schedule.MAX_DELAY_S = 60.0
             running = asyncio.create_task(poller.run())
             await wait_until(lambda: len(harness.request_log.polled_task_ids) == 5 and not poller._open_polls)
@@ -309,7 +313,7 @@ class TestTimeouts:
             assert set(harness.run_state.exit_reasons) == {ExitCode.API}
             assert assert_counts(harness, submitted=3)
 
-        run_scenario(tmp_path, api, scenario, leads=range(3), timing=ILL)
+        run_scenario(tmp_path, api, scenario, leads=range(3), timing=SHORT_OUTAGE_TIMEOUT)
 
     @pytest.mark.long
     @pytest.mark.parametrize("fault", ["unauthorized", "forbidden"])
@@ -322,8 +326,8 @@ class TestTimeouts:
             harness.api.inject_fault(fault, 10_000, "get")
             await work
             assert set(harness.run_state.exit_reasons) == {ExitCode.KEY}
-            assert await harness.writer.submit(Ledger.recover, 1) == 0
-            counts = harness.ledger.wrapped.state_counts()
+            assert await harness.writer.submit(resume.recover, 1) == 0
+            counts = queries.state_counts(harness.ledger.wrapped)
             assert State.IN_DOUBT not in counts
             assert counts[State.SUBMITTED] > 0
             assert counts[State.PENDING] > 0
@@ -343,7 +347,7 @@ class TestTimeouts:
             started = time.monotonic()
             await harness.poll_open_tasks(harness.make_poller(), asked_before=True)
             assert time.monotonic() - started < 60
-            assert set(harness.ledger.wrapped.state_counts()) <= {State.FOUND, State.NOT_FOUND}
+            assert set(queries.state_counts(harness.ledger.wrapped)) <= {State.FOUND, State.NOT_FOUND}
 
         run_scenario(tmp_path, api, scenario, leads=range(2), clock=ShiftedClock())
 
@@ -379,7 +383,7 @@ class TestTimeouts:
             assert polls <= 50 * 5
             # Each poll starts and ends, and the loop wakes once a second; it does nothing else.
             assert waits.call_count <= 2 * polls + 60
-            assert State.SUBMITTED not in harness.ledger.wrapped.state_counts()
+            assert State.SUBMITTED not in queries.state_counts(harness.ledger.wrapped)
 
         with serve_api(tmp_path / "api.db", latency="fixed(2)") as api:
             run_scenario(tmp_path, api, scenario, leads=range(50))
@@ -409,11 +413,11 @@ class TestTimeouts:
 
         async def scenario(harness: LoopHarness) -> None:
             await submit_as_earlier_run(harness, 40)
-            harness.ledger.wrapped._db.execute("PRAGMA query_only = 1")
+            harness.ledger.wrapped.session.execute("PRAGMA query_only = 1")
             with pytest.raises(EnrichError, match="cannot be written"):
                 await harness.poll_open_tasks(harness.make_poller())
             assert harness.run_state.counters.settled == {}
-            harness.ledger.wrapped._db.execute("PRAGMA query_only = 0")
+            harness.ledger.wrapped.session.execute("PRAGMA query_only = 0")
             assert assert_counts(harness, submitted=40)
 
         run_scenario(tmp_path, api, scenario, leads=range(40))

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enrich.ledger.ledger import Ledger
+from enrich.ledger import execution_records
+from enrich.ledger.database import Database
 from enrich.run.progress import (
     MAX_BINS,
     Phase,
@@ -116,7 +117,7 @@ def test_invalid_progress_is_none(text: str | None) -> None:
 def stored_progress(workspace: Workspace, execution: int = 1) -> ProgressSnapshot:
     """Return an execution's stored progress."""
     with_ledger = workspace.open_ledger()
-    snapshot = read_snapshot(with_ledger.execution(execution)["pulse"])
+    snapshot = read_snapshot(execution_records.read_execution(with_ledger, execution).progress)
     with_ledger.close()
     assert snapshot is not None
     return snapshot
@@ -135,6 +136,7 @@ def assert_matches_summary(snapshot: ProgressSnapshot, summary: Any) -> None:
     assert snapshot.elapsed_s <= summary.elapsed_s + 0.001
 
 
+@pytest.mark.long
 def test_final_progress_matches_summary(tmp_path: Path, workspace: Workspace) -> None:
     """The last progress contains all requests and answers, including rate-limited ones."""
     workspace.write_leads(make_leads(15))
@@ -187,7 +189,7 @@ def test_progress_write_error_is_exit_1(api: SandboxApi, workspace: Workspace, m
     def full(*_: object) -> None:
         raise sqlite3.OperationalError("database or disk is full")
 
-    monkeypatch.setattr(Ledger, "save_progress", full)
+    monkeypatch.setattr(execution_records, "save_progress", full)
     result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
 
     assert result.exit_code == 1
@@ -200,9 +202,9 @@ def test_no_progress_after_end(api: SandboxApi, workspace: Workspace) -> None:
     workspace.write_leads(make_leads(1))
     workspace.run_job(api)
     before = stored_progress(workspace)
-    ledger = Ledger(workspace.ledger_location)
+    ledger = Database(workspace.ledger_location)
     with ledger.transaction():
-        ledger.save_progress(1, json.dumps({"late": True}))
+        execution_records.save_progress(ledger, 1, json.dumps({"late": True}))
     ledger.close()
 
     assert stored_progress(workspace) == before

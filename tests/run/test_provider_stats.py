@@ -12,9 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from enrich.databar.description import Description
+from enrich.databar.task_results import parse_data
 from enrich.databar.waterfall import Waterfall
+from enrich.job.target import TargetKind
+from enrich.ledger import bindings, queries
 from enrich.models import SettledAttempt, State
-from enrich.run.provider_stats import ProviderStat, ProviderStats, ProviderTotals, load_waterfalls
+from enrich.run.provider_stats import ProviderStat, ProviderStats, ProviderTotals, parse_descriptions
 from tests.support.cases import first_quick, in_turn
 from tests.support.ledger import CALL
 from tests.support.workspace import INSTANT_API, Workspace, make_leads, serve_api
@@ -37,7 +41,7 @@ SENT_PARAMS = {"first_name": "Ada"}
 def settled_attempt(state: State, data: object = None, paid: int | None = 0, **changed: Any) -> SettledAttempt:
     """Return an attempt that was settled with this `data`."""
     made = SettledAttempt(1, state, CALL.canonical(), json.dumps(SENT_PARAMS), paid, json.dumps({"data": data}), 0)
-    return made._replace(**changed)
+    return made._replace(provider=parse_data(data).provider)._replace(**changed)
 
 
 def step(provider: object, cost: object = "0", action: str = "search", **more: object) -> dict[str, object]:
@@ -54,7 +58,7 @@ def result_wrapper(email: str | None, *steps: object, provider: str | None = Non
     }
 
 
-def stats_of(answers: Iterable[SettledAttempt], offers: Mapping[str, Waterfall]) -> ProviderTotals:
+def stats_of(answers: Iterable[SettledAttempt], offers: Mapping[tuple[TargetKind, str], Description]) -> ProviderTotals:
     """Return the totals of these answers."""
     cascade = ProviderStats(offers)
     for answer in answers:
@@ -64,7 +68,7 @@ def stats_of(answers: Iterable[SettledAttempt], offers: Mapping[str, Waterfall])
 
 def provider_stats(*answers: SettledAttempt) -> tuple[dict[str, ProviderStat], ProviderTotals]:
     """Return the providers by name, and the totals."""
-    whole = stats_of(answers, {"email_getter": WATERFALL})
+    whole = stats_of(answers, {(TargetKind.WATERFALL, "email_getter"): WATERFALL})
     return {each.name: each for each in whole.providers}, whole
 
 
@@ -249,9 +253,10 @@ def test_provider_that_verifies_counted_once() -> None:
 def ledger_stats(workspace: Workspace) -> ProviderTotals:
     """Return the totals of the ledger of the workspace's job."""
     with closing(workspace.open_ledger()) as ledger:
-        return stats_of(ledger.settled_attempts("job"), load_waterfalls(ledger.waterfalls()))
+        return stats_of(queries.settled_attempts(ledger, "job"), parse_descriptions(bindings.load_descriptions(ledger)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("shape", "verifier", "bulk"),
     first_quick(

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from enrich.run.rate_limit import (
-    BURST_S,
     CUT,
     FIRST_CUT,
+    MAX_BURST_S,
     MAX_OVER_PROVEN_RATE,
     MIN_RATE,
     PAUSE_S,
@@ -62,7 +62,7 @@ def test_rate_never_exceeds_limit(ceiling: float, steps: list[tuple[float, str]]
                 left.pop()
                 limiter.refund(1)
         assert limiter.rate <= ceiling
-    assert busiest_second(left) <= ceil(ceiling * (1 + BURST_S)) + 1
+    assert busiest_second(left) <= ceil(ceiling * (1 + MAX_BURST_S)) + 1
 
 
 @given(ceiling=st.floats(0.1, START_RATE_WITH_CEILING))
@@ -165,6 +165,42 @@ def test_retry_after_is_capped() -> None:
     assert limiter.delay(0.0) == 600
 
 
+@pytest.mark.parametrize("was_refused", [False, True])
+@pytest.mark.parametrize(("rate", "burst"), [(20.0, 1), (100.0, 4), (500.0, 4), (5_000.0, 40)])
+def test_late_timer_causes_small_burst(rate: float, burst: int, *, was_refused: bool) -> None:
+    """Few requests make up for a late timer, since a token bucket would refuse more; a fast API allows more."""
+    limiter = AdaptiveRateLimiter(None)
+    limiter.consume(0.0)
+    if was_refused:
+        limiter.record_throttled(0.1, None)
+    limiter.rate = rate
+    sent = 0
+    while not limiter.delay(5.0):
+        limiter.consume(5.0)
+        sent += 1
+    assert burst <= sent <= burst + 1
+
+
+def send_late(limiter: AdaptiveRateLimiter, *, waiting: bool) -> None:
+    """Send with timers that fire 50 ms late, for requests that wait for their slots or come only then."""
+    now = 0.0
+    for _ in range(400):
+        wanted_at = now
+        now += (wait := limiter.delay(now)) and wait + 0.05
+        limiter.consume(now, wanted_at if waiting else None)
+        limiter.record_answer(now)
+
+
+def test_rate_grows_on_busy_machine() -> None:
+    """Where requests wait for slots, the rate grows, although the process runs too rarely to use each slot."""
+    waiting, coming = AdaptiveRateLimiter(None), AdaptiveRateLimiter(None)
+    send_late(waiting, waiting=True)
+    send_late(coming, waiting=False)
+    assert waiting.is_limiting
+    assert not coming.is_limiting
+    assert waiting.rate > 2 * coming.rate
+
+
 def test_burst_of_429s_reduces_rate_once() -> None:
     """A burst of 429s cuts the rate once, because its requests were all in flight; the next burst cuts it again."""
     limiter = AdaptiveRateLimiter(40.0)
@@ -250,7 +286,7 @@ def test_next_slot_delay() -> None:
     """The next slot's delay is known, and a refunded slot is available at once."""
     limiter = AdaptiveRateLimiter(2.0)
     limiter.consume(5.0)
-    assert limiter.delay(5.0) == pytest.approx(0.5 - BURST_S)
+    assert limiter.delay(5.0) == pytest.approx(0.5 - MAX_BURST_S)
     limiter.refund(1)
     assert limiter.delay(5.0) == 0
     assert ceil(limiter.rate) == 2

@@ -29,6 +29,7 @@ def test_rate_limit_is_used_with_few_429s(scenario: str, rate: float, kind: str)
     assert seen.refused_share <= 0.02
 
 
+@pytest.mark.long
 @in_turn("latency", [0.005, 0.02])
 @in_turn("rate", RATES)
 def test_rate_growth_is_independent_of_latency(rate: float, latency: float) -> None:

@@ -49,7 +49,7 @@ def test_rejects_can_be_corrected_and_rerun(workspace: Workspace, api: SandboxAp
     assert (result.exit_code, result.json_output["rejected"]) == (0, 1)
     (reject,) = workspace.read_output("rejects.csv")
     assert reject["Last Name"] == "Last3"
-    assert (reject["enrich_status"], "first_name is empty" in reject["enrich_error"]) == ("invalid", True)
+    assert (reject["enrich_status"], "first_name blank (First Name)" in reject["enrich_error"]) == ("invalid", True)
     assert (workspace.folder / "rejects.csv").stat().st_mode & 0o777 == 0o600
 
     mended = workspace.folder / "mended.csv"
@@ -76,6 +76,7 @@ def test_failed_rows_are_rejects(tmp_path: Path) -> None:
     assert all(row["enrich_status"] == "failed" and row["enrich_error"] for row in rejects)
 
 
+@pytest.mark.long
 def test_change_feed_reports_each_value_once(workspace: Workspace, api: SandboxApi) -> None:
     """The change feed has one line a field with its key, and never repeats it."""
     workspace.write_job(changes="{path: changes.csv, key: [Last Name, Note]}")
@@ -90,6 +91,7 @@ def test_change_feed_reports_each_value_once(workspace: Workspace, api: SandboxA
     assert run_and_read_changes(workspace, api) == []
 
 
+@pytest.mark.long
 def test_already_enriched_lead_appears_in_change_feed(workspace: Workspace, api: SandboxApi) -> None:
     """An enriched lead under a new key is in the feed at no cost, because the CRM has no value under that key."""
     workspace.write_job(changes="{path: changes.csv, key: Note}")
@@ -149,12 +151,12 @@ def test_unwritten_change_feed_is_repeated(workspace: Workspace, api: SandboxApi
     ("replaced", "words"),
     [
         ({"changes": "{path: changes.csv, key: [Nota]}"}, "no column `Nota`"),
-        ({"rejects": "out.csv"}, "written twice"),
-        ({"rejects": "x.csv", "changes": "x.csv"}, "written twice"),
+        ({"rejects": "out.csv"}, "used twice"),
+        ({"rejects": "x.csv", "changes": "x.csv"}, "used twice"),
         ({"rejects": "leads.csv"}, "replace the input"),
-        ({"rejects": "alias/out.csv"}, "it is `output`"),
-        ({"suppress": "never.csv", "rejects": "never.csv"}, "it is `suppress`"),
-        ({"rejects": "feed.csv", "changes": "feed.csv"}, "it is `rejects`"),
+        ({"rejects": "alias/out.csv"}, "is used twice: for `output`"),
+        ({"suppress": "never.csv", "rejects": "never.csv"}, "is used twice: for `suppress`"),
+        ({"rejects": "feed.csv", "changes": "feed.csv"}, "is used twice: for `rejects`"),
     ],
 )
 def test_invalid_change_feed_config(
@@ -175,5 +177,5 @@ def test_collect_does_not_overwrite_rejects(workspace: Workspace, api: SandboxAp
     workspace.write_job(rejects="rejects.csv")
     assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
     result = workspace.run_in_process("collect", "job.yaml", "--output", "rejects.csv")
-    assert (result.exit_code, "written twice" in result.stderr) == (2, True)
+    assert (result.exit_code, "used twice" in result.stderr) == (2, True)
     assert len(workspace.read_output("rejects.csv")) == 1

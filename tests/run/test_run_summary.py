@@ -10,7 +10,6 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 from hypothesis import given
@@ -19,8 +18,9 @@ from hypothesis import strategies as st
 from enrich.exit_codes import ExitCode, JobArguments, format_actions, required_actions
 from enrich.models import RowStatus
 from enrich.run.balance import explain_balance
+from enrich.run.finish import read_provider_totals
 from enrich.run.signals import SignalHandler
-from enrich.run.summary import RunFinisher, RunSummary, format_summary
+from enrich.run.summary import RunSummary, format_details, format_summary
 from tests.support.cases import in_turn
 from tests.support.workspace import SHORT_TIMEOUTS, SandboxApi, Workspace, make_leads, read_terminal, serve_api
 
@@ -77,7 +77,7 @@ def test_line_width(data: st.DataObject) -> None:
         {name: data.draw(NUMBERS) for name in data.draw(st.lists(names, unique=True, max_size=4))},
     )
 
-    for line in format_summary(summary):
+    for line in [*format_summary(summary), *format_details(summary)]:
         assert terminal_width(line) <= 80
         assert line == line.rstrip()
         assert line.isprintable()
@@ -98,39 +98,39 @@ def test_columns_are_aligned_in_any_script() -> None:
     ).with_row_counts({RowStatus.FOUND: 2, RowStatus.NOT_FOUND: 7}, dict.fromkeys(names, 5))
 
     for share in ("55.6%", "71.4%"):
-        before = [terminal_width(line[: line.index(share)]) for line in format_summary(summary) if share in line]
+        before = [terminal_width(line[: line.index(share)]) for line in format_details(summary) if share in line]
         assert before == [before[0]] * len(names)
 
 
 def test_small_amounts() -> None:
     """Amounts below a hundredth of a credit keep their digits, and zero has no sign."""
-    result = "\n".join(
-        format_summary(
-            RunSummary(
-                "leads",
-                0,
-                rows=1,
-                credits_spent=0.004,
-                cost_per_hit=0.000012,
-                providers=[make_provider("Inboxly", asked=1, credits=0.0)],
-                credits_elsewhere=-0.0000001,
-                providers_untold=1,
-            )
-        )
+    summary = RunSummary(
+        "leads",
+        0,
+        execution=1,
+        rows=1,
+        found=1,
+        submitted=1,
+        credits_spent=0.004,
+        cost_per_hit=0.000012,
+        providers=[make_provider("Inboxly", asked=1, credits=0.0)],
+        credits_elsewhere=-0.0000001,
+        providers_untold=1,
     )
-    assert " 0.004 " in result
-    assert " 0.000012" in result
+    result = "\n".join([*format_summary(summary), *format_details(summary)])
+    assert " 0.004 credits" in result
+    assert " 0.000012 per match" in result
     assert "-0.00" not in result
-    assert "1 answer more does not say who was asked" in result
+    assert "1 result without providers: not reported by the API" in result
 
 
 def test_unknown_values_are_omitted() -> None:
     """Unknown values are omitted: no price without matches, and no plan or balance without a value."""
     summary = RunSummary("job", 0, rows=1, polls=3).with_row_counts({RowStatus.PENDING: 1}, {"a": 0})
-    words = [word for line in format_summary(summary) for word in line.split()]
+    words = [word for line in [*format_summary(summary), *format_details(summary)] for word in line.split()]
 
     assert "balance" not in words
-    assert "hit" not in words
+    assert "match" not in words
     assert "planned" not in words
     assert "a" not in words  # without answers nothing is known about a column
 
@@ -138,12 +138,21 @@ def test_unknown_values_are_omitted() -> None:
 def test_unknown_prices_are_counted() -> None:
     """Answers of unknown price are counted, because the credits spent are then a minimum."""
     summary = RunSummary(
-        "job", 0, rows=2, credits_spent=1.5, credits_unknown=2, planned={"min": 0, "likely": 3, "max": None}
+        "job",
+        0,
+        execution=1,
+        rows=2,
+        found=2,
+        submitted=2,
+        credits_spent=1.5,
+        credits_unknown=2,
+        planned={"min": 0, "likely": 3, "max": None},
     )
 
-    text = "\n".join(format_summary(summary))
+    text = "\n".join([*format_summary(summary), *format_details(summary)])
+    assert "  at least 1.50 credits  " in text
+    assert "  2 results of unknown price\n" in text
     assert "planned 3.00, at an unknown price" in text
-    assert "2         answers of unknown price" in text
 
 
 def test_balance_difference() -> None:
@@ -152,12 +161,78 @@ def test_balance_difference() -> None:
     movements = [("known", True, 2, 3_000_000, 0), ("in_doubt", True, 1, 0, 2_000_000)]
     difference = explain_balance(1, 10_000_000, 2_000_000, movements)
 
-    text = "\n".join(format_summary(replace(summary, difference=difference.as_json())))
+    text = "\n".join(format_details(replace(summary, difference=difference.as_json())))
 
-    assert "3.00         2 answers of known price" in text
-    assert "2.00         1 in doubt, or 0.00" in text
-    assert "3.00         went elsewhere, not explained: enrich reconcile" in text
-    assert "known price" not in "\n".join(format_summary(replace(summary, balance_after=7)))
+    assert "3.00         2 results of known price" in text
+    assert "2.00         1 unconfirmed, or 0.00" in text
+    assert "3.00         missing, not explained: enrich reconcile" in text
+    assert "known price" not in "\n".join(format_details(replace(summary, balance_after=7)))
+
+
+def test_short_summary() -> None:
+    """Leads the screen with matches, spend and output: the lines that a reader needs after each run."""
+    summary = RunSummary(
+        "leads",
+        10,
+        execution=1,
+        rows=263,
+        submitted=241,
+        skipped={"company blank": 20},
+        credits_spent=81.95,
+        cost_per_hit=0.479,
+        elapsed_s=14.2,
+        output="out/leads_enriched.csv",
+        rejects="out/rejects.csv",
+        rejected=21,
+    ).with_row_counts({RowStatus.FOUND: 171, RowStatus.NOT_FOUND: 71, RowStatus.INVALID: 20, RowStatus.FAILED: 1}, {})
+
+    assert format_summary(summary) == [
+        "✓ 171 of 263 leads enriched (65%)  81.95 credits  0.48 per match  14 s",
+        "  71 no match · 20 skipped (company blank) · 1 failed",
+        "  → out/leads_enriched.csv",
+        "  → out/rejects.csv (21 rejected leads)",
+    ]
+
+
+@in_turn(
+    ("summary", "lines"),
+    [
+        (
+            RunSummary("leads", 0, execution=2, rows=9, found=5, not_found=4, reused=9, elapsed_s=0.31, output="o.csv"),
+            ["✓ 5 of 9 leads enriched (56%)  nothing sent  0.3 s", "  4 no match", "  → o.csv"],
+        ),
+        (
+            RunSummary("leads", 0, execution=1, rows=0, found=0, elapsed_s=3, output="o.csv", sandbox=True),
+            ["✓ SANDBOX the input has no leads  nothing sent  3.0 s", "  → o.csv"],
+        ),
+        (
+            RunSummary("leads", 12, execution=1, rows=9, found=1, pending=8, submitted=1, output="o.csv"),
+            ["! 1 of 9 leads enriched (11%)  0.00 credits  0.0 s", "  8 pending", "  → o.csv"],
+        ),
+        (
+            RunSummary("leads", 143, execution=1, rows=9, answers=2, submitted=4, credits_spent=2, elapsed_s=200),
+            [
+                "! stopped after 2 results  2.00 credits  3 min 20 s",
+                "  No output written. An earlier output file is unchanged.",
+            ],
+        ),
+        (
+            RunSummary("leads", 14, execution=1, rows=3, found=2, in_doubt=1, submitted=3, output="o.csv"),
+            ["! 2 of 3 leads enriched (67%)  0.00 credits  0.0 s", "  1 unconfirmed", "  → o.csv"],
+        ),
+    ],
+)
+def test_short_summary_of_other_ends(summary: RunSummary, lines: list[str]) -> None:
+    """Runs without new requests, and runs that stopped early, have the same lines."""
+    assert format_summary(summary) == lines
+
+
+def test_reasons_for_skipped_rows() -> None:
+    """Names the most frequent reasons, and the word `blank` once."""
+    skipped = {"company blank": 58, "last_name blank": 9, "first_name blank": 4, "company: free mail": 2, "x: y": 1}
+    summary = RunSummary("leads", 0, rows=80, skipped=skipped, invalid=74, found=0, output="o.csv")
+
+    assert "  74 skipped (company blank 58, last_name 9, first_name 4, other 3)" in format_summary(summary)
 
 
 @in_turn(
@@ -185,9 +260,11 @@ def test_commands_for_required_actions(code: int, rows: dict[str, int], commands
     needed = required_actions(code, rows, TARGET)
 
     assert [command for need in needed for command in need.commands] == commands
-    assert [line.strip() for line in format_actions(needed) if line.startswith("  ")] == commands
+    shown = [line[line.index("enrich ") :] for line in format_actions(needed) if "enrich " in line]
+    assert shown == commands
 
 
+@pytest.mark.long
 def test_summary_matches_bill(tmp_path: Path, workspace: Workspace) -> None:
     """Providers, unattributed credits and columns add up to what the API charged and answered."""
     workspace.write_leads(make_leads(80))
@@ -228,7 +305,7 @@ def test_resumed_run_explains_balance(tmp_path: Path, workspace: Workspace) -> N
     assert summary.balance_before - summary.balance_after < summary.credits_spent
     assert summary.difference is not None
     assert summary.difference["unexplained"] == 0
-    assert "answers submitted before" in "\n".join(format_summary(summary))
+    assert "results of earlier requests" in "\n".join(format_details(summary))
 
 
 def test_signal_skips_provider_stats(api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,13 +313,12 @@ def test_signal_skips_provider_stats(api: SandboxApi, workspace: Workspace, monk
     workspace.write_leads(make_leads(3))
     summary = workspace.run_job(api)
     signals = SignalHandler(on_first_signal=lambda _: None)
-    ending = RunFinisher(Mock(), Mock(), Mock(), Mock(), signals)
 
     with closing(workspace.open_ledger()) as ledger:
         signals.received = ExitCode.TERMINATED
-        few = ending._read_provider_totals(ledger, summary)
-        monkeypatch.setattr("enrich.run.summary.MAX_READ_WHEN_INTERRUPTED", 2)
-        many = ending._read_provider_totals(ledger, summary)
+        few = read_provider_totals(ledger, signals, summary)
+        monkeypatch.setattr("enrich.run.finish.MAX_READ_WHEN_INTERRUPTED", 2)
+        many = read_provider_totals(ledger, signals, summary)
 
     assert few is not None
     assert few.answers == 3
@@ -273,10 +349,10 @@ def test_terminal_colors(api: SandboxApi, workspace: Workspace) -> None:
     coloured = run_on_terminal(workspace, api)
     plain = run_on_terminal(workspace, api, NO_COLOR="1")
 
-    assert "\x1b[32mfound" in coloured
-    assert "\x1b[" not in plain[plain.index("job: 4 rows") :]
+    assert "\x1b[32m✓\x1b[0m" in coloured
+    assert "\x1b[" not in plain[plain.index("✓") :]
     assert "\x1b[" not in run_on_terminal(workspace, api, TERM="dumb")
-    assert "1  25.0%  never sent: see enrich_error" in plain
+    assert " · 1 skipped (" in plain or "  1 skipped (" in plain
 
 
 @pytest.mark.long
@@ -287,7 +363,7 @@ def test_commands_use_given_paths(tmp_path: Path, workspace: Workspace) -> None:
         result = workspace.run_in_process("run", "job.yaml", "--ledger", "my ledger.db", "--output", "o.csv", api=api)
 
         assert result.exit_code == 10
-        assert "\n    enrich run job.yaml --ledger 'my ledger.db' --output o.csv --retry failed\n" in result.stderr
+        assert ": enrich run job.yaml --ledger 'my ledger.db' --output o.csv --retry failed\n" in result.stderr
 
 
 @pytest.mark.long
@@ -296,8 +372,9 @@ def test_file_name_starting_with_dash(tmp_path: Path, workspace: Workspace) -> N
     workspace.write_leads(make_leads(3))
     workspace.write_job().rename(workspace.folder / "-job.yaml")
     with serve_api(tmp_path / "api.db", failure_rate=1.0, free_failures=0.0) as api:
-        result = workspace.run_in_process("run", "--receipt", "--", "-job.yaml", api=api)
-        (command,) = (line.split() for line in result.stderr.splitlines() if "--retry failed" in line)
+        result = workspace.run_in_process("run", "--summary", "--", "-job.yaml", api=api)
+        (line,) = (line for line in result.stderr.splitlines() if "--retry failed" in line)
+        command = line[line.index("enrich run") :].split()
         again = workspace.run_in_process(*command[1:], api=api)
 
     assert command == ["enrich", "run", "./-job.yaml", "--retry", "failed"]

@@ -17,6 +17,7 @@ def submit_and_collect(api: SandboxClient, rows: list[dict[str, str]], **body: A
     return [{key: value for key, value in task.items() if key not in names} for task in tasks]
 
 
+@pytest.mark.long
 def test_same_answers_in_any_order(start: StartSandbox) -> None:
     """With the same seed, another sandbox gives the same answers in any order of requests."""
     rows = make_leads(30)

@@ -5,7 +5,7 @@ from typing import Any
 import httpx
 import pytest
 
-from enrich.sandbox.gate import PeakRate
+from enrich.sandbox.middleware import PeakRate
 from tests.sandbox.conftest import ADA, SandboxClient, StartSandbox, make_leads
 
 

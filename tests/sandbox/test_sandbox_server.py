@@ -22,7 +22,7 @@ from enrich.sandbox.server import serve_in_thread
 from enrich.sandbox.settings import SandboxSettings
 from tests.sandbox.conftest import SandboxClient, make_leads
 from tests.support.cases import in_turn
-from tests.support.workspace import reset_signals
+from tests.support.program import reset_signals
 
 INSTANT = SandboxSettings(latency="fixed(0)")
 
@@ -205,7 +205,7 @@ def test_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "enrich.sandbox.app")
     monkeypatch.setitem(sys.modules, "fastapi", None)
     result = CliRunner().invoke(sandbox, [])
-    assert (result.exit_code, "pip install 'databar-enrich[sandbox]'" in result.output) == (2, True)
+    assert (result.exit_code, "pip install 'FILE[sandbox]'" in result.output) == (2, True)
 
 
 def test_imports_without_server_extra() -> None:
@@ -220,6 +220,7 @@ def test_help_names_every_fault() -> None:
     assert all(text in words for text in ("--no-data-seconds", "lognormal(1.2,0.6)", "reset-after", "unavailable"))
 
 
+@pytest.mark.long
 @in_turn(
     ("host", "answers"),
     [

@@ -8,8 +8,10 @@ from typing import Any
 from enrich.sandbox import SandboxSettings
 from enrich.sandbox.answers import make_answer
 from enrich.sandbox.catalogue import WATERFALLS
+from enrich.sandbox.enrichments import ENRICHMENTS
+from enrich.sandbox.lookups import EnrichmentCall, Lookup, make_cascade
 from enrich.sandbox.people import SeededRandom, invent_fields
-from enrich.sandbox.questions import Lookup, make_cascade
+from tests.support.workspace import lead_name
 
 #: Statuses that count as an answer. Nothing expires here: `expired` would be a loss.
 ANSWER_STATUSES = frozenset({"found", "not_found", "failed"})
@@ -30,7 +32,7 @@ def misassigned_rows(
 
     `column` is the column with the email, None if there is none. A row without an answer is never wrong.
     """
-    runs = {run["params"]["first_name"]: run for run in audit["runs"]}
+    runs = {lead_name(run["params"]): run for run in audit["runs"]}
     wrong = {}
     for row in rows:
         name, status = row["First Name"], row["enrich_status"]
@@ -49,9 +51,15 @@ def misassigned_rows(
 
 
 def _expected_answer(run: Mapping[str, Any], settings: SandboxSettings, *, bulk: bool) -> tuple[str, str]:
-    """Return the status and the email that the sandbox has for a run of its audit."""
-    cascade = make_cascade(WATERFALLS[run["waterfall"]], run["enrichments"], run["email_verifier"])
-    template = Lookup(cascade, run["params"])
+    """Return the status and the email, or the phone, that the sandbox has for a run of its audit."""
+    is_waterfall = "waterfall" in run
+    template = Lookup(
+        make_cascade(WATERFALLS[run["waterfall"]], run["enrichments"], run["email_verifier"])
+        if is_waterfall
+        else EnrichmentCall(ENRICHMENTS[run["enrichment"]], run["pages"]),
+        run["params"],
+    )
     draw = SeededRandom(settings.seed, template.subject)
     outcome = make_answer(template, _LAST_ATTEMPT, draw, settings, bulk=bulk).outcome
-    return _STATUS_BY_OUTCOME[outcome], invent_fields(run["waterfall"], run["params"], draw)["email"]
+    fields = invent_fields(run["waterfall"] if is_waterfall else str(run["enrichment"]), run["params"], draw)
+    return _STATUS_BY_OUTCOME[outcome], fields["email" if is_waterfall else "phone"]

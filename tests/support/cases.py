@@ -59,7 +59,7 @@ def in_turn(
                     failed.append(f"  {label}: {type(failure).__name__}")
             if first is not None:
                 first.add_note(
-                    "\n".join([f"{len(failed)} of {len(table)} cases fail; of the first it is told above:", *failed])
+                    "\n".join([f"{len(failed)} of {len(table)} cases fail; the first is shown above:", *failed])
                 )
                 raise first
 

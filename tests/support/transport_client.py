@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
-import httpx
-
-from enrich.databar.transport import Transport
+from enrich.databar.transport import HttpAnswer, Origin, Transport
 
 T = TypeVar("T")
 
@@ -24,15 +23,23 @@ class Sender:
 
     async def __call__(
         self, path: str, method: str = "GET", *, fresh: bool = False, seconds: float = 5.0
-    ) -> httpx.Response:
+    ) -> HttpAnswer:
         """Send a request and read its answer."""
-        extensions = {"timeout": {"read": seconds}} | ({"fresh": True} if fresh else {})
-        request = httpx.Request(method, self.base_url + path, extensions=extensions)
-        return await self.transport.handle_async_request(request)
+        origin, base_path = Origin.of(self.base_url), urlsplit(self.base_url).path
+        head = f"{method} {base_path}{path} HTTP/1.1\r\nhost: {origin.host_header}\r\n"
+        head += "content-length: 0\r\n" if method == "POST" else ""
+        request = f"{head}\r\n".encode()
+        return await self.transport.exchange(origin, request, seconds, fresh=fresh, is_repeatable=method == "GET")
 
 
-def with_transport(base_url: str, use: Callable[[Sender], Awaitable[T]], **settings: Any) -> T:
-    """Open a transport and use it; `settings` are its own."""
+def with_transport(
+    base_url: str,
+    use: Callable[[Sender], Awaitable[T]],
+    *,
+    run: Callable[[Coroutine[Any, Any, T]], T] = asyncio.run,
+    **settings: Any,
+) -> T:
+    """Open a transport and use it, in the event loop of `run`; `settings` are its own."""
 
     async def use_and_close() -> T:
         transport = Transport(32, 5.0, ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), **settings)
@@ -41,9 +48,10 @@ def with_transport(base_url: str, use: Callable[[Sender], Awaitable[T]], **setti
         finally:
             await transport.aclose()
 
-    return asyncio.run(use_and_close())
+    return run(use_and_close())
 
 
-def send_get(base_url: str, path: str = "/a", seconds: float = 5.0, **settings: Any) -> httpx.Response:
+def send_get(base_url: str, path: str = "/a", seconds: float = 5.0, **settings: Any) -> HttpAnswer:
     """Send one GET."""
-    return with_transport(base_url, lambda send: send(path, seconds=seconds), **settings)
+    response: HttpAnswer = with_transport(base_url, lambda send: send(path, seconds=seconds), **settings)
+    return response

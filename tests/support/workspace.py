@@ -6,15 +6,12 @@ import csv
 import io
 import json
 import os
-import resource
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import chdir, closing, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -28,17 +25,20 @@ from enrich.databar.clock import SystemClock
 from enrich.databar.credentials import ApiAccess
 from enrich.job.job import load_job
 from enrich.job.locations import LedgerLocation, parse_ledger_location
-from enrich.ledger.database import ledger_exists
-from enrich.ledger.ledger import Ledger
+from enrich.job.target import TargetKind
+from enrich.ledger import transitions
+from enrich.ledger.database import Database, ledger_exists
 from enrich.ledger.lock import lock_ledger, open_for_run
-from enrich.run.context import Progress, RunContext, RunOptions
+from enrich.run.context import RunEnvironment, RunOptions
 from enrich.run.pipeline import run
 from enrich.run.poll_schedule import PollSchedule
-from enrich.run.state import Timeouts
+from enrich.run.progress import Progress
+from enrich.run.run_state import Timeouts
 from enrich.run.summary import RunSummary
 from enrich.sandbox import SandboxSettings
 from enrich.sandbox.server import serve_in_thread
 from tests.support.ledger import run_sql
+from tests.support.program import ProgramStart
 
 #: An API that answers immediately and never fails; most tests use it.
 INSTANT_API = SandboxSettings(latency="fixed(0)", failure_rate=0.0, miss_kinds=("null",))
@@ -54,11 +54,11 @@ SHORT_TIMEOUTS = Timeouts(
     get_s=20,
 )
 #: For an API that is unreachable at the start, and …
-AWAY = replace(SHORT_TIMEOUTS, startup_s=0.5)
+SHORT_STARTUP_TIMEOUT = replace(SHORT_TIMEOUTS, startup_s=0.5)
 #: … for one that fails permanently during the run.
-ILL = replace(SHORT_TIMEOUTS, outage_s=1.0)
+SHORT_OUTAGE_TIMEOUT = replace(SHORT_TIMEOUTS, outage_s=1.0)
 #: For POSTs that are never answered.
-SILENT = replace(SHORT_TIMEOUTS, post_s=2.0)
+SHORT_POST_TIMEOUT = replace(SHORT_TIMEOUTS, post_s=2.0)
 
 JOB = """\
 version: 1
@@ -73,6 +73,18 @@ columns:
   work_email: email
 limits: {requests_per_second: 1000}
 """
+#: The same leads with an enrichment, which is asked with the first name and answers with it.
+ENRICHMENT_JOB = """\
+version: 1
+input: leads.csv
+output: out.csv
+enrichment: 80
+params: {phone: First Name}
+columns: {work_email: phone}
+limits: {requests_per_second: 1000}
+"""
+#: The jobs by the kind of their target.
+JOBS = {TargetKind.WATERFALL: JOB, TargetKind.ENRICHMENT: ENRICHMENT_JOB}
 HEADER = ["First Name", "Last Name", "Website", "Email", "Note"]
 
 
@@ -136,8 +148,7 @@ def serve_api(
         yield SandboxApi(server.base_url, server.api_key)
 
 
-#: Values of a `backend` fixture: both backends, or the server among the long tests only.
-BOTH_BACKENDS = ("file", "server")
+#: Values of a `backend` fixture: both backends, the server among the long tests only.
 BOTH_BACKENDS_SERVER_LONG = ("file", pytest.param("server", marks=pytest.mark.long))
 #: For a test of the file in a module that covers both.
 FILE_ONLY = pytest.mark.parametrize("backend", ["file"])
@@ -198,37 +209,31 @@ class Workspace:
         with (self.folder / name).open(newline="", encoding="utf-8") as file:
             return list(csv.DictReader(file))
 
-    def open_ledger(self) -> Ledger:
+    def open_ledger(self) -> Database:
         """Open the ledger read-only."""
-        return Ledger(self.ledger_location, read_only=True)
+        return Database(self.ledger_location, read_only=True)
 
     def run_subprocess(
-        self, *arguments: str, api: SandboxApi | None = None, max_file_bytes: int | None = None, **environ: str
+        self,
+        *arguments: str,
+        api: SandboxApi | None = None,
+        stdin: int = subprocess.DEVNULL,
+        max_file_bytes: int | None = None,
+        **environ: str,
     ) -> ProgramResult:
         """Run the program to its end as cron does, with a nearly empty environment.
 
         With `max_file_bytes`, no file grows beyond that size, as on a full disk.
         """
-        if max_file_bytes is not None:  # Python would leave a truncated compiled module behind
-            environ = {"PYTHONDONTWRITEBYTECODE": "1"} | environ
-
-        def prepare() -> None:
-            reset_signals()
-            if max_file_bytes is not None:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
-
-        process = subprocess.run(
-            [sys.executable, "-m", "enrich", *arguments],
-            cwd=self.folder,
-            env=self.environment(api) | environ,
-            preexec_fn=prepare,
-            capture_output=True,
-            text=True,
-            timeout=100,
-            check=False,
-            stdin=subprocess.DEVNULL,
+        start = ProgramStart(
+            arguments, str(self.folder), self.environment(api) | environ, max_file_bytes=max_file_bytes
         )
-        return ProgramResult(process.returncode, process.stdout, process.stderr)
+        with start.start(stdin) as process:
+            try:
+                out, err = process.communicate(timeout=100)
+            finally:
+                process.kill()
+        return ProgramResult(process.returncode, out, err)
 
     def run_in_process(self, *arguments: str, api: SandboxApi | None = None, **environ: str) -> ProgramResult:
         """Run the program in this process: starts faster, and ignores signals."""
@@ -249,20 +254,21 @@ class Workspace:
         api: SandboxApi | None = None,
         ignoring: Iterable[signal.Signals] = (),
         group: bool = False,
+        clock: Path | None = None,
         **environ: str,
     ) -> subprocess.Popen[str]:
-        """Start the program, `ignoring` signals as under `nohup`; `group`: in a process group. The caller ends it."""
-        return subprocess.Popen(
-            [sys.executable, "-m", "enrich", *arguments],
-            cwd=self.folder,
-            env=self.environment(api) | environ,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            stdin=subprocess.DEVNULL,
-            preexec_fn=partial(reset_signals, ignoring),
-            process_group=0 if group else None,
-            text=True,
-        )
+        """Start the program, `ignoring` signals as under `nohup`; `group`: in a process group. The caller ends it.
+
+        `clock`: file with the offset of its clock in seconds.
+        """
+        return ProgramStart(
+            arguments,
+            str(self.folder),
+            self.environment(api) | environ,
+            ignored_signals=tuple(ignoring),
+            new_group=group,
+            clock=None if clock is None else str(clock),
+        ).start()
 
     def run_job(
         self, api: SandboxApi, options: RunOptions | None = None, timing: Timeouts | None = None, **around: Any
@@ -272,31 +278,31 @@ class Workspace:
         with _fast_polling(), lock_ledger(job.ledger, 0), open_for_run(job.ledger) as (ledger, lease):
             if lease is not None:
                 around = {"clock": lease, "lease_valid": lease.is_valid} | around
-            return run(
-                RunContext(job, api.access, ledger, timeouts=timing or Timeouts(), **around), options or RunOptions()
-            )
+            environment = RunEnvironment(timeouts=timing or Timeouts(), **around)
+            return run(job, api.access, ledger, options or RunOptions(), environment)
 
     def open_task_count(self) -> int:
         """Count the tasks without an answer."""
         if not ledger_exists(self.ledger_location):
             return 0
         with closing(self.open_ledger()) as ledger:
-            return len(ledger.submitted_tasks())
+            return len(transitions.submitted_tasks(ledger))
 
     def environment(self, api: SandboxApi | None = None) -> dict[str, str]:
         """Return the complete environment, as under cron."""
         return {"PATH": os.defpath, "HOME": str(self.folder), **self.environ, **(api.environ if api else {})}
 
-    def submit_without_collecting(self, api: SandboxApi) -> None:
-        """Submit all requests to a slow API, and end the run before any answer arrives."""
+    def submit_without_collecting(self, api: SandboxApi, count: int | None = None) -> None:
+        """Submit all requests, or the `count` new ones, to a slow API; end the run before any answer arrives."""
         clock = JumpingClock()
 
         def end_when_submitted(progress: Progress) -> None:
-            if progress.total and progress.submitted >= progress.total:
+            if progress.total and progress.submitted >= (progress.total if count is None else count):
                 clock.jumped_s = 3600.0
 
         summary = self.run_job(api, RunOptions(max_time_s=600.0), clock=clock, on_progress=end_when_submitted)
-        assert (summary.exit_code, summary.submitted, summary.pending) == (13, summary.requests, summary.rows)
+        expected = summary.requests if count is None else count
+        assert (summary.exit_code, summary.submitted, summary.pending) == (13, expected, summary.rows)
 
 
 @dataclass(slots=True)
@@ -325,14 +331,6 @@ class ProgramResult:
         return output
 
 
-def reset_signals(ignoring: Iterable[signal.Signals] = ()) -> None:
-    """Give a starting process a shell's signal dispositions, however the tests were started."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
-        signal.signal(number, signal.SIG_DFL)
-    for number in ignoring:
-        signal.signal(number, signal.SIG_IGN)
-
-
 @contextmanager
 def _fast_polling() -> Iterator[None]:
     """Poll after 0.05 s instead of 0.9 s, because hundreds of tests wait for runs against an instant sandbox."""
@@ -345,6 +343,11 @@ def clock_ahead(seconds: float) -> SystemClock:
     clock = SystemClock()
     clock._boot_ms += int(seconds * 1000)
     return clock
+
+
+def lead_name(params: Mapping[str, str]) -> str:
+    """Return the first name of the lead that was asked with these params, by either job."""
+    return params.get("first_name") or params["phone"]
 
 
 def make_leads(count: int, start: int = 0) -> list[list[str]]:
@@ -365,12 +368,13 @@ def read_terminal(terminal: int, up_to: bytes | None = None) -> bytes:
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    """Wait until a condition holds."""
-    end = time.monotonic() + timeout_s
+    """Wait until a condition holds. It is checked less often the longer that takes, as many conditions are costly."""
+    begun = time.monotonic()
     while not condition():
-        if time.monotonic() > end:
-            raise AssertionError("it never came to be")
-        time.sleep(0.01)
+        waited_s = time.monotonic() - begun
+        if waited_s > timeout_s:
+            raise AssertionError(f"the condition did not hold within {timeout_s:g} s")
+        time.sleep(min(0.05, 0.005 + waited_s / 20))
 
 
 def kill_process(process: subprocess.Popen[str]) -> None:

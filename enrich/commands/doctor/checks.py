@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from enrich.databar.clock import CLOCK_TOLERANCE_MS
 from enrich.errors import EnrichError
 from enrich.exit_codes import ExitCode
 from enrich.job.locations import Location
-from enrich.models import iso_time, to_credits
+from enrich.ledger.execution_records import ExecutionRow
+from enrich.models import iso_time, pluralize, to_credits
 
 DAY_S = 86_400.0
 #: An input that did not change for longer than this (seconds) causes a warning.
 STALE_INPUT_S = 2 * DAY_S
+#: The marks of findings, in the order of the output.
+MARKS = ("fail", "warn", "ok")
 #: Number of days for which the output names are checked.
 DAYS_AHEAD = 366
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of the doctor's output. `exit_code` is the exit code that a run would have because of a `fail`."""
+    """A finding of the doctor. `exit_code` is the exit code that a run would have because of a `fail`."""
 
     mark: Literal["ok", "warn", "fail"]
     subject: str
@@ -31,10 +35,24 @@ class Finding:
     remedy: str | None = None
     exit_code: ExitCode = ExitCode.OK
 
-    def __str__(self) -> str:
-        """Format the finding as one line."""
-        remedy = f" -> {self.remedy}" if self.remedy else ""
-        return f"{self.mark:<6}{self.subject:<10}{' '.join(f'{self.message}{remedy}'.split())}"
+    def lines(self) -> Iterator[str]:
+        """Yield the finding as text, the remedy on a line of its own."""
+        yield f"{self.mark:<6}{self.subject:<13}{' '.join(self.message.split())}"
+        if self.remedy:
+            yield f"{'':<6}{'':<13}→ {' '.join(self.remedy.split())}"
+
+
+def format_findings(findings: Sequence[Finding]) -> Iterator[str]:
+    """Yield the findings as text: failures, warnings, the rest, and their number."""
+    counts = Counter(finding.mark for finding in findings)
+    for mark in MARKS:
+        for finding in findings:
+            if finding.mark == mark:
+                yield from finding.lines()
+    if counts["fail"] or counts["warn"]:
+        yield f"{pluralize(counts['fail'], 'failure')}, {pluralize(counts['warn'], 'warning')}"
+    else:
+        yield "No problems found"
 
 
 def error_finding(subject: str, error: EnrichError) -> Finding:
@@ -45,12 +63,12 @@ def error_finding(subject: str, error: EnrichError) -> Finding:
 def check_clock(ahead_s: float | None) -> Finding:
     """Check by how many seconds the API's clock is ahead of this machine's. None: the API sent no time."""
     if ahead_s is None:
-        return Finding("ok", "clock", "the API tells no time to compare with")
+        return Finding("ok", "clock", "not compared: the API sends no time")
     if abs(ahead_s) * 1000 <= CLOCK_TOLERANCE_MS:
         return Finding("ok", "clock", "agrees with the API's")
     direction = "behind" if ahead_s > 0 else "ahead of"
     message = f"this machine's clock is {timedelta(seconds=abs(round(ahead_s)))} {direction} the API's"
-    return Finding("warn", "clock", message, "set it (NTP): cron starts by it; ages are counted by the API's")
+    return Finding("warn", "clock", message, "set it by NTP, because cron starts runs by it")
 
 
 def check_balance(
@@ -61,13 +79,13 @@ def check_balance(
     `max_price` is the maximum price of one request. `recent_spends` are the amounts that the last runs spent.
     """
     if balance is None:
-        yield Finding("ok", "balance", "the API does not tell it")
+        yield Finding("ok", "balance", "not reported by the API")
         return
     balance_text = f"{to_credits(balance):,.2f} credits"
     if balance < 0:
         yield Finding("fail", "balance", f"{balance_text}: runs are refused", "top up", ExitCode.REFUSED)
     elif min_balance is not None and balance < min_balance:
-        least = f"limits.min_balance wants {to_credits(min_balance):,.2f} to stay"
+        least = f"limits.min_balance is {to_credits(min_balance):,.2f}"
         yield Finding(
             "fail", "balance", f"{balance_text}, but {least}", "top up, or lower min_balance", ExitCode.REFUSED
         )
@@ -85,18 +103,18 @@ def check_balance(
         yield Finding("ok", "balance", balance_text)
 
 
-def check_cap(
-    max_credits: int | None, max_price: int | None, executions: Sequence[Mapping[str, Any]]
-) -> Iterator[Finding]:
+def check_cap(max_credits: int | None, max_price: int | None, executions: Sequence[ExecutionRow]) -> Iterator[Finding]:
     """Check the cap (millionths of a credit) against the last executions, which are rows of the ledger."""
     if max_credits is None:
-        yield Finding("warn", "cap", "limits.max_credits is not set: a run may spend the whole balance", "set it")
+        yield Finding(
+            "warn", "cap", "limits.max_credits is not set: a run can spend the whole balance", "set it in the job file"
+        )
         return
     cap_text = f"limits.max_credits is {to_credits(max_credits):,.2f}"
-    stopped = sum(row["exit_code"] == ExitCode.CREDITS for row in executions)
-    max_spent = max((row["spent"] for row in executions), default=0)
+    stopped = sum(row.exit_code == ExitCode.CREDITS for row in executions)
+    max_spent = max((row.spent for row in executions), default=0)
     if max_price is not None and max_credits < max_price:
-        message = f"{cap_text}, but one request may cost {to_credits(max_price):,.2f}: nothing would be asked"
+        message = f"{cap_text}, but one request may cost {to_credits(max_price):,.2f}: nothing would be sent"
         yield Finding("fail", "cap", message, "raise it, or choose cheaper `enrichments`", ExitCode.CREDITS)
     elif stopped:
         message = (
@@ -114,30 +132,35 @@ def check_cap(
 def check_expiring_results(submitted_ms: Sequence[int], ttl_ms: int, now_ms: int, next_run_ms: int) -> Finding:
     """Check for results that the API deletes before the next run. Times are in milliseconds since 1970 (UTC)."""
     if not submitted_ms:
-        return Finding("ok", "results", "nothing waits at the API")
+        return Finding("ok", "results", "nothing is running at Databar")
     count = sum(at + ttl_ms <= next_run_ms for at in submitted_ms)
-    waiting = f"{len(submitted_ms):,} paid requests wait at the API"
+    waiting = f"{pluralize(len(submitted_ms), 'paid request')} running at Databar"
     if not count:
         return Finding("ok", "results", f"{waiting}; the first expires at {iso_time(min(submitted_ms) + ttl_ms)}")
     expired = sum(at + ttl_ms <= now_ms for at in submitted_ms)
-    past = f" ({expired:,} of them should be gone already)" if expired else ""
+    past = f" ({expired:,} of them have probably expired)" if expired else ""
     message = f"{waiting}, {count:,} expire before the next run at {iso_time(next_run_ms)}{past}"
-    return Finding("warn", "results", message, "enrich run now: it collects them first")
+    return Finding("warn", "results", message, "run the job now: it collects them first")
 
 
 def check_in_doubt(count: int) -> Finding:
     """Check for unconfirmed requests, which need a decision."""
     if not count:
-        return Finding("ok", "doubts", "no request is in doubt")
-    remedy = "enrich reconcile, then run --retry in_doubt (may pay twice) or --accept in_doubt"
-    return Finding("warn", "doubts", f"{count:,} requests are in doubt: each run ends with 14 until you decide", remedy)
+        return Finding("ok", "unconfirmed", "no request is unconfirmed")
+    remedy = "enrich reconcile JOB, then enrich run JOB with --retry in_doubt (may charge again) or --accept in_doubt"
+    return Finding(
+        "warn",
+        "unconfirmed",
+        f"{pluralize(count, 'request')} may have been charged: runs end with 14 until you decide",
+        remedy,
+    )
 
 
 def check_input_age(changed_s: float, now_s: float) -> Finding:
     """Check the age of the input. Times are in seconds since 1970."""
     days = (now_s - changed_s) / DAY_S
     if now_s - changed_s > STALE_INPUT_S:
-        return Finding("warn", "input", f"did not change for {days:.0f} days", "is the export still running?")
+        return Finding("warn", "input", f"unchanged for {days:.0f} days", "check that the export still runs")
     return Finding("ok", "input", "changed within the last two days")
 
 
@@ -151,14 +174,14 @@ def check_output_names(
     daily_paths = [path_of(start + timedelta(days=day)) for day in range(DAYS_AHEAD)]
     for day, path in enumerate(daily_paths):
         if isinstance(path, Path) and path in reserved:
-            message = f"in {day} nights the output would be {path}, which is {reserved[path]}"
+            message = f"in {day} days the output is {path}, which is {reserved[path]}"
             return Finding("fail", "output", message, "choose another `output`", ExitCode.USAGE)
     later = next((day for day in range(1, DAYS_AHEAD) if daily_paths[day] == daily_paths[0]), None)
     if later is None:
-        return Finding("ok", "output", f"tonight {daily_paths[0]}; each night has a file of its own")
+        return Finding("ok", "output", f"{daily_paths[0]} at the next run; each day has its own file")
     if later == 1 and len(set(daily_paths)) == 1:
-        return Finding("ok", "output", f"{daily_paths[0]}; each run replaces the last one's")
-    message = f"its name comes again after {later} nights, and the older file is replaced"
+        return Finding("ok", "output", f"{daily_paths[0]}; each run replaces it")
+    message = f"its name repeats after {later} days, and then the older file is replaced"
     return Finding("warn", "output", message, "use %Y-%m-%d, or no codes at all")
 
 
@@ -167,10 +190,13 @@ def check_free_space(folder: Path, free: int, output_bytes: int, ledger_bytes: i
     free_text = f"{_format_size(free)} free in {folder}"
     if free < output_bytes:
         message = f"{free_text}, the output needs {_format_size(output_bytes)}"
-        return Finding("fail", "disk", message, "make room", ExitCode.REFUSED)
+        return Finding("fail", "disk", message, "free some space", ExitCode.REFUSED)
     if free < output_bytes + ledger_bytes:
         return Finding(
-            "warn", "disk", f"{free_text}, a run may need {_format_size(output_bytes + ledger_bytes)}", "make room"
+            "warn",
+            "disk",
+            f"{free_text}, a run may need {_format_size(output_bytes + ledger_bytes)}",
+            "free some space",
         )
     return Finding("ok", "disk", f"{free_text}, a run needs at most {_format_size(output_bytes + ledger_bytes)}")
 

@@ -15,20 +15,21 @@ from typing import Any, TextIO
 import click
 
 from enrich.commands import options
-from enrich.commands.check import CheckResult, check_job, check_summary
+from enrich.commands.check import check_job, check_summary
+from enrich.commands.check_target import CheckResult
 from enrich.commands.doctor import checks, system
 from enrich.commands.doctor.checks import Finding, error_finding, next_run_time
 from enrich.commands.doctor.system import parse_env_lines
 from enrich.commands.options import parse_option, time_option
 from enrich.commands.paths import files_read, files_written, local_input_files, nearest_existing, path_exists
-from enrich.databar.credentials import ApiAccess, find_base_url, find_key
+from enrich.databar.credentials import NO_KEY_HINT, ApiAccess, find_base_url, find_key
 from enrich.databar.network import find_proxy, load_certificates
 from enrich.errors import EnrichError
 from enrich.exit_codes import EXIT_PRECEDENCE, ExitCode
 from enrich.job.job import Job
 from enrich.job.locations import LedgerLocation, PostgresLocation
-from enrich.ledger.database import ledger_exists
-from enrich.ledger.ledger import Ledger
+from enrich.ledger import execution_records, queries, transitions
+from enrich.ledger.database import Database, ledger_exists
 from enrich.ledger.lock import is_locked
 from enrich.ledger.sqlite import lock_path
 from enrich.models import State, read_balance, to_micros
@@ -42,6 +43,7 @@ RECENT_EXECUTIONS = 7
 REQUEST_BYTES, ENOUGH_REQUESTS = 2_000, 100
 #: Maximum factor by which gzip compresses a CSV.
 GZIP_FACTOR = 10
+KEY_REMEDY = "set DATABAR_API_KEY_FILE in the crontab (see `enrich cron`), then pass --env DATABAR_API_KEY_FILE=…"
 #: Environment variables that change where and how the API and the ledger are reached.
 ENVIRONMENT_VARIABLES = (
     "DATABAR_BASE_URL",
@@ -94,20 +96,20 @@ def job_findings(job: Job, context: DoctorContext) -> Iterator[Finding]:
     live: ApiSnapshot | None = None
     if access and not context.offline:
         try:
-            live = query_api(access, job.model.waterfall, context.cron_environ)
+            live = query_api(access, job, context.cron_environ)
             if context.sandbox_access is None:
                 bound_to["workspace"] = live.user.workspace
             yield Finding("ok", "api", f"{access.host} accepts the key")
             yield checks.check_clock(live.clock_ahead_s)
         except EnrichError as error:
             yield error_finding("key" if error.exit_code is ExitCode.KEY else "api", error)
-    check = check_job(job, bound_to, live.waterfall if live else None)
+    check = check_job(job, bound_to, live.descriptions if live else ())
     yield from (error_finding("job", problem) for problem in check.problems)
-    yield from (Finding("warn", "waterfall", change, "is the job still what you want?") for change in check.changes)
+    yield from (Finding("warn", "waterfall", change, "check that the job still fits") for change in check.changes)
     if not check.problems:
         yield Finding("ok", "job", check_summary(job, check))
     if job.model.report is not None and job.model.report.path is not None and is_extra_missing():
-        yield Finding("warn", "report", "tonight's run cannot write the `report` without its extra", INSTALL_HINT)
+        yield Finding("warn", "report", "the run cannot write the `report` without its extra", INSTALL_HINT)
     yield from _file_findings(job, context)
     yield from _ledger_findings(job, context, check, live)
     yield from _disk_findings(job, context, check)
@@ -119,17 +121,17 @@ def environment_findings(context: DoctorContext) -> Iterator[Finding]:
     environ, home = context.cron_environ, Path(context.cron_environ["HOME"])
     try:
         find_key(environ, home)
-        yield Finding("ok", "key", "cron will find it")
+        yield Finding("ok", "key", "available to cron")
     except EnrichError as error:
         set_names = [
             name for name in ("DATABAR_API_KEY", "DATABAR_API_KEY_FILE") if context.shell_environ.get(name, "").strip()
         ]
         if set_names and not any(environ.get(name) for name in set_names):
-            message = f"{set_names[0]} is set in this shell only: cron will not have it"
-            remedy = "name a key file in the crontab, see `enrich cron`; then --env DATABAR_API_KEY_FILE=…"
-            yield Finding("fail", "key", message, remedy, ExitCode.KEY)
+            message = f"{set_names[0]} is set in this shell only, not in cron"
+            yield Finding("fail", "key", message, KEY_REMEDY, ExitCode.KEY)
         else:
-            yield error_finding("key", error)
+            remedy = KEY_REMEDY if error.hint == NO_KEY_HINT else error.hint
+            yield Finding("fail", "key", error.message, remedy, error.exit_code)
     else:
         yield from _key_file_findings(environ, home)
     try:
@@ -138,8 +140,8 @@ def environment_findings(context: DoctorContext) -> Iterator[Finding]:
         yield error_finding("api", error)
     for name in ENVIRONMENT_VARIABLES:
         if context.shell_environ.get(name) and not environ.get(name):
-            message = f"{name} is set in this shell only: cron will not have it"
-            yield Finding("warn", "api", message, f"set it in the crontab, then --env {name}=…")
+            message = f"{name} is set in this shell only, not in cron"
+            yield Finding("warn", "api", message, f"set it in the crontab, then pass --env {name}=…")
 
 
 def _key_file_findings(environ: Mapping[str, str], home: Path) -> Iterator[Finding]:
@@ -147,9 +149,9 @@ def _key_file_findings(environ: Mapping[str, str], home: Path) -> Iterator[Findi
         return
     path = Path(environ.get("DATABAR_API_KEY_FILE", "").strip() or home / ".databar" / "config")
     if not path.is_absolute():
-        yield Finding("warn", "key", f"{path}: a relative path; cron starts in {home}", "name the absolute path")
+        yield Finding("warn", "key", f"{path} is a relative path, and cron starts in {home}", "use the absolute path")
     if system.is_accessible_by_others(path):
-        yield Finding("warn", "key", f"{path}: others may read the key", f"chmod 600 {path}")
+        yield Finding("warn", "key", f"{path}: other users can read the key", f"chmod 600 {path}")
 
 
 def _find_usable_base_url(environ: Mapping[str, str]) -> str:
@@ -183,7 +185,7 @@ def _file_findings(job: Job, context: DoctorContext) -> Iterator[Finding]:
     yield checks.check_output_names(job.output_path, context.next_run, {**reserved, job.ledger: "the ledger"})
     kind = system.file_system_type(system.read_mountinfo(), Path(os.path.realpath(job.ledger)))
     if system.is_network_file_system(kind):
-        message = f"{job.ledger} is on a network file system ({kind}), whose locks SQLite cannot trust"
+        message = f"{job.ledger} is on a network file system ({kind}), where SQLite locks are not reliable"
         yield Finding("warn", "ledger", message, "keep the ledger on a local disk: `ledger:` in the job file")
 
 
@@ -194,19 +196,22 @@ def _ledger_findings(
     path = job.ledger
     counts: dict[State, int] = {}
     submitted: list[int] = []
-    executions: list[Any] = []
+    executions: list[execution_records.ExecutionRow] = []
     try:
         if _ledger_exists(path):
-            with closing(Ledger(path, read_only=True)) as ledger:
-                counts, executions = ledger.state_counts(), ledger.executions(job.name, RECENT_EXECUTIONS)
-                submitted = [task.submitted_ms for task in ledger.submitted_tasks() for _ in task.attempts]
+            with closing(Database(path, read_only=True)) as ledger:
+                counts = queries.state_counts(ledger)
+                executions = execution_records.list_executions(ledger, job.name, RECENT_EXECUTIONS)
+                submitted = [task.submitted_ms for task in transitions.submitted_tasks(ledger) for _ in task.attempts]
             yield Finding("ok", "ledger", f"{sum(counts.values()):,} requests in {path}")
         else:
-            yield Finding("ok", "ledger", f"{path} will be made by the first run")
+            yield Finding("ok", "ledger", f"{path}: created by the first run")
     except EnrichError:
         return  # check_job has reported it
     if _ledger_is_locked(path):
-        yield Finding("warn", "lock", "a run holds the ledger now", "let it end before tonight's, or --if-locked skip")
+        yield Finding(
+            "warn", "lock", "a run is in progress", "wait until it ends, or start the next one with --if-locked skip"
+        )
     ttl_ms = int(job.model.policy.result_ttl.total_seconds() * 1000)
     now_ms, next_run_ms = (int(at.timestamp() * 1000) for at in (context.now, context.next_run))
     yield checks.check_expiring_results(submitted, ttl_ms, now_ms, next_run_ms)
@@ -220,7 +225,7 @@ def _ledger_findings(
             yield error_finding("cap", error)
     yield from checks.check_cap(_optional_micros(limits.max_credits), max_price, executions)
     if live:
-        spent = [row["spent"] for row in executions]
+        spent = [row.spent for row in executions]
         yield from checks.check_balance(
             read_balance(live.user.balance), _optional_micros(limits.min_balance), max_price, spent
         )
@@ -249,8 +254,8 @@ def _disk_findings(job: Job, context: DoctorContext, check: CheckResult) -> Iter
         if isinstance(job.ledger, PostgresLocation):
             per_request = 0.0  # the disk of the database server is not checked
         elif path_exists(job.ledger):
-            with closing(Ledger(job.ledger, read_only=True)) as ledger:
-                request_count = sum(ledger.state_counts().values())
+            with closing(Database(job.ledger, read_only=True)) as ledger:
+                request_count = sum(queries.state_counts(ledger).values())
             per_request = job.ledger.stat().st_size / request_count if request_count >= ENOUGH_REQUESTS else per_request
         # SQLite's journal may hold a second copy of the data.
         growth = int(2 * per_request * (check.sendable_rows or 0))
@@ -272,7 +277,7 @@ def _program_findings(job: Job, context: DoctorContext) -> Iterator[Finding]:
     problem = system.startup_error(command, context.cron_environ)
     if problem:
         message = f"{command[0]} does not start with cron's environment: {problem}"
-        yield Finding("fail", "program", message, "install it where cron's user may run it", ExitCode.REFUSED)
+        yield Finding("fail", "program", message, "install it where cron's user can run it", ExitCode.REFUSED)
     else:
         yield Finding("ok", "program", f"{' '.join(command)} starts with cron's environment")
     paths = [*files_written(job, context.next_run).values(), *files_read(job).values()]
@@ -280,21 +285,28 @@ def _program_findings(job: Job, context: DoctorContext) -> Iterator[Finding]:
         return
     encoding = system.file_name_encoding(context.cron_environ)
     if encoding.replace("-", "").lower() != "utf8":
-        message = f"cron's Python writes names of files in {encoding}, and the job's paths are not ASCII"
+        message = f"file names are written in {encoding} under cron, and the job's paths are not ASCII"
         yield Finding(
-            "fail", "names", message, "LANG=C.UTF-8 in the crontab, then --env LANG=C.UTF-8", ExitCode.REFUSED
+            "fail", "names", message, "set LANG=C.UTF-8 in the crontab, then pass --env LANG=C.UTF-8", ExitCode.REFUSED
         )
 
 
 def _make_cron_environ(given: tuple[str, ...], env_file: TextIO | None) -> dict[str, str]:
-    """Return the environment under cron: HOME, PATH and the variables that the crontab sets."""
+    """Return the environment under cron: HOME, PATH and the variables that the crontab sets.
+
+    A name in `given` without a value has its value in this environment.
+    """
     environ = {"HOME": pwd.getpwuid(os.getuid()).pw_dir, "PATH": "/usr/bin:/bin"}
     if env_file is not None:
         environ |= parse_option(lambda _: parse_env_lines(env_file), "")
     for pair in given:
         name, equals, value = pair.partition("=")
-        if not (name and equals):
-            raise click.BadParameter(f"`{pair}` must be NAME=VALUE", param_hint="--env")
+        if not equals and name in os.environ:
+            value = os.environ[name]
+        elif not (name and equals):
+            raise click.BadParameter(
+                f"`{pair}` must be NAME=VALUE, or the NAME of a variable that is set", param_hint="--env"
+            )
         environ[name] = value
     return environ
 
@@ -314,13 +326,17 @@ def _cron_environment(environ: dict[str, str]) -> Iterator[dict[str, str]]:
 
 @click.command()
 @options.JOB_ARGUMENT
-@click.option("--env", "given", multiple=True, metavar="NAME=VALUE", help="A variable that the crontab sets.")
-@click.option("--env-file", type=click.File(encoding="utf-8"), help="A file of such variables, one a line.")
 @click.option(
-    "--at", default="02:00", show_default=True, callback=time_option, metavar="HH:MM", help="When the job runs next."
+    "--env", "given", multiple=True, metavar="NAME[=VALUE]", help="A variable that the crontab sets. Can be repeated."
 )
-@click.option("--offline", is_flag=True, help="Do not ask the API.")
-@click.option("--sandbox", "use_sandbox", is_flag=True, help="Look at the sandbox's ledger, and ask the sandbox.")
+@click.option(
+    "--env-file", type=click.File(encoding="utf-8"), metavar="FILE", help="A file with such variables, one per line."
+)
+@click.option(
+    "--at", default="02:00", show_default=True, callback=time_option, metavar="HH:MM", help="Time of the next run."
+)
+@click.option("--offline", is_flag=True, help="Check without the API.")
+@click.option("--sandbox", "use_sandbox", is_flag=True, help="Check with the sandbox and its ledger.")
 @options.JSON_OPTION
 def doctor(
     job_file: Path,
@@ -331,10 +347,10 @@ def doctor(
     use_sandbox: bool,
     as_json: bool,
 ) -> int:
-    """Say what will go wrong with JOB tonight: one line for each finding, with its remedy.
+    """Check that the next cron run of JOB will work.
 
-    It sees the world as cron will: without the variables of this shell. Nothing is written or paid. Exit 0
-    when nothing fails, else the exit code that the run would have.
+    Uses cron's environment, without the variables of this shell. Free, changes nothing. The exit code is 0 if
+    nothing fails, otherwise the one that the run would have.
     """
     environ = _make_cron_environ(given, env_file)
     now = datetime.now().astimezone()
@@ -352,5 +368,5 @@ def doctor(
     if as_json:
         click.echo(json.dumps(findings_as_json(str(job_file), findings), ensure_ascii=False))
     else:
-        click.echo("\n".join(map(str, findings)))
+        click.echo("\n".join(checks.format_findings(findings)))
     return findings_exit_code(findings)

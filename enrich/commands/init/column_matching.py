@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from enrich.databar.waterfall import Waterfall
+from enrich.commands.init.column_kinds import (
+    COMPANY_NAME,
+    DOMAIN,
+    EMAIL,
+    EXCLUDING_WORDS,
+    FIRST_NAME,
+    FULL_NAME,
+    LAST_NAME,
+    ColumnKind,
+    ValueFormat,
+    column_kind_of,
+    split_words,
+)
+from enrich.databar.description import Description
+from enrich.job.cell_text import PLACEHOLDERS, clean
+from enrich.models import LeftOut
+from enrich.rows.domains import no_company
 
-ValueFormat = str
 Confidence = Literal["sure", "likely", "a guess"]
 _HOST = r"(?:[\w-]+\.)+[^\W\d_]{2,}"
 #: Patterns of value formats. A value may have several formats: a LinkedIn address is also a URL.
@@ -23,14 +37,6 @@ VALUE_FORMATS: dict[ValueFormat, re.Pattern[str]] = {
     "LinkedIn company pages": re.compile(r"\S*linkedin\.[a-z]+/(?:company|school)/\S+", re.IGNORECASE),
     "phone numbers": re.compile(r"\+?[\d\s().\-/]{7,}(?:\s*(?:x|ext\.?)\s*\d+)?", re.IGNORECASE),
 }
-#: Addresses of private mailboxes. Their domain is not the domain of a company.
-_FREE_MAIL = re.compile(
-    r"@(?:gmail|googlemail|yahoo|ymail|hotmail|outlook|live|msn|icloud|me|aol|gmx|web|mail|proton(?:mail)?|orange|free"
-    r"|wanadoo|laposte|t-online|freenet|libero|qq|163|126|yandex|zoho)\.[a-z.]{2,6}$",
-    re.IGNORECASE,
-)
-#: A single word with fewer letters is too ambiguous among other words: `Last Contacted`, `Name of the fair`.
-_MIN_WORD_LENGTH = 5
 _EXACT_HEADER = 3
 #: Shares of the values in a format: from the first on it is proven, below the second it is ruled out, and from the
 #: third on the few other values count as exceptions.
@@ -60,7 +66,7 @@ class Column:
 
 def describe_column(name: str, values: Iterable[str]) -> Column:
     """Compute the statistics of a column's values. Blank values are ignored."""
-    filled = [value.strip() for value in values if value.strip()]
+    filled = [text for text in map(clean, values) if text and text not in PLACEHOLDERS]
     count = len(filled) or 1
     shares = {kind: sum(1 for value in filled if form.fullmatch(value)) / count for kind, form in VALUE_FORMATS.items()}
     hosts = Counter(host for host in map(_host, filled) if host)
@@ -71,146 +77,29 @@ def describe_column(name: str, values: Iterable[str]) -> Column:
         numeric_share=sum(not any(map(str.isalpha, value)) for value in filled) / count,
         spaced_share=sum(" " in value for value in filled) / count,
         top_host_share=max(hosts.values(), default=0) / count,
-        free_mail_share=sum(bool(_FREE_MAIL.search(value)) for value in filled) / count,
+        free_mail_share=sum(map(_is_free_mail, filled)) / count,
     )
+
+
+def _is_free_mail(value: str) -> bool:
+    """Check whether a value is the address of a private mailbox, whose domain is not that of a company."""
+    _, at, host = value.lower().rpartition("@")
+    return bool(at) and no_company(host) is LeftOut.FREE_MAIL
 
 
 def _host(value: str) -> str:
     return re.sub(r"^(?:[a-z][a-z0-9+.-]*://)?(?:www\.)?|[/?#:].*$", "", value.lower())
 
 
-def split_words(name: str) -> tuple[str, ...]:
-    """Split a header or param name (`firstName`, `First-Name`, `Prénom`) into lower-case words without accents."""
-    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name)
-    plain = "".join(sign for sign in unicodedata.normalize("NFKD", spaced) if not unicodedata.combining(sign))
-    return tuple(re.findall(r"[^\W_]+", plain.casefold().replace("ß", "ss")))
-
-
-@dataclass(frozen=True, slots=True)
-class ColumnKind:
-    """A kind of data: names of params that take it and of headers (comma-separated). No `value_format`: any text."""
-
-    params: str
-    headers: str
-    value_format: ValueFormat | None = None
-    transform: tuple[str, ...] = ()
-
-    def serves_param(self, param: str) -> bool:
-        """Whether a param takes this kind of data."""
-        return _normalized(param) in map(_normalized, self.params.split(","))
-
-    def header_score(self, header: str) -> int:
-        """Return how well a header matches: 3 exactly, 2 among other words, 0 not at all."""
-        names = [split_words(name) for name in self.headers.split(",")]
-        header_words = split_words(header)
-        if "".join(header_words) in {"".join(name) for name in names}:
-            return 3
-        if EXCLUDING_WORDS.intersection(header_words) - {word for name in names for word in name}:
-            return 0
-        return 2 if any(_is_specific(name) and _is_sublist(name, header_words) for name in names) else 0
-
-
-#: A header with one of these words names another person or thing: `Account Owner Email`, `Company Phone`.
-EXCLUDING_WORDS = frozenset(
-    split_words(
-        "owner manager assistant referrer parent previous former old opt optin status valid verified bounced date "
-        "source id type count photo image avatar logo facebook twitter instagram x blog notes note company firma "
-        "account billing shipping score size industry revenue country city address street zip stage"
-    )
-)
-
-
-def _normalized(name: str) -> str:
-    return "".join(split_words(name))
-
-
-def _is_specific(name: Sequence[str]) -> bool:
-    return len(name) > 1 or (len("".join(name)) >= _MIN_WORD_LENGTH and name != ("first",))
-
-
-def _is_sublist(part: Sequence[str], whole: Sequence[str]) -> bool:
-    return any(tuple(whole[at : at + len(part)]) == tuple(part) for at in range(len(whole) - len(part) + 1))
-
-
-FIRST_NAME = ColumnKind(
-    "first_name,firstname,given_name,fname",
-    "first name,firstname,fname,given name,forename,first,vorname,prenom,nombre,nome,voornaam,imie,fornamn,fornavn,"
-    "etunimi,nome proprio,primer nombre,имя,名",
-)
-LAST_NAME = ColumnKind(
-    "last_name,lastname,surname,family_name,lname",
-    "last name,lastname,lname,surname,family name,last,nachname,familienname,zuname,nom,nom de famille,apellido,"
-    "apellidos,cognome,sobrenome,apelido,achternaam,nazwisko,efternamn,etternavn,sukunimi,фамилия,姓",
-)
-FULL_NAME = ColumnKind(
-    "full_name,name,person_name,contact_name",
-    "full name,name,contact name,contact,person,lead name,lead,nom complet,nombre completo,nome completo,"
-    "ansprechpartner,kontakt,naam,imie i nazwisko",
-)
-EMAIL = ColumnKind(
-    "email,work_email,email_address,business_email",
-    "email,e mail,mail,email address,e mail address,work email,business email,mailadresse,emailadresse,"
-    "e mail adresse,courriel,adresse mail,adresse email,correo,correo electronico,posta elettronica,correio,почта",
-    "e-mail addresses",
-    ("lower",),
-)
-DOMAIN = ColumnKind(
-    "company,company_domain,domain,company_website,website,company_url,url,organization,organisation",
-    "website,web site,domain,company domain,company website,company url,web,url,homepage,home page,site,site web,"
-    "webseite,internetseite,internet,domaine,sitio web,pagina web,dominio,sito,sito web,webbplats,web address",
-    "web addresses",
-    ("domain",),
-)
-COMPANY_NAME = ColumnKind(
-    "company_name,organization_name,organisation_name,account_name,employer",
-    "company,company name,account,account name,organisation,organization,organisation name,organization name,"
-    "employer,business,business name,firm,firma,firmenname,unternehmen,arbeitgeber,societe,entreprise,"
-    "raison sociale,empresa,compania,azienda,societa,bedrijf,bedrijfsnaam,foretag,virksomhed,yritys,компания",
-)
-LINKEDIN = ColumnKind(
-    "linkedin,linkedin_url,link,profile_url,linkedin_profile,person_linkedin,person_linkedin_url,profile,profile_link",
-    "linkedin,linked in,linkedin url,linkedin profile,linkedin profile url,linkedin link,person linkedin url,"
-    "profile url,profil linkedin,li url",
-    "LinkedIn profiles",
-)
-COMPANY_LINKEDIN = ColumnKind(
-    "company_linkedin,company_linkedin_url,linkedin_company",
-    "company linkedin,company linkedin url,linkedin company,linkedin company url,account linkedin",
-    "LinkedIn company pages",
-)
-PHONE = ColumnKind(
-    "phone,phone_number,mobile,mobile_phone,telephone",
-    "phone,phone number,mobile,mobile phone,mobile number,cell,cell phone,tel,telephone,telefon,telefonnummer,handy,"
-    "mobil,mobilnummer,mobiltelefon,telephone portable,portable,telefono,movil,celular,telefone,cellulare,"
-    "telefoon,телефон",
-    "phone numbers",
-)
-COUNTRY = ColumnKind("country,country_code", "country,country code,land,pays,pais,paese,kraj,страна")
-CITY = ColumnKind("city,town", "city,town,stadt,ort,ville,ciudad,citta,cidade,stad,miasto,город")
-TITLE = ColumnKind(
-    "title,job_title,position,role",
-    "title,job title,position,role,function,berufsbezeichnung,funktion,poste,fonction,cargo,puesto,ruolo,functie",
-)
-COLUMN_KINDS = (
-    FIRST_NAME, LAST_NAME, FULL_NAME, EMAIL, DOMAIN, COMPANY_NAME, LINKEDIN, COMPANY_LINKEDIN, PHONE, COUNTRY,
-    CITY, TITLE,
-)  # fmt: skip
-
-
-def column_kind_of(param: str) -> ColumnKind:
-    """Return the kind of data that a param takes. An unknown param takes a column of its own name."""
-    kind = next((concept for concept in COLUMN_KINDS if concept.serves_param(param)), None)
-    return kind or ColumnKind(param, " ".join(split_words(param)) or param)
-
-
 @dataclass(frozen=True, slots=True)
 class ColumnMatch:
-    """The columns and transforms that supply a param's values."""
+    """The columns and transforms that supply a param's values. `filled` counts the sampled cells of each column."""
 
     columns: tuple[str, ...]
     transform: tuple[str, ...]
     confidence: Confidence
     reason: str
+    filled: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,11 +111,21 @@ class _Candidate:
     confidence: Confidence
     reason: str
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the header says so, and there are values."""
+        return self.confidence != "a guess" and self.column.filled_count > 0
+
+    @property
+    def usable_count(self) -> int:
+        """The number of values that are no private mailbox."""
+        return round(self.column.filled_count * (1 - self.column.free_mail_share))
+
 
 def match_columns(params: Sequence[str], columns: Sequence[Column]) -> dict[str, ColumnMatch | None]:
-    """Choose columns for the params; None where no column fits.
+    """Choose columns for the params, those first that fill the most rows; None where no column fits.
 
-    Each column supplies one param only, but the company domain may also come from a column used elsewhere. Equal
+    Each column supplies one param only, but the company domain may also come from a column of another param. Equal
     input gives equal results.
     """
     matches: dict[str, ColumnMatch | None] = dict.fromkeys(params)
@@ -246,34 +145,56 @@ def match_columns(params: Sequence[str], columns: Sequence[Column]) -> dict[str,
         if column.name and (fit := _make_candidate(concept, column, columns))
     ]
     used_columns: set[str] = set()
-    for *_, param, fit in sorted(candidates, key=lambda each: each[:3], reverse=True):
-        if matches[param] is None and fit.column.name not in used_columns:
+    chosen: dict[str, _Candidate] = {}
+    ranked = [(param, fit) for *_, param, fit in sorted(candidates, key=lambda each: each[:3], reverse=True)]
+    for param, fit in ranked:
+        if matches[param] is None and param not in chosen and fit.column.name not in used_columns:
             used_columns.add(fit.column.name)
-            by_name = kinds[param] is DOMAIN
-            reason = f"{fit.reason}; no column holds the company's website" if by_name else fit.reason
-            confidence = "a guess" if by_name else fit.confidence
-            matches[param] = ColumnMatch((fit.column.name,), open_kinds[param].transform, confidence, reason)
+            chosen[param] = fit
+    # What is left over supplies a param, too, where the header says so.
+    fits = {param: [fit] for param, fit in chosen.items()}
+    for param, fit in ranked:
+        if param in chosen and fit.column.name not in used_columns and fit.is_plain:
+            used_columns.add(fit.column.name)
+            fits[param].append(fit)
+    for param, columns_of_param in fits.items():
+        by_name = kinds[param] is DOMAIN
+        more = "no column has the company's website" if by_name else None
+        confidence: Confidence = "a guess" if by_name else chosen[param].confidence
+        matches[param] = _make_match(columns_of_param, open_kinds[param].transform, confidence, more)
     return matches
 
 
+def _make_match(
+    fits: Sequence[_Candidate], transform: tuple[str, ...], confidence: Confidence, more: str | None = None
+) -> ColumnMatch:
+    """Make a match of several columns, those first that fill the most rows."""
+    ordered = sorted(fits, key=lambda fit: -fit.usable_count)
+    reasons = [fit.reason if len(ordered) == 1 else f"{fit.column.name!r}: {fit.reason}" for fit in ordered]
+    return ColumnMatch(
+        tuple(fit.column.name for fit in ordered),
+        transform,
+        confidence,
+        "; ".join([*reasons, *([more] if more else [])]),
+        tuple(fit.column.filled_count for fit in ordered),
+    )
+
+
 def _match_domain(columns: Sequence[Column]) -> ColumnMatch | None:
-    """Match the company domain to the website column, else to the email addresses of employees. None if none fits."""
-    sites = _ranked_candidates(DOMAIN, columns)[:1]
+    """Match the company domain to website columns and to the email addresses of employees. None if none fits."""
+    sites = _ranked_candidates(DOMAIN, columns)
     mails = [
         fit
-        for fit in _ranked_candidates(EMAIL, columns)[:1]
+        for fit in _ranked_candidates(EMAIL, columns)
         if fit.column.filled_count and fit.column.free_mail_share < MAX_FREE_MAIL_SHARE
     ]
-    candidates = sites + mails
-    if not candidates:
+    fits = [fits[0] for fits in (sites, mails) if fits]
+    fits += [fit for fit in (*sites[1:], *mails[1:]) if fit.is_plain]
+    if not fits:
         return None
-    reason = (
-        "; ".join(f"{fit.column.name!r}: {fit.reason}" for fit in candidates)
-        if len(candidates) > 1
-        else candidates[0].reason
-    )
-    confidence = candidates[0].confidence if sites else "a guess"
-    return ColumnMatch(tuple(fit.column.name for fit in candidates), DOMAIN.transform, confidence, reason)
+    unique = {fit.column.name: fit for fit in reversed(fits)}
+    confidence = sites[0].confidence if sites else "a guess"
+    return _make_match([fit for fit in fits if unique[fit.column.name] is fit], DOMAIN.transform, confidence)
 
 
 def _ranked_candidates(kind: ColumnKind, columns: Sequence[Column]) -> list[_Candidate]:
@@ -300,7 +221,7 @@ def _make_candidate(kind: ColumnKind, column: Column, columns: Sequence[Column])
     proven = share >= PROVING_SHARE
     share_text = f"{share:.0%} of its values are {kind.value_format}"
     if not header_score:
-        return _Candidate(column, 5, "a guess", f"{share_text}; its header says nothing of it")
+        return _Candidate(column, 5, "a guess", f"{share_text}; not by its header")
     confidence = "sure" if header_score == _EXACT_HEADER and proven else "likely"
     return _Candidate(
         column, header_score * 10 + proven * 5, confidence, _blank_reason(column) or f"by its header; {share_text}"
@@ -358,19 +279,19 @@ def unmatched_reason(param: str, columns: Sequence[Column]) -> str | None:
     if column_kind_of(param) in (FIRST_NAME, LAST_NAME):
         whole = _ranked_candidates(FULL_NAME, columns)[:1]
         if whole and whole[0].column.spaced_share >= PROVING_SHARE:
-            return f"{whole[0].column.name!r} seems to hold whole names: split it into two columns"
+            return f"{whole[0].column.name!r} seems to have whole names: split it into two columns"
     return None
 
 
 def existing_result_columns(fields: Iterable[str], columns: Sequence[Column]) -> list[str]:
-    """Return the columns that already hold fields of the waterfall's result."""
+    """Return the columns that already hold fields of the result."""
     kinds = [column_kind_of(field) for field in fields]
     return [candidates[0].column.name for concept in kinds if (candidates := _ranked_candidates(concept, columns))]
 
 
-def count_matched_params(waterfall: Waterfall, columns: Sequence[Column]) -> tuple[int, int]:
-    """Return how many required params of a waterfall have a matching column, and how many it has."""
-    required = [param.name for param in waterfall.input_params if param.required]
+def count_matched_params(described: Description, columns: Sequence[Column]) -> tuple[int, int]:
+    """Return how many required params have a matching column, and how many it has."""
+    required = [param.name for param in described.input_params if param.required]
     matches = match_columns(required, columns)
     return sum(each is not None for each in matches.values()), len(required)
 

@@ -1,11 +1,10 @@
-"""`enrich init`: writes a commented job file for a CSV and a waterfall."""
+"""`enrich init`: writes a commented job file for a CSV and a waterfall or an enrichment."""
 
 from __future__ import annotations
 
 import json
 import os
 import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,29 +15,25 @@ from enrich.commands import options
 from enrich.commands.init.column_matching import count_matched_params
 from enrich.commands.init.sample import Sample, take_sample
 from enrich.commands.init.template import JobDraft, render_job_file
-from enrich.commands.waterfalls import read_waterfalls
-from enrich.databar.waterfall import DOCUMENTED_ON, DOCUMENTED_WATERFALLS, Waterfall
+from enrich.commands.waterfalls import list_descriptions, read_description
+from enrich.databar.description import Description
+from enrich.databar.waterfall import DOCUMENTED_ON, DOCUMENTED_WATERFALLS
 from enrich.errors import ApiKeyRejected, ApiUnreachable, CommandRefused, JobError
-from enrich.job.job import suggest_name
+from enrich.job.bounded_read import read_text
+from enrich.job.name_hints import suggest_name
 from enrich.job.spec import json_schema
+from enrich.job.target import Target, TargetKind
 
 
-def draft_job(sample: Sample, available: Sequence[Waterfall], identifier: str, source: str, target: Path | None) -> str:
-    """Return the text of a job file to be saved at `target` (None: in the working directory).
-
-    Raises JobError if the waterfall is not available.
-    """
-    waterfall = next((each for each in available if each.identifier == identifier), None)
-    if waterfall is None:
-        hint = suggest_name(identifier, [each.identifier for each in available])
-        raise JobError(f"--waterfall: there is no `{identifier}`, says {source}", hint)
+def draft_job(sample: Sample, description: Description, source: str, target: Path | None) -> str:
+    """Return the text of a job file to be saved at `target` (None: in the working directory)."""
     job_folder = target.resolve().parent if target else Path.cwd()
     leads = sample.format.path
     stem = leads.name.removesuffix(".gz").rsplit(".", 1)[0]
     return render_job_file(
         JobDraft(
             sample,
-            waterfall,
+            description,
             source,
             input=_path_in_job_file(leads, job_folder),
             output=f"{stem}_enriched.csv".replace("%", "%%"),
@@ -70,24 +65,41 @@ def write_new_file(text: str, target: Path, *, force: bool) -> None:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
-        raise JobError(f"{target}: there is a file of this name already", "-o another name, or --force") from None
+        raise JobError(f"{target} already exists", "choose another name with -o, or replace it with --force") from None
     except OSError as error:
         raise CommandRefused(f"{target}: cannot be written: {error.strerror or error}") from error
 
 
-def rank_waterfalls(available: Sequence[Waterfall], sample: Sample) -> Iterator[str]:
+def _is_job_file(path: Path) -> bool:
+    """Return whether a file is text with the name of a YAML file, or with a job's first keys."""
+    try:
+        text = read_text(path)
+    except (OSError, UnicodeDecodeError):
+        return False
+    keys = {line.partition(":")[0] for line in text.splitlines()}
+    return path.suffix in (".yaml", ".yml") or {"version", "input"} <= keys
+
+
+def rank_waterfalls(available: Sequence[Description], sample: Sample) -> Iterator[str]:
     """Yield a line about how well each waterfall fits the columns, best first."""
     rated = [(count_matched_params(waterfall, sample.columns), waterfall) for waterfall in available]
     rated.sort(key=lambda each: (each[0][1] - each[0][0], -each[0][1], each[1].identifier))
     width = max((len(waterfall.identifier) for waterfall in available), default=0)
     for (found, needed), waterfall in rated:
-        required_names = (
-            ", ".join(param.name for param in waterfall.input_params if param.required) or "no params named"
-        )
+        required_names = ", ".join(param.name for param in waterfall.input_params if param.required) or "params unknown"
         yield f"  {waterfall.identifier:<{width}}  {found} of {needed} required params have a column: {required_names}"
 
 
-def _read_available(*, use_sandbox: bool, offline: bool) -> tuple[list[Waterfall], str]:
+def _find_waterfall(available: Sequence[Description], identifier: str, source: str) -> Description:
+    """Return a waterfall. Raises JobError if it is not available."""
+    for each in available:
+        if each.identifier == identifier:
+            return each
+    hint = suggest_name(identifier, [each.identifier for each in available])
+    raise JobError(f"--waterfall: no waterfall `{identifier}` in {source}", hint)
+
+
+def _read_available(*, use_sandbox: bool, offline: bool) -> tuple[Sequence[Description], str]:
     """Return the waterfalls, from the API or else from the documentation, and a text that names the source."""
     documented = (
         list(DOCUMENTED_WATERFALLS.values()),
@@ -97,45 +109,87 @@ def _read_available(*, use_sandbox: bool, offline: bool) -> tuple[list[Waterfall
         return documented
     try:
         with options.open_access(None, use_sandbox=use_sandbox) as access:
-            api_name = "the built-in sandbox" if use_sandbox else f"the API at {access.host}"
-            return read_waterfalls(access, None), f"{api_name}, asked on {datetime.now(UTC):%Y-%m-%d}"
+            return list_descriptions(access, TargetKind.WATERFALL), _source_text(access.host, use_sandbox=use_sandbox)
     except (ApiKeyRejected, ApiUnreachable) as error:
-        click.echo(f"note: {error.message}; so the waterfalls are those of the documentation", err=True)
+        click.echo(f"note: {error.message}; using the waterfalls of the documentation", err=True)
     return documented
+
+
+def _choose_waterfall(
+    leads: Path, sample: Sample, identifier: str | None, *, use_sandbox: bool, offline: bool
+) -> tuple[Description, str]:
+    """Return a waterfall and a text that names the source. Without an identifier, say which ones fit: JobError."""
+    available, source = _read_available(use_sandbox=use_sandbox, offline=offline)
+    if identifier is not None:
+        return _find_waterfall(available, identifier, source), source
+    click.echo(f"Waterfalls from {source}, best fit for {leads} first:", err=True)
+    click.echo("\n".join(rank_waterfalls(available, sample)), err=True)
+    raise JobError("no waterfall is chosen", shlex.join(["enrich", "init", str(leads), "--waterfall", "ID"]))
+
+
+def _read_enrichment(number: int, *, use_sandbox: bool) -> tuple[Description, str]:
+    """Return an enrichment from the API, and a text that names the source. No documentation describes them."""
+    with options.open_access(None, use_sandbox=use_sandbox) as access:
+        description = read_description(access, Target(TargetKind.ENRICHMENT, str(number)))
+        return description, _source_text(access.host, use_sandbox=use_sandbox)
+
+
+def _source_text(host: str, *, use_sandbox: bool) -> str:
+    return f"{'the built-in sandbox' if use_sandbox else f'the API at {host}'} on {datetime.now(UTC):%Y-%m-%d}"
 
 
 @click.command()
 @click.argument("leads", metavar="CSV", type=options.FILE)
-@click.option("--waterfall", "identifier", metavar="ID", help="What to ask; without it, say which waterfalls fit.")
+@click.option(
+    "--waterfall",
+    "identifier",
+    metavar="ID",
+    help="The waterfall. Without it, list the waterfalls that fit the columns.",
+)
+@click.option(
+    "--enrichment", "number", type=click.IntRange(min=1), metavar="ID", help="An enrichment instead of a waterfall."
+)
 @click.option(
     "-o",
     "--out",
     type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
     metavar="JOB.yaml",
-    help="The job file to write; - prints it. Default: <the CSV's stem>.yaml here.",
+    help="The job file to write, or - for stdout. Default: named after the CSV, in this folder.",
 )
-@click.option("--sandbox", "use_sandbox", is_flag=True, help="Ask the built-in sandbox for the waterfalls.")
-@click.option("--offline", is_flag=True, help="Ask nobody: take the waterfalls of the documentation.")
-@click.option("--force", is_flag=True, help="Replace a job file that is there.")
-def init(leads: Path, identifier: str | None, out: Path | None, use_sandbox: bool, offline: bool, force: bool) -> None:
-    """Write a commented job file for CSV: its columns matched to the params of a waterfall.
+@click.option("--sandbox", "use_sandbox", is_flag=True, help="Use the waterfalls of the built-in sandbox.")
+@click.option("--offline", is_flag=True, help="Use the built-in descriptions of waterfalls, without network.")
+@click.option("--force", is_flag=True, help="Replace an existing job file.")
+def init(
+    leads: Path,
+    identifier: str | None,
+    number: int | None,
+    out: Path | None,
+    use_sandbox: bool,
+    offline: bool,
+    force: bool,
+) -> None:
+    """Write a commented job file for CSV: its columns matched to the params of a waterfall or an enrichment.
 
-    Each guess says how it was made. Then: enrich check JOB.
+    Comments explain each match. Next: enrich check JOB.
     """
     if use_sandbox and offline:
-        raise click.UsageError("--sandbox asks, --offline does not: choose one")
+        raise click.UsageError("--sandbox and --offline: choose one")
+    if number is not None and identifier is not None:
+        raise click.UsageError("--waterfall and --enrichment: choose one")
+    if number is not None and offline:
+        raise click.UsageError("--enrichment needs the API, because enrichments have no built-in description")
     sample = take_sample(leads)
-    available, source = _read_available(use_sandbox=use_sandbox, offline=offline)
-    if identifier is None:
-        click.echo(f"Waterfalls of {source}, those that fit {leads} best first:", err=True)
-        click.echo("\n".join(rank_waterfalls(available, sample)), err=True)
-        raise JobError("which one?", shlex.join(["enrich", "init", str(leads), "--waterfall", "ID"]))
+    if number is not None:
+        description, source = _read_enrichment(number, use_sandbox=use_sandbox)
+    else:
+        description, source = _choose_waterfall(leads, sample, identifier, use_sandbox=use_sandbox, offline=offline)
     printed = out == Path("-")
     target = out or Path(leads.name.removesuffix(".gz")).with_suffix(".yaml")
-    text = draft_job(sample, available, identifier, source, None if printed else target)
+    text = draft_job(sample, description, source, None if printed else target)
     if printed:
         click.echo(text, nl=False)
         return
+    if force and target.exists() and not _is_job_file(target):
+        raise JobError(f"{target} is not a job file, so --force does not replace it", "choose another name with -o")
     write_new_file(text, target, force=force)
-    if sys.stderr.isatty():
-        click.echo(f"{target} is written; read it, then: enrich check {target}", err=True)
+    click.echo(f"Written: {target}. Read it, then: {shlex.join(['enrich', 'check', str(target)])}", err=True)

@@ -14,7 +14,7 @@ from enrich.commands.init.column_matching import Column, describe_column
 from enrich.errors import CommandRefused
 from enrich.files.csv_format import read_batches, read_header
 from enrich.files.reader import InputTable
-from enrich.files.text import FileProblem, TableFile
+from enrich.files.text import NO_HEADER, NO_HEADER_HINT, FileProblem, TableFile, looks_like_cell
 from enrich.files.values import text_frame
 from enrich.job.locations import format_of
 from enrich.job.spec import Input
@@ -23,6 +23,7 @@ SAMPLE_ROWS = 1_000
 SEPARATORS = ",;\t|"
 _CHUNK_BYTES = 1 << 20
 _BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),  # before utf-16: the utf-32 mark begins with that of utf-16
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
@@ -73,20 +74,26 @@ def _try_format(source: TableFile) -> Sample | FileProblem:
 
 
 def _make_sample(source: TableFile, header: list[str], frame: pl.DataFrame | None) -> Sample:
+    if any(map(looks_like_cell, header)):
+        raise CommandRefused(f"{source}: the first line {NO_HEADER}", NO_HEADER_HINT)
     rows = None if frame is None else text_frame(frame.head(SAMPLE_ROWS))
     columns = [describe_column(name, [] if rows is None else rows.get_column(name).to_list()) for name in header]
     return Sample(source, columns, 0 if rows is None else rows.height)
 
 
 def _detect_encoding(path: Path) -> str:
-    """Return the encoding of the byte order mark if there is one, UTF-8 if the whole file is valid, else cp1252."""
+    """Return the encoding of the byte order mark if there is one, UTF-8 if the whole file is valid, else cp1252.
+
+    A UTF-8 mark counts only if the file is valid.
+    """
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:
         if not path.is_file():
             return "utf-8"
         with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as raw:
             beginning = raw.read(4)
-            if encoding := next((name for mark, name in _BYTE_ORDER_MARKS if beginning.startswith(mark)), None):
+            encoding = next((name for mark, name in _BYTE_ORDER_MARKS if beginning.startswith(mark)), "utf-8")
+            if not encoding.startswith("utf-8"):
                 return encoding
             decoder.decode(beginning)
             while chunk := raw.read(_CHUNK_BYTES):
@@ -96,4 +103,4 @@ def _detect_encoding(path: Path) -> str:
         return "cp1252"
     except (OSError, EOFError, zlib.error):
         return "utf-8"  # reading the table reports the error
-    return "utf-8"
+    return encoding

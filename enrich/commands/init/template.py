@@ -16,22 +16,26 @@ from enrich.commands.init.column_matching import (
     unmatched_reason,
 )
 from enrich.commands.init.sample import Sample
-from enrich.databar.waterfall import Waterfall
+from enrich.databar.description import Description
+from enrich.databar.enrichment import Enrichment
+from enrich.databar.waterfall import Param, Waterfall
 from enrich.rows.requests import STATUS_COLUMNS
 
 #: Placeholder for a missing column. `enrich check` reports it.
 PLACEHOLDER = "FILL THIS IN"
+#: The cap of a new job whose price has no limit.
+REQUIRED_CREDITS = 100
 
 
 @dataclass(frozen=True, slots=True)
 class JobDraft:
-    """The content of a job file. `source` is the origin and date of the waterfall's description.
+    """The content of a job file. `source` is the origin and date of the target's description.
 
     `schema` is the path of the JSON Schema relative to the job file, None if there is none.
     """
 
     sample: Sample
-    waterfall: Waterfall
+    description: Description
     source: str
     input: str
     output: str
@@ -44,79 +48,111 @@ def render_job_file(draft: JobDraft) -> str:
 
 
 def _job_lines(draft: JobDraft) -> Iterator[str]:
-    waterfall = draft.waterfall
+    described = draft.description
     if draft.schema:
         yield f"# yaml-language-server: $schema={draft.schema}"
-    yield f"# {_printable(waterfall.name or waterfall.identifier)}: {_printable(draft.input)}"
+    yield f"# {_printable(described.name or described.identifier)}: {_printable(draft.input)}"
     rows_read = f"{draft.sample.rows:,} {'row' if draft.sample.rows == 1 else 'rows'}"
-    yield f"# Written by `enrich init` from {rows_read}. Read the guesses, then: enrich check"
-    yield f"# The waterfall's params and fields are those of {draft.source}."
+    yield f"# Written by `enrich init` from {rows_read}. Read the matches, then: enrich check"
+    yield f"# Params and fields of the {described.target.kind} are from {draft.source}."
     yield "version: 1"
     yield from _input_lines(draft)
-    yield f"output: {yaml_scalar(draft.output)} # strftime codes are allowed: leads-%Y-%m-%d.csv"
+    output = yaml_scalar(draft.output)
+    if draft.sample.format.encoding == "utf-8-sig":
+        output = f"{{path: {output}, encoding: utf-8-sig}} # with a byte order mark, like the input;"
+        yield f"output: {output} strftime codes are allowed: leads-%Y-%m-%d.csv"
+    else:
+        yield f"output: {output} # strftime codes are allowed: leads-%Y-%m-%d.csv"
     yield ""
-    yield f"waterfall: {yaml_scalar(waterfall.identifier)}"
-    yield from _provider_lines(waterfall)
+    if isinstance(described, Enrichment):
+        yield from _enrichment_lines(described)
+    else:
+        yield f"waterfall: {yaml_scalar(described.identifier)}"
+        yield from _provider_lines(described)
     yield ""
-    yield from _param_lines(waterfall, draft.sample)
+    yield from _param_lines(described, draft.sample)
     yield ""
-    yield from _column_lines(waterfall, draft.sample.header)
+    yield from _column_lines(described, draft.sample.header)
     yield ""
-    yield from _optional_key_lines(waterfall, draft.sample)
+    if described.priced_by or described.is_paginated:
+        yield f"limits: {{max_credits: {REQUIRED_CREDITS}}} # required: the price has no other limit"
+        yield ""
+    yield from _optional_key_lines(described, draft.sample)
 
 
 def _input_lines(draft: JobDraft) -> Iterator[str]:
     source = draft.sample.format
-    if (source.separator, source.encoding) == (",", "utf-8"):
+    encoding = source.encoding.removesuffix("-sig")  # the mark is read without it
+    if (source.separator, encoding) == (",", "utf-8"):
         yield f"input: {yaml_scalar(draft.input)}"
         return
-    csv_options = f"separator: {_quote(source.separator)}, encoding: {source.encoding}"
+    csv_options = f"separator: {_quote(source.separator)}, encoding: {encoding}"
     yield f"input: {{path: {yaml_scalar(draft.input)}, {csv_options}}} # guessed from the file"
+
+
+def _enrichment_lines(enrichment: Enrichment) -> Iterator[str]:
+    price = "price unknown" if enrichment.price is None else f"{enrichment.price} credits"
+    unit = f", times {enrichment.priced_by}" if enrichment.priced_by else ""
+    pages = ", for each page" if enrichment.is_paginated else ""
+    yield f"enrichment: {enrichment.id} # {_printable(f'{price}{unit}{pages}')}"
+    if enrichment.is_paginated:
+        yield "pagination: {pages: 1} # how many pages of the result"
 
 
 def _provider_lines(waterfall: Waterfall) -> Iterator[str]:
     providers = waterfall.available_enrichments
     if providers:
         defaults = ", ".join(str(each.id) for each in providers if each.enabled_by_default)
-        yield f"# enrichments: [{defaults}] # who is asked, in this order"
+        yield f"# enrichments: [{defaults}] # providers, in this order"
         for each in providers:
-            price = "price not known" if each.price is None else f"{each.price} credits"
-            more = "" if each.enabled_by_default else ", only when named"
+            price = "price unknown" if each.price is None else f"{each.price} credits"
+            more = "" if each.enabled_by_default else ", optional"
             yield f"#   {each.id} {_printable(each.name)}: {price}{more}"
     else:
-        yield "# enrichments: [833, 966] # who is asked, in this order; `enrich waterfalls` tells their numbers"
+        yield "# enrichments: [833, 966] # providers, in this order; `enrich waterfalls ID` lists their numbers"
     if waterfall.is_email_verifying:
         verifiers = [f"{each.id} {each.name} {each.price}" for each in waterfall.email_verifiers]
         first = waterfall.email_verifiers[0].id if waterfall.email_verifiers else 10
-        yield f"# email_verifier: {first} # checks what was found, at a price{': ' if verifiers else ''}" + _printable(
+        yield f"# email_verifier: {first} # verifies each match, at a price{': ' if verifiers else ''}" + _printable(
             ", ".join(verifiers)
         )
 
 
-def _param_lines(waterfall: Waterfall, sample: Sample) -> Iterator[str]:
-    names = [param.name for param in waterfall.input_params]
+def _param_lines(described: Description, sample: Sample) -> Iterator[str]:
+    names = [param.name for param in described.input_params]
     # Required params get their columns first.
-    ordered = sorted(waterfall.input_params, key=lambda param: not param.required)
+    ordered = sorted(described.input_params, key=lambda param: not param.required)
     matches = match_columns([param.name for param in ordered], sample.columns)
-    yield "params: # the waterfall's params: columns of the input"
+    yield f"params: # the {described.target.kind}'s params: columns of the input"
     if not names:
-        yield (
-            f"  name_of_a_param: {yaml_scalar(PLACEHOLDER)} # the waterfall names no params: look at its documentation"
-        )
+        yield (f"  name_of_a_param: {yaml_scalar(PLACEHOLDER)} # params unknown: see the documentation")
     for param in ordered:
         match = matches[param.name]
         if match is not None:
-            yield (
-                f"  {yaml_scalar(param.name)}: {_param_source(match)} # {match.confidence}: {_printable(match.reason)}"
-            )
+            remark = f"{match.reason}; filled in {_fill_text(match, sample.rows)}"
+            source = _param_source(match)
+            yield f"  {yaml_scalar(param.name)}: {source} # {match.confidence}: {_printable(remark)}{_choices(param)}"
         elif param.required:
-            why = unmatched_reason(param.name, sample.columns) or "no column looks like it"
+            why = unmatched_reason(param.name, sample.columns) or "no matching column"
             yield (
                 f"  {yaml_scalar(param.name)}: {yaml_scalar(PLACEHOLDER)} "
-                f"# REQUIRED: {_printable(why)}; put a column's name here"
+                f"# REQUIRED: {_printable(why)}; write a column's name here{_choices(param)}"
             )
         else:
-            yield f"  # {yaml_scalar(param.name)}: a column # optional: no column looks like it"
+            yield f"  # {yaml_scalar(param.name)}: a column # optional: no matching column{_choices(param)}"
+
+
+def _choices(param: Param) -> str:
+    """Return the values that a param may have, as the end of a comment."""
+    return f"; one of: {_printable(', '.join(choice.id for choice in param.choices))}" if param.choices else ""
+
+
+def _fill_text(match: ColumnMatch, rows: int) -> str:
+    """Return how many of the rows that were looked at each column fills."""
+    if len(match.columns) == 1:
+        return f"{match.filled[0]:,} of {rows:,}"
+    counts = (f"{count:,} ({column})" for column, count in zip(match.columns, match.filled, strict=True))
+    return f"{', '.join(counts)} of {rows:,}"
 
 
 def _param_source(match: ColumnMatch) -> str:
@@ -127,10 +163,10 @@ def _param_source(match: ColumnMatch) -> str:
     return f"{{column: {column}, transform: [{', '.join(match.transform)}]}}"
 
 
-def _column_lines(waterfall: Waterfall, header: Sequence[str]) -> Iterator[str]:
-    fields = [field.name for field in waterfall.output_fields]
+def _column_lines(described: Description, header: Sequence[str]) -> Iterator[str]:
+    fields = [field.name for field in described.output_fields]
     if not fields:
-        yield "# columns: # new column: field of the result; without it, all fields that the API names"
+        yield "# columns: # new column: field of the result; default: all fields of the API"
         yield "#   new_column: field"
         return
     yield "columns: # new column: field of the result"
@@ -138,36 +174,36 @@ def _column_lines(waterfall: Waterfall, header: Sequence[str]) -> Iterator[str]:
         yield f"  {yaml_scalar(name)}: {yaml_scalar(field)}"
 
 
-def _optional_key_lines(waterfall: Waterfall, sample: Sample) -> Iterator[str]:
+def _optional_key_lines(described: Description, sample: Sample) -> Iterator[str]:
     header = sample.header
-    existing = existing_result_columns([field.name for field in waterfall.output_fields], sample.columns)
+    existing = existing_result_columns([field.name for field in described.output_fields], sample.columns)
     example = yaml_scalar((existing or header)[0])
     number = yaml_scalar(
         next((each.name for each in sample.columns if each.numeric_share == 1 and each.filled_count), header[0])
     )
-    group = yaml_scalar(([param.name for param in waterfall.input_params if param.required] or header)[-1])
+    group = yaml_scalar(([param.name for param in described.input_params if param.required] or header)[-1])
     where = yaml_scalar("\"{}\" <> ''".format(header[0].replace('"', '""')))
-    yield "# More that a job may say; take the # away to use it."
-    yield "# merge: fill_empty # let columns of the job be columns of the input, and fill their blanks (or: overwrite)"
-    yield f"# only_if_empty: [{example}] # ask only for rows where this is blank"
-    yield f"# where: {where} # ask only for these rows: polars SQL, cells are text"
-    yield f"# order_by: {number} # ask the rows with the largest values first"
-    yield f"# caps: {{by: {group}, max: 3}} # ask at most so many leads with the same value"
-    yield "# canary: {rows: 50, min_hit_rate: 0.2} # judge the first answers before the others are sent"
-    yield "# suppress: do-not-ask.txt # addresses and domains that are never sent, one a line"
-    yield "# dispatch: {bulk: 100} # so many requests as one task: fewer calls, but no price and no error of each row"
-    yield "# rejects: rejects.csv # the rows that are invalid, failed or expired, with the reason"
-    yield "# changes: changes-%Y-%m-%dT%H%M%S.csv # what is new since the last run"
-    yield "# report: report.html # what every night got, what it cost and who earned it, to look at"
+    yield "# Optional keys. Remove the # to use one."
+    yield "# merge: fill_empty # write into existing columns of the input: fill blanks, or overwrite"
+    yield f"# only_if_empty: [{example}] # send only rows where this is blank"
+    yield f"# where: {where} # send only these rows: a polars SQL expression, cells are text"
+    yield f"# order_by: {number} # send rows with the largest values first"
+    yield f"# caps: {{by: {group}, max: 3}} # per-group limit: leads with the same value"
+    yield "# canary: {rows: 50, min_hit_rate: 0.2} # check the first results before the others are sent"
+    yield "# suppress: do-not-send.txt # addresses and domains that are never sent, one per line"
+    yield "# dispatch: {bulk: 100} # requests per task: fewer calls, but no price and no error of each row"
+    yield "# rejects: rejects.csv # skipped, failed and expired rows, with the reason"
+    yield "# changes: changes-%Y-%m-%dT%H%M%S.csv # changes since the last run"
+    yield "# report: report.html # HTML page: match rate, spend and provider performance of each run"
     yield "# metrics: enrich.prom # for the textfile collector of Prometheus"
-    yield "# healthcheck: https://monitor.example/ping/my-job # is told of start, success and failure"
-    yield "# notify: notify.txt # addresses that are told when something needs a person"
+    yield "# healthcheck: https://monitor.example/ping/my-job # pinged at start, success and failure"
+    yield "# notify: notify.txt # addresses notified when action is required"
     yield "# limits:"
-    yield "#   max_credits: 100 # what one run may spend; without it there is no cap"
-    yield "#   min_balance: 50 # what stays in the account"
-    yield "#   requests_per_second: 20 # at most; without it, what the API allows"
+    yield "#   max_credits: 100 # cap of one run; default: none"
+    yield "#   min_balance: 50 # balance that is kept"
+    yield "#   requests_per_second: 20 # maximum; default: what the API allows"
     yield "# policy:"
-    yield "#   refresh: {found: 90d, not_found: 14d} # older answers are asked again, at a price; default: never"
+    yield "#   refresh: {found: 90d, not_found: 14d} # send again after this time, at a price; default: never"
 
 
 def yaml_scalar(text: str) -> str:

@@ -1,0 +1,307 @@
+"""The Python API: runs, plans and checks jobs as the command line does, also where an event loop is running."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Collection
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Literal, TypedDict, TypeVar, Unpack
+
+from enrich.commands.check import check_with_access
+from enrich.commands.check_target import CheckResult
+from enrich.commands.options import JobOptions
+from enrich.commands.plan import plan_with_access
+from enrich.commands.run import RunCallbacks, check_combination, make_cluster_options, observe_run, run_observed
+from enrich.errors import Interrupted, JobError
+from enrich.exit_codes import ExitCode
+from enrich.job.field_types import parse_duration
+from enrich.job.job import Job
+from enrich.ledger.verify import as_enrich_error
+from enrich.models import RETRYABLE_STATES, State
+from enrich.run.context import RunOptions
+from enrich.run.plan import Plan
+from enrich.run.plan_file import read_plan
+from enrich.run.progress import Progress
+from enrich.run.step_plan import StepsPlan
+from enrich.run.summary import RunSummary
+
+T = TypeVar("T")
+StrPath = str | os.PathLike[str]
+
+
+class JobSettings(TypedDict, total=False):
+    """What is taken instead of the job file's values. Paths are relative to the working directory."""
+
+    #: A file, a folder, a pattern or a URL.
+    input: StrPath
+    output: StrPath
+    #: A file or `postgresql://…`.
+    ledger: StrPath
+    #: Use the built-in sandbox and a ledger of its own: no key, no credits.
+    sandbox: bool
+
+
+class PlanSettings(JobSettings, total=False):
+    """Which requests are sent. All of them by default."""
+
+    #: At most so many new requests.
+    limit: int | None
+    #: Only so many new requests, spread over the whole file. Equal seeds choose equal rows.
+    sample: int | None
+    seed: int
+    max_credits: float | None
+    #: Send these again, which costs again: `failed`, `expired`, `in_doubt`.
+    retry: Collection[str]
+
+
+class RunSettings(PlanSettings, total=False):
+    """What `enrich run` has as options."""
+
+    #: A plan that `plan_job(save_to=…)` or `enrich plan -o` saved.
+    plan: StrPath | None
+    #: Stop after so many seconds, or after a duration such as `5h`.
+    max_time: float | str | None
+    #: Mark unconfirmed requests as failed.
+    accept_in_doubt: bool
+    update_providers: bool
+    workspace_renamed: bool
+    #: Pay again for what another ledger or an earlier output has.
+    new_ledger: bool
+    #: Seconds to wait for another run that holds the ledger. -1: without limit.
+    lock_timeout: float
+    engine: Literal["ray"] | None
+    address: str | None
+    workers: int | None
+    log_file: StrPath | None
+    #: Called often, in the thread of the run; by `run_job_async` in the event loop.
+    on_progress: Callable[[Progress], object] | None
+    #: Called with each message that the command line shows during a run.
+    on_message: Callable[[str], object] | None
+
+
+def run_job(job_file: StrPath, **settings: Unpack[RunSettings]) -> RunSummary:
+    """Enrich the leads of a job; called again it resumes. The settings are those of `RunSettings`.
+
+    Returns the summary of the run, whatever its exit code: see `exit_code` and `error`. Needs no confirmation.
+    In the main thread without an event loop, SIGINT and SIGTERM stop the run as on the command line. With one (Jupyter)
+    the run has a thread of its own, no signal handlers are installed, and KeyboardInterrupt stops it.
+
+    Raises EnrichError if the run was refused before it was recorded, Interrupted if it was stopped. The next run
+    resumes.
+    """
+    return _outside_event_loop(partial(_run, job_file, **settings))
+
+
+async def run_job_async(job_file: StrPath, **settings: Unpack[RunSettings]) -> RunSummary:
+    """Enrich the leads of a job in a thread of its own: see `run_job`.
+
+    When its task is cancelled, the run stores its results before CancelledError is raised.
+    """
+    loop = asyncio.get_running_loop()
+
+    def in_loop(callback: Callable[[T], object] | None) -> Callable[[T], object] | None:
+        return None if callback is None else lambda value: loop.call_soon_threadsafe(callback, value)
+
+    settings["on_progress"] = in_loop(settings.get("on_progress"))
+    settings["on_message"] = in_loop(settings.get("on_message"))
+    stop: Future[None] = Future()
+    executor = ThreadPoolExecutor(1, "enrich")
+    run = loop.run_in_executor(executor, partial(_run, job_file, **settings), stop)
+    executor.shutdown(wait=False)
+    try:
+        return await asyncio.shield(run)
+    except asyncio.CancelledError:
+        stop.set_result(None)
+        with suppress(Exception):  # the caller gave up on the result
+            await run
+        raise
+
+
+def plan_job(
+    job_file: StrPath,
+    *,
+    save_to: StrPath | None = None,
+    rows: StrPath | None = None,
+    **settings: Unpack[PlanSettings],
+) -> Plan | StepsPlan:
+    """Return what a run would send and cost. Spends nothing.
+
+    `save_to` saves the plan for `run_job(plan=…)`. `rows` is a file for each row's decision. Raises EnrichError for
+    what would refuse the run.
+    """
+    return _outside_event_loop(lambda _: _plan(job_file, save_to=save_to, rows=rows, **settings))
+
+
+def check_job(job_file: StrPath, *, online: bool = False, **settings: Unpack[JobSettings]) -> CheckResult:
+    """Check a job before it runs: the input to its end, the paths, the ledger. Spends and changes nothing.
+
+    With `online` the job is compared with the API, too. The problems are in the result, and so is the exit code that
+    a run would have. Raises EnrichError if the job file cannot be read, or the API cannot be used.
+    """
+    return _outside_event_loop(lambda _: _check(job_file, online=online, **settings))
+
+
+def _run(  # noqa: PLR0913 - the settings of a run
+    job_file: StrPath,
+    stop: Future[None],
+    *,
+    limit: int | None = None,
+    sample: int | None = None,
+    seed: int = 0,
+    max_credits: float | None = None,
+    retry: Collection[str] = (),
+    plan: StrPath | None = None,
+    max_time: float | str | None = None,
+    accept_in_doubt: bool = False,
+    update_providers: bool = False,
+    workspace_renamed: bool = False,
+    new_ledger: bool = False,
+    lock_timeout: float = 0,
+    engine: Literal["ray"] | None = None,
+    address: str | None = None,
+    workers: int | None = None,
+    log_file: StrPath | None = None,
+    on_progress: Callable[[Progress], object] | None = None,
+    on_message: Callable[[str], object] | None = None,
+    **job_settings: Unpack[JobSettings],
+) -> RunSummary:
+    job_options = _job_options(job_file, **job_settings)
+    callbacks = RunCallbacks(_guarded(on_message), _guarded(on_progress), stop=stop)
+    with observe_run(job_options, None if log_file is None else Path(log_file), callbacks.on_message) as observers:
+        saved_plan = None if plan is None else read_plan(Path(plan))
+        accept = "in_doubt" if accept_in_doubt else None
+        check_combination(saved_plan, limit, sample, max_credits, retry, accept=accept)
+        _check_selection(limit, sample, max_credits)
+        job = job_options.load(max_credits if saved_plan is None else saved_plan.max_credits)
+        run_options = RunOptions(
+            limit=limit,
+            sample=sample,
+            seed=seed,
+            max_time_s=_seconds(max_time),
+            retry=_states(retry),
+            accept_in_doubt=accept_in_doubt,
+            update_providers=update_providers,
+            workspace_renamed=workspace_renamed,
+            plan=saved_plan,
+            new_ledger=new_ledger or job.sandbox,
+            spread=make_cluster_options(job, engine, address, workers),
+        )
+        summary = _with_enrich_errors(job, lambda: run_observed(job, run_options, lock_timeout, observers, callbacks))
+    if summary.exit_code in (ExitCode.INTERRUPTED, ExitCode.TERMINATED):
+        raise Interrupted(ExitCode(summary.exit_code))
+    return summary
+
+
+def _plan(  # noqa: PLR0913 - the settings of a plan
+    job_file: StrPath,
+    *,
+    save_to: StrPath | None,
+    rows: StrPath | None,
+    limit: int | None = None,
+    sample: int | None = None,
+    seed: int = 0,
+    max_credits: float | None = None,
+    retry: Collection[str] = (),
+    **job_settings: Unpack[JobSettings],
+) -> Plan | StepsPlan:
+    _check_selection(limit, sample, max_credits)
+    job = _job_options(job_file, **job_settings).load(max_credits)
+    run_options = RunOptions(limit=limit, sample=sample, seed=seed, retry=_states(retry))
+    files = (None if path is None else Path(path) for path in (save_to, rows))
+    plan, note = _with_enrich_errors(job, lambda: plan_with_access(job, run_options, *files))
+    if note is not None:
+        logging.getLogger("enrich").warning(note)
+    return plan
+
+
+def _check(job_file: StrPath, *, online: bool, **job_settings: Unpack[JobSettings]) -> CheckResult:
+    job = _job_options(job_file, **job_settings).load()
+    return _with_enrich_errors(job, lambda: check_with_access(job, online=online))
+
+
+def _job_options(
+    job_file: StrPath,
+    *,
+    input: StrPath | None = None,  # noqa: A002 - the job file's name for it
+    output: StrPath | None = None,
+    ledger: StrPath | None = None,
+    sandbox: bool = False,
+) -> JobOptions:
+    input_path, output_path, ledger_path = (
+        None if path is None else os.fspath(path) for path in (input, output, ledger)
+    )
+    return JobOptions(Path(job_file), input_path, output_path, ledger_path, sandbox)
+
+
+def _check_selection(limit: int | None, sample: int | None, max_credits: float | None) -> None:
+    for name, value, least in (("limit", limit, 0), ("sample", sample, 1), ("max_credits", max_credits, 0)):
+        if value is not None and not value >= least:
+            raise JobError(f"`{name}` must be {least} or more, not {value}")
+
+
+def _states(names: Collection[str]) -> frozenset[State]:
+    allowed = ", ".join(filter(RETRYABLE_STATES.__contains__, State))
+    if isinstance(names, str):
+        raise JobError(f"`retry` must be a list of states ({allowed}), not text")
+    for name in names:
+        if name not in RETRYABLE_STATES:
+            raise JobError(f"`retry`: `{name}` must be one of {allowed}")
+    return frozenset(map(State, names))
+
+
+def _seconds(duration: float | str | None) -> float | None:
+    if not isinstance(duration, str):
+        return duration
+    try:
+        return parse_duration(duration).total_seconds()
+    except ValueError as error:
+        raise JobError(f"`max_time`: {error}") from error
+
+
+def _with_enrich_errors(job: Job, work: Callable[[], T]) -> T:
+    """Do the work. Raise EnrichError for what the ledger's file or server causes."""
+    try:
+        return work()
+    except Exception as error:
+        known = as_enrich_error(error, job.ledger)
+        if known is None or known is error:
+            raise
+        raise known from error
+
+
+def _outside_event_loop(work: Callable[[Future[None]], T]) -> T:
+    """Do the work here or, if this thread runs an event loop (as in Jupyter), in another thread. `stop` ends a run."""
+    stop: Future[None] = Future()
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return work(stop)
+    with ThreadPoolExecutor(1, "enrich") as executor:
+        result = executor.submit(work, stop)
+        try:
+            return result.result()
+        except KeyboardInterrupt:
+            stop.set_result(None)
+            result.result()
+            raise
+
+
+def _guarded(callback: Callable[[T], object] | None) -> Callable[[T], None]:
+    """Return a callback that cannot end a run: the first exception is logged, and ends the calls."""
+    is_active = callback is not None
+
+    def call(value: T) -> None:
+        nonlocal is_active
+        if is_active and callback is not None:
+            try:
+                callback(value)
+            except Exception:
+                is_active = False
+                logging.getLogger("enrich").exception("a callback of the run failed and is not called again")
+
+    return call

@@ -1,0 +1,159 @@
+"""Checks a target of a job against its description: that of the API, of an earlier run, or of the documentation."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from enrich.commands.paths import path_exists
+from enrich.databar.description import Description, description_changes
+from enrich.databar.waterfall import DOCUMENTED_ON, DOCUMENTED_WATERFALLS, Field
+from enrich.databar.waterfall import Param as Offered
+from enrich.errors import CommandRefused, EnrichError, JobError
+from enrich.exit_codes import EXIT_PRECEDENCE, ExitCode
+from enrich.job.job import Job
+from enrich.job.locations import PostgresLocation
+from enrich.job.name_hints import closest_name
+from enrich.ledger.database import Database, ledger_exists
+from enrich.ledger.sqlite import CHECKED_AT_START_BYTES, RESTORE_HINT
+from enrich.ledger.verify import check_ledger
+from enrich.rows.known_names import KnownNames, name_problems
+from enrich.rows.param_fill import ParamFill
+from enrich.rows.params import LeftOutCounts
+from enrich.rows.template import RequestTemplate, default_providers, make_request_template
+from enrich.run.preflight import LedgerBinding, read_binding
+
+
+@dataclass(slots=True)
+class CheckResult:
+    """Findings of a check. `sendable_rows` of the `rows` have a request. Both are None if the input was not read.
+
+    `left_out` counts the rows that lack a param although a cell is not empty. `source` is where the target's
+    description comes from. `changes` lists what the vendor changed. `fill` is how the input fills the params, None
+    like the counts.
+    """
+
+    source: str
+    problems: list[EnrichError] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    changes: list[str] = field(default_factory=list)
+    template: RequestTemplate | None = None
+    rows: int | None = None
+    sendable_rows: int | None = None
+    left_out: LeftOutCounts = field(default_factory=Counter)
+    fill: ParamFill | None = None
+    #: What is known of each step of a job with steps.
+    steps: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """The exit code that a run would have because of the problems."""
+        codes = {problem.exit_code for problem in self.problems}
+        return next((code for code in EXIT_PRECEDENCE if code in codes), ExitCode.OK)
+
+
+def read_stored(job: Job, bound_to: Mapping[str, str | None], result: CheckResult) -> LedgerBinding:
+    """Read what the ledger knows of the target of a job, or of a step. An error becomes a problem."""
+    try:
+        return _read_ledger(job, bound_to)
+    except EnrichError as error:
+        _add_problem(result.problems, error)
+        return LedgerBinding({}, None, None, frozenset())
+
+
+def check_target(
+    job: Job, stored: LedgerBinding, live: Description | None, result: CheckResult
+) -> RequestTemplate | None:
+    """Check the names of a job, or of a step, against the description of its target. None: it has no description."""
+    target = job.model.target
+    last_known, providers = stored.description, stored.providers or []
+    documented = None if job.model.waterfall is None else DOCUMENTED_WATERFALLS.get(job.model.waterfall)
+    description = live or last_known or documented
+    result.source = _description_source(live, last_known, documented)
+    if live and last_known:
+        result.changes += description_changes(last_known, live)
+    if description is None:
+        closest = None if job.model.waterfall is None else closest_name(job.model.waterfall, DOCUMENTED_WATERFALLS)
+        meant = "." if closest is None else f". Did you mean `{closest}`?"
+        result.notes.append(f"{target.label} is not in the documentation{meant} `--online` checks it with the API")
+        return None
+    if documented is not None and description is documented:
+        # The documentation lacks the providers and verifiers.
+        lenient = documented.model_copy(update={"is_email_verifying": True})
+        result.notes += [
+            f"{problem.message}{f': {problem.hint}' if problem.hint else ''} (by {result.source}, "
+            "which may be out of date: check it with `--online`)"
+            for problem in name_problems(job, KnownNames(lenient))
+        ]
+        return _make_documented_template(job, lenient, result.problems)
+    result.problems += name_problems(job, KnownNames(description, last_known, stored.answered))
+    return _make_template(job, description, providers, result.problems)
+
+
+def _description_source(
+    live: Description | None, last_known: Description | None, documented: Description | None
+) -> str:
+    if live:
+        return "the API now"
+    if last_known:
+        return "the API at the last run"
+    return f"the documentation of {DOCUMENTED_ON}" if documented else "the job file alone"
+
+
+def _read_ledger(job: Job, bound_to: Mapping[str, str | None]) -> LedgerBinding:
+    """Read the ledger's data about the target. Raises the same errors as a run."""
+    path = job.ledger
+    if not (ledger_exists(path) if isinstance(path, PostgresLocation) else path_exists(path)):
+        return LedgerBinding({}, None, None, frozenset())
+    if isinstance(path, Path) and path.is_file() and path.stat().st_size <= CHECKED_AT_START_BYTES:
+        found = check_ledger(path)
+        if found.problems:
+            raise CommandRefused(f"{path}: the ledger is damaged: {'; '.join(found.problems)}", RESTORE_HINT)
+    with closing(Database(path, read_only=True)) as ledger:
+        stored = read_binding(ledger, job)
+    for name, value in bound_to.items():
+        if None not in (value, bound := stored.bound_to.get(name)) and value != bound:
+            raise JobError(
+                f"{path}: this ledger belongs to another {name.replace('_', ' ')}: {bound}, not {value}",
+                "set another `ledger:`, or use the key and DATABAR_BASE_URL of this one",
+            )
+    return stored
+
+
+def _make_template(
+    job: Job, description: Description, providers: list[int], problems: list[EnrichError]
+) -> RequestTemplate | None:
+    """Make the request template with all names of the job. Unknown and missing ones were reported before."""
+    if not providers:
+        providers = default_providers(description)
+    offered = {param.name: param for param in description.input_params}
+    lenient: dict[str, object] = {
+        "input_params": [offered.get(name, Offered(name=name)) for name in job.model.params],
+        "is_email_verifying": True,
+    }
+    bare_job = replace(job, model=job.model.model_copy(update={"enrichments": None}))
+    try:
+        return make_request_template(
+            bare_job, description.model_copy(update=lenient), job.model.enrichments or providers
+        )
+    except JobError as error:
+        _add_problem(problems, error)
+        return None
+
+
+def _add_problem(problems: list[EnrichError], error: EnrichError) -> None:
+    """Add a problem, unless it is in the list already."""
+    if error.message not in [problem.message for problem in problems]:
+        problems.append(error)
+
+
+def _make_documented_template(
+    job: Job, description: Description, problems: list[EnrichError]
+) -> RequestTemplate | None:
+    """Make the request template from the documentation, which lacks the providers and some fields."""
+    fields = description.output_fields or [Field(name=description.identifier)]
+    return _make_template(job, description.model_copy(update={"output_fields": fields}), [0], problems)

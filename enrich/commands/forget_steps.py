@@ -1,0 +1,130 @@
+"""Finds the requests about a person along the steps of a job: what one step found is what a later one has sent."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from enrich.databar.task_results import column_values, is_blank
+from enrich.errors import EnrichError
+from enrich.job.cell_text import fold
+from enrich.job.job import Job
+from enrich.job.target_spec import Param
+from enrich.ledger.database import Database
+from enrich.rows.job_input import JobInput
+from enrich.run.preflight import template_from_ledger
+from enrich.run.step_inputs import make_steps
+from enrich.run.step_rows import StepRows
+
+
+class RowRequests(NamedTuple):
+    """The requests of rows: those of the person alone (fingerprint to params as JSON), and those of other rows.
+
+    A request that another row has, too, such as one about a company, is not about this person alone.
+    """
+
+    own: dict[bytes, str]
+    of_others: Collection[bytes]
+
+
+def requests_of_rows(job: Job, ledger: Database, criteria: Mapping[str, str]) -> RowRequests:
+    """Return the requests of all steps by whether their row matches.
+
+    Empty if the input is unusable, or has no such columns.
+    """
+    try:
+        job_input = JobInput(job)
+        templates = [template_from_ledger(ledger, step) for step in job.step_jobs]
+        rows = StepRows(job, job_input, ledger, make_steps(job, job_input, templates))
+    except EnrichError:
+        return RowRequests({}, ())
+    found: dict[bytes, str] = {}
+    of_others: set[bytes] = set()
+    for tables in rows.step_tables():
+        if not set(criteria) <= set(tables.text.columns):
+            return RowRequests({}, ())
+        cells = [(tables.text.get_column(name), value) for name, value in criteria.items()]
+        for row in range(tables.height):
+            is_person = all(fold(column[row]) == value for column, value in cells)
+            for step_batch, _ in tables.steps:
+                fingerprint, params = step_batch.batch.fingerprints[row], step_batch.batch.params[row]
+                if fingerprint is None or params is None:
+                    continue
+                if is_person:
+                    found[fingerprint] = params
+                else:
+                    of_others.add(fingerprint)
+    own = {fingerprint: params for fingerprint, params in found.items() if fingerprint not in of_others}
+    return RowRequests(own, of_others)
+
+
+def follow_answers(
+    job: Job, found: Sequence[Mapping[str, Any]], known: Sequence[Mapping[str, Any]], of_others: Collection[bytes]
+) -> list[Mapping[str, Any]]:
+    """Return the requests found, and those that sent what the answers of these have found, step after step.
+
+    An e-mail address identifies a person, and so does a link that was found for an address. Another link may be that of
+    a company: it is followed only where it was found for this person alone, and not to a request `of_others`, nor to
+    one with another person's cells.
+    """
+    chosen = {request["id"]: request for request in found}
+    params = [item for step in job.step_jobs for item in step.model.params.items()]
+    of_one_column = [(name, param) for name, param in params if len(param.columns) == 1]
+    waiting = list(found)
+    while waiting:
+        identifying, links = _values_to_follow(job, params, waiting)
+        if links:
+            rest = (request for request in known if request["id"] not in chosen)
+            links -= {pair for request in rest for pair in _found_values(job, request)}
+        cells: dict[str, set[str]] = {}
+        for column, value in (pair for request in chosen.values() for pair in _sent_cells(of_one_column, request)):
+            cells.setdefault(column, set()).add(value)
+        waiting = []
+        for request in known:
+            sent = set() if request["id"] in chosen else _sent_cells(params, request)
+            is_person = not sent.isdisjoint(identifying)
+            if not is_person and not sent.isdisjoint(links) and request["fingerprint"] not in of_others:
+                others = _sent_cells(of_one_column, request) - links
+                is_person = all(value in cells.get(column, {value}) for column, value in others)
+            if is_person:
+                waiting.append(request)
+        chosen |= {request["id"]: request for request in waiting}
+    return list(chosen.values())
+
+
+def _values_to_follow(
+    job: Job, params: Sequence[tuple[str, Param]], requests: Sequence[Mapping[str, Any]]
+) -> tuple[set[tuple[str, str]], set[tuple[str, str]]]:
+    """Return the values that identify a person in the answers of requests, and links that may not, by column."""
+    identifying: set[tuple[str, str]] = set()
+    links: set[tuple[str, str]] = set()
+    for request in requests:
+        by_address = any(_is_address(value) for _, value in _sent_cells(params, request))
+        for pair in _found_values(job, request):
+            if "/" in pair[1]:
+                (identifying if by_address else links).add(pair)
+            elif _is_address(pair[1]):
+                identifying.add(pair)
+    return identifying, links
+
+
+def _is_address(value: str) -> bool:
+    return "@" in value and "/" not in value
+
+
+def _sent_cells(params: Sequence[tuple[str, Param]], request: Mapping[str, Any]) -> set[tuple[str, str]]:
+    """Return the values that a request has sent, with each column from which they may be."""
+    values = json.loads(request["params"])
+    return {(column, fold(values[name])) for name, param in params if name in values for column in param.columns}
+
+
+def _found_values(job: Job, request: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the values of the steps' columns in the answers of a request, by column."""
+    for answer in filter(None, json.loads(request["answers"])):
+        data = json.loads(answer).get("data")
+        for step in job.step_jobs:
+            columns = step.model.columns or {}
+            for name, value in zip(columns, column_values(data, columns.values()), strict=True):
+                if not is_blank(value):
+                    yield name, fold(str(value))

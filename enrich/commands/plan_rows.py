@@ -1,0 +1,146 @@
+"""Writes the file of `enrich plan --rows`: the input with the decision for each row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import polars as pl
+
+from enrich.errors import CommandRefused
+from enrich.files.writer import write_file
+from enrich.job.job import Job
+from enrich.job.spec import Output
+from enrich.ledger import enroll, step_results
+from enrich.ledger.database import Database
+from enrich.models import DECISIONS_TO_SEND, Decision, RequestSelection, RowDecision, RowStatus, iso_time
+from enrich.rows.job_input import JobInput
+from enrich.rows.template import RequestTemplate
+from enrich.run.plan import DECISION_REASONS
+from enrich.run.step_batch import StepBatch
+from enrich.run.step_forecast import StepDecisions, decide_steps
+from enrich.run.step_rows import StepRows
+
+#: The columns that `--rows` adds to the input's.
+PLAN_COLUMNS = {
+    "plan_decision": pl.String(),
+    "plan_why": pl.String(),
+    "plan_same_as_row": pl.Int64(),
+    "plan_answered_at": pl.String(),
+    "plan_age_days": pl.Float64(),
+}
+
+
+def write_rows(
+    target: Path, job: Job, job_input: JobInput, ledger: Database, template_and_time: tuple[RequestTemplate, int]
+) -> None:
+    """Write the input with each row's decision. The time is in ms (UTC)."""
+    template, now_ms = template_and_time
+    filters = [name for name in ("where", "only_if_empty") if getattr(job.model, name)]
+    filtered_reason = f"filtered by {' or '.join(filters)}"
+
+    def frames() -> Iterator[pl.DataFrame]:
+        for batch in job_input.batches(template):
+            decisions = {
+                row_decision.position: row_decision for row_decision in enroll.row_decisions(ledger, batch.requests())
+            }
+            if len(decisions) != batch.statuses.count(None):
+                raise CommandRefused(f"{job.input_path}: the input changed while it was read", "run the command again")
+            cells = [
+                _decision_cells(decisions[position], now_ms)
+                if status is None
+                else _skipped_cells(status, error or filtered_reason)
+                for position, (status, error) in enumerate(
+                    zip(batch.statuses, batch.errors, strict=True), batch.first_position
+                )
+            ]
+            new = [
+                pl.Series(name, [row[place] for row in cells], dtype)
+                for place, (name, dtype) in enumerate(PLAN_COLUMNS.items())
+            ]
+            yield _without(batch.frame, PLAN_COLUMNS).hstack(new)
+
+    _write(target, job_input, frames(), PLAN_COLUMNS)
+
+
+def write_step_rows(target: Path, rows: StepRows, selections: Sequence[RequestSelection]) -> None:
+    """Write the input with each row's decision in every step."""
+    columns: dict[str, pl.DataType] = {
+        name: pl.String() for step in rows.steps for name in _step_columns(step.job.step)
+    }
+
+    def frames() -> Iterator[pl.DataFrame]:
+        step_results.begin_plan(rows.ledger)
+        for table in rows.step_tables():
+            new: list[pl.Series] = []
+            for number, made in enumerate(decide_steps(rows, table, selections)):
+                decided = list(_step_cells(rows, number, table.steps[number][0], made))
+                for place, name in enumerate(_step_columns(rows.steps[number].job.step)):
+                    new.append(pl.Series(name, [cells[place] for cells in decided], pl.String))
+            yield _without(table.frame, columns).hstack(new)
+
+    _write(target, rows.job_input, frames(), columns)
+
+
+def _step_columns(step: str) -> tuple[str, str]:
+    return f"plan_{step}_decision", f"plan_{step}_why"
+
+
+def _step_cells(
+    rows: StepRows, number: int, step_batch: StepBatch, made: StepDecisions
+) -> Iterator[tuple[Decision, str]]:
+    step = rows.steps[number]
+    known = [
+        name if decision in (*DECISIONS_TO_SEND, Decision.POSSIBLE) and not changes else None
+        for name, decision, changes in zip(made.fingerprints, made.decisions, made.may_change, strict=True)
+    ]
+    first_rows = step_results.add_planned(rows.ledger, step.job.step, filter(None, known))
+    depends_on = ", ".join(rows.steps[earlier].job.step for earlier in sorted(step.depends_on))
+    models = (rows.job.model, step.job.model)
+    filters = [name for name in ("where", "only_if_empty") if any(getattr(model, name) for model in models)]
+    for row, decision in enumerate(made.decisions):
+        name = known[row]
+        if name is not None and name not in first_rows:
+            yield Decision.DUPLICATE, f"{DECISION_REASONS[Decision.DUPLICATE]}: {decision.value}"
+            continue
+        first_rows.discard(name or b"")
+        reason = DECISION_REASONS.get(decision, f"sent if the results of {depends_on} require it")
+        if decision in (Decision.INVALID, Decision.FILTERED):
+            why = step_batch.batch.errors[row] or step_batch.reasons[row]
+            reason = why or f"filtered by {' or '.join(filters)}"
+        elif decision is Decision.OVER_LIMIT:
+            reason = "over --limit or --sample"
+        yield decision, reason
+
+
+def _without(frame: pl.DataFrame, columns: Iterable[str]) -> pl.DataFrame:
+    """Return a table without the columns of an earlier plan, which are replaced."""
+    return frame.drop(list(columns), strict=False)
+
+
+def _write(
+    target: Path, job_input: JobInput, frames: Iterator[pl.DataFrame], columns: Mapping[str, pl.DataType]
+) -> None:
+    schema = {name: kind for name, kind in job_input.schema.items() if name not in columns} | dict(columns)
+    output, job = Output(path=str(target)), job_input.job.name
+    write_file(target, output, job=job, schema=schema, frames=frames, new_columns=len(columns), kind="plan")
+
+
+def _skipped_cells(status: RowStatus, reason: str) -> list[object]:
+    return [Decision(status.value), reason, None, None, None]
+
+
+def _decision_cells(row_decision: RowDecision, now_ms: int) -> list[object]:
+    answered_at, age_days = None, None
+    if (
+        row_decision.decision in (Decision.FOUND, Decision.NOT_FOUND, Decision.REFRESH)
+        and row_decision.settled_ms is not None
+    ):
+        answered_at, age_days = (
+            iso_time(row_decision.settled_ms),
+            round((now_ms - row_decision.settled_ms) / 86_400_000, 2),
+        )
+    if row_decision.first_position == row_decision.position:
+        return [row_decision.decision, DECISION_REASONS[row_decision.decision], None, answered_at, age_days]
+    reason = f"{DECISION_REASONS[Decision.DUPLICATE]}: {row_decision.decision.value}"
+    return [Decision.DUPLICATE, reason, row_decision.first_position + 1, answered_at, age_days]

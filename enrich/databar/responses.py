@@ -1,0 +1,285 @@
+"""Interprets the API's HTTP responses. Pure functions, no I/O.
+
+The outcome of a submit POST depends only on this table:
+
+no connection (refused, DNS, TLS, timeout while connecting)    RequestNotAccepted
+3xx                                                            RequestNotAccepted (redirects are not followed)
+401, 403                                                       Unauthorized
+406                                                            OutOfCredits
+429                                                            RateLimited
+400, 422 that name a param                                     BadParams
+400, 422 that name no param; 404; 413 in bulk                  JobRejected
+any 2xx with a task id                                         accepted, unless another request has this id
+anything else: 2xx without a task id, every 5xx, other 4xx,
+read timeout, connection reset, a body that is not JSON        SubmissionUnconfirmed (with the task id, if any)
+
+A poll response is valid if it names the requested task. A response that names no task (404, 410, 401, or a body
+without an id) is valid if it came over a new connection. Any other response raises InvalidPollResponse, and the
+task is polled again.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from http import HTTPStatus
+from typing import Any
+
+import orjson
+
+from enrich.databar.error_bodies import join_text, wrong_params, wrong_rows
+from enrich.databar.task_results import TaskReply
+from enrich.databar.text_filter import clean_json, clean_line, clean_text
+from enrich.databar.transport import HttpAnswer
+from enrich.errors import (
+    ApiCallFailed,
+    BadParams,
+    InvalidPollResponse,
+    JobRejected,
+    OutOfCredits,
+    RateLimited,
+    RequestNotAccepted,
+    SubmissionUnconfirmed,
+    TaskUnknown,
+    Unauthorized,
+)
+from enrich.models import to_json_text
+
+#: A longer id is not accepted as a task id.
+MAX_ID_LENGTH = 512
+#: Deeper JSON is rejected. SQLite's JSON functions stop at 1,000 levels, and Python's parser at about the same.
+MAX_DEPTH = 200
+#: A longer Retry-After is reduced to this.
+MAX_RETRY_AFTER_S = 3600.0
+#: Number of bytes kept of an unreadable response.
+MAX_UNREADABLE_BYTES = 1 << 20
+NOT_UTF8_NOTE = "the API's response is not valid UTF-8: unreadable bytes are shown as �"
+#: 19 digits in a row may be an integer of more than 64 bits, which orjson would convert to a float. The search first
+#: makes all digits equal, which takes a fifth of the time of a regular expression.
+_LONG_NUMBER = b"0" * 19
+_EQUAL_DIGITS = bytes.maketrans(b"123456789", b"0" * 9)
+_NEITHER_BRACKET_NOR_QUOTE = bytes(set(range(256)) - set(b'[]{}"\\'))
+_SECONDS_PATTERN = re.compile(r"-?[0-9]+(\.[0-9]*)?")
+_REASONS = {status.value: status.phrase for status in HTTPStatus}
+
+
+class _NotFound(JobRejected):
+    """The API responded with 404."""
+
+
+@dataclass(frozen=True, slots=True)
+class JsonBody:
+    """A JSON body: its value, the same value as JSON text, and whether all of its bytes could be decoded."""
+
+    value: Any
+    text: str
+    is_lossless: bool = True
+
+
+def parse_body(received: bytes, key: str) -> JsonBody:
+    """Clean and parse a body, in which the API key `key` is masked. Lone surrogates and invalid UTF-8 are replaced.
+
+    Raises ValueError if the body is not JSON or is nested too deeply.
+    """
+    body = clean_json(received, key)
+    try:
+        if _LONG_NUMBER not in body.translate(_EQUAL_DIGITS):
+            return _check_depth(JsonBody(orjson.loads(body), body.decode()))
+    except orjson.JSONDecodeError:
+        pass  # malformed, or an extension of JSON that Python's parser accepts
+    try:
+        try:
+            value = json.loads(body, parse_constant=_constant_as_null)
+        except UnicodeDecodeError:
+            value = json.loads(body.decode(errors="replace"), parse_constant=_constant_as_null)
+        text = to_json_text(value)
+        had_replacement = b"\xef\xbf\xbd" in received or b"fffd" in received.lower()
+        return _check_depth(JsonBody(json.loads(text), text, had_replacement or "\ufffd" not in text))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _constant_as_null(_: str) -> None:
+    """Parse NaN and Infinity, which are not valid JSON, as null."""
+
+
+def _check_depth(reply: JsonBody) -> JsonBody:
+    if reply.text.count("[") + reply.text.count("{") <= MAX_DEPTH or _is_certainly_shallow(reply.text):
+        return reply
+    level, depth = [reply.value], 0
+    while level:
+        if (depth := depth + 1) > MAX_DEPTH:
+            raise ValueError("nested too deeply")
+        inner = [item for item in level if isinstance(item, dict | list)]
+        level = [value for item in inner for value in (item.values() if isinstance(item, dict) else item)]
+    return reply
+
+
+def _is_certainly_shallow(text: str) -> bool:
+    """Check JSON by its brackets alone, in a tenth of the time that its values take.
+
+    False: it may be too deep, or its strings contain brackets or escapes.
+    """
+    brackets = text.encode().translate(None, _NEITHER_BRACKET_NOR_QUOTE).replace(b'""', b"")
+    if b'"' in brackets or b"\\" in brackets:
+        return False
+    for _ in range((MAX_DEPTH - 1) // 2):  # each round removes one level, or two: lists, then objects
+        brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
+        if not brackets:
+            return True
+    return False
+
+
+def _json_or_none(content: bytes, key: str) -> object:
+    try:
+        return parse_body(content, key).value
+    except ValueError:
+        return None
+
+
+def task_ids(body: object) -> list[str]:
+    """Return the task ids in a body: `task_id`, and `request_id`, its older name."""
+    if not isinstance(body, Mapping):
+        return []
+    values = (body.get(name) for name in ("task_id", "request_id"))
+    return [
+        str(value).strip()
+        for value in values
+        if isinstance(value, str | int) and not isinstance(value, bool) and str(value).strip()
+    ]
+
+
+def usable_task_id(content: bytes, key: str) -> str | None:
+    """Return the task id in the response to a POST. None if there is no id that can be polled.
+
+    An id that needs cleaning is unusable, because the cleaned id could belong to another task.
+    """
+    try:
+        # Invalid bytes in other parts of the response do not make the id unreadable.
+        body = json.loads(content.decode(errors="replace"), parse_int=_parse_integer)
+    except (ValueError, RecursionError):
+        return None
+    return next((name for name in task_ids(body) if _is_usable_id(name, key)), None)
+
+
+def _parse_integer(digits: str) -> int | str:
+    """Parse an integer. A very long one stays text, because Python refuses more than 4,300 digits."""
+    return int(digits) if len(digits) < MAX_ID_LENGTH else digits
+
+
+def _is_usable_id(task_id: str, key: str) -> bool:
+    only_dots = not task_id.strip(".")  # dots in a URL path point to another resource
+    is_clean = "\ufffd" not in task_id and clean_text(task_id, key) == task_id
+    return len(task_id) <= MAX_ID_LENGTH and task_id.isprintable() and not only_dots and is_clean
+
+
+def read_poll_error(answer: HttpAnswer, key: str) -> TaskReply:
+    """Interpret an unsuccessful response to a poll, by the rules at the top of this file: return a deleted task (410).
+
+    Raises InvalidPollResponse, RateLimited, TaskUnknown (404), Unauthorized and other RequestNotAccepted errors.
+    """
+    error = response_error(answer, key)
+    if isinstance(error, RateLimited):
+        raise error
+    if not answer.is_fresh:
+        raise InvalidPollResponse(error.message, new_connection=False)
+    if answer.status == HTTPStatus.GONE:
+        return TaskReply({"status": "gone"}, '{"status":"gone"}')
+    if isinstance(error, _NotFound):
+        raise TaskUnknown(error.message)
+    raise error if isinstance(error, RequestNotAccepted) else RequestNotAccepted(error.message)
+
+
+def read_task_reply(content: bytes, task_id: str, key: str, *, new_connection: bool) -> TaskReply:
+    """Interpret a successful response to a poll of `task_id`, by the rules at the top of this file.
+
+    Raises InvalidPollResponse.
+    """
+    try:
+        reply = parse_body(content, key)
+    except ValueError as error:
+        start = clean_text(content[:MAX_UNREADABLE_BYTES].decode(errors="replace"), key)
+        reason = str(error) if "nested" in str(error) else "it is not JSON"
+        raise InvalidPollResponse(
+            f"the API's response cannot be read: {reason}", start, new_connection=new_connection
+        ) from error
+    ids = task_ids(reply.value)
+    if ids and task_id not in ids:
+        raise InvalidPollResponse("the response is for another task", reply.text, ids[0], new_connection=new_connection)
+    if not ids and not new_connection:
+        raise InvalidPollResponse("the API's response has no task id", reply.text, new_connection=False)
+    if not isinstance(reply.value, dict) or "status" not in reply.value:
+        raise InvalidPollResponse("the API's response is not a task", reply.text, new_connection=new_connection)
+    return TaskReply(reply.value, reply.text, None if reply.is_lossless else NOT_UTF8_NOTE)
+
+
+def response_error(answer: HttpAnswer, key: str, rows: int | None = None) -> ApiCallFailed:
+    """Return the error for an unsuccessful response. `rows` is the number of rows of a bulk POST, else None."""
+    status = answer.status
+    body = _json_or_none(answer.content, key)
+    reason = _error_detail(body) or _REASONS.get(status, "no reason given")
+    message = clean_line(f"HTTP {status}: {reason}", key)
+    if 300 <= status < 400:  # noqa: PLR2004
+        return RequestNotAccepted(f"HTTP {status}: the API redirects the request")
+    match status:
+        case 401 | 403 if body is None and answer.content.strip():
+            return RequestNotAccepted(
+                f"{message}, with a page instead of the API's JSON: "
+                "a firewall, proxy or CDN rejects the request, not the API the key"
+            )
+        case 401 | 403:
+            return Unauthorized(
+                f"the API rejects the key: {message}", "check the key, and that the plan has API access"
+            )
+        case 407:
+            return RequestNotAccepted(f"the proxy requires a login: {message}")
+        case 406:
+            return OutOfCredits(f"the API is out of credits: {message}")
+        case 429:
+            return RateLimited(message, _retry_after(answer))
+        case 400 | 422:
+            return _params_error(body, rows, message)
+        case 413 if rows is not None:
+            return JobRejected(f"the API rejects this number of rows per request: {message}", "lower `dispatch.bulk`")
+        case 404:
+            return _NotFound(message)
+        case _:
+            return SubmissionUnconfirmed(message, usable_task_id(answer.content, key))
+
+
+def _params_error(body: object, rows: int | None, message: str) -> BadParams | JobRejected:
+    reasons = wrong_params(body) or None if rows is None else wrong_rows(body, rows)
+    if reasons is not None:
+        return BadParams({row: clean_line(reason) for row, reason in reasons.items()}, message)
+    return JobRejected(f"the API rejects the request: {message}")
+
+
+def _retry_after(answer: HttpAnswer) -> float | None:
+    """Return Retry-After in seconds, or None. It is a number of seconds or a date (RFC 9110).
+
+    A date is compared with the `Date` header, which is the API's own clock.
+    """
+    value = answer.header(b"retry-after").strip()
+    if _SECONDS_PATTERN.fullmatch(value):
+        return min(max(0.0, float(value)), MAX_RETRY_AFTER_S)
+    try:
+        at = parsedate_to_datetime(value)
+        now = parsedate_to_datetime(answer.header(b"date"))
+        return min(max(0.0, (at - now).total_seconds()), MAX_RETRY_AFTER_S)
+    except (ValueError, TypeError, ArithmeticError):
+        return None
+
+
+def _error_detail(body: object) -> str:
+    """Return the API's message in an error body, without the input values that the API may echo."""
+    detail = body.get("detail") if isinstance(body, Mapping) else None
+    if isinstance(detail, str):
+        return detail[:200]
+    if isinstance(detail, list):
+        return "; ".join(
+            f"{join_text(item.get('loc'), '.')}: {item.get('msg')}" for item in detail if isinstance(item, Mapping)
+        )[:200]
+    return json.dumps(detail)[:200] if detail is not None else ""

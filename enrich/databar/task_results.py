@@ -1,0 +1,345 @@
+"""Parses task results in every shape observed from the API. Pure functions, no I/O.
+
+The API documentation is inconsistent about the `data` of a completed single run. It can be a list with one
+wrapper object (`result`, `steps`, `enrichment_data`), the wrapper object itself, or the flat fields. An enrichment
+answers with flat fields, or with a list of them. This module reads all of these. Its
+checks are for `dict`, as JSON objects are: those for `Mapping` take ten times as long.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from math import isfinite
+from typing import Any, NamedTuple
+
+from enrich.job.cell_text import is_blank as is_blank_text
+from enrich.models import MICROS_PER_CREDIT, Answer, State, to_json_text, to_micros
+
+
+class TaskPhase(Enum):
+    """Phase of a task at the API."""
+
+    RUNNING = "running"
+    COMPLETED = "completed"
+    NO_DATA = "no_data"  # provisional: counts as no match after a short grace period
+    FAILED = "failed"
+    GONE = "gone"
+
+
+#: Keys are lower-case values of the API's `status`. An unknown status counts as still running.
+PHASE_BY_STATUS = {
+    "completed": TaskPhase.COMPLETED,
+    "success": TaskPhase.COMPLETED,
+    "partially_completed": TaskPhase.COMPLETED,
+    "no_data": TaskPhase.NO_DATA,
+    "failed": TaskPhase.FAILED,
+    "error": TaskPhase.FAILED,
+    "cancelled": TaskPhase.FAILED,
+    "gone": TaskPhase.GONE,
+}
+
+#: Upper limit for the price of one answer, in millionths of a credit. A higher value counts as unknown.
+MAX_ANSWER_CREDITS = 1_000_000 * MICROS_PER_CREDIT
+#: Steps beyond this number are ignored.
+MAX_STEPS = 1_000
+#: At least one of these keys besides `result` marks a wrapper object. Without them, `result` is a flat field.
+_RESULT_WRAPPER_KEYS = ("steps", "enrichment_data", "result_field")
+
+
+@dataclass(frozen=True, slots=True)
+class TaskReply:
+    """The API's response about a task: the parsed body, the same body as JSON text, and a `note` on any defect."""
+
+    body: dict[str, Any]
+    raw: str
+    note: str | None = None
+
+
+class ParsedData(NamedTuple):
+    """The parsed `data` of a task. `provider` is None when the response does not name one."""
+
+    fields: Mapping[str, Any]
+    provider: str | None
+    #: What is around the fields; None: the answer is flat.
+    wrapper: Mapping[str, Any] | None = None
+    steps: Sequence[Mapping[str, Any]] = ()
+    #: All rows of an answer that lists several.
+    rows: Sequence[object] = ()
+    #: Number of steps beyond MAX_STEPS, which were ignored.
+    unread_steps: int = 0
+
+    def steps_cost(self) -> tuple[int | None, bool]:
+        """Return the total cost of the steps, and whether any step may have cost something.
+
+        The total is in millionths of a credit. It is None when the cost of any step is unknown.
+        """
+        costs = [parse_price(step.get("cost")) for step in self.steps]
+        known = [cost for cost in costs if cost is not None]
+        is_complete = len(known) == len(costs) and not self.unread_steps
+        total = sum(known)
+        return total if costs and is_complete and total <= MAX_ANSWER_CREDITS else None, any(known) or not is_complete
+
+
+def parse_price(value: object) -> int | None:
+    """Parse the price of an answer into millionths of a credit. None if it is missing or not a valid price."""
+    price = to_micros(value)
+    return price if price is not None and price <= MAX_ANSWER_CREDITS else None
+
+
+def is_paid_without_data(task: Mapping[str, Any]) -> bool:
+    """Check whether a finished task was charged but has no data. Its result may not be complete yet."""
+    data = task.get("data")
+    empty = is_blank(data) or (isinstance(data, list) and all(map(is_blank, data)))
+    return empty and bool(parse_price(task.get("credits_spent")))
+
+
+def is_cancelled(task: Mapping[str, Any]) -> bool:
+    """Check whether a task was cancelled. A single one is not sent again unless the user says so."""
+    return str(task.get("status", "")).strip().lower() == "cancelled"
+
+
+def task_phase(task: Mapping[str, Any]) -> TaskPhase:
+    """Return the phase of a task."""
+    return PHASE_BY_STATUS.get(str(task.get("status", "")).strip().lower(), TaskPhase.RUNNING)
+
+
+def parse_data(data: object, provider: str | None = None, *, find_provider: bool = True) -> ParsedData:
+    """Parse the `data` of a single run, in any of its shapes. `find_provider=False`: the provider is known already."""
+    rows = _listed_rows(data)
+    data = _first_item(data)
+    fields = _unwrap_fields(data)
+    if not isinstance(data, dict) or fields is data:
+        return ParsedData(fields, None, rows=rows)
+    listed_steps = data.get("steps")
+    listed_steps = listed_steps if isinstance(listed_steps, list) else []
+    steps: list[Mapping[str, Any]] = [step for step in listed_steps[:MAX_STEPS] if isinstance(step, dict)]
+    if find_provider:
+        provider = _find_provider(fields, data.get("enrichment_data"), steps)
+    return ParsedData(fields, provider, data, steps, unread_steps=len(listed_steps[MAX_STEPS:]))
+
+
+def result_fields(data: object) -> Mapping[str, Any]:
+    """Return the result fields in the `data` of a single run, in any of its shapes."""
+    return _unwrap_fields(_first_item(data))
+
+
+def _listed_rows(data: object) -> Sequence[object]:
+    """Return the rows of a list with more than one; empty: it is a single answer."""
+    return data if isinstance(data, list) and len(data) > 1 else ()
+
+
+def _first_item(data: object) -> object:
+    if not isinstance(data, list):
+        return data
+    for item in data:
+        if item is not None:
+            return item
+    return None
+
+
+def _unwrap_fields(data: object) -> Mapping[str, Any]:
+    if not isinstance(data, dict):
+        return {}
+    if "result" not in data or data.keys().isdisjoint(_RESULT_WRAPPER_KEYS):
+        return data
+    result = data["result"]
+    return result if isinstance(result, dict) else _name_result(result, data.get("result_field"))
+
+
+def _name_result(result: object, names: object) -> Mapping[str, Any]:
+    """Return a bare result as a field with the name in `result_field`."""
+    name = names[0] if isinstance(names, list) and names else names
+    return {name: result} if isinstance(name, str) else {}
+
+
+def _find_provider(fields: Mapping[str, Any], provider_data: object, steps: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return the provider whose own data contains a value of the result, or else the last one named by a step."""
+    values = [value for value in fields.values() if not is_blank(value)]
+    if not values:
+        return None
+    if isinstance(provider_data, dict):
+        for name, data in provider_data.items():
+            own = data.values() if isinstance(data, dict) else [data]
+            if any(value in values for value in own):
+                return str(name)
+    named_steps = [step for step in steps if not is_blank(step.get("provider"))]
+    matching_steps = [step for step in named_steps if any(step.get("result") == value for value in values)]
+    last = (matching_steps or [step for step in named_steps if step.get("is_verified") is True] or named_steps)[-1:]
+    return str(last[0]["provider"]) if last else None
+
+
+def is_blank(value: object) -> bool:
+    """Check whether a value is empty: null, blank text, [], {}, NaN or infinity."""
+    if isinstance(value, str):
+        return is_blank_text(value)
+    return value is None or value in ([], {}) or (isinstance(value, float) and not isfinite(value))
+
+
+def value_at(fields: object, path: str) -> Any:  # noqa: ANN401 - a JSON field can be any type
+    """Return the value at a dotted path (`person.emails.0`). None if there is none.
+
+    A field whose name contains the dots takes precedence over nested fields.
+    """
+    if isinstance(fields, dict):
+        if path in fields:
+            return fields[path]
+        head, _, rest = path.partition(".")
+        return value_at(fields[head], rest) if rest and head in fields else None
+    if isinstance(fields, list):
+        head, _, rest = path.partition(".")
+        if head.isdecimal() and int(head) < len(fields):
+            return value_at(fields[int(head)], rest) if rest else fields[int(head)]
+    return None
+
+
+#: Paths that begin so are outside the result.
+BESIDE = "$"
+#: Data outside the result about its origin. It makes no match.
+_STEPS_KEYS = ("is_verified", "steps")
+
+
+def column_values(data: object, paths: Iterable[str]) -> list[Any]:
+    """Return the values at the paths of the job's columns in the `data` of a single run; None where there is none.
+
+    `$is_verified`, `$steps.0.provider` and `$enrichment_data.NAME.title` are outside the result. In a flat answer `$x`
+    is the field `x`. In a list of several rows, the fields are those of the first; `1.name` is in the second.
+    """
+    paths = list(paths)
+    if not _listed_rows(data) and not any(path.startswith(BESIDE) for path in paths):
+        fields = result_fields(data)
+        return [value_at(fields, path) for path in paths]
+    parsed = parse_data(data)
+    return [column_value(parsed, path) for path in paths]
+
+
+def column_value(parsed: ParsedData, path: str) -> Any:  # noqa: ANN401 - a JSON field can be any type
+    """Return the value at the path of a column, as `column_values` does."""
+    if not path.startswith(BESIDE):
+        in_list = parsed.rows and path.partition(".")[0].isdecimal()
+        return value_at(parsed.rows if in_list else parsed.fields, path)
+    path = path.removeprefix(BESIDE)
+    if parsed.wrapper is None:
+        return value_at(parsed.fields, path)
+    if path == "is_verified":
+        credited = [step for step in parsed.steps if step.get("provider") == parsed.provider is not None]
+        values = list(parsed.fields.values())
+        last = ([step for step in credited if step.get("result") in values] or credited)[-1:]
+        return last[0].get("is_verified") if last else None
+    head, _, rest = path.partition(".")
+    named = parsed.wrapper.get(head)
+    if head != "enrichment_data" or not rest or not isinstance(named, dict):
+        return value_at(parsed.wrapper, path)
+    # The name of a provider may hold dots.
+    for name in sorted(named, key=len, reverse=True):
+        if rest == name:
+            return named[name]
+        if rest.startswith(f"{name}."):
+            return value_at(named[name], rest.removeprefix(f"{name}."))
+    return None
+
+
+def makes_match(path: str) -> bool:
+    """Check whether a value at this path makes a match. How the result was found does not."""
+    return not path.startswith(BESIDE) or path.removeprefix(BESIDE).partition(".")[0] not in _STEPS_KEYS
+
+
+def has_value(parsed: ParsedData, paths: Iterable[str]) -> bool:
+    """Check whether one of the job's columns has a value that makes the request a match."""
+    return any(makes_match(path) and not is_blank(column_value(parsed, path)) for path in paths)
+
+
+def error_text(error: object) -> str | None:
+    """Format an error (text, list of texts or an object) as one line. None if it is blank."""
+    if is_blank(error):
+        return None
+    if isinstance(error, list):
+        return "; ".join(text for text in map(error_text, error) if text) or None
+    text = error if isinstance(error, str) else json.dumps(error, ensure_ascii=False)
+    # SQLite's JSON functions cut text at the first NUL.
+    return " ".join(text.replace("\0", " ").split())
+
+
+def read_answer(reply: TaskReply, phase: TaskPhase, paths: Iterable[str]) -> Answer:
+    """Convert a task that is no longer running into an answer.
+
+    `paths` are the field paths of the job's columns. The request is found if at least one of them has a value.
+    """
+    task, raw, note = reply.body, reply.raw, reply.note
+    parsed = parse_data(task.get("data"))
+    spent = parse_price(task.get("credits_spent"))
+    steps_cost, any_cost = parsed.steps_cost()
+    cost = spent if "credits_spent" in task else steps_cost
+    if parsed.unread_steps:
+        note = f"{parsed.unread_steps:,} of the steps in the API's response were not read"
+    match phase:
+        case TaskPhase.GONE:
+            return Answer(State.EXPIRED, "the result expired before it was fetched", raw=raw, result_deleted=True)
+        case TaskPhase.FAILED:
+            message = error_text(task.get("error")) or f"API: {task.get('status')}"
+            free = spent == 0 and not any_cost and not is_cancelled(task)
+            return Answer(State.FAILED, message, parsed.provider, cost, raw, free_failure=free)
+        case TaskPhase.COMPLETED | TaskPhase.NO_DATA | TaskPhase.RUNNING:
+            found = has_value(parsed, paths)
+            return Answer(State.FOUND if found else State.NOT_FOUND, note, parsed.provider, cost, raw)
+
+
+def read_bulk_answers(
+    reply: TaskReply, phase: TaskPhase, size: int, paths: Iterable[str]
+) -> tuple[list[Answer], int | None]:
+    """Convert a bulk task of `size` rows that is no longer running into one answer per row and a total price.
+
+    The price is in millionths of a credit, or None if unknown. The price of a single row is never known.
+    If the response cannot be split into rows, all rows fail. Its JSON is kept with the first row, under `bundle`.
+    """
+    task, raw = reply.body, reply.raw
+    spent = parse_price(task.get("credits_spent"))
+    data = task.get("data")
+    message = error_text(task.get("error"))
+    if phase is TaskPhase.GONE:
+        # Ignore `credits_spent` of an expired task: it is not a reliable price.
+        expired = Answer(State.EXPIRED, "the result expired before it was fetched", result_deleted=True)
+        return _same_answers(expired, size, raw), None
+    if phase is TaskPhase.FAILED:
+        is_empty = is_blank(data) or (isinstance(data, list) and all(map(is_blank, data)))
+        reason = message or f"API: {task.get('status')}"
+        return _same_answers(Answer(State.FAILED, reason, free_failure=spent == 0 and is_empty), size, raw), spent
+    rows = [None] * size if is_blank(data) else data
+    if not isinstance(rows, list) or len(rows) != size:
+        count = f"{len(rows)} rows" if isinstance(rows, list) else "no list"
+        reason = f"the API answered {size} rows with {count}: the rows cannot be matched"
+        return _same_answers(Answer(State.FAILED, reason), size, raw), spent
+    blank_answer = _blank_row_answer(task.get("progress"), sum(map(is_blank, rows)), message, free=spent == 0)
+    paths = tuple(paths)
+    return [blank_answer if is_blank(row) else _row_answer(row, paths, reply.note) for row in rows], spent
+
+
+def _row_answer(row: object, paths: tuple[str, ...], note: str | None) -> Answer:
+    parsed = parse_data(row)
+    state = State.FOUND if has_value(parsed, paths) else State.NOT_FOUND
+    try:
+        return Answer(state, note, parsed.provider, raw=to_json_text({"data": row}))
+    except RecursionError:
+        return Answer(State.FAILED, "the API's response is nested too deeply")
+
+
+def _blank_row_answer(progress: object, blank_rows: int, message: str | None, *, free: bool) -> Answer:
+    """Return the answer for rows without data: no match, unless `progress` reports failed rows."""
+    counts = progress if isinstance(progress, Mapping) else {}
+    failed = counts.get("failed")
+    if not isinstance(failed, int) or failed <= 0:
+        return Answer(State.NOT_FOUND, raw='{"data":null}')
+    if failed >= blank_rows:
+        return Answer(State.FAILED, message or "API: failed", free_failure=free)
+    reason = (
+        f"failed or no match: {failed} of the {blank_rows} rows without a result failed, "
+        "and the API does not report which"
+    )
+    return Answer(State.FAILED, f"{reason} ({message})" if message else reason)
+
+
+def _same_answers(answer: Answer, size: int, raw: str) -> list[Answer]:
+    """Return the same answer for all rows. The raw JSON is stored under `bundle`: it is not the first row's own."""
+    return [replace(answer, raw=f'{{"bundle":{raw}}}'), *([answer] * (size - 1))]

@@ -1,0 +1,154 @@
+"""What a file of the run cannot hold: refused while the input is read, shortened where an answer is the reason."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import polars as pl
+
+from enrich.files import csv_format, excel_format
+from enrich.files.text import FileProblem, quote_column
+from enrich.job.locations import format_of
+from enrich.job.spec import Output
+
+_OTHER_FORMAT_HINT = "Use an output that ends in .csv or .parquet"
+_ENCODING_HINT = "Set `encoding: utf-8` for the file to write"
+
+
+@dataclass(frozen=True, slots=True)
+class FileLimits:
+    """The limits of one file. None: no limit. `name` is the file's key and path, for messages.
+
+    `max_rows` does not count the header. `cell_length` counts a cell as the format does.
+    """
+
+    name: str
+    encoding: str | None = None
+    max_rows: int | None = None
+    max_columns: int | None = None
+    max_cell: int | None = None
+    cell_length: Callable[[str], int] = len
+    #: Whether a spreadsheet would run text in this file as a formula.
+    runs_formulas: bool = False
+
+    def check_columns(self, columns: Sequence[str]) -> None:
+        """Raise FileProblem if the file cannot have these columns."""
+        if self.max_columns is not None and len(columns) > self.max_columns:
+            message = f"{self.name} would have {len(columns):,} columns; a sheet has at most"
+            raise FileProblem(f"{message} {self.max_columns:,}", _OTHER_FORMAT_HINT)
+        for name in columns:
+            if problem := self._cell_problem(name):
+                self._refuse("the header", name, problem)
+
+    def check_rows(self, frame: pl.DataFrame, first_position: int) -> None:
+        """Raise FileProblem for the first cell of a frame of text that cannot be written.
+
+        `first_position` is the position of the frame's first row in the input, from 0.
+        """
+        if self.max_rows is not None and first_position + frame.height > self.max_rows:
+            message = f"row {self.max_rows + 1:,}: {self.name} is a sheet, which has at most {self.max_rows:,}"
+            raise FileProblem(f"{message} rows under its header", _OTHER_FORMAT_HINT)
+        unfit = [
+            name for name, cells in zip(frame.columns, frame.get_columns(), strict=True) if self._may_not_fit(cells)
+        ]
+        if not unfit:
+            return
+        for row, cells in enumerate(frame.select(map(frame.get_column, unfit)).iter_rows(), first_position + 1):
+            for name, cell in zip(unfit, cells, strict=True):
+                if problem := self._cell_problem(cell):
+                    self._refuse(f"row {row}", name, problem)
+
+    def fit(self, cells: pl.Series) -> tuple[pl.Series, dict[int, str]]:
+        """Make text fit into the file. Returns the text, and for each changed cell why it was changed.
+
+        A character that the encoding lacks becomes `?`, and text that is too long is cut.
+        """
+        if cells.dtype != pl.String or not self._may_not_fit(cells):
+            return cells, {}
+        texts, reasons = cells.to_list(), {}
+        for index, text in enumerate(texts):
+            if text is not None and self._cell_problem(text):
+                texts[index], reasons[index] = self._fit_text(text)
+        return pl.Series(cells.name, texts, pl.String), reasons
+
+    def fit_answers(self, cells: Mapping[str, pl.Series], error_column: str) -> dict[str, pl.Series]:
+        """Make the new cells of some rows fit into the file, and add the reasons to the column of errors."""
+        fitted, notes = dict(cells), dict[int, list[str]]()
+        for name, column in cells.items():
+            fitted[name], reasons = self.fit(column)
+            for index, reason in reasons.items() if name != error_column else ():
+                notes.setdefault(index, []).append(f"{name}: {reason}")
+        if notes:
+            errors = fitted[error_column].to_list()
+            for index, reasons_of_row in notes.items():
+                errors[index] = "; ".join([*filter(None, [errors[index]]), *reasons_of_row])
+            fitted[error_column], _ = self.fit(pl.Series(error_column, errors, pl.String))
+        return fitted
+
+    def _may_not_fit(self, cells: pl.Series) -> bool:
+        cells = cells.alias("")  # polars reads a name such as `^a.*$` as a pattern
+        if self.max_cell is not None and (cells.str.len_bytes().max() or 0) > self.max_cell:  # type: ignore[operator]
+            return True
+        return self.encoding is not None and not _survives("".join(cells.drop_nulls().to_list()), self.encoding)
+
+    def _cell_problem(self, text: str) -> tuple[str, str] | None:
+        """Return why a text cannot be a cell, and a hint. None: it can."""
+        if self.max_cell is not None and len(text) * 2 > self.max_cell and self.cell_length(text) > self.max_cell:
+            return f"a cell of {self.name} has at most {self.max_cell:,} characters", _OTHER_FORMAT_HINT
+        if self.encoding is not None and not _survives(text, self.encoding):
+            return (
+                f"`{self.encoding}`, the encoding of {self.name}, cannot encode a character of this cell",
+                _ENCODING_HINT,
+            )
+        return None
+
+    def _fit_text(self, text: str) -> tuple[str, str]:
+        reasons = []
+        if self.encoding is not None and not _survives(text, self.encoding):
+            text = "".join(letter if _survives(letter, self.encoding) else "?" for letter in text)
+            reasons.append(f"characters that {self.encoding} lacks are `?`")
+        if self.max_cell is not None and self.cell_length(text) > self.max_cell:
+            excess = self.cell_length(text) - self.max_cell
+            text = text[: self.max_cell]
+            while self.cell_length(text) > self.max_cell:
+                text = text[: -max(1, (self.cell_length(text) - self.max_cell) // 2)]
+            reasons.append(f"cut by {excess:,} to {self.max_cell:,} characters")
+        return text, ", ".join(reasons)
+
+    def _refuse(self, position: str, column: str, problem: tuple[str, str]) -> None:
+        message, hint = problem
+        raise FileProblem(f"{position}, column {quote_column(column)}: {message}", hint)
+
+
+#: For a file that holds everything.
+NO_LIMITS = FileLimits("")
+
+
+def limits_of(kind: str, output: Output) -> FileLimits:
+    """Return the limits of a file of the run. `kind` is its key in the job file."""
+    name = f"the {kind} ({output.path})"
+    match format_of(output.path):
+        case "xlsx":
+            return FileLimits(
+                name,
+                max_rows=excel_format.MAX_ROWS - 1,
+                max_columns=excel_format.MAX_COLUMNS,
+                max_cell=excel_format.MAX_CELL_CHARACTERS,
+                cell_length=excel_format.cell_length,
+            )
+        case "csv":
+            # Every Unicode encoding has all characters.
+            encoding = None if codecs.lookup(output.encoding).name.startswith("utf") else output.encoding
+            return FileLimits(name, encoding, max_cell=csv_format.MAX_CELL_CHARACTERS, runs_formulas=True)
+        case _:
+            return FileLimits(name)
+
+
+def _survives(text: str, encoding: str) -> bool:
+    """Check whether a text can be written and read back. Some encodings write two characters as the same bytes."""
+    try:
+        return text.isascii() or text.encode(encoding).decode(encoding) == text
+    except UnicodeError:
+        return False

@@ -1,0 +1,106 @@
+"""Turns the validation errors of a job file into one error, with lines, keys and hints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pydantic import BaseModel, ValidationError
+
+from enrich.errors import JobError
+from enrich.job.name_hints import suggest_name
+from enrich.job.spec import (
+    Canary,
+    Caps,
+    Changes,
+    Input,
+    JobModel,
+    Limits,
+    Output,
+    Policy,
+    Refresh,
+    Report,
+    StepLimits,
+    StepModel,
+    SteppedJobModel,
+)
+from enrich.job.target_spec import SOURCES_KEY, Pagination, Param, Source, TargetModel
+from enrich.job.yaml_file import YamlDocument
+
+#: Messages for pydantic's error types, in terms of the job file.
+_ERROR_MESSAGES = {
+    "missing": "is missing",
+    "model_type": "must be a mapping of keys",
+    "dict_type": "must be a mapping of keys",
+    "list_type": "must be a list: [...]",
+    "too_short": "must not be empty",
+    "string_too_short": "must not be empty",
+}
+
+
+def join_validation_errors(document: YamlDocument, error: ValidationError) -> JobError:
+    """Combine all validation errors, sorted by line. A single error has its hint as a separate text."""
+    found: list[tuple[int, str, str | None]] = []
+    for problem in error.errors(include_url=False):
+        key_path = [step for step in problem["loc"] if step not in ("[key]", SOURCES_KEY)]
+        if problem["type"] == "default_factory_not_called":
+            continue  # the field it depends on has its own error
+        message = _ERROR_MESSAGES.get(problem["type"], problem["msg"].removeprefix("Value error, "))
+        hint = None
+        if problem["type"] == "extra_forbidden":
+            message, hint = "unknown key", _key_hint(key_path, is_stepped="steps" in document.data)
+        line = document.line_of(key_path)
+        found.append((line, f"{document.path}:{line}: {dotted_path(key_path)}: {message}", hint))
+    found.sort(key=lambda each: each[0])
+    if len(found) == 1:
+        no_target = key_path[-1:] == ["waterfall"] and message == "is missing"
+        return JobError(found[0][1], "a job needs a `waterfall` or an `enrichment`" if no_target else found[0][2])
+    return JobError("\n".join(f"{text}, {hint}" if hint else text for _, text, hint in found))
+
+
+def _key_hint(key_path: Sequence[str | int], *, is_stepped: bool) -> str | None:
+    """Return a hint for an unknown key: the level it belongs to, or the nearest valid key."""
+    key, at_step = str(key_path[-1]), _is_step(key_path[:-1])
+    if at_step and key in JobModel.model_fields:
+        return f"`{key}` is a key of the job, for all steps together"
+    if len(key_path) == 1 and key == "complete":
+        return "`complete` is for a job with `steps`"
+    return suggest_name(key, _sibling_keys(key_path, is_stepped=is_stepped))
+
+
+def _is_step(key_path: Sequence[str | int]) -> bool:
+    """Return whether this is the place of a step."""
+    return len(key_path) == len(("steps", 0)) and key_path[0] == "steps"
+
+
+def _sibling_keys(key_path: Sequence[str | int], *, is_stepped: bool) -> list[str]:
+    """List the valid keys at the place of an unknown key."""
+    models: dict[tuple[str, ...], type[BaseModel]] = {
+        (): SteppedJobModel if is_stepped else JobModel,
+        ("input",): Input,
+        ("output",): Output,
+        ("rejects",): Output,
+        ("changes",): Changes,
+        ("pagination",): Pagination,
+        ("caps",): Caps,
+        ("canary",): Canary,
+        ("report",): Report,
+        ("limits",): Limits,
+        ("policy",): Policy,
+        ("policy", "refresh"): Refresh,
+    }
+    step_models: dict[tuple[str, ...], type[BaseModel]] = {**models, (): StepModel, ("limits",): StepLimits}
+    parent = tuple(map(str, key_path[:-1]))
+    if in_step := parent[:1] == ("steps",) and len(parent) > 1:
+        parent = parent[2:]
+    in_list = len(parent) == len(("params", "name", "index")) and parent[0] == "params"
+    in_params: type[BaseModel] | None = Source if in_list else Param if parent[:1] == ("params",) else None
+    model = in_params or (step_models if in_step else models).get(parent, JobModel)
+    names = [field.alias or name for name, field in model.model_fields.items()]
+    if model is SteppedJobModel:
+        names = [name for name in names if name not in TargetModel.model_fields]
+    return [name for name in [*names, *(["steps"] if model is JobModel else [])] if name != SOURCES_KEY]
+
+
+def dotted_path(key_path: Sequence[str | int]) -> str:
+    """Return the path of a key as text."""
+    return ".".join(map(str, key_path))

@@ -1,0 +1,183 @@
+"""Copies a ledger into another database and verifies that both hold the same data."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from enrich.errors import CommandRefused
+from enrich.job.locations import LedgerLocation
+from enrich.ledger import verify
+from enrich.ledger.database import Database, delete_ledger, ledger_exists, open_existing
+from enrich.ledger.dialect import DATABASE_ERRORS
+from enrich.ledger.file_identity import make_private_folder
+from enrich.ledger.forgotten import key_path
+from enrich.ledger.lock import lock_ledger, open_exclusive
+from enrich.ledger.sqlite import damaged_ledger_error, is_damage_error
+
+#: All copied tables, each with the columns that identify a row. References are checked after all tables are loaded.
+COPIED_TABLES = {
+    "facts": ("name",),
+    "targets": ("kind", "identifier"),
+    "calls": ("id",),
+    "executions": ("id",),
+    "requests": ("id",),
+    "bulk_tasks": ("id",),
+    "attempts": ("id",),
+    "step_rows": ("request_id", "row_hash"),
+    "forgotten": ("hash",),
+    "delivered": ("job", "row_key"),
+    "latencies": ("call", "seconds"),
+}
+#: Text columns: SQLite and PostgreSQL sort these differently by default.
+_TEXT_KEY_COLUMNS = ("name", "kind", "identifier", "job", "call")
+#: Only meaningful while a run is active, and absent from SQLite ledgers.
+_UNCOPIED_COLUMNS = ("lease_id",)
+
+
+@dataclass(frozen=True, slots=True)
+class CopyResult:
+    """The result of a copy: rows per table, and a hash of all rows that is equal for source and target."""
+
+    rows: dict[str, int]
+    digest: str
+    #: Where the key for the hashes of forgotten people is now. None: there is no key.
+    key: Path | None = None
+
+
+def copy_ledger(source: LedgerLocation, target: LedgerLocation) -> CopyResult:
+    """Copy a whole ledger that no run is using, or nothing of it, to a location that holds no ledger data.
+
+    The key for the hashes of forgotten people is copied too. Raises CommandRefused, and LedgerLocked while a run holds
+    either ledger.
+    """
+    if source == target or (isinstance(source, Path) and isinstance(target, Path) and _is_same_file(source, target)):
+        raise CommandRefused(f"{target}: this is the ledger itself", "choose another location for the copy")
+    with (
+        closing(open_existing(source, skip_integrity_check=True)) as reader,
+        open_exclusive(source),
+        lock_ledger(target, 0),
+        _created_target(target) as writer,
+    ):
+        try:
+            with reader.snapshot(), writer.transaction():
+                result = _copy_tables(reader, writer)
+                key = _copy_forgotten_key(source, target)
+        except DATABASE_ERRORS as error:
+            if is_damage_error(error):
+                raise damaged_ledger_error(source) from error
+            raise CommandRefused(f"{target}: the copy cannot be written: {error}") from error
+    return replace(result, key=key)
+
+
+def _is_same_file(source: Path, target: Path) -> bool:
+    return source.exists() and target.exists() and source.samefile(target)
+
+
+def _copied_columns(db: Database, table: str) -> list[str]:
+    """Return the columns of a table that are copied."""
+    described = db.execute(f"SELECT * FROM {table} LIMIT 0").description or ()
+    return [column[0] for column in described if column[0] not in _UNCOPIED_COLUMNS]
+
+
+def _all_rows(db: Database, table: str, columns: list[str]) -> Iterator[tuple[Any, ...]]:
+    """Yield all rows of a table, in the same order in both databases."""
+    order = ", ".join(
+        name + (db.dialect.byte_order if name in _TEXT_KEY_COLUMNS else "") for name in COPIED_TABLES[table]
+    )
+    return db.stream(f"SELECT {', '.join(columns)} FROM {table} ORDER BY {order}")
+
+
+def _is_empty(db: Database) -> bool:
+    """Return whether all copied tables are empty."""
+    return not any(db.execute(f"SELECT EXISTS (SELECT 1 FROM {table})").fetchone()[0] for table in COPIED_TABLES)
+
+
+@contextmanager
+def _created_target(location: LedgerLocation) -> Iterator[Database]:
+    """Open the target ledger. If the copy fails, delete a ledger that was created here.
+
+    An empty ledger that stays behind would let a later run pay for every request again.
+    """
+    is_new = not ledger_exists(location)
+    try:
+        with closing(Database(location)) as writer:
+            yield writer
+    except BaseException:
+        if is_new:
+            delete_ledger(location)
+        raise
+
+
+def _copy_tables(reader: Database, writer: Database) -> CopyResult:
+    """Copy all tables and read them back. Raises CommandRefused when the copy differs or violates an invariant."""
+    if not _is_empty(writer):
+        raise CommandRefused(f"{writer.location}: this ledger is not empty", "choose another location for the copy")
+    columns = {table: _copied_columns(reader, table) for table in COPIED_TABLES}
+    source_digests, target_digests = ({table: _TableDigest() for table in COPIED_TABLES} for _ in range(2))
+    # Rows may refer to rows of tables that are loaded later.
+    with writer.session.deferred_references():
+        for table, names in columns.items():
+            rows = source_digests[table].count_and_hash(_all_rows(reader, table, names))
+            writer.session.load_rows(table, names, rows)
+    for table, names in columns.items():
+        deque(target_digests[table].count_and_hash(_all_rows(writer, table, names)), maxlen=0)
+    problems = [
+        f"{table} differs"
+        for table in COPIED_TABLES
+        if source_digests[table].result() != target_digests[table].result()
+    ]
+    problems += verify.problems(writer)
+    if problems:
+        raise CommandRefused(
+            f"{writer.location}: the copy is damaged and was removed: {'; '.join(problems)}",
+            f"check the ledger: enrich ledger check {reader.location}",
+        )
+    overall_hash = blake2b(repr([source_digests[table].result() for table in COPIED_TABLES]).encode(), digest_size=16)
+    return CopyResult({table: tally.rows for table, tally in source_digests.items()}, overall_hash.hexdigest())
+
+
+@dataclass(slots=True)
+class _TableDigest:
+    """Counts and hashes rows while they are streamed."""
+
+    rows: int = 0
+    hash: blake2b = field(default_factory=lambda: blake2b(digest_size=16))
+
+    def count_and_hash(self, rows: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
+        """Yield rows with NUL replaced by U+FFFD, as a run on PostgreSQL does: its text cannot hold NUL."""
+        for row in rows:
+            plain = tuple(cell.replace("\0", "\ufffd") if isinstance(cell, str) else cell for cell in row)
+            self.rows += 1
+            self.hash.update(repr(plain).encode())
+            yield plain
+
+    def result(self) -> tuple[int, str]:
+        """Return the row count and the hash."""
+        return self.rows, self.hash.hexdigest()
+
+
+def _copy_forgotten_key(source: LedgerLocation, target: LedgerLocation) -> Path | None:
+    """Copy the key for the hashes of forgotten people, if there is one (mode 0600). Never replace a different key."""
+    source_path, target_path = key_path(source), key_path(target)
+    if not source_path.exists():
+        return None
+    key = source_path.read_bytes()
+    if target_path.exists():
+        if target_path.read_bytes() != key:
+            raise CommandRefused(
+                f"{target_path}: this is the key of another ledger", "choose another place for the copy"
+            )
+        return target_path
+    make_private_folder(target_path.parent)
+    with os.fdopen(os.open(target_path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
+        file.write(key)
+        file.flush()
+        os.fsync(file.fileno())
+    return target_path

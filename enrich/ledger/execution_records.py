@@ -1,0 +1,156 @@
+"""The record of runs (`executions`): when each started and ended, its cap, its credits, its summary."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from enrich.ledger.database import Database
+from enrich.ledger.sql_fragments import MAX_ROWS, OPEN_ATTEMPT
+
+#: Paths of the columns of a job, or of each of its steps.
+Paths = Sequence[str] | Mapping[str, Sequence[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutionRow:
+    """One run. Times are milliseconds since 1970 (UTC), credits are millionths, JSON is text; None: not known."""
+
+    id: int
+    job: str
+    started_ms: int
+    ended_ms: int | None
+    exit_code: int | None
+    cap: int | None
+    reserved: int
+    spent: int
+    unknown: int
+    submitted: int
+    balance_before: int | None
+    balance_after: int | None
+    summary: str | None
+    progress: str | None
+
+    def read_summary(self) -> Mapping[str, Any]:
+        """Return the fields of the run summary. Empty: the run has not ended by itself."""
+        return json.loads(self.summary) if self.summary else {}
+
+
+_COLUMNS = ", ".join(field.name for field in fields(ExecutionRow))
+
+
+def start_execution(  # noqa: PLR0913, PLR0917 - each is a column
+    db: Database, job: str, cap: int | None, now_ms: int, balance: int | None = None, paths: Paths = ()
+) -> int:
+    """Start a run and return its id. Tasks still open from earlier runs are settled in it and count against `cap`.
+
+    `paths` are the job's columns, by step if it has steps. A later run that collects answers of this one uses them to
+    decide what is a match.
+    """
+    row = db.execute(
+        "INSERT INTO executions (job, started_ms, cap, balance_before, paths, reserved) VALUES (?, ?, ?, ?, ?, "
+        f"(SELECT coalesce(sum(reserved), 0) FROM attempts WHERE {OPEN_ATTEMPT})) RETURNING id",
+        (job, now_ms, cap, balance, json.dumps(paths)),
+    ).fetchone()
+    return int(row[0])
+
+
+def read_paths(paths: str, step: str | None) -> list[str]:
+    """Return the paths of the columns of a step (None: of the job) from the JSON of a run."""
+    known = json.loads(paths)
+    return list(known.get(step, ()) if isinstance(known, dict) else known)
+
+
+def save_progress(db: Database, execution_id: int, progress: str) -> None:
+    """Store the progress of a run (JSON), unless it has ended."""
+    db.execute("UPDATE executions SET progress = ? WHERE id = ? AND ended_ms IS NULL", (progress, execution_id))
+
+
+def end_execution(  # noqa: PLR0913, PLR0917 - each is a column
+    db: Database,
+    execution_id: int,
+    exit_code: int,
+    summary: Mapping[str, Any],
+    now_ms: int,
+    balance: int | None = None,
+) -> None:
+    """Store how a run ended."""
+    db.execute(
+        "UPDATE executions SET ended_ms = ?, exit_code = ?, summary = ?, balance_after = ? WHERE id = ?",
+        (now_ms, exit_code, json.dumps(summary), balance, execution_id),
+    )
+
+
+def delete_unless_used(db: Database, execution_id: int) -> bool:
+    """Delete a run in which nothing happened. Returns whether that was so."""
+    deleted = db.execute(
+        "DELETE FROM executions WHERE id = ?1 AND submitted = 0 "
+        "AND NOT EXISTS (SELECT 1 FROM attempts WHERE execution_id = ?1 OR settled_execution_id = ?1)",
+        (execution_id,),
+    )
+    return deleted.rowcount > 0
+
+
+def has_submitted(db: Database, job: str | None = None) -> bool:
+    """Return whether anything was ever submitted from this ledger, for one job if given."""
+    sql = "SELECT EXISTS (SELECT 1 FROM executions WHERE submitted > 0 AND (CAST(?1 AS TEXT) IS NULL OR job = ?1))"
+    row = db.execute(sql, (job,)).fetchone()
+    return bool(row[0])
+
+
+def has_own_submissions(db: Database) -> bool:
+    """Return whether a run of this ledger had a POST accepted. Attempts from a rescue file do not count."""
+    row = db.execute(
+        "SELECT EXISTS (SELECT 1 FROM executions WHERE submitted > 0 AND (summary IS NOT NULL OR ended_ms IS NULL))"
+    ).fetchone()
+    return bool(row[0])
+
+
+def has_sent_step(db: Database, step: str) -> bool:
+    """Return whether a step has sent anything from this ledger."""
+    row = db.execute("SELECT EXISTS (SELECT 1 FROM attempts WHERE step = ?)", (step,)).fetchone()
+    return bool(row[0])
+
+
+def has_written(db: Database, path: str) -> bool:
+    """Return whether a run names this file as its output, rejects or changes."""
+    fields = ", ".join(f"summary{db.dialect.as_json}->>'{name}'" for name in ("output", "rejects", "changes"))
+    row = db.execute(f"SELECT EXISTS (SELECT 1 FROM executions WHERE ? IN ({fields}))", (path,)).fetchone()
+    return bool(row[0])
+
+
+def read_execution(db: Database, execution_id: int) -> ExecutionRow:
+    """Return one run."""
+    return ExecutionRow(*db.execute(f"SELECT {_COLUMNS} FROM executions WHERE id = ?", (execution_id,)).fetchone())
+
+
+def list_executions(db: Database, job: str | None = None, last: int = MAX_ROWS) -> list[ExecutionRow]:
+    """Return the newest `last` runs, of one job if given, newest first."""
+    rows = db.execute(
+        f"SELECT {_COLUMNS} FROM executions WHERE CAST(?1 AS TEXT) IS NULL OR job = ?1 ORDER BY id DESC LIMIT ?2",
+        (job, last),
+    )
+    return [ExecutionRow(*row) for row in rows]
+
+
+def newest_execution_id(db: Database) -> int:
+    """Return the id of the newest run of any job, 0 when there is none."""
+    (number,) = db.execute("SELECT coalesce(max(id), 0) FROM executions").fetchone()
+    return int(number)
+
+
+def last_ended_ms(db: Database, job: str, codes: Collection[int]) -> int | None:
+    """Return when a run of a job last ended with one of these exit codes (ms). None: never."""
+    placeholders = ",".join("?" * len(codes))
+    row = db.execute(
+        f"SELECT max(ended_ms) FROM executions WHERE job = ? AND exit_code IN ({placeholders})", (job, *codes)
+    ).fetchone()
+    return None if row[0] is None else int(row[0])
+
+
+def has_other_jobs(db: Database, job: str) -> bool:
+    """Return whether another job has run with this ledger."""
+    row = db.execute("SELECT EXISTS (SELECT 1 FROM executions WHERE job <> ?)", (job,)).fetchone()
+    return bool(row[0])

@@ -1,0 +1,78 @@
+"""Checks that the files of a ledger are still the ones that were opened."""
+
+from __future__ import annotations
+
+import os
+import stat
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from enrich.errors import CommandRefused
+
+_FILE_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenFiles:
+    """Paths with the device and inode of the file at each. None: there was no file."""
+
+    files: tuple[tuple[Path, tuple[int, int] | None], ...]
+
+    @classmethod
+    def of(cls, *paths: Path) -> OpenFiles:
+        """Record the files that are at these paths now."""
+        return cls(tuple((path, _identity(path)) for path in paths))
+
+    def changed(self) -> Path | None:
+        """Return the first path where the file is missing or another one now. None: nothing has changed."""
+        return next((path for path, identity in self.files if _identity(path) != identity), None)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        file_stat = os.stat(path)  # noqa: PTH116 - half the time of Path.stat, at every commit
+    except OSError:
+        return None
+    return file_stat.st_dev, file_stat.st_ino
+
+
+def ledger_file_exists(path: Path) -> bool:
+    """Return whether a ledger's file exists. Raises CommandRefused for anything that cannot be one.
+
+    A dangling link would create a new ledger at another path, and opening a pipe may block forever.
+    """
+    try:
+        file_stat = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        if path.is_symlink():
+            raise CommandRefused(
+                f"{path}: the ledger is a link to a file that does not exist",
+                "restore the file it points to, or remove the link to start a new ledger",
+            ) from None
+        return False
+    except OSError as error:
+        raise CommandRefused(f"{path}: the ledger cannot be opened: {error.strerror}", "correct `ledger:`") from error
+    kind = next((name for is_kind, name in _FILE_KINDS if is_kind(file_stat.st_mode)), None)
+    if kind is not None:
+        raise CommandRefused(
+            f"{path}: the ledger cannot be opened: this is {kind}", "choose another file for the ledger"
+        )
+    return True
+
+
+def make_private_folder(folder: Path) -> None:
+    """Create a folder that only its owner can enter, and its parents with the usual rights.
+
+    An existing folder keeps its rights, except our own `.enrich`. Raises OSError.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.name == ".enrich" and folder.stat().st_mode & 0o077:
+        with suppress(OSError):  # it may belong to another user
+            folder.chmod(0o700)

@@ -1,0 +1,133 @@
+"""The leases in a PostgreSQL ledger (`leases`): one row for each process, valid as long as it renews it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime
+from typing import NamedTuple
+
+from enrich.errors import RunEnded
+from enrich.ledger.database import Database
+from enrich.ledger.process_id import current_process_name, is_gone
+
+#: A lease that expired during a server outage is extended: its holder could not renew it.
+_REMAINING_S = (
+    "extract(epoch FROM greatest(lease_until, pg_postmaster_start_time() + seconds * interval '1 s') "
+    "- clock_timestamp())"
+)
+
+
+OWN_LEASE_ID = "nullif(current_setting('enrich.lease', true), '')::bigint"
+
+
+class LeaseHolder(NamedTuple):
+    """A process with a lease: the remaining seconds, and the expiry as seconds since 1970 by the server's clock."""
+
+    id: int
+    name: str
+    is_leader: bool
+    remaining_s: float
+    expires_at_s: float
+
+
+def other_holders(db: Database) -> list[LeaseHolder]:
+    """Return the other processes that may hold tasks, leaders of a run first."""
+    if not db.dialect.has_leases:
+        return []
+    _delete_expired_leases(db)
+    rows = db.execute(
+        f"SELECT id, name, leads, {_REMAINING_S}, extract(epoch FROM lease_until), process FROM leases "
+        f"WHERE id IS DISTINCT FROM {OWN_LEASE_ID} ORDER BY leads DESC, id"
+    ).fetchall()
+    return [
+        LeaseHolder(number, name, leads, float(left_s), float(until))
+        for number, name, leads, left_s, until, process in rows
+        if not _delete_lease_if_gone(db, number, process)
+    ]
+
+
+def revoke_leases(db: Database, holders: Iterable[LeaseHolder]) -> None:
+    """Keep these processes from renewing their leases. They notice at the next attempt."""
+    lease_ids = [holder.id for holder in holders]
+    db.execute("UPDATE leases SET seconds = 0 WHERE id = ANY(?)", (lease_ids,))
+
+
+def now_ms(db: Database) -> int:
+    """Return the server's time in milliseconds since 1970 (UTC)."""
+    (now_ms,) = db.execute("SELECT floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint").fetchone()
+    return int(now_ms)
+
+
+def now(db: Database) -> datetime:
+    """Return the server's time."""
+    (server_time,) = db.execute("SELECT clock_timestamp()").fetchone()
+    assert isinstance(server_time, datetime)  # noqa: S101 - psycopg's type for it
+    return server_time
+
+
+def count_workers(db: Database, lease_id: int, since: datetime) -> tuple[int, int]:
+    """Count the leases of workers, and those of them but `lease_id` that were not renewed since a time."""
+    workers, not_renewed = db.execute(
+        "SELECT count(*), count(*) FILTER (WHERE id <> ? AND "
+        "(seconds = 0 OR lease_until <= CAST(? AS TIMESTAMPTZ) + seconds * interval '1 s')) "
+        "FROM leases WHERE NOT leads",
+        (lease_id, since),
+    ).fetchone()
+    return int(workers), int(not_renewed)
+
+
+def acquire_lease(db: Database, name: str, seconds: float, *, leader_id: int | None = None) -> int:
+    """Acquire a lease of `seconds` and return its id. Without a `leader_id` its holder leads a run.
+
+    Raises RunEnded when the lease of the leader has ended: it would not wait for a process that starts only now.
+    """
+    values = (name, current_process_name(), leader_id is None, float(seconds))
+    insert = (
+        "INSERT INTO leases (name, process, leads, seconds, lease_until) "
+        "SELECT ?1, ?2, CAST(?3 AS BOOLEAN), CAST(?4 AS DOUBLE PRECISION), clock_timestamp() + ?4 * interval '1 s'"
+    )
+    if leader_id is None:
+        row = db.execute(f"{insert} RETURNING id", values).fetchone()
+    else:
+        # The leader's row stays locked until ours is inserted: a search for other leases sees one of the two.
+        leader_condition = "FROM leases WHERE id = ?5 AND leases.seconds > 0 FOR KEY SHARE"
+        row = db.execute(f"{insert} {leader_condition} RETURNING id", (*values, leader_id)).fetchone()
+    if row is None:
+        raise RunEnded
+    return int(row[0])
+
+
+def renew_lease(db: Database, lease_id: int) -> bool:
+    """Renew a lease. Return False when the lease has ended."""
+    return bool(
+        db.execute(
+            "UPDATE leases SET lease_until = clock_timestamp() + seconds * interval '1 s' WHERE id = ? AND seconds > 0",
+            (lease_id,),
+        ).rowcount
+    )
+
+
+def release_lease(db: Database, lease_id: int) -> None:
+    """Delete a lease. Its tasks are free at once."""
+    db.execute("DELETE FROM leases WHERE id = ?", (lease_id,))
+
+
+def _delete_expired_leases(db: Database) -> None:
+    """Delete expired leases. The holder of an open transaction is alive, so its lease stays."""
+    if db.dialect.has_leases:
+        db.execute(
+            f"DELETE FROM leases WHERE id IN (SELECT id FROM leases WHERE {_REMAINING_S} <= 0 FOR UPDATE SKIP LOCKED)"
+        )
+
+
+def _delete_lease_if_gone(db: Database, lease_id: int, process: str) -> bool:
+    """Delete the lease of an ended process of this machine before it expires; return whether it was deleted.
+
+    It stays while the server is still executing a transaction of that process.
+    """
+    return is_gone(process) and bool(
+        db.execute(
+            "DELETE FROM leases WHERE id IN (SELECT id FROM leases WHERE id = ? FOR UPDATE SKIP LOCKED)",
+            (lease_id,),
+        ).rowcount
+    )

@@ -1,0 +1,150 @@
+"""Compares a ledger with the other ledger files of its folder, read-only: what they have paid for already."""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+from enrich.errors import EnrichError
+from enrich.job.locations import is_sandbox_ledger
+from enrich.ledger import bindings, schema
+from enrich.ledger.database import Database
+from enrich.ledger.dialect import DATABASE_ERRORS
+from enrich.ledger.sqlite import JOURNAL_SUFFIXES
+
+#: Where SQLite keeps the application id in a file.
+_ID_OFFSET = 68
+#: How long to wait for a neighbour that another process writes, in milliseconds.
+_BUSY_TIMEOUT_MS = 2_000
+#: Requests that are looked up with one statement.
+_CHUNK = 500
+#: States of a request that has an answer, or waits for one that was paid for.
+_PAID = "state IN ('found', 'not_found', 'submitted')"
+_UNREADABLE = (EnrichError, OSError, *DATABASE_ERRORS)
+
+
+@dataclass(slots=True)
+class Overlap:
+    """How many of the `wanted` requests the neighbours have paid for, in all and by ledger.
+
+    `unread` are ledgers that could not be read, or not to their end in the given time.
+    """
+
+    wanted: int = 0
+    paid: int = 0
+    by_ledger: dict[Path, int] = field(default_factory=dict)
+    unread: list[Path] = field(default_factory=list)
+
+    @property
+    def main_ledger(self) -> Path:
+        """The ledger with most of them."""
+        return max(self.by_ledger, key=self.by_ledger.__getitem__)
+
+
+def find_ledger_files(folder: Path, own: Path | None = None) -> list[Path]:
+    """Return the ledgers in a folder, except `own` and those of the sandbox. A folder that cannot be read has none.
+
+    `own` and its journals are not opened, under any name: closing them would take away the locks of SQLite on them.
+    """
+    found: list[Path] = []
+    seen = set()
+    if own is not None:
+        with suppress(OSError):
+            seen.add(_file_identity(own.stat()))
+    with suppress(OSError):
+        for path in sorted(folder.iterdir()):
+            with suppress(OSError):
+                status = path.stat()
+                if not stat.S_ISREG(status.st_mode):  # opening a pipe would block
+                    continue
+                if _file_identity(status) in seen or is_sandbox_ledger(path) or path.name.endswith(JOURNAL_SUFFIXES):
+                    continue
+                seen.add(_file_identity(status))
+                if _has_ledger_header(path):
+                    found.append(path)
+    return found
+
+
+def _file_identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def _has_ledger_header(path: Path) -> bool:
+    with path.open("rb") as file:
+        beginning = file.read(_ID_OFFSET + 4)
+    return beginning[:16] == b"SQLite format 3\0" and beginning[_ID_OFFSET:] == schema.APPLICATION_ID.to_bytes(4)
+
+
+def compare_with_neighbours(
+    wanted: Iterable[list[bytes]], ledger: Path, bound_to: Mapping[str, str | None], timeout_s: float
+) -> Overlap:
+    """Look up requests in the neighbours of `ledger` that have the same API host and workspace.
+
+    `wanted` has their fingerprints, many at a time; without such a neighbour it is not read. The look-up takes about
+    `timeout_s` seconds at most. Nothing is raised for a neighbour.
+    """
+    overlap, deadline = Overlap(), time.monotonic() + timeout_s
+    with ExitStack() as stack:
+        neighbours: dict[Path, Database] = {}
+        for path in find_ledger_files(ledger.parent, ledger):
+            try:
+                neighbour = stack.enter_context(closing(Database(path, read_only=True, skip_integrity_check=True)))
+                neighbour.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_MS}")
+                if _has_same_binding(neighbour, bound_to):
+                    neighbours[path] = neighbour
+            except _UNREADABLE:
+                overlap.unread.append(path)
+        for fingerprints in wanted if neighbours else ():
+            overlap.wanted += len(fingerprints)
+            paid: set[bytes] = set()
+            for path, neighbour in list(neighbours.items()):
+                try:
+                    found = _paid_among(neighbour, fingerprints) if time.monotonic() < deadline else None
+                except _UNREADABLE:
+                    found = None
+                if found is None:
+                    overlap.unread.append(path)
+                    del neighbours[path]
+                elif found:
+                    overlap.by_ledger[path] = overlap.by_ledger.get(path, 0) + len(found)
+                    paid |= found
+            overlap.paid += len(paid)
+    return overlap
+
+
+def _has_same_binding(db: Database, bound_to: Mapping[str, str | None]) -> bool:
+    """Check host and workspace. An API that names no workspace leaves the host to decide."""
+    bound = {name: bindings.read_fact(db, name) for name in bound_to}
+    return bound.get("api_host") is not None and all(
+        None in (value, bound[name]) or value == bound[name] for name, value in bound_to.items()
+    )
+
+
+def seen_fingerprints(db: Database) -> Iterator[list[bytes]]:
+    """Yield the requests that this pass has seen, many at a time."""
+    seen = "SELECT fingerprint FROM requests WHERE id IN (SELECT id FROM seen)"
+    unknown = "SELECT fingerprint FROM unknown_requests WHERE -id IN (SELECT id FROM seen)"
+    return _in_chunks(db.execute(f"{seen} UNION ALL {unknown}"))
+
+
+def planned_fingerprints(db: Database) -> Iterator[list[bytes]]:
+    """Yield the distinct requests of a plan of steps, many at a time."""
+    return _in_chunks(db.execute("SELECT DISTINCT fingerprint FROM planned_requests"))
+
+
+def _in_chunks(rows: Iterable[tuple[bytes]]) -> Iterator[list[bytes]]:
+    remaining = iter(rows)
+    while chunk := [fingerprint for (fingerprint,) in islice(remaining, _CHUNK)]:
+        yield chunk
+
+
+def _paid_among(db: Database, fingerprints: list[bytes]) -> set[bytes]:
+    places = ",".join("?" * len(fingerprints))
+    rows = db.execute(f"SELECT fingerprint FROM requests WHERE fingerprint IN ({places}) AND {_PAID}", fingerprints)
+    return {fingerprint for (fingerprint,) in rows}

@@ -1,0 +1,87 @@
+"""Finds the ids of the requests of a batch, and passes many of them to one statement."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from enrich.errors import CommandRefused
+from enrich.ledger.database import Database
+from enrich.models import RequestBatch, to_json_text
+
+#: Bounds of the numbers in `BATCH`.
+_MAX_ID, _MAX_POSITION = 1 << 31, 1 << 32
+#: This many requests more than a batch has are compared with it, because some of them may have left the file.
+_WINDOW_EXTRA = 1_000
+#: The distinct requests of a batch. Each number of the list holds an id and the position of a row.
+BATCH = (
+    "(SELECT CAST(value AS BIGINT) >> 32 AS id, CAST(value AS BIGINT) & 4294967295 AS position "
+    "FROM json_each(CAST(?1 AS TEXT))) AS b"
+)
+#: Key and value of a list of fingerprints: ?1 has a number for each, ?2 their bytes.
+FINGERPRINT = "substr(?2, CAST(16 * key + 1 AS INTEGER), 16)"
+
+
+def find_ids(db: Database, fingerprints: Sequence[bytes]) -> list[int | None]:
+    """Return the ids of the requests of a batch; None: neither the ledger nor this pass has the request.
+
+    The requests of a file are in the ledger nearly in the file's order. So those that follow the last batch are
+    compared with the batch, which is much faster than looking up each of a million fingerprints.
+    """
+    following: dict[bytes, int] = {}
+    # Processes that share a pass enroll parts of a file in any order.
+    if not db.shares_passes:
+        query = "SELECT fingerprint, id FROM requests WHERE id > ? ORDER BY id LIMIT ?"
+        following.update(db.execute(query, (db.matched_up_to, len(fingerprints) + _WINDOW_EXTRA)))
+    ids = list(map(following.get, fingerprints))
+    if missing := without_id(fingerprints, ids):
+        found = ids_in(db, "requests", missing)
+        ids = [found.get(name, number) for name, number in zip(fingerprints, ids, strict=True)]
+    db.matched_up_to = next(filter(None, reversed(ids)), db.matched_up_to)
+    if db.execute("SELECT EXISTS (SELECT 1 FROM unknown_requests)").fetchone()[0]:
+        # A request keeps its negative id for the whole pass, even if another process enrolls it meanwhile.
+        unknown = unknown_ids(db, fingerprints)
+        ids = [unknown.get(name, number) for name, number in zip(fingerprints, ids, strict=True)]
+    return ids
+
+
+def without_id(fingerprints: Sequence[bytes], ids: Sequence[int | None]) -> list[bytes]:
+    """Return the requests whose id is not known."""
+    if None not in ids:
+        return []
+    return [name for name, number in zip(fingerprints, ids, strict=True) if number is None]
+
+
+def add_ids(ids: Sequence[int | None], fingerprints: Sequence[bytes], new: Mapping[bytes, int]) -> list[int | None]:
+    """Return the ids, with the new ones of all requests that had none."""
+    return [new[name] if number is None else number for name, number in zip(fingerprints, ids, strict=True)]
+
+
+def ids_in(db: Database, table: str, fingerprints: Sequence[bytes]) -> dict[bytes, int]:
+    """Look up requests in a table. Return the ids of those it has."""
+    rows = db.execute(
+        f"SELECT t.fingerprint, t.id FROM json_each(CAST(?1 AS TEXT)) {db.dialect.ordered_join} {table} t "
+        f"ON t.fingerprint = {FINGERPRINT}",
+        as_list(fingerprints),
+    )
+    return dict(rows)
+
+
+def unknown_ids(db: Database, fingerprints: Sequence[bytes]) -> dict[bytes, int]:
+    """Return the ids of requests that are not in the ledger, but were seen in this pass. They are negative."""
+    return {name: -number for name, number in ids_in(db, "unknown_requests", fingerprints).items()}
+
+
+def as_list(fingerprints: Sequence[bytes]) -> tuple[str, bytes]:
+    """Return ?1 and ?2 of statements about many requests: a list with a number for each, and their fingerprints."""
+    return to_json_text([0] * len(fingerprints)), b"".join(fingerprints)
+
+
+def packed(batch: RequestBatch, ids: Sequence[int | None]) -> str:
+    """Return ?1 of statements about a batch: a list of numbers with the id and the position of each request.
+
+    Raises CommandRefused if one is too large.
+    """
+    if max(filter(None, ids), default=0) >= _MAX_ID or max(batch.positions, default=0) >= _MAX_POSITION:
+        raise CommandRefused("the ledger or the input is too large: at most 2 billion requests and 4 billion rows")
+    pairs = zip(ids, batch.positions, strict=True)
+    return to_json_text([number << 32 | position for number, position in pairs if number is not None])

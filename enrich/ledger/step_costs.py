@@ -1,0 +1,49 @@
+"""What a step may still spend in a run under its own cap."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from enrich.ledger.database import Database
+
+
+class StepCost(NamedTuple):
+    """What a step has cost: exactly when it was last added up, and at most up to the attempt `newest`."""
+
+    exact: int
+    at_most: int
+    newest: int
+
+
+def left_of_step_cap(db: Database, execution_id: int, step: str | None, step_cap: int, wanted: int) -> int:
+    """Return what is left of the cap of a step, which is exact when less than `wanted` is left.
+
+    Adding up all attempts at each claim would take long. So only those claimed since are added, at their highest price,
+    until half of what was left is claimed. Then prices that have doubled meanwhile do not exceed the cap unseen.
+    """
+    stored = db.step_costs.get((execution_id, step))
+    known = None if stored is None else StepCost(*stored)
+    if known is not None:
+        newest, reserved = db.execute(
+            "SELECT coalesce(max(id), ?1), "
+            "coalesce(sum(CASE WHEN execution_id = ?2 AND step = ?3 THEN reserved END), 0) FROM attempts WHERE id > ?1",
+            (known.newest, execution_id, step),
+        ).fetchone()
+        known = StepCost(known.exact, known.at_most + int(reserved), int(newest))
+    if known is None or known.at_most + wanted > known.exact + (step_cap - known.exact) // 2:
+        (newest,) = db.execute("SELECT coalesce(max(id), 0) FROM attempts").fetchone()
+        exact = _exact_cost(db, execution_id, step)
+        known = StepCost(exact, exact, int(newest))
+    db.step_costs[execution_id, step] = known
+    return step_cap - known.at_most
+
+
+def _exact_cost(db: Database, execution_id: int, step: str | None) -> int:
+    """Add up what a step has cost in a run: the price of what is settled, the highest price of everything else."""
+    (cost,) = db.execute(
+        "SELECT coalesce(sum(CASE WHEN b.credits IS NULL THEN coalesce(a.credits, a.reserved) "
+        "WHEN a.bulk_index = 0 THEN b.credits ELSE 0 END), 0) "
+        "FROM attempts a LEFT JOIN bulk_tasks b ON b.id = a.bulk_task_id WHERE a.step = ? AND a.execution_id = ?",
+        (step, execution_id),
+    ).fetchone()
+    return int(cost)

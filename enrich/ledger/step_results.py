@@ -1,0 +1,279 @@
+"""Reads what the ledger has about the requests of a step, by fingerprint and without a pass over the input.
+
+A row of a job with steps has a request in each of them. What it sends depends on the answers of the steps before.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from enrich.ledger.database import Database
+from enrich.ledger.request_decisions import decision_sql
+from enrich.ledger.sql_fragments import JSON_NUMBERS
+from enrich.models import Decision, RequestResult, RequestSelection, State, to_json_text
+
+
+class StepResult(NamedTuple):
+    """A request that the ledger knows. `state` is its newest one, while `result` has the last found answer.
+
+    `was_sent`: it has an answer, or waits for one. Attempts that were refused or failed at no charge do not count.
+    """
+
+    request_id: int
+    state: State
+    was_sent: bool
+    result: RequestResult
+
+
+def find_results(db: Database, fingerprints: Sequence[bytes]) -> dict[bytes, StepResult]:
+    """Return the requests with these fingerprints that the ledger has. Their `position` is the index in the list."""
+    distinct = list(dict.fromkeys(fingerprints))
+    first_index = {name: index for index, name in reversed(list(enumerate(fingerprints)))}
+    rows = db.execute(
+        "SELECT r.fingerprint, r.id, r.state, r.state <> 'pending' OR r.answer_id IS NOT NULL, "
+        "CASE WHEN r.answer_id IS NULL THEN r.state ELSE a.state END, a.answer, a.error, a.provider, a.credits, "
+        "a.task_id, a.settled_ms, a.id, a.erased_ms "
+        f"FROM ({_NAMES}) b {db.dialect.ordered_join} requests r ON r.fingerprint = b.fingerprint "
+        "LEFT JOIN attempts a ON a.id = coalesce(r.answer_id, r.attempt_id)",
+        _name_values(distinct),
+    )
+    found = {}
+    for fingerprint, request_id, state, was_sent, *values in rows:
+        name = bytes(fingerprint)
+        shown, answer, error, provider, credits_, task_id, settled_ms, attempt_id, erased_ms = values
+        result = RequestResult(
+            first_index[name],
+            1,
+            shown,
+            answer,
+            error,
+            provider,
+            credits_,
+            task_id,
+            settled_ms,
+            attempt_id,
+            0,
+            erased_ms,
+        )
+        found[name] = StepResult(request_id, State(state), bool(was_sent), result)
+    return found
+
+
+class StepChoice(NamedTuple):
+    """What a run does with a request. `sent_before`: it has an answer from before the run, or before its saved plan."""
+
+    decision: Decision
+    sent_before: bool
+
+
+def choose_requests(
+    db: Database, fingerprints: Iterable[bytes], selection: RequestSelection
+) -> dict[bytes, StepChoice]:
+    """Return what a run does with those of the requests that the ledger has. All others are new."""
+    names = list(dict.fromkeys(fingerprints))
+    first_attempt = (
+        "(SELECT a.previous_state FROM attempts a WHERE a.request_id = r.id AND a.execution_id > CAST(?3 AS BIGINT) "
+        "ORDER BY a.id LIMIT 1)"
+    )
+    rows = db.execute(
+        f"SELECT r.fingerprint, {decision_sql(selection)}, "
+        f"r.state <> 'pending' AND coalesce({first_attempt}, r.state) <> 'pending' "
+        f"FROM ({_NAMES}) b {db.dialect.ordered_join} requests r ON r.fingerprint = b.fingerprint",
+        (*_name_values(names), selection.after_execution),
+    )
+    return {bytes(name): StepChoice(Decision(decision), bool(before)) for name, decision, before in rows}
+
+
+def sent_up_to(db: Database, fingerprints: Iterable[bytes], execution_id: int) -> set[bytes]:
+    """Return those of the requests that were sent in this execution or an earlier one."""
+    rows = db.execute(
+        f"SELECT r.fingerprint FROM ({_NAMES}) b {db.dialect.ordered_join} requests r "
+        "ON r.fingerprint = b.fingerprint WHERE EXISTS (SELECT 1 FROM attempts a WHERE a.request_id = r.id "
+        "AND a.execution_id <= ?3 AND a.state <> 'refused')",
+        (*_name_values(list(dict.fromkeys(fingerprints))), execution_id),
+    )
+    return {bytes(name) for (name,) in rows}
+
+
+@dataclass(frozen=True, slots=True)
+class StepTotals:
+    """What a run did in a step. `spent` in millionths of a credit; `unknown` counts answers without a price."""
+
+    submitted: int = 0
+    spent: int = 0
+    unknown: int = 0
+    found: int = 0
+
+
+def step_totals(db: Database, execution_id: int) -> dict[str, StepTotals]:
+    """Return what a run sent and settled, by step."""
+    rows = db.execute(
+        "SELECT step, count(submitted_ms) FILTER (WHERE execution_id = ?1), "
+        "coalesce(sum(paid) FILTER (WHERE settled_execution_id = ?1), 0), "
+        "count(*) FILTER (WHERE settled_execution_id = ?1 AND paid IS NULL), "
+        "count(*) FILTER (WHERE settled_execution_id = ?1 AND state = 'found') "
+        "FROM billed WHERE step IS NOT NULL AND (execution_id = ?1 OR settled_execution_id = ?1) GROUP BY step",
+        (execution_id,),
+    )
+    return {step: StepTotals(*map(int, numbers)) for step, *numbers in rows}
+
+
+def requests_by_step(db: Database) -> dict[str, dict[State, int]]:
+    """Count the requests of each step by state: that which has sent them last."""
+    rows = db.execute(
+        "SELECT a.step, r.state, count(*) FROM attempts a JOIN requests r ON r.attempt_id = a.id "
+        "WHERE a.step IS NOT NULL GROUP BY 1, 2"
+    )
+    counts: dict[str, dict[State, int]] = {}
+    for step, state, number in rows:
+        counts.setdefault(step, {})[State(state)] = number
+    return counts
+
+
+def credits_by_step(db: Database) -> dict[str, int]:
+    """Return what each step has cost in all runs, in millionths."""
+    rows = db.execute("SELECT step, coalesce(sum(paid), 0) FROM billed WHERE step IS NOT NULL GROUP BY 1")
+    return {step: int(paid) for step, paid in rows}
+
+
+def last_target(db: Database, job: str, step: str) -> str | None:
+    """Return the target that a step last sent requests to, in canonical form. None: it has sent none."""
+    row = db.execute(
+        "SELECT c.canonical FROM attempts a JOIN requests r ON r.id = a.request_id JOIN calls c ON c.id = r.call_id "
+        "WHERE a.id = (SELECT max(n.id) FROM attempts n JOIN executions e ON e.id = n.execution_id "
+        "WHERE n.step = ? AND e.job = ?)",
+        (step, job),
+    ).fetchone()
+    return None if row is None else str(row[0])
+
+
+class AskedRow(NamedTuple):
+    """A row for which a step has asked.
+
+    `is_sent_by_step`: the step has sent the request, not another step or job. `is_wanted_by_other`: the step wants it
+    now, for a row with the same cells.
+    """
+
+    is_sent_by_step: bool
+    is_wanted_by_other: bool
+
+
+def begin_wanted(db: Database, step: str) -> None:
+    """Start to collect the rows that want a request in a step. None of them does yet."""
+    with db.temporary_transaction():
+        if not db.session.has_temporary_table("wanted_rows"):
+            db.execute(
+                f"CREATE TEMP TABLE wanted_rows (fingerprint {db.dialect.blob_type} NOT NULL, "
+                "row_hash BIGINT NOT NULL, step TEXT NOT NULL, sends BIGINT NOT NULL, "
+                "PRIMARY KEY (fingerprint, row_hash))"
+            )
+        db.execute("DELETE FROM wanted_rows WHERE step = ?", (step,))
+
+
+def add_wanted(db: Database, step: str, rows: Iterable[tuple[bytes, int]], *, sends: bool) -> None:
+    """Add rows (fingerprint, hash) that need their request. `sends`: the run may send it for them."""
+    distinct = list(dict.fromkeys(rows))
+    with db.temporary_transaction():
+        db.execute(
+            f"INSERT INTO wanted_rows SELECT fingerprint, row_hash, CAST(?3 AS TEXT), CAST(?4 AS BIGINT) "
+            f"FROM ({_ROWS}) b WHERE true "
+            "ON CONFLICT (fingerprint, row_hash) DO UPDATE SET sends = wanted_rows.sends + excluded.sends",
+            (*_row_values(distinct), step, int(sends)),
+        )
+
+
+def mark_wanted(db: Database, step: str) -> None:
+    """Record for which rows the step asks, now that their requests are enrolled."""
+    db.execute(
+        "INSERT INTO step_rows SELECT r.id, w.row_hash FROM wanted_rows w JOIN requests r "
+        "ON r.fingerprint = w.fingerprint WHERE w.step = ? AND w.sends > 0 ORDER BY 1, 2 ON CONFLICT DO NOTHING",
+        (step,),
+    )
+
+
+def find_asked(db: Database, step: str, rows: Sequence[tuple[bytes, int]]) -> dict[int, AskedRow]:
+    """Return those of the rows (fingerprint, hash) for which the step has asked, by their index in the list."""
+    is_wanted = "false"
+    if db.session.has_temporary_table("wanted_rows"):
+        is_wanted = (
+            "EXISTS (SELECT 1 FROM wanted_rows w WHERE w.fingerprint = b.fingerprint AND w.row_hash = b.row_hash)"
+        )
+    found = db.execute(
+        "SELECT b.key, EXISTS (SELECT 1 FROM attempts a WHERE a.request_id = r.id AND a.step = ?3 "
+        f"AND a.state <> 'refused'), {is_wanted} "
+        f"FROM ({_ROWS}) b {db.dialect.ordered_join} requests r ON r.fingerprint = b.fingerprint "
+        "JOIN step_rows s ON s.request_id = r.id AND s.row_hash = b.row_hash",
+        (*_row_values(rows), step),
+    )
+    return {int(index): AskedRow(bool(sent), bool(wanted)) for index, sent, wanted in found}
+
+
+#: Requests by their fingerprints, from the values that `_name_values` returns.
+_NAMES = "SELECT substr(?2, CAST(16 * key + 1 AS INTEGER), 16) AS fingerprint FROM json_each(CAST(?1 AS TEXT))"
+
+
+def _name_values(names: Sequence[bytes]) -> tuple[str, bytes]:
+    return json.dumps([0] * len(names)), b"".join(names)
+
+
+#: Rows with the fingerprint of their request, from the values that `_row_values` returns.
+_ROWS = (
+    "SELECT key, substr(?2, CAST(16 * key + 1 AS INTEGER), 16) AS fingerprint, CAST(value AS BIGINT) AS row_hash "
+    "FROM json_each(CAST(?1 AS TEXT))"
+)
+
+
+def _row_values(rows: Sequence[tuple[bytes, int]]) -> tuple[str, bytes]:
+    return json.dumps([hashed for _, hashed in rows]), b"".join(name for name, _ in rows)
+
+
+def begin_plan(db: Database) -> None:
+    """Start a plan. No request is planned yet."""
+    with db.temporary_transaction():
+        if not db.session.has_temporary_table("planned_requests"):
+            db.execute(
+                f"CREATE TEMP TABLE planned_requests (step TEXT NOT NULL, fingerprint {db.dialect.blob_type} NOT NULL, "
+                "is_certain BIGINT NOT NULL, PRIMARY KEY (step, fingerprint, is_certain))"
+            )
+        db.session.clear_table("planned_requests")
+
+
+def add_planned(db: Database, step: str, fingerprints: Iterable[bytes], *, is_certain: bool = True) -> set[bytes]:
+    """Add requests that a step would send to the plan, or may send. Return those that were not in it."""
+    names = list(dict.fromkeys(fingerprints))
+    with db.temporary_transaction():
+        rows = db.execute(
+            f"INSERT INTO planned_requests SELECT CAST(?3 AS TEXT), fingerprint, CAST(?4 AS BIGINT) FROM ({_NAMES}) b "
+            "WHERE true ON CONFLICT DO NOTHING RETURNING fingerprint",
+            (*_name_values(names), step, int(is_certain)),
+        ).fetchall()
+    return {bytes(name) for (name,) in rows}
+
+
+def planned_counts(db: Database, step: str) -> tuple[int, int]:
+    """Count the distinct requests that a step would send, and those that it may send beside them."""
+    certain, distinct = db.execute(
+        "SELECT coalesce(sum(is_certain), 0), count(DISTINCT fingerprint) FROM planned_requests WHERE step = ?", (step,)
+    ).fetchone()
+    return int(certain), int(distinct) - int(certain)
+
+
+def begin_bill(db: Database) -> None:
+    """Start a bill: the price of each request is shown once in it."""
+    with db.temporary_transaction():
+        if not db.session.has_temporary_table("billed_requests"):
+            db.execute("CREATE TEMP TABLE billed_requests (id BIGINT PRIMARY KEY)")
+        db.session.clear_table("billed_requests")
+
+
+def add_to_bill(db: Database, request_ids: Iterable[int]) -> set[int]:
+    """Add requests to the bill. Return those that were not in it."""
+    with db.temporary_transaction():
+        rows = db.execute(
+            f"INSERT INTO billed_requests {JSON_NUMBERS.format('?')} WHERE true ON CONFLICT DO NOTHING RETURNING id",
+            (to_json_text(list(request_ids)),),
+        ).fetchall()
+    return {int(number) for (number,) in rows}

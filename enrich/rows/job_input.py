@@ -1,0 +1,394 @@
+"""The input as batches of rows, each with its request. Sending and joining read it the same way."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from copy import copy
+from hashlib import sha256
+from pathlib import Path
+
+import polars as pl
+
+from enrich.errors import CommandRefused, EnrichError
+from enrich.files.csv_format import likely_separator
+from enrich.files.limits import FileLimits, limits_of
+from enrich.files.reader import InMemoryRows, InputPart, InputSchema, InputTable, PartReader, RowCounter
+from enrich.files.text import LATER_HEADER_HINT, NO_HEADER, NO_HEADER_HINT, FileProblem
+from enrich.files.values import text_frame
+from enrich.files.writer import is_formula
+from enrich.job.bounded_read import read_bounded
+from enrich.job.cell_text import blank_cells
+from enrich.job.job import Job
+from enrich.job.locations import format_of, has_wildcards
+from enrich.job.name_hints import closest_name
+from enrich.job.steps import step_column, steps_in_header
+from enrich.ledger.forgotten import ForgottenRequests
+from enrich.models import RowStatus
+from enrich.rows.header import is_headerless, missing_column_hint
+from enrich.rows.requests import CHANGE_COLUMNS, RequestBuilder, RowBatch, own_columns, status_columns
+from enrich.rows.send_order import order_of_rows, rank_rows, sort_keys
+from enrich.rows.suppression import MAX_LIST_BYTES, read_suppression
+from enrich.rows.template import RequestTemplate
+from enrich.rows.where import (
+    PER_ROW_MESSAGE,
+    WHERE_EXAMPLE,
+    depends_on_other_rows,
+    evaluate_expression,
+    expression_problem,
+)
+
+#: A title above the header has at most this many lines.
+_MAX_TITLE_ROWS = 50
+#: The cells of `enrich_status` in a file that we wrote.
+_OWN_STATUSES = [*(status.value for status in RowStatus), ""]
+
+_MISSING_COLUMN = re.compile(r'unable to find column "(.*)"; valid columns')
+
+
+class JobInput:
+    """The rows of a job's input."""
+
+    def __init__(self, job: Job, forgotten: ForgottenRequests | None = None) -> None:
+        """Read the header and check the job against it.
+
+        Raises CommandRefused when the input cannot be read, JobError when the job names a column that it does not have.
+        """
+        self._job = job
+        self._forgotten = forgotten or ForgottenRequests(b"")
+        suppress = job.model.suppress
+        self._suppression = None if suppress is None else read_suppression(job.resolve_path(suppress))
+        try:
+            self._table: InputTable | PartReader | InMemoryRows = InputTable(job.input_path, job.input)
+        except CommandRefused as error:
+            raise _missing_input_error(job) or error from error
+        #: All columns that a job can name, with their types.
+        self.all_columns = self._table.schema
+        self._header = list(self.all_columns)
+        self._former_steps = _former_steps(job, self._header)
+        self._own_columns = own_columns(job, self._former_steps)
+        #: The columns that are written to the output. A blank text cell is `""` or null.
+        self.schema = {name: kind for name, kind in self.all_columns.items() if name not in self._own_columns}
+        self.columns = list(self.schema)
+        #: The files that the batches are written to, once `check_new_columns` was called.
+        self._limits: list[FileLimits] = []
+        self._check_status_columns()
+        self._check_columns()
+        self._check_where()
+
+    def notes(self) -> list[str]:
+        """Return the notes about the input for the user."""
+        return [
+            f"the input has columns of a step `{step}`, which the job does not have: the output leaves them out "
+            f"({step_column(step, 'status')} and others; rename them to keep them)"
+            for step in self._former_steps
+        ]
+
+    def why_not_parallel(self) -> str | None:
+        """Return why requests depend on all rows, so that parts cannot be enrolled separately; None: they do not.
+
+        `dedupe: false` matters for collecting, too; the order only for sending.
+        """
+        if not self._job.model.dedupe:
+            return "`dedupe: false` counts equal rows from the first to the last"
+        if self._job.model.order_by is not None:
+            return "`order_by` compares all rows"
+        return None
+
+    def parts(self, row_counter: RowCounter | None = None) -> list[InputPart]:
+        """Divide the rows. `row_counter` counts files that do not store their row count. Raises CommandRefused."""
+        return self._full_table.parts(row_counter)
+
+    def for_part(self, part: InputPart) -> JobInput:
+        """Return the rows of one part, with their positions in the whole input. Reads only the part's file."""
+        return self._with_table(PartReader(part, self.input_schema))
+
+    def for_frame(self, first_position: int, frame: pl.DataFrame) -> JobInput:
+        """Return an input of rows in memory, the first of which has this position in the whole input."""
+        return self._with_table(InMemoryRows(first_position, frame))
+
+    @property
+    def input_schema(self) -> InputSchema:
+        """The schema that the files are read with."""
+        return self._full_table.input_schema
+
+    @property
+    def _full_table(self) -> InputTable:
+        assert isinstance(self._table, InputTable)  # noqa: S101 - calling this on a part is a bug
+        return self._table
+
+    @property
+    def first_position(self) -> int:
+        """The position of the first row in the whole input."""
+        return self._table.first_position
+
+    def without_rows(self) -> JobInput:
+        """Return this input without rows, to be sent to where blocks are read."""
+        return self.for_frame(0, pl.DataFrame(schema=self.all_columns))
+
+    def _with_table(self, table: PartReader | InMemoryRows) -> JobInput:
+        job_input = copy(self)
+        job_input._table = table  # noqa: SLF001 - of our own copy
+        return job_input
+
+    def file_versions(self) -> object:
+        """Identity of the input's files: it differs when a file was replaced, changed, added or removed."""
+        return self._full_table.file_versions()
+
+    def digest(self) -> str:
+        """Hash the bytes of the input's files (SHA-256, hex)."""
+        return self._full_table.digest()
+
+    def suppression_digest(self) -> str | None:
+        """Hash the bytes of the list of `suppress` (SHA-256, hex); None: there is none."""
+        suppress = self._job.model.suppress
+        return None if suppress is None else _hash_file(self._job.resolve_path(suppress))
+
+    def check_new_columns(self, template: RequestTemplate) -> None:
+        """Check the columns of the files that a run writes. From then on `batches` checks the cells, too.
+
+        Raises JobError for new columns that the input already has, CommandRefused for columns that cannot be written.
+        """
+        for name in template.columns:
+            job = next((step for step in self._job.steps if name in (step.model.columns or {})), self._job)
+            if name in self._own_columns:
+                raise job.error(["columns", name], "this name belongs to the status columns", "choose another")
+            if format_of(self._job.output.path) == "csv" and is_formula(name):
+                message = "a spreadsheet would run this name as a formula"
+                raise job.error(["columns", name], message, "choose a name that begins with a letter")
+            if name in self.columns and self._job.model.merge is None:
+                raise job.error(
+                    ["columns", name],
+                    f"the input already has a column with this name ({self._job.input_path})",
+                    "choose another name for the new column, or fill the existing one: merge: fill_empty",
+                )
+        model = self._job.model
+        outputs = {"output": self._job.output, "rejects": model.rejects, "changes": model.changes}
+        self._limits = [limits_of(kind, output) for kind, output in outputs.items() if output is not None]
+        written = [*dict.fromkeys([*self.columns, *template.columns]), *status_columns(self._job)]
+        with self._as_refused():
+            for limits in self._limits:
+                limits.check_columns(written)
+
+    @contextmanager
+    def _as_refused(self) -> Iterator[None]:
+        try:
+            yield
+        except FileProblem as problem:
+            raise CommandRefused(f"{self._job.input_path}: {problem.message}", problem.hint) from None
+
+    def queue_order(self) -> pl.Series | None:
+        """Read the input once and return each row's place in the send order; None: the order of the input."""
+        if self._job.model.order_by is None:
+            return None
+        column_indexes = list(map(self._header.index, self._job.model.order_by))
+        keys = [sort_keys(text_frame(frame), column_indexes) for frame in self._table.batches()]
+        return rank_rows(pl.concat(keys)) if keys else None
+
+    def batches(self, template: RequestTemplate, queue_order: pl.Series | None = None) -> Iterator[RowBatch]:
+        """Read the whole input once. Raises CommandRefused with file, row and remedy."""
+        builder = self.request_builder(template)
+        for first_position, frame, text in self.frames():
+            batch_order = None if queue_order is None else order_of_rows(queue_order, first_position, frame.height)
+            yield builder.build_batch(
+                first_position, frame, text, self.selected_rows(text), self.suppressed_rows(text), batch_order
+            )
+
+    def frames(self) -> Iterator[tuple[int, pl.DataFrame, pl.DataFrame]]:
+        """Read the whole input once. Yield the position of the first row of each batch, its rows, and these as text."""
+        first_position = self._table.first_position
+        for frame in self._table.batches():
+            text = text_frame(frame)
+            self._check_statuses(text)
+            with self._as_refused():
+                for limits in self._limits:
+                    limits.check_rows(text, first_position)
+            yield first_position, frame, text
+            first_position += frame.height
+
+    def request_builder(self, template: RequestTemplate) -> RequestBuilder:
+        """Return what turns the rows into requests."""
+        return RequestBuilder(self._job, template, self._header, self._forgotten)
+
+    def for_step(self, step: Job, earlier_columns: Iterable[str]) -> JobInput:
+        """Return the input as a step sees it: without columns of ours, with the columns of earlier steps.
+
+        Raises JobError when the step names a column that neither the input nor an earlier step has.
+        """
+        step_input = copy(self)
+        step_input._job = step  # noqa: SLF001 - of our own copy
+        step_input._header = list(dict.fromkeys([*self.columns, *earlier_columns]))  # noqa: SLF001
+        step_input._check_columns()  # noqa: SLF001
+        step_input._check_where()  # noqa: SLF001
+        return step_input
+
+    @property
+    def job(self) -> Job:
+        """The job, or that of a step."""
+        return self._job
+
+    @property
+    def header(self) -> list[str]:
+        """The names of the columns that params and conditions can read."""
+        return self._header
+
+    @property
+    def change_key(self) -> list[str]:
+        """The columns that identify a lead in the change feed. Default: the columns that the params read."""
+        model = self._job.model
+        if model.changes is not None and model.changes.key is not None:
+            return model.changes.key
+        return list(dict.fromkeys(column for param in model.params.values() for column in param.columns))
+
+    def _check_status_columns(self) -> None:
+        """Raise JobError for columns of our names in an input that we did not write: they would be replaced."""
+        taken = [name for name in self._header if name in self._own_columns]
+        if taken and "enrich_status" not in self._header:
+            raise self._foreign_column(taken[0])
+
+    def _check_statuses(self, frame: pl.DataFrame) -> None:
+        if "enrich_status" in self._header:
+            statuses = frame.to_series(self._header.index("enrich_status")).unique()
+            if not statuses.is_in(_OWN_STATUSES).all():
+                raise self._foreign_column("enrich_status")
+
+    def _foreign_column(self, name: str) -> EnrichError:
+        message = f"the input has a column `{name}` that another program wrote ({self._job.input_path})"
+        return self._job.error(["input"], message, "rename it: each run writes a column with this name")
+
+    def _check_columns(self) -> None:
+        model = self._job.model
+        for name, param in model.params.items():
+            for column in param.columns:
+                self._check_column(column, ["params", name])
+        for index, column in enumerate(model.only_if_empty):
+            self._check_column(column, ["only_if_empty", index])
+        for index, column in enumerate(model.order_by or ()):
+            self._check_column(column, ["order_by", index])
+        for index, column in enumerate(self.change_key if model.changes is not None else ()):
+            self._check_column(column, ["changes", "key", index])
+            if column in CHANGE_COLUMNS:
+                hint = "choose other columns as its `key`, or rename it"
+                raise self._job.error(["changes"], f"the change feed already has a column `{column}`", hint)
+        for index, column in enumerate(model.report.by if model.report is not None else ()):
+            self._check_column(column, ["report", "by", index])
+            if column in self._own_columns:
+                message = f"`{column}` is a column of the output that each run writes"
+                raise self._job.error(["report", "by", index], message, "group by a column of your own")
+        if model.caps is not None and model.caps.by not in model.params:
+            self._check_column(model.caps.by, ["caps", "by"], other_names=model.params)
+
+    def _check_column(self, column: str, key_path: list[str | int], other_names: Iterable[str] = ()) -> None:
+        if column in self._header:
+            return
+        job_columns = [name for param in self._job.model.params.values() for name in param.columns]
+        if is_headerless(self._header, job_columns):
+            raise CommandRefused(f"{self._job.input_path}: the first line {NO_HEADER}", NO_HEADER_HINT)
+        if (hint := self.separator_hint() or self._step_hint(column)) is None:
+            if (row := self._row_with_names(job_columns)) is not None:
+                message = (
+                    f"{self._job.input_path}: the first line is not the header: row {row} under it has the column names"
+                )
+                raise CommandRefused(message, LATER_HEADER_HINT)
+            hint = missing_column_hint(column, [*self._header, *other_names], [*job_columns, *other_names])
+        raise self._job.error(key_path, f"the input has no column `{column}` ({self._job.input_path})", hint)
+
+    def _step_hint(self, column: str) -> str | None:
+        """Return a hint when a step gives the column, which keys of the job cannot read."""
+        for step in self._job.step_jobs:
+            if column in (*(step.model.columns or ()), step_column(step.step, "status")):
+                return f"the step `{step.step}` gives it, and only later steps can read it"
+        return None
+
+    def _row_with_names(self, job_columns: list[str]) -> int | None:
+        """Return which of the first rows (from 1) has names of the job's columns as cells. None: there is none."""
+        if not job_columns or set(job_columns) & set(self._header):
+            return None
+        frame = next(self._table.batches(), None)
+        rows = [] if frame is None else text_frame(frame.head(_MAX_TITLE_ROWS)).rows()
+        return next((number for number, cells in enumerate(rows, 1) if set(job_columns) & set(cells)), None)
+
+    def separator_hint(self) -> str | None:
+        """Return a hint when the header looks as if its columns were separated by another character."""
+        settings = self._job.input
+        if settings.format != "csv" or not (other := likely_separator(self._header, settings.separator)):
+            return None
+        shown = {"\t": '"\\t"'}.get(other, f'"{other}"')
+        return f"its header looks separated by {shown}: input: {{path: …, separator: {shown}}}"
+
+    def _check_where(self) -> None:
+        """Try `where` on no rows. It must look at one row at a time, because rows come in batches."""
+        expression = self._job.model.where
+        if expression is None:
+            return
+        if (problem := expression_problem(expression)) is not None:
+            raise self._job.error(["where"], problem, WHERE_EXAMPLE)
+        try:
+            result = evaluate_expression(expression, pl.DataFrame(schema=dict.fromkeys(self._header, pl.String)))
+        except pl.exceptions.PolarsError as error:
+            reason = str(error).splitlines()[0]
+            if missing := _MISSING_COLUMN.match(reason):
+                self._check_column(missing[1], ["where"])
+            raise self._job.error(["where"], f"not a polars SQL expression over the columns: {reason}") from error
+        if result.schema != {"wanted": pl.Boolean} or result.height or depends_on_other_rows(expression, self._header):
+            raise self._job.error(["where"], PER_ROW_MESSAGE, WHERE_EXAMPLE)
+
+    def suppressed_rows(self, frame: pl.DataFrame) -> pl.Series | None:
+        """Return which rows have an address or a domain that is never sent; None: there is no such list."""
+        if self._suppression is None:
+            return None
+        params = self._job.model.params.values()
+        if any(param.value is not None and self._suppression.contains(param.value) for param in params):
+            return pl.repeat(value=True, n=frame.height, eager=True)
+        return self._suppression.suppressed_rows(
+            frame, {self._header.index(name) for param in params for name in param.columns}
+        )
+
+    def selected_rows(self, frame: pl.DataFrame, *, unknown: bool = False) -> pl.Series:
+        """Return which rows `where` and `only_if_empty` keep; `unknown` where a cell that they read is null."""
+        selected = pl.repeat(value=True, n=frame.height, eager=True)
+        for column in self._job.model.only_if_empty:
+            blank = blank_cells(frame.to_series(self._header.index(column)), self._job.model.placeholders)
+            selected &= blank.fill_null(value=unknown)
+        if self._job.model.where is None:
+            return selected
+        try:
+            return selected & evaluate_expression(self._job.model.where, frame).to_series().fill_null(value=unknown)
+        except pl.exceptions.PolarsError as error:
+            reason = str(error).splitlines()[0].split(" for ")[0]
+            hint = "cells are text and may be blank: TRY_CAST(… AS INT) gives null where CAST fails"
+            raise self._job.error(["where"], f"cannot be computed: {reason}", hint) from error
+
+
+def _former_steps(job: Job, header: Collection[str]) -> list[str]:
+    """Return the steps whose columns an earlier output has, while this job with steps has no such step."""
+    if not job.step_jobs or "enrich_status" not in header:
+        return []
+    return [step for step in steps_in_header(header) if step not in {known.step for known in job.step_jobs}]
+
+
+def _missing_input_error(job: Job) -> CommandRefused | None:
+    """Return an error that names the job file and the right path, when the input of the job file does not exist."""
+    path, written = job.input_path, job.input.path
+    if written != job.model.input.path or not isinstance(path, Path) or has_wildcards(written) or path.exists():
+        return None
+    folder = job.document.path.resolve().parent
+    from_here = Path.cwd() / written
+    names = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
+    if from_here.exists():
+        hint = f"a path in the job file is relative to that file: write {os.path.relpath(from_here, folder)}"
+    elif (closest := closest_name(path.name, names)) is not None:
+        hint = f"did you mean {os.path.relpath(path.with_name(closest), folder)}? It is relative to the job file"
+    else:
+        hint = "check the path; it is relative to the job file"
+    where = f"{job.document.path}:{job.document.line_of(['input'])}: input"
+    return CommandRefused(f"{where}: {path} does not exist", hint)
+
+
+def _hash_file(path: Path) -> str:
+    try:
+        return sha256(read_bounded(path, MAX_LIST_BYTES)).hexdigest()
+    except OSError as error:
+        raise CommandRefused(f"{path} cannot be read: {error.strerror}") from error

@@ -1,0 +1,142 @@
+"""Computes the params of rows: the first source with a value after its transforms, or why there is none."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import polars as pl
+
+from enrich.files.values import has_no_text
+from enrich.job.cell_text import clean, clean_cells, map_distinct
+from enrich.job.target_spec import Param, Transform
+from enrich.models import LeftOut
+from enrich.rows.domains import LEFT_OUT, company_domains, hosts
+from enrich.rows.emails import email_addresses
+from enrich.rows.known_names import is_count
+from enrich.rows.template import RequestTemplate
+
+#: Longer cells are no params.
+MAX_PARAM_CHARACTERS = 10_000
+
+#: They get clean text without blanks.
+TRANSFORMS: Mapping[Transform, Callable[[pl.Series], pl.Series]] = {
+    "trim": lambda text: text,  # done for every cell
+    "lower": lambda text: clean_cells(text.str.to_lowercase()),
+    "domain": company_domains,
+    "host": hosts,
+}
+
+#: Rows by param and the reason why it is left out (`LeftOut`).
+LeftOutCounts = Counter[tuple[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class ParamCells:
+    """The cells of a batch that params are computed from.
+
+    `text` has every cell as text, `typed` the same columns in their types. Cells in `placeholders` are blank.
+    """
+
+    header: Sequence[str]
+    text: pl.DataFrame
+    typed: pl.DataFrame
+    placeholders: frozenset[str]
+    _columns: dict[str, pl.Series] = field(default_factory=dict)
+
+    def column(self, name: str) -> pl.Series:
+        """Return the clean text of a column. A cell that can be no param is LEFT_OUT and the reason."""
+        if name not in self._columns:
+            index = self.header.index(name)
+            text = _sendable(clean_cells(self.text.to_series(index)), self.placeholders)
+            no_text = has_no_text(self.typed.to_series(index))
+            self._columns[name] = text if no_text is None else text.set(no_text, LEFT_OUT + LeftOut.NO_TEXT)
+        return self._columns[name]
+
+
+def _sendable(text: pl.Series, placeholders: frozenset[str] = frozenset()) -> pl.Series:
+    """Replace the cells of clean text that are never sent by LEFT_OUT and the reason."""
+    for unsendable, kind in (
+        (text.is_in(list(placeholders)), LeftOut.PLACEHOLDER),
+        (text.str.contains(LEFT_OUT, literal=True), LeftOut.NUL),
+        (text.str.len_chars() > MAX_PARAM_CHARACTERS, LeftOut.TOO_LONG),
+    ):
+        if unsendable.any():
+            text = text.set(unsendable, LEFT_OUT + kind)
+    return text
+
+
+#: Converts the filled cells of a param after its transforms. What it cannot convert is LEFT_OUT and the reason.
+Conversion = Callable[[pl.Series], pl.Series]
+
+
+def conversion_of(template: RequestTemplate, param_name: str) -> Conversion | None:
+    """Return how the values of a param are converted for the API: addresses, counts, choices; None: not at all."""
+    if param_name in template.email_params:
+        return email_addresses
+    if param_name == template.priced_by:
+        return lambda cells: map_distinct(cells, lambda text: text if is_count(text) else LEFT_OUT + LeftOut.NO_COUNT)
+    if (choices := template.choices.get(param_name)) is not None:
+        return lambda cells: map_distinct(
+            cells, lambda text: choices.get(text.casefold(), LEFT_OUT + LeftOut.NO_CHOICE)
+        )
+    return None
+
+
+def param_values(param: Param, cells: ParamCells, conversion: Conversion | None) -> pl.Series:
+    """Compute a param as it is sent: '' where it has no value, LEFT_OUT and the reason where it is left out."""
+    if param.value is not None:
+        constant = _converted(_sendable(pl.Series("", [clean(param.value)])), [], conversion)
+        return pl.repeat(constant.item(), cells.text.height, dtype=pl.String, eager=True)
+    result = pl.repeat("", cells.text.height, dtype=pl.String, eager=True)
+    for column, transforms in param.sources:
+        # Most rows have their value in the first source, so the others are computed for the remaining rows only.
+        unfilled = (~_has_value(result)).arg_true()
+        if not len(unfilled):
+            break
+        before = result.gather(unfilled)
+        value = _converted(cells.column(column).gather(unfilled), transforms, conversion)
+        # The first reason stands.
+        value = value.zip_with(_has_value(value) | (before == ""), before)
+        result = value if len(value) == len(result) else result.scatter(unfilled, value)
+    return result
+
+
+def _has_value(text: pl.Series) -> pl.Series:
+    return (text != "") & ~text.str.starts_with(LEFT_OUT)
+
+
+def _converted(cells: pl.Series, transforms: Sequence[Transform], conversion: Conversion | None) -> pl.Series:
+    """Apply the transforms, then the conversion, to the cells that have a value."""
+    steps = [TRANSFORMS[transform] for transform in transforms]
+    for step in steps if conversion is None else [*steps, conversion]:
+        filled = _has_value(cells).arg_true()
+        if len(filled) == len(cells):
+            cells = step(cells)
+        elif len(filled):
+            cells = cells.scatter(filled, step(cells.gather(filled)))
+    return cells
+
+
+def split_left_out(values: pl.Series) -> tuple[pl.Series, pl.Series | None]:
+    """Return the values with '' for what is left out, and the reasons, null where there is none; None: all are null."""
+    left_out = values.str.starts_with(LEFT_OUT)
+    if not left_out.any():
+        return values, None
+    reasons = values.str.slice(len(LEFT_OUT)).set(~left_out, None)
+    return values.set(left_out, ""), reasons
+
+
+def left_out_by_param(counts: LeftOutCounts) -> dict[str, dict[str, int]]:
+    """Return the counts by param, the most frequent reason first."""
+    by_param: dict[str, dict[str, int]] = {}
+    for (param, kind), count in sorted(counts.items(), key=lambda item: (item[0][0], -item[1], item[0][1])):
+        by_param.setdefault(param, {})[kind] = count
+    return by_param
+
+
+def format_left_out(by_param: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
+    """Yield a line for each param, such as `company: 7 free mail, 3 two addresses`."""
+    for param, counts in by_param.items():
+        yield f"{param}: {', '.join(f'{count:,} {kind}' for kind, count in counts.items())}"

@@ -1,0 +1,214 @@
+"""Cancels the tasks that a job has open at the API, and records what that refunds."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from enrich.databar.client import Client
+from enrich.databar.clock import Clock
+from enrich.databar.credentials import ApiAccess
+from enrich.databar.task_results import (
+    TaskPhase,
+    is_cancelled,
+    is_paid_without_data,
+    parse_price,
+    read_answer,
+    task_phase,
+)
+from enrich.errors import (
+    ApiUnreachable,
+    EnrichError,
+    JobRejected,
+    LedgerLocked,
+    TaskFinished,
+    TaskUnknown,
+    Unauthorized,
+)
+from enrich.exit_codes import ExitCode
+from enrich.job.job import Job
+from enrich.ledger import execution_records, lease_table, rescue_import, resume, transitions
+from enrich.ledger.database import Database
+from enrich.models import Answer, State, Task, pluralize, read_balance, to_credits
+from enrich.run.context import rescue_folders
+from enrich.run.preflight import check_api_host, check_workspace, read_binding, retry_until
+from enrich.run.run_state import Timeouts
+from enrich.run.summary import RunSummary
+
+#: The error of a request whose task was cancelled by this command.
+CANCELLED = "cancelled by you"
+#: Tasks that are cancelled at the same time.
+CONCURRENT_TASKS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class CancelSummary:
+    """What became of the single tasks that were open.
+
+    `credits_refunded` is what was reserved for the cancelled ones, less what the API charged. `finished` ones had an
+    answer already, which was stored. `still_open` ones are collected by the next run. `bulk` lists the bulk tasks; they
+    are never cancelled.
+    """
+
+    job: str
+    exit_code: int = int(ExitCode.OK)
+    execution: int | None = None
+    cancelled: int = 0
+    credits_refunded: float = 0.0
+    finished: int = 0
+    credits_spent: float = 0.0
+    still_open: int = 0
+    bulk: Sequence[dict[str, Any]] = ()
+    balance_before: float | None = None
+    balance_after: float | None = None
+    error: str | None = None
+    hint: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the object that `--json` prints."""
+        return {name: value for name, value in asdict(self).items() if name not in ("error", "hint") or value}
+
+
+def cancel_tasks(job: Job, access: ApiAccess, ledger: Database, clock: Clock) -> CancelSummary:
+    """Cancel the single tasks of a job that wait for their answer. The caller must hold the lock of the ledger.
+
+    Raises EnrichError when nothing can be cancelled: the API, the key or the ledger do not match.
+    """
+    with ledger.transaction():
+        imported = rescue_import.import_rescue_files(ledger, rescue_folders(job), job.name, clock.now_ms())
+    rescue_import.remove_imported_files(imported)
+    with ledger.transaction():
+        if others := lease_table.other_holders(ledger):
+            names = ", ".join(other.name for other in others)
+            raise LedgerLocked(f"{job.ledger}: processes of an earlier run still end: {names}", "try again in a minute")
+        resume.recover(ledger, clock.now_ms())
+    return asyncio.run(_cancel_tasks(job, access, ledger, clock))
+
+
+async def _cancel_tasks(job: Job, access: ApiAccess, ledger: Database, clock: Clock) -> CancelSummary:
+    with ledger.transaction():
+        binding, tasks = read_binding(ledger, job), transitions.open_tasks_of(ledger, job.name)
+    check_api_host(binding, job, access.host)
+    bulk = [{"task_id": task.task_id, "requests": len(task.attempts)} for task in tasks if task.bulk_task_id]
+    singles = [task for task in tasks if task.bulk_task_id is None]
+    summary = CancelSummary(job.name, bulk=bulk)
+    if not singles:
+        return summary
+    async with Client(access, clock) as client:
+        user = await retry_until(client.get_user, Timeouts().startup_s)
+        check_workspace(binding, job, user)
+        balance = read_balance(user.balance)
+        with ledger.transaction():
+            paths = list(singles[0].column_paths)
+            execution_id = execution_records.start_execution(ledger, job.name, None, clock.now_ms(), balance, paths)
+        canceller = _Canceller(job, client, ledger, clock, execution_id)
+        error = await canceller.run(singles)
+        balance_after = await _read_balance(client)
+    summary = replace(
+        canceller.summary(summary, len(singles)),
+        balance_before=to_credits(balance),
+        balance_after=to_credits(balance_after),
+        exit_code=int(ExitCode.OK if error is None else error.exit_code),
+        error=None if error is None else error.message,
+        hint=None if error is None else error.hint,
+    )
+    with ledger.transaction():
+        if execution_records.delete_unless_used(ledger, execution_id):
+            return replace(summary, execution=None)
+        record = _execution_summary(job, summary)
+        execution_records.end_execution(
+            ledger, execution_id, summary.exit_code, record.as_json(), clock.now_ms(), balance_after
+        )
+    return summary
+
+
+async def _read_balance(client: Client) -> int | None:
+    """Return the balance after the refunds; None when the API does not answer any more."""
+    try:
+        return read_balance((await client.get_user()).balance)
+    except EnrichError:
+        return None
+
+
+def _execution_summary(job: Job, summary: CancelSummary) -> RunSummary:
+    return RunSummary(
+        job.name,
+        summary.exit_code,
+        execution=summary.execution,
+        credits_spent=summary.credits_spent,
+        answers=summary.cancelled + summary.finished,
+        balance_before=summary.balance_before,
+        balance_after=summary.balance_after,
+        sandbox=job.sandbox,
+        notes=[f"{pluralize(summary.cancelled, 'task')} cancelled by enrich cancel"],
+    )
+
+
+@dataclass(slots=True)
+class _Canceller:
+    """Cancels tasks and counts what became of them. Credits in millionths."""
+
+    job: Job
+    client: Client
+    ledger: Database
+    clock: Clock
+    execution_id: int
+    cancelled: int = 0
+    refunded: int = 0
+    finished: int = 0
+    spent: int = 0
+
+    async def run(self, tasks: Sequence[Task]) -> EnrichError | None:
+        """Cancel the tasks, a few at a time. Returns the error that ended it early."""
+        rate = self.job.model.limits.requests_per_second
+        for start in range(0, len(tasks), CONCURRENT_TASKS):
+            group = tasks[start : start + CONCURRENT_TASKS]
+            results = await asyncio.gather(*map(self._cancel, group), return_exceptions=True)
+            for result in results:
+                if isinstance(result, ApiUnreachable | Unauthorized):
+                    return result
+                if isinstance(result, BaseException):
+                    raise result
+            if rate is not None:
+                await asyncio.sleep(len(group) / rate)
+        return None
+
+    async def _cancel(self, task: Task) -> None:
+        """Cancel one task. One that has finished meanwhile (409) is polled instead."""
+        timeout_s = Timeouts().startup_s
+        try:
+            reply = await retry_until(lambda: self.client.cancel_task(task.task_id), timeout_s)
+        except TaskFinished:
+            reply = await retry_until(lambda: self.client.poll_task(task.task_id, new_connection=True), timeout_s)
+        except (TaskUnknown, JobRejected):
+            return
+        phase = task_phase(reply.body)
+        if is_cancelled(reply.body):
+            cost = parse_price(reply.body.get("credits_spent"))
+            self._settle(task, Answer(State.FAILED, CANCELLED, credits=cost, raw=reply.raw))
+            self.cancelled += 1
+            self.refunded += 0 if cost is None else task.reserved - cost
+        elif phase in (TaskPhase.COMPLETED, TaskPhase.FAILED) and not is_paid_without_data(reply.body):
+            self._settle(task, read_answer(reply, phase, task.column_paths))
+            self.finished += 1
+
+    def _settle(self, task: Task, answer: Answer) -> None:
+        with self.ledger.transaction():
+            max_attempts = self.job.model.policy.max_attempts
+            updates = [(task.attempts[0], answer, self.clock.now_ms())]
+            transitions.settle(self.ledger, updates, self.execution_id, max_attempts)
+        self.spent += answer.credits or 0
+
+    def summary(self, summary: CancelSummary, tasks: int) -> CancelSummary:
+        """Add the counts to a summary."""
+        return replace(
+            summary,
+            execution=self.execution_id,
+            cancelled=self.cancelled,
+            credits_refunded=to_credits(self.refunded),
+            finished=self.finished,
+            credits_spent=to_credits(self.spent),
+            still_open=tasks - self.cancelled - self.finished,
+        )

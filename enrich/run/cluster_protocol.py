@@ -1,0 +1,139 @@
+"""Protocol: what a cluster does for a run. Without a cluster, one process does all of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from enrich.databar.credentials import ApiAccess
+from enrich.job.job import Job
+from enrich.job.locations import Location
+from enrich.ledger import lease_table, resume
+from enrich.ledger.writer import LedgerWriter
+from enrich.models import Decision, RequestSelection, RowStatus
+from enrich.rows.job_input import JobInput
+from enrich.rows.params import LeftOutCounts
+from enrich.rows.requests import RowBatch
+from enrich.rows.template import RequestTemplate
+from enrich.run.collector import OutputCounts
+from enrich.run.run_state import RunState, WorkConfig
+
+#: Interval in seconds at which the leases of lost workers are checked.
+LEASE_CHECK_EVERY_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class EnrollCounts:
+    """What was read: rows, how many of them have a request, and why the others have none.
+
+    `left_out` has the params that rows lack, by the reason. `skipped` counts the invalid rows by reason.
+    """
+
+    rows: int = 0
+    requests: int = 0
+    row_decisions: Counter[Decision] = field(default_factory=Counter)
+    left_out: LeftOutCounts = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    @classmethod
+    def from_batch(cls, batch: RowBatch) -> EnrollCounts:
+        """Count the rows of one batch."""
+        requests = sum(fingerprint is not None for fingerprint in batch.fingerprints)
+        # A row may wait for an earlier step: nothing was decided about it.
+        decided = [status for status in batch.statuses if status is not None and status is not RowStatus.PENDING]
+        row_decisions = Counter(Decision(status.value) for status in decided)
+        return cls(batch.frame.height, requests, row_decisions, batch.left_out, batch.skip_reasons())
+
+    def __add__(self, other: EnrollCounts) -> EnrollCounts:
+        """Add the counts of several blocks."""
+        return EnrollCounts(
+            self.rows + other.rows,
+            self.requests + other.requests,
+            self.row_decisions + other.row_decisions,
+            self.left_out + other.left_out,
+            self.skipped + other.skipped,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterCallbacks:
+    """Callbacks of a run for a phase that a cluster does.
+
+    `raise_if_stopped` is called often and may raise to stop the phase. `on_message` gets messages for the user. When
+    `is_aborting` returns true, running work may finish, but work that has not begun is not waited for.
+    """
+
+    raise_if_stopped: Callable[[], None] = lambda: None
+    on_message: Callable[[str], object] = lambda _: None
+    is_aborting: Callable[[], bool] = lambda: False
+
+    @classmethod
+    def for_run(cls, run_state: RunState, raise_if_stopped: Callable[[], None]) -> ClusterCallbacks:
+        """Return the callbacks for a phase in another thread. Call this in the event loop."""
+        loop = asyncio.get_running_loop()
+        return cls(
+            raise_if_stopped,
+            lambda text: loop.call_soon_threadsafe(run_state.add_note, text),
+            run_state.abort.is_set,
+        )
+
+
+class WorkerPool(Protocol):
+    """Workers that submit and poll as one run."""
+
+    @property
+    def lost_reasons(self) -> Sequence[str]:
+        """Why workers ended before their work was done."""
+
+    async def run(self) -> None:
+        """Submit and poll to the end. No worker is left when this returns."""
+
+    def finish_early(self) -> None:
+        """Poll each open task once more, now."""
+
+
+class ClusterEngine(Protocol):
+    """Machines that do the three phases, over a ledger that all of them reach."""
+
+    def make_worker_pool(
+        self, run_state: RunState, work_config: WorkConfig, access: ApiAccess, requests: int
+    ) -> WorkerPool | None:
+        """Make the workers for `requests` requests. None: no workers are needed."""
+
+    def for_leader(self, lease_id: int) -> ClusterEngine:
+        """Return an engine for one run, which works until the lease of the process that leads the run ends."""
+
+    def enroll(
+        self,
+        job: Job,
+        job_input: JobInput,
+        template: RequestTemplate,
+        selection: RequestSelection,
+        callbacks: ClusterCallbacks,
+    ) -> EnrollCounts:
+        """Enroll all rows in a pass that was begun before."""
+
+    def collect(  # noqa: PLR0913, PLR0917 - every argument is sent to the workers
+        self,
+        job: Job,
+        job_input: JobInput,
+        template: RequestTemplate,
+        selection: RequestSelection,
+        target: Location,
+        callbacks: ClusterCallbacks,
+    ) -> OutputCounts:
+        """Write the output, which is a dataset."""
+
+
+async def settle_lost_workers(lost_reasons: Sequence[str], run_state: RunState, ledger_writer: LedgerWriter) -> None:
+    """Note that workers were lost, and wait until what they held is unconfirmed, or free for any poller."""
+    counts = Counter(lost_reasons).items()
+    lost = ", ".join(f"{count} times: {reason}" if count > 1 else reason for reason, count in counts)
+    run_state.add_note(f"workers were lost ({lost}). Other workers took over their tasks")
+    while (others := await ledger_writer.submit(lease_table.other_holders)) and not run_state.stop_polling.is_set():
+        remaining_s = max(other.remaining_s for other in others)
+        await run_state.pause(min(max(remaining_s, 0.01), LEASE_CHECK_EVERY_S), run_state.stop_polling)
+    await ledger_writer.submit(resume.recover, run_state.clock.now_ms())

@@ -1,0 +1,150 @@
+"""Enrolls the input of a run: marks its requests in the ledger, and decides which of them to send."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Protocol
+
+import polars as pl
+
+from enrich.errors import EnrichError
+from enrich.exit_codes import ExitCode
+from enrich.ledger import enroll, erasure, queries, step_results
+from enrich.ledger.database import Database
+from enrich.models import DECISIONS_TO_SEND, Decision, RequestSelection, State, pluralize
+from enrich.rows.job_input import JobInput
+from enrich.rows.requests import RowBatch
+from enrich.rows.template import RequestTemplate
+from enrich.run.budget import Cost
+from enrich.run.cluster_protocol import ClusterCallbacks, ClusterEngine, EnrollCounts
+from enrich.run.context import RunContext, RunFiles, RunOptions, select_requests
+from enrich.run.enrolled import EnrolledStep
+from enrich.run.progress import Phase
+from enrich.run.progress_reports import start_phase
+from enrich.run.run_state import RunState
+from enrich.run.startup import with_steps
+from enrich.run.step_input import StepInput
+from enrich.run.step_plan import note_on_target
+
+#: States of requests whose stored result is reused.
+REUSED_STATES = (State.FOUND, State.NOT_FOUND, State.FAILED)
+
+
+class RequestRows(Protocol):
+    """The rows of a job or of a step, with their requests."""
+
+    def queue_order(self) -> pl.Series | None:
+        """Return each row's place in the send order; None: the order of the input."""
+
+    def batches(self, template: RequestTemplate, queue_order: pl.Series | None) -> Iterator[RowBatch]:
+        """Read the whole input once."""
+
+
+async def enroll_input(context: RunContext, run_state: RunState, files: RunFiles, step_number: int) -> None:
+    """Mark the requests of a step that the user selected. Nothing of it is sent before all of the input was read."""
+    rows: RequestRows = files.job_input
+    if files.step_rows is not None:
+        rows = StepInput(files.step_rows, step_number)
+    await _enroll(context, run_state, files.job_input, rows, context.options)
+
+
+async def enroll_changed_input(context: RunContext, run_state: RunState, files: RunFiles) -> RunFiles:
+    """Enroll the input again when its files changed while the run was at work. The next run sends what is new."""
+    if context.signals.received is not None:  # the next run reads the input anew
+        return files
+    # In a thread, as a web address is downloaded again.
+    if await asyncio.to_thread(files.job_input.file_versions) == run_state.file_versions:
+        return files
+    reason = EnrichError("the input changed during the run", "run again for the new rows")
+    run_state.exit_reasons.setdefault(ExitCode.API, reason)
+    job_input = JobInput(context.job, await context.ledger_writer.submit(erasure.load_forgotten))
+    files = with_steps(context, replace(files, job_input=job_input), context.preflight)
+    if (step_rows := files.step_rows) is None:
+        await _enroll(context, run_state, job_input, job_input, RunOptions())
+    else:  # the output of a job with steps needs no pass
+        await context.ledger_writer.submit(lambda _: StepInput(step_rows, 0).begin(RequestSelection()))
+    return files
+
+
+async def _enroll(
+    context: RunContext, run_state: RunState, job_input: JobInput, rows: RequestRows, options: RunOptions
+) -> None:
+    template, ledger_writer = context.preflight.template, context.ledger_writer
+    run_state.file_versions = job_input.file_versions()
+    run_state.selection = select_requests(context.job, options, run_state.clock.earliest_ms())
+    if isinstance(rows, StepInput):
+        # Of a job with steps, leads are counted, not requests.
+        await ledger_writer.submit(lambda _: rows.begin(run_state.selection))
+        run_state.selection = rows.limit_requests(run_state.selection, options.plan, run_state.execution_id)
+    await start_phase(context, run_state, Phase.ENROLL)
+    engine = context.environment.engine
+    if engine is None or rows is not job_input or job_input.why_not_parallel() is not None:
+        read, accepted_in_doubt = await ledger_writer.submit(_enroll_locally, context, run_state.selection, rows)
+    else:
+        read, accepted_in_doubt = await _enroll_on_cluster(context, run_state, job_input, engine)
+    run_state.accepted_in_doubt += accepted_in_doubt
+    run_state.rows_read, run_state.row_decisions, run_state.left_out = read.rows, read.row_decisions, read.left_out
+    run_state.skipped = read.skipped
+    decided = await ledger_writer.submit(enroll.decision_counts)
+    run_state.row_decisions[Decision.DUPLICATE] = read.requests - sum(decided.values())
+    run_state.requests_to_submit = to_submit = sum(decided.get(decision, 0) for decision in DECISIONS_TO_SEND)
+    run_state.new_requests = decided.get(Decision.NEW, 0)
+    requests = await ledger_writer.submit(enroll.enrolled_counts)
+    step = context.job.step
+    if isinstance(rows, StepInput) and (beyond := decided.get(Decision.OVER_LIMIT)):
+        run_state.add_note(f"{step}: {pluralize(beyond, 'request')} over the plan left for a later run")
+    if isinstance(rows, StepInput) and to_submit:
+        note = await ledger_writer.submit(note_on_target, rows.rows.steps, rows.number)
+        run_state.notes += [] if note is None else [note]
+    if (earlier := run_state.enrolled.by_step.get(step)) is not None:
+        run_state.enrolled.by_step[step] = replace(earlier, requests=requests)
+        return
+    experience = (await ledger_writer.submit(queries.average_price, template.target))[1] if to_submit else None
+    cost = Cost.for_requests(to_submit, experience, template.worst_price)
+    if not run_state.enrolled.by_step and run_state.open_tasks_cost is not None:
+        cost += run_state.open_tasks_cost
+    reused = sum(requests.get(state, 0) for state in REUSED_STATES)
+    run_state.enrolled.by_step[step] = EnrolledStep(requests, reused, to_submit, cost)
+
+
+async def count_enrolled(context: RunContext, run_state: RunState) -> None:
+    """Count the requests of a step by state again, before the pass of the next step begins."""
+    enrolled, step = run_state.enrolled.by_step, context.job.step
+    enrolled[step] = replace(enrolled[step], requests=await context.ledger_writer.submit(enroll.enrolled_counts))
+
+
+def _enroll_locally(
+    ledger: Database, context: RunContext, selection: RequestSelection, rows: RequestRows
+) -> tuple[EnrollCounts, int]:
+    """Enroll the input in this process, in one transaction."""
+    template = context.preflight.template
+    enroll.begin_pass(ledger)
+    read = EnrollCounts()
+    for batch in rows.batches(template, rows.queue_order()):
+        context.signals.raise_if_received()
+        enroll.enroll(ledger, template.target, batch.requests(), selection)
+        read += EnrollCounts.from_batch(batch)
+    if context.job.step:
+        step_results.mark_wanted(ledger, context.job.step)
+    return read, _apply_selection(ledger, context.options, selection)
+
+
+async def _enroll_on_cluster(
+    context: RunContext, run_state: RunState, job_input: JobInput, engine: ClusterEngine
+) -> tuple[EnrollCounts, int]:
+    """Enroll the input in many processes. Work done before a kill is repeated."""
+    template, selection = context.preflight.template, run_state.selection
+    await context.ledger_writer.submit(enroll.begin_pass)
+    callbacks = ClusterCallbacks.for_run(run_state, context.signals.raise_if_received)
+    read = await asyncio.to_thread(engine.enroll, context.job, job_input, template, selection, callbacks)
+    return read, await context.ledger_writer.submit(_apply_selection, context.options, selection)
+
+
+def _apply_selection(ledger: Database, options: RunOptions, selection: RequestSelection) -> int:
+    """Decide what to send, once the whole input was read. Returns how many unconfirmed requests became failed."""
+    accepted_in_doubt = enroll.accept_in_doubt_as_failed(ledger, selection.sent_in) if options.accept_in_doubt else 0
+    enroll.apply_limits(ledger, selection)
+    enroll.fill_queue(ledger, selection)
+    return accepted_in_doubt

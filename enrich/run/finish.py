@@ -1,0 +1,167 @@
+"""Closes a run: completes its summary, and records its end in the ledger."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from json import JSONDecodeError
+from typing import Any
+
+from enrich.errors import EnrichError
+from enrich.exit_codes import ExitCode
+from enrich.ledger import bindings, execution_records, queries, resume, step_results
+from enrich.ledger.database import Database
+from enrich.ledger.sqlite import damaged_ledger_error
+from enrich.models import State, format_credits, pluralize, to_credits
+from enrich.rows.params import left_out_by_param
+from enrich.run.balance import ROUNDING_CREDITS, explain_balance
+from enrich.run.balance_now import fetch_balance
+from enrich.run.context import RunContext
+from enrich.run.latencies import save_latencies
+from enrich.run.output import Outcome
+from enrich.run.progress import Phase
+from enrich.run.progress_reports import start_phase
+from enrich.run.provider_stats import ProviderStats, ProviderTotals, parse_descriptions
+from enrich.run.run_state import RunState
+from enrich.run.signals import SignalHandler
+from enrich.run.step_summary import cost_per_lead, summarize_steps
+from enrich.run.summary import RunSummary
+
+#: After a signal, the answers of a run are read again only up to this many, so that the exit is quick.
+MAX_READ_WHEN_INTERRUPTED = 100_000
+
+
+async def finish_failed_run(
+    context: RunContext, run_state: RunState, failure: EnrichError | JSONDecodeError
+) -> RunSummary:
+    """Finish a run that a failure ended after its start. No output is written."""
+    reason = failure if isinstance(failure, EnrichError) else damaged_ledger_error(context.job.ledger)
+    code = reason.exit_code
+    if code is ExitCode.REFUSED and run_state.counters.submitted:
+        code = ExitCode.BUG  # exit code 5 promises that nothing was spent
+    run_state.exit_reasons.setdefault(code, reason)
+    await start_phase(context, run_state, Phase.COLLECT)
+    return await finish_run(context, run_state, Outcome(run_state.exit_code({})))
+
+
+async def finish_run(context: RunContext, run_state: RunState, outcome: Outcome) -> RunSummary:
+    """Complete the run summary, and record the end of the run with it."""
+    await save_latencies(context, run_state)
+    if cached := run_state.counters.cached:
+        answers = pluralize(cached, "answer")
+        run_state.add_note(f"{answers} came from the API's cache (a known task id) and charged once")
+    summary = _summarize_state(context, run_state, outcome)
+    execution_id, counters = run_state.execution_id, run_state.counters
+    await context.ledger_writer.submit(resume.recover, run_state.clock.now_ms())
+    totals = await context.ledger_writer.submit(execution_records.read_execution, execution_id)
+    before = context.preflight.balance
+    after = await fetch_balance(context, run_state) if counters.settled or counters.submitted else before
+    spent, matches = totals.spent, counters.settled.get(State.FOUND, 0)
+    summary = replace(
+        summary,
+        execution=execution_id,
+        submitted=totals.submitted,
+        answers=sum(counters.settled.values()),
+        credits_spent=to_credits(spent),
+        credits_unknown=totals.unknown,
+        cost_per_hit=to_credits(round(spent / matches)) if matches else None,
+        balance_before=to_credits(before),
+        balance_after=to_credits(after),
+        polls=counters.polls,
+        rate_limited=counters.rate_limited,
+    )
+    if context.job.step_jobs:
+        totals_by_step = await context.ledger_writer.submit(step_results.step_totals, execution_id)
+        steps = summarize_steps(context.job, run_state.enrolled, totals_by_step, outcome.counts)
+        _, unknown = await context.ledger_writer.submit(queries.spent_totals)
+        summary = replace(summary, steps=steps, cost_per_lead=cost_per_lead(outcome.counts, unknown))
+    providers = await _provider_fields(context, summary)
+    difference = await _balance_change(context, execution_id, (before, after), spent)
+    summary = replace(summary, **providers, difference=difference)
+    if totals.cap is not None and spent > totals.cap:
+        summary = await _with_overrun(context, summary, execution_id, spent - totals.cap)
+    summary = replace(summary, elapsed_s=round(context.elapsed_s(), 3))
+    await context.ledger_writer.submit(
+        execution_records.end_execution,
+        execution_id,
+        summary.exit_code,
+        summary.as_json(),
+        run_state.clock.now_ms(),
+        after,
+    )
+    return summary
+
+
+def _summarize_state(context: RunContext, run_state: RunState, outcome: Outcome) -> RunSummary:
+    """Build the summary of what the run has found out so far."""
+    reason, enrolled = run_state.exit_reasons.get(outcome.code), run_state.enrolled.requests()
+    planned = run_state.enrolled.cost()
+    summary = RunSummary(
+        job=context.job.name,
+        exit_code=int(outcome.code),
+        sandbox=context.job.sandbox,
+        rows=run_state.rows_read,
+        requests=None if enrolled is None else sum(enrolled.values()),
+        reused=run_state.enrolled.reused(),
+        skipped=None if enrolled is None or context.job.step_jobs else dict(run_state.skipped.most_common()),
+        left_out=None if enrolled is None else left_out_by_param(run_state.left_out),
+        paid_elsewhere=run_state.paid_elsewhere,
+        planned=None if planned is None else planned.as_json(),
+        output=None if outcome.output is None else str(outcome.output),
+        **run_state.extra_outputs,
+        notes=run_state.notes,
+        error=None if reason is None else reason.message,
+        hint=None if reason is None else reason.hint,
+    )
+    if outcome.counts is None:
+        return summary
+    return summary.with_row_counts(outcome.counts.statuses, outcome.counts.filled_by_column)
+
+
+async def _with_overrun(context: RunContext, summary: RunSummary, execution_id: int, beyond_cap: int) -> RunSummary:
+    """Add by how much the cap was exceeded, if prices that rose while requests were running are the reason."""
+    number, price_rise = await context.ledger_writer.submit(queries.cost_overruns, execution_id)
+    if not number:
+        return summary
+    overrun = min(beyond_cap, price_rise)
+    note = (
+        f"the credits cap was exceeded by {format_credits(to_credits(overrun))}: {pluralize(number, 'task')} cost "
+        f"{format_credits(to_credits(price_rise))} more than the highest price when they were sent"
+    )
+    return replace(summary, credits_over_cap=to_credits(overrun), notes=[*summary.notes, note])
+
+
+async def _provider_fields(context: RunContext, summary: RunSummary) -> dict[str, Any]:
+    """Return calls, matches and credits per provider, by the answers of this run."""
+    if not summary.answers:
+        return {}
+    totals = await context.ledger_writer.submit(read_provider_totals, context.signals, summary)
+    if totals is None:
+        return {}
+    return {
+        "providers": [each.as_json() for each in totals.providers],
+        "providers_untold": totals.not_reported,
+        "credits_elsewhere": to_credits(totals.unattributed),
+    }
+
+
+def read_provider_totals(ledger: Database, signals: SignalHandler, summary: RunSummary) -> ProviderTotals | None:
+    """Read the answers of this run; None when a signal came and there are too many."""
+    stats = ProviderStats(parse_descriptions(bindings.load_descriptions(ledger)))
+    for settled in queries.settled_attempts(ledger, summary.job, summary.execution):
+        if signals.received is not None and (summary.answers or 0) > MAX_READ_WHEN_INTERRUPTED:
+            return None
+        stats.add(settled)
+    return stats.totals()
+
+
+async def _balance_change(
+    context: RunContext, execution_id: int, balances: tuple[int | None, int | None], spent: int
+) -> dict[str, Any] | None:
+    """Explain the change of the balance. When it equals what was spent, returns None and reads nothing."""
+    before, after = balances
+    if before is None or after is None:
+        return None
+    if abs(to_credits(before - after - spent)) < ROUNDING_CREDITS:
+        return None
+    movements = await context.ledger_writer.submit(queries.credit_movements, execution_id)
+    return asdict(explain_balance(execution_id, before, after, movements))

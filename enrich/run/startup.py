@@ -1,0 +1,272 @@
+"""The start of a run: what may refuse it, and its record in the ledger. Nothing is spent here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from functools import partial
+
+from enrich.errors import (
+    LOCKED_HINT,
+    CommandRefused,
+    EnrichError,
+    Interrupted,
+    LedgerLocked,
+    RunCancelled,
+    WorkspaceMismatch,
+)
+from enrich.files.writer import prepare_file
+from enrich.job.job import Job
+from enrich.ledger import (
+    bindings,
+    erasure,
+    execution_records,
+    lease_table,
+    rescue_import,
+    resume,
+    transitions,
+)
+from enrich.ledger.database import Database
+from enrich.ledger.lease_table import LeaseHolder
+from enrich.models import pluralize
+from enrich.rows.job_input import JobInput
+from enrich.run.budget import make_run_budget
+from enrich.run.context import RunContext, RunFiles, RunOptions, rescue_folders
+from enrich.run.earlier_output import find_output_of_other_ledger
+from enrich.run.early_end import end_without_ledger, interrupt
+from enrich.run.in_flight import InFlightLimit
+from enrich.run.latencies import load_schedule
+from enrich.run.lead_selection import LeadSelection
+from enrich.run.plan_file import planned_cost
+from enrich.run.preflight import Preflight, check_api_host, preflight, read_binding
+from enrich.run.rate_limit import AdaptiveRateLimiter
+from enrich.run.run_state import RunState
+from enrich.run.step_inputs import make_steps
+from enrich.run.step_rows import StepRows
+
+#: Seconds between checks whether the processes of an earlier run are gone.
+RECHECK_S = 0.5
+
+
+@dataclass(slots=True)
+class Startup:
+    """What is found out before the run is recorded. With a postponed error, it only collects open tasks."""
+
+    context: RunContext
+    postponed_errors: list[EnrichError] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    #: None: one of the files cannot be used.
+    files: RunFiles | None = None
+    #: None: the API did not answer, or its answer does not match the job, the input or the ledger.
+    preflight: Preflight | None = None
+
+    async def check(self, check: Callable[[Startup], Awaitable[None]]) -> None:
+        """Run a check. While the API may hold paid results, its error is postponed, to collect these first."""
+        try:
+            await check(self)
+        except Interrupted:
+            raise
+        except EnrichError as error:
+            if not await self.context.ledger_writer.submit(_has_open_tasks, self.context.results_kept_since_ms()):
+                raise
+            self.postponed_errors.append(error)
+
+    def raise_postponed_error(self) -> None:
+        """Raise the first postponed error, if there is one."""
+        if self.postponed_errors:
+            raise self.postponed_errors[0]
+
+    def opened_files(self) -> RunFiles:
+        """Return the files. Without a postponed error they are open."""
+        assert self.files is not None  # noqa: S101 - `open_files` has passed
+        return self.files
+
+
+def _has_open_tasks(ledger: Database, results_kept_since_ms: int) -> bool:
+    """Return whether the API may still hold a result that was paid for."""
+    return bool(transitions.submitted_tasks(ledger) or resume.written_off_tasks(ledger, results_kept_since_ms))
+
+
+async def wait_for_other_processes(context: RunContext) -> None:
+    """Wait until the processes of earlier runs are gone. A SQLite ledger never has any.
+
+    Raises LedgerLocked when another run's leader renews its lease: it is alive, and it lost the server's lock when the
+    server restarted.
+    """
+    first_seen: dict[int, LeaseHolder] = {}
+    while others := await context.ledger_writer.submit(lease_table.other_holders):
+        remaining_s = max(other.remaining_s for other in others)
+        if not first_seen:
+            context.environment.on_message(f"waiting up to {remaining_s:.0f} s for processes of an earlier run to end")
+        for other in others:
+            if other.is_leader and other.expires_at_s > first_seen.setdefault(other.id, other).expires_at_s:
+                raise LedgerLocked(
+                    f"{context.job.ledger}: another run is using this ledger ({other.name})", LOCKED_HINT
+                )
+        if not others[0].is_leader:
+            await context.ledger_writer.submit(lease_table.revoke_leases, others)
+        await asyncio.sleep(min(max(remaining_s, 0.01), RECHECK_S))
+
+
+async def import_rescue_files(startup: Startup) -> None:
+    """Import what an earlier run could not write into the ledger. Raises CommandRefused for a damaged rescue file."""
+    context = startup.context
+    job, now_ms = context.job, context.environment.clock.now_ms()
+    imported = await context.ledger_writer.submit(
+        rescue_import.import_rescue_files, rescue_folders(job), job.name, now_ms
+    )
+    startup.notes += [f"{path} was imported: {what}" for path, what in rescue_import.remove_imported_files(imported)]
+
+
+async def recover_requests(startup: Startup) -> None:
+    """Mark the requests as unconfirmed that were being sent when an earlier run was killed."""
+    context = startup.context
+    unconfirmed = await context.ledger_writer.submit(resume.recover, context.environment.clock.now_ms())
+    if unconfirmed:
+        note = f"{pluralize(unconfirmed, 'request')} unconfirmed: they were being sent when the last run was killed"
+        startup.notes.insert(0, note)
+
+
+async def check_ledger_host(context: RunContext) -> None:
+    """Raise JobError when the ledger belongs to another API host, so that nothing of it is sent there."""
+    binding = await context.ledger_writer.submit(read_binding, context.job)
+    check_api_host(binding, context.job, context.access.host)
+
+
+async def open_files(startup: Startup) -> None:
+    """Open the input and prepare the location of every file. Raises EnrichError when one of them cannot be used."""
+    context, job, now = startup.context, startup.context.job, datetime.now().astimezone()
+    job.report_path(now)
+    target, extra_output_paths = job.output_path(now), job.extra_output_paths(now)
+    forgotten = await context.ledger_writer.submit(erasure.load_forgotten)
+    with context.signals.interruptible():  # a pipe or object storage may block
+        for kind, location in {"output": target, **extra_output_paths}.items():
+            prepare_file(location, job.input_path, job.name, kind)
+        startup.files = RunFiles(JobInput(job, forgotten), target, extra_output_paths)
+    startup.notes += startup.files.job_input.notes()
+
+
+async def check_new_ledger(startup: Startup) -> None:
+    """Refuse a new ledger when an earlier output was paid for from another one, unless the user agrees.
+
+    Raises CommandRefused. Adds a note when an earlier output cannot be read.
+    """
+    context, options, signals = startup.context, startup.context.options, startup.context.signals
+    if options.new_ledger or await context.ledger_writer.submit(execution_records.has_own_submissions):
+        return
+    output, note = await find_output_of_other_ledger(context.job, context.ledger_writer, signals.interruptible)
+    startup.notes += [note] if note is not None else []
+    if output is None:
+        return
+    ledger = context.job.ledger
+    message = f"{output} was paid for from another ledger. The new ledger {ledger} pays for its leads again"
+    error = CommandRefused(message, "set `ledger:` to the one that paid, or restore it; or pay again with --new-ledger")
+    if options.confirm_new_ledger is not None:
+        with signals.interruptible():
+            if options.confirm_new_ledger(f"{message}.\nPay again?"):
+                # One confirmation also covers the other ledgers in the folder.
+                startup.context = replace(context, options=replace(options, new_ledger=True))
+                return
+        raise RunCancelled
+    raise error
+
+
+async def run_preflight(startup: Startup) -> None:
+    """Query the API before the run. Raises EnrichError when job, input, API and ledger do not match."""
+    context, options = startup.context, startup.context.options
+    results = [
+        await preflight(
+            context.client,
+            await context.ledger_writer.submit(read_binding, step),
+            step,
+            context.access.host,
+            timeout_s=context.environment.timeouts.startup_s,
+            update_providers=options.update_providers,
+            workspace_renamed=options.workspace_renamed,
+        )
+        for step in context.job.steps
+    ]
+    result = Preflight.of_steps(results) if context.job.step_jobs else results[0]
+    workspace = result.bound_to["workspace"]
+    if options.workspace_renamed and workspace is not None:
+        await context.ledger_writer.submit(bindings.rename_workspace, workspace)
+    if startup.files is not None:
+        startup.files = with_steps(context, startup.files, result)
+    startup.preflight = result
+
+
+def with_steps(context: RunContext, files: RunFiles, result: Preflight) -> RunFiles:
+    """Check the input against the columns of the job and of its steps. Raises JobError for a wrong one."""
+    if not context.job.step_jobs:
+        files.job_input.check_new_columns(result.template)
+        return files
+    step_rows = make_step_rows(context.job, files.job_input, context.ledger, result, context.options)
+    return replace(files, step_rows=step_rows)
+
+
+def make_step_rows(job: Job, job_input: JobInput, ledger: Database, result: Preflight, options: RunOptions) -> StepRows:
+    """Check the input against the columns of the job and of its steps. Raises JobError for a wrong one."""
+    job_input.check_new_columns(result.template)
+    steps = make_steps(job, job_input, [step.template for step in result.steps])
+    is_limited = not options.limit is options.sample is None
+    leads = LeadSelection(options.limit, options.sample, options.seed) if is_limited else None
+    return StepRows(job, job_input, ledger, steps, leads)
+
+
+async def start_run(startup: Startup) -> tuple[RunContext, RunState]:
+    """Record the start of the run with its budget. From here on, signals end it early instead of at once."""
+    context = await _with_budget(startup)
+    environment, ledger_writer, signals = context.environment, context.ledger_writer, context.signals
+    model = context.job.model
+    execution_id = await ledger_writer.submit(
+        execution_records.start_execution,
+        context.job.name,
+        context.budget.cap,
+        environment.clock.now_ms(),
+        context.preflight.balance,
+        _column_paths(context),
+    )
+    run_state = RunState(
+        execution_id,
+        environment.clock,
+        AdaptiveRateLimiter(model.limits.requests_per_second),
+        environment.timeouts,
+        in_flight_limit=InFlightLimit(model.limits.in_flight),
+        result_ttl_s=model.policy.result_ttl.total_seconds(),
+        lease_valid=environment.lease_valid,
+        on_message=environment.on_message,
+        answers_only=any(isinstance(error, WorkspaceMismatch) for error in startup.postponed_errors),
+    )
+    await load_schedule(context.steps()[0], run_state)
+    signals.on_first_signal = partial(interrupt, context, run_state)
+    ledger_writer.on_failure = partial(end_without_ledger, context, run_state)
+    for note in [*startup.notes, *context.preflight.notes]:
+        run_state.add_note(note)
+    return context, run_state
+
+
+def _column_paths(context: RunContext) -> execution_records.Paths:
+    """Return the paths of the job's columns, by step if it has steps."""
+    paths = {step.job.step: list(step.preflight.template.columns.values()) for step in context.steps()}
+    return paths if context.job.step_jobs else paths[""]
+
+
+async def _with_budget(startup: Startup) -> RunContext:
+    """Add the preflight and the budget to the context. Without a preflight there is nothing to spend."""
+    context, job, preflight_result = startup.context, startup.context.job, startup.preflight
+    if preflight_result is None:
+        return context
+    most = await context.ledger_writer.submit(planned_cost, job, context.options.plan, preflight_result)
+    budgets = []
+    for step_job, step in zip(job.steps, preflight_result.steps, strict=True):
+        budget, cap_error = await context.ledger_writer.submit(
+            make_run_budget, step_job, step.template, preflight_result.balance, most
+        )
+        budgets.append(budget)
+        startup.postponed_errors += [cap_error] if cap_error is not None else []
+        await context.ledger_writer.submit(
+            bindings.save_description, step.description.target, step.description.model_dump(), step.providers
+        )
+    return replace(context, preflight=preflight_result, budget=budgets[0])

@@ -1,0 +1,78 @@
+"""The rows as one step sees them: which leads take part, and the requests that the run may send."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import polars as pl
+
+from enrich.ledger import step_results
+from enrich.ledger.step_results import StepChoice, choose_requests
+from enrich.models import COUNTED_TOWARDS_LIMIT, Decision, RequestSelection
+from enrich.rows.requests import RowBatch
+from enrich.rows.template import RequestTemplate
+from enrich.run.begun_leads import find_begun_leads
+from enrich.run.lead_caps import capped_rows
+from enrich.run.lead_selection import Candidate, LeadSelection
+from enrich.run.plan_file import SavedPlan
+from enrich.run.step_rows import StepRows
+
+
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """The rows as one step sees them, with the requests that the run may send."""
+
+    rows: StepRows
+    number: int
+
+    def queue_order(self) -> pl.Series | None:
+        """Return each row's place in the send order; None: the order of the input."""
+        return self.rows.job_input.queue_order()
+
+    def batches(self, _: RequestTemplate, queue_order: pl.Series | None = None) -> Iterator[RowBatch]:
+        """Read the whole input once."""
+        step_results.begin_wanted(self.rows.ledger, self.rows.steps[self.number].job.step)
+        for step_batch in self.rows.step_batches(self.number, queue_order):
+            self.rows.add_wanted(self.number, step_batch)
+            yield step_batch.to_send()
+
+    def begin(self, selection: RequestSelection) -> None:
+        """Find out which leads `caps` leaves out, and choose those that a limited run begins in this step.
+
+        Raises JobError before anything is sent if a condition of any step cannot be computed for the first rows.
+        """
+        rows, caps, leads = self.rows, self.rows.job.model.caps, self.rows.leads
+        if not self.number:
+            next(rows.step_tables(), None)
+        if not self.number and (caps is not None or leads is not None):
+            begun = find_begun_leads(rows, selection.after_execution)
+            if caps is not None:
+                rows.capped[:] = capped_rows(rows.job_input, caps, begun)
+            if leads is not None:
+                leads.mark_begun(begun)
+        if leads is not None:
+            leads.choose(self._candidates(leads, selection), self.queue_order())
+
+    def limit_requests(
+        self, selection: RequestSelection, plan: SavedPlan | None, execution_id: int
+    ) -> RequestSelection:
+        """Return how the requests of the chosen leads are selected: in a later step up to what the plan foresees."""
+        if not self.number:
+            return replace(selection, limit=None, sample=None)
+        limit = None if plan is None else plan.requests[self.number]
+        return replace(selection, limit=limit, sample=None, sent_in=execution_id)
+
+    def _candidates(self, leads: LeadSelection, selection: RequestSelection) -> Iterator[Candidate]:
+        """Yield the rows that would be sent, but for those that the run may send anyway."""
+        for step_batch in self.rows.step_batches(self.number, limited=False):
+            first_position, names = step_batch.batch.first_position, step_batch.to_send().fingerprints
+            choices = choose_requests(self.rows.ledger, filter(None, names), selection)
+            may_send = leads.may_send(first_position, step_batch.results)
+            for row, name in enumerate(names):
+                choice = choices.get(name, _NEW) if name is not None else None
+                if choice is not None and choice.decision in COUNTED_TOWARDS_LIMIT and not may_send[row]:
+                    yield Candidate(first_position + row, name if choice.sent_before else None)
+
+
+_NEW = StepChoice(Decision.NEW, sent_before=False)

@@ -1,0 +1,250 @@
+"""Plans a job with steps: the first step exactly, later ones at most, as what they send depends on answers to come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from enrich.ledger import enroll, queries, step_results
+from enrich.ledger.database import Database
+from enrich.models import (
+    DECISIONS_TO_SEND,
+    Decision,
+    RequestSelection,
+    format_credits,
+    pluralize,
+    to_credits,
+    to_micros,
+)
+from enrich.run.budget import Cost
+from enrich.run.plan import format_cost
+from enrich.run.preflight import Preflight
+from enrich.run.step_forecast import StepDecisions, decide_steps
+from enrich.run.step_inputs import Step
+from enrich.run.step_rows import StepRows
+from enrich.run.terminal_text import wrap_parts
+
+
+@dataclass(slots=True)
+class StepForecast:
+    """What a run would do in a step. Prices in millionths; None: unknown.
+
+    `to_submit` requests are sent whatever the answers to come are. `at_most` counts these, those that may be sent, and
+    rows whose request is not known yet. `again` rows have a result, and are sent again if an earlier result changes.
+    """
+
+    step: Step
+    worst_price: int | None
+    likely_price: float | None
+    to_submit: int = 0
+    may_be_sent: int = 0
+    again: int = 0
+    #: Rows that a limited run has no place for so far.
+    beyond_limit: int = 0
+    #: Rows that the step has asked, asks, or may ask.
+    wanted: int = 0
+    #: Rows about which all is known, and those of them that the step has asked or asks.
+    decided: int = 0
+    asked: int = 0
+
+    @property
+    def at_most(self) -> int:
+        """How many requests the step sends at most."""
+        return self.to_submit + self.may_be_sent
+
+    @property
+    def likely(self) -> float | None:
+        """How many requests the step sends by the share that it has asked so far; None: not known."""
+        if not self.may_be_sent:
+            return float(self.to_submit)
+        if self.likely_price is None or not self.decided:
+            return None
+        return self.to_submit + self.may_be_sent * self.asked / self.decided
+
+    @property
+    def cost(self) -> Cost:
+        """The expected cost."""
+        maximum = Cost.for_requests(self.at_most, None, self.worst_price).maximum
+        likely = self.likely
+        if likely is None or (self.likely_price is None and likely):
+            return Cost(None if self.at_most else 0.0, maximum)
+        return Cost(round((self.likely_price or 0) * likely / 1_000_000, 6), maximum)
+
+    def add(self, made: StepDecisions, ledger: Database) -> None:
+        """Add the rows of a batch."""
+        certain, possible = [], []
+        for row, decision in enumerate(made.decisions):
+            name, is_certain = made.fingerprints[row], not made.uncertain[row]
+            is_asked = decision not in (Decision.INVALID, Decision.FILTERED, Decision.OVER_LIMIT)
+            self.wanted += is_asked
+            self.decided += is_certain and bool(made.may_be_wanted[row]) and decision is not Decision.INVALID
+            self.asked += is_certain and is_asked
+            self.beyond_limit += decision is Decision.OVER_LIMIT
+            if decision in DECISIONS_TO_SEND and name is not None:
+                certain.append(name)
+            elif decision is Decision.POSSIBLE:
+                self.again += made.is_bought_again[row]
+                if name is None or made.may_change[row]:
+                    self.may_be_sent += 1
+                else:
+                    possible.append(name)
+        step_results.add_planned(ledger, self.step.job.step, certain)
+        step_results.add_planned(ledger, self.step.job.step, possible, is_certain=False)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the object of the step that `--json` prints."""
+        target, likely = self.step.job.model.target, self.likely
+        return {
+            "name": self.step.job.step,
+            target.kind.value: target.id,
+            "to_submit": self.to_submit,
+            "at_most": self.at_most,
+            "likely": None if likely is None else round(likely, 1),
+            "asked_again": self.again,
+            "worst_price": to_credits(self.worst_price),
+            "max_credits": self.step.job.step_max_credits,
+            "cost": self.cost.as_json(),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class StepsPlan:
+    """What a run of a job with steps would do."""
+
+    job: str
+    sandbox: bool
+    rows: int
+    steps: Sequence[StepForecast]
+    balance: int | None
+    max_credits: int | None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def to_submit(self) -> int:
+        """How many requests are sent whatever the answers to come are."""
+        return sum(step.to_submit for step in self.steps)
+
+    @property
+    def cost(self) -> Cost:
+        """The expected cost of all steps, each within its own cap, together within that of the job."""
+        total = Cost(0.0, 0.0)
+        for step in self.steps:
+            total += _capped(step.cost, step.step.job.step_max_credits)
+        return _capped(total, to_credits(self.max_credits))
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the object that `--json` prints."""
+        return {
+            "job": self.job,
+            "exit_code": 0,
+            "rows": self.rows,
+            "requests": sum(step.at_most for step in self.steps),
+            "to_submit": self.to_submit,
+            "balance": to_credits(self.balance),
+            "cost": self.cost.as_json(),
+            "max_credits": to_credits(self.max_credits),
+            "steps": [step.as_json() for step in self.steps],
+            "sandbox": self.sandbox,
+            "notes": self.notes,
+        }
+
+
+def _capped(cost: Cost, cap: float | None) -> Cost:
+    if cap is None:
+        return cost
+    likely = None if cost.likely is None else min(cost.likely, cap)
+    return Cost(likely, cap if cost.maximum is None else min(cost.maximum, cap))
+
+
+def plan_steps(
+    rows: StepRows, ledger: Database, preflight: Preflight, selections: Sequence[RequestSelection]
+) -> StepsPlan:
+    """Plan all steps. The pass of the ledger sees the requests of the first step."""
+    row_count, forecasts = forecast_steps(rows, ledger, selections)
+    job = rows.job
+    notes = [*preflight.notes, *_notes(forecasts, ledger)]
+    max_credits = to_micros(job.max_credits)
+    return StepsPlan(job.name, job.sandbox, row_count, forecasts, preflight.balance, max_credits, notes)
+
+
+def forecast_steps(
+    rows: StepRows, ledger: Database, selections: Sequence[RequestSelection]
+) -> tuple[int, list[StepForecast]]:
+    """Read the input once. Return the number of rows, and what each step would do."""
+    forecasts = [
+        StepForecast(step, step.template.worst_price, queries.average_price(ledger, step.template.target)[1])
+        for step in rows.steps
+    ]
+    enroll.begin_pass(ledger)
+    step_results.begin_plan(ledger)
+    row_count = 0
+    for table in rows.step_tables():
+        row_count += table.height
+        for forecast, made in zip(forecasts, decide_steps(rows, table, selections), strict=True):
+            forecast.add(made, ledger)
+        enroll.preview(ledger, table.steps[0][0].to_send().requests(), selections[0])
+    for number, forecast in enumerate(forecasts):
+        forecast.to_submit, possible = step_results.planned_counts(ledger, forecast.step.job.step)
+        forecast.may_be_sent += possible
+        if rows.leads is not None and number:  # the leads of the first step are chosen
+            forecast.may_be_sent += min(rows.leads.places, forecast.beyond_limit)
+    return row_count, forecasts
+
+
+def note_on_target(ledger: Database, steps: Sequence[Step], number: int) -> str | None:
+    """Return a note if the target or the providers of a step have changed since the last time. None: they have not."""
+    step = steps[number]
+    last = step_results.last_target(ledger, step.job.name, step.job.step)
+    if last in (None, step.template.target.canonical()):
+        return None
+    note = (
+        f"{step.job.step}: its target or its providers have changed: leads that it has enriched before are paid again"
+    )
+    later = [each.job.step for each in steps if number in each.params_depend_on]
+    return f"{note}, also by {', '.join(later)} where its results differ" if later else note
+
+
+def _notes(forecasts: Sequence[StepForecast], ledger: Database) -> Iterator[str]:
+    steps = [forecast.step for forecast in forecasts]
+    for number, forecast in enumerate(forecasts):
+        step, name = forecast.step, forecast.step.job.step
+        if forecast.at_most and (note := note_on_target(ledger, steps, number)) is not None:
+            yield note
+        if forecast.again:
+            rows = pluralize(forecast.again, "row")
+            yield f"{name}: {rows} with a result may be charged again, because an earlier step is sent again"
+        earlier = [column for column in step.job.model.only_if_empty if column in step.earlier_columns]
+        if earlier:
+            yield f"{name}: also sent where an earlier step failed or expired ({', '.join(earlier)} is blank then)"
+
+
+def _sends(plan: StepsPlan) -> list[str]:
+    if not any(step.at_most for step in plan.steps):
+        return ["nothing to send"]
+    return [f"{pluralize(plan.to_submit, 'request')} to send, then more", format_cost(plan.cost)]
+
+
+def format_steps_plan(plan: StepsPlan, next_lines: Sequence[str] = ()) -> Iterator[str]:
+    """Yield the plan as lines of text. `next_lines` are the commands that come next."""
+    sandbox = "SANDBOX " if plan.sandbox else ""
+    parts = [
+        f"{sandbox}{pluralize(plan.rows, 'lead')}, {len(plan.steps)} steps",
+        *_sends(plan),
+        *([] if plan.balance is None else [f"balance {to_credits(plan.balance):,.2f}"]),
+        f"cap: {'none' if plan.max_credits is None else format_credits(to_credits(plan.max_credits))}",
+    ]
+    yield from wrap_parts([(part, "") for part in parts], " · ")
+    yield f"  {'step':<14}{'certain':>9}{'at most':>9}{'likely':>9}{'price':>11}{'max credits':>13}"
+    for forecast in plan.steps:
+        name = forecast.step.job.step
+        likely = "-" if forecast.likely is None else f"{forecast.likely:,.0f}"
+        price = "unknown" if forecast.worst_price is None else f"{to_credits(forecast.worst_price):,g}"
+        maximum = "unknown" if forecast.cost.maximum is None else f"{forecast.cost.maximum:,.2f}"
+        cap = forecast.step.job.step_max_credits
+        capped = "" if cap is None else f"  cap {cap:,g}"
+        short = name if len(name) < 14 else f"{name[:12]}…"  # noqa: PLR2004 - the width of the column
+        numbers = f"{forecast.to_submit:>9,}{forecast.at_most:>9,}{likely:>9}{price:>11}{maximum:>13}"
+        yield f"  {short:<14}{numbers}{capped}"
+    yield from (f"Note: {note}" for note in plan.notes)
+    yield from next_lines

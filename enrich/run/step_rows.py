@@ -1,0 +1,259 @@
+"""Reads the rows of a job with steps: the input, joined batch by batch with the answers of each step in turn.
+
+What a step reads is a table like any other: the columns of the input, those that earlier steps found, and the status of
+each earlier step. It is made here alone, from input and ledger, and never held. The output is the same table behind the
+last step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+
+import polars as pl
+
+from enrich.job.job import Job
+from enrich.job.steps import step_column
+from enrich.ledger import step_results
+from enrich.ledger.database import Database
+from enrich.ledger.step_results import StepResult
+from enrich.models import RowStatus
+from enrich.rows.job_input import JobInput
+from enrich.rows.requests import RequestBuilder, RowBatch
+from enrich.rows.send_order import order_of_rows
+from enrich.rows.step_decision import RowFacts, StepDecision, decide
+from enrich.run.asked_rows import Identities, find_asked, identities, sent_columns
+from enrich.run.collector import JoinedBatch, JoinedStep, merge_cells
+from enrich.run.lead_caps import CAPPED_REASON
+from enrich.run.lead_selection import LeadSelection
+from enrich.run.step_batch import StepBatch, StepTables, decided_batch
+from enrich.run.step_cells import join_step, row_cells
+from enrich.run.step_inputs import Step
+
+
+@dataclass(slots=True)
+class _Progress:
+    """A batch on its way through the steps.
+
+    `selected`: the job's own conditions hold. `frame` and `text` are the table that the next step reads. `values` has
+    what was found for each column of the steps so far.
+    """
+
+    first_position: int
+    input_frame: pl.DataFrame
+    selected: pl.Series
+    identities: Identities
+    frame: pl.DataFrame
+    text: pl.DataFrame
+    values: dict[str, pl.Series] = field(default_factory=dict)
+    step_batches: list[StepBatch] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class StepRows:
+    """The rows of a job with steps.
+
+    `leads`: those that a limited run may send requests for; None: the run is not limited.
+    """
+
+    job: Job
+    job_input: JobInput
+    ledger: Database
+    steps: Sequence[Step]
+    leads: LeadSelection | None = None
+    #: Which rows `caps` leaves out, one byte for each; empty: none, or not known yet.
+    capped: bytearray = field(default_factory=bytearray)
+
+    def joined_batches(self, check_stopped: Callable[[], None] = lambda: None) -> Iterator[JoinedBatch]:
+        """Read the input once. Yield each batch with the cells of all steps. A price is shown once."""
+        step_results.begin_bill(self.ledger)
+        builders = self._builders(len(self.steps))
+        for progress in self._frames():
+            check_stopped()
+            joined = [
+                self._advance(progress, step, builder, bill=True)
+                for step, builder in zip(self.steps, builders, strict=True)
+            ]
+            batch = replace(progress.step_batches[0].batch, frame=progress.input_frame)
+            yield JoinedBatch(batch, joined, row_cells(self.job, progress.values, progress.text, joined))
+
+    def step_batches(
+        self, number: int, queue_order: pl.Series | None = None, *, limited: bool = True
+    ) -> Iterator[StepBatch]:
+        """Read the input once. Yield each batch as it is in a step, `limited` to the leads of the run."""
+        *builders, last = self._builders(number + 1)
+        for progress in self._frames():
+            for step, builder in zip(self.steps, builders, strict=False):
+                self._advance(progress, step, builder)
+            order = None
+            if queue_order is not None:
+                order = order_of_rows(queue_order, progress.first_position, progress.text.height)
+            yield self._decide(progress, self.steps[number], last, order, limited=limited)
+
+    def step_tables(self) -> Iterator[StepTables]:
+        """Read the input once. Yield each batch as it is in every step, with the table that the step reads."""
+        builders = self._builders(len(self.steps))
+        for progress in self._frames():
+            steps = []
+            for step, builder in zip(self.steps, builders, strict=True):
+                text = progress.text
+                self._advance(progress, step, builder)
+                steps.append((progress.step_batches[-1], text))
+            yield StepTables(progress.text.height, progress.input_frame, progress.text, steps)
+
+    def status_column(self, number: int) -> str:
+        """Return the column with the status of a step."""
+        return step_column(self.steps[number].job.step, "status")
+
+    def _builders(self, number: int) -> list[RequestBuilder]:
+        return [step.job_input.request_builder(step.template) for step in self.steps[:number]]
+
+    def _frames(self) -> Iterator[_Progress]:
+        own = [place for place, name in enumerate(self.job_input.header) if name in self.job_input.schema]
+        sent = sent_columns(self.job, self.job_input.schema)
+        for first_position, frame, text in self.job_input.frames():
+            input_frame = frame.select(pl.nth(own))
+            selected = self.job_input.selected_rows(text)
+            capped = self.capped[first_position : first_position + text.height]
+            if any(capped):
+                selected &= pl.Series([not each for each in capped], dtype=pl.Boolean)
+            own_text = text.select(pl.nth(own))
+            yield _Progress(first_position, input_frame, selected, identities(own_text, sent), input_frame, own_text)
+
+    def _advance(self, progress: _Progress, step: Step, builder: RequestBuilder, *, bill: bool = False) -> JoinedStep:
+        """Add a step's columns to the table that the next step reads."""
+        step_batch = self._decide(progress, step, builder)
+        joined = join_step(self.ledger, step, step_batch, bill=bill)
+        new = []
+        for name in step.template.columns:
+            # The first value found stays.
+            if (before := progress.values.get(name)) is not None:
+                joined.cells[name] = joined.cells[name].set(before.is_not_null(), None)
+            found = joined.cells[name] if before is None else before.fill_null(joined.cells[name])
+            progress.values[name] = found
+            if name in self.job_input.schema:
+                new.append(merge_cells(self.job, progress.input_frame.get_column(name), found))
+            else:
+                new.append(found.fill_null(""))
+        new.append(joined.cells["enrich_status"].alias(step_column(step.job.step, "status")))
+        progress.frame, progress.text = progress.frame.with_columns(new), progress.text.with_columns(new)
+        progress.step_batches.append(step_batch)
+        return joined
+
+    def _decide(
+        self,
+        progress: _Progress,
+        step: Step,
+        builder: RequestBuilder,
+        order: list[int] | None = None,
+        *,
+        limited: bool = True,
+    ) -> StepBatch:
+        earlier, text = progress.step_batches, progress.text
+        wanted = step.job_input.selected_rows(text)
+        ready = pl.repeat(value=True, n=text.height, eager=True)
+        for number in step.depends_on:
+            ready &= pl.Series(earlier[number].final, dtype=pl.Boolean)
+        batch = builder.build_batch(
+            progress.first_position,
+            progress.frame,
+            text,
+            progress.selected,
+            step.job_input.suppressed_rows(text),
+            order,
+            wanted & ready,
+        )
+        for row, is_capped in enumerate(self.capped[progress.first_position :][: text.height]):
+            if is_capped and batch.statuses[row] is RowStatus.FILTERED:
+                batch.errors[row] = batch.errors[row] or CAPPED_REASON
+        known = step_results.find_results(self.ledger, [name for name in batch.fingerprints if name is not None])
+        results = [None if name is None else known.get(name) for name in batch.fingerprints]
+        blank_from_step = _blank_from_step(step, batch)
+        decisions = [
+            _DECISIONS[facts]
+            for facts in zip(
+                [status is RowStatus.FILTERED for status in batch.statuses],
+                [status is RowStatus.INVALID for status in batch.statuses],
+                blank_from_step,
+                wanted.to_list(),
+                self._was_sent(progress, step, batch, (wanted & ready).to_list(), ready.to_list(), results),
+                ready.to_list(),
+                strict=True,
+            )
+        ]
+        wanting = [row for row, decision in enumerate(decisions) if decision is StepDecision.SEND]
+        if self.leads is not None and limited:
+            # What the run must not send is as if it waited: only what the ledger has counts.
+            may_send = self.leads.may_send(progress.first_position, results)
+            for row, decision in enumerate(decisions):
+                if decision is StepDecision.SEND and not may_send[row]:
+                    decisions[row] = StepDecision.WAIT if results[row] is None else StepDecision.KEEP
+        return decided_batch(batch, decisions, results, wanting, progress.identities)
+
+    def _was_sent(  # noqa: PLR0913, PLR0917 - what is known of a batch
+        self,
+        progress: _Progress,
+        step: Step,
+        batch: RowBatch,
+        wanted: Sequence[bool],
+        ready: Sequence[bool],
+        results: Sequence[StepResult | None],
+    ) -> list[bool]:
+        """Return which rows have a request that was sent for them.
+
+        Where the step's condition does not hold, that another step or job has sent it does not count.
+        """
+        sent = [_was_sent(result) for result in results]
+        rows = [row for row, (is_sent, wish) in enumerate(zip(sent, wanted, strict=True)) if is_sent and not wish]
+        asked = find_asked(self.ledger, step.job, batch.fingerprints, rows, progress.identities)
+        for row in rows:
+            known = asked.get(row)
+            is_own = known is not None and known.is_sent_by_step and not known.is_wanted_by_other
+            sent[row] = is_own or (known is not None and not ready[row])
+        return sent
+
+    def prepare(self) -> None:
+        """Find out which rows want their request in each step, where no run has done so."""
+        for number, step in enumerate(self.steps):
+            step_results.begin_wanted(self.ledger, step.job.step)
+            for step_batch in self.step_batches(number):
+                self.add_wanted(number, step_batch)
+
+    def add_wanted(self, number: int, step_batch: StepBatch) -> None:
+        """Add the rows of a batch that need their request in a step, whether the run sends it for them or not."""
+        job = self.steps[number].job
+        for sends in (False, True):
+            rows = [row for row in step_batch.wanting if (step_batch.decisions[row] is StepDecision.SEND) == sends]
+            pairs = [
+                (name, row_hash)
+                for index, row_hash in step_batch.identities.hashes(job, rows)
+                if (name := step_batch.batch.fingerprints[rows[index]]) is not None
+            ]
+            if pairs:
+                step_results.add_wanted(self.ledger, job.step, pairs, sends=sends)
+
+
+_DECISIONS = {facts: decide(RowFacts(*facts)) for facts in product([False, True], repeat=6)}
+
+
+def _was_sent(result: StepResult | None) -> bool:
+    return result is not None and result.was_sent
+
+
+def _blank_from_step(step: Step, batch: RowBatch) -> list[bool]:
+    """Return which rows lack nothing but what an earlier step could have found."""
+    if RowStatus.INVALID not in batch.statuses:
+        return [False] * len(batch.statuses)
+    of_steps = step.earlier_columns
+    required = [
+        batch.values[name] == ""
+        for name in step.template.required_params
+        if of_steps.isdisjoint(step.job.model.params[name].columns)
+    ]
+    if not any(of_steps.intersection(param.columns) for param in step.job.model.params.values()):
+        return [False] * len(batch.statuses)
+    if not required:
+        return [True] * len(batch.statuses)
+    lacking = pl.DataFrame([cells.alias(str(number)) for number, cells in enumerate(required)])
+    return (~lacking.select(pl.any_horizontal(pl.all())).to_series()).to_list()

@@ -1,0 +1,309 @@
+"""ASGI middleware before the routes: counts requests, limits their rate, and applies faults."""
+
+import asyncio
+import re
+import socket
+import struct
+import time
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, MutableMapping
+from ipaddress import ip_address
+from typing import Any
+
+from enrich.sandbox import hostile_bodies
+from enrich.sandbox.clock import Clock
+from enrich.sandbox.faults import Fault, FaultInjector
+from enrich.sandbox.settings import SandboxSettings
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
+Headers = list[tuple[bytes, bytes]]
+
+OK = 200
+
+# Scope key of the connection's transport, for faults that need more than HTTP.
+TRANSPORT_KEY = "enrich.transport"
+# Scope key that passes a fault of moment "task" to the run endpoints.
+FAULT_KEY = "enrich.fault"
+
+_JSON: Headers = [(b"content-type", b"application/json")]
+_HTML: Headers = [(b"content-type", b"text/html; charset=utf-8")]
+_HTML_PAGE = b"<!doctype html><html><head><title>%d</title></head><body><h1>Something went wrong</h1></body></html>"
+
+_ERROR = b'{"detail":"Internal Server Error"}'
+_TOO_MANY = b'{"detail":"Too Many Requests"}'
+_UNAVAILABLE = b'{"detail":"Service Unavailable"}'
+_NOT_LOCAL = b'{"detail":"The sandbox answers only requests to localhost."}'
+_NO_CREDITS = b'{"detail":"Check the number of remaining credits or the tariff plan."}'
+_FIXED_REPLIES = {
+    "rate-limit-bare": (429, _TOO_MANY),
+    "unauthorized": (401, b'{"detail":"Unauthorized"}'),
+    "forbidden": (403, b'{"detail":"Forbidden"}'),
+    "no-credits": (406, _NO_CREDITS),
+}
+
+_ENDPOINTS = (
+    ("run", re.compile(r"POST /v1/(waterfalls|enrichments)/[^/]+/run")),
+    ("bulk_run", re.compile(r"POST /v1/(waterfalls|enrichments)/[^/]+/bulk-run")),
+    ("task", re.compile(r"GET /v1/tasks/[^/]+")),
+    ("cancel", re.compile(r"POST /v1/tasks/[^/]+/cancel")),
+    ("me", re.compile(r"GET /v1/user/me")),
+    ("waterfalls", re.compile(r"GET /v1/waterfalls(/[^/]*)?")),
+    ("enrichments", re.compile(r"GET /v1/enrichments(/[^/]*)?")),
+    ("flows", re.compile(r"GET /v1/flows(/[^/]*)?")),
+    ("health", re.compile(r"GET /health")),
+    ("other", re.compile(r".* /v1/.*")),
+)
+
+
+def is_loopback(headers: Headers) -> bool:
+    """Return True when the Host header names this machine; stops web pages whose host name resolves to loopback."""
+    hosts = [value.decode("latin-1") for name, value in headers if name == b"host"]
+    named = re.fullmatch(r"(?:\[([^]]*)\]|([^:\[\]]*))(?::[0-9]*)?", hosts[0]) if len(hosts) == 1 else None
+    if named is None:
+        return False
+    host = named[1] or named[2]
+    if host.lower().rstrip(".") == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def endpoint_of(method: str, path: str) -> str:
+    """Return the name of the endpoint that a request is for; empty when it has none."""
+    target = f"{method} {path}"
+    return next((name for name, pattern in _ENDPOINTS if pattern.fullmatch(target)), "")
+
+
+class TokenBucket:
+    """A token bucket: `rate` requests per second, `burst` at once."""
+
+    def __init__(self, rate: float, burst: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._rate = rate
+        self._burst = max(1, burst)
+        self._clock = clock
+        self._tokens = float(self._burst)
+        self._updated_at = clock()
+
+    def try_consume(self) -> bool:
+        """Take a token; False when none is left."""
+        now = self._clock()
+        self._tokens = min(self._burst, self._tokens + (now - self._updated_at) * self._rate)
+        self._updated_at = now
+        if self._tokens < 1:
+            return False
+        self._tokens -= 1
+        return True
+
+
+class PeakRate:
+    """The largest number of requests in any one second so far."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.peak = 0
+        self._clock = clock
+        self._times: deque[float] = deque()
+
+    def count(self) -> None:
+        """Count a request that arrives now."""
+        now = self._clock()
+        self._times.append(now)
+        while self._times[0] <= now - 1:
+            self._times.popleft()
+        self.peak = max(self.peak, len(self._times))
+
+
+class FaultMiddleware:
+    """The outermost ASGI application; `requests` counts requests by endpoint, and failures by status."""
+
+    def __init__(self, app: App, settings: SandboxSettings, clock: Clock, faults: FaultInjector) -> None:
+        self.requests: Counter[str] = Counter()
+        self.peak_rate = PeakRate()
+        self.unavailable_until = 0.0
+        self._app = app
+        self._settings = settings
+        self._clock = clock
+        self._faults = faults
+        self._bucket = TokenBucket(settings.rate, settings.burst) if settings.rate else None
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer it with a limit or a fault."""
+
+        async def send_with_date(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                if all(name != b"date" for name, _ in message["headers"]):  # a fault may have set another date
+                    message["headers"] = [*message["headers"], (b"date", self._clock.date())]
+                if endpoint and message["status"] != OK:
+                    self.requests[str(message["status"])] += 1
+            await send(message)
+
+        endpoint = endpoint_of(scope["method"], scope["path"])
+        if not is_loopback(scope["headers"]):
+            await _drain(receive)
+            await _reply(send_with_date, 403, _NOT_LOCAL)
+            return
+        if not endpoint:
+            await self._app(scope, receive, send_with_date)
+            return
+        self.requests[endpoint] += 1
+        self.peak_rate.count()
+        if self._clock.now() < self.unavailable_until:
+            await _drain(receive)
+            await _reply(send_with_date, 503, _UNAVAILABLE)
+        elif endpoint != "health" and self._bucket and not self._bucket.try_consume():
+            await _drain(receive)
+            await _reply(send_with_date, 429, _TOO_MANY, _retry_after(self._settings.retry_after))
+        elif fault := self._faults.draw(endpoint):
+            await self._apply_fault(fault, scope, receive, send_with_date)
+        else:
+            await self._app(scope, receive, send_with_date)
+
+    async def _apply_fault(self, fault: Fault, scope: Message, receive: Receive, send: Send) -> None:
+        if fault.moment == "task":
+            await self._app({**scope, FAULT_KEY: fault}, receive, send)
+        elif fault.moment == "after":
+            answer = _BufferedResponse()
+            await self._app(scope, receive, answer)
+            if answer.status == OK:
+                await self._fail_after(fault, answer.body, scope, receive, send)
+            else:
+                await answer.forward(send)
+        elif fault.name == "slow":
+            # Read the body first: it is lost if the client disconnects during the delay.
+            read = await _buffer_request(receive)
+            await asyncio.sleep(fault.seconds())
+            await self._app(scope, read, send)
+        else:
+            await _drain(receive)
+            await self._fail_before(fault, scope, receive, send)
+
+    async def _fail_before(self, fault: Fault, scope: Message, receive: Receive, send: Send) -> None:
+        match fault.name:
+            case name if name in _FIXED_REPLIES:
+                await _reply(send, *_FIXED_REPLIES[name])
+            case "rate-limit":
+                await _reply(send, 429, _TOO_MANY, _retry_after(fault.params["retry_after"]))
+            case "rate-limit-date":
+                moment = self._clock.now() + self._settings.date_offset + float(fault.params["retry_after"])
+                await _reply(send, 429, _TOO_MANY, _retry_after(Clock.http_date(moment)))
+            case "error-before":
+                await _reply(send, int(fault.params["status"]), _ERROR)
+            case "html":
+                await _reply_html(send, int(fault.params["status"]))
+            case "redirect":
+                location = str(fault.params["location"]) or f"http://elsewhere.example{scope['path']}"
+                await _reply(send, 307, b"", [(b"location", location.encode())])
+            case "unavailable":
+                self.unavailable_until = self._clock.now() + fault.seconds()
+                await _reply(send, 503, _UNAVAILABLE)
+            case _:
+                await _break_connection(fault, scope, receive)
+
+    async def _fail_after(self, fault: Fault, body: bytes, scope: Message, receive: Receive, send: Send) -> None:
+        match fault.name:
+            case "error-after":
+                await _reply(send, int(fault.params["status"]), _ERROR)
+            case "html-200":
+                await _reply_html(send, OK)
+            case "broken-json":
+                await _reply(send, OK, body[: len(body) // 2])
+            case "wrong-json":
+                await _reply(send, OK, b"[" + body + b"]")
+            case "no-task-id":
+                await _reply(send, OK, b'{"status":"created"}')
+            case "other-success":
+                await _reply(send, int(fault.params["status"]), body)
+            case "wrong-date":
+                moment = self._clock.now() + self._settings.date_offset + fault.seconds()
+                headers = [(b"date", Clock.http_date(moment).encode())]
+                age = [(b"age", str(fault.params["age"]).encode())] if fault.params["age"] else []
+                await _reply(send, OK, body, headers + age)
+            case "gzip-bomb":
+                bomb = await asyncio.to_thread(hostile_bodies.gzip_bomb, body, int(fault.params["mebibytes"]))
+                await _reply(send, OK, bomb, [(b"content-encoding", b"gzip")])
+            case name if name in hostile_bodies.BODY_FAULTS:
+                await _reply(send, OK, hostile_bodies.BODY_FAULTS[name](body, fault.params))
+            case _:
+                await _break_connection(fault, scope, receive)
+
+
+class _BufferedResponse:
+    """Buffers the response of the routes instead of sending it."""
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.body = b""
+        self._messages: list[Message] = []
+
+    async def __call__(self, message: Message) -> None:
+        self._messages.append(message)
+        self.status = message.get("status", self.status)
+        self.body += message.get("body", b"")
+
+    async def forward(self, send: Send) -> None:
+        for message in self._messages:
+            await send(message)
+
+
+async def _break_connection(fault: Fault, scope: Message, receive: Receive) -> None:
+    """Reset the connection without an answer: at once, or after a silence, unless the client disconnects first."""
+    if fault.name.startswith("silence"):
+        try:
+            async with asyncio.timeout(fault.seconds()):
+                await _wait_for_disconnect(receive)
+        except TimeoutError:
+            pass
+        else:
+            return
+    transport: asyncio.Transport = scope[TRANSPORT_KEY]
+    connection = transport.get_extra_info("socket")
+    # With a linger time of 0, the kernel sends RST instead of FIN.
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()
+    # The server would answer 500 if this returned before it noticed the disconnect.
+    await _wait_for_disconnect(receive)
+
+
+async def _wait_for_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _drain(receive: Receive) -> None:
+    """Read the request to its end, so that the connection can be reused."""
+    while (await receive()).get("more_body"):
+        pass
+
+
+async def _buffer_request(receive: Receive) -> Receive:
+    """Read the request to its end; return a `receive` that replays it."""
+    messages = [await receive()]
+    while messages[-1].get("more_body"):
+        messages.append(await receive())
+    messages.reverse()
+
+    async def replay() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return replay
+
+
+async def _reply(send: Send, status: int, body: bytes, headers: Headers | None = None) -> None:
+    length = (b"content-length", str(len(body)).encode())
+    await send({"type": "http.response.start", "status": status, "headers": [*(headers or []), *_JSON, length]})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _reply_html(send: Send, status: int) -> None:
+    body = _HTML_PAGE % status
+    length = (b"content-length", str(len(body)).encode())
+    await send({"type": "http.response.start", "status": status, "headers": [*_HTML, length]})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _retry_after(value: float | str | None) -> Headers:
+    return [] if value is None else [(b"retry-after", str(value).encode())]

@@ -1,0 +1,212 @@
+"""`enrich cancel`: open tasks are cancelled and refunded, finished ones are collected, bulk tasks are listed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from enrich.ledger.lock import lock_ledger
+from enrich.ledger.verify import check_ledger
+from enrich.run.context import RunOptions
+from tests.support.cases import first_quick
+from tests.support.workspace import (
+    BOTH_BACKENDS_SERVER_LONG,
+    FILE_ONLY,
+    JOB,
+    SandboxApi,
+    Workspace,
+    make_leads,
+    serve_api,
+)
+
+
+@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Run each test with a SQLite file and with PostgreSQL."""
+    return str(request.param)
+
+
+@pytest.fixture
+def slow_api(tmp_path: Path) -> Iterator[SandboxApi]:
+    """Serve an API whose tasks run for a minute."""
+    with serve_api(tmp_path / "slow.db", latency="fixed(60)", hit_rate=1.0) as api:
+        yield api
+
+
+def test_open_tasks_are_cancelled_and_refunded(slow_api: SandboxApi, workspace: Workspace) -> None:
+    """All open tasks are refunded; their leads are failed, not bought again by the next run, only by --retry."""
+    workspace.write_leads(make_leads(20))
+    workspace.submit_without_collecting(slow_api)
+
+    told = workspace.run_in_process("cancel", "job.yaml", "--json", api=slow_api).json_output
+
+    audit = slow_api.audit()
+    assert (told["exit_code"], told["cancelled"], told["finished"], told["still_open"]) == (0, 20, 0, 0)
+    assert told["credits_refunded"] == pytest.approx(20 * 3.51)
+    assert told["balance_after"] - told["balance_before"] == pytest.approx(told["credits_refunded"])
+    assert (audit["refunded"], audit["charged"], audit["balance"]) == (20, 0, 10_000)
+    status = workspace.run_in_process("status", "job.yaml", api=slow_api).stdout
+    assert "; -" not in status  # a refund is no negative spending
+    again = workspace.run_job(slow_api)
+    assert (again.submitted, again.failed, again.exit_code) == (0, 20, 0)
+    assert {row["enrich_error"] for row in workspace.read_output()} == {"cancelled by you"}
+    assert {row["enrich_credits"] for row in workspace.read_output()} == {"0"}
+    assert workspace.run_in_process("cancel", "job.yaml", "--json", api=slow_api).json_output["cancelled"] == 0
+    retried = workspace.run_in_process("plan", "job.yaml", "--retry", "failed", "--json", api=slow_api).json_output
+    assert retried["to_submit"] == 20
+
+
+def test_finished_tasks_are_polled(slow_api: SandboxApi, workspace: Workspace) -> None:
+    """A task that has finished meanwhile (409) keeps its answer, and its price."""
+    workspace.write_leads(make_leads(6))
+    workspace.submit_without_collecting(slow_api)
+    slow_api.advance(40)
+    workspace.write_leads(make_leads(9))
+    workspace.submit_without_collecting(slow_api, 3)
+    slow_api.advance(30)
+
+    told = workspace.run_in_process("cancel", "job.yaml", "--json", api=slow_api).json_output
+
+    assert (told["cancelled"], told["finished"], told["still_open"]) == (3, 6, 0)
+    audit = slow_api.audit()
+    assert told["credits_spent"] == pytest.approx(audit["credits_charged"])
+    summary = workspace.run_job(slow_api, RunOptions(limit=0))
+    assert (summary.found, summary.failed, summary.submitted) == (6, 3, 0)
+    paid = sum(float(row["enrich_credits"]) for row in workspace.read_output())
+    assert paid == pytest.approx(audit["credits_charged"])
+    assert (audit["refunded"], audit["paid_twice"]) == (3, 0)
+
+
+def test_text_names_the_refund_and_the_next_step(slow_api: SandboxApi, workspace: Workspace) -> None:
+    """The text has the refund, and the command that sends the leads again."""
+    workspace.write_leads(make_leads(2))
+    workspace.submit_without_collecting(slow_api)
+    told = workspace.run_in_process("cancel", "job.yaml", api=slow_api)
+    assert told.exit_code == 0
+    assert told.stdout.splitlines()[0] == "job: 2 tasks cancelled: 7.02 credits refunded"
+    assert "--retry failed" in told.stdout
+    nothing = workspace.run_in_process("cancel", "job.yaml", api=slow_api)
+    assert nothing.stdout.splitlines() == ["job: 0 tasks cancelled"]
+
+
+def test_bulk_tasks_are_listed(slow_api: SandboxApi, workspace: Workspace) -> None:
+    """A bulk task is named with its requests, and stays open."""
+    workspace.write_job(JOB + "dispatch: {bulk: 10}\n")
+    workspace.write_leads(make_leads(12))
+    workspace.submit_without_collecting(slow_api)
+
+    told = workspace.run_in_process("cancel", "job.yaml", "--json", api=slow_api).json_output
+
+    assert sorted(task["requests"] for task in told["bulk"]) == [2, 10]
+    assert (told["cancelled"], slow_api.audit()["refunded"]) == (0, 0)
+    shown = workspace.run_in_process("cancel", "job.yaml", api=slow_api).stdout
+    assert all(f"not cancelled: bulk task {task['task_id']}" in shown for task in told["bulk"])
+    slow_api.advance(90)
+    assert workspace.run_job(slow_api).found == 12
+
+
+@FILE_ONLY
+def test_needs_the_lock(slow_api: SandboxApi, workspace: Workspace) -> None:
+    """While a run holds the ledger nothing is cancelled (exit 11)."""
+    workspace.write_leads(make_leads(2))
+    workspace.submit_without_collecting(slow_api)
+    with lock_ledger(workspace.ledger_location, 0):
+        result = workspace.run_in_process("cancel", "job.yaml", "--json", api=slow_api)
+    assert (result.exit_code, result.json_output["exit_code"]) == (11, 11)
+    assert slow_api.audit()["refunded"] == 0
+
+
+@FILE_ONLY
+@pytest.mark.parametrize(
+    "fault", first_quick(2, ["error-before", "error-after", "rate-limit-bare", "reset-after", "broken-json"])
+)
+def test_repeats_after_faults(
+    slow_api: SandboxApi, workspace: Workspace, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cancel that fails is repeated; whatever happened to it, the books agree with the API's."""
+    monkeypatch.setattr("enrich.run.preflight.MAX_PAUSE_S", 0.02)
+    workspace.write_leads(make_leads(3))
+    workspace.submit_without_collecting(slow_api)
+    slow_api.inject_fault(fault, 4, "all")
+    told = workspace.run_in_process("cancel", "job.yaml", "--json", api=slow_api).json_output
+    assert (told["exit_code"], told["cancelled"], slow_api.audit()["refunded"]) == (0, 3, 3)
+    assert workspace.run_job(slow_api).failed == 3
+
+
+@FILE_ONLY
+def test_refused_key(slow_api: SandboxApi, workspace: Workspace) -> None:
+    """A wrong key is exit 3, and changes nothing."""
+    workspace.write_leads(make_leads(2))
+    workspace.submit_without_collecting(slow_api)
+    wrong = workspace.run_in_process("cancel", "job.yaml", api=slow_api, DATABAR_API_KEY="wrong")
+    assert (wrong.exit_code, workspace.open_task_count()) == (3, 2)
+
+
+@FILE_ONLY
+def test_unknown_task_stays_open(slow_api: SandboxApi, workspace: Workspace) -> None:
+    """A task that the API does not know is left to the next run."""
+    workspace.write_leads(make_leads(2))
+    slow_api.inject_fault("lost-task", 1, "post")
+    workspace.submit_without_collecting(slow_api)
+    told = workspace.run_in_process("cancel", "job.yaml", "--json", api=slow_api).json_output
+    assert (told["exit_code"], told["cancelled"], told["still_open"]) == (0, 1, 1)
+    assert workspace.open_task_count() == 1
+
+
+def cancel_at_api(api: SandboxApi, task_id: str) -> None:
+    """Cancel a task as another client would."""
+    with httpx.Client(verify=False, trust_env=False) as http:  # noqa: S501 - loopback
+        answer = http.post(f"{api.base_url}/tasks/{task_id}/cancel", headers={"x-apikey": api.api_key})
+    assert answer.status_code == 200
+
+
+@FILE_ONLY
+def test_cancelled_elsewhere_is_not_sent_again(slow_api: SandboxApi, workspace: Workspace) -> None:
+    """A task that was cancelled at the API by another client is failed, and not bought again without --retry."""
+    workspace.write_leads(make_leads(2))
+    workspace.submit_without_collecting(slow_api)
+    for (task_id,) in workspace.sql("SELECT DISTINCT task_id FROM attempts"):
+        cancel_at_api(slow_api, task_id)
+    summary = workspace.run_job(slow_api)
+    assert (summary.submitted, summary.failed, summary.pending) == (0, 2, 0)
+
+
+@FILE_ONLY
+def test_other_jobs_and_hosts_are_left_alone(slow_api: SandboxApi, workspace: Workspace) -> None:
+    """The open tasks of another job in the ledger stay; a ledger of another host is refused."""
+    workspace.write_leads(make_leads(2))
+    workspace.submit_without_collecting(slow_api)
+    other = workspace.folder / "other.yaml"
+    other.write_text(JOB + f"ledger: {workspace.ledger_path}\n", encoding="utf-8")
+    assert workspace.run_in_process("cancel", "other.yaml", "--json", api=slow_api).json_output["cancelled"] == 0
+    workspace.sql("UPDATE facts SET value = 'api.elsewhere.example' WHERE name = 'api_host'")
+    assert workspace.run_in_process("cancel", "job.yaml", api=slow_api).exit_code == 2
+    workspace.sql("DELETE FROM facts WHERE name = 'api_host'")
+    workspace.sql("UPDATE facts SET value = 'theirs' WHERE name = 'workspace'")
+    assert workspace.run_in_process("cancel", "job.yaml", api=slow_api).exit_code == 2
+    assert slow_api.audit()["refunded"] == 0
+
+
+@FILE_ONLY
+def test_commands_after_a_cancel(slow_api: SandboxApi, workspace: Workspace) -> None:
+    """The ledger is sound, and status, runs, report, explain and reconcile show the cancel."""
+    workspace.write_leads(make_leads(3))
+    workspace.submit_without_collecting(slow_api)
+    workspace.run_in_process("cancel", "job.yaml", api=slow_api)
+    assert check_ledger(workspace.ledger_path).problems == []
+    status = workspace.run_in_process("status", "job.yaml", "--json").json_output
+    assert status["failed"] == 3
+    assert workspace.run_in_process("runs", "job.yaml").exit_code == 0
+    assert "cancelled by you" in workspace.run_in_process("explain", "job.yaml", "--row", "1").stdout
+    assert workspace.run_in_process("reconcile", "job.yaml", api=slow_api).exit_code == 0
+    assert workspace.run_in_process("report", "job.yaml", "--json").json_output["statuses"]["failed"] == 3
+
+
+@FILE_ONLY
+def test_needs_a_ledger(slow_api: SandboxApi, workspace: Workspace) -> None:
+    """A job that has never run has nothing to cancel (exit 5)."""
+    workspace.write_leads(make_leads(1))
+    assert workspace.run_in_process("cancel", "job.yaml", api=slow_api).exit_code == 5

@@ -1,0 +1,89 @@
+"""What the commands import that people wait for: time at the start is time spent on imports."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.cases import first_quick
+from tests.support.workspace import SandboxApi, Workspace
+
+#: Runs a command as `enrich` does, then prints the names of all modules that it imported.
+_PRINT_MODULES = """
+import sys
+from enrich.cli import main
+
+try:
+    main()
+finally:
+    print("modules:", *sys.modules)
+"""
+#: Modules that come with the interpreter or with a compiler of extension modules.
+_OF_THE_INTERPRETER = {"__main__", "cython_runtime"}
+_PYDANTIC = {"annotated_types", "pydantic", "pydantic_core", "typing_extensions", "typing_inspection"}
+_READS_LEDGER = {"click", "orjson", "yaml"} | _PYDANTIC
+#: Slow parts of the standard library.
+_SLOW = {"asyncio", "concurrent", "http", "multiprocessing", "ssl", "unittest"}
+
+
+def imported(*arguments: str) -> set[str]:
+    """Return the modules that a command imports."""
+    command = [sys.executable, "-c", _PRINT_MODULES, *arguments]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    modules = done.stdout.rpartition("modules:")[2].split()
+    assert "enrich.cli" in modules
+    return set(modules)
+
+
+def third_party(modules: set[str]) -> set[str]:
+    """Return the packages that are neither ours nor of the standard library."""
+    packages = {name.partition(".")[0] for name in modules} - {"enrich"} - _OF_THE_INTERPRETER
+    return {name for name in packages if name not in sys.stdlib_module_names and not name.startswith("_")}
+
+
+def test_help_imports() -> None:
+    """`enrich --help` imports click and what prints an error, and no command."""
+    modules = imported("--help")
+
+    assert third_party(modules) == {"click", "orjson"}
+    assert {name for name in modules if name.startswith("enrich")} == {
+        "enrich",
+        "enrich.cli",
+        "enrich.commands",
+        "enrich.commands.streams",
+        "enrich.databar",
+        "enrich.databar.text_filter",
+        "enrich.errors",
+        "enrich.exit_codes",
+        "enrich.models",
+    }
+    assert not modules & _SLOW
+
+
+@pytest.mark.parametrize(
+    ("command", "of_run"),
+    first_quick(1, [("status", {"enrich.run", "enrich.run.balance", "enrich.run.progress"}), ("runs", set[str]())]),
+)
+def test_status_imports(api: SandboxApi, workspace: Workspace, command: str, of_run: set[str]) -> None:
+    """`status` and `runs` import what reads a job and a ledger: no polars, no HTTP, nothing that runs a job."""
+    workspace.write_leads([["Ada", "Quill", "quill.example"]])
+    workspace.run_job(api)
+
+    modules = imported(command, str(workspace.job_file))
+
+    assert third_party(modules) <= _READS_LEDGER
+    heavy = ("enrich.run", "enrich.rows", "enrich.files", "enrich.monitoring", "enrich.cluster", "enrich.report")
+    assert {name for name in modules if name.startswith(heavy)} == of_run
+    assert not modules & _SLOW
+
+
+@pytest.mark.long
+def test_check_imports(workspace: Workspace) -> None:
+    """`check` reads the input, so it needs polars, but it imports no HTTP unless it asks the API."""
+    workspace.write_leads([["Ada", "Quill", "quill.example"]])
+
+    modules = imported("check", str(workspace.job_file))
+
+    assert third_party(modules) <= _READS_LEDGER | {"polars", "python_calamine"}

@@ -1,0 +1,306 @@
+"""What the commands say of a job with steps: check, plan, status, explain, report, forget, and its mistakes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from enrich.errors import JobError, RunDeclined
+from enrich.job.job import load_job
+from enrich.run.context import RunOptions
+from tests.end_to_end.test_steps import HEADER, JOB, SHORT_JOB, STEPS, make_people
+from tests.support.workspace import SandboxApi, Workspace, serve_api
+
+
+@pytest.fixture
+def people(workspace: Workspace) -> Workspace:
+    """Return a workspace with the long job and thirty leads of ten companies."""
+    workspace.write_job(JOB)
+    workspace.write_leads(make_people(30, 10), HEADER)
+    return workspace
+
+
+def test_check_shows_the_steps(people: Workspace, api: SandboxApi) -> None:
+    """Each step with its target, the leads it wants at most, its price, and what it depends on."""
+    result = people.run_in_process("check", "job.yaml", "--online", "--json", api=api)
+    steps = {step["name"]: step for step in result.json_output["steps"]}
+    assert result.exit_code == 0
+    assert list(steps) == list(STEPS)
+    assert {name: step["leads"] for name, step in steps.items()} == {
+        "company": 30,
+        "email": 30,
+        "again": 30,
+        "person": 30,
+        "phone": 10,
+    }
+    assert steps["phone"]["depends_on"] == ["person"]
+    assert steps["person"]["depends_on"] == ["email", "again"]
+    assert steps["company"]["worst_price"] == 1.51
+    text = people.run_in_process("check", "job.yaml", api=api).stdout.splitlines()
+    assert text[0].startswith("ok: job: 30 leads, 30 can be sent, 5 steps")
+    assert len(text) == 7
+
+
+def test_plan_before_and_after(people: Workspace, api: SandboxApi) -> None:
+    """The first step is exact, later ones are at most; after the run nothing is left to send."""
+    plan = people.run_in_process("plan", "job.yaml", "--json", api=api).json_output
+    summary = people.run_job(api)
+    assert plan["steps"][0] | {"cost": None} == {
+        "name": "company",
+        "waterfall": "company_lookup",
+        "to_submit": 10,
+        "at_most": 10,
+        "likely": 10.0,
+        "asked_again": 0,
+        "worst_price": 1.51,
+        "max_credits": None,
+        "cost": None,
+    }
+    for planned, done in zip(plan["steps"], summary.steps, strict=True):
+        assert done["submitted"] <= planned["at_most"]
+    assert summary.credits_spent <= plan["cost"]["max"]
+    assert plan["cost"]["likely"] is None
+    after = people.run_in_process("plan", "job.yaml", "--json", api=api).json_output
+    assert (after["to_submit"], after["cost"]) == (0, {"min": 0.0, "likely": 0.0, "max": 0.0})
+
+
+@pytest.mark.long
+def test_likely_cost_after_a_sample(people: Workspace, api: SandboxApi) -> None:
+    """Once some leads were asked, the plan says what is likely by their hit rates."""
+    people.write_leads(make_people(60, 60), HEADER)
+    people.run_in_process("run", "job.yaml", "--sample", "30", "--json", api=api)
+    plan = people.run_in_process("plan", "job.yaml", "--json", api=api).json_output
+    likely, most = plan["cost"]["likely"], plan["cost"]["max"]
+    assert 0 < likely < most
+    before = api.audit()["credits_charged"]
+    people.run_job(api)
+    spent = api.audit()["credits_charged"] - before
+    assert spent <= most
+    assert likely / 3 < spent < 3 * likely
+
+
+@pytest.mark.long
+def test_plan_says_what_is_bought_again(people: Workspace, api: SandboxApi) -> None:
+    """When an earlier step is asked again, the plan names the later answers that may be bought again."""
+    people.run_job(api)
+    job = JOB.replace(
+        "columns: {work_email: email}", "columns: {work_email: email}\n    policy: {refresh: {found: 0s}}", 1
+    )
+    people.write_job(job)
+    plan = people.run_in_process("plan", "job.yaml", "--json", api=api).json_output
+    again = {step["name"]: step["asked_again"] for step in plan["steps"]}
+    assert again["person"] > 0
+    assert again["company"] == again["email"] == 0
+    assert any(note.startswith("person: ") for note in plan["notes"])
+
+
+def test_status_and_explain(people: Workspace, api: SandboxApi) -> None:
+    """Status counts requests and credits by step; explain tells of each step what was sent, or why not."""
+    summary = people.run_job(api)
+    status = people.run_in_process("status", "job.yaml", "--json").json_output
+    assert [step["credits_spent"] for step in status["steps"]] == [step["credits_spent"] for step in summary.steps]
+    assert "company" in people.run_in_process("status", "job.yaml").stdout
+    rows = people.read_output()
+    explained = people.run_in_process("explain", "job.yaml", "--row", "2", "--json").json_output["rows"][0]
+    assert [step["step"] for step in explained["steps"]] == list(STEPS)
+    assert [step["status"] for step in explained["steps"]] == [rows[1][f"enrich_{name}_status"] for name in STEPS]
+    text = people.run_in_process("explain", "job.yaml", "--match", "Last Name=Last3").stdout
+    assert text.startswith("row 4\n  step company: ")
+
+
+@pytest.mark.long
+def test_report_has_a_waterfall_for_each_step(people: Workspace, api: SandboxApi) -> None:
+    """The report has a section for each step, and the cost of a lead."""
+    people.run_job(api)
+    report = people.run_in_process("report", "job.yaml", "-o", "report.html", "--json").json_output
+    assert [each["step"] for each in report["step_waterfalls"]] == list(STEPS)
+    assert sum(each["spent"] for each in report["step_waterfalls"]) == pytest.approx(report["credits_spent"])
+    page = (people.folder / "report.html").read_text(encoding="utf-8")
+    assert page.count("Step ") >= len(STEPS)
+    assert "Per completed lead" in page
+
+
+def test_forget_follows_the_steps(workspace: Workspace, tmp_path: Path) -> None:
+    """A person's requests are erased in all steps; what is about their company stays for the others."""
+    workspace.write_job(JOB.replace("where: TRY_CAST(staff AS INT) > 50", "where: 'true'"))
+    workspace.write_leads(make_people(6, 2), HEADER)
+    with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
+        workspace.run_job(api)
+        result = workspace.run_in_process("forget", "job.yaml", "--match", "Last Name=Last3", "--yes", "--json")
+        kept = workspace.sql("SELECT count(*) FROM requests WHERE forgotten = 0")[0][0]
+        assert result.json_output["requests"] == 3  # e-mail, person, phone
+        assert kept == workspace.sql("SELECT count(*) FROM requests")[0][0] - 3
+        summary = workspace.run_job(api)
+        row = workspace.read_output()[3]
+    assert summary.submitted == 0
+    assert row["enrich_company_status"] == "found"
+    assert row["enrich_email_status"] == "filtered"
+    assert "erased by `enrich forget`" in row["enrich_error"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("is_in_input", [True, False])
+def test_forget_leaves_colleagues(workspace: Workspace, tmp_path: Path, *, is_in_input: bool) -> None:
+    """The link of a company names no person, while the address and the profile that were found for one do."""
+    workspace.write_job("""\
+version: 1
+input: leads.csv
+output: out.csv
+steps:
+  - {name: company, waterfall: company_lookup, params: {company_website: Website}, columns: {clink: linkedin}}
+  - name: email
+    waterfall: email_getter
+    params: {first_name: First Name, last_name: Last Name, company: clink}
+    columns: {mail: email}
+  - {name: person, waterfall: person_getter, params: {email: mail}, columns: {plink: linkedin_url}}
+  - {name: phone, waterfall: phone_getter, params: {linkedin: [plink, clink]}, columns: {phone: phone}}
+limits: {requests_per_second: 1000}
+""")
+    ann, bob = ["Ann", "Aaa", "https://one.example"], ["Bob", "Bbb", "https://www.one.example"]
+    workspace.write_leads([ann, bob], ["First Name", "Last Name", "Website"])
+    with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
+        assert workspace.run_job(api).found == 2
+    if not is_in_input:
+        workspace.write_leads([bob], ["First Name", "Last Name", "Website"])
+    result = workspace.run_in_process("forget", "job.yaml", "--match", "First Name=Ann", "--yes", "--json")
+    # Without the row, nothing connects the request about its company with the person.
+    assert result.json_output["requests"] == (4 if is_in_input else 3)
+    workspace.write_leads([bob], ["First Name", "Last Name", "Website"])
+    assert workspace.run_in_process("collect", "job.yaml").exit_code == 0
+    (row,) = workspace.read_output()
+    assert [row[f"enrich_{step}_status"] for step in ("company", "email", "person", "phone")] == ["found"] * 4
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message", "hint"),
+    [
+        (
+            "email: work_email}",
+            "email: work_emial}",
+            "steps.1.params.email: the input has no column `work_emial`",
+            "work_email",
+        ),
+        (
+            "last_name: Last Name",
+            "last_name: link",
+            "steps.0.params.last_name: `link` comes from a later step: `person`",
+            "move `email` after `person`",
+        ),
+        (
+            "limits: {",
+            "order_by: [work_email]\nlimits: {",
+            "order_by.0: the input has no column",
+            "the step `email` gives",
+        ),
+        (
+            "limits: {",
+            "where: link <> ''\nlimits: {",
+            "where: the input has no column `link`",
+            "the step `person` gives",
+        ),
+        ("name: person", "name: email", "steps.1.name: another step is named `email`", "another name"),
+        ("waterfall: person_getter", "waterfal: person_getter", "steps.1.waterfal: unknown key", None),
+        ("limits: {", "waterfall: x\nlimits: {", "waterfall: is a key of each step", None),
+        ("limits: {", "changes: feed.csv\nlimits: {", "changes: a job with steps needs a `key`", "identify a lead"),
+        (
+            "limits: {",
+            "complete: [work_mail]\nlimits: {",
+            "complete.0: no step has the column `work_mail`",
+            "work_email",
+        ),
+        (
+            "    columns: {link: linkedin_url}\n",
+            "complete: [xyz]\n",
+            "complete.0: no step has the column `xyz`",
+            "known: work_",
+        ),
+        (
+            "{link: linkedin_url}",
+            "{enrich_status: linkedin_url}",
+            "steps.1.columns.enrich_status: this name belongs",
+            None,
+        ),
+        (
+            "{link: linkedin_url}",
+            "{Title: linkedin_url}",
+            "steps.1.columns.Title: the input already has a column",
+            None,
+        ),
+        ("{link: linkedin_url}", "{enrich_email_status: linkedin_url}", "is a column of the step `email`", None),
+        (
+            "params: {email: work_email}",
+            "params: {email: work_email}\n    suppress: x.txt",
+            "suppress: unknown key",
+            "job",
+        ),
+    ],
+)
+def test_mistakes(  # noqa: PLR0917 - the mistake and what is said of it
+    workspace: Workspace, api: SandboxApi, old: str, new: str, message: str, hint: str | None
+) -> None:
+    """A mistake in the steps is exit 2 with its line, the key and the nearest name, before anything is sent."""
+    workspace.write_job(SHORT_JOB.replace(old, new))
+    workspace.write_leads(make_people(3), HEADER)
+    for command in ("check", "plan", "run"):
+        result = workspace.run_in_process(command, "job.yaml", "--json", api=api)
+        assert result.exit_code == 2
+        error = json.loads(result.stdout)["error"]
+        assert message in error
+        assert result.stderr.count(message) <= 1
+        assert error.startswith("job.yaml:")
+        assert hint is None or hint in error + result.stderr
+    assert api.audit()["accepted"] == 0
+
+
+def test_complete_needs_steps(workspace: Workspace) -> None:
+    """`complete` at a job without steps is an error that says what it is for."""
+    workspace.write_job(complete="[work_email]")
+    with pytest.raises(JobError) as caught:
+        load_job(workspace.job_file)
+    assert caught.value.hint == "`complete` is for a job with `steps`"
+
+
+@pytest.mark.long
+def test_metrics_by_step(people: Workspace, api: SandboxApi) -> None:
+    """The metrics file has what each step found, sent and spent."""
+    people.write_job(JOB + "metrics: enrich.prom\n")
+    people.run_in_process("run", "job.yaml", api=api)
+    lines = (people.folder / "enrich.prom").read_text(encoding="utf-8").splitlines()
+    assert 'enrich_step_requests_submitted{job="job",step="company"} 10.0' in lines
+    assert sum(line.startswith("enrich_step_credits_spent{") for line in lines) == len(STEPS)
+
+
+def test_question_before_the_first_run(people: Workspace, api: SandboxApi) -> None:
+    """A first real run without a cap shows the plan of all steps; a no sends nothing."""
+    asked: list[str] = []
+
+    def decline(text: str) -> bool:
+        asked.append(text)
+        return False
+
+    with pytest.raises(RunDeclined):
+        people.run_job(api, RunOptions(confirm=decline))
+    assert api.audit()["accepted"] == 0
+    assert asked[0].startswith("30 leads, 5 steps · 10 requests to send, then more")
+    assert people.run_job(api, RunOptions(confirm=lambda _: True)).submitted > 10
+
+
+def test_renamed_step(workspace: Workspace, api: SandboxApi) -> None:
+    """Columns of a step that was renamed are left out of the next output, which check, plan and run say."""
+    workspace.write_job(SHORT_JOB.replace("work_email", "Email") + "merge: fill_empty\n")
+    workspace.write_leads(make_people(4), HEADER)
+    workspace.run_job(api)
+    renamed = SHORT_JOB.replace("name: email", "name: mail").replace("work_email", "Email") + "merge: fill_empty\n"
+    workspace.write_job(renamed, input="night.csv")
+    (workspace.folder / "out.csv").rename(workspace.folder / "night.csv")
+    note = "the input has columns of a step `email`, which the job does not have"
+    for command in ("check", "plan", "run"):
+        result = workspace.run_in_process(command, "job.yaml", "--json", api=api)
+        assert result.exit_code == 0, result.stderr
+        assert sum(each.startswith(note) for each in result.json_output["notes"]) == 1
+    assert result.json_output["submitted"] == 0
+    names = list(workspace.read_output()[0])
+    assert [name for name in names if name.startswith("enrich_email")] == []
+    assert "enrich_mail_status" in names

@@ -1,0 +1,292 @@
+"""A new ledger is compared with those beside it: a copied, renamed or re-pointed job does not buy in silence."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from enrich.errors import RunDeclined
+from enrich.run.context import RunOptions
+from tests.support.cases import first_quick
+from tests.support.ledger import run_sql
+from tests.support.program import reset_signals
+from tests.support.workspace import (
+    JOB,
+    SandboxApi,
+    Workspace,
+    kill_process,
+    make_leads,
+    read_terminal,
+    serve_api,
+)
+
+RUN = ("run", "job.yaml", "--json")
+
+
+@pytest.fixture
+def workspace(workspace: Workspace, api: SandboxApi) -> Workspace:
+    """Make a job that has paid for thirty leads."""
+    workspace.write_leads(make_leads(30))
+    assert workspace.run_job(api).submitted == 30
+    return workspace
+
+
+def write_other_job(workspace: Workspace, stem: str = "copy", **replaced: str) -> str:
+    """Write another job file beside the first, with an output of its own. Return its name."""
+    text = JOB
+    for key, value in ({"output": f"{stem}_out.csv"} | replaced).items():
+        text = re.sub(rf"^{key}:.*\n(?: .*\n)*", "", text, flags=re.MULTILINE) + f"{key}: {value}\n"
+    (workspace.folder / f"{stem}.yaml").write_text(text)
+    return f"{stem}.yaml"
+
+
+@pytest.mark.parametrize(
+    "cause", first_quick(1, ["renamed", "copied", "re-pointed", "other columns", "--ledger", "backup"])
+)
+def test_run_is_refused(api: SandboxApi, workspace: Workspace, cause: str) -> None:
+    """Refuses however the new ledger came about, again and again, and `--yes` changes nothing; `ledger:` shares."""
+    job, more = "copy.yaml", list[str]()
+    match cause:
+        case "copied":
+            write_other_job(workspace)
+        case "renamed":
+            job = write_other_job(workspace, "job", name="renamed", output="renamed.csv")
+        case "re-pointed":
+            workspace.write_leads(make_leads(28), name="new.csv")
+            write_other_job(workspace, input="new.csv")
+        case "other columns":
+            write_other_job(workspace, columns="{mail: email}")
+        case "--ledger":
+            job, more = write_other_job(workspace), ["--ledger", ".enrich/fresh.db"]
+        case _:
+            workspace.ledger_path.rename(workspace.ledger_path.with_name("saturday.backup"))
+            (workspace.folder / "out.csv").unlink()
+            job = "job.yaml"
+
+    for _ in range(2):
+        result = workspace.run_in_process("run", job, "--json", "--yes", *more, api=api)
+        assert result.exit_code == 5, result.stderr
+        assert result.json_output.keys() == {"exit_code", "error"}
+        assert "are already paid for in " in result.stderr
+        assert "pay again with --new-ledger" in result.stderr
+    assert api.audit()["accepted"] == 30
+    assert not list(workspace.folder.glob("copy_out*"))
+    assert workspace.run_in_process("status", job, *more, "--json").json_output["executions"] == []
+
+    if cause == "copied":
+        shared = workspace.run_in_process(*("run", job, "--json"), "--ledger", ".enrich/job.db", api=api)
+        assert (shared.exit_code, shared.json_output["submitted"], shared.json_output["reused"]) == (0, 0, 30)
+    if cause == "backup":
+        return  # the output is gone, and the ledger has another name
+    paid = workspace.run_in_process("run", job, "--json", "--new-ledger", *more, api=api)
+    assert (paid.exit_code, paid.json_output["submitted"] >= 28) == (0, True)
+    again = workspace.run_in_process("run", job, "--json", *more, api=api)
+    assert (again.exit_code, again.json_output["submitted"]) == (0, 0)
+
+
+@pytest.mark.long
+def test_hint_shares_the_answers(api: SandboxApi, workspace: Workspace) -> None:
+    """The `ledger:` of the hint, put into the job file, is the one that paid."""
+    job = write_other_job(workspace)
+    refused = workspace.run_in_process("run", job, api=api)
+    assert "`ledger: .enrich/job.db`" in refused.stderr
+    write_other_job(workspace, ledger=".enrich/job.db")
+    assert workspace.run_in_process("run", job, "--json", api=api).json_output["submitted"] == 0
+
+
+@pytest.mark.parametrize(
+    ("wanted", "shared", "refused"),
+    first_quick(1, [(30, 9, False), (30, 10, True), (1001, 10, False), (1000, 10, True)]),
+)
+def test_bounds(api: SandboxApi, workspace: Workspace, wanted: int, shared: int, *, refused: bool) -> None:
+    """From 10 requests and 1 % of the wanted ones on; below that a line in summary, text and log."""
+    job = write_other_job(workspace, input="new.csv")
+    workspace.write_leads([*make_leads(shared), *make_leads(wanted - shared, start=100)], name="new.csv")
+
+    result = workspace.run_in_process(
+        "run", job, "--json", "--summary", "--limit", "3", "--log-file", "run.log", api=api
+    )
+
+    assert result.exit_code == (5 if refused else 0), result.stderr
+    if not refused:
+        summary = result.json_output
+        assert summary["paid_elsewhere"] == shared
+        (note,) = summary["notes"]
+        assert note.startswith(f"{shared} of the {wanted:,} requests were already paid for in job.db")
+        assert "also paid in another ledger of this folder" in result.stderr
+        assert note in (workspace.folder / "run.log").read_text()
+
+
+@pytest.mark.long
+def test_nothing_shared_is_silent(api: SandboxApi, workspace: Workspace) -> None:
+    """Another job beside it is neither refused nor told anything."""
+    job = write_other_job(workspace, input="new.csv")
+    workspace.write_leads(make_leads(20, start=100), name="new.csv")
+    summary = workspace.run_in_process("run", job, "--json", api=api).json_output
+    assert (summary["exit_code"], summary["notes"], summary["paid_elsewhere"]) == (0, [], 0)
+
+
+@pytest.mark.long
+def test_shares_of_several_ledgers_are_added(api: SandboxApi, workspace: Workspace) -> None:
+    """Counts a request once, and those of different ledgers together."""
+    first = write_other_job(workspace, "first", input="first.csv")
+    workspace.write_leads(make_leads(6, start=100), name="first.csv")
+    assert workspace.run_in_process("run", first, api=api).exit_code == 0
+    job = write_other_job(workspace, input="new.csv")
+    workspace.write_leads([*make_leads(6, start=100), *make_leads(6)], name="new.csv")
+
+    result = workspace.run_in_process("run", job, api=api)
+
+    assert (result.exit_code, "12 of the 12 requests" in result.stderr) == (5, True)
+
+
+@pytest.mark.parametrize(
+    "damage", first_quick(1, ["garbage", "cut", "pipe", "no rights", "another program", "newer", "empty"])
+)
+def test_unreadable_neighbours_do_not_matter(api: SandboxApi, workspace: Workspace, damage: str) -> None:
+    """Reads what can be read: a bad neighbour fails no run, and hides no good one."""
+    bad = workspace.ledger_path.with_name("bad.db")
+    content = workspace.ledger_path.read_bytes()
+    match damage:
+        case "garbage":
+            bad.write_bytes(content[:100] + b"\xff" * 20_000)
+        case "cut":
+            bad.write_bytes(content[:5000])
+        case "pipe":
+            os.mkfifo(bad)
+        case "no rights":
+            bad.write_bytes(content)
+            bad.chmod(0)
+        case "another program":
+            run_sql(bad, "CREATE TABLE requests (id INTEGER)")
+        case "newer":
+            bad.write_bytes(content)
+            run_sql_plain(bad, "PRAGMA user_version = 99")
+        case _:
+            bad.touch()
+    job = write_other_job(workspace, input="new.csv")
+    workspace.write_leads(make_leads(20, start=100), name="new.csv")
+    assert workspace.run_in_process("run", job, "--json", api=api).exit_code == 0
+    second = write_other_job(workspace, "second")
+    assert workspace.run_in_process("run", second, api=api).exit_code == 5
+
+
+def run_sql_plain(path: Path, sql: str) -> None:
+    """Run SQL on a file without any check."""
+    subprocess.run(
+        [sys.executable, "-c", f"import sqlite3; sqlite3.connect({str(path)!r}).execute({sql!r})"], check=True
+    )
+
+
+@pytest.mark.long
+def test_other_workspace_is_no_neighbour(workspace: Workspace, tmp_path: Path) -> None:
+    """A ledger of another workspace has answers of another account: nothing is compared."""
+    job = write_other_job(workspace)
+    run_sql(workspace.ledger_path, "UPDATE facts SET value = 'another' WHERE name = 'workspace'")
+    with serve_api(tmp_path / "second.db") as api:
+        assert workspace.run_in_process("run", job, "--json", api=api).json_output["submitted"] == 30
+
+
+@pytest.mark.long
+def test_running_neighbour_counts(tmp_path: Path, workspace: Workspace) -> None:
+    """What a killed run has bought and not yet collected counts as paid for, too."""
+    workspace.write_leads(make_leads(20, start=100), name="slow.csv")
+    slow = write_other_job(workspace, "slow", input="slow.csv")
+    with serve_api(tmp_path / "slow.db", latency="fixed(60)") as api:
+        process = workspace.start_subprocess("run", slow, api=api)
+        while api.audit()["accepted"] < 20:
+            assert process.poll() is None
+        kill_process(process)
+        job = write_other_job(workspace, input="slow.csv")
+        result = workspace.run_in_process("run", job, api=api)
+        assert (result.exit_code, api.audit()["accepted"]) == (5, 20), result.stderr
+
+
+@pytest.mark.long
+def test_plan_says_so(api: SandboxApi, workspace: Workspace) -> None:
+    """The plan tells that a run would be refused, and `--limit 0` asks nothing of anyone."""
+    job = write_other_job(workspace)
+    planned = workspace.run_in_process("plan", job, api=api)
+    assert (planned.exit_code, "a run would be refused: 30 of the 30 requests" in planned.stdout) == (0, True)
+    assert workspace.run_in_process("run", job, "--limit", "0", api=api).exit_code == 0
+
+
+@pytest.mark.long
+def test_question_on_a_terminal(api: SandboxApi, workspace: Workspace) -> None:
+    """Asks once, `--yes` or not. No: one line, exit 5, no execution. Yes: pays again."""
+    job = write_other_job(workspace)
+
+    declined, code = answer_on_terminal(workspace, api, "n", "run", job, "--yes")
+    assert code == 5
+    assert declined.count("Pay again? [y/N]") == 1
+    assert declined.rstrip().splitlines()[-1] == "Cancelled. Nothing sent."
+    assert "to send" not in declined
+    assert api.audit()["accepted"] == 30
+    assert workspace.run_in_process("status", job, "--json").json_output["executions"] == []
+
+    agreed, code = answer_on_terminal(workspace, api, "y", "run", job, "--yes")
+    assert (code, agreed.count("Pay again?"), api.audit()["accepted"]) == (0, 1, 60)
+
+
+@pytest.mark.long
+def test_answer_no_to_the_cost(api: SandboxApi, workspace: Workspace) -> None:
+    """No to the plan of a first run: one line, exit 5, no receipt, no execution, no output, no report."""
+    job = write_other_job(workspace, input="new.csv", report="report.html")
+    workspace.write_leads(make_leads(5, start=100), name="new.csv")
+
+    declined, code = answer_on_terminal(workspace, api, "n", "run", job)
+
+    assert code == 5
+    assert "5 requests to send" in declined
+    last, question = declined.rstrip().splitlines()[-1], declined.index("Spend up to 17.55 credits on 5 leads? [y/N]")
+    assert last == "Cancelled. Nothing sent."
+    assert declined[question:].count("\n") == 2
+    assert api.audit()["accepted"] == 30
+    assert workspace.run_in_process("status", job, "--json").json_output["executions"] == []
+    assert not list(workspace.folder.glob("copy_out*")) + list(workspace.folder.glob("report*"))
+    agreed, code = answer_on_terminal(workspace, api, "y", "run", job)
+    assert (code, "leads enriched" in agreed) == (0, True)
+
+
+@pytest.mark.long
+def test_no_keeps_what_was_collected(tmp_path: Path, workspace: Workspace) -> None:
+    """A run that has collected open tasks before the answer "no" stays on record."""
+    one = Workspace(workspace.folder / "one")
+    one.folder.mkdir()
+    one.write_leads(make_leads(4))
+    one.write_job(name="first")
+    with serve_api(tmp_path / "slow.db", latency="fixed(600)") as api:
+        one.submit_without_collecting(api)
+        api.advance(3600)
+        one.write_job(name="second", ledger=".enrich/first.db", input="more.csv", output="second.csv")
+        one.write_leads(make_leads(4, start=50), name="more.csv")
+        summary = one.run_job(api, RunOptions(confirm=lambda _: False))
+        assert (summary.exit_code, summary.execution, summary.answers) == (5, 2, 4)
+        with pytest.raises(RunDeclined):
+            one.run_job(api, RunOptions(confirm=lambda _: False))
+
+
+def answer_on_terminal(workspace: Workspace, api: SandboxApi, answer: str, *command: str) -> tuple[str, int]:
+    """Run the program on a pseudo-terminal and answer its question. Return what was shown, and the exit code."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "enrich", *command],
+        cwd=workspace.folder,
+        env=workspace.environment(api) | {"TERM": "xterm"},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        preexec_fn=reset_signals,
+    )
+    os.close(theirs)
+    shown = read_terminal(ours, up_to=b"[y/N]")
+    os.write(ours, f"{answer}\n".encode())
+    shown += read_terminal(ours)
+    os.close(ours)
+    return shown.decode().replace("\r\n", "\n"), process.wait(timeout=60)

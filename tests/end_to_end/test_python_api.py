@@ -1,0 +1,337 @@
+"""The Python API: it runs, plans and checks jobs as the command line does, in scripts, event loops and threads."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import enrich
+from enrich.ledger.lock import lock_ledger
+from enrich.run.poll_schedule import PollSchedule
+from tests.support.program import ROOT
+from tests.support.workspace import SandboxApi, Workspace, make_leads, serve_api
+
+#: The settings of a run that is never answered, so that only a stop ends it.
+NEVER_ANSWERS = "fixed(100000)"
+
+
+@pytest.fixture
+def job_file(workspace: Workspace, api: SandboxApi, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A job of six leads, and the API of `api` in the environment."""
+    for name, value in api.environ.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(PollSchedule, "FIRST_GUESS_S", 0.05)
+    monkeypatch.setattr(PollSchedule, "MIN_DELAY_S", 0.05)
+    workspace.write_leads(make_leads(6))
+    return workspace.write_job()
+
+
+@pytest.fixture
+def slow_job(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A job of six leads at an API that never answers."""
+    with serve_api(tmp_path / "slow.db", latency=NEVER_ANSWERS) as api:
+        for name, value in api.environ.items():
+            monkeypatch.setenv(name, value)
+        workspace.write_leads(make_leads(6))
+        yield workspace.write_job()
+
+
+def kill_once(number: signal.Signals) -> Callable[[enrich.Progress], None]:
+    """Return a callback that sends the signal to this process when all is submitted."""
+    is_sent = False
+
+    def on_progress(progress: enrich.Progress) -> None:
+        nonlocal is_sent
+        if progress.submitted == 6 and not is_sent:
+            is_sent = True
+            os.kill(os.getpid(), number)
+
+    return on_progress
+
+
+def set_when_submitted(event: asyncio.Event) -> Callable[[enrich.Progress], None]:
+    """Return a callback that sets the event when all is submitted."""
+
+    def on_progress(progress: enrich.Progress) -> None:
+        if progress.submitted == 6:
+            event.set()
+
+    return on_progress
+
+
+def test_importing_the_package_imports_nothing_else() -> None:
+    """`import enrich` takes no time: neither polars nor HTTP nor the commands are imported before they are used."""
+    code = "import sys; before = set(sys.modules); import enrich; print(*sorted(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    imported = done.stdout.split()
+    assert [name for name in imported if name.partition(".")[0] not in sys.stdlib_module_names] == ["enrich"]
+
+
+def test_all_public_names_exist() -> None:
+    """Each public name can be imported; others cannot."""
+    assert {name: getattr(enrich, name).__name__ for name in enrich.__all__} == {name: name for name in enrich.__all__}
+    assert set(enrich.__all__) < set(dir(enrich))
+    with pytest.raises(AttributeError, match="run_jobs"):
+        enrich.run_jobs  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_a_job_is_checked_planned_and_run(job_file: Path, workspace: Workspace, api: SandboxApi) -> None:
+    """The results have the numbers of the command line, and a second run sends nothing."""
+    checked = enrich.check_job(job_file, online=True)
+    assert (checked.exit_code, checked.problems, checked.rows, checked.sendable_rows) == (0, [], 6, 6)
+    plan = enrich.plan_job(job_file, limit=4)
+    assert (plan.rows, plan.to_submit, api.audit()["accepted"]) == (6, 4, 0)
+    assert plan.balance is not None
+    assert plan.cost.maximum is not None
+    assert 0 < plan.cost.maximum < plan.balance
+
+    progress: list[enrich.Progress] = []
+    summary = enrich.run_job(str(job_file), limit=4, on_progress=progress.append)
+    assert (summary.exit_code, summary.submitted, summary.pending, summary.error) == (0, 4, 2, None)
+    assert (progress[-1].done, progress[-1].total) == (4, 4)
+    assert summary.output == str(workspace.folder / "out.csv")
+    assert enrich.run_job(job_file).submitted == 2
+    assert (enrich.run_job(job_file).submitted, api.audit()["accepted"]) == (0, 6)
+
+
+@pytest.mark.usefixtures("job_file")
+def test_paths_and_limits_replace_those_of_the_job(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths are relative to the working directory, as on the command line."""
+    workspace.write_leads(make_leads(2), name="other.csv")
+    monkeypatch.chdir(workspace.folder)
+    summary = enrich.run_job(
+        "job.yaml",
+        input="other.csv",
+        output=Path("sub/out.jsonl"),
+        ledger="other.db",
+        max_credits=0,
+        max_time="1h",
+        log_file="run.log",
+    )
+    assert (summary.exit_code, summary.rows, summary.submitted) == (12, 2, 0)
+    assert summary.error is not None
+    assert (workspace.folder / "other.db").exists()
+    assert summary.output == str(workspace.folder / "sub" / "out.jsonl")
+    log = [json.loads(line) for line in (workspace.folder / "run.log").read_text(encoding="utf-8").splitlines()]
+    assert [line["event"] for line in log if line["event"] in ("start", "end")] == ["start", "end"]
+    assert not workspace.ledger_path.exists()
+
+
+def test_a_saved_plan_is_followed(job_file: Path, workspace: Workspace) -> None:
+    """A run follows the plan that `plan_job` saved, and a plan has its own selection."""
+    kept = workspace.folder / "plan.json"
+    rows = workspace.folder / "rows.csv"
+    assert enrich.plan_job(job_file, limit=3, save_to=kept, rows=rows).to_submit == 3
+    assert rows.exists()
+    with pytest.raises(enrich.JobError, match="has its own"):
+        enrich.run_job(job_file, plan=kept, limit=1)
+    assert enrich.run_job(job_file, plan=kept).submitted == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"limit": -1}, "`limit` must be 0 or more"),
+        ({"sample": 0}, "`sample` must be 1 or more"),
+        ({"max_credits": float("nan")}, "`max_credits` must be 0 or more"),
+        ({"retry": "failed"}, "must be a list"),
+        ({"retry": ["found"]}, "`found` must be one of"),
+        ({"max_time": "soon"}, "`max_time`: a duration"),
+        ({"workers": 2}, "need --engine ray"),
+        ({"retry": ["in_doubt"], "accept_in_doubt": True}, "choose one"),
+    ],
+)
+def test_unusable_settings_are_refused(
+    job_file: Path, api: SandboxApi, settings: dict[str, object], message: str
+) -> None:
+    """A setting that makes no sense is a JobError, and nothing is sent; a misspelled one is a TypeError."""
+    with pytest.raises(enrich.JobError, match=message):
+        enrich.run_job(job_file, **settings)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="limt"):
+        enrich.run_job(job_file, limt=10)  # type: ignore[call-arg]
+    assert api.audit()["accepted"] == 0
+
+
+def test_refusals_are_exceptions_with_exit_codes(
+    job_file: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What refuses a run is raised, with the exit code and the hint of the command line."""
+    with pytest.raises(enrich.JobError) as missing:
+        enrich.run_job(workspace.folder / "none.yaml")
+    assert missing.value.exit_code is enrich.ExitCode.USAGE
+    with lock_ledger(workspace.ledger_location, 0), pytest.raises(enrich.LedgerLocked) as locked:
+        enrich.run_job(job_file)
+    assert (locked.value.exit_code, bool(locked.value.hint)) == (11, True)
+    workspace.ledger_path.write_bytes(b"no database" * 100)
+    with pytest.raises(enrich.CommandRefused):
+        enrich.run_job(job_file)
+    workspace.ledger_path.unlink()
+    (workspace.folder / "leads.csv").unlink()
+    with pytest.raises(enrich.CommandRefused):
+        enrich.run_job(job_file)
+    assert [problem.exit_code for problem in enrich.check_job(job_file).problems] == [5]
+    monkeypatch.setenv("DATABAR_API_KEY", "")
+    monkeypatch.setenv("HOME", str(workspace.folder))
+    with pytest.raises(enrich.ApiKeyRejected):
+        enrich.plan_job(job_file)
+
+
+def test_the_api_works_where_an_event_loop_runs(job_file: Path) -> None:
+    """In a running event loop, as in Jupyter, the functions work as elsewhere, and change no signal handler."""
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    seen: list[object] = []
+
+    def note_handlers(_: enrich.Progress) -> None:
+        seen.append([signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)])
+
+    async def notebook_cell() -> enrich.RunSummary:
+        outside = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        assert enrich.check_job(job_file, online=True).exit_code == 0
+        assert enrich.plan_job(job_file).to_submit == 6
+        summary = enrich.run_job(job_file, on_progress=note_handlers)
+        assert seen
+        assert all(each == outside for each in seen)
+        return summary
+
+    assert asyncio.run(notebook_cell()).answers == 6
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_signal_handlers_are_those_from_before_the_run(job_file: Path) -> None:
+    """In the main thread a run handles signals itself, and gives them back."""
+
+    def own_handler(_number: int, _frame: object) -> None:
+        raise AssertionError
+
+    interrupt = signal.getsignal(signal.SIGINT)
+    before = signal.signal(signal.SIGTERM, own_handler)
+    try:
+        enrich.run_job(job_file)
+        assert signal.getsignal(signal.SIGTERM) is own_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert signal.getsignal(signal.SIGINT) is interrupt
+
+
+def test_a_run_works_in_any_thread(job_file: Path) -> None:
+    """A run in another thread than the main one needs no signals."""
+    summaries: list[enrich.RunSummary] = []
+    thread = threading.Thread(target=lambda: summaries.append(enrich.run_job(job_file)))
+    thread.start()
+    thread.join()
+    assert summaries[0].answers == 6
+
+
+def test_the_async_function_leaves_the_loop_free(job_file: Path) -> None:
+    """`run_job_async` does not block the loop, and calls back in the loop's thread."""
+
+    async def program() -> enrich.RunSummary:
+        threads: set[int] = set()
+        loop_ran = asyncio.Event()
+
+        def note_thread(_: enrich.Progress) -> None:
+            threads.add(threading.get_ident())
+            loop_ran.set()
+
+        run = asyncio.create_task(enrich.run_job_async(job_file, on_progress=note_thread))
+        await loop_ran.wait()
+        summary = await run
+        assert threads == {threading.get_ident()}
+        return summary
+
+    assert asyncio.run(program()).answers == 6
+
+
+def test_two_runs_of_one_job_exclude_each_other(slow_job: Path) -> None:
+    """The second of two runs at the same time is refused, as by the command line; the first can be cancelled."""
+
+    async def program() -> None:
+        submitted = asyncio.Event()
+        first = asyncio.create_task(enrich.run_job_async(slow_job, on_progress=set_when_submitted(submitted)))
+        await submitted.wait()
+        with pytest.raises(enrich.LedgerLocked):
+            await enrich.run_job_async(slow_job)
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+
+    asyncio.run(program())
+
+
+def test_a_cancelled_run_stores_its_tasks(slow_job: Path, workspace: Workspace) -> None:
+    """Cancelling the task ends the run as SIGINT does: what was sent is submitted, nothing is in doubt."""
+
+    async def program() -> None:
+        submitted = asyncio.Event()
+        run = asyncio.create_task(enrich.run_job_async(slow_job, on_progress=set_when_submitted(submitted)))
+        await submitted.wait()
+        run.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await run
+
+    asyncio.run(program())
+    assert workspace.sql("SELECT state, count(*) FROM requests GROUP BY state") == [("submitted", 6)]
+    assert workspace.sql("SELECT exit_code FROM executions") == [(130,)]
+
+
+def test_a_keyboard_interrupt_in_a_notebook_stops_the_run(slow_job: Path, workspace: Workspace) -> None:
+    """Where a loop runs, KeyboardInterrupt reaches the waiting thread, and the run ends as after SIGINT."""
+
+    async def notebook_cell() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a notebook's kernel, unlike in asyncio.run
+        with pytest.raises(enrich.Interrupted) as stopped:
+            enrich.run_job(slow_job, on_progress=kill_once(signal.SIGINT))
+        assert stopped.value.exit_code is enrich.ExitCode.INTERRUPTED
+
+    asyncio.run(notebook_cell())
+    assert workspace.sql("SELECT state, count(*) FROM requests GROUP BY state") == [("submitted", 6)]
+
+
+def test_a_signal_in_a_script_stops_the_run(slow_job: Path) -> None:
+    """In the main thread SIGTERM stops a run as on the command line, and the function raises Interrupted."""
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(enrich.Interrupted) as stopped:
+        enrich.run_job(slow_job, on_progress=kill_once(signal.SIGTERM))
+    assert stopped.value.exit_code is enrich.ExitCode.TERMINATED
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_failing_callback_does_not_end_the_run(job_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """An exception in a callback is logged once, and the run goes on."""
+
+    def fail(_: enrich.Progress) -> None:
+        raise ZeroDivisionError
+
+    assert enrich.run_job(job_file, on_progress=fail).answers == 6
+    assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [ZeroDivisionError]
+
+
+def test_a_sandbox_run_needs_no_key(job_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `sandbox` the built-in one answers, with a ledger and an output of its own."""
+    monkeypatch.delenv("DATABAR_API_KEY")
+    monkeypatch.delenv("DATABAR_BASE_URL")
+    summary = enrich.run_job(job_file, sandbox=True, limit=0)
+    assert (summary.sandbox, summary.submitted) == (True, 0)
+    assert str(summary.output).endswith("out.sandbox.csv")
+
+
+@pytest.mark.long
+def test_a_typed_program_of_public_names_runs(job_file: Path, workspace: Workspace) -> None:
+    """The example of the documents is accepted by `mypy --strict`, and runs."""
+    example = ROOT / "examples" / "python_api.py"
+    assert "enrich." not in "".join(
+        line for line in example.read_text(encoding="utf-8").splitlines() if line.startswith(("from ", "import "))
+    )
+    done = subprocess.run(
+        [sys.executable, example, job_file], cwd=workspace.folder, check=True, capture_output=True, text=True
+    )
+    assert "5 of 6 rows found" in done.stdout

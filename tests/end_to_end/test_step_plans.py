@@ -1,0 +1,338 @@
+"""Plans of jobs with steps: exact for the first step, a ceiling for the others, and saved ones that a run follows."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from enrich.commands.plan import make_steps_plan
+from enrich.exit_codes import ExitCode
+from enrich.job.job import load_job
+from enrich.ledger.database import ledger_exists
+from enrich.models import State
+from enrich.run.context import RunOptions
+from enrich.run.plan_file import SavedPlan
+from enrich.run.step_plan import StepsPlan
+from tests.end_to_end.test_steps import HEADER, JOB, SHORT_JOB, STEPS, make_people
+from tests.support.cases import examples
+from tests.support.workspace import BOTH_BACKENDS_SERVER_LONG, SandboxApi, Workspace, serve_api
+
+#: Decisions with which a row is sent in a step, or may be.
+MAY_BE_SENT = {"new", "retry", "refresh", "possible", "duplicate", "over_limit"}
+
+
+@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Run each test with a SQLite file and with PostgreSQL."""
+    return str(request.param)
+
+
+@pytest.fixture
+def people(workspace: Workspace) -> Workspace:
+    """Return a workspace with the long job and thirty leads of ten companies."""
+    workspace.write_job(JOB)
+    workspace.write_leads(make_people(30, 10), HEADER)
+    return workspace
+
+
+def save_plan(workspace: Workspace, api: SandboxApi, *arguments: str) -> dict[str, Any]:
+    """Save a plan in `night.plan`, and return its JSON object."""
+    result = workspace.run_in_process("plan", "job.yaml", "-o", "night.plan", "--json", *arguments, api=api)
+    assert result.exit_code == 0, result.stderr
+    return result.json_output
+
+
+def follow_plan(workspace: Workspace, api: SandboxApi) -> dict[str, Any]:
+    """Run the job by the saved plan, and return its JSON object."""
+    return workspace.run_in_process("run", "job.yaml", "--plan", "night.plan", "--json", api=api).json_output
+
+
+def submitted_by_step(summary: dict[str, Any]) -> list[int]:
+    """Return how many requests each step has sent."""
+    return [step["submitted"] for step in summary["steps"]]
+
+
+@pytest.mark.parametrize("arguments", [(), ("--limit", "4"), ("--sample", "5", "--seed", "3")], ids=str)
+def test_saved_plan_fixes_the_first_step(people: Workspace, api: SandboxApi, arguments: tuple[str, ...]) -> None:
+    """The run sends what the plan says in the first step, at most what it says in the others, and nothing again."""
+    people.write_job(SHORT_JOB)
+    plan = save_plan(people, api, *arguments)
+    summary = follow_plan(people, api)
+    first, second = submitted_by_step(summary)
+    assert first == plan["steps"][0]["to_submit"] == int((arguments or (0, 30))[1])
+    assert 0 < second <= plan["steps"][1]["at_most"]
+    assert summary["credits_spent"] <= plan["cost"]["max"]
+    again = follow_plan(people, api)
+    assert (again["submitted"], again["exit_code"]) == (0, ExitCode.OK)
+    # Leads that came later are not those of the plan.
+    assert people.run_job(api).submitted > 0 or not arguments
+
+
+def test_interrupted_plan_goes_on(people: Workspace, api: SandboxApi) -> None:
+    """All runs of a plan together send each request of the first step once, whatever ended them."""
+    plan = save_plan(people, api, "--limit", "7")
+    assert plan["steps"][0]["to_submit"] == 7
+    sent = [0] * len(STEPS)
+    for _ in range(6):
+        api.inject_fault("no-credits", 1, "post")
+        sent = [a + b for a, b in zip(sent, submitted_by_step(follow_plan(people, api)), strict=True)]
+    api.clear_faults()
+    for _ in range(2):
+        last = follow_plan(people, api)
+        sent = [a + b for a, b in zip(sent, submitted_by_step(last), strict=True)]
+    assert sent[0] == 7
+    assert all(number <= step["at_most"] for number, step in zip(sent, plan["steps"], strict=True))
+    assert (last["submitted"], last["exit_code"]) == (0, ExitCode.OK)
+
+
+def test_plan_is_a_ceiling_for_later_steps(people: Workspace, tmp_path: Path) -> None:
+    """A later step sends at most what the plan foresees, and says what it leaves to the next run."""
+    people.write_job(SHORT_JOB)
+    with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
+        save_plan(people, api)
+        path = people.folder / "night.plan"
+        plan = SavedPlan.model_validate_json(path.read_text(encoding="utf-8"))
+        assert plan.requests == [30, 30]
+        path.write_text(plan.model_copy(update={"requests": [30, 12]}).model_dump_json(), encoding="utf-8")
+        for expected in ([30, 12], [0, 0]):
+            summary = follow_plan(people, api)
+            assert (submitted_by_step(summary), summary["pending"]) == (expected, 18)
+            assert any(note.startswith("person: 18 requests over the plan") for note in summary["notes"])
+        assert summary["exit_code"] == ExitCode.OK
+        assert people.run_job(api).submitted == 18
+
+
+@pytest.mark.parametrize("change", ["job", "input", "price of a later step"])
+def test_changed_plan_is_refused(people: Workspace, api: SandboxApi, change: str) -> None:
+    """A plan does not hold for another job, input or price, in any step."""
+    people.write_job(SHORT_JOB)
+    save_plan(people, api)
+    if change == "job":
+        people.write_job(SHORT_JOB + "complete: [work_email]\n")
+    elif change == "input":
+        people.write_leads(make_people(31, 10), HEADER)
+    else:
+        api.set_prices(dict.fromkeys(range(1000), 0.123))
+    summary = follow_plan(people, api)
+    assert (summary["exit_code"], summary["submitted"]) == (ExitCode.REFUSED, 0)
+    assert "changed since the plan was made" in summary["error"]
+
+
+def test_rows_of_a_plan(people: Workspace, tmp_path: Path) -> None:
+    """Each row has a decision and a reason in every step, and the run sends nothing for the others."""
+    leads = make_people(12, 4)
+    leads[5][0] = ""
+    people.write_leads(leads, HEADER)
+    with serve_api(tmp_path / "api.db", hit_rate=0.8) as api:
+        people.run_in_process("run", "job.yaml", "--limit", "2", api=api)
+        before = people.read_output()
+        result = people.run_in_process("plan", "job.yaml", "--rows", "rows.csv", "--limit", "5", api=api)
+        assert result.exit_code == 0, result.stderr
+        rows = people.read_output("rows.csv")
+        people.run_in_process("run", "job.yaml", "--limit", "5", api=api)
+        after = people.read_output()
+    assert list(rows[0]) == [*HEADER, *(f"plan_{step}_{name}" for step in STEPS for name in ("decision", "why"))]
+    assert {row["plan_company_decision"] for row in rows} <= {"found", "not_found", "new", "duplicate", "over_limit"}
+    assert rows[5]["plan_email_decision"] in {"invalid", "filtered"}
+    for row, old, new in zip(rows, before, after, strict=True):
+        for step in STEPS:
+            if new[f"enrich_{step}_task_id"] != old[f"enrich_{step}_task_id"]:
+                assert row[f"plan_{step}_decision"] in MAY_BE_SENT
+            assert row[f"plan_{step}_why"]
+    assert rows[-1]["plan_phone_why"] != ""
+    assert any(row["plan_phone_why"] == "sent if the results of person require it" for row in rows)
+
+
+def test_shared_request_takes_one_place_when_it_is_sent_again(people: Workspace, tmp_path: Path) -> None:
+    """`--limit` counts a failed request that three leads share once, and so does the plan in a later step."""
+    people.write_job(
+        "version: 1\ninput: leads.csv\noutput: out.csv\nsteps:\n"
+        "  - name: company\n    waterfall: company_lookup\n"
+        "    params: {company_website: Website}\n    columns: {staff: employees}\n"
+        "  - name: person\n    waterfall: person_by_link\n    where: enrich_company_status <> ''\n"
+        "    params: {link: Website}\n    columns: {mail: work_email}\n"
+        "limits: {requests_per_second: 1000}\n"
+    )
+    people.write_leads(make_people(12, 4), HEADER)
+    with serve_api(tmp_path / "api.db", failure_rate=1.0, free_failures=0.0) as api:
+        assert submitted_by_step(people.run_job(api).as_json()) == [4, 4]
+        plan = save_plan(people, api, "--retry", "failed")
+        assert [step["at_most"] for step in plan["steps"]] == [4, 4]
+        summary = people.run_job(api, RunOptions(retry=frozenset({State.FAILED}), limit=3))
+        assert submitted_by_step(summary.as_json()) == [3, 3]
+
+
+# Any history
+
+
+@dataclass(frozen=True)
+class Case:
+    """Leads by number, what happened before, the options of the run, and changes of the job."""
+
+    leads: list[int]
+    history: list[tuple[str, int]]
+    options: RunOptions
+    job: dict[str, str]
+    company_where: str
+    email_where: str
+
+
+CASES = st.builds(
+    Case,
+    leads=st.lists(st.integers(0, 11), min_size=1, max_size=14),
+    history=st.lists(
+        st.tuples(st.sampled_from(["limit", "sample", "doubt", "age", "no-credits"]), st.integers(1, 5)), max_size=3
+    ),
+    options=st.builds(
+        RunOptions,
+        limit=st.one_of(st.none(), st.integers(0, 6)),
+        sample=st.one_of(st.none(), st.integers(1, 6)),
+        seed=st.integers(0, 3),
+        retry=st.frozensets(st.sampled_from([State.FAILED, State.IN_DOUBT])),
+    ),
+    job=st.fixed_dictionaries(
+        {},
+        optional={
+            "caps": st.just("{by: Website, max: 2}"),
+            "order_by": st.just("[Title, Website]"),
+            "where": st.just("Title <> 'Engineer'"),
+            "policy": st.just("{refresh: {found: 5d, not_found: 3d}}"),
+            "dispatch": st.just("{bulk: 3}"),
+        },
+    ),
+    company_where=st.sampled_from(["Title <> ''", "Title = 'Engineer'"]),
+    email_where=st.sampled_from(["Title <> ''", "TRY_CAST(staff AS INT) > 50", "Title = 'Engineer'"]),
+)
+_case_numbers = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def mixed_api() -> Iterator[SandboxApi]:
+    """Serve an API that finds, misses and fails."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        serve_api(Path(folder) / "api.db", failure_rate=0.2, free_failures=0.2, hit_rate=0.6) as api,
+    ):
+        yield api
+
+
+@contextmanager
+def make_history(api: SandboxApi, case: Case, number: int) -> Iterator[Workspace]:
+    """Make a workspace with this history; `number` keeps the leads of different cases apart."""
+    job = JOB.replace("TRY_CAST(staff AS INT) > 50", case.email_where)
+    job = job.replace("    columns: {staff", f"    where: {case.company_where}\n    columns: {{staff")
+    people = make_people(12, 4)
+    with tempfile.TemporaryDirectory() as folder:
+        workspace = Workspace(Path(folder))
+        workspace.write_leads([[f"P{number}x{n}", *make_unique(people[n], number)[1:]] for n in case.leads], HEADER)
+        for what, count in case.history:
+            workspace.write_job(job)
+            if what in ("doubt", "no-credits"):
+                api.inject_fault({"doubt": "error-after"}.get(what, what), count, "post")
+                workspace.run_job(api, RunOptions(limit=count + 1))
+                api.clear_faults()
+            elif what in ("limit", "sample"):
+                workspace.run_job(api, RunOptions(limit=count) if what == "limit" else RunOptions(sample=count))
+            elif ledger_exists(workspace.ledger_location):
+                workspace.sql("UPDATE attempts SET settled_ms = settled_ms - 345600000 WHERE id % 3 <> ?", count % 3)
+        workspace.write_job(job, **case.job)
+        yield workspace
+
+
+def make_unique(person: list[str], number: int) -> list[str]:
+    """Return a lead whose company and profile are those of one case."""
+    return [each.replace("company", f"company{number}x").replace("/in/", f"/in/{number}x") for each in person]
+
+
+def make_plan(workspace: Workspace, api: SandboxApi, options: RunOptions) -> tuple[StepsPlan, SavedPlan]:
+    """Make a plan, with its rows."""
+    return make_steps_plan(load_job(workspace.job_file), api.access, options, workspace.folder / "rows.csv")
+
+
+@pytest.mark.long
+@settings(max_examples=examples(10), deadline=None, suppress_health_check=list(HealthCheck))
+@given(case=CASES, frozen=st.booleans())
+def test_plan_holds_for_any_history(mixed_api: SandboxApi, case: Case, *, frozen: bool) -> None:
+    """The first step is exact, the others stay below their ceilings, and rows are sent as their decisions say."""
+    with make_history(mixed_api, case, next(_case_numbers)) as workspace:
+        plan, kept = make_plan(workspace, mixed_api, case.options)
+        with (workspace.folder / "rows.csv").open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        before = last_attempts(workspace)
+        summary = workspace.run_job(mixed_api, RunOptions(plan=kept) if frozen else case.options).as_json()
+        sent = submitted_by_step(summary)
+        assert sent[0] - resent_for_free(workspace, "company", before) == plan.steps[0].to_submit
+        for number, step in enumerate(plan.steps):
+            assert step.to_submit <= step.at_most
+            assert sent[number] - resent_for_free(workspace, STEPS[number], before) <= step.at_most
+        assert plan.cost.maximum is not None
+        assert summary["credits_spent"] <= plan.cost.maximum + 1e-9
+        after = {attempt[0]: attempt[1:] for attempt in last_attempts(workspace)}
+        output = workspace.read_output()
+        for row, written in zip(rows, output, strict=True):
+            for name in STEPS:
+                attempt = after.get(written[f"enrich_{name}_task_id"])
+                if attempt is not None and attempt[:2] == (name, summary["execution"]):
+                    assert row[f"plan_{name}_decision"] in MAY_BE_SENT
+        if frozen:
+            again = workspace.run_job(mixed_api, RunOptions(plan=kept)).as_json()
+            assert submitted_by_step(again)[0] == 0
+
+
+@pytest.mark.long
+@settings(max_examples=examples(8), deadline=None, suppress_health_check=list(HealthCheck))
+@given(case=CASES)
+def test_interrupted_plan_of_any_history(mixed_api: SandboxApi, case: Case) -> None:
+    """All runs of a plan together send exactly the requests of the first step, and stay below the ceilings."""
+    with make_history(mixed_api, case, next(_case_numbers)) as workspace:
+        plan, kept = make_plan(workspace, mixed_api, case.options)
+        before = last_attempts(workspace)
+        sent = [0] * len(STEPS)
+        for interrupted in (True, True, False, False):
+            if interrupted:
+                mixed_api.inject_fault("no-credits", 1, "post")
+            summary = workspace.run_job(mixed_api, RunOptions(plan=kept)).as_json()
+            mixed_api.clear_faults()
+            sent = [a + b for a, b in zip(sent, submitted_by_step(summary), strict=True)]
+        resent = [resent_for_free(workspace, step, before) for step in STEPS]
+        assert sent[0] - resent[0] == plan.steps[0].to_submit
+        for number, step in enumerate(plan.steps):
+            assert sent[number] - resent[number] <= step.at_most
+
+
+def last_attempts(workspace: Workspace) -> list[tuple[Any, ...]]:
+    """Return task id, step, execution and request of every attempt that the API accepted."""
+    if not ledger_exists(workspace.ledger_location):
+        return []
+    return [
+        tuple(row)
+        for row in workspace.sql(
+            "SELECT task_id, step, execution_id, request_id FROM attempts WHERE task_id IS NOT NULL"
+        )
+    ]
+
+
+def resent_for_free(workspace: Workspace, step: str, before: list[tuple[Any, ...]]) -> int:
+    """Count the attempts of a step since then that repeat a request which has failed at no charge."""
+    first_new = {attempt[0] for attempt in before}
+    new = [attempt for attempt in last_attempts(workspace) if attempt[0] not in first_new and attempt[1] == step]
+    return len(new) - len({attempt[3] for attempt in new})
+
+
+def test_plan_file_has_no_leads(people: Workspace, api: SandboxApi) -> None:
+    """The file of a plan has digests, prices and counts, and no cell."""
+    save_plan(people, api)
+    text = (people.folder / "night.plan").read_text(encoding="utf-8")
+    assert "company" not in text.replace("company_lookup", "")
+    assert [len(target["providers"]) > 0 for target in json.loads(text)["ground"]["targets"]] == [True] * 5

@@ -1,0 +1,115 @@
+"""Claims look behind the last one only: in the queue's order, without skipping what returned, beside old snapshots."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
+
+import psycopg
+import pytest
+
+from enrich.job.locations import LedgerLocation, PostgresLocation
+from enrich.ledger import transitions
+from enrich.ledger.database import Database
+from enrich.ledger.transitions import CLAIMS_PER_FULL_LOOK
+from enrich.models import State
+from tests.support.ledger import FREE_FAILURE, MAX_PRICE, CommittingLedger, params
+
+CLAIMED_BESIDE_SNAPSHOT = 3_000
+
+
+@pytest.fixture(params=["file", pytest.param("server", marks=pytest.mark.long)])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Run every test on both databases."""
+    return str(request.param)
+
+
+def claim_leads(ledger: CommittingLedger, count: int) -> list[tuple[int, int]]:
+    """Claim requests one by one; return attempt and lead of each."""
+    leads = {params(number): number for number in range(1_000)}
+    claims = [ledger.claim() for _ in range(count)]
+    return [(claim.attempt_id, leads[claim.params]) for claim in claims]
+
+
+@pytest.mark.parametrize("how", ["refused", "failed at no charge", "rolled back"])
+def test_returned_request_is_claimed_next(ledger: CommittingLedger, how: str) -> None:
+    """A request that returns to the queue keeps its place in it."""
+    ledger.start_and_enroll(*range(6))
+    first, second, _ = claim_leads(ledger, 3)
+    if how == "refused":
+        ledger.commit(transitions.record_refused, [(second[0], "429", ledger.now)])
+    elif how == "failed at no charge":
+        ledger.commit(transitions.record_accepted, [(second[0], "task", ledger.now)], {})
+        ledger.settle(second[0], FREE_FAILURE)
+    else:
+
+        def claim_and_fail(wrapped: Database) -> None:
+            transitions.claim(wrapped, ledger.execution, MAX_PRICE, ledger.now)
+            raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            ledger.commit(claim_and_fail)
+    expected = [3, 4, 5] if how == "rolled back" else [1, 3, 4, 5]
+    assert [lead for _, lead in claim_leads(ledger, len(expected))] == expected
+    assert first[1] == 0
+    assert ledger.commit(transitions.claim, ledger.execution, MAX_PRICE, ledger.now) == []
+
+
+@pytest.mark.parametrize("left", [10, 2 * CLAIMS_PER_FULL_LOOK])
+def test_request_returned_by_other_process_is_not_skipped(ledger: CommittingLedger, left: int) -> None:
+    """What another process returns is claimed after a while, and before the queue counts as empty."""
+    ledger.start_and_enroll(*range(left + 3))
+    (attempt, _), *_ = claim_leads(ledger, 3)
+    with closing(Database(ledger.location)) as other, other.transaction():
+        transitions.record_refused(other, [(attempt, "429", ledger.now)])
+    leads = [lead for _, lead in claim_leads(ledger, left + 1)]
+
+    assert sorted(leads) == [0, *range(3, left + 3)]
+    assert [lead for lead in leads if lead] == list(range(3, left + 3))
+    assert leads.index(0) <= CLAIMS_PER_FULL_LOOK
+    assert ledger.commit(transitions.claim, ledger.execution, MAX_PRICE, ledger.now) == []
+
+
+def test_other_selection_begins_at_the_start(ledger: CommittingLedger) -> None:
+    """Claims of new requests only, and those of the next pass, do not move where all claims begin."""
+    ledger.start_and_enroll(*range(4))
+    attempt = ledger.submit()
+    ledger.settle(attempt, replace(FREE_FAILURE, free_failure=False))
+    ledger.enroll(range(4), retry=[State.FAILED])
+    (new,) = ledger.commit(transitions.claim, ledger.execution, MAX_PRICE, ledger.now, only_new=True)
+    assert new.params == params(1)
+    assert [lead for _, lead in claim_leads(ledger, 3)] == [0, 2, 3]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("backend", ["server"], indirect=True)
+def test_claims_beside_old_snapshot(ledger: CommittingLedger, ledger_location: LedgerLocation) -> None:
+    """While a backup reads an old snapshot, a claim does not go over the entries of all earlier claims."""
+    assert isinstance(ledger_location, PostgresLocation)
+    ledger.start_and_enroll(*range(CLAIMED_BESIDE_SNAPSHOT + 100))
+    with psycopg.connect(ledger_location.conninfo, options=f"-c search_path={ledger_location.schema}") as backup:
+        backup.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        backup.execute("SELECT count(*) FROM requests")
+        for _ in range(CLAIMED_BESIDE_SNAPSHOT // 50):
+            ledger.commit(transitions.claim, ledger.execution, MAX_PRICE, ledger.now, 50)
+        assert claim_buffers(ledger) < 40
+        backup.rollback()
+
+
+def claim_buffers(ledger: CommittingLedger) -> int:
+    """Return how many buffers the next claim's look at the queue touches."""
+    found: list[Any] = []
+    db = ledger.wrapped.session
+    execute = db.execute
+
+    def explain(sql: str, values: Any = (), /) -> Any:
+        if sql.startswith("SELECT id, queue_position FROM requests"):
+            found.append(execute(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {sql}", values).fetchone()[0][0]["Plan"])
+        return execute(sql, values)
+
+    db.execute = explain  # type: ignore[method-assign]
+    ledger.commit(transitions.claim, ledger.execution, MAX_PRICE, ledger.now)
+    db.execute = execute  # type: ignore[method-assign]
+    (plan,) = found
+    return int(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"])
