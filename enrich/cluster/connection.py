@@ -42,8 +42,9 @@ RAY_ENVIRONMENT = {
 }
 #: How long disconnecting may take, in seconds. All results are in the ledger by then.
 DISCONNECT_TIMEOUT_S = 10.0
-#: How often our signal handlers are installed again, in seconds, because Ray replaces them during its calls.
-SIGNAL_CHECK_S = 0.02
+#: How often our signal handlers are installed again, in seconds, because Ray replaces them during its calls. Until then
+#: a SIGTERM ends this process; all answers are in the ledger.
+SIGNAL_CHECK_S = 0.002
 #: Signals for the run that a local Ray must not receive. SIGTERM is not blocked: Ray ends its own processes with it.
 BLOCKED_SIGNALS = (signal.SIGINT, signal.SIGHUP)
 
