@@ -13,20 +13,16 @@ from enrich.ledger.verify import check_ledger
 from enrich.run.context import RunOptions
 from tests.support.cases import first_quick
 from tests.support.workspace import (
-    BOTH_BACKENDS_SERVER_LONG,
     FILE_ONLY,
     JOB,
     SandboxApi,
     Workspace,
+    both_backends,
     make_leads,
     serve_api,
 )
 
-
-@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Run each test with a SQLite file and with PostgreSQL."""
-    return str(request.param)
+backend = both_backends
 
 
 @pytest.fixture

@@ -13,13 +13,15 @@ from enrich.run.context import RunOptions
 from tests.support.cases import first_quick, in_turn
 from tests.support.documents import ROOT
 from tests.support.workspace import (
-    BOTH_BACKENDS_SERVER_LONG,
     FILE_ONLY,
     SandboxApi,
     Workspace,
+    both_backends,
     make_leads,
     serve_api,
 )
+
+backend = both_backends
 
 VERIFY = """\
 version: 1
@@ -49,12 +51,6 @@ params: {query: Query}
 columns: {first: name, eleventh: 10.name}
 limits: {max_credits: 100}
 """
-
-
-@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Run each test with a SQLite file and with PostgreSQL."""
-    return str(request.param)
 
 
 def write_emails(workspace: Workspace, count: int, job: str = VERIFY) -> None:

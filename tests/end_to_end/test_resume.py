@@ -18,24 +18,20 @@ from enrich.run.context import RunOptions
 from enrich.run.summary import RunSummary
 from tests.support.cases import first_quick
 from tests.support.workspace import (
-    BOTH_BACKENDS_SERVER_LONG,
     FILE_ONLY,
     SandboxApi,
     Workspace,
+    both_backends,
     kill_process,
     make_leads,
     serve_api,
     wait_until,
 )
 
+backend = both_backends
+
 OLD_OUTPUT = "the output of an older night\n"
 MAX_POSTS_IN_FLIGHT = 32  # the most requests that a kill may leave in doubt
-
-
-@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Run each test with a ledger in a file and on a server."""
-    return str(request.param)
 
 
 def start_and_kill(workspace: Workspace, api: SandboxApi, condition: Callable[[], bool], *arguments: str) -> None:

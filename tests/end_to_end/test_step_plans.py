@@ -26,16 +26,12 @@ from enrich.run.plan_file import SavedPlan
 from enrich.run.step_plan import StepsPlan
 from tests.end_to_end.test_steps import HEADER, JOB, SHORT_JOB, STEPS, make_people
 from tests.support.cases import examples
-from tests.support.workspace import BOTH_BACKENDS_SERVER_LONG, SandboxApi, Workspace, serve_api
+from tests.support.workspace import SandboxApi, Workspace, both_backends, serve_api
+
+backend = both_backends
 
 #: Decisions with which a row is sent in a step, or may be.
 MAY_BE_SENT = {"new", "retry", "refresh", "possible", "duplicate", "over_limit"}
-
-
-@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Run each test with a SQLite file and with PostgreSQL."""
-    return str(request.param)
 
 
 @pytest.fixture

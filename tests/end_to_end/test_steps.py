@@ -14,13 +14,15 @@ from enrich.exit_codes import ExitCode
 from enrich.models import State
 from enrich.run.context import RunOptions
 from tests.support.workspace import (
-    BOTH_BACKENDS_SERVER_LONG,
     SandboxApi,
     Workspace,
+    both_backends,
     clock_ahead,
     kill_process,
     serve_api,
 )
+
+backend = both_backends
 
 HEADER = ["First Name", "Last Name", "Website", "Email", "Title", "LinkedIn"]
 #: Company → e-mail → a fallback where nothing was found → phone for directors.
@@ -98,12 +100,6 @@ def credits_of(rows: Iterable[dict[str, str]], column: str = "enrich_credits") -
 def statuses_of(rows: Iterable[dict[str, str]], step: str | None = None) -> Counter[str]:
     """Count the rows by their status, or by that of a step."""
     return Counter(row["enrich_status" if step is None else f"enrich_{step}_status"] for row in rows)
-
-
-@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Run each test with a SQLite file and with PostgreSQL."""
-    return str(request.param)
 
 
 @pytest.fixture
