@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from tests.support.workspace import SandboxApi, Workspace
 
 # No deadline: a busy machine is slow. Derandomized: the same code sees the same examples everywhere.
-settings.register_profile("few", deadline=None, derandomize=True, max_examples=12)
+settings.register_profile("few", deadline=None, derandomize=True, max_examples=6)
 # `make stories` runs all of them. Properties of functions have 60 to 200 examples; those whose example is a whole run
 # have 4 to 8, as each has a history of several runs; the stateful ones of the ledger have 40 times 40 steps, enough
 # for every rule to follow every other, …
