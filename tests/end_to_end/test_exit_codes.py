@@ -22,7 +22,7 @@ from enrich.run.run_state import Timeouts
 from enrich.sandbox import Fault
 from enrich.sandbox.databar import Databar, NotFoundError
 from enrich.sandbox.lookups import Refused as ApiRefusal
-from tests.support.cases import first_quick
+from tests.support.cases import first_quick, in_turn
 from tests.support.workspace import (
     SHORT_OUTAGE_TIMEOUT,
     SHORT_STARTUP_TIMEOUT,
@@ -69,7 +69,7 @@ def assert_exit(result: ProgramResult, code: int, *messages: str) -> dict[str, A
 # 2: the command or the job is wrong
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("arguments", "messages"),
     [
         (["run", "job.yaml", "--no-such-option"], ["--no-such-option"]),
@@ -97,7 +97,7 @@ def test_usage_error_is_exit_2(
     assert api.audit()["accepted"] == 0
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("replaced", "messages"),
     [
         ({"waterfall": "email_geter"}, ["job.yaml:4", "email_geter", "did you mean `email_getter`?"]),
@@ -113,12 +113,12 @@ def test_usage_error_is_exit_2(
         ({"where": "Note ="}, ["where"]),
         ({"where": "count(Note) > 1"}, ["where"]),
         ({"where": "CAST(Note AS INT) > 1"}, ["where", "TRY_CAST"]),
-        ({"input": "out.csv"}, ["would replace the input"]),
         ({"colour": "red"}, ["job.yaml:12", "colour", "unknown key"]),
         ({"version": "2"}, ["job.yaml:1", "version"]),
         ({"api_key": "sk-123"}, ["api_key", "DATABAR_API_KEY"]),
         ({"limits": "{max_credits: lots}"}, ["limits.max_credits"]),
         ({"params": "[unclosed"}, ["job.yaml:"]),
+        ({"input": "out.csv"}, ["would replace the input"]),
     ],
 )
 def test_job_error_is_exit_2(
@@ -137,7 +137,7 @@ def test_job_error_is_exit_2(
     assert api.audit()["accepted"] == 0
 
 
-@pytest.mark.parametrize("base_url", ["http://api.databar.ai/v1", "ftp://api.databar.ai", "nonsense"])
+@in_turn("base_url", ["http://api.databar.ai/v1", "ftp://api.databar.ai", "nonsense"])
 def test_insecure_base_url_is_exit_2(workspace: Workspace, base_url: str) -> None:
     """Sends the key over https or to loopback only."""
     workspace.write_leads(make_leads(1))
