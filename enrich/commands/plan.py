@@ -151,7 +151,7 @@ def make_plan(
         template = preflight_result.template
         budget = make_budget(job, template, preflight_result.balance)
         counts = dict.fromkeys(DECISION_REASONS, 0)
-        is_running = bool(is_locked(job.ledger))
+        is_running = is_locked(job.ledger)
         selection = replace(select_requests(job, options, now_ms), no_active_run=not is_running)
         enroll.begin_pass(ledger)
         row_count = requesting_rows = 0
@@ -200,7 +200,7 @@ def make_steps_plan(
         for step, of_step in zip(job.step_jobs, preflights, strict=True):
             make_budget(step, of_step.template, of_step.balance)
         rows = make_step_rows(job, job_input, ledger, joined, options)
-        now_ms, is_running = SystemClock().now_ms(), bool(is_locked(job.ledger))
+        now_ms, is_running = SystemClock().now_ms(), is_locked(job.ledger)
         selections = [
             replace(select_requests(step, options, now_ms), no_active_run=not is_running) for step in job.steps
         ]
