@@ -15,7 +15,7 @@ import click
 
 from enrich.commands import options
 from enrich.commands.check_steps import open_ledger_or_empty
-from enrich.commands.plan_rows import write_rows, write_step_rows
+from enrich.commands.plan_rows import check_replaceable, write_rows, write_step_rows
 from enrich.databar.client import Client
 from enrich.databar.clock import SystemClock
 from enrich.databar.credentials import ApiAccess
@@ -234,6 +234,7 @@ def _prepare_rows_file(job: Job, rows_file: Path | None) -> Path | None:
     if is_written_by_run(job, rows_file):
         raise JobError(f"{rows_file}: the rows would replace a file that a run has written", "choose another name")
     prepare_file(rows_file, job.input_path, job.name, "plan")
+    check_replaceable(rows_file)
     return rows_file
 
 
