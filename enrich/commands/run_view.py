@@ -25,7 +25,12 @@ class RunStatus(StrEnum):
     NEVER_RUN = "never run"
     RUNNING = "running"
     NO_HEARTBEAT = "no heartbeat"
+    KILLED = "killed"
     ENDED = "ended"
+
+
+#: The counts of such a run are those of its last heartbeat.
+STOPPED = (RunStatus.NO_HEARTBEAT, RunStatus.KILLED)
 
 
 def run_status(
@@ -34,12 +39,14 @@ def run_status(
     heartbeat_age_s: float,
     heartbeat_timeout_s: float,
     *,
-    lock_held: bool | None,
+    lock_held: bool,
 ) -> RunStatus:
-    """Return the status of a run from the age of its heartbeat. `lock_held`: the ledger is locked (None: unknown)."""
+    """Return the status of a run from the age of its heartbeat. `lock_held`: a process holds the lock for this run."""
     if run.ended_ms is not None:
         return RunStatus.ENDED
-    pauses_heartbeat = snapshot is not None and snapshot.doing.blocks_snapshots and lock_held is True
+    if not lock_held:
+        return RunStatus.KILLED
+    pauses_heartbeat = snapshot is not None and snapshot.doing.blocks_snapshots
     return RunStatus.RUNNING if heartbeat_age_s <= heartbeat_timeout_s or pauses_heartbeat else RunStatus.NO_HEARTBEAT
 
 
@@ -139,12 +146,12 @@ def format_headline(view: RunView) -> str:
         lasted = format_elapsed((run.ended_ms - run.started_ms) / 1000)
         return f"{job}: run {run.id} ended at {iso_time(run.ended_ms)} after {lasted}{how}"
     phase = "" if view.snapshot is None else view.snapshot.doing.value
+    while_ = f" while {phase}" if phase else ""
+    heartbeat_at = iso_time(last_heartbeat_ms)
+    if view.status is RunStatus.KILLED:
+        return f"{job}: run {run.id} was killed{while_}; its last heartbeat was at {heartbeat_at}"
     if view.status is RunStatus.NO_HEARTBEAT:
-        while_ = f" while {phase}" if phase else ""
-        return (
-            f"{job}: run {run.id}, no heartbeat since {iso_time(last_heartbeat_ms)}: "
-            f"killed, suspended or stopped{while_}"
-        )
+        return f"{job}: run {run.id}, no heartbeat since {heartbeat_at}: suspended or stopped{while_}"
     since = f"since {iso_time(run.started_ms)} ({format_elapsed((view.now_ms - run.started_ms) / 1000)})"
     return f"{job}: run {run.id}, running {since}{f': {phase}' if phase else ''}"
 
@@ -169,7 +176,7 @@ def run_facts(view: RunView) -> Iterator[tuple[str, str]]:
     if run is None:
         return
     # After the last heartbeat the counts are out of date. Newer ones would have to be counted in the ledger.
-    then = " at the last heartbeat" if snapshot is not None and view.status is RunStatus.NO_HEARTBEAT else ""
+    then = " at the last heartbeat" if snapshot is not None and view.status in STOPPED else ""
     yield "results", _answer_counts(run, snapshot) + then
     cap = "" if run.cap is None else f" of at most {to_credits(run.cap):,.2f}"
     unknown = f" and {pluralize(run.unknown, 'result')} of unknown price" if run.unknown else ""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from enrich.errors import CommandRefused, LedgerDamaged, LedgerMoved
+from enrich.job.locations import PostgresLocation
 from enrich.ledger import schema
 from enrich.ledger.dialect import Dialect
 from enrich.ledger.file_identity import OpenFiles, ledger_file_exists, make_private_folder
@@ -219,7 +220,12 @@ def _is_content_error(error: BaseException) -> bool:
 
 def damaged_ledger_error(path: object, detail: str = "") -> LedgerDamaged:
     """Return the error for a damaged ledger. SQLite's own message may quote personal data and is never shown."""
-    return LedgerDamaged(f"{path}: the ledger is damaged{detail and f': {detail}'}", RESTORE_HINT)
+    return LedgerDamaged(f"{path}: the ledger is damaged{detail and f': {detail}'}", restore_hint(path))
+
+
+def restore_hint(location: object) -> str:
+    """Return how to restore a damaged ledger."""
+    return "restore a backup of its schema: pg_restore" if isinstance(location, PostgresLocation) else RESTORE_HINT
 
 
 def open_sqlite(path: Path, *, read_only: bool, any_version: bool, skip_integrity_check: bool = False) -> SqliteSession:

@@ -194,7 +194,7 @@ class ComparedSide:
 
     label: str
     providers: Sequence[str]
-    asked: int
+    requests: int
     found: int
     not_found: int
     credits: float

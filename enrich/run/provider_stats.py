@@ -196,7 +196,7 @@ class ProviderStats:
     def _add_steps(self, kind: _AnswerKind, answers: int) -> None:
         _, verifier = self._call_providers(kind.call)
         previous: str | None = None
-        asked: dict[str, None] = {}
+        called: dict[str, None] = {}
         verified: dict[str, None] = {}
         verifiers = set()
         for name, action, price in kind.steps:
@@ -210,18 +210,18 @@ class ProviderStats:
                 if previous is not None:
                     verified[previous] = None
             else:
-                asked[name] = None
+                called[name] = None
                 previous = name
         # A verifier does not find the answer. The provider before it did.
         winner = previous if kind.provider in verifiers else kind.provider
         found = winner if kind.state == State.FOUND else None
-        if found is not None and found not in asked:
+        if found is not None and found not in called:
             self._counters.setdefault(found, _ProviderCounter())
-            asked[found] = None
-        for position, name in enumerate(asked):
+            called[found] = None
+        for position, name in enumerate(called):
             self._counters[name].asked += answers
             self._counters[name].position_sum += position * answers
-        for name in verifiers - asked.keys():
+        for name in verifiers - called.keys():
             self._counters[name].asked += answers
         for name in verified:
             self._counters[name].rejected += answers if name != winner else 0
@@ -254,9 +254,9 @@ class ProviderStats:
         description = self.descriptions.get((target.kind, target.id))
         if description is None:
             return [], None
-        asked, verifier = description.asked(target), description.verifier(target)
-        all_known = all(each.name for each in asked)
-        providers = [(each.name, frozenset(each.params)) for each in asked] if all_known else []
+        called, verifier = description.called_providers(target), description.verifier(target)
+        all_known = all(each.name for each in called)
+        providers = [(each.name, frozenset(each.params)) for each in called] if all_known else []
         return providers, None if verifier is None else verifier.name or None
 
     def _sort_key(self, name: str) -> tuple[bool, float, str]:

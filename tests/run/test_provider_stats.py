@@ -294,7 +294,7 @@ def test_stats_agree_with_audit(
     for each in whole.providers:
         if not each.verifies:  # a miss without steps shows no price and no verification
             assert each.found == true[each.name]["found"]
-            assert each.asked + each.presumed == true[each.name]["asked"]
+            assert each.asked + each.presumed == true[each.name]["TRUEASKED"]
         assert each.credits / 1e6 <= true[each.name]["credits"] + 1e-9
     assert {each.name for each in whole.providers if each.verifies} == ({"Mailproof"} if verifier else set())
 
