@@ -60,14 +60,14 @@ class ReportedRun:
 class ReportedProvider:
     """A provider or verifier, over all answers of the job.
 
-    `asked` counts requests that the answers report, `presumed` those that are inferred for answers with no match and
+    `reported` counts requests that the answers report, `inferred` those that are inferred for answers with no match and
     no steps (enrich.run.provider_stats).
     """
 
     name: str
     verifies: bool
-    asked: int
-    presumed: int
+    reported: int
+    inferred: int
     found: int
     rejected: int
     passed_on: int

@@ -82,7 +82,7 @@ def render_report(report: Report) -> str:
         leads=report.leads and tables.leads_table(report.leads),
         total_cell=tables.credits_cell("credits_spent", report.credits_spent),
         rows_cell=tables.count_cell("rows", report.rows),
-        infers=any(provider.presumed for each in waterfalls for provider in each.providers),
+        infers=any(provider.inferred for each in waterfalls for provider in each.providers),
         dash=formatting.DASH,
     )
 

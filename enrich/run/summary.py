@@ -238,7 +238,7 @@ class _DetailsFormatter:
         head = f"{'requests':>9}{'matches':>9}{'rate':>8}{'credits':>12}{'/ match':>9}"
         yield self.style(f"  {'provider':<{width}}{head}", "bold")
         for each in summary.providers:
-            requests, name = each["asked"] + each["presumed"], f"  {pad(each['name'], width)}"
+            requests, name = each["reported"] + each["inferred"], f"  {pad(each['name'], width)}"
             paid = f"{format_credits(each['credits']):>12}"
             if each["verifies"]:
                 yield f"{name}{requests:>9,}{'':>9}{'checks':>8}{paid}"
@@ -247,7 +247,7 @@ class _DetailsFormatter:
                 yield f"{name}{requests:>9,}{each['found']:>9,}{_percentage(each['found'], requests):>8}{paid}{cost:>9}"
         if summary.credits_elsewhere:
             yield f"  {'unattributed':<{width}}{'':>26}{format_credits(summary.credits_elsewhere):>12}"
-        if inferred := max(each["presumed"] for each in summary.providers):
+        if inferred := max(each["inferred"] for each in summary.providers):
             yield f"  {pluralize(inferred, 'result')} without steps: every provider is inferred to be called"
         if summary.providers_untold:
             yield f"  {pluralize(summary.providers_untold, 'result')} without providers: not reported by the API"
