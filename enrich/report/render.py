@@ -186,5 +186,5 @@ def _balance_text(run: ReportedRun) -> str:
 
 
 def _waterfall_cells(facts: ReportedWaterfall) -> dict[str, Cell]:
-    counts = {name: tables.count_cell(name, getattr(facts, name)) for name in ("answers", "found", "untold")}
-    return counts | {name: tables.credits_cell(name, getattr(facts, name)) for name in ("spent", "elsewhere")}
+    counts = {name: tables.count_cell(name, getattr(facts, name)) for name in ("answers", "found", "not_reported")}
+    return counts | {name: tables.credits_cell(name, getattr(facts, name)) for name in ("spent", "unattributed")}

@@ -98,12 +98,12 @@ async def check_neighbours(
     overlap = await context.ledger_writer.submit(find_overlap, context.job, bound_to, step_rows, number)
     if overlap is None:
         return
-    run_state.paid_elsewhere += overlap.paid
+    run_state.paid_in_other_ledgers += overlap.paid
     error = refusal(step_rows.job if step_rows else context.job, overlap, number)
     if error is not None:
         # Once requests were sent, the run does not stop for a confirmation.
         if options.confirm_new_ledger is None or run_state.counters.submitted:
-            run_state.paid_elsewhere -= overlap.paid
+            run_state.paid_in_other_ledgers -= overlap.paid
             raise error
         with context.signals.interruptible():
             if not options.confirm_new_ledger(f"{error.message}.\nPay again?"):

@@ -179,7 +179,7 @@ class RunState:
     new_requests: int = 0
     accepted_in_doubt: int = 0
     #: Requests of a new ledger that another ledger in its folder has paid for, which this run pays again.
-    paid_elsewhere: int = 0
+    paid_in_other_ledgers: int = 0
     #: The user agreed to that.
     pays_again: bool = False
     #: Expected cost of the tasks that were already open.
