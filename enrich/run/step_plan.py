@@ -101,7 +101,7 @@ class StepForecast:
             "to_submit": self.to_submit,
             "at_most": self.at_most,
             "likely": None if likely is None else round(likely, 1),
-            "asked_again": self.again,
+            "sent_again": self.again,
             "worst_price": to_credits(self.worst_price),
             "max_credits": self.step.job.step_max_credits,
             "cost": self.cost.as_json(),
