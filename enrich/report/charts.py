@@ -79,8 +79,8 @@ def draw_bars(rows: Sequence[BarRow], label: str) -> RenderedChart | None:
 def status_chart(counts: Sequence[tuple[str, int]], label: str) -> RenderedChart | None:
     """Draw the number of rows by status."""
     whole = sum(count for _, count in counts)
-    inks = {"found": ChartColor.FOUND, "not_found": ChartColor.NOBODY, "failed": ChartColor.TROUBLE}
-    inks |= {"expired": ChartColor.TROUBLE, "in_doubt": ChartColor.TROUBLE}
+    inks = {"found": ChartColor.FOUND, "not_found": ChartColor.NO_MATCH, "failed": ChartColor.FAILED}
+    inks |= {"expired": ChartColor.FAILED, "in_doubt": ChartColor.FAILED}
     rows = [
         BarRow(
             formatting.format_status(status),
@@ -112,7 +112,7 @@ def age_chart(answers: Sequence[AnswerAge], label: str) -> RenderedChart | None:
     rows = [
         BarRow(
             formatting.clean_text(each.label),
-            [(each.found, ChartColor.FOUND), (each.not_found, ChartColor.NOBODY)],
+            [(each.found, ChartColor.FOUND), (each.not_found, ChartColor.NO_MATCH)],
             f"{formatting.format_count(each.found)} + {formatting.format_count(each.not_found)}",
         )
         for each in answers
@@ -244,7 +244,7 @@ def _step_marks(
         drawing.rect_marks(
             inferred, domain, axis, ChartColor.TRACK, stroke=ChartColor.MUTED.value, strokeDash=[3, 3], strokeWidth=1
         ),
-        drawing.rect_marks(no_match, domain, axis, ChartColor.NOBODY),
+        drawing.rect_marks(no_match, domain, axis, ChartColor.NO_MATCH),
         drawing.rule_marks(joints, domain, axis, ChartColor.MUTED, strokeDash=[2, 2]),
         drawing.rect_marks(found, domain, axis, ChartColor.FOUND),
     ]
