@@ -52,7 +52,7 @@ def _decide(  # noqa: PLR0913, PLR0917 - what is known of a batch
     is_open: Sequence[pl.Series],
     selection: RequestSelection,
 ) -> StepDecisions:
-    names, known, wanting = step_batch.fingerprints, step_batch.known, set(step_batch.wanting)
+    names, known, requesting_rows = step_batch.fingerprints, step_batch.known, set(step_batch.requesting_rows)
     choices = choose_requests(rows.ledger, filter(None, names), selection)
     uncertain = _any_open(is_open, step.depends_on, text.height)
     may_change = _any_open(is_open, step.params_depend_on, text.height)
@@ -83,7 +83,7 @@ def _decide(  # noqa: PLR0913, PLR0917 - what is known of a batch
                 decision = answered
         elif decided is StepDecision.SEND:
             decision = by_ledger
-        elif row in wanting and by_ledger in DECISIONS_TO_SEND:
+        elif row in requesting_rows and by_ledger in DECISIONS_TO_SEND:
             decision = Decision.OVER_LIMIT
         else:
             decision = answered if answered is not None and decided is StepDecision.KEEP else left_out

@@ -23,10 +23,10 @@ from enrich.rows.job_input import JobInput
 from enrich.rows.requests import RequestBuilder, RowBatch
 from enrich.rows.send_order import order_of_rows
 from enrich.rows.step_decision import RowFacts, StepDecision, decide
-from enrich.run.asked_rows import Identities, find_asked, identities, sent_columns
 from enrich.run.collector import JoinedBatch, JoinedStep, merge_cells
 from enrich.run.job_steps import Step
 from enrich.run.lead_selection import CAPPED_REASON, LeadSelection
+from enrich.run.recorded_rows import Identities, find_recorded_rows, identities, sent_columns
 from enrich.run.step_batch import StepBatch, StepTables, decided_batch
 from enrich.run.step_cells import join_step, row_cells
 
@@ -181,14 +181,14 @@ class StepRows:
                 strict=True,
             )
         ]
-        wanting = [row for row, decision in enumerate(decisions) if decision is StepDecision.SEND]
+        requesting_rows = [row for row, decision in enumerate(decisions) if decision is StepDecision.SEND]
         if self.leads is not None and limited:
             # What the run must not send is as if it waited: only what the ledger has counts.
             may_send = self.leads.may_send(progress.first_position, results)
             for row, decision in enumerate(decisions):
                 if decision is StepDecision.SEND and not may_send[row]:
                     decisions[row] = StepDecision.WAIT if results[row] is None else StepDecision.KEEP
-        return decided_batch(batch, decisions, results, wanting, progress.identities)
+        return decided_batch(batch, decisions, results, requesting_rows, progress.identities)
 
     def _was_sent(  # noqa: PLR0913, PLR0917 - what is known of a batch
         self,
@@ -205,32 +205,34 @@ class StepRows:
         """
         sent = [_was_sent(result) for result in results]
         rows = [row for row, (is_sent, wish) in enumerate(zip(sent, wanted, strict=True)) if is_sent and not wish]
-        asked = find_asked(self.ledger, step.job, batch.fingerprints, rows, progress.identities)
+        recorded = find_recorded_rows(self.ledger, step.job, batch.fingerprints, rows, progress.identities)
         for row in rows:
-            known = asked.get(row)
-            is_own = known is not None and known.is_sent_by_step and not known.is_wanted_by_other
+            known = recorded.get(row)
+            is_own = known is not None and known.is_sent_by_step and not known.is_requested_by_other
             sent[row] = is_own or (known is not None and not ready[row])
         return sent
 
     def prepare(self) -> None:
-        """Find out which rows want their request in each step, where no run has done so."""
+        """Find out which rows need their request in each step, where no run has done so."""
         for number, step in enumerate(self.steps):
-            step_results.begin_wanted(self.ledger, step.job.step)
+            step_results.begin_requesting_rows(self.ledger, step.job.step)
             for step_batch in self.step_batches(number):
-                self.add_wanted(number, step_batch)
+                self.add_requesting_rows(number, step_batch)
 
-    def add_wanted(self, number: int, step_batch: StepBatch) -> None:
+    def add_requesting_rows(self, number: int, step_batch: StepBatch) -> None:
         """Add the rows of a batch that need their request in a step, whether the run sends it for them or not."""
         job = self.steps[number].job
         for sends in (False, True):
-            rows = [row for row in step_batch.wanting if (step_batch.decisions[row] is StepDecision.SEND) == sends]
+            rows = [
+                row for row in step_batch.requesting_rows if (step_batch.decisions[row] is StepDecision.SEND) == sends
+            ]
             pairs = [
                 (name, row_hash)
                 for index, row_hash in step_batch.identities.hashes(job, rows)
                 if (name := step_batch.batch.fingerprints[rows[index]]) is not None
             ]
             if pairs:
-                step_results.add_wanted(self.ledger, job.step, pairs, sends=sends)
+                step_results.add_requesting_rows(self.ledger, job.step, pairs, sends=sends)
 
 
 _DECISIONS = {facts: decide(RowFacts(*facts)) for facts in product([False, True], repeat=6)}
