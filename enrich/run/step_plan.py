@@ -78,7 +78,7 @@ class StepForecast:
             name, is_certain = made.fingerprints[row], not made.uncertain[row]
             is_asked = decision not in (Decision.INVALID, Decision.FILTERED, Decision.OVER_LIMIT)
             self.wanted += is_asked
-            self.decided += is_certain and bool(made.may_be_wanted[row]) and decision is not Decision.INVALID
+            self.decided += is_certain and bool(made.may_be_selected[row]) and decision is not Decision.INVALID
             self.asked += is_certain and is_asked
             self.beyond_limit += decision is Decision.OVER_LIMIT
             if decision in DECISIONS_TO_SEND and name is not None:

@@ -150,7 +150,7 @@ class StepRows:
         limited: bool = True,
     ) -> StepBatch:
         earlier, text = progress.step_batches, progress.text
-        wanted = step.job_input.selected_rows(text)
+        selected = step.job_input.selected_rows(text)
         ready = pl.repeat(value=True, n=text.height, eager=True)
         for number in step.depends_on:
             ready &= pl.Series(earlier[number].final, dtype=pl.Boolean)
@@ -161,7 +161,7 @@ class StepRows:
             progress.selected,
             step.job_input.suppressed_rows(text),
             order,
-            wanted & ready,
+            selected & ready,
         )
         for row, is_capped in enumerate(self.capped[progress.first_position :][: text.height]):
             if is_capped and batch.statuses[row] is RowStatus.FILTERED:
@@ -175,8 +175,8 @@ class StepRows:
                 [status is RowStatus.FILTERED for status in batch.statuses],
                 [status is RowStatus.INVALID for status in batch.statuses],
                 blank_from_step,
-                wanted.to_list(),
-                self._was_sent(progress, step, batch, (wanted & ready).to_list(), ready.to_list(), results),
+                selected.to_list(),
+                self._was_sent(progress, step, batch, (selected & ready).to_list(), ready.to_list(), results),
                 ready.to_list(),
                 strict=True,
             )
@@ -195,7 +195,7 @@ class StepRows:
         progress: _Progress,
         step: Step,
         batch: RowBatch,
-        wanted: Sequence[bool],
+        selected: Sequence[bool],
         ready: Sequence[bool],
         results: Sequence[StepResult | None],
     ) -> list[bool]:
@@ -204,7 +204,11 @@ class StepRows:
         Where the step's condition does not hold, that another step or job has sent it does not count.
         """
         sent = [_was_sent(result) for result in results]
-        rows = [row for row, (is_sent, wish) in enumerate(zip(sent, wanted, strict=True)) if is_sent and not wish]
+        rows = [
+            row
+            for row, (is_sent, is_selected) in enumerate(zip(sent, selected, strict=True))
+            if is_sent and not is_selected
+        ]
         recorded = find_recorded_rows(self.ledger, step.job, batch.fingerprints, rows, progress.identities)
         for row in rows:
             known = recorded.get(row)
