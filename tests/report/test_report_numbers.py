@@ -82,7 +82,7 @@ def assert_agrees_with_audit(report: dict[str, Any], audit: dict[str, Any]) -> N
     true = audit["by_provider"]
     for each in report["waterfall"]["providers"]:
         assert each["found"] == true[each["name"]]["found"]
-        assert each["reported"] + each["inferred"] == true[each["name"]]["asked"]
+        assert each["reported"] + each["inferred"] == true[each["name"]]["calls"]
         assert each["credits"] == pytest.approx(true[each["name"]]["credits"])
 
 
@@ -114,7 +114,7 @@ def test_page_matches_status(tmp_path: Path, workspace: Workspace) -> None:
     for name, true in audit["by_provider"].items():
         about = f"provider {name}"
         assert marked_values(page, about, "credits") == [pytest.approx(true["credits"])]
-        assert set(marked_values(page, about, "calls")) == {true["asked"]}
+        assert set(marked_values(page, about, "calls")) == {true["calls"]}
     assert set(marked_values(page, "statuses", "found")) == {float(status["found"])}
 
 

@@ -294,7 +294,7 @@ def test_stats_agree_with_audit(
     for each in whole.providers:
         if not each.verifies:  # a miss without steps shows no price and no verification
             assert each.found == true[each.name]["found"]
-            assert each.reported + each.inferred == true[each.name]["asked"]
+            assert each.reported + each.inferred == true[each.name]["calls"]
         assert each.credits / 1e6 <= true[each.name]["credits"] + 1e-9
     assert {each.name for each in whole.providers if each.verifies} == ({"Mailproof"} if verifier else set())
 
@@ -309,6 +309,6 @@ def test_stats_with_steps_match_charges(tmp_path: Path, workspace: Workspace) ->
         true = api.audit()["by_provider"]
 
     assert {
-        each.name: {"asked": each.reported, "found": each.found, "credits": pytest.approx(each.credits / 1e6)}
+        each.name: {"calls": each.reported, "found": each.found, "credits": pytest.approx(each.credits / 1e6)}
         for each in ledger_stats(workspace).providers
     } == true
