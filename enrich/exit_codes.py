@@ -106,11 +106,11 @@ def exit_label(code: int) -> str:
     return EXIT_LABELS.get(code, "unknown")
 
 
-def outcome_label(code: int | None, *, is_running: bool | None) -> str:
-    """Return how a run ended. Without an exit code it is running or was killed; `is_running` None: not known which."""
+def outcome_label(code: int | None, *, is_running: bool) -> str:
+    """Return how a run ended. Without an exit code it is running or was killed."""
     if code is not None:
         return exit_label(code)
-    return {True: "running", False: "killed", None: "running or killed"}[is_running]
+    return "running" if is_running else "killed"
 
 
 def requires_action(code: int) -> bool:

@@ -17,8 +17,8 @@ from enrich.models import RequestSelection, to_credits
 from enrich.rows.job_input import JobInput
 from enrich.rows.template import RequestTemplate, join_templates
 from enrich.run.context import RunOptions, select_requests
+from enrich.run.job_steps import make_steps
 from enrich.run.step_input import StepInput
-from enrich.run.step_inputs import make_steps
 from enrich.run.step_plan import StepForecast, forecast_steps
 from enrich.run.step_rows import StepRows
 
@@ -64,12 +64,12 @@ def check_steps(
             result.problems.append(error)
         return
     for forecast, described in zip(forecasts, result.steps, strict=True):
-        described["leads"] = forecast.wanted
+        described["leads"] = forecast.leads
     result.sendable_rows = _sendable(forecasts)
 
 
 def _sendable(forecasts: Sequence[StepForecast]) -> int:
-    return max(forecast.wanted for forecast in forecasts)
+    return max(forecast.leads for forecast in forecasts)
 
 
 def _describe(step: Job, template: RequestTemplate) -> dict[str, Any]:

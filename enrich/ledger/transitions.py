@@ -13,11 +13,10 @@ from itertools import accumulate, groupby
 from typing import Any
 
 from enrich.ledger import bindings, task_ids
+from enrich.ledger.claim_costs import highest_prices, left_of_step_cap
 from enrich.ledger.database import Database
 from enrich.ledger.execution_records import read_paths
-from enrich.ledger.request_prices import highest_prices
 from enrich.ledger.sql_fragments import JSON_NUMBERS, OPEN_ATTEMPT, QUEUED
-from enrich.ledger.step_costs import left_of_step_cap
 from enrich.models import DUPLICATE_TASK_ID, Acceptance, Answer, ClaimedRequest, State, Task, to_json_text
 
 #: A claim looks only behind the last one: beside an old snapshot, such as a backup's, the index keeps an entry for each
@@ -66,19 +65,19 @@ def claim(  # noqa: PLR0913 - the budget and the selection
     if not (request_ids := [request_id for request_id, _ in queued_rows]):
         return []
     prices = highest_prices(db, request_ids, max_price, priced_by)
-    wanted = sum(prices)
-    (left_after,) = db.execute(f"{_RESERVE} RETURNING cap - spent - reserved", (wanted, execution_id)).fetchone()
-    remaining = None if left_after is None else left_after + wanted
-    step_remaining = None if step_cap is None else left_of_step_cap(db, execution_id, step, step_cap, wanted)
+    total_price = sum(prices)
+    (left_after,) = db.execute(f"{_RESERVE} RETURNING cap - spent - reserved", (total_price, execution_id)).fetchone()
+    remaining = None if left_after is None else left_after + total_price
+    step_remaining = None if step_cap is None else left_of_step_cap(db, execution_id, step, step_cap, total_price)
     for left, reached in ((remaining, CapReached), (step_remaining, StepCapReached)):
         if left is not None and sum(prices) > left:
             affordable = sum(total <= left for total in accumulate(prices))
             request_ids, prices = request_ids[:affordable], prices[:affordable]
         if not request_ids:
-            db.execute(_RESERVE, (-wanted, execution_id))
+            db.execute(_RESERVE, (-total_price, execution_id))
             raise reached
-    if sum(prices) < wanted:
-        db.execute(_RESERVE, (sum(prices) - wanted, execution_id))
+    if sum(prices) < total_price:
+        db.execute(_RESERVE, (sum(prices) - total_price, execution_id))
     last_claimed = max(bound, queued_rows[len(request_ids) - 1][1])
     db.claimed_up_to[only_new] = (last_claimed, 0 if is_full_look else bounded_looks + 1)
     bulk_task_id = None

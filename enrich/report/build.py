@@ -52,19 +52,19 @@ def reported_runs(
     outcome_counts: Iterable[tuple[int, str, int]],
     newest: int,
     *,
-    is_running: bool | None,
+    is_running: bool,
 ) -> list[ReportedRun]:
-    """Summarize each execution. `is_running`: a run is active now, and it is `newest`; None: not known."""
+    """Summarize each execution. `is_running`: a run is active now, and it is `newest`."""
     counts_by_run: dict[int, dict[str, int]] = {}
     for execution, state, number in outcome_counts:
         counts_by_run.setdefault(execution, {})[state] = number
     return [
-        _reported_run(row, counts_by_run.get(row.id, {}), is_running=is_running if row.id == newest else False)
+        _reported_run(row, counts_by_run.get(row.id, {}), is_running=is_running and row.id == newest)
         for row in executions
     ]
 
 
-def _reported_run(row: ExecutionRow, settled: Mapping[str, int], *, is_running: bool | None) -> ReportedRun:
+def _reported_run(row: ExecutionRow, settled: Mapping[str, int], *, is_running: bool) -> ReportedRun:
     summary = json.loads(row.summary) if row.summary else {}
     ended_ms, started_ms = row.ended_ms, row.started_ms
     return ReportedRun(
@@ -108,9 +108,9 @@ def reported_waterfall(target: Target, earnings: provider_stats.ProviderTotals, 
         providers=reported_providers(earnings),
         answers=earnings.answers,
         found=earnings.found,
-        untold=earnings.not_reported,
+        not_reported=earnings.not_reported,
         spent=to_credits(earnings.spent),
-        elsewhere=to_credits(earnings.unattributed),
+        unattributed=to_credits(earnings.unattributed),
         kind=target.kind,
         step=step,
         failed=earnings.failed,

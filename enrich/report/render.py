@@ -82,7 +82,7 @@ def render_report(report: Report) -> str:
         leads=report.leads and tables.leads_table(report.leads),
         total_cell=tables.credits_cell("credits_spent", report.credits_spent),
         rows_cell=tables.count_cell("rows", report.rows),
-        infers=any(provider.presumed for each in waterfalls for provider in each.providers),
+        infers=any(provider.inferred for each in waterfalls for provider in each.providers),
         dash=formatting.DASH,
     )
 
@@ -186,5 +186,5 @@ def _balance_text(run: ReportedRun) -> str:
 
 
 def _waterfall_cells(facts: ReportedWaterfall) -> dict[str, Cell]:
-    counts = {name: tables.count_cell(name, getattr(facts, name)) for name in ("answers", "found", "untold")}
-    return counts | {name: tables.credits_cell(name, getattr(facts, name)) for name in ("spent", "elsewhere")}
+    counts = {name: tables.count_cell(name, getattr(facts, name)) for name in ("answers", "found", "not_reported")}
+    return counts | {name: tables.credits_cell(name, getattr(facts, name)) for name in ("spent", "unattributed")}

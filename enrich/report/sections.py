@@ -122,7 +122,7 @@ def _waterfall_text(facts: ReportedWaterfall) -> str:
 
 def _verifier_text(facts: ReportedWaterfall) -> str:
     sentences = (
-        f" {formatting.clean_text(each.name)} verified {pluralize(each.asked, 'match')}:"
+        f" {formatting.clean_text(each.name)} verified {pluralize(each.reported, 'match')}:"
         f" {formatting.format_amount(each.credits)} credits."
         for each in facts.providers
         if each.verifies

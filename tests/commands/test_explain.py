@@ -351,15 +351,14 @@ def test_takes_no_lock_and_changes_nothing(api: SandboxApi, workspace: Workspace
 @in_turn(
     ("state", "running", "message"),
     [
-        (State.PENDING, None, "the next run with this lead sends it"),
+        (State.PENDING, False, "the next run with this lead sends it"),
         (State.SUBMITTING, True, "being sent now"),
         (State.SUBMITTING, False, "the next run marks it as unconfirmed"),
-        (State.SUBMITTING, None, "being sent, or interrupted"),
-        (State.FAILED, None, "only with --retry failed"),
-        (State.EXPIRED, None, "only with --retry expired"),
-        (State.FOUND, None, "no policy.refresh for found"),
+        (State.FAILED, False, "only with --retry failed"),
+        (State.EXPIRED, False, "only with --retry expired"),
+        (State.FOUND, False, "no policy.refresh for found"),
     ],
 )
-def test_every_state_has_next_step(state: State, running: bool | None, message: str) -> None:  # noqa: FBT001 - a table
+def test_every_state_has_next_step(state: State, running: bool, message: str) -> None:  # noqa: FBT001 - a table
     """Every state names the next step."""
     assert message in describe_next_step(state, [], Policy(refresh=Refresh()), 0, is_running=running)

@@ -93,18 +93,6 @@ def test_killed_or_running_execution(workspace: Workspace) -> None:
     assert "killed" in workspace.run_in_process("runs", "job.yaml").stdout
 
 
-def test_unknown_lock_state(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reports both possibilities when the lock's state is unknown."""
-    ledger = open_ledger(workspace)
-    ledger.start_execution()
-    ledger.wrapped.close()
-    monkeypatch.setattr("enrich.commands.runs.is_locked", lambda _: None)
-
-    (run,) = read_runs(load_job(workspace.job_file), 5)["executions"]
-
-    assert run["outcome"] == "running or killed"
-
-
 def test_inspection_takes_no_lock(workspace: Workspace) -> None:
     """Takes no lock, so that a run can start at the same time."""
     assert is_locked(workspace.ledger_location) is False

@@ -54,7 +54,7 @@ def test_plan_status_and_explain(people: Workspace, api: SandboxApi) -> None:
         "to_submit": 4,
         "at_most": 4,
         "likely": 4.0,
-        "asked_again": 0,
+        "sent_again": 0,
         "worst_price": 1.51,
         "max_credits": None,
         "cost": None,
@@ -105,7 +105,7 @@ def test_plan_says_what_is_bought_again(people: Workspace, api: SandboxApi) -> N
     )
     people.write_job(job)
     plan = people.run_in_process("plan", "job.yaml", "--json", api=api).json_output
-    again = {step["name"]: step["asked_again"] for step in plan["steps"]}
+    again = {step["name"]: step["sent_again"] for step in plan["steps"]}
     assert again["person"] > 0
     assert again["company"] == again["email"] == 0
     assert any(note.startswith("person: ") for note in plan["notes"])

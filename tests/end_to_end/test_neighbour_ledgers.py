@@ -116,7 +116,7 @@ def test_bounds(api: SandboxApi, workspace: Workspace, wanted: int, shared: int,
     assert result.exit_code == (5 if refused else 0), result.stderr
     if not refused:
         summary = result.json_output
-        assert summary["paid_elsewhere"] == shared
+        assert summary["paid_in_other_ledgers"] == shared
         (note,) = summary["notes"]
         assert note.startswith(f"{shared} of the {wanted:,} requests were already paid for in job.db")
         assert "also paid in another ledger of this folder" in result.stderr
@@ -129,7 +129,7 @@ def test_nothing_shared_is_silent(api: SandboxApi, workspace: Workspace) -> None
     job = write_other_job(workspace, input="new.csv")
     workspace.write_leads(make_leads(20, start=100), name="new.csv")
     summary = workspace.run_in_process("run", job, "--json", api=api).json_output
-    assert (summary["exit_code"], summary["notes"], summary["paid_elsewhere"]) == (0, [], 0)
+    assert (summary["exit_code"], summary["notes"], summary["paid_in_other_ledgers"]) == (0, [], 0)
 
 
 @pytest.mark.long

@@ -151,9 +151,27 @@ def test_check_names_column_and_row(paid_ledger: tuple[SandboxApi, Workspace, by
 
     assert result.exit_code == 5
     assert "requests.params, id 3: not UTF-8" in result.stdout
-    assert "attempts.answer, id 5: not JSON" in result.stdout
+    assert "attempts.answer, id 5: not a JSON object" in result.stdout
     assert "facts.value, row 2: not UTF-8" in result.stdout
     assert SECRET not in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("command", first_quick(2, [*COMMANDS[5:7], COMMANDS[0], COMMANDS[4]], single=True))
+@pytest.mark.parametrize("answer", [f'{{"{SECRET}', "", "[]", "5", "null", f'"{SECRET}"', "[" * 20_000])
+def test_answer_that_is_no_object_is_named(
+    paid_ledger: tuple[SandboxApi, Workspace, bytes], command: list[str], answer: str
+) -> None:
+    """An answer that is no JSON object is exit 5, and the message names its attempt."""
+    api, workspace, content = paid_ledger
+    write_ledger(workspace, content)
+    with closing(sqlite3.connect(workspace.ledger_path)) as db, db:
+        db.execute("UPDATE attempts SET answer = ? WHERE request_id = 1", (answer,))
+        (attempt,) = db.execute("SELECT id FROM attempts WHERE request_id = 1").fetchone()
+
+    result = workspace.run_in_process(*command, api=api)
+
+    assert_error_without_content(result, 5)
+    assert f"attempts.answer, id {attempt}: not a JSON object" in result.stderr
 
 
 @pytest.fixture(scope="module")

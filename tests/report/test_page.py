@@ -245,7 +245,7 @@ def test_provider_staircase_chart() -> None:
     steps = charts.waterfall_steps(reports.typical_report().waterfall)
     assert [step.start for step in steps] == [0, 412, 599, 660, 718, 735]
     assert steps[0].end == 1090 + 74
-    assert steps[0].presumed == 74
+    assert steps[0].inferred == 74
     assert (steps[-1].name, steps[-1].end - steps[-1].start) == (charts.NO_MATCH_LABEL, 1180 - 735)
 
 

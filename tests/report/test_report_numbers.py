@@ -69,7 +69,7 @@ def assert_agrees_with_status(workspace: Workspace, job: str = "job.yaml") -> di
     waterfall = report["waterfall"]
     assert waterfall["spent"] == pytest.approx(report["credits_spent"])
     paid = sum(each["credits"] for each in waterfall["providers"])
-    assert paid + waterfall["elsewhere"] == pytest.approx(waterfall["spent"])
+    assert paid + waterfall["unattributed"] == pytest.approx(waterfall["spent"])
     return report
 
 
@@ -78,7 +78,7 @@ def assert_agrees_with_audit(report: dict[str, Any], audit: dict[str, Any]) -> N
     true = audit["by_provider"]
     for each in report["waterfall"]["providers"]:
         assert each["found"] == true[each["name"]]["found"]
-        assert each["asked"] + each["presumed"] == true[each["name"]]["asked"]
+        assert each["reported"] + each["inferred"] == true[each["name"]]["calls"]
         assert each["credits"] == pytest.approx(true[each["name"]]["credits"])
 
 
@@ -110,7 +110,7 @@ def test_page_matches_status(tmp_path: Path, workspace: Workspace) -> None:
     for name, true in audit["by_provider"].items():
         about = f"provider {name}"
         assert marked_values(page, about, "credits") == [pytest.approx(true["credits"])]
-        assert set(marked_values(page, about, "asked_in_all")) == {true["asked"]}
+        assert set(marked_values(page, about, "calls")) == {true["calls"]}
     assert set(marked_values(page, "statuses", "found")) == {float(status["found"])}
 
 
@@ -191,7 +191,7 @@ def test_provider_stats_match_audit(tmp_path: Path, workspace: Workspace) -> Non
     report = assert_agrees_with_status(workspace)
     assert_agrees_with_audit(report, audit)
     assert report["waterfall"]["answers"] == 45
-    assert (report["waterfall"]["untold"], report["waterfall"]["elsewhere"]) == (0, 0)
+    assert (report["waterfall"]["not_reported"], report["waterfall"]["unattributed"]) == (0, 0)
 
 
 @pytest.mark.long
@@ -290,7 +290,7 @@ def test_unreadable_waterfall_description(finished_run: Workspace) -> None:
     report = report_json(finished_run)
 
     assert report["nights"][0]["found"] == report["requests"]["found"]
-    assert report["waterfall"]["untold"] == report["requests"]["not_found"]
+    assert report["waterfall"]["not_reported"] == report["requests"]["not_found"]
 
 
 @pytest.mark.long
@@ -304,7 +304,7 @@ def test_purged_and_forgotten_leads(finished_run: Workspace) -> None:
     assert report["requests"] == before["requests"]
     assert report["credits_spent"] == before["credits_spent"]
     assert (report["statuses"]["filtered"], report["columns"][0]["answered"]) == (1, 0)
-    assert report["waterfall"]["untold"] == report["waterfall"]["answers"] == 12
+    assert report["waterfall"]["not_reported"] == report["waterfall"]["answers"] == 12
     assert sum("purged" in note for note in report["notes"]) == 2
     assert report["anomalies"] == []
 

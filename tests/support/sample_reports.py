@@ -31,24 +31,24 @@ from tests.support.workspace import Workspace
 FIRST_RUN_AT = datetime(2026, 11, 9, 2, tzinfo=UTC)
 
 
-def make_provider(name: str, asked: int, found: int, spent: float, inferred: int = 0) -> ReportedProvider:
+def make_provider(name: str, reported: int, found: int, spent: float, inferred: int = 0) -> ReportedProvider:
     """Make a provider that passes on the leads it does not find."""
     return ReportedProvider(
         name=name,
         verifies=False,
-        asked=asked,
-        presumed=inferred,
+        reported=reported,
+        inferred=inferred,
         found=found,
         rejected=found // 40,
-        passed_on=asked + inferred - found,
+        passed_on=reported + inferred - found,
         credits=spent,
         cost_per_hit=round(spent / found, 6) if found else None,
     )
 
 
-def make_verifier(name: str, asked: int, spent: float) -> ReportedProvider:
+def make_verifier(name: str, reported: int, spent: float) -> ReportedProvider:
     """Make a verifier."""
-    return replace(make_provider(name, asked, 0, spent), verifies=True, passed_on=0)
+    return replace(make_provider(name, reported, 0, spent), verifies=True, passed_on=0)
 
 
 def run_totals(number: int, found: int, not_found: int, spent: float, **more: object) -> ReportedRun:

@@ -1,10 +1,14 @@
-"""What a step may still spend in a run under its own cap."""
+"""What a claim may cost: the highest price of each request, and what is left of the cap of its step."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from enrich.ledger.database import Database
+from enrich.ledger.sql_fragments import JSON_NUMBERS
+from enrich.models import to_json_text
 
 
 class StepCost(NamedTuple):
@@ -15,8 +19,8 @@ class StepCost(NamedTuple):
     newest: int
 
 
-def left_of_step_cap(db: Database, execution_id: int, step: str | None, step_cap: int, wanted: int) -> int:
-    """Return what is left of the cap of a step, which is exact when less than `wanted` is left.
+def left_of_step_cap(db: Database, execution_id: int, step: str | None, step_cap: int, price: int) -> int:
+    """Return what is left of the cap of a step, which is exact when less than `price` is left.
 
     Adding up all attempts at each claim would take long. So only those claimed since are added, at their highest price,
     until half of what was left is claimed. Then prices that have doubled meanwhile do not exceed the cap unseen.
@@ -30,7 +34,7 @@ def left_of_step_cap(db: Database, execution_id: int, step: str | None, step_cap
             (known.newest, execution_id, step),
         ).fetchone()
         known = StepCost(known.exact, known.at_most + int(reserved), int(newest))
-    if known is None or known.at_most + wanted > known.exact + (step_cap - known.exact) // 2:
+    if known is None or known.at_most + price > known.exact + (step_cap - known.exact) // 2:
         (newest,) = db.execute("SELECT coalesce(max(id), 0) FROM attempts").fetchone()
         exact = _exact_cost(db, execution_id, step)
         known = StepCost(exact, exact, int(newest))
@@ -47,3 +51,14 @@ def _exact_cost(db: Database, execution_id: int, step: str | None) -> int:
         (step, execution_id),
     ).fetchone()
     return int(cost)
+
+
+def highest_prices(db: Database, request_ids: Sequence[int], price: int, priced_by: str | None) -> list[int]:
+    """Return the highest price of each request, in millionths."""
+    if priced_by is None:
+        return [price] * len(request_ids)
+    rows = db.execute(
+        f"SELECT id, params FROM requests WHERE id IN ({JSON_NUMBERS.format('?')})", (to_json_text(request_ids),)
+    )
+    counts = {request_id: int(json.loads(params)[priced_by]) for request_id, params in rows.fetchall()}
+    return [price * counts[request_id] for request_id in request_ids]
