@@ -291,8 +291,7 @@ class RequestSelection:
         return self.retry | frozenset(self.refresh_before_ms)
 
 
-@dataclass(frozen=True, slots=True)
-class ClaimedRequest:
+class ClaimedRequest(NamedTuple):
     """A request whose intent to submit is on disk. Exactly one POST may be sent for it, or for its whole bulk task."""
 
     attempt_id: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import count
@@ -374,9 +375,9 @@ class Poller:
         """Count a settled task."""
         self.run_state.open_tasks -= 1
         self.run_state.counters.spent += credits_ or 0
-        for state in states:
+        for state, requests in Counter(states).items():
             if state is not State.PENDING:
-                self.run_state.counters.count_settled(state)
+                self.run_state.counters.count_settled(state, requests)
 
     def _poll_again(self, open_task: OpenTask, seconds: float) -> None:
         """Poll again later, unless the task is older than `patience_s`."""
