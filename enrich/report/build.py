@@ -19,7 +19,6 @@ from enrich.exit_codes import (
     JobArguments,
     RequiredAction,
     exit_label,
-    outcome_label,
     required_actions,
 )
 from enrich.job.job import Job
@@ -72,7 +71,7 @@ def _reported_run(row: ExecutionRow, settled: Mapping[str, int], *, is_running: 
         started_at=iso_time(started_ms),
         ended_at=None if ended_ms is None else iso_time(ended_ms),
         exit_code=row.exit_code,
-        outcome=outcome_label(row.exit_code, is_running=is_running),
+        outcome=row.outcome(is_running=is_running),
         rows=summary.get("rows"),
         submitted=row.submitted,
         found=settled.get("found", 0),
@@ -345,7 +344,7 @@ def _report_notes(runs: Sequence[ReportedRun], stats: InputStats | None, erased:
     if killed := [run.execution for run in runs if run.outcome == "killed"]:
         was = f"Run {killed[0]} was" if len(killed) == 1 else f"{len(killed):,} runs were"
         yield f"{was} killed without a run summary: rows, polls, 429s, time and last balance are unknown."
-    if runs and runs[-1].outcome == outcome_label(None, is_running=True):
+    if runs and runs[-1].outcome == "running":
         yield f"Run {runs[-1].execution} is still running. Its numbers will grow."
     if erased:
         yield f"{pluralize(erased, 'result')} purged or erased: the providers are unknown."
