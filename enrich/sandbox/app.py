@@ -98,7 +98,7 @@ class _Context:
 _CONTEXT_KEY = "enrich.box"
 
 
-def _get_context(request: Request) -> _Context:
+async def _get_context(request: Request) -> _Context:
     context: _Context = request.scope[_CONTEXT_KEY]
     return context
 

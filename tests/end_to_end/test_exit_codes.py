@@ -425,7 +425,7 @@ def test_newer_ledger_is_exit_5(api: SandboxApi, workspace: Workspace) -> None:
 
 def test_failed_rows_are_exit_10(tmp_path: Path, workspace: Workspace) -> None:
     """Writes the output with each failed row and its reason; the next run exits with 0."""
-    workspace.write_leads(make_leads(30))
+    workspace.write_leads(make_leads(12))
     with serve_api(tmp_path / "api.db", failure_rate=0.3, free_failures=0.0) as api:
         first = workspace.run_in_process("run", "job.yaml", "--json", api=api)
         second = workspace.run_in_process("run", "job.yaml", "--json", api=api)
@@ -544,19 +544,19 @@ def test_zero_cap_sends_nothing(api: SandboxApi, workspace: Workspace) -> None:
 
 def test_out_of_credits_is_exit_12(tmp_path: Path, workspace: Workspace) -> None:
     """406 from the API stops sending; after a top-up the next run resumes there."""
-    workspace.write_leads(make_leads(30))
-    with serve_api(tmp_path / "api.db", balance=15) as api:
+    workspace.write_leads(make_leads(12))
+    with serve_api(tmp_path / "api.db", balance=6) as api:
         result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
 
         summary = assert_exit(result, 12, "406", "credits")
-        assert 0 < summary["submitted"] < 30
-        assert summary["pending"] == 30 - summary["submitted"]
+        assert 0 < summary["submitted"] < 12
+        assert summary["pending"] == 12 - summary["submitted"]
         assert summary["in_doubt"] == 0
-        assert len(workspace.read_output()) == 30
+        assert len(workspace.read_output()) == 12
         api.top_up(1000)
         assert workspace.run_job(api).exit_code == 0
         audit = api.audit()
-    assert (audit["accepted"], audit["paid_twice"]) == (30, 0)
+    assert (audit["accepted"], audit["paid_twice"]) == (12, 0)
 
 
 # 13: time

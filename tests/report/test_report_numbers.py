@@ -27,25 +27,21 @@ from enrich.report.timings import latency_histogram
 from tests.support.ledger import FREE_FAILURE, NO_MATCH, CommittingLedger
 from tests.support.sample_reports import marked_values, report_json
 from tests.support.workspace import (
-    BOTH_BACKENDS_SERVER_LONG,
     INSTANT_API,
     SandboxApi,
     Workspace,
+    both_backends,
     kill_process,
     make_leads,
     serve_api,
     wait_until,
 )
 
+backend = both_backends
+
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 TARGET = JobArguments("job.yaml --output out.csv", "job.yaml")
 CREDIT = 1_000_000
-
-
-@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Run each test with a SQLite file and with PostgreSQL."""
-    return str(request.param)
 
 
 def build_report_at(workspace: Workspace, now: datetime = NOW, **more: Any) -> Report:
