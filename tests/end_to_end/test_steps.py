@@ -444,6 +444,43 @@ def test_bulk_steps(people: Workspace, api: SandboxApi) -> None:
     assert summary.submitted == api.audit()["accepted"]
 
 
+def test_change_replaces_the_value_of_another_step(workspace: Workspace, tmp_path: Path) -> None:
+    """Where a step replaces what a fallback had found, the feed has the replaced value as the old one."""
+    job = """\
+version: 1
+input: leads.csv
+output: out.csv
+steps:
+  - name: email
+    waterfall: email_getter
+    where: WHERE
+    params: {first_name: First Name, last_name: Last Name, company: {column: Website, transform: [domain]}}
+    columns: {contact: email}
+  - name: size
+    waterfall: company_lookup
+    only_if_empty: [contact]
+    params: {company_website: {column: Website, transform: [domain]}}
+    columns: {contact: employees, business: industries}
+changes: {path: changes.csv, key: [First Name]}
+"""
+    workspace.write_leads(make_people(8, 8), HEADER)
+    with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
+        workspace.job_file.write_text(job.replace("WHERE", "Email <> ''"), encoding="utf-8")
+        workspace.run_job(api)
+        sizes = {row["First Name"]: row["contact"] for row in workspace.read_output()}
+        assert len(list(filter(None, sizes.values()))) == 8
+        workspace.job_file.write_text(job.replace("WHERE", "Website NOT LIKE '%company0%'"), encoding="utf-8")
+        workspace.run_job(api)
+        lines = workspace.read_output("changes.csv")
+        emails = {row["First Name"]: row["contact"] for row in workspace.read_output()}
+        workspace.run_job(api)
+        assert workspace.read_output("changes.csv") == []
+    assert {line["First Name"]: (line["field"], line["old"], line["new"]) for line in lines} == {
+        name: ("contact", sizes[name], email) for name, email in emails.items() if email != sizes[name]
+    }
+    assert len(lines) == 7
+
+
 @pytest.mark.long
 def test_changes_by_step(workspace: Workspace, tmp_path: Path) -> None:
     """The feed has a line for each field that a step found, once."""
