@@ -194,7 +194,7 @@ class _Canceller:
 
     def _settle(self, task: Task, answer: Answer) -> None:
         with self.ledger.transaction():
-            max_attempts = self.job.model.policy.max_attempts
+            max_attempts = self.job.max_attempts_by_step.get(task.step, self.job.model.policy.max_attempts)
             updates = [(task.attempts[0], answer, self.clock.now_ms())]
             transitions.settle(self.ledger, updates, self.execution_id, max_attempts)
         self.spent += answer.credits or 0

@@ -13,7 +13,9 @@ import pytest
 from enrich.exit_codes import ExitCode
 from enrich.models import State
 from enrich.run.context import RunOptions
+from enrich.run.progress import Progress
 from tests.support.workspace import (
+    JumpingClock,
     SandboxApi,
     Workspace,
     both_backends,
@@ -442,6 +444,23 @@ def test_bulk_steps(people: Workspace, api: SandboxApi) -> None:
     assert summary.exit_code in (ExitCode.OK, ExitCode.SOME_FAILED)
     assert summary.credits_spent == pytest.approx(api.audit()["credits_charged"])
     assert summary.submitted == api.audit()["accepted"]
+
+
+def test_open_task_has_the_attempts_of_its_step(workspace: Workspace, tmp_path: Path) -> None:
+    """A task of an earlier run that fails at no charge is sent again by the `max_attempts` of its step."""
+    workspace.write_job(SHORT_JOB.replace("email_getter\n", "email_getter\n    policy: {max_attempts: 1}\n"))
+    workspace.write_leads(make_people(4), HEADER)
+    clock = JumpingClock()
+
+    def end_when_submitted(progress: Progress) -> None:
+        clock.jumped_s = 3600.0 if progress.submitted else 0.0
+
+    with serve_api(tmp_path / "api.db", failure_rate=1.0, free_failures=1.0, latency="fixed(60)") as api:
+        workspace.submit_without_collecting(api)
+        api.advance(61)
+        workspace.run_job(api, RunOptions(max_time_s=600.0), clock=clock, on_progress=end_when_submitted)
+        assert api.audit()["accepted"] == 4
+    assert {row["enrich_email_status"] for row in workspace.read_output()} == {"failed"}
 
 
 def test_change_replaces_the_value_of_another_step(workspace: Workspace, tmp_path: Path) -> None:
