@@ -31,7 +31,7 @@ def row_without_request(job: Job, lead: Lead) -> dict[str, Any]:
         "row": lead.number,
         "status": lead.status or RowStatus.PENDING,
         "why": _why_not_sent(job, lead),
-        "asks_with": _param_cells(job, lead),
+        "param_cells": _param_cells(job, lead),
         "params": None if lead.params is None else json.loads(lead.params),
         "fingerprint": None if lead.fingerprint is None else lead.fingerprint.hex(),
         "shared_with": [],
@@ -182,7 +182,7 @@ def row_lines(row: Mapping[str, Any]) -> Iterator[str]:
     """Format a row with its request as text lines."""
     why = f", {row['why']}" if row["why"] else ""
     yield f"row {row['row']}: {row['status']}{why}"
-    for param, cells in row["asks_with"].items():
+    for param, cells in row["param_cells"].items():
         sent = (row["params"] or {}).get(param)
         of = "; ".join(f"{column}: {cell!r}" for column, cell in cells.items()) or "a constant"
         sent_text = repr(sent) if sent is not None else "nothing" if row["params"] is not None else "not sent"

@@ -84,10 +84,10 @@ class RunView:
     @property
     def remaining_s(self) -> float | None:
         """Estimated remaining time in seconds at the recent speed. None if unknown."""
-        lately, over_s = self.recent_traffic
-        if self.snapshot is None or self.snapshot.total is None or not lately.answered:
+        recent, over_s = self.recent_traffic
+        if self.snapshot is None or self.snapshot.total is None or not recent.answered:
             return None
-        return max(0, self.snapshot.total - self.snapshot.done) / lately.answered * over_s
+        return max(0, self.snapshot.total - self.snapshot.done) / recent.answered * over_s
 
     @property
     def next_expiry_ms(self) -> int | None:
@@ -105,7 +105,7 @@ class RunView:
         }
         if run is None:
             return result
-        lately, over_s = self.recent_traffic
+        recent, over_s = self.recent_traffic
         totals = snapshot.traffic.totals() if snapshot else None
         return result | {
             "execution": run.id,
@@ -127,8 +127,8 @@ class RunView:
             "max_credits": to_credits(run.cap),
             "polls": totals.polls if totals else None,
             "rate_limited": totals.rate_limited if totals else None,
-            "submitted_per_s": round(lately.submitted / over_s, 2) if over_s else None,
-            "answered_per_s": round(lately.answered / over_s, 2) if over_s else None,
+            "submitted_per_s": round(recent.submitted / over_s, 2) if over_s else None,
+            "answered_per_s": round(recent.answered / over_s, 2) if over_s else None,
             "to_go_s": None if self.remaining_s is None else round(self.remaining_s),
             "next_expiry": _optional_iso(self.next_expiry_ms),
         }
@@ -163,9 +163,9 @@ def format_bar(view: RunView, columns: int, *, ascii_only: bool) -> str | None:
     run, snapshot = view.run, view.snapshot
     if run is None or snapshot is None or not snapshot.total:
         return None
-    lately, over_s = view.recent_traffic
+    recent, over_s = view.recent_traffic
     progress = Progress(snapshot.total, snapshot.done, snapshot.found, to_credits(run.spent), snapshot.in_flight)
-    rate = lately.answered / over_s if over_s else None
+    rate = recent.answered / over_s if over_s else None
     layout = choose_layout(progress, snapshot.elapsed_s, columns)
     return render_bar(progress, snapshot.elapsed_s, layout, columns=columns, rate=rate, ascii_only=ascii_only)
 
@@ -186,9 +186,9 @@ def run_facts(view: RunView) -> Iterator[tuple[str, str]]:
         yield "balance", f"{to_credits(run.balance_after):,.2f} after the run"
     if snapshot is None:
         return
-    totals, (lately, over_s) = snapshot.traffic.totals(), view.recent_traffic
+    totals, (recent, over_s) = snapshot.traffic.totals(), view.recent_traffic
     if over_s:
-        sent, answered = lately.submitted / over_s, lately.answered / over_s
+        sent, answered = recent.submitted / over_s, recent.answered / over_s
         yield "speed", f"{sent:,.1f} sent/s, {answered:,.1f} results/s in the last {over_s:.0f} s"
     yield "sent", f"{run.submitted:,} requests, {totals.polls:,} polls, {totals.rate_limited:,} rate-limited (429)"
     if view.next_expiry_ms is not None:

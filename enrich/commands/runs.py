@@ -12,7 +12,6 @@ from typing import Any
 import click
 
 from enrich.commands import options
-from enrich.exit_codes import outcome_label
 from enrich.job.job import Job
 from enrich.ledger import execution_records
 from enrich.ledger.database import ledger_exists, open_existing
@@ -78,7 +77,7 @@ def _execution_as_json(execution: ExecutionRow, *, is_running: bool) -> dict[str
         if execution.ended_ms is None
         else round((execution.ended_ms - execution.started_ms) / 1000, 3),
         "exit_code": execution.exit_code,
-        "outcome": outcome_label(execution.exit_code, is_running=is_running),
+        "outcome": execution.outcome(is_running=is_running),
         "rows": rows,
         "submitted": execution.submitted,
         "found": found,
@@ -129,9 +128,7 @@ def _or_dash(value: float | None, style: str) -> str:
 
 @click.command()
 @options.job_options()
-@click.option(
-    "--last", type=click.IntRange(min=1), default=20, show_default=True, metavar="RUNS", help="Number of runs."
-)
+@click.option("--last", type=options.AtLeast(1), default=20, show_default=True, metavar="RUNS", help="Number of runs.")
 @options.JSON_OPTION
 def runs(job_options: options.JobOptions, last: int, as_json: bool) -> None:
     """List the runs of JOB, newest first. Times are UTC."""

@@ -162,8 +162,8 @@ class SqliteSession(sqlite3.Connection):
 
     def integrity_problems(self) -> Iterator[str]:
         """Check the whole file with its indexes. Yield each problem in words that quote none of its content."""
-        messages = [said for (said,) in self.execute("PRAGMA integrity_check") if said != "ok"]
-        problems = [next(words for sign, words in _DAMAGE_TEXTS if re.search(sign, said)) for said in messages]
+        messages = [message for (message,) in self.execute("PRAGMA integrity_check") if message != "ok"]
+        problems = [next(words for sign, words in _DAMAGE_TEXTS if re.search(sign, message)) for message in messages]
         yield from dict.fromkeys(problems)
 
     def enable_secure_delete(self) -> None:

@@ -33,9 +33,9 @@ class ChartColor(StrEnum):
     RULE = "#fe0003"
     FOUND = "#fe0004"
     PASSED = "#fe0005"
-    NOBODY = "#fe0006"
+    NO_MATCH = "#fe0006"
     TRACK = "#fe0007"
-    TROUBLE = "#fe0008"
+    FAILED = "#fe0008"
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,7 +127,7 @@ def _enroll_locally(
         enroll.enroll(ledger, template.target, batch.requests(), selection)
         read += EnrollCounts.from_batch(batch)
     if context.job.step:
-        step_results.mark_wanted(ledger, context.job.step)
+        step_results.record_requesting_rows(ledger, context.job.step)
     return read, _apply_selection(ledger, context.options, selection)
 
 

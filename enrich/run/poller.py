@@ -359,7 +359,7 @@ class Poller:
         run_state = self.run_state
         updates = [(open_task.task.attempts[0], answer, run_state.clock.now_ms())]
         states = await self.ledger_writer.submit_batch(
-            transitions.settle, updates, run_state.execution_id, self.config.max_attempts
+            transitions.settle, updates, run_state.execution_id, self._max_attempts(open_task)
         )
         self._count_settled(states, answer.credits)
 
@@ -367,9 +367,13 @@ class Poller:
         run_state, now_ms = self.run_state, self.run_state.clock.now_ms()
         updates = [(attempt, answer, now_ms) for attempt, answer in zip(open_task.task.attempts, answers, strict=True)]
         states = await self.ledger_writer.submit(
-            transitions.settle_bulk_task, updates, run_state.execution_id, self.config.max_attempts, credits_
+            transitions.settle_bulk_task, updates, run_state.execution_id, self._max_attempts(open_task), credits_
         )
         self._count_settled(states, credits_)
+
+    def _max_attempts(self, open_task: OpenTask) -> int:
+        """Return how often the request of a task is sent at most: by the step that sent it."""
+        return self.config.max_attempts_by_step.get(open_task.task.step, self.config.max_attempts)
 
     def _count_settled(self, states: list[State], credits_: int | None) -> None:
         """Count a settled task."""

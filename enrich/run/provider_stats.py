@@ -2,7 +2,7 @@
 
 An answer with `steps` lists the providers that the waterfall called. Many answers without a match have no steps. A
 waterfall calls its providers in turn until one has a match, so for such an answer it called every provider whose
-inputs were sent. These calls are *inferred* (`presumed`), counted separately, and get no price. An enrichment is one
+inputs were sent. These calls are *inferred*, counted separately, and get no price. An enrichment is one
 provider: it was called for every answer, and its price is the answer's.
 """
 
@@ -31,15 +31,15 @@ from enrich.models import SettledAttempt, State, to_credits, to_micros
 class ProviderStat:
     """One provider, or a verifier, over some answers; `credits` in millionths.
 
-    `asked` is reported by the answers. `presumed` is inferred for answers without a match that do not report their
+    `reported` calls are in the answers. `inferred` ones are those of answers without a match that do not report their
     providers. `rejected` is how many of its matches the verifier turned down. `passed_on` leads went to the next
     provider.
     """
 
     name: str
     verifies: bool = False
-    asked: int = 0
-    presumed: int = 0
+    reported: int = 0
+    inferred: int = 0
     found: int = 0
     rejected: int = 0
     credits: int = 0
@@ -47,7 +47,7 @@ class ProviderStat:
     @property
     def passed_on(self) -> int:
         """How many leads it was called for without a match; 0 for a verifier, which searches for none."""
-        return 0 if self.verifies else self.asked + self.presumed - self.found
+        return 0 if self.verifies else self.reported + self.inferred - self.found
 
     @property
     def cost_per_hit(self) -> int | None:
@@ -80,8 +80,8 @@ class ProviderTotals:
 @dataclass(slots=True)
 class _ProviderCounter:
     verifies: bool = False
-    asked: int = 0
-    presumed: int = 0
+    reported: int = 0
+    inferred: int = 0
     found: int = 0
     rejected: int = 0
     credits: int = 0
@@ -153,7 +153,9 @@ class ProviderStats:
         self._add_kinds()
         names = sorted(self._counters, key=self._sort_key)
         providers = [
-            ProviderStat(name, count.verifies, count.asked, count.presumed, count.found, count.rejected, count.credits)
+            ProviderStat(
+                name, count.verifies, count.reported, count.inferred, count.found, count.rejected, count.credits
+            )
             for name in names
             for count in (self._counters[name],)
         ]
@@ -188,7 +190,7 @@ class ProviderStats:
 
     def _add_source(self, name: str, kind: _AnswerKind, answers: int) -> None:
         count = self._counters.setdefault(name, _ProviderCounter())
-        count.asked += answers
+        count.reported += answers
         count.found += answers if kind.state == State.FOUND else 0
         count.credits += (kind.paid or 0) * answers
         self._attributed += (kind.paid or 0) * answers
@@ -219,10 +221,10 @@ class ProviderStats:
             self._counters.setdefault(found, _ProviderCounter())
             called[found] = None
         for position, name in enumerate(called):
-            self._counters[name].asked += answers
+            self._counters[name].reported += answers
             self._counters[name].position_sum += position * answers
         for name in verifiers - called.keys():
-            self._counters[name].asked += answers
+            self._counters[name].reported += answers
         for name in verified:
             self._counters[name].rejected += answers if name != winner else 0
         if found is not None:
@@ -237,7 +239,7 @@ class ProviderStats:
         for position, (name, needed) in enumerate(providers):
             if needed <= frozenset(kind.sent) or name == kind.provider:
                 count = self._counters.setdefault(name, _ProviderCounter())
-                count.presumed += answers
+                count.inferred += answers
                 count.position_sum += position * answers
             if found and name == kind.provider:
                 self._counters[name].found += answers
@@ -262,7 +264,7 @@ class ProviderStats:
     def _sort_key(self, name: str) -> tuple[bool, float, str]:
         """Sort providers by their average position; verifiers come last."""
         count = self._counters[name]
-        return count.verifies, count.position_sum / max(1, count.asked + count.presumed), name
+        return count.verifies, count.position_sum / max(1, count.reported + count.inferred), name
 
 
 def _named_steps(steps: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, object, object], ...]:

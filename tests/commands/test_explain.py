@@ -14,10 +14,10 @@ from enrich.models import State
 from enrich.run.context import RunOptions
 from tests.support.cases import in_turn
 from tests.support.workspace import (
-    BOTH_BACKENDS_SERVER_LONG,
     FILE_ONLY,
     SandboxApi,
     Workspace,
+    both_backends,
     clock_ahead,
     kill_process,
     make_leads,
@@ -25,13 +25,9 @@ from tests.support.workspace import (
     wait_until,
 )
 
+backend = both_backends
+
 DAY = 86_400
-
-
-@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Run each test with a ledger in a file and on a server."""
-    return str(request.param)
 
 
 def explain_json(workspace: Workspace, *options: str) -> dict[str, Any]:

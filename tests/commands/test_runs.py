@@ -12,13 +12,9 @@ from enrich.ledger import execution_records
 from enrich.ledger.database import Database
 from enrich.ledger.lock import is_locked, lock_ledger
 from tests.support.ledger import NO_MATCH, CommittingLedger
-from tests.support.workspace import BOTH_BACKENDS_SERVER_LONG, SandboxApi, Workspace, make_leads, serve_api
+from tests.support.workspace import SandboxApi, Workspace, both_backends, make_leads, serve_api
 
-
-@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Run each test with a ledger in a file and on a server."""
-    return str(request.param)
+backend = both_backends
 
 
 def open_ledger(workspace: Workspace) -> CommittingLedger:

@@ -35,7 +35,9 @@ from enrich.models import iso_time
 from enrich.monitoring.progress_bar import choose_layout, render_bar
 from enrich.run.progress import Phase, Progress, ProgressSnapshot, TrafficCounts, TrafficRecorder
 from tests.support.ledger import CommittingLedger
-from tests.support.workspace import BOTH_BACKENDS_SERVER_LONG, FILE_ONLY, Workspace
+from tests.support.workspace import FILE_ONLY, Workspace, both_backends
+
+backend = both_backends
 
 NOW = 1_795_000_000_000
 RUN = ExecutionRow(
@@ -54,12 +56,6 @@ RUN = ExecutionRow(
     summary=None,
     progress=None,
 )
-
-
-@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Run each test with a ledger in a file and on a server."""
-    return str(request.param)
 
 
 def make_progress(phase: Phase = Phase.SEND, total: int | None = 500) -> ProgressSnapshot:

@@ -378,7 +378,7 @@ def test_status_columns_are_replaced(tmp_path: Path) -> None:
         ["^x$", "x", "xx"],
         ["^.*$", "*", "."],
         ["", "column_0", "column_1"],
-        ["wanted", "literal", "params"],
+        ["selected", "literal", "params"],
         ["0", "1", "2"],
         ['a"b', "a.b", " a "],
         ["a\nb", "a,b", "a;b"],
@@ -389,7 +389,7 @@ def test_status_columns_are_replaced(tmp_path: Path) -> None:
 )
 def test_any_column_name(tmp_path: Path, header: list[str]) -> None:
     """Column names are never patterns, and none clashes with internal names."""
-    job = as_yaml(params={"a": header[1], "wanted": header[2], "literal": {"value": "c"}}, only_if_empty=[header[2]])
+    job = as_yaml(params={"a": header[1], "selected": header[2], "literal": {"value": "c"}}, only_if_empty=[header[2]])
     leads = [["1", "2", ""], ["4", "5", "6"]]
     batch = read_requests(open_rows(tmp_path, job, header, leads))
     assert batch.frame.columns == header

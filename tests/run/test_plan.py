@@ -28,24 +28,20 @@ from enrich.run.plan import Plan
 from enrich.run.plan_file import SavedPlan, read_plan, write_plan
 from tests.support.cases import examples
 from tests.support.workspace import (
-    BOTH_BACKENDS_SERVER_LONG,
     FILE_ONLY,
     ProgramResult,
     SandboxApi,
     Workspace,
+    both_backends,
     make_leads,
     serve_api,
 )
 
+backend = both_backends
+
 #: The maximum price of one request of the standard job, in credits.
 MAX_PRICE = 3.51
 PAID_DECISIONS = {decision.value for decision in DECISIONS_TO_SEND}
-
-
-@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Run each test with a SQLite file and with PostgreSQL."""
-    return str(request.param)
 
 
 def plan_in_process(

@@ -160,7 +160,7 @@ class ImageBuilder:
         for name in ("etc", "proc", "dev", "tmp", "root", "opt"):
             (root / name).mkdir(parents=True)
         # Before the other mounts: this checkout may itself be below /tmp.
-        self._lines.append(f"mount -t tmpfs -o mode=1777 tmpfs {root}/tmp")
+        self._lines.append(f"mount -t tmpfs -o mode=1777 tmpfs {root / 'tmp'}")
         (root / "etc" / "passwd").write_text("root:x:0:0:root:/root:/bin/sh\n", encoding="utf-8")
         (root / "etc" / "group").write_text("root:x:0:\n", encoding="utf-8")
         for name in ("resolv.conf", "pip.conf", "login.defs", "ssl", "ld.so.cache", "alternatives"):

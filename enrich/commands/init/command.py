@@ -147,7 +147,7 @@ def _source_text(host: str, *, use_sandbox: bool) -> str:
     help="The waterfall. Without it, list the waterfalls that fit the columns.",
 )
 @click.option(
-    "--enrichment", "number", type=click.IntRange(min=1), metavar="ID", help="An enrichment instead of a waterfall."
+    "--enrichment", "number", type=options.AtLeast(1), metavar="ID", help="An enrichment instead of a waterfall."
 )
 @click.option(
     "-o",
