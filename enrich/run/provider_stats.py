@@ -26,6 +26,9 @@ from enrich.databar.task_results import ParsedData, is_blank, parse_data
 from enrich.job.target import Target, TargetKind
 from enrich.models import SettledAttempt, State, to_credits, to_micros
 
+#: The keys of a provider in JSON, where they differ from our names.
+PROVIDER_KEYS = {"reported": "asked", "inferred": "presumed"}
+
 
 @dataclass(frozen=True, slots=True)
 class ProviderStat:
@@ -54,10 +57,13 @@ class ProviderStat:
         """Average cost of one of its matches, in millionths; None before the first, and for a verifier."""
         return round(self.credits / self.found) if self.found else None
 
+    def in_credits(self) -> dict[str, Any]:
+        """Return the fields, with amounts in credits."""
+        return asdict(self) | {"credits": to_credits(self.credits), "cost_per_hit": to_credits(self.cost_per_hit)}
+
     def as_json(self) -> dict[str, Any]:
         """Return the object of the run summary, in credits."""
-        costs = {"credits": to_credits(self.credits), "cost_per_hit": to_credits(self.cost_per_hit)}
-        return asdict(self) | costs
+        return {PROVIDER_KEYS.get(name, name): value for name, value in self.in_credits().items()}
 
 
 @dataclass(frozen=True, slots=True)
