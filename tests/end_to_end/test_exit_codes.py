@@ -698,11 +698,7 @@ def run_and_signal(
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("number", "code"),
-    [
-        (signal.SIGINT, 130),
-        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.long),
-        pytest.param(signal.SIGHUP, 143, marks=pytest.mark.long),
-    ],
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)],
     ids=str,
 )
 def test_signal_stops_run_cleanly(

@@ -578,7 +578,7 @@ def output_tables(draw: st.DrawFn) -> list[list[str]]:
 @pytest.mark.long
 @given(table=output_tables())
 @settings(deadline=None)
-@pytest.mark.parametrize("name", ["out.csv", pytest.param("out.parquet", marks=pytest.mark.long)])
+@pytest.mark.parametrize("name", ["out.csv", "out.parquet"])
 def test_input_cells_are_preserved(tmp_path_factory: pytest.TempPathFactory, name: str, table: list[list[str]]) -> None:
     """Any text in any cell under any name is preserved exactly and in order, with the new columns behind."""
     folder = tmp_path_factory.getbasetemp()
