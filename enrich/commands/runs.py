@@ -12,7 +12,6 @@ from typing import Any
 import click
 
 from enrich.commands import options
-from enrich.exit_codes import outcome_label
 from enrich.job.job import Job
 from enrich.ledger import execution_records
 from enrich.ledger.database import ledger_exists, open_existing
@@ -78,7 +77,7 @@ def _execution_as_json(execution: ExecutionRow, *, is_running: bool) -> dict[str
         if execution.ended_ms is None
         else round((execution.ended_ms - execution.started_ms) / 1000, 3),
         "exit_code": execution.exit_code,
-        "outcome": outcome_label(execution.exit_code, is_running=is_running),
+        "outcome": execution.outcome(is_running=is_running),
         "rows": rows,
         "submitted": execution.submitted,
         "found": found,

@@ -240,6 +240,7 @@ def read_tasks(db: Database, condition: str, *values: object) -> list[Task]:
                     bulk_task_id,
                     bool(superseded),
                     sum(row[-1] for row in task_rows),
+                    step or "",
                 )
             )
     return tasks
@@ -297,17 +298,7 @@ def _write_answers(
     transition(
         db,
         [
-            (
-                number,
-                a.state,
-                int(a.free_failure),
-                now_ms,
-                a.credits,
-                a.provider,
-                a.error,
-                a.raw,
-                int(a.result_deleted),
-            )
+            (number, a.state, int(a.free_failure), now_ms, a.credits, a.provider, a.error, a.raw, int(a.result_deleted))
             for number, a, now_ms in answers
         ],
         "submitted",

@@ -235,7 +235,7 @@ class OutputRows:
 class Report:
     """The data of the page. `statuses` counts rows of the current input, `requests` those of the ledger by state.
 
-    `nights` are the job's runs, oldest first; the page begins with the last one. `credits_spent` covers all of them.
+    `runs` are the job's runs, oldest first; the page begins with the last one. `credits_spent` covers all of them.
     """
 
     job: str
@@ -245,7 +245,7 @@ class Report:
     input: str
     output: str
     waterfall: ReportedWaterfall
-    nights: Sequence[ReportedRun]
+    runs: Sequence[ReportedRun]
     rows: int | None
     statuses: Mapping[str, int]
     requests: Mapping[str, int]
@@ -258,7 +258,7 @@ class Report:
     traffic: Traffic | None
     ages: Sequence[AnswerAge]
     anomalies: Sequence[Anomaly]
-    needs: Sequence[RequiredAction]
+    actions: Sequence[RequiredAction]
     notes: Sequence[str]
     comparison: Comparison | None = None
     leads: OutputRows | None = None

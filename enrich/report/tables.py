@@ -195,7 +195,7 @@ def run_table(facts: Sequence[ReportedRun], caption: str) -> Table:
     heads = ("Run", "Outcome", "Sent", "Matches", "No match", "Failed", "Expired", "Match rate", "Credits", "Per match")
     lines = [
         Line(
-            f"night {run.execution}",
+            f"run {run.execution}",
             _run_label(run),
             (
                 formatting.clean_text(run.outcome, formatting.DASH),
@@ -218,7 +218,7 @@ def run_traffic_table(runs: Sequence[ReportedRun]) -> Table:
     """List balance, polls and time of the newest runs."""
     lines = [
         Line(
-            f"night {run.execution}",
+            f"run {run.execution}",
             _run_label(run),
             (
                 credits_cell("balance_after", run.balance_after),

@@ -27,9 +27,12 @@ def answer_columns(answers: Iterable[str | None], paths: Sequence[str]) -> list[
         if answer is None:
             rows.append(nothing)
             continue
-        # The usual answer is a list with one wrapper whose fields are text or null. Others are read by `answer_cells`.
+        # The usual answer is one wrapper whose fields are text or null, in a list unless it is the row of a bulk task.
+        # Others are read by `answer_cells`.
         try:
-            (item,) = orjson.loads(answer)["data"]
+            item = orjson.loads(answer)["data"]
+            if isinstance(item, list):
+                (item,) = item
             values = tuple(map(item["result"].get, paths))
             is_usual = may_be_usual and "steps" in item and _TEXT_OR_NULL.issuperset(map(type, values))
         except (ValueError, LookupError, TypeError, AttributeError):

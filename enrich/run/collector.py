@@ -18,7 +18,7 @@ from enrich.files.writer import escape_formulas, write_file
 from enrich.job.cell_text import blank_cells
 from enrich.job.job import Job
 from enrich.job.locations import Location, is_dataset
-from enrich.ledger import enroll
+from enrich.ledger import enroll, queries
 from enrich.ledger.database import Database
 from enrich.models import (
     MICROS_PER_CREDIT,
@@ -186,7 +186,7 @@ class Collector:
         if self.step_rows is not None:
             yield from self.step_rows.joined_batches(self.check_stopped)
             return
-        for batch in self.job_input.batches(self.template):
+        for batch in self.job_input.batches(self.template, max_rows=queries.max_rows_per_batch(self.ledger)):
             self.check_stopped()
             results = name_source(self.template, enroll.request_results(self.ledger, batch.requests(), self.selection))
             first_rows = enumerate(results["position"])

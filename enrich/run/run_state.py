@@ -61,6 +61,8 @@ class WorkConfig:
     patience_s: float
     #: The step of the job; None: it has none.
     step: str | None = None
+    #: `max_attempts` of each step of the job, for the tasks that another step has sent.
+    max_attempts_by_step: Mapping[str, int] = field(default_factory=dict)
     #: Number of workers that share the queue and the limit of POSTs in flight.
     workers: int = 1
 

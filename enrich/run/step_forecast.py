@@ -110,6 +110,17 @@ def _any_open(is_open: Sequence[pl.Series], numbers: frozenset[int], height: int
     return result.to_list()
 
 
+def is_sent_after_failure(rows: StepRows, step: Step, text: pl.DataFrame) -> bool:
+    """Return whether the step's condition holds for any row of a batch after a failure of an earlier step."""
+    for number in step.conditions_depend_on:
+        blank = [name for name in rows.steps[number].template.columns if name not in rows.job_input.schema]
+        cells = dict.fromkeys(blank, "") | {rows.status_column(number): State.FAILED.value}
+        failed = text.with_columns(pl.lit(cell).alias(name) for name, cell in cells.items())
+        if step.job_input.selected_rows(failed).any():
+            return True
+    return False
+
+
 def _may_be_selected(rows: StepRows, step: Step, text: pl.DataFrame, is_open: Sequence[pl.Series]) -> pl.Series:
     """Return where the step's condition holds, or may hold once open steps have their answers."""
     unknown: dict[str, pl.Series] = {}

@@ -21,7 +21,7 @@ from enrich.run.budget import Cost
 from enrich.run.job_steps import Step
 from enrich.run.plan import format_cost
 from enrich.run.preflight import Preflight
-from enrich.run.step_forecast import StepDecisions, decide_steps
+from enrich.run.step_forecast import StepDecisions, decide_steps, is_sent_after_failure
 from enrich.run.step_rows import StepRows
 from enrich.run.terminal_text import wrap_parts
 
@@ -47,6 +47,8 @@ class StepForecast:
     #: Rows about which all is known, and those of them whose request it has sent or sends.
     decided: int = 0
     requested: int = 0
+    #: Its condition also holds where an earlier step has failed.
+    follows_failure: bool = False
 
     @property
     def at_most(self) -> int:
@@ -181,8 +183,10 @@ def forecast_steps(
     row_count = 0
     for table in rows.step_tables():
         row_count += table.height
-        for forecast, made in zip(forecasts, decide_steps(rows, table, selections), strict=True):
+        decided = decide_steps(rows, table, selections)
+        for forecast, made, (_, text) in zip(forecasts, decided, table.steps, strict=True):
             forecast.add(made, ledger)
+            forecast.follows_failure |= is_sent_after_failure(rows, forecast.step, text)
         enroll.preview(ledger, table.steps[0][0].to_send().requests(), selections[0])
     for number, forecast in enumerate(forecasts):
         forecast.to_submit, possible = step_results.planned_counts(ledger, forecast.step.job.step)
@@ -208,15 +212,14 @@ def note_on_target(ledger: Database, steps: Sequence[Step], number: int) -> str 
 def _notes(forecasts: Sequence[StepForecast], ledger: Database) -> Iterator[str]:
     steps = [forecast.step for forecast in forecasts]
     for number, forecast in enumerate(forecasts):
-        step, name = forecast.step, forecast.step.job.step
+        name = forecast.step.job.step
         if forecast.at_most and (note := note_on_target(ledger, steps, number)) is not None:
             yield note
         if forecast.again:
             rows = pluralize(forecast.again, "row")
             yield f"{name}: {rows} with a result may be charged again, because an earlier step is sent again"
-        earlier = [column for column in step.job.model.only_if_empty if column in step.earlier_columns]
-        if earlier:
-            yield f"{name}: also sent where an earlier step failed or expired ({', '.join(earlier)} is blank then)"
+        if forecast.follows_failure:
+            yield f"{name}: also sent where an earlier step failed or expired"
 
 
 def _sends(plan: StepsPlan) -> list[str]:

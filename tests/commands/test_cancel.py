@@ -10,6 +10,7 @@ import pytest
 
 from enrich.ledger.lock import lock_ledger
 from enrich.ledger.verify import check_ledger
+from enrich.monitoring.prometheus import read_metrics
 from enrich.run.context import RunOptions
 from tests.support.cases import first_quick
 from tests.support.workspace import (
@@ -53,6 +54,26 @@ def test_open_tasks_are_cancelled_and_refunded(slow_api: SandboxApi, workspace: 
     assert workspace.run_in_process("cancel", "job.yaml", "--json", api=slow_api).json_output["cancelled"] == 0
     retried = workspace.run_in_process("plan", "job.yaml", "--retry", "failed", "--json", api=slow_api).json_output
     assert retried["to_submit"] == 8
+
+
+def test_cancel_is_listed_as_what_it_is(slow_api: SandboxApi, workspace: Workspace) -> None:
+    """The list of runs, the status and the report name a cancellation, and it is no success of the job."""
+    workspace.write_job(metrics="job.prom")
+    workspace.write_leads(make_leads(2))
+    workspace.submit_without_collecting(slow_api)
+    assert workspace.run_in_process("cancel", "job.yaml", api=slow_api).exit_code == 0
+
+    listed = workspace.run_in_process("runs", "job.yaml", "--json").json_output["executions"]
+    assert [run["outcome"] for run in listed] == ["cancellation", "out of time"]
+    assert " 0 cancellation " in workspace.run_in_process("runs", "job.yaml").stdout
+    assert "run 2 ended at" in (shown := workspace.run_in_process("status", "job.yaml").stdout)
+    assert "with exit 0 (cancellation)" in shown
+    reported = workspace.run_in_process("report", "job.yaml", "--json").json_output["runs"]
+    assert [run["outcome"] for run in reported] == ["out of time", "cancellation"]
+    assert workspace.run_in_process("run", "job.yaml").exit_code == 3  # without a key
+    (first_end,) = workspace.sql("SELECT ended_ms FROM executions WHERE id = 1")[0]
+    metrics = read_metrics(workspace.folder / "job.prom")
+    assert metrics["enrich_last_success_timestamp_seconds", ""] == pytest.approx(first_end / 1000)
 
 
 def test_finished_tasks_are_polled(slow_api: SandboxApi, workspace: Workspace) -> None:

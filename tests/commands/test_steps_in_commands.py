@@ -44,6 +44,34 @@ def test_check_shows_the_steps(people: Workspace, api: SandboxApi) -> None:
     assert len(text) == 7
 
 
+@pytest.mark.parametrize(
+    ("condition", "is_noted"),
+    [
+        ("only_if_empty: [work_email]", True),
+        ("where: work_email = ''", True),
+        ("where: enrich_email_status <> 'found'", True),
+        ("where: enrich_email_status = 'not_found'", False),
+        ("where: work_email <> '' AND Title <> 'x'", False),
+        ("where: Title = 'Engineer'", False),
+        ("only_if_empty: [work_email, Title]", False),
+    ],
+)
+def test_plan_names_the_fallbacks(workspace: Workspace, api: SandboxApi, condition: str, *, is_noted: bool) -> None:
+    """The plan says of each step whose condition also holds after a failure of an earlier one that it is sent then."""
+    fallback = f"""\
+  - name: link
+    waterfall: person_by_link
+    {condition}
+    params: {{link: LinkedIn}}
+    columns: {{by_link: work_email}}
+limits:"""
+    workspace.write_job(SHORT_JOB.replace("limits:", fallback))
+    workspace.write_leads(make_people(6), HEADER)
+    plan = workspace.run_in_process("plan", "job.yaml", "--json", api=api).json_output
+    note = "link: also sent where an earlier step failed or expired"
+    assert (note in plan["notes"]) == is_noted, plan["notes"]
+
+
 def test_plan_status_and_explain(people: Workspace, api: SandboxApi) -> None:
     """Of a plan the first step is exact, later ones are at most; after the run nothing is left to send."""
     plan = people.run_in_process("plan", "job.yaml", "--json", api=api).json_output

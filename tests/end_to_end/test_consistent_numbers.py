@@ -79,7 +79,7 @@ def _assert_numbers_agree(workspace: Workspace, api: SandboxApi) -> None:
 
     status, runs = json_output("status", "job.yaml"), json_output("runs", "job.yaml")
     report, now = json_output("report", "job.yaml"), json_output("collect", "job.yaml", "--partial")
-    audit, waterfall, report_runs = api.audit(), report["waterfall"], report["nights"]
+    audit, waterfall, report_runs = api.audit(), report["waterfall"], report["runs"]
 
     # The credits: of the ledger, the runs, the waterfall, the metrics, the page, and the API.
     for spent in (

@@ -13,7 +13,9 @@ import pytest
 from enrich.exit_codes import ExitCode
 from enrich.models import State
 from enrich.run.context import RunOptions
+from enrich.run.progress import Progress
 from tests.support.workspace import (
+    JumpingClock,
     SandboxApi,
     Workspace,
     both_backends,
@@ -442,6 +444,60 @@ def test_bulk_steps(people: Workspace, api: SandboxApi) -> None:
     assert summary.exit_code in (ExitCode.OK, ExitCode.SOME_FAILED)
     assert summary.credits_spent == pytest.approx(api.audit()["credits_charged"])
     assert summary.submitted == api.audit()["accepted"]
+
+
+def test_open_task_has_the_attempts_of_its_step(workspace: Workspace, tmp_path: Path) -> None:
+    """A task of an earlier run that fails at no charge is sent again by the `max_attempts` of its step."""
+    workspace.write_job(SHORT_JOB.replace("email_getter\n", "email_getter\n    policy: {max_attempts: 1}\n"))
+    workspace.write_leads(make_people(4), HEADER)
+    clock = JumpingClock()
+
+    def end_when_submitted(progress: Progress) -> None:
+        clock.jumped_s = 3600.0 if progress.submitted else 0.0
+
+    with serve_api(tmp_path / "api.db", failure_rate=1.0, free_failures=1.0, latency="fixed(60)") as api:
+        workspace.submit_without_collecting(api)
+        api.advance(61)
+        workspace.run_job(api, RunOptions(max_time_s=600.0), clock=clock, on_progress=end_when_submitted)
+        assert api.audit()["accepted"] == 4
+    assert {row["enrich_email_status"] for row in workspace.read_output()} == {"failed"}
+
+
+def test_change_replaces_the_value_of_another_step(workspace: Workspace, tmp_path: Path) -> None:
+    """Where a step replaces what a fallback had found, the feed has the replaced value as the old one."""
+    job = """\
+version: 1
+input: leads.csv
+output: out.csv
+steps:
+  - name: email
+    waterfall: email_getter
+    where: WHERE
+    params: {first_name: First Name, last_name: Last Name, company: {column: Website, transform: [domain]}}
+    columns: {contact: email}
+  - name: size
+    waterfall: company_lookup
+    only_if_empty: [contact]
+    params: {company_website: {column: Website, transform: [domain]}}
+    columns: {contact: employees, business: industries}
+changes: {path: changes.csv, key: [First Name]}
+"""
+    workspace.write_leads(make_people(8, 8), HEADER)
+    with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
+        workspace.job_file.write_text(job.replace("WHERE", "Email <> ''"), encoding="utf-8")
+        workspace.run_job(api)
+        sizes = {row["First Name"]: row["contact"] for row in workspace.read_output()}
+        assert len(list(filter(None, sizes.values()))) == 8
+        workspace.job_file.write_text(job.replace("WHERE", "Website NOT LIKE '%company0%'"), encoding="utf-8")
+        workspace.run_job(api)
+        lines = workspace.read_output("changes.csv")
+        emails = {row["First Name"]: row["contact"] for row in workspace.read_output()}
+        workspace.run_job(api)
+        assert workspace.read_output("changes.csv") == []
+    assert {line["First Name"]: (line["field"], line["old"], line["new"]) for line in lines} == {
+        name: ("contact", sizes[name], email) for name, email in emails.items() if email != sizes[name]
+    }
+    assert len(lines) == 7
 
 
 @pytest.mark.long
