@@ -30,7 +30,6 @@ from tests.support.workspace import (
     ProgramResult,
     SandboxApi,
     Workspace,
-    kill_process,
     make_leads,
     serve_api,
     wait_until,
@@ -497,20 +496,6 @@ def test_if_locked_wait(api: SandboxApi, workspace: Workspace) -> None:
 
     thread.join()
     assert assert_exit(result, 0)["submitted"] == 1
-
-
-@pytest.mark.long
-def test_lock_released_by_killed_process(api: SandboxApi, workspace: Workspace) -> None:
-    """A killed run does not keep the lock."""
-    workspace.write_leads(make_leads(1))
-    api.inject_fault("silence-before")
-    process = workspace.start_subprocess("run", "job.yaml", api=api)
-    wait_until(lambda: api.audit()["faults"].get("silence-before", 0) == 1)
-    assert workspace.run_in_process("run", "job.yaml", "--json", api=api).exit_code == 11
-
-    kill_process(process)
-
-    assert workspace.run_in_process("run", "job.yaml", "--json", api=api).exit_code == 14
 
 
 # 12: credits

@@ -293,14 +293,6 @@ def test_unencodable_character_error(tmp_path: Path) -> None:
     assert not target.exists()
 
 
-def test_outputs_are_deterministic(tmp_path: Path) -> None:
-    """Writing twice gives the same bytes: a compressed file holds neither its name nor the time."""
-    assert (
-        write_output(tmp_path / "a.csv.gz", ["x"]).read_bytes()
-        == write_output(tmp_path / "b.csv.gz", ["x"]).read_bytes()
-    )
-
-
 @in_turn(
     ("value", "text"),
     [
