@@ -13,8 +13,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import orjson
@@ -98,9 +96,6 @@ class _ProviderCounter:
 #: Above this many kinds of answers, those that were counted are added up.
 MAX_KINDS = 20_000
 _SETTLED = frozenset(state.value for state in (State.FOUND, State.NOT_FOUND, State.FAILED))
-#: What counts of a step.
-_STEP_KEYS = ("provider", "action", "cost")
-_step_values = itemgetter(*_STEP_KEYS)
 
 
 class _AnswerKind(NamedTuple):
@@ -275,19 +270,11 @@ class ProviderStats:
 
 def _named_steps(steps: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, object, object], ...]:
     """Return provider, action and cost of each step with a provider."""
-    try:
-        return _named(tuple(map(_step_values, steps)))
-    except (KeyError, TypeError):  # a step lacks one of them, or has a list or an object there
-        return _named(tuple([tuple([_scalar(step.get(key)) for key in _STEP_KEYS]) for step in steps]))
-
-
-@lru_cache(MAX_KINDS)
-def _named(steps: tuple[tuple[object, ...], ...]) -> tuple[tuple[str, object, object], ...]:
     return tuple(
         [
-            (provider, _scalar(action), _scalar(cost))
-            for provider, action, cost in steps
-            if isinstance(provider, str) and not is_blank(provider)
+            (provider, _scalar(step.get("action")), _scalar(step.get("cost")))
+            for step in steps
+            if isinstance(provider := step.get("provider"), str) and not is_blank(provider)
         ]
     )
 
