@@ -93,10 +93,20 @@ def _fail_unexpected(error: Exception, ledger: object, *, as_json: bool) -> int:
 
     if (known := as_enrich_error(error, ledger)) is not None:
         return _fail(known.exit_code, known.message, known.hint, as_json=as_json)
+    if isinstance(error, FileNotFoundError) and not _has_working_directory():
+        message, hint = "the working directory no longer exists", "change to a folder that exists"
+        return _fail(ExitCode.USAGE, message, hint, as_json=as_json)
     click.echo(clean_text("".join(traceback.format_exception(error)), _find_api_key()).rstrip("\n"), err=True)
     return _fail(
         ExitCode.BUG, f"this is a bug: {type(error).__name__}", "report it with the lines above", as_json=as_json
     )
+
+
+def _has_working_directory() -> bool:
+    try:
+        return bool(Path.cwd())
+    except FileNotFoundError:
+        return False
 
 
 def _find_api_key() -> str:

@@ -11,6 +11,7 @@ from enrich.errors import CommandRefused, EnrichError, JobError
 from enrich.files.discovery import find_paths
 from enrich.files.parquet_dataset import check_own_folder
 from enrich.files.text import FileProblem
+from enrich.job.file_names import is_same_file
 from enrich.job.job import Job
 from enrich.job.locations import STDIN, is_dataset
 from enrich.report.page_file import is_report
@@ -53,7 +54,7 @@ def path_problems(job: Job) -> Iterator[EnrichError]:
         return
     several = {key: path for key, path in incoming.items() if key.startswith("input ")}
     for one, path in outgoing.items():  # the files of a folder or pattern; all others are compared above
-        for other in (other for other, same in several.items() if _is_same_file(path, same)):
+        for other in (other for other, same in several.items() if is_same_file(path, same)):
             yield JobError(f"{path}: `{one}` and `{other}` are the same file", f"choose another `{one}`")
     for key, path in outgoing.items():
         if reason := _why_not_writable(path, may_be_folder=key == "output" and is_dataset(path)):
@@ -84,13 +85,6 @@ def _overwrite_problems(outgoing: Mapping[str, Path]) -> Iterator[EnrichError]:
             pass  # a folder that cannot be read cannot be written either
     if report is not None and _is_foreign_report(report):
         yield JobError(f"{report} exists and is not a report of enrich", "choose another `report`")
-
-
-def _is_same_file(one: Path, other: Path) -> bool:
-    try:
-        return one == other or one.samefile(other)
-    except OSError:  # one of them is missing or not accessible
-        return False
 
 
 def _is_foreign_report(report: Path) -> bool:

@@ -14,6 +14,7 @@ from urllib.parse import unquote
 from enrich.files import object_store
 from enrich.files.manifest import MANIFEST, Manifest, read_manifest
 from enrich.files.text import FORMAT_NAMES, FileProblem, TableFile
+from enrich.job.file_names import real_path, why_no_file
 from enrich.job.locations import InputLocation, Location, ObjectUrl, WebUrl, has_wildcards, is_pattern
 from enrich.job.spec import Input
 
@@ -51,6 +52,8 @@ def find_input_files(location: Location, settings: Input) -> list[InputFile]:
     if isinstance(location, ObjectUrl):
         found = [InputFile(url, settings, version=stamp) for url, stamp in find_objects(location).items()]
     else:
+        if reason := why_no_file(location):
+            raise FileProblem(f"{location}: {reason}", "choose another input")
         if location.exists() and not (location.is_file() or location.is_dir()):
             raise FileProblem(f"{location} is a pipe or a device, not a file", "pipe the leads in: --input -")
         found = [InputFile(path, settings) for path in find_paths(location)]
@@ -103,9 +106,9 @@ def would_include(location: InputLocation, target: Location) -> bool:
         return False
     if is_pattern(location):
         return target.match(str(location))
-    folder = location.resolve()
+    folder = real_path(location)
     # The target may be a link, which is read as the file that it leads to.
-    places = (target.resolve(), target.parent.resolve() / target.name)
+    places = (real_path(target), real_path(target.parent) / target.name)
     return location.is_dir() and any(
         place.is_relative_to(folder) and all(map(_is_visible, place.relative_to(folder).parts)) for place in places
     )

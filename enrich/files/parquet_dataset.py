@@ -29,6 +29,7 @@ from enrich.files.manifest import (
     new_part_name,
     read_manifest,
 )
+from enrich.job.file_names import real_path
 from enrich.job.locations import STDIN, InputLocation, Location, ObjectUrl
 
 
@@ -259,7 +260,7 @@ def prepare_dataset(target: Location, input_location: InputLocation, job: str) -
     if (
         isinstance(input_location, Path)
         and input_location != STDIN
-        and input_location.resolve().is_relative_to(target.resolve())
+        and real_path(input_location).is_relative_to(real_path(target))
     ):
         raise JobError(f"{target}: the output would replace the input", "choose another `output`")
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +14,7 @@ from pydantic import ValidationError
 
 from enrich.errors import JobError
 from enrich.job.field_types import MAX_CREDITS
+from enrich.job.file_names import LEDGER_SUFFIX_BYTES, MAX_JOB_NAME_BYTES, is_same_file, real_path, why_no_file
 from enrich.job.locations import (
     STDIN,
     InputLocation,
@@ -122,11 +122,14 @@ class Job:
         """All files of the job by their keys. Raises JobError if two are the same and one of them is written."""
         files, output = self._locations(now), self.output_path(now)
         names = list(files)
+        for kind, location in files.items():
+            if kind != "the job file" and (reason := why_no_file(location)) is not None:
+                raise self.error([kind], f"{location}: {reason}", "choose another name")
         for place, kind in enumerate(names):
             if kind in _FILES_READ:
                 continue
             for other in names[:place]:
-                if _is_same(files[kind], files[other]):
+                if is_same_file(files[kind], files[other]):
                     message = f"{files[kind]}: `{kind}` and `{other}` are the same file"
                     raise self.error([kind], message, "give each file its own name")
         for kind, location in files.items():
@@ -154,10 +157,12 @@ class Job:
 
     def key_of_file(self, path: Path, now: datetime) -> str | None:
         """Return the key of the job's file at a path, such as `output`. None: the path is none of the job's files."""
-        return next((key for key, place in self._locations(now).items() if _is_same(path, place)), None)
+        return next((key for key, place in self._locations(now).items() if is_same_file(path, place)), None)
 
     def check_not_own(self, path: Path, what: str, hint: str = "choose another name", allowed: str = "") -> None:
-        """Raise JobError if a file that a command writes beside the run is one of the job's files."""
+        """Raise JobError if a file that a command writes beside the run is one of the job's, or can be none."""
+        if reason := why_no_file(path):
+            raise JobError(f"{path}: the {what} cannot be written: {reason}", hint)
         if (key := self.key_of_file(path, datetime.now().astimezone())) not in (None, allowed):
             raise JobError(f"{path}: the {what} would replace `{key}` of the job", hint)
 
@@ -165,7 +170,7 @@ class Job:
         """Raise JobError if a file of the job is in the output folder, which every run replaces."""
         if not isinstance(location, Path) or not isinstance(output, Path) or not is_dataset(output):
             return
-        if _real(location).is_relative_to(_real(output)):
+        if real_path(location).is_relative_to(real_path(output)):
             message = f"{output} is replaced by every run, and contains `{kind}`"
             raise self.error(["output"], message, "choose a separate folder")
 
@@ -196,6 +201,9 @@ _DATE_CODES = frozenset(f"%{letter}" for letter in "aAbBcCdeFGgHIjklmMpPsSTuUVwW
 def load_job(path: Path, overrides: Overrides | None = None) -> Job:
     """Load a job file. Raises JobError that names the file, line and key, and for an unknown key the closest match."""
     overrides = overrides or Overrides()
+    if str(path) != str(path).encode(errors="replace").decode():
+        shown = os.fsencode(path).decode(errors="backslashreplace")
+        raise JobError(f"{shown}: the name of the job file is not UTF-8 text", "rename it")
     document = YamlDocument(path)
     if "api_key" in document.data:
         raise JobError(
@@ -214,6 +222,9 @@ def load_job(path: Path, overrides: Overrides | None = None) -> Job:
         model = model.model_copy(update={"limits": limits})
     job_folder = path.resolve().parent
     name = model.name or path.stem
+    if len(os.fsencode(name)) > MAX_JOB_NAME_BYTES:
+        message = f"{path}:{document.line_of(['name'])}: name: the job's name is too long"
+        raise JobError(message, f"set `name:` to at most {MAX_JOB_NAME_BYTES} characters")
     if overrides.sandbox:
         model = _with_sandbox_names(model)
     input_settings = _override_input(model.input, overrides.input)
@@ -300,10 +311,12 @@ def _ledger_location(
     try:
         if given is not None:
             ledger = parse_ledger_location(Path.cwd(), given, job_folder / ".enrich")
-            if isinstance(ledger, Path) and is_sandbox_ledger(ledger):
+            if isinstance(ledger, Path) and is_sandbox_ledger(ledger) and why_no_file(ledger) is None:
                 return ledger  # the sandbox's own ledger was named
         else:
             ledger = parse_ledger_location(job_folder, path_or_url, job_folder / ".enrich")
+        if reason := why_no_file(ledger, LEDGER_SUFFIX_BYTES) if isinstance(ledger, Path) else None:
+            raise ValueError(f"{ledger}: {reason}")
     except ValueError as error:
         option_or_key = "--ledger" if given is not None else f"{document.path}:{document.line_of(['ledger'])}: ledger"
         raise JobError(f"{option_or_key}: {error}") from error
@@ -352,20 +365,6 @@ def _checked_location(document: YamlDocument, key: str, base: Path, path_or_url:
 
 def _expand_date(path: str, now: datetime) -> str:
     return now.strftime(path) if "%" in path else path
-
-
-def _is_same(one: InputLocation, other: InputLocation) -> bool:
-    """Check whether two locations are the same file, also through links."""
-    if isinstance(one, Path) and isinstance(other, Path):
-        with suppress(OSError):  # one of them is missing or not accessible
-            return one.samefile(other)
-        return _real(one) == _real(other)
-    return one == other
-
-
-def _real(path: Path) -> Path:
-    """Follow the links of a path as far as they lead. `Path.resolve` raises RuntimeError for a loop of links."""
-    return Path(os.path.realpath(path))
 
 
 def _absolute_path(base: Path, path: str | Path) -> Path:

@@ -21,6 +21,7 @@ REPORT_MARKER = b"\n<!-- a report of enrich -->\n"
 SANDBOX_MARKER = b"\n<!-- SANDBOX -->"
 #: File name suffixes of a page.
 PAGE_SUFFIXES = (".html", ".htm")
+_OTHER_FILE_HINT = "choose another file: -o FILE"
 INSTALL_HINT = install_hint("report")
 _LIBRARIES = ("altair", "jinja2", "vl_convert")
 
@@ -42,7 +43,11 @@ def default_report_path(job: Job, now: datetime) -> Path:
 
 
 def given_report_path(job: Job, path: Path) -> Path:
-    """Return where to write a page that the command line names. A sandbox run keeps off the report of a real run."""
+    """Return where to write a page that the command line names. A sandbox run keeps off the report of a real run.
+
+    Raises JobError if the path is another file of the job, or can be no file.
+    """
+    job.check_not_own(path, "report", _OTHER_FILE_HINT, allowed="report")
     return path.with_name(sandbox_file_name(path.name)) if job.sandbox and _is_real_report(path) else path
 
 
@@ -51,13 +56,13 @@ def write_report(path: Path, page: str, job: Job) -> None:
 
     Raises JobError when it would replace another kind of file, CommandRefused when it can't be written.
     """
-    job.check_not_own(path, "report", "choose another file: -o FILE", allowed="report")
+    job.check_not_own(path, "report", _OTHER_FILE_HINT, allowed="report")
     try:
         if path.exists() and not is_report(path):
-            raise JobError(f"{path} exists and is not a report of enrich", "choose another file: -o FILE")
+            raise JobError(f"{path} exists and is not a report of enrich", _OTHER_FILE_HINT)
         path = follow_link(path)
         if job.sandbox and _is_real_report(path):
-            raise CommandRefused(f"{path}: the report would replace that of a real run", "choose another file: -o FILE")
+            raise CommandRefused(f"{path}: the report would replace that of a real run", _OTHER_FILE_HINT)
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
@@ -70,9 +75,7 @@ def write_report(path: Path, page: str, job: Job) -> None:
                 os.unlink(part)  # noqa: PTH108 - `part` is a str
             raise
     except OSError as error:
-        raise CommandRefused(
-            f"{path}: the report cannot be written: {error.strerror}", "choose another file: -o FILE"
-        ) from error
+        raise CommandRefused(f"{path}: the report cannot be written: {error.strerror}", _OTHER_FILE_HINT) from error
 
 
 def is_report(path: Path) -> bool:

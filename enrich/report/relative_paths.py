@@ -8,6 +8,7 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
+from enrich.job.file_names import real_path
 from enrich.job.job import Job
 from enrich.report.data import Report
 
@@ -41,6 +42,6 @@ def _relative_paths(job: Job, now: datetime, base: Path) -> Mapping[str, str]:
     """Return the local paths of the job with their relative forms, the longest first, and the folder itself."""
     named = [job.document.path, job.input_path, job.ledger, *job.file_locations(now).values()]
     paths = {path.absolute() for path in named if isinstance(path, Path)}
-    paths |= {path.resolve() for path in paths}
+    paths |= {real_path(path) for path in paths}
     relative = {str(path): os.path.relpath(path, base) for path in paths} | {f"{base}{os.sep}": ""}
     return dict(sorted(relative.items(), key=lambda pair: -len(pair[0])))

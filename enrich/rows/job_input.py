@@ -21,6 +21,7 @@ from enrich.files.values import text_frame
 from enrich.files.writer import is_formula
 from enrich.job.bounded_read import read_bounded
 from enrich.job.cell_text import blank_cells
+from enrich.job.file_names import is_missing
 from enrich.job.job import Job
 from enrich.job.locations import format_of, has_wildcards
 from enrich.job.name_hints import closest_name
@@ -44,7 +45,6 @@ from enrich.rows.where import (
 _MAX_TITLE_ROWS = 50
 #: The cells of `enrich_status` in a file that we wrote.
 _OWN_STATUSES = [*(status.value for status in RowStatus), ""]
-
 _MISSING_COLUMN = re.compile(r'unable to find column "(.*)"; valid columns')
 
 
@@ -378,7 +378,7 @@ def _former_steps(job: Job, header: Collection[str]) -> list[str]:
 def _missing_input_error(job: Job) -> CommandRefused | None:
     """Return an error that names the job file and the right path, when the input of the job file does not exist."""
     path, written = job.input_path, job.input.path
-    if written != job.model.input.path or not isinstance(path, Path) or has_wildcards(written) or path.exists():
+    if written != job.model.input.path or not isinstance(path, Path) or has_wildcards(written) or not is_missing(path):
         return None
     folder = job.document.path.resolve().parent
     from_here = Path.cwd() / written

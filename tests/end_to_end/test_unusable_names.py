@@ -1,0 +1,97 @@
+"""A name that no file can have is an error of the command with a sentence, and never a traceback."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from enrich.cli import run_command
+from tests.support.cases import first_quick
+from tests.support.workspace import SandboxApi, Workspace, make_leads
+
+TOO_LONG = "x" * 300
+COMMANDS = [
+    ("run", "--output", ".csv"),
+    ("run", "--input", ".csv"),
+    ("run", "--ledger", ".db"),
+    ("run", "--log-file", ".log"),
+    ("plan", "--rows", ".csv"),
+    ("plan", "-o", ".json"),
+    ("plan", "--input", ".csv"),
+    ("check", "--input", ".csv"),
+    ("check", "--output", ".csv"),
+    ("status", "--ledger", ".db"),
+    ("collect", "--output", ".csv"),
+    ("report", "-o", ".html"),
+]
+ENDINGS = {"report": ".html", "metrics": ".prom", "ledger": ".db"}
+KEYS = ["input", "output", "rejects", "report", "metrics", "suppress", "notify", "ledger"]
+
+
+@pytest.fixture(params=["loop", TOO_LONG], ids=["loop", "long"])
+def stem(request: pytest.FixtureRequest, workspace: Workspace) -> str:
+    """The name of a link to itself, or one that is too long."""
+    workspace.write_leads(make_leads(1))
+    workspace.write_job()
+    if request.param == "loop":
+        for ending in (".csv", ".db", ".log", ".json", ".html", ".prom"):
+            (workspace.folder / f"loop{ending}").symlink_to(f"loop{ending}")
+    return str(request.param)
+
+
+def _check_refused(code: int, stderr: str) -> None:
+    assert code in (2, 5), stderr
+    assert any(words in stderr for words in ("in a circle", "too long", "Too many levels")), stderr
+    assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize("case", first_quick(5, COMMANDS))
+def test_options(workspace: Workspace, api: SandboxApi, stem: str, case: tuple[str, str, str]) -> None:
+    """The names on the command line."""
+    command, option, ending = case
+    result = workspace.run_in_process(command, "job.yaml", option, stem + ending, api=api)
+    _check_refused(result.exit_code, result.stderr)
+
+
+@pytest.mark.parametrize("key", first_quick(3, KEYS))
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_keys(workspace: Workspace, api: SandboxApi, stem: str, command: str, key: str) -> None:
+    """The names in the job file."""
+    workspace.write_job(**{key: stem + ENDINGS.get(key, ".csv")})
+    result = workspace.run_in_process(command, "job.yaml", api=api)
+    _check_refused(result.exit_code, result.stderr)
+    assert api.audit()["accepted"] == 0
+
+
+def test_job_name(workspace: Workspace) -> None:
+    """A name of a job that is too long for the files that are named after it."""
+    workspace.write_job(name=TOO_LONG)
+    result = workspace.run_in_process("check", "job.yaml")
+    assert (result.exit_code, "at most 200 characters" in result.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("command", ["run", "check", "cron"])
+def test_job_file_name_that_is_no_text(workspace: Workspace, command: str) -> None:
+    """The ledger records names as text."""
+    workspace.write_job()
+    name = os.fsdecode(b"j\xff.yaml")
+    (workspace.folder / "job.yaml").rename(workspace.folder / name)
+    result = workspace.run_in_process(command, name)
+    assert (result.exit_code, "j\\xff.yaml: the name of the job file is not UTF-8 text" in result.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("job", ["job.yaml", "{folder}/job.yaml"])
+def test_working_directory_that_is_gone(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, job: str
+) -> None:
+    """A relative path cannot be resolved."""
+    workspace.write_leads(make_leads(1))
+    workspace.write_job()
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    code = run_command(["run", job.format(folder=workspace.folder), "--sandbox", "--output", "x.csv"])
+    assert (code, "working directory no longer exists" in capsys.readouterr().err) == (2, True)
