@@ -43,12 +43,18 @@ def answer_columns(answers: Iterable[str | None], paths: Sequence[str]) -> list[
 
 
 def answer_cells(answer: str, paths: Sequence[str]) -> list[str | None]:
-    """Read values of an answer (JSON) as cells."""
+    """Read values of an answer (JSON) as cells. Raises JSONDecodeError if it is not a JSON object."""
     try:
-        values = column_values(orjson.loads(answer).get("data"), paths)
+        task = orjson.loads(answer)
     except orjson.JSONDecodeError:
-        values = None
-    if values is None or not all(value is None or isinstance(value, str) for value in values):
+        try:
+            task = _NUMBERS_AS_WRITTEN.decode(answer)
+        except RecursionError:
+            task = None
+    if not isinstance(task, dict):
+        raise json.JSONDecodeError("not an object", "", 0)
+    values = column_values(task.get("data"), paths)
+    if not all(value is None or isinstance(value, str) for value in values):
         # The slower parser keeps numbers as they are written. NaN and Infinity, which JSON does not have, are no value.
         values = column_values(_NUMBERS_AS_WRITTEN.decode(answer).get("data"), paths)
     return list(map(to_cell, values))
