@@ -19,10 +19,10 @@ from enrich.rows.job_input import JobInput
 from enrich.rows.lookup import MAX_LEADS_SHOWN, Lead, parse_match
 from enrich.rows.step_decision import StepDecision
 from enrich.rows.template import RequestTemplate
+from enrich.run.job_steps import make_steps
 from enrich.run.preflight import template_from_ledger
 from enrich.run.step_batch import StepTables
 from enrich.run.step_input import StepInput
-from enrich.run.step_inputs import make_steps
 from enrich.run.step_rows import StepRows
 
 

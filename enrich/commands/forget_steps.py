@@ -13,8 +13,8 @@ from enrich.job.job import Job
 from enrich.job.target_spec import Param
 from enrich.ledger.database import Database
 from enrich.rows.job_input import JobInput
+from enrich.run.job_steps import make_steps
 from enrich.run.preflight import template_from_ledger
-from enrich.run.step_inputs import make_steps
 from enrich.run.step_rows import StepRows
 
 

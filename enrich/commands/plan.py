@@ -38,11 +38,11 @@ from enrich.rows.params import LeftOutCounts
 from enrich.run import neighbour_ledgers
 from enrich.run.budget import check_balance, make_budget
 from enrich.run.context import RunOptions, select_requests
+from enrich.run.earlier_output import is_written_by_run
 from enrich.run.plan import DECISION_REASONS, Plan, PlanCounts, build_plan, format_plan
 from enrich.run.plan_file import SavedPlan, gather_plan_inputs, write_plan
 from enrich.run.preflight import Preflight, preflight, read_binding
 from enrich.run.run_state import Timeouts
-from enrich.run.sandbox_output import is_written_by_run
 from enrich.run.startup import make_step_rows
 from enrich.run.step_input import StepInput
 from enrich.run.step_plan import StepsPlan, format_steps_plan, plan_steps

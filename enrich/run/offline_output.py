@@ -16,9 +16,9 @@ from enrich.rows.template import RequestTemplate
 from enrich.run.collector import Collector
 from enrich.run.context import RunOptions, select_requests
 from enrich.run.enrolled import EnrolledSteps
+from enrich.run.job_steps import make_steps
 from enrich.run.preflight import template_from_ledger
 from enrich.run.step_input import StepInput
-from enrich.run.step_inputs import make_steps
 from enrich.run.step_rows import StepRows
 from enrich.run.step_summary import cost_per_lead, summarize_steps
 from enrich.run.summary import RunSummary

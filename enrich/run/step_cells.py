@@ -14,8 +14,8 @@ from enrich.ledger.database import Database
 from enrich.models import RequestResult, result_columns
 from enrich.rows.step_decision import row_status
 from enrich.run.collector import JoinedStep, name_source, new_cells
+from enrich.run.job_steps import Step
 from enrich.run.step_batch import StepBatch
-from enrich.run.step_inputs import Step
 
 
 def join_step(ledger: Database, step: Step, step_batch: StepBatch, *, bill: bool) -> JoinedStep:

@@ -10,8 +10,8 @@ import polars as pl
 from enrich.ledger.step_results import StepResult, choose_requests
 from enrich.models import DECISIONS_TO_SEND, Decision, RequestSelection, State
 from enrich.rows.step_decision import StepDecision
+from enrich.run.job_steps import Step
 from enrich.run.step_batch import StepBatch, StepTables
-from enrich.run.step_inputs import Step
 from enrich.run.step_rows import StepRows
 
 #: Decisions after which the row may have another answer at the end of the run.

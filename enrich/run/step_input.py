@@ -12,9 +12,8 @@ from enrich.ledger.step_results import StepChoice, choose_requests
 from enrich.models import COUNTED_TOWARDS_LIMIT, Decision, RequestSelection
 from enrich.rows.requests import RowBatch
 from enrich.rows.template import RequestTemplate
-from enrich.run.begun_leads import find_begun_leads
-from enrich.run.lead_caps import capped_rows
-from enrich.run.lead_selection import Candidate, LeadSelection
+from enrich.run.asked_rows import find_asked
+from enrich.run.lead_selection import Candidate, LeadSelection, capped_rows
 from enrich.run.plan_file import SavedPlan
 from enrich.run.step_rows import StepRows
 
@@ -76,3 +75,20 @@ class StepInput:
 
 
 _NEW = StepChoice(Decision.NEW, sent_before=False)
+
+
+def find_begun_leads(rows: StepRows, up_to_execution: int | None = None) -> bytearray:
+    """Return for which rows a step has sent a request, one byte for each. Requests sent later do not count."""
+    begun = bytearray()
+    for tables in rows.step_tables():
+        first_position = len(begun)
+        begun.extend(bytes(tables.height))
+        for step, (step_batch, _) in zip(rows.steps, tables.steps, strict=True):
+            names = step_batch.batch.fingerprints
+            sent = [row for row, result in enumerate(step_batch.results) if result is not None and result.was_sent]
+            if up_to_execution is not None:
+                in_time = step_results.sent_up_to(rows.ledger, filter(None, names), up_to_execution)
+                sent = [row for row in sent if names[row] in in_time]
+            for row in find_asked(rows.ledger, step.job, names, sent, step_batch.identities):
+                begun[first_position + row] = 1
+    return begun

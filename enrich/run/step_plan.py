@@ -18,10 +18,10 @@ from enrich.models import (
     to_micros,
 )
 from enrich.run.budget import Cost
+from enrich.run.job_steps import Step
 from enrich.run.plan import format_cost
 from enrich.run.preflight import Preflight
 from enrich.run.step_forecast import StepDecisions, decide_steps
-from enrich.run.step_inputs import Step
 from enrich.run.step_rows import StepRows
 from enrich.run.terminal_text import wrap_parts
 

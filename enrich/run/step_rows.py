@@ -25,11 +25,10 @@ from enrich.rows.send_order import order_of_rows
 from enrich.rows.step_decision import RowFacts, StepDecision, decide
 from enrich.run.asked_rows import Identities, find_asked, identities, sent_columns
 from enrich.run.collector import JoinedBatch, JoinedStep, merge_cells
-from enrich.run.lead_caps import CAPPED_REASON
-from enrich.run.lead_selection import LeadSelection
+from enrich.run.job_steps import Step
+from enrich.run.lead_selection import CAPPED_REASON, LeadSelection
 from enrich.run.step_batch import StepBatch, StepTables, decided_batch
 from enrich.run.step_cells import join_step, row_cells
-from enrich.run.step_inputs import Step
 
 
 @dataclass(slots=True)

@@ -1,10 +1,14 @@
-"""What a step may still spend in a run under its own cap."""
+"""What a claim may cost: the highest price of each request, and what is left of the cap of its step."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from enrich.ledger.database import Database
+from enrich.ledger.sql_fragments import JSON_NUMBERS
+from enrich.models import to_json_text
 
 
 class StepCost(NamedTuple):
@@ -47,3 +51,14 @@ def _exact_cost(db: Database, execution_id: int, step: str | None) -> int:
         (step, execution_id),
     ).fetchone()
     return int(cost)
+
+
+def highest_prices(db: Database, request_ids: Sequence[int], price: int, priced_by: str | None) -> list[int]:
+    """Return the highest price of each request, in millionths."""
+    if priced_by is None:
+        return [price] * len(request_ids)
+    rows = db.execute(
+        f"SELECT id, params FROM requests WHERE id IN ({JSON_NUMBERS.format('?')})", (to_json_text(request_ids),)
+    )
+    counts = {request_id: int(json.loads(params)[priced_by]) for request_id, params in rows.fetchall()}
+    return [price * counts[request_id] for request_id in request_ids]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from enrich.ledger import step_costs, transitions
+from enrich.ledger import claim_costs, transitions
 from enrich.ledger.transitions import StepCapReached
 from tests.support.ledger import COST, FOUND, MAX_PRICE, CommittingLedger
 
@@ -22,13 +22,13 @@ def backend(request: pytest.FixtureRequest) -> str:
 def test_cost_is_added_up_a_few_times(ledger: CommittingLedger, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under a cap that holds twice what is claimed, each claim reads only what was claimed since the last one."""
     sums = list[int]()
-    exact_cost = step_costs._exact_cost
+    exact_cost = claim_costs._exact_cost
 
     def count_sums(*given: Any) -> int:
         sums.append(cost := exact_cost(*given))
         return cost
 
-    monkeypatch.setattr(step_costs, "_exact_cost", count_sums)
+    monkeypatch.setattr(claim_costs, "_exact_cost", count_sums)
     ledger.start_and_enroll(*range(CLAIMS + 1))
     cap = COST * CLAIMS + MAX_PRICE - 1
     for number in range(CLAIMS):
