@@ -33,7 +33,6 @@ from enrich.models import (
     State,
 )
 from enrich.rows.job_input import JobInput
-from enrich.rows.param_fill import ParamFill
 from enrich.rows.params import LeftOutCounts
 from enrich.run import neighbour_ledgers
 from enrich.run.budget import check_balance, make_budget
@@ -157,17 +156,17 @@ def make_plan(
         row_count = requesting_rows = 0
         left_out: LeftOutCounts = Counter()
         skipped: Counter[str] = Counter()
-        fill = ParamFill(job, template)
-        for batch in job_input.batches(template, job_input.queue_order()):
+        missing: Counter[str] = Counter()
+        # A run that is in progress may store a request that this pass has counted as a new one.
+        for batch in job_input.batches(template, job_input.queue_order(), None if is_running else ledger):
             enroll.preview(ledger, batch.requests(), selection)
             row_count += batch.frame.height
             left_out += batch.left_out
             skipped += batch.skip_reasons()
-            requesting_rows += sum(fingerprint is not None for fingerprint in batch.fingerprints)
+            requesting_rows += batch.statuses.count(None)
             counts[Decision.INVALID] += batch.statuses.count(RowStatus.INVALID)
             counts[Decision.FILTERED] += batch.statuses.count(RowStatus.FILTERED)
-            if RowStatus.INVALID in batch.statuses:
-                fill.add(batch)
+            missing.update(batch.missing)
         enroll.apply_limits(ledger, selection)
         request_counts = enroll.decision_counts(ledger)
         counts |= request_counts
@@ -184,7 +183,7 @@ def make_plan(
             *_notes(job, preflight_result, to_submit, is_running=is_running),
             *(_neighbour_notes(job, preflight_result, ledger) if to_submit else ()),
         ]
-        return replace(plan, notes=notes, missing=fill.missing), saved_plan
+        return replace(plan, notes=notes, missing=missing), saved_plan
 
 
 def make_steps_plan(

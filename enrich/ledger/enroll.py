@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterator, Sequence
 from itertools import pairwise, repeat
 from operator import itemgetter
+from typing import NamedTuple
 
 import orjson
 
@@ -26,7 +27,6 @@ from enrich.models import (
     RequestResult,
     RequestSelection,
     ResultColumns,
-    RowDecision,
     State,
     to_json_text,
 )
@@ -62,6 +62,18 @@ _SEEN_TABLE = """CREATE TEMP TABLE seen (id {serial}, first_position BIGINT NOT 
 queue_position BIGINT NOT NULL, group_name TEXT, decision TEXT NOT NULL)"""
 
 
+class RowDecision(NamedTuple):
+    """The decision about a row. `first_position` is the first row with the same request.
+
+    `settled_ms` is when the request was answered (milliseconds since 1970, UTC), None if it was not.
+    """
+
+    position: int
+    first_position: int
+    decision: Decision
+    settled_ms: int | None
+
+
 def begin_pass(db: Database) -> None:
     """Start reading the input from its beginning. No request has been seen yet."""
     db.matched_up_to = 0
@@ -86,9 +98,9 @@ def preview(db: Database, requests: RequestBatch, selection: RequestSelection) -
         _preview(db, requests.distinct(), selection)
 
 
-def _preview(db: Database, batch: RequestBatch, selection: RequestSelection) -> list[int | None]:
+def _preview(db: Database, batch: RequestBatch, selection: RequestSelection) -> Sequence[int | None]:
     """Decide about a batch of distinct requests. Return their ids, negative where the ledger does not have them."""
-    ids = request_ids.find_ids(db, batch.fingerprints)
+    ids = request_ids.find_ids(db, batch)
     if unknown := request_ids.without_id(batch.fingerprints, ids):
         db.execute(
             f"INSERT INTO unknown_requests (fingerprint) SELECT {request_ids.FINGERPRINT} "
@@ -100,11 +112,14 @@ def _preview(db: Database, batch: RequestBatch, selection: RequestSelection) -> 
     return ids
 
 
-def enroll(db: Database, target: Target, requests: RequestBatch, selection: RequestSelection) -> None:
-    """Read the requests of a batch and insert the new ones. `fill_queue` queues the selected ones afterwards."""
+def enroll(db: Database, target: Target, requests: RequestBatch, selection: RequestSelection) -> Sequence[int | None]:
+    """Read the requests of a batch and insert the new ones. `fill_queue` queues the selected ones afterwards.
+
+    Returns the ids of the requests.
+    """
     batch = requests.distinct()
     _ensure_pass_tables(db)
-    ids = request_ids.find_ids(db, batch.fingerprints)
+    ids = request_ids.find_ids(db, batch)
     if new := request_ids.without_id(batch.fingerprints, ids):
         canonical = target.canonical()
         db.execute("INSERT INTO calls (canonical) VALUES (?) ON CONFLICT DO NOTHING", (canonical,))
@@ -123,6 +138,10 @@ def enroll(db: Database, target: Target, requests: RequestBatch, selection: Requ
     _record_seen(db, batch, ids, selection)
     if db.execute("SELECT EXISTS (SELECT 1 FROM requests WHERE erased_ms IS NOT NULL)").fetchone()[0]:
         _restore_params(db, batch, ids)
+    if batch is requests or requests.ids is not None:
+        return ids if requests.ids is None else requests.ids
+    by_fingerprint = dict(zip(batch.fingerprints, ids, strict=True))
+    return [by_fingerprint[name] for name in requests.fingerprints]
 
 
 def _restore_params(db: Database, batch: RequestBatch, ids: Sequence[int | None]) -> None:
@@ -132,7 +151,9 @@ def _restore_params(db: Database, batch: RequestBatch, ids: Sequence[int | None]
         f"{db.dialect.ordered_join} requests r ON r.id = s.id WHERE s.{_TO_SEND} AND r.erased_ms IS NOT NULL",
         (request_ids.packed(batch, ids),),
     ).fetchall()
-    params = dict(zip(ids, batch.params, strict=True))
+    if purged and batch.complete is not None:
+        batch = batch.complete().distinct()
+    params = dict(zip(ids, batch.params, strict=True)) if purged else {}
     db.executemany(
         "UPDATE requests SET params = ?, erased_ms = NULL WHERE id = ?",
         [(params[number], number) for (number,) in purged],
@@ -231,7 +252,7 @@ def row_decisions(db: Database, requests: RequestBatch) -> Iterator[RowDecision]
     batch = requests.distinct()
     with db.temporary_transaction():
         _ensure_pass_tables(db)
-        ids = request_ids.find_ids(db, batch.fingerprints)
+        ids = request_ids.find_ids(db, batch)
         found = db.execute(
             f"SELECT b.position, s.first_position, s.decision, a.settled_ms FROM {request_ids.BATCH} "
             f"{db.dialect.ordered_join} seen s ON s.id = b.id LEFT JOIN requests r ON r.id = b.id "
@@ -270,7 +291,7 @@ def request_results(db: Database, requests: RequestBatch, selection: RequestSele
     batch = requests.distinct()
     with db.temporary_transaction():
         _ensure_pass_tables(db)
-        ids = request_ids.find_ids(db, batch.fingerprints) if selection is None else _preview(db, batch, selection)
+        ids = request_ids.find_ids(db, batch) if selection is None else _preview(db, batch, selection)
         # The database makes the columns: a list for each row takes twice as long.
         lists = ", ".join(map(db.dialect.json_list.format, _RESULT_FIELDS.values()))
         joined = (

@@ -21,12 +21,16 @@ BATCH = (
 FINGERPRINT = "substr(?2, CAST(16 * key + 1 AS INTEGER), 16)"
 
 
-def find_ids(db: Database, fingerprints: Sequence[bytes]) -> list[int | None]:
+def find_ids(db: Database, batch: RequestBatch) -> Sequence[int | None]:
     """Return the ids of the requests of a batch; None: neither the ledger nor this pass has the request.
 
     The requests of a file are in the ledger nearly in the file's order. So those that follow the last batch are
     compared with the batch, which is much faster than looking up each of a million fingerprints.
     """
+    if batch.ids is not None:
+        db.matched_up_to = batch.ids[-1] if batch.ids else db.matched_up_to
+        return batch.ids
+    fingerprints = batch.fingerprints
     following: dict[bytes, int] = {}
     # Processes that share a pass enroll parts of a file in any order.
     if not db.shares_passes:

@@ -22,6 +22,7 @@ JSON_COLUMNS = {
     "executions": ("summary", "paths", "progress"),
     "requests": ("params",),
     "attempts": ("answer",),
+    "known_batches": ("content",),
 }
 
 
@@ -29,9 +30,17 @@ def _script(name: str) -> str:
     return (files("enrich.ledger") / name).read_text(encoding="utf-8")
 
 
+#: What a run has computed of its input: `content` is JSON with the ids of the requests, `digest` of all they depend on.
+_KNOWN_BATCHES = """CREATE TABLE known_batches (
+    job TEXT NOT NULL,
+    position {integer} NOT NULL,
+    digest {bytes} NOT NULL,
+    content TEXT NOT NULL,
+    PRIMARY KEY (job, position)
+)"""
 #: The scripts for SQLite and PostgreSQL. Append a script for each new version of the tables.
-MIGRATIONS = [_script("schema.sql")]
-POSTGRES_MIGRATIONS = [_script("schema_postgres.sql")]
+MIGRATIONS = [_script("schema.sql"), _KNOWN_BATCHES.format(integer="INTEGER", bytes="BLOB") + " STRICT"]
+POSTGRES_MIGRATIONS = [_script("schema_postgres.sql"), _KNOWN_BATCHES.format(integer="BIGINT", bytes="BYTEA")]
 
 
 def unreleased_ledger_error(location: object) -> CommandRefused:

@@ -186,12 +186,14 @@ class Collector:
         if self.step_rows is not None:
             yield from self.step_rows.joined_batches(self.check_stopped)
             return
-        for batch in self.job_input.batches(self.template):
+        # The change feed records rows by their fingerprints.
+        known = self.ledger if self.job.model.changes is None else None
+        for batch in self.job_input.batches(self.template, ledger=known):
             self.check_stopped()
             results = name_source(self.template, enroll.request_results(self.ledger, batch.requests(), self.selection))
             first_rows = enumerate(results["position"])
-            place_of = {batch.fingerprints[position - batch.first_position]: place for place, position in first_rows}
-            places = [place_of.get(fingerprint) for fingerprint in batch.fingerprints]
+            place_of = {batch.names[position - batch.first_position]: place for place, position in first_rows}
+            places = [place_of.get(name) for name in batch.names]
             cells = new_cells(batch, results, pl.Series(places, dtype=pl.UInt32), self.template.columns)
             step = JoinedStep("", self.template.columns, batch.fingerprints, results, places, cells)
             yield JoinedBatch(batch, [step], cells)
