@@ -27,6 +27,8 @@ from enrich.job.spec import Output
 _SKIPPED = r"^[\n\r\x0b\x0c\x{85}\x{2028}\x{2029}\p{Cf}]*"
 _FORMULA = rf"^[\t\r]|{_SKIPPED}[=@\x{{FF1D}}\x{{FF20}}]"
 _SIGNED = rf"{_SKIPPED}[+\-\x{{FF0B}}\x{{FF0D}}]"
+#: How any of them begins.
+_NO_LETTER = "^[^0-9A-Za-z]"
 _NUMBER_OR_PHONE = r"^[+-]\s?\(?\d[\d\s().,/-]*(?:\s*(?:x|ext\.?)\s*\d+)?$"
 
 
@@ -170,6 +172,8 @@ def is_formula(text: str) -> bool:
 
 def escape_formulas(column: pl.Series) -> pl.Series:
     """Prefix text that looks like a formula with `'`, so that no spreadsheet runs it."""
+    if not column.str.contains(_NO_LETTER).any():
+        return column
     text = pl.nth(0)
     runs = text.str.contains(_FORMULA) | (text.str.contains(_SIGNED) & ~text.str.contains(_NUMBER_OR_PHONE))
     safe = pl.when(runs).then("'" + text).otherwise(text)

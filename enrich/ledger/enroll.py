@@ -15,7 +15,7 @@ from typing import NamedTuple
 import orjson
 
 from enrich.job.target import Target
-from enrich.ledger import request_ids
+from enrich.ledger import queries, request_ids
 from enrich.ledger.database import Database
 from enrich.ledger.request_decisions import decision_sql
 from enrich.ledger.sql_fragments import MAX_ROWS, OPEN_ATTEMPT, QUEUED
@@ -234,8 +234,7 @@ def accept_in_doubt_as_failed(db: Database, sent_in: int | None = None) -> int:
 
 def decision_counts(db: Database) -> dict[Decision, int]:
     """Count the distinct requests of this pass by decision."""
-    rows = db.execute("SELECT decision, count(*) FROM seen GROUP BY 1")
-    return {Decision(decision): count for decision, count in rows}
+    return {Decision(name): count for name, count in queries.count_by_state(db, "decision", "seen").items()}
 
 
 def oldest_answer_ms(db: Database) -> int | None:
@@ -268,12 +267,12 @@ def row_decisions(db: Database, requests: RequestBatch) -> Iterator[RowDecision]
 
 def enrolled_counts(db: Database) -> dict[State, int]:
     """Count the distinct requests of this pass by state. Queued requests count as pending."""
-    rows = db.execute(
-        "SELECT CASE WHEN r.queue_position IS NOT NULL AND r.state NOT IN ('submitting', 'submitted') "
-        "THEN 'pending' ELSE r.state END, count(*) "
-        "FROM seen s JOIN requests r ON r.id = s.id GROUP BY 1"
+    state = (
+        "CASE WHEN r.queue_position IS NOT NULL AND r.state NOT IN ('submitting', 'submitted') "
+        "THEN 'pending' ELSE r.state END"
     )
-    return {State(state): count for state, count in rows}
+    counts = queries.count_by_state(db, state, "seen s JOIN requests r ON r.id = s.id")
+    return {State(name): count for name, count in counts.items()}
 
 
 def queued_count(db: Database) -> int:
@@ -294,17 +293,22 @@ def request_results(db: Database, requests: RequestBatch, selection: RequestSele
         ids = request_ids.find_ids(db, batch) if selection is None else _preview(db, batch, selection)
         # The database makes the columns: a list for each row takes twice as long.
         lists = ", ".join(map(db.dialect.json_list.format, _RESULT_FIELDS.values()))
-        joined = (
-            f"FROM {request_ids.BATCH} {db.dialect.ordered_join} seen s ON s.id = b.id "
+        columns = db.execute(
+            f"SELECT {lists} FROM {request_ids.BATCH} {db.dialect.ordered_join} seen s ON s.id = b.id "
             "LEFT JOIN requests r ON r.id = b.id LEFT JOIN attempts a ON a.id = coalesce(r.answer_id, r.attempt_id) "
-            "WHERE (b.id > 0 OR s.decision = 'capped')"
-        )
-        chosen = (request_ids.packed(batch, ids),)
-        columns = db.execute(f"SELECT {lists} {joined}", chosen).fetchone()
+            "WHERE (b.id > 0 OR s.decision = 'capped')",
+            (request_ids.packed(batch, ids),),
+        ).fetchone()
+        found = dict(zip(_RESULT_FIELDS, map(orjson.loads, columns), strict=True))
         # Not as one list: a batch of long answers would be larger than a database can return as one value.
-        answers = dict(db.execute(f"SELECT b.position, a.answer {joined} AND a.answer IS NOT NULL", chosen))
-    found = dict(zip(_RESULT_FIELDS, map(orjson.loads, columns), strict=True))
-    found["answer"] = list(map(answers.get, found["position"]))
+        answers = dict(
+            db.execute(
+                f"SELECT a.id, a.answer FROM json_each(CAST(?1 AS TEXT)) b {db.dialect.ordered_join} attempts a "
+                "ON a.id = CAST(b.value AS BIGINT) WHERE a.answer IS NOT NULL",
+                (to_json_text([number for number in found["attempt_id"] if number is not None]),),
+            )
+        )
+    found["answer"] = list(map(answers.get, found["attempt_id"]))
     return {name: found[name] for name in RequestResult._fields}
 
 
