@@ -15,8 +15,12 @@ from enrich.job.cell_text import blank_cells
 
 _NUMBERS_AS_WRITTEN = json.JSONDecoder(parse_int=RawJson, parse_float=RawJson, parse_constant=lambda _: None)
 #: The result of the usual answer is an object without others in it, in a wrapper, after fields that are no objects.
-_RESULT = r'"data":\[\{"result":(\{[^{}\[\]\\]*\}),"(?:steps|enrichment_data|result_field)":'
-_USUAL = r'^\{(?:"[^"\\]*":(?:"[^"\\]*"|[^"\\{}\[\],]*),)*' + _RESULT.replace("(", "(?:", 1)
+_RESULT_KEY, _END = '"data":[{"result":', "}"
+_USUAL_PARTS = (
+    r'^\{(?:"[^"\\]*":(?:"[^"\\]*"|[^"\\{}\[\],]*),)*$',
+    r"^\{[^{}\[\]\\]*$",
+    '^,"(?:steps|enrichment_data|result_field)":',
+)
 
 
 def answer_columns(answers: Iterable[str | None], paths: Sequence[str]) -> list[pl.Series]:
@@ -39,12 +43,15 @@ def answer_columns(answers: Iterable[str | None], paths: Sequence[str]) -> list[
 
 
 def _usual_results(texts: Sequence[str | None], paths: Sequence[str]) -> list[dict[str, Any] | None]:
-    """Return the result of each usual answer, which a regular expression finds faster than a JSON parser."""
+    """Return the result of each usual answer. To find it in the text is faster than to parse all as JSON."""
     other: list[dict[str, Any] | None] = [None] * len(texts)
     if any(path.startswith(BESIDE) or path[:1].isdecimal() for path in paths):
         return other
-    answers = pl.Series("", texts, pl.String)
-    found = answers.str.extract(_RESULT).set(~answers.str.contains(_USUAL), None)
+    before, rest = pl.Series("", texts, pl.String).str.splitn(_RESULT_KEY, 2).struct.unnest()
+    result, after = rest.str.splitn(_END, 2).struct.unnest()
+    found = result + _END
+    for part, pattern in zip((before, result, after), _USUAL_PARTS, strict=True):
+        found = found.set(~part.str.contains(pattern), None)
     try:
         results: list[dict[str, Any] | None] = orjson.loads(f"[{found.fill_null('null').str.join(',').item()}]")
     except orjson.JSONDecodeError:  # in one of them
