@@ -18,7 +18,7 @@ from enrich.files.atomic import COLLECT_HINT, as_write_refused, atomic_write, fo
 from enrich.files.csv_format import CsvWriter
 from enrich.files.discovery import find_paths, would_include
 from enrich.files.text import as_refused
-from enrich.files.values import text_frame
+from enrich.files.values import as_text, text_frame
 from enrich.job.locations import InputLocation, Location, ObjectUrl, format_of, is_dataset, is_pattern
 from enrich.job.spec import Output
 
@@ -161,7 +161,7 @@ def _write_csv(
     with CsvWriter(raw, output.separator, output.encoding) as writer:
         writer.write_header(columns)
         for frame in frames:
-            text = text_frame(frame)
+            text = frame.with_columns(as_text(column) for column in frame.get_columns() if column.dtype != pl.String)
             writer.write(text.with_columns(map(escape_formulas, text.get_columns()[-new_columns:])))
 
 

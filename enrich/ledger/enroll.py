@@ -98,8 +98,8 @@ def preview(db: Database, requests: RequestBatch, selection: RequestSelection) -
         _preview(db, requests.distinct(), selection)
 
 
-def _preview(db: Database, batch: RequestBatch, selection: RequestSelection) -> Sequence[int | None]:
-    """Decide about a batch of distinct requests. Return their ids, negative where the ledger does not have them."""
+def _preview(db: Database, batch: RequestBatch, selection: RequestSelection) -> str:
+    """Decide about a batch of distinct requests. Return it `packed`; ids that the ledger does not have are negative."""
     ids = request_ids.find_ids(db, batch)
     if unknown := request_ids.without_id(batch.fingerprints, ids):
         db.execute(
@@ -108,8 +108,7 @@ def _preview(db: Database, batch: RequestBatch, selection: RequestSelection) -> 
             request_ids.as_list(unknown),
         )
         ids = request_ids.add_ids(ids, batch.fingerprints, request_ids.unknown_ids(db, unknown))
-    _record_seen(db, batch, ids, selection)
-    return ids
+    return _record_seen(db, batch, ids, selection)
 
 
 def enroll(db: Database, target: Target, requests: RequestBatch, selection: RequestSelection) -> Sequence[int | None]:
@@ -135,21 +134,21 @@ def enroll(db: Database, target: Target, requests: RequestBatch, selection: Requ
             (to_json_text([[params[name]] for name in new]), b"".join(new), call_id),
         )
         ids = request_ids.add_ids(ids, batch.fingerprints, request_ids.ids_in(db, "requests", new))
-    _record_seen(db, batch, ids, selection)
+    chosen = _record_seen(db, batch, ids, selection)
     if db.execute("SELECT EXISTS (SELECT 1 FROM requests WHERE erased_ms IS NOT NULL)").fetchone()[0]:
-        _restore_params(db, batch, ids)
+        _restore_params(db, batch, ids, chosen)
     if batch is requests or requests.ids is not None:
         return ids if requests.ids is None else requests.ids
     by_fingerprint = dict(zip(batch.fingerprints, ids, strict=True))
     return [by_fingerprint[name] for name in requests.fingerprints]
 
 
-def _restore_params(db: Database, batch: RequestBatch, ids: Sequence[int | None]) -> None:
+def _restore_params(db: Database, batch: RequestBatch, ids: Sequence[int | None], chosen: str) -> None:
     """Restore the params of purged requests that are to be sent again."""
     purged = db.execute(
         f"SELECT r.id FROM {request_ids.BATCH} {db.dialect.ordered_join} seen s ON s.id = b.id "
         f"{db.dialect.ordered_join} requests r ON r.id = s.id WHERE s.{_TO_SEND} AND r.erased_ms IS NOT NULL",
-        (request_ids.packed(batch, ids),),
+        (chosen,),
     ).fetchall()
     if purged and batch.complete is not None:
         batch = batch.complete().distinct()
@@ -290,14 +289,17 @@ def request_results(db: Database, requests: RequestBatch, selection: RequestSele
     batch = requests.distinct()
     with db.temporary_transaction():
         _ensure_pass_tables(db)
-        ids = request_ids.find_ids(db, batch) if selection is None else _preview(db, batch, selection)
+        if selection is None:
+            chosen = request_ids.packed(batch, request_ids.find_ids(db, batch))
+        else:
+            chosen = _preview(db, batch, selection)
         # The database makes the columns: a list for each row takes twice as long.
         lists = ", ".join(map(db.dialect.json_list.format, _RESULT_FIELDS.values()))
         columns = db.execute(
             f"SELECT {lists} FROM {request_ids.BATCH} {db.dialect.ordered_join} seen s ON s.id = b.id "
             "LEFT JOIN requests r ON r.id = b.id LEFT JOIN attempts a ON a.id = coalesce(r.answer_id, r.attempt_id) "
             "WHERE (b.id > 0 OR s.decision = 'capped')",
-            (request_ids.packed(batch, ids),),
+            (chosen,),
         ).fetchone()
         found = dict(zip(_RESULT_FIELDS, map(orjson.loads, columns), strict=True))
         # Not as one list: a batch of long answers would be larger than a database can return as one value.
@@ -312,8 +314,9 @@ def request_results(db: Database, requests: RequestBatch, selection: RequestSele
     return {name: found[name] for name in RequestResult._fields}
 
 
-def _record_seen(db: Database, batch: RequestBatch, ids: Sequence[int | None], selection: RequestSelection) -> None:
-    """Decide about the requests that are new to this pass. Of the others, note a lower position."""
+def _record_seen(db: Database, batch: RequestBatch, ids: Sequence[int | None], selection: RequestSelection) -> str:
+    """Decide about the requests that are new to this pass. Of the others, note a lower position. Return it `packed`."""
+    chosen = request_ids.packed(batch, ids)
     # Batches may come in any order. Processes that share a pass insert in the same order: no deadlocks.
     in_order = "ORDER BY b.id" if db.shares_passes else ""
     decided = (
@@ -329,13 +332,14 @@ def _record_seen(db: Database, batch: RequestBatch, ids: Sequence[int | None], s
     )
     if batch.queue_positions is None and batch.groups is None:
         select = "INSERT INTO seen SELECT b.id, b.position, b.position, NULL, "
-        db.execute(select + decided.format(request_ids.BATCH), (request_ids.packed(batch, ids),))
-        return
+        db.execute(select + decided.format(request_ids.BATCH), (chosen,))
+        return chosen
     rows = zip(
         ids, batch.positions, batch.queue_positions or batch.positions, batch.groups or repeat(None), strict=False
     )
     select = "INSERT INTO seen SELECT b.id, b.position, b.queue_position, b.group_name, "
     db.executemany(select + decided.format(_ONE_REQUEST), sorted(rows, key=itemgetter(0)))
+    return chosen
 
 
 def _exclude(db: Database, decision: Decision, which: str, *values: object) -> None:

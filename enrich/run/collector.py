@@ -191,9 +191,11 @@ class Collector:
         for batch in self.job_input.batches(self.template, ledger=known):
             self.check_stopped()
             results = name_source(self.template, enroll.request_results(self.ledger, batch.requests(), self.selection))
-            first_rows = enumerate(results["position"])
-            place_of = {batch.names[position - batch.first_position]: place for place, position in first_rows}
-            places = [place_of.get(name) for name in batch.names]
+            places: list[int | None] = list(range(batch.frame.height))
+            if results["position"] != list(range(batch.first_position, batch.first_position + batch.frame.height)):
+                first_rows = enumerate(results["position"])
+                place_of = {batch.names[position - batch.first_position]: place for place, position in first_rows}
+                places = [place_of.get(name) for name in batch.names]
             cells = new_cells(batch, results, pl.Series(places, dtype=pl.UInt32), self.template.columns)
             step = JoinedStep("", self.template.columns, batch.fingerprints, results, places, cells)
             yield JoinedBatch(batch, [step], cells)
