@@ -163,9 +163,10 @@ def make_plan(
             row_count += batch.frame.height
             left_out += batch.left_out
             skipped += batch.skip_reasons()
-            requesting_rows += batch.statuses.count(None)
-            counts[Decision.INVALID] += batch.statuses.count(RowStatus.INVALID)
-            counts[Decision.FILTERED] += batch.statuses.count(RowStatus.FILTERED)
+            statuses = Counter(batch.statuses)
+            requesting_rows += statuses[None]
+            counts[Decision.INVALID] += statuses[RowStatus.INVALID]
+            counts[Decision.FILTERED] += statuses[RowStatus.FILTERED]
             missing.update(batch.missing)
         enroll.apply_limits(ledger, selection)
         request_counts = enroll.decision_counts(ledger)

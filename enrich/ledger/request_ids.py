@@ -85,7 +85,7 @@ def packed(batch: RequestBatch, ids: Sequence[int | None]) -> str:
 
     Raises CommandRefused if one is too large.
     """
-    if max(filter(None, ids), default=0) >= _MAX_ID or max(batch.positions, default=0) >= _MAX_POSITION:
+    if max(filter(None, ids), default=0) >= _MAX_ID or (batch.positions and batch.positions[-1] >= _MAX_POSITION):
         raise CommandRefused("the ledger or the input is too large: at most 2 billion requests and 4 billion rows")
     pairs = zip(ids, batch.positions, strict=True)
     return to_json_text([number << 32 | position for number, position in pairs if number is not None])
