@@ -98,8 +98,8 @@ def preview(db: Database, requests: RequestBatch, selection: RequestSelection) -
         _preview(db, requests.distinct(), selection)
 
 
-def _preview(db: Database, batch: RequestBatch, selection: RequestSelection) -> str:
-    """Decide about a batch of distinct requests. Return it `packed`; ids that the ledger does not have are negative."""
+def _preview(db: Database, batch: RequestBatch, selection: RequestSelection) -> tuple[str, int]:
+    """Decide about a batch of distinct requests. Return them `by_row`; those not in the ledger have negative ids."""
     ids = request_ids.find_ids(db, batch)
     if unknown := request_ids.without_id(batch.fingerprints, ids):
         db.execute(
@@ -143,12 +143,12 @@ def enroll(db: Database, target: Target, requests: RequestBatch, selection: Requ
     return [by_fingerprint[name] for name in requests.fingerprints]
 
 
-def _restore_params(db: Database, batch: RequestBatch, ids: Sequence[int | None], chosen: str) -> None:
+def _restore_params(db: Database, batch: RequestBatch, ids: Sequence[int | None], chosen: tuple[str, int]) -> None:
     """Restore the params of purged requests that are to be sent again."""
     purged = db.execute(
         f"SELECT r.id FROM {request_ids.BATCH} {db.dialect.ordered_join} seen s ON s.id = b.id "
         f"{db.dialect.ordered_join} requests r ON r.id = s.id WHERE s.{_TO_SEND} AND r.erased_ms IS NOT NULL",
-        (chosen,),
+        chosen,
     ).fetchall()
     if purged and batch.complete is not None:
         batch = batch.complete().distinct()
@@ -255,7 +255,7 @@ def row_decisions(db: Database, requests: RequestBatch) -> Iterator[RowDecision]
             f"SELECT b.position, s.first_position, s.decision, a.settled_ms FROM {request_ids.BATCH} "
             f"{db.dialect.ordered_join} seen s ON s.id = b.id LEFT JOIN requests r ON r.id = b.id "
             "LEFT JOIN attempts a ON a.id = coalesce(r.answer_id, r.attempt_id)",
-            (request_ids.packed(batch, ids),),
+            request_ids.by_row(batch, ids),
         )
         known = {position: (first, Decision(decision), settled_ms) for position, first, decision, settled_ms in found}
     first_rows = dict(zip(batch.fingerprints, batch.positions, strict=True))
@@ -290,7 +290,7 @@ def request_results(db: Database, requests: RequestBatch, selection: RequestSele
     with db.temporary_transaction():
         _ensure_pass_tables(db)
         if selection is None:
-            chosen = request_ids.packed(batch, request_ids.find_ids(db, batch))
+            chosen = request_ids.by_row(batch, request_ids.find_ids(db, batch))
         else:
             chosen = _preview(db, batch, selection)
         # The database makes the columns: a list for each row takes twice as long.
@@ -299,7 +299,7 @@ def request_results(db: Database, requests: RequestBatch, selection: RequestSele
             f"SELECT {lists} FROM {request_ids.BATCH} {db.dialect.ordered_join} seen s ON s.id = b.id "
             "LEFT JOIN requests r ON r.id = b.id LEFT JOIN attempts a ON a.id = coalesce(r.answer_id, r.attempt_id) "
             "WHERE (b.id > 0 OR s.decision = 'capped')",
-            (chosen,),
+            chosen,
         ).fetchone()
         found = dict(zip(_RESULT_FIELDS, map(orjson.loads, columns), strict=True))
         # Not as one list: a batch of long answers would be larger than a database can return as one value.
@@ -314,9 +314,14 @@ def request_results(db: Database, requests: RequestBatch, selection: RequestSele
     return {name: found[name] for name in RequestResult._fields}
 
 
-def _record_seen(db: Database, batch: RequestBatch, ids: Sequence[int | None], selection: RequestSelection) -> str:
-    """Decide about the requests that are new to this pass. Of the others, note a lower position. Return it `packed`."""
-    chosen = request_ids.packed(batch, ids)
+def _record_seen(
+    db: Database, batch: RequestBatch, ids: Sequence[int | None], selection: RequestSelection
+) -> tuple[str, int]:
+    """Decide about the requests that are new to this pass. Of the others, note a lower position.
+
+    Returns all of them `by_row`.
+    """
+    chosen = request_ids.by_row(batch, ids)
     # Batches may come in any order. Processes that share a pass insert in the same order: no deadlocks.
     in_order = "ORDER BY b.id" if db.shares_passes else ""
     decided = (
@@ -332,7 +337,7 @@ def _record_seen(db: Database, batch: RequestBatch, ids: Sequence[int | None], s
     )
     if batch.queue_positions is None and batch.groups is None:
         select = "INSERT INTO seen SELECT b.id, b.position, b.position, NULL, "
-        db.execute(select + decided.format(request_ids.BATCH), (chosen,))
+        db.execute(select + decided.format(request_ids.BATCH), chosen)
         return chosen
     rows = zip(
         ids, batch.positions, batch.queue_positions or batch.positions, batch.groups or repeat(None), strict=False

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from itertools import compress, count
+from itertools import compress
 from typing import TypeVar, cast
 
 import polars as pl
@@ -116,14 +116,15 @@ class RowBatch:
 
     def requests(self) -> RequestBatch:
         """Return the requests of those rows that have one."""
-        wanted = [name is not None for name in self.names]
+        names = self.names
+        wanted = [name is not None for name in names] if None in names else None
 
-        def of_wanted(column: Iterable[T]) -> list[T]:
-            return list(compress(column, wanted))
+        def of_wanted(column: Sequence[T]) -> Sequence[T]:
+            return column if wanted is None else list(compress(column, wanted))
 
         complete = self.complete
         return RequestBatch(
-            of_wanted(count(self.first_position)),
+            of_wanted(range(self.first_position, self.first_position + len(names))),
             of_wanted(cast("list[bytes]", self.fingerprints)),
             of_wanted(cast("list[str]", self.params)),
             None if self.queue_order is None else of_wanted(self.queue_order),
