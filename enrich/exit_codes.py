@@ -106,13 +106,6 @@ def exit_label(code: int) -> str:
     return EXIT_LABELS.get(code, "unknown")
 
 
-def outcome_label(code: int | None, *, is_running: bool | None) -> str:
-    """Return how a run ended. Without an exit code it is running or was killed; `is_running` None: not known which."""
-    if code is not None:
-        return exit_label(code)
-    return {True: "running", False: "killed", None: "running or killed"}[is_running]
-
-
 def requires_action(code: int) -> bool:
     """Return whether the exit code requires an action."""
     return code not in SUCCESS_CODES | NEUTRAL_CODES

@@ -285,8 +285,7 @@ class RequestSelection:
         return self.retry | frozenset(self.refresh_before_ms)
 
 
-@dataclass(frozen=True, slots=True)
-class ClaimedRequest:
+class ClaimedRequest(NamedTuple):
     """A request whose intent to submit is on disk. Exactly one POST may be sent for it, or for its whole bulk task."""
 
     attempt_id: int
@@ -298,7 +297,7 @@ class ClaimedRequest:
 class Task:
     """A task running at the API. `attempts` is one attempt, or those of a bulk task in the order sent.
 
-    `acknowledged`: a poll response has confirmed that the task exists.
+    `acknowledged`: a poll response has confirmed that the task exists. `step` has sent it; '': the job had none.
     """
 
     attempts: tuple[int, ...]
@@ -308,10 +307,10 @@ class Task:
     #: Result paths of the columns of the job that sent the request. () if unknown.
     column_paths: tuple[str, ...] = ()
     bulk_task_id: int | None = None
-    #: A newer attempt of the same request exists.
-    superseded: bool = False
+    superseded: bool = False  # a newer attempt of the same request exists
     #: Highest price of all its requests, in millionths.
     reserved: int = field(default=0, compare=False)
+    step: str = field(default="", compare=False)
 
 
 class Acceptance(StrEnum):

@@ -302,7 +302,7 @@ def check_report(week: Week) -> Iterator[str]:
     totals = [
         page["credits_spent"],
         page["waterfall"]["spent"],
-        sum(night["credits_spent"] for night in page["nights"]),
+        sum(run["credits_spent"] for run in page["runs"]),
     ]
     week.check({round(each, 6) for each in totals} == {round(spent, 6)}, "the report adds up to the run summaries")
     yield f"the report        {page['credits_spent']:>9.2f} credits for leads.yaml: report.html"

@@ -16,10 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import settings
 
 from tests.support import program
-from tests.support.cases import FULL
 from tests.support.server_lifetime import ServerLifetime
 
 if TYPE_CHECKING:
@@ -31,21 +29,12 @@ if TYPE_CHECKING:
     from tests.support.postgres import PostgresServer
     from tests.support.workspace import SandboxApi, Workspace
 
-# No deadline: a busy machine is slow. Derandomized: the same code sees the same examples everywhere.
-settings.register_profile("few", deadline=None, derandomize=True, max_examples=12)
-# `make stories` runs all of them. Properties of functions have 60 to 200 examples; those whose example is a whole run
-# have 4 to 8, as each has a history of several runs; the stateful ones of the ledger have 40 times 40 steps, enough
-# for every rule to follow every other, …
-settings.register_profile("full", deadline=None, derandomize=True, max_examples=FULL)
-# … and `HYPOTHESIS_PROFILE=explore make stories` for new ones.
-settings.register_profile("explore", deadline=None, max_examples=5 * FULL)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "few"))
-
 #: Name of the variable with the folder of the servers that all pytest processes share.
 SERVER_FOLDER_VARIABLE = "ENRICH_TESTS_SERVERS"
 
 
-# Containers often disable bytecode; then each pytest process rewrites the assertions of all tests again.
+# Containers often disable bytecode; then each pytest process compiles Hypothesis and all tests anew, to rewrite their
+# assertions.
 sys.dont_write_bytecode = False
 
 
@@ -56,6 +45,25 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ[SERVER_FOLDER_VARIABLE] = str(lifetime.folder)
         config.add_cleanup(lifetime.close)
     program.server_folder = Path(os.environ[SERVER_FOLDER_VARIABLE])
+    if hasattr(config, "workerinput") or config.getvalue("dist") == "no":
+        load_hypothesis_profile()
+
+
+def load_hypothesis_profile() -> None:
+    """Choose how many examples each property has. Imported here, as the first process, which runs no test, need not."""
+    from hypothesis import settings
+
+    from tests.support.cases import FULL
+
+    # No deadline: a busy machine is slow. Derandomized: the same code sees the same examples everywhere.
+    settings.register_profile("few", deadline=None, derandomize=True, max_examples=6)
+    # `make stories` runs all of them. Properties of functions have 60 to 200 examples; those whose example is a whole
+    # run have 4 to 8, as each has a history of several runs; the stateful ones of the ledger have 40 times 40 steps,
+    # enough for every rule to follow every other, …
+    settings.register_profile("full", deadline=None, derandomize=True, max_examples=FULL)
+    # … and `HYPOTHESIS_PROFILE=explore make stories` for new ones.
+    settings.register_profile("explore", deadline=None, max_examples=5 * FULL)
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "few"))
 
 
 def pytest_collection_finish() -> None:

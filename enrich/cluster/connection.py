@@ -66,11 +66,11 @@ def connect_ray(address: str | None) -> Iterator[int]:
         stack.callback(thread.shutdown, wait=False)
         with _silenced(nowhere.fileno()):
             connecting = thread.submit(_connect, address)
-            heard = _wait(connecting, CONNECT_TIMEOUT_S if address else inf, signals=2)
+            exit_codes = _wait(connecting, CONNECT_TIMEOUT_S if address else inf, signals=2)
         if connecting.done():
             stack.callback(lambda: _wait(thread.submit(_disconnect, connecting), DISCONNECT_TIMEOUT_S))
-        if heard:
-            raise Interrupted(heard[0])
+        if exit_codes:
+            raise Interrupted(exit_codes[0])
         try:
             cpus, _ = connecting.result(timeout=0)
         except Exception as error:  # any error of Ray: the run has not started
@@ -114,23 +114,25 @@ def _disconnect(connecting: Future[tuple[int, Path | None]]) -> None:
 
 def _wait(call: Future[Any], at_most_s: float, signals: float = inf) -> list[ExitCode]:
     """Wait for a call into Ray, up to `at_most_s` seconds or `signals` signals; return the signals' exit codes."""
-    heard: list[ExitCode] = []
-    latest = time.monotonic() + at_most_s
+    exit_codes: list[ExitCode] = []
+    deadline = time.monotonic() + at_most_s
     is_main = threading.current_thread() is threading.main_thread()  # only that one can have handlers
     handlers = {number: signal.getsignal(number) for number in EXIT_CODE_BY_SIGNAL if is_main}
-    listening = handled_signals()
+    handled = handled_signals()
     try:
-        while not call.done() and len(heard) < signals and time.monotonic() < latest:
+        while not call.done() and len(exit_codes) < signals and time.monotonic() < deadline:
             for number in handlers:
-                if number in listening:
-                    signal.signal(number, lambda number, _: heard.append(EXIT_CODE_BY_SIGNAL[signal.Signals(number)]))
+                if number in handled:
+                    signal.signal(
+                        number, lambda number, _: exit_codes.append(EXIT_CODE_BY_SIGNAL[signal.Signals(number)])
+                    )
                 else:
                     signal.signal(number, signal.SIG_IGN)
             wait([call], SIGNAL_CHECK_S)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    return heard
+    return exit_codes
 
 
 @contextmanager
@@ -164,13 +166,13 @@ def _has_token() -> bool:
 
 
 def _connection_error(address: str | None, error: Exception) -> ClusterFailed:
-    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    said = said or ("it does not respond" if isinstance(error, TimeoutError) else type(error).__name__)
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    reason = reason or ("it does not respond" if isinstance(error, TimeoutError) else type(error).__name__)
     if address is None:
         return ClusterFailed(
-            f"Ray can't be started on this machine: {said}", "see the logs in /tmp/ray/session_latest/logs"
+            f"Ray can't be started on this machine: {reason}", "see the logs in /tmp/ray/session_latest/logs"
         )
     return ClusterFailed(
-        f"the Ray cluster at {address} can't be reached: {said}",
+        f"the Ray cluster at {address} can't be reached: {reason}",
         "check that it runs there with the same versions of Ray and Python, and its token in ~/.ray/auth_token",
     )

@@ -88,7 +88,7 @@ class HeartbeatMonitor:
     #: The last count of heartbeats, and the number of checks since then without a new one.
     _count: int = 0
     _silent_checks: int = 0
-    _asked: Any = None
+    _pending_count: Any = None
 
     def check(self) -> None:
         """Check once; call it every CHECK_EVERY_S. Raises ClusterFailed, and what `raise_if_stopped` raises."""
@@ -113,13 +113,13 @@ class HeartbeatMonitor:
     def _has_new_heartbeat(self) -> bool:
         """Return whether there was a new heartbeat since the last check."""
         before = self._count
-        if self._asked is None:
-            self._asked = self.heartbeats.counter.total.remote()
-        done, _ = ray.wait([self._asked], timeout=0)
+        if self._pending_count is None:
+            self._pending_count = self.heartbeats.counter.total.remote()
+        done, _ = ray.wait([self._pending_count], timeout=0)
         if done:
             with suppress(RayError):  # the actor was lost with its machine, and Ray restarts it
-                self._count = ray.get(self._asked)
-            self._asked = None
+                self._count = ray.get(self._pending_count)
+            self._pending_count = None
         return self._count != before
 
 

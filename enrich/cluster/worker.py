@@ -207,7 +207,7 @@ class Worker:
             finally:
                 ended.set()
 
-        async def keep_adopting() -> None:
+        async def take_over_tasks() -> None:
             while not ended.is_set():
                 await run_state.pause(TAKE_OVER_EVERY_S, ended)
                 found = await self._take_over(ledger_writer)
@@ -216,7 +216,7 @@ class Worker:
                 else:
                     poller.add_earlier_tasks(found, polled_before=True)
 
-        await run_state.run_until_abort(send(), keep_adopting())
+        await run_state.run_until_abort(send(), take_over_tasks())
         return late
 
     async def _take_over(self, ledger_writer: LedgerWriter) -> Sequence[Task]:

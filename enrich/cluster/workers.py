@@ -147,13 +147,13 @@ class WorkerPool:
         running = {asyncio.create_task(self._keep_working()) for _ in range(self.worker_task.work_config.workers)}
         is_done = False
         try:
-            while running and not (is_done and self._none_has_begun()):
+            while running and not (is_done and self._none_has_reported()):
                 ended, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 is_done = is_done or any(task.result() for task in ended)
         finally:
             self._aborting = True
             if running:
-                await asyncio.wait(running, timeout=0 if self._none_has_begun() else STOP_TIMEOUT_S)
+                await asyncio.wait(running, timeout=0 if self._none_has_reported() else STOP_TIMEOUT_S)
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
@@ -164,7 +164,7 @@ class WorkerPool:
         self._finishing_early = True
         self._update_run_state()  # earlier reports may lack POSTs in flight
 
-    def _none_has_begun(self) -> bool:
+    def _none_has_reported(self) -> bool:
         """Return whether no running worker has started. They are not needed when the others have done all work."""
         return not any(worker.is_running and worker.has_reported for worker in self._workers)
 
@@ -283,5 +283,5 @@ def _short_reason(error: RayError) -> str:
     if isinstance(error, RayActorError):
         return "a worker process of the cluster ended unexpectedly"
     cause = getattr(error, "cause", None)
-    said = cause if isinstance(cause, Exception) else error
-    return f"{type(said).__name__}: {next(iter(str(said).splitlines()), '')}"
+    shown_error = cause if isinstance(cause, Exception) else error
+    return f"{type(shown_error).__name__}: {next(iter(str(shown_error).splitlines()), '')}"

@@ -64,12 +64,12 @@ def check_steps(
             result.problems.append(error)
         return
     for forecast, described in zip(forecasts, result.steps, strict=True):
-        described["leads"] = forecast.wanted
+        described["leads"] = forecast.leads
     result.sendable_rows = _sendable(forecasts)
 
 
 def _sendable(forecasts: Sequence[StepForecast]) -> int:
-    return max(forecast.wanted for forecast in forecasts)
+    return max(forecast.leads for forecast in forecasts)
 
 
 def _describe(step: Job, template: RequestTemplate) -> dict[str, Any]:

@@ -78,8 +78,8 @@ def check_target(
         result.changes += description_changes(last_known, live)
     if description is None:
         closest = None if job.model.waterfall is None else closest_name(job.model.waterfall, DOCUMENTED_WATERFALLS)
-        meant = "." if closest is None else f". Did you mean `{closest}`?"
-        result.notes.append(f"{target.label} is not in the documentation{meant} `--online` checks it with the API")
+        suggestion = "." if closest is None else f". Did you mean `{closest}`?"
+        result.notes.append(f"{target.label} is not in the documentation{suggestion} `--online` checks it with the API")
         return None
     if documented is not None and description is documented:
         # The documentation lacks the providers and verifiers.

@@ -31,7 +31,7 @@ def row_without_request(job: Job, lead: Lead) -> dict[str, Any]:
         "row": lead.number,
         "status": lead.status or RowStatus.PENDING,
         "why": _why_not_sent(job, lead),
-        "asks_with": _param_cells(job, lead),
+        "param_cells": _param_cells(job, lead),
         "params": None if lead.params is None else json.loads(lead.params),
         "fingerprint": None if lead.fingerprint is None else lead.fingerprint.hex(),
         "shared_with": [],
@@ -65,7 +65,7 @@ class Explainer:
     job: Job
     template: RequestTemplate
     ledger: Database
-    is_running: bool | None
+    is_running: bool
     now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000
 
     def explain_row(self, lead: Lead, rows_of: Mapping[bytes, list[int]]) -> dict[str, Any]:
@@ -136,9 +136,9 @@ def _attempt_as_json(attempt: AttemptRow) -> dict[str, Any]:
 
 
 def describe_next_step(
-    state: State, attempts: Sequence[AttemptRow], policy: Policy, now_ms: int, *, is_running: bool | None
+    state: State, attempts: Sequence[AttemptRow], policy: Policy, now_ms: int, *, is_running: bool
 ) -> str:
-    """Describe what happens next to a request. `is_running`: a run is using the ledger now (None: unknown)."""
+    """Describe what happens next to a request. `is_running`: a run is using the ledger now."""
     last = next((attempt for attempt in reversed(attempts) if attempt.state != "refused"), None)
     match state:
         case State.PENDING:
@@ -146,8 +146,7 @@ def describe_next_step(
         case State.SUBMITTING:
             if is_running:
                 return "being sent now"
-            was = "was being sent when the last run ended" if is_running is False else "being sent, or interrupted"
-            return f"{was}: if interrupted, the next run marks it as unconfirmed"
+            return "was being sent when the last run ended: the next run marks it as unconfirmed"
         case State.SUBMITTED:
             expires = (last.submitted_ms or 0) + _to_ms(policy.result_ttl) if last else 0
             may_be_gone = " and may have expired" if expires < now_ms else ""
@@ -183,7 +182,7 @@ def row_lines(row: Mapping[str, Any]) -> Iterator[str]:
     """Format a row with its request as text lines."""
     why = f", {row['why']}" if row["why"] else ""
     yield f"row {row['row']}: {row['status']}{why}"
-    for param, cells in row["asks_with"].items():
+    for param, cells in row["param_cells"].items():
         sent = (row["params"] or {}).get(param)
         of = "; ".join(f"{column}: {cell!r}" for column, cell in cells.items()) or "a constant"
         sent_text = repr(sent) if sent is not None else "nothing" if row["params"] is not None else "not sent"

@@ -96,12 +96,12 @@ def _find_rows(job: Job, job_input: JobInput, row: int | None, match: str | None
     return found
 
 
-def _read_leads(rows: StepRows, wanted: Sequence[int]) -> dict[int, list[Lead]]:
-    """Return the wanted rows as they are in every step."""
+def _read_leads(rows: StepRows, numbers: Sequence[int]) -> dict[int, list[Lead]]:
+    """Return these rows as they are in every step."""
     leads: dict[int, list[Lead]] = {}
-    for tables in rows.step_tables() if wanted else ():
+    for tables in rows.step_tables() if numbers else ():
         first = tables.steps[0][0].batch.first_position
-        for number in wanted:
+        for number in numbers:
             if first <= number < first + tables.height:
                 leads[number] = _leads_of_row(rows, tables, number - first)
     return leads
@@ -122,15 +122,15 @@ def _leads_of_row(rows: StepRows, tables: StepTables, index: int) -> list[Lead]:
 
 def _rows_by_request(rows: StepRows, leads: Mapping[int, Sequence[Lead]]) -> list[dict[bytes, list[int]]]:
     """Return, for each step, the numbers (from 1) of the rows that have each of the leads' requests."""
-    wanted = [
+    fingerprints = [
         {lead.fingerprint for of_row in leads.values() if (lead := of_row[number]).fingerprint is not None}
         for number in range(len(rows.steps))
     ]
     found: list[dict[bytes, list[int]]] = [{} for _ in rows.steps]
-    for tables in rows.step_tables() if any(wanted) else ():
+    for tables in rows.step_tables() if any(fingerprints) else ():
         for number, (step_batch, _) in enumerate(tables.steps):
             for position, name in enumerate(step_batch.batch.fingerprints, step_batch.batch.first_position + 1):
-                if name is not None and name in wanted[number]:
+                if name is not None and name in fingerprints[number]:
                     found[number].setdefault(name, []).append(position)
     return found
 

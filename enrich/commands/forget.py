@@ -106,7 +106,7 @@ def forget_in_sandbox_state(job: Job, matches: Sequence[str], confirm: Callable[
 def purge_sandbox_state(job: Job, older_than: timedelta) -> int:
     """Erase older requests from the sandbox of the ledger. Return the number of lookups."""
     before_s = SystemClock().now_ms() / 1000 - older_than.total_seconds()
-    return _erase_from_sandbox_state(job, lambda lookup: lookup.asked_at < before_s, lambda _: True)
+    return _erase_from_sandbox_state(job, lambda lookup: lookup.last_sent_at < before_s, lambda _: True)
 
 
 def _erase_from_sandbox_state(job: Job, choose: Callable[[StoredLookup], bool], confirm: Callable[[int], bool]) -> int:

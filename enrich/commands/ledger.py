@@ -15,7 +15,7 @@ from enrich.exit_codes import ExitCode
 from enrich.job.locations import LedgerLocation, parse_ledger_location
 from enrich.ledger import verify
 from enrich.ledger.database import open_existing
-from enrich.ledger.sqlite import RESTORE_HINT
+from enrich.ledger.sqlite import restore_hint
 from enrich.ledger.verify import check_ledger
 from enrich.models import pluralize
 
@@ -69,8 +69,7 @@ def check(place: str, instead: str | None, use_sandbox: bool, as_json: bool) -> 
         click.echo("\n".join(report.problems))
     if report.problems:
         click.echo(f"error: {path}: the ledger is damaged", err=True)
-        hint = RESTORE_HINT if isinstance(path, Path) else "restore a backup of its schema: pg_restore"
-        click.echo(f"hint: {hint}", err=True)
+        click.echo(f"hint: {restore_hint(path)}", err=True)
     return code
 
 

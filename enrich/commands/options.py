@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import re
 import shlex
@@ -187,16 +188,34 @@ def job_options(
 RUN_JOB_OPTIONS = job_options(has_input=True, has_output=True, sandbox="Use the built-in sandbox: no key, no credits.")
 
 
+class AtLeast(click.ParamType):  # type: ignore[type-arg] # older versions are not generic
+    """A number with a minimum, which the help does not show as a formula as that of `click.IntRange`."""
+
+    name = "number"
+
+    def __init__(self, minimum: int, number: click.ParamType[Any] = click.INT) -> None:
+        self.minimum, self.number = minimum, number
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Parse a number. Raises a usage error for one that is less than the minimum."""
+        number: float = self.number.convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{number} is not a number", param, ctx)
+        if number < self.minimum:
+            self.fail(f"{number} is less than {self.minimum}", param, ctx)
+        return number
+
+
 SELECTION_OPTIONS = (
     click.option(
         "--limit",
-        type=click.IntRange(min=0),
+        type=AtLeast(0),
         metavar="ROWS",
         help="Send at most this many new requests. The rest stays pending.",
     ),
     click.option(
         "--sample",
-        type=click.IntRange(min=1),
+        type=AtLeast(1),
         metavar="ROWS",
         help="Send only this many new requests: a stratified random sample of the file.",
     ),
@@ -209,7 +228,7 @@ SELECTION_OPTIONS = (
         help="Seed of the sample. The same seed chooses the same rows.",
     ),
     click.option(
-        "--max-credits", type=click.FloatRange(min=0), metavar="CREDITS", help="Spend at most this many credits."
+        "--max-credits", type=AtLeast(0, click.FLOAT), metavar="CREDITS", help="Spend at most this many credits."
     ),
     click.option(
         "--retry",

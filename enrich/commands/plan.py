@@ -15,7 +15,7 @@ import click
 
 from enrich.commands import options
 from enrich.commands.check_steps import open_ledger_or_empty
-from enrich.commands.plan_rows import write_rows, write_step_rows
+from enrich.commands.plan_rows import check_replaceable, write_rows, write_step_rows
 from enrich.databar.client import Client
 from enrich.databar.clock import SystemClock
 from enrich.databar.credentials import ApiAccess
@@ -150,7 +150,7 @@ def make_plan(
         template = preflight_result.template
         budget = make_budget(job, template, preflight_result.balance)
         counts = dict.fromkeys(DECISION_REASONS, 0)
-        is_running = bool(is_locked(job.ledger))
+        is_running = is_locked(job.ledger)
         selection = replace(select_requests(job, options, now_ms), no_active_run=not is_running)
         enroll.begin_pass(ledger)
         row_count = requesting_rows = 0
@@ -200,7 +200,7 @@ def make_steps_plan(
         for step, of_step in zip(job.step_jobs, preflights, strict=True):
             make_budget(step, of_step.template, of_step.balance)
         rows = make_step_rows(job, job_input, ledger, joined, options)
-        now_ms, is_running = SystemClock().now_ms(), bool(is_locked(job.ledger))
+        now_ms, is_running = SystemClock().now_ms(), is_locked(job.ledger)
         selections = [
             replace(select_requests(step, options, now_ms), no_active_run=not is_running) for step in job.steps
         ]
@@ -234,6 +234,7 @@ def _prepare_rows_file(job: Job, rows_file: Path | None) -> Path | None:
     if is_written_by_run(job, rows_file):
         raise JobError(f"{rows_file}: the rows would replace a file that a run has written", "choose another name")
     prepare_file(rows_file, job.input_path, job.name, "plan")
+    check_replaceable(rows_file)
     return rows_file
 
 

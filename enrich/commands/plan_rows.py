@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import polars as pl
+from pydantic import ValidationError
 
-from enrich.errors import CommandRefused
+from enrich.errors import CommandRefused, JobError
+from enrich.files.reader import InputTable
+from enrich.files.text import FileProblem
 from enrich.files.writer import write_file
 from enrich.job.job import Job
-from enrich.job.spec import Output
+from enrich.job.spec import Input, Output
 from enrich.ledger import enroll, step_results
 from enrich.ledger.database import Database
 from enrich.ledger.enroll import RowDecision
@@ -30,6 +35,23 @@ PLAN_COLUMNS = {
     "plan_answered_at": pl.String(),
     "plan_age_days": pl.Float64(),
 }
+
+
+#: The last column of a file of `--rows`: of a job without steps, and with steps.
+_LAST_COLUMN = re.compile(r"plan_age_days|plan_[a-z][a-z0-9_]*_why")
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise JobError if a file exists, has content, and was not written by `--rows`."""
+    columns: Sequence[str] = ()
+    with suppress(FileProblem, CommandRefused, OSError, ValidationError):
+        if not path.exists() or not path.stat().st_size:
+            return
+        columns = list(InputTable(path, Input(path=str(path))).schema)
+    if not _LAST_COLUMN.fullmatch("".join(columns[-1:])):
+        raise JobError(
+            f"{path}: this file exists and was not written by `plan --rows`", "choose another name, or remove the file"
+        )
 
 
 def write_rows(

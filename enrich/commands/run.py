@@ -96,7 +96,7 @@ ENGINE_OPTIONS = (
         help="Address of the Ray cluster. Default: this machine.",
     ),
     click.option(
-        "--workers", type=click.IntRange(min=1), metavar="NUMBER", help="Number of Ray workers. Default: one per CPU."
+        "--workers", type=options.AtLeast(1), metavar="NUMBER", help="Number of Ray workers. Default: one per CPU."
     ),
 )
 

@@ -25,7 +25,12 @@ class RunStatus(StrEnum):
     NEVER_RUN = "never run"
     RUNNING = "running"
     NO_HEARTBEAT = "no heartbeat"
+    KILLED = "killed"
     ENDED = "ended"
+
+
+#: The counts of such a run are those of its last heartbeat.
+STOPPED = (RunStatus.NO_HEARTBEAT, RunStatus.KILLED)
 
 
 def run_status(
@@ -34,12 +39,14 @@ def run_status(
     heartbeat_age_s: float,
     heartbeat_timeout_s: float,
     *,
-    lock_held: bool | None,
+    lock_held: bool,
 ) -> RunStatus:
-    """Return the status of a run from the age of its heartbeat. `lock_held`: the ledger is locked (None: unknown)."""
+    """Return the status of a run from the age of its heartbeat. `lock_held`: a process holds the lock for this run."""
     if run.ended_ms is not None:
         return RunStatus.ENDED
-    pauses_heartbeat = snapshot is not None and snapshot.doing.blocks_snapshots and lock_held is True
+    if not lock_held:
+        return RunStatus.KILLED
+    pauses_heartbeat = snapshot is not None and snapshot.doing.blocks_snapshots
     return RunStatus.RUNNING if heartbeat_age_s <= heartbeat_timeout_s or pauses_heartbeat else RunStatus.NO_HEARTBEAT
 
 
@@ -77,10 +84,10 @@ class RunView:
     @property
     def remaining_s(self) -> float | None:
         """Estimated remaining time in seconds at the recent speed. None if unknown."""
-        lately, over_s = self.recent_traffic
-        if self.snapshot is None or self.snapshot.total is None or not lately.answered:
+        recent, over_s = self.recent_traffic
+        if self.snapshot is None or self.snapshot.total is None or not recent.answered:
             return None
-        return max(0, self.snapshot.total - self.snapshot.done) / lately.answered * over_s
+        return max(0, self.snapshot.total - self.snapshot.done) / recent.answered * over_s
 
     @property
     def next_expiry_ms(self) -> int | None:
@@ -98,7 +105,7 @@ class RunView:
         }
         if run is None:
             return result
-        lately, over_s = self.recent_traffic
+        recent, over_s = self.recent_traffic
         totals = snapshot.traffic.totals() if snapshot else None
         return result | {
             "execution": run.id,
@@ -120,8 +127,8 @@ class RunView:
             "max_credits": to_credits(run.cap),
             "polls": totals.polls if totals else None,
             "rate_limited": totals.rate_limited if totals else None,
-            "submitted_per_s": round(lately.submitted / over_s, 2) if over_s else None,
-            "answered_per_s": round(lately.answered / over_s, 2) if over_s else None,
+            "submitted_per_s": round(recent.submitted / over_s, 2) if over_s else None,
+            "answered_per_s": round(recent.answered / over_s, 2) if over_s else None,
             "to_go_s": None if self.remaining_s is None else round(self.remaining_s),
             "next_expiry": _optional_iso(self.next_expiry_ms),
         }
@@ -139,12 +146,12 @@ def format_headline(view: RunView) -> str:
         lasted = format_elapsed((run.ended_ms - run.started_ms) / 1000)
         return f"{job}: run {run.id} ended at {iso_time(run.ended_ms)} after {lasted}{how}"
     phase = "" if view.snapshot is None else view.snapshot.doing.value
+    while_ = f" while {phase}" if phase else ""
+    heartbeat_at = iso_time(last_heartbeat_ms)
+    if view.status is RunStatus.KILLED:
+        return f"{job}: run {run.id} was killed{while_}; its last heartbeat was at {heartbeat_at}"
     if view.status is RunStatus.NO_HEARTBEAT:
-        while_ = f" while {phase}" if phase else ""
-        return (
-            f"{job}: run {run.id}, no heartbeat since {iso_time(last_heartbeat_ms)}: "
-            f"killed, suspended or stopped{while_}"
-        )
+        return f"{job}: run {run.id}, no heartbeat since {heartbeat_at}: suspended or stopped{while_}"
     since = f"since {iso_time(run.started_ms)} ({format_elapsed((view.now_ms - run.started_ms) / 1000)})"
     return f"{job}: run {run.id}, running {since}{f': {phase}' if phase else ''}"
 
@@ -156,9 +163,9 @@ def format_bar(view: RunView, columns: int, *, ascii_only: bool) -> str | None:
     run, snapshot = view.run, view.snapshot
     if run is None or snapshot is None or not snapshot.total:
         return None
-    lately, over_s = view.recent_traffic
+    recent, over_s = view.recent_traffic
     progress = Progress(snapshot.total, snapshot.done, snapshot.found, to_credits(run.spent), snapshot.in_flight)
-    rate = lately.answered / over_s if over_s else None
+    rate = recent.answered / over_s if over_s else None
     layout = choose_layout(progress, snapshot.elapsed_s, columns)
     return render_bar(progress, snapshot.elapsed_s, layout, columns=columns, rate=rate, ascii_only=ascii_only)
 
@@ -169,7 +176,7 @@ def run_facts(view: RunView) -> Iterator[tuple[str, str]]:
     if run is None:
         return
     # After the last heartbeat the counts are out of date. Newer ones would have to be counted in the ledger.
-    then = " at the last heartbeat" if snapshot is not None and view.status is RunStatus.NO_HEARTBEAT else ""
+    then = " at the last heartbeat" if snapshot is not None and view.status in STOPPED else ""
     yield "results", _answer_counts(run, snapshot) + then
     cap = "" if run.cap is None else f" of at most {to_credits(run.cap):,.2f}"
     unknown = f" and {pluralize(run.unknown, 'result')} of unknown price" if run.unknown else ""
@@ -179,9 +186,9 @@ def run_facts(view: RunView) -> Iterator[tuple[str, str]]:
         yield "balance", f"{to_credits(run.balance_after):,.2f} after the run"
     if snapshot is None:
         return
-    totals, (lately, over_s) = snapshot.traffic.totals(), view.recent_traffic
+    totals, (recent, over_s) = snapshot.traffic.totals(), view.recent_traffic
     if over_s:
-        sent, answered = lately.submitted / over_s, lately.answered / over_s
+        sent, answered = recent.submitted / over_s, recent.answered / over_s
         yield "speed", f"{sent:,.1f} sent/s, {answered:,.1f} results/s in the last {over_s:.0f} s"
     yield "sent", f"{run.submitted:,} requests, {totals.polls:,} polls, {totals.rate_limited:,} rate-limited (429)"
     if view.next_expiry_ms is not None:

@@ -12,7 +12,6 @@ from typing import Any
 import click
 
 from enrich.commands import options
-from enrich.exit_codes import outcome_label
 from enrich.job.job import Job
 from enrich.ledger import execution_records
 from enrich.ledger.database import ledger_exists, open_existing
@@ -45,12 +44,12 @@ def read_runs(job: Job, last: int) -> dict[str, Any]:
     totals = _Totals()
     if ledger_exists(job.ledger):
         with closing(open_existing(job.ledger)) as ledger, ledger.snapshot():
-            lock_held = is_locked(job.ledger)
+            lock_held = is_locked(job.ledger)  # before reading: a run that ends meanwhile was not killed
             newest = execution_records.newest_execution_id(ledger)
             executions = iter(execution_records.list_executions(ledger, job.name))
             for execution in islice(executions, last):
                 totals.add(execution)
-                shown.append(_execution_as_json(execution, is_running=lock_held if execution.id == newest else False))
+                shown.append(_execution_as_json(execution, is_running=lock_held and execution.id == newest))
             for execution in executions:
                 totals.add(execution)
     return {
@@ -67,7 +66,7 @@ def read_runs(job: Job, last: int) -> dict[str, Any]:
     }
 
 
-def _execution_as_json(execution: ExecutionRow, *, is_running: bool | None) -> dict[str, Any]:
+def _execution_as_json(execution: ExecutionRow, *, is_running: bool) -> dict[str, Any]:
     summary = execution.read_summary()
     rows, found = summary.get("rows"), summary.get("found")
     return {
@@ -78,7 +77,7 @@ def _execution_as_json(execution: ExecutionRow, *, is_running: bool | None) -> d
         if execution.ended_ms is None
         else round((execution.ended_ms - execution.started_ms) / 1000, 3),
         "exit_code": execution.exit_code,
-        "outcome": outcome_label(execution.exit_code, is_running=is_running),
+        "outcome": execution.outcome(is_running=is_running),
         "rows": rows,
         "submitted": execution.submitted,
         "found": found,
@@ -129,9 +128,7 @@ def _or_dash(value: float | None, style: str) -> str:
 
 @click.command()
 @options.job_options()
-@click.option(
-    "--last", type=click.IntRange(min=1), default=20, show_default=True, metavar="RUNS", help="Number of runs."
-)
+@click.option("--last", type=options.AtLeast(1), default=20, show_default=True, metavar="RUNS", help="Number of runs.")
 @options.JSON_OPTION
 def runs(job_options: options.JobOptions, last: int, as_json: bool) -> None:
     """List the runs of JOB, newest first. Times are UTC."""

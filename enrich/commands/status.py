@@ -14,7 +14,6 @@ import click
 from enrich.commands import options
 from enrich.commands.run_view import RunStatus
 from enrich.commands.status_watch import DEFAULT_INTERVAL_S, RunWatcher, watch_job
-from enrich.exit_codes import exit_label
 from enrich.job.job import Job
 from enrich.ledger import execution_records, queries, step_results, transitions
 from enrich.ledger.database import Database, ledger_exists
@@ -96,6 +95,7 @@ def _build_status(job: Job, ledger: Database | None) -> dict[str, Any]:
                 "started_at": iso_time(row.started_ms),
                 "ended_at": None if row.ended_ms is None else iso_time(row.ended_ms),
                 "exit_code": row.exit_code,
+                "outcome": None if row.exit_code is None else row.outcome(is_running=False),
                 "submitted": row.submitted,
                 "credits_spent": to_credits(row.spent),
                 "credits_unknown": row.unknown,
@@ -195,7 +195,7 @@ def _last_run_lines(execution: dict[str, Any], title: str, *, is_running: bool) 
         if not is_running:
             yield f"{title}: run {number} started at {execution['started_at']} and did not end"
         return
-    yield f"{title}: run {number} ended at {execution['ended_at']} with exit {code} ({exit_label(code)})"
+    yield f"{title}: run {number} ended at {execution['ended_at']} with exit {code} ({execution['outcome']})"
     summary = execution["receipt"] or {}
     if summary.get("rows") is not None and summary.get("found") is not None:
         counts = {state: summary.get(state) for state in (*_STATE_WORDS, "invalid", "filtered")}

@@ -34,7 +34,7 @@ CURSOR_HOME, ERASE_LINE, ERASE_BELOW = "\x1b[H", "\x1b[K", "\x1b[J"
 #: Seconds between checks for a changed window size.
 RESIZE_CHECK_S = 0.2
 DEFAULT_INTERVAL_S = 2.0
-STATUS_COLORS = {RunStatus.RUNNING: "green", RunStatus.NO_HEARTBEAT: "red"}
+STATUS_COLORS = {RunStatus.RUNNING: "green", RunStatus.NO_HEARTBEAT: "red", RunStatus.KILLED: "red"}
 
 
 @dataclass(slots=True)
@@ -58,6 +58,7 @@ class RunWatcher:
         ttl_ms = int(job.model.policy.result_ttl.total_seconds() * 1000)
         if not ledger_exists(job.ledger):
             return RunView(job.name, job.ledger, ttl_ms, now_ms, RunStatus.NO_LEDGER, sandbox=job.sandbox)
+        lock_held = is_locked(job.ledger)  # before reading: a run that ends meanwhile was not killed
         # Close it at once: an open ledger keeps the run from cleaning up at its end.
         with closing(open_existing(job.ledger)) as ledger:
             executions = execution_records.list_executions(ledger, job.name, last=1)
@@ -68,8 +69,8 @@ class RunWatcher:
         run = executions[0]
         snapshot = read_snapshot(run.progress)
         heartbeat_age_s = self._heartbeat_age_s(run, now_ms - (run.started_ms if snapshot is None else snapshot.at_ms))
-        lock_held = run.id == newest and is_locked(job.ledger)
-        status = run_status(run, snapshot, heartbeat_age_s, self.heartbeat_timeout_s, lock_held=lock_held)
+        is_active = lock_held and run.id == newest
+        status = run_status(run, snapshot, heartbeat_age_s, self.heartbeat_timeout_s, lock_held=is_active)
         return RunView(job.name, job.ledger, ttl_ms, now_ms, status, run, snapshot, oldest_open_ms, job.sandbox)
 
     def _heartbeat_age_s(self, run: ExecutionRow, age_ms: int) -> float:

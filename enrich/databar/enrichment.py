@@ -85,7 +85,7 @@ class Enrichment(LenientModel):
         """Whether it has pages; None: the API does not say."""
         return None if self.pagination is None else self.pagination.supported
 
-    def asked(self, _: Target) -> list[Provider]:
+    def called_providers(self, _: Target) -> list[Provider]:
         """Return its one source."""
         return self.available_enrichments
 

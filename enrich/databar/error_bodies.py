@@ -80,5 +80,5 @@ def _field_errors(item: object) -> Iterator[tuple[str, str]]:
         return
     fields = item.get("fields")
     if not isinstance(fields, Mapping):
-        fields = {name: said for name, said in item.items() if name not in ERROR_KEYS}
-    yield from ((str(name), join_text(said)) for name, said in fields.items() if name not in BODY_KEYS)
+        fields = {name: value for name, value in item.items() if name not in ERROR_KEYS}
+    yield from ((str(name), join_text(value)) for name, value in fields.items() if name not in BODY_KEYS)

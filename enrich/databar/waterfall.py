@@ -100,7 +100,7 @@ class Waterfall(LenientModel):
         """Whether it has pages: it has none to choose."""
         return
 
-    def asked(self, target: Target) -> list[Provider]:
+    def called_providers(self, target: Target) -> list[Provider]:
         """Return the providers that a target names, in order."""
         offered = {provider.id: provider for provider in self.available_enrichments}
         return [offered.get(number, Provider(id=number)) for number in target.enrichments]
@@ -116,7 +116,7 @@ class Waterfall(LenientModel):
 
     def highest_price(self, target: Target) -> int | None:
         """Return the price when every provider is called and each match verified, in millionths; None: unknown."""
-        providers, verifier = self.asked(target), self.verifier(target)
+        providers, verifier = self.called_providers(target), self.verifier(target)
         prices = [to_micros(provider.price) for provider in providers]
         checks = [0 if verifier is None else to_micros(verifier.price)] * len(providers)
         known = [price for price in prices + checks if price is not None]

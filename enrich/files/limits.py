@@ -50,13 +50,13 @@ class FileLimits:
         if self.max_rows is not None and first_position + frame.height > self.max_rows:
             message = f"row {self.max_rows + 1:,}: {self.name} is a sheet, which has at most {self.max_rows:,}"
             raise FileProblem(f"{message} rows under its header", _OTHER_FORMAT_HINT)
-        unfit = [
+        names = [
             name for name, cells in zip(frame.columns, frame.get_columns(), strict=True) if self._may_not_fit(cells)
         ]
-        if not unfit:
+        if not names:
             return
-        for row, cells in enumerate(frame.select(map(frame.get_column, unfit)).iter_rows(), first_position + 1):
-            for name, cell in zip(unfit, cells, strict=True):
+        for row, cells in enumerate(frame.select(map(frame.get_column, names)).iter_rows(), first_position + 1):
+            for name, cell in zip(names, cells, strict=True):
                 if problem := self._cell_problem(cell):
                     self._refuse(f"row {row}", name, problem)
 

@@ -199,7 +199,7 @@ _OWN_MAGIC_BYTES = {"xlsx": b"PK\x03\x04", "parquet": b"PAR1"}
 
 
 def _check_other_format(source: TableFile, beginning: bytes) -> None:
-    known = [told for magic, told in _MAGIC_BYTES.items() if beginning.startswith(magic)]
+    known = [description for magic, description in _MAGIC_BYTES.items() if beginning.startswith(magic)]
     if beginning.startswith(b"PK") and _OPEN_DOCUMENT in beginning:
         known = [("an OpenDocument file (`.ods`)", _OPEN_DOCUMENT_HINT)]
     for kind, hint in known:

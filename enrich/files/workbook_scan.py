@@ -195,11 +195,11 @@ def _members_of(archive: zipfile.ZipFile, sheet: str) -> list[str]:
     return all_sheets
 
 
-def _elements(archive: zipfile.ZipFile, member: str, wanted: str) -> list[dict[str, str]]:
+def _elements(archive: zipfile.ZipFile, member: str, element: str) -> list[dict[str, str]]:
     found: list[dict[str, str]] = []
 
     def start(name: str, attributes: dict[str, str]) -> None:
-        if name.rpartition(" ")[2] == wanted:
+        if name.rpartition(" ")[2] == element:
             found.append(attributes)
 
     parser = expat.ParserCreate(namespace_separator=" ")

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 #: Cells with one of these texts are blank, unless the job has its own list (`blanks`). Case counts: Null is a name.
 PLACEHOLDERS = (
     *("#N/A", "#REF!", "#VALUE!", "#NAME?", "#DIV/0!", "#NUM!", "#NULL!"),
-    *("N/A", "n/a", "NULL", "null", "-", "--", ".", "TBD", "[]", "{}"),
+    *("N/A", "n/a", "NULL", "null", "-", "--", ".", "TBD"),
 )
+#: An empty list and an empty object of a JSON or Parquet input. They are blank, also with a list of the job's own.
+EMPTY_VALUES = ("[]", "{}")
 
 #: First and last of each range. Whitespace, and characters that are drawn as an empty space.
 _BLANK_RANGES = (

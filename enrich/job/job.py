@@ -85,6 +85,11 @@ class Job:
         return self.step_jobs or (self,)
 
     @property
+    def max_attempts_by_step(self) -> dict[str, int]:
+        """`policy.max_attempts` of each step."""
+        return {step.step: step.model.policy.max_attempts for step in self.steps}
+
+    @property
     def title(self) -> str:
         """The job's name for people, marked for a sandbox run."""
         return job_title(self.name, sandbox=self.sandbox)

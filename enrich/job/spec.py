@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from enrich.job.cell_text import PLACEHOLDERS, clean
+from enrich.job.cell_text import EMPTY_VALUES, PLACEHOLDERS, clean
 from enrich.job.field_types import Columns, Credits, Duration, Encoding, PathText, Separator, StrictModel, Text, Url
 from enrich.job.locations import Format, format_of, separator_of
 from enrich.job.target import TargetKind
@@ -232,7 +232,7 @@ class JobModel(TargetModel, _JobFiles):
     @property
     def placeholders(self) -> frozenset[str]:
         """The cells that are blank although they have a text."""
-        return frozenset(map(clean, PLACEHOLDERS if self.blanks is None else self.blanks))
+        return frozenset(map(clean, PLACEHOLDERS if self.blanks is None else self.blanks)).union(EMPTY_VALUES)
 
 
 class StepLimits(StrictModel):

@@ -19,8 +19,8 @@ class StepCost(NamedTuple):
     newest: int
 
 
-def left_of_step_cap(db: Database, execution_id: int, step: str | None, step_cap: int, wanted: int) -> int:
-    """Return what is left of the cap of a step, which is exact when less than `wanted` is left.
+def left_of_step_cap(db: Database, execution_id: int, step: str | None, step_cap: int, price: int) -> int:
+    """Return what is left of the cap of a step, which is exact when less than `price` is left.
 
     Adding up all attempts at each claim would take long. So only those claimed since are added, at their highest price,
     until half of what was left is claimed. Then prices that have doubled meanwhile do not exceed the cap unseen.
@@ -34,7 +34,7 @@ def left_of_step_cap(db: Database, execution_id: int, step: str | None, step_cap
             (known.newest, execution_id, step),
         ).fetchone()
         known = StepCost(known.exact, known.at_most + int(reserved), int(newest))
-    if known is None or known.at_most + wanted > known.exact + (step_cap - known.exact) // 2:
+    if known is None or known.at_most + price > known.exact + (step_cap - known.exact) // 2:
         (newest,) = db.execute("SELECT coalesce(max(id), 0) FROM attempts").fetchone()
         exact = _exact_cost(db, execution_id, step)
         known = StepCost(exact, exact, int(newest))

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from enrich.exit_codes import exit_label
 from enrich.ledger.database import Database
 from enrich.ledger.sql_fragments import MAX_ROWS, OPEN_ATTEMPT
 
@@ -37,7 +38,16 @@ class ExecutionRow:
         """Return the fields of the run summary. Empty: the run has not ended by itself."""
         return json.loads(self.summary) if self.summary else {}
 
+    def outcome(self, *, is_running: bool) -> str:
+        """Return how the run ended, in a word or two. `is_running`: it is the run that holds the lock."""
+        if self.exit_code is None:
+            return "running" if is_running else "killed"
+        is_cancellation = not self.exit_code and self.read_summary().get("command") == CANCEL
+        return "cancellation" if is_cancellation else exit_label(self.exit_code)
 
+
+#: The `command` in the summary of `enrich cancel`, which has an execution of its own.
+CANCEL = "cancel"
 _COLUMNS = ", ".join(field.name for field in fields(ExecutionRow))
 
 
@@ -145,7 +155,9 @@ def last_ended_ms(db: Database, job: str, codes: Collection[int]) -> int | None:
     """Return when a run of a job last ended with one of these exit codes (ms). None: never."""
     placeholders = ",".join("?" * len(codes))
     row = db.execute(
-        f"SELECT max(ended_ms) FROM executions WHERE job = ? AND exit_code IN ({placeholders})", (job, *codes)
+        f"SELECT max(ended_ms) FROM executions WHERE job = ? AND exit_code IN ({placeholders}) "
+        f"AND coalesce(summary{db.dialect.as_json}->>'command', '') <> '{CANCEL}'",
+        (job, *codes),
     ).fetchone()
     return None if row[0] is None else int(row[0])
 

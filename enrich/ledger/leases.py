@@ -132,8 +132,8 @@ class Lease:
         The sum is never more than the rate. A worker that joins has no share until all others have renewed their leases
         since then. Each of them counts the workers at that renewal, and has its smaller share before its commit.
         """
-        workers, unaware = lease_table.count_workers(self._ledger, self.fencing_token.lease_id, self._joined_at)
-        self.rate_share = 1 / workers if self.rate_share or not unaware else 0.0
+        workers, not_renewed = lease_table.count_workers(self._ledger, self.fencing_token.lease_id, self._joined_at)
+        self.rate_share = 1 / workers if self.rate_share or not not_renewed else 0.0
 
     def _measure_offset_ms(self) -> int:
         """Return server time minus boot time (ms). Setting the machine's clock does not change boot time."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -21,12 +22,16 @@ if TYPE_CHECKING:
     from enrich.ledger.leases import Lease
     from enrich.ledger.postgres import FencingToken
 
+#: Longer than `is_locked` holds the lock, in seconds.
+MIN_LOCK_WAIT_S = 0.1
+
 
 @contextmanager
 def lock_ledger(ledger: LedgerLocation, wait_s: float) -> Iterator[None]:
     """Hold the lock of a ledger. Wait up to `wait_s` seconds for it; -1 waits without limit.
 
-    For PostgreSQL it waits a few seconds at least. Raises LedgerLocked when another run holds the lock.
+    It waits a moment at least (`is_locked` may hold the lock), for PostgreSQL a few seconds.
+    Raises LedgerLocked when another run holds the lock.
     """
     if isinstance(ledger, PostgresLocation):
         with load_postgres().advisory_lock(ledger, wait_s):
@@ -38,7 +43,7 @@ def lock_ledger(ledger: LedgerLocation, wait_s: float) -> Iterator[None]:
     path = lock_path(ledger)
     try:
         make_private_folder(path.parent)
-        file_lock = FileLock(path, timeout=wait_s, mode=0o600)
+        file_lock = FileLock(path, timeout=wait_s if wait_s < 0 else max(wait_s, MIN_LOCK_WAIT_S), mode=0o600)
         file_lock.acquire()
         while not _is_file_at(file_lock.lock_file, file_lock._context.lock_file_fd):  # noqa: SLF001 - not public in older versions
             # The file was removed while we waited: another run may hold the file that is there now.
@@ -74,12 +79,24 @@ def locked_error(path: Path) -> LedgerLocked:
     return LedgerLocked(f"{path}: another run is using this ledger{details}", LOCKED_HINT)
 
 
-def is_locked(ledger: LedgerLocation) -> bool | None:
-    """Return whether a run holds the lock, without touching it. None: the system does not provide this."""
+def is_locked(ledger: LedgerLocation) -> bool:
+    """Return whether a process holds the lock. Creates no file, and holds a free lock only for a moment."""
     if isinstance(ledger, PostgresLocation):
         return bool(load_postgres().is_locked(ledger))
-    holder = lock_holder(ledger)
-    return None if holder is None else holder != 0
+    try:
+        descriptor = os.open(lock_path(ledger), os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        # /proc/locks would not do: it does not show the processes of other containers.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def lock_holder(path: Path) -> int | None:

@@ -31,12 +31,12 @@ _UNREADABLE = (EnrichError, OSError, *DATABASE_ERRORS)
 
 @dataclass(slots=True)
 class Overlap:
-    """How many of the `wanted` requests the neighbours have paid for, in all and by ledger.
+    """How many of the `requests` the neighbours have paid for, in all and by ledger.
 
     `unread` are ledgers that could not be read, or not to their end in the given time.
     """
 
-    wanted: int = 0
+    requests: int = 0
     paid: int = 0
     by_ledger: dict[Path, int] = field(default_factory=dict)
     unread: list[Path] = field(default_factory=list)
@@ -82,11 +82,11 @@ def _has_ledger_header(path: Path) -> bool:
 
 
 def compare_with_neighbours(
-    wanted: Iterable[list[bytes]], ledger: Path, bound_to: Mapping[str, str | None], timeout_s: float
+    batches: Iterable[list[bytes]], ledger: Path, bound_to: Mapping[str, str | None], timeout_s: float
 ) -> Overlap:
     """Look up requests in the neighbours of `ledger` that have the same API host and workspace.
 
-    `wanted` has their fingerprints, many at a time; without such a neighbour it is not read. The look-up takes about
+    `batches` has their fingerprints, many at a time; without such a neighbour it is not read. The look-up takes about
     `timeout_s` seconds at most. Nothing is raised for a neighbour.
     """
     overlap, deadline = Overlap(), time.monotonic() + timeout_s
@@ -100,8 +100,8 @@ def compare_with_neighbours(
                     neighbours[path] = neighbour
             except _UNREADABLE:
                 overlap.unread.append(path)
-        for fingerprints in wanted if neighbours else ():
-            overlap.wanted += len(fingerprints)
+        for fingerprints in batches if neighbours else ():
+            overlap.requests += len(fingerprints)
             paid: set[bytes] = set()
             for path, neighbour in list(neighbours.items()):
                 try:

@@ -49,7 +49,7 @@ VACUUM_TIMEOUT_S = 5.0
 TABLES_WITH_ERASED_DATA = ("requests", "attempts", "delivered", "step_rows")
 #: Records the writer's transaction, and locks the lease: it cannot be deleted before the commit.
 RECORD_TRANSACTION = (
-    "WITH begun AS (INSERT INTO commits (writer, number) VALUES (%s, %s) "
+    "WITH new_commit AS (INSERT INTO commits (writer, number) VALUES (%s, %s) "
     "ON CONFLICT (writer) DO UPDATE SET number = excluded.number, at = now()) "
     "SELECT id FROM leases WHERE id = %s FOR KEY SHARE"
 )

@@ -6,6 +6,7 @@ file and in the table `ledger_version` of a PostgreSQL schema.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.resources import files
 
 from enrich.errors import CommandRefused
@@ -15,14 +16,14 @@ APPLICATION_ID = 0x656E7235
 #: The application ids of ledgers made before the first release.
 UNRELEASED_IDS = (0x656E7269, 0x656E7231, 0x656E7232, 0x656E7233, 0x656E7234)
 
-#: Text columns that hold JSON, by table.
-JSON_COLUMNS = {
-    "targets": ("description", "providers"),
-    "calls": ("canonical",),
-    "executions": ("summary", "paths", "progress"),
-    "requests": ("params",),
-    "attempts": ("answer",),
-    "known_batches": ("content",),
+#: Text columns that hold JSON, by table, with its types.
+JSON_COLUMNS: Mapping[str, Mapping[str, tuple[type, ...]]] = {
+    "targets": {"description": (dict,), "providers": (list,)},
+    "calls": {"canonical": (dict,)},
+    "executions": {"summary": (dict,), "paths": (dict, list), "progress": (dict,)},
+    "requests": {"params": (dict,)},
+    "attempts": {"answer": (dict,)},
+    "known_batches": {"content": (dict,)},
 }
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from enrich.errors import CommandRefused, LedgerDamaged, LedgerMoved
+from enrich.job.locations import PostgresLocation
 from enrich.ledger import schema
 from enrich.ledger.dialect import Dialect
 from enrich.ledger.file_identity import OpenFiles, ledger_file_exists, make_private_folder
@@ -161,8 +162,8 @@ class SqliteSession(sqlite3.Connection):
 
     def integrity_problems(self) -> Iterator[str]:
         """Check the whole file with its indexes. Yield each problem in words that quote none of its content."""
-        messages = [said for (said,) in self.execute("PRAGMA integrity_check") if said != "ok"]
-        problems = [next(words for sign, words in _DAMAGE_TEXTS if re.search(sign, said)) for said in messages]
+        messages = [message for (message,) in self.execute("PRAGMA integrity_check") if message != "ok"]
+        problems = [next(words for sign, words in _DAMAGE_TEXTS if re.search(sign, message)) for message in messages]
         yield from dict.fromkeys(problems)
 
     def enable_secure_delete(self) -> None:
@@ -219,7 +220,12 @@ def _is_content_error(error: BaseException) -> bool:
 
 def damaged_ledger_error(path: object, detail: str = "") -> LedgerDamaged:
     """Return the error for a damaged ledger. SQLite's own message may quote personal data and is never shown."""
-    return LedgerDamaged(f"{path}: the ledger is damaged{detail and f': {detail}'}", RESTORE_HINT)
+    return LedgerDamaged(f"{path}: the ledger is damaged{detail and f': {detail}'}", restore_hint(path))
+
+
+def restore_hint(location: object) -> str:
+    """Return how to restore a damaged ledger."""
+    return "restore a backup of its schema: pg_restore" if isinstance(location, PostgresLocation) else RESTORE_HINT
 
 
 def open_sqlite(path: Path, *, read_only: bool, any_version: bool, skip_integrity_check: bool = False) -> SqliteSession:

@@ -150,65 +150,65 @@ def last_target(db: Database, job: str, step: str) -> str | None:
     return None if row is None else str(row[0])
 
 
-class AskedRow(NamedTuple):
-    """A row for which a step has asked.
+class RecordedRow(NamedTuple):
+    """A row that is recorded with a request of a step.
 
-    `is_sent_by_step`: the step has sent the request, not another step or job. `is_wanted_by_other`: the step wants it
-    now, for a row with the same cells.
+    `is_sent_by_step`: the step has sent the request, not another step or job. `is_requested_by_other`: the step
+    requests it now, for a row with the same cells.
     """
 
     is_sent_by_step: bool
-    is_wanted_by_other: bool
+    is_requested_by_other: bool
 
 
-def begin_wanted(db: Database, step: str) -> None:
-    """Start to collect the rows that want a request in a step. None of them does yet."""
+def begin_requesting_rows(db: Database, step: str) -> None:
+    """Start to collect the rows that need a request in a step. None of them does yet."""
     with db.temporary_transaction():
-        if not db.session.has_temporary_table("wanted_rows"):
+        if not db.session.has_temporary_table("requesting_rows"):
             db.execute(
-                f"CREATE TEMP TABLE wanted_rows (fingerprint {db.dialect.blob_type} NOT NULL, "
+                f"CREATE TEMP TABLE requesting_rows (fingerprint {db.dialect.blob_type} NOT NULL, "
                 "row_hash BIGINT NOT NULL, step TEXT NOT NULL, sends BIGINT NOT NULL, "
                 "PRIMARY KEY (fingerprint, row_hash))"
             )
-        db.execute("DELETE FROM wanted_rows WHERE step = ?", (step,))
+        db.execute("DELETE FROM requesting_rows WHERE step = ?", (step,))
 
 
-def add_wanted(db: Database, step: str, rows: Iterable[tuple[bytes, int]], *, sends: bool) -> None:
+def add_requesting_rows(db: Database, step: str, rows: Iterable[tuple[bytes, int]], *, sends: bool) -> None:
     """Add rows (fingerprint, hash) that need their request. `sends`: the run may send it for them."""
     distinct = list(dict.fromkeys(rows))
     with db.temporary_transaction():
         db.execute(
-            f"INSERT INTO wanted_rows SELECT fingerprint, row_hash, CAST(?3 AS TEXT), CAST(?4 AS BIGINT) "
+            f"INSERT INTO requesting_rows SELECT fingerprint, row_hash, CAST(?3 AS TEXT), CAST(?4 AS BIGINT) "
             f"FROM ({_ROWS}) b WHERE true "
-            "ON CONFLICT (fingerprint, row_hash) DO UPDATE SET sends = wanted_rows.sends + excluded.sends",
+            "ON CONFLICT (fingerprint, row_hash) DO UPDATE SET sends = requesting_rows.sends + excluded.sends",
             (*_row_values(distinct), step, int(sends)),
         )
 
 
-def mark_wanted(db: Database, step: str) -> None:
-    """Record for which rows the step asks, now that their requests are enrolled."""
+def record_requesting_rows(db: Database, step: str) -> None:
+    """Record the rows that need a request in a step, now that it is enrolled."""
     db.execute(
-        "INSERT INTO step_rows SELECT r.id, w.row_hash FROM wanted_rows w JOIN requests r "
+        "INSERT INTO step_rows SELECT r.id, w.row_hash FROM requesting_rows w JOIN requests r "
         "ON r.fingerprint = w.fingerprint WHERE w.step = ? AND w.sends > 0 ORDER BY 1, 2 ON CONFLICT DO NOTHING",
         (step,),
     )
 
 
-def find_asked(db: Database, step: str, rows: Sequence[tuple[bytes, int]]) -> dict[int, AskedRow]:
-    """Return those of the rows (fingerprint, hash) for which the step has asked, by their index in the list."""
-    is_wanted = "false"
-    if db.session.has_temporary_table("wanted_rows"):
-        is_wanted = (
-            "EXISTS (SELECT 1 FROM wanted_rows w WHERE w.fingerprint = b.fingerprint AND w.row_hash = b.row_hash)"
+def find_recorded_rows(db: Database, step: str, rows: Sequence[tuple[bytes, int]]) -> dict[int, RecordedRow]:
+    """Return those of the rows (fingerprint, hash) that are recorded, by their index in the list."""
+    is_requested = "false"
+    if db.session.has_temporary_table("requesting_rows"):
+        is_requested = (
+            "EXISTS (SELECT 1 FROM requesting_rows w WHERE w.fingerprint = b.fingerprint AND w.row_hash = b.row_hash)"
         )
     found = db.execute(
         "SELECT b.key, EXISTS (SELECT 1 FROM attempts a WHERE a.request_id = r.id AND a.step = ?3 "
-        f"AND a.state <> 'refused'), {is_wanted} "
+        f"AND a.state <> 'refused'), {is_requested} "
         f"FROM ({_ROWS}) b {db.dialect.ordered_join} requests r ON r.fingerprint = b.fingerprint "
         "JOIN step_rows s ON s.request_id = r.id AND s.row_hash = b.row_hash",
         (*_row_values(rows), step),
     )
-    return {int(index): AskedRow(bool(sent), bool(wanted)) for index, sent, wanted in found}
+    return {int(index): RecordedRow(bool(sent), bool(requested)) for index, sent, requested in found}
 
 
 #: Requests by their fingerprints, from the values that `_name_values` returns.

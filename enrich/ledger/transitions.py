@@ -65,19 +65,19 @@ def claim(  # noqa: PLR0913 - the budget and the selection
     if not (request_ids := [request_id for request_id, _ in queued_rows]):
         return []
     prices = highest_prices(db, request_ids, max_price, priced_by)
-    wanted = sum(prices)
-    (left_after,) = db.execute(f"{_RESERVE} RETURNING cap - spent - reserved", (wanted, execution_id)).fetchone()
-    remaining = None if left_after is None else left_after + wanted
-    step_remaining = None if step_cap is None else left_of_step_cap(db, execution_id, step, step_cap, wanted)
+    total_price = sum(prices)
+    (left_after,) = db.execute(f"{_RESERVE} RETURNING cap - spent - reserved", (total_price, execution_id)).fetchone()
+    remaining = None if left_after is None else left_after + total_price
+    step_remaining = None if step_cap is None else left_of_step_cap(db, execution_id, step, step_cap, total_price)
     for left, reached in ((remaining, CapReached), (step_remaining, StepCapReached)):
         if left is not None and sum(prices) > left:
             affordable = sum(total <= left for total in accumulate(prices))
             request_ids, prices = request_ids[:affordable], prices[:affordable]
         if not request_ids:
-            db.execute(_RESERVE, (-wanted, execution_id))
+            db.execute(_RESERVE, (-total_price, execution_id))
             raise reached
-    if sum(prices) < wanted:
-        db.execute(_RESERVE, (sum(prices) - wanted, execution_id))
+    if sum(prices) < total_price:
+        db.execute(_RESERVE, (sum(prices) - total_price, execution_id))
     last_claimed = max(bound, queued_rows[len(request_ids) - 1][1])
     db.claimed_up_to[only_new] = (last_claimed, 0 if is_full_look else bounded_looks + 1)
     bulk_task_id = None
@@ -240,6 +240,7 @@ def read_tasks(db: Database, condition: str, *values: object) -> list[Task]:
                     bulk_task_id,
                     bool(superseded),
                     sum(row[-1] for row in task_rows),
+                    step or "",
                 )
             )
     return tasks
@@ -297,17 +298,7 @@ def _write_answers(
     transition(
         db,
         [
-            (
-                number,
-                a.state,
-                int(a.free_failure),
-                now_ms,
-                a.credits,
-                a.provider,
-                a.error,
-                a.raw,
-                int(a.result_deleted),
-            )
+            (number, a.state, int(a.free_failure), now_ms, a.credits, a.provider, a.error, a.raw, int(a.result_deleted))
             for number, a, now_ms in answers
         ],
         "submitted",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import groupby
@@ -19,6 +19,8 @@ from enrich.ledger.database import Database, open_existing
 from enrich.ledger.dialect import DATABASE_ERRORS, DatabaseFailed
 from enrich.ledger.schema import APPLICATION_ID, JSON_COLUMNS
 from enrich.ledger.sqlite import Column, damaged_ledger_error, is_busy_error, is_damage_error, ledger_columns
+
+JSON_TYPE_NAMES: Mapping[type, str] = {dict: "object", list: "list"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +43,12 @@ def check_ledger(location: LedgerLocation) -> LedgerCheck:
         return check_open_ledger(verifier)
 
 
-def is_damaged(location: Path) -> bool:
-    """Return whether the ledger exists and is damaged."""
+def find_damage(location: LedgerLocation) -> str | None:
+    """Return the first problem of a ledger. None: it is sound or missing."""
     try:
-        return location.is_file() and bool(check_ledger(location).problems)
+        return next(iter(check_ledger(location).problems), None)
     except CommandRefused:
-        return False
+        return None
 
 
 def as_enrich_error(error: Exception, ledger: object) -> EnrichError | None:
@@ -61,8 +63,9 @@ def as_enrich_error(error: Exception, ledger: object) -> EnrichError | None:
     if is_busy_error(error):
         hint = "end the program that holds the lock, then run the same command again"
         return LedgerFailed("another program has locked the ledger", hint)
-    if is_damage_error(error) or (isinstance(ledger, Path) and is_damaged(ledger)):
-        return damaged_ledger_error(ledger or "a database")
+    problem = find_damage(ledger) if isinstance(ledger, Path | PostgresLocation) else None
+    if problem is not None or is_damage_error(error):
+        return damaged_ledger_error(ledger or "a database", (problem or "").removeprefix("the file is damaged: "))
     return None
 
 
@@ -125,14 +128,15 @@ def _unreadable_values(db: Database) -> Iterator[str]:
 
 def _is_readable(db: Database, table: str, columns: Sequence[Column]) -> bool:
     """Read a table as a whole, much faster than value by value. False: it has a broken value, or may have one."""
-    json_places = [place for place, column in enumerate(columns) if column.name in JSON_COLUMNS.get(table, ())]
+    json_types = [JSON_COLUMNS.get(table, {}).get(column.name) for column in columns]
+    json_places = [(place, types) for place, types in enumerate(json_types) if types]
     row_types = set()
     try:
         for row in db.stream(f"SELECT {', '.join(column.name for column in columns)} FROM {table}"):
             row_types.add(tuple(map(type, row)))
-            for place in json_places:
-                if row[place] is not None:
-                    orjson.loads(row[place])
+            for place, types in json_places:
+                if row[place] is not None and not isinstance(orjson.loads(row[place]), types):
+                    return False
     except (*DATABASE_ERRORS, ValueError, RecursionError, TypeError):
         return False
     kinds = [column.kind for column in columns]
@@ -197,12 +201,13 @@ def _value_problem(column: Column, value: object) -> str | None:
         text = value if isinstance(value, str) else bytes(value).decode()  # type: ignore[call-overload]
     except UnicodeDecodeError:
         return "not UTF-8"
+    types = JSON_COLUMNS.get(column.table, {}).get(column.name, ())
     try:
-        if column.name in JSON_COLUMNS.get(column.table, ()):
-            json.loads(text)
+        if not types or isinstance(json.loads(text), types):
+            return None
     except (ValueError, RecursionError):
-        return "not JSON"
-    return None
+        pass
+    return f"not a JSON {' or '.join(JSON_TYPE_NAMES[kind] for kind in types)}"
 
 
 def _check_target(target: Path, ledger: Path) -> None:

@@ -72,9 +72,12 @@ class RunObservers:
             if not model.metrics.endswith(".prom"):
                 message = f"`{model.metrics}` is not read by the textfile collector, which reads *.prom only"
                 raise job.error(["metrics"], message, "rename it to end in .prom")
-            self._metrics_path = job.resolve_path(model.metrics)
-            if self._metrics_path.exists() and not self._metrics_path.is_file():
-                raise job.error(["metrics"], f"{self._metrics_path}: the metrics cannot be written: it is not a file")
+            path = job.resolve_path(model.metrics)
+            if path.exists() and not path.is_file():
+                raise job.error(["metrics"], f"{path}: the metrics cannot be written: it is not a file")
+            if prometheus.has_other_metrics(path):
+                raise job.error(["metrics"], f"{path} has metrics of another program", "choose another file")
+            self._metrics_path = path
 
     def lock_acquired(self) -> None:
         """Ping the healthcheck: the run has locked its ledger and begins."""

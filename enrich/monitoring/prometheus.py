@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from enrich.files.atomic import follow_link
 from enrich.job.bounded_read import read_text
 from enrich.ledger.queries import LedgerTotals
 from enrich.models import RowStatus, to_credits
+
+if TYPE_CHECKING:
+    from prometheus_client.samples import Sample
 
 #: Each gauge with its help text.
 GAUGES = {
@@ -84,19 +87,30 @@ def samples_from_ledger(totals: LedgerTotals) -> Samples:
 
 def read_metrics(path: Path) -> Samples:
     """Read the gauges that an earlier run wrote; empty when the file can't be read."""
-    from prometheus_client.parser import text_string_to_metric_families  # noqa: PLC0415 - few jobs write metrics
-
-    try:
-        families = list(text_string_to_metric_families(read_text(path)))
-    except (OSError, ValueError):
-        return {}
-    samples = (sample for family in families for sample in family.samples if sample.name in GAUGES)
     found = {}
-    for sample in samples:
+    for sample in _read_samples(path):
+        if sample.name not in GAUGES:
+            continue
         labels = {name: value for name, value in sample.labels.items() if name != "job"}
         if list(labels) == ([LABELS[sample.name]] if sample.name in LABELS else []) and all(labels.values()):
             found[sample.name, "".join(labels.values())] = sample.value
     return found
+
+
+def has_other_metrics(path: Path) -> bool:
+    """Return whether a file has metrics, but none of ours."""
+    samples = _read_samples(path)
+    return bool(samples) and not any(sample.name.startswith("enrich_") for sample in samples)
+
+
+def _read_samples(path: Path) -> Sequence[Sample]:
+    """Read the samples in a file; none when it can't be read."""
+    from prometheus_client.parser import text_string_to_metric_families  # noqa: PLC0415 - few jobs write metrics
+
+    try:
+        return [sample for family in text_string_to_metric_families(read_text(path)) for sample in family.samples]
+    except (OSError, ValueError):
+        return []
 
 
 def format_metrics(job: str, samples: Samples) -> bytes:

@@ -35,6 +35,7 @@ MAX_VALUES = 10_000
 MAX_FIELDS = 500
 MAX_SHAPES = 10_000
 MAX_DEPTH = 6
+_NESTED = frozenset((dict, list))
 #: Names that don't match may be data: too long, or with other characters.
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,39}")
 
@@ -74,15 +75,17 @@ class AnswerStats:
     #: Matches whose answer is still stored (not purged).
     stored_hits: int = 0
     values: dict[str, FrequencyCounter] = field(default_factory=dict)
-    _fields: Counter[str] = field(default_factory=Counter)
-    #: Stored matches with the same fields, which are not in `_fields` yet: a million answers have few shapes.
-    _shapes: Counter[tuple[str, ...]] = field(default_factory=Counter)
+    #: Stored matches by their fields, as dotted paths.
+    fields: Counter[str] = field(default_factory=Counter)
     status_words: Counter[str] = field(default_factory=Counter)
     #: Over answers of known price: matches, and the sums of c, c² and c·h (c: price in millionths, h: 1 for a match).
     priced_hits: int = 0
     cost: int = 0
     cost_squared: int = 0
     cost_of_hits: int = 0
+    #: Answers by state, price, whether they are stored, status and fields, which are not in the sums yet: a million
+    #: answers have few such kinds.
+    _kinds: Counter[tuple[str, int | None, bool, str | None, tuple[str, ...]]] = field(default_factory=Counter)
 
     @property
     def answered(self) -> int:
@@ -91,59 +94,53 @@ class AnswerStats:
 
     def add(self, settled: SettledAttempt, task: Mapping[str, Any], parsed: ParsedData) -> None:
         """Count one settled attempt, and its answer if it is stored: `task`, whose data is `parsed`."""
-        found = settled.state == State.FOUND
-        self.found += found
-        self.not_found += settled.state == State.NOT_FOUND
-        self.failed += settled.state == State.FAILED
-        if settled.paid is not None:
-            self.priced_hits += found
-            self.cost += settled.paid
-            self.cost_squared += settled.paid * settled.paid
-            self.cost_of_hits += settled.paid * found
-        if settled.answer is not None:
-            self._read_answer(task, parsed, found=found)
+        word = task.get("status")
+        stored_match = settled.answer is not None and settled.state == State.FOUND
+        shape = _field_shape(parsed.fields) if stored_match else ()
+        self._kinds[settled.state, settled.paid, stored_match, word if isinstance(word, str) else None, shape] += 1
+        if len(self._kinds) > MAX_SHAPES:
+            self.add_kinds()
+        if stored_match:
+            for column, path in self.column_paths.items():
+                value = column_value(parsed, path)
+                if not is_blank(value):
+                    text = value if isinstance(value, str) else repr(value)
+                    self.values.setdefault(column, FrequencyCounter()).add(text)
 
-    def _read_answer(self, task: Mapping[str, Any], parsed: ParsedData, *, found: bool) -> None:
-        if isinstance(word := task.get("status"), str):
-            if word in self.status_words:
-                self.status_words[word] += 1
-            elif _NAME.fullmatch(word) and len(self.status_words) < MAX_FIELDS:
-                self.status_words[word.lower()] += 1
-        if not found:
-            return
-        self.stored_hits += 1
-        shape = _field_shape(parsed.fields)
-        self._shapes[shape] += 1
-        if len(self._shapes) > MAX_SHAPES:
-            self._add_shapes()
-        for column, path in self.column_paths.items():
-            value = column_value(parsed, path)
-            if not is_blank(value):
-                self.values.setdefault(column, FrequencyCounter()).add(value if isinstance(value, str) else repr(value))
-
-    @property
-    def fields(self) -> Counter[str]:
-        """Count the stored matches by their fields, as dotted paths."""
-        self._add_shapes()
-        return self._fields
-
-    def _add_shapes(self) -> None:
-        for shape, number in self._shapes.items():
+    def add_kinds(self) -> None:
+        """Add the answers to the sums. Call it before these are read."""
+        for (state, paid, stored_match, word, shape), number in self._kinds.items():
+            found = number if state == State.FOUND else 0
+            self.found += found
+            self.not_found += number if state == State.NOT_FOUND else 0
+            self.failed += number if state == State.FAILED else 0
+            if paid is not None:
+                self.priced_hits += found
+                self.cost += paid * number
+                self.cost_squared += paid * paid * number
+                self.cost_of_hits += paid * found
+            self.stored_hits += number if stored_match else 0
+            if word is not None and _NAME.fullmatch(word):
+                _count_name(self.status_words, word.lower(), number)
             for name in shape:
-                if name in self._fields or len(self._fields) < MAX_FIELDS:
-                    self._fields[name] += number
-        self._shapes.clear()
+                _count_name(self.fields, name, number)
+        self._kinds.clear()
 
     def value_count(self, column: str) -> int:
         """Return how many matches have a value in a column."""
         return self.values[column].total if column in self.values else 0
 
 
+def _count_name(counts: Counter[str], name: str, number: int) -> None:
+    if name in counts or len(counts) < MAX_FIELDS:
+        counts[name] += number
+
+
 def _field_shape(fields: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the paths of an answer's fields."""
-    if any(value.__class__ in (dict, list) for value in fields.values()):
-        return tuple(sorted(set(_field_paths(fields))))
-    return _flat_shape(tuple(fields))
+    if _NESTED.isdisjoint(map(type, fields.values())):
+        return _flat_shape(tuple(fields))
+    return tuple(sorted(set(_field_paths(fields))))
 
 
 @lru_cache(MAX_SHAPES)
@@ -168,6 +165,8 @@ def _field_paths(value: object, before: str = "", depth: int = 0) -> Iterator[st
 
 def find_anomalies(last: AnswerStats, before: AnswerStats) -> list[Anomaly]:
     """Compare the last run with the runs before it."""
+    last.add_kinds()
+    before.add_kinds()
     rules = (
         _hit_rate_anomalies,
         _failure_anomalies,

@@ -19,7 +19,6 @@ from enrich.exit_codes import (
     JobArguments,
     RequiredAction,
     exit_label,
-    outcome_label,
     required_actions,
 )
 from enrich.job.job import Job
@@ -52,19 +51,19 @@ def reported_runs(
     outcome_counts: Iterable[tuple[int, str, int]],
     newest: int,
     *,
-    is_running: bool | None,
+    is_running: bool,
 ) -> list[ReportedRun]:
-    """Summarize each execution. `is_running`: a run is active now, and it is `newest`; None: not known."""
+    """Summarize each execution. `is_running`: a run is active now, and it is `newest`."""
     counts_by_run: dict[int, dict[str, int]] = {}
     for execution, state, number in outcome_counts:
         counts_by_run.setdefault(execution, {})[state] = number
     return [
-        _reported_run(row, counts_by_run.get(row.id, {}), is_running=is_running if row.id == newest else False)
+        _reported_run(row, counts_by_run.get(row.id, {}), is_running=is_running and row.id == newest)
         for row in executions
     ]
 
 
-def _reported_run(row: ExecutionRow, settled: Mapping[str, int], *, is_running: bool | None) -> ReportedRun:
+def _reported_run(row: ExecutionRow, settled: Mapping[str, int], *, is_running: bool) -> ReportedRun:
     summary = json.loads(row.summary) if row.summary else {}
     ended_ms, started_ms = row.ended_ms, row.started_ms
     return ReportedRun(
@@ -72,7 +71,7 @@ def _reported_run(row: ExecutionRow, settled: Mapping[str, int], *, is_running: 
         started_at=iso_time(started_ms),
         ended_at=None if ended_ms is None else iso_time(ended_ms),
         exit_code=row.exit_code,
-        outcome=outcome_label(row.exit_code, is_running=is_running),
+        outcome=row.outcome(is_running=is_running),
         rows=summary.get("rows"),
         submitted=row.submitted,
         found=settled.get("found", 0),
@@ -108,9 +107,9 @@ def reported_waterfall(target: Target, earnings: provider_stats.ProviderTotals, 
         providers=reported_providers(earnings),
         answers=earnings.answers,
         found=earnings.found,
-        untold=earnings.not_reported,
+        not_reported=earnings.not_reported,
         spent=to_credits(earnings.spent),
-        elsewhere=to_credits(earnings.unattributed),
+        unattributed=to_credits(earnings.unattributed),
         kind=target.kind,
         step=step,
         failed=earnings.failed,
@@ -148,7 +147,8 @@ def _run_actions(last_run: ReportedRun, job_arguments: JobArguments, *, has_in_d
         ended = f"Run {last_run.execution} ended with exit code {code} ({exit_label(code)})"
         others = [RequiredAction("Resume", (f"enrich run {job_arguments.run_args}",))]
         yield from (
-            replace(need, text=f"{ended}. {need.text}") for need in required_actions(code, {}, job_arguments) or others
+            replace(action, text=f"{ended}. {action.text}")
+            for action in required_actions(code, {}, job_arguments) or others
         )
 
 
@@ -162,8 +162,8 @@ def build_report(job: Job, job_arguments: JobArguments, now: datetime, *, with_r
     Unreadable data stays None, and a note gives the reason. Raises CommandRefused when the ledger can't be read.
     """
     if not ledger_exists(job.ledger):
-        needs = list(report_actions(None, {}, "row", "", job_arguments))
-        return _make_report(job, now, needs=needs)
+        actions = list(report_actions(None, {}, "row", "", job_arguments))
+        return _make_report(job, now, actions=actions)
     with closing(Database(job.ledger, read_only=True)) as ledger, ledger.snapshot():
         return _build_from_ledger(job, ledger, job_arguments, now, with_rows=with_rows)
 
@@ -202,7 +202,7 @@ def _build_from_ledger(
             reported_waterfall(step.model.target, answers.stats_by_step[step.step].totals(), step.step)
             for step in job.step_jobs
         ],
-        nights=runs,
+        runs=runs,
         stats=stats,
         requests=requests,
         credits_spent=to_credits(sum(row.spent for row in executions)),
@@ -211,8 +211,8 @@ def _build_from_ledger(
         latencies=latency_histogram(queries.latencies(ledger, job.name)),
         traffic=run_traffic(ledger, executions, now_ms),
         anomalies=find_anomalies(answers.last, answers.before),
-        needs=[
-            *unread.needs(job_arguments),
+        actions=[
+            *unread.actions(job_arguments),
             *report_actions(last_run, counts, "request" if stats is None else "row", reasons_file, job_arguments),
         ],
         notes=[
@@ -226,7 +226,7 @@ def _make_report(job: Job, now: datetime, *, stats: InputStats | None = None, **
     nothing: dict[str, Any] = {
         "waterfall": ReportedWaterfall(job.model.target.id, (), 0, 0, 0, 0.0, 0.0, job.model.target.kind),
         "step_waterfalls": (),
-        "nights": (),
+        "runs": (),
         "requests": count_by_status({}),
         "credits_spent": 0.0,
         "credits_unknown": 0,
@@ -234,7 +234,7 @@ def _make_report(job: Job, now: datetime, *, stats: InputStats | None = None, **
         "latencies": None,
         "traffic": None,
         "anomalies": (),
-        "needs": (),
+        "actions": (),
         "notes": (),
     }
     rows: dict[str, Any] = {"rows": None, "statuses": {}}
@@ -264,7 +264,7 @@ class _UnreadInput:
     def _text(self) -> str:
         return f"The rows are unknown: {self.reason}"
 
-    def needs(self, job_arguments: JobArguments) -> Iterator[RequiredAction]:
+    def actions(self, job_arguments: JobArguments) -> Iterator[RequiredAction]:
         if not self.is_expected:
             yield RequiredAction(self._text, (f"enrich check {job_arguments.run_args}",))
 
@@ -345,7 +345,7 @@ def _report_notes(runs: Sequence[ReportedRun], stats: InputStats | None, erased:
     if killed := [run.execution for run in runs if run.outcome == "killed"]:
         was = f"Run {killed[0]} was" if len(killed) == 1 else f"{len(killed):,} runs were"
         yield f"{was} killed without a run summary: rows, polls, 429s, time and last balance are unknown."
-    if runs and runs[-1].outcome == outcome_label(None, is_running=True):
+    if runs and runs[-1].outcome == "running":
         yield f"Run {runs[-1].execution} is still running. Its numbers will grow."
     if erased:
         yield f"{pluralize(erased, 'result')} purged or erased: the providers are unknown."
@@ -353,5 +353,5 @@ def _report_notes(runs: Sequence[ReportedRun], stats: InputStats | None, erased:
         yield f"The column `{column}` makes no groups: it has more than {MAX_GROUP_VALUES:,} different values."
     if stats is not None and stats.purged:
         yield f"{pluralize(stats.purged, 'row')} with a purged result: not part of the match rates of columns."
-    if unknown := sum(night.credits_unknown for night in runs):
+    if unknown := sum(run.credits_unknown for run in runs):
         yield f"{pluralize(unknown, 'result')} of unknown price: the credits are a minimum."

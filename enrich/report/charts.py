@@ -79,8 +79,8 @@ def draw_bars(rows: Sequence[BarRow], label: str) -> RenderedChart | None:
 def status_chart(counts: Sequence[tuple[str, int]], label: str) -> RenderedChart | None:
     """Draw the number of rows by status."""
     whole = sum(count for _, count in counts)
-    inks = {"found": ChartColor.FOUND, "not_found": ChartColor.NOBODY, "failed": ChartColor.TROUBLE}
-    inks |= {"expired": ChartColor.TROUBLE, "in_doubt": ChartColor.TROUBLE}
+    inks = {"found": ChartColor.FOUND, "not_found": ChartColor.NO_MATCH, "failed": ChartColor.FAILED}
+    inks |= {"expired": ChartColor.FAILED, "in_doubt": ChartColor.FAILED}
     rows = [
         BarRow(
             formatting.format_status(status),
@@ -112,7 +112,7 @@ def age_chart(answers: Sequence[AnswerAge], label: str) -> RenderedChart | None:
     rows = [
         BarRow(
             formatting.clean_text(each.label),
-            [(each.found, ChartColor.FOUND), (each.not_found, ChartColor.NOBODY)],
+            [(each.found, ChartColor.FOUND), (each.not_found, ChartColor.NO_MATCH)],
             f"{formatting.format_count(each.found)} + {formatting.format_count(each.not_found)}",
         )
         for each in answers
@@ -130,13 +130,13 @@ NAME_WIDTHS = (110.0, 230.0)
 
 @dataclass(frozen=True, slots=True)
 class WaterfallStep:
-    """A row of the waterfall chart: `found` requests from `start`, then those passed on, `presumed` of them."""
+    """A row of the waterfall chart: `found` requests from `start`, then those passed on, `inferred` of them."""
 
     name: str
     start: int
     found: int
     end: int
-    presumed: int = 0
+    inferred: int = 0
     provider: ReportedProvider | None = None
 
 
@@ -147,9 +147,9 @@ def waterfall_steps(waterfall: ReportedWaterfall) -> list[WaterfallStep]:
     for each in waterfall.providers:
         if each.verifies:
             continue
-        end = start + max(each.asked + each.presumed, each.found)
-        presumed = min(each.presumed, end - start - each.found)
-        result.append(WaterfallStep(formatting.clean_text(each.name), start, each.found, end, presumed, each))
+        end = start + max(each.reported + each.inferred, each.found)
+        inferred = min(each.inferred, end - start - each.found)
+        result.append(WaterfallStep(formatting.clean_text(each.name), start, each.found, end, inferred, each))
         start += each.found
     left = max(0, waterfall.answers - waterfall.found)
     return [*result, WaterfallStep(NO_MATCH_LABEL, max(0, waterfall.answers - left), 0, max(waterfall.answers, left))]
@@ -228,9 +228,9 @@ def _step_marks(
     domain = (0.0, float(max(1, *(step.end for step in steps))))
     axis = drawing.make_axis("requests", ticks, orient="bottom", labelFlush=30, grid=joined)
     spans = list(zip(steps, tops, strict=True))
-    passed = [_bar_rect(step.start + step.found, step.end - step.presumed, top, bar) for step, top in spans[:-1]]
-    presumed = [
-        _bar_rect(step.end - step.presumed, step.end, top + 0.5, bar - 1) for step, top in spans if step.presumed
+    passed = [_bar_rect(step.start + step.found, step.end - step.inferred, top, bar) for step, top in spans[:-1]]
+    inferred = [
+        _bar_rect(step.end - step.inferred, step.end, top + 0.5, bar - 1) for step, top in spans if step.inferred
     ]
     found = [_bar_rect(step.start, step.start + step.found, top, bar) for step, top in spans if step.found]
     no_match = [_bar_rect(step.start, step.end, top, bar) for step, top in spans[-1:]]
@@ -242,9 +242,9 @@ def _step_marks(
     return [
         drawing.rect_marks(passed, domain, axis, ChartColor.PASSED),
         drawing.rect_marks(
-            presumed, domain, axis, ChartColor.TRACK, stroke=ChartColor.MUTED.value, strokeDash=[3, 3], strokeWidth=1
+            inferred, domain, axis, ChartColor.TRACK, stroke=ChartColor.MUTED.value, strokeDash=[3, 3], strokeWidth=1
         ),
-        drawing.rect_marks(no_match, domain, axis, ChartColor.NOBODY),
+        drawing.rect_marks(no_match, domain, axis, ChartColor.NO_MATCH),
         drawing.rule_marks(joints, domain, axis, ChartColor.MUTED, strokeDash=[2, 2]),
         drawing.rect_marks(found, domain, axis, ChartColor.FOUND),
     ]
@@ -258,21 +258,21 @@ def _step_numbers(step: WaterfallStep) -> tuple[str, ...]:
     each = step.provider
     if each is None:
         return "", formatting.format_count(step.end - step.start), "", "", ""
-    asked = each.asked + each.presumed
-    rate = formatting.format_percent(formatting.share_of(each.found, asked))
+    calls = each.reported + each.inferred
+    rate = formatting.format_percent(formatting.share_of(each.found, calls))
     spent, per_hit = formatting.format_amount_short(each.credits), formatting.format_amount(each.cost_per_hit)
-    return formatting.format_count(asked), formatting.format_count(each.found), rate, spent, per_hit
+    return formatting.format_count(calls), formatting.format_count(each.found), rate, spent, per_hit
 
 
 def _found_text(step: WaterfallStep) -> str:
     if step.provider is None:
         return pluralize(step.end - step.start, "request")
-    asked = step.provider.asked + step.provider.presumed
-    return f"{pluralize(step.found, 'match')} ({formatting.format_percent(formatting.share_of(step.found, asked))})"
+    calls = step.provider.reported + step.provider.inferred
+    return f"{pluralize(step.found, 'match')} ({formatting.format_percent(formatting.share_of(step.found, calls))})"
 
 
 def _facts_text(step: WaterfallStep) -> str:
     if step.provider is None:
         return ""
-    asked, _, _, spent, cost_per_hit = _step_numbers(step)
-    return f"{asked} requests · {spent} credits · {cost_per_hit} per match"
+    calls, _, _, spent, cost_per_hit = _step_numbers(step)
+    return f"{calls} requests · {spent} credits · {cost_per_hit} per match"

@@ -86,19 +86,19 @@ def _read_side(ledger: Database, job: Job, label: str, execution: int | None) ->
     names = [each.name for each in side_providers if not each.verifies]
     spent = to_credits(totals.spent)
     cost_per_hit = spent / totals.found if totals.found else None
-    side = ComparedSide(label, names, totals.asked, totals.found, totals.not_found, spent, cost_per_hit)
+    side = ComparedSide(label, names, totals.requests, totals.found, totals.not_found, spent, cost_per_hit)
     return _SideData(side, side_providers, _lead_frame(queries.answered_params(ledger, job.name, execution)))
 
 
 @dataclass(slots=True)
 class _Totals:
-    asked: int = 0
+    requests: int = 0
     found: int = 0
     not_found: int = 0
     spent: int = 0
 
     def add(self, settled: SettledAttempt) -> None:
-        self.asked += 1
+        self.requests += 1
         self.found += settled.state == State.FOUND
         self.not_found += settled.state == State.NOT_FOUND
         self.spent += settled.paid or 0

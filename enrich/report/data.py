@@ -60,14 +60,14 @@ class ReportedRun:
 class ReportedProvider:
     """A provider or verifier, over all answers of the job.
 
-    `asked` counts requests that the answers report, `presumed` those that are inferred for answers with no match and
+    `reported` counts requests that the answers report, `inferred` those that are inferred for answers with no match and
     no steps (enrich.run.provider_stats).
     """
 
     name: str
     verifies: bool
-    asked: int
-    presumed: int
+    reported: int
+    inferred: int
     found: int
     rejected: int
     passed_on: int
@@ -79,18 +79,18 @@ class ReportedProvider:
 class ReportedWaterfall:
     """A waterfall's providers in their order, or an enrichment.
 
-    Of `answers`, `found` have a match, `failed` are failures, and `untold` report no provider.
+    Of `answers`, `found` have a match, `failed` are failures, and `not_reported` report no provider.
 
-    `spent` is the total price of these answers; `elsewhere` is the part that no step accounts for.
+    `spent` is the total price of these answers; `unattributed` is the part that no step accounts for.
     """
 
     name: str
     providers: Sequence[ReportedProvider]
     answers: int
     found: int
-    untold: int
+    not_reported: int
     spent: float
-    elsewhere: float
+    unattributed: float
     kind: str = "waterfall"
     #: The step of the job; '' for a job without steps.
     step: str = ""
@@ -194,7 +194,7 @@ class ComparedSide:
 
     label: str
     providers: Sequence[str]
-    asked: int
+    requests: int
     found: int
     not_found: int
     credits: float
@@ -235,7 +235,7 @@ class OutputRows:
 class Report:
     """The data of the page. `statuses` counts rows of the current input, `requests` those of the ledger by state.
 
-    `nights` are the job's runs, oldest first; the page begins with the last one. `credits_spent` covers all of them.
+    `runs` are the job's runs, oldest first; the page begins with the last one. `credits_spent` covers all of them.
     """
 
     job: str
@@ -245,7 +245,7 @@ class Report:
     input: str
     output: str
     waterfall: ReportedWaterfall
-    nights: Sequence[ReportedRun]
+    runs: Sequence[ReportedRun]
     rows: int | None
     statuses: Mapping[str, int]
     requests: Mapping[str, int]
@@ -258,7 +258,7 @@ class Report:
     traffic: Traffic | None
     ages: Sequence[AnswerAge]
     anomalies: Sequence[Anomaly]
-    needs: Sequence[RequiredAction]
+    actions: Sequence[RequiredAction]
     notes: Sequence[str]
     comparison: Comparison | None = None
     leads: OutputRows | None = None

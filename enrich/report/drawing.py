@@ -33,9 +33,9 @@ class ChartColor(StrEnum):
     RULE = "#fe0003"
     FOUND = "#fe0004"
     PASSED = "#fe0005"
-    NOBODY = "#fe0006"
+    NO_MATCH = "#fe0006"
     TRACK = "#fe0007"
-    TROUBLE = "#fe0008"
+    FAILED = "#fe0008"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,15 +101,15 @@ def render_chart(
 
 
 def _to_svg(chart: AltairChart, frame: ChartFrame, label: str) -> Markup:
-    padding = {"left": frame.left, "right": frame.right, "top": frame.top, "bottom": frame.bottom}
-    sized = chart.properties(
-        width=frame.inner_width,
-        height=frame.height - frame.top - frame.bottom,
-        padding=padding,
-        autosize="none",
-        background="transparent",
-    ).configure_view(stroke=None)
-    drawn = vl_convert.vegalite_to_svg(sized.to_dict(validate=False))
+    spec = chart.to_dict(validate=False) | {
+        "width": frame.inner_width,
+        "height": frame.height - frame.top - frame.bottom,
+        "padding": {"left": frame.left, "right": frame.right, "top": frame.top, "bottom": frame.bottom},
+        "autosize": "none",
+        "background": "transparent",
+        "config": {"view": {"stroke": None}},
+    }
+    drawn = vl_convert.vegalite_to_svg(spec)
     drawn = _TAG.sub(lambda tag: _clean_tag(tag[0]), drawn)
     start_tag = (
         Markup('<svg class="chart {}" role="img" aria-label="{}" viewBox="0 0 {} {}" width="{}" height="{}">')

@@ -10,7 +10,7 @@ import polars as pl
 
 from enrich.files.values import as_text, text_frame
 from enrich.job.cell_text import clean_cells
-from enrich.models import RequestResult, RowStatus
+from enrich.models import RowStatus
 from enrich.report.data import AnswerAge, GroupedHits, HitCounts, OutputRows, SkippedRows
 from enrich.run.collector import Collector, JoinedBatch, JoinedStep
 
@@ -70,9 +70,9 @@ def read_input_stats(collector: Collector, by: Sequence[str], now_ms: int, *, wi
         answered = status.is_in(ANSWERED_STATUSES)
         is_purged = pl.repeat(value=False, n=len(status), eager=True)
         for step in joined.steps:
-            results = step.results
-            is_purged |= pl.Series([row is not None and row.erased_ms is not None for row in results], dtype=pl.Boolean)
-            ages.update(_answers_by_age(results, step.cells["enrich_status"], joined.batch.first_position, now_ms))
+            erased = pl.Series(step.request_results["erased_ms"], dtype=pl.Int64).is_not_null()
+            is_purged |= erased.gather(pl.Series(step.places, dtype=pl.UInt32)).fill_null(value=False)
+            ages.update(_answers_by_age(step, joined.batch.first_position, now_ms))
         stats.purged += int((answered & is_purged).sum())
         for name in filled:
             filled[name] += int((joined.cells[name].is_not_null() & answered).sum())
@@ -96,18 +96,18 @@ def read_input_stats(collector: Collector, by: Sequence[str], now_ms: int, *, wi
     return stats
 
 
-def _answers_by_age(
-    results: Sequence[RequestResult | None], status: pl.Series, first_position: int, now_ms: int
-) -> dict[tuple[str, str], int]:
+def _answers_by_age(step: JoinedStep, first_position: int, now_ms: int) -> dict[tuple[str, str], int]:
     """Count each answer in use once, by its age and its status (found or not_found)."""
-    settled_ms = [
-        row.settled_ms if row is not None and row.first and row.position == position else None
-        for position, row in enumerate(results, first_position)
-    ]
-    answers = pl.DataFrame({"days": pl.Series(settled_ms, dtype=pl.Int64), "status": status})
+    columns = {
+        name: pl.Series(step.request_results[name], dtype=pl.Int64) for name in ("position", "first", "settled_ms")
+    }
+    status = step.cells["enrich_status"].gather(columns["position"] - first_position)
+    answers = pl.DataFrame([*(column.alias(name) for name, column in columns.items()), status.alias("status")])
     counts = (
-        answers.filter(pl.col("days").is_not_null() & pl.col("status").is_in(ANSWERED_STATUSES))
-        .group_by((now_ms - pl.col("days")) // DAY_MS, "status")
+        answers.filter(
+            pl.col("settled_ms").is_not_null() & (pl.col("first") == 1) & pl.col("status").is_in(ANSWERED_STATUSES)
+        )
+        .group_by((now_ms - pl.col("settled_ms")) // DAY_MS, "status")
         .len()
     )
     ages: Counter[tuple[str, str]] = Counter()

@@ -29,8 +29,9 @@ def with_relative_paths(report: Report, job: Job, now: datetime, folder: Path) -
         input=shorten(report.input),
         output=shorten(report.output),
         ledger=shorten(report.ledger),
-        needs=[
-            replace(need, text=shorten(need.text), commands=tuple(map(shorten, need.commands))) for need in report.needs
+        actions=[
+            replace(action, text=shorten(action.text), commands=tuple(map(shorten, action.commands)))
+            for action in report.actions
         ],
         notes=[shorten(note) for note in report.notes],
     )

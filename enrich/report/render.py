@@ -65,7 +65,7 @@ def render_report(report: Report) -> str:
         style=Markup(style),  # noqa: S704 - a file of this package
         script=Markup(script),  # noqa: S704 - a file of this package
         script_hash=b64encode(sha256(script.encode()).digest()).decode(),
-        last=report.nights[-1] if report.nights else None,
+        last=report.runs[-1] if report.runs else None,
         tile_groups=list(tile_groups(report)),
         steps=tables.step_table(report) if report.step_waterfalls else None,
         waterfalls=[
@@ -75,14 +75,14 @@ def render_report(report: Report) -> str:
         sections=list(sections.make_sections(report)),
         compared=comparison and (tables.common_leads_table(comparison), tables.sides_table(comparison)),
         sides=list(sections.side_figures(comparison)) if comparison else [],
-        runs=tables.run_table(report.nights[-RUNS_SHOWN:], "Newest first"),
-        older=tables.run_table(report.nights[:-RUNS_SHOWN], "Older runs, newest first"),
-        traffic=tables.run_traffic_table(report.nights),
+        runs=tables.run_table(report.runs[-RUNS_SHOWN:], "Newest first"),
+        older=tables.run_table(report.runs[:-RUNS_SHOWN], "Older runs, newest first"),
+        traffic=tables.run_traffic_table(report.runs),
         requests=tables.status_table(report.requests.items(), "Requests in the ledger by state", "State"),
         leads=report.leads and tables.leads_table(report.leads),
         total_cell=tables.credits_cell("credits_spent", report.credits_spent),
         rows_cell=tables.count_cell("rows", report.rows),
-        infers=any(provider.presumed for each in waterfalls for provider in each.providers),
+        infers=any(provider.inferred for each in waterfalls for provider in each.providers),
         dash=formatting.DASH,
     )
 
@@ -95,18 +95,18 @@ def _format_command(command: str) -> Markup:
 
 def tile_groups(report: Report) -> Iterator[TileGroup]:
     """Yield the key numbers of the last run, and of all runs where they differ."""
-    if not report.nights:
+    if not report.runs:
         return
-    first, last = report.nights[0], report.nights[-1]
+    first, last = report.runs[0], report.runs[-1]
     scope = f"Run {last.execution}, {formatting.format_date(last.started_at)}"
-    yield TileGroup("last-run", "Last run", scope, f"night {last.execution}", list(_last_run_tiles(report)))
-    if len(report.nights) > 1 or report.step_waterfalls:
-        scope = f"{pluralize(len(report.nights), 'run')} since {formatting.format_date(first.started_at)}"
+    yield TileGroup("last-run", "Last run", scope, f"run {last.execution}", list(_last_run_tiles(report)))
+    if len(report.runs) > 1 or report.step_waterfalls:
+        scope = f"{pluralize(len(report.runs), 'run')} since {formatting.format_date(first.started_at)}"
         yield TileGroup("all-runs", "All runs", scope, "all runs", list(_all_runs_tiles(report)))
 
 
 def _last_run_tiles(report: Report) -> Iterator[Tile]:
-    run, earlier = report.nights[-1], _comparable_run(report.nights)
+    run, earlier = report.runs[-1], _comparable_run(report.runs)
 
     def change(of: Callable[[ReportedRun], float | None], write: Callable[[float], str], better: int) -> _Change:
         return (None, None) if earlier is None else _format_change(earlier, of(earlier), of(run), write, better)
@@ -129,9 +129,9 @@ def _last_run_tiles(report: Report) -> Iterator[Tile]:
 
 
 def _all_runs_tiles(report: Report) -> Iterator[Tile]:
-    if len(report.nights) > 1:
+    if len(report.runs) > 1:
         found, answered, sent = (
-            sum(getattr(run, name) for run in report.nights) for name in ("found", "answered", "submitted")
+            sum(getattr(run, name) for run in report.runs) for name in ("found", "answered", "submitted")
         )
         unknown = f"{report.credits_unknown:,} of unknown price" if report.credits_unknown else "credits spent"
         per_match = report.credits_spent / found if found else None
@@ -186,5 +186,5 @@ def _balance_text(run: ReportedRun) -> str:
 
 
 def _waterfall_cells(facts: ReportedWaterfall) -> dict[str, Cell]:
-    counts = {name: tables.count_cell(name, getattr(facts, name)) for name in ("answers", "found", "untold")}
-    return counts | {name: tables.credits_cell(name, getattr(facts, name)) for name in ("spent", "elsewhere")}
+    counts = {name: tables.count_cell(name, getattr(facts, name)) for name in ("answers", "found", "not_reported")}
+    return counts | {name: tables.credits_cell(name, getattr(facts, name)) for name in ("spent", "unattributed")}

@@ -65,7 +65,7 @@ def make_sections(report: Report) -> Iterator[Section]:
     """Yield the sections after the waterfall that have figures, in the order of the page."""
     sections = (
         Section("rows", "Rows of the input", list(_row_figures(report))),
-        Section("trends", "Run by run", list(_run_figures(report.nights))),
+        Section("trends", "Run by run", list(_run_figures(report.runs))),
         Section("timing", "Timing", list(_timing_figures(report))),
     )
     yield from (section for section in sections if section.figures)
@@ -122,7 +122,7 @@ def _waterfall_text(facts: ReportedWaterfall) -> str:
 
 def _verifier_text(facts: ReportedWaterfall) -> str:
     sentences = (
-        f" {formatting.clean_text(each.name)} verified {pluralize(each.asked, 'match')}:"
+        f" {formatting.clean_text(each.name)} verified {pluralize(each.reported, 'match')}:"
         f" {formatting.format_amount(each.credits)} credits."
         for each in facts.providers
         if each.verifies
@@ -203,7 +203,7 @@ def _run_figures(runs: Sequence[ReportedRun]) -> Iterator[Figure]:
         return
     spent = sum(run.credits_spent for run in runs)
     if spent:
-        dearest = max(runs, key=lambda night: night.credits_spent)
+        dearest = max(runs, key=lambda run: run.credits_spent)
         finding = f"{formatting.format_amount(spent)} credits in {pluralize(len(runs), 'run')}. Most: run "
         finding += f"{dearest.execution}, {formatting.format_amount(dearest.credits_spent)}."
         pictures = (
@@ -211,10 +211,10 @@ def _run_figures(runs: Sequence[ReportedRun]) -> Iterator[Figure]:
             timelines.cumulative_credits_chart(runs, f"Cumulative. {finding}"),
         )
         yield _make_figure("Credits per run", finding, None, *pictures)
-    if any(night.cost_per_hit is not None for night in runs):
+    if any(run.cost_per_hit is not None for run in runs):
         finding = _cost_per_hit_text(runs)
         yield _make_figure("Cost per match", finding, None, timelines.cost_per_hit_chart(runs, finding))
-    if any(night.answered for night in runs):
+    if any(run.answered for run in runs):
         finding = _run_hit_rates_text(runs)
         yield _make_figure("Match rate", finding, None, timelines.run_hit_rate_chart(runs, finding))
 

@@ -82,16 +82,16 @@ def provider_table(providers: Sequence[ReportedProvider], caption: str, about: s
     heads += ("Credits", "Per match")
     lines = []
     for each in providers:
-        reached = each.asked + each.presumed
+        calls = each.reported + each.inferred
         lines.append(
             Line(
                 f"{about} {each.name}",
                 f"{formatting.clean_text(each.name)} (verifier)" if each.verifies else formatting.clean_text(each.name),
                 (
-                    Cell(formatting.format_count(reached), "asked_in_all", reached),
-                    count_cell("presumed", each.presumed),
+                    Cell(formatting.format_count(calls), "calls", calls),
+                    count_cell("inferred", each.inferred),
                     count_cell("found", None if each.verifies else each.found),
-                    rate_cell(each.found, 0 if each.verifies else reached, "found_of_asked"),
+                    rate_cell(each.found, 0 if each.verifies else calls, "found_share"),
                     count_cell("rejected", None if each.verifies else each.rejected),
                     count_cell("passed_on", None if each.verifies else each.passed_on),
                     credits_cell("credits", each.credits),
@@ -195,7 +195,7 @@ def run_table(facts: Sequence[ReportedRun], caption: str) -> Table:
     heads = ("Run", "Outcome", "Sent", "Matches", "No match", "Failed", "Expired", "Match rate", "Credits", "Per match")
     lines = [
         Line(
-            f"night {run.execution}",
+            f"run {run.execution}",
             _run_label(run),
             (
                 formatting.clean_text(run.outcome, formatting.DASH),
@@ -218,7 +218,7 @@ def run_traffic_table(runs: Sequence[ReportedRun]) -> Table:
     """List balance, polls and time of the newest runs."""
     lines = [
         Line(
-            f"night {run.execution}",
+            f"run {run.execution}",
             _run_label(run),
             (
                 credits_cell("balance_after", run.balance_after),
@@ -291,7 +291,7 @@ def sides_table(comparison: Comparison) -> Table:
             formatting.clean_text(side.label),
             (
                 names,
-                count_cell("asked", side.asked),
+                count_cell("requests", side.requests),
                 count_cell("found", side.found),
                 count_cell("not_found", side.not_found),
                 rate_cell(side.found, side.found + side.not_found),

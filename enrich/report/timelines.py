@@ -83,7 +83,7 @@ def latency_chart(times: LatencyHistogram, label: str) -> RenderedChart | None:
         counts = drawing.make_left_axis("tasks", 4, _largest(rows), tickMinStep=1)
         chart = alt.layer(
             _column_marks(rows, drawing.x_scale(domain, axis), counts, ChartColor.PASSED),
-            *([_column_marks(beyond, drawing.x_scale(domain, axis), counts, ChartColor.NOBODY)] if beyond else []),
+            *([_column_marks(beyond, drawing.x_scale(domain, axis), counts, ChartColor.NO_MATCH)] if beyond else []),
             drawing.rule_marks(marked, domain, axis, ChartColor.TEXT),
             *(drawing.text_marks(rows, ChartColor.TEXT, align=align) for align, rows in labels.items()),
         )
@@ -148,7 +148,7 @@ def rate_limited_chart(traffic: Traffic, label: str) -> RenderedChart | None:
     def draw_at_size(size: ScreenSize) -> tuple[drawing.AltairChart, ChartFrame]:
         along = drawing.make_axis(f"{name} from the start", 5, orient="bottom", grid=False)
         upright = drawing.make_left_axis("rate-limited (429)", 2, _largest(rows), tickMinStep=1)
-        bars = _column_marks(rows, drawing.x_scale(domain, along), upright, ChartColor.TROUBLE)
+        bars = _column_marks(rows, drawing.x_scale(domain, along), upright, ChartColor.FAILED)
         return alt.layer(bars), _make_frame(size, height=PANEL_HEIGHT - 70)
 
     return drawing.render_chart((NARROW, HALF), draw_at_size, label)

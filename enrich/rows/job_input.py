@@ -337,7 +337,8 @@ class JobInput:
             if missing := _MISSING_COLUMN.match(reason):
                 self._check_column(missing[1], ["where"])
             raise self._job.error(["where"], f"not a polars SQL expression over the columns: {reason}") from error
-        if result.schema != {"wanted": pl.Boolean} or result.height or depends_on_other_rows(expression, self._header):
+        is_per_row = result.schema == {"selected": pl.Boolean} and not result.height
+        if not is_per_row or depends_on_other_rows(expression, self._header):
             raise self._job.error(["where"], PER_ROW_MESSAGE, WHERE_EXAMPLE)
 
     def suppressed_rows(self, frame: pl.DataFrame) -> pl.Series | None:

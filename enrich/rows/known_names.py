@@ -68,10 +68,10 @@ def _param_problems(job: Job, description: Description) -> Iterator[JobError]:
     unknown = [name for name in params if name not in known] if known else []
     for name in unknown:
         # A misspelled param is also a missing one: that is one error.
-        meant = closest_name(name, missing) or (missing[0] if len(unknown) == len(missing) == 1 else None)
-        if meant is not None:
-            missing.remove(meant)
-        hint = suggest_name(name, known) if meant is None else f"did you mean `{meant}`?"
+        suggestion = closest_name(name, missing) or (missing[0] if len(unknown) == len(missing) == 1 else None)
+        if suggestion is not None:
+            missing.remove(suggestion)
+        hint = suggest_name(name, known) if suggestion is None else f"did you mean `{suggestion}`?"
         yield job.error(["params", name], f"{description.target.label} has no param with this name", hint)
     for name in missing:
         message = f"{description.target.label} requires `{name}`"
@@ -156,8 +156,8 @@ def _verifier_problems(job: Job, description: Description) -> Iterator[JobError]
 def _numbers_hint(number: int, available: Sequence[Provider]) -> str:
     names = {str(each.id): f"{each.id} {each.name}".rstrip() for each in available}
     closest = closest_name(str(number), names)
-    meant = "" if closest is None else f"did you mean {names[closest]}? "
-    return f"{meant}it has {', '.join(names.values())}"
+    suggestion = "" if closest is None else f"did you mean {names[closest]}? "
+    return f"{suggestion}it has {', '.join(names.values())}"
 
 
 def _column_problems(job: Job, known: KnownNames) -> Iterator[JobError]:

@@ -117,19 +117,19 @@ class RowBatch:
     def requests(self) -> RequestBatch:
         """Return the requests of those rows that have one."""
         names = self.names
-        wanted = [name is not None for name in names] if None in names else None
+        has_request = [name is not None for name in names] if None in names else None
 
-        def of_wanted(column: Sequence[T]) -> Sequence[T]:
-            return column if wanted is None else list(compress(column, wanted))
+        def of_requests(column: Sequence[T]) -> Sequence[T]:
+            return column if has_request is None else list(compress(column, has_request))
 
         complete = self.complete
         return RequestBatch(
-            of_wanted(range(self.first_position, self.first_position + len(names))),
-            of_wanted(cast("list[bytes]", self.fingerprints)),
-            of_wanted(cast("list[str]", self.params)),
-            None if self.queue_order is None else of_wanted(self.queue_order),
-            None if self.groups is None else of_wanted(self.groups),
-            None if self.ids is None else of_wanted(cast("list[int]", self.ids)),
+            of_requests(range(self.first_position, self.first_position + len(names))),
+            of_requests(cast("list[bytes]", self.fingerprints)),
+            of_requests(cast("list[str]", self.params)),
+            None if self.queue_order is None else of_requests(self.queue_order),
+            None if self.groups is None else of_requests(self.groups),
+            None if self.ids is None else of_requests(cast("list[int]", self.ids)),
             None if complete is None else lambda: complete().requests(),
         )
 
@@ -162,12 +162,12 @@ class RequestBuilder:
         selected: pl.Series,
         suppressed: pl.Series | None,
         queue_order: list[int] | None,
-        wanted: pl.Series | None = None,
+        counted: pl.Series | None = None,
     ) -> RowBatch:
         """Build the batch of a frame that begins at this position.
 
-        `text` is the frame with every cell as text. `selected`, `suppressed` and `wanted` run parallel to it. Rows that
-        are not `wanted` have a request, but do not count as `left_out`.
+        `text` is the frame with every cell as text. `selected`, `suppressed` and `counted` run parallel to it. Rows
+        that are not `counted` have a request, but do not count as `left_out`.
         """
         cells = ParamCells(self._header, text, frame, self._placeholders)
         computed = [
@@ -182,7 +182,7 @@ class RequestBuilder:
         ]
         is_suppressed = pl.repeat(value=False, n=frame.height, eager=True) if suppressed is None else suppressed
         rows = values.with_columns(
-            params_as_json(self._names, values), selected.alias("wanted"), is_suppressed.alias("vetoed"), *reasons
+            params_as_json(self._names, values), selected.alias("selected"), is_suppressed.alias("suppressed"), *reasons
         )
         row_states = rows.select(
             pl.when(_IS_FILTERED).then(1).when(self._invalid_reason.is_not_null()).then(2).otherwise(0).alias("status"),
@@ -208,7 +208,7 @@ class RequestBuilder:
             self._group_values(values, text),
             queue_order,
             self._count_left_out(
-                rows if wanted is None else rows.filter(wanted),
+                rows if counted is None else rows.filter(counted),
                 [number for number, (_, reason) in enumerate(computed) if reason is not None],
             ),
             self._count_missing(values.filter(is_invalid)),
@@ -273,8 +273,8 @@ class RequestBuilder:
 #: Row statuses by their number in `row_states`.
 _STATUS_BY_CODE = (None, RowStatus.FILTERED, RowStatus.INVALID)
 _INVALID = _STATUS_BY_CODE.index(RowStatus.INVALID)
-_IS_FILTERED = ~pl.col("wanted") | pl.col("vetoed")
-_FILTER_REASON = pl.when("wanted").then(pl.lit(SUPPRESSED_REASON))
+_IS_FILTERED = ~pl.col("selected") | pl.col("suppressed")
+_FILTER_REASON = pl.when("selected").then(pl.lit(SUPPRESSED_REASON))
 
 
 def _invalid_reason_of(names: list[str], params: Mapping[str, Param], template: RequestTemplate) -> pl.Expr:

@@ -15,7 +15,7 @@ NOT_FINAL = frozenset({State.PENDING, State.IN_DOUBT, *OPEN_STATES})
 class StepDecision(Enum):
     """What a run does with a row in a step."""
 
-    SEND = "send"  # the request is wanted: sent, unless the ledger has its answer
+    SEND = "send"  # the request is needed: sent, unless the ledger has its answer
     KEEP = "keep"  # the request was sent before: its answer stays, and nothing new is sent
     WAIT = "wait"  # nothing is sent until earlier steps are final
     FILTER = "filter"  # left out by a condition
@@ -27,14 +27,14 @@ class RowFacts(NamedTuple):
     """What the decision about a row in a step depends on.
 
     `left_out` and `invalid` say why the row has no request, `blank_from_step` that it is invalid for want of what an
-    earlier step did not find. `wanted`: the step's own condition holds. `was_sent`: the step has asked for this row.
+    earlier step did not find. `selected`: the step's own condition holds. `was_sent`: a request was sent for this row.
     `ready`: all steps that it depends on are final.
     """
 
     left_out: bool
     invalid: bool
     blank_from_step: bool
-    wanted: bool
+    selected: bool
     was_sent: bool
     ready: bool
 
@@ -45,7 +45,7 @@ def decide(facts: RowFacts) -> StepDecision:
         return StepDecision.FILTER
     if not facts.ready:
         return StepDecision.KEEP if facts.was_sent else StepDecision.WAIT
-    if not facts.wanted:
+    if not facts.selected:
         return StepDecision.KEEP if facts.was_sent else StepDecision.FILTER
     if facts.invalid:
         return StepDecision.LACK if facts.blank_from_step else StepDecision.REJECT

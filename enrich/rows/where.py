@@ -69,8 +69,8 @@ def columns_used(expression: str, header: Sequence[str], columns: Iterable[str])
 
 
 def evaluate_expression(expression: str, frame: pl.DataFrame) -> pl.DataFrame:
-    """Evaluate the expression as column `wanted`. The line break ends a comment. Raises PolarsError."""
+    """Evaluate the expression as column `selected`. The line break ends a comment. Raises PolarsError."""
     try:
-        return frame.sql(f"SELECT ({expression}\n) AS wanted FROM leads", table_name="leads")  # noqa: S608 - reads this frame only
+        return frame.sql(f"SELECT ({expression}\n) AS selected FROM leads", table_name="leads")  # noqa: S608 - reads this frame only
     except pl.exceptions.PanicException as error:  # not a subclass of Exception; a bug in polars
         raise pl.exceptions.ComputeError(str(error)) from None

@@ -14,10 +14,11 @@ from enrich.files.values import RawJson, to_json
 from enrich.job.cell_text import blank_cells
 
 _NUMBERS_AS_WRITTEN = json.JSONDecoder(parse_int=RawJson, parse_float=RawJson, parse_constant=lambda _: None)
-#: The result of the usual answer is an object without others in it, in a wrapper, after fields that are no objects.
-_RESULT_KEY, _END = '"data":[{"result":', "}"
+#: The result of the usual answer is an object without others in it, in a wrapper, after fields that are no objects. The
+#: wrapper is in a list unless it is the row of a bulk task.
+_WRAPPER, _END = '{"result":', "}"
 _USUAL_PARTS = (
-    r'^\{(?:"[^"\\]*":(?:"[^"\\]*"|[^"\\{}\[\],]*),)*$',
+    r'^\{(?:"[^"\\]*":(?:"[^"\\]*"|[^"\\{}\[\],]*),)*"data":\[?$',
     r"^\{[^{}\[\]\\]*$",
     '^,"(?:steps|enrichment_data|result_field)":',
 )
@@ -47,7 +48,7 @@ def _usual_results(texts: Sequence[str | None], paths: Sequence[str]) -> list[di
     other: list[dict[str, Any] | None] = [None] * len(texts)
     if any(path.startswith(BESIDE) or path[:1].isdecimal() for path in paths):
         return other
-    before, rest = pl.Series("", texts, pl.String).str.splitn(_RESULT_KEY, 2).struct.unnest()
+    before, rest = pl.Series("", texts, pl.String).str.splitn(_WRAPPER, 2).struct.unnest()
     result, after = rest.str.splitn(_END, 2).struct.unnest()
     found = result + _END
     for part, pattern in zip((before, result, after), _USUAL_PARTS, strict=True):

@@ -117,10 +117,8 @@ async def _cancel_tasks(job: Job, access: ApiAccess, ledger: Database, clock: Cl
     with ledger.transaction():
         if execution_records.delete_unless_used(ledger, execution_id):
             return replace(summary, execution=None)
-        record = _execution_summary(job, summary)
-        execution_records.end_execution(
-            ledger, execution_id, summary.exit_code, record.as_json(), clock.now_ms(), balance_after
-        )
+        record = _execution_summary(job, summary).as_json() | {"command": execution_records.CANCEL}
+        execution_records.end_execution(ledger, execution_id, summary.exit_code, record, clock.now_ms(), balance_after)
     return summary
 
 
@@ -196,7 +194,7 @@ class _Canceller:
 
     def _settle(self, task: Task, answer: Answer) -> None:
         with self.ledger.transaction():
-            max_attempts = self.job.model.policy.max_attempts
+            max_attempts = self.job.max_attempts_by_step.get(task.step, self.job.model.policy.max_attempts)
             updates = [(task.attempts[0], answer, self.clock.now_ms())]
             transitions.settle(self.ledger, updates, self.execution_id, max_attempts)
         self.spent += answer.credits or 0

@@ -109,6 +109,8 @@ class RunContext:
     started_at_s: float
     preflight: Preflight
     budget: Budget
+    #: `policy.max_attempts` of each step of the job.
+    max_attempts_by_step: Mapping[str, int]
 
     def steps(self) -> list[RunContext]:
         """Return the context of each step. A job without steps is one step."""

@@ -220,7 +220,8 @@ class Dispatcher:
         run_state.circuit_breaker.record_success()
         run_state.record_success()
         run_state.record_post_accepted()
-        self.on_task_accepted(Task(attempts, task_id, now_ms, bulk_task_id=requests[0].bulk_task_id))
+        bulk_task_id, step = requests[0].bulk_task_id, self.config.step or ""
+        self.on_task_accepted(Task(attempts, task_id, now_ms, bulk_task_id=bulk_task_id, step=step))
 
     async def _handle_post_error(self, attempts: Sequence[int], error: ApiCallFailed) -> None:
         """Record a failed POST by the kind of error alone. `enrich.databar.responses` has the table."""

@@ -131,7 +131,7 @@ def _enroll_locally(
         store_batch(ledger, context.job, batch, ids)
         read += EnrollCounts.from_batch(batch)
     if context.job.step:
-        step_results.mark_wanted(ledger, context.job.step)
+        step_results.record_requesting_rows(ledger, context.job.step)
     return read, _apply_selection(ledger, context.options, selection)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from hashlib import blake2b
 
 import polars as pl
@@ -87,17 +88,47 @@ def _changed_cells(collector: Collector, joined: JoinedBatch, key: list[str]) ->
         name: (as_text(frame.get_column(name)), collector.merge_column(joined, name))
         for name in collector.merged_columns
     }
-    for step in joined.steps:
-        yield from _changes_of_step(collector, step, keys, merged)
+    feeds = [_deliver(collector, step, keys) for step in joined.steps]
+    for feed in feeds:
+        for index in feed.previous_answers:
+            result = feed.step.results[index]
+            others = [other for other in feeds if other is not feed]
+            for name in feed.step.columns:
+                new = feed.step.cells[name][index] or ""
+                # A step may replace what another one has found for the same column.
+                old = next(filter(None, (each.value_before(name, index) for each in (feed, *others))), "")
+                if name in merged and new:
+                    old, new = (cells[index] for cells in merged[name])
+                if result is not None and new and new != old:
+                    at = None if result.settled_ms is None else iso_time(result.settled_ms)
+                    yield [*keys[index], name, old, new, result.provider, at]
 
 
-def _changes_of_step(
-    collector: Collector,
-    step: JoinedStep,
-    keys: list[tuple[str, ...]],
-    merged: Mapping[str, tuple[pl.Series, pl.Series]],
-) -> Iterator[list[str | None]]:
-    job, columns = collector.job.name, step.columns
+@dataclass(frozen=True, slots=True)
+class _StepFeed:
+    """What the feed has of a step in a batch.
+
+    `rows` have a delivered answer, by their index. Those in `previous_answers` are new: it has the answer that was
+    delivered before; None: there was none.
+    """
+
+    step: JoinedStep
+    rows: frozenset[int]
+    previous_answers: Mapping[int, str | None]
+
+    def value_before(self, name: str, index: int) -> str:
+        """Return the value of a column that was delivered before; '' without one."""
+        path, result = self.step.columns.get(name), self.step.results[index]
+        if path is None or result is None or index not in self.rows:
+            return ""
+        # Not from the cells: those of a step that another one replaces are blank.
+        answer = self.previous_answers.get(index, result.answer)
+        return "" if answer is None else answer_cells(answer, [path])[0] or ""
+
+
+def _deliver(collector: Collector, step: JoinedStep, keys: list[tuple[str, ...]]) -> _StepFeed:
+    """Return what the feed has of a step, and record it as delivered."""
+    job = collector.job.name
     delivered: list[tuple[int, bytes, int]] = []
     statuses, results = step.cells["enrich_status"], step.results
     for index, (result, fingerprint, status) in enumerate(zip(results, step.fingerprints, statuses, strict=True)):
@@ -105,19 +136,9 @@ def _changes_of_step(
             continue
         if status == RowStatus.FOUND and result.erased_ms is None:
             delivered.append((index, _delivery_key(keys[index], fingerprint, step.name), result.attempt_id))
-    for index, previous_answer in change_feed.undelivered_rows(collector.ledger, job, delivered):
-        result = results[index]
-        paths = list(columns.values())
-        previous = [None] * len(columns) if previous_answer is None else answer_cells(previous_answer, paths)
-        for name, old_value in zip(columns, previous, strict=True):
-            new = step.cells[name][index] or ""
-            old = old_value or ""
-            if name in merged and new:
-                old, new = (cells[index] for cells in merged[name])
-            if result is not None and new and new != old:
-                at = None if result.settled_ms is None else iso_time(result.settled_ms)
-                yield [*keys[index], name, old, new, result.provider, at]
+    previous_answers = dict(change_feed.undelivered_rows(collector.ledger, job, delivered))
     change_feed.mark_delivered(collector.ledger, job, delivered)
+    return _StepFeed(step, frozenset(index for index, _, _ in delivered), previous_answers)
 
 
 def _delivery_key(cells: tuple[str, ...], fingerprint: bytes, step: str) -> bytes:

@@ -104,7 +104,7 @@ def _summarize_state(context: RunContext, run_state: RunState, outcome: Outcome)
         reused=run_state.enrolled.reused(),
         skipped=None if enrolled is None or context.job.step_jobs else dict(run_state.skipped.most_common()),
         left_out=None if enrolled is None else left_out_by_param(run_state.left_out),
-        paid_elsewhere=run_state.paid_elsewhere,
+        paid_in_other_ledgers=run_state.paid_in_other_ledgers,
         planned=None if planned is None else planned.as_json(),
         output=None if outcome.output is None else str(outcome.output),
         **run_state.extra_outputs,
@@ -139,8 +139,8 @@ async def _provider_fields(context: RunContext, summary: RunSummary) -> dict[str
         return {}
     return {
         "providers": [each.as_json() for each in totals.providers],
-        "providers_untold": totals.not_reported,
-        "credits_elsewhere": to_credits(totals.unattributed),
+        "providers_not_reported": totals.not_reported,
+        "credits_unattributed": to_credits(totals.unattributed),
     }
 
 

@@ -25,6 +25,8 @@ class Step:
     earlier_columns: frozenset[str]
     #: The steps whose columns the params read.
     params_depend_on: frozenset[int]
+    #: The steps whose columns the step's own conditions read.
+    conditions_depend_on: frozenset[int]
 
 
 def make_steps(job: Job, job_input: JobInput, templates: Sequence[RequestTemplate]) -> tuple[Step, ...]:
@@ -37,11 +39,17 @@ def make_steps(job: Job, job_input: JobInput, templates: Sequence[RequestTemplat
         given = [(*step.template.columns, step_column(step.job.step, "status")) for step in steps]
         _check_order(job, step_job, templates, job_input.columns, len(steps))
         step_input = job_input.for_step(step_job, [column for columns in given for column in columns])
-        used = _columns_read(step_job, step_input.header, {column for columns in given for column in columns})
-        depends_on = frozenset(number for number, columns in enumerate(given) if used.intersection(columns))
-        sent = {column for param in step_job.model.params.values() for column in param.columns}
-        params_depend_on = frozenset(number for number, columns in enumerate(given) if sent.intersection(columns))
-        steps.append(Step(step_job, template, step_input, depends_on, frozenset(used), params_depend_on))
+        earlier = {column for columns in given for column in columns}
+        by_params = {column for param in step_job.model.params.values() for column in param.columns} & earlier
+        by_conditions = _condition_columns(step_job, step_input.header, earlier)
+        depends_on, params_depend_on, conditions_depend_on = (
+            frozenset(number for number, columns in enumerate(given) if read.intersection(columns))
+            for read in (by_params | by_conditions, by_params, by_conditions)
+        )
+        earlier_columns = frozenset(by_params | by_conditions)
+        steps.append(
+            Step(step_job, template, step_input, depends_on, earlier_columns, params_depend_on, conditions_depend_on)
+        )
     columns = list(dict.fromkeys(column for template in templates for column in template.columns))
     for index, column in enumerate(job.complete):
         if column not in columns:
@@ -69,10 +77,7 @@ def _check_order(
             raise step.error(key_path, message, f"move `{step.step}` after `{later[0]}`")
 
 
-def _columns_read(step: Job, header: Sequence[str], earlier: set[str]) -> set[str]:
-    """Return the columns of earlier steps that the params and conditions of a step read."""
-    model = step.model
-    read = {column for param in model.params.values() for column in param.columns} | set(model.only_if_empty)
-    if model.where is not None:
-        read |= columns_used(model.where, header, earlier)
-    return read & earlier
+def _condition_columns(step: Job, header: Sequence[str], earlier: set[str]) -> set[str]:
+    """Return the columns of earlier steps that the conditions of a step read."""
+    read = set(step.model.only_if_empty) & earlier
+    return read if step.model.where is None else read | columns_used(step.model.where, header, earlier)

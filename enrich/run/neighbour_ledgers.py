@@ -38,13 +38,15 @@ def find_overlap(
     elif execution_records.has_sent_step(ledger, step_rows.steps[number].job.step):
         return None
     if step_rows is None:
-        wanted = neighbours.seen_fingerprints(ledger)
+        batches = neighbours.seen_fingerprints(ledger)
     else:
-        wanted = _wanted_in_steps(ledger, step_rows, range(number, number + 1 if number else len(step_rows.steps)))
-    return neighbours.compare_with_neighbours(wanted, job.ledger, bound_to, TIMEOUT_S)
+        batches = _fingerprints_of_steps(
+            ledger, step_rows, range(number, number + 1 if number else len(step_rows.steps))
+        )
+    return neighbours.compare_with_neighbours(batches, job.ledger, bound_to, TIMEOUT_S)
 
 
-def _wanted_in_steps(ledger: Database, step_rows: StepRows, numbers: Iterable[int]) -> Iterator[list[bytes]]:
+def _fingerprints_of_steps(ledger: Database, step_rows: StepRows, numbers: Iterable[int]) -> Iterator[list[bytes]]:
     """Yield the distinct requests that steps would send now, many at a time. A limit of the run changes nothing."""
     step_results.begin_plan(ledger)
     for number in numbers:
@@ -57,9 +59,9 @@ def _wanted_in_steps(ledger: Database, step_rows: StepRows, numbers: Iterable[in
 
 def refusal(job: Job, overlap: Overlap, number: int = 0) -> CommandRefused | None:
     """Return why a run needs the user's confirmation; None: it does not. `number` is that of the step."""
-    if overlap.paid < max(MIN_REQUESTS, MIN_SHARE * overlap.wanted):
+    if overlap.paid < max(MIN_REQUESTS, MIN_SHARE * overlap.requests):
         return None
-    paid = f"{overlap.paid:,} of the {pluralize(overlap.wanted, 'request')}"
+    paid = f"{overlap.paid:,} of the {pluralize(overlap.requests, 'request')}"
     message = f"{paid} are already paid for in {_names(overlap)}. The new ledger {job.ledger} pays for them again"
     shared = os.path.relpath(overlap.main_ledger, job.document.path.resolve().parent)
     hint = f"share its results with `ledger: {shared}` in the job file, or pay again with --new-ledger"
@@ -72,7 +74,7 @@ def overlap_notes(overlap: Overlap) -> list[str]:
     """Return the notes about a comparison that refuses nothing."""
     notes = []
     if overlap.paid:
-        paid = f"{overlap.paid:,} of the {pluralize(overlap.wanted, 'request')}"
+        paid = f"{overlap.paid:,} of the {pluralize(overlap.requests, 'request')}"
         notes.append(f"{paid} were already paid for in {_names(overlap)}, and are paid again in this ledger")
     if overlap.unread:
         names = ", ".join(path.name for path in overlap.unread)
@@ -89,7 +91,7 @@ async def check_neighbours(
 ) -> None:
     """Compare a new ledger with those beside it, before anything is spent, and again before a later step sends.
 
-    Raises RunDeclined when they have paid for much of what is wanted, unless the user agrees to pay again.
+    Raises RunDeclined when they have paid for much of the input, unless the user agrees to pay again.
     """
     options = context.options
     if options.new_ledger or run_state.pays_again:
@@ -98,12 +100,12 @@ async def check_neighbours(
     overlap = await context.ledger_writer.submit(find_overlap, context.job, bound_to, step_rows, number)
     if overlap is None:
         return
-    run_state.paid_elsewhere += overlap.paid
+    run_state.paid_in_other_ledgers += overlap.paid
     error = refusal(step_rows.job if step_rows else context.job, overlap, number)
     if error is not None:
         # Once requests were sent, the run does not stop for a confirmation.
         if options.confirm_new_ledger is None or run_state.counters.submitted:
-            run_state.paid_elsewhere -= overlap.paid
+            run_state.paid_in_other_ledgers -= overlap.paid
             raise error
         with context.signals.interruptible():
             if not options.confirm_new_ledger(f"{error.message}.\nPay again?"):

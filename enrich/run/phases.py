@@ -219,6 +219,7 @@ def _work_config(context: RunContext) -> WorkConfig:
         model.policy.max_attempts,
         model.policy.patience.total_seconds(),
         context.job.step or None,
+        context.max_attempts_by_step,
     )
 
 

@@ -78,9 +78,8 @@ async def _open_and_run(
             client = Client(access, environment.clock, post_timeout_s=timeouts.post_s, get_timeout_s=timeouts.get_s)
             async with client, _open_ledger_writer(job, ledger, environment) as ledger_writer:
                 offline, now_s = offline_preflight(job), environment.clock.monotonic()
-                context = RunContext(
-                    job, access, ledger, options, environment, signals, client, ledger_writer, now_s, offline, NO_BUDGET
-                )
+                started = (job, access, ledger, options, environment, signals, client, ledger_writer, now_s)
+                context = RunContext(*started, offline, NO_BUDGET, job.max_attempts_by_step)
                 return await _run_phases(context)
     except asyncio.CancelledError:
         signals.raise_if_received()

@@ -117,7 +117,7 @@ def provider_prices(
     """Return the prices of the target: the providers of a waterfall and its verifier, or an enrichment."""
     verifier = description.verifier(template.target)
     return (
-        [_provider_price(each) for each in description.asked(template.target)],
+        [_provider_price(each) for each in description.called_providers(template.target)],
         None if verifier is None else _provider_price(verifier),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import count
@@ -358,7 +359,7 @@ class Poller:
         run_state = self.run_state
         updates = [(open_task.task.attempts[0], answer, run_state.clock.now_ms())]
         states = await self.ledger_writer.submit_batch(
-            transitions.settle, updates, run_state.execution_id, self.config.max_attempts
+            transitions.settle, updates, run_state.execution_id, self._max_attempts(open_task)
         )
         self._count_settled(states, answer.credits)
 
@@ -366,17 +367,21 @@ class Poller:
         run_state, now_ms = self.run_state, self.run_state.clock.now_ms()
         updates = [(attempt, answer, now_ms) for attempt, answer in zip(open_task.task.attempts, answers, strict=True)]
         states = await self.ledger_writer.submit(
-            transitions.settle_bulk_task, updates, run_state.execution_id, self.config.max_attempts, credits_
+            transitions.settle_bulk_task, updates, run_state.execution_id, self._max_attempts(open_task), credits_
         )
         self._count_settled(states, credits_)
+
+    def _max_attempts(self, open_task: OpenTask) -> int:
+        """Return how often the request of a task is sent at most: by the step that sent it."""
+        return self.config.max_attempts_by_step.get(open_task.task.step, self.config.max_attempts)
 
     def _count_settled(self, states: list[State], credits_: int | None) -> None:
         """Count a settled task."""
         self.run_state.open_tasks -= 1
         self.run_state.counters.spent += credits_ or 0
-        for state in states:
+        for state, requests in Counter(states).items():
             if state is not State.PENDING:
-                self.run_state.counters.count_settled(state)
+                self.run_state.counters.count_settled(state, requests)
 
     def _poll_again(self, open_task: OpenTask, seconds: float) -> None:
         """Poll again later, unless the task is older than `patience_s`."""

@@ -2,16 +2,19 @@
 
 An answer with `steps` lists the providers that the waterfall called. Many answers without a match have no steps. A
 waterfall calls its providers in turn until one has a match, so for such an answer it called every provider whose
-inputs were sent. These calls are *inferred* (`presumed`), counted separately, and get no price. An enrichment is one
+inputs were sent. These calls are *inferred*, counted separately, and get no price. An enrichment is one
 provider: it was called for every answer, and its price is the answer's.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import orjson
@@ -28,15 +31,15 @@ from enrich.models import SettledAttempt, State, to_credits, to_micros
 class ProviderStat:
     """One provider, or a verifier, over some answers; `credits` in millionths.
 
-    `asked` is reported by the answers. `presumed` is inferred for answers without a match that do not report their
+    `reported` calls are in the answers. `inferred` ones are those of answers without a match that do not report their
     providers. `rejected` is how many of its matches the verifier turned down. `passed_on` leads went to the next
     provider.
     """
 
     name: str
     verifies: bool = False
-    asked: int = 0
-    presumed: int = 0
+    reported: int = 0
+    inferred: int = 0
     found: int = 0
     rejected: int = 0
     credits: int = 0
@@ -44,7 +47,7 @@ class ProviderStat:
     @property
     def passed_on(self) -> int:
         """How many leads it was called for without a match; 0 for a verifier, which searches for none."""
-        return 0 if self.verifies else self.asked + self.presumed - self.found
+        return 0 if self.verifies else self.reported + self.inferred - self.found
 
     @property
     def cost_per_hit(self) -> int | None:
@@ -77,8 +80,8 @@ class ProviderTotals:
 @dataclass(slots=True)
 class _ProviderCounter:
     verifies: bool = False
-    asked: int = 0
-    presumed: int = 0
+    reported: int = 0
+    inferred: int = 0
     found: int = 0
     rejected: int = 0
     credits: int = 0
@@ -88,7 +91,10 @@ class _ProviderCounter:
 
 #: Above this many kinds of answers, those that were counted are added up.
 MAX_KINDS = 20_000
-_SETTLED = (State.FOUND, State.NOT_FOUND, State.FAILED)
+_SETTLED = frozenset(state.value for state in (State.FOUND, State.NOT_FOUND, State.FAILED))
+#: What counts of a step.
+_STEP_KEYS = ("provider", "action", "cost")
+_step_values = itemgetter(*_STEP_KEYS)
 
 
 class _AnswerKind(NamedTuple):
@@ -100,6 +106,7 @@ class _AnswerKind(NamedTuple):
     state: str
     call: str
     erased: int
+    paid: int | None
     provider: str | None
     steps: tuple[tuple[str, object, object], ...]
     sent: tuple[str, ...]
@@ -113,8 +120,7 @@ class ProviderStats:
     """
 
     descriptions: Mapping[tuple[TargetKind, str], Description]
-    #: Answers of each kind, their credits in millionths, and how many of them have a known price.
-    _kinds: dict[tuple[object, ...], list[int]] = field(default_factory=dict)
+    _kinds: Counter[tuple[object, ...]] = field(default_factory=Counter)
     _counters: dict[str, _ProviderCounter] = field(default_factory=dict)
     _providers_by_call: dict[str, tuple[list[tuple[str, frozenset[str]]], str | None]] = field(default_factory=dict)
     _sources: dict[str, str | None] = field(default_factory=dict)
@@ -130,30 +136,26 @@ class ProviderStats:
 
         `parsed` is the answer's data, if it is parsed already.
         """
-        self._spent += settled.paid or 0
         if settled.state not in _SETTLED:
+            self._spent += settled.paid or 0
             return
         if parsed is None:
             parsed = parse_data(load_task(settled.answer).get("data"), settled.provider, find_provider=False)
-        steps = _named_steps(parsed)
+        steps = _named_steps(parsed.steps)
         sent = () if steps else tuple(orjson.loads(settled.params))
-        kind = (settled.state, settled.call, settled.erased, parsed.provider, steps, sent)
-        counts = self._kinds.get(kind)
-        if counts is None:
-            if len(self._kinds) >= MAX_KINDS:
-                self._add_kinds()
-            counts = self._kinds[kind] = [0, 0, 0]
-        counts[0] += 1
-        if settled.paid is not None:
-            counts[1] += settled.paid
-            counts[2] += 1
+        _, state, call, _, paid, _, erased, *_ = settled
+        self._kinds[state, call, erased, paid, parsed.provider, steps, sent] += 1
+        if len(self._kinds) > MAX_KINDS:
+            self._add_kinds()
 
     def totals(self) -> ProviderTotals:
         """Return the totals."""
         self._add_kinds()
         names = sorted(self._counters, key=self._sort_key)
         providers = [
-            ProviderStat(name, count.verifies, count.asked, count.presumed, count.found, count.rejected, count.credits)
+            ProviderStat(
+                name, count.verifies, count.reported, count.inferred, count.found, count.rejected, count.credits
+            )
             for name in names
             for count in (self._counters[name],)
         ]
@@ -163,15 +165,16 @@ class ProviderStats:
         )
 
     def _add_kinds(self) -> None:
-        for values, (answers, spent, priced) in self._kinds.items():
+        for values, answers in self._kinds.items():
             kind = _AnswerKind._make(values)
             self._answers += answers
+            self._spent += (kind.paid or 0) * answers
             self._found += answers if kind.state == State.FOUND else 0
             self._failed += answers if kind.state == State.FAILED else 0
             if (source := self._source(kind.call)) is not None:
-                self._add_source(source, kind, answers, spent)
+                self._add_source(source, kind, answers)
             elif kind.steps:
-                self._add_steps(kind, answers, priced)
+                self._add_steps(kind, answers)
             elif kind.state == State.FAILED or not self._infer_providers(kind, answers):
                 self._not_reported += answers
         self._kinds.clear()
@@ -185,43 +188,43 @@ class ProviderStats:
             self._sources[call] = None if target.kind is TargetKind.WATERFALL else source
         return self._sources[call]
 
-    def _add_source(self, name: str, kind: _AnswerKind, answers: int, spent: int) -> None:
+    def _add_source(self, name: str, kind: _AnswerKind, answers: int) -> None:
         count = self._counters.setdefault(name, _ProviderCounter())
-        count.asked += answers
+        count.reported += answers
         count.found += answers if kind.state == State.FOUND else 0
-        count.credits += spent
-        self._attributed += spent
+        count.credits += (kind.paid or 0) * answers
+        self._attributed += (kind.paid or 0) * answers
 
-    def _add_steps(self, kind: _AnswerKind, answers: int, priced: int) -> None:
+    def _add_steps(self, kind: _AnswerKind, answers: int) -> None:
         _, verifier = self._call_providers(kind.call)
         previous: str | None = None
-        asked: dict[str, None] = {}
+        called: dict[str, None] = {}
         verified: dict[str, None] = {}
         verifiers = set()
         for name, action, price in kind.steps:
             count = self._counters.setdefault(name, _ProviderCounter())
             cost = to_micros(price) or 0
             count.credits += cost * answers
-            self._attributed += cost * priced
+            self._attributed += cost * answers if kind.paid is not None else 0
             if name == verifier or str(action).lower().startswith("verif"):
                 count.verifies = True
                 verifiers.add(name)
                 if previous is not None:
                     verified[previous] = None
             else:
-                asked[name] = None
+                called[name] = None
                 previous = name
         # A verifier does not find the answer. The provider before it did.
         winner = previous if kind.provider in verifiers else kind.provider
         found = winner if kind.state == State.FOUND else None
-        if found is not None and found not in asked:
+        if found is not None and found not in called:
             self._counters.setdefault(found, _ProviderCounter())
-            asked[found] = None
-        for position, name in enumerate(asked):
-            self._counters[name].asked += answers
+            called[found] = None
+        for position, name in enumerate(called):
+            self._counters[name].reported += answers
             self._counters[name].position_sum += position * answers
-        for name in verifiers - asked.keys():
-            self._counters[name].asked += answers
+        for name in verifiers - called.keys():
+            self._counters[name].reported += answers
         for name in verified:
             self._counters[name].rejected += answers if name != winner else 0
         if found is not None:
@@ -236,7 +239,7 @@ class ProviderStats:
         for position, (name, needed) in enumerate(providers):
             if needed <= frozenset(kind.sent) or name == kind.provider:
                 count = self._counters.setdefault(name, _ProviderCounter())
-                count.presumed += answers
+                count.inferred += answers
                 count.position_sum += position * answers
             if found and name == kind.provider:
                 self._counters[name].found += answers
@@ -253,24 +256,32 @@ class ProviderStats:
         description = self.descriptions.get((target.kind, target.id))
         if description is None:
             return [], None
-        asked, verifier = description.asked(target), description.verifier(target)
-        all_known = all(each.name for each in asked)
-        providers = [(each.name, frozenset(each.params)) for each in asked] if all_known else []
+        called, verifier = description.called_providers(target), description.verifier(target)
+        all_known = all(each.name for each in called)
+        providers = [(each.name, frozenset(each.params)) for each in called] if all_known else []
         return providers, None if verifier is None else verifier.name or None
 
     def _sort_key(self, name: str) -> tuple[bool, float, str]:
         """Sort providers by their average position; verifiers come last."""
         count = self._counters[name]
-        return count.verifies, count.position_sum / max(1, count.asked + count.presumed), name
+        return count.verifies, count.position_sum / max(1, count.reported + count.inferred), name
 
 
-def _named_steps(parsed: ParsedData) -> tuple[tuple[str, object, object], ...]:
+def _named_steps(steps: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, object, object], ...]:
     """Return provider, action and cost of each step with a provider."""
+    try:
+        return _named(tuple(map(_step_values, steps)))
+    except (KeyError, TypeError):  # a step lacks one of them, or has a list or an object there
+        return _named(tuple([tuple([_scalar(step.get(key)) for key in _STEP_KEYS]) for step in steps]))
+
+
+@lru_cache(MAX_KINDS)
+def _named(steps: tuple[tuple[object, ...], ...]) -> tuple[tuple[str, object, object], ...]:
     return tuple(
         [
-            (provider, _scalar(step.get("action")), _scalar(step.get("cost")))
-            for step in parsed.steps
-            if isinstance(provider := step.get("provider"), str) and not is_blank(provider)
+            (provider, _scalar(action), _scalar(cost))
+            for provider, action, cost in steps
+            if isinstance(provider, str) and not is_blank(provider)
         ]
     )
 

@@ -87,13 +87,13 @@ class AdaptiveRateLimiter:
         """Return for how many seconds nothing may be sent because of a 429."""
         return max(0.0, self._blocked_until - now)
 
-    def consume(self, now: float, wanted_at: float | None = None) -> None:
-        """Count one request as sent. `wanted_at` is since when it waits for a slot; None: it did not wait."""
+    def consume(self, now: float, waiting_since: float | None = None) -> None:
+        """Count one request as sent. `waiting_since` is since when it waits for a slot; None: it did not wait."""
         burst_s = min(MAX_BURST_S, max(BURST_S, MAX_BURST / self.rate))
         unused_s = max(0.0, now - burst_s - self._next_free)
         if self._consumed_at is not None:
             # Slots that pass while a request waits are lost, but they don't show that the rate is not needed.
-            idle_s = max(0.0, unused_s - (0.0 if wanted_at is None else now - wanted_at))
+            idle_s = max(0.0, unused_s - (0.0 if waiting_since is None else now - waiting_since))
             self._idle_s = self._idle_s * max(0.0, 1 - (now - self._consumed_at)) + min(1.0, idle_s)
         self._consumed_at = now
         self._next_free += unused_s + 1 / self.rate

@@ -61,6 +61,8 @@ class WorkConfig:
     patience_s: float
     #: The step of the job; None: it has none.
     step: str | None = None
+    #: `max_attempts` of each step of the job, for the tasks that another step has sent.
+    max_attempts_by_step: Mapping[str, int] = field(default_factory=dict)
     #: Number of workers that share the queue and the limit of POSTs in flight.
     workers: int = 1
 
@@ -179,7 +181,7 @@ class RunState:
     new_requests: int = 0
     accepted_in_doubt: int = 0
     #: Requests of a new ledger that another ledger in its folder has paid for, which this run pays again.
-    paid_elsewhere: int = 0
+    paid_in_other_ledgers: int = 0
     #: The user agreed to that.
     pays_again: bool = False
     #: Expected cost of the tasks that were already open.
@@ -284,13 +286,13 @@ class RunState:
 
     async def acquire_slots(self, requested: int, stop: asyncio.Event) -> int:
         """Wait until a request may be sent. Returns how many of `requested` may; 0 when `stop` was set first."""
-        wanted_at = self.clock.monotonic()
+        waiting_since = self.clock.monotonic()
         async with self._slot_lock:
             while not stop.is_set():
                 now = self.clock.monotonic()
                 granted = 0
                 while granted < requested and not self.rate_limiter.delay(now):
-                    self.rate_limiter.consume(now, wanted_at)
+                    self.rate_limiter.consume(now, waiting_since)
                     granted += 1
                 if granted:
                     return granted

@@ -12,7 +12,7 @@ from enrich.ledger.step_results import StepResult
 from enrich.models import RowStatus
 from enrich.rows.requests import RowBatch
 from enrich.rows.step_decision import NOT_FINAL, StepDecision
-from enrich.run.asked_rows import Identities
+from enrich.run.recorded_rows import Identities
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class StepBatch:
     #: Why rows have no request, whether they wait for an earlier step or not.
     reasons: Sequence[str | None]
     #: The rows that need their request, whether the run may send it or not, and the identities of all rows.
-    wanting: Sequence[int]
+    requesting_rows: Sequence[int]
     identities: Identities
 
     def to_send(self) -> RowBatch:
@@ -64,7 +64,7 @@ def decided_batch(
     batch: RowBatch,
     decisions: Sequence[StepDecision],
     results: Sequence[StepResult | None],
-    wanting: Sequence[int],
+    requesting_rows: Sequence[int],
     names: Identities,
 ) -> StepBatch:
     """Keep the requests of the rows that have an answer or wait for one, and say why the others have none."""
@@ -93,6 +93,6 @@ def decided_batch(
         results,
         left_out,
         batch.errors,
-        wanting,
+        requesting_rows,
         names,
     )

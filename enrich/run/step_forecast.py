@@ -31,7 +31,7 @@ class StepDecisions(NamedTuple):
     fingerprints: Sequence[bytes | None]
     uncertain: Sequence[bool]
     may_change: Sequence[bool]
-    may_be_wanted: Sequence[bool]
+    may_be_selected: Sequence[bool]
     is_bought_again: Sequence[bool]
 
 
@@ -52,11 +52,11 @@ def _decide(  # noqa: PLR0913, PLR0917 - what is known of a batch
     is_open: Sequence[pl.Series],
     selection: RequestSelection,
 ) -> StepDecisions:
-    names, known, wanting = step_batch.fingerprints, step_batch.known, set(step_batch.wanting)
+    names, known, requesting_rows = step_batch.fingerprints, step_batch.known, set(step_batch.requesting_rows)
     choices = choose_requests(rows.ledger, filter(None, names), selection)
     uncertain = _any_open(is_open, step.depends_on, text.height)
     may_change = _any_open(is_open, step.params_depend_on, text.height)
-    may_be_wanted = _may_be_wanted(rows, step, text, is_open).to_list()
+    may_be_selected = _may_be_selected(rows, step, text, is_open).to_list()
     # A request that changes is new: a lead that was begun may send it, whatever it has sent before.
     as_new = [None if change else result for change, result in zip(may_change, known, strict=True)]
     allowed = [True] * text.height
@@ -74,7 +74,7 @@ def _decide(  # noqa: PLR0913, PLR0917 - what is known of a batch
         if uncertain[row]:
             if name is None and not may_change[row] and not step_batch.left_out[row]:
                 decision = answered or Decision.INVALID
-            elif not may_be_wanted[row] or decided is StepDecision.REJECT or _is_left_out(step_batch, row):
+            elif not may_be_selected[row] or decided is StepDecision.REJECT or _is_left_out(step_batch, row):
                 decision = answered or left_out
             elif answered is None or may_change[row] or by_ledger in DECISIONS_TO_SEND:
                 decision = Decision.POSSIBLE if allowed[row] else Decision.OVER_LIMIT
@@ -83,13 +83,13 @@ def _decide(  # noqa: PLR0913, PLR0917 - what is known of a batch
                 decision = answered
         elif decided is StepDecision.SEND:
             decision = by_ledger
-        elif row in wanting and by_ledger in DECISIONS_TO_SEND:
+        elif row in requesting_rows and by_ledger in DECISIONS_TO_SEND:
             decision = Decision.OVER_LIMIT
         else:
             decision = answered if answered is not None and decided is StepDecision.KEEP else left_out
         decisions.append(decision)
         is_bought_again.append(is_again)
-    return StepDecisions(decisions, names, uncertain, may_change, may_be_wanted, is_bought_again)
+    return StepDecisions(decisions, names, uncertain, may_change, may_be_selected, is_bought_again)
 
 
 def _as_answered(result: StepResult, by_ledger: Decision) -> Decision:
@@ -110,7 +110,18 @@ def _any_open(is_open: Sequence[pl.Series], numbers: frozenset[int], height: int
     return result.to_list()
 
 
-def _may_be_wanted(rows: StepRows, step: Step, text: pl.DataFrame, is_open: Sequence[pl.Series]) -> pl.Series:
+def is_sent_after_failure(rows: StepRows, step: Step, text: pl.DataFrame) -> bool:
+    """Return whether the step's condition holds for any row of a batch after a failure of an earlier step."""
+    for number in step.conditions_depend_on:
+        blank = [name for name in rows.steps[number].template.columns if name not in rows.job_input.schema]
+        cells = dict.fromkeys(blank, "") | {rows.status_column(number): State.FAILED.value}
+        failed = text.with_columns(pl.lit(cell).alias(name) for name, cell in cells.items())
+        if step.job_input.selected_rows(failed).any():
+            return True
+    return False
+
+
+def _may_be_selected(rows: StepRows, step: Step, text: pl.DataFrame, is_open: Sequence[pl.Series]) -> pl.Series:
     """Return where the step's condition holds, or may hold once open steps have their answers."""
     unknown: dict[str, pl.Series] = {}
     for number in step.depends_on:

@@ -13,9 +13,9 @@ from enrich.ledger.step_results import StepChoice, choose_requests
 from enrich.models import COUNTED_TOWARDS_LIMIT, Decision, RequestSelection
 from enrich.rows.requests import RowBatch
 from enrich.rows.template import RequestTemplate
-from enrich.run.asked_rows import find_asked
 from enrich.run.lead_selection import Candidate, LeadSelection, capped_rows
 from enrich.run.plan_file import SavedPlan
+from enrich.run.recorded_rows import find_recorded_rows
 from enrich.run.step_rows import StepRows
 
 
@@ -34,9 +34,9 @@ class StepInput:
         self, _: RequestTemplate, queue_order: pl.Series | None = None, _ledger: Database | None = None
     ) -> Iterator[RowBatch]:
         """Read the whole input once."""
-        step_results.begin_wanted(self.rows.ledger, self.rows.steps[self.number].job.step)
+        step_results.begin_requesting_rows(self.rows.ledger, self.rows.steps[self.number].job.step)
         for step_batch in self.rows.step_batches(self.number, queue_order):
-            self.rows.add_wanted(self.number, step_batch)
+            self.rows.add_requesting_rows(self.number, step_batch)
             yield step_batch.to_send()
 
     def begin(self, selection: RequestSelection) -> None:
@@ -92,6 +92,6 @@ def find_begun_leads(rows: StepRows, up_to_execution: int | None = None) -> byte
             if up_to_execution is not None:
                 in_time = step_results.sent_up_to(rows.ledger, filter(None, names), up_to_execution)
                 sent = [row for row in sent if names[row] in in_time]
-            for row in find_asked(rows.ledger, step.job, names, sent, step_batch.identities):
+            for row in find_recorded_rows(rows.ledger, step.job, names, sent, step_batch.identities):
                 begun[first_position + row] = 1
     return begun

@@ -21,7 +21,7 @@ from enrich.run.budget import Cost
 from enrich.run.job_steps import Step
 from enrich.run.plan import format_cost
 from enrich.run.preflight import Preflight
-from enrich.run.step_forecast import StepDecisions, decide_steps
+from enrich.run.step_forecast import StepDecisions, decide_steps, is_sent_after_failure
 from enrich.run.step_rows import StepRows
 from enrich.run.terminal_text import wrap_parts
 
@@ -42,11 +42,13 @@ class StepForecast:
     again: int = 0
     #: Rows that a limited run has no place for so far.
     beyond_limit: int = 0
-    #: Rows that the step has asked, asks, or may ask.
-    wanted: int = 0
-    #: Rows about which all is known, and those of them that the step has asked or asks.
+    #: Rows whose request the step has sent, sends, or may send.
+    leads: int = 0
+    #: Rows about which all is known, and those of them whose request it has sent or sends.
     decided: int = 0
-    asked: int = 0
+    requested: int = 0
+    #: Its condition also holds where an earlier step has failed.
+    follows_failure: bool = False
 
     @property
     def at_most(self) -> int:
@@ -55,12 +57,12 @@ class StepForecast:
 
     @property
     def likely(self) -> float | None:
-        """How many requests the step sends by the share that it has asked so far; None: not known."""
+        """How many requests the step sends by the share that it has sent so far; None: not known."""
         if not self.may_be_sent:
             return float(self.to_submit)
         if self.likely_price is None or not self.decided:
             return None
-        return self.to_submit + self.may_be_sent * self.asked / self.decided
+        return self.to_submit + self.may_be_sent * self.requested / self.decided
 
     @property
     def cost(self) -> Cost:
@@ -76,10 +78,10 @@ class StepForecast:
         certain, possible = [], []
         for row, decision in enumerate(made.decisions):
             name, is_certain = made.fingerprints[row], not made.uncertain[row]
-            is_asked = decision not in (Decision.INVALID, Decision.FILTERED, Decision.OVER_LIMIT)
-            self.wanted += is_asked
-            self.decided += is_certain and bool(made.may_be_wanted[row]) and decision is not Decision.INVALID
-            self.asked += is_certain and is_asked
+            is_requested = decision not in (Decision.INVALID, Decision.FILTERED, Decision.OVER_LIMIT)
+            self.leads += is_requested
+            self.decided += is_certain and bool(made.may_be_selected[row]) and decision is not Decision.INVALID
+            self.requested += is_certain and is_requested
             self.beyond_limit += decision is Decision.OVER_LIMIT
             if decision in DECISIONS_TO_SEND and name is not None:
                 certain.append(name)
@@ -101,7 +103,7 @@ class StepForecast:
             "to_submit": self.to_submit,
             "at_most": self.at_most,
             "likely": None if likely is None else round(likely, 1),
-            "asked_again": self.again,
+            "sent_again": self.again,
             "worst_price": to_credits(self.worst_price),
             "max_credits": self.step.job.step_max_credits,
             "cost": self.cost.as_json(),
@@ -181,8 +183,10 @@ def forecast_steps(
     row_count = 0
     for table in rows.step_tables():
         row_count += table.height
-        for forecast, made in zip(forecasts, decide_steps(rows, table, selections), strict=True):
+        decided = decide_steps(rows, table, selections)
+        for forecast, made, (_, text) in zip(forecasts, decided, table.steps, strict=True):
             forecast.add(made, ledger)
+            forecast.follows_failure |= is_sent_after_failure(rows, forecast.step, text)
         enroll.preview(ledger, table.steps[0][0].to_send().requests(), selections[0])
     for number, forecast in enumerate(forecasts):
         forecast.to_submit, possible = step_results.planned_counts(ledger, forecast.step.job.step)
@@ -208,15 +212,14 @@ def note_on_target(ledger: Database, steps: Sequence[Step], number: int) -> str 
 def _notes(forecasts: Sequence[StepForecast], ledger: Database) -> Iterator[str]:
     steps = [forecast.step for forecast in forecasts]
     for number, forecast in enumerate(forecasts):
-        step, name = forecast.step, forecast.step.job.step
+        name = forecast.step.job.step
         if forecast.at_most and (note := note_on_target(ledger, steps, number)) is not None:
             yield note
         if forecast.again:
             rows = pluralize(forecast.again, "row")
             yield f"{name}: {rows} with a result may be charged again, because an earlier step is sent again"
-        earlier = [column for column in step.job.model.only_if_empty if column in step.earlier_columns]
-        if earlier:
-            yield f"{name}: also sent where an earlier step failed or expired ({', '.join(earlier)} is blank then)"
+        if forecast.follows_failure:
+            yield f"{name}: also sent where an earlier step failed or expired"
 
 
 def _sends(plan: StepsPlan) -> list[str]:

@@ -23,10 +23,10 @@ from enrich.rows.job_input import JobInput
 from enrich.rows.requests import RequestBuilder, RowBatch
 from enrich.rows.send_order import order_of_rows
 from enrich.rows.step_decision import RowFacts, StepDecision, decide
-from enrich.run.asked_rows import Identities, find_asked, identities, sent_columns
 from enrich.run.collector import JoinedBatch, JoinedStep, merge_cells
 from enrich.run.job_steps import Step
 from enrich.run.lead_selection import CAPPED_REASON, LeadSelection
+from enrich.run.recorded_rows import Identities, find_recorded_rows, identities, sent_columns
 from enrich.run.step_batch import StepBatch, StepTables, decided_batch
 from enrich.run.step_cells import join_step, row_cells
 
@@ -150,7 +150,7 @@ class StepRows:
         limited: bool = True,
     ) -> StepBatch:
         earlier, text = progress.step_batches, progress.text
-        wanted = step.job_input.selected_rows(text)
+        selected = step.job_input.selected_rows(text)
         ready = pl.repeat(value=True, n=text.height, eager=True)
         for number in step.depends_on:
             ready &= pl.Series(earlier[number].final, dtype=pl.Boolean)
@@ -161,7 +161,7 @@ class StepRows:
             progress.selected,
             step.job_input.suppressed_rows(text),
             order,
-            wanted & ready,
+            selected & ready,
         )
         for row, is_capped in enumerate(self.capped[progress.first_position :][: text.height]):
             if is_capped and batch.statuses[row] is RowStatus.FILTERED:
@@ -175,27 +175,27 @@ class StepRows:
                 [status is RowStatus.FILTERED for status in batch.statuses],
                 [status is RowStatus.INVALID for status in batch.statuses],
                 blank_from_step,
-                wanted.to_list(),
-                self._was_sent(progress, step, batch, (wanted & ready).to_list(), ready.to_list(), results),
+                selected.to_list(),
+                self._was_sent(progress, step, batch, (selected & ready).to_list(), ready.to_list(), results),
                 ready.to_list(),
                 strict=True,
             )
         ]
-        wanting = [row for row, decision in enumerate(decisions) if decision is StepDecision.SEND]
+        requesting_rows = [row for row, decision in enumerate(decisions) if decision is StepDecision.SEND]
         if self.leads is not None and limited:
             # What the run must not send is as if it waited: only what the ledger has counts.
             may_send = self.leads.may_send(progress.first_position, results)
             for row, decision in enumerate(decisions):
                 if decision is StepDecision.SEND and not may_send[row]:
                     decisions[row] = StepDecision.WAIT if results[row] is None else StepDecision.KEEP
-        return decided_batch(batch, decisions, results, wanting, progress.identities)
+        return decided_batch(batch, decisions, results, requesting_rows, progress.identities)
 
     def _was_sent(  # noqa: PLR0913, PLR0917 - what is known of a batch
         self,
         progress: _Progress,
         step: Step,
         batch: RowBatch,
-        wanted: Sequence[bool],
+        selected: Sequence[bool],
         ready: Sequence[bool],
         results: Sequence[StepResult | None],
     ) -> list[bool]:
@@ -204,33 +204,39 @@ class StepRows:
         Where the step's condition does not hold, that another step or job has sent it does not count.
         """
         sent = [_was_sent(result) for result in results]
-        rows = [row for row, (is_sent, wish) in enumerate(zip(sent, wanted, strict=True)) if is_sent and not wish]
-        asked = find_asked(self.ledger, step.job, batch.fingerprints, rows, progress.identities)
+        rows = [
+            row
+            for row, (is_sent, is_selected) in enumerate(zip(sent, selected, strict=True))
+            if is_sent and not is_selected
+        ]
+        recorded = find_recorded_rows(self.ledger, step.job, batch.fingerprints, rows, progress.identities)
         for row in rows:
-            known = asked.get(row)
-            is_own = known is not None and known.is_sent_by_step and not known.is_wanted_by_other
+            known = recorded.get(row)
+            is_own = known is not None and known.is_sent_by_step and not known.is_requested_by_other
             sent[row] = is_own or (known is not None and not ready[row])
         return sent
 
     def prepare(self) -> None:
-        """Find out which rows want their request in each step, where no run has done so."""
+        """Find out which rows need their request in each step, where no run has done so."""
         for number, step in enumerate(self.steps):
-            step_results.begin_wanted(self.ledger, step.job.step)
+            step_results.begin_requesting_rows(self.ledger, step.job.step)
             for step_batch in self.step_batches(number):
-                self.add_wanted(number, step_batch)
+                self.add_requesting_rows(number, step_batch)
 
-    def add_wanted(self, number: int, step_batch: StepBatch) -> None:
+    def add_requesting_rows(self, number: int, step_batch: StepBatch) -> None:
         """Add the rows of a batch that need their request in a step, whether the run sends it for them or not."""
         job = self.steps[number].job
         for sends in (False, True):
-            rows = [row for row in step_batch.wanting if (step_batch.decisions[row] is StepDecision.SEND) == sends]
+            rows = [
+                row for row in step_batch.requesting_rows if (step_batch.decisions[row] is StepDecision.SEND) == sends
+            ]
             pairs = [
                 (name, row_hash)
                 for index, row_hash in step_batch.identities.hashes(job, rows)
                 if (name := step_batch.batch.fingerprints[rows[index]]) is not None
             ]
             if pairs:
-                step_results.add_wanted(self.ledger, job.step, pairs, sends=sends)
+                step_results.add_requesting_rows(self.ledger, job.step, pairs, sends=sends)
 
 
 _DECISIONS = {facts: decide(RowFacts(*facts)) for facts in product([False, True], repeat=6)}

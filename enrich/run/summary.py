@@ -17,13 +17,13 @@ from enrich.run.terminal_text import Styler, display_width, pad, top_reasons, un
 class RunSummary:
     """Counts and credits of a run; None: unknown. Rows are counted by their status in the output.
 
-    `skipped` counts the `invalid` rows by reason. `paid_elsewhere` counts the requests of a new ledger that another
-    ledger in its folder has paid for. `credits_over_cap` is what was spent beyond the cap because prices rose while
-    requests were running. `planned` is the expected cost when the input had been read (`min`, `likely`, `max`).
+    `skipped` counts the `invalid` rows by reason. `paid_in_other_ledgers` counts the requests of a new ledger that
+    another ledger in its folder has paid for. `credits_over_cap` is what was spent beyond the cap because prices rose
+    while requests were running. `planned` is the expected cost when the input had been read (`min`, `likely`, `max`).
     `answers` counts the requests that the run settled, `columns` the rows that have a value, and `left_out` the rows
     that lack a param although a cell is not empty, by param and reason. `cost_per_hit` is the cost of what the run
     settled, divided by its matches. `providers` are those of its answers, in the order of their calls.
-    `providers_untold` answers do not report their providers, and `credits_elsewhere` are attributed to no provider.
+    `providers_not_reported` answers do not report their providers, and `credits_unattributed` belong to no provider.
     `difference` explains the change of the balance where it differs from what was spent. `steps` has the same counts
     for each step of a job with steps, and `cost_per_lead` is all credits that the output shows, divided by its found
     rows. It is None where the price of an answer is unknown.
@@ -36,7 +36,7 @@ class RunSummary:
     requests: int | None = None
     submitted: int = 0
     reused: int | None = None
-    paid_elsewhere: int = 0
+    paid_in_other_ledgers: int = 0
     found: int | None = None
     not_found: int | None = None
     failed: int | None = None
@@ -57,8 +57,8 @@ class RunSummary:
     steps: Sequence[Mapping[str, Any]] = ()
     cost_per_lead: float | None = None
     providers: Sequence[Mapping[str, Any]] = ()
-    providers_untold: int | None = None
-    credits_elsewhere: float | None = None
+    providers_not_reported: int | None = None
+    credits_unattributed: float | None = None
     difference: Mapping[str, Any] | None = None
     balance_before: float | None = None
     balance_after: float | None = None
@@ -176,8 +176,8 @@ def _notable_lines(summary: RunSummary) -> Iterator[str]:
         yield f"  {pluralize(summary.credits_unknown, 'result')} of unknown price"
     if summary.credits_over_cap:
         yield f"  {format_credits(summary.credits_over_cap)} credits over the cap: a price rose during the run"
-    if summary.paid_elsewhere:
-        yield f"  {pluralize(summary.paid_elsewhere, 'request')} also paid in another ledger of this folder"
+    if summary.paid_in_other_ledgers:
+        yield f"  {pluralize(summary.paid_in_other_ledgers, 'request')} also paid in another ledger of this folder"
 
 
 def _file_lines(summary: RunSummary) -> Iterator[str]:
@@ -238,19 +238,19 @@ class _DetailsFormatter:
         head = f"{'requests':>9}{'matches':>9}{'rate':>8}{'credits':>12}{'/ match':>9}"
         yield self.style(f"  {'provider':<{width}}{head}", "bold")
         for each in summary.providers:
-            requests, name = each["asked"] + each["presumed"], f"  {pad(each['name'], width)}"
+            requests, name = each["reported"] + each["inferred"], f"  {pad(each['name'], width)}"
             paid = f"{format_credits(each['credits']):>12}"
             if each["verifies"]:
                 yield f"{name}{requests:>9,}{'':>9}{'checks':>8}{paid}"
             else:
                 cost = "-" if each["cost_per_hit"] is None else format_credits(each["cost_per_hit"])
                 yield f"{name}{requests:>9,}{each['found']:>9,}{_percentage(each['found'], requests):>8}{paid}{cost:>9}"
-        if summary.credits_elsewhere:
-            yield f"  {'unattributed':<{width}}{'':>26}{format_credits(summary.credits_elsewhere):>12}"
-        if inferred := max(each["presumed"] for each in summary.providers):
+        if summary.credits_unattributed:
+            yield f"  {'unattributed':<{width}}{'':>26}{format_credits(summary.credits_unattributed):>12}"
+        if inferred := max(each["inferred"] for each in summary.providers):
             yield f"  {pluralize(inferred, 'result')} without steps: every provider is inferred to be called"
-        if summary.providers_untold:
-            yield f"  {pluralize(summary.providers_untold, 'result')} without providers: not reported by the API"
+        if summary.providers_not_reported:
+            yield f"  {pluralize(summary.providers_not_reported, 'result')} without providers: not reported by the API"
 
     def _format_line(self, name: str, number: str, share: str = "", remark: str = "") -> str:
         return f"  {pad(name, self.label_width)}{number:>11} {share:>6}  {remark}".rstrip()

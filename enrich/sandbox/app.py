@@ -98,7 +98,7 @@ class _Context:
 _CONTEXT_KEY = "enrich.box"
 
 
-def _get_context(request: Request) -> _Context:
+async def _get_context(request: Request) -> _Context:
     context: _Context = request.scope[_CONTEXT_KEY]
     return context
 
@@ -138,7 +138,7 @@ async def _on_refused(_: Request, refusal: Refused) -> Response:
 for _kind, _status in _STATUSES.items():
 
     @_APP.exception_handler(_kind)
-    async def _unhappy(_: Request, error: Exception, status: int = _status) -> Response:
+    async def _on_error(_: Request, error: Exception, status: int = _status) -> Response:
         return JSONResponse({"detail": str(error)}, status)
 
 

@@ -21,6 +21,7 @@ Prints the two variables that point `enrich` to it, and serves until you press C
 
 Faults: {", ".join(FAULT_KINDS)}."""
 
+MAX_PORT = 65_535
 _EXTRA = f"the sandbox is not installed: {install_hint('sandbox')}"
 
 
@@ -69,6 +70,8 @@ def _options() -> list[click.Option]:
 
 
 def _run(port: int, state: Path | None, **values: Any) -> None:  # noqa: ANN401  # one for each setting
+    if not 0 <= port <= MAX_PORT:
+        raise click.UsageError(f"--port must be from 0 to {MAX_PORT}")
     try:
         settings = SandboxSettings(**values)
     except ValueError as error:
@@ -99,7 +102,7 @@ sandbox = click.Command(
     params=[
         click.Option(
             ["--port"],
-            type=click.IntRange(0, 65535),
+            type=int,
             default=0,
             metavar="PORT",
             help="Port to listen on. Default: a free one.",

@@ -202,8 +202,8 @@ class Databar:
             "balance_at_start": money.to_number(self._store.balance_at_start),
             "topped_up": money.to_number(self._store.topped_up),
             "by_provider": {
-                name: {"asked": asked, "found": found, "credits": money.to_number(cost)}
-                for name, asked, found, cost in self._store.provider_totals()
+                name: {"calls": calls, "found": found, "credits": money.to_number(cost)}
+                for name, calls, found, cost in self._store.provider_totals()
             },
         }
         return totals | {"runs": self._lookup_totals()} if runs else totals

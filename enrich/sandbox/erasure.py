@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 
 class StoredLookup(NamedTuple):
-    """A lookup: its params and the `data` of its answers (JSON), and when it was last asked (epoch seconds)."""
+    """A lookup: its params and the `data` of its answers (JSON), and when it was last sent (epoch seconds)."""
 
     id: int
     params: str
     answers: list[str]
-    asked_at: float
+    last_sent_at: float
 
 
 def read_lookups(state: Path) -> list[StoredLookup]:
@@ -26,7 +26,7 @@ def read_lookups(state: Path) -> list[StoredLookup]:
             "SELECT questions.id, params, max(tasks.created) FROM questions JOIN runs ON question = questions.id"
             " JOIN tasks ON tasks.id = task WHERE params <> '{}' GROUP BY 1"
         )
-        return [StoredLookup(number, params, answers[number], asked_at) for number, params, asked_at in rows]
+        return [StoredLookup(number, params, answers[number], last_sent_at) for number, params, last_sent_at in rows]
 
 
 def erase_lookups(state: Path, ids: Iterable[int]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from threading import Event, Thread
 
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from enrich.sandbox import money
 from enrich.sandbox.app import build_app
@@ -87,7 +87,7 @@ def _url(listener: socket.socket) -> str:
 _TURNS_TO_CLOSE = 4
 
 
-class _Protocol(H11Protocol):
+class _Protocol(HttpToolsProtocol):
     """Passes the connection to the application, which breaks it for some faults."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]

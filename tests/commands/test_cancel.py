@@ -10,23 +10,20 @@ import pytest
 
 from enrich.ledger.lock import lock_ledger
 from enrich.ledger.verify import check_ledger
+from enrich.monitoring.prometheus import read_metrics
 from enrich.run.context import RunOptions
 from tests.support.cases import first_quick
 from tests.support.workspace import (
-    BOTH_BACKENDS_SERVER_LONG,
     FILE_ONLY,
     JOB,
     SandboxApi,
     Workspace,
+    both_backends,
     make_leads,
     serve_api,
 )
 
-
-@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Run each test with a SQLite file and with PostgreSQL."""
-    return str(request.param)
+backend = both_backends
 
 
 @pytest.fixture
@@ -38,25 +35,45 @@ def slow_api(tmp_path: Path) -> Iterator[SandboxApi]:
 
 def test_open_tasks_are_cancelled_and_refunded(slow_api: SandboxApi, workspace: Workspace) -> None:
     """All open tasks are refunded; their leads are failed, not bought again by the next run, only by --retry."""
-    workspace.write_leads(make_leads(20))
+    workspace.write_leads(make_leads(8))
     workspace.submit_without_collecting(slow_api)
 
     told = workspace.run_in_process("cancel", "job.yaml", "--json", api=slow_api).json_output
 
     audit = slow_api.audit()
-    assert (told["exit_code"], told["cancelled"], told["finished"], told["still_open"]) == (0, 20, 0, 0)
-    assert told["credits_refunded"] == pytest.approx(20 * 3.51)
+    assert (told["exit_code"], told["cancelled"], told["finished"], told["still_open"]) == (0, 8, 0, 0)
+    assert told["credits_refunded"] == pytest.approx(8 * 3.51)
     assert told["balance_after"] - told["balance_before"] == pytest.approx(told["credits_refunded"])
-    assert (audit["refunded"], audit["charged"], audit["balance"]) == (20, 0, 10_000)
+    assert (audit["refunded"], audit["charged"], audit["balance"]) == (8, 0, 10_000)
     status = workspace.run_in_process("status", "job.yaml", api=slow_api).stdout
     assert "; -" not in status  # a refund is no negative spending
     again = workspace.run_job(slow_api)
-    assert (again.submitted, again.failed, again.exit_code) == (0, 20, 0)
+    assert (again.submitted, again.failed, again.exit_code) == (0, 8, 0)
     assert {row["enrich_error"] for row in workspace.read_output()} == {"cancelled by you"}
     assert {row["enrich_credits"] for row in workspace.read_output()} == {"0"}
     assert workspace.run_in_process("cancel", "job.yaml", "--json", api=slow_api).json_output["cancelled"] == 0
     retried = workspace.run_in_process("plan", "job.yaml", "--retry", "failed", "--json", api=slow_api).json_output
-    assert retried["to_submit"] == 20
+    assert retried["to_submit"] == 8
+
+
+def test_cancel_is_listed_as_what_it_is(slow_api: SandboxApi, workspace: Workspace) -> None:
+    """The list of runs, the status and the report name a cancellation, and it is no success of the job."""
+    workspace.write_job(metrics="job.prom")
+    workspace.write_leads(make_leads(2))
+    workspace.submit_without_collecting(slow_api)
+    assert workspace.run_in_process("cancel", "job.yaml", api=slow_api).exit_code == 0
+
+    listed = workspace.run_in_process("runs", "job.yaml", "--json").json_output["executions"]
+    assert [run["outcome"] for run in listed] == ["cancellation", "out of time"]
+    assert " 0 cancellation " in workspace.run_in_process("runs", "job.yaml").stdout
+    assert "run 2 ended at" in (shown := workspace.run_in_process("status", "job.yaml").stdout)
+    assert "with exit 0 (cancellation)" in shown
+    reported = workspace.run_in_process("report", "job.yaml", "--json").json_output["runs"]
+    assert [run["outcome"] for run in reported] == ["out of time", "cancellation"]
+    assert workspace.run_in_process("run", "job.yaml").exit_code == 3  # without a key
+    (first_end,) = workspace.sql("SELECT ended_ms FROM executions WHERE id = 1")[0]
+    metrics = read_metrics(workspace.folder / "job.prom")
+    assert metrics["enrich_last_success_timestamp_seconds", ""] == pytest.approx(first_end / 1000)
 
 
 def test_finished_tasks_are_polled(slow_api: SandboxApi, workspace: Workspace) -> None:

@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from enrich import __version__
-from enrich.cli import cli
+from enrich.cli import SECTIONS, cli
 from enrich.run.context import RunOptions
 from tests.support.program import reset_signals
 from tests.support.workspace import SandboxApi, Workspace, make_leads, read_terminal, serve_api
@@ -42,6 +42,30 @@ def test_every_command_has_help(workspace: Workspace, name: str) -> None:
         if isinstance(parameter, click.Option):
             assert parameter.help, parameter.name
             assert max(parameter.opts, key=len) in result.stdout
+
+
+def test_help_has_no_formulas(workspace: Workspace) -> None:
+    """A number's bounds are not shown as `[x>=0]`."""
+    for commands in SECTIONS.values():
+        for name in commands:
+            assert not re.search(r"x[<>]|[<>]=?x", workspace.run_in_process(name, "--help").stdout)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("run", "job.yaml", "--limit", "-1"), "'--limit': -1 is less than 0"),
+        (("run", "job.yaml", "--max-credits", "-0.5"), "'--max-credits': -0.5 is less than 0"),
+        (("run", "job.yaml", "--max-credits", "nan"), "'--max-credits': nan is not a number"),
+        (("plan", "job.yaml", "--sample", "0"), "'--sample': 0 is less than 1"),
+        (("plan", "job.yaml", "--sample", "1.5"), "'1.5' is not a valid integer"),
+        (("sandbox", "--port", "65536"), "--port must be from 0 to 65535"),
+    ],
+)
+def test_number_out_of_range(workspace: Workspace, words: tuple[str, ...], message: str) -> None:
+    """A number out of its range is exit 2 with the bound in words."""
+    result = workspace.run_in_process(*words)
+    assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
 
 
 @pytest.mark.parametrize("option", ["--help", "-h"])

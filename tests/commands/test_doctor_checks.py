@@ -1,9 +1,7 @@
-"""The doctor's checks as functions of the facts: clock, credits, expiry, file names, mounts, locks."""
+"""The doctor's checks as functions of the facts: clock, credits, expiry, file names, mounts."""
 
 from __future__ import annotations
 
-import fcntl
-import os
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,7 +17,6 @@ from enrich.commands.doctor.system import (
     file_name_encoding,
     file_system_type,
     is_accessible_by_others,
-    is_lock_held,
     is_network_file_system,
     parse_env_lines,
     startup_error,
@@ -83,19 +80,6 @@ def test_malformed_mountinfo(text: str) -> None:
 def test_missing_mountinfo() -> None:
     """Accepts a missing mountinfo on systems other than Linux."""
     assert file_system_type("", Path("/srv")) is None
-
-
-def test_lock_detection(tmp_path: Path) -> None:
-    """Reports the lock only while a process holds it."""
-    lock = tmp_path / "job.db.lock"
-    assert not is_lock_held(lock)
-    assert not lock.exists()
-    descriptor = os.open(lock, os.O_CREAT | os.O_RDWR)
-    assert not is_lock_held(lock)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    assert is_lock_held(lock)
-    os.close(descriptor)
-    assert not is_lock_held(lock)
 
 
 def test_environment_file_syntax() -> None:

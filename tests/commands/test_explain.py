@@ -14,10 +14,10 @@ from enrich.models import State
 from enrich.run.context import RunOptions
 from tests.support.cases import in_turn
 from tests.support.workspace import (
-    BOTH_BACKENDS_SERVER_LONG,
     FILE_ONLY,
     SandboxApi,
     Workspace,
+    both_backends,
     clock_ahead,
     kill_process,
     make_leads,
@@ -25,13 +25,9 @@ from tests.support.workspace import (
     wait_until,
 )
 
+backend = both_backends
+
 DAY = 86_400
-
-
-@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Run each test with a ledger in a file and on a server."""
-    return str(request.param)
 
 
 def explain_json(workspace: Workspace, *options: str) -> dict[str, Any]:
@@ -355,15 +351,14 @@ def test_takes_no_lock_and_changes_nothing(api: SandboxApi, workspace: Workspace
 @in_turn(
     ("state", "running", "message"),
     [
-        (State.PENDING, None, "the next run with this lead sends it"),
+        (State.PENDING, False, "the next run with this lead sends it"),
         (State.SUBMITTING, True, "being sent now"),
         (State.SUBMITTING, False, "the next run marks it as unconfirmed"),
-        (State.SUBMITTING, None, "being sent, or interrupted"),
-        (State.FAILED, None, "only with --retry failed"),
-        (State.EXPIRED, None, "only with --retry expired"),
-        (State.FOUND, None, "no policy.refresh for found"),
+        (State.FAILED, False, "only with --retry failed"),
+        (State.EXPIRED, False, "only with --retry expired"),
+        (State.FOUND, False, "no policy.refresh for found"),
     ],
 )
-def test_every_state_has_next_step(state: State, running: bool | None, message: str) -> None:  # noqa: FBT001 - a table
+def test_every_state_has_next_step(state: State, running: bool, message: str) -> None:  # noqa: FBT001 - a table
     """Every state names the next step."""
     assert message in describe_next_step(state, [], Policy(refresh=Refresh()), 0, is_running=running)

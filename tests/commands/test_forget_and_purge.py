@@ -10,13 +10,9 @@ import pytest
 
 from enrich.ledger import queries
 from enrich.ledger.verify import check_ledger
-from tests.support.workspace import BOTH_BACKENDS_SERVER_LONG, FILE_ONLY, SandboxApi, Workspace, make_leads, serve_api
+from tests.support.workspace import FILE_ONLY, SandboxApi, Workspace, both_backends, make_leads, serve_api
 
-
-@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Run each test with a ledger in a file and on a server."""
-    return str(request.param)
+backend = both_backends
 
 
 @pytest.fixture

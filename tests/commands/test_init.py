@@ -105,13 +105,14 @@ def test_param_without_column(workspace: Workspace) -> None:
 
 def test_existing_file_needs_force(sample_workspace: Workspace) -> None:
     """Keeps an existing job file without `--force`, as it may have been edited by hand."""
-    (sample_workspace.folder / "leads.yaml").write_text("mine", encoding="utf-8")
+    edited = "# mine\nversion: 1\ninput: leads.csv\nparams: {first_name: [\n"
+    (sample_workspace.folder / "leads.yaml").write_text(edited, encoding="utf-8")
     command = ("init", "leads.csv", "--waterfall", "email_getter", "--offline")
 
     refused = sample_workspace.run_in_process(*command)
     assert refused.exit_code == 2
     assert "--force" in refused.stderr
-    assert (sample_workspace.folder / "leads.yaml").read_text(encoding="utf-8") == "mine"
+    assert (sample_workspace.folder / "leads.yaml").read_text(encoding="utf-8") == edited
     assert sample_workspace.run_in_process(*command, "--force").exit_code == 0
     assert load_job(sample_workspace.folder / "leads.yaml").model.waterfall == "email_getter"
 
@@ -125,6 +126,8 @@ def test_force_replaces_only_job_files(sample_workspace: Workspace) -> None:
         "job.db.lock": b"",
         "out.csv": b"version,input\n1,2\n",
         "job.yaml.gz": b"\x1f\x8b\x08",
+        "compose.yaml": b"version: '3'\nservices: {}\n",
+        "notes.yml": b"- call them\n",
     }
     command = ("init", "leads.csv", "--waterfall", "email_getter", "--offline", "--force", "-o")
     for name, content in others.items():

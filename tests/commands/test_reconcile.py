@@ -17,19 +17,15 @@ from enrich.run.progress import Progress
 from tests.support.cases import in_turn
 from tests.support.raw_server import ReceivedRequest, Reply, http_reply, serve_replies
 from tests.support.workspace import (
-    BOTH_BACKENDS_SERVER_LONG,
     SHORT_TIMEOUTS,
     SandboxApi,
     Workspace,
+    both_backends,
     make_leads,
     serve_api,
 )
 
-
-@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Run each test with a ledger in a file and on a server."""
-    return str(request.param)
+backend = both_backends
 
 
 def credits_(amount: float) -> int:

@@ -12,13 +12,9 @@ from enrich.ledger import execution_records
 from enrich.ledger.database import Database
 from enrich.ledger.lock import is_locked, lock_ledger
 from tests.support.ledger import NO_MATCH, CommittingLedger
-from tests.support.workspace import BOTH_BACKENDS_SERVER_LONG, SandboxApi, Workspace, make_leads, serve_api
+from tests.support.workspace import SandboxApi, Workspace, both_backends, make_leads, serve_api
 
-
-@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Run each test with a ledger in a file and on a server."""
-    return str(request.param)
+backend = both_backends
 
 
 def open_ledger(workspace: Workspace) -> CommittingLedger:
@@ -95,18 +91,6 @@ def test_killed_or_running_execution(workspace: Workspace) -> None:
     assert [run["outcome"] for run in killed] == ["killed", "killed"]
     assert killed[0]["exit_code"] is killed[0]["ended_at"] is killed[0]["found_share"] is None
     assert "killed" in workspace.run_in_process("runs", "job.yaml").stdout
-
-
-def test_unknown_lock_state(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reports both possibilities when the lock's state is unknown."""
-    ledger = open_ledger(workspace)
-    ledger.start_execution()
-    ledger.wrapped.close()
-    monkeypatch.setattr("enrich.commands.runs.is_locked", lambda _: None)
-
-    (run,) = read_runs(load_job(workspace.job_file), 5)["executions"]
-
-    assert run["outcome"] == "running or killed"
 
 
 def test_inspection_takes_no_lock(workspace: Workspace) -> None:

@@ -10,16 +10,12 @@ from enrich.job.job import load_job
 from enrich.ledger import execution_records, transitions
 from enrich.models import Answer, State, iso_time
 from tests.support.ledger import FREE_FAILURE, NO_MATCH, CommittingLedger
-from tests.support.workspace import BOTH_BACKENDS_SERVER_LONG, FILE_ONLY, SandboxApi, Workspace, make_leads
+from tests.support.workspace import FILE_ONLY, SandboxApi, Workspace, both_backends, make_leads
+
+backend = both_backends
 
 CREDIT = 1_000_000
 DAY_MS = 86_400_000
-
-
-@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Run each test with a ledger in a file and on a server."""
-    return str(request.param)
 
 
 def open_ledger(workspace: Workspace) -> CommittingLedger:

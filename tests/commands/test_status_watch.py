@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from enrich.commands.run_view import RunStatus, RunView, format_headline, format_view, format_view_line
+from enrich.commands.status import read_status
 from enrich.commands.status_watch import (
     ENTER_SCREEN,
     LEAVE_SCREEN,
@@ -25,6 +26,7 @@ from enrich.commands.status_watch import (
     TerminalDisplay,
     watch_job,
 )
+from enrich.databar.clock import SystemClock
 from enrich.job.job import load_job
 from enrich.ledger import execution_records
 from enrich.ledger.execution_records import ExecutionRow
@@ -33,7 +35,9 @@ from enrich.models import iso_time
 from enrich.monitoring.progress_bar import choose_layout, render_bar
 from enrich.run.progress import Phase, Progress, ProgressSnapshot, TrafficCounts, TrafficRecorder
 from tests.support.ledger import CommittingLedger
-from tests.support.workspace import BOTH_BACKENDS_SERVER_LONG, FILE_ONLY, Workspace
+from tests.support.workspace import FILE_ONLY, Workspace, both_backends
+
+backend = both_backends
 
 NOW = 1_795_000_000_000
 RUN = ExecutionRow(
@@ -52,12 +56,6 @@ RUN = ExecutionRow(
     summary=None,
     progress=None,
 )
-
-
-@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Run each test with a ledger in a file and on a server."""
-    return str(request.param)
 
 
 def make_progress(phase: Phase = Phase.SEND, total: int | None = 500) -> ProgressSnapshot:
@@ -140,13 +138,14 @@ def test_silent_run_shows_last_progress() -> None:
     assert "200 of 500: 140 found, 58 not_found, 2 failed at the last heartbeat" in "\n".join(format_view(silent, 99))
     out = io.StringIO()
     LineDisplay(out, as_json=False).show(silent, waiting=True)
-    assert "killed, suspended or stopped while sending" in out.getvalue()
+    assert "suspended or stopped while sending" in out.getvalue()
     assert out.getvalue().endswith(f"; {NO_HEARTBEAT_TEXT}\n")
 
 
 VIEWS = (
     make_view(),
     make_view(RunStatus.NO_HEARTBEAT),
+    make_view(RunStatus.KILLED),
     make_view(RunStatus.ENDED, ended_ms=NOW, exit_code=10, balance_after=9_000_000),
     make_view(progress=make_progress(Phase.RESCUE, total=None)),
     RunView("leads", Path("/a/long/way/to/leads.db"), 1, NOW, RunStatus.NO_LEDGER),
@@ -255,31 +254,51 @@ def test_clock_change_does_not_end_run(workspace: Workspace) -> None:
     result = make_progress()
     ledger = ledger_with_progress(workspace, result)
     watcher = RunWatcher(load_job(workspace.job_file), heartbeat_timeout_s=15.0, clock=lambda: now)
-    assert watcher.read_view().status is RunStatus.NO_HEARTBEAT
+    with lock_ledger(workspace.ledger_location, 0):
+        assert watcher.read_view().status is RunStatus.NO_HEARTBEAT
 
-    now = 2.0
-    ledger.commit(
-        execution_records.save_progress, ledger.execution, result.model_copy(update={"at_ms": 1}).model_dump_json()
-    )
-    assert watcher.read_view().status is RunStatus.RUNNING
-    now = 17.0
-    assert watcher.read_view().status is RunStatus.RUNNING
-    now = 17.1
-    assert watcher.read_view().status is RunStatus.NO_HEARTBEAT
+        now = 2.0
+        ledger.commit(
+            execution_records.save_progress, ledger.execution, result.model_copy(update={"at_ms": 1}).model_dump_json()
+        )
+        assert watcher.read_view().status is RunStatus.RUNNING
+        now = 17.0
+        assert watcher.read_view().status is RunStatus.RUNNING
+        now = 17.1
+        assert watcher.read_view().status is RunStatus.NO_HEARTBEAT
     ledger.commit(execution_records.end_execution, ledger.execution, 0, {}, NOW)
     assert watcher.read_view().status is RunStatus.ENDED
     ledger.wrapped.close()
 
 
+def test_free_lock_shows_killed_run_at_once(workspace: Workspace) -> None:
+    """A run without an end was killed when the lock is free or a newer run holds it, however fresh its heartbeat."""
+    ledger = ledger_with_progress(workspace, make_progress())
+    fresh = make_progress().model_copy(update={"at_ms": SystemClock().now_ms()})
+    ledger.commit(execution_records.save_progress, ledger.execution, fresh.model_dump_json())
+    watcher = RunWatcher(load_job(workspace.job_file))
+    with lock_ledger(workspace.ledger_location, 0):
+        assert watcher.read_view().status is RunStatus.RUNNING
+    killed = watcher.read_view()
+    assert killed.status is RunStatus.KILLED
+    assert f"run 1 was killed while sending; its last heartbeat was at {iso_time(fresh.at_ms)}" in format_headline(
+        killed
+    )
+    assert read_status(watcher.job)["at_work"] is None
+
+    with lock_ledger(workspace.ledger_location, 0):
+        ledger.commit(execution_records.start_execution, "other", None, NOW)
+        assert watcher.read_view().status is RunStatus.KILLED
+    ledger.wrapped.close()
+
+
 def test_lock_keeps_silent_run_alive(workspace: Workspace) -> None:
-    """A silent run counts as running only while it holds its ledger's lock and no newer execution has started."""
+    """A silent run that cannot store a heartbeat counts as running while it holds its ledger's lock."""
     ledger = ledger_with_progress(workspace, make_progress(Phase.ENROLL, total=None))
     watcher = RunWatcher(load_job(workspace.job_file), heartbeat_timeout_s=1.0)
     with lock_ledger(workspace.ledger_location, 0):
         assert watcher.read_view().status is RunStatus.RUNNING
-        ledger.commit(execution_records.start_execution, "other", None, NOW)
-        assert watcher.read_view().status is RunStatus.NO_HEARTBEAT
-    assert watcher.read_view().status is RunStatus.NO_HEARTBEAT
+    assert watcher.read_view().status is RunStatus.KILLED
     ledger.wrapped.close()
 
 

@@ -10,15 +10,16 @@ import pytest
 from enrich.errors import JobError, RunDeclined
 from enrich.job.job import load_job
 from enrich.run.context import RunOptions
+from enrich.run.summary import RunSummary
 from tests.end_to_end.test_steps import HEADER, JOB, SHORT_JOB, STEPS, make_people
 from tests.support.workspace import SandboxApi, Workspace, serve_api
 
 
 @pytest.fixture
 def people(workspace: Workspace) -> Workspace:
-    """Return a workspace with the long job and thirty leads of ten companies."""
+    """Return a workspace with the long job and twelve leads of four companies."""
     workspace.write_job(JOB)
-    workspace.write_leads(make_people(30, 10), HEADER)
+    workspace.write_leads(make_people(12, 4), HEADER)
     return workspace
 
 
@@ -29,31 +30,59 @@ def test_check_shows_the_steps(people: Workspace, api: SandboxApi) -> None:
     assert result.exit_code == 0
     assert list(steps) == list(STEPS)
     assert {name: step["leads"] for name, step in steps.items()} == {
-        "company": 30,
-        "email": 30,
-        "again": 30,
-        "person": 30,
-        "phone": 10,
+        "company": 12,
+        "email": 12,
+        "again": 12,
+        "person": 12,
+        "phone": 4,
     }
     assert steps["phone"]["depends_on"] == ["person"]
     assert steps["person"]["depends_on"] == ["email", "again"]
     assert steps["company"]["worst_price"] == 1.51
     text = people.run_in_process("check", "job.yaml", api=api).stdout.splitlines()
-    assert text[0].startswith("ok: job: 30 leads, 30 can be sent, 5 steps")
+    assert text[0].startswith("ok: job: 12 leads, 12 can be sent, 5 steps")
     assert len(text) == 7
 
 
-def test_plan_before_and_after(people: Workspace, api: SandboxApi) -> None:
-    """The first step is exact, later ones are at most; after the run nothing is left to send."""
+@pytest.mark.parametrize(
+    ("condition", "is_noted"),
+    [
+        ("only_if_empty: [work_email]", True),
+        ("where: work_email = ''", True),
+        ("where: enrich_email_status <> 'found'", True),
+        ("where: enrich_email_status = 'not_found'", False),
+        ("where: work_email <> '' AND Title <> 'x'", False),
+        ("where: Title = 'Engineer'", False),
+        ("only_if_empty: [work_email, Title]", False),
+    ],
+)
+def test_plan_names_the_fallbacks(workspace: Workspace, api: SandboxApi, condition: str, *, is_noted: bool) -> None:
+    """The plan says of each step whose condition also holds after a failure of an earlier one that it is sent then."""
+    fallback = f"""\
+  - name: link
+    waterfall: person_by_link
+    {condition}
+    params: {{link: LinkedIn}}
+    columns: {{by_link: work_email}}
+limits:"""
+    workspace.write_job(SHORT_JOB.replace("limits:", fallback))
+    workspace.write_leads(make_people(6), HEADER)
+    plan = workspace.run_in_process("plan", "job.yaml", "--json", api=api).json_output
+    note = "link: also sent where an earlier step failed or expired"
+    assert (note in plan["notes"]) == is_noted, plan["notes"]
+
+
+def test_plan_status_and_explain(people: Workspace, api: SandboxApi) -> None:
+    """Of a plan the first step is exact, later ones are at most; after the run nothing is left to send."""
     plan = people.run_in_process("plan", "job.yaml", "--json", api=api).json_output
     summary = people.run_job(api)
     assert plan["steps"][0] | {"cost": None} == {
         "name": "company",
         "waterfall": "company_lookup",
-        "to_submit": 10,
-        "at_most": 10,
-        "likely": 10.0,
-        "asked_again": 0,
+        "to_submit": 4,
+        "at_most": 4,
+        "likely": 4.0,
+        "sent_again": 0,
         "worst_price": 1.51,
         "max_credits": None,
         "cost": None,
@@ -64,6 +93,20 @@ def test_plan_before_and_after(people: Workspace, api: SandboxApi) -> None:
     assert plan["cost"]["likely"] is None
     after = people.run_in_process("plan", "job.yaml", "--json", api=api).json_output
     assert (after["to_submit"], after["cost"]) == (0, {"min": 0.0, "likely": 0.0, "max": 0.0})
+    check_status_and_explain(people, summary)
+
+
+def check_status_and_explain(people: Workspace, summary: RunSummary) -> None:
+    """Status counts requests and credits by step; explain tells of each step what was sent, or why not."""
+    status = people.run_in_process("status", "job.yaml", "--json").json_output
+    assert [step["credits_spent"] for step in status["steps"]] == [step["credits_spent"] for step in summary.steps]
+    assert "company" in people.run_in_process("status", "job.yaml").stdout
+    rows = people.read_output()
+    explained = people.run_in_process("explain", "job.yaml", "--row", "2", "--json").json_output["rows"][0]
+    assert [step["step"] for step in explained["steps"]] == list(STEPS)
+    assert [step["status"] for step in explained["steps"]] == [rows[1][f"enrich_{name}_status"] for name in STEPS]
+    text = people.run_in_process("explain", "job.yaml", "--match", "Last Name=Last3").stdout
+    assert text.startswith("row 4\n  step company: ")
 
 
 @pytest.mark.long
@@ -90,24 +133,10 @@ def test_plan_says_what_is_bought_again(people: Workspace, api: SandboxApi) -> N
     )
     people.write_job(job)
     plan = people.run_in_process("plan", "job.yaml", "--json", api=api).json_output
-    again = {step["name"]: step["asked_again"] for step in plan["steps"]}
+    again = {step["name"]: step["sent_again"] for step in plan["steps"]}
     assert again["person"] > 0
     assert again["company"] == again["email"] == 0
     assert any(note.startswith("person: ") for note in plan["notes"])
-
-
-def test_status_and_explain(people: Workspace, api: SandboxApi) -> None:
-    """Status counts requests and credits by step; explain tells of each step what was sent, or why not."""
-    summary = people.run_job(api)
-    status = people.run_in_process("status", "job.yaml", "--json").json_output
-    assert [step["credits_spent"] for step in status["steps"]] == [step["credits_spent"] for step in summary.steps]
-    assert "company" in people.run_in_process("status", "job.yaml").stdout
-    rows = people.read_output()
-    explained = people.run_in_process("explain", "job.yaml", "--row", "2", "--json").json_output["rows"][0]
-    assert [step["step"] for step in explained["steps"]] == list(STEPS)
-    assert [step["status"] for step in explained["steps"]] == [rows[1][f"enrich_{name}_status"] for name in STEPS]
-    text = people.run_in_process("explain", "job.yaml", "--match", "Last Name=Last3").stdout
-    assert text.startswith("row 4\n  step company: ")
 
 
 @pytest.mark.long
@@ -268,12 +297,13 @@ def test_metrics_by_step(people: Workspace, api: SandboxApi) -> None:
     people.write_job(JOB + "metrics: enrich.prom\n")
     people.run_in_process("run", "job.yaml", api=api)
     lines = (people.folder / "enrich.prom").read_text(encoding="utf-8").splitlines()
-    assert 'enrich_step_requests_submitted{job="job",step="company"} 10.0' in lines
+    assert 'enrich_step_requests_submitted{job="job",step="company"} 4.0' in lines
     assert sum(line.startswith("enrich_step_credits_spent{") for line in lines) == len(STEPS)
 
 
 def test_question_before_the_first_run(people: Workspace, api: SandboxApi) -> None:
     """A first real run without a cap shows the plan of all steps; a no sends nothing."""
+    people.write_job(SHORT_JOB)
     asked: list[str] = []
 
     def decline(text: str) -> bool:
@@ -283,8 +313,8 @@ def test_question_before_the_first_run(people: Workspace, api: SandboxApi) -> No
     with pytest.raises(RunDeclined):
         people.run_job(api, RunOptions(confirm=decline))
     assert api.audit()["accepted"] == 0
-    assert asked[0].startswith("30 leads, 5 steps · 10 requests to send, then more")
-    assert people.run_job(api, RunOptions(confirm=lambda _: True)).submitted > 10
+    assert asked[0].startswith("12 leads, 2 steps · 12 requests to send, then more")
+    assert people.run_job(api, RunOptions(confirm=lambda _: True)).submitted > 12
 
 
 def test_renamed_step(workspace: Workspace, api: SandboxApi) -> None:

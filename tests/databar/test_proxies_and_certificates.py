@@ -216,10 +216,10 @@ def answer_post_or_get(line: str) -> object:
     return {"task_id": "t-1", "status": "created" if line.startswith("POST") else "processing"}
 
 
-@pytest.fixture
-def certificate(tmp_path: Path) -> Certificate:
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
     """Make a certificate of the API's host."""
-    return make_certificate(tmp_path, f"DNS:{HOST}")
+    return make_certificate(tmp_path_factory.mktemp("api"), f"DNS:{HOST}")
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ STRAY_REPLIES = {
 T = TypeVar("T")
 LOOPS = {"asyncio": asyncio.run, "uvloop": run_in_event_loop}
 WithTransport = Callable[..., Any]
-each_stray = pytest.mark.parametrize("stray", STRAY_REPLIES.values(), ids=STRAY_REPLIES.keys())
+each_stray = in_turn("stray", STRAY_REPLIES.values(), ids=STRAY_REPLIES)
 
 
 @pytest.fixture(params=LOOPS)
@@ -84,9 +84,9 @@ def test_stray_bytes_between_requests_close_connection(with_transport: WithTrans
         assert [(seen.connection, requested_path(seen)) for seen in server.requests] == [(1, "a"), (2, "b")]
 
 
+@in_turn("apart", ["in one piece", "the end apart"])
+@in_turn("body", [b"", b'{"task_id": "a"}'])
 @each_stray
-@pytest.mark.parametrize("body", [b"", b'{"task_id": "a"}'])
-@pytest.mark.parametrize("apart", ["in one piece", "the end apart"])
 def test_stray_bytes_after_response_are_discarded(
     with_transport: WithTransport, stray: bytes, body: bytes, apart: str
 ) -> None:
@@ -177,7 +177,7 @@ def test_fresh_requests_do_not_queue(with_transport: WithTransport) -> None:
         assert with_transport(server.base_url, both) == "a"
 
 
-@pytest.mark.parametrize("times", [1, 2])
+@in_turn("times", [1, 2])
 def test_close_connection_of_response(with_transport: WithTransport, times: int) -> None:
     """The connection of a response can be closed, as for one with another task's id; closing twice does no harm."""
 

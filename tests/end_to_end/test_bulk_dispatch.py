@@ -31,12 +31,12 @@ from tests.commands.test_forget_and_purge import forget_matching, ledger_bytes
 from tests.support.cases import examples, first_quick
 from tests.support.run_loops import open_loops
 from tests.support.workspace import (
-    BOTH_BACKENDS_SERVER_LONG,
     FILE_ONLY,
     SHORT_POST_TIMEOUT,
     SHORT_TIMEOUTS,
     SandboxApi,
     Workspace,
+    both_backends,
     clock_ahead,
     kill_process,
     make_leads,
@@ -44,17 +44,13 @@ from tests.support.workspace import (
     wait_until,
 )
 
+backend = both_backends
+
 LEADS, BULK_SIZE = 25, 10
 #: This many single runs are submitted within a second on any machine.
 FEW_LEADS = 6
 #: The maximum price of one request of the standard job, in credits.
 MAX_PRICE = 3.51
-
-
-@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Run tests with a ledger in a file and on a server, unless they are about the dispatcher or the answers alone."""
-    return str(request.param)
 
 
 @pytest.fixture

@@ -79,7 +79,7 @@ def _assert_numbers_agree(workspace: Workspace, api: SandboxApi) -> None:
 
     status, runs = json_output("status", "job.yaml"), json_output("runs", "job.yaml")
     report, now = json_output("report", "job.yaml"), json_output("collect", "job.yaml", "--partial")
-    audit, waterfall, report_runs = api.audit(), report["waterfall"], report["nights"]
+    audit, waterfall, report_runs = api.audit(), report["waterfall"], report["runs"]
 
     # The credits: of the ledger, the runs, the waterfall, the metrics, the page, and the API.
     for spent in (
@@ -87,7 +87,7 @@ def _assert_numbers_agree(workspace: Workspace, api: SandboxApi) -> None:
         report["credits_spent"],
         waterfall["spent"],
         sum(run["credits_spent"] for run in report_runs),
-        sum(each["credits"] for each in waterfall["providers"]) + waterfall["elsewhere"],
+        sum(each["credits"] for each in waterfall["providers"]) + waterfall["unattributed"],
         _gauge(workspace, "enrich_ledger_credits_spent"),
         audit["credits_charged"],
     ):
@@ -108,7 +108,7 @@ def _assert_numbers_agree(workspace: Workspace, api: SandboxApi) -> None:
             summary["credits_spent"] if report_run["found"] else 0, abs=1e-4
         )
         if summary["answers"]:
-            stats = sum(each["credits"] for each in summary["providers"]) + summary["credits_elsewhere"]
+            stats = sum(each["credits"] for each in summary["providers"]) + summary["credits_unattributed"]
             assert stats == pytest.approx(summary["credits_spent"], abs=1e-6)
         assert not (summary["difference"] or {}).get("unexplained")
 

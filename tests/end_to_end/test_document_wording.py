@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import pytest
-
 from tests.support.cases import in_turn
 from tests.support.documents import ROOT
 from tests.support.message_texts import message_texts
@@ -67,7 +65,7 @@ def sentences(path: Path) -> list[str]:
     return [text for text in message_texts(path) if " " in text and not SQL.search(text)]
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+@in_turn("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT))
 def test_words_are_plain(document: Path) -> None:
     """No sentence has a banned word, or a clause as its subject."""
     text = prose(document)

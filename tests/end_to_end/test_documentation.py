@@ -30,7 +30,7 @@ from tests.support.documents import (
 from tests.support.message_texts import message_texts
 from tests.support.reference_pages import GENERATED, PAGES, with_reference
 
-each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+each_document = in_turn("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT))
 
 
 def keys_of_a_job() -> set[str]:
@@ -109,7 +109,7 @@ def test_all_job_keys_are_documented() -> None:
     assert keys_of_a_job() - alone - set(re.findall(r"(\w+):", shown)) == set()
 
 
-@pytest.mark.parametrize("page", PAGES)
+@in_turn("page", PAGES)
 def test_reference_pages_are_current(page: str) -> None:
     """The generated parts are those of the present commands and schema (`make reference` writes them)."""
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
@@ -122,7 +122,7 @@ def test_troubleshooting_quotes_the_source() -> None:
     page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     quoted = re.findall(r"^\| (?:`([^`]+)`|``(.+?) ?``) \|", page, re.MULTILINE)
     messages = [one or other for one, other in quoted]
-    texts = list(message_texts(ROOT / "enrich"))
+    texts = [text for module in (ROOT / "enrich").rglob("*.py") for text in message_texts(module)]
     assert len(messages) > 50
     assert [message for message in messages if not any(message in text for text in texts)] == []
     assert len(messages) == len(set(messages))

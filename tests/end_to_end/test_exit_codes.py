@@ -22,7 +22,7 @@ from enrich.run.run_state import Timeouts
 from enrich.sandbox import Fault
 from enrich.sandbox.databar import Databar, NotFoundError
 from enrich.sandbox.lookups import Refused as ApiRefusal
-from tests.support.cases import first_quick
+from tests.support.cases import first_quick, in_turn
 from tests.support.workspace import (
     SHORT_OUTAGE_TIMEOUT,
     SHORT_STARTUP_TIMEOUT,
@@ -69,7 +69,7 @@ def assert_exit(result: ProgramResult, code: int, *messages: str) -> dict[str, A
 # 2: the command or the job is wrong
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("arguments", "messages"),
     [
         (["run", "job.yaml", "--no-such-option"], ["--no-such-option"]),
@@ -97,7 +97,7 @@ def test_usage_error_is_exit_2(
     assert api.audit()["accepted"] == 0
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("replaced", "messages"),
     [
         ({"waterfall": "email_geter"}, ["job.yaml:4", "email_geter", "did you mean `email_getter`?"]),
@@ -113,12 +113,12 @@ def test_usage_error_is_exit_2(
         ({"where": "Note ="}, ["where"]),
         ({"where": "count(Note) > 1"}, ["where"]),
         ({"where": "CAST(Note AS INT) > 1"}, ["where", "TRY_CAST"]),
-        ({"input": "out.csv"}, ["would replace the input"]),
         ({"colour": "red"}, ["job.yaml:12", "colour", "unknown key"]),
         ({"version": "2"}, ["job.yaml:1", "version"]),
         ({"api_key": "sk-123"}, ["api_key", "DATABAR_API_KEY"]),
         ({"limits": "{max_credits: lots}"}, ["limits.max_credits"]),
         ({"params": "[unclosed"}, ["job.yaml:"]),
+        ({"input": "out.csv"}, ["would replace the input"]),
     ],
 )
 def test_job_error_is_exit_2(
@@ -137,7 +137,7 @@ def test_job_error_is_exit_2(
     assert api.audit()["accepted"] == 0
 
 
-@pytest.mark.parametrize("base_url", ["http://api.databar.ai/v1", "ftp://api.databar.ai", "nonsense"])
+@in_turn("base_url", ["http://api.databar.ai/v1", "ftp://api.databar.ai", "nonsense"])
 def test_insecure_base_url_is_exit_2(workspace: Workspace, base_url: str) -> None:
     """Sends the key over https or to loopback only."""
     workspace.write_leads(make_leads(1))
@@ -425,7 +425,7 @@ def test_newer_ledger_is_exit_5(api: SandboxApi, workspace: Workspace) -> None:
 
 def test_failed_rows_are_exit_10(tmp_path: Path, workspace: Workspace) -> None:
     """Writes the output with each failed row and its reason; the next run exits with 0."""
-    workspace.write_leads(make_leads(30))
+    workspace.write_leads(make_leads(12))
     with serve_api(tmp_path / "api.db", failure_rate=0.3, free_failures=0.0) as api:
         first = workspace.run_in_process("run", "job.yaml", "--json", api=api)
         second = workspace.run_in_process("run", "job.yaml", "--json", api=api)
@@ -544,19 +544,19 @@ def test_zero_cap_sends_nothing(api: SandboxApi, workspace: Workspace) -> None:
 
 def test_out_of_credits_is_exit_12(tmp_path: Path, workspace: Workspace) -> None:
     """406 from the API stops sending; after a top-up the next run resumes there."""
-    workspace.write_leads(make_leads(30))
-    with serve_api(tmp_path / "api.db", balance=15) as api:
+    workspace.write_leads(make_leads(12))
+    with serve_api(tmp_path / "api.db", balance=6) as api:
         result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
 
         summary = assert_exit(result, 12, "406", "credits")
-        assert 0 < summary["submitted"] < 30
-        assert summary["pending"] == 30 - summary["submitted"]
+        assert 0 < summary["submitted"] < 12
+        assert summary["pending"] == 12 - summary["submitted"]
         assert summary["in_doubt"] == 0
-        assert len(workspace.read_output()) == 30
+        assert len(workspace.read_output()) == 12
         api.top_up(1000)
         assert workspace.run_job(api).exit_code == 0
         audit = api.audit()
-    assert (audit["accepted"], audit["paid_twice"]) == (30, 0)
+    assert (audit["accepted"], audit["paid_twice"]) == (12, 0)
 
 
 # 13: time

@@ -156,9 +156,9 @@ def test_unsolicited_responses(tmp_path: Path, status: int, after_s: float) -> N
 
 def test_swapped_polls(tmp_path: Path) -> None:
     """Repeats two polls that got each other's answer."""
-    with make_scenario(tmp_path, fault_first_polls(2, lambda _: ProxyFault(ProxyFaultKind.SWAP))) as scenario:
+    with make_scenario(tmp_path, fault_first_polls(2, lambda _: ProxyFault(ProxyFaultKind.SWAP)), leads=12) as scenario:
         scenario.run_job()
-        assert scenario.answered_count() == LEADS
+        assert scenario.answered_count() == 12
         assert scenario.proxy.fault_counts["GET swap"]
 
 

@@ -31,9 +31,9 @@ RUN = ("run", "job.yaml", "--json")
 
 @pytest.fixture
 def workspace(workspace: Workspace, api: SandboxApi) -> Workspace:
-    """Make a job that has paid for thirty leads."""
-    workspace.write_leads(make_leads(30))
-    assert workspace.run_job(api).submitted == 30
+    """Make a job that has paid for twelve leads."""
+    workspace.write_leads(make_leads(12))
+    assert workspace.run_job(api).submitted == 12
     return workspace
 
 
@@ -58,7 +58,7 @@ def test_run_is_refused(api: SandboxApi, workspace: Workspace, cause: str) -> No
         case "renamed":
             job = write_other_job(workspace, "job", name="renamed", output="renamed.csv")
         case "re-pointed":
-            workspace.write_leads(make_leads(28), name="new.csv")
+            workspace.write_leads(make_leads(10), name="new.csv")
             write_other_job(workspace, input="new.csv")
         case "other columns":
             write_other_job(workspace, columns="{mail: email}")
@@ -75,17 +75,17 @@ def test_run_is_refused(api: SandboxApi, workspace: Workspace, cause: str) -> No
         assert result.json_output.keys() == {"exit_code", "error"}
         assert "are already paid for in " in result.stderr
         assert "pay again with --new-ledger" in result.stderr
-    assert api.audit()["accepted"] == 30
+    assert api.audit()["accepted"] == 12
     assert not list(workspace.folder.glob("copy_out*"))
     assert workspace.run_in_process("status", job, *more, "--json").json_output["executions"] == []
 
     if cause == "copied":
         shared = workspace.run_in_process(*("run", job, "--json"), "--ledger", ".enrich/job.db", api=api)
-        assert (shared.exit_code, shared.json_output["submitted"], shared.json_output["reused"]) == (0, 0, 30)
+        assert (shared.exit_code, shared.json_output["submitted"], shared.json_output["reused"]) == (0, 0, 12)
     if cause == "backup":
         return  # the output is gone, and the ledger has another name
     paid = workspace.run_in_process("run", job, "--json", "--new-ledger", *more, api=api)
-    assert (paid.exit_code, paid.json_output["submitted"] >= 28) == (0, True)
+    assert (paid.exit_code, paid.json_output["submitted"] >= 10) == (0, True)
     again = workspace.run_in_process("run", job, "--json", *more, api=api)
     assert (again.exit_code, again.json_output["submitted"]) == (0, 0)
 
@@ -116,7 +116,7 @@ def test_bounds(api: SandboxApi, workspace: Workspace, wanted: int, shared: int,
     assert result.exit_code == (5 if refused else 0), result.stderr
     if not refused:
         summary = result.json_output
-        assert summary["paid_elsewhere"] == shared
+        assert summary["paid_in_other_ledgers"] == shared
         (note,) = summary["notes"]
         assert note.startswith(f"{shared} of the {wanted:,} requests were already paid for in job.db")
         assert "also paid in another ledger of this folder" in result.stderr
@@ -129,7 +129,7 @@ def test_nothing_shared_is_silent(api: SandboxApi, workspace: Workspace) -> None
     job = write_other_job(workspace, input="new.csv")
     workspace.write_leads(make_leads(20, start=100), name="new.csv")
     summary = workspace.run_in_process("run", job, "--json", api=api).json_output
-    assert (summary["exit_code"], summary["notes"], summary["paid_elsewhere"]) == (0, [], 0)
+    assert (summary["exit_code"], summary["notes"], summary["paid_in_other_ledgers"]) == (0, [], 0)
 
 
 @pytest.mark.long
@@ -190,7 +190,7 @@ def test_other_workspace_is_no_neighbour(workspace: Workspace, tmp_path: Path) -
     job = write_other_job(workspace)
     run_sql(workspace.ledger_path, "UPDATE facts SET value = 'another' WHERE name = 'workspace'")
     with serve_api(tmp_path / "second.db") as api:
-        assert workspace.run_in_process("run", job, "--json", api=api).json_output["submitted"] == 30
+        assert workspace.run_in_process("run", job, "--json", api=api).json_output["submitted"] == 12
 
 
 @pytest.mark.long
@@ -213,7 +213,7 @@ def test_plan_says_so(api: SandboxApi, workspace: Workspace) -> None:
     """The plan tells that a run would be refused, and `--limit 0` asks nothing of anyone."""
     job = write_other_job(workspace)
     planned = workspace.run_in_process("plan", job, api=api)
-    assert (planned.exit_code, "a run would be refused: 30 of the 30 requests" in planned.stdout) == (0, True)
+    assert (planned.exit_code, "a run would be refused: 12 of the 12 requests" in planned.stdout) == (0, True)
     assert workspace.run_in_process("run", job, "--limit", "0", api=api).exit_code == 0
 
 
@@ -227,11 +227,11 @@ def test_question_on_a_terminal(api: SandboxApi, workspace: Workspace) -> None:
     assert declined.count("Pay again? [y/N]") == 1
     assert declined.rstrip().splitlines()[-1] == "Cancelled. Nothing sent."
     assert "to send" not in declined
-    assert api.audit()["accepted"] == 30
+    assert api.audit()["accepted"] == 12
     assert workspace.run_in_process("status", job, "--json").json_output["executions"] == []
 
     agreed, code = answer_on_terminal(workspace, api, "y", "run", job, "--yes")
-    assert (code, agreed.count("Pay again?"), api.audit()["accepted"]) == (0, 1, 60)
+    assert (code, agreed.count("Pay again?"), api.audit()["accepted"]) == (0, 1, 24)
 
 
 @pytest.mark.long
@@ -247,7 +247,7 @@ def test_answer_no_to_the_cost(api: SandboxApi, workspace: Workspace) -> None:
     last, question = declined.rstrip().splitlines()[-1], declined.index("Spend up to 17.55 credits on 5 leads? [y/N]")
     assert last == "Cancelled. Nothing sent."
     assert declined[question:].count("\n") == 2
-    assert api.audit()["accepted"] == 30
+    assert api.audit()["accepted"] == 12
     assert workspace.run_in_process("status", job, "--json").json_output["executions"] == []
     assert not list(workspace.folder.glob("copy_out*")) + list(workspace.folder.glob("report*"))
     agreed, code = answer_on_terminal(workspace, api, "y", "run", job)

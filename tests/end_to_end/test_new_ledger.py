@@ -10,15 +10,11 @@ import pytest
 from enrich.errors import CommandRefused
 from enrich.run.context import RunOptions
 from tests.support.cases import first_quick
-from tests.support.workspace import BOTH_BACKENDS_SERVER_LONG, FILE_ONLY, SandboxApi, Workspace, make_leads
+from tests.support.workspace import FILE_ONLY, SandboxApi, Workspace, both_backends, make_leads
+
+backend = both_backends
 
 RUN = ("run", "job.yaml", "--json")
-
-
-@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Run each test with a ledger in a file and on a server."""
-    return str(request.param)
 
 
 @pytest.fixture

@@ -43,20 +43,20 @@ def status_column(workspace: Workspace) -> list[str]:
 
 def test_only_new_leads_are_sent(api: SandboxApi, workspace: Workspace) -> None:
     """Row numbers are no identity: order and neighbors may change, the answers stay with their leads."""
-    workspace.write_leads(make_leads(30))
+    workspace.write_leads(make_leads(10))
     workspace.run_job(api)
     before = rows_by_first_name(workspace)
-    leads = make_leads(35)
+    leads = make_leads(15)
     random.Random(7).shuffle(leads)
     workspace.write_leads(leads)
 
     summary = workspace.run_job(api)
 
-    assert (summary.submitted, summary.reused) == (5, 30)
+    assert (summary.submitted, summary.reused) == (5, 10)
     assert [row["First Name"] for row in workspace.read_output()] == [lead[0] for lead in leads]
     after = rows_by_first_name(workspace)
     assert {name: after[name] for name in before} == before
-    assert api.audit()["accepted"] == 35
+    assert api.audit()["accepted"] == 15
 
 
 def test_unrelated_columns_may_change(api: SandboxApi, workspace: Workspace) -> None:
@@ -199,7 +199,7 @@ def test_expired_result_is_not_resent(tmp_path: Path, workspace: Workspace) -> N
 
 def test_failed_requests_need_retry(tmp_path: Path, workspace: Workspace) -> None:
     """A failed request stays failed until `--retry failed`, which resends those and no others."""
-    workspace.write_leads(make_leads(30))
+    workspace.write_leads(make_leads(12))
     with serve_api(tmp_path / "api.db", failure_rate=0.3, free_failures=0.0) as api:
         first = workspace.run_job(api)
         second = workspace.run_job(api)
@@ -212,7 +212,7 @@ def test_failed_requests_need_retry(tmp_path: Path, workspace: Workspace) -> Non
     assert (second.submitted, second.failed, second.exit_code) == (0, failed, 0)
     assert in_doubt_rows.submitted == 0
     assert (third.submitted, third.failed, third.exit_code) == (failed, failed, 10)
-    assert (audit["accepted"], audit["accepted_more_than_once"]) == (30 + failed, failed)
+    assert (audit["accepted"], audit["accepted_more_than_once"]) == (12 + failed, failed)
 
 
 @pytest.mark.long

@@ -18,24 +18,20 @@ from enrich.run.context import RunOptions
 from enrich.run.summary import RunSummary
 from tests.support.cases import first_quick
 from tests.support.workspace import (
-    BOTH_BACKENDS_SERVER_LONG,
     FILE_ONLY,
     SandboxApi,
     Workspace,
+    both_backends,
     kill_process,
     make_leads,
     serve_api,
     wait_until,
 )
 
+backend = both_backends
+
 OLD_OUTPUT = "the output of an older night\n"
 MAX_POSTS_IN_FLIGHT = 32  # the most requests that a kill may leave in doubt
-
-
-@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Run each test with a ledger in a file and on a server."""
-    return str(request.param)
 
 
 def start_and_kill(workspace: Workspace, api: SandboxApi, condition: Callable[[], bool], *arguments: str) -> None:
@@ -87,7 +83,7 @@ def test_kill_before_first_post(api: SandboxApi, workspace: Workspace) -> None:
 @pytest.mark.parametrize("fault", first_quick(1, ["silence-after", "silence-before"]))
 def test_kill_with_posts_in_flight(api: SandboxApi, workspace: Workspace, fault: str) -> None:
     """At most 64 requests are in doubt, whether accepted or not; the others are bought once."""
-    workspace.write_leads(make_leads(150))
+    workspace.write_leads(make_leads(60))
     api.inject_fault(fault, 40)
     start_and_kill(workspace, api, lambda: api.audit()["faults"].get(fault, 0) >= 20)
     in_flight = api.audit()["faults"][fault]
@@ -97,9 +93,9 @@ def test_kill_with_posts_in_flight(api: SandboxApi, workspace: Workspace, fault:
 
     assert summary.exit_code == 14
     assert in_flight <= (summary.in_doubt or 0) <= MAX_POSTS_IN_FLIGHT
-    assert summary.submitted == 150 - (summary.in_doubt or 0)
+    assert summary.submitted == 60 - (summary.in_doubt or 0)
     assert any("killed" in note for note in summary.notes)
-    audit = assert_consistent_with_audit(workspace, api, summary, 150)
+    audit = assert_consistent_with_audit(workspace, api, summary, 60)
     assert audit["accepted"] == summary.submitted + (in_flight if fault == "silence-after" else 0)
 
 
@@ -119,16 +115,16 @@ def test_kill_while_submitting_and_polling(tmp_path: Path, workspace: Workspace)
 
 def test_kill_while_polling(tmp_path: Path, workspace: Workspace) -> None:
     """The next run collects every answer and sends nothing."""
-    workspace.write_leads(make_leads(40))
+    workspace.write_leads(make_leads(12))
     with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
-        start_and_kill(workspace, api, lambda: request_count(api, "task") >= 40)
+        start_and_kill(workspace, api, lambda: request_count(api, "task") >= 12)
         api.advance(120)
 
         summary = workspace.run_job(api)
 
-        assert_consistent_with_audit(workspace, api, summary, 40)
+        assert_consistent_with_audit(workspace, api, summary, 12)
     assert (summary.exit_code, summary.submitted, summary.in_doubt) == (0, 0, 0)
-    assert (summary.found or 0) + (summary.not_found or 0) == 40
+    assert (summary.found or 0) + (summary.not_found or 0) == 12
 
 
 @FILE_ONLY

@@ -17,14 +17,16 @@ from enrich.models import RowStatus
 from enrich.run.context import RunOptions
 from enrich.sandbox.settings import Shape
 from tests.support.workspace import (
-    BOTH_BACKENDS_SERVER_LONG,
     FILE_ONLY,
     SHORT_TIMEOUTS,
     SandboxApi,
     Workspace,
+    both_backends,
     make_leads,
     serve_api,
 )
+
+backend = both_backends
 
 #: The guaranteed keys of the summary (section 5 of the contract), which users' scripts read.
 SUMMARY_KEYS = {
@@ -32,12 +34,6 @@ SUMMARY_KEYS = {
     *("elapsed_s", "output", "exit_code", "found", "not_found", "failed", "expired", "in_doubt", "invalid"),
     *("filtered", "pending", "credits_unknown"),
 }
-
-
-@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Run each test with a ledger in a file and on a server."""
-    return str(request.param)
 
 
 def test_csv_is_enriched(api: SandboxApi, workspace: Workspace) -> None:

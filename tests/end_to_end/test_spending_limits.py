@@ -13,17 +13,13 @@ from enrich.ledger import queries
 from enrich.models import State
 from enrich.rows.job_input import JobInput
 from enrich.run.context import RunOptions
-from tests.support.workspace import BOTH_BACKENDS_SERVER_LONG, SandboxApi, Workspace, make_leads, serve_api
+from tests.support.workspace import SandboxApi, Workspace, both_backends, make_leads, serve_api
+
+backend = both_backends
 
 #: The maximum price of one request of the standard job, in credits.
 MAX_PRICE = 3.51
 HEADER = ["First Name", "Last Name", "Website", "Email", "Size"]
-
-
-@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Run each test with a ledger in a file and on a server."""
-    return str(request.param)
 
 
 def leads_of_sizes(*sizes: str) -> list[list[str]]:

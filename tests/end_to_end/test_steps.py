@@ -13,14 +13,18 @@ import pytest
 from enrich.exit_codes import ExitCode
 from enrich.models import State
 from enrich.run.context import RunOptions
+from enrich.run.progress import Progress
 from tests.support.workspace import (
-    BOTH_BACKENDS_SERVER_LONG,
+    JumpingClock,
     SandboxApi,
     Workspace,
+    both_backends,
     clock_ahead,
     kill_process,
     serve_api,
 )
+
+backend = both_backends
 
 HEADER = ["First Name", "Last Name", "Website", "Email", "Title", "LinkedIn"]
 #: Company → e-mail → a fallback where nothing was found → phone for directors.
@@ -100,12 +104,6 @@ def statuses_of(rows: Iterable[dict[str, str]], step: str | None = None) -> Coun
     return Counter(row["enrich_status" if step is None else f"enrich_{step}_status"] for row in rows)
 
 
-@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Run each test with a SQLite file and with PostgreSQL."""
-    return str(request.param)
-
-
 @pytest.fixture
 def people(workspace: Workspace) -> Workspace:
     """Return a workspace with the long job and thirty leads of ten companies."""
@@ -139,6 +137,12 @@ def test_each_step_follows_from_those_before(people: Workspace, api: SandboxApi)
         assert credits_of(rows, f"enrich_{step['name']}_credits") == pytest.approx(step["credits_spent"])
         assert {status: step[status] for status in statuses_of(rows, step["name"])} == statuses_of(rows, step["name"])
     assert summary.cost_per_lead == pytest.approx(summary.credits_spent / statuses_of(rows)["found"], abs=1e-6)
+    # The columns come first, then five of each step, then three of the row.
+    of_steps = [
+        f"enrich_{step}_{name}" for step in STEPS for name in ("status", "provider", "credits", "task_id", "at")
+    ]
+    columns = ["staff", "work_email", "link", "phone"]
+    assert list(rows[0]) == [*HEADER, *columns, *of_steps, "enrich_status", "enrich_error", "enrich_credits"]
 
 
 @pytest.mark.long
@@ -149,17 +153,6 @@ def test_second_run_pays_nothing(people: Workspace, api: SandboxApi) -> None:
     summary = people.run_job(api)
     assert (summary.submitted, summary.credits_spent) == (0, 0.0)
     assert (people.folder / "out.csv").read_bytes() == before
-
-
-def test_output_columns(people: Workspace, api: SandboxApi) -> None:
-    """The columns come first, then five of each step, then three of the row."""
-    people.run_job(api)
-    names = list(people.read_output()[0])
-    of_steps = [
-        f"enrich_{step}_{name}" for step in STEPS for name in ("status", "provider", "credits", "task_id", "at")
-    ]
-    columns = ["staff", "work_email", "link", "phone"]
-    assert names == [*HEADER, *columns, *of_steps, "enrich_status", "enrich_error", "enrich_credits"]
 
 
 @pytest.mark.long
@@ -201,7 +194,7 @@ def test_fallback_after_failure(workspace: Workspace, tmp_path: Path) -> None:
     columns: {work_email: work_email}
 limits:"""
     workspace.write_job(SHORT_JOB.replace("\nlimits:", fallback))
-    workspace.write_leads(make_people(30), HEADER)
+    workspace.write_leads(make_people(12), HEADER)
     with serve_api(tmp_path / "api.db", hit_rate=1.0, failure_rate=0.5, free_failures=0.0) as api:
         summary = workspace.run_job(api)
         rows = workspace.read_output()
@@ -305,14 +298,14 @@ def test_cap_of_the_job(people: Workspace, api: SandboxApi) -> None:
 def test_limit_counts_leads(people: Workspace, api: SandboxApi) -> None:
     """`--limit` begins so many leads; the next limited run finishes nothing twice and begins as many again."""
     people.write_job(SHORT_JOB)
-    people.write_leads(make_people(30), HEADER)
-    for number in (1, 2, 3):
-        summary = people.run_job(api, RunOptions(limit=10))
+    people.write_leads(make_people(7), HEADER)
+    for number in (1, 2):
+        summary = people.run_job(api, RunOptions(limit=3))
         rows = people.read_output()
         assert summary.exit_code == ExitCode.OK
-        assert summary.steps[0]["submitted"] == 10
-        assert statuses_of(rows)["pending"] == 30 - 10 * number
-        assert all(row["enrich_email_status"] == "pending" for row in rows[10 * number :])
+        assert summary.steps[0]["submitted"] == 3
+        assert statuses_of(rows)["pending"] == 7 - 3 * number
+        assert all(row["enrich_email_status"] == "pending" for row in rows[3 * number :])
     assert credits_of(people.read_output()) == pytest.approx(api.audit()["credits_charged"])
 
 
@@ -435,12 +428,12 @@ def test_canary_of_a_step(workspace: Workspace, tmp_path: Path) -> None:
     """A step's canary counts its own answers only, and stops the run."""
     canary = "columns: {link: linkedin_url}\n    canary: {rows: 4, min_hit_rate: 0.9}"
     workspace.write_job(SHORT_JOB.replace("columns: {link: linkedin_url}", canary))
-    workspace.write_leads(make_people(20), HEADER)
+    workspace.write_leads(make_people(10), HEADER)
     with serve_api(tmp_path / "api.db", hit_rate=0.6) as api:
         summary = workspace.run_job(api)
     assert summary.exit_code == ExitCode.CANARY
     assert str(summary.error).startswith("step `person`: the canary stopped the run")
-    assert [step["submitted"] for step in summary.steps] == [20, 4]
+    assert [step["submitted"] for step in summary.steps] == [10, 4]
 
 
 @pytest.mark.long
@@ -451,6 +444,60 @@ def test_bulk_steps(people: Workspace, api: SandboxApi) -> None:
     assert summary.exit_code in (ExitCode.OK, ExitCode.SOME_FAILED)
     assert summary.credits_spent == pytest.approx(api.audit()["credits_charged"])
     assert summary.submitted == api.audit()["accepted"]
+
+
+def test_open_task_has_the_attempts_of_its_step(workspace: Workspace, tmp_path: Path) -> None:
+    """A task of an earlier run that fails at no charge is sent again by the `max_attempts` of its step."""
+    workspace.write_job(SHORT_JOB.replace("email_getter\n", "email_getter\n    policy: {max_attempts: 1}\n"))
+    workspace.write_leads(make_people(4), HEADER)
+    clock = JumpingClock()
+
+    def end_when_submitted(progress: Progress) -> None:
+        clock.jumped_s = 3600.0 if progress.submitted else 0.0
+
+    with serve_api(tmp_path / "api.db", failure_rate=1.0, free_failures=1.0, latency="fixed(60)") as api:
+        workspace.submit_without_collecting(api)
+        api.advance(61)
+        workspace.run_job(api, RunOptions(max_time_s=600.0), clock=clock, on_progress=end_when_submitted)
+        assert api.audit()["accepted"] == 4
+    assert {row["enrich_email_status"] for row in workspace.read_output()} == {"failed"}
+
+
+def test_change_replaces_the_value_of_another_step(workspace: Workspace, tmp_path: Path) -> None:
+    """Where a step replaces what a fallback had found, the feed has the replaced value as the old one."""
+    job = """\
+version: 1
+input: leads.csv
+output: out.csv
+steps:
+  - name: email
+    waterfall: email_getter
+    where: WHERE
+    params: {first_name: First Name, last_name: Last Name, company: {column: Website, transform: [domain]}}
+    columns: {contact: email}
+  - name: size
+    waterfall: company_lookup
+    only_if_empty: [contact]
+    params: {company_website: {column: Website, transform: [domain]}}
+    columns: {contact: employees, business: industries}
+changes: {path: changes.csv, key: [First Name]}
+"""
+    workspace.write_leads(make_people(8, 8), HEADER)
+    with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
+        workspace.job_file.write_text(job.replace("WHERE", "Email <> ''"), encoding="utf-8")
+        workspace.run_job(api)
+        sizes = {row["First Name"]: row["contact"] for row in workspace.read_output()}
+        assert len(list(filter(None, sizes.values()))) == 8
+        workspace.job_file.write_text(job.replace("WHERE", "Website NOT LIKE '%company0%'"), encoding="utf-8")
+        workspace.run_job(api)
+        lines = workspace.read_output("changes.csv")
+        emails = {row["First Name"]: row["contact"] for row in workspace.read_output()}
+        workspace.run_job(api)
+        assert workspace.read_output("changes.csv") == []
+    assert {line["First Name"]: (line["field"], line["old"], line["new"]) for line in lines} == {
+        name: ("contact", sizes[name], email) for name, email in emails.items() if email != sizes[name]
+    }
+    assert len(lines) == 7
 
 
 @pytest.mark.long

@@ -28,8 +28,8 @@ DEPENDENT = "    where: enrich_company_status = 'found'\n"
 
 @pytest.fixture
 def paid_elsewhere(workspace: Workspace) -> Workspace:
-    """Make a job without steps whose ledger has paid for the e-mails of twelve leads."""
-    workspace.write_leads(make_people(12), HEADER)
+    """Make a job without steps whose ledger has paid for the e-mails of ten leads."""
+    workspace.write_leads(make_people(10), HEADER)
     single = EMAIL.replace("\n    ", "\n").replace("    waterfall", "waterfall")
     workspace.write_job("version: 1\nname: single\ninput: leads.csv\noutput: single.csv\n" + single)
     return workspace
@@ -40,12 +40,12 @@ def test_neighbour_has_paid_for_a_later_step(paid_elsewhere: Workspace, api: San
     paid_elsewhere.run_job(api)
     paid_elsewhere.write_job(COMPANY_JOB)
     plan = paid_elsewhere.run_in_process("plan", "job.yaml", "--json", api=api).json_output
-    assert "12 of the 24 requests are already paid for in single.db" in plan["notes"][-1]
+    assert "10 of the 20 requests are already paid for in single.db" in plan["notes"][-1]
     for limit in (None, 3):
-        with pytest.raises(RunDeclined, match=r"12 of the 24 requests are already paid for in single\.db"):
+        with pytest.raises(RunDeclined, match=r"10 of the 20 requests are already paid for in single\.db"):
             paid_elsewhere.run_job(api, RunOptions(limit=limit))
-    assert api.audit()["accepted"] == 12
-    assert paid_elsewhere.run_job(api, RunOptions(new_ledger=True)).submitted == 24
+    assert api.audit()["accepted"] == 10
+    assert paid_elsewhere.run_job(api, RunOptions(new_ledger=True)).submitted == 20
 
 
 @pytest.mark.long
@@ -58,16 +58,16 @@ def test_neighbour_has_paid_for_a_dependent_step(paid_elsewhere: Workspace, tmp_
         rows = paid_elsewhere.read_output()
         assert summary.exit_code == ExitCode.CREDITS
         assert summary.error is not None
-        assert summary.error.startswith("12 of the 12 requests are already paid for in single.db")
+        assert summary.error.startswith("10 of the 10 requests are already paid for in single.db")
         assert summary.hint == "--new-ledger pays again for the step `email`"
         (action,) = required_actions(summary.exit_code, summary.as_json(), JobArguments("job.yaml", "job.yaml"))
         assert action.commands == ("enrich run job.yaml --new-ledger",)
-        assert statuses_of(rows, "company") == {"found": 12}
-        assert statuses_of(rows, "email") == statuses_of(rows) == {"pending": 12}
-        with pytest.raises(RunDeclined, match="12 of the 12 requests"):
+        assert statuses_of(rows, "company") == {"found": 10}
+        assert statuses_of(rows, "email") == statuses_of(rows) == {"pending": 10}
+        with pytest.raises(RunDeclined, match="10 of the 10 requests"):
             paid_elsewhere.run_job(api)
-        assert api.audit()["accepted"] == 24
-        assert paid_elsewhere.run_job(api, RunOptions(new_ledger=True)).submitted == 12
+        assert api.audit()["accepted"] == 20
+        assert paid_elsewhere.run_job(api, RunOptions(new_ledger=True)).submitted == 10
 
 
 def test_balance_too_low_for_a_later_step(workspace: Workspace, tmp_path: Path) -> None:

@@ -93,18 +93,21 @@ def test_stopped_and_killed_runs_are_detected(tmp_path: Path, workspace: Workspa
         run.send_signal(signal.SIGCONT)
         wait_until(lambda: watcher.read_view().status is RunStatus.RUNNING)
         kill_process(run)
-        wait_until(lambda: watcher.read_view().status is RunStatus.NO_HEARTBEAT)
-        assert "killed, suspended or stopped while sending" in format_headline(watcher.read_view())
+        assert watcher.read_view().status is RunStatus.KILLED
+        assert "was killed while sending" in format_headline(watcher.read_view())
+        assert workspace.run_in_process("status", "job.yaml", "--json").json_output["at_work"] is None
+        (listed,) = workspace.run_in_process("runs", "job.yaml", "--json").json_output["executions"]
+        assert listed["outcome"] == "killed"
 
         result = io.StringIO()
         watching = threading.Thread(target=watch_job, args=(watcher, result, {}, 0.05), kwargs={"as_json": True})
         watching.start()
-        wait_until(lambda: "no heartbeat" in result.getvalue())
+        wait_until(lambda: "killed" in result.getvalue())
         api.advance(601)
         assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
         watching.join(timeout=90)
 
-    assert json_lines(result.getvalue())[0]["sign"] == "no heartbeat"
+    assert json_lines(result.getvalue())[0]["sign"] == "killed"
     assert (json_lines(result.getvalue())[-1]["execution"], json_lines(result.getvalue())[-1]["exit_code"]) == (2, 0)
 
 

@@ -9,14 +9,11 @@ import pytest
 from enrich.ledger import claim_costs, transitions
 from enrich.ledger.transitions import StepCapReached
 from tests.support.ledger import COST, FOUND, MAX_PRICE, CommittingLedger
+from tests.support.workspace import both_backends
+
+backend = both_backends
 
 CLAIMS = 400
-
-
-@pytest.fixture(params=["file", pytest.param("server", marks=pytest.mark.long)])
-def backend(request: pytest.FixtureRequest) -> str:
-    """Run every test on both databases."""
-    return str(request.param)
 
 
 def test_cost_is_added_up_a_few_times(ledger: CommittingLedger, monkeypatch: pytest.MonkeyPatch) -> None:

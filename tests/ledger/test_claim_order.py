@@ -15,14 +15,11 @@ from enrich.ledger.database import Database
 from enrich.ledger.transitions import CLAIMS_PER_FULL_LOOK
 from enrich.models import State
 from tests.support.ledger import FREE_FAILURE, MAX_PRICE, CommittingLedger, params
+from tests.support.workspace import both_backends
+
+backend = both_backends
 
 CLAIMED_BESIDE_SNAPSHOT = 3_000
-
-
-@pytest.fixture(params=["file", pytest.param("server", marks=pytest.mark.long)])
-def backend(request: pytest.FixtureRequest) -> str:
-    """Run every test on both databases."""
-    return str(request.param)
 
 
 def claim_leads(ledger: CommittingLedger, count: int) -> list[tuple[int, int]]:

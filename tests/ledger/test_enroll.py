@@ -33,15 +33,11 @@ from tests.support.ledger import (
     results_of,
     row_requests,
 )
-from tests.support.workspace import BOTH_BACKENDS_SERVER_LONG
+from tests.support.workspace import both_backends
+
+backend = both_backends
 
 NEW, CAPPED, WAITING = Decision.NEW, Decision.CAPPED, Decision.WAITING
-
-
-@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Run each test with a SQLite file and with PostgreSQL."""
-    return str(request.param)
 
 
 def row_request(

@@ -10,13 +10,9 @@ import pytest
 from enrich.ledger import bindings
 from enrich.ledger.verify import check_ledger
 from tests.support.ledger import CALL, CommittingLedger
-from tests.support.workspace import BOTH_BACKENDS_SERVER_LONG, Workspace, make_leads, serve_api
+from tests.support.workspace import Workspace, both_backends, make_leads, serve_api
 
-
-@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Run each test with a SQLite file and with PostgreSQL."""
-    return str(request.param)
+backend = both_backends
 
 
 def test_latencies_are_stored_per_call(tmp_path: Path) -> None:

@@ -37,13 +37,9 @@ from tests.support.ledger import (
     row_requests,
     sqlite_connection,
 )
-from tests.support.workspace import BOTH_BACKENDS_SERVER_LONG
+from tests.support.workspace import both_backends
 
-
-@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Run each test with a SQLite file and with PostgreSQL."""
-    return str(request.param)
+backend = both_backends
 
 
 class TestTransitions:

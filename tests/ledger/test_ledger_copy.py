@@ -26,13 +26,9 @@ from enrich.ledger.verify import check_ledger
 from tests.support import postgres as servers
 from tests.support.cases import examples
 from tests.support.ledger import CALL, COST, FREE_FAILURE, NO_MATCH, CommittingLedger, run_sql
-from tests.support.workspace import BOTH_BACKENDS_SERVER_LONG, SandboxApi, Workspace, make_leads
+from tests.support.workspace import SandboxApi, Workspace, both_backends, make_leads
 
-
-@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Copy from SQLite and from PostgreSQL."""
-    return str(request.param)
+backend = both_backends
 
 
 @pytest.fixture

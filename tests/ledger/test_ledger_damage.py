@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from enrich.errors import CommandRefused
 from enrich.ledger.database import Database
 from enrich.ledger.verify import check_ledger
-from tests.support.cases import first_quick
+from tests.support.cases import first_quick, in_turn
 from tests.support.ledger import CommittingLedger
 from tests.support.workspace import ProgramResult, SandboxApi, Workspace, make_leads, serve_api
 
@@ -83,7 +83,7 @@ def execute_raw(path: Path, *statements: str) -> None:
 
 
 @pytest.mark.parametrize("command", first_quick(1, COMMANDS), ids=NAMES)
-@pytest.mark.parametrize("lost", [1, 4095, 4097, 40_000])
+@in_turn("lost", [1, 4095, 4097, 40_000])
 def test_truncated_file_is_reported(
     paid_ledger: tuple[SandboxApi, Workspace, bytes], command: list[str], lost: int
 ) -> None:
@@ -112,7 +112,7 @@ def test_overwritten_bytes_are_reported(paid_ledger: tuple[SandboxApi, Workspace
 
 @pytest.mark.long
 @pytest.mark.parametrize("command", COMMANDS, ids=NAMES)
-@pytest.mark.parametrize(
+@in_turn(
     "statement",
     [
         f"UPDATE requests SET params = CAST(x'7b22{SECRET.encode().hex()}ff223a317d' AS TEXT)",
@@ -151,9 +151,27 @@ def test_check_names_column_and_row(paid_ledger: tuple[SandboxApi, Workspace, by
 
     assert result.exit_code == 5
     assert "requests.params, id 3: not UTF-8" in result.stdout
-    assert "attempts.answer, id 5: not JSON" in result.stdout
+    assert "attempts.answer, id 5: not a JSON object" in result.stdout
     assert "facts.value, row 2: not UTF-8" in result.stdout
     assert SECRET not in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("command", first_quick(2, [*COMMANDS[5:7], COMMANDS[0], COMMANDS[4]], single=True))
+@pytest.mark.parametrize("answer", [f'{{"{SECRET}', "", "[]", "5", "null", f'"{SECRET}"', "[" * 20_000])
+def test_answer_that_is_no_object_is_named(
+    paid_ledger: tuple[SandboxApi, Workspace, bytes], command: list[str], answer: str
+) -> None:
+    """An answer that is no JSON object is exit 5, and the message names its attempt."""
+    api, workspace, content = paid_ledger
+    write_ledger(workspace, content)
+    with closing(sqlite3.connect(workspace.ledger_path)) as db, db:
+        db.execute("UPDATE attempts SET answer = ? WHERE request_id = 1", (answer,))
+        (attempt,) = db.execute("SELECT id FROM attempts WHERE request_id = 1").fetchone()
+
+    result = workspace.run_in_process(*command, api=api)
+
+    assert_error_without_content(result, 5)
+    assert f"attempts.answer, id {attempt}: not a JSON object" in result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -230,14 +248,13 @@ def make_device_link(path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", first_quick(2, COMMANDS), ids=NAMES)
-@pytest.mark.parametrize(
-    "make", [make_fifo, make_socket, make_dangling_link, make_link_loop, make_device_link, Path.mkdir]
-)
+@in_turn("make", [make_fifo, make_socket, make_dangling_link, make_link_loop, make_device_link, Path.mkdir])
 def test_special_files_are_refused(
     api: SandboxApi, workspace: Workspace, make: Callable[[Path], None], command: list[str]
 ) -> None:
     """A special file is refused at once with the reason, and no ledger is made elsewhere."""
     workspace.write_leads(make_leads(3))
+    shutil.rmtree(workspace.ledger_path.parent, ignore_errors=True)
     workspace.ledger_path.parent.mkdir()
     make(workspace.ledger_path)
 

@@ -428,7 +428,7 @@ class LedgerStateMachine(RuleBasedStateMachine):
         if paid and self.model.price_already_charged([number]):
             paid = 0
         after = State.PENDING if free and lead.attempts < MAX_ATTEMPTS else state
-        answer = Answer(state, credits=result, raw=f"{number}", free_failure=free)
+        answer = Answer(state, credits=result, raw=f'{{"data": {number}}}', free_failure=free)
         assert ledger.settle(number, answer, MAX_ATTEMPTS) is after
         self.settle_attempt(number, after, state.value)
         post.credits = paid
@@ -446,7 +446,7 @@ class LedgerStateMachine(RuleBasedStateMachine):
         ledger, model = self.ledger, self.model
         fates = [State.FOUND, State.NOT_FOUND, State.FAILED, State.EXPIRED]
         answers = [
-            Answer(state, raw=f"{number}", free_failure=state is State.FAILED and share == 0)
+            Answer(state, raw=f'{{"data": {number}}}', free_failure=state is State.FAILED and share == 0)
             for number, state in zip(
                 numbers, data.draw(st.tuples(*[st.sampled_from(fates)] * len(numbers))), strict=True
             )

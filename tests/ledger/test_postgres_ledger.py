@@ -28,6 +28,21 @@ def backend() -> str:
     return "server"
 
 
+@pytest.mark.parametrize("answer", ["[]", "{"])
+def test_answer_that_is_no_object_is_named(api: SandboxApi, workspace: Workspace, answer: str) -> None:
+    """An answer that is no JSON object is exit 5, and the message names its attempt."""
+    workspace.write_leads(make_leads(2))
+    assert workspace.run_job(api).exit_code == 0
+    with closing(Database(workspace.ledger_location)) as ledger, ledger.transaction():
+        ledger.execute("UPDATE attempts SET answer = ? WHERE id = 2", (answer,))
+
+    result = workspace.run_in_process("collect", "job.yaml")
+
+    assert (result.exit_code, "Traceback" in result.stderr) == (5, False), result.stderr
+    assert "attempts.answer, id 2: not a JSON object" in result.stderr
+    assert "pg_restore" in result.stderr
+
+
 # The password
 
 

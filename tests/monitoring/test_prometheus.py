@@ -113,6 +113,17 @@ def test_failed_start_keeps_last_success(api: SandboxApi, metrics_workspace: Wor
         assert bad["enrich_ledger_credits_spent"] == good["enrich_ledger_credits_spent"]
 
 
+def test_metrics_of_another_program_stay(metrics_workspace: Workspace) -> None:
+    """A file with metrics of another program is exit 2 and stays."""
+    path = metrics_workspace.folder / PROM
+    path.parent.mkdir()
+    path.write_text("backup_age_seconds 12\n", encoding="utf-8")
+    result = metrics_workspace.run_in_process("run", "job.yaml")
+    assert result.exit_code == 2
+    assert f"{PROM} has metrics of another program" in result.stderr
+    assert path.read_text(encoding="utf-8") == "backup_age_seconds 12\n"
+
+
 def test_failed_first_start_has_no_success(metrics_workspace: Workspace) -> None:
     """After a failed first start there is no metric of the last success."""
     assert metrics_workspace.run_in_process("run", "job.yaml").exit_code == 3

@@ -55,6 +55,7 @@ def run_statistics(answers: Iterable[SettledAttempt]) -> AnswerStats:
     for each in answers:
         task = load_task(each.answer)
         made.add(each, task, parse_data(task.get("data")))
+    made.add_kinds()
     return made
 
 

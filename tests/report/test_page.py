@@ -87,9 +87,9 @@ def test_page_contains_machine_readable_values() -> None:
     report = reports.typical_report()
     page = rendered_page(reports.typical_report)
     assert reports.marked_values(page, "job", "credits_spent") == [1236.6]
-    assert set(reports.marked_values(page, "night 9", "credits_spent")) == {171.35}
-    assert set(reports.marked_values(page, "night 9", "found")) == {52.0}
-    assert set(reports.marked_values(page, "night 4", "balance_after")) == {None}
+    assert set(reports.marked_values(page, "run 9", "credits_spent")) == {171.35}
+    assert set(reports.marked_values(page, "run 9", "found")) == {52.0}
+    assert set(reports.marked_values(page, "run 4", "balance_after")) == {None}
     assert reports.marked_values(page, "waterfall", "answers") == [1180.0]
     for provider in report.waterfall.providers:
         assert reports.marked_values(page, f"provider {provider.name}", "credits") == [provider.credits]
@@ -115,7 +115,7 @@ def test_tiles_name_their_runs() -> None:
     assert plain_text(page).count("All runs 9 runs since 9 Nov 2026") == 1
     assert reports.marked_values(page, "all runs", "found") == [735]
     assert reports.marked_values(page, "all runs", "hit_rate") == [735 / 1348]
-    first = render_report(replace(reports.typical_report(), nights=reports.typical_report().nights[:1]))
+    first = render_report(replace(reports.typical_report(), runs=reports.typical_report().runs[:1]))
     assert "Last run Run 1, 9 Nov 2026" in plain_text(first)
     assert 'id="all-runs"' not in first
 
@@ -124,15 +124,15 @@ def test_only_rates_are_compared() -> None:
     """Only the match rate and the cost per match show a change, from 100 results on."""
     report = reports.typical_report()
     assert tile_changes(report) == ["▼ 13.6 points vs. run 8", "▲ 1.88 vs. run 8"]
-    assert tile_changes(replace(report, nights=report.nights[:1])) == []
-    small = replace(report.nights[-2], found=40, not_found=59)
-    assert tile_changes(replace(report, nights=[*report.nights[:-2], small, report.nights[-1]])) == [
+    assert tile_changes(replace(report, runs=report.runs[:1])) == []
+    small = replace(report.runs[-2], found=40, not_found=59)
+    assert tile_changes(replace(report, runs=[*report.runs[:-2], small, report.runs[-1]])) == [
         "▼ 6.8 points vs. run 7",
         "▲ 1.48 vs. run 7",
     ]
-    assert tile_changes(replace(report, nights=[*report.nights[:-1], replace(small, execution=9)])) == []
-    same = replace(report.nights[-2], execution=9)
-    assert tile_changes(replace(report, nights=[*report.nights[:-1], same])) == ["same as run 8"] * 2
+    assert tile_changes(replace(report, runs=[*report.runs[:-1], replace(small, execution=9)])) == []
+    same = replace(report.runs[-2], execution=9)
+    assert tile_changes(replace(report, runs=[*report.runs[:-1], same])) == ["same as run 8"] * 2
 
 
 def tile_changes(report: Report) -> list[str]:
@@ -146,8 +146,8 @@ def tile_changes(report: Report) -> list[str]:
 def test_few_runs_have_no_trend_charts() -> None:
     """Charts over time need five runs."""
     report = reports.typical_report()
-    assert 'id="trends"' in render_report(replace(report, nights=report.nights[:5]))
-    assert 'id="trends"' not in render_report(replace(report, nights=report.nights[:4]))
+    assert 'id="trends"' in render_report(replace(report, runs=report.runs[:5]))
+    assert 'id="trends"' not in render_report(replace(report, runs=report.runs[:4]))
 
 
 @pytest.mark.long
@@ -206,7 +206,7 @@ def test_actions_come_first() -> None:
     page = rendered_page(reports.typical_report)
     assert page.index("enrich reconcile jobs/leads.yaml") < page.index("<dl class") < page.index("<svg")
     assert "Action required" in page
-    calm = render_report(replace(reports.typical_report(), needs=(), anomalies=()))
+    calm = render_report(replace(reports.typical_report(), actions=(), anomalies=()))
     assert "No action required" in calm
     assert "Action required" not in calm
 
@@ -245,7 +245,7 @@ def test_provider_staircase_chart() -> None:
     steps = charts.waterfall_steps(reports.typical_report().waterfall)
     assert [step.start for step in steps] == [0, 412, 599, 660, 718, 735]
     assert steps[0].end == 1090 + 74
-    assert steps[0].presumed == 74
+    assert steps[0].inferred == 74
     assert (steps[-1].name, steps[-1].end - steps[-1].start) == (charts.NO_MATCH_LABEL, 1180 - 735)
 
 

@@ -272,6 +272,15 @@ def test_where_error_hides_cell(tmp_path: Path, where: str) -> None:
     assert not any(cell in result for row in LEADS for cell in (row[0], row[2]) if len(cell) > 1)
 
 
+@pytest.mark.parametrize("blanks", ["", "blanks: [unknown]\n", "blanks: []\n"])
+def test_empty_lists_and_objects_are_always_blank(tmp_path: Path, blanks: str) -> None:
+    """`[]` and `{}` of a JSON input are blank, also with a job's own list of blanks."""
+    job = f"{blanks}params: {{n: N, p: P}}\nonly_if_empty: [E]\n"
+    leads = [["a", "[]", "{}"], ["b", "x", "[]"], ["c", "[1]", "[1]"]]
+    batch = read_requests(open_rows(tmp_path, job, ["N", "P", "E"], leads))
+    assert sent_params(batch) == [{"n": "a"}, {"n": "b", "p": "x"}, None]
+
+
 def test_only_if_empty(tmp_path: Path) -> None:
     """A row is sent only if all listed columns are blank; with `where`, both conditions must hold."""
     leads = [["a", "", ""], ["b", " \t", ""], ["c", "x", ""], ["d", "", "y"], ["e", "", ""]]
@@ -369,7 +378,7 @@ def test_status_columns_are_replaced(tmp_path: Path) -> None:
         ["^x$", "x", "xx"],
         ["^.*$", "*", "."],
         ["", "column_0", "column_1"],
-        ["wanted", "literal", "params"],
+        ["selected", "literal", "params"],
         ["0", "1", "2"],
         ['a"b', "a.b", " a "],
         ["a\nb", "a,b", "a;b"],
@@ -380,7 +389,7 @@ def test_status_columns_are_replaced(tmp_path: Path) -> None:
 )
 def test_any_column_name(tmp_path: Path, header: list[str]) -> None:
     """Column names are never patterns, and none clashes with internal names."""
-    job = as_yaml(params={"a": header[1], "wanted": header[2], "literal": {"value": "c"}}, only_if_empty=[header[2]])
+    job = as_yaml(params={"a": header[1], "selected": header[2], "literal": {"value": "c"}}, only_if_empty=[header[2]])
     leads = [["1", "2", ""], ["4", "5", "6"]]
     batch = read_requests(open_rows(tmp_path, job, header, leads))
     assert batch.frame.columns == header
@@ -490,7 +499,7 @@ CELL = st.text(alphabet="aA bB\u00e9e\u0301\u00a0\"\\{},:'\n", max_size=4) | st.
 
 def expected_params(cells: Mapping[str, str]) -> dict[str, str]:
     """Return the params that the documentation promises."""
-    return {name: value for name, cell in cells.items() if (value := clean(cell))}
+    return {name: value for name, cell in cells.items() if (value := clean(cell)) not in {"", "[]", "{}"}}
 
 
 @pytest.mark.long

@@ -10,13 +10,13 @@ from enrich.models import RowStatus
 from enrich.rows.step_decision import RowFacts, StepDecision, decide, row_status
 
 #: A row that can be sent.
-SENDABLE = RowFacts(left_out=False, invalid=False, blank_from_step=False, wanted=True, was_sent=False, ready=True)
+SENDABLE = RowFacts(left_out=False, invalid=False, blank_from_step=False, selected=True, was_sent=False, ready=True)
 FACTS = st.builds(
     RowFacts,
     left_out=st.booleans(),
     invalid=st.booleans(),
     blank_from_step=st.booleans(),
-    wanted=st.booleans(),
+    selected=st.booleans(),
     was_sent=st.booleans(),
     ready=st.booleans(),
 )
@@ -30,12 +30,12 @@ FACTS = st.builds(
         ({"left_out": True}, StepDecision.FILTER),
         ({"left_out": True, "was_sent": True}, StepDecision.FILTER),
         ({"ready": False}, StepDecision.WAIT),
-        ({"ready": False, "wanted": False}, StepDecision.WAIT),
+        ({"ready": False, "selected": False}, StepDecision.WAIT),
         ({"ready": False, "invalid": True}, StepDecision.WAIT),
         ({"ready": False, "was_sent": True}, StepDecision.KEEP),
-        ({"wanted": False}, StepDecision.FILTER),
-        ({"wanted": False, "was_sent": True}, StepDecision.KEEP),
-        ({"wanted": False, "invalid": True}, StepDecision.FILTER),
+        ({"selected": False}, StepDecision.FILTER),
+        ({"selected": False, "was_sent": True}, StepDecision.KEEP),
+        ({"selected": False, "invalid": True}, StepDecision.FILTER),
         ({"invalid": True}, StepDecision.REJECT),
         ({"invalid": True, "blank_from_step": True}, StepDecision.LACK),
     ],
@@ -50,7 +50,7 @@ def test_nothing_is_sent_too_early(facts: RowFacts) -> None:
     """A row is sent only when all that it depends on is final, its condition holds, and it has its params."""
     if decide(facts) is StepDecision.SEND:
         assert facts.ready
-        assert facts.wanted
+        assert facts.selected
         assert not facts.invalid
         assert not facts.left_out
 

@@ -15,15 +15,11 @@ from enrich.errors import CommandRefused
 from enrich.rows.suppression import Suppression, read_suppression
 from enrich.run.context import RunOptions
 from tests.support.cases import in_turn
-from tests.support.workspace import BOTH_BACKENDS_SERVER_LONG, SandboxApi, Workspace, make_leads
+from tests.support.workspace import SandboxApi, Workspace, both_backends, make_leads
+
+backend = both_backends
 
 HEADER = ["First Name", "Last Name", "Website", "Email", "Note"]
-
-
-@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Run each test with a SQLite file and with PostgreSQL."""
-    return str(request.param)
 
 
 def read_list(folder: Path, text: str) -> Suppression:

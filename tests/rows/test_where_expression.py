@@ -31,8 +31,8 @@ REFUSED_EXPRESSIONS = {
     "a null": "NULL",
     "a text": "Note",
     "several columns": "*",
-    "two columns": "TRUE) AS wanted, (Note",
-    "two statements": "TRUE) AS wanted FROM leads; SELECT (TRUE",
+    "two columns": "TRUE) AS selected, (Note",
+    "two statements": "TRUE) AS selected FROM leads; SELECT (TRUE",
     "a NUL": "Note = '\0' AND \0",
 } | {
     function: function

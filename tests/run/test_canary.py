@@ -15,23 +15,19 @@ from enrich.sandbox.databar import Databar
 from enrich.sandbox.lookups import Refused
 from tests.support.cases import first_quick, in_turn
 from tests.support.workspace import (
-    BOTH_BACKENDS_SERVER_LONG,
     FILE_ONLY,
     Workspace,
+    both_backends,
     kill_process,
     make_leads,
     serve_api,
     wait_until,
 )
 
+backend = both_backends
+
 LEADS = 30
 CANARY_YAML = "{rows: 6, min_hit_rate: 0.5}"
-
-
-@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Run each test with a SQLite file and with PostgreSQL."""
-    return str(request.param)
 
 
 @pytest.fixture

@@ -9,15 +9,11 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from tests.support.workspace import BOTH_BACKENDS_SERVER_LONG, HEADER, JOB, SandboxApi, Workspace, make_leads, serve_api
+from tests.support.workspace import HEADER, JOB, SandboxApi, Workspace, both_backends, make_leads, serve_api
+
+backend = both_backends
 
 MERGE_JOB = JOB.replace("work_email: email", "Email: email")
-
-
-@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Run each test with a SQLite file and with PostgreSQL."""
-    return str(request.param)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -27,24 +28,20 @@ from enrich.run.plan import Plan
 from enrich.run.plan_file import SavedPlan, read_plan, write_plan
 from tests.support.cases import examples
 from tests.support.workspace import (
-    BOTH_BACKENDS_SERVER_LONG,
     FILE_ONLY,
     ProgramResult,
     SandboxApi,
     Workspace,
+    both_backends,
     make_leads,
     serve_api,
 )
 
+backend = both_backends
+
 #: The maximum price of one request of the standard job, in credits.
 MAX_PRICE = 3.51
 PAID_DECISIONS = {decision.value for decision in DECISIONS_TO_SEND}
-
-
-@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Run each test with a SQLite file and with PostgreSQL."""
-    return str(request.param)
 
 
 def plan_in_process(
@@ -264,10 +261,28 @@ def test_rows_file_is_replaced(api: SandboxApi, workspace: Workspace) -> None:
     workspace.write_leads(make_leads(2))
     run_plan_command(workspace, api, "--rows", "rows.csv")
 
-    result = run_plan_command(workspace, api, "--input", "rows.csv", "--rows", "again.csv")
+    for _ in range(2):
+        result = run_plan_command(workspace, api, "--input", "rows.csv", "--rows", "again.csv")
+        assert result.exit_code == 0, result.stderr
+        assert (workspace.folder / "again.csv").read_text() == (workspace.folder / "rows.csv").read_text()
 
-    assert result.exit_code == 0, result.stderr
-    assert (workspace.folder / "again.csv").read_text() == (workspace.folder / "rows.csv").read_text()
+
+@FILE_ONLY
+@pytest.mark.parametrize("name", ["rows.csv", "rows.csv.gz", "rows.parquet", "rows.xlsx", "rows.jsonl"])
+def test_rows_file_replaces_only_rows_files(api: SandboxApi, workspace: Workspace, name: str) -> None:
+    """Replaces an older file of `--rows` and an empty file in every format; any other file is exit 2 and stays."""
+    workspace.write_leads(make_leads(2))
+    path = workspace.folder / name
+    path.touch()
+    for _ in range(2):
+        assert run_plan_command(workspace, api, "--rows", name).exit_code == 0
+    with_plan = pl.DataFrame({"plan_decision": ["new"], "plan_why": ["mine"], "Email": ["a@b.example"]})
+    for content in (b"Name,Email\nAda,a@b.example\n", b"\x00\x01", with_plan.write_csv().encode()):
+        path.write_bytes(content)
+        result = run_plan_command(workspace, api, "--rows", name)
+        assert result.exit_code == 2
+        assert f"{name}: this file exists and was not written by `plan --rows`" in result.stderr
+        assert path.read_bytes() == content
 
 
 @FILE_ONLY

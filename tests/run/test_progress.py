@@ -24,19 +24,15 @@ from enrich.run.progress import (
     read_snapshot,
 )
 from tests.support.cases import in_turn
-from tests.support.workspace import BOTH_BACKENDS_SERVER_LONG, SandboxApi, Workspace, make_leads, serve_api
+from tests.support.workspace import SandboxApi, Workspace, both_backends, make_leads, serve_api
+
+backend = both_backends
 
 #: Seconds until the next tick, and the counts until then.
 TICKS = st.lists(
     st.tuples(st.floats(0, 5_000) | st.floats(0, 3), st.builds(TrafficCounts, *[st.integers(0, 500)] * 4)),
     max_size=60,
 )
-
-
-@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Run each test with a SQLite file and with PostgreSQL."""
-    return str(request.param)
 
 
 def add_counts(one: TrafficCounts, other: TrafficCounts) -> TrafficCounts:

@@ -81,7 +81,7 @@ def test_steps_give_provider_stats() -> None:
 
     assert [each.name for each in whole.providers] == ["Mailhound", "Peoplegrid"]
     first, second = by_name["Mailhound"], by_name["Peoplegrid"]
-    assert (first.asked, first.passed_on, first.cost_per_hit) == (1, 1, None)
+    assert (first.reported, first.passed_on, first.cost_per_hit) == (1, 1, None)
     assert (second.found, second.cost_per_hit) == (1, 1_500_000)
     assert (whole.answers, whole.found, whole.not_reported, whole.spent, whole.unattributed) == (1, 1, 0, 1_500_000, 0)
 
@@ -104,7 +104,7 @@ def test_verifier_stats() -> None:
     assert (by_name["Mailhound"].rejected, by_name["Peoplegrid"].rejected) == (1, 0)
     assert by_name["Peoplegrid"].found == 1
     proof = by_name["Mailproof"]
-    assert (proof.verifies, proof.asked, proof.found, proof.passed_on, proof.credits) == (True, 1, 0, 0, 30_000)
+    assert (proof.verifies, proof.reported, proof.found, proof.passed_on, proof.credits) == (True, 1, 0, 0, 30_000)
     assert whole.unattributed == 0
 
 
@@ -114,7 +114,7 @@ def test_no_match_without_steps_is_inferred(data: object) -> None:
     by_name, whole = provider_stats(settled_attempt(State.NOT_FOUND, data, 50))
 
     assert set(by_name) == {"Mailhound", "Peoplegrid", "Inboxly"}
-    assert all((each.asked, each.presumed, each.passed_on) == (0, 1, 1) for each in whole.providers)
+    assert all((each.reported, each.inferred, each.passed_on) == (0, 1, 1) for each in whole.providers)
     assert (whole.not_reported, whole.unattributed) == (0, 50)
 
 
@@ -125,7 +125,7 @@ def test_match_without_steps_is_inferred() -> None:
         settled_attempt(State.FOUND, data), settled_attempt(State.FOUND, {"email": "a@b.example"})
     )
 
-    assert {name: (each.presumed, each.found) for name, each in by_name.items()} == {
+    assert {name: (each.inferred, each.found) for name, each in by_name.items()} == {
         "Mailhound": (1, 0),
         "Peoplegrid": (1, 1),
     }
@@ -133,12 +133,12 @@ def test_match_without_steps_is_inferred() -> None:
 
 
 def test_provider_from_data_without_step() -> None:
-    """A provider whose data is in the answer counts as asked, even without a step."""
+    """A provider whose data is in the answer counts as called, even without a step."""
     by_name, _ = provider_stats(
         settled_attempt(State.FOUND, result_wrapper("a@b.example", step("Mailhound"), provider="Peoplegrid"))
     )
 
-    assert (by_name["Peoplegrid"].asked, by_name["Peoplegrid"].found) == (1, 1)
+    assert (by_name["Peoplegrid"].reported, by_name["Peoplegrid"].found) == (1, 1)
 
 
 def test_unattributed_credits() -> None:
@@ -181,7 +181,7 @@ def test_invalid_step_cost_is_ignored(cost: object) -> None:
         settled_attempt(State.NOT_FOUND, result_wrapper(None, step("Mailhound", cost)), 500_000)
     )
 
-    assert (by_name["Mailhound"].asked, by_name["Mailhound"].credits, whole.unattributed) == (1, 0, 500_000)
+    assert (by_name["Mailhound"].reported, by_name["Mailhound"].credits, whole.unattributed) == (1, 0, 500_000)
 
 
 @in_turn("provider", [None, "", "  ", 833, True, ["Mailhound"], {"name": "Ada"}])
@@ -236,8 +236,8 @@ def test_any_answer_keeps_totals(answers: list[tuple[State, object, int | None]]
     if all(paid is not None for _, _, paid in answers):
         assert sum(each.credits for each in whole.providers) + whole.unattributed == whole.spent
     for each in by_name.values():
-        assert 0 <= each.found <= each.asked + each.presumed <= whole.answers
-        assert each.rejected <= each.asked
+        assert 0 <= each.found <= each.reported + each.inferred <= whole.answers
+        assert each.rejected <= each.reported
         assert each.passed_on >= 0
     assert sum(each.found for each in whole.providers) <= whole.found
 
@@ -247,7 +247,7 @@ def test_provider_that_verifies_counted_once() -> None:
     steps = step("Peoplegrid"), {**step("Peoplegrid"), "action": "verify"}
     by_name, _ = provider_stats(settled_attempt(State.FOUND, result_wrapper("a@b.example", *steps)))
 
-    assert by_name["Peoplegrid"].asked == 1
+    assert by_name["Peoplegrid"].reported == 1
 
 
 def ledger_stats(workspace: Workspace) -> ProviderTotals:
@@ -294,7 +294,7 @@ def test_stats_agree_with_audit(
     for each in whole.providers:
         if not each.verifies:  # a miss without steps shows no price and no verification
             assert each.found == true[each.name]["found"]
-            assert each.asked + each.presumed == true[each.name]["asked"]
+            assert each.reported + each.inferred == true[each.name]["calls"]
         assert each.credits / 1e6 <= true[each.name]["credits"] + 1e-9
     assert {each.name for each in whole.providers if each.verifies} == ({"Mailproof"} if verifier else set())
 
@@ -309,6 +309,6 @@ def test_stats_with_steps_match_charges(tmp_path: Path, workspace: Workspace) ->
         true = api.audit()["by_provider"]
 
     assert {
-        each.name: {"asked": each.asked, "found": each.found, "credits": pytest.approx(each.credits / 1e6)}
+        each.name: {"calls": each.reported, "found": each.found, "credits": pytest.approx(each.credits / 1e6)}
         for each in ledger_stats(workspace).providers
     } == true

@@ -185,9 +185,9 @@ def send_late(limiter: AdaptiveRateLimiter, *, waiting: bool) -> None:
     """Send with timers that fire 50 ms late, for requests that wait for their slots or come only then."""
     now = 0.0
     for _ in range(400):
-        wanted_at = now
+        waiting_since = now
         now += (wait := limiter.delay(now)) and wait + 0.05
-        limiter.consume(now, wanted_at if waiting else None)
+        limiter.consume(now, waiting_since if waiting else None)
         limiter.record_answer(now)
 
 

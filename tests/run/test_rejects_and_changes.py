@@ -7,13 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.workspace import BOTH_BACKENDS_SERVER_LONG, SandboxApi, Workspace, make_leads, serve_api
+from tests.support.workspace import SandboxApi, Workspace, both_backends, make_leads, serve_api
 
-
-@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Run each test with a SQLite file and with PostgreSQL."""
-    return str(request.param)
+backend = both_backends
 
 
 @pytest.fixture

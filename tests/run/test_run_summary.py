@@ -31,7 +31,7 @@ CREDITS = st.floats(0, 5_000_000).map(lambda value: round(value, 6))
 
 def make_provider(name: str, **known: Any) -> dict[str, Any]:
     """Return a provider of a run summary."""
-    nothing = {"verifies": False, "asked": 0, "presumed": 0, "found": 0, "rejected": 0, "credits": 0.0}
+    nothing = {"verifies": False, "reported": 0, "inferred": 0, "found": 0, "rejected": 0, "credits": 0.0}
     return {"name": name, **nothing, "cost_per_hit": None, **known}
 
 
@@ -67,11 +67,11 @@ def test_line_width(data: st.DataObject) -> None:
         rate_limited=data.draw(st.integers(0, 9_999)),
         elapsed_s=data.draw(st.floats(0, 90_000)),
         providers=[
-            make_provider(name, asked=data.draw(NUMBERS), found=data.draw(NUMBERS), credits=data.draw(CREDITS))
+            make_provider(name, reported=data.draw(NUMBERS), found=data.draw(NUMBERS), credits=data.draw(CREDITS))
             for name in data.draw(st.lists(names, max_size=4))
         ],
-        providers_untold=data.draw(NUMBERS),
-        credits_elsewhere=data.draw(CREDITS),
+        providers_not_reported=data.draw(NUMBERS),
+        credits_unattributed=data.draw(CREDITS),
     ).with_row_counts(
         {status: data.draw(NUMBERS) for status in RowStatus},
         {name: data.draw(NUMBERS) for name in data.draw(st.lists(names, unique=True, max_size=4))},
@@ -94,7 +94,11 @@ def test_columns_are_aligned_in_any_script() -> None:
         "e" + "\N{COMBINING ACUTE ACCENT}" * 999,
     ]
     summary = RunSummary(
-        "leads", 0, rows=9, providers=[make_provider(name, asked=7, found=5) for name in names], providers_untold=1
+        "leads",
+        0,
+        rows=9,
+        providers=[make_provider(name, reported=7, found=5) for name in names],
+        providers_not_reported=1,
     ).with_row_counts({RowStatus.FOUND: 2, RowStatus.NOT_FOUND: 7}, dict.fromkeys(names, 5))
 
     for share in ("55.6%", "71.4%"):
@@ -113,9 +117,9 @@ def test_small_amounts() -> None:
         submitted=1,
         credits_spent=0.004,
         cost_per_hit=0.000012,
-        providers=[make_provider("Inboxly", asked=1, credits=0.0)],
-        credits_elsewhere=-0.0000001,
-        providers_untold=1,
+        providers=[make_provider("Inboxly", reported=1, credits=0.0)],
+        credits_unattributed=-0.0000001,
+        providers_not_reported=1,
     )
     result = "\n".join([*format_summary(summary), *format_details(summary)])
     assert " 0.004 credits" in result
@@ -275,7 +279,7 @@ def test_summary_matches_bill(tmp_path: Path, workspace: Workspace) -> None:
 
     by_provider = sum(each["credits"] for each in summary.providers)
     assert summary.credits_spent == pytest.approx(audit["credits_charged"])
-    assert by_provider + (summary.credits_elsewhere or 0) == pytest.approx(summary.credits_spent)
+    assert by_provider + (summary.credits_unattributed or 0) == pytest.approx(summary.credits_spent)
     assert sum(each["found"] for each in summary.providers) == summary.found
     assert summary.columns == {"work_email": summary.found}
     assert summary.cost_per_hit == pytest.approx(summary.credits_spent / (summary.found or 0), abs=1e-6)
@@ -283,10 +287,10 @@ def test_summary_matches_bill(tmp_path: Path, workspace: Workspace) -> None:
     assert summary.credits_spent <= (summary.planned["max"] or 0)
     assert summary.difference is None
     first, *others = [each for each in summary.providers if not each["verifies"]]
-    assert first["asked"] + first["presumed"] + (summary.providers_untold or 0) == audit["accepted"]
+    assert first["reported"] + first["inferred"] + (summary.providers_not_reported or 0) == audit["accepted"]
     for before, after in zip([first, *others], others, strict=False):
-        passed_on = before["asked"] + before["presumed"] - before["found"]
-        assert after["asked"] + after["presumed"] <= passed_on
+        passed_on = before["reported"] + before["inferred"] - before["found"]
+        assert after["reported"] + after["inferred"] <= passed_on
 
 
 @pytest.mark.long

@@ -125,8 +125,8 @@ def test_provider_totals_add_up(start: StartSandbox) -> None:
     stats = totals["by_provider"]
     assert set(stats) == {"Mailhound", "Peoplegrid", "Mailproof"}
     assert sum(each["credits"] for each in stats.values()) == pytest.approx(totals["credits_charged"])
-    assert stats["Mailhound"]["asked"] <= totals["charged"] <= 20
-    assert 0 < stats["Peoplegrid"]["asked"] <= 20 - stats["Mailhound"]["found"]
+    assert stats["Mailhound"]["calls"] <= totals["charged"] <= 20
+    assert 0 < stats["Peoplegrid"]["calls"] <= 20 - stats["Mailhound"]["found"]
     assert stats["Mailproof"]["found"] == 0
 
 

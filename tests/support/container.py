@@ -159,7 +159,8 @@ class ImageBuilder:
         self._lines.append(f"mount --bind {root} {root}")  # so that it can become read-only
         for name in ("etc", "proc", "dev", "tmp", "root", "opt"):
             (root / name).mkdir(parents=True)
-        (root / "tmp").chmod(0o1777)
+        # Before the other mounts: this checkout may itself be below /tmp.
+        self._lines.append(f"mount -t tmpfs -o mode=1777 tmpfs {root / 'tmp'}")
         (root / "etc" / "passwd").write_text("root:x:0:0:root:/root:/bin/sh\n", encoding="utf-8")
         (root / "etc" / "group").write_text("root:x:0:\n", encoding="utf-8")
         for name in ("resolv.conf", "pip.conf", "login.defs", "ssl", "ld.so.cache", "alternatives"):
@@ -181,8 +182,7 @@ class ImageBuilder:
             self._mount(path, root)
 
     def _mount(self, path: str, root: Path) -> None:
-        Path(f"{root}{path}").mkdir(parents=True, exist_ok=True)
-        self._lines.append(f"mount --rbind {path} {root}{path}")
+        self._lines.append(f"mkdir -p {root}{path} && mount --rbind {path} {root}{path}")
 
     def _copy(self, words: list[str], root: Path, workdir: str, roots: Mapping[str, Path]) -> None:
         source_root = ROOT
@@ -224,7 +224,6 @@ def run_image(folder: Path, variables: Mapping[str, str], mounts: tuple[str, ...
     arguments = ["run", "jobs/leads.yaml", "--sandbox", "--limit", "3", "--json"]
     return builder.run(
         f"chown -R {user} {data}",
-        f"mount -t tmpfs -o mode=1777 tmpfs {root / 'tmp'}",
         f"mount --bind {data} {root}{workdir}",
         f"mount -o remount,ro,bind {root} && ! touch {root}/opt/enrich/file 2>&-",
         builder.command(root, workdir, environ, [*entry, *arguments], user),

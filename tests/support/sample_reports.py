@@ -31,24 +31,24 @@ from tests.support.workspace import Workspace
 FIRST_RUN_AT = datetime(2026, 11, 9, 2, tzinfo=UTC)
 
 
-def make_provider(name: str, asked: int, found: int, spent: float, inferred: int = 0) -> ReportedProvider:
+def make_provider(name: str, reported: int, found: int, spent: float, inferred: int = 0) -> ReportedProvider:
     """Make a provider that passes on the leads it does not find."""
     return ReportedProvider(
         name=name,
         verifies=False,
-        asked=asked,
-        presumed=inferred,
+        reported=reported,
+        inferred=inferred,
         found=found,
         rejected=found // 40,
-        passed_on=asked + inferred - found,
+        passed_on=reported + inferred - found,
         credits=spent,
         cost_per_hit=round(spent / found, 6) if found else None,
     )
 
 
-def make_verifier(name: str, asked: int, spent: float) -> ReportedProvider:
+def make_verifier(name: str, reported: int, spent: float) -> ReportedProvider:
     """Make a verifier."""
-    return replace(make_provider(name, asked, 0, spent), verifies=True, passed_on=0)
+    return replace(make_provider(name, reported, 0, spent), verifies=True, passed_on=0)
 
 
 def run_totals(number: int, found: int, not_found: int, spent: float, **more: object) -> ReportedRun:
@@ -108,7 +108,7 @@ def typical_report() -> Report:
         input="sample_data/leads.csv",
         output="out/leads_enriched.csv",
         waterfall=ReportedWaterfall("email_getter", providers, 1180, 735, 16, 1261.6, 24.999),
-        nights=runs,
+        runs=runs,
         rows=1301,
         statuses={
             "found": 735,
@@ -172,7 +172,7 @@ def typical_report() -> Report:
             Anomaly("hit_rate", "The match rate fell from 57.0% of 700 to 45.2% of 115 results."),
             Anomaly("cost_per_hit", "A match cost 3.30 credits, 1.57 before (+110%)."),
         ],
-        needs=[
+        actions=[
             RequiredAction(
                 "3 requests are unconfirmed: they may have been charged. Compare the balance, then decide",
                 ("enrich reconcile jobs/leads.yaml", "enrich run jobs/leads.yaml --retry in_doubt"),
@@ -203,7 +203,7 @@ def steps_report() -> Report:
         job="full_contact",
         sandbox=True,
         step_waterfalls=steps,
-        nights=typical.nights[:1],
+        runs=typical.runs[:1],
         credits_unknown=0,
         skipped=[
             SkippedRows("email", "filtered", "left out by where or only_if_empty", 690),
@@ -252,7 +252,7 @@ def empty_report() -> Report:
     return replace(
         typical,
         waterfall=ReportedWaterfall("email_getter", (), 0, 0, 0, 0.0, 0.0),
-        nights=(),
+        runs=(),
         rows=None,
         statuses={},
         requests={},
@@ -265,7 +265,7 @@ def empty_report() -> Report:
         traffic=None,
         ages=(),
         anomalies=(),
-        needs=[RequiredAction("Start with ten requests", ("enrich run jobs/leads.yaml --limit 10",))],
+        actions=[RequiredAction("Start with ten requests", ("enrich run jobs/leads.yaml --limit 10",))],
         notes=(),
         skipped=(),
     )
@@ -308,13 +308,13 @@ def hostile_report() -> Report:
         waterfall=ReportedWaterfall(
             HOSTILE_TEXTS[2], [*providers, make_verifier(first, 12, 1.0)], 1100, 720, 0, 721.0, 0.0
         ),
-        nights=[replace(each, outcome=first, started_at=HOSTILE_TEXTS[6]) for each in report.nights],
+        runs=[replace(each, outcome=first, started_at=HOSTILE_TEXTS[6]) for each in report.runs],
         statuses={**report.statuses, HOSTILE_TEXTS[2]: 4, first: 2},
         columns=hits,
         groups=[GroupedHits(name, hits) for name in HOSTILE_TEXTS[:3]],
         ages=[AnswerAge(name, 3, 4) for name in HOSTILE_TEXTS],
         anomalies=[Anomaly(name, name) for name in HOSTILE_TEXTS],
-        needs=[RequiredAction(name, (name,)) for name in HOSTILE_TEXTS],
+        actions=[RequiredAction(name, (name,)) for name in HOSTILE_TEXTS],
         notes=HOSTILE_TEXTS,
         skipped=[SkippedRows(name, name, name, 1) for name in HOSTILE_TEXTS],
         job_file=HOSTILE_TEXTS[2],
@@ -335,7 +335,7 @@ def large_report() -> Report:
     return replace(
         typical_report(),
         waterfall=ReportedWaterfall("email_getter", providers, 1_000_000, 840_000, 0, 1_680_006.0, 0.0),
-        nights=runs,
+        runs=runs,
         rows=1_000_000,
         statuses={"found": 840_000, "not_found": 159_999, "in_doubt": 1},
         groups=[GroupedHits("Country", [HitCounts(f"Country {place}", 9000, 8000, 90 * place) for place in range(60)])],
@@ -351,7 +351,7 @@ def no_match_report() -> Report:
     return replace(
         typical_report(),
         waterfall=ReportedWaterfall("email_getter", [make_provider("Mailhound", 12, 0, 0.0)], 12, 0, 0, 0.0, 0.0),
-        nights=[run_totals(1, 0, 12, 0.0, balance_before=None, balance_after=None, polls=None, elapsed_s=None)],
+        runs=[run_totals(1, 0, 12, 0.0, balance_before=None, balance_after=None, polls=None, elapsed_s=None)],
         statuses={"not_found": 12},
         columns=[HitCounts("work_email", 12, 12, 0)],
         groups=[GroupedHits("Country", [HitCounts("DE", 12, 0, 0)])],
@@ -360,7 +360,7 @@ def no_match_report() -> Report:
         latencies=LatencyHistogram([HistogramBar(0.0, 0.5, 12)], 12, 0.2, 0.4, 0.5),
         ages=[],
         anomalies=[],
-        needs=[],
+        actions=[],
         skipped=(),
     )
 

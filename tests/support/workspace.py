@@ -150,6 +150,14 @@ def serve_api(
 
 #: Values of a `backend` fixture: both backends, the server among the long tests only.
 BOTH_BACKENDS_SERVER_LONG = ("file", pytest.param("server", marks=pytest.mark.long))
+
+
+@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
+def both_backends(request: pytest.FixtureRequest) -> str:
+    """Run each test of a module with a SQLite file and with PostgreSQL, where the module has it as its `backend`."""
+    return str(request.param)
+
+
 #: For a test of the file in a module that covers both.
 FILE_ONLY = pytest.mark.parametrize("backend", ["file"])
 

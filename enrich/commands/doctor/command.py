@@ -31,7 +31,6 @@ from enrich.job.locations import LedgerLocation, PostgresLocation
 from enrich.ledger import execution_records, queries, transitions
 from enrich.ledger.database import Database, ledger_exists
 from enrich.ledger.lock import is_locked
-from enrich.ledger.sqlite import lock_path
 from enrich.models import State, read_balance, to_micros
 from enrich.report.page_file import INSTALL_HINT, is_extra_missing
 from enrich.run.budget import make_budget
@@ -208,7 +207,7 @@ def _ledger_findings(
             yield Finding("ok", "ledger", f"{path}: created by the first run")
     except EnrichError:
         return  # check_job has reported it
-    if _ledger_is_locked(path):
+    if is_locked(path):
         yield Finding(
             "warn", "lock", "a run is in progress", "wait until it ends, or start the next one with --if-locked skip"
         )
@@ -233,10 +232,6 @@ def _ledger_findings(
 
 def _ledger_exists(ledger: LedgerLocation) -> bool:
     return ledger_exists(ledger) if isinstance(ledger, PostgresLocation) else path_exists(ledger)
-
-
-def _ledger_is_locked(ledger: LedgerLocation) -> bool:
-    return bool(is_locked(ledger)) if isinstance(ledger, PostgresLocation) else system.is_lock_held(lock_path(ledger))
 
 
 def _optional_micros(credits_: float | None) -> int | None:

@@ -1,8 +1,7 @@
-"""System facts for `enrich doctor`: file systems, permissions, locks, free space, and whether the program starts."""
+"""System facts for `enrich doctor`: file systems, permissions, free space, and whether the program starts."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shlex
@@ -63,23 +62,6 @@ def is_accessible_by_others(path: Path) -> bool:
 def free_bytes(folder: Path) -> int:
     """Return how many bytes this user may still write in a folder."""
     return shutil.disk_usage(folder).free
-
-
-def is_lock_held(lock: Path) -> bool:
-    """Whether a process holds a lock file. Creates no file, and holds a free lock only for a moment."""
-    try:
-        descriptor = os.open(lock, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
-    return False
 
 
 def enrich_command() -> list[str]:

@@ -22,7 +22,7 @@ from enrich.commands.init.column_kinds import (
     split_words,
 )
 from enrich.databar.description import Description
-from enrich.job.cell_text import PLACEHOLDERS, clean
+from enrich.job.cell_text import EMPTY_VALUES, PLACEHOLDERS, clean
 from enrich.models import LeftOut
 from enrich.rows.domains import no_company
 
@@ -66,7 +66,7 @@ class Column:
 
 def describe_column(name: str, values: Iterable[str]) -> Column:
     """Compute the statistics of a column's values. Blank values are ignored."""
-    filled = [text for text in map(clean, values) if text and text not in PLACEHOLDERS]
+    filled = [text for text in map(clean, values) if text and text not in (*PLACEHOLDERS, *EMPTY_VALUES)]
     count = len(filled) or 1
     shares = {kind: sum(1 for value in filled if form.fullmatch(value)) / count for kind, form in VALUE_FORMATS.items()}
     hosts = Counter(host for host in map(_host, filled) if host)

@@ -71,13 +71,13 @@ def write_new_file(text: str, target: Path, *, force: bool) -> None:
 
 
 def _is_job_file(path: Path) -> bool:
-    """Return whether a file is text with the name of a YAML file, or with a job's first keys."""
+    """Return whether a file is text with a job's first keys, also one whose YAML is broken."""
     try:
         text = read_text(path)
     except (OSError, UnicodeDecodeError):
         return False
     keys = {line.partition(":")[0] for line in text.splitlines()}
-    return path.suffix in (".yaml", ".yml") or {"version", "input"} <= keys
+    return {"version", "input"} <= keys
 
 
 def rank_waterfalls(available: Sequence[Description], sample: Sample) -> Iterator[str]:
@@ -147,7 +147,7 @@ def _source_text(host: str, *, use_sandbox: bool) -> str:
     help="The waterfall. Without it, list the waterfalls that fit the columns.",
 )
 @click.option(
-    "--enrichment", "number", type=click.IntRange(min=1), metavar="ID", help="An enrichment instead of a waterfall."
+    "--enrichment", "number", type=options.AtLeast(1), metavar="ID", help="An enrichment instead of a waterfall."
 )
 @click.option(
     "-o",

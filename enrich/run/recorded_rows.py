@@ -1,6 +1,6 @@
-"""Finds the rows for which a step has asked before.
+"""Finds the rows that are recorded in the ledger with the requests of a step (table `step_rows`).
 
-Several rows can have one request. Which of them wanted it is in the ledger: its answer is not that of the others. A row
+Several rows can have one request. Its answer belongs only to the rows that are recorded with it. A row
 is known by a hash of all its cells, and by one of those that the steps send: so it is known again when a cell that only
 a condition reads has changed, and when a step was added.
 """
@@ -53,19 +53,19 @@ def _joined(text: pl.DataFrame, columns: Sequence[str]) -> pl.Series:
     return cells.select(pl.concat_str(pl.all().fill_null(""), separator="\x1f")).to_series()
 
 
-def find_asked(
+def find_recorded_rows(
     ledger: Database, job: Job, fingerprints: Sequence[bytes | None], rows: Sequence[int], names: Identities
-) -> dict[int, step_results.AskedRow]:
-    """Return those of the rows for which a step has asked. `names` tells all rows of the batch apart."""
+) -> dict[int, step_results.RecordedRow]:
+    """Return those of the rows that are recorded with their request. `names` tells all rows of the batch apart."""
     requests = [
         (rows[index], (fingerprint, row_hash))
         for index, row_hash in names.hashes(job, rows)
         if (fingerprint := fingerprints[rows[index]]) is not None
     ]
-    found = step_results.find_asked(ledger, job.step, [pair for _, pair in requests]) if requests else {}
-    asked: dict[int, step_results.AskedRow] = {}
+    found = step_results.find_recorded_rows(ledger, job.step, [pair for _, pair in requests]) if requests else {}
+    recorded: dict[int, step_results.RecordedRow] = {}
     for index, known in found.items():
         row = requests[index][0]
-        if row not in asked or not known.is_wanted_by_other:
-            asked[row] = known
-    return asked
+        if row not in recorded or not known.is_requested_by_other:
+            recorded[row] = known
+    return recorded
