@@ -118,7 +118,7 @@ def parse_data(data: object, provider: str | None = None, *, find_provider: bool
     steps: list[Mapping[str, Any]] = [step for step in listed_steps[:MAX_STEPS] if isinstance(step, dict)]
     if find_provider:
         provider = _find_provider(fields, data.get("enrichment_data"), steps)
-    return ParsedData(fields, provider, data, steps, unread_steps=len(listed_steps[MAX_STEPS:]))
+    return ParsedData(fields, provider, data, steps, unread_steps=max(0, len(listed_steps) - MAX_STEPS))
 
 
 def result_fields(data: object) -> Mapping[str, Any]:

@@ -16,6 +16,9 @@ from enrich.models import SettledAttempt, State
 
 #: How many of the newest attempts are used to estimate the current price of a request.
 PRICE_SAMPLE_SIZE = 100_000
+#: How many characters the answers of a batch of rows have at most, by the newest answers of the ledger.
+MAX_ANSWER_CHARACTERS = 100_000_000
+_ANSWER_SAMPLE_SIZE = 1_000
 
 
 class InDoubtSummary(NamedTuple):
@@ -25,6 +28,15 @@ class InDoubtSummary(NamedTuple):
     max_cost: int
     oldest_execution_id: int
     oldest_ms: int
+
+
+def max_rows_per_batch(db: Database, answers_per_row: int = 1) -> int:
+    """Return how many rows to read at once together with their answers, so that memory is bounded."""
+    (average,) = db.execute(
+        "SELECT coalesce(avg(length(answer)), 0) FROM (SELECT answer FROM attempts WHERE answer IS NOT NULL "
+        f"ORDER BY id DESC LIMIT {_ANSWER_SAMPLE_SIZE}) AS newest"
+    ).fetchone()
+    return max(1, int(MAX_ANSWER_CHARACTERS / max(1.0, float(average) * answers_per_row)))
 
 
 def state_counts(db: Database) -> dict[State, int]:

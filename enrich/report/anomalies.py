@@ -9,7 +9,7 @@ cost per match a ratio estimate (Cochran: Sampling Techniques, ch. 6), and prese
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -74,7 +74,7 @@ class AnswerStats:
     failed: int = 0
     #: Matches whose answer is still stored (not purged).
     stored_hits: int = 0
-    values: dict[str, FrequencyCounter] = field(default_factory=dict)
+    values: defaultdict[str, FrequencyCounter] = field(default_factory=lambda: defaultdict(FrequencyCounter))
     #: Stored matches by their fields, as dotted paths.
     fields: Counter[str] = field(default_factory=Counter)
     status_words: Counter[str] = field(default_factory=Counter)
@@ -104,8 +104,7 @@ class AnswerStats:
             for column, path in self.column_paths.items():
                 value = column_value(parsed, path)
                 if not is_blank(value):
-                    text = value if isinstance(value, str) else repr(value)
-                    self.values.setdefault(column, FrequencyCounter()).add(text)
+                    self.values[column].add(value if isinstance(value, str) else repr(value))
 
     def add_kinds(self) -> None:
         """Add the answers to the sums. Call it before these are read."""
@@ -128,7 +127,7 @@ class AnswerStats:
 
     def value_count(self, column: str) -> int:
         """Return how many matches have a value in a column."""
-        return self.values[column].total if column in self.values else 0
+        return self.values[column].total
 
 
 def _count_name(counts: Counter[str], name: str, number: int) -> None:

@@ -15,7 +15,7 @@ import polars as pl
 from enrich.errors import CommandRefused, EnrichError
 from enrich.files.csv_format import likely_separator
 from enrich.files.limits import FileLimits, limits_of
-from enrich.files.reader import InMemoryRows, InputPart, InputSchema, InputTable, PartReader, RowCounter
+from enrich.files.reader import ROWS_PER_BATCH, InMemoryRows, InputPart, InputSchema, InputTable, PartReader, RowCounter
 from enrich.files.text import LATER_HEADER_HINT, NO_HEADER, NO_HEADER_HINT, FileProblem
 from enrich.files.values import text_frame
 from enrich.files.writer import is_formula
@@ -201,10 +201,10 @@ class JobInput:
             rows = (first_position, frame, text, selected, suppressed, batch_order)
             yield builder.build_batch(*rows) if known is None else known.recall(builder, *rows)
 
-    def frames(self) -> Iterator[tuple[int, pl.DataFrame, pl.DataFrame]]:
+    def frames(self, max_rows: int = ROWS_PER_BATCH) -> Iterator[tuple[int, pl.DataFrame, pl.DataFrame]]:
         """Read the whole input once. Yield the position of the first row of each batch, its rows, and these as text."""
         first_position = self._table.first_position
-        for frame in self._table.batches():
+        for frame in (part for batch in self._table.batches() for part in batch.iter_slices(max_rows)):
             text = text_frame(frame)
             self._check_statuses(text)
             with self._as_refused():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import compress
@@ -113,6 +113,33 @@ class RowBatch:
             return Counter()
         rows = zip(self.statuses, self.errors, strict=True)
         return Counter((error or "").partition(" (")[0] for status, error in rows if status is RowStatus.INVALID)
+
+    def parts(self, max_rows: int) -> Iterator[RowBatch]:
+        """Divide the rows into batches of at most this many."""
+        if self.frame.height <= max_rows:
+            yield self
+            return
+        for start in range(0, self.frame.height, max_rows):
+            yield self.part(slice(start, start + max_rows))
+
+    def part(self, rows: slice) -> RowBatch:
+        """Return some of the rows. Those from the first have all counts."""
+        complete, is_first = self.complete, rows.start == 0
+        return RowBatch(
+            self.first_position + rows.start,
+            self.frame[rows],
+            self.fingerprints[rows],
+            self.params[rows],
+            self.statuses[rows],
+            self.errors[rows],
+            self.groups and self.groups[rows],
+            self.queue_order and self.queue_order[rows],
+            self.left_out if is_first else Counter(),
+            self.missing if is_first else Counter(),
+            {name: value[rows] for name, value in self.values.items()},
+            ids=self.ids and self.ids[rows],
+            complete=None if complete is None else lambda: complete().part(rows),
+        )
 
     def requests(self) -> RequestBatch:
         """Return the requests of those rows that have one."""

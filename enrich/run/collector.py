@@ -18,7 +18,7 @@ from enrich.files.writer import escape_formulas, write_file
 from enrich.job.cell_text import blank_cells
 from enrich.job.job import Job
 from enrich.job.locations import Location, is_dataset
-from enrich.ledger import enroll
+from enrich.ledger import enroll, queries
 from enrich.ledger.database import Database
 from enrich.models import (
     MICROS_PER_CREDIT,
@@ -188,7 +188,9 @@ class Collector:
             return
         # The change feed records rows by their fingerprints.
         known = self.ledger if self.job.model.changes is None else None
-        for batch in self.job_input.batches(self.template, ledger=known):
+        max_rows = queries.max_rows_per_batch(self.ledger)
+        batches = self.job_input.batches(self.template, ledger=known)
+        for batch in (part for whole in batches for part in whole.parts(max_rows)):
             self.check_stopped()
             results = name_source(self.template, enroll.request_results(self.ledger, batch.requests(), self.selection))
             places: list[int | None] = list(range(batch.frame.height))

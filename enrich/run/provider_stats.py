@@ -136,14 +136,14 @@ class ProviderStats:
 
         `parsed` is the answer's data, if it is parsed already.
         """
-        if settled.state not in _SETTLED:
-            self._spent += settled.paid or 0
+        _, state, call, params, paid, answer, erased, _, provider = settled
+        if state not in _SETTLED:
+            self._spent += paid or 0
             return
         if parsed is None:
-            parsed = parse_data(load_task(settled.answer).get("data"), settled.provider, find_provider=False)
+            parsed = parse_data(load_task(answer).get("data"), provider, find_provider=False)
         steps = _named_steps(parsed.steps)
-        sent = () if steps else tuple(orjson.loads(settled.params))
-        _, state, call, _, paid, _, erased, *_ = settled
+        sent = () if steps else tuple(orjson.loads(params))
         self._kinds[state, call, erased, paid, parsed.provider, steps, sent] += 1
         if len(self._kinds) > MAX_KINDS:
             self._add_kinds()

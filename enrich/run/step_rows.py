@@ -15,7 +15,7 @@ import polars as pl
 
 from enrich.job.job import Job
 from enrich.job.steps import step_column
-from enrich.ledger import step_results
+from enrich.ledger import queries, step_results
 from enrich.ledger.database import Database
 from enrich.ledger.step_results import StepResult
 from enrich.models import RowStatus
@@ -111,7 +111,8 @@ class StepRows:
     def _frames(self) -> Iterator[_Progress]:
         own = [place for place, name in enumerate(self.job_input.header) if name in self.job_input.schema]
         sent = sent_columns(self.job, self.job_input.schema)
-        for first_position, frame, text in self.job_input.frames():
+        max_rows = queries.max_rows_per_batch(self.ledger, len(self.steps))
+        for first_position, frame, text in self.job_input.frames(max_rows):
             input_frame = frame.select(pl.nth(own))
             selected = self.job_input.selected_rows(text)
             capped = self.capped[first_position : first_position + text.height]

@@ -317,6 +317,7 @@ def test_question_before_the_first_run(people: Workspace, api: SandboxApi) -> No
     assert people.run_job(api, RunOptions(confirm=lambda _: True)).submitted > 12
 
 
+@pytest.mark.long
 def test_renamed_step(workspace: Workspace, api: SandboxApi) -> None:
     """Columns of a step that was renamed are left out of the next output, which check, plan and run say."""
     workspace.write_job(SHORT_JOB.replace("work_email", "Email") + "merge: fill_empty\n")

@@ -25,7 +25,7 @@ from enrich.run.context import RunOptions
 from enrich.run.plan_file import SavedPlan
 from enrich.run.step_plan import StepsPlan
 from tests.end_to_end.test_steps import HEADER, JOB, SHORT_JOB, STEPS, make_people
-from tests.support.cases import examples
+from tests.support.cases import examples, first_quick
 from tests.support.workspace import SandboxApi, Workspace, both_backends, serve_api
 
 backend = both_backends
@@ -59,7 +59,9 @@ def submitted_by_step(summary: dict[str, Any]) -> list[int]:
     return [step["submitted"] for step in summary["steps"]]
 
 
-@pytest.mark.parametrize("arguments", [(), ("--limit", "4"), ("--sample", "5", "--seed", "3")], ids=str)
+@pytest.mark.parametrize(
+    "arguments", first_quick(1, [("--limit", "4"), (), ("--sample", "5", "--seed", "3")], single=True), ids=str
+)
 def test_saved_plan_fixes_the_first_step(people: Workspace, api: SandboxApi, arguments: tuple[str, ...]) -> None:
     """The run sends what the plan says in the first step, at most what it says in the others, and nothing again."""
     plan = save_plan(people, api, *arguments)
@@ -72,23 +74,6 @@ def test_saved_plan_fixes_the_first_step(people: Workspace, api: SandboxApi, arg
     assert (again["submitted"], again["exit_code"]) == (0, ExitCode.OK)
     # Leads that came later are not those of the plan.
     assert people.run_job(api).submitted > 0 or not arguments
-
-
-def test_interrupted_plan_goes_on(people: Workspace, api: SandboxApi) -> None:
-    """All runs of a plan together send each request of the first step once, whatever ended them."""
-    plan = save_plan(people, api, "--limit", "7")
-    assert plan["steps"][0]["to_submit"] == 7
-    sent = [0, 0]
-    for _ in range(2):
-        api.inject_fault("no-credits", 1, "post")
-        sent = [a + b for a, b in zip(sent, submitted_by_step(follow_plan(people, api)), strict=True)]
-    api.clear_faults()
-    for _ in range(2):
-        last = follow_plan(people, api)
-        sent = [a + b for a, b in zip(sent, submitted_by_step(last), strict=True)]
-    assert sent[0] == 7
-    assert all(number <= step["at_most"] for number, step in zip(sent, plan["steps"], strict=True))
-    assert (last["submitted"], last["exit_code"]) == (0, ExitCode.OK)
 
 
 def test_plan_is_a_ceiling_for_later_steps(people: Workspace, tmp_path: Path) -> None:
@@ -150,6 +135,7 @@ def test_rows_of_a_plan(people: Workspace, tmp_path: Path) -> None:
     assert any(row["plan_email_why"] == "sent if the results of company require it" for row in rows)
 
 
+@pytest.mark.long
 def test_shared_request_takes_one_place_when_it_is_sent_again(people: Workspace, tmp_path: Path) -> None:
     """`--limit` counts a failed request that three leads share once, and so does the plan in a later step."""
     people.write_job(

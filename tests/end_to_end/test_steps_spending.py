@@ -85,6 +85,7 @@ def test_balance_too_low_for_a_later_step(workspace: Workspace, tmp_path: Path) 
         assert workspace.run_job(api).exit_code == ExitCode.OK
 
 
+@pytest.mark.long
 def test_shared_question_is_retried_once(workspace: Workspace, tmp_path: Path) -> None:
     """`--retry` pays a question that two steps ask once, though it fails again."""
     workspace.write_job(SHORT_JOB[: SHORT_JOB.index("  - name: person")] + "  - name: again\n" + EMAIL)
@@ -94,6 +95,7 @@ def test_shared_question_is_retried_once(workspace: Workspace, tmp_path: Path) -
         assert workspace.run_job(api, RunOptions(retry=frozenset({State.NOT_FOUND}))).submitted == 5
 
 
+@pytest.mark.long
 def test_doubt_about_a_refresh_in_an_earlier_step(workspace: Workspace, tmp_path: Path) -> None:
     """A request in doubt is exit 14 in whichever step it is, though its row shows an older answer."""
     workspace.write_job(
@@ -127,6 +129,7 @@ def test_plan_counts_what_later_steps_ask_again(workspace: Workspace, tmp_path: 
     assert summary.credits_spent <= plan["cost"]["max"]
 
 
+@pytest.mark.long
 def test_cost_of_a_lead_at_unknown_prices(workspace: Workspace, tmp_path: Path) -> None:
     """Where the price of an answer is unknown, so is the cost of a lead."""
     workspace.write_job(SHORT_JOB)
@@ -137,7 +140,9 @@ def test_cost_of_a_lead_at_unknown_prices(workspace: Workspace, tmp_path: Path) 
         assert workspace.run_job(api).cost_per_lead is None
 
 
-@pytest.mark.parametrize("options", [RunOptions(retry=frozenset({State.IN_DOUBT})), RunOptions(accept_in_doubt=True)])
+@pytest.mark.parametrize(
+    "options", first_quick(1, [RunOptions(retry=frozenset({State.IN_DOUBT})), RunOptions(accept_in_doubt=True)])
+)
 def test_doubts_of_the_same_run_are_left_to_the_user(workspace: Workspace, tmp_path: Path, options: RunOptions) -> None:
     """`--retry in_doubt` and `--accept in_doubt` concern what was unconfirmed before the run, in later steps too."""
     workspace.write_job(SHORT_JOB[: SHORT_JOB.index("  - name: person")] + "  - name: again\n" + EMAIL)
@@ -149,6 +154,7 @@ def test_doubts_of_the_same_run_are_left_to_the_user(workspace: Workspace, tmp_p
         assert api.audit()["accepted"] == 5
 
 
+@pytest.mark.long
 def test_changed_target_of_a_step(workspace: Workspace, tmp_path: Path) -> None:
     """`plan` and the run say that a step pays again for leads when its target or its providers were changed."""
     workspace.write_job(SHORT_JOB)

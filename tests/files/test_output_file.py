@@ -28,7 +28,7 @@ from enrich.files.writer import prepare_file, temporary_path, write_file
 from enrich.job.job import Job, load_job
 from enrich.job.spec import Output
 from enrich.job.target import Target, TargetKind
-from enrich.ledger import enroll, execution_records, transitions
+from enrich.ledger import enroll, execution_records, queries, transitions
 from enrich.ledger.database import Database
 from enrich.models import Answer, RowStatus, State
 from enrich.rows.job_input import JobInput
@@ -410,6 +410,29 @@ def test_rows_get_answer_and_status(tmp_path: Path, open_ledger: Database) -> No
     }
     assert counted.filled_by_column == {"mail": 2, "more": 2}
     assert Collector(open_ledger, loaded, template, rows).count_rows() == counted
+
+
+def test_long_answers_make_batches_smaller(
+    tmp_path: Path, open_ledger: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows with long answers are read in smaller batches, so that memory is bounded. The output is the same."""
+    leads = [["A"], *([f"lead {number % 40}"] for number in range(50))]
+    loaded, rows, template = write_job_and_leads(tmp_path, leads, "params: {a: A}\ncolumns: {mail: email}\n")
+    results = [{"email": f"{number}@b.c", "bio": "x" * 10_000} for number in range(40)]
+    tasks: list[dict[str, Any] | None] = [
+        {"status": "completed", "credits_spent": 1, "data": {"result": result, "steps": []}} for result in results
+    ]
+    enroll_and_settle(open_ledger, rows, template, tasks)
+    collector = Collector(open_ledger, loaded, template, rows)
+    collector.write(tmp_path / "whole.csv")
+    assert [joined.batch.frame.height for joined in collector.joined_batches()] == [50]
+
+    monkeypatch.setattr(queries, "MAX_ANSWER_CHARACTERS", 110_000)
+
+    assert [joined.batch.frame.height for joined in collector.joined_batches()] == [10] * 5
+    counted = collector.write(tmp_path / "parts.csv")
+    assert counted.statuses == {RowStatus.FOUND: 50}
+    assert (tmp_path / "parts.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
 
 #: Cells that are blank, equal, or need quotes in some way.

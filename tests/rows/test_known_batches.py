@@ -103,6 +103,13 @@ def test_known_batch_is_as_computed(tmp_path_factory: pytest.TempPathFactory, le
             assert (batch.statuses, batch.errors) == (computed.statuses, computed.errors)
             assert (batch.left_out, batch.missing) == (computed.left_out, computed.missing)
             assert batch.frame.equals(computed.frame)
+        parts = list(known.parts(3))
+        assert [number for part in parts for number in part.ids or ()] == known.ids
+        assert [error for part in parts for error in part.errors] == known.errors
+        assert sum((part.missing for part in parts), Counter()) == known.missing
+        whole = [part.complete() for part in parts if part.complete is not None]
+        assert [name for part in whole for name in part.fingerprints] == computed.fingerprints
+        assert [part.first_position for part in parts] == list(range(0, len(leads), 3))
 
 
 def change_cell(column: int) -> Callable[[list[list[str]]], None]:

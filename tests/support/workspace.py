@@ -12,11 +12,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import chdir, closing, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field, replace
+from http import HTTPStatus
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+from urllib.parse import urlsplit
 
-import httpx
 import pytest
 from pydantic import SecretStr
 
@@ -106,11 +108,11 @@ class SandboxApi:
         return ApiAccess(self.base_url, SecretStr(self.api_key))
 
     def _control(self, method: str, path: str, **body: Any) -> Any:
-        # Without certificates, which are slow to load and not needed on loopback.
-        with httpx.Client(verify=False, trust_env=False, timeout=60) as http:  # noqa: S501
-            answer = http.request(method, self.base_url.removesuffix("/v1") + path, json=body or None)
-        answer.raise_for_status()
-        return answer.json()
+        with closing(HTTPConnection(urlsplit(self.base_url).netloc, timeout=60)) as http:
+            http.request(method, path, json.dumps(body) if body else None, {"content-type": "application/json"})
+            answer = http.getresponse()
+            assert answer.status == HTTPStatus.OK, answer.read()
+            return json.load(answer)
 
     def audit(self) -> dict[str, Any]:
         """Return what was accepted, charged and paid twice."""
