@@ -122,8 +122,9 @@ def plan_with_access(
         raise LedgerLocked(f"{job.ledger}: a run is in progress, so a plan cannot be saved", "save it after the run")
     make = make_steps_plan if job.step_jobs else make_plan
     with options.open_access(job, use_sandbox=job.sandbox) as access:
-        planned, saved_plan = make(job, access, run_options, rows_file.absolute() if rows_file else None)
-    if plan_file is None or (written := write_plan(plan_file, saved_plan)) == plan_file:
+        rows_file = rows_file.absolute() if rows_file else None
+        planned, saved_plan = make(job, access, run_options, rows_file, is_saved=plan_file is not None)
+    if plan_file is None or saved_plan is None or (written := write_plan(plan_file, saved_plan)) == plan_file:
         return planned, None
     return planned, f"{plan_file} is the plan of a real run. The plan of the sandbox is in {written}"
 
@@ -133,9 +134,11 @@ SUGGESTED_LIMIT, SUGGESTED_SAMPLE = 10, 20
 
 
 def make_plan(
-    job: Job, access: ApiAccess, options: RunOptions, rows_file: Path | None = None
-) -> tuple[Plan, SavedPlan]:
-    """Plan a run. Returns the plan to show and the plan to save. Writes each row's decision to `rows_file`, if given.
+    job: Job, access: ApiAccess, options: RunOptions, rows_file: Path | None = None, *, is_saved: bool = True
+) -> tuple[Plan, SavedPlan | None]:
+    """Plan a run. Returns the plan to show, and the plan to save if it `is_saved`: it reads the input once more.
+
+    Writes each row's decision to `rows_file`, if given.
 
     Raises what a run would raise before it spends. A sandbox run writes the rows under its own name.
     """
@@ -175,7 +178,9 @@ def make_plan(
         if rows_file is not None:
             write_rows(rows_file, job, job_input, ledger, (template, now_ms))
         to_submit = sum(counts[decision] for decision in DECISIONS_TO_SEND)
-        saved_plan = _saved_plan(job, options, preflight_result, job_input, ledger, now_ms, [to_submit])
+        saved_plan = None
+        if is_saved:
+            saved_plan = _saved_plan(job, options, preflight_result, job_input, ledger, now_ms, [to_submit])
         if job_input.file_versions() != file_versions:
             raise CommandRefused(f"{job.input_path}: the input changed while it was read", "run the command again")
         plan = build_plan(job, preflight_result, ledger, PlanCounts(row_count, counts, left_out, skipped), budget.cap)
@@ -188,8 +193,8 @@ def make_plan(
 
 
 def make_steps_plan(
-    job: Job, access: ApiAccess, options: RunOptions, rows_file: Path | None = None
-) -> tuple[StepsPlan, SavedPlan]:
+    job: Job, access: ApiAccess, options: RunOptions, rows_file: Path | None = None, *, is_saved: bool = True
+) -> tuple[StepsPlan, SavedPlan | None]:
     """Plan a run of a job with steps, as `make_plan` does."""
     with open_ledger_or_empty(job) as ledger:
         job_input = JobInput(job, erasure.load_forgotten(ledger))
@@ -209,7 +214,9 @@ def make_steps_plan(
         selections = [replace(selection, limit=None, sample=None) for selection in selections]
         plan = plan_steps(rows, ledger, joined, selections)
         requests = [step.at_most for step in plan.steps]
-        saved_plan = _saved_plan(job, options, joined, job_input, ledger, now_ms, requests)
+        saved_plan = None
+        if is_saved:
+            saved_plan = _saved_plan(job, options, joined, job_input, ledger, now_ms, requests)
         if rows_file is not None:
             write_step_rows(rows_file, rows, selections)
         if job_input.file_versions() != file_versions:
