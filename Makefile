@@ -30,7 +30,7 @@ demo-cluster: .venv/ray ## the same on PostgreSQL and Ray, three workers on this
 week: .venv/run ## simulate a week of nightly runs with the sandbox: a crash, new prices, no credits; check the bill
 	$(BIN)/python examples/week.py
 
-test: .venv/dev ## run the quick tests, in a minute or two on two cores
+test: .venv/dev ## run the quick tests, in a minute on two cores
 	$(BIN)/pytest
 
 stories: .venv/dev ## run the long tests: a week, a torture in short, every example of the documents, of each property

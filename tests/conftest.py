@@ -46,6 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(lifetime.close)
     program.server_folder = Path(os.environ[SERVER_FOLDER_VARIABLE])
     if hasattr(config, "workerinput") or config.getvalue("dist") == "no":
+        gc.disable()  # until all is imported
         load_hypothesis_profile()
 
 
@@ -70,6 +71,7 @@ def pytest_collection_finish() -> None:
     """Exempt from garbage collection what stays to the end: going over it again and again costs 5 % of the time."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Scheduling | None:

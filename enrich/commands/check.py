@@ -55,7 +55,7 @@ def check_as_json(job: Job, result: CheckResult) -> dict[str, Any]:
         "exit_code": int(result.exit_code),
         "job": job.name,
         "rows": result.rows,
-        "sendable": result.sendable_rows,
+        "can_be_asked": result.sendable_rows,
         "left_out": left_out_by_param(result.left_out),
         "params": None
         if result.fill is None

@@ -31,7 +31,7 @@ def row_without_request(job: Job, lead: Lead) -> dict[str, Any]:
         "row": lead.number,
         "status": lead.status or RowStatus.PENDING,
         "why": _why_not_sent(job, lead),
-        "param_cells": _param_cells(job, lead),
+        "asks_with": _param_cells(job, lead),
         "params": None if lead.params is None else json.loads(lead.params),
         "fingerprint": None if lead.fingerprint is None else lead.fingerprint.hex(),
         "shared_with": [],
@@ -124,7 +124,7 @@ def _attempt_as_json(attempt: AttemptRow) -> dict[str, Any]:
         "task_id": attempt.task_id,
         "submitted_at": None if attempt.submitted_ms is None else iso_time(attempt.submitted_ms),
         "settled_at": None if attempt.settled_ms is None else iso_time(attempt.settled_ms),
-        "settled_execution_id": attempt.settled_execution_id,
+        "settled_in": attempt.settled_execution_id,
         "credits_reserved": to_credits(attempt.reserved),
         "credits": to_credits(attempt.credits),
         "together": attempt.bulk_size,
@@ -182,7 +182,7 @@ def row_lines(row: Mapping[str, Any]) -> Iterator[str]:
     """Format a row with its request as text lines."""
     why = f", {row['why']}" if row["why"] else ""
     yield f"row {row['row']}: {row['status']}{why}"
-    for param, cells in row["param_cells"].items():
+    for param, cells in row["asks_with"].items():
         sent = (row["params"] or {}).get(param)
         of = "; ".join(f"{column}: {cell!r}" for column, cell in cells.items()) or "a constant"
         sent_text = repr(sent) if sent is not None else "nothing" if row["params"] is not None else "not sent"
@@ -224,7 +224,7 @@ def _attempt_lines(attempt: Mapping[str, Any]) -> Iterator[str]:
     if attempt["settled_at"]:
         price = _price_text(attempt)
         by = f", by {attempt['provider']}" if attempt["provider"] else ""
-        within = attempt["settled_execution_id"]
+        within = attempt["settled_in"]
         where = f" in run {within}" if within not in (None, attempt["execution"]) else ""
         yield f"{attempt['settled_at']}  {attempt['state']}{where}, {price}{by}"
     if attempt["error"]:

@@ -52,6 +52,8 @@ def _build_status(job: Job, ledger: Database | None) -> dict[str, Any]:
     ttl_ms = int(job.model.policy.result_ttl.total_seconds() * 1000)
     executions = execution_records.list_executions(ledger, job.name, SHOWN_EXECUTIONS) if ledger else []
     view = RunWatcher(job).read_view() if ledger else None
+    may_run = view is not None and view.status in (RunStatus.RUNNING, RunStatus.NO_HEARTBEAT)
+    running_id = view.run.id if view is not None and view.run is not None and may_run else None
     in_doubt = queries.in_doubt_summary(ledger) if ledger else None
     all_executions = execution_records.list_executions(ledger) if ledger else []
     last = next((row for row in all_executions if row.balance_after is not None), None)
@@ -95,7 +97,7 @@ def _build_status(job: Job, ledger: Database | None) -> dict[str, Any]:
                 "started_at": iso_time(row.started_ms),
                 "ended_at": None if row.ended_ms is None else iso_time(row.ended_ms),
                 "exit_code": row.exit_code,
-                "outcome": None if row.exit_code is None else row.outcome(is_running=False),
+                "outcome": row.outcome(is_running=row.id == running_id),
                 "submitted": row.submitted,
                 "credits_spent": to_credits(row.spent),
                 "credits_unknown": row.unknown,

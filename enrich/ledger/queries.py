@@ -138,7 +138,7 @@ def polls_per_task(db: Database) -> float | None:
     (additional_rows,) = db.execute(
         "SELECT coalesce(sum(size - 1), 0) FROM bulk_tasks WHERE settled_ms IS NOT NULL"
     ).fetchone()
-    return polls / max(1, submitted - additional_rows) if submitted else None
+    return polls / max(1, submitted - additional_rows) if submitted and polls is not None else None
 
 
 def cost_overruns(db: Database, execution_id: int) -> tuple[int, int]:

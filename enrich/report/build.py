@@ -97,7 +97,7 @@ def _unexplained_credits(summary: Mapping[str, Any]) -> float | None:
 
 def reported_providers(earnings: provider_stats.ProviderTotals) -> list[ReportedProvider]:
     """Convert the totals of each provider and verifier."""
-    return [ReportedProvider(passed_on=each.passed_on, **each.as_json()) for each in earnings.providers]
+    return [ReportedProvider(passed_on=each.passed_on, **each.in_credits()) for each in earnings.providers]
 
 
 def reported_waterfall(target: Target, earnings: provider_stats.ProviderTotals, step: str = "") -> ReportedWaterfall:

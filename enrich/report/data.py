@@ -5,11 +5,25 @@ The data holds no leads, except with `--with-rows`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from enrich.exit_codes import RequiredAction
+from enrich.run.provider_stats import PROVIDER_KEYS
+
+#: The keys in JSON, where they differ from our names.
+_JSON_KEYS = PROVIDER_KEYS | {
+    "compared": "asked",
+    "not_reported": "untold",
+    "unattributed": "elsewhere",
+    "runs": "nights",
+    "actions": "needs",
+}
+
+
+def _with_json_keys(fields: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    return {_JSON_KEYS.get(name, name): value for name, value in fields}
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,11 +204,11 @@ class Anomaly:
 
 @dataclass(frozen=True, slots=True)
 class ComparedSide:
-    """One side of a comparison."""
+    """One side of a comparison. `compared` counts its requests."""
 
     label: str
     providers: Sequence[str]
-    requests: int
+    compared: int
     found: int
     not_found: int
     credits: float
@@ -276,7 +290,7 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """Return the object that `--json` prints."""
-        values = asdict(self)
+        values = asdict(self, dict_factory=_with_json_keys)
         if not self.step_waterfalls:
             del values["step_waterfalls"], values["waterfall"]["step"]
             return {"exit_code": 0, **values}

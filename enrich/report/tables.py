@@ -291,7 +291,7 @@ def sides_table(comparison: Comparison) -> Table:
             formatting.clean_text(side.label),
             (
                 names,
-                count_cell("requests", side.requests),
+                count_cell("requests", side.compared),
                 count_cell("found", side.found),
                 count_cell("not_found", side.not_found),
                 rate_cell(side.found, side.found + side.not_found),

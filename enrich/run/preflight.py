@@ -9,6 +9,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
+from pydantic import ValidationError
+
 from enrich.databar.clock import SystemClock
 from enrich.databar.credentials import ApiAccess
 from enrich.databar.description import Description, parse_description
@@ -32,6 +34,7 @@ from enrich.job.name_hints import suggest_name
 from enrich.job.target import Target, TargetKind
 from enrich.ledger import bindings, queries
 from enrich.ledger.database import Database
+from enrich.ledger.sqlite import damaged_ledger_error
 from enrich.models import read_balance
 from enrich.rows.known_names import BESIDE_RESULT, KnownNames, column_fields, join_problems, name_problems
 from enrich.rows.template import RequestTemplate, default_providers, join_templates, make_request_template
@@ -129,11 +132,10 @@ def read_binding(ledger: Database, job: Job) -> LedgerBinding:
     """Read what the ledger is bound to, and its data about the job's target."""
     bound_to = {name: bindings.read_fact(ledger, name) for name in ("api_host", "workspace")}
     target = job.model.target
-    stored = bindings.load_description(ledger, target)
-    description = None if stored is None else parse_description(target.kind, stored[0])
+    description, providers = _load_description(ledger, target)
     listed = [] if description is None else [field.name for field in description.output_fields]
     answered = queries.answered_fields(ledger, column_fields(job).difference(listed, BESIDE_RESULT))
-    return LedgerBinding(bound_to, description, None if stored is None else stored[1], answered)
+    return LedgerBinding(bound_to, description, providers, answered)
 
 
 def check_api_host(binding: LedgerBinding, job: Job, host: str) -> None:
@@ -240,11 +242,21 @@ def template_from_ledger(ledger: Database, job: Job) -> RequestTemplate:
     if job.step_jobs:
         return join_templates([template_from_ledger(ledger, step) for step in job.step_jobs])
     target = job.model.target
-    known = bindings.load_description(ledger, target)
-    if known is None:
+    description, providers = _load_description(ledger, target)
+    if description is None:
         raise CommandRefused(f"{job.ledger}: this job has never run", "run it first: enrich run JOB")
-    description, providers = known
-    return make_request_template(job, parse_description(target.kind, description), providers or [])
+    return make_request_template(job, description, providers or [])
+
+
+def _load_description(ledger: Database, target: Target) -> tuple[Description | None, list[int] | None]:
+    """Load a description and its default providers from the ledger. Raises LedgerDamaged if it is not one."""
+    if (stored := bindings.load_description(ledger, target)) is None:
+        return None, None
+    try:
+        return parse_description(target.kind, stored[0]), stored[1]
+    except ValidationError as error:
+        reason = f"the description of {target.label} cannot be read"
+        raise damaged_ledger_error(ledger.location, reason) from error
 
 
 @dataclass(slots=True)

@@ -13,8 +13,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import orjson
@@ -25,6 +23,9 @@ from enrich.databar.enrichment import Enrichment
 from enrich.databar.task_results import ParsedData, is_blank, parse_data
 from enrich.job.target import Target, TargetKind
 from enrich.models import SettledAttempt, State, to_credits, to_micros
+
+#: The keys of a provider in JSON, where they differ from our names.
+PROVIDER_KEYS = {"reported": "asked", "inferred": "presumed"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +55,13 @@ class ProviderStat:
         """Average cost of one of its matches, in millionths; None before the first, and for a verifier."""
         return round(self.credits / self.found) if self.found else None
 
+    def in_credits(self) -> dict[str, Any]:
+        """Return the fields, with amounts in credits."""
+        return asdict(self) | {"credits": to_credits(self.credits), "cost_per_hit": to_credits(self.cost_per_hit)}
+
     def as_json(self) -> dict[str, Any]:
         """Return the object of the run summary, in credits."""
-        costs = {"credits": to_credits(self.credits), "cost_per_hit": to_credits(self.cost_per_hit)}
-        return asdict(self) | costs
+        return {PROVIDER_KEYS.get(name, name): value for name, value in self.in_credits().items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +96,6 @@ class _ProviderCounter:
 #: Above this many kinds of answers, those that were counted are added up.
 MAX_KINDS = 20_000
 _SETTLED = frozenset(state.value for state in (State.FOUND, State.NOT_FOUND, State.FAILED))
-#: What counts of a step.
-_STEP_KEYS = ("provider", "action", "cost")
-_step_values = itemgetter(*_STEP_KEYS)
 
 
 class _AnswerKind(NamedTuple):
@@ -269,19 +270,11 @@ class ProviderStats:
 
 def _named_steps(steps: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, object, object], ...]:
     """Return provider, action and cost of each step with a provider."""
-    try:
-        return _named(tuple(map(_step_values, steps)))
-    except (KeyError, TypeError):  # a step lacks one of them, or has a list or an object there
-        return _named(tuple([tuple([_scalar(step.get(key)) for key in _STEP_KEYS]) for step in steps]))
-
-
-@lru_cache(MAX_KINDS)
-def _named(steps: tuple[tuple[object, ...], ...]) -> tuple[tuple[str, object, object], ...]:
     return tuple(
         [
-            (provider, _scalar(action), _scalar(cost))
-            for provider, action, cost in steps
-            if isinstance(provider, str) and not is_blank(provider)
+            (provider, _scalar(step.get("action")), _scalar(step.get("cost")))
+            for step in steps
+            if isinstance(provider := step.get("provider"), str) and not is_blank(provider)
         ]
     )
 

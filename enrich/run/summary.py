@@ -12,6 +12,9 @@ from enrich.run.balance import PART_LABELS, ROUNDING_CREDITS
 from enrich.run.step_summary import format_steps
 from enrich.run.terminal_text import Styler, display_width, pad, top_reasons, unstyled, wrap_parts
 
+#: The keys in JSON, where they differ from our names.
+_JSON_KEYS = {"providers_not_reported": "providers_untold", "credits_unattributed": "credits_elsewhere"}
+
 
 @dataclass(frozen=True, slots=True)
 class RunSummary:
@@ -95,7 +98,8 @@ class RunSummary:
         values = asdict(self)
         if not self.steps:
             del values["steps"], values["cost_per_lead"]
-        return {name: value for name, value in values.items() if name not in ("error", "hint") or value is not None}
+        shown = {name: value for name, value in values.items() if name not in ("error", "hint") or value is not None}
+        return {_JSON_KEYS.get(name, name): value for name, value in shown.items()}
 
 
 #: The statuses in the short summary, in this order: the word for their rows, and their color.
@@ -238,7 +242,7 @@ class _DetailsFormatter:
         head = f"{'requests':>9}{'matches':>9}{'rate':>8}{'credits':>12}{'/ match':>9}"
         yield self.style(f"  {'provider':<{width}}{head}", "bold")
         for each in summary.providers:
-            requests, name = each["reported"] + each["inferred"], f"  {pad(each['name'], width)}"
+            requests, name = each["asked"] + each["presumed"], f"  {pad(each['name'], width)}"
             paid = f"{format_credits(each['credits']):>12}"
             if each["verifies"]:
                 yield f"{name}{requests:>9,}{'':>9}{'checks':>8}{paid}"
@@ -247,7 +251,7 @@ class _DetailsFormatter:
                 yield f"{name}{requests:>9,}{each['found']:>9,}{_percentage(each['found'], requests):>8}{paid}{cost:>9}"
         if summary.credits_unattributed:
             yield f"  {'unattributed':<{width}}{'':>26}{format_credits(summary.credits_unattributed):>12}"
-        if inferred := max(each["inferred"] for each in summary.providers):
+        if inferred := max(each["presumed"] for each in summary.providers):
             yield f"  {pluralize(inferred, 'result')} without steps: every provider is inferred to be called"
         if summary.providers_not_reported:
             yield f"  {pluralize(summary.providers_not_reported, 'result')} without providers: not reported by the API"

@@ -252,7 +252,7 @@ def test_json_is_one_object(workspace: Workspace) -> None:
         "exit_code": 0,
         "job": "job",
         "rows": 1,
-        "sendable": 1,
+        "can_be_asked": 1,
         "left_out": {},
         "params": {name: {"filled": 1, "missing": 0} for name in ("first_name", "last_name", "company")},
         "waterfall": "email_getter",

@@ -21,6 +21,7 @@ MIB = 1024 * 1024
 SMALL = 256 * 1024
 BODY = json.dumps({"task_id": "a", "data": [{"email": f"lead-{number}@engine.example"} for number in range(5000)]})
 TEXT = BODY.encode()
+GZIP, ZLIB = gzip.compress(TEXT), zlib.compress(TEXT)
 
 
 def deflate_raw(data: bytes) -> bytes:
@@ -43,12 +44,12 @@ def compressed_zeros(times: int, level: int = 9) -> bytes:
 
 
 COMPRESSED = {
-    "gzip": ("gzip", gzip.compress(TEXT)),
-    "gzip by its old name": ("x-gzip", gzip.compress(TEXT)),
-    "gzip in other letters, with blanks": (" GZip , identity ", gzip.compress(TEXT)),
+    "gzip": ("gzip", GZIP),
+    "gzip by its old name": ("x-gzip", GZIP),
+    "gzip in other letters, with blanks": (" GZip , identity ", GZIP),
     "gzip members": ("gzip", gzip.compress(TEXT[:100]) + gzip.compress(b"") + gzip.compress(TEXT[100:])),
     "gzip, not compressed": ("gzip", gzip.compress(TEXT, 0)),
-    "zlib": ("deflate", zlib.compress(TEXT)),
+    "zlib": ("deflate", ZLIB),
     "zlib, hardly compressed": ("deflate", zlib.compress(TEXT, 1)),
     "raw deflate": ("deflate", deflate_raw(TEXT)),
     "identity": ("identity", TEXT),
@@ -87,23 +88,23 @@ def test_empty_compressed_body(encoding: str) -> None:
 
 
 CORRUPT = {
-    "gzip cut": ("gzip", gzip.compress(TEXT)[:-9]),
-    "gzip without its checksum": ("gzip", gzip.compress(TEXT)[:-1]),
-    "gzip header alone": ("gzip", gzip.compress(TEXT)[:5]),
+    "gzip cut": ("gzip", GZIP[:-9]),
+    "gzip without its checksum": ("gzip", GZIP[:-1]),
+    "gzip header alone": ("gzip", GZIP[:5]),
     "one byte of gzip": ("gzip", b"\x1f"),
-    "second member cut": ("gzip", gzip.compress(TEXT) + gzip.compress(TEXT)[:-20]),
-    "a wrong checksum": ("gzip", gzip.compress(TEXT)[:-8] + bytes(8)),
-    "bytes behind gzip": ("gzip", gzip.compress(TEXT) + b"more"),
+    "second member cut": ("gzip", GZIP + GZIP[:-20]),
+    "a wrong checksum": ("gzip", GZIP[:-8] + bytes(8)),
+    "bytes behind gzip": ("gzip", GZIP + b"more"),
     "no gzip": ("gzip", TEXT),
     "too many members": ("gzip", gzip.compress(b"") * (MAX_MEMBERS + 1)),
-    "zlib cut": ("deflate", zlib.compress(TEXT)[:-3]),
+    "zlib cut": ("deflate", ZLIB[:-3]),
     "one byte of deflate": ("deflate", b"\x78"),
     "raw deflate cut": ("deflate", deflate_raw(TEXT)[:-3]),
-    "bytes behind zlib": ("deflate", zlib.compress(TEXT) + zlib.compress(TEXT)),
+    "bytes behind zlib": ("deflate", ZLIB + ZLIB),
     "no deflate": ("deflate", TEXT),
     "brotli": ("br", b"\x0b\x02\x80{}\x03"),
     "zstd": ("zstd", b"\x28\xb5\x2f\xfd"),
-    "packed twice": ("gzip, gzip", gzip.compress(gzip.compress(TEXT))),
+    "packed twice": ("gzip, gzip", gzip.compress(GZIP)),
     "a name that nobody has heard of": ("enrich", TEXT),
 }
 

@@ -174,7 +174,7 @@ def test_output_equals_single_mode(seed: int, size: int, shape: Any, hit_rate: f
 @pytest.mark.parametrize(
     "fault",
     first_quick(
-        2, ["reset-after", "reset-before", "silence-after", "error-after", "error-before", "no-task-id", "html-200"]
+        1, ["reset-after", "reset-before", "silence-after", "error-after", "error-before", "no-task-id", "html-200"]
     ),
 )
 def test_lost_post_leaves_rows_unconfirmed(api: SandboxApi, workspace: Workspace, fault: str) -> None:

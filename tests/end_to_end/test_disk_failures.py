@@ -93,7 +93,7 @@ def test_disk_full_at_start(api: SandboxApi, workspace: Workspace) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["out.csv", pytest.param("out.parquet", marks=pytest.mark.long)])
+@pytest.mark.parametrize("name", ["out.csv", "out.parquet"])
 def test_disk_full_while_writing_output(api: SandboxApi, workspace: Workspace, name: str) -> None:
     """Names the fix; `collect` writes the output without paying when there is space."""
     # More than the ledger's journal needs, however many commits a slow machine makes.

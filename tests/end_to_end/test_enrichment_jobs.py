@@ -337,8 +337,8 @@ def test_commands_know_enrichments(api: SandboxApi, workspace: Workspace) -> Non
         {
             "name": "Mailproof",
             "verifies": False,
-            "reported": 4,
-            "inferred": 0,
+            "asked": 4,
+            "presumed": 0,
             "found": 4,
             "rejected": 0,
             "credits": 0.04,

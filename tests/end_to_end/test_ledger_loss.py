@@ -112,22 +112,9 @@ def replace_with_old_copy(workspace: Workspace) -> None:
         workspace.ledger_path.with_name(f"job.db{end}").unlink()
 
 
-def replace_with_link(workspace: Workspace) -> None:
-    """Put a link to another file in the ledger's place."""
-    workspace.ledger_path.unlink()
-    other = workspace.folder / "other"
-    other.mkdir()
-    workspace.ledger_path.symlink_to(other / "job.db")
-    shutil.copy(workspace.folder / "leads.csv", other / "job.db")
-
-
-LOST_AT_ONCE = [remove_database, remove_folder, move_folder]
-LOST_LATER = [remove_wal, remove_shm, replace_with_old_copy]
-
-
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "lose_ledger", [*LOST_AT_ONCE, *(pytest.param(lose_ledger, marks=pytest.mark.long) for lose_ledger in LOST_LATER)]
+    "lose_ledger", [remove_database, remove_folder, move_folder, remove_wal, remove_shm, replace_with_old_copy]
 )
 def test_lost_ledger_stops_run(
     slow_api: SandboxApi, workspace: Workspace, lose_ledger: Callable[[Workspace], None]

@@ -13,6 +13,7 @@ from enrich.ledger import queries
 from enrich.models import State
 from enrich.rows.job_input import JobInput
 from enrich.run.context import RunOptions
+from tests.support.cases import first_quick
 from tests.support.workspace import SandboxApi, Workspace, both_backends, make_leads, serve_api
 
 backend = both_backends
@@ -86,7 +87,7 @@ def test_rows_added_while_sorting(api: SandboxApi, workspace: Workspace, monkeyp
 # caps
 
 
-@pytest.mark.parametrize("by", ["company", "Website"])
+@pytest.mark.parametrize("by", first_quick(1, ["company", "Website"]))
 def test_cap_over_several_runs(api: SandboxApi, workspace: Workspace, by: str) -> None:
     """Paid leads count first; new leads get the rest of their company's limit, then nothing."""
     workspace.write_job(caps=f"{{by: {by}, max: 2}}")

@@ -206,14 +206,7 @@ with patch.object(Path, "rename", renamed), patch.object(parquet_dataset, "_remo
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    ("moment", "rows"),
-    [
-        pytest.param("parts", 2, marks=pytest.mark.long),
-        ("between", 2),
-        pytest.param("after", 3, marks=pytest.mark.long),
-    ],
-)
+@pytest.mark.parametrize(("moment", "rows"), [("parts", 2), ("between", 2), ("after", 3)])
 def test_kill_during_swap(tmp_path: Path, moment: str, rows: int) -> None:
     """After a kill during the swap, when neither dataset is in place, the next start repairs it."""
     target = tmp_path / "out" / "2026-11-24"

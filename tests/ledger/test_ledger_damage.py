@@ -174,6 +174,21 @@ def test_answer_that_is_no_object_is_named(
     assert f"attempts.answer, id {attempt}: not a JSON object" in result.stderr
 
 
+@pytest.mark.parametrize("command", first_quick(2, [COMMANDS[5], COMMANDS[1], COMMANDS[0], COMMANDS[4]], single=True))
+def test_description_that_is_none_is_named(
+    paid_ledger: tuple[SandboxApi, Workspace, bytes], command: list[str]
+) -> None:
+    """A description of the target that lacks its keys is exit 5, and the message names the target."""
+    api, workspace, content = paid_ledger
+    write_ledger(workspace, content)
+    execute_raw(workspace.ledger_path, "UPDATE targets SET description = '{}'", "UPDATE executions SET summary = '{}'")
+
+    result = workspace.run_in_process(*command, api=api)
+
+    assert_error_without_content(result, 5)
+    assert "the description of the waterfall `email_getter` cannot be read" in result.stderr
+
+
 @pytest.fixture(scope="module")
 def small_ledger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make a ledger of a few pages."""

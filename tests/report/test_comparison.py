@@ -66,7 +66,7 @@ def test_two_ledgers(tmp_path: Path, workspace: Workspace) -> None:
         (comparison["left"], comparison["right"]), summaries, ("job.yaml", "other.yaml"), strict=True
     ):
         assert side["label"] == label
-        assert (side["requests"], side["found"], side["not_found"]) == (60, summary["found"], summary["not_found"])
+        assert (side["asked"], side["found"], side["not_found"]) == (60, summary["found"], summary["not_found"])
         assert side["credits"] == pytest.approx(summary["credits_spent"])
         assert side["cost_per_hit"] == pytest.approx(summary["credits_spent"] / summary["found"])
     assert comparison["left"]["providers"] == ["Mailhound", "Peoplegrid"]
@@ -107,10 +107,10 @@ def test_two_jobs_sharing_a_ledger(api: SandboxApi, workspace: Workspace) -> Non
         run_job(workspace, api, job)
 
     comparison = compare_json(workspace, "other.yaml")
-    assert (comparison["left"]["requests"], comparison["right"]["requests"], comparison["common"]) == (10, 10, 10)
+    assert (comparison["left"]["asked"], comparison["right"]["asked"], comparison["common"]) == (10, 10, 10)
     assert [each["name"] for each in comparison["right_providers"] if each["verifies"]] == ["Mailproof"]
     nothing = compare_json(workspace, "same.yaml")
-    assert (nothing["right"]["requests"], nothing["right"]["cost_per_hit"], nothing["common"]) == (0, None, 0)
+    assert (nothing["right"]["asked"], nothing["right"]["cost_per_hit"], nothing["common"]) == (0, None, 0)
     assert nothing["verdict"].startswith("No lead has results on both sides.")
 
 
@@ -128,7 +128,7 @@ def test_two_executions_of_a_job(tmp_path: Path, workspace: Workspace) -> None:
     comparison = compare_json(workspace, "1")
 
     assert [comparison[side]["label"] for side in ("left", "right")] == ["run 2", "run 1"]
-    assert (comparison["left"]["requests"], comparison["right"]["requests"], comparison["common"]) == (15, 12, 12)
+    assert (comparison["left"]["asked"], comparison["right"]["asked"], comparison["common"]) == (15, 12, 12)
     assert comparison["left"]["credits"] == pytest.approx(second["credits_spent"])
     assert comparison["common_right_credits"] == pytest.approx(first["credits_spent"])
     assert comparison["common_left_credits"] > comparison["common_right_credits"]
@@ -165,7 +165,7 @@ def test_forgotten_leads_are_excluded(api: SandboxApi, workspace: Workspace) -> 
         assert workspace.run_in_process("forget", job, "--match", "First Name=First2", "--yes").exit_code == 0
 
     comparison = compare_json(workspace, "other.yaml")
-    assert (comparison["left"]["requests"], comparison["common"]) == (6, 4)
+    assert (comparison["left"]["asked"], comparison["common"]) == (6, 4)
 
 
 def test_invalid_comparisons(api: SandboxApi, workspace: Workspace) -> None:

@@ -16,7 +16,6 @@ from html import escape, unescape
 from pathlib import Path
 from typing import Any, get_args
 
-import pypdf
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -360,7 +359,9 @@ def check_structure(layout: dict[str, Any]) -> None:
 @pytest.mark.long
 @needs_browser
 def test_page_print_layout(browser: Browser, tmp_path: Path) -> None:
-    """In print the page is light, and folded parts are open."""
+    """In print the page is light, and folded parts are open. Imported here, as for Altair."""
+    import pypdf  # noqa: PLC0415
+
     browser.open(write_page(tmp_path, reports.full_report), 1024, "dark")
     printed = pypdf.PdfReader(io.BytesIO(browser.pdf()))
     text = " ".join(" ".join(page.extract_text() for page in printed.pages).split())

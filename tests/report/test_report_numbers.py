@@ -59,17 +59,17 @@ def assert_agrees_with_status(workspace: Workspace, job: str = "job.yaml") -> di
     assert sum(report["requests"].values()) == status["requests"]
     for name in ("credits_spent", "credits_unknown"):
         assert report[name] == pytest.approx(runs["totals"][name])
-    assert len(report["runs"]) == runs["totals"]["executions"]
-    for run_number, run in zip(report["runs"], reversed(runs["executions"]), strict=True):
+    assert len(report["nights"]) == runs["totals"]["executions"]
+    for run_number, run in zip(report["nights"], reversed(runs["executions"]), strict=True):
         for name in run_number.keys() & run.keys() - {"found"}:
             assert run_number[name] == run[name], name
-    for run_number, execution in zip(reversed(report["runs"]), status["executions"], strict=False):
+    for run_number, execution in zip(reversed(report["nights"]), status["executions"], strict=False):
         for name in run_number.keys() & execution.keys():
             assert run_number[name] == execution[name], name
     waterfall = report["waterfall"]
     assert waterfall["spent"] == pytest.approx(report["credits_spent"])
     paid = sum(each["credits"] for each in waterfall["providers"])
-    assert paid + waterfall["unattributed"] == pytest.approx(waterfall["spent"])
+    assert paid + waterfall["elsewhere"] == pytest.approx(waterfall["spent"])
     return report
 
 
@@ -78,7 +78,7 @@ def assert_agrees_with_audit(report: dict[str, Any], audit: dict[str, Any]) -> N
     true = audit["by_provider"]
     for each in report["waterfall"]["providers"]:
         assert each["found"] == true[each["name"]]["found"]
-        assert each["reported"] + each["inferred"] == true[each["name"]]["calls"]
+        assert each["asked"] + each["presumed"] == true[each["name"]]["calls"]
         assert each["credits"] == pytest.approx(true[each["name"]]["credits"])
 
 
@@ -145,12 +145,12 @@ def test_report_over_a_week(tmp_path: Path, workspace: Workspace) -> None:
 
     report = assert_agrees_with_status(workspace)
     assert report["credits_spent"] == pytest.approx(audit["credits_charged"])
-    assert sum(run["submitted"] for run in report["runs"]) == audit["accepted"]
-    assert [run["outcome"] for run in report["runs"]][2] == "killed"
-    assert (at_work["runs"][2]["outcome"], at_work["runs"][2]["polls"]) == ("killed", None)
-    assert at_work["actions"][0]["commands"][0].startswith("enrich run ")
+    assert sum(run["submitted"] for run in report["nights"]) == audit["accepted"]
+    assert [run["outcome"] for run in report["nights"]][2] == "killed"
+    assert (at_work["nights"][2]["outcome"], at_work["nights"][2]["polls"]) == ("killed", None)
+    assert at_work["needs"][0]["commands"][0].startswith("enrich run ")
     assert any("killed" in note for note in report["notes"])
-    ended = [run for run in report["runs"] if run["exit_code"] is not None]
+    ended = [run for run in report["nights"] if run["exit_code"] is not None]
     for run_number, summary in zip(ended, summaries, strict=True):
         for name in run_number.keys() & summary.keys() - {"found", "not_found", "failed", "expired", "elapsed_s"}:
             assert run_number[name] == summary[name], name
@@ -160,8 +160,8 @@ def test_report_over_a_week(tmp_path: Path, workspace: Workspace) -> None:
         name: summaries[0][name] for name in ("found", "not_found", "failed")
     }
     assert report["statuses"] == {name: summaries[-1][name] for name in RowStatus}
-    assert sum(run["found"] for run in report["runs"]) == report["requests"]["found"]
-    assert sum(run["not_found"] for run in report["runs"]) == report["requests"]["not_found"]
+    assert sum(run["found"] for run in report["nights"]) == report["requests"]["found"]
+    assert sum(run["not_found"] for run in report["nights"]) == report["requests"]["not_found"]
     assert report["rows"] == summaries[-1]["rows"]
     assert sum(age["found"] for age in report["ages"]) == report["requests"]["found"]
     # Charged failures show their steps only sometimes, so only the matches equal the API's.
@@ -191,7 +191,7 @@ def test_provider_stats_match_audit(tmp_path: Path, workspace: Workspace) -> Non
     report = assert_agrees_with_status(workspace)
     assert_agrees_with_audit(report, audit)
     assert report["waterfall"]["answers"] == 45
-    assert (report["waterfall"]["not_reported"], report["waterfall"]["unattributed"]) == (0, 0)
+    assert (report["waterfall"]["untold"], report["waterfall"]["elsewhere"]) == (0, 0)
 
 
 @pytest.mark.long
@@ -209,7 +209,7 @@ def test_jobs_sharing_a_ledger(tmp_path: Path, workspace: Workspace) -> None:
 
     alpha, beta = (assert_agrees_with_status(workspace, f"{name}.yaml") for name in ("alpha", "beta"))
     assert alpha["credits_spent"] + beta["credits_spent"] == pytest.approx(audit["credits_charged"])
-    assert (alpha["runs"][0]["submitted"], beta["runs"][0]["submitted"]) == (12, 18)
+    assert (alpha["nights"][0]["submitted"], beta["nights"][0]["submitted"]) == (12, 18)
     assert alpha["requests"] == beta["requests"]
     assert any("Other jobs use this ledger" in note for note in alpha["notes"])
     assert beta["rows"] == 30  # twelve were answered by the other job
@@ -224,8 +224,8 @@ def test_job_without_runs(workspace: Workspace) -> None:
     """A job without runs has no numbers, and the report creates no files."""
     report = report_json(workspace)
 
-    assert (report["runs"], report["rows"], report["planned"], report["traffic"]) == ([], None, None, None)
-    assert report["actions"] == [
+    assert (report["nights"], report["rows"], report["planned"], report["traffic"]) == ([], None, None, None)
+    assert report["needs"] == [
         {"text": "Start with ten requests", "commands": [f"enrich run {workspace.job_file} --limit 10"]}
     ]
     assert not workspace.ledger_path.parent.exists()
@@ -241,11 +241,11 @@ def test_missing_input(finished_run: Workspace) -> None:
     assert report["rows"] is None
     assert report["statuses"] == {}
     assert report["columns"] == report["groups"] == report["ages"] == []
-    assert report["runs"] == whole["runs"]
+    assert report["nights"] == whole["nights"]
     assert report["waterfall"] == whole["waterfall"]
     assert report["notes"] == []
-    assert "leads.csv" in report["actions"][0]["text"]
-    assert report["actions"][0]["commands"] == [f"enrich check {finished_run.folder}/job.yaml"]
+    assert "leads.csv" in report["needs"][0]["text"]
+    assert report["needs"][0]["commands"] == [f"enrich check {finished_run.folder}/job.yaml"]
 
 
 @pytest.mark.long
@@ -265,10 +265,10 @@ def test_job_that_no_longer_fits(finished_run: Workspace, changes: dict[str, str
     report = report_json(finished_run)
 
     assert report["rows"] is None
-    message = [*report["notes"], *(action["text"] for action in report["actions"])]
+    message = [*report["notes"], *(action["text"] for action in report["needs"])]
     assert [text.startswith("The rows are unknown: ") for text in message] == [True]
-    assert bool(report["actions"]) is changes.keys().isdisjoint({"input", "waterfall"})
-    assert len(report["runs"]) == 1
+    assert bool(report["needs"]) is changes.keys().isdisjoint({"input", "waterfall"})
+    assert len(report["nights"]) == 1
 
 
 @pytest.mark.long
@@ -289,8 +289,8 @@ def test_unreadable_waterfall_description(finished_run: Workspace) -> None:
     finished_run.sql("UPDATE targets SET description = '{\"identifier\": 7}'")
     report = report_json(finished_run)
 
-    assert report["runs"][0]["found"] == report["requests"]["found"]
-    assert report["waterfall"]["not_reported"] == report["requests"]["not_found"]
+    assert report["nights"][0]["found"] == report["requests"]["found"]
+    assert report["waterfall"]["untold"] == report["requests"]["not_found"]
 
 
 @pytest.mark.long
@@ -304,7 +304,7 @@ def test_purged_and_forgotten_leads(finished_run: Workspace) -> None:
     assert report["requests"] == before["requests"]
     assert report["credits_spent"] == before["credits_spent"]
     assert (report["statuses"]["filtered"], report["columns"][0]["answered"]) == (1, 0)
-    assert report["waterfall"]["not_reported"] == report["waterfall"]["answers"] == 12
+    assert report["waterfall"]["untold"] == report["waterfall"]["answers"] == 12
     assert sum("purged" in note for note in report["notes"]) == 2
     assert report["anomalies"] == []
 
@@ -319,14 +319,14 @@ def test_report_during_run(workspace: Workspace) -> None:
         report = report_json(workspace)
     ledger.wrapped.close()
 
-    (run,) = report["runs"]
+    (run,) = report["nights"]
     assert (run["outcome"], run["ended_at"], run["polls"], run["elapsed_s"]) == (
         "running",
         None,
         None,
         None,
     )
-    assert report["actions"] == []
+    assert report["needs"] == []
     assert any("still running" in note for note in report["notes"])
 
 
@@ -378,7 +378,7 @@ def test_commands_use_given_paths(api: SandboxApi, workspace: Workspace) -> None
     workspace.run_in_process("run", "job.yaml", "--input", "other file.csv", "--ledger", "l.db", api=api)
     report = report_json(workspace, "--input", "other file.csv", "--ledger", "l.db")
 
-    commands = [command for action in report["actions"] for command in action["commands"]]
+    commands = [command for action in report["needs"] for command in action["commands"]]
     assert f"enrich reconcile {workspace.folder}/job.yaml --ledger {workspace.folder}/l.db" in commands
     assert any(f"--input '{workspace.folder}/other file.csv' --retry in_doubt" in command for command in commands)
 
@@ -458,7 +458,7 @@ def test_rows_only_on_request(finished_run: Workspace) -> None:
 def test_traffic_from_progress(finished_run: Workspace) -> None:
     """Traffic comes from the stored progress; without it, from the attempts, and polls are unknown."""
     received = report_json(finished_run)
-    assert sum(received["traffic"]["polls"]) == received["runs"][0]["polls"]
+    assert sum(received["traffic"]["polls"]) == received["nights"][0]["polls"]
     assert (sum(received["traffic"]["submitted"]), sum(received["traffic"]["answered"])) == (12, 12)
 
     finished_run.sql("UPDATE executions SET progress = '{}'")
@@ -512,7 +512,7 @@ def test_page_has_no_absolute_path(finished_run: Workspace, tmp_path: Path) -> N
     assert str(finished_run.folder) not in page
     assert "<code>enrich check job.yaml</code>" in page
     assert "relative to the folder that contains <code>job.yaml</code>" in page
-    assert written.json_output["actions"][0]["commands"] == [f"enrich check {finished_run.job_file}"]
+    assert written.json_output["needs"][0]["commands"] == [f"enrich check {finished_run.job_file}"]
 
     job, name = load_job(finished_run.job_file), finished_run.folder.name
     arguments = JobArguments(str(finished_run.job_file), str(finished_run.job_file))

@@ -19,7 +19,7 @@ from enrich.job.target import TargetKind
 from enrich.ledger import bindings, queries
 from enrich.models import SettledAttempt, State
 from enrich.run.provider_stats import ProviderStat, ProviderStats, ProviderTotals, parse_descriptions
-from tests.support.cases import first_quick, in_turn
+from tests.support.cases import in_turn
 from tests.support.ledger import CALL
 from tests.support.workspace import INSTANT_API, Workspace, make_leads, serve_api
 
@@ -259,17 +259,14 @@ def ledger_stats(workspace: Workspace) -> ProviderTotals:
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("shape", "verifier", "bulk"),
-    first_quick(
-        1,
-        [
-            ("wrapped", False, False),
-            ("wrapped", True, False),
-            ("wrapper_object", True, False),
-            ("wrapped", True, True),
-            ("flat", False, False),
-            ("flat_list", True, True),
-        ],
-    ),
+    [
+        ("wrapped", False, False),
+        ("wrapped", True, False),
+        ("wrapper_object", True, False),
+        ("wrapped", True, True),
+        ("flat", False, False),
+        ("flat_list", True, True),
+    ],
 )
 def test_stats_agree_with_audit(
     tmp_path: Path, workspace: Workspace, *, shape: str, verifier: bool, bulk: bool

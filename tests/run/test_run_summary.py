@@ -31,7 +31,7 @@ CREDITS = st.floats(0, 5_000_000).map(lambda value: round(value, 6))
 
 def make_provider(name: str, **known: Any) -> dict[str, Any]:
     """Return a provider of a run summary."""
-    nothing = {"verifies": False, "reported": 0, "inferred": 0, "found": 0, "rejected": 0, "credits": 0.0}
+    nothing = {"verifies": False, "asked": 0, "presumed": 0, "found": 0, "rejected": 0, "credits": 0.0}
     return {"name": name, **nothing, "cost_per_hit": None, **known}
 
 
@@ -67,7 +67,7 @@ def test_line_width(data: st.DataObject) -> None:
         rate_limited=data.draw(st.integers(0, 9_999)),
         elapsed_s=data.draw(st.floats(0, 90_000)),
         providers=[
-            make_provider(name, reported=data.draw(NUMBERS), found=data.draw(NUMBERS), credits=data.draw(CREDITS))
+            make_provider(name, asked=data.draw(NUMBERS), found=data.draw(NUMBERS), credits=data.draw(CREDITS))
             for name in data.draw(st.lists(names, max_size=4))
         ],
         providers_not_reported=data.draw(NUMBERS),
@@ -97,7 +97,7 @@ def test_columns_are_aligned_in_any_script() -> None:
         "leads",
         0,
         rows=9,
-        providers=[make_provider(name, reported=7, found=5) for name in names],
+        providers=[make_provider(name, asked=7, found=5) for name in names],
         providers_not_reported=1,
     ).with_row_counts({RowStatus.FOUND: 2, RowStatus.NOT_FOUND: 7}, dict.fromkeys(names, 5))
 
@@ -117,7 +117,7 @@ def test_small_amounts() -> None:
         submitted=1,
         credits_spent=0.004,
         cost_per_hit=0.000012,
-        providers=[make_provider("Inboxly", reported=1, credits=0.0)],
+        providers=[make_provider("Inboxly", asked=1, credits=0.0)],
         credits_unattributed=-0.0000001,
         providers_not_reported=1,
     )
@@ -287,10 +287,10 @@ def test_summary_matches_bill(tmp_path: Path, workspace: Workspace) -> None:
     assert summary.credits_spent <= (summary.planned["max"] or 0)
     assert summary.difference is None
     first, *others = [each for each in summary.providers if not each["verifies"]]
-    assert first["reported"] + first["inferred"] + (summary.providers_not_reported or 0) == audit["accepted"]
+    assert first["asked"] + first["presumed"] + (summary.providers_not_reported or 0) == audit["accepted"]
     for before, after in zip([first, *others], others, strict=False):
-        passed_on = before["reported"] + before["inferred"] - before["found"]
-        assert after["reported"] + after["inferred"] <= passed_on
+        passed_on = before["asked"] + before["presumed"] - before["found"]
+        assert after["asked"] + after["presumed"] <= passed_on
 
 
 @pytest.mark.long
