@@ -11,7 +11,6 @@ import polars as pl
 from enrich.job.job import Job
 from enrich.models import RowStatus
 from enrich.rows.requests import RowBatch
-from enrich.rows.template import RequestTemplate
 
 #: A transform that leaves the name of a company's host, which is no person's data and may be shown.
 _DOMAIN = "domain"
@@ -28,7 +27,6 @@ class ParamFill:
     """
 
     job: Job
-    template: RequestTemplate
     rows: int = 0
     sendable: int = 0
     filled: Counter[str] = field(default_factory=Counter)
