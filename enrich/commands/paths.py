@@ -51,10 +51,9 @@ def path_problems(job: Job) -> Iterator[EnrichError]:
     except JobError as error:
         yield error
         return
-    others = outgoing | incoming
-    for one, path in outgoing.items():
-        del others[one]
-        for other in (other for other, same in others.items() if _is_same_file(path, same)):
+    several = {key: path for key, path in incoming.items() if key.startswith("input ")}
+    for one, path in outgoing.items():  # the files of a folder or pattern; all others are compared above
+        for other in (other for other, same in several.items() if _is_same_file(path, same)):
             yield JobError(f"{path}: `{one}` and `{other}` are the same file", f"choose another `{one}`")
     for key, path in outgoing.items():
         if reason := _why_not_writable(path, may_be_folder=key == "output" and is_dataset(path)):

@@ -118,6 +118,9 @@ def plan_with_access(
 
     Also returns a note if the plan was saved in another file: a sandbox run does not replace the plan of a real run.
     """
+    job.file_locations(datetime.now().astimezone())  # raises if two are the same
+    if plan_file is not None:
+        job.check_not_own(plan_file.absolute(), "plan")
     if plan_file is not None and is_locked(job.ledger):
         raise LedgerLocked(f"{job.ledger}: a run is in progress, so a plan cannot be saved", "save it after the run")
     make = make_steps_plan if job.step_jobs else make_plan
@@ -236,8 +239,7 @@ def _prepare_rows_file(job: Job, rows_file: Path | None) -> Path | None:
         return None
     if job.sandbox:
         rows_file = rows_file.with_name(sandbox_file_name(rows_file.name))
-    if (key := job.key_of_file(rows_file, datetime.now().astimezone())) is not None:
-        raise JobError(f"{rows_file}: the rows would replace `{key}` of the job", "choose another name")
+    job.check_not_own(rows_file, "rows")
     if is_written_by_run(job, rows_file):
         raise JobError(f"{rows_file}: the rows would replace a file that a run has written", "choose another name")
     prepare_file(rows_file, job.input_path, job.name, "plan")

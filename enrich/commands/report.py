@@ -61,7 +61,7 @@ def write_run_report(job: Job, job_arguments: JobArguments) -> str | None:
         path = job.report_path(now)
         if path is not None:
             _require_extra()
-            write_report(path, _render_page(_build_report(job, job_arguments, now), job, now), job, now)
+            write_report(path, _render_page(_build_report(job, job_arguments, now), job, now), job)
     except (KeyboardInterrupt, Interrupted):
         return "the report was not written: interrupted"
     except EnrichError as error:
@@ -110,7 +110,7 @@ def report(
     if to_stdout:
         click.echo(_render_page(data, job, now))
     elif path is not None:
-        write_report(path, _render_page(data, job, now), job, now)
+        write_report(path, _render_page(data, job, now), job)
         if sys.stderr.isatty() or (page is not None and path != page.absolute()):
             click.echo(f"report: {path}", err=True)
     if as_json:

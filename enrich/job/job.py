@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -110,54 +111,61 @@ class Job:
     def extra_output_paths(self, now: datetime) -> dict[str, Location]:
         """The `rejects` and `changes` files, by their job file keys. Raises JobError if two files are the same."""
         files = self.file_locations(now)
-        return {kind: files[kind] for kind in ("rejects", "changes") if kind in files}
+        return {kind: place for kind in ("rejects", "changes") if isinstance(place := files.get(kind), Location)}
 
     def report_path(self, now: datetime) -> Path | None:
-        """The report that every run writes, or None. Raises JobError if it is another file of the job."""
-        report = self.model.report
-        if report is None or report.path is None:
-            return None
-        path = self.resolve_path(_expand_date(report.path, now))
-        files = self.file_locations(now)
-        self._check_distinct("report", path, files | {"input": self.input_path})
-        self._check_outside_dataset("report", path, files["output"])
-        return path
+        """The report that every run writes, or None. Raises JobError if two files of the job are the same."""
+        report = self.file_locations(now).get("report")
+        return report if isinstance(report, Path) else None
 
-    def file_locations(self, now: datetime) -> dict[str, Location]:
-        """All files of the job except the input and the report. Raises JobError if two are the same."""
+    def file_locations(self, now: datetime) -> dict[str, InputLocation]:
+        """All files of the job by their keys. Raises JobError if two are the same and one of them is written."""
+        files, output = self._locations(now), self.output_path(now)
+        names = list(files)
+        for place, kind in enumerate(names):
+            if kind in _FILES_READ:
+                continue
+            for other in names[:place]:
+                if _is_same(files[kind], files[other]):
+                    message = f"{files[kind]}: `{kind}` and `{other}` are the same file"
+                    raise self.error([kind], message, "give each file its own name")
+        for kind, location in files.items():
+            if kind not in ("input", "output"):
+                self._check_outside_dataset(kind, location, output)
+        return files
+
+    def _locations(self, now: datetime) -> dict[str, InputLocation]:
+        """All files of the job by their keys, first those that it reads."""
         model = self.model
-        named = {"rejects": model.rejects, "changes": model.changes}
-        extra_outputs = {
-            kind: self.location_of(output.path, now) for kind, output in named.items() if output is not None
-        }
-        files: dict[str, Location] = {"output": self.output_path(now), "the job file": self.document.path}
+        files: dict[str, InputLocation] = {"the job file": self.document.path}
+        if self.input_path != STDIN:
+            files["input"] = self.input_path
+        files |= {key: self.resolve_path(named) for key in ("suppress", "notify") if (named := getattr(model, key))}
         if not isinstance(self.ledger, PostgresLocation):
             files["ledger"] = self.ledger
-        files |= {
-            key: self.resolve_path(named) for key in ("suppress", "notify", "metrics") if (named := getattr(model, key))
-        }
-        for kind, location in extra_outputs.items():
-            self._check_distinct(kind, location, files)
-            files[kind] = location
-        for kind, location in files.items():
-            if kind != "output":
-                self._check_outside_dataset(kind, location, files["output"])
+        if model.metrics:
+            files["metrics"] = self.resolve_path(model.metrics)
+        files["output"] = self.output_path(now)
+        written = {"rejects": model.rejects, "changes": model.changes}
+        files |= {kind: self.location_of(output.path, now) for kind, output in written.items() if output is not None}
+        if model.report is not None and model.report.path is not None:
+            files["report"] = self.resolve_path(_expand_date(model.report.path, now))
         return files
 
     def key_of_file(self, path: Path, now: datetime) -> str | None:
         """Return the key of the job's file at a path, such as `output`. None: the path is none of the job's files."""
-        files = {"input": self.input_path, **self.file_locations(now), "report": self.report_path(now)}
-        return next((key for key, place in files.items() if place is not None and _is_same(path, place)), None)
+        return next((key for key, place in self._locations(now).items() if _is_same(path, place)), None)
 
-    def _check_distinct(self, kind: str, location: Location, files: Mapping[str, InputLocation]) -> None:
-        if other := next((key for key, path in files.items() if _is_same(location, path)), None):
-            raise self.error([kind], f"{location} is used twice: for `{other}`", "give each file its own name")
+    def check_not_own(self, path: Path, what: str, hint: str = "choose another name", allowed: str = "") -> None:
+        """Raise JobError if a file that a command writes beside the run is one of the job's files."""
+        if (key := self.key_of_file(path, datetime.now().astimezone())) not in (None, allowed):
+            raise JobError(f"{path}: the {what} would replace `{key}` of the job", hint)
 
     def _check_outside_dataset(self, kind: str, location: object, output: Location) -> None:
         """Raise JobError if a file of the job is in the output folder, which every run replaces."""
         if not isinstance(location, Path) or not isinstance(output, Path) or not is_dataset(output):
             return
-        if location.resolve().is_relative_to(output.resolve()):
+        if _real(location).is_relative_to(_real(output)):
             message = f"{output} is replaced by every run, and contains `{kind}`"
             raise self.error(["output"], message, "choose a separate folder")
 
@@ -179,6 +187,8 @@ class Job:
         return key in TargetModel.model_fields or key in self.document.data[steps][index]
 
 
+#: The files that a run only reads. Two of them may be the same.
+_FILES_READ = ("the job file", "input", "suppress", "notify")
 #: The codes of strftime that mean the same on every system, except those that put a line break or a slash into a name.
 _DATE_CODES = frozenset(f"%{letter}" for letter in "aAbBcCdeFGgHIjklmMpPsSTuUVwWxXyYzZ%")
 
@@ -347,8 +357,15 @@ def _expand_date(path: str, now: datetime) -> str:
 def _is_same(one: InputLocation, other: InputLocation) -> bool:
     """Check whether two locations are the same file, also through links."""
     if isinstance(one, Path) and isinstance(other, Path):
-        return one.resolve() == other.resolve()
+        with suppress(OSError):  # one of them is missing or not accessible
+            return one.samefile(other)
+        return _real(one) == _real(other)
     return one == other
+
+
+def _real(path: Path) -> Path:
+    """Follow the links of a path as far as they lead. `Path.resolve` raises RuntimeError for a loop of links."""
+    return Path(os.path.realpath(path))
 
 
 def _absolute_path(base: Path, path: str | Path) -> Path:

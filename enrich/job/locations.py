@@ -190,6 +190,17 @@ def sandbox_file_name(path_or_url: str) -> str:
     return f"{folder}{slash}{last[:at]}.{SANDBOX_NAME}{last[at:]}{slashes}"
 
 
+def is_sandbox_file_name(path_or_url: str) -> bool:
+    """Check whether `sandbox_file_name` gives this name to some file."""
+    before, mark, after = path_or_url.rpartition(f".{SANDBOX_NAME}")
+    return bool(mark) and sandbox_file_name(before + after) == path_or_url
+
+
+def real_ledger_location(sandbox_ledger: PostgresLocation) -> PostgresLocation:
+    """Return the ledger whose sandbox this ledger is."""
+    return replace(sandbox_ledger, schema=sandbox_ledger.schema.removesuffix(f"_{SANDBOX_NAME}"))
+
+
 def path_beside_ledger(ledger: LedgerLocation, suffix: str) -> Path:
     """Return the path of a local file that belongs to a ledger. For a file ledger it is in the same folder."""
     if isinstance(ledger, PostgresLocation):

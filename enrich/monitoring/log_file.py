@@ -43,12 +43,27 @@ def redact_message(message: str) -> str:
 class RunLog:
     """Writes the log lines of one run; without a handler, nothing is written."""
 
-    def __init__(self, handler: logging.Handler | None, job: str, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        handler: logging.Handler | None,
+        job: str,
+        clock: Callable[[], float] = time.monotonic,
+        path: Path | None = None,
+    ) -> None:
         self.job = job
+        self.path = path
         self._handler = handler
         self._clock = clock
         self._progress_at = clock()
         self._last_progress = Progress(total=None, done=0, found=0, spent=0.0, in_flight=0)
+
+    def end_unwritten(self) -> None:
+        """Write nothing more, and remove the file if it has no line."""
+        self._handler = None
+        if self.path is not None:
+            with suppress(OSError):
+                if self.path.is_file() and not self.path.stat().st_size:
+                    self.path.unlink()
 
     def write_event(self, event: str, **values: object) -> None:
         """Write a line; values that are None are left out."""
@@ -98,7 +113,7 @@ def open_log(path: Path | None, job: str, on_problem: Callable[[str], None]) -> 
     except OSError as error:
         raise CommandRefused(f"{path}: the log cannot be written: {error.strerror}") from error
     try:
-        yield RunLog(handler, job)
+        yield RunLog(handler, job, path=path)
     finally:
         with suppress(OSError):
             handler.close()

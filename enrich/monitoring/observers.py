@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from enrich import __version__, exit_codes
+from enrich.errors import JobError
 from enrich.exit_codes import ExitCode
 from enrich.job.job import Job
 from enrich.ledger import execution_records, queries
@@ -49,6 +50,7 @@ class RunObservers:
 
     def start(self, job: Job, options: RunOptions) -> None:
         """Set the job and log the start. Raises JobError when an observer's setting in the job file is unusable."""
+        self._check_log_file(job)
         self.job = job
         self.log.job = job.name
         self.log.write_event("start", **_run_settings(job, options), sandbox=job.sandbox)
@@ -69,15 +71,16 @@ class RunObservers:
             for problem in problems:
                 self.report_problem(problem)
         if model.metrics is not None:
-            if not model.metrics.endswith(".prom"):
-                message = f"`{model.metrics}` is not read by the textfile collector, which reads *.prom only"
-                raise job.error(["metrics"], message, "rename it to end in .prom")
-            path = job.resolve_path(model.metrics)
-            if path.exists() and not path.is_file():
-                raise job.error(["metrics"], f"{path}: the metrics cannot be written: it is not a file")
-            if prometheus.has_other_metrics(path):
-                raise job.error(["metrics"], f"{path} has metrics of another program", "choose another file")
-            self._metrics_path = path
+            self._metrics_path = _checked_metrics_path(job, model.metrics)
+
+    def _check_log_file(self, job: Job) -> None:
+        if self.log.path is None:
+            return
+        try:
+            job.check_not_own(self.log.path.absolute(), "log", "choose another `--log-file`")
+        except JobError:
+            self.log.end_unwritten()
+            raise
 
     def lock_acquired(self) -> None:
         """Ping the healthcheck: the run has locked its ledger and begins."""
@@ -207,3 +210,17 @@ def _run_settings(job: Job, options: RunOptions) -> dict[str, Any]:
         }
         | {"max_credits": job.max_credits, "plan": None if options.plan is None else iso_time(options.plan.made_ms)},
     }
+
+
+def _checked_metrics_path(job: Job, name: str) -> Path:
+    """Return the path of the metrics. Raises JobError if they cannot be written there."""
+    if not name.endswith(".prom"):
+        message = f"`{name}` is not read by the textfile collector, which reads *.prom only"
+        raise job.error(["metrics"], message, "rename it to end in .prom")
+    job.file_locations(datetime.now().astimezone())  # a refused run writes its metrics, too
+    path = job.resolve_path(name)
+    if path.exists() and not path.is_file():
+        raise job.error(["metrics"], f"{path}: the metrics cannot be written: it is not a file")
+    if prometheus.has_other_metrics(path):
+        raise job.error(["metrics"], f"{path} has metrics of another program", "choose another file")
+    return path

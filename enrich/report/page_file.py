@@ -46,13 +46,12 @@ def given_report_path(job: Job, path: Path) -> Path:
     return path.with_name(sandbox_file_name(path.name)) if job.sandbox and _is_real_report(path) else path
 
 
-def write_report(path: Path, page: str, job: Job, now: datetime) -> None:
+def write_report(path: Path, page: str, job: Job) -> None:
     """Write a report atomically (mode 0600).
 
     Raises JobError when it would replace another kind of file, CommandRefused when it can't be written.
     """
-    if (other := job.key_of_file(path, now)) not in (None, "report"):
-        raise JobError(f"{path}: the report would replace `{other}`", "choose another file: -o FILE")
+    job.check_not_own(path, "report", "choose another file: -o FILE", allowed="report")
     try:
         if path.exists() and not is_report(path):
             raise JobError(f"{path} exists and is not a report of enrich", "choose another file: -o FILE")

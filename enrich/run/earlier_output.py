@@ -24,8 +24,11 @@ from enrich.job.locations import (
     LedgerLocation,
     Location,
     ObjectUrl,
+    PostgresLocation,
     is_dataset,
+    is_sandbox_file_name,
     parse_location,
+    real_ledger_location,
     sandbox_file_name,
     sandbox_ledger_location,
     sandbox_state_path,
@@ -88,8 +91,7 @@ def _without_sandbox_tasks(sandbox_ledger: LedgerLocation, tasks: Iterable[str])
 
 def _read_task_ids(job: Job, output: Location) -> Iterator[list[str]]:
     """Yield the task ids of an output, batch by batch. Raises CommandRefused when it cannot be read."""
-    path = f"{output}/" if is_dataset(output) and not str(output).endswith("/") else str(output)
-    input_spec: dict[str, object] = {"path": path}
+    input_spec: dict[str, object] = {"path": _as_named(output)}
     if job.output.path.lower().endswith((".csv", ".csv.gz", ".tsv", ".tsv.gz")):
         input_spec |= {"separator": job.output.separator, "encoding": job.output.encoding}
     source = InputTable(output, Input.model_validate(input_spec))
@@ -98,6 +100,11 @@ def _read_task_ids(job: Job, output: Location) -> Iterator[list[str]]:
         for name in columns:
             if tasks := [str(task) for task in as_text(frame.get_column(name)).unique() if task]:
                 yield tasks
+
+
+def _as_named(output: Location) -> str:
+    """Return the path or URL of an output as a job file names it: a folder ends with a slash."""
+    return f"{output}/" if is_dataset(output) and not str(output).endswith("/") else str(output)
 
 
 def _newest_output(job: Job) -> Location | None:
@@ -190,9 +197,23 @@ def with_own_output(job: Job, now: datetime) -> tuple[Job, str | None]:
 
 
 def is_written_by_run(job: Job, location: Location) -> bool:
-    """Check whether a real run has written a file, or the file holds tasks that the sandbox did not issue."""
-    folder = job.ledger.parent if isinstance(job.ledger, Path) else job.ledger.local_folder
-    return has_real_tasks(job, location) or any(
-        try_read(ledger, lambda db: execution_records.has_written(db, str(location)))
-        for ledger in find_ledger_files(folder)
+    """Check whether a real run has written a file, or it is named as one and has tasks that the sandbox did not issue.
+
+    Under a sandbox run's own name such tasks are those of a sandbox whose ledger is another or gone.
+    """
+    if not is_sandbox_file_name(_as_named(location)) and has_real_tasks(job, location):
+        return True
+    return any(
+        try_read(ledger, lambda db: execution_records.has_written(db, str(location))) for ledger in _real_ledgers(job)
     )
+
+
+def _real_ledgers(job: Job) -> list[LedgerLocation]:
+    """Return the ledgers of real runs near the job: beside its ledger and at the default place."""
+    own_folder = job.ledger.parent if isinstance(job.ledger, Path) else job.ledger.local_folder
+    found: list[LedgerLocation] = []
+    for folder in dict.fromkeys((own_folder, job.resolve_path(".enrich"))):
+        found += find_ledger_files(folder)
+    if isinstance(job.ledger, PostgresLocation):
+        found.append(real_ledger_location(job.ledger))
+    return found

@@ -138,7 +138,6 @@ async def check_ledger_host(context: RunContext) -> None:
 async def open_files(startup: Startup) -> None:
     """Open the input and prepare the location of every file. Raises EnrichError when one of them cannot be used."""
     context, job, now = startup.context, startup.context.job, datetime.now().astimezone()
-    job.report_path(now)
     target, extra_output_paths = job.output_path(now), job.extra_output_paths(now)
     forgotten = await context.ledger_writer.submit(erasure.load_forgotten)
     with context.signals.interruptible():  # a pipe or object storage may block

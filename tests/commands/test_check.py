@@ -179,7 +179,7 @@ def test_damaged_ledger_is_reported(workspace: Workspace, api: SandboxApi) -> No
     ("changed", "message", "code"),
     [
         ({"output": "leads.csv"}, "`output` and `input` are the same file", 2),
-        ({"output": "job.yaml.csv", "rejects": "job.yaml.csv"}, "used twice", 2),
+        ({"output": "job.yaml.csv", "rejects": "job.yaml.csv"}, "are the same file", 2),
         ({"ledger": "out.csv"}, "`output` and `ledger` are the same file", 2),
         ({"output": "leads.csv/out.csv"}, "is no folder", 5),
         ({"notify": "nobody.txt"}, "`notify` cannot be read", 5),

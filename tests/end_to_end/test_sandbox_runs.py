@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import stat
 from pathlib import Path
 
 import pytest
 
-from enrich.job.locations import sandbox_file_name
+from enrich.job.locations import is_sandbox_file_name, sandbox_file_name
 from tests.support.cases import first_quick
 from tests.support.fake_renderer import fake_renderer
 from tests.support.workspace import JOB, SandboxApi, Workspace, make_leads
@@ -59,6 +60,8 @@ def read_files(folder: Path) -> dict[str, bytes]:
 def test_names(real: str, sandbox_name: str) -> None:
     """`.sandbox` comes before the whole known ending, after a folder's name, and in a URL's last part."""
     assert sandbox_file_name(real) == sandbox_name
+    assert is_sandbox_file_name(sandbox_name)
+    assert is_sandbox_file_name(real) == (real == "a.sandbox.csv")
 
 
 def test_nothing_real_is_touched(api: SandboxApi, workspace: Workspace) -> None:
@@ -153,6 +156,28 @@ def test_real_file_of_that_name(api: SandboxApi, workspace: Workspace) -> None:
 
     assert (result.exit_code, "would replace a file of a real run" in result.stderr) == (5, True)
     assert len(workspace.read_output("out.sandbox.csv")) == 6
+
+
+@pytest.mark.parametrize("ledger", [None, "costs.db"])
+def test_own_file_of_another_sandbox_ledger(workspace: Workspace, ledger: str | None) -> None:
+    """A sandbox run replaces its own file when the ledger that recorded it is gone, or another is used."""
+    workspace.write_job(JOB + EVERY_FILE.replace("report: report.html\n", ""))
+    assert workspace.run_in_process(*REHEARSAL).exit_code == 0
+    if ledger is None:
+        shutil.rmtree(workspace.ledger_path.parent)
+    chosen = () if ledger is None else ("--ledger", ledger)
+    result = workspace.run_in_process(*REHEARSAL, *chosen)
+    assert result.exit_code == 0, result.stderr
+
+
+@pytest.mark.long
+def test_real_file_of_that_name_beside_another_ledger(api: SandboxApi, workspace: Workspace) -> None:
+    """The real run is found at the default place of ledgers, too."""
+    workspace.write_job(output="out.sandbox.csv", name="other")
+    assert workspace.run_in_process(*RUN, api=api).exit_code == 0
+    workspace.write_job(name="job")
+    result = workspace.run_in_process(*REHEARSAL, "--ledger", "costs/my.db")
+    assert (result.exit_code, "would replace a file of a real run" in result.stderr) == (5, True)
 
 
 @pytest.mark.long

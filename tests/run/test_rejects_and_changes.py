@@ -147,12 +147,12 @@ def test_unwritten_change_feed_is_repeated(workspace: Workspace, api: SandboxApi
     ("replaced", "words"),
     [
         ({"changes": "{path: changes.csv, key: [Nota]}"}, "no column `Nota`"),
-        ({"rejects": "out.csv"}, "used twice"),
-        ({"rejects": "x.csv", "changes": "x.csv"}, "used twice"),
+        ({"rejects": "out.csv"}, "are the same file"),
+        ({"rejects": "x.csv", "changes": "x.csv"}, "are the same file"),
         ({"rejects": "leads.csv"}, "replace the input"),
-        ({"rejects": "alias/out.csv"}, "is used twice: for `output`"),
-        ({"suppress": "never.csv", "rejects": "never.csv"}, "is used twice: for `suppress`"),
-        ({"rejects": "feed.csv", "changes": "feed.csv"}, "is used twice: for `rejects`"),
+        ({"rejects": "alias/out.csv"}, "and `output` are the same file"),
+        ({"suppress": "never.csv", "rejects": "never.csv"}, "and `suppress` are the same file"),
+        ({"rejects": "feed.csv", "changes": "feed.csv"}, "and `rejects` are the same file"),
     ],
 )
 def test_invalid_change_feed_config(
@@ -173,5 +173,5 @@ def test_collect_does_not_overwrite_rejects(workspace: Workspace, api: SandboxAp
     workspace.write_job(rejects="rejects.csv")
     assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
     result = workspace.run_in_process("collect", "job.yaml", "--output", "rejects.csv")
-    assert (result.exit_code, "used twice" in result.stderr) == (2, True)
+    assert (result.exit_code, "are the same file" in result.stderr) == (2, True)
     assert len(workspace.read_output("rejects.csv")) == 1
