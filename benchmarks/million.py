@@ -126,6 +126,7 @@ def write_ledger(job_file: Path, others: int) -> None:
     from enrich.ledger.database import Database  # noqa: PLC0415
     from enrich.models import RequestSelection  # noqa: PLC0415
     from enrich.rows.job_input import JobInput  # noqa: PLC0415
+    from enrich.rows.known_batches import store_batch  # noqa: PLC0415
     from enrich.run.preflight import template_from_ledger  # noqa: PLC0415 - runs in a separate process
 
     job = load_job(job_file)
@@ -133,8 +134,9 @@ def write_ledger(job_file: Path, others: int) -> None:
         template = template_from_ledger(ledger, job)
         db: Any = ledger.session
         db.execute(OTHER_REQUESTS_SQL, {"others": others}) if others else None
-        for batch in JobInput(job).batches(template):
-            enroll.enroll(ledger, template.target, batch.requests(), RequestSelection())
+        for batch in JobInput(job).batches(template, ledger=ledger):
+            ids = enroll.enroll(ledger, template.target, batch.requests(), RequestSelection())
+            store_batch(ledger, job, batch, ids)
         now = int(time.time() * 1000)
         known = {
             "execution": execution_records.newest_execution_id(ledger),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -220,7 +220,8 @@ class RequestBatch:
     """The requests of rows, as columns: an object for each of a million rows would take longer than reading the rows.
 
     `positions` are those of the rows in the input (from 0), `params` are JSON. `queue_positions` are ranks in the send
-    order; None: the same as `positions`. `groups` has the values that `caps` counts; None: the job has none.
+    order; None: the same as `positions`. `groups` has the values that `caps` counts; None: the job has none. `ids` are
+    those in the ledger, where they are known. Then there are no fingerprints and no params before `complete` is called.
     """
 
     positions: Sequence[int]
@@ -228,37 +229,30 @@ class RequestBatch:
     params: Sequence[str]
     queue_positions: Sequence[int] | None = None
     groups: Sequence[str | None] | None = None
+    ids: Sequence[int] | None = None
+    complete: Callable[[], RequestBatch] | None = None
 
     def distinct(self) -> RequestBatch:
         """Return the requests without those of earlier rows. The lowest place in the send order counts."""
-        if len(set(self.fingerprints)) == len(self.fingerprints):
+        names: Sequence[bytes | int] = self.fingerprints if self.ids is None else self.ids
+        if len(set(names)) == len(names):
             return self
-        first: dict[bytes, int] = {}
-        queue_positions: dict[bytes, int] = {}
-        for place, name in enumerate(self.fingerprints):
+        first: dict[bytes | int, int] = {}
+        queue_positions: dict[bytes | int, int] = {}
+        for place, name in enumerate(names):
             first.setdefault(name, place)
-        for name, position in zip(self.fingerprints, self.queue_positions or (), strict=False):
+        for name, position in zip(names, self.queue_positions or (), strict=False):
             queue_positions[name] = min(position, queue_positions.get(name, position))
         places = list(first.values())
         return RequestBatch(
             [self.positions[place] for place in places],
-            list(first),
-            [self.params[place] for place in places],
+            [self.fingerprints[place] for place in places if self.fingerprints],
+            [self.params[place] for place in places if self.params],
             list(queue_positions.values()) or None,
             None if self.groups is None else [self.groups[place] for place in places],
+            None if self.ids is None else [self.ids[place] for place in places],
+            self.complete,
         )
-
-
-class RowDecision(NamedTuple):
-    """The decision about a row. `first_position` is the first row with the same request.
-
-    `settled_ms` is when the request was answered (milliseconds since 1970, UTC), None if it was not.
-    """
-
-    position: int
-    first_position: int
-    decision: Decision
-    settled_ms: int | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -302,7 +302,7 @@ def check_report(week: Week) -> Iterator[str]:
     totals = [
         page["credits_spent"],
         page["waterfall"]["spent"],
-        sum(run["credits_spent"] for run in page["runs"]),
+        sum(run["credits_spent"] for run in page["nights"]),
     ]
     week.check({round(each, 6) for each in totals} == {round(spent, 6)}, "the report adds up to the run summaries")
     yield f"the report        {page['credits_spent']:>9.2f} credits for leads.yaml: report.html"

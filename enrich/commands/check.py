@@ -187,7 +187,7 @@ def _read_input(job: Job, job_input: JobInput, template: RequestTemplate, result
     """Read the input to its end and count its rows. An error becomes a problem."""
     try:
         job_input.check_new_columns(template)
-        rows, fill = 0, ParamFill(job, template)
+        rows, fill = 0, ParamFill(job)
         for batch in job_input.batches(template):
             rows += batch.frame.height
             result.left_out += batch.left_out

@@ -33,7 +33,6 @@ from enrich.models import (
     State,
 )
 from enrich.rows.job_input import JobInput
-from enrich.rows.param_fill import ParamFill
 from enrich.rows.params import LeftOutCounts
 from enrich.run import neighbour_ledgers
 from enrich.run.budget import check_balance, make_budget
@@ -126,8 +125,9 @@ def plan_with_access(
         raise LedgerLocked(f"{job.ledger}: a run is in progress, so a plan cannot be saved", "save it after the run")
     make = make_steps_plan if job.step_jobs else make_plan
     with options.open_access(job, use_sandbox=job.sandbox) as access:
-        planned, saved_plan = make(job, access, run_options, rows_file.absolute() if rows_file else None)
-    if plan_file is None or (written := write_plan(plan_file, saved_plan)) == plan_file:
+        rows_file = rows_file.absolute() if rows_file else None
+        planned, saved_plan = make(job, access, run_options, rows_file, is_saved=plan_file is not None)
+    if plan_file is None or saved_plan is None or (written := write_plan(plan_file, saved_plan)) == plan_file:
         return planned, None
     return planned, f"{plan_file} is the plan of a real run. The plan of the sandbox is in {written}"
 
@@ -137,9 +137,11 @@ SUGGESTED_LIMIT, SUGGESTED_SAMPLE = 10, 20
 
 
 def make_plan(
-    job: Job, access: ApiAccess, options: RunOptions, rows_file: Path | None = None
-) -> tuple[Plan, SavedPlan]:
-    """Plan a run. Returns the plan to show and the plan to save. Writes each row's decision to `rows_file`, if given.
+    job: Job, access: ApiAccess, options: RunOptions, rows_file: Path | None = None, *, is_saved: bool = True
+) -> tuple[Plan, SavedPlan | None]:
+    """Plan a run. Returns the plan to show, and the plan to save if it `is_saved`: it reads the input once more.
+
+    Writes each row's decision to `rows_file`, if given.
 
     Raises what a run would raise before it spends. A sandbox run writes the rows under its own name.
     """
@@ -160,17 +162,18 @@ def make_plan(
         row_count = requesting_rows = 0
         left_out: LeftOutCounts = Counter()
         skipped: Counter[str] = Counter()
-        fill = ParamFill(job, template)
-        for batch in job_input.batches(template, job_input.queue_order()):
+        missing: Counter[str] = Counter()
+        # A run that is in progress may store a request that this pass has counted as a new one.
+        for batch in job_input.batches(template, job_input.queue_order(), None if is_running else ledger):
             enroll.preview(ledger, batch.requests(), selection)
             row_count += batch.frame.height
             left_out += batch.left_out
             skipped += batch.skip_reasons()
-            requesting_rows += sum(fingerprint is not None for fingerprint in batch.fingerprints)
-            counts[Decision.INVALID] += batch.statuses.count(RowStatus.INVALID)
-            counts[Decision.FILTERED] += batch.statuses.count(RowStatus.FILTERED)
-            if RowStatus.INVALID in batch.statuses:
-                fill.add(batch)
+            statuses = Counter(batch.statuses)
+            requesting_rows += statuses[None]
+            counts[Decision.INVALID] += statuses[RowStatus.INVALID]
+            counts[Decision.FILTERED] += statuses[RowStatus.FILTERED]
+            missing.update(batch.missing)
         enroll.apply_limits(ledger, selection)
         request_counts = enroll.decision_counts(ledger)
         counts |= request_counts
@@ -178,7 +181,9 @@ def make_plan(
         if rows_file is not None:
             write_rows(rows_file, job, job_input, ledger, (template, now_ms))
         to_submit = sum(counts[decision] for decision in DECISIONS_TO_SEND)
-        saved_plan = _saved_plan(job, options, preflight_result, job_input, ledger, now_ms, [to_submit])
+        saved_plan = None
+        if is_saved:
+            saved_plan = _saved_plan(job, options, preflight_result, job_input, ledger, now_ms, [to_submit])
         if job_input.file_versions() != file_versions:
             raise CommandRefused(f"{job.input_path}: the input changed while it was read", "run the command again")
         plan = build_plan(job, preflight_result, ledger, PlanCounts(row_count, counts, left_out, skipped), budget.cap)
@@ -187,12 +192,12 @@ def make_plan(
             *_notes(job, preflight_result, to_submit, is_running=is_running),
             *(_neighbour_notes(job, preflight_result, ledger) if to_submit else ()),
         ]
-        return replace(plan, notes=notes, missing=fill.missing), saved_plan
+        return replace(plan, notes=notes, missing=missing), saved_plan
 
 
 def make_steps_plan(
-    job: Job, access: ApiAccess, options: RunOptions, rows_file: Path | None = None
-) -> tuple[StepsPlan, SavedPlan]:
+    job: Job, access: ApiAccess, options: RunOptions, rows_file: Path | None = None, *, is_saved: bool = True
+) -> tuple[StepsPlan, SavedPlan | None]:
     """Plan a run of a job with steps, as `make_plan` does."""
     with open_ledger_or_empty(job) as ledger:
         job_input = JobInput(job, erasure.load_forgotten(ledger))
@@ -212,7 +217,9 @@ def make_steps_plan(
         selections = [replace(selection, limit=None, sample=None) for selection in selections]
         plan = plan_steps(rows, ledger, joined, selections)
         requests = [step.at_most for step in plan.steps]
-        saved_plan = _saved_plan(job, options, joined, job_input, ledger, now_ms, requests)
+        saved_plan = None
+        if is_saved:
+            saved_plan = _saved_plan(job, options, joined, job_input, ledger, now_ms, requests)
         if rows_file is not None:
             write_step_rows(rows_file, rows, selections)
         if job_input.file_versions() != file_versions:

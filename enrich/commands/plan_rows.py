@@ -18,7 +18,8 @@ from enrich.job.job import Job
 from enrich.job.spec import Input, Output
 from enrich.ledger import enroll, step_results
 from enrich.ledger.database import Database
-from enrich.models import DECISIONS_TO_SEND, Decision, RequestSelection, RowDecision, RowStatus, iso_time
+from enrich.ledger.enroll import RowDecision
+from enrich.models import DECISIONS_TO_SEND, Decision, RequestSelection, RowStatus, iso_time
 from enrich.rows.job_input import JobInput
 from enrich.rows.template import RequestTemplate
 from enrich.run.plan import DECISION_REASONS

@@ -46,9 +46,9 @@ def as_text(column: pl.Series) -> pl.Series:
         text = column.cast(pl.String)
     elif kind.is_float():
         # Convert each distinct number once: prices, for example, repeat often.
-        numbers = _shorten_floats(column).to_list()
-        texts = {number: to_text(number) for number in set(numbers)}
-        text = _text_series(map(texts.__getitem__, numbers))
+        numbers = _shorten_floats(column)
+        distinct = numbers.unique()
+        text = numbers.replace_strict(distinct, _text_series(map(to_text, distinct)))
     else:
         text = _text_series(map(to_text, plain_values(column)))
     return text.fill_null("").alias(name)

@@ -18,7 +18,7 @@ from enrich.files.atomic import COLLECT_HINT, as_write_refused, atomic_write, fo
 from enrich.files.csv_format import CsvWriter
 from enrich.files.discovery import find_paths, would_include
 from enrich.files.text import as_refused
-from enrich.files.values import text_frame
+from enrich.files.values import as_text, text_frame
 from enrich.job.locations import InputLocation, Location, ObjectUrl, format_of, is_dataset, is_pattern
 from enrich.job.spec import Output
 
@@ -27,6 +27,8 @@ from enrich.job.spec import Output
 _SKIPPED = r"^[\n\r\x0b\x0c\x{85}\x{2028}\x{2029}\p{Cf}]*"
 _FORMULA = rf"^[\t\r]|{_SKIPPED}[=@\x{{FF1D}}\x{{FF20}}]"
 _SIGNED = rf"{_SKIPPED}[+\-\x{{FF0B}}\x{{FF0D}}]"
+#: How any of them begins.
+_NO_LETTER = "^[^0-9A-Za-z]"
 _NUMBER_OR_PHONE = r"^[+-]\s?\(?\d[\d\s().,/-]*(?:\s*(?:x|ext\.?)\s*\d+)?$"
 
 
@@ -159,7 +161,7 @@ def _write_csv(
     with CsvWriter(raw, output.separator, output.encoding) as writer:
         writer.write_header(columns)
         for frame in frames:
-            text = text_frame(frame)
+            text = frame.with_columns(as_text(column) for column in frame.get_columns() if column.dtype != pl.String)
             writer.write(text.with_columns(map(escape_formulas, text.get_columns()[-new_columns:])))
 
 
@@ -170,6 +172,8 @@ def is_formula(text: str) -> bool:
 
 def escape_formulas(column: pl.Series) -> pl.Series:
     """Prefix text that looks like a formula with `'`, so that no spreadsheet runs it."""
+    if not column.str.contains(_NO_LETTER).any():
+        return column
     text = pl.nth(0)
     runs = text.str.contains(_FORMULA) | (text.str.contains(_SIGNED) & ~text.str.contains(_NUMBER_OR_PHONE))
     safe = pl.when(runs).then("'" + text).otherwise(text)

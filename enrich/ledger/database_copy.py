@@ -34,6 +34,7 @@ COPIED_TABLES = {
     "forgotten": ("hash",),
     "delivered": ("job", "row_key"),
     "latencies": ("call", "seconds"),
+    "known_batches": ("job", "position"),
 }
 #: Text columns: SQLite and PostgreSQL sort these differently by default.
 _TEXT_KEY_COLUMNS = ("name", "kind", "identifier", "job", "call")

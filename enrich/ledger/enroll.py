@@ -10,11 +10,12 @@ import random
 from collections.abc import Iterator, Sequence
 from itertools import pairwise, repeat
 from operator import itemgetter
+from typing import NamedTuple
 
 import orjson
 
 from enrich.job.target import Target
-from enrich.ledger import request_ids
+from enrich.ledger import queries, request_ids
 from enrich.ledger.database import Database
 from enrich.ledger.request_decisions import decision_sql
 from enrich.ledger.sql_fragments import MAX_ROWS, OPEN_ATTEMPT, QUEUED
@@ -26,7 +27,6 @@ from enrich.models import (
     RequestResult,
     RequestSelection,
     ResultColumns,
-    RowDecision,
     State,
     to_json_text,
 )
@@ -62,6 +62,18 @@ _SEEN_TABLE = """CREATE TEMP TABLE seen (id {serial}, first_position BIGINT NOT 
 queue_position BIGINT NOT NULL, group_name TEXT, decision TEXT NOT NULL)"""
 
 
+class RowDecision(NamedTuple):
+    """The decision about a row. `first_position` is the first row with the same request.
+
+    `settled_ms` is when the request was answered (milliseconds since 1970, UTC), None if it was not.
+    """
+
+    position: int
+    first_position: int
+    decision: Decision
+    settled_ms: int | None
+
+
 def begin_pass(db: Database) -> None:
     """Start reading the input from its beginning. No request has been seen yet."""
     db.matched_up_to = 0
@@ -86,9 +98,9 @@ def preview(db: Database, requests: RequestBatch, selection: RequestSelection) -
         _preview(db, requests.distinct(), selection)
 
 
-def _preview(db: Database, batch: RequestBatch, selection: RequestSelection) -> list[int | None]:
-    """Decide about a batch of distinct requests. Return their ids, negative where the ledger does not have them."""
-    ids = request_ids.find_ids(db, batch.fingerprints)
+def _preview(db: Database, batch: RequestBatch, selection: RequestSelection) -> tuple[str, int]:
+    """Decide about a batch of distinct requests. Return them `by_row`; those not in the ledger have negative ids."""
+    ids = request_ids.find_ids(db, batch)
     if unknown := request_ids.without_id(batch.fingerprints, ids):
         db.execute(
             f"INSERT INTO unknown_requests (fingerprint) SELECT {request_ids.FINGERPRINT} "
@@ -96,15 +108,17 @@ def _preview(db: Database, batch: RequestBatch, selection: RequestSelection) -> 
             request_ids.as_list(unknown),
         )
         ids = request_ids.add_ids(ids, batch.fingerprints, request_ids.unknown_ids(db, unknown))
-    _record_seen(db, batch, ids, selection)
-    return ids
+    return _record_seen(db, batch, ids, selection)
 
 
-def enroll(db: Database, target: Target, requests: RequestBatch, selection: RequestSelection) -> None:
-    """Read the requests of a batch and insert the new ones. `fill_queue` queues the selected ones afterwards."""
+def enroll(db: Database, target: Target, requests: RequestBatch, selection: RequestSelection) -> Sequence[int | None]:
+    """Read the requests of a batch and insert the new ones. `fill_queue` queues the selected ones afterwards.
+
+    Returns the ids of the requests.
+    """
     batch = requests.distinct()
     _ensure_pass_tables(db)
-    ids = request_ids.find_ids(db, batch.fingerprints)
+    ids = request_ids.find_ids(db, batch)
     if new := request_ids.without_id(batch.fingerprints, ids):
         canonical = target.canonical()
         db.execute("INSERT INTO calls (canonical) VALUES (?) ON CONFLICT DO NOTHING", (canonical,))
@@ -120,19 +134,25 @@ def enroll(db: Database, target: Target, requests: RequestBatch, selection: Requ
             (to_json_text([[params[name]] for name in new]), b"".join(new), call_id),
         )
         ids = request_ids.add_ids(ids, batch.fingerprints, request_ids.ids_in(db, "requests", new))
-    _record_seen(db, batch, ids, selection)
+    chosen = _record_seen(db, batch, ids, selection)
     if db.execute("SELECT EXISTS (SELECT 1 FROM requests WHERE erased_ms IS NOT NULL)").fetchone()[0]:
-        _restore_params(db, batch, ids)
+        _restore_params(db, batch, ids, chosen)
+    if batch is requests or requests.ids is not None:
+        return ids if requests.ids is None else requests.ids
+    by_fingerprint = dict(zip(batch.fingerprints, ids, strict=True))
+    return [by_fingerprint[name] for name in requests.fingerprints]
 
 
-def _restore_params(db: Database, batch: RequestBatch, ids: Sequence[int | None]) -> None:
+def _restore_params(db: Database, batch: RequestBatch, ids: Sequence[int | None], chosen: tuple[str, int]) -> None:
     """Restore the params of purged requests that are to be sent again."""
     purged = db.execute(
         f"SELECT r.id FROM {request_ids.BATCH} {db.dialect.ordered_join} seen s ON s.id = b.id "
         f"{db.dialect.ordered_join} requests r ON r.id = s.id WHERE s.{_TO_SEND} AND r.erased_ms IS NOT NULL",
-        (request_ids.packed(batch, ids),),
+        chosen,
     ).fetchall()
-    params = dict(zip(ids, batch.params, strict=True))
+    if purged and batch.complete is not None:
+        batch = batch.complete().distinct()
+    params = dict(zip(ids, batch.params, strict=True)) if purged else {}
     db.executemany(
         "UPDATE requests SET params = ?, erased_ms = NULL WHERE id = ?",
         [(params[number], number) for (number,) in purged],
@@ -213,8 +233,7 @@ def accept_in_doubt_as_failed(db: Database, sent_in: int | None = None) -> int:
 
 def decision_counts(db: Database) -> dict[Decision, int]:
     """Count the distinct requests of this pass by decision."""
-    rows = db.execute("SELECT decision, count(*) FROM seen GROUP BY 1")
-    return {Decision(decision): count for decision, count in rows}
+    return {Decision(name): count for name, count in queries.count_by_state(db, "decision", "seen").items()}
 
 
 def oldest_answer_ms(db: Database) -> int | None:
@@ -231,12 +250,12 @@ def row_decisions(db: Database, requests: RequestBatch) -> Iterator[RowDecision]
     batch = requests.distinct()
     with db.temporary_transaction():
         _ensure_pass_tables(db)
-        ids = request_ids.find_ids(db, batch.fingerprints)
+        ids = request_ids.find_ids(db, batch)
         found = db.execute(
             f"SELECT b.position, s.first_position, s.decision, a.settled_ms FROM {request_ids.BATCH} "
             f"{db.dialect.ordered_join} seen s ON s.id = b.id LEFT JOIN requests r ON r.id = b.id "
             "LEFT JOIN attempts a ON a.id = coalesce(r.answer_id, r.attempt_id)",
-            (request_ids.packed(batch, ids),),
+            request_ids.by_row(batch, ids),
         )
         known = {position: (first, Decision(decision), settled_ms) for position, first, decision, settled_ms in found}
     first_rows = dict(zip(batch.fingerprints, batch.positions, strict=True))
@@ -247,12 +266,12 @@ def row_decisions(db: Database, requests: RequestBatch) -> Iterator[RowDecision]
 
 def enrolled_counts(db: Database) -> dict[State, int]:
     """Count the distinct requests of this pass by state. Queued requests count as pending."""
-    rows = db.execute(
-        "SELECT CASE WHEN r.queue_position IS NOT NULL AND r.state NOT IN ('submitting', 'submitted') "
-        "THEN 'pending' ELSE r.state END, count(*) "
-        "FROM seen s JOIN requests r ON r.id = s.id GROUP BY 1"
+    state = (
+        "CASE WHEN r.queue_position IS NOT NULL AND r.state NOT IN ('submitting', 'submitted') "
+        "THEN 'pending' ELSE r.state END"
     )
-    return {State(state): count for state, count in rows}
+    counts = queries.count_by_state(db, state, "seen s JOIN requests r ON r.id = s.id")
+    return {State(name): count for name, count in counts.items()}
 
 
 def queued_count(db: Database) -> int:
@@ -270,25 +289,39 @@ def request_results(db: Database, requests: RequestBatch, selection: RequestSele
     batch = requests.distinct()
     with db.temporary_transaction():
         _ensure_pass_tables(db)
-        ids = request_ids.find_ids(db, batch.fingerprints) if selection is None else _preview(db, batch, selection)
+        if selection is None:
+            chosen = request_ids.by_row(batch, request_ids.find_ids(db, batch))
+        else:
+            chosen = _preview(db, batch, selection)
         # The database makes the columns: a list for each row takes twice as long.
         lists = ", ".join(map(db.dialect.json_list.format, _RESULT_FIELDS.values()))
-        joined = (
-            f"FROM {request_ids.BATCH} {db.dialect.ordered_join} seen s ON s.id = b.id "
+        columns = db.execute(
+            f"SELECT {lists} FROM {request_ids.BATCH} {db.dialect.ordered_join} seen s ON s.id = b.id "
             "LEFT JOIN requests r ON r.id = b.id LEFT JOIN attempts a ON a.id = coalesce(r.answer_id, r.attempt_id) "
-            "WHERE (b.id > 0 OR s.decision = 'capped')"
-        )
-        chosen = (request_ids.packed(batch, ids),)
-        columns = db.execute(f"SELECT {lists} {joined}", chosen).fetchone()
+            "WHERE (b.id > 0 OR s.decision = 'capped')",
+            chosen,
+        ).fetchone()
+        found = dict(zip(_RESULT_FIELDS, map(orjson.loads, columns), strict=True))
         # Not as one list: a batch of long answers would be larger than a database can return as one value.
-        answers = dict(db.execute(f"SELECT b.position, a.answer {joined} AND a.answer IS NOT NULL", chosen))
-    found = dict(zip(_RESULT_FIELDS, map(orjson.loads, columns), strict=True))
-    found["answer"] = list(map(answers.get, found["position"]))
+        answers = dict(
+            db.execute(
+                f"SELECT a.id, a.answer FROM json_each(CAST(?1 AS TEXT)) b {db.dialect.ordered_join} attempts a "
+                "ON a.id = CAST(b.value AS BIGINT) WHERE a.answer IS NOT NULL",
+                (to_json_text([number for number in found["attempt_id"] if number is not None]),),
+            )
+        )
+    found["answer"] = list(map(answers.get, found["attempt_id"]))
     return {name: found[name] for name in RequestResult._fields}
 
 
-def _record_seen(db: Database, batch: RequestBatch, ids: Sequence[int | None], selection: RequestSelection) -> None:
-    """Decide about the requests that are new to this pass. Of the others, note a lower position."""
+def _record_seen(
+    db: Database, batch: RequestBatch, ids: Sequence[int | None], selection: RequestSelection
+) -> tuple[str, int]:
+    """Decide about the requests that are new to this pass. Of the others, note a lower position.
+
+    Returns all of them `by_row`.
+    """
+    chosen = request_ids.by_row(batch, ids)
     # Batches may come in any order. Processes that share a pass insert in the same order: no deadlocks.
     in_order = "ORDER BY b.id" if db.shares_passes else ""
     decided = (
@@ -304,13 +337,14 @@ def _record_seen(db: Database, batch: RequestBatch, ids: Sequence[int | None], s
     )
     if batch.queue_positions is None and batch.groups is None:
         select = "INSERT INTO seen SELECT b.id, b.position, b.position, NULL, "
-        db.execute(select + decided.format(request_ids.BATCH), (request_ids.packed(batch, ids),))
-        return
+        db.execute(select + decided.format(request_ids.BATCH), chosen)
+        return chosen
     rows = zip(
         ids, batch.positions, batch.queue_positions or batch.positions, batch.groups or repeat(None), strict=False
     )
     select = "INSERT INTO seen SELECT b.id, b.position, b.queue_position, b.group_name, "
     db.executemany(select + decided.format(_ONE_REQUEST), sorted(rows, key=itemgetter(0)))
+    return chosen
 
 
 def _exclude(db: Database, decision: Decision, which: str, *values: object) -> None:

@@ -27,6 +27,7 @@ def forget(db: Database, key: bytes, requests: Iterable[tuple[int, bytes, str]],
     Hashes under the key, states and credits stay.
     """
     enroll.begin_pass(db)  # In PostgreSQL the rows of the last pass are still there, with group names
+    db.execute("DELETE FROM known_batches")
     bindings.bind(db, {"forgotten_key": key_id(key)})
     for request_id, fingerprint, params in requests:
         hashed = keyed_hash(key, fingerprint)

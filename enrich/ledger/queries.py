@@ -41,18 +41,21 @@ def max_rows_per_batch(db: Database, answers_per_row: int = 1) -> int:
 
 def state_counts(db: Database) -> dict[State, int]:
     """Count all requests by state."""
+    return {State(state): number for state, number in count_by_state(db, "state", "requests").items()}
+
+
+def count_by_state(db: Database, state: str, source: str) -> dict[str, int]:
+    """Count the rows of a source by a state, or by a decision, which is an SQL expression."""
     # Grouping millions of rows would sort them, and most of them have one of two states.
     count, found, not_found = db.execute(
-        "SELECT count(*), count(*) FILTER (WHERE state = 'found'), count(*) FILTER (WHERE state = 'not_found') "
-        "FROM requests"
+        f"SELECT count(*), count(*) FILTER (WHERE {state} = 'found'), count(*) FILTER (WHERE {state} = 'not_found') "
+        f"FROM {source}"
     ).fetchone()
-    counts = {State.FOUND: found, State.NOT_FOUND: not_found}
+    counts = {"found": found, "not_found": not_found}
     if count > found + not_found:
-        rows = db.execute(
-            "SELECT state, count(*) FROM requests WHERE state NOT IN ('found', 'not_found') GROUP BY state"
-        )
-        counts |= {State(state): number for state, number in rows}
-    return {state: number for state, number in counts.items() if number}
+        others = f"SELECT {state}, count(*) FROM {source} WHERE {state} NOT IN ('found', 'not_found') GROUP BY 1"
+        counts |= dict(db.execute(others))
+    return {name: number for name, number in counts.items() if number}
 
 
 def spent_totals(db: Database) -> tuple[int, int]:

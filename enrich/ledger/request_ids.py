@@ -4,29 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from enrich.errors import CommandRefused
 from enrich.ledger.database import Database
 from enrich.models import RequestBatch, to_json_text
 
-#: Bounds of the numbers in `BATCH`.
-_MAX_ID, _MAX_POSITION = 1 << 31, 1 << 32
 #: This many requests more than a batch has are compared with it, because some of them may have left the file.
 _WINDOW_EXTRA = 1_000
-#: The distinct requests of a batch. Each number of the list holds an id and the position of a row.
+#: The distinct requests of a batch: ?1 is a list with the id of each row's request, or 0, ?2 the first row's position.
 BATCH = (
-    "(SELECT CAST(value AS BIGINT) >> 32 AS id, CAST(value AS BIGINT) & 4294967295 AS position "
-    "FROM json_each(CAST(?1 AS TEXT))) AS b"
+    "(SELECT CAST(value AS BIGINT) AS id, CAST(?2 AS BIGINT) + key AS position "
+    "FROM json_each(CAST(?1 AS TEXT)) WHERE CAST(value AS BIGINT) <> 0) AS b"
 )
 #: Key and value of a list of fingerprints: ?1 has a number for each, ?2 their bytes.
 FINGERPRINT = "substr(?2, CAST(16 * key + 1 AS INTEGER), 16)"
 
 
-def find_ids(db: Database, fingerprints: Sequence[bytes]) -> list[int | None]:
+def find_ids(db: Database, batch: RequestBatch) -> Sequence[int | None]:
     """Return the ids of the requests of a batch; None: neither the ledger nor this pass has the request.
 
     The requests of a file are in the ledger nearly in the file's order. So those that follow the last batch are
     compared with the batch, which is much faster than looking up each of a million fingerprints.
     """
+    if batch.ids is not None:
+        db.matched_up_to = batch.ids[-1] if batch.ids else db.matched_up_to
+        return batch.ids
+    fingerprints = batch.fingerprints
     following: dict[bytes, int] = {}
     # Processes that share a pass enroll parts of a file in any order.
     if not db.shares_passes:
@@ -76,12 +77,13 @@ def as_list(fingerprints: Sequence[bytes]) -> tuple[str, bytes]:
     return to_json_text([0] * len(fingerprints)), b"".join(fingerprints)
 
 
-def packed(batch: RequestBatch, ids: Sequence[int | None]) -> str:
-    """Return ?1 of statements about a batch: a list of numbers with the id and the position of each request.
-
-    Raises CommandRefused if one is too large.
-    """
-    if max(filter(None, ids), default=0) >= _MAX_ID or max(batch.positions, default=0) >= _MAX_POSITION:
-        raise CommandRefused("the ledger or the input is too large: at most 2 billion requests and 4 billion rows")
-    pairs = zip(ids, batch.positions, strict=True)
-    return to_json_text([number << 32 | position for number, position in pairs if number is not None])
+def by_row(batch: RequestBatch, ids: Sequence[int | None]) -> tuple[str, int]:
+    """Return ?1 and ?2 of `BATCH`."""
+    positions = batch.positions
+    if isinstance(positions, range) and None not in ids:
+        return to_json_text(ids), positions.start
+    first, last = min(positions, default=0), max(positions, default=-1)
+    listed = [0] * (last - first + 1)
+    for position, number in zip(positions, ids, strict=True):
+        listed[position - first] = number or 0
+    return to_json_text(listed), first

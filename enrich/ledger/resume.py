@@ -15,8 +15,8 @@ from enrich.ledger.lease_table import OWN_LEASE_ID
 from enrich.ledger.sql_fragments import JSON_NUMBERS, OPEN_ATTEMPT
 from enrich.models import Answer, Task, to_json_text
 
-#: Exactly the condition of the index `written_off`.
-WRITTEN_OFF = "state IN ('in_doubt', 'expired') AND a.task_id IS NOT NULL AND a.gone = 0"
+#: Exactly the condition of the index `written_off`, with a range of its column: else SQLite reads the ids of all tasks.
+WRITTEN_OFF = "state IN ('in_doubt', 'expired') AND a.task_id IS NOT NULL AND a.gone = 0 AND a.claimed_ms >= 0"
 #: The request of attempt `a`, or of another attempt of the same bulk task, is queued to be sent again.
 _QUEUED_AGAIN = (
     "EXISTS (SELECT 1 FROM attempts q JOIN requests s ON s.id = q.request_id WHERE (q.id = a.id OR "

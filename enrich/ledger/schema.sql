@@ -114,6 +114,14 @@ CREATE TABLE latencies (        -- how long the recent tasks of each call took
     PRIMARY KEY (call, seconds)
 ) STRICT, WITHOUT ROWID;
 
+CREATE TABLE known_batches (    -- batches of inputs whose rows are mapped to requests
+    job TEXT NOT NULL,
+    position INTEGER NOT NULL,  -- of the first row of the batch in the input
+    digest BLOB NOT NULL,       -- of all that the requests of its rows depend on
+    content TEXT NOT NULL,      -- JSON: the ids of the requests, and why the other rows have none
+    PRIMARY KEY (job, position)
+) STRICT, WITHOUT ROWID;
+
 CREATE TABLE delivered (        -- rows that the change feed of a job has contained
     job TEXT NOT NULL,
     row_key BLOB NOT NULL,      -- a hash of the row's key columns and its request

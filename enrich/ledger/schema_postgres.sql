@@ -122,6 +122,14 @@ CREATE TABLE delivered (
     PRIMARY KEY (job, row_key)
 );
 
+CREATE TABLE known_batches (
+    job TEXT NOT NULL,
+    position BIGINT NOT NULL,
+    digest BYTEA NOT NULL,
+    content TEXT NOT NULL,
+    PRIMARY KEY (job, position)
+);
+
 CREATE TABLE latencies (
     call TEXT NOT NULL,
     seconds DOUBLE PRECISION NOT NULL CHECK (seconds > 0),

@@ -26,9 +26,11 @@ from enrich.job.job import Job
 from enrich.job.locations import format_of, has_wildcards
 from enrich.job.name_hints import closest_name
 from enrich.job.steps import step_column, steps_in_header
+from enrich.ledger.database import Database
 from enrich.ledger.forgotten import ForgottenRequests
 from enrich.models import RowStatus
 from enrich.rows.header import is_headerless, missing_column_hint
+from enrich.rows.known_batches import KnownBatches
 from enrich.rows.requests import CHANGE_COLUMNS, RequestBuilder, RowBatch, own_columns, status_columns
 from enrich.rows.send_order import order_of_rows, rank_rows, sort_keys
 from enrich.rows.suppression import MAX_LIST_BYTES, read_suppression
@@ -188,15 +190,16 @@ class JobInput:
         return rank_rows(pl.concat(keys)) if keys else None
 
     def batches(
-        self, template: RequestTemplate, queue_order: pl.Series | None = None, max_rows: int = ROWS_PER_BATCH
+        self, template: RequestTemplate, queue_order: pl.Series | None = None, ledger: Database | None = None
     ) -> Iterator[RowBatch]:
-        """Read the whole input once. Raises CommandRefused with file, row and remedy."""
+        """Read the whole input once. With a ledger, known batches have only ids. Raises CommandRefused with the row."""
         builder = self.request_builder(template)
-        for first_position, frame, text in self.frames(max_rows):
+        known = None if ledger is None else KnownBatches.of(ledger, self._job, template, self._forgotten)
+        for first_position, frame, text in self.frames():
             batch_order = None if queue_order is None else order_of_rows(queue_order, first_position, frame.height)
-            yield builder.build_batch(
-                first_position, frame, text, self.selected_rows(text), self.suppressed_rows(text), batch_order
-            )
+            selected, suppressed = self.selected_rows(text), self.suppressed_rows(text)
+            rows = (first_position, frame, text, selected, suppressed, batch_order)
+            yield builder.build_batch(*rows) if known is None else known.recall(builder, *rows)
 
     def frames(self, max_rows: int = ROWS_PER_BATCH) -> Iterator[tuple[int, pl.DataFrame, pl.DataFrame]]:
         """Read the whole input once. Yield the position of the first row of each batch, its rows, and these as text."""
@@ -334,11 +337,8 @@ class JobInput:
             if missing := _MISSING_COLUMN.match(reason):
                 self._check_column(missing[1], ["where"])
             raise self._job.error(["where"], f"not a polars SQL expression over the columns: {reason}") from error
-        if (
-            result.schema != {"selected": pl.Boolean}
-            or result.height
-            or depends_on_other_rows(expression, self._header)
-        ):
+        is_per_row = result.schema == {"selected": pl.Boolean} and not result.height
+        if not is_per_row or depends_on_other_rows(expression, self._header):
             raise self._job.error(["where"], PER_ROW_MESSAGE, WHERE_EXAMPLE)
 
     def suppressed_rows(self, frame: pl.DataFrame) -> pl.Series | None:

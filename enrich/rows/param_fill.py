@@ -11,7 +11,6 @@ import polars as pl
 from enrich.job.job import Job
 from enrich.models import RowStatus
 from enrich.rows.requests import RowBatch
-from enrich.rows.template import RequestTemplate
 
 #: A transform that leaves the name of a company's host, which is no person's data and may be shown.
 _DOMAIN = "domain"
@@ -28,7 +27,6 @@ class ParamFill:
     """
 
     job: Job
-    template: RequestTemplate
     rows: int = 0
     sendable: int = 0
     filled: Counter[str] = field(default_factory=Counter)
@@ -39,22 +37,15 @@ class ParamFill:
         """Count the rows of a batch."""
         statuses = pl.Series(batch.statuses, dtype=pl.String)
         kept = statuses.is_null() | (statuses != RowStatus.FILTERED.value)
-        invalid = (statuses == RowStatus.INVALID.value).fill_null(value=False)
         self.rows += int(kept.sum())
         self.sendable += int(statuses.is_null().sum())
-        unexplained = invalid = invalid.filter(kept)
+        self.missing.update(batch.missing)
         for name in self.job.model.params:
             value = batch.values[name].filter(kept)
             blank = value == ""
             self.filled[name] += int((~blank).sum())
-            if name in self.template.required_params:
-                self.missing[name] += int((blank & invalid).sum())
-                unexplained &= ~blank
             if _DOMAIN in self._transforms(name) and name not in self.examples and not blank.all():
                 self.examples[name] = next(text for text in value if text)
-        # No param has a value at all.
-        for name in self.job.model.params if unexplained.any() else ():
-            self.missing[name] += int(unexplained.sum())
 
     def _transforms(self, name: str) -> set[str]:
         """Return the transforms of all sources of a param."""

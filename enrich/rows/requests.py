@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from itertools import compress, count
+from itertools import compress
 from typing import TypeVar, cast
 
 import polars as pl
@@ -80,7 +80,11 @@ class RowBatch:
     row has either a fingerprint and params (JSON, as sent), or a status (`invalid`, `filtered`) and perhaps the reason
     in `errors`. `groups` has the values that `caps` counts; None: the job has none. `queue_order` is the send order;
     None: that of the input. `left_out` counts the rows that are not filtered by the params that they lack although a
-    cell is not empty. `values` has the text of each param as it is sent, '' where it has no value.
+    cell is not empty, `missing` the invalid rows by the params for want of which they are. `values` has the text of
+    each param as it is sent, '' where it has no value.
+
+    `digest` is that of `KnownBatches`. A batch that it knows has the `ids` of the requests instead of their
+    fingerprints, params and values, which `complete` computes.
     """
 
     first_position: int
@@ -92,7 +96,16 @@ class RowBatch:
     groups: list[str | None] | None
     queue_order: list[int] | None = None
     left_out: LeftOutCounts = field(default_factory=Counter)
+    missing: Counter[str] = field(default_factory=Counter)
     values: Mapping[str, pl.Series] = field(default_factory=dict)
+    digest: bytes | None = None
+    ids: list[int | None] | None = None
+    complete: Callable[[], RowBatch] | None = None
+
+    @property
+    def names(self) -> Sequence[bytes | int | None]:
+        """What tells the request of each row from others: its id where it is known, else its fingerprint."""
+        return self.fingerprints if self.ids is None else self.ids
 
     def skip_reasons(self) -> Counter[str]:
         """Count the invalid rows by reason, without the columns."""
@@ -101,19 +114,50 @@ class RowBatch:
         rows = zip(self.statuses, self.errors, strict=True)
         return Counter((error or "").partition(" (")[0] for status, error in rows if status is RowStatus.INVALID)
 
+    def parts(self, max_rows: int) -> Iterator[RowBatch]:
+        """Divide the rows into batches of at most this many."""
+        if self.frame.height <= max_rows:
+            yield self
+            return
+        for start in range(0, self.frame.height, max_rows):
+            yield self.part(slice(start, start + max_rows))
+
+    def part(self, rows: slice) -> RowBatch:
+        """Return some of the rows. Those from the first have all counts."""
+        complete, is_first = self.complete, rows.start == 0
+        return RowBatch(
+            self.first_position + rows.start,
+            self.frame[rows],
+            self.fingerprints[rows],
+            self.params[rows],
+            self.statuses[rows],
+            self.errors[rows],
+            self.groups and self.groups[rows],
+            self.queue_order and self.queue_order[rows],
+            self.left_out if is_first else Counter(),
+            self.missing if is_first else Counter(),
+            {name: value[rows] for name, value in self.values.items()},
+            ids=self.ids and self.ids[rows],
+            complete=None if complete is None else lambda: complete().part(rows),
+        )
+
     def requests(self) -> RequestBatch:
         """Return the requests of those rows that have one."""
-        has_request = [name is not None for name in self.fingerprints]
+        names = self.names
+        has_request = [name is not None for name in names] if None in names else None
 
-        def of_requests(column: Iterable[T]) -> list[T]:
-            return list(compress(column, has_request))
+        def of_requests(column: Sequence[T]) -> Sequence[T]:
+            return column if has_request is None else list(compress(column, has_request))
 
+        complete = self.complete
         return RequestBatch(
-            of_requests(count(self.first_position)),
+            of_requests(range(self.first_position, self.first_position + len(names))),
             of_requests(cast("list[bytes]", self.fingerprints)),
             of_requests(cast("list[str]", self.params)),
             None if self.queue_order is None else of_requests(self.queue_order),
             None if self.groups is None else of_requests(self.groups),
+            None if self.ids is None else of_requests(cast("list[int]", self.ids)),
+            None if complete is None else lambda: complete().requests(),
         )
 
 
@@ -132,6 +176,7 @@ class RequestBuilder:
         self._conversions = [conversion_of(template, name) for name in self._names]
         self._placeholders = job.model.placeholders
         self._invalid_reason = _invalid_reason_of(self._names, params, template)
+        self._missing_names = [name for name in params if name in template.required_params], list(params)
         self._header = header
         self._group_by = job.model.caps.by if job.model.caps else None
         self._kept_columns = [place for place, name in enumerate(header) if name not in ENRICH_COLUMNS]
@@ -171,7 +216,7 @@ class RequestBuilder:
             pl.when(_IS_FILTERED).then(_FILTER_REASON).otherwise(self._invalid_reason).alias("error"),
             pl.when(~_IS_FILTERED & self._invalid_reason.is_null()).then("params").alias("params"),
         )
-        params = row_states.get_column("params")
+        params, is_invalid = row_states.get_column("params"), row_states.get_column("status") == _INVALID
         texts: list[str | None] = params.to_list()
         errors: list[str | None] = row_states.get_column("error").to_list()
         statuses = [_STATUS_BY_CODE[status] for status in row_states.get_column("status").to_list()]
@@ -182,7 +227,7 @@ class RequestBuilder:
                 texts[index] = fingerprints[index] = None
         return RowBatch(
             first_position,
-            frame.select(pl.nth(self._kept_columns)),
+            self.kept_columns(frame),
             fingerprints,
             texts,
             statuses,
@@ -193,6 +238,7 @@ class RequestBuilder:
                 rows if counted is None else rows.filter(counted),
                 [number for number, (_, reason) in enumerate(computed) if reason is not None],
             ),
+            self._count_missing(values.filter(is_invalid)),
             {name: value for name, (value, _) in zip(self._names, computed, strict=True)},
         )
 
@@ -203,6 +249,22 @@ class RequestBuilder:
             reasons = rows.filter(~_IS_FILTERED).get_column(_reason_column(number)).drop_nulls()
             counts.update({(self._names[number], kind): count for kind, count in reasons.value_counts().iter_rows()})
         return counts
+
+    def kept_columns(self, frame: pl.DataFrame) -> pl.DataFrame:
+        """Return the columns that are written to the output."""
+        return frame.select(pl.nth(self._kept_columns))
+
+    def _count_missing(self, invalid: pl.DataFrame) -> Counter[str]:
+        """Count the params for want of which these rows are invalid: the required ones, or all where none is."""
+        missing: Counter[str] = Counter()
+        required, names = self._missing_names
+        unexplained = pl.repeat(value=True, n=invalid.height, eager=True)
+        for name in required if invalid.height else ():
+            blank = invalid.to_series(self._names.index(name)) == ""
+            missing[name] += int(blank.sum())
+            unexplained &= ~blank
+        missing.update(dict.fromkeys(names if unexplained.any() else (), int(unexplained.sum())))
+        return missing
 
     def _make_fingerprints(self, params: Sequence[bytes | None]) -> list[bytes | None]:
         """Hash what is sent. Hashes are stable over versions, machines and the order of params in the job file."""
@@ -237,6 +299,7 @@ class RequestBuilder:
 
 #: Row statuses by their number in `row_states`.
 _STATUS_BY_CODE = (None, RowStatus.FILTERED, RowStatus.INVALID)
+_INVALID = _STATUS_BY_CODE.index(RowStatus.INVALID)
 _IS_FILTERED = ~pl.col("selected") | pl.col("suppressed")
 _FILTER_REASON = pl.when("selected").then(pl.lit(SUPPRESSED_REASON))
 

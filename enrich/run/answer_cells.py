@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import orjson
 import polars as pl
@@ -12,43 +13,66 @@ from enrich.databar.task_results import BESIDE, column_values, is_blank
 from enrich.files.values import RawJson, to_json
 from enrich.job.cell_text import blank_cells
 
-#: The types of the values in most answers.
-_TEXT_OR_NULL = frozenset((str, type(None)))
 _NUMBERS_AS_WRITTEN = json.JSONDecoder(parse_int=RawJson, parse_float=RawJson, parse_constant=lambda _: None)
+#: The result of the usual answer is an object without others in it, in a wrapper, after fields that are no objects. The
+#: wrapper is in a list unless it is the row of a bulk task.
+_WRAPPER, _END = '{"result":', "}"
+_USUAL_PARTS = (
+    r'^\{(?:"[^"\\]*":(?:"[^"\\]*"|[^"\\{}\[\],]*),)*"data":\[?$',
+    r"^\{[^{}\[\]\\]*$",
+    '^,"(?:steps|enrichment_data|result_field)":',
+)
 
 
 def answer_columns(answers: Iterable[str | None], paths: Sequence[str]) -> list[pl.Series]:
     """Read values of many answers (JSON) as columns of cells. None: there is no answer."""
-    nothing = (None,) * len(paths)
-    may_be_usual = not any(path.startswith(BESIDE) for path in paths)
-    has_dots = any("." in path for path in paths)
-    rows: list[Sequence[str | None]] = []
-    for answer in answers:
-        if answer is None:
-            rows.append(nothing)
-            continue
-        # The usual answer is one wrapper whose fields are text or null, in a list unless it is the row of a bulk task.
-        # Others are read by `answer_cells`.
-        try:
-            item = orjson.loads(answer)["data"]
-            if isinstance(item, list):
-                (item,) = item
-            values = tuple(map(item["result"].get, paths))
-            is_usual = may_be_usual and "steps" in item and _TEXT_OR_NULL.issuperset(map(type, values))
-        except (ValueError, LookupError, TypeError, AttributeError):
-            is_usual = False
-        rows.append(values if is_usual and not (has_dots and None in values) else answer_cells(answer, paths))
-    columns = [pl.Series("", cells, pl.String) for cells in (zip(*rows, strict=True) if rows else nothing)]
-    return [cells.set(blank_cells(cells).fill_null(value=False), None) for cells in columns]
+    texts = list(answers)
+    results = _usual_results(texts, paths)
+    columns: list[list[Any]] = [[result and result.get(path) for result in results] for path in paths]
+    # Other answers, other values than text, and what may be nested are read one by one.
+    unusual = {index for index, result in enumerate(results) if result is None}
+    for path, cells in zip(paths, columns, strict=True):
+        usual = {str} if "." in path else {str, type(None)}
+        if not usual.issuperset(map(type, cells)):
+            unusual |= {index for index, cell in enumerate(cells) if type(cell) not in usual}
+    for index in unusual:
+        if (text := texts[index]) is not None:
+            for cells, cell in zip(columns, answer_cells(text, paths), strict=True):
+                cells[index] = cell
+    series = [pl.Series("", cells, pl.String) for cells in columns]
+    return [cells.set(blank_cells(cells).fill_null(value=False), None) for cells in series]
+
+
+def _usual_results(texts: Sequence[str | None], paths: Sequence[str]) -> list[dict[str, Any] | None]:
+    """Return the result of each usual answer. To find it in the text is faster than to parse all as JSON."""
+    other: list[dict[str, Any] | None] = [None] * len(texts)
+    if any(path.startswith(BESIDE) or path[:1].isdecimal() for path in paths):
+        return other
+    before, rest = pl.Series("", texts, pl.String).str.splitn(_WRAPPER, 2).struct.unnest()
+    result, after = rest.str.splitn(_END, 2).struct.unnest()
+    found = result + _END
+    for part, pattern in zip((before, result, after), _USUAL_PARTS, strict=True):
+        found = found.set(~part.str.contains(pattern), None)
+    try:
+        results: list[dict[str, Any] | None] = orjson.loads(f"[{found.fill_null('null').str.join(',').item()}]")
+    except orjson.JSONDecodeError:  # in one of them
+        return other
+    return results if len(results) == len(texts) else other
 
 
 def answer_cells(answer: str, paths: Sequence[str]) -> list[str | None]:
-    """Read values of an answer (JSON) as cells."""
+    """Read values of an answer (JSON) as cells. Raises JSONDecodeError if it is not a JSON object."""
     try:
-        values = column_values(orjson.loads(answer).get("data"), paths)
+        task = orjson.loads(answer)
     except orjson.JSONDecodeError:
-        values = None
-    if values is None or not all(value is None or isinstance(value, str) for value in values):
+        try:
+            task = _NUMBERS_AS_WRITTEN.decode(answer)
+        except RecursionError:
+            task = None
+    if not isinstance(task, dict):
+        raise json.JSONDecodeError("not an object", "", 0)
+    values = column_values(task.get("data"), paths)
+    if not all(value is None or isinstance(value, str) for value in values):
         # The slower parser keeps numbers as they are written. NaN and Infinity, which JSON does not have, are no value.
         values = column_values(_NUMBERS_AS_WRITTEN.decode(answer).get("data"), paths)
     return list(map(to_cell, values))

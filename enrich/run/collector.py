@@ -168,6 +168,7 @@ class Collector:
                 else []
             )
             yield frame.hstack([joined.cells[name] for name in new_columns] + index)
+            del answered, joined, batch, frame  # not kept while the next batch is read
 
     def count_rows(self) -> OutputCounts:
         """Count the rows that the output would have."""
@@ -186,15 +187,24 @@ class Collector:
         if self.step_rows is not None:
             yield from self.step_rows.joined_batches(self.check_stopped)
             return
-        for batch in self.job_input.batches(self.template, max_rows=queries.max_rows_per_batch(self.ledger)):
+        # The change feed records rows by their fingerprints.
+        known = self.ledger if self.job.model.changes is None else None
+        max_rows = queries.max_rows_per_batch(self.ledger)
+        batches = self.job_input.batches(self.template, ledger=known)
+        for batch in (part for whole in batches for part in whole.parts(max_rows)):
             self.check_stopped()
-            results = name_source(self.template, enroll.request_results(self.ledger, batch.requests(), self.selection))
+            yield self._join(batch)
+
+    def _join(self, batch: RowBatch) -> JoinedBatch:
+        results = name_source(self.template, enroll.request_results(self.ledger, batch.requests(), self.selection))
+        places: list[int | None] = list(range(batch.frame.height))
+        if results["position"] != list(range(batch.first_position, batch.first_position + batch.frame.height)):
             first_rows = enumerate(results["position"])
-            place_of = {batch.fingerprints[position - batch.first_position]: place for place, position in first_rows}
-            places = [place_of.get(fingerprint) for fingerprint in batch.fingerprints]
-            cells = new_cells(batch, results, pl.Series(places, dtype=pl.UInt32), self.template.columns)
-            step = JoinedStep("", self.template.columns, batch.fingerprints, results, places, cells)
-            yield JoinedBatch(batch, [step], cells)
+            place_of = {batch.names[position - batch.first_position]: place for place, position in first_rows}
+            places = [place_of.get(name) for name in batch.names]
+        cells = new_cells(batch, results, pl.Series(places, dtype=pl.UInt32), self.template.columns)
+        step = JoinedStep("", self.template.columns, batch.fingerprints, results, places, cells)
+        return JoinedBatch(batch, [step], cells)
 
     def _checked_frames(
         self, counts: OutputCounts, *, with_index: bool, partial: bool, limits: FileLimits

@@ -15,6 +15,7 @@ from enrich.ledger import enroll, erasure, queries, step_results
 from enrich.ledger.database import Database
 from enrich.models import DECISIONS_TO_SEND, Decision, RequestSelection, State, pluralize
 from enrich.rows.job_input import JobInput
+from enrich.rows.known_batches import store_batch
 from enrich.rows.requests import RowBatch
 from enrich.rows.template import RequestTemplate
 from enrich.run.budget import Cost
@@ -38,7 +39,9 @@ class RequestRows(Protocol):
     def queue_order(self) -> pl.Series | None:
         """Return each row's place in the send order; None: the order of the input."""
 
-    def batches(self, template: RequestTemplate, queue_order: pl.Series | None) -> Iterator[RowBatch]:
+    def batches(
+        self, template: RequestTemplate, queue_order: pl.Series | None, ledger: Database | None
+    ) -> Iterator[RowBatch]:
         """Read the whole input once."""
 
 
@@ -122,9 +125,10 @@ def _enroll_locally(
     template = context.preflight.template
     enroll.begin_pass(ledger)
     read = EnrollCounts()
-    for batch in rows.batches(template, rows.queue_order()):
+    for batch in rows.batches(template, rows.queue_order(), ledger):
         context.signals.raise_if_received()
-        enroll.enroll(ledger, template.target, batch.requests(), selection)
+        ids = enroll.enroll(ledger, template.target, batch.requests(), selection)
+        store_batch(ledger, context.job, batch, ids)
         read += EnrollCounts.from_batch(batch)
     if context.job.step:
         step_results.record_requesting_rows(ledger, context.job.step)

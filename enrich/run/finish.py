@@ -11,6 +11,7 @@ from enrich.exit_codes import ExitCode
 from enrich.ledger import bindings, execution_records, queries, resume, step_results
 from enrich.ledger.database import Database
 from enrich.ledger.sqlite import damaged_ledger_error
+from enrich.ledger.verify import as_enrich_error
 from enrich.models import State, format_credits, pluralize, to_credits
 from enrich.rows.params import left_out_by_param
 from enrich.run.balance import ROUNDING_CREDITS, explain_balance
@@ -34,7 +35,8 @@ async def finish_failed_run(
     context: RunContext, run_state: RunState, failure: EnrichError | JSONDecodeError
 ) -> RunSummary:
     """Finish a run that a failure ended after its start. No output is written."""
-    reason = failure if isinstance(failure, EnrichError) else damaged_ledger_error(context.job.ledger)
+    ledger = context.job.ledger
+    reason = as_enrich_error(failure, ledger) or damaged_ledger_error(ledger)
     code = reason.exit_code
     if code is ExitCode.REFUSED and run_state.counters.submitted:
         code = ExitCode.BUG  # exit code 5 promises that nothing was spent

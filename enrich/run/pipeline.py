@@ -143,7 +143,8 @@ async def _run_step(job_context: RunContext, run_state: RunState, files: RunFile
         run_state.exit_reasons.setdefault(ExitCode.CREDITS, refusal)
         return
     await submit_and_poll(context, run_state)
-    await count_enrolled(context, run_state)
+    if run_state.total_requests:
+        await count_enrolled(context, run_state)
 
 
 def _open_ledger_writer(job: Job, ledger: Database, environment: RunEnvironment) -> LedgerWriter:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import polars as pl
 
 from enrich.ledger import step_results
+from enrich.ledger.database import Database
 from enrich.ledger.step_results import StepChoice, choose_requests
 from enrich.models import COUNTED_TOWARDS_LIMIT, Decision, RequestSelection
 from enrich.rows.requests import RowBatch
@@ -29,7 +30,9 @@ class StepInput:
         """Return each row's place in the send order; None: the order of the input."""
         return self.rows.job_input.queue_order()
 
-    def batches(self, _: RequestTemplate, queue_order: pl.Series | None = None) -> Iterator[RowBatch]:
+    def batches(
+        self, _: RequestTemplate, queue_order: pl.Series | None = None, _ledger: Database | None = None
+    ) -> Iterator[RowBatch]:
         """Read the whole input once."""
         step_results.begin_requesting_rows(self.rows.ledger, self.rows.steps[self.number].job.step)
         for step_batch in self.rows.step_batches(self.number, queue_order):

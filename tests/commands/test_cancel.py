@@ -68,7 +68,7 @@ def test_cancel_is_listed_as_what_it_is(slow_api: SandboxApi, workspace: Workspa
     assert " 0 cancellation " in workspace.run_in_process("runs", "job.yaml").stdout
     assert "run 2 ended at" in (shown := workspace.run_in_process("status", "job.yaml").stdout)
     assert "with exit 0 (cancellation)" in shown
-    reported = workspace.run_in_process("report", "job.yaml", "--json").json_output["runs"]
+    reported = workspace.run_in_process("report", "job.yaml", "--json").json_output["nights"]
     assert [run["outcome"] for run in reported] == ["out of time", "cancellation"]
     assert workspace.run_in_process("run", "job.yaml").exit_code == 3  # without a key
     (first_end,) = workspace.sql("SELECT ended_ms FROM executions WHERE id = 1")[0]

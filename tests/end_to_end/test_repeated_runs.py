@@ -18,7 +18,15 @@ from enrich.models import State
 from enrich.run.context import RunOptions
 from enrich.run.summary import RunSummary
 from enrich.sandbox.catalogue import WATERFALLS
-from tests.support.workspace import SHORT_TIMEOUTS, SandboxApi, Workspace, clock_ahead, make_leads, serve_api
+from tests.support.workspace import (
+    BOTH_BACKENDS_SERVER_LONG,
+    SHORT_TIMEOUTS,
+    SandboxApi,
+    Workspace,
+    clock_ahead,
+    make_leads,
+    serve_api,
+)
 
 DAY = 86_400
 
@@ -72,6 +80,32 @@ def test_unrelated_columns_may_change(api: SandboxApi, workspace: Workspace) -> 
 
     assert (summary.exit_code, summary.submitted, summary.reused) == (0, 0, 6)
     assert [row["Note"] for row in workspace.read_output()] == ["new"] * 6
+
+
+@pytest.mark.parametrize("backend", BOTH_BACKENDS_SERVER_LONG)
+def test_known_rows_give_the_same_night(api: SandboxApi, workspace: Workspace) -> None:
+    """Plan, run and collect say and write the same whether they know the rows from the last run or compute them."""
+    nameless = [["", "", "", "", ""], ["", "Last1", "company1.example", "", "x"]]
+    leads = [*make_leads(6), *make_leads(3), *nameless, *make_leads(2, start=6)]
+    workspace.write_leads(leads)
+    workspace.run_job(api)
+
+    def night() -> tuple[object, ...]:
+        said: list[object] = []
+        for command in ("plan", "run", "collect"):
+            result = workspace.run_in_process(command, "job.yaml", "--json", api=api).json_output
+            said.append({name: result[name] for name in result if name not in ("execution", "elapsed_s")})
+            said.append((workspace.folder / "out.csv").read_bytes())
+        return tuple(said)
+
+    known = night()
+    assert workspace.sql("SELECT count(*) FROM known_batches") == [(1,)]
+    workspace.sql("DELETE FROM known_batches")
+    assert night() == known
+    leads[0] = ["Other", *leads[0][1:]]
+    workspace.write_leads([*leads, *make_leads(1, start=20)])
+    assert workspace.run_job(api).submitted == 2
+    assert api.audit()["accepted"] == 10
 
 
 @pytest.mark.long

@@ -239,7 +239,9 @@ def make_unique(person: list[str], number: int) -> list[str]:
 
 def make_plan(workspace: Workspace, api: SandboxApi, options: RunOptions) -> tuple[StepsPlan, SavedPlan]:
     """Make a plan, with its rows."""
-    return make_steps_plan(load_job(workspace.job_file), api.access, options, workspace.folder / "rows.csv")
+    plan, kept = make_steps_plan(load_job(workspace.job_file), api.access, options, workspace.folder / "rows.csv")
+    assert kept is not None
+    return plan, kept
 
 
 @pytest.mark.long

@@ -14,7 +14,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enrich.errors import CommandRefused
 from enrich.ledger import enroll, queries, request_ids, resume
 from enrich.ledger.enroll import stratified_sample
 from enrich.models import Answer, Decision, RequestBatch, RequestSelection, State
@@ -209,13 +208,12 @@ def test_answers_larger_than_one_value(tmp_path: Path) -> None:
     ledger.wrapped.close()
 
 
-def test_too_large_numbers_are_refused() -> None:
-    """An id or a position that its bits cannot hold is an error, not another request."""
-    one = row_requests([1])
-    for batch, number in ((one, 1 << 31), (replace(one, positions=[1 << 32]), 1)):
-        with pytest.raises(CommandRefused, match="too large"):
-            request_ids.packed(batch, [number])
-    assert request_ids.packed(one, [(1 << 31) - 1]) == f"[{(2**31 - 1) * 2**32}]"
+def test_ids_by_row() -> None:
+    """A row without a request that the ledger knows has no id, and numbers may be large."""
+    batch = replace(row_requests([1, 2, 3]), positions=[1 << 40, (1 << 40) + 2, (1 << 40) + 3])
+    assert request_ids.by_row(batch, [9, None, 1 << 50]) == (f"[9,0,0,{1 << 50}]", 1 << 40)
+    assert request_ids.by_row(replace(batch, positions=range(7, 10)), [3, 2, 1]) == ("[3,2,1]", 7)
+    assert request_ids.by_row(row_requests([]), []) == ("[]", 0)
 
 
 class TestLimits:

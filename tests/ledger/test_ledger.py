@@ -705,6 +705,8 @@ class TestFile:
         ledger.enroll([2], retry={State.IN_DOUBT})
         ledger.commit(transitions.record_refused, [(ledger.claim().attempt_id, "", 1)])
         transitions.submitted_tasks(ledger.wrapped)
+        resume.written_off_tasks(ledger.wrapped, 0)
+        resume.written_off_tasks(ledger.wrapped, 0, only_queued=True)
         list(results_of(ledger.wrapped, row_requests([1])))
         sqlite_connection(ledger.wrapped).set_trace_callback(None)
 
@@ -714,7 +716,8 @@ class TestFile:
                 plans[sql] = [str(row[3]) for row in ledger.wrapped.session.execute(f"EXPLAIN QUERY PLAN {sql}")]
         used = {match for plan in plans.values() for step in plan for match in re.findall(r"INDEX (\w+)", step)}
 
-        assert {"queue", "open_attempts"} <= used
+        assert {"queue", "open_attempts", "written_off"} <= used
+        assert not [step for plan in plans.values() for step in plan if "task_ids (task_id>?)" in step]
         # Clearing the queue reads the whole queue, which holds no more than the last input. Whether any request was
         # erased is read from the first entry of the index.
         scans = {step for plan in plans.values() for step in plan if re.match(r"SCAN (requests|attempts|r|a)\b", step)}

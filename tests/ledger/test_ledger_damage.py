@@ -174,6 +174,23 @@ def test_answer_that_is_no_object_is_named(
     assert f"attempts.answer, id {attempt}: not a JSON object" in result.stderr
 
 
+@pytest.mark.parametrize("answer", ["[]", "null", "[" * 20_000])
+def test_damaged_answer_after_spending(api: SandboxApi, workspace: Workspace, answer: str) -> None:
+    """When the run has sent requests, such an answer is exit 1: exit 5 says that nothing was spent."""
+    workspace.write_leads(make_leads(3))
+    workspace.run_job(api)
+    with closing(sqlite3.connect(workspace.ledger_path)) as db, db:
+        db.execute("UPDATE attempts SET answer = ? WHERE id = 2", (answer,))
+    workspace.write_leads(make_leads(4))
+
+    result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
+
+    assert_error_without_content(result, 1)
+    assert result.json_output["submitted"] == 1
+    assert "attempts.answer, id 2: not a JSON object" in result.stderr
+    assert workspace.run_in_process("runs", "job.yaml", "--json").json_output["executions"][0]["exit_code"] == 1
+
+
 @pytest.mark.parametrize("command", first_quick(2, [COMMANDS[5], COMMANDS[1], COMMANDS[0], COMMANDS[4]], single=True))
 def test_description_that_is_none_is_named(
     paid_ledger: tuple[SandboxApi, Workspace, bytes], command: list[str]

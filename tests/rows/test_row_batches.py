@@ -161,7 +161,10 @@ def test_usual_answers_are_read_as_others(data: object, paths: list[str]) -> Non
     """The short way for answers of text gives what the general one gives, for every shape of an answer."""
     answer, expected = json.dumps({"data": data}), list(map(to_cell, column_values(data, paths)))
     assert answer_cells(answer, paths) == expected
-    columns = [cells.to_list() for cells in answer_columns([None, answer, answer], paths)]
+    compact = json.dumps(
+        {"task_id": "a", "status": "completed", "n": 1.5, "data": data, "error": None}, separators=(",", ":")
+    )
+    columns = [cells.to_list() for cells in answer_columns([None, answer, compact], paths)]
     assert columns == [[None, cell, cell] for cell in expected]
 
 

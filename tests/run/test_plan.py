@@ -55,7 +55,9 @@ def saved_plan(
     workspace: Workspace, api: SandboxApi, options: RunOptions | None = None, rows: Path | None = None
 ) -> SavedPlan:
     """Make a plan that a run can follow."""
-    return make_plan(load_job(workspace.job_file), api.access, options or RunOptions(), rows)[1]
+    _, kept = make_plan(load_job(workspace.job_file), api.access, options or RunOptions(), rows)
+    assert kept is not None
+    return kept
 
 
 def run_plan_command(workspace: Workspace, api: SandboxApi, *arguments: str) -> ProgramResult:

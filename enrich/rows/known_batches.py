@@ -1,0 +1,134 @@
+"""Finds the requests of a batch whose rows are the same as when a run enrolled it. They are not computed again.
+
+The ledger keeps the ids of the requests, and why the other rows have none, under a digest of all that they depend on:
+the cells, which rows are selected and suppressed, and how the job maps cells to requests. What the ledger says about a
+request is always looked up.
+"""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from hashlib import blake2b
+from importlib.metadata import version
+
+import orjson
+import polars as pl
+
+from enrich import __version__
+from enrich.files.values import has_no_text
+from enrich.job.job import Job
+from enrich.ledger import known_batches
+from enrich.ledger.database import Database
+from enrich.ledger.forgotten import ForgottenRequests
+from enrich.models import RowStatus, to_json_text
+from enrich.rows.requests import RequestBuilder, RowBatch
+from enrich.rows.template import RequestTemplate
+
+#: What computes the params: with another version the digests differ.
+_MAPPING_PACKAGES = ("polars", "tldextract", "idna")
+
+
+@dataclass(frozen=True, slots=True)
+class KnownBatches:
+    """The batches of a job's input that the ledger knows."""
+
+    ledger: Database
+    job: str
+    columns: Sequence[str]
+    mapping: blake2b
+
+    @classmethod
+    def of(
+        cls, ledger: Database, job: Job, template: RequestTemplate, forgotten: ForgottenRequests
+    ) -> KnownBatches | None:
+        """Prepare to find the batches of a job. None: its requests depend on more than their rows, or are grouped."""
+        model, target = job.model, template.target
+        if not model.dedupe or model.caps is not None or job.step_jobs:
+            return None
+        mapping = [
+            [__version__, unicodedata.unidata_version, *map(version, _MAPPING_PACKAGES)],
+            [target.kind, target.id, target.body()],
+            {name: param.model_dump(mode="json") for name, param in model.params.items()},
+            [template.required_params, template.email_params, template.priced_by, template.choices],
+            sorted(model.placeholders),
+            sorted(hashed.hex() for hashed in forgotten.hashes),
+        ]
+        columns = sorted({column for param in model.params.values() for column in param.columns})
+        digest = blake2b(json.dumps(mapping, sort_keys=True).encode(), digest_size=16, person=b"enrich-batch")
+        return cls(ledger, job.name, columns, digest)
+
+    def recall(  # noqa: PLR0913, PLR0917 - those of `build_batch`
+        self,
+        builder: RequestBuilder,
+        first_position: int,
+        frame: pl.DataFrame,
+        text: pl.DataFrame,
+        selected: pl.Series,
+        suppressed: pl.Series | None,
+        queue_order: list[int] | None,
+    ) -> RowBatch:
+        """Return a batch as `build_batch` does, with ids instead of requests if it is known."""
+        build = partial(builder.build_batch, first_position, frame, text, selected, suppressed, queue_order)
+        digest = self._digest(frame, text, selected, suppressed)
+        content = known_batches.find(self.ledger, self.job, first_position, digest)
+        if content is None:
+            return replace(build(), digest=digest)
+        known = orjson.loads(content)
+        ids: list[int | None] = known["ids"]
+        statuses: list[RowStatus | None] = [None] * len(ids)
+        errors: list[str | None] = [None] * len(ids)
+        if known["reasons"]:
+            reasons = [(RowStatus(status), error) for status, error in known["reasons"]]
+            places = (place for place, number in enumerate(ids) if number is None)
+            for place, reason in zip(places, known["skipped"], strict=True):
+                statuses[place], errors[place] = reasons[reason]
+        return RowBatch(
+            first_position,
+            builder.kept_columns(frame),
+            [],
+            [],
+            statuses,
+            errors,
+            None,
+            queue_order,
+            Counter({(param, reason): count for param, reason, count in known["left_out"]}),
+            Counter(known["missing"]),
+            ids=ids,
+            complete=build,
+        )
+
+    def _digest(
+        self, frame: pl.DataFrame, text: pl.DataFrame, selected: pl.Series, suppressed: pl.Series | None
+    ) -> bytes:
+        """Hash all that the requests of the rows depend on."""
+        digest = self.mapping.copy()
+        for name in self.columns:
+            # No file with a NUL in a cell is read.
+            cells = text.get_column(name).alias("").str.join("\0").item()
+            digest.update(f"{cells}\0".encode())
+        for marks in (selected, suppressed, *(has_no_text(frame.get_column(name)) for name in self.columns)):
+            bits = "" if marks is None else marks.alias("").cast(pl.UInt8).cast(pl.String).str.join().item()
+            digest.update(f"{bits}\0".encode())
+        return digest.digest()
+
+
+def store_batch(ledger: Database, job: Job, batch: RowBatch, ids: Sequence[int | None]) -> None:
+    """Store a batch with the ids of its requests, to be found by the next pass. Nothing is stored for a known one."""
+    if batch.digest is None:
+        return
+    numbers, first = iter(ids), batch.first_position
+    skipped = [reason for reason in zip(batch.statuses, batch.errors, strict=True) if reason[0] is not None]
+    reasons = {reason: place for place, reason in enumerate(dict.fromkeys(skipped))}
+    content = {
+        "ids": [next(numbers) if status is None else None for status in batch.statuses],
+        "reasons": list(reasons),
+        "skipped": [reasons[reason] for reason in skipped],
+        "left_out": [[*names, count] for names, count in batch.left_out.items()],
+        "missing": batch.missing,
+    }
+    known_batches.store(ledger, job.name, range(first, first + batch.frame.height), batch.digest, to_json_text(content))
