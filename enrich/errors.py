@@ -100,7 +100,7 @@ class LedgerDamaged(CommandRefused):
 
 
 #: Hint for LedgerLocked.
-LOCKED_HINT = "`enrich status JOB --watch` shows it. To wait for it or to skip: --if-locked wait or skip"
+LOCKED_HINT = "`enrich status JOB --watch` shows it"
 
 
 class LedgerLocked(EnrichError):

@@ -219,9 +219,14 @@ def _days_option(_: click.Context, __: click.Parameter, value: str | None) -> tu
     return () if value is None else parse_option(parse_days, value)
 
 
+def _duration_option(_: click.Context, __: click.Parameter, value: str) -> str:
+    parse_option(parse_duration, value)
+    return value
+
+
 def _write_units(folder: Path, units: dict[str, str], *, force: bool) -> None:
     for name, text in units.items():
-        write_new_file(text, folder / name, force=force)
+        write_new_file(text, folder / name, force=force, other="another folder")
         click.echo(f"Written: {folder / name}", err=True)
 
 
@@ -236,10 +241,17 @@ def _write_units(folder: Path, units: dict[str, str], *, force: bool) -> None:
     help="Time of day, in local time.",
 )
 @click.option("--days", callback=_days_option, metavar="mon-fri", help="Days of the week. Default: every day.")
-@click.option("--max-time", default="5h", show_default=True, metavar="5h", help="Stop a run after this time.")
+@click.option(
+    "--max-time",
+    default="5h",
+    show_default=True,
+    callback=_duration_option,
+    metavar="5h",
+    help="Stop a run after this time.",
+)
 @click.option("--user", help="User that runs the job. Default: you.")
 @click.option("--key-file", type=options.FILE, help="File with the API key. Default: DATABAR_API_KEY_FILE.")
-@click.option("--log-file", type=options.FILE, help="Log file. Default: <name>.log in the folder of the job.")
+@click.option("--log-file", type=options.WRITTEN_FILE, help="Log file. Default: <name>.log in the folder of the job.")
 @click.option("--crontab", "only", flag_value="crontab", help="Print the crontab line only.")
 @click.option("--systemd", "only", flag_value="systemd", help="Print the systemd units only.")
 @click.option("--output-dir", type=FOLDER, help="Write the systemd units into this folder instead.")
@@ -257,7 +269,6 @@ def cron(
     force: bool,
 ) -> None:
     """Print the crontab line and the systemd units that run JOB every night. Installs nothing."""
-    parse_option(parse_duration, max_time)
     job = options.JobOptions(job_file).load()
     log = (log_file or job_file.with_name(f"{job.name}.log")).absolute()
     key_path = key_file or Path(os.environ.get("DATABAR_API_KEY_FILE", "").strip() or "/etc/enrich/databar_api_key")

@@ -32,6 +32,19 @@ from enrich.models import RETRYABLE_STATES, State
 T = TypeVar("T")
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+class _WrittenFile(click.Path):
+    """A file that a command writes. `-` is refused, which is stdout in other programs."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401 - as in click
+        """Parse the path."""
+        if str(value) == "-":
+            self.fail("must be a file, not `-` for stdout", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+WRITTEN_FILE = _WrittenFile(path_type=Path, dir_okay=False)
 _INPUT_HELP = "Read this file or URL, or - for stdin, instead of the job's input."
 _OUTPUT_HELP = "Write this file or URL instead of the job's output."
 _TIME_OF_DAY = re.compile(r"([01]?[0-9]|2[0-3]):([0-5][0-9])")

@@ -21,6 +21,7 @@ from enrich.databar.clock import SystemClock
 from enrich.databar.credentials import ApiAccess
 from enrich.errors import CommandRefused, JobError, LedgerLocked
 from enrich.files.writer import prepare_file
+from enrich.job.file_names import is_same_file
 from enrich.job.job import Job
 from enrich.job.locations import sandbox_file_name
 from enrich.ledger import enroll, erasure, execution_records
@@ -51,8 +52,8 @@ from enrich.run.step_rows import StepRows
 @click.command()
 @options.RUN_JOB_OPTIONS
 @options.selection_options
-@click.option("-o", "plan_file", type=options.FILE, help="Save the plan for `enrich run --plan`.")
-@click.option("--rows", "rows_file", type=options.FILE, help="Write the decision for each row to this file.")
+@click.option("-o", "plan_file", type=options.WRITTEN_FILE, help="Save the plan for `enrich run --plan`.")
+@click.option("--rows", "rows_file", type=options.WRITTEN_FILE, help="Write the decision for each row to this file.")
 @click.option("-v", "--verbose", is_flag=True, help="Add each decision, the prices of the providers and the time.")
 @options.JSON_OPTION
 def plan(
@@ -121,6 +122,8 @@ def plan_with_access(
     job.file_locations(datetime.now().astimezone())  # raises if two are the same
     if plan_file is not None:
         job.check_not_own(plan_file.absolute(), "plan")
+        if rows_file is not None and is_same_file(plan_file.absolute(), rows_file.absolute()):
+            raise JobError(f"{plan_file}: the plan and the rows would be the same file", "give each its own name")
     if plan_file is not None and is_locked(job.ledger):
         raise LedgerLocked(f"{job.ledger}: a run is in progress, so a plan cannot be saved", "save it after the run")
     make = make_steps_plan if job.step_jobs else make_plan

@@ -284,7 +284,7 @@ def print_summary(
 @click.option("--summary", "always_summary", is_flag=True, help="Print the run summary without a terminal, too.")
 @click.option("-v", "--verbose", is_flag=True, help="Add columns, balance, polls and providers to the run summary.")
 @click.option("--quiet", is_flag=True, help="Print errors only: no progress bar, no run summary.")
-@click.option("--log-file", type=options.FILE, help="Append events to this file, one JSON object per line.")
+@click.option("--log-file", type=options.WRITTEN_FILE, help="Append events to this file, one JSON object per line.")
 @with_observers
 def run(
     job_options: options.JobOptions,
@@ -355,7 +355,9 @@ def run(
     except LedgerLocked as error:
         if not skip:
             watch = f"enrich status {job_options.arguments(as_typed=True).ledger_args} --watch"
-            raise LedgerLocked(error.message, (error.hint or "").replace("enrich status JOB --watch", watch)) from None
+            hint = (error.hint or "").replace("enrich status JOB --watch", watch)
+            options_hint = "To wait for it or to skip: --if-locked wait or skip"
+            raise LedgerLocked(error.message, ". ".join(filter(None, (hint, options_hint)))) from None
         observers.skipped(error.message)
         if as_json:
             click.echo(json.dumps({"exit_code": 0, "error": error.message}))

@@ -7,10 +7,10 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from enrich.job.locations import InputLocation
+from enrich.job.locations import InputLocation, LedgerLocation
 
 #: How many bytes the names of files beside a ledger are longer than its own: its lock, its journals, the sandbox's.
-LEDGER_SUFFIX_BYTES = 24
+_LEDGER_SUFFIX_BYTES = 24
 #: The bytes that a job's name has at most: it is a part of the names of temporary files.
 MAX_JOB_NAME_BYTES = 200
 
@@ -29,18 +29,23 @@ def is_same_file(one: InputLocation, other: InputLocation) -> bool:
     return one == other
 
 
-def why_no_file(location: InputLocation, more_bytes: int = 0) -> str | None:
-    """Return why no file can have this name, or one with so many more bytes: it is too long, or a loop of links."""
-    if not isinstance(location, Path):
-        return None
-    for path in (location, location.with_name(location.name + "x" * more_bytes)) if location.name else ():
+def why_no_file(location: InputLocation) -> str | None:
+    """Return why no file can have this name: it is too long, or a loop of links. None: one can."""
+    if isinstance(location, Path):
         try:
-            os.stat(path)  # noqa: PTH116 - as short as Path.stat
+            os.stat(location)  # noqa: PTH116 - as short as Path.stat
         except OSError as error:
             if error.errno == errno.ELOOP:
                 return "its links lead in a circle"
             if error.errno == errno.ENAMETOOLONG:
                 return "its name is too long"
+    return None
+
+
+def why_no_ledger(location: LedgerLocation) -> str | None:
+    """Return why a ledger, its lock and its journals cannot have this name: it is too long."""
+    if isinstance(location, Path) and location.name:
+        return why_no_file(location.with_name(location.name + "x" * _LEDGER_SUFFIX_BYTES))
     return None
 
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from enrich.errors import JobError
 from enrich.job.field_types import MAX_CREDITS
-from enrich.job.file_names import LEDGER_SUFFIX_BYTES, MAX_JOB_NAME_BYTES, is_same_file, real_path, why_no_file
+from enrich.job.file_names import MAX_JOB_NAME_BYTES, is_same_file, real_path, why_no_file, why_no_ledger
 from enrich.job.locations import (
     STDIN,
     InputLocation,
@@ -123,7 +123,7 @@ class Job:
         files, output = self._locations(now), self.output_path(now)
         names = list(files)
         for kind, location in files.items():
-            if kind != "the job file" and (reason := why_no_file(location)) is not None:
+            if kind not in ("the job file", "ledger") and (reason := why_no_file(location)) is not None:
                 raise self.error([kind], f"{location}: {reason}", "choose another name")
         for place, kind in enumerate(names):
             if kind in _FILES_READ:
@@ -315,7 +315,7 @@ def _ledger_location(
                 return ledger  # the sandbox's own ledger was named
         else:
             ledger = parse_ledger_location(job_folder, path_or_url, job_folder / ".enrich")
-        if reason := why_no_file(ledger, LEDGER_SUFFIX_BYTES) if isinstance(ledger, Path) else None:
+        if reason := why_no_ledger(ledger):
             raise ValueError(f"{ledger}: {reason}")
     except ValueError as error:
         option_or_key = "--ledger" if given is not None else f"{document.path}:{document.line_of(['ledger'])}: ledger"

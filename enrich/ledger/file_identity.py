@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import stat
 from contextlib import suppress
@@ -64,7 +65,25 @@ def ledger_file_exists(path: Path) -> bool:
         raise CommandRefused(
             f"{path}: the ledger cannot be opened: this is {kind}", "choose another file for the ledger"
         )
+    if _is_other_file(path):
+        raise CommandRefused(f"{path}: this file is not a ledger", "choose another file for the ledger")
     return True
+
+
+def _is_other_file(path: Path) -> bool:
+    """Return whether a file was never a ledger: it is text, or a file of another known kind."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(1024)
+    except OSError:
+        return False  # opening it says why
+    if start.startswith((b"PK\x03\x04", b"PAR1", b"\x1f\x8b", b"%PDF")):
+        return True
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(start)
+    except UnicodeDecodeError:
+        return False
+    return bool(text) and all(sign.isprintable() or sign.isspace() for sign in text)
 
 
 def make_private_folder(folder: Path) -> None:

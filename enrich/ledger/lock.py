@@ -43,6 +43,8 @@ def lock_ledger(ledger: LedgerLocation, wait_s: float) -> Iterator[None]:
     path = lock_path(ledger)
     try:
         make_private_folder(path.parent)
+        if not path.exists():  # FileLock takes a folder that allows no files for a lock that another process holds
+            os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o600))
         file_lock = FileLock(path, timeout=wait_s if wait_s < 0 else max(wait_s, MIN_LOCK_WAIT_S), mode=0o600)
         file_lock.acquire()
         while not _is_file_at(file_lock.lock_file, file_lock._context.lock_file_fd):  # noqa: SLF001 - not public in older versions

@@ -80,7 +80,7 @@ def assert_exit(result: ProgramResult, code: int, *messages: str) -> dict[str, A
         (["run", "job.yaml", "--limit", "-1"], ["--limit"]),
         (["run", "job.yaml", "--max-credits", "-1"], ["--max-credits"]),
         (["run", "job.yaml", "--if-locked", "ignore"], ["wait=10m"]),
-        (["run", "job.yaml", "--output", "leads.csv"], ["would replace the input"]),
+        (["run", "job.yaml", "--output", "leads.csv"], ["are the same file"]),
         (["run", "job.yaml", "--output", "out.docx"], ["out.docx", ".parquet"]),
     ],
 )
@@ -117,7 +117,7 @@ def test_usage_error_is_exit_2(
         ({"api_key": "sk-123"}, ["api_key", "DATABAR_API_KEY"]),
         ({"limits": "{max_credits: lots}"}, ["limits.max_credits"]),
         ({"params": "[unclosed"}, ["job.yaml:"]),
-        ({"input": "out.csv"}, ["would replace the input"]),
+        ({"input": "out.csv"}, ["are the same file"]),
     ],
 )
 def test_job_error_is_exit_2(

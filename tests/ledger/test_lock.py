@@ -53,7 +53,7 @@ def test_held_lock_fails_at_once(ledger_path: Path) -> None:
             pytest.fail("two writers")
         assert time.monotonic() - started < 10
 
-    assert "--if-locked" in str(locked.value.hint)
+    assert "--watch" in str(locked.value.hint)
     assert locked.value.exit_code == 11
 
 

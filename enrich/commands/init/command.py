@@ -55,7 +55,7 @@ def _is_our_schema(path: Path) -> bool:
         return False
 
 
-def write_new_file(text: str, target: Path, *, force: bool) -> None:
+def write_new_file(text: str, target: Path, *, force: bool, other: str = "another name with -o") -> None:
     """Write a file (mode 0600). Raises JobError if it exists (without `force`), CommandRefused if that fails."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ def write_new_file(text: str, target: Path, *, force: bool) -> None:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
-        raise JobError(f"{target} already exists", "choose another name with -o, or replace it with --force") from None
+        raise JobError(f"{target} already exists", f"choose {other}, or replace it with --force") from None
     except OSError as error:
         raise CommandRefused(f"{target}: cannot be written: {error.strerror or error}") from error
 

@@ -1,0 +1,80 @@
+"""Commands that name a wrong file say which, why, and what else to do, and leave nothing behind."""
+
+from __future__ import annotations
+
+import gzip
+
+import pytest
+
+from enrich.job.job import load_job
+from enrich.ledger.lock import lock_ledger
+from tests.support.workspace import SandboxApi, Workspace, make_leads
+
+
+@pytest.fixture
+def workspace(workspace: Workspace) -> Workspace:
+    """A job with one lead."""
+    workspace.write_leads(make_leads(1))
+    workspace.write_job()
+    return workspace
+
+
+@pytest.mark.parametrize("content", [b"Email\nada@engine.example\n", gzip.compress(b"x"), b"PK\x03\x04\0\0"])
+@pytest.mark.parametrize("command", ["run", "status", "check", "collect", "ledger check", "ledger copy"])
+def test_ledger_that_was_never_one(workspace: Workspace, api: SandboxApi, command: str, content: bytes) -> None:
+    """A file without the header of a database is not called damaged, and gets no lock."""
+    if command == "ledger copy":
+        assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
+    (workspace.folder / "other.csv").write_bytes(content)
+    before = sorted(workspace.folder.iterdir())
+    chosen = ["job.yaml", "other.csv"] if command == "ledger copy" else ["job.yaml", "--ledger", "other.csv"]
+    result = workspace.run_in_process(*command.split(), *chosen, api=api)
+    assert (result.exit_code, "this file is not a ledger" in result.stderr) == (5, True), result.stderr
+    assert "damaged" not in result.stderr
+    assert sorted(workspace.folder.iterdir()) == before
+
+
+def test_folder_that_takes_no_files(workspace: Workspace) -> None:
+    """Not taken for a ledger that another run uses."""
+    result = workspace.run_in_process("run", "job.yaml", "--sandbox", "--ledger", "/proc/x.db")
+    assert (result.exit_code, "cannot be made" in result.stderr) == (5, True), result.stderr
+
+
+@pytest.mark.parametrize("command", ["run", "cancel", "collect", "purge", "ledger copy"])
+def test_only_a_run_can_wait_for_the_lock(workspace: Workspace, api: SandboxApi, command: str) -> None:
+    """The hint names no option that the command lacks."""
+    assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
+    options = {"purge": ["--older-than", "1d", "--yes"], "ledger copy": ["copy.db"]}.get(command, [])
+    with lock_ledger(load_job(workspace.job_file).ledger, 0):
+        result = workspace.run_in_process(*command.split(), "job.yaml", *options, api=api)
+    assert (result.exit_code, "--watch" in result.stderr) == (11, True), result.stderr
+    assert ("--if-locked" in result.stderr) == (command == "run")
+
+
+def test_units_that_exist(workspace: Workspace) -> None:
+    """`cron` has no `-o`."""
+    assert workspace.run_in_process("cron", "job.yaml", "--output-dir", "units").exit_code == 0
+    result = workspace.run_in_process("cron", "job.yaml", "--output-dir", "units")
+    assert (result.exit_code, "choose another folder, or replace it with --force" in result.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("case", ["plan -o", "plan --rows", "run --log-file", "cron --log-file"])
+def test_stdout_where_a_file_is_needed(workspace: Workspace, api: SandboxApi, case: str) -> None:
+    """`-` is stdout elsewhere, so no file of that name is written."""
+    command, option = case.split()
+    result = workspace.run_in_process(command, "job.yaml", option, "-", api=api)
+    assert (result.exit_code, "must be a file" in result.stderr) == (2, True), result.stderr
+    assert not (workspace.folder / "-").exists()
+
+
+def test_plan_and_rows_in_one_file(workspace: Workspace, api: SandboxApi) -> None:
+    """Compared before either is written."""
+    result = workspace.run_in_process("plan", "job.yaml", "-o", "p.csv", "--rows", "./p.csv", api=api)
+    assert (result.exit_code, "would be the same file" in result.stderr) == (2, True), result.stderr
+    assert not (workspace.folder / "p.csv").exists()
+
+
+def test_duration_names_its_option(workspace: Workspace) -> None:
+    """As all other usage errors do."""
+    result = workspace.run_in_process("cron", "job.yaml", "--max-time", "x")
+    assert (result.exit_code, "--max-time" in result.stderr) == (2, True)
