@@ -74,7 +74,7 @@ def run_command(arguments: Sequence[str]) -> int:
         hint = f"{error.ctx.command_path} --help" if error.ctx else "enrich --help"
         return _fail(ExitCode.USAGE, error.format_message(), hint, as_json=as_json)
     except click.ClickException as error:
-        return _fail(ExitCode.USAGE, error.format_message(), None, as_json=as_json)
+        return _fail(ExitCode.USAGE, error.format_message(), getattr(error, "hint", None), as_json=as_json)
     except (click.Abort, EOFError, KeyboardInterrupt):
         return _fail(ExitCode.INTERRUPTED, "interrupted", None, as_json=as_json)
     except RunCancelled as error:

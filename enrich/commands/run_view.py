@@ -114,7 +114,7 @@ class RunView:
             "ended_at": _optional_iso(run.ended_ms),
             "exit_code": run.exit_code,
             "outcome": None if run.exit_code is None else exit_label(run.exit_code),
-            "doing": snapshot.doing.name.lower() if snapshot and self.status is not RunStatus.ENDED else None,
+            "doing": snapshot.doing.key if snapshot and self.status is not RunStatus.ENDED else None,
             "elapsed_s": snapshot.elapsed_s if snapshot else None,
             "total": snapshot.total if snapshot else None,
             "done": snapshot.done if snapshot else None,

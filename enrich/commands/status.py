@@ -140,7 +140,7 @@ def _step_lines(steps: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 def _progress_text(run: dict[str, Any]) -> str:
     if run["total"] is None:
-        return Phase[run["doing"].upper()].value if run["doing"] else "starting"
+        return next((phase.value for phase in Phase if phase.key == run["doing"]), "starting")
     return f"{run['done']:,} of {run['total']:,} requests"
 
 

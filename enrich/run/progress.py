@@ -25,6 +25,11 @@ class Phase(StrEnum):
     COLLECT = "writing the output"
 
     @property
+    def key(self) -> str:
+        """The name in the JSON of `enrich status`."""
+        return "ask" if self is Phase.SEND else self.name.lower()
+
+    @property
     def blocks_snapshots(self) -> bool:
         """Whether one long transaction keeps the ledger busy, so that no snapshot can be stored."""
         return self in (Phase.ENROLL, Phase.COLLECT)

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import IO, Any, Literal, get_args, get_origin, get_type_hints
 
 import click
 
@@ -22,7 +22,17 @@ Prints the two variables that point `enrich` to it, and serves until you press C
 Faults: {", ".join(FAULT_KINDS)}."""
 
 MAX_PORT = 65_535
-_EXTRA = f"the sandbox is not installed: {install_hint('sandbox')}"
+
+
+class _NotInstalled(click.ClickException):
+    """The extra is missing."""
+
+    exit_code = 2
+    hint = install_hint("sandbox")
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Print the error as `enrich` does."""
+        click.echo(f"error: {self.message}\nhint: {self.hint}", file, err=file is None)
 
 
 def _reader(name: str, read: Callable[[str], Any]) -> Callable[[Any], Any]:
@@ -81,8 +91,7 @@ def _run(port: int, state: Path | None, **values: Any) -> None:  # noqa: ANN401 
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("enrich"):
             raise
-        click.echo(f"Error: {_EXTRA}", err=True)
-        raise SystemExit(2) from error
+        raise _NotInstalled("the sandbox is not installed") from error
     with ExitStack() as stack:
         if state is None:
             state = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sandbox-"))) / "state.db"

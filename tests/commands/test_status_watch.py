@@ -94,6 +94,12 @@ def make_view(status: RunStatus = RunStatus.RUNNING, progress: ProgressSnapshot 
 # What is shown
 
 
+@pytest.mark.parametrize(("phase", "key"), [*zip(Phase, ["rescue", "enroll", "canary", "ask", "collect"], strict=True)])
+def test_phase_in_json(phase: Phase, key: str) -> None:
+    """The keys of JSON are those of the documentation, whatever the phases are named."""
+    assert make_view(progress=make_progress(phase)).as_json()["doing"] == key
+
+
 def test_view_contents() -> None:
     """Shows progress, speed, cost, expiry and heartbeat."""
     shown = list(format_view(make_view(), 79))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import sys
 
 import pytest
 
@@ -19,7 +20,11 @@ def workspace(workspace: Workspace) -> Workspace:
     return workspace
 
 
-@pytest.mark.parametrize("content", [b"Email\nada@engine.example\n", gzip.compress(b"x"), b"PK\x03\x04\0\0"])
+@pytest.mark.parametrize(
+    "content",
+    [b"Email\nada@engine.example\n", gzip.compress(b"x", mtime=0), b"PK\x03\x04\0\0"],
+    ids=["text", "gzip", "zip"],
+)
 @pytest.mark.parametrize("command", ["run", "status", "check", "collect", "ledger check", "ledger copy"])
 def test_ledger_that_was_never_one(workspace: Workspace, api: SandboxApi, command: str, content: bytes) -> None:
     """A file without the header of a database is not called damaged, and gets no lock."""
@@ -78,3 +83,12 @@ def test_duration_names_its_option(workspace: Workspace) -> None:
     """As all other usage errors do."""
     result = workspace.run_in_process("cron", "job.yaml", "--max-time", "x")
     assert (result.exit_code, "--max-time" in result.stderr) == (2, True)
+
+
+def test_sandbox_without_its_extra(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Says so as every other error."""
+    monkeypatch.delitem(sys.modules, "enrich.sandbox.server")
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    result = workspace.run_in_process("sandbox")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: the sandbox is not installed\nhint: pip install")
