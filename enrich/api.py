@@ -256,6 +256,8 @@ def _states(names: Collection[str]) -> frozenset[State]:
 
 def _seconds(duration: float | str | None) -> float | None:
     if not isinstance(duration, str):
+        if duration is not None and not duration >= 0:
+            raise JobError(f"`max_time` must be 0 or more seconds, not {duration}")
         return duration
     try:
         return parse_duration(duration).total_seconds()

@@ -116,6 +116,8 @@ def make_cluster_options(
         if address is not None or workers is not None:
             raise JobError("--address and --workers need --engine ray")
         return None
+    if engine != "ray":  # the command line has checked it, the Python API has not
+        raise JobError(f"`engine` must be 'ray' or None, not {engine!r}")
     if not isinstance(job.ledger, PostgresLocation):
         message = f"--engine ray needs a ledger in PostgreSQL, and this one is a file: {job.ledger}"
         raise job.error(["ledger"], message, "set `ledger: postgresql://host/database`")

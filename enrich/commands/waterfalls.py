@@ -130,6 +130,8 @@ def _show(kind: TargetKind, target: Target | None, query: str | None, *, use_san
     if as_json:
         documents = [each.model_dump() for each in found]
         click.echo(json.dumps(documents if target is None else documents[0], ensure_ascii=False))
+    elif not found:
+        click.echo(f"no {kind.value} matches" if query else f"there is no {kind.value}", err=True)
     else:
         click.echo("\n".join(format_list(found) if target is None else format_description(found[0])))
 

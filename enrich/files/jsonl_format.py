@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, NoReturn
 
 import polars as pl
 
-from enrich.files.text import FileProblem, TableFile, open_text, quote_column
+from enrich.files.text import JSON_ARRAY_HINT, FileProblem, TableFile, open_text, quote_column
 from enrich.files.values import JSON_TYPE, RawJson, json_cells, json_column, quote_json, to_json
 
 MAX_LINE_CHARACTERS = 50_000_000
@@ -76,7 +76,7 @@ def _read_rows(source: TableFile) -> Iterator[dict[str, str | None]]:
             except _LineProblem as flaw:
                 hint = _EXAMPLE
                 if row == 1 and text_line.lstrip().startswith("["):
-                    hint = "It looks like a JSON array. Convert it to lines: `jq -c '.[]'`"
+                    hint = JSON_ARRAY_HINT
                 raise FileProblem(f"{source}: row {row} (line {line}) {flaw}", hint) from None
             yield found
 

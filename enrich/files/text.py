@@ -55,10 +55,20 @@ _MAGIC_BYTES = {
     b"%PDF-": ("a PDF document", "Name a file of leads"),
     b"{\\rtf": ("a text document (RTF)", "Save it as CSV"),
 }
+JSON_ARRAY_HINT = "It looks like a JSON array. Convert it to lines: `jq -c '.[]'`"
+#: The same for text in place of CSV, after blanks and a byte order mark.
+_TEXT_BEGINNINGS = (
+    (re.compile(rb"<!doctype html|<html", re.IGNORECASE), "an HTML page", "Download the file itself, as CSV"),
+    (re.compile(rb"<\?xml"), "an XML document", "Save it as CSV"),
+    (re.compile(rb"\[\s*\{"), "JSON", f"{JSON_ARRAY_HINT}, in a file that ends in `.jsonl`"),
+    (re.compile(rb"\{\s*\""), "JSON", "If each line is an object, rename it to end in `.jsonl`"),
+)
 #: An OpenDocument file is a zip archive whose first member says so.
 _OPEN_DOCUMENT = b"mimetypeapplication/vnd.oasis.opendocument."
 _OPEN_DOCUMENT_HINT = "Open it in a spreadsheet and save it as `.xlsx` or as CSV"
 _MAGIC_LENGTH = 128
+#: A longer name of a column is cut in messages.
+_MAX_SHOWN_NAME = 100
 FORMAT_NAMES = {"csv": "CSV text", "jsonl": "JSON Lines", "parquet": "a Parquet file", "xlsx": "an Excel workbook"}
 
 
@@ -142,6 +152,8 @@ def quote_column(column: str) -> str:
     """Format a column's name for a message. A name that looks like a cell of a person is not shown."""
     if looks_like_cell(column):
         return "(a name that looks like a cell)"
+    if len(column) > _MAX_SHOWN_NAME:
+        return f"`{column[:_MAX_SHOWN_NAME]}…` (a name of {len(column):,} characters)"
     return f"`{column}`" if column else "the blank name"
 
 
@@ -202,6 +214,9 @@ def _check_other_format(source: TableFile, beginning: bytes) -> None:
     known = [description for magic, description in _MAGIC_BYTES.items() if beginning.startswith(magic)]
     if beginning.startswith(b"PK") and _OPEN_DOCUMENT in beginning:
         known = [("an OpenDocument file (`.ods`)", _OPEN_DOCUMENT_HINT)]
+    if source.format == "csv":
+        text = beginning.removeprefix(codecs.BOM_UTF8).lstrip()
+        known += [(kind, hint) for pattern, kind, hint in _TEXT_BEGINNINGS if pattern.match(text)]
     for kind, hint in known:
         raise FileProblem(f"{source} is not {FORMAT_NAMES[source.format]} but {kind}", hint)
 

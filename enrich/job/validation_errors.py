@@ -35,6 +35,11 @@ _ERROR_MESSAGES = {
     "too_short": "must not be empty",
     "string_too_short": "must not be empty",
 }
+#: What the patterns of the names of jobs and steps allow.
+_ALLOWED_NAMES = {
+    "job": "must have only letters, digits and . _ -, and begin with a letter or digit",
+    "step": "must have only lowercase letters, digits and _, and begin with a letter",
+}
 
 
 def join_validation_errors(document: YamlDocument, error: ValidationError) -> JobError:
@@ -46,6 +51,11 @@ def join_validation_errors(document: YamlDocument, error: ValidationError) -> Jo
             continue  # the field it depends on has its own error
         message = _ERROR_MESSAGES.get(problem["type"], problem["msg"].removeprefix("Value error, "))
         hint = None
+        if problem["type"] == "string_pattern_mismatch" and key_path[-1:] == ["name"]:
+            message = _ALLOWED_NAMES["step" if _is_step(key_path[:-1]) else "job"]
+        if key_path in (["input"], ["output"]) and isinstance(problem["input"], list):
+            message = "must be one path, not a list"
+            hint = "for several files: a folder, or a pattern such as leads/*.csv" if key_path == ["input"] else None
         if problem["type"] == "extra_forbidden":
             message, hint = "unknown key", _key_hint(key_path, is_stepped="steps" in document.data)
         line = document.line_of(key_path)

@@ -14,6 +14,8 @@ from enrich.errors import JobError
 from enrich.job.bounded_read import read_text
 
 _NUMBER_TAGS = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"}
+#: A number has at most this many characters. Python refuses one that is longer still.
+_MAX_NUMBER_LENGTH = 1_000
 #: Octal and sexagesimal numbers.
 _UNUSUAL_NUMBER = re.compile(r"[-+]?(0[0-7_]+$|[0-9_.]+:)")
 
@@ -125,6 +127,9 @@ def _to_plain_data(node: yaml.Node, path: Path) -> Any:  # noqa: ANN401 - YAML
         return data
     if isinstance(node, yaml.SequenceNode):
         return [_to_plain_data(item, path) for item in node.value]
+    if node.tag in _NUMBER_TAGS and len(str(node.value)) > _MAX_NUMBER_LENGTH:
+        message = f"{path}:{node.start_mark.line + 1}: a number of {len(str(node.value)):,} characters"
+        raise JobError(message, "put it in quotes if it is text")
     if node.tag in _NUMBER_TAGS and _UNUSUAL_NUMBER.match(str(node.value)):
         number = yaml.SafeLoader("").construct_object(node)
         hint = "write numbers without leading zeros and colons, and put text in quotes"

@@ -40,6 +40,7 @@ from enrich.rows.where import (
     WHERE_EXAMPLE,
     depends_on_other_rows,
     evaluate_expression,
+    explain_error,
     expression_problem,
 )
 
@@ -333,10 +334,10 @@ class JobInput:
         try:
             result = evaluate_expression(expression, pl.DataFrame(schema=dict.fromkeys(self._header, pl.String)))
         except pl.exceptions.PolarsError as error:
-            reason = str(error).splitlines()[0]
+            reason, hint = explain_error(error)
             if missing := _MISSING_COLUMN.match(reason):
                 self._check_column(missing[1], ["where"])
-            raise self._job.error(["where"], f"not a polars SQL expression over the columns: {reason}") from error
+            raise self._job.error(["where"], f"not a polars SQL expression over the columns: {reason}", hint) from error
         is_per_row = result.schema == {"selected": pl.Boolean} and not result.height
         if not is_per_row or depends_on_other_rows(expression, self._header):
             raise self._job.error(["where"], PER_ROW_MESSAGE, WHERE_EXAMPLE)
@@ -363,9 +364,8 @@ class JobInput:
         try:
             return selected & evaluate_expression(self._job.model.where, frame).to_series().fill_null(value=unknown)
         except pl.exceptions.PolarsError as error:
-            reason = str(error).splitlines()[0].split(" for ")[0]
-            hint = "cells are text and may be blank: TRY_CAST(… AS INT) gives null where CAST fails"
-            raise self._job.error(["where"], f"cannot be computed: {reason}", hint) from error
+            reason, hint = explain_error(error, in_cells=True)
+            raise self._job.error(["where"], f"cannot be computed: {reason.split(' for ')[0]}", hint) from error
 
 
 def _former_steps(job: Job, header: Collection[str]) -> list[str]:

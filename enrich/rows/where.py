@@ -16,6 +16,9 @@ MAX_OPERATORS = 500
 PER_ROW_MESSAGE = "must be true or false for each row alone"
 WHERE_EXAMPLE = "for example: Country = 'DE'"
 
+#: What polars says about a cell, which is text, where it needs a number.
+_TEXT_AS_NUMBER = re.compile(r"cannot compare string|arithmetic on dtypes")
+_TEXT_HINT = "cells are text and may be blank: TRY_CAST(… AS INT) > 50 compares numbers, and is null where CAST fails"
 #: Text, quoted names and comments: their content is not SQL.
 _QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`|--[^\n]*|/\*.*?\*/", re.DOTALL)
 _OPERATOR = re.compile(
@@ -74,3 +77,12 @@ def evaluate_expression(expression: str, frame: pl.DataFrame) -> pl.DataFrame:
         return frame.sql(f"SELECT ({expression}\n) AS selected FROM leads", table_name="leads")  # noqa: S608 - reads this frame only
     except pl.exceptions.PanicException as error:  # not a subclass of Exception; a bug in polars
         raise pl.exceptions.ComputeError(str(error)) from None
+
+
+def explain_error(error: pl.exceptions.PolarsError, *, in_cells: bool = False) -> tuple[str, str | None]:
+    """Return why an expression cannot be evaluated, in one line, with a hint if cells are taken for other than text.
+
+    `in_cells`: it could be evaluated without rows, so the reason is a cell.
+    """
+    reason = str(error).splitlines()[0]
+    return reason, _TEXT_HINT if in_cells or _TEXT_AS_NUMBER.search(reason) else None

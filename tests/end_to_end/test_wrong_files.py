@@ -92,3 +92,21 @@ def test_sandbox_without_its_extra(workspace: Workspace, monkeypatch: pytest.Mon
     result = workspace.run_in_process("sandbox")
     assert result.exit_code == 2
     assert result.stderr.startswith("error: the sandbox is not installed\nhint: pip install")
+
+
+def test_no_enrichment_matches(workspace: Workspace, api: SandboxApi) -> None:
+    """An empty list says so; in JSON it is one."""
+    shown = workspace.run_in_process("enrichments", "nothing like it", api=api)
+    assert (shown.exit_code, shown.stdout, shown.stderr) == (0, "", "no enrichment matches\n")
+    assert workspace.run_in_process("enrichments", "nothing like it", "--json", api=api).json_output == []
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_ledger_that_is_the_output(workspace: Workspace, *, exists: bool) -> None:
+    """One cause is one error."""
+    if exists:
+        (workspace.folder / "out.csv").write_text("Email\nada@engine.example\n")
+    workspace.write_job(ledger="out.csv")
+    result = workspace.run_in_process("check", "job.yaml")
+    assert result.exit_code in (2, 5)
+    assert result.stderr.count("error:") == 1, result.stderr

@@ -268,6 +268,32 @@ def test_other_formats(tmp_path: Path, name: str, content: bytes, kind: str) -> 
     assert kind in refusal(tmp_path / name)
 
 
+@in_turn("name", ["leads.csv", "leads.json", "leads.txt"])
+@in_turn(
+    ("content", "words"),
+    [
+        (b'[{"a": 1}]', "jq -c"),
+        (b'\xef\xbb\xbf[\n  {\n    "a": 1}]', "jq -c"),
+        (b'{"a": 1}\n', ".jsonl"),
+        (b"<!DOCTYPE html>\n<html><body>", "an HTML page"),
+        (b"\n<HTML lang=en>", "an HTML page"),
+        (b"<?xml version='1.0'?>", "an XML document"),
+    ],
+)
+def test_text_that_is_no_table(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    """The same for text: it is not read as a table with one strange column."""
+    (tmp_path / name).write_bytes(content)
+    assert words in refusal(tmp_path / name)
+
+
+def test_long_column_name_is_cut(tmp_path: Path) -> None:
+    """A message shows the beginning of a name, and its length."""
+    (tmp_path / "leads.csv").write_text(f"{'é' * 5000},{'é' * 5000}\n1,2\n")
+    message = refusal(tmp_path / "leads.csv")
+    assert "5,000 characters" in message
+    assert len(message) < 500
+
+
 # Random ugly files
 
 CELLS = st.text(

@@ -224,7 +224,22 @@ def test_quoted_values_are_text(tmp_path: Path, word: str) -> None:
         (f"{BASE_JOB}enrichments:\n  - 833\n  - '966'\n", ["8: enrichments.1: Input should be a valid integer"]),
         (f"{BASE_JOB}email_verifier: '10'\n", ["6: email_verifier: Input should be a valid integer"]),
         (f"{BASE_JOB}dedupe: 'no'\n", ["6: dedupe: Input should be a valid boolean"]),
-        (f"{BASE_JOB}name: a/b\n", ["6: name: String should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]*$'"]),
+        (
+            f"{BASE_JOB}name: a/b\n",
+            ["6: name: must have only letters, digits and . _ -, and begin with a letter or digit"],
+        ),
+        (
+            BASE_JOB.replace("leads.csv", "[leads.csv]"),
+            [
+                "2: input: must be one path, not a list",
+                "hint: for several files: a folder, or a pattern such as leads/*.csv",
+            ],
+        ),
+        (f"{BASE_JOB}output: [a.csv]\n", ["6: output: must be one path, not a list"]),
+        (
+            f"{BASE_JOB}policy: {{max_attempts: {'9' * 5000}}}\n",
+            ["6: a number of 5,000 characters", "hint: put it in quotes if it is text"],
+        ),
         (f"{BASE_JOB}limits: {{in_flight: 0}}\n", ["6: limits.in_flight: Input should be greater than or equal to 1"]),
         (
             f"{BASE_JOB}limits: {{requests_per_second: 0}}\n",
