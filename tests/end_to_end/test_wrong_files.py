@@ -98,7 +98,7 @@ def test_no_enrichment_matches(workspace: Workspace, api: SandboxApi) -> None:
     """An empty list says so; in JSON it is one."""
     shown = workspace.run_in_process("enrichments", "nothing like it", api=api)
     assert (shown.exit_code, shown.stdout, shown.stderr) == (0, "", "no enrichment matches\n")
-    assert workspace.run_in_process("enrichments", "nothing like it", "--json", api=api).json_output == []
+    assert workspace.run_in_process("enrichments", "nothing like it", "--json", api=api).stdout == "[]\n"
 
 
 @pytest.mark.parametrize("exists", [False, True])
