@@ -135,7 +135,7 @@ REFUSALS: dict[str, tuple[Callable[[ScriptedApi, Workspace], object], int]] = {
     ),
     "the input is broken": (lambda _, workspace: (workspace.folder / "leads.csv").write_bytes(b"\xff\xfe\x00"), 5),
     "the input is missing": (lambda _, workspace: (workspace.folder / "leads.csv").unlink(), 5),
-    "the changes would replace the input": (
+    "`changes` and `input` are the same file": (
         lambda _, workspace: workspace.write_job(changes="{path: leads.csv, key: [Email]}"),
         2,
     ),

@@ -178,7 +178,7 @@ def test_output_never_replaces_input(workspace: Workspace, api: SandboxApi, stor
     """An output with the input's URL is an error of the job."""
     workspace.write_job(input=f"s3://{BUCKET}/a.csv", output=f"s3://{BUCKET}/a.csv")
     result = workspace.run_in_process("run", "job.yaml", api=api, **storage_environ)
-    assert (result.exit_code, "would replace the input" in result.stderr) == (2, True)
+    assert (result.exit_code, "are the same file" in result.stderr) == (2, True)
 
 
 def test_missing_storage_extra(workspace: Workspace, api: SandboxApi) -> None:

@@ -149,7 +149,7 @@ def test_unwritten_change_feed_is_repeated(workspace: Workspace, api: SandboxApi
         ({"changes": "{path: changes.csv, key: [Nota]}"}, "no column `Nota`"),
         ({"rejects": "out.csv"}, "are the same file"),
         ({"rejects": "x.csv", "changes": "x.csv"}, "are the same file"),
-        ({"rejects": "leads.csv"}, "replace the input"),
+        ({"rejects": "leads.csv"}, "are the same file"),
         ({"rejects": "alias/out.csv"}, "and `output` are the same file"),
         ({"suppress": "never.csv", "rejects": "never.csv"}, "and `suppress` are the same file"),
         ({"rejects": "feed.csv", "changes": "feed.csv"}, "and `rejects` are the same file"),
