@@ -179,7 +179,7 @@ class Worker:
                     post_timeout_s=worker_task.timeouts.post_s,
                     get_timeout_s=worker_task.timeouts.get_s,
                 )
-                writer = LedgerWriter(ledger, writers=worker_task.work_config.workers)
+                writer = LedgerWriter(ledger)
                 async with client, writer as ledger_writer:
                     tasks = await self._take_over(ledger_writer)
                     while tasks := await self._submit_and_poll(ledger_writer, client, tasks):

@@ -24,9 +24,14 @@ def find_ids(db: Database, batch: RequestBatch) -> Sequence[int | None]:
     The requests of a file are in the ledger nearly in the file's order. So those that follow the last batch are
     compared with the batch, which is much faster than looking up each of a million fingerprints.
     """
+    # A request keeps its negative id for the whole pass, even if another process enrolls it meanwhile.
+    has_unknown = db.execute("SELECT EXISTS (SELECT 1 FROM unknown_requests)").fetchone()[0]
     if batch.ids is not None:
-        db.matched_up_to = batch.ids[-1] if batch.ids else db.matched_up_to
-        return batch.ids
+        if not has_unknown:
+            db.matched_up_to = batch.ids[-1] if batch.ids else db.matched_up_to
+            return batch.ids
+        assert batch.complete is not None  # noqa: S101 - it is set with the ids
+        batch = batch.complete().distinct()
     fingerprints = batch.fingerprints
     following: dict[bytes, int] = {}
     # Processes that share a pass enroll parts of a file in any order.
@@ -38,8 +43,7 @@ def find_ids(db: Database, batch: RequestBatch) -> Sequence[int | None]:
         found = ids_in(db, "requests", missing)
         ids = [found.get(name, number) for name, number in zip(fingerprints, ids, strict=True)]
     db.matched_up_to = next(filter(None, reversed(ids)), db.matched_up_to)
-    if db.execute("SELECT EXISTS (SELECT 1 FROM unknown_requests)").fetchone()[0]:
-        # A request keeps its negative id for the whole pass, even if another process enrolls it meanwhile.
+    if has_unknown:
         unknown = unknown_ids(db, fingerprints)
         ids = [unknown.get(name, number) for name, number in zip(fingerprints, ids, strict=True)]
     return ids

@@ -23,7 +23,6 @@ JSON_COLUMNS: Mapping[str, Mapping[str, tuple[type, ...]]] = {
     "executions": {"summary": (dict,), "paths": (dict, list), "progress": (dict,)},
     "requests": {"params": (dict,)},
     "attempts": {"answer": (dict,)},
-    "known_batches": {"content": (dict,)},
 }
 
 

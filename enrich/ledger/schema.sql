@@ -117,7 +117,7 @@ CREATE TABLE latencies (        -- how long the recent tasks of each call took
 CREATE TABLE known_batches (    -- batches of inputs whose rows are mapped to requests
     job TEXT NOT NULL,
     position INTEGER NOT NULL,  -- of the first row of the batch in the input
-    digest BLOB NOT NULL,       -- of all that the requests of its rows depend on
+    digest BLOB NOT NULL,       -- of the content, and of all that the requests of its rows depend on
     content TEXT NOT NULL,      -- JSON: the ids of the requests, and why the other rows have none
     PRIMARY KEY (job, position)
 ) STRICT, WITHOUT ROWID;

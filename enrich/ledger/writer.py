@@ -31,8 +31,6 @@ I = TypeVar("I")  # noqa: E741 - an item
 LOCK_TIMEOUT_S = 300.0
 #: The same after a signal or --max-time, in seconds.
 SHORT_LOCK_TIMEOUT_S = 2.0
-#: How long a writer pauses at most between two commits for the sake of others, in seconds.
-MAX_PAUSE_S = 0.2
 #: After how many seconds the wait is reported to the user.
 ANNOUNCE_AFTER_S = 3.0
 
@@ -93,18 +91,15 @@ class LedgerWriter:
         *,
         new_rescue_file: Callable[[], RescueFile] | None = None,
         lock_timeout_s: float = 0.0,
-        writers: int = 1,
     ) -> None:
         """Write to a ledger.
 
         `new_rescue_file` creates the file for data that cannot be written to the ledger. `lock_timeout_s` is how long
-        to wait for another program's write lock, beyond the database's own wait. `writers` is how many processes write
-        at the same time: each pauses between its commits, so that all of them commit about as often as one would.
+        to wait for another program's write lock, beyond the database's own wait.
         """
         self._ledger = ledger
         self._new_rescue_file = new_rescue_file
         self._lock_timeout_s = lock_timeout_s
-        self._other_writers = writers - 1
         #: Called once in the event loop when the ledger can no longer be written. Nothing new may be started then.
         self.on_failure: Callable[[LedgerFailed], None] = lambda _: None
         #: Called once in the event loop when the writer waits for another program's lock.
@@ -197,11 +192,8 @@ class LedgerWriter:
                 operations += batch or ()
                 block = False
             if operations:
-                began = time.monotonic()
                 self._commit(operations)
                 self._loop.call_soon_threadsafe(_resolve, operations)
-                if self._other_writers and not last:
-                    time.sleep(min(MAX_PAUSE_S, self._other_writers * (time.monotonic() - began)))
 
     def _commit(self, batch: list[_Operation[Any]]) -> None:
         """Commit the batch in one transaction. After a failed commit nothing is written to the ledger any more."""

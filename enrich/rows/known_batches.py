@@ -8,18 +8,18 @@ request is always looked up.
 from __future__ import annotations
 
 import json
-import unicodedata
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from hashlib import blake2b
 from importlib.metadata import version
+from importlib.resources import files
 
 import orjson
 import polars as pl
 
-from enrich import __version__
 from enrich.files.values import has_no_text
 from enrich.job.job import Job
 from enrich.ledger import known_batches
@@ -29,8 +29,16 @@ from enrich.models import RowStatus, to_json_text
 from enrich.rows.requests import RequestBuilder, RowBatch
 from enrich.rows.template import RequestTemplate
 
-#: What computes the params: with another version the digests differ.
+#: What computes the params: with another version of it the digests differ.
 _MAPPING_PACKAGES = ("polars", "tldextract", "idna")
+_MAPPING_FOLDERS = ("enrich.rows", "enrich.job", "enrich.files")
+
+
+@cache
+def _mapping_sources() -> list[str]:
+    """Return the digests of our own modules that compute the params."""
+    paths = (path for folder in _MAPPING_FOLDERS for path in files(folder).iterdir() if path.name.endswith(".py"))
+    return [blake2b(path.read_bytes()).hexdigest() for path in sorted(paths, key=str)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +59,7 @@ class KnownBatches:
         if not model.dedupe or model.caps is not None or job.step_jobs:
             return None
         mapping = [
-            [__version__, unicodedata.unidata_version, *map(version, _MAPPING_PACKAGES)],
+            [sys.version, *map(version, _MAPPING_PACKAGES), *_mapping_sources()],
             [target.kind, target.id, target.body()],
             {name: param.model_dump(mode="json") for name, param in model.params.items()},
             [template.required_params, template.email_params, template.priced_by, template.choices],

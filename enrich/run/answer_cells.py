@@ -20,7 +20,7 @@ _WRAPPER, _END = '{"result":', "}"
 _USUAL_PARTS = (
     r'^\{(?:"[^"\\]*":(?:"[^"\\]*"|[^"\\{}\[\],]*),)*"data":\[?$',
     r"^\{[^{}\[\]\\]*$",
-    '^,"(?:steps|enrichment_data|result_field)":',
+    r'^,"(?:steps|enrichment_data|result_field)":(?s:.*)\}$',
 )
 
 

@@ -16,7 +16,7 @@ from enrich.errors import EnrichError, LedgerFailed
 from enrich.ledger import bindings, execution_records, queries, transitions
 from enrich.ledger.database import Database
 from enrich.ledger.transitions import CapReached
-from enrich.ledger.writer import MAX_PAUSE_S, LedgerWriter
+from enrich.ledger.writer import LedgerWriter
 from enrich.models import State
 from tests.support.ledger import (
     BINDING,
@@ -132,34 +132,6 @@ def test_statements_do_not_grow_with_requests(ledger: CommittingLedger, *, bulk:
     assert counts[2] == counts[3]
     if ledger.wrapped.dialect.joins_writes:
         assert counts[3] == (11 if bulk else 9)
-
-
-def test_one_of_several_writers_pauses(ledger: CommittingLedger, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of several writers pauses after a commit, and what arrives meanwhile shares the next one."""
-    statements: list[str] = []
-    paused, all_submitted = threading.Event(), threading.Event()
-
-    def pause(seconds: float) -> None:
-        assert 0 < seconds <= MAX_PAUSE_S
-        paused.set()
-        all_submitted.wait(10)
-
-    async def scenario() -> None:
-        async with LedgerWriter(ledger.wrapped, writers=4) as writer:
-            await writer.submit(transitions.claim, ledger.execution, MAX_PRICE, 1)
-            assert await asyncio.to_thread(paused.wait, 10)
-            moves = []
-            for _ in range(20):
-                moves.append(writer.submit(transitions.claim, ledger.execution, MAX_PRICE, 1))
-                await asyncio.sleep(0)
-            all_submitted.set()
-            await asyncio.gather(*moves)
-
-    record_statements(ledger.wrapped, statements)
-    monkeypatch.setattr("enrich.ledger.writer.time.sleep", pause)
-    asyncio.run(scenario())
-
-    assert statements.count("COMMIT") == 2
 
 
 def test_failed_transition_is_rolled_back_alone(ledger: CommittingLedger) -> None:

@@ -230,3 +230,29 @@ def test_part_of_a_changed_input(tmp_path: Path, ledger: Database) -> None:
     assert [batch.ids is None for batch in batches] == [False, True, False]
     assert Counter(enroll.decision_counts(ledger)) == {Decision.NEW: 45_000}
     assert ledger.execute("SELECT count(*) FROM known_batches").fetchone() == (3,)
+
+
+@in_turn("content", ["", "{}", '{"ids":[2,1]}'])
+def test_damaged_batch_is_computed_again(tmp_path: Path, content: str) -> None:
+    """What is stored of a batch can be computed at any time, so damage to it does not stop a run or mix up rows."""
+    with closing(Database(tmp_path / "ledger.db")) as ledger:
+        rows = open_input(tmp_path)
+        read(rows, ledger)
+        with ledger.transaction():
+            ledger.execute("UPDATE known_batches SET content = ?", (content,))
+        assert [is_known(read(rows, ledger)) for _ in range(2)] == [False, True]
+
+
+def test_batch_that_becomes_known_during_a_pass(tmp_path: Path, ledger: Database) -> None:
+    """A plan that has counted a request as new counts it once, though another process enrolls it meanwhile."""
+    rows = open_input(tmp_path)
+    enroll.begin_pass(ledger)
+    (computed,) = rows.batches(TEMPLATE, ledger=ledger)
+    enroll.preview(ledger, computed.requests(), RequestSelection())
+    before = enroll.decision_counts(ledger)
+    with closing(Database(tmp_path / "ledger.db")) as other:
+        read(rows, other)
+    (known,) = rows.batches(TEMPLATE, ledger=ledger)
+    assert known.ids is not None
+    enroll.preview(ledger, known.requests(), RequestSelection())
+    assert enroll.decision_counts(ledger) == before
