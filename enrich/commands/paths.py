@@ -14,6 +14,7 @@ from enrich.files.text import FileProblem
 from enrich.job.file_names import is_same_file
 from enrich.job.job import Job
 from enrich.job.locations import STDIN, is_dataset
+from enrich.ledger.file_identity import ledger_file_exists
 from enrich.report.page_file import is_report
 
 
@@ -61,14 +62,25 @@ def path_problems(job: Job) -> Iterator[EnrichError]:
             yield CommandRefused(
                 f"{path}: `{key}` cannot be written: {reason}", "change the permissions, or choose another folder"
             )
-    if isinstance(job.ledger, Path) and _is_visible(job.ledger) and not os.access(job.ledger, os.R_OK | os.W_OK):
-        yield CommandRefused(
-            f"{job.ledger}: this user cannot write the ledger", "run as its owner, or change its permissions"
-        )
+    if isinstance(job.ledger, Path):
+        yield from _ledger_problems(job.ledger)
     for key, path in incoming.items():
         if key == "notify" and (not os.access(path, os.R_OK) or path.is_dir()):
             yield CommandRefused(f"{path}: `{key}` cannot be read", "create it, or remove the key")
     yield from _overwrite_problems(outgoing)
+
+
+def _ledger_problems(ledger: Path) -> Iterator[EnrichError]:
+    """Yield why a ledger cannot be written, or is a link that leads nowhere."""
+    if ledger.is_symlink() and not _is_visible(ledger):
+        try:
+            ledger_file_exists(ledger)
+        except CommandRefused as refusal:
+            yield refusal
+    if _is_visible(ledger) and not os.access(ledger, os.R_OK | os.W_OK):
+        yield CommandRefused(
+            f"{ledger}: this user cannot write the ledger", "run as its owner, or change its permissions"
+        )
 
 
 def _overwrite_problems(outgoing: Mapping[str, Path]) -> Iterator[EnrichError]:

@@ -172,7 +172,7 @@ def is_formula(text: str) -> bool:
 
 def escape_formulas(column: pl.Series) -> pl.Series:
     """Prefix text that looks like a formula with `'`, so that no spreadsheet runs it."""
-    if not column.str.contains(_NO_LETTER).any():
+    if not column.alias("").str.contains(_NO_LETTER).any():  # polars takes some names for patterns
         return column
     text = pl.nth(0)
     runs = text.str.contains(_FORMULA) | (text.str.contains(_SIGNED) & ~text.str.contains(_NUMBER_OR_PHONE))

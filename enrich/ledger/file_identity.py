@@ -65,13 +65,20 @@ def ledger_file_exists(path: Path) -> bool:
         raise CommandRefused(
             f"{path}: the ledger cannot be opened: this is {kind}", "choose another file for the ledger"
         )
-    if _is_other_file(path):
-        raise CommandRefused(f"{path}: this file is not a ledger", "choose another file for the ledger")
     return True
 
 
+def check_is_no_other_file(path: Path) -> None:
+    """Raise CommandRefused for a file that was never a ledger: it is text, or a file of another known kind.
+
+    The ledger must not be open in this process: closing a file ends all locks that the process has on it, and SQLite
+    of another process would then remove the journal.
+    """
+    if _is_other_file(path):
+        raise CommandRefused(f"{path}: this file is not a ledger", "choose another file for the ledger")
+
+
 def _is_other_file(path: Path) -> bool:
-    """Return whether a file was never a ledger: it is text, or a file of another known kind."""
     try:
         with path.open("rb") as file:
             start = file.read(1024)

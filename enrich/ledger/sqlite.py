@@ -15,7 +15,7 @@ from enrich.errors import CommandRefused, LedgerDamaged, LedgerMoved
 from enrich.job.locations import PostgresLocation
 from enrich.ledger import schema
 from enrich.ledger.dialect import Dialect
-from enrich.ledger.file_identity import OpenFiles, ledger_file_exists, make_private_folder
+from enrich.ledger.file_identity import OpenFiles, check_is_no_other_file, ledger_file_exists, make_private_folder
 
 #: A journal of the damaged ledger would be applied to the backup.
 RESTORE_HINT = (
@@ -272,12 +272,17 @@ def open_sqlite(path: Path, *, read_only: bool, any_version: bool, skip_integrit
             db.close()
             raise
     except (OSError, sqlite3.Error, UnicodeDecodeError) as error:
-        if is_damage_error(error) or _is_content_error(error):
-            raise damaged_ledger_error(path) from error
-        raise CommandRefused(
-            f"{path}: the ledger cannot be opened: {error}", "is it a ledger, and writable?"
-        ) from error
+        raise _opening_error(path, error) from error
     return db
+
+
+def _opening_error(path: Path, error: Exception) -> CommandRefused:
+    """Return the error for a ledger that cannot be opened."""
+    if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_NOTADB:
+        check_is_no_other_file(path)
+    if is_damage_error(error) or _is_content_error(error):
+        return damaged_ledger_error(path)
+    return CommandRefused(f"{path}: the ledger cannot be opened: {error}", "is it a ledger, and writable?")
 
 
 def unknown_to_sandbox(state: Path, tasks: Sequence[str]) -> list[str]:

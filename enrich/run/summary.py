@@ -13,7 +13,7 @@ from enrich.run.step_summary import format_steps
 from enrich.run.terminal_text import Styler, display_width, pad, top_reasons, unstyled, wrap_parts
 
 #: The keys in JSON, where they differ from our names.
-_JSON_KEYS = {"providers_not_reported": "providers_untold", "credits_unattributed": "credits_elsewhere"}
+JSON_KEYS = {"providers_not_reported": "providers_untold", "credits_unattributed": "credits_elsewhere"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ class RunSummary:
         if not self.steps:
             del values["steps"], values["cost_per_lead"]
         shown = {name: value for name, value in values.items() if name not in ("error", "hint") or value is not None}
-        return {_JSON_KEYS.get(name, name): value for name, value in shown.items()}
+        return {JSON_KEYS.get(name, name): value for name, value in shown.items()}
 
 
 #: The statuses in the short summary, in this order: the word for their rows, and their color.

@@ -18,7 +18,7 @@ from unittest.mock import patch
 import polars as pl
 import pytest
 
-from enrich.run.summary import RunSummary
+from enrich.run.summary import JSON_KEYS, RunSummary
 from tests.end_to_end.test_steps import HEADER as STEPS_HEADER
 from tests.end_to_end.test_steps import SHORT_JOB as SHORT_STEPS
 from tests.end_to_end.test_steps import credits_of, make_people
@@ -178,7 +178,9 @@ def wait_for_summary(process: subprocess.Popen[str]) -> RunSummary:
     out, err = process.communicate(timeout=240)
     assert "Traceback" not in err
     assert not RAY_MESSAGE.search(err)
-    return RunSummary(**json.loads(out))
+    values = json.loads(out)
+    names = {key: name for name, key in JSON_KEYS.items()}
+    return RunSummary(**{names.get(key, key): value for key, value in values.items()})
 
 
 def assert_consistent_with_audit(api: SandboxApi, leads: int, summary: RunSummary) -> None:

@@ -177,7 +177,7 @@ def test_predicts_exit_code_of_run(
     ready_workspace.write_job(**changed)
     result = run_doctor(ready_workspace, api)
     assert result.exit_code == code
-    assert any(message in line for line in result.stdout.splitlines() if line.startswith("fail"))
+    assert any(message in line for line in result.stdout.splitlines() if line.startswith("fail")), result.stderr
 
 
 @pytest.mark.long

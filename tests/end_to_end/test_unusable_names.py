@@ -23,7 +23,6 @@ COMMANDS = [
     "check --input .csv",
     "check --output .csv",
     "status --ledger .db",
-    "collect --output .csv",
     "report -o .html",
 ]
 ENDINGS = {"report": ".html", "metrics": ".prom", "ledger": ".db"}

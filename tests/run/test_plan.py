@@ -582,7 +582,7 @@ def test_plan_output_never_replaces_other_files(api: SandboxApi, workspace: Work
     for path in (workspace.job_file, workspace.folder / "leads.csv", workspace.ledger_path):
         before = path.read_bytes()
         result = run_plan_command(workspace, api, "-o", str(path))
-        assert (result.exit_code, "is not a plan" in result.stderr) == (2, True), result.stderr
+        assert (result.exit_code, "the plan would replace" in result.stderr) == (2, True), result.stderr
         assert path.read_bytes() == before
     save_plan(workspace, api)
     save_plan(workspace, api)

@@ -24,7 +24,7 @@ from enrich.commands.options import parse_option, time_option
 from enrich.commands.paths import files_read, files_written, local_input_files, nearest_existing, path_exists
 from enrich.databar.credentials import NO_KEY_HINT, ApiAccess, find_base_url, find_key
 from enrich.databar.network import find_proxy, load_certificates
-from enrich.errors import EnrichError
+from enrich.errors import EnrichError, JobError
 from enrich.exit_codes import EXIT_PRECEDENCE, ExitCode
 from enrich.job.job import Job
 from enrich.job.locations import LedgerLocation, PostgresLocation
@@ -275,7 +275,10 @@ def _program_findings(job: Job, context: DoctorContext) -> Iterator[Finding]:
         yield Finding("fail", "program", message, "install it where cron's user can run it", ExitCode.REFUSED)
     else:
         yield Finding("ok", "program", f"{' '.join(command)} starts with cron's environment")
-    paths = [*files_written(job, context.next_run).values(), *files_read(job).values()]
+    try:
+        paths = [*files_written(job, context.next_run).values(), *files_read(job).values()]
+    except JobError:
+        return  # check_job has reported it
     if all(str(path).isascii() for path in paths):
         return
     encoding = system.file_name_encoding(context.cron_environ)
