@@ -49,9 +49,9 @@ class JobSettings(TypedDict, total=False):
 class PlanSettings(JobSettings, total=False):
     """Which requests are sent. All of them by default."""
 
-    #: At most so many new requests.
+    #: The most new requests that are sent.
     limit: int | None
-    #: Only so many new requests, spread over the whole file. Equal seeds choose equal rows.
+    #: The number of new requests, spread over the whole file. Equal seeds choose equal rows.
     sample: int | None
     seed: int
     max_credits: float | None
@@ -64,7 +64,7 @@ class RunSettings(PlanSettings, total=False):
 
     #: A plan that `plan_job(save_to=…)` or `enrich plan -o` saved.
     plan: StrPath | None
-    #: Stop after so many seconds, or after a duration such as `5h`.
+    #: Stop after this time: seconds, or a duration such as `5h`.
     max_time: float | str | None
     #: Mark unconfirmed requests as failed.
     accept_in_doubt: bool

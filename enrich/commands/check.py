@@ -30,7 +30,7 @@ from enrich.rows.params import format_left_out, left_out_by_param
 from enrich.rows.template import RequestTemplate
 from enrich.run.preflight import query_api
 
-#: If the input lacks all columns of the job, and these are at least so many, that is one problem, not one for each.
+#: If the input lacks all columns of the job, and it has at least this many, that is one problem, not one for each.
 _MANY_COLUMNS = 2
 
 

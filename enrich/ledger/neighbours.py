@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,8 +19,6 @@ from enrich.ledger.database import Database
 from enrich.ledger.dialect import DATABASE_ERRORS
 from enrich.ledger.sqlite import JOURNAL_SUFFIXES
 
-#: Where SQLite keeps the application id in a file.
-_ID_OFFSET = 68
 #: How long to wait for a neighbour that another process writes, in milliseconds.
 _BUSY_TIMEOUT_MS = 2_000
 #: Requests that are looked up with one statement.
@@ -48,10 +47,7 @@ class Overlap:
 
 
 def find_ledger_files(folder: Path, own: Path | None = None) -> list[Path]:
-    """Return the ledgers in a folder, except `own` and those of the sandbox. A folder that cannot be read has none.
-
-    `own` and its journals are not opened, under any name: closing them would take away the locks of SQLite on them.
-    """
+    """Return the ledgers in a folder, except `own` and those of the sandbox. A folder that cannot be read has none."""
     found: list[Path] = []
     seen = set()
     if own is not None:
@@ -66,7 +62,7 @@ def find_ledger_files(folder: Path, own: Path | None = None) -> list[Path]:
                 if _file_identity(status) in seen or is_sandbox_ledger(path) or path.name.endswith(JOURNAL_SUFFIXES):
                     continue
                 seen.add(_file_identity(status))
-                if _has_ledger_header(path):
+                if _is_ledger(path):
                     found.append(path)
     return found
 
@@ -75,10 +71,16 @@ def _file_identity(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _has_ledger_header(path: Path) -> bool:
-    with path.open("rb") as file:
-        beginning = file.read(_ID_OFFSET + 4)
-    return beginning[:16] == b"SQLite format 3\0" and beginning[_ID_OFFSET:] == schema.APPLICATION_ID.to_bytes(4)
+def _is_ledger(path: Path) -> bool:
+    """Return whether a file is a ledger. It may be open in this process.
+
+    Only SQLite may open it: if another part of the program closed the file, all locks of the process on it would end.
+    """
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)) as db:
+            return bool(db.execute("PRAGMA application_id").fetchone() == (schema.APPLICATION_ID,))
+    except sqlite3.Error:
+        return False
 
 
 def compare_with_neighbours(

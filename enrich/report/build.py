@@ -331,8 +331,8 @@ class _AnswerTotals:
             side.add(settled, task, parsed)
 
 
-def _planned_credits(receipt: str | None) -> Mapping[str, float | None] | None:
-    planned = json.loads(receipt).get("planned") if receipt else None
+def _planned_credits(summary: str | None) -> Mapping[str, float | None] | None:
+    planned = json.loads(summary).get("planned") if summary else None
     return planned if isinstance(planned, dict) else None
 
 

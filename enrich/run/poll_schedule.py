@@ -38,8 +38,8 @@ TAIL_SHARE = 0.05
 PROBE_EVERY, PROBE_AT_SHARE = 20, 0.5
 #: If a task is done though fewer than this share should be, the learned weights shrink to this many answers.
 SURPRISE_SHARE, WEIGHT_AFTER_SURPRISE = 0.02, 1.0
-#: While nothing is known, so many tasks are polled early, at this share of the first guess: the API may be fast. They
-#: are enough for a plan.
+#: While nothing is known, this number of tasks is polled early, at this share of the first guess: the API may be fast.
+#: They are enough for a plan.
 FIRST_PROBES, FIRST_PROBE_AT_SHARE = 5, 0.1
 #: When nothing is left to submit, the open tasks are polled with this share of the rate, each at most this often.
 LAST_POLLS_SHARE, LAST_POLL_S = 0.2, 1.0

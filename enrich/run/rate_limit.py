@@ -39,9 +39,9 @@ MAX_RETRY_AFTER_S = 600.0
 FORGET_AFTER_S = 2.0
 #: Answers can overtake each other: this many times the requests in flight at a cut may have been sent before it.
 REORDER_FACTOR = 1.1
-#: Slots that passed unused, because a timer fired late or the process did not run, are caught up: so many of them, or
-#: those of so many seconds at a higher rate. Not more, as the API's buckets are small: what waited for a commit or on
-#: the wire arrives together with what is caught up, and a refused burst looks like a rate that is too high.
+#: Slots that passed unused, because a timer fired late or the process did not run, are caught up: at most
+#: this number, or those of this many seconds at a higher rate. Not more, as the API's buckets are small: what waited
+#: for a commit or is being sent arrives with what is caught up, and a refused burst looks like a rate that is too high.
 MAX_BURST, BURST_S = 4.0, 0.008
 #: At a low rate, slots are caught up for at most this many seconds.
 MAX_BURST_S = 0.05
