@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sqlite3
 import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,10 +13,10 @@ from pathlib import Path
 
 from enrich.errors import EnrichError
 from enrich.job.locations import is_sandbox_ledger
-from enrich.ledger import bindings, schema
+from enrich.ledger import bindings
 from enrich.ledger.database import Database
 from enrich.ledger.dialect import DATABASE_ERRORS
-from enrich.ledger.sqlite import JOURNAL_SUFFIXES
+from enrich.ledger.sqlite import JOURNAL_SUFFIXES, is_ledger_file
 
 #: How long to wait for a neighbour that another process writes, in milliseconds.
 _BUSY_TIMEOUT_MS = 2_000
@@ -62,25 +61,13 @@ def find_ledger_files(folder: Path, own: Path | None = None) -> list[Path]:
                 if _file_identity(status) in seen or is_sandbox_ledger(path) or path.name.endswith(JOURNAL_SUFFIXES):
                     continue
                 seen.add(_file_identity(status))
-                if _is_ledger(path):
+                if is_ledger_file(path):
                     found.append(path)
     return found
 
 
 def _file_identity(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
-
-
-def _is_ledger(path: Path) -> bool:
-    """Return whether a file is a ledger. It may be open in this process.
-
-    Only SQLite may open it: if another part of the program closed the file, all locks of the process on it would end.
-    """
-    try:
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)) as db:
-            return bool(db.execute("PRAGMA application_id").fetchone() == (schema.APPLICATION_ID,))
-    except sqlite3.Error:
-        return False
 
 
 def compare_with_neighbours(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sqlite3
@@ -242,7 +243,8 @@ def open_sqlite(path: Path, *, read_only: bool, any_version: bool, skip_integrit
             if not file_exists:
                 _create(path)
             # SQLite would silently open a read-only file for reading.
-            os.close(os.open(path, os.O_RDWR))
+            if not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, "it is read-only", str(path))
         if path.is_file() and not path.stat().st_size:
             raise damaged_ledger_error(path, "it is empty")
         mode = "ro" if read_only else "rw"
@@ -274,6 +276,18 @@ def open_sqlite(path: Path, *, read_only: bool, any_version: bool, skip_integrit
     except (OSError, sqlite3.Error, UnicodeDecodeError) as error:
         raise _opening_error(path, error) from error
     return db
+
+
+def is_ledger_file(path: Path) -> bool:
+    """Return whether a file is a ledger. It may be open in this process.
+
+    Only SQLite may open it: if another part of the program closed the file, all locks of the process on it would end.
+    """
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)) as db:
+            return bool(db.execute("PRAGMA application_id").fetchone() == (schema.APPLICATION_ID,))
+    except sqlite3.Error:
+        return False
 
 
 def _opening_error(path: Path, error: Exception) -> CommandRefused:
