@@ -27,7 +27,7 @@ from typing import Any, cast
 from urllib.request import urlopen
 from uuid import uuid4
 
-import orjson
+import msgspec
 import uvloop
 
 from enrich.sandbox.catalogue import WATERFALLS
@@ -137,7 +137,7 @@ class FakeApi:
         return reply
 
     def _submit(self, endpoint: str, body: bytes, now: float) -> Reply:
-        params = orjson.loads(body).get("params")
+        params = msgspec.json.decode(body).get("params")
         if not isinstance(params, dict if endpoint == "run" else list) or not params:
             return Reply(endpoint, 422, b'{"detail":[{"loc":["body","params"],"msg":"Field required"}]}')
         task = b"%08x%s" % (len(self._tasks), self._suffix)
@@ -180,13 +180,13 @@ class FakeApi:
         }
         if endpoint not in documents:
             return Reply(endpoint, 404, b'{"detail":"Not Found"}')
-        return Reply(endpoint, 200, orjson.dumps(documents[endpoint]))
+        return Reply(endpoint, 200, msgspec.json.encode(documents[endpoint]))
 
     def _counts_json(self) -> bytes:
         counts: dict[str, dict[str, int]] = {}
         for (endpoint, status), count in sorted(self.counts.items()):
             counts.setdefault(endpoint, {})[str(status)] = count
-        return orjson.dumps(counts)
+        return msgspec.json.encode(counts)
 
 
 def _route(method: bytes, path: bytes) -> tuple[str, bytes]:

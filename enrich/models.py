@@ -11,7 +11,7 @@ from enum import StrEnum
 from itertools import repeat
 from typing import Any, NamedTuple, overload
 
-import orjson
+import msgspec
 
 
 class State(StrEnum):
@@ -194,8 +194,8 @@ def format_credits(amount: float) -> str:
 def to_json_text(value: object) -> str:
     """Convert a value to JSON text. Raises RecursionError if it is nested too deeply."""
     try:
-        return orjson.dumps(value).decode()
-    except TypeError:  # orjson rejects large integers, lone surrogates and deep nesting
+        return msgspec.json.encode(value).decode()
+    except (TypeError, UnicodeEncodeError):  # msgspec rejects lone surrogates, and subclasses of `str`
         return json.dumps(value, ensure_ascii=False).encode(errors="replace").decode()
 
 

@@ -12,7 +12,7 @@ from itertools import pairwise, repeat
 from operator import itemgetter
 from typing import NamedTuple
 
-import orjson
+import msgspec
 
 from enrich.job.target import Target
 from enrich.ledger import queries, request_ids
@@ -301,7 +301,7 @@ def request_results(db: Database, requests: RequestBatch, selection: RequestSele
             "WHERE (b.id > 0 OR s.decision = 'capped')",
             chosen,
         ).fetchone()
-        found = dict(zip(_RESULT_FIELDS, map(orjson.loads, columns), strict=True))
+        found = dict(zip(_RESULT_FIELDS, map(msgspec.json.decode, columns), strict=True))
         # Not as one list: a batch of long answers would be larger than a database can return as one value.
         answers = dict(
             db.execute(

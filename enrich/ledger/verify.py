@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-import orjson
+import msgspec
 
 from enrich.errors import CommandRefused, EnrichError, LedgerDamaged, LedgerFailed
 from enrich.job.locations import LedgerLocation, PostgresLocation
@@ -135,9 +135,9 @@ def _is_readable(db: Database, table: str, columns: Sequence[Column]) -> bool:
         for row in db.stream(f"SELECT {', '.join(column.name for column in columns)} FROM {table}"):
             row_types.add(tuple(map(type, row)))
             for place, types in json_places:
-                if row[place] is not None and not isinstance(orjson.loads(row[place]), types):
+                if row[place] is not None and not isinstance(msgspec.json.decode(row[place]), types):
                     return False
-    except (*DATABASE_ERRORS, ValueError, RecursionError, TypeError):
+    except (*DATABASE_ERRORS, msgspec.DecodeError, ValueError, RecursionError, TypeError):
         return False
     kinds = [column.kind for column in columns]
     return all(

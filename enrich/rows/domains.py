@@ -197,28 +197,38 @@ def registrable_domain(host: str) -> str:
 
 def _split_suffix(host: str) -> tuple[str, str]:
     """Return the label before the public suffix, and the suffix. Either may be ''."""
-    rules, name, rest = _suffixes(), "", host
+    name, rest = "", host
     while rest:
         label, _, parent = rest.partition(".")
-        if f"!{rest}" in rules:  # an exception to the rule `*.parent`
+        if _is_rule(f"!{rest}"):  # an exception to the rule `*.parent`
             return label, parent
-        if rest in rules or f"*.{parent}" in rules:
+        if _is_rule(rest) or _is_rule(f"*.{parent}"):
             return name, rest
         name, rest = label, parent
     return name, ""
 
 
+def _is_rule(rule: str) -> bool:
+    """Return whether the public suffix list has a rule, written as canonical hosts are."""
+    return rule in _listed_rules() or ("xn--" in rule and rule in _international_rules())
+
+
 @cache
-def _suffixes() -> frozenset[str]:
-    """Return the rules of the public suffix list that tldextract packages, private ones included, for canonical hosts.
+def _international_rules() -> frozenset[str]:
+    """Return the rules that are not ASCII, in their ASCII form. This takes longer than reading the list."""
+    return frozenset(rule.encode("idna").decode() for rule in _listed_rules() if not rule.isascii())
+
+
+@cache
+def _listed_rules() -> frozenset[str]:
+    """Return the rules of the public suffix list that tldextract packages, private ones included.
 
     The package itself is not imported: that would take ten times as long as reading the list.
     """
     package = find_spec("tldextract")
     assert package is not None and package.origin is not None  # noqa: S101, PT018 - we depend on it
     text = Path(package.origin).with_name(".tld_set_snapshot").read_text(encoding="utf-8")
-    listed = [*_SUFFIX_RULE.findall(text), *EXAMPLE_SUFFIXES]
-    return frozenset(rule if rule.isascii() else rule.encode("idna").decode() for rule in listed)
+    return frozenset((*_SUFFIX_RULE.findall(text), *EXAMPLE_SUFFIXES))
 
 
 # Hosts of no company
@@ -237,7 +247,7 @@ def no_company(host: str) -> LeftOut | None:
     for start in range(len(labels) - 1):
         rest = ".".join(labels[start + 1 :])
         kind = known.get(f"{labels[start]}.{rest}")
-        if kind is None and (kind := known.get(f"{labels[start]}.*")) is not None and rest not in _suffixes():
+        if kind is None and (kind := known.get(f"{labels[start]}.*")) is not None and not _is_rule(rest):
             kind = None
         if kind is not None:
             return kind
@@ -299,7 +309,7 @@ def fill_unusual(result: pl.Series, text: pl.Series, convert: Callable[[str], st
 
 
 def _public_endings(endings: pl.Series) -> list[str]:
-    return [ending for ending in endings.unique().drop_nulls() if ending in _suffixes()]
+    return [ending for ending in endings.unique().drop_nulls() if _is_rule(ending)]
 
 
 def hosts(cells: pl.Series) -> pl.Series:

@@ -17,7 +17,7 @@ from hashlib import blake2b
 from importlib.metadata import version
 from importlib.resources import files
 
-import orjson
+import msgspec
 import polars as pl
 
 from enrich.files.values import has_no_text
@@ -86,7 +86,7 @@ class KnownBatches:
         content = known_batches.find(self.ledger, self.job, first_position, digest)
         if content is None:
             return replace(build(), digest=digest)
-        known = orjson.loads(content)
+        known = msgspec.json.decode(content)
         ids: list[int | None] = known["ids"]
         statuses: list[RowStatus | None] = [None] * len(ids)
         errors: list[str | None] = [None] * len(ids)

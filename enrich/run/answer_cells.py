@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any
 
-import orjson
+import msgspec
 import polars as pl
 
 from enrich.databar.task_results import BESIDE, column_values, is_blank
@@ -14,57 +13,51 @@ from enrich.files.values import RawJson, to_json
 from enrich.job.cell_text import blank_cells
 
 _NUMBERS_AS_WRITTEN = json.JSONDecoder(parse_int=RawJson, parse_float=RawJson, parse_constant=lambda _: None)
-#: The result of the usual answer is an object without others in it, in a wrapper, after fields that are no objects. The
-#: wrapper is in a list unless it is the row of a bulk task.
-_WRAPPER, _END = '{"result":', "}"
-_USUAL_PARTS = (
-    r'^\{(?:"[^"\\]*":(?:"[^"\\]*"|[^"\\{}\[\],]*),)*"data":\[?$',
-    r"^\{[^{}\[\]\\]*$",
-    r'^,"(?:steps|enrichment_data|result_field)":(?s:.*)\}$',
-)
+
+
+# Not tracked by the garbage collector: that would take as long as parsing.
+class _UsualRow(msgspec.Struct, gc=False):
+    result: dict[str, str | None]
+    steps: msgspec.Raw
+
+
+class _UsualAnswer(msgspec.Struct, gc=False):
+    """The usual answer: one wrapper, whose result has only text. Other fields are checked, but not kept."""
+
+    data: tuple[_UsualRow] | _UsualRow
+
+
+_USUAL_ANSWERS = msgspec.json.Decoder(_UsualAnswer)
 
 
 def answer_columns(answers: Iterable[str | None], paths: Sequence[str]) -> list[pl.Series]:
     """Read values of many answers (JSON) as columns of cells. None: there is no answer."""
     texts = list(answers)
-    results = _usual_results(texts, paths)
-    columns: list[list[Any]] = [[result and result.get(path) for result in results] for path in paths]
-    # Other answers, other values than text, and what may be nested are read one by one.
-    unusual = {index for index, result in enumerate(results) if result is None}
-    for path, cells in zip(paths, columns, strict=True):
-        usual = {str} if "." in path else {str, type(None)}
-        if not usual.issuperset(map(type, cells)):
-            unusual |= {index for index, cell in enumerate(cells) if type(cell) not in usual}
-    for index in unusual:
-        if (text := texts[index]) is not None:
+    is_beside = any(path.startswith(BESIDE) or path[:1].isdecimal() for path in paths)
+    results = [None] * len(texts) if is_beside else list(map(_usual_result, texts))
+    columns = [[None if result is None else result.get(path) for result in results] for path in paths]
+    for place in (place for place, result in enumerate(results) if result is None):
+        if (text := texts[place]) is not None:
             for cells, cell in zip(columns, answer_cells(text, paths), strict=True):
-                cells[index] = cell
+                cells[place] = cell
     series = [pl.Series("", cells, pl.String) for cells in columns]
     return [cells.set(blank_cells(cells).fill_null(value=False), None) for cells in series]
 
 
-def _usual_results(texts: Sequence[str | None], paths: Sequence[str]) -> list[dict[str, Any] | None]:
-    """Return the result of each usual answer. To find it in the text is faster than to parse all as JSON."""
-    other: list[dict[str, Any] | None] = [None] * len(texts)
-    if any(path.startswith(BESIDE) or path[:1].isdecimal() for path in paths):
-        return other
-    before, rest = pl.Series("", texts, pl.String).str.splitn(_WRAPPER, 2).struct.unnest()
-    result, after = rest.str.splitn(_END, 2).struct.unnest()
-    found = result + _END
-    for part, pattern in zip((before, result, after), _USUAL_PARTS, strict=True):
-        found = found.set(~part.str.contains(pattern), None)
+def _usual_result(answer: str | None) -> dict[str, str | None] | None:
+    """Return the result of a usual answer, in a fifth of the time that it takes to parse all of it."""
     try:
-        results: list[dict[str, Any] | None] = orjson.loads(f"[{found.fill_null('null').str.join(',').item()}]")
-    except orjson.JSONDecodeError:  # in one of them
-        return other
-    return results if len(results) == len(texts) else other
+        data = _USUAL_ANSWERS.decode(answer or "").data
+    except (msgspec.DecodeError, RecursionError):
+        return None
+    return data.result if isinstance(data, _UsualRow) else data[0].result
 
 
 def answer_cells(answer: str, paths: Sequence[str]) -> list[str | None]:
     """Read values of an answer (JSON) as cells. Raises JSONDecodeError if it is not a JSON object."""
     try:
-        task = orjson.loads(answer)
-    except orjson.JSONDecodeError:
+        task = msgspec.json.decode(answer)
+    except (msgspec.DecodeError, RecursionError):
         try:
             task = _NUMBERS_AS_WRITTEN.decode(answer)
         except RecursionError:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
-import orjson
+import msgspec
 from pydantic import ValidationError
 
 from enrich.databar.description import Description, parse_description
@@ -144,7 +144,7 @@ class ProviderStats:
         if parsed is None:
             parsed = parse_data(load_task(answer).get("data"), provider, find_provider=False)
         steps = _named_steps(parsed.steps)
-        sent = () if steps else tuple(orjson.loads(params))
+        sent = () if steps else tuple(msgspec.json.decode(params))
         self._kinds[state, call, erased, paid, parsed.provider, steps, sent] += 1
         if len(self._kinds) > MAX_KINDS:
             self._add_kinds()
@@ -288,8 +288,8 @@ def load_task(answer: str | None) -> Mapping[str, Any]:
     """Read a task as the ledger stores it; empty when there is none or it cannot be read."""
     try:
         try:
-            task = orjson.loads(answer) if answer else {}
-        except orjson.JSONDecodeError:  # a number that is too large for orjson, or a lone surrogate
+            task = msgspec.json.decode(answer) if answer else {}
+        except msgspec.DecodeError:  # a number that is too large for a float, or a lone surrogate
             task = json.loads(answer or "{}")
     except (ValueError, RecursionError):
         return {}

@@ -23,7 +23,7 @@ finally:
 #: Modules that come with the interpreter or with a compiler of extension modules.
 _OF_THE_INTERPRETER = {"__main__", "cython_runtime"}
 _PYDANTIC = {"annotated_types", "pydantic", "pydantic_core", "typing_extensions", "typing_inspection"}
-_READS_LEDGER = {"click", "orjson", "yaml"} | _PYDANTIC
+_READS_LEDGER = {"click", "msgspec", "yaml"} | _PYDANTIC
 #: Slow parts of the standard library.
 _SLOW = {"asyncio", "concurrent", "http", "multiprocessing", "ssl", "unittest"}
 
@@ -47,7 +47,7 @@ def test_help_imports() -> None:
     """`enrich --help` imports click and what prints an error, and no command."""
     modules = imported("--help")
 
-    assert third_party(modules) == {"click", "orjson"}
+    assert third_party(modules) == {"click", "msgspec", "typing_extensions"}
     assert {name for name in modules if name.startswith("enrich")} == {
         "enrich",
         "enrich.cli",

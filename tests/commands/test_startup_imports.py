@@ -23,7 +23,7 @@ print(*(name for name in names if not name.startswith("_")), file=sys.stderr)
 """
 #: `annotated_types` to `typing_inspection` are those of pydantic, and `cython_runtime` is of PyYAML.
 INPUT = {
-    *("click", "databar_enrich", "enrich", "orjson", "polars", "python_calamine"),
+    *("click", "databar_enrich", "enrich", "msgspec", "polars", "python_calamine"),
     *("pydantic", "pydantic_core", "annotated_types", "typing_extensions", "typing_inspection"),
     *("yaml", "cython_runtime"),
 }

@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 
 from enrich.job.cell_text import clean
 from enrich.models import LeftOut
-from enrich.rows.domains import EXAMPLE_SUFFIXES, LEFT_OUT, _suffixes, canonical_host, company_domains, hosts, is_public
+from enrich.rows.domains import (
+    EXAMPLE_SUFFIXES,
+    LEFT_OUT,
+    _is_rule,
+    _listed_rules,
+    canonical_host,
+    company_domains,
+    hosts,
+    is_public,
+)
 from enrich.rows.emails import email_address, email_addresses
 from tests.support.cases import in_turn
 
@@ -207,7 +216,8 @@ def test_public_suffixes_are_those_of_tldextract() -> None:
         cache_dir=None, suffix_list_urls=(), include_psl_private_domains=True, extra_suffixes=EXAMPLE_SUFFIXES
     ).tlds
     assert len(listed) > 9_000
-    assert _suffixes() == {rule if rule.isascii() else rule.encode("idna").decode() for rule in listed}
+    assert _listed_rules() == set(listed)
+    assert all(_is_rule(rule if rule.isascii() else rule.encode("idna").decode()) for rule in listed)
 
 
 def test_domains_are_found_without_importing_tldextract() -> None:
