@@ -56,12 +56,13 @@ async def finish_run(context: RunContext, run_state: RunState, outcome: Outcome)
     await context.ledger_writer.submit(resume.recover, run_state.clock.now_ms())
     totals = await context.ledger_writer.submit(execution_records.read_execution, execution_id)
     before = context.preflight.balance
-    after = await fetch_balance(context, run_state) if counters.settled or counters.submitted else before
+    after = await fetch_balance(context, run_state) if counters.settled or counters.attempted_requests else before
     spent, matches = totals.spent, counters.settled.get(State.FOUND, 0)
     summary = replace(
         summary,
         execution=execution_id,
         submitted=totals.submitted,
+        unconfirmed=counters.unconfirmed,
         answers=sum(counters.settled.values()),
         credits_spent=to_credits(spent),
         credits_unknown=totals.unknown,

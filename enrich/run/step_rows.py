@@ -13,6 +13,7 @@ from itertools import product
 
 import polars as pl
 
+from enrich.files.values import json_where_no_text
 from enrich.job.job import Job
 from enrich.job.steps import step_column
 from enrich.ledger import queries, step_results
@@ -137,7 +138,9 @@ class StepRows:
             else:
                 new.append(found.fill_null(""))
         new.append(joined.cells["enrich_status"].alias(step_column(step.job.step, "status")))
-        progress.frame, progress.text = progress.frame.with_columns(new), progress.text.with_columns(new)
+        # What the API lists or nests is no param of a later step either.
+        progress.frame = progress.frame.with_columns(map(json_where_no_text, new))
+        progress.text = progress.text.with_columns(new)
         progress.step_batches.append(step_batch)
         return joined
 

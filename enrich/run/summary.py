@@ -38,6 +38,7 @@ class RunSummary:
     rows: int | None = None
     requests: int | None = None
     submitted: int = 0
+    unconfirmed: int = 0
     reused: int | None = None
     paid_in_other_ledgers: int = 0
     found: int | None = None
@@ -154,10 +155,10 @@ def _headline_parts(summary: RunSummary, style: Styler) -> Iterator[tuple[str, s
     yield f"{mark} {style(sandbox + leads, 'bold')}", ""
     if summary.execution is None:  # written from the ledger, without a run
         return
-    if not summary.submitted and not summary.answers:
+    if not (summary.submitted or summary.unconfirmed or summary.answers):
         yield "nothing sent", ""
     else:
-        at_least = "at least " if summary.credits_unknown else ""
+        at_least = "at least " if summary.credits_unknown or summary.unconfirmed else ""
         yield f"{at_least}{format_credits(summary.credits_spent)} credits", ""
         if summary.cost_per_lead is not None:
             yield f"{format_credits(summary.cost_per_lead)} per lead", ""

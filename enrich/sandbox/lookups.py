@@ -176,7 +176,7 @@ def _value_mistakes(enrichment: Enrichment, name: str, value: str) -> Mistakes:
     choices = enrichment.choices(name)
     if choices and value not in choices:
         return {name: [f'"{value}" is not a valid choice.']}
-    if name == enrichment.priced_by and (not value.isascii() or not value.isdecimal() or not int(value)):
+    if name == enrichment.priced_by and (not value.isascii() or not value.isdecimal() or not value.strip("0")):
         return {name: ["A positive integer is required."]}
     return {}
 
