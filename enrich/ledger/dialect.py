@@ -33,13 +33,9 @@ class Dialect:
     serial_key: str
     #: Column type for bytes.
     blob_type: str
-    #: Whether the tables of a pass over the input are shared by several processes. False: they end with the connection.
-    passes_are_shared: bool
     #: Whether processes hold the tasks they work on by leases.
     has_leases: bool
-    #: Suffix of SELECT: lock the rows that are about to be changed.
-    for_update: str = ""
-    #: The same, but skip rows that another transaction has locked.
+    #: Suffix of SELECT: lock the rows that are about to be changed, but skip rows that another transaction has locked.
     skip_locked: str = ""
     #: Prefix that keeps SQLite's planner from using an index on the following column.
     no_index: str = ""
@@ -142,9 +138,6 @@ class Session(Protocol):
 
     def clear_table(self, table: str) -> None:
         """Delete all rows of a temporary table."""
-
-    def analyze(self, table: str) -> None:
-        """Update the planner's statistics of a temporary table."""
 
     def integrity_problems(self) -> Iterator[str]:
         """Read the whole database and yield each integrity problem."""

@@ -157,7 +157,7 @@ def settle_superseded(db: Database, attempt_id: int, answer: Answer, now_ms: int
         (answer.credits, answer.raw, answer.provider, now_ms, execution_id, attempt_id),
     )
     transitions.release_reservations(db, [(attempt_id, "", now_ms)])
-    transitions.charge(db, execution_id, answer.credits or 0, 0, [])
+    transitions.charge(db, execution_id, answer.credits or 0)
 
 
 def mark_result_deleted(db: Database, attempt_ids: Sequence[int]) -> None:

@@ -73,7 +73,6 @@ class SqliteSession(sqlite3.Connection):
     dialect = Dialect(
         serial_key="INTEGER PRIMARY KEY",
         blob_type="BLOB",
-        passes_are_shared=False,
         has_leases=False,
         no_index="+",
         ordered_join="CROSS JOIN",
@@ -157,9 +156,6 @@ class SqliteSession(sqlite3.Connection):
     def clear_table(self, table: str) -> None:
         """Delete all rows of a temporary table."""
         self.execute(f"DELETE FROM {table}")
-
-    def analyze(self, table: str) -> None:
-        """Do nothing: the query plans are good without statistics."""
 
     def integrity_problems(self) -> Iterator[str]:
         """Check the whole file with its indexes. Yield each problem in words that quote none of its content."""

@@ -381,9 +381,9 @@ def release_reservations(db: Database, updates: Sequence[AttemptUpdate]) -> None
     )
 
 
-def charge(db: Database, execution_id: int, spent: int, unknown: int, priced_ids: Sequence[int]) -> None:
-    """Add `spent` credits and `unknown` prices to a run; release the reservations of `priced_ids`."""
-    db.execute(*_charge_sql(execution_id, spent, unknown, priced_ids))
+def charge(db: Database, execution_id: int, spent: int) -> None:
+    """Add `spent` credits to a run."""
+    db.execute(*_charge_sql(execution_id, spent, 0, []))
 
 
 def _charge_sql(execution_id: int, spent: int, unknown: int, priced_ids: Sequence[int]) -> Statement:
