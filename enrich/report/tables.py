@@ -25,6 +25,8 @@ from enrich.report.data import (
 
 #: Limit of runs in the table of balance, polls and time.
 RECENT_RUNS = 60
+#: Limit of lines in the table of requests and responses.
+MAX_TRAFFIC_LINES = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,8 +248,8 @@ def latency_table(times: LatencyHistogram) -> Table:
     return Table("Tasks by time to result", ("Time", "Tasks"), lines)
 
 
-def traffic_table(facts: Traffic, *, max_steps: int = 60) -> Table:
-    """List requests and responses in at most `max_steps` steps of equal length."""
+def traffic_table(facts: Traffic) -> Table:
+    """List requests and responses in steps of equal length."""
     series = {
         "submitted": facts.submitted,
         "answered": facts.answered,
@@ -255,7 +257,7 @@ def traffic_table(facts: Traffic, *, max_steps: int = 60) -> Table:
         "rate_limited": facts.rate_limited,
     }
     length = max(map(len, series.values()), default=0)
-    step = max(1, -(-length // max_steps))
+    step = max(1, -(-length // MAX_TRAFFIC_LINES))
     lines = [
         Line(
             "traffic",
