@@ -11,7 +11,7 @@ from enrich.commands import options
 from enrich.commands.run import print_summary
 from enrich.ledger.lock import lock_ledger
 from enrich.run.earlier_output import with_own_output
-from enrich.run.offline_output import rebuild_output
+from enrich.run.output import rebuild_output
 
 
 @click.command()
