@@ -1,4 +1,4 @@
-"""Makes all HTTP calls to the Databar API and raises typed errors. `replies` interprets the responses."""
+"""Makes all HTTP calls to the Databar API and raises typed errors. `responses` interprets the responses."""
 
 from __future__ import annotations
 
