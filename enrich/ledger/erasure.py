@@ -7,8 +7,8 @@ from typing import Any
 
 from enrich.ledger import bindings, enroll
 from enrich.ledger.database import Database
+from enrich.ledger.dialect import OPEN_ATTEMPT
 from enrich.ledger.forgotten import ForgottenRequests, key_id, keyed_hash, read_key
-from enrich.ledger.sql_fragments import OPEN_ATTEMPT
 
 
 def load_forgotten(db: Database) -> ForgottenRequests:

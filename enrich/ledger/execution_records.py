@@ -9,7 +9,7 @@ from typing import Any
 
 from enrich.exit_codes import exit_label
 from enrich.ledger.database import Database
-from enrich.ledger.sql_fragments import MAX_ROWS, OPEN_ATTEMPT
+from enrich.ledger.dialect import MAX_ROWS, OPEN_ATTEMPT
 
 #: Paths of the columns of a job, or of each of its steps.
 Paths = Sequence[str] | Mapping[str, Sequence[str]]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from enrich.databar.task_results import parse_data
 from enrich.job.target import Target
 from enrich.ledger.database import Database
-from enrich.ledger.sql_fragments import OPEN_ATTEMPT, SINCE_EXECUTION
+from enrich.ledger.dialect import OPEN_ATTEMPT, SINCE_EXECUTION
 from enrich.models import SettledAttempt, State
 
 #: How many of the newest attempts are used to estimate the current price of a request.

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from enrich.ledger.database import Database
-from enrich.ledger.request_decisions import decision_sql
-from enrich.ledger.sql_fragments import JSON_NUMBERS
+from enrich.ledger.dialect import JSON_NUMBERS
+from enrich.ledger.request_ids import decision_sql
 from enrich.models import Decision, RequestResult, RequestSelection, State, to_json_text
 
 
