@@ -47,7 +47,7 @@ def _return_free_memory() -> None:
 
 
 def _render_page(data: Report, job: Job, now: datetime) -> str:
-    from enrich.report.relative_paths import with_relative_paths
+    from enrich.report.page_file import with_relative_paths
     from enrich.report.render import render_report
 
     _return_free_memory()
