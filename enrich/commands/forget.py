@@ -35,7 +35,7 @@ from enrich.rows.job_input import JobInput
 from enrich.rows.template import RequestTemplate
 from enrich.run.context import rescue_folders
 from enrich.run.preflight import template_from_ledger
-from enrich.sandbox.erasure import StoredLookup, erase_lookups, read_lookups
+from enrich.sandbox.store import StoredLookup, erase_lookups, read_lookups
 
 YES_OPTION = click.option("--yes", is_flag=True, help="Skip the confirmation.")
 
