@@ -9,16 +9,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from enrich.commands.paths import path_exists
+from enrich.commands.paths import has_ledger
 from enrich.databar.description import Description, description_changes
 from enrich.databar.waterfall import DOCUMENTED_ON, DOCUMENTED_WATERFALLS, Field
 from enrich.databar.waterfall import Param as Offered
 from enrich.errors import CommandRefused, EnrichError, JobError
 from enrich.exit_codes import EXIT_PRECEDENCE, ExitCode
 from enrich.job.job import Job
-from enrich.job.locations import PostgresLocation
 from enrich.job.name_hints import closest_name
-from enrich.ledger.database import Database, ledger_exists
+from enrich.ledger.database import Database
 from enrich.ledger.sqlite import CHECKED_AT_START_BYTES, RESTORE_HINT
 from enrich.ledger.verify import check_ledger
 from enrich.rows.known_names import KnownNames, name_problems
@@ -107,7 +106,7 @@ def _description_source(
 def _read_ledger(job: Job, bound_to: Mapping[str, str | None]) -> LedgerBinding:
     """Read the ledger's data about the target. Raises the same errors as a run."""
     path = job.ledger
-    if not (ledger_exists(path) if isinstance(path, PostgresLocation) else path_exists(path)):
+    if not has_ledger(path):
         return LedgerBinding({}, None, None, frozenset())
     if isinstance(path, Path) and path.is_file() and path.stat().st_size <= CHECKED_AT_START_BYTES:
         found = check_ledger(path)

@@ -92,18 +92,27 @@ def _read_template(job: Job) -> tuple[RequestTemplate | None, ForgottenRequests 
 
 
 def format_explanation(result: Mapping[str, Any]) -> Iterator[str]:
-    """Format the object of `explain_leads` as text lines."""
+    """Format the object of `explain_leads` or `explain_steps` as text lines."""
     if not result["ever_ran"]:
         yield f"{result['job']} has never run ({result['ledger']})"
     if result["matches"] > MAX_LEADS_SHOWN:
         yield f"{result['matches']:,} rows match; the first {MAX_LEADS_SHOWN}:"
     for row in result["rows"]:
-        yield from row_lines(row)
+        yield from _step_lines(row) if "steps" in row else row_lines(row)
     if not result["rows"]:
         yield f"No row of {result['input']} matches."
     for request in result["gone"]:
         yield "No longer in the input, but in the ledger:"
         yield from request_lines(request)
+
+
+def _step_lines(row: Mapping[str, Any]) -> Iterator[str]:
+    yield f"row {row['row']}"
+    for step in row["steps"]:
+        first, *rest = row_lines(step)
+        yield f"  step {step['step']}: {first.partition(': ')[2]}"
+        if step["status"] not in (RowStatus.FILTERED, RowStatus.INVALID) or step["request"] is not None:
+            yield from (f"  {line}" for line in rest)
 
 
 @click.command()
@@ -122,8 +131,7 @@ def explain(
         raise click.UsageError('choose a lead with --row ROW or --match "Email=ada@engine.example"')
     job = job_options.load()
     result = explain_steps(job, row, match) if job.step_jobs else explain_leads(job, row, match)
-    lines = format_steps_explanation(result) if job.step_jobs else format_explanation(result)
-    click.echo(json.dumps(result, ensure_ascii=False) if as_json else "\n".join(lines))
+    click.echo(json.dumps(result, ensure_ascii=False) if as_json else "\n".join(format_explanation(result)))
 
 
 @dataclass(slots=True)
@@ -233,20 +241,3 @@ def _rows_by_request(rows: StepRows, leads: Mapping[int, Sequence[Lead]]) -> lis
                 if name is not None and name in fingerprints[number]:
                     found[number].setdefault(name, []).append(position)
     return found
-
-
-def format_steps_explanation(result: Mapping[str, Any]) -> Iterator[str]:
-    """Format the object of `explain_steps` as text lines."""
-    if not result["ever_ran"]:
-        yield f"{result['job']} has never run ({result['ledger']})"
-    if result["matches"] > MAX_LEADS_SHOWN:
-        yield f"{result['matches']:,} rows match; the first {MAX_LEADS_SHOWN}:"
-    for row in result["rows"]:
-        yield f"row {row['row']}"
-        for step in row["steps"]:
-            first, *rest = row_lines(step)
-            yield f"  step {step['step']}: {first.partition(': ')[2]}"
-            if step["status"] not in (RowStatus.FILTERED, RowStatus.INVALID) or step["request"] is not None:
-                yield from (f"  {line}" for line in rest)
-    if not result["rows"]:
-        yield f"No row of {result['input']} matches."

@@ -21,15 +21,15 @@ from enrich.commands.doctor import checks, system
 from enrich.commands.doctor.checks import Finding, error_finding, next_run_time
 from enrich.commands.doctor.system import parse_env_lines
 from enrich.commands.options import parse_option, time_option
-from enrich.commands.paths import files_read, files_written, local_input_files, nearest_existing, path_exists
+from enrich.commands.paths import files_read, files_written, has_ledger, local_input_files, nearest_existing
 from enrich.databar.credentials import NO_KEY_HINT, ApiAccess, find_base_url, find_key
 from enrich.databar.network import find_proxy, load_certificates
 from enrich.errors import EnrichError, JobError
 from enrich.exit_codes import EXIT_PRECEDENCE, ExitCode
 from enrich.job.job import Job
-from enrich.job.locations import LedgerLocation, PostgresLocation
+from enrich.job.locations import PostgresLocation
 from enrich.ledger import execution_records, queries, transitions
-from enrich.ledger.database import Database, ledger_exists
+from enrich.ledger.database import Database
 from enrich.ledger.lock import is_locked
 from enrich.models import State, read_balance, to_micros
 from enrich.report.page_file import INSTALL_HINT, is_extra_missing
@@ -197,7 +197,7 @@ def _ledger_findings(
     submitted: list[int] = []
     executions: list[execution_records.ExecutionRow] = []
     try:
-        if _ledger_exists(path):
+        if has_ledger(path):
             with closing(Database(path, read_only=True)) as ledger:
                 counts = queries.state_counts(ledger)
                 executions = execution_records.list_executions(ledger, job.name, RECENT_EXECUTIONS)
@@ -230,10 +230,6 @@ def _ledger_findings(
         )
 
 
-def _ledger_exists(ledger: LedgerLocation) -> bool:
-    return ledger_exists(ledger) if isinstance(ledger, PostgresLocation) else path_exists(ledger)
-
-
 def _optional_micros(credits_: float | None) -> int | None:
     return None if credits_ is None else to_micros(credits_)
 
@@ -248,7 +244,7 @@ def _disk_findings(job: Job, context: DoctorContext, check: CheckResult) -> Iter
         per_request = float(REQUEST_BYTES)
         if isinstance(job.ledger, PostgresLocation):
             per_request = 0.0  # the disk of the database server is not checked
-        elif path_exists(job.ledger):
+        elif has_ledger(job.ledger):
             with closing(Database(job.ledger, read_only=True)) as ledger:
                 request_count = sum(queries.state_counts(ledger).values())
             per_request = job.ledger.stat().st_size / request_count if request_count >= ENOUGH_REQUESTS else per_request
