@@ -77,9 +77,8 @@ def waterfall_figure(facts: ReportedWaterfall) -> Figure | None:
         return None
     finding = _waterfall_text(facts)
     finding += _verifier_text(facts)
-    return Figure(
-        "The waterfall", finding, [charts.waterfall_chart(facts, finding)], tables.waterfall_table(facts), wide=True
-    )
+    table = tables.provider_table(facts.providers, "Providers in their order, verifiers last")
+    return Figure("The waterfall", finding, [charts.waterfall_chart(facts, finding)], table, wide=True)
 
 
 def side_figures(comparison: Comparison) -> Iterator[Figure]:

@@ -104,11 +104,6 @@ def provider_table(providers: Sequence[ReportedProvider], caption: str, about: s
     return Table(caption, heads, lines)
 
 
-def waterfall_table(facts: ReportedWaterfall) -> Table:
-    """List the providers in their order, verifiers last."""
-    return provider_table(facts.providers, "Providers in their order, verifiers last")
-
-
 def status_table(counts: Iterable[tuple[str, int]], caption: str, head: str) -> Table:
     """List counts by status."""
     pairs = list(counts)
