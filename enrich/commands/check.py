@@ -226,11 +226,7 @@ def check_with_access(job: Job, *, online: bool) -> CheckResult:
 @options.RUN_JOB_OPTIONS
 @click.option("--online", is_flag=True, help="Compare with the API, too, and list what changed since the last run.")
 @options.JSON_OPTION
-def check(
-    job_options: options.JobOptions,
-    online: bool,
-    as_json: bool,
-) -> int:
+def check(job_options: options.JobOptions, online: bool, as_json: bool) -> int:
     """Check JOB before it runs, and list every problem. Free, offline, changes nothing.
 
     Reads the job file, the whole input, the paths and the ledger.

@@ -18,11 +18,7 @@ from enrich.run.output import rebuild_output
 @options.RUN_JOB_OPTIONS
 @click.option("--partial", is_flag=True, help="Write the output although leads are pending.")
 @options.JSON_OPTION
-def collect(
-    job_options: options.JobOptions,
-    partial: bool,
-    as_json: bool,
-) -> int:
+def collect(job_options: options.JobOptions, partial: bool, as_json: bool) -> int:
     """Write the output of JOB from the ledger, without network and cost."""
     job, note = with_own_output(job_options.load(), datetime.now().astimezone())
     if note is not None:

@@ -120,12 +120,7 @@ def _step_lines(row: Mapping[str, Any]) -> Iterator[str]:
 @click.option("--row", type=options.AtLeast(1), metavar="ROW", help="Row number in the input. 1 is the first lead.")
 @click.option("--match", metavar="COLUMN=VALUE", help="Rows with this value. Ignores case and surrounding spaces.")
 @options.JSON_OPTION
-def explain(
-    job_options: options.JobOptions,
-    row: int | None,
-    match: str | None,
-    as_json: bool,
-) -> None:
+def explain(job_options: options.JobOptions, row: int | None, match: str | None, as_json: bool) -> None:
     """Show the history of one lead of JOB: its params, requests, charges and results. Without network."""
     if (row is None) == (match is None):
         raise click.UsageError('choose a lead with --row ROW or --match "Email=ada@engine.example"')

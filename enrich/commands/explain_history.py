@@ -18,10 +18,7 @@ from enrich.ledger import request_history
 from enrich.ledger.database import Database
 from enrich.ledger.request_history import AttemptRow, RequestRow
 from enrich.models import RowStatus, State, iso_time, to_credits
-from enrich.rows.lookup import (
-    MAX_LEADS_SHOWN,
-    Lead,
-)
+from enrich.rows.lookup import MAX_LEADS_SHOWN, Lead
 from enrich.rows.template import RequestTemplate
 
 

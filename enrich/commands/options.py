@@ -221,10 +221,7 @@ class AtLeast(click.ParamType):  # type: ignore[type-arg] # older versions are n
 
 SELECTION_OPTIONS = (
     click.option(
-        "--limit",
-        type=AtLeast(0),
-        metavar="ROWS",
-        help="Send at most this many new requests. The rest stays pending.",
+        "--limit", type=AtLeast(0), metavar="ROWS", help="Send at most this many new requests. The rest stays pending."
     ),
     click.option(
         "--sample",

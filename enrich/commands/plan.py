@@ -27,12 +27,7 @@ from enrich.job.locations import sandbox_file_name
 from enrich.ledger import enroll, erasure, execution_records
 from enrich.ledger.database import Database
 from enrich.ledger.lock import is_locked
-from enrich.models import (
-    DECISIONS_TO_SEND,
-    Decision,
-    RowStatus,
-    State,
-)
+from enrich.models import DECISIONS_TO_SEND, Decision, RowStatus, State
 from enrich.rows.job_input import JobInput
 from enrich.rows.params import LeftOutCounts
 from enrich.run import neighbour_ledgers

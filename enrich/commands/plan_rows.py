@@ -36,7 +36,6 @@ PLAN_COLUMNS = {
     "plan_age_days": pl.Float64(),
 }
 
-
 #: The last column of a file of `--rows`: of a job without steps, and with steps.
 _LAST_COLUMN = re.compile(r"plan_age_days|plan_[a-z][a-z0-9_]*_why")
 

@@ -282,9 +282,7 @@ def _check_outputs(job: Job, job_folder: Path) -> None:
         elif not written.path.lower().endswith(OUTPUT_SUFFIXES):
             folder = "; for a folder: leads/" if key == "output" else ""
             raise job.error(
-                [key],
-                f"`{written.path}` has an unsupported file type",
-                f"use {', '.join(OUTPUT_SUFFIXES)}{folder}",
+                [key], f"`{written.path}` has an unsupported file type", f"use {', '.join(OUTPUT_SUFFIXES)}{folder}"
             )
     if model.report is not None and model.report.path is not None:
         _check_date_codes(job, "report", model.report.path)

@@ -79,12 +79,7 @@ def save_progress(db: Database, execution_id: int, progress: str) -> None:
 
 
 def end_execution(  # noqa: PLR0913, PLR0917 - each is a column
-    db: Database,
-    execution_id: int,
-    exit_code: int,
-    summary: Mapping[str, Any],
-    now_ms: int,
-    balance: int | None = None,
+    db: Database, execution_id: int, exit_code: int, summary: Mapping[str, Any], now_ms: int, balance: int | None = None
 ) -> None:
     """Store how a run ended."""
     db.execute(

@@ -17,7 +17,6 @@ _REMAINING_S = (
     "- clock_timestamp())"
 )
 
-
 OWN_LEASE_ID = "nullif(current_setting('enrich.lease', true), '')::bigint"
 
 
@@ -128,8 +127,7 @@ def _delete_lease_if_gone(db: Database, lease_id: int, process: str) -> bool:
     """
     return is_gone(process) and bool(
         db.execute(
-            "DELETE FROM leases WHERE id IN (SELECT id FROM leases WHERE id = ? FOR UPDATE SKIP LOCKED)",
-            (lease_id,),
+            "DELETE FROM leases WHERE id IN (SELECT id FROM leases WHERE id = ? FOR UPDATE SKIP LOCKED)", (lease_id,)
         ).rowcount
     )
 

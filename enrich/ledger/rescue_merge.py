@@ -82,10 +82,7 @@ def _rescued_attempts(db: Database, condition: str, *values: object) -> Iterator
     )
     for row in rows:
         values_by_field = dict(row) | facts
-        values_by_field |= {
-            "fingerprint": row["fingerprint"].hex(),
-            "paths": read_paths(row["paths"], row["step"]),
-        }
+        values_by_field |= {"fingerprint": row["fingerprint"].hex(), "paths": read_paths(row["paths"], row["step"])}
         yield RescuedAttempt(ledger=str(db.location), **values_by_field | {"acknowledged": bool(row["acknowledged"])})
 
 

@@ -37,7 +37,6 @@ ALWAYS_CHECKED_BYTES = 8 * 1024 * 1024
 #: Larger files (bytes) are not checked at each start. `enrich ledger check` checks them.
 CHECKED_AT_START_BYTES = 256 * 1024 * 1024
 
-
 #: SQLite's messages about damage quote the file's content. These texts replace them; the first matching pattern counts.
 _DAMAGE_TEXTS = (
     ("index|non-unique", "an index does not agree with its table"),

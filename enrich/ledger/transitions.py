@@ -268,11 +268,7 @@ def settle(
 
 
 def settle_bulk_task(
-    db: Database,
-    answers: Sequence[tuple[int, Answer, int]],
-    execution_id: int,
-    max_attempts: int,
-    credits_: int | None,
+    db: Database, answers: Sequence[tuple[int, Answer, int]], execution_id: int, max_attempts: int, credits_: int | None
 ) -> list[State]:
     """Store the answers of one bulk task. `credits_` is the price of the whole task; None: not known."""
     if credits_ and task_ids.is_task_paid(db, answers[0][0]):

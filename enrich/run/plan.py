@@ -11,15 +11,7 @@ from typing import Any
 from enrich.job.job import Job
 from enrich.ledger import enroll, queries
 from enrich.ledger.database import Database
-from enrich.models import (
-    DECISIONS_TO_SEND,
-    Decision,
-    format_credits,
-    format_elapsed,
-    iso_time,
-    pluralize,
-    to_credits,
-)
+from enrich.models import DECISIONS_TO_SEND, Decision, format_credits, format_elapsed, iso_time, pluralize, to_credits
 from enrich.rows.params import LeftOutCounts, format_left_out, left_out_by_param
 from enrich.run.budget import Cost
 from enrich.run.plan_file import ProviderPrice, provider_prices

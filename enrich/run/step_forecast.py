@@ -15,9 +15,7 @@ from enrich.run.step_batch import StepBatch, StepTables
 from enrich.run.step_rows import StepRows
 
 #: Decisions after which the row may have another answer at the end of the run.
-_OPEN = frozenset(
-    {*DECISIONS_TO_SEND, Decision.POSSIBLE, Decision.WAITING, Decision.IN_DOUBT, Decision.OVER_LIMIT},
-)
+_OPEN = frozenset({*DECISIONS_TO_SEND, Decision.POSSIBLE, Decision.WAITING, Decision.IN_DOUBT, Decision.OVER_LIMIT})
 
 
 class StepDecisions(NamedTuple):

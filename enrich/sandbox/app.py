@@ -17,12 +17,7 @@ from enrich.sandbox.middleware import FAULT_KEY, FaultMiddleware, Message, Recei
 from enrich.sandbox.settings import SandboxSettings
 from enrich.sandbox.store import SandboxStore
 
-_STATUSES: dict[type[Exception], int] = {
-    NotFoundError: 404,
-    NoCreditsError: 406,
-    FinishedError: 409,
-    ExpiredError: 410,
-}
+_STATUSES: dict[type[Exception], int] = {NotFoundError: 404, NoCreditsError: 406, FinishedError: 409, ExpiredError: 410}
 
 
 class _StrictBody(BaseModel):

@@ -197,7 +197,6 @@ REAL_PRICES: Mapping[int, float] = (
     | {10: 0.3, 12: 0.5, 60: 0.15, 70: 3, 80: 3}  # enrichments
 )
 
-
 _LEAD_FLOW: Mapping[str, Any] = {
     "id": "6f2c1d9e-5b1a-4c57-9a86-0b7d8f3e2a10",
     "name": "Lead to phone",

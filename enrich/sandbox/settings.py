@@ -18,7 +18,6 @@ MISS_KINDS: tuple[MissKind, ...] = ("null", "empty_list", "empty_object", "null_
 # A plausible median (seconds) and sigma for an asynchronous API with several providers.
 _DEFAULT_LATENCY = "lognormal(1.2,0.6)"
 
-
 # Maps a random number (above 0, below 1) to seconds.
 Latency = Callable[[float], float]
 

@@ -58,7 +58,6 @@ CREATE VIEW bought AS SELECT
 FROM runs;
 """
 
-
 # The providers asked in a run: a JSON list of [name, found, millionths]. Older state files lack this table.
 _STEPS = "CREATE TABLE IF NOT EXISTS steps (run INTEGER PRIMARY KEY REFERENCES runs, told TEXT NOT NULL) STRICT"
 
