@@ -108,7 +108,7 @@ def _next_lines(planned: Plan | StepsPlan, command: str, chosen: str) -> Iterato
 
 
 def plan_with_access(
-    job: Job, run_options: RunOptions, plan_file: Path | None = None, rows_file: Path | None = None
+    job: Job, run_options: RunOptions, plan_file: Path | None, rows_file: Path | None
 ) -> tuple[Plan | StepsPlan, str | None]:
     """Plan a run with the job's access to the API, and save the plan in `plan_file`, if given (see `make_plan`).
 

@@ -48,10 +48,10 @@ def drop_schema_tables(location: PostgresLocation) -> None:
 def open_schema(
     location: PostgresLocation,
     *,
-    read_only: bool = False,
-    any_version: bool = False,
-    fencing_token: FencingToken | None = None,
-    open_timeout_s: float = 0.0,
+    read_only: bool,
+    any_version: bool,
+    fencing_token: FencingToken | None,
+    open_timeout_s: float,
 ) -> PostgresSession:
     """Open a ledger and create its schema if it is missing. Retry an unreachable server for `open_timeout_s` seconds.
 

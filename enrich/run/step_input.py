@@ -80,7 +80,7 @@ class StepInput:
 _NEW = StepChoice(Decision.NEW, sent_before=False)
 
 
-def find_begun_leads(rows: StepRows, up_to_execution: int | None = None) -> bytearray:
+def find_begun_leads(rows: StepRows, up_to_execution: int | None) -> bytearray:
     """Return for which rows a step has sent a request, one byte for each. Requests sent later do not count."""
     begun = bytearray()
     for tables in rows.step_tables():

@@ -260,7 +260,7 @@ class _DetailsFormatter:
         if summary.providers_not_reported:
             yield f"  {pluralize(summary.providers_not_reported, 'result')} without providers: not reported by the API"
 
-    def _format_line(self, name: str, number: str, share: str = "", remark: str = "") -> str:
+    def _format_line(self, name: str, number: str, share: str, remark: str) -> str:
         return f"  {pad(name, self.label_width)}{number:>11} {share:>6}  {remark}".rstrip()
 
 

@@ -7,7 +7,7 @@ from email.utils import formatdate
 class Clock:
     """Returns the sandbox's time, and formats it as an HTTP date; offsets are in seconds."""
 
-    def __init__(self, offset: float = 0, date_offset: float = 0) -> None:
+    def __init__(self, offset: float, date_offset: float) -> None:
         self.offset = offset
         self._date_offset = date_offset
         self._second = 0
