@@ -38,10 +38,7 @@ TRANSITIONS: dict[tuple[State, State], str] = {
     (State.SUBMITTING, State.EXPIRED): "c: the API refused a retry",
     (State.SUBMITTING, State.FOUND): "c: the API refused a refresh",
     (State.SUBMITTING, State.NOT_FOUND): "c: the API refused a refresh",
-    (
-        State.SUBMITTING,
-        State.IN_DOUBT,
-    ): "d: bytes may have been sent, or the process was killed, or a retry was refused",
+    (State.SUBMITTING, State.IN_DOUBT): "d: bytes may have been sent, the process was killed, or a retry was refused",
     (State.SUBMITTED, State.FOUND): "e: the poller fetched the result",
     (State.SUBMITTED, State.NOT_FOUND): "e: the poller fetched the result",
     (State.SUBMITTED, State.FAILED): "e: the poller fetched the result",
