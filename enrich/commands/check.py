@@ -13,7 +13,7 @@ import click
 
 from enrich.commands import options
 from enrich.commands.check_steps import check_steps, step_lines
-from enrich.commands.check_target import CheckResult, check_target, read_stored
+from enrich.commands.check_target import CheckResult, add_problem, check_target, read_stored
 from enrich.commands.init.template import PLACEHOLDER
 from enrich.commands.paths import path_problems
 from enrich.databar.credentials import find_base_url, host_of
@@ -132,8 +132,7 @@ def _open_input(job: Job, problems: list[EnrichError]) -> tuple[Job, JobInput] |
         try:
             JobInput(replace(job, model=bare_model.model_copy(update=part)))
         except EnrichError as error:
-            if error.message not in [problem.message for problem in problems]:
-                problems.append(error)
+            add_problem(problems, error)
             return False
         return True
 

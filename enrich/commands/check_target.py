@@ -60,7 +60,7 @@ def read_stored(job: Job, bound_to: Mapping[str, str | None], result: CheckResul
     try:
         return _read_ledger(job, bound_to)
     except EnrichError as error:
-        _add_problem(result.problems, error)
+        add_problem(result.problems, error)
         return LedgerBinding({}, None, None, frozenset())
 
 
@@ -81,14 +81,15 @@ def check_target(
         result.notes.append(f"{target.label} is not in the documentation{suggestion} `--online` checks it with the API")
         return None
     if documented is not None and description is documented:
-        # The documentation lacks the providers and verifiers.
+        # The documentation lacks the providers, the verifiers and some fields.
         lenient = documented.model_copy(update={"is_email_verifying": True})
         result.notes += [
             f"{problem.message}{f': {problem.hint}' if problem.hint else ''} (by {result.source}, "
             "which may be out of date: check it with `--online`)"
             for problem in name_problems(job, KnownNames(lenient))
         ]
-        return _make_documented_template(job, lenient, result.problems)
+        fields = lenient.output_fields or [Field(name=lenient.identifier)]
+        return _make_template(job, lenient.model_copy(update={"output_fields": fields}), [0], result.problems)
     result.problems += name_problems(job, KnownNames(description, last_known, stored.answered))
     return _make_template(job, description, providers, result.problems)
 
@@ -140,19 +141,11 @@ def _make_template(
             bare_job, description.model_copy(update=lenient), job.model.enrichments or providers
         )
     except JobError as error:
-        _add_problem(problems, error)
+        add_problem(problems, error)
         return None
 
 
-def _add_problem(problems: list[EnrichError], error: EnrichError) -> None:
+def add_problem(problems: list[EnrichError], error: EnrichError) -> None:
     """Add a problem, unless it is in the list already."""
     if error.message not in [problem.message for problem in problems]:
         problems.append(error)
-
-
-def _make_documented_template(
-    job: Job, description: Description, problems: list[EnrichError]
-) -> RequestTemplate | None:
-    """Make the request template from the documentation, which lacks the providers and some fields."""
-    fields = description.output_fields or [Field(name=description.identifier)]
-    return _make_template(job, description.model_copy(update={"output_fields": fields}), [0], problems)

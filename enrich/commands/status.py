@@ -95,7 +95,7 @@ def _build_status(job: Job, ledger: Database | None) -> dict[str, Any]:
             {
                 "execution": row.id,
                 "started_at": iso_time(row.started_ms),
-                "ended_at": None if row.ended_ms is None else iso_time(row.ended_ms),
+                "ended_at": iso_time(row.ended_ms),
                 "exit_code": row.exit_code,
                 "outcome": row.outcome(is_running=row.id == running_id),
                 "submitted": row.submitted,

@@ -53,7 +53,7 @@ def _reported_run(row: ExecutionRow, settled: Mapping[str, int], *, is_running: 
     return ReportedRun(
         execution=row.id,
         started_at=iso_time(started_ms),
-        ended_at=None if ended_ms is None else iso_time(ended_ms),
+        ended_at=iso_time(ended_ms),
         exit_code=row.exit_code,
         outcome=row.outcome(is_running=is_running),
         rows=summary.get("rows"),

@@ -197,7 +197,7 @@ def _changed_cells(collector: Collector, joined: JoinedBatch, key: list[str]) ->
                 if name in merged and new:
                     old, new = (cells[index] for cells in merged[name])
                 if result is not None and new and new != old:
-                    at = None if result.settled_ms is None else iso_time(result.settled_ms)
+                    at = iso_time(result.settled_ms)
                     yield [*keys[index], name, old, new, result.provider, at]
 
 

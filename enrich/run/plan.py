@@ -146,7 +146,7 @@ class Plan:
             "decisions": {decision.value: count for decision, count in self.decisions.items()},
             "left_out": self.left_out,
             "missing": {name: count for name, count in self.missing.items() if count},
-            "oldest_answer_at": None if self.oldest_answer_ms is None else iso_time(self.oldest_answer_ms),
+            "oldest_answer_at": iso_time(self.oldest_answer_ms),
             "balance": self.balance,
             "cost": self.cost.as_json(),
             "worst_price": self.worst_price,

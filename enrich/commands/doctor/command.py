@@ -222,16 +222,12 @@ def _ledger_findings(
             make_budget(job, check.template, read_balance(live.user.balance))
         except EnrichError as error:
             yield error_finding("cap", error)
-    yield from checks.check_cap(_optional_micros(limits.max_credits), max_price, executions)
+    yield from checks.check_cap(to_micros(limits.max_credits), max_price, executions)
     if live:
         spent = [row.spent for row in executions]
         yield from checks.check_balance(
-            read_balance(live.user.balance), _optional_micros(limits.min_balance), max_price, spent
+            read_balance(live.user.balance), to_micros(limits.min_balance), max_price, spent
         )
-
-
-def _optional_micros(credits_: float | None) -> int | None:
-    return None if credits_ is None else to_micros(credits_)
 
 
 def _disk_findings(job: Job, context: DoctorContext, check: CheckResult) -> Iterator[Finding]:
