@@ -92,8 +92,9 @@ def format_report(results: list[Result]) -> str:
         for result in results
     ]
     rate, cpu = steady_state(results)
-    ratios = f"{rate / plain:.2f} of httpx, {rate / ours:.2f} of ours"
-    steady_line = f"{SHORT_RUN}, steady state: {rate:,.0f} rows/s, {ratios}, {cpu:.2f} CPU s/1,000"
+    ratios = f"{rate:,.0f} rows/s, {rate / plain:.2f} of httpx, {rate / ours:.2f} of ours"
+    rates = ratios if rate > 0 else "rows/s not known after one round"
+    steady_line = f"{SHORT_RUN}, steady state: {rates}, {cpu:.2f} CPU s/1,000"
     return f"{format_table(HEADER, lines)}\n\n{steady_line}\nrounds: {len(results[0].trials)}"
 
 

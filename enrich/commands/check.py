@@ -99,10 +99,12 @@ def check_job(job: Job, bound_to: Mapping[str, str | None], live: Sequence[Descr
         check_steps(job, None if opened is None else opened[1], templates, result)
     elif opened is not None and result.template is not None:
         _read_input(*opened, result.template, result)
-    of_paths = list(path_problems(job))
+    of_paths, of_ledger = list(path_problems(job)), f"{job.ledger}: "
+    # Only one problem of the ledger is reported: that it is another file of the job, or else why it cannot be opened.
     if any("`ledger` are the same" in problem.message or "`ledger` and" in problem.message for problem in of_paths):
-        # That the other file is not a ledger has the same cause.
-        result.problems = [each for each in result.problems if not each.message.startswith(f"{job.ledger}: ")]
+        result.problems = [each for each in result.problems if not each.message.startswith(of_ledger)]
+    elif any(problem.message.startswith(of_ledger) for problem in result.problems):
+        of_paths = [each for each in of_paths if not each.message.startswith(of_ledger)]
     result.problems += of_paths
     if job.model.report is not None and job.model.report.path is not None and is_extra_missing():
         result.notes.append(f"the `report` needs its extra: {INSTALL_HINT}")

@@ -24,6 +24,7 @@ from enrich.errors import JobError
 from enrich.exit_codes import JobArguments
 from enrich.extras import install_hint
 from enrich.job.field_types import parse_duration
+from enrich.job.file_names import why_no_file
 from enrich.job.job import Job, Overrides, load_job
 from enrich.job.locations import LedgerLocation, check_no_password, hide_secrets, sandbox_state_path
 from enrich.ledger.file_identity import make_private_folder
@@ -31,20 +32,26 @@ from enrich.models import RETRYABLE_STATES, State
 
 T = TypeVar("T")
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-FILE = click.Path(path_type=Path, dir_okay=False)
 
 
-class _WrittenFile(click.Path):
-    """A file that a command writes. `-` is refused, which is stdout in other programs."""
+class FilePath(click.Path):
+    """The path of a file. A name that no file can have is refused, and `-` unless it is allowed."""
+
+    def __init__(self, *, allow_dash: bool = True) -> None:
+        super().__init__(path_type=Path, dir_okay=False, allow_dash=allow_dash)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401 - as in click
         """Parse the path."""
-        if str(value) == "-":
+        if str(value) == "-" and not self.allow_dash:
             self.fail("must be a file, not `-` for stdout", param, ctx)
+        reason = why_no_file(Path(value)) if str(value) else "it is empty"
+        if reason is not None:
+            self.fail(f"`{value}` cannot be the name of a file: {reason}", param, ctx)
         return super().convert(value, param, ctx)
 
 
-WRITTEN_FILE = _WrittenFile(path_type=Path, dir_okay=False)
+FILE = FilePath()
+WRITTEN_FILE = FilePath(allow_dash=False)
 _INPUT_HELP = "Read this file or URL, or - for stdin, instead of the job's input."
 _OUTPUT_HELP = "Write this file or URL instead of the job's output."
 _TIME_OF_DAY = re.compile(r"([01]?[0-9]|2[0-3]):([0-5][0-9])")

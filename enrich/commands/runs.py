@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import click
@@ -46,12 +45,10 @@ def read_runs(job: Job, last: int) -> dict[str, Any]:
         with closing(open_existing(job.ledger)) as ledger, ledger.snapshot():
             lock_held = is_locked(job.ledger)  # before reading: a run that ends meanwhile was not killed
             newest = execution_records.newest_execution_id(ledger)
-            executions = iter(execution_records.list_executions(ledger, job.name))
-            for execution in islice(executions, last):
+            for execution in execution_records.list_executions(ledger, job.name):
                 totals.add(execution)
-                shown.append(_execution_as_json(execution, is_running=lock_held and execution.id == newest))
-            for execution in executions:
-                totals.add(execution)
+                if len(shown) < last:
+                    shown.append(_execution_as_json(execution, is_running=lock_held and execution.id == newest))
     return {
         "job": job.name,
         "sandbox": job.sandbox,

@@ -86,17 +86,6 @@ def choose_requests(
     return {bytes(name): StepChoice(Decision(decision), bool(before)) for name, decision, before in rows}
 
 
-def sent_up_to(db: Database, fingerprints: Iterable[bytes], execution_id: int) -> set[bytes]:
-    """Return those of the requests that were sent in this execution or an earlier one."""
-    rows = db.execute(
-        f"SELECT r.fingerprint FROM ({_NAMES}) b {db.dialect.ordered_join} requests r "
-        "ON r.fingerprint = b.fingerprint WHERE EXISTS (SELECT 1 FROM attempts a WHERE a.request_id = r.id "
-        "AND a.execution_id <= ?3 AND a.state <> 'refused')",
-        (*as_list(list(dict.fromkeys(fingerprints))), execution_id),
-    )
-    return {bytes(name) for (name,) in rows}
-
-
 @dataclass(frozen=True, slots=True)
 class StepTotals:
     """What a run did in a step. `spent` in millionths of a credit; `unknown` counts answers without a price."""

@@ -48,7 +48,7 @@ class StepInput:
         if not self.number:
             next(rows.step_tables(), None)
         if not self.number and (caps is not None or leads is not None):
-            begun = find_begun_leads(rows, selection.after_execution)
+            begun = find_begun_leads(rows)
             if caps is not None:
                 rows.capped[:] = capped_rows(rows.job_input, caps, begun)
             if leads is not None:
@@ -80,8 +80,8 @@ class StepInput:
 _NEW = StepChoice(Decision.NEW, sent_before=False)
 
 
-def find_begun_leads(rows: StepRows, up_to_execution: int | None) -> bytearray:
-    """Return for which rows a step has sent a request, one byte for each. Requests sent later do not count."""
+def find_begun_leads(rows: StepRows) -> bytearray:
+    """Return for which rows a step has sent a request, one byte for each."""
     begun = bytearray()
     for tables in rows.step_tables():
         first_position = len(begun)
@@ -89,9 +89,6 @@ def find_begun_leads(rows: StepRows, up_to_execution: int | None) -> bytearray:
         for step, (step_batch, _) in zip(rows.steps, tables.steps, strict=True):
             names = step_batch.batch.fingerprints
             sent = [row for row, result in enumerate(step_batch.results) if result is not None and result.was_sent]
-            if up_to_execution is not None:
-                in_time = step_results.sent_up_to(rows.ledger, filter(None, names), up_to_execution)
-                sent = [row for row in sent if names[row] in in_time]
             for row in find_recorded_rows(rows.ledger, step.job, names, sent, step_batch.identities):
                 begun[first_position + row] = 1
     return begun

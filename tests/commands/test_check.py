@@ -184,15 +184,17 @@ def test_damaged_ledger_is_reported(workspace: Workspace, api: SandboxApi) -> No
         ({"output": "leads.csv/out.csv"}, "is no folder", 5),
         ({"notify": "nobody.txt"}, "`notify` cannot be read", 5),
         ({"input": "none.csv"}, "does not exist", 5),
+        ({"ledger": "."}, "the ledger cannot be opened: this is a folder", 5),
     ],
 )
 def test_invalid_paths(workspace: Workspace, changed: dict[str, str], message: str, code: int) -> None:
-    """Reports invalid paths before the run, with the run's exit code."""
+    """Reports an invalid path once, before the run, with the run's exit code."""
     workspace.write_leads(make_leads(1))
     workspace.write_job(**changed)
     result = workspace.run_in_process("check", "job.yaml")
     assert result.exit_code == code
     assert message in result.stderr
+    assert result.stderr.count("error: ") == 1
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
