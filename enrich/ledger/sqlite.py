@@ -313,11 +313,8 @@ def _create(path: Path) -> None:
     for stale in (temporary, *(Path(f"{base}{end}") for base in (temporary, path) for end in JOURNAL_SUFFIXES)):
         stale.unlink(missing_ok=True)
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-    db = sqlite3.connect(temporary, isolation_level=None)
-    try:
+    with closing(sqlite3.connect(temporary, isolation_level=None)) as db:
         _migrate(db, path, allowed=True)
-    finally:
-        db.close()
     temporary.replace(path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
