@@ -294,17 +294,16 @@ async def _buffer_request(receive: Receive) -> Receive:
     return replay
 
 
-async def _reply(send: Send, status: int, body: bytes, headers: Headers | None = None) -> None:
+async def _reply(
+    send: Send, status: int, body: bytes, headers: Headers | None = None, content_type: Headers = _JSON
+) -> None:
     length = (b"content-length", str(len(body)).encode())
-    await send({"type": "http.response.start", "status": status, "headers": [*(headers or []), *_JSON, length]})
+    await send({"type": "http.response.start", "status": status, "headers": [*(headers or []), *content_type, length]})
     await send({"type": "http.response.body", "body": body})
 
 
 async def _reply_html(send: Send, status: int) -> None:
-    body = _HTML_PAGE % status
-    length = (b"content-length", str(len(body)).encode())
-    await send({"type": "http.response.start", "status": status, "headers": [*_HTML, length]})
-    await send({"type": "http.response.body", "body": body})
+    await _reply(send, status, _HTML_PAGE % status, content_type=_HTML)
 
 
 def _retry_after(value: float | str | None) -> Headers:
