@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from typing import Any
 
 import click
@@ -38,11 +39,8 @@ def read_status(job: Job) -> dict[str, Any]:
     """Return the object of `enrich status --json`. Requests are counted by status, named as in the run summary."""
     if not ledger_exists(job.ledger):
         return _build_status(job, None)
-    ledger = Database(job.ledger, read_only=True)
-    try:
+    with closing(Database(job.ledger, read_only=True)) as ledger:
         return _build_status(job, ledger)
-    finally:
-        ledger.close()
 
 
 def _build_status(job: Job, ledger: Database | None) -> dict[str, Any]:

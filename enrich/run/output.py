@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
 from hashlib import blake2b
@@ -250,8 +251,7 @@ def rebuild_output(job: Job, *, partial: bool) -> RunSummary:
     """
     if not ledger_exists(job.ledger):
         raise CommandRefused(f"{job.ledger}: no ledger, because this job has never run", "run it first: enrich run JOB")
-    ledger = Database(job.ledger, read_only=True)
-    try:
+    with closing(Database(job.ledger, read_only=True)) as ledger:
         template = template_from_ledger(ledger, job)
         now = datetime.now().astimezone()
         target = job.output_path(now)
@@ -259,8 +259,6 @@ def rebuild_output(job: Job, *, partial: bool) -> RunSummary:
         prepare_file(target, job.input_path, job.name)
         counts = prepare_collector(ledger, job, template).write(target, partial=partial)
         _, unknown = queries.spent_totals(ledger) if job.step_jobs else (0, 0)
-    finally:
-        ledger.close()
     summary = RunSummary(
         job.name,
         int(ExitCode.OK),
