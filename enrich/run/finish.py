@@ -15,17 +15,16 @@ from enrich.ledger.verify import as_enrich_error
 from enrich.models import State, format_credits, pluralize, to_credits
 from enrich.rows.params import left_out_by_param
 from enrich.run.balance import ROUNDING_CREDITS, explain_balance
-from enrich.run.balance_now import fetch_balance
 from enrich.run.context import RunContext
 from enrich.run.latencies import save_latencies
 from enrich.run.output import Outcome
+from enrich.run.phases import fetch_balance
 from enrich.run.progress import Phase
 from enrich.run.progress_reports import start_phase
 from enrich.run.provider_stats import ProviderStats, ProviderTotals, parse_descriptions
 from enrich.run.run_state import RunState
 from enrich.run.signals import SignalHandler
-from enrich.run.step_summary import cost_per_lead, summarize_steps
-from enrich.run.summary import RunSummary
+from enrich.run.summary import RunSummary, cost_per_lead, summarize_steps
 
 #: After a signal, the answers of a run are read again only up to this many, so that the exit is quick.
 MAX_READ_WHEN_INTERRUPTED = 100_000

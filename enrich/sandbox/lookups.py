@@ -91,10 +91,7 @@ class Lookup:
     @cached_property
     def canonical(self) -> tuple[str, str]:
         """Target and params, both JSON; equal for equal lookups."""
-        return (
-            json.dumps(self.target.canonical),
-            json.dumps(self.params, ensure_ascii=False, sort_keys=True),
-        )
+        return (json.dumps(self.target.canonical), json.dumps(self.params, ensure_ascii=False, sort_keys=True))
 
     @cached_property
     def worst_case(self) -> int:
