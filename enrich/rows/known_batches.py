@@ -115,13 +115,11 @@ class KnownBatches:
     ) -> bytes:
         """Hash all that the requests of the rows depend on."""
         digest = self.mapping.copy()
-        for name in self.columns:
-            # No file with a NUL in a cell is read.
-            cells = text.get_column(name).alias("").str.join("\0").item()
-            digest.update(f"{cells}\0".encode())
+        # No file with a NUL in a cell is read.
+        for cells in text[:, self.columns].select(pl.all().str.join("\0")):
+            digest.update(f"{cells.item()}\0".encode())
         for marks in (selected, suppressed, *(has_no_text(frame.get_column(name)) for name in self.columns)):
-            bits = "" if marks is None else marks.alias("").cast(pl.UInt8).cast(pl.String).str.join().item()
-            digest.update(f"{bits}\0".encode())
+            digest.update(b"\2" if marks is None else bytes(marks.to_list()))
         return digest.digest()
 
 
