@@ -35,10 +35,11 @@ _MAPPING_FOLDERS = ("enrich.rows", "enrich.job", "enrich.files")
 
 
 @cache
-def _mapping_sources() -> list[str]:
-    """Return the digests of our own modules that compute the params."""
+def _mapping_versions() -> list[str]:
+    """Return the versions of what computes the params; those of our own modules are their digests."""
     paths = (path for folder in _MAPPING_FOLDERS for path in files(folder).iterdir() if path.name.endswith(".py"))
-    return [blake2b(path.read_bytes()).hexdigest() for path in sorted(paths, key=str)]
+    own = [blake2b(path.read_bytes()).hexdigest() for path in sorted(paths, key=str)]
+    return [sys.version, *map(version, _MAPPING_PACKAGES), *own]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ class KnownBatches:
         if not model.dedupe or model.caps is not None or job.step_jobs:
             return None
         mapping = [
-            [sys.version, *map(version, _MAPPING_PACKAGES), *_mapping_sources()],
+            _mapping_versions(),
             [target.kind, target.id, target.body()],
             {name: param.model_dump(mode="json") for name, param in model.params.items()},
             [template.required_params, template.email_params, template.priced_by, template.choices],
