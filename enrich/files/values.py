@@ -55,7 +55,7 @@ def as_text(column: pl.Series) -> pl.Series:
         text = numbers.replace_strict(distinct, _text_series(map(to_text, distinct)))
     else:
         text = _text_series(map(to_text, plain_values(column)))
-    return text.fill_null("").alias(name)
+    return (text.fill_null("") if text.null_count() else text).alias(name)
 
 
 def has_no_text(column: pl.Series) -> pl.Series | None:

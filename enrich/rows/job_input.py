@@ -348,7 +348,7 @@ class JobInput:
 
     def selected_rows(self, frame: pl.DataFrame, *, unknown: bool = False) -> pl.Series:
         """Return which rows `where` and `only_if_empty` keep; `unknown` where a cell that they read is null."""
-        selected = pl.repeat(value=True, n=frame.height, eager=True)
+        selected = pl.Series([True]).new_from_index(0, frame.height)
         for column in self._job.model.only_if_empty:
             blank = blank_cells(frame.to_series(self._header.index(column)), self._job.model.placeholders)
             selected &= blank.fill_null(value=unknown)

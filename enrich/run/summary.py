@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from enrich.exit_codes import ExitCode
@@ -100,7 +100,7 @@ class RunSummary:
 
     def as_json(self) -> dict[str, Any]:
         """Return the object that `--json` prints."""
-        values = asdict(self)
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
         if not self.steps:
             del values["steps"], values["cost_per_lead"]
         shown = {name: value for name, value in values.items() if name not in ("error", "hint") or value is not None}
