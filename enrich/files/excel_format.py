@@ -20,6 +20,8 @@ from enrich.files.workbook_scan import UnsoundWorkbook, check_size, find_non_dat
 
 #: Limits of an Excel sheet. Rows include the header.
 MAX_ROWS, MAX_COLUMNS, MAX_CELL_CHARACTERS = 1_048_576, 16_384, 32_767
+#: Integers below this are exact as floats.
+_MAX_EXACT_INTEGER = 2**53
 
 
 def read_header(source: TableFile) -> list[str]:
@@ -125,4 +127,9 @@ def _text_rows(source: TableFile, sheet: CalamineSheet) -> Iterator[list[str]]:
             raise FileProblem(message, "Format the cell as a number or as text") from None
         if values is None:
             return
-        yield list(map(to_text, values))
+        yield [to_text(_shown_number(value) if isinstance(value, float) else value) for value in values]
+
+
+def _shown_number(value: float) -> float:
+    """Round a number to the digits that Excel shows. An integer keeps all digits that it can have as a float."""
+    return value if value.is_integer() and abs(value) < _MAX_EXACT_INTEGER else float(f"{value:.15g}")

@@ -13,8 +13,6 @@ import polars as pl
 
 #: Column type for raw JSON text from a JSON file with values other than strings. A missing value is null.
 JSON_TYPE = pl.Struct({"enrich:json": pl.String})
-#: Integers below this are exact as floats.
-_MAX_EXACT_INTEGER = 2**53
 _DATETIME_FORMAT = "%Y-%m-%dT%H:%M:%S%.f"
 #: Dates up to this many days from 1970 (about 260,000 years) can be written as text.
 _MAX_DAYS = 95_000_000
@@ -224,9 +222,8 @@ def _float_text(value: float) -> str:
         return ""
     if not math.isfinite(value):
         return str(value)
-    if value.is_integer() and abs(value) < _MAX_EXACT_INTEGER:
-        return str(int(value))
-    return f"{Decimal(f'{value:.15g}'):f}"
+    # The fewest digits that are this float alone. Zero is added because of -0.0.
+    return f"{Decimal(repr(value + 0.0)):f}".removesuffix(".0")
 
 
 def _json_to_text(cell: str) -> str:
