@@ -10,7 +10,7 @@ import polars as pl
 from polars.io.plugins import register_io_source
 
 from enrich.files.text import FileProblem, TableFile, as_file_problem, check_magic_bytes, quote_column
-from enrich.files.values import JSON_TYPE, as_text, first_without_text
+from enrich.files.values import JSON_TYPE, as_text, first_without_text, text_or_null
 
 #: Number of rows held in memory while reading or writing.
 ROWS_PER_CHUNK = 100_000
@@ -114,7 +114,8 @@ def write(raw: BinaryIO, schema: Mapping[str, pl.DataType], frames: Iterable[pl.
         nonlocal written
         for frame in frames:
             written += frame.height
-            yield pl.DataFrame({it.name: as_text(it) if it.dtype == JSON_TYPE else it for it in frame.get_columns()})
+            columns = frame.get_columns()
+            yield pl.DataFrame({each.name: text_or_null(each) if each.dtype == JSON_TYPE else each for each in columns})
 
     register_io_source(batches, schema=file_schema(schema)).sink_parquet(raw, row_group_size=ROWS_PER_CHUNK)
     return written

@@ -52,6 +52,13 @@ def as_text(column: pl.Series) -> pl.Series:
     return text.fill_null("").alias(name)
 
 
+def text_or_null(column: pl.Series) -> pl.Series:
+    """Convert every cell of a column to text. A null stays null."""
+    cells = column.alias("")
+    is_null = (cells.struct.field("enrich:json") if cells.dtype == JSON_TYPE else cells).is_null()
+    return as_text(cells).set(is_null, None).alias(column.name)
+
+
 def has_no_text(column: pl.Series) -> pl.Series | None:
     """Return which cells are lists, objects or booleans. None: the column's type has none of them."""
     kind = column.dtype

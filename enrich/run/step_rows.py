@@ -13,6 +13,7 @@ from itertools import product
 
 import polars as pl
 
+from enrich.files.values import as_text
 from enrich.job.job import Job
 from enrich.job.steps import step_column
 from enrich.ledger import queries, step_results
@@ -137,7 +138,8 @@ class StepRows:
             else:
                 new.append(found.fill_null(""))
         new.append(joined.cells["enrich_status"].alias(step_column(step.job.step, "status")))
-        progress.frame, progress.text = progress.frame.with_columns(new), progress.text.with_columns(new)
+        progress.frame = progress.frame.with_columns(new)
+        progress.text = progress.text.with_columns(map(as_text, new))
         progress.step_batches.append(step_batch)
         return joined
 
