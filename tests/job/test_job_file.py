@@ -309,6 +309,14 @@ def test_quoted_values_are_text(tmp_path: Path, word: str) -> None:
             ["6: output.encoding: unknown encoding: use a name such as utf-8, cp1252 or utf-16"],
         ),
         (
+            f"{BASE_JOB}output: {{path: a.csv, encoding: unicode_escape}}\n",
+            ["6: output.encoding: unknown encoding: use a name such as utf-8, cp1252 or utf-16"],
+        ),
+        (
+            f"{BASE_JOB}output: {{path: a.csv, encoding: RAW-unicode-escape}}\n",
+            ["6: output.encoding: unknown encoding: use a name such as utf-8, cp1252 or utf-16"],
+        ),
+        (
             f"{BASE_JOB}output: {{path: a.csv, encoding: latin-1, separator: €}}\n",
             ["6: output: `separator` has no code in the encoding latin-1"],
         ),
