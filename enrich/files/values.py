@@ -207,8 +207,9 @@ def to_text(value: object) -> str:  # noqa: C901 - a table of types
         case datetime() | date() | time():
             return value.isoformat()
         case timedelta():
-            minutes, seconds = divmod(round(value.total_seconds()), 60)
-            return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+            total = round(value.total_seconds())
+            minutes, seconds = divmod(abs(total), 60)
+            return f"{'-' if total < 0 else ''}{minutes // 60}:{minutes % 60:02}:{seconds:02}"
         case bytes():
             try:
                 text = value.decode()

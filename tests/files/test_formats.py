@@ -330,6 +330,29 @@ def test_excel_cell_text(tmp_path: Path) -> None:
     ]
 
 
+def test_negative_numbers_formatted_as_dates(tmp_path: Path) -> None:
+    """A negative number is no date and no time of day: it stays a number. A duration can be negative."""
+    book = openpyxl.Workbook()
+    sheet = book.active
+    assert sheet is not None
+    values = [
+        ("yyyy-mm-dd", -1),
+        ("yyyy-mm-dd", -0.5),
+        ("hh:mm:ss", -2.25),
+        ("hh:mm:ss", 0.00001),
+        ("[h]:mm:ss", -0.51),
+    ]
+    sheet["C3"], sheet["D3"] = "A", "B"
+    for row, (number_format, value) in enumerate(values, 4):
+        sheet[f"C{row}"] = value
+        sheet[f"D{row}"] = time(3, 4)
+        sheet[f"C{row}"].number_format = number_format
+    book.save(tmp_path / "leads.xlsx")
+    found = read_rows(InputTable(tmp_path / "leads.xlsx", Input(path="leads.xlsx")))
+    assert [row[0] for row in found] == ["-1", "-0.5", "-2.25", "00:00:00.864000", "-12:14:24"]
+    assert {row[1] for row in found} == {"03:04:00"}
+
+
 def test_excel_sheet_selection(tmp_path: Path) -> None:
     """Without a name the first sheet is read; the error for a wrong name lists the existing ones."""
     book = openpyxl.Workbook()
