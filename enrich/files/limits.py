@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import polars as pl
 
@@ -150,6 +151,15 @@ def limits_of(kind: str, output: Output) -> FileLimits:
 def _survives(text: str, encoding: str) -> bool:
     """Check whether a text can be written and read back. Some encodings write two characters as the same bytes."""
     try:
-        return text.isascii() or text.encode(encoding).decode(encoding) == text
+        return (text.isascii() and _has_ascii(encoding)) or text.encode(encoding).decode(encoding) == text
+    except UnicodeError:
+        return False
+
+
+@cache
+def _has_ascii(encoding: str) -> bool:
+    """Check whether an encoding has all of ASCII, so that such text needs no test."""
+    try:
+        return all(sign.encode(encoding).decode(encoding) == sign for sign in map(chr, range(128)))
     except UnicodeError:
         return False

@@ -15,8 +15,6 @@ import polars as pl
 
 #: Column type for raw JSON text from a JSON file with values other than strings. A missing value is null.
 JSON_TYPE = pl.Struct({"enrich:json": pl.String})
-#: Integers below this are exact as floats.
-_MAX_EXACT_INTEGER = 2**53
 _DATETIME_FORMAT = "%Y-%m-%dT%H:%M:%S%.f"
 #: Dates up to this many days from 1970 (about 260,000 years) can be written as text.
 _MAX_DAYS = 95_000_000
@@ -56,6 +54,13 @@ def as_text(column: pl.Series) -> pl.Series:
     else:
         text = _text_series(map(to_text, plain_values(column)))
     return (text.fill_null("") if text.null_count() else text).alias(name)
+
+
+def text_or_null(column: pl.Series) -> pl.Series:
+    """Convert every cell of a column to text. A null stays null."""
+    cells = column.alias("")
+    is_null = (cells.struct.field("enrich:json") if cells.dtype == JSON_TYPE else cells).is_null()
+    return as_text(cells).set(is_null, None).alias(column.name)
 
 
 def has_no_text(column: pl.Series) -> pl.Series | None:
@@ -222,8 +227,9 @@ def to_text(value: object) -> str:  # noqa: C901 - a table of types
         case datetime() | date() | time():
             return value.isoformat()
         case timedelta():
-            minutes, seconds = divmod(round(value.total_seconds()), 60)
-            return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+            total = round(value.total_seconds())
+            minutes, seconds = divmod(abs(total), 60)
+            return f"{'-' if total < 0 else ''}{minutes // 60}:{minutes % 60:02}:{seconds:02}"
         case bytes():
             try:
                 text = value.decode()
@@ -244,9 +250,8 @@ def _float_text(value: float) -> str:
         return ""
     if not math.isfinite(value):
         return str(value)
-    if value.is_integer() and abs(value) < _MAX_EXACT_INTEGER:
-        return str(int(value))
-    return f"{Decimal(f'{value:.15g}'):f}"
+    # The fewest digits that are this float alone. Zero is added because of -0.0.
+    return f"{Decimal(repr(value + 0.0)):f}".removesuffix(".0")
 
 
 def _json_to_text(cell: str) -> str:

@@ -183,7 +183,7 @@ def _changed_cells(collector: Collector, joined: JoinedBatch, key: list[str]) ->
     frame = joined.batch.frame
     keys = frame.select(as_text(frame.get_column(name)) for name in key).rows()
     merged = {
-        name: (as_text(frame.get_column(name)), collector.merge_column(joined, name))
+        name: (as_text(frame.get_column(name)), as_text(collector.merge_column(joined, name)))
         for name in collector.merged_columns
     }
     feeds = [_deliver(collector, step, keys) for step in joined.steps]

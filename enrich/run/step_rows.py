@@ -8,7 +8,7 @@ from itertools import product
 
 import polars as pl
 
-from enrich.files.values import json_where_no_text
+from enrich.files.values import as_text, json_where_no_text
 from enrich.job.cell_text import blank_cells
 from enrich.job.job import Job
 from enrich.job.steps import STEP_FIELDS, step_column
@@ -142,7 +142,7 @@ class StepRows:
         new.append(joined.cells["enrich_status"].alias(step_column(step.job.step, "status")))
         # What the API lists or nests is no param of a later step either.
         progress.frame = progress.frame.with_columns(map(json_where_no_text, new))
-        progress.text = progress.text.with_columns(new)
+        progress.text = progress.text.with_columns(map(as_text, new))
         progress.step_batches.append(step_batch)
         return joined
 
