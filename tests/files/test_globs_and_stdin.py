@@ -250,6 +250,7 @@ def test_job_file_with_stdin_input(workspace: Workspace, api: SandboxApi) -> Non
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("in_job_file", [False, True])
 @pytest.mark.parametrize(
     ("data", "message_start"),
     [
@@ -259,9 +260,13 @@ def test_job_file_with_stdin_input(workspace: Workspace, api: SandboxApi) -> Non
         (None, "error: standard input is a terminal, or closed"),
     ],
 )
-def test_unusable_stdin(workspace: Workspace, api: SandboxApi, data: bytes | None, message_start: str) -> None:
+def test_unusable_stdin(
+    workspace: Workspace, api: SandboxApi, data: bytes | None, message_start: str, *, in_job_file: bool
+) -> None:
     """Unusable stdin is an error before anything is spent."""
-    result = run_with_stdin(workspace, api, data, "run", "job.yaml", "--input", "-")
+    if in_job_file:
+        workspace.write_job(input='"-"')
+    result = run_with_stdin(workspace, api, data, "run", "job.yaml", *(() if in_job_file else ("--input", "-")))
     assert (result.exit_code, result.stderr.startswith(message_start)) == (
         2 if message_start == "error: " else 5,
         True,
