@@ -161,7 +161,7 @@ def is_formula(text: str) -> bool:
 
 def escape_formulas(texts: pl.DataFrame) -> pl.DataFrame:
     """Prefix text that looks like a formula with `'`, so that no spreadsheet runs it."""
-    may_run = texts.select(pl.all().str.contains(_NO_LETTER).any())
+    may_run = texts.select_seq(pl.all().str.contains(_NO_LETTER).any())
     text = pl.nth([place for place, column in enumerate(may_run) if column.item()])
     is_safe = ~text.str.contains(_FORMULA) & (~text.str.contains(_SIGNED) | text.str.contains(_NUMBER_OR_PHONE))
     return texts.with_columns(pl.when(is_safe).then(text).otherwise("'" + text))

@@ -280,7 +280,7 @@ def company_domains(cells: pl.Series) -> pl.Series:
     """
     text = cells.alias("").str.to_lowercase()
     # Most are registrable domains: only what is left of the hosts and cells is looked at one by one.
-    found, is_unusual, is_host = pl.DataFrame({"text": text, "host": usual_hosts(text)}).select(
+    found, is_unusual, is_host = pl.DataFrame({"text": text, "host": usual_hosts(text)}).select_seq(
         pl.coalesce("host", "text").alias(""), unusual=pl.col("host").is_null(), host=~_is_company_domain()
     )
     found = convert_some(found, is_host, lambda some: map_distinct(some, _domain_of_host))
@@ -308,16 +308,16 @@ def usual_hosts(text: pl.Series) -> pl.Series:
     # Takes half the time of extracting the host by the expression.
     rest = cell.str.strip_prefix("https://").str.strip_prefix("http://").str.strip_prefix("www.")
     rest = rest.str.replace(r"[/?#].*$", "").str.replace(r"^[^@]*@", "").str.strip_suffix(".")
-    frame = text.alias("text").to_frame().with_columns(rest.alias("host"))
+    frame = text.alias("text").to_frame().with_columns_seq(rest.alias("host"))
     is_usual = cell.str.contains(_USUAL) & host.str.contains(r"\.") & ~host.str.contains("xn--", literal=True)
-    return frame.select(pl.when(is_usual).then(host).alias("")).to_series()
+    return frame.select_seq(pl.when(is_usual).then(host).alias("")).to_series()
 
 
 def unusual_emails(text: pl.Series) -> pl.Series:
     """Return which lower-case cells are no e-mail address with a public host that is written as usual."""
     cell = pl.col("")
     is_usual = cell.str.contains(_USUAL_EMAIL) & cell.str.extract(r"([^.]+)$").is_in(_short_suffixes())
-    return text.to_frame().select(~is_usual | cell.str.contains("xn--", literal=True)).to_series()
+    return text.to_frame().select_seq(~is_usual | cell.str.contains("xn--", literal=True)).to_series()
 
 
 def hosts(cells: pl.Series) -> pl.Series:
