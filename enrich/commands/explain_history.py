@@ -17,7 +17,7 @@ from enrich.job.target import Target, TargetKind
 from enrich.ledger import request_history
 from enrich.ledger.database import Database
 from enrich.ledger.request_history import AttemptRow, RequestRow
-from enrich.models import RowStatus, State, iso_time, to_credits
+from enrich.models import RowStatus, State, iso_time, parse_json, to_credits
 from enrich.rows.lookup import (
     MAX_LEADS_SHOWN,
     Lead,
@@ -105,13 +105,13 @@ class Explainer:
             return RowStatus.from_state(state), None if answered_attempt is None else answered_attempt.error
         if answered_attempt.answer is None:
             return RowStatus.from_state(state), "the result was purged, and the request stays paid"
-        parsed = parse_data(json.loads(answered_attempt.answer).get("data"))
+        parsed = parse_data(parse_json(answered_attempt.answer).get("data"))
         has = has_value(parsed, self.template.columns.values())
         return RowStatus.FOUND if has else RowStatus.NOT_FOUND, answered_attempt.error
 
 
 def _answer_fields(attempt: AttemptRow) -> Mapping[str, Any]:
-    return parse_data(json.loads(attempt.answer).get("data")).fields if attempt.answer else {}
+    return parse_data(parse_json(attempt.answer).get("data")).fields if attempt.answer else {}
 
 
 def _attempt_as_json(attempt: AttemptRow) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from enrich.ledger.forgotten import read_or_make_key
 from enrich.ledger.lock import open_exclusive
 from enrich.ledger.rescue_file import find_rescue_files
 from enrich.ledger.rescue_import import import_rescue_files, remove_imported_files
-from enrich.models import OPEN_STATES, pluralize
+from enrich.models import OPEN_STATES, parse_json, pluralize
 from enrich.rows.job_input import JobInput
 from enrich.rows.template import RequestTemplate
 from enrich.run.context import rescue_folders
@@ -196,7 +196,7 @@ def _matches_person(
 ) -> bool:
     """Check whether a request's params and answers match all criteria."""
     params = json.loads(request["params"])
-    answers = [json.loads(answer) for answer in json.loads(request["answers"]) if answer]
+    answers = [parse_json(answer) for answer in json.loads(request["answers"]) if answer]
     parsed = [parse_data(answer.get("data")) for answer in answers]
     return bool(params or parsed) and all(
         any(fold(value) == text for value in _values_named(name, text, params, parsed, job, columns))

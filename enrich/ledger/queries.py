@@ -12,7 +12,7 @@ from enrich.databar.task_results import parse_data
 from enrich.job.target import Target
 from enrich.ledger.database import Database
 from enrich.ledger.sql_fragments import OPEN_ATTEMPT, SINCE_EXECUTION
-from enrich.models import SettledAttempt, State
+from enrich.models import SettledAttempt, State, parse_json
 
 #: How many of the newest attempts are used to estimate the current price of a request.
 PRICE_SAMPLE_SIZE = 100_000
@@ -262,7 +262,7 @@ def _is_answered_field(db: Database, name: str) -> bool:
     patterns = [f"%{_escape_like(json.dumps(name, ensure_ascii=escaped))}%" for escaped in (True, False)]
     rows = db.stream("SELECT answer FROM attempts WHERE answer LIKE ? ESCAPE '!' OR answer LIKE ? ESCAPE '!'", patterns)
     for (answer,) in rows:
-        parsed = parse_data(json.loads(answer).get("data"))
+        parsed = parse_data(parse_json(answer).get("data"))
         if name in parsed.fields or name in (parsed.wrapper or {}):
             return True
     return False

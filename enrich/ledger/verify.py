@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from enrich.ledger.database import Database, open_existing
 from enrich.ledger.dialect import DATABASE_ERRORS, DatabaseFailed
 from enrich.ledger.schema import APPLICATION_ID, JSON_COLUMNS
 from enrich.ledger.sqlite import Column, damaged_ledger_error, is_busy_error, is_damage_error, ledger_columns
+from enrich.models import parse_json
 
 JSON_TYPE_NAMES: Mapping[type, str] = {dict: "object", list: "list"}
 
@@ -203,7 +203,7 @@ def _value_problem(column: Column, value: object) -> str | None:
         return "not UTF-8"
     types = JSON_COLUMNS.get(column.table, {}).get(column.name, ())
     try:
-        if not types or isinstance(json.loads(text), types):
+        if not types or isinstance(parse_json(text), types):
             return None
     except (ValueError, RecursionError):
         pass
