@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -10,8 +9,6 @@ from decimal import Decimal
 from enum import StrEnum
 from itertools import repeat
 from typing import Any, NamedTuple, overload
-
-import msgspec
 
 
 class State(StrEnum):
@@ -186,14 +183,6 @@ def format_credits(amount: float) -> str:
         return text
     exact = f"{amount:.6f}".rstrip("0")
     return exact if exact.strip("-0.") else "0.00"
-
-
-def to_json_text(value: object) -> str:
-    """Convert a value to JSON text. Raises RecursionError if it is nested too deeply."""
-    try:
-        return msgspec.json.encode(value).decode()
-    except (TypeError, UnicodeEncodeError):  # msgspec rejects lone surrogates, and subclasses of `str`
-        return json.dumps(value, ensure_ascii=False).encode(errors="replace").decode()
 
 
 @overload

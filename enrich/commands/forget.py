@@ -23,6 +23,7 @@ from enrich.job.cell_text import fold
 from enrich.job.job import Job
 from enrich.job.locations import sandbox_state_path
 from enrich.job.name_hints import suggest_name
+from enrich.json_text import parse_json
 from enrich.ledger import erasure, queries
 from enrich.ledger.database import Database, ledger_exists, try_read
 from enrich.ledger.dialect import DATABASE_ERRORS
@@ -196,7 +197,7 @@ def _matches_person(
 ) -> bool:
     """Check whether a request's params and answers match all criteria."""
     params = json.loads(request["params"])
-    answers = [json.loads(answer) for answer in json.loads(request["answers"]) if answer]
+    answers = [parse_json(answer) for answer in json.loads(request["answers"]) if answer]
     parsed = [parse_data(answer.get("data")) for answer in answers]
     return bool(params or parsed) and all(
         any(fold(value) == text for value in _values_named(name, text, params, parsed, job, columns))

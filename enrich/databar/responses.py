@@ -28,10 +28,8 @@ from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from typing import Any
 
-import msgspec
-
 from enrich.databar.task_results import TaskReply
-from enrich.databar.text_filter import clean_json, clean_line, clean_text
+from enrich.databar.text_filter import clean_json, clean_line, clean_text, decode_json, nan_as_null
 from enrich.databar.transport import HttpAnswer
 from enrich.errors import (
     ApiCallFailed,
@@ -45,7 +43,7 @@ from enrich.errors import (
     TaskUnknown,
     Unauthorized,
 )
-from enrich.models import to_json_text
+from enrich.json_text import parse_json
 
 #: A longer id is not accepted as a task id.
 MAX_ID_LENGTH = 512
@@ -67,7 +65,7 @@ class _NotFound(JobRejected):
 
 @dataclass(frozen=True, slots=True)
 class JsonBody:
-    """A JSON body: its value, the same value as JSON text, and whether all of its bytes could be decoded."""
+    """A JSON body: its value, its text, and whether all of its bytes could be decoded."""
 
     value: Any
     text: str
@@ -75,29 +73,17 @@ class JsonBody:
 
 
 def parse_body(received: bytes, key: str) -> JsonBody:
-    """Clean and parse a body, in which the API key `key` is masked. Lone surrogates and invalid UTF-8 are replaced.
+    """Clean and parse a body, in which the API key `key` is masked. Numbers stay as they are written in its text.
 
     Raises ValueError if the body is not JSON or is nested too deeply.
     """
-    body = clean_json(received, key)
+    text = nan_as_null(decode_json(clean_json(received, key)))
     try:
-        return _check_depth(JsonBody(msgspec.json.decode(body), body.decode()))
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        pass  # malformed, or an extension of JSON that Python's parser accepts
-    try:
-        try:
-            value = json.loads(body, parse_constant=_constant_as_null)
-        except UnicodeDecodeError:
-            value = json.loads(body.decode(errors="replace"), parse_constant=_constant_as_null)
-        text = to_json_text(value)
-        had_replacement = b"\xef\xbf\xbd" in received or b"fffd" in received.lower()
-        return _check_depth(JsonBody(json.loads(text), text, had_replacement or "\ufffd" not in text))
+        value = parse_json(text)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-
-
-def _constant_as_null(_: str) -> None:
-    """Parse NaN and Infinity, which are not valid JSON, as null."""
+    is_lossless = "\ufffd" not in text or "\ufffd".encode() in received
+    return _check_depth(JsonBody(value, text, is_lossless))
 
 
 def _check_depth(reply: JsonBody) -> JsonBody:
@@ -152,16 +138,11 @@ def usable_task_id(content: bytes, key: str) -> str | None:
     An id that needs cleaning is unusable, because the cleaned id could belong to another task.
     """
     try:
-        # Invalid bytes in other parts of the response do not make the id unreadable.
-        body = json.loads(content.decode(errors="replace"), parse_int=_parse_integer)
+        # Invalid bytes and control characters in other parts of the response do not make the id unreadable.
+        body = json.loads(decode_json(content), parse_int=str, strict=False)
     except (ValueError, RecursionError):
         return None
     return next((name for name in task_ids(body) if _is_usable_id(name, key)), None)
-
-
-def _parse_integer(digits: str) -> int | str:
-    """Parse an integer. A very long one stays text, because Python refuses more than 4,300 digits."""
-    return int(digits) if len(digits) < MAX_ID_LENGTH else digits
 
 
 def _is_usable_id(task_id: str, key: str) -> bool:

@@ -16,7 +16,8 @@ from math import isfinite
 from typing import Any, NamedTuple
 
 from enrich.job.cell_text import is_blank as is_blank_text
-from enrich.models import MICROS_PER_CREDIT, Answer, State, to_json_text, to_micros
+from enrich.json_text import to_json_text
+from enrich.models import MICROS_PER_CREDIT, Answer, State, to_micros
 
 
 class TaskPhase(Enum):

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import msgspec
 
 from enrich.job.target import Target
+from enrich.json_text import to_json_text
 from enrich.ledger import queries, request_ids
 from enrich.ledger.database import Database
 from enrich.ledger.dialect import MAX_ROWS, OPEN_ATTEMPT, QUEUED
@@ -28,7 +29,6 @@ from enrich.models import (
     RequestSelection,
     ResultColumns,
     State,
-    to_json_text,
 )
 
 _TO_SEND = f"decision IN ({', '.join(repr(decision.value) for decision in DECISIONS_TO_SEND)})"

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from enrich.databar.task_results import parse_data
 from enrich.job.target import Target
+from enrich.json_text import parse_json
 from enrich.ledger.database import Database
 from enrich.ledger.dialect import OPEN_ATTEMPT, SINCE_EXECUTION
 from enrich.models import SettledAttempt, State
@@ -260,7 +261,7 @@ def _is_answered_field(db: Database, name: str) -> bool:
     patterns = [f"%{_escape_like(json.dumps(name, ensure_ascii=escaped))}%" for escaped in (True, False)]
     rows = db.stream("SELECT answer FROM attempts WHERE answer LIKE ? ESCAPE '!' OR answer LIKE ? ESCAPE '!'", patterns)
     for (answer,) in rows:
-        parsed = parse_data(json.loads(answer).get("data"))
+        parsed = parse_data(parse_json(answer).get("data"))
         if name in parsed.fields or name in (parsed.wrapper or {}):
             return True
     return False

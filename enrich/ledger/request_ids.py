@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from enrich.json_text import to_json_text
 from enrich.ledger.database import Database
 from enrich.ledger.dialect import OPEN_ATTEMPT
-from enrich.models import Decision, RequestBatch, RequestSelection, State, to_json_text
+from enrich.models import Decision, RequestBatch, RequestSelection, State
 
 #: This many requests more than a batch has are compared with it, because some of them may have left the file.
 _WINDOW_EXTRA = 1_000

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from enrich.errors import CommandRefused
+from enrich.json_text import to_json_text
 from enrich.ledger import bindings, resume, transitions
 from enrich.ledger.database import Database
 from enrich.ledger.dialect import JSON_NUMBERS, OPEN_ATTEMPT
 from enrich.ledger.execution_records import read_paths
 from enrich.ledger.rescue_file import RescuedAttempt
-from enrich.models import Answer, State, to_json_text
+from enrich.models import Answer, State
 
 #: Attempts that would be charged again if they were lost.
 _OPEN = "a.state IN ('submitting', 'submitted') OR (a.state = 'in_doubt' AND a.id = r.attempt_id)"

@@ -9,10 +9,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from enrich.json_text import to_json_text
 from enrich.ledger.database import Database
 from enrich.ledger.dialect import JSON_NUMBERS
 from enrich.ledger.request_ids import FINGERPRINT, as_list, decision_sql
-from enrich.models import Decision, RequestResult, RequestSelection, State, to_json_text
+from enrich.models import Decision, RequestResult, RequestSelection, State
 
 
 class StepResult(NamedTuple):

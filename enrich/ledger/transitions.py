@@ -12,12 +12,13 @@ from collections.abc import Set as AbstractSet
 from itertools import accumulate, groupby
 from typing import Any
 
+from enrich.json_text import to_json_text
 from enrich.ledger import bindings, task_ids
 from enrich.ledger.claim_costs import highest_prices, left_of_step_cap
 from enrich.ledger.database import Database
 from enrich.ledger.dialect import JSON_NUMBERS, OPEN_ATTEMPT, QUEUED
 from enrich.ledger.execution_records import read_paths
-from enrich.models import DUPLICATE_TASK_ID, Acceptance, Answer, ClaimedRequest, State, Task, to_json_text
+from enrich.models import DUPLICATE_TASK_ID, Acceptance, Answer, ClaimedRequest, State, Task
 
 #: A claim looks only behind the last one: beside an old snapshot, such as a backup's, the index keeps an entry for each
 #: claimed request. After this many claims it looks at the whole queue, as other processes return requests.

@@ -22,10 +22,11 @@ import polars as pl
 
 from enrich.files.values import has_no_text
 from enrich.job.job import Job
+from enrich.json_text import to_json_text
 from enrich.ledger import known_batches
 from enrich.ledger.database import Database
 from enrich.ledger.forgotten import ForgottenRequests
-from enrich.models import RowStatus, to_json_text
+from enrich.models import RowStatus
 from enrich.rows.requests import RequestBuilder, RowBatch
 from enrich.rows.template import RequestTemplate
 

@@ -11,6 +11,7 @@ import polars as pl
 from enrich.databar.task_results import BESIDE, column_values, is_blank
 from enrich.files.values import RawJson, to_json
 from enrich.job.cell_text import blank_cells
+from enrich.json_text import parse_json
 
 _NUMBERS_AS_WRITTEN = json.JSONDecoder(parse_int=RawJson, parse_float=RawJson, parse_constant=lambda _: None)
 
@@ -56,12 +57,9 @@ def _usual_result(answer: str | None) -> dict[str, str | None] | None:
 def answer_cells(answer: str, paths: Sequence[str]) -> list[str | None]:
     """Read values of an answer (JSON) as cells. Raises JSONDecodeError if it is not a JSON object."""
     try:
-        task = msgspec.json.decode(answer)
-    except (msgspec.DecodeError, RecursionError):
-        try:
-            task = _NUMBERS_AS_WRITTEN.decode(answer)
-        except RecursionError:
-            task = None
+        task = parse_json(answer)
+    except RecursionError:
+        task = None
     if not isinstance(task, dict):
         raise json.JSONDecodeError("not an object", "", 0)
     values = column_values(task.get("data"), paths)

@@ -219,6 +219,7 @@ class Poller:
         run_state = self.run_state
         age_s = self._age_s(open_task)
         phase = task_phase(reply.body)
+        phase_age_s = open_task.phase_age_s(phase, run_state.clock.monotonic())
         if phase is TaskPhase.GONE and (self.answers_only or open_task.written_off):
             await self._handle_deleted(open_task)
             return
@@ -237,10 +238,8 @@ class Poller:
             self._handle_running(open_task, age_s)
             return
         if phase is TaskPhase.NO_DATA or (phase is TaskPhase.COMPLETED and is_paid_without_data(reply.body)):
-            now = run_state.clock.monotonic()
-            open_task.no_data_since = now if open_task.no_data_since is None else open_task.no_data_since
-            if now - open_task.no_data_since < run_state.timeouts.no_data_s:
-                grace = run_state.timeouts.no_data_s
+            grace = run_state.timeouts.no_data_s
+            if phase_age_s < grace:
                 self._poll_again(open_task, NO_DATA_POLL_S if phase is TaskPhase.NO_DATA else grace)
                 return
         elif open_task.submitted_in_this_run:
