@@ -38,10 +38,7 @@ TRANSITIONS: dict[tuple[State, State], str] = {
     (State.SUBMITTING, State.EXPIRED): "c: the API refused a retry",
     (State.SUBMITTING, State.FOUND): "c: the API refused a refresh",
     (State.SUBMITTING, State.NOT_FOUND): "c: the API refused a refresh",
-    (
-        State.SUBMITTING,
-        State.IN_DOUBT,
-    ): "d: bytes may have been sent, or the process was killed, or a retry was refused",
+    (State.SUBMITTING, State.IN_DOUBT): "d: bytes may have been sent, the process was killed, or a retry was refused",
     (State.SUBMITTED, State.FOUND): "e: the poller fetched the result",
     (State.SUBMITTED, State.NOT_FOUND): "e: the poller fetched the result",
     (State.SUBMITTED, State.FAILED): "e: the poller fetched the result",
@@ -199,9 +196,13 @@ def to_json_text(value: object) -> str:
         return json.dumps(value, ensure_ascii=False).encode(errors="replace").decode()
 
 
-def iso_time(at_ms: int) -> str:
-    """Format a time of the ledger (milliseconds since 1970, UTC) as ISO 8601."""
-    return datetime.fromtimestamp(at_ms / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+@overload
+def iso_time(at_ms: int) -> str: ...
+@overload
+def iso_time(at_ms: int | None) -> str | None: ...
+def iso_time(at_ms: int | None) -> str | None:
+    """Format a time of the ledger (milliseconds since 1970, UTC) as ISO 8601. None (unknown) stays None."""
+    return None if at_ms is None else datetime.fromtimestamp(at_ms / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def format_elapsed(seconds: float) -> str:

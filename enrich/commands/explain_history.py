@@ -18,10 +18,7 @@ from enrich.ledger import request_history
 from enrich.ledger.database import Database
 from enrich.ledger.request_history import AttemptRow, RequestRow
 from enrich.models import RowStatus, State, iso_time, to_credits
-from enrich.rows.lookup import (
-    MAX_LEADS_SHOWN,
-    Lead,
-)
+from enrich.rows.lookup import MAX_LEADS_SHOWN, Lead
 from enrich.rows.template import RequestTemplate
 
 
@@ -122,8 +119,8 @@ def _attempt_as_json(attempt: AttemptRow) -> dict[str, Any]:
         "state": attempt.state,
         "intent_at": iso_time(attempt.claimed_ms),
         "task_id": attempt.task_id,
-        "submitted_at": None if attempt.submitted_ms is None else iso_time(attempt.submitted_ms),
-        "settled_at": None if attempt.settled_ms is None else iso_time(attempt.settled_ms),
+        "submitted_at": iso_time(attempt.submitted_ms),
+        "settled_at": iso_time(attempt.settled_ms),
         "settled_in": attempt.settled_execution_id,
         "credits_reserved": to_credits(attempt.reserved),
         "credits": to_credits(attempt.credits),

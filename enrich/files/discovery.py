@@ -91,15 +91,10 @@ def would_include(location: InputLocation, target: Location) -> bool:
     if isinstance(location, WebUrl):
         return False
     if isinstance(location, ObjectUrl):
-        is_several = location.is_folder or is_pattern(location)
-        same_bucket = isinstance(target, ObjectUrl) and (target.scheme, target.bucket) == (
-            location.scheme,
-            location.bucket,
-        )
         return (
-            is_several
-            and same_bucket
-            and isinstance(target, ObjectUrl)
+            isinstance(target, ObjectUrl)
+            and (target.scheme, target.bucket) == (location.scheme, location.bucket)
+            and (location.is_folder or is_pattern(location))
             and _matches(location, target.key, location.key)
         )
     if isinstance(target, ObjectUrl):

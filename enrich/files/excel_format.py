@@ -9,13 +9,7 @@ from itertools import islice
 import polars as pl
 from python_calamine import CalamineError, CalamineSheet, CalamineWorkbook, SheetTypeEnum, SheetVisibleEnum
 
-from enrich.files.text import (
-    FileProblem,
-    TableFile,
-    as_file_problem,
-    check_magic_bytes,
-    header_problem,
-)
+from enrich.files.text import FileProblem, TableFile, as_file_problem, check_magic_bytes, header_problem
 from enrich.files.values import to_text
 from enrich.files.workbook_scan import UnsoundWorkbook, check_size, find_non_date, negative_numbers, scan_sheet
 

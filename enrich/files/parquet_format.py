@@ -20,7 +20,6 @@ os.environ["POLARS_IGNORE_TIMEZONE_PARSE_ERROR"] = "1"
 #: Number of rows held in memory while reading or writing.
 ROWS_PER_CHUNK = 100_000
 
-
 #: Size of the end of a file: the length of its footer (4 bytes) and the magic number (4 bytes).
 TAIL_BYTES = 8
 _MAGIC = b"PAR1"

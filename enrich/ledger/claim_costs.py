@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from enrich.ledger.database import Database
-from enrich.ledger.sql_fragments import JSON_NUMBERS
+from enrich.ledger.dialect import JSON_NUMBERS
 from enrich.models import to_json_text
 
 

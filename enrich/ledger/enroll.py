@@ -17,8 +17,8 @@ import msgspec
 from enrich.job.target import Target
 from enrich.ledger import queries, request_ids
 from enrich.ledger.database import Database
-from enrich.ledger.request_decisions import decision_sql
-from enrich.ledger.sql_fragments import MAX_ROWS, OPEN_ATTEMPT, QUEUED
+from enrich.ledger.dialect import MAX_ROWS, OPEN_ATTEMPT, QUEUED
+from enrich.ledger.request_ids import decision_sql
 from enrich.models import (
     COUNTED_TOWARDS_LIMIT,
     DECISIONS_TO_SEND,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from enrich.ledger.database import Database
-from enrich.ledger.sql_fragments import JSON_NUMBERS
+from enrich.ledger.dialect import JSON_NUMBERS
 from enrich.models import Acceptance, Answer, to_json_text
 
 

@@ -16,6 +16,8 @@ BESIDE_RESULT = ("is_verified", "steps", "enrichment_data")
 _WRAPPER_KEYS = (*BESIDE_RESULT, "result", "result_field")
 #: A price is multiplied with less than this.
 MAX_COUNT = 1_000_000
+#: Of a count with leading zeros. Python refuses to convert some thousand digits.
+_MAX_DIGITS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ def _param_problems(job: Job, description: Description) -> Iterator[JobError]:
 
 def is_count(text: str) -> bool:
     """Check whether a text is a whole number above 0 that a price can be multiplied with."""
-    return text.isascii() and text.isdecimal() and 0 < int(text) < MAX_COUNT
+    return text.isascii() and text.isdecimal() and len(text) <= _MAX_DIGITS and 0 < int(text) < MAX_COUNT
 
 
 def spellings_of(param: Param) -> dict[str, str]:

@@ -41,7 +41,7 @@ def answer_columns(answers: Iterable[str | None], paths: Sequence[str]) -> list[
             for cells, cell in zip(columns, answer_cells(text, paths), strict=True):
                 cells[place] = cell
     series = [pl.Series("", cells, pl.String) for cells in columns]
-    return [cells.set(blank_cells(cells).fill_null(value=False), None) for cells in series]
+    return [cells.set(blank_cells(cells), None) for cells in series]
 
 
 def _usual_result(answer: str | None) -> dict[str, str | None] | None:

@@ -221,7 +221,8 @@ class Collector:
     def merge_column(self, joined: JoinedBatch, name: str, *, formula_safe: bool = False) -> pl.Series:
         """Fill in a column of the input. A missing result never blanks an existing cell."""
         new = joined.cells[name]
-        return merge_cells(self.job, joined.batch.frame.get_column(name), escape_formulas(new) if formula_safe else new)
+        new = escape_formulas(new.to_frame()).to_series() if formula_safe else new
+        return merge_cells(self.job, joined.batch.frame.get_column(name), new)
 
 
 def name_source(template: RequestTemplate, results: ResultColumns) -> ResultColumns:
@@ -294,11 +295,9 @@ def new_cells(
     answers = [answer if state in _ANSWERED else None for answer, state in given]
     cells = answer_columns(answers, paths)
     # Another job with other columns may have sent the request. This job's columns decide whether it counts as found.
-    found = pl.repeat(value=False, n=len(answers), eager=True).alias("found")
-    for column, path in zip(cells, paths, strict=True):
-        if makes_match(path):
-            found |= column.is_not_null()
-    found = found.set(pl.Series([answer is None for answer in answers], dtype=pl.Boolean), None)
+    matches = [pl.lit(column).is_not_null() for column, path in zip(cells, paths, strict=True) if makes_match(path)]
+    has_answer = pl.Series([answer is not None for answer in answers], dtype=pl.Boolean)
+    found = pl.when(has_answer).then(pl.any_horizontal(pl.lit(value=False), *matches)).alias("found")
     is_first_row = pl.col("position") == pl.int_range(batch.first_position, batch.first_position + len(result_indexes))
     status_cells = (
         _status_frame(results, found)
@@ -320,7 +319,7 @@ def new_cells(
     return new | {name: status_cells.get_column(name) for name in STATUS_COLUMNS}
 
 
-def _status_frame(results: ResultColumns, found: pl.Series) -> pl.DataFrame:
+def _status_frame(results: ResultColumns, found: pl.Expr) -> pl.DataFrame:
     """Build the status columns of each request, with its position. `found` is null where there is no answer."""
     frame = pl.DataFrame({name: pl.Series(results[name], dtype=kind) for name, kind in _RESULT_COLUMNS.items()})
     return frame.with_columns(found).select(

@@ -19,15 +19,7 @@ from enrich.errors import (
 )
 from enrich.files.writer import prepare_file
 from enrich.job.job import Job
-from enrich.ledger import (
-    bindings,
-    erasure,
-    execution_records,
-    lease_table,
-    rescue_import,
-    resume,
-    transitions,
-)
+from enrich.ledger import bindings, erasure, execution_records, lease_table, rescue_import, resume, transitions
 from enrich.ledger.database import Database
 from enrich.ledger.lease_table import LeaseHolder
 from enrich.models import pluralize

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import polars as pl
@@ -15,13 +14,6 @@ from tests.support.workspace import HEADER, JOB, SandboxApi, Workspace, both_bac
 backend = both_backends
 
 MERGE_JOB = JOB.replace("work_email: email", "Email: email")
-
-
-@pytest.fixture
-def api(tmp_path: Path) -> Iterator[SandboxApi]:
-    """An API without faults."""
-    with serve_api(tmp_path / "api.db") as served:
-        yield served
 
 
 @pytest.fixture
