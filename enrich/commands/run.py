@@ -215,6 +215,7 @@ def run_observed(
         environment = RunEnvironment(
             clock,
             on_message=note,
+            on_problem=observers.report_problem,
             on_progress=show_progress,
             lease_valid=lease_valid,
             stop=callbacks.stop,

@@ -86,13 +86,11 @@ class FileLimits:
 
     def _doubtful_columns(self, frame: pl.DataFrame) -> list[str]:
         """Return the columns of text that may have a cell that does not fit."""
-        texts = frame.select(pl.col(pl.String))
-        lengths = texts.select_seq(pl.all().str.len_bytes().max())
         return [
-            cells.name
-            for cells, longest in zip(texts, lengths, strict=True)
+            longest.name
+            for longest in frame.select_seq(pl.col(pl.String).str.len_bytes().max())
             if (self.max_cell is not None and (longest.item() or 0) > self.max_cell)
-            or (self.encoding is not None and not _survives("".join(cells.drop_nulls().to_list()), self.encoding))
+            or (self.encoding is not None and not _survives("".join(filter(None, frame[longest.name])), self.encoding))
         ]
 
     def _cell_problem(self, text: str) -> tuple[str, str] | None:

@@ -95,7 +95,7 @@ def clean_cells(cells: pl.Series) -> pl.Series:
     import polars as pl  # noqa: PLC0415 - commands that read no input need not wait for it
 
     text, cell = cells.alias(""), pl.first()
-    is_wide, is_unclean = text.to_frame().select(
+    is_wide, is_unclean = text.to_frame().select_seq(
         is_wide=cell.str.len_bytes() != cell.str.len_chars(), is_unclean=cell.str.contains(_NOT_CLEAN)
     )
     # ASCII is NFC. Normalizing adds nothing that is not clean.

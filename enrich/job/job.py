@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from enrich.errors import JobError
 from enrich.job.field_types import MAX_CREDITS
 from enrich.job.file_names import MAX_JOB_NAME_BYTES, is_same_file, real_path, why_no_file, why_no_ledger
+from enrich.job.input_names import inclusion_problem
 from enrich.job.locations import (
     STDIN,
     InputLocation,
@@ -135,6 +136,8 @@ class Job:
         for kind, location in files.items():
             if kind not in ("input", "output"):
                 self._check_outside_dataset(kind, location, output)
+            if kind not in _FILES_READ and (problem := inclusion_problem(self.input_path, location, kind)) is not None:
+                raise self.error([kind], *problem)
         return files
 
     def _locations(self, now: datetime) -> dict[str, InputLocation]:
@@ -165,6 +168,8 @@ class Job:
             raise JobError(f"{path}: the {what} cannot be written: {reason}", hint)
         if (key := self.key_of_file(path, datetime.now().astimezone())) not in (None, allowed):
             raise JobError(f"{path}: the {what} would replace `{key}` of the job", hint)
+        if (problem := inclusion_problem(self.input_path, path, what)) is not None:
+            raise JobError(problem[0], hint)
 
     def _check_outside_dataset(self, kind: str, location: object, output: Location) -> None:
         """Raise JobError if a file of the job is in the output folder, which every run replaces."""

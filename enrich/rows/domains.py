@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import tomllib
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache, lru_cache
 from importlib.resources import files
 from importlib.util import find_spec
@@ -58,6 +58,8 @@ _SEPARATORS = re.compile(r"[,;|]+")
 _EDGES = "\"'`\u00b4\u2018\u2019\u201a\u201c\u201d\u201e\u00ab\u00bb\u2039\u203a<>()[]{}*"
 _END = _EDGES + ".,;:!?\u2026"
 _PATH = re.compile(r"[/?#\\]")
+#: One of several mailboxes without a blank between them: `ada@acme.example/bob@beta.example`.
+_MAILBOX = re.compile(r"[^/?#\\&=@]+@[^/?#\\&=@+]+")
 
 
 def fold_address(text: str) -> str:
@@ -102,8 +104,10 @@ def _read_words(text: str, found: dict[Address, Address], *, names_allowed: bool
         has_path = False
         for piece in _SEPARATORS.split(trim_word(chunk)):
             word = trim_word(piece)
-            if (address := _parse(word)) is not None:
+            addresses = _parse(word)
+            for address in addresses:
                 found.setdefault(address._replace(host=address.host.removeprefix("www.")), address)
+            if addresses:
                 has_path = has_path or bool(_PATH.search(word))
             elif word and not has_path:  # a comma may be part of a path
                 all_read &= names_allowed and "@" not in word
@@ -122,10 +126,15 @@ def trim_word(word: str) -> str:
         word = trimmed
 
 
-def _parse(word: str) -> Address | None:
-    """Read a word as an address with a public host."""
-    address = read_address(word)
-    return address if address is not None and is_public(address.host) else None
+def _parse(word: str) -> list[Address]:
+    """Read a word as an address with a public host, or as several mailboxes. In the path of a URL there are none."""
+    if _MAILBOX.match(word) and len(several := _public_addresses(map(trim_word, _MAILBOX.findall(word)))) > 1:
+        return several
+    return _public_addresses([word])
+
+
+def _public_addresses(words: Iterable[str]) -> list[Address]:
+    return [address for word in words if (address := read_address(word)) is not None and is_public(address.host)]
 
 
 def read_address(word: str) -> Address | None:
@@ -256,8 +265,10 @@ def no_company(host: str) -> LeftOut | None:
 # The transforms
 
 _USUAL_HOST = r"((?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]{2,63})"
+#: A character in a path, but for `%40`: an `@`.
+_USUAL_CODE = "%(?:[0-35-9a-f][0-9a-f]|4[1-9a-f])"
 #: The usual cell: a host in a URL, alone, or after an `@`.
-_USUAL = rf"^(?:(?:https?://)?(?:www\.)?|[a-z0-9][a-z0-9._+-]{{0,62}}@){_USUAL_HOST}\.?(?:[/?#][a-z0-9._~/?#=&%+-]*)?$"
+_USUAL = rf"^(?:(?:https?://)?(?:www\.)?|[a-z0-9][a-z0-9._+-]{{0,62}}@){_USUAL_HOST}\.?(?:[/?#](?:[a-z0-9._~/?#=&+-]|{_USUAL_CODE})*)?$"
 #: The usual e-mail address.
 _USUAL_EMAIL = rf"^[a-z0-9_](?:[a-z0-9_+-]|\.[a-z0-9_]){{0,31}}@{_USUAL_HOST}$"
 
@@ -269,7 +280,7 @@ def company_domains(cells: pl.Series) -> pl.Series:
     """
     text = cells.alias("").str.to_lowercase()
     # Most are registrable domains: only what is left of the hosts and cells is looked at one by one.
-    found, is_unusual, is_host = pl.DataFrame({"text": text, "host": usual_hosts(text)}).select(
+    found, is_unusual, is_host = pl.DataFrame({"text": text, "host": usual_hosts(text)}).select_seq(
         pl.coalesce("host", "text").alias(""), unusual=pl.col("host").is_null(), host=~_is_company_domain()
     )
     found = convert_some(found, is_host, lambda some: map_distinct(some, _domain_of_host))
@@ -297,16 +308,16 @@ def usual_hosts(text: pl.Series) -> pl.Series:
     # Takes half the time of extracting the host by the expression.
     rest = cell.str.strip_prefix("https://").str.strip_prefix("http://").str.strip_prefix("www.")
     rest = rest.str.replace(r"[/?#].*$", "").str.replace(r"^[^@]*@", "").str.strip_suffix(".")
-    frame = text.alias("text").to_frame().with_columns(rest.alias("host"))
+    frame = text.alias("text").to_frame().with_columns_seq(rest.alias("host"))
     is_usual = cell.str.contains(_USUAL) & host.str.contains(r"\.") & ~host.str.contains("xn--", literal=True)
-    return frame.select(pl.when(is_usual).then(host).alias("")).to_series()
+    return frame.select_seq(pl.when(is_usual).then(host).alias("")).to_series()
 
 
 def unusual_emails(text: pl.Series) -> pl.Series:
     """Return which lower-case cells are no e-mail address with a public host that is written as usual."""
     cell = pl.col("")
     is_usual = cell.str.contains(_USUAL_EMAIL) & cell.str.extract(r"([^.]+)$").is_in(_short_suffixes())
-    return text.to_frame().select(~is_usual | cell.str.contains("xn--", literal=True)).to_series()
+    return text.to_frame().select_seq(~is_usual | cell.str.contains("xn--", literal=True)).to_series()
 
 
 def hosts(cells: pl.Series) -> pl.Series:

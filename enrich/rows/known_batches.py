@@ -117,7 +117,7 @@ class KnownBatches:
         """Hash all that the requests of the rows depend on."""
         digest = self.mapping.copy()
         # No file with a NUL in a cell is read.
-        for cells in text[:, self.columns].select(pl.all().str.join("\0")):
+        for cells in text[:, self.columns].select_seq(pl.all().str.join("\0")):
             digest.update(f"{cells.item()}\0".encode())
         for marks in (selected, suppressed, *(has_no_text(frame.get_column(name)) for name in self.columns)):
             digest.update(b"\2" if marks is None else bytes(marks.to_list()))

@@ -58,7 +58,7 @@ class ParamCells:
 def _sendable(text: pl.Series, placeholders: frozenset[str] = frozenset()) -> pl.Series:
     """Replace the cells of clean text that are never sent by LEFT_OUT and the reason."""
     cell = pl.first()
-    unsendable = text.to_frame().select(
+    unsendable = text.to_frame().select_seq(
         cell.is_in(list(placeholders)).alias(LeftOut.PLACEHOLDER),
         cell.str.contains(LEFT_OUT, literal=True).alias(LeftOut.NUL),
         (cell.str.len_chars() > MAX_PARAM_CHARACTERS).alias(LeftOut.TOO_LONG),

@@ -336,7 +336,7 @@ def params_as_json(names: Sequence[str], values: pl.DataFrame) -> pl.Series:
     """
     pairs = []
     texts = values
-    needs_escaping = values.select(pl.all().str.contains(_NEEDS_ESCAPING).any())
+    needs_escaping = values.select_seq(pl.all().str.contains(_NEEDS_ESCAPING).any())
     for name, value, is_escaped in zip(names, values.iter_columns(), needs_escaping, strict=True):
         key, text = pl.lit(f"{quote_json(name)}:"), pl.col(value.name)
         if is_escaped.item():
