@@ -140,9 +140,10 @@ class StepRows:
             else:
                 new.append(found.fill_null(""))
         new.append(joined.cells["enrich_status"].alias(step_column(step.job.step, "status")))
+        text = list(map(as_text, new))
         # What the API lists or nests is no param of a later step either.
-        progress.frame = progress.frame.with_columns(map(json_where_no_text, new))
-        progress.text = progress.text.with_columns(map(as_text, new))
+        progress.frame = progress.frame.with_columns(map(json_where_no_text, text))
+        progress.text = progress.text.with_columns(text)
         progress.step_batches.append(step_batch)
         return joined
 

@@ -71,12 +71,18 @@ def statuses(workspace: Workspace, step: str) -> list[str]:
     return [row[f"enrich_{step}_status"] for row in workspace.read_output()]
 
 
-def test_lists_and_booleans_are_no_params_of_later_steps(workspace: Workspace, api: SandboxApi) -> None:
+@pytest.mark.parametrize("merged", [False, True])
+def test_lists_and_booleans_are_no_params_of_later_steps(
+    workspace: Workspace, api: SandboxApi, *, merged: bool
+) -> None:
     """What an earlier step found is a param as in any other column: text and numbers, however they are written."""
     found = {"[1] Ltd": True, 5: True, ("a", "b"): False, "[]x": True, True: False, "true": False, ("only",): False}
-    workspace.write_job(COMPANY_JOB)
+    settings = {"merge": "fill_empty", "input": "leads.jsonl"} if merged else {}
+    workspace.write_job(COMPANY_JOB, **settings)
     leads = [["Bob", f"Bbb{number}", f"https://c{number}.example", "Engineer"] for number in range(len(found))]
     workspace.write_leads(leads, HEADER)
+    lines = [json.dumps(dict(zip(HEADER, lead, strict=True)) | {"link": []}) + "\n" for lead in leads]
+    (workspace.folder / "leads.jsonl").write_text("".join(lines))
     workspace.run_job(api)
     for number, value in enumerate(found):
         workspace.sql(
@@ -84,7 +90,7 @@ def test_lists_and_booleans_are_no_params_of_later_steps(workspace: Workspace, a
             "(SELECT id FROM requests WHERE params LIKE ?)",
             *(json.dumps(value), f"%c{number}.example%"),
         )
-    workspace.write_job(JOB)
+    workspace.write_job(JOB, **settings)
     workspace.run_job(api)
     assert statuses(workspace, "company") == ["found"] * len(found)
     assert statuses(workspace, "email") == ["found" if is_sent else "filtered" for is_sent in found.values()]
