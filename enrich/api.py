@@ -17,7 +17,7 @@ from enrich.commands.check_target import CheckResult
 from enrich.commands.options import JobOptions
 from enrich.commands.plan import plan_with_access
 from enrich.commands.run import RunCallbacks, check_combination, make_cluster_options, observe_run, run_observed
-from enrich.errors import Interrupted, JobError
+from enrich.errors import ApiCallFailed, ApiKeyRejected, ApiUnreachable, Interrupted, JobError
 from enrich.exit_codes import ExitCode
 from enrich.job.field_types import parse_duration
 from enrich.job.job import Job
@@ -266,9 +266,12 @@ def _seconds(duration: float | str | None) -> float | None:
 
 
 def _with_enrich_errors(job: Job, work: Callable[[], T]) -> T:
-    """Do the work. Raise EnrichError for what the ledger's file or server causes."""
+    """Do the work. Raise a public EnrichError for what the API refuses, and the ledger's file or server causes."""
     try:
         return work()
+    except ApiCallFailed as error:
+        public = {ExitCode.KEY: ApiKeyRejected, ExitCode.USAGE: JobError}.get(error.exit_code, ApiUnreachable)
+        raise public(error.message, error.hint) from error
     except Exception as error:
         known = as_enrich_error(error, job.ledger)
         if known is None or known is error:

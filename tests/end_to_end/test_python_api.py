@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,10 @@ import pytest
 import enrich
 from enrich.ledger.lock import lock_ledger
 from enrich.run.poll_schedule import PollSchedule
+from enrich.run.run_state import Timeouts
+from tests.support.cases import in_turn
 from tests.support.program import ROOT
+from tests.support.raw_server import ReceivedRequest, Reply, http_reply, serve_replies
 from tests.support.workspace import SandboxApi, Workspace, make_leads, serve_api
 
 #: The settings of a run that is never answered, so that only a stop ends it.
@@ -162,6 +166,44 @@ def test_unusable_settings_are_refused(
     with pytest.raises(TypeError, match="limt"):
         enrich.run_job(job_file, limt=10)  # type: ignore[call-arg]
     assert api.audit()["accepted"] == 0
+
+
+@pytest.mark.parametrize("first", [True, False])
+@in_turn(
+    ("status", "error"),
+    [
+        (401, enrich.ApiKeyRejected),
+        (403, enrich.ApiKeyRejected),
+        (404, enrich.JobError),
+        (400, enrich.JobError),
+        (422, enrich.JobError),
+        (302, enrich.ApiUnreachable),
+        (402, enrich.ApiUnreachable),
+        (406, enrich.ApiUnreachable),
+        (429, enrich.ApiUnreachable),
+        (500, enrich.ApiUnreachable),
+    ],
+)
+def test_refusals_of_the_api_are_public_exceptions(
+    job_file: Path, monkeypatch: pytest.MonkeyPatch, status: int, error: type[enrich.EnrichError], *, first: bool
+) -> None:
+    """Each response that refuses a run is one of the documented exceptions, with its exit code."""
+    monkeypatch.setattr("enrich.commands.plan.Timeouts", partial(Timeouts, startup_s=0.1))
+
+    def answer(request: ReceivedRequest) -> Reply:
+        is_account = not first and "/user/" in request.line
+        return http_reply(200, {"workspace": "w", "balance": 5}) if is_account else http_reply(status, {"detail": "no"})
+
+    with serve_replies(answer) as server:
+        monkeypatch.setenv("DATABAR_BASE_URL", server.base_url)
+        calls: list[Callable[[], object]] = [lambda: enrich.plan_job(job_file)]
+        if status in {401, 404}:
+            calls += [lambda: enrich.run_job(job_file), lambda: enrich.check_job(job_file, online=True)]
+        for call in calls:
+            with pytest.raises(error) as refused:
+                call()
+            assert type(refused.value).__name__ in enrich.__all__
+            assert refused.value.exit_code is error.exit_code
 
 
 def test_refusals_are_exceptions_with_exit_codes(
