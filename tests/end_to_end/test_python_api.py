@@ -145,6 +145,17 @@ def test_a_saved_plan_is_followed(job_file: Path, workspace: Workspace) -> None:
     ("settings", "message"),
     [
         ({"limit": -1}, "`limit` must be 0 or more"),
+        ({"limit": 1.5}, "`limit` must be a valid integer"),
+        ({"limit": "5"}, "`limit` must be a valid integer"),
+        ({"sample": True}, "`sample` must be a valid integer"),
+        ({"seed": None}, "`seed` must be a valid integer"),
+        ({"max_credits": "5"}, "`max_credits` must be a valid number"),
+        ({"max_time": []}, "`max_time` must be a valid number or a valid string"),
+        ({"lock_timeout": "x"}, "`lock_timeout` must be a valid number"),
+        ({"sandbox": "no"}, "`sandbox` must be a valid boolean"),
+        ({"input": 5}, "`input` must be a valid string or an instance of PathLike"),
+        ({"retry": 5}, "`retry` must be an instance of Collection"),
+        ({"on_progress": 5}, "`on_progress` must be callable"),
         ({"sample": 0}, "`sample` must be 1 or more"),
         ({"max_credits": float("nan")}, "`max_credits` must be 0 or more"),
         ({"retry": "failed"}, "must be a list"),
@@ -166,6 +177,19 @@ def test_unusable_settings_are_refused(
     with pytest.raises(TypeError, match="limt"):
         enrich.run_job(job_file, limt=10)  # type: ignore[call-arg]
     assert api.audit()["accepted"] == 0
+    assert not (job_file.parent / ".enrich").exists()
+
+
+def test_settings_of_all_functions_are_checked(job_file: Path) -> None:
+    """Each function checks the types of its settings."""
+    with pytest.raises(enrich.JobError, match="`limit` must be a valid integer"):
+        asyncio.run(enrich.run_job_async(job_file, limit="5"))  # type: ignore[arg-type]
+    with pytest.raises(enrich.JobError, match="`rows` must be a valid string"):
+        enrich.plan_job(job_file, rows=1)  # type: ignore[arg-type]
+    with pytest.raises(enrich.JobError, match="`online` must be a valid boolean"):
+        enrich.check_job(job_file, online="no")  # type: ignore[arg-type]
+    with pytest.raises(enrich.JobError, match="`job_file` must be a valid string"):
+        enrich.check_job(None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -356,7 +380,10 @@ def test_a_failing_callback_does_not_end_the_run(job_file: Path, caplog: pytest.
     def fail(_: enrich.Progress) -> None:
         raise ZeroDivisionError
 
-    assert enrich.run_job(job_file, on_progress=fail).answers == 6
+    assert enrich.run_job(job_file, limit=3, on_progress=fail).answers == 3
+    assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [ZeroDivisionError]
+    caplog.clear()
+    assert asyncio.run(enrich.run_job_async(job_file, on_progress=fail)).answers == 3
     assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [ZeroDivisionError]
 
 
