@@ -14,14 +14,12 @@ from enrich.job.cell_text import clean
 from enrich.job.job import Job
 from enrich.job.spec import Policy
 from enrich.job.target import Target, TargetKind
+from enrich.json_text import parse_json
 from enrich.ledger import request_history
 from enrich.ledger.database import Database
 from enrich.ledger.request_history import AttemptRow, RequestRow
 from enrich.models import RowStatus, State, iso_time, to_credits
-from enrich.rows.lookup import (
-    MAX_LEADS_SHOWN,
-    Lead,
-)
+from enrich.rows.lookup import MAX_LEADS_SHOWN, Lead
 from enrich.rows.template import RequestTemplate
 
 
@@ -105,13 +103,13 @@ class Explainer:
             return RowStatus.from_state(state), None if answered_attempt is None else answered_attempt.error
         if answered_attempt.answer is None:
             return RowStatus.from_state(state), "the result was purged, and the request stays paid"
-        parsed = parse_data(json.loads(answered_attempt.answer).get("data"))
+        parsed = parse_data(parse_json(answered_attempt.answer).get("data"))
         has = has_value(parsed, self.template.columns.values())
         return RowStatus.FOUND if has else RowStatus.NOT_FOUND, answered_attempt.error
 
 
 def _answer_fields(attempt: AttemptRow) -> Mapping[str, Any]:
-    return parse_data(json.loads(attempt.answer).get("data")).fields if attempt.answer else {}
+    return parse_data(parse_json(attempt.answer).get("data")).fields if attempt.answer else {}
 
 
 def _attempt_as_json(attempt: AttemptRow) -> dict[str, Any]:
@@ -122,8 +120,8 @@ def _attempt_as_json(attempt: AttemptRow) -> dict[str, Any]:
         "state": attempt.state,
         "intent_at": iso_time(attempt.claimed_ms),
         "task_id": attempt.task_id,
-        "submitted_at": None if attempt.submitted_ms is None else iso_time(attempt.submitted_ms),
-        "settled_at": None if attempt.settled_ms is None else iso_time(attempt.settled_ms),
+        "submitted_at": iso_time(attempt.submitted_ms),
+        "settled_at": iso_time(attempt.settled_ms),
         "settled_in": attempt.settled_execution_id,
         "credits_reserved": to_credits(attempt.reserved),
         "credits": to_credits(attempt.credits),

@@ -11,6 +11,7 @@ from enrich.errors import EnrichError
 from enrich.job.cell_text import fold
 from enrich.job.job import Job
 from enrich.job.target_spec import Param
+from enrich.json_text import parse_json
 from enrich.ledger.database import Database
 from enrich.rows.job_input import JobInput
 from enrich.run.job_steps import make_steps
@@ -122,7 +123,7 @@ def _sent_cells(params: Sequence[tuple[str, Param]], request: Mapping[str, Any])
 def _found_values(job: Job, request: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield the values of the steps' columns in the answers of a request, by column."""
     for answer in filter(None, json.loads(request["answers"])):
-        data = json.loads(answer).get("data")
+        data = parse_json(answer).get("data")
         for step in job.step_jobs:
             columns = step.model.columns or {}
             for name, value in zip(columns, column_values(data, columns.values()), strict=True):

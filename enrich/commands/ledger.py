@@ -12,6 +12,7 @@ import click
 from enrich.commands import options
 from enrich.commands.options import LEDGER_INSTEAD_OPTION, SANDBOX_OPTION
 from enrich.exit_codes import ExitCode
+from enrich.job.file_names import why_no_ledger
 from enrich.job.locations import LedgerLocation, parse_ledger_location
 from enrich.ledger import verify
 from enrich.ledger.database import open_existing
@@ -41,6 +42,8 @@ def _resolve_ledger(
         ledger = parse_ledger_location(Path(), place, (job_folder or Path.cwd()) / ".enrich")
     except ValueError as error:
         raise click.UsageError(str(error)) from error
+    if reason := why_no_ledger(ledger):
+        raise click.UsageError(f"{ledger}: {reason}")
     options.record_ledger(ledger)
     return ledger
 

@@ -24,6 +24,7 @@ from enrich.errors import JobError
 from enrich.exit_codes import JobArguments
 from enrich.extras import install_hint
 from enrich.job.field_types import parse_duration
+from enrich.job.file_names import why_no_file
 from enrich.job.job import Job, Overrides, load_job
 from enrich.job.locations import LedgerLocation, check_no_password, hide_secrets, sandbox_state_path
 from enrich.ledger.file_identity import make_private_folder
@@ -31,20 +32,26 @@ from enrich.models import RETRYABLE_STATES, State
 
 T = TypeVar("T")
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-FILE = click.Path(path_type=Path, dir_okay=False)
 
 
-class _WrittenFile(click.Path):
-    """A file that a command writes. `-` is refused, which is stdout in other programs."""
+class FilePath(click.Path):
+    """The path of a file. A name that no file can have is refused, and `-` unless it is allowed."""
+
+    def __init__(self, *, allow_dash: bool = True) -> None:
+        super().__init__(path_type=Path, dir_okay=False, allow_dash=allow_dash)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401 - as in click
         """Parse the path."""
-        if str(value) == "-":
+        if str(value) == "-" and not self.allow_dash:
             self.fail("must be a file, not `-` for stdout", param, ctx)
+        reason = why_no_file(Path(value)) if str(value) else "it is empty"
+        if reason is not None:
+            self.fail(f"`{value}` cannot be the name of a file: {reason}", param, ctx)
         return super().convert(value, param, ctx)
 
 
-WRITTEN_FILE = _WrittenFile(path_type=Path, dir_okay=False)
+FILE = FilePath()
+WRITTEN_FILE = FilePath(allow_dash=False)
 _INPUT_HELP = "Read this file or URL, or - for stdin, instead of the job's input."
 _OUTPUT_HELP = "Write this file or URL instead of the job's output."
 _TIME_OF_DAY = re.compile(r"([01]?[0-9]|2[0-3]):([0-5][0-9])")
@@ -52,13 +59,7 @@ _TIME_OF_DAY = re.compile(r"([01]?[0-9]|2[0-3]):([0-5][0-9])")
 
 def parse_seconds(_: click.Context, __: click.Parameter, value: str | None) -> float | None:
     """Parse a duration to seconds. None if the option is not given."""
-    if value is None:
-        return None
-
-    try:
-        return parse_duration(value).total_seconds()
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from error
+    return None if value is None else parse_option(parse_duration, value).total_seconds()
 
 
 def parse_states(_: click.Context, __: click.Parameter, value: str | None) -> frozenset[str]:
@@ -106,10 +107,7 @@ def time_option(_: click.Context, __: click.Parameter, value: str) -> tuple[int,
 
 def _reject_password(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
     if value is not None:
-        try:
-            check_no_password(value)
-        except ValueError as error:
-            raise click.BadParameter(str(error)) from error
+        parse_option(check_no_password, value)
     return value
 
 
@@ -167,6 +165,11 @@ class JobOptions:
         return JobArguments(shlex.join(run_args), shlex.join(ledger_args))
 
 
+def add_options(*added: Decorator) -> Decorator:
+    """Return a decorator that adds options to a command, shown in this order."""
+    return lambda command: functools.reduce(lambda decorated, option: option(decorated), reversed(added), command)
+
+
 def job_options(
     *,
     has_input: bool = False,
@@ -175,13 +178,13 @@ def job_options(
     sandbox: str = "Use the ledger of the sandbox.",
 ) -> Decorator:
     """Add JOB and the options for its paths to a command, which gets them as one object, `job_options`."""
-    added: list[Decorator] = [
+    with_options = add_options(
         JOB_ARGUMENT,
         *([click.option("--input", "input_path", metavar="FILE", help=_INPUT_HELP)] if has_input else []),
         *([click.option("--output", metavar="FILE", help=_OUTPUT_HELP)] if has_output else []),
         ledger_option(what=ledger),
         click.option("--sandbox", "use_sandbox", is_flag=True, help=sandbox),
-    ]
+    )
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(command)
@@ -189,10 +192,7 @@ def job_options(
             given = {field.name: params.pop(field.name) for field in fields(JobOptions) if field.name in params}
             return command(job_options=JobOptions(**given), **params)
 
-        decorated: Callable[..., Any] = wrapper
-        for option in reversed(added):
-            decorated = option(decorated)
-        return decorated
+        return with_options(wrapper)
 
     return decorate
 
@@ -219,12 +219,10 @@ class AtLeast(click.ParamType):  # type: ignore[type-arg] # older versions are n
         return number
 
 
-SELECTION_OPTIONS = (
+#: Adds the options that select and limit requests to a command.
+selection_options = add_options(
     click.option(
-        "--limit",
-        type=AtLeast(0),
-        metavar="ROWS",
-        help="Send at most this many new requests. The rest stays pending.",
+        "--limit", type=AtLeast(0), metavar="ROWS", help="Send at most this many new requests. The rest stays pending."
     ),
     click.option(
         "--sample",
@@ -250,13 +248,6 @@ SELECTION_OPTIONS = (
         help="Send these again, which may charge again: failed, expired, in_doubt, separated by commas.",
     ),
 )
-
-
-def selection_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that select and limit requests to a command."""
-    for option in reversed(SELECTION_OPTIONS):
-        command = option(command)
-    return command
 
 
 def record_ledger(ledger: LedgerLocation) -> None:

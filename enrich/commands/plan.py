@@ -27,12 +27,7 @@ from enrich.job.locations import sandbox_file_name
 from enrich.ledger import enroll, erasure, execution_records, task_ids
 from enrich.ledger.database import Database
 from enrich.ledger.lock import is_locked
-from enrich.models import (
-    DECISIONS_TO_SEND,
-    Decision,
-    RowStatus,
-    State,
-)
+from enrich.models import DECISIONS_TO_SEND, Decision, RowStatus, State
 from enrich.rows.job_input import JobInput
 from enrich.rows.params import LeftOutCounts
 from enrich.run import neighbour_ledgers
@@ -113,7 +108,7 @@ def _next_lines(planned: Plan | StepsPlan, command: str, chosen: str) -> Iterato
 
 
 def plan_with_access(
-    job: Job, run_options: RunOptions, plan_file: Path | None = None, rows_file: Path | None = None
+    job: Job, run_options: RunOptions, plan_file: Path | None, rows_file: Path | None
 ) -> tuple[Plan | StepsPlan, str | None]:
     """Plan a run with the job's access to the API, and save the plan in `plan_file`, if given (see `make_plan`).
 

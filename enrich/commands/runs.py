@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import click
@@ -46,12 +45,10 @@ def read_runs(job: Job, last: int) -> dict[str, Any]:
         with closing(open_existing(job.ledger)) as ledger, ledger.snapshot():
             lock_held = is_locked(job.ledger)  # before reading: a run that ends meanwhile was not killed
             newest = execution_records.newest_execution_id(ledger)
-            executions = iter(execution_records.list_executions(ledger, job.name))
-            for execution in islice(executions, last):
+            for execution in execution_records.list_executions(ledger, job.name):
                 totals.add(execution)
-                shown.append(_execution_as_json(execution, is_running=lock_held and execution.id == newest))
-            for execution in executions:
-                totals.add(execution)
+                if len(shown) < last:
+                    shown.append(_execution_as_json(execution, is_running=lock_held and execution.id == newest))
     return {
         "job": job.name,
         "sandbox": job.sandbox,
@@ -72,7 +69,7 @@ def _execution_as_json(execution: ExecutionRow, *, is_running: bool) -> dict[str
     return {
         "execution": execution.id,
         "started_at": iso_time(execution.started_ms),
-        "ended_at": None if execution.ended_ms is None else iso_time(execution.ended_ms),
+        "ended_at": iso_time(execution.ended_ms),
         "elapsed_s": None
         if execution.ended_ms is None
         else round((execution.ended_ms - execution.started_ms) / 1000, 3),

@@ -7,12 +7,12 @@ without its key field (`identifier`, `id` or `name`) is rejected.
 from __future__ import annotations
 
 from contextlib import suppress
-from math import isfinite
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
 
 from enrich.databar.text_filter import clean_line
+from enrich.models import MAX_CREDITS
 
 
 def read_line(value: object) -> object:
@@ -22,9 +22,9 @@ def read_line(value: object) -> object:
 
 
 def _read_credits(value: object) -> object:
-    """Return credits as a finite number or as text. None (unknown) for any other value."""
+    """Return credits as a number or as text. None (unknown) for any other value, and for a number out of range."""
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return value if isfinite(value) else None
+        return value if -MAX_CREDITS <= value <= MAX_CREDITS else None
     return clean_line(value) if isinstance(value, str) else None
 
 

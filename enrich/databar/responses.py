@@ -22,17 +22,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from typing import Any
 
-import msgspec
-
-from enrich.databar.error_bodies import join_text, wrong_params, wrong_rows
 from enrich.databar.task_results import TaskReply
-from enrich.databar.text_filter import clean_json, clean_line, clean_text
+from enrich.databar.text_filter import clean_json, clean_line, clean_text, decode_json, nan_as_null
 from enrich.databar.transport import HttpAnswer
 from enrich.errors import (
     ApiCallFailed,
@@ -46,7 +43,7 @@ from enrich.errors import (
     TaskUnknown,
     Unauthorized,
 )
-from enrich.models import to_json_text
+from enrich.json_text import parse_json
 
 #: A longer id is not accepted as a task id.
 MAX_ID_LENGTH = 512
@@ -68,7 +65,7 @@ class _NotFound(JobRejected):
 
 @dataclass(frozen=True, slots=True)
 class JsonBody:
-    """A JSON body: its value, the same value as JSON text, and whether all of its bytes could be decoded."""
+    """A JSON body: its value, its text, and whether all of its bytes could be decoded."""
 
     value: Any
     text: str
@@ -76,29 +73,17 @@ class JsonBody:
 
 
 def parse_body(received: bytes, key: str) -> JsonBody:
-    """Clean and parse a body, in which the API key `key` is masked. Lone surrogates and invalid UTF-8 are replaced.
+    """Clean and parse a body, in which the API key `key` is masked. Numbers stay as they are written in its text.
 
     Raises ValueError if the body is not JSON or is nested too deeply.
     """
-    body = clean_json(received, key)
+    text = nan_as_null(decode_json(clean_json(received, key)))
     try:
-        return _check_depth(JsonBody(msgspec.json.decode(body), body.decode()))
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        pass  # malformed, or an extension of JSON that Python's parser accepts
-    try:
-        try:
-            value = json.loads(body, parse_constant=_constant_as_null)
-        except UnicodeDecodeError:
-            value = json.loads(body.decode(errors="replace"), parse_constant=_constant_as_null)
-        text = to_json_text(value)
-        had_replacement = b"\xef\xbf\xbd" in received or b"fffd" in received.lower()
-        return _check_depth(JsonBody(json.loads(text), text, had_replacement or "\ufffd" not in text))
+        value = parse_json(text)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-
-
-def _constant_as_null(_: str) -> None:
-    """Parse NaN and Infinity, which are not valid JSON, as null."""
+    is_lossless = "\ufffd" not in text or "\ufffd".encode() in received
+    return _check_depth(JsonBody(value, text, is_lossless))
 
 
 def _check_depth(reply: JsonBody) -> JsonBody:
@@ -153,16 +138,11 @@ def usable_task_id(content: bytes, key: str) -> str | None:
     An id that needs cleaning is unusable, because the cleaned id could belong to another task.
     """
     try:
-        # Invalid bytes in other parts of the response do not make the id unreadable.
-        body = json.loads(content.decode(errors="replace"), parse_int=_parse_integer)
+        # Invalid bytes and control characters in other parts of the response do not make the id unreadable.
+        body = json.loads(decode_json(content), parse_int=str, strict=False)
     except (ValueError, RecursionError):
         return None
     return next((name for name in task_ids(body) if _is_usable_id(name, key)), None)
-
-
-def _parse_integer(digits: str) -> int | str:
-    """Parse an integer. A very long one stays text, because Python refuses more than 4,300 digits."""
-    return int(digits) if len(digits) < MAX_ID_LENGTH else digits
 
 
 def _is_usable_id(task_id: str, key: str) -> bool:
@@ -278,3 +258,83 @@ def _error_detail(body: object) -> str:
             f"{join_text(item.get('loc'), '.')}: {item.get('msg')}" for item in detail if isinstance(item, Mapping)
         )[:200]
     return json.dumps(detail)[:200] if detail is not None else ""
+
+
+#: Keys of the request body besides `params`. An error about one of them concerns the job, not a row.
+BODY_KEYS = frozenset({"params", "enrichments", "email_verifier", "body", "x-apikey"})
+#: Keys of an error object that are not param names.
+ERROR_KEYS = frozenset({"position", "error", "code", "message", "msg", "type", "status", "detail"})
+
+
+def wrong_params(body: object) -> dict[int, str]:
+    """Return the param errors of a single request as `{0: message}`. {} if the body names no param.
+
+    Supported shapes are `{"rows": [{"fields": {…}}]}`, `{"fields": {…}}`, `{"detail": {…}}`, `{"detail": [{…}]}` and
+    FastAPI's `{"detail": [{"loc": ["body", "params", NAME], "msg": …}]}`.
+    """
+    message = _format_errors(complaint for _, complaint in _param_errors(body))
+    return {0: message} if message else {}
+
+
+def wrong_rows(body: object, size: int) -> dict[int, str] | None:
+    """Return the rows of a bulk request with param errors: row index (from 0) to message.
+
+    None: the body names no param. {}: it names params, but their rows are unknown. Supported shapes are
+    `{"rows": [{"position": FROM_1, "fields": {…}}]}`, `{"detail": [{…}, …]}` with one object per row,
+    and FastAPI's `"loc": ["body", "params", ROW, NAME]`.
+    """
+    if size == 1:
+        return wrong_params(body) or None
+    rows: dict[int, list[tuple[str, str]]] = {}
+    for row, error in _param_errors(body, size):
+        if row is None or not 0 <= row < size:
+            return {}
+        rows.setdefault(row, []).append(error)
+    return {row: _format_errors(errors) for row, errors in rows.items()} or None
+
+
+def join_text(text: object, separator: str = " ") -> str:
+    """Join a list of texts into one. A single text is returned as it is."""
+    return separator.join(map(str, text)) if isinstance(text, list) else str(text)
+
+
+def _format_errors(errors: Iterator[tuple[str, str]] | list[tuple[str, str]]) -> str:
+    return "; ".join(f"{name}: {message}" for name, message in dict(errors).items())
+
+
+def _param_errors(body: object, size: int = 1) -> Iterator[tuple[int | None, tuple[str, str]]]:
+    """Yield each param error as (row index, (param, message)). The row is None if the body does not name it."""
+    if not isinstance(body, Mapping):
+        return
+    detail, rows = body.get("detail"), body.get("rows")
+    yield from ((None, complaint) for complaint in _field_errors(body.get("fields")))
+    if isinstance(detail, list):
+        one_per_row = len(detail) == size and all(isinstance(item, Mapping) and "loc" not in item for item in detail)
+        for index, item in enumerate(detail):
+            if isinstance(item, Mapping) and "loc" in item:
+                yield from _fastapi_error(item)
+            else:
+                yield from ((index if one_per_row else None, complaint) for complaint in _field_errors(item))
+    else:
+        yield from ((None, complaint) for complaint in _field_errors(detail))
+    for item in rows if isinstance(rows, list) else []:
+        position = item.get("position") if isinstance(item, Mapping) else None
+        row = position - 1 if isinstance(position, int) and position is not True else None
+        yield from ((row, complaint) for complaint in _field_errors(item))
+
+
+def _fastapi_error(item: Mapping[str, object]) -> Iterator[tuple[int | None, tuple[str, str]]]:
+    """Yield the param error in one item of FastAPI's `detail` list."""
+    loc = item["loc"]
+    if isinstance(loc, list) and "params" in loc[:-1]:
+        row = loc[loc.index("params") + 1]
+        yield row if isinstance(row, int) else None, (str(loc[-1]), str(item.get("msg", "refused")))
+
+
+def _field_errors(item: object) -> Iterator[tuple[str, str]]:
+    if not isinstance(item, Mapping):
+        return
+    fields = item.get("fields")
+    if not isinstance(fields, Mapping):
+        fields = {name: value for name, value in item.items() if name not in ERROR_KEYS}
+    yield from ((str(name), join_text(value)) for name, value in fields.items() if name not in BODY_KEYS)

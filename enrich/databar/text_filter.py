@@ -36,6 +36,7 @@ _ESCAPE = re.compile(
     r"\\(?:u(?:(d[89ab][0-9a-f]{2})\\u(d[c-f][0-9a-f]{2})|([0-9a-f]{4}))|(.))", re.IGNORECASE | re.DOTALL
 )
 _STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
+_STRING_OR_CONSTANT = re.compile(f"{_STRING.pattern}|(-?Infinity|NaN)", re.DOTALL)
 _NUMBER = re.compile(r"[0-9.eE+-]+")
 
 
@@ -43,7 +44,7 @@ def clean_json(body: bytes, key: str) -> bytes:
     """Clean JSON as received, including malformed or deeply nested JSON. Only its strings change."""
     if key.encode() not in body and not _needs_cleaning(body):
         return body
-    text = _ESCAPE.sub(_unescape, body.decode(json.detect_encoding(body), errors="replace"))
+    text = _ESCAPE.sub(_unescape, decode_json(body))
     text = _CONTROL.sub(" ", _HIDDEN.sub("", text))
     if len(key) >= MIN_KEY_LENGTH:
         escaped_key = json.dumps(key)[1:-1]
@@ -52,6 +53,18 @@ def clean_json(body: bytes, key: str) -> bytes:
         else:
             text = text.replace(escaped_key, MASK)
     return text.encode(errors="replace")
+
+
+def decode_json(body: bytes) -> str:
+    """Decode JSON as received: UTF-8, UTF-16 or UTF-32, with or without a BOM. Invalid bytes become U+FFFD."""
+    return body.decode(json.detect_encoding(body), errors="replace")
+
+
+def nan_as_null(text: str) -> str:
+    """Replace NaN and Infinity, which JSON does not have, with null."""
+    if "NaN" not in text and "Infinity" not in text:
+        return text
+    return _STRING_OR_CONSTANT.sub(lambda found: "null" if found[1] else found[0], text)
 
 
 def _needs_cleaning(body: bytes) -> bool:

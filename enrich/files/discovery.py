@@ -134,8 +134,20 @@ def _partition_values(location: Location, file_location: Location) -> tuple[tupl
     """Return the column values in the folder names between the input's location and the file."""
     file_parts, location_parts = _path_parts(file_location), _path_parts(location)
     matches = (_PARTITION.fullmatch(part) for part in file_parts[_fixed_part_count(location_parts) : -1])
-    pairs = ((unquote(match[1]), unquote(match[2])) for match in matches if match)
+    try:
+        pairs = [(_decode_percent(match[1]), _decode_percent(match[2])) for match in matches if match]
+    except UnicodeError:
+        message = f"{file_location}: the name of a folder is not text"
+        raise FileProblem(message, "write it in UTF-8, also its percent codes, and without NUL") from None
     return tuple((name, None if value == _NULL_PARTITION else value) for name, value in pairs)
+
+
+def _decode_percent(text: str) -> str:
+    """Decode the percent codes. Raises UnicodeError for what is not UTF-8 text, and for NUL."""
+    decoded = unquote(text, errors="strict")
+    if b"\0" in decoded.encode():
+        raise UnicodeError
+    return decoded
 
 
 def _path_parts(location: Location) -> Sequence[str]:

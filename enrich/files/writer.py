@@ -151,19 +151,17 @@ def _write_csv(
         writer.write_header(columns)
         for frame in frames:
             text = frame.with_columns(as_text(column) for column in frame.get_columns() if column.dtype != pl.String)
-            writer.write(text.with_columns(map(escape_formulas, text.get_columns()[-new_columns:])))
+            writer.write(text.with_columns(*escape_formulas(text.select(pl.nth(range(-new_columns, 0))))))
 
 
 def is_formula(text: str) -> bool:
     """Check whether a spreadsheet would run a text as a formula."""
-    return bool(escape_formulas(pl.Series([text])).item() != text)
+    return bool(escape_formulas(pl.DataFrame({"": [text]})).item() != text)
 
 
-def escape_formulas(column: pl.Series) -> pl.Series:
+def escape_formulas(texts: pl.DataFrame) -> pl.DataFrame:
     """Prefix text that looks like a formula with `'`, so that no spreadsheet runs it."""
-    if not column.alias("").str.contains(_NO_LETTER).any():  # polars takes some names for patterns
-        return column
-    text = pl.nth(0)
-    runs = text.str.contains(_FORMULA) | (text.str.contains(_SIGNED) & ~text.str.contains(_NUMBER_OR_PHONE))
-    safe = pl.when(runs).then("'" + text).otherwise(text)
-    return column.alias("").to_frame().select(safe.alias("")).to_series().alias(column.name)
+    may_run = texts.select_seq(pl.all().str.contains(_NO_LETTER).any())
+    text = pl.nth([place for place, column in enumerate(may_run) if column.item()])
+    is_safe = ~text.str.contains(_FORMULA) & (~text.str.contains(_SIGNED) | text.str.contains(_NUMBER_OR_PHONE))
+    return texts.with_columns(pl.when(is_safe).then(text).otherwise("'" + text))

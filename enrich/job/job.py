@@ -181,7 +181,7 @@ class Job:
 
     def resolve_path(self, path: str) -> Path:
         """Resolve a path that is relative to the folder of the job file."""
-        return _absolute_path(self.document.path.resolve().parent, path)
+        return Path(os.path.normpath(self.document.path.resolve().parent / path))
 
     def error(self, key_path: Sequence[str | int], message: str, hint: str | None = None) -> JobError:
         """Return a JobError that names the job file, the line and the key."""
@@ -287,9 +287,7 @@ def _check_outputs(job: Job, job_folder: Path) -> None:
         elif not written.path.lower().endswith(OUTPUT_SUFFIXES):
             folder = "; for a folder: leads/" if key == "output" else ""
             raise job.error(
-                [key],
-                f"`{written.path}` has an unsupported file type",
-                f"use {', '.join(OUTPUT_SUFFIXES)}{folder}",
+                [key], f"`{written.path}` has an unsupported file type", f"use {', '.join(OUTPUT_SUFFIXES)}{folder}"
             )
     if model.report is not None and model.report.path is not None:
         _check_date_codes(job, "report", model.report.path)
@@ -370,10 +368,6 @@ def _checked_location(document: YamlDocument, key: str, base: Path, path_or_url:
 
 def _expand_date(path: str, now: datetime) -> str:
     return now.strftime(path) if "%" in path else path
-
-
-def _absolute_path(base: Path, path: str | Path) -> Path:
-    return Path(os.path.normpath(base / path))
 
 
 def _default_output(input_path: InputLocation, name: str, *, sandbox: bool) -> str:

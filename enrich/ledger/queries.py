@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 from enrich.databar.task_results import parse_data
 from enrich.job.target import Target
+from enrich.json_text import parse_json
 from enrich.ledger.database import Database
-from enrich.ledger.sql_fragments import OPEN_ATTEMPT, SINCE_EXECUTION
+from enrich.ledger.dialect import OPEN_ATTEMPT, SINCE_EXECUTION
 from enrich.models import SettledAttempt, State
 
 #: How many of the newest attempts are used to estimate the current price of a request.
@@ -231,9 +232,7 @@ def last_answer_ms(db: Database, execution_id: int) -> int | None:
     return None if at_ms is None else int(at_ms)
 
 
-def answered_params(
-    db: Database, job: str, execution_id: int | None = None
-) -> Iterator[tuple[str, bool, float | None]]:
+def answered_params(db: Database, job: str, execution_id: int | None) -> Iterator[tuple[str, bool, float | None]]:
     """Yield the params (JSON, as sent) that were answered in a job's runs, or in one run of it.
 
     Of several entries with the same params the last one counts. With each: whether it was found, and its cost in
@@ -262,7 +261,7 @@ def _is_answered_field(db: Database, name: str) -> bool:
     patterns = [f"%{_escape_like(json.dumps(name, ensure_ascii=escaped))}%" for escaped in (True, False)]
     rows = db.stream("SELECT answer FROM attempts WHERE answer LIKE ? ESCAPE '!' OR answer LIKE ? ESCAPE '!'", patterns)
     for (answer,) in rows:
-        parsed = parse_data(json.loads(answer).get("data"))
+        parsed = parse_data(parse_json(answer).get("data"))
         if name in parsed.fields or name in (parsed.wrapper or {}):
             return True
     return False

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from enrich.errors import LOCKED_HINT, CommandRefused, LedgerLocked
 from enrich.files.atomic import fsync_dir
+from enrich.json_text import parse_json
 
 #: Appended to the ledger's name. Further files of the same ledger end with `.2`, `.3` and so on.
 SUFFIX = ".rescue"
@@ -115,7 +116,7 @@ def read_rescue_file(path: Path) -> list[RescuedAttempt]:
 def _check_line(attempt: RescuedAttempt) -> None:
     """Raise ValueError for a line that contradicts itself."""
     for text in (attempt.call, attempt.params, attempt.answer):
-        if text is not None and not isinstance(json.loads(text), dict):
+        if text is not None and not isinstance(parse_json(text), dict):
             raise ValueError
     if attempt.state in ("submitted", "found", "not_found", "expired") and attempt.task_id is None:
         raise ValueError

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ import msgspec
 
 from enrich.errors import CommandRefused, EnrichError, LedgerDamaged, LedgerFailed
 from enrich.job.locations import LedgerLocation, PostgresLocation
+from enrich.json_text import parse_json
 from enrich.ledger.database import Database, open_existing
 from enrich.ledger.dialect import DATABASE_ERRORS, DatabaseFailed
 from enrich.ledger.schema import APPLICATION_ID, JSON_COLUMNS
@@ -203,7 +203,7 @@ def _value_problem(column: Column, value: object) -> str | None:
         return "not UTF-8"
     types = JSON_COLUMNS.get(column.table, {}).get(column.name, ())
     try:
-        if not types or isinstance(json.loads(text), types):
+        if not types or isinstance(parse_json(text), types):
             return None
     except (ValueError, RecursionError):
         pass

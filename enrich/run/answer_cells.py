@@ -11,6 +11,7 @@ import polars as pl
 from enrich.databar.task_results import BESIDE, column_values, is_blank
 from enrich.files.values import RawJson, to_json
 from enrich.job.cell_text import blank_cells
+from enrich.json_text import parse_json
 
 _NUMBERS_AS_WRITTEN = json.JSONDecoder(parse_int=RawJson, parse_float=RawJson, parse_constant=lambda _: None)
 
@@ -41,7 +42,7 @@ def answer_columns(answers: Iterable[str | None], paths: Sequence[str]) -> list[
             for cells, cell in zip(columns, answer_cells(text, paths), strict=True):
                 cells[place] = cell
     series = [pl.Series("", cells, pl.String) for cells in columns]
-    return [cells.set(blank_cells(cells).fill_null(value=False), None) for cells in series]
+    return [cells.set(blank_cells(cells), None) for cells in series]
 
 
 def _usual_result(answer: str | None) -> dict[str, str | None] | None:
@@ -56,12 +57,9 @@ def _usual_result(answer: str | None) -> dict[str, str | None] | None:
 def answer_cells(answer: str, paths: Sequence[str]) -> list[str | None]:
     """Read values of an answer (JSON) as cells. Raises JSONDecodeError if it is not a JSON object."""
     try:
-        task = msgspec.json.decode(answer)
-    except (msgspec.DecodeError, RecursionError):
-        try:
-            task = _NUMBERS_AS_WRITTEN.decode(answer)
-        except RecursionError:
-            task = None
+        task = parse_json(answer)
+    except RecursionError:
+        task = None
     if not isinstance(task, dict):
         raise json.JSONDecodeError("not an object", "", 0)
     values = column_values(task.get("data"), paths)

@@ -125,7 +125,7 @@ def check_balance(job: Job, template: RequestTemplate, balance: int | None) -> N
         )
     if min_balance is not None and balance - min_balance < max_request_price:
         raise CommandRefused(
-            f"{balance_text}, `min_balance` is {to_credits(min_balance):,g}, "
+            f"{balance_text}, `min_balance` is {to_credits(min_balance):,.15g}, "
             f"and one request may cost {to_credits(max_request_price):g}",
             "top up the account, or lower `min_balance`",
         )

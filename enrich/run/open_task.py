@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from enrich.databar.task_results import TaskPhase
 from enrich.models import Task
 
 #: A 404 counts after this many in a row, over at least `Timeouts.young_task_s`. So does an unreadable answer.
@@ -38,7 +39,9 @@ class OpenTask:
     written_off: bool = False
     #: Age in seconds when a poll last found it running.
     last_running_age_s: float = 0.0
-    no_data_since: float | None = None
+    #: The phase that the last reply named, and since when (monotonic, seconds).
+    phase: TaskPhase | None = None
+    phase_since: float = 0.0
     #: Send the next poll over a new connection.
     needs_new_connection: bool = False
     #: The poll that is running began after it was known to be the last one.
@@ -49,6 +52,12 @@ class OpenTask:
     foreign_reply_count: int = 0
     #: The request is about to be resent, so a 404 needs as many confirmations as for any other task.
     to_be_resubmitted: bool = False
+
+    def phase_age_s(self, phase: TaskPhase, now: float) -> float:
+        """Record the phase that a reply names. Return for how many seconds all replies have named it."""
+        if phase is not self.phase:
+            self.phase, self.phase_since = phase, now
+        return now - self.phase_since
 
     def count_repeat(self, description: str, now: float) -> RepeatedReply:
         """Count a reply that needs confirmation."""

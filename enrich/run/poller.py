@@ -77,7 +77,7 @@ class Poller:
         for open_task in self._open_tasks_of(tasks):
             self._schedule(open_task, self._poll_delay_s(self._age_s(open_task)) if polled_before else 0.0)
 
-    def repoll_written_off(self, tasks: Iterable[Task], *, to_be_resubmitted: bool = False) -> None:
+    def repoll_written_off(self, tasks: Iterable[Task], *, to_be_resubmitted: bool) -> None:
         """Poll written-off tasks once more. Tasks that still exist at the API are waited for again."""
         for open_task in self._open_tasks_of(tasks):
             open_task.written_off, open_task.to_be_resubmitted = True, to_be_resubmitted
@@ -219,6 +219,7 @@ class Poller:
         run_state = self.run_state
         age_s = self._age_s(open_task)
         phase = task_phase(reply.body)
+        phase_age_s = open_task.phase_age_s(phase, run_state.clock.monotonic())
         if phase is TaskPhase.GONE and (self.answers_only or open_task.written_off):
             await self._handle_deleted(open_task)
             return
@@ -237,10 +238,8 @@ class Poller:
             self._handle_running(open_task, age_s)
             return
         if phase is TaskPhase.NO_DATA or (phase is TaskPhase.COMPLETED and is_paid_without_data(reply.body)):
-            now = run_state.clock.monotonic()
-            open_task.no_data_since = now if open_task.no_data_since is None else open_task.no_data_since
-            if now - open_task.no_data_since < run_state.timeouts.no_data_s:
-                grace = run_state.timeouts.no_data_s
+            grace = run_state.timeouts.no_data_s
+            if phase_age_s < grace:
                 self._poll_again(open_task, NO_DATA_POLL_S if phase is TaskPhase.NO_DATA else grace)
                 return
         elif open_task.submitted_in_this_run:

@@ -22,6 +22,7 @@ from enrich.databar.description import Description, parse_description
 from enrich.databar.enrichment import Enrichment
 from enrich.databar.task_results import ParsedData, is_blank, parse_data
 from enrich.job.target import Target, TargetKind
+from enrich.json_text import parse_json
 from enrich.models import SettledAttempt, State, to_credits, to_micros
 
 #: The keys of a provider in JSON, where they differ from our names.
@@ -287,10 +288,7 @@ def _scalar(value: object) -> object:
 def load_task(answer: str | None) -> Mapping[str, Any]:
     """Read a task as the ledger stores it; empty when there is none or it cannot be read."""
     try:
-        try:
-            task = msgspec.json.decode(answer) if answer else {}
-        except msgspec.DecodeError:  # a number that is too large for a float, or a lone surrogate
-            task = json.loads(answer or "{}")
+        task = parse_json(answer or "{}")
     except (ValueError, RecursionError):
         return {}
     return task if isinstance(task, dict) else {}

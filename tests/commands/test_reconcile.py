@@ -8,9 +8,11 @@ from pathlib import Path
 import httpx
 import pytest
 
+from enrich.databar.enrichment import Enrichment
 from enrich.databar.user import User
+from enrich.databar.waterfall import Waterfall
 from enrich.exit_codes import ExitCode
-from enrich.models import MICROS_PER_CREDIT, State, read_balance
+from enrich.models import MICROS_PER_CREDIT, State, read_balance, to_micros
 from enrich.run.balance import explain_balance
 from enrich.run.context import RunOptions
 from enrich.run.progress import Progress
@@ -284,7 +286,11 @@ def test_negative_balance(workspace: Workspace, balance: object) -> None:
         assert all(seen.line.startswith("GET") for seen in server.requests)
 
 
-@in_turn("balance", ["NaN", "inf", "-Infinity", "much", [], {"amount": 1}, True, None, "1e400", 10**30])
-def test_unreadable_balance_is_unknown(balance: object) -> None:
-    """An unreadable balance is unknown, never 0."""
+@in_turn("balance", ["NaN", "inf", "-Infinity", "much", [], {"amount": 1}, True, None, "1e400", 10**30, 10**400])
+def test_unreadable_credits_are_unknown(balance: object) -> None:
+    """An unreadable balance is unknown, never 0, and so is a price."""
     assert read_balance(User.model_validate({"balance": balance}).balance) is None
+    provider = {"id": 1, "price": balance}
+    waterfall = Waterfall.model_validate({"identifier": "w", "available_enrichments": [provider]})
+    assert to_micros(waterfall.available_enrichments[0].price) is None
+    assert to_micros(Enrichment.model_validate(provider).price) is None

@@ -70,6 +70,7 @@ def test_last_option(workspace: Workspace) -> None:
     ledger.wrapped.close()
 
     output = workspace.run_in_process("runs", "job.yaml", "--last", "2", "--json").json_output
+    assert workspace.run_in_process("runs", "job.yaml", "--last", str(2**63)).exit_code == 0
 
     assert [run["execution"] for run in output["executions"]] == [4, 3]
     assert (output["totals"]["executions"], output["totals"]["submitted"]) == (4, 4)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from enrich.databar.error_bodies import wrong_params, wrong_rows
+from enrich.databar.responses import wrong_params, wrong_rows
 from enrich.databar.task_results import TaskPhase, TaskReply, read_bulk_answers, task_phase
 from enrich.models import Answer, State
 from tests.support.cases import in_turn

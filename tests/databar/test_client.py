@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import traceback
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,7 +16,8 @@ from pydantic import SecretStr
 from enrich.databar.client import Client
 from enrich.databar.clock import SystemClock
 from enrich.databar.credentials import ApiAccess
-from enrich.databar.error_bodies import wrong_params
+from enrich.databar.responses import wrong_params
+from enrich.databar.task_results import has_value, parse_data
 from enrich.errors import (
     ApiCallFailed,
     BadParams,
@@ -30,6 +32,7 @@ from enrich.errors import (
     UnexpectedResponse,
 )
 from enrich.job.target import Target, TargetKind
+from enrich.run.answer_cells import answer_cells
 from tests.support.cases import in_turn
 from tests.support.raw_server import ConnectionAction, ReceivedRequest, Reply, http_reply, serve_replies, unused_port
 from tests.support.workspace import SandboxApi, serve_api
@@ -414,9 +417,14 @@ def test_retry_after_formats(headers: dict[str, str], seconds: float | None) -> 
         ({"task_id": None, "request_id": "old"}, "old"),
         ({"task_id": "", "request_id": "old"}, "old"),
         ({"task_id": 17}, "17"),
+        (b'\xef\xbb\xbf{"task_id": "abc"}', "abc"),
+        ('{"task_id": "abc"}'.encode("utf-16"), "abc"),
+        ('{"task_id": "abc"}'.encode("utf-16-le"), "abc"),
+        ('{"task_id": "abc"}'.encode("utf-32"), "abc"),
+        (b'{"task_id": "abc", "note": "\xff\t\x01", "n": %s, "m": NaN}' % (b"9" * 5000), "abc"),
     ],
 )
-def test_task_id_names_and_types(body: dict[str, Any], task_id: str) -> None:
+def test_task_id_names_and_types(body: object, task_id: str) -> None:
     """`request_id` is accepted as the older name, and an id may have any form."""
     with serve_replies(http_reply(200, body)) as server:
         assert call_api(server.base_url, submit_run) == task_id
@@ -668,6 +676,26 @@ def test_large_integers_are_kept() -> None:
             number,
             -(2**63) - 1,
         ]
+
+
+@in_turn(
+    "body",
+    [
+        '{"task_id": "t-1", "status": "completed", "data": {"n": %s, "m": 0}}',
+        '\ufeff{"task_id": "t-1", "status": "completed", "data": {"n": %s}}',
+        '{"task_id": "t-1", "status": "completed", "data": {"n": %s, "m": [NaN, -Infinity]}}',
+        '{"task_id": "t-1", "status": "completed", "data": {"n": %s, "m": "\x1b\\ud800"}}',
+        '{"task_id": "t-1", "status": "completed", "data": {"n": %s, "m": "\udcff"}}',
+    ],
+)
+@in_turn("number", ["1.10", "12345678901234567.123", "1e400", "-1E+400", "1" + "0" * 5000, "-0.0"])
+def test_numbers_are_kept_as_written(body: str, number: str) -> None:
+    """A number is kept as it is written, whatever else has to be cleaned, and however large it is."""
+    with serve_replies(http_reply(200, (body % number).encode(errors="surrogateescape"))) as server:
+        reply = call_api(server.base_url, lambda client: client.poll_task("t-1"))
+    assert answer_cells(reply.raw, ["n"]) == [number]
+    assert has_value(parse_data(reply.body["data"]), ["n"])
+    json.loads(reply.raw, parse_int=str, parse_constant=pytest.fail)
 
 
 def test_request_headers_and_paths() -> None:

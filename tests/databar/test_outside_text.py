@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from enrich.databar import responses
-from enrich.databar.text_filter import MASK, clean_json, clean_line, clean_text
+from enrich.databar.text_filter import MASK, clean_json, clean_line, clean_text, nan_as_null
 from tests.support.cases import in_turn
 
 KEY = 'k-1/"x\\7'
@@ -77,6 +77,12 @@ def test_utf16_and_utf32_json_is_cleaned() -> None:
     """JSON in UTF-16 and UTF-32, where the key has other bytes, is cleaned."""
     for encoding in ("utf-16", "utf-16-le", "utf-32", "utf-8-sig"):
         assert json.loads(clean_json(json.dumps({"a": f"{KEY}\u202e"}).encode(encoding), KEY)) == {"a": MASK}
+
+
+def test_nan_is_null() -> None:
+    """NaN and Infinity, which JSON does not have, become null, except inside strings."""
+    text = r'{"NaN": [NaN, -Infinity, Infinity, "-Infinity \" NaN"], "\"NaN'
+    assert nan_as_null(text) == r'{"NaN": [null, null, null, "-Infinity \" NaN"], "\"NaN'
 
 
 def test_deep_nesting_is_cleaned() -> None:

@@ -187,6 +187,8 @@ def test_job_columns_decide_match() -> None:
         ("-0.5", None),
         (float("nan"), None),
         (float("inf"), None),
+        (10**400, None),
+        ("1e400", None),
         ("", None),
         ("free", None),
         (True, None),

@@ -54,6 +54,28 @@ def test_options(workspace: Workspace, api: SandboxApi, stem: str, case: str) ->
     _check_refused(result.exit_code, result.stderr)
 
 
+ARGUMENTS = [
+    "ledger backup job.yaml NAME",
+    "ledger copy out.db NAME.db",
+    "init leads.csv --waterfall email_getter --offline --force -o NAME.yaml",
+    "doctor job.yaml --offline --env-file NAME",
+]
+
+
+@pytest.mark.parametrize("arguments", first_quick(2, ARGUMENTS))
+def test_arguments(workspace: Workspace, arguments: str) -> None:
+    """The names of files that only one command has."""
+    workspace.write_leads(make_leads(1))
+    result = workspace.run_in_process(*(word.replace("NAME", TOO_LONG) for word in arguments.split()))
+    _check_refused(result.exit_code, result.stderr)
+
+
+def test_empty_argument(workspace: Workspace) -> None:
+    """An empty name is none, and not the folder."""
+    result = workspace.run_in_process("ledger", "backup", "job.yaml", "")
+    assert (result.exit_code, "cannot be the name of a file: it is empty" in result.stderr) == (2, True)
+
+
 @pytest.mark.parametrize("key", first_quick(3, KEYS))
 @pytest.mark.parametrize("command", ["run", "check"])
 def test_keys(workspace: Workspace, api: SandboxApi, stem: str, command: str, key: str) -> None:

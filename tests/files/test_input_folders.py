@@ -74,6 +74,15 @@ def test_partition_columns(tmp_path: Path) -> None:
     assert read_rows(folder / "country=DE") == [("1", "2", "1")]
 
 
+@in_turn("folder", ["x=%00", "a%00b=x", "x=%FF", "x=a%ed%a0%80", "x=\udcff"])
+def test_partition_that_is_no_text(tmp_path: Path, folder: str) -> None:
+    """A folder name that is no UTF-8 text, or has a NUL, is refused: no output could have it."""
+    write_files(tmp_path / "leads", f"{folder}/a.csv")
+    error = read_error(tmp_path / "leads")
+    assert error.message == f"{tmp_path}/leads/{folder}/a.csv: the name of a folder is not text"
+    assert error.hint == "write it in UTF-8, also its percent codes, and without NUL"
+
+
 @in_turn("ending", ["csv", "jsonl", "parquet"])
 def test_file_column_overrides_partition(tmp_path: Path, ending: str) -> None:
     """A column in the file comes before the partition folder of the same name; Spark writes both."""

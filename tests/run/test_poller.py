@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import AsyncMock, patch
 
 import pytest
 
 from enrich.databar.clock import SystemClock
+from enrich.databar.task_results import TaskReply
 from enrich.errors import EnrichError
 from enrich.exit_codes import ExitCode
 from enrich.ledger import queries, resume, transitions
@@ -20,6 +22,7 @@ from enrich.models import MICROS_PER_CREDIT, State
 from enrich.run.poll_schedule import PollCost, PollSchedule
 from enrich.run.run_state import RunState, Timeouts
 from enrich.sandbox.faults import Fault
+from tests.support.cases import in_turn
 from tests.support.run_loops import LoopHarness, open_loops, wait_until
 from tests.support.workspace import SHORT_OUTAGE_TIMEOUT, SHORT_TIMEOUTS, SandboxApi, serve_api
 
@@ -86,6 +89,26 @@ class TestAnswers:
 
         with serve_api(tmp_path / "api.db", hit_rate=0.0, miss_kinds=("no_data",), no_data_seconds=lasting) as api:
             run_scenario(tmp_path, api, scenario, leads=range(3))
+
+    @in_turn(
+        "statuses",
+        [("no_data", "processing", "completed"), ("no_data", "completed"), ("completed", "processing", "no_data")],
+    )
+    def test_grace_begins_with_each_status(self, api: SandboxApi, tmp_path: Path, statuses: tuple[str, ...]) -> None:
+        """The time until no data counts as no match begins again when the task has had another status meanwhile."""
+        tasks: list[dict[str, Any]] = [
+            {"status": status, "data": None, "credits_spent": int(status == "completed")} for status in statuses
+        ]
+        tasks.append({"status": "completed", "data": {"email": "ada@engine.example"}, "credits_spent": 1})
+        replies = iter([TaskReply(task, json.dumps(task)) for task in tasks])
+
+        async def scenario(harness: LoopHarness) -> None:
+            with patch.object(harness.client, "poll_task", AsyncMock(side_effect=replies)):
+                await harness.run_loops()
+            assert assert_counts(harness, found=1)
+
+        with patch("enrich.run.poller.NO_DATA_POLL_S", SHORT_TIMEOUTS.no_data_s):
+            run_scenario(tmp_path, api, scenario, leads=range(1))
 
     def test_unknown_status_means_running(self, api: SandboxApi, tmp_path: Path) -> None:
         """An unknown status is no end: the task is polled until it has a known one."""

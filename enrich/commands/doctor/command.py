@@ -10,7 +10,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import click
 
@@ -20,16 +20,17 @@ from enrich.commands.check_target import CheckResult
 from enrich.commands.doctor import checks, system
 from enrich.commands.doctor.checks import Finding, error_finding, next_run_time
 from enrich.commands.doctor.system import parse_env_lines
-from enrich.commands.options import parse_option, time_option
-from enrich.commands.paths import files_read, files_written, local_input_files, nearest_existing, path_exists
+from enrich.commands.options import time_option
+from enrich.commands.paths import files_read, files_written, has_ledger, local_input_files, nearest_existing
 from enrich.databar.credentials import NO_KEY_HINT, ApiAccess, find_base_url, find_key
 from enrich.databar.network import find_proxy, load_certificates
 from enrich.errors import EnrichError, JobError
 from enrich.exit_codes import EXIT_PRECEDENCE, ExitCode
+from enrich.job.bounded_read import read_text
 from enrich.job.job import Job
-from enrich.job.locations import LedgerLocation, PostgresLocation
+from enrich.job.locations import PostgresLocation
 from enrich.ledger import execution_records, queries, transitions
-from enrich.ledger.database import Database, ledger_exists
+from enrich.ledger.database import Database
 from enrich.ledger.lock import is_locked
 from enrich.models import State, read_balance, to_micros
 from enrich.report.page_file import INSTALL_HINT, is_extra_missing
@@ -197,7 +198,7 @@ def _ledger_findings(
     submitted: list[int] = []
     executions: list[execution_records.ExecutionRow] = []
     try:
-        if _ledger_exists(path):
+        if has_ledger(path):
             with closing(Database(path, read_only=True)) as ledger:
                 counts = queries.state_counts(ledger)
                 executions = execution_records.list_executions(ledger, job.name, RECENT_EXECUTIONS)
@@ -222,20 +223,12 @@ def _ledger_findings(
             make_budget(job, check.template, read_balance(live.user.balance))
         except EnrichError as error:
             yield error_finding("cap", error)
-    yield from checks.check_cap(_optional_micros(limits.max_credits), max_price, executions)
+    yield from checks.check_cap(to_micros(limits.max_credits), max_price, executions)
     if live:
         spent = [row.spent for row in executions]
         yield from checks.check_balance(
-            read_balance(live.user.balance), _optional_micros(limits.min_balance), max_price, spent
+            read_balance(live.user.balance), to_micros(limits.min_balance), max_price, spent
         )
-
-
-def _ledger_exists(ledger: LedgerLocation) -> bool:
-    return ledger_exists(ledger) if isinstance(ledger, PostgresLocation) else path_exists(ledger)
-
-
-def _optional_micros(credits_: float | None) -> int | None:
-    return None if credits_ is None else to_micros(credits_)
 
 
 def _disk_findings(job: Job, context: DoctorContext, check: CheckResult) -> Iterator[Finding]:
@@ -248,7 +241,7 @@ def _disk_findings(job: Job, context: DoctorContext, check: CheckResult) -> Iter
         per_request = float(REQUEST_BYTES)
         if isinstance(job.ledger, PostgresLocation):
             per_request = 0.0  # the disk of the database server is not checked
-        elif path_exists(job.ledger):
+        elif has_ledger(job.ledger):
             with closing(Database(job.ledger, read_only=True)) as ledger:
                 request_count = sum(queries.state_counts(ledger).values())
             per_request = job.ledger.stat().st_size / request_count if request_count >= ENOUGH_REQUESTS else per_request
@@ -289,14 +282,21 @@ def _program_findings(job: Job, context: DoctorContext) -> Iterator[Finding]:
         )
 
 
-def _make_cron_environ(given: tuple[str, ...], env_file: TextIO | None) -> dict[str, str]:
+def _make_cron_environ(given: tuple[str, ...], env_file: Path | None) -> dict[str, str]:
     """Return the environment under cron: HOME, PATH and the variables that the crontab sets.
 
     A name in `given` without a value has its value in this environment.
     """
     environ = {"HOME": pwd.getpwuid(os.getuid()).pw_dir, "PATH": "/usr/bin:/bin"}
     if env_file is not None:
-        environ |= parse_option(lambda _: parse_env_lines(env_file), "")
+        try:
+            environ |= parse_env_lines(read_text(env_file).splitlines())
+        except UnicodeDecodeError:
+            raise JobError(f"{env_file} is not UTF-8 text") from None
+        except OSError as error:
+            raise JobError(f"{env_file} cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise JobError(f"{env_file}: {error}") from error
     for pair in given:
         name, equals, value = pair.partition("=")
         if not equals and name in os.environ:
@@ -327,9 +327,7 @@ def _cron_environment(environ: dict[str, str]) -> Iterator[dict[str, str]]:
 @click.option(
     "--env", "given", multiple=True, metavar="NAME[=VALUE]", help="A variable that the crontab sets. Can be repeated."
 )
-@click.option(
-    "--env-file", type=click.File(encoding="utf-8"), metavar="FILE", help="A file with such variables, one per line."
-)
+@click.option("--env-file", type=options.FILE, metavar="FILE", help="A file with such variables, one per line.")
 @click.option(
     "--at", default="02:00", show_default=True, callback=time_option, metavar="HH:MM", help="Time of the next run."
 )
@@ -339,7 +337,7 @@ def _cron_environment(environ: dict[str, str]) -> Iterator[dict[str, str]]:
 def doctor(
     job_file: Path,
     given: tuple[str, ...],
-    env_file: TextIO | None,
+    env_file: Path | None,
     at: tuple[int, int],
     offline: bool,
     use_sandbox: bool,

@@ -152,7 +152,7 @@ def _source_text(host: str, *, use_sandbox: bool) -> str:
 @click.option(
     "-o",
     "--out",
-    type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
+    type=options.FILE,
     metavar="JOB.yaml",
     help="The job file to write, or - for stdout. Default: named after the CSV, in this folder.",
 )
