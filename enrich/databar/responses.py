@@ -40,6 +40,7 @@ from enrich.errors import (
     OutOfCredits,
     RateLimited,
     RequestNotAccepted,
+    RequestRefused,
     SubmissionUnconfirmed,
     TaskUnknown,
     Unauthorized,
@@ -166,7 +167,10 @@ def read_poll_error(answer: HttpAnswer, key: str) -> TaskReply:
         return TaskReply({"status": "gone"}, '{"status":"gone"}')
     if isinstance(error, _NotFound):
         raise TaskUnknown(error.message)
-    raise error if isinstance(error, RequestNotAccepted) else RequestNotAccepted(error.message)
+    if isinstance(error, Unauthorized | OutOfCredits):
+        raise error
+    is_refused = answer.status < HTTPStatus.INTERNAL_SERVER_ERROR
+    raise RequestRefused(error.message) if is_refused else RequestNotAccepted(error.message)
 
 
 def read_task_reply(content: bytes, task_id: str, key: str, *, new_connection: bool) -> TaskReply:
