@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from enrich.databar.json_values import parse_json
 from enrich.databar.task_results import has_value, parse_data
 from enrich.job.cell_text import clean
 from enrich.job.job import Job
@@ -17,7 +18,7 @@ from enrich.job.target import Target, TargetKind
 from enrich.ledger import request_history
 from enrich.ledger.database import Database
 from enrich.ledger.request_history import AttemptRow, RequestRow
-from enrich.models import RowStatus, State, iso_time, parse_json, to_credits
+from enrich.models import RowStatus, State, iso_time, to_credits
 from enrich.rows.lookup import (
     MAX_LEADS_SHOWN,
     Lead,

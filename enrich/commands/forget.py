@@ -16,6 +16,7 @@ import click
 from enrich.commands import options
 from enrich.commands.forget_steps import RowRequests, follow_answers, requests_of_rows
 from enrich.databar.clock import SystemClock
+from enrich.databar.json_values import parse_json
 from enrich.databar.task_results import ParsedData, column_value, is_blank, parse_data
 from enrich.errors import CommandRefused, EnrichError, JobError
 from enrich.files.values import text_frame
@@ -30,7 +31,7 @@ from enrich.ledger.forgotten import read_or_make_key
 from enrich.ledger.lock import open_exclusive
 from enrich.ledger.rescue_file import find_rescue_files
 from enrich.ledger.rescue_import import import_rescue_files, remove_imported_files
-from enrich.models import OPEN_STATES, parse_json, pluralize
+from enrich.models import OPEN_STATES, pluralize
 from enrich.rows.job_input import JobInput
 from enrich.rows.template import RequestTemplate
 from enrich.run.context import rescue_folders

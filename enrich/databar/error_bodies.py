@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from enrich.databar.json_values import whole_number
+
 #: Keys of the request body besides `params`. An error about one of them concerns the job, not a row.
 BODY_KEYS = frozenset({"params", "enrichments", "email_verifier", "body", "x-apikey"})
 #: Keys of an error object that are not param names.
@@ -63,7 +65,7 @@ def _param_errors(body: object, size: int = 1) -> Iterator[tuple[int | None, tup
         yield from ((None, complaint) for complaint in _field_errors(detail))
     for item in rows if isinstance(rows, list) else []:
         position = item.get("position") if isinstance(item, Mapping) else None
-        row = position - 1 if isinstance(position, int) and position is not True else None
+        row = None if (number := whole_number(position)) is None else number - 1
         yield from ((row, complaint) for complaint in _field_errors(item))
 
 
@@ -72,7 +74,7 @@ def _fastapi_error(item: Mapping[str, object]) -> Iterator[tuple[int | None, tup
     loc = item["loc"]
     if isinstance(loc, list) and "params" in loc[:-1]:
         row = loc[loc.index("params") + 1]
-        yield row if isinstance(row, int) else None, (str(loc[-1]), str(item.get("msg", "refused")))
+        yield whole_number(row), (str(loc[-1]), str(item.get("msg", "refused")))
 
 
 def _field_errors(item: object) -> Iterator[tuple[str, str]]:

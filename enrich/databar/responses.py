@@ -29,6 +29,7 @@ from http import HTTPStatus
 from typing import Any
 
 from enrich.databar.error_bodies import join_text, wrong_params, wrong_rows
+from enrich.databar.json_values import parse_json
 from enrich.databar.task_results import TaskReply
 from enrich.databar.text_filter import clean_json, clean_line, clean_text, decode_json, nan_as_null
 from enrich.databar.transport import HttpAnswer
@@ -45,7 +46,6 @@ from enrich.errors import (
     TaskUnknown,
     Unauthorized,
 )
-from enrich.models import parse_json
 
 #: A longer id is not accepted as a task id.
 MAX_ID_LENGTH = 512

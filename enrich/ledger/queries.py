@@ -8,11 +8,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from enrich.databar.json_values import parse_json
 from enrich.databar.task_results import parse_data
 from enrich.job.target import Target
 from enrich.ledger.database import Database
 from enrich.ledger.sql_fragments import OPEN_ATTEMPT, SINCE_EXECUTION
-from enrich.models import SettledAttempt, State, parse_json
+from enrich.models import SettledAttempt, State
 
 #: How many of the newest attempts are used to estimate the current price of a request.
 PRICE_SAMPLE_SIZE = 100_000

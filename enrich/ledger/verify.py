@@ -12,13 +12,13 @@ from pathlib import Path
 
 import msgspec
 
+from enrich.databar.json_values import parse_json
 from enrich.errors import CommandRefused, EnrichError, LedgerDamaged, LedgerFailed
 from enrich.job.locations import LedgerLocation, PostgresLocation
 from enrich.ledger.database import Database, open_existing
 from enrich.ledger.dialect import DATABASE_ERRORS, DatabaseFailed
 from enrich.ledger.schema import APPLICATION_ID, JSON_COLUMNS
 from enrich.ledger.sqlite import Column, damaged_ledger_error, is_busy_error, is_damage_error, ledger_columns
-from enrich.models import parse_json
 
 JSON_TYPE_NAMES: Mapping[type, str] = {dict: "object", list: "list"}
 

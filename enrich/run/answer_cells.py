@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 import msgspec
 import polars as pl
 
+from enrich.databar.json_values import parse_json
 from enrich.databar.task_results import BESIDE, column_values, is_blank
 from enrich.files.values import RawJson, to_json
 from enrich.job.cell_text import blank_cells
-from enrich.models import parse_json
 
 _NUMBERS_AS_WRITTEN = json.JSONDecoder(parse_int=RawJson, parse_float=RawJson, parse_constant=lambda _: None)
 
