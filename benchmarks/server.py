@@ -31,8 +31,8 @@ import msgspec
 import uvloop
 
 from enrich.sandbox.catalogue import WATERFALLS
-from enrich.sandbox.latency import Latency, parse_latency
 from enrich.sandbox.middleware import PeakRate
+from enrich.sandbox.settings import Latency, parse_latency
 
 ROOT = Path(__file__).parent.parent
 API_KEY = "benchmark"

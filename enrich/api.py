@@ -123,11 +123,7 @@ async def run_job_async(job_file: StrPath, **settings: Unpack[RunSettings]) -> R
 
 
 def plan_job(
-    job_file: StrPath,
-    *,
-    save_to: StrPath | None = None,
-    rows: StrPath | None = None,
-    **settings: Unpack[PlanSettings],
+    job_file: StrPath, *, save_to: StrPath | None = None, rows: StrPath | None = None, **settings: Unpack[PlanSettings]
 ) -> Plan | StepsPlan:
     """Return what a run would send and cost. Spends nothing.
 

@@ -179,8 +179,7 @@ class CertificateUntrusted(RequestNotAccepted):
 
     def __init__(self, message: str) -> None:
         super().__init__(
-            message,
-            "if your network inspects TLS, set SSL_CERT_FILE to a file with its certificate (PEM)",
+            message, "if your network inspects TLS, set SSL_CERT_FILE to a file with its certificate (PEM)"
         )
 
 

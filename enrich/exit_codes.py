@@ -46,12 +46,10 @@ EXIT_PRECEDENCE = (
     ExitCode.OK,
 )
 
-
 #: Exit codes with which the output is written. With any other code the old file stays.
 OUTPUT_WRITING_CODES = frozenset(
     {ExitCode.OK, ExitCode.API, ExitCode.SOME_FAILED, ExitCode.CREDITS, ExitCode.TIME, ExitCode.IN_DOUBT}
 )
-
 
 #: What each exit code means, in a word or two.
 EXIT_LABELS = {

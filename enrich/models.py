@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -10,8 +9,6 @@ from decimal import Decimal
 from enum import StrEnum
 from itertools import repeat
 from typing import Any, NamedTuple, overload
-
-import msgspec
 
 
 class State(StrEnum):
@@ -38,10 +35,7 @@ TRANSITIONS: dict[tuple[State, State], str] = {
     (State.SUBMITTING, State.EXPIRED): "c: the API refused a retry",
     (State.SUBMITTING, State.FOUND): "c: the API refused a refresh",
     (State.SUBMITTING, State.NOT_FOUND): "c: the API refused a refresh",
-    (
-        State.SUBMITTING,
-        State.IN_DOUBT,
-    ): "d: bytes may have been sent, or the process was killed, or a retry was refused",
+    (State.SUBMITTING, State.IN_DOUBT): "d: bytes may have been sent, the process was killed, or a retry was refused",
     (State.SUBMITTED, State.FOUND): "e: the poller fetched the result",
     (State.SUBMITTED, State.NOT_FOUND): "e: the poller fetched the result",
     (State.SUBMITTED, State.FAILED): "e: the poller fetched the result",
@@ -162,6 +156,13 @@ def _read_credits(credits_: object, minimum: int, maximum: int) -> int | None:
         return None
 
 
+def whole_number(value: object) -> int | None:
+    """Return a whole number from the API, such as 2 or 2.0. None for any other value, such as true."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
 @overload
 def to_credits(micros: int) -> float: ...
 @overload
@@ -191,17 +192,13 @@ def format_credits(amount: float) -> str:
     return exact if exact.strip("-0.") else "0.00"
 
 
-def to_json_text(value: object) -> str:
-    """Convert a value to JSON text. Raises RecursionError if it is nested too deeply."""
-    try:
-        return msgspec.json.encode(value).decode()
-    except (TypeError, UnicodeEncodeError):  # msgspec rejects lone surrogates, and subclasses of `str`
-        return json.dumps(value, ensure_ascii=False).encode(errors="replace").decode()
-
-
-def iso_time(at_ms: int) -> str:
-    """Format a time of the ledger (milliseconds since 1970, UTC) as ISO 8601."""
-    return datetime.fromtimestamp(at_ms / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+@overload
+def iso_time(at_ms: int) -> str: ...
+@overload
+def iso_time(at_ms: int | None) -> str | None: ...
+def iso_time(at_ms: int | None) -> str | None:
+    """Format a time of the ledger (milliseconds since 1970, UTC) as ISO 8601. None (unknown) stays None."""
+    return None if at_ms is None else datetime.fromtimestamp(at_ms / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def format_elapsed(seconds: float) -> str:

@@ -18,7 +18,7 @@ from enrich.cluster.heartbeats import CHECK_EVERY_S, RUN_AGAIN_HINT, HeartbeatMo
 from enrich.errors import ClusterFailed, EnrichError, LedgerFailed
 from enrich.files.discovery import InputFile
 from enrich.files.downloads import LocalCopies
-from enrich.files.reader import ROWS_PER_PART, InputPart, InputSchema, PartReader, count_file_rows
+from enrich.files.reader import ROWS_PER_PART, InputPart, InputSchema, count_file_rows, read_part
 from enrich.files.text import as_refused
 from enrich.job.job import Job
 from enrich.job.locations import ObjectUrl
@@ -142,7 +142,7 @@ def read_blocks(group: ReadGroup, input_schema: InputSchema) -> Iterator[tuple[i
     """Yield the rows of consecutive parts in blocks, each with the position of its first row."""
     copies, first, frames = LocalCopies(), group[0].first_position, list[pl.DataFrame]()
     for part in group:
-        for frame in PartReader(part, input_schema, copies).batches():
+        for frame in read_part(part, input_schema, copies):
             frames.append(frame)
             if sum(each.estimated_size() for each in frames) >= BLOCK_BYTES:
                 yield first, pl.concat(frames)

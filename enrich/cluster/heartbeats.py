@@ -102,8 +102,7 @@ class HeartbeatMonitor:
         silent_s = self._silent_checks * CHECK_EVERY_S
         if silent_s >= (WARN_AFTER_S if self.callbacks.is_aborting() else CAPACITY_TIMEOUT_S):
             raise ClusterFailed(
-                f"no task of the cluster ran for {silent_s:.0f} s: check its capacity and its head node",
-                RUN_AGAIN_HINT,
+                f"no task of the cluster ran for {silent_s:.0f} s: check its capacity and its head node", RUN_AGAIN_HINT
             )
 
     def reset(self) -> None:

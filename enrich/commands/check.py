@@ -13,7 +13,7 @@ import click
 
 from enrich.commands import options
 from enrich.commands.check_steps import check_steps, step_lines
-from enrich.commands.check_target import CheckResult, check_target, read_stored
+from enrich.commands.check_target import CheckResult, add_problem, check_target, read_stored
 from enrich.commands.init.template import PLACEHOLDER
 from enrich.commands.paths import path_problems
 from enrich.databar.credentials import find_base_url, host_of
@@ -134,8 +134,7 @@ def _open_input(job: Job, problems: list[EnrichError]) -> tuple[Job, JobInput] |
         try:
             JobInput(replace(job, model=bare_model.model_copy(update=part)))
         except EnrichError as error:
-            if error.message not in [problem.message for problem in problems]:
-                problems.append(error)
+            add_problem(problems, error)
             return False
         return True
 
@@ -228,11 +227,7 @@ def check_with_access(job: Job, *, online: bool) -> CheckResult:
 @options.RUN_JOB_OPTIONS
 @click.option("--online", is_flag=True, help="Compare with the API, too, and list what changed since the last run.")
 @options.JSON_OPTION
-def check(
-    job_options: options.JobOptions,
-    online: bool,
-    as_json: bool,
-) -> int:
+def check(job_options: options.JobOptions, online: bool, as_json: bool) -> int:
     """Check JOB before it runs, and list every problem. Free, offline, changes nothing.
 
     Reads the job file, the whole input, the paths and the ledger.

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from enrich.commands.check_target import CheckResult
+from enrich.commands.check_target import CheckResult, add_problem
 from enrich.errors import EnrichError
 from enrich.job.job import Job
 from enrich.ledger.database import Database, ledger_exists
@@ -60,8 +60,7 @@ def check_steps(
             selections = [select_requests(step, RunOptions(), 0) for step in job.step_jobs]
             result.rows, forecasts = forecast_steps(rows, ledger, selections)
     except EnrichError as error:
-        if error.message not in [problem.message for problem in result.problems]:
-            result.problems.append(error)
+        add_problem(result.problems, error)
         return
     for forecast, described in zip(forecasts, result.steps, strict=True):
         described["leads"] = forecast.leads

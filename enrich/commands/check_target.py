@@ -9,16 +9,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from enrich.commands.paths import path_exists
+from enrich.commands.paths import has_ledger
 from enrich.databar.description import Description, description_changes
 from enrich.databar.waterfall import DOCUMENTED_ON, DOCUMENTED_WATERFALLS, Field
 from enrich.databar.waterfall import Param as Offered
 from enrich.errors import CommandRefused, EnrichError, JobError
 from enrich.exit_codes import EXIT_PRECEDENCE, ExitCode
 from enrich.job.job import Job
-from enrich.job.locations import PostgresLocation
 from enrich.job.name_hints import closest_name
-from enrich.ledger.database import Database, ledger_exists
+from enrich.ledger.database import Database
 from enrich.ledger.sqlite import CHECKED_AT_START_BYTES, RESTORE_HINT
 from enrich.ledger.verify import check_ledger
 from enrich.rows.known_names import KnownNames, name_problems
@@ -61,7 +60,7 @@ def read_stored(job: Job, bound_to: Mapping[str, str | None], result: CheckResul
     try:
         return _read_ledger(job, bound_to)
     except EnrichError as error:
-        _add_problem(result.problems, error)
+        add_problem(result.problems, error)
         return LedgerBinding({}, None, None, frozenset())
 
 
@@ -82,14 +81,15 @@ def check_target(
         result.notes.append(f"{target.label} is not in the documentation{suggestion} `--online` checks it with the API")
         return None
     if documented is not None and description is documented:
-        # The documentation lacks the providers and verifiers.
+        # The documentation lacks the providers, the verifiers and some fields.
         lenient = documented.model_copy(update={"is_email_verifying": True})
         result.notes += [
             f"{problem.message}{f': {problem.hint}' if problem.hint else ''} (by {result.source}, "
             "which may be out of date: check it with `--online`)"
             for problem in name_problems(job, KnownNames(lenient))
         ]
-        return _make_documented_template(job, lenient, result.problems)
+        fields = lenient.output_fields or [Field(name=lenient.identifier)]
+        return _make_template(job, lenient.model_copy(update={"output_fields": fields}), [0], result.problems)
     result.problems += name_problems(job, KnownNames(description, last_known, stored.answered))
     return _make_template(job, description, providers, result.problems)
 
@@ -107,7 +107,7 @@ def _description_source(
 def _read_ledger(job: Job, bound_to: Mapping[str, str | None]) -> LedgerBinding:
     """Read the ledger's data about the target. Raises the same errors as a run."""
     path = job.ledger
-    if not (ledger_exists(path) if isinstance(path, PostgresLocation) else path_exists(path)):
+    if not has_ledger(path):
         return LedgerBinding({}, None, None, frozenset())
     if isinstance(path, Path) and path.is_file() and path.stat().st_size <= CHECKED_AT_START_BYTES:
         found = check_ledger(path)
@@ -141,19 +141,11 @@ def _make_template(
             bare_job, description.model_copy(update=lenient), job.model.enrichments or providers
         )
     except JobError as error:
-        _add_problem(problems, error)
+        add_problem(problems, error)
         return None
 
 
-def _add_problem(problems: list[EnrichError], error: EnrichError) -> None:
+def add_problem(problems: list[EnrichError], error: EnrichError) -> None:
     """Add a problem, unless it is in the list already."""
     if error.message not in [problem.message for problem in problems]:
         problems.append(error)
-
-
-def _make_documented_template(
-    job: Job, description: Description, problems: list[EnrichError]
-) -> RequestTemplate | None:
-    """Make the request template from the documentation, which lacks the providers and some fields."""
-    fields = description.output_fields or [Field(name=description.identifier)]
-    return _make_template(job, description.model_copy(update={"output_fields": fields}), [0], problems)

@@ -11,18 +11,14 @@ from enrich.commands import options
 from enrich.commands.run import print_summary
 from enrich.ledger.lock import lock_ledger
 from enrich.run.earlier_output import with_own_output
-from enrich.run.offline_output import rebuild_output
+from enrich.run.output import rebuild_output
 
 
 @click.command()
 @options.RUN_JOB_OPTIONS
 @click.option("--partial", is_flag=True, help="Write the output although leads are pending.")
 @options.JSON_OPTION
-def collect(
-    job_options: options.JobOptions,
-    partial: bool,
-    as_json: bool,
-) -> int:
+def collect(job_options: options.JobOptions, partial: bool, as_json: bool) -> int:
     """Write the output of JOB from the ledger, without network and cost."""
     job, note = with_own_output(job_options.load(), datetime.now().astimezone())
     if note is not None:

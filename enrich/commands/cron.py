@@ -288,10 +288,7 @@ def cron(
         writable_folders=sorted(folder for folder in folders if folders.isdisjoint(folder.parents)),
         environ={name: os.environ[name] for name in INHERITED_VARIABLES if os.environ.get(name)},
     )
-    units = {
-        f"{plan.unit_name}.service": systemd_service(plan),
-        f"{plan.unit_name}.timer": systemd_timer(plan),
-    }
+    units = {f"{plan.unit_name}.service": systemd_service(plan), f"{plan.unit_name}.timer": systemd_timer(plan)}
     if output_dir is not None:
         _write_units(output_dir, units, force=force)
     if only != "systemd" and not (output_dir and only is None):

@@ -9,20 +9,17 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from enrich.databar.json_values import parse_json
 from enrich.databar.task_results import has_value, parse_data
 from enrich.job.cell_text import clean
 from enrich.job.job import Job
 from enrich.job.spec import Policy
 from enrich.job.target import Target, TargetKind
+from enrich.json_text import parse_json
 from enrich.ledger import request_history
 from enrich.ledger.database import Database
 from enrich.ledger.request_history import AttemptRow, RequestRow
 from enrich.models import RowStatus, State, iso_time, to_credits
-from enrich.rows.lookup import (
-    MAX_LEADS_SHOWN,
-    Lead,
-)
+from enrich.rows.lookup import MAX_LEADS_SHOWN, Lead
 from enrich.rows.template import RequestTemplate
 
 
@@ -123,8 +120,8 @@ def _attempt_as_json(attempt: AttemptRow) -> dict[str, Any]:
         "state": attempt.state,
         "intent_at": iso_time(attempt.claimed_ms),
         "task_id": attempt.task_id,
-        "submitted_at": None if attempt.submitted_ms is None else iso_time(attempt.submitted_ms),
-        "settled_at": None if attempt.settled_ms is None else iso_time(attempt.settled_ms),
+        "submitted_at": iso_time(attempt.submitted_ms),
+        "settled_at": iso_time(attempt.settled_ms),
         "settled_in": attempt.settled_execution_id,
         "credits_reserved": to_credits(attempt.reserved),
         "credits": to_credits(attempt.credits),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -16,7 +16,6 @@ import click
 from enrich.commands import options
 from enrich.commands.forget_steps import RowRequests, follow_answers, requests_of_rows
 from enrich.databar.clock import SystemClock
-from enrich.databar.json_values import parse_json
 from enrich.databar.task_results import ParsedData, column_value, is_blank, parse_data
 from enrich.errors import CommandRefused, EnrichError, JobError
 from enrich.files.values import text_frame
@@ -24,6 +23,7 @@ from enrich.job.cell_text import fold
 from enrich.job.job import Job
 from enrich.job.locations import sandbox_state_path
 from enrich.job.name_hints import suggest_name
+from enrich.json_text import parse_json
 from enrich.ledger import erasure, queries
 from enrich.ledger.database import Database, ledger_exists, try_read
 from enrich.ledger.dialect import DATABASE_ERRORS
@@ -36,7 +36,7 @@ from enrich.rows.job_input import JobInput
 from enrich.rows.template import RequestTemplate
 from enrich.run.context import rescue_folders
 from enrich.run.preflight import template_from_ledger
-from enrich.sandbox.erasure import StoredLookup, erase_lookups, read_lookups
+from enrich.sandbox.store import StoredLookup, erase_lookups, read_lookups
 
 YES_OPTION = click.option("--yes", is_flag=True, help="Skip the confirmation.")
 
@@ -231,11 +231,7 @@ def _confirmed(prompt: str, *, yes: bool) -> bool:
 
 
 def _echo_count(count: int, done: str, *, as_json: bool) -> None:
-    click.echo(json.dumps({"exit_code": 0, "requests": count}) if as_json else f"{_count_text(count)} {done}")
-
-
-def _count_text(count: int) -> str:
-    return f"{count:,} request{'' if count == 1 else 's'}"
+    click.echo(json.dumps({"exit_code": 0, "requests": count}) if as_json else f"{pluralize(count, 'request')} {done}")
 
 
 def _jobs_to_erase(job_options: options.JobOptions) -> list[Job]:
@@ -252,6 +248,18 @@ def _jobs_to_erase(job_options: options.JobOptions) -> list[Job]:
 
 def _has_requests(job: Job) -> bool:
     return ledger_exists(job.ledger) and bool(try_read(job.ledger, queries.state_counts) != {})
+
+
+def _erase(jobs: Iterable[Job], from_ledger: Callable[[Job], int], from_sandbox: Callable[[Job], int]) -> int:
+    """Erase from the ledgers and from the states of the sandbox that exist. Return how many requests."""
+    count = 0
+    for job in jobs:
+        state_exists = job.sandbox and sandbox_state_path(job.ledger).is_file()
+        if not state_exists or _has_requests(job):
+            count += from_ledger(job)
+        if state_exists:
+            count += from_sandbox(job)
+    return count
 
 
 @click.command()
@@ -277,16 +285,14 @@ def forget(job_options: options.JobOptions, matches: tuple[str, ...], yes: bool,
     def confirm(found: int) -> bool:
         """Ask once for the ledger and the sandbox."""
         if not answers:
-            answers.append(_confirmed(f"This permanently erases {_count_text(found)}.", yes=False))
+            answers.append(_confirmed(f"This permanently erases {pluralize(found, 'request')}.", yes=False))
         return answers[0]
 
-    count = 0
-    for job in _jobs_to_erase(job_options):
-        state_exists = job.sandbox and sandbox_state_path(job.ledger).is_file()
-        if not state_exists or _has_requests(job):
-            count += forget_person(job, matches, confirm)
-        if state_exists:
-            count += forget_in_sandbox_state(job, matches, confirm)
+    count = _erase(
+        _jobs_to_erase(job_options),
+        lambda job: forget_person(job, matches, confirm),
+        lambda job: forget_in_sandbox_state(job, matches, confirm),
+    )
     _echo_count(count, "erased", as_json=as_json)
 
 
@@ -304,11 +310,7 @@ def purge(job_options: options.JobOptions, older_than: float, yes: bool, as_json
     results.
     """
     confirmed = _confirmed("This permanently erases older results. Outputs written later lack them.", yes=yes)
-    count = 0
-    for job in _jobs_to_erase(job_options) if confirmed else ():
-        state_exists = job.sandbox and sandbox_state_path(job.ledger).is_file()
-        if not state_exists or _has_requests(job):
-            count += purge_answers(job, timedelta(seconds=older_than))
-        if state_exists:
-            count += purge_sandbox_state(job, timedelta(seconds=older_than))
+    age = timedelta(seconds=older_than)
+    jobs = _jobs_to_erase(job_options) if confirmed else []
+    count = _erase(jobs, lambda job: purge_answers(job, age), lambda job: purge_sandbox_state(job, age))
     _echo_count(count, "purged", as_json=as_json)

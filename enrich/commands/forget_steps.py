@@ -6,12 +6,12 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from enrich.databar.json_values import parse_json
 from enrich.databar.task_results import column_values, is_blank
 from enrich.errors import EnrichError
 from enrich.job.cell_text import fold
 from enrich.job.job import Job
 from enrich.job.target_spec import Param
+from enrich.json_text import parse_json
 from enrich.ledger.database import Database
 from enrich.rows.job_input import JobInput
 from enrich.run.job_steps import make_steps

@@ -59,13 +59,7 @@ _TIME_OF_DAY = re.compile(r"([01]?[0-9]|2[0-3]):([0-5][0-9])")
 
 def parse_seconds(_: click.Context, __: click.Parameter, value: str | None) -> float | None:
     """Parse a duration to seconds. None if the option is not given."""
-    if value is None:
-        return None
-
-    try:
-        return parse_duration(value).total_seconds()
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from error
+    return None if value is None else parse_option(parse_duration, value).total_seconds()
 
 
 def parse_states(_: click.Context, __: click.Parameter, value: str | None) -> frozenset[str]:
@@ -113,10 +107,7 @@ def time_option(_: click.Context, __: click.Parameter, value: str) -> tuple[int,
 
 def _reject_password(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
     if value is not None:
-        try:
-            check_no_password(value)
-        except ValueError as error:
-            raise click.BadParameter(str(error)) from error
+        parse_option(check_no_password, value)
     return value
 
 
@@ -174,6 +165,11 @@ class JobOptions:
         return JobArguments(shlex.join(run_args), shlex.join(ledger_args))
 
 
+def add_options(*added: Decorator) -> Decorator:
+    """Return a decorator that adds options to a command, shown in this order."""
+    return lambda command: functools.reduce(lambda decorated, option: option(decorated), reversed(added), command)
+
+
 def job_options(
     *,
     has_input: bool = False,
@@ -182,13 +178,13 @@ def job_options(
     sandbox: str = "Use the ledger of the sandbox.",
 ) -> Decorator:
     """Add JOB and the options for its paths to a command, which gets them as one object, `job_options`."""
-    added: list[Decorator] = [
+    with_options = add_options(
         JOB_ARGUMENT,
         *([click.option("--input", "input_path", metavar="FILE", help=_INPUT_HELP)] if has_input else []),
         *([click.option("--output", metavar="FILE", help=_OUTPUT_HELP)] if has_output else []),
         ledger_option(what=ledger),
         click.option("--sandbox", "use_sandbox", is_flag=True, help=sandbox),
-    ]
+    )
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(command)
@@ -196,10 +192,7 @@ def job_options(
             given = {field.name: params.pop(field.name) for field in fields(JobOptions) if field.name in params}
             return command(job_options=JobOptions(**given), **params)
 
-        decorated: Callable[..., Any] = wrapper
-        for option in reversed(added):
-            decorated = option(decorated)
-        return decorated
+        return with_options(wrapper)
 
     return decorate
 
@@ -226,12 +219,10 @@ class AtLeast(click.ParamType):  # type: ignore[type-arg] # older versions are n
         return number
 
 
-SELECTION_OPTIONS = (
+#: Adds the options that select and limit requests to a command.
+selection_options = add_options(
     click.option(
-        "--limit",
-        type=AtLeast(0),
-        metavar="ROWS",
-        help="Send at most this many new requests. The rest stays pending.",
+        "--limit", type=AtLeast(0), metavar="ROWS", help="Send at most this many new requests. The rest stays pending."
     ),
     click.option(
         "--sample",
@@ -257,13 +248,6 @@ SELECTION_OPTIONS = (
         help="Send these again, which may charge again: failed, expired, in_doubt, separated by commas.",
     ),
 )
-
-
-def selection_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that select and limit requests to a command."""
-    for option in reversed(SELECTION_OPTIONS):
-        command = option(command)
-    return command
 
 
 def record_ledger(ledger: LedgerLocation) -> None:

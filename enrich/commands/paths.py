@@ -13,7 +13,8 @@ from enrich.files.parquet_dataset import check_own_folder
 from enrich.files.text import FileProblem
 from enrich.job.file_names import is_same_file
 from enrich.job.job import Job
-from enrich.job.locations import STDIN, is_dataset
+from enrich.job.locations import STDIN, LedgerLocation, PostgresLocation, is_dataset
+from enrich.ledger.database import ledger_exists
 from enrich.ledger.file_identity import ledger_file_exists
 from enrich.report.page_file import is_report
 
@@ -116,13 +117,15 @@ def _is_sqlite_file(path: Path) -> bool:
         return False
 
 
-def path_exists(path: Path) -> bool:
-    """Whether a file exists. Raises CommandRefused if this user lacks the permission to check."""
+def has_ledger(location: LedgerLocation) -> bool:
+    """Whether a ledger exists. Raises CommandRefused if that cannot be checked."""
+    if isinstance(location, PostgresLocation):
+        return ledger_exists(location)
     try:
-        return path.exists()
+        return location.exists()
     except OSError as error:
         raise CommandRefused(
-            f"{path}: {error.strerror}", "change the permissions of its folder, or run as its owner"
+            f"{location}: {error.strerror}", "change the permissions of its folder, or run as its owner"
         ) from error
 
 

@@ -24,21 +24,16 @@ from enrich.files.writer import prepare_file
 from enrich.job.file_names import is_same_file
 from enrich.job.job import Job
 from enrich.job.locations import sandbox_file_name
-from enrich.ledger import enroll, erasure, execution_records
+from enrich.ledger import enroll, erasure, execution_records, task_ids
 from enrich.ledger.database import Database
 from enrich.ledger.lock import is_locked
-from enrich.models import (
-    DECISIONS_TO_SEND,
-    Decision,
-    RowStatus,
-    State,
-)
+from enrich.models import DECISIONS_TO_SEND, Decision, RowStatus, State
 from enrich.rows.job_input import JobInput
 from enrich.rows.params import LeftOutCounts
 from enrich.run import neighbour_ledgers
 from enrich.run.budget import check_balance, make_budget
 from enrich.run.context import RunOptions, select_requests
-from enrich.run.earlier_output import is_written_by_run
+from enrich.run.earlier_output import find_output_of_other_ledger, is_written_by_run
 from enrich.run.plan import DECISION_REASONS, Plan, PlanCounts, build_plan, format_plan
 from enrich.run.plan_file import SavedPlan, gather_plan_inputs, write_plan
 from enrich.run.preflight import Preflight, preflight, read_binding
@@ -113,7 +108,7 @@ def _next_lines(planned: Plan | StepsPlan, command: str, chosen: str) -> Iterato
 
 
 def plan_with_access(
-    job: Job, run_options: RunOptions, plan_file: Path | None = None, rows_file: Path | None = None
+    job: Job, run_options: RunOptions, plan_file: Path | None, rows_file: Path | None
 ) -> tuple[Plan | StepsPlan, str | None]:
     """Plan a run with the job's access to the API, and save the plan in `plan_file`, if given (see `make_plan`).
 
@@ -193,7 +188,7 @@ def make_plan(
         notes = [
             *plan.notes,
             *_notes(job, preflight_result, to_submit, is_running=is_running),
-            *(_neighbour_notes(job, preflight_result, ledger) if to_submit else ()),
+            *(_other_ledger_notes(job, preflight_result, ledger) if to_submit else ()),
         ]
         return replace(plan, notes=notes, missing=missing), saved_plan
 
@@ -231,7 +226,7 @@ def make_steps_plan(
             *job_input.notes(),
             *plan.notes,
             *_notes(job.steps[0], preflights[0], plan.to_submit, is_running=is_running),
-            *(_neighbour_notes(job, joined, ledger, rows) if plan.to_submit else ()),
+            *(_other_ledger_notes(job, joined, ledger, rows) if plan.to_submit else ()),
         ]
         return replace(plan, notes=notes), saved_plan
 
@@ -283,9 +278,21 @@ def _notes(job: Job, preflight_result: Preflight, to_submit: int, *, is_running:
             yield f"a run would be refused: {error.message}"
 
 
-def _neighbour_notes(
+def _other_ledger_notes(
     job: Job, preflight_result: Preflight, ledger: Database, step_rows: StepRows | None = None
 ) -> Iterator[str]:
+    """Yield whether a run would be refused because another ledger has paid for the leads, or what is not known."""
+
+    async def find_unknown(tasks: list[str]) -> list[str]:
+        return task_ids.unknown_task_ids(ledger, tasks)
+
+    if not job.sandbox and not execution_records.has_own_submissions(ledger):
+        refusal, problem = asyncio.run(find_output_of_other_ledger(job, find_unknown))
+        if refusal is not None:
+            yield f"a run would be refused: {refusal.message}; {refusal.hint}"
+            return
+        if problem is not None:
+            yield problem
     overlap = neighbour_ledgers.find_overlap(ledger, job, preflight_result.bound_to, step_rows)
     if overlap is not None:
         error = neighbour_ledgers.refusal(job, overlap)

@@ -19,12 +19,12 @@ from enrich.job.spec import Input, Output
 from enrich.ledger import enroll, step_results
 from enrich.ledger.database import Database
 from enrich.ledger.enroll import RowDecision
-from enrich.models import DECISIONS_TO_SEND, Decision, RequestSelection, RowStatus, iso_time
+from enrich.models import DECISIONS_TO_SEND, Decision, RequestSelection, iso_time
 from enrich.rows.job_input import JobInput
 from enrich.rows.template import RequestTemplate
 from enrich.run.plan import DECISION_REASONS
 from enrich.run.step_batch import StepBatch
-from enrich.run.step_forecast import StepDecisions, decide_steps
+from enrich.run.step_plan import StepDecisions, decide_steps
 from enrich.run.step_rows import StepRows
 
 #: The columns that `--rows` adds to the input's.
@@ -35,7 +35,6 @@ PLAN_COLUMNS = {
     "plan_answered_at": pl.String(),
     "plan_age_days": pl.Float64(),
 }
-
 
 #: The last column of a file of `--rows`: of a job without steps, and with steps.
 _LAST_COLUMN = re.compile(r"plan_age_days|plan_[a-z][a-z0-9_]*_why")
@@ -72,7 +71,7 @@ def write_rows(
             cells = [
                 _decision_cells(decisions[position], now_ms)
                 if status is None
-                else _skipped_cells(status, error or filtered_reason)
+                else [Decision(status.value), error or filtered_reason, None, None, None]
                 for position, (status, error) in enumerate(
                     zip(batch.statuses, batch.errors, strict=True), batch.first_position
                 )
@@ -147,10 +146,6 @@ def _write(
     schema = {name: kind for name, kind in job_input.schema.items() if name not in columns} | dict(columns)
     output, job = Output(path=str(target)), job_input.job.name
     write_file(target, output, job=job, schema=schema, frames=frames, new_columns=len(columns), kind="plan")
-
-
-def _skipped_cells(status: RowStatus, reason: str) -> list[object]:
-    return [Decision(status.value), reason, None, None, None]
 
 
 def _decision_cells(row_decision: RowDecision, now_ms: int) -> list[object]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from contextlib import closing
 
 import click
 
@@ -37,8 +38,7 @@ def reconcile_job(job: Job, access: ApiAccess, since: int | None) -> Reconciliat
     """
     if not ledger_exists(job.ledger):
         raise CommandRefused(f"{job.ledger}: no ledger, because this job has never run", "run it first: enrich run JOB")
-    ledger = Database(job.ledger, read_only=True)
-    try:
+    with closing(Database(job.ledger, read_only=True)) as ledger:
         executions, in_doubt = execution_records.list_executions(ledger), queries.in_doubt_summary(ledger)
         if since is None:
             start = choose_baseline(executions, None if in_doubt is None else in_doubt.oldest_execution_id)
@@ -49,8 +49,6 @@ def reconcile_job(job: Job, access: ApiAccess, since: int | None) -> Reconciliat
             which = "any run" if since is None else f"run {since}"
             raise CommandRefused(f"{job.ledger} has no balance of {which}", "`enrich runs JOB` lists the runs")
         movements = queries.credit_movements(ledger, start.id)
-    finally:
-        ledger.close()
     now = asyncio.run(_fetch_balance(access))
     return explain_balance(start.id, start.balance_before, now, movements)
 

@@ -47,7 +47,7 @@ def _return_free_memory() -> None:
 
 
 def _render_page(data: Report, job: Job, now: datetime) -> str:
-    from enrich.report.relative_paths import with_relative_paths
+    from enrich.report.page_file import with_relative_paths
     from enrich.report.render import render_report
 
     _return_free_memory()
@@ -82,11 +82,7 @@ def write_run_report(job: Job, job_arguments: JobArguments) -> str | None:
 @click.option("--with-rows", is_flag=True, help="Add the leads, which are personal data.")
 @options.JSON_OPTION
 def report(
-    job_options: options.JobOptions,
-    page: Path | None,
-    compare: str | None,
-    with_rows: bool,
-    as_json: bool,
+    job_options: options.JobOptions, page: Path | None, compare: str | None, with_rows: bool, as_json: bool
 ) -> None:
     """Write the report of JOB: match rate, spend, provider performance, required actions.
 

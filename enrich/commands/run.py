@@ -87,7 +87,8 @@ def _check_address(_: click.Context, __: click.Parameter, value: str | None) -> 
     return value
 
 
-ENGINE_OPTIONS = (
+#: Adds the options for a run on a Ray cluster to a command.
+engine_options = options.add_options(
     click.option("--engine", type=click.Choice(["ray"]), help="Run on a Ray cluster. Needs a ledger in PostgreSQL."),
     click.option(
         "--address",
@@ -99,13 +100,6 @@ ENGINE_OPTIONS = (
         "--workers", type=options.AtLeast(1), metavar="NUMBER", help="Number of Ray workers. Default: one per CPU."
     ),
 )
-
-
-def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options for a run on a Ray cluster to a command."""
-    for option in reversed(ENGINE_OPTIONS):
-        command = option(command)
-    return command
 
 
 def make_cluster_options(
@@ -221,6 +215,7 @@ def run_observed(
         environment = RunEnvironment(
             clock,
             on_message=note,
+            on_problem=observers.report_problem,
             on_progress=show_progress,
             lease_valid=lease_valid,
             stop=callbacks.stop,

@@ -110,8 +110,8 @@ class RunView:
         return result | {
             "execution": run.id,
             "started_at": iso_time(run.started_ms),
-            "last_sign_at": _optional_iso(self.last_heartbeat_ms),
-            "ended_at": _optional_iso(run.ended_ms),
+            "last_sign_at": iso_time(self.last_heartbeat_ms),
+            "ended_at": iso_time(run.ended_ms),
             "exit_code": run.exit_code,
             "outcome": None if run.exit_code is None else exit_label(run.exit_code),
             "doing": snapshot.doing.key if snapshot and self.status is not RunStatus.ENDED else None,
@@ -130,7 +130,7 @@ class RunView:
             "submitted_per_s": round(recent.submitted / over_s, 2) if over_s else None,
             "answered_per_s": round(recent.answered / over_s, 2) if over_s else None,
             "to_go_s": None if self.remaining_s is None else round(self.remaining_s),
-            "next_expiry": _optional_iso(self.next_expiry_ms),
+            "next_expiry": iso_time(self.next_expiry_ms),
         }
 
 
@@ -230,7 +230,3 @@ def format_view_line(view: RunView) -> str:
     if view.remaining_s is not None:
         parts.append(f"{format_elapsed(view.remaining_s)} left")
     return "; ".join(parts)
-
-
-def _optional_iso(at_ms: int | None) -> str | None:
-    return None if at_ms is None else iso_time(at_ms)

@@ -69,7 +69,7 @@ def _execution_as_json(execution: ExecutionRow, *, is_running: bool) -> dict[str
     return {
         "execution": execution.id,
         "started_at": iso_time(execution.started_ms),
-        "ended_at": None if execution.ended_ms is None else iso_time(execution.ended_ms),
+        "ended_at": iso_time(execution.ended_ms),
         "elapsed_s": None
         if execution.ended_ms is None
         else round((execution.ended_ms - execution.started_ms) / 1000, 3),

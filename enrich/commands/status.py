@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from typing import Any
 
 import click
@@ -38,11 +39,8 @@ def read_status(job: Job) -> dict[str, Any]:
     """Return the object of `enrich status --json`. Requests are counted by status, named as in the run summary."""
     if not ledger_exists(job.ledger):
         return _build_status(job, None)
-    ledger = Database(job.ledger, read_only=True)
-    try:
+    with closing(Database(job.ledger, read_only=True)) as ledger:
         return _build_status(job, ledger)
-    finally:
-        ledger.close()
 
 
 def _build_status(job: Job, ledger: Database | None) -> dict[str, Any]:
@@ -95,7 +93,7 @@ def _build_status(job: Job, ledger: Database | None) -> dict[str, Any]:
             {
                 "execution": row.id,
                 "started_at": iso_time(row.started_ms),
-                "ended_at": None if row.ended_ms is None else iso_time(row.ended_ms),
+                "ended_at": iso_time(row.ended_ms),
                 "exit_code": row.exit_code,
                 "outcome": row.outcome(is_running=row.id == running_id),
                 "submitted": row.submitted,
@@ -219,10 +217,7 @@ def _balance_text(balance: dict[str, Any]) -> str:
 @options.job_options()
 @click.option("--watch", "watching", is_flag=True, help="Show the run in progress until it ends.")
 @click.option(
-    "--every",
-    callback=options.parse_seconds,
-    metavar="2s",
-    help="With --watch: refresh interval; default: 2s.",
+    "--every", callback=options.parse_seconds, metavar="2s", help="With --watch: refresh interval; default: 2s."
 )
 @options.JSON_OPTION
 def status(job_options: options.JobOptions, watching: bool, every: float | None, as_json: bool) -> int:

@@ -1,4 +1,4 @@
-"""Makes all HTTP calls to the Databar API and raises typed errors. `replies` interprets the responses."""
+"""Makes all HTTP calls to the Databar API and raises typed errors. `responses` interprets the responses."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class Client:
     async def submit(self, target: Target, body: bytes, rows: int | None = None) -> str:
         """Submit one paid request, or `rows` rows as one bulk task, with exactly one POST. Return the task id.
 
-        Raises only the errors in the table at the top of `replies`.
+        Raises only the errors in the table at the top of `responses`.
         """
         path = f"{target.path}/{'run' if rows is None else 'bulk-run'}"
         answer = await self._post(path, body)

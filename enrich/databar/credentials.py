@@ -82,10 +82,7 @@ def find_key(environ: Mapping[str, str], home: Path) -> SecretStr:
             name, _, value = line.partition("=")
             if name.strip() == "api_key" and value.strip():
                 return _check_key(value.strip(), str(config))
-    raise ApiKeyRejected(
-        "no API key in DATABAR_API_KEY, DATABAR_API_KEY_FILE or ~/.databar/config",
-        NO_KEY_HINT,
-    )
+    raise ApiKeyRejected("no API key in DATABAR_API_KEY, DATABAR_API_KEY_FILE or ~/.databar/config", NO_KEY_HINT)
 
 
 def _read_key_file(path: Path, source: str) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import BeforeValidator, model_validator
 
 from enrich.databar.lenient_model import CreditAmount, LenientModel, TextLine, read_list
-from enrich.databar.waterfall import Field, Param, Provider
+from enrich.databar.waterfall import Field, Param, Provider, renamed
 from enrich.job.target import Target, TargetKind
 from enrich.models import to_micros
 
@@ -42,8 +42,7 @@ class Enrichment(LenientModel):
     @model_validator(mode="before")
     @classmethod
     def _names_of_waterfalls(cls, data: object) -> object:
-        names = {"params": "input_params", "response_fields": "output_fields"}
-        return {names.get(key, key): value for key, value in data.items()} if isinstance(data, dict) else data
+        return renamed(data, {"params": "input_params", "response_fields": "output_fields"})
 
     @property
     def identifier(self) -> str:

@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from enrich.databar.json_values import whole_number
 from enrich.job.cell_text import is_blank as is_blank_text
-from enrich.models import MICROS_PER_CREDIT, Answer, State, to_micros
+from enrich.models import MICROS_PER_CREDIT, Answer, State, to_micros, whole_number
 
 
 class TaskPhase(Enum):
@@ -46,6 +45,8 @@ PHASE_BY_STATUS = {
 
 #: Upper limit for the price of one answer, in millionths of a credit. A higher value counts as unknown.
 MAX_ANSWER_CREDITS = 1_000_000 * MICROS_PER_CREDIT
+#: The number of a list item that is read has fewer digits.
+_MAX_DIGITS = 10
 #: Steps beyond this number are ignored.
 MAX_STEPS = 1_000
 #: At least one of these keys besides `result` marks a wrapper object. Without them, `result` is a flat field.
@@ -193,7 +194,7 @@ def value_at(fields: object, path: str) -> Any:  # noqa: ANN401 - a JSON field c
         return value_at(fields[head], rest) if rest and head in fields else None
     if isinstance(fields, list):
         head, _, rest = path.partition(".")
-        if head.isdecimal() and int(head) < len(fields):
+        if head.isdecimal() and len(head) < _MAX_DIGITS and int(head) < len(fields):
             return value_at(fields[int(head)], rest) if rest else fields[int(head)]
     return None
 

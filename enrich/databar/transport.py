@@ -24,8 +24,7 @@ from urllib.parse import urlsplit
 import aiohappyeyeballs
 import idna
 
-from enrich.databar.decompression import Decompressor
-from enrich.databar.http_connection import AnswerExceedsLimit, HttpConnection
+from enrich.databar.http_connection import AnswerExceedsLimit, Decompressor, HttpConnection
 from enrich.databar.network import Proxy
 
 #: Extra seconds after a timeout. A suspended process (a sleeping laptop) can then still read a response that arrived.

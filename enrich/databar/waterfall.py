@@ -38,7 +38,7 @@ class Param(NamedModel):
     @model_validator(mode="before")
     @classmethod
     def _names_of_enrichments(cls, data: object) -> object:
-        return _renamed(data, {"is_required": "required", "type_field": "type"})
+        return renamed(data, {"is_required": "required", "type_field": "type"})
 
 
 class Field(NamedModel):
@@ -49,10 +49,10 @@ class Field(NamedModel):
     @model_validator(mode="before")
     @classmethod
     def _names_of_enrichments(cls, data: object) -> object:
-        return _renamed(data, {"display_name": "label"})
+        return renamed(data, {"display_name": "label"})
 
 
-def _renamed(data: object, names: Mapping[str, str]) -> object:
+def renamed(data: object, names: Mapping[str, str]) -> object:
     """Give keys the names that waterfalls have for the same thing."""
     return {names.get(key, key): value for key, value in data.items()} if isinstance(data, dict) else data
 

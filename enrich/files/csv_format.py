@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 CellRows = Sequence[Sequence[object]]
 
+#: The usual separators.
+SEPARATORS = ",;\t|"
 MAX_CELL_CHARACTERS = 10_000_000  # csv's default of 131,072 is too low for scraped pages and long notes
 MAX_LINE_CHARACTERS = 50_000_000
 #: A batch ends early after this many characters, so that rows of any length are read in bounded memory.
@@ -75,7 +77,7 @@ def likely_separator(header: list[str], separator: str) -> str | None:
     """Guess the right separator if the header has only one column. None: no guess."""
     if len(header) != 1:
         return None
-    guess = max(set(",;\t|") - {separator}, key=lambda candidate: (header[0].count(candidate), candidate))
+    guess = max(set(SEPARATORS) - {separator}, key=lambda candidate: (header[0].count(candidate), candidate))
     return guess if guess in header[0] else None
 
 
@@ -227,7 +229,7 @@ def _can_encode(text: str, encoding: str) -> bool:
 
 
 @contextmanager
-def _raised_cell_limit() -> Iterator[None]:
+def raised_cell_limit() -> Iterator[None]:
     """Raise csv's cell limit temporarily. It applies to the whole process, and other code may rely on its own limit."""
     with _cell_limit_lock:
         previous_limit = csv.field_size_limit(MAX_CELL_CHARACTERS)
@@ -245,7 +247,7 @@ def _next_cells(source: TableFile, reader: Iterator[list[str]], count: int, line
     cells: list[str] = []
     is_ragged = False
     end, last_character = count * width, lines.characters + _MAX_BATCH_CHARACTERS
-    with _raised_cell_limit():
+    with raised_cell_limit():
         for row in reader:
             if len(row) == width:
                 cells += row
@@ -263,7 +265,7 @@ def _next_cells(source: TableFile, reader: Iterator[list[str]], count: int, line
 
 
 def _next_header(source: TableFile, reader: Iterator[list[str]]) -> list[str]:
-    with _raised_cell_limit():
+    with raised_cell_limit():
         header = next(filter(None, reader), None)
     if header is None:
         raise FileProblem(f"{source} is empty", "The first line must have the column names")
@@ -276,7 +278,7 @@ def _first_problem(source: TableFile) -> FileProblem:
     """Read the file again, row by row, to find the row and line of its first error."""
     header: list[str] = []
     row = 0
-    with _open_csv(source) as lines, _raised_cell_limit():
+    with _open_csv(source) as lines, raised_cell_limit():
         reader = lines.reader()
         line = first_line = lines.first_line_number()
         try:

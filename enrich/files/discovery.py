@@ -7,21 +7,20 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from urllib.parse import unquote
 
 from enrich.files import object_store
 from enrich.files.manifest import MANIFEST, Manifest, read_manifest
 from enrich.files.text import FORMAT_NAMES, FileProblem, TableFile
-from enrich.job.file_names import real_path, why_no_file
-from enrich.job.locations import InputLocation, Location, ObjectUrl, WebUrl, has_wildcards, is_pattern
+from enrich.job.file_names import why_no_file
+from enrich.job.input_names import is_leftover, is_visible, matches_key
+from enrich.job.locations import Location, ObjectUrl, has_wildcards, is_pattern
 from enrich.job.spec import Input
 
 #: A folder name `COLUMN=VALUE`, as written by Hive, Spark and Polars: a column's value for all files in the folder.
 _PARTITION = re.compile(r"([^=]+)=(.*)", re.DOTALL)
 _ESCAPED_WILDCARD = re.compile(r"\[[*?\[]\]")
-_LEFTOVERS = frozenset(("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"))
 _NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 
 
@@ -82,36 +81,8 @@ def find_paths(location: Path) -> list[Path]:
     """
     if is_pattern(location):
         matches = map(Path, glob.glob(str(location)))  # noqa: PTH207 - Path.glob also finds hidden files
-        return sorted(path for path in matches if path.is_file() and not _is_leftover(path.name))
+        return sorted(path for path in matches if path.is_file() and not is_leftover(path.name))
     return sorted(_walk_folder(location)) if location.is_dir() else [location]
-
-
-def would_include(location: InputLocation, target: Location) -> bool:
-    """Check whether a folder or pattern would include a target file, which need not exist yet."""
-    if isinstance(location, WebUrl):
-        return False
-    if isinstance(location, ObjectUrl):
-        is_several = location.is_folder or is_pattern(location)
-        same_bucket = isinstance(target, ObjectUrl) and (target.scheme, target.bucket) == (
-            location.scheme,
-            location.bucket,
-        )
-        return (
-            is_several
-            and same_bucket
-            and isinstance(target, ObjectUrl)
-            and _matches(location, target.key, location.key)
-        )
-    if isinstance(target, ObjectUrl):
-        return False
-    if is_pattern(location):
-        return target.match(str(location))
-    folder = real_path(location)
-    # The target may be a link, which is read as the file that it leads to.
-    places = (real_path(target), real_path(target.parent) / target.name)
-    return location.is_dir() and any(
-        place.is_relative_to(folder) and all(map(_is_visible, place.relative_to(folder).parts)) for place in places
-    )
 
 
 def _walk_folder(folder: Path) -> Iterator[Path]:
@@ -120,8 +91,8 @@ def _walk_folder(folder: Path) -> Iterator[Path]:
         raise FileProblem(f"{error.filename} cannot be read: {error.strerror}", hint) from None
 
     for parent, folders, names in os.walk(folder, onerror=raise_problem):
-        folders[:] = [name for name in folders if _is_visible(name)]
-        yield from (path for name in names if _is_visible(name) and (path := Path(parent, name)).is_file())
+        folders[:] = [name for name in folders if is_visible(name)]
+        yield from (path for name in names if is_visible(name) and (path := Path(parent, name)).is_file())
 
 
 def find_objects(url: ObjectUrl) -> dict[ObjectUrl, object_store.ObjectVersion | None]:
@@ -136,7 +107,7 @@ def find_objects(url: ObjectUrl) -> dict[ObjectUrl, object_store.ObjectVersion |
     parts = url.key.split("/")
     folder = "".join(f"{part}/" for part in parts[: _fixed_part_count(parts)]) if is_pattern(url) else url.key
     listed = dict(object_store.list_objects(replace(url, key=folder)))
-    found = {key: stamp for key, stamp in listed.items() if _matches(url, key, folder)}
+    found = {key: stamp for key, stamp in listed.items() if matches_key(url, key, folder)}
     if url.is_folder and folder + MANIFEST in listed:
         # Ignore parts that are not in the manifest. They belong to a writer that is running or was killed.
         manifest = read_manifest(object_store.read_object(replace(url, key=folder + MANIFEST)))
@@ -153,29 +124,6 @@ def _objects_of_manifest(
     return {key: found[key] for key in named}
 
 
-def _matches(url: ObjectUrl, key: str, folder: str) -> bool:
-    if url.is_folder:
-        return key.startswith(folder) and not key.endswith("/") and all(map(_is_visible, key[len(folder) :].split("/")))
-    parts, patterns = key.split("/"), url.key.split("/")
-    return (
-        len(parts) == len(patterns)
-        and not _is_leftover(parts[-1])
-        and all(
-            fnmatchcase(part, sign) and (sign.startswith(".") or not part.startswith("."))
-            for part, sign in zip(parts, patterns, strict=True)
-        )
-    )
-
-
-def _is_visible(name: str) -> bool:
-    return not name.startswith((".", "_")) and not _is_leftover(name)
-
-
-def _is_leftover(name: str) -> bool:
-    """Check whether a file is what Windows, macOS or Excel leave in a folder. `~$` marks a workbook that is open."""
-    return name.startswith("~$") or name.lower() in _LEFTOVERS
-
-
 def _file_settings(settings: Input, file: InputFile) -> Input:
     """Return the settings for one file, with defaults from its own extension. The input's path may be a folder."""
     explicit = settings.model_dump(exclude_unset=True)
@@ -186,8 +134,20 @@ def _partition_values(location: Location, file_location: Location) -> tuple[tupl
     """Return the column values in the folder names between the input's location and the file."""
     file_parts, location_parts = _path_parts(file_location), _path_parts(location)
     matches = (_PARTITION.fullmatch(part) for part in file_parts[_fixed_part_count(location_parts) : -1])
-    pairs = ((unquote(match[1]), unquote(match[2])) for match in matches if match)
+    try:
+        pairs = [(_decode_percent(match[1]), _decode_percent(match[2])) for match in matches if match]
+    except UnicodeError:
+        message = f"{file_location}: the name of a folder is not text"
+        raise FileProblem(message, "write it in UTF-8, also its percent codes, and without NUL") from None
     return tuple((name, None if value == _NULL_PARTITION else value) for name, value in pairs)
+
+
+def _decode_percent(text: str) -> str:
+    """Decode the percent codes. Raises UnicodeError for what is not UTF-8 text, and for NUL."""
+    decoded = unquote(text, errors="strict")
+    if b"\0" in decoded.encode():
+        raise UnicodeError
+    return decoded
 
 
 def _path_parts(location: Location) -> Sequence[str]:

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import time
 from itertools import islice
 
 import polars as pl
 from python_calamine import CalamineError, CalamineSheet, CalamineWorkbook, SheetTypeEnum, SheetVisibleEnum
 
-from enrich.files.text import (
-    FileProblem,
-    TableFile,
-    as_file_problem,
-    check_magic_bytes,
-    header_problem,
-)
+from enrich.files.text import FileProblem, TableFile, as_file_problem, check_magic_bytes, header_problem
 from enrich.files.values import to_text
-from enrich.files.workbook_scan import UnsoundWorkbook, check_size, find_non_date, scan_sheet
+from enrich.files.workbook_scan import UnsoundWorkbook, check_size, find_non_date, negative_numbers, scan_sheet
 
 #: Limits of an Excel sheet. Rows include the header.
 MAX_ROWS, MAX_COLUMNS, MAX_CELL_CHARACTERS = 1_048_576, 16_384, 32_767
+#: Integers below this are exact as floats.
+_MAX_EXACT_INTEGER = 2**53
 
 
 def read_header(source: TableFile) -> list[str]:
@@ -108,7 +105,10 @@ def _choose_sheet(source: TableFile, book: CalamineWorkbook) -> str:
 
 
 def _text_rows(source: TableFile, sheet: CalamineSheet) -> Iterator[list[str]]:
-    rows, row = sheet.iter_rows(), 0
+    from xlsxwriter.utility import xl_rowcol_to_cell  # noqa: PLC0415 - see above
+
+    rows, row, first_column = sheet.iter_rows(), 0, (sheet.start or (0, 0))[1]
+    negative: dict[str, float] | None = None
     while True:
         row += 1
         try:
@@ -125,4 +125,15 @@ def _text_rows(source: TableFile, sheet: CalamineSheet) -> Iterator[list[str]]:
             raise FileProblem(message, "Format the cell as a number or as text") from None
         if values is None:
             return
-        yield list(map(to_text, values))
+        if any(isinstance(value, time) for value in values):
+            negative = negative_numbers(source.path, sheet.name) if negative is None else negative
+            values = [
+                negative.get(xl_rowcol_to_cell(row - 1, place), value) if isinstance(value, time) else value
+                for place, value in enumerate(values, first_column)
+            ]
+        yield [to_text(_shown_number(value) if isinstance(value, float) else value) for value in values]
+
+
+def _shown_number(value: float) -> float:
+    """Round a number to the digits that Excel shows. An integer keeps all digits that it can have as a float."""
+    return value if value.is_integer() and abs(value) < _MAX_EXACT_INTEGER else float(f"{value:.15g}")

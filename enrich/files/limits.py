@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import polars as pl
 
@@ -50,13 +51,9 @@ class FileLimits:
         if self.max_rows is not None and first_position + frame.height > self.max_rows:
             message = f"row {self.max_rows + 1:,}: {self.name} is a sheet, which has at most {self.max_rows:,}"
             raise FileProblem(f"{message} rows under its header", _OTHER_FORMAT_HINT)
-        names = [
-            name for name, cells in zip(frame.columns, frame.get_columns(), strict=True) if self._may_not_fit(cells)
-        ]
-        if not names:
-            return
-        for row, cells in enumerate(frame.select(map(frame.get_column, names)).iter_rows(), first_position + 1):
-            for name, cell in zip(names, cells, strict=True):
+        doubtful = frame[:, self._doubtful_columns(frame)]
+        for row, cells in enumerate(doubtful.iter_rows(), first_position + 1):
+            for name, cell in zip(doubtful.columns, cells, strict=True):
                 if problem := self._cell_problem(cell):
                     self._refuse(f"row {row}", name, problem)
 
@@ -65,7 +62,7 @@ class FileLimits:
 
         A character that the encoding lacks becomes `?`, and text that is too long is cut.
         """
-        if cells.dtype != pl.String or not self._may_not_fit(cells):
+        if not self._doubtful_columns(cells.to_frame()):
             return cells, {}
         texts, reasons = cells.to_list(), {}
         for index, text in enumerate(texts):
@@ -76,8 +73,8 @@ class FileLimits:
     def fit_answers(self, cells: Mapping[str, pl.Series], error_column: str) -> dict[str, pl.Series]:
         """Make the new cells of some rows fit into the file, and add the reasons to the column of errors."""
         fitted, notes = dict(cells), dict[int, list[str]]()
-        for name, column in cells.items():
-            fitted[name], reasons = self.fit(column)
+        for name in self._doubtful_columns(pl.DataFrame(cells)):
+            fitted[name], reasons = self.fit(cells[name])
             for index, reason in reasons.items() if name != error_column else ():
                 notes.setdefault(index, []).append(f"{name}: {reason}")
         if notes:
@@ -87,11 +84,14 @@ class FileLimits:
             fitted[error_column], _ = self.fit(pl.Series(error_column, errors, pl.String))
         return fitted
 
-    def _may_not_fit(self, cells: pl.Series) -> bool:
-        cells = cells.alias("")  # polars reads a name such as `^a.*$` as a pattern
-        if self.max_cell is not None and (cells.str.len_bytes().max() or 0) > self.max_cell:  # type: ignore[operator]
-            return True
-        return self.encoding is not None and not _survives("".join(cells.drop_nulls().to_list()), self.encoding)
+    def _doubtful_columns(self, frame: pl.DataFrame) -> list[str]:
+        """Return the columns of text that may have a cell that does not fit."""
+        return [
+            longest.name
+            for longest in frame.select_seq(pl.col(pl.String).str.len_bytes().max())
+            if (self.max_cell is not None and (longest.item() or 0) > self.max_cell)
+            or (self.encoding is not None and not _survives("".join(filter(None, frame[longest.name])), self.encoding))
+        ]
 
     def _cell_problem(self, text: str) -> tuple[str, str] | None:
         """Return why a text cannot be a cell, and a hint. None: it can."""
@@ -149,6 +149,15 @@ def limits_of(kind: str, output: Output) -> FileLimits:
 def _survives(text: str, encoding: str) -> bool:
     """Check whether a text can be written and read back. Some encodings write two characters as the same bytes."""
     try:
-        return text.isascii() or text.encode(encoding).decode(encoding) == text
+        return (text.isascii() and _has_ascii(encoding)) or text.encode(encoding).decode(encoding) == text
+    except UnicodeError:
+        return False
+
+
+@cache
+def _has_ascii(encoding: str) -> bool:
+    """Check whether an encoding has all of ASCII, so that such text needs no test."""
+    try:
+        return all(sign.encode(encoding).decode(encoding) == sign for sign in map(chr, range(128)))
     except UnicodeError:
         return False

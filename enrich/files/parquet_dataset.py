@@ -18,7 +18,6 @@ import polars as pl
 from enrich.errors import CommandRefused, JobError
 from enrich.files import object_store, parquet_format
 from enrich.files.atomic import COLLECT_HINT, as_write_refused, atomic_write, follow_link, fsync_dir
-from enrich.files.discovery import would_include
 from enrich.files.manifest import (
     MANIFEST,
     Manifest,
@@ -243,20 +242,16 @@ DatasetWriter = FolderDatasetWriter | BucketDatasetWriter
 def prepare_dataset(target: Location, input_location: InputLocation, job: str) -> None:
     """Clean up after a killed run, and check that the dataset can be written.
 
-    Raises JobError if it would replace anything except a dataset written by enrich, or if the input includes it.
+    Raises JobError if it would replace anything except a dataset written by enrich, or the input.
     Raises CommandRefused if it cannot be written.
     """
     if isinstance(target, ObjectUrl):
-        if target == input_location or would_include(
-            input_location, ObjectUrl(target.scheme, target.bucket, target.key + new_part_name(0))
-        ):
-            raise _would_be_read_error(target)
+        if target == input_location:
+            raise JobError(f"{target}: the output would replace the input", "choose another `output`")
         object_store.check_bucket(target)
         clean_up_bucket(target)
         check_own_bucket(target)
         return
-    if would_include(input_location, target / new_part_name(0)):
-        raise _would_be_read_error(target)
     if (
         isinstance(input_location, Path)
         and input_location != STDIN
@@ -315,7 +310,3 @@ def _one_part(frames: Iterator[pl.DataFrame]) -> Iterator[pl.DataFrame]:
         rows += frame.height
         if rows >= ROWS_PER_PART:
             return
-
-
-def _would_be_read_error(target: Location) -> JobError:
-    return JobError(f"{target}: the output would be read as input by the next run", "choose another `output`")

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import BinaryIO
+from functools import cache
+from typing import BinaryIO, cast
 
 import polars as pl
 from polars.io.plugins import register_io_source
 
 from enrich.files.text import FileProblem, TableFile, as_file_problem, check_magic_bytes, quote_column
-from enrich.files.values import JSON_TYPE, as_text, first_without_text
+from enrich.files.values import JSON_TYPE, as_text, first_without_text, text_or_null
+
+# Polars panics at a time zone that it does not know, such as `+03:30`. See `_known_zones`.
+os.environ["POLARS_IGNORE_TIMEZONE_PARSE_ERROR"] = "1"
 
 #: Number of rows held in memory while reading or writing.
 ROWS_PER_CHUNK = 100_000
 
-
 #: Size of the end of a file: the length of its footer (4 bytes) and the magic number (4 bytes).
 TAIL_BYTES = 8
 _MAGIC = b"PAR1"
+#: Polars reads no decimals with more.
+_MAX_DECIMAL_DIGITS = 38
 #: A NUL character in JSON text: an escape whose backslash is not itself escaped.
 _NUL_IN_JSON = r"(?:^|[^\\])(?:\\\\)*\\u0000"
 
@@ -45,6 +51,10 @@ def read_schema(source: TableFile) -> dict[str, pl.DataType]:
         schema = dict(_scan(source).collect_schema())
     if not schema:
         raise FileProblem(f"{source} has no columns", "Choose a file of leads")
+    for name, kind in schema.items():
+        if isinstance(kind, pl.Decimal) and kind.precision > _MAX_DECIMAL_DIGITS:
+            message = f"{source}: column {quote_column(name)} has the type {kind}, which is not supported"
+            raise FileProblem(message, f"Write it with at most {_MAX_DECIMAL_DIGITS} digits, or as text")
     return schema
 
 
@@ -93,7 +103,31 @@ def _first_nul(column: pl.Series) -> int | None:
 
 
 def _scan(source: TableFile) -> pl.LazyFrame:
-    return pl.scan_parquet(source.path, glob=False, hive_partitioning=False)
+    scan = pl.scan_parquet(source.path, glob=False, hive_partitioning=False)
+    kinds = [(place, kind, _known_zones(kind)) for place, kind in enumerate(scan.collect_schema().dtypes())]
+    changed = [pl.nth(place).cast(known) for place, kind, known in kinds if known != kind]
+    return scan.with_columns(changed) if changed else scan
+
+
+def _known_zones(kind: pl.DataType) -> pl.DataType:
+    """Replace the time zones that polars does not know by UTC. A time in the file is in UTC, whatever its zone is."""
+    if isinstance(kind, pl.Struct):
+        return pl.Struct({field.name: _known_zones(cast("pl.DataType", field.dtype)) for field in kind.fields})
+    if isinstance(kind, pl.List | pl.Array):
+        inner = _known_zones(cast("pl.DataType", kind.inner))
+        return pl.List(inner) if isinstance(kind, pl.List) else pl.Array(inner, kind.size)
+    if isinstance(kind, pl.Datetime) and kind.time_zone and not _is_known_zone(kind.time_zone):
+        return pl.Datetime(kind.time_unit, "UTC")
+    return kind
+
+
+@cache
+def _is_known_zone(zone: str) -> bool:
+    try:
+        pl.Series([0], dtype=pl.Datetime("us", zone)).dt.strftime("%Z")
+    except pl.exceptions.ComputeError:
+        return False
+    return True
 
 
 def file_schema(schema: Mapping[str, pl.DataType]) -> pl.Schema:
@@ -114,7 +148,8 @@ def write(raw: BinaryIO, schema: Mapping[str, pl.DataType], frames: Iterable[pl.
         nonlocal written
         for frame in frames:
             written += frame.height
-            yield pl.DataFrame({it.name: as_text(it) if it.dtype == JSON_TYPE else it for it in frame.get_columns()})
+            columns = frame.get_columns()
+            yield pl.DataFrame({each.name: text_or_null(each) if each.dtype == JSON_TYPE else each for each in columns})
 
     register_io_source(batches, schema=file_schema(schema)).sink_parquet(raw, row_group_size=ROWS_PER_CHUNK)
     return written
@@ -128,3 +163,6 @@ def _as_parquet_problem(source: TableFile) -> Iterator[None]:
     except pl.exceptions.PolarsError:
         check_magic_bytes(source)
         raise FileProblem(f"{source} is a damaged Parquet file", "Write or download it again") from None
+    except pl.exceptions.PanicException:  # not a subclass of Exception; a bug in polars
+        hint = "Write its columns with simpler types, such as text"
+        raise FileProblem(f"{source} has a column of a type that cannot be read", hint) from None

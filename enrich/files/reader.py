@@ -185,28 +185,20 @@ class InMemoryRows:
         yield from self._frame.iter_slices(ROWS_PER_BATCH)
 
 
-class PartReader:
-    """The rows of one part, which can be read repeatedly."""
+def read_part(part: InputPart, input_schema: InputSchema, copies: LocalCopies) -> Iterator[pl.DataFrame]:
+    """Yield the rows of one part in batches. Parts of the same object share `copies`: it is downloaded once.
 
-    def __init__(self, part: InputPart, input_schema: InputSchema, copies: LocalCopies | None = None) -> None:
-        """Prepare to read a part. Parts of the same object share `copies`, so that it is downloaded once."""
-        self._part = part
-        self._input_schema = input_schema
-        self._copies = copies or LocalCopies()
-        self.first_position = part.first_position
-
-    def batches(self) -> Iterator[pl.DataFrame]:
-        """Yield the rows in batches. Raises CommandRefused, also if the file's row count has changed."""
-        part, height = self._part, 0
-        with as_refused():
-            for frame in read_batches(part.file, self._input_schema, self._copies, part.start_row, part.rows):
-                height += frame.height
-                if height > part.rows:
-                    break
-                yield frame
-            if height != part.rows:
-                hint = "start again when the files are complete"
-                raise FileProblem(f"{part.file} changed since the run began", hint)
+    Raises CommandRefused, also if the file's row count has changed.
+    """
+    height = 0
+    with as_refused():
+        for frame in read_batches(part.file, input_schema, copies, part.start_row, part.rows):
+            height += frame.height
+            if height > part.rows:
+                break
+            yield frame
+        if height != part.rows:
+            raise FileProblem(f"{part.file} changed since the run began", "start again when the files are complete")
 
 
 #: A function that returns the row count of each file.
@@ -281,19 +273,16 @@ class InputTable:
             total.update(array("Q", text_frame(frame).hash_rows().to_list()).tobytes())
         return total.digest()
 
-    def parts(self, row_counter: RowCounter | None = None) -> list[InputPart]:
+    def parts(self, row_counter: RowCounter) -> list[InputPart]:
         """Divide the rows into parts. Raises CommandRefused.
 
         `row_counter` counts the rows of files without a row count in their metadata.
         """
         unknown = [leaf for leaf in self.input_files if leaf not in self._known_row_counts]
         with as_refused():
-            rows = (row_counter or self._count_rows)(unknown)
+            rows = row_counter(unknown)
         row_counts = self._known_row_counts | dict(zip(unknown, rows, strict=True))
         return divide_files((leaf, row_counts[leaf]) for leaf in self.input_files)
-
-    def _count_rows(self, input_files: Sequence[InputFile]) -> list[int]:
-        return [count_file_rows(file, self.input_schema, self._copies) for file in input_files]
 
     def _has_same_rows(self) -> bool:
         """Download the input again, and check whether it has the same cells. True if it cannot be read now."""

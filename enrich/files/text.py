@@ -111,7 +111,7 @@ def open_text(source: TableFile, newline: str = "") -> Iterator[TextIO]:
     check_encoding(source.encoding)
     with as_file_problem(source):
         try:
-            with _open_binary(source) as raw:
+            with open_binary(source) as raw:
                 _check_magic_bytes(source, raw.read(_MAGIC_LENGTH))
                 raw.seek(0)
                 with io.TextIOWrapper(raw, source.encoding, newline=newline) as text:
@@ -194,7 +194,8 @@ def _repeated_columns(header: list[str], positions: list[str] | None) -> str | N
     return f"has duplicate column names: {'; '.join(repeated)}"
 
 
-def _open_binary(source: TableFile) -> io.BufferedReader | gzip.GzipFile:
+def open_binary(source: TableFile) -> io.BufferedReader | gzip.GzipFile:
+    """Open the file as bytes, unpacked if its name ends with `.gz`."""
     path = source.path
     return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
 
@@ -221,10 +222,15 @@ def _check_other_format(source: TableFile, beginning: bytes) -> None:
         raise FileProblem(f"{source} is not {FORMAT_NAMES[source.format]} but {kind}", hint)
 
 
+def byte_order_encoding(beginning: bytes) -> str | None:
+    """Return the encoding that the byte order mark of a file names; None: it has none."""
+    return next((marked for mark, marked in _BYTE_ORDER_MARKS.items() if beginning.startswith(mark)), None)
+
+
 def _check_magic_bytes(source: TableFile, beginning: bytes) -> None:
     _check_other_format(source, beginning)
     encoding = codecs.lookup(source.encoding).name
-    mark = next((marked for mark, marked in _BYTE_ORDER_MARKS.items() if beginning.startswith(mark)), None)
+    mark = byte_order_encoding(beginning)
     if mark and not encoding.startswith(mark):
         problem, suggestion = f"begins a mark of {mark}", mark
     elif beginning and not mark and encoding in {"utf-16", "utf-32"}:
@@ -240,7 +246,7 @@ def _decoding_problem(source: TableFile) -> FileProblem:
     """Read the file again as bytes to find the first byte that is invalid in its encoding."""
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(source.encoding)(), translate=True)
     offset, line, position = 0, 1, ""
-    with _open_binary(source) as raw:
+    with open_binary(source) as raw:
         for chunk in chain(iter(lambda: raw.read(1 << 20), b""), [b""]):
             pending, state = decoder.getstate()
             try:

@@ -5,22 +5,24 @@ from __future__ import annotations
 import json.encoder
 import math
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from typing import cast
 
+import msgspec
 import polars as pl
 
 #: Column type for raw JSON text from a JSON file with values other than strings. A missing value is null.
 JSON_TYPE = pl.Struct({"enrich:json": pl.String})
-#: Integers below this are exact as floats.
-_MAX_EXACT_INTEGER = 2**53
 _DATETIME_FORMAT = "%Y-%m-%dT%H:%M:%S%.f"
 #: Dates up to this many days from 1970 (about 260,000 years) can be written as text.
 _MAX_DAYS = 95_000_000
 _SECONDS_PER_DAY = 86_400
 _UNITS_PER_SECOND = {"ms": 10**3, "us": 10**6, "ns": 10**9}
 
+#: The beginning of the text of a list or an object, or a boolean.
+_MAYBE_NO_TEXT = r"^(?:\[|\{|true$|false$)"
 #: Writes text as a JSON string without escaping non-ASCII letters.
 quote_json = json.encoder.encode_basestring
 
@@ -51,7 +53,14 @@ def as_text(column: pl.Series) -> pl.Series:
         text = numbers.replace_strict(distinct, _text_series(map(to_text, distinct)))
     else:
         text = _text_series(map(to_text, plain_values(column)))
-    return text.fill_null("").alias(name)
+    return (text.fill_null("") if text.null_count() else text).alias(name)
+
+
+def text_or_null(column: pl.Series) -> pl.Series:
+    """Convert every cell of a column to text. A null stays null."""
+    cells = column.alias("")
+    is_null = (cells.struct.field("enrich:json") if cells.dtype == JSON_TYPE else cells).is_null()
+    return as_text(cells).set(is_null, None).alias(column.name)
 
 
 def has_no_text(column: pl.Series) -> pl.Series | None:
@@ -60,6 +69,22 @@ def has_no_text(column: pl.Series) -> pl.Series | None:
     if kind == JSON_TYPE:
         return pl.Series("", [cell is not None and cell[0] in "[{tf" for cell in raw_json_cells(column)], pl.Boolean)
     return column.alias("").is_not_null() if kind.is_nested() or kind == pl.Boolean else None
+
+
+def json_where_no_text(cells: pl.Series) -> pl.Series:
+    """Convert a column of text to raw JSON if a cell is the text of a list, an object or a boolean."""
+    if cells.dtype != pl.String:
+        return cells
+    no_text = [False] * len(cells)
+    for index in cells.alias("").str.contains(_MAYBE_NO_TEXT).fill_null(value=False).arg_true():
+        with suppress(msgspec.DecodeError, RecursionError):
+            no_text[index] = isinstance(msgspec.json.decode(cells[index]), list | dict | bool)
+    if not any(no_text):
+        return cells
+    texts = (
+        None if cell is None else cell if raw else quote_json(cell) for cell, raw in zip(cells, no_text, strict=True)
+    )
+    return json_column(list(texts)).alias(cells.name)
 
 
 def text_frame(frame: pl.DataFrame) -> pl.DataFrame:
@@ -202,8 +227,9 @@ def to_text(value: object) -> str:  # noqa: C901 - a table of types
         case datetime() | date() | time():
             return value.isoformat()
         case timedelta():
-            minutes, seconds = divmod(round(value.total_seconds()), 60)
-            return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+            total = round(value.total_seconds())
+            minutes, seconds = divmod(abs(total), 60)
+            return f"{'-' if total < 0 else ''}{minutes // 60}:{minutes % 60:02}:{seconds:02}"
         case bytes():
             try:
                 text = value.decode()
@@ -224,9 +250,8 @@ def _float_text(value: float) -> str:
         return ""
     if not math.isfinite(value):
         return str(value)
-    if value.is_integer() and abs(value) < _MAX_EXACT_INTEGER:
-        return str(int(value))
-    return f"{Decimal(f'{value:.15g}'):f}"
+    # The fewest digits that are this float alone. Zero is added because of -0.0.
+    return f"{Decimal(repr(value + 0.0)):f}".removesuffix(".0")
 
 
 def _json_to_text(cell: str) -> str:

@@ -60,6 +60,13 @@ def find_non_date(path: Path, sheet: str, row: int) -> str | None:
     return finder.found
 
 
+def negative_numbers(path: Path, sheet: str) -> dict[str, float]:
+    """Return the negative numbers of a sheet by their cells. The library reads them as times if so formatted."""
+    finder = _NegativeFinder()
+    _parse_sheet(path, sheet, finder)
+    return {cell: float(text) for cell, text in finder.found.items()}
+
+
 class _SheetHandler:
     """Receives the elements of a sheet. Namespace prefixes are removed from their names."""
 
@@ -152,6 +159,28 @@ class _NonDateFinder(_SheetHandler):
                 self.found = self._reference
         except ValueError:
             self.found = self._reference
+
+
+class _NegativeFinder(_SheetHandler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = dict[str, str]()
+        self._reference = ""
+
+    def start(self, name: str, attributes: dict[str, str]) -> None:
+        name = name.rpartition(" ")[2]
+        self.parser.CharacterDataHandler = None
+        if name == "c":
+            self._reference = attributes.get("r", "") if attributes.get("t", "n") == "n" else ""
+        elif name == "v" and self._reference:
+            self.parser.CharacterDataHandler = self._add_value
+
+    def _add_value(self, text: str) -> None:
+        # The text may come in parts.
+        if self._reference and (text.startswith("-") or self._reference in self.found):
+            self.found[self._reference] = self.found.get(self._reference, "") + text
+        else:
+            self._reference = ""
 
 
 def _column_number(letters: str) -> int:

@@ -16,10 +16,10 @@ from enrich.errors import CommandRefused, JobError
 from enrich.files import jsonl_format, object_store, parquet_dataset, parquet_format
 from enrich.files.atomic import COLLECT_HINT, as_write_refused, atomic_write, follow_link
 from enrich.files.csv_format import CsvWriter
-from enrich.files.discovery import find_paths, would_include
+from enrich.files.discovery import find_paths
 from enrich.files.text import as_refused
 from enrich.files.values import as_text, text_frame
-from enrich.job.locations import InputLocation, Location, ObjectUrl, format_of, is_dataset, is_pattern
+from enrich.job.locations import InputLocation, Location, ObjectUrl, format_of, is_dataset
 from enrich.job.spec import Output
 
 #: Text that a spreadsheet would run as a formula: it skips line breaks and invisible characters before it, and takes
@@ -40,15 +40,13 @@ def temporary_path(target: Path, job: str, kind: str = "output") -> Path:
 def prepare_file(target: Location, input_location: InputLocation, job: str, kind: str = "output") -> None:
     """Create the folder of a file that the run will write, and remove leftovers of a killed run.
 
-    Raises JobError if the file would replace the input or a ledger, or become part of the input.
+    Raises JobError if the file would replace the input or a ledger.
     Raises CommandRefused if it cannot be written.
     """
     if kind == "output" and is_dataset(target):
         parquet_dataset.prepare_dataset(target, input_location, job)
         return
     if isinstance(target, ObjectUrl):
-        if would_include(input_location, target):
-            raise _would_be_read_error(target, input_location, kind)
         if target == input_location:
             raise JobError(f"{target}: the {kind} would replace the input", f"choose another `{kind}`")
         object_store.check_bucket(target)
@@ -73,20 +71,11 @@ def prepare_file(target: Location, input_location: InputLocation, job: str, kind
 def _check_not_input(target: Path, input_location: InputLocation, kind: str) -> None:
     if not isinstance(input_location, Path):
         return
-    if would_include(input_location, target):
-        raise _would_be_read_error(target, input_location, kind)
     with as_refused():
         paths = find_paths(input_location)
     for path in paths:
         if target == path or (target.exists() and path.exists() and target.samefile(path)):
             raise JobError(f"{target}: the {kind} would replace the input", f"choose another `{kind}`")
-
-
-def _would_be_read_error(target: Location, input_location: InputLocation, kind: str) -> JobError:
-    pattern_hint = f", or a narrower pattern than {input_location.name}" if is_pattern(input_location) else ""
-    return JobError(
-        f"{target}: the {kind} would be read as input by the next run", f"choose another `{kind}`{pattern_hint}"
-    )
 
 
 def _is_database(path: Path) -> bool:
@@ -162,19 +151,17 @@ def _write_csv(
         writer.write_header(columns)
         for frame in frames:
             text = frame.with_columns(as_text(column) for column in frame.get_columns() if column.dtype != pl.String)
-            writer.write(text.with_columns(map(escape_formulas, text.get_columns()[-new_columns:])))
+            writer.write(text.with_columns(*escape_formulas(text.select(pl.nth(range(-new_columns, 0))))))
 
 
 def is_formula(text: str) -> bool:
     """Check whether a spreadsheet would run a text as a formula."""
-    return bool(escape_formulas(pl.Series([text])).item() != text)
+    return bool(escape_formulas(pl.DataFrame({"": [text]})).item() != text)
 
 
-def escape_formulas(column: pl.Series) -> pl.Series:
+def escape_formulas(texts: pl.DataFrame) -> pl.DataFrame:
     """Prefix text that looks like a formula with `'`, so that no spreadsheet runs it."""
-    if not column.alias("").str.contains(_NO_LETTER).any():  # polars takes some names for patterns
-        return column
-    text = pl.nth(0)
-    runs = text.str.contains(_FORMULA) | (text.str.contains(_SIGNED) & ~text.str.contains(_NUMBER_OR_PHONE))
-    safe = pl.when(runs).then("'" + text).otherwise(text)
-    return column.alias("").to_frame().select(safe.alias("")).to_series().alias(column.name)
+    may_run = texts.select_seq(pl.all().str.contains(_NO_LETTER).any())
+    text = pl.nth([place for place, column in enumerate(may_run) if column.item()])
+    is_safe = ~text.str.contains(_FORMULA) & (~text.str.contains(_SIGNED) | text.str.contains(_NUMBER_OR_PHONE))
+    return texts.with_columns(pl.when(is_safe).then(text).otherwise("'" + text))

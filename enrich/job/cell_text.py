@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Collection
+from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -91,15 +92,15 @@ def fold(text: str) -> str:
 
 def clean_cells(cells: pl.Series) -> pl.Series:
     """Clean each cell of a column of text."""
-    text = cells.alias("")
-    # ASCII is NFC.
-    wide = (text.str.len_bytes() != text.str.len_chars()).arg_true()
-    if len(wide):
-        text = text.scatter(wide, text.gather(wide).str.normalize("NFC"))
-    changed = text.str.contains(_NOT_CLEAN).arg_true()
-    if not len(changed):
-        return text
-    return text.scatter(changed, map_distinct(text.gather(changed), clean))
+    import polars as pl  # noqa: PLC0415 - commands that read no input need not wait for it
+
+    text, cell = cells.alias(""), pl.first()
+    is_wide, is_unclean = text.to_frame().select_seq(
+        is_wide=cell.str.len_bytes() != cell.str.len_chars(), is_unclean=cell.str.contains(_NOT_CLEAN)
+    )
+    # ASCII is NFC. Normalizing adds nothing that is not clean.
+    text = convert_some(text, is_wide, lambda wide: wide.str.normalize("NFC"))
+    return convert_some(text, is_unclean, lambda unclean: map_distinct(unclean, clean))
 
 
 def blank_cells(cells: pl.Series, placeholders: Collection[str] = ()) -> pl.Series:
@@ -108,9 +109,16 @@ def blank_cells(cells: pl.Series, placeholders: Collection[str] = ()) -> pl.Seri
     return text.is_in(["", *placeholders])
 
 
+def convert_some(cells: pl.Series, chosen: pl.Series, convert: Callable[[pl.Series], pl.Series]) -> pl.Series:
+    """Convert the chosen cells of a column. `chosen` runs parallel to it."""
+    if not chosen.any():
+        return cells
+    is_all = chosen.all(ignore_nulls=False)
+    return convert(cells) if is_all else cells.scatter(chosen.arg_true(), convert(cells.filter(chosen)))
+
+
 def map_distinct(cells: pl.Series, convert: Callable[[str], str]) -> pl.Series:
     """Convert each distinct cell of a column of text once."""
-    import polars as pl  # noqa: PLC0415 - commands that read no input need not wait for it
+    import polars as pl  # noqa: PLC0415 - likewise
 
-    converted = {cell: convert(cell) for cell in cells.unique().to_list()}
-    return pl.Series("", list(map(converted.__getitem__, cells.to_list())), pl.String)
+    return pl.Series("", list(map(cache(convert), cells.to_list())), pl.String)

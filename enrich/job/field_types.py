@@ -60,13 +60,14 @@ def _check_separator(value: str) -> str:
 def is_text_encoding(name: str) -> bool:
     """Return whether Python has an encoding of this name that can write a file piece by piece.
 
-    There are codecs for other things than text (base64), and for host names only (idna, punycode).
+    There are codecs for other things than text (base64), for host names only (idna, punycode), and for Python's
+    escapes, which no other program reads.
     """
     piece = "a,1;" * 30 + "\n"
     try:
         encoder = codecs.getincrementalencoder(name)()
         written = b"".join([encoder.encode(piece), encoder.encode(piece, final=True)])
-        return written.decode(name) == piece * 2
+        return written.decode(name) == piece * 2 and not codecs.lookup(name).name.endswith("unicode-escape")
     except (LookupError, ValueError, TypeError):
         return False
 

@@ -7,7 +7,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from enrich.job.locations import InputLocation, LedgerLocation
+from enrich.job.locations import STDIN, InputLocation, LedgerLocation
 
 #: How many bytes the names of files beside a ledger are longer than its own: its lock, its journals, the sandbox's.
 _LEDGER_SUFFIX_BYTES = 24
@@ -51,4 +51,4 @@ def why_no_ledger(location: LedgerLocation) -> str | None:
 
 def is_missing(path: Path) -> bool:
     """Check whether a file could be at a path, and is not."""
-    return why_no_file(path) is None and not path.exists()
+    return path != STDIN and why_no_file(path) is None and not path.exists()

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from enrich.errors import JobError
 from enrich.job.field_types import MAX_CREDITS
 from enrich.job.file_names import MAX_JOB_NAME_BYTES, is_same_file, real_path, why_no_file, why_no_ledger
+from enrich.job.input_names import inclusion_problem
 from enrich.job.locations import (
     STDIN,
     InputLocation,
@@ -135,6 +136,8 @@ class Job:
         for kind, location in files.items():
             if kind not in ("input", "output"):
                 self._check_outside_dataset(kind, location, output)
+            if kind not in _FILES_READ and (problem := inclusion_problem(self.input_path, location, kind)) is not None:
+                raise self.error([kind], *problem)
         return files
 
     def _locations(self, now: datetime) -> dict[str, InputLocation]:
@@ -165,6 +168,8 @@ class Job:
             raise JobError(f"{path}: the {what} cannot be written: {reason}", hint)
         if (key := self.key_of_file(path, datetime.now().astimezone())) not in (None, allowed):
             raise JobError(f"{path}: the {what} would replace `{key}` of the job", hint)
+        if (problem := inclusion_problem(self.input_path, path, what)) is not None:
+            raise JobError(problem[0], hint)
 
     def _check_outside_dataset(self, kind: str, location: object, output: Location) -> None:
         """Raise JobError if a file of the job is in the output folder, which every run replaces."""
@@ -176,7 +181,7 @@ class Job:
 
     def resolve_path(self, path: str) -> Path:
         """Resolve a path that is relative to the folder of the job file."""
-        return _absolute_path(self.document.path.resolve().parent, path)
+        return Path(os.path.normpath(self.document.path.resolve().parent / path))
 
     def error(self, key_path: Sequence[str | int], message: str, hint: str | None = None) -> JobError:
         """Return a JobError that names the job file, the line and the key."""
@@ -282,9 +287,7 @@ def _check_outputs(job: Job, job_folder: Path) -> None:
         elif not written.path.lower().endswith(OUTPUT_SUFFIXES):
             folder = "; for a folder: leads/" if key == "output" else ""
             raise job.error(
-                [key],
-                f"`{written.path}` has an unsupported file type",
-                f"use {', '.join(OUTPUT_SUFFIXES)}{folder}",
+                [key], f"`{written.path}` has an unsupported file type", f"use {', '.join(OUTPUT_SUFFIXES)}{folder}"
             )
     if model.report is not None and model.report.path is not None:
         _check_date_codes(job, "report", model.report.path)
@@ -365,10 +368,6 @@ def _checked_location(document: YamlDocument, key: str, base: Path, path_or_url:
 
 def _expand_date(path: str, now: datetime) -> str:
     return now.strftime(path) if "%" in path else path
-
-
-def _absolute_path(base: Path, path: str | Path) -> Path:
-    return Path(os.path.normpath(base / path))
 
 
 def _default_output(input_path: InputLocation, name: str, *, sandbox: bool) -> str:

@@ -10,9 +10,15 @@ def suggest_name(name: str, known: Iterable[str]) -> str | None:
     """Return a hint with the closest known name, or with all known names if they are few. None: no hint."""
     names = list(known)
     if (closest := closest_name(name, names)) is not None:
-        return f"did you mean `{closest}`?"
+        return did_you_mean(closest)
     max_listed = 12
     return f"known: {', '.join(names)}" if 0 < len(names) <= max_listed else None
+
+
+def did_you_mean(name: str) -> str:
+    """Return the hint that this name may be meant. Signs that cannot be seen are escaped."""
+    shown = "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in name)
+    return f"did you mean `{shown}`?"
 
 
 def closest_name(name: str, known: Iterable[str]) -> str | None:

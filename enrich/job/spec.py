@@ -36,8 +36,7 @@ class Input(StrictModel):
     )
     encoding: Encoding = Field("utf-8", description="Python's name of it: utf-8, cp1252, utf-16 …")
     format: Format = Field(
-        default_factory=_default_format,
-        description="Default: by the file extension, before .gz; otherwise csv.",
+        default_factory=_default_format, description="Default: by the file extension, before .gz; otherwise csv."
     )
     sheet: Text | None = Field(None, description="The sheet of a workbook; default: the first visible one with cells.")
 

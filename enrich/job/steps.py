@@ -16,7 +16,6 @@ _Model = TypeVar("_Model", bound=BaseModel)
 #: The columns of a step in the output, in their order.
 STEP_FIELDS = ("status", "provider", "credits", "task_id", "at")
 
-
 _STATUS_COLUMN = re.compile(r"enrich_([a-z][a-z0-9_]*)_status")
 
 

@@ -18,6 +18,8 @@ _NUMBER_TAGS = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"}
 _MAX_NUMBER_LENGTH = 1_000
 #: Octal and sexagesimal numbers.
 _UNUSUAL_NUMBER = re.compile(r"[-+]?(0[0-7_]+$|[0-9_.]+:)")
+#: What no file can hold, and only an escape can write: NUL, and one of two surrogates.
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
 class YamlDocument:
@@ -123,10 +125,12 @@ def _to_plain_data(node: yaml.Node, path: Path) -> Any:  # noqa: ANN401 - YAML
                 raise JobError(f"{path}:{line}: a key must be text")
             if name in data:
                 raise JobError(f"{path}:{line}: `{name}` is set twice", "remove one of the two")
+            _check_text(key, path)
             data[name] = _to_plain_data(value, path)
         return data
     if isinstance(node, yaml.SequenceNode):
         return [_to_plain_data(item, path) for item in node.value]
+    _check_text(node, path)
     if node.tag in _NUMBER_TAGS and len(str(node.value)) > _MAX_NUMBER_LENGTH:
         message = f"{path}:{node.start_mark.line + 1}: a number of {len(str(node.value)):,} characters"
         raise JobError(message, "put it in quotes if it is text")
@@ -139,3 +143,10 @@ def _to_plain_data(node: yaml.Node, path: Path) -> Any:  # noqa: ANN401 - YAML
     except (yaml.YAMLError, ValueError) as error:
         problem = error.problem if isinstance(error, yaml.MarkedYAMLError) else error
         raise JobError(f"{path}:{node.start_mark.line + 1}: {problem}", "put it in quotes if it is text") from None
+
+
+def _check_text(node: yaml.Node, path: Path) -> None:
+    if found := _NO_TEXT.search(str(node.value)):
+        problem = "a NUL character" if found[0] == "\0" else f"half a character (\\u{ord(found[0]):04x})"
+        hint = "remove the escape, or write the character itself"
+        raise JobError(f"{path}:{node.start_mark.line + 1}: has {problem}", hint)

@@ -6,9 +6,9 @@ import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from enrich.json_text import to_json_text
 from enrich.ledger.database import Database
-from enrich.ledger.sql_fragments import JSON_NUMBERS
-from enrich.models import to_json_text
+from enrich.ledger.dialect import JSON_NUMBERS
 
 
 class StepCost(NamedTuple):

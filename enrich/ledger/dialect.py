@@ -33,13 +33,9 @@ class Dialect:
     serial_key: str
     #: Column type for bytes.
     blob_type: str
-    #: Whether the tables of a pass over the input are shared by several processes. False: they end with the connection.
-    passes_are_shared: bool
     #: Whether processes hold the tasks they work on by leases.
     has_leases: bool
-    #: Suffix of SELECT: lock the rows that are about to be changed.
-    for_update: str = ""
-    #: The same, but skip rows that another transaction has locked.
+    #: Suffix of SELECT: lock the rows that are about to be changed, but skip rows that another transaction has locked.
     skip_locked: str = ""
     #: Prefix that keeps SQLite's planner from using an index on the following column.
     no_index: str = ""
@@ -143,9 +139,6 @@ class Session(Protocol):
     def clear_table(self, table: str) -> None:
         """Delete all rows of a temporary table."""
 
-    def analyze(self, table: str) -> None:
-        """Update the planner's statistics of a temporary table."""
-
     def integrity_problems(self) -> Iterator[str]:
         """Read the whole database and yield each integrity problem."""
 
@@ -157,3 +150,15 @@ class Session(Protocol):
 
     def close(self) -> None:
         """Close the connection."""
+
+
+#: Exactly the condition of the index `open_attempts`. With other wording SQLite would read all attempts.
+OPEN_ATTEMPT = "state IN ('submitting', 'submitted')"
+#: Exactly the condition of the index `queue`: requests that this run may send, including those sent before.
+QUEUED = "queue_position IS NOT NULL AND state NOT IN ('submitting', 'submitted')"
+#: The numbers of a JSON list.
+JSON_NUMBERS = "SELECT CAST(value AS BIGINT) FROM json_each(CAST({} AS TEXT))"
+#: Attempt ids follow the order of runs, so the attempts of run ?1 and later are found without reading all of them.
+SINCE_EXECUTION = "id > coalesce((SELECT id FROM attempts WHERE execution_id < ?1 ORDER BY id DESC LIMIT 1), 0)"
+#: A LIMIT without effect. It fits into SQLite's 64-bit integers.
+MAX_ROWS = 2**62

@@ -15,10 +15,11 @@ from typing import NamedTuple
 import msgspec
 
 from enrich.job.target import Target
+from enrich.json_text import to_json_text
 from enrich.ledger import queries, request_ids
 from enrich.ledger.database import Database
-from enrich.ledger.request_decisions import decision_sql
-from enrich.ledger.sql_fragments import MAX_ROWS, OPEN_ATTEMPT, QUEUED
+from enrich.ledger.dialect import MAX_ROWS, OPEN_ATTEMPT, QUEUED
+from enrich.ledger.request_ids import decision_sql
 from enrich.models import (
     COUNTED_TOWARDS_LIMIT,
     DECISIONS_TO_SEND,
@@ -28,7 +29,6 @@ from enrich.models import (
     RequestSelection,
     ResultColumns,
     State,
-    to_json_text,
 )
 
 _TO_SEND = f"decision IN ({', '.join(repr(decision.value) for decision in DECISIONS_TO_SEND)})"

@@ -7,8 +7,8 @@ from typing import Any
 
 from enrich.ledger import bindings, enroll
 from enrich.ledger.database import Database
+from enrich.ledger.dialect import OPEN_ATTEMPT
 from enrich.ledger.forgotten import ForgottenRequests, key_id, keyed_hash, read_key
-from enrich.ledger.sql_fragments import OPEN_ATTEMPT
 
 
 def load_forgotten(db: Database) -> ForgottenRequests:
@@ -38,8 +38,7 @@ def forget(db: Database, key: bytes, requests: Iterable[tuple[int, bytes, str]],
             (hashed, now_ms, request_id),
         )
         db.execute(
-            "DELETE FROM delivered WHERE attempt_id IN (SELECT id FROM attempts WHERE request_id = ?)",
-            (request_id,),
+            "DELETE FROM delivered WHERE attempt_id IN (SELECT id FROM attempts WHERE request_id = ?)", (request_id,)
         )
         db.execute("DELETE FROM step_rows WHERE request_id = ?", (request_id,))
         # The API's message about a whole task may concern anyone in it.

@@ -9,7 +9,7 @@ from typing import Any
 
 from enrich.exit_codes import exit_label
 from enrich.ledger.database import Database
-from enrich.ledger.sql_fragments import MAX_ROWS, OPEN_ATTEMPT
+from enrich.ledger.dialect import MAX_ROWS, OPEN_ATTEMPT
 
 #: Paths of the columns of a job, or of each of its steps.
 Paths = Sequence[str] | Mapping[str, Sequence[str]]
@@ -79,12 +79,7 @@ def save_progress(db: Database, execution_id: int, progress: str) -> None:
 
 
 def end_execution(  # noqa: PLR0913, PLR0917 - each is a column
-    db: Database,
-    execution_id: int,
-    exit_code: int,
-    summary: Mapping[str, Any],
-    now_ms: int,
-    balance: int | None = None,
+    db: Database, execution_id: int, exit_code: int, summary: Mapping[str, Any], now_ms: int, balance: int | None = None
 ) -> None:
     """Store how a run ended."""
     db.execute(

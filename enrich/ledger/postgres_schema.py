@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import psycopg
 from psycopg import errors
@@ -27,31 +27,23 @@ LOCK_RELEASE_TIMEOUT_S = 3.0
 
 def schema_exists(location: PostgresLocation) -> bool:
     """Return whether a ledger exists at this location. Raises CommandRefused when the server cannot be reached."""
-    with _as_refused(location):
-        session = PostgresSession(location)
-        try:
-            return _version(session) is not None
-        finally:
-            session.close()
+    with _as_refused(location), closing(PostgresSession(location)) as session:
+        return _version(session) is not None
 
 
 def drop_schema_tables(location: PostgresLocation) -> None:
     """Drop a ledger's tables. The schema stays, because an administrator may have created it. Raises CommandRefused."""
-    with _as_refused(location):
-        session = PostgresSession(location)
-        try:
-            _unmake(session)
-        finally:
-            session.close()
+    with _as_refused(location), closing(PostgresSession(location)) as session:
+        _unmake(session)
 
 
 def open_schema(
     location: PostgresLocation,
     *,
-    read_only: bool = False,
-    any_version: bool = False,
-    fencing_token: FencingToken | None = None,
-    open_timeout_s: float = 0.0,
+    read_only: bool,
+    any_version: bool,
+    fencing_token: FencingToken | None,
+    open_timeout_s: float,
 ) -> PostgresSession:
     """Open a ledger and create its schema if it is missing. Retry an unreachable server for `open_timeout_s` seconds.
 
@@ -231,15 +223,11 @@ def _keep_locked_until(session: PostgresSession, stop: threading.Event) -> None:
 
 def is_locked(location: PostgresLocation) -> bool:
     """Return whether a run holds the lock."""
-    with _as_refused(location):
-        session = PostgresSession(location)
-        try:
-            (count,) = session.execute(
-                "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND granted AND classid::bigint = ? "
-                "AND objid::bigint = (hashtext(?)::bigint & 4294967295) "
-                "AND database = (SELECT oid FROM pg_database WHERE datname = current_database())",
-                (_LOCK_CLASS_ID, location.schema),
-            ).fetchone()
-            return bool(count)
-        finally:
-            session.close()
+    with _as_refused(location), closing(PostgresSession(location)) as session:
+        (count,) = session.execute(
+            "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND granted AND classid::bigint = ? "
+            "AND objid::bigint = (hashtext(?)::bigint & 4294967295) "
+            "AND database = (SELECT oid FROM pg_database WHERE datname = current_database())",
+            (_LOCK_CLASS_ID, location.schema),
+        ).fetchone()
+        return bool(count)

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from enrich.databar.json_values import parse_json
 from enrich.databar.task_results import parse_data
 from enrich.job.target import Target
+from enrich.json_text import parse_json
 from enrich.ledger.database import Database
-from enrich.ledger.sql_fragments import OPEN_ATTEMPT, SINCE_EXECUTION
+from enrich.ledger.dialect import OPEN_ATTEMPT, SINCE_EXECUTION
 from enrich.models import SettledAttempt, State
 
 #: How many of the newest attempts are used to estimate the current price of a request.
@@ -232,9 +232,7 @@ def last_answer_ms(db: Database, execution_id: int) -> int | None:
     return None if at_ms is None else int(at_ms)
 
 
-def answered_params(
-    db: Database, job: str, execution_id: int | None = None
-) -> Iterator[tuple[str, bool, float | None]]:
+def answered_params(db: Database, job: str, execution_id: int | None) -> Iterator[tuple[str, bool, float | None]]:
     """Yield the params (JSON, as sent) that were answered in a job's runs, or in one run of it.
 
     Of several entries with the same params the last one counts. With each: whether it was found, and its cost in

@@ -16,9 +16,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from enrich.databar.json_values import parse_json
 from enrich.errors import LOCKED_HINT, CommandRefused, LedgerLocked
 from enrich.files.atomic import fsync_dir
+from enrich.json_text import parse_json
 
 #: Appended to the ledger's name. Further files of the same ledger end with `.2`, `.3` and so on.
 SUFFIX = ".rescue"

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from enrich.errors import CommandRefused
+from enrich.json_text import to_json_text
 from enrich.ledger import bindings, resume, transitions
 from enrich.ledger.database import Database
+from enrich.ledger.dialect import JSON_NUMBERS, OPEN_ATTEMPT
 from enrich.ledger.execution_records import read_paths
 from enrich.ledger.rescue_file import RescuedAttempt
-from enrich.ledger.sql_fragments import JSON_NUMBERS, OPEN_ATTEMPT
-from enrich.models import Answer, State, to_json_text
+from enrich.models import Answer, State
 
 #: Attempts that would be charged again if they were lost.
 _OPEN = "a.state IN ('submitting', 'submitted') OR (a.state = 'in_doubt' AND a.id = r.attempt_id)"
@@ -82,10 +83,7 @@ def _rescued_attempts(db: Database, condition: str, *values: object) -> Iterator
     )
     for row in rows:
         values_by_field = dict(row) | facts
-        values_by_field |= {
-            "fingerprint": row["fingerprint"].hex(),
-            "paths": read_paths(row["paths"], row["step"]),
-        }
+        values_by_field |= {"fingerprint": row["fingerprint"].hex(), "paths": read_paths(row["paths"], row["step"])}
         yield RescuedAttempt(ledger=str(db.location), **values_by_field | {"acknowledged": bool(row["acknowledged"])})
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from enrich.json_text import to_json_text
 from enrich.ledger import lease_table, transitions
 from enrich.ledger.database import Database
+from enrich.ledger.dialect import JSON_NUMBERS, OPEN_ATTEMPT
 from enrich.ledger.lease_table import OWN_LEASE_ID
-from enrich.ledger.sql_fragments import JSON_NUMBERS, OPEN_ATTEMPT
-from enrich.models import Answer, Task, to_json_text
+from enrich.models import Answer, Task
 
 #: Exactly the condition of the index `written_off`, with a range of its column: else SQLite reads the ids of all tasks.
 WRITTEN_OFF = "state IN ('in_doubt', 'expired') AND a.task_id IS NOT NULL AND a.gone = 0 AND a.claimed_ms >= 0"
@@ -157,7 +158,7 @@ def settle_superseded(db: Database, attempt_id: int, answer: Answer, now_ms: int
         (answer.credits, answer.raw, answer.provider, now_ms, execution_id, attempt_id),
     )
     transitions.release_reservations(db, [(attempt_id, "", now_ms)])
-    transitions.charge(db, execution_id, answer.credits or 0, 0, [])
+    transitions.charge(db, execution_id, answer.credits or 0)
 
 
 def mark_result_deleted(db: Database, attempt_ids: Sequence[int]) -> None:

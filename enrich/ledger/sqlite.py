@@ -37,7 +37,6 @@ ALWAYS_CHECKED_BYTES = 8 * 1024 * 1024
 #: Larger files (bytes) are not checked at each start. `enrich ledger check` checks them.
 CHECKED_AT_START_BYTES = 256 * 1024 * 1024
 
-
 #: SQLite's messages about damage quote the file's content. These texts replace them; the first matching pattern counts.
 _DAMAGE_TEXTS = (
     ("index|non-unique", "an index does not agree with its table"),
@@ -73,7 +72,6 @@ class SqliteSession(sqlite3.Connection):
     dialect = Dialect(
         serial_key="INTEGER PRIMARY KEY",
         blob_type="BLOB",
-        passes_are_shared=False,
         has_leases=False,
         no_index="+",
         ordered_join="CROSS JOIN",
@@ -157,9 +155,6 @@ class SqliteSession(sqlite3.Connection):
     def clear_table(self, table: str) -> None:
         """Delete all rows of a temporary table."""
         self.execute(f"DELETE FROM {table}")
-
-    def analyze(self, table: str) -> None:
-        """Do nothing: the query plans are good without statistics."""
 
     def integrity_problems(self) -> Iterator[str]:
         """Check the whole file with its indexes. Yield each problem in words that quote none of its content."""
@@ -318,11 +313,8 @@ def _create(path: Path) -> None:
     for stale in (temporary, *(Path(f"{base}{end}") for base in (temporary, path) for end in JOURNAL_SUFFIXES)):
         stale.unlink(missing_ok=True)
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-    db = sqlite3.connect(temporary, isolation_level=None)
-    try:
+    with closing(sqlite3.connect(temporary, isolation_level=None)) as db:
         _migrate(db, path, allowed=True)
-    finally:
-        db.close()
     temporary.replace(path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:

@@ -5,15 +5,15 @@ A row of a job with steps has a request in each of them. What it sends depends o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from enrich.json_text import to_json_text
 from enrich.ledger.database import Database
-from enrich.ledger.request_decisions import decision_sql
-from enrich.ledger.sql_fragments import JSON_NUMBERS
-from enrich.models import Decision, RequestResult, RequestSelection, State, to_json_text
+from enrich.ledger.dialect import JSON_NUMBERS
+from enrich.ledger.request_ids import FINGERPRINT, as_list, decision_sql
+from enrich.models import Decision, RequestResult, RequestSelection, State
 
 
 class StepResult(NamedTuple):
@@ -38,7 +38,7 @@ def find_results(db: Database, fingerprints: Sequence[bytes]) -> dict[bytes, Ste
         "a.task_id, a.settled_ms, a.id, a.erased_ms "
         f"FROM ({_NAMES}) b {db.dialect.ordered_join} requests r ON r.fingerprint = b.fingerprint "
         "LEFT JOIN attempts a ON a.id = coalesce(r.answer_id, r.attempt_id)",
-        _name_values(distinct),
+        as_list(distinct),
     )
     found = {}
     for fingerprint, request_id, state, was_sent, *values in rows:
@@ -82,7 +82,7 @@ def choose_requests(
         f"SELECT r.fingerprint, {decision_sql(selection)}, "
         f"r.state <> 'pending' AND coalesce({first_attempt}, r.state) <> 'pending' "
         f"FROM ({_NAMES}) b {db.dialect.ordered_join} requests r ON r.fingerprint = b.fingerprint",
-        (*_name_values(names), selection.after_execution),
+        (*as_list(names), selection.after_execution),
     )
     return {bytes(name): StepChoice(Decision(decision), bool(before)) for name, decision, before in rows}
 
@@ -200,23 +200,14 @@ def find_recorded_rows(db: Database, step: str, rows: Sequence[tuple[bytes, int]
     return {int(index): RecordedRow(bool(sent), bool(requested)) for index, sent, requested in found}
 
 
-#: Requests by their fingerprints, from the values that `_name_values` returns.
-_NAMES = "SELECT substr(?2, CAST(16 * key + 1 AS INTEGER), 16) AS fingerprint FROM json_each(CAST(?1 AS TEXT))"
-
-
-def _name_values(names: Sequence[bytes]) -> tuple[str, bytes]:
-    return json.dumps([0] * len(names)), b"".join(names)
-
-
+#: Requests by their fingerprints, from the values that `as_list` returns.
+_NAMES = f"SELECT {FINGERPRINT} AS fingerprint FROM json_each(CAST(?1 AS TEXT))"
 #: Rows with the fingerprint of their request, from the values that `_row_values` returns.
-_ROWS = (
-    "SELECT key, substr(?2, CAST(16 * key + 1 AS INTEGER), 16) AS fingerprint, CAST(value AS BIGINT) AS row_hash "
-    "FROM json_each(CAST(?1 AS TEXT))"
-)
+_ROWS = f"SELECT key, {FINGERPRINT} AS fingerprint, CAST(value AS BIGINT) AS row_hash FROM json_each(CAST(?1 AS TEXT))"
 
 
 def _row_values(rows: Sequence[tuple[bytes, int]]) -> tuple[str, bytes]:
-    return json.dumps([hashed for _, hashed in rows]), b"".join(name for name, _ in rows)
+    return to_json_text([hashed for _, hashed in rows]), b"".join(name for name, _ in rows)
 
 
 def begin_plan(db: Database) -> None:
@@ -237,7 +228,7 @@ def add_planned(db: Database, step: str, fingerprints: Iterable[bytes], *, is_ce
         rows = db.execute(
             f"INSERT INTO planned_requests SELECT CAST(?3 AS TEXT), fingerprint, CAST(?4 AS BIGINT) FROM ({_NAMES}) b "
             "WHERE true ON CONFLICT DO NOTHING RETURNING fingerprint",
-            (*_name_values(names), step, int(is_certain)),
+            (*as_list(names), step, int(is_certain)),
         ).fetchall()
     return {bytes(name) for (name,) in rows}
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from enrich.json_text import to_json_text
 from enrich.ledger.database import Database
-from enrich.ledger.sql_fragments import JSON_NUMBERS
-from enrich.models import Acceptance, Answer, to_json_text
+from enrich.ledger.dialect import JSON_NUMBERS
+from enrich.models import Acceptance, Answer
 
 
 def has_task(db: Database, task_id: str) -> bool:

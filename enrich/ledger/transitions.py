@@ -12,12 +12,13 @@ from collections.abc import Set as AbstractSet
 from itertools import accumulate, groupby
 from typing import Any
 
+from enrich.json_text import to_json_text
 from enrich.ledger import bindings, task_ids
 from enrich.ledger.claim_costs import highest_prices, left_of_step_cap
 from enrich.ledger.database import Database
+from enrich.ledger.dialect import JSON_NUMBERS, OPEN_ATTEMPT, QUEUED
 from enrich.ledger.execution_records import read_paths
-from enrich.ledger.sql_fragments import JSON_NUMBERS, OPEN_ATTEMPT, QUEUED
-from enrich.models import DUPLICATE_TASK_ID, Acceptance, Answer, ClaimedRequest, State, Task, to_json_text
+from enrich.models import DUPLICATE_TASK_ID, Acceptance, Answer, ClaimedRequest, State, Task
 
 #: A claim looks only behind the last one: beside an old snapshot, such as a backup's, the index keeps an entry for each
 #: claimed request. After this many claims it looks at the whole queue, as other processes return requests.
@@ -268,11 +269,7 @@ def settle(
 
 
 def settle_bulk_task(
-    db: Database,
-    answers: Sequence[tuple[int, Answer, int]],
-    execution_id: int,
-    max_attempts: int,
-    credits_: int | None,
+    db: Database, answers: Sequence[tuple[int, Answer, int]], execution_id: int, max_attempts: int, credits_: int | None
 ) -> list[State]:
     """Store the answers of one bulk task. `credits_` is the price of the whole task; None: not known."""
     if credits_ and task_ids.is_task_paid(db, answers[0][0]):
@@ -381,9 +378,9 @@ def release_reservations(db: Database, updates: Sequence[AttemptUpdate]) -> None
     )
 
 
-def charge(db: Database, execution_id: int, spent: int, unknown: int, priced_ids: Sequence[int]) -> None:
-    """Add `spent` credits and `unknown` prices to a run; release the reservations of `priced_ids`."""
-    db.execute(*_charge_sql(execution_id, spent, unknown, priced_ids))
+def charge(db: Database, execution_id: int, spent: int) -> None:
+    """Add `spent` credits to a run."""
+    db.execute(*_charge_sql(execution_id, spent, 0, []))
 
 
 def _charge_sql(execution_id: int, spent: int, unknown: int, priced_ids: Sequence[int]) -> Statement:

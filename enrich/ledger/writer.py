@@ -86,11 +86,7 @@ class LedgerWriter:
     """Writes to the ledger during a run. Use it as an async context manager."""
 
     def __init__(
-        self,
-        ledger: Database,
-        *,
-        new_rescue_file: Callable[[], RescueFile] | None = None,
-        lock_timeout_s: float = 0.0,
+        self, ledger: Database, *, new_rescue_file: Callable[[], RescueFile] | None = None, lock_timeout_s: float = 0.0
     ) -> None:
         """Write to a ledger.
 

@@ -13,14 +13,7 @@ from pydantic import ValidationError
 
 from enrich.databar.task_results import parse_data
 from enrich.errors import CommandRefused, EnrichError
-from enrich.exit_codes import (
-    SUCCESS_CODES,
-    ExitCode,
-    JobArguments,
-    RequiredAction,
-    exit_label,
-    required_actions,
-)
+from enrich.exit_codes import SUCCESS_CODES, ExitCode, JobArguments, RequiredAction, exit_label, required_actions
 from enrich.job.job import Job
 from enrich.job.locations import STDIN
 from enrich.job.target import Target
@@ -31,27 +24,18 @@ from enrich.ledger.lock import is_locked
 from enrich.models import SettledAttempt, count_by_status, iso_time, pluralize, to_credits
 from enrich.monitoring.log_file import redact_message
 from enrich.report.anomalies import AnswerStats, find_anomalies
-from enrich.report.data import (
-    Report,
-    ReportedProvider,
-    ReportedRun,
-    ReportedWaterfall,
-)
+from enrich.report.data import Report, ReportedProvider, ReportedRun, ReportedWaterfall
 from enrich.report.input_stats import MAX_GROUP_VALUES, InputStats, read_input_stats
 from enrich.report.timings import latency_histogram, run_traffic
 from enrich.rows.template import RequestTemplate
 from enrich.run import provider_stats
-from enrich.run.offline_output import prepare_collector
+from enrich.run.output import prepare_collector
 from enrich.run.preflight import template_from_ledger
 from enrich.run.provider_stats import ProviderStats, load_task, parse_descriptions
 
 
 def reported_runs(
-    executions: Sequence[ExecutionRow],
-    outcome_counts: Iterable[tuple[int, str, int]],
-    newest: int,
-    *,
-    is_running: bool,
+    executions: Sequence[ExecutionRow], outcome_counts: Iterable[tuple[int, str, int]], newest: int, *, is_running: bool
 ) -> list[ReportedRun]:
     """Summarize each execution. `is_running`: a run is active now, and it is `newest`."""
     counts_by_run: dict[int, dict[str, int]] = {}
@@ -69,7 +53,7 @@ def _reported_run(row: ExecutionRow, settled: Mapping[str, int], *, is_running: 
     return ReportedRun(
         execution=row.id,
         started_at=iso_time(started_ms),
-        ended_at=None if ended_ms is None else iso_time(ended_ms),
+        ended_at=iso_time(ended_ms),
         exit_code=row.exit_code,
         outcome=row.outcome(is_running=is_running),
         rows=summary.get("rows"),
@@ -138,8 +122,7 @@ def _run_actions(last_run: ReportedRun, job_arguments: JobArguments, *, has_in_d
     code = last_run.exit_code
     if last_run.outcome == "killed":
         yield RequiredAction(
-            f"Run {last_run.execution} was killed. The next run resumes",
-            (f"enrich run {job_arguments.run_args}",),
+            f"Run {last_run.execution} was killed. The next run resumes", (f"enrich run {job_arguments.run_args}",)
         )
     elif (
         code is not None and code not in SUCCESS_CODES and not (code == ExitCode.IN_DOUBT and has_in_doubt)

@@ -146,7 +146,7 @@ def _compare(left: _SideData, right: _SideData) -> Comparison:
     return replace(comparison, verdict=write_verdict(comparison, unknown))
 
 
-def write_verdict(comparison: Comparison, unknown: int = 0) -> str:
+def write_verdict(comparison: Comparison, unknown: int) -> str:
     """Return the verdict in one sentence; `unknown` answers to common leads have no known price."""
     if not comparison.common:
         return "No lead has results on both sides. The sides have different leads, so their rates are hard to compare."

@@ -132,10 +132,7 @@ def rect_marks(
 ) -> alt.Chart:
     """Draw horizontal bars: from `x` to `x2` in the domain, from `y` to `y2` in pixels; layers share one axis."""
     return _make_marks(rows, alt.Chart.mark_rect, ink, style).encode(
-        x=x_scale(domain, axis),
-        x2=alt.X2("x2:Q"),
-        y=_pixel_channel("y", alt.Y),
-        y2=alt.Y2("y2:Q"),
+        x=x_scale(domain, axis), x2=alt.X2("x2:Q"), y=_pixel_channel("y", alt.Y), y2=alt.Y2("y2:Q")
     )
 
 
@@ -155,9 +152,7 @@ def rule_marks(
 ) -> alt.Chart:
     """Draw vertical lines: at `x` in the domain, from `y` to `y2` in pixels."""
     return _make_marks(rows, alt.Chart.mark_rule, ink, {"strokeWidth": 1, **style}).encode(
-        x=x_scale(domain, axis),
-        y=_pixel_channel("y", alt.Y),
-        y2=alt.Y2("y2:Q"),
+        x=x_scale(domain, axis), y=_pixel_channel("y", alt.Y), y2=alt.Y2("y2:Q")
     )
 
 

@@ -1,10 +1,12 @@
-"""Writes the report's file: chooses its path, and replaces only an earlier report."""
+"""Writes the report's file: chooses its path, makes those in it relative, and replaces only an earlier report."""
 
 from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,8 +14,10 @@ from pathlib import Path
 from enrich.errors import CommandRefused, JobError
 from enrich.extras import install_hint
 from enrich.files.atomic import follow_link
+from enrich.job.file_names import real_path
 from enrich.job.job import Job
 from enrich.job.locations import sandbox_file_name
+from enrich.report.data import Report
 
 #: The last line of every report; a file without it was not written by enrich.
 REPORT_MARKER = b"\n<!-- a report of enrich -->\n"
@@ -99,3 +103,37 @@ def _is_real_report(path: Path) -> bool:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - len(SANDBOX_MARKER + REPORT_MARKER)))
         return size > 0 and not file.read().startswith(SANDBOX_MARKER)
+
+
+def with_relative_paths(report: Report, job: Job, now: datetime, folder: Path) -> Report:
+    """Return the report with paths relative to `folder` if the job file is in it, else to that of the job file."""
+    job_file = Path(os.path.abspath(job.document.path))  # noqa: PTH100 - without `..`, but with symbolic links
+    is_inside = folder != Path(folder.anchor) and folder in job_file.parents
+    relative = _relative_paths(job, now, folder if is_inside else job_file.parent)
+
+    def shorten(text: str) -> str:
+        for path, short in relative.items():
+            text = text.replace(path, short)
+        return text
+
+    return replace(
+        report,
+        job_file=shorten(str(job_file)),
+        input=shorten(report.input),
+        output=shorten(report.output),
+        ledger=shorten(report.ledger),
+        actions=[
+            replace(action, text=shorten(action.text), commands=tuple(map(shorten, action.commands)))
+            for action in report.actions
+        ],
+        notes=[shorten(note) for note in report.notes],
+    )
+
+
+def _relative_paths(job: Job, now: datetime, base: Path) -> Mapping[str, str]:
+    """Return the local paths of the job with their relative forms, the longest first, and the folder itself."""
+    named = [job.document.path, job.input_path, job.ledger, *job.file_locations(now).values()]
+    paths = {path.absolute() for path in named if isinstance(path, Path)}
+    paths |= {real_path(path) for path in paths}
+    relative = {str(path): os.path.relpath(path, base) for path in paths} | {f"{base}{os.sep}": ""}
+    return dict(sorted(relative.items(), key=lambda pair: -len(pair[0])))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from enrich.models import pluralize
@@ -75,11 +75,9 @@ def waterfall_figure(facts: ReportedWaterfall) -> Figure | None:
     """Draw the waterfall; None before the first answer."""
     if not facts.answers or not any(not each.verifies for each in facts.providers):
         return None
-    finding = _waterfall_text(facts)
-    finding += _verifier_text(facts)
-    return Figure(
-        "The waterfall", finding, [charts.waterfall_chart(facts, finding)], tables.waterfall_table(facts), wide=True
-    )
+    finding = _waterfall_text(facts) + _verifier_text(facts)
+    table = tables.provider_table(facts.providers, "Providers in their order, verifiers last")
+    return Figure("The waterfall", finding, [charts.waterfall_chart(facts, finding)], table, wide=True)
 
 
 def side_figures(comparison: Comparison) -> Iterator[Figure]:
@@ -212,27 +210,20 @@ def _run_figures(runs: Sequence[ReportedRun]) -> Iterator[Figure]:
         )
         yield _make_figure("Credits per run", finding, None, *pictures)
     if any(run.cost_per_hit is not None for run in runs):
-        finding = _cost_per_hit_text(runs)
+        finding = _spread_text([run.cost_per_hit for run in runs], formatting.format_amount, " credits", "a match")
         yield _make_figure("Cost per match", finding, None, timelines.cost_per_hit_chart(runs, finding))
     if any(run.answered for run in runs):
-        finding = _run_hit_rates_text(runs)
+        finding = _spread_text([run.hit_rate for run in runs], formatting.format_percent, "", "results")
         yield _make_figure("Match rate", finding, None, timelines.run_hit_rate_chart(runs, finding))
 
 
-def _run_hit_rates_text(runs: Sequence[ReportedRun]) -> str:
-    known = [run.hit_rate for run in runs if run.hit_rate is not None]
+def _spread_text(values: Sequence[float | None], show: Callable[[float], str], unit: str, what: str) -> str:
+    """Return the last value, and the least and the largest of all. A run has a value if it has `what`."""
+    known = [value for value in values if value is not None]
     if len(known) == 1:
-        return f"{formatting.format_percent(known[0])} in the only run with results."
-    spread = f"between {formatting.format_percent(min(known))} and {formatting.format_percent(max(known))}"
-    return f"{formatting.format_percent(known[-1])} in the last run with results, {spread} in all runs."
-
-
-def _cost_per_hit_text(runs: Sequence[ReportedRun]) -> str:
-    known = [run.cost_per_hit for run in runs if run.cost_per_hit is not None]
-    if len(known) == 1:
-        return f"{formatting.format_amount(known[0])} credits in the only run with a match."
-    spread = f"between {formatting.format_amount(min(known))} and {formatting.format_amount(max(known))}"
-    return f"{formatting.format_amount(known[-1])} credits in the last run with a match, {spread} in all runs."
+        return f"{show(known[0])}{unit} in the only run with {what}."
+    spread = f"between {show(min(known))} and {show(max(known))}"
+    return f"{show(known[-1])}{unit} in the last run with {what}, {spread} in all runs."
 
 
 def _timing_figures(report: Report) -> Iterator[Figure]:

@@ -25,6 +25,8 @@ from enrich.report.data import (
 
 #: Limit of runs in the table of balance, polls and time.
 RECENT_RUNS = 60
+#: Limit of lines in the table of requests and responses.
+MAX_TRAFFIC_LINES = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +102,6 @@ def provider_table(providers: Sequence[ReportedProvider], caption: str, about: s
             )
         )
     return Table(caption, heads, lines)
-
-
-def waterfall_table(facts: ReportedWaterfall) -> Table:
-    """List the providers in their order, verifiers last."""
-    return provider_table(facts.providers, "Providers in their order, verifiers last")
 
 
 def status_table(counts: Iterable[tuple[str, int]], caption: str, head: str) -> Table:
@@ -246,8 +243,8 @@ def latency_table(times: LatencyHistogram) -> Table:
     return Table("Tasks by time to result", ("Time", "Tasks"), lines)
 
 
-def traffic_table(facts: Traffic, *, max_steps: int = 60) -> Table:
-    """List requests and responses in at most `max_steps` steps of equal length."""
+def traffic_table(facts: Traffic) -> Table:
+    """List requests and responses in steps of equal length."""
     series = {
         "submitted": facts.submitted,
         "answered": facts.answered,
@@ -255,7 +252,7 @@ def traffic_table(facts: Traffic, *, max_steps: int = 60) -> Table:
         "rate_limited": facts.rate_limited,
     }
     length = max(map(len, series.values()), default=0)
-    step = max(1, -(-length // max_steps))
+    step = max(1, -(-length // MAX_TRAFFIC_LINES))
     lines = [
         Line(
             "traffic",

@@ -10,26 +10,18 @@ from math import ceil
 from enrich.ledger import queries
 from enrich.ledger.database import Database
 from enrich.ledger.execution_records import ExecutionRow
-from enrich.report.data import (
-    HistogramBar,
-    LatencyHistogram,
-    Traffic,
-)
+from enrich.report.data import HistogramBar, LatencyHistogram, Traffic
 from enrich.run.progress import read_snapshot
 
 #: Possible widths of a bar in seconds. At most MAX_HISTOGRAM_BARS cover all but the slowest 1% of the tasks.
 BAR_WIDTHS_S = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 28800)
 
-
 MAX_HISTOGRAM_BARS = 24
-
 
 HISTOGRAM_SHARE = 0.99
 
-
 #: A run's traffic has at most this many bins, each with one of these widths in seconds.
 MAX_TRAFFIC_BINS = 120
-
 
 TRAFFIC_BIN_WIDTHS_S = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600)
 

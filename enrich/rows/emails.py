@@ -6,8 +6,9 @@ import re
 
 import polars as pl
 
+from enrich.job.cell_text import convert_some, map_distinct
 from enrich.models import LeftOut
-from enrich.rows.domains import LEFT_OUT, fill_unusual, find_addresses, usual_emails
+from enrich.rows.domains import LEFT_OUT, find_addresses, unusual_emails
 
 #: Longest local part and longest address (RFC 5321).
 _MAX_LOCAL_LENGTH, _MAX_LENGTH = 64, 254
@@ -22,7 +23,7 @@ def email_addresses(cells: pl.Series) -> pl.Series:
     '' for a blank, LEFT_OUT and the reason where there is not exactly one plausible address.
     """
     text = cells.alias("").str.to_lowercase()
-    return fill_unusual(usual_emails(text), text, email_address)
+    return convert_some(text, unusual_emails(text), lambda some: map_distinct(some, email_address))
 
 
 def email_address(text: str) -> str:

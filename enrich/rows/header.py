@@ -9,7 +9,7 @@ from difflib import get_close_matches
 
 from enrich.files.text import looks_like_cell
 from enrich.job.cell_text import clean
-from enrich.job.name_hints import suggest_name
+from enrich.job.name_hints import did_you_mean, suggest_name
 
 
 def is_headerless(header: Sequence[str], job_columns: Iterable[str]) -> bool:
@@ -27,7 +27,7 @@ def missing_column_hint(column: str, header: Sequence[str], job_columns: Iterabl
     # Without a single column of the job the first line may be a lead, so only a name that differs little is shown.
     by_fold = {_fold(name): name for name in header}
     close = get_close_matches(_fold(column), by_fold, n=1, cutoff=0.8)
-    return f"did you mean `{by_fold[close[0]]}`?" if close else None
+    return did_you_mean(by_fold[close[0]]) if close else None
 
 
 def _fold(name: str) -> str:

@@ -15,7 +15,7 @@ import polars as pl
 from enrich.errors import CommandRefused, EnrichError
 from enrich.files.csv_format import likely_separator
 from enrich.files.limits import FileLimits, limits_of
-from enrich.files.reader import ROWS_PER_BATCH, InMemoryRows, InputPart, InputSchema, InputTable, PartReader, RowCounter
+from enrich.files.reader import ROWS_PER_BATCH, InMemoryRows, InputPart, InputSchema, InputTable, RowCounter
 from enrich.files.text import LATER_HEADER_HINT, NO_HEADER, NO_HEADER_HINT, FileProblem
 from enrich.files.values import text_frame
 from enrich.files.writer import is_formula
@@ -64,7 +64,7 @@ class JobInput:
         suppress = job.model.suppress
         self._suppression = None if suppress is None else read_suppression(job.resolve_path(suppress))
         try:
-            self._table: InputTable | PartReader | InMemoryRows = InputTable(job.input_path, job.input)
+            self._table: InputTable | InMemoryRows = InputTable(job.input_path, job.input)
         except CommandRefused as error:
             raise _missing_input_error(job) or error from error
         #: All columns that a job can name, with their types.
@@ -100,17 +100,15 @@ class JobInput:
             return "`order_by` compares all rows"
         return None
 
-    def parts(self, row_counter: RowCounter | None = None) -> list[InputPart]:
+    def parts(self, row_counter: RowCounter) -> list[InputPart]:
         """Divide the rows. `row_counter` counts files that do not store their row count. Raises CommandRefused."""
         return self._full_table.parts(row_counter)
 
-    def for_part(self, part: InputPart) -> JobInput:
-        """Return the rows of one part, with their positions in the whole input. Reads only the part's file."""
-        return self._with_table(PartReader(part, self.input_schema))
-
     def for_frame(self, first_position: int, frame: pl.DataFrame) -> JobInput:
         """Return an input of rows in memory, the first of which has this position in the whole input."""
-        return self._with_table(InMemoryRows(first_position, frame))
+        job_input = copy(self)
+        job_input._table = InMemoryRows(first_position, frame)  # noqa: SLF001 - of our own copy
+        return job_input
 
     @property
     def input_schema(self) -> InputSchema:
@@ -130,11 +128,6 @@ class JobInput:
     def without_rows(self) -> JobInput:
         """Return this input without rows, to be sent to where blocks are read."""
         return self.for_frame(0, pl.DataFrame(schema=self.all_columns))
-
-    def _with_table(self, table: PartReader | InMemoryRows) -> JobInput:
-        job_input = copy(self)
-        job_input._table = table  # noqa: SLF001 - of our own copy
-        return job_input
 
     def file_versions(self) -> object:
         """Identity of the input's files: it differs when a file was replaced, changed, added or removed."""
@@ -355,7 +348,7 @@ class JobInput:
 
     def selected_rows(self, frame: pl.DataFrame, *, unknown: bool = False) -> pl.Series:
         """Return which rows `where` and `only_if_empty` keep; `unknown` where a cell that they read is null."""
-        selected = pl.repeat(value=True, n=frame.height, eager=True)
+        selected = pl.Series([True]).new_from_index(0, frame.height)
         for column in self._job.model.only_if_empty:
             blank = blank_cells(frame.to_series(self._header.index(column)), self._job.model.placeholders)
             selected &= blank.fill_null(value=unknown)

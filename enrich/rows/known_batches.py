@@ -22,10 +22,11 @@ import polars as pl
 
 from enrich.files.values import has_no_text
 from enrich.job.job import Job
+from enrich.json_text import to_json_text
 from enrich.ledger import known_batches
 from enrich.ledger.database import Database
 from enrich.ledger.forgotten import ForgottenRequests
-from enrich.models import RowStatus, to_json_text
+from enrich.models import RowStatus
 from enrich.rows.requests import RequestBuilder, RowBatch
 from enrich.rows.template import RequestTemplate
 
@@ -35,10 +36,11 @@ _MAPPING_FOLDERS = ("enrich.rows", "enrich.job", "enrich.files")
 
 
 @cache
-def _mapping_sources() -> list[str]:
-    """Return the digests of our own modules that compute the params."""
+def _mapping_versions() -> list[str]:
+    """Return the versions of what computes the params; those of our own modules are their digests."""
     paths = (path for folder in _MAPPING_FOLDERS for path in files(folder).iterdir() if path.name.endswith(".py"))
-    return [blake2b(path.read_bytes()).hexdigest() for path in sorted(paths, key=str)]
+    own = [blake2b(path.read_bytes()).hexdigest() for path in sorted(paths, key=str)]
+    return [sys.version, *map(version, _MAPPING_PACKAGES), *own]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ class KnownBatches:
         if not model.dedupe or model.caps is not None or job.step_jobs:
             return None
         mapping = [
-            [sys.version, *map(version, _MAPPING_PACKAGES), *_mapping_sources()],
+            _mapping_versions(),
             [target.kind, target.id, target.body()],
             {name: param.model_dump(mode="json") for name, param in model.params.items()},
             [template.required_params, template.email_params, template.priced_by, template.choices],
@@ -115,13 +117,11 @@ class KnownBatches:
     ) -> bytes:
         """Hash all that the requests of the rows depend on."""
         digest = self.mapping.copy()
-        for name in self.columns:
-            # No file with a NUL in a cell is read.
-            cells = text.get_column(name).alias("").str.join("\0").item()
-            digest.update(f"{cells}\0".encode())
+        # No file with a NUL in a cell is read.
+        for cells in text[:, self.columns].select_seq(pl.all().str.join("\0")):
+            digest.update(f"{cells.item()}\0".encode())
         for marks in (selected, suppressed, *(has_no_text(frame.get_column(name)) for name in self.columns)):
-            bits = "" if marks is None else marks.alias("").cast(pl.UInt8).cast(pl.String).str.join().item()
-            digest.update(f"{bits}\0".encode())
+            digest.update(b"\2" if marks is None else bytes(marks.to_list()))
         return digest.digest()
 
 

@@ -9,13 +9,15 @@ from enrich.databar.description import Description
 from enrich.databar.waterfall import Param, Provider
 from enrich.errors import JobError
 from enrich.job.job import Job
-from enrich.job.name_hints import closest_name, suggest_name
+from enrich.job.name_hints import closest_name, did_you_mean, suggest_name
 
 #: What an answer has beside its result, in columns that begin with `$`.
 BESIDE_RESULT = ("is_verified", "steps", "enrichment_data")
 _WRAPPER_KEYS = (*BESIDE_RESULT, "result", "result_field")
 #: A price is multiplied with less than this.
 MAX_COUNT = 1_000_000
+#: Of a count with leading zeros. Python refuses to convert some thousand digits.
+_MAX_DIGITS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ def _param_problems(job: Job, description: Description) -> Iterator[JobError]:
         suggestion = closest_name(name, missing) or (missing[0] if len(unknown) == len(missing) == 1 else None)
         if suggestion is not None:
             missing.remove(suggestion)
-        hint = suggest_name(name, known) if suggestion is None else f"did you mean `{suggestion}`?"
+        hint = suggest_name(name, known) if suggestion is None else did_you_mean(suggestion)
         yield job.error(["params", name], f"{description.target.label} has no param with this name", hint)
     for name in missing:
         message = f"{description.target.label} requires `{name}`"
@@ -80,7 +82,7 @@ def _param_problems(job: Job, description: Description) -> Iterator[JobError]:
 
 def is_count(text: str) -> bool:
     """Check whether a text is a whole number above 0 that a price can be multiplied with."""
-    return text.isascii() and text.isdecimal() and 0 < int(text) < MAX_COUNT
+    return text.isascii() and text.isdecimal() and len(text) <= _MAX_DIGITS and 0 < int(text) < MAX_COUNT
 
 
 def spellings_of(param: Param) -> dict[str, str]:

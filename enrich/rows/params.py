@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import polars as pl
 
 from enrich.files.values import has_no_text
-from enrich.job.cell_text import clean, clean_cells, map_distinct
+from enrich.job.cell_text import clean, clean_cells, convert_some, map_distinct
 from enrich.job.target_spec import Param, Transform
 from enrich.models import LeftOut
 from enrich.rows.domains import LEFT_OUT, company_domains, hosts
@@ -57,13 +57,15 @@ class ParamCells:
 
 def _sendable(text: pl.Series, placeholders: frozenset[str] = frozenset()) -> pl.Series:
     """Replace the cells of clean text that are never sent by LEFT_OUT and the reason."""
-    for unsendable, kind in (
-        (text.is_in(list(placeholders)), LeftOut.PLACEHOLDER),
-        (text.str.contains(LEFT_OUT, literal=True), LeftOut.NUL),
-        (text.str.len_chars() > MAX_PARAM_CHARACTERS, LeftOut.TOO_LONG),
-    ):
-        if unsendable.any():
-            text = text.set(unsendable, LEFT_OUT + kind)
+    cell = pl.first()
+    unsendable = text.to_frame().select_seq(
+        cell.is_in(list(placeholders)).alias(LeftOut.PLACEHOLDER),
+        cell.str.contains(LEFT_OUT, literal=True).alias(LeftOut.NUL),
+        (cell.str.len_chars() > MAX_PARAM_CHARACTERS).alias(LeftOut.TOO_LONG),
+    )
+    for cells in unsendable:
+        if cells.any():
+            text = text.set(cells, LEFT_OUT + cells.name)
     return text
 
 
@@ -88,40 +90,37 @@ def param_values(param: Param, cells: ParamCells, conversion: Conversion | None)
     """Compute a param as it is sent: '' where it has no value, LEFT_OUT and the reason where it is left out."""
     if param.value is not None:
         constant = _converted(_sendable(pl.Series("", [clean(param.value)])), [], conversion)
-        return pl.repeat(constant.item(), cells.text.height, dtype=pl.String, eager=True)
-    result = pl.repeat("", cells.text.height, dtype=pl.String, eager=True)
+        return constant.new_from_index(0, cells.text.height)
+    result = pl.Series("", [""]).new_from_index(0, cells.text.height)
     for column, transforms in param.sources:
         # Most rows have their value in the first source, so the others are computed for the remaining rows only.
-        unfilled = (~_has_value(result)).arg_true()
-        if not len(unfilled):
+        unfilled = ~_has_value(result)
+        if not unfilled.any():
             break
-        before = result.gather(unfilled)
-        value = _converted(cells.column(column).gather(unfilled), transforms, conversion)
+        before = result.filter(unfilled)
+        value = _converted(cells.column(column).filter(unfilled), transforms, conversion)
         # The first reason stands.
         value = value.zip_with(_has_value(value) | (before == ""), before)
-        result = value if len(value) == len(result) else result.scatter(unfilled, value)
+        result = value if len(value) == len(result) else result.scatter(unfilled.arg_true(), value)
     return result
 
 
 def _has_value(text: pl.Series) -> pl.Series:
-    return (text != "") & ~text.str.starts_with(LEFT_OUT)
+    """Return which cells are neither blank nor LEFT_OUT, which is NUL, and a reason."""
+    return text >= "\1"
 
 
 def _converted(cells: pl.Series, transforms: Sequence[Transform], conversion: Conversion | None) -> pl.Series:
     """Apply the transforms, then the conversion, to the cells that have a value."""
     steps = [TRANSFORMS[transform] for transform in transforms]
     for step in steps if conversion is None else [*steps, conversion]:
-        filled = _has_value(cells).arg_true()
-        if len(filled) == len(cells):
-            cells = step(cells)
-        elif len(filled):
-            cells = cells.scatter(filled, step(cells.gather(filled)))
+        cells = convert_some(cells, _has_value(cells), step)
     return cells
 
 
 def split_left_out(values: pl.Series) -> tuple[pl.Series, pl.Series | None]:
     """Return the values with '' for what is left out, and the reasons, null where there is none; None: all are null."""
-    left_out = values.str.starts_with(LEFT_OUT)
+    left_out = ~_has_value(values) & (values != "")
     if not left_out.any():
         return values, None
     reasons = values.str.slice(len(LEFT_OUT)).set(~left_out, None)

@@ -207,14 +207,14 @@ class RequestBuilder:
             (pl.lit(None, pl.String) if reason is None else reason).alias(_reason_column(number))
             for number, (_, reason) in enumerate(computed)
         ]
-        is_suppressed = pl.repeat(value=False, n=frame.height, eager=True) if suppressed is None else suppressed
+        is_suppressed = pl.lit(value=False) if suppressed is None else suppressed
         rows = values.with_columns(
             params_as_json(self._names, values), selected.alias("selected"), is_suppressed.alias("suppressed"), *reasons
-        )
+        ).with_columns(self._invalid_reason.alias("invalid"))
         row_states = rows.select(
-            pl.when(_IS_FILTERED).then(1).when(self._invalid_reason.is_not_null()).then(2).otherwise(0).alias("status"),
-            pl.when(_IS_FILTERED).then(_FILTER_REASON).otherwise(self._invalid_reason).alias("error"),
-            pl.when(~_IS_FILTERED & self._invalid_reason.is_null()).then("params").alias("params"),
+            pl.when(_IS_FILTERED).then(1).when(pl.col("invalid").is_not_null()).then(2).otherwise(0).alias("status"),
+            pl.when(_IS_FILTERED).then(_FILTER_REASON).otherwise("invalid").alias("error"),
+            pl.when(~_IS_FILTERED & pl.col("invalid").is_null()).then("params").alias("params"),
         )
         params, is_invalid = row_states.get_column("params"), row_states.get_column("status") == _INVALID
         texts: list[str | None] = params.to_list()
@@ -258,7 +258,7 @@ class RequestBuilder:
         """Count the params for want of which these rows are invalid: the required ones, or all where none is."""
         missing: Counter[str] = Counter()
         required, names = self._missing_names
-        unexplained = pl.repeat(value=True, n=invalid.height, eager=True)
+        unexplained = pl.Series([True]).new_from_index(0, invalid.height)
         for name in required if invalid.height else ():
             blank = invalid.to_series(self._names.index(name)) == ""
             missing[name] += int(blank.sum())
@@ -336,9 +336,10 @@ def params_as_json(names: Sequence[str], values: pl.DataFrame) -> pl.Series:
     """
     pairs = []
     texts = values
-    for name, value in zip(names, values.iter_columns(), strict=True):
+    needs_escaping = values.select_seq(pl.all().str.contains(_NEEDS_ESCAPING).any())
+    for name, value, is_escaped in zip(names, values.iter_columns(), needs_escaping, strict=True):
         key, text = pl.lit(f"{quote_json(name)}:"), pl.col(value.name)
-        if value.str.contains(_NEEDS_ESCAPING).any():
+        if is_escaped.item():
             texts = texts.with_columns(pl.Series(f"quoted {value.name}", map(quote_json, value), pl.String))
             pairs.append(pl.when(text != "").then(key + pl.col(f"quoted {value.name}")))
         else:

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 import msgspec
 import polars as pl
 
-from enrich.databar.json_values import parse_json
 from enrich.databar.task_results import BESIDE, column_values, is_blank
 from enrich.files.values import RawJson, to_json
 from enrich.job.cell_text import blank_cells
+from enrich.json_text import parse_json
 
 _NUMBERS_AS_WRITTEN = json.JSONDecoder(parse_int=RawJson, parse_float=RawJson, parse_constant=lambda _: None)
 
@@ -42,7 +42,7 @@ def answer_columns(answers: Iterable[str | None], paths: Sequence[str]) -> list[
             for cells, cell in zip(columns, answer_cells(text, paths), strict=True):
                 cells[place] = cell
     series = [pl.Series("", cells, pl.String) for cells in columns]
-    return [cells.set(blank_cells(cells).fill_null(value=False), None) for cells in series]
+    return [cells.set(blank_cells(cells), None) for cells in series]
 
 
 def _usual_result(answer: str | None) -> dict[str, str | None] | None:

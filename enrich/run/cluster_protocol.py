@@ -75,9 +75,7 @@ class ClusterCallbacks:
         """Return the callbacks for a phase in another thread. Call this in the event loop."""
         loop = asyncio.get_running_loop()
         return cls(
-            raise_if_stopped,
-            lambda text: loop.call_soon_threadsafe(run_state.add_note, text),
-            run_state.abort.is_set,
+            raise_if_stopped, lambda text: loop.call_soon_threadsafe(run_state.add_note, text), run_state.abort.is_set
         )
 
 

@@ -13,7 +13,7 @@ import polars as pl
 from enrich.databar.task_results import makes_match
 from enrich.errors import CommandRefused
 from enrich.files.limits import NO_LIMITS, FileLimits, limits_of
-from enrich.files.values import as_text
+from enrich.files.values import JSON_TYPE, as_text, json_column, quote_json, raw_json_cells, text_or_null
 from enrich.files.writer import escape_formulas, write_file
 from enrich.job.cell_text import blank_cells
 from enrich.job.job import Job
@@ -221,7 +221,8 @@ class Collector:
     def merge_column(self, joined: JoinedBatch, name: str, *, formula_safe: bool = False) -> pl.Series:
         """Fill in a column of the input. A missing result never blanks an existing cell."""
         new = joined.cells[name]
-        return merge_cells(self.job, joined.batch.frame.get_column(name), escape_formulas(new) if formula_safe else new)
+        new = escape_formulas(new.to_frame()).to_series() if formula_safe else new
+        return merge_cells(self.job, joined.batch.frame.get_column(name), new)
 
 
 def name_source(template: RequestTemplate, results: ResultColumns) -> ResultColumns:
@@ -234,18 +235,25 @@ def name_source(template: RequestTemplate, results: ResultColumns) -> ResultColu
 
 
 def merge_cells(job: Job, old: pl.Series, new: pl.Series) -> pl.Series:
-    """Return a column of the input with the results filled in, as text, by the job's `merge`."""
+    """Return a column of the input with the results filled in by the job's `merge`. Other cells stay as they are.
+
+    The column becomes text, except one of JSON.
+    """
     # Unnamed: polars would take a name such as `^a.*$` for a pattern.
-    name, old, new = old.name, as_text(old).alias(""), new.alias("")
+    name, old, new = old.name, old.alias(""), new.alias("")
     if job.model.merge == "fill_empty":
-        new = new.set(~blank_cells(old, job.model.placeholders), None)
-    return new.fill_null(old).alias(name)
+        new = new.set(~blank_cells(as_text(old), job.model.placeholders), None)
+    if old.dtype != JSON_TYPE:
+        return new.fill_null(text_or_null(old)).alias(name)
+    pairs = zip(raw_json_cells(old), new, strict=True)
+    return json_column([cell if found is None else quote_json(found) for cell, found in pairs]).alias(name)
 
 
 def output_schema(job_input: JobInput, template: RequestTemplate, *, with_index: bool) -> dict[str, pl.DataType]:
     """Return the columns of the output with their types. `with_index` adds the row's position in the input."""
     new = new_column_types(job_input.job, template)
-    # Merged columns are text.
+    # The types of `merge_cells`.
+    new |= {name: kind for name, kind in job_input.schema.items() if kind == JSON_TYPE}
     old: dict[str, pl.DataType] = {name: new.get(name, kind) for name, kind in job_input.schema.items()}
     return old | new | ({INDEX_COLUMN: pl.Int64()} if with_index else {})
 
@@ -287,11 +295,9 @@ def new_cells(
     answers = [answer if state in _ANSWERED else None for answer, state in given]
     cells = answer_columns(answers, paths)
     # Another job with other columns may have sent the request. This job's columns decide whether it counts as found.
-    found = pl.repeat(value=False, n=len(answers), eager=True).alias("found")
-    for column, path in zip(cells, paths, strict=True):
-        if makes_match(path):
-            found |= column.is_not_null()
-    found = found.set(pl.Series([answer is None for answer in answers], dtype=pl.Boolean), None)
+    matches = [pl.lit(column).is_not_null() for column, path in zip(cells, paths, strict=True) if makes_match(path)]
+    has_answer = pl.Series([answer is not None for answer in answers], dtype=pl.Boolean)
+    found = pl.when(has_answer).then(pl.any_horizontal(pl.lit(value=False), *matches)).alias("found")
     is_first_row = pl.col("position") == pl.int_range(batch.first_position, batch.first_position + len(result_indexes))
     status_cells = (
         _status_frame(results, found)
@@ -313,7 +319,7 @@ def new_cells(
     return new | {name: status_cells.get_column(name) for name in STATUS_COLUMNS}
 
 
-def _status_frame(results: ResultColumns, found: pl.Series) -> pl.DataFrame:
+def _status_frame(results: ResultColumns, found: pl.Expr) -> pl.DataFrame:
     """Build the status columns of each request, with its position. `found` is null where there is no answer."""
     frame = pl.DataFrame({name: pl.Series(results[name], dtype=kind) for name, kind in _RESULT_COLUMNS.items()})
     return frame.with_columns(found).select(

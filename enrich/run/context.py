@@ -75,12 +75,14 @@ class RunOptions:
 class RunEnvironment:
     """What surrounds a run. Tests pass their own clock and timeouts.
 
-    `on_message` gets messages for the user at once; `on_progress` is called often.
+    `on_message` gets messages for the user at once, `on_problem` those that are also shown without a terminal;
+    `on_progress` is called often.
     """
 
     clock: Clock = field(default_factory=SystemClock)
     timeouts: Timeouts = field(default_factory=Timeouts)
     on_message: Callable[[str], None] = lambda _: None
+    on_problem: Callable[[str], None] = lambda _: None
     on_progress: Callable[[Progress], None] = lambda _: None
     #: Whether this process certainly still holds its claims, where several processes share a ledger.
     lease_valid: Callable[[], bool] = lambda: True

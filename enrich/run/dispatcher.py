@@ -1,4 +1,4 @@
-"""Sends each pending request to the API once.
+"""Sends each pending request to the API once, beside a poller.
 
 Order of the steps: free capacity, rate-limit slot, budget, intent on disk, one POST.
 """
@@ -30,6 +30,7 @@ from enrich.ledger.database import Database
 from enrich.ledger.transitions import CapReached, StepCapReached
 from enrich.ledger.writer import LedgerWriter
 from enrich.models import DUPLICATE_TASK_ID, Acceptance, ClaimedRequest, State, Task
+from enrich.run.poller import Poller
 from enrich.run.run_state import RunState, WorkConfig
 
 #: Seconds after which to check again when no change was signaled.
@@ -327,3 +328,23 @@ class Dispatcher:
             )
             return posts, type(reached), may_free_budget
         return posts, None, False
+
+
+async def submit_and_poll(poller: Poller, limit: int | None = None, *, only_new: bool = False) -> None:
+    """Submit and poll until `limit` requests (None: all selected ones) were sent and settled.
+
+    Add the tasks that earlier runs left open to the poller before.
+    """
+    run_state = poller.run_state
+    dispatcher = Dispatcher(
+        run_state, poller.ledger_writer, poller.client, poller.config, poller.add_task, limit, only_new
+    )
+
+    async def dispatch() -> None:
+        try:
+            await dispatcher.run()
+        finally:
+            poller.no_new_tasks = True
+            run_state.notify_change()
+
+    await run_state.run_until_abort(dispatch(), poller.run())

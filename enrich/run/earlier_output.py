@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, closing, suppress
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 from enrich.errors import CommandRefused, EnrichError
 from enrich.files import object_store
+from enrich.files.discovery import InputFile
+from enrich.files.downloads import LocalCopies
 from enrich.files.reader import InputTable
-from enrich.files.text import FileProblem
+from enrich.files.resaved_csv import read_cells
+from enrich.files.text import FileProblem, as_refused
 from enrich.files.values import as_text
 from enrich.job.job import Job
 from enrich.job.locations import (
@@ -25,6 +28,7 @@ from enrich.job.locations import (
     Location,
     ObjectUrl,
     PostgresLocation,
+    format_of,
     is_dataset,
     is_sandbox_file_name,
     parse_location,
@@ -39,7 +43,6 @@ from enrich.ledger.database import Database, ledger_exists, try_read
 from enrich.ledger.dialect import DATABASE_ERRORS
 from enrich.ledger.neighbours import find_ledger_files
 from enrich.ledger.sqlite import unknown_to_sandbox
-from enrich.ledger.writer import LedgerWriter
 
 #: `enrich_task_id`, and one column per step in jobs with steps.
 _TASK_ID = re.compile(r"enrich_(?:[a-z][a-z0-9_]*_)?task_id")
@@ -48,11 +51,14 @@ _STRFTIME_PATTERNS = {"Y": r"\d{4}", "y": r"\d\d", "j": r"\d{3}", "%": "%"} | di
 
 
 async def find_output_of_other_ledger(
-    job: Job, ledger_writer: LedgerWriter, interruptible: Callable[[], AbstractContextManager[object]]
-) -> tuple[Location | None, str | None]:
-    """Look for an earlier output with tasks that the ledger does not have. Returns its location; None: there is none.
+    job: Job,
+    find_unknown: Callable[[list[str]], Awaitable[list[str]]],
+    interruptible: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> tuple[CommandRefused | None, str | None]:
+    """Look for an earlier output with tasks that the ledger does not have. Returns the refusal; None: there is none.
 
-    The second value is a note when the output cannot be read. `interruptible` lets a signal end slow steps.
+    The second value is a note when the output cannot be read. `find_unknown` returns the tasks that the ledger does
+    not have. `interruptible` lets a signal end slow steps.
     """
     output: Location | None = None
     try:
@@ -64,9 +70,13 @@ async def find_output_of_other_ledger(
                 tasks = next(batches, None)
             if tasks is None:
                 return None, None
-            unknown = await ledger_writer.submit(task_ids.unknown_task_ids, tasks)
+            unknown = await find_unknown(tasks)
             if unknown and _without_sandbox_tasks(sandbox_ledger_location(job.ledger), unknown):
-                return output, None
+                paid = (
+                    f"{output} was paid for from another ledger. The new ledger {job.ledger} pays for its leads again"
+                )
+                hint = "set `ledger:` to the one that paid, or restore it; or pay again with --new-ledger"
+                return CommandRefused(paid, hint), None
     except (CommandRefused, FileProblem, OSError) as error:
         message = error.strerror if isinstance(error, OSError) else error.message
         return None, f"cannot check whether another ledger paid for an earlier output: {message}"
@@ -91,10 +101,14 @@ def _without_sandbox_tasks(sandbox_ledger: LedgerLocation, tasks: Iterable[str])
 
 def _read_task_ids(job: Job, output: Location) -> Iterator[list[str]]:
     """Yield the task ids of an output, batch by batch. Raises CommandRefused when it cannot be read."""
-    input_spec: dict[str, object] = {"path": _as_named(output)}
-    if job.output.path.lower().endswith((".csv", ".csv.gz", ".tsv", ".tsv.gz")):
-        input_spec |= {"separator": job.output.separator, "encoding": job.output.encoding}
-    source = InputTable(output, Input.model_validate(input_spec))
+    path = _as_named(output)
+    if format_of(path) == "csv":
+        copies = LocalCopies()
+        settings = Input(path=path, separator=job.output.separator, encoding=job.output.encoding)
+        with as_refused():
+            yield from filter(None, read_cells(copies.table_file(InputFile(output, settings)), _TASK_ID))
+        return
+    source = InputTable(output, Input(path=path))
     columns = [name for name in source.schema if _TASK_ID.fullmatch(name)]
     for frame in source.batches() if columns else ():
         for name in columns:

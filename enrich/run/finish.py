@@ -15,17 +15,16 @@ from enrich.ledger.verify import as_enrich_error
 from enrich.models import State, format_credits, pluralize, to_credits
 from enrich.rows.params import left_out_by_param
 from enrich.run.balance import ROUNDING_CREDITS, explain_balance
-from enrich.run.balance_now import fetch_balance
 from enrich.run.context import RunContext
 from enrich.run.latencies import save_latencies
 from enrich.run.output import Outcome
+from enrich.run.phases import fetch_balance
 from enrich.run.progress import Phase
 from enrich.run.progress_reports import start_phase
 from enrich.run.provider_stats import ProviderStats, ProviderTotals, parse_descriptions
 from enrich.run.run_state import RunState
 from enrich.run.signals import SignalHandler
-from enrich.run.step_summary import cost_per_lead, summarize_steps
-from enrich.run.summary import RunSummary
+from enrich.run.summary import RunSummary, cost_per_lead, summarize_steps
 
 #: After a signal, the answers of a run are read again only up to this many, so that the exit is quick.
 MAX_READ_WHEN_INTERRUPTED = 100_000
@@ -56,12 +55,13 @@ async def finish_run(context: RunContext, run_state: RunState, outcome: Outcome)
     await context.ledger_writer.submit(resume.recover, run_state.clock.now_ms())
     totals = await context.ledger_writer.submit(execution_records.read_execution, execution_id)
     before = context.preflight.balance
-    after = await fetch_balance(context, run_state) if counters.settled or counters.submitted else before
+    after = await fetch_balance(context, run_state) if counters.settled or counters.attempted_requests else before
     spent, matches = totals.spent, counters.settled.get(State.FOUND, 0)
     summary = replace(
         summary,
         execution=execution_id,
         submitted=totals.submitted,
+        unconfirmed=counters.unconfirmed,
         answers=sum(counters.settled.values()),
         credits_spent=to_credits(spent),
         credits_unknown=totals.unknown,

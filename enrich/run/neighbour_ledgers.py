@@ -86,9 +86,7 @@ def _names(overlap: Overlap) -> str:
     return ", ".join(path.name for path in sorted(overlap.by_ledger, key=lambda path: -overlap.by_ledger[path]))
 
 
-async def check_neighbours(
-    context: RunContext, run_state: RunState, step_rows: StepRows | None = None, number: int = 0
-) -> None:
+async def check_neighbours(context: RunContext, run_state: RunState, step_rows: StepRows | None, number: int) -> None:
     """Compare a new ledger with those beside it, before anything is spent, and again before a later step sends.
 
     Raises RunDeclined when they have paid for much of the input, unless the user agrees to pay again.

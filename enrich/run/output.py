@@ -1,22 +1,45 @@
-"""Writes the files of a run, and counts the rows by status."""
+"""Writes the files of a run, and counts the rows by status: the output, rejects and changes."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from datetime import datetime
+from hashlib import blake2b
 
+import polars as pl
+
+from enrich.errors import CommandRefused
 from enrich.exit_codes import OUTPUT_WRITING_CODES, ExitCode
+from enrich.files.limits import limits_of
+from enrich.files.values import as_text
+from enrich.files.writer import prepare_file, write_file
+from enrich.job.job import Job
 from enrich.job.locations import Location, is_dataset
-from enrich.models import RowStatus, State
+from enrich.job.spec import Changes, Output
+from enrich.ledger import change_feed, enroll, erasure, queries
+from enrich.ledger.database import Database, ledger_exists
+from enrich.models import RequestSelection, RowStatus, State, iso_time
+from enrich.rows.job_input import JobInput
+from enrich.rows.requests import CHANGE_COLUMNS
+from enrich.rows.template import RequestTemplate
+from enrich.run.answer_cells import answer_cells
 from enrich.run.cluster_protocol import ClusterCallbacks
-from enrich.run.collector import Collector, OutputCounts
-from enrich.run.context import RunContext, RunFiles
+from enrich.run.collector import Collector, JoinedBatch, JoinedStep, OutputCounts
+from enrich.run.context import RunContext, RunFiles, RunOptions, select_requests
 from enrich.run.early_end import out_of_time_error
-from enrich.run.extra_outputs import write_changes, write_rejects
+from enrich.run.enrolled import EnrolledSteps
+from enrich.run.job_steps import make_steps
+from enrich.run.preflight import template_from_ledger
 from enrich.run.progress import Phase
 from enrich.run.progress_reports import start_phase
 from enrich.run.run_state import RunState
+from enrich.run.step_input import StepInput
+from enrich.run.step_rows import StepRows
+from enrich.run.summary import RunSummary, cost_per_lead, summarize_steps
 
 #: An interrupted run counts the rows for its summary only up to this many, so that it exits quickly.
 MAX_ROWS_WHEN_INTERRUPTED = 100_000
@@ -92,3 +115,176 @@ async def _write_extra_outputs(
         changes_path = paths["changes"]
         changed = await context.ledger_writer.submit(lambda _: write_changes(collector, changes_path, changes))
         run_state.extra_outputs |= {"changes": str(changes_path), "changed": changed}
+
+
+#: Rows with these statuses can be corrected or sent again.
+REJECTED_STATUSES = (RowStatus.INVALID, RowStatus.FAILED, RowStatus.EXPIRED)
+#: The columns of a rejects file after those of the input. They are replaced when the file is used as input.
+REJECT_COLUMNS = ("enrich_status", "enrich_error")
+
+
+def write_rejects(collector: Collector, target: Location, output: Output) -> int:
+    """Write the invalid, failed and expired rows unchanged, with the reason. Returns how many."""
+    limits = limits_of("rejects", output)
+
+    def rejected(joined: JoinedBatch) -> pl.DataFrame:
+        reason_cells = [limits.fit(joined.cells[name])[0] for name in REJECT_COLUMNS]
+        return joined.batch.frame.hstack(reason_cells).filter(pl.col("enrich_status").is_in(REJECTED_STATUSES))
+
+    schema = collector.job_input.schema | dict.fromkeys(REJECT_COLUMNS, pl.String())
+    return _write_selected(collector, rejected, target, output, kind="rejects", schema=schema, new=REJECT_COLUMNS)
+
+
+def write_changes(collector: Collector, target: Location, changes: Changes) -> int:
+    """Write what is new since the last change feed, one line per field. Returns the number of lines.
+
+    Delivery is recorded in the caller's transaction: if that fails, the same changes are written again.
+    """
+    key = collector.job_input.change_key
+    schema = dict.fromkeys([*key, *CHANGE_COLUMNS], pl.String())
+    limits = limits_of("changes", changes)
+
+    def changed(joined: JoinedBatch) -> pl.DataFrame:
+        frame = pl.DataFrame(list(_changed_cells(collector, joined, key)), schema=schema, orient="row")
+        return pl.DataFrame([limits.fit(cells)[0] for cells in frame.get_columns()])
+
+    return _write_selected(collector, changed, target, changes, kind="changes", schema=schema, new=CHANGE_COLUMNS)
+
+
+def _write_selected(  # noqa: PLR0913 - all of these describe one file
+    collector: Collector,
+    select: Callable[[JoinedBatch], pl.DataFrame],
+    target: Location,
+    output: Output,
+    *,
+    kind: str,
+    schema: Mapping[str, pl.DataType],
+    new: Sequence[str],
+) -> int:
+    """Write what is selected of each batch, whose last columns are `new`. Returns the number of rows."""
+    count = 0
+
+    def frames() -> Iterator[pl.DataFrame]:
+        nonlocal count
+        for joined in collector.joined_batches():
+            frame = select(joined)
+            count += frame.height
+            yield frame
+
+    new_columns = len(new)
+    write_file(
+        target, output, job=collector.job.name, schema=schema, frames=frames(), new_columns=new_columns, kind=kind
+    )
+    return count
+
+
+def _changed_cells(collector: Collector, joined: JoinedBatch, key: list[str]) -> Iterator[list[str | None]]:
+    """Yield the changes of a batch, and record them as delivered."""
+    frame = joined.batch.frame
+    keys = frame.select(as_text(frame.get_column(name)) for name in key).rows()
+    merged = {
+        name: (as_text(frame.get_column(name)), as_text(collector.merge_column(joined, name)))
+        for name in collector.merged_columns
+    }
+    feeds = [_deliver(collector, step, keys) for step in joined.steps]
+    for feed in feeds:
+        for index in feed.previous_answers:
+            result = feed.step.results[index]
+            others = [other for other in feeds if other is not feed]
+            for name in feed.step.columns:
+                new = feed.step.cells[name][index] or ""
+                # A step may replace what another one has found for the same column.
+                old = next(filter(None, (each.value_before(name, index) for each in (feed, *others))), "")
+                if name in merged and new:
+                    old, new = (cells[index] for cells in merged[name])
+                if result is not None and new and new != old:
+                    at = iso_time(result.settled_ms)
+                    yield [*keys[index], name, old, new, result.provider, at]
+
+
+@dataclass(frozen=True, slots=True)
+class _StepFeed:
+    """What the feed has of a step in a batch.
+
+    `rows` have a delivered answer, by their index. Those in `previous_answers` are new: it has the answer that was
+    delivered before; None: there was none.
+    """
+
+    step: JoinedStep
+    rows: frozenset[int]
+    previous_answers: Mapping[int, str | None]
+
+    def value_before(self, name: str, index: int) -> str:
+        """Return the value of a column that was delivered before; '' without one."""
+        path, result = self.step.columns.get(name), self.step.results[index]
+        if path is None or result is None or index not in self.rows:
+            return ""
+        # Not from the cells: those of a step that another one replaces are blank.
+        answer = self.previous_answers.get(index, result.answer)
+        return "" if answer is None else answer_cells(answer, [path])[0] or ""
+
+
+def _deliver(collector: Collector, step: JoinedStep, keys: list[tuple[str, ...]]) -> _StepFeed:
+    """Return what the feed has of a step, and record it as delivered."""
+    job = collector.job.name
+    delivered: list[tuple[int, bytes, int]] = []
+    statuses, results = step.cells["enrich_status"], step.results
+    for index, (result, fingerprint, status) in enumerate(zip(results, step.fingerprints, statuses, strict=True)):
+        if result is None or fingerprint is None or result.attempt_id is None:
+            continue
+        if status == RowStatus.FOUND and result.erased_ms is None:
+            delivered.append((index, _delivery_key(keys[index], fingerprint, step.name), result.attempt_id))
+    previous_answers = dict(change_feed.undelivered_rows(collector.ledger, job, delivered))
+    change_feed.mark_delivered(collector.ledger, job, delivered)
+    return _StepFeed(step, frozenset(index for index, _, _ in delivered), previous_answers)
+
+
+def _delivery_key(cells: tuple[str, ...], fingerprint: bytes, step: str) -> bytes:
+    content = json.dumps(cells).encode() + fingerprint + step.encode()
+    return blake2b(content, digest_size=16, person=b"enrich-delivered").digest()
+
+
+def rebuild_output(job: Job, *, partial: bool) -> RunSummary:
+    """Write the output. The caller must hold the ledger's lock.
+
+    Raises CommandRefused when rows are pending and `partial` is not set, or when the job never ran.
+    """
+    if not ledger_exists(job.ledger):
+        raise CommandRefused(f"{job.ledger}: no ledger, because this job has never run", "run it first: enrich run JOB")
+    with closing(Database(job.ledger, read_only=True)) as ledger:
+        template = template_from_ledger(ledger, job)
+        now = datetime.now().astimezone()
+        target = job.output_path(now)
+        job.extra_output_paths(now)  # raises when the output is one of these files
+        prepare_file(target, job.input_path, job.name)
+        counts = prepare_collector(ledger, job, template).write(target, partial=partial)
+        _, unknown = queries.spent_totals(ledger) if job.step_jobs else (0, 0)
+    summary = RunSummary(
+        job.name,
+        int(ExitCode.OK),
+        sandbox=job.sandbox,
+        rows=counts.statuses.total(),
+        output=str(target),
+        steps=summarize_steps(job, EnrolledSteps(), {}, counts),
+        cost_per_lead=cost_per_lead(counts, unknown),
+    )
+    return summary.with_row_counts(counts.statuses, counts.filled_by_column)
+
+
+def prepare_collector(ledger: Database, job: Job, template: RequestTemplate) -> Collector:
+    """Prepare to join the current input with the ledger alone. Raises EnrichError when the input cannot be read."""
+    job_input = JobInput(job, erasure.load_forgotten(ledger))
+    job_input.check_new_columns(template)
+    if job.step_jobs:
+        steps = make_steps(job, job_input, [template_from_ledger(ledger, step) for step in job.step_jobs])
+        step_rows = StepRows(job, job_input, ledger, steps)
+        StepInput(step_rows, 0).begin(RequestSelection())
+        step_rows.prepare()
+        return Collector(ledger, job, template, job_input, step_rows=step_rows)
+    selection = select_requests(job, RunOptions(), 0)
+    enroll.begin_pass(ledger)
+    if job.model.caps is not None:
+        for batch in job_input.batches(template, job_input.queue_order()):
+            enroll.preview(ledger, batch.requests(), selection)
+        enroll.apply_limits(ledger, selection)
+    return Collector(ledger, job, template, job_input, selection=selection)

@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import inf
 
-from enrich.errors import RunCancelled
+from enrich.errors import ApiCallFailed, RunCancelled
 from enrich.exit_codes import ExitCode
 from enrich.ledger import enroll, execution_records, queries, resume, transitions
 from enrich.ledger.database import Database
-from enrich.models import State, Task, pluralize, to_credits
-from enrich.run import request_loops
-from enrich.run.balance_now import fetch_balance
+from enrich.models import State, Task, pluralize, read_balance, to_credits
+from enrich.run import dispatcher
 from enrich.run.budget import Cost, check_balance, check_canary
 from enrich.run.cluster_protocol import settle_lost_workers
 from enrich.run.context import RunContext, RunFiles, select_requests
@@ -189,7 +188,7 @@ async def _submit_and_poll_locally(
     poller = _make_poller(context, run_state)
     await context.ledger_writer.submit(resume.take_over_tasks)
     poller.add_earlier_tasks(await context.ledger_writer.submit(transitions.submitted_tasks), polled_before=True)
-    await request_loops.submit_and_poll(poller, limit, only_new=only_new)
+    await dispatcher.submit_and_poll(poller, limit, only_new=only_new)
 
 
 async def _submit_and_poll_with_workers(context: RunContext, run_state: RunState) -> bool:
@@ -228,3 +227,18 @@ def _make_poller(context: RunContext, run_state: RunState) -> Poller:
     poller.answers_only = run_state.answers_only
     run_state.finish_polling = poller.finish_early
     return poller
+
+
+#: Seconds to wait for the balance. After that it is left out.
+BALANCE_TIMEOUT_S = 5.0
+
+
+async def fetch_balance(context: RunContext, run_state: RunState) -> int | None:
+    """Fetch the balance. Returns None without a request when the run was stopped, or on failure."""
+    if run_state.stop_polling.is_set() or context.signals.received is not None:
+        return None
+    try:
+        async with asyncio.timeout(BALANCE_TIMEOUT_S):
+            return read_balance((await context.client.get_user()).balance)
+    except (ApiCallFailed, TimeoutError):
+        return None

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from json import JSONDecodeError
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from enrich.databar.client import Client
 from enrich.databar.credentials import ApiAccess
@@ -23,7 +23,6 @@ from enrich.run.budget import NO_BUDGET
 from enrich.run.context import RunContext, RunEnvironment, RunFiles, RunOptions, rescue_folders
 from enrich.run.early_end import enforce_max_time
 from enrich.run.enrolling import count_enrolled, enroll_changed_input, enroll_input
-from enrich.run.event_loop import run_in_event_loop
 from enrich.run.finish import finish_failed_run, finish_run
 from enrich.run.latencies import load_schedule, save_latencies, save_latencies_periodically
 from enrich.run.output import write_output
@@ -167,3 +166,20 @@ def _in_background(*loops: Coroutine[Any, Any, None]) -> Iterator[None]:
     finally:
         for task in tasks:
             task.cancel()
+
+
+T = TypeVar("T")
+
+
+def run_in_event_loop(main: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine to its end in a new event loop: uvloop where it is installed (extra `fast`)."""
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        return runner.run(main)
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop  # noqa: PLC0415 - optional, and not needed by commands that run nothing
+    except ImportError:
+        return None
+    return uvloop.new_event_loop

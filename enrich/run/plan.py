@@ -11,15 +11,7 @@ from typing import Any
 from enrich.job.job import Job
 from enrich.ledger import enroll, queries
 from enrich.ledger.database import Database
-from enrich.models import (
-    DECISIONS_TO_SEND,
-    Decision,
-    format_credits,
-    format_elapsed,
-    iso_time,
-    pluralize,
-    to_credits,
-)
+from enrich.models import DECISIONS_TO_SEND, Decision, format_credits, format_elapsed, iso_time, pluralize, to_credits
 from enrich.rows.params import LeftOutCounts, format_left_out, left_out_by_param
 from enrich.run.budget import Cost
 from enrich.run.plan_file import ProviderPrice, provider_prices
@@ -154,7 +146,7 @@ class Plan:
             "decisions": {decision.value: count for decision, count in self.decisions.items()},
             "left_out": self.left_out,
             "missing": {name: count for name, count in self.missing.items() if count},
-            "oldest_answer_at": None if self.oldest_answer_ms is None else iso_time(self.oldest_answer_ms),
+            "oldest_answer_at": iso_time(self.oldest_answer_ms),
             "balance": self.balance,
             "cost": self.cost.as_json(),
             "worst_price": self.worst_price,

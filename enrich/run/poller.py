@@ -77,7 +77,7 @@ class Poller:
         for open_task in self._open_tasks_of(tasks):
             self._schedule(open_task, self._poll_delay_s(self._age_s(open_task)) if polled_before else 0.0)
 
-    def repoll_written_off(self, tasks: Iterable[Task], *, to_be_resubmitted: bool = False) -> None:
+    def repoll_written_off(self, tasks: Iterable[Task], *, to_be_resubmitted: bool) -> None:
         """Poll written-off tasks once more. Tasks that still exist at the API are waited for again."""
         for open_task in self._open_tasks_of(tasks):
             open_task.written_off, open_task.to_be_resubmitted = True, to_be_resubmitted

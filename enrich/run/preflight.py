@@ -178,10 +178,7 @@ async def preflight(  # noqa: PLR0913 - every argument is used once
     WorkspaceMismatch for another workspace unless `workspace_renamed`.
     """
     check_api_host(binding, job, host)
-    try:
-        user = await retry_until(client.get_user, timeout_s)
-    except JobRejected as error:
-        raise JobError(f"DATABAR_BASE_URL: no Databar API at this address: {error.message}") from error
+    user = await _fetch_user(client, timeout_s)
     if not workspace_renamed:
         check_workspace(binding, job, user)
     bound_to = {"api_host": host, "workspace": user.workspace}
@@ -203,6 +200,13 @@ def offline_preflight(job: Job) -> Preflight:
 def make_empty_description(target: Target) -> Description:
     """Return the description of a target of which nothing is known."""
     return Waterfall(identifier=target.id) if target.kind is TargetKind.WATERFALL else Enrichment(id=int(target.id))
+
+
+async def _fetch_user(client: Client, timeout_s: float) -> User:
+    try:
+        return await retry_until(client.get_user, timeout_s)
+    except JobRejected as error:
+        raise JobError(f"DATABAR_BASE_URL: no Databar API at this address: {error.message}") from error
 
 
 async def _fetch_description(client: Client, job: Job, timeout_s: float) -> Description:
@@ -299,9 +303,6 @@ async def _query_api(access: ApiAccess, job: Job, environ: Mapping[str, str]) ->
     clock = _ClockOffsetProbe()
     timeout_s = Timeouts().startup_s
     async with Client(access, clock, environ=environ) as client:
-        try:
-            user = await retry_until(client.get_user, timeout_s)
-        except JobRejected as error:
-            raise JobError(f"DATABAR_BASE_URL: no Databar API at this address: {error.message}") from error
+        user = await _fetch_user(client, timeout_s)
         descriptions = [await _fetch_description(client, step, timeout_s) for step in job.steps]
     return ApiSnapshot(user, tuple(descriptions), None if clock.api_ahead_ms is None else clock.api_ahead_ms / 1000)

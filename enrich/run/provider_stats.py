@@ -20,9 +20,9 @@ from pydantic import ValidationError
 
 from enrich.databar.description import Description, parse_description
 from enrich.databar.enrichment import Enrichment
-from enrich.databar.json_values import parse_json
 from enrich.databar.task_results import ParsedData, is_blank, parse_data
 from enrich.job.target import Target, TargetKind
+from enrich.json_text import parse_json
 from enrich.models import SettledAttempt, State, to_credits, to_micros
 
 #: The keys of a provider in JSON, where they differ from our names.

@@ -83,10 +83,6 @@ class AdaptiveRateLimiter:
         """Return how many seconds the next request must wait; 0: it may be sent now."""
         return max(self._blocked_until - now, self._next_free - now, 0.0)
 
-    def blocked_for_s(self, now: float) -> float:
-        """Return for how many seconds nothing may be sent because of a 429."""
-        return max(0.0, self._blocked_until - now)
-
     def consume(self, now: float, waiting_since: float | None = None) -> None:
         """Count one request as sent. `waiting_since` is since when it waits for a slot; None: it did not wait."""
         burst_s = min(MAX_BURST_S, max(BURST_S, MAX_BURST / self.rate))

@@ -99,7 +99,7 @@ class RunCounters:
         numbers = (f.name for f in fields(self) if f.name != "settled")
         return RunCounters(settled=settled, **{name: getattr(self, name) + getattr(other, name) for name in numbers})
 
-    def count_settled(self, state: State, requests: int = 1) -> None:
+    def count_settled(self, state: State, requests: int) -> None:
         """Count requests that settled."""
         self.settled[state] = self.settled.get(state, 0) + requests
 

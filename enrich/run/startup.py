@@ -10,7 +10,6 @@ from functools import partial
 
 from enrich.errors import (
     LOCKED_HINT,
-    CommandRefused,
     EnrichError,
     Interrupted,
     LedgerLocked,
@@ -26,6 +25,7 @@ from enrich.ledger import (
     lease_table,
     rescue_import,
     resume,
+    task_ids,
     transitions,
 )
 from enrich.ledger.database import Database
@@ -57,6 +57,8 @@ class Startup:
     context: RunContext
     postponed_errors: list[EnrichError] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    #: Notes that are also shown without a terminal.
+    problems: list[str] = field(default_factory=list)
     #: None: one of the files cannot be used.
     files: RunFiles | None = None
     #: None: the API did not answer, or its answer does not match the job, the input or the ledger.
@@ -150,26 +152,27 @@ async def open_files(startup: Startup) -> None:
 async def check_new_ledger(startup: Startup) -> None:
     """Refuse a new ledger when an earlier output was paid for from another one, unless the user agrees.
 
-    Raises CommandRefused. Adds a note when an earlier output cannot be read.
+    Raises CommandRefused. Adds a problem when an earlier output cannot be read.
     """
     context, options, signals = startup.context, startup.context.options, startup.context.signals
     if options.new_ledger or await context.ledger_writer.submit(execution_records.has_own_submissions):
         return
-    output, note = await find_output_of_other_ledger(context.job, context.ledger_writer, signals.interruptible)
-    startup.notes += [note] if note is not None else []
-    if output is None:
+    refusal, problem = await find_output_of_other_ledger(
+        context.job,
+        lambda tasks: context.ledger_writer.submit(task_ids.unknown_task_ids, tasks),
+        signals.interruptible,
+    )
+    startup.problems += [problem] if problem is not None else []
+    if refusal is None:
         return
-    ledger = context.job.ledger
-    message = f"{output} was paid for from another ledger. The new ledger {ledger} pays for its leads again"
-    error = CommandRefused(message, "set `ledger:` to the one that paid, or restore it; or pay again with --new-ledger")
     if options.confirm_new_ledger is not None:
         with signals.interruptible():
-            if options.confirm_new_ledger(f"{message}.\nPay again?"):
+            if options.confirm_new_ledger(f"{refusal.message}.\nPay again?"):
                 # One confirmation also covers the other ledgers in the folder.
                 startup.context = replace(context, options=replace(options, new_ledger=True))
                 return
         raise RunCancelled
-    raise error
+    raise refusal
 
 
 async def run_preflight(startup: Startup) -> None:
@@ -243,6 +246,9 @@ async def start_run(startup: Startup) -> tuple[RunContext, RunState]:
     ledger_writer.on_failure = partial(end_without_ledger, context, run_state)
     for note in [*startup.notes, *context.preflight.notes]:
         run_state.add_note(note)
+    for problem in startup.problems:
+        run_state.notes.append(problem)
+        environment.on_problem(problem)
     return context, run_state
 
 

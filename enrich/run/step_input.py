@@ -15,7 +15,7 @@ from enrich.rows.requests import RowBatch
 from enrich.rows.template import RequestTemplate
 from enrich.run.lead_selection import Candidate, LeadSelection, capped_rows
 from enrich.run.plan_file import SavedPlan
-from enrich.run.recorded_rows import find_recorded_rows
+from enrich.run.step_batch import find_recorded_rows
 from enrich.run.step_rows import StepRows
 
 

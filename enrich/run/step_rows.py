@@ -1,34 +1,37 @@
-"""Reads the rows of a job with steps: the input, joined batch by batch with the answers of each step in turn.
-
-What a step reads is a table like any other: the columns of the input, those that earlier steps found, and the status of
-each earlier step. It is made here alone, from input and ledger, and never held. The output is the same table behind the
-last step.
-"""
+"""The table that a step of a job reads, and the cells that each step adds to it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 
 import polars as pl
 
+from enrich.files.values import as_text, json_where_no_text
+from enrich.job.cell_text import blank_cells
 from enrich.job.job import Job
-from enrich.job.steps import step_column
+from enrich.job.steps import STEP_FIELDS, step_column
 from enrich.ledger import queries, step_results
 from enrich.ledger.database import Database
 from enrich.ledger.step_results import StepResult
-from enrich.models import RowStatus
+from enrich.models import RequestResult, RowStatus, result_columns
 from enrich.rows.job_input import JobInput
 from enrich.rows.requests import RequestBuilder, RowBatch
 from enrich.rows.send_order import order_of_rows
-from enrich.rows.step_decision import RowFacts, StepDecision, decide
-from enrich.run.collector import JoinedBatch, JoinedStep, merge_cells
+from enrich.rows.step_decision import RowFacts, StepDecision, decide, row_status
+from enrich.run.collector import JoinedBatch, JoinedStep, merge_cells, name_source, new_cells
 from enrich.run.job_steps import Step
 from enrich.run.lead_selection import CAPPED_REASON, LeadSelection
-from enrich.run.recorded_rows import Identities, find_recorded_rows, identities, sent_columns
-from enrich.run.step_batch import StepBatch, StepTables, decided_batch
-from enrich.run.step_cells import join_step, row_cells
+from enrich.run.step_batch import (
+    Identities,
+    StepBatch,
+    StepTables,
+    decided_batch,
+    find_recorded_rows,
+    identities,
+    sent_columns,
+)
 
 
 @dataclass(slots=True)
@@ -137,7 +140,10 @@ class StepRows:
             else:
                 new.append(found.fill_null(""))
         new.append(joined.cells["enrich_status"].alias(step_column(step.job.step, "status")))
-        progress.frame, progress.text = progress.frame.with_columns(new), progress.text.with_columns(new)
+        text = list(map(as_text, new))
+        # What the API lists or nests is no param of a later step either.
+        progress.frame = progress.frame.with_columns(map(json_where_no_text, text))
+        progress.text = progress.text.with_columns(text)
         progress.step_batches.append(step_batch)
         return joined
 
@@ -263,3 +269,61 @@ def _blank_from_step(step: Step, batch: RowBatch) -> list[bool]:
         return [True] * len(batch.statuses)
     lacking = pl.DataFrame([cells.alias(str(number)) for number, cells in enumerate(required)])
     return (~lacking.select(pl.any_horizontal(pl.all())).to_series()).to_list()
+
+
+def join_step(ledger: Database, step: Step, step_batch: StepBatch, *, bill: bool) -> JoinedStep:
+    """Join the rows of a batch with the answers of a step."""
+    batch = step_batch.batch
+    first_rows: dict[bytes, int] = {}
+    for row, name in enumerate(batch.fingerprints):
+        if name is not None and step_batch.results[row] is not None:
+            first_rows.setdefault(name, row)
+    known = {result.request_id for result in step_batch.results if result is not None}
+    billed = step_results.add_to_bill(ledger, known) if bill and known else set()
+    results: list[RequestResult] = []
+    places: dict[bytes, int] = {}
+    for name, row in first_rows.items():
+        found = step_batch.results[row]
+        assert found is not None  # noqa: S101 - only such rows are listed
+        places[name] = len(results)
+        is_first = int(found.request_id in billed)
+        results.append(found.result._replace(position=batch.first_position + row, first=is_first))
+    named = name_source(step.template, result_columns(results))
+    indexes = [None if name is None else places.get(name) for name in batch.fingerprints]
+    cells = new_cells(batch, named, pl.Series(indexes, dtype=pl.UInt32), step.template.columns)
+    return JoinedStep(step.job.step, step.template.columns, batch.fingerprints, named, indexes, cells)
+
+
+def row_cells(
+    job: Job, values: Mapping[str, pl.Series], text: pl.DataFrame, joined: Sequence[JoinedStep]
+) -> dict[str, pl.Series]:
+    """Return the new cells of a batch: the columns, those of each step, those of the row.
+
+    `values` has what was found for each column, and `text` is the table behind the last step.
+    """
+    cells = dict(values)
+    for step in joined:
+        of_step = {step_column(step.name, name): step.cells[f"enrich_{name}"] for name in STEP_FIELDS}
+        cells |= {name: column.alias(name) for name, column in of_step.items()}
+    complete = job.complete or tuple(joined[-1].columns)
+    blank = [
+        blank_cells(text.get_column(name), job.model.placeholders).alias(str(number))
+        for number, name in enumerate(complete)
+    ]
+    is_complete = (~pl.DataFrame(blank).select(pl.any_horizontal(pl.all())).to_series()).to_list()
+    statuses = zip(*(step.cells["enrich_status"] for step in joined), strict=True)
+    rows = zip(statuses, is_complete, strict=True)
+    row_statuses = [row_status(row, is_complete=done).value for row, done in rows]
+    errors = pl.DataFrame(
+        [(step.name + ": " + step.cells["enrich_error"]).alias(str(number)) for number, step in enumerate(joined)]
+    )
+    prices = pl.DataFrame([step.cells["enrich_credits"].alias(str(number)) for number, step in enumerate(joined)])
+    reason = pl.concat_str(pl.all(), separator="; ", ignore_nulls=True)
+    total = pl.when(pl.any_horizontal(pl.all().is_not_null())).then(pl.sum_horizontal(pl.all()).round(6))
+    return cells | {
+        "enrich_status": pl.Series("enrich_status", row_statuses, pl.String),
+        "enrich_error": errors.select(
+            pl.when(pl.any_horizontal(pl.all().is_not_null())).then(reason).alias("enrich_error")
+        ).to_series(),
+        "enrich_credits": prices.select(total.alias("enrich_credits")).to_series(),
+    }

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from enrich.exit_codes import ExitCode
-from enrich.models import RowStatus, format_credits, format_elapsed, pluralize
+from enrich.job.job import Job
+from enrich.ledger.step_results import StepTotals
+from enrich.models import RowStatus, format_credits, format_elapsed, pluralize, to_credits
 from enrich.run.balance import PART_LABELS, ROUNDING_CREDITS
-from enrich.run.step_summary import format_steps
+from enrich.run.collector import OutputCounts
+from enrich.run.enrolled import EnrolledSteps
 from enrich.run.terminal_text import Styler, display_width, pad, top_reasons, unstyled, wrap_parts
 
 #: The keys in JSON, where they differ from our names.
@@ -38,6 +42,7 @@ class RunSummary:
     rows: int | None = None
     requests: int | None = None
     submitted: int = 0
+    unconfirmed: int = 0
     reused: int | None = None
     paid_in_other_ledgers: int = 0
     found: int | None = None
@@ -95,7 +100,7 @@ class RunSummary:
 
     def as_json(self) -> dict[str, Any]:
         """Return the object that `--json` prints."""
-        values = asdict(self)
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
         if not self.steps:
             del values["steps"], values["cost_per_lead"]
         shown = {name: value for name, value in values.items() if name not in ("error", "hint") or value is not None}
@@ -154,10 +159,10 @@ def _headline_parts(summary: RunSummary, style: Styler) -> Iterator[tuple[str, s
     yield f"{mark} {style(sandbox + leads, 'bold')}", ""
     if summary.execution is None:  # written from the ledger, without a run
         return
-    if not summary.submitted and not summary.answers:
+    if not (summary.submitted or summary.unconfirmed or summary.answers):
         yield "nothing sent", ""
     else:
-        at_least = "at least " if summary.credits_unknown else ""
+        at_least = "at least " if summary.credits_unknown or summary.unconfirmed else ""
         yield f"{at_least}{format_credits(summary.credits_spent)} credits", ""
         if summary.cost_per_lead is not None:
             yield f"{format_credits(summary.cost_per_lead)} per lead", ""
@@ -256,7 +261,7 @@ class _DetailsFormatter:
         if summary.providers_not_reported:
             yield f"  {pluralize(summary.providers_not_reported, 'result')} without providers: not reported by the API"
 
-    def _format_line(self, name: str, number: str, share: str = "", remark: str = "") -> str:
+    def _format_line(self, name: str, number: str, share: str, remark: str) -> str:
         return f"  {pad(name, self.label_width)}{number:>11} {share:>6}  {remark}".rstrip()
 
 
@@ -284,3 +289,58 @@ def _difference_parts(difference: Mapping[str, Any]) -> Iterator[tuple[str, str]
 
 def _percentage(part: int, whole: int) -> str:
     return f"{part / whole:.1%}" if whole else "-"
+
+
+#: The statuses that have a column of their own in the table.
+_SHOWN_STATUSES = (RowStatus.FOUND, RowStatus.NOT_FOUND, RowStatus.FILTERED)
+_NAME_WIDTH = 12
+
+
+def summarize_steps(
+    job: Job, enrolled: EnrolledSteps, totals: Mapping[str, StepTotals], counts: OutputCounts | None
+) -> list[dict[str, Any]]:
+    """Return an object for each step of a job with steps. Rows are null where they were not counted."""
+    steps = []
+    for step in job.step_jobs:
+        known, total = enrolled.by_step.get(step.step), totals.get(step.step, StepTotals())
+        rows = None if counts is None else counts.by_step.get(step.step, Counter())
+        steps.append(
+            {
+                "name": step.step,
+                step.model.target.kind.value: step.model.target.id,
+                "requests": None if known is None else sum(known.requests.values()),
+                "submitted": total.submitted,
+                "reused": None if known is None else known.reused,
+                **{status.value: None if rows is None else rows.get(status, 0) for status in RowStatus},
+                "credits_spent": to_credits(total.spent),
+                "credits_unknown": total.unknown,
+                "cost_per_hit": to_credits(round(total.spent / total.found)) if total.found else None,
+                "max_credits": step.step_max_credits,
+            }
+        )
+    return steps
+
+
+def cost_per_lead(counts: OutputCounts | None, unknown: int) -> float | None:
+    """Return all credits that the output shows, divided by its found rows. None: no row is found, or no steps.
+
+    With `unknown` answers without a price in the ledger it is None, too.
+    """
+    if unknown or counts is None or not counts.by_step or not (found := counts.statuses[RowStatus.FOUND]):
+        return None
+    return to_credits(round(counts.credits.total() / found))
+
+
+def format_steps(steps: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the table of the steps: rows by status, requests sent, credits. At most 80 columns wide."""
+    if not steps:
+        return
+    yield f"  {'step':<{_NAME_WIDTH}}{'found':>9}{'no match':>9}{'filtered':>9}{'other':>9}{'sent':>9}{'credits':>12}"
+    for step in steps:
+        name = step["name"] if len(step["name"]) < _NAME_WIDTH else step["name"][: _NAME_WIDTH - 2] + "…"
+        shown = [step[status.value] for status in _SHOWN_STATUSES]
+        others = [step[status.value] for status in RowStatus if status not in _SHOWN_STATUSES]
+        cells = ["-" if number is None else f"{number:,}" for number in shown]
+        cells.append("-" if None in others else f"{sum(others):,}")
+        numbers = "".join(f"{cell:>9}" for cell in [*cells, f"{step['submitted']:,}"])
+        yield f"  {name:<{_NAME_WIDTH}}{numbers}{format_credits(step['credits_spent']):>12}"

@@ -60,9 +60,7 @@ class _CascadeTrace:
         )
 
 
-def make_answer(
-    lookup: Lookup, attempt: int, draw: SeededRandom, settings: SandboxSettings, *, bulk: bool = False
-) -> Answer:
+def make_answer(lookup: Lookup, attempt: int, draw: SeededRandom, settings: SandboxSettings, *, bulk: bool) -> Answer:
     """Return the answer to a lookup; only free failures depend on `attempt` (1 for the first request)."""
     if draw("fails") < settings.failure_rate:
         if draw("fails at a price") >= settings.free_failures:

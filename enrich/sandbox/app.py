@@ -8,21 +8,16 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
+from enrich.sandbox.catalogue import FLOWS, flow_detail
 from enrich.sandbox.databar import Databar, ExpiredError, FinishedError, NoCreditsError, NotFoundError, Submission
 from enrich.sandbox.enrichments import MAX_PAGES
 from enrich.sandbox.faults import Fault, FaultInjector, Param
-from enrich.sandbox.flows import FLOWS, flow_detail
 from enrich.sandbox.lookups import Cascade, EnrichmentCall, Refused, make_cascade, make_enrichment_call
 from enrich.sandbox.middleware import FAULT_KEY, FaultMiddleware, Message, Receive, Send
 from enrich.sandbox.settings import SandboxSettings
 from enrich.sandbox.store import SandboxStore
 
-_STATUSES: dict[type[Exception], int] = {
-    NotFoundError: 404,
-    NoCreditsError: 406,
-    FinishedError: 409,
-    ExpiredError: 410,
-}
+_STATUSES: dict[type[Exception], int] = {NotFoundError: 404, NoCreditsError: 406, FinishedError: 409, ExpiredError: 410}
 
 
 class _StrictBody(BaseModel):

@@ -1,23 +1,21 @@
 """The sandbox's clock: the wall clock plus the seconds that `/__advance` added."""
 
 import time
-from collections.abc import Callable
 from email.utils import formatdate
 
 
 class Clock:
     """Returns the sandbox's time, and formats it as an HTTP date; offsets are in seconds."""
 
-    def __init__(self, offset: float = 0, date_offset: float = 0, wall: Callable[[], float] = time.time) -> None:
+    def __init__(self, offset: float, date_offset: float) -> None:
         self.offset = offset
         self._date_offset = date_offset
-        self._wall = wall
         self._second = 0
         self._date = b""
 
     def now(self) -> float:
         """Return the time in seconds since the epoch."""
-        return self._wall() + self.offset
+        return time.time() + self.offset
 
     def date(self) -> bytes:
         """Return the `Date` header of the current second."""

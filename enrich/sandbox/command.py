@@ -109,13 +109,7 @@ sandbox = click.Command(
     help=_HELP,
     short_help="Serve the built-in sandbox of the Databar API.",
     params=[
-        click.Option(
-            ["--port"],
-            type=int,
-            default=0,
-            metavar="PORT",
-            help="Port to listen on. Default: a free one.",
-        ),
+        click.Option(["--port"], type=int, default=0, metavar="PORT", help="Port to listen on. Default: a free one."),
         click.Option(
             ["--state"],
             type=click.Path(dir_okay=False, path_type=Path),

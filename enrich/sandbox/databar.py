@@ -13,10 +13,9 @@ from enrich.sandbox.catalogue import REAL_PRICES, WATERFALLS, Waterfall
 from enrich.sandbox.clock import Clock
 from enrich.sandbox.enrichments import ENRICHMENTS, Enrichment
 from enrich.sandbox.faults import Fault
-from enrich.sandbox.latency import parse_latency
 from enrich.sandbox.lookups import Cascade, EnrichmentCall, Lookup, Refused, make_lookups
 from enrich.sandbox.people import SeededRandom
-from enrich.sandbox.settings import SandboxSettings
+from enrich.sandbox.settings import SandboxSettings, parse_latency
 from enrich.sandbox.store import Run, SandboxStore, Task, TaskFault
 from enrich.sandbox.tasks import TaskRenderer
 

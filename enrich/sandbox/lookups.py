@@ -91,10 +91,7 @@ class Lookup:
     @cached_property
     def canonical(self) -> tuple[str, str]:
         """Target and params, both JSON; equal for equal lookups."""
-        return (
-            json.dumps(self.target.canonical),
-            json.dumps(self.params, ensure_ascii=False, sort_keys=True),
-        )
+        return (json.dumps(self.target.canonical), json.dumps(self.params, ensure_ascii=False, sort_keys=True))
 
     @cached_property
     def worst_case(self) -> int:
@@ -176,7 +173,7 @@ def _value_mistakes(enrichment: Enrichment, name: str, value: str) -> Mistakes:
     choices = enrichment.choices(name)
     if choices and value not in choices:
         return {name: [f'"{value}" is not a valid choice.']}
-    if name == enrichment.priced_by and (not value.isascii() or not value.isdecimal() or not int(value)):
+    if name == enrichment.priced_by and (not value.isascii() or not value.isdecimal() or not value.strip("0")):
         return {name: ["A positive integer is required."]}
     return {}
 

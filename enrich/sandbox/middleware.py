@@ -1,18 +1,20 @@
 """ASGI middleware before the routes: counts requests, limits their rate, and applies faults."""
 
 import asyncio
+import gzip
+import json
 import re
 import socket
 import struct
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from ipaddress import ip_address
+from math import nan
 from typing import Any
 
-from enrich.sandbox import hostile_bodies
 from enrich.sandbox.clock import Clock
-from enrich.sandbox.faults import Fault, FaultInjector
+from enrich.sandbox.faults import Fault, FaultInjector, Param
 from enrich.sandbox.settings import SandboxSettings
 
 Message = MutableMapping[str, Any]
@@ -223,10 +225,10 @@ class FaultMiddleware:
                 age = [(b"age", str(fault.params["age"]).encode())] if fault.params["age"] else []
                 await _reply(send, OK, body, headers + age)
             case "gzip-bomb":
-                bomb = await asyncio.to_thread(hostile_bodies.gzip_bomb, body, int(fault.params["mebibytes"]))
+                bomb = await asyncio.to_thread(gzip_bomb, body, int(fault.params["mebibytes"]))
                 await _reply(send, OK, bomb, [(b"content-encoding", b"gzip")])
-            case name if name in hostile_bodies.BODY_FAULTS:
-                await _reply(send, OK, hostile_bodies.BODY_FAULTS[name](body, fault.params))
+            case name if name in BODY_FAULTS:
+                await _reply(send, OK, BODY_FAULTS[name](body, fault.params))
             case _:
                 await _break_connection(fault, scope, receive)
 
@@ -292,18 +294,69 @@ async def _buffer_request(receive: Receive) -> Receive:
     return replay
 
 
-async def _reply(send: Send, status: int, body: bytes, headers: Headers | None = None) -> None:
+async def _reply(
+    send: Send, status: int, body: bytes, headers: Headers | None = None, content_type: Headers = _JSON
+) -> None:
     length = (b"content-length", str(len(body)).encode())
-    await send({"type": "http.response.start", "status": status, "headers": [*(headers or []), *_JSON, length]})
+    await send({"type": "http.response.start", "status": status, "headers": [*(headers or []), *content_type, length]})
     await send({"type": "http.response.body", "body": body})
 
 
 async def _reply_html(send: Send, status: int) -> None:
-    body = _HTML_PAGE % status
-    length = (b"content-length", str(len(body)).encode())
-    await send({"type": "http.response.start", "status": status, "headers": [*_HTML, length]})
-    await send({"type": "http.response.body", "body": body})
+    await _reply(send, status, _HTML_PAGE % status, content_type=_HTML)
 
 
 def _retry_after(value: float | str | None) -> Headers:
     return [] if value is None else [(b"retry-after", str(value).encode())]
+
+
+_STEP = {"action": "search", "provider": "Nobody", "result": "not_found", "details": None, "cost": "0"}
+_MEBIBYTE = 2**20
+
+
+def _odd_credits(body: bytes, params: Mapping[str, Param]) -> bytes:
+    spent = params["credits"]
+    return _to_json(json.loads(body) | {"credits_spent": nan if spent == "NaN" else spent})
+
+
+def _invalid_utf8(body: bytes, _: Mapping[str, Param]) -> bytes:
+    return body.replace(b"{", b'{"note":"\xff\xc3\x28\xed\xa0\x80",', 1)
+
+
+def _long_id(body: bytes, params: Mapping[str, Param]) -> bytes:
+    task = json.loads(body)
+    names = [name for name in ("task_id", "request_id") if name in task]
+    return _to_json(task | dict.fromkeys(names, "x" * int(params["length"])))
+
+
+def _deep_json(body: bytes, params: Mapping[str, Param]) -> bytes:
+    depth = int(params["depth"])
+    return body.replace(b"{", b'{"deep":' + b"[" * depth + b"]" * depth + b",", 1)
+
+
+def _many_steps(body: bytes, params: Mapping[str, Param]) -> bytes:
+    task = json.loads(body)
+    data = task.get("data")
+    single = data[0] if isinstance(data, list) and len(data) == 1 else data
+    holder = single if isinstance(single, dict) and isinstance(single.get("steps"), list) else task
+    holder["steps"] = [*[_STEP] * int(params["steps"]), *holder.get("steps", [])]
+    return _to_json(task)
+
+
+#: Fault name to the function that changes the body.
+BODY_FAULTS: Mapping[str, Callable[[bytes, Mapping[str, Param]], bytes]] = {
+    "odd-credits": _odd_credits,
+    "invalid-utf8": _invalid_utf8,
+    "long-id": _long_id,
+    "deep-json": _deep_json,
+    "many-steps": _many_steps,
+}
+
+
+def gzip_bomb(body: bytes, mebibytes: int) -> bytes:
+    """Compress a body that is larger by `mebibytes` MiB when it is unpacked."""
+    return gzip.compress(body + b" " * (mebibytes * _MEBIBYTE), compresslevel=1)
+
+
+def _to_json(task: Any) -> bytes:  # noqa: ANN401  # a JSON document
+    return json.dumps(task, ensure_ascii=False, separators=(",", ":")).encode()

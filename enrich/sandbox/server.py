@@ -4,7 +4,7 @@ import asyncio
 import signal
 import socket
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Thread
@@ -32,26 +32,21 @@ class SandboxEndpoint:
 @contextmanager
 def serve_in_thread(state: Path, settings: SandboxSettings = DEFAULTS, port: int = 0) -> Iterator[SandboxEndpoint]:
     """Serve in a background thread until the block ends; the state file remains."""
-    with _bind(port) as listener:
-        store = SandboxStore(state, money.to_micros(settings.balance))
+    with _bind(port) as listener, closing(SandboxStore(state, money.to_micros(settings.balance))) as store:
+        server = _Server(store, settings)
+        thread = Thread(target=server.run, args=([listener],), name="sandbox", daemon=True)
+        thread.start()
+        server.ready.wait()
         try:
-            server = _Server(store, settings)
-            thread = Thread(target=server.run, args=([listener],), name="sandbox", daemon=True)
-            thread.start()
-            server.ready.wait()
-            try:
-                yield SandboxEndpoint(_url(listener), settings.api_key)
-            finally:
-                server.stop()
-                thread.join()
+            yield SandboxEndpoint(_url(listener), settings.api_key)
         finally:
-            store.close()
+            server.stop()
+            thread.join()
 
 
 def serve(state: Path, settings: SandboxSettings = DEFAULTS, port: int = 0) -> None:
     """Serve in the foreground until SIGTERM or SIGINT; prints URL and key on stdout once it listens."""
-    with _bind(port) as listener:
-        store = SandboxStore(state, money.to_micros(settings.balance))
+    with _bind(port) as listener, closing(SandboxStore(state, money.to_micros(settings.balance))) as store:
 
         def announce() -> None:
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -60,11 +55,8 @@ def serve(state: Path, settings: SandboxSettings = DEFAULTS, port: int = 0) -> N
             lines = f"DATABAR_BASE_URL={_url(listener)}\nDATABAR_API_KEY={settings.api_key}\n"
             print(lines, end="", flush=True)  # noqa: T201  # the command's output
 
-        try:
-            server = _Server(store, settings, announce)
-            server.run([listener])
-        finally:
-            store.close()
+        server = _Server(store, settings, announce)
+        server.run([listener])
 
 
 def _bind(port: int) -> socket.socket:

@@ -40,7 +40,7 @@ from tests.support import postgres as servers
 from tests.support.ledger import FOUND, NO_MATCH, CommittingLedger
 from tests.support.object_storage import BUCKET, put_object
 from tests.support.ray_head import RayHead
-from tests.support.table_files import read_table, write_table
+from tests.support.table_files import input_parts, read_table, write_table
 from tests.support.workspace import wait_until
 
 # Ray's own warnings.
@@ -558,7 +558,7 @@ def test_column_types_survive_blocks(tmp_path: Path) -> None:
     frame.write_parquet(tmp_path / "leads.parquet")
     (tmp_path / "job.yaml").write_text(JOB.replace("leads/", "leads.parquet").replace("a: A", "a: text"))
     rows = JobInput(load_job(tmp_path / "job.yaml"))
-    ((first, back),) = read_blocks(tuple(rows.parts()), rows.input_schema)
+    ((first, back),) = read_blocks(tuple(input_parts(rows)), rows.input_schema)
     assert first == 0
     assert back.equals(frame)
     assert dict(back.schema) == rows.input_schema.all_columns
@@ -574,7 +574,7 @@ def test_blocks_join_parts(
     monkeypatch.setattr(blocks, "BLOCK_BYTES", block_bytes)
     write_input_files(tmp_path)
     rows = open_rows(tmp_path)
-    found = list(blocks.read_blocks(tuple(rows.parts()[1:4]), rows.input_schema))
+    found = list(blocks.read_blocks(tuple(input_parts(rows)[1:4]), rows.input_schema))
     assert [(first, frame.height) for first, frame in found] == expected
     assert [name for _, frame in found for name in frame["A"]] == NAMES[25:100]
 

@@ -47,7 +47,7 @@ def test_help_imports() -> None:
     """`enrich --help` imports click and what prints an error, and no command."""
     modules = imported("--help")
 
-    assert third_party(modules) == {"click", "msgspec", "typing_extensions"}
+    assert third_party(modules) == {"click"}
     assert {name for name in modules if name.startswith("enrich")} == {
         "enrich",
         "enrich.cli",

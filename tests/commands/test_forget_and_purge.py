@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -13,13 +12,6 @@ from enrich.ledger.verify import check_ledger
 from tests.support.workspace import FILE_ONLY, SandboxApi, Workspace, both_backends, make_leads, serve_api
 
 backend = both_backends
-
-
-@pytest.fixture
-def api(tmp_path: Path) -> Iterator[SandboxApi]:
-    """Serve an API without faults."""
-    with serve_api(tmp_path / "api.db") as served:
-        yield served
 
 
 @pytest.fixture

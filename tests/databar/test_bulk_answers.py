@@ -8,8 +8,7 @@ from typing import Any
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from enrich.databar.error_bodies import wrong_params, wrong_rows
-from enrich.databar.responses import parse_body
+from enrich.databar.responses import parse_body, wrong_params, wrong_rows
 from enrich.databar.task_results import TaskPhase, TaskReply, read_bulk_answers, task_phase
 from enrich.models import Answer, State
 from enrich.run.answer_cells import answer_cells

@@ -16,7 +16,7 @@ from pydantic import SecretStr
 from enrich.databar.client import Client
 from enrich.databar.clock import SystemClock
 from enrich.databar.credentials import ApiAccess
-from enrich.databar.error_bodies import wrong_params
+from enrich.databar.responses import wrong_params
 from enrich.databar.task_results import has_value, parse_data
 from enrich.errors import (
     ApiCallFailed,

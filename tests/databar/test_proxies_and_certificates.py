@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -25,7 +25,7 @@ from tests.databar.test_client import BODY, CREATED, KEY
 from tests.support.cases import first_quick, in_turn
 from tests.support.connect_proxy import Certificate, make_certificate, serve_connect_proxy
 from tests.support.raw_server import http_reply, serve_replies, unused_port
-from tests.support.workspace import SandboxApi, Workspace, make_leads, serve_api
+from tests.support.workspace import SandboxApi, Workspace, make_leads
 
 HOST = "api.enrich.example"
 API = f"https://{HOST}/v1"
@@ -460,13 +460,6 @@ def workspace(tmp_path: Path) -> Workspace:
     workspace.write_job()
     workspace.write_leads(make_leads(2))
     return workspace
-
-
-@pytest.fixture
-def api(tmp_path: Path) -> Iterator[SandboxApi]:
-    """Serve the sandbox on loopback."""
-    with serve_api(tmp_path / "api.db") as api:
-        yield api
 
 
 @pytest.mark.long

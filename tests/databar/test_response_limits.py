@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from enrich.databar.decompression import MAX_MEMBERS
+from enrich.databar.http_connection import MAX_MEMBERS
 from enrich.databar.transport import KEPT_START_BYTES, AnswerLost, AnswerTooLarge, HttpAnswer
 from tests.support.cases import in_turn
 from tests.support.raw_server import ConnectionAction, Reply, http_reply, serve_replies

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import pytest
 
 from enrich.databar.transport import AnswerLost, ConnectionFailed
-from enrich.run.event_loop import run_in_event_loop
+from enrich.run.pipeline import run_in_event_loop
 from tests.support import transport_client
 from tests.support.cases import in_turn
 from tests.support.raw_server import ConnectionAction, RawServer, ReceivedRequest, Reply, http_reply, serve_replies

@@ -16,7 +16,7 @@ import pytest
 from enrich.databar.client import Client
 from enrich.databar.transport import ConnectionFailed, Origin, Transport, serialize_headers
 from enrich.errors import ApiCallFailed, RequestNotAccepted, SubmissionUnconfirmed
-from enrich.run.event_loop import run_in_event_loop
+from enrich.run.pipeline import run_in_event_loop
 from enrich.sandbox import Fault
 from tests.databar.test_client import CREATED, KEY, call_api, expect_failure, get_task, submit_run
 from tests.support.raw_server import ConnectionAction, Reply, http_reply, serve_replies

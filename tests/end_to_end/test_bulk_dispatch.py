@@ -182,9 +182,11 @@ def test_lost_post_leaves_rows_unconfirmed(api: SandboxApi, workspace: Workspace
     api.inject_fault(fault, 1, "post")
     summary = workspace.run_job(api, timing=SHORT_POST_TIMEOUT if fault == "silence-after" else SHORT_TIMEOUTS)
     assert (summary.exit_code, summary.in_doubt, summary.submitted) == (ExitCode.IN_DOUBT, BULK_SIZE, LEADS - BULK_SIZE)
+    assert summary.unconfirmed == BULK_SIZE
     before = accepted_counts(api)
 
     second = workspace.run_job(api, timing=SHORT_TIMEOUTS)
+    assert second.unconfirmed == 0
     assert (second.exit_code, second.submitted, accepted_counts(api)) == (ExitCode.IN_DOUBT, 0, before)
     assert check_ledger(workspace.ledger_location).problems == []
 

@@ -215,13 +215,14 @@ class TestPricePerParameter:
             ("b.example", "2", ""),
             ("c.example", "many", ""),
             ("d.example", "", ""),
-            ("e.example", "0", ""),
+            ("e.example", "9" * 5_000, ""),
             ("f.example", "3", "boss"),
+            ("g.example", "0", ""),
         )
         summary = workspace.run_job(api)
         rows = workspace.read_output()
         assert [row["enrich_credits"] for row in rows[:2]] == ["0.6", "0.3"] or summary.not_found
-        assert [row["enrich_status"] for row in rows[2:5]] == ["invalid"] * 3
+        assert [row["enrich_status"] for row in (*rows[2:5], rows[6])] == ["invalid"] * 4
         assert "no whole number above 0" in rows[2]["enrich_error"]
         assert "limit blank" in rows[3]["enrich_error"]
         sent = {entry["params"]["company_website"]: entry["params"] for entry in api.audit()["runs"]}

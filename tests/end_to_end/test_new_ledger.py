@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from enrich.errors import CommandRefused
 from enrich.run.context import RunOptions
-from tests.support.cases import first_quick
+from tests.support.cases import first_quick, in_turn
 from tests.support.workspace import FILE_ONLY, SandboxApi, Workspace, both_backends, make_leads
 
 backend = both_backends
@@ -85,13 +87,49 @@ def test_all_output_formats_are_checked(api: SandboxApi, workspace: Workspace, n
     assert_refused(workspace, api)
 
 
+#: What a spreadsheet or an editor makes of the text of an output.
+RESAVED: dict[str, Callable[[str], bytes]] = {
+    "semicolons": lambda text: text.replace(",", ";").encode(),
+    "tabs, UTF-16": lambda text: text.replace(",", "\t").encode("utf-16"),
+    "byte order mark": lambda text: text.encode("utf-8-sig"),
+    "cp1252": lambda text: text.replace("Mail 0", "caf\u00e9").encode("cp1252"),
+    "sep=": lambda text: ("sep=;\n" + text.replace(",", ";")).encode(),
+    "title": lambda text: ("Leads of December\n\n" + text).encode(),
+    "short row": lambda text: (text + "x,y\n").encode(),
+    "open quote": lambda text: (text + '"x,y\n').encode(),
+    "cut": lambda text: text[:-30].encode(),
+}
+
+
+@FILE_ONLY
+@in_turn("change", RESAVED)
+def test_output_that_was_saved_again_is_checked(
+    api: SandboxApi, tmp_path: Path, workspace: Workspace, change: str
+) -> None:
+    """Finds the task ids in whatever separator, encoding and rows another program has saved the output with."""
+    workspace = Workspace(tmp_path, environ=workspace.environ)
+    workspace.write_leads([[*row[:-1], "Mail 0"] for row in make_leads(2)])
+    workspace.write_job()
+    workspace.run_job(api)
+    output = workspace.folder / "out.csv"
+    output.write_bytes(RESAVED[change](output.read_text(encoding="utf-8")))
+    shutil.rmtree(workspace.ledger_path.parent)
+
+    assert_refused(workspace, api)
+    assert "a run would be refused" in workspace.run_in_process("plan", "job.yaml", api=api).stdout
+
+
 @pytest.mark.long
 @FILE_ONLY
-def test_all_separators_and_encodings_are_checked(api: SandboxApi, workspace: Workspace) -> None:
-    """Reads the output with the job's separator and encoding."""
+@pytest.mark.parametrize("resaved", [False, True])
+def test_all_separators_and_encodings_are_checked(api: SandboxApi, workspace: Workspace, *, resaved: bool) -> None:
+    """Reads the output with the job's separator and encoding, or with the usual ones."""
     workspace.write_job(output="{path: o.csv, separator: ';', encoding: utf-16}")
     assert workspace.run_job(api).exit_code == 0
     shutil.rmtree(workspace.ledger_path.parent)
+    output = workspace.folder / "o.csv"
+    if resaved:
+        output.write_text(output.read_text(encoding="utf-16").replace(";", ","), encoding="utf-8")
 
     assert_refused(workspace, api)
 
@@ -131,10 +169,13 @@ def test_unreadable_output_is_a_note(api: SandboxApi, workspace: Workspace) -> N
     """The run continues, and the summary notes that the output was not checked."""
     (workspace.folder / "out.csv").write_bytes(b"\xff\xfe\x00enrich_task_id\n\x81\n")
 
+    planned = workspace.run_in_process("plan", "job.yaml", api=api)
     result = workspace.run_in_process(*RUN, api=api)
 
+    assert "cannot check whether another ledger paid" in planned.stdout
     assert result.exit_code == 0, result.stderr
     assert any("cannot check whether another ledger paid" in note for note in result.json_output["notes"])
+    assert result.stderr.count("cannot check whether another ledger paid") == 1
 
 
 @pytest.mark.long

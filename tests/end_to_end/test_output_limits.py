@@ -127,6 +127,8 @@ def test_answers_never_fail_the_file(
     [
         ("a.csv", "cp1252", "Zoë ✓ 李", "Zoë ? ?"),
         ("a.csv", "shift_jis", "¥100", "?100"),
+        ("a.csv", "cp864", "50%", "50?"),
+        ("a.csv", "iso2022_jp", "\x1b$Bab", "?$Bab"),
         ("a.csv", "utf-16", "✓", "✓"),
         ("a.xlsx", "utf-8", "x" + "😀" * 16_384, "x" + "😀" * 16_383),
         ("a.xlsx", "utf-8", LONG, LONG[:-1]),

@@ -32,7 +32,7 @@ backend = both_backends
 SUMMARY_KEYS = {
     *("execution", "job", "rows", "requests", "submitted", "reused", "credits_spent", "polls", "rate_limited"),
     *("elapsed_s", "output", "exit_code", "found", "not_found", "failed", "expired", "in_doubt", "invalid"),
-    *("filtered", "pending", "credits_unknown"),
+    *("filtered", "pending", "credits_unknown", "unconfirmed"),
 }
 
 

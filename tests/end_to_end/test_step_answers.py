@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,6 +69,32 @@ def api(tmp_path: Path) -> Iterator[SandboxApi]:
 def statuses(workspace: Workspace, step: str) -> list[str]:
     """Return the status of each row in a step."""
     return [row[f"enrich_{step}_status"] for row in workspace.read_output()]
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_lists_and_booleans_are_no_params_of_later_steps(
+    workspace: Workspace, api: SandboxApi, *, merged: bool
+) -> None:
+    """What an earlier step found is a param as in any other column: text and numbers, however they are written."""
+    found = {"[1] Ltd": True, 5: True, ("a", "b"): False, "[]x": True, True: False, "true": False, ("only",): False}
+    settings = {"merge": "fill_empty", "input": "leads.jsonl"} if merged else {}
+    workspace.write_job(COMPANY_JOB, **settings)
+    leads = [["Bob", f"Bbb{number}", f"https://c{number}.example", "Engineer"] for number in range(len(found))]
+    workspace.write_leads(leads, HEADER)
+    lines = [json.dumps(dict(zip(HEADER, lead, strict=True)) | {"link": []}) + "\n" for lead in leads]
+    (workspace.folder / "leads.jsonl").write_text("".join(lines))
+    workspace.run_job(api)
+    for number, value in enumerate(found):
+        workspace.sql(
+            "UPDATE attempts SET answer = json_set(answer, '$.data[0].result.linkedin', json(?)) WHERE request_id = "
+            "(SELECT id FROM requests WHERE params LIKE ?)",
+            *(json.dumps(value), f"%c{number}.example%"),
+        )
+    workspace.write_job(JOB, **settings)
+    workspace.run_job(api)
+    assert statuses(workspace, "company") == ["found"] * len(found)
+    assert statuses(workspace, "email") == ["found" if is_sent else "filtered" for is_sent in found.values()]
+    assert api.audit()["accepted"] == len(found) + sum(found.values())
 
 
 @pytest.mark.long

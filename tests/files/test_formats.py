@@ -166,6 +166,30 @@ def test_parquet_values_as_text(tmp_path: Path, wanted_as: str) -> None:
     assert [row[:-1] for row in found] == [list(TYPED), *AS_TEXT]
 
 
+@in_turn(
+    ("number", "text"),
+    [
+        (100012345678901232.0, "100012345678901230"),
+        (100012345678901248.0, "100012345678901250"),
+        (2.0**53 + 2, "9007199254740994"),
+        (0.1 + 0.2, "0.30000000000000004"),
+        (-0.0, "0"),
+        (1e-7, "0.0000001"),
+        (1e23, "1" + "0" * 23),
+        (float("inf"), "inf"),
+    ],
+)
+def test_parquet_floats_as_text(tmp_path: Path, number: float, text: str) -> None:
+    """A float has the fewest digits that are this float alone, without an exponent: no two numbers become one."""
+    frame = pl.DataFrame({"n": [number, 0.5], "in": [[number], []]})
+    frame.write_parquet(tmp_path / "leads.parquet")
+    found = read_table(copy_table(tmp_path / "leads.parquet", tmp_path / "out.csv"))
+    assert [row[0] for row in found] == ["n", text, "0.5"]
+    line = copy_table(tmp_path / "leads.parquet", tmp_path / "out.jsonl").read_text().splitlines()[0]
+    cell = None if number == float("inf") else number
+    assert json.loads(line) == {"n": cell, "in": [cell], "new": "=new"}
+
+
 def test_parquet_values_as_json(tmp_path: Path) -> None:
     """As JSON, numbers and booleans keep their type; types that JSON lacks become the same text as above."""
     pl.DataFrame(TYPED).write_parquet(tmp_path / "leads.parquet")
@@ -289,6 +313,7 @@ def test_excel_cell_text(tmp_path: Path) -> None:
         [],
         [1234567890123456, timedelta(hours=30), False],
         [1e20],
+        [100012345678901232],
         [None, " a "],
         [""],
     ]
@@ -300,8 +325,32 @@ def test_excel_cell_text(tmp_path: Path) -> None:
         ["", "", ""],
         ["1234567890123456", "30:00:00", "FALSE"],
         ["100000000000000000000", "", ""],
+        ["100012345678901000", "", ""],
         ["", " a ", ""],
     ]
+
+
+def test_negative_numbers_formatted_as_dates(tmp_path: Path) -> None:
+    """A negative number is no date and no time of day: it stays a number. A duration can be negative."""
+    book = openpyxl.Workbook()
+    sheet = book.active
+    assert sheet is not None
+    values = [
+        ("yyyy-mm-dd", -1),
+        ("yyyy-mm-dd", -0.5),
+        ("hh:mm:ss", -2.25),
+        ("hh:mm:ss", 0.00001),
+        ("[h]:mm:ss", -0.51),
+    ]
+    sheet["C3"], sheet["D3"] = "A", "B"
+    for row, (number_format, value) in enumerate(values, 4):
+        sheet[f"C{row}"] = value
+        sheet[f"D{row}"] = time(3, 4)
+        sheet[f"C{row}"].number_format = number_format
+    book.save(tmp_path / "leads.xlsx")
+    found = read_rows(InputTable(tmp_path / "leads.xlsx", Input(path="leads.xlsx")))
+    assert [row[0] for row in found] == ["-1", "-0.5", "-2.25", "00:00:00.864000", "-12:14:24"]
+    assert {row[1] for row in found} == {"03:04:00"}
 
 
 def test_excel_sheet_selection(tmp_path: Path) -> None:

@@ -8,13 +8,13 @@ import os
 import subprocess
 import sys
 import tempfile
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 
 from enrich.errors import CommandRefused, JobError
 from enrich.files.reader import InputTable
-from enrich.files.writer import prepare_file
 from enrich.job.job import Overrides, load_job
 from enrich.job.locations import STDIN, ObjectUrl, parse_location
 from enrich.job.spec import Input
@@ -146,24 +146,49 @@ def test_file_name_with_glob_characters(tmp_path: Path, kind: str) -> None:
         assert loaded.output.path == name
 
 
-@pytest.mark.parametrize("output", ["leads/out.csv", "leads/%Y.csv", "soft.csv", "leads/../leads/x.csv"])
-def test_output_matching_input_pattern(workspace: Workspace, api: SandboxApi, output: str) -> None:
-    """An output that matches the input pattern is exit 2 with its name, before anything is spent or read."""
+@pytest.mark.parametrize(
+    ("source", "output"),
+    [
+        ("leads/*.csv", "leads/out.csv"),
+        ("leads/*.csv", "leads/%Y.csv"),
+        ("leads/*.csv", "soft.csv"),
+        ("leads/*.csv", "leads/../leads/x.csv"),
+        ("leads/", "leads/out.csv"),
+    ],
+)
+def test_output_that_the_input_includes(workspace: Workspace, api: SandboxApi, source: str, output: str) -> None:
+    """An output that the input would include is exit 2 with its name, before anything is spent or read."""
     (workspace.folder / "leads").mkdir()
     leads = write_table(workspace.folder / "leads" / "a.csv", HEADER, make_leads(1))
     (workspace.folder / "soft.csv").symlink_to(leads)
-    workspace.write_job(input='"leads/*.csv"', output=output)
-    result = workspace.run_in_process("run", "job.yaml", api=api)
-    assert result.exit_code == 2
-    assert result.stderr.startswith(f"error: {workspace.folder}/{'soft' if output == 'soft.csv' else 'leads/'}")
+    workspace.write_job(input=f'"{source}"', output=output)
+    for command in ("check", "plan", "run"):
+        result = workspace.run_in_process(command, "job.yaml", api=api)
+        assert result.exit_code == 2, command
+        assert f": output: {workspace.folder}/{'soft' if output == 'soft.csv' else 'leads/'}" in result.stderr
+        assert result.stderr.count("would be read as input by the next run") == 1
     assert api.audit()["accepted"] == 0
 
 
-def test_other_outputs_matching_input_pattern(tmp_path: Path) -> None:
-    """For other outputs that match the pattern, the message shows which key to change."""
-    with pytest.raises(JobError, match=r"rejects.csv: the rejects would be read as input") as caught:
-        prepare_file(tmp_path / "rejects.csv", tmp_path / "*.csv", "job", kind="rejects")
-    assert caught.value.hint == "choose another `rejects`, or a narrower pattern than *.csv"
+@in_turn(
+    ("key", "value"),
+    [
+        ("output", "out.csv"),
+        ("rejects", "rejects.csv"),
+        ("changes", "{path: changes.csv, key: [A]}"),
+        ("metrics", "metrics.csv"),
+        ("ledger", "ledger.csv"),
+    ],
+)
+def test_files_matching_input_pattern(tmp_path: Path, key: str, value: str) -> None:
+    """For each file to write that matches the pattern, the message shows which key to change."""
+    written = {"input": '"*.csv"', "output": "out/o.csv", key: value}
+    keys = "".join(f"{name}: {text}\n" for name, text in written.items())
+    (tmp_path / "job.yaml").write_text(f"version: 1\nwaterfall: w\nparams: {{a: A}}\n{keys}")
+    job = load_job(tmp_path / "job.yaml")
+    with pytest.raises(JobError, match=rf"{key}: .*.csv: the {key} would be read as input") as caught:
+        job.file_locations(datetime.now().astimezone())
+    assert caught.value.hint == f"choose another `{key}`, or a narrower pattern than *.csv"
 
 
 def test_added_file_sends_only_its_rows(workspace: Workspace, api: SandboxApi) -> None:
@@ -225,6 +250,7 @@ def test_job_file_with_stdin_input(workspace: Workspace, api: SandboxApi) -> Non
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("in_job_file", [False, True])
 @pytest.mark.parametrize(
     ("data", "message_start"),
     [
@@ -234,9 +260,13 @@ def test_job_file_with_stdin_input(workspace: Workspace, api: SandboxApi) -> Non
         (None, "error: standard input is a terminal, or closed"),
     ],
 )
-def test_unusable_stdin(workspace: Workspace, api: SandboxApi, data: bytes | None, message_start: str) -> None:
+def test_unusable_stdin(
+    workspace: Workspace, api: SandboxApi, data: bytes | None, message_start: str, *, in_job_file: bool
+) -> None:
     """Unusable stdin is an error before anything is spent."""
-    result = run_with_stdin(workspace, api, data, "run", "job.yaml", "--input", "-")
+    if in_job_file:
+        workspace.write_job(input='"-"')
+    result = run_with_stdin(workspace, api, data, "run", "job.yaml", *(() if in_job_file else ("--input", "-")))
     assert (result.exit_code, result.stderr.startswith(message_start)) == (
         2 if message_start == "error: " else 5,
         True,

@@ -10,10 +10,11 @@ from unittest.mock import patch
 import polars as pl
 import pytest
 
-from enrich.errors import CommandRefused, JobError
+from enrich.errors import CommandRefused
 from enrich.files import downloads, object_store, parquet_dataset
 from enrich.files.reader import InputTable
-from enrich.files.writer import prepare_file, write_file
+from enrich.files.writer import write_file
+from enrich.job.input_names import inclusion_problem
 from enrich.job.job import load_job
 from enrich.job.locations import ObjectUrl
 from enrich.job.spec import Input, Output
@@ -71,6 +72,15 @@ def test_partition_columns(tmp_path: Path) -> None:
         row[2:] for row in read_rows(folder)
     ]
     assert read_rows(folder / "country=DE") == [("1", "2", "1")]
+
+
+@in_turn("folder", ["x=%00", "a%00b=x", "x=%FF", "x=a%ed%a0%80", "x=\udcff"])
+def test_partition_that_is_no_text(tmp_path: Path, folder: str) -> None:
+    """A folder name that is no UTF-8 text, or has a NUL, is refused: no output could have it."""
+    write_files(tmp_path / "leads", f"{folder}/a.csv")
+    error = read_error(tmp_path / "leads")
+    assert error.message == f"{tmp_path}/leads/{folder}/a.csv: the name of a folder is not text"
+    assert error.hint == "write it in UTF-8, also its percent codes, and without NUL"
 
 
 @in_turn("ending", ["csv", "jsonl", "parquet"])
@@ -181,10 +191,11 @@ def test_output_inside_input_folder_is_refused(tmp_path: Path) -> None:
     folder = write_files(tmp_path / "leads", "a.csv")
     (tmp_path / "link").symlink_to(folder)
     for name in ("leads/out.csv", "leads/new/out.csv", "link/out.csv"):
-        with pytest.raises(JobError, match="the output would be read as input by the next run"):
-            prepare_file(tmp_path / name, folder, "job")
+        problem = inclusion_problem(folder, tmp_path / name, "output")
+        assert problem is not None
+        assert "the output would be read as input by the next run" in problem[0]
     for name in ("leads/_out/out.csv", "leads/.out.csv", "leads.csv"):
-        prepare_file(tmp_path / name, folder, "job")
+        assert inclusion_problem(folder, tmp_path / name, "output") is None
 
 
 # In object storage

@@ -14,8 +14,8 @@ from python_calamine import CalamineWorkbook
 
 from enrich.errors import CommandRefused
 from enrich.files import excel_writer
+from enrich.files.excel_writer import SHEET, CellDigest, check_workbook
 from enrich.files.text import FileProblem
-from enrich.files.workbook_check import SHEET, CellDigest, check_workbook
 from enrich.files.writer import write_file
 from enrich.job.spec import Output
 

@@ -123,6 +123,7 @@ def test_defaults(tmp_path: Path) -> None:
     assert (model.policy.max_attempts, model.policy.refresh.found, model.policy.refresh.not_found) == (3, None, None)
 
 
+TEXT_HINT = "hint: remove the escape, or write the character itself"
 NUMBER_HINT = "hint: write numbers without leading zeros and colons, and put text in quotes"
 
 
@@ -308,6 +309,14 @@ def test_quoted_values_are_text(tmp_path: Path, word: str) -> None:
             ["6: output.encoding: unknown encoding: use a name such as utf-8, cp1252 or utf-16"],
         ),
         (
+            f"{BASE_JOB}output: {{path: a.csv, encoding: unicode_escape}}\n",
+            ["6: output.encoding: unknown encoding: use a name such as utf-8, cp1252 or utf-16"],
+        ),
+        (
+            f"{BASE_JOB}output: {{path: a.csv, encoding: RAW-unicode-escape}}\n",
+            ["6: output.encoding: unknown encoding: use a name such as utf-8, cp1252 or utf-16"],
+        ),
+        (
             f"{BASE_JOB}output: {{path: a.csv, encoding: latin-1, separator: €}}\n",
             ["6: output: `separator` has no code in the encoding latin-1"],
         ),
@@ -315,14 +324,13 @@ def test_quoted_values_are_text(tmp_path: Path, word: str) -> None:
             f"{BASE_JOB}rejects: {{path: a.csv, encoding: ascii, separator: §}}\n",
             ["6: rejects: `separator` has no code in the encoding ascii"],
         ),
-        (BASE_JOB.replace("leads.csv", '"a\\0.csv"'), ["2: input.path: has a character that no file name can have"]),
-        (f'{BASE_JOB}output: "a\\uD800.csv"\n', ["6: output.path: has a character that no file name can have"]),
-        (f'{BASE_JOB}ledger: "a\\0.db"\n', ["6: ledger: has a character that no file name can have"]),
-        (f'{BASE_JOB}suppress: "a\\0"\n', ["6: suppress: has a character that no file name can have"]),
-        (f'{BASE_JOB}report: "a\\0.html"\n', ["6: report.path: has a character that no file name can have"]),
-        (f'{BASE_JOB}changes: "a\\0.csv"\n', ["6: changes.path: has a character that no file name can have"]),
-        (f'{BASE_JOB}notify: "a\\0"\n', ["6: notify: has a character that no file name can have"]),
-        (f'{BASE_JOB}metrics: "a\\0.prom"\n', ["6: metrics: has a character that no file name can have"]),
+        (BASE_JOB.replace("leads.csv", '"a\\0.csv"'), ["2: has a NUL character", TEXT_HINT]),
+        (f'{BASE_JOB}columns: {{"a\\0b": email}}\n', ["6: has a NUL character", TEXT_HINT]),
+        (f'{BASE_JOB}  "a\\ud800": Company\n', ["6: has half a character (\\ud800)", TEXT_HINT]),
+        (f'{BASE_JOB}  x: {{value: "a\\uDC0Ab"}}\n', ["6: has half a character (\\udc0a)", TEXT_HINT]),
+        (f"{BASE_JOB}where:\n  \"First = '\\ud83d\\ude00'\"\n", ["7: has half a character (\\ud83d)", TEXT_HINT]),
+        (f'{BASE_JOB}blanks: [x, "\\ud800"]\n', ["6: has half a character (\\ud800)", TEXT_HINT]),
+        (f'{BASE_JOB}output: "a\\uD800.csv"\n', ["6: has half a character (\\ud800)", TEXT_HINT]),
         (BASE_JOB.replace("version: 1", "version: true"), ["1: version: must be a whole number"]),
         (BASE_JOB.replace("version: 1", "version: 1.0"), ["1: version: must be a whole number"]),
         (

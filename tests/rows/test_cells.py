@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import unicodedata
 
 import polars as pl
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from enrich.databar.task_results import is_blank as is_blank_answer
+from enrich.job import cell_text
 from enrich.job.cell_text import PLACEHOLDERS, blank_cells, clean, clean_cells, fold, is_blank
 from tests.support.cases import in_turn
 
@@ -77,6 +79,14 @@ def test_every_format_character_is_invisible() -> None:
         if (unicodedata.category(character) == "Cf" or character.isspace()) and clean(f"a{character}") != "a"
     ]
     assert counted == []
+
+
+def test_normalizing_adds_nothing_unclean() -> None:
+    """A column is searched for what is not clean before it is normalized: a letter is as clean as its parts."""
+    is_unclean = cell_text._NOT_CLEAN_PATTERN.search
+    for character in map(chr, range(sys.maxunicode + 1)):
+        if (parts := unicodedata.normalize("NFD", character)) != character:
+            assert bool(is_unclean(f"a{character}a")) == bool(is_unclean(f"a{parts}a"))
 
 
 def test_placeholders_are_exact() -> None:

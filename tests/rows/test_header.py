@@ -105,6 +105,12 @@ def test_names_that_look_alike(tmp_path: Path, name: str, shown: str) -> None:
     assert JobInput(load_job(tmp_path / "job.yaml")).columns[0] == name
 
 
+def test_hint_has_no_line_break() -> None:
+    """The name in a hint is on one line; letters stay as they are."""
+    assert missing_column_hint("First", ["Fi\nrst", "Last"], ["First", "Last"]) == r"did you mean `Fi\nrst`?"
+    assert missing_column_hint("Strase", ["Straße", "Last"], ["Strase", "Last"]) == "did you mean `Straße`?"
+
+
 def test_composed_and_decomposed() -> None:
     """Both spellings are shown as escapes."""
     hint = missing_column_hint("Prénom", ["Pre\u0301nom", "b"], ["Prénom"])

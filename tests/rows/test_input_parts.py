@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 
 from enrich.errors import CommandRefused
 from enrich.files import reader
+from enrich.files.downloads import LocalCopies
+from enrich.files.reader import InputPart, read_part
 from enrich.job.job import load_job
 from enrich.job.target import Target, TargetKind
 from enrich.ledger.forgotten import ForgottenRequests, keyed_hash
@@ -23,7 +25,7 @@ from enrich.rows.requests import RowBatch
 from enrich.rows.template import RequestTemplate
 from tests.support.cases import in_turn
 from tests.support.object_storage import BUCKET, put_object
-from tests.support.table_files import write_table
+from tests.support.table_files import input_parts, write_table
 
 TEMPLATE = RequestTemplate(Target(TargetKind.WATERFALL, "email_getter", (833,)), ("a",), (), {"new": "email"}, None)
 JOB = "version: 1\nwaterfall: email_getter\nparams: {a: A, b: B}\n"
@@ -35,6 +37,14 @@ def open_rows(
     """Open the leads of a job."""
     (folder / "job.yaml").write_text(f"{JOB}input: {input_path}\n{more}")
     return JobInput(load_job(folder / "job.yaml"), forgotten)
+
+
+def batches_of(rows: JobInput, part: InputPart) -> Iterator[RowBatch]:
+    """Read a part as another process does, which has the input without its rows."""
+    sample, first = pickle_roundtrip(rows.without_rows()), part.first_position
+    for frame in read_part(part, rows.input_schema, LocalCopies()):
+        yield from sample.for_frame(first, frame).batches(TEMPLATE)
+        first += frame.height
 
 
 def described_rows(batches: Iterator[RowBatch]) -> list[tuple[object, ...]]:
@@ -84,10 +94,10 @@ def test_parts_equal_whole_input(
         write_table(path, ["A", "B"], leads or ([["", ""]] if kind == "jsonl" else []))
     with patch.object(reader, "ROWS_PER_PART", size):
         rows = open_rows(folder, more="where: B <> 'y'\ncaps: {by: a, max: 1}\n")
-        divided = rows.parts()
+        divided = input_parts(rows)
         whole = described_rows(rows.batches(TEMPLATE))
         assert sum(part.rows for part in divided) == len(whole)
-        assert [row for part in divided for row in described_rows(rows.for_part(part).batches(TEMPLATE))] == whole
+        assert [row for part in divided for row in described_rows(batches_of(rows, part))] == whole
     if kind == "parquet":
         assert all(0 < part.rows <= size for part in divided)
 
@@ -102,25 +112,26 @@ def test_part_can_be_read_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "never.txt").write_text("x.example\n")
     forgotten = ForgottenRequests(b"key", frozenset([keyed_hash(b"key", b'{"a":"Bob","b":"bob@y.example"}')]))
     rows = open_rows(tmp_path, more="suppress: never.txt\n", forgotten=forgotten)
-    whole, divided = described_rows(rows.batches(TEMPLATE)), rows.parts()
-    sent = [pickle_roundtrip(rows.for_part(part)) for part in divided]
+    whole, divided = described_rows(rows.batches(TEMPLATE)), input_parts(rows)
     for name in ("job.yaml", "never.txt", "leads/b.csv"):
         (tmp_path / name).unlink()
     assert [row[4] for row in whole] == ["filtered", "filtered", None]
-    assert described_rows(sent[0].batches(TEMPLATE)) + described_rows(sent[2].batches(TEMPLATE)) == [whole[0], whole[2]]
+    assert [row for part in (divided[0], divided[2]) for row in described_rows(batches_of(rows, part))] == [
+        whole[0],
+        whole[2],
+    ]
     with pytest.raises(CommandRefused, match=f"{folder}/b.csv does not exist"):
-        described_rows(sent[1].batches(TEMPLATE))
+        described_rows(batches_of(rows, divided[1]))
 
 
 def test_part_errors_name_job_line(tmp_path: Path) -> None:
     """Errors in a part name the job file's line, even without that file, and quote no cell."""
     write_table(tmp_path / "leads.csv", ["A", "B"], [["x", "1"]])
-    rows = pickle_roundtrip(
-        (whole := open_rows(tmp_path, "leads.csv", "where: CAST(A AS INT) > 1\n")).for_part(whole.parts()[0])
-    )
+    rows = open_rows(tmp_path, "leads.csv", "where: CAST(A AS INT) > 1\n")
+    (part,) = input_parts(rows)
     (tmp_path / "job.yaml").unlink()
     with pytest.raises(Exception, match=r"job.yaml:5: where: cannot be computed") as caught:
-        described_rows(rows.batches(TEMPLATE))
+        described_rows(batches_of(rows, part))
     assert "'x'" not in str(caught.value)
 
 
@@ -140,10 +151,10 @@ def test_changed_row_count_is_refused(tmp_path: Path, kind: str, rows: int) -> N
     """A changed row count is refused, because later rows would have other positions."""
     path = write_table(tmp_path / f"leads.{kind}", ["A", "B"], [["1", "2"]] * 3)
     whole = open_rows(tmp_path, path.name)
-    (part,) = whole.parts()
+    (part,) = input_parts(whole)
     write_table(path, ["A", "B"], [["1", "2"]] * rows)
     with pytest.raises(CommandRefused, match=rf"leads.{kind} changed since the run began"):
-        described_rows(whole.for_part(part).batches(TEMPLATE))
+        described_rows(batches_of(whole, part))
 
 
 def test_undividable_inputs(tmp_path: Path) -> None:
@@ -164,17 +175,15 @@ def test_parts_of_objects(tmp_path: Path) -> None:
         put_object(name, data)
     rows = open_rows(tmp_path, f"s3://{BUCKET}/in/")
     with patch.object(reader, "ROWS_PER_PART", 2):
-        divided = rows.parts()
+        divided = input_parts(rows)
     assert [(part.first_position, part.rows) for part in divided] == [(0, 2), (2, 2), (4, 1), (5, 2), (7, 2), (9, 1)]
     whole = described_rows(rows.batches(TEMPLATE))
-    assert [
-        row for part in divided for row in described_rows(pickle_roundtrip(rows.for_part(part)).batches(TEMPLATE))
-    ] == whole
+    assert [row for part in divided for row in described_rows(batches_of(rows, part))] == whole
     put_object(
         "in/c=2/a.parquet", write_table(tmp_path / "a.parquet", ["A", "B"], [*leads[:4], ["9", "9"]]).read_bytes()
     )
     with pytest.raises(CommandRefused, match=r"c=2/a.parquet changed since the run began"):
-        described_rows(rows.for_part(divided[-1]).batches(TEMPLATE))
+        described_rows(batches_of(rows, divided[-1]))
 
 
 @pytest.mark.long
@@ -186,11 +195,11 @@ def test_replaced_object_is_detected(tmp_path: Path, name: str) -> None:
     put_object(name, data)
     rows = open_rows(tmp_path, f"s3://{BUCKET}/{name}")
     with patch.object(reader, "ROWS_PER_PART", 2):
-        first, second = rows.parts()
-    assert len(described_rows(pickle_roundtrip(rows.for_part(first)).batches(TEMPLATE))) == 2
+        first, second = input_parts(rows)
+    assert len(described_rows(batches_of(rows, first))) == 2
     put_object(name, write_table(tmp_path / "a.parquet", ["A", "B"], [["9", "y"]] * 4).read_bytes())
     with pytest.raises(CommandRefused, match=rf"{re.escape(name)} changed since the run began"):
-        described_rows(pickle_roundtrip(rows.for_part(second)).batches(TEMPLATE))
+        described_rows(batches_of(rows, second))
 
 
 def test_row_counting_reads(tmp_path: Path) -> None:
@@ -200,7 +209,9 @@ def test_row_counting_reads(tmp_path: Path) -> None:
         write_table(tmp_path / "leads" / name, ["A", "B"], [["1", "2"]] * 3)
     rows = open_rows(tmp_path)
     with patch.object(reader, "_read_batches", side_effect=AssertionError):
-        assert [(part.file.location.name, part.start_row, part.rows, part.first_position) for part in rows.parts()] == [
+        assert [
+            (part.file.location.name, part.start_row, part.rows, part.first_position) for part in input_parts(rows)
+        ] == [
             ("a.parquet", 0, 3, 0),
             ("b.parquet", 0, 3, 3),
         ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+import json
 from pathlib import Path
 
 import polars as pl
@@ -14,13 +14,6 @@ from tests.support.workspace import HEADER, JOB, SandboxApi, Workspace, both_bac
 backend = both_backends
 
 MERGE_JOB = JOB.replace("work_email: email", "Email: email")
-
-
-@pytest.fixture
-def api(tmp_path: Path) -> Iterator[SandboxApi]:
-    """An API without faults."""
-    with serve_api(tmp_path / "api.db") as served:
-        yield served
 
 
 @pytest.fixture
@@ -63,6 +56,72 @@ def test_overwrite_with_matches(workspace: Workspace, api: SandboxApi) -> None:
     for old, new, result in zip(before, after, status, strict=True):
         assert (new == old) is (result != "found")
         assert new or not old
+
+
+#: Leads of JSON Lines with cells of all types in the merged column, and how the output begins.
+TYPED_CELLS = ["5", "1.50", "null", "[1]", "{}", "true", '"old@crm.example"', '" "', '""']
+
+
+@pytest.mark.parametrize("merge", ["fill_empty", "overwrite"])
+@pytest.mark.parametrize("cells", [TYPED_CELLS, ['"a"', "null"]])
+def test_cells_without_a_match_keep_their_json(
+    tmp_path: Path, workspace: Workspace, merge: str, cells: list[str]
+) -> None:
+    """Cells of JSON Lines that get no value keep their type. In other formats a null is null, or blank."""
+    lines = [
+        f'{{"First Name": "Ada", "Last Name": "L{number}", "Website": "lovelace.example", "Email": {cell}'
+        for number, cell in enumerate(cells)
+    ]
+    (workspace.folder / "leads.jsonl").write_text("".join(f"{line}}}\n" for line in lines))
+    workspace.write_job(MERGE_JOB, merge=merge, input="leads.jsonl", output="out.jsonl")
+    texts = [json.loads(cell) if cell[0] in '"n' else cell for cell in cells]
+    with serve_api(tmp_path / "api.db", hit_rate=0.0) as api:
+        assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
+        written = (workspace.folder / "out.jsonl").read_text().splitlines()
+        assert [line[: line.index(', "enrich_status"')] for line in written] == lines
+        for ending in ("csv", "parquet"):
+            collected = workspace.run_in_process("collect", "job.yaml", "--output", f"out.{ending}", api=api)
+            assert collected.exit_code == 0
+    assert pl.read_parquet(workspace.folder / "out.parquet")["Email"].to_list() == texts
+    assert [row["Email"] for row in workspace.read_output()] == [text or "" for text in texts]
+
+
+@pytest.mark.parametrize("merge", ["fill_empty", "overwrite"])
+def test_matches_replace_json_cells(tmp_path: Path, workspace: Workspace, merge: str) -> None:
+    """A match is a string among cells of other types."""
+    cells = [None, 5, "old@crm.example", [], [1]]
+    leads = [
+        {"First Name": "Ada", "Last Name": f"L{n}", "Website": "a.example", "Email": c} for n, c in enumerate(cells)
+    ]
+    (workspace.folder / "leads.jsonl").write_text("".join(json.dumps(lead) + "\n" for lead in leads))
+    workspace.write_job(MERGE_JOB, merge=merge, input="leads.jsonl", output="out.jsonl")
+    with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
+        assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
+    found = [json.loads(line)["Email"] for line in (workspace.folder / "out.jsonl").read_text().splitlines()]
+    kept = [cell for cell in found if cell in cells]
+    assert kept == ([5, "old@crm.example", [1]] if merge == "fill_empty" else [])
+    assert all("@" in cell for cell in found if cell not in cells)
+
+
+@pytest.mark.parametrize("merge", ["fill_empty", "overwrite"])
+def test_parquet_columns_without_a_match(tmp_path: Path, workspace: Workspace, merge: str) -> None:
+    """A column of text keeps its nulls and blanks. One of another type becomes text, and a null stays null."""
+    frame = pl.DataFrame(
+        {
+            "First Name": ["Ada", "Ada"],
+            "Last Name": ["L1", "L2"],
+            "Website": ["a.example", "a.example"],
+            "Email": ["", None],
+            "Note": pl.Series([1.5, None]),
+        }
+    )
+    frame.write_parquet(workspace.folder / "leads.parquet")
+    job = MERGE_JOB.replace("Email: email", "Email: email\n  Note: email")
+    workspace.write_job(job, merge=merge, input="leads.parquet", output="out.parquet")
+    with serve_api(tmp_path / "api.db", hit_rate=0.0) as api:
+        assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
+    found = pl.read_parquet(workspace.folder / "out.parquet").select(frame.columns)
+    assert found.equals(frame.with_columns(Note=pl.Series(["1.5", None])))
 
 
 def test_name_clash_without_merge(workspace: Workspace, api: SandboxApi) -> None:

@@ -210,6 +210,10 @@ def test_short_summary() -> None:
             ["✓ SANDBOX the input has no leads  nothing sent  3.0 s", "  → o.csv"],
         ),
         (
+            RunSummary("leads", 14, execution=1, rows=2, found=0, in_doubt=2, unconfirmed=2, output="o.csv"),
+            ["! 0 of 2 leads enriched (0%)  at least 0.00 credits  0.0 s", "  2 unconfirmed", "  → o.csv"],
+        ),
+        (
             RunSummary("leads", 12, execution=1, rows=9, found=1, pending=8, submitted=1, output="o.csv"),
             ["! 1 of 9 leads enriched (11%)  0.00 credits  0.0 s", "  8 pending", "  → o.csv"],
         ),

@@ -6,7 +6,7 @@ from time import time
 
 import pytest
 
-from enrich.sandbox.latency import parse_latency
+from enrich.sandbox.settings import parse_latency
 from tests.sandbox.conftest import ADA, SandboxClient, StartSandbox, make_leads
 from tests.support.cases import in_turn
 

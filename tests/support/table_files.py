@@ -15,6 +15,10 @@ import polars as pl
 import xlsxwriter
 from openpyxl.utils.escape import unescape
 
+from enrich.files.downloads import LocalCopies
+from enrich.files.reader import InputPart, count_file_rows
+from enrich.rows.job_input import JobInput
+
 INPUTS = ("csv", "csv.gz", "tsv", "jsonl", "jsonl.gz", "parquet", "xlsx")
 OUTPUTS = ("csv", "csv.gz", "tsv", "jsonl", "parquet", "xlsx")
 
@@ -65,3 +69,8 @@ def read_table(path: Path) -> list[list[Any]]:
 
 def _blank(cell: Any) -> Any:
     return "" if cell is None else cell
+
+
+def input_parts(rows: JobInput) -> list[InputPart]:
+    """Divide the rows of an input into parts."""
+    return rows.parts(lambda files: [count_file_rows(file, rows.input_schema, LocalCopies()) for file in files])

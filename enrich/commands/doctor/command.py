@@ -21,16 +21,16 @@ from enrich.commands.doctor import checks, system
 from enrich.commands.doctor.checks import Finding, error_finding, next_run_time
 from enrich.commands.doctor.system import parse_env_lines
 from enrich.commands.options import time_option
-from enrich.commands.paths import files_read, files_written, local_input_files, nearest_existing, path_exists
+from enrich.commands.paths import files_read, files_written, has_ledger, local_input_files, nearest_existing
 from enrich.databar.credentials import NO_KEY_HINT, ApiAccess, find_base_url, find_key
 from enrich.databar.network import find_proxy, load_certificates
 from enrich.errors import EnrichError, JobError
 from enrich.exit_codes import EXIT_PRECEDENCE, ExitCode
 from enrich.job.bounded_read import read_text
 from enrich.job.job import Job
-from enrich.job.locations import LedgerLocation, PostgresLocation
+from enrich.job.locations import PostgresLocation
 from enrich.ledger import execution_records, queries, transitions
-from enrich.ledger.database import Database, ledger_exists
+from enrich.ledger.database import Database
 from enrich.ledger.lock import is_locked
 from enrich.models import State, read_balance, to_micros
 from enrich.report.page_file import INSTALL_HINT, is_extra_missing
@@ -198,7 +198,7 @@ def _ledger_findings(
     submitted: list[int] = []
     executions: list[execution_records.ExecutionRow] = []
     try:
-        if _ledger_exists(path):
+        if has_ledger(path):
             with closing(Database(path, read_only=True)) as ledger:
                 counts = queries.state_counts(ledger)
                 executions = execution_records.list_executions(ledger, job.name, RECENT_EXECUTIONS)
@@ -223,20 +223,12 @@ def _ledger_findings(
             make_budget(job, check.template, read_balance(live.user.balance))
         except EnrichError as error:
             yield error_finding("cap", error)
-    yield from checks.check_cap(_optional_micros(limits.max_credits), max_price, executions)
+    yield from checks.check_cap(to_micros(limits.max_credits), max_price, executions)
     if live:
         spent = [row.spent for row in executions]
         yield from checks.check_balance(
-            read_balance(live.user.balance), _optional_micros(limits.min_balance), max_price, spent
+            read_balance(live.user.balance), to_micros(limits.min_balance), max_price, spent
         )
-
-
-def _ledger_exists(ledger: LedgerLocation) -> bool:
-    return ledger_exists(ledger) if isinstance(ledger, PostgresLocation) else path_exists(ledger)
-
-
-def _optional_micros(credits_: float | None) -> int | None:
-    return None if credits_ is None else to_micros(credits_)
 
 
 def _disk_findings(job: Job, context: DoctorContext, check: CheckResult) -> Iterator[Finding]:
@@ -249,7 +241,7 @@ def _disk_findings(job: Job, context: DoctorContext, check: CheckResult) -> Iter
         per_request = float(REQUEST_BYTES)
         if isinstance(job.ledger, PostgresLocation):
             per_request = 0.0  # the disk of the database server is not checked
-        elif path_exists(job.ledger):
+        elif has_ledger(job.ledger):
             with closing(Database(job.ledger, read_only=True)) as ledger:
                 request_count = sum(queries.state_counts(ledger).values())
             per_request = job.ledger.stat().st_size / request_count if request_count >= ENOUGH_REQUESTS else per_request

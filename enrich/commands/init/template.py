@@ -19,6 +19,7 @@ from enrich.commands.init.sample import Sample
 from enrich.databar.description import Description
 from enrich.databar.enrichment import Enrichment
 from enrich.databar.waterfall import Param, Waterfall
+from enrich.models import pluralize
 from enrich.rows.requests import STATUS_COLUMNS
 
 #: Placeholder for a missing column. `enrich check` reports it.
@@ -52,7 +53,7 @@ def _job_lines(draft: JobDraft) -> Iterator[str]:
     if draft.schema:
         yield f"# yaml-language-server: $schema={draft.schema}"
     yield f"# {_printable(described.name or described.identifier)}: {_printable(draft.input)}"
-    rows_read = f"{draft.sample.rows:,} {'row' if draft.sample.rows == 1 else 'rows'}"
+    rows_read = pluralize(draft.sample.rows, "row")
     yield f"# Written by `enrich init` from {rows_read}. Read the matches, then: enrich check"
     yield f"# Params and fields of the {described.target.kind} are from {draft.source}."
     yield "version: 1"

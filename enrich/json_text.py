@@ -1,4 +1,4 @@
-"""Parses JSON of the API, as received or from the ledger, with numbers of any size. Pure functions, no I/O."""
+"""Converts values to JSON text and back."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ from math import isfinite
 from typing import Any
 
 import msgspec
+
+
+def to_json_text(value: object) -> str:
+    """Convert a value to JSON text. Raises RecursionError if it is nested too deeply."""
+    try:
+        return msgspec.json.encode(value).decode()
+    except (TypeError, UnicodeEncodeError):  # msgspec rejects lone surrogates, and subclasses of `str`
+        return json.dumps(value, ensure_ascii=False).encode(errors="replace").decode()
 
 
 def parse_json(text: str) -> Any:  # noqa: ANN401 - a JSON document can be any type
@@ -30,10 +38,3 @@ def _parse_float(written: str) -> float | str:
 
 
 _JSON_DECODER = json.JSONDecoder(parse_int=_parse_integer, parse_float=_parse_float)
-
-
-def whole_number(value: object) -> int | None:
-    """Return a whole number from the API, such as 2 or 2.0. None for any other value, such as true."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
