@@ -182,7 +182,7 @@ class _Canceller:
                     return result
                 if isinstance(result, TASK_ERRORS):
                     task_error = task_error or result
-                elif isinstance(result, BaseException):
+                elif isinstance(result, BaseException) and not isinstance(result, TaskUnknown):
                     raise result
             if rate is not None:
                 await asyncio.sleep(len(group) / rate)
@@ -193,8 +193,6 @@ class _Canceller:
         unread: InvalidPollResponse | None = None
         try:
             reply = await _retry(lambda: self.client.cancel_task(task.task_id))
-        except TaskUnknown:
-            return
         except (TaskFinished, InvalidPollResponse) as error:
             unread = error if isinstance(error, InvalidPollResponse) else None
             reply = await _retry(lambda: self.client.poll_task(task.task_id, new_connection=True))

@@ -177,6 +177,17 @@ def test_unknown_task_stays_open(slow_api: SandboxApi, workspace: Workspace) -> 
     assert workspace.open_task_count() == 1
 
 
+@FILE_ONLY
+def test_finished_and_then_unknown_task_stays_open(slow_api: SandboxApi, workspace: Workspace) -> None:
+    """A task that has finished (409), and that the API then does not know, is left to the next run, too."""
+    workspace.write_leads(make_leads(2))
+    workspace.submit_without_collecting(slow_api)
+    with serve_cancellations(workspace, lambda _: http_reply(409, {}), poll_status=404) as (_, api):
+        told = workspace.run_in_process("cancel", "job.yaml", "--json", api=api).json_output
+    assert (told["exit_code"], told["cancelled"], told["still_open"]) == (0, 0, 2)
+    assert workspace.open_task_count() == 2
+
+
 def cancel_at_api(api: SandboxApi, task_id: str) -> None:
     """Cancel a task as another client would."""
     with httpx.Client(verify=False, trust_env=False) as http:  # noqa: S501 - loopback
@@ -227,7 +238,9 @@ def test_commands_after_a_cancel(slow_api: SandboxApi, workspace: Workspace) -> 
 
 
 @contextmanager
-def serve_cancellations(workspace: Workspace, reply: Callable[[str], Reply]) -> Iterator[tuple[RawServer, SandboxApi]]:
+def serve_cancellations(
+    workspace: Workspace, reply: Callable[[str], Reply], *, poll_status: int = 200
+) -> Iterator[tuple[RawServer, SandboxApi]]:
     """Serve an API with running tasks, whose cancellations are answered by `reply`, given the task id."""
 
     def answer(request: ReceivedRequest) -> Reply:
@@ -238,7 +251,7 @@ def serve_cancellations(workspace: Workspace, reply: Callable[[str], Reply]) -> 
         return (
             reply(task_id)
             if request.line.startswith("POST")
-            else http_reply(200, {"task_id": task_id, "status": "processing"})
+            else http_reply(poll_status, {"task_id": task_id, "status": "processing"})
         )
 
     workspace.sql("DELETE FROM facts")  # the ledger is bound to the sandbox
