@@ -22,6 +22,7 @@ EnrichError                        message, hint and exit code
     │   ├── RateLimited            429
     │   ├── CertificateUntrusted   TLS: a retry does not help
     │   ├── UnexpectedResponse     a response with unexpected content
+    │   ├── RequestRefused         another 3xx or 4xx to a poll or a cancellation
     │   ├── OutOfCredits           406: stop with exit code 12
     │   ├── Unauthorized           401, 403: stop with exit code 3
     │   └── InvalidPollResponse    unreadable, or possibly for another task: poll again
@@ -184,6 +185,10 @@ class CertificateUntrusted(RequestNotAccepted):
 
 class UnexpectedResponse(RequestNotAccepted):
     """The response to a free API call (account, waterfalls) has unexpected content."""
+
+
+class RequestRefused(RequestNotAccepted):
+    """Another 3xx or 4xx to a poll or a cancellation. A retry at once does not help."""
 
 
 class OutOfCredits(RequestNotAccepted):

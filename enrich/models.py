@@ -156,6 +156,13 @@ def _read_credits(credits_: object, minimum: int, maximum: int) -> int | None:
         return None
 
 
+def whole_number(value: object) -> int | None:
+    """Return a whole number from the API, such as 2 or 2.0. None for any other value, such as true."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
 @overload
 def to_credits(micros: int) -> float: ...
 @overload

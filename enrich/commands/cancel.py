@@ -20,11 +20,14 @@ from enrich.run.cancel import CancelSummary, cancel_tasks
 
 def format_cancel(job: Job, summary: CancelSummary) -> Iterator[str]:
     """Yield the summary as lines of text."""
-    refund = f": {format_credits(summary.credits_refunded)} credits refunded" if summary.cancelled else ""
+    at_least = "at least " if summary.credits_unknown else ""
+    refund = f": {at_least}{format_credits(summary.credits_refunded)} credits refunded" if summary.cancelled else ""
     yield f"{job_title(job.name, sandbox=job.sandbox)}: {pluralize(summary.cancelled, 'task')} cancelled{refund}"
     if summary.finished:
-        spent = format_credits(summary.credits_spent)
+        spent = f"{at_least}{format_credits(summary.credits_spent)}"
         yield f"  {pluralize(summary.finished, 'task')} had finished: results stored ({spent} credits)"
+    if summary.credits_unknown:
+        yield f"  {pluralize(summary.credits_unknown, 'result')} of unknown price"
     if summary.still_open:
         yield f"  {pluralize(summary.still_open, 'task')} still running: the next run collects the results"
     for task in summary.bulk:

@@ -39,11 +39,13 @@ from enrich.errors import (
     OutOfCredits,
     RateLimited,
     RequestNotAccepted,
+    RequestRefused,
     SubmissionUnconfirmed,
     TaskUnknown,
     Unauthorized,
 )
 from enrich.json_text import parse_json
+from enrich.models import whole_number
 
 #: A longer id is not accepted as a task id.
 MAX_ID_LENGTH = 512
@@ -165,7 +167,10 @@ def read_poll_error(answer: HttpAnswer, key: str) -> TaskReply:
         return TaskReply({"status": "gone"}, '{"status":"gone"}')
     if isinstance(error, _NotFound):
         raise TaskUnknown(error.message)
-    raise error if isinstance(error, RequestNotAccepted) else RequestNotAccepted(error.message)
+    if isinstance(error, Unauthorized | OutOfCredits):
+        raise error
+    is_refused = answer.status < HTTPStatus.INTERNAL_SERVER_ERROR
+    raise RequestRefused(error.message) if is_refused else RequestNotAccepted(error.message)
 
 
 def read_task_reply(content: bytes, task_id: str, key: str, *, new_connection: bool) -> TaskReply:
@@ -319,7 +324,7 @@ def _param_errors(body: object, size: int = 1) -> Iterator[tuple[int | None, tup
         yield from ((None, complaint) for complaint in _field_errors(detail))
     for item in rows if isinstance(rows, list) else []:
         position = item.get("position") if isinstance(item, Mapping) else None
-        row = position - 1 if isinstance(position, int) and position is not True else None
+        row = None if (number := whole_number(position)) is None else number - 1
         yield from ((row, complaint) for complaint in _field_errors(item))
 
 
@@ -328,7 +333,7 @@ def _fastapi_error(item: Mapping[str, object]) -> Iterator[tuple[int | None, tup
     loc = item["loc"]
     if isinstance(loc, list) and "params" in loc[:-1]:
         row = loc[loc.index("params") + 1]
-        yield row if isinstance(row, int) else None, (str(loc[-1]), str(item.get("msg", "refused")))
+        yield whole_number(row), (str(loc[-1]), str(item.get("msg", "refused")))
 
 
 def _field_errors(item: object) -> Iterator[tuple[str, str]]:

@@ -15,9 +15,10 @@ from enum import Enum
 from math import isfinite
 from typing import Any, NamedTuple
 
+import msgspec
+
 from enrich.job.cell_text import is_blank as is_blank_text
-from enrich.json_text import to_json_text
-from enrich.models import MICROS_PER_CREDIT, Answer, State, to_micros
+from enrich.models import MICROS_PER_CREDIT, Answer, State, to_micros, whole_number
 
 
 class TaskPhase(Enum):
@@ -309,30 +310,39 @@ def read_bulk_answers(
         is_empty = is_blank(data) or (isinstance(data, list) and all(map(is_blank, data)))
         reason = message or f"API: {task.get('status')}"
         return _same_answers(Answer(State.FAILED, reason, free_failure=spent == 0 and is_empty), size, raw), spent
-    rows = [None] * size if is_blank(data) else data
+    rows = [None] * size if is_blank(data) else [data] if size == 1 and isinstance(data, dict) else data
     if not isinstance(rows, list) or len(rows) != size:
         count = f"{len(rows)} rows" if isinstance(rows, list) else "no list"
         reason = f"the API answered {size} rows with {count}: the rows cannot be matched"
         return _same_answers(Answer(State.FAILED, reason), size, raw), spent
     blank_answer = _blank_row_answer(task.get("progress"), sum(map(is_blank, rows)), message, free=spent == 0)
-    paths = tuple(paths)
-    return [blank_answer if is_blank(row) else _row_answer(row, paths, reply.note) for row in rows], spent
+    if all(map(is_blank, rows)):
+        return [blank_answer] * size, spent
+    paths, raw_data = tuple(paths), msgspec.json.decode(raw, type=_RawTask).data
+    raw_rows = msgspec.json.decode(raw_data, type=list[msgspec.Raw]) if isinstance(data, list) else [raw_data]
+    return [
+        blank_answer if is_blank(row) else _row_answer(row, str(raw_row, "utf-8"), paths, reply.note)
+        for row, raw_row in zip(rows, raw_rows, strict=True)
+    ], spent
 
 
-def _row_answer(row: object, paths: tuple[str, ...], note: str | None) -> Answer:
+class _RawTask(msgspec.Struct):
+    """The data of a task as JSON text: its numbers stay as they are written."""
+
+    data: msgspec.Raw
+
+
+def _row_answer(row: object, raw: str, paths: tuple[str, ...], note: str | None) -> Answer:
     parsed = parse_data(row)
     state = State.FOUND if has_value(parsed, paths) else State.NOT_FOUND
-    try:
-        return Answer(state, note, parsed.provider, raw=to_json_text({"data": row}))
-    except RecursionError:
-        return Answer(State.FAILED, "the API's response is nested too deeply")
+    return Answer(state, note, parsed.provider, raw=f'{{"data":{raw}}}')
 
 
 def _blank_row_answer(progress: object, blank_rows: int, message: str | None, *, free: bool) -> Answer:
     """Return the answer for rows without data: no match, unless `progress` reports failed rows."""
     counts = progress if isinstance(progress, Mapping) else {}
-    failed = counts.get("failed")
-    if not isinstance(failed, int) or failed <= 0:
+    failed = whole_number(counts.get("failed"))
+    if failed is None or failed <= 0:
         return Answer(State.NOT_FOUND, raw='{"data":null}')
     if failed >= blank_rows:
         return Answer(State.FAILED, message or "API: failed", free_failure=free)

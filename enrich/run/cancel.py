@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from enrich.databar.clock import Clock
 from enrich.databar.credentials import ApiAccess
 from enrich.databar.task_results import (
     TaskPhase,
+    TaskReply,
     is_cancelled,
     is_paid_without_data,
     parse_price,
@@ -21,8 +22,10 @@ from enrich.databar.task_results import (
 from enrich.errors import (
     ApiUnreachable,
     EnrichError,
-    JobRejected,
+    InvalidPollResponse,
     LedgerLocked,
+    OutOfCredits,
+    RequestRefused,
     TaskFinished,
     TaskUnknown,
     Unauthorized,
@@ -39,6 +42,8 @@ from enrich.run.summary import RunSummary
 
 #: The error of a request whose task was cancelled by this command.
 CANCELLED = "cancelled by you"
+#: Errors that concern one task. The other tasks are tried, too.
+TASK_ERRORS = (RequestRefused, OutOfCredits, InvalidPollResponse)
 #: Tasks that are cancelled at the same time.
 CONCURRENT_TASKS = 8
 
@@ -48,8 +53,8 @@ class CancelSummary:
     """What became of the single tasks that were open.
 
     `credits_refunded` is what was reserved for the cancelled ones, less what the API charged. `finished` ones had an
-    answer already, which was stored. `still_open` ones are collected by the next run. `bulk` lists the bulk tasks; they
-    are never cancelled.
+    answer already, which was stored. `credits_unknown` counts those of both whose price is unknown. `still_open` ones
+    are collected by the next run. `bulk` lists the bulk tasks; they are never cancelled.
     """
 
     job: str
@@ -59,6 +64,7 @@ class CancelSummary:
     credits_refunded: float = 0.0
     finished: int = 0
     credits_spent: float = 0.0
+    credits_unknown: int = 0
     still_open: int = 0
     bulk: Sequence[dict[str, Any]] = ()
     balance_before: float | None = None
@@ -111,7 +117,7 @@ async def _cancel_tasks(job: Job, access: ApiAccess, ledger: Database, clock: Cl
         balance_before=to_credits(balance),
         balance_after=to_credits(balance_after),
         exit_code=int(ExitCode.OK if error is None else error.exit_code),
-        error=None if error is None else error.message,
+        error=None if error is None else f"tasks were not cancelled: {error.message}",
         hint=None if error is None else error.hint,
     )
     with ledger.transaction():
@@ -136,12 +142,17 @@ def _execution_summary(job: Job, summary: CancelSummary) -> RunSummary:
         summary.exit_code,
         execution=summary.execution,
         credits_spent=summary.credits_spent,
+        credits_unknown=summary.credits_unknown,
         answers=summary.cancelled + summary.finished,
         balance_before=summary.balance_before,
         balance_after=summary.balance_after,
         sandbox=job.sandbox,
         notes=[f"{pluralize(summary.cancelled, 'task')} cancelled by enrich cancel"],
     )
+
+
+async def _retry(call: Callable[[], Awaitable[TaskReply]]) -> TaskReply:
+    return await retry_until(call, Timeouts().startup_s, final_errors=(Unauthorized, *TASK_ERRORS))
 
 
 @dataclass(slots=True)
@@ -157,9 +168,11 @@ class _Canceller:
     refunded: int = 0
     finished: int = 0
     spent: int = 0
+    unknown: int = 0
 
     async def run(self, tasks: Sequence[Task]) -> EnrichError | None:
-        """Cancel the tasks, a few at a time. Returns the error that ended it early."""
+        """Cancel the tasks, a few at a time. Returns the error that ended it early, or else the first of a task."""
+        task_error: EnrichError | None = None
         rate = self.job.model.limits.requests_per_second
         for start in range(0, len(tasks), CONCURRENT_TASKS):
             group = tasks[start : start + CONCURRENT_TASKS]
@@ -167,30 +180,33 @@ class _Canceller:
             for result in results:
                 if isinstance(result, ApiUnreachable | Unauthorized):
                     return result
-                if isinstance(result, BaseException):
+                if isinstance(result, TASK_ERRORS):
+                    task_error = task_error or result
+                elif isinstance(result, BaseException) and not isinstance(result, TaskUnknown):
                     raise result
             if rate is not None:
                 await asyncio.sleep(len(group) / rate)
-        return None
+        return task_error
 
     async def _cancel(self, task: Task) -> None:
-        """Cancel one task. One that has finished meanwhile (409) is polled instead."""
-        timeout_s = Timeouts().startup_s
+        """Cancel one task. One that has finished meanwhile (409), or whose response cannot be read, is polled."""
+        unread: InvalidPollResponse | None = None
         try:
-            reply = await retry_until(lambda: self.client.cancel_task(task.task_id), timeout_s)
-        except TaskFinished:
-            reply = await retry_until(lambda: self.client.poll_task(task.task_id, new_connection=True), timeout_s)
-        except (TaskUnknown, JobRejected):
-            return
+            reply = await _retry(lambda: self.client.cancel_task(task.task_id))
+        except (TaskFinished, InvalidPollResponse) as error:
+            unread = error if isinstance(error, InvalidPollResponse) else None
+            reply = await _retry(lambda: self.client.poll_task(task.task_id, new_connection=True))
         phase = task_phase(reply.body)
         if is_cancelled(reply.body):
             cost = parse_price(reply.body.get("credits_spent"))
             self._settle(task, Answer(State.FAILED, CANCELLED, credits=cost, raw=reply.raw))
             self.cancelled += 1
-            self.refunded += 0 if cost is None else task.reserved - cost
+            self.refunded += 0 if cost is None else max(0, task.reserved - cost)
         elif phase in (TaskPhase.COMPLETED, TaskPhase.FAILED) and not is_paid_without_data(reply.body):
             self._settle(task, read_answer(reply, phase, task.column_paths))
             self.finished += 1
+        elif unread is not None:
+            raise unread
 
     def _settle(self, task: Task, answer: Answer) -> None:
         with self.ledger.transaction():
@@ -198,6 +214,7 @@ class _Canceller:
             updates = [(task.attempts[0], answer, self.clock.now_ms())]
             transitions.settle(self.ledger, updates, self.execution_id, max_attempts)
         self.spent += answer.credits or 0
+        self.unknown += answer.credits is None
 
     def summary(self, summary: CancelSummary, tasks: int) -> CancelSummary:
         """Add the counts to a summary."""
@@ -208,5 +225,6 @@ class _Canceller:
             credits_refunded=to_credits(self.refunded),
             finished=self.finished,
             credits_spent=to_credits(self.spent),
+            credits_unknown=self.unknown,
             still_open=tasks - self.cancelled - self.finished,
         )

@@ -77,12 +77,20 @@ class Preflight:
         return replace(steps[0], template=template, notes=notes, step_preflights=tuple(steps))
 
 
-async def retry_until(call: Callable[[], Awaitable[T]], timeout_s: float) -> T:
-    """Repeat a free call until it is answered.
+async def retry_until(
+    call: Callable[[], Awaitable[T]],
+    timeout_s: float,
+    *,
+    final_errors: tuple[type[RequestNotAccepted], ...] = (Unauthorized,),
+) -> T:
+    """Repeat a free call until it is answered, or raises one of `final_errors`.
 
     Raises ApiUnreachable after `timeout_s` seconds, and at once when the certificate is not trusted.
     """
     import tenacity  # noqa: PLC0415 - `check` imports this file, and uses the API on request only
+
+    def is_retryable(error: BaseException) -> bool:
+        return isinstance(error, RequestNotAccepted) and not isinstance(error, (*final_errors, CertificateUntrusted))
 
     def pause(state: tenacity.RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome else None
@@ -93,14 +101,14 @@ async def retry_until(call: Callable[[], Awaitable[T]], timeout_s: float) -> T:
     try:
         async with asyncio.timeout(timeout_s):
             async for attempt in tenacity.AsyncRetrying(
-                retry=tenacity.retry_if_exception(_is_retryable),
+                retry=tenacity.retry_if_exception(is_retryable),
                 stop=tenacity.stop_before_delay(timeout_s),
                 wait=pause,
                 reraise=True,
             ):
                 with attempt:
                     return await call()
-    except Unauthorized:
+    except final_errors:
         raise
     except (RequestNotAccepted, TimeoutError) as error:
         reason = str(error) or f"no response in {timeout_s:g} s"
@@ -108,10 +116,6 @@ async def retry_until(call: Callable[[], Awaitable[T]], timeout_s: float) -> T:
         hint = getattr(error, "hint", None) or "run the same command again later"
         raise ApiUnreachable(f"{what}{reason}", hint) from error
     raise AssertionError  # the loop returns or raises
-
-
-def _is_retryable(error: BaseException) -> bool:
-    return isinstance(error, RequestNotAccepted) and not isinstance(error, Unauthorized | CertificateUntrusted)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
+from unittest.mock import patch
 
 import httpx
 import pytest
@@ -12,7 +15,8 @@ from enrich.ledger.lock import lock_ledger
 from enrich.ledger.verify import check_ledger
 from enrich.monitoring.prometheus import read_metrics
 from enrich.run.context import RunOptions
-from tests.support.cases import first_quick
+from tests.support.cases import first_quick, in_turn
+from tests.support.raw_server import RawServer, ReceivedRequest, Reply, http_reply, serve_replies
 from tests.support.workspace import (
     FILE_ONLY,
     JOB,
@@ -173,6 +177,17 @@ def test_unknown_task_stays_open(slow_api: SandboxApi, workspace: Workspace) -> 
     assert workspace.open_task_count() == 1
 
 
+@FILE_ONLY
+def test_finished_and_then_unknown_task_stays_open(slow_api: SandboxApi, workspace: Workspace) -> None:
+    """A task that has finished (409), and that the API then does not know, is left to the next run, too."""
+    workspace.write_leads(make_leads(2))
+    workspace.submit_without_collecting(slow_api)
+    with serve_cancellations(workspace, lambda _: http_reply(409, {}), poll_status=404) as (_, api):
+        told = workspace.run_in_process("cancel", "job.yaml", "--json", api=api).json_output
+    assert (told["exit_code"], told["cancelled"], told["still_open"]) == (0, 0, 2)
+    assert workspace.open_task_count() == 2
+
+
 def cancel_at_api(api: SandboxApi, task_id: str) -> None:
     """Cancel a task as another client would."""
     with httpx.Client(verify=False, trust_env=False) as http:  # noqa: S501 - loopback
@@ -220,6 +235,88 @@ def test_commands_after_a_cancel(slow_api: SandboxApi, workspace: Workspace) -> 
     assert "cancelled by you" in workspace.run_in_process("explain", "job.yaml", "--row", "1").stdout
     assert workspace.run_in_process("reconcile", "job.yaml", api=slow_api).exit_code == 0
     assert workspace.run_in_process("report", "job.yaml", "--json").json_output["statuses"]["failed"] == 3
+
+
+@contextmanager
+def serve_cancellations(
+    workspace: Workspace, reply: Callable[[str], Reply], *, poll_status: int = 200
+) -> Iterator[tuple[RawServer, SandboxApi]]:
+    """Serve an API with running tasks, whose cancellations are answered by `reply`, given the task id."""
+
+    def answer(request: ReceivedRequest) -> Reply:
+        path = request.line.split()[1].split("/")
+        if "tasks" not in path:
+            return http_reply(200, {"balance": 10})
+        task_id = path[path.index("tasks") + 1]
+        return (
+            reply(task_id)
+            if request.line.startswith("POST")
+            else http_reply(poll_status, {"task_id": task_id, "status": "processing"})
+        )
+
+    workspace.sql("DELETE FROM facts")  # the ledger is bound to the sandbox
+    with serve_replies(answer) as server:
+        yield server, SandboxApi(server.base_url, "some-key")
+
+
+@FILE_ONLY
+@pytest.mark.parametrize(("charged", "unknown"), [({}, 2), ({"credits_spent": None}, 2), ({"credits_spent": 5_000}, 0)])
+def test_unknown_and_high_price(
+    slow_api: SandboxApi, workspace: Workspace, charged: dict[str, float | None], unknown: int
+) -> None:
+    """What a cancelled task has cost may be unknown, which is not 0, or more than was reserved: nothing is refunded."""
+    workspace.write_leads(make_leads(4))
+    workspace.submit_without_collecting(slow_api)
+    seen = count()
+
+    def cancel_two(task_id: str) -> Reply:
+        if next(seen) % 4 >= 2:
+            return http_reply(404, {})
+        return http_reply(200, {"task_id": task_id, "status": "cancelled", **charged})
+
+    with serve_cancellations(workspace, cancel_two) as (_, api):
+        told = workspace.run_in_process("cancel", "job.yaml", "--json", api=api).json_output
+        assert (told["cancelled"], told["credits_refunded"], told["credits_unknown"]) == (2, 0, unknown)
+        assert told["credits_spent"] == (0 if unknown else 10_000)
+        shown = workspace.run_in_process("cancel", "job.yaml", api=api).stdout.splitlines()
+    at_least = "at least " if unknown else ""
+    assert shown[0] == f"job: 2 tasks cancelled: {at_least}0.00 credits refunded"
+    assert ("  2 results of unknown price" in shown) is bool(unknown)
+    (cancelled,) = (run for run in workspace.run_in_process("runs", "job.yaml", "--json").json_output["executions"][:1])
+    assert cancelled["credits_unknown"] == unknown
+
+
+@in_turn(
+    ("status", "body", "exit_code", "reason"),
+    [
+        (405, {"detail": "x"}, 4, "HTTP 405: x"),
+        (400, {"detail": "x"}, 4, "the API rejects the request: HTTP 400: x"),
+        (400, {"detail": {"company": ["x"]}}, 4, "company: x"),
+        (307, None, 4, "HTTP 307: the API redirects the request"),
+        (403, b"<html>", 4, "HTTP 403: Forbidden, with a page instead of the API's JSON"),
+        (406, {"detail": "x"}, 12, "the API is out of credits: HTTP 406: x"),
+        (200, b"<html>", 4, "the API's response cannot be read"),
+        (204, None, 4, "the API's response cannot be read"),
+        (200, {"task_id": "another", "status": "cancelled"}, 4, "the response is for another task"),
+    ],
+)
+def test_refused_cancellations(tmp_path: Path, status: int, body: object, exit_code: int, reason: str) -> None:
+    """A refusal is told as it is and not repeated, and the other tasks are tried, too; the tasks stay open."""
+    workspace = Workspace(tmp_path)
+    workspace.write_job()
+    workspace.write_leads(make_leads(2))
+    with serve_api(tmp_path / "slow.db", latency="fixed(60)") as slow_api:
+        workspace.submit_without_collecting(slow_api)
+    with (
+        serve_cancellations(workspace, lambda _: http_reply(status, body)) as (server, api),
+        patch("enrich.run.cancel.CONCURRENT_TASKS", 1),
+    ):
+        result = workspace.run_in_process("cancel", "job.yaml", "--json", api=api)
+    told = result.json_output
+    assert (result.exit_code, told["exit_code"], told["still_open"]) == (exit_code, exit_code, 2)
+    assert told["error"].startswith(f"tasks were not cancelled: {reason}")
+    assert len([seen for seen in server.requests if seen.line.startswith("POST")]) == 2
+    assert workspace.open_task_count() == 2
 
 
 @FILE_ONLY

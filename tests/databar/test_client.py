@@ -26,6 +26,7 @@ from enrich.errors import (
     OutOfCredits,
     RateLimited,
     RequestNotAccepted,
+    RequestRefused,
     SubmissionUnconfirmed,
     TaskUnknown,
     Unauthorized,
@@ -297,10 +298,10 @@ def test_other_run_statuses(status: int, kind: type[ApiCallFailed]) -> None:
 @in_turn(
     ("status", "kind"),
     [
-        (400, RequestNotAccepted),
-        (409, RequestNotAccepted),
-        (418, RequestNotAccepted),
-        (422, RequestNotAccepted),
+        (400, RequestRefused),
+        (409, RequestRefused),
+        (418, RequestRefused),
+        (422, RequestRefused),
         (500, RequestNotAccepted),
         (406, OutOfCredits),
     ],
@@ -638,14 +639,14 @@ def test_html_403_is_not_about_the_key(status: int, body: object, kind: type[Api
     calls: list[Callable[[Client], Awaitable[object]]] = [submit_run, get_task, lambda client: client.get_user()]
     with serve_replies(http_reply(status, body, content_type="text/html")) as server:
         errors = expect_failures(server.base_url, calls)
-    assert [type(error) for error in errors] == [kind] * len(calls)
+    assert all(isinstance(error, kind) for error in errors)
     assert all(("check the key" in (error.hint or "")) == (kind is Unauthorized) for error in errors)
 
 
 def test_proxy_407_is_not_accepted() -> None:
     """A 407 comes from a proxy, so the request was not accepted."""
     with serve_replies(http_reply(407, b"<html>")) as server:
-        assert failure_kinds(server.base_url, [submit_run, get_task]) == [RequestNotAccepted] * 2
+        assert failure_kinds(server.base_url, [submit_run, get_task]) == [RequestNotAccepted, RequestRefused]
         assert "the proxy requires a login" in expect_failure(server.base_url, submit_run).message
 
 
