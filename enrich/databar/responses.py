@@ -57,6 +57,8 @@ MAX_RETRY_AFTER_S = 3600.0
 MAX_UNREADABLE_BYTES = 1 << 20
 NOT_UTF8_NOTE = "the API's response is not valid UTF-8: unreadable bytes are shown as �"
 _NEITHER_BRACKET_NOR_QUOTE = bytes(set(range(256)) - set(b'[]{}"\\'))
+#: Invalid bytes, control characters and long numbers in other parts of a response do not make its id unreadable.
+_ID_DECODER = json.JSONDecoder(parse_int=str, strict=False)
 _SECONDS_PATTERN = re.compile(r"-?[0-9]+(\.[0-9]*)?")
 _REASONS = {status.value: status.phrase for status in HTTPStatus}
 
@@ -140,8 +142,7 @@ def usable_task_id(content: bytes, key: str) -> str | None:
     An id that needs cleaning is unusable, because the cleaned id could belong to another task.
     """
     try:
-        # Invalid bytes and control characters in other parts of the response do not make the id unreadable.
-        body = json.loads(decode_json(content), parse_int=str, strict=False)
+        body = _ID_DECODER.decode(decode_json(content))
     except (ValueError, RecursionError):
         return None
     return next((name for name in task_ids(body) if _is_usable_id(name, key)), None)
