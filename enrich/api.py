@@ -10,14 +10,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypedDict, TypeVar, Unpack
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from enrich.commands.check import check_with_access
 from enrich.commands.check_target import CheckResult
 from enrich.commands.options import JobOptions
 from enrich.commands.plan import plan_with_access
 from enrich.commands.run import RunCallbacks, check_combination, make_cluster_options, observe_run, run_observed
-from enrich.errors import Interrupted, JobError
+from enrich.errors import ApiCallFailed, ApiKeyRejected, ApiUnreachable, Interrupted, JobError
 from enrich.exit_codes import ExitCode
 from enrich.job.field_types import parse_duration
 from enrich.job.job import Job
@@ -38,10 +40,10 @@ class JobSettings(TypedDict, total=False):
     """What is taken instead of the job file's values. Paths are relative to the working directory."""
 
     #: A file, a folder, a pattern or a URL.
-    input: StrPath
-    output: StrPath
+    input: StrPath | None
+    output: StrPath | None
     #: A file or `postgresql://…`.
-    ledger: StrPath
+    ledger: StrPath | None
     #: Use the built-in sandbox and a ledger of its own: no key, no credits.
     sandbox: bool
 
@@ -94,6 +96,7 @@ def run_job(job_file: StrPath, **settings: Unpack[RunSettings]) -> RunSummary:
     Raises EnrichError if the run was refused before it was recorded, Interrupted if it was stopped. The next run
     resumes.
     """
+    _check_types(job_file=job_file, **settings)
     return _outside_event_loop(partial(_run, job_file, **settings))
 
 
@@ -102,10 +105,12 @@ async def run_job_async(job_file: StrPath, **settings: Unpack[RunSettings]) -> R
 
     When its task is cancelled, the run stores its results before CancelledError is raised.
     """
+    _check_types(job_file=job_file, **settings)
     loop = asyncio.get_running_loop()
 
     def in_loop(callback: Callable[[T], object] | None) -> Callable[[T], object] | None:
-        return None if callback is None else lambda value: loop.call_soon_threadsafe(callback, value)
+        guarded = _guarded(callback)
+        return None if callback is None else lambda value: loop.call_soon_threadsafe(guarded, value)
 
     settings["on_progress"] = in_loop(settings.get("on_progress"))
     settings["on_message"] = in_loop(settings.get("on_message"))
@@ -130,6 +135,7 @@ def plan_job(
     `save_to` saves the plan for `run_job(plan=…)`. `rows` is a file for each row's decision. Raises EnrichError for
     what would refuse the run.
     """
+    _check_types(job_file=job_file, save_to=save_to, rows=rows, **settings)
     return _outside_event_loop(lambda _: _plan(job_file, save_to=save_to, rows=rows, **settings))
 
 
@@ -139,7 +145,22 @@ def check_job(job_file: StrPath, *, online: bool = False, **settings: Unpack[Job
     With `online` the job is compared with the API, too. The problems are in the result, and so is the exit code that
     a run would have. Raises EnrichError if the job file cannot be read, or the API cannot be used.
     """
+    _check_types(job_file=job_file, online=online, **settings)
     return _outside_event_loop(lambda _: _check(job_file, online=online, **settings))
+
+
+def _check_types(**arguments: object) -> None:
+    """Raise JobError for an argument that is not of its declared type."""
+    optional_path = StrPath | None
+    declared: dict[str, Any] = {"job_file": StrPath, "save_to": optional_path, "rows": optional_path, "online": bool}
+    declared |= get_type_hints(RunSettings)
+    config = ConfigDict(strict=True, arbitrary_types_allowed=True)
+    for name in arguments.keys() & declared.keys():
+        try:
+            TypeAdapter(declared[name], config=config).validate_python(arguments[name])
+        except ValidationError as error:
+            reasons = (problem["msg"].removeprefix("Input should be ") for problem in error.errors())
+            raise JobError(f"`{name}` must be {' or '.join(reasons)}") from None
 
 
 def _run(  # noqa: PLR0913 - the settings of a run
@@ -262,9 +283,12 @@ def _seconds(duration: float | str | None) -> float | None:
 
 
 def _with_enrich_errors(job: Job, work: Callable[[], T]) -> T:
-    """Do the work. Raise EnrichError for what the ledger's file or server causes."""
+    """Do the work. Raise a public EnrichError for what the API refuses, and the ledger's file or server causes."""
     try:
         return work()
+    except ApiCallFailed as error:
+        public = {ExitCode.KEY: ApiKeyRejected, ExitCode.USAGE: JobError}.get(error.exit_code, ApiUnreachable)
+        raise public(error.message, error.hint) from error
     except Exception as error:
         known = as_enrich_error(error, job.ledger)
         if known is None or known is error:

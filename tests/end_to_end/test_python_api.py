@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,10 @@ import pytest
 import enrich
 from enrich.ledger.lock import lock_ledger
 from enrich.run.poll_schedule import PollSchedule
+from enrich.run.run_state import Timeouts
+from tests.support.cases import in_turn
 from tests.support.program import ROOT
+from tests.support.raw_server import ReceivedRequest, Reply, http_reply, serve_replies
 from tests.support.workspace import SandboxApi, Workspace, make_leads, serve_api
 
 #: The settings of a run that is never answered, so that only a stop ends it.
@@ -141,6 +145,17 @@ def test_a_saved_plan_is_followed(job_file: Path, workspace: Workspace) -> None:
     ("settings", "message"),
     [
         ({"limit": -1}, "`limit` must be 0 or more"),
+        ({"limit": 1.5}, "`limit` must be a valid integer"),
+        ({"limit": "5"}, "`limit` must be a valid integer"),
+        ({"sample": True}, "`sample` must be a valid integer"),
+        ({"seed": None}, "`seed` must be a valid integer"),
+        ({"max_credits": "5"}, "`max_credits` must be a valid number"),
+        ({"max_time": []}, "`max_time` must be a valid number or a valid string"),
+        ({"lock_timeout": "x"}, "`lock_timeout` must be a valid number"),
+        ({"sandbox": "no"}, "`sandbox` must be a valid boolean"),
+        ({"input": 5}, "`input` must be a valid string or an instance of PathLike"),
+        ({"retry": 5}, "`retry` must be an instance of Collection"),
+        ({"on_progress": 5}, "`on_progress` must be callable"),
         ({"sample": 0}, "`sample` must be 1 or more"),
         ({"max_credits": float("nan")}, "`max_credits` must be 0 or more"),
         ({"retry": "failed"}, "must be a list"),
@@ -162,6 +177,57 @@ def test_unusable_settings_are_refused(
     with pytest.raises(TypeError, match="limt"):
         enrich.run_job(job_file, limt=10)  # type: ignore[call-arg]
     assert api.audit()["accepted"] == 0
+    assert not (job_file.parent / ".enrich").exists()
+
+
+def test_settings_of_all_functions_are_checked(job_file: Path) -> None:
+    """Each function checks the types of its settings."""
+    with pytest.raises(enrich.JobError, match="`limit` must be a valid integer"):
+        asyncio.run(enrich.run_job_async(job_file, limit="5"))  # type: ignore[arg-type]
+    with pytest.raises(enrich.JobError, match="`rows` must be a valid string"):
+        enrich.plan_job(job_file, rows=1)  # type: ignore[arg-type]
+    with pytest.raises(enrich.JobError, match="`online` must be a valid boolean"):
+        enrich.check_job(job_file, online="no")  # type: ignore[arg-type]
+    with pytest.raises(enrich.JobError, match="`job_file` must be a valid string"):
+        enrich.check_job(None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("first", [True, False])
+@in_turn(
+    ("status", "error"),
+    [
+        (401, enrich.ApiKeyRejected),
+        (403, enrich.ApiKeyRejected),
+        (404, enrich.JobError),
+        (400, enrich.JobError),
+        (422, enrich.JobError),
+        (302, enrich.ApiUnreachable),
+        (402, enrich.ApiUnreachable),
+        (406, enrich.ApiUnreachable),
+        (429, enrich.ApiUnreachable),
+        (500, enrich.ApiUnreachable),
+    ],
+)
+def test_refusals_of_the_api_are_public_exceptions(
+    job_file: Path, monkeypatch: pytest.MonkeyPatch, status: int, error: type[enrich.EnrichError], *, first: bool
+) -> None:
+    """Each response that refuses a run is one of the documented exceptions, with its exit code."""
+    monkeypatch.setattr("enrich.commands.plan.Timeouts", partial(Timeouts, startup_s=0.1))
+
+    def answer(request: ReceivedRequest) -> Reply:
+        is_account = not first and "/user/" in request.line
+        return http_reply(200, {"workspace": "w", "balance": 5}) if is_account else http_reply(status, {"detail": "no"})
+
+    with serve_replies(answer) as server:
+        monkeypatch.setenv("DATABAR_BASE_URL", server.base_url)
+        calls: list[Callable[[], object]] = [lambda: enrich.plan_job(job_file)]
+        if status in {401, 404}:
+            calls += [lambda: enrich.run_job(job_file), lambda: enrich.check_job(job_file, online=True)]
+        for call in calls:
+            with pytest.raises(error) as refused:
+                call()
+            assert type(refused.value).__name__ in enrich.__all__
+            assert refused.value.exit_code is error.exit_code
 
 
 def test_refusals_are_exceptions_with_exit_codes(
@@ -314,7 +380,10 @@ def test_a_failing_callback_does_not_end_the_run(job_file: Path, caplog: pytest.
     def fail(_: enrich.Progress) -> None:
         raise ZeroDivisionError
 
-    assert enrich.run_job(job_file, on_progress=fail).answers == 6
+    assert enrich.run_job(job_file, limit=3, on_progress=fail).answers == 3
+    assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [ZeroDivisionError]
+    caplog.clear()
+    assert asyncio.run(enrich.run_job_async(job_file, on_progress=fail)).answers == 3
     assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [ZeroDivisionError]
 
 
