@@ -249,7 +249,7 @@ def measure_real_run(rate: float, rows: int, *, retry_after: int | None = None, 
                 counts = server.counts()
                 posts = sum(counts.get("run", {}).values())
                 if posts > samples[-1][1] or (posts and not samples[-1][1]):
-                    accepted = sum(told.get("200", 0) for told in counts.values())
+                    accepted = sum(by_status.get("200", 0) for by_status in counts.values())
                     samples.append((time.monotonic(), posts, accepted))
                 time.sleep(0.2)
             assert running.stdout is not None

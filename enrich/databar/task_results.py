@@ -40,6 +40,7 @@ PHASE_BY_STATUS = {
     "failed": TaskPhase.FAILED,
     "error": TaskPhase.FAILED,
     "cancelled": TaskPhase.FAILED,
+    "canceled": TaskPhase.FAILED,
     "gone": TaskPhase.GONE,
 }
 
@@ -102,7 +103,7 @@ def is_paid_without_data(task: Mapping[str, Any]) -> bool:
 
 def is_cancelled(task: Mapping[str, Any]) -> bool:
     """Check whether a task was cancelled. A single one is not sent again unless the user says so."""
-    return str(task.get("status", "")).strip().lower() == "cancelled"
+    return str(task.get("status", "")).strip().lower() in {"cancelled", "canceled"}
 
 
 def task_phase(task: Mapping[str, Any]) -> TaskPhase:

@@ -317,7 +317,7 @@ class TestOnRay:
         assert not any(map(process_exists, workers))
 
     def test_local_cluster_that_loses_its_head(self, tmp_path: Path, postgres_workspace: Workspace) -> None:
-        """A run whose local cluster loses its head process prints its summary: Ray is told to wait for it."""
+        """A run whose local cluster loses its head process prints its summary, because Ray waits for it."""
         postgres_workspace.write_leads(make_leads(200))
         with serve_api(tmp_path / "api.db", latency="uniform(0.1,0.6)") as api:
             with running_actors(postgres_workspace, api) as (process, workers):

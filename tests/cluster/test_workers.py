@@ -256,7 +256,7 @@ def test_silent_worker_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_worker_that_starts_late_is_told_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker that starts when nothing more may be sent is told so before it has its task."""
+    """A worker that starts when nothing more may be sent learns this before it has its task."""
     requests: list[StopRequest] = []
 
     class RecordingActor(FakeActor):

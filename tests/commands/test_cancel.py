@@ -42,12 +42,12 @@ def test_open_tasks_are_cancelled_and_refunded(slow_api: SandboxApi, workspace: 
     workspace.write_leads(make_leads(8))
     workspace.submit_without_collecting(slow_api)
 
-    told = workspace.run_in_process("cancel", "job.yaml", "--json", api=slow_api).json_output
+    summary = workspace.run_in_process("cancel", "job.yaml", "--json", api=slow_api).json_output
 
     audit = slow_api.audit()
-    assert (told["exit_code"], told["cancelled"], told["finished"], told["still_open"]) == (0, 8, 0, 0)
-    assert told["credits_refunded"] == pytest.approx(8 * 3.51)
-    assert told["balance_after"] - told["balance_before"] == pytest.approx(told["credits_refunded"])
+    assert (summary["exit_code"], summary["cancelled"], summary["finished"], summary["still_open"]) == (0, 8, 0, 0)
+    assert summary["credits_refunded"] == pytest.approx(8 * 3.51)
+    assert summary["balance_after"] - summary["balance_before"] == pytest.approx(summary["credits_refunded"])
     assert (audit["refunded"], audit["charged"], audit["balance"]) == (8, 0, 10_000)
     status = workspace.run_in_process("status", "job.yaml", api=slow_api).stdout
     assert "; -" not in status  # a refund is no negative spending
@@ -89,13 +89,13 @@ def test_finished_tasks_are_polled(slow_api: SandboxApi, workspace: Workspace) -
     workspace.submit_without_collecting(slow_api, 3)
     slow_api.advance(30)
 
-    told = workspace.run_in_process("cancel", "job.yaml", "--json", api=slow_api).json_output
+    summary = workspace.run_in_process("cancel", "job.yaml", "--json", api=slow_api).json_output
 
-    assert (told["cancelled"], told["finished"], told["still_open"]) == (3, 6, 0)
+    assert (summary["cancelled"], summary["finished"], summary["still_open"]) == (3, 6, 0)
     audit = slow_api.audit()
-    assert told["credits_spent"] == pytest.approx(audit["credits_charged"])
-    summary = workspace.run_job(slow_api, RunOptions(limit=0))
-    assert (summary.found, summary.failed, summary.submitted) == (6, 3, 0)
+    assert summary["credits_spent"] == pytest.approx(audit["credits_charged"])
+    next_run = workspace.run_job(slow_api, RunOptions(limit=0))
+    assert (next_run.found, next_run.failed, next_run.submitted) == (6, 3, 0)
     paid = sum(float(row["enrich_credits"]) for row in workspace.read_output())
     assert paid == pytest.approx(audit["credits_charged"])
     assert (audit["refunded"], audit["paid_twice"]) == (3, 0)
@@ -105,10 +105,10 @@ def test_text_names_the_refund_and_the_next_step(slow_api: SandboxApi, workspace
     """The text has the refund, and the command that sends the leads again."""
     workspace.write_leads(make_leads(2))
     workspace.submit_without_collecting(slow_api)
-    told = workspace.run_in_process("cancel", "job.yaml", api=slow_api)
-    assert told.exit_code == 0
-    assert told.stdout.splitlines()[0] == "job: 2 tasks cancelled: 7.02 credits refunded"
-    assert "--retry failed" in told.stdout
+    summary = workspace.run_in_process("cancel", "job.yaml", api=slow_api)
+    assert summary.exit_code == 0
+    assert summary.stdout.splitlines()[0] == "job: 2 tasks cancelled: 7.02 credits refunded"
+    assert "--retry failed" in summary.stdout
     nothing = workspace.run_in_process("cancel", "job.yaml", api=slow_api)
     assert nothing.stdout.splitlines() == ["job: 0 tasks cancelled"]
 
@@ -119,12 +119,12 @@ def test_bulk_tasks_are_listed(slow_api: SandboxApi, workspace: Workspace) -> No
     workspace.write_leads(make_leads(12))
     workspace.submit_without_collecting(slow_api)
 
-    told = workspace.run_in_process("cancel", "job.yaml", "--json", api=slow_api).json_output
+    summary = workspace.run_in_process("cancel", "job.yaml", "--json", api=slow_api).json_output
 
-    assert sorted(task["requests"] for task in told["bulk"]) == [2, 10]
-    assert (told["cancelled"], slow_api.audit()["refunded"]) == (0, 0)
+    assert sorted(task["requests"] for task in summary["bulk"]) == [2, 10]
+    assert (summary["cancelled"], slow_api.audit()["refunded"]) == (0, 0)
     shown = workspace.run_in_process("cancel", "job.yaml", api=slow_api).stdout
-    assert all(f"not cancelled: bulk task {task['task_id']}" in shown for task in told["bulk"])
+    assert all(f"not cancelled: bulk task {task['task_id']}" in shown for task in summary["bulk"])
     slow_api.advance(90)
     assert workspace.run_job(slow_api).found == 12
 
@@ -152,8 +152,8 @@ def test_repeats_after_faults(
     workspace.write_leads(make_leads(3))
     workspace.submit_without_collecting(slow_api)
     slow_api.inject_fault(fault, 4, "all")
-    told = workspace.run_in_process("cancel", "job.yaml", "--json", api=slow_api).json_output
-    assert (told["exit_code"], told["cancelled"], slow_api.audit()["refunded"]) == (0, 3, 3)
+    summary = workspace.run_in_process("cancel", "job.yaml", "--json", api=slow_api).json_output
+    assert (summary["exit_code"], summary["cancelled"], slow_api.audit()["refunded"]) == (0, 3, 3)
     assert workspace.run_job(slow_api).failed == 3
 
 
@@ -172,8 +172,8 @@ def test_unknown_task_stays_open(slow_api: SandboxApi, workspace: Workspace) -> 
     workspace.write_leads(make_leads(2))
     slow_api.inject_fault("lost-task", 1, "post")
     workspace.submit_without_collecting(slow_api)
-    told = workspace.run_in_process("cancel", "job.yaml", "--json", api=slow_api).json_output
-    assert (told["exit_code"], told["cancelled"], told["still_open"]) == (0, 1, 1)
+    summary = workspace.run_in_process("cancel", "job.yaml", "--json", api=slow_api).json_output
+    assert (summary["exit_code"], summary["cancelled"], summary["still_open"]) == (0, 1, 1)
     assert workspace.open_task_count() == 1
 
 
@@ -183,8 +183,8 @@ def test_finished_and_then_unknown_task_stays_open(slow_api: SandboxApi, workspa
     workspace.write_leads(make_leads(2))
     workspace.submit_without_collecting(slow_api)
     with serve_cancellations(workspace, lambda _: http_reply(409, {}), poll_status=404) as (_, api):
-        told = workspace.run_in_process("cancel", "job.yaml", "--json", api=api).json_output
-    assert (told["exit_code"], told["cancelled"], told["still_open"]) == (0, 0, 2)
+        summary = workspace.run_in_process("cancel", "job.yaml", "--json", api=api).json_output
+    assert (summary["exit_code"], summary["cancelled"], summary["still_open"]) == (0, 0, 2)
     assert workspace.open_task_count() == 2
 
 
@@ -275,9 +275,9 @@ def test_unknown_and_high_price(
         return http_reply(200, {"task_id": task_id, "status": "cancelled", **charged})
 
     with serve_cancellations(workspace, cancel_two) as (_, api):
-        told = workspace.run_in_process("cancel", "job.yaml", "--json", api=api).json_output
-        assert (told["cancelled"], told["credits_refunded"], told["credits_unknown"]) == (2, 0, unknown)
-        assert told["credits_spent"] == (0 if unknown else 10_000)
+        summary = workspace.run_in_process("cancel", "job.yaml", "--json", api=api).json_output
+        assert (summary["cancelled"], summary["credits_refunded"], summary["credits_unknown"]) == (2, 0, unknown)
+        assert summary["credits_spent"] == (0 if unknown else 10_000)
         shown = workspace.run_in_process("cancel", "job.yaml", api=api).stdout.splitlines()
     at_least = "at least " if unknown else ""
     assert shown[0] == f"job: 2 tasks cancelled: {at_least}0.00 credits refunded"
@@ -301,7 +301,7 @@ def test_unknown_and_high_price(
     ],
 )
 def test_refused_cancellations(tmp_path: Path, status: int, body: object, exit_code: int, reason: str) -> None:
-    """A refusal is told as it is and not repeated, and the other tasks are tried, too; the tasks stay open."""
+    """A refusal is reported as it is and not repeated, and the other tasks are tried, too; the tasks stay open."""
     workspace = Workspace(tmp_path)
     workspace.write_job()
     workspace.write_leads(make_leads(2))
@@ -312,9 +312,9 @@ def test_refused_cancellations(tmp_path: Path, status: int, body: object, exit_c
         patch("enrich.run.cancel.CONCURRENT_TASKS", 1),
     ):
         result = workspace.run_in_process("cancel", "job.yaml", "--json", api=api)
-    told = result.json_output
-    assert (result.exit_code, told["exit_code"], told["still_open"]) == (exit_code, exit_code, 2)
-    assert told["error"].startswith(f"tasks were not cancelled: {reason}")
+    summary = result.json_output
+    assert (result.exit_code, summary["exit_code"], summary["still_open"]) == (exit_code, exit_code, 2)
+    assert summary["error"].startswith(f"tasks were not cancelled: {reason}")
     assert len([seen for seen in server.requests if seen.line.startswith("POST")]) == 2
     assert workspace.open_task_count() == 2
 

@@ -53,6 +53,7 @@ def parse_answer(**task: Any) -> Answer:
         ("failed", TaskPhase.FAILED),
         ("error", TaskPhase.FAILED),
         ("cancelled", TaskPhase.FAILED),
+        ("canceled", TaskPhase.FAILED),
         ("gone", TaskPhase.GONE),
         ("COMPLETED", TaskPhase.COMPLETED),
         (" Completed\n", TaskPhase.COMPLETED),

@@ -96,9 +96,10 @@ def test_shipped_job_verifies_addresses(api: SandboxApi, workspace: Workspace) -
     made = workspace.run_in_process(
         "run", str(ROOT / "jobs" / "verify_emails.yaml"), "--ledger", "l.db", "--output", "out.csv", "--json", api=api
     )
-    told = made.json_output
+    summary = made.json_output
     rows = workspace.read_output()
-    assert (told["exit_code"], told["rows"], told["submitted"], told["found"], told["invalid"]) == (0, 23, 20, 21, 2)
+    counts = [summary[name] for name in ("exit_code", "rows", "submitted", "found", "invalid")]
+    assert counts == [0, 23, 20, 21, 2]
     assert [bool(row["email_state"]) for row in rows].count(True) == 21
     assert sum(float(row["enrich_credits"] or 0) for row in rows) == pytest.approx(0.2)
     assert api.audit()["credits_charged"] == pytest.approx(0.2)
@@ -271,7 +272,7 @@ class TestPricePerParameter:
 
     @FILE_ONLY
     @in_turn(
-        ("changed", "told"),
+        ("changed", "message"),
         [
             ({"limits": "{in_flight: 5}"}, "`max_credits` is required"),
             ({"params": "{company_website: Website}"}, "requires `limit`"),
@@ -284,13 +285,13 @@ class TestPricePerParameter:
         ],
     )
     def test_refuses_before_anything_is_sent(
-        self, api: SandboxApi, workspace: Workspace, changed: dict[str, str], told: str
+        self, api: SandboxApi, workspace: Workspace, changed: dict[str, str], message: str
     ) -> None:
         """Wrong names and values, and a price without a limit, are errors of the job."""
         write_people(workspace, ("a.example", "5", ""), **changed)
         for command in (["run"], ["plan"], ["check", "--online"]):
             result = workspace.run_in_process(command[0], "job.yaml", *command[1:], api=api)
-            assert (result.exit_code, told in result.stderr) == (2, True), result.stderr
+            assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
         assert api.audit()["accepted"] == 0
 
     def test_cap_of_the_command_line(self, api: SandboxApi, workspace: Workspace) -> None:
@@ -432,7 +433,7 @@ def test_enrichments_lists_and_shows(api: SandboxApi, workspace: Workspace) -> N
 
 @FILE_ONLY
 @in_turn(
-    ("keys", "told"),
+    ("keys", "message"),
     [
         ("enrichment: 10\nwaterfall: email_getter", "either a `waterfall` or an `enrichment`"),
         ('enrichment: "10"', "enrichment"),
@@ -445,12 +446,12 @@ def test_enrichments_lists_and_shows(api: SandboxApi, workspace: Workspace) -> N
         ("name: a", "waterfall: is missing"),
     ],
 )
-def test_keys_of_one_target(workspace: Workspace, keys: str, told: str) -> None:
+def test_keys_of_one_target(workspace: Workspace, keys: str, message: str) -> None:
     """A job has one target, and only the keys of its kind; an error names the line."""
     workspace.write_leads([], ["Email"])
     workspace.write_job(VERIFY.replace("enrichment: 10", keys))
     result = workspace.run_in_process("check", "job.yaml")
-    assert (result.exit_code, told in result.stderr) == (2, True), result.stderr
+    assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
 
 
 def test_open_tasks_are_collected_by_their_own_columns(tmp_path: Path, workspace: Workspace) -> None:

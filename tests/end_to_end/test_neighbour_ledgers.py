@@ -125,7 +125,7 @@ def test_bounds(api: SandboxApi, workspace: Workspace, wanted: int, shared: int,
 
 @pytest.mark.long
 def test_nothing_shared_is_silent(api: SandboxApi, workspace: Workspace) -> None:
-    """Another job beside it is neither refused nor told anything."""
+    """Another job beside it is not refused and has no note."""
     job = write_other_job(workspace, input="new.csv")
     workspace.write_leads(make_leads(20, start=100), name="new.csv")
     summary = workspace.run_in_process("run", job, "--json", api=api).json_output

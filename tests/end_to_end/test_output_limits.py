@@ -94,7 +94,7 @@ def test_too_long_for_our_own_reader(api: SandboxApi, workspace: Workspace, monk
 def test_answers_never_fail_the_file(
     api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, output: str, expected: tuple[str, str]
 ) -> None:
-    """What an answer makes impossible is changed and told in the row; the ledger keeps it, so utf-8 writes it whole."""
+    """What an answer makes impossible is changed, and the row says so; the ledger keeps it: utf-8 writes it whole."""
     monkeypatch.setattr(
         collector, "answer_columns", lambda answers, _: [pl.Series("", ["Jürgen 李" for _ in answers], pl.String)]
     )

@@ -73,7 +73,7 @@ def test_special_files_are_refused(api: SandboxApi, workspace: Workspace, use: s
         case "log" | "plan":
             options += [f"--{use.replace('log', 'log-file')}", name]
         case "ledger" if kind == "folder":
-            pytest.skip("told by SQLite")
+            pytest.skip("the message is of SQLite")
         case "ledger":
             options += ["--ledger", name]
         case "job":

@@ -16,7 +16,7 @@ import httpx
 from enrich.files import object_store
 from enrich.job.locations import ObjectUrl
 
-SECRET = "not-to-be-told"
+SECRET = "not-to-be-shown"
 BUCKET = "leads"
 
 
