@@ -188,7 +188,7 @@ class UnexpectedResponse(RequestNotAccepted):
 
 
 class RequestRefused(RequestNotAccepted):
-    """Another 3xx or 4xx to a poll or a cancellation. A retry at once does not help."""
+    """A 3xx or 4xx to a poll or a cancellation that has no class of its own. A retry at once does not help."""
 
 
 class OutOfCredits(RequestNotAccepted):

@@ -82,7 +82,7 @@ def find_paths(location: Path) -> list[Path]:
     if is_pattern(location):
         matches = map(Path, glob.glob(str(location)))  # noqa: PTH207 - Path.glob also finds hidden files
         return sorted(path for path in matches if path.is_file() and not is_leftover(path.name))
-    return sorted(_walk_folder(location)) if location.is_dir() else [location]
+    return sorted(_walk_folder(location)) if os.path.isdir(location) else [location]  # noqa: PTH112 - as in input_names
 
 
 def _walk_folder(folder: Path) -> Iterator[Path]:

@@ -135,5 +135,5 @@ def _text_rows(source: TableFile, sheet: CalamineSheet) -> Iterator[list[str]]:
 
 
 def _shown_number(value: float) -> float:
-    """Round a number to the digits that Excel shows. An integer keeps all digits that it can have as a float."""
+    """Round a number to the digits that Excel shows. Integers below 2**53 are exact and stay as they are."""
     return value if value.is_integer() and abs(value) < _MAX_EXACT_INTEGER else float(f"{value:.15g}")

@@ -6,12 +6,14 @@ import csv
 import io
 import re
 from collections.abc import Iterator
-from typing import TextIO
+from itertools import product
+from typing import Literal
 
 from enrich.files.csv_format import SEPARATORS, raised_cell_limit, read_header
 from enrich.files.text import BYTE_ORDER_MARK, TableFile, as_file_problem, byte_order_encoding, open_binary
 
-_ROWS_PER_BATCH = 1000
+_ROWS_PER_BATCH = 10_000
+_QUOTINGS: tuple[Literal[0, 3], ...] = (csv.QUOTE_MINIMAL, csv.QUOTE_NONE)
 
 
 def read_cells(source: TableFile, name: re.Pattern[str]) -> Iterator[list[str]]:
@@ -25,9 +27,11 @@ def read_cells(source: TableFile, name: re.Pattern[str]) -> Iterator[list[str]]:
         with open_binary(source) as raw:
             marked = byte_order_encoding(raw.read(4))
         for encoding in (marked,) if marked else dict.fromkeys((source.encoding, "utf-8")):
-            for separator in dict.fromkeys((source.separator, *SEPARATORS)):
+            separators = dict.fromkeys((source.separator, *SEPARATORS))
+            # A quote that is never closed would make one cell of the rest.
+            for separator, quoting in product(separators, _QUOTINGS):
                 with open_binary(source) as raw, io.TextIOWrapper(raw, encoding, "replace", newline="") as text:
-                    batches = _read_cells(text, separator, name)
+                    batches = _read_cells(csv.reader(text, delimiter=separator, quoting=quoting), name)
                     if (first := next(batches, None)) is not None:
                         yield first
                         yield from batches
@@ -35,16 +39,16 @@ def read_cells(source: TableFile, name: re.Pattern[str]) -> Iterator[list[str]]:
     read_header(source)  # raises FileProblem if this is no CSV file
 
 
-def _read_cells(text: TextIO, separator: str, name: re.Pattern[str]) -> Iterator[list[str]]:
-    reader = csv.reader(text, delimiter=separator)
-    columns: list[int] = []
-    while rows := _next_rows(reader):
-        if not columns:
-            columns = next(filter(None, (_find_columns(row, name) for row in rows)), [])
-        if not columns:
+def _read_cells(reader: Iterator[list[str]], name: re.Pattern[str]) -> Iterator[list[str]]:
+    """Yield the cells below the header, which is one of the first rows."""
+    rows = iter(_next_rows(reader))
+    columns = next(filter(None, (_find_columns(row, name) for row in rows)), [])
+    while columns:
+        if cells := [row[column] for row in rows for column in columns if column < len(row) and row[column]]:
+            yield cells
+        if not (more := _next_rows(reader)):
             return
-        cells = (row[column] for row in rows for column in columns if column < len(row))
-        yield [cell for cell in cells if cell and not name.fullmatch(cell)]
+        rows = iter(more)
 
 
 def _next_rows(reader: Iterator[list[str]]) -> list[list[str]]:

@@ -72,7 +72,7 @@ def has_no_text(column: pl.Series) -> pl.Series | None:
 
 
 def json_where_no_text(cells: pl.Series) -> pl.Series:
-    """Convert a column of text to raw JSON if a cell is the text of a list, an object or a boolean."""
+    """Convert a column of text to raw JSON if one of its cells is a JSON list, object or boolean."""
     if cells.dtype != pl.String:
         return cells
     no_text = [False] * len(cells)
@@ -250,7 +250,7 @@ def _float_text(value: float) -> str:
         return ""
     if not math.isfinite(value):
         return str(value)
-    # The fewest digits that are this float alone. Zero is added because of -0.0.
+    # The shortest text that is read back as the same float. Adding 0.0 makes 0.0 of -0.0.
     return f"{Decimal(repr(value + 0.0)):f}".removesuffix(".0")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -34,9 +36,9 @@ def _would_include(location: InputLocation, target: InputLocation, *, is_folder:
     # The target may be a link, which is read as the file that it leads to.
     places = (real_path(file), real_path(file.parent) / file.name)
     if is_pattern(location):
-        return any(place.match(str(location)) for place in (file, *places))
+        return any(_matches_parts(place.parts, location.parts) for place in (file, *places))
     folder = real_path(location)
-    return location.is_dir() and any(
+    return os.path.isdir(location) and any(  # noqa: PTH112 - Path.is_dir raises PermissionError
         place.is_relative_to(folder) and all(map(is_visible, place.relative_to(folder).parts)) for place in places
     )
 
@@ -45,7 +47,11 @@ def matches_key(url: ObjectUrl, key: str, folder: str) -> bool:
     """Check whether an object is in a folder or matches a pattern, and is visible."""
     if url.is_folder:
         return key.startswith(folder) and not key.endswith("/") and all(map(is_visible, key[len(folder) :].split("/")))
-    parts, patterns = key.split("/"), url.key.split("/")
+    return _matches_parts(key.split("/"), url.key.split("/"))
+
+
+def _matches_parts(parts: Sequence[str], patterns: Sequence[str]) -> bool:
+    """Check whether a path matches a pattern, part by part. `*` matches no hidden name, as in a shell."""
     return (
         len(parts) == len(patterns)
         and not is_leftover(parts[-1])

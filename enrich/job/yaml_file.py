@@ -18,7 +18,7 @@ _NUMBER_TAGS = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"}
 _MAX_NUMBER_LENGTH = 1_000
 #: Octal and sexagesimal numbers.
 _UNUSUAL_NUMBER = re.compile(r"[-+]?(0[0-7_]+$|[0-9_.]+:)")
-#: What no file can hold, and only an escape can write: NUL, and one of two surrogates.
+#: NUL and lone surrogates: YAML can write them as escapes only, and no output can contain them.
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 

@@ -1,4 +1,4 @@
-"""Finds the ids of the requests of a batch, passes many of them to one statement, and decides in it what is sent."""
+"""Finds the ids of the requests of a batch, and builds the SQL that decides which of them are sent."""
 
 from __future__ import annotations
 

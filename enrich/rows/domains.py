@@ -265,7 +265,7 @@ def no_company(host: str) -> LeftOut | None:
 # The transforms
 
 _USUAL_HOST = r"((?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]{2,63})"
-#: A character in a path, but for `%40`: an `@`.
+#: A percent code in a path, except `%40` (an `@`): it may belong to an address.
 _USUAL_CODE = "%(?:[0-35-9a-f][0-9a-f]|4[1-9a-f])"
 #: The usual cell: a host in a URL, alone, or after an `@`.
 _USUAL = rf"^(?:(?:https?://)?(?:www\.)?|[a-z0-9][a-z0-9._+-]{{0,62}}@){_USUAL_HOST}\.?(?:[/?#](?:[a-z0-9._~/?#=&+-]|{_USUAL_CODE})*)?$"
@@ -289,7 +289,10 @@ def company_domains(cells: pl.Series) -> pl.Series:
 
 @cache
 def _is_company_domain() -> pl.Expr:
-    """Return whether a `host` is known to be the registrable domain of a company: two labels, not listed."""
+    """Return the expression that is true where `host` certainly is a company's registrable domain.
+
+    That is a host of two labels that is not in our list.
+    """
     known, host = _no_company_domains(), pl.col("host")
     names = "|".join(re.escape(name.removesuffix(".*")) for name in known if name.endswith(".*"))
     is_registrable = host.str.replace(r"^[^.]+\.", "").is_in(_short_suffixes())

@@ -38,8 +38,8 @@ _MAPPING_FOLDERS = ("enrich.rows", "enrich.job", "enrich.files")
 @cache
 def _mapping_versions() -> list[str]:
     """Return the versions of what computes the params; those of our own modules are their digests."""
-    paths = (path for folder in _MAPPING_FOLDERS for path in files(folder).iterdir() if path.name.endswith(".py"))
-    own = [blake2b(path.read_bytes()).hexdigest() for path in sorted(paths, key=str)]
+    paths = sorted((path for folder in _MAPPING_FOLDERS for path in files(folder).iterdir()), key=str)
+    own = [blake2b(path.read_bytes()).hexdigest() for path in paths if path.name.endswith((".py", ".toml"))]
     return [sys.version, *map(version, _MAPPING_PACKAGES), *own]
 
 

@@ -235,9 +235,9 @@ def name_source(template: RequestTemplate, results: ResultColumns) -> ResultColu
 
 
 def merge_cells(job: Job, old: pl.Series, new: pl.Series) -> pl.Series:
-    """Return a column of the input with the results filled in by the job's `merge`. Other cells stay as they are.
+    """Return a column of the input with the results filled in by the job's `merge`. Other cells keep their value.
 
-    The column becomes text, except one of JSON.
+    A JSON column stays JSON; any other becomes text.
     """
     # Unnamed: polars would take a name such as `^a.*$` for a pattern.
     name, old, new = old.name, old.alias(""), new.alias("")

@@ -131,17 +131,20 @@ class StepRows:
         new = []
         for name in step.template.columns:
             # The first value found stays.
-            if (before := progress.values.get(name)) is not None:
-                joined.cells[name] = joined.cells[name].set(before.is_not_null(), None)
-            found = joined.cells[name] if before is None else before.fill_null(joined.cells[name])
-            progress.values[name] = found
+            # Unnamed: polars would take a name such as `^a.*$` for a pattern.
+            found = joined.cells[name].alias("")
+            if (values := progress.values.get(name)) is not None:
+                before = values.alias("")
+                joined.cells[name] = found.set(before.is_not_null(), None).alias(name)
+                found = before.fill_null(found)
+            progress.values[name] = found.alias(name)
             if name in self.job_input.schema:
                 new.append(merge_cells(self.job, progress.input_frame.get_column(name), found))
             else:
-                new.append(found.fill_null(""))
+                new.append(found.fill_null("").alias(name))
         new.append(joined.cells["enrich_status"].alias(step_column(step.job.step, "status")))
         text = list(map(as_text, new))
-        # What the API lists or nests is no param of a later step either.
+        # A list, object or boolean that a step found is left out of params, as one in the input is.
         progress.frame = progress.frame.with_columns(map(json_where_no_text, text))
         progress.text = progress.text.with_columns(text)
         progress.step_batches.append(step_batch)

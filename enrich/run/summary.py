@@ -42,7 +42,6 @@ class RunSummary:
     rows: int | None = None
     requests: int | None = None
     submitted: int = 0
-    unconfirmed: int = 0
     reused: int | None = None
     paid_in_other_ledgers: int = 0
     found: int | None = None
@@ -57,6 +56,7 @@ class RunSummary:
     left_out: Mapping[str, Mapping[str, int]] | None = None
     credits_spent: float = 0.0
     credits_unknown: int = 0
+    unconfirmed: int = 0
     credits_over_cap: float | None = None
     planned: Mapping[str, float | None] | None = None
     cost_per_hit: float | None = None

@@ -97,6 +97,7 @@ RESAVED: dict[str, Callable[[str], bytes]] = {
     "title": lambda text: ("Leads of December\n\n" + text).encode(),
     "short row": lambda text: (text + "x,y\n").encode(),
     "open quote": lambda text: (text + '"x,y\n').encode(),
+    "open quote in the first row": lambda text: text.replace("\n", '\n"', 1).encode(),
     "cut": lambda text: text[:-30].encode(),
 }
 

@@ -295,6 +295,20 @@ def test_cap_of_the_job(people: Workspace, api: SandboxApi) -> None:
     assert api.audit()["paid_twice"] == 0
 
 
+def test_column_named_like_a_pattern(people: Workspace, api: SandboxApi) -> None:
+    """The column of a step and of its fallback may have any name."""
+    fallback = SHORT_JOB.replace("person_getter", "email_getter").replace(
+        "params: {email: work_email}", "params: {first_name: First Name, last_name: Last Name, company: Website}"
+    )
+    people.write_job(
+        fallback.replace("work_email: email", '"^b.*$": email').replace("link: linkedin_url", '"^b.*$": email')
+    )
+    people.write_leads(make_people(3), HEADER)
+    summary = people.run_job(api)
+    assert summary.exit_code == ExitCode.OK
+    assert [bool(row["^b.*$"]) for row in people.read_output()].count(True) == summary.found
+
+
 def test_limit_counts_leads(people: Workspace, api: SandboxApi) -> None:
     """`--limit` begins so many leads; the next limited run finishes nothing twice and begins as many again."""
     people.write_job(SHORT_JOB)

@@ -12,6 +12,7 @@ import pytest
 
 from enrich.errors import CommandRefused
 from enrich.files import downloads, object_store, parquet_dataset
+from enrich.files.discovery import find_paths
 from enrich.files.reader import InputTable
 from enrich.files.writer import write_file
 from enrich.job.input_names import inclusion_problem
@@ -184,6 +185,27 @@ def test_output_named_after_folder(tmp_path: Path) -> None:
     text = (tmp_path / "job.yaml").read_text()
     (tmp_path / "job.yaml").write_text(text.replace("crm/leads/", "s3://crm/leads/"))
     assert load_job(tmp_path / "job.yaml").output.path == "leads_enriched.csv"
+
+
+@in_turn(
+    ("pattern", "name", "is_read"),
+    [
+        ("*.csv", "out.csv", True),
+        ("*.csv", ".out.csv", False),
+        ("*.csv", "~$out.csv", False),
+        ("*.csv", "new/out.csv", False),
+        ("*/*", "new/out.csv", True),
+        ("*/*", ".enrich/job.csv", False),
+        (".enrich/*", ".enrich/job.csv", True),
+        ("new/[ab].csv", "new/b.csv", True),
+    ],
+)
+def test_output_that_a_pattern_reads_is_refused(tmp_path: Path, pattern: str, name: str, *, is_read: bool) -> None:
+    """A pattern reads no hidden file, and no file of an open workbook."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    assert (inclusion_problem(tmp_path / pattern, tmp_path / name, "output") is not None) is is_read
+    assert (tmp_path / name in find_paths(tmp_path / pattern)) is is_read
 
 
 def test_output_inside_input_folder_is_refused(tmp_path: Path) -> None:

@@ -327,7 +327,7 @@ def _cron_environment(environ: dict[str, str]) -> Iterator[dict[str, str]]:
 @click.option(
     "--env", "given", multiple=True, metavar="NAME[=VALUE]", help="A variable that the crontab sets. Can be repeated."
 )
-@click.option("--env-file", type=options.FILE, metavar="FILE", help="A file with such variables, one per line.")
+@click.option("--env-file", type=options.WRITTEN_FILE, metavar="FILE", help="A file with such variables, one per line.")
 @click.option(
     "--at", default="02:00", show_default=True, callback=time_option, metavar="HH:MM", help="Time of the next run."
 )
