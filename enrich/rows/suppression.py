@@ -23,10 +23,12 @@ from enrich.rows.domains import (
 )
 
 #: An email address, alone in a cell or within other text.
-_EMAIL_PATTERN = r"[^\s<>()\[\]\"',;:@|]+@[^\s<>()\[\]\"',;:@|/?#]+"
+_EMAIL_PATTERN = r"[^\s<>()\[\]\"',;:@|]+@[^\s<>()\[\]\"',;:@|/?#&=+\\]+"
 
 #: Marks around an address in a sentence.
 _SURROUNDING_MARKS = re.compile(r"[.!?…*_`]+$|^[*_`]+")
+#: What may be before an address in the same word: a path, a query, another address.
+_BEFORE_ADDRESS = re.compile(r"^(?:.*[/?#&=\\]|\++)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,8 @@ class Suppression:
     def _contains_address(self, address: str) -> bool:
         local, _, host = _SURROUNDING_MARKS.sub("", address).rpartition("@")
         host = canonical_host(host.rstrip(".")) or host
-        return f"{local}@{host}" in self.addresses or self._contains_domain(host)
+        names = (local, _BEFORE_ADDRESS.sub("", local))
+        return any(f"{name}@{host}" in self.addresses for name in names) or self._contains_domain(host)
 
     def _contains_domain(self, host: str) -> bool:
         return any(domain in self.domains for domain in parent_domains(host))

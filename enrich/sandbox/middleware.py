@@ -310,7 +310,7 @@ def _retry_after(value: float | str | None) -> Headers:
     return [] if value is None else [(b"retry-after", str(value).encode())]
 
 
-_STEP = {"action": "search", "provider": "Nobody", "result": "not_found", "details": None, "cost": "0"}
+_STEP = {"action": "search", "provider": "Spare", "result": "not_found", "details": None, "cost": "0"}
 _MEBIBYTE = 2**20
 
 

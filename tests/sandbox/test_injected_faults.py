@@ -226,7 +226,7 @@ def test_many_steps(start: StartSandbox, shape: str) -> None:
     right = api.task_body(task_id)
     api.inject_fault("many-steps", steps=5_000)
     response = api.get_task(task_id)
-    assert response.text.count('"Nobody"') == 5_000
+    assert response.text.count('"Spare"') == 5_000
     assert "email" in response.text
     assert response.json()["credits_spent"] == right["credits_spent"]
 
