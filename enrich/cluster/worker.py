@@ -23,10 +23,9 @@ from enrich.ledger.lock import open_leased
 from enrich.ledger.writer import LedgerWriter
 from enrich.models import Task
 from enrich.run.dispatcher import submit_and_poll
-from enrich.run.in_flight import InFlightLimit
 from enrich.run.poll_schedule import PollSchedule
 from enrich.run.poller import Poller
-from enrich.run.rate_limit import AdaptiveRateLimiter
+from enrich.run.rate_limit import AdaptiveRateLimiter, InFlightLimit
 from enrich.run.run_state import RunCounters, RunState, Timeouts, WorkConfig
 
 if TYPE_CHECKING:  # it needs psycopg

@@ -7,6 +7,7 @@ same statements as a run, over a ledger that is opened read-only.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import pairwise, repeat
 from operator import itemgetter
@@ -264,14 +265,14 @@ def row_decisions(db: Database, requests: RequestBatch) -> Iterator[RowDecision]
             yield RowDecision(position, *known[first_rows[name]])
 
 
-def enrolled_counts(db: Database) -> dict[State, int]:
+def enrolled_counts(db: Database) -> Counter[State]:
     """Count the distinct requests of this pass by state. Queued requests count as pending."""
     state = (
         "CASE WHEN r.queue_position IS NOT NULL AND r.state NOT IN ('submitting', 'submitted') "
         "THEN 'pending' ELSE r.state END"
     )
     counts = queries.count_by_state(db, state, "seen s JOIN requests r ON r.id = s.id")
-    return {State(name): count for name, count in counts.items()}
+    return Counter({State(name): count for name, count in counts.items()})
 
 
 def queued_count(db: Database) -> int:

@@ -218,8 +218,6 @@ class Dispatcher:
         run_state.counters.submitted += len(requests)
         run_state.counters.cached += sum(each is Acceptance.CACHED for each in acceptances)
         run_state.open_tasks += 1
-        run_state.circuit_breaker.record_success()
-        run_state.record_success()
         run_state.record_post_accepted()
         bulk_task_id, step = requests[0].bulk_task_id, self.config.step or ""
         self.on_task_accepted(Task(attempts, task_id, now_ms, bulk_task_id=bulk_task_id, step=step))

@@ -21,10 +21,9 @@ from enrich.rows.template import RequestTemplate
 from enrich.run.budget import Cost
 from enrich.run.cluster_protocol import ClusterCallbacks, ClusterEngine, EnrollCounts
 from enrich.run.context import RunContext, RunFiles, RunOptions, select_requests
-from enrich.run.enrolled import EnrolledStep
 from enrich.run.progress import Phase
 from enrich.run.progress_reports import start_phase
-from enrich.run.run_state import RunState
+from enrich.run.run_state import Enrolled, RunState
 from enrich.run.startup import with_steps
 from enrich.run.step_input import StepInput
 from enrich.run.step_plan import note_on_target
@@ -101,20 +100,20 @@ async def _enroll(
     if isinstance(rows, StepInput) and to_submit:
         note = await ledger_writer.submit(note_on_target, rows.rows.steps, rows.number)
         run_state.notes += [] if note is None else [note]
-    if (earlier := run_state.enrolled.by_step.get(step)) is not None:
-        run_state.enrolled.by_step[step] = replace(earlier, requests=requests)
+    if (earlier := run_state.enrolled.get(step)) is not None:
+        run_state.enrolled[step] = replace(earlier, requests=requests)
         return
     experience = (await ledger_writer.submit(queries.average_price, template.target))[1] if to_submit else None
     cost = Cost.for_requests(to_submit, experience, template.worst_price)
-    if not run_state.enrolled.by_step and run_state.open_tasks_cost is not None:
+    if not run_state.enrolled and run_state.open_tasks_cost is not None:
         cost += run_state.open_tasks_cost
-    reused = sum(requests.get(state, 0) for state in REUSED_STATES)
-    run_state.enrolled.by_step[step] = EnrolledStep(requests, reused, to_submit, cost)
+    reused = sum(requests[state] for state in REUSED_STATES)
+    run_state.enrolled[step] = Enrolled(requests, reused, cost)
 
 
 async def count_enrolled(context: RunContext, run_state: RunState) -> None:
     """Count the requests of a step by state again, before the pass of the next step begins."""
-    enrolled, step = run_state.enrolled.by_step, context.job.step
+    enrolled, step = run_state.enrolled, context.job.step
     enrolled[step] = replace(enrolled[step], requests=await context.ledger_writer.submit(enroll.enrolled_counts))
 
 

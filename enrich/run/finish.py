@@ -95,19 +95,18 @@ async def finish_run(context: RunContext, run_state: RunState, outcome: Outcome)
 
 def _summarize_state(context: RunContext, run_state: RunState, outcome: Outcome) -> RunSummary:
     """Build the summary of what the run has found out so far."""
-    reason, enrolled = run_state.exit_reasons.get(outcome.code), run_state.enrolled.requests()
-    planned = run_state.enrolled.cost()
+    reason, enrolled = run_state.exit_reasons.get(outcome.code), run_state.enrolled_in_all
     summary = RunSummary(
         job=context.job.name,
         exit_code=int(outcome.code),
         sandbox=context.job.sandbox,
         rows=run_state.rows_read,
-        requests=None if enrolled is None else sum(enrolled.values()),
-        reused=run_state.enrolled.reused(),
+        requests=None if enrolled is None else enrolled.requests.total(),
+        reused=None if enrolled is None else enrolled.reused,
         skipped=None if enrolled is None or context.job.step_jobs else dict(run_state.skipped.most_common()),
         left_out=None if enrolled is None else left_out_by_param(run_state.left_out),
         paid_in_other_ledgers=run_state.paid_in_other_ledgers,
-        planned=None if planned is None else planned.as_json(),
+        planned=None if enrolled is None else enrolled.cost.as_json(),
         output=None if outcome.output is None else str(outcome.output),
         **run_state.extra_outputs,
         notes=run_state.notes,

@@ -31,7 +31,6 @@ from enrich.run.cluster_protocol import ClusterCallbacks
 from enrich.run.collector import Collector, JoinedBatch, JoinedStep, OutputCounts
 from enrich.run.context import RunContext, RunFiles, RunOptions, select_requests
 from enrich.run.early_end import out_of_time_error
-from enrich.run.enrolled import EnrolledSteps
 from enrich.run.job_steps import make_steps
 from enrich.run.preflight import template_from_ledger
 from enrich.run.progress import Phase
@@ -77,7 +76,9 @@ async def write_output(context: RunContext, run_state: RunState, files: RunFiles
     counts = await _write_target(context, run_state, collector, files.target)
     await _write_extra_outputs(context, run_state, collector, files.extra_output_paths)
     # A row whose request is unconfirmed may still show an older result.
-    unconfirmed = counts.statuses[RowStatus.IN_DOUBT] or (run_state.enrolled.requests() or {}).get(State.IN_DOUBT)
+    unconfirmed = counts.statuses[RowStatus.IN_DOUBT] or any(
+        step.requests[State.IN_DOUBT] for step in run_state.enrolled.values()
+    )
     if files.step_rows is not None and run_state.out_of_time and counts.statuses[RowStatus.PENDING]:
         run_state.exit_reasons.setdefault(ExitCode.TIME, out_of_time_error())
     conditions = {ExitCode.SOME_FAILED: some_failed, ExitCode.IN_DOUBT: bool(unconfirmed)}
@@ -265,7 +266,7 @@ def rebuild_output(job: Job, *, partial: bool) -> RunSummary:
         sandbox=job.sandbox,
         rows=counts.statuses.total(),
         output=str(target),
-        steps=summarize_steps(job, EnrolledSteps(), {}, counts),
+        steps=summarize_steps(job, {}, {}, counts),
         cost_per_lead=cost_per_lead(counts, unknown),
     )
     return summary.with_row_counts(counts.statuses, counts.filled_by_column)

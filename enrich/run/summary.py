@@ -13,7 +13,7 @@ from enrich.ledger.step_results import StepTotals
 from enrich.models import RowStatus, format_credits, format_elapsed, pluralize, to_credits
 from enrich.run.balance import PART_LABELS, ROUNDING_CREDITS
 from enrich.run.collector import OutputCounts
-from enrich.run.enrolled import EnrolledSteps
+from enrich.run.run_state import Enrolled
 from enrich.run.terminal_text import Styler, display_width, pad, top_reasons, unstyled, wrap_parts
 
 #: The keys in JSON, where they differ from our names.
@@ -297,18 +297,18 @@ _NAME_WIDTH = 12
 
 
 def summarize_steps(
-    job: Job, enrolled: EnrolledSteps, totals: Mapping[str, StepTotals], counts: OutputCounts | None
+    job: Job, enrolled: Mapping[str, Enrolled], totals: Mapping[str, StepTotals], counts: OutputCounts | None
 ) -> list[dict[str, Any]]:
     """Return an object for each step of a job with steps. Rows are null where they were not counted."""
     steps = []
     for step in job.step_jobs:
-        known, total = enrolled.by_step.get(step.step), totals.get(step.step, StepTotals())
+        known, total = enrolled.get(step.step), totals.get(step.step, StepTotals())
         rows = None if counts is None else counts.by_step.get(step.step, Counter())
         steps.append(
             {
                 "name": step.step,
                 step.model.target.kind.value: step.model.target.id,
-                "requests": None if known is None else sum(known.requests.values()),
+                "requests": None if known is None else known.requests.total(),
                 "submitted": total.submitted,
                 "reused": None if known is None else known.reused,
                 **{status.value: None if rows is None else rows.get(status, 0) for status in RowStatus},
