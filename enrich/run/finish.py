@@ -16,11 +16,10 @@ from enrich.models import State, format_credits, pluralize, to_credits
 from enrich.rows.params import left_out_by_param
 from enrich.run.balance import ROUNDING_CREDITS, explain_balance
 from enrich.run.context import RunContext
-from enrich.run.latencies import save_latencies
 from enrich.run.output import Outcome
+from enrich.run.periodic import save_latencies, start_phase
 from enrich.run.phases import fetch_balance
 from enrich.run.progress import Phase
-from enrich.run.progress_reports import start_phase
 from enrich.run.provider_stats import ProviderStats, ProviderTotals, parse_descriptions
 from enrich.run.run_state import RunState
 from enrich.run.signals import SignalHandler

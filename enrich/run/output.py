@@ -32,9 +32,9 @@ from enrich.run.collector import Collector, JoinedBatch, JoinedStep, OutputCount
 from enrich.run.context import RunContext, RunFiles, RunOptions, select_requests
 from enrich.run.early_end import out_of_time_error
 from enrich.run.job_steps import make_steps
+from enrich.run.periodic import start_phase
 from enrich.run.preflight import template_from_ledger
 from enrich.run.progress import Phase
-from enrich.run.progress_reports import start_phase
 from enrich.run.run_state import RunState
 from enrich.run.step_input import StepInput
 from enrich.run.step_rows import StepRows

@@ -37,8 +37,8 @@ from enrich.run.context import RunContext, RunFiles, RunOptions, rescue_folders
 from enrich.run.earlier_output import find_output_of_other_ledger
 from enrich.run.early_end import end_without_ledger, interrupt
 from enrich.run.job_steps import make_steps
-from enrich.run.latencies import load_schedule
 from enrich.run.lead_selection import LeadSelection
+from enrich.run.periodic import load_schedule
 from enrich.run.plan_file import planned_cost
 from enrich.run.preflight import Preflight, check_api_host, preflight, read_binding
 from enrich.run.rate_limit import AdaptiveRateLimiter, InFlightLimit

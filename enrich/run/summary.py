@@ -85,18 +85,8 @@ class RunSummary:
 
     def with_row_counts(self, counts: Mapping[RowStatus, int], columns: Mapping[str, int]) -> RunSummary:
         """Add the rows by status, and the rows that have a value in each new column."""
-        return replace(
-            self,
-            found=counts.get(RowStatus.FOUND, 0),
-            not_found=counts.get(RowStatus.NOT_FOUND, 0),
-            failed=counts.get(RowStatus.FAILED, 0),
-            expired=counts.get(RowStatus.EXPIRED, 0),
-            in_doubt=counts.get(RowStatus.IN_DOUBT, 0),
-            invalid=counts.get(RowStatus.INVALID, 0),
-            filtered=counts.get(RowStatus.FILTERED, 0),
-            pending=counts.get(RowStatus.PENDING, 0),
-            columns=dict(columns),
-        )
+        by_status: dict[str, Any] = {status.value: counts.get(status, 0) for status in RowStatus}
+        return replace(self, **by_status, columns=dict(columns))
 
     def as_json(self) -> dict[str, Any]:
         """Return the object that `--json` prints."""
