@@ -15,9 +15,9 @@ from enrich.job.job import Job
 from enrich.ledger.database import Database, ledger_exists
 from enrich.models import RequestSelection, to_credits
 from enrich.rows.job_input import JobInput
+from enrich.rows.job_steps import make_steps
 from enrich.rows.template import RequestTemplate, join_templates
 from enrich.run.context import RunOptions, select_requests
-from enrich.run.job_steps import make_steps
 from enrich.run.step_input import StepInput
 from enrich.run.step_plan import StepForecast, forecast_steps
 from enrich.run.step_rows import StepRows

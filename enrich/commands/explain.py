@@ -18,10 +18,11 @@ from enrich.job.cell_text import fold
 from enrich.job.job import Job
 from enrich.ledger import bindings, erasure, request_history
 from enrich.ledger.database import Database, ledger_exists, open_existing
-from enrich.ledger.forgotten import ForgottenRequests
+from enrich.ledger.erasure import ForgottenRequests
 from enrich.ledger.lock import is_locked
 from enrich.models import RequestSelection, RowStatus
 from enrich.rows.job_input import JobInput
+from enrich.rows.job_steps import StepDecision, make_steps
 from enrich.rows.lookup import (
     MAX_LEADS_SHOWN,
     Lead,
@@ -31,9 +32,7 @@ from enrich.rows.lookup import (
     parse_match,
     rows_by_request,
 )
-from enrich.rows.step_decision import StepDecision
 from enrich.rows.template import RequestTemplate
-from enrich.run.job_steps import make_steps
 from enrich.run.preflight import template_from_ledger
 from enrich.run.step_batch import StepTables
 from enrich.run.step_input import StepInput

@@ -16,8 +16,8 @@ from enrich.job.locations import LedgerLocation
 from enrich.ledger import verify
 from enrich.ledger.database import Database, delete_ledger, ledger_exists, open_existing
 from enrich.ledger.dialect import DATABASE_ERRORS
+from enrich.ledger.erasure import key_path
 from enrich.ledger.file_identity import make_private_folder
-from enrich.ledger.forgotten import key_path
 from enrich.ledger.lock import lock_ledger, open_exclusive
 from enrich.ledger.sqlite import damaged_ledger_error, is_damage_error
 

@@ -1,8 +1,9 @@
-"""Finds the ids of the requests of a batch, and builds the SQL that decides which of them are sent."""
+"""Finds and stores the ids of the requests of a batch, and builds the SQL that decides which of them are sent."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from hashlib import blake2b
 
 from enrich.json_text import to_json_text
 from enrich.ledger.database import Database
@@ -123,3 +124,28 @@ def decision_sql(selection: RequestSelection) -> str:
     for state, before_ms in selection.refresh_before_ms.items():
         cases[f"r.state = '{state}' AND {newest(f'a.settled_ms < {before_ms:d}')}"] = Decision.REFRESH
     return "CASE " + "".join(f"WHEN {case} THEN '{name}' " for case, name in cases.items()) + "ELSE r.state END"
+
+
+def find_known_batch(db: Database, job: str, position: int, digest: bytes) -> str | None:
+    """Return what was stored (JSON) for the batch at a position of a job's input.
+
+    None: nothing, the batch has another digest now, or the content is damaged. It can be computed again.
+    """
+    with db.temporary_transaction():
+        row = db.execute(
+            "SELECT content, digest FROM known_batches WHERE job = ? AND position = ?", (job, position)
+        ).fetchone()
+    return row[0] if row is not None and row[1] == _with_content(digest, row[0]) else None
+
+
+def store_known_batch(db: Database, job: str, rows: range, digest: bytes, content: str) -> None:
+    """Store what is known (JSON) of the batch with these rows, instead of batches that begin in it."""
+    in_it = (job, rows.start, rows.stop)
+    db.execute("DELETE FROM known_batches WHERE job = ? AND position >= ? AND position < ?", in_it)
+    stored = (job, rows.start, _with_content(digest, content), content)
+    db.execute("INSERT INTO known_batches VALUES (?, ?, ?, ?)", stored)
+
+
+def _with_content(digest: bytes, content: str) -> bytes:
+    """Return the digest of a batch together with what is stored of it."""
+    return blake2b(content.encode(errors="replace"), digest_size=16, key=digest).digest()

@@ -27,7 +27,7 @@ from enrich.job.locations import format_of, has_wildcards
 from enrich.job.name_hints import closest_name
 from enrich.job.steps import step_column, steps_in_header
 from enrich.ledger.database import Database
-from enrich.ledger.forgotten import ForgottenRequests
+from enrich.ledger.erasure import ForgottenRequests
 from enrich.models import RowStatus
 from enrich.rows.header import is_headerless, missing_column_hint
 from enrich.rows.known_batches import KnownBatches

@@ -24,6 +24,7 @@ from enrich.ledger import change_feed, enroll, erasure, queries
 from enrich.ledger.database import Database, ledger_exists
 from enrich.models import RequestSelection, RowStatus, State, iso_time
 from enrich.rows.job_input import JobInput
+from enrich.rows.job_steps import make_steps
 from enrich.rows.requests import CHANGE_COLUMNS
 from enrich.rows.template import RequestTemplate
 from enrich.run.answer_cells import answer_cells
@@ -31,7 +32,6 @@ from enrich.run.cluster_protocol import ClusterCallbacks
 from enrich.run.collector import Collector, JoinedBatch, JoinedStep, OutputCounts
 from enrich.run.context import RunContext, RunFiles, RunOptions, select_requests
 from enrich.run.early_end import out_of_time_error
-from enrich.run.job_steps import make_steps
 from enrich.run.periodic import start_phase
 from enrich.run.preflight import template_from_ledger
 from enrich.run.progress import Phase

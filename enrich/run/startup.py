@@ -32,11 +32,11 @@ from enrich.ledger.database import Database
 from enrich.ledger.lease_table import LeaseHolder
 from enrich.models import pluralize
 from enrich.rows.job_input import JobInput
+from enrich.rows.job_steps import make_steps
 from enrich.run.budget import make_run_budget
 from enrich.run.context import RunContext, RunFiles, RunOptions, rescue_folders
 from enrich.run.earlier_output import find_output_of_other_ledger
 from enrich.run.early_end import end_without_ledger, interrupt
-from enrich.run.job_steps import make_steps
 from enrich.run.lead_selection import LeadSelection
 from enrich.run.periodic import load_schedule
 from enrich.run.plan_file import planned_cost

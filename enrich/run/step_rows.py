@@ -17,11 +17,10 @@ from enrich.ledger.database import Database
 from enrich.ledger.step_results import StepResult
 from enrich.models import RequestResult, RowStatus, result_columns
 from enrich.rows.job_input import JobInput
+from enrich.rows.job_steps import RowFacts, Step, StepDecision, decide, row_status
 from enrich.rows.requests import RequestBuilder, RowBatch
 from enrich.rows.send_order import order_of_rows
-from enrich.rows.step_decision import RowFacts, StepDecision, decide, row_status
 from enrich.run.collector import JoinedBatch, JoinedStep, merge_cells, name_source, new_cells
-from enrich.run.job_steps import Step
 from enrich.run.lead_selection import CAPPED_REASON, LeadSelection
 from enrich.run.step_batch import (
     Identities,
