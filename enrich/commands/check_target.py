@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from enrich.commands.paths import has_ledger
-from enrich.databar.description import Description, description_changes
-from enrich.databar.waterfall import DOCUMENTED_ON, DOCUMENTED_WATERFALLS, Field
-from enrich.databar.waterfall import Param as Offered
+from enrich.databar.description import DOCUMENTED_ON, DOCUMENTED_WATERFALLS, Description, Field, description_changes
+from enrich.databar.description import Param as Offered
 from enrich.errors import CommandRefused, EnrichError, JobError
 from enrich.exit_codes import EXIT_PRECEDENCE, ExitCode
 from enrich.job.job import Job

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from enrich.databar.description import Description
-from enrich.databar.waterfall import Waterfall
+from enrich.databar.description import Description, Waterfall
 from enrich.job.job import Job
 from enrich.job.target import Target, TargetKind
 from enrich.rows.known_names import is_count, join_problems, spellings_of, target_problems

@@ -11,8 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from enrich.databar.description import Description
-from enrich.databar.waterfall import Provider
+from enrich.databar.description import Description, Provider
 from enrich.errors import CommandRefused, EnrichError, JobError
 from enrich.job.bounded_read import read_text
 from enrich.job.job import Job

@@ -13,10 +13,7 @@ from pydantic import ValidationError
 
 from enrich.databar.clock import SystemClock
 from enrich.databar.credentials import ApiAccess
-from enrich.databar.description import Description, parse_description
-from enrich.databar.enrichment import Enrichment
-from enrich.databar.user import User
-from enrich.databar.waterfall import Waterfall
+from enrich.databar.description import Description, Enrichment, User, Waterfall, parse_description
 from enrich.errors import (
     ApiUnreachable,
     CertificateUntrusted,

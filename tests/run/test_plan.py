@@ -360,7 +360,7 @@ def test_likely_cost_from_history(api: SandboxApi, workspace: Workspace) -> None
 def test_unknown_price(api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """With an unknown price, cost and cap are null and shown as unknown; with a cap, plan and run refuse."""
     workspace.write_leads(make_leads(2))
-    monkeypatch.setattr("enrich.databar.waterfall.Waterfall.highest_price", lambda *_: None)
+    monkeypatch.setattr("enrich.databar.description.Waterfall.highest_price", lambda *_: None)
 
     output = run_plan_command(workspace, api, "--json").json_output
 

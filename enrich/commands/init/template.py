@@ -16,9 +16,7 @@ from enrich.commands.init.column_matching import (
     unmatched_reason,
 )
 from enrich.commands.init.sample import Sample
-from enrich.databar.description import Description
-from enrich.databar.enrichment import Enrichment
-from enrich.databar.waterfall import Param, Waterfall
+from enrich.databar.description import Description, Enrichment, Param, Waterfall
 from enrich.models import pluralize
 from enrich.rows.requests import STATUS_COLUMNS
 
