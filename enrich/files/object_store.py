@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from enrich.errors import CommandRefused, JobError
 from enrich.extras import install_hint
+from enrich.files.atomic import COLLECT_HINT
 from enrich.job.locations import ObjectUrl
 
 if TYPE_CHECKING:
@@ -88,10 +89,14 @@ def check_bucket(url: ObjectUrl) -> None:
 
 
 def upload(url: ObjectUrl, file: BinaryIO) -> None:
-    """Copy a file to an object atomically. Raises CommandRefused."""
-    store = _open_store(url)
-    with _as_refused(url):
-        store.put(url.key, file)
+    """Copy a file of the run to an object atomically. Raises CommandRefused."""
+    file.seek(0)
+    try:
+        store = _open_store(url)
+        with _as_refused(url):
+            store.put(url.key, file)
+    except CommandRefused as error:
+        raise CommandRefused(error.message, f"{error.hint}; {COLLECT_HINT}") from error
 
 
 def _version_of(meta: ObjectMeta) -> ObjectVersion:

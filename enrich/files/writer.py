@@ -14,7 +14,7 @@ import polars as pl
 
 from enrich.errors import CommandRefused, JobError
 from enrich.files import jsonl_format, object_store, parquet_dataset, parquet_format
-from enrich.files.atomic import COLLECT_HINT, as_write_refused, atomic_write, follow_link
+from enrich.files.atomic import as_write_refused, atomic_write, follow_link
 from enrich.files.csv_format import CsvWriter
 from enrich.files.discovery import find_paths
 from enrich.files.text import as_refused
@@ -127,11 +127,7 @@ def _open_target(target: Location, job: str, kind: str) -> Iterator[BinaryIO]:
         return
     with tempfile.TemporaryFile() as file:
         yield cast("BinaryIO", file)
-        file.seek(0)
-        try:
-            object_store.upload(target, cast("BinaryIO", file))
-        except CommandRefused as error:
-            raise CommandRefused(error.message, f"{error.hint}; {COLLECT_HINT}") from error
+        object_store.upload(target, cast("BinaryIO", file))
 
 
 @contextmanager

@@ -8,9 +8,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
-from enrich.sandbox.catalogue import FLOWS, flow_detail
+from enrich.sandbox.catalogue import FLOWS, MAX_PAGES, flow_detail
 from enrich.sandbox.databar import Databar, ExpiredError, FinishedError, NoCreditsError, NotFoundError, Submission
-from enrich.sandbox.enrichments import MAX_PAGES
 from enrich.sandbox.faults import Fault, FaultInjector, Param
 from enrich.sandbox.lookups import Cascade, EnrichmentCall, Refused, make_cascade, make_enrichment_call
 from enrich.sandbox.middleware import FAULT_KEY, FaultMiddleware, Message, Receive, Send

@@ -9,9 +9,8 @@ from uuid import uuid4
 
 from enrich.sandbox import money
 from enrich.sandbox.answers import make_answer
-from enrich.sandbox.catalogue import REAL_PRICES, WATERFALLS, Waterfall
+from enrich.sandbox.catalogue import ENRICHMENTS, REAL_PRICES, WATERFALLS, Enrichment, Waterfall
 from enrich.sandbox.clock import Clock
-from enrich.sandbox.enrichments import ENRICHMENTS, Enrichment
 from enrich.sandbox.faults import Fault
 from enrich.sandbox.lookups import Cascade, EnrichmentCall, Lookup, Refused, make_lookups
 from enrich.sandbox.people import SeededRandom
