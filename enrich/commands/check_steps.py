@@ -16,10 +16,10 @@ from enrich.ledger.database import Database, ledger_exists
 from enrich.models import RequestSelection, to_credits
 from enrich.rows.job_input import JobInput
 from enrich.rows.job_steps import make_steps
-from enrich.rows.template import RequestTemplate, join_templates
+from enrich.rows.template import RequestTemplate, join_templates, template_of_unknown_target
 from enrich.run.context import RunOptions, select_requests
 from enrich.run.step_input import StepInput
-from enrich.run.step_plan import StepForecast, forecast_steps
+from enrich.run.step_plan import forecast_steps
 from enrich.run.step_rows import StepRows
 
 
@@ -39,8 +39,7 @@ def check_steps(
 ) -> None:
     """Check what the steps read, and count the leads that each wants at most. An error becomes a problem."""
     known = [
-        RequestTemplate(step.model.target, (), (), step.model.columns or {}, None) if template is None else template
-        for step, template in zip(job.step_jobs, templates, strict=True)
+        template or template_of_unknown_target(step) for step, template in zip(job.step_jobs, templates, strict=True)
     ]
     result.steps = [_describe(step, template) for step, template in zip(job.step_jobs, known, strict=True)]
     if job_input is None:
@@ -64,11 +63,7 @@ def check_steps(
         return
     for forecast, described in zip(forecasts, result.steps, strict=True):
         described["leads"] = forecast.leads
-    result.sendable_rows = _sendable(forecasts)
-
-
-def _sendable(forecasts: Sequence[StepForecast]) -> int:
-    return max(forecast.leads for forecast in forecasts)
+    result.sendable_rows = max(forecast.leads for forecast in forecasts)
 
 
 def _describe(step: Job, template: RequestTemplate) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
 from typing import Any
 
 import click
@@ -32,7 +31,7 @@ from enrich.rows.lookup import (
     parse_match,
     rows_by_request,
 )
-from enrich.rows.template import RequestTemplate
+from enrich.rows.template import RequestTemplate, template_of_unknown_target
 from enrich.run.preflight import template_from_ledger
 from enrich.run.step_batch import StepTables
 from enrich.run.step_input import StepInput
@@ -46,7 +45,7 @@ def explain_leads(job: Job, row: int | None, match: str | None) -> dict[str, Any
     """
     template, forgotten = _read_template(job)
     job_input = JobInput(job, forgotten)
-    lookup_template = template or RequestTemplate(job.model.target, (), (), {}, None)
+    lookup_template = template or template_of_unknown_target(job)
     if match is not None:
         column, value = parse_match(match, job_input.columns)
         found = find_by_cell(job_input, lookup_template, column, value)
@@ -128,14 +127,6 @@ def explain(job_options: options.JobOptions, row: int | None, match: str | None,
     click.echo(json.dumps(result, ensure_ascii=False) if as_json else "\n".join(format_explanation(result)))
 
 
-@dataclass(slots=True)
-class _Found:
-    """The matching rows, at most MAX_LEADS_SHOWN of them (numbers from 0), and how many there are."""
-
-    rows: list[int] = field(default_factory=list)
-    count: int = 0
-
-
 def explain_steps(job: Job, row: int | None, match: str | None) -> dict[str, Any]:
     """Return the object of `enrich explain --json` for a job with steps.
 
@@ -143,11 +134,16 @@ def explain_steps(job: Job, row: int | None, match: str | None) -> dict[str, Any
     """
     with open_ledger_or_empty(job) as ledger, ledger.snapshot():
         job_input = JobInput(job, erasure.load_forgotten(ledger))
-        found = _find_rows(job, job_input, row, match)
-        templates = [_template(ledger, step) for step in job.step_jobs]
+        found, count = _find_rows(job, job_input, row, match)
+        templates = [
+            template_from_ledger(ledger, step)
+            if bindings.load_description(ledger, step.model.target)
+            else template_of_unknown_target(step)
+            for step in job.step_jobs
+        ]
         rows = StepRows(job, job_input, ledger, make_steps(job, job_input, templates))
         StepInput(rows, 0).begin(RequestSelection())
-        leads = _read_leads(rows, found.rows)
+        leads = _read_leads(rows, found)
         shared = _rows_by_request(rows, leads)
         is_running = is_locked(job.ledger)
         explainers = [Explainer(step.job, step.template, ledger, is_running) for step in rows.steps]
@@ -156,7 +152,7 @@ def explain_steps(job: Job, row: int | None, match: str | None) -> dict[str, Any
             "input": str(job.input_path),
             "ledger": str(job.ledger),
             "ever_ran": any(bindings.load_description(ledger, step.model.target) for step in job.step_jobs),
-            "matches": found.count,
+            "matches": count,
             "rows": [
                 {
                     "row": number + 1,
@@ -167,35 +163,30 @@ def explain_steps(job: Job, row: int | None, match: str | None) -> dict[str, Any
                         )
                     ],
                 }
-                for number in found.rows
+                for number in found
             ],
             "gone": [],
         }
 
 
-def _template(ledger: Database, step: Job) -> RequestTemplate:
-    if bindings.load_description(ledger, step.model.target) is None:
-        return RequestTemplate(step.model.target, (), (), step.model.columns or {}, None)
-    return template_from_ledger(ledger, step)
-
-
-def _find_rows(job: Job, job_input: JobInput, row: int | None, match: str | None) -> _Found:
-    found, count = _Found(), 0
+def _find_rows(job: Job, job_input: JobInput, row: int | None, match: str | None) -> tuple[list[int], int]:
+    """Return the matching rows, at most MAX_LEADS_SHOWN of them (numbers from 0), and how many there are."""
+    found: list[int] = []
+    count = 0
     column, value = (None, "") if match is None else parse_match(match, job_input.columns)
     for first_position, _, text in job_input.frames():
         count = first_position + text.height
         if column is None:
             if row is not None and first_position < row <= count:
-                return _Found([row - 1], 1)
+                return [row - 1], 1
             continue
-        for index, cell in enumerate(text.to_series(job_input.header.index(column))):
+        for position, cell in enumerate(text.to_series(job_input.header.index(column)), first_position):
             if fold(cell) == fold(value):
-                found.count += 1
-                found.rows += [first_position + index] if found.count <= MAX_LEADS_SHOWN else []
+                found.append(position)
     if column is None:
         hint = "row numbers start at 1"
         raise JobError(f"--row {row}: the input has {count:,} rows ({job.input_path})", hint)
-    return found
+    return found[:MAX_LEADS_SHOWN], len(found)
 
 
 def _read_leads(rows: StepRows, numbers: Sequence[int]) -> dict[int, list[Lead]]:

@@ -54,7 +54,7 @@ def prepare_file(target: Location, input_location: InputLocation, job: str, kind
     try:
         _check_not_input(target, input_location, kind)
         target = follow_link(target)
-        if target.is_file() and _is_database(target):
+        if is_sqlite_file(target):
             raise JobError(f"{target}: the {kind} would replace a ledger", f"choose another `{kind}`")
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary_path(target, job, kind).unlink(missing_ok=True)
@@ -78,7 +78,10 @@ def _check_not_input(target: Path, input_location: InputLocation, kind: str) -> 
             raise JobError(f"{target}: the {kind} would replace the input", f"choose another `{kind}`")
 
 
-def _is_database(path: Path) -> bool:
+def is_sqlite_file(path: Path) -> bool:
+    """Return whether a file is a SQLite database, as ledgers are. Raises OSError."""
+    if not path.is_file():
+        return False
     with path.open("rb") as file:
         return file.read(16) == b"SQLite format 3\0"
 

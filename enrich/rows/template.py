@@ -37,6 +37,11 @@ class RequestTemplate:
         return self.unit_price if self.priced_by is None else None
 
 
+def template_of_unknown_target(job: Job) -> RequestTemplate:
+    """Return the template of a target that the API has not described yet."""
+    return RequestTemplate(job.model.target, (), (), job.model.columns or {}, None)
+
+
 def default_providers(description: Description) -> list[int]:
     """Return the providers that the API enables by default, in its order. An enrichment has none to choose."""
     if not isinstance(description, Waterfall):

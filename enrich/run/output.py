@@ -12,7 +12,6 @@ from hashlib import blake2b
 
 import polars as pl
 
-from enrich.errors import CommandRefused
 from enrich.exit_codes import OUTPUT_WRITING_CODES, ExitCode
 from enrich.files.limits import limits_of
 from enrich.files.values import as_text
@@ -21,7 +20,7 @@ from enrich.job.job import Job
 from enrich.job.locations import Location, is_dataset
 from enrich.job.spec import Changes, Output
 from enrich.ledger import change_feed, enroll, erasure, queries
-from enrich.ledger.database import Database, ledger_exists
+from enrich.ledger.database import Database, check_ledger_exists
 from enrich.models import RequestSelection, RowStatus, State, iso_time
 from enrich.rows.job_input import JobInput
 from enrich.rows.job_steps import make_steps
@@ -250,8 +249,7 @@ def rebuild_output(job: Job, *, partial: bool) -> RunSummary:
 
     Raises CommandRefused when rows are pending and `partial` is not set, or when the job never ran.
     """
-    if not ledger_exists(job.ledger):
-        raise CommandRefused(f"{job.ledger}: no ledger, because this job has never run", "run it first: enrich run JOB")
+    check_ledger_exists(job.ledger)
     with closing(Database(job.ledger, read_only=True)) as ledger:
         template = template_from_ledger(ledger, job)
         now = datetime.now().astimezone()
