@@ -96,6 +96,18 @@ class Database:
         """Run one statement. Parameters are written as `?` or `?1`."""
         return self.session.execute(sql, values)
 
+    def value(self, sql: str, *values: object) -> Any:  # noqa: ANN401 - of any type
+        """Return the first column of the first row of a query that has a row."""
+        return self.session.execute(sql, values).fetchone()[0]
+
+    def number(self, sql: str, *values: object) -> int:
+        """Return the number that a query finds."""
+        return int(self.value(sql, *values))
+
+    def exists(self, source: str, *values: object) -> bool:
+        """Return whether `FROM …` has a row."""
+        return bool(self.value(f"SELECT EXISTS (SELECT 1 {source})", *values))
+
     def executemany(self, sql: str, rows: Iterable[Sequence[Any]], /) -> None:
         """Run one statement for each of many rows."""
         self.session.executemany(sql, rows)

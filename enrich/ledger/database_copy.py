@@ -97,7 +97,7 @@ def _all_rows(db: Database, table: str, columns: list[str]) -> Iterator[tuple[An
 
 def _is_empty(db: Database) -> bool:
     """Return whether all copied tables are empty."""
-    return not any(db.execute(f"SELECT EXISTS (SELECT 1 FROM {table})").fetchone()[0] for table in COPIED_TABLES)
+    return not any(db.exists(f"FROM {table}") for table in COPIED_TABLES)
 
 
 @contextmanager

@@ -123,7 +123,7 @@ def enroll(db: Database, target: Target, requests: RequestBatch, selection: Requ
     if new := request_ids.without_id(batch.fingerprints, ids):
         canonical = target.canonical()
         db.execute("INSERT INTO calls (canonical) VALUES (?) ON CONFLICT DO NOTHING", (canonical,))
-        (call_id,) = db.execute("SELECT id FROM calls WHERE canonical = ?", (canonical,)).fetchone()
+        call_id = db.value("SELECT id FROM calls WHERE canonical = ?", canonical)
         if db.shares_passes:
             # Processes that enroll the same requests at once insert them in the same order: no deadlocks.
             new.sort()
@@ -136,7 +136,7 @@ def enroll(db: Database, target: Target, requests: RequestBatch, selection: Requ
         )
         ids = request_ids.add_ids(ids, batch.fingerprints, request_ids.ids_in(db, "requests", new))
     chosen = _record_seen(db, batch, ids, selection)
-    if db.execute("SELECT EXISTS (SELECT 1 FROM requests WHERE erased_ms IS NOT NULL)").fetchone()[0]:
+    if db.exists("FROM requests WHERE erased_ms IS NOT NULL"):
         _restore_params(db, batch, ids, chosen)
     if batch is requests or requests.ids is not None:
         return ids if requests.ids is None else requests.ids
@@ -179,7 +179,7 @@ def _apply_limits(db: Database, selection: RequestSelection) -> None:
             min(selection.max_per_group, MAX_ROWS),
         )
     if selection.sample is not None:
-        (count,) = db.execute(f"SELECT count(*) FROM seen WHERE {_COUNTED_TOWARDS_LIMIT}").fetchone()
+        count = db.value(f"SELECT count(*) FROM seen WHERE {_COUNTED_TOWARDS_LIMIT}")
         db.execute("CREATE TEMP TABLE sampled (number BIGINT PRIMARY KEY)")
         numbers = stratified_sample(count, selection.sample, selection.seed)
         db.executemany("INSERT INTO sampled VALUES (?)", ((number,) for number in numbers))
@@ -239,10 +239,10 @@ def decision_counts(db: Database) -> dict[Decision, int]:
 
 def oldest_answer_ms(db: Database) -> int | None:
     """Return when the oldest answer reused in this pass was settled (ms). None: no answer is reused."""
-    (oldest_ms,) = db.execute(
+    oldest_ms = db.value(
         "SELECT min(a.settled_ms) FROM seen s JOIN requests r ON r.id = s.id "
         "JOIN attempts a ON a.id = coalesce(r.answer_id, r.attempt_id) WHERE s.decision IN ('found', 'not_found')"
-    ).fetchone()
+    )
     return None if oldest_ms is None else int(oldest_ms)
 
 
@@ -277,8 +277,7 @@ def enrolled_counts(db: Database) -> Counter[State]:
 
 def queued_count(db: Database) -> int:
     """Count the queued requests that are not running."""
-    (count,) = db.execute(f"SELECT count(*) FROM requests WHERE {QUEUED}").fetchone()
-    return int(count)
+    return db.number(f"SELECT count(*) FROM requests WHERE {QUEUED}")
 
 
 def request_results(db: Database, requests: RequestBatch, selection: RequestSelection | None = None) -> ResultColumns:

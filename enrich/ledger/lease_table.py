@@ -54,13 +54,12 @@ def revoke_leases(db: Database, holders: Iterable[LeaseHolder]) -> None:
 
 def now_ms(db: Database) -> int:
     """Return the server's time in milliseconds since 1970 (UTC)."""
-    (now_ms,) = db.execute("SELECT floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint").fetchone()
-    return int(now_ms)
+    return db.number("SELECT floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint")
 
 
 def now(db: Database) -> datetime:
     """Return the server's time."""
-    (server_time,) = db.execute("SELECT clock_timestamp()").fetchone()
+    server_time = db.value("SELECT clock_timestamp()")
     assert isinstance(server_time, datetime)  # noqa: S101 - psycopg's type for it
     return server_time
 

@@ -28,7 +28,7 @@ def find_ids(db: Database, batch: RequestBatch) -> Sequence[int | None]:
     compared with the batch, which is much faster than looking up each of a million fingerprints.
     """
     # A request keeps its negative id for the whole pass, even if another process enrolls it meanwhile.
-    has_unknown = db.execute("SELECT EXISTS (SELECT 1 FROM unknown_requests)").fetchone()[0]
+    has_unknown = db.exists("FROM unknown_requests")
     if batch.ids is not None:
         if not has_unknown:
             db.matched_up_to = batch.ids[-1] if batch.ids else db.matched_up_to

@@ -265,28 +265,27 @@ def _is_news(
     """Return whether a line adds to what the ledger has about its request."""
     if _is_in_doubt(line, holders):
         return request.state == "pending"
-    (known,) = db.execute(
-        "SELECT EXISTS (SELECT 1 FROM attempts WHERE request_id = ? "
-        "AND task_id IS NOT DISTINCT FROM CAST(? AS TEXT) AND CAST(? AS TEXT) IS NOT NULL)",
-        (request.id, line.task_id, line.task_id),
-    ).fetchone()
+    known = line.task_id is not None and db.exists(
+        "FROM attempts WHERE request_id = ? AND task_id = ?", request.id, line.task_id
+    )
     return request.state in ("pending", "in_doubt") and not known
 
 
 def _create_execution(db: Database, line: RescuedAttempt, job: str, started_ms: int, now_ms: int) -> int:
     """Record the run that made these attempts: ended without a run summary, unlike any run of this ledger."""
-    row = db.execute(
+    return db.number(
         "INSERT INTO executions (job, started_ms, ended_ms, exit_code, paths, reserved) VALUES (?, ?, ?, 1, ?, "
         f"(SELECT coalesce(sum(reserved), 0) FROM attempts WHERE {OPEN_ATTEMPT})) RETURNING id",
-        (job, started_ms, now_ms, json.dumps(line.paths)),
-    ).fetchone()
-    return int(row[0])
+        job,
+        started_ms,
+        now_ms,
+        json.dumps(line.paths),
+    )
 
 
 def _create_bulk_task(db: Database, execution_id: int, line: RescuedAttempt) -> int:
     insert = "INSERT INTO bulk_tasks (execution_id, size) VALUES (?, ?) RETURNING id"
-    row = db.execute(insert, (execution_id, line.size)).fetchone()
-    return int(row[0])
+    return db.number(insert, execution_id, line.size)
 
 
 def _insert_attempt(  # noqa: PLR0913, PLR0917 - each is a column

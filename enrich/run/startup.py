@@ -8,14 +8,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
 
-from enrich.errors import (
-    LOCKED_HINT,
-    EnrichError,
-    Interrupted,
-    LedgerLocked,
-    RunCancelled,
-    WorkspaceMismatch,
-)
+from enrich.errors import LOCKED_HINT, EnrichError, Interrupted, LedgerLocked, RunCancelled, WorkspaceMismatch
 from enrich.files.writer import prepare_file
 from enrich.job.job import Job
 from enrich.ledger import (
