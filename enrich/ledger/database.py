@@ -209,17 +209,17 @@ class Database:
     @contextmanager
     def savepoint(self) -> Iterator[None]:
         """Isolate one of several operations of a transaction: when it raises, only its own changes are rolled back."""
-        self.session.execute("SAVEPOINT move")
+        self.session.execute("SAVEPOINT operation")
         try:
             yield
         except BaseException:
             self.claimed_up_to.clear()
             self.step_costs.clear()
             if self.session.in_transaction:  # false when a full disk has already ended the transaction
-                self.session.execute("ROLLBACK TO move")
-                self.session.execute("RELEASE move")
+                self.session.execute("ROLLBACK TO operation")
+                self.session.execute("RELEASE operation")
             raise
-        self.session.execute("RELEASE move")
+        self.session.execute("RELEASE operation")
 
     def stream_rows(self, sql: str) -> Iterator[Mapping[str, Any]]:
         """Stream the rows of a query that are too many to hold in memory."""

@@ -34,7 +34,6 @@ from enrich.models import (
 
 _TO_SEND = f"decision IN ({', '.join(repr(decision.value) for decision in DECISIONS_TO_SEND)})"
 _COUNTED_TOWARDS_LIMIT = f"decision IN ({', '.join(repr(decision.value) for decision in COUNTED_TOWARDS_LIMIT)})"
-_PLANNED_FIRST = "decision <> 'planned', queue_position"
 
 #: The same for one request, with its place in the send order and its group.
 _ONE_REQUEST = (
@@ -92,24 +91,23 @@ def _ensure_pass_tables(db: Database) -> None:
         db.execute(statement.format(blob=db.dialect.blob_type, serial=db.dialect.serial_key))
 
 
-def preview(db: Database, requests: RequestBatch, selection: RequestSelection) -> None:
-    """Read the requests of a batch and decide about those new to this pass. Leaves the ledger unchanged."""
+def preview(db: Database, requests: RequestBatch, selection: RequestSelection) -> tuple[str, int]:
+    """Read the requests of a batch and decide about those new to this pass. Leaves the ledger unchanged.
+
+    Returns the distinct requests `by_row`; those not in the ledger have negative ids.
+    """
+    batch = requests.distinct()
     with db.temporary_transaction():
         _ensure_pass_tables(db)
-        _preview(db, requests.distinct(), selection)
-
-
-def _preview(db: Database, batch: RequestBatch, selection: RequestSelection) -> tuple[str, int]:
-    """Decide about a batch of distinct requests. Return them `by_row`; those not in the ledger have negative ids."""
-    ids = request_ids.find_ids(db, batch)
-    if unknown := request_ids.without_id(batch.fingerprints, ids):
-        db.execute(
-            f"INSERT INTO unknown_requests (fingerprint) SELECT {request_ids.FINGERPRINT} "
-            "FROM json_each(CAST(?1 AS TEXT)) WHERE true ORDER BY key",
-            request_ids.as_list(unknown),
-        )
-        ids = request_ids.add_ids(ids, batch.fingerprints, request_ids.unknown_ids(db, unknown))
-    return _record_seen(db, batch, ids, selection)
+        ids = request_ids.find_ids(db, batch)
+        if unknown := request_ids.without_id(batch.fingerprints, ids):
+            db.execute(
+                f"INSERT INTO unknown_requests (fingerprint) SELECT {request_ids.FINGERPRINT} "
+                "FROM json_each(CAST(?1 AS TEXT)) WHERE true ORDER BY key",
+                request_ids.as_list(unknown),
+            )
+            ids = request_ids.add_ids(ids, batch.fingerprints, request_ids.unknown_ids(db, unknown))
+        return _record_seen(db, batch, ids, selection)
 
 
 def enroll(db: Database, target: Target, requests: RequestBatch, selection: RequestSelection) -> Sequence[int | None]:
@@ -163,41 +161,38 @@ def _restore_params(db: Database, batch: RequestBatch, ids: Sequence[int | None]
 def apply_limits(db: Database, selection: RequestSelection) -> None:
     """Exclude requests once the whole input was read: by per-group limit, then sample, then limit."""
     with db.temporary_transaction():
-        _apply_limits(db, selection)
-
-
-def _apply_limits(db: Database, selection: RequestSelection) -> None:
-    if selection.max_per_group is not None:
-        # Requests sent before count towards the limit first.
-        _exclude(
-            db,
-            Decision.CAPPED,
-            "SELECT id FROM (SELECT id, decision, row_number() OVER "
-            "(PARTITION BY group_name ORDER BY decision = 'new', queue_position) AS number FROM seen WHERE "
-            "group_name IS NOT NULL) "
-            "AS grouped WHERE decision = 'new' AND number > ?",
-            min(selection.max_per_group, MAX_ROWS),
-        )
-    if selection.sample is not None:
-        count = db.value(f"SELECT count(*) FROM seen WHERE {_COUNTED_TOWARDS_LIMIT}")
-        db.execute("CREATE TEMP TABLE sampled (number BIGINT PRIMARY KEY)")
-        numbers = stratified_sample(count, selection.sample, selection.seed)
-        db.executemany("INSERT INTO sampled VALUES (?)", ((number,) for number in numbers))
-        _exclude(
-            db,
-            Decision.NOT_SAMPLED,
-            "SELECT id FROM (SELECT id, row_number() OVER (ORDER BY first_position) - 1 AS number "
-            f"FROM seen WHERE {_COUNTED_TOWARDS_LIMIT}) AS counted "
-            "WHERE NOT EXISTS (SELECT 1 FROM sampled WHERE sampled.number = counted.number)",
-        )
-        db.execute("DROP TABLE sampled")
-    if selection.limit is not None:
-        _exclude(
-            db,
-            Decision.OVER_LIMIT,
-            f"SELECT id FROM seen WHERE {_COUNTED_TOWARDS_LIMIT} ORDER BY {_PLANNED_FIRST} LIMIT {MAX_ROWS} OFFSET ?",
-            min(selection.limit, MAX_ROWS),
-        )
+        if selection.max_per_group is not None:
+            # Requests sent before count towards the limit first.
+            _exclude(
+                db,
+                Decision.CAPPED,
+                "SELECT id FROM (SELECT id, decision, row_number() OVER "
+                "(PARTITION BY group_name ORDER BY decision = 'new', queue_position) AS number FROM seen WHERE "
+                "group_name IS NOT NULL) "
+                "AS grouped WHERE decision = 'new' AND number > ?",
+                min(selection.max_per_group, MAX_ROWS),
+            )
+        if selection.sample is not None:
+            count = db.value(f"SELECT count(*) FROM seen WHERE {_COUNTED_TOWARDS_LIMIT}")
+            db.execute("CREATE TEMP TABLE sampled (number BIGINT PRIMARY KEY)")
+            numbers = stratified_sample(count, selection.sample, selection.seed)
+            db.executemany("INSERT INTO sampled VALUES (?)", ((number,) for number in numbers))
+            _exclude(
+                db,
+                Decision.NOT_SAMPLED,
+                "SELECT id FROM (SELECT id, row_number() OVER (ORDER BY first_position) - 1 AS number "
+                f"FROM seen WHERE {_COUNTED_TOWARDS_LIMIT}) AS counted "
+                "WHERE NOT EXISTS (SELECT 1 FROM sampled WHERE sampled.number = counted.number)",
+            )
+            db.execute("DROP TABLE sampled")
+        if selection.limit is not None:
+            _exclude(
+                db,
+                Decision.OVER_LIMIT,
+                f"SELECT id FROM seen WHERE {_COUNTED_TOWARDS_LIMIT} "
+                f"ORDER BY decision <> 'planned', queue_position LIMIT {MAX_ROWS} OFFSET ?",
+                min(selection.limit, MAX_ROWS),
+            )
 
 
 def fill_queue(db: Database, selection: RequestSelection) -> None:
@@ -292,7 +287,7 @@ def request_results(db: Database, requests: RequestBatch, selection: RequestSele
         if selection is None:
             chosen = request_ids.by_row(batch, request_ids.find_ids(db, batch))
         else:
-            chosen = _preview(db, batch, selection)
+            chosen = preview(db, batch, selection)
         # The database makes the columns: a list for each row takes twice as long.
         lists = ", ".join(map(db.dialect.json_list.format, _RESULT_FIELDS.values()))
         columns = db.execute(
