@@ -104,7 +104,6 @@ async def _run_phases(context: RunContext) -> RunSummary:
     ):
         try:
             await collect_open_tasks(context, run_state)
-            startup.raise_postponed_error()
             files = startup.opened_files()
             for number in range(len(context.job.steps)):
                 await _run_step(context, run_state, files, number)

@@ -13,7 +13,7 @@ from typing import Any
 
 from enrich.databar.clock import Clock
 from enrich.errors import EnrichError, RateLimited
-from enrich.exit_codes import EXIT_PRECEDENCE, ExitCode
+from enrich.exit_codes import ExitCode, first_exit_code
 from enrich.job.target import Target
 from enrich.models import Decision, RequestSelection, State
 from enrich.rows.params import LeftOutCounts
@@ -380,9 +380,8 @@ class RunState:
             self.give_up(ExitCode.API, error)
 
     def exit_code(self, conditions: Mapping[ExitCode, bool]) -> ExitCode:
-        """Return the exit code: of those that apply, the first in EXIT_PRECEDENCE."""
-        applicable = set(self.exit_reasons) | {code for code, holds in conditions.items() if holds}
-        return next((code for code in EXIT_PRECEDENCE if code in applicable), ExitCode.OK)
+        """Return the exit code of the run. `conditions`: whether each of some further codes applies."""
+        return first_exit_code({*self.exit_reasons, *(code for code, holds in conditions.items() if holds)})
 
 
 def _first_error(error: BaseException) -> BaseException:

@@ -67,13 +67,10 @@ class Startup:
                 raise
             self.postponed_errors.append(error)
 
-    def raise_postponed_error(self) -> None:
-        """Raise the first postponed error, if there is one."""
+    def opened_files(self) -> RunFiles:
+        """Return the files. Raises the first postponed error."""
         if self.postponed_errors:
             raise self.postponed_errors[0]
-
-    def opened_files(self) -> RunFiles:
-        """Return the files. Without a postponed error they are open."""
         assert self.files is not None  # noqa: S101 - `open_files` has passed
         return self.files
 

@@ -212,7 +212,7 @@ class StepRows:
 
         Where the step's condition does not hold, that another step or job has sent it does not count.
         """
-        sent = [_was_sent(result) for result in results]
+        sent = [result is not None and result.was_sent for result in results]
         rows = [
             row
             for row, (is_sent, is_selected) in enumerate(zip(sent, selected, strict=True))
@@ -249,10 +249,6 @@ class StepRows:
 
 
 _DECISIONS = {facts: decide(RowFacts(*facts)) for facts in product([False, True], repeat=6)}
-
-
-def _was_sent(result: StepResult | None) -> bool:
-    return result is not None and result.was_sent
 
 
 def _blank_from_step(step: Step, batch: RowBatch) -> list[bool]:

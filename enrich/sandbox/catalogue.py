@@ -283,33 +283,22 @@ WATERFALLS: Mapping[str, Waterfall] = {
 }
 
 CATEGORIES = ("Verification", "People", "Places")
-_EMAIL = (EnrichmentParam("email", "The address to check"),)
-_MAILBOX = {"email": "text", "status": "text", "reason": "text"}
+
+
+def _email_check(number: int, name: str, description: str, data_source: str, price: float) -> Enrichment:
+    params = (EnrichmentParam("email", "The address to check"),)
+    fields = {"email": "text", "status": "text", "reason": "text"}
+    return Enrichment(
+        number, name, description, data_source, price, params, fields, "Verification", always_answers=True
+    )
+
 
 ENRICHMENTS: Mapping[int, Enrichment] = {
     enrichment.id: enrichment
     for enrichment in (
-        Enrichment(
-            10,
-            "Verify an email",
-            "Checks whether a mailbox exists.",
-            "Mailproof",
-            0.01,
-            _EMAIL,
-            _MAILBOX,
-            "Verification",
-            always_answers=True,
-        ),
-        Enrichment(
-            12,
-            "Verify an email, thoroughly",
-            "Checks whether a mailbox exists and accepts mail.",
-            "Bouncewatch",
-            0.05,
-            _EMAIL,
-            _MAILBOX,
-            "Verification",
-            always_answers=True,
+        _email_check(10, "Verify an email", "Checks whether a mailbox exists.", "Mailproof", 0.01),
+        _email_check(
+            12, "Verify an email, thoroughly", "Checks whether a mailbox exists and accepts mail.", "Bouncewatch", 0.05
         ),
         Enrichment(
             60,
