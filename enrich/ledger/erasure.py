@@ -57,18 +57,23 @@ def read_key(ledger: LedgerLocation, expected_key_id: str | None) -> bytes:
 
 
 def read_or_make_key(ledger: LedgerLocation) -> bytes:
-    """Read the key, or create it (mode 0600) atomically."""
+    """Read the key, or create it."""
     path = key_path(ledger)
     if not path.exists():
-        make_private_folder(path.parent)
-        temporary = path.with_name(f".{path.name}.part")
-        temporary.unlink(missing_ok=True)
-        with os.fdopen(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
-            file.write(token_bytes(_KEY_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_key(path, token_bytes(_KEY_BYTES))
     return read_key(ledger, None)
+
+
+def write_key(path: Path, key: bytes) -> None:
+    """Write a key durably (mode 0600)."""
+    make_private_folder(path.parent)
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.unlink(missing_ok=True)
+    with os.fdopen(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
+        file.write(key)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 def keyed_hash(key: bytes, value: bytes) -> bytes:
