@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
 from dataclasses import replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from enrich.commands.check_target import CheckResult, add_problem
 from enrich.errors import EnrichError
 from enrich.job.job import Job
-from enrich.ledger.database import Database, ledger_exists
+from enrich.ledger.database import open_or_empty
 from enrich.models import RequestSelection, to_credits
 from enrich.rows.job_input import JobInput
 from enrich.rows.job_steps import make_steps
@@ -21,17 +18,6 @@ from enrich.run.context import RunOptions, select_requests
 from enrich.run.step_input import StepInput
 from enrich.run.step_plan import forecast_steps
 from enrich.run.step_rows import StepRows
-
-
-@contextmanager
-def open_ledger_or_empty(job: Job) -> Iterator[Database]:
-    """Open the job's ledger read-only, or an empty one where there is none yet."""
-    location = job.ledger
-    with TemporaryDirectory() as folder:
-        is_known = ledger_exists(location)
-        ledger = Database(location if is_known else Path(folder) / "none.db", read_only=is_known)
-        with closing(ledger):
-            yield ledger
 
 
 def check_steps(
@@ -53,7 +39,7 @@ def check_steps(
             described["depends_on"] = [job.step_jobs[number].step for number in sorted(step.depends_on)]
         if result.problems:
             return
-        with open_ledger_or_empty(job) as ledger:
+        with open_or_empty(job.ledger) as ledger:
             rows = StepRows(job, job_input, ledger, steps)
             StepInput(rows, 0).begin(RequestSelection())
             selections = [select_requests(step, RunOptions(), 0) for step in job.step_jobs]

@@ -12,7 +12,6 @@ import click
 import polars as pl
 
 from enrich.commands import options
-from enrich.commands.check_steps import open_ledger_or_empty
 from enrich.commands.explain_history import (
     MAX_LEADS_SHOWN,
     Explainer,
@@ -27,7 +26,7 @@ from enrich.job.cell_text import fold
 from enrich.job.job import Job
 from enrich.job.name_hints import suggest_name
 from enrich.ledger import bindings, erasure, request_history
-from enrich.ledger.database import Database, ledger_exists, open_existing
+from enrich.ledger.database import Database, ledger_exists, open_existing, open_or_empty
 from enrich.ledger.erasure import ForgottenRequests
 from enrich.ledger.lock import is_locked
 from enrich.models import RequestSelection, RowStatus
@@ -213,7 +212,7 @@ def explain_steps(job: Job, row: int | None, match: str | None) -> dict[str, Any
 
     Raises JobError if the input has no such row or column, CommandRefused if the input cannot be read.
     """
-    with open_ledger_or_empty(job) as ledger, ledger.snapshot():
+    with open_or_empty(job.ledger) as ledger, ledger.snapshot():
         job_input = JobInput(job, erasure.load_forgotten(ledger))
         found, count = _find_rows(job, job_input, row, match)
         templates = [

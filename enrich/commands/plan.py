@@ -14,7 +14,6 @@ from pathlib import Path
 import click
 
 from enrich.commands import options
-from enrich.commands.check_steps import open_ledger_or_empty
 from enrich.commands.plan_rows import check_replaceable, write_rows, write_step_rows
 from enrich.databar.client import Client
 from enrich.databar.clock import SystemClock
@@ -25,7 +24,7 @@ from enrich.job.file_names import is_same_file
 from enrich.job.job import Job
 from enrich.job.locations import sandbox_file_name
 from enrich.ledger import enroll, erasure, execution_records, task_ids
-from enrich.ledger.database import Database
+from enrich.ledger.database import Database, open_or_empty
 from enrich.ledger.lock import is_locked
 from enrich.models import DECISIONS_TO_SEND, Decision, RowStatus, State
 from enrich.rows.job_input import JobInput
@@ -143,7 +142,7 @@ def make_plan(
 
     Raises what a run would raise before it spends. A sandbox run writes the rows under its own name.
     """
-    with open_ledger_or_empty(job) as ledger:
+    with open_or_empty(job.ledger) as ledger:
         job_input = JobInput(job, erasure.load_forgotten(ledger))
         file_versions = job_input.file_versions()
         rows_file = _prepare_rows_file(job, rows_file)
@@ -197,7 +196,7 @@ def make_steps_plan(
     job: Job, access: ApiAccess, options: RunOptions, rows_file: Path | None = None, *, is_saved: bool = True
 ) -> tuple[StepsPlan, SavedPlan | None]:
     """Plan a run of a job with steps, as `make_plan` does."""
-    with open_ledger_or_empty(job) as ledger:
+    with open_or_empty(job.ledger) as ledger:
         job_input = JobInput(job, erasure.load_forgotten(ledger))
         file_versions = job_input.file_versions()
         rows_file = _prepare_rows_file(job, rows_file)

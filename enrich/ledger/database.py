@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -261,6 +262,17 @@ def open_existing(
     if not ledger_exists(location):
         raise CommandRefused(f"{location}: the ledger does not exist", "the first `enrich run` creates it")
     return Database(location, read_only=True, any_version=any_version, skip_integrity_check=skip_integrity_check)
+
+
+@contextmanager
+def open_or_empty(location: LedgerLocation) -> Iterator[Database]:
+    """Open a ledger read-only, or an empty one where there is none yet."""
+    if ledger_exists(location):
+        with closing(Database(location, read_only=True)) as ledger:
+            yield ledger
+        return
+    with TemporaryDirectory() as folder, closing(Database(Path(folder) / "none.db")) as ledger:
+        yield ledger
 
 
 def delete_ledger(location: LedgerLocation) -> None:
