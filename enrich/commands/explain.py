@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -26,8 +25,7 @@ from enrich.job.cell_text import fold
 from enrich.job.job import Job
 from enrich.job.name_hints import suggest_name
 from enrich.ledger import bindings, erasure, request_history
-from enrich.ledger.database import Database, ledger_exists, open_existing, open_or_empty
-from enrich.ledger.erasure import ForgottenRequests
+from enrich.ledger.database import Database, open_or_empty
 from enrich.ledger.lock import is_locked
 from enrich.models import RequestSelection, RowStatus
 from enrich.rows.job_input import JobInput
@@ -46,20 +44,20 @@ def explain_leads(job: Job, row: int | None, match: str | None) -> dict[str, Any
 
     Raises JobError if the input has no such row or column, CommandRefused if the input cannot be read.
     """
-    template, forgotten = _read_template(job)
-    job_input = JobInput(job, forgotten)
-    found, count = _find_rows(job, job_input, row, match)
-    leads = _read_leads(job_input, template or template_of_unknown_target(job), found)
-    result: dict[str, Any] = {
-        "job": job.name,
-        "input": str(job.input_path),
-        "ledger": str(job.ledger),
-        "ever_ran": template is not None,
-        "matches": count,
-    }
-    if template is None:
-        return result | {"rows": [row_without_request(job, lead) for lead in leads], "gone": []}
-    with closing(open_existing(job.ledger)) as ledger, ledger.snapshot():
+    with open_or_empty(job.ledger) as ledger, ledger.snapshot():
+        template, is_known = _template(ledger, job)
+        job_input = JobInput(job, erasure.load_forgotten(ledger))
+        found, count = _find_rows(job, job_input, row, match)
+        leads = _read_leads(job_input, template, found)
+        result: dict[str, Any] = {
+            "job": job.name,
+            "input": str(job.input_path),
+            "ledger": str(job.ledger),
+            "ever_ran": is_known,
+            "matches": count,
+        }
+        if not is_known:
+            return result | {"rows": [row_without_request(job, lead) for lead in leads], "gone": []}
         explainer = Explainer(job, template, ledger, is_locked(job.ledger))
         candidates = []
         if match is not None:
@@ -78,13 +76,11 @@ def explain_leads(job: Job, row: int | None, match: str | None) -> dict[str, Any
         }
 
 
-def _read_template(job: Job) -> tuple[RequestTemplate | None, ForgottenRequests | None]:
-    """Return the request template and the forgotten requests of the ledger. No template: this job has never run."""
-    if not ledger_exists(job.ledger):
-        return None, None
-    with closing(Database(job.ledger, read_only=True)) as ledger:
-        description = bindings.load_description(ledger, job.model.target)
-        return None if description is None else template_from_ledger(ledger, job), erasure.load_forgotten(ledger)
+def _template(ledger: Database, job: Job) -> tuple[RequestTemplate, bool]:
+    """Return the request template of a job or a step, and whether the ledger knows its target."""
+    if bindings.load_description(ledger, job.model.target) is None:
+        return template_of_unknown_target(job), False
+    return template_from_ledger(ledger, job), True
 
 
 def _parse_match(match: str, columns: list[str]) -> tuple[str, str]:
@@ -215,13 +211,9 @@ def explain_steps(job: Job, row: int | None, match: str | None) -> dict[str, Any
     with open_or_empty(job.ledger) as ledger, ledger.snapshot():
         job_input = JobInput(job, erasure.load_forgotten(ledger))
         found, count = _find_rows(job, job_input, row, match)
-        templates = [
-            template_from_ledger(ledger, step)
-            if bindings.load_description(ledger, step.model.target)
-            else template_of_unknown_target(step)
-            for step in job.step_jobs
-        ]
-        rows = StepRows(job, job_input, ledger, make_steps(job, job_input, templates))
+        templates = [_template(ledger, step) for step in job.step_jobs]
+        steps = make_steps(job, job_input, [template for template, _ in templates])
+        rows = StepRows(job, job_input, ledger, steps)
         StepInput(rows, 0).begin(RequestSelection())
         leads = _read_leads_of_steps(rows, found)
         shared = _rows_by_request_of_steps(rows, leads)
@@ -231,7 +223,7 @@ def explain_steps(job: Job, row: int | None, match: str | None) -> dict[str, Any
             "job": job.name,
             "input": str(job.input_path),
             "ledger": str(job.ledger),
-            "ever_ran": any(bindings.load_description(ledger, step.model.target) for step in job.step_jobs),
+            "ever_ran": any(is_known for _, is_known in templates),
             "matches": count,
             "rows": [
                 {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing
 from typing import Any
 
 import click
@@ -13,7 +12,7 @@ import click
 from enrich.commands import options
 from enrich.job.job import Job
 from enrich.ledger import execution_records
-from enrich.ledger.database import ledger_exists, open_existing
+from enrich.ledger.database import open_or_empty
 from enrich.ledger.execution_records import ExecutionRow
 from enrich.ledger.lock import is_locked
 from enrich.models import format_elapsed, iso_time, job_title, pluralize, to_credits
@@ -25,15 +24,14 @@ def read_runs(job: Job, last: int) -> dict[str, Any]:
     """Return the object of `enrich runs --json`: the newest `last` executions, and the totals of all."""
     shown: list[dict[str, Any]] = []
     totals: Counter[str] = Counter()
-    if ledger_exists(job.ledger):
-        with closing(open_existing(job.ledger)) as ledger, ledger.snapshot():
-            lock_held = is_locked(job.ledger)  # before reading: a run that ends meanwhile was not killed
-            newest = execution_records.newest_execution_id(ledger)
-            for execution in execution_records.list_executions(ledger, job.name):
-                counts = {"submitted": execution.submitted, "spent": execution.spent, "unknown": execution.unknown}
-                totals.update({"executions": 1, **counts})
-                if len(shown) < last:
-                    shown.append(_execution_as_json(execution, is_running=lock_held and execution.id == newest))
+    with open_or_empty(job.ledger) as ledger, ledger.snapshot():
+        lock_held = is_locked(job.ledger)  # before reading: a run that ends meanwhile was not killed
+        newest = execution_records.newest_execution_id(ledger)
+        for execution in execution_records.list_executions(ledger, job.name):
+            counts = {"submitted": execution.submitted, "spent": execution.spent, "unknown": execution.unknown}
+            totals.update({"executions": 1, **counts})
+            if len(shown) < last:
+                shown.append(_execution_as_json(execution, is_running=lock_held and execution.id == newest))
     return {
         "job": job.name,
         "sandbox": job.sandbox,
