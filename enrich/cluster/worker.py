@@ -155,16 +155,16 @@ class Worker:
 
     async def run(self) -> None:
         """Run the task. Errors become exit reasons in the status."""
-        execution = self._state
+        run_state = self._state
         try:
-            while not await self._run_with_lease() and not execution.stop_submitting.is_set():
-                execution.open_tasks = execution.posts_in_flight = 0
+            while not await self._run_with_lease() and not run_state.stop_submitting.is_set():
+                run_state.open_tasks = run_state.posts_in_flight = 0
         except EnrichError as error:
             # Exit code REFUSED promises that nothing was spent, which is not certain here
-            execution.stop(ExitCode.BUG if error.exit_code is ExitCode.REFUSED else error.exit_code, error)
+            run_state.stop(ExitCode.BUG if error.exit_code is ExitCode.REFUSED else error.exit_code, error)
         except DatabaseFailed as error:
             reason = LedgerFailed(f"the ledger cannot be written: {error}", "then run the same command again")
-            execution.stop(reason.exit_code, reason)
+            run_state.stop(reason.exit_code, reason)
 
     async def _run_with_lease(self) -> bool:
         """Work under one lease. Return False when it was lost before all work was done."""
