@@ -235,7 +235,8 @@ def _insert_attempts(  # noqa: PLR0913, PLR0917 - two of them collect results
         bulk_task_id = None
         if line.bulk_task is not None and state == "submitted":
             if line.bulk_task not in bulk_task_ids:
-                bulk_task_ids[line.bulk_task] = _create_bulk_task(db, execution_id, line)
+                insert = "INSERT INTO bulk_tasks (execution_id, size) VALUES (?, ?) RETURNING id"
+                bulk_task_ids[line.bulk_task] = db.number(insert, execution_id, line.size)
             bulk_task_id = bulk_task_ids[line.bulk_task]
         _insert_attempt(db, execution_id, request, line, state, bulk_task_id)
         if line.task_id is not None:
@@ -281,11 +282,6 @@ def _create_execution(db: Database, line: RescuedAttempt, job: str, started_ms: 
         now_ms,
         json.dumps(line.paths),
     )
-
-
-def _create_bulk_task(db: Database, execution_id: int, line: RescuedAttempt) -> int:
-    insert = "INSERT INTO bulk_tasks (execution_id, size) VALUES (?, ?) RETURNING id"
-    return db.number(insert, execution_id, line.size)
 
 
 def _insert_attempt(  # noqa: PLR0913, PLR0917 - each is a column
