@@ -18,8 +18,7 @@ from typing import Any, NamedTuple
 import msgspec
 from pydantic import ValidationError
 
-from enrich.databar.description import Description, parse_description
-from enrich.databar.enrichment import Enrichment
+from enrich.databar.description import Description, Enrichment, parse_description
 from enrich.databar.task_results import ParsedData, is_blank, parse_data
 from enrich.job.target import Target, TargetKind
 from enrich.json_text import parse_json
