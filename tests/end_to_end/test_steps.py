@@ -439,6 +439,7 @@ def test_found_address_on_the_suppression_list(workspace: Workspace, tmp_path: P
     assert all(row["work_email"] for row in rows)
 
 
+@pytest.mark.long
 def test_canary_of_a_step(workspace: Workspace, tmp_path: Path) -> None:
     """A step's canary counts its own answers only, and stops the run."""
     canary = "columns: {link: linkedin_url}\n    canary: {rows: 4, min_hit_rate: 0.9}"
