@@ -81,16 +81,3 @@ def _describe(step: Job, template: RequestTemplate) -> dict[str, Any]:
         "max_credits": step.step_max_credits,
         "depends_on": None,
     }
-
-
-def step_lines(steps: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Yield the table of the steps: target, leads wanted at most, highest price of a request, steps it depends on."""
-    targets = [f"{kind} {step[kind]}" for step in steps for kind in ("waterfall", "enrichment") if kind in step]
-    names = [step["name"] for step in steps]
-    width, target_width = max(map(len, [*names, "step"])), max(map(len, [*targets, "target"]))
-    yield f"  {'step':<{width}}  {'target':<{target_width}}  {'leads':>9}  {'price':>8}  depends on"
-    for step, target in zip(steps, targets, strict=True):
-        leads = "-" if step["leads"] is None else f"{step['leads']:,}"
-        price = "-" if step["worst_price"] is None else f"{step['worst_price']:,g}"
-        depends = ", ".join(step["depends_on"] or ()) or "-"
-        yield f"  {step['name']:<{width}}  {target:<{target_width}}  {leads:>9}  {price:>8}  {depends}"

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,8 +16,10 @@ from enrich.commands import options
 from enrich.errors import EnrichError, Interrupted, JobError
 from enrich.exit_codes import JobArguments
 from enrich.job.job import Job
-from enrich.report.data import Comparison, Report
 from enrich.report.page_file import INSTALL_HINT, default_report_path, given_report_path, is_extra_missing, write_report
+
+if TYPE_CHECKING:
+    from enrich.report.data import Comparison, Report
 
 
 def _compare(job: Job, other: str, *, use_sandbox: bool) -> Comparison:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from enrich.errors import CommandRefused, JobError
 from enrich.extras import install_hint
@@ -17,7 +18,9 @@ from enrich.files.atomic import follow_link
 from enrich.job.file_names import real_path
 from enrich.job.job import Job
 from enrich.job.locations import sandbox_file_name
-from enrich.report.data import Report
+
+if TYPE_CHECKING:
+    from enrich.report.data import Report
 
 #: The last line of every report; a file without it was not written by enrich.
 REPORT_MARKER = b"\n<!-- a report of enrich -->\n"

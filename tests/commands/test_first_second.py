@@ -79,11 +79,14 @@ def test_status_imports(api: SandboxApi, workspace: Workspace, command: str, of_
     assert not modules & _SLOW
 
 
-@pytest.mark.long
-def test_check_imports(workspace: Workspace) -> None:
-    """`check` reads the input, so it needs polars, but it imports no HTTP unless it asks the API."""
+def test_check_imports(api: SandboxApi, workspace: Workspace) -> None:
+    """`check` reads the input, so it needs polars, but nothing that runs a job, no report, no `init` and no HTTP."""
     workspace.write_leads([["Ada", "Quill", "quill.example"]])
+    workspace.run_job(api)
 
     modules = imported("check", str(workspace.job_file))
 
     assert third_party(modules) <= _READS_LEDGER | {"polars", "python_calamine"}
+    assert {name for name in modules if name.startswith("enrich.run.")} == {"enrich.run.preflight"}
+    assert {name for name in modules if name.startswith("enrich.report.")} == {"enrich.report.page_file"}
+    assert not {name for name in modules if name.startswith("enrich.commands.init")}

@@ -19,11 +19,10 @@ from enrich.commands.init.sample import Sample
 from enrich.databar.description import Description
 from enrich.databar.enrichment import Enrichment
 from enrich.databar.waterfall import Param, Waterfall
+from enrich.job.target_spec import UNFILLED_COLUMN
 from enrich.models import pluralize
 from enrich.rows.requests import STATUS_COLUMNS
 
-#: Placeholder for a missing column. `enrich check` reports it.
-PLACEHOLDER = "FILL THIS IN"
 #: The cap of a new job whose price has no limit.
 REQUIRED_CREDITS = 100
 
@@ -126,7 +125,7 @@ def _param_lines(described: Description, sample: Sample) -> Iterator[str]:
     matches = match_columns([param.name for param in ordered], sample.columns)
     yield f"params: # the {described.target.kind}'s params: columns of the input"
     if not names:
-        yield (f"  name_of_a_param: {yaml_scalar(PLACEHOLDER)} # params unknown: see the documentation")
+        yield (f"  name_of_a_param: {yaml_scalar(UNFILLED_COLUMN)} # params unknown: see the documentation")
     for param in ordered:
         match = matches[param.name]
         if match is not None:
@@ -136,7 +135,7 @@ def _param_lines(described: Description, sample: Sample) -> Iterator[str]:
         elif param.required:
             why = unmatched_reason(param.name, sample.columns) or "no matching column"
             yield (
-                f"  {yaml_scalar(param.name)}: {yaml_scalar(PLACEHOLDER)} "
+                f"  {yaml_scalar(param.name)}: {yaml_scalar(UNFILLED_COLUMN)} "
                 f"# REQUIRED: {_printable(why)}; write a column's name here{_choices(param)}"
             )
         else:
