@@ -2,8 +2,8 @@
 
 `python -m benchmarks.vendor --threads 50 --rows 1000 --base-url http://127.0.0.1:8000/v1`
 
-It polls without a pause unless `--poll-interval` says otherwise. It stores nothing and writes no output. It prints one JSON object: the
-number of answered rows, and the seconds this took after the imports.
+It polls without a pause unless `--poll-interval` says otherwise. It stores nothing and writes no output. It prints one
+JSON object: the number of answered rows, and the seconds this took after the imports.
 """
 
 from __future__ import annotations
