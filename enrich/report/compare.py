@@ -17,9 +17,10 @@ from enrich.errors import CommandRefused, JobError
 from enrich.job.job import Job
 from enrich.ledger import bindings, execution_records, queries
 from enrich.ledger.database import Database, ledger_exists
-from enrich.models import MICROS_PER_CREDIT, SettledAttempt, State, format_credits, pluralize, to_credits
+from enrich.models import MICROS_PER_CREDIT, State, format_credits, pluralize, to_credits
 from enrich.report.build import reported_providers
 from enrich.report.data import ComparedSide, Comparison, ReportedProvider
+from enrich.run.answer_kinds import AnswerKind, count_kinds
 from enrich.run.provider_stats import ProviderStats, parse_descriptions
 
 #: A p-value from SIGNIFICANT_P on may be chance; one below CERTAIN_P is called no chance.
@@ -79,9 +80,9 @@ def _open_ledger(job: Job) -> Database:
 
 def _read_side(ledger: Database, job: Job, label: str, execution: int | None) -> _SideData:
     stats, totals = ProviderStats(parse_descriptions(bindings.load_descriptions(ledger))), _Totals()
-    for settled in queries.settled_attempts(ledger, job.name, execution):
-        stats.add(settled)
-        totals.add(settled)
+    for kind, number in count_kinds(queries.settled_attempts(ledger, job.name, execution)):
+        stats.add(kind, number)
+        totals.add(kind, number)
     side_providers = reported_providers(stats.totals())
     names = [each.name for each in side_providers if not each.verifies]
     spent = to_credits(totals.spent)
@@ -97,11 +98,11 @@ class _Totals:
     not_found: int = 0
     spent: int = 0
 
-    def add(self, settled: SettledAttempt) -> None:
-        self.requests += 1
-        self.found += settled.state == State.FOUND
-        self.not_found += settled.state == State.NOT_FOUND
-        self.spent += settled.paid or 0
+    def add(self, kind: AnswerKind, answers: int) -> None:
+        self.requests += answers
+        self.found += answers if kind.state == State.FOUND else 0
+        self.not_found += answers if kind.state == State.NOT_FOUND else 0
+        self.spent += (kind.paid or 0) * answers
 
 
 def _lead_frame(answered: Iterator[tuple[str, bool, float | None]]) -> pl.DataFrame:
