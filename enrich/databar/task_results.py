@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from math import isfinite
 from typing import Any, NamedTuple
@@ -291,14 +291,9 @@ def read_answer(reply: TaskReply, phase: TaskPhase, paths: Iterable[str]) -> Ans
             return Answer(State.FOUND if found else State.NOT_FOUND, note, parsed.provider, cost, raw)
 
 
-def read_bulk_answers(
-    reply: TaskReply, phase: TaskPhase, size: int, paths: Iterable[str]
+def _read_bulk_answers(
+    reply: TaskReply, phase: TaskPhase, size: int, paths: Iterable[str], *, matches_only: bool
 ) -> tuple[list[Answer], int | None]:
-    """Convert a bulk task of `size` rows that is no longer running into one answer per row and a total price.
-
-    The price is in millionths of a credit, or None if unknown. The price of a single row is never known.
-    If the response cannot be split into rows, all rows fail. Its JSON is kept with the first row, under `bundle`.
-    """
     task, raw = reply.body, reply.raw
     spent = parse_price(task.get("credits_spent"))
     data = task.get("data")
@@ -316,6 +311,9 @@ def read_bulk_answers(
         count = f"{len(rows)} rows" if isinstance(rows, list) else "no list"
         reason = f"the API answered {size} rows with {count}: the rows cannot be matched"
         return _same_answers(Answer(State.FAILED, reason), size, raw), spent
+    if matches_only and size > 1 and not any(map(is_blank, rows)):
+        reason = "the API lists matches only, in no order: the rows cannot be matched"
+        return _same_answers(Answer(State.FAILED, reason), size, raw), spent
     blank_answer = _blank_row_answer(task.get("progress"), sum(map(is_blank, rows)), message, free=spent == 0)
     if all(map(is_blank, rows)):
         return [blank_answer] * size, spent
@@ -325,6 +323,25 @@ def read_bulk_answers(
         blank_answer if is_blank(row) else _row_answer(row, str(raw_row, "utf-8"), paths, reply.note)
         for row, raw_row in zip(rows, raw_rows, strict=True)
     ], spent
+
+
+@dataclass(slots=True)
+class BulkReader:
+    """Converts bulk tasks into answers of their rows, and remembers whether the API lists matches only.
+
+    Such a list has no order. The API of before July 2026 returned it; a list in order has null where nothing was found.
+    """
+
+    matches_only: bool = False
+
+    def read(
+        self, reply: TaskReply, phase: TaskPhase, size: int, paths: Iterable[str]
+    ) -> tuple[list[Answer], int | None]:
+        """Convert a bulk task as `_read_bulk_answers` does."""
+        data = reply.body.get("data")
+        if size > 1 and isinstance(data, list) and not is_cancelled(reply.body) and not all(map(is_blank, data)):
+            self.matches_only = len(data) != size or (self.matches_only and not any(map(is_blank, data)))
+        return _read_bulk_answers(reply, phase, size, paths, matches_only=self.matches_only)
 
 
 class _RawTask(msgspec.Struct):

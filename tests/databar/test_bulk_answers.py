@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from enrich.databar.responses import parse_body, wrong_params, wrong_rows
-from enrich.databar.task_results import TaskPhase, TaskReply, read_bulk_answers, task_phase
+from enrich.databar.task_results import BulkReader, TaskPhase, TaskReply, task_phase
 from enrich.models import Answer, State
 from enrich.run.answer_cells import answer_cells
 from tests.support.cases import in_turn
@@ -27,7 +27,7 @@ json_values = st.recursive(
 
 def parse_bulk_answer(size: int, **task: Any) -> tuple[list[Answer], int | None]:
     """Parse the answer of a bulk task of `size` rows."""
-    return read_bulk_answers(TaskReply(task, json.dumps(task)), task_phase(task), size, ["email"])
+    return BulkReader().read(TaskReply(task, json.dumps(task)), task_phase(task), size, ["email"])
 
 
 def state_names(answers: list[Answer]) -> list[str]:
@@ -67,6 +67,24 @@ def test_unaligned_data_fails_all_rows(data: object) -> None:
     assert answers[1].raw is None
 
 
+def test_lists_of_matches_without_order() -> None:
+    """After a list with fewer rows than the task, a full list may be unordered matches; one with null is in order."""
+    reader = BulkReader()
+
+    def states(*data: object, **fields: object) -> list[str]:
+        task = {"status": "completed", "data": list(data), "credits_spent": 1, **fields}
+        return state_names(reader.read(TaskReply(task, json.dumps(task)), task_phase(task), 2, ["email"])[0])
+
+    assert states(ADA, ADA) == ["found", "found"]
+    assert states(ADA) == ["failed", "failed"]
+    assert states(None, None) == ["not_found", "not_found"]
+    assert states(ADA, ADA) == ["failed", "failed"]
+    assert states(ADA, None) == ["found", "not_found"]
+    assert states(ADA, ADA) == ["found", "found"]
+    states(ADA, status="cancelled")
+    assert states(ADA, ADA) == ["found", "found"]
+
+
 @in_turn("data", [ADA, [ADA], [[ADA]], {"result": ADA, "steps": []}])
 def test_one_row_without_a_list(data: object) -> None:
     """The answer of a task of one row needs no list: there is no doubt whose it is."""
@@ -79,7 +97,7 @@ def test_rows_are_kept_as_written() -> None:
     """The raw JSON of a row is what the API sent, with its numbers as they are written."""
     rows = '{"n": 1.10, "m": 12345678901234567.123}, {"n": 1e400},\n{"n": %s}' % ("9" * 5000)
     body = parse_body(b'{"data": [{"n": 0}], "status": "completed", "data": [%s, null]}' % rows.encode(), "some-key")
-    answers, _ = read_bulk_answers(TaskReply(body.value, body.text), TaskPhase.COMPLETED, 4, ["n"])
+    answers, _ = BulkReader().read(TaskReply(body.value, body.text), TaskPhase.COMPLETED, 4, ["n"])
     assert state_names(answers) == ["found", "found", "found", "not_found"]
     assert ", ".join((answer.raw or "").removeprefix('{"data":')[:-1] for answer in answers[:3]) == rows.replace(
         "\n", " "
@@ -152,7 +170,7 @@ def test_expired_task_has_unknown_price() -> None:
 def test_any_json_is_judged(task: dict[str, Any], phase: TaskPhase) -> None:
     """Any JSON gives one answer a row that the ledger can store and read, without a price for single rows."""
     body = parse_body(json.dumps(task).encode(), "some-key")
-    answers, price = read_bulk_answers(TaskReply(body.value, body.text), phase, 3, ["email"])
+    answers, price = BulkReader().read(TaskReply(body.value, body.text), phase, 3, ["email"])
 
     assert len(answers) == 3
     assert price is None or price >= 0
