@@ -51,7 +51,7 @@ def test_check_shows_the_steps(people: Workspace, api: SandboxApi) -> None:
 @pytest.mark.parametrize(
     ("condition", "is_noted"),
     first_quick(
-        2,
+        1,
         [
             ("only_if_empty: [work_email]", True),
             ("where: enrich_email_status = 'not_found'", False),
