@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -45,6 +45,12 @@ EXIT_PRECEDENCE = (
     ExitCode.SOME_FAILED,
     ExitCode.OK,
 )
+
+
+def first_exit_code(codes: Collection[ExitCode]) -> ExitCode:
+    """Return the exit code if several apply: the first in EXIT_PRECEDENCE."""
+    return next((code for code in EXIT_PRECEDENCE if code in codes), ExitCode.OK)
+
 
 #: Exit codes with which the output is written. With any other code the old file stays.
 OUTPUT_WRITING_CODES = frozenset(

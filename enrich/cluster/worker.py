@@ -23,10 +23,9 @@ from enrich.ledger.lock import open_leased
 from enrich.ledger.writer import LedgerWriter
 from enrich.models import Task
 from enrich.run.dispatcher import submit_and_poll
-from enrich.run.in_flight import InFlightLimit
 from enrich.run.poll_schedule import PollSchedule
 from enrich.run.poller import Poller
-from enrich.run.rate_limit import AdaptiveRateLimiter
+from enrich.run.rate_limit import AdaptiveRateLimiter, InFlightLimit
 from enrich.run.run_state import RunCounters, RunState, Timeouts, WorkConfig
 
 if TYPE_CHECKING:  # it needs psycopg
@@ -156,16 +155,16 @@ class Worker:
 
     async def run(self) -> None:
         """Run the task. Errors become exit reasons in the status."""
-        execution = self._state
+        run_state = self._state
         try:
-            while not await self._run_with_lease() and not execution.stop_submitting.is_set():
-                execution.open_tasks = execution.posts_in_flight = 0
+            while not await self._run_with_lease() and not run_state.stop_submitting.is_set():
+                run_state.open_tasks = run_state.posts_in_flight = 0
         except EnrichError as error:
             # Exit code REFUSED promises that nothing was spent, which is not certain here
-            execution.stop(ExitCode.BUG if error.exit_code is ExitCode.REFUSED else error.exit_code, error)
+            run_state.stop(ExitCode.BUG if error.exit_code is ExitCode.REFUSED else error.exit_code, error)
         except DatabaseFailed as error:
             reason = LedgerFailed(f"the ledger cannot be written: {error}", "then run the same command again")
-            execution.stop(reason.exit_code, reason)
+            run_state.stop(reason.exit_code, reason)
 
     async def _run_with_lease(self) -> bool:
         """Work under one lease. Return False when it was lost before all work was done."""

@@ -16,7 +16,7 @@ import click
 from enrich.commands import options
 from enrich.commands.doctor import system
 from enrich.commands.init.command import write_new_file
-from enrich.commands.options import parse_option, time_option
+from enrich.commands.options import parse_option, printable, time_option
 from enrich.commands.paths import files_written, nearest_existing
 from enrich.errors import JobError
 from enrich.job.field_types import parse_duration
@@ -117,15 +117,11 @@ def _quote_for_cron(word: str) -> str:
 def crontab_text(job: ScheduledJob) -> str:
     """Return the crontab line with comments that explain it."""
     return f"""\
-# {_printable(job.name)}: for `crontab -e` of the user {job.user}.
-# The key is alone in {_printable(str(job.key_file))}, mode 0600, owned by that user.
+# {printable(job.name)}: for `crontab -e` of the user {job.user}.
+# The key is alone in {printable(str(job.key_file))}, mode 0600, owned by that user.
 # Without a terminal a run prints only problems. cron mails them to MAILTO.
 {crontab_line(job)}
 """
-
-
-def _printable(text: str) -> str:
-    return "".join(sign if sign.isprintable() else "?" for sign in text)
 
 
 def on_calendar(schedule: Schedule) -> str:
@@ -200,7 +196,7 @@ def _private_tmp_line(job: ScheduledJob) -> str:
 
 def _escape_percent(text: str) -> str:
     """Escape `%`, which systemd would read as a specifier, and replace unprintable characters by `?`."""
-    return _printable(text).replace("%", "%%")
+    return printable(text).replace("%", "%%")
 
 
 def _quote_word(text: str) -> str:

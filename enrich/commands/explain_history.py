@@ -19,8 +19,22 @@ from enrich.ledger import request_history
 from enrich.ledger.database import Database
 from enrich.ledger.request_history import AttemptRow, RequestRow
 from enrich.models import RowStatus, State, iso_time, to_credits
-from enrich.rows.lookup import MAX_LEADS_SHOWN, Lead
 from enrich.rows.template import RequestTemplate
+
+#: Most leads to show.
+MAX_LEADS_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Lead:
+    """A row of the input, counted from 1, with its request."""
+
+    number: int
+    cells: Mapping[str, str]
+    fingerprint: bytes | None
+    params: str | None
+    status: RowStatus | None
+    error: str | None
 
 
 def row_without_request(job: Job, lead: Lead) -> dict[str, Any]:

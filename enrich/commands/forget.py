@@ -27,7 +27,7 @@ from enrich.json_text import parse_json
 from enrich.ledger import erasure, queries
 from enrich.ledger.database import Database, ledger_exists, try_read
 from enrich.ledger.dialect import DATABASE_ERRORS
-from enrich.ledger.forgotten import read_or_make_key
+from enrich.ledger.erasure import read_or_make_key
 from enrich.ledger.lock import open_exclusive
 from enrich.ledger.rescue_file import find_rescue_files
 from enrich.ledger.rescue_import import import_rescue_files, remove_imported_files

@@ -287,6 +287,11 @@ def short_path(path: str | None) -> str | None:
     return path
 
 
+def printable(text: str) -> str:
+    """Replace unprintable characters by `?`, so that a comment stays on one line."""
+    return "".join(sign if sign.isprintable() else "?" for sign in text)
+
+
 #: Stand-ins for characters that not every terminal can show.
 _ASCII = str.maketrans({"✓": "ok:", "→": "->", "·": "-", "…": "..."})
 

@@ -13,8 +13,7 @@ from urllib.parse import unquote
 from enrich.files import object_store
 from enrich.files.manifest import MANIFEST, Manifest, read_manifest
 from enrich.files.text import FORMAT_NAMES, FileProblem, TableFile
-from enrich.job.file_names import why_no_file
-from enrich.job.input_names import is_leftover, is_visible, matches_key
+from enrich.job.file_names import is_leftover, is_visible, matches_key, why_no_file
 from enrich.job.locations import Location, ObjectUrl, has_wildcards, is_pattern
 from enrich.job.spec import Input
 
@@ -82,7 +81,7 @@ def find_paths(location: Path) -> list[Path]:
     if is_pattern(location):
         matches = map(Path, glob.glob(str(location)))  # noqa: PTH207 - Path.glob also finds hidden files
         return sorted(path for path in matches if path.is_file() and not is_leftover(path.name))
-    return sorted(_walk_folder(location)) if os.path.isdir(location) else [location]  # noqa: PTH112 - as in input_names
+    return sorted(_walk_folder(location)) if os.path.isdir(location) else [location]  # noqa: PTH112 - as in file_names
 
 
 def _walk_folder(folder: Path) -> Iterator[Path]:

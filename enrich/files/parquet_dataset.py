@@ -164,7 +164,7 @@ class BucketDatasetWriter:
         with as_write_refused(self.target, "output"), tempfile.TemporaryFile() as file:
             raw = cast("BinaryIO", file)
             rows = parquet_format.write(raw, self.schema, frames)
-            _upload(_object_url(self.target, name), raw)
+            object_store.upload(_object_url(self.target, name), raw)
         return PartFile(name, first_position, rows)
 
     def finish(self, parts: Iterable[PartFile]) -> None:
@@ -222,15 +222,7 @@ def _bucket_manifest(target: ObjectUrl) -> Manifest | None:
 def _write_manifest(target: ObjectUrl, manifest: Manifest, schema: Mapping[str, pl.DataType]) -> None:
     with as_write_refused(target, "output"), tempfile.TemporaryFile() as file:
         file.write(manifest_file(manifest, schema))
-        _upload(_object_url(target, MANIFEST), cast("BinaryIO", file))
-
-
-def _upload(url: ObjectUrl, file: BinaryIO) -> None:
-    file.seek(0)
-    try:
-        object_store.upload(url, file)
-    except CommandRefused as error:
-        raise CommandRefused(error.message, f"{error.hint}; {COLLECT_HINT}") from error
+        object_store.upload(_object_url(target, MANIFEST), cast("BinaryIO", file))
 
 
 #: Number of rows in a part if a single process writes the dataset.

@@ -56,17 +56,17 @@ def read_metadata(input_files: Sequence[InputFile], copies: LocalCopies) -> list
 
 
 def _read_metadata(input_file: InputFile, copies: LocalCopies) -> FileMetadata:
+    def read(file: TableFile) -> FileMetadata:
+        return FileMetadata(_read_schema(file), parquet_format.count_rows(file) if file.format == "parquet" else None)
+
     try:
         if (file := copies.metadata_file(input_file)) is not None:
-            return FileMetadata(
-                _read_schema(file), parquet_format.count_rows(file) if file.format == "parquet" else None
-            )
+            return read(file)
     except FileProblem:
         if isinstance(input_file.location, Path):
             raise
     # The downloaded beginning or end is not enough: read the complete file.
-    file = copies.table_file(input_file)
-    return FileMetadata(_read_schema(file), parquet_format.count_rows(file) if file.format == "parquet" else None)
+    return read(copies.table_file(input_file))
 
 
 def common_schema(input_files: Sequence[InputFile], metadata: Sequence[FileMetadata]) -> InputSchema:

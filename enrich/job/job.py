@@ -14,8 +14,14 @@ from pydantic import ValidationError
 
 from enrich.errors import JobError
 from enrich.job.field_types import MAX_CREDITS
-from enrich.job.file_names import MAX_JOB_NAME_BYTES, is_same_file, real_path, why_no_file, why_no_ledger
-from enrich.job.input_names import inclusion_problem
+from enrich.job.file_names import (
+    MAX_JOB_NAME_BYTES,
+    inclusion_problem,
+    is_same_file,
+    real_path,
+    why_no_file,
+    why_no_ledger,
+)
 from enrich.job.locations import (
     STDIN,
     InputLocation,

@@ -43,21 +43,8 @@ def find_results(db: Database, fingerprints: Sequence[bytes]) -> dict[bytes, Ste
     found = {}
     for fingerprint, request_id, state, was_sent, *values in rows:
         name = bytes(fingerprint)
-        shown, answer, error, provider, credits_, task_id, settled_ms, attempt_id, erased_ms = values
-        result = RequestResult(
-            first_index[name],
-            1,
-            shown,
-            answer,
-            error,
-            provider,
-            credits_,
-            task_id,
-            settled_ms,
-            attempt_id,
-            0,
-            erased_ms,
-        )
+        *of_attempt, erased_ms = values  # in the order of the fields; no request of a step is capped here
+        result = RequestResult._make((first_index[name], 1, *of_attempt, 0, erased_ms))
         found[name] = StepResult(request_id, State(state), bool(was_sent), result)
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from array import array
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -17,9 +18,10 @@ from enrich.errors import CommandRefused, JobError
 from enrich.job.job import Job
 from enrich.ledger import bindings, execution_records, queries
 from enrich.ledger.database import Database, ledger_exists
-from enrich.models import MICROS_PER_CREDIT, SettledAttempt, State, format_credits, pluralize, to_credits
+from enrich.models import MICROS_PER_CREDIT, State, format_credits, pluralize, to_credits
 from enrich.report.build import reported_providers
 from enrich.report.data import ComparedSide, Comparison, ReportedProvider
+from enrich.run.answer_kinds import count_kinds
 from enrich.run.provider_stats import ProviderStats, parse_descriptions
 
 #: A p-value from SIGNIFICANT_P on may be chance; one below CERTAIN_P is called no chance.
@@ -78,30 +80,19 @@ def _open_ledger(job: Job) -> Database:
 
 
 def _read_side(ledger: Database, job: Job, label: str, execution: int | None) -> _SideData:
-    stats, totals = ProviderStats(parse_descriptions(bindings.load_descriptions(ledger))), _Totals()
-    for settled in queries.settled_attempts(ledger, job.name, execution):
-        stats.add(settled)
-        totals.add(settled)
+    stats = ProviderStats(parse_descriptions(bindings.load_descriptions(ledger)))
+    states: Counter[str] = Counter()
+    paid = 0
+    for kind, number in count_kinds(queries.settled_attempts(ledger, job.name, execution)):
+        stats.add(kind, number)
+        states[kind.state] += number
+        paid += (kind.paid or 0) * number
     side_providers = reported_providers(stats.totals())
     names = [each.name for each in side_providers if not each.verifies]
-    spent = to_credits(totals.spent)
-    cost_per_hit = spent / totals.found if totals.found else None
-    side = ComparedSide(label, names, totals.requests, totals.found, totals.not_found, spent, cost_per_hit)
+    found, spent = states[State.FOUND], to_credits(paid)
+    cost_per_hit = spent / found if found else None
+    side = ComparedSide(label, names, states.total(), found, states[State.NOT_FOUND], spent, cost_per_hit)
     return _SideData(side, side_providers, _lead_frame(queries.answered_params(ledger, job.name, execution)))
-
-
-@dataclass(slots=True)
-class _Totals:
-    requests: int = 0
-    found: int = 0
-    not_found: int = 0
-    spent: int = 0
-
-    def add(self, settled: SettledAttempt) -> None:
-        self.requests += 1
-        self.found += settled.state == State.FOUND
-        self.not_found += settled.state == State.NOT_FOUND
-        self.spent += settled.paid or 0
 
 
 def _lead_frame(answered: Iterator[tuple[str, bool, float | None]]) -> pl.DataFrame:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from enrich.databar.description import Description
-from enrich.databar.waterfall import Param, Provider
+from enrich.databar.description import Description, Param, Provider
 from enrich.errors import JobError
 from enrich.job.job import Job
 from enrich.job.name_hints import closest_name, did_you_mean, suggest_name

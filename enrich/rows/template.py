@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from enrich.databar.description import Description
-from enrich.databar.waterfall import Waterfall
+from enrich.databar.description import Description, Waterfall
 from enrich.job.job import Job
 from enrich.job.target import Target, TargetKind
 from enrich.rows.known_names import is_count, join_problems, spellings_of, target_problems
@@ -36,6 +35,11 @@ class RequestTemplate:
     def worst_price(self) -> int | None:
         """The highest price of any request, in millionths. None: not known, or it depends on the row."""
         return self.unit_price if self.priced_by is None else None
+
+
+def template_of_unknown_target(job: Job) -> RequestTemplate:
+    """Return the template of a target that the API has not described yet."""
+    return RequestTemplate(job.model.target, (), (), job.model.columns or {}, None)
 
 
 def default_providers(description: Description) -> list[int]:

@@ -66,10 +66,10 @@ class JoinedBatch:
     steps: Sequence[JoinedStep]
     cells: Mapping[str, pl.Series]
 
-    def count_statuses(self) -> Counter[RowStatus]:
-        """Count the rows by their status."""
-        names, counts = self.cells["enrich_status"].value_counts()
-        return Counter({RowStatus(name): count for name, count in zip(names, counts, strict=True)})
+
+def count_statuses(cells: Mapping[str, pl.Series]) -> Counter[RowStatus]:
+    """Count rows by their status. `cells` are the new cells of the rows, of all steps or of one."""
+    return Counter({RowStatus(name): count for name, count in cells["enrich_status"].value_counts().iter_rows()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +93,12 @@ class OutputCounts:
 
     def add(self, joined: JoinedBatch) -> None:
         """Count the rows of a batch."""
-        self.statuses.update(joined.count_statuses())
+        self.statuses.update(count_statuses(joined.cells))
         columns = dict.fromkeys(name for step in joined.steps for name in step.columns)
         self.filled_by_column.update({name: joined.cells[name].count() for name in columns})
         for step in joined.steps:
             if step.name:
-                names, counts = step.cells["enrich_status"].value_counts()
-                counted = {RowStatus(name): count for name, count in zip(names, counts, strict=True)}
-                self.by_step.setdefault(step.name, Counter()).update(counted)
+                self.by_step.setdefault(step.name, Counter()).update(count_statuses(step.cells))
                 self.credits[step.name] += to_micros(step.cells["enrich_credits"].sum()) or 0
 
 
@@ -161,13 +159,11 @@ class Collector:
             frame = batch.frame.with_columns(
                 self.merge_column(joined, name, formula_safe=limits.runs_formulas) for name in merged_columns
             )
-            first_position, height = batch.first_position, batch.frame.height
-            index = (
-                [pl.int_range(first_position, first_position + height, eager=True).alias(INDEX_COLUMN)]
-                if with_index
-                else []
-            )
-            yield frame.hstack([joined.cells[name] for name in new_columns] + index)
+            frame = frame.hstack([joined.cells[name] for name in new_columns])
+            if with_index:
+                index = pl.int_range(batch.first_position, batch.first_position + frame.height, eager=True)
+                frame = frame.with_columns(index.alias(INDEX_COLUMN))
+            yield frame
             del answered, joined, batch, frame  # not kept while the next batch is read
 
     def count_rows(self) -> OutputCounts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from itertools import takewhile
 from json import JSONDecodeError
 from typing import Any
 
@@ -14,13 +15,13 @@ from enrich.ledger.sqlite import damaged_ledger_error
 from enrich.ledger.verify import as_enrich_error
 from enrich.models import State, format_credits, pluralize, to_credits
 from enrich.rows.params import left_out_by_param
+from enrich.run.answer_kinds import count_kinds
 from enrich.run.balance import ROUNDING_CREDITS, explain_balance
 from enrich.run.context import RunContext
-from enrich.run.latencies import save_latencies
 from enrich.run.output import Outcome
+from enrich.run.periodic import save_latencies, start_phase
 from enrich.run.phases import fetch_balance
 from enrich.run.progress import Phase
-from enrich.run.progress_reports import start_phase
 from enrich.run.provider_stats import ProviderStats, ProviderTotals, parse_descriptions
 from enrich.run.run_state import RunState
 from enrich.run.signals import SignalHandler
@@ -95,19 +96,18 @@ async def finish_run(context: RunContext, run_state: RunState, outcome: Outcome)
 
 def _summarize_state(context: RunContext, run_state: RunState, outcome: Outcome) -> RunSummary:
     """Build the summary of what the run has found out so far."""
-    reason, enrolled = run_state.exit_reasons.get(outcome.code), run_state.enrolled.requests()
-    planned = run_state.enrolled.cost()
+    reason, enrolled = run_state.exit_reasons.get(outcome.code), run_state.enrolled_in_all
     summary = RunSummary(
         job=context.job.name,
         exit_code=int(outcome.code),
         sandbox=context.job.sandbox,
         rows=run_state.rows_read,
-        requests=None if enrolled is None else sum(enrolled.values()),
-        reused=run_state.enrolled.reused(),
+        requests=None if enrolled is None else enrolled.requests.total(),
+        reused=None if enrolled is None else enrolled.reused,
         skipped=None if enrolled is None or context.job.step_jobs else dict(run_state.skipped.most_common()),
         left_out=None if enrolled is None else left_out_by_param(run_state.left_out),
         paid_in_other_ledgers=run_state.paid_in_other_ledgers,
-        planned=None if planned is None else planned.as_json(),
+        planned=None if enrolled is None else enrolled.cost.as_json(),
         output=None if outcome.output is None else str(outcome.output),
         **run_state.extra_outputs,
         notes=run_state.notes,
@@ -149,11 +149,14 @@ async def _provider_fields(context: RunContext, summary: RunSummary) -> dict[str
 def read_provider_totals(ledger: Database, signals: SignalHandler, summary: RunSummary) -> ProviderTotals | None:
     """Read the answers of this run; None when a signal came and there are too many."""
     stats = ProviderStats(parse_descriptions(bindings.load_descriptions(ledger)))
-    for settled in queries.settled_attempts(ledger, summary.job, summary.execution):
-        if signals.received is not None and (summary.answers or 0) > MAX_READ_WHEN_INTERRUPTED:
-            return None
-        stats.add(settled)
-    return stats.totals()
+
+    def is_interrupted() -> bool:
+        return signals.received is not None and (summary.answers or 0) > MAX_READ_WHEN_INTERRUPTED
+
+    attempts = queries.settled_attempts(ledger, summary.job, summary.execution)
+    for kind, number in count_kinds(takewhile(lambda _: not is_interrupted(), attempts)):
+        stats.add(kind, number)
+    return None if is_interrupted() else stats.totals()
 
 
 async def _balance_change(

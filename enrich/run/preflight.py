@@ -13,10 +13,7 @@ from pydantic import ValidationError
 
 from enrich.databar.clock import SystemClock
 from enrich.databar.credentials import ApiAccess
-from enrich.databar.description import Description, parse_description
-from enrich.databar.enrichment import Enrichment
-from enrich.databar.user import User
-from enrich.databar.waterfall import Waterfall
+from enrich.databar.description import Description, Enrichment, User, Waterfall, parse_description
 from enrich.errors import (
     ApiUnreachable,
     CertificateUntrusted,
@@ -37,7 +34,13 @@ from enrich.ledger.database import Database
 from enrich.ledger.sqlite import damaged_ledger_error
 from enrich.models import read_balance
 from enrich.rows.known_names import BESIDE_RESULT, KnownNames, column_fields, join_problems, name_problems
-from enrich.rows.template import RequestTemplate, default_providers, join_templates, make_request_template
+from enrich.rows.template import (
+    RequestTemplate,
+    default_providers,
+    join_templates,
+    make_request_template,
+    template_of_unknown_target,
+)
 
 if TYPE_CHECKING:
     import tenacity
@@ -192,9 +195,7 @@ async def preflight(  # noqa: PLR0913 - every argument is used once
 
 def offline_preflight(job: Job) -> Preflight:
     """Build a preflight without the API: enough to collect the open tasks of earlier runs, but not to send requests."""
-    target = job.model.target
-    template = RequestTemplate(target, (), (), columns=job.model.columns or {}, unit_price=None)
-    return Preflight(template, None, {}, make_empty_description(target), [], [])
+    return Preflight(template_of_unknown_target(job), None, {}, make_empty_description(job.model.target), [], [])
 
 
 def make_empty_description(target: Target) -> Description:

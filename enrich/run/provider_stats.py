@@ -1,4 +1,4 @@
-"""Calls, matches and credits per provider, as reported by the answers. Pure, except for reading their JSON.
+"""Calls, matches and credits per provider, as reported by the answers. Pure.
 
 An answer with `steps` lists the providers that the waterfall called. Many answers without a match have no steps. A
 waterfall calls its providers in turn until one has a match, so for such an answer it called every provider whose
@@ -9,21 +9,17 @@ provider: it was called for every answer, and its price is the answer's.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
-import msgspec
 from pydantic import ValidationError
 
-from enrich.databar.description import Description, parse_description
-from enrich.databar.enrichment import Enrichment
-from enrich.databar.task_results import ParsedData, is_blank, parse_data
+from enrich.databar.description import Description, Enrichment, parse_description
 from enrich.job.target import Target, TargetKind
-from enrich.json_text import parse_json
-from enrich.models import SettledAttempt, State, to_credits, to_micros
+from enrich.models import State, to_credits, to_micros
+from enrich.run.answer_kinds import AnswerKind
 
 #: The keys of a provider in JSON, where they differ from our names.
 PROVIDER_KEYS = {"reported": "asked", "inferred": "presumed"}
@@ -94,35 +90,11 @@ class _ProviderCounter:
     position_sum: int = 0
 
 
-#: Above this many kinds of answers, those that were counted are added up.
-MAX_KINDS = 20_000
-_SETTLED = frozenset(state.value for state in (State.FOUND, State.NOT_FOUND, State.FAILED))
-
-
-class _AnswerKind(NamedTuple):
-    """The properties of an answer that count. `steps` are provider, action and cost of each step with a provider.
-
-    `sent` has the names of the params of an answer without such steps.
-    """
-
-    state: str
-    call: str
-    erased: int
-    paid: int | None
-    provider: str | None
-    steps: tuple[tuple[str, object, object], ...]
-    sent: tuple[str, ...]
-
-
 @dataclass(slots=True)
 class ProviderStats:
-    """Adds up answers. `descriptions` are those that the API last gave, by kind and id.
-
-    Answers of one kind are counted first, because a million answers have few kinds.
-    """
+    """Adds up answers. `descriptions` are those that the API last gave, by kind and id."""
 
     descriptions: Mapping[tuple[TargetKind, str], Description]
-    _kinds: Counter[tuple[object, ...]] = field(default_factory=Counter)
     _counters: dict[str, _ProviderCounter] = field(default_factory=dict)
     _providers_by_call: dict[str, tuple[list[tuple[str, frozenset[str]]], str | None]] = field(default_factory=dict)
     _sources: dict[str, str | None] = field(default_factory=dict)
@@ -133,26 +105,23 @@ class ProviderStats:
     _spent: int = 0
     _attributed: int = 0
 
-    def add(self, settled: SettledAttempt, parsed: ParsedData | None = None) -> None:
-        """Count one answer. An attempt without one (expired or unconfirmed) adds only its cost.
-
-        `parsed` is the answer's data, if it is parsed already.
-        """
-        _, state, call, params, paid, answer, erased, _, provider = settled
-        if state not in _SETTLED:
-            self._spent += paid or 0
+    def add(self, kind: AnswerKind, answers: int) -> None:
+        """Count answers of one kind. Attempts without one (expired or unconfirmed) add only their cost."""
+        self._spent += (kind.paid or 0) * answers
+        if kind.state not in {State.FOUND, State.NOT_FOUND, State.FAILED}:
             return
-        if parsed is None:
-            parsed = parse_data(load_task(answer).get("data"), provider, find_provider=False)
-        steps = _named_steps(parsed.steps)
-        sent = () if steps else tuple(msgspec.json.decode(params))
-        self._kinds[state, call, erased, paid, parsed.provider, steps, sent] += 1
-        if len(self._kinds) > MAX_KINDS:
-            self._add_kinds()
+        self._answers += answers
+        self._found += answers if kind.state == State.FOUND else 0
+        self._failed += answers if kind.state == State.FAILED else 0
+        if (source := self._source(kind.call)) is not None:
+            self._add_source(source, kind, answers)
+        elif kind.steps:
+            self._add_steps(kind, answers)
+        elif kind.state == State.FAILED or not self._infer_providers(kind, answers):
+            self._not_reported += answers
 
     def totals(self) -> ProviderTotals:
         """Return the totals."""
-        self._add_kinds()
         names = sorted(self._counters, key=self._sort_key)
         providers = [
             ProviderStat(
@@ -166,21 +135,6 @@ class ProviderStats:
             providers, self._answers, self._found, self._not_reported, self._spent, unattributed, self._failed
         )
 
-    def _add_kinds(self) -> None:
-        for values, answers in self._kinds.items():
-            kind = _AnswerKind._make(values)
-            self._answers += answers
-            self._spent += (kind.paid or 0) * answers
-            self._found += answers if kind.state == State.FOUND else 0
-            self._failed += answers if kind.state == State.FAILED else 0
-            if (source := self._source(kind.call)) is not None:
-                self._add_source(source, kind, answers)
-            elif kind.steps:
-                self._add_steps(kind, answers)
-            elif kind.state == State.FAILED or not self._infer_providers(kind, answers):
-                self._not_reported += answers
-        self._kinds.clear()
-
     def _source(self, call: str) -> str | None:
         """Return the name of the enrichment of a call; None for a waterfall."""
         if call not in self._sources:
@@ -190,25 +144,26 @@ class ProviderStats:
             self._sources[call] = None if target.kind is TargetKind.WATERFALL else source
         return self._sources[call]
 
-    def _add_source(self, name: str, kind: _AnswerKind, answers: int) -> None:
+    def _add_source(self, name: str, kind: AnswerKind, answers: int) -> None:
         count = self._counters.setdefault(name, _ProviderCounter())
         count.reported += answers
         count.found += answers if kind.state == State.FOUND else 0
         count.credits += (kind.paid or 0) * answers
         self._attributed += (kind.paid or 0) * answers
 
-    def _add_steps(self, kind: _AnswerKind, answers: int) -> None:
+    def _add_steps(self, kind: AnswerKind, answers: int) -> None:
         _, verifier = self._call_providers(kind.call)
         previous: str | None = None
         called: dict[str, None] = {}
         verified: dict[str, None] = {}
         verifiers = set()
-        for name, action, price in kind.steps:
+        for step in kind.steps:
+            name = step.provider
             count = self._counters.setdefault(name, _ProviderCounter())
-            cost = to_micros(price) or 0
+            cost = to_micros(step.cost) or 0
             count.credits += cost * answers
             self._attributed += cost * answers if kind.paid is not None else 0
-            if name == verifier or str(action).lower().startswith("verif"):
+            if name == verifier or str(step.action).lower().startswith("verif"):
                 count.verifies = True
                 verifiers.add(name)
                 if previous is not None:
@@ -232,7 +187,7 @@ class ProviderStats:
         if found is not None:
             self._counters[found].found += answers
 
-    def _infer_providers(self, kind: _AnswerKind, answers: int) -> bool:
+    def _infer_providers(self, kind: AnswerKind, answers: int) -> bool:
         """Infer the providers that a waterfall called for answers without steps. Returns whether they are known."""
         providers, _ = self._call_providers(kind.call)
         found = kind.state == State.FOUND
@@ -267,31 +222,6 @@ class ProviderStats:
         """Sort providers by their average position; verifiers come last."""
         count = self._counters[name]
         return count.verifies, count.position_sum / max(1, count.reported + count.inferred), name
-
-
-def _named_steps(steps: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, object, object], ...]:
-    """Return provider, action and cost of each step with a provider."""
-    return tuple(
-        [
-            (provider, _scalar(step.get("action")), _scalar(step.get("cost")))
-            for step in steps
-            if isinstance(provider := step.get("provider"), str) and not is_blank(provider)
-        ]
-    )
-
-
-def _scalar(value: object) -> object:
-    """Return a text or number; None for anything else: it is no price, and may have no hash."""
-    return value if value.__class__ in (str, int, float) else None
-
-
-def load_task(answer: str | None) -> Mapping[str, Any]:
-    """Read a task as the ledger stores it; empty when there is none or it cannot be read."""
-    try:
-        task = parse_json(answer or "{}")
-    except (ValueError, RecursionError):
-        return {}
-    return task if isinstance(task, dict) else {}
 
 
 def parse_descriptions(

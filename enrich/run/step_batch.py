@@ -17,8 +17,8 @@ from enrich.ledger import step_results
 from enrich.ledger.database import Database
 from enrich.ledger.step_results import StepResult
 from enrich.models import RowStatus
+from enrich.rows.job_steps import NOT_FINAL, StepDecision
 from enrich.rows.requests import RowBatch
-from enrich.rows.step_decision import NOT_FINAL, StepDecision
 
 
 @dataclass(frozen=True, slots=True)

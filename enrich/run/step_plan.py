@@ -24,9 +24,8 @@ from enrich.models import (
     to_credits,
     to_micros,
 )
-from enrich.rows.step_decision import StepDecision
+from enrich.rows.job_steps import Step, StepDecision
 from enrich.run.budget import Cost
-from enrich.run.job_steps import Step
 from enrich.run.plan import format_cost
 from enrich.run.preflight import Preflight
 from enrich.run.step_batch import StepBatch, StepTables

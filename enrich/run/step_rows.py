@@ -17,11 +17,10 @@ from enrich.ledger.database import Database
 from enrich.ledger.step_results import StepResult
 from enrich.models import RequestResult, RowStatus, result_columns
 from enrich.rows.job_input import JobInput
+from enrich.rows.job_steps import RowFacts, Step, StepDecision, decide, row_status
 from enrich.rows.requests import RequestBuilder, RowBatch
 from enrich.rows.send_order import order_of_rows
-from enrich.rows.step_decision import RowFacts, StepDecision, decide, row_status
 from enrich.run.collector import JoinedBatch, JoinedStep, merge_cells, name_source, new_cells
-from enrich.run.job_steps import Step
 from enrich.run.lead_selection import CAPPED_REASON, LeadSelection
 from enrich.run.step_batch import (
     Identities,
@@ -213,7 +212,7 @@ class StepRows:
 
         Where the step's condition does not hold, that another step or job has sent it does not count.
         """
-        sent = [_was_sent(result) for result in results]
+        sent = [result is not None and result.was_sent for result in results]
         rows = [
             row
             for row, (is_sent, is_selected) in enumerate(zip(sent, selected, strict=True))
@@ -250,10 +249,6 @@ class StepRows:
 
 
 _DECISIONS = {facts: decide(RowFacts(*facts)) for facts in product([False, True], repeat=6)}
-
-
-def _was_sent(result: StepResult | None) -> bool:
-    return result is not None and result.was_sent
 
 
 def _blank_from_step(step: Step, batch: RowBatch) -> list[bool]:

@@ -13,7 +13,7 @@ from enrich.ledger.step_results import StepTotals
 from enrich.models import RowStatus, format_credits, format_elapsed, pluralize, to_credits
 from enrich.run.balance import PART_LABELS, ROUNDING_CREDITS
 from enrich.run.collector import OutputCounts
-from enrich.run.enrolled import EnrolledSteps
+from enrich.run.run_state import Enrolled
 from enrich.run.terminal_text import Styler, display_width, pad, top_reasons, unstyled, wrap_parts
 
 #: The keys in JSON, where they differ from our names.
@@ -85,18 +85,8 @@ class RunSummary:
 
     def with_row_counts(self, counts: Mapping[RowStatus, int], columns: Mapping[str, int]) -> RunSummary:
         """Add the rows by status, and the rows that have a value in each new column."""
-        return replace(
-            self,
-            found=counts.get(RowStatus.FOUND, 0),
-            not_found=counts.get(RowStatus.NOT_FOUND, 0),
-            failed=counts.get(RowStatus.FAILED, 0),
-            expired=counts.get(RowStatus.EXPIRED, 0),
-            in_doubt=counts.get(RowStatus.IN_DOUBT, 0),
-            invalid=counts.get(RowStatus.INVALID, 0),
-            filtered=counts.get(RowStatus.FILTERED, 0),
-            pending=counts.get(RowStatus.PENDING, 0),
-            columns=dict(columns),
-        )
+        by_status: dict[str, Any] = {status.value: counts.get(status, 0) for status in RowStatus}
+        return replace(self, **by_status, columns=dict(columns))
 
     def as_json(self) -> dict[str, Any]:
         """Return the object that `--json` prints."""
@@ -297,18 +287,18 @@ _NAME_WIDTH = 12
 
 
 def summarize_steps(
-    job: Job, enrolled: EnrolledSteps, totals: Mapping[str, StepTotals], counts: OutputCounts | None
+    job: Job, enrolled: Mapping[str, Enrolled], totals: Mapping[str, StepTotals], counts: OutputCounts | None
 ) -> list[dict[str, Any]]:
     """Return an object for each step of a job with steps. Rows are null where they were not counted."""
     steps = []
     for step in job.step_jobs:
-        known, total = enrolled.by_step.get(step.step), totals.get(step.step, StepTotals())
+        known, total = enrolled.get(step.step), totals.get(step.step, StepTotals())
         rows = None if counts is None else counts.by_step.get(step.step, Counter())
         steps.append(
             {
                 "name": step.step,
                 step.model.target.kind.value: step.model.target.id,
-                "requests": None if known is None else sum(known.requests.values()),
+                "requests": None if known is None else known.requests.total(),
                 "submitted": total.submitted,
                 "reused": None if known is None else known.reused,
                 **{status.value: None if rows is None else rows.get(status, 0) for status in RowStatus},

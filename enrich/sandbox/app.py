@@ -8,16 +8,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
-from enrich.sandbox.catalogue import FLOWS, flow_detail
-from enrich.sandbox.databar import Databar, ExpiredError, FinishedError, NoCreditsError, NotFoundError, Submission
-from enrich.sandbox.enrichments import MAX_PAGES
+from enrich.sandbox.catalogue import FLOWS, MAX_PAGES, flow_detail
+from enrich.sandbox.databar import ApiError, Databar
 from enrich.sandbox.faults import Fault, FaultInjector, Param
 from enrich.sandbox.lookups import Cascade, EnrichmentCall, Refused, make_cascade, make_enrichment_call
 from enrich.sandbox.middleware import FAULT_KEY, FaultMiddleware, Message, Receive, Send
 from enrich.sandbox.settings import SandboxSettings
 from enrich.sandbox.store import SandboxStore
-
-_STATUSES: dict[type[Exception], int] = {NotFoundError: 404, NoCreditsError: 406, FinishedError: 409, ExpiredError: 410}
 
 
 class _StrictBody(BaseModel):
@@ -132,11 +129,9 @@ async def _on_refused(_: Request, refusal: Refused) -> Response:
     return JSONResponse(refusal.body, 400)
 
 
-for _kind, _status in _STATUSES.items():
-
-    @_APP.exception_handler(_kind)
-    async def _on_error(_: Request, error: Exception, status: int = _status) -> Response:
-        return JSONResponse({"detail": str(error)}, status)
+@_APP.exception_handler(ApiError)
+async def _on_error(_: Request, error: ApiError) -> Response:
+    return JSONResponse({"detail": str(error)}, error.status)
 
 
 @_APP.get("/health")
@@ -155,9 +150,16 @@ def _enrichment_call(context: _Context, number: int, pagination: _Pagination | N
     return make_enrichment_call(context.databar.enrichment(number), pagination.pages if pagination else None)
 
 
-def _submit(context: _Context, submission: Submission, request: Request) -> Response:
-    task_id = context.databar.submit(submission, request.scope.get(FAULT_KEY))
-    status = "created" if isinstance(submission.target, Cascade) else "processing"
+def _submit(
+    context: _Context,
+    target: Cascade | EnrichmentCall,
+    params: dict[str, Any] | list[dict[str, Any]],
+    request: Request,
+) -> Response:
+    bulk = isinstance(params, list)
+    rows = params if isinstance(params, list) else [params]
+    task_id = context.databar.submit(target, rows, bulk=bulk, fault=request.scope.get(FAULT_KEY))
+    status = "created" if isinstance(target, Cascade) else "processing"
     return _json(f'{{"task_id":"{task_id}","status":"{status}"}}'.encode())
 
 
@@ -173,12 +175,12 @@ async def _waterfall(context: Authorized, identifier: str) -> Response:
 
 @_APP.post("/v1/waterfalls/{identifier}/run")
 async def _run(context: Authorized, identifier: str, body: SingleRunBody, request: Request) -> Response:
-    return _submit(context, Submission(_cascade(context, identifier, body), [body.params], bulk=False), request)
+    return _submit(context, _cascade(context, identifier, body), body.params, request)
 
 
 @_APP.post("/v1/waterfalls/{identifier}/bulk-run")
 async def _bulk_run(context: Authorized, identifier: str, body: BulkRunBody, request: Request) -> Response:
-    return _submit(context, Submission(_cascade(context, identifier, body), body.params, bulk=True), request)
+    return _submit(context, _cascade(context, identifier, body), body.params, request)
 
 
 @_APP.get("/v1/enrichments/")
@@ -206,16 +208,12 @@ async def _enrichment(context: Authorized, number: int) -> Response:
 
 @_APP.post("/v1/enrichments/{number}/run")
 async def _run_enrichment(context: Authorized, number: int, body: EnrichmentBody, request: Request) -> Response:
-    call = _enrichment_call(context, number, body.pagination)
-    return _submit(context, Submission(call, [body.params], bulk=False), request)
+    return _submit(context, _enrichment_call(context, number, body.pagination), body.params, request)
 
 
 @_APP.post("/v1/enrichments/{number}/bulk-run")
-async def _bulk_run_enrichment(
-    context: Authorized, number: int, body: BulkEnrichmentBody, request: Request
-) -> Response:
-    call = _enrichment_call(context, number, body.pagination)
-    return _submit(context, Submission(call, body.params, bulk=True), request)
+async def _bulk_enrichment(context: Authorized, number: int, body: BulkEnrichmentBody, request: Request) -> Response:
+    return _submit(context, _enrichment_call(context, number, body.pagination), body.params, request)
 
 
 @_APP.get("/v1/flows")
@@ -226,7 +224,7 @@ async def _flows(_: Authorized) -> Response:
 @_APP.get("/v1/flows/{flow_id}")
 async def _flow(_: Authorized, flow_id: str) -> Response:
     if flow_id not in FLOWS:
-        raise NotFoundError("Flow not found")
+        raise ApiError(404, "Flow not found")
     return JSONResponse(flow_detail(flow_id))
 
 
@@ -247,11 +245,11 @@ async def _me(context: Authorized) -> Response:
 
 @_APP.get("/__audit")
 async def _audit(context: Context, *, runs: Annotated[bool, Query()] = True) -> Response:
-    counts: dict[str, Any] = {
+    counts = {
         "requests": dict(context.middleware.requests),
         "faults": dict(context.faults.applied_counts),
+        "busiest_second": context.middleware.peak_rate.peak,
     }
-    counts["busiest_second"] = context.middleware.peak_rate.peak
     return JSONResponse(context.databar.audit(runs=runs) | counts)
 
 

@@ -20,7 +20,7 @@ from enrich.models import State
 from enrich.run.context import RunOptions
 from enrich.run.run_state import Timeouts
 from enrich.sandbox import Fault
-from enrich.sandbox.databar import Databar, NotFoundError
+from enrich.sandbox.databar import ApiError, Databar
 from enrich.sandbox.lookups import Refused as ApiRefusal
 from tests.support.cases import first_quick, in_turn
 from tests.support.workspace import (
@@ -174,8 +174,8 @@ def test_waterfall_404_is_exit_2(
 ) -> None:
     """A 404 to a POST concerns the job, not the row: the run stops and the rows stay pending."""
 
-    def submit(*_: object) -> str:
-        raise NotFoundError("Waterfall not found")
+    def submit(*_: object, **__: object) -> str:
+        raise ApiError(404, "Waterfall not found")
 
     workspace.write_leads(make_leads(40))
     monkeypatch.setattr(Databar, "submit", submit)
@@ -442,10 +442,10 @@ def test_param_error_fails_row_only(api: SandboxApi, workspace: Workspace, monke
     """A 400 that names a param fails that row at no cost; the others continue."""
     submit = Databar.submit
 
-    def reject_param(self: Databar, order: Any, quirk: Any = None) -> str:
-        if order.rows[0]["first_name"] == "First3":
+    def reject_param(self: Databar, target: Any, rows: Any, **options: Any) -> str:
+        if rows[0]["first_name"] == "First3":
             raise ApiRefusal({"error": "INVALID_PARAMS", "rows": [{"position": 1, "fields": {"company": ["Bad."]}}]})
-        return submit(self, order, quirk)
+        return submit(self, target, rows, **options)
 
     monkeypatch.setattr(Databar, "submit", reject_param)
     workspace.write_leads(make_leads(6))

@@ -15,7 +15,7 @@ from enrich.files import downloads, object_store, parquet_dataset
 from enrich.files.discovery import find_paths
 from enrich.files.reader import InputTable
 from enrich.files.writer import write_file
-from enrich.job.input_names import inclusion_problem
+from enrich.job.file_names import inclusion_problem
 from enrich.job.job import load_job
 from enrich.job.locations import ObjectUrl
 from enrich.job.spec import Input, Output

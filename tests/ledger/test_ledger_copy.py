@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from enrich.errors import CommandRefused, LedgerLocked
 from enrich.job.locations import LedgerLocation, PostgresLocation, parse_ledger_location
-from enrich.ledger import bindings, change_feed, database_copy, erasure, execution_records, known_batches, transitions
+from enrich.ledger import bindings, change_feed, database_copy, erasure, execution_records, request_ids, transitions
 from enrich.ledger.database import ledger_exists
 from enrich.ledger.database_copy import COPIED_TABLES, copy_ledger
-from enrich.ledger.forgotten import key_path, read_or_make_key
+from enrich.ledger.erasure import key_path, read_or_make_key
 from enrich.ledger.lock import lock_ledger
 from enrich.ledger.postgres import PostgresSession
 from enrich.ledger.verify import check_ledger
@@ -52,7 +52,7 @@ def filled_ledger(ledger: CommittingLedger) -> CommittingLedger:
     ledger.commit(change_feed.mark_delivered, "job", [(0, b"key", 1)])
     ledger.commit(lambda db: db.execute("INSERT INTO step_rows VALUES (1, -7)"))
     ledger.commit(erasure.forget, read_or_make_key(ledger.location), [(2, b"0" * 16, "{}")], ledger.now)
-    ledger.commit(known_batches.store, "job", range(20_000, 20_003), b"digest", '{"ids":[1,null,2]}')
+    ledger.commit(request_ids.store_known_batch, "job", range(20_000, 20_003), b"digest", '{"ids":[1,null,2]}')
     ledger.commit(bindings.save_latencies, CALL, [(0.5, 3.25), (1e-300, 1 / 3)])
     ledger.commit(execution_records.end_execution, ledger.execution, 10, {"rows": 9}, ledger.now)
     return ledger

@@ -185,8 +185,8 @@ def test_log_has_no_personal_data(tmp_path: Path, workspace: Workspace) -> None:
 def test_quoted_params_are_removed(api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """Quoted params are shown on stderr but removed from the log, which keeps the status."""
 
-    def submit(_: Databar, order: Any, __: Any = None) -> str:
-        raise ApiRefusal({"detail": f"there is no {order.rows[0]['first_name']}"})
+    def submit(_: Databar, __: Any, rows: Any, **___: Any) -> str:
+        raise ApiRefusal({"detail": f"there is no {rows[0]['first_name']}"})
 
     workspace.write_leads(searchable_leads(1))
     monkeypatch.setattr(Databar, "submit", submit)

@@ -21,7 +21,7 @@ from enrich.job.job import load_job
 from enrich.job.target import Target, TargetKind
 from enrich.ledger import enroll, erasure
 from enrich.ledger.database import Database
-from enrich.ledger.forgotten import ForgottenRequests, read_or_make_key
+from enrich.ledger.erasure import ForgottenRequests, read_or_make_key
 from enrich.models import Decision, RequestSelection, RowStatus
 from enrich.rows.job_input import JobInput
 from enrich.rows.known_batches import store_batch

@@ -48,7 +48,9 @@ def plan_in_process(
     workspace: Workspace, api: SandboxApi, options: RunOptions | None = None, rows: Path | None = None
 ) -> Plan:
     """Make a plan in this process."""
-    return make_plan(load_job(workspace.job_file), api.access, options or RunOptions(), rows)[0]
+    plan, _ = make_plan(load_job(workspace.job_file), api.access, options or RunOptions(), rows)
+    assert isinstance(plan, Plan)
+    return plan
 
 
 def saved_plan(
@@ -177,6 +179,7 @@ def test_plan_matches_run(mixed_api: SandboxApi, case: PlanCase, *, frozen: bool
         message, kept = make_plan(
             load_job(workspace.job_file), mixed_api.access, case.options, workspace.folder / "rows.csv"
         )
+        assert isinstance(message, Plan)
         rows = read_decisions(workspace.folder / "rows.csv")
         before, spent = accepted_counts(mixed_api), mixed_api.audit()["credits_charged"]
         assert (message.rows, len(rows)) == (len(case.leads), len(case.leads))
@@ -361,7 +364,7 @@ def test_likely_cost_from_history(api: SandboxApi, workspace: Workspace) -> None
 def test_unknown_price(api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """With an unknown price, cost and cap are null and shown as unknown; with a cap, plan and run refuse."""
     workspace.write_leads(make_leads(2))
-    monkeypatch.setattr("enrich.databar.waterfall.Waterfall.highest_price", lambda *_: None)
+    monkeypatch.setattr("enrich.databar.description.Waterfall.highest_price", lambda *_: None)
 
     output = run_plan_command(workspace, api, "--json").json_output
 
@@ -385,6 +388,7 @@ def test_plan_without_dedupe(api: SandboxApi, workspace: Workspace) -> None:
     made_plan, kept = make_plan(
         load_job(workspace.job_file), api.access, RunOptions(limit=2), workspace.folder / "rows.csv"
     )
+    assert isinstance(made_plan, Plan)
     summary = workspace.run_job(api, RunOptions(plan=kept))
 
     assert (made_plan.requests, made_plan.to_submit, summary.submitted) == (6, 2, 2)

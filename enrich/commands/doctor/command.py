@@ -25,7 +25,7 @@ from enrich.commands.paths import files_read, files_written, has_ledger, local_i
 from enrich.databar.credentials import NO_KEY_HINT, ApiAccess, find_base_url, find_key
 from enrich.databar.network import find_proxy, load_certificates
 from enrich.errors import EnrichError, JobError
-from enrich.exit_codes import EXIT_PRECEDENCE, ExitCode
+from enrich.exit_codes import ExitCode, first_exit_code
 from enrich.job.bounded_read import read_text
 from enrich.job.job import Job
 from enrich.job.locations import PostgresLocation
@@ -71,8 +71,7 @@ class DoctorContext:
 
 def findings_exit_code(findings: Sequence[Finding]) -> ExitCode:
     """Return the exit code that the next run would have because of the failed findings."""
-    codes = {finding.exit_code for finding in findings if finding.mark == "fail"}
-    return next((code for code in EXIT_PRECEDENCE if code in codes), ExitCode.OK)
+    return first_exit_code({finding.exit_code for finding in findings if finding.mark == "fail"})
 
 
 def findings_as_json(job: str, findings: Sequence[Finding]) -> dict[str, Any]:

@@ -132,5 +132,5 @@ COLUMN_KINDS = (
 
 def column_kind_of(param: str) -> ColumnKind:
     """Return the kind of data that a param takes. An unknown param takes a column of its own name."""
-    kind = next((concept for concept in COLUMN_KINDS if concept.serves_param(param)), None)
+    kind = next((known for known in COLUMN_KINDS if known.serves_param(param)), None)
     return kind or ColumnKind(param, " ".join(split_words(param)) or param)
