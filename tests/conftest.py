@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 #: Name of the variable with the folder of the servers that all pytest processes share.
 SERVER_FOLDER_VARIABLE = "ENRICH_TESTS_SERVERS"
+#: How much memory must be free to have the tests' files there. All tests together write less than one GiB.
+FREE_MEMORY = 4 << 30
 
 
 # Containers often disable bytecode; then each pytest process compiles Hypothesis and all tests anew, to rewrite their
@@ -41,6 +43,7 @@ sys.dont_write_bytecode = False
 def pytest_configure(config: pytest.Config) -> None:
     """Prepare the shared servers; they end with the last pytest process."""
     if not hasattr(config, "workerinput"):
+        keep_files_in_memory()
         lifetime = ServerLifetime()
         os.environ[SERVER_FOLDER_VARIABLE] = str(lifetime.folder)
         config.add_cleanup(lifetime.close)
@@ -48,6 +51,16 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput") or config.getvalue("dist") == "no":
         gc.disable()  # until all is imported
         load_hypothesis_profile()
+
+
+def keep_files_in_memory() -> None:
+    """Have the folders of tests in memory, if it is large: a sixth less processor time, and no waiting for a disk."""
+    memory = "/dev/shm"  # noqa: S108 - pytest makes a folder of its own in it
+    if os.access(memory, os.W_OK):
+        system = os.statvfs(memory)
+        runs_programs = not system.f_flag & os.ST_NOEXEC
+        if runs_programs and system.f_bavail * system.f_frsize > FREE_MEMORY:
+            os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", memory)
 
 
 def load_hypothesis_profile() -> None:

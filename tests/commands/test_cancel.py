@@ -195,6 +195,7 @@ def cancel_at_api(api: SandboxApi, task_id: str) -> None:
     assert answer.status_code == 200
 
 
+@pytest.mark.long
 @FILE_ONLY
 def test_cancelled_elsewhere_is_not_sent_again(slow_api: SandboxApi, workspace: Workspace) -> None:
     """A task that was cancelled at the API by another client is failed, and not bought again without --retry."""
@@ -222,6 +223,7 @@ def test_other_jobs_and_hosts_are_left_alone(slow_api: SandboxApi, workspace: Wo
     assert slow_api.audit()["refunded"] == 0
 
 
+@pytest.mark.long
 @FILE_ONLY
 def test_commands_after_a_cancel(slow_api: SandboxApi, workspace: Workspace) -> None:
     """The ledger is sound, and status, runs, report, explain and reconcile show the cancel."""

@@ -44,6 +44,7 @@ def findings_with_mark(result: ProgramResult, mark: str) -> dict[str, str]:
     return {subject: message for found, subject, message in lines if found == mark}
 
 
+@pytest.mark.long
 def test_healthy_job(ready_workspace: Workspace, api: SandboxApi) -> None:
     """All findings are ok; nothing is written or charged."""
     before = {path: path.stat().st_mtime_ns for path in ready_workspace.folder.rglob("*")}
@@ -152,6 +153,7 @@ def test_invalid_job(ready_workspace: Workspace, api: SandboxApi) -> None:
     assert "key" in findings_with_mark(result, "ok")
 
 
+@pytest.mark.long
 def test_cap_with_verifier(ready_workspace: Workspace, api: SandboxApi) -> None:
     """A job with a cap and a verifier has a price, so its cap can be enforced."""
     ready_workspace.write_job(email_verifier="10", limits="{max_credits: 500}")

@@ -79,6 +79,7 @@ def test_status_imports(api: SandboxApi, workspace: Workspace, command: str, of_
     assert not modules & _SLOW
 
 
+@pytest.mark.long
 def test_check_imports(api: SandboxApi, workspace: Workspace) -> None:
     """`check` reads the input, so it needs polars, but nothing that runs a job, no report, no `init` and no HTTP."""
     workspace.write_leads([["Ada", "Quill", "quill.example"]])

@@ -51,7 +51,7 @@ def test_check_shows_the_steps(people: Workspace, api: SandboxApi) -> None:
 @pytest.mark.parametrize(
     ("condition", "is_noted"),
     first_quick(
-        2,
+        1,
         [
             ("only_if_empty: [work_email]", True),
             ("where: enrich_email_status = 'not_found'", False),
@@ -313,6 +313,7 @@ def test_metrics_by_step(people: Workspace, api: SandboxApi) -> None:
 def test_question_before_the_first_run(people: Workspace, api: SandboxApi) -> None:
     """A first real run without a cap shows the plan of all steps; a no sends nothing."""
     people.write_job(SHORT_JOB)
+    people.write_leads(make_people(4), HEADER)
     asked: list[str] = []
 
     def decline(text: str) -> bool:
@@ -322,8 +323,8 @@ def test_question_before_the_first_run(people: Workspace, api: SandboxApi) -> No
     with pytest.raises(RunDeclined):
         people.run_job(api, RunOptions(confirm=decline))
     assert api.audit()["accepted"] == 0
-    assert asked[0].startswith("12 leads, 2 steps · 12 requests to send, then more")
-    assert people.run_job(api, RunOptions(confirm=lambda _: True)).submitted > 12
+    assert asked[0].startswith("4 leads, 2 steps · 4 requests to send, then more")
+    assert people.run_job(api, RunOptions(confirm=lambda _: True)).submitted > 4
 
 
 @pytest.mark.long

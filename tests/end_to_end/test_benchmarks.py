@@ -44,26 +44,11 @@ def test_overhead_benchmark_output() -> None:
     assert "steady state" in printed
 
 
-def test_compare_benchmark_output() -> None:
-    """Skips the vendor's SDK without an error when it is not installed."""
-    names = first_cells(run_benchmark("compare", "--rows", "20", "--seconds", "0"))
-
-    assert {"who", "enrich run", "httpx, 10 tasks"} <= set(names)
-
-
 def test_million_benchmark_output() -> None:
-    """Each command is compared with its control."""
-    printed = run_benchmark("million", "--growth", "30", "--only", "plan,check")
+    """A command is compared with its control."""
+    printed = run_benchmark("million", "--growth", "30", "--only", "check")
 
-    assert printed.count("control: Python csv") == printed.count("control: sqlite3") == 1
-    assert printed.count("ledger check") == printed.count("plan, parquet") == 1
-
-
-def test_startup_benchmark_output() -> None:
-    """Each command is compared with the import of polars."""
-    names = first_cells(run_benchmark("startup", "--rounds", "0"))
-
-    assert {"control: polars", "enrich --help", "enrich status", "enrich run"} <= set(names)
+    assert printed.count("control: sqlite3") == printed.count("ledger check") == 1
 
 
 def test_sdk_client_enriches_every_row() -> None:

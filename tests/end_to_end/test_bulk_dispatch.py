@@ -171,6 +171,7 @@ def test_output_equals_single_mode(seed: int, size: int, shape: Any, hit_rate: f
 # Failed POSTs
 
 
+@FILE_ONLY
 @pytest.mark.parametrize(
     "fault",
     first_quick(
@@ -274,6 +275,7 @@ def lead_names(numbers: Iterable[int]) -> set[str]:
     return {f"First{number}" for number in numbers}
 
 
+@FILE_ONLY
 @pytest.mark.parametrize("shape", first_quick(1, ["new", "fields", "old", "old_short"]))
 @pytest.mark.parametrize("numbers", first_quick(1, [(0, 9, 10, 24), (3,), tuple(range(8, 15))], single=True))
 def test_invalid_rows_fail_and_rest_is_resent(

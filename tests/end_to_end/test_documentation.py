@@ -117,6 +117,7 @@ def test_reference_pages_are_current(page: str) -> None:
     assert text == with_reference(page)
 
 
+@pytest.mark.long
 def test_troubleshooting_quotes_the_source() -> None:
     """Each message of the troubleshooting page is a text of the source, and stands in one place."""
     page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")

@@ -65,6 +65,7 @@ def test_snapshot_warns(workspace: Workspace, changed: dict[str, str], place: st
     assert f"did you mean {nearest}?" in result.stderr
 
 
+@pytest.mark.long
 def test_remembered_list_refuses(api: SandboxApi, workspace: Workspace) -> None:
     """What the API said at the last run decides without network; the answers of a ledger are right, too."""
     workspace.write_job(waterfall="company_lookup", params="{company_website: Website}", columns="{it: revenue}")

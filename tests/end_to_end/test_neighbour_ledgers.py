@@ -250,6 +250,7 @@ def test_answer_no_to_the_cost(api: SandboxApi, workspace: Workspace) -> None:
     assert api.audit()["accepted"] == 12
     assert workspace.run_in_process("status", job, "--json").json_output["executions"] == []
     assert not list(workspace.folder.glob("copy_out*")) + list(workspace.folder.glob("report*"))
+    write_other_job(workspace, input="new.csv")  # without a report, which takes seconds to draw
     agreed, code = answer_on_terminal(workspace, api, "y", "run", job)
     assert (code, "leads enriched" in agreed) == (0, True)
 

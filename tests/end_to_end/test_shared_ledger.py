@@ -64,6 +64,7 @@ def test_answer_is_shared_between_jobs(api: SandboxApi, alpha: Workspace, beta: 
     assert any(answers.values())
 
 
+@pytest.mark.long
 def test_executions_are_separate_per_job(api: SandboxApi, alpha: Workspace, beta: Workspace) -> None:
     """`status` shows a job its own executions."""
     alpha.write_leads(make_leads(2))

@@ -20,9 +20,9 @@ pytestmark = pytest.mark.skipif(not Path("/dev/full").exists(), reason="this sys
 
 @pytest.fixture
 def stream_workspace(workspace: Workspace) -> Iterator[Workspace]:
-    """Make a job with leads, and a log, rejects and report beside the output."""
+    """Make a job with leads, and rejects beside the output."""
     workspace.write_leads(make_leads(5))
-    workspace.write_job(rejects="rejects.csv", report="report.html")
+    workspace.write_job(rejects="rejects.csv")
     yield workspace
     for descriptor in (0, 1, 2):
         os.fstat(descriptor)
@@ -66,13 +66,23 @@ def test_run_without_standard_streams(api: SandboxApi, stream_workspace: Workspa
 
     assert result.exit_code == 0
     assert [row["enrich_status"] for row in stream_workspace.read_output()].count("found") > 0
-    assert all((stream_workspace.folder / name).stat().st_size for name in ("log", "rejects.csv", "report.html"))
+    assert all((stream_workspace.folder / name).stat().st_size for name in ("log", "rejects.csv"))
     assert (stream_workspace.ledger_path).read_bytes().startswith(b"SQLite format 3\0")
     assert "Traceback" not in result.stderr
     unusable = streams.get("closed", ()) + streams.get("full", ())
     assert bool(result.stdout) == (1 not in unusable)
     assert ("5 of 5 leads enriched" in result.stderr) == (2 not in unusable)
     assert result.stderr.endswith(NO_SPACE) == (streams == {"full": (1,)})
+
+
+@pytest.mark.long
+def test_report_without_standard_streams(api: SandboxApi, stream_workspace: Workspace) -> None:
+    """The report is complete and free of other output, too."""
+    stream_workspace.write_job(report="report.html")
+    assert run_with_streams(stream_workspace, api, "run", "job.yaml", closed=(0, 1, 2), execute=True).exit_code == 0
+    page = (stream_workspace.folder / "report.html").read_text(encoding="utf-8").lower()
+    assert page.startswith("<!doctype html>")
+    assert page.rstrip().endswith("</html>\n<!-- a report of enrich -->")
 
 
 @pytest.mark.long
@@ -122,7 +132,7 @@ def test_closed_reader_does_not_stop_run(
     assert "cannot be written" not in message
     if arguments[0] == "run":
         assert len(stream_workspace.read_output()) == 5
-        assert (stream_workspace.folder / "report.html").exists()
+        assert (stream_workspace.folder / "rejects.csv").exists()
 
 
 @pytest.mark.long

@@ -141,6 +141,7 @@ def test_question_of_another_row(workspace: Workspace, api: SandboxApi, job: str
     assert statuses(workspace, "company") == ["filtered", "found"]
 
 
+@pytest.mark.long
 def test_question_of_a_row_that_was_removed(workspace: Workspace, api: SandboxApi) -> None:
     """A row does not get the answer for which a row has asked that is no longer in the input."""
     workspace.write_job(JOB)
@@ -206,7 +207,7 @@ def test_limit_leaves_final_rows_final(workspace: Workspace, api: SandboxApi) ->
     assert statuses(workspace, "person")[2] == "invalid"
 
 
-@pytest.mark.parametrize("cell", first_quick(1, ["N/A", "  "]))
+@pytest.mark.parametrize("cell", first_quick(0, ["N/A", "  "]))
 def test_placeholder_does_not_complete_a_row(workspace: Workspace, tmp_path: Path, cell: str) -> None:
     """A merged cell that counts as blank is no value of `complete`."""
     workspace.write_job(

@@ -296,6 +296,7 @@ def test_cap_of_the_job(people: Workspace, api: SandboxApi) -> None:
     assert api.audit()["paid_twice"] == 0
 
 
+@pytest.mark.long
 def test_column_named_like_a_pattern(people: Workspace, api: SandboxApi) -> None:
     """The column of a step and of its fallback may have any name."""
     fallback = SHORT_JOB.replace("person_getter", "email_getter").replace(
@@ -403,6 +404,7 @@ columns: {work_email: email}
     assert workspace.run_job(api).submitted == 0
 
 
+@pytest.mark.long
 def test_merged_column_is_seen_by_later_steps(workspace: Workspace, tmp_path: Path) -> None:
     """`only_if_empty` over a merged column sees what an earlier step filled in, and the first value stays."""
     job = SHORT_JOB.replace("work_email: email", "Email: email").replace("email: work_email", "email: Email")

@@ -16,6 +16,7 @@ backend = both_backends
 CLAIMS = 400
 
 
+@pytest.mark.long
 def test_cost_is_added_up_a_few_times(ledger: CommittingLedger, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under a cap that holds twice what is claimed, each claim reads only what was claimed since the last one."""
     sums = list[int]()

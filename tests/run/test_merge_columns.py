@@ -64,7 +64,7 @@ TYPED_CELLS = ["5", "1.50", "null", "[1]", "{}", "true", '"old@crm.example"', '"
 
 
 @pytest.mark.parametrize("merge", first_quick(1, ["fill_empty", "overwrite"]))
-@pytest.mark.parametrize("cells", [TYPED_CELLS, ['"a"', "null"]])
+@pytest.mark.parametrize("cells", first_quick(1, [TYPED_CELLS, ['"a"', "null"]]))
 def test_cells_without_a_match_keep_their_json(
     tmp_path: Path, workspace: Workspace, merge: str, cells: list[str]
 ) -> None:
