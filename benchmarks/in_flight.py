@@ -34,9 +34,8 @@ from enrich.ledger.writer import LedgerWriter
 from enrich.models import Acceptance, ClaimedRequest, State
 from enrich.run.budget import NO_BUDGET
 from enrich.run.dispatcher import submit_and_poll
-from enrich.run.in_flight import InFlightLimit
 from enrich.run.poller import Poller
-from enrich.run.rate_limit import AdaptiveRateLimiter
+from enrich.run.rate_limit import AdaptiveRateLimiter, InFlightLimit
 from enrich.run.run_state import RunState, WorkConfig
 
 TABLE = ("constant 4 s", "lognormal(4 s, 0.6)", "2 s or 12 s", "Pareto(1.5) from 1.5 s")

@@ -1,37 +1,4 @@
-"""All exceptions, grouped by what the caller does about them.
-
-EnrichError                        message, hint and exit code
-├── JobError                 2     the command or the job file is wrong: fix it
-│   └── WorkspaceMismatch          the key does not belong to the ledger's workspace
-├── ApiKeyRejected           3     no key, or the API rejects it: fix the key
-├── ApiUnreachable           4     the API does not respond: the next run resumes
-├── ClusterFailed            4     the cluster cannot be reached or started: the next run resumes
-├── CommandRefused           5     nothing was spent: check the input, the balance, the ledger
-│   ├── RunDeclined                the run needs a confirmation, and leaves no record
-│   │   └── RunCancelled           the user answered no
-│   └── LedgerDamaged              the ledger's file is damaged
-├── LedgerLocked            11     another run is in progress
-├── Interrupted        130,143     a signal ended the run
-├── CanaryStopped           15     the first answers look wrong: nothing more is sent
-├── LedgerFailed             1     the ledger cannot be written: nothing more is sent
-│   ├── LedgerMoved                a file of the ledger was removed or replaced
-│   └── LeaseLost            4     no heartbeat for too long: other workers took over the work
-│       └── RunEnded               the run that this process worked for has ended
-└── ApiCallFailed            4     one API call failed
-    ├── RequestNotAccepted         the request was certainly not accepted: wait and retry
-    │   ├── RateLimited            429
-    │   ├── CertificateUntrusted   TLS: a retry does not help
-    │   ├── UnexpectedResponse     a response with unexpected content
-    │   ├── RequestRefused         another 3xx or 4xx to a poll or a cancellation
-    │   ├── OutOfCredits           406: stop with exit code 12
-    │   ├── Unauthorized           401, 403: stop with exit code 3
-    │   └── InvalidPollResponse    unreadable, or possibly for another task: poll again
-    ├── BadParams                  400, 422 that name a param: the row fails
-    ├── TaskUnknown                404 for a task: too new, or lost
-    ├── TaskFinished               409: the task can no longer be cancelled
-    ├── JobRejected                any other 400, 422, and 404: stop with exit code 2
-    └── SubmissionUnconfirmed      may have been accepted: the request becomes in_doubt
-"""
+"""All exceptions, grouped by what the caller does about them."""
 
 from __future__ import annotations
 
@@ -52,7 +19,7 @@ class EnrichError(Exception):
 
 
 class JobError(EnrichError):
-    """The command or the job file is wrong."""
+    """The command or the job file is wrong: fix it."""
 
     exit_code = ExitCode.USAGE
 
@@ -62,7 +29,7 @@ class WorkspaceMismatch(JobError):
 
 
 class ApiKeyRejected(EnrichError):
-    """There is no usable API key, or the API rejects it."""
+    """There is no usable API key, or the API rejects it: fix the key."""
 
     exit_code = ExitCode.KEY
 
@@ -80,7 +47,7 @@ class ClusterFailed(EnrichError):
 
 
 class CommandRefused(EnrichError):
-    """The command was refused before any credits were spent."""
+    """Nothing was spent: check the input, the balance, the ledger."""
 
     exit_code = ExitCode.REFUSED
 
@@ -105,7 +72,7 @@ LOCKED_HINT = "`enrich status JOB --watch` shows it"
 
 
 class LedgerLocked(EnrichError):
-    """Another run has locked the ledger."""
+    """Another run is in progress."""
 
     exit_code = ExitCode.LOCKED
 
@@ -117,7 +84,7 @@ class CanaryStopped(EnrichError):
 
 
 class LedgerFailed(EnrichError):
-    """The ledger could not be written during a run."""
+    """The ledger could not be written during a run. Nothing more is sent."""
 
 
 class LedgerMoved(LedgerFailed):
@@ -204,7 +171,7 @@ class Unauthorized(RequestNotAccepted):
 
 
 class InvalidPollResponse(RequestNotAccepted):
-    """A poll response that is not valid: it names another task or no task, or cannot be read.
+    """A poll response that is not valid: it names another task or no task, or cannot be read. Poll again.
 
     `raw` is its text, limited in size. `task_id` is the id in the response, None without one. `new_connection`: the
     connection carried no earlier request, so this cannot be the response to one.
@@ -218,7 +185,7 @@ class InvalidPollResponse(RequestNotAccepted):
 
 
 class BadParams(ApiCallFailed):
-    """400 or 422 that names a param. `rows` maps the index of each rejected row in the POST (from 0) to the reason.
+    """400 or 422 that names a param: the row fails. `rows` maps the index of a rejected row in the POST to the reason.
 
     Empty `rows` (bulk): some rows are rejected, and the API does not report which.
     """
@@ -229,13 +196,13 @@ class BadParams(ApiCallFailed):
 
 
 class JobRejected(ApiCallFailed):
-    """404, or a 400 or 422 that names no param: no request of this job can be sent."""
+    """404, or a 400 or 422 that names no param: no request of this job can be sent, so the run stops."""
 
     exit_code = ExitCode.USAGE
 
 
 class TaskUnknown(ApiCallFailed):
-    """404 for a task id."""
+    """404 for a task id: too new, or lost."""
 
 
 class TaskFinished(ApiCallFailed):
@@ -243,7 +210,7 @@ class TaskFinished(ApiCallFailed):
 
 
 class SubmissionUnconfirmed(ApiCallFailed):
-    """The request may have been accepted and charged. `task_id` is the id in the response, None without one."""
+    """The request may have been accepted and charged: it becomes in_doubt. `task_id` is in the response, or None."""
 
     def __init__(self, message: str, task_id: str | None = None) -> None:
         super().__init__(message)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from enum import IntEnum
 from typing import Any
+
+from msgspec import Struct
 
 from enrich.models import RowStatus, format_credits, pluralize
 
@@ -45,6 +46,12 @@ EXIT_PRECEDENCE = (
     ExitCode.SOME_FAILED,
     ExitCode.OK,
 )
+
+
+def first_exit_code(codes: Collection[ExitCode]) -> ExitCode:
+    """Return the exit code if several apply: the first in EXIT_PRECEDENCE."""
+    return next((code for code in EXIT_PRECEDENCE if code in codes), ExitCode.OK)
+
 
 #: Exit codes with which the output is written. With any other code the old file stays.
 OUTPUT_WRITING_CODES = frozenset(
@@ -109,16 +116,14 @@ def requires_action(code: int) -> bool:
     return code not in SUCCESS_CODES | NEUTRAL_CODES
 
 
-@dataclass(frozen=True, slots=True)
-class JobArguments:
+class JobArguments(Struct, frozen=True):
     """The job as arguments of a shell command: of `enrich run`, and of commands that only read the ledger."""
 
     run_args: str
     ledger_args: str
 
 
-@dataclass(frozen=True, slots=True)
-class RequiredAction:
+class RequiredAction(Struct, frozen=True):
     """An action that is required, and the exact commands for it."""
 
     text: str

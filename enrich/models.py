@@ -1,4 +1,4 @@
-"""Shared types: request states and their transitions, row decisions, answers, money and time."""
+"""Shared types: request states, row decisions, answers, money and time."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from decimal import Decimal
 from enum import StrEnum
 from itertools import repeat
 from typing import Any, NamedTuple, overload
+
+from msgspec import Struct
 
 
 class State(StrEnum):
@@ -23,34 +25,6 @@ class State(StrEnum):
     EXPIRED = "expired"  # the API deleted the result before it was fetched
     IN_DOUBT = "in_doubt"  # unconfirmed: may have been charged
 
-
-#: All allowed state transitions. The letters are the edges of the diagram in ARCHITECTURE.md. Edges f and h lead back
-#: to pending and continue to submitting in the same transaction. Until then the request keeps its old state. If the
-#: API refuses the POST, the request returns to it.
-TRANSITIONS: dict[tuple[State, State], str] = {
-    (State.PENDING, State.SUBMITTING): "a: the intent is on disk before the POST is sent",
-    (State.SUBMITTING, State.SUBMITTED): "b: the API answered with a task id",
-    (State.SUBMITTING, State.PENDING): "c: provably not accepted",
-    (State.SUBMITTING, State.FAILED): "c: the API named a param that is wrong, or refused a retry",
-    (State.SUBMITTING, State.EXPIRED): "c: the API refused a retry",
-    (State.SUBMITTING, State.FOUND): "c: the API refused a refresh",
-    (State.SUBMITTING, State.NOT_FOUND): "c: the API refused a refresh",
-    (State.SUBMITTING, State.IN_DOUBT): "d: bytes may have been sent, the process was killed, or a retry was refused",
-    (State.SUBMITTED, State.FOUND): "e: the poller fetched the result",
-    (State.SUBMITTED, State.NOT_FOUND): "e: the poller fetched the result",
-    (State.SUBMITTED, State.FAILED): "e: the poller fetched the result",
-    (State.SUBMITTED, State.EXPIRED): "e: the result expired",
-    (State.SUBMITTED, State.IN_DOUBT): "e: a task that was never seen running polls 404",
-    (State.IN_DOUBT, State.SUBMITTING): "f, a: only by --retry",
-    (State.IN_DOUBT, State.FAILED): "f: marked as failed by --accept",
-    (State.FAILED, State.SUBMITTING): "f, a: only by --retry",
-    (State.EXPIRED, State.SUBMITTING): "f, a: only by --retry",
-    (State.IN_DOUBT, State.SUBMITTED): "i: a later poll finds its task",
-    (State.EXPIRED, State.SUBMITTED): "i: a later poll finds its task",
-    (State.SUBMITTED, State.PENDING): "g: failed at no charge, and attempts remain",
-    (State.FOUND, State.SUBMITTING): "h, a: older than policy.refresh allows",
-    (State.NOT_FOUND, State.SUBMITTING): "h, a: older than policy.refresh allows",
-}
 
 #: States in which a charge is possible and the outcome is not known yet.
 OPEN_STATES = frozenset({State.SUBMITTING, State.SUBMITTED})
@@ -212,8 +186,7 @@ def format_elapsed(seconds: float) -> str:
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
 
 
-@dataclass(frozen=True, slots=True)
-class RequestBatch:
+class RequestBatch(Struct, frozen=True):
     """The requests of rows, as columns: an object for each of a million rows would take longer than reading the rows.
 
     `positions` are those of the rows in the input (from 0), `params` are JSON. `queue_positions` are ranks in the send
@@ -252,8 +225,7 @@ class RequestBatch:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class RequestSelection:
+class RequestSelection(Struct, frozen=True):
     """Which requests a run sends. `refresh_before_ms`: answers older than this time (ms) are requested again.
 
     `after_execution`: select as if nothing was sent after this execution, the newest one when the plan was saved.
@@ -262,7 +234,7 @@ class RequestSelection:
     """
 
     retry: frozenset[State] = frozenset()
-    refresh_before_ms: Mapping[State, int] = field(default_factory=dict)
+    refresh_before_ms: Mapping[State, int] = {}
     max_per_group: int | None = None
     sample: int | None = None
     seed: int = 0

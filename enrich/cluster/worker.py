@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from math import inf
 from typing import TYPE_CHECKING
+
+from msgspec import Struct, field
 
 from enrich.databar.client import Client
 from enrich.databar.clock import SystemClock
@@ -23,10 +24,9 @@ from enrich.ledger.lock import open_leased
 from enrich.ledger.writer import LedgerWriter
 from enrich.models import Task
 from enrich.run.dispatcher import submit_and_poll
-from enrich.run.in_flight import InFlightLimit
 from enrich.run.poll_schedule import PollSchedule
 from enrich.run.poller import Poller
-from enrich.run.rate_limit import AdaptiveRateLimiter
+from enrich.run.rate_limit import AdaptiveRateLimiter, InFlightLimit
 from enrich.run.run_state import RunCounters, RunState, Timeouts, WorkConfig
 
 if TYPE_CHECKING:  # it needs psycopg
@@ -38,8 +38,7 @@ TAKE_OVER_EVERY_S = 1.0
 SHARE_CHECK_EVERY_S = 0.1
 
 
-@dataclass(frozen=True, slots=True)
-class StopRequest:
+class StopRequest(Struct, frozen=True):
     """What a running worker should stop, as a state: it may be received twice, or by the replacement of a worker."""
 
     submitting: bool = False  # send no more POSTs
@@ -48,8 +47,7 @@ class StopRequest:
     abort: bool = False  # stop waiting for anything
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerTask:
+class WorkerTask(Struct, frozen=True):
     """What a worker is started with."""
 
     work_config: WorkConfig
@@ -66,14 +64,13 @@ class WorkerTask:
     leader_id: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerStatus:
+class WorkerStatus(Struct, frozen=True):
     """What a worker has counted and learned."""
 
     counters: RunCounters = field(default_factory=RunCounters)
     open_tasks: int = 0
     posts_in_flight: int = 0
-    exit_reasons: dict[ExitCode, tuple[str, str | None]] = field(default_factory=dict)
+    exit_reasons: dict[ExitCode, tuple[str, str | None]] = {}
     stop_submitting: bool = False
     stop_polling: bool = False
     poll_schedule: PollSchedule | None = None
@@ -156,16 +153,16 @@ class Worker:
 
     async def run(self) -> None:
         """Run the task. Errors become exit reasons in the status."""
-        execution = self._state
+        run_state = self._state
         try:
-            while not await self._run_with_lease() and not execution.stop_submitting.is_set():
-                execution.open_tasks = execution.posts_in_flight = 0
+            while not await self._run_with_lease() and not run_state.stop_submitting.is_set():
+                run_state.open_tasks = run_state.posts_in_flight = 0
         except EnrichError as error:
             # Exit code REFUSED promises that nothing was spent, which is not certain here
-            execution.stop(ExitCode.BUG if error.exit_code is ExitCode.REFUSED else error.exit_code, error)
+            run_state.stop(ExitCode.BUG if error.exit_code is ExitCode.REFUSED else error.exit_code, error)
         except DatabaseFailed as error:
             reason = LedgerFailed(f"the ledger cannot be written: {error}", "then run the same command again")
-            execution.stop(reason.exit_code, reason)
+            run_state.stop(reason.exit_code, reason)
 
     async def _run_with_lease(self) -> bool:
         """Work under one lease. Return False when it was lost before all work was done."""

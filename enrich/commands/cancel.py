@@ -10,11 +10,10 @@ import click
 
 from enrich.commands import options
 from enrich.databar.clock import SystemClock
-from enrich.errors import CommandRefused
 from enrich.job.job import Job
-from enrich.ledger.database import ledger_exists
+from enrich.ledger.database import check_ledger_exists
 from enrich.ledger.lock import lock_ledger, open_for_run
-from enrich.models import format_credits, job_title, pluralize
+from enrich.models import format_credits, pluralize
 from enrich.run.cancel import CancelSummary, cancel_tasks
 
 
@@ -22,7 +21,7 @@ def format_cancel(job: Job, summary: CancelSummary) -> Iterator[str]:
     """Yield the summary as lines of text."""
     at_least = "at least " if summary.credits_unknown else ""
     refund = f": {at_least}{format_credits(summary.credits_refunded)} credits refunded" if summary.cancelled else ""
-    yield f"{job_title(job.name, sandbox=job.sandbox)}: {pluralize(summary.cancelled, 'task')} cancelled{refund}"
+    yield f"{job.title}: {pluralize(summary.cancelled, 'task')} cancelled{refund}"
     if summary.finished:
         spent = f"{at_least}{format_credits(summary.credits_spent)}"
         yield f"  {pluralize(summary.finished, 'task')} had finished: results stored ({spent} credits)"
@@ -45,8 +44,7 @@ def cancel(job_options: options.JobOptions, as_json: bool) -> int:
     Their leads become `failed` and are sent again only by --retry failed. Bulk tasks are listed, not cancelled.
     """
     job = job_options.load()
-    if not ledger_exists(job.ledger):
-        raise CommandRefused(f"{job.ledger}: no ledger, because this job has never run", "run it first: enrich run JOB")
+    check_ledger_exists(job.ledger)
     with ExitStack() as stack:
         stack.enter_context(lock_ledger(job.ledger, 0))
         access = stack.enter_context(options.open_access(job, use_sandbox=job_options.use_sandbox))

@@ -5,23 +5,22 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import click
+from msgspec.structs import replace
 
 from enrich.commands import options
-from enrich.commands.check_steps import check_steps, step_lines
 from enrich.commands.check_target import CheckResult, add_problem, check_target, read_stored
-from enrich.commands.init.template import PLACEHOLDER
 from enrich.commands.paths import path_problems
 from enrich.databar.credentials import find_base_url, host_of
 from enrich.databar.description import Description
 from enrich.errors import EnrichError, JobError
 from enrich.job.job import Job
 from enrich.job.locations import STDIN
-from enrich.job.target_spec import Param
+from enrich.job.target_spec import UNFILLED_COLUMN, Param
 from enrich.models import pluralize
 from enrich.report.page_file import INSTALL_HINT, is_extra_missing
 from enrich.rows.job_input import JobInput
@@ -96,6 +95,8 @@ def check_job(job: Job, bound_to: Mapping[str, str | None], live: Sequence[Descr
     ]
     result.template = templates[0]
     if job.step_jobs:
+        from enrich.commands.check_steps import check_steps
+
         check_steps(job, None if opened is None else opened[1], templates, result)
     elif opened is not None and result.template is not None:
         _read_input(*opened, result.template, result)
@@ -113,7 +114,7 @@ def check_job(job: Job, bound_to: Mapping[str, str | None], live: Sequence[Descr
 
 def _unfilled_params(job: Job) -> Iterator[JobError]:
     for name, param in job.model.params.items():
-        if PLACEHOLDER in param.columns:
+        if UNFILLED_COLUMN in param.columns:
             hint = f"write the name of the column with the {name}, or {{value: …}} for a constant"
             yield job.error(["params", name], "no column is set", hint)
 
@@ -123,6 +124,8 @@ def _open_input(job: Job, problems: list[EnrichError]) -> tuple[Job, JobInput] |
 
     Returns the job without these parts, too.
     """
+    with suppress(EnrichError):
+        return job, JobInput(job)
     model = job.model
     removed_parts = dict.fromkeys(("where", "order_by", "caps", "suppress", "changes", "report")) | {
         "params": {},
@@ -182,7 +185,7 @@ def _foreign_input_error(job: Job, job_input: JobInput) -> JobError | None:
 
 def _param_fits(name: str, param: Param, can_open: Callable[..., bool]) -> bool:
     """Try each column of a param separately, so that each missing column is reported."""
-    if PLACEHOLDER in param.columns:
+    if UNFILLED_COLUMN in param.columns:
         return False
     single_column_params = [param.only_from(column) for column in param.columns]
     return not [each for each in single_column_params if not can_open(params={name: each})]
@@ -203,9 +206,22 @@ def _read_input(job: Job, job_input: JobInput, template: RequestTemplate, result
     result.rows, result.sendable_rows, result.fill = rows, fill.sendable, fill
 
 
+def _step_lines(steps: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Yield the table of the steps: target, leads wanted at most, highest price of a request, steps it depends on."""
+    targets = [f"{kind} {step[kind]}" for step in steps for kind in ("waterfall", "enrichment") if kind in step]
+    names = [step["name"] for step in steps]
+    width, target_width = max(map(len, [*names, "step"])), max(map(len, [*targets, "target"]))
+    yield f"  {'step':<{width}}  {'target':<{target_width}}  {'leads':>9}  {'price':>8}  depends on"
+    for step, target in zip(steps, targets, strict=True):
+        leads = "-" if step["leads"] is None else f"{step['leads']:,}"
+        price = "-" if step["worst_price"] is None else f"{step['worst_price']:,g}"
+        depends = ", ".join(step["depends_on"] or ()) or "-"
+        yield f"  {step['name']:<{width}}  {target:<{target_width}}  {leads:>9}  {price:>8}  {depends}"
+
+
 def _echo_facts(job: Job, result: CheckResult) -> None:
     click.echo(f"ok: {check_summary(job, result)}")
-    for line in step_lines(result.steps) if result.steps else ():
+    for line in _step_lines(result.steps) if result.steps else ():
         click.echo(line)
     for line in result.fill.mapping_lines() if result.fill else ():
         click.echo(line)

@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from collections.abc import Sequence
 from typing import Any
+
+from msgspec.structs import replace
 
 from enrich.commands.check_target import CheckResult, add_problem
 from enrich.errors import EnrichError
 from enrich.job.job import Job
-from enrich.ledger.database import Database, ledger_exists
+from enrich.ledger.database import open_or_empty
 from enrich.models import RequestSelection, to_credits
 from enrich.rows.job_input import JobInput
-from enrich.rows.template import RequestTemplate, join_templates
+from enrich.rows.job_steps import make_steps
+from enrich.rows.template import RequestTemplate, join_templates, template_of_unknown_target
 from enrich.run.context import RunOptions, select_requests
-from enrich.run.job_steps import make_steps
 from enrich.run.step_input import StepInput
-from enrich.run.step_plan import StepForecast, forecast_steps
+from enrich.run.step_plan import forecast_steps
 from enrich.run.step_rows import StepRows
-
-
-@contextmanager
-def open_ledger_or_empty(job: Job) -> Iterator[Database]:
-    """Open the job's ledger read-only, or an empty one where there is none yet."""
-    location = job.ledger
-    with TemporaryDirectory() as folder:
-        is_known = ledger_exists(location)
-        ledger = Database(location if is_known else Path(folder) / "none.db", read_only=is_known)
-        with closing(ledger):
-            yield ledger
 
 
 def check_steps(
@@ -39,8 +26,7 @@ def check_steps(
 ) -> None:
     """Check what the steps read, and count the leads that each wants at most. An error becomes a problem."""
     known = [
-        RequestTemplate(step.model.target, (), (), step.model.columns or {}, None) if template is None else template
-        for step, template in zip(job.step_jobs, templates, strict=True)
+        template or template_of_unknown_target(step) for step, template in zip(job.step_jobs, templates, strict=True)
     ]
     result.steps = [_describe(step, template) for step, template in zip(job.step_jobs, known, strict=True)]
     if job_input is None:
@@ -54,7 +40,7 @@ def check_steps(
             described["depends_on"] = [job.step_jobs[number].step for number in sorted(step.depends_on)]
         if result.problems:
             return
-        with open_ledger_or_empty(job) as ledger:
+        with open_or_empty(job.ledger) as ledger:
             rows = StepRows(job, job_input, ledger, steps)
             StepInput(rows, 0).begin(RequestSelection())
             selections = [select_requests(step, RunOptions(), 0) for step in job.step_jobs]
@@ -64,11 +50,7 @@ def check_steps(
         return
     for forecast, described in zip(forecasts, result.steps, strict=True):
         described["leads"] = forecast.leads
-    result.sendable_rows = _sendable(forecasts)
-
-
-def _sendable(forecasts: Sequence[StepForecast]) -> int:
-    return max(forecast.leads for forecast in forecasts)
+    result.sendable_rows = max(forecast.leads for forecast in forecasts)
 
 
 def _describe(step: Job, template: RequestTemplate) -> dict[str, Any]:
@@ -81,16 +63,3 @@ def _describe(step: Job, template: RequestTemplate) -> dict[str, Any]:
         "max_credits": step.step_max_credits,
         "depends_on": None,
     }
-
-
-def step_lines(steps: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Yield the table of the steps: target, leads wanted at most, highest price of a request, steps it depends on."""
-    targets = [f"{kind} {step[kind]}" for step in steps for kind in ("waterfall", "enrichment") if kind in step]
-    names = [step["name"] for step in steps]
-    width, target_width = max(map(len, [*names, "step"])), max(map(len, [*targets, "target"]))
-    yield f"  {'step':<{width}}  {'target':<{target_width}}  {'leads':>9}  {'price':>8}  depends on"
-    for step, target in zip(steps, targets, strict=True):
-        leads = "-" if step["leads"] is None else f"{step['leads']:,}"
-        price = "-" if step["worst_price"] is None else f"{step['worst_price']:,g}"
-        depends = ", ".join(step["depends_on"] or ()) or "-"
-        yield f"  {step['name']:<{width}}  {target:<{target_width}}  {leads:>9}  {price:>8}  {depends}"

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from enrich.commands.paths import has_ledger
-from enrich.databar.description import Description, description_changes
-from enrich.databar.waterfall import DOCUMENTED_ON, DOCUMENTED_WATERFALLS, Field
-from enrich.databar.waterfall import Param as Offered
+from enrich.databar.description import DOCUMENTED_ON, DOCUMENTED_WATERFALLS, Description, Field, description_changes
+from enrich.databar.description import Param as Offered
 from enrich.errors import CommandRefused, EnrichError, JobError
-from enrich.exit_codes import EXIT_PRECEDENCE, ExitCode
+from enrich.exit_codes import ExitCode, first_exit_code
 from enrich.job.job import Job
 from enrich.job.name_hints import closest_name
 from enrich.ledger.database import Database
@@ -51,8 +52,7 @@ class CheckResult:
     @property
     def exit_code(self) -> ExitCode:
         """The exit code that a run would have because of the problems."""
-        codes = {problem.exit_code for problem in self.problems}
-        return next((code for code in EXIT_PRECEDENCE if code in codes), ExitCode.OK)
+        return first_exit_code({problem.exit_code for problem in self.problems})
 
 
 def read_stored(job: Job, bound_to: Mapping[str, str | None], result: CheckResult) -> LedgerBinding:

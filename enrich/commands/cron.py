@@ -7,16 +7,16 @@ import pwd
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
 import click
+from msgspec import Struct
 
 from enrich.commands import options
 from enrich.commands.doctor import system
 from enrich.commands.init.command import write_new_file
-from enrich.commands.options import parse_option, time_option
+from enrich.commands.options import parse_option, printable, time_option
 from enrich.commands.paths import files_written, nearest_existing
 from enrich.errors import JobError
 from enrich.job.field_types import parse_duration
@@ -28,8 +28,7 @@ DAYS = ("Sun", "Mon", "Tue", "Wed", "Thu", "Fri", "Sat")
 _LONG_DAYS = ("sunday", "monday", "tuesday", "wednesday", "thursday", "friday", "saturday")
 
 
-@dataclass(frozen=True, slots=True)
-class Schedule:
+class Schedule(Struct, frozen=True):
     """When a job runs: a local time and days of the week (0 is Sunday). Empty `days` means every day."""
 
     hour: int
@@ -37,8 +36,7 @@ class Schedule:
     days: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledJob:
+class ScheduledJob(Struct, frozen=True):
     """The command, user and schedule of a job. A run writes to `writable_folders`. All paths are absolute."""
 
     name: str
@@ -50,7 +48,7 @@ class ScheduledJob:
     schedule: Schedule
     max_time: str
     writable_folders: Sequence[Path]
-    environ: Mapping[str, str] = field(default_factory=dict)
+    environ: Mapping[str, str] = {}
 
     @property
     def unit_name(self) -> str:
@@ -117,15 +115,11 @@ def _quote_for_cron(word: str) -> str:
 def crontab_text(job: ScheduledJob) -> str:
     """Return the crontab line with comments that explain it."""
     return f"""\
-# {_printable(job.name)}: for `crontab -e` of the user {job.user}.
-# The key is alone in {_printable(str(job.key_file))}, mode 0600, owned by that user.
+# {printable(job.name)}: for `crontab -e` of the user {job.user}.
+# The key is alone in {printable(str(job.key_file))}, mode 0600, owned by that user.
 # Without a terminal a run prints only problems. cron mails them to MAILTO.
 {crontab_line(job)}
 """
-
-
-def _printable(text: str) -> str:
-    return "".join(sign if sign.isprintable() else "?" for sign in text)
 
 
 def on_calendar(schedule: Schedule) -> str:
@@ -200,7 +194,7 @@ def _private_tmp_line(job: ScheduledJob) -> str:
 
 def _escape_percent(text: str) -> str:
     """Escape `%`, which systemd would read as a specifier, and replace unprintable characters by `?`."""
-    return _printable(text).replace("%", "%%")
+    return printable(text).replace("%", "%%")
 
 
 def _quote_word(text: str) -> str:

@@ -3,37 +3,36 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import click
+import polars as pl
+from msgspec.structs import replace
 
 from enrich.commands import options
-from enrich.commands.check_steps import open_ledger_or_empty
-from enrich.commands.explain_history import Explainer, request_lines, row_lines, row_without_request
+from enrich.commands.explain_history import (
+    MAX_LEADS_SHOWN,
+    Explainer,
+    Lead,
+    request_lines,
+    row_lines,
+    row_without_request,
+)
 from enrich.errors import JobError
+from enrich.files.values import text_frame
 from enrich.job.cell_text import fold
 from enrich.job.job import Job
+from enrich.job.name_hints import suggest_name
 from enrich.ledger import bindings, erasure, request_history
-from enrich.ledger.database import Database, ledger_exists, open_existing
-from enrich.ledger.forgotten import ForgottenRequests
+from enrich.ledger.database import Database, open_or_empty
 from enrich.ledger.lock import is_locked
 from enrich.models import RequestSelection, RowStatus
 from enrich.rows.job_input import JobInput
-from enrich.rows.lookup import (
-    MAX_LEADS_SHOWN,
-    Lead,
-    find_by_cell,
-    find_by_number,
-    params_from_cell,
-    parse_match,
-    rows_by_request,
-)
-from enrich.rows.step_decision import StepDecision
-from enrich.rows.template import RequestTemplate
-from enrich.run.job_steps import make_steps
+from enrich.rows.job_steps import StepDecision, make_steps
+from enrich.rows.params import ParamCells, conversion_of, param_values, split_left_out
+from enrich.rows.requests import RowBatch
+from enrich.rows.template import RequestTemplate, template_of_unknown_target
 from enrich.run.preflight import template_from_ledger
 from enrich.run.step_batch import StepTables
 from enrich.run.step_input import StepInput
@@ -45,50 +44,125 @@ def explain_leads(job: Job, row: int | None, match: str | None) -> dict[str, Any
 
     Raises JobError if the input has no such row or column, CommandRefused if the input cannot be read.
     """
-    template, forgotten = _read_template(job)
-    job_input = JobInput(job, forgotten)
-    lookup_template = template or RequestTemplate(job.model.target, (), (), {}, None)
-    if match is not None:
-        column, value = parse_match(match, job_input.columns)
-        found = find_by_cell(job_input, lookup_template, column, value)
-    else:
-        found = find_by_number(job, job_input, lookup_template, row or 0)
-    result: dict[str, Any] = {
-        "job": job.name,
-        "input": str(job.input_path),
-        "ledger": str(job.ledger),
-        "ever_ran": template is not None,
-        "matches": found.count,
-    }
-    if template is None:
-        return result | {"rows": [row_without_request(job, lead) for lead in found.leads], "gone": []}
-    with closing(open_existing(job.ledger)) as ledger, ledger.snapshot():
+    with open_or_empty(job.ledger) as ledger, ledger.snapshot():
+        template, is_known = _template(ledger, job)
+        job_input = JobInput(job, erasure.load_forgotten(ledger))
+        found, count = _find_rows(job, job_input, row, match)
+        leads = _read_leads(job_input, template, found)
+        result: dict[str, Any] = {
+            "job": job.name,
+            "input": str(job.input_path),
+            "ledger": str(job.ledger),
+            "ever_ran": is_known,
+            "matches": count,
+        }
+        if not is_known:
+            return result | {"rows": [row_without_request(job, lead) for lead in leads], "gone": []}
         explainer = Explainer(job, template, ledger, is_locked(job.ledger))
-        candidates = (
-            list(request_history.find_by_any_param(ledger, params_from_cell(job, template, column, value)))
-            if match is not None
-            else []
-        )
-        fingerprints = {lead.fingerprint for lead in found.leads if lead.fingerprint is not None}
+        candidates = []
+        if match is not None:
+            params = _params_from_cell(job, template, *_parse_match(match, job_input.columns))
+            candidates = list(request_history.find_by_any_param(ledger, params))
+        fingerprints = {lead.fingerprint for lead in leads if lead.fingerprint is not None}
         fingerprints |= {candidate.fingerprint for candidate in candidates}
-        rows_of = rows_by_request(job_input, template, fingerprints)
-        params_of_leads = {lead.params for lead in found.leads}
+        rows_of = _rows_by_request(job_input, template, fingerprints)
+        params_of_leads = {lead.params for lead in leads}
         missing = [
             known for known in candidates if known.fingerprint not in rows_of and known.params not in params_of_leads
         ]
         return result | {
-            "rows": [explainer.explain_row(lead, rows_of) for lead in found.leads],
+            "rows": [explainer.explain_row(lead, rows_of) for lead in leads],
             "gone": [explainer.explain_request(known) for known in missing[:MAX_LEADS_SHOWN]],
         }
 
 
-def _read_template(job: Job) -> tuple[RequestTemplate | None, ForgottenRequests | None]:
-    """Return the request template and the forgotten requests of the ledger. No template: this job has never run."""
-    if not ledger_exists(job.ledger):
-        return None, None
-    with closing(Database(job.ledger, read_only=True)) as ledger:
-        description = bindings.load_description(ledger, job.model.target)
-        return None if description is None else template_from_ledger(ledger, job), erasure.load_forgotten(ledger)
+def _template(ledger: Database, job: Job) -> tuple[RequestTemplate, bool]:
+    """Return the request template of a job or a step, and whether the ledger knows its target."""
+    if bindings.load_description(ledger, job.model.target) is None:
+        return template_of_unknown_target(job), False
+    return template_from_ledger(ledger, job), True
+
+
+def _parse_match(match: str, columns: list[str]) -> tuple[str, str]:
+    """Split `COLUMN=VALUE`; a column's name may contain an equals sign. Raises JobError."""
+    candidates = [column for column in columns if match.startswith(f"{column}=")]
+    if not candidates:
+        column, equals, _ = match.partition("=")
+        if not equals:
+            raise JobError(f"--match {match}: must be COLUMN=VALUE", 'for example: --match "Email=ada@engine.example"')
+        raise JobError(f"--match: the input has no column `{column}`", suggest_name(column, columns))
+    column = max(candidates, key=len)
+    return column, match[len(column) + 1 :]
+
+
+def _find_rows(job: Job, job_input: JobInput, row: int | None, match: str | None) -> tuple[list[int], int]:
+    """Return the matching rows, at most MAX_LEADS_SHOWN of them (numbers from 0), and how many there are."""
+    found: list[int] = []
+    count = 0
+    column, value = (None, "") if match is None else _parse_match(match, job_input.columns)
+    for first_position, _, text in job_input.frames():
+        count = first_position + text.height
+        if column is None:
+            if row is not None and first_position < row <= count:
+                return [row - 1], 1
+            continue
+        for position, cell in enumerate(text.to_series(job_input.header.index(column)), first_position):
+            if fold(cell) == fold(value):
+                found.append(position)
+    if column is None:
+        hint = "row numbers start at 1"
+        raise JobError(f"--row {row}: the input has {count:,} rows ({job.input_path})", hint)
+    return found[:MAX_LEADS_SHOWN], len(found)
+
+
+def _read_leads(job_input: JobInput, template: RequestTemplate, numbers: Sequence[int]) -> list[Lead]:
+    """Return these rows with their requests."""
+    return [
+        _make_lead(batch, number - batch.first_position, text_frame(batch.frame[number - batch.first_position]))
+        for batch in (job_input.batches(template) if numbers else ())
+        for number in numbers
+        if batch.first_position <= number < batch.first_position + batch.frame.height
+    ]
+
+
+def _make_lead(batch: RowBatch, index: int, text: pl.DataFrame) -> Lead:
+    """Return a row of a batch, whose cells as text are the one row of `text`."""
+    return Lead(
+        batch.first_position + index + 1,
+        text.row(0, named=True),
+        batch.fingerprints[index],
+        batch.params[index],
+        batch.statuses[index],
+        batch.errors[index],
+    )
+
+
+def _rows_by_request(
+    job_input: JobInput, template: RequestTemplate, fingerprints: Collection[bytes]
+) -> dict[bytes, list[int]]:
+    """Return the numbers (from 1) of the rows that have each of these requests."""
+    found: dict[bytes, list[int]] = {}
+    for batch in job_input.batches(template) if fingerprints else ():
+        _add_rows(found, batch, fingerprints)
+    return found
+
+
+def _add_rows(found: dict[bytes, list[int]], batch: RowBatch, fingerprints: Collection[bytes]) -> None:
+    for number, name in enumerate(batch.fingerprints, batch.first_position + 1):
+        if name is not None and name in fingerprints:
+            found.setdefault(name, []).append(number)
+
+
+def _params_from_cell(job: Job, template: RequestTemplate, column: str, value: str) -> dict[str, str]:
+    """Return each param that reads this column, as it would be sent for this cell."""
+    frame = pl.DataFrame({column: [value]}, schema={column: pl.String})
+    cells = ParamCells([column], frame, frame, job.model.placeholders)
+    values = {
+        name: split_left_out(param_values(param.only_from(column), cells, conversion_of(template, name)))[0].item()
+        for name, param in job.model.params.items()
+        if column in param.columns
+    }
+    return {name: text for name, text in values.items() if text}
 
 
 def format_explanation(result: Mapping[str, Any]) -> Iterator[str]:
@@ -129,35 +203,28 @@ def explain(job_options: options.JobOptions, row: int | None, match: str | None,
     click.echo(json.dumps(result, ensure_ascii=False) if as_json else "\n".join(format_explanation(result)))
 
 
-@dataclass(slots=True)
-class _Found:
-    """The matching rows, at most MAX_LEADS_SHOWN of them (numbers from 0), and how many there are."""
-
-    rows: list[int] = field(default_factory=list)
-    count: int = 0
-
-
 def explain_steps(job: Job, row: int | None, match: str | None) -> dict[str, Any]:
     """Return the object of `enrich explain --json` for a job with steps.
 
     Raises JobError if the input has no such row or column, CommandRefused if the input cannot be read.
     """
-    with open_ledger_or_empty(job) as ledger, ledger.snapshot():
+    with open_or_empty(job.ledger) as ledger, ledger.snapshot():
         job_input = JobInput(job, erasure.load_forgotten(ledger))
-        found = _find_rows(job, job_input, row, match)
+        found, count = _find_rows(job, job_input, row, match)
         templates = [_template(ledger, step) for step in job.step_jobs]
-        rows = StepRows(job, job_input, ledger, make_steps(job, job_input, templates))
+        steps = make_steps(job, job_input, [template for template, _ in templates])
+        rows = StepRows(job, job_input, ledger, steps)
         StepInput(rows, 0).begin(RequestSelection())
-        leads = _read_leads(rows, found.rows)
-        shared = _rows_by_request(rows, leads)
+        leads = _read_leads_of_steps(rows, found)
+        shared = _rows_by_request_of_steps(rows, leads)
         is_running = is_locked(job.ledger)
         explainers = [Explainer(step.job, step.template, ledger, is_running) for step in rows.steps]
         return {
             "job": job.name,
             "input": str(job.input_path),
             "ledger": str(job.ledger),
-            "ever_ran": any(bindings.load_description(ledger, step.model.target) for step in job.step_jobs),
-            "matches": found.count,
+            "ever_ran": any(is_known for _, is_known in templates),
+            "matches": count,
             "rows": [
                 {
                     "row": number + 1,
@@ -168,38 +235,13 @@ def explain_steps(job: Job, row: int | None, match: str | None) -> dict[str, Any
                         )
                     ],
                 }
-                for number in found.rows
+                for number in found
             ],
             "gone": [],
         }
 
 
-def _template(ledger: Database, step: Job) -> RequestTemplate:
-    if bindings.load_description(ledger, step.model.target) is None:
-        return RequestTemplate(step.model.target, (), (), step.model.columns or {}, None)
-    return template_from_ledger(ledger, step)
-
-
-def _find_rows(job: Job, job_input: JobInput, row: int | None, match: str | None) -> _Found:
-    found, count = _Found(), 0
-    column, value = (None, "") if match is None else parse_match(match, job_input.columns)
-    for first_position, _, text in job_input.frames():
-        count = first_position + text.height
-        if column is None:
-            if row is not None and first_position < row <= count:
-                return _Found([row - 1], 1)
-            continue
-        for index, cell in enumerate(text.to_series(job_input.header.index(column))):
-            if fold(cell) == fold(value):
-                found.count += 1
-                found.rows += [first_position + index] if found.count <= MAX_LEADS_SHOWN else []
-    if column is None:
-        hint = "row numbers start at 1"
-        raise JobError(f"--row {row}: the input has {count:,} rows ({job.input_path})", hint)
-    return found
-
-
-def _read_leads(rows: StepRows, numbers: Sequence[int]) -> dict[int, list[Lead]]:
+def _read_leads_of_steps(rows: StepRows, numbers: Sequence[int]) -> dict[int, list[Lead]]:
     """Return these rows as they are in every step."""
     leads: dict[int, list[Lead]] = {}
     for tables in rows.step_tables() if numbers else ():
@@ -217,13 +259,11 @@ def _leads_of_row(rows: StepRows, tables: StepTables, index: int) -> list[Lead]:
         if step_batch.decisions[index] is StepDecision.WAIT:
             waits_for = [number for number in sorted(step.depends_on) if not tables.steps[number][0].final[index]]
             error = f"waits for {', '.join(rows.steps[number].job.step for number in waits_for)}"
-        cells = text.row(index, named=True)
-        number, status = batch.first_position + index + 1, batch.statuses[index]
-        leads.append(Lead(number, cells, batch.fingerprints[index], batch.params[index], status, error))
+        leads.append(replace(_make_lead(batch, index, text[index]), error=error))
     return leads
 
 
-def _rows_by_request(rows: StepRows, leads: Mapping[int, Sequence[Lead]]) -> list[dict[bytes, list[int]]]:
+def _rows_by_request_of_steps(rows: StepRows, leads: Mapping[int, Sequence[Lead]]) -> list[dict[bytes, list[int]]]:
     """Return, for each step, the numbers (from 1) of the rows that have each of the leads' requests."""
     fingerprints = [
         {lead.fingerprint for of_row in leads.values() if (lead := of_row[number]).fingerprint is not None}
@@ -232,7 +272,5 @@ def _rows_by_request(rows: StepRows, leads: Mapping[int, Sequence[Lead]]) -> lis
     found: list[dict[bytes, list[int]]] = [{} for _ in rows.steps]
     for tables in rows.step_tables() if any(fingerprints) else ():
         for number, (step_batch, _) in enumerate(tables.steps):
-            for position, name in enumerate(step_batch.batch.fingerprints, step_batch.batch.first_position + 1):
-                if name is not None and name in fingerprints[number]:
-                    found[number].setdefault(name, []).append(position)
+            _add_rows(found[number], step_batch.batch, fingerprints[number])
     return found

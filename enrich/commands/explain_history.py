@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
+
+from msgspec import Struct
 
 from enrich.databar.task_results import has_value, parse_data
 from enrich.job.cell_text import clean
@@ -19,8 +20,21 @@ from enrich.ledger import request_history
 from enrich.ledger.database import Database
 from enrich.ledger.request_history import AttemptRow, RequestRow
 from enrich.models import RowStatus, State, iso_time, to_credits
-from enrich.rows.lookup import MAX_LEADS_SHOWN, Lead
 from enrich.rows.template import RequestTemplate
+
+#: Most leads to show.
+MAX_LEADS_SHOWN = 20
+
+
+class Lead(Struct, frozen=True):
+    """A row of the input, counted from 1, with its request."""
+
+    number: int
+    cells: Mapping[str, str]
+    fingerprint: bytes | None
+    params: str | None
+    status: RowStatus | None
+    error: str | None
 
 
 def row_without_request(job: Job, lead: Lead) -> dict[str, Any]:
@@ -56,8 +70,7 @@ def _param_cells(job: Job, lead: Lead) -> dict[str, dict[str, str]]:
     }
 
 
-@dataclass(frozen=True, slots=True)
-class Explainer:
+class Explainer(Struct, frozen=True):
     """Describes rows and requests from the history in the ledger. `is_running`: see `describe_next_step`."""
 
     job: Job

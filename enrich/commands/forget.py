@@ -6,12 +6,12 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import click
+from msgspec.structs import replace
 
 from enrich.commands import options
 from enrich.commands.forget_steps import RowRequests, follow_answers, requests_of_rows
@@ -27,7 +27,7 @@ from enrich.json_text import parse_json
 from enrich.ledger import erasure, queries
 from enrich.ledger.database import Database, ledger_exists, try_read
 from enrich.ledger.dialect import DATABASE_ERRORS
-from enrich.ledger.forgotten import read_or_make_key
+from enrich.ledger.erasure import read_or_make_key
 from enrich.ledger.lock import open_exclusive
 from enrich.ledger.rescue_file import find_rescue_files
 from enrich.ledger.rescue_import import import_rescue_files, remove_imported_files

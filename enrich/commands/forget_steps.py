@@ -14,7 +14,7 @@ from enrich.job.target_spec import Param
 from enrich.json_text import parse_json
 from enrich.ledger.database import Database
 from enrich.rows.job_input import JobInput
-from enrich.run.job_steps import make_steps
+from enrich.rows.job_steps import make_steps
 from enrich.run.preflight import template_from_ledger
 from enrich.run.step_rows import StepRows
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from enrich.errors import CommandRefused, EnrichError, JobError
 from enrich.files.discovery import find_paths
 from enrich.files.parquet_dataset import check_own_folder
 from enrich.files.text import FileProblem
+from enrich.files.writer import is_sqlite_file
 from enrich.job.file_names import is_same_file
 from enrich.job.job import Job
 from enrich.job.locations import STDIN, LedgerLocation, PostgresLocation, is_dataset
@@ -87,34 +89,18 @@ def _ledger_problems(ledger: Path) -> Iterator[EnrichError]:
 def _overwrite_problems(outgoing: Mapping[str, Path]) -> Iterator[EnrichError]:
     """Yield a problem for each file that a run would replace but must not."""
     output, report = outgoing.get("output"), outgoing.get("report")
-    if output is not None and _is_sqlite_file(output):
-        yield JobError(f"{output}: the output would replace a ledger", "choose another `output`")
+    with suppress(OSError):  # a file that cannot be read cannot be written either
+        if output is not None and is_sqlite_file(output):
+            yield JobError(f"{output}: the output would replace a ledger", "choose another `output`")
     if output is not None and is_dataset(output) and output.is_dir():
-        try:
-            check_own_folder(output)
-        except JobError as error:
-            yield error
-        except OSError:
-            pass  # a folder that cannot be read cannot be written either
-    if report is not None and _is_foreign_report(report):
-        yield JobError(f"{report} exists and is not a report of enrich", "choose another `report`")
-
-
-def _is_foreign_report(report: Path) -> bool:
-    try:
-        return report.exists() and not is_report(report)
-    except OSError:
-        return False  # a folder that cannot be read cannot be written either
-
-
-def _is_sqlite_file(path: Path) -> bool:
-    try:
-        if not path.is_file():
-            return False
-        with path.open("rb") as file:
-            return file.read(16) == b"SQLite format 3\0"
-    except OSError:
-        return False
+        with suppress(OSError):
+            try:
+                check_own_folder(output)
+            except JobError as error:
+                yield error
+    with suppress(OSError):
+        if report is not None and report.exists() and not is_report(report):
+            yield JobError(f"{report} exists and is not a report of enrich", "choose another `report`")
 
 
 def has_ledger(location: LedgerLocation) -> bool:

@@ -6,15 +6,14 @@ import asyncio
 import json
 import shlex
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 
 import click
+from msgspec.structs import replace
 
 from enrich.commands import options
-from enrich.commands.check_steps import open_ledger_or_empty
 from enrich.commands.plan_rows import check_replaceable, write_rows, write_step_rows
 from enrich.databar.client import Client
 from enrich.databar.clock import SystemClock
@@ -25,11 +24,11 @@ from enrich.job.file_names import is_same_file
 from enrich.job.job import Job
 from enrich.job.locations import sandbox_file_name
 from enrich.ledger import enroll, erasure, execution_records, task_ids
-from enrich.ledger.database import Database
+from enrich.ledger.database import Database, open_or_empty
 from enrich.ledger.lock import is_locked
-from enrich.models import DECISIONS_TO_SEND, Decision, RowStatus, State
+from enrich.models import Decision, RequestSelection, RowStatus, State
 from enrich.rows.job_input import JobInput
-from enrich.rows.params import LeftOutCounts
+from enrich.rows.template import RequestTemplate
 from enrich.run import neighbour_ledgers
 from enrich.run.budget import check_balance, make_budget
 from enrich.run.context import RunOptions, select_requests
@@ -121,10 +120,9 @@ def plan_with_access(
             raise JobError(f"{plan_file}: the plan and the rows would be the same file", "give each its own name")
     if plan_file is not None and is_locked(job.ledger):
         raise LedgerLocked(f"{job.ledger}: a run is in progress, so a plan cannot be saved", "save it after the run")
-    make = make_steps_plan if job.step_jobs else make_plan
     with options.open_access(job, use_sandbox=job.sandbox) as access:
         rows_file = rows_file.absolute() if rows_file else None
-        planned, saved_plan = make(job, access, run_options, rows_file, is_saved=plan_file is not None)
+        planned, saved_plan = make_plan(job, access, run_options, rows_file, is_saved=plan_file is not None)
     if plan_file is None or saved_plan is None or (written := write_plan(plan_file, saved_plan)) == plan_file:
         return planned, None
     return planned, f"{plan_file} is the plan of a real run. The plan of the sandbox is in {written}"
@@ -136,99 +134,101 @@ SUGGESTED_LIMIT, SUGGESTED_SAMPLE = 10, 20
 
 def make_plan(
     job: Job, access: ApiAccess, options: RunOptions, rows_file: Path | None = None, *, is_saved: bool = True
-) -> tuple[Plan, SavedPlan | None]:
+) -> tuple[Plan | StepsPlan, SavedPlan | None]:
     """Plan a run. Returns the plan to show, and the plan to save if it `is_saved`: it reads the input once more.
 
-    Writes each row's decision to `rows_file`, if given.
-
-    Raises what a run would raise before it spends. A sandbox run writes the rows under its own name.
+    Writes each row's decision to `rows_file`, if given, a sandbox run under its own name. Raises what a run would raise
+    before it spends.
     """
-    with open_ledger_or_empty(job) as ledger:
+    with open_or_empty(job.ledger) as ledger:
         job_input = JobInput(job, erasure.load_forgotten(ledger))
         file_versions = job_input.file_versions()
         rows_file = _prepare_rows_file(job, rows_file)
-        preflight_result = asyncio.run(_preflight(job, access, ledger, options))
-        job_input.check_new_columns(preflight_result.template)
-        clock = SystemClock()
-        now_ms = clock.now_ms()
-        template = preflight_result.template
-        budget = make_budget(job, template, preflight_result.balance)
-        counts = dict.fromkeys(DECISION_REASONS, 0)
-        is_running = is_locked(job.ledger)
-        selection = replace(select_requests(job, options, now_ms), no_active_run=not is_running)
-        enroll.begin_pass(ledger)
-        row_count = requesting_rows = 0
-        left_out: LeftOutCounts = Counter()
-        skipped: Counter[str] = Counter()
-        missing: Counter[str] = Counter()
-        # A run that is in progress may store a request that this pass has counted as a new one.
-        for batch in job_input.batches(template, job_input.queue_order(), None if is_running else ledger):
-            enroll.preview(ledger, batch.requests(), selection)
-            row_count += batch.frame.height
-            left_out += batch.left_out
-            skipped += batch.skip_reasons()
-            statuses = Counter(batch.statuses)
-            requesting_rows += statuses[None]
-            counts[Decision.INVALID] += statuses[RowStatus.INVALID]
-            counts[Decision.FILTERED] += statuses[RowStatus.FILTERED]
-            missing.update(batch.missing)
-        enroll.apply_limits(ledger, selection)
-        request_counts = enroll.decision_counts(ledger)
-        counts |= request_counts
-        counts[Decision.DUPLICATE] = requesting_rows - sum(request_counts.values())
-        if rows_file is not None:
-            write_rows(rows_file, job, job_input, ledger, (template, now_ms))
-        to_submit = sum(counts[decision] for decision in DECISIONS_TO_SEND)
-        saved_plan = None
-        if is_saved:
-            saved_plan = _saved_plan(job, options, preflight_result, job_input, ledger, now_ms, [to_submit])
-        if job_input.file_versions() != file_versions:
-            raise CommandRefused(f"{job.input_path}: the input changed while it was read", "run the command again")
-        plan = build_plan(job, preflight_result, ledger, PlanCounts(row_count, counts, left_out, skipped), budget.cap)
-        notes = [
-            *plan.notes,
-            *_notes(job, preflight_result, to_submit, is_running=is_running),
-            *(_other_ledger_notes(job, preflight_result, ledger) if to_submit else ()),
-        ]
-        return replace(plan, notes=notes, missing=missing), saved_plan
-
-
-def make_steps_plan(
-    job: Job, access: ApiAccess, options: RunOptions, rows_file: Path | None = None, *, is_saved: bool = True
-) -> tuple[StepsPlan, SavedPlan | None]:
-    """Plan a run of a job with steps, as `make_plan` does."""
-    with open_ledger_or_empty(job) as ledger:
-        job_input = JobInput(job, erasure.load_forgotten(ledger))
-        file_versions = job_input.file_versions()
-        rows_file = _prepare_rows_file(job, rows_file)
-        preflights = [asyncio.run(_preflight(step, access, ledger, options)) for step in job.step_jobs]
-        joined = Preflight.of_steps(preflights)
-        for step, of_step in zip(job.step_jobs, preflights, strict=True):
+        preflights = [asyncio.run(_preflight(step, access, ledger, options)) for step in job.steps]
+        joined = Preflight.of_steps(preflights) if job.step_jobs else preflights[0]
+        step_rows = make_step_rows(job, job_input, ledger, joined, options) if job.step_jobs else None
+        if step_rows is None:
+            job_input.check_new_columns(joined.template)
+        budgets = [
             make_budget(step, of_step.template, of_step.balance)
-        rows = make_step_rows(job, job_input, ledger, joined, options)
+            for step, of_step in zip(job.steps, preflights, strict=True)
+        ]
         now_ms, is_running = SystemClock().now_ms(), is_locked(job.ledger)
         selections = [
             replace(select_requests(step, options, now_ms), no_active_run=not is_running) for step in job.steps
         ]
-        StepInput(rows, 0).begin(selections[0])
-        rows.prepare()
-        selections = [replace(selection, limit=None, sample=None) for selection in selections]
-        plan = plan_steps(rows, ledger, joined, selections)
-        requests = [step.at_most for step in plan.steps]
+        plan: Plan | StepsPlan
+        if step_rows is not None:
+            plan = _plan_steps(step_rows, joined, selections, rows_file)
+            requests = [step.at_most for step in plan.steps]
+        else:
+            counts = _count_decisions(job_input, joined.template, ledger, selections[0])
+            if rows_file is not None:
+                write_rows(rows_file, job, job_input, ledger, (joined.template, now_ms))
+            plan = build_plan(job, joined, ledger, counts, budgets[0].cap)
+            requests = [plan.to_submit]
         saved_plan = None
         if is_saved:
-            saved_plan = _saved_plan(job, options, joined, job_input, ledger, now_ms, requests)
-        if rows_file is not None:
-            write_step_rows(rows_file, rows, selections)
+            saved_plan = SavedPlan(
+                made_ms=now_ms,
+                ground=gather_plan_inputs(job, joined, job_input),
+                limit=options.limit,
+                sample=options.sample,
+                seed=options.seed,
+                retry=sorted(options.retry),
+                max_credits=job.max_credits,
+                requests=requests,
+                after_execution=execution_records.newest_execution_id(ledger),
+                sandbox=job.sandbox,
+            )
         if job_input.file_versions() != file_versions:
             raise CommandRefused(f"{job.input_path}: the input changed while it was read", "run the command again")
         notes = [
             *job_input.notes(),
             *plan.notes,
             *_notes(job.steps[0], preflights[0], plan.to_submit, is_running=is_running),
-            *(_other_ledger_notes(job, joined, ledger, rows) if plan.to_submit else ()),
+            *(_other_ledger_notes(job, joined, ledger, step_rows) if plan.to_submit else ()),
         ]
         return replace(plan, notes=notes), saved_plan
+
+
+def _count_decisions(
+    job_input: JobInput, template: RequestTemplate, ledger: Database, selection: RequestSelection
+) -> PlanCounts:
+    """Read the input once, and count what a run would do with its requests and rows."""
+    counts = PlanCounts(dict.fromkeys(DECISION_REASONS, 0))
+    requesting_rows = 0
+    enroll.begin_pass(ledger)
+    # A run that is in progress may store a request that this pass has counted as a new one.
+    known = ledger if selection.no_active_run else None
+    for batch in job_input.batches(template, job_input.queue_order(), known):
+        enroll.preview(ledger, batch.requests(), selection)
+        counts.rows += batch.frame.height
+        counts.left_out.update(batch.left_out)
+        counts.skipped.update(batch.skip_reasons())
+        counts.missing.update(batch.missing)
+        statuses = Counter(batch.statuses)
+        requesting_rows += statuses[None]
+        counts.decisions[Decision.INVALID] += statuses[RowStatus.INVALID]
+        counts.decisions[Decision.FILTERED] += statuses[RowStatus.FILTERED]
+    enroll.apply_limits(ledger, selection)
+    request_counts = enroll.decision_counts(ledger)
+    counts.decisions.update(request_counts)
+    counts.decisions[Decision.DUPLICATE] = requesting_rows - sum(request_counts.values())
+    return counts
+
+
+def _plan_steps(
+    rows: StepRows, joined: Preflight, selections: Sequence[RequestSelection], rows_file: Path | None
+) -> StepsPlan:
+    """Plan a run of a job with steps, and write each row's decisions, if a file is given."""
+    StepInput(rows, 0).begin(selections[0])
+    rows.prepare()
+    selections = [replace(selection, limit=None, sample=None) for selection in selections]
+    plan = plan_steps(rows, rows.ledger, joined, selections)
+    if rows_file is not None:
+        write_step_rows(rows_file, rows, selections)
+    return plan
 
 
 def _prepare_rows_file(job: Job, rows_file: Path | None) -> Path | None:
@@ -243,29 +243,6 @@ def _prepare_rows_file(job: Job, rows_file: Path | None) -> Path | None:
     prepare_file(rows_file, job.input_path, job.name, "plan")
     check_replaceable(rows_file)
     return rows_file
-
-
-def _saved_plan(
-    job: Job,
-    options: RunOptions,
-    preflight_result: Preflight,
-    job_input: JobInput,
-    ledger: Database,
-    now_ms: int,
-    requests: list[int],
-) -> SavedPlan:
-    return SavedPlan(
-        made_ms=now_ms,
-        ground=gather_plan_inputs(job, preflight_result, job_input),
-        limit=options.limit,
-        sample=options.sample,
-        seed=options.seed,
-        retry=sorted(options.retry),
-        max_credits=job.max_credits,
-        requests=requests,
-        after_execution=execution_records.newest_execution_id(ledger),
-        sandbox=job.sandbox,
-    )
 
 
 def _notes(job: Job, preflight_result: Preflight, to_submit: int, *, is_running: bool) -> Iterator[str]:

@@ -16,7 +16,7 @@ from enrich.databar.credentials import ApiAccess
 from enrich.errors import ApiUnreachable, CommandRefused
 from enrich.job.job import Job
 from enrich.ledger import execution_records, queries
-from enrich.ledger.database import Database, ledger_exists
+from enrich.ledger.database import Database, check_ledger_exists
 from enrich.models import read_balance
 from enrich.run.balance import (
     PART_LABELS,
@@ -36,8 +36,7 @@ def reconcile_job(job: Job, access: ApiAccess, since: int | None) -> Reconciliat
     Raises CommandRefused if the ledger lacks the needed data, ApiUnreachable (also if the API reports no balance)
     and ApiKeyRejected.
     """
-    if not ledger_exists(job.ledger):
-        raise CommandRefused(f"{job.ledger}: no ledger, because this job has never run", "run it first: enrich run JOB")
+    check_ledger_exists(job.ledger)
     with closing(Database(job.ledger, read_only=True)) as ledger:
         executions, in_doubt = execution_records.list_executions(ledger), queries.in_doubt_summary(ledger)
         if since is None:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import suppress
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+from msgspec.structs import replace
 
 from enrich.commands import options
 from enrich.errors import EnrichError, Interrupted, JobError
 from enrich.exit_codes import JobArguments
 from enrich.job.job import Job
-from enrich.report.data import Comparison, Report
 from enrich.report.page_file import INSTALL_HINT, default_report_path, given_report_path, is_extra_missing, write_report
+
+if TYPE_CHECKING:
+    from enrich.report.data import Comparison, Report
 
 
 def _compare(job: Job, other: str, *, use_sandbox: bool) -> Comparison:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing
-from dataclasses import dataclass
 from typing import Any
 
 import click
@@ -13,7 +12,7 @@ import click
 from enrich.commands import options
 from enrich.job.job import Job
 from enrich.ledger import execution_records
-from enrich.ledger.database import ledger_exists, open_existing
+from enrich.ledger.database import open_or_empty
 from enrich.ledger.execution_records import ExecutionRow
 from enrich.ledger.lock import is_locked
 from enrich.models import format_elapsed, iso_time, job_title, pluralize, to_credits
@@ -21,44 +20,28 @@ from enrich.models import format_elapsed, iso_time, job_title, pluralize, to_cre
 _RUN_LINE = "{:>3} {:<16} {:>11} {:>3} {:<15}{:>10}{:>9}{:>6}{:>10}{:>2}{:>11}"
 
 
-@dataclass(slots=True)
-class _Totals:
-    """Totals of all executions of the job. `spent` in millionths of a credit, `unknown`: answers without a price."""
-
-    executions: int = 0
-    submitted: int = 0
-    spent: int = 0
-    unknown: int = 0
-
-    def add(self, execution: ExecutionRow) -> None:
-        self.executions += 1
-        self.submitted += execution.submitted
-        self.spent += execution.spent
-        self.unknown += execution.unknown
-
-
 def read_runs(job: Job, last: int) -> dict[str, Any]:
     """Return the object of `enrich runs --json`: the newest `last` executions, and the totals of all."""
     shown: list[dict[str, Any]] = []
-    totals = _Totals()
-    if ledger_exists(job.ledger):
-        with closing(open_existing(job.ledger)) as ledger, ledger.snapshot():
-            lock_held = is_locked(job.ledger)  # before reading: a run that ends meanwhile was not killed
-            newest = execution_records.newest_execution_id(ledger)
-            for execution in execution_records.list_executions(ledger, job.name):
-                totals.add(execution)
-                if len(shown) < last:
-                    shown.append(_execution_as_json(execution, is_running=lock_held and execution.id == newest))
+    totals: Counter[str] = Counter()
+    with open_or_empty(job.ledger) as ledger, ledger.snapshot():
+        lock_held = is_locked(job.ledger)  # before reading: a run that ends meanwhile was not killed
+        newest = execution_records.newest_execution_id(ledger)
+        for execution in execution_records.list_executions(ledger, job.name):
+            counts = {"submitted": execution.submitted, "spent": execution.spent, "unknown": execution.unknown}
+            totals.update({"executions": 1, **counts})
+            if len(shown) < last:
+                shown.append(_execution_as_json(execution, is_running=lock_held and execution.id == newest))
     return {
         "job": job.name,
         "sandbox": job.sandbox,
         "ledger": str(job.ledger),
         "executions": shown,
         "totals": {
-            "executions": totals.executions,
-            "submitted": totals.submitted,
-            "credits_spent": to_credits(totals.spent),
-            "credits_unknown": totals.unknown,
+            "executions": totals["executions"],
+            "submitted": totals["submitted"],
+            "credits_spent": to_credits(totals["spent"]),
+            "credits_unknown": totals["unknown"],
         },
     }
 

@@ -7,7 +7,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from typing import Any
 
 import click
@@ -17,7 +16,7 @@ from enrich.commands.run_view import RunStatus
 from enrich.commands.status_watch import DEFAULT_INTERVAL_S, RunWatcher, watch_job
 from enrich.job.job import Job
 from enrich.ledger import execution_records, queries, step_results, transitions
-from enrich.ledger.database import Database, ledger_exists
+from enrich.ledger.database import Database, open_or_empty
 from enrich.models import count_by_status, format_elapsed, iso_time, job_title, pluralize, to_credits
 from enrich.run.balance import choose_baseline
 from enrich.run.progress import Phase
@@ -37,23 +36,21 @@ _STATE_WORDS = {
 
 def read_status(job: Job) -> dict[str, Any]:
     """Return the object of `enrich status --json`. Requests are counted by status, named as in the run summary."""
-    if not ledger_exists(job.ledger):
-        return _build_status(job, None)
-    with closing(Database(job.ledger, read_only=True)) as ledger:
+    with open_or_empty(job.ledger) as ledger:
         return _build_status(job, ledger)
 
 
-def _build_status(job: Job, ledger: Database | None) -> dict[str, Any]:
-    counts = queries.state_counts(ledger) if ledger else {}
-    spent, unknown = queries.spent_totals(ledger) if ledger else (0, 0)
-    tasks = transitions.submitted_tasks(ledger) if ledger else []
+def _build_status(job: Job, ledger: Database) -> dict[str, Any]:
+    counts = queries.state_counts(ledger)
+    spent, unknown = queries.spent_totals(ledger)
+    tasks = transitions.submitted_tasks(ledger)
     ttl_ms = int(job.model.policy.result_ttl.total_seconds() * 1000)
-    executions = execution_records.list_executions(ledger, job.name, SHOWN_EXECUTIONS) if ledger else []
-    view = RunWatcher(job).read_view() if ledger else None
-    may_run = view is not None and view.status in (RunStatus.RUNNING, RunStatus.NO_HEARTBEAT)
-    running_id = view.run.id if view is not None and view.run is not None and may_run else None
-    in_doubt = queries.in_doubt_summary(ledger) if ledger else None
-    all_executions = execution_records.list_executions(ledger) if ledger else []
+    executions = execution_records.list_executions(ledger, job.name, SHOWN_EXECUTIONS)
+    view = RunWatcher(job).read_view()
+    may_run = view.status in (RunStatus.RUNNING, RunStatus.NO_HEARTBEAT)
+    running_id = view.run.id if view.run is not None and may_run else None
+    in_doubt = queries.in_doubt_summary(ledger)
+    all_executions = execution_records.list_executions(ledger)
     last = next((row for row in all_executions if row.balance_after is not None), None)
     first = (
         None
@@ -88,7 +85,7 @@ def _build_status(job: Job, ledger: Database | None) -> dict[str, Any]:
             "after": to_credits(last.balance_after),
             "credits_spent": to_credits(sum(row.spent for row in all_executions if first.id <= row.id <= last.id)),
         },
-        "at_work": view.as_json() if view is not None and view.status is RunStatus.RUNNING else None,
+        "at_work": view.as_json() if view.status is RunStatus.RUNNING else None,
         "executions": [
             {
                 "execution": row.id,
@@ -108,12 +105,11 @@ def _build_status(job: Job, ledger: Database | None) -> dict[str, Any]:
     } | _step_counts(job, ledger)
 
 
-def _step_counts(job: Job, ledger: Database | None) -> dict[str, Any]:
+def _step_counts(job: Job, ledger: Database) -> dict[str, Any]:
     """Return the requests of each step by status, and its credits in all runs; nothing for a job without steps."""
     if not job.step_jobs:
         return {}
-    counts = step_results.requests_by_step(ledger) if ledger else {}
-    spent = step_results.credits_by_step(ledger) if ledger else {}
+    counts, spent = step_results.requests_by_step(ledger), step_results.credits_by_step(ledger)
     return {
         "steps": [
             {

@@ -12,9 +12,7 @@ from enrich.commands import options
 from enrich.databar.client import MIN_QUERY_LENGTH, Client
 from enrich.databar.clock import SystemClock
 from enrich.databar.credentials import ApiAccess
-from enrich.databar.description import Description
-from enrich.databar.enrichment import Enrichment
-from enrich.databar.waterfall import Param, Provider, Waterfall
+from enrich.databar.description import Description, Enrichment, Param, Provider, Waterfall
 from enrich.errors import JobError, JobRejected
 from enrich.job.name_hints import suggest_name
 from enrich.job.target import Target, TargetKind

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from enrich import __version__
 from enrich.databar.clock import Clock
 from enrich.databar.credentials import ApiAccess
-from enrich.databar.description import MODELS, Description
+from enrich.databar.description import MODELS, Description, User
 from enrich.databar.network import find_proxy, load_certificates
 from enrich.databar.responses import parse_body, read_poll_error, read_task_reply, response_error, usable_task_id
 from enrich.databar.task_results import TaskReply
@@ -33,7 +33,6 @@ from enrich.databar.transport import (
     TransportError,
     serialize_headers,
 )
-from enrich.databar.user import User
 from enrich.errors import (
     BadParams,
     CertificateUntrusted,

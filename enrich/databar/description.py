@@ -1,14 +1,295 @@
-"""Descriptions of waterfalls and enrichments, and the differences between two of them."""
+"""What the API says of the account, of waterfalls and of enrichments, and the differences between two descriptions.
+
+It is parsed leniently: unknown keys are ignored, a value of the wrong type counts as missing, and a list loses only its
+invalid items. An object without its key field (`identifier`, `id` or `name`) is rejected.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeAlias
+from contextlib import suppress
+from functools import partial
+from typing import Annotated, Any, TypeAlias, TypeVar
 
-from enrich.databar.enrichment import Enrichment
-from enrich.databar.waterfall import Provider, Waterfall
-from enrich.job.target import TargetKind
-from enrich.models import to_credits, to_micros
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
+
+from enrich.databar.text_filter import clean_line
+from enrich.job.target import Target, TargetKind
+from enrich.models import MAX_CREDITS, to_credits, to_micros
+
+
+def _read_line(value: object) -> object:
+    """Convert text to one line, and a number to text. Other values stay as they are."""
+    readable = isinstance(value, str | int | float) and not isinstance(value, bool)
+    return clean_line(str(value)) if readable else value
+
+
+def _read_credits(value: object) -> object:
+    """Return credits as a number or as text. None (unknown) for any other value, and for a number out of range."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value if -MAX_CREDITS <= value <= MAX_CREDITS else None
+    return clean_line(value) if isinstance(value, str) else None
+
+
+TextLine = Annotated[str, BeforeValidator(_read_line)]
+CreditAmount = Annotated[float | str | None, BeforeValidator(_read_credits)]
+
+
+class LenientModel(BaseModel):
+    """Base of the API models. Null counts as missing, and so does an unreadable value of an optional field."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, defer_build=True)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _drop_unreadable(cls, data: Any, read: ModelWrapValidatorHandler[LenientModel]) -> LenientModel:  # noqa: ANN401 - JSON
+        if not isinstance(data, dict):
+            return read(data)
+        known = {key: value for key, value in data.items() if value is not None}
+        try:
+            return read(known)
+        except ValidationError as error:
+            broken = {problem["loc"][0] for problem in error.errors() if problem["loc"]}
+            return read({key: value for key, value in known.items() if key not in broken})
+
+
+M = TypeVar("M", bound=LenientModel)
+
+
+def _read_list(kind: type[M], values: object) -> list[M]:
+    """Parse a list, or comma-separated names, into models. Invalid items are left out."""
+    items = values.split(",") if isinstance(values, str) else values if isinstance(values, list) else []
+    read = []
+    for item in items:
+        with suppress(ValidationError):
+            read.append(kind.model_validate(item))
+    return read
+
+
+class NamedModel(LenientModel):
+    """Base of the models that the API may also write as their name alone."""
+
+    name: TextLine
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, data: object) -> object:
+        return {"name": data.strip()} if isinstance(data, str) and data.strip() else data
+
+
+def _read_workspace(value: object) -> object:
+    return _read_line(value.get("name", value.get("id")) if isinstance(value, dict) else value)
+
+
+class User(LenientModel):
+    """The account of the API key. `balance` is in credits, None if unknown."""
+
+    balance: CreditAmount = None
+    workspace: Annotated[str, BeforeValidator(_read_workspace)] | None = None
+
+
+def _renamed(data: object, names: Mapping[str, str]) -> object:
+    """Give keys the names that waterfalls have for the same thing."""
+    return {names.get(key, key): value for key, value in data.items()} if isinstance(data, dict) else data
+
+
+class Choice(LenientModel):
+    """A value that a param may have."""
+
+    id: TextLine
+    name: TextLine = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, data: object) -> object:
+        return {"id": data} if isinstance(data, str | int | float) else data
+
+
+def _read_choices(value: object) -> list[Choice]:
+    return _read_list(Choice, value.get("items") if isinstance(value, dict) else value)
+
+
+class Param(NamedModel):
+    """An input param. `choices` are the only values that it may have; empty: any, or the API does not list them."""
+
+    type: TextLine = "text"
+    required: bool = False
+    choices: Annotated[list[Choice], BeforeValidator(_read_choices)] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_of_enrichments(cls, data: object) -> object:
+        return _renamed(data, {"is_required": "required", "type_field": "type"})
+
+
+class Field(NamedModel):
+    """An output field."""
+
+    label: TextLine | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_of_enrichments(cls, data: object) -> object:
+        return _renamed(data, {"display_name": "label"})
+
+
+class Provider(LenientModel):
+    """A data provider or an email verifier, with its price in credits (number or text). None: unknown."""
+
+    id: int
+    name: TextLine = ""
+    price: CreditAmount = None
+    enabled_by_default: bool = True
+    #: Names of the inputs it needs. Empty if the API does not list them.
+    params: Annotated[list[str], BeforeValidator(lambda value: [param.name for param in _read_list(Param, value)])] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, data: object) -> object:
+        return {"id": data} if isinstance(data, str | int) and not isinstance(data, bool) else data
+
+
+Params = Annotated[list[Param], BeforeValidator(partial(_read_list, Param))]
+Fields = Annotated[list[Field], BeforeValidator(partial(_read_list, Field))]
+Providers = Annotated[list[Provider], BeforeValidator(partial(_read_list, Provider))]
+
+
+class Waterfall(LenientModel):
+    """The API's description of a waterfall."""
+
+    identifier: TextLine
+    name: TextLine = ""
+    description: TextLine | None = None
+    input_params: Params = []
+    output_fields: Fields = []
+    available_enrichments: Providers = []
+    is_email_verifying: bool = False
+    email_verifiers: Providers = []
+
+    @property
+    def target(self) -> Target:
+        """The target that it describes, without its providers."""
+        return Target(TargetKind.WATERFALL, self.identifier)
+
+    @property
+    def priced_by(self) -> None:
+        """The param that multiplies the price: none."""
+        return
+
+    @property
+    def is_paginated(self) -> None:
+        """Whether it has pages: it has none to choose."""
+        return
+
+    def called_providers(self, target: Target) -> list[Provider]:
+        """Return the providers that a target names, in order."""
+        offered = {provider.id: provider for provider in self.available_enrichments}
+        return [offered.get(number, Provider(id=number)) for number in target.enrichments]
+
+    def verifier(self, target: Target) -> Provider | None:
+        """Return the verifier that a target names."""
+        number = target.email_verifier
+        return (
+            None
+            if number is None
+            else next((each for each in self.email_verifiers if each.id == number), Provider(id=number))
+        )
+
+    def highest_price(self, target: Target) -> int | None:
+        """Return the price when every provider is called and each match verified, in millionths; None: unknown."""
+        providers, verifier = self.called_providers(target), self.verifier(target)
+        prices = [to_micros(provider.price) for provider in providers]
+        checks = [0 if verifier is None else to_micros(verifier.price)] * len(providers)
+        known = [price for price in prices + checks if price is not None]
+        return sum(known) if len(known) == len(prices + checks) else None
+
+
+class Pricing(LenientModel):
+    """How the price of a request comes about: `fixed`, or `per_parameter`: multiplied with the value of a param."""
+
+    type: TextLine = "fixed"
+    parameter: TextLine | None = None
+
+
+class Pages(LenientModel):
+    """Whether the result is a list with pages, each of them with its price."""
+
+    supported: bool = False
+    per_page: int | None = None
+
+
+class Enrichment(LenientModel):
+    """The API's description of an enrichment. A list of the API has no params and no fields."""
+
+    id: int
+    name: TextLine = ""
+    description: TextLine | None = None
+    data_source: TextLine = ""
+    price: CreditAmount = None
+    pricing: Pricing = Pricing()
+    pagination: Pages | None = None
+    input_params: Params = []
+    output_fields: Fields = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_of_waterfalls(cls, data: object) -> object:
+        return _renamed(data, {"params": "input_params", "response_fields": "output_fields"})
+
+    @property
+    def identifier(self) -> str:
+        """The id as text."""
+        return str(self.id)
+
+    @property
+    def source(self) -> str:
+        """The name of its one source."""
+        return self.data_source or self.name or self.identifier
+
+    @property
+    def target(self) -> Target:
+        """The target that it describes, without pages."""
+        return Target(TargetKind.ENRICHMENT, self.identifier)
+
+    @property
+    def available_enrichments(self) -> list[Provider]:
+        """Its one source."""
+        return [Provider(id=self.id, name=self.name, price=self.price)]
+
+    @property
+    def is_email_verifying(self) -> bool:
+        """Whether what it finds can be verified: it cannot."""
+        return False
+
+    @property
+    def email_verifiers(self) -> list[Provider]:
+        """The verifiers: none."""
+        return []
+
+    @property
+    def priced_by(self) -> str | None:
+        """The param that multiplies the price."""
+        return self.pricing.parameter if self.pricing.type == "per_parameter" else None
+
+    @property
+    def is_paginated(self) -> bool | None:
+        """Whether it has pages; None: the API does not say."""
+        return None if self.pagination is None else self.pagination.supported
+
+    def called_providers(self, _: Target) -> list[Provider]:
+        """Return its one source."""
+        return self.available_enrichments
+
+    def verifier(self, _: Target) -> None:
+        """Return the verifier that a target names: none."""
+        return
+
+    def highest_price(self, target: Target) -> int | None:
+        """Return the price of all pages in millionths, for one unit of `priced_by` if it has one; None: unknown."""
+        price = to_micros(self.price)
+        is_known = self.pricing.type == "fixed" or self.priced_by is not None
+        return price * target.pages if price is not None and is_known else None
+
 
 Description: TypeAlias = Waterfall | Enrichment
 
@@ -73,3 +354,33 @@ def _price_trend(old: Provider, new: Provider) -> str:
     if before is None or now is None:
         return ""
     return " (dearer)" if now > before else " (cheaper)"
+
+
+#: Month in which the API documentation was read.
+DOCUMENTED_ON = "2026-11"
+
+
+def _make_documented(
+    identifier: str, name: str, required: str, fields: str = "", *, verifying: bool = False
+) -> Waterfall:
+    return Waterfall(
+        identifier=identifier,
+        name=name,
+        input_params=[Param(name=param, required=True) for param in required.split()],
+        output_fields=[Field(name=field) for field in fields.split()],
+        is_email_verifying=verifying,
+    )
+
+
+#: Params and, if documented, fields. Providers and prices are only available from the API.
+DOCUMENTED_WATERFALLS: dict[str, Waterfall] = {
+    waterfall.identifier: waterfall
+    for waterfall in (
+        _make_documented("email_getter", "Email finder", "first_name last_name company", "email", verifying=True),
+        _make_documented("person_getter", "Person finder", "email", "first_name last_name linkedin_url"),
+        _make_documented("company_lookup", "Company lookup", "company_website"),
+        _make_documented("person_by_link", "Person by link", "link"),
+        _make_documented("phone_getter", "Phone finder", "linkedin"),
+        _make_documented("job_postings_getter", "Job postings", "company_website"),
+    )
+}

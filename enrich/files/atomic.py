@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -57,6 +58,19 @@ def atomic_write(target: Path, temporary: Path) -> Iterator[BinaryIO]:
             temporary.unlink(missing_ok=True)
         raise
     fsync_dir(target.parent)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Replace a file (mode 0600) atomically, also while other processes do the same. Raises OSError."""
+    descriptor, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+        Path(part).replace(path)
+    except BaseException:
+        with suppress(OSError):
+            Path(part).unlink()
+        raise
 
 
 def fsync_dir(folder: Path) -> None:

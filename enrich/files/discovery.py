@@ -6,15 +6,16 @@ import glob
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import unquote
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from enrich.files import object_store
 from enrich.files.manifest import MANIFEST, Manifest, read_manifest
 from enrich.files.text import FORMAT_NAMES, FileProblem, TableFile
-from enrich.job.file_names import why_no_file
-from enrich.job.input_names import is_leftover, is_visible, matches_key
+from enrich.job.file_names import is_leftover, is_visible, matches_key, why_no_file
 from enrich.job.locations import Location, ObjectUrl, has_wildcards, is_pattern
 from enrich.job.spec import Input
 
@@ -24,8 +25,7 @@ _ESCAPED_WILDCARD = re.compile(r"\[[*?\[]\]")
 _NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 
 
-@dataclass(frozen=True, slots=True)
-class InputFile:
+class InputFile(Struct, frozen=True):
     """One file of the input: its location, its settings, and the column values in its folder names.
 
     `version` is the version of an object when it was found. It must be the same when the object is read.
@@ -82,7 +82,7 @@ def find_paths(location: Path) -> list[Path]:
     if is_pattern(location):
         matches = map(Path, glob.glob(str(location)))  # noqa: PTH207 - Path.glob also finds hidden files
         return sorted(path for path in matches if path.is_file() and not is_leftover(path.name))
-    return sorted(_walk_folder(location)) if os.path.isdir(location) else [location]  # noqa: PTH112 - as in input_names
+    return sorted(_walk_folder(location)) if os.path.isdir(location) else [location]  # noqa: PTH112 - as in file_names
 
 
 def _walk_folder(folder: Path) -> Iterator[Path]:

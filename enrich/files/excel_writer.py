@@ -98,7 +98,6 @@ _LIKE_ESCAPE = re.compile("_(?=x[0-9A-Fa-f]{4}_)")
 _NOT_IN_XML = re.compile("[\x00-\x08\x0b-\x1f\ufffe\uffff]")
 #: Elements that a sheet of plain text does not have: formulas, values that are no text, rich text, links.
 _FORBIDDEN = frozenset(("f", "v", "r", "hyperlink"))
-_CHUNK_BYTES = 1 << 18
 
 
 class CellDigest:
@@ -122,9 +121,7 @@ def check_workbook(raw: BinaryIO, expected: CellDigest) -> None:
     raw.seek(0)
     try:
         with zipfile.ZipFile(raw) as archive, archive.open(SHEET) as sheet:
-            while chunk := sheet.read(_CHUNK_BYTES):
-                reader.feed(chunk)
-            reader.feed(b"", final=True)
+            reader.parser.ParseFile(sheet)
     except (zipfile.BadZipFile, KeyError, ValueError, expat.ExpatError):
         raise _unsound() from None
     if not reader.is_text_only or reader.cells.value() != expected.value():
@@ -156,18 +153,14 @@ class _SheetReader:
         self.is_text_only = True
         self._reference = ""
         self._texts: list[str] = []
-        self._parser = expat.ParserCreate()
-        self._parser.buffer_text = True
-        self._parser.StartElementHandler = self._start
-        self._parser.EndElementHandler = self._end
-
-    def feed(self, chunk: bytes, *, final: bool = False) -> None:
-        """Parse the next bytes. Raises ExpatError."""
-        self._parser.Parse(chunk, final)
+        self.parser = expat.ParserCreate()
+        self.parser.buffer_text = True
+        self.parser.StartElementHandler = self._start
+        self.parser.EndElementHandler = self._end
 
     def _start(self, name: str, attributes: dict[str, str]) -> None:
         if name == "t":
-            self._parser.CharacterDataHandler = self._texts.append
+            self.parser.CharacterDataHandler = self._texts.append
         elif name == "c":
             self._reference, self._texts = attributes["r"], []
             self.is_text_only &= attributes.get("t") == "inlineStr"
@@ -176,6 +169,6 @@ class _SheetReader:
 
     def _end(self, name: str) -> None:
         if name == "t":
-            self._parser.CharacterDataHandler = None
+            self.parser.CharacterDataHandler = None
         elif name == "c":
             self.cells.add(self._reference, _unescape_text("".join(self._texts)))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from enrich.errors import CommandRefused, JobError
 from enrich.extras import install_hint
+from enrich.files.atomic import COLLECT_HINT
 from enrich.job.locations import ObjectUrl
 
 if TYPE_CHECKING:
@@ -30,8 +31,7 @@ _CREDENTIAL_VARIABLES = {
 
 def download(url: ObjectUrl, into: BinaryIO) -> ObjectVersion:
     """Copy an object to a file and return its version. Raises CommandRefused."""
-    store = _open_store(url)
-    with _as_refused(url):
+    with _open_store(url) as store:
         result = store.get(url.key)
         into.writelines(result.stream())
         return _version_of(result.meta)
@@ -39,15 +39,13 @@ def download(url: ObjectUrl, into: BinaryIO) -> ObjectVersion:
 
 def download_range(url: ObjectUrl, start: int, length: int) -> bytes:
     """Return a byte range of an object. Raises CommandRefused."""
-    store = _open_store(url)
-    with _as_refused(url):
+    with _open_store(url) as store:
         return bytes(store.get_range(url.key, start=start, length=length))
 
 
 def object_version(url: ObjectUrl) -> ObjectVersion | None:
     """Return the version of an object, which changes with its content. None if it is missing. Raises CommandRefused."""
-    store = _open_store(url)
-    with _as_refused(url):
+    with _open_store(url) as store:
         try:
             return _version_of(store.head(url.key))
         except FileNotFoundError:
@@ -56,16 +54,14 @@ def object_version(url: ObjectUrl) -> ObjectVersion | None:
 
 def list_objects(url: ObjectUrl) -> Iterator[tuple[str, ObjectVersion]]:
     """Yield the keys in a folder (recursively), each with the object's version. Raises CommandRefused."""
-    store = _open_store(url)
-    with _as_refused(url):
+    with _open_store(url) as store:
         for page in store.list(url.key.rstrip("/") or None):
             yield from ((meta["path"], _version_of(meta)) for meta in page)
 
 
 def read_object(url: ObjectUrl) -> bytes | None:
     """Return the content of a small object. None if it does not exist. Raises CommandRefused."""
-    store = _open_store(url)
-    with _as_refused(url):
+    with _open_store(url) as store:
         try:
             return bytes(store.get(url.key).bytes())
         except FileNotFoundError:
@@ -74,51 +70,46 @@ def read_object(url: ObjectUrl) -> bytes | None:
 
 def delete_objects(url: ObjectUrl, keys: list[str]) -> None:
     """Delete objects of a bucket by their keys. Raises CommandRefused."""
-    store = _open_store(url)
     if keys:
-        with _as_refused(url):
+        with _open_store(url) as store:
             store.delete(keys)
 
 
 def check_bucket(url: ObjectUrl) -> None:
     """Check access to the bucket before any credits are spent. Raises CommandRefused if it is missing or denied."""
-    store = _open_store(url)
-    with _as_refused(url):
+    with _open_store(url) as store:
         next(iter(store.list(url.key)), None)
 
 
 def upload(url: ObjectUrl, file: BinaryIO) -> None:
-    """Copy a file to an object atomically. Raises CommandRefused."""
-    store = _open_store(url)
-    with _as_refused(url):
-        store.put(url.key, file)
+    """Copy a file of the run to an object atomically. Raises CommandRefused."""
+    file.seek(0)
+    try:
+        with _open_store(url) as store:
+            store.put(url.key, file)
+    except CommandRefused as error:
+        raise CommandRefused(error.message, f"{error.hint}; {COLLECT_HINT}") from error
 
 
 def _version_of(meta: ObjectMeta) -> ObjectVersion:
     return meta["e_tag"], meta["size"], meta["last_modified"].isoformat()
 
 
-def _open_store(url: ObjectUrl) -> ObjectStore:
+@contextmanager
+def _open_store(url: ObjectUrl) -> Iterator[ObjectStore]:
+    """Open the bucket for the block. Storage errors become CommandRefused with their code: texts may have secrets."""
     try:
-        from obstore.store import from_url  # noqa: PLC0415 - an optional dependency
+        from obstore.exceptions import BaseError  # noqa: PLC0415 - an optional dependency
+        from obstore.store import from_url  # noqa: PLC0415
     except ModuleNotFoundError:
         raise JobError(f"{url}: object storage is not installed", install_hint("storage")) from None
     allow_http = os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true")
-    with _as_refused(url):
-        return from_url(
+    try:
+        yield from_url(
             f"{url.scheme}://{url.bucket}",
             client_options={"connect_timeout": "10s", "timeout": "10m", "allow_http": allow_http},
             retry_config={"max_retries": 3, "retry_timeout": timedelta(minutes=1)},
         )
-
-
-@contextmanager
-def _as_refused(url: ObjectUrl) -> Iterator[None]:
-    """Convert storage errors into CommandRefused. Only the error code is kept: the full text may contain secrets."""
-    from obstore.exceptions import BaseError  # noqa: PLC0415 - an optional dependency
-
-    try:
-        yield
     except (BaseError, FileNotFoundError) as error:
         message = str(error)
         code = next((next(filter(None, found)) for found in _ERROR_CODE.findall(message)), "")

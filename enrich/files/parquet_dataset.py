@@ -7,13 +7,14 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, cast
 from uuid import uuid4
 
 import polars as pl
+from msgspec import Struct
+from msgspec.structs import replace
 
 from enrich.errors import CommandRefused, JobError
 from enrich.files import object_store, parquet_format
@@ -32,8 +33,7 @@ from enrich.job.file_names import real_path
 from enrich.job.locations import STDIN, InputLocation, Location, ObjectUrl
 
 
-@dataclass(frozen=True, slots=True)
-class FolderDatasetWriter:
+class FolderDatasetWriter(Struct, frozen=True):
     """Writes a dataset to a local or shared folder. Every machine with access to the folder can write parts."""
 
     target: Path
@@ -150,8 +150,7 @@ def _folder_manifest(folder: Path) -> Manifest | None:
         return None
 
 
-@dataclass(frozen=True, slots=True)
-class BucketDatasetWriter:
+class BucketDatasetWriter(Struct, frozen=True):
     """Writes a dataset to object storage. Every machine with access to the storage can write parts."""
 
     target: ObjectUrl
@@ -164,7 +163,7 @@ class BucketDatasetWriter:
         with as_write_refused(self.target, "output"), tempfile.TemporaryFile() as file:
             raw = cast("BinaryIO", file)
             rows = parquet_format.write(raw, self.schema, frames)
-            _upload(_object_url(self.target, name), raw)
+            object_store.upload(_object_url(self.target, name), raw)
         return PartFile(name, first_position, rows)
 
     def finish(self, parts: Iterable[PartFile]) -> None:
@@ -222,15 +221,7 @@ def _bucket_manifest(target: ObjectUrl) -> Manifest | None:
 def _write_manifest(target: ObjectUrl, manifest: Manifest, schema: Mapping[str, pl.DataType]) -> None:
     with as_write_refused(target, "output"), tempfile.TemporaryFile() as file:
         file.write(manifest_file(manifest, schema))
-        _upload(_object_url(target, MANIFEST), cast("BinaryIO", file))
-
-
-def _upload(url: ObjectUrl, file: BinaryIO) -> None:
-    file.seek(0)
-    try:
-        object_store.upload(url, file)
-    except CommandRefused as error:
-        raise CommandRefused(error.message, f"{error.hint}; {COLLECT_HINT}") from error
+        object_store.upload(_object_url(target, MANIFEST), cast("BinaryIO", file))
 
 
 #: Number of rows in a part if a single process writes the dataset.

@@ -3,22 +3,28 @@
 import codecs
 import gzip
 import io
+import json
 import re
+import unicodedata
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
 from typing import TextIO
 
+from msgspec import Struct
+
 from enrich.errors import CommandRefused
+from enrich.job.cell_text import clean
 from enrich.job.field_types import is_text_encoding
 from enrich.job.locations import Format
+from enrich.job.name_hints import did_you_mean, suggest_name
 
 BYTE_ORDER_MARK = "\ufeff"
 _CELL_SHAPE = re.compile(
-    r"[^\s@]+@[^\s@]+\.[^\s@]+"  # an e-mail address
+    r"(?<![^\s@])[^\s@]+@[^\s@]+\.[^\s@]+"  # an e-mail address; tried once for each word, as words may be long
     r"|^\s*(?:[a-z]+://|www\.)\S+\s*$"
     r"|^\s*(?:[a-z0-9-]+\.)+[a-z]{2,}(?:/\S*)?\s*$"  # a domain
     r"|^\s*\+\d[\d\s()./-]{3,}$"  # a phone number
@@ -72,8 +78,7 @@ _MAX_SHOWN_NAME = 100
 FORMAT_NAMES = {"csv": "CSV text", "jsonl": "JSON Lines", "parquet": "a Parquet file", "xlsx": "an Excel workbook"}
 
 
-@dataclass(frozen=True, slots=True)
-class TableFile:
+class TableFile(Struct, frozen=True):
     """A table's file and its format settings. `display_name` replaces the path in messages."""
 
     path: Path
@@ -192,6 +197,28 @@ def _repeated_columns(header: list[str], positions: list[str] | None) -> str | N
         found.setdefault(name, []).append(positions[position] if positions else str(position + 1))
     repeated = [f"{quote_column(name)} at {', '.join(where)}" for name, where in found.items() if len(where) > 1]
     return f"has duplicate column names: {'; '.join(repeated)}"
+
+
+def is_headerless(header: Sequence[str], job_columns: Iterable[str]) -> bool:
+    """Check whether the first line looks like a lead: it has none of the job's columns, but the shape of a cell."""
+    return not set(header) & set(job_columns) and any(map(looks_like_cell, header))
+
+
+def missing_column_hint(column: str, header: Sequence[str], job_columns: Iterable[str]) -> str | None:
+    """Return a hint on a column that the header lacks. None: no hint."""
+    if twin := next((name for name in header if name != column and clean(name) == clean(column)), None):
+        shown = f"the input's name is {json.dumps(twin)}, the job's is {json.dumps(column)}"
+        return f"they look alike, but {shown}: write the input's, in double quotes"
+    if set(header) & set(job_columns):
+        return suggest_name(column, [name for name in header if not looks_like_cell(name)])
+    # Without a single column of the job the first line may be a lead, so only a name that differs little is shown.
+    by_fold = {_fold(name): name for name in header}
+    close = get_close_matches(_fold(column), by_fold, n=1, cutoff=0.8)
+    return did_you_mean(by_fold[close[0]]) if close else None
+
+
+def _fold(name: str) -> str:
+    return "".join(filter(str.isalnum, unicodedata.normalize("NFKC", name).casefold()))
 
 
 def open_binary(source: TableFile) -> io.BufferedReader | gzip.GzipFile:

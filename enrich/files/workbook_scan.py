@@ -9,12 +9,12 @@ import posixpath
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from xml.parsers import expat
 
-_CHUNK_BYTES = 1 << 18
+from msgspec import Struct
+
 #: A sheet's rectangle may have this many positions, or this many for each of its cells.
 _MAX_POSITIONS, _MAX_POSITIONS_PER_CELL = 5_000_000, 50
 #: The library holds all shared strings of a workbook in memory.
@@ -27,8 +27,7 @@ class UnsoundWorkbook(ValueError):
     """The file is no workbook. The message is the reason, and quotes no cell."""
 
 
-@dataclass(frozen=True, slots=True)
-class SheetScan:
+class SheetScan(Struct, frozen=True):
     """What a scan found, as cells such as `B2`. None: there is none."""
 
     far_cell: str | None
@@ -194,9 +193,7 @@ def _parse_sheet(path: Path, sheet: str, handler: _SheetHandler) -> None:
     with _open_archive(path) as archive:
         for member in _members_of(archive, sheet):
             with archive.open(member) as source:
-                while chunk := source.read(_CHUNK_BYTES):
-                    handler.parser.Parse(chunk, False)  # noqa: FBT003
-                handler.parser.Parse(b"", True)  # noqa: FBT003
+                handler.parser.ParseFile(source)
 
 
 @contextmanager
@@ -234,7 +231,5 @@ def _elements(archive: zipfile.ZipFile, member: str, element: str) -> list[dict[
     parser = expat.ParserCreate(namespace_separator=" ")
     parser.StartElementHandler = start
     with archive.open(member) as source:
-        while chunk := source.read(_CHUNK_BYTES):
-            parser.Parse(chunk, False)  # noqa: FBT003
-        parser.Parse(b"", True)  # noqa: FBT003
+        parser.ParseFile(source)
     return found

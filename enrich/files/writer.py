@@ -14,7 +14,7 @@ import polars as pl
 
 from enrich.errors import CommandRefused, JobError
 from enrich.files import jsonl_format, object_store, parquet_dataset, parquet_format
-from enrich.files.atomic import COLLECT_HINT, as_write_refused, atomic_write, follow_link
+from enrich.files.atomic import as_write_refused, atomic_write, follow_link
 from enrich.files.csv_format import CsvWriter
 from enrich.files.discovery import find_paths
 from enrich.files.text import as_refused
@@ -54,7 +54,7 @@ def prepare_file(target: Location, input_location: InputLocation, job: str, kind
     try:
         _check_not_input(target, input_location, kind)
         target = follow_link(target)
-        if target.is_file() and _is_database(target):
+        if is_sqlite_file(target):
             raise JobError(f"{target}: the {kind} would replace a ledger", f"choose another `{kind}`")
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary_path(target, job, kind).unlink(missing_ok=True)
@@ -78,7 +78,10 @@ def _check_not_input(target: Path, input_location: InputLocation, kind: str) -> 
             raise JobError(f"{target}: the {kind} would replace the input", f"choose another `{kind}`")
 
 
-def _is_database(path: Path) -> bool:
+def is_sqlite_file(path: Path) -> bool:
+    """Return whether a file is a SQLite database, as ledgers are. Raises OSError."""
+    if not path.is_file():
+        return False
     with path.open("rb") as file:
         return file.read(16) == b"SQLite format 3\0"
 
@@ -127,11 +130,7 @@ def _open_target(target: Location, job: str, kind: str) -> Iterator[BinaryIO]:
         return
     with tempfile.TemporaryFile() as file:
         yield cast("BinaryIO", file)
-        file.seek(0)
-        try:
-            object_store.upload(target, cast("BinaryIO", file))
-        except CommandRefused as error:
-            raise CommandRefused(error.message, f"{error.hint}; {COLLECT_HINT}") from error
+        object_store.upload(target, cast("BinaryIO", file))
 
 
 @contextmanager

@@ -1,13 +1,15 @@
-"""Compares local files by their names, and says of a name that it can be none."""
+"""Compares files by their names: which are the same, which can be none, which belong to a folder or a pattern."""
 
 from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
 from contextlib import suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 
-from enrich.job.locations import STDIN, InputLocation, LedgerLocation
+from enrich.job.locations import STDIN, InputLocation, LedgerLocation, Location, ObjectUrl, is_dataset, is_pattern
 
 #: How many bytes the names of files beside a ledger are longer than its own: its lock, its journals, the sandbox's.
 _LEDGER_SUFFIX_BYTES = 24
@@ -52,3 +54,65 @@ def why_no_ledger(location: LedgerLocation) -> str | None:
 def is_missing(path: Path) -> bool:
     """Check whether a file could be at a path, and is not."""
     return path != STDIN and why_no_file(path) is None and not path.exists()
+
+
+_LEFTOVERS = frozenset(("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"))
+#: The name of a file in an output folder.
+_PART = "part-0000000000-00000000.parquet"
+
+
+def inclusion_problem(location: InputLocation, target: InputLocation, kind: str) -> tuple[str, str] | None:
+    """Return the problem of a file to write that the input would include, with a hint. None: it would not."""
+    is_folder = kind == "output" and isinstance(target, Location) and is_dataset(target)
+    if not _would_include(location, target, is_folder=is_folder):
+        return None
+    pattern_hint = f", or a narrower pattern than {location.name}" if is_pattern(location) else ""
+    return f"{target}: the {kind} would be read as input by the next run", f"choose another `{kind}`{pattern_hint}"
+
+
+def _would_include(location: InputLocation, target: InputLocation, *, is_folder: bool) -> bool:
+    """Check whether a folder or pattern would include a file, or those in a folder, which need not exist yet."""
+    if isinstance(location, ObjectUrl) and isinstance(target, ObjectUrl):
+        key = target.key + _PART if is_folder else target.key
+        same_bucket = (target.scheme, target.bucket) == (location.scheme, location.bucket)
+        return same_bucket and (location.is_folder or is_pattern(location)) and matches_key(location, key, location.key)
+    if not isinstance(location, Path) or not isinstance(target, Path):
+        return False
+    file = target / _PART if is_folder else target
+    # The target may be a link, which is read as the file that it leads to.
+    places = (real_path(file), real_path(file.parent) / file.name)
+    if is_pattern(location):
+        return any(_matches_parts(place.parts, location.parts) for place in (file, *places))
+    folder = real_path(location)
+    return os.path.isdir(location) and any(  # noqa: PTH112 - Path.is_dir raises PermissionError
+        place.is_relative_to(folder) and all(map(is_visible, place.relative_to(folder).parts)) for place in places
+    )
+
+
+def matches_key(url: ObjectUrl, key: str, folder: str) -> bool:
+    """Check whether an object is in a folder or matches a pattern, and is visible."""
+    if url.is_folder:
+        return key.startswith(folder) and not key.endswith("/") and all(map(is_visible, key[len(folder) :].split("/")))
+    return _matches_parts(key.split("/"), url.key.split("/"))
+
+
+def _matches_parts(parts: Sequence[str], patterns: Sequence[str]) -> bool:
+    """Check whether a path matches a pattern, part by part. `*` matches no hidden name, as in a shell."""
+    return (
+        len(parts) == len(patterns)
+        and not is_leftover(parts[-1])
+        and all(
+            fnmatchcase(part, sign) and (sign.startswith(".") or not part.startswith("."))
+            for part, sign in zip(parts, patterns, strict=True)
+        )
+    )
+
+
+def is_visible(name: str) -> bool:
+    """Check whether a file or folder in the folder of an input is read."""
+    return not name.startswith((".", "_")) and not is_leftover(name)
+
+
+def is_leftover(name: str) -> bool:
+    """Check whether a file is what Windows, macOS or Excel leave in a folder. `~$` marks a workbook that is open."""
+    return name.startswith("~$") or name.lower() in _LEFTOVERS

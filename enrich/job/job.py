@@ -5,17 +5,24 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
+from msgspec import Struct
+from msgspec.structs import replace
 from pydantic import ValidationError
 
 from enrich.errors import JobError
 from enrich.job.field_types import MAX_CREDITS
-from enrich.job.file_names import MAX_JOB_NAME_BYTES, is_same_file, real_path, why_no_file, why_no_ledger
-from enrich.job.input_names import inclusion_problem
+from enrich.job.file_names import (
+    MAX_JOB_NAME_BYTES,
+    inclusion_problem,
+    is_same_file,
+    real_path,
+    why_no_file,
+    why_no_ledger,
+)
 from enrich.job.locations import (
     STDIN,
     InputLocation,
@@ -45,8 +52,7 @@ _Table = TypeVar("_Table", Input, Output)
 OUTPUT_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz", ".parquet", ".xlsx")
 
 
-@dataclass(frozen=True, slots=True)
-class Overrides:
+class Overrides(Struct, frozen=True):
     """Settings of the command line that override the job file. Paths are relative to the working directory."""
 
     input: Path | str | None = None
@@ -56,8 +62,7 @@ class Overrides:
     sandbox: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(Struct, frozen=True):
     """A loaded job file with resolved paths. `input_path` can be a glob or STDIN."""
 
     model: JobModel

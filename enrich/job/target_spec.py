@@ -10,6 +10,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, fie
 from enrich.job.field_types import Columns, StrictModel, Text, check_text
 from enrich.job.target import Target, TargetKind
 
+#: The column that `enrich init` writes for a param to which it found none.
+UNFILLED_COLUMN = "FILL THIS IN"
 Transform = Literal["trim", "lower", "domain", "host"]
 
 _COLUMNS_DESCRIPTION = "A column, or several: the first that is not blank after the transforms is used."

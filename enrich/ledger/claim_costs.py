@@ -35,7 +35,7 @@ def left_of_step_cap(db: Database, execution_id: int, step: str | None, step_cap
         ).fetchone()
         known = StepCost(known.exact, known.at_most + int(reserved), int(newest))
     if known is None or known.at_most + price > known.exact + (step_cap - known.exact) // 2:
-        (newest,) = db.execute("SELECT coalesce(max(id), 0) FROM attempts").fetchone()
+        newest = db.value("SELECT coalesce(max(id), 0) FROM attempts")
         exact = _exact_cost(db, execution_id, step)
         known = StepCost(exact, exact, int(newest))
     db.step_costs[execution_id, step] = known
@@ -44,13 +44,13 @@ def left_of_step_cap(db: Database, execution_id: int, step: str | None, step_cap
 
 def _exact_cost(db: Database, execution_id: int, step: str | None) -> int:
     """Add up what a step has cost in a run: the price of what is settled, the highest price of everything else."""
-    (cost,) = db.execute(
+    return db.number(
         "SELECT coalesce(sum(CASE WHEN b.credits IS NULL THEN coalesce(a.credits, a.reserved) "
         "WHEN a.bulk_index = 0 THEN b.credits ELSE 0 END), 0) "
         "FROM attempts a LEFT JOIN bulk_tasks b ON b.id = a.bulk_task_id WHERE a.step = ? AND a.execution_id = ?",
-        (step, execution_id),
-    ).fetchone()
-    return int(cost)
+        step,
+        execution_id,
+    )
 
 
 def highest_prices(db: Database, request_ids: Sequence[int], price: int, priced_by: str | None) -> list[int]:

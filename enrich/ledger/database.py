@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -95,6 +96,18 @@ class Database:
     def execute(self, sql: str, values: Sequence[Any] = (), /) -> Cursor:
         """Run one statement. Parameters are written as `?` or `?1`."""
         return self.session.execute(sql, values)
+
+    def value(self, sql: str, *values: object) -> Any:  # noqa: ANN401 - of any type
+        """Return the first column of the first row of a query that has a row."""
+        return self.session.execute(sql, values).fetchone()[0]
+
+    def number(self, sql: str, *values: object) -> int:
+        """Return the number that a query finds."""
+        return int(self.value(sql, *values))
+
+    def exists(self, source: str, *values: object) -> bool:
+        """Return whether `FROM …` has a row."""
+        return bool(self.value(f"SELECT EXISTS (SELECT 1 {source})", *values))
 
     def executemany(self, sql: str, rows: Iterable[Sequence[Any]], /) -> None:
         """Run one statement for each of many rows."""
@@ -197,17 +210,17 @@ class Database:
     @contextmanager
     def savepoint(self) -> Iterator[None]:
         """Isolate one of several operations of a transaction: when it raises, only its own changes are rolled back."""
-        self.session.execute("SAVEPOINT move")
+        self.session.execute("SAVEPOINT operation")
         try:
             yield
         except BaseException:
             self.claimed_up_to.clear()
             self.step_costs.clear()
             if self.session.in_transaction:  # false when a full disk has already ended the transaction
-                self.session.execute("ROLLBACK TO move")
-                self.session.execute("RELEASE move")
+                self.session.execute("ROLLBACK TO operation")
+                self.session.execute("RELEASE operation")
             raise
-        self.session.execute("RELEASE move")
+        self.session.execute("RELEASE operation")
 
     def stream_rows(self, sql: str) -> Iterator[Mapping[str, Any]]:
         """Stream the rows of a query that are too many to hold in memory."""
@@ -233,6 +246,12 @@ def ledger_exists(location: LedgerLocation) -> bool:
     )
 
 
+def check_ledger_exists(location: LedgerLocation) -> None:
+    """Raise CommandRefused when the job of this ledger has never run."""
+    if not ledger_exists(location):
+        raise CommandRefused(f"{location}: no ledger, because this job has never run", "run it first: enrich run JOB")
+
+
 def open_existing(
     location: LedgerLocation, *, any_version: bool = False, skip_integrity_check: bool = False
 ) -> Database:
@@ -243,6 +262,17 @@ def open_existing(
     if not ledger_exists(location):
         raise CommandRefused(f"{location}: the ledger does not exist", "the first `enrich run` creates it")
     return Database(location, read_only=True, any_version=any_version, skip_integrity_check=skip_integrity_check)
+
+
+@contextmanager
+def open_or_empty(location: LedgerLocation) -> Iterator[Database]:
+    """Open a ledger read-only, or an empty one where there is none yet."""
+    if ledger_exists(location):
+        with closing(Database(location, read_only=True)) as ledger:
+            yield ledger
+        return
+    with TemporaryDirectory() as folder, closing(Database(Path(folder) / "none.db")) as ledger:
+        yield ledger
 
 
 def delete_ledger(location: LedgerLocation) -> None:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from enrich.errors import CommandRefused
 from enrich.job.locations import LedgerLocation
 from enrich.ledger import verify
 from enrich.ledger.database import Database, delete_ledger, ledger_exists, open_existing
 from enrich.ledger.dialect import DATABASE_ERRORS
-from enrich.ledger.file_identity import make_private_folder
-from enrich.ledger.forgotten import key_path
+from enrich.ledger.erasure import key_path, write_key
 from enrich.ledger.lock import lock_ledger, open_exclusive
 from enrich.ledger.sqlite import damaged_ledger_error, is_damage_error
 
@@ -42,8 +43,7 @@ _TEXT_KEY_COLUMNS = ("name", "kind", "identifier", "job", "call")
 _UNCOPIED_COLUMNS = ("lease_id",)
 
 
-@dataclass(frozen=True, slots=True)
-class CopyResult:
+class CopyResult(Struct, frozen=True):
     """The result of a copy: rows per table, and a hash of all rows that is equal for source and target."""
 
     rows: dict[str, int]
@@ -97,7 +97,7 @@ def _all_rows(db: Database, table: str, columns: list[str]) -> Iterator[tuple[An
 
 def _is_empty(db: Database) -> bool:
     """Return whether all copied tables are empty."""
-    return not any(db.execute(f"SELECT EXISTS (SELECT 1 FROM {table})").fetchone()[0] for table in COPIED_TABLES)
+    return not any(db.exists(f"FROM {table}") for table in COPIED_TABLES)
 
 
 @contextmanager
@@ -176,9 +176,5 @@ def _copy_forgotten_key(source: LedgerLocation, target: LedgerLocation) -> Path 
                 f"{target_path}: this is the key of another ledger", "choose another place for the copy"
             )
         return target_path
-    make_private_folder(target_path.parent)
-    with os.fdopen(os.open(target_path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
-        file.write(key)
-        file.flush()
-        os.fsync(file.fileno())
+    write_key(target_path, key)
     return target_path

@@ -7,6 +7,7 @@ same statements as a run, over a ledger that is opened read-only.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import pairwise, repeat
 from operator import itemgetter
@@ -33,7 +34,6 @@ from enrich.models import (
 
 _TO_SEND = f"decision IN ({', '.join(repr(decision.value) for decision in DECISIONS_TO_SEND)})"
 _COUNTED_TOWARDS_LIMIT = f"decision IN ({', '.join(repr(decision.value) for decision in COUNTED_TOWARDS_LIMIT)})"
-_PLANNED_FIRST = "decision <> 'planned', queue_position"
 
 #: The same for one request, with its place in the send order and its group.
 _ONE_REQUEST = (
@@ -91,24 +91,23 @@ def _ensure_pass_tables(db: Database) -> None:
         db.execute(statement.format(blob=db.dialect.blob_type, serial=db.dialect.serial_key))
 
 
-def preview(db: Database, requests: RequestBatch, selection: RequestSelection) -> None:
-    """Read the requests of a batch and decide about those new to this pass. Leaves the ledger unchanged."""
+def preview(db: Database, requests: RequestBatch, selection: RequestSelection) -> tuple[str, int]:
+    """Read the requests of a batch and decide about those new to this pass. Leaves the ledger unchanged.
+
+    Returns the distinct requests `by_row`; those not in the ledger have negative ids.
+    """
+    batch = requests.distinct()
     with db.temporary_transaction():
         _ensure_pass_tables(db)
-        _preview(db, requests.distinct(), selection)
-
-
-def _preview(db: Database, batch: RequestBatch, selection: RequestSelection) -> tuple[str, int]:
-    """Decide about a batch of distinct requests. Return them `by_row`; those not in the ledger have negative ids."""
-    ids = request_ids.find_ids(db, batch)
-    if unknown := request_ids.without_id(batch.fingerprints, ids):
-        db.execute(
-            f"INSERT INTO unknown_requests (fingerprint) SELECT {request_ids.FINGERPRINT} "
-            "FROM json_each(CAST(?1 AS TEXT)) WHERE true ORDER BY key",
-            request_ids.as_list(unknown),
-        )
-        ids = request_ids.add_ids(ids, batch.fingerprints, request_ids.unknown_ids(db, unknown))
-    return _record_seen(db, batch, ids, selection)
+        ids = request_ids.find_ids(db, batch)
+        if unknown := request_ids.without_id(batch.fingerprints, ids):
+            db.execute(
+                f"INSERT INTO unknown_requests (fingerprint) SELECT {request_ids.FINGERPRINT} "
+                "FROM json_each(CAST(?1 AS TEXT)) WHERE true ORDER BY key",
+                request_ids.as_list(unknown),
+            )
+            ids = request_ids.add_ids(ids, batch.fingerprints, request_ids.unknown_ids(db, unknown))
+        return _record_seen(db, batch, ids, selection)
 
 
 def enroll(db: Database, target: Target, requests: RequestBatch, selection: RequestSelection) -> Sequence[int | None]:
@@ -122,7 +121,7 @@ def enroll(db: Database, target: Target, requests: RequestBatch, selection: Requ
     if new := request_ids.without_id(batch.fingerprints, ids):
         canonical = target.canonical()
         db.execute("INSERT INTO calls (canonical) VALUES (?) ON CONFLICT DO NOTHING", (canonical,))
-        (call_id,) = db.execute("SELECT id FROM calls WHERE canonical = ?", (canonical,)).fetchone()
+        call_id = db.value("SELECT id FROM calls WHERE canonical = ?", canonical)
         if db.shares_passes:
             # Processes that enroll the same requests at once insert them in the same order: no deadlocks.
             new.sort()
@@ -135,7 +134,7 @@ def enroll(db: Database, target: Target, requests: RequestBatch, selection: Requ
         )
         ids = request_ids.add_ids(ids, batch.fingerprints, request_ids.ids_in(db, "requests", new))
     chosen = _record_seen(db, batch, ids, selection)
-    if db.execute("SELECT EXISTS (SELECT 1 FROM requests WHERE erased_ms IS NOT NULL)").fetchone()[0]:
+    if db.exists("FROM requests WHERE erased_ms IS NOT NULL"):
         _restore_params(db, batch, ids, chosen)
     if batch is requests or requests.ids is not None:
         return ids if requests.ids is None else requests.ids
@@ -162,41 +161,38 @@ def _restore_params(db: Database, batch: RequestBatch, ids: Sequence[int | None]
 def apply_limits(db: Database, selection: RequestSelection) -> None:
     """Exclude requests once the whole input was read: by per-group limit, then sample, then limit."""
     with db.temporary_transaction():
-        _apply_limits(db, selection)
-
-
-def _apply_limits(db: Database, selection: RequestSelection) -> None:
-    if selection.max_per_group is not None:
-        # Requests sent before count towards the limit first.
-        _exclude(
-            db,
-            Decision.CAPPED,
-            "SELECT id FROM (SELECT id, decision, row_number() OVER "
-            "(PARTITION BY group_name ORDER BY decision = 'new', queue_position) AS number FROM seen WHERE "
-            "group_name IS NOT NULL) "
-            "AS grouped WHERE decision = 'new' AND number > ?",
-            min(selection.max_per_group, MAX_ROWS),
-        )
-    if selection.sample is not None:
-        (count,) = db.execute(f"SELECT count(*) FROM seen WHERE {_COUNTED_TOWARDS_LIMIT}").fetchone()
-        db.execute("CREATE TEMP TABLE sampled (number BIGINT PRIMARY KEY)")
-        numbers = stratified_sample(count, selection.sample, selection.seed)
-        db.executemany("INSERT INTO sampled VALUES (?)", ((number,) for number in numbers))
-        _exclude(
-            db,
-            Decision.NOT_SAMPLED,
-            "SELECT id FROM (SELECT id, row_number() OVER (ORDER BY first_position) - 1 AS number "
-            f"FROM seen WHERE {_COUNTED_TOWARDS_LIMIT}) AS counted "
-            "WHERE NOT EXISTS (SELECT 1 FROM sampled WHERE sampled.number = counted.number)",
-        )
-        db.execute("DROP TABLE sampled")
-    if selection.limit is not None:
-        _exclude(
-            db,
-            Decision.OVER_LIMIT,
-            f"SELECT id FROM seen WHERE {_COUNTED_TOWARDS_LIMIT} ORDER BY {_PLANNED_FIRST} LIMIT {MAX_ROWS} OFFSET ?",
-            min(selection.limit, MAX_ROWS),
-        )
+        if selection.max_per_group is not None:
+            # Requests sent before count towards the limit first.
+            _exclude(
+                db,
+                Decision.CAPPED,
+                "SELECT id FROM (SELECT id, decision, row_number() OVER "
+                "(PARTITION BY group_name ORDER BY decision = 'new', queue_position) AS number FROM seen WHERE "
+                "group_name IS NOT NULL) "
+                "AS grouped WHERE decision = 'new' AND number > ?",
+                min(selection.max_per_group, MAX_ROWS),
+            )
+        if selection.sample is not None:
+            count = db.value(f"SELECT count(*) FROM seen WHERE {_COUNTED_TOWARDS_LIMIT}")
+            db.execute("CREATE TEMP TABLE sampled (number BIGINT PRIMARY KEY)")
+            numbers = stratified_sample(count, selection.sample, selection.seed)
+            db.executemany("INSERT INTO sampled VALUES (?)", ((number,) for number in numbers))
+            _exclude(
+                db,
+                Decision.NOT_SAMPLED,
+                "SELECT id FROM (SELECT id, row_number() OVER (ORDER BY first_position) - 1 AS number "
+                f"FROM seen WHERE {_COUNTED_TOWARDS_LIMIT}) AS counted "
+                "WHERE NOT EXISTS (SELECT 1 FROM sampled WHERE sampled.number = counted.number)",
+            )
+            db.execute("DROP TABLE sampled")
+        if selection.limit is not None:
+            _exclude(
+                db,
+                Decision.OVER_LIMIT,
+                f"SELECT id FROM seen WHERE {_COUNTED_TOWARDS_LIMIT} "
+                f"ORDER BY decision <> 'planned', queue_position LIMIT {MAX_ROWS} OFFSET ?",
+                min(selection.limit, MAX_ROWS),
+            )
 
 
 def fill_queue(db: Database, selection: RequestSelection) -> None:
@@ -238,10 +234,10 @@ def decision_counts(db: Database) -> dict[Decision, int]:
 
 def oldest_answer_ms(db: Database) -> int | None:
     """Return when the oldest answer reused in this pass was settled (ms). None: no answer is reused."""
-    (oldest_ms,) = db.execute(
+    oldest_ms = db.value(
         "SELECT min(a.settled_ms) FROM seen s JOIN requests r ON r.id = s.id "
         "JOIN attempts a ON a.id = coalesce(r.answer_id, r.attempt_id) WHERE s.decision IN ('found', 'not_found')"
-    ).fetchone()
+    )
     return None if oldest_ms is None else int(oldest_ms)
 
 
@@ -264,20 +260,19 @@ def row_decisions(db: Database, requests: RequestBatch) -> Iterator[RowDecision]
             yield RowDecision(position, *known[first_rows[name]])
 
 
-def enrolled_counts(db: Database) -> dict[State, int]:
+def enrolled_counts(db: Database) -> Counter[State]:
     """Count the distinct requests of this pass by state. Queued requests count as pending."""
     state = (
         "CASE WHEN r.queue_position IS NOT NULL AND r.state NOT IN ('submitting', 'submitted') "
         "THEN 'pending' ELSE r.state END"
     )
     counts = queries.count_by_state(db, state, "seen s JOIN requests r ON r.id = s.id")
-    return {State(name): count for name, count in counts.items()}
+    return Counter({State(name): count for name, count in counts.items()})
 
 
 def queued_count(db: Database) -> int:
     """Count the queued requests that are not running."""
-    (count,) = db.execute(f"SELECT count(*) FROM requests WHERE {QUEUED}").fetchone()
-    return int(count)
+    return db.number(f"SELECT count(*) FROM requests WHERE {QUEUED}")
 
 
 def request_results(db: Database, requests: RequestBatch, selection: RequestSelection | None = None) -> ResultColumns:
@@ -292,7 +287,7 @@ def request_results(db: Database, requests: RequestBatch, selection: RequestSele
         if selection is None:
             chosen = request_ids.by_row(batch, request_ids.find_ids(db, batch))
         else:
-            chosen = _preview(db, batch, selection)
+            chosen = preview(db, batch, selection)
         # The database makes the columns: a list for each row takes twice as long.
         lists = ", ".join(map(db.dialect.json_list.format, _RESULT_FIELDS.values()))
         columns = db.execute(

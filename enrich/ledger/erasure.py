@@ -1,14 +1,89 @@
-"""Erases requests and answers: `forget` by person, `purge` by age."""
+"""Erases requests and answers: `forget` by person, `purge` by age. Of forgotten people only keyed hashes stay."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
+from hashlib import blake2b
+from pathlib import Path
+from secrets import token_bytes
 from typing import Any
 
+from msgspec import Struct
+
+from enrich.errors import CommandRefused
+from enrich.job.bounded_read import read_bounded
+from enrich.job.locations import LedgerLocation, path_beside_ledger
 from enrich.ledger import bindings, enroll
 from enrich.ledger.database import Database
 from enrich.ledger.dialect import OPEN_ATTEMPT
-from enrich.ledger.forgotten import ForgottenRequests, key_id, keyed_hash, read_key
+from enrich.ledger.file_identity import make_private_folder
+
+
+class ForgottenRequests(Struct, frozen=True):
+    """Requests about forgotten people. Only their keyed hashes are known."""
+
+    key: bytes
+    hashes: frozenset[bytes] = frozenset()
+
+    def __contains__(self, params: str) -> bool:
+        """Return whether a request with these params (JSON, as sent) is about a forgotten person."""
+        return bool(self.hashes) and keyed_hash(self.key, params.encode()) in self.hashes
+
+
+_KEY_BYTES = 32
+
+
+def key_path(ledger: LedgerLocation) -> Path:
+    """Return the path of the key file. It is not in the ledger, so a copy of the ledger alone identifies no person."""
+    return path_beside_ledger(ledger, ".key")
+
+
+def read_key(ledger: LedgerLocation, expected_key_id: str | None) -> bytes:
+    """Read the key. Raises CommandRefused when it is missing or wrong: forgotten people would be looked up again."""
+    path = key_path(ledger)
+    try:
+        key = read_bounded(path)
+    except OSError as error:
+        reason = error.strerror
+    else:
+        if len(key) == _KEY_BYTES and expected_key_id in (None, key_id(key)):
+            return key
+        reason = "it is not the one that they were forgotten with"
+    raise CommandRefused(
+        f"{path}: the key of the erased people cannot be used: {reason}",
+        "restore it from a backup: without it, erased people would be sent again",
+    )
+
+
+def read_or_make_key(ledger: LedgerLocation) -> bytes:
+    """Read the key, or create it."""
+    path = key_path(ledger)
+    if not path.exists():
+        write_key(path, token_bytes(_KEY_BYTES))
+    return read_key(ledger, None)
+
+
+def write_key(path: Path, key: bytes) -> None:
+    """Write a key durably (mode 0600)."""
+    make_private_folder(path.parent)
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.unlink(missing_ok=True)
+    with os.fdopen(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
+        file.write(key)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def keyed_hash(key: bytes, value: bytes) -> bytes:
+    """Hash personal data so that it cannot be identified without the key."""
+    return blake2b(value, key=key, digest_size=16, person=b"enrich-forgotten").digest()
+
+
+def key_id(key: bytes) -> str:
+    """Return an identifier of a key that does not reveal the key."""
+    return blake2b(key, digest_size=16, person=b"enrich-key").hexdigest()
 
 
 def load_forgotten(db: Database) -> ForgottenRequests:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
 from typing import Any
+
+from msgspec import Struct
 
 from enrich.exit_codes import exit_label
 from enrich.ledger.database import Database
@@ -15,8 +16,7 @@ from enrich.ledger.dialect import MAX_ROWS, OPEN_ATTEMPT
 Paths = Sequence[str] | Mapping[str, Sequence[str]]
 
 
-@dataclass(frozen=True, slots=True)
-class ExecutionRow:
+class ExecutionRow(Struct, frozen=True):
     """One run. Times are milliseconds since 1970 (UTC), credits are millionths, JSON is text; None: not known."""
 
     id: int
@@ -48,7 +48,7 @@ class ExecutionRow:
 
 #: The `command` in the summary of `enrich cancel`, which has an execution of its own.
 CANCEL = "cancel"
-_COLUMNS = ", ".join(field.name for field in fields(ExecutionRow))
+_COLUMNS = ", ".join(ExecutionRow.__struct_fields__)
 
 
 def start_execution(  # noqa: PLR0913, PLR0917 - each is a column
@@ -59,12 +59,15 @@ def start_execution(  # noqa: PLR0913, PLR0917 - each is a column
     `paths` are the job's columns, by step if it has steps. A later run that collects answers of this one uses them to
     decide what is a match.
     """
-    row = db.execute(
+    return db.number(
         "INSERT INTO executions (job, started_ms, cap, balance_before, paths, reserved) VALUES (?, ?, ?, ?, ?, "
         f"(SELECT coalesce(sum(reserved), 0) FROM attempts WHERE {OPEN_ATTEMPT})) RETURNING id",
-        (job, now_ms, cap, balance, json.dumps(paths)),
-    ).fetchone()
-    return int(row[0])
+        job,
+        now_ms,
+        cap,
+        balance,
+        json.dumps(paths),
+    )
 
 
 def read_paths(paths: str, step: str | None) -> list[str]:
@@ -100,30 +103,23 @@ def delete_unless_used(db: Database, execution_id: int) -> bool:
 
 def has_submitted(db: Database, job: str | None = None) -> bool:
     """Return whether anything was ever submitted from this ledger, for one job if given."""
-    sql = "SELECT EXISTS (SELECT 1 FROM executions WHERE submitted > 0 AND (CAST(?1 AS TEXT) IS NULL OR job = ?1))"
-    row = db.execute(sql, (job,)).fetchone()
-    return bool(row[0])
+    return db.exists("FROM executions WHERE submitted > 0 AND (CAST(?1 AS TEXT) IS NULL OR job = ?1)", job)
 
 
 def has_own_submissions(db: Database) -> bool:
     """Return whether a run of this ledger had a POST accepted. Attempts from a rescue file do not count."""
-    row = db.execute(
-        "SELECT EXISTS (SELECT 1 FROM executions WHERE submitted > 0 AND (summary IS NOT NULL OR ended_ms IS NULL))"
-    ).fetchone()
-    return bool(row[0])
+    return db.exists("FROM executions WHERE submitted > 0 AND (summary IS NOT NULL OR ended_ms IS NULL)")
 
 
 def has_sent_step(db: Database, step: str) -> bool:
     """Return whether a step has sent anything from this ledger."""
-    row = db.execute("SELECT EXISTS (SELECT 1 FROM attempts WHERE step = ?)", (step,)).fetchone()
-    return bool(row[0])
+    return db.exists("FROM attempts WHERE step = ?", step)
 
 
 def has_written(db: Database, path: str) -> bool:
     """Return whether a run names this file as its output, rejects or changes."""
     fields = ", ".join(f"summary{db.dialect.as_json}->>'{name}'" for name in ("output", "rejects", "changes"))
-    row = db.execute(f"SELECT EXISTS (SELECT 1 FROM executions WHERE ? IN ({fields}))", (path,)).fetchone()
-    return bool(row[0])
+    return db.exists(f"FROM executions WHERE ? IN ({fields})", path)
 
 
 def read_execution(db: Database, execution_id: int) -> ExecutionRow:
@@ -142,22 +138,21 @@ def list_executions(db: Database, job: str | None = None, last: int = MAX_ROWS) 
 
 def newest_execution_id(db: Database) -> int:
     """Return the id of the newest run of any job, 0 when there is none."""
-    (number,) = db.execute("SELECT coalesce(max(id), 0) FROM executions").fetchone()
-    return int(number)
+    return db.number("SELECT coalesce(max(id), 0) FROM executions")
 
 
 def last_ended_ms(db: Database, job: str, codes: Collection[int]) -> int | None:
     """Return when a run of a job last ended with one of these exit codes (ms). None: never."""
     placeholders = ",".join("?" * len(codes))
-    row = db.execute(
+    ended_ms = db.value(
         f"SELECT max(ended_ms) FROM executions WHERE job = ? AND exit_code IN ({placeholders}) "
         f"AND coalesce(summary{db.dialect.as_json}->>'command', '') <> '{CANCEL}'",
-        (job, *codes),
-    ).fetchone()
-    return None if row[0] is None else int(row[0])
+        job,
+        *codes,
+    )
+    return None if ended_ms is None else int(ended_ms)
 
 
 def has_other_jobs(db: Database, job: str) -> bool:
     """Return whether another job has run with this ledger."""
-    row = db.execute("SELECT EXISTS (SELECT 1 FROM executions WHERE job <> ?)", (job,)).fetchone()
-    return bool(row[0])
+    return db.exists("FROM executions WHERE job <> ?", job)

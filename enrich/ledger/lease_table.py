@@ -34,7 +34,10 @@ def other_holders(db: Database) -> list[LeaseHolder]:
     """Return the other processes that may hold tasks, leaders of a run first."""
     if not db.dialect.has_leases:
         return []
-    _delete_expired_leases(db)
+    # The holder of an open transaction is alive, so its lease stays.
+    db.execute(
+        f"DELETE FROM leases WHERE id IN (SELECT id FROM leases WHERE {_REMAINING_S} <= 0 FOR UPDATE SKIP LOCKED)"
+    )
     rows = db.execute(
         f"SELECT id, name, leads, {_REMAINING_S}, extract(epoch FROM lease_until), process FROM leases "
         f"WHERE id IS DISTINCT FROM {OWN_LEASE_ID} ORDER BY leads DESC, id"
@@ -54,13 +57,12 @@ def revoke_leases(db: Database, holders: Iterable[LeaseHolder]) -> None:
 
 def now_ms(db: Database) -> int:
     """Return the server's time in milliseconds since 1970 (UTC)."""
-    (now_ms,) = db.execute("SELECT floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint").fetchone()
-    return int(now_ms)
+    return db.number("SELECT floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint")
 
 
 def now(db: Database) -> datetime:
     """Return the server's time."""
-    (server_time,) = db.execute("SELECT clock_timestamp()").fetchone()
+    server_time = db.value("SELECT clock_timestamp()")
     assert isinstance(server_time, datetime)  # noqa: S101 - psycopg's type for it
     return server_time
 
@@ -99,12 +101,8 @@ def acquire_lease(db: Database, name: str, seconds: float, *, leader_id: int | N
 
 def renew_lease(db: Database, lease_id: int) -> bool:
     """Renew a lease. Return False when the lease has ended."""
-    return bool(
-        db.execute(
-            "UPDATE leases SET lease_until = clock_timestamp() + seconds * interval '1 s' WHERE id = ? AND seconds > 0",
-            (lease_id,),
-        ).rowcount
-    )
+    renew = "UPDATE leases SET lease_until = clock_timestamp() + seconds * interval '1 s' WHERE id = ? AND seconds > 0"
+    return db.execute(renew, (lease_id,)).rowcount > 0
 
 
 def release_lease(db: Database, lease_id: int) -> None:
@@ -112,24 +110,13 @@ def release_lease(db: Database, lease_id: int) -> None:
     db.execute("DELETE FROM leases WHERE id = ?", (lease_id,))
 
 
-def _delete_expired_leases(db: Database) -> None:
-    """Delete expired leases. The holder of an open transaction is alive, so its lease stays."""
-    if db.dialect.has_leases:
-        db.execute(
-            f"DELETE FROM leases WHERE id IN (SELECT id FROM leases WHERE {_REMAINING_S} <= 0 FOR UPDATE SKIP LOCKED)"
-        )
-
-
 def _delete_lease_if_gone(db: Database, lease_id: int, process: str) -> bool:
     """Delete the lease of an ended process of this machine before it expires; return whether it was deleted.
 
     It stays while the server is still executing a transaction of that process.
     """
-    return is_gone(process) and bool(
-        db.execute(
-            "DELETE FROM leases WHERE id IN (SELECT id FROM leases WHERE id = ? FOR UPDATE SKIP LOCKED)", (lease_id,)
-        ).rowcount
-    )
+    delete = "DELETE FROM leases WHERE id IN (SELECT id FROM leases WHERE id = ? FOR UPDATE SKIP LOCKED)"
+    return is_gone(process) and db.execute(delete, (lease_id,)).rowcount > 0
 
 
 PROC = Path("/proc")
@@ -170,11 +157,10 @@ def _boot_and_namespace() -> str | None:
 def _process_start_time(pid: int) -> str | None:
     """Return the start time of a process, to distinguish it from a later one with the same PID. None: no process."""
     try:
-        stat_fields = (
-            (PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-        )
+        text = (PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return HIDDEN_START_TIME if _pid_exists(pid) else None
+    stat_fields = text.rpartition(")")[2].split()
     return None if stat_fields[0] == "Z" else stat_fields[19]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
@@ -36,13 +37,8 @@ class Overlap:
 
     requests: int = 0
     paid: int = 0
-    by_ledger: dict[Path, int] = field(default_factory=dict)
+    by_ledger: Counter[Path] = field(default_factory=Counter)
     unread: list[Path] = field(default_factory=list)
-
-    @property
-    def main_ledger(self) -> Path:
-        """The ledger with most of them."""
-        return max(self.by_ledger, key=self.by_ledger.__getitem__)
 
 
 def find_ledger_files(folder: Path, own: Path | None = None) -> list[Path]:
@@ -101,7 +97,7 @@ def compare_with_neighbours(
                     overlap.unread.append(path)
                     del neighbours[path]
                 elif found:
-                    overlap.by_ledger[path] = overlap.by_ledger.get(path, 0) + len(found)
+                    overlap.by_ledger[path] += len(found)
                     paid |= found
             overlap.paid += len(paid)
     return overlap

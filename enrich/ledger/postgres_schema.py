@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 
 import psycopg
 from psycopg import errors
@@ -33,8 +33,11 @@ def schema_exists(location: PostgresLocation) -> bool:
 
 def drop_schema_tables(location: PostgresLocation) -> None:
     """Drop a ledger's tables. The schema stays, because an administrator may have created it. Raises CommandRefused."""
-    with _as_refused(location), closing(PostgresSession(location)) as session:
-        _unmake(session)
+    name = location.schema
+    with _as_refused(location), closing(PostgresSession(location)) as session, _transaction(session):
+        for (table,) in session.execute("SELECT tablename FROM pg_tables WHERE schemaname = ?", (name,)).fetchall():
+            session.execute_ddl(f'DROP TABLE "{name}"."{table}" CASCADE')
+        session.execute_ddl(f'DROP FUNCTION IF EXISTS "{name}".json_each(TEXT)')
 
 
 def open_schema(
@@ -52,31 +55,20 @@ def open_schema(
     deadline = time.monotonic() + open_timeout_s
     while True:
         try:
-            with _as_refused(location):
-                return _open_session(location, fencing_token, read_only=read_only, any_version=any_version)
+            with _as_refused(location), ExitStack() as stack:
+                session = stack.enter_context(closing(PostgresSession(location, fencing_token, read_only=read_only)))
+                _check_and_migrate(session, any_version=any_version)
+                stack.pop_all()
+                return session
         except CommandRefused as error:
             if not is_unreachable(error.__cause__) or time.monotonic() >= deadline:
                 raise
         time.sleep(RETRY_EVERY_S)
 
 
-def _open_session(
-    location: PostgresLocation, fencing_token: FencingToken | None, *, read_only: bool, any_version: bool
-) -> PostgresSession:
-    session = PostgresSession(location, fencing_token, read_only=read_only)
-    try:
-        _check_and_migrate(session, location, read_only=read_only, any_version=any_version)
-    except BaseException:
-        session.close()
-        raise
-    return session
-
-
-def _check_and_migrate(
-    session: PostgresSession, location: PostgresLocation, *, read_only: bool, any_version: bool
-) -> None:
-    """Check the version of the schema, and migrate an older one unless `read_only` or `any_version`."""
-    version = _version(session)
+def _check_and_migrate(session: PostgresSession, *, any_version: bool) -> None:
+    """Check the version of the schema, and migrate an older one unless the session is read-only or `any_version`."""
+    location, read_only, version = session.location, session.read_only, _version(session)
     if version is None and read_only:
         raise CommandRefused(f"{location}: there is no such ledger", "it is made by the first `enrich run`")
     if version == _FOREIGN:
@@ -123,8 +115,7 @@ def _version(session: PostgresSession) -> int | None:
 def _migrate(session: PostgresSession) -> None:
     """Migrate the schema, and create it if it is missing. A lock serializes two processes that do so at once."""
     name = session.location.schema
-    session.execute("BEGIN")
-    try:
+    with _transaction(session):
         session.execute("SELECT pg_advisory_xact_lock(hashtext(?))", (f"enrich migrates {name}",))
         if not session.execute("SELECT to_regnamespace(?)", (name,)).fetchone()[0]:
             session.execute(f'CREATE SCHEMA "{name}"')
@@ -133,20 +124,14 @@ def _migrate(session: PostgresSession) -> None:
             for statement in schema.statements(script):
                 session.execute_ddl(statement)
             session.execute("UPDATE ledger_version SET version = ?", (number,))
-        session.commit()
-    except BaseException:
-        session.rollback()
-        raise
 
 
-def _unmake(session: PostgresSession) -> None:
-    """Drop everything that `_migrate` created in the schema, but keep the schema."""
-    name = session.location.schema
+@contextmanager
+def _transaction(session: PostgresSession) -> Iterator[None]:
+    """Run the block in one transaction, which does not count as one of the session's writer."""
     session.execute("BEGIN")
     try:
-        for (table,) in session.execute("SELECT tablename FROM pg_tables WHERE schemaname = ?", (name,)).fetchall():
-            session.execute_ddl(f'DROP TABLE "{name}"."{table}" CASCADE')
-        session.execute_ddl(f'DROP FUNCTION IF EXISTS "{name}".json_each(TEXT)')
+        yield
         session.commit()
     except BaseException:
         session.rollback()
@@ -202,10 +187,8 @@ def advisory_lock(location: PostgresLocation, wait_s: float) -> Iterator[None]:
 
 def _try_lock(session: PostgresSession) -> bool:
     """Take the lock if it is free."""
-    (acquired,) = session.execute(
-        "SELECT pg_try_advisory_lock(?, hashtext(?))", (_LOCK_CLASS_ID, session.location.schema)
-    ).fetchone()
-    return bool(acquired)
+    lock = (_LOCK_CLASS_ID, session.location.schema)
+    return bool(session.execute("SELECT pg_try_advisory_lock(?, hashtext(?))", lock).fetchone()[0])
 
 
 def _keep_locked_until(session: PostgresSession, stop: threading.Event) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
+
+from msgspec import Struct
 
 from enrich.databar.task_results import parse_data
 from enrich.job.target import Target
@@ -33,10 +34,10 @@ class InDoubtSummary(NamedTuple):
 
 def max_rows_per_batch(db: Database, answers_per_row: int = 1) -> int:
     """Return how many rows to read at once together with their answers, so that memory is bounded."""
-    (average,) = db.execute(
+    average = db.value(
         "SELECT coalesce(avg(length(answer)), 0) FROM (SELECT answer FROM attempts WHERE answer IS NOT NULL "
         f"ORDER BY id DESC LIMIT {_ANSWER_SAMPLE_SIZE}) AS newest"
-    ).fetchone()
+    )
     return max(1, int(MAX_ANSWER_CHARACTERS / max(1.0, float(average) * answers_per_row)))
 
 
@@ -79,13 +80,14 @@ def execution_outcome_counts(db: Database, execution_id: int, step: str | None =
 
 def sent_since(db: Database, execution_id: int, job: str, step: str = "") -> int:
     """Count the requests sent for a job or one of its steps after a run. Requests pending again do not count."""
-    (count,) = db.execute(
+    return db.number(
         "SELECT count(*) FROM requests r JOIN attempts a ON a.id = r.attempt_id "
         "JOIN executions e ON e.id = a.execution_id WHERE e.id > ?1 AND e.job = ?2 AND r.state <> 'pending' "
         "AND coalesce(a.step, '') = CAST(?3 AS TEXT)",
-        (execution_id, job, step),
-    ).fetchone()
-    return int(count)
+        execution_id,
+        job,
+        step,
+    )
 
 
 def settled_attempts(db: Database, job: str, execution_id: int | None = None) -> Iterator[SettledAttempt]:
@@ -104,17 +106,12 @@ def settled_attempts(db: Database, job: str, execution_id: int | None = None) ->
 
 def open_reservations(db: Database) -> int:
     """Return the maximum price of all running tasks (millionths). They are settled in the next run."""
-    row = db.execute(f"SELECT coalesce(sum(reserved), 0) FROM attempts WHERE {OPEN_ATTEMPT}").fetchone()
-    return int(row[0])
+    return db.number(f"SELECT coalesce(sum(reserved), 0) FROM attempts WHERE {OPEN_ATTEMPT}")
 
 
 def has_open_since(db: Database, since_ms: float) -> bool:
     """Return whether a request sent after `since_ms` still has no answer."""
-    row = db.execute(
-        f"SELECT EXISTS (SELECT 1 FROM attempts WHERE {OPEN_ATTEMPT} AND (state = 'submitting' OR submitted_ms > ?))",
-        (since_ms,),
-    ).fetchone()
-    return bool(row[0])
+    return db.exists(f"FROM attempts WHERE {OPEN_ATTEMPT} AND (state = 'submitting' OR submitted_ms > ?)", since_ms)
 
 
 def average_price(db: Database, target: Target) -> tuple[int, float | None]:
@@ -136,9 +133,7 @@ def polls_per_task(db: Database) -> float | None:
         f"SELECT sum(CAST(summary{db.dialect.as_json}->>'polls' AS BIGINT)), sum(submitted) "
         "FROM executions WHERE summary IS NOT NULL"
     ).fetchone()
-    (additional_rows,) = db.execute(
-        "SELECT coalesce(sum(size - 1), 0) FROM bulk_tasks WHERE settled_ms IS NOT NULL"
-    ).fetchone()
+    additional_rows = db.value("SELECT coalesce(sum(size - 1), 0) FROM bulk_tasks WHERE settled_ms IS NOT NULL")
     return polls / max(1, submitted - additional_rows) if submitted and polls is not None else None
 
 
@@ -226,9 +221,7 @@ def throughput(db: Database, execution_id: int, start_ms: int, width_ms: int) ->
 
 def last_answer_ms(db: Database, execution_id: int) -> int | None:
     """Return when a run last stored an answer (ms). None: never."""
-    (at_ms,) = db.execute(
-        "SELECT max(settled_ms) FROM attempts WHERE settled_execution_id = ?", (execution_id,)
-    ).fetchone()
+    at_ms = db.value("SELECT max(settled_ms) FROM attempts WHERE settled_execution_id = ?", execution_id)
     return None if at_ms is None else int(at_ms)
 
 
@@ -276,8 +269,7 @@ def _time_bin(column: str) -> str:
     return f"CASE WHEN {column} > ?2 THEN ({column} - ?2) / ?3 ELSE 0 END"
 
 
-@dataclass(frozen=True, slots=True)
-class LedgerTotals:
+class LedgerTotals(Struct, frozen=True):
     """Totals of the whole ledger, all jobs: credits in millionths, answers of unknown price, unconfirmed, submitted."""
 
     spent: int
@@ -299,7 +291,5 @@ def totals(db: Database) -> LedgerTotals:
 
 def oldest_open_submission_ms(db: Database) -> int | None:
     """Return when the oldest task that waits for its answer was submitted (ms). None: no task waits."""
-    (oldest_ms,) = db.execute(
-        f"SELECT min(submitted_ms) FROM attempts WHERE {OPEN_ATTEMPT} AND state = 'submitted'"
-    ).fetchone()
+    oldest_ms = db.value(f"SELECT min(submitted_ms) FROM attempts WHERE {OPEN_ATTEMPT} AND state = 'submitted'")
     return None if oldest_ms is None else int(oldest_ms)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from enrich.ledger.database import Database
 from enrich.models import State
 
 
-@dataclass(frozen=True, slots=True)
-class RequestRow:
+class RequestRow(Struct, frozen=True):
     """One request: its state, the params sent (JSON), and the call it belongs to."""
 
     id: int
@@ -24,8 +24,7 @@ class RequestRow:
     answer_id: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class AttemptRow:
+class AttemptRow(Struct, frozen=True):
     """One attempt: a POST and its outcome. Times are milliseconds since 1970 (UTC), credits are millionths."""
 
     id: int
@@ -72,18 +71,12 @@ def find_by_any_param(db: Database, params: Mapping[str, str]) -> Iterator[Reque
 def attempts(db: Database, request_id: int) -> list[AttemptRow]:
     """Return every attempt of a request, oldest first."""
     rows = db.rows(
-        "SELECT a.*, e.job, b.size AS together, b.credits AS task_credits FROM attempts a "
+        "SELECT a.*, e.job, b.size AS bulk_size, b.credits AS task_credits FROM attempts a "
         "JOIN executions e ON e.id = a.execution_id LEFT JOIN bulk_tasks b ON b.id = a.bulk_task_id "
         "WHERE a.request_id = ? ORDER BY a.id",
         request_id,
     )
-    names = (
-        "state task_id claimed_ms submitted_ms settled_ms settled_execution_id reserved credits provider error answer "
-    )
-    names += "together task_credits"
-    return [
-        AttemptRow(row["id"], row["execution_id"], row["job"], *(row[name] for name in names.split())) for row in rows
-    ]
+    return [AttemptRow(**{name: row[name] for name in AttemptRow.__struct_fields__}) for row in rows]
 
 
 def _request_row(row: Mapping[str, Any]) -> RequestRow:

@@ -1,8 +1,9 @@
-"""Finds the ids of the requests of a batch, and builds the SQL that decides which of them are sent."""
+"""Finds and stores the ids of the requests of a batch, and builds the SQL that decides which of them are sent."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from hashlib import blake2b
 
 from enrich.json_text import to_json_text
 from enrich.ledger.database import Database
@@ -27,7 +28,7 @@ def find_ids(db: Database, batch: RequestBatch) -> Sequence[int | None]:
     compared with the batch, which is much faster than looking up each of a million fingerprints.
     """
     # A request keeps its negative id for the whole pass, even if another process enrolls it meanwhile.
-    has_unknown = db.execute("SELECT EXISTS (SELECT 1 FROM unknown_requests)").fetchone()[0]
+    has_unknown = db.exists("FROM unknown_requests")
     if batch.ids is not None:
         if not has_unknown:
             db.matched_up_to = batch.ids[-1] if batch.ids else db.matched_up_to
@@ -123,3 +124,28 @@ def decision_sql(selection: RequestSelection) -> str:
     for state, before_ms in selection.refresh_before_ms.items():
         cases[f"r.state = '{state}' AND {newest(f'a.settled_ms < {before_ms:d}')}"] = Decision.REFRESH
     return "CASE " + "".join(f"WHEN {case} THEN '{name}' " for case, name in cases.items()) + "ELSE r.state END"
+
+
+def find_known_batch(db: Database, job: str, position: int, digest: bytes) -> str | None:
+    """Return what was stored (JSON) for the batch at a position of a job's input.
+
+    None: nothing, the batch has another digest now, or the content is damaged. It can be computed again.
+    """
+    with db.temporary_transaction():
+        row = db.execute(
+            "SELECT content, digest FROM known_batches WHERE job = ? AND position = ?", (job, position)
+        ).fetchone()
+    return row[0] if row is not None and row[1] == _with_content(digest, row[0]) else None
+
+
+def store_known_batch(db: Database, job: str, rows: range, digest: bytes, content: str) -> None:
+    """Store what is known (JSON) of the batch with these rows, instead of batches that begin in it."""
+    in_it = (job, rows.start, rows.stop)
+    db.execute("DELETE FROM known_batches WHERE job = ? AND position >= ? AND position < ?", in_it)
+    stored = (job, rows.start, _with_content(digest, content), content)
+    db.execute("INSERT INTO known_batches VALUES (?, ?, ?, ?)", stored)
+
+
+def _with_content(digest: bytes, content: str) -> bytes:
+    """Return the digest of a batch together with what is stored of it."""
+    return blake2b(content.encode(errors="replace"), digest_size=16, key=digest).digest()

@@ -1,15 +1,46 @@
-"""Imports rescue files into a ledger, and removes them afterwards."""
+"""Imports rescue files: paid results that could not be written to the ledger. The next run imports and removes them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
+
+from msgspec import Struct
 
 from enrich.errors import CommandRefused
-from enrich.ledger import rescue_merge
+from enrich.json_text import to_json_text
+from enrich.ledger import bindings, resume, transitions
 from enrich.ledger.database import Database
-from enrich.ledger.rescue_file import find_rescue_files, read_rescue_file
-from enrich.ledger.rescue_merge import RescueImport
+from enrich.ledger.dialect import OPEN_ATTEMPT
+from enrich.ledger.rescue_file import RescuedAttempt, find_rescue_files, read_rescue_file
+from enrich.models import Answer, State
+
+SETTLED_STATES = ("found", "not_found", "failed", "expired")
+_BEST_STATE_FIRST = ("found", "not_found", "submitted", "failed", "expired", "in_doubt", "submitting")
+_UNKNOWN_ANSWER_ERROR = "the ledger could not be written, and the response to the request is unknown"
+
+
+class RescueImport(Struct, frozen=True):
+    """How many attempts of a rescue file now have each state in the ledger. `known`: the ledger already had them."""
+
+    submitted: int = 0
+    in_doubt: int = 0
+    answered: int = 0
+    refused: int = 0
+    known: int = 0
+
+    def __str__(self) -> str:
+        parts = [
+            (self.submitted, "tasks to fetch"),
+            (self.answered, "answers"),
+            (self.in_doubt, "unconfirmed requests (in_doubt)"),
+            (self.refused, "requests that were not accepted"),
+            (self.known, "already in the ledger"),
+        ]
+        return ", ".join(f"{count} {label}" for count, label in parts if count) or "nothing new"
 
 
 def import_rescue_files(
@@ -29,7 +60,7 @@ def import_rescue_files(
         if path.parent != location.parent and any(line.ledger != str(location) for line in lines):
             continue
         try:
-            imported.append((path, rescue_merge.import_rescued(ledger, lines, job, now_ms)))
+            imported.append((path, import_rescued(ledger, lines, job, now_ms)))
         except CommandRefused as error:
             raise CommandRefused(f"{path}: {error.message}", error.hint) from error
     return imported
@@ -47,3 +78,302 @@ def remove_imported_files(imported: Iterable[tuple[Path, RescueImport]]) -> list
             ) from error
         removed.append((path, result))
     return removed
+
+
+def import_rescued(db: Database, lines: Sequence[RescuedAttempt], job: str, now_ms: int) -> RescueImport:
+    """Import the attempts of a rescue file. Data that the ledger already has stays, so an import can be repeated.
+
+    Raises CommandRefused when they belong to another API host or workspace.
+    """
+    _check_binding(db, lines)
+    counts = _import_pass(db, lines, job, now_ms)
+    # Of several lines about one request a pass imports the best. The next pass adds what the others know.
+    for _ in lines:
+        changes = _import_pass(db, lines, job, now_ms)
+        del changes["known"]
+        if not changes.total():
+            break
+        counts.update(changes)
+        counts["known"] -= changes.total()
+    return RescueImport(**counts)
+
+
+def _import_pass(db: Database, lines: Sequence[RescuedAttempt], job: str, now_ms: int) -> Counter[str]:
+    """Import at most one new attempt per request. Return the number of lines by what became of them."""
+    counts: Counter[str] = Counter()
+    holders = _task_holders(db, lines)
+    rest = [line for line in lines if not _update_existing(db, line, holders, now_ms, counts)]
+    # A killed run left attempts in `submitting`. Mark them `in_doubt` before their requests get another attempt.
+    resume.recover(db, now_ms)
+    rest = [line for line in rest if line.state != "refused"]
+    best = _best_lines(rest, holders)
+    counts["known"] += len(rest) - len(best)
+    for paths in dict.fromkeys(tuple(line.paths) for line in best):
+        _insert_attempts(db, [line for line in best if tuple(line.paths) == paths], holders, job, now_ms, counts)
+    db.execute(
+        "UPDATE executions SET reserved = (SELECT max(executions.reserved, coalesce(sum(reserved), 0)) "
+        f"FROM attempts WHERE {OPEN_ATTEMPT}) WHERE id = (SELECT max(id) FROM executions)"
+    )
+    return counts
+
+
+def _check_binding(db: Database, lines: Sequence[RescuedAttempt]) -> None:
+    for name in ("api_host", "workspace"):
+        values = {getattr(line, name) for line in lines} | {bindings.read_fact(db, name)}
+        if len(values - {None}) > 1:
+            raise CommandRefused(
+                f"the rescue file belongs to another {name.replace('_', ' ')} than this ledger",
+                "move it away, or use the `ledger:` that it was written for",
+            )
+
+
+def _task_holders(db: Database, lines: Iterable[RescuedAttempt]) -> dict[str, list[_TaskHolder]]:
+    """Return the attempts of the ledger that have the task ids of these lines."""
+    tasks = [line.task_id for line in lines if line.task_id is not None]
+    rows = db.execute(
+        "SELECT a.task_id, r.fingerprint, a.claimed_ms, a.bulk_task_id IS NOT NULL FROM attempts a "
+        "JOIN requests r ON r.id = a.request_id "
+        "WHERE a.task_id IN (SELECT value FROM json_each(CAST(? AS TEXT)))",
+        (to_json_text(tasks),),
+    )
+    found: dict[str, list[_TaskHolder]] = {}
+    for task_id, fingerprint, claimed_ms, bundled in rows:
+        found.setdefault(task_id, []).append(_TaskHolder(fingerprint.hex(), claimed_ms, bool(bundled)))
+    return found
+
+
+def _update_existing(
+    db: Database, line: RescuedAttempt, holders: dict[str, list[_TaskHolder]], now_ms: int, counts: Counter[str]
+) -> bool:
+    """Update the attempt that a line describes. Return False when the ledger does not have it."""
+    row = db.execute(
+        "SELECT a.id, a.state, a.task_id, a.execution_id, r.attempt_id = a.id, a.bulk_task_id IS NOT NULL "
+        "FROM attempts a JOIN requests r ON r.id = a.request_id WHERE r.fingerprint = ? AND a.claimed_ms = ? "
+        "ORDER BY a.id DESC LIMIT 1",
+        (bytes.fromhex(line.fingerprint), line.claimed_ms),
+    ).fetchone()
+    if row is None or (None not in (row[2], line.task_id) and row[2] != line.task_id):
+        return False
+    attempt_id, state, _, execution_id, is_newest, is_bulk = row
+    fetchable = is_newest and bool(is_bulk) == (line.bulk_task is not None) and not _is_in_doubt(line, holders)
+    if state in ("submitting", "in_doubt") and fetchable and line.task_id is not None:
+        _mark_submitted(db, attempt_id, execution_id, line, already_counted=state == "in_doubt")
+        holders.setdefault(line.task_id, []).append(_TaskHolder.of(line))
+        counts["answered" if _settle_if_answered(db, attempt_id, execution_id, line) else "submitted"] += 1
+    elif state == "submitted" and is_newest and _settle_if_answered(db, attempt_id, execution_id, line):
+        counts["answered"] += 1
+    elif state == "submitting" and line.state == "refused":
+        transitions.record_refused(db, [(attempt_id, line.error or "not accepted", now_ms)])
+        counts["refused"] += 1
+    elif state == "submitting" and line.state == "failed" and line.task_id is None:
+        transitions.record_rejected(db, [(attempt_id, line.error or "not accepted", now_ms)])
+        counts["refused"] += 1
+    elif state == "submitting":
+        transitions.mark_in_doubt(db, [(attempt_id, line.error or _UNKNOWN_ANSWER_ERROR, now_ms, line.task_id)])
+        counts["in_doubt"] += 1
+    else:
+        counts["known"] += 1
+    return True
+
+
+def _mark_submitted(
+    db: Database, attempt_id: int, execution_id: int, line: RescuedAttempt, *, already_counted: bool
+) -> None:
+    """Change an attempt from `submitting` or `in_doubt` to `submitted`. `already_counted`: it was `in_doubt`."""
+    db.execute(
+        "UPDATE attempts SET state = 'submitted', task_id = ?, submitted_ms = ?, settled_ms = NULL, error = NULL, "
+        "acknowledged = ? WHERE id = ?",
+        (line.task_id, line.submitted_ms, int(line.acknowledged), attempt_id),
+    )
+    db.execute(
+        "UPDATE requests SET state = 'submitted', attempts = attempts + ? WHERE attempt_id = ?",
+        (0 if already_counted else 1, attempt_id),
+    )
+    db.execute(
+        "UPDATE executions SET submitted = "
+        "(SELECT count(submitted_ms) FROM attempts WHERE execution_id = executions.id) WHERE id = ?",
+        (execution_id,),
+    )
+    bindings.bind(db, {"api_host": line.api_host, "workspace": line.workspace})
+
+
+def _settle_if_answered(db: Database, attempt_id: int, execution_id: int, line: RescuedAttempt) -> bool:
+    """Store the answer of a line, if it has one, for a `submitted` attempt. Return whether it was stored.
+
+    A bulk task is polled again, because its price belongs to all of its requests.
+    """
+    if line.state not in SETTLED_STATES or line.bulk_task is not None:
+        return False
+    answer = Answer(State(line.state), line.error, line.provider, line.credits, line.answer)
+    transitions.settle(db, [(attempt_id, answer, line.settled_ms or 0)], execution_id, 0)
+    return True
+
+
+def _insert_attempts(  # noqa: PLR0913, PLR0917 - two of them collect results
+    db: Database,
+    lines: Sequence[RescuedAttempt],
+    holders: dict[str, list[_TaskHolder]],
+    job: str,
+    now_ms: int,
+    counts: Counter[str],
+) -> None:
+    """Insert attempts for lines of one job that the ledger does not have, in a run record of their own."""
+    found = [(line, _find_or_create_request(db, line)) for line in lines]
+    new_lines = [(line, request) for line, request in found if _is_news(db, line, request, holders)]
+    counts["known"] += len(found) - len(new_lines)
+    if not new_lines:
+        return
+    execution_id = _create_execution(db, new_lines[0][0], job, min(line.claimed_ms for line, _ in new_lines), now_ms)
+    rows_per_bulk_task = Counter(line.bulk_task for line, _ in new_lines if line.state == "submitted")
+    bulk_task_ids: dict[int, int] = {}
+    for line, request in new_lines:
+        state = "in_doubt" if line.state == "submitting" else line.state
+        # The answers of a bulk task are assigned by index: without all of its requests, none can be assigned.
+        is_incomplete = line.bulk_task is not None and rows_per_bulk_task[line.bulk_task] != line.size
+        if state == "submitted" and (is_incomplete or _has_conflicting_task(line, holders)):
+            state = "in_doubt"
+        bulk_task_id = None
+        if line.bulk_task is not None and state == "submitted":
+            if line.bulk_task not in bulk_task_ids:
+                insert = "INSERT INTO bulk_tasks (execution_id, size) VALUES (?, ?) RETURNING id"
+                bulk_task_ids[line.bulk_task] = db.number(insert, execution_id, line.size)
+            bulk_task_id = bulk_task_ids[line.bulk_task]
+        _insert_attempt(db, execution_id, request, line, state, bulk_task_id)
+        if line.task_id is not None:
+            holders.setdefault(line.task_id, []).append(_TaskHolder.of(line))
+        counts[state if state in ("submitted", "in_doubt") else "answered"] += 1
+
+
+def _find_or_create_request(db: Database, line: RescuedAttempt) -> _RequestState:
+    """Return the request of a line. Create it if it is missing."""
+    fingerprint = bytes.fromhex(line.fingerprint)
+    find = "SELECT id, state, attempt_id FROM requests WHERE fingerprint = ?"
+    row = db.execute(find, (fingerprint,)).fetchone()
+    if row is None:
+        db.execute("INSERT INTO calls (canonical) VALUES (?) ON CONFLICT DO NOTHING", (line.call,))
+        db.execute(
+            "INSERT INTO requests (fingerprint, call_id, params, state) "
+            "SELECT ?, id, ?, 'pending' FROM calls WHERE canonical = ?",
+            (fingerprint, line.params, line.call),
+        )
+        row = db.execute(find, (fingerprint,)).fetchone()
+    return _RequestState(*row)
+
+
+def _is_news(
+    db: Database, line: RescuedAttempt, request: _RequestState, holders: Mapping[str, list[_TaskHolder]]
+) -> bool:
+    """Return whether a line adds to what the ledger has about its request."""
+    if _is_in_doubt(line, holders):
+        return request.state == "pending"
+    known = line.task_id is not None and db.exists(
+        "FROM attempts WHERE request_id = ? AND task_id = ?", request.id, line.task_id
+    )
+    return request.state in ("pending", "in_doubt") and not known
+
+
+def _create_execution(db: Database, line: RescuedAttempt, job: str, started_ms: int, now_ms: int) -> int:
+    """Record the run that made these attempts: ended without a run summary, unlike any run of this ledger."""
+    return db.number(
+        "INSERT INTO executions (job, started_ms, ended_ms, exit_code, paths, reserved) VALUES (?, ?, ?, 1, ?, "
+        f"(SELECT coalesce(sum(reserved), 0) FROM attempts WHERE {OPEN_ATTEMPT})) RETURNING id",
+        job,
+        started_ms,
+        now_ms,
+        json.dumps(line.paths),
+    )
+
+
+def _insert_attempt(  # noqa: PLR0913, PLR0917 - each is a column
+    db: Database, execution_id: int, request: _RequestState, line: RescuedAttempt, state: str, bulk_task_id: int | None
+) -> None:
+    settled = state in SETTLED_STATES
+    row = db.execute(
+        "INSERT INTO attempts (request_id, execution_id, previous_state, previous_id, state, task_id, claimed_ms, "
+        "submitted_ms, settled_ms, settled_execution_id, acknowledged, reserved, credits, provider, error, answer, "
+        "bulk_task_id, bulk_index, step) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING id",
+        (
+            request.id,
+            execution_id,
+            request.state,
+            request.attempt_id,
+            state,
+            line.task_id,
+            line.claimed_ms,
+            line.submitted_ms,
+            None if state == "submitted" else line.settled_ms or line.claimed_ms,
+            execution_id if settled else None,
+            int(line.acknowledged),
+            line.reserved,
+            line.credits if settled else None,
+            line.provider,
+            line.error or (_UNKNOWN_ANSWER_ERROR if state == "in_doubt" else None),
+            line.answer if settled else None,
+            bulk_task_id,
+            None if bulk_task_id is None else line.bulk_index,
+            line.step,
+        ),
+    ).fetchone()
+    db.execute(
+        "UPDATE requests SET state = ?1, attempt_id = ?2, attempts = attempts + 1, queue_position = NULL, "
+        "answer_id = CASE WHEN ?1 = 'found' THEN ?2 ELSE answer_id END WHERE id = ?3",
+        (state, row[0], request.id),
+    )
+    known = settled and line.credits is not None
+    db.execute(
+        "UPDATE executions SET reserved = reserved + ?, spent = spent + ?, unknown = unknown + ?, "
+        "submitted = submitted + ? WHERE id = ?",
+        (
+            0 if known else line.reserved,
+            (line.credits or 0) if settled else 0,
+            int(settled and line.credits is None),
+            int(line.submitted_ms is not None),
+            execution_id,
+        ),
+    )
+    if line.task_id is not None:
+        bindings.bind(db, {"api_host": line.api_host, "workspace": line.workspace})
+
+
+class _RequestState(NamedTuple):
+    id: int
+    state: str
+    attempt_id: int | None
+
+
+class _TaskHolder(NamedTuple):
+    """An attempt that has a task id."""
+
+    fingerprint: str
+    claimed_ms: int
+    is_bulk: bool
+
+    @classmethod
+    def of(cls, line: RescuedAttempt) -> _TaskHolder:
+        return cls(line.fingerprint, line.claimed_ms, line.bulk_task is not None)
+
+
+def _best_lines(lines: Iterable[RescuedAttempt], holders: Mapping[str, list[_TaskHolder]]) -> list[RescuedAttempt]:
+    """Return the best line per request: an answer before a task, a task before an unconfirmed attempt."""
+    best: dict[str, tuple[int, RescuedAttempt]] = {}
+    for line in lines:
+        rank = _BEST_STATE_FIRST.index("in_doubt" if _is_in_doubt(line, holders) else line.state)
+        if line.fingerprint not in best or rank < best[line.fingerprint][0]:
+            best[line.fingerprint] = rank, line
+    return [line for _, line in best.values()]
+
+
+def _is_in_doubt(line: RescuedAttempt, holders: Mapping[str, list[_TaskHolder]]) -> bool:
+    """Return whether a line has neither an answer nor a task that can be polled."""
+    return line.state in ("in_doubt", "submitting") or (
+        line.state == "submitted" and _has_conflicting_task(line, holders)
+    )
+
+
+def _has_conflicting_task(line: RescuedAttempt, holders: Mapping[str, list[_TaskHolder]]) -> bool:
+    """Return whether the task id of a line belongs to another request that was not in the same bulk task."""
+    return any(
+        other.fingerprint != line.fingerprint
+        and not (other.is_bulk and line.bulk_task is not None and other.claimed_ms == line.claimed_ms)
+        for other in holders.get(line.task_id or "", ())
+    )

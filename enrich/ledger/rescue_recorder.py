@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -10,11 +10,12 @@ from itertools import islice
 from typing import Any
 
 from enrich.errors import LedgerFailed
-from enrich.ledger import rescue_merge, resume, task_ids, transitions
+from enrich.ledger import resume, task_ids, transitions
 from enrich.ledger.database import Database
 from enrich.ledger.dialect import DATABASE_ERRORS
+from enrich.ledger.execution_records import read_paths
 from enrich.ledger.rescue_file import RescuedAttempt, RescueFile
-from enrich.ledger.rescue_merge import SETTLED_STATES
+from enrich.ledger.rescue_import import SETTLED_STATES
 from enrich.ledger.transitions import InDoubtUpdate
 from enrich.models import Acceptance, Answer, State
 
@@ -22,6 +23,20 @@ from enrich.models import Acceptance, Answer, State
 _LINES_PER_WRITE = 1000
 #: Errors that reading a broken database may raise.
 _READ_ERRORS = (*DATABASE_ERRORS, ValueError, TypeError)
+#: Attempts that would be charged again if they were lost.
+_OPEN = "a.state IN ('submitting', 'submitted') OR (a.state = 'in_doubt' AND a.id = r.attempt_id)"
+_ANSWERED = (
+    "a.state IN ('found', 'not_found', 'failed', 'expired') AND a.id IN (r.attempt_id, r.answer_id) "
+    "AND r.erased_ms IS NULL AND a.task_id IS NOT NULL"
+)
+_COLUMNS = (
+    "a.id AS attempt, r.fingerprint, c.canonical AS call, r.params, e.paths, a.step, a.state, a.task_id, a.claimed_ms, "
+    "a.submitted_ms, a.settled_ms, a.reserved, a.acknowledged, "
+    # A bulk task has one price. It is stored with its first request.
+    "CASE WHEN a.bulk_task_id IS NULL THEN a.credits WHEN a.bulk_index = 0 THEN b.credits ELSE b.credits * 0 END AS "
+    "credits, "
+    "a.provider, a.error, a.answer, a.bulk_task_id AS bulk_task, a.bulk_index, b.size"
+)
 
 
 @dataclass(slots=True)
@@ -42,7 +57,7 @@ class RescueRecorder:
         """Record all running and unconfirmed attempts when the whole ledger is gone."""
         if self.database_missing:
             with suppress(*_READ_ERRORS):
-                self._lines = {line.attempt: line for line in rescue_merge.open_attempts(self.ledger)}
+                self._lines = {line.attempt: line for line in _read_attempts(self.ledger, _OPEN)}
                 self._changed = set(self._lines)
         self.flush()
 
@@ -121,7 +136,7 @@ class RescueRecorder:
     def _update_line(self, attempt: int, **changes: Any) -> None:  # noqa: ANN401 - fields of a line
         if attempt not in self._lines:
             with suppress(*_READ_ERRORS):
-                self._lines |= {line.attempt: line for line in rescue_merge.rescued_attempts(self.ledger, [attempt])}
+                self._lines |= {line.attempt: line for line in _read_attempts(self.ledger, "a.id = ?", attempt)}
         if attempt in self._lines:
             self._lines[attempt] = self._lines[attempt].model_copy(update=changes)
             self._changed.add(attempt)
@@ -144,7 +159,8 @@ class RescueRecorder:
         self.file.append(line for line in self._unwritten_lines() if line.state in SETTLED_STATES)
         if self.database_missing:
             with suppress(*_READ_ERRORS):
-                rest = (line for line in rescue_merge.answered_attempts(self.ledger) if line.attempt not in self._lines)
+                answered = _read_attempts(self.ledger, _ANSWERED)
+                rest = (line for line in answered if line.attempt not in self._lines)
                 while (lines := list(islice(rest, _LINES_PER_WRITE))) and self.file.append(lines):
                     pass
         self.file.close()
@@ -159,6 +175,22 @@ class RescueRecorder:
             )
             message += f"; these tasks could be written nowhere, so keep their ids: {lost}"
         return type(self.failure)(message, hint)
+
+
+def _read_attempts(db: Database, condition: str, *values: object) -> Iterator[RescuedAttempt]:
+    """Yield the attempts that fulfil an SQL condition, as lines of a rescue file."""
+    facts = dict(db.execute("SELECT name, value FROM facts WHERE name IN ('api_host', 'workspace')").fetchall())
+    rows = db.rows(
+        f"SELECT {_COLUMNS} FROM attempts a JOIN requests r ON r.id = a.request_id "
+        "JOIN calls c ON c.id = r.call_id "
+        f"JOIN executions e ON e.id = a.execution_id LEFT JOIN bulk_tasks b ON b.id = a.bulk_task_id WHERE {condition} "
+        "ORDER BY a.id",
+        *values,
+    )
+    for row in rows:
+        values_by_field = dict(row) | facts
+        values_by_field |= {"fingerprint": row["fingerprint"].hex(), "paths": read_paths(row["paths"], row["step"])}
+        yield RescuedAttempt(ledger=str(db.location), **values_by_field | {"acknowledged": bool(row["acknowledged"])})
 
 
 #: The operations of a run that are recorded when the ledger cannot be written, each with its replacement.

@@ -6,8 +6,9 @@ A row of a job with steps has a request in each of them. What it sends depends o
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
+
+from msgspec import Struct
 
 from enrich.json_text import to_json_text
 from enrich.ledger.database import Database
@@ -43,21 +44,8 @@ def find_results(db: Database, fingerprints: Sequence[bytes]) -> dict[bytes, Ste
     found = {}
     for fingerprint, request_id, state, was_sent, *values in rows:
         name = bytes(fingerprint)
-        shown, answer, error, provider, credits_, task_id, settled_ms, attempt_id, erased_ms = values
-        result = RequestResult(
-            first_index[name],
-            1,
-            shown,
-            answer,
-            error,
-            provider,
-            credits_,
-            task_id,
-            settled_ms,
-            attempt_id,
-            0,
-            erased_ms,
-        )
+        *of_attempt, erased_ms = values  # in the order of the fields; no request of a step is capped here
+        result = RequestResult._make((first_index[name], 1, *of_attempt, 0, erased_ms))
         found[name] = StepResult(request_id, State(state), bool(was_sent), result)
     return found
 
@@ -87,8 +75,7 @@ def choose_requests(
     return {bytes(name): StepChoice(Decision(decision), bool(before)) for name, decision, before in rows}
 
 
-@dataclass(frozen=True, slots=True)
-class StepTotals:
+class StepTotals(Struct, frozen=True):
     """What a run did in a step. `spent` in millionths of a credit; `unknown` counts answers without a price."""
 
     submitted: int = 0

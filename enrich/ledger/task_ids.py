@@ -13,8 +13,7 @@ from enrich.models import Acceptance, Answer
 
 def has_task(db: Database, task_id: str) -> bool:
     """Return whether any attempt has this task id."""
-    row = db.execute("SELECT EXISTS (SELECT 1 FROM attempts WHERE task_id = ?)", (task_id,)).fetchone()
-    return bool(row[0])
+    return db.exists("FROM attempts WHERE task_id = ?", task_id)
 
 
 def check_task_ids(db: Database, ids_by_attempt: Mapping[int, str]) -> dict[int, Acceptance]:
@@ -55,11 +54,8 @@ def check_task_ids(db: Database, ids_by_attempt: Mapping[int, str]) -> dict[int,
 
 def _are_one_post(db: Database, attempt_ids: Sequence[int]) -> bool:
     """Return whether these attempts were sent as one bulk task."""
-    (posts,) = db.execute(
-        f"SELECT count(DISTINCT coalesce(-bulk_task_id, id)) FROM attempts WHERE id IN ({JSON_NUMBERS.format('?')})",
-        (to_json_text(attempt_ids),),
-    ).fetchone()
-    return bool(posts == 1)
+    attempts = f"FROM attempts WHERE id IN ({JSON_NUMBERS.format('?')})"
+    return db.number(f"SELECT count(DISTINCT coalesce(-bulk_task_id, id)) {attempts}", to_json_text(attempt_ids)) == 1
 
 
 def charge_once(db: Database, answers: Sequence[tuple[int, Answer, int]]) -> list[tuple[int, Answer, int]]:
@@ -86,12 +82,11 @@ def charge_once(db: Database, answers: Sequence[tuple[int, Answer, int]]) -> lis
 
 def is_task_paid(db: Database, attempt_id: int) -> bool:
     """Return whether another bulk task has the same task id and a price."""
-    row = db.execute(
-        "SELECT EXISTS (SELECT 1 FROM attempts a JOIN attempts o ON o.task_id = a.task_id "
-        "JOIN bulk_tasks b ON b.id = o.bulk_task_id WHERE a.id = ? AND b.id <> a.bulk_task_id AND b.credits > 0)",
-        (attempt_id,),
-    ).fetchone()
-    return bool(row[0])
+    return db.exists(
+        "FROM attempts a JOIN attempts o ON o.task_id = a.task_id "
+        "JOIN bulk_tasks b ON b.id = o.bulk_task_id WHERE a.id = ? AND b.id <> a.bulk_task_id AND b.credits > 0",
+        attempt_id,
+    )
 
 
 def unknown_task_ids(db: Database, task_ids: Sequence[str]) -> list[str]:

@@ -67,7 +67,7 @@ def claim(  # noqa: PLR0913 - the budget and the selection
         return []
     prices = highest_prices(db, request_ids, max_price, priced_by)
     total_price = sum(prices)
-    (left_after,) = db.execute(f"{_RESERVE} RETURNING cap - spent - reserved", (total_price, execution_id)).fetchone()
+    left_after = db.value(f"{_RESERVE} RETURNING cap - spent - reserved", total_price, execution_id)
     remaining = None if left_after is None else left_after + total_price
     step_remaining = None if step_cap is None else left_of_step_cap(db, execution_id, step, step_cap, total_price)
     for left, reached in ((remaining, CapReached), (step_remaining, StepCapReached)):
@@ -84,7 +84,7 @@ def claim(  # noqa: PLR0913 - the budget and the selection
     bulk_task_id = None
     if bulk:
         insert = "INSERT INTO bulk_tasks (execution_id, size) VALUES (?, ?) RETURNING id"
-        (bulk_task_id,) = db.execute(insert, (execution_id, len(request_ids))).fetchone()
+        bulk_task_id = db.value(insert, execution_id, len(request_ids))
     attempt_rows = db.execute(
         "INSERT INTO attempts "
         "(request_id, execution_id, previous_state, previous_id, state, claimed_ms, reserved, bulk_task_id, "

@@ -12,6 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 from enrich.errors import LeaseLost, LedgerFailed, LedgerMoved
@@ -35,26 +36,17 @@ SHORT_LOCK_TIMEOUT_S = 2.0
 ANNOUNCE_AFTER_S = 3.0
 
 
+@dataclass(slots=True, eq=False)
 class _Operation(Generic[T]):
     """One operation and its result. `items` can be merged with those of equal operations into one call."""
 
-    __slots__ = ("args", "error", "function", "future", "items", "kwargs", "result")
-
-    def __init__(
-        self,
-        function: Callable[..., T],
-        future: asyncio.Future[T],
-        args: tuple[object, ...] = (),
-        kwargs: Mapping[str, object] | None = None,
-        items: Sequence[Any] | None = None,
-    ) -> None:
-        self.function = function
-        self.future = future
-        self.args = args
-        self.kwargs = kwargs or {}
-        self.items = items
-        self.result: T | None = None
-        self.error: BaseException | None = None
+    function: Callable[..., T]
+    future: asyncio.Future[T]
+    args: tuple[object, ...] = ()
+    kwargs: Mapping[str, object] = field(default_factory=dict)
+    items: Sequence[Any] | None = None
+    result: T | None = None
+    error: BaseException | None = None
 
     def execute(self, ledger: Database) -> None:
         self.result = self.function(ledger, *self.args, **self.kwargs)
@@ -193,7 +185,7 @@ class LedgerWriter:
 
     def _commit(self, batch: list[_Operation[Any]]) -> None:
         """Commit the batch in one transaction. After a failed commit nothing is written to the ledger any more."""
-        self._has_accepted = self._has_accepted or any(move.function is transitions.record_accepted for move in batch)
+        self._has_accepted = self._has_accepted or any(each.function is transitions.record_accepted for each in batch)
         if self._error is None:
             try:
                 self._commit_with_retries(batch)
@@ -316,7 +308,7 @@ def _execute_group(operations: list[_Operation[Any]], ledger: Database) -> None:
     if first.items is None:
         first.execute(ledger)
         return
-    results = first.function(ledger, [item for move in operations for item in move.items or ()], *first.args)
+    results = first.function(ledger, [item for each in operations for item in each.items or ()], *first.args)
     start = 0
     for operation in operations:
         end = start + len(operation.items or ())

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from enrich.files.atomic import follow_link
+from enrich.files.atomic import follow_link, replace_file
 from enrich.job.bounded_read import read_text
 from enrich.ledger.queries import LedgerTotals
 from enrich.models import RowStatus, to_credits
@@ -132,11 +130,4 @@ def write_metrics(path: Path, job: str, samples: Samples) -> None:
     """Replace the file (mode 0600) atomically: the collector may read at any time. Raises OSError."""
     path = follow_link(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(format_metrics(job, samples))
-        os.replace(part, path)  # noqa: PTH105 - `part` is a str
-    except BaseException:
-        os.unlink(part)  # noqa: PTH108 - `part` is a str
-        raise
+    replace_file(path, format_metrics(job, samples))

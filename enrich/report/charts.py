@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import altair as alt
+from msgspec import Struct
 
 from enrich.models import pluralize
-from enrich.report import drawing, formatting
+from enrich.report import drawing
 from enrich.report.data import AnswerAge, HitCounts, ReportedProvider, ReportedWaterfall
 from enrich.report.drawing import FULL, HALF, MEDIUM, NAME_PX, NARROW, ChartColor, ChartFrame, RenderedChart, ScreenSize
+from enrich.report.formatting import (
+    clean_text,
+    fit_text,
+    format_amount,
+    format_amount_short,
+    format_count,
+    format_share,
+    format_status,
+    text_width,
+)
 
 #: More bars than this are unreadable; the table lists all rows.
 MAX_BARS = 20
 
 
-@dataclass(frozen=True, slots=True)
-class BarRow:
+class BarRow(Struct, frozen=True):
     """A row of a bar chart: `parts` are drawn end to end, `text` summarizes them, `track` is their possible maximum."""
 
     name: str
@@ -36,11 +45,8 @@ def draw_bars(rows: Sequence[BarRow], label: str) -> RenderedChart | None:
 
     def draw_at_size(size: ScreenSize) -> tuple[drawing.AltairChart, ChartFrame]:
         row_height, bar = 26.0, 14.0
-        text = max(formatting.text_width(row.text, drawing.TEXT_PX) for row in shown) + 10
-        names = min(
-            max(formatting.text_width(formatting.clean_text(row.name), NAME_PX) for row in shown) + 12,
-            size.width * 0.36,
-        )
+        text = max(text_width(row.text, drawing.TEXT_PX) for row in shown) + 10
+        names = min(max(text_width(clean_text(row.name), NAME_PX) for row in shown) + 12, size.width * 0.36)
         frame = ChartFrame(
             size, row_height * len(shown) + 4, left=names, right=min(text, size.width * 0.48), top=2, bottom=2
         )
@@ -55,11 +61,7 @@ def draw_bars(rows: Sequence[BarRow], label: str) -> RenderedChart | None:
             for start, end, ink in spans_of_row:
                 spans.setdefault(ink, []).append({"x": start, "x2": end, "y": top, "y2": top + bar})
         names_before = [
-            {
-                "px": -names,
-                "py": middle,
-                "text": formatting.fit_text(formatting.clean_text(row.name), names - 8, NAME_PX),
-            }
+            {"px": -names, "py": middle, "text": fit_text(clean_text(row.name), names - 8, NAME_PX)}
             for row, middle in zip(shown, middles, strict=True)
         ]
         texts_after = [
@@ -83,9 +85,9 @@ def status_chart(counts: Sequence[tuple[str, int]], label: str) -> RenderedChart
     inks |= {"expired": ChartColor.FAILED, "in_doubt": ChartColor.FAILED}
     rows = [
         BarRow(
-            formatting.format_status(status),
+            format_status(status),
             [(count, inks.get(status, ChartColor.PASSED))],
-            f"{formatting.format_count(count)} · {formatting.format_percent(formatting.share_of(count, whole))}",
+            f"{format_count(count)} · {format_share(count, whole)}",
         )
         for status, count in counts
     ]
@@ -96,10 +98,9 @@ def hit_rate_chart(hits: Sequence[HitCounts], label: str) -> RenderedChart | Non
     """Draw match rates, each on a track that stands for all answered rows."""
     rows = [
         BarRow(
-            formatting.clean_text(each.name, "(blank)"),
+            clean_text(each.name, "(blank)"),
             [(each.found / each.answered, ChartColor.FOUND)] if each.answered else [],
-            f"{formatting.format_percent(formatting.share_of(each.found, each.answered))}"
-            f" of {formatting.format_count(each.answered)}",
+            f"{format_share(each.found, each.answered)} of {format_count(each.answered)}",
             track=1.0,
         )
         for each in hits
@@ -111,9 +112,9 @@ def age_chart(answers: Sequence[AnswerAge], label: str) -> RenderedChart | None:
     """Draw the answers by age, matches first."""
     rows = [
         BarRow(
-            formatting.clean_text(each.label),
+            clean_text(each.label),
             [(each.found, ChartColor.FOUND), (each.not_found, ChartColor.NO_MATCH)],
-            f"{formatting.format_count(each.found)} + {formatting.format_count(each.not_found)}",
+            f"{format_count(each.found)} + {format_count(each.not_found)}",
         )
         for each in answers
         if each.found + each.not_found
@@ -128,8 +129,7 @@ NUMBER_COLUMNS = {"requests": 72.0, "matches": 142.0, "match rate": 216.0, "cred
 NAME_WIDTHS = (110.0, 230.0)
 
 
-@dataclass(frozen=True, slots=True)
-class WaterfallStep:
+class WaterfallStep(Struct, frozen=True):
     """A row of the waterfall chart: `found` requests from `start`, then those passed on, `inferred` of them."""
 
     name: str
@@ -149,7 +149,7 @@ def waterfall_steps(waterfall: ReportedWaterfall) -> list[WaterfallStep]:
             continue
         end = start + max(each.reported + each.inferred, each.found)
         inferred = min(each.inferred, end - start - each.found)
-        result.append(WaterfallStep(formatting.clean_text(each.name), start, each.found, end, inferred, each))
+        result.append(WaterfallStep(clean_text(each.name), start, each.found, end, inferred, each))
         start += each.found
     left = max(0, waterfall.answers - waterfall.found)
     return [*result, WaterfallStep(NO_MATCH_LABEL, max(0, waterfall.answers - left), 0, max(waterfall.answers, left))]
@@ -171,13 +171,13 @@ def _wide_layout(steps: Sequence[WaterfallStep], size: ScreenSize) -> tuple[draw
     """Draw names to the left of the bars and number columns to the right."""
     pitch, bar = 36.0, 22.0
     least, most = NAME_WIDTHS
-    room = min(most, max(least, *(formatting.text_width(step.name, NAME_PX) + 18 for step in steps)))
+    room = min(most, max(least, *(text_width(step.name, NAME_PX) + 18 for step in steps)))
     frame = ChartFrame(
         size, 34 + pitch * len(steps) + 40, left=room, right=NUMBER_COLUMNS["per match"] + 4, top=34, bottom=40
     )
     middles = [pitch * (index + 0.5) for index in range(len(steps))]
     names = [
-        {"px": -room, "py": middle, "text": formatting.fit_text(step.name, room - 14, NAME_PX)}
+        {"px": -room, "py": middle, "text": fit_text(step.name, room - 14, NAME_PX)}
         for step, middle in zip(steps, middles, strict=True)
     ]
     heads = [{"px": frame.inner_width + edge, "py": -12, "text": name} for name, edge in NUMBER_COLUMNS.items()]
@@ -206,8 +206,8 @@ def _stacked_layout(steps: Sequence[WaterfallStep], size: ScreenSize) -> tuple[d
     heads = [42.0 if text else 24.0 for text in below]
     tops = [sum(heads[:index]) + (bar + gap) * index for index in range(len(steps))]
     frame = ChartFrame(size, sum(heads) + (bar + gap) * len(steps) + 36, left=1, right=1, bottom=44)
-    rooms = [size.width - formatting.text_width(text, drawing.TEXT_PX) - 12 for text in right]
-    names = [formatting.fit_text(step.name, room, NAME_PX) for step, room in zip(steps, rooms, strict=True)]
+    rooms = [size.width - text_width(text, drawing.TEXT_PX) - 12 for text in right]
+    names = [fit_text(step.name, room, NAME_PX) for step, room in zip(steps, rooms, strict=True)]
     chart = alt.layer(
         *_step_marks(steps, [top + head for top, head in zip(tops, heads, strict=True)], bar, 3 if narrow else 5),
         drawing.text_marks(_text_rows(names, tops, 0, 12), ChartColor.TEXT, fontWeight=600, fontSize=NAME_PX),
@@ -257,18 +257,18 @@ def _bar_rect(x: float, x2: float, top: float, bar: float) -> dict[str, float]:
 def _step_numbers(step: WaterfallStep) -> tuple[str, ...]:
     each = step.provider
     if each is None:
-        return "", formatting.format_count(step.end - step.start), "", "", ""
+        return "", format_count(step.end - step.start), "", "", ""
     calls = each.reported + each.inferred
-    rate = formatting.format_percent(formatting.share_of(each.found, calls))
-    spent, per_hit = formatting.format_amount_short(each.credits), formatting.format_amount(each.cost_per_hit)
-    return formatting.format_count(calls), formatting.format_count(each.found), rate, spent, per_hit
+    rate = format_share(each.found, calls)
+    spent, per_hit = format_amount_short(each.credits), format_amount(each.cost_per_hit)
+    return format_count(calls), format_count(each.found), rate, spent, per_hit
 
 
 def _found_text(step: WaterfallStep) -> str:
     if step.provider is None:
         return pluralize(step.end - step.start, "request")
     calls = step.provider.reported + step.provider.inferred
-    return f"{pluralize(step.found, 'match')} ({formatting.format_percent(formatting.share_of(step.found, calls))})"
+    return f"{pluralize(step.found, 'match')} ({format_share(step.found, calls)})"
 
 
 def _facts_text(step: WaterfallStep) -> str:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from array import array
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import islice
 from math import comb, erfc, sqrt
 
 import polars as pl
+from msgspec import Struct
+from msgspec.structs import replace
 
 from enrich.errors import CommandRefused, JobError
 from enrich.job.job import Job
@@ -20,7 +22,7 @@ from enrich.ledger.database import Database, ledger_exists
 from enrich.models import MICROS_PER_CREDIT, State, format_credits, pluralize, to_credits
 from enrich.report.build import reported_providers
 from enrich.report.data import ComparedSide, Comparison, ReportedProvider
-from enrich.run.answer_kinds import AnswerKind, count_kinds
+from enrich.run.answer_kinds import count_kinds
 from enrich.run.provider_stats import ProviderStats, parse_descriptions
 
 #: A p-value from SIGNIFICANT_P on may be chance; one below CERTAIN_P is called no chance.
@@ -31,8 +33,7 @@ SAME_COST_CREDITS, SAME_COST_SHARE = 0.005, 0.01
 CHUNK_ROWS = 50_000
 
 
-@dataclass(frozen=True, slots=True)
-class _SideData:
+class _SideData(Struct, frozen=True):
     """One side of a comparison. Columns of `leads`: hash of the params, found, credits in millionths or null."""
 
     side: ComparedSide
@@ -79,30 +80,19 @@ def _open_ledger(job: Job) -> Database:
 
 
 def _read_side(ledger: Database, job: Job, label: str, execution: int | None) -> _SideData:
-    stats, totals = ProviderStats(parse_descriptions(bindings.load_descriptions(ledger))), _Totals()
+    stats = ProviderStats(parse_descriptions(bindings.load_descriptions(ledger)))
+    states: Counter[str] = Counter()
+    paid = 0
     for kind, number in count_kinds(queries.settled_attempts(ledger, job.name, execution)):
         stats.add(kind, number)
-        totals.add(kind, number)
+        states[kind.state] += number
+        paid += (kind.paid or 0) * number
     side_providers = reported_providers(stats.totals())
     names = [each.name for each in side_providers if not each.verifies]
-    spent = to_credits(totals.spent)
-    cost_per_hit = spent / totals.found if totals.found else None
-    side = ComparedSide(label, names, totals.requests, totals.found, totals.not_found, spent, cost_per_hit)
+    found, spent = states[State.FOUND], to_credits(paid)
+    cost_per_hit = spent / found if found else None
+    side = ComparedSide(label, names, states.total(), found, states[State.NOT_FOUND], spent, cost_per_hit)
     return _SideData(side, side_providers, _lead_frame(queries.answered_params(ledger, job.name, execution)))
-
-
-@dataclass(slots=True)
-class _Totals:
-    requests: int = 0
-    found: int = 0
-    not_found: int = 0
-    spent: int = 0
-
-    def add(self, kind: AnswerKind, answers: int) -> None:
-        self.requests += answers
-        self.found += answers if kind.state == State.FOUND else 0
-        self.not_found += answers if kind.state == State.NOT_FOUND else 0
-        self.spent += (kind.paid or 0) * answers
 
 
 def _lead_frame(answered: Iterator[tuple[str, bool, float | None]]) -> pl.DataFrame:

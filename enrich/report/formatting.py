@@ -44,6 +44,11 @@ def format_percent(share: float | None) -> str:
     return DASH if share is None else f"{share:.1%}"
 
 
+def format_share(part: float, whole: float) -> str:
+    """Format the part as a percentage of the whole; a dash when the whole is 0."""
+    return f"{part / whole:.1%}" if whole else DASH
+
+
 def format_seconds(time_s: float | None) -> str:
     """Format a duration, with no-break spaces."""
     if time_s is None:
@@ -54,16 +59,8 @@ def format_seconds(time_s: float | None) -> str:
     hours, minutes = divmod(minutes, 60)
     if hours:
         return f"{hours:,}{NO_BREAK_SPACE}h{NO_BREAK_SPACE}{minutes:02}{NO_BREAK_SPACE}min"
-    return (
-        f"{minutes}{NO_BREAK_SPACE}min{NO_BREAK_SPACE}{rest:02}{NO_BREAK_SPACE}s"
-        if rest
-        else f"{minutes}{NO_BREAK_SPACE}min"
-    )
-
-
-def share_of(part: float, whole: float) -> float | None:
-    """Return the part as a share of the whole; None when the whole is 0."""
-    return part / whole if whole else None
+    seconds = f"{NO_BREAK_SPACE}{rest:02}{NO_BREAK_SPACE}s" if rest else ""
+    return f"{minutes}{NO_BREAK_SPACE}min{seconds}"
 
 
 def format_time(iso: str | None) -> str:

@@ -12,7 +12,7 @@ from enrich.files.values import as_text, text_frame
 from enrich.job.cell_text import clean_cells
 from enrich.models import RowStatus
 from enrich.report.data import AnswerAge, GroupedHits, HitCounts, OutputRows, SkippedRows
-from enrich.run.collector import Collector, JoinedBatch, JoinedStep
+from enrich.run.collector import Collector, JoinedBatch, JoinedStep, count_statuses
 
 #: Ages of answers: upper limit in days, and the label.
 AGE_LABELS = ((1, "today"), (7, "1-7 days"), (30, "8-30 days"), (90, "31-90 days"), (365, "91-365 days"))
@@ -64,7 +64,7 @@ def read_input_stats(collector: Collector, by: Sequence[str], now_ms: int, *, wi
     for joined in collector.joined_batches():
         status = joined.cells["enrich_status"]
         stats.rows += len(status)
-        stats.statuses += joined.count_statuses()
+        stats.statuses += count_statuses(joined.cells)
         for step in joined.steps:
             skipped.update(_skip_reasons(step))
         answered = status.is_in(ANSWERED_STATUSES)

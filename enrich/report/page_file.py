@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import replace
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
 
 from enrich.errors import CommandRefused, JobError
 from enrich.extras import install_hint
-from enrich.files.atomic import follow_link
+from enrich.files.atomic import follow_link, replace_file
 from enrich.job.file_names import real_path
 from enrich.job.job import Job
 from enrich.job.locations import sandbox_file_name
-from enrich.report.data import Report
+
+if TYPE_CHECKING:
+    from enrich.report.data import Report
 
 #: The last line of every report; a file without it was not written by enrich.
 REPORT_MARKER = b"\n<!-- a report of enrich -->\n"
@@ -68,16 +70,8 @@ def write_report(path: Path, page: str, job: Job) -> None:
         if job.sandbox and _is_real_report(path):
             raise CommandRefused(f"{path}: the report would replace that of a real run", _OTHER_FILE_HINT)
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(page.encode(errors="replace"))
-                file.write((SANDBOX_MARKER if job.sandbox else b"") + REPORT_MARKER)
-            os.replace(part, path)  # noqa: PTH105 - `part` is a str
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(part)  # noqa: PTH108 - `part` is a str
-            raise
+        marker = (SANDBOX_MARKER if job.sandbox else b"") + REPORT_MARKER
+        replace_file(path, page.encode(errors="replace") + marker)
     except OSError as error:
         raise CommandRefused(f"{path}: the report cannot be written: {error.strerror}", _OTHER_FILE_HINT) from error
 
@@ -89,20 +83,21 @@ def is_report(path: Path) -> bool:
     """
     if not path.is_file():
         return False
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - len(REPORT_MARKER)))
-        return file.read() == REPORT_MARKER if size else path.suffix.lower() in PAGE_SUFFIXES
+    end = _read_end(path, len(REPORT_MARKER))
+    return end == REPORT_MARKER if end else path.suffix.lower() in PAGE_SUFFIXES
 
 
 def _is_real_report(path: Path) -> bool:
     """Return True for the report of a real run."""
-    if not path.is_file() or not is_report(path):
-        return False
+    end = _read_end(path, len(SANDBOX_MARKER + REPORT_MARKER)) if is_report(path) else b""
+    return bool(end) and not end.startswith(SANDBOX_MARKER)
+
+
+def _read_end(path: Path, count: int) -> bytes:
+    """Return the last bytes of a file."""
     with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - len(SANDBOX_MARKER + REPORT_MARKER)))
-        return size > 0 and not file.read().startswith(SANDBOX_MARKER)
+        file.seek(max(0, file.seek(0, os.SEEK_END) - count))
+        return file.read()
 
 
 def with_relative_paths(report: Report, job: Job, now: datetime, folder: Path) -> Report:

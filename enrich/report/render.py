@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from hashlib import sha256
 from importlib.resources import files
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
+from msgspec import Struct
 
 from enrich.models import pluralize
-from enrich.report import formatting, sections, tables
+from enrich.report import sections, tables
 from enrich.report.data import Report, ReportedRun, ReportedWaterfall
+from enrich.report.formatting import DASH, clean_text, format_amount, format_date, format_time
 from enrich.report.tables import Cell
 
 #: The newest runs are shown; older ones are collapsed.
@@ -22,8 +23,7 @@ RUNS_SHOWN = 14
 MIN_COMPARED = 100
 
 
-@dataclass(frozen=True, slots=True)
-class Tile:
+class Tile(Struct, frozen=True):
     """A key number with a note and, for a rate, its change since an earlier run; `good` is None for no change."""
 
     label: str
@@ -33,8 +33,7 @@ class Tile:
     good: bool | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class TileGroup:
+class TileGroup(Struct, frozen=True):
     """Key numbers of the last run or of all runs: `scope` says which runs, `about` marks them for programs."""
 
     key: str
@@ -48,12 +47,7 @@ def render_report(report: Report) -> str:
     """Return the page as HTML."""
     folder = files("enrich.report")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {
-        "clean": formatting.clean_text,
-        "moment": formatting.format_time,
-        "count": pluralize,
-        "command": _format_command,
-    }
+    environment.filters |= {"clean": clean_text, "moment": format_time, "count": pluralize, "command": _format_command}
     page, style, script = (
         folder.joinpath(f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")
     )
@@ -83,13 +77,13 @@ def render_report(report: Report) -> str:
         total_cell=tables.credits_cell("credits_spent", report.credits_spent),
         rows_cell=tables.count_cell("rows", report.rows),
         infers=any(provider.inferred for each in waterfalls for provider in each.providers),
-        dash=formatting.DASH,
+        dash=DASH,
     )
 
 
 def _format_command(command: str) -> Markup:
     """Format a shell command as HTML whose options are not broken after a hyphen."""
-    words = formatting.clean_text(command).split(" ")
+    words = clean_text(command).split(" ")
     return Markup(" ").join(Markup("<span>{}</span>").format(word) if word.startswith("-") else word for word in words)
 
 
@@ -98,10 +92,10 @@ def tile_groups(report: Report) -> Iterator[TileGroup]:
     if not report.runs:
         return
     first, last = report.runs[0], report.runs[-1]
-    scope = f"Run {last.execution}, {formatting.format_date(last.started_at)}"
+    scope = f"Run {last.execution}, {format_date(last.started_at)}"
     yield TileGroup("last-run", "Last run", scope, f"run {last.execution}", list(_last_run_tiles(report)))
     if len(report.runs) > 1 or report.step_waterfalls:
-        scope = f"{pluralize(len(report.runs), 'run')} since {formatting.format_date(first.started_at)}"
+        scope = f"{pluralize(len(report.runs), 'run')} since {format_date(first.started_at)}"
         yield TileGroup("all-runs", "All runs", scope, "all runs", list(_all_runs_tiles(report)))
 
 
@@ -113,7 +107,7 @@ def _last_run_tiles(report: Report) -> Iterator[Tile]:
 
     yield Tile(
         "Match rate",
-        Cell(formatting.format_percent(run.hit_rate), "hit_rate", run.hit_rate),
+        tables.share_cell("hit_rate", run.hit_rate),
         f"of {pluralize(run.answered, 'result')}",
         *change(lambda each: each.hit_rate, lambda points: f"{points * 100:.1f} points", 1),
     )
@@ -123,7 +117,7 @@ def _last_run_tiles(report: Report) -> Iterator[Tile]:
         "Cost per match",
         tables.credits_cell("cost_per_hit", run.cost_per_hit),
         "credits" if run.cost_per_hit is not None else "no match",
-        *change(lambda each: each.cost_per_hit, formatting.format_amount, -1),
+        *change(lambda each: each.cost_per_hit, format_amount, -1),
     )
     yield Tile("Balance", tables.credits_cell("balance_after", run.balance_after), _balance_text(run))
 
@@ -170,9 +164,9 @@ def _planned_text(planned: Mapping[str, float | None] | None, run: ReportedRun) 
     unknown = f"; {run.credits_unknown:,} of unknown price" if run.credits_unknown else ""
     known = {name: amount for name, amount in (planned or {}).items() if amount is not None}
     if "likely" in known:
-        return f"planned {formatting.format_amount(known['likely'])}{unknown}"
+        return f"planned {format_amount(known['likely'])}{unknown}"
     if "max" in known:
-        return f"planned at most {formatting.format_amount(known['max'])}{unknown}"
+        return f"planned at most {format_amount(known['max'])}{unknown}"
     return f"no plan{unknown}"
 
 
@@ -182,7 +176,7 @@ def _balance_text(run: ReportedRun) -> str:
     if run.balance_before is None:
         return "credits left"
     unexplained = f"; {run.unexplained:+,.2f} unexplained" if run.unexplained else ""
-    return f"{formatting.format_amount(run.balance_before)} before{unexplained}"
+    return f"{format_amount(run.balance_before)} before{unexplained}"
 
 
 def _waterfall_cells(facts: ReportedWaterfall) -> dict[str, Cell]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from enrich.models import pluralize
-from enrich.report import charts, formatting, tables, timelines
+from enrich.report import charts, tables, timelines
 from enrich.report.data import (
     Comparison,
     GroupedHits,
@@ -18,6 +19,14 @@ from enrich.report.data import (
     Traffic,
 )
 from enrich.report.drawing import HALF, NARROW, RenderedChart
+from enrich.report.formatting import (
+    clean_text,
+    format_amount,
+    format_percent,
+    format_seconds,
+    format_share,
+    format_status,
+)
 from enrich.report.tables import Table
 
 #: Charts over time need at least this many runs, and that of a run's requests this many bins.
@@ -25,8 +34,7 @@ MIN_TREND_RUNS = 5
 MIN_TRAFFIC_BINS = 5
 
 
-@dataclass(frozen=True, slots=True)
-class Figure:
+class Figure(Struct, frozen=True):
     """A title, the result in a sentence (`finding`), its charts, and a table; `wide` for that of a waterfall."""
 
     title: str
@@ -36,8 +44,7 @@ class Figure:
     wide: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Section:
+class Section(Struct, frozen=True):
     """A heading with its figures."""
 
     key: str
@@ -90,38 +97,37 @@ def side_figures(comparison: Comparison) -> Iterator[Figure]:
         answers = side.found + side.not_found
         if not answers or all(each.verifies for each in providers):
             continue
-        label = formatting.clean_text(side.label)
+        label = clean_text(side.label)
         facts = ReportedWaterfall(label, providers, answers, side.found, 0, side.credits, 0.0)
-        rate = formatting.format_percent(formatting.share_of(side.found, answers))
-        spent = formatting.format_amount(side.credits)
+        rate = format_share(side.found, answers)
+        spent = format_amount(side.credits)
         finding = f"{pluralize(side.found, 'match')} in {pluralize(answers, 'result')} ({rate}), {spent} credits."
         table = tables.provider_table(providers, f"Providers of {label}", f"{about} provider")
         yield Figure(label, finding, [charts.waterfall_chart(facts, finding, (NARROW, HALF))], table)
 
 
 def _waterfall_text(facts: ReportedWaterfall) -> str:
-    rate = formatting.format_percent(formatting.share_of(facts.found, facts.answered))
+    rate = format_share(facts.found, facts.answered)
     text = f"{pluralize(facts.found, 'match')} in {pluralize(facts.answered, 'result')} ({rate})."
     if facts.failed:
         text += f" {pluralize(facts.failed, 'request')} failed."
     best = max((each for each in facts.providers if not each.verifies), key=lambda each: each.found)
     if best.found:
-        part = formatting.format_percent(formatting.share_of(best.found, facts.found))
-        text += f" Most matches: {formatting.clean_text(best.name)}, {best.found:,} ({part})."
+        part = format_share(best.found, facts.found)
+        text += f" Most matches: {clean_text(best.name)}, {best.found:,} ({part})."
     priced = [each for each in facts.providers if each.cost_per_hit is not None and not each.verifies]
     if len(priced) > 1:
         most_expensive = max(priced, key=lambda each: each.cost_per_hit or 0.0)
         text += (
-            f" Highest cost per match: {formatting.clean_text(most_expensive.name)},"
-            f" {formatting.format_amount(most_expensive.cost_per_hit)} credits."
+            f" Highest cost per match: {clean_text(most_expensive.name)},"
+            f" {format_amount(most_expensive.cost_per_hit)} credits."
         )
     return text
 
 
 def _verifier_text(facts: ReportedWaterfall) -> str:
     sentences = (
-        f" {formatting.clean_text(each.name)} verified {pluralize(each.reported, 'match')}:"
-        f" {formatting.format_amount(each.credits)} credits."
+        f" {clean_text(each.name)} verified {pluralize(each.reported, 'match')}: {format_amount(each.credits)} credits."
         for each in facts.providers
         if each.verifies
     )
@@ -158,13 +164,13 @@ def _status_text(counts: Sequence[tuple[str, int]]) -> str:
     most = max(counts, key=lambda pair: pair[1], default=("", 0))
     if not whole:
         return "The input has no rows."
-    rate = formatting.format_percent(formatting.share_of(most[1], whole))
-    return f"{pluralize(whole, 'row')}. Most frequent: {formatting.format_status(most[0])}, {most[1]:,} ({rate})."
+    rate = format_share(most[1], whole)
+    return f"{pluralize(whole, 'row')}. Most frequent: {format_status(most[0])}, {most[1]:,} ({rate})."
 
 
 def _skipped_text(report: Report) -> str:
     most, skipped = report.skipped[0], sum(each.rows for each in report.skipped)
-    reason = f"Most frequent reason: {formatting.clean_text(most.reason)}."
+    reason = f"Most frequent reason: {clean_text(most.reason)}."
     if report.step_waterfalls:
         return f"Counted for each step. {reason}"
     return f"No request for {pluralize(skipped, 'row')} of {report.rows or 0:,}. {reason}"
@@ -176,15 +182,12 @@ def _hit_rates_text(hits: Sequence[HitCounts], equal: str) -> str:
         return "No results for these rows yet."
     best = max(known, key=lambda each: each.found / each.answered)
     least = min(known, key=lambda each: each.found / each.answered)
-    high, low = (formatting.format_percent(each.found / each.answered) for each in (best, least))
+    high, low = (format_percent(each.found / each.answered) for each in (best, least))
     if len(known) == 1:
-        return f"{formatting.clean_text(best.name, '(blank)')} has a value in {high} of the rows with a result."
+        return f"{clean_text(best.name, '(blank)')} has a value in {high} of the rows with a result."
     if high == low:
         return f"{equal}: {high}."
-    return (
-        f"From {low} ({formatting.clean_text(least.name, '(blank)')})"
-        f" to {high} ({formatting.clean_text(best.name, '(blank)')})."
-    )
+    return f"From {low} ({clean_text(least.name, '(blank)')}) to {high} ({clean_text(best.name, '(blank)')})."
 
 
 def _groups_text(groups: GroupedHits) -> str:
@@ -202,18 +205,18 @@ def _run_figures(runs: Sequence[ReportedRun]) -> Iterator[Figure]:
     spent = sum(run.credits_spent for run in runs)
     if spent:
         dearest = max(runs, key=lambda run: run.credits_spent)
-        finding = f"{formatting.format_amount(spent)} credits in {pluralize(len(runs), 'run')}. Most: run "
-        finding += f"{dearest.execution}, {formatting.format_amount(dearest.credits_spent)}."
+        finding = f"{format_amount(spent)} credits in {pluralize(len(runs), 'run')}. Most: run "
+        finding += f"{dearest.execution}, {format_amount(dearest.credits_spent)}."
         pictures = (
             timelines.credits_chart(runs, finding),
             timelines.cumulative_credits_chart(runs, f"Cumulative. {finding}"),
         )
         yield _make_figure("Credits per run", finding, None, *pictures)
     if any(run.cost_per_hit is not None for run in runs):
-        finding = _spread_text([run.cost_per_hit for run in runs], formatting.format_amount, " credits", "a match")
+        finding = _spread_text([run.cost_per_hit for run in runs], format_amount, " credits", "a match")
         yield _make_figure("Cost per match", finding, None, timelines.cost_per_hit_chart(runs, finding))
     if any(run.answered for run in runs):
-        finding = _spread_text([run.hit_rate for run in runs], formatting.format_percent, "", "results")
+        finding = _spread_text([run.hit_rate for run in runs], format_percent, "", "results")
         yield _make_figure("Match rate", finding, None, timelines.run_hit_rate_chart(runs, finding))
 
 
@@ -242,7 +245,7 @@ def _timing_figures(report: Report) -> Iterator[Figure]:
 
 
 def _latency_text(times: LatencyHistogram) -> str:
-    half, most, longest = (formatting.format_seconds(each) for each in (times.median, times.p90, times.longest))
+    half, most, longest = (format_seconds(each) for each in (times.median, times.p90, times.longest))
     return f"{pluralize(times.count, 'task')}: half within {half}, 90% within {most}, the slowest after {longest}."
 
 

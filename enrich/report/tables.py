@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from enrich.models import pluralize
-from enrich.report import formatting
 from enrich.report.data import (
     AnswerAge,
     ComparedSide,
@@ -22,6 +22,17 @@ from enrich.report.data import (
     SkippedRows,
     Traffic,
 )
+from enrich.report.formatting import (
+    DASH,
+    NO_BREAK_SPACE,
+    clean_text,
+    format_amount,
+    format_count,
+    format_date,
+    format_percent,
+    format_seconds,
+    format_status,
+)
 
 #: Limit of runs in the table of balance, polls and time.
 RECENT_RUNS = 60
@@ -29,8 +40,7 @@ RECENT_RUNS = 60
 MAX_TRAFFIC_LINES = 60
 
 
-@dataclass(frozen=True, slots=True)
-class Cell:
+class Cell(Struct, frozen=True):
     """A number of the report: its text, and its name and value in `--json`."""
 
     text: str
@@ -38,8 +48,7 @@ class Cell:
     value: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
+class Line(Struct, frozen=True):
     """A row of a table: `about` is its subject for programs, `head` its first cell."""
 
     about: str
@@ -47,8 +56,7 @@ class Line:
     cells: Sequence[Cell | str]
 
 
-@dataclass(frozen=True, slots=True)
-class Table:
+class Table(Struct, frozen=True):
     """A table. Text cells are aligned left, numbers right."""
 
     caption: str
@@ -64,33 +72,37 @@ class Table:
 
 def count_cell(name: str, number: int | None) -> Cell:
     """Make a cell with a count."""
-    return Cell(formatting.format_count(number), name, number)
+    return Cell(format_count(number), name, number)
 
 
 def credits_cell(name: str, amount: float | None) -> Cell:
     """Make a cell with an amount of credits."""
-    return Cell(formatting.format_amount(amount), name, amount)
+    return Cell(format_amount(amount), name, amount)
+
+
+def share_cell(name: str, share: float | None) -> Cell:
+    """Make a cell with a share (0 to 1)."""
+    return Cell(format_percent(share), name, share)
 
 
 def rate_cell(part: int, of: int, name: str = "hit_rate") -> Cell:
     """Make a cell with `part` as a share of `of`."""
-    found = formatting.share_of(part, of)
-    return Cell(formatting.format_percent(found), name, found)
+    return share_cell(name, part / of if of else None)
 
 
 def provider_table(providers: Sequence[ReportedProvider], caption: str, about: str = "provider") -> Table:
     """List requests, matches and cost of each provider and verifier."""
-    heads: tuple[str, ...] = ("Provider", "Requests", "Inferred", "Matches", "Match rate", "Rejected", "Passed on")
-    heads += ("Credits", "Per match")
+    heads = ["Provider", "Requests", "Inferred", "Matches", "Match rate", "Rejected", "Passed on"]
+    heads += ["Credits", "Per match"]
     lines = []
     for each in providers:
         calls = each.reported + each.inferred
         lines.append(
             Line(
                 f"{about} {each.name}",
-                f"{formatting.clean_text(each.name)} (verifier)" if each.verifies else formatting.clean_text(each.name),
+                clean_text(each.name) + (" (verifier)" if each.verifies else ""),
                 (
-                    Cell(formatting.format_count(calls), "calls", calls),
+                    count_cell("calls", calls),
                     count_cell("inferred", each.inferred),
                     count_cell("found", None if each.verifies else each.found),
                     rate_cell(each.found, 0 if each.verifies else calls, "found_share"),
@@ -109,7 +121,7 @@ def status_table(counts: Iterable[tuple[str, int]], caption: str, head: str) -> 
     pairs = list(counts)
     total = sum(count for _, count in pairs)
     lines = [
-        Line("statuses", formatting.format_status(name), (count_cell(name, count), rate_cell(count, total, "share")))
+        Line("statuses", format_status(name), (count_cell(name, count), rate_cell(count, total, "share")))
         for name, count in pairs
     ]
     return Table(caption, (head, "Count", "Share"), lines)
@@ -120,9 +132,9 @@ def skipped_table(skipped: Sequence[SkippedRows]) -> Table:
     has_steps = any(each.step for each in skipped)
     lines = []
     for each in skipped:
-        reason, number = formatting.clean_text(each.reason), count_cell("rows", each.rows)
-        status = formatting.format_status(each.status) if each.status else formatting.DASH
-        step = (formatting.clean_text(each.step, formatting.DASH),) if has_steps else ()
+        reason, number = clean_text(each.reason), count_cell("rows", each.rows)
+        status = format_status(each.status) if each.status else DASH
+        step = (clean_text(each.step, DASH),) if has_steps else ()
         lines.append(Line(f"skipped {each.step}".rstrip(), reason, (*step, status, number)))
     heads = ("Reason", *(("Step",) if has_steps else ()), "Status", "Rows")
     return Table("Rows without a request, by reason", heads, lines)
@@ -150,12 +162,7 @@ def step_table(report: Report) -> Table:
 
     steps = report.step_waterfalls
     lines = [
-        line(
-            f"step {each.step}",
-            formatting.clean_text(each.step),
-            f"{each.kind} {formatting.clean_text(each.name)}",
-            [each],
-        )
+        line(f"step {each.step}", clean_text(each.step), f"{each.kind} {clean_text(each.name)}", [each])
         for each in steps
     ]
     lines.append(line("all steps", "All steps", pluralize(len(steps), "step"), steps))
@@ -168,7 +175,7 @@ def hit_rate_table(rows: Sequence[HitCounts], caption: str, head: str, about: st
     lines = [
         Line(
             f"{about} {each.name}",
-            formatting.clean_text(each.name, "(blank)"),
+            clean_text(each.name, "(blank)"),
             (
                 count_cell("rows", each.rows),
                 count_cell("answered", each.answered),
@@ -183,7 +190,7 @@ def hit_rate_table(rows: Sequence[HitCounts], caption: str, head: str, about: st
 
 def group_table(facts: GroupedHits) -> Table:
     """List match rates by the values of an input column."""
-    column = formatting.clean_text(facts.column)
+    column = clean_text(facts.column)
     return hit_rate_table(facts.groups, f"Match rate by {column}", column, f"group {facts.column}")
 
 
@@ -195,13 +202,13 @@ def run_table(facts: Sequence[ReportedRun], caption: str) -> Table:
             f"run {run.execution}",
             _run_label(run),
             (
-                formatting.clean_text(run.outcome, formatting.DASH),
+                clean_text(run.outcome, DASH),
                 count_cell("submitted", run.submitted),
                 count_cell("found", run.found),
                 count_cell("not_found", run.not_found),
                 count_cell("failed", run.failed),
                 count_cell("expired", run.expired),
-                Cell(formatting.format_percent(run.hit_rate), "hit_rate", run.hit_rate),
+                share_cell("hit_rate", run.hit_rate),
                 credits_cell("credits_spent", run.credits_spent),
                 credits_cell("cost_per_hit", run.cost_per_hit),
             ),
@@ -221,7 +228,7 @@ def run_traffic_table(runs: Sequence[ReportedRun]) -> Table:
                 credits_cell("balance_after", run.balance_after),
                 count_cell("polls", run.polls),
                 count_cell("rate_limited", run.rate_limited),
-                Cell(formatting.format_seconds(run.elapsed_s), "elapsed_s", run.elapsed_s),
+                Cell(format_seconds(run.elapsed_s), "elapsed_s", run.elapsed_s),
             ),
         )
         for run in runs[: -RECENT_RUNS - 1 : -1]
@@ -234,9 +241,7 @@ def latency_table(times: LatencyHistogram) -> Table:
     """List the bars of the histogram."""
     lines = [
         Line(
-            "latencies",
-            f"{formatting.format_seconds(bar.start)} to {formatting.format_seconds(bar.end)}",
-            (count_cell("count", bar.count),),
+            "latencies", f"{format_seconds(bar.start)} to {format_seconds(bar.end)}", (count_cell("count", bar.count),)
         )
         for bar in times.bars
     ]
@@ -256,23 +261,19 @@ def traffic_table(facts: Traffic) -> Table:
     lines = [
         Line(
             "traffic",
-            formatting.format_seconds(at * facts.width_s),
+            format_seconds(at * facts.width_s),
             tuple(count_cell(name, sum(counts[at : at + step])) for name, counts in series.items()),
         )
         for at in range(0, length, step)
     ]
-    caption = f"Run {facts.execution} in steps of {formatting.format_seconds(step * facts.width_s)}"
+    caption = f"Run {facts.execution} in steps of {format_seconds(step * facts.width_s)}"
     return Table(caption, ("From", "Sent", "Results", "Polls", "429s"), lines)
 
 
 def age_table(answers: Sequence[AnswerAge]) -> Table:
     """List the results in use by age."""
     lines = [
-        Line(
-            "age",
-            formatting.clean_text(each.label),
-            (count_cell("found", each.found), count_cell("not_found", each.not_found)),
-        )
+        Line("age", clean_text(each.label), (count_cell("found", each.found), count_cell("not_found", each.not_found)))
         for each in answers
     ]
     return Table("Results in use, by age", ("Age", "Matches", "No match"), lines)
@@ -282,10 +283,10 @@ def sides_table(comparison: Comparison) -> Table:
     """List the totals of both sides of a comparison."""
 
     def line(about: str, side: ComparedSide) -> Line:
-        names = " → ".join(map(formatting.clean_text, side.providers)) or formatting.DASH
+        names = " → ".join(map(clean_text, side.providers)) or DASH
         return Line(
             about,
-            formatting.clean_text(side.label),
+            clean_text(side.label),
             (
                 names,
                 count_cell("requests", side.compared),
@@ -310,7 +311,7 @@ def common_leads_table(comparison: Comparison) -> Table:
             credits_cell("common_credits", spent),
             credits_cell("common_per_hit", spent / found if found else None),
         )
-        return Line(f"common {about}", formatting.clean_text(side.label), (*cells, *amounts))
+        return Line(f"common {about}", clean_text(side.label), (*cells, *amounts))
 
     both = comparison.both
     lines = [
@@ -332,18 +333,11 @@ def common_leads_table(comparison: Comparison) -> Table:
 def leads_table(rows: OutputRows) -> Table:
     """List the rows of the output (`--with-rows`)."""
     lines = [
-        Line(
-            "lead",
-            formatting.clean_text(cells[0], formatting.DASH) if cells else formatting.DASH,
-            [formatting.clean_text(cell, "") for cell in cells[1:]],
-        )
+        Line("lead", clean_text(cells[0], DASH) if cells else DASH, [clean_text(cell, "") for cell in cells[1:]])
         for cells in rows.cells
     ]
-    return Table("Rows of the output", [formatting.clean_text(name) for name in rows.columns], lines)
+    return Table("Rows of the output", [clean_text(name) for name in rows.columns], lines)
 
 
 def _run_label(run: ReportedRun) -> str:
-    return (
-        f"#{run.execution}{formatting.NO_BREAK_SPACE}·{formatting.NO_BREAK_SPACE}"
-        f"{formatting.format_date(run.started_at)}"
-    )
+    return f"#{run.execution}{NO_BREAK_SPACE}·{NO_BREAK_SPACE}{format_date(run.started_at)}"

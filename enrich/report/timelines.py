@@ -8,9 +8,10 @@ from itertools import pairwise
 
 import altair as alt
 
-from enrich.report import drawing, formatting
+from enrich.report import drawing
 from enrich.report.data import LatencyHistogram, ReportedRun, Traffic
 from enrich.report.drawing import HALF, NARROW, ChartColor, ChartFrame, RenderedChart, ScreenSize
+from enrich.report.formatting import HOUR_S, MINUTE_S, format_day, format_seconds
 
 #: The axis of runs has at least this many places; free ones are left for future runs.
 MIN_SLOTS = 7
@@ -57,10 +58,7 @@ def latency_chart(times: LatencyHistogram, label: str) -> RenderedChart | None:
     end_s = slowest[0].start + width_s if slowest else times.bars[-1].end
     unit, name = _time_unit(end_s)
     domain = (times.bars[0].start / unit, max(end_s, times.p90, times.median) / unit)
-    marks = [
-        (times.median, f"median {formatting.format_seconds(times.median)}"),
-        (times.p90, f"90% {formatting.format_seconds(times.p90)}"),
-    ]
+    marks = [(times.median, f"median {format_seconds(times.median)}"), (times.p90, f"90% {format_seconds(times.p90)}")]
     rows = [
         {"x": bar.start / unit, "x2": min(bar.end, end_s) / unit, "v": 0, "v2": bar.count}
         for bar in times.bars
@@ -101,7 +99,7 @@ def throughput_chart(traffic: Traffic, label: str) -> RenderedChart | None:
     )
     if not any(sent) and not any(answered):
         return None
-    per, per_name = (1.0, "second") if max(*sent, *answered) >= width_s else (formatting.MINUTE_S, "minute")
+    per, per_name = (1.0, "second") if max(*sent, *answered) >= width_s else (MINUTE_S, "minute")
     unit, name = _time_unit(width_s * len(sent))
     domain = (0.0, width_s * len(sent) / unit)
 
@@ -213,7 +211,7 @@ def _run_axis(runs: Sequence[ReportedRun], size: ScreenSize) -> alt.X:
     room = max(1, (4 if size is NARROW else 6) - 1)
     step = max(1, -(-(len(runs) - 1) // room))
     indexes = list(range(len(runs) - 1, -1, -step))[::-1]
-    days = [formatting.format_day(runs[index].started_at) for index in indexes]
+    days = [format_day(runs[index].started_at) for index in indexes]
     labels = days if len(set(days)) == len(days) else [f"#{runs[place].execution}" for place in indexes]
     names = f"({json.dumps(dict(zip(map(str, indexes), labels, strict=True)))})[datum.value]"
     axis = drawing.make_axis("run", 6, orient="bottom", values=indexes, labelExpr=names, grid=False)
@@ -226,11 +224,11 @@ def _make_frame(size: ScreenSize, height: float = PANEL_HEIGHT, top: float = 26)
 
 def _time_unit(longest_s: float) -> tuple[float, str]:
     """Choose the unit of a time axis: its length in seconds, and its name."""
-    if longest_s <= 5 * formatting.MINUTE_S:
+    if longest_s <= 5 * MINUTE_S:
         return 1.0, "seconds"
-    if longest_s <= 5 * formatting.HOUR_S:
-        return formatting.MINUTE_S, "minutes"
-    return formatting.HOUR_S, "hours"
+    if longest_s <= 5 * HOUR_S:
+        return MINUTE_S, "minutes"
+    return HOUR_S, "hours"
 
 
 def _largest(rows: Sequence[drawing.ChartRow]) -> float:

@@ -16,7 +16,14 @@ from enrich.errors import CommandRefused, EnrichError
 from enrich.files.csv_format import likely_separator
 from enrich.files.limits import FileLimits, limits_of
 from enrich.files.reader import ROWS_PER_BATCH, InMemoryRows, InputPart, InputSchema, InputTable, RowCounter
-from enrich.files.text import LATER_HEADER_HINT, NO_HEADER, NO_HEADER_HINT, FileProblem
+from enrich.files.text import (
+    LATER_HEADER_HINT,
+    NO_HEADER,
+    NO_HEADER_HINT,
+    FileProblem,
+    is_headerless,
+    missing_column_hint,
+)
 from enrich.files.values import text_frame
 from enrich.files.writer import is_formula
 from enrich.job.bounded_read import read_bounded
@@ -27,9 +34,8 @@ from enrich.job.locations import format_of, has_wildcards
 from enrich.job.name_hints import closest_name
 from enrich.job.steps import step_column, steps_in_header
 from enrich.ledger.database import Database
-from enrich.ledger.forgotten import ForgottenRequests
+from enrich.ledger.erasure import ForgottenRequests
 from enrich.models import RowStatus
-from enrich.rows.header import is_headerless, missing_column_hint
 from enrich.rows.known_batches import KnownBatches
 from enrich.rows.requests import CHANGE_COLUMNS, RequestBuilder, RowBatch, own_columns, status_columns
 from enrich.rows.send_order import order_of_rows, rank_rows, sort_keys

@@ -11,7 +11,6 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from functools import cache, partial
 from hashlib import blake2b
 from importlib.metadata import version
@@ -19,13 +18,15 @@ from importlib.resources import files
 
 import msgspec
 import polars as pl
+from msgspec import Struct
+from msgspec.structs import replace
 
 from enrich.files.values import has_no_text
 from enrich.job.job import Job
 from enrich.json_text import to_json_text
-from enrich.ledger import known_batches
 from enrich.ledger.database import Database
-from enrich.ledger.forgotten import ForgottenRequests
+from enrich.ledger.erasure import ForgottenRequests
+from enrich.ledger.request_ids import find_known_batch, store_known_batch
 from enrich.models import RowStatus
 from enrich.rows.requests import RequestBuilder, RowBatch
 from enrich.rows.template import RequestTemplate
@@ -43,8 +44,7 @@ def _mapping_versions() -> list[str]:
     return [sys.version, *map(version, _MAPPING_PACKAGES), *own]
 
 
-@dataclass(frozen=True, slots=True)
-class KnownBatches:
+class KnownBatches(Struct, frozen=True):
     """The batches of a job's input that the ledger knows."""
 
     ledger: Database
@@ -85,7 +85,7 @@ class KnownBatches:
         """Return a batch as `build_batch` does, with ids instead of requests if it is known."""
         build = partial(builder.build_batch, first_position, frame, text, selected, suppressed, queue_order)
         digest = self._digest(frame, text, selected, suppressed)
-        content = known_batches.find(self.ledger, self.job, first_position, digest)
+        content = find_known_batch(self.ledger, self.job, first_position, digest)
         if content is None:
             return replace(build(), digest=digest)
         known = msgspec.json.decode(content)
@@ -139,4 +139,4 @@ def store_batch(ledger: Database, job: Job, batch: RowBatch, ids: Sequence[int |
         "left_out": [[*names, count] for names, count in batch.left_out.items()],
         "missing": batch.missing,
     }
-    known_batches.store(ledger, job.name, range(first, first + batch.frame.height), batch.digest, to_json_text(content))
+    store_known_batch(ledger, job.name, range(first, first + batch.frame.height), batch.digest, to_json_text(content))

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 
-from enrich.databar.description import Description
-from enrich.databar.waterfall import Waterfall
+from msgspec import Struct
+from msgspec.structs import replace
+
+from enrich.databar.description import Description, Waterfall
 from enrich.job.job import Job
 from enrich.job.target import Target, TargetKind
 from enrich.rows.known_names import is_count, join_problems, spellings_of, target_problems
 
 
-@dataclass(frozen=True, slots=True)
-class RequestTemplate:
+class RequestTemplate(Struct, frozen=True):
     """What all requests of a job have in common.
 
     `required_params` and `email_params` are names of params. `columns` maps new columns to dotted paths. `unit_price`
@@ -28,7 +28,7 @@ class RequestTemplate:
     unit_price: int | None
     priced_by: str | None = None
     #: The values that a param may have: a spelling in lower case to the value that is sent.
-    choices: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    choices: Mapping[str, Mapping[str, str]] = {}
     #: The name of the one source, where answers name none.
     source: str | None = None
 
@@ -36,6 +36,11 @@ class RequestTemplate:
     def worst_price(self) -> int | None:
         """The highest price of any request, in millionths. None: not known, or it depends on the row."""
         return self.unit_price if self.priced_by is None else None
+
+
+def template_of_unknown_target(job: Job) -> RequestTemplate:
+    """Return the template of a target that the API has not described yet."""
+    return RequestTemplate(job.model.target, (), (), job.model.columns or {}, None)
 
 
 def default_providers(description: Description) -> list[int]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
 import polars as pl
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from enrich.databar.task_results import makes_match
 from enrich.errors import CommandRefused
@@ -58,28 +60,26 @@ class JoinedStep:
         return [None if place is None else results[place] for place in self.places]
 
 
-@dataclass(frozen=True, slots=True)
-class JoinedBatch:
+class JoinedBatch(Struct, frozen=True):
     """A batch with its new cells, by column, and what each step has found for it."""
 
     batch: RowBatch
     steps: Sequence[JoinedStep]
     cells: Mapping[str, pl.Series]
 
-    def count_statuses(self) -> Counter[RowStatus]:
-        """Count the rows by their status."""
-        names, counts = self.cells["enrich_status"].value_counts()
-        return Counter({RowStatus(name): count for name, count in zip(names, counts, strict=True)})
+
+def count_statuses(cells: Mapping[str, pl.Series]) -> Counter[RowStatus]:
+    """Count rows by their status. `cells` are the new cells of the rows, of all steps or of one."""
+    return Counter({RowStatus(name): count for name, count in cells["enrich_status"].value_counts().iter_rows()})
 
 
-@dataclass(frozen=True, slots=True)
-class OutputCounts:
+class OutputCounts(Struct, frozen=True):
     """Rows by their status in the output, and rows with a value by new column."""
 
     statuses: Counter[RowStatus] = field(default_factory=Counter)
     filled_by_column: Counter[str] = field(default_factory=Counter)
     #: Rows by their status in each step; empty for a job without steps.
-    by_step: dict[str, Counter[RowStatus]] = field(default_factory=dict)
+    by_step: dict[str, Counter[RowStatus]] = {}
     #: The credits that the rows show for each step, in millionths.
     credits: Counter[str] = field(default_factory=Counter)
 
@@ -93,14 +93,12 @@ class OutputCounts:
 
     def add(self, joined: JoinedBatch) -> None:
         """Count the rows of a batch."""
-        self.statuses.update(joined.count_statuses())
+        self.statuses.update(count_statuses(joined.cells))
         columns = dict.fromkeys(name for step in joined.steps for name in step.columns)
         self.filled_by_column.update({name: joined.cells[name].count() for name in columns})
         for step in joined.steps:
             if step.name:
-                names, counts = step.cells["enrich_status"].value_counts()
-                counted = {RowStatus(name): count for name, count in zip(names, counts, strict=True)}
-                self.by_step.setdefault(step.name, Counter()).update(counted)
+                self.by_step.setdefault(step.name, Counter()).update(count_statuses(step.cells))
                 self.credits[step.name] += to_micros(step.cells["enrich_credits"].sum()) or 0
 
 
@@ -111,8 +109,7 @@ class JoinedRows(Protocol):
         """Read the input once. Yield each batch with its new cells."""
 
 
-@dataclass(frozen=True, slots=True)
-class Collector:
+class Collector(Struct, frozen=True):
     """Builds the output. `check_stopped` is called before every batch and may raise to stop.
 
     `selection`: decide with it about requests that the pass has not seen; see `enroll.request_results`.
@@ -161,13 +158,11 @@ class Collector:
             frame = batch.frame.with_columns(
                 self.merge_column(joined, name, formula_safe=limits.runs_formulas) for name in merged_columns
             )
-            first_position, height = batch.first_position, batch.frame.height
-            index = (
-                [pl.int_range(first_position, first_position + height, eager=True).alias(INDEX_COLUMN)]
-                if with_index
-                else []
-            )
-            yield frame.hstack([joined.cells[name] for name in new_columns] + index)
+            frame = frame.hstack([joined.cells[name] for name in new_columns])
+            if with_index:
+                index = pl.int_range(batch.first_position, batch.first_position + frame.height, eager=True)
+                frame = frame.with_columns(index.alias(INDEX_COLUMN))
+            yield frame
             del answered, joined, batch, frame  # not kept while the next batch is read
 
     def count_rows(self) -> OutputCounts:

@@ -95,15 +95,12 @@ class Dispatcher:
                 transitions.release_unsent, self._unsent_attempts, self.run_state.clock.now_ms()
             )
 
-    @property
-    def _max_posts_in_flight(self) -> int:
-        return max_posts_in_flight(self.config.bulk) // self.config.workers
-
     async def _acquire_post_slots(self) -> int:
         """Wait until a POST may be sent. Returns how many may be sent; 0 when submitting is over."""
         run_state = self.run_state
+        max_posts = max_posts_in_flight(self.config.bulk) // self.config.workers
         while not run_state.stop_submitting.is_set():
-            post_slots = min(self._max_posts_in_flight - self._unanswered_posts, run_state.free_capacity)
+            post_slots = min(max_posts - self._unanswered_posts, run_state.free_capacity)
             if self.limit is not None:
                 left = self.limit - run_state.counters.attempted_requests
                 if left <= 0:
@@ -218,8 +215,6 @@ class Dispatcher:
         run_state.counters.submitted += len(requests)
         run_state.counters.cached += sum(each is Acceptance.CACHED for each in acceptances)
         run_state.open_tasks += 1
-        run_state.circuit_breaker.record_success()
-        run_state.record_success()
         run_state.record_post_accepted()
         bulk_task_id, step = requests[0].bulk_task_id, self.config.step or ""
         self.on_task_accepted(Task(attempts, task_id, now_ms, bulk_task_id=bulk_task_id, step=step))

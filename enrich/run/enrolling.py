@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from dataclasses import replace
-from typing import Protocol
 
-import polars as pl
+from msgspec.structs import replace
 
 from enrich.errors import EnrichError
 from enrich.exit_codes import ExitCode
@@ -16,15 +13,12 @@ from enrich.ledger.database import Database
 from enrich.models import DECISIONS_TO_SEND, Decision, RequestSelection, State, pluralize
 from enrich.rows.job_input import JobInput
 from enrich.rows.known_batches import store_batch
-from enrich.rows.requests import RowBatch
-from enrich.rows.template import RequestTemplate
 from enrich.run.budget import Cost
 from enrich.run.cluster_protocol import ClusterCallbacks, ClusterEngine, EnrollCounts
 from enrich.run.context import RunContext, RunFiles, RunOptions, select_requests
-from enrich.run.enrolled import EnrolledStep
+from enrich.run.periodic import start_phase
 from enrich.run.progress import Phase
-from enrich.run.progress_reports import start_phase
-from enrich.run.run_state import RunState
+from enrich.run.run_state import Enrolled, RunState
 from enrich.run.startup import with_steps
 from enrich.run.step_input import StepInput
 from enrich.run.step_plan import note_on_target
@@ -33,23 +27,9 @@ from enrich.run.step_plan import note_on_target
 REUSED_STATES = (State.FOUND, State.NOT_FOUND, State.FAILED)
 
 
-class RequestRows(Protocol):
-    """The rows of a job or of a step, with their requests."""
-
-    def queue_order(self) -> pl.Series | None:
-        """Return each row's place in the send order; None: the order of the input."""
-
-    def batches(
-        self, template: RequestTemplate, queue_order: pl.Series | None, ledger: Database | None
-    ) -> Iterator[RowBatch]:
-        """Read the whole input once."""
-
-
 async def enroll_input(context: RunContext, run_state: RunState, files: RunFiles, step_number: int) -> None:
     """Mark the requests of a step that the user selected. Nothing of it is sent before all of the input was read."""
-    rows: RequestRows = files.job_input
-    if files.step_rows is not None:
-        rows = StepInput(files.step_rows, step_number)
+    rows = files.job_input if files.step_rows is None else StepInput(files.step_rows, step_number)
     await _enroll(context, run_state, files.job_input, rows, context.options)
 
 
@@ -72,7 +52,7 @@ async def enroll_changed_input(context: RunContext, run_state: RunState, files: 
 
 
 async def _enroll(
-    context: RunContext, run_state: RunState, job_input: JobInput, rows: RequestRows, options: RunOptions
+    context: RunContext, run_state: RunState, job_input: JobInput, rows: JobInput | StepInput, options: RunOptions
 ) -> None:
     template, ledger_writer = context.preflight.template, context.ledger_writer
     run_state.file_versions = job_input.file_versions()
@@ -101,31 +81,32 @@ async def _enroll(
     if isinstance(rows, StepInput) and to_submit:
         note = await ledger_writer.submit(note_on_target, rows.rows.steps, rows.number)
         run_state.notes += [] if note is None else [note]
-    if (earlier := run_state.enrolled.by_step.get(step)) is not None:
-        run_state.enrolled.by_step[step] = replace(earlier, requests=requests)
+    if (earlier := run_state.enrolled.get(step)) is not None:
+        run_state.enrolled[step] = replace(earlier, requests=requests)
         return
     experience = (await ledger_writer.submit(queries.average_price, template.target))[1] if to_submit else None
     cost = Cost.for_requests(to_submit, experience, template.worst_price)
-    if not run_state.enrolled.by_step and run_state.open_tasks_cost is not None:
+    if not run_state.enrolled and run_state.open_tasks_cost is not None:
         cost += run_state.open_tasks_cost
-    reused = sum(requests.get(state, 0) for state in REUSED_STATES)
-    run_state.enrolled.by_step[step] = EnrolledStep(requests, reused, to_submit, cost)
+    reused = sum(requests[state] for state in REUSED_STATES)
+    run_state.enrolled[step] = Enrolled(requests, reused, cost)
 
 
 async def count_enrolled(context: RunContext, run_state: RunState) -> None:
     """Count the requests of a step by state again, before the pass of the next step begins."""
-    enrolled, step = run_state.enrolled.by_step, context.job.step
+    enrolled, step = run_state.enrolled, context.job.step
     enrolled[step] = replace(enrolled[step], requests=await context.ledger_writer.submit(enroll.enrolled_counts))
 
 
 def _enroll_locally(
-    ledger: Database, context: RunContext, selection: RequestSelection, rows: RequestRows
+    ledger: Database, context: RunContext, selection: RequestSelection, rows: JobInput | StepInput
 ) -> tuple[EnrollCounts, int]:
     """Enroll the input in this process, in one transaction."""
     template = context.preflight.template
     enroll.begin_pass(ledger)
     read = EnrollCounts()
-    for batch in rows.batches(template, rows.queue_order(), ledger):
+    batches = rows.batches() if isinstance(rows, StepInput) else rows.batches(template, rows.queue_order(), ledger)
+    for batch in batches:
         context.signals.raise_if_received()
         ids = enroll.enroll(ledger, template.target, batch.requests(), selection)
         store_batch(ledger, context.job, batch, ids)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
 from itertools import takewhile
 from json import JSONDecodeError
 from typing import Any
+
+from msgspec.structs import replace
 
 from enrich.errors import EnrichError
 from enrich.exit_codes import ExitCode
@@ -18,11 +19,10 @@ from enrich.rows.params import left_out_by_param
 from enrich.run.answer_kinds import count_kinds
 from enrich.run.balance import ROUNDING_CREDITS, explain_balance
 from enrich.run.context import RunContext
-from enrich.run.latencies import save_latencies
 from enrich.run.output import Outcome
+from enrich.run.periodic import save_latencies, start_phase
 from enrich.run.phases import fetch_balance
 from enrich.run.progress import Phase
-from enrich.run.progress_reports import start_phase
 from enrich.run.provider_stats import ProviderStats, ProviderTotals, parse_descriptions
 from enrich.run.run_state import RunState
 from enrich.run.signals import SignalHandler
@@ -97,19 +97,18 @@ async def finish_run(context: RunContext, run_state: RunState, outcome: Outcome)
 
 def _summarize_state(context: RunContext, run_state: RunState, outcome: Outcome) -> RunSummary:
     """Build the summary of what the run has found out so far."""
-    reason, enrolled = run_state.exit_reasons.get(outcome.code), run_state.enrolled.requests()
-    planned = run_state.enrolled.cost()
+    reason, enrolled = run_state.exit_reasons.get(outcome.code), run_state.enrolled_in_all
     summary = RunSummary(
         job=context.job.name,
         exit_code=int(outcome.code),
         sandbox=context.job.sandbox,
         rows=run_state.rows_read,
-        requests=None if enrolled is None else sum(enrolled.values()),
-        reused=run_state.enrolled.reused(),
+        requests=None if enrolled is None else enrolled.requests.total(),
+        reused=None if enrolled is None else enrolled.reused,
         skipped=None if enrolled is None or context.job.step_jobs else dict(run_state.skipped.most_common()),
         left_out=None if enrolled is None else left_out_by_param(run_state.left_out),
         paid_in_other_ledgers=run_state.paid_in_other_ledgers,
-        planned=None if planned is None else planned.as_json(),
+        planned=None if enrolled is None else enrolled.cost.as_json(),
         output=None if outcome.output is None else str(outcome.output),
         **run_state.extra_outputs,
         notes=run_state.notes,
@@ -171,4 +170,4 @@ async def _balance_change(
     if abs(to_credits(before - after - spent)) < ROUNDING_CREDITS:
         return None
     movements = await context.ledger_writer.submit(queries.credit_movements, execution_id)
-    return asdict(explain_balance(execution_id, before, after, movements))
+    return explain_balance(execution_id, before, after, movements).as_json()

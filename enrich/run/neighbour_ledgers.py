@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from enrich.errors import CommandRefused, RunCancelled, RunDeclined
 from enrich.job.job import Job
@@ -24,7 +25,7 @@ TIMEOUT_S = 20.0
 
 
 def find_overlap(
-    ledger: Database, job: Job, bound_to: Mapping[str, str | None], step_rows: StepRows | None = None, number: int = 0
+    ledger: Database, job: Job, bound_to: Mapping[str, str | None], step_rows: StepRows | None, number: int = 0
 ) -> Overlap | None:
     """Compare the requests of this pass with the other ledgers in its folder. None: it is not new, or no file.
 
@@ -63,7 +64,8 @@ def refusal(job: Job, overlap: Overlap, number: int = 0) -> CommandRefused | Non
         return None
     paid = f"{overlap.paid:,} of the {pluralize(overlap.requests, 'request')}"
     message = f"{paid} are already paid for in {_names(overlap)}. The new ledger {job.ledger} pays for them again"
-    shared = os.path.relpath(overlap.main_ledger, job.document.path.resolve().parent)
+    ((main_ledger, _),) = overlap.by_ledger.most_common(1)
+    shared = os.path.relpath(main_ledger, job.document.path.resolve().parent)
     hint = f"share its results with `ledger: {shared}` in the job file, or pay again with --new-ledger"
     if number:  # the other ledger does not have the answers of the earlier steps
         hint = f"--new-ledger pays again for the step `{job.steps[number].step}`"
@@ -83,7 +85,7 @@ def overlap_notes(overlap: Overlap) -> list[str]:
 
 
 def _names(overlap: Overlap) -> str:
-    return ", ".join(path.name for path in sorted(overlap.by_ledger, key=lambda path: -overlap.by_ledger[path]))
+    return ", ".join(path.name for path, _ in overlap.by_ledger.most_common())
 
 
 async def check_neighbours(context: RunContext, run_state: RunState, step_rows: StepRows | None, number: int) -> None:

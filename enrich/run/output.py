@@ -6,13 +6,12 @@ import asyncio
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from datetime import datetime
 from hashlib import blake2b
 
 import polars as pl
+from msgspec import Struct
 
-from enrich.errors import CommandRefused
 from enrich.exit_codes import OUTPUT_WRITING_CODES, ExitCode
 from enrich.files.limits import limits_of
 from enrich.files.values import as_text
@@ -21,9 +20,10 @@ from enrich.job.job import Job
 from enrich.job.locations import Location, is_dataset
 from enrich.job.spec import Changes, Output
 from enrich.ledger import change_feed, enroll, erasure, queries
-from enrich.ledger.database import Database, ledger_exists
+from enrich.ledger.database import Database, check_ledger_exists
 from enrich.models import RequestSelection, RowStatus, State, iso_time
 from enrich.rows.job_input import JobInput
+from enrich.rows.job_steps import make_steps
 from enrich.rows.requests import CHANGE_COLUMNS
 from enrich.rows.template import RequestTemplate
 from enrich.run.answer_cells import answer_cells
@@ -31,11 +31,9 @@ from enrich.run.cluster_protocol import ClusterCallbacks
 from enrich.run.collector import Collector, JoinedBatch, JoinedStep, OutputCounts
 from enrich.run.context import RunContext, RunFiles, RunOptions, select_requests
 from enrich.run.early_end import out_of_time_error
-from enrich.run.enrolled import EnrolledSteps
-from enrich.run.job_steps import make_steps
+from enrich.run.periodic import start_phase
 from enrich.run.preflight import template_from_ledger
 from enrich.run.progress import Phase
-from enrich.run.progress_reports import start_phase
 from enrich.run.run_state import RunState
 from enrich.run.step_input import StepInput
 from enrich.run.step_rows import StepRows
@@ -45,8 +43,7 @@ from enrich.run.summary import RunSummary, cost_per_lead, summarize_steps
 MAX_ROWS_WHEN_INTERRUPTED = 100_000
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(Struct, frozen=True):
     """How a run ended. `counts` None: the rows were not counted. `output` None: no output was written."""
 
     code: ExitCode
@@ -77,7 +74,9 @@ async def write_output(context: RunContext, run_state: RunState, files: RunFiles
     counts = await _write_target(context, run_state, collector, files.target)
     await _write_extra_outputs(context, run_state, collector, files.extra_output_paths)
     # A row whose request is unconfirmed may still show an older result.
-    unconfirmed = counts.statuses[RowStatus.IN_DOUBT] or (run_state.enrolled.requests() or {}).get(State.IN_DOUBT)
+    unconfirmed = counts.statuses[RowStatus.IN_DOUBT] or any(
+        step.requests[State.IN_DOUBT] for step in run_state.enrolled.values()
+    )
     if files.step_rows is not None and run_state.out_of_time and counts.statuses[RowStatus.PENDING]:
         run_state.exit_reasons.setdefault(ExitCode.TIME, out_of_time_error())
     conditions = {ExitCode.SOME_FAILED: some_failed, ExitCode.IN_DOUBT: bool(unconfirmed)}
@@ -202,8 +201,7 @@ def _changed_cells(collector: Collector, joined: JoinedBatch, key: list[str]) ->
                     yield [*keys[index], name, old, new, result.provider, at]
 
 
-@dataclass(frozen=True, slots=True)
-class _StepFeed:
+class _StepFeed(Struct, frozen=True):
     """What the feed has of a step in a batch.
 
     `rows` have a delivered answer, by their index. Those in `previous_answers` are new: it has the answer that was
@@ -249,8 +247,7 @@ def rebuild_output(job: Job, *, partial: bool) -> RunSummary:
 
     Raises CommandRefused when rows are pending and `partial` is not set, or when the job never ran.
     """
-    if not ledger_exists(job.ledger):
-        raise CommandRefused(f"{job.ledger}: no ledger, because this job has never run", "run it first: enrich run JOB")
+    check_ledger_exists(job.ledger)
     with closing(Database(job.ledger, read_only=True)) as ledger:
         template = template_from_ledger(ledger, job)
         now = datetime.now().astimezone()
@@ -265,7 +262,7 @@ def rebuild_output(job: Job, *, partial: bool) -> RunSummary:
         sandbox=job.sandbox,
         rows=counts.statuses.total(),
         output=str(target),
-        steps=summarize_steps(job, EnrolledSteps(), {}, counts),
+        steps=summarize_steps(job, {}, {}, counts),
         cost_per_lead=cost_per_lead(counts, unknown),
     )
     return summary.with_row_counts(counts.statuses, counts.filled_by_column)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from math import inf
+
+from msgspec.structs import replace
 
 from enrich.errors import ApiCallFailed, RunCancelled
 from enrich.exit_codes import ExitCode
@@ -138,10 +139,8 @@ def _plan_and_question(ledger: Database, context: RunContext, run_state: RunStat
         question = spend_question(steps_plan.cost.maximum, steps_plan.rows)
         return "\n".join([*format_steps_plan(steps_plan), question])
     decisions = Counter(enroll.decision_counts(ledger)) + run_state.row_decisions
-    rows = run_state.rows_read or 0
-    cap = context.budget.cap
-    counts = PlanCounts(rows, decisions, run_state.left_out, run_state.skipped)
-    plan = build_plan(context.job, context.preflight, ledger, counts, cap)
+    counts = PlanCounts(decisions, run_state.rows_read or 0, run_state.left_out, run_state.skipped)
+    plan = build_plan(context.job, context.preflight, ledger, counts, context.budget.cap)
     return "\n".join([*format_plan(plan), spend_question(plan.cost.maximum, plan.to_submit)])
 
 

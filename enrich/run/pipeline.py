@@ -24,8 +24,8 @@ from enrich.run.context import RunContext, RunEnvironment, RunFiles, RunOptions,
 from enrich.run.early_end import enforce_max_time
 from enrich.run.enrolling import count_enrolled, enroll_changed_input, enroll_input
 from enrich.run.finish import finish_failed_run, finish_run
-from enrich.run.latencies import load_schedule, save_latencies, save_latencies_periodically
 from enrich.run.output import write_output
+from enrich.run.periodic import load_schedule, report_progress, save_latencies, save_latencies_periodically
 from enrich.run.phases import (
     check_before_spending,
     check_saved_plan,
@@ -34,7 +34,6 @@ from enrich.run.phases import (
     submit_and_poll,
 )
 from enrich.run.preflight import offline_preflight
-from enrich.run.progress_reports import report_progress
 from enrich.run.run_state import RunState
 from enrich.run.signals import SignalHandler
 from enrich.run.startup import (
@@ -105,7 +104,6 @@ async def _run_phases(context: RunContext) -> RunSummary:
     ):
         try:
             await collect_open_tasks(context, run_state)
-            startup.raise_postponed_error()
             files = startup.opened_files()
             for number in range(len(context.job.steps)):
                 await _run_step(context, run_state, files, number)

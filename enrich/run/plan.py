@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import asdict
 
 from enrich.job.job import Job
 from enrich.ledger import enroll, queries
@@ -56,22 +59,23 @@ _NOT_SENT_WORDS = {
 _ROW_DECISIONS = (Decision.DUPLICATE, Decision.INVALID, Decision.FILTERED)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PlanCounts:
     """What was read of the input.
 
     `decisions` counts requests, but rows for decisions about rows alone. `left_out` counts the rows that lack a param
-    although a cell is not empty, by param and reason, and `skipped` the rows that cannot be sent, by reason.
+    although a cell is not empty, by param and reason, and `skipped` the rows that cannot be sent, by reason. `missing`
+    counts the latter by the param that they lack; empty: not counted.
     """
 
-    rows: int
     decisions: dict[Decision, int]
-    left_out: LeftOutCounts
-    skipped: Counter[str]
+    rows: int = 0
+    left_out: LeftOutCounts = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
+    missing: Counter[str] = field(default_factory=Counter)
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedProvider:
+class PlannedProvider(Struct, frozen=True):
     """A provider or a verifier of a planned run, with its price in credits; None: unknown."""
 
     id: int
@@ -79,13 +83,12 @@ class PlannedProvider:
     price: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(Struct, frozen=True):
     """What a run would do, with amounts in credits. None: unknown, or not set.
 
-    `decisions`, `left_out` and `skipped` are those of `PlanCounts`. `cap_allows` is how many requests the cap allows
-    even at their highest price (`worst_price`); None: there is no cap, or no price. `reserved` is the highest cost of
-    the running tasks.
+    `decisions`, `left_out`, `skipped` and `missing` are those of `PlanCounts`. `cap_allows` is how many requests the
+    cap allows even at their highest price (`worst_price`); None: there is no cap, or no price. `reserved` is the
+    highest cost of the running tasks.
     """
 
     job: str
@@ -110,8 +113,7 @@ class Plan:
     verifier: PlannedProvider | None
     notes: list[str]
     skipped: Counter[str]
-    #: Rows that cannot be sent because they lack a param, by param; empty: not counted.
-    missing: Mapping[str, int] = field(default_factory=dict)
+    missing: Mapping[str, int]
     #: The param whose number multiplies the price of a request, and how many pages do.
     priced_by: str | None = None
     pages: int = 1
@@ -183,6 +185,7 @@ def build_plan(job: Job, preflight: Preflight, ledger: Database, counts: PlanCou
         decisions=counts.decisions,
         left_out=left_out_by_param(counts.left_out),
         skipped=counts.skipped,
+        missing=counts.missing,
         oldest_answer_ms=enroll.oldest_answer_ms(ledger),
         balance=to_credits(preflight.balance),
         max_credits=job.max_credits,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from enrich.databar.description import Description
-from enrich.databar.waterfall import Provider
+from enrich.databar.description import Description, Provider
 from enrich.errors import CommandRefused, EnrichError, JobError
+from enrich.files.atomic import replace_file
 from enrich.job.bounded_read import read_text
 from enrich.job.job import Job
 from enrich.job.locations import sandbox_file_name
@@ -167,12 +166,8 @@ def write_plan(path: Path, plan: SavedPlan) -> Path:
             read_plan(path)
     except EnrichError as error:
         raise JobError(f"{path}: this file exists and is not a plan", "choose another name for the plan") from error
-    temporary = path.with_name(f".{path.name}.part")
     try:
-        temporary.unlink(missing_ok=True)
-        with os.fdopen(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w", encoding="utf-8") as file:
-            file.write(plan.model_dump_json(indent=2) + "\n")
-        temporary.replace(path)
+        replace_file(path, f"{plan.model_dump_json(indent=2)}\n".encode())
     except OSError as error:
         raise CommandRefused(f"{path}: the plan cannot be written: {error.strerror}") from error
     return path

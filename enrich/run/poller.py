@@ -24,9 +24,9 @@ from enrich.exit_codes import ExitCode
 from enrich.ledger import resume, task_ids, transitions
 from enrich.ledger.writer import LedgerWriter
 from enrich.models import Answer, State, Task
-from enrich.run.in_flight import FETCH_WINDOW_SHARE
 from enrich.run.open_task import CONFIRMING_FOREIGN_REPLIES, CONFIRMING_REPLIES, OpenTask
 from enrich.run.poll_schedule import PollCost
+from enrich.run.rate_limit import FETCH_WINDOW_SHARE
 from enrich.run.run_state import MAX_UNKNOWN_TASKS, RunState, WorkConfig
 
 IDLE_S = 1.0

@@ -6,17 +6,16 @@ import asyncio
 import os
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
+from msgspec import Struct
+from msgspec.structs import replace
 from pydantic import ValidationError
 
 from enrich.databar.clock import SystemClock
 from enrich.databar.credentials import ApiAccess
-from enrich.databar.description import Description, parse_description
-from enrich.databar.enrichment import Enrichment
-from enrich.databar.user import User
-from enrich.databar.waterfall import Waterfall
+from enrich.databar.description import Description, Enrichment, User, Waterfall, parse_description
 from enrich.errors import (
     ApiUnreachable,
     CertificateUntrusted,
@@ -37,7 +36,13 @@ from enrich.ledger.database import Database
 from enrich.ledger.sqlite import damaged_ledger_error
 from enrich.models import read_balance
 from enrich.rows.known_names import BESIDE_RESULT, KnownNames, column_fields, join_problems, name_problems
-from enrich.rows.template import RequestTemplate, default_providers, join_templates, make_request_template
+from enrich.rows.template import (
+    RequestTemplate,
+    default_providers,
+    join_templates,
+    make_request_template,
+    template_of_unknown_target,
+)
 
 if TYPE_CHECKING:
     import tenacity
@@ -48,8 +53,7 @@ T = TypeVar("T")
 MAX_PAUSE_S = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class Preflight:
+class Preflight(Struct, frozen=True):
     """What the API returned. `balance` in millionths; None: the API does not give it. `notes` are for the user.
 
     `providers` are those that were enabled by default when the waterfall was first used.
@@ -118,8 +122,7 @@ async def retry_until(
     raise AssertionError  # the loop returns or raises
 
 
-@dataclass(frozen=True, slots=True)
-class LedgerBinding:
+class LedgerBinding(Struct, frozen=True):
     """What the preflight needs from the ledger.
 
     `description` and its default `providers` are as the API last gave them, None without that. `answered` has the
@@ -192,9 +195,7 @@ async def preflight(  # noqa: PLR0913 - every argument is used once
 
 def offline_preflight(job: Job) -> Preflight:
     """Build a preflight without the API: enough to collect the open tasks of earlier runs, but not to send requests."""
-    target = job.model.target
-    template = RequestTemplate(target, (), (), columns=job.model.columns or {}, unit_price=None)
-    return Preflight(template, None, {}, make_empty_description(target), [], [])
+    return Preflight(template_of_unknown_target(job), None, {}, make_empty_description(job.model.target), [], [])
 
 
 def make_empty_description(target: Target) -> Description:
@@ -278,8 +279,7 @@ class _ClockOffsetProbe(SystemClock):
         self.api_ahead_ms = api_ms - time.time_ns() // 1_000_000
 
 
-@dataclass(frozen=True, slots=True)
-class ApiSnapshot:
+class ApiSnapshot(Struct, frozen=True):
     """What the API returns now, with a description for each step of the job.
 
     `clock_ahead_s`: its clock minus ours, in seconds; None: it sends no time.

@@ -1,4 +1,4 @@
-"""Adaptive rate limiter: when the next request may be sent. Pure, time is passed in.
+"""Limits what is sent: the adaptive rate of all requests, POSTs to a failing API, open tasks. Pure, time is passed in.
 
 The rate never exceeds the configured ceiling, and is otherwise as high as the API allows. It follows CUBIC (RFC 9438),
 applied to a rate and relative to the limit: after a 429 the rate is cut a little, returns quickly to just
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections import deque
 from math import ceil, inf
+
+from msgspec import Struct
 
 START_RATE = 10.0  # requests per second, before anything is known
 START_RATE_WITH_CEILING = 50.0  # the same, when the user sets a ceiling
@@ -174,3 +176,86 @@ class AdaptiveRateLimiter:
             return sent_rate
         self._sent_before_cut -= 1
         return None
+
+
+class CircuitBreaker:
+    """Limits POSTs to a failing API: after a few failures in a row, one POST at a time with growing pauses."""
+
+    FAILURE_THRESHOLD = 3
+    FIRST_PAUSE_S = 1.0
+    MAX_PAUSE_S = 60.0
+
+    def __init__(self) -> None:
+        self._failures = 0
+        self._retry_at = 0.0
+        self.failing_since: float | None = None
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether several POSTs may be sent at once."""
+        return self._failures < self.FAILURE_THRESHOLD
+
+    def delay(self, now: float, posts_in_flight: int) -> float | None:
+        """Return how many seconds a POST must wait; None: until a POST in flight was answered."""
+        if self.is_healthy:
+            return 0.0
+        if posts_in_flight:
+            return None
+        return max(0.0, self._retry_at - now)
+
+    def record_failure(self, now: float) -> None:
+        """Record a POST without a clear answer, or without any.
+
+        POSTs that were sent before a pause began give no new information: 32 POSTs that fail together count as one
+        failure.
+        """
+        if self.failing_since is None:
+            self.failing_since = now
+        if not self.is_healthy and now < self._retry_at:
+            return
+        self._failures += 1
+        pause = self.FIRST_PAUSE_S * 2.0 ** min(self._failures - self.FAILURE_THRESHOLD, 10)
+        self._retry_at = now + min(self.MAX_PAUSE_S, pause)
+
+    def record_success(self) -> None:
+        """Record a clear answer."""
+        self._failures = 0
+        self.failing_since = None
+
+
+#: How many tasks may be open before anything is known. The limit never falls below this.
+START_OPEN_TASKS = 200
+MAX_OPEN_TASKS = 10_000
+#: The limit starts to follow the rate and the age after this many answers.
+MIN_ANSWERS = 20
+#: Tasks vary in age, and are open until the poll after their end. With room to spare, polls can wait for a better time.
+OPEN_TASKS_MARGIN = 2.0
+#: All open tasks must be fetchable within this share of the time for which the API keeps results.
+FETCH_WINDOW_SHARE = 0.25
+
+
+class InFlightLimit(Struct, frozen=True):
+    """The limit of open tasks of a run, or the share that one of its `workers` has. `configured` None: it is found.
+
+    By Little's law, the tasks that are open on average are the tasks submitted per second times the seconds that each
+    is open. Each takes two requests or more, so the rate of all requests times the learned age is limit enough.
+    """
+
+    configured: int | None = None
+    workers: int = 1
+
+    @property
+    def start(self) -> int:
+        """The limit of the whole run before anything is known."""
+        return START_OPEN_TASKS if self.configured is None else self.configured
+
+    def max_open_tasks(self, rate: float, *, answers: int, age_s: float, result_ttl_s: float) -> int:
+        """Return how many tasks may be open here, at least one.
+
+        `rate` is in requests per second, submits and polls together, `answers` the number of tasks that `age_s`, their
+        mean duration, was learned from; all three are those of this worker.
+        """
+        limit = self.start / self.workers
+        if self.configured is None and answers * self.workers >= MIN_ANSWERS:
+            limit = min(max(limit, OPEN_TASKS_MARGIN * rate * age_s), MAX_OPEN_TASKS / self.workers)
+        return max(1, int(min(limit, rate * result_ttl_s * FETCH_WINDOW_SHARE)))

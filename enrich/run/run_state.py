@@ -7,21 +7,22 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
+from functools import reduce
+from operator import add
 from typing import Any
+
+from msgspec import Struct
 
 from enrich.databar.clock import Clock
 from enrich.errors import EnrichError, RateLimited
-from enrich.exit_codes import EXIT_PRECEDENCE, ExitCode
+from enrich.exit_codes import ExitCode, first_exit_code
 from enrich.job.target import Target
 from enrich.models import Decision, RequestSelection, State
 from enrich.rows.params import LeftOutCounts
 from enrich.run.budget import Budget, Cost
-from enrich.run.circuit_breaker import CircuitBreaker
-from enrich.run.enrolled import EnrolledSteps
-from enrich.run.in_flight import InFlightLimit
 from enrich.run.poll_schedule import PollCost, PollSchedule
 from enrich.run.progress import Phase, TrafficRecorder
-from enrich.run.rate_limit import AdaptiveRateLimiter
+from enrich.run.rate_limit import AdaptiveRateLimiter, CircuitBreaker, InFlightLimit
 
 #: A 429 to a POST pauses polls, too, for at most this share of `Timeouts.outage_s`.
 POLL_PAUSE_SHARE = 0.1
@@ -29,8 +30,7 @@ POLL_PAUSE_SHARE = 0.1
 MAX_UNKNOWN_TASKS = 20
 
 
-@dataclass(frozen=True, slots=True)
-class Timeouts:
+class Timeouts(Struct, frozen=True):
     """How long a run waits, in seconds."""
 
     startup_s: float = 20.0  # for an API that is unreachable at the start
@@ -43,8 +43,7 @@ class Timeouts:
     get_s: float = 30.0  # for the answer to a GET
 
 
-@dataclass(frozen=True, slots=True)
-class WorkConfig:
+class WorkConfig(Struct, frozen=True):
     """What dispatcher and poller are given, in one process or in each worker of a cluster."""
 
     target: Target
@@ -62,7 +61,7 @@ class WorkConfig:
     #: The step of the job; None: it has none.
     step: str | None = None
     #: `max_attempts` of each step of the job, for the tasks that another step has sent.
-    max_attempts_by_step: Mapping[str, int] = field(default_factory=dict)
+    max_attempts_by_step: Mapping[str, int] = {}
     #: Number of workers that share the queue and the limit of POSTs in flight.
     workers: int = 1
 
@@ -102,6 +101,18 @@ class RunCounters:
     def count_settled(self, state: State, requests: int) -> None:
         """Count requests that settled."""
         self.settled[state] = self.settled.get(state, 0) + requests
+
+
+class Enrolled(Struct, frozen=True):
+    """What was enrolled: requests by state, those that were answered before, the expected cost of the others."""
+
+    requests: Counter[State]
+    reused: int
+    cost: Cost
+
+    def __add__(self, other: Enrolled) -> Enrolled:
+        """Add what two steps have enrolled."""
+        return Enrolled(self.requests + other.requests, self.reused + other.reused, self.cost + other.cost)
 
 
 @dataclass(slots=True)
@@ -176,7 +187,8 @@ class RunState:
     #: Rows that lack a param although a cell is not empty, by param and reason.
     left_out: LeftOutCounts = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
-    enrolled: EnrolledSteps = field(default_factory=EnrolledSteps)
+    #: By the name of the step; '' for a job without steps.
+    enrolled: dict[str, Enrolled] = field(default_factory=dict)
     requests_to_submit: int = 0
     new_requests: int = 0
     accepted_in_doubt: int = 0
@@ -193,6 +205,11 @@ class RunState:
         """Show a note to the user now, and add it to the run summary."""
         self.notes.append(text)
         self.on_message(text)
+
+    @property
+    def enrolled_in_all(self) -> Enrolled | None:
+        """What all steps have enrolled. None: nothing was enrolled yet."""
+        return reduce(add, self.enrolled.values()) if self.enrolled else None
 
     @property
     def free_capacity(self) -> int:
@@ -342,6 +359,8 @@ class RunState:
     def record_post_accepted(self) -> None:
         """Record that the API accepted a POST."""
         self._posts_throttled_since = None
+        self.circuit_breaker.record_success()
+        self.record_success()
 
     def post_pause_s(self, now: float) -> float | None:
         """Return for how many seconds a 429 pauses POSTs; None: it does not. Stops submitting after an outage."""
@@ -360,9 +379,8 @@ class RunState:
             self.give_up(ExitCode.API, error)
 
     def exit_code(self, conditions: Mapping[ExitCode, bool]) -> ExitCode:
-        """Return the exit code: of those that apply, the first in EXIT_PRECEDENCE."""
-        applicable = set(self.exit_reasons) | {code for code, holds in conditions.items() if holds}
-        return next((code for code in EXIT_PRECEDENCE if code in applicable), ExitCode.OK)
+        """Return the exit code of the run. `conditions`: whether each of some further codes applies."""
+        return first_exit_code({*self.exit_reasons, *(code for code, holds in conditions.items() if holds)})
 
 
 def _first_error(error: BaseException) -> BaseException:

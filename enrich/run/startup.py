@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 
-from enrich.errors import (
-    LOCKED_HINT,
-    EnrichError,
-    Interrupted,
-    LedgerLocked,
-    RunCancelled,
-    WorkspaceMismatch,
-)
+from msgspec.structs import replace
+
+from enrich.errors import LOCKED_HINT, EnrichError, Interrupted, LedgerLocked, RunCancelled, WorkspaceMismatch
 from enrich.files.writer import prepare_file
 from enrich.job.job import Job
 from enrich.ledger import (
@@ -32,17 +27,16 @@ from enrich.ledger.database import Database
 from enrich.ledger.lease_table import LeaseHolder
 from enrich.models import pluralize
 from enrich.rows.job_input import JobInput
+from enrich.rows.job_steps import make_steps
 from enrich.run.budget import make_run_budget
 from enrich.run.context import RunContext, RunFiles, RunOptions, rescue_folders
 from enrich.run.earlier_output import find_output_of_other_ledger
 from enrich.run.early_end import end_without_ledger, interrupt
-from enrich.run.in_flight import InFlightLimit
-from enrich.run.job_steps import make_steps
-from enrich.run.latencies import load_schedule
 from enrich.run.lead_selection import LeadSelection
+from enrich.run.periodic import load_schedule
 from enrich.run.plan_file import planned_cost
 from enrich.run.preflight import Preflight, check_api_host, preflight, read_binding
-from enrich.run.rate_limit import AdaptiveRateLimiter
+from enrich.run.rate_limit import AdaptiveRateLimiter, InFlightLimit
 from enrich.run.run_state import RunState
 from enrich.run.step_rows import StepRows
 
@@ -75,13 +69,10 @@ class Startup:
                 raise
             self.postponed_errors.append(error)
 
-    def raise_postponed_error(self) -> None:
-        """Raise the first postponed error, if there is one."""
+    def opened_files(self) -> RunFiles:
+        """Return the files. Raises the first postponed error."""
         if self.postponed_errors:
             raise self.postponed_errors[0]
-
-    def opened_files(self) -> RunFiles:
-        """Return the files. Without a postponed error they are open."""
         assert self.files is not None  # noqa: S101 - `open_files` has passed
         return self.files
 

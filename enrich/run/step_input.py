@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 
 import polars as pl
+from msgspec import Struct
+from msgspec.structs import replace
 
 from enrich.ledger import step_results
-from enrich.ledger.database import Database
 from enrich.ledger.step_results import StepChoice, choose_requests
 from enrich.models import COUNTED_TOWARDS_LIMIT, Decision, RequestSelection
 from enrich.rows.requests import RowBatch
-from enrich.rows.template import RequestTemplate
 from enrich.run.lead_selection import Candidate, LeadSelection, capped_rows
 from enrich.run.plan_file import SavedPlan
 from enrich.run.step_batch import find_recorded_rows
 from enrich.run.step_rows import StepRows
 
 
-@dataclass(frozen=True, slots=True)
-class StepInput:
+class StepInput(Struct, frozen=True):
     """The rows as one step sees them, with the requests that the run may send."""
 
     rows: StepRows
@@ -30,12 +28,10 @@ class StepInput:
         """Return each row's place in the send order; None: the order of the input."""
         return self.rows.job_input.queue_order()
 
-    def batches(
-        self, _: RequestTemplate, queue_order: pl.Series | None = None, _ledger: Database | None = None
-    ) -> Iterator[RowBatch]:
+    def batches(self) -> Iterator[RowBatch]:
         """Read the whole input once."""
         step_results.begin_requesting_rows(self.rows.ledger, self.rows.steps[self.number].job.step)
-        for step_batch in self.rows.step_batches(self.number, queue_order):
+        for step_batch in self.rows.step_batches(self.number, self.queue_order()):
             self.rows.add_requesting_rows(self.number, step_batch)
             yield step_batch.to_send()
 

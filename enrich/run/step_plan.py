@@ -6,10 +6,11 @@ What a run would do with each row in each step is decided as far as it is known 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import polars as pl
+from msgspec import Struct
 
 from enrich.ledger import enroll, queries, step_results
 from enrich.ledger.database import Database
@@ -24,9 +25,8 @@ from enrich.models import (
     to_credits,
     to_micros,
 )
-from enrich.rows.step_decision import StepDecision
+from enrich.rows.job_steps import Step, StepDecision
 from enrich.run.budget import Cost
-from enrich.run.job_steps import Step
 from enrich.run.plan import format_cost
 from enrich.run.preflight import Preflight
 from enrich.run.step_batch import StepBatch, StepTables
@@ -118,8 +118,7 @@ class StepForecast:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class StepsPlan:
+class StepsPlan(Struct, frozen=True):
     """What a run of a job with steps would do."""
 
     job: str
@@ -128,7 +127,7 @@ class StepsPlan:
     steps: Sequence[StepForecast]
     balance: int | None
     max_credits: int | None
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = []
 
     @property
     def to_submit(self) -> int:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import product
 
+import msgspec
 import polars as pl
+from msgspec import Struct
+from msgspec.structs import replace
 
 from enrich.files.values import as_text, json_where_no_text
 from enrich.job.cell_text import blank_cells
@@ -17,11 +20,10 @@ from enrich.ledger.database import Database
 from enrich.ledger.step_results import StepResult
 from enrich.models import RequestResult, RowStatus, result_columns
 from enrich.rows.job_input import JobInput
+from enrich.rows.job_steps import RowFacts, Step, StepDecision, decide, row_status
 from enrich.rows.requests import RequestBuilder, RowBatch
 from enrich.rows.send_order import order_of_rows
-from enrich.rows.step_decision import RowFacts, StepDecision, decide, row_status
 from enrich.run.collector import JoinedBatch, JoinedStep, merge_cells, name_source, new_cells
-from enrich.run.job_steps import Step
 from enrich.run.lead_selection import CAPPED_REASON, LeadSelection
 from enrich.run.step_batch import (
     Identities,
@@ -52,8 +54,7 @@ class _Progress:
     step_batches: list[StepBatch] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
-class StepRows:
+class StepRows(Struct, frozen=True):
     """The rows of a job with steps.
 
     `leads`: those that a limited run may send requests for; None: the run is not limited.
@@ -65,7 +66,7 @@ class StepRows:
     steps: Sequence[Step]
     leads: LeadSelection | None = None
     #: Which rows `caps` leaves out, one byte for each; empty: none, or not known yet.
-    capped: bytearray = field(default_factory=bytearray)
+    capped: bytearray = msgspec.field(default_factory=bytearray)
 
     def joined_batches(self, check_stopped: Callable[[], None] = lambda: None) -> Iterator[JoinedBatch]:
         """Read the input once. Yield each batch with the cells of all steps. A price is shown once."""
@@ -213,7 +214,7 @@ class StepRows:
 
         Where the step's condition does not hold, that another step or job has sent it does not count.
         """
-        sent = [_was_sent(result) for result in results]
+        sent = [result is not None and result.was_sent for result in results]
         rows = [
             row
             for row, (is_sent, is_selected) in enumerate(zip(sent, selected, strict=True))
@@ -250,10 +251,6 @@ class StepRows:
 
 
 _DECISIONS = {facts: decide(RowFacts(*facts)) for facts in product([False, True], repeat=6)}
-
-
-def _was_sent(result: StepResult | None) -> bool:
-    return result is not None and result.was_sent
 
 
 def _blank_from_step(step: Step, batch: RowBatch) -> list[bool]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import asdict, replace
 
 from enrich.exit_codes import ExitCode
 from enrich.job.job import Job
@@ -13,15 +15,14 @@ from enrich.ledger.step_results import StepTotals
 from enrich.models import RowStatus, format_credits, format_elapsed, pluralize, to_credits
 from enrich.run.balance import PART_LABELS, ROUNDING_CREDITS
 from enrich.run.collector import OutputCounts
-from enrich.run.enrolled import EnrolledSteps
+from enrich.run.run_state import Enrolled
 from enrich.run.terminal_text import Styler, display_width, pad, top_reasons, unstyled, wrap_parts
 
 #: The keys in JSON, where they differ from our names.
 JSON_KEYS = {"providers_not_reported": "providers_untold", "credits_unattributed": "credits_elsewhere"}
 
 
-@dataclass(frozen=True, slots=True)
-class RunSummary:
+class RunSummary(Struct, frozen=True):
     """Counts and credits of a run; None: unknown. Rows are counted by their status in the output.
 
     `skipped` counts the `invalid` rows by reason. `paid_in_other_ledgers` counts the requests of a new ledger that
@@ -79,28 +80,18 @@ class RunSummary:
     changes: str | None = None
     changed: int | None = None
     sandbox: bool = False
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = []
     error: str | None = None
     hint: str | None = None
 
     def with_row_counts(self, counts: Mapping[RowStatus, int], columns: Mapping[str, int]) -> RunSummary:
         """Add the rows by status, and the rows that have a value in each new column."""
-        return replace(
-            self,
-            found=counts.get(RowStatus.FOUND, 0),
-            not_found=counts.get(RowStatus.NOT_FOUND, 0),
-            failed=counts.get(RowStatus.FAILED, 0),
-            expired=counts.get(RowStatus.EXPIRED, 0),
-            in_doubt=counts.get(RowStatus.IN_DOUBT, 0),
-            invalid=counts.get(RowStatus.INVALID, 0),
-            filtered=counts.get(RowStatus.FILTERED, 0),
-            pending=counts.get(RowStatus.PENDING, 0),
-            columns=dict(columns),
-        )
+        by_status: dict[str, Any] = {status.value: counts.get(status, 0) for status in RowStatus}
+        return replace(self, **by_status, columns=dict(columns))
 
     def as_json(self) -> dict[str, Any]:
         """Return the object that `--json` prints."""
-        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        values = asdict(self)
         if not self.steps:
             del values["steps"], values["cost_per_lead"]
         shown = {name: value for name, value in values.items() if name not in ("error", "hint") or value is not None}
@@ -200,8 +191,7 @@ def _file_lines(summary: RunSummary) -> Iterator[str]:
         yield "  No output written. An earlier output file is unchanged."
 
 
-@dataclass(frozen=True, slots=True)
-class _DetailsFormatter:
+class _DetailsFormatter(Struct, frozen=True):
     """Formats the details of a summary. `label_width` is the width of the first column."""
 
     summary: RunSummary
@@ -297,18 +287,18 @@ _NAME_WIDTH = 12
 
 
 def summarize_steps(
-    job: Job, enrolled: EnrolledSteps, totals: Mapping[str, StepTotals], counts: OutputCounts | None
+    job: Job, enrolled: Mapping[str, Enrolled], totals: Mapping[str, StepTotals], counts: OutputCounts | None
 ) -> list[dict[str, Any]]:
     """Return an object for each step of a job with steps. Rows are null where they were not counted."""
     steps = []
     for step in job.step_jobs:
-        known, total = enrolled.by_step.get(step.step), totals.get(step.step, StepTotals())
+        known, total = enrolled.get(step.step), totals.get(step.step, StepTotals())
         rows = None if counts is None else counts.by_step.get(step.step, Counter())
         steps.append(
             {
                 "name": step.step,
                 step.model.target.kind.value: step.model.target.id,
-                "requests": None if known is None else sum(known.requests.values()),
+                "requests": None if known is None else known.requests.total(),
                 "submitted": total.submitted,
                 "reused": None if known is None else known.reused,
                 **{status.value: None if rows is None else rows.get(status, 0) for status in RowStatus},

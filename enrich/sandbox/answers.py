@@ -84,7 +84,7 @@ def _run_enrichment(
     target: EnrichmentCall, params: Mapping[str, str], draw: SeededRandom, settings: SandboxSettings
 ) -> _CascadeTrace:
     """Ask the one source. It has no steps; a match costs its whole price."""
-    enrichment, trace = target.enrichment, _CascadeTrace()
+    enrichment, trace = target.offer, _CascadeTrace()
     is_found = enrichment.always_answers or draw("known") < settings.hit_rate
     if is_found or settings.charge_misses:
         trace.cost = target.worst_case(params)
@@ -114,7 +114,7 @@ def _run_cascade(
             trace.add_step("search", provider, "not_found", provider.cost if settings.charge_misses else 0)
             trace.by_provider[provider.name] = {}
             continue
-        found = invent_fields(cascade.waterfall.identifier, params, draw)
+        found = invent_fields(cascade.offer.identifier, params, draw)
         if verifier and is_wrong:
             trace.add_step("search", provider, "found", 0)
             trace.add_step("verify", verifier, "invalid", verifier.cost)
@@ -155,7 +155,7 @@ def _charged_failure(lookup: Lookup, draw: SeededRandom, settings: SandboxSettin
         source = target.providers[0].name
         trace.add_step("search", target.providers[0], "error", target.providers[0].cost)
     else:
-        source = target.enrichment.data_source
+        source = target.offer.data_source
         trace.cost = lookup.worst_case
         trace.provider_results.append((source, False, trace.cost))
     shows_steps = bool(trace.steps) and not bulk and draw("failure shows steps") < 1 / 2

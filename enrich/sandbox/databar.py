@@ -3,15 +3,13 @@
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
 from enrich.sandbox import money
 from enrich.sandbox.answers import make_answer
-from enrich.sandbox.catalogue import REAL_PRICES, WATERFALLS, Waterfall
+from enrich.sandbox.catalogue import ENRICHMENTS, REAL_PRICES, WATERFALLS, Enrichment, Waterfall
 from enrich.sandbox.clock import Clock
-from enrich.sandbox.enrichments import ENRICHMENTS, Enrichment
 from enrich.sandbox.faults import Fault
 from enrich.sandbox.lookups import Cascade, EnrichmentCall, Lookup, Refused, make_lookups
 from enrich.sandbox.people import SeededRandom
@@ -20,29 +18,12 @@ from enrich.sandbox.store import Run, SandboxStore, Task, TaskFault
 from enrich.sandbox.tasks import TaskRenderer
 
 
-class NotFoundError(Exception):
-    """The waterfall, enrichment, flow or task does not exist."""
+class ApiError(Exception):
+    """The request is answered with an error: its status and its detail."""
 
-
-class NoCreditsError(Exception):
-    """The balance is below the maximum cost of the request."""
-
-
-class ExpiredError(Exception):
-    """The result has expired."""
-
-
-class FinishedError(Exception):
-    """The task has finished and can't be canceled."""
-
-
-@dataclass(frozen=True, slots=True)
-class Submission:
-    """The content of a run or bulk-run before its rows are validated."""
-
-    target: Cascade | EnrichmentCall
-    rows: Sequence[Mapping[str, Any]]
-    bulk: bool
+    def __init__(self, status: int, detail: str) -> None:
+        super().__init__(detail)
+        self.status = status
 
 
 class Databar:
@@ -53,14 +34,14 @@ class Databar:
         self._store = store
         self._settings = settings
         self._latency = parse_latency(settings.latency)
-        self._writer = TaskRenderer(settings)
+        self._renderer = TaskRenderer(settings)
         self._polls: Counter[str] = Counter()
         self._first_polls: dict[str, float] = {}
 
     def waterfall(self, identifier: str) -> Waterfall:
-        """Return a waterfall with its current prices. Raises NotFoundError."""
+        """Return a waterfall with its current prices. Raises ApiError."""
         if identifier not in WATERFALLS:
-            raise NotFoundError("Waterfall not found")
+            raise ApiError(404, "Waterfall not found")
         return WATERFALLS[identifier].with_prices(self._prices())
 
     def waterfalls(self) -> list[Waterfall]:
@@ -68,9 +49,9 @@ class Databar:
         return [self.waterfall(identifier) for identifier in WATERFALLS]
 
     def enrichment(self, number: int) -> Enrichment:
-        """Return an enrichment with its current price. Raises NotFoundError."""
+        """Return an enrichment with its current price. Raises ApiError."""
         if number not in ENRICHMENTS:
-            raise NotFoundError("Enrichment not found")
+            raise ApiError(404, "Enrichment not found")
         return ENRICHMENTS[number].with_prices(self._prices())
 
     def enrichments(self, query: str | None, category: str | None) -> list[Enrichment]:
@@ -88,25 +69,30 @@ class Databar:
         """The prices that differ from the catalogue's: those of the level, then those that were changed."""
         return {**(REAL_PRICES if self._settings.prices == "real" else {}), **self._store.prices}
 
-    def submit(self, submission: Submission, fault: Fault | None = None) -> str:
+    def submit(
+        self,
+        target: Cascade | EnrichmentCall,
+        rows: Sequence[Mapping[str, Any]],
+        *,
+        bulk: bool,
+        fault: Fault | None = None,
+    ) -> str:
         """Accept a run for each row, or none of them; they are stored on disk before this returns the task id."""
         limit = self._settings.bulk_limit
-        if submission.bulk and limit is not None and len(submission.rows) > limit:
+        if bulk and limit is not None and len(rows) > limit:
             raise Refused({"error": "BATCH_TOO_LARGE", "detail": f"At most {limit} rows are allowed."})
-        lookups = make_lookups(
-            submission.target, submission.rows, bulk=submission.bulk, error_shape=self._settings.error_shape
-        )
+        lookups = make_lookups(target, rows, bulk=bulk, error_shape=self._settings.error_shape)
         now = self.clock.now()
         self._store.settle(now)
         if self._store.balance < sum(lookup.worst_case for lookup in lookups):
-            raise NoCreditsError("Check the number of remaining credits or the tariff plan.")
+            raise ApiError(406, "Check the number of remaining credits or the tariff plan.")
         task_id = str(uuid4())
         with self._store.transaction():
             self._store.add_task(
                 task_id,
-                [self._make_run(question, now, bulk=submission.bulk) for question in lookups],
+                [self._make_run(lookup, now, bulk=bulk) for lookup in lookups],
                 TaskFault(fault.name, float(next(iter(fault.params.values()), 0))) if fault else TaskFault("", 0),
-                bulk=submission.bulk,
+                bulk=bulk,
                 now=now,
             )
         return task_id
@@ -130,32 +116,32 @@ class Databar:
     def poll(self, task_id: str, *, partial: bool = False) -> bytes:
         """Return the current body of a task."""
         task, now = self._task(task_id), self.clock.now()
-        if self._writer.is_expired(task, now):
+        if self._renderer.is_expired(task, now):
             if self._settings.expired_as == "410":
-                raise ExpiredError("Task data has expired")
-            return self._writer.expired_body(task)
+                raise ApiError(410, "Task data has expired")
+            return self._renderer.expired_body(task)
         if task.fault.name == "flickering-task" and self._is_hidden(task, now):
-            raise NotFoundError("Task not found")
+            raise ApiError(404, "Task not found")
         if task.fault.name == "odd-status" and self._polls[task_id] < task.fault.param:
             self._polls[task_id] += 1
-            return self._writer.odd_status_body(task, self._polls[task_id])
-        return self._writer.body(task, now, partial=partial)
+            return self._renderer.odd_status_body(task, self._polls[task_id])
+        return self._renderer.body(task, now, partial=partial)
 
     def cancel(self, task_id: str) -> bytes:
         """Cancel a task, refund the runs that have not completed, and return its body."""
         task, now = self._task(task_id), self.clock.now()
         if task.cancelled is not None or all(run.ready <= now for run in task.runs):
-            raise FinishedError("Task has already finished")
+            raise ApiError(409, "Task has already finished")
         self._store.settle(now)
         self._store.cancel(task, now)
-        return self._writer.body(self._task(task_id), now)
+        return self._renderer.body(self._task(task_id), now)
 
     def _task(self, task_id: str) -> Task:
         task = self._store.task(task_id)
         if task is None or task.fault.name == "lost-task":
-            raise NotFoundError("Task not found")
+            raise ApiError(404, "Task not found")
         if task.fault.name == "late-task" and self.clock.now() < task.created + task.fault.param:
-            raise NotFoundError("Task not found")
+            raise ApiError(404, "Task not found")
         return task
 
     def _is_hidden(self, task: Task, now: float) -> bool:

@@ -5,48 +5,12 @@ requests. "Before": the request is not carried out. "After": the request is carr
 and only the response is broken (a response other than 200 stays as it is, because nothing was carried out). "Task": the
 fault belongs to the accepted task.
 
-| name            | scope | moment | params, defaults | the client sees                                          |
-|-----------------|-------|--------|------------------|----------------------------------------------------------|
-| rate-limit      | all   | before | retry_after=1    | 429 with `Retry-After` in seconds                        |
-| rate-limit-date | all   | before | retry_after=1    | 429 with `Retry-After` as an HTTP date                   |
-| rate-limit-bare | all   | before |                  | 429 without that header                                  |
-| error-before    | all   | before | status=500       | a 5xx with a JSON body; or named `error-before-503`      |
-| error-after     | post  | after  | status=500       | the same, but charged; or named `error-after-503`        |
-| html            | all   | before | status=502       | an HTML error page                                       |
-| html-200        | post  | after  |                  | 200 with an HTML page                                    |
-| reset-before    | post  | before |                  | the connection reset, no answer                          |
-| reset-after     | post  | after  |                  | the same, but charged                                    |
-| silence-before  | post  | before | seconds=300      | no answer for that time, then a reset                    |
-| silence-after   | post  | after  | seconds=300      | the same, but charged                                    |
-| slow            | all   | before | seconds=2        | the right answer, late                                   |
-| broken-json     | post  | after  |                  | 200 with half of the body's JSON                         |
-| wrong-json      | post  | after  |                  | 200 with JSON of another shape, a list                   |
-| redirect        | all   | before | location=…       | 307 to that URL, or to `http://elsewhere.example/…`       |
-| no-task-id      | post  | after  |                  | 200 `{"status":"created"}`                               |
-| lost-task       | post  | task   |                  | an accepted task that is always 404                      |
-| late-task       | post  | task   | seconds=3        | an accepted task that is 404 at first                    |
-| odd-status      | post  | task   | polls=2          | unknown statuses in the first polls                      |
-| unauthorized    | all   | before |                  | 401                                                      |
-| forbidden       | all   | before |                  | 403                                                      |
-| no-credits      | post  | before |                  | 406                                                      |
-| unavailable     | all   | before | seconds=1        | 503 for all requests during that time                    |
-| other-success   | post  | after  | status=202       | the right answer with another 2xx                        |
-| flickering-task | post  | task   | seconds=5        | a known task that becomes 404 for that long              |
-| odd-credits     | get   | after  | credits=NaN      | a task with this value of `credits_spent`                |
-| invalid-utf8    | get   | after  |                  | the right answer with bytes that are not UTF-8           |
-| long-id         | get   | after  | length=600       | the right answer with an id of that length               |
-| deep-json       | get   | after  | depth=100000     | the right answer with lists nested that deep             |
-| many-steps      | get   | after  | steps=200000     | the right answer with that many additional steps         |
-| gzip-bomb       | get   | after  | mebibytes=64     | the right answer, that large when unpacked               |
-| wrong-date      | all   | after  | seconds=7200     | the right answer with `Date` ahead by that time, and     |
-|                 |       |        | age=0            | with `Age` when `age` is not 0                           |
-
-The table shows the default scope. Any other may be given, except for no-task-id and the faults of moment "task", which
-apply to `post` only. `post` is run and bulk-run, `get` the GET of a task, `me` the user, `waterfalls` and `enrichments`
-the list or one of them, `all` everything under `/v1`. A silence ends early when the client disconnects. A flickering
-task is known at the first poll if it still runs; from the next poll on, or from the first one if it has finished, it is
-404. A slow request is carried out after its delay, even when the client has disconnected by then. Each fault has its
-own series of random numbers (from `fault_seed` and the number of the matching request).
+`FAULT_KINDS` has the default scope. Any other may be given, except for no-task-id and the faults of moment "task":
+they apply to `post` only. `post` is run and bulk-run, `get` the GET of a task, `me` the user, `waterfalls` and
+`enrichments` the list or one of them, `all` everything under `/v1`. A silence ends early when the client disconnects.
+A flickering task is known at the first poll if it still runs; from the next poll on, or from the first one if it has
+finished, it is 404. A slow request is carried out after its delay, even when the client has disconnected by then. Each
+fault has its own series of random numbers (from `fault_seed` and the number of the matching request).
 """
 
 import re
@@ -72,7 +36,7 @@ ENDPOINTS: Mapping[str, frozenset[str]] = {
 
 @dataclass(frozen=True, slots=True)
 class FaultKind:
-    """The defaults of a fault, as in the table above. `only_post`: no other scope is allowed."""
+    """The defaults of a fault. `only_post`: no other scope is allowed."""
 
     scope: Scope
     moment: Moment
@@ -80,39 +44,40 @@ class FaultKind:
     only_post: bool = False
 
 
+#: The faults, with what the client sees.
 FAULT_KINDS: Mapping[str, FaultKind] = {
-    "rate-limit": FaultKind("all", "before", {"retry_after": 1}),
-    "rate-limit-date": FaultKind("all", "before", {"retry_after": 1}),
-    "rate-limit-bare": FaultKind("all", "before"),
-    "error-before": FaultKind("all", "before", {"status": 500}),
-    "error-after": FaultKind("post", "after", {"status": 500}),
-    "html": FaultKind("all", "before", {"status": 502}),
-    "html-200": FaultKind("post", "after"),
-    "reset-before": FaultKind("post", "before"),
-    "reset-after": FaultKind("post", "after"),
-    "silence-before": FaultKind("post", "before", {"seconds": 300}),
-    "silence-after": FaultKind("post", "after", {"seconds": 300}),
-    "slow": FaultKind("all", "before", {"seconds": 2}),
-    "broken-json": FaultKind("post", "after"),
-    "wrong-json": FaultKind("post", "after"),
-    "redirect": FaultKind("all", "before", {"location": ""}),
-    "no-task-id": FaultKind("post", "after", only_post=True),
-    "lost-task": FaultKind("post", "task", only_post=True),
-    "late-task": FaultKind("post", "task", {"seconds": 3}, only_post=True),
-    "odd-status": FaultKind("post", "task", {"polls": 2}, only_post=True),
-    "unauthorized": FaultKind("all", "before"),
-    "forbidden": FaultKind("all", "before"),
-    "no-credits": FaultKind("post", "before"),
-    "unavailable": FaultKind("all", "before", {"seconds": 1}),
-    "other-success": FaultKind("post", "after", {"status": 202}),
-    "flickering-task": FaultKind("post", "task", {"seconds": 5}, only_post=True),
-    "odd-credits": FaultKind("get", "after", {"credits": "NaN"}),
-    "invalid-utf8": FaultKind("get", "after"),
-    "long-id": FaultKind("get", "after", {"length": 600}),
-    "deep-json": FaultKind("get", "after", {"depth": 100_000}),
-    "many-steps": FaultKind("get", "after", {"steps": 200_000}),
-    "gzip-bomb": FaultKind("get", "after", {"mebibytes": 64}),
-    "wrong-date": FaultKind("all", "after", {"seconds": 7_200, "age": 0}),
+    "rate-limit": FaultKind("all", "before", {"retry_after": 1}),  # 429 with `Retry-After` in seconds
+    "rate-limit-date": FaultKind("all", "before", {"retry_after": 1}),  # 429 with `Retry-After` as an HTTP date
+    "rate-limit-bare": FaultKind("all", "before"),  # 429 without that header
+    "error-before": FaultKind("all", "before", {"status": 500}),  # a 5xx with a JSON body; or named `error-before-503`
+    "error-after": FaultKind("post", "after", {"status": 500}),  # the same, but charged; or named `error-after-503`
+    "html": FaultKind("all", "before", {"status": 502}),  # an HTML error page
+    "html-200": FaultKind("post", "after"),  # 200 with an HTML page
+    "reset-before": FaultKind("post", "before"),  # the connection reset, no answer
+    "reset-after": FaultKind("post", "after"),  # the same, but charged
+    "silence-before": FaultKind("post", "before", {"seconds": 300}),  # no answer for that time, then a reset
+    "silence-after": FaultKind("post", "after", {"seconds": 300}),  # the same, but charged
+    "slow": FaultKind("all", "before", {"seconds": 2}),  # the right answer, late
+    "broken-json": FaultKind("post", "after"),  # 200 with half of the body's JSON
+    "wrong-json": FaultKind("post", "after"),  # 200 with JSON of another shape, a list
+    "redirect": FaultKind("all", "before", {"location": ""}),  # 307 to that URL, or to `http://elsewhere.example/…`
+    "no-task-id": FaultKind("post", "after", only_post=True),  # 200 `{"status":"created"}`
+    "lost-task": FaultKind("post", "task", only_post=True),  # an accepted task that is always 404
+    "late-task": FaultKind("post", "task", {"seconds": 3}, only_post=True),  # an accepted task that is 404 at first
+    "odd-status": FaultKind("post", "task", {"polls": 2}, only_post=True),  # unknown statuses in the first polls
+    "unauthorized": FaultKind("all", "before"),  # 401
+    "forbidden": FaultKind("all", "before"),  # 403
+    "no-credits": FaultKind("post", "before"),  # 406
+    "unavailable": FaultKind("all", "before", {"seconds": 1}),  # 503 for all requests during that time
+    "other-success": FaultKind("post", "after", {"status": 202}),  # the right answer with another 2xx
+    "flickering-task": FaultKind("post", "task", {"seconds": 5}, only_post=True),  # a known task becomes 404 that long
+    "odd-credits": FaultKind("get", "after", {"credits": "NaN"}),  # a task with this value of `credits_spent`
+    "invalid-utf8": FaultKind("get", "after"),  # the right answer with bytes that are not UTF-8
+    "long-id": FaultKind("get", "after", {"length": 600}),  # the right answer with an id of that length
+    "deep-json": FaultKind("get", "after", {"depth": 100_000}),  # the right answer with lists nested that deep
+    "many-steps": FaultKind("get", "after", {"steps": 200_000}),  # the right answer with that many additional steps
+    "gzip-bomb": FaultKind("get", "after", {"mebibytes": 64}),  # the right answer, that large when unpacked
+    "wrong-date": FaultKind("all", "after", {"seconds": 7_200, "age": 0}),  # `Date` ahead by that time; `Age` if not 0
 }
 
 _WITH_STATUS = re.compile(r"(error-before|error-after)-(5\d\d)")
@@ -120,7 +85,7 @@ _WITH_STATUS = re.compile(r"(error-before|error-after)-(5\d\d)")
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A fault with its probability; missing `scope` and `params` are filled from the table."""
+    """A fault with its probability; missing `scope` and `params` are filled from FAULT_KINDS."""
 
     name: str
     probability: float = 0.0

@@ -9,8 +9,7 @@ from functools import cached_property
 from hashlib import blake2b
 from typing import Any
 
-from enrich.sandbox.catalogue import Provider, Verifier, Waterfall
-from enrich.sandbox.enrichments import Enrichment
+from enrich.sandbox.catalogue import Enrichment, Provider, Verifier, Waterfall
 
 # Half of a surrogate pair: JSON can encode it, but it is not valid text.
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -31,20 +30,15 @@ class Refused(Exception):
 class Cascade:
     """A waterfall's providers to ask in turn, and the verifier (None: no verification)."""
 
-    waterfall: Waterfall
+    offer: Waterfall
     providers: tuple[Provider, ...]
     verifier: Verifier | None
-
-    @property
-    def offer(self) -> Waterfall:
-        """The waterfall: its params and fields."""
-        return self.waterfall
 
     @property
     def canonical(self) -> dict[str, Any]:
         """What is asked, as the audit shows it."""
         return {
-            "waterfall": self.waterfall.identifier,
+            "waterfall": self.offer.identifier,
             "enrichments": [provider.id for provider in self.providers],
             "email_verifier": self.verifier.id if self.verifier else None,
         }
@@ -59,26 +53,21 @@ class Cascade:
 class EnrichmentCall:
     """An enrichment to run, and how many pages of it (None: it has none)."""
 
-    enrichment: Enrichment
+    offer: Enrichment
     pages: int | None
-
-    @property
-    def offer(self) -> Enrichment:
-        """The enrichment: its params and fields."""
-        return self.enrichment
 
     @property
     def canonical(self) -> dict[str, Any]:
         """What is asked, as the audit shows it."""
-        return {"enrichment": self.enrichment.id, "pages": self.pages}
+        return {"enrichment": self.offer.id, "pages": self.pages}
 
     def worst_case(self, params: Mapping[str, str]) -> int:
         """Return the maximum cost of one run, in millionths: for each page, and each unit of the pricing param."""
-        return self.enrichment.cost * self.units(params) * (self.pages or 1)
+        return self.offer.cost * self.units(params) * (self.pages or 1)
 
     def units(self, params: Mapping[str, str]) -> int:
         """Return the number that the price is multiplied with."""
-        return 1 if self.enrichment.priced_by is None else int(params.get(self.enrichment.priced_by, 1))
+        return 1 if self.offer.priced_by is None else int(params.get(self.offer.priced_by, 1))
 
 
 @dataclass(frozen=True)
@@ -107,8 +96,8 @@ class Lookup:
     def subject(self) -> str:
         """The person or company that the lookup is about, the same for any providers."""
         target = self.target
-        name = target.waterfall.identifier if isinstance(target, Cascade) else str(target.enrichment.id)
-        priced_by = None if isinstance(target, Cascade) else target.enrichment.priced_by
+        name = target.offer.identifier if isinstance(target, Cascade) else str(target.offer.id)
+        priced_by = None if isinstance(target, Cascade) else target.offer.priced_by
         named = [self.params[param].casefold() for param in target.offer.required if param != priced_by]
         return "\n".join((name, *named))
 
@@ -119,14 +108,13 @@ def make_cascade(waterfall: Waterfall, enrichments: Sequence[int], verifier: int
     provider_ids = enrichments or waterfall.default_providers()
     if unknown := [number for number in provider_ids if number not in providers]:
         raise Refused({"detail": {"enrichments": [f"{number} is not part of this waterfall." for number in unknown]}})
-    if verifier is None:
-        return Cascade(waterfall, tuple(providers[number] for number in provider_ids), None)
-    if not waterfall.verifiers:
+    if verifier is not None and not waterfall.verifiers:
         raise Refused({"detail": {"email_verifier": ["This waterfall does not verify emails."]}})
-    for candidate in waterfall.verifiers:
-        if candidate.id == verifier:
-            return Cascade(waterfall, tuple(providers[number] for number in provider_ids), candidate)
-    raise Refused({"detail": {"email_verifier": [f"{verifier} is not a verifier of this waterfall."]}})
+    verifiers = {candidate.id: candidate for candidate in waterfall.verifiers}
+    if verifier is not None and verifier not in verifiers:
+        raise Refused({"detail": {"email_verifier": [f"{verifier} is not a verifier of this waterfall."]}})
+    chosen = tuple(providers[number] for number in provider_ids)
+    return Cascade(waterfall, chosen, None if verifier is None else verifiers[verifier])
 
 
 def make_enrichment_call(enrichment: Enrichment, pages: int | None) -> EnrichmentCall:
@@ -165,7 +153,7 @@ def _mistakes(target: Cascade | EnrichmentCall, params: Mapping[str, Any]) -> Mi
         elif name in offer.required and not value.strip():
             mistakes[name] = ["This field may not be blank."]
         elif isinstance(target, EnrichmentCall) and value.strip():
-            mistakes |= _value_mistakes(target.enrichment, name, value.strip())
+            mistakes |= _value_mistakes(target.offer, name, value.strip())
     return mistakes
 
 

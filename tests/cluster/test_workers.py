@@ -20,9 +20,8 @@ from enrich.exit_codes import ExitCode
 from enrich.job.locations import PostgresLocation as Server
 from enrich.job.target import Target, TargetKind
 from enrich.run.budget import Budget
-from enrich.run.in_flight import InFlightLimit
 from enrich.run.poll_schedule import PollSchedule
-from enrich.run.rate_limit import AdaptiveRateLimiter
+from enrich.run.rate_limit import AdaptiveRateLimiter, InFlightLimit
 from enrich.run.run_state import RunCounters, RunState, Timeouts, WorkConfig
 
 if TYPE_CHECKING:

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from enrich.databar.description import description_changes
-from enrich.databar.waterfall import Waterfall
+from enrich.databar.description import Waterfall, description_changes
 from enrich.ledger import bindings
 from enrich.sandbox.catalogue import WATERFALLS
 from tests.support.ledger import CALL

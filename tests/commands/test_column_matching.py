@@ -18,7 +18,7 @@ from enrich.commands.init.column_matching import (
     result_column_names,
     unmatched_reason,
 )
-from enrich.databar.waterfall import DOCUMENTED_WATERFALLS
+from enrich.databar.description import DOCUMENTED_WATERFALLS
 from tests.support.cases import in_turn
 
 EMAIL_GETTER = ("first_name", "last_name", "company")

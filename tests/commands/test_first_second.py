@@ -44,10 +44,10 @@ def third_party(modules: set[str]) -> set[str]:
 
 
 def test_help_imports() -> None:
-    """`enrich --help` imports click and what prints an error, and no command."""
+    """`enrich --help` imports click, msgspec and what prints an error, and no command."""
     modules = imported("--help")
 
-    assert third_party(modules) == {"click"}
+    assert third_party(modules) == {"click", "msgspec", "typing_extensions"}
     assert {name for name in modules if name.startswith("enrich")} == {
         "enrich",
         "enrich.cli",
@@ -64,7 +64,7 @@ def test_help_imports() -> None:
 
 @pytest.mark.parametrize(
     ("command", "of_run"),
-    first_quick(1, [("status", {"enrich.run", "enrich.run.balance", "enrich.run.progress"}), ("runs", set[str]())]),
+    first_quick(0, [("status", {"enrich.run", "enrich.run.balance", "enrich.run.progress"}), ("runs", set[str]())]),
 )
 def test_status_imports(api: SandboxApi, workspace: Workspace, command: str, of_run: set[str]) -> None:
     """`status` and `runs` import what reads a job and a ledger: no polars, no HTTP, nothing that runs a job."""
@@ -79,11 +79,14 @@ def test_status_imports(api: SandboxApi, workspace: Workspace, command: str, of_
     assert not modules & _SLOW
 
 
-@pytest.mark.long
-def test_check_imports(workspace: Workspace) -> None:
-    """`check` reads the input, so it needs polars, but it imports no HTTP unless it asks the API."""
+def test_check_imports(api: SandboxApi, workspace: Workspace) -> None:
+    """`check` reads the input, so it needs polars, but nothing that runs a job, no report, no `init` and no HTTP."""
     workspace.write_leads([["Ada", "Quill", "quill.example"]])
+    workspace.run_job(api)
 
     modules = imported("check", str(workspace.job_file))
 
     assert third_party(modules) <= _READS_LEDGER | {"polars", "python_calamine"}
+    assert {name for name in modules if name.startswith("enrich.run.")} == {"enrich.run.preflight"}
+    assert {name for name in modules if name.startswith("enrich.report.")} == {"enrich.report.page_file"}
+    assert not {name for name in modules if name.startswith("enrich.commands.init")}

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from enrich.commands.init.column_matching import describe_column
 from enrich.commands.init.sample import Sample, take_sample
 from enrich.commands.init.template import JobDraft, render_job_file, yaml_scalar
-from enrich.databar.waterfall import DOCUMENTED_WATERFALLS
+from enrich.databar.description import DOCUMENTED_WATERFALLS
 from enrich.files.text import TableFile
 from enrich.job.job import load_job
 from enrich.job.spec import json_schema

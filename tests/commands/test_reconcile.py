@@ -8,9 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from enrich.databar.enrichment import Enrichment
-from enrich.databar.user import User
-from enrich.databar.waterfall import Waterfall
+from enrich.databar.description import Enrichment, User, Waterfall
 from enrich.exit_codes import ExitCode
 from enrich.models import MICROS_PER_CREDIT, State, read_balance, to_micros
 from enrich.run.balance import explain_balance

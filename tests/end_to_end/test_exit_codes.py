@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import sqlite3
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from enrich.errors import ApiUnreachable
 from enrich.ledger.lock import lock_ledger
@@ -20,7 +21,7 @@ from enrich.models import State
 from enrich.run.context import RunOptions
 from enrich.run.run_state import Timeouts
 from enrich.sandbox import Fault
-from enrich.sandbox.databar import Databar, NotFoundError
+from enrich.sandbox.databar import ApiError, Databar
 from enrich.sandbox.lookups import Refused as ApiRefusal
 from tests.support.cases import first_quick, in_turn
 from tests.support.workspace import (
@@ -32,6 +33,7 @@ from tests.support.workspace import (
     Workspace,
     make_leads,
     serve_api,
+    use_short_timeouts,
     wait_until,
 )
 
@@ -44,12 +46,6 @@ def old_output(workspace: Workspace) -> Path:
     path = workspace.folder / "out.csv"
     path.write_text(OLD_OUTPUT)
     return path
-
-
-def use_short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the program in this process with the timeouts `SHORT_STARTUP_TIMEOUT`."""
-    values = tuple(getattr(SHORT_STARTUP_TIMEOUT, name) for name in Timeouts.__dataclass_fields__)
-    monkeypatch.setattr(Timeouts.__init__, "__defaults__", values)
 
 
 def assert_exit(result: ProgramResult, code: int, *messages: str) -> dict[str, Any]:
@@ -161,7 +157,7 @@ def test_output_path_equal_to_ledger_is_exit_2(api: SandboxApi, workspace: Works
 def test_wrong_base_path_is_exit_2(api: SandboxApi, workspace: Workspace) -> None:
     """Reports that the path in DATABAR_BASE_URL is wrong."""
     workspace.write_leads(make_leads(1))
-    other_server = replace(api, base_url=api.base_url.replace("/v1", "/v2"))
+    other_server = dataclasses.replace(api, base_url=api.base_url.replace("/v1", "/v2"))
 
     result = workspace.run_in_process("run", "job.yaml", "--json", api=other_server)
 
@@ -174,8 +170,8 @@ def test_waterfall_404_is_exit_2(
 ) -> None:
     """A 404 to a POST concerns the job, not the row: the run stops and the rows stay pending."""
 
-    def submit(*_: object) -> str:
-        raise NotFoundError("Waterfall not found")
+    def submit(*_: object, **__: object) -> str:
+        raise ApiError(404, "Waterfall not found")
 
     workspace.write_leads(make_leads(40))
     monkeypatch.setattr(Databar, "submit", submit)
@@ -207,7 +203,7 @@ def test_wrong_key_is_exit_3(tmp_path: Path, workspace: Workspace, old_output: P
     """The API rejects the key: nothing is spent, and the key is in no message or file."""
     workspace.write_leads(make_leads(1))
     with serve_api(tmp_path / "api.db", wrong_key=status) as api:
-        wrong = replace(api, api_key="wrong-key-5c2")
+        wrong = dataclasses.replace(api, api_key="wrong-key-5c2")
 
         result = workspace.run_in_process("run", "job.yaml", "--json", "--log-file", "log", api=wrong)
 
@@ -442,10 +438,10 @@ def test_param_error_fails_row_only(api: SandboxApi, workspace: Workspace, monke
     """A 400 that names a param fails that row at no cost; the others continue."""
     submit = Databar.submit
 
-    def reject_param(self: Databar, order: Any, quirk: Any = None) -> str:
-        if order.rows[0]["first_name"] == "First3":
+    def reject_param(self: Databar, target: Any, rows: Any, **options: Any) -> str:
+        if rows[0]["first_name"] == "First3":
             raise ApiRefusal({"error": "INVALID_PARAMS", "rows": [{"position": 1, "fields": {"company": ["Bad."]}}]})
-        return submit(self, order, quirk)
+        return submit(self, target, rows, **options)
 
     monkeypatch.setattr(Databar, "submit", reject_param)
     workspace.write_leads(make_leads(6))

@@ -260,7 +260,7 @@ def test_unknown_price_with_cap_collects_only(
         api.advance(90)
         workspace.write_job(limits="{requests_per_second: 1000, max_credits: 50}")
         workspace.write_leads(make_leads(4))
-        monkeypatch.setattr("enrich.databar.waterfall.Waterfall.highest_price", lambda *_: None)
+        monkeypatch.setattr("enrich.databar.description.Waterfall.highest_price", lambda *_: None)
         summary = workspace.run_job(api)
         second = workspace.run_in_process("run", "job.yaml", api=api)
         assert api.audit()["accepted"] == 2

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from enrich.commands.plan import make_steps_plan
+from enrich.commands import plan as plan_command
 from enrich.exit_codes import ExitCode
 from enrich.job.job import load_job
 from enrich.ledger.database import ledger_exists
@@ -109,6 +109,7 @@ def test_changed_plan_is_refused(people: Workspace, api: SandboxApi) -> None:
         assert "changed since the plan was made" in summary["error"]
 
 
+@pytest.mark.long
 def test_rows_of_a_plan(people: Workspace, tmp_path: Path) -> None:
     """Each row has a decision and a reason in every step, and the run sends nothing for the others."""
     people.write_job(JOB[: JOB.index("  - name: again")] + "limits: {requests_per_second: 1000}\n")
@@ -239,7 +240,9 @@ def make_unique(person: list[str], number: int) -> list[str]:
 
 def make_plan(workspace: Workspace, api: SandboxApi, options: RunOptions) -> tuple[StepsPlan, SavedPlan]:
     """Make a plan, with its rows."""
-    plan, kept = make_steps_plan(load_job(workspace.job_file), api.access, options, workspace.folder / "rows.csv")
+    job, rows = load_job(workspace.job_file), workspace.folder / "rows.csv"
+    plan, kept = plan_command.make_plan(job, api.access, options, rows)
+    assert isinstance(plan, StepsPlan)
     assert kept is not None
     return plan, kept
 

@@ -15,7 +15,7 @@ from enrich.files import downloads, object_store, parquet_dataset
 from enrich.files.discovery import find_paths
 from enrich.files.reader import InputTable
 from enrich.files.writer import write_file
-from enrich.job.input_names import inclusion_problem
+from enrich.job.file_names import inclusion_problem
 from enrich.job.job import load_job
 from enrich.job.locations import ObjectUrl
 from enrich.job.spec import Input, Output
@@ -256,6 +256,7 @@ def test_empty_storage_prefix_is_refused() -> None:
     assert read_error(ObjectUrl("s3", BUCKET, "none/*.csv")).message == f"s3://{BUCKET}/none/*.csv: no file matches"
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("bucket")
 def test_changed_object_is_detected(tmp_path: Path) -> None:
     """A changed object is detected; each read downloads the object again, except the last one read."""

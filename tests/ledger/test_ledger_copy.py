@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from enrich.errors import CommandRefused, LedgerLocked
 from enrich.job.locations import LedgerLocation, PostgresLocation, parse_ledger_location
-from enrich.ledger import bindings, change_feed, database_copy, erasure, execution_records, known_batches, transitions
+from enrich.ledger import bindings, change_feed, database_copy, erasure, execution_records, request_ids, transitions
 from enrich.ledger.database import ledger_exists
 from enrich.ledger.database_copy import COPIED_TABLES, copy_ledger
-from enrich.ledger.forgotten import key_path, read_or_make_key
+from enrich.ledger.erasure import key_path, read_or_make_key
 from enrich.ledger.lock import lock_ledger
 from enrich.ledger.postgres import PostgresSession
 from enrich.ledger.verify import check_ledger
@@ -52,7 +53,7 @@ def filled_ledger(ledger: CommittingLedger) -> CommittingLedger:
     ledger.commit(change_feed.mark_delivered, "job", [(0, b"key", 1)])
     ledger.commit(lambda db: db.execute("INSERT INTO step_rows VALUES (1, -7)"))
     ledger.commit(erasure.forget, read_or_make_key(ledger.location), [(2, b"0" * 16, "{}")], ledger.now)
-    ledger.commit(known_batches.store, "job", range(20_000, 20_003), b"digest", '{"ids":[1,null,2]}')
+    ledger.commit(request_ids.store_known_batch, "job", range(20_000, 20_003), b"digest", '{"ids":[1,null,2]}')
     ledger.commit(bindings.save_latencies, CALL, [(0.5, 3.25), (1e-300, 1 / 3)])
     ledger.commit(execution_records.end_execution, ledger.execution, 10, {"rows": 9}, ledger.now)
     return ledger
@@ -95,6 +96,7 @@ def test_all_tables_are_covered(filled_ledger: CommittingLedger) -> None:
     assert all(table_contents(filled_ledger.location).values())
 
 
+@pytest.mark.long
 def test_copy_roundtrip_is_identical(
     filled_ledger: CommittingLedger, server_location: LedgerLocation, tmp_path: Path
 ) -> None:
@@ -238,6 +240,7 @@ def test_copy_onto_itself_is_refused(filled_ledger: CommittingLedger) -> None:
             copy_ledger(filled_ledger.location, other_name)
 
 
+@pytest.mark.long
 def test_missing_source_is_refused(
     ledger_location: LedgerLocation, server_location: LedgerLocation, tmp_path: Path
 ) -> None:
@@ -284,8 +287,10 @@ def test_job_moves_to_server_without_resending(
     assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
     url = postgres.ledger_url()
 
-    to_server = replace(workspace, environ=postgres.environ).run_in_process("ledger", "copy", "job.yaml", url, "--json")
-    moved = replace(workspace, server_url=url, environ=postgres.environ)
+    to_server = dataclasses.replace(workspace, environ=postgres.environ).run_in_process(
+        "ledger", "copy", "job.yaml", url, "--json"
+    )
+    moved = dataclasses.replace(workspace, server_url=url, environ=postgres.environ)
     moved.write_job()
     ran = moved.run_job(api)
     back = moved.run_in_process("ledger", "copy", "job.yaml", "back.db")
@@ -313,7 +318,7 @@ def test_hash_key_is_copied(
     url, away = postgres.ledger_url(), Workspace(tmp_path, environ=postgres.environ)
 
     result = away.run_in_process("ledger", "copy", str(workspace.job_file), url)
-    moved = replace(workspace, server_url=url, environ=postgres.environ)
+    moved = dataclasses.replace(workspace, server_url=url, environ=postgres.environ)
     moved.write_job()
 
     assert result.exit_code == 0, result.stderr

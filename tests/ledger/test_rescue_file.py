@@ -13,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from enrich.errors import CommandRefused, LedgerLocked
-from enrich.ledger import bindings, rescue_merge, resume, transitions
+from enrich.ledger import bindings, rescue_import, rescue_recorder, resume, transitions
 from enrich.ledger.database import Database
 from enrich.ledger.rescue_file import RescuedAttempt, RescueFile, read_rescue_file
 from enrich.ledger.rescue_import import import_rescue_files, remove_imported_files
@@ -48,7 +48,7 @@ def rescue_record(number: int, state: str = "submitted", task: str | None = "tas
 
 def import_lines(ledger: CommittingLedger, *lines: RescuedAttempt) -> str:
     """Import lines; return the message about them."""
-    return str(ledger.commit(rescue_merge.import_rescued, lines, "job", 9_000))
+    return str(ledger.commit(rescue_import.import_rescued, lines, "job", 9_000))
 
 
 def request_states(ledger: CommittingLedger) -> dict[int, str]:
@@ -386,7 +386,7 @@ def test_forget_and_purge_clean_rescue_file(tmp_path: Path, workspace: Workspace
 def rescue_lines_of_ledger(workspace: Workspace) -> Sequence[RescuedAttempt]:
     """Write a rescue file about all attempts in a ledger."""
     with closing(workspace.open_ledger()) as ledger:
-        return list(rescue_merge.answered_attempts(ledger))
+        return list(rescue_recorder._read_attempts(ledger, rescue_recorder._ANSWERED))
 
 
 def test_sandbox_rescue_file_is_separate(tmp_path: Path, workspace: Workspace) -> None:

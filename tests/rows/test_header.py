@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from enrich.errors import EnrichError, JobError
-from enrich.files.text import looks_like_cell
+from enrich.files.text import looks_like_cell, missing_column_hint
 from enrich.job.job import load_job
-from enrich.rows.header import missing_column_hint
 from enrich.rows.job_input import JobInput
 from tests.support.cases import in_turn
 

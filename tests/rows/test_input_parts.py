@@ -19,7 +19,7 @@ from enrich.files.downloads import LocalCopies
 from enrich.files.reader import InputPart, read_part
 from enrich.job.job import load_job
 from enrich.job.target import Target, TargetKind
-from enrich.ledger.forgotten import ForgottenRequests, keyed_hash
+from enrich.ledger.erasure import ForgottenRequests, keyed_hash
 from enrich.rows.job_input import JobInput
 from enrich.rows.requests import RowBatch
 from enrich.rows.template import RequestTemplate

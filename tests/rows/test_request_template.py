@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from enrich.databar.user import User
-from enrich.databar.waterfall import Waterfall
+from enrich.databar.description import User, Waterfall
 from enrich.errors import CommandRefused, JobError
 from enrich.job.job import load_job
 from enrich.rows.template import RequestTemplate, default_providers, make_request_template

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from enrich.models import RowStatus
-from enrich.rows.step_decision import RowFacts, StepDecision, decide, row_status
+from enrich.rows.job_steps import RowFacts, StepDecision, decide, row_status
 
 #: A row that can be sent.
 SENDABLE = RowFacts(left_out=False, invalid=False, blank_from_step=False, selected=True, was_sent=False, ready=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enrich.run.circuit_breaker import CircuitBreaker
+from enrich.run.rate_limit import CircuitBreaker
 
 
 def test_breaker_opens_and_probes() -> None:

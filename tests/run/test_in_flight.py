@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from benchmarks.in_flight import simulate
 from benchmarks.polls import LATENCIES
-from enrich.run.in_flight import MAX_LIMIT, MIN_ANSWERS, START_LIMIT, InFlightLimit
 from enrich.run.poll_schedule import PollSchedule
+from enrich.run.rate_limit import MAX_OPEN_TASKS, MIN_ANSWERS, START_OPEN_TASKS, InFlightLimit
 from tests.support.cases import first_quick, in_turn
 
 RATES = st.floats(0.2, 20_000)
@@ -28,7 +28,7 @@ def test_limit_bounds(limit: InFlightLimit, rate: float, answers: int, age_s: fl
     share = limit.max_open_tasks(rate, answers=answers, age_s=age_s, result_ttl_s=ttl_s)
     assert share >= 1
     if share > 1:
-        assert share * limit.workers <= (limit.configured or MAX_LIMIT)
+        assert share * limit.workers <= (limit.configured or MAX_OPEN_TASKS)
         assert share <= rate * ttl_s / 4
 
 
@@ -39,13 +39,13 @@ def test_limit_grows_with_rate_and_age(rate: float, age_s: float, answers: int, 
     def limit(rate: float, age_s: float) -> int:
         return InFlightLimit().max_open_tasks(rate, answers=answers, age_s=age_s, result_ttl_s=1e9)
 
-    assert limit(rate, age_s) >= START_LIMIT
+    assert limit(rate, age_s) >= START_OPEN_TASKS
     assert limit(rate * longer, age_s) >= limit(rate, age_s)
     assert limit(rate, age_s * longer) >= limit(rate, age_s)
     if answers < MIN_ANSWERS:
-        assert limit(rate, age_s) == START_LIMIT
+        assert limit(rate, age_s) == START_OPEN_TASKS
     else:
-        assert limit(rate, age_s) >= min(MAX_LIMIT, int(rate * age_s))
+        assert limit(rate, age_s) >= min(MAX_OPEN_TASKS, int(rate * age_s))
 
 
 @given(configured=st.integers(1, 50_000), rate=RATES, age_s=AGES_S, answers=ANSWERS)
@@ -94,8 +94,8 @@ def test_allowance_is_used_on_busy_machine(rate: float) -> None:
 def test_fixed_limit_of_200_would_be_the_bottleneck() -> None:
     """With the start limit for the whole run, most of a large allowance is unused."""
     latency = LATENCIES["lognormal(4 s, 0.6)"]
-    fixed, found = (simulate(500, 5_000, latency, in_flight=limit) for limit in (START_LIMIT, None))
-    assert fixed.max_open <= START_LIMIT < found.max_open <= MAX_LIMIT
+    fixed, found = (simulate(500, 5_000, latency, in_flight=limit) for limit in (START_OPEN_TASKS, None))
+    assert fixed.max_open <= START_OPEN_TASKS < found.max_open <= MAX_OPEN_TASKS
     assert found.posting_s < fixed.posting_s / 3
 
 
@@ -103,7 +103,7 @@ def test_fixed_limit_of_200_would_be_the_bottleneck() -> None:
 def test_workers_together_do_as_one() -> None:
     """Four workers that share an allowance use it as one does."""
     seen = simulate(500, 10_000, LATENCIES["lognormal(4 s, 0.6)"], workers=4)
-    assert seen.max_open <= MAX_LIMIT
+    assert seen.max_open <= MAX_OPEN_TASKS
     assert seen.posting_ratio(500) <= 1.3
     assert seen.polls_per_row <= 1.7
     assert seen.refused_share <= 0.02

@@ -12,9 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enrich.databar.description import Description
+from enrich.databar.description import Description, Waterfall
 from enrich.databar.task_results import ParsedData, parse_data
-from enrich.databar.waterfall import Waterfall
 from enrich.job.target import TargetKind
 from enrich.ledger import bindings, queries
 from enrich.models import SettledAttempt, State

@@ -7,8 +7,7 @@ from typing import Any
 
 from enrich.sandbox import SandboxSettings
 from enrich.sandbox.answers import make_answer
-from enrich.sandbox.catalogue import WATERFALLS
-from enrich.sandbox.enrichments import ENRICHMENTS
+from enrich.sandbox.catalogue import ENRICHMENTS, WATERFALLS
 from enrich.sandbox.lookups import EnrichmentCall, Lookup, make_cascade
 from enrich.sandbox.people import SeededRandom, invent_fields
 from tests.support.workspace import lead_name

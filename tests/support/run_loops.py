@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from msgspec.structs import replace
 
 from enrich.databar.client import Client
 from enrich.databar.clock import Clock, SystemClock
@@ -16,12 +18,10 @@ from enrich.job.target import Target
 from enrich.ledger import transitions
 from enrich.ledger.writer import LedgerWriter
 from enrich.run.budget import NO_BUDGET, Budget
-from enrich.run.circuit_breaker import CircuitBreaker
 from enrich.run.dispatcher import Dispatcher
-from enrich.run.in_flight import InFlightLimit
 from enrich.run.poll_schedule import PollSchedule
 from enrich.run.poller import Poller
-from enrich.run.rate_limit import AdaptiveRateLimiter
+from enrich.run.rate_limit import AdaptiveRateLimiter, CircuitBreaker, InFlightLimit
 from enrich.run.run_state import RunState, Timeouts, WorkConfig
 from tests.support.ledger import BINDING, CALL, CommittingLedger
 from tests.support.workspace import SHORT_TIMEOUTS, SandboxApi

@@ -7,12 +7,12 @@ import os
 import pwd
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import click
+from msgspec import Struct
 
 from enrich.commands import options
 from enrich.commands.check import check_job, check_summary
@@ -25,7 +25,7 @@ from enrich.commands.paths import files_read, files_written, has_ledger, local_i
 from enrich.databar.credentials import NO_KEY_HINT, ApiAccess, find_base_url, find_key
 from enrich.databar.network import find_proxy, load_certificates
 from enrich.errors import EnrichError, JobError
-from enrich.exit_codes import EXIT_PRECEDENCE, ExitCode
+from enrich.exit_codes import ExitCode, first_exit_code
 from enrich.job.bounded_read import read_text
 from enrich.job.job import Job
 from enrich.job.locations import PostgresLocation
@@ -54,8 +54,7 @@ ENVIRONMENT_VARIABLES = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class DoctorContext:
+class DoctorContext(Struct, frozen=True):
     """Conditions of the checks. `cron_environ` is the environment under cron, `shell_environ` the current one.
 
     `next_run` is when the job runs next. `sandbox_access` is set if the job is checked against the sandbox.
@@ -71,8 +70,7 @@ class DoctorContext:
 
 def findings_exit_code(findings: Sequence[Finding]) -> ExitCode:
     """Return the exit code that the next run would have because of the failed findings."""
-    codes = {finding.exit_code for finding in findings if finding.mark == "fail"}
-    return next((code for code in EXIT_PRECEDENCE if code in codes), ExitCode.OK)
+    return first_exit_code({finding.exit_code for finding in findings if finding.mark == "fail"})
 
 
 def findings_as_json(job: str, findings: Sequence[Finding]) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 ValueFormat = str
 #: A single word with fewer letters is too ambiguous among other words: `Last Contacted`, `Name of the fair`.
@@ -19,8 +20,7 @@ def split_words(name: str) -> tuple[str, ...]:
     return tuple(re.findall(r"[^\W_]+", plain.casefold().replace("ß", "ss")))
 
 
-@dataclass(frozen=True, slots=True)
-class ColumnKind:
+class ColumnKind(Struct, frozen=True):
     """A kind of data: names of params that take it and of headers (comma-separated). No `value_format`: any text."""
 
     params: str
@@ -132,5 +132,5 @@ COLUMN_KINDS = (
 
 def column_kind_of(param: str) -> ColumnKind:
     """Return the kind of data that a param takes. An unknown param takes a column of its own name."""
-    kind = next((concept for concept in COLUMN_KINDS if concept.serves_param(param)), None)
+    kind = next((known for known in COLUMN_KINDS if known.serves_param(param)), None)
     return kind or ColumnKind(param, " ".join(split_words(param)) or param)

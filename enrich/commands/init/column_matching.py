@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Literal
+
+from msgspec import Struct
 
 from enrich.commands.init.column_kinds import (
     COMPANY_NAME,
@@ -47,8 +48,7 @@ MAX_FREE_MAIL_SHARE = 0.2
 MIN_VALUES = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Column:
+class Column(Struct, frozen=True):
     """Statistics of the sampled values of an input column. All shares (0 to 1) refer to the non-blank values.
 
     `filled_count` is the number of non-blank values. `numeric_share` counts values without letters, `spaced_share`
@@ -91,8 +91,7 @@ def _host(value: str) -> str:
     return re.sub(r"^(?:[a-z][a-z0-9+.-]*://)?(?:www\.)?|[/?#:].*$", "", value.lower())
 
 
-@dataclass(frozen=True, slots=True)
-class ColumnMatch:
+class ColumnMatch(Struct, frozen=True):
     """The columns and transforms that supply a param's values. `filled` counts the sampled cells of each column."""
 
     columns: tuple[str, ...]
@@ -102,8 +101,7 @@ class ColumnMatch:
     filled: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Candidate:
+class _Candidate(Struct, frozen=True):
     """How well a column fits a kind of data."""
 
     column: Column
@@ -130,19 +128,17 @@ def match_columns(params: Sequence[str], columns: Sequence[Column]) -> dict[str,
     """
     matches: dict[str, ColumnMatch | None] = dict.fromkeys(params)
     kinds = {param: column_kind_of(param) for param in params}
-    for param, concept in kinds.items():
-        if concept is DOMAIN:
+    for param, kind in kinds.items():
+        if kind is DOMAIN:
             matches[param] = _match_domain(columns)
     open_kinds = {
-        param: COMPANY_NAME if concept is DOMAIN else concept
-        for param, concept in kinds.items()
-        if matches[param] is None
+        param: COMPANY_NAME if kind is DOMAIN else kind for param, kind in kinds.items() if matches[param] is None
     }
     candidates = [
         (fit.score, -param_index, -column_index, param, fit)
-        for param_index, (param, concept) in enumerate(open_kinds.items())
+        for param_index, (param, kind) in enumerate(open_kinds.items())
         for column_index, column in enumerate(columns)
-        if column.name and (fit := _make_candidate(concept, column, columns))
+        if column.name and (fit := _make_candidate(kind, column, columns))
     ]
     used_columns: set[str] = set()
     chosen: dict[str, _Candidate] = {}
@@ -286,7 +282,7 @@ def unmatched_reason(param: str, columns: Sequence[Column]) -> str | None:
 def existing_result_columns(fields: Iterable[str], columns: Sequence[Column]) -> list[str]:
     """Return the columns that already hold fields of the result."""
     kinds = [column_kind_of(field) for field in fields]
-    return [candidates[0].column.name for concept in kinds if (candidates := _ranked_candidates(concept, columns))]
+    return [candidates[0].column.name for kind in kinds if (candidates := _ranked_candidates(kind, columns))]
 
 
 def count_matched_params(described: Description, columns: Sequence[Column]) -> tuple[int, int]:

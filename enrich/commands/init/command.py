@@ -16,8 +16,7 @@ from enrich.commands.init.column_matching import count_matched_params
 from enrich.commands.init.sample import Sample, take_sample
 from enrich.commands.init.template import JobDraft, render_job_file
 from enrich.commands.waterfalls import list_descriptions, read_description
-from enrich.databar.description import Description
-from enrich.databar.waterfall import DOCUMENTED_ON, DOCUMENTED_WATERFALLS
+from enrich.databar.description import DOCUMENTED_ON, DOCUMENTED_WATERFALLS, Description
 from enrich.errors import ApiKeyRejected, ApiUnreachable, CommandRefused, JobError
 from enrich.job.bounded_read import read_text
 from enrich.job.name_hints import suggest_name

@@ -5,34 +5,25 @@ from __future__ import annotations
 import codecs
 import gzip
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
+from msgspec import Struct
 
 from enrich.commands.init.column_matching import Column, describe_column
 from enrich.errors import CommandRefused
-from enrich.files.csv_format import read_batches, read_header
+from enrich.files.csv_format import SEPARATORS, read_batches, read_header
 from enrich.files.reader import InputTable
-from enrich.files.text import NO_HEADER, NO_HEADER_HINT, FileProblem, TableFile, looks_like_cell
+from enrich.files.text import NO_HEADER, NO_HEADER_HINT, FileProblem, TableFile, byte_order_encoding, looks_like_cell
 from enrich.files.values import text_frame
 from enrich.job.locations import format_of
 from enrich.job.spec import Input
 
 SAMPLE_ROWS = 1_000
-SEPARATORS = ",;\t|"
 _CHUNK_BYTES = 1 << 20
-_BYTE_ORDER_MARKS = (
-    (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"),  # before utf-16: the utf-32 mark begins with that of utf-16
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(Struct, frozen=True):
     """The format of a table, and its columns as seen in the first `rows` rows."""
 
     format: TableFile
@@ -92,9 +83,9 @@ def _detect_encoding(path: Path) -> str:
             return "utf-8"
         with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as raw:
             beginning = raw.read(4)
-            encoding = next((name for mark, name in _BYTE_ORDER_MARKS if beginning.startswith(mark)), "utf-8")
-            if not encoding.startswith("utf-8"):
-                return encoding
+            marked = byte_order_encoding(beginning)
+            if marked not in (None, "utf-8"):
+                return marked
             decoder.decode(beginning)
             while chunk := raw.read(_CHUNK_BYTES):
                 decoder.decode(chunk)
@@ -103,4 +94,4 @@ def _detect_encoding(path: Path) -> str:
         return "cp1252"
     except (OSError, EOFError, zlib.error):
         return "utf-8"  # reading the table reports the error
-    return encoding
+    return "utf-8-sig" if marked else "utf-8"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import yaml
+from msgspec import Struct
 
 from enrich.commands.init.column_matching import (
     ColumnMatch,
@@ -16,20 +16,17 @@ from enrich.commands.init.column_matching import (
     unmatched_reason,
 )
 from enrich.commands.init.sample import Sample
-from enrich.databar.description import Description
-from enrich.databar.enrichment import Enrichment
-from enrich.databar.waterfall import Param, Waterfall
+from enrich.commands.options import printable
+from enrich.databar.description import Description, Enrichment, Param, Waterfall
+from enrich.job.target_spec import UNFILLED_COLUMN
 from enrich.models import pluralize
 from enrich.rows.requests import STATUS_COLUMNS
 
-#: Placeholder for a missing column. `enrich check` reports it.
-PLACEHOLDER = "FILL THIS IN"
 #: The cap of a new job whose price has no limit.
 REQUIRED_CREDITS = 100
 
 
-@dataclass(frozen=True, slots=True)
-class JobDraft:
+class JobDraft(Struct, frozen=True):
     """The content of a job file. `source` is the origin and date of the target's description.
 
     `schema` is the path of the JSON Schema relative to the job file, None if there is none.
@@ -52,7 +49,7 @@ def _job_lines(draft: JobDraft) -> Iterator[str]:
     described = draft.description
     if draft.schema:
         yield f"# yaml-language-server: $schema={draft.schema}"
-    yield f"# {_printable(described.name or described.identifier)}: {_printable(draft.input)}"
+    yield f"# {printable(described.name or described.identifier)}: {printable(draft.input)}"
     rows_read = pluralize(draft.sample.rows, "row")
     yield f"# Written by `enrich init` from {rows_read}. Read the matches, then: enrich check"
     yield f"# Params and fields of the {described.target.kind} are from {draft.source}."
@@ -95,7 +92,7 @@ def _enrichment_lines(enrichment: Enrichment) -> Iterator[str]:
     price = "price unknown" if enrichment.price is None else f"{enrichment.price} credits"
     unit = f", times {enrichment.priced_by}" if enrichment.priced_by else ""
     pages = ", for each page" if enrichment.is_paginated else ""
-    yield f"enrichment: {enrichment.id} # {_printable(f'{price}{unit}{pages}')}"
+    yield f"enrichment: {enrichment.id} # {printable(f'{price}{unit}{pages}')}"
     if enrichment.is_paginated:
         yield "pagination: {pages: 1} # how many pages of the result"
 
@@ -108,13 +105,13 @@ def _provider_lines(waterfall: Waterfall) -> Iterator[str]:
         for each in providers:
             price = "price unknown" if each.price is None else f"{each.price} credits"
             more = "" if each.enabled_by_default else ", optional"
-            yield f"#   {each.id} {_printable(each.name)}: {price}{more}"
+            yield f"#   {each.id} {printable(each.name)}: {price}{more}"
     else:
         yield "# enrichments: [833, 966] # providers, in this order; `enrich waterfalls ID` lists their numbers"
     if waterfall.is_email_verifying:
         verifiers = [f"{each.id} {each.name} {each.price}" for each in waterfall.email_verifiers]
         first = waterfall.email_verifiers[0].id if waterfall.email_verifiers else 10
-        yield f"# email_verifier: {first} # verifies each match, at a price{': ' if verifiers else ''}" + _printable(
+        yield f"# email_verifier: {first} # verifies each match, at a price{': ' if verifiers else ''}" + printable(
             ", ".join(verifiers)
         )
 
@@ -126,18 +123,18 @@ def _param_lines(described: Description, sample: Sample) -> Iterator[str]:
     matches = match_columns([param.name for param in ordered], sample.columns)
     yield f"params: # the {described.target.kind}'s params: columns of the input"
     if not names:
-        yield (f"  name_of_a_param: {yaml_scalar(PLACEHOLDER)} # params unknown: see the documentation")
+        yield (f"  name_of_a_param: {yaml_scalar(UNFILLED_COLUMN)} # params unknown: see the documentation")
     for param in ordered:
         match = matches[param.name]
         if match is not None:
             remark = f"{match.reason}; filled in {_fill_text(match, sample.rows)}"
             source = _param_source(match)
-            yield f"  {yaml_scalar(param.name)}: {source} # {match.confidence}: {_printable(remark)}{_choices(param)}"
+            yield f"  {yaml_scalar(param.name)}: {source} # {match.confidence}: {printable(remark)}{_choices(param)}"
         elif param.required:
             why = unmatched_reason(param.name, sample.columns) or "no matching column"
             yield (
-                f"  {yaml_scalar(param.name)}: {yaml_scalar(PLACEHOLDER)} "
-                f"# REQUIRED: {_printable(why)}; write a column's name here{_choices(param)}"
+                f"  {yaml_scalar(param.name)}: {yaml_scalar(UNFILLED_COLUMN)} "
+                f"# REQUIRED: {printable(why)}; write a column's name here{_choices(param)}"
             )
         else:
             yield f"  # {yaml_scalar(param.name)}: a column # optional: no matching column{_choices(param)}"
@@ -145,7 +142,7 @@ def _param_lines(described: Description, sample: Sample) -> Iterator[str]:
 
 def _choices(param: Param) -> str:
     """Return the values that a param may have, as the end of a comment."""
-    return f"; one of: {_printable(', '.join(choice.id for choice in param.choices))}" if param.choices else ""
+    return f"; one of: {printable(', '.join(choice.id for choice in param.choices))}" if param.choices else ""
 
 
 def _fill_text(match: ColumnMatch, rows: int) -> str:
@@ -221,8 +218,3 @@ def yaml_scalar(text: str) -> str:
 
 def _quote(text: str) -> str:
     return yaml.safe_dump(text, default_style='"', width=math.inf, allow_unicode=True).removesuffix("\n")
-
-
-def _printable(text: str) -> str:
-    """Replace unprintable characters by `?`, so that a comment stays on one line."""
-    return "".join(sign if sign.isprintable() else "?" for sign in text)

@@ -1,20 +1,24 @@
-"""The steps of a job, ready to be read: each with its template, and with the columns that it sees."""
+"""The steps of a job with the columns that each reads, and what a run does with a row in a step."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from enum import Enum
+from functools import lru_cache
+from typing import NamedTuple
+
+from msgspec import Struct
 
 from enrich.job.job import Job
 from enrich.job.name_hints import suggest_name
 from enrich.job.steps import step_column
+from enrich.models import OPEN_STATES, RowStatus, State
 from enrich.rows.job_input import JobInput
 from enrich.rows.template import RequestTemplate
 from enrich.rows.where import columns_used
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(Struct, frozen=True):
     """A step, its template, and the table that it reads. `depends_on` has the numbers of earlier steps."""
 
     job: Job
@@ -38,10 +42,12 @@ def make_steps(job: Job, job_input: JobInput, templates: Sequence[RequestTemplat
     for step_job, template in zip(job.steps, templates, strict=True):
         given = [(*step.template.columns, step_column(step.job.step, "status")) for step in steps]
         _check_order(job, step_job, templates, job_input.columns, len(steps))
-        step_input = job_input.for_step(step_job, [column for columns in given for column in columns])
-        earlier = {column for columns in given for column in columns}
-        by_params = {column for param in step_job.model.params.values() for column in param.columns} & earlier
-        by_conditions = _condition_columns(step_job, step_input.header, earlier)
+        earlier = [column for columns in given for column in columns]
+        step_input = job_input.for_step(step_job, earlier)
+        by_params = {column for param in step_job.model.params.values() for column in param.columns}.intersection(
+            earlier
+        )
+        by_conditions = _condition_columns(step_job, step_input.header, set(earlier))
         depends_on, params_depend_on, conditions_depend_on = (
             frozenset(number for number, columns in enumerate(given) if read.intersection(columns))
             for read in (by_params | by_conditions, by_params, by_conditions)
@@ -81,3 +87,64 @@ def _condition_columns(step: Job, header: Sequence[str], earlier: set[str]) -> s
     """Return the columns of earlier steps that the conditions of a step read."""
     read = set(step.model.only_if_empty) & earlier
     return read if step.model.where is None else read | columns_used(step.model.where, header, earlier)
+
+
+#: States in which an earlier step still may bring another value. A step that depends on it sends nothing new.
+NOT_FINAL = frozenset({State.PENDING, State.IN_DOUBT, *OPEN_STATES})
+
+
+class StepDecision(Enum):
+    """What a run does with a row in a step."""
+
+    SEND = "send"  # the request is needed: sent, unless the ledger has its answer
+    KEEP = "keep"  # the request was sent before: its answer stays, and nothing new is sent
+    WAIT = "wait"  # nothing is sent until earlier steps are final
+    FILTER = "filter"  # left out by a condition
+    LACK = "lack"  # left out: an earlier step found nothing to send
+    REJECT = "reject"  # a param of the input is missing or unusable
+
+
+class RowFacts(NamedTuple):
+    """What the decision about a row in a step depends on.
+
+    `left_out` and `invalid` say why the row has no request, `blank_from_step` that it is invalid for want of what an
+    earlier step did not find. `selected`: the step's own condition holds. `was_sent`: a request was sent for this row.
+    `ready`: all steps that it depends on are final.
+    """
+
+    left_out: bool
+    invalid: bool
+    blank_from_step: bool
+    selected: bool
+    was_sent: bool
+    ready: bool
+
+
+def decide(facts: RowFacts) -> StepDecision:
+    """Decide about a row. A request that was sent is kept while earlier steps are sent again or conditions change."""
+    if facts.left_out:
+        return StepDecision.FILTER
+    if not facts.ready:
+        return StepDecision.KEEP if facts.was_sent else StepDecision.WAIT
+    if not facts.selected:
+        return StepDecision.KEEP if facts.was_sent else StepDecision.FILTER
+    if facts.invalid:
+        return StepDecision.LACK if facts.blank_from_step else StepDecision.REJECT
+    return StepDecision.SEND
+
+
+@lru_cache(maxsize=4096)
+def row_status(statuses: tuple[str, ...], *, is_complete: bool) -> RowStatus:
+    """Return the status of a row by those of its steps. `is_complete`: each of the `complete` columns has a value."""
+    present = set(map(RowStatus, statuses))
+    for status in (RowStatus.IN_DOUBT, RowStatus.PENDING):
+        if status in present:
+            return status
+    if is_complete:
+        return RowStatus.FOUND
+    for status in (RowStatus.FAILED, RowStatus.EXPIRED):
+        if status in present:
+            return status
+    if present & {RowStatus.FOUND, RowStatus.NOT_FOUND}:
+        return RowStatus.NOT_FOUND
+    return RowStatus.INVALID if RowStatus.INVALID in present else RowStatus.FILTERED

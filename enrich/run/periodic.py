@@ -1,4 +1,4 @@
-"""Shows the progress of a run, and stores it in the ledger, while the run is active."""
+"""What a run does at intervals: shows its progress, and stores it in the ledger with how long tasks take."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from contextlib import suppress
 
 from enrich.databar.clock import SystemClock
 from enrich.errors import LedgerFailed
-from enrich.ledger import execution_records
+from enrich.ledger import bindings, execution_records
 from enrich.models import State, to_credits
 from enrich.run.context import RunContext
+from enrich.run.poll_schedule import PollSchedule
 from enrich.run.progress import Phase, Progress, ProgressSnapshot, TrafficCounts
 from enrich.run.run_state import RunState
 
 SHOW_INTERVAL_S = 0.2
 STORE_INTERVAL_S = 2.0
+#: Interval in seconds at which learned task durations are saved. A kill loses no more than that.
+SAVE_EVERY_S = 30.0
 
 
 async def report_progress(context: RunContext, run_state: RunState) -> None:
@@ -83,3 +86,26 @@ def _take_snapshot(context: RunContext, run_state: RunState) -> ProgressSnapshot
         states=states,
         traffic=run_state.traffic.traffic(),
     )
+
+
+async def save_latencies(context: RunContext, run_state: RunState) -> None:
+    """Save the task durations that this run has learned, if any."""
+    schedule, scheduled = run_state.poll_schedule, run_state.scheduled_target
+    if schedule.answers_recorded and scheduled is not None:
+        target, bulk = scheduled
+        await context.ledger_writer.submit(bindings.save_latencies, target, schedule.weights_by_age, bulk)
+
+
+async def load_schedule(context: RunContext, run_state: RunState) -> None:
+    """Schedule polls by the durations of earlier tasks of the same target."""
+    scheduled = context.preflight.template.target, context.job.model.dispatch.bulk
+    run_state.poll_schedule = PollSchedule(await context.ledger_writer.submit(bindings.load_latencies, *scheduled))
+    run_state.scheduled_target = scheduled
+
+
+async def save_latencies_periodically(context: RunContext, run_state: RunState) -> None:
+    """Save the task durations until the task is cancelled, so that a kill does not lose them."""
+    with suppress(LedgerFailed):  # the next write reports it
+        while True:
+            await asyncio.sleep(SAVE_EVERY_S)
+            await save_latencies(context, run_state)
