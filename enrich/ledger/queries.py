@@ -202,7 +202,7 @@ def latencies(db: Database, job: str) -> Iterator[int]:
         "AND coalesce(a.bulk_index, 0) = 0 ORDER BY 1",
         (job,),
     )
-    return (int(wait) for (wait,) in rows)
+    return (wait for (wait,) in rows)
 
 
 def throughput(db: Database, execution_id: int, start_ms: int, width_ms: int) -> tuple[dict[int, int], dict[int, int]]:

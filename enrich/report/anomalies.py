@@ -53,12 +53,12 @@ class FrequencyCounter:
 
     def add(self, value: object) -> None:
         """Count a value; only its hash is kept."""
-        key = hash(value)
+        key, counts = hash(value), self._counts
         self.total += 1
-        if key in self._counts or len(self._counts) < MAX_VALUES:
-            self._counts[key] = self._counts.get(key, 0) + 1
+        if key in counts or len(counts) < MAX_VALUES:
+            counts[key] = counts.get(key, 0) + 1
         else:
-            self._counts = {key: count - 1 for key, count in self._counts.items() if count > 1}
+            self._counts = {key: count - 1 for key, count in counts.items() if count > 1}
 
     def top_two(self) -> list[int]:
         """Return the counts of the two most frequent values; 0 where there is none."""

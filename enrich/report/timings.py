@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from array import array
-from collections import Counter
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from math import ceil
 
 from enrich.ledger import queries
@@ -35,14 +36,15 @@ def latency_histogram(latencies_ms: Iterable[int]) -> LatencyHistogram | None:
     width = next((width for width in BAR_WIDTHS_S if reach < width * MAX_HISTOGRAM_BARS), reach / MAX_HISTOGRAM_BARS)
     # In whole milliseconds, like the latencies.
     step = ceil(1000 * width)
-    counts = Counter(min(wait // step, MAX_HISTOGRAM_BARS) for wait in durations)
-    drawn = [number for number in counts if number < MAX_HISTOGRAM_BARS]
+    shorter = [bisect_left(durations, number * step) for number in range(MAX_HISTOGRAM_BARS + 1)]
+    counts = [until - before for before, until in pairwise(shorter)]
+    drawn = [number for number, count in enumerate(counts) if count]
     bars = [
         HistogramBar(number * step / 1000, (number + 1) * step / 1000, counts[number])
-        for number in range(min(drawn, default=MAX_HISTOGRAM_BARS), max(drawn, default=-1) + 1)
+        for number in range(min(drawn, default=0), max(drawn, default=-1) + 1)
     ]
-    if counts[MAX_HISTOGRAM_BARS]:
-        bars.append(HistogramBar(MAX_HISTOGRAM_BARS * step / 1000, longest, counts[MAX_HISTOGRAM_BARS]))
+    if slowest := len(durations) - shorter[-1]:
+        bars.append(HistogramBar(MAX_HISTOGRAM_BARS * step / 1000, longest, slowest))
     return LatencyHistogram(
         bars, count=len(durations), median=quantile_s(durations, 0.5), p90=quantile_s(durations, 0.9), longest=longest
     )

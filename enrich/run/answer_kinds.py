@@ -44,9 +44,8 @@ class AnswerKind(NamedTuple):
     status: str | None
     #: What the caller returned for a stored match.
     fields: tuple[str, ...]
-    #: The steps with a provider.
     steps: tuple[Step, ...]
-    #: The names of the params of an answer without such steps.
+    #: The names of the params, unless the first step has a provider.
     sent: tuple[str, ...]
 
 
@@ -83,7 +82,7 @@ def count_kinds(
         )
         stored_match = answer is not None and state == State.FOUND
         fields = read_match(execution, parsed) if stored_match else ()
-        sent = () if steps else tuple(msgspec.json.decode(params))
+        sent = () if steps and not is_blank(steps[0].provider) else tuple(msgspec.json.decode(params))
         kinds[
             execution, step, state, call, erased, paid, parsed.provider, stored_match, status, fields, steps, sent
         ] += 1
@@ -98,14 +97,12 @@ def _named(kinds: Counter[tuple[object, ...]]) -> Iterator[tuple[AnswerKind, int
 
 
 def _read_usual(answer: str | None, provider: str | None) -> tuple[str | None, ParsedData, tuple[Step, ...]] | None:
-    """Return status, fields and steps of a usual answer; None: it is another, or a step has no provider."""
+    """Return status, fields and steps of a usual answer; None: it is another."""
     try:
         task = _USUAL_TASKS.decode(answer or "")
     except (msgspec.DecodeError, RecursionError):
         return None
     data = task.data if isinstance(task.data, _UsualData) else task.data[0]
-    if any([is_blank(step.provider) for step in data.steps]):  # noqa: C419 - a generator takes longer
-        return None
     return task.status, ParsedData(data.result, provider), data.steps
 
 
@@ -115,7 +112,7 @@ def _read_any(answer: str | None, provider: str | None) -> tuple[str | None, Par
     steps = tuple(
         Step(provider, _scalar(step.get("action")), _scalar(step.get("cost")))
         for step in parsed.steps
-        if isinstance(provider := step.get("provider"), str) and not is_blank(provider)
+        if isinstance(provider := step.get("provider"), str)
     )
     return status if isinstance(status, str) else None, parsed, steps
 

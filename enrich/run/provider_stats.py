@@ -19,9 +19,10 @@ from msgspec.structs import asdict
 from pydantic import ValidationError
 
 from enrich.databar.description import Description, Enrichment, parse_description
+from enrich.job.cell_text import is_blank
 from enrich.job.target import Target, TargetKind
 from enrich.models import State, to_credits, to_micros
-from enrich.run.answer_kinds import AnswerKind
+from enrich.run.answer_kinds import AnswerKind, Step
 
 #: The keys of a provider in JSON, where they differ from our names.
 PROVIDER_KEYS = {"reported": "asked", "inferred": "presumed"}
@@ -115,8 +116,8 @@ class ProviderStats:
         self._failed += answers if kind.state == State.FAILED else 0
         if (source := self._source(kind.call)) is not None:
             self._add_source(source, kind, answers)
-        elif kind.steps:
-            self._add_steps(kind, answers)
+        elif steps := [step for step in kind.steps if not is_blank(step.provider)]:
+            self._add_steps(steps, kind, answers)
         elif kind.state == State.FAILED or not self._infer_providers(kind, answers):
             self._not_reported += answers
 
@@ -151,13 +152,13 @@ class ProviderStats:
         count.credits += (kind.paid or 0) * answers
         self._attributed += (kind.paid or 0) * answers
 
-    def _add_steps(self, kind: AnswerKind, answers: int) -> None:
+    def _add_steps(self, steps: Sequence[Step], kind: AnswerKind, answers: int) -> None:
         _, verifier = self._call_providers(kind.call)
         previous: str | None = None
         called: dict[str, None] = {}
         verified: dict[str, None] = {}
         verifiers = set()
-        for step in kind.steps:
+        for step in steps:
             name = step.provider
             count = self._counters.setdefault(name, _ProviderCounter())
             cost = to_micros(step.cost) or 0

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from enrich.databar.description import Description, Waterfall
-from enrich.databar.task_results import parse_data
+from enrich.databar.task_results import ParsedData, parse_data
 from enrich.job.target import TargetKind
 from enrich.ledger import bindings, queries
 from enrich.models import SettledAttempt, State
@@ -240,6 +240,21 @@ def test_any_answer_keeps_totals(answers: list[tuple[State, object, int | None]]
         assert each.rejected <= each.reported
         assert each.passed_on >= 0
     assert sum(each.found for each in whole.providers) <= whole.found
+
+
+@given(st.lists(ANSWERS, max_size=6), st.none() | st.just("completed") | JSON)
+def test_usual_answers_count_as_any(answers: list[tuple[State, object, int | None]], status: object) -> None:
+    """What is decoded of a usual answer gives the same counts as the whole answer."""
+    attempts = [
+        settled_attempt(state, data, paid, answer=json.dumps({"status": status, "data": data}))
+        for state, data, paid in answers
+    ]
+
+    def read_match(_: int, parsed: ParsedData) -> tuple[str, ...]:
+        return (repr(parsed.fields),)
+
+    usual, whole = (list(count_kinds(attempts, read_match, read_whole=read_whole)) for read_whole in (False, True))
+    assert usual == whole
 
 
 def test_provider_that_verifies_counted_once() -> None:
