@@ -12,7 +12,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import msgspec
@@ -28,7 +28,7 @@ from enrich.models import SettledAttempt, State, to_credits, to_micros
 PROVIDER_KEYS = {"reported": "asked", "inferred": "presumed"}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ProviderStat:
     """One provider, or a verifier, over some answers; `credits` in millionths.
 
@@ -64,7 +64,7 @@ class ProviderStat:
         return {PROVIDER_KEYS.get(name, name): value for name, value in self.in_credits().items()}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ProviderTotals:
     """All providers in the order of their calls, and what the answers do not report; credits in millionths.
 
@@ -79,18 +79,6 @@ class ProviderTotals:
     spent: int = 0
     unattributed: int = 0
     failed: int = 0
-
-
-@dataclass(slots=True)
-class _ProviderCounter:
-    verifies: bool = False
-    reported: int = 0
-    inferred: int = 0
-    found: int = 0
-    rejected: int = 0
-    credits: int = 0
-    #: Sum of its positions in the waterfalls that the answers report, from 0.
-    position_sum: int = 0
 
 
 #: Above this many kinds of answers, those that were counted are added up.
@@ -122,15 +110,12 @@ class ProviderStats:
 
     descriptions: Mapping[tuple[TargetKind, str], Description]
     _kinds: Counter[tuple[object, ...]] = field(default_factory=Counter)
-    _counters: dict[str, _ProviderCounter] = field(default_factory=dict)
+    _totals: ProviderTotals = field(default_factory=ProviderTotals)
+    _providers: dict[str, ProviderStat] = field(default_factory=dict)
+    #: The sum of the positions that each provider has in the waterfalls of the answers, from 0.
+    _position_sums: Counter[str] = field(default_factory=Counter)
     _providers_by_call: dict[str, tuple[list[tuple[str, frozenset[str]]], str | None]] = field(default_factory=dict)
     _sources: dict[str, str | None] = field(default_factory=dict)
-    _answers: int = 0
-    _found: int = 0
-    _failed: int = 0
-    _not_reported: int = 0
-    _spent: int = 0
-    _attributed: int = 0
 
     def add(self, settled: SettledAttempt, parsed: ParsedData | None = None) -> None:
         """Count one answer. An attempt without one (expired or unconfirmed) adds only its cost.
@@ -139,7 +124,7 @@ class ProviderStats:
         """
         _, state, call, params, paid, answer, erased, _, provider = settled
         if state not in _SETTLED:
-            self._spent += paid or 0
+            self._add_cost(paid or 0)
             return
         if parsed is None:
             parsed = parse_data(load_task(answer).get("data"), provider, find_provider=False)
@@ -152,33 +137,30 @@ class ProviderStats:
     def totals(self) -> ProviderTotals:
         """Return the totals."""
         self._add_kinds()
-        names = sorted(self._counters, key=self._sort_key)
-        providers = [
-            ProviderStat(
-                name, count.verifies, count.reported, count.inferred, count.found, count.rejected, count.credits
-            )
-            for name in names
-            for count in (self._counters[name],)
-        ]
-        unattributed = self._spent - self._attributed
-        return ProviderTotals(
-            providers, self._answers, self._found, self._not_reported, self._spent, unattributed, self._failed
-        )
+        providers = [replace(each) for each in sorted(self._providers.values(), key=self._sort_key)]
+        return replace(self._totals, providers=providers)
 
     def _add_kinds(self) -> None:
         for values, answers in self._kinds.items():
             kind = _AnswerKind._make(values)
-            self._answers += answers
-            self._spent += (kind.paid or 0) * answers
-            self._found += answers if kind.state == State.FOUND else 0
-            self._failed += answers if kind.state == State.FAILED else 0
+            self._totals.answers += answers
+            self._add_cost((kind.paid or 0) * answers)
+            self._totals.found += answers if kind.state == State.FOUND else 0
+            self._totals.failed += answers if kind.state == State.FAILED else 0
             if (source := self._source(kind.call)) is not None:
                 self._add_source(source, kind, answers)
             elif kind.steps:
                 self._add_steps(kind, answers)
             elif kind.state == State.FAILED or not self._infer_providers(kind, answers):
-                self._not_reported += answers
+                self._totals.not_reported += answers
         self._kinds.clear()
+
+    def _add_cost(self, paid: int) -> None:
+        self._totals.spent += paid
+        self._totals.unattributed += paid
+
+    def _provider(self, name: str) -> ProviderStat:
+        return self._providers.setdefault(name, ProviderStat(name))
 
     def _source(self, call: str) -> str | None:
         """Return the name of the enrichment of a call; None for a waterfall."""
@@ -190,11 +172,11 @@ class ProviderStats:
         return self._sources[call]
 
     def _add_source(self, name: str, kind: _AnswerKind, answers: int) -> None:
-        count = self._counters.setdefault(name, _ProviderCounter())
-        count.reported += answers
-        count.found += answers if kind.state == State.FOUND else 0
-        count.credits += (kind.paid or 0) * answers
-        self._attributed += (kind.paid or 0) * answers
+        provider = self._provider(name)
+        provider.reported += answers
+        provider.found += answers if kind.state == State.FOUND else 0
+        provider.credits += (kind.paid or 0) * answers
+        self._totals.unattributed -= (kind.paid or 0) * answers
 
     def _add_steps(self, kind: _AnswerKind, answers: int) -> None:
         _, verifier = self._call_providers(kind.call)
@@ -203,12 +185,12 @@ class ProviderStats:
         verified: dict[str, None] = {}
         verifiers = set()
         for name, action, price in kind.steps:
-            count = self._counters.setdefault(name, _ProviderCounter())
+            provider = self._provider(name)
             cost = to_micros(price) or 0
-            count.credits += cost * answers
-            self._attributed += cost * answers if kind.paid is not None else 0
+            provider.credits += cost * answers
+            self._totals.unattributed -= cost * answers if kind.paid is not None else 0
             if name == verifier or str(action).lower().startswith("verif"):
-                count.verifies = True
+                provider.verifies = True
                 verifiers.add(name)
                 if previous is not None:
                     verified[previous] = None
@@ -218,18 +200,16 @@ class ProviderStats:
         # A verifier does not find the answer. The provider before it did.
         winner = previous if kind.provider in verifiers else kind.provider
         found = winner if kind.state == State.FOUND else None
-        if found is not None and found not in called:
-            self._counters.setdefault(found, _ProviderCounter())
-            called[found] = None
-        for position, name in enumerate(called):
-            self._counters[name].reported += answers
-            self._counters[name].position_sum += position * answers
-        for name in verifiers - called.keys():
-            self._counters[name].reported += answers
-        for name in verified:
-            self._counters[name].rejected += answers if name != winner else 0
         if found is not None:
-            self._counters[found].found += answers
+            self._provider(found).found += answers
+            called.setdefault(found)
+        for position, name in enumerate(called):
+            self._providers[name].reported += answers
+            self._position_sums[name] += position * answers
+        for name in verifiers - called.keys():
+            self._providers[name].reported += answers
+        for name in verified:
+            self._providers[name].rejected += answers if name != winner else 0
 
     def _infer_providers(self, kind: _AnswerKind, answers: int) -> bool:
         """Infer the providers that a waterfall called for answers without steps. Returns whether they are known."""
@@ -239,11 +219,10 @@ class ProviderStats:
             return False
         for position, (name, needed) in enumerate(providers):
             if needed <= frozenset(kind.sent) or name == kind.provider:
-                count = self._counters.setdefault(name, _ProviderCounter())
-                count.inferred += answers
-                count.position_sum += position * answers
+                self._provider(name).inferred += answers
+                self._position_sums[name] += position * answers
             if found and name == kind.provider:
-                self._counters[name].found += answers
+                self._providers[name].found += answers
                 break
         return True
 
@@ -262,10 +241,10 @@ class ProviderStats:
         providers = [(each.name, frozenset(each.params)) for each in called] if all_known else []
         return providers, None if verifier is None else verifier.name or None
 
-    def _sort_key(self, name: str) -> tuple[bool, float, str]:
+    def _sort_key(self, each: ProviderStat) -> tuple[bool, float, str]:
         """Sort providers by their average position; verifiers come last."""
-        count = self._counters[name]
-        return count.verifies, count.position_sum / max(1, count.reported + count.inferred), name
+        position = self._position_sums[each.name] / max(1, each.reported + each.inferred)
+        return each.verifies, position, each.name
 
 
 def _named_steps(steps: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, object, object], ...]:
