@@ -69,7 +69,6 @@ def load_hypothesis_profile() -> None:
 
 def pytest_collection_finish() -> None:
     """Exempt from garbage collection what stays to the end: going over it again and again costs 5 % of the time."""
-    gc.collect()
     gc.freeze()
     gc.enable()
 

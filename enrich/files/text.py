@@ -23,7 +23,7 @@ from enrich.job.name_hints import did_you_mean, suggest_name
 
 BYTE_ORDER_MARK = "\ufeff"
 _CELL_SHAPE = re.compile(
-    r"[^\s@]+@[^\s@]+\.[^\s@]+"  # an e-mail address
+    r"(?<![^\s@])[^\s@]+@[^\s@]+\.[^\s@]+"  # an e-mail address; tried once for each word, as words may be long
     r"|^\s*(?:[a-z]+://|www\.)\S+\s*$"
     r"|^\s*(?:[a-z0-9-]+\.)+[a-z]{2,}(?:/\S*)?\s*$"  # a domain
     r"|^\s*\+\d[\d\s()./-]{3,}$"  # a phone number

@@ -17,8 +17,9 @@ from math import exp, inf, lgamma, sqrt
 from typing import Any
 
 from enrich.databar.task_results import PHASE_BY_STATUS, ParsedData, column_value, is_blank
-from enrich.models import MICROS_PER_CREDIT, SettledAttempt, State, pluralize
+from enrich.models import MICROS_PER_CREDIT, State, pluralize
 from enrich.report.data import Anomaly
+from enrich.run.answer_kinds import AnswerKind
 
 #: A difference above this many standard deviations is not chance.
 SIGMAS = 3.0
@@ -83,47 +84,36 @@ class AnswerStats:
     cost: int = 0
     cost_squared: int = 0
     cost_of_hits: int = 0
-    #: Answers by state, price, whether they are stored, status and fields, which are not in the sums yet: a million
-    #: answers have few such kinds.
-    _kinds: Counter[tuple[str, int | None, bool, str | None, tuple[str, ...]]] = field(default_factory=Counter)
 
     @property
     def answered(self) -> int:
         """Number of answers with a match or with no match; failures are not counted."""
         return self.found + self.not_found
 
-    def add(self, settled: SettledAttempt, task: Mapping[str, Any], parsed: ParsedData) -> None:
-        """Count one settled attempt, and its answer if it is stored: `task`, whose data is `parsed`."""
-        word = task.get("status")
-        stored_match = settled.answer is not None and settled.state == State.FOUND
-        shape = _field_shape(parsed.fields) if stored_match else ()
-        self._kinds[settled.state, settled.paid, stored_match, word if isinstance(word, str) else None, shape] += 1
-        if len(self._kinds) > MAX_SHAPES:
-            self.add_kinds()
-        if stored_match:
-            for column, path in self.column_paths.items():
-                value = column_value(parsed, path)
-                if not is_blank(value):
-                    self.values[column].add(value if isinstance(value, str) else repr(value))
+    def read_match(self, parsed: ParsedData) -> tuple[str, ...]:
+        """Count the values of a match whose answer is stored. Return the paths of its fields."""
+        for column, path in self.column_paths.items():
+            value = column_value(parsed, path)
+            if not is_blank(value):
+                self.values[column].add(value if isinstance(value, str) else repr(value))
+        return _field_shape(parsed.fields)
 
-    def add_kinds(self) -> None:
-        """Add the answers to the sums. Call it before these are read."""
-        for (state, paid, stored_match, word, shape), number in self._kinds.items():
-            found = number if state == State.FOUND else 0
-            self.found += found
-            self.not_found += number if state == State.NOT_FOUND else 0
-            self.failed += number if state == State.FAILED else 0
-            if paid is not None:
-                self.priced_hits += found
-                self.cost += paid * number
-                self.cost_squared += paid * paid * number
-                self.cost_of_hits += paid * found
-            self.stored_hits += number if stored_match else 0
-            if word is not None and _NAME.fullmatch(word):
-                _count_name(self.status_words, word.lower(), number)
-            for name in shape:
-                _count_name(self.fields, name, number)
-        self._kinds.clear()
+    def add(self, kind: AnswerKind, answers: int) -> None:
+        """Count settled attempts of one kind."""
+        found = answers if kind.state == State.FOUND else 0
+        self.found += found
+        self.not_found += answers if kind.state == State.NOT_FOUND else 0
+        self.failed += answers if kind.state == State.FAILED else 0
+        if kind.paid is not None:
+            self.priced_hits += found
+            self.cost += kind.paid * answers
+            self.cost_squared += kind.paid * kind.paid * answers
+            self.cost_of_hits += kind.paid * found
+        self.stored_hits += answers if kind.stored_match else 0
+        if kind.status is not None and _NAME.fullmatch(kind.status):
+            _count_name(self.status_words, kind.status.lower(), answers)
+        for name in kind.fields:
+            _count_name(self.fields, name, answers)
 
     def value_count(self, column: str) -> int:
         """Return how many matches have a value in a column."""
@@ -164,8 +154,6 @@ def _field_paths(value: object, before: str = "", depth: int = 0) -> Iterator[st
 
 def find_anomalies(last: AnswerStats, before: AnswerStats) -> list[Anomaly]:
     """Compare the last run with the runs before it."""
-    last.add_kinds()
-    before.add_kinds()
     rules = (
         _hit_rate_anomalies,
         _failure_anomalies,

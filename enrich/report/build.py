@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from enrich.databar.task_results import parse_data
+from enrich.databar.task_results import BESIDE, ParsedData
 from enrich.errors import CommandRefused, EnrichError
 from enrich.exit_codes import SUCCESS_CODES, ExitCode, JobArguments, RequiredAction, exit_label, required_actions
 from enrich.job.job import Job
@@ -21,7 +21,7 @@ from enrich.ledger import bindings, execution_records, queries
 from enrich.ledger.database import Database, ledger_exists
 from enrich.ledger.execution_records import ExecutionRow
 from enrich.ledger.lock import is_locked
-from enrich.models import SettledAttempt, count_by_status, iso_time, pluralize, to_credits
+from enrich.models import count_by_status, iso_time, pluralize, to_credits
 from enrich.monitoring.log_file import redact_message
 from enrich.report.anomalies import AnswerStats, find_anomalies
 from enrich.report.data import Report, ReportedProvider, ReportedRun, ReportedWaterfall
@@ -29,9 +29,10 @@ from enrich.report.input_stats import MAX_GROUP_VALUES, InputStats, read_input_s
 from enrich.report.timings import latency_histogram, run_traffic
 from enrich.rows.template import RequestTemplate
 from enrich.run import provider_stats
+from enrich.run.answer_kinds import AnswerKind, count_kinds
 from enrich.run.output import prepare_collector
 from enrich.run.preflight import template_from_ledger
-from enrich.run.provider_stats import ProviderStats, load_task, parse_descriptions
+from enrich.run.provider_stats import ProviderStats, parse_descriptions
 
 
 def reported_runs(
@@ -168,8 +169,6 @@ def _build_from_ledger(
     last_run = runs[-1] if runs else None
     stats, unread = _try_read_input(job, ledger, now_ms, with_rows=with_rows)
     answers = _AnswerTotals(ledger, job, runs)
-    for settled in queries.settled_attempts(ledger, job.name):
-        answers.add(settled)
     requests = count_by_status(queries.state_counts(ledger))
     counts = requests if stats is None else stats.by_status()
     output = str(job.output_path(now.astimezone()))
@@ -301,17 +300,23 @@ class _AnswerTotals:
         self._stats_by_execution = dict.fromkeys(answered[-1 - COMPARED_RUNS : -1], self.before) | dict.fromkeys(
             answered[-1:], self.last
         )
+        is_beside = any(path.startswith(BESIDE) for path in paths.values())
+        attempts = queries.settled_attempts(ledger, job.name)
+        for kind, number in count_kinds(attempts, self._read_match, read_whole=is_beside):
+            self._add(kind, number)
 
-    def add(self, settled: SettledAttempt) -> None:
-        task = load_task(settled.answer)
-        parsed = parse_data(task.get("data"), settled.provider, find_provider=False)
-        self.provider_stats.add(settled, parsed)
-        if settled.step in self.stats_by_step:
-            self.stats_by_step[settled.step].add(settled, parsed)
-        self.erased += settled.erased
-        side = self._stats_by_execution.get(settled.execution)
+    def _read_match(self, execution: int, parsed: ParsedData) -> tuple[str, ...]:
+        side = self._stats_by_execution.get(execution)
+        return () if side is None else side.read_match(parsed)
+
+    def _add(self, kind: AnswerKind, answers: int) -> None:
+        self.provider_stats.add(kind, answers)
+        if kind.step in self.stats_by_step:
+            self.stats_by_step[kind.step].add(kind, answers)
+        self.erased += kind.erased * answers
+        side = self._stats_by_execution.get(kind.execution)
         if side is not None:
-            side.add(settled, task, parsed)
+            side.add(kind, answers)
 
 
 def _planned_credits(summary: str | None) -> Mapping[str, float | None] | None:

@@ -21,6 +21,7 @@ from enrich.ledger.database import Database, ledger_exists
 from enrich.models import MICROS_PER_CREDIT, State, format_credits, pluralize, to_credits
 from enrich.report.build import reported_providers
 from enrich.report.data import ComparedSide, Comparison, ReportedProvider
+from enrich.run.answer_kinds import count_kinds
 from enrich.run.provider_stats import ProviderStats, parse_descriptions
 
 #: A p-value from SIGNIFICANT_P on may be chance; one below CERTAIN_P is called no chance.
@@ -82,10 +83,10 @@ def _read_side(ledger: Database, job: Job, label: str, execution: int | None) ->
     stats = ProviderStats(parse_descriptions(bindings.load_descriptions(ledger)))
     states: Counter[str] = Counter()
     paid = 0
-    for settled in queries.settled_attempts(ledger, job.name, execution):
-        stats.add(settled)
-        states[settled.state] += 1
-        paid += settled.paid or 0
+    for kind, number in count_kinds(queries.settled_attempts(ledger, job.name, execution)):
+        stats.add(kind, number)
+        states[kind.state] += number
+        paid += (kind.paid or 0) * number
     side_providers = reported_providers(stats.totals())
     names = [each.name for each in side_providers if not each.verifies]
     found, spent = states[State.FOUND], to_credits(paid)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from itertools import takewhile
 from json import JSONDecodeError
 from typing import Any
 
@@ -14,6 +15,7 @@ from enrich.ledger.sqlite import damaged_ledger_error
 from enrich.ledger.verify import as_enrich_error
 from enrich.models import State, format_credits, pluralize, to_credits
 from enrich.rows.params import left_out_by_param
+from enrich.run.answer_kinds import count_kinds
 from enrich.run.balance import ROUNDING_CREDITS, explain_balance
 from enrich.run.context import RunContext
 from enrich.run.output import Outcome
@@ -147,11 +149,14 @@ async def _provider_fields(context: RunContext, summary: RunSummary) -> dict[str
 def read_provider_totals(ledger: Database, signals: SignalHandler, summary: RunSummary) -> ProviderTotals | None:
     """Read the answers of this run; None when a signal came and there are too many."""
     stats = ProviderStats(parse_descriptions(bindings.load_descriptions(ledger)))
-    for settled in queries.settled_attempts(ledger, summary.job, summary.execution):
-        if signals.received is not None and (summary.answers or 0) > MAX_READ_WHEN_INTERRUPTED:
-            return None
-        stats.add(settled)
-    return stats.totals()
+
+    def is_interrupted() -> bool:
+        return signals.received is not None and (summary.answers or 0) > MAX_READ_WHEN_INTERRUPTED
+
+    attempts = queries.settled_attempts(ledger, summary.job, summary.execution)
+    for kind, number in count_kinds(takewhile(lambda _: not is_interrupted(), attempts)):
+        stats.add(kind, number)
+    return None if is_interrupted() else stats.totals()
 
 
 async def _balance_change(

@@ -1,4 +1,4 @@
-"""Calls, matches and credits per provider, as reported by the answers. Pure, except for reading their JSON.
+"""Calls, matches and credits per provider, as reported by the answers. Pure.
 
 An answer with `steps` lists the providers that the waterfall called. Many answers without a match have no steps. A
 waterfall calls its providers in turn until one has a match, so for such an answer it called every provider whose
@@ -13,16 +13,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
-import msgspec
 from pydantic import ValidationError
 
 from enrich.databar.description import Description, Enrichment, parse_description
-from enrich.databar.task_results import ParsedData, is_blank, parse_data
 from enrich.job.target import Target, TargetKind
-from enrich.json_text import parse_json
-from enrich.models import SettledAttempt, State, to_credits, to_micros
+from enrich.models import State, to_credits, to_micros
+from enrich.run.answer_kinds import AnswerKind
 
 #: The keys of a provider in JSON, where they differ from our names.
 PROVIDER_KEYS = {"reported": "asked", "inferred": "presumed"}
@@ -81,35 +79,11 @@ class ProviderTotals:
     failed: int = 0
 
 
-#: Above this many kinds of answers, those that were counted are added up.
-MAX_KINDS = 20_000
-_SETTLED = frozenset(state.value for state in (State.FOUND, State.NOT_FOUND, State.FAILED))
-
-
-class _AnswerKind(NamedTuple):
-    """The properties of an answer that count. `steps` are provider, action and cost of each step with a provider.
-
-    `sent` has the names of the params of an answer without such steps.
-    """
-
-    state: str
-    call: str
-    erased: int
-    paid: int | None
-    provider: str | None
-    steps: tuple[tuple[str, object, object], ...]
-    sent: tuple[str, ...]
-
-
 @dataclass(slots=True)
 class ProviderStats:
-    """Adds up answers. `descriptions` are those that the API last gave, by kind and id.
-
-    Answers of one kind are counted first, because a million answers have few kinds.
-    """
+    """Adds up answers. `descriptions` are those that the API last gave, by kind and id."""
 
     descriptions: Mapping[tuple[TargetKind, str], Description]
-    _kinds: Counter[tuple[object, ...]] = field(default_factory=Counter)
     _totals: ProviderTotals = field(default_factory=ProviderTotals)
     _providers: dict[str, ProviderStat] = field(default_factory=dict)
     #: The sum of the positions that each provider has in the waterfalls of the answers, from 0.
@@ -117,47 +91,27 @@ class ProviderStats:
     _providers_by_call: dict[str, tuple[list[tuple[str, frozenset[str]]], str | None]] = field(default_factory=dict)
     _sources: dict[str, str | None] = field(default_factory=dict)
 
-    def add(self, settled: SettledAttempt, parsed: ParsedData | None = None) -> None:
-        """Count one answer. An attempt without one (expired or unconfirmed) adds only its cost.
-
-        `parsed` is the answer's data, if it is parsed already.
-        """
-        _, state, call, params, paid, answer, erased, _, provider = settled
-        if state not in _SETTLED:
-            self._add_cost(paid or 0)
+    def add(self, kind: AnswerKind, answers: int) -> None:
+        """Count answers of one kind. Attempts without one (expired or unconfirmed) add only their cost."""
+        totals, paid = self._totals, (kind.paid or 0) * answers
+        totals.spent += paid
+        totals.unattributed += paid
+        if kind.state not in {State.FOUND, State.NOT_FOUND, State.FAILED}:
             return
-        if parsed is None:
-            parsed = parse_data(load_task(answer).get("data"), provider, find_provider=False)
-        steps = _named_steps(parsed.steps)
-        sent = () if steps else tuple(msgspec.json.decode(params))
-        self._kinds[state, call, erased, paid, parsed.provider, steps, sent] += 1
-        if len(self._kinds) > MAX_KINDS:
-            self._add_kinds()
+        totals.answers += answers
+        totals.found += answers if kind.state == State.FOUND else 0
+        totals.failed += answers if kind.state == State.FAILED else 0
+        if (source := self._source(kind.call)) is not None:
+            self._add_source(source, kind, answers)
+        elif kind.steps:
+            self._add_steps(kind, answers)
+        elif kind.state == State.FAILED or not self._infer_providers(kind, answers):
+            totals.not_reported += answers
 
     def totals(self) -> ProviderTotals:
         """Return the totals."""
-        self._add_kinds()
         providers = [replace(each) for each in sorted(self._providers.values(), key=self._sort_key)]
         return replace(self._totals, providers=providers)
-
-    def _add_kinds(self) -> None:
-        for values, answers in self._kinds.items():
-            kind = _AnswerKind._make(values)
-            self._totals.answers += answers
-            self._add_cost((kind.paid or 0) * answers)
-            self._totals.found += answers if kind.state == State.FOUND else 0
-            self._totals.failed += answers if kind.state == State.FAILED else 0
-            if (source := self._source(kind.call)) is not None:
-                self._add_source(source, kind, answers)
-            elif kind.steps:
-                self._add_steps(kind, answers)
-            elif kind.state == State.FAILED or not self._infer_providers(kind, answers):
-                self._totals.not_reported += answers
-        self._kinds.clear()
-
-    def _add_cost(self, paid: int) -> None:
-        self._totals.spent += paid
-        self._totals.unattributed += paid
 
     def _provider(self, name: str) -> ProviderStat:
         return self._providers.setdefault(name, ProviderStat(name))
@@ -171,25 +125,26 @@ class ProviderStats:
             self._sources[call] = None if target.kind is TargetKind.WATERFALL else source
         return self._sources[call]
 
-    def _add_source(self, name: str, kind: _AnswerKind, answers: int) -> None:
+    def _add_source(self, name: str, kind: AnswerKind, answers: int) -> None:
         provider = self._provider(name)
         provider.reported += answers
         provider.found += answers if kind.state == State.FOUND else 0
         provider.credits += (kind.paid or 0) * answers
         self._totals.unattributed -= (kind.paid or 0) * answers
 
-    def _add_steps(self, kind: _AnswerKind, answers: int) -> None:
+    def _add_steps(self, kind: AnswerKind, answers: int) -> None:
         _, verifier = self._call_providers(kind.call)
         previous: str | None = None
         called: dict[str, None] = {}
         verified: dict[str, None] = {}
         verifiers = set()
-        for name, action, price in kind.steps:
+        for step in kind.steps:
+            name = step.provider
             provider = self._provider(name)
-            cost = to_micros(price) or 0
+            cost = to_micros(step.cost) or 0
             provider.credits += cost * answers
             self._totals.unattributed -= cost * answers if kind.paid is not None else 0
-            if name == verifier or str(action).lower().startswith("verif"):
+            if name == verifier or str(step.action).lower().startswith("verif"):
                 provider.verifies = True
                 verifiers.add(name)
                 if previous is not None:
@@ -211,7 +166,7 @@ class ProviderStats:
         for name in verified:
             self._providers[name].rejected += answers if name != winner else 0
 
-    def _infer_providers(self, kind: _AnswerKind, answers: int) -> bool:
+    def _infer_providers(self, kind: AnswerKind, answers: int) -> bool:
         """Infer the providers that a waterfall called for answers without steps. Returns whether they are known."""
         providers, _ = self._call_providers(kind.call)
         found = kind.state == State.FOUND
@@ -245,31 +200,6 @@ class ProviderStats:
         """Sort providers by their average position; verifiers come last."""
         position = self._position_sums[each.name] / max(1, each.reported + each.inferred)
         return each.verifies, position, each.name
-
-
-def _named_steps(steps: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, object, object], ...]:
-    """Return provider, action and cost of each step with a provider."""
-    return tuple(
-        [
-            (provider, _scalar(step.get("action")), _scalar(step.get("cost")))
-            for step in steps
-            if isinstance(provider := step.get("provider"), str) and not is_blank(provider)
-        ]
-    )
-
-
-def _scalar(value: object) -> object:
-    """Return a text or number; None for anything else: it is no price, and may have no hash."""
-    return value if value.__class__ in (str, int, float) else None
-
-
-def load_task(answer: str | None) -> Mapping[str, Any]:
-    """Read a task as the ledger stores it; empty when there is none or it cannot be read."""
-    try:
-        task = parse_json(answer or "{}")
-    except (ValueError, RecursionError):
-        return {}
-    return task if isinstance(task, dict) else {}
 
 
 def parse_descriptions(

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Query, Request, Response
+from fastapi import Depends, FastAPI, Header, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
@@ -95,17 +95,19 @@ async def _get_context(request: Request) -> _Context:
     return context
 
 
-Context = Annotated[_Context, Depends(_get_context)]
-
-
-async def _check_key(context: Context, x_apikey: Annotated[str, Header()]) -> None:
+async def _check_key(request: Request, x_apikey: Annotated[str, Header()]) -> _Context:
+    context: _Context = request.scope[_CONTEXT_KEY]
     if x_apikey != context.settings.api_key:
         wrong = context.settings.wrong_key
         raise HTTPException(int(wrong), "Forbidden" if wrong == "403" else "Unauthorized")
+    return context
 
+
+#: The context of a request without and with a key.
+Context = Annotated[_Context, Depends(_get_context)]
+Authorized = Annotated[_Context, Depends(_check_key)]
 
 _APP = FastAPI(title="Databar.ai API sandbox", version="0.1.2", openapi_url=None)
-_API = APIRouter(prefix="/v1", dependencies=[Depends(_check_key)])
 
 
 def build_app(store: SandboxStore, settings: SandboxSettings) -> FaultMiddleware:
@@ -161,29 +163,29 @@ def _submit(
     return _json(f'{{"task_id":"{task_id}","status":"{status}"}}'.encode())
 
 
-@_API.get("/waterfalls/")
-async def _waterfalls(context: Context) -> Response:
+@_APP.get("/v1/waterfalls/")
+async def _waterfalls(context: Authorized) -> Response:
     return JSONResponse([waterfall.to_json() for waterfall in context.databar.waterfalls()])
 
 
-@_API.get("/waterfalls/{identifier}")
-async def _waterfall(context: Context, identifier: str) -> Response:
+@_APP.get("/v1/waterfalls/{identifier}")
+async def _waterfall(context: Authorized, identifier: str) -> Response:
     return JSONResponse(context.databar.waterfall(identifier).to_json())
 
 
-@_API.post("/waterfalls/{identifier}/run")
-async def _run(context: Context, identifier: str, body: SingleRunBody, request: Request) -> Response:
+@_APP.post("/v1/waterfalls/{identifier}/run")
+async def _run(context: Authorized, identifier: str, body: SingleRunBody, request: Request) -> Response:
     return _submit(context, _cascade(context, identifier, body), body.params, request)
 
 
-@_API.post("/waterfalls/{identifier}/bulk-run")
-async def _bulk_run(context: Context, identifier: str, body: BulkRunBody, request: Request) -> Response:
+@_APP.post("/v1/waterfalls/{identifier}/bulk-run")
+async def _bulk_run(context: Authorized, identifier: str, body: BulkRunBody, request: Request) -> Response:
     return _submit(context, _cascade(context, identifier, body), body.params, request)
 
 
-@_API.get("/enrichments/")
+@_APP.get("/v1/enrichments/")
 async def _enrichments(  # noqa: PLR0913 - the API has these params
-    context: Context,
+    context: Authorized,
     q: Annotated[str | None, Query(min_length=3)] = None,
     page: Annotated[int | None, Query(ge=1)] = None,
     limit: Annotated[int, Query(ge=1, le=500)] = 50,
@@ -199,45 +201,45 @@ async def _enrichments(  # noqa: PLR0913 - the API has these params
     return JSONResponse({"items": items} | counts)
 
 
-@_API.get("/enrichments/{number}")
-async def _enrichment(context: Context, number: int) -> Response:
+@_APP.get("/v1/enrichments/{number}")
+async def _enrichment(context: Authorized, number: int) -> Response:
     return JSONResponse(context.databar.enrichment(number).to_json())
 
 
-@_API.post("/enrichments/{number}/run")
-async def _run_enrichment(context: Context, number: int, body: EnrichmentBody, request: Request) -> Response:
+@_APP.post("/v1/enrichments/{number}/run")
+async def _run_enrichment(context: Authorized, number: int, body: EnrichmentBody, request: Request) -> Response:
     return _submit(context, _enrichment_call(context, number, body.pagination), body.params, request)
 
 
-@_API.post("/enrichments/{number}/bulk-run")
-async def _bulk_run_enrichment(context: Context, number: int, body: BulkEnrichmentBody, request: Request) -> Response:
+@_APP.post("/v1/enrichments/{number}/bulk-run")
+async def _bulk_enrichment(context: Authorized, number: int, body: BulkEnrichmentBody, request: Request) -> Response:
     return _submit(context, _enrichment_call(context, number, body.pagination), body.params, request)
 
 
-@_API.get("/flows")
-async def _flows(_: Context) -> Response:
+@_APP.get("/v1/flows")
+async def _flows(_: Authorized) -> Response:
     return JSONResponse(list(FLOWS.values()))
 
 
-@_API.get("/flows/{flow_id}")
-async def _flow(_: Context, flow_id: str) -> Response:
+@_APP.get("/v1/flows/{flow_id}")
+async def _flow(_: Authorized, flow_id: str) -> Response:
     if flow_id not in FLOWS:
         raise ApiError(404, "Flow not found")
     return JSONResponse(flow_detail(flow_id))
 
 
-@_API.get("/tasks/{task_id}")
-async def _task(context: Context, task_id: str, *, include_partial: Annotated[bool, Query()] = False) -> Response:
+@_APP.get("/v1/tasks/{task_id}")
+async def _task(context: Authorized, task_id: str, *, include_partial: Annotated[bool, Query()] = False) -> Response:
     return _json(context.databar.poll(task_id, partial=include_partial))
 
 
-@_API.post("/tasks/{task_id}/cancel")
-async def _cancel(context: Context, task_id: str) -> Response:
+@_APP.post("/v1/tasks/{task_id}/cancel")
+async def _cancel(context: Authorized, task_id: str) -> Response:
     return _json(context.databar.cancel(task_id))
 
 
-@_API.get("/user/me")
-async def _me(context: Context) -> Response:
+@_APP.get("/v1/user/me")
+async def _me(context: Authorized) -> Response:
     return JSONResponse(context.databar.user())
 
 
@@ -288,6 +290,3 @@ async def _inject_faults(context: Context, body: _FaultsBody) -> Response:
 
 def _json(body: bytes) -> Response:
     return Response(body, media_type="application/json")
-
-
-_APP.include_router(_API)

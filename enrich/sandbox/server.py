@@ -107,6 +107,7 @@ class _Server(uvicorn.Server):
                 lifespan="off",
                 log_level="critical",
                 access_log=False,
+                proxy_headers=False,
                 date_header=False,
                 server_header=False,
             )

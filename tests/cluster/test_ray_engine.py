@@ -96,6 +96,7 @@ def test_incompatible_options(options: list[str], message: str, api: SandboxApi,
     assert message in result.stderr
 
 
+@pytest.mark.long
 def test_stdin_input_is_refused(api: SandboxApi, postgres_workspace: Workspace) -> None:
     """Input from stdin is refused: other machines of the cluster can't read it."""
     result = postgres_workspace.run_in_process(

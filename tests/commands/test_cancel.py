@@ -142,7 +142,7 @@ def test_needs_the_lock(slow_api: SandboxApi, workspace: Workspace) -> None:
 
 @FILE_ONLY
 @pytest.mark.parametrize(
-    "fault", first_quick(2, ["error-before", "error-after", "rate-limit-bare", "reset-after", "broken-json"])
+    "fault", first_quick(1, ["error-after", "error-before", "rate-limit-bare", "reset-after", "broken-json"])
 )
 def test_repeats_after_faults(
     slow_api: SandboxApi, workspace: Workspace, fault: str, monkeypatch: pytest.MonkeyPatch
@@ -260,7 +260,9 @@ def serve_cancellations(
 
 
 @FILE_ONLY
-@pytest.mark.parametrize(("charged", "unknown"), [({}, 2), ({"credits_spent": None}, 2), ({"credits_spent": 5_000}, 0)])
+@pytest.mark.parametrize(
+    ("charged", "unknown"), first_quick(2, [({"credits_spent": None}, 2), ({"credits_spent": 5_000}, 0), ({}, 2)])
+)
 def test_unknown_and_high_price(
     slow_api: SandboxApi, workspace: Workspace, charged: dict[str, float | None], unknown: int
 ) -> None:
@@ -286,6 +288,15 @@ def test_unknown_and_high_price(
     assert cancelled["credits_unknown"] == unknown
 
 
+@pytest.fixture
+def open_tasks(slow_api: SandboxApi, workspace: Workspace) -> Workspace:
+    """Make a ledger with two open tasks."""
+    workspace.write_leads(make_leads(2))
+    workspace.submit_without_collecting(slow_api)
+    return workspace
+
+
+@FILE_ONLY
 @in_turn(
     ("status", "body", "exit_code", "reason"),
     [
@@ -300,23 +311,18 @@ def test_unknown_and_high_price(
         (200, {"task_id": "another", "status": "cancelled"}, 4, "the response is for another task"),
     ],
 )
-def test_refused_cancellations(tmp_path: Path, status: int, body: object, exit_code: int, reason: str) -> None:
+def test_refused_cancellations(open_tasks: Workspace, status: int, body: object, exit_code: int, reason: str) -> None:
     """A refusal is reported as it is and not repeated, and the other tasks are tried, too; the tasks stay open."""
-    workspace = Workspace(tmp_path)
-    workspace.write_job()
-    workspace.write_leads(make_leads(2))
-    with serve_api(tmp_path / "slow.db", latency="fixed(60)") as slow_api:
-        workspace.submit_without_collecting(slow_api)
     with (
-        serve_cancellations(workspace, lambda _: http_reply(status, body)) as (server, api),
+        serve_cancellations(open_tasks, lambda _: http_reply(status, body)) as (server, api),
         patch("enrich.run.cancel.CONCURRENT_TASKS", 1),
     ):
-        result = workspace.run_in_process("cancel", "job.yaml", "--json", api=api)
+        result = open_tasks.run_in_process("cancel", "job.yaml", "--json", api=api)
     summary = result.json_output
     assert (result.exit_code, summary["exit_code"], summary["still_open"]) == (exit_code, exit_code, 2)
     assert summary["error"].startswith(f"tasks were not cancelled: {reason}")
     assert len([seen for seen in server.requests if seen.line.startswith("POST")]) == 2
-    assert workspace.open_task_count() == 2
+    assert open_tasks.open_task_count() == 2
 
 
 @FILE_ONLY

@@ -64,7 +64,7 @@ def test_help_imports() -> None:
 
 @pytest.mark.parametrize(
     ("command", "of_run"),
-    first_quick(1, [("status", {"enrich.run", "enrich.run.balance", "enrich.run.progress"}), ("runs", set[str]())]),
+    first_quick(0, [("status", {"enrich.run", "enrich.run.balance", "enrich.run.progress"}), ("runs", set[str]())]),
 )
 def test_status_imports(api: SandboxApi, workspace: Workspace, command: str, of_run: set[str]) -> None:
     """`status` and `runs` import what reads a job and a ledger: no polars, no HTTP, nothing that runs a job."""

@@ -236,7 +236,7 @@ def test_stateful_check_postgres(postgres: PostgresServer) -> None:
     )
 
 
-TestChecked = CheckedStateMachine.TestCase
+TestChecked = pytest.mark.long(CheckedStateMachine.TestCase)
 TestChecked.settings = settings(
     max_examples=examples(12),
     stateful_step_count=25,
@@ -283,7 +283,7 @@ def test_faulty_run_leaves_sound_ledger(tmp_path: Path, workspace: Workspace) ->
 
 
 @pytest.mark.parametrize("damage", first_quick(1, ["empty", "cut", "cut to a page", "header", "middle", "schema"]))
-@pytest.mark.parametrize("command", first_quick(2, ["check", "backup"]))
+@pytest.mark.parametrize("command", first_quick(1, ["check", "backup"]))
 def test_damaged_file_is_exit_5(workspace: Workspace, command: str, damage: str) -> None:
     """Exits with 5 and names the problem, without a traceback, for any damaged file."""
     path = workspace.folder / "ledger.db"

@@ -40,7 +40,7 @@ WithTransport = Callable[..., Any]
 each_stray = in_turn("stray", STRAY_REPLIES.values(), ids=STRAY_REPLIES)
 
 
-@pytest.fixture(params=LOOPS)
+@pytest.fixture(params=["uvloop", pytest.param("asyncio", marks=pytest.mark.long)])
 def with_transport(request: pytest.FixtureRequest) -> WithTransport:
     """Open a transport in each kind of event loop: they differ in when they read received bytes."""
 

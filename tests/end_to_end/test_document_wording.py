@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from tests.support.cases import in_turn
 from tests.support.documents import ROOT
 from tests.support.message_texts import message_texts
@@ -77,6 +79,7 @@ def test_words_are_plain(document: Path) -> None:
     assert found == []
 
 
+@pytest.mark.long
 @in_turn("path", SOURCES, ids=lambda path: path.relative_to(ROOT))
 def test_messages_are_plain(path: Path) -> None:
     """No message, help text or comment in a written file has a banned word."""

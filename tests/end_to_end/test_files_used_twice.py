@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.support.cases import in_turn
 from tests.support.workspace import SandboxApi, Workspace, make_leads
 
 JOB_FILES = {"suppress": "never.csv", "notify": "addresses.csv", "rejects": "rejects.csv", "report": "page.html"}
@@ -24,21 +25,26 @@ def job(workspace: Workspace) -> Workspace:
     return workspace
 
 
-@pytest.mark.parametrize("command", ["check", "run", "plan", "collect"])
-@pytest.mark.parametrize("output", ["never.csv", "./never.csv", "hard.csv", "addresses.csv", "rejects.csv"])
-def test_output_is_a_file_of_the_job(job: Workspace, api: SandboxApi, command: str, output: str) -> None:
-    """Refused before anything is sent, and the file stays. `collect` needs a run first."""
-    if command == "collect":
-        job.write_job(suppress="never.csv")
-        assert job.run_in_process("run", "job.yaml", api=api).exit_code == 0
-        job.write_job(**JOB_FILES)
-    before = _files(job), api.audit()["accepted"]
-    result = job.run_in_process(command, "job.yaml", "--output", output, api=api)
+@pytest.fixture
+def finished_job(job: Workspace, api: SandboxApi) -> Workspace:
+    """The same job after a run, which `collect` needs."""
+    job.write_job(suppress="never.csv")
+    assert job.run_in_process("run", "job.yaml", api=api).exit_code == 0
+    job.write_job(**JOB_FILES)
+    return job
+
+
+@in_turn("command", ["check", "run", "plan", "collect"])
+@in_turn("output", ["never.csv", "./never.csv", "hard.csv", "addresses.csv", "rejects.csv"])
+def test_output_is_a_file_of_the_job(finished_job: Workspace, api: SandboxApi, command: str, output: str) -> None:
+    """Refused before anything is sent, and the file stays."""
+    before = _files(finished_job), api.audit()["accepted"]
+    result = finished_job.run_in_process(command, "job.yaml", "--output", output, api=api)
     assert (result.exit_code, "are the same file" in result.stderr) == (2, True), result.stderr
-    assert (_files(job), api.audit()["accepted"]) == before
+    assert (_files(finished_job), api.audit()["accepted"]) == before
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "changed",
     [
         {"suppress": "never.prom", "metrics": "never.prom"},
@@ -60,7 +66,7 @@ def test_keys_that_name_one_file(workspace: Workspace, api: SandboxApi, changed:
     assert api.audit()["accepted"] == 0
 
 
-@pytest.mark.parametrize("name", ["a.csv", "leads.csv", "never.csv", "rejects.csv", "page.html", ".enrich/job.db"])
+@in_turn("name", ["a.csv", "leads.csv", "never.csv", "rejects.csv", "page.html", ".enrich/job.db"])
 def test_log_file_is_a_file_of_the_job(job: Workspace, api: SandboxApi, name: str) -> None:
     """No line is written, and no file is left behind."""
     before = _files(job)
@@ -70,8 +76,8 @@ def test_log_file_is_a_file_of_the_job(job: Workspace, api: SandboxApi, name: st
     assert not (job.folder / ".enrich" / "job.db").exists()
 
 
-@pytest.mark.parametrize("option", ["-o", "--rows"])
-@pytest.mark.parametrize("name", ["out.csv", "rejects.csv", "never.csv"])
+@in_turn("option", ["-o", "--rows"])
+@in_turn("name", ["out.csv", "rejects.csv", "never.csv"])
 def test_plan_is_a_file_of_the_job(job: Workspace, api: SandboxApi, option: str, name: str) -> None:
     """A plan is not saved in a file that the run writes or reads."""
     before = _files(job)

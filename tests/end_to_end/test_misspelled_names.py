@@ -31,7 +31,7 @@ def workspace(workspace: Workspace) -> Workspace:
     return workspace
 
 
-@pytest.mark.parametrize(("changed", "place", "nearest"), first_quick(3, TYPOS))
+@pytest.mark.parametrize(("changed", "place", "nearest"), first_quick(2, TYPOS))
 def test_typo_is_refused(
     api: SandboxApi, workspace: Workspace, changed: dict[str, str], place: str, nearest: str
 ) -> None:

@@ -102,7 +102,7 @@ def test_hint_shares_the_answers(api: SandboxApi, workspace: Workspace) -> None:
 
 @pytest.mark.parametrize(
     ("wanted", "shared", "refused"),
-    first_quick(1, [(30, 9, False), (30, 10, True), (1001, 10, False), (1000, 10, True)]),
+    first_quick(0, [(30, 9, False), (30, 10, True), (1001, 10, False), (1000, 10, True)]),
 )
 def test_bounds(api: SandboxApi, workspace: Workspace, wanted: int, shared: int, *, refused: bool) -> None:
     """From 10 requests and 1 % of the wanted ones on; below that a line in summary, text and log."""
@@ -147,7 +147,7 @@ def test_shares_of_several_ledgers_are_added(api: SandboxApi, workspace: Workspa
 
 
 @pytest.mark.parametrize(
-    "damage", first_quick(1, ["garbage", "cut", "pipe", "no rights", "another program", "newer", "empty"])
+    "damage", first_quick(0, ["garbage", "cut", "pipe", "no rights", "another program", "newer", "empty"])
 )
 def test_unreadable_neighbours_do_not_matter(api: SandboxApi, workspace: Workspace, damage: str) -> None:
     """Reads what can be read: a bad neighbour fails no run, and hides no good one."""

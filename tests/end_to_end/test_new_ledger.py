@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -54,6 +53,7 @@ def test_new_ledger_with_paid_output_is_refused(api: SandboxApi, workspace: Work
             workspace.write_job(name="renamed")
 
     assert_refused(workspace, api, *more)
+    assert "a run would be refused" in workspace.run_in_process("plan", "job.yaml", *more, api=api).stdout
 
     result = workspace.run_in_process(*RUN, *more, "--new-ledger", api=api)
     assert (result.exit_code, result.json_output["submitted"]) == (0, 5)
@@ -102,22 +102,27 @@ RESAVED: dict[str, Callable[[str], bytes]] = {
 }
 
 
+@pytest.fixture
+def paid_output(api: SandboxApi, workspace: Workspace) -> str:
+    """Make an output whose ledger is gone, and return its text."""
+    workspace.write_leads([[*row[:-1], "Mail 0"] for row in make_leads(2)])
+    workspace.run_job(api)
+    shutil.rmtree(workspace.ledger_path.parent)
+    return (workspace.folder / "out.csv").read_text(encoding="utf-8")
+
+
 @FILE_ONLY
 @in_turn("change", RESAVED)
 def test_output_that_was_saved_again_is_checked(
-    api: SandboxApi, tmp_path: Path, workspace: Workspace, change: str
+    api: SandboxApi, workspace: Workspace, paid_output: str, change: str
 ) -> None:
     """Finds the task ids in whatever separator, encoding and rows another program has saved the output with."""
-    workspace = Workspace(tmp_path, environ=workspace.environ)
-    workspace.write_leads([[*row[:-1], "Mail 0"] for row in make_leads(2)])
-    workspace.write_job()
-    workspace.run_job(api)
-    output = workspace.folder / "out.csv"
-    output.write_bytes(RESAVED[change](output.read_text(encoding="utf-8")))
-    shutil.rmtree(workspace.ledger_path.parent)
+    (workspace.folder / "out.csv").write_bytes(RESAVED[change](paid_output))
 
-    assert_refused(workspace, api)
-    assert "a run would be refused" in workspace.run_in_process("plan", "job.yaml", api=api).stdout
+    result = workspace.run_in_process(*RUN, "--yes", api=api)
+
+    assert (result.exit_code, "was paid for from another ledger" in result.stderr) == (5, True), result.stderr
+    assert api.audit()["accepted"] == 2
 
 
 @pytest.mark.long

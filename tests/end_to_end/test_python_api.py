@@ -19,7 +19,7 @@ import enrich
 from enrich.ledger.lock import lock_ledger
 from enrich.run.poll_schedule import PollSchedule
 from enrich.run.run_state import Timeouts
-from tests.support.cases import in_turn
+from tests.support.cases import first_quick, in_turn
 from tests.support.program import ROOT
 from tests.support.raw_server import ReceivedRequest, Reply, http_reply, serve_replies
 from tests.support.workspace import SandboxApi, Workspace, make_leads, serve_api
@@ -141,7 +141,7 @@ def test_a_saved_plan_is_followed(job_file: Path, workspace: Workspace) -> None:
     assert enrich.run_job(job_file, plan=kept).submitted == 3
 
 
-@pytest.mark.parametrize(
+@in_turn(
     ("settings", "message"),
     [
         ({"limit": -1}, "`limit` must be 0 or more"),
@@ -192,7 +192,7 @@ def test_settings_of_all_functions_are_checked(job_file: Path) -> None:
         enrich.check_job(None)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("first", first_quick(1, [True, False]))
 @in_turn(
     ("status", "error"),
     [

@@ -158,7 +158,7 @@ def test_real_file_of_that_name(api: SandboxApi, workspace: Workspace) -> None:
     assert len(workspace.read_output("out.sandbox.csv")) == 6
 
 
-@pytest.mark.parametrize("ledger", [None, "costs.db"])
+@pytest.mark.parametrize("ledger", first_quick(1, [None, "costs.db"]))
 def test_own_file_of_another_sandbox_ledger(workspace: Workspace, ledger: str | None) -> None:
     """A sandbox run replaces its own file when the ledger that recorded it is gone, or another is used."""
     workspace.write_job(JOB + EVERY_FILE.replace("report: report.html\n", ""))

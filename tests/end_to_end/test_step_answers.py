@@ -71,7 +71,7 @@ def statuses(workspace: Workspace, step: str) -> list[str]:
     return [row[f"enrich_{step}_status"] for row in workspace.read_output()]
 
 
-@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("merged", first_quick(1, [False, True]))
 def test_lists_and_booleans_are_no_params_of_later_steps(
     workspace: Workspace, api: SandboxApi, *, merged: bool
 ) -> None:
@@ -134,7 +134,7 @@ def test_question_of_another_row(workspace: Workspace, api: SandboxApi, job: str
     workspace.write_job(job)
     workspace.write_leads([ANN, BOB], HEADER)
     workspace.run_job(api)
-    for options in (RunOptions(limit=0), RunOptions(limit=5), RunOptions()):
+    for options in (RunOptions(limit=5), RunOptions()):
         assert workspace.run_job(api, options).submitted == 0
         assert statuses(workspace, "company") == ["filtered", "found"]
     assert workspace.run_in_process("collect", "job.yaml").exit_code == 0
@@ -164,6 +164,7 @@ def test_own_answer_stays_beside_another_row(workspace: Workspace, api: SandboxA
     assert credits_of(before) == pytest.approx(api.audit()["credits_charged"])
 
 
+@pytest.mark.long
 def test_refused_attempt_is_no_answer(workspace: Workspace, api: SandboxApi) -> None:
     """A row whose request was refused is filtered, not pending, once its condition no longer holds."""
     workspace.write_job(JOB)

@@ -109,6 +109,7 @@ def test_changed_plan_is_refused(people: Workspace, api: SandboxApi) -> None:
         assert "changed since the plan was made" in summary["error"]
 
 
+@pytest.mark.long
 def test_rows_of_a_plan(people: Workspace, tmp_path: Path) -> None:
     """Each row has a decision and a reason in every step, and the run sends nothing for the others."""
     people.write_job(JOB[: JOB.index("  - name: again")] + "limits: {requests_per_second: 1000}\n")

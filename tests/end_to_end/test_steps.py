@@ -184,6 +184,7 @@ def test_waits_for_what_is_not_final(workspace: Workspace, tmp_path: Path) -> No
         assert (summary.exit_code, summary.submitted, summary.found) == (ExitCode.OK, 4, 6)
 
 
+@pytest.mark.long
 def test_fallback_after_failure(workspace: Workspace, tmp_path: Path) -> None:
     """After a failed request the fallback may be sent, and its value is the row's."""
     fallback = """
@@ -438,6 +439,7 @@ def test_found_address_on_the_suppression_list(workspace: Workspace, tmp_path: P
     assert all(row["work_email"] for row in rows)
 
 
+@pytest.mark.long
 def test_canary_of_a_step(workspace: Workspace, tmp_path: Path) -> None:
     """A step's canary counts its own answers only, and stops the run."""
     canary = "columns: {link: linkedin_url}\n    canary: {rows: 4, min_hit_rate: 0.9}"
@@ -460,6 +462,7 @@ def test_bulk_steps(people: Workspace, api: SandboxApi) -> None:
     assert summary.submitted == api.audit()["accepted"]
 
 
+@pytest.mark.long
 def test_open_task_has_the_attempts_of_its_step(workspace: Workspace, tmp_path: Path) -> None:
     """A task of an earlier run that fails at no charge is sent again by the `max_attempts` of its step."""
     workspace.write_job(SHORT_JOB.replace("email_getter\n", "email_getter\n    policy: {max_attempts: 1}\n"))
@@ -477,6 +480,7 @@ def test_open_task_has_the_attempts_of_its_step(workspace: Workspace, tmp_path: 
     assert {row["enrich_email_status"] for row in workspace.read_output()} == {"failed"}
 
 
+@pytest.mark.long
 def test_change_replaces_the_value_of_another_step(workspace: Workspace, tmp_path: Path) -> None:
     """Where a step replaces what a fallback had found, the feed has the replaced value as the old one."""
     job = """\
@@ -592,6 +596,7 @@ def test_caps_count_leads_of_a_group(people: Workspace, api: SandboxApi) -> None
     assert sum(row["enrich_email_task_id"] != "" for row in people.read_output()) == 6
 
 
+@pytest.mark.long
 def test_limited_run_names_invalid_and_filtered_rows(people: Workspace, api: SandboxApi) -> None:
     """In a limited run only what would be sent is pending; invalid and filtered rows are what they are."""
     leads = make_people(12)

@@ -111,7 +111,7 @@ def test_doubt_about_a_refresh_in_an_earlier_step(workspace: Workspace, tmp_path
     assert summary.exit_code == ExitCode.IN_DOUBT
 
 
-@pytest.mark.parametrize("again", first_quick(1, ["retry", "refresh"]))
+@pytest.mark.parametrize("again", first_quick(0, ["retry", "refresh"]))
 def test_plan_counts_what_later_steps_ask_again(workspace: Workspace, tmp_path: Path, again: str) -> None:
     """`plan` counts the requests that a later step selects itself, also while an earlier step is asked again."""
     job = COMPANY_JOB + "    where: enrich_company_status <> ''\n"

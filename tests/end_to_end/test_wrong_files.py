@@ -9,6 +9,7 @@ import pytest
 
 from enrich.job.job import load_job
 from enrich.ledger.lock import lock_ledger
+from tests.support.cases import in_turn
 from tests.support.workspace import SandboxApi, Workspace, make_leads
 
 
@@ -20,16 +21,22 @@ def workspace(workspace: Workspace) -> Workspace:
     return workspace
 
 
-@pytest.mark.parametrize(
+@pytest.fixture
+def finished_job(workspace: Workspace, api: SandboxApi) -> Workspace:
+    """The same job after a run."""
+    assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
+    return workspace
+
+
+@in_turn(
     "content",
     [b"Email\nada@engine.example\n", gzip.compress(b"x", mtime=0), b"PK\x03\x04\0\0"],
     ids=["text", "gzip", "zip"],
 )
-@pytest.mark.parametrize("command", ["run", "status", "check", "collect", "ledger check", "ledger copy"])
-def test_ledger_that_was_never_one(workspace: Workspace, api: SandboxApi, command: str, content: bytes) -> None:
+@in_turn("command", ["run", "status", "check", "collect", "ledger check", "ledger copy"])
+def test_ledger_that_was_never_one(finished_job: Workspace, api: SandboxApi, command: str, content: bytes) -> None:
     """A file without the header of a database is not called damaged, and gets no lock."""
-    if command == "ledger copy":
-        assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
+    workspace = finished_job
     (workspace.folder / "other.csv").write_bytes(content)
     before = sorted(workspace.folder.iterdir())
     chosen = ["job.yaml", "other.csv"] if command == "ledger copy" else ["job.yaml", "--ledger", "other.csv"]
@@ -45,10 +52,10 @@ def test_folder_that_takes_no_files(workspace: Workspace) -> None:
     assert (result.exit_code, "cannot be made" in result.stderr) == (5, True), result.stderr
 
 
-@pytest.mark.parametrize("command", ["run", "cancel", "collect", "purge", "ledger copy"])
-def test_only_a_run_can_wait_for_the_lock(workspace: Workspace, api: SandboxApi, command: str) -> None:
+@in_turn("command", ["run", "cancel", "collect", "purge", "ledger copy"])
+def test_only_a_run_can_wait_for_the_lock(finished_job: Workspace, api: SandboxApi, command: str) -> None:
     """The hint names no option that the command lacks."""
-    assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
+    workspace = finished_job
     options = {"purge": ["--older-than", "1d", "--yes"], "ledger copy": ["copy.db"]}.get(command, [])
     with lock_ledger(load_job(workspace.job_file).ledger, 0):
         result = workspace.run_in_process(*command.split(), "job.yaml", *options, api=api)

@@ -256,6 +256,7 @@ def test_empty_storage_prefix_is_refused() -> None:
     assert read_error(ObjectUrl("s3", BUCKET, "none/*.csv")).message == f"s3://{BUCKET}/none/*.csv: no file matches"
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("bucket")
 def test_changed_object_is_detected(tmp_path: Path) -> None:
     """A changed object is detected; each read downloads the object again, except the last one read."""

@@ -69,6 +69,7 @@ def test_urls_on_command_line(workspace: Workspace, api: SandboxApi, storage_env
     assert len(read_table(download_object(workspace.folder, "deep/out.csv.gz"))) == 2
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("storage_environ")
 def test_changed_object_changes_stamp() -> None:
     """A changed object changes the stamp, so a run notices new leads; rows that were downloaded stay as they were."""
@@ -83,6 +84,7 @@ def test_changed_object_changes_stamp() -> None:
         assert source.file_versions() is not None
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("storage_environ")
 def test_error_names_url() -> None:
     """An error names the URL, not the local copy."""
@@ -91,6 +93,7 @@ def test_error_names_url() -> None:
         list(InputTable(url, Input(path=str(url))).batches())
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("storage_environ")
 def test_failed_output_keeps_old_object(tmp_path: Path) -> None:
     """A failed output leaves the old object whole."""
@@ -105,6 +108,7 @@ def test_failed_output_keeps_old_object(tmp_path: Path) -> None:
     assert download_object(tmp_path, "out.csv").read_bytes() == b"the old one"
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("storage_environ")
 def test_output_collected_after_upload_error() -> None:
     """After a failed upload (here the bucket is gone), the hint is to write the output with `enrich collect`."""
@@ -158,6 +162,7 @@ def test_storage_errors_before_spending(
     assert api.audit()["accepted"] == 0
 
 
+@pytest.mark.long
 def test_rejected_credentials(endpoint: str, storage_environ: dict[str, Any]) -> None:
     """A server that checks credentials rejects wrong ones; the message names the variables, not their values."""
     put_object("a.csv", b"A\n1\n")
@@ -174,6 +179,7 @@ def test_rejected_credentials(endpoint: str, storage_environ: dict[str, Any]) ->
     assert storage_environ["AWS_SECRET_ACCESS_KEY"] not in f"{caught.value.message}{caught.value.hint}"
 
 
+@pytest.mark.long
 def test_output_never_replaces_input(workspace: Workspace, api: SandboxApi, storage_environ: dict[str, Any]) -> None:
     """An output with the input's URL is an error of the job."""
     workspace.write_job(input=f"s3://{BUCKET}/a.csv", output=f"s3://{BUCKET}/a.csv")

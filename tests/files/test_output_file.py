@@ -434,7 +434,7 @@ CELLS = st.sampled_from(
 
 
 @given(cells=st.lists(CELLS, min_size=1, max_size=12), batch_size=st.integers(1, 5), rng=st.randoms())
-@settings(max_examples=examples(60), deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 def test_output_does_not_depend_on_ledger_order(
     tmp_path_factory: pytest.TempPathFactory, cells: list[str], batch_size: int, rng: random.Random
 ) -> None:

@@ -288,9 +288,9 @@ def test_text_that_is_no_table(tmp_path: Path, name: str, content: bytes, words:
 
 def test_long_column_name_is_cut(tmp_path: Path) -> None:
     """A message shows the beginning of a name, and its length."""
-    (tmp_path / "leads.csv").write_text(f"{'é' * 5000},{'é' * 5000}\n1,2\n")
+    (tmp_path / "leads.csv").write_text(f"{'é' * 100_000},{'é' * 100_000}\n1,2\n")
     message = refusal(tmp_path / "leads.csv")
-    assert "5,000 characters" in message
+    assert "100,000 characters" in message
     assert len(message) < 500
 
 

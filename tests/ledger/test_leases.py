@@ -56,6 +56,7 @@ def worker(server_ledger: Place) -> Iterator[tuple[Database, Lease]]:
 # Workers and the leader of their run
 
 
+@pytest.mark.long
 def test_worker_cannot_lease_after_run_ended(server_ledger: Place) -> None:
     """A worker that resumes after its run ended can't get a lease, because the next run may have started."""
     with open_for_run(server_ledger) as (_, leader):
@@ -68,6 +69,7 @@ def test_worker_cannot_lease_after_run_ended(server_ledger: Place) -> None:
     assert run_sql(server_ledger, "SELECT count(*) FROM leases") == [(0,)]
 
 
+@pytest.mark.long
 def test_dismissed_worker_cannot_lease(server_ledger: Place) -> None:
     """A worker can't get a lease when another process has revoked its leader's."""
     with open_for_run(server_ledger) as (ledger, leader):
@@ -80,6 +82,7 @@ def test_dismissed_worker_cannot_lease(server_ledger: Place) -> None:
         assert ledger.lease_id == leader.fencing_token.lease_id
 
 
+@pytest.mark.long
 def test_new_run_sees_remaining_workers(server_ledger: Place) -> None:
     """A new run sees a worker that is just starting under an expired leader's lease, so it does not start alone."""
     leader, new_worker, observer = (Database(server_ledger) for _ in range(3))
@@ -136,6 +139,7 @@ def _before_statement(ledger: Database, statement_number: int, action: Callable[
 # Concurrent writers
 
 
+@pytest.mark.long
 def test_foreign_key_does_not_block_claims(ledger: CommittingLedger, ledger_location: LedgerLocation) -> None:
     """Settling an attempt does not block claims by its reference to the execution, which could end in a deadlock."""
     ledger.start_and_enroll(1, 2)
@@ -157,6 +161,7 @@ def test_exclusive_access_waits_for_workers(server_ledger: Place, worker: tuple[
         pass
 
 
+@pytest.mark.long
 def test_exclusive_access_is_visible_to_runs(server_ledger: Place) -> None:
     """Exclusive access has a leader's lease, so runs see it even when the server has lost the lock."""
     with open_exclusive(server_ledger), closing(Database(server_ledger)) as other:
@@ -190,6 +195,7 @@ def test_erasing_waits_for_workers(api: SandboxApi, workspace: Workspace, comman
 # The server's clock
 
 
+@pytest.mark.long
 def test_leases_use_server_time(server_ledger: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leases use the server's time, so a wrong local clock has no effect."""
     with open_for_run(server_ledger) as (ledger, lease):
@@ -199,6 +205,7 @@ def test_leases_use_server_time(server_ledger: Place, monkeypatch: pytest.Monkey
         assert abs(lease.now_ms() - lease_table.now_ms(ledger)) < 60_000
 
 
+@pytest.mark.long
 def test_failed_begin_is_harmless(ledger: CommittingLedger) -> None:
     """After a BEGIN that failed, the connection works for the next transaction."""
     ledger.query_all("ALTER TABLE commits RENAME TO gone")
@@ -224,7 +231,8 @@ SECRETS = (
 )
 
 
-@pytest.mark.parametrize("url", [*SECRETS[:2], *(pytest.param(url, marks=pytest.mark.long) for url in SECRETS[2:])])
+@pytest.mark.long
+@pytest.mark.parametrize("url", SECRETS)
 def test_password_in_url_is_refused(
     workspace: Workspace, api: SandboxApi, postgres: PostgresServer, tmp_path: Path, url: str
 ) -> None:

@@ -95,6 +95,7 @@ def test_all_tables_are_covered(filled_ledger: CommittingLedger) -> None:
     assert all(table_contents(filled_ledger.location).values())
 
 
+@pytest.mark.long
 def test_copy_roundtrip_is_identical(
     filled_ledger: CommittingLedger, server_location: LedgerLocation, tmp_path: Path
 ) -> None:
@@ -238,6 +239,7 @@ def test_copy_onto_itself_is_refused(filled_ledger: CommittingLedger) -> None:
             copy_ledger(filled_ledger.location, other_name)
 
 
+@pytest.mark.long
 def test_missing_source_is_refused(
     ledger_location: LedgerLocation, server_location: LedgerLocation, tmp_path: Path
 ) -> None:

@@ -157,7 +157,7 @@ def test_check_names_column_and_row(paid_ledger: tuple[SandboxApi, Workspace, by
 
 
 @pytest.mark.parametrize("command", first_quick(2, [*COMMANDS[5:7], COMMANDS[0], COMMANDS[4]], single=True))
-@pytest.mark.parametrize("answer", [f'{{"{SECRET}', "", "[]", "5", "null", f'"{SECRET}"', "[" * 20_000])
+@in_turn("answer", [f'{{"{SECRET}', "", "[]", "5", "null", f'"{SECRET}"', "[" * 20_000])
 def test_answer_that_is_no_object_is_named(
     paid_ledger: tuple[SandboxApi, Workspace, bytes], command: list[str], answer: str
 ) -> None:

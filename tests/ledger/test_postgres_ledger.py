@@ -21,6 +21,8 @@ from tests.support.postgres import PostgresServer
 from tests.support.postgres_pooler import postgres_pooler
 from tests.support.workspace import SandboxApi, Workspace, kill_process, make_leads, serve_api, wait_until
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def backend() -> str:
@@ -46,7 +48,6 @@ def test_answer_that_is_no_object_is_named(api: SandboxApi, workspace: Workspace
 # The password
 
 
-@pytest.mark.long
 def test_password_from_environment(api: SandboxApi, workspace: Workspace) -> None:
     """PGPASSWORD is used as by every libpq program; the password is in no file of ours and no output."""
     workspace.write_leads(make_leads(3))
@@ -59,7 +60,6 @@ def test_password_from_environment(api: SandboxApi, workspace: Workspace) -> Non
     assert all(secret.encode() not in path.read_bytes() for path in workspace.folder.rglob("*") if path.is_file())
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("named", [True, False])
 def test_password_from_file(api: SandboxApi, workspace: Workspace, postgres: PostgresServer, *, named: bool) -> None:
     """The password is read from ~/.pgpass or from the file that PGPASSFILE names."""
@@ -224,7 +224,6 @@ def test_role_without_temporary_tables_is_refused(
             db.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("per_transaction", [True, False])
 def test_pooler(api: SandboxApi, workspace: Workspace, postgres: PostgresServer, *, per_transaction: bool) -> None:
     """A pooler that gives each transaction another connection is refused; one that keeps sessions is not."""
@@ -295,7 +294,6 @@ def test_failed_migration_rolls_back(workspace: Workspace, monkeypatch: pytest.M
     Database(workspace.ledger_location).close()
 
 
-@pytest.mark.long
 def test_sandbox_schema_is_separate(workspace: Workspace, postgres: PostgresServer) -> None:
     """The sandbox has a schema of its own beside the real one and finds it again."""
     workspace.write_leads(make_leads(2))
@@ -327,7 +325,6 @@ def test_ledger_from_environment(api: SandboxApi, workspace: Workspace) -> None:
 # One run at a time
 
 
-@pytest.mark.long
 def test_concurrent_run_is_exit_11(tmp_path: Path, workspace: Workspace) -> None:
     """Only one run at a time holds the ledger; a second one on any machine is exit 11."""
     workspace.write_leads(make_leads(20))
@@ -349,7 +346,6 @@ def test_restart_right_after_kill(workspace: Workspace) -> None:
     release_timer.join()
 
 
-@pytest.mark.long
 def test_lock_released_by_killed_run(tmp_path: Path, workspace: Workspace) -> None:
     """A killed run's lock ends with its connection; the next run marks its POSTs in doubt and buys nothing twice."""
     workspace.write_job(ledger=f"{workspace.server_url}&lease=1")

@@ -52,6 +52,7 @@ def test_idle_transaction_is_retried(ledger_location: Place) -> None:
         ledger.close()
 
 
+@pytest.mark.long
 def test_unrenewable_lease_is_reported(ledger_location: Place) -> None:
     """A lease that can't be renewed raises `LeaseLost`: the process sends nothing more and does not wait for ever."""
     with Lease(ledger_location) as lease:

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enrich.databar.task_results import parse_data
 from enrich.models import SettledAttempt, State
 from enrich.report import anomalies as rules
 from enrich.report.anomalies import (
@@ -23,7 +22,7 @@ from enrich.report.anomalies import (
     find_anomalies,
     shares_z_score,
 )
-from enrich.run.provider_stats import load_task
+from enrich.run.answer_kinds import count_kinds
 
 PATHS = {"work_email": "email", "city": "office.city"}
 
@@ -52,10 +51,8 @@ def answer(state: State, paid: int | None, task: object) -> SettledAttempt:
 def run_statistics(answers: Iterable[SettledAttempt]) -> AnswerStats:
     """Return the statistics of the answers of some runs."""
     made = AnswerStats(PATHS)
-    for each in answers:
-        task = load_task(each.answer)
-        made.add(each, task, parse_data(task.get("data")))
-    made.add_kinds()
+    for kind, number in count_kinds(answers, lambda _, parsed: made.read_match(parsed)):
+        made.add(kind, number)
     return made
 
 

@@ -6,6 +6,7 @@ import sys
 import unicodedata
 
 import polars as pl
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -70,6 +71,7 @@ def test_columns_are_cleaned_as_cells(texts: list[str]) -> None:
     assert blank_cells(column).to_list() == [is_blank(text) for text in texts]
 
 
+@pytest.mark.long
 def test_every_format_character_is_invisible() -> None:
     """No character of category Cf counts, whatever version of Unicode Python has; nor does any whitespace."""
     characters = map(chr, range(0x110000))
@@ -81,6 +83,7 @@ def test_every_format_character_is_invisible() -> None:
     assert counted == []
 
 
+@pytest.mark.long
 def test_normalizing_adds_nothing_unclean() -> None:
     """A column is searched for what is not clean before it is normalized: a letter is as clean as its parts."""
     is_unclean = cell_text._NOT_CLEAN_PATTERN.search

@@ -8,6 +8,7 @@ import tomllib
 from importlib.resources import files
 
 import polars as pl
+import pytest
 import tldextract
 from hypothesis import given
 from hypothesis import strategies as st
@@ -234,6 +235,7 @@ def test_public_suffixes_are_those_of_tldextract() -> None:
     assert all(_is_rule(rule if rule.isascii() else rule.encode("idna").decode()) for rule in listed)
 
 
+@pytest.mark.long
 def test_domains_are_found_without_importing_tldextract() -> None:
     """Its list alone is read: importing it would also import an HTTP client."""
     code = "import sys, enrich.rows.domains as d; print(d.is_public('acme.co.uk'), 'tldextract' in sys.modules)"

@@ -61,7 +61,7 @@ class TestLimits:
         """At most 32 POSTs and `in_flight` tasks are open at once, and that room is used."""
 
         async def scenario(api: SandboxApi) -> None:
-            async with open_loops(api, tmp_path / LEDGER, range(60), in_flight=in_flight) as harness:
+            async with open_loops(api, tmp_path / LEDGER, range(40), in_flight=in_flight) as harness:
                 harness.request_log.awaited_posts_in_flight = expected_on_the_wire
                 await harness.run_loops()
                 assert harness.request_log.max_posts_in_flight == expected_on_the_wire
@@ -70,12 +70,12 @@ class TestLimits:
                 assert (
                     sum(queries.state_counts(harness.ledger.wrapped).values())
                     == harness.run_state.counters.submitted
-                    == 60
+                    == 40
                 )
 
         with serve_api(tmp_path / "api.db", latency="fixed(0.05)") as api:
             asyncio.run(scenario(api))
-            assert (api.audit()["accepted"], api.audit()["paid_twice"]) == (60, 0)
+            assert (api.audit()["accepted"], api.audit()["paid_twice"]) == (40, 0)
 
     def test_kill_leaves_at_most_32_unconfirmed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A POST that is answered makes room for the next, whose claim is never committed before the acceptance."""
@@ -83,7 +83,7 @@ class TestLimits:
         commit = LedgerWriter._commit
 
         async def scenario(api: SandboxApi) -> None:
-            async with open_loops(api, tmp_path / LEDGER, range(80), in_flight=200) as harness:
+            async with open_loops(api, tmp_path / LEDGER, range(48), in_flight=200) as harness:
 
                 def commit_and_count(writer: LedgerWriter, batch: list[Any]) -> None:
                     commit(writer, batch)
@@ -95,7 +95,7 @@ class TestLimits:
 
         with serve_api(tmp_path / "api.db", latency="fixed(0.05)") as api:
             asyncio.run(scenario(api))
-            assert (api.audit()["accepted"], api.audit()["paid_twice"]) == (80, 0)
+            assert (api.audit()["accepted"], api.audit()["paid_twice"]) == (48, 0)
         assert max(submitting) == MAX_POSTS_IN_FLIGHT
 
     def test_rate_limit_is_kept(self, api: SandboxApi, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from tests.support.cases import first_quick
 from tests.support.workspace import HEADER, JOB, SandboxApi, Workspace, both_backends, make_leads, serve_api
 
 backend = both_backends
@@ -62,7 +63,7 @@ def test_overwrite_with_matches(workspace: Workspace, api: SandboxApi) -> None:
 TYPED_CELLS = ["5", "1.50", "null", "[1]", "{}", "true", '"old@crm.example"', '" "', '""']
 
 
-@pytest.mark.parametrize("merge", ["fill_empty", "overwrite"])
+@pytest.mark.parametrize("merge", first_quick(1, ["fill_empty", "overwrite"]))
 @pytest.mark.parametrize("cells", [TYPED_CELLS, ['"a"', "null"]])
 def test_cells_without_a_match_keep_their_json(
     tmp_path: Path, workspace: Workspace, merge: str, cells: list[str]
@@ -86,7 +87,7 @@ def test_cells_without_a_match_keep_their_json(
     assert [row["Email"] for row in workspace.read_output()] == [text or "" for text in texts]
 
 
-@pytest.mark.parametrize("merge", ["fill_empty", "overwrite"])
+@pytest.mark.parametrize("merge", first_quick(1, ["overwrite", "fill_empty"]))
 def test_matches_replace_json_cells(tmp_path: Path, workspace: Workspace, merge: str) -> None:
     """A match is a string among cells of other types."""
     cells = [None, 5, "old@crm.example", [], [1]]
@@ -103,7 +104,7 @@ def test_matches_replace_json_cells(tmp_path: Path, workspace: Workspace, merge:
     assert all("@" in cell for cell in found if cell not in cells)
 
 
-@pytest.mark.parametrize("merge", ["fill_empty", "overwrite"])
+@pytest.mark.parametrize("merge", first_quick(1, ["fill_empty", "overwrite"]))
 def test_parquet_columns_without_a_match(tmp_path: Path, workspace: Workspace, merge: str) -> None:
     """A column of text keeps its nulls and blanks. One of another type becomes text, and a null stays null."""
     frame = pl.DataFrame(

@@ -26,7 +26,7 @@ from enrich.models import DECISIONS_TO_SEND, Decision, State
 from enrich.run.context import RunOptions
 from enrich.run.plan import Plan
 from enrich.run.plan_file import SavedPlan, read_plan, write_plan
-from tests.support.cases import examples
+from tests.support.cases import examples, first_quick
 from tests.support.workspace import (
     FILE_ONLY,
     ProgramResult,
@@ -273,7 +273,7 @@ def test_rows_file_is_replaced(api: SandboxApi, workspace: Workspace) -> None:
 
 
 @FILE_ONLY
-@pytest.mark.parametrize("name", ["rows.csv", "rows.csv.gz", "rows.parquet", "rows.xlsx", "rows.jsonl"])
+@pytest.mark.parametrize("name", first_quick(2, ["rows.csv", "rows.xlsx", "rows.csv.gz", "rows.parquet", "rows.jsonl"]))
 def test_rows_file_replaces_only_rows_files(api: SandboxApi, workspace: Workspace, name: str) -> None:
     """Replaces an older file of `--rows` and an empty file in every format; any other file is exit 2 and stays."""
     workspace.write_leads(make_leads(2))
@@ -301,6 +301,7 @@ def test_rows_file_never_replaces_job_or_input(api: SandboxApi, workspace: Works
         assert path.read_bytes() == before
 
 
+@pytest.mark.long
 @FILE_ONLY
 def test_rows_file_never_replaces_a_file_of_a_run(api: SandboxApi, workspace: Workspace) -> None:
     """A rows file that names an output, rejects or an output of an earlier day is exit 2, also in a sandbox run."""

@@ -17,6 +17,7 @@ from enrich.databar.task_results import parse_data
 from enrich.job.target import TargetKind
 from enrich.ledger import bindings, queries
 from enrich.models import SettledAttempt, State
+from enrich.run.answer_kinds import count_kinds
 from enrich.run.provider_stats import ProviderStat, ProviderStats, ProviderTotals, parse_descriptions
 from tests.support.cases import in_turn
 from tests.support.ledger import CALL
@@ -60,8 +61,8 @@ def result_wrapper(email: str | None, *steps: object, provider: str | None = Non
 def stats_of(answers: Iterable[SettledAttempt], offers: Mapping[tuple[TargetKind, str], Description]) -> ProviderTotals:
     """Return the totals of these answers."""
     cascade = ProviderStats(offers)
-    for answer in answers:
-        cascade.add(answer)
+    for kind, number in count_kinds(answers):
+        cascade.add(kind, number)
     return cascade.totals()
 
 
