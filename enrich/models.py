@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from enum import StrEnum
 from itertools import repeat
@@ -108,6 +108,11 @@ def count_by_status(counts: Mapping[State, int]) -> dict[str, int]:
 MICROS_PER_CREDIT = 1_000_000
 #: Maximum valid price or balance in credits. A higher value counts as unreadable.
 MAX_CREDITS = 1_000_000_000_000
+
+
+def to_ms(duration: timedelta) -> int:
+    """Convert a duration to milliseconds."""
+    return duration // timedelta(milliseconds=1)
 
 
 def to_micros(credits_: object) -> int | None:

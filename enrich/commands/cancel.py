@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -54,5 +53,5 @@ def cancel(job_options: options.JobOptions, as_json: bool) -> int:
         click.echo(f"error: {summary.error}", err=True)
     if summary.hint:
         click.echo(f"hint: {summary.hint}", err=True)
-    click.echo(json.dumps(summary.as_json()) if as_json else "\n".join(format_cancel(job, summary)))
+    options.echo_result(summary.as_json(), format_cancel(job, summary), as_json=as_json)
     return summary.exit_code

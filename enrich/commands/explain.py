@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -200,7 +199,7 @@ def explain(job_options: options.JobOptions, row: int | None, match: str | None,
         raise click.UsageError('choose a lead with --row ROW or --match "Email=ada@engine.example"')
     job = job_options.load()
     result = explain_steps(job, row, match) if job.step_jobs else explain_leads(job, row, match)
-    click.echo(json.dumps(result, ensure_ascii=False) if as_json else "\n".join(format_explanation(result)))
+    options.echo_result(result, format_explanation(result), as_json=as_json)
 
 
 def explain_steps(job: Job, row: int | None, match: str | None) -> dict[str, Any]:

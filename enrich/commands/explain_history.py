@@ -19,7 +19,7 @@ from enrich.json_text import parse_json
 from enrich.ledger import request_history
 from enrich.ledger.database import Database
 from enrich.ledger.request_history import AttemptRow, RequestRow
-from enrich.models import RowStatus, State, iso_time, to_credits
+from enrich.models import RowStatus, State, iso_time, to_credits, to_ms
 from enrich.rows.template import RequestTemplate
 
 #: Most leads to show.
@@ -159,7 +159,7 @@ def describe_next_step(
                 return "being sent now"
             return "was being sent when the last run ended: the next run marks it as unconfirmed"
         case State.SUBMITTED:
-            expires = (last.submitted_ms or 0) + _to_ms(policy.result_ttl) if last else 0
+            expires = (last.submitted_ms or 0) + to_ms(policy.result_ttl) if last else 0
             may_be_gone = " and may have expired" if expires < now_ms else ""
             kept = f"the result is kept until about {iso_time(expires)}{may_be_gone}"
             return f"running at Databar; {kept}; the next run collects it"
@@ -167,7 +167,7 @@ def describe_next_step(
             age = policy.refresh.found if state is State.FOUND else policy.refresh.not_found
             if age is None or last is None:
                 return f"final: the job has no policy.refresh for {state}"
-            due = (last.settled_ms or 0) + _to_ms(age)
+            due = (last.settled_ms or 0) + to_ms(age)
             when = f"on {iso_time(due)}" if due > now_ms else "by the next run"
             return f"sent again {when}, by policy.refresh ({state}: {_format_duration(age)})"
         case State.FAILED | State.EXPIRED:
@@ -175,10 +175,6 @@ def describe_next_step(
             return f"{lost}sent again only with --retry {state}, which may charge again"
         case State.IN_DOUBT:
             return "decide: --retry in_doubt sends it again (may charge twice), --accept in_doubt marks it as failed"
-
-
-def _to_ms(age: timedelta) -> int:
-    return int(age.total_seconds() * 1000)
 
 
 def _format_duration(age: timedelta) -> str:

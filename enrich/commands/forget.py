@@ -31,7 +31,7 @@ from enrich.ledger.erasure import read_or_make_key
 from enrich.ledger.lock import open_exclusive
 from enrich.ledger.rescue_file import find_rescue_files
 from enrich.ledger.rescue_import import import_rescue_files, remove_imported_files
-from enrich.models import OPEN_STATES, pluralize
+from enrich.models import OPEN_STATES, pluralize, to_ms
 from enrich.rows.job_input import JobInput
 from enrich.rows.template import RequestTemplate
 from enrich.run.context import rescue_folders
@@ -86,7 +86,7 @@ def purge_answers(job: Job, older_than: timedelta) -> int:
     """Erase params and answers of requests settled longer ago. Return their number. Raises LedgerLocked."""
     now_ms = SystemClock().now_ms()
     with _open_for_erasing(job) as ledger, ledger.transaction():
-        return erasure.purge(ledger, now_ms - int(older_than.total_seconds() * 1000), now_ms)
+        return erasure.purge(ledger, now_ms - to_ms(older_than), now_ms)
 
 
 def forget_in_sandbox_state(job: Job, matches: Sequence[str], confirm: Callable[[int], bool]) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 import os
 import re
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -284,6 +285,11 @@ def short_path(path: str | None) -> str | None:
     with suppress(ValueError):
         return str(Path(path).relative_to(Path.cwd()))
     return path
+
+
+def echo_result(result: object, lines: Iterable[str], *, as_json: bool) -> None:
+    """Print the result of a command as JSON, or its lines of text."""
+    click.echo(json.dumps(result, ensure_ascii=False) if as_json else "\n".join(lines))
 
 
 def printable(text: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Iterator
 from contextlib import closing
 
@@ -97,6 +96,4 @@ def reconcile(job_options: options.JobOptions, since: int | None, as_json: bool)
     job = job_options.load()
     with options.open_access(job, use_sandbox=job_options.use_sandbox) as access:
         result = reconcile_job(job, access, since)
-    click.echo(
-        json.dumps({"exit_code": 0, **result.as_json()}) if as_json else "\n".join(format_reconciliation(result))
-    )
+    options.echo_result({"exit_code": 0, **result.as_json()}, format_reconciliation(result), as_json=as_json)

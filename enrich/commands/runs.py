@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -113,4 +112,4 @@ def _or_dash(value: float | None, style: str) -> str:
 def runs(job_options: options.JobOptions, last: int, as_json: bool) -> None:
     """List the runs of JOB, newest first. Times are UTC."""
     result = read_runs(job_options.load(), last)
-    click.echo(json.dumps(result, ensure_ascii=False) if as_json else "\n".join(format_runs(result)))
+    options.echo_result(result, format_runs(result), as_json=as_json)

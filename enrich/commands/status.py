@@ -17,7 +17,7 @@ from enrich.commands.status_watch import DEFAULT_INTERVAL_S, RunWatcher, watch_j
 from enrich.job.job import Job
 from enrich.ledger import execution_records, queries, step_results, transitions
 from enrich.ledger.database import Database, open_or_empty
-from enrich.models import count_by_status, format_elapsed, iso_time, job_title, pluralize, to_credits
+from enrich.models import count_by_status, format_elapsed, iso_time, job_title, pluralize, to_credits, to_ms
 from enrich.run.balance import choose_baseline
 from enrich.run.progress import Phase
 
@@ -44,7 +44,7 @@ def _build_status(job: Job, ledger: Database) -> dict[str, Any]:
     counts = queries.state_counts(ledger)
     spent, unknown = queries.spent_totals(ledger)
     tasks = transitions.submitted_tasks(ledger)
-    ttl_ms = int(job.model.policy.result_ttl.total_seconds() * 1000)
+    ttl_ms = to_ms(job.model.policy.result_ttl)
     executions = execution_records.list_executions(ledger, job.name, SHOWN_EXECUTIONS)
     view = RunWatcher(job).read_view()
     may_run = view.status in (RunStatus.RUNNING, RunStatus.NO_HEARTBEAT)
@@ -231,9 +231,6 @@ def status(job_options: options.JobOptions, watching: bool, every: float | None,
     if every is not None:
         raise click.UsageError("--every needs --watch")
     result = read_status(job)
-    if as_json:
-        click.echo(json.dumps(result, ensure_ascii=False))
-    else:
-        watch_command = f"enrich status {job_options.arguments(as_typed=True).ledger_args} --watch"
-        click.echo("\n".join(format_status(result, watch_command)))
+    watch_command = f"enrich status {job_options.arguments(as_typed=True).ledger_args} --watch"
+    options.echo_result(result, format_status(result, watch_command), as_json=as_json)
     return 0

@@ -23,6 +23,7 @@ from enrich.ledger import execution_records, queries
 from enrich.ledger.database import ledger_exists, open_existing
 from enrich.ledger.execution_records import ExecutionRow
 from enrich.ledger.lock import is_locked
+from enrich.models import to_ms
 from enrich.run.progress import read_snapshot
 
 #: A run writes a heartbeat every 2 s. A busy disk may delay it up to this time (seconds).
@@ -56,7 +57,7 @@ class RunWatcher:
     def read_view(self) -> RunView:
         """Read the current state. Raises CommandRefused if the file is not a ledger or cannot be read."""
         job, now_ms = self.job, SystemClock().now_ms()
-        ttl_ms = int(job.model.policy.result_ttl.total_seconds() * 1000)
+        ttl_ms = to_ms(job.model.policy.result_ttl)
         if not ledger_exists(job.ledger):
             return RunView(job.name, job.ledger, ttl_ms, now_ms, RunStatus.NO_LEDGER, sandbox=job.sandbox)
         lock_held = is_locked(job.ledger)  # before reading: a run that ends meanwhile was not killed

@@ -14,9 +14,8 @@ from enrich.databar.clock import SystemClock
 from enrich.databar.credentials import ApiAccess
 from enrich.databar.description import Description, Enrichment, Param, Provider, Waterfall
 from enrich.errors import JobError, JobRejected
-from enrich.job.name_hints import suggest_name
 from enrich.job.target import Target, TargetKind
-from enrich.run.preflight import retry_until
+from enrich.run.preflight import retry_until, suggest_target
 from enrich.run.run_state import Timeouts
 
 
@@ -32,18 +31,16 @@ def list_descriptions(access: ApiAccess, kind: TargetKind, query: str | None = N
 
 def read_description(access: ApiAccess, target: Target) -> Description:
     """Fetch one description. Raises JobError for an unknown target, ApiUnreachable and ApiKeyRejected."""
-    return asyncio.run(_fetch_description(access, target))
 
+    async def fetch() -> Description:
+        async with Client(access, SystemClock()) as client:
+            try:
+                return await retry_until(lambda: client.get_description(target), Timeouts().startup_s)
+            except JobRejected as error:
+                hint = await suggest_target(client, target, Timeouts().startup_s)
+                raise JobError(f"the API has no {target.kind} `{target.id}`", hint) from error
 
-async def _fetch_description(access: ApiAccess, target: Target) -> Description:
-    at_most_s = Timeouts().startup_s
-    async with Client(access, SystemClock()) as client:
-        try:
-            return await retry_until(lambda: client.get_description(target), at_most_s)
-        except JobRejected as error:
-            known = await retry_until(lambda: client.list_descriptions(target.kind), at_most_s)
-            hint = suggest_name(target.id, [each.identifier for each in known])
-            raise JobError(f"the API has no {target.kind} `{target.id}`", hint) from error
+    return asyncio.run(fetch())
 
 
 def format_list(available: Sequence[Description]) -> Iterator[str]:

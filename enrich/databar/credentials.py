@@ -38,17 +38,8 @@ def find_access(environ: Mapping[str, str], home: Path) -> ApiAccess:
 
 
 def find_base_url(environ: Mapping[str, str]) -> str:
-    """Read `DATABAR_BASE_URL`. Raises JobError if the key would be sent unencrypted."""
-    return check_base_url(environ.get("DATABAR_BASE_URL", "").strip() or DEFAULT_BASE_URL)
-
-
-def host_of(base_url: str) -> str:
-    """Return the host of a URL, without the port."""
-    return urlsplit(base_url).hostname or ""
-
-
-def check_base_url(base_url: str) -> str:
-    """Return the URL without trailing slashes. Raises JobError if the key would be sent unencrypted."""
+    """Read `DATABAR_BASE_URL`, without trailing slashes. Raises JobError if the key would be sent unencrypted."""
+    base_url = environ.get("DATABAR_BASE_URL", "").strip() or DEFAULT_BASE_URL
     try:
         parts = urlsplit(base_url)
         _ = parts.port  # raises if the port is not a number
@@ -61,6 +52,11 @@ def check_base_url(base_url: str) -> str:
             f"remove it to use {DEFAULT_BASE_URL}, or use the one that `enrich sandbox` prints",
         )
     return base_url.rstrip("/")
+
+
+def host_of(base_url: str) -> str:
+    """Return the host of a URL, without the port."""
+    return urlsplit(base_url).hostname or ""
 
 
 #: Hint where no key is set.

@@ -6,10 +6,10 @@ invalid items. An object without its key field (`identifier`, `id` or `name`) is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Annotated, Any, TypeAlias, TypeVar
+from typing import Annotated, Any, ClassVar, TypeAlias, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
 
@@ -157,6 +157,10 @@ Providers = Annotated[list[Provider], BeforeValidator(partial(_read_list, Provid
 class Waterfall(LenientModel):
     """The API's description of a waterfall."""
 
+    #: No param multiplies its price, and it has no pages.
+    priced_by: ClassVar[None] = None
+    is_paginated: ClassVar[None] = None
+
     identifier: TextLine
     name: TextLine = ""
     description: TextLine | None = None
@@ -171,16 +175,6 @@ class Waterfall(LenientModel):
         """The target that it describes, without its providers."""
         return Target(TargetKind.WATERFALL, self.identifier)
 
-    @property
-    def priced_by(self) -> None:
-        """The param that multiplies the price: none."""
-        return
-
-    @property
-    def is_paginated(self) -> None:
-        """Whether it has pages: it has none to choose."""
-        return
-
     def called_providers(self, target: Target) -> list[Provider]:
         """Return the providers that a target names, in order."""
         offered = {provider.id: provider for provider in self.available_enrichments}
@@ -188,12 +182,9 @@ class Waterfall(LenientModel):
 
     def verifier(self, target: Target) -> Provider | None:
         """Return the verifier that a target names."""
-        number = target.email_verifier
-        return (
-            None
-            if number is None
-            else next((each for each in self.email_verifiers if each.id == number), Provider(id=number))
-        )
+        if (number := target.email_verifier) is None:
+            return None
+        return next((each for each in self.email_verifiers if each.id == number), Provider(id=number))
 
     def highest_price(self, target: Target) -> int | None:
         """Return the price when every provider is called and each match verified, in millionths; None: unknown."""
@@ -220,6 +211,10 @@ class Pages(LenientModel):
 
 class Enrichment(LenientModel):
     """The API's description of an enrichment. A list of the API has no params and no fields."""
+
+    #: What it finds cannot be verified.
+    is_email_verifying: ClassVar[bool] = False
+    email_verifiers: ClassVar[Sequence[Provider]] = ()
 
     id: int
     name: TextLine = ""
@@ -255,16 +250,6 @@ class Enrichment(LenientModel):
     def available_enrichments(self) -> list[Provider]:
         """Its one source."""
         return [Provider(id=self.id, name=self.name, price=self.price)]
-
-    @property
-    def is_email_verifying(self) -> bool:
-        """Whether what it finds can be verified: it cannot."""
-        return False
-
-    @property
-    def email_verifiers(self) -> list[Provider]:
-        """The verifiers: none."""
-        return []
 
     @property
     def priced_by(self) -> str | None:
@@ -329,7 +314,7 @@ def description_changes(before: Description, now: Description) -> Iterator[str]:
         yield f"pages: now {'each with its price' if now.is_paginated else 'none'}"
 
 
-def _provider_changes(kind: str, before: list[Provider], now: list[Provider]) -> Iterator[str]:
+def _provider_changes(kind: str, before: Sequence[Provider], now: Sequence[Provider]) -> Iterator[str]:
     old, new = {each.id: each for each in before}, {each.id: each for each in now}
     for number in [*old, *(number for number in new if number not in old)]:
         name = f"{kind} {number} {(new.get(number) or old[number]).name}".rstrip()

@@ -157,7 +157,8 @@ class _Lines:
         self._check_length(self._first)
         named = _SEPARATOR_LINE.fullmatch(self._first)
         self.separator = named[1] if named else source.separator
-        self._skipped = bool(named)
+        #: The number of the line in the file that is the reader's first.
+        self.first_line_number = 2 if named else 1
         #: Characters read so far, up to a block more than the reader used.
         self.characters = 0
         #: Whether they have a NUL.
@@ -167,25 +168,18 @@ class _Lines:
         """Return a CSV reader of the lines."""
         return csv.reader(chain.from_iterable(self._blocks()), delimiter=self.separator, strict=True)
 
-    def first_line_number(self) -> int:
-        """Return the number of the line in the file that is the reader's first."""
-        return 2 if self._skipped else 1
-
     def _blocks(self) -> Iterator[Iterable[str]]:
         """Yield the lines in blocks: a block is divided without Python code for each line."""
-        if not self._skipped:
+        if self.first_line_number == 1:
             self._count(self._first)
             yield [self._first]
-        while block := self._next_block():
+        # Whole lines: some characters, and the rest of the last line.
+        while block := self._text.read(_BLOCK_CHARACTERS) + self._text.readline(MAX_LINE_CHARACTERS + 1):
             self._count(block)
             if len(block) > MAX_LINE_CHARACTERS:
                 for line in _divide(block):
                     self._check_length(line)
             yield _divide(block)
-
-    def _next_block(self) -> str:
-        """Read whole lines: some characters, and the rest of the last line."""
-        return self._text.read(_BLOCK_CHARACTERS) + self._text.readline(MAX_LINE_CHARACTERS + 1)
 
     def _count(self, text: str) -> None:
         self.characters += len(text)
@@ -280,7 +274,7 @@ def _first_problem(source: TableFile) -> FileProblem:
     row = 0
     with _open_csv(source) as lines, raised_cell_limit():
         reader = lines.reader()
-        line = first_line = lines.first_line_number()
+        line = first_line = lines.first_line_number
         try:
             for found in reader:
                 cells = found or ([""] if len(header) == 1 else [])

@@ -56,7 +56,7 @@ def find_input_files(location: Location, settings: Input) -> list[InputFile]:
         if location.exists() and not (location.is_file() or location.is_dir()):
             raise FileProblem(f"{location} is a pipe or a device, not a file", "pipe the leads in: --input -")
         found = [InputFile(path, settings) for path in find_paths(location)]
-    if [leaf.location for leaf in found] == [location]:
+    if [file.location for file in found] == [location]:
         return found
     if not found and is_pattern(location):
         raise FileProblem(f"{location}: no file matches", "check the pattern, which is relative to the job file")
@@ -65,11 +65,11 @@ def find_input_files(location: Location, settings: Input) -> list[InputFile]:
     return _check_consistent(
         [
             replace(
-                leaf,
-                partition_values=_partition_values(location, leaf.location),
-                settings=_file_settings(settings, leaf),
+                file,
+                partition_values=_partition_values(location, file.location),
+                settings=_file_settings(settings, file),
             )
-            for leaf in found
+            for file in found
         ]
     )
 

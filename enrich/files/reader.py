@@ -49,7 +49,7 @@ def read_metadata(input_files: Sequence[InputFile], copies: LocalCopies) -> list
     """Read the metadata of the files, several in parallel. Raises FileProblem, CommandRefused."""
     if len(input_files) == 1:
         return [_read_metadata(input_files[0], copies)]
-    with ThreadPoolExecutor(FILES_AT_ONCE, "outline") as pool:
+    with ThreadPoolExecutor(FILES_AT_ONCE, "metadata") as pool:
         return list(pool.map(lambda file: _read_metadata(file, LocalCopies()), input_files))
 
 
@@ -275,11 +275,11 @@ class InputTable:
 
         `row_counter` counts the rows of files without a row count in their metadata.
         """
-        unknown = [leaf for leaf in self.input_files if leaf not in self._known_row_counts]
+        unknown = [file for file in self.input_files if file not in self._known_row_counts]
         with as_refused():
             rows = row_counter(unknown)
         row_counts = self._known_row_counts | dict(zip(unknown, rows, strict=True))
-        return divide_files((leaf, row_counts[leaf]) for leaf in self.input_files)
+        return divide_files((file, row_counts[file]) for file in self.input_files)
 
     def _has_same_rows(self) -> bool:
         """Download the input again, and check whether it has the same cells. True if it cannot be read now."""

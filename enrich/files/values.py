@@ -94,6 +94,11 @@ def text_frame(frame: pl.DataFrame) -> pl.DataFrame:
     return pl.DataFrame({column.name: as_text(column) for column in frame.get_columns()})
 
 
+def numbered_frame(columns: Iterable[pl.Series]) -> pl.DataFrame:
+    """Return columns named by their number: polars would take a name such as `^a.*$` for a pattern."""
+    return pl.DataFrame([column.alias(str(number)) for number, column in enumerate(columns)])
+
+
 def json_cells(column: pl.Series) -> list[str]:
     """Convert every cell of a column to JSON text."""
     if column.dtype == JSON_TYPE:

@@ -19,6 +19,7 @@ from enrich.files.csv_format import CsvWriter
 from enrich.files.discovery import find_paths
 from enrich.files.text import as_refused
 from enrich.files.values import as_text, text_frame
+from enrich.job.file_names import is_same_file
 from enrich.job.locations import InputLocation, Location, ObjectUrl, format_of, is_dataset
 from enrich.job.spec import Output
 
@@ -74,7 +75,7 @@ def _check_not_input(target: Path, input_location: InputLocation, kind: str) -> 
     with as_refused():
         paths = find_paths(input_location)
     for path in paths:
-        if target == path or (target.exists() and path.exists() and target.samefile(path)):
+        if is_same_file(target, path):
             raise JobError(f"{target}: the {kind} would replace the input", f"choose another `{kind}`")
 
 

@@ -22,7 +22,7 @@ def real_path(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def is_same_file(one: InputLocation, other: InputLocation) -> bool:
+def is_same_file(one: InputLocation | LedgerLocation, other: InputLocation | LedgerLocation) -> bool:
     """Check whether two locations are the same file, also through links."""
     if isinstance(one, Path) and isinstance(other, Path):
         with suppress(OSError):  # one of them is missing or not accessible

@@ -14,6 +14,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from enrich.errors import CommandRefused
+from enrich.job.file_names import is_same_file
 from enrich.job.locations import LedgerLocation
 from enrich.ledger import verify
 from enrich.ledger.database import Database, delete_ledger, ledger_exists, open_existing
@@ -58,7 +59,7 @@ def copy_ledger(source: LedgerLocation, target: LedgerLocation) -> CopyResult:
     The key for the hashes of forgotten people is copied too. Raises CommandRefused, and LedgerLocked while a run holds
     either ledger.
     """
-    if source == target or (isinstance(source, Path) and isinstance(target, Path) and _is_same_file(source, target)):
+    if is_same_file(source, target):
         raise CommandRefused(f"{target}: this is the ledger itself", "choose another location for the copy")
     with (
         closing(open_existing(source, skip_integrity_check=True)) as reader,
@@ -77,10 +78,6 @@ def copy_ledger(source: LedgerLocation, target: LedgerLocation) -> CopyResult:
     return replace(result, key=key)
 
 
-def _is_same_file(source: Path, target: Path) -> bool:
-    return source.exists() and target.exists() and source.samefile(target)
-
-
 def _copied_columns(db: Database, table: str) -> list[str]:
     """Return the columns of a table that are copied."""
     described = db.execute(f"SELECT * FROM {table} LIMIT 0").description or ()
@@ -93,11 +90,6 @@ def _all_rows(db: Database, table: str, columns: list[str]) -> Iterator[tuple[An
         name + (db.dialect.byte_order if name in _TEXT_KEY_COLUMNS else "") for name in COPIED_TABLES[table]
     )
     return db.stream(f"SELECT {', '.join(columns)} FROM {table} ORDER BY {order}")
-
-
-def _is_empty(db: Database) -> bool:
-    """Return whether all copied tables are empty."""
-    return not any(db.exists(f"FROM {table}") for table in COPIED_TABLES)
 
 
 @contextmanager
@@ -118,7 +110,7 @@ def _created_target(location: LedgerLocation) -> Iterator[Database]:
 
 def _copy_tables(reader: Database, writer: Database) -> CopyResult:
     """Copy all tables and read them back. Raises CommandRefused when the copy differs or violates an invariant."""
-    if not _is_empty(writer):
+    if any(writer.exists(f"FROM {table}") for table in COPIED_TABLES):
         raise CommandRefused(f"{writer.location}: this ledger is not empty", "choose another location for the copy")
     columns = {table: _copied_columns(reader, table) for table in COPIED_TABLES}
     source_digests, target_digests = ({table: _TableDigest() for table in COPIED_TABLES} for _ in range(2))

@@ -83,9 +83,7 @@ def release_tasks(db: Database) -> None:
 
 
 def written_off_tasks(db: Database, since_ms: int, *, only_queued: bool = False) -> list[Task]:
-    """Return written-off tasks whose result a free GET may find, nearest expiry first.
-
-    These are tasks in doubt, and tasks that expired by a 404.
+    """Return written-off tasks whose result a free GET may find, nearest expiry first: in doubt, or expired by a 404.
 
     `since_ms`: submitted after that (ms). `only_queued`: only those whose request is queued to be sent again. No
     other attempt has the task's id. A bulk task is left out when one of its requests was sent again meanwhile.

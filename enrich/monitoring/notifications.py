@@ -1,16 +1,103 @@
-"""Sends notifications through Apprise (optional extra) when action is required."""
+"""Tells others how a run ended: pings a healthcheck, and sends notifications. Never blocks the run."""
 
 from __future__ import annotations
 
 import logging
+import threading
+import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from uuid import uuid4
 
+import httpx
 from msgspec import Struct
 
+from enrich.databar.web_client import open_web_client
+from enrich.errors import Interrupted, JobError
+from enrich.exit_codes import NEUTRAL_CODES, SUCCESS_CODES
 from enrich.extras import install_hint
 from enrich.job.bounded_read import read_text
-from enrich.monitoring.healthcheck import BackgroundTask
+
+
+class BackgroundTask:
+    """Work in a daemon thread: it ends when the program ends."""
+
+    def __init__(self, work: Callable[[], str | None]) -> None:
+        """Start the thread. `work` returns a problem, or None."""
+        self._work = work
+        self._problem: str | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._problem = self._work()
+        except Exception as error:  # noqa: BLE001 - no error may harm the run; the error's text may hold secrets
+            self._problem = type(error).__name__
+
+    def wait(self, seconds: float) -> str | None:
+        """Wait up to `seconds`; return the problem, or None. A signal ends the wait, not the program."""
+        try:
+            self._thread.join(max(0.0, seconds))
+        except (KeyboardInterrupt, Interrupted):
+            return "not waited for"
+        return "it took too long" if self._thread.is_alive() else self._problem
+
+
+TRIES = 3
+REQUEST_TIMEOUT_S = 5.0
+RETRY_PAUSE_S = 0.5
+#: The end of a run waits this long for its pings.
+END_TIMEOUT_S = 10.0
+
+
+class Healthcheck:
+    """The pings of one run, which share a run id. Only the URL's host may be shown: the path is a secret."""
+
+    def __init__(self, url: str) -> None:
+        """Parse the URL. Raises ValueError, without the URL in its text, when it is invalid."""
+        try:
+            self._url = httpx.URL(url)
+        except httpx.InvalidURL:
+            raise ValueError("must be a web address") from None
+        self._run_id = str(uuid4())
+        self._start_ping: BackgroundTask | None = None
+
+    def start(self) -> None:
+        """Ping the start of a run, without waiting."""
+        self._start_ping = BackgroundTask(lambda: self._ping("/start", ""))
+
+    def end(self, code: int, text: str) -> str | None:
+        """Ping the end of a run with its exit code; return the problem, or None when all pings arrived."""
+        if code in NEUTRAL_CODES:
+            return None
+        deadline = time.monotonic() + END_TIMEOUT_S
+        start_problem = self._start_ping.wait(END_TIMEOUT_S / 2) if self._start_ping else None
+        path = "" if code in SUCCESS_CODES else "/fail"
+        problem = BackgroundTask(lambda: self._ping(path, text)).wait(deadline - time.monotonic()) or start_problem
+        return f"the healthcheck at {self._url.host} could not be pinged: {problem}" if problem else None
+
+    def _ping(self, path: str, text: str) -> str | None:
+        url = self._url.copy_with(path=self._url.path.rstrip("/") + path).copy_merge_params({"rid": self._run_id})
+        problem: str | None = None
+        try:
+            http = open_web_client(str(url), timeout_s=REQUEST_TIMEOUT_S, follow_redirects=True)
+        except JobError as error:
+            return error.message
+        with http:
+            for number in range(TRIES):
+                time.sleep(RETRY_PAUSE_S * number)
+                try:
+                    response = http.post(url, content=text.encode())
+                except httpx.HTTPError as error:
+                    problem = type(error).__name__  # the error's text may hold the URL
+                    continue
+                problem = None if response.is_success else f"HTTP {response.status_code}"
+                if not response.is_server_error:
+                    break
+        return problem
+
 
 SEND_TIMEOUT_S = 20.0
 GROUP_AND_OTHERS = 0o077

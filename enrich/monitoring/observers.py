@@ -25,8 +25,7 @@ from enrich.run.progress import Progress
 from enrich.run.summary import RunSummary, format_summary
 
 if TYPE_CHECKING:
-    from enrich.monitoring.healthcheck import Healthcheck
-    from enrich.monitoring.notifications import Notifier
+    from enrich.monitoring.notifications import Healthcheck, Notifier
 
 SUCCESS_SAMPLE = ("enrich_last_success_timestamp_seconds", "")
 
@@ -60,7 +59,7 @@ class RunObservers:
         if job.sandbox:
             return
         if model.healthcheck is not None:
-            from enrich.monitoring.healthcheck import Healthcheck  # noqa: PLC0415 - its HTTP client is slow to import
+            from enrich.monitoring.notifications import Healthcheck  # noqa: PLC0415 - its HTTP client is slow to import
 
             try:
                 self._healthcheck = Healthcheck(model.healthcheck)

@@ -16,7 +16,7 @@ from enrich.databar.clock import Clock, SystemClock
 from enrich.databar.credentials import ApiAccess
 from enrich.job.job import Job
 from enrich.job.locations import Location
-from enrich.models import RequestSelection, State, to_micros
+from enrich.models import RequestSelection, State, to_micros, to_ms
 from enrich.run.progress import Progress
 from enrich.run.run_state import Timeouts
 
@@ -137,7 +137,7 @@ class RunContext(Struct, frozen=True):
 
     def results_kept_since_ms(self) -> int:
         """Return the earliest time of submission (UTC, ms) whose results the API still keeps."""
-        return self.environment.clock.now_ms() - int(self.job.model.policy.result_ttl.total_seconds() * 1000)
+        return self.environment.clock.now_ms() - to_ms(self.job.model.policy.result_ttl)
 
 
 class RunFiles(Struct, frozen=True):
@@ -172,9 +172,7 @@ def select_requests(job: Job, options: RunOptions, now_ms: int) -> RequestSelect
     ages = {State.FOUND: refresh.found, State.NOT_FOUND: refresh.not_found}
     return RequestSelection(
         retry=options.retry,
-        refresh_before_ms={
-            state: now_ms - int(age.total_seconds() * 1000) for state, age in ages.items() if age is not None
-        },
+        refresh_before_ms={state: now_ms - to_ms(age) for state, age in ages.items() if age is not None},
         max_per_group=None if job.model.caps is None else job.model.caps.max,
         sample=options.sample,
         seed=options.seed,

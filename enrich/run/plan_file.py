@@ -160,10 +160,8 @@ def write_plan(path: Path, plan: SavedPlan) -> Path:
     if path.exists() and not path.is_file():
         raise CommandRefused(f"{path}: the plan cannot be written: it is not a file")
     try:
-        if path.exists() and path.stat().st_size and plan.sandbox and not read_plan(path).sandbox:
+        if path.exists() and path.stat().st_size and not read_plan(path).sandbox and plan.sandbox:
             return write_plan(path.with_name(sandbox_file_name(path.name)), plan)
-        if path.exists() and path.stat().st_size:
-            read_plan(path)
     except EnrichError as error:
         raise JobError(f"{path}: this file exists and is not a plan", "choose another name for the plan") from error
     try:

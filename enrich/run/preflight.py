@@ -215,10 +215,14 @@ async def _fetch_description(client: Client, job: Job, timeout_s: float) -> Desc
     try:
         return await retry_until(lambda: client.get_description(target), timeout_s)
     except JobRejected as error:
-        known = await retry_until(lambda: client.list_descriptions(target.kind), timeout_s)
-        hint = suggest_name(target.id, [each.identifier for each in known])
-        hint = hint or f"`enrich {target.kind}s` lists them"
+        hint = await suggest_target(client, target, timeout_s) or f"`enrich {target.kind}s` lists them"
         raise job.error([target.kind.value], f"the API has no {target.kind} `{target.id}`", hint) from error
+
+
+async def suggest_target(client: Client, target: Target, timeout_s: float) -> str | None:
+    """Return a hint that names the target with the most similar id; None: there is none."""
+    known = await retry_until(lambda: client.list_descriptions(target.kind), timeout_s)
+    return suggest_name(target.id, [each.identifier for each in known])
 
 
 def _choose_providers(

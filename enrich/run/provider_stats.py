@@ -9,13 +9,12 @@ provider: it was called for every answer, and its price is the answer's.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from msgspec import Struct
-from msgspec.structs import asdict
 from pydantic import ValidationError
 
 from enrich.databar.description import Description, Enrichment, parse_description
@@ -28,7 +27,8 @@ from enrich.run.answer_kinds import AnswerKind, Step
 PROVIDER_KEYS = {"reported": "asked", "inferred": "presumed"}
 
 
-class ProviderStat(Struct, frozen=True):
+@dataclass(slots=True)
+class ProviderStat:
     """One provider, or a verifier, over some answers; `credits` in millionths.
 
     `reported` calls are in the answers. `inferred` ones are those of answers without a match that do not report their
@@ -63,7 +63,8 @@ class ProviderStat(Struct, frozen=True):
         return {PROVIDER_KEYS.get(name, name): value for name, value in self.in_credits().items()}
 
 
-class ProviderTotals(Struct, frozen=True):
+@dataclass(slots=True)
+class ProviderTotals:
     """All providers in the order of their calls, and what the answers do not report; credits in millionths.
 
     `answers` were counted, `failed` of them failures; for `not_reported` the providers are unknown. `unattributed` was
@@ -80,61 +81,41 @@ class ProviderTotals(Struct, frozen=True):
 
 
 @dataclass(slots=True)
-class _ProviderCounter:
-    verifies: bool = False
-    reported: int = 0
-    inferred: int = 0
-    found: int = 0
-    rejected: int = 0
-    credits: int = 0
-    #: Sum of its positions in the waterfalls that the answers report, from 0.
-    position_sum: int = 0
-
-
-@dataclass(slots=True)
 class ProviderStats:
     """Adds up answers. `descriptions` are those that the API last gave, by kind and id."""
 
     descriptions: Mapping[tuple[TargetKind, str], Description]
-    _counters: dict[str, _ProviderCounter] = field(default_factory=dict)
+    _totals: ProviderTotals = field(default_factory=ProviderTotals)
+    _providers: dict[str, ProviderStat] = field(default_factory=dict)
+    #: The sum of the positions that each provider has in the waterfalls of the answers, from 0.
+    _position_sums: Counter[str] = field(default_factory=Counter)
     _providers_by_call: dict[str, tuple[list[tuple[str, frozenset[str]]], str | None]] = field(default_factory=dict)
     _sources: dict[str, str | None] = field(default_factory=dict)
-    _answers: int = 0
-    _found: int = 0
-    _failed: int = 0
-    _not_reported: int = 0
-    _spent: int = 0
-    _attributed: int = 0
 
     def add(self, kind: AnswerKind, answers: int) -> None:
         """Count answers of one kind. Attempts without one (expired or unconfirmed) add only their cost."""
-        self._spent += (kind.paid or 0) * answers
+        totals, paid = self._totals, (kind.paid or 0) * answers
+        totals.spent += paid
+        totals.unattributed += paid
         if kind.state not in {State.FOUND, State.NOT_FOUND, State.FAILED}:
             return
-        self._answers += answers
-        self._found += answers if kind.state == State.FOUND else 0
-        self._failed += answers if kind.state == State.FAILED else 0
+        totals.answers += answers
+        totals.found += answers if kind.state == State.FOUND else 0
+        totals.failed += answers if kind.state == State.FAILED else 0
         if (source := self._source(kind.call)) is not None:
             self._add_source(source, kind, answers)
         elif steps := [step for step in kind.steps if not is_blank(step.provider)]:
             self._add_steps(steps, kind, answers)
         elif kind.state == State.FAILED or not self._infer_providers(kind, answers):
-            self._not_reported += answers
+            totals.not_reported += answers
 
     def totals(self) -> ProviderTotals:
         """Return the totals."""
-        names = sorted(self._counters, key=self._sort_key)
-        providers = [
-            ProviderStat(
-                name, count.verifies, count.reported, count.inferred, count.found, count.rejected, count.credits
-            )
-            for name in names
-            for count in (self._counters[name],)
-        ]
-        unattributed = self._spent - self._attributed
-        return ProviderTotals(
-            providers, self._answers, self._found, self._not_reported, self._spent, unattributed, self._failed
-        )
+        providers = [replace(each) for each in sorted(self._providers.values(), key=self._sort_key)]
+        return replace(self._totals, providers=providers)
+
+    def _provider(self, name: str) -> ProviderStat:
+        return self._providers.setdefault(name, ProviderStat(name))
 
     def _source(self, call: str) -> str | None:
         """Return the name of the enrichment of a call; None for a waterfall."""
@@ -146,11 +127,11 @@ class ProviderStats:
         return self._sources[call]
 
     def _add_source(self, name: str, kind: AnswerKind, answers: int) -> None:
-        count = self._counters.setdefault(name, _ProviderCounter())
-        count.reported += answers
-        count.found += answers if kind.state == State.FOUND else 0
-        count.credits += (kind.paid or 0) * answers
-        self._attributed += (kind.paid or 0) * answers
+        provider = self._provider(name)
+        provider.reported += answers
+        provider.found += answers if kind.state == State.FOUND else 0
+        provider.credits += (kind.paid or 0) * answers
+        self._totals.unattributed -= (kind.paid or 0) * answers
 
     def _add_steps(self, steps: Sequence[Step], kind: AnswerKind, answers: int) -> None:
         _, verifier = self._call_providers(kind.call)
@@ -160,12 +141,12 @@ class ProviderStats:
         verifiers = set()
         for step in steps:
             name = step.provider
-            count = self._counters.setdefault(name, _ProviderCounter())
+            provider = self._provider(name)
             cost = to_micros(step.cost) or 0
-            count.credits += cost * answers
-            self._attributed += cost * answers if kind.paid is not None else 0
+            provider.credits += cost * answers
+            self._totals.unattributed -= cost * answers if kind.paid is not None else 0
             if name == verifier or str(step.action).lower().startswith("verif"):
-                count.verifies = True
+                provider.verifies = True
                 verifiers.add(name)
                 if previous is not None:
                     verified[previous] = None
@@ -175,18 +156,16 @@ class ProviderStats:
         # A verifier does not find the answer. The provider before it did.
         winner = previous if kind.provider in verifiers else kind.provider
         found = winner if kind.state == State.FOUND else None
-        if found is not None and found not in called:
-            self._counters.setdefault(found, _ProviderCounter())
-            called[found] = None
-        for position, name in enumerate(called):
-            self._counters[name].reported += answers
-            self._counters[name].position_sum += position * answers
-        for name in verifiers - called.keys():
-            self._counters[name].reported += answers
-        for name in verified:
-            self._counters[name].rejected += answers if name != winner else 0
         if found is not None:
-            self._counters[found].found += answers
+            self._provider(found).found += answers
+            called.setdefault(found)
+        for position, name in enumerate(called):
+            self._providers[name].reported += answers
+            self._position_sums[name] += position * answers
+        for name in verifiers - called.keys():
+            self._providers[name].reported += answers
+        for name in verified:
+            self._providers[name].rejected += answers if name != winner else 0
 
     def _infer_providers(self, kind: AnswerKind, answers: int) -> bool:
         """Infer the providers that a waterfall called for answers without steps. Returns whether they are known."""
@@ -196,11 +175,10 @@ class ProviderStats:
             return False
         for position, (name, needed) in enumerate(providers):
             if needed <= frozenset(kind.sent) or name == kind.provider:
-                count = self._counters.setdefault(name, _ProviderCounter())
-                count.inferred += answers
-                count.position_sum += position * answers
+                self._provider(name).inferred += answers
+                self._position_sums[name] += position * answers
             if found and name == kind.provider:
-                self._counters[name].found += answers
+                self._providers[name].found += answers
                 break
         return True
 
@@ -219,10 +197,10 @@ class ProviderStats:
         providers = [(each.name, frozenset(each.params)) for each in called] if all_known else []
         return providers, None if verifier is None else verifier.name or None
 
-    def _sort_key(self, name: str) -> tuple[bool, float, str]:
+    def _sort_key(self, each: ProviderStat) -> tuple[bool, float, str]:
         """Sort providers by their average position; verifiers come last."""
-        count = self._counters[name]
-        return count.verifies, count.position_sum / max(1, count.reported + count.inferred), name
+        position = self._position_sums[each.name] / max(1, each.reported + each.inferred)
+        return each.verifies, position, each.name
 
 
 def parse_descriptions(

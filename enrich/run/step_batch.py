@@ -13,6 +13,7 @@ import polars as pl
 from msgspec import Struct
 from msgspec.structs import replace
 
+from enrich.files.values import numbered_frame
 from enrich.job.job import Job
 from enrich.ledger import step_results
 from enrich.ledger.database import Database
@@ -138,8 +139,7 @@ def identities(text: pl.DataFrame, sent: Sequence[str]) -> Identities:
 def _joined(text: pl.DataFrame, columns: Sequence[str]) -> pl.Series:
     if not columns:
         return pl.repeat("", text.height, dtype=pl.String, eager=True)
-    # Columns are numbered: polars would take a name such as `^a.*$` for a pattern.
-    cells = pl.DataFrame([text.get_column(name).alias(str(number)) for number, name in enumerate(columns)])
+    cells = numbered_frame(map(text.get_column, columns))
     return cells.select(pl.concat_str(pl.all().fill_null(""), separator="\x1f")).to_series()
 
 

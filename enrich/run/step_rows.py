@@ -11,7 +11,7 @@ import polars as pl
 from msgspec import Struct
 from msgspec.structs import replace
 
-from enrich.files.values import as_text, json_where_no_text
+from enrich.files.values import as_text, json_where_no_text, numbered_frame
 from enrich.job.cell_text import blank_cells
 from enrich.job.job import Job
 from enrich.job.steps import STEP_FIELDS, step_column
@@ -267,8 +267,7 @@ def _blank_from_step(step: Step, batch: RowBatch) -> list[bool]:
         return [False] * len(batch.statuses)
     if not required:
         return [True] * len(batch.statuses)
-    lacking = pl.DataFrame([cells.alias(str(number)) for number, cells in enumerate(required)])
-    return (~lacking.select(pl.any_horizontal(pl.all())).to_series()).to_list()
+    return (~numbered_frame(required).select(pl.any_horizontal(pl.all())).to_series()).to_list()
 
 
 def join_step(ledger: Database, step: Step, step_batch: StepBatch, *, bill: bool) -> JoinedStep:
@@ -306,24 +305,18 @@ def row_cells(
         of_step = {step_column(step.name, name): step.cells[f"enrich_{name}"] for name in STEP_FIELDS}
         cells |= {name: column.alias(name) for name, column in of_step.items()}
     complete = job.complete or tuple(joined[-1].columns)
-    blank = [
-        blank_cells(text.get_column(name), job.model.placeholders).alias(str(number))
-        for number, name in enumerate(complete)
-    ]
-    is_complete = (~pl.DataFrame(blank).select(pl.any_horizontal(pl.all())).to_series()).to_list()
+    blank = numbered_frame(blank_cells(text.get_column(name), job.model.placeholders) for name in complete)
+    is_complete = (~blank.select(pl.any_horizontal(pl.all())).to_series()).to_list()
     statuses = zip(*(step.cells["enrich_status"] for step in joined), strict=True)
     rows = zip(statuses, is_complete, strict=True)
     row_statuses = [row_status(row, is_complete=done).value for row, done in rows]
-    errors = pl.DataFrame(
-        [(step.name + ": " + step.cells["enrich_error"]).alias(str(number)) for number, step in enumerate(joined)]
-    )
-    prices = pl.DataFrame([step.cells["enrich_credits"].alias(str(number)) for number, step in enumerate(joined)])
-    reason = pl.concat_str(pl.all(), separator="; ", ignore_nulls=True)
-    total = pl.when(pl.any_horizontal(pl.all().is_not_null())).then(pl.sum_horizontal(pl.all()).round(6))
+    is_any_known = pl.any_horizontal(pl.all().is_not_null())
+    errors = numbered_frame(step.name + ": " + step.cells["enrich_error"] for step in joined)
+    prices = numbered_frame(step.cells["enrich_credits"] for step in joined)
+    reason = pl.when(is_any_known).then(pl.concat_str(pl.all(), separator="; ", ignore_nulls=True))
+    total = pl.when(is_any_known).then(pl.sum_horizontal(pl.all()).round(6))
     return cells | {
         "enrich_status": pl.Series("enrich_status", row_statuses, pl.String),
-        "enrich_error": errors.select(
-            pl.when(pl.any_horizontal(pl.all().is_not_null())).then(reason).alias("enrich_error")
-        ).to_series(),
+        "enrich_error": errors.select(reason.alias("enrich_error")).to_series(),
         "enrich_credits": prices.select(total.alias("enrich_credits")).to_series(),
     }

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-from enrich.databar.credentials import DEFAULT_BASE_URL, ApiAccess, check_base_url, find_access, find_key
+from enrich.databar.credentials import DEFAULT_BASE_URL, ApiAccess, find_access, find_base_url, find_key
 from enrich.errors import ApiKeyRejected, JobError
 from tests.support.cases import in_turn
 
@@ -136,5 +136,5 @@ def test_default_base_url(tmp_path: Path, base_url: str | None) -> None:
 def test_invalid_base_url(base_url: str) -> None:
     """An invalid base URL is refused before anything is sent; the hint shows what to write instead."""
     with pytest.raises(JobError, match="must be an https address, or http on loopback") as caught:
-        check_base_url(base_url)
+        find_base_url({"DATABAR_BASE_URL": base_url})
     assert DEFAULT_BASE_URL in (caught.value.hint or "")

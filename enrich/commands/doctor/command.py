@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pwd
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from datetime import datetime
 from pathlib import Path
+from shutil import disk_usage
 from typing import Any
 
 import click
@@ -32,7 +32,7 @@ from enrich.job.locations import PostgresLocation
 from enrich.ledger import execution_records, queries, transitions
 from enrich.ledger.database import Database
 from enrich.ledger.lock import is_locked
-from enrich.models import State, read_balance, to_micros
+from enrich.models import State, read_balance, to_micros, to_ms
 from enrich.report.page_file import INSTALL_HINT, is_extra_missing
 from enrich.run.budget import make_budget
 from enrich.run.preflight import ApiSnapshot, query_api
@@ -210,7 +210,7 @@ def _ledger_findings(
         yield Finding(
             "warn", "lock", "a run is in progress", "wait until it ends, or start the next one with --if-locked skip"
         )
-    ttl_ms = int(job.model.policy.result_ttl.total_seconds() * 1000)
+    ttl_ms = to_ms(job.model.policy.result_ttl)
     now_ms, next_run_ms = (int(at.timestamp() * 1000) for at in (context.now, context.next_run))
     yield checks.check_expiring_results(submitted, ttl_ms, now_ms, next_run_ms)
     yield checks.check_in_doubt(counts.get(State.IN_DOUBT, 0))
@@ -247,12 +247,12 @@ def _disk_findings(job: Job, context: DoctorContext, check: CheckResult) -> Iter
         growth = int(2 * per_request * (check.sendable_rows or 0))
         ledger_folder = job.ledger.local_folder if isinstance(job.ledger, PostgresLocation) else job.ledger.parent
         ledger_disk, output = nearest_existing(ledger_folder), job.output_path(context.next_run)
-        folders = nearest_existing(output.parent) if isinstance(output, Path) else ledger_disk, ledger_disk
-        if folders[0].stat().st_dev == folders[1].stat().st_dev:
-            yield checks.check_free_space(folders[0], system.free_bytes(folders[0]), 2 * size, growth)
-        else:
-            yield checks.check_free_space(folders[0], system.free_bytes(folders[0]), 2 * size, 0)
-            yield checks.check_free_space(folders[1], system.free_bytes(folders[1]), 0, growth)
+        output_disk = nearest_existing(output.parent) if isinstance(output, Path) else ledger_disk
+        is_one_disk = output_disk.stat().st_dev == ledger_disk.stat().st_dev
+        free = disk_usage(output_disk).free
+        yield checks.check_free_space(output_disk, free, 2 * size, growth if is_one_disk else 0)
+        if not is_one_disk:
+            yield checks.check_free_space(ledger_disk, disk_usage(ledger_disk).free, 0, growth)
     except (OSError, EnrichError):
         return  # check_job has reported what cannot be read
 
@@ -359,8 +359,6 @@ def doctor(
             findings = [error_finding("job", error), *environment_findings(context)]
         else:
             findings = list(job_findings(job, context))
-    if as_json:
-        click.echo(json.dumps(findings_as_json(str(job_file), findings), ensure_ascii=False))
-    else:
-        click.echo("\n".join(checks.format_findings(findings)))
+    result = findings_as_json(str(job_file), findings)
+    options.echo_result(result, checks.format_findings(findings), as_json=as_json)
     return findings_exit_code(findings)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
 import stat
 import subprocess
 import sys
@@ -59,16 +58,9 @@ def is_accessible_by_others(path: Path) -> bool:
     return bool(path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO))
 
 
-def free_bytes(folder: Path) -> int:
-    """Return how many bytes this user may still write in a folder."""
-    return shutil.disk_usage(folder).free
-
-
 def enrich_command() -> list[str]:
     """Return the absolute command that starts this program."""
-    started_as = Path(sys.argv[0])
-    beside = Path(sys.executable).parent / "enrich"
-    for path in (started_as, beside):
+    for path in (Path(sys.argv[0]), Path(sys.executable).parent / "enrich"):
         if path.name == "enrich" and path.is_file() and os.access(path, os.X_OK):
             return [str(path.absolute())]
     return [sys.executable, "-m", "enrich"]
@@ -77,15 +69,7 @@ def enrich_command() -> list[str]:
 def startup_error(command: Sequence[str], environ: Mapping[str, str]) -> str | None:
     """Start the program as cron would. Return the error, None if it starts."""
     try:
-        result = subprocess.run(  # noqa: S603 - our own program
-            [*command, "--version"],
-            env={**environ, "PYTHONDONTWRITEBYTECODE": "1"},
-            cwd="/",
-            capture_output=True,
-            timeout=_START_TIMEOUT_S,
-            check=False,
-            stdin=subprocess.DEVNULL,
-        )
+        result = _run_program([*command, "--version"], {**environ, "PYTHONDONTWRITEBYTECODE": "1"})
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
     if result.returncode:
@@ -96,16 +80,19 @@ def startup_error(command: Sequence[str], environ: Mapping[str, str]) -> str | N
 def file_name_encoding(environ: Mapping[str, str]) -> str:
     """Return the file name encoding of a Python process in this environment, "" if it does not start."""
     script = "import sys; print(sys.getfilesystemencoding())"
-    result = subprocess.run(  # noqa: S603 - our own interpreter
-        [sys.executable, "-c", script],
-        env=dict(environ),
+    return _run_program([sys.executable, "-c", script], environ).stdout.decode(errors="replace").strip()
+
+
+def _run_program(command: Sequence[str], environ: Mapping[str, str]) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(  # noqa: S603 - our own program or interpreter
+        command,
+        env=environ,
         cwd="/",
         capture_output=True,
         timeout=_START_TIMEOUT_S,
         check=False,
         stdin=subprocess.DEVNULL,
     )
-    return result.stdout.decode(errors="replace").strip()
 
 
 def parse_env_lines(lines: Iterable[str]) -> dict[str, str]:

@@ -89,15 +89,6 @@ def rank_waterfalls(available: Sequence[Description], sample: Sample) -> Iterato
         yield f"  {waterfall.identifier:<{width}}  {found} of {needed} required params have a column: {required_names}"
 
 
-def _find_waterfall(available: Sequence[Description], identifier: str, source: str) -> Description:
-    """Return a waterfall. Raises JobError if it is not available."""
-    for each in available:
-        if each.identifier == identifier:
-            return each
-    hint = suggest_name(identifier, [each.identifier for each in available])
-    raise JobError(f"--waterfall: no waterfall `{identifier}` in {source}", hint)
-
-
 def _read_available(*, use_sandbox: bool, offline: bool) -> tuple[Sequence[Description], str]:
     """Return the waterfalls, from the API or else from the documentation, and a text that names the source."""
     documented = (
@@ -120,7 +111,11 @@ def _choose_waterfall(
     """Return a waterfall and a text that names the source. Without an identifier, say which ones fit: JobError."""
     available, source = _read_available(use_sandbox=use_sandbox, offline=offline)
     if identifier is not None:
-        return _find_waterfall(available, identifier, source), source
+        known = {each.identifier: each for each in available}
+        if identifier not in known:
+            hint = suggest_name(identifier, list(known))
+            raise JobError(f"--waterfall: no waterfall `{identifier}` in {source}", hint)
+        return known[identifier], source
     click.echo(f"Waterfalls from {source}, best fit for {leads} first:", err=True)
     click.echo("\n".join(rank_waterfalls(available, sample)), err=True)
     raise JobError("no waterfall is chosen", shlex.join(["enrich", "init", str(leads), "--waterfall", "ID"]))

@@ -14,7 +14,7 @@ from enrich import exit_codes
 from enrich.exit_codes import ExitCode
 from enrich.extras import install_hint
 from enrich.ledger.lock import lock_ledger
-from enrich.monitoring import healthcheck, notifications
+from enrich.monitoring import notifications
 from tests.support.raw_server import http_reply, serve_replies
 from tests.support.request_recorder import (
     RequestRecorder,
@@ -41,7 +41,7 @@ def recorder() -> Iterator[RequestRecorder]:
 @pytest.fixture(autouse=True)
 def _fast_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Retry at once."""
-    monkeypatch.setattr(healthcheck, "RETRY_PAUSE_S", 0.0)
+    monkeypatch.setattr(notifications, "RETRY_PAUSE_S", 0.0)
 
 
 @pytest.fixture
@@ -160,8 +160,8 @@ def test_unresponsive_server_does_not_block_run(
     api: SandboxApi, pinging_workspace: Workspace, recorder: RequestRecorder, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     """An unresponsive server does not block the run; one note reports the lost ping without secrets."""
-    monkeypatch.setattr(healthcheck, "REQUEST_TIMEOUT_S", 0.1)
-    monkeypatch.setattr(healthcheck, "END_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(notifications, "REQUEST_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(notifications, "END_TIMEOUT_S", 1.0)
     if way == "hanging":
         recorder.release.clear()
     else:
