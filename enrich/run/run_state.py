@@ -47,6 +47,8 @@ class WorkConfig:
     """What dispatcher and poller are given, in one process or in each worker of a cluster."""
 
     target: Target
+    #: Names of the params that the job sends. A row may lack one.
+    params: frozenset[str]
     #: Has the price to reserve for each request.
     budget: Budget
     #: What the first accepted request binds the ledger to.
