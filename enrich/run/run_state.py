@@ -180,8 +180,9 @@ class RunState:
     traffic: TrafficRecorder = field(default_factory=TrafficRecorder)
     #: How many requests the run completes; None: not known yet.
     total_requests: int | None = None
-    #: What was enrolled last, and the versions of its files.
+    #: What was enrolled last.
     selection: RequestSelection = field(default_factory=RequestSelection)
+    #: The versions of the input's files when the run began to read them.
     file_versions: object = None
     rows_read: int | None = None
     #: Decisions about rows rather than requests.
