@@ -14,7 +14,7 @@ from enrich.databar.client import MAX_POLLS_IN_FLIGHT, Client
 from enrich.databar.task_results import (
     TaskPhase,
     TaskReply,
-    is_paid_without_data,
+    is_incomplete,
     read_answer,
     read_bulk_answers,
     task_phase,
@@ -237,7 +237,7 @@ class Poller:
             open_task.last_running_age_s = age_s
             self._handle_running(open_task, age_s)
             return
-        if phase is TaskPhase.NO_DATA or (phase is TaskPhase.COMPLETED and is_paid_without_data(reply.body)):
+        if phase is TaskPhase.NO_DATA or (phase is TaskPhase.COMPLETED and is_incomplete(reply.body)):
             grace = run_state.timeouts.no_data_s
             if phase_age_s < grace:
                 self._poll_again(open_task, NO_DATA_POLL_S if phase is TaskPhase.NO_DATA else grace)
