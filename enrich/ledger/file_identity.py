@@ -71,7 +71,7 @@ def ledger_file_exists(path: Path) -> bool:
         name = shlex.quote(str(path.resolve()))
         raise CommandRefused(
             f"{path}: the ledger has another name (a hard link), under which another run could damage it",
-            f"when no run uses it, make it a file of its own: cp -p {name} {name}.copy && mv {name}.copy {name}",
+            f"when no run uses it, replace it by a copy: cp -p {name} {name}.copy && mv {name}.copy {name}",
         )
     return True
 
