@@ -240,7 +240,8 @@ class Poller:
         if phase is TaskPhase.NO_DATA or (phase is TaskPhase.COMPLETED and is_incomplete(reply.body)):
             grace = run_state.timeouts.no_data_s
             if phase_age_s < grace:
-                self._poll_again(open_task, NO_DATA_POLL_S if phase is TaskPhase.NO_DATA else grace)
+                is_single = open_task.task.bulk_task_id is None
+                self._poll_again(open_task, grace if is_single and phase is TaskPhase.COMPLETED else NO_DATA_POLL_S)
                 return
         elif open_task.submitted_in_this_run:
             run_state.poll_schedule.record_duration(open_task.last_running_age_s, age_s)

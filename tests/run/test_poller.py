@@ -114,10 +114,10 @@ class TestAnswers:
     def test_grace_for_unfinished_bulk_task(self, api: SandboxApi, tmp_path: Path) -> None:
         """A completed bulk task that still counts running rows, and has no data for them, is polled for a while."""
         running = {"total": 2, "completed": 1, "no_data": 0, "failed": 0, "processing": 1}
-        found = [{"email": "ada@engine.example"}] * 2
+        ada = {"email": "ada@engine.example"}
         tasks: list[dict[str, Any]] = [
             {"status": "completed", "progress": running, "data": data, "credits_spent": 0}
-            for data in ([None, None], found)
+            for data in ([None, None], [ada, None], [ada, ada])
         ]
         replies = iter([TaskReply(task, json.dumps(task)) for task in tasks])
 
@@ -126,7 +126,8 @@ class TestAnswers:
                 await harness.run_loops(bulk=2)
             assert assert_counts(harness, found=2)
 
-        run_scenario(tmp_path, api, scenario, leads=range(2))
+        with patch("enrich.run.poller.NO_DATA_POLL_S", SHORT_TIMEOUTS.no_data_s / 10):
+            run_scenario(tmp_path, api, scenario, leads=range(2))
 
     def test_unknown_status_means_running(self, api: SandboxApi, tmp_path: Path) -> None:
         """An unknown status is no end: the task is polled until it has a known one."""
