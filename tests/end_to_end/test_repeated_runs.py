@@ -610,9 +610,15 @@ def test_input_changed_during_run(tmp_path: Path, workspace: Workspace) -> None:
     assert (second.exit_code, second.submitted, second.reused) == (0, 2, 6)
 
 
-STEPS = """\
+STEPS_JOB = """\
+version: 1
+input: leads.csv
+output: out.csv
 steps:
-  - {name: first, waterfall: email_getter, params: PARAMS, columns: {work_email: email}}
+  - name: first
+    waterfall: email_getter
+    params: {first_name: First Name, last_name: Last Name, company: Website}
+    columns: {work_email: email}
   - {name: second, waterfall: person_getter, params: {email: work_email}, columns: {link: linkedin_url}}
 changes: {path: changes.csv, key: [First Name]}
 """
@@ -624,9 +630,9 @@ def test_input_unusable_after_requests_were_sent(
     tmp_path: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, change: str, *, steps: bool
 ) -> None:
     """Whatever is wrong with the changed input, the run ends with exit 4, and the next one resumes."""
-    submit = Databar.submit
     leads = workspace.write_leads(make_leads(4))
     content = leads.read_text()
+    submit = Databar.submit
 
     def change_input(*arguments: Any, **options: Any) -> str:
         match change:
@@ -639,8 +645,7 @@ def test_input_unusable_after_requests_were_sent(
         return submit(*arguments, **options)
 
     if steps:
-        params = "{first_name: First Name, last_name: Last Name, company: Website}"
-        workspace.write_job("version: 1\ninput: leads.csv\noutput: out.csv\n" + STEPS.replace("PARAMS", params))
+        workspace.write_job(STEPS_JOB)
     with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
         with monkeypatch.context() as patched:
             patched.setattr(Databar, "submit", change_input)
@@ -652,6 +657,24 @@ def test_input_unusable_after_requests_were_sent(
     assert str(summary.error).startswith("the input changed during the run: ")
     assert summary.credits_spent > 0
     assert (second.exit_code, second.submitted) == (0, 4 if steps else 0)
+
+
+def test_input_grows_between_steps(tmp_path: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that were added during the first step are pending, though the second step has read them."""
+    workspace.write_job(STEPS_JOB)
+    workspace.write_leads(make_leads(3))
+    submit = Databar.submit
+
+    def add_rows(*arguments: Any, **options: Any) -> str:
+        workspace.write_leads(make_leads(5))
+        return submit(*arguments, **options)
+
+    with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
+        monkeypatch.setattr(Databar, "submit", add_rows)
+        summary = workspace.run_job(api)
+
+    assert (summary.exit_code, summary.error) == (4, "the input changed during the run")
+    assert (summary.rows, summary.submitted, summary.found, summary.pending) == (5, 6, 3, 2)
 
 
 def _execute_sql(workspace: Workspace, sql: str, values: Sequence[object] = ()) -> None:
