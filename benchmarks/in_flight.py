@@ -49,6 +49,7 @@ STALL_EVERY_S, STALL_S, COMMIT_S = 1.0, 0.04, 0.01
 BURST = 10
 CONFIG = WorkConfig(
     Target(TargetKind.WATERFALL, "email_getter", (833,)),
+    frozenset(),
     NO_BUDGET,
     {},
     None,

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import signal
+import stat
 import sys
 import traceback
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ def main() -> None:
     # We use no plugins of pydantic. It would read the entry points of all installed packages to find some.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     guard_streams()
+    os.umask(os.umask(0) & ~stat.S_IRWXU)  # a umask that takes the owner's rights would make our files unreadable
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # ignored under nohup, or after `&` in a shell
             signal.signal(number, _raise_terminated)

@@ -185,9 +185,10 @@ class InvalidPollResponse(RequestNotAccepted):
 
 
 class BadParams(ApiCallFailed):
-    """400 or 422 that names a param: the row fails. `rows` maps the index of a rejected row in the POST to the reason.
+    """400 or 422 that names a param of the job: the row fails.
 
-    Empty `rows` (bulk): some rows are rejected, and the API does not report which.
+    `rows` maps the index of a rejected row in the POST to the reason. Empty (bulk): some rows are rejected, and the API
+    does not report which.
     """
 
     def __init__(self, rows: Mapping[int, str], message: str = "") -> None:
@@ -196,7 +197,7 @@ class BadParams(ApiCallFailed):
 
 
 class JobRejected(ApiCallFailed):
-    """404, or a 400 or 422 that names no param: no request of this job can be sent, so the run stops."""
+    """404, or a 400 or 422 that names no param of the job: no request of this job can be sent, so the run stops."""
 
     exit_code = ExitCode.USAGE
 

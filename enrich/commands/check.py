@@ -214,7 +214,7 @@ def _step_lines(steps: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield f"  {'step':<{width}}  {'target':<{target_width}}  {'leads':>9}  {'price':>8}  depends on"
     for step, target in zip(steps, targets, strict=True):
         leads = "-" if step["leads"] is None else f"{step['leads']:,}"
-        price = "-" if step["worst_price"] is None else f"{step['worst_price']:,g}"
+        price = "-" if step["worst_price"] is None else f"{step['worst_price']:,.15g}"
         depends = ", ".join(step["depends_on"] or ()) or "-"
         yield f"  {step['name']:<{width}}  {target:<{target_width}}  {leads:>9}  {price:>8}  {depends}"
 

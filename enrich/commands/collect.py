@@ -9,6 +9,7 @@ import click
 
 from enrich.commands import options
 from enrich.commands.run import print_summary
+from enrich.ledger.database import check_ledger_exists
 from enrich.ledger.lock import lock_ledger
 from enrich.run.earlier_output import with_own_output
 from enrich.run.output import rebuild_output
@@ -23,6 +24,7 @@ def collect(job_options: options.JobOptions, partial: bool, as_json: bool) -> in
     job, note = with_own_output(job_options.load(), datetime.now().astimezone())
     if note is not None:
         click.echo(f"note: {note}", err=True)
+    check_ledger_exists(job.ledger)
     with lock_ledger(job.ledger, 0):
         summary = rebuild_output(job, partial=partial)
     print_summary(summary, job_options.arguments(as_typed=True), as_json=as_json, show=sys.stderr.isatty())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import ssl
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
@@ -34,7 +34,6 @@ from enrich.databar.transport import (
     serialize_headers,
 )
 from enrich.errors import (
-    BadParams,
     CertificateUntrusted,
     InvalidPollResponse,
     RequestNotAccepted,
@@ -132,15 +131,15 @@ class Client:
             raise RequestNotAccepted(f"the API described another {target.kind}")
         return description
 
-    async def submit(self, target: Target, body: bytes, rows: int | None = None) -> str:
+    async def submit(self, target: Target, body: bytes, params: Collection[str] = (), rows: int | None = None) -> str:
         """Submit one paid request, or `rows` rows as one bulk task, with exactly one POST. Return the task id.
 
-        Raises only the errors in the table at the top of `responses`.
+        `params` are the names of all params of the job. Raises only the errors in the table at the top of `responses`.
         """
         path = f"{target.path}/{'run' if rows is None else 'bulk-run'}"
         answer = await self._post(path, body)
         if not answer.is_success:
-            raise response_error(answer, self._key, rows)
+            raise response_error(answer, self._key, params, rows)
         if task_id := usable_task_id(answer.content, self._key):
             return task_id
         raise SubmissionUnconfirmed(f"the API answered {answer.status} without a usable task id")
@@ -198,7 +197,7 @@ class Client:
         answer = await self._fetch(path, new_connection=True)
         if not answer.is_success:
             error = response_error(answer, self._key)
-            raise RequestNotAccepted(error.message) if isinstance(error, SubmissionUnconfirmed | BadParams) else error
+            raise RequestNotAccepted(error.message) if isinstance(error, SubmissionUnconfirmed) else error
         try:
             return parse_body(answer.content, self._key).value
         except ValueError as error:

@@ -149,9 +149,17 @@ class Provider(LenientModel):
         return {"id": data} if isinstance(data, str | int) and not isinstance(data, bool) else data
 
 
+def _read_providers(values: object) -> list[Provider]:
+    """Parse a list of providers. One that the API lists twice is kept once, where it is first."""
+    unique: dict[int, Provider] = {}
+    for provider in _read_list(Provider, values):
+        unique.setdefault(provider.id, provider)
+    return list(unique.values())
+
+
 Params = Annotated[list[Param], BeforeValidator(partial(_read_list, Param))]
 Fields = Annotated[list[Field], BeforeValidator(partial(_read_list, Field))]
-Providers = Annotated[list[Provider], BeforeValidator(partial(_read_list, Provider))]
+Providers = Annotated[list[Provider], BeforeValidator(_read_providers)]
 
 
 class Waterfall(LenientModel):
@@ -331,7 +339,7 @@ def _provider_changes(kind: str, before: Sequence[Provider], now: Sequence[Provi
 
 def _price_text(provider: Provider) -> str:
     micros = to_micros(provider.price)
-    return "price unknown" if micros is None else f"{to_credits(micros):g} credits"
+    return "price unknown" if micros is None else f"{to_credits(micros):,.15g} credits"
 
 
 def _price_trend(old: Provider, new: Provider) -> str:

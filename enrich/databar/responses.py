@@ -7,8 +7,8 @@ no connection (refused, DNS, TLS, timeout while connecting)    RequestNotAccepte
 401, 403                                                       Unauthorized
 406                                                            OutOfCredits
 429                                                            RateLimited
-400, 422 that name a param                                     BadParams
-400, 422 that name no param; 404; 413 in bulk                  JobRejected
+400, 422 that name a param of the job                          BadParams
+400, 422 that name none of them; 404; 413 in bulk              JobRejected
 any 2xx with a task id                                         accepted, unless another request has this id
 anything else: 2xx without a task id, every 5xx, other 4xx,
 read timeout, connection reset, a body that is not JSON        SubmissionUnconfirmed (with the task id, if any)
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from typing import Any
@@ -197,8 +197,13 @@ def read_task_reply(content: bytes, task_id: str, key: str, *, new_connection: b
     return TaskReply(reply.value, reply.text, None if reply.is_lossless else NOT_UTF8_NOTE)
 
 
-def response_error(answer: HttpAnswer, key: str, rows: int | None = None) -> ApiCallFailed:
-    """Return the error for an unsuccessful response. `rows` is the number of rows of a bulk POST, else None."""
+def response_error(
+    answer: HttpAnswer, key: str, params: Collection[str] = (), rows: int | None = None
+) -> ApiCallFailed:
+    """Return the error for an unsuccessful response. Only an error about one of the `params` fails a row.
+
+    `rows` is the number of rows of a bulk POST, else None.
+    """
     status = answer.status
     body = _json_or_none(answer.content, key)
     reason = _error_detail(body) or _REASONS.get(status, "no reason given")
@@ -222,7 +227,7 @@ def response_error(answer: HttpAnswer, key: str, rows: int | None = None) -> Api
         case 429:
             return RateLimited(message, _retry_after(answer))
         case 400 | 422:
-            return _params_error(body, rows, message)
+            return _params_error(body, params, rows, message)
         case 413 if rows is not None:
             return JobRejected(f"the API rejects this number of rows per request: {message}", "lower `dispatch.bulk`")
         case 404:
@@ -231,8 +236,8 @@ def response_error(answer: HttpAnswer, key: str, rows: int | None = None) -> Api
             return SubmissionUnconfirmed(message, usable_task_id(answer.content, key))
 
 
-def _params_error(body: object, rows: int | None, message: str) -> BadParams | JobRejected:
-    reasons = wrong_params(body) or None if rows is None else wrong_rows(body, rows)
+def _params_error(body: object, params: Collection[str], rows: int | None, message: str) -> BadParams | JobRejected:
+    reasons = wrong_params(body, params) or None if rows is None else wrong_rows(body, rows, params)
     if reasons is not None:
         return BadParams({row: clean_line(reason) for row, reason in reasons.items()}, message)
     return JobRejected(f"the API rejects the request: {message}")
@@ -266,33 +271,31 @@ def _error_detail(body: object) -> str:
     return json.dumps(detail)[:200] if detail is not None else ""
 
 
-#: Keys of the request body besides `params`. An error about one of them concerns the job, not a row.
-BODY_KEYS = frozenset({"params", "enrichments", "email_verifier", "body", "x-apikey"})
-#: Keys of an error object that are not param names.
+#: Keys of an error object that are no params, even if a param has this name.
 ERROR_KEYS = frozenset({"position", "error", "code", "message", "msg", "type", "status", "detail"})
 
 
-def wrong_params(body: object) -> dict[int, str]:
-    """Return the param errors of a single request as `{0: message}`. {} if the body names no param.
+def wrong_params(body: object, params: Collection[str]) -> dict[int, str]:
+    """Return the errors about `params` in a single request as `{0: message}`. {} if the body names none of them.
 
     Supported shapes are `{"rows": [{"fields": {…}}]}`, `{"fields": {…}}`, `{"detail": {…}}`, `{"detail": [{…}]}` and
     FastAPI's `{"detail": [{"loc": ["body", "params", NAME], "msg": …}]}`.
     """
-    message = _format_errors(complaint for _, complaint in _param_errors(body))
+    message = _format_errors(complaint for _, complaint in _param_errors(body, params))
     return {0: message} if message else {}
 
 
-def wrong_rows(body: object, size: int) -> dict[int, str] | None:
-    """Return the rows of a bulk request with param errors: row index (from 0) to message.
+def wrong_rows(body: object, size: int, params: Collection[str]) -> dict[int, str] | None:
+    """Return the rows of a bulk request with errors about `params`: row index (from 0) to message.
 
-    None: the body names no param. {}: it names params, but their rows are unknown. Supported shapes are
+    None: the body names none of them. {}: it names some, but their rows are unknown. Supported shapes are
     `{"rows": [{"position": FROM_1, "fields": {…}}]}`, `{"detail": [{…}, …]}` with one object per row,
     and FastAPI's `"loc": ["body", "params", ROW, NAME]`.
     """
     if size == 1:
-        return wrong_params(body) or None
+        return wrong_params(body, params) or None
     rows: dict[int, list[tuple[str, str]]] = {}
-    for row, error in _param_errors(body, size):
+    for row, error in _param_errors(body, params, size):
         if row is None or not 0 <= row < size:
             return {}
         rows.setdefault(row, []).append(error)
@@ -308,39 +311,44 @@ def _format_errors(errors: Iterator[tuple[str, str]] | list[tuple[str, str]]) ->
     return "; ".join(f"{name}: {message}" for name, message in dict(errors).items())
 
 
-def _param_errors(body: object, size: int = 1) -> Iterator[tuple[int | None, tuple[str, str]]]:
-    """Yield each param error as (row index, (param, message)). The row is None if the body does not name it."""
+def _param_errors(body: object, params: Collection[str], size: int = 1) -> Iterator[tuple[int | None, tuple[str, str]]]:
+    """Yield each error about `params` as (row index, (param, message)). The row is None if the body does not name it.
+
+    Other names are parts of the body (`enrichments`), of an error (`reason`), or params that the job does not send.
+    """
     if not isinstance(body, Mapping):
         return
     detail, rows = body.get("detail"), body.get("rows")
-    yield from ((None, complaint) for complaint in _field_errors(body.get("fields")))
+    yield from ((None, complaint) for complaint in _field_errors(body.get("fields"), params))
     if isinstance(detail, list):
         one_per_row = len(detail) == size and all(isinstance(item, Mapping) and "loc" not in item for item in detail)
         for index, item in enumerate(detail):
             if isinstance(item, Mapping) and "loc" in item:
-                yield from _fastapi_error(item)
+                yield from _fastapi_error(item, params)
             else:
-                yield from ((index if one_per_row else None, complaint) for complaint in _field_errors(item))
+                yield from ((index if one_per_row else None, complaint) for complaint in _field_errors(item, params))
     else:
-        yield from ((None, complaint) for complaint in _field_errors(detail))
+        yield from ((None, complaint) for complaint in _field_errors(detail, params))
     for item in rows if isinstance(rows, list) else []:
         position = item.get("position") if isinstance(item, Mapping) else None
         row = None if (number := whole_number(position)) is None else number - 1
-        yield from ((row, complaint) for complaint in _field_errors(item))
+        yield from ((row, complaint) for complaint in _field_errors(item, params))
 
 
-def _fastapi_error(item: Mapping[str, object]) -> Iterator[tuple[int | None, tuple[str, str]]]:
+def _fastapi_error(item: Mapping[str, object], params: Collection[str]) -> Iterator[tuple[int | None, tuple[str, str]]]:
     """Yield the param error in one item of FastAPI's `detail` list."""
     loc = item["loc"]
-    if isinstance(loc, list) and "params" in loc[:-1]:
-        row = loc[loc.index("params") + 1]
-        yield whole_number(row), (str(loc[-1]), str(item.get("msg", "refused")))
+    if not isinstance(loc, list) or "params" not in loc[:-1]:
+        return
+    place = loc[loc.index("params") + 1 :]
+    if name := next((part for part in place if isinstance(part, str) and part in params), None):
+        yield whole_number(place[0]), (name, str(item.get("msg", "refused")))
 
 
-def _field_errors(item: object) -> Iterator[tuple[str, str]]:
+def _field_errors(item: object, params: Collection[str]) -> Iterator[tuple[str, str]]:
     if not isinstance(item, Mapping):
         return
     fields = item.get("fields")
     if not isinstance(fields, Mapping):
         fields = {name: value for name, value in item.items() if name not in ERROR_KEYS}
-    yield from ((str(name), join_text(value)) for name, value in fields.items() if name not in BODY_KEYS)
+    yield from ((str(name), join_text(value)) for name, value in fields.items() if name in params)

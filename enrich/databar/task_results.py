@@ -94,11 +94,14 @@ def parse_price(value: object) -> int | None:
     return price if price is not None and price <= MAX_ANSWER_CREDITS else None
 
 
-def is_paid_without_data(task: Mapping[str, Any]) -> bool:
-    """Check whether a finished task was charged but has no data. Its result may not be complete yet."""
-    data = task.get("data")
-    empty = is_blank(data) or (isinstance(data, list) and all(map(is_blank, data)))
-    return empty and bool(parse_price(task.get("credits_spent")))
+def is_incomplete(task: Mapping[str, Any]) -> bool:
+    """Check whether a finished task was charged but has no data, or lacks rows that it counts as still running."""
+    data, progress = task.get("data"), task.get("progress")
+    blanks = list(map(is_blank, data)) if isinstance(data, list) and data else [is_blank(data)]
+    running = whole_number(progress.get("processing")) if isinstance(progress, dict) else None
+    if running is not None and running > 0:
+        return any(blanks)
+    return all(blanks) and bool(parse_price(task.get("credits_spent")))
 
 
 def is_cancelled(task: Mapping[str, Any]) -> bool:

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 
 def suggest_name(name: str, known: Iterable[str]) -> str | None:
     """Return a hint with the closest known name, or with all known names if they are few. None: no hint."""
-    names = list(known)
+    names = list(dict.fromkeys(known))
     if (closest := closest_name(name, names)) is not None:
         return did_you_mean(closest)
     max_listed = 12

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import os
+import shlex
 import stat
 from contextlib import suppress
 from pathlib import Path
@@ -47,7 +48,8 @@ def _identity(path: Path) -> tuple[int, int] | None:
 def ledger_file_exists(path: Path) -> bool:
     """Return whether a ledger's file exists. Raises CommandRefused for anything that cannot be one.
 
-    A dangling link would create a new ledger at another path, and opening a pipe may block forever.
+    A dangling link would create a new ledger at another path, and opening a pipe may block forever. Under each of its
+    hard links a file would have a lock and a journal of its own, which two runs would use at once.
     """
     try:
         file_stat = path.stat()
@@ -64,6 +66,12 @@ def ledger_file_exists(path: Path) -> bool:
     if kind is not None:
         raise CommandRefused(
             f"{path}: the ledger cannot be opened: this is {kind}", "choose another file for the ledger"
+        )
+    if file_stat.st_nlink > 1:
+        name = shlex.quote(str(path.resolve()))
+        raise CommandRefused(
+            f"{path}: the ledger has another name (a hard link), under which another run could damage it",
+            f"when no run uses it, replace it by a copy: cp -p {name} {name}.copy && mv {name}.copy {name}",
         )
     return True
 

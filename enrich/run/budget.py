@@ -113,19 +113,19 @@ def check_balance(job: Job, template: RequestTemplate, balance: int | None) -> N
     """Raise CommandRefused when the balance is too low for one request, or for one that leaves `min_balance`."""
     max_request_price = template.worst_price
     if balance is not None and balance < 0:
-        raise CommandRefused(f"the balance is {to_credits(balance):,g} credits", "top up the account")
+        raise CommandRefused(f"the balance is {to_credits(balance):,.15g} credits", "top up the account")
     if max_request_price is None or balance is None:
         return
-    balance_text = f"the balance is {to_credits(balance):,g} credits"
+    balance_text = f"the balance is {to_credits(balance):,.15g} credits"
     min_balance = to_micros(job.model.limits.min_balance)
     if balance < max_request_price:
         raise CommandRefused(
-            f"{balance_text}, one request may cost {to_credits(max_request_price):g}", "top up the account"
+            f"{balance_text}, one request may cost {to_credits(max_request_price):,.15g}", "top up the account"
         )
     if min_balance is not None and balance - min_balance < max_request_price:
         raise CommandRefused(
             f"{balance_text}, `min_balance` is {to_credits(min_balance):,.15g}, "
-            f"and one request may cost {to_credits(max_request_price):g}",
+            f"and one request may cost {to_credits(max_request_price):,.15g}",
             "top up the account, or lower `min_balance`",
         )
 

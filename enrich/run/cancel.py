@@ -17,7 +17,7 @@ from enrich.databar.task_results import (
     TaskPhase,
     TaskReply,
     is_cancelled,
-    is_paid_without_data,
+    is_incomplete,
     parse_price,
     read_answer,
     task_phase,
@@ -204,7 +204,7 @@ class _Canceller:
             self._settle(task, Answer(State.FAILED, CANCELLED, credits=cost, raw=reply.raw))
             self.cancelled += 1
             self.refunded += 0 if cost is None else max(0, task.reserved - cost)
-        elif phase in (TaskPhase.COMPLETED, TaskPhase.FAILED) and not is_paid_without_data(reply.body):
+        elif phase in (TaskPhase.COMPLETED, TaskPhase.FAILED) and not is_incomplete(reply.body):
             self._settle(task, read_answer(reply, phase, task.column_paths))
             self.finished += 1
         elif unread is not None:

@@ -192,7 +192,7 @@ class Dispatcher:
                 )
                 return None
             return await self.client.submit(
-                self.config.target, body.encode(), len(requests) if self.config.bulk else None
+                self.config.target, body.encode(), self.config.params, len(requests) if self.config.bulk else None
             )
         except ApiCallFailed as error:
             await self._handle_post_error(attempts, error)

@@ -23,6 +23,7 @@ from enrich.run.startup import with_steps
 from enrich.run.step_input import StepInput
 from enrich.run.step_plan import note_on_target
 
+INPUT_CHANGED = "the input changed during the run"
 #: States of requests whose stored result is reused.
 REUSED_STATES = (State.FOUND, State.NOT_FOUND, State.FAILED)
 
@@ -37,25 +38,30 @@ async def enroll_changed_input(context: RunContext, run_state: RunState, files: 
     """Enroll the input again when its files changed while the run was at work. The next run sends what is new."""
     if context.signals.received is not None:  # the next run reads the input anew
         return files
-    # In a thread, as a web address is downloaded again.
-    if await asyncio.to_thread(files.job_input.file_versions) == run_state.file_versions:
+    if not await has_input_changed(run_state, files):
         return files
-    reason = EnrichError("the input changed during the run", "run again for the new rows")
-    run_state.exit_reasons.setdefault(ExitCode.API, reason)
     job_input = JobInput(context.job, await context.ledger_writer.submit(erasure.load_forgotten))
     files = with_steps(context, replace(files, job_input=job_input), context.preflight)
     if (step_rows := files.step_rows) is None:
         await _enroll(context, run_state, job_input, job_input, RunOptions())
     else:  # the output of a job with steps needs no pass
         await context.ledger_writer.submit(lambda _: StepInput(step_rows, 0).begin(RequestSelection()))
+    run_state.exit_reasons.setdefault(ExitCode.API, EnrichError(INPUT_CHANGED, "run again for the new rows"))
     return files
+
+
+async def has_input_changed(run_state: RunState, files: RunFiles) -> bool:
+    """Return whether the input's files changed since the run began to read them."""
+    # In a thread, as a web address is downloaded again.
+    return await asyncio.to_thread(files.job_input.file_versions) != run_state.file_versions
 
 
 async def _enroll(
     context: RunContext, run_state: RunState, job_input: JobInput, rows: JobInput | StepInput, options: RunOptions
 ) -> None:
     template, ledger_writer = context.preflight.template, context.ledger_writer
-    run_state.file_versions = job_input.file_versions()
+    if not run_state.enrolled:
+        run_state.file_versions = job_input.file_versions()
     run_state.selection = select_requests(context.job, options, run_state.clock.earliest_ms())
     if isinstance(rows, StepInput):
         # Of a job with steps, leads are counted, not requests.

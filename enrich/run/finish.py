@@ -8,7 +8,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from enrich.errors import EnrichError
+from enrich.errors import CommandRefused, EnrichError, JobError, LedgerDamaged
 from enrich.exit_codes import ExitCode
 from enrich.ledger import bindings, execution_records, queries, resume, step_results
 from enrich.ledger.database import Database
@@ -18,7 +18,8 @@ from enrich.models import State, format_credits, pluralize, to_credits
 from enrich.rows.params import left_out_by_param
 from enrich.run.answer_kinds import count_kinds
 from enrich.run.balance import ROUNDING_CREDITS, explain_balance
-from enrich.run.context import RunContext
+from enrich.run.context import RunContext, RunFiles
+from enrich.run.enrolling import INPUT_CHANGED, has_input_changed
 from enrich.run.output import Outcome
 from enrich.run.periodic import save_latencies, start_phase
 from enrich.run.phases import fetch_balance
@@ -33,17 +34,30 @@ MAX_READ_WHEN_INTERRUPTED = 100_000
 
 
 async def finish_failed_run(
-    context: RunContext, run_state: RunState, failure: EnrichError | JSONDecodeError
+    context: RunContext, run_state: RunState, failure: EnrichError | JSONDecodeError, files: RunFiles | None = None
 ) -> RunSummary:
-    """Finish a run that a failure ended after its start. No output is written."""
+    """Finish a run that a failure ended after its start. No output is written.
+
+    `files` has the input, if the failure may be that it changed and can no longer be read.
+    """
     ledger = context.job.ledger
     reason = as_enrich_error(failure, ledger) or damaged_ledger_error(ledger)
     code = reason.exit_code
-    if code is ExitCode.REFUSED and run_state.counters.submitted:
-        code = ExitCode.BUG  # exit code 5 promises that nothing was spent
+    # Exit codes 2 and 5 promise that nothing was spent.
+    if files is not None and await _is_of_changed_input(run_state, files, reason):
+        code, reason = ExitCode.API, EnrichError(f"{INPUT_CHANGED}: {reason.message}", reason.hint)
+    elif code is ExitCode.REFUSED and run_state.counters.submitted:
+        code = ExitCode.BUG
     run_state.exit_reasons.setdefault(code, reason)
     await start_phase(context, run_state, Phase.COLLECT)
     return await finish_run(context, run_state, Outcome(run_state.exit_code({})))
+
+
+async def _is_of_changed_input(run_state: RunState, files: RunFiles, reason: EnrichError) -> bool:
+    """Return whether a run with requests or answers failed because its input has changed meanwhile."""
+    is_of_input = isinstance(reason, JobError | CommandRefused) and not isinstance(reason, LedgerDamaged)
+    has_worked = run_state.enrolled and (run_state.counters.attempted_requests or run_state.counters.settled)
+    return is_of_input and bool(has_worked) and await has_input_changed(run_state, files)
 
 
 async def finish_run(context: RunContext, run_state: RunState, outcome: Outcome) -> RunSummary:

@@ -20,7 +20,7 @@ from enrich.job.job import Job
 from enrich.job.locations import Location, is_dataset
 from enrich.job.spec import Changes, Output
 from enrich.ledger import change_feed, enroll, erasure, queries
-from enrich.ledger.database import Database, check_ledger_exists
+from enrich.ledger.database import Database
 from enrich.models import RequestSelection, RowStatus, State, iso_time
 from enrich.rows.job_input import JobInput
 from enrich.rows.job_steps import make_steps
@@ -245,9 +245,8 @@ def _delivery_key(cells: tuple[str, ...], fingerprint: bytes, step: str) -> byte
 def rebuild_output(job: Job, *, partial: bool) -> RunSummary:
     """Write the output. The caller must hold the ledger's lock.
 
-    Raises CommandRefused when rows are pending and `partial` is not set, or when the job never ran.
+    Raises CommandRefused when rows are pending and `partial` is not set, or when the ledger does not exist.
     """
-    check_ledger_exists(job.ledger)
     with closing(Database(job.ledger, read_only=True)) as ledger:
         template = template_from_ledger(ledger, job)
         now = datetime.now().astimezone()

@@ -210,6 +210,7 @@ def _work_config(context: RunContext) -> WorkConfig:
     model, preflight = context.job.model, context.preflight
     return WorkConfig(
         preflight.template.target,
+        frozenset(model.params),
         context.budget,
         preflight.bound_to,
         model.dispatch.bulk,

@@ -116,7 +116,7 @@ async def _run_phases(context: RunContext) -> RunSummary:
                 raise
             return await finish_failed_run(context, run_state, refusal)
         except (EnrichError, JSONDecodeError) as failure:
-            return await finish_failed_run(context, run_state, failure)
+            return await finish_failed_run(context, run_state, failure, startup.files)
 
 
 async def _run_step(job_context: RunContext, run_state: RunState, files: RunFiles, number: int) -> None:

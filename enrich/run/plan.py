@@ -293,4 +293,4 @@ def _detail_lines(plan: Plan) -> Iterator[str]:
 
 
 def _format_price(provider: PlannedProvider) -> str:
-    return "price unknown" if provider.price is None else f"{provider.price:g}"
+    return "price unknown" if provider.price is None else f"{provider.price:,.15g}"

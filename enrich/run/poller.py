@@ -15,7 +15,7 @@ from enrich.databar.task_results import (
     BulkReader,
     TaskPhase,
     TaskReply,
-    is_paid_without_data,
+    is_incomplete,
     read_answer,
     task_phase,
 )
@@ -238,10 +238,11 @@ class Poller:
             open_task.last_running_age_s = age_s
             self._handle_running(open_task, age_s)
             return
-        if phase is TaskPhase.NO_DATA or (phase is TaskPhase.COMPLETED and is_paid_without_data(reply.body)):
+        if phase is TaskPhase.NO_DATA or (phase is TaskPhase.COMPLETED and is_incomplete(reply.body)):
             grace = run_state.timeouts.no_data_s
             if phase_age_s < grace:
-                self._poll_again(open_task, NO_DATA_POLL_S if phase is TaskPhase.NO_DATA else grace)
+                is_single = open_task.task.bulk_task_id is None
+                self._poll_again(open_task, grace if is_single and phase is TaskPhase.COMPLETED else NO_DATA_POLL_S)
                 return
         elif open_task.submitted_in_this_run:
             run_state.poll_schedule.record_duration(open_task.last_running_age_s, age_s)
@@ -376,7 +377,6 @@ class Poller:
         return self.config.max_attempts_by_step.get(open_task.task.step, self.config.max_attempts)
 
     def _count_settled(self, states: list[State], credits_: int | None) -> None:
-        """Count a settled task."""
         self.run_state.open_tasks -= 1
         self.run_state.counters.spent += credits_ or 0
         for state, requests in Counter(states).items():

@@ -47,6 +47,8 @@ class WorkConfig(Struct, frozen=True):
     """What dispatcher and poller are given, in one process or in each worker of a cluster."""
 
     target: Target
+    #: Names of the params that the job sends. A row may lack one.
+    params: frozenset[str]
     #: Has the price to reserve for each request.
     budget: Budget
     #: What the first accepted request binds the ledger to.
@@ -178,8 +180,9 @@ class RunState:
     traffic: TrafficRecorder = field(default_factory=TrafficRecorder)
     #: How many requests the run completes; None: not known yet.
     total_requests: int | None = None
-    #: What was enrolled last, and the versions of its files.
+    #: What was enrolled last.
     selection: RequestSelection = field(default_factory=RequestSelection)
+    #: The versions of the input's files when the run began to read them.
     file_versions: object = None
     rows_read: int | None = None
     #: Decisions about rows rather than requests.

@@ -124,7 +124,15 @@ def run_pool(
     run_state = RunState(1, SystemClock(), AdaptiveRateLimiter(None))
     budget = Budget(None, 0, "", "")
     work_config = WorkConfig(
-        Target(TargetKind.WATERFALL, "email_getter", (833,)), budget, {}, None, ("email",), 3, 60.0, workers=3
+        Target(TargetKind.WATERFALL, "email_getter", (833,)),
+        frozenset(),
+        budget,
+        {},
+        None,
+        ("email",),
+        3,
+        60.0,
+        workers=3,
     )
     ledger_location = Server("postgresql://nowhere", "enrich", Path(), lease_s)
     access = ApiAccess("http://127.0.0.1", SecretStr("none"))

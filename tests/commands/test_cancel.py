@@ -304,7 +304,7 @@ def open_tasks(slow_api: SandboxApi, workspace: Workspace) -> Workspace:
     [
         (405, {"detail": "x"}, 4, "HTTP 405: x"),
         (400, {"detail": "x"}, 4, "the API rejects the request: HTTP 400: x"),
-        (400, {"detail": {"company": ["x"]}}, 4, "company: x"),
+        (400, {"detail": {"company": ["x"]}}, 4, "the API rejects the request: HTTP 400: "),
         (307, None, 4, "HTTP 307: the API redirects the request"),
         (403, b"<html>", 4, "HTTP 403: Forbidden, with a page instead of the API's JSON"),
         (406, {"detail": "x"}, 12, "the API is out of credits: HTTP 406: x"),

@@ -275,6 +275,17 @@ def test_collect_before_any_run_is_exit_5(workspace: Workspace) -> None:
     assert not workspace.ledger_path.exists()
 
 
+def test_collect_from_missing_ledger_leaves_no_file(workspace: Workspace) -> None:
+    """A missing ledger is refused without a lock file or a folder for it."""
+    workspace.write_leads(make_leads(1))
+    before = set(workspace.folder.rglob("*"))
+
+    result = workspace.run_in_process("collect", "job.yaml", "--ledger", "new/nope.db")
+
+    assert (result.exit_code, "nope.db" in result.stderr) == (5, True)
+    assert set(workspace.folder.rglob("*")) == before
+
+
 def test_collect_with_other_input_and_output(api: SandboxApi, workspace: Workspace) -> None:
     """Uses stored answers for any input file with the same requests."""
     workspace.write_leads(make_leads(5))

@@ -253,3 +253,11 @@ def test_explain_purged_answers(workspace: Workspace) -> None:
     (row,) = output["rows"]
     assert (row["status"], "purged" in row["why"]) == (workspace.read_output()[1]["enrich_status"], True)
     assert [attempt["answer"] for attempt in row["request"]["attempts"]] == [None]
+
+
+def test_unknown_name_lists_each_column_once(workspace: Workspace) -> None:
+    """The hint has each name once, though a column of the input is also that of a param."""
+    result = workspace.run_in_process("forget", "job.yaml", "--match", "Zip Code=1", "--yes")
+    assert result.exit_code == 2
+    (hint,) = (line.removeprefix("hint: known: ") for line in result.stderr.splitlines() if "hint:" in line)
+    assert len(set(hint.split(", "))) == len(hint.split(", ")) > 1

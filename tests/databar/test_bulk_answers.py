@@ -15,6 +15,7 @@ from enrich.run.answer_cells import answer_cells
 from tests.support.cases import in_turn
 
 ADA = {"email": "ada@engine.example"}
+PARAMS = ("first_name", "last_name", "company")
 INVALID_PARAM = {"company": ["This field is required."]}
 INVALID_PARAM_MESSAGE = "company: This field is required."
 
@@ -198,7 +199,7 @@ def test_any_json_is_judged(task: dict[str, Any], phase: TaskPhase) -> None:
 )
 def test_invalid_row_is_identified(body: object) -> None:
     """The invalid row is found in each format of the error body."""
-    assert wrong_rows(body, 3) == {1: INVALID_PARAM_MESSAGE}
+    assert wrong_rows(body, 3, PARAMS) == {1: INVALID_PARAM_MESSAGE}
 
 
 @in_turn(
@@ -219,8 +220,8 @@ def test_invalid_row_is_identified(body: object) -> None:
 )
 def test_error_without_row_index(body: object) -> None:
     """Without a row index any of the rows may be invalid; a POST of one row is about that row."""
-    assert wrong_rows(body, 3) == {}
-    assert wrong_rows(body, 1) == wrong_params(body) != {}
+    assert wrong_rows(body, 3, PARAMS) == {}
+    assert wrong_rows(body, 1, PARAMS) == wrong_params(body, PARAMS) != {}
 
 
 @in_turn(
@@ -232,13 +233,16 @@ def test_error_without_row_index(body: object) -> None:
         {"error": "BATCH_TOO_LARGE", "detail": "At most 50 rows are allowed."},
         {"detail": {"enrichments": ["5 is not part of this waterfall."]}},
         {"detail": [{"loc": ["body", "params"], "msg": "too many"}]},
+        {"detail": {"code": "PLAN", "reason": "Upgrade your plan."}},
+        {"detail": [{}, {"phone": ["This field is required."]}, {}]},
+        {"rows": [{"position": 2, "fields": {"phone": ["This field is required."]}}]},
         {"rows": []},
     ],
 )
 def test_error_not_about_rows(body: object) -> None:
     """An error that is not about rows is about the job or the API."""
-    assert wrong_rows(body, 3) is None
-    assert wrong_rows(body, 1) is None
+    assert wrong_rows(body, 3, PARAMS) is None
+    assert wrong_rows(body, 1, PARAMS) is None
 
 
 @given(
@@ -256,6 +260,6 @@ def test_error_not_about_rows(body: object) -> None:
 )
 def test_any_error_body_is_parsed(body: object, size: int) -> None:
     """Any error body names only rows that were sent, each with a message."""
-    named = wrong_rows(body, size)
+    named = wrong_rows(body, size, PARAMS)
 
     assert named is None or all(0 <= row < size and isinstance(message, str) for row, message in named.items())

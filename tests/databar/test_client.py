@@ -44,6 +44,7 @@ KEY = "key-5b1f0e77-that-nobody-may-see"
 SOME = Target(TargetKind.WATERFALL, "w")
 EMAIL_GETTER, NO_SUCH = Target(TargetKind.WATERFALL, "email_getter"), Target(TargetKind.WATERFALL, "no_such")
 BODY = b'{"enrichments": [833], "params": {"first_name": "Ada", "last_name": "Byron", "company": "engine.example"}}'
+PARAMS = ("first_name", "last_name", "company")
 CREATED = http_reply(200, {"task_id": "t-1", "status": "created"})
 
 
@@ -253,7 +254,7 @@ def test_error_400_about_row_or_job(tmp_path: Path, error_shape: Literal["new", 
     """A complaint about a param is about the row, one about a provider about the job, in every body format."""
     with serve_api(tmp_path / "api.db", error_shape=error_shape) as api:
         body = BODY.replace(b', "company": "engine.example"', b"")
-        error = expect_failure(api.base_url, lambda client: client.submit(EMAIL_GETTER, body), api.api_key)
+        error = expect_failure(api.base_url, lambda client: client.submit(EMAIL_GETTER, body, PARAMS), api.api_key)
         assert type(error) is BadParams
         assert error.message == "company: This field is required."
         body = BODY.replace(b"833", b"1")
@@ -498,7 +499,7 @@ def test_connection_failure_is_not_accepted(host: str, scheme: str) -> None:
     ("status", "body", "kind", "rows"),
     [
         (400, {"rows": [{"position": 2, "fields": {"company": ["Bad."]}}]}, BadParams, {1: "company: Bad."}),
-        (422, {"detail": [{"loc": ["body", "params", 0, "x"], "msg": "no"}]}, BadParams, {0: "x: no"}),
+        (422, {"detail": [{"loc": ["body", "params", 0, "company"], "msg": "no"}]}, BadParams, {0: "company: no"}),
         (400, {"detail": [{"company": ["Bad."]}]}, BadParams, {}),
         (400, {"error": "BATCH_TOO_LARGE", "detail": "At most 2 rows."}, JobRejected, None),
         (404, {"detail": "Not Found"}, JobRejected, None),
@@ -510,7 +511,9 @@ def test_connection_failure_is_not_accepted(host: str, scheme: str) -> None:
 def test_bulk_rejection_details(status: int, body: object, kind: type, rows: dict[int, str] | None) -> None:
     """A rejected bulk run names the wrong rows, or that there are too many, or nothing about the rows."""
     with serve_replies(http_reply(status, body)) as server:
-        error = expect_failure(server.base_url, lambda client: client.submit(EMAIL_GETTER, b'{"params": []}', rows=3))
+        error = expect_failure(
+            server.base_url, lambda client: client.submit(EMAIL_GETTER, b'{"params": []}', PARAMS, rows=3)
+        )
         assert isinstance(error, kind)
         assert getattr(error, "rows", None) == rows
         assert server.requests[0].line == "POST /v1/waterfalls/email_getter/bulk-run HTTP/1.1"
@@ -542,6 +545,8 @@ def test_echoed_key_is_redacted(status: int) -> None:
         ({"error": "INVALID_PARAMS", "detail": "x", "fields": {"company": "No."}}, "company: No."),
         ({"detail": [{"loc": ["body", "params", "company"], "msg": "No.", "type": "t"}]}, "company: No."),
         ({"detail": [{"loc": ["body", "params", 0, "company"], "msg": "No."}]}, "company: No."),
+        ({"detail": [{"loc": ["body", "params", "company", "str"], "msg": "No."}]}, "company: No."),
+        ({"detail": {"company": ["No."], "phone": ["Required."]}}, "company: No."),
         ({"detail": [{"loc": ["body", "params"], "msg": "Field required"}]}, None),
         ({"detail": [{"loc": ["body", "enrichments"], "msg": "Field required"}]}, None),
         ({"detail": [{"loc": ["header", "x-apikey"], "msg": "Field required"}]}, None),
@@ -549,6 +554,15 @@ def test_echoed_key_is_redacted(status: int) -> None:
         ({"detail": {"enrichments": ["1 is not part of this waterfall."]}}, None),
         ({"rows": [{"position": 1, "fields": {"email_verifier": ["No."]}}]}, None),
         ({"detail": {"code": "DISABLED", "message": "This waterfall is switched off."}}, None),
+        ({"detail": {"code": "PLAN", "reason": "Upgrade your plan."}}, None),
+        ({"detail": {"quota": {"limit": 100, "used": 100}}}, None),
+        ({"detail": {"non_field_errors": ["No."]}}, None),
+        ({"detail": {"phone": ["Required."]}}, None),
+        ({"detail": [{"phone": ["Required."]}]}, None),
+        ({"fields": {"phone": ["Required."]}}, None),
+        ({"rows": [{"position": 1, "fields": {"phone": ["Required."]}}]}, None),
+        ({"rows": [{"position": 1, "reason": "Upgrade your plan."}]}, None),
+        ({"detail": [{"loc": ["body", "params", "phone"], "msg": "Required."}]}, None),
         ({"detail": "Row 1: company: This field is required."}, None),
         ({"detail": None, "rows": None, "fields": None}, None),
         ({"detail": [None, 1, "x"], "rows": [None, {}]}, None),
@@ -557,8 +571,8 @@ def test_echoed_key_is_redacted(status: int) -> None:
     ],
 )
 def test_param_names_in_400_bodies(body: object, named: str | None) -> None:
-    """Only a complaint about a param names a row; any other is about the job."""
-    assert wrong_params(body).get(0) == named
+    """Only a complaint about a param that the job sends names a row; any other is about the job."""
+    assert wrong_params(body, PARAMS).get(0) == named
 
 
 def test_malformed_error_bodies() -> None:

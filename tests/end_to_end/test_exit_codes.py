@@ -453,6 +453,35 @@ def test_param_error_fails_row_only(api: SandboxApi, workspace: Workspace, monke
     assert workspace.read_output()[3]["enrich_credits"] in ("", "0")
 
 
+@pytest.mark.parametrize(
+    "body",
+    first_quick(
+        1,
+        [
+            {"detail": {"code": "PLAN", "reason": "upgrade your plan"}},
+            {"detail": {"non_field_errors": ["bad"]}},
+            {"detail": {"phone": ["Required"]}},
+        ],
+    ),
+)
+def test_refusal_of_the_job_fails_no_row(
+    api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, body: dict[str, Any]
+) -> None:
+    """A 400 that names no param of the job stops the run, and the next run sends the rows."""
+
+    def refuse(*_: object, **__: object) -> str:
+        raise ApiRefusal(body)
+
+    workspace.write_leads(make_leads(3))
+    with monkeypatch.context() as patched:
+        patched.setattr(Databar, "submit", refuse)
+        refused = workspace.run_job(api)
+    summary = workspace.run_job(api)
+
+    assert (refused.exit_code, refused.failed, refused.pending) == (2, 0, 3)
+    assert (summary.exit_code, summary.submitted, summary.failed) == (0, 3, 0)
+
+
 # 11: the lock
 
 

@@ -9,6 +9,7 @@ import sqlite3
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,8 @@ from enrich.models import State
 from enrich.run.context import RunOptions
 from enrich.run.summary import RunSummary
 from enrich.sandbox.catalogue import WATERFALLS
+from enrich.sandbox.databar import Databar
+from tests.support.cases import first_quick
 from tests.support.workspace import (
     BOTH_BACKENDS_SERVER_LONG,
     SHORT_TIMEOUTS,
@@ -605,6 +608,74 @@ def test_input_changed_during_run(tmp_path: Path, workspace: Workspace) -> None:
     assert "changed" in summary["error"]
     assert (summary["rows"], summary["pending"], summary["submitted"], summary["reused"]) == (8, 2, 6, 0)
     assert (second.exit_code, second.submitted, second.reused) == (0, 2, 6)
+
+
+STEPS_JOB = """\
+version: 1
+input: leads.csv
+output: out.csv
+steps:
+  - name: first
+    waterfall: email_getter
+    params: {first_name: First Name, last_name: Last Name, company: Website}
+    columns: {work_email: email}
+  - {name: second, waterfall: person_getter, params: {email: work_email}, columns: {link: linkedin_url}}
+changes: {path: changes.csv, key: [First Name]}
+"""
+
+
+@pytest.mark.parametrize("steps", first_quick(1, [False, True]))
+@pytest.mark.parametrize("change", first_quick(1, ["broken", "gone", "columns"]))
+def test_input_unusable_after_requests_were_sent(
+    tmp_path: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, change: str, *, steps: bool
+) -> None:
+    """Whatever is wrong with the changed input, the run ends with exit 4, and the next one resumes."""
+    leads = workspace.write_leads(make_leads(4))
+    content = leads.read_text()
+    submit = Databar.submit
+
+    def change_input(*arguments: Any, **options: Any) -> str:
+        match change:
+            case "broken":
+                leads.write_text(content + "a,b\n")
+            case "gone":
+                leads.unlink(missing_ok=True)
+            case _:
+                leads.write_text("A,B\n1,2\n")
+        return submit(*arguments, **options)
+
+    if steps:
+        workspace.write_job(STEPS_JOB)
+    with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
+        with monkeypatch.context() as patched:
+            patched.setattr(Databar, "submit", change_input)
+            summary = workspace.run_job(api)
+        leads.write_text(content)
+        second = workspace.run_job(api)
+
+    assert (summary.exit_code, summary.submitted) == (4, 4)
+    assert str(summary.error).startswith("the input changed during the run: ")
+    assert summary.credits_spent > 0
+    assert (second.exit_code, second.submitted) == (0, 4 if steps else 0)
+
+
+def test_input_grows_between_steps(tmp_path: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that were added during the first step are pending, though the second step has read them."""
+    workspace.write_job(STEPS_JOB)
+    leads = workspace.write_leads(make_leads(3))
+    submit = Databar.submit
+
+    def add_rows(*arguments: Any, **options: Any) -> str:
+        if not leads.read_bytes().count(b"First4"):
+            workspace.write_leads(make_leads(5))
+        return submit(*arguments, **options)
+
+    with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
+        monkeypatch.setattr(Databar, "submit", add_rows)
+        summary = workspace.run_job(api)
+
+    assert (summary.exit_code, summary.error) == (4, "the input changed during the run")
+    assert (summary.rows, summary.submitted, summary.found, summary.pending) == (5, 6, 3, 2)
 
 
 def _execute_sql(workspace: Workspace, sql: str, values: Sequence[object] = ()) -> None:

@@ -7,6 +7,8 @@ import gzip
 import json
 import os
 import stat
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -372,6 +374,23 @@ def test_unicode_leads(api: SandboxApi, workspace: Workspace) -> None:
     assert summary.exit_code == 0
     assert [[row["First Name"], row["Last Name"]] for row in workspace.read_output()] == names
     assert {run["params"]["first_name"] for run in api.audit()["runs"]} == {name[0] for name in names}
+
+
+@pytest.mark.long
+def test_umask_that_forbids_all(api: SandboxApi, workspace: Workspace) -> None:
+    """Files of a process whose umask takes all rights are readable and writable by their owner."""
+    workspace.write_leads(make_leads(2))
+    before = set(workspace.folder.rglob("*"))
+    command = [sys.executable, "-m", "enrich", "run", "job.yaml", "--log-file", "logs/enrich.log"]
+    environ = workspace.environment(api) | {"PYTHONDONTWRITEBYTECODE": "1"}
+    result = subprocess.run(
+        command, cwd=workspace.folder, env=environ, umask=0o777, capture_output=True, timeout=60, check=False
+    )
+
+    assert result.returncode == 0, result.stderr
+    written = set(workspace.folder.rglob("*")) - before
+    assert {path.name for path in written} >= {"out.csv", "enrich.log"}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in written if path.is_file()} == {0o600}
 
 
 def test_files_are_private(tmp_path: Path, workspace: Workspace) -> None:

@@ -311,3 +311,21 @@ def test_symlinked_ledger_shares_lock(api: SandboxApi, workspace: Workspace) -> 
     assert result.exit_code == 0, result.stderr
     assert result.json_output["reused"] == 3
     assert not (workspace.folder / "link.db.lock").exists()
+
+
+@pytest.mark.parametrize("command", first_quick(1, [["run", "job.yaml"], ["collect", "job.yaml"]]), ids=" ".join)
+def test_hard_linked_ledger_is_refused(api: SandboxApi, workspace: Workspace, command: list[str]) -> None:
+    """A hard link has a lock and a journal of its own, so two runs would damage the ledger and pay twice."""
+    workspace.write_leads(make_leads(3))
+    assert workspace.run_job(api).exit_code == 0
+    other_name = workspace.folder / "hard.db"
+    other_name.hardlink_to(workspace.ledger_path)
+    workspace.write_leads(make_leads(6))
+
+    for name in (workspace.ledger_path, other_name):
+        result = workspace.run_in_process(*command, "--ledger", str(name), "--json", api=api)
+        assert (result.exit_code, "hard link" in result.stderr) == (5, True), result.stderr
+    other_name.unlink()
+
+    assert api.audit()["accepted"] == 3
+    assert workspace.run_job(api).submitted == 3

@@ -73,6 +73,14 @@ def test_default_providers(workspace: Workspace) -> None:
     assert build_template(workspace, providers=[966]).target.enrichments == (966,)
 
 
+def test_provider_listed_twice(workspace: Workspace) -> None:
+    """A provider that the API lists twice is sent and priced once."""
+    numbers = [833, 966, 833]
+    waterfall = waterfall_json(available_enrichments=[{"id": number, "price": "0.5"} for number in numbers])
+    made = build_template(workspace, waterfall=waterfall)
+    assert (made.target.enrichments, made.worst_price) == ((833, 966), 1_000_000)
+
+
 def test_provider_order_of_job(workspace: Workspace) -> None:
     """The job's order of providers is the order of the requests, so it is part of the fingerprint."""
     assert build_template(workspace, "enrichments: [966, 113, 833]\n").target.enrichments == (966, 113, 833)

@@ -466,6 +466,19 @@ def test_low_balance_is_reported(tmp_path: Path, workspace: Workspace) -> None:
     assert "a run would be refused: the balance is 2 credits" in result.stdout
 
 
+@FILE_ONLY
+def test_high_numbers_are_written_out(tmp_path: Path, workspace: Workspace) -> None:
+    """High prices, and the options of the next command, have all their digits."""
+    workspace.write_job(enrichments="[833]")
+    workspace.write_leads(make_leads(1))
+    with serve_api(tmp_path / "api.db", balance=2.0) as api:
+        api.set_prices({833: 1e9})
+        result = run_plan_command(workspace, api, "--limit", "1234567", "--max-credits", "7654321.5")
+    assert "one request may cost 1,000,000,000" in result.stdout
+    assert "--limit 1234567 --max-credits 7654321.5" in result.stdout
+    assert "e+09" not in result.stdout
+
+
 # Saved plans
 
 

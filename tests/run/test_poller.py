@@ -111,6 +111,24 @@ class TestAnswers:
         with patch("enrich.run.poller.NO_DATA_POLL_S", SHORT_TIMEOUTS.no_data_s):
             run_scenario(tmp_path, api, scenario, leads=range(1))
 
+    def test_grace_for_unfinished_bulk_task(self, api: SandboxApi, tmp_path: Path) -> None:
+        """A completed bulk task that still counts running rows, and has no data for them, is polled for a while."""
+        running = {"total": 2, "completed": 1, "no_data": 0, "failed": 0, "processing": 1}
+        ada = {"email": "ada@engine.example"}
+        tasks: list[dict[str, Any]] = [
+            {"status": "completed", "progress": running, "data": data, "credits_spent": 0}
+            for data in ([None, None], [ada, None], [ada, ada])
+        ]
+        replies = iter([TaskReply(task, json.dumps(task)) for task in tasks])
+
+        async def scenario(harness: LoopHarness) -> None:
+            with patch.object(harness.client, "poll_task", AsyncMock(side_effect=replies)):
+                await harness.run_loops(bulk=2)
+            assert assert_counts(harness, found=2)
+
+        with patch("enrich.run.poller.NO_DATA_POLL_S", SHORT_TIMEOUTS.no_data_s / 10):
+            run_scenario(tmp_path, api, scenario, leads=range(2))
+
     def test_unknown_status_means_running(self, api: SandboxApi, tmp_path: Path) -> None:
         """An unknown status is no end: the task is polled until it has a known one."""
         api.inject_fault("odd-status", 3, "post", polls=3)

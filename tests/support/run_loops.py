@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +28,10 @@ from tests.support.workspace import SHORT_TIMEOUTS, SandboxApi
 
 #: The maximum price of `CALL` in the sandbox, in millionths.
 SANDBOX_MAX_PRICE = 3_510_000
-CONFIG = WorkConfig(CALL, NO_BUDGET, BINDING, bulk=None, column_paths=("email",), max_attempts=3, patience_s=60.0)
+PARAMS = frozenset({"first_name", "last_name", "company"})
+CONFIG = WorkConfig(
+    CALL, PARAMS, NO_BUDGET, BINDING, bulk=None, column_paths=("email",), max_attempts=3, patience_s=60.0
+)
 
 
 class FastPollSchedule(PollSchedule):
@@ -64,7 +67,7 @@ class RecordingClient(Client):
 
     request_log: RequestLog
 
-    async def submit(self, target: Target, body: bytes, rows: int | None = None) -> str:
+    async def submit(self, target: Target, body: bytes, params: Collection[str] = (), rows: int | None = None) -> str:
         """Count the POSTs, and those in flight."""
         log = self.request_log
         log.posts += 1
@@ -74,7 +77,7 @@ class RecordingClient(Client):
         log.max_open_tasks = max(log.max_open_tasks, open_tasks)
         try:
             await wait_until(lambda: log.max_posts_in_flight >= log.awaited_posts_in_flight)
-            return await super().submit(target, body, rows)
+            return await super().submit(target, body, params, rows)
         finally:
             log.posts_in_flight -= 1
 
