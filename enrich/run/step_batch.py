@@ -5,7 +5,7 @@ Several rows can have one request. Its answer belongs only to the rows that are 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import NamedTuple
@@ -122,12 +122,6 @@ class Identities(NamedTuple):
                 hasher = prefix.copy()
                 hasher.update(text.encode())
                 yield index, int.from_bytes(hasher.digest(), "big", signed=True)
-
-
-def sent_columns(job: Job, input_columns: Iterable[str]) -> list[str]:
-    """Return the columns of the input that the steps send."""
-    sent = {column for step in job.step_jobs for param in step.model.params.values() for column in param.columns}
-    return [name for name in input_columns if name in sent]
 
 
 def identities(text: pl.DataFrame, sent: Sequence[str]) -> Identities:

@@ -29,7 +29,6 @@ from enrich.run.step_batch import (
     decided_batch,
     find_recorded_rows,
     identities,
-    sent_columns,
 )
 
 
@@ -112,7 +111,7 @@ class StepRows:
 
     def _frames(self) -> Iterator[_Progress]:
         own = [place for place, name in enumerate(self.job_input.header) if name in self.job_input.schema]
-        sent = sent_columns(self.job, self.job_input.schema)
+        sent = [name for name in self.job_input.schema if name in self.job_input.sent_columns]
         max_rows = queries.max_rows_per_batch(self.ledger, len(self.steps))
         for first_position, frame, text in self.job_input.frames(max_rows):
             input_frame = frame.select(pl.nth(own))
