@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
+
+from msgspec import Struct
 
 from enrich.models import RowStatus, format_credits, pluralize
 
@@ -115,16 +116,14 @@ def requires_action(code: int) -> bool:
     return code not in SUCCESS_CODES | NEUTRAL_CODES
 
 
-@dataclass(frozen=True, slots=True)
-class JobArguments:
+class JobArguments(Struct, frozen=True):
     """The job as arguments of a shell command: of `enrich run`, and of commands that only read the ledger."""
 
     run_args: str
     ledger_args: str
 
 
-@dataclass(frozen=True, slots=True)
-class RequiredAction:
+class RequiredAction(Struct, frozen=True):
     """An action that is required, and the exact commands for it."""
 
     text: str

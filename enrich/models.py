@@ -10,6 +10,8 @@ from enum import StrEnum
 from itertools import repeat
 from typing import Any, NamedTuple, overload
 
+from msgspec import Struct
+
 
 class State(StrEnum):
     """State of a request."""
@@ -184,8 +186,7 @@ def format_elapsed(seconds: float) -> str:
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
 
 
-@dataclass(frozen=True, slots=True)
-class RequestBatch:
+class RequestBatch(Struct, frozen=True):
     """The requests of rows, as columns: an object for each of a million rows would take longer than reading the rows.
 
     `positions` are those of the rows in the input (from 0), `params` are JSON. `queue_positions` are ranks in the send
@@ -224,8 +225,7 @@ class RequestBatch:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class RequestSelection:
+class RequestSelection(Struct, frozen=True):
     """Which requests a run sends. `refresh_before_ms`: answers older than this time (ms) are requested again.
 
     `after_execution`: select as if nothing was sent after this execution, the newest one when the plan was saved.
@@ -234,7 +234,7 @@ class RequestSelection:
     """
 
     retry: frozenset[State] = frozenset()
-    refresh_before_ms: Mapping[State, int] = field(default_factory=dict)
+    refresh_before_ms: Mapping[State, int] = {}
     max_per_group: int | None = None
     sample: int | None = None
     seed: int = 0

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import polars as pl
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from enrich.cluster.blocks import SharedPass, map_blocks, split_input
 from enrich.cluster.heartbeats import HeartbeatMonitor, Heartbeats, new_heartbeat_counter
@@ -124,8 +125,7 @@ def _collect(shared_pass: SharedPass, draft: DatasetWriter, rows: JobInput) -> t
     return shared_pass.with_ledger(write)
 
 
-@dataclass(frozen=True, slots=True)
-class RayCluster:
+class RayCluster(Struct, frozen=True):
     """A connected Ray cluster; see `enrich.run.cluster_protocol.ClusterEngine`."""
 
     ledger: PostgresLocation

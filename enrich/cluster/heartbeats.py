@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from msgspec import Struct
 from ray.exceptions import RayError
 
 from enrich import __version__
@@ -46,8 +47,7 @@ class HeartbeatCounter:
         return self._count
 
 
-@dataclass(frozen=True, slots=True)
-class Heartbeats:
+class Heartbeats(Struct, frozen=True):
     """What a task needs to send heartbeats: the counter, and the run's version."""
 
     counter: Any

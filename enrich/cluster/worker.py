@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from math import inf
 from typing import TYPE_CHECKING
+
+from msgspec import Struct, field
 
 from enrich.databar.client import Client
 from enrich.databar.clock import SystemClock
@@ -37,8 +38,7 @@ TAKE_OVER_EVERY_S = 1.0
 SHARE_CHECK_EVERY_S = 0.1
 
 
-@dataclass(frozen=True, slots=True)
-class StopRequest:
+class StopRequest(Struct, frozen=True):
     """What a running worker should stop, as a state: it may be received twice, or by the replacement of a worker."""
 
     submitting: bool = False  # send no more POSTs
@@ -47,8 +47,7 @@ class StopRequest:
     abort: bool = False  # stop waiting for anything
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerTask:
+class WorkerTask(Struct, frozen=True):
     """What a worker is started with."""
 
     work_config: WorkConfig
@@ -65,14 +64,13 @@ class WorkerTask:
     leader_id: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerStatus:
+class WorkerStatus(Struct, frozen=True):
     """What a worker has counted and learned."""
 
     counters: RunCounters = field(default_factory=RunCounters)
     open_tasks: int = 0
     posts_in_flight: int = 0
-    exit_reasons: dict[ExitCode, tuple[str, str | None]] = field(default_factory=dict)
+    exit_reasons: dict[ExitCode, tuple[str, str | None]] = {}
     stop_submitting: bool = False
     stop_polling: bool = False
     poll_schedule: PollSchedule | None = None

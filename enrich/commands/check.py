@@ -6,11 +6,11 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
+from msgspec.structs import replace
 
 from enrich.commands import options
 from enrich.commands.check_target import CheckResult, add_problem, check_target, read_stored

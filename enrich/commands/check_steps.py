@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
+
+from msgspec.structs import replace
 
 from enrich.commands.check_target import CheckResult, add_problem
 from enrich.errors import EnrichError

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from msgspec.structs import replace
 
 from enrich.commands.paths import has_ledger
 from enrich.databar.description import DOCUMENTED_ON, DOCUMENTED_WATERFALLS, Description, Field, description_changes

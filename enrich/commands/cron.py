@@ -7,11 +7,11 @@ import pwd
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
 import click
+from msgspec import Struct
 
 from enrich.commands import options
 from enrich.commands.doctor import system
@@ -28,8 +28,7 @@ DAYS = ("Sun", "Mon", "Tue", "Wed", "Thu", "Fri", "Sat")
 _LONG_DAYS = ("sunday", "monday", "tuesday", "wednesday", "thursday", "friday", "saturday")
 
 
-@dataclass(frozen=True, slots=True)
-class Schedule:
+class Schedule(Struct, frozen=True):
     """When a job runs: a local time and days of the week (0 is Sunday). Empty `days` means every day."""
 
     hour: int
@@ -37,8 +36,7 @@ class Schedule:
     days: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledJob:
+class ScheduledJob(Struct, frozen=True):
     """The command, user and schedule of a job. A run writes to `writable_folders`. All paths are absolute."""
 
     name: str
@@ -50,7 +48,7 @@ class ScheduledJob:
     schedule: Schedule
     max_time: str
     writable_folders: Sequence[Path]
-    environ: Mapping[str, str] = field(default_factory=dict)
+    environ: Mapping[str, str] = {}
 
     @property
     def unit_name(self) -> str:

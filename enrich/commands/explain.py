@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import click
 import polars as pl
+from msgspec.structs import replace
 
 from enrich.commands import options
 from enrich.commands.explain_history import (

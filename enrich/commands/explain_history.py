@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
+
+from msgspec import Struct
 
 from enrich.databar.task_results import has_value, parse_data
 from enrich.job.cell_text import clean
@@ -25,8 +26,7 @@ from enrich.rows.template import RequestTemplate
 MAX_LEADS_SHOWN = 20
 
 
-@dataclass(frozen=True, slots=True)
-class Lead:
+class Lead(Struct, frozen=True):
     """A row of the input, counted from 1, with its request."""
 
     number: int
@@ -70,8 +70,7 @@ def _param_cells(job: Job, lead: Lead) -> dict[str, dict[str, str]]:
     }
 
 
-@dataclass(frozen=True, slots=True)
-class Explainer:
+class Explainer(Struct, frozen=True):
     """Describes rows and requests from the history in the ledger. `is_running`: see `describe_next_step`."""
 
     job: Job

@@ -6,12 +6,12 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import click
+from msgspec.structs import replace
 
 from enrich.commands import options
 from enrich.commands.forget_steps import RowRequests, follow_answers, requests_of_rows

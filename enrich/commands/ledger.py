@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from contextlib import closing
-from dataclasses import asdict
 from pathlib import Path
 
 import click
+from msgspec.structs import asdict
 
 from enrich.commands import options
 from enrich.commands.options import LEDGER_INSTEAD_OPTION, SANDBOX_OPTION

@@ -11,11 +11,11 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from msgspec import Struct
 from pydantic import SecretStr
 
 from enrich.commands import LEDGER_META_KEY
@@ -123,8 +123,7 @@ LEDGER_INSTEAD_OPTION = ledger_option("instead", what="Use")
 SANDBOX_OPTION = click.option("--sandbox", "use_sandbox", is_flag=True, help="Use the ledger of the sandbox.")
 
 
-@dataclass(frozen=True, slots=True)
-class JobOptions:
+class JobOptions(Struct, frozen=True):
     """The job of a command, and what its options say instead of the job file."""
 
     job_file: Path
@@ -189,7 +188,7 @@ def job_options(
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(command)
         def wrapper(**params: Any) -> Any:  # noqa: ANN401 - click's options, and what the command returns
-            given = {field.name: params.pop(field.name) for field in fields(JobOptions) if field.name in params}
+            given = {name: params.pop(name) for name in JobOptions.__struct_fields__ if name in params}
             return command(job_options=JobOptions(**given), **params)
 
         return with_options(wrapper)

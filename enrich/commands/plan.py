@@ -7,11 +7,11 @@ import json
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 import click
+from msgspec.structs import replace
 
 from enrich.commands import options
 from enrich.commands.plan_rows import check_replaceable, write_rows, write_step_rows

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import suppress
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from msgspec.structs import replace
 
 from enrich.commands import options
 from enrich.errors import EnrichError, Interrupted, JobError

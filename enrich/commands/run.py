@@ -8,13 +8,14 @@ import sys
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import click
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from enrich.commands import options
 from enrich.commands.report import write_run_report
@@ -167,8 +168,7 @@ def _confirm(text: str) -> bool:
         raise KeyboardInterrupt from None
 
 
-@dataclass(frozen=True, slots=True)
-class RunCallbacks:
+class RunCallbacks(Struct, frozen=True):
     """What a run calls: `on_message` with a text for the user at once, `on_progress` often, `on_end` before the report.
 
     `close_progress` is called when no progress follows, also after an error. Setting a result of `stop`, from any

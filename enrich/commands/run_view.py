@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
+
+from msgspec import Struct
 
 from enrich.exit_codes import exit_label
 from enrich.job.locations import LedgerLocation
@@ -50,8 +51,7 @@ def run_status(
     return RunStatus.RUNNING if heartbeat_age_s <= heartbeat_timeout_s or pauses_heartbeat else RunStatus.NO_HEARTBEAT
 
 
-@dataclass(frozen=True, slots=True)
-class RunView:
+class RunView(Struct, frozen=True):
     """State of a job's newest run at the time `now_ms` (milliseconds since 1970, UTC).
 
     `ttl_ms` is how long the API keeps results, in milliseconds. `run` and `snapshot` are None if there is none.

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol, TextIO
 
 import click
+from msgspec import Struct
 
 from enrich.commands.run_view import RunStatus, RunView, format_view, format_view_line, run_status
 from enrich.commands.streams import flush_error
@@ -124,8 +125,7 @@ def run_watch_loop(watcher: RunWatcher, display: Display, interval_s: float) -> 
         return signal.exit_code
 
 
-@dataclass(frozen=True, slots=True)
-class LineDisplay:
+class LineDisplay(Struct, frozen=True):
     """Shows each view as one line: text or a JSON object."""
 
     out: TextIO

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from msgspec import Struct
 from pydantic import SecretStr
 
 from enrich.errors import ApiKeyRejected, JobError
@@ -17,8 +17,7 @@ from enrich.job.locations import is_loopback
 DEFAULT_BASE_URL = "https://api.databar.ai/v1"
 
 
-@dataclass(frozen=True, slots=True)
-class ApiAccess:
+class ApiAccess(Struct, frozen=True):
     """Base URL of the API, and the API key."""
 
     base_url: str

@@ -10,11 +10,11 @@ import os
 import re
 import ssl
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_network
 from pathlib import Path
 from urllib.parse import unquote_to_bytes, urlsplit
 
+from msgspec import Struct
 from pydantic import SecretStr
 
 from enrich.errors import JobError
@@ -27,8 +27,7 @@ _NO_CERTIFICATE = "it has no readable certificate (PEM)"
 _HASHED_NAME = re.compile(r"[0-9a-f]{8}\.\d+")
 
 
-@dataclass(frozen=True, slots=True)
-class Proxy:
+class Proxy(Struct, frozen=True):
     """A proxy, as configured in the environment variable `variable`.
 
     `url` holds no user and no password. `authorization` is the value of the Proxy-Authorization header.

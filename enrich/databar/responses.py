@@ -23,10 +23,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from typing import Any
+
+from msgspec import Struct
 
 from enrich.databar.task_results import TaskReply
 from enrich.databar.text_filter import clean_json, clean_line, clean_text, decode_json, nan_as_null
@@ -67,8 +68,7 @@ class _NotFound(JobRejected):
     """The API responded with 404."""
 
 
-@dataclass(frozen=True, slots=True)
-class JsonBody:
+class JsonBody(Struct, frozen=True):
     """A JSON body: its value, its text, and whether all of its bytes could be decoded."""
 
     value: Any

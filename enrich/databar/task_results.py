@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import Enum
 from math import isfinite
 from typing import Any, NamedTuple
 
 import msgspec
+from msgspec import Struct
 
 from enrich.job.cell_text import is_blank as is_blank_text
 from enrich.models import MICROS_PER_CREDIT, Answer, State, to_micros, whole_number
@@ -54,8 +55,7 @@ MAX_STEPS = 1_000
 _RESULT_WRAPPER_KEYS = ("steps", "enrichment_data", "result_field")
 
 
-@dataclass(frozen=True, slots=True)
-class TaskReply:
+class TaskReply(Struct, frozen=True):
     """The API's response about a task: the parsed body, the same body as JSON text, and a `note` on any defect."""
 
     body: dict[str, Any]

@@ -15,7 +15,6 @@ import socket
 import ssl
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from functools import partial
 from math import inf
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ from urllib.parse import urlsplit
 
 import aiohappyeyeballs
 import idna
+from msgspec import Struct
 
 from enrich.databar.http_connection import AnswerExceedsLimit, Decompressor, HttpConnection
 from enrich.databar.network import Proxy
@@ -90,8 +90,7 @@ class Origin(NamedTuple):
         return host if self.port == (443 if self.is_tls else 80) else f"{host}:{self.port}"
 
 
-@dataclass(frozen=True, slots=True)
-class HttpAnswer:
+class HttpAnswer(Struct, frozen=True):
     """A complete response. `content` is decompressed, names of `headers` are in lower case.
 
     `is_fresh`: the connection carried no earlier request. `close` closes the connection.

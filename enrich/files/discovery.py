@@ -6,9 +6,11 @@ import glob
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import unquote
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from enrich.files import object_store
 from enrich.files.manifest import MANIFEST, Manifest, read_manifest
@@ -23,8 +25,7 @@ _ESCAPED_WILDCARD = re.compile(r"\[[*?\[]\]")
 _NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 
 
-@dataclass(frozen=True, slots=True)
-class InputFile:
+class InputFile(Struct, frozen=True):
     """One file of the input: its location, its settings, and the column values in its folder names.
 
     `version` is the version of an object when it was found. It must be the same when the object is read.

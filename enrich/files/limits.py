@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 
 import polars as pl
+from msgspec import Struct
 
 from enrich.files import csv_format, excel_format
 from enrich.files.text import FileProblem, quote_column
@@ -18,8 +18,7 @@ _OTHER_FORMAT_HINT = "Use an output that ends in .csv or .parquet"
 _ENCODING_HINT = "Set `encoding: utf-8` for the file to write"
 
 
-@dataclass(frozen=True, slots=True)
-class FileLimits:
+class FileLimits(Struct, frozen=True):
     """The limits of one file. None: no limit. `name` is the file's key and path, for messages.
 
     `max_rows` does not count the header. `cell_length` counts a cell as the format does.

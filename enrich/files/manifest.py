@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from io import BytesIO
 from uuid import uuid4
 
 import polars as pl
+from msgspec import Struct
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from enrich.errors import CommandRefused
@@ -21,8 +21,7 @@ _METADATA_KEY = "enrich_manifest"
 _PART_NAME = re.compile(r"part-\d{10}-[0-9a-f]{8}\.parquet")
 
 
-@dataclass(frozen=True, slots=True)
-class PartFile:
+class PartFile(Struct, frozen=True):
     """A written part: its name, the position of its first row (from 0) and its number of rows."""
 
     name: str

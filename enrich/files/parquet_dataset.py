@@ -7,13 +7,14 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, cast
 from uuid import uuid4
 
 import polars as pl
+from msgspec import Struct
+from msgspec.structs import replace
 
 from enrich.errors import CommandRefused, JobError
 from enrich.files import object_store, parquet_format
@@ -32,8 +33,7 @@ from enrich.job.file_names import real_path
 from enrich.job.locations import STDIN, InputLocation, Location, ObjectUrl
 
 
-@dataclass(frozen=True, slots=True)
-class FolderDatasetWriter:
+class FolderDatasetWriter(Struct, frozen=True):
     """Writes a dataset to a local or shared folder. Every machine with access to the folder can write parts."""
 
     target: Path
@@ -150,8 +150,7 @@ def _folder_manifest(folder: Path) -> Manifest | None:
         return None
 
 
-@dataclass(frozen=True, slots=True)
-class BucketDatasetWriter:
+class BucketDatasetWriter(Struct, frozen=True):
     """Writes a dataset to object storage. Every machine with access to the storage can write parts."""
 
     target: ObjectUrl

@@ -5,11 +5,11 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from hashlib import file_digest, sha256
 from pathlib import Path
 
 import polars as pl
+from msgspec import Struct
 
 from enrich.errors import CommandRefused
 from enrich.files import csv_format, excel_format, jsonl_format, parquet_format
@@ -26,8 +26,7 @@ Schema = dict[str, pl.DataType]
 FILES_AT_ONCE = 16
 
 
-@dataclass(frozen=True, slots=True)
-class InputSchema:
+class InputSchema(Struct, frozen=True):
     """The columns of an input: those in its files, with types, and those that only folder names contain."""
 
     file_columns: Schema
@@ -39,8 +38,7 @@ class InputSchema:
         return self.file_columns | dict.fromkeys(self.partition_columns, pl.String())
 
 
-@dataclass(frozen=True, slots=True)
-class FileMetadata:
+class FileMetadata(Struct, frozen=True):
     """The columns of a file, and its row count if the metadata has it (Parquet), else None."""
 
     columns: Schema
@@ -150,8 +148,7 @@ ROWS_PER_PART = 100_000
 ROWS_PER_BATCH = 20_000
 
 
-@dataclass(frozen=True, slots=True)
-class InputPart:
+class InputPart(Struct, frozen=True):
     """A range of rows in one file. `start_row` is their start in the file (from 0), `first_position` in the input."""
 
     file: InputFile

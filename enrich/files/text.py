@@ -9,11 +9,12 @@ import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
 from typing import TextIO
+
+from msgspec import Struct
 
 from enrich.errors import CommandRefused
 from enrich.job.cell_text import clean
@@ -77,8 +78,7 @@ _MAX_SHOWN_NAME = 100
 FORMAT_NAMES = {"csv": "CSV text", "jsonl": "JSON Lines", "parquet": "a Parquet file", "xlsx": "an Excel workbook"}
 
 
-@dataclass(frozen=True, slots=True)
-class TableFile:
+class TableFile(Struct, frozen=True):
     """A table's file and its format settings. `display_name` replaces the path in messages."""
 
     path: Path

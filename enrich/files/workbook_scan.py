@@ -9,10 +9,11 @@ import posixpath
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from xml.parsers import expat
+
+from msgspec import Struct
 
 #: A sheet's rectangle may have this many positions, or this many for each of its cells.
 _MAX_POSITIONS, _MAX_POSITIONS_PER_CELL = 5_000_000, 50
@@ -26,8 +27,7 @@ class UnsoundWorkbook(ValueError):
     """The file is no workbook. The message is the reason, and quotes no cell."""
 
 
-@dataclass(frozen=True, slots=True)
-class SheetScan:
+class SheetScan(Struct, frozen=True):
     """What a scan found, as cells such as `B2`. None: there is none."""
 
     far_cell: str | None

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
+from msgspec import Struct
+from msgspec.structs import replace
 from pydantic import ValidationError
 
 from enrich.errors import JobError
@@ -51,8 +52,7 @@ _Table = TypeVar("_Table", Input, Output)
 OUTPUT_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz", ".parquet", ".xlsx")
 
 
-@dataclass(frozen=True, slots=True)
-class Overrides:
+class Overrides(Struct, frozen=True):
     """Settings of the command line that override the job file. Paths are relative to the working directory."""
 
     input: Path | str | None = None
@@ -62,8 +62,7 @@ class Overrides:
     sandbox: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(Struct, frozen=True):
     """A loaded job file with resolved paths. `input_path` can be a glob or STDIN."""
 
     model: JobModel

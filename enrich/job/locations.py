@@ -5,11 +5,13 @@ from __future__ import annotations
 import glob
 import os
 import re
-from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Literal
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 Format = Literal["csv", "jsonl", "parquet", "xlsx"]
 
@@ -29,8 +31,7 @@ _WEB_SCHEMES = ("http", "https")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/]*)/?(.*)", re.DOTALL)
 
 
-@dataclass(frozen=True, slots=True)
-class ObjectUrl:
+class ObjectUrl(Struct, frozen=True):
     """URL of an object in object storage (`s3://bucket/key`), or of all objects in a folder (`s3://bucket/folder/`)."""
 
     scheme: str
@@ -51,8 +52,7 @@ class ObjectUrl:
         return f"{self.scheme}://{self.bucket}/{self.key}"
 
 
-@dataclass(frozen=True, slots=True)
-class WebUrl:
+class WebUrl(Struct, frozen=True):
     """A web address that a table is read from. As text it has only host and file: the rest may be a secret."""
 
     url: str
@@ -88,8 +88,7 @@ _SERVER_PATTERN = re.compile(rf"(?:[^@:/?#]*@)?{_HOST_PATTERN}(?:,{_HOST_PATTERN
 _SCHEMA_PATTERN = re.compile(r"[a-z_][a-z0-9_]{0,52}")
 
 
-@dataclass(frozen=True, slots=True)
-class PostgresLocation:
+class PostgresLocation(Struct, frozen=True):
     """A ledger in a PostgreSQL database: connection string for libpq and schema of the ledger's tables.
 
     `local_folder` is the folder on this machine for files that belong to the ledger but are not stored in it.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 from urllib.parse import quote
+
+from msgspec import Struct
 
 
 class TargetKind(StrEnum):
@@ -17,8 +18,7 @@ class TargetKind(StrEnum):
     ENRICHMENT = "enrichment"
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(Struct, frozen=True):
     """The waterfall or enrichment that gets the params of each row. A request is a target with params.
 
     `enrichments` are the provider ids of a waterfall, in order. `pages` is how many an enrichment fetches.

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from enrich.errors import CommandRefused
 from enrich.job.locations import LedgerLocation
@@ -40,8 +43,7 @@ _TEXT_KEY_COLUMNS = ("name", "kind", "identifier", "job", "call")
 _UNCOPIED_COLUMNS = ("lease_id",)
 
 
-@dataclass(frozen=True, slots=True)
-class CopyResult:
+class CopyResult(Struct, frozen=True):
     """The result of a copy: rows per table, and a hash of all rows that is equal for source and target."""
 
     rows: dict[str, int]

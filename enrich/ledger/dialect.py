@@ -5,9 +5,10 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+from msgspec import Struct
 
 #: How long a run waits for a server that became unreachable, in seconds.
 OUTAGE_TIMEOUT_S = 300.0
@@ -25,8 +26,7 @@ class TransactionInterrupted(DatabaseFailed):
 DATABASE_ERRORS = (sqlite3.Error, DatabaseFailed)
 
 
-@dataclass(frozen=True, slots=True)
-class Dialect:
+class Dialect(Struct, frozen=True):
     """The parts of SQL that differ between databases."""
 
     #: Column definition of an auto-incremented primary key.

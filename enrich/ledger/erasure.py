@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from secrets import token_bytes
 from typing import Any
+
+from msgspec import Struct
 
 from enrich.errors import CommandRefused
 from enrich.job.bounded_read import read_bounded
@@ -19,8 +20,7 @@ from enrich.ledger.dialect import OPEN_ATTEMPT
 from enrich.ledger.file_identity import make_private_folder
 
 
-@dataclass(frozen=True, slots=True)
-class ForgottenRequests:
+class ForgottenRequests(Struct, frozen=True):
     """Requests about forgotten people. Only their keyed hashes are known."""
 
     key: bytes

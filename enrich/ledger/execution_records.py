@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
 from typing import Any
+
+from msgspec import Struct
 
 from enrich.exit_codes import exit_label
 from enrich.ledger.database import Database
@@ -15,8 +16,7 @@ from enrich.ledger.dialect import MAX_ROWS, OPEN_ATTEMPT
 Paths = Sequence[str] | Mapping[str, Sequence[str]]
 
 
-@dataclass(frozen=True, slots=True)
-class ExecutionRow:
+class ExecutionRow(Struct, frozen=True):
     """One run. Times are milliseconds since 1970 (UTC), credits are millionths, JSON is text; None: not known."""
 
     id: int
@@ -48,7 +48,7 @@ class ExecutionRow:
 
 #: The `command` in the summary of `enrich cancel`, which has an execution of its own.
 CANCEL = "cancel"
-_COLUMNS = ", ".join(field.name for field in fields(ExecutionRow))
+_COLUMNS = ", ".join(ExecutionRow.__struct_fields__)
 
 
 def start_execution(  # noqa: PLR0913, PLR0917 - each is a column

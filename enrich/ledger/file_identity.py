@@ -6,8 +6,9 @@ import codecs
 import os
 import stat
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from enrich.errors import CommandRefused
 
@@ -20,8 +21,7 @@ _FILE_KINDS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class OpenFiles:
+class OpenFiles(Struct, frozen=True):
     """Paths with the device and inode of the file at each. None: there was no file."""
 
     files: tuple[tuple[Path, tuple[int, int] | None], ...]

@@ -7,13 +7,13 @@ import select
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from itertools import count
 from math import inf
 from pathlib import Path
 from typing import Any
 
 import psycopg
+from msgspec import Struct
 
 from enrich.errors import LeaseLost
 from enrich.job.locations import PostgresLocation
@@ -78,8 +78,7 @@ DIALECT = Dialect(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class FencingToken:
+class FencingToken(Struct, frozen=True):
     """The lease of a writer, which must be valid. The server ends transactions idle for `idle_timeout_s`."""
 
     lease_id: int

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
+
+from msgspec import Struct
 
 from enrich.databar.task_results import parse_data
 from enrich.job.target import Target
@@ -268,8 +269,7 @@ def _time_bin(column: str) -> str:
     return f"CASE WHEN {column} > ?2 THEN ({column} - ?2) / ?3 ELSE 0 END"
 
 
-@dataclass(frozen=True, slots=True)
-class LedgerTotals:
+class LedgerTotals(Struct, frozen=True):
     """Totals of the whole ledger, all jobs: credits in millionths, answers of unknown price, unconfirmed, submitted."""
 
     spent: int

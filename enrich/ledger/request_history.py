@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
 from typing import Any
+
+from msgspec import Struct
 
 from enrich.ledger.database import Database
 from enrich.models import State
 
 
-@dataclass(frozen=True, slots=True)
-class RequestRow:
+class RequestRow(Struct, frozen=True):
     """One request: its state, the params sent (JSON), and the call it belongs to."""
 
     id: int
@@ -24,8 +24,7 @@ class RequestRow:
     answer_id: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class AttemptRow:
+class AttemptRow(Struct, frozen=True):
     """One attempt: a POST and its outcome. Times are milliseconds since 1970 (UTC), credits are millionths."""
 
     id: int
@@ -77,7 +76,7 @@ def attempts(db: Database, request_id: int) -> list[AttemptRow]:
         "WHERE a.request_id = ? ORDER BY a.id",
         request_id,
     )
-    return [AttemptRow(**{field.name: row[field.name] for field in fields(AttemptRow)}) for row in rows]
+    return [AttemptRow(**{name: row[name] for name in AttemptRow.__struct_fields__}) for row in rows]
 
 
 def _request_row(row: Mapping[str, Any]) -> RequestRow:

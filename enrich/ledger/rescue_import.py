@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+
+from msgspec import Struct
 
 from enrich.errors import CommandRefused
 from enrich.json_text import to_json_text
@@ -22,8 +23,7 @@ _BEST_STATE_FIRST = ("found", "not_found", "submitted", "failed", "expired", "in
 _UNKNOWN_ANSWER_ERROR = "the ledger could not be written, and the response to the request is unknown"
 
 
-@dataclass(frozen=True, slots=True)
-class RescueImport:
+class RescueImport(Struct, frozen=True):
     """How many attempts of a rescue file now have each state in the ledger. `known`: the ledger already had them."""
 
     submitted: int = 0

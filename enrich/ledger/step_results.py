@@ -6,8 +6,9 @@ A row of a job with steps has a request in each of them. What it sends depends o
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
+
+from msgspec import Struct
 
 from enrich.json_text import to_json_text
 from enrich.ledger.database import Database
@@ -74,8 +75,7 @@ def choose_requests(
     return {bytes(name): StepChoice(Decision(decision), bool(before)) for name, decision, before in rows}
 
 
-@dataclass(frozen=True, slots=True)
-class StepTotals:
+class StepTotals(Struct, frozen=True):
     """What a run did in a step. `spent` in millionths of a credit; `unknown` counts answers without a price."""
 
     submitted: int = 0

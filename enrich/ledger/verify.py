@@ -6,11 +6,11 @@ import os
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 import msgspec
+from msgspec import Struct
 
 from enrich.errors import CommandRefused, EnrichError, LedgerDamaged, LedgerFailed
 from enrich.job.locations import LedgerLocation, PostgresLocation
@@ -23,8 +23,7 @@ from enrich.ledger.sqlite import Column, damaged_ledger_error, is_busy_error, is
 JSON_TYPE_NAMES: Mapping[type, str] = {dict: "object", list: "list"}
 
 
-@dataclass(frozen=True, slots=True)
-class LedgerCheck:
+class LedgerCheck(Struct, frozen=True):
     """The result of a check. A count is None when it cannot be read."""
 
     problems: list[str]

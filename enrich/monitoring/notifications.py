@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+
+from msgspec import Struct
 
 from enrich.extras import install_hint
 from enrich.job.bounded_read import read_text
@@ -15,8 +16,7 @@ SEND_TIMEOUT_S = 20.0
 GROUP_AND_OTHERS = 0o077
 
 
-@dataclass(frozen=True, slots=True)
-class Notifier:
+class Notifier(Struct, frozen=True):
     """The recipients, as (line number, Apprise URL). The URLs are secrets: only their file and line may be shown."""
 
     path: Path

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from msgspec.structs import asdict
 
 from enrich import __version__, exit_codes
 from enrich.errors import JobError
@@ -196,9 +198,7 @@ class RunObservers:
 
 def _run_settings(job: Job, options: RunOptions) -> dict[str, Any]:
     """Return the settings of the run without secrets: no addresses, no key."""
-    run_options = {
-        each.name: getattr(options, each.name) for each in fields(options) if each.name not in ("confirm", "plan")
-    }
+    run_options = {name: value for name, value in asdict(options).items() if name not in ("confirm", "plan")}
     return {
         "version": __version__,
         "job_file": str(job.document.path.absolute()),

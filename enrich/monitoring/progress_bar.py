@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from typing import Never
 
+from msgspec import Struct
 from tqdm import tqdm
 
 from enrich.run.progress import Progress
@@ -17,8 +17,7 @@ SHORT_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix
 DEFAULT_COLUMNS = 80
 
 
-@dataclass(frozen=True, slots=True)
-class BarLayout:
+class BarLayout(Struct, frozen=True):
     """How tqdm draws a bar: its `bar_format` (None: tqdm's default), and the text at the end."""
 
     bar_format: str | None

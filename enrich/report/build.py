@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
+from msgspec import Struct
+from msgspec.structs import replace
 from pydantic import ValidationError
 
 from enrich.databar.task_results import BESIDE, ParsedData
@@ -235,8 +236,7 @@ def _make_report(job: Job, now: datetime, *, stats: InputStats | None = None, **
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _UnreadInput:
+class _UnreadInput(Struct, frozen=True):
     """Why the rows can't be reported. An unexpected reason becomes a required action, an expected one a note."""
 
     reason: str | None = None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import altair as alt
+from msgspec import Struct
 
 from enrich.models import pluralize
 from enrich.report import drawing
@@ -27,8 +27,7 @@ from enrich.report.formatting import (
 MAX_BARS = 20
 
 
-@dataclass(frozen=True, slots=True)
-class BarRow:
+class BarRow(Struct, frozen=True):
     """A row of a bar chart: `parts` are drawn end to end, `text` summarizes them, `track` is their possible maximum."""
 
     name: str
@@ -130,8 +129,7 @@ NUMBER_COLUMNS = {"requests": 72.0, "matches": 142.0, "match rate": 216.0, "cred
 NAME_WIDTHS = (110.0, 230.0)
 
 
-@dataclass(frozen=True, slots=True)
-class WaterfallStep:
+class WaterfallStep(Struct, frozen=True):
     """A row of the waterfall chart: `found` requests from `start`, then those passed on, `inferred` of them."""
 
     name: str

@@ -7,12 +7,13 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import islice
 from math import comb, erfc, sqrt
 
 import polars as pl
+from msgspec import Struct
+from msgspec.structs import replace
 
 from enrich.errors import CommandRefused, JobError
 from enrich.job.job import Job
@@ -32,8 +33,7 @@ SAME_COST_CREDITS, SAME_COST_SHARE = 0.005, 0.01
 CHUNK_ROWS = 50_000
 
 
-@dataclass(frozen=True, slots=True)
-class _SideData:
+class _SideData(Struct, frozen=True):
     """One side of a comparison. Columns of `leads`: hash of the params, found, credits in millionths or null."""
 
     side: ComparedSide

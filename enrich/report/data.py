@@ -5,9 +5,10 @@ The data holds no leads, except with `--with-rows`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from msgspec import Struct, to_builtins
 
 from enrich.exit_codes import RequiredAction
 from enrich.run.provider_stats import PROVIDER_KEYS
@@ -22,12 +23,11 @@ _JSON_KEYS = PROVIDER_KEYS | {
 }
 
 
-def _with_json_keys(fields: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    return {_JSON_KEYS.get(name, name): value for name, value in fields}
+class ReportValue(Struct, frozen=True, rename=_JSON_KEYS):
+    """A part of the report."""
 
 
-@dataclass(frozen=True, slots=True)
-class ReportedRun:
+class ReportedRun(ReportValue, frozen=True):
     """One execution of the job. `found` … `expired` count the requests that it settled; `rows` are its input's rows.
 
     `ended_at` and `exit_code` are None while it runs, and stay None when it was killed.
@@ -70,8 +70,7 @@ class ReportedRun:
         return self.credits_spent / self.found if self.found else None
 
 
-@dataclass(frozen=True, slots=True)
-class ReportedProvider:
+class ReportedProvider(ReportValue, frozen=True):
     """A provider or verifier, over all answers of the job.
 
     `reported` counts requests that the answers report, `inferred` those that are inferred for answers with no match and
@@ -89,8 +88,7 @@ class ReportedProvider:
     cost_per_hit: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class ReportedWaterfall:
+class ReportedWaterfall(ReportValue, frozen=True):
     """A waterfall's providers in their order, or an enrichment.
 
     Of `answers`, `found` have a match, `failed` are failures, and `not_reported` report no provider.
@@ -121,8 +119,7 @@ class ReportedWaterfall:
         return self.spent / self.found if self.found else None
 
 
-@dataclass(frozen=True, slots=True)
-class HitCounts:
+class HitCounts(ReportValue, frozen=True):
     """For a column or a group of rows: how many of the answered rows (found or not found) have a value."""
 
     name: str
@@ -131,8 +128,7 @@ class HitCounts:
     found: int
 
 
-@dataclass(frozen=True, slots=True)
-class GroupedHits:
+class GroupedHits(ReportValue, frozen=True):
     """Rows grouped by an input column. `rest` is the number of further values combined in the last group."""
 
     column: str
@@ -140,8 +136,7 @@ class GroupedHits:
     rest: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class SkippedRows:
+class SkippedRows(ReportValue, frozen=True):
     """Rows for which no request is sent, for one reason. `step` is '' for a job without steps."""
 
     step: str
@@ -150,8 +145,7 @@ class SkippedRows:
     rows: int
 
 
-@dataclass(frozen=True, slots=True)
-class HistogramBar:
+class HistogramBar(ReportValue, frozen=True):
     """A bar of a histogram: `count` values from `start` up to `end`."""
 
     start: float
@@ -159,8 +153,7 @@ class HistogramBar:
     count: int
 
 
-@dataclass(frozen=True, slots=True)
-class LatencyHistogram:
+class LatencyHistogram(ReportValue, frozen=True):
     """How long tasks took from the POST to the answer, in seconds.
 
     The bars have equal widths; one last, wider bar may hold the slowest tasks.
@@ -173,8 +166,7 @@ class LatencyHistogram:
     longest: float
 
 
-@dataclass(frozen=True, slots=True)
-class Traffic:
+class Traffic(ReportValue, frozen=True):
     """Requests and responses of one execution: counts for each `width_s` seconds from its start."""
 
     execution: int
@@ -185,8 +177,7 @@ class Traffic:
     rate_limited: Sequence[int]
 
 
-@dataclass(frozen=True, slots=True)
-class AnswerAge:
+class AnswerAge(ReportValue, frozen=True):
     """Answers in use, by age."""
 
     label: str
@@ -194,16 +185,14 @@ class AnswerAge:
     not_found: int
 
 
-@dataclass(frozen=True, slots=True)
-class Anomaly:
+class Anomaly(ReportValue, frozen=True):
     """A difference from earlier runs; `text` is a sentence without any lead data."""
 
     kind: str
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class ComparedSide:
+class ComparedSide(ReportValue, frozen=True):
     """One side of a comparison. `compared` counts its requests."""
 
     label: str
@@ -215,8 +204,7 @@ class ComparedSide:
     cost_per_hit: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
+class Comparison(ReportValue, frozen=True):
     """Two sides. `common` leads were answered on both; the comparison of matches and credits uses only these.
 
     `verdict` is one sentence: which side found more and at what cost, or why that is unknown.
@@ -236,8 +224,7 @@ class Comparison:
     verdict: str
 
 
-@dataclass(frozen=True, slots=True)
-class OutputRows:
+class OutputRows(ReportValue, frozen=True):
     """Rows of the output with their cells (`--with-rows`). `left_out` counts the rows above the limit."""
 
     columns: Sequence[str]
@@ -245,8 +232,7 @@ class OutputRows:
     left_out: int
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
+class Report(ReportValue, frozen=True):
     """The data of the page. `statuses` counts rows of the current input, `requests` those of the ledger by state.
 
     `runs` are the job's runs, oldest first; the page begins with the last one. `credits_spent` covers all of them.
@@ -290,7 +276,7 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """Return the object that `--json` prints."""
-        values = asdict(self, dict_factory=_with_json_keys)
+        values = to_builtins(self)
         if not self.step_waterfalls:
             del values["step_waterfalls"], values["waterfall"]["step"]
             return {"exit_code": 0, **values}

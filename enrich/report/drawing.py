@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -16,6 +15,7 @@ import altair as alt
 import vl_convert
 from altair.utils.schemapi import debug_mode
 from markupsafe import Markup
+from msgspec import Struct
 
 from enrich.report import formatting
 
@@ -38,8 +38,7 @@ class ChartColor(StrEnum):
     FAILED = "#fe0008"
 
 
-@dataclass(frozen=True, slots=True)
-class ScreenSize:
+class ScreenSize(Struct, frozen=True):
     """A chart's width in pixels, and the CSS class of the screens it is for."""
 
     name: str
@@ -53,8 +52,7 @@ MEDIUM = ScreenSize("medium", 740)
 FULL = ScreenSize("wide", 980)
 
 
-@dataclass(frozen=True, slots=True)
-class RenderedChart:
+class RenderedChart(Struct, frozen=True):
     """A chart in all its sizes; `height` in pixels is that of the first size, the narrow one."""
 
     svg: Markup
@@ -74,8 +72,7 @@ _NOISE = re.compile(
 _SVG = re.compile(r'<svg width="(\d+)" height="(\d+)" viewBox="[^"]*">')
 
 
-@dataclass(frozen=True, slots=True)
-class ChartFrame:
+class ChartFrame(Struct, frozen=True):
     """Margins around the marks of a chart, and its total height, in pixels."""
 
     size: ScreenSize

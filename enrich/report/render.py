@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from hashlib import sha256
 from importlib.resources import files
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
+from msgspec import Struct
 
 from enrich.models import pluralize
 from enrich.report import sections, tables
@@ -23,8 +23,7 @@ RUNS_SHOWN = 14
 MIN_COMPARED = 100
 
 
-@dataclass(frozen=True, slots=True)
-class Tile:
+class Tile(Struct, frozen=True):
     """A key number with a note and, for a rate, its change since an earlier run; `good` is None for no change."""
 
     label: str
@@ -34,8 +33,7 @@ class Tile:
     good: bool | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class TileGroup:
+class TileGroup(Struct, frozen=True):
     """Key numbers of the last run or of all runs: `scope` says which runs, `about` marks them for programs."""
 
     key: str

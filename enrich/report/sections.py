@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from enrich.models import pluralize
 from enrich.report import charts, tables, timelines
@@ -33,8 +34,7 @@ MIN_TREND_RUNS = 5
 MIN_TRAFFIC_BINS = 5
 
 
-@dataclass(frozen=True, slots=True)
-class Figure:
+class Figure(Struct, frozen=True):
     """A title, the result in a sentence (`finding`), its charts, and a table; `wide` for that of a waterfall."""
 
     title: str
@@ -44,8 +44,7 @@ class Figure:
     wide: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Section:
+class Section(Struct, frozen=True):
     """A heading with its figures."""
 
     key: str

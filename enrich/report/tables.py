@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from enrich.models import pluralize
 from enrich.report.data import (
@@ -39,8 +40,7 @@ RECENT_RUNS = 60
 MAX_TRAFFIC_LINES = 60
 
 
-@dataclass(frozen=True, slots=True)
-class Cell:
+class Cell(Struct, frozen=True):
     """A number of the report: its text, and its name and value in `--json`."""
 
     text: str
@@ -48,8 +48,7 @@ class Cell:
     value: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
+class Line(Struct, frozen=True):
     """A row of a table: `about` is its subject for programs, `head` its first cell."""
 
     about: str
@@ -57,8 +56,7 @@ class Line:
     cells: Sequence[Cell | str]
 
 
-@dataclass(frozen=True, slots=True)
-class Table:
+class Table(Struct, frozen=True):
     """A table. Text cells are aligned left, numbers right."""
 
     caption: str

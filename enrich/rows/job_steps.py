@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
 from typing import NamedTuple
+
+from msgspec import Struct
 
 from enrich.job.job import Job
 from enrich.job.name_hints import suggest_name
@@ -17,8 +18,7 @@ from enrich.rows.template import RequestTemplate
 from enrich.rows.where import columns_used
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(Struct, frozen=True):
     """A step, its template, and the table that it reads. `depends_on` has the numbers of earlier steps."""
 
     job: Job

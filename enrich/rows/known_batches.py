@@ -11,7 +11,6 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from functools import cache, partial
 from hashlib import blake2b
 from importlib.metadata import version
@@ -19,6 +18,8 @@ from importlib.resources import files
 
 import msgspec
 import polars as pl
+from msgspec import Struct
+from msgspec.structs import replace
 
 from enrich.files.values import has_no_text
 from enrich.job.job import Job
@@ -43,8 +44,7 @@ def _mapping_versions() -> list[str]:
     return [sys.version, *map(version, _MAPPING_PACKAGES), *own]
 
 
-@dataclass(frozen=True, slots=True)
-class KnownBatches:
+class KnownBatches(Struct, frozen=True):
     """The batches of a job's input that the ledger knows."""
 
     ledger: Database

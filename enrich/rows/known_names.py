@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from enrich.databar.description import Description, Param, Provider
 from enrich.errors import JobError
@@ -19,8 +20,7 @@ MAX_COUNT = 1_000_000
 _MAX_DIGITS = 100
 
 
-@dataclass(frozen=True, slots=True)
-class KnownNames:
+class KnownNames(Struct, frozen=True):
     """A target as the API describes it now, and what is known from before.
 
     `remembered` is the description of an earlier run, `answered` has the fields of the job that answers have. An empty

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import polars as pl
+from msgspec import Struct
 
 from enrich.files.values import has_no_text
 from enrich.job.cell_text import clean, clean_cells, convert_some, map_distinct
@@ -32,8 +32,7 @@ TRANSFORMS: Mapping[Transform, Callable[[pl.Series], pl.Series]] = {
 LeftOutCounts = Counter[tuple[str, str]]
 
 
-@dataclass(frozen=True, slots=True)
-class ParamCells:
+class ParamCells(Struct, frozen=True):
     """The cells of a batch that params are computed from.
 
     `text` has every cell as text, `typed` the same columns in their types. Cells in `placeholders` are blank.
@@ -43,7 +42,7 @@ class ParamCells:
     text: pl.DataFrame
     typed: pl.DataFrame
     placeholders: frozenset[str]
-    _columns: dict[str, pl.Series] = field(default_factory=dict)
+    _columns: dict[str, pl.Series] = {}
 
     def column(self, name: str) -> pl.Series:
         """Return the clean text of a column. A cell that can be no param is LEFT_OUT and the reason."""

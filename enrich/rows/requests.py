@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import compress
 from typing import TypeVar, cast
 
 import polars as pl
+from msgspec import Struct, field
 
 from enrich.files.values import quote_json
 from enrich.job.cell_text import clean_cells
@@ -72,8 +72,7 @@ SUPPRESSED_REASON = "on a suppression list"
 FORGOTTEN_REASON = "erased by `enrich forget`"
 
 
-@dataclass(frozen=True, slots=True)
-class RowBatch:
+class RowBatch(Struct, frozen=True):
     """Some rows in the input's order. `first_position` is the position of the first, from 0.
 
     `frame` has the input's columns in their types, as they are written to the output. The lists run parallel to it: a
@@ -97,7 +96,7 @@ class RowBatch:
     queue_order: list[int] | None = None
     left_out: LeftOutCounts = field(default_factory=Counter)
     missing: Counter[str] = field(default_factory=Counter)
-    values: Mapping[str, pl.Series] = field(default_factory=dict)
+    values: Mapping[str, pl.Series] = {}
     digest: bytes | None = None
     ids: list[int | None] | None = None
     complete: Callable[[], RowBatch] | None = None

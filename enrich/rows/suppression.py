@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
+from msgspec import Struct
 
 from enrich.errors import CommandRefused
 from enrich.job.bounded_read import read_text
@@ -31,8 +31,7 @@ _SURROUNDING_MARKS = re.compile(r"[.!?…*_`]+$|^[*_`]+")
 _BEFORE_ADDRESS = re.compile(r"^(?:.*[/?#&=\\]|\++)")
 
 
-@dataclass(frozen=True, slots=True)
-class Suppression:
+class Suppression(Struct, frozen=True):
     """Email addresses and domains that are never sent, in the spelling of `fold_address` and `canonical_host`."""
 
     addresses: frozenset[str]

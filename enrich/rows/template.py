@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from enrich.databar.description import Description, Waterfall
 from enrich.job.job import Job
@@ -11,8 +13,7 @@ from enrich.job.target import Target, TargetKind
 from enrich.rows.known_names import is_count, join_problems, spellings_of, target_problems
 
 
-@dataclass(frozen=True, slots=True)
-class RequestTemplate:
+class RequestTemplate(Struct, frozen=True):
     """What all requests of a job have in common.
 
     `required_params` and `email_params` are names of params. `columns` maps new columns to dotted paths. `unit_price`
@@ -27,7 +28,7 @@ class RequestTemplate:
     unit_price: int | None
     priced_by: str | None = None
     #: The values that a param may have: a spelling in lower case to the value that is sent.
-    choices: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    choices: Mapping[str, Mapping[str, str]] = {}
     #: The name of the one source, where answers name none.
     source: str | None = None
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
+
+from msgspec import Struct, to_builtins
 
 from enrich.ledger.execution_records import ExecutionRow
 from enrich.models import to_credits
@@ -13,8 +14,7 @@ from enrich.models import to_credits
 ROUNDING_CREDITS = 0.005
 
 
-@dataclass(frozen=True, slots=True)
-class DifferencePart:
+class DifferencePart(Struct, frozen=True):
     """One part of the difference: between `least` and `most` credits, for `number` requests."""
 
     number: int = 0
@@ -22,8 +22,7 @@ class DifferencePart:
     most: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Reconciliation:
+class Reconciliation(Struct, frozen=True):
     """The change of the balance since a run began, in credits, and its parts.
 
     `spent` is exact. `earlier` are requests that were submitted before that run and settled since: the API may have
@@ -46,7 +45,7 @@ class Reconciliation:
 
     def as_json(self) -> dict[str, Any]:
         """Return the object that `--json` prints."""
-        return asdict(self)
+        return cast("dict[str, Any]", to_builtins(self))
 
 
 def explain_balance(

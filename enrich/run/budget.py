@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import inf
+
+from msgspec import Struct
 
 from enrich.errors import CanaryStopped, CommandRefused
 from enrich.job.job import Job
@@ -15,8 +16,7 @@ from enrich.models import State, to_credits, to_micros
 from enrich.rows.template import RequestTemplate
 
 
-@dataclass(frozen=True, slots=True)
-class Budget:
+class Budget(Struct, frozen=True):
     """What a run may spend, in millionths of a credit. `cap` None: no cap. `stop_reason` is the message at its end.
 
     The highest price of a request is `max_request_price`, times the number in its param `priced_by` if that is set.
@@ -35,8 +35,7 @@ class Budget:
 NO_BUDGET = Budget(cap=0, max_request_price=0, stop_reason="", hint="")
 
 
-@dataclass(frozen=True, slots=True)
-class Cost:
+class Cost(Struct, frozen=True):
     """The expected cost of requests, in credits. `likely` is None before the ledger has any experience.
 
     `maximum`: every provider is called, and what each found is verified. None when a price is unknown.

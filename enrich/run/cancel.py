@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import asdict, replace
 
 from enrich.databar.client import Client
 from enrich.databar.clock import Clock
@@ -48,8 +51,7 @@ TASK_ERRORS = (RequestRefused, OutOfCredits, InvalidPollResponse)
 CONCURRENT_TASKS = 8
 
 
-@dataclass(frozen=True, slots=True)
-class CancelSummary:
+class CancelSummary(Struct, frozen=True):
     """What became of the single tasks that were open.
 
     `credits_refunded` is what was reserved for the cancelled ones, less what the API charged. `finished` ones had an

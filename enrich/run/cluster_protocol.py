@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
+
+from msgspec import Struct, field
 
 from enrich.databar.credentials import ApiAccess
 from enrich.job.job import Job
@@ -25,8 +26,7 @@ from enrich.run.run_state import RunState, WorkConfig
 LEASE_CHECK_EVERY_S = 0.5
 
 
-@dataclass(frozen=True, slots=True)
-class EnrollCounts:
+class EnrollCounts(Struct, frozen=True):
     """What was read: rows, how many of them have a request, and why the others have none.
 
     `left_out` has the params that rows lack, by the reason. `skipped` counts the invalid rows by reason.
@@ -58,8 +58,7 @@ class EnrollCounts:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class ClusterCallbacks:
+class ClusterCallbacks(Struct, frozen=True):
     """Callbacks of a run for a phase that a cluster does.
 
     `raise_if_stopped` is called often and may raise to stop the phase. `on_message` gets messages for the user. When

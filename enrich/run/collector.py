@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
 import polars as pl
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from enrich.databar.task_results import makes_match
 from enrich.errors import CommandRefused
@@ -58,8 +60,7 @@ class JoinedStep:
         return [None if place is None else results[place] for place in self.places]
 
 
-@dataclass(frozen=True, slots=True)
-class JoinedBatch:
+class JoinedBatch(Struct, frozen=True):
     """A batch with its new cells, by column, and what each step has found for it."""
 
     batch: RowBatch
@@ -72,14 +73,13 @@ def count_statuses(cells: Mapping[str, pl.Series]) -> Counter[RowStatus]:
     return Counter({RowStatus(name): count for name, count in cells["enrich_status"].value_counts().iter_rows()})
 
 
-@dataclass(frozen=True, slots=True)
-class OutputCounts:
+class OutputCounts(Struct, frozen=True):
     """Rows by their status in the output, and rows with a value by new column."""
 
     statuses: Counter[RowStatus] = field(default_factory=Counter)
     filled_by_column: Counter[str] = field(default_factory=Counter)
     #: Rows by their status in each step; empty for a job without steps.
-    by_step: dict[str, Counter[RowStatus]] = field(default_factory=dict)
+    by_step: dict[str, Counter[RowStatus]] = {}
     #: The credits that the rows show for each step, in millionths.
     credits: Counter[str] = field(default_factory=Counter)
 
@@ -109,8 +109,7 @@ class JoinedRows(Protocol):
         """Read the input once. Yield each batch with its new cells."""
 
 
-@dataclass(frozen=True, slots=True)
-class Collector:
+class Collector(Struct, frozen=True):
     """Builds the output. `check_stopped` is called before every batch and may raise to stop.
 
     `selection`: decide with it about requests that the pass has not seen; see `enroll.request_results`.

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from enrich.databar.clock import Clock, SystemClock
 from enrich.databar.credentials import ApiAccess
@@ -31,16 +33,14 @@ if TYPE_CHECKING:  # commands that only read runs need not import what runs them
     from enrich.run.step_rows import StepRows
 
 
-@dataclass(frozen=True, slots=True)
-class ClusterOptions:
+class ClusterOptions(Struct, frozen=True):
     """The Ray cluster that runs the work. `address` None: one on this machine; `workers` None: one per CPU."""
 
     address: str | None = None
     workers: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class RunOptions:
+class RunOptions(Struct, frozen=True):
     """The user's options for this run.
 
     `confirm` is given the expected cost as text and returns whether to continue. The run follows `plan`, which replaces
@@ -71,8 +71,7 @@ class RunOptions:
         return replace(self, limit=plan.limit, sample=plan.sample, seed=plan.seed, retry=frozenset(plan.retry))
 
 
-@dataclass(frozen=True, slots=True)
-class RunEnvironment:
+class RunEnvironment(Struct, frozen=True):
     """What surrounds a run. Tests pass their own clock and timeouts.
 
     `on_message` gets messages for the user at once, `on_problem` those that are also shown without a terminal;
@@ -92,8 +91,7 @@ class RunEnvironment:
     engine: ClusterEngine | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class RunContext:
+class RunContext(Struct, frozen=True):
     """All that a run is given. What it counts and finds out is in `RunState`.
 
     `started_at_s` is the monotonic time of its start. Until the API was queried, `preflight` is an offline one, and
@@ -142,8 +140,7 @@ class RunContext:
         return self.environment.clock.now_ms() - int(self.job.model.policy.result_ttl.total_seconds() * 1000)
 
 
-@dataclass(frozen=True, slots=True)
-class RunFiles:
+class RunFiles(Struct, frozen=True):
     """The input, and the locations of the output and of the other files, by kind: `rejects`, `changes`."""
 
     job_input: JobInput

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from enrich.errors import EnrichError
 from enrich.exit_codes import ExitCode

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
 from itertools import takewhile
 from json import JSONDecodeError
 from typing import Any
+
+from msgspec.structs import replace
 
 from enrich.errors import EnrichError
 from enrich.exit_codes import ExitCode
@@ -169,4 +170,4 @@ async def _balance_change(
     if abs(to_credits(before - after - spent)) < ROUNDING_CREDITS:
         return None
     movements = await context.ledger_writer.submit(queries.credit_movements, execution_id)
-    return asdict(explain_balance(execution_id, before, after, movements))
+    return explain_balance(execution_id, before, after, movements).as_json()

@@ -6,11 +6,11 @@ import asyncio
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from datetime import datetime
 from hashlib import blake2b
 
 import polars as pl
+from msgspec import Struct
 
 from enrich.exit_codes import OUTPUT_WRITING_CODES, ExitCode
 from enrich.files.limits import limits_of
@@ -43,8 +43,7 @@ from enrich.run.summary import RunSummary, cost_per_lead, summarize_steps
 MAX_ROWS_WHEN_INTERRUPTED = 100_000
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(Struct, frozen=True):
     """How a run ended. `counts` None: the rows were not counted. `output` None: no output was written."""
 
     code: ExitCode
@@ -202,8 +201,7 @@ def _changed_cells(collector: Collector, joined: JoinedBatch, key: list[str]) ->
                     yield [*keys[index], name, old, new, result.provider, at]
 
 
-@dataclass(frozen=True, slots=True)
-class _StepFeed:
+class _StepFeed(Struct, frozen=True):
     """What the feed has of a step in a batch.
 
     `rows` have a delivered answer, by their index. Those in `previous_answers` are new: it has the answer that was

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from math import inf
+
+from msgspec.structs import replace
 
 from enrich.errors import ApiCallFailed, RunCancelled
 from enrich.exit_codes import ExitCode

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import asdict
 
 from enrich.job.job import Job
 from enrich.ledger import enroll, queries
@@ -72,8 +75,7 @@ class PlanCounts:
     missing: Counter[str] = field(default_factory=Counter)
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedProvider:
+class PlannedProvider(Struct, frozen=True):
     """A provider or a verifier of a planned run, with its price in credits; None: unknown."""
 
     id: int
@@ -81,8 +83,7 @@ class PlannedProvider:
     price: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(Struct, frozen=True):
     """What a run would do, with amounts in credits. None: unknown, or not set.
 
     `decisions`, `left_out`, `skipped` and `missing` are those of `PlanCounts`. `cap_allows` is how many requests the

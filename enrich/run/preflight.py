@@ -6,9 +6,11 @@ import asyncio
 import os
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
+from msgspec import Struct
+from msgspec.structs import replace
 from pydantic import ValidationError
 
 from enrich.databar.clock import SystemClock
@@ -51,8 +53,7 @@ T = TypeVar("T")
 MAX_PAUSE_S = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class Preflight:
+class Preflight(Struct, frozen=True):
     """What the API returned. `balance` in millionths; None: the API does not give it. `notes` are for the user.
 
     `providers` are those that were enabled by default when the waterfall was first used.
@@ -121,8 +122,7 @@ async def retry_until(
     raise AssertionError  # the loop returns or raises
 
 
-@dataclass(frozen=True, slots=True)
-class LedgerBinding:
+class LedgerBinding(Struct, frozen=True):
     """What the preflight needs from the ledger.
 
     `description` and its default `providers` are as the API last gave them, None without that. `answered` has the
@@ -279,8 +279,7 @@ class _ClockOffsetProbe(SystemClock):
         self.api_ahead_ms = api_ms - time.time_ns() // 1_000_000
 
 
-@dataclass(frozen=True, slots=True)
-class ApiSnapshot:
+class ApiSnapshot(Struct, frozen=True):
     """What the API returns now, with a description for each step of the job.
 
     `clock_ahead_s`: its clock minus ours, in seconds; None: it sends no time.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated, NamedTuple
 
+from msgspec import Struct
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 #: With more bins than this, bins are merged, so that a run of hours stores no more than a short one.
@@ -35,8 +36,7 @@ class Phase(StrEnum):
         return self in (Phase.ENROLL, Phase.COLLECT)
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
+class Progress(Struct, frozen=True):
     """Progress of a run, in requests. `spent` is in credits; `total` None: not known yet."""
 
     total: int | None

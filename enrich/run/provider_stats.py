@@ -11,9 +11,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
+from msgspec import Struct
+from msgspec.structs import asdict
 from pydantic import ValidationError
 
 from enrich.databar.description import Description, Enrichment, parse_description
@@ -25,8 +27,7 @@ from enrich.run.answer_kinds import AnswerKind
 PROVIDER_KEYS = {"reported": "asked", "inferred": "presumed"}
 
 
-@dataclass(frozen=True, slots=True)
-class ProviderStat:
+class ProviderStat(Struct, frozen=True):
     """One provider, or a verifier, over some answers; `credits` in millionths.
 
     `reported` calls are in the answers. `inferred` ones are those of answers without a match that do not report their
@@ -61,8 +62,7 @@ class ProviderStat:
         return {PROVIDER_KEYS.get(name, name): value for name, value in self.in_credits().items()}
 
 
-@dataclass(frozen=True, slots=True)
-class ProviderTotals:
+class ProviderTotals(Struct, frozen=True):
     """All providers in the order of their calls, and what the answers do not report; credits in millionths.
 
     `answers` were counted, `failed` of them failures; for `not_reported` the providers are unknown. `unattributed` was

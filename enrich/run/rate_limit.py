@@ -9,8 +9,9 @@ in slow start, but is never far above what was just proven (RFC 7661, and the ad
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 from math import ceil, inf
+
+from msgspec import Struct
 
 START_RATE = 10.0  # requests per second, before anything is known
 START_RATE_WITH_CEILING = 50.0  # the same, when the user sets a ceiling
@@ -233,8 +234,7 @@ OPEN_TASKS_MARGIN = 2.0
 FETCH_WINDOW_SHARE = 0.25
 
 
-@dataclass(frozen=True, slots=True)
-class InFlightLimit:
+class InFlightLimit(Struct, frozen=True):
     """The limit of open tasks of a run, or the share that one of its `workers` has. `configured` None: it is found.
 
     By Little's law, the tasks that are open on average are the tasks submitted per second times the seconds that each

@@ -11,6 +11,8 @@ from functools import reduce
 from operator import add
 from typing import Any
 
+from msgspec import Struct
+
 from enrich.databar.clock import Clock
 from enrich.errors import EnrichError, RateLimited
 from enrich.exit_codes import ExitCode, first_exit_code
@@ -28,8 +30,7 @@ POLL_PAUSE_SHARE = 0.1
 MAX_UNKNOWN_TASKS = 20
 
 
-@dataclass(frozen=True, slots=True)
-class Timeouts:
+class Timeouts(Struct, frozen=True):
     """How long a run waits, in seconds."""
 
     startup_s: float = 20.0  # for an API that is unreachable at the start
@@ -42,8 +43,7 @@ class Timeouts:
     get_s: float = 30.0  # for the answer to a GET
 
 
-@dataclass(frozen=True, slots=True)
-class WorkConfig:
+class WorkConfig(Struct, frozen=True):
     """What dispatcher and poller are given, in one process or in each worker of a cluster."""
 
     target: Target
@@ -61,7 +61,7 @@ class WorkConfig:
     #: The step of the job; None: it has none.
     step: str | None = None
     #: `max_attempts` of each step of the job, for the tasks that another step has sent.
-    max_attempts_by_step: Mapping[str, int] = field(default_factory=dict)
+    max_attempts_by_step: Mapping[str, int] = {}
     #: Number of workers that share the queue and the limit of POSTs in flight.
     workers: int = 1
 
@@ -103,8 +103,7 @@ class RunCounters:
         self.settled[state] = self.settled.get(state, 0) + requests
 
 
-@dataclass(frozen=True, slots=True)
-class Enrolled:
+class Enrolled(Struct, frozen=True):
     """What was enrolled: requests by state, those that were answered before, the expected cost of the others."""
 
     requests: Counter[State]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
+
+from msgspec.structs import replace
 
 from enrich.errors import LOCKED_HINT, EnrichError, Interrupted, LedgerLocked, RunCancelled, WorkspaceMismatch
 from enrich.files.writer import prepare_file

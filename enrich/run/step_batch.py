@@ -6,11 +6,12 @@ Several rows can have one request. Its answer belongs only to the rows that are 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import NamedTuple
 
 import polars as pl
+from msgspec import Struct
+from msgspec.structs import replace
 
 from enrich.job.job import Job
 from enrich.ledger import step_results
@@ -21,8 +22,7 @@ from enrich.rows.job_steps import NOT_FINAL, StepDecision
 from enrich.rows.requests import RowBatch
 
 
-@dataclass(frozen=True, slots=True)
-class StepBatch:
+class StepBatch(Struct, frozen=True):
     """The rows of a batch in one step.
 
     `batch` has the requests of those rows whose answers count. `sends` says which of them the run may send, `results`

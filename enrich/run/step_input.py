@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 
 import polars as pl
+from msgspec import Struct
+from msgspec.structs import replace
 
 from enrich.ledger import step_results
 from enrich.ledger.step_results import StepChoice, choose_requests
@@ -17,8 +18,7 @@ from enrich.run.step_batch import find_recorded_rows
 from enrich.run.step_rows import StepRows
 
 
-@dataclass(frozen=True, slots=True)
-class StepInput:
+class StepInput(Struct, frozen=True):
     """The rows as one step sees them, with the requests that the run may send."""
 
     rows: StepRows

@@ -6,10 +6,11 @@ What a run would do with each row in each step is decided as far as it is known 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import polars as pl
+from msgspec import Struct
 
 from enrich.ledger import enroll, queries, step_results
 from enrich.ledger.database import Database
@@ -117,8 +118,7 @@ class StepForecast:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class StepsPlan:
+class StepsPlan(Struct, frozen=True):
     """What a run of a job with steps would do."""
 
     job: str
@@ -127,7 +127,7 @@ class StepsPlan:
     steps: Sequence[StepForecast]
     balance: int | None
     max_credits: int | None
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = []
 
     @property
     def to_submit(self) -> int:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import product
 
+import msgspec
 import polars as pl
+from msgspec import Struct
+from msgspec.structs import replace
 
 from enrich.files.values import as_text, json_where_no_text
 from enrich.job.cell_text import blank_cells
@@ -50,8 +53,7 @@ class _Progress:
     step_batches: list[StepBatch] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
-class StepRows:
+class StepRows(Struct, frozen=True):
     """The rows of a job with steps.
 
     `leads`: those that a limited run may send requests for; None: the run is not limited.
@@ -63,7 +65,7 @@ class StepRows:
     steps: Sequence[Step]
     leads: LeadSelection | None = None
     #: Which rows `caps` leaves out, one byte for each; empty: none, or not known yet.
-    capped: bytearray = field(default_factory=bytearray)
+    capped: bytearray = msgspec.field(default_factory=bytearray)
 
     def joined_batches(self, check_stopped: Callable[[], None] = lambda: None) -> Iterator[JoinedBatch]:
         """Read the input once. Yield each batch with the cells of all steps. A price is shown once."""

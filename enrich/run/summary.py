@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import asdict, replace
 
 from enrich.exit_codes import ExitCode
 from enrich.job.job import Job
@@ -20,8 +22,7 @@ from enrich.run.terminal_text import Styler, display_width, pad, top_reasons, un
 JSON_KEYS = {"providers_not_reported": "providers_untold", "credits_unattributed": "credits_elsewhere"}
 
 
-@dataclass(frozen=True, slots=True)
-class RunSummary:
+class RunSummary(Struct, frozen=True):
     """Counts and credits of a run; None: unknown. Rows are counted by their status in the output.
 
     `skipped` counts the `invalid` rows by reason. `paid_in_other_ledgers` counts the requests of a new ledger that
@@ -79,7 +80,7 @@ class RunSummary:
     changes: str | None = None
     changed: int | None = None
     sandbox: bool = False
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = []
     error: str | None = None
     hint: str | None = None
 
@@ -90,7 +91,7 @@ class RunSummary:
 
     def as_json(self) -> dict[str, Any]:
         """Return the object that `--json` prints."""
-        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        values = asdict(self)
         if not self.steps:
             del values["steps"], values["cost_per_lead"]
         shown = {name: value for name, value in values.items() if name not in ("error", "hint") or value is not None}
@@ -190,8 +191,7 @@ def _file_lines(summary: RunSummary) -> Iterator[str]:
         yield "  No output written. An earlier output file is unchanged."
 
 
-@dataclass(frozen=True, slots=True)
-class _DetailsFormatter:
+class _DetailsFormatter(Struct, frozen=True):
     """Formats the details of a summary. `label_width` is the width of the first column."""
 
     summary: RunSummary

@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from functools import cache, partial
@@ -21,6 +20,7 @@ from unittest.mock import patch
 
 import polars as pl
 import pytest
+from msgspec.structs import replace
 
 from enrich.errors import ClusterFailed, CommandRefused, EnrichError, JobError, LedgerFailed
 from enrich.files import object_store

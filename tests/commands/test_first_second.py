@@ -44,10 +44,10 @@ def third_party(modules: set[str]) -> set[str]:
 
 
 def test_help_imports() -> None:
-    """`enrich --help` imports click and what prints an error, and no command."""
+    """`enrich --help` imports click, msgspec and what prints an error, and no command."""
     modules = imported("--help")
 
-    assert third_party(modules) == {"click"}
+    assert third_party(modules) == {"click", "msgspec", "typing_extensions"}
     assert {name for name in modules if name.startswith("enrich")} == {
         "enrich",
         "enrich.cli",

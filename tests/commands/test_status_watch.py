@@ -6,13 +6,13 @@ import io
 import re
 import sqlite3
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from enrich.commands.run_view import RunStatus, RunView, format_headline, format_view, format_view_line
 from enrich.commands.status import read_status

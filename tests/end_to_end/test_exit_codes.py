@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import sqlite3
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from enrich.errors import ApiUnreachable
 from enrich.ledger.lock import lock_ledger
@@ -32,6 +33,7 @@ from tests.support.workspace import (
     Workspace,
     make_leads,
     serve_api,
+    use_short_timeouts,
     wait_until,
 )
 
@@ -44,12 +46,6 @@ def old_output(workspace: Workspace) -> Path:
     path = workspace.folder / "out.csv"
     path.write_text(OLD_OUTPUT)
     return path
-
-
-def use_short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the program in this process with the timeouts `SHORT_STARTUP_TIMEOUT`."""
-    values = tuple(getattr(SHORT_STARTUP_TIMEOUT, name) for name in Timeouts.__dataclass_fields__)
-    monkeypatch.setattr(Timeouts.__init__, "__defaults__", values)
 
 
 def assert_exit(result: ProgramResult, code: int, *messages: str) -> dict[str, Any]:
@@ -161,7 +157,7 @@ def test_output_path_equal_to_ledger_is_exit_2(api: SandboxApi, workspace: Works
 def test_wrong_base_path_is_exit_2(api: SandboxApi, workspace: Workspace) -> None:
     """Reports that the path in DATABAR_BASE_URL is wrong."""
     workspace.write_leads(make_leads(1))
-    other_server = replace(api, base_url=api.base_url.replace("/v1", "/v2"))
+    other_server = dataclasses.replace(api, base_url=api.base_url.replace("/v1", "/v2"))
 
     result = workspace.run_in_process("run", "job.yaml", "--json", api=other_server)
 
@@ -207,7 +203,7 @@ def test_wrong_key_is_exit_3(tmp_path: Path, workspace: Workspace, old_output: P
     """The API rejects the key: nothing is spent, and the key is in no message or file."""
     workspace.write_leads(make_leads(1))
     with serve_api(tmp_path / "api.db", wrong_key=status) as api:
-        wrong = replace(api, api_key="wrong-key-5c2")
+        wrong = dataclasses.replace(api, api_key="wrong-key-5c2")
 
         result = workspace.run_in_process("run", "job.yaml", "--json", "--log-file", "log", api=wrong)
 

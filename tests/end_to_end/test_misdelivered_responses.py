@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from enrich.run import poller
 from enrich.run.context import RunOptions
@@ -52,7 +54,7 @@ class Scenario:
 
     def run_job(self, timing: Timeouts = TIMEOUTS, options: RunOptions | None = None) -> RunSummary:
         """Run the job through the proxy; assert that no row has another's answer."""
-        summary = self.workspace.run_job(replace(self.api, base_url=self.proxy.base_url), options, timing)
+        summary = self.workspace.run_job(dataclasses.replace(self.api, base_url=self.proxy.base_url), options, timing)
         self.check_output()
         return summary
 
@@ -83,7 +85,7 @@ def make_scenario(
     folder: Path, choose_fault: ChooseFault, leads: int = LEADS, job: str = JOB, **api: object
 ) -> Iterator[Scenario]:
     """Make a job with its leads behind a faulty proxy."""
-    settings = replace(INSTANT_API, **api)  # type: ignore[arg-type]
+    settings = dataclasses.replace(INSTANT_API, **api)  # type: ignore[arg-type]
     (folder / "office").mkdir()
     workspace = Workspace(folder / "office")
     workspace.write_job(job)
@@ -135,7 +137,7 @@ def test_duplicated_responses(tmp_path: Path, kinds: tuple[str, ...], nth: int, 
 def test_duplicated_responses_subprocess(tmp_path: Path) -> None:
     """The same in a subprocess."""
     with make_scenario(tmp_path, every_nth(1, ProxyFault(ProxyFaultKind.REPEAT, 0.03))) as scenario:
-        api = replace(scenario.api, base_url=scenario.proxy.base_url)
+        api = dataclasses.replace(scenario.api, base_url=scenario.proxy.base_url)
         result = scenario.workspace.run_subprocess("run", "job.yaml", "--json", api=api)
         scenario.check_output()
         assert result.exit_code in (0, 14), result.stderr
@@ -264,7 +266,7 @@ def test_duplicate_task_id_sequential(tmp_path: Path) -> None:
 def test_duplicate_task_id_concurrent(tmp_path: Path) -> None:
     """Nothing shows which request the id belongs to: at most one of the four has its answer."""
     with make_scenario(tmp_path, reuse_first_id(ProxyFaultKind.FIRST_AT_ONCE), leads=8) as scenario:
-        scenario.workspace.run_job(replace(scenario.api, base_url=scenario.proxy.base_url), timing=TIMEOUTS)
+        scenario.workspace.run_job(dataclasses.replace(scenario.api, base_url=scenario.proxy.base_url), timing=TIMEOUTS)
         rows = [row for row in scenario.workspace.read_output() if row["enrich_status"] in ANSWER_STATUSES]
         assert max(Counter(row["enrich_task_id"] for row in rows).values()) == 1
         assert max(Counter(row["work_email"] for row in rows if row["work_email"]).values(), default=1) == 1
@@ -311,7 +313,7 @@ def test_same_task_id_for_same_request(tmp_path: Path) -> None:
     ) as scenario:
         assert scenario.run_job().exit_code == 0
         scenario.workspace.write_job(policy="{refresh: {not_found: 0d}}")
-        api = replace(scenario.api, base_url=scenario.proxy.base_url)
+        api = dataclasses.replace(scenario.api, base_url=scenario.proxy.base_url)
         second = scenario.workspace.run_job(api, timing=TIMEOUTS)
         assert (second.exit_code, second.submitted) == (0, 1)
         assert scenario.statuses() == {"not_found": 1}

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import sqlite3
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from enrich.ledger import enroll, queries, request_ids, resume
 from enrich.ledger.enroll import stratified_sample
@@ -195,7 +196,7 @@ def test_answers_larger_than_one_value(tmp_path: Path) -> None:
     ledger = CommittingLedger.open(tmp_path / "ledger.db")
     ledger.start_and_enroll(*range(30))
     for number in range(30):
-        ledger.settle(ledger.submit(), replace(FOUND, raw=f'{{"data":{{"n":"{number:08000}"}}}}'))
+        ledger.settle(ledger.submit(), dataclasses.replace(FOUND, raw=f'{{"data":{{"n":"{number:08000}"}}}}'))
     session = ledger.wrapped.session
     assert isinstance(session, sqlite3.Connection)
     session.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 100_000)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from enrich.errors import CommandRefused, LedgerLocked
 from enrich.job.locations import LedgerLocation, PostgresLocation, parse_ledger_location
@@ -286,8 +287,10 @@ def test_job_moves_to_server_without_resending(
     assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
     url = postgres.ledger_url()
 
-    to_server = replace(workspace, environ=postgres.environ).run_in_process("ledger", "copy", "job.yaml", url, "--json")
-    moved = replace(workspace, server_url=url, environ=postgres.environ)
+    to_server = dataclasses.replace(workspace, environ=postgres.environ).run_in_process(
+        "ledger", "copy", "job.yaml", url, "--json"
+    )
+    moved = dataclasses.replace(workspace, server_url=url, environ=postgres.environ)
     moved.write_job()
     ran = moved.run_job(api)
     back = moved.run_in_process("ledger", "copy", "job.yaml", "back.db")
@@ -315,7 +318,7 @@ def test_hash_key_is_copied(
     url, away = postgres.ledger_url(), Workspace(tmp_path, environ=postgres.environ)
 
     result = away.run_in_process("ledger", "copy", str(workspace.job_file), url)
-    moved = replace(workspace, server_url=url, environ=postgres.environ)
+    moved = dataclasses.replace(workspace, server_url=url, environ=postgres.environ)
     moved.write_job()
 
     assert result.exit_code == 0, result.stderr

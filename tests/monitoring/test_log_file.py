@@ -23,18 +23,17 @@ from enrich.models import State
 from enrich.monitoring import log_file
 from enrich.monitoring.log_file import RunLog, open_log, redact_message
 from enrich.run.progress import Progress
-from enrich.run.run_state import Timeouts
 from enrich.sandbox.databar import Databar
 from enrich.sandbox.lookups import Refused as ApiRefusal
 from tests.support.cases import in_turn
 from tests.support.request_recorder import assert_no_personal_data, log_events, log_lines, searchable_leads
 from tests.support.workspace import (
-    SHORT_STARTUP_TIMEOUT,
     SandboxApi,
     Workspace,
     kill_process,
     make_leads,
     serve_api,
+    use_short_timeouts,
     wait_until,
 )
 
@@ -100,8 +99,7 @@ def test_failed_start_is_logged(
     expected: tuple[int, str, list[str]],
 ) -> None:
     """A start that fails before the execution, also for an invalid job file, is an error with its exit code."""
-    away = tuple(getattr(SHORT_STARTUP_TIMEOUT, name) for name in Timeouts.__dataclass_fields__)
-    monkeypatch.setattr(Timeouts.__init__, "__defaults__", away)
+    use_short_timeouts(monkeypatch)
     code, word, seen = expected
     workspace.write_leads(searchable_leads(1))
     environ = break_start(workspace, api)

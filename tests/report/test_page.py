@@ -9,7 +9,6 @@ import time
 import xml.etree.ElementTree as ET
 from base64 import b64encode
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import cache
 from hashlib import sha256
 from html import escape, unescape
@@ -19,6 +18,7 @@ from typing import Any, get_args
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from enrich.report.data import Report
 from enrich.report.formatting import DASH, clean_text, fit_text

@@ -6,12 +6,13 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import AsyncMock, patch
 
 import pytest
+from msgspec.structs import replace
 
 from enrich.databar.clock import SystemClock
 from enrich.databar.task_results import TaskReply

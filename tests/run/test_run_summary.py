@@ -7,13 +7,13 @@ import subprocess
 import sys
 import unicodedata
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from enrich.exit_codes import ExitCode, JobArguments, format_actions, required_actions
 from enrich.models import RowStatus

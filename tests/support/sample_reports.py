@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from html import escape
 from typing import Any
+
+from msgspec.structs import replace
 
 from enrich.exit_codes import RequiredAction
 from enrich.report.data import (

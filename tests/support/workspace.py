@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -11,7 +12,8 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import chdir, closing, contextmanager, redirect_stderr, redirect_stdout, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from http import HTTPStatus
 from http.client import HTTPConnection
 from pathlib import Path
@@ -20,6 +22,7 @@ from unittest.mock import patch
 from urllib.parse import urlsplit
 
 import pytest
+from msgspec.structs import replace
 from pydantic import SecretStr
 
 from enrich.cli import run_command
@@ -61,6 +64,13 @@ SHORT_STARTUP_TIMEOUT = replace(SHORT_TIMEOUTS, startup_s=0.5)
 SHORT_OUTAGE_TIMEOUT = replace(SHORT_TIMEOUTS, outage_s=1.0)
 #: For POSTs that are never answered.
 SHORT_POST_TIMEOUT = replace(SHORT_TIMEOUTS, post_s=2.0)
+
+
+def use_short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `enrich run` in this process use the timeouts `SHORT_STARTUP_TIMEOUT`."""
+    environment = partial(RunEnvironment, timeouts=SHORT_STARTUP_TIMEOUT)
+    monkeypatch.setattr("enrich.commands.run.RunEnvironment", environment)
+
 
 JOB = """\
 version: 1
@@ -146,7 +156,7 @@ def serve_api(
     state: Path, settings: SandboxSettings = INSTANT_API, port: int = 0, **changes: Any
 ) -> Iterator[SandboxApi]:
     """Serve the sandbox in this process; `changes` are settings."""
-    with serve_in_thread(state, replace(settings, **changes), port) as server:
+    with serve_in_thread(state, dataclasses.replace(settings, **changes), port) as server:
         yield SandboxApi(server.base_url, server.api_key)
 
 

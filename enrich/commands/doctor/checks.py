@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Literal
+
+from msgspec import Struct
 
 from enrich.databar.clock import CLOCK_TOLERANCE_MS
 from enrich.errors import EnrichError
@@ -25,8 +26,7 @@ MARKS = ("fail", "warn", "ok")
 DAYS_AHEAD = 366
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(Struct, frozen=True):
     """A finding of the doctor. `exit_code` is the exit code that a run would have because of a `fail`."""
 
     mark: Literal["ok", "warn", "fail"]

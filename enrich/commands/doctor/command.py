@@ -7,12 +7,12 @@ import os
 import pwd
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import click
+from msgspec import Struct
 
 from enrich.commands import options
 from enrich.commands.check import check_job, check_summary
@@ -54,8 +54,7 @@ ENVIRONMENT_VARIABLES = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class DoctorContext:
+class DoctorContext(Struct, frozen=True):
     """Conditions of the checks. `cron_environ` is the environment under cron, `shell_environ` the current one.
 
     `next_run` is when the job runs next. `sandbox_access` is set if the job is checked against the sandbox.

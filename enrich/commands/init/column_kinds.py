@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 ValueFormat = str
 #: A single word with fewer letters is too ambiguous among other words: `Last Contacted`, `Name of the fair`.
@@ -19,8 +20,7 @@ def split_words(name: str) -> tuple[str, ...]:
     return tuple(re.findall(r"[^\W_]+", plain.casefold().replace("ß", "ss")))
 
 
-@dataclass(frozen=True, slots=True)
-class ColumnKind:
+class ColumnKind(Struct, frozen=True):
     """A kind of data: names of params that take it and of headers (comma-separated). No `value_format`: any text."""
 
     params: str

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Literal
+
+from msgspec import Struct
 
 from enrich.commands.init.column_kinds import (
     COMPANY_NAME,
@@ -47,8 +48,7 @@ MAX_FREE_MAIL_SHARE = 0.2
 MIN_VALUES = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Column:
+class Column(Struct, frozen=True):
     """Statistics of the sampled values of an input column. All shares (0 to 1) refer to the non-blank values.
 
     `filled_count` is the number of non-blank values. `numeric_share` counts values without letters, `spaced_share`
@@ -91,8 +91,7 @@ def _host(value: str) -> str:
     return re.sub(r"^(?:[a-z][a-z0-9+.-]*://)?(?:www\.)?|[/?#:].*$", "", value.lower())
 
 
-@dataclass(frozen=True, slots=True)
-class ColumnMatch:
+class ColumnMatch(Struct, frozen=True):
     """The columns and transforms that supply a param's values. `filled` counts the sampled cells of each column."""
 
     columns: tuple[str, ...]
@@ -102,8 +101,7 @@ class ColumnMatch:
     filled: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Candidate:
+class _Candidate(Struct, frozen=True):
     """How well a column fits a kind of data."""
 
     column: Column

@@ -5,10 +5,10 @@ from __future__ import annotations
 import codecs
 import gzip
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
+from msgspec import Struct
 
 from enrich.commands.init.column_matching import Column, describe_column
 from enrich.errors import CommandRefused
@@ -23,8 +23,7 @@ SAMPLE_ROWS = 1_000
 _CHUNK_BYTES = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(Struct, frozen=True):
     """The format of a table, and its columns as seen in the first `rows` rows."""
 
     format: TableFile

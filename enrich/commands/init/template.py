@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import yaml
+from msgspec import Struct
 
 from enrich.commands.init.column_matching import (
     ColumnMatch,
@@ -26,8 +26,7 @@ from enrich.rows.requests import STATUS_COLUMNS
 REQUIRED_CREDITS = 100
 
 
-@dataclass(frozen=True, slots=True)
-class JobDraft:
+class JobDraft(Struct, frozen=True):
     """The content of a job file. `source` is the origin and date of the target's description.
 
     `schema` is the path of the JSON Schema relative to the job file, None if there is none.
