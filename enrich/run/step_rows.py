@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
@@ -21,7 +21,7 @@ from enrich.ledger.step_results import StepResult
 from enrich.models import RequestResult, RowStatus, result_columns
 from enrich.rows.job_input import JobInput
 from enrich.rows.job_steps import RowFacts, Step, StepDecision, decide, row_status
-from enrich.rows.requests import RequestBuilder, RowBatch
+from enrich.rows.requests import FORGOTTEN_REASON, RequestBuilder, RowBatch
 from enrich.rows.send_order import order_of_rows
 from enrich.run.collector import JoinedBatch, JoinedStep, merge_cells, name_source, new_cells
 from enrich.run.lead_selection import CAPPED_REASON, LeadSelection
@@ -39,13 +39,14 @@ from enrich.run.step_batch import (
 class _Progress:
     """A batch on its way through the steps.
 
-    `selected`: the job's own conditions hold. `frame` and `text` are the table that the next step reads. `values` has
-    what was found for each column of the steps so far.
+    `selected`: the job's own conditions hold. `left_out` says why rows take part in no further step. `frame` and `text`
+    are the table that the next step reads. `values` has what was found for each column of the steps so far.
     """
 
     first_position: int
     input_frame: pl.DataFrame
     selected: pl.Series
+    left_out: dict[int, str]
     identities: Identities
     frame: pl.DataFrame
     text: pl.DataFrame
@@ -119,10 +120,10 @@ class StepRows(Struct, frozen=True):
             input_frame = frame.select(pl.nth(own))
             selected = self.job_input.selected_rows(text)
             capped = self.capped[first_position : first_position + text.height]
-            if any(capped):
-                selected &= pl.Series([not each for each in capped], dtype=pl.Boolean)
+            left_out = {row: CAPPED_REASON for row, is_capped in enumerate(capped) if is_capped}
             own_text = text.select(pl.nth(own))
-            yield _Progress(first_position, input_frame, selected, identities(own_text, sent), input_frame, own_text)
+            names = identities(own_text, sent)
+            yield _Progress(first_position, input_frame, selected, left_out, names, input_frame, own_text)
 
     def _advance(self, progress: _Progress, step: Step, builder: RequestBuilder, *, bill: bool = False) -> JoinedStep:
         """Add a step's columns to the table that the next step reads."""
@@ -168,14 +169,15 @@ class StepRows(Struct, frozen=True):
             progress.first_position,
             progress.frame,
             text,
-            progress.selected,
+            progress.selected & ~_rows_as_mask(progress.left_out, text.height),
             step.job_input.suppressed_rows(text),
             order,
             selected & ready,
         )
-        for row, is_capped in enumerate(self.capped[progress.first_position :][: text.height]):
-            if is_capped and batch.statuses[row] is RowStatus.FILTERED:
-                batch.errors[row] = batch.errors[row] or CAPPED_REASON
+        for row, reason in progress.left_out.items():
+            batch.errors[row] = reason
+        # No step looks a forgotten person up again.
+        progress.left_out |= {row: reason for row, reason in enumerate(batch.errors) if reason == FORGOTTEN_REASON}
         known = step_results.find_results(self.ledger, [name for name in batch.fingerprints if name is not None])
         results = [None if name is None else known.get(name) for name in batch.fingerprints]
         blank_from_step = _blank_from_step(step, batch)
@@ -247,6 +249,10 @@ class StepRows(Struct, frozen=True):
             ]
             if pairs:
                 step_results.add_requesting_rows(self.ledger, job.step, pairs, sends=sends)
+
+
+def _rows_as_mask(rows: Iterable[int], height: int) -> pl.Series:
+    return pl.int_range(height, eager=True).is_in(list(rows))
 
 
 _DECISIONS = {facts: decide(RowFacts(*facts)) for facts in product([False, True], repeat=6)}
