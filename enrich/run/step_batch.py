@@ -5,7 +5,7 @@ Several rows can have one request. Its answer belongs only to the rows that are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from enrich.job.job import Job
 from enrich.ledger import step_results
 from enrich.ledger.database import Database
 from enrich.ledger.step_results import StepResult
-from enrich.models import RowStatus
+from enrich.models import RowStatus, State
 from enrich.rows.job_steps import NOT_FINAL, StepDecision
 from enrich.rows.requests import RowBatch
 
@@ -41,7 +41,17 @@ class StepBatch(Struct, frozen=True):
     reasons: Sequence[str | None]
     #: The rows that need their request, whether the run may send it or not, and the identities of all rows.
     requesting_rows: Sequence[int]
+    #: The rows that are left out because they need a result that was purged, with the step that had found it.
+    lacking: Mapping[int, str]
     identities: Identities
+
+    def purged_rows(self) -> list[int]:
+        """Return the rows whose result was found, and then purged."""
+        return [
+            row
+            for row, known in enumerate(self.results)
+            if known is not None and known.result.erased_ms is not None and known.result.state == State.FOUND
+        ]
 
     def to_send(self) -> RowBatch:
         """Return the batch with the requests of those rows that the run may send."""
@@ -66,11 +76,12 @@ class StepTables(NamedTuple):
     steps: Sequence[tuple[StepBatch, pl.DataFrame]]
 
 
-def decided_batch(
+def decided_batch(  # noqa: PLR0913, PLR0917 - what is known of a batch
     batch: RowBatch,
     decisions: Sequence[StepDecision],
     results: Sequence[StepResult | None],
     requesting_rows: Sequence[int],
+    lacking: Mapping[int, str],
     names: Identities,
 ) -> StepBatch:
     """Keep the requests of the rows that have an answer or wait for one, and say why the others have none."""
@@ -88,7 +99,8 @@ def decided_batch(
         elif decision is StepDecision.LACK:
             statuses[row], errors[row] = RowStatus.FILTERED, f"{errors[row]}: not found by an earlier step"
         elif decision is StepDecision.FILTER and statuses[row] is not RowStatus.FILTERED:
-            statuses[row], errors[row] = RowStatus.FILTERED, None
+            statuses[row] = RowStatus.FILTERED
+            errors[row] = f"the result of `{lacking[row]}` was purged" if row in lacking else None
     kept = [result if fingerprints[row] is not None else None for row, result in enumerate(results)]
     return StepBatch(
         replace(batch, fingerprints=fingerprints, statuses=statuses, errors=errors),
@@ -100,6 +112,7 @@ def decided_batch(
         left_out,
         batch.errors,
         requesting_rows,
+        {row: name for row, name in lacking.items() if decisions[row] is StepDecision.FILTER},
         names,
     )
 

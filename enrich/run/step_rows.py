@@ -53,6 +53,13 @@ class _Progress:
     values: dict[str, pl.Series] = field(default_factory=dict)
     step_batches: list[StepBatch] = field(default_factory=list)
 
+    def is_known(self, job: Job, column: str) -> list[bool]:
+        """Return which rows have a value in a column that steps give: one that was found, or that of the input."""
+        known = self.values[column].is_not_null()
+        if job.model.merge == "fill_empty" and column in self.input_frame.columns:
+            known |= ~blank_cells(as_text(self.input_frame.get_column(column)), job.model.placeholders)
+        return known.to_list()
+
 
 class StepRows(Struct, frozen=True):
     """The rows of a job with steps.
@@ -161,7 +168,8 @@ class StepRows(Struct, frozen=True):
         limited: bool = True,
     ) -> StepBatch:
         earlier, text = progress.step_batches, progress.text
-        selected = step.job_input.selected_rows(text)
+        lacking = self._lacking(progress, step)
+        selected = step.job_input.selected_rows(text) & ~_rows_as_mask(lacking, text.height)
         ready = pl.repeat(value=True, n=text.height, eager=True)
         for number in step.depends_on:
             ready &= pl.Series(earlier[number].final, dtype=pl.Boolean)
@@ -200,7 +208,30 @@ class StepRows(Struct, frozen=True):
             for row, decision in enumerate(decisions):
                 if decision is StepDecision.SEND and not may_send[row]:
                     decisions[row] = StepDecision.WAIT if results[row] is None else StepDecision.KEEP
-        return decided_batch(batch, decisions, results, requesting_rows, progress.identities)
+        return decided_batch(batch, decisions, results, requesting_rows, lacking, progress.identities)
+
+    def _lacking(self, progress: _Progress, step: Step) -> dict[int, str]:
+        """Return the rows that need a result which was purged, with the step that had found it.
+
+        What was found is not known then. Nor is what a step would have found that was left out for this reason.
+        """
+        unknown: dict[str, dict[int, str]] = {}
+        for number in sorted(step.depends_on):
+            earlier, name = progress.step_batches[number], self.steps[number].job.step
+            lost = {**dict.fromkeys(earlier.purged_rows(), name), **earlier.lacking}
+            for column in self.steps[number].template.columns if lost else ():
+                known = progress.is_known(self.job, column)
+                unknown.setdefault(column, {}).update({row: source for row, source in lost.items() if not known[row]})
+            unknown[self.status_column(number)] = {**earlier.lacking}
+        unknown = {name: rows for name, rows in unknown.items() if rows and name in step.earlier_columns}
+        if not unknown:
+            return {}
+        text = progress.text.with_columns(
+            progress.text.get_column(name).set(_rows_as_mask(rows, progress.text.height), None)
+            for name, rows in unknown.items()
+        )
+        may_be_selected = step.job_input.selected_rows(text, unknown=True)
+        return {row: name for rows in unknown.values() for row, name in rows.items() if may_be_selected[row]}
 
     def _was_sent(  # noqa: PLR0913, PLR0917 - what is known of a batch
         self,
