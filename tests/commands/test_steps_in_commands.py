@@ -227,8 +227,8 @@ limits: {requests_per_second: 1000}
             "move `email` after `person`",
         ),
         (
-            "Last Name, company: {column: Website, transform: [domain]}}\n    columns: {work_email: email}",
-            "link}\n    columns: {link: email}",
+            "Last Name, company: {column: Website, transform: [domain]}}\n    columns: {work_email:",
+            "link, company: Website}\n    columns: {link:",
             "steps.0.params.last_name: `link` comes from a later step: `person`",
             "move `email` after `person`",
         ),
