@@ -41,8 +41,8 @@ class StepBatch(Struct, frozen=True):
     reasons: Sequence[str | None]
     #: The rows that need their request, whether the run may send it or not, and the identities of all rows.
     requesting_rows: Sequence[int]
-    #: The rows that are left out because they need a result that was purged, with the step that had found it.
-    lacking: Mapping[int, str]
+    #: Why nothing new is sent for rows that are left out: the person is forgotten, or a result was purged.
+    unsent: Mapping[int, str]
     identities: Identities
 
     def purged_rows(self) -> list[int]:
@@ -81,7 +81,7 @@ def decided_batch(  # noqa: PLR0913, PLR0917 - what is known of a batch
     decisions: Sequence[StepDecision],
     results: Sequence[StepResult | None],
     requesting_rows: Sequence[int],
-    lacking: Mapping[int, str],
+    unsent: Mapping[int, str],
     names: Identities,
 ) -> StepBatch:
     """Keep the requests of the rows that have an answer or wait for one, and say why the others have none."""
@@ -99,8 +99,7 @@ def decided_batch(  # noqa: PLR0913, PLR0917 - what is known of a batch
         elif decision is StepDecision.LACK:
             statuses[row], errors[row] = RowStatus.FILTERED, f"{errors[row]}: not found by an earlier step"
         elif decision is StepDecision.FILTER and statuses[row] is not RowStatus.FILTERED:
-            statuses[row] = RowStatus.FILTERED
-            errors[row] = f"the result of `{lacking[row]}` was purged" if row in lacking else None
+            statuses[row], errors[row] = RowStatus.FILTERED, unsent.get(row)
     kept = [result if fingerprints[row] is not None else None for row, result in enumerate(results)]
     return StepBatch(
         replace(batch, fingerprints=fingerprints, statuses=statuses, errors=errors),
@@ -112,7 +111,7 @@ def decided_batch(  # noqa: PLR0913, PLR0917 - what is known of a batch
         left_out,
         batch.errors,
         requesting_rows,
-        {row: name for row, name in lacking.items() if decisions[row] is StepDecision.FILTER},
+        {row: why for row, why in unsent.items() if decisions[row] is StepDecision.FILTER},
         names,
     )
 

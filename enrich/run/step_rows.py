@@ -39,19 +39,20 @@ from enrich.run.step_batch import (
 class _Progress:
     """A batch on its way through the steps.
 
-    `selected`: the job's own conditions hold. `left_out` says why rows take part in no further step. `frame` and `text`
-    are the table that the next step reads. `values` has what was found for each column of the steps so far.
+    `selected`: the job's own conditions hold. `capped` rows take part in no step, `forgotten` ones send nothing new.
+    `frame` and `text` are the table that the next step reads. `values` has what was found for each column so far.
     """
 
     first_position: int
     input_frame: pl.DataFrame
     selected: pl.Series
-    left_out: dict[int, str]
+    capped: list[int]
     identities: Identities
     frame: pl.DataFrame
     text: pl.DataFrame
     values: dict[str, pl.Series] = field(default_factory=dict)
     step_batches: list[StepBatch] = field(default_factory=list)
+    forgotten: set[int] = field(default_factory=set)
 
     def is_known(self, job: Job, column: str) -> list[bool]:
         """Return which rows have a value in a column that steps give: one that was found, or that of the input."""
@@ -127,10 +128,10 @@ class StepRows(Struct, frozen=True):
             input_frame = frame.select(pl.nth(own))
             selected = self.job_input.selected_rows(text)
             capped = self.capped[first_position : first_position + text.height]
-            left_out = {row: CAPPED_REASON for row, is_capped in enumerate(capped) if is_capped}
+            capped_rows = [row for row, is_capped in enumerate(capped) if is_capped]
             own_text = text.select(pl.nth(own))
             names = identities(own_text, sent)
-            yield _Progress(first_position, input_frame, selected, left_out, names, input_frame, own_text)
+            yield _Progress(first_position, input_frame, selected, capped_rows, names, input_frame, own_text)
 
     def _advance(self, progress: _Progress, step: Step, builder: RequestBuilder, *, bill: bool = False) -> JoinedStep:
         """Add a step's columns to the table that the next step reads."""
@@ -168,8 +169,8 @@ class StepRows(Struct, frozen=True):
         limited: bool = True,
     ) -> StepBatch:
         earlier, text = progress.step_batches, progress.text
-        lacking = self._lacking(progress, step)
-        selected = step.job_input.selected_rows(text) & ~_rows_as_mask(lacking, text.height)
+        unsent = self._lacking(progress, step) | dict.fromkeys(progress.forgotten, FORGOTTEN_REASON)
+        selected = step.job_input.selected_rows(text) & ~_rows_as_mask(unsent, text.height)
         ready = pl.repeat(value=True, n=text.height, eager=True)
         for number in step.depends_on:
             ready &= pl.Series(earlier[number].final, dtype=pl.Boolean)
@@ -177,15 +178,15 @@ class StepRows(Struct, frozen=True):
             progress.first_position,
             progress.frame,
             text,
-            progress.selected & ~_rows_as_mask(progress.left_out, text.height),
+            progress.selected & ~_rows_as_mask(progress.capped, text.height),
             step.job_input.suppressed_rows(text),
             order,
             selected & ready,
         )
-        for row, reason in progress.left_out.items():
-            batch.errors[row] = reason
+        for row in progress.capped:
+            batch.errors[row] = CAPPED_REASON
         # No step looks a forgotten person up again.
-        progress.left_out |= {row: reason for row, reason in enumerate(batch.errors) if reason == FORGOTTEN_REASON}
+        progress.forgotten |= {row for row, reason in enumerate(batch.errors) if reason == FORGOTTEN_REASON}
         known = step_results.find_results(self.ledger, [name for name in batch.fingerprints if name is not None])
         results = [None if name is None else known.get(name) for name in batch.fingerprints]
         blank_from_step = _blank_from_step(step, batch)
@@ -208,21 +209,22 @@ class StepRows(Struct, frozen=True):
             for row, decision in enumerate(decisions):
                 if decision is StepDecision.SEND and not may_send[row]:
                     decisions[row] = StepDecision.WAIT if results[row] is None else StepDecision.KEEP
-        return decided_batch(batch, decisions, results, requesting_rows, lacking, progress.identities)
+        return decided_batch(batch, decisions, results, requesting_rows, unsent, progress.identities)
 
     def _lacking(self, progress: _Progress, step: Step) -> dict[int, str]:
-        """Return the rows that need a result which was purged, with the step that had found it.
+        """Return the rows that need a result which was purged, and say so.
 
         What was found is not known then. Nor is what a step would have found that was left out for this reason.
         """
         unknown: dict[str, dict[int, str]] = {}
         for number in sorted(step.depends_on):
             earlier, name = progress.step_batches[number], self.steps[number].job.step
-            lost = {**dict.fromkeys(earlier.purged_rows(), name), **earlier.lacking}
+            reason = f"the result of `{name}` was purged"
+            lost = {**dict.fromkeys(earlier.purged_rows(), reason), **earlier.unsent}
             for column in self.steps[number].template.columns if lost else ():
                 known = progress.is_known(self.job, column)
-                unknown.setdefault(column, {}).update({row: source for row, source in lost.items() if not known[row]})
-            unknown[self.status_column(number)] = {**earlier.lacking}
+                unknown.setdefault(column, {}).update({row: why for row, why in lost.items() if not known[row]})
+            unknown[self.status_column(number)] = {**earlier.unsent}
         unknown = {name: rows for name, rows in unknown.items() if rows and name in step.earlier_columns}
         if not unknown:
             return {}
@@ -231,7 +233,7 @@ class StepRows(Struct, frozen=True):
             for name, rows in unknown.items()
         )
         may_be_selected = step.job_input.selected_rows(text, unknown=True)
-        return {row: name for rows in unknown.values() for row, name in rows.items() if may_be_selected[row]}
+        return {row: why for rows in unknown.values() for row, why in rows.items() if may_be_selected[row]}
 
     def _was_sent(  # noqa: PLR0913, PLR0917 - what is known of a batch
         self,

@@ -143,3 +143,17 @@ def test_purged_result_that_was_none(people: Workspace, tmp_path: Path) -> None:
         assert people.run_in_process("purge", "job.yaml", "--older-than", "0s", "--yes").exit_code == 0
         people.write_job(JOB)
         assert [step["submitted"] for step in people.run_job(api).steps] == [0, 0, 6, 0, 0]
+
+
+def test_colleague_of_a_forgotten_person(people: Workspace, tmp_path: Path) -> None:
+    """A colleague who was not in the input loses the request about the company, which is erased, but no other."""
+    leads = make_linked_people(6, 3)
+    with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
+        people.run_job(api)
+        people.write_leads(leads[:1], HEADER)
+        people.run_in_process("forget", "job.yaml", "--match", "Last Name=Last0", "--yes")
+        people.write_leads(leads, HEADER)
+        assert people.run_job(api).submitted == 0
+        rows = people.read_output()
+    assert set(step_statuses(rows[0])) == {"filtered"}
+    assert step_statuses(rows[3]) == ["filtered", "found", "filtered", "found", "found"]
