@@ -141,7 +141,10 @@ _ACTIONS_BY_STATUS: dict[RowStatus, tuple[str, tuple[str, ...]]] = {
 def required_actions(
     code: int, rows: Mapping[str, Any], target: JobArguments, noun: str = "lead"
 ) -> list[RequiredAction]:
-    """Return the required actions for an exit code and for the number of rows (or of another `noun`) by status."""
+    """Return the required actions for an exit code and for the number of rows (or of another `noun`) by status.
+
+    With `steps`, the results that failed or expired in each step are counted: their rows may be found.
+    """
     actions: list[tuple[str, tuple[str, ...]]] = []
     if code == ExitCode.CREDITS and "--new-ledger" in (hint := rows.get("hint") or ""):
         # No money is missing: another ledger has paid for what a later step would send.
@@ -153,9 +156,11 @@ def required_actions(
         text = f"The run spent {overrun} credits over the cap, because a price rose. See the current prices"
         actions.append((text, ("enrich plan {run}",)))
     for status, (text, commands) in _ACTIONS_BY_STATUS.items():
-        if count := rows.get(status):
-            word = "unconfirmed" if status is RowStatus.IN_DOUBT else status.value
-            things = f"the {word} {noun}" if count == 1 else pluralize(count, f"{word} {noun}")
+        count, word = rows.get(status), f"{'unconfirmed' if status is RowStatus.IN_DOUBT else status.value} {noun}"
+        if status is not RowStatus.IN_DOUBT and (steps := rows.get("steps")):
+            count, word = sum(step[status] or 0 for step in steps), f"{status.value} result"
+        if count:
+            things = f"the {word}" if count == 1 else pluralize(count, word)
             sentence = text.format(things=things)
             actions.append((sentence[0].upper() + sentence[1:], commands))
     return [

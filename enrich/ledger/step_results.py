@@ -6,7 +6,7 @@ A row of a job with steps has a request in each of them. What it sends depends o
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from msgspec import Struct
 
@@ -203,29 +203,44 @@ def begin_plan(db: Database) -> None:
         if not db.session.has_temporary_table("planned_requests"):
             db.execute(
                 f"CREATE TEMP TABLE planned_requests (step TEXT NOT NULL, fingerprint {db.dialect.blob_type} NOT NULL, "
-                "is_certain BIGINT NOT NULL, PRIMARY KEY (step, fingerprint, is_certain))"
+                "kind TEXT NOT NULL, PRIMARY KEY (step, fingerprint, kind))"
             )
         db.session.clear_table("planned_requests")
 
 
-def add_planned(db: Database, step: str, fingerprints: Iterable[bytes], *, is_certain: bool = True) -> set[bytes]:
-    """Add requests that a step would send to the plan, or may send. Return those that were not in it."""
+def add_planned(
+    db: Database, step: str, fingerprints: Iterable[bytes], kind: Literal["sent", "possible", "known"] = "sent"
+) -> set[bytes]:
+    """Add requests that a step sends to the plan, may send, or has an answer of. Return those that were not in it."""
     names = list(dict.fromkeys(fingerprints))
     with db.temporary_transaction():
         rows = db.execute(
-            f"INSERT INTO planned_requests SELECT CAST(?3 AS TEXT), fingerprint, CAST(?4 AS BIGINT) FROM ({_NAMES}) b "
+            f"INSERT INTO planned_requests SELECT CAST(?3 AS TEXT), fingerprint, CAST(?4 AS TEXT) FROM ({_NAMES}) b "
             "WHERE true ON CONFLICT DO NOTHING RETURNING fingerprint",
-            (*as_list(names), step, int(is_certain)),
+            (*as_list(names), step, kind),
         ).fetchall()
     return {bytes(name) for (name,) in rows}
 
 
-def planned_counts(db: Database, step: str) -> tuple[int, int]:
-    """Count the distinct requests that a step would send, and those that it may send beside them."""
-    certain, distinct = db.execute(
-        "SELECT coalesce(sum(is_certain), 0), count(DISTINCT fingerprint) FROM planned_requests WHERE step = ?", (step,)
+class PlannedCounts(NamedTuple):
+    """How many distinct requests a step sends, may send beside them, and has in all, with those that are answered."""
+
+    sent: int
+    possible: int
+    requests: int
+
+
+def planned_counts(db: Database, step: str, shared_with: Sequence[str]) -> PlannedCounts:
+    """Count the requests of a step. What an earlier step (`shared_with`) sends is not sent again."""
+    names = ", ".join(["''", *("?" for _ in shared_with)])
+    sent, sent_or_possible, requests = db.execute(
+        "SELECT count(DISTINCT fingerprint) FILTER (WHERE kind = 'sent' AND NOT is_shared), "
+        "count(DISTINCT fingerprint) FILTER (WHERE kind <> 'known' AND NOT is_shared), count(DISTINCT fingerprint) "
+        "FROM (SELECT fingerprint, kind, fingerprint IN (SELECT fingerprint FROM planned_requests WHERE kind = 'sent' "
+        f"AND step IN ({names})) AS is_shared FROM planned_requests WHERE step = ?) p",
+        (*shared_with, step),
     ).fetchone()
-    return int(certain), int(distinct) - int(certain)
+    return PlannedCounts(int(sent), int(sent_or_possible) - int(sent), int(requests))
 
 
 def begin_bill(db: Database) -> None:

@@ -78,6 +78,8 @@ class JobInput:
         self._header = list(self.all_columns)
         self._former_steps = _former_steps(job, self._header)
         self._own_columns = own_columns(job, self._former_steps)
+        params = [param for step in job.steps for param in step.model.params.values()]
+        self.sent_columns = {name for param in params for name in param.columns}
         #: The columns that are written to the output. A blank text cell is `""` or null.
         self.schema = {name: kind for name, kind in self.all_columns.items() if name not in self._own_columns}
         self.columns = list(self.schema)
@@ -342,15 +344,14 @@ class JobInput:
             raise self._job.error(["where"], PER_ROW_MESSAGE, WHERE_EXAMPLE)
 
     def suppressed_rows(self, frame: pl.DataFrame) -> pl.Series | None:
-        """Return which rows have an address or a domain that is never sent; None: there is no such list."""
+        """Return which rows have an address or a domain that is never sent by any step; None: there is no list."""
         if self._suppression is None:
             return None
-        params = self._job.model.params.values()
-        if any(param.value is not None and self._suppression.contains(param.value) for param in params):
+        constants = [param.value for param in self._job.model.params.values() if param.value is not None]
+        if any(map(self._suppression.contains, constants)):
             return pl.repeat(value=True, n=frame.height, eager=True)
-        return self._suppression.suppressed_rows(
-            frame, {self._header.index(name) for param in params for name in param.columns}
-        )
+        sent = {index for index, name in enumerate(self._header) if name in self.sent_columns}
+        return self._suppression.suppressed_rows(frame, sent)
 
     def selected_rows(self, frame: pl.DataFrame, *, unknown: bool = False) -> pl.Series:
         """Return which rows `where` and `only_if_empty` keep; `unknown` where a cell that they read is null."""

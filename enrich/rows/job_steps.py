@@ -77,10 +77,14 @@ def _check_order(
     ]
     read += [(["only_if_empty", index], column) for index, column in enumerate(step.model.only_if_empty)]
     for key_path, column in read:
-        later = [each.step for each, columns in zip(job.steps, given, strict=True) if column in columns]
-        if column not in known and later:
+        if column in known:
+            continue
+        givers = [each.step for each, columns in zip(job.steps, given, strict=True) if column in columns]
+        if later := [name for name in givers if name != step.step]:
             message = f"`{column}` comes from a later step: `{later[0]}`"
             raise step.error(key_path, message, f"move `{step.step}` after `{later[0]}`")
+        if givers:
+            raise step.error(key_path, f"`{column}` comes from the step itself", "only later steps can read it")
 
 
 def _condition_columns(step: Job, header: Sequence[str], earlier: set[str]) -> set[str]:

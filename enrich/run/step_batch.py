@@ -5,7 +5,7 @@ Several rows can have one request. Its answer belongs only to the rows that are 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from enrich.job.job import Job
 from enrich.ledger import step_results
 from enrich.ledger.database import Database
 from enrich.ledger.step_results import StepResult
-from enrich.models import RowStatus
+from enrich.models import RowStatus, State
 from enrich.rows.job_steps import NOT_FINAL, StepDecision
 from enrich.rows.requests import RowBatch
 
@@ -42,7 +42,17 @@ class StepBatch(Struct, frozen=True):
     reasons: Sequence[str | None]
     #: The rows that need their request, whether the run may send it or not, and the identities of all rows.
     requesting_rows: Sequence[int]
+    #: Why nothing new is sent for rows that are left out: the person is forgotten, or a result was purged.
+    unsent: Mapping[int, str]
     identities: Identities
+
+    def purged_rows(self) -> list[int]:
+        """Return the rows whose result was found, and then purged."""
+        return [
+            row
+            for row, known in enumerate(self.results)
+            if known is not None and known.result.erased_ms is not None and known.result.state == State.FOUND
+        ]
 
     def to_send(self) -> RowBatch:
         """Return the batch with the requests of those rows that the run may send."""
@@ -67,11 +77,12 @@ class StepTables(NamedTuple):
     steps: Sequence[tuple[StepBatch, pl.DataFrame]]
 
 
-def decided_batch(
+def decided_batch(  # noqa: PLR0913, PLR0917 - what is known of a batch
     batch: RowBatch,
     decisions: Sequence[StepDecision],
     results: Sequence[StepResult | None],
     requesting_rows: Sequence[int],
+    unsent: Mapping[int, str],
     names: Identities,
 ) -> StepBatch:
     """Keep the requests of the rows that have an answer or wait for one, and say why the others have none."""
@@ -89,7 +100,7 @@ def decided_batch(
         elif decision is StepDecision.LACK:
             statuses[row], errors[row] = RowStatus.FILTERED, f"{errors[row]}: not found by an earlier step"
         elif decision is StepDecision.FILTER and statuses[row] is not RowStatus.FILTERED:
-            statuses[row], errors[row] = RowStatus.FILTERED, None
+            statuses[row], errors[row] = RowStatus.FILTERED, unsent.get(row)
     kept = [result if fingerprints[row] is not None else None for row, result in enumerate(results)]
     return StepBatch(
         replace(batch, fingerprints=fingerprints, statuses=statuses, errors=errors),
@@ -101,6 +112,7 @@ def decided_batch(
         left_out,
         batch.errors,
         requesting_rows,
+        {row: why for row, why in unsent.items() if decisions[row] is StepDecision.FILTER},
         names,
     )
 
@@ -123,12 +135,6 @@ class Identities(NamedTuple):
                 hasher = prefix.copy()
                 hasher.update(text.encode())
                 yield index, int.from_bytes(hasher.digest(), "big", signed=True)
-
-
-def sent_columns(job: Job, input_columns: Iterable[str]) -> list[str]:
-    """Return the columns of the input that the steps send."""
-    sent = {column for step in job.step_jobs for param in step.model.params.values() for column in param.columns}
-    return [name for name in input_columns if name in sent]
 
 
 def identities(text: pl.DataFrame, sent: Sequence[str]) -> Identities:

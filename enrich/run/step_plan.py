@@ -5,7 +5,7 @@ What a run would do with each row in each step is decided as far as it is known 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -38,13 +38,15 @@ from enrich.run.terminal_text import wrap_parts
 class StepForecast:
     """What a run would do in a step. Prices in millionths; None: unknown.
 
-    `to_submit` requests are sent whatever the answers to come are. `at_most` counts these, those that may be sent, and
-    rows whose request is not known yet. `again` rows have a result, and are sent again if an earlier result changes.
+    `requests` are those that the input needs, answered or not. `to_submit` are sent whatever the answers to come are.
+    `at_most` counts these, those that may be sent, and rows whose request is not known yet. `again` rows have a result,
+    and are sent again if an earlier result changes.
     """
 
     step: Step
     worst_price: int | None
     likely_price: float | None
+    requests: int = 0
     to_submit: int = 0
     may_be_sent: int = 0
     again: int = 0
@@ -81,9 +83,9 @@ class StepForecast:
             return Cost(None if self.at_most else 0.0, maximum)
         return Cost(round((self.likely_price or 0) * likely / 1_000_000, 6), maximum)
 
-    def add(self, made: StepDecisions, ledger: Database) -> None:
-        """Add the rows of a batch."""
-        certain, possible = [], []
+    def add(self, made: StepDecisions, requesting_rows: Collection[int], ledger: Database) -> None:
+        """Add the rows of a batch. `requesting_rows` need their request now."""
+        certain, possible, known = [], [], []
         for row, decision in enumerate(made.decisions):
             name, is_certain = made.fingerprints[row], not made.uncertain[row]
             is_requested = decision not in (Decision.INVALID, Decision.FILTERED, Decision.OVER_LIMIT)
@@ -99,8 +101,11 @@ class StepForecast:
                     self.may_be_sent += 1
                 else:
                     possible.append(name)
+            elif is_requested and name is not None and (row in requesting_rows or not is_certain):
+                known.append(name)
         step_results.add_planned(ledger, self.step.job.step, certain)
-        step_results.add_planned(ledger, self.step.job.step, possible, is_certain=False)
+        step_results.add_planned(ledger, self.step.job.step, possible, "possible")
+        step_results.add_planned(ledger, self.step.job.step, known, "known")
 
     def as_json(self) -> dict[str, Any]:
         """Return the object of the step that `--json` prints."""
@@ -148,7 +153,7 @@ class StepsPlan(Struct, frozen=True):
             "job": self.job,
             "exit_code": 0,
             "rows": self.rows,
-            "requests": sum(step.at_most for step in self.steps),
+            "requests": sum(step.requests for step in self.steps),
             "to_submit": self.to_submit,
             "balance": to_credits(self.balance),
             "cost": self.cost.as_json(),
@@ -191,15 +196,18 @@ def forecast_steps(
     for table in rows.step_tables():
         row_count += table.height
         decided = decide_steps(rows, table, selections)
-        for forecast, made, (_, text) in zip(forecasts, decided, table.steps, strict=True):
-            forecast.add(made, ledger)
+        for forecast, made, (step_batch, text) in zip(forecasts, decided, table.steps, strict=True):
+            forecast.add(made, set(step_batch.requesting_rows), ledger)
             forecast.follows_failure |= is_sent_after_failure(rows, forecast.step, text)
         enroll.preview(ledger, table.steps[0][0].to_send().requests(), selections[0])
     for number, forecast in enumerate(forecasts):
-        forecast.to_submit, possible = step_results.planned_counts(ledger, forecast.step.job.step)
-        forecast.may_be_sent += possible
+        # A step with a cap of its own may leave a shared request to a later one.
+        shared_with = [each.job.step for each in rows.steps[:number] if each.job.step_max_credits is None]
+        counts = step_results.planned_counts(ledger, forecast.step.job.step, shared_with)
         if rows.leads is not None and number:  # the leads of the first step are chosen
             forecast.may_be_sent += min(rows.leads.places, forecast.beyond_limit)
+        forecast.requests = counts.requests + forecast.may_be_sent
+        forecast.to_submit, forecast.may_be_sent = counts.sent, forecast.may_be_sent + counts.possible
     return row_count, forecasts
 
 

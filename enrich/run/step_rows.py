@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
@@ -21,7 +21,7 @@ from enrich.ledger.step_results import StepResult
 from enrich.models import RequestResult, RowStatus, result_columns
 from enrich.rows.job_input import JobInput
 from enrich.rows.job_steps import RowFacts, Step, StepDecision, decide, row_status
-from enrich.rows.requests import RequestBuilder, RowBatch
+from enrich.rows.requests import FORGOTTEN_REASON, RequestBuilder, RowBatch
 from enrich.rows.send_order import order_of_rows
 from enrich.run.collector import JoinedBatch, JoinedStep, merge_cells, name_source, new_cells
 from enrich.run.lead_selection import CAPPED_REASON, LeadSelection
@@ -32,7 +32,6 @@ from enrich.run.step_batch import (
     decided_batch,
     find_recorded_rows,
     identities,
-    sent_columns,
 )
 
 
@@ -40,18 +39,27 @@ from enrich.run.step_batch import (
 class _Progress:
     """A batch on its way through the steps.
 
-    `selected`: the job's own conditions hold. `frame` and `text` are the table that the next step reads. `values` has
-    what was found for each column of the steps so far.
+    `selected`: the job's own conditions hold. `capped` rows take part in no step, `forgotten` ones send nothing new.
+    `frame` and `text` are the table that the next step reads. `values` has what was found for each column so far.
     """
 
     first_position: int
     input_frame: pl.DataFrame
     selected: pl.Series
+    capped: list[int]
     identities: Identities
     frame: pl.DataFrame
     text: pl.DataFrame
     values: dict[str, pl.Series] = field(default_factory=dict)
     step_batches: list[StepBatch] = field(default_factory=list)
+    forgotten: set[int] = field(default_factory=set)
+
+    def is_known(self, job: Job, column: str) -> list[bool]:
+        """Return which rows have a value in a column that steps give: one that was found, or that of the input."""
+        known = self.values[column].is_not_null()
+        if job.model.merge == "fill_empty" and column in self.input_frame.columns:
+            known |= ~blank_cells(as_text(self.input_frame.get_column(column)), job.model.placeholders)
+        return known.to_list()
 
 
 class StepRows(Struct, frozen=True):
@@ -114,16 +122,16 @@ class StepRows(Struct, frozen=True):
 
     def _frames(self) -> Iterator[_Progress]:
         own = [place for place, name in enumerate(self.job_input.header) if name in self.job_input.schema]
-        sent = sent_columns(self.job, self.job_input.schema)
+        sent = [name for name in self.job_input.schema if name in self.job_input.sent_columns]
         max_rows = queries.max_rows_per_batch(self.ledger, len(self.steps))
         for first_position, frame, text in self.job_input.frames(max_rows):
             input_frame = frame.select(pl.nth(own))
             selected = self.job_input.selected_rows(text)
             capped = self.capped[first_position : first_position + text.height]
-            if any(capped):
-                selected &= pl.Series([not each for each in capped], dtype=pl.Boolean)
+            capped_rows = [row for row, is_capped in enumerate(capped) if is_capped]
             own_text = text.select(pl.nth(own))
-            yield _Progress(first_position, input_frame, selected, identities(own_text, sent), input_frame, own_text)
+            names = identities(own_text, sent)
+            yield _Progress(first_position, input_frame, selected, capped_rows, names, input_frame, own_text)
 
     def _advance(self, progress: _Progress, step: Step, builder: RequestBuilder, *, bill: bool = False) -> JoinedStep:
         """Add a step's columns to the table that the next step reads."""
@@ -161,7 +169,8 @@ class StepRows(Struct, frozen=True):
         limited: bool = True,
     ) -> StepBatch:
         earlier, text = progress.step_batches, progress.text
-        selected = step.job_input.selected_rows(text)
+        unsent = self._lacking(progress, step) | dict.fromkeys(progress.forgotten, FORGOTTEN_REASON)
+        selected = step.job_input.selected_rows(text) & ~_rows_as_mask(unsent, text.height)
         ready = pl.repeat(value=True, n=text.height, eager=True)
         for number in step.depends_on:
             ready &= pl.Series(earlier[number].final, dtype=pl.Boolean)
@@ -169,14 +178,15 @@ class StepRows(Struct, frozen=True):
             progress.first_position,
             progress.frame,
             text,
-            progress.selected,
+            progress.selected & ~_rows_as_mask(progress.capped, text.height),
             step.job_input.suppressed_rows(text),
             order,
             selected & ready,
         )
-        for row, is_capped in enumerate(self.capped[progress.first_position :][: text.height]):
-            if is_capped and batch.statuses[row] is RowStatus.FILTERED:
-                batch.errors[row] = batch.errors[row] or CAPPED_REASON
+        for row in progress.capped:
+            batch.errors[row] = CAPPED_REASON
+        # No step looks a forgotten person up again.
+        progress.forgotten |= {row for row, reason in enumerate(batch.errors) if reason == FORGOTTEN_REASON}
         known = step_results.find_results(self.ledger, [name for name in batch.fingerprints if name is not None])
         results = [None if name is None else known.get(name) for name in batch.fingerprints]
         blank_from_step = _blank_from_step(step, batch)
@@ -199,7 +209,31 @@ class StepRows(Struct, frozen=True):
             for row, decision in enumerate(decisions):
                 if decision is StepDecision.SEND and not may_send[row]:
                     decisions[row] = StepDecision.WAIT if results[row] is None else StepDecision.KEEP
-        return decided_batch(batch, decisions, results, requesting_rows, progress.identities)
+        return decided_batch(batch, decisions, results, requesting_rows, unsent, progress.identities)
+
+    def _lacking(self, progress: _Progress, step: Step) -> dict[int, str]:
+        """Return the rows that need a result which was purged, and say so.
+
+        What was found is not known then. Nor is what a step would have found that was left out for this reason.
+        """
+        unknown: dict[str, dict[int, str]] = {}
+        for number in sorted(step.depends_on):
+            earlier, name = progress.step_batches[number], self.steps[number].job.step
+            reason = f"the result of `{name}` was purged"
+            lost = {**dict.fromkeys(earlier.purged_rows(), reason), **earlier.unsent}
+            for column in self.steps[number].template.columns if lost else ():
+                known = progress.is_known(self.job, column)
+                unknown.setdefault(column, {}).update({row: why for row, why in lost.items() if not known[row]})
+            unknown[self.status_column(number)] = {**earlier.unsent}
+        unknown = {name: rows for name, rows in unknown.items() if rows and name in step.earlier_columns}
+        if not unknown:
+            return {}
+        text = progress.text.with_columns(
+            progress.text.get_column(name).set(_rows_as_mask(rows, progress.text.height), None)
+            for name, rows in unknown.items()
+        )
+        may_be_selected = step.job_input.selected_rows(text, unknown=True)
+        return {row: why for rows in unknown.values() for row, why in rows.items() if may_be_selected[row]}
 
     def _was_sent(  # noqa: PLR0913, PLR0917 - what is known of a batch
         self,
@@ -248,6 +282,10 @@ class StepRows(Struct, frozen=True):
             ]
             if pairs:
                 step_results.add_requesting_rows(self.ledger, job.step, pairs, sends=sends)
+
+
+def _rows_as_mask(rows: Iterable[int], height: int) -> pl.Series:
+    return pl.int_range(height, eager=True).is_in(list(rows))
 
 
 _DECISIONS = {facts: decide(RowFacts(*facts)) for facts in product([False, True], repeat=6)}

@@ -322,7 +322,7 @@ def cost_per_lead(counts: OutputCounts | None, unknown: int) -> float | None:
 
 
 def format_steps(steps: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Yield the table of the steps: rows by status, requests sent, credits. At most 80 columns wide."""
+    """Yield the table of the steps, at most 80 columns wide: rows by status, requests sent, credits. Then failures."""
     if not steps:
         return
     yield f"  {'step':<{_NAME_WIDTH}}{'found':>9}{'no match':>9}{'filtered':>9}{'other':>9}{'sent':>9}{'credits':>12}"
@@ -334,3 +334,6 @@ def format_steps(steps: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         cells.append("-" if None in others else f"{sum(others):,}")
         numbers = "".join(f"{cell:>9}" for cell in [*cells, f"{step['submitted']:,}"])
         yield f"  {name:<{_NAME_WIDTH}}{numbers}{format_credits(step['credits_spent']):>12}"
+    for step in steps:
+        if counts := [f"{step[name]:,} {name}" for name in (RowStatus.FAILED, RowStatus.EXPIRED) if step[name]]:
+            yield f"  {step['name']}: {', '.join(counts)}"

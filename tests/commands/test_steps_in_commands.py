@@ -227,6 +227,18 @@ limits: {requests_per_second: 1000}
             "move `email` after `person`",
         ),
         (
+            "Last Name, company: {column: Website, transform: [domain]}}\n    columns: {work_email:",
+            "link, company: Website}\n    columns: {link:",
+            "steps.0.params.last_name: `link` comes from a later step: `person`",
+            "move `email` after `person`",
+        ),
+        (
+            "params: {email: work_email}",
+            "params: {email: link}",
+            "steps.1.params.email: `link` comes from the step itself",
+            "only later steps can read it",
+        ),
+        (
             "limits: {",
             "order_by: [work_email]\nlimits: {",
             "order_by.0: the input has no column",

@@ -95,6 +95,52 @@ def test_shared_question_is_retried_once(workspace: Workspace, tmp_path: Path) -
         assert workspace.run_job(api, RunOptions(retry=frozenset({State.NOT_FOUND}))).submitted == 5
 
 
+def test_plan_counts_a_shared_question_once(workspace: Workspace, tmp_path: Path) -> None:
+    """A question that two steps ask is planned where it is sent: at the first; `requests` are those of the run."""
+    again = "  - name: again\n" + EMAIL
+    workspace.write_job(SHORT_JOB.replace("  - name: person", again + "  - name: person"))
+    workspace.write_leads(make_people(5), HEADER)
+    with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
+        plan = workspace.run_in_process("plan", "job.yaml", "--json", api=api).json_output
+        assert plan["to_submit"] == 5
+        assert [step["at_most"] for step in plan["steps"]] == [5, 0, 5]
+        assert plan["requests"] == 15
+        assert [step["submitted"] for step in workspace.run_job(api).steps] == [5, 0, 5]
+        after = workspace.run_in_process("plan", "job.yaml", "--json", api=api).json_output
+        assert (after["to_submit"], after["requests"]) == (0, workspace.run_job(api).requests)
+
+
+def test_plan_counts_a_shared_question_beyond_the_cap_of_a_step(workspace: Workspace, api: SandboxApi) -> None:
+    """Where the first step has a cap of its own, the second one may have to send the question."""
+    workspace.write_job(
+        SHORT_JOB[: SHORT_JOB.index("  - name: person")]
+        + "    limits: {max_credits: 7.1}\n  - name: again\n"
+        + EMAIL
+        + "limits: {requests_per_second: 1000}\n"
+    )
+    workspace.write_leads(make_people(5), HEADER)
+    plan = workspace.run_in_process("plan", "job.yaml", "--json", api=api).json_output
+    summary = workspace.run_job(api)
+    assert summary.credits_spent <= plan["cost"]["max"]
+    assert all(done["submitted"] <= step["at_most"] for done, step in zip(summary.steps, plan["steps"], strict=True))
+
+
+def test_failures_of_found_leads_are_named(workspace: Workspace, tmp_path: Path) -> None:
+    """A step that failed for leads that are found is in the summary, with the command that sends it again."""
+    workspace.write_job(SHORT_JOB + "complete: [work_email]\n")
+    workspace.write_leads(make_people(3), HEADER)
+    with serve_api(tmp_path / "api.db", hit_rate=1.0, failure_rate=0.0) as api:
+        workspace.write_job(SHORT_JOB[: SHORT_JOB.index("  - name: person")] + "limits: {requests_per_second: 1000}\n")
+        workspace.run_job(api)
+    with serve_api(tmp_path / "api.db", hit_rate=1.0, failure_rate=1.0, free_failures=0.0) as api:
+        workspace.write_job(SHORT_JOB + "complete: [work_email]\n")
+        result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
+    summary = result.json_output
+    assert (summary["exit_code"], summary["found"], summary["failed"]) == (ExitCode.SOME_FAILED, 3, 0)
+    assert "  person: 3 failed\n" in result.stderr
+    assert "Retry 3 failed results (may charge): enrich run job.yaml --retry failed" in result.stderr
+
+
 @pytest.mark.long
 def test_doubt_about_a_refresh_in_an_earlier_step(workspace: Workspace, tmp_path: Path) -> None:
     """A request in doubt is exit 14 in whichever step it is, though its row shows an older answer."""

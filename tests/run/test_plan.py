@@ -103,12 +103,12 @@ CASES = st.builds(
         st.tuples(st.sampled_from(["limit", "sample", "doubt", "age", "submitting"]), st.integers(1, 4)), max_size=3
     ),
     options=st.builds(
-        RunOptions,
+        dict,
         limit=st.one_of(st.none(), st.integers(0, 6)),
         sample=st.one_of(st.none(), st.integers(1, 6), st.just(10**12)),
         seed=st.integers(0, 3),
         retry=st.frozensets(st.sampled_from([State.FAILED, State.IN_DOUBT])),
-    ),
+    ).map(lambda chosen: RunOptions(**chosen)),
     job=st.fixed_dictionaries(
         {},
         optional={
