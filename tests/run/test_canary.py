@@ -125,7 +125,7 @@ def test_canary_counts_rejected_rows(
 ) -> None:
     """Rejected rows count: a mapping that the API rejects for every row is noticed after six of them."""
 
-    def refuse(*_: object) -> str:
+    def refuse(*_: object, **__: object) -> str:
         raise Refused({"error": "INVALID_PARAMS", "rows": [{"position": 1, "fields": {"company": ["Bad."]}}]})
 
     monkeypatch.setattr(Databar, "submit", refuse)
