@@ -157,3 +157,22 @@ def test_colleague_of_a_forgotten_person(people: Workspace, tmp_path: Path) -> N
         rows = people.read_output()
     assert set(step_statuses(rows[0])) == {"filtered"}
     assert step_statuses(rows[3]) == ["filtered", "found", "filtered", "found", "found"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("merge", ["overwrite", "fill_empty"])
+def test_purged_value_of_a_merged_column(people: Workspace, tmp_path: Path, merge: str) -> None:
+    """The cell of the input is not sent in place of a purged value that had replaced it. One that stayed is known."""
+    leads = make_linked_people(6, 3)
+    for number, lead in enumerate(leads[:3]):
+        lead[3] = f"old{number}@elsewhere.example"
+    people.write_leads(leads, HEADER)
+    people.write_job(JOB.replace("work_email: work_email", "Email: work_email").replace("work_email", "Email"))
+    people.write_job(people.job_file.read_text().replace("Email: Email}", "Email: work_email}") + f"merge: {merge}\n")
+    with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
+        people.run_job(api)
+        assert people.run_in_process("purge", "job.yaml", "--older-than", "0s", "--yes").exit_code == 0
+        assert people.run_job(api).submitted == 0
+        rows = people.read_output()
+    lost = [row["enrich_person_status"] == "filtered" for row in rows]
+    assert lost == [merge == "overwrite"] * 3 + [True] * 3
