@@ -17,7 +17,7 @@ from enrich.job.file_names import is_same_file
 from enrich.job.job import Job
 from enrich.job.locations import STDIN, LedgerLocation, PostgresLocation, is_dataset
 from enrich.ledger.database import ledger_exists
-from enrich.ledger.file_identity import ledger_file_exists
+from enrich.ledger.file_identity import check_has_one_name, ledger_file_exists
 from enrich.report.page_file import is_report
 
 
@@ -74,12 +74,14 @@ def path_problems(job: Job) -> Iterator[EnrichError]:
 
 
 def _ledger_problems(ledger: Path) -> Iterator[EnrichError]:
-    """Yield why a ledger cannot be written, or is a link that leads nowhere."""
-    if ledger.is_symlink() and not _is_visible(ledger):
-        try:
+    """Yield why a ledger cannot be written, or must not be."""
+    try:
+        if _is_visible(ledger):
+            check_has_one_name(ledger)
+        elif ledger.is_symlink():
             ledger_file_exists(ledger)
-        except CommandRefused as refusal:
-            yield refusal
+    except CommandRefused as refusal:
+        yield refusal
     if _is_visible(ledger) and not os.access(ledger, os.R_OK | os.W_OK):
         yield CommandRefused(
             f"{ledger}: this user cannot write the ledger", "run as its owner, or change its permissions"

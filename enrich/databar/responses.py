@@ -341,8 +341,9 @@ def _fastapi_error(item: Mapping[str, object], params: Collection[str]) -> Itera
     if not isinstance(loc, list) or "params" not in loc[:-1]:
         return
     place = loc[loc.index("params") + 1 :]
-    if name := next((part for part in place if isinstance(part, str) and part in params), None):
+    for name in filter(None, (_find_param(part, params) for part in place)):
         yield whole_number(place[0]), (name, str(item.get("msg", "refused")))
+        return
 
 
 def _field_errors(item: object, params: Collection[str]) -> Iterator[tuple[str, str]]:
@@ -351,4 +352,10 @@ def _field_errors(item: object, params: Collection[str]) -> Iterator[tuple[str, 
     fields = item.get("fields")
     if not isinstance(fields, Mapping):
         fields = {name: value for name, value in item.items() if name not in ERROR_KEYS}
-    yield from ((str(name), join_text(value)) for name, value in fields.items() if name in params)
+    yield from ((name, join_text(value)) for key, value in fields.items() if (name := _find_param(key, params)))
+
+
+def _find_param(key: object, params: Collection[str]) -> str | None:
+    """Return the one of `params` that a key such as `company`, `Company` or `params.company` names; None: no one."""
+    parts = str(key).casefold().split(".")
+    return next((param for param in params if param.casefold() in parts), None)

@@ -94,13 +94,13 @@ def parse_price(value: object) -> int | None:
     return price if price is not None and price <= MAX_ANSWER_CREDITS else None
 
 
-def is_incomplete(task: Mapping[str, Any]) -> bool:
-    """Check whether a finished task was charged but has no data, or lacks rows that it counts as still running."""
+def is_incomplete(task: Mapping[str, Any], size: int = 1) -> bool:
+    """Check whether a finished task of `size` rows lacks some that it counts as running, or was charged for no data."""
     data, progress = task.get("data"), task.get("progress")
     blanks = list(map(is_blank, data)) if isinstance(data, list) and data else [is_blank(data)]
     running = whole_number(progress.get("processing")) if isinstance(progress, dict) else None
     if running is not None and running > 0:
-        return any(blanks)
+        return any(blanks) or len(blanks) < size
     return all(blanks) and bool(parse_price(task.get("credits_spent")))
 
 
@@ -297,6 +297,7 @@ def read_answer(reply: TaskReply, phase: TaskPhase, paths: Iterable[str]) -> Ans
 def _read_bulk_answers(
     reply: TaskReply, phase: TaskPhase, size: int, paths: Iterable[str], *, matches_only: bool
 ) -> tuple[list[Answer], int | None]:
+    """`matches_only`: earlier tasks were lists of matches without order, so a full list without null may be one."""
     task, raw = reply.body, reply.raw
     spent = parse_price(task.get("credits_spent"))
     data = task.get("data")
@@ -340,10 +341,18 @@ class BulkReader:
     def read(
         self, reply: TaskReply, phase: TaskPhase, size: int, paths: Iterable[str]
     ) -> tuple[list[Answer], int | None]:
-        """Convert a bulk task as `_read_bulk_answers` does."""
+        """Convert a bulk task of `size` rows that is no longer running into one answer per row and a total price.
+
+        The price is in millionths of a credit, or None if unknown. The price of a single row is never known.
+        If the response cannot be split into rows, all rows fail. Its JSON is kept with the first row, under `bundle`.
+        """
         data = reply.body.get("data")
-        if size > 1 and isinstance(data, list) and not is_cancelled(reply.body) and not all(map(is_blank, data)):
-            self.matches_only = len(data) != size or (self.matches_only and not any(map(is_blank, data)))
+        if phase is TaskPhase.COMPLETED and isinstance(data, list) and not is_incomplete(reply.body, size):
+            has_null = any(map(is_blank, data))
+            if has_null and len(data) == size:
+                self.matches_only = False
+            elif data and not has_null and len(data) < size:
+                self.matches_only = True
         return _read_bulk_answers(reply, phase, size, paths, matches_only=self.matches_only)
 
 

@@ -48,8 +48,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
 def ledger_file_exists(path: Path) -> bool:
     """Return whether a ledger's file exists. Raises CommandRefused for anything that cannot be one.
 
-    A dangling link would create a new ledger at another path, and opening a pipe may block forever. Under each of its
-    hard links a file would have a lock and a journal of its own, which two runs would use at once.
+    A dangling link would create a new ledger at another path, and opening a pipe may block forever.
     """
     try:
         file_stat = path.stat()
@@ -67,13 +66,17 @@ def ledger_file_exists(path: Path) -> bool:
         raise CommandRefused(
             f"{path}: the ledger cannot be opened: this is {kind}", "choose another file for the ledger"
         )
-    if file_stat.st_nlink > 1:
+    return True
+
+
+def check_has_one_name(path: Path) -> None:
+    """Raise CommandRefused for a ledger with a hard link: under each name it would have a lock and a journal."""
+    if path.stat().st_nlink > 1:
         name = shlex.quote(str(path.resolve()))
         raise CommandRefused(
             f"{path}: the ledger has another name (a hard link), under which another run could damage it",
             f"when no run uses it, replace it by a copy: cp -p {name} {name}.copy && mv {name}.copy {name}",
         )
-    return True
 
 
 def check_is_no_other_file(path: Path) -> None:

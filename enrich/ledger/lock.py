@@ -14,7 +14,12 @@ from enrich.job.locations import LedgerLocation, PostgresLocation
 from enrich.ledger import execution_records, lease_table
 from enrich.ledger.database import Database, load_postgres, try_read
 from enrich.ledger.dialect import OUTAGE_TIMEOUT_S
-from enrich.ledger.file_identity import check_is_no_other_file, ledger_file_exists, make_private_folder
+from enrich.ledger.file_identity import (
+    check_has_one_name,
+    check_is_no_other_file,
+    ledger_file_exists,
+    make_private_folder,
+)
 from enrich.ledger.sqlite import lock_path
 from enrich.models import iso_time
 
@@ -40,8 +45,10 @@ def lock_ledger(ledger: LedgerLocation, wait_s: float) -> Iterator[None]:
     from filelock import FileLock, Timeout  # noqa: PLC0415 - commands that only look need not wait for it
 
     path = lock_path(ledger)
-    if ledger_file_exists(ledger) and not path.exists():  # without a lock file no run has it open
-        check_is_no_other_file(ledger)
+    if ledger_file_exists(ledger):
+        check_has_one_name(ledger)
+        if not path.exists():  # without a lock file no run has it open
+            check_is_no_other_file(ledger)
     try:
         make_private_folder(path.parent)
         if not path.exists():  # FileLock takes a folder that allows no files for a lock that another process holds

@@ -38,7 +38,8 @@ async def enroll_changed_input(context: RunContext, run_state: RunState, files: 
     """Enroll the input again when its files changed while the run was at work. The next run sends what is new."""
     if context.signals.received is not None:  # the next run reads the input anew
         return files
-    if not await has_input_changed(run_state, files):
+    versions = await input_versions(files)
+    if versions == run_state.file_versions:
         return files
     job_input = JobInput(context.job, await context.ledger_writer.submit(erasure.load_forgotten))
     files = with_steps(context, replace(files, job_input=job_input), context.preflight)
@@ -46,14 +47,15 @@ async def enroll_changed_input(context: RunContext, run_state: RunState, files: 
         await _enroll(context, run_state, job_input, job_input, RunOptions())
     else:  # the output of a job with steps needs no pass
         await context.ledger_writer.submit(lambda _: StepInput(step_rows, 0).begin(RequestSelection()))
+    run_state.file_versions = versions
     run_state.exit_reasons.setdefault(ExitCode.API, EnrichError(INPUT_CHANGED, "run again for the new rows"))
     return files
 
 
-async def has_input_changed(run_state: RunState, files: RunFiles) -> bool:
-    """Return whether the input's files changed since the run began to read them."""
+async def input_versions(files: RunFiles) -> object:
+    """Return a value that differs if a file of the input has changed."""
     # In a thread, as a web address is downloaded again.
-    return await asyncio.to_thread(files.job_input.file_versions) != run_state.file_versions
+    return await asyncio.to_thread(files.job_input.file_versions)
 
 
 async def _enroll(

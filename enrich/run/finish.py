@@ -19,7 +19,7 @@ from enrich.rows.params import left_out_by_param
 from enrich.run.answer_kinds import count_kinds
 from enrich.run.balance import ROUNDING_CREDITS, explain_balance
 from enrich.run.context import RunContext, RunFiles
-from enrich.run.enrolling import INPUT_CHANGED, has_input_changed
+from enrich.run.enrolling import INPUT_CHANGED, input_versions
 from enrich.run.output import Outcome
 from enrich.run.periodic import save_latencies, start_phase
 from enrich.run.phases import fetch_balance
@@ -54,10 +54,10 @@ async def finish_failed_run(
 
 
 async def _is_of_changed_input(run_state: RunState, files: RunFiles, reason: EnrichError) -> bool:
-    """Return whether a run with requests or answers failed because its input has changed meanwhile."""
+    """Return whether a run with requests or answers failed because its input has changed since it was enrolled."""
     is_of_input = isinstance(reason, JobError | CommandRefused) and not isinstance(reason, LedgerDamaged)
     has_worked = run_state.enrolled and (run_state.counters.attempted_requests or run_state.counters.settled)
-    return is_of_input and bool(has_worked) and await has_input_changed(run_state, files)
+    return is_of_input and bool(has_worked) and await input_versions(files) != run_state.file_versions
 
 
 async def finish_run(context: RunContext, run_state: RunState, outcome: Outcome) -> RunSummary:

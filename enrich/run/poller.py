@@ -238,7 +238,8 @@ class Poller:
             open_task.last_running_age_s = age_s
             self._handle_running(open_task, age_s)
             return
-        if phase is TaskPhase.NO_DATA or (phase is TaskPhase.COMPLETED and is_incomplete(reply.body)):
+        size = len(open_task.task.attempts)
+        if phase is TaskPhase.NO_DATA or (phase is TaskPhase.COMPLETED and is_incomplete(reply.body, size)):
             grace = run_state.timeouts.no_data_s
             if phase_age_s < grace:
                 is_single = open_task.task.bulk_task_id is None
@@ -250,7 +251,6 @@ class Poller:
         if open_task.task.bulk_task_id is None:
             await self._settle(open_task, read_answer(reply, phase, column_paths))
         else:
-            size = len(open_task.task.attempts)
             await self._settle_bulk_task(open_task, *self._bulk_reader.read(reply, phase, size, column_paths))
 
     def _handle_running(self, open_task: OpenTask, age_s: float) -> None:

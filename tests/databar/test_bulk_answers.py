@@ -83,6 +83,9 @@ def test_lists_of_matches_without_order() -> None:
     assert states(ADA, None) == ["found", "not_found"]
     assert states(ADA, ADA) == ["found", "found"]
     states(ADA, status="cancelled")
+    states(ADA, status="failed", error="boom")
+    states(ADA, progress={"processing": 1})
+    states(ADA, ADA, ADA)
     assert states(ADA, ADA) == ["found", "found"]
 
 

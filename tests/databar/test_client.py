@@ -547,6 +547,8 @@ def test_echoed_key_is_redacted(status: int) -> None:
         ({"detail": [{"loc": ["body", "params", 0, "company"], "msg": "No."}]}, "company: No."),
         ({"detail": [{"loc": ["body", "params", "company", "str"], "msg": "No."}]}, "company: No."),
         ({"detail": {"company": ["No."], "phone": ["Required."]}}, "company: No."),
+        ({"detail": {"Company": ["No."]}}, "company: No."),
+        ({"rows": [{"position": 1, "fields": {"params.company": "No."}}]}, "company: No."),
         ({"detail": [{"loc": ["body", "params"], "msg": "Field required"}]}, None),
         ({"detail": [{"loc": ["body", "enrichments"], "msg": "Field required"}]}, None),
         ({"detail": [{"loc": ["header", "x-apikey"], "msg": "Field required"}]}, None),

@@ -47,7 +47,7 @@ def write_other_job(workspace: Workspace, stem: str = "copy", **replaced: str) -
 
 
 @pytest.mark.parametrize(
-    "cause", first_quick(1, ["renamed", "copied", "re-pointed", "other columns", "--ledger", "backup"])
+    "cause", first_quick(1, ["renamed", "copied", "linked", "re-pointed", "other columns", "--ledger", "backup"])
 )
 def test_run_is_refused(api: SandboxApi, workspace: Workspace, cause: str) -> None:
     """Refuses however the new ledger came about, again and again, and `--yes` changes nothing; `ledger:` shares."""
@@ -55,6 +55,9 @@ def test_run_is_refused(api: SandboxApi, workspace: Workspace, cause: str) -> No
     match cause:
         case "copied":
             write_other_job(workspace)
+        case "linked":
+            write_other_job(workspace)
+            (workspace.folder / "snapshot").hardlink_to(workspace.ledger_path)
         case "renamed":
             job = write_other_job(workspace, "job", name="renamed", output="renamed.csv")
         case "re-pointed":

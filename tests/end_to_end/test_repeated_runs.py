@@ -659,6 +659,26 @@ def test_input_unusable_after_requests_were_sent(
     assert (second.exit_code, second.submitted) == (0, 4 if steps else 0)
 
 
+def test_output_fails_after_the_input_changed(
+    tmp_path: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is wrong with the output is said, though the input has changed, too."""
+    workspace.write_leads(make_leads(2))
+    submit = Databar.submit
+
+    def change_files(*arguments: Any, **options: Any) -> str:
+        workspace.write_leads(make_leads(3))
+        (workspace.folder / "out.csv").mkdir(exist_ok=True)
+        return submit(*arguments, **options)
+
+    with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
+        monkeypatch.setattr(Databar, "submit", change_files)
+        summary = workspace.run_job(api)
+
+    assert (summary.exit_code, summary.submitted) == (1, 2)
+    assert "out.csv" in str(summary.error)
+
+
 def test_input_grows_between_steps(tmp_path: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that were added during the first step are pending, though the second step has read them."""
     workspace.write_job(STEPS_JOB)
