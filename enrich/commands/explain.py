@@ -99,15 +99,15 @@ def _find_rows(job: Job, job_input: JobInput, row: int | None, match: str | None
     found: list[int] = []
     count = 0
     column, value = (None, "") if match is None else _parse_match(match, job_input.columns)
+    folded_value = fold(value)
     for first_position, _, text in job_input.frames():
         count = first_position + text.height
         if column is None:
             if row is not None and first_position < row <= count:
                 return [row - 1], 1
             continue
-        for position, cell in enumerate(text.to_series(job_input.header.index(column)), first_position):
-            if fold(cell) == fold(value):
-                found.append(position)
+        cells = enumerate(text.to_series(job_input.header.index(column)), first_position)
+        found += [position for position, cell in cells if fold(cell) == folded_value]
     if column is None:
         hint = "row numbers start at 1"
         raise JobError(f"--row {row}: the input has {count:,} rows ({job.input_path})", hint)
@@ -115,13 +115,18 @@ def _find_rows(job: Job, job_input: JobInput, row: int | None, match: str | None
 
 
 def _read_leads(job_input: JobInput, template: RequestTemplate, numbers: Sequence[int]) -> list[Lead]:
-    """Return these rows with their requests."""
-    return [
-        _make_lead(batch, number - batch.first_position, text_frame(batch.frame[number - batch.first_position]))
-        for batch in (job_input.batches(template) if numbers else ())
-        for number in numbers
-        if batch.first_position <= number < batch.first_position + batch.frame.height
-    ]
+    """Return these rows, which are in order, with their requests. Read no further than the last of them."""
+    leads: list[Lead] = []
+    for batch in job_input.batches(template) if numbers else ():
+        indexes = [number - batch.first_position for number in numbers]
+        leads += [
+            _make_lead(batch, index, text_frame(batch.frame[index]))
+            for index in indexes
+            if 0 <= index < batch.frame.height
+        ]
+        if len(leads) == len(numbers):
+            break
+    return leads
 
 
 def _make_lead(batch: RowBatch, index: int, text: pl.DataFrame) -> Lead:

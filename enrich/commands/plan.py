@@ -90,7 +90,11 @@ def _selection_arguments(
 ) -> str:
     """Return the options of the plan as arguments of a run."""
     chosen = {"--limit": limit, "--sample": sample, "--seed": seed or None, "--max-credits": max_credits}
-    texts = [f" {name} {value:.15g}" for name, value in chosen.items() if value is not None]
+    texts = [
+        f" {name} {value}" if isinstance(value, int) else f" {name} {value:.15g}"
+        for name, value in chosen.items()
+        if value is not None
+    ]
     return "".join([*texts, f" --retry {','.join(sorted(retry))}" if retry else ""])
 
 

@@ -47,6 +47,7 @@ def atomic_write(target: Path, temporary: Path) -> Iterator[BinaryIO]:
     descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
     try:
         with os.fdopen(descriptor, "w+b") as raw:
+            os.fchmod(raw.fileno(), 0o600)  # whatever the umask is
             yield raw
             raw.flush()
             os.fsync(raw.fileno())
@@ -62,9 +63,10 @@ def atomic_write(target: Path, temporary: Path) -> Iterator[BinaryIO]:
 
 def replace_file(path: Path, content: bytes) -> None:
     """Replace a file (mode 0600) atomically, also while other processes do the same. Raises OSError."""
-    descriptor, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    descriptor, part = tempfile.mkstemp(prefix=".enrich.", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(file.fileno(), 0o600)  # whatever the umask is
             file.write(content)
         Path(part).replace(path)
     except BaseException:

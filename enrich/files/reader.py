@@ -93,7 +93,8 @@ def read_batches(
         (name, value) for name, value in file.partition_values if name in input_schema.partition_columns
     ]
     for frame in _read_batches(copies.table_file(file), input_schema.file_columns, start, rows):
-        if difference := _schema_difference(list(input_schema.file_columns.items()), list(frame.schema.items())):
+        columns, own_columns = list(input_schema.file_columns.items()), list(frame.schema.items())
+        if columns != own_columns and (difference := _schema_difference(columns, own_columns)):
             raise FileProblem(f"{file}: its header has changed: {difference}", "run again when the file is complete")
         partition_cells = [
             pl.repeat(value, frame.height, dtype=pl.String, eager=True).alias(name) for name, value in partition_values

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,7 +13,7 @@ from enrich.extras import install_hint
 from enrich.job.locations import LedgerLocation, PostgresLocation
 from enrich.ledger.dialect import DATABASE_ERRORS, Cursor, Dialect, Session
 from enrich.ledger.file_identity import ledger_file_exists
-from enrich.ledger.sqlite import JOURNAL_SUFFIXES, open_sqlite
+from enrich.ledger.sqlite import JOURNAL_SUFFIXES, open_in_memory, open_sqlite
 
 if TYPE_CHECKING:
     from enrich.ledger.postgres import FencingToken
@@ -49,8 +48,11 @@ class Database:
         skip_integrity_check: bool = False,
         fencing_token: FencingToken | None = None,
         open_timeout_s: float = OPEN_TIMEOUT_S,
+        in_memory: bool = False,
     ) -> None:
         """Open the ledger and create it if it is missing. With `read_only` it can be read during a run.
+
+        With `in_memory` it is a new one without a file.
 
         With `any_version` a ledger of another version is opened as it is. With `skip_integrity_check` the caller checks
         for damage. With a `fencing_token` every transaction fails once the holder has lost its lease. An unreachable
@@ -65,12 +67,12 @@ class Database:
         #: The id of the request that the last batch of the input ended with; see `enroll`.
         self.matched_up_to = 0
         #: With leases, several processes write to the ledger, and the table `seen` of a pass is theirs together.
-        self.shares_passes = isinstance(location, PostgresLocation) and not read_only
+        self.shares_passes = isinstance(location, PostgresLocation) and not read_only and not in_memory
         #: Names of facts that are certainly in the ledger (see `bindings.bind`).
         self.known_facts: frozenset[str] = frozenset()
         #: The lease that this connection writes under, where processes hold their work by leases. None: no leases.
         self.lease_id = None if fencing_token is None else fencing_token.lease_id
-        if isinstance(location, PostgresLocation):
+        if isinstance(location, PostgresLocation) and not in_memory:
             self.session: Session = load_postgres().open_schema(
                 location,
                 read_only=read_only,
@@ -78,10 +80,12 @@ class Database:
                 fencing_token=fencing_token,
                 open_timeout_s=open_timeout_s,
             )
-        else:
+        elif isinstance(location, Path) and not in_memory:
             self.session = open_sqlite(
                 location, read_only=read_only, any_version=any_version, skip_integrity_check=skip_integrity_check
             )
+        else:
+            self.session = open_in_memory()
 
     @property
     def dialect(self) -> Dialect:
@@ -271,7 +275,7 @@ def open_or_empty(location: LedgerLocation) -> Iterator[Database]:
         with closing(Database(location, read_only=True)) as ledger:
             yield ledger
         return
-    with TemporaryDirectory() as folder, closing(Database(Path(folder) / "none.db")) as ledger:
+    with closing(Database(location, in_memory=True)) as ledger:
         yield ledger
 
 

@@ -224,6 +224,13 @@ def restore_hint(location: object) -> str:
     return "restore a backup of its schema: pg_restore" if isinstance(location, PostgresLocation) else RESTORE_HINT
 
 
+def open_in_memory() -> SqliteSession:
+    """Open a new ledger without a file."""
+    db = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False, factory=SqliteSession)
+    _migrate(db, Path(), allowed=True)
+    return db
+
+
 def open_sqlite(path: Path, *, read_only: bool, any_version: bool, skip_integrity_check: bool = False) -> SqliteSession:
     """Open a ledger and create it (mode 0600) if it is missing. With `read_only` it can be read during a run.
 

@@ -1,4 +1,4 @@
-"""The data of the report, as dataclasses. Amounts are in credits, times in UTC; None: not known.
+"""The data of the report. Amounts are in credits, times in UTC; None: not known.
 
 The data holds no leads, except with `--with-rows`.
 """

@@ -78,8 +78,8 @@ class JobInput:
         self._header = list(self.all_columns)
         self._former_steps = _former_steps(job, self._header)
         self._own_columns = own_columns(job, self._former_steps)
-        params = [param for step in job.steps for param in step.model.params.values()]
-        self.sent_columns = {name for param in params for name in param.columns}
+        self._params = [param for step in job.steps for param in step.model.params.values()]
+        self.sent_columns = {name for param in self._params for name in param.columns}
         #: The columns that are written to the output. A blank text cell is `""` or null.
         self.schema = {name: kind for name, kind in self.all_columns.items() if name not in self._own_columns}
         self.columns = list(self.schema)
@@ -347,7 +347,7 @@ class JobInput:
         """Return which rows have an address or a domain that is never sent by any step; None: there is no list."""
         if self._suppression is None:
             return None
-        constants = [param.value for param in self._job.model.params.values() if param.value is not None]
+        constants = [param.value for param in self._params if param.value is not None]
         if any(map(self._suppression.contains, constants)):
             return pl.repeat(value=True, n=frame.height, eager=True)
         sent = {index for index, name in enumerate(self._header) if name in self.sent_columns}

@@ -287,7 +287,7 @@ def _detail_lines(plan: Plan) -> Iterator[str]:
         source = "estimated" if plan.polls_per_task is None else "so far"
         per_task = DEFAULT_POLLS_PER_TASK if plan.polls_per_task is None else plan.polls_per_task
         yield (
-            f"  time        about {format_elapsed(plan.duration_s)} at {plan.requests_per_second:g} requests/s, "
+            f"  time        about {format_elapsed(plan.duration_s)} at {plan.requests_per_second:.15g} requests/s, "
             f"{per_task:.1f} polls per {f'task of {plan.bulk:,}' if plan.bulk else 'request'} ({source})"
         )
 

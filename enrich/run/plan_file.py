@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from enrich.databar.description import Description, Provider
 from enrich.errors import CommandRefused, EnrichError, JobError
-from enrich.files.atomic import replace_file
+from enrich.files.atomic import follow_link, replace_file
 from enrich.job.bounded_read import read_text
 from enrich.job.job import Job
 from enrich.job.locations import sandbox_file_name
@@ -165,7 +165,7 @@ def write_plan(path: Path, plan: SavedPlan) -> Path:
     except EnrichError as error:
         raise JobError(f"{path}: this file exists and is not a plan", "choose another name for the plan") from error
     try:
-        replace_file(path, f"{plan.model_dump_json(indent=2)}\n".encode())
+        replace_file(follow_link(path), f"{plan.model_dump_json(indent=2)}\n".encode())
     except OSError as error:
         raise CommandRefused(f"{path}: the plan cannot be written: {error.strerror}") from error
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pickle
 import signal
@@ -521,7 +522,8 @@ def test_missing_ledger_error(tmp_path: Path, ledger: CommittingLedger) -> None:
     rows = open_rows(tmp_path)
     (tmp_path / "none").touch()
     opening = partial(open_ledger_remotely, tmp_path / "none" / "ledger.db", {})
-    broken = replace(begin_enrollment(tmp_path, ledger, RequestSelection()), open_ledger=opening)
+    enrollment = begin_enrollment(tmp_path, ledger, RequestSelection())
+    broken = dataclasses.replace(enrollment, open_ledger=opening)
     with pytest.raises(EnrichError) as caught:
         enroll_on_ray(rows, broken, monitor_heartbeats())
     assert "ledger" in caught.value.message

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from math import inf
 
 import pytest
+from msgspec.structs import force_setattr
 
 from enrich.cluster.worker import SHARE_CHECK_EVERY_S, WorkerRateLimiter
 from enrich.errors import LeaseLost
@@ -123,8 +124,7 @@ def test_sum_of_shares_is_never_exceeded(ledger_location: LedgerLocation, leader
                 lease.ended = True
                 lease.rate_share = 0.0
 
-    location = ledger_location
-    object.__setattr__(location, "lease_s", 2.0)
+    force_setattr(ledger_location, "lease_s", 2.0)
     workers = [threading.Thread(target=work, args=(seed,)) for seed in range(5)]
     for worker in workers:
         worker.start()
