@@ -164,8 +164,8 @@ def sandbox_ledger_location(ledger: LedgerLocation) -> LedgerLocation:
 
 
 def is_sandbox_ledger(path: Path) -> bool:
-    """Check whether a file is named as the ledger of a sandbox."""
-    return path.name.endswith(SANDBOX_LEDGER_SUFFIX)
+    """Check whether a file is named as the ledger of a sandbox, or as a copy of one: `job.sandbox.db.backup`."""
+    return SANDBOX_LEDGER_SUFFIX in path.name
 
 
 def sandbox_state_path(sandbox_ledger: LedgerLocation) -> Path:

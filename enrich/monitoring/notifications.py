@@ -1,4 +1,4 @@
-"""Tells others how a run ended: pings a healthcheck, and sends notifications. Never blocks the run."""
+"""Pings a healthcheck at the start and the end of a run, and sends notifications at its end. Never blocks the run."""
 
 from __future__ import annotations
 
@@ -18,6 +18,12 @@ from enrich.errors import Interrupted, JobError
 from enrich.exit_codes import NEUTRAL_CODES, SUCCESS_CODES
 from enrich.extras import install_hint
 from enrich.job.bounded_read import read_text
+
+TRIES = 3
+REQUEST_TIMEOUT_S = 5.0
+RETRY_PAUSE_S = 0.5
+#: The end of a run waits this long for its pings.
+END_TIMEOUT_S = 10.0
 
 
 class BackgroundTask:
@@ -43,13 +49,6 @@ class BackgroundTask:
         except (KeyboardInterrupt, Interrupted):
             return "not waited for"
         return "it took too long" if self._thread.is_alive() else self._problem
-
-
-TRIES = 3
-REQUEST_TIMEOUT_S = 5.0
-RETRY_PAUSE_S = 0.5
-#: The end of a run waits this long for its pings.
-END_TIMEOUT_S = 10.0
 
 
 class Healthcheck:

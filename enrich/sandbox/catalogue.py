@@ -121,7 +121,7 @@ class EnrichmentParam:
 
 @dataclass(frozen=True, slots=True)
 class Enrichment:
-    """One source that is asked by itself.
+    """One source, outside of a waterfall.
 
     `priced_by` is the param that the price is multiplied with. `per_page` is the number of rows on a page; None: its
     result is one row. `cost` is in millionths.

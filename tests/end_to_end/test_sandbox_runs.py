@@ -171,6 +171,18 @@ def test_own_file_of_another_sandbox_ledger(workspace: Workspace, ledger: str | 
 
 
 @pytest.mark.long
+def test_copy_of_the_sandbox_ledger(workspace: Workspace) -> None:
+    """A copy of the sandbox's ledger beside it is no ledger of a real run: the sandbox replaces its own output."""
+    assert workspace.run_in_process(*REHEARSAL).exit_code == 0
+    (ledger,) = workspace.folder.rglob("*.sandbox.db")
+    shutil.copy(ledger, ledger.with_name(f"{ledger.name}.backup"))
+
+    result = workspace.run_in_process(*REHEARSAL)
+
+    assert result.exit_code == 0, result.stderr
+
+
+@pytest.mark.long
 def test_real_file_of_that_name_beside_another_ledger(api: SandboxApi, workspace: Workspace) -> None:
     """The real run is found at the default place of ledgers, too."""
     workspace.write_job(output="out.sandbox.csv", name="other")
