@@ -292,7 +292,9 @@ def decide_steps(rows: StepRows, table: StepTables, selections: Sequence[Request
     is_open: list[pl.Series] = []
     for number, (step_batch, text) in enumerate(table.steps):
         made = _decide(rows, rows.steps[number], step_batch, text, is_open, selections[number])
-        is_open.append(pl.Series("", [decision in _OPEN for decision in made.decisions], pl.Boolean))
+        # A row that waits for an earlier step may still be sent, or have another answer.
+        waits = [decision is StepDecision.WAIT for decision in step_batch.decisions]
+        is_open.append(pl.Series("", [decision in _OPEN for decision in made.decisions], pl.Boolean) | pl.Series(waits))
         yield made
 
 
