@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 from msgspec.structs import replace
@@ -41,23 +41,39 @@ from enrich.sandbox.store import StoredLookup, erase_lookups, read_lookups
 YES_OPTION = click.option("--yes", is_flag=True, help="Skip the confirmation.")
 
 
-def forget_person(job: Job, matches: Sequence[str], confirm: Callable[[int], bool]) -> int:
-    """Erase every request about a person. Return the number of requests.
+class ForgottenCounts(NamedTuple):
+    """How many requests about a person are in the ledger, and how many more the input has, which were never sent."""
+
+    erased: int = 0
+    unsent: int = 0
+
+    def as_text(self, done: str = "") -> str:
+        """Return the counts for people; `done` follows the first."""
+        unsent = f"; later runs skip {self.unsent} more, never sent so far" if self.unsent else ""
+        return f"{pluralize(self.erased, 'request')}{done}{unsent}"
+
+
+def forget_person(job: Job, matches: Sequence[str], confirm: Callable[[ForgottenCounts], bool]) -> ForgottenCounts:
+    """Erase every request about a person. Return how many there were.
 
     `matches` are `NAME=VALUE` texts, combined with AND. Case and surrounding spaces are ignored. A request matches if
-    an input row with this request matches, or if its params and answers match. A hash made with the ledger's key is
-    kept, so that no request about this person is sent again. `confirm` gets the number of requests. If it returns
-    False, nothing is erased and the result is 0. Raises JobError for a name that is neither in the input nor in the
-    job, CommandRefused if a matching request is still running at Databar, and LedgerLocked.
+    an input row with this request matches, whether or not the job's conditions hold for it, or if its params and
+    answers match. Hashes made with the ledger's key are kept, also of requests that were never sent, so that none about
+    this person is sent any more. If `confirm` returns False, nothing is erased. Raises JobError for a name that is
+    neither in the input nor in the job, CommandRefused if a matching request is still running at Databar, and
+    LedgerLocked.
     """
     criteria = dict(_parse_match(match) for match in matches)
     with _open_for_erasing(job) as ledger:
         template = template_from_ledger(ledger, job)
         matching, of_others = _matching_requests(job, template, criteria, ledger)
+        params_of_rows = frozenset(matching.values())
         found = [
             known
             for known in map(dict, erasure.requests_with_answers(ledger))
-            if known["fingerprint"] in matching or _matches_person(known, job, template.columns, criteria)
+            if known["fingerprint"] in matching
+            or known["params"] in params_of_rows
+            or _matches_person(known, job, template.columns, criteria)
         ]
         if job.step_jobs:
             known_requests = list(map(dict, erasure.requests_with_answers(ledger)))
@@ -68,9 +84,15 @@ def forget_person(job: Job, matches: Sequence[str], confirm: Callable[[int], boo
                 f"{pluralize(waiting, 'request')} of this person still running at Databar",
                 "collect them with `enrich run`, then run this again",
             )
-        if not found or not confirm(len(found)):
-            return 0
-        erasure.load_forgotten(ledger)  # raises if the key of earlier hashes is missing: a new key would not match them
+        # Raises if the key of earlier hashes is missing: a new key would not match them.
+        forgotten = erasure.load_forgotten(ledger)
+        in_ledger = {known["fingerprint"] for known in found}
+        unsent = {
+            params for name, params in matching.items() if name not in in_ledger and params not in forgotten
+        }.difference(known["params"] for known in found)
+        counts = ForgottenCounts(len(found), len(unsent))
+        if counts == ForgottenCounts() or not confirm(counts):
+            return ForgottenCounts()
         key = read_or_make_key(job.ledger)
         with ledger.transaction():
             # Purged requests have no params in the ledger, so prefer the params from the input.
@@ -78,8 +100,8 @@ def forget_person(job: Job, matches: Sequence[str], confirm: Callable[[int], boo
                 (known["id"], known["fingerprint"], matching.get(known["fingerprint"], known["params"]))
                 for known in found
             )
-            erasure.forget(ledger, key, forgotten_rows, SystemClock().now_ms())
-        return len(found)
+            erasure.forget(ledger, key, forgotten_rows, SystemClock().now_ms(), unsent)
+        return counts
 
 
 def purge_answers(job: Job, older_than: timedelta) -> int:
@@ -160,6 +182,8 @@ def _matching_requests(
     job: Job, template: RequestTemplate, criteria: Mapping[str, str], ledger: Database
 ) -> RowRequests:
     """Return the requests of matching input rows. Empty if the input is unusable."""
+    # The person's rows count, whether or not the job's conditions hold for them today.
+    job = replace(job, model=job.model.model_copy(update={"where": None, "only_if_empty": []}))
     job_input = None
     try:
         job_input = JobInput(job)
@@ -230,10 +254,6 @@ def _confirmed(prompt: str, *, yes: bool) -> bool:
     return click.confirm("Continue?", prompt_suffix=" ", err=True)
 
 
-def _echo_count(count: int, done: str, *, as_json: bool) -> None:
-    click.echo(json.dumps({"exit_code": 0, "requests": count}) if as_json else f"{pluralize(count, 'request')} {done}")
-
-
 def _jobs_to_erase(job_options: options.JobOptions) -> list[Job]:
     """Return the job, and for the sandbox where that has data. With `--sandbox` only the latter."""
     sandbox_job = replace(job_options, use_sandbox=True).load()
@@ -281,19 +301,30 @@ def forget(job_options: options.JobOptions, matches: tuple[str, ...], yes: bool,
     outputs and backups yourself.
     """
     answers = [True] if yes else []
+    unsent = 0
 
-    def confirm(found: int) -> bool:
+    def confirm(counts: ForgottenCounts) -> bool:
         """Ask once for the ledger and the sandbox."""
         if not answers:
-            answers.append(_confirmed(f"This permanently erases {pluralize(found, 'request')}.", yes=False))
+            answers.append(_confirmed(f"This permanently erases {counts.as_text()}.", yes=False))
         return answers[0]
 
-    count = _erase(
+    def from_ledger(job: Job) -> int:
+        """Count what was never sent once: it is missing in the ledger and in that of the sandbox."""
+        nonlocal unsent
+        counts = forget_person(job, matches, confirm)
+        unsent = max(unsent, counts.unsent)
+        return counts.erased
+
+    erased = _erase(
         _jobs_to_erase(job_options),
-        lambda job: forget_person(job, matches, confirm),
-        lambda job: forget_in_sandbox_state(job, matches, confirm),
+        from_ledger,
+        lambda job: forget_in_sandbox_state(job, matches, lambda found: confirm(ForgottenCounts(found))),
     )
-    _echo_count(count, "erased", as_json=as_json)
+    if as_json:
+        click.echo(json.dumps({"exit_code": 0, "requests": erased, "never_sent": unsent}))
+    else:
+        click.echo(ForgottenCounts(erased, unsent).as_text(" erased"))
 
 
 @click.command()
@@ -313,4 +344,4 @@ def purge(job_options: options.JobOptions, older_than: float, yes: bool, as_json
     age = timedelta(seconds=older_than)
     jobs = _jobs_to_erase(job_options) if confirmed else []
     count = _erase(jobs, lambda job: purge_answers(job, age), lambda job: purge_sandbox_state(job, age))
-    _echo_count(count, "purged", as_json=as_json)
+    click.echo(json.dumps({"exit_code": 0, "requests": count}) if as_json else f"{pluralize(count, 'request')} purged")

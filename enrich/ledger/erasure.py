@@ -96,17 +96,25 @@ def load_forgotten(db: Database) -> ForgottenRequests:
     )
 
 
-def forget(db: Database, key: bytes, requests: Iterable[tuple[int, bytes, str]], now_ms: int) -> None:
-    """Erase requests (id, fingerprint, params) and all their answers.
+def forget(
+    db: Database, key: bytes, requests: Iterable[tuple[int, bytes, str]], now_ms: int, unsent: Iterable[str] = ()
+) -> None:
+    """Erase requests (id, fingerprint, params) and all their answers. `unsent` are params that no run may send.
 
     Hashes under the key, states and credits stay.
     """
     enroll.begin_pass(db)  # In PostgreSQL the rows of the last pass are still there, with group names
     db.execute("DELETE FROM known_batches")
     bindings.bind(db, {"forgotten_key": key_id(key)})
+
+    def add_hash(params: str) -> None:
+        db.execute("INSERT INTO forgotten VALUES (?) ON CONFLICT DO NOTHING", (keyed_hash(key, params.encode()),))
+
+    for params in unsent:
+        add_hash(params)
     for request_id, fingerprint, params in requests:
         hashed = keyed_hash(key, fingerprint)
-        db.execute("INSERT INTO forgotten VALUES (?) ON CONFLICT DO NOTHING", (keyed_hash(key, params.encode()),))
+        add_hash(params)
         db.execute(
             "UPDATE requests SET fingerprint = ?, params = '{}', erased_ms = ?, forgotten = 1, queue_position = NULL "
             f"WHERE id = ? AND NOT {OPEN_ATTEMPT}",

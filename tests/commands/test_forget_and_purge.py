@@ -261,3 +261,17 @@ def test_unknown_name_lists_each_column_once(workspace: Workspace) -> None:
     assert result.exit_code == 2
     (hint,) = (line.removeprefix("hint: known: ") for line in result.stderr.splitlines() if "hint:" in line)
     assert len(set(hint.split(", "))) == len(hint.split(", ")) > 1
+
+
+@pytest.mark.parametrize("condition", [{}, {"where": "Note <> 'note 6'"}, {"only_if_empty": "[Note]"}])
+def test_lead_that_was_never_sent(workspace: Workspace, api: SandboxApi, condition: dict[str, str]) -> None:
+    """Later runs skip a lead that no run has sent, also one that the job's conditions leave out today."""
+    workspace.write_leads(make_leads(7))
+    workspace.write_job(**condition)
+    command = ("forget", "job.yaml", "--match", "First Name=First6", "--yes")
+    result = workspace.run_in_process(*command)
+    assert result.stdout == "0 requests erased; later runs skip 1 more, never sent so far\n"
+    assert workspace.run_in_process(*command, "--json").json_output == {"exit_code": 0, "requests": 0, "never_sent": 0}
+    workspace.write_job()
+    assert workspace.run_job(api).submitted == 3
+    assert workspace.read_output()[6]["enrich_status"] == "filtered"

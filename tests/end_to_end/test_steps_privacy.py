@@ -115,6 +115,17 @@ def test_forgotten_person_is_sent_by_no_later_step(people: Workspace, tmp_path: 
     assert after[1]["work_email"] == after[1]["phone"] == ""
 
 
+def test_forgotten_person_who_was_never_sent(people: Workspace, api: SandboxApi) -> None:
+    """A lead that `--limit` left over is in no step of later runs; what it shares with a colleague is sent for them."""
+    people.run_job(api, RunOptions(limit=1))
+    result = people.run_in_process("forget", "job.yaml", "--match", "Last Name=Last4", "--yes", "--json")
+    assert result.json_output == {"exit_code": 0, "requests": 0, "never_sent": 3}
+    people.run_job(api)
+    rows = people.read_output()
+    assert step_statuses(rows[4])[1:] == ["filtered"] * 4
+    assert step_statuses(rows[1])[0] != "filtered" != step_statuses(rows[1])[1]
+
+
 def test_purged_results_are_not_bought_by_fallbacks(people: Workspace, tmp_path: Path) -> None:
     """A column that is blank because its result was purged is no reason to send a fallback, nor what depends on it."""
     with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
