@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import pairwise, repeat
 from operator import itemgetter
 from typing import NamedTuple
@@ -270,9 +270,10 @@ def enrolled_counts(db: Database) -> Counter[State]:
     return Counter({State(name): count for name, count in counts.items()})
 
 
-def queued_count(db: Database) -> int:
-    """Count the queued requests that are not running."""
-    return db.number(f"SELECT count(*) FROM requests WHERE {QUEUED}")
+def queued_count(db: Database, states: Collection[State] = tuple(State)) -> int:
+    """Count the queued requests that are not running and in one of these states."""
+    names = ", ".join(f"'{state}'" for state in states)
+    return db.number(f"SELECT count(*) FROM requests WHERE {QUEUED} AND state IN ({names})")
 
 
 def request_results(db: Database, requests: RequestBatch, selection: RequestSelection | None = None) -> ResultColumns:

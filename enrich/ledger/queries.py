@@ -109,6 +109,15 @@ def open_reservations(db: Database) -> int:
     return db.number(f"SELECT coalesce(sum(reserved), 0) FROM attempts WHERE {OPEN_ATTEMPT}")
 
 
+def unconfirmed_posts(db: Database, execution_id: int) -> int:
+    """Count the requests that a run has sent in a POST of which the API has accepted nothing for certain."""
+    return db.number(
+        f"SELECT count(*) FROM attempts WHERE {SINCE_EXECUTION} AND execution_id = ?1 AND state = 'in_doubt' "
+        "AND submitted_ms IS NULL",
+        execution_id,
+    )
+
+
 def has_open_since(db: Database, since_ms: float) -> bool:
     """Return whether a request sent after `since_ms` still has no answer."""
     return db.exists(f"FROM attempts WHERE {OPEN_ATTEMPT} AND (state = 'submitting' OR submitted_ms > ?)", since_ms)

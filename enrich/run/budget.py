@@ -86,7 +86,7 @@ def make_budget(job: Job, template: RequestTemplate, balance: int | None, planne
         "the maximum cost of the plan is spent": (planned_cost, "make a new plan"),
     }
     stop_reason, (cap, remedy) = min(caps.items(), key=lambda each: inf if each[1][0] is None else each[1][0])
-    hint = f"{remedy}, then run again; the rest stays pending"
+    hint = f"{remedy}, then run again for the rest"
     return Budget(cap, template.unit_price or 0, stop_reason, hint, template.priced_by, step_cap)
 
 

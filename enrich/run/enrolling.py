@@ -106,6 +106,14 @@ async def count_enrolled(context: RunContext, run_state: RunState) -> None:
     enrolled[step] = replace(enrolled[step], requests=await context.ledger_writer.submit(enroll.enrolled_counts))
 
 
+async def count_unsent(context: RunContext, run_state: RunState) -> None:
+    """Count the requests of a step at its end. Those that were to be sent again, but were not, keep their answers."""
+    await count_enrolled(context, run_state)
+    unsent = await context.ledger_writer.submit(enroll.queued_count, REUSED_STATES)
+    enrolled, step = run_state.enrolled, context.job.step
+    enrolled[step] = replace(enrolled[step], reused=enrolled[step].reused + unsent)
+
+
 def _enroll_locally(
     ledger: Database, context: RunContext, selection: RequestSelection, rows: JobInput | StepInput
 ) -> tuple[EnrollCounts, int]:

@@ -77,7 +77,7 @@ async def finish_run(context: RunContext, run_state: RunState, outcome: Outcome)
         summary,
         execution=execution_id,
         submitted=totals.submitted,
-        unconfirmed=counters.unconfirmed,
+        unconfirmed=await context.ledger_writer.submit(queries.unconfirmed_posts, execution_id),
         answers=sum(counters.settled.values()),
         credits_spent=to_credits(spent),
         credits_unknown=totals.unknown,

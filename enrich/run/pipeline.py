@@ -22,7 +22,7 @@ from enrich.ledger.writer import LOCK_TIMEOUT_S, LedgerWriter
 from enrich.run.budget import NO_BUDGET
 from enrich.run.context import RunContext, RunEnvironment, RunFiles, RunOptions, rescue_folders
 from enrich.run.early_end import enforce_max_time
-from enrich.run.enrolling import count_enrolled, enroll_changed_input, enroll_input
+from enrich.run.enrolling import count_unsent, enroll_changed_input, enroll_input
 from enrich.run.finish import finish_failed_run, finish_run
 from enrich.run.output import write_output
 from enrich.run.periodic import load_schedule, report_progress, save_latencies, save_latencies_periodically
@@ -138,10 +138,11 @@ async def _run_step(job_context: RunContext, run_state: RunState, files: RunFile
             raise
         # An earlier step has spent, so the output is written, and the rows of this step stay pending.
         run_state.exit_reasons.setdefault(ExitCode.CREDITS, refusal)
-        return
-    await submit_and_poll(context, run_state)
-    if run_state.total_requests:
-        await count_enrolled(context, run_state)
+    else:
+        await submit_and_poll(context, run_state)
+    finally:
+        if run_state.requests_to_submit:
+            await count_unsent(context, run_state)
 
 
 def _open_ledger_writer(job: Job, ledger: Database, environment: RunEnvironment) -> LedgerWriter:

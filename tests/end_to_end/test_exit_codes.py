@@ -731,7 +731,7 @@ def test_signal_with_silent_api(api: SandboxApi, workspace: Workspace) -> None:
     assert summary.exit_code == 143
     assert SHORT_TIMEOUTS.drain_posts_s < seconds < 30
     assert Timeouts().drain_posts_s + Timeouts().ready_results_s < 10
-    assert (summary.in_doubt, summary.pending) == (32, 8)
+    assert (summary.in_doubt, summary.unconfirmed, summary.pending) == (32, 32, 8)
     assert api.audit()["accepted"] == 32
 
 

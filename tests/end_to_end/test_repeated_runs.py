@@ -360,6 +360,30 @@ def test_refresh_of_old_answers(tmp_path: Path, workspace: Workspace) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.parametrize(
+    ("options", "limits"),
+    [
+        (RunOptions(), {"limits": "{max_credits: 4}"}),
+        (RunOptions(max_time_s=0), {}),
+        (RunOptions(limit=1), {}),
+        (RunOptions(limit=0), {}),
+    ],
+    ids=str,
+)
+def test_refresh_that_ends_early(
+    tmp_path: Path, workspace: Workspace, options: RunOptions, limits: dict[str, str]
+) -> None:
+    """A request that was to be refreshed and was not keeps its answer, and counts as reused."""
+    workspace.write_leads(make_leads(6))
+    with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
+        workspace.run_job(api)
+        workspace.write_job(policy="{refresh: {found: 0s}}", **limits)
+        summary = workspace.run_job(api, options)
+    assert summary.submitted < 6
+    assert (summary.found, summary.pending, summary.reused) == (6, 0, 6 - summary.submitted)
+
+
+@pytest.mark.long
 def test_last_match_kept_during_refresh(tmp_path: Path, workspace: Workspace) -> None:
     """A refresh without match or with a failure keeps the paid address."""
     state = tmp_path / "api.db"
