@@ -21,14 +21,16 @@ from pydantic import SecretStr
 
 from enrich.commands import LEDGER_META_KEY
 from enrich.databar.credentials import ApiAccess, find_access
-from enrich.errors import JobError
+from enrich.errors import CommandRefused, JobError
 from enrich.exit_codes import JobArguments
 from enrich.extras import install_hint
 from enrich.job.field_types import parse_duration
 from enrich.job.file_names import why_no_file
 from enrich.job.job import Job, Overrides, load_job
 from enrich.job.locations import LedgerLocation, check_no_password, hide_secrets, sandbox_state_path
+from enrich.ledger.dialect import DATABASE_ERRORS
 from enrich.ledger.file_identity import make_private_folder
+from enrich.ledger.sqlite import is_busy_error
 from enrich.models import RETRYABLE_STATES, State
 
 T = TypeVar("T")
@@ -119,7 +121,7 @@ def ledger_option(*names: str, what: str) -> Decorator:
 
 
 JOB_ARGUMENT = click.argument("job_file", metavar="JOB", type=FILE)
-JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 LEDGER_INSTEAD_OPTION = ledger_option("instead", what="Use")
 SANDBOX_OPTION = click.option("--sandbox", "use_sandbox", is_flag=True, help="Use the ledger of the sandbox.")
 
@@ -273,8 +275,14 @@ def open_access(job: Job | None, *, use_sandbox: bool) -> Iterator[ApiAccess]:
             state = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "sandbox.db"
         else:
             state = sandbox_state_path(job.ledger)
+        try:
             make_private_folder(state.parent)
-        server = stack.enter_context(serve_in_thread(state))
+            server = stack.enter_context(serve_in_thread(state))
+        except (OSError, ValueError, *DATABASE_ERRORS) as error:
+            is_used = is_busy_error(error)
+            reason = "another command is using it" if is_used else str(error)
+            hint = "run this again after that command ends" if is_used else "name another ledger with --ledger"
+            raise CommandRefused(f"{state}: the sandbox cannot use this file: {reason}", hint) from error
         yield ApiAccess(server.base_url, SecretStr(server.api_key))
 
 

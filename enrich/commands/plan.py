@@ -47,7 +47,12 @@ from enrich.run.step_rows import StepRows
 @options.RUN_JOB_OPTIONS
 @options.selection_options
 @click.option("-o", "plan_file", type=options.WRITTEN_FILE, help="Save the plan for `enrich run --plan`.")
-@click.option("--rows", "rows_file", type=options.WRITTEN_FILE, help="Write the decision for each row to this file.")
+@click.option(
+    "--rows",
+    "rows_file",
+    type=options.WRITTEN_FILE,
+    help="Write the decision for each row to this file. `.sandbox` is added to its name in a sandbox.",
+)
 @click.option("-v", "--verbose", is_flag=True, help="Add each decision, the prices of the providers and the time.")
 @options.JSON_OPTION
 def plan(

@@ -204,7 +204,7 @@ def path_beside_ledger(ledger: LedgerLocation, suffix: str) -> Path:
     """Return the path of a local file that belongs to a ledger. For a file ledger it is in the same folder."""
     if isinstance(ledger, PostgresLocation):
         return ledger.local_folder / f"{ledger.schema}{suffix}"
-    return ledger.with_name(f"{ledger.name}{suffix}")
+    return ledger.parent / f"{ledger.name}{suffix}"
 
 
 def parse_location(base: Path, path_or_url: str | Path) -> Location:

@@ -88,7 +88,7 @@ class SqliteSession(sqlite3.Connection):
         # Waits happen in the writer instead of in SQLite, because a signal can end them there.
         self.execute(f"PRAGMA busy_timeout = {RUN_BUSY_TIMEOUT_MS}")
         real = Path(os.path.realpath(path))
-        journals = (real.with_name(f"{real.name}{end}") for end in ("-wal", "-shm"))
+        journals = (real.parent / f"{real.name}{end}" for end in ("-wal", "-shm"))
         self._files = OpenFiles.of(path, *journals, lock_path(path))
 
     def check_files(self) -> None:
@@ -175,7 +175,7 @@ class SqliteSession(sqlite3.Connection):
 def lock_path(path: Path) -> Path:
     """Return the path of a ledger's lock file. All links to one ledger share it."""
     real = Path(os.path.realpath(path))
-    return real.with_name(f"{real.name}.lock")
+    return real.parent / f"{real.name}.lock"
 
 
 def is_busy_error(error: BaseException | None) -> bool:

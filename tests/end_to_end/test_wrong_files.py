@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gzip
 import sys
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 
 from enrich.job.job import load_job
 from enrich.ledger.lock import lock_ledger
+from enrich.sandbox.store import SandboxStore
 from tests.support.cases import in_turn
 from tests.support.workspace import SandboxApi, Workspace, make_leads
 
@@ -117,3 +120,42 @@ def test_ledger_that_is_the_output(workspace: Workspace, *, exists: bool) -> Non
     result = workspace.run_in_process("check", "job.yaml")
     assert result.exit_code in (2, 5)
     assert result.stderr.count("error:") == 1, result.stderr
+
+
+@in_turn("link", [False, True])
+@in_turn(
+    "command",
+    ["run", "plan", "status", "collect", "reconcile", "forget --match Email=ada@engine.example --yes",
+     "purge --older-than 1d --yes"],
+)  # fmt: skip
+def test_root_folder_as_ledger(workspace: Workspace, api: SandboxApi, command: str, *, link: bool) -> None:
+    """The root has no name that a lock or journal beside it could extend, and is refused as any folder is."""
+    if link and not (workspace.folder / "root.db").is_symlink():
+        (workspace.folder / "root.db").symlink_to("/")
+    name, *options = command.split()
+    ledger = "root.db" if link else "/"
+    result = workspace.run_in_process(name, "job.yaml", *options, "--ledger", ledger, api=api)
+    assert (result.exit_code, "this is a folder" in result.stderr) == (5, True), result.stderr
+    assert not Path("/.lock").exists()
+
+
+@in_turn("command", ["plan", "run", "reconcile"])
+@in_turn("content", [None, b"no state", b"SQLite format 3\0" + bytes(84)])
+def test_sandbox_without_a_usable_state(workspace: Workspace, command: str, content: bytes | None) -> None:
+    """A file or folder that the sandbox can't use is named, with what to do."""
+    workspace.write_job(ledger=f"{command} {len(content or b'')}.db")
+    state = workspace.folder / f"{command} {len(content or b'')}.sandbox.api.db"
+    if content is None:
+        state.mkdir(exist_ok=True)
+    else:
+        state.write_bytes(content)
+    result = workspace.run_in_process(command, "job.yaml", "--sandbox")
+    assert (result.exit_code, f"{state.name}: the sandbox cannot use this file" in result.stderr) == (5, True)
+
+
+def test_plan_beside_a_sandbox_run(workspace: Workspace) -> None:
+    """The state of the sandbox is in use, which passes."""
+    (workspace.folder / ".enrich").mkdir()
+    with closing(SandboxStore(workspace.folder / ".enrich" / "job.sandbox.api.db", 0)):
+        result = workspace.run_in_process("plan", "job.yaml", "--sandbox")
+    assert (result.exit_code, "another command is using it" in result.stderr) == (5, True), result.stderr
