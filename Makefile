@@ -39,8 +39,8 @@ stories: .venv/dev ## run the long tests: a week, a torture in short, every exam
 cluster-tests: .venv/cluster ## run the tests on a local Ray cluster
 	$(BIN)/pytest -m cluster -n 1
 
-all-tests: .venv/cluster ## run every test once; those on Ray, which mostly wait, in one process beside the others
-	HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-full} $(BIN)/pytest -n 5 --dist loadscope -m ''
+all-tests: .venv/cluster ## run every test once, files side by side, as many tests mostly wait
+	HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-full} $(BIN)/pytest -n 6 --dist loadscope -m ''
 
 check: lint types layers all-tests ## everything that CI runs: lint, types, layers, dependencies, every test
 

@@ -9,8 +9,8 @@ import signal
 import stat
 import sys
 import traceback
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from importlib import import_module
 from pathlib import Path
 
@@ -31,17 +31,13 @@ def main() -> None:
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     guard_streams()
     os.umask(os.umask(0) & ~stat.S_IRWXU)  # a umask that takes the owner's rights would make our files unreadable
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # ignored under nohup, or after `&` in a shell
-            signal.signal(number, _raise_terminated)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        # After a KeyboardInterrupt during an import, `python -m` ends with the signal, even if it is handled.
-        signal.signal(signal.SIGINT, _raise_interrupted)
+    signals = SignalErrors()
+    signals.install()
     # Collect cycles less often: batches hold thousands of short-lived tuples, and collection took a third of the time.
     gc.set_threshold(100_000, 50, 100)
     if instruction := os.environ.get("_ENRICH_COMPLETE"):
         sys.exit(shell_complete(cli, {}, "enrich", "_ENRICH_COMPLETE", instruction))
-    code = run_command(sys.argv[1:])
+    code = run_command(sys.argv[1:], signals)
     if (error := flush_error(sys.stdout)) is not None and not isinstance(error, BrokenPipeError):
         click.echo(f"note: stdout cannot be written: {error.strerror}", err=True)
     if "ray" in sys.modules:
@@ -51,21 +47,46 @@ def main() -> None:
     sys.exit(code)
 
 
-def _raise_terminated(_number: int, _frame: object) -> None:
-    raise Interrupted(ExitCode.TERMINATED)
+class SignalErrors:
+    """Raises a signal as Interrupted, and remembers it: a library may raise its own error in place of ours."""
+
+    def __init__(self) -> None:
+        self._received: Interrupted | None = None
+
+    def install(self) -> None:
+        """Raise signals from now on, without those ignored at the program's start (`nohup`, a shell's `&`)."""
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._raise)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            # After a KeyboardInterrupt during an import, `python -m` ends with the signal, even if it is handled.
+            signal.signal(signal.SIGINT, self._raise)
+
+    @contextmanager
+    def restoring(self) -> Iterator[None]:
+        """Raise the signal instead of any error that follows it in the block."""
+        try:
+            yield
+        except click.exceptions.Exit:
+            raise
+        except Exception:
+            if self._received is not None:
+                raise self._received from None
+            raise
+
+    def _raise(self, number: int, _frame: object) -> None:
+        self._received = Interrupted(ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.TERMINATED)
+        raise self._received
 
 
-def _raise_interrupted(_number: int, _frame: object) -> None:
-    raise Interrupted(ExitCode.INTERRUPTED)
-
-
-def run_command(arguments: Sequence[str]) -> int:
-    """Run one command and return its exit code."""
+def run_command(arguments: Sequence[str], signals: SignalErrors | None = None) -> int:
+    """Run one command and return its exit code. `signals` raises them where this is the whole program."""
     as_json = "--json" in arguments
     context: click.Context | None = None
     try:
         # Do not use cli.main(), which exits with its own code if the reader closes the output.
-        with cli.make_context("enrich", list(arguments)) as context:
+        restoring = nullcontext() if signals is None else signals.restoring()
+        with restoring, cli.make_context("enrich", list(arguments)) as context:
             code = cli.invoke(context)
     except click.exceptions.Exit as done:
         return done.exit_code

@@ -387,6 +387,31 @@ def test_sandbox_options_are_validated(workspace: Workspace) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=str)
+def test_signal_that_a_library_turns_into_its_own_error(number: signal.Signals, code: int) -> None:
+    """Exits as after any signal, without a traceback."""
+    program = f"""
+import os, sys
+import enrich.job.spec
+from enrich.cli import main
+
+def schema():
+    try:
+        os.kill(os.getpid(), {int(number)})
+        return {{}}
+    except Exception as error:
+        raise ValueError(str(error)) from None
+
+enrich.job.spec.json_schema = schema
+sys.argv = ["enrich", "schema"]
+main()
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    assert (result.returncode, result.stdout) == (code, "")
+    assert result.stderr == "error: interrupted: the next run collects the running tasks\n"
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("arguments", [["sandbox"], ["run", "job.yaml", "--sandbox"], ["waterfalls", "--sandbox"]])
 def test_missing_sandbox_extra(workspace: Workspace, arguments: list[str]) -> None:
     """Without FastAPI, names what to install and prints no traceback."""
@@ -484,7 +509,7 @@ def test_interrupt_during_import_exit_code(tmp_path: Path) -> None:
 import os, signal, time
 from enrich import cli
 
-def run(_):
+def run(_arguments, _signals):
     try:
         exec("os.kill(os.getpid(), signal.SIGINT); time.sleep(9)")
     except (KeyboardInterrupt, cli.Interrupted):
