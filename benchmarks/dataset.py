@@ -46,10 +46,10 @@ columns:
 limits: {{requests_per_second: {rate}, in_flight: {in_flight}}}
 """
 HEADER = ("workers", "rows", "requests", "enroll", "work", "collect", "whole run", "rows/s", "requests/s", "polls",
-          "statements a request", "bytes a request", "busiest s", "boss MiB", "worker MiB", "block MiB")  # fmt: skip
+          "statements a request", "bytes a request", "busiest s", "driver MiB", "worker MiB", "block MiB")  # fmt: skip
 MIB = 1024 * 1024
-#: Kinds of Ray processes: workers that send and poll, and tasks that read and write blocks.
-WORKER, BLOCK = "worker", "block"
+#: Kinds of processes: the one that was started, workers that send and poll, tasks that read and write blocks.
+DRIVER, WORKER, BLOCK = "driver", "worker", "block"
 
 
 @dataclass
@@ -95,7 +95,7 @@ class MemoryMonitor:
                 return None
             above = parents[above]
         if pid == self.root:
-            return "boss"
+            return DRIVER
         try:
             title = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
         except OSError:
@@ -137,7 +137,7 @@ class RunMeasurement:
             f"{self.statements / requests:.1f}",
             f"{self.ledger_bytes / requests:,.0f}",
             f"{self.peak_requests_per_s:,}",
-            *(f"{self.peaks.get(kind, 0):.0f}" for kind in ("boss", WORKER, BLOCK)),
+            *(f"{self.peaks.get(kind, 0):.0f}" for kind in (DRIVER, WORKER, BLOCK)),
         ]
 
 
@@ -197,9 +197,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2_000_000)
     parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--files", type=int, default=16)
-    parser.add_argument("--workers", default="1,2,4", help="so many, in turn")
-    parser.add_argument("--rate", default="null", help="what the job says is allowed; null: all that the server takes")
-    parser.add_argument("--in-flight", default="null", help="so many tasks at the API at once; null: it is found")
+    parser.add_argument("--workers", default="1,2,4", help="numbers of workers, measured in turn")
+    parser.add_argument("--rate", default="null", help="`requests_per_second` of the job; null: no limit")
+    parser.add_argument("--in-flight", default="null", help="`in_flight` of the job; null: no limit")
     parser.add_argument("--make", type=Path, metavar="FOLDER", help="write the dataset there, and nothing else")
     options = parser.parse_args()
     if options.make:
