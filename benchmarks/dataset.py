@@ -198,8 +198,8 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--files", type=int, default=16)
     parser.add_argument("--workers", default="1,2,4", help="numbers of workers, measured in turn")
-    parser.add_argument("--rate", default="null", help="`requests_per_second` of the job; null: no limit")
-    parser.add_argument("--in-flight", default="null", help="`in_flight` of the job; null: no limit")
+    parser.add_argument("--rate", default="null", help="`requests_per_second` of the job; null: not set")
+    parser.add_argument("--in-flight", default="null", help="`in_flight` of the job; null: not set")
     parser.add_argument("--make", type=Path, metavar="FOLDER", help="write the dataset there, and nothing else")
     options = parser.parse_args()
     if options.make:
