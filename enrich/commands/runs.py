@@ -112,4 +112,4 @@ def _or_dash(value: float | None, style: str) -> str:
 def runs(job_options: options.JobOptions, last: int, as_json: bool) -> None:
     """List the runs of JOB, newest first. Times are UTC."""
     result = read_runs(job_options.load(), last)
-    options.echo_result(result, format_runs(result), as_json=as_json)
+    options.echo_result({"exit_code": 0, **result}, format_runs(result), as_json=as_json)

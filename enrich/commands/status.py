@@ -232,5 +232,5 @@ def status(job_options: options.JobOptions, watching: bool, every: float | None,
         raise click.UsageError("--every needs --watch")
     result = read_status(job)
     watch_command = f"enrich status {job_options.arguments(as_typed=True).ledger_args} --watch"
-    options.echo_result(result, format_status(result, watch_command), as_json=as_json)
+    options.echo_result({"exit_code": 0, **result}, format_status(result, watch_command), as_json=as_json)
     return 0

@@ -19,7 +19,7 @@ from enrich.models import Decision, RequestResult, RequestSelection, State
 
 
 class StepResult(NamedTuple):
-    """A request that the ledger knows. `state` is its newest one, while `result` has the last found answer.
+    """A request in the ledger. `state` is current. `result` keeps the last match until a newer one comes.
 
     `was_sent`: it has an answer, or waits for one. Attempts that were refused or failed at no charge do not count.
     """
@@ -107,7 +107,7 @@ def step_totals(db: Database, execution_id: int) -> dict[str, StepTotals]:
 
 
 def requests_by_step(db: Database) -> dict[str, dict[State, int]]:
-    """Count the requests of each step by state: that which has sent them last."""
+    """Count requests by state for each step. A request counts for the step that sent it last."""
     rows = db.execute(
         "SELECT a.step, r.state, count(*) FROM attempts a JOIN requests r ON r.attempt_id = a.id "
         "WHERE a.step IS NOT NULL GROUP BY 1, 2"

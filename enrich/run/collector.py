@@ -195,8 +195,8 @@ class Collector(Struct, frozen=True):
         places: list[int | None] = list(range(batch.frame.height))
         if results["position"] != list(range(batch.first_position, batch.first_position + batch.frame.height)):
             first_rows = enumerate(results["position"])
-            place_of = {batch.names[position - batch.first_position]: place for place, position in first_rows}
-            places = [place_of.get(name) for name in batch.names]
+            place_of = {batch.request_keys[position - batch.first_position]: place for place, position in first_rows}
+            places = [place_of.get(name) for name in batch.request_keys]
         cells = new_cells(batch, results, pl.Series(places, dtype=pl.UInt32), self.template.columns)
         step = JoinedStep("", self.template.columns, batch.fingerprints, results, places, cells)
         return JoinedBatch(batch, [step], cells)

@@ -36,7 +36,7 @@ async def enroll_input(context: RunContext, run_state: RunState, files: RunFiles
 
 
 async def enroll_changed_input(context: RunContext, run_state: RunState, files: RunFiles) -> RunFiles:
-    """Enroll the input again when its files changed while the run was at work. The next run sends what is new."""
+    """Enroll the input again when its files changed during the run. The next run sends what is new."""
     if context.signals.received is not None:  # the next run reads the input anew
         return files
     versions = await input_versions(files)
