@@ -13,6 +13,7 @@ from msgspec import Struct
 from enrich.json_text import to_json_text
 from enrich.ledger.database import Database
 from enrich.ledger.dialect import JSON_NUMBERS
+from enrich.ledger.refresh_review import judge_answers
 from enrich.ledger.request_ids import FINGERPRINT, as_list, decision_sql
 from enrich.models import Decision, RequestResult, RequestSelection, State
 
@@ -58,21 +59,29 @@ class StepChoice(NamedTuple):
 
 
 def choose_requests(
-    db: Database, fingerprints: Iterable[bytes], selection: RequestSelection
+    db: Database, fingerprints: Iterable[bytes], selection: RequestSelection, paths: Iterable[str]
 ) -> dict[bytes, StepChoice]:
-    """Return what a run does with those of the requests that the ledger has. All others are new."""
+    """Return what a run does with those of the requests that the ledger has. All others are new.
+
+    `paths` are the columns of the step.
+    """
     names = list(dict.fromkeys(fingerprints))
     first_attempt = (
         "(SELECT a.previous_state FROM attempts a WHERE a.request_id = r.id AND a.execution_id > CAST(?3 AS BIGINT) "
         "ORDER BY a.id LIMIT 1)"
     )
     rows = db.execute(
-        f"SELECT r.fingerprint, {decision_sql(selection)}, "
+        f"SELECT r.id, r.fingerprint, {decision_sql(selection)}, "
         f"r.state <> 'pending' AND coalesce({first_attempt}, r.state) <> 'pending' "
         f"FROM ({_NAMES}) b {db.dialect.ordered_join} requests r ON r.fingerprint = b.fingerprint",
         (*as_list(names), selection.after_execution),
-    )
-    return {bytes(name): StepChoice(Decision(decision), bool(before)) for name, decision, before in rows}
+    ).fetchall()
+    judged = judge_answers(db, [number for number, _, decision, _ in rows if decision == Decision.REFRESH], paths)
+    decisions = {number: answer.decision(selection) for number, answer in judged.items()}
+    return {
+        bytes(name): StepChoice(decisions.get(number, Decision(decision)), bool(before))
+        for number, name, decision, before in rows
+    }
 
 
 class StepTotals(Struct, frozen=True):

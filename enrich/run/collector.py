@@ -338,7 +338,7 @@ def _status_frame(results: ResultColumns, found: pl.Expr) -> pl.DataFrame:
         # A pending request has no answer yet, so it has no provider, credits or time. Its last attempt may be running.
         pl.when(~_IS_PENDING).then("provider").alias("enrich_provider"),
         pl.when(~_IS_PENDING & (pl.col("first") == 1))
-        .then(pl.col("credits") / MICROS_PER_CREDIT)
+        .then((pl.col("credits") / MICROS_PER_CREDIT).round(6))  # polars' quotient alone is not the nearest number
         .alias("enrich_credits"),
         pl.when(~_IS_CAPPED).then("task_id").alias("enrich_task_id"),
         pl.when(~_IS_PENDING).then(_iso_time("settled_ms")).alias("enrich_at"),

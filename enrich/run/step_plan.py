@@ -307,7 +307,7 @@ def _decide(  # noqa: PLR0913, PLR0917 - what is known of a batch
     selection: RequestSelection,
 ) -> StepDecisions:
     names, known, requesting_rows = step_batch.fingerprints, step_batch.known, set(step_batch.requesting_rows)
-    choices = choose_requests(rows.ledger, filter(None, names), selection)
+    choices = choose_requests(rows.ledger, filter(None, names), selection, step.template.columns.values())
     uncertain = _any_open(is_open, step.depends_on, text.height)
     may_change = _any_open(is_open, step.params_depend_on, text.height)
     may_be_selected = _may_be_selected(rows, step, text, is_open).to_list()
