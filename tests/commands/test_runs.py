@@ -122,6 +122,7 @@ def test_line_width(workspace: Workspace) -> None:
     assert all(len(header) == len(run) <= 80 for header, run in shown)
     assert shown[0][1].endswith(" 263    1  100%    0.00 1,000.00")
     assert "1,234,567" in shown[1][1]
+    assert not any("?" in header for header, _ in shown)
 
 
 def test_unknown_prices_have_a_column(workspace: Workspace) -> None:
