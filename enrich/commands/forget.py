@@ -42,14 +42,14 @@ YES_OPTION = click.option("--yes", is_flag=True, help="Skip the confirmation.")
 
 
 class ForgottenCounts(NamedTuple):
-    """How many requests about a person are in the ledger, and how many more the input has, which were never sent."""
+    """How many requests about a person are in the ledger, and how many more the input has."""
 
     erased: int = 0
     unsent: int = 0
 
     def as_text(self, done: str = "") -> str:
         """Return the counts for people; `done` follows the first."""
-        unsent = f"; later runs skip {self.unsent} more, never sent so far" if self.unsent else ""
+        unsent = f"; later runs skip {self.unsent} more that are not in the ledger" if self.unsent else ""
         return f"{pluralize(self.erased, 'request')}{done}{unsent}"
 
 
@@ -183,7 +183,7 @@ def _matching_requests(
 ) -> RowRequests:
     """Return the requests of matching input rows. Empty if the input is unusable."""
     # The person's rows count, whether or not the job's conditions hold for them today.
-    job = replace(job, model=job.model.model_copy(update={"where": None, "only_if_empty": []}))
+    job = replace(job, model=job.model.model_copy(update={"where": None, "only_if_empty": [], "suppress": None}))
     job_input = None
     try:
         job_input = JobInput(job)
@@ -310,10 +310,11 @@ def forget(job_options: options.JobOptions, matches: tuple[str, ...], yes: bool,
         return answers[0]
 
     def from_ledger(job: Job) -> int:
-        """Count what was never sent once: it is missing in the ledger and in that of the sandbox."""
+        """Count what is not in the ledger for that of the command alone, not for the sandbox's beside it."""
         nonlocal unsent
         counts = forget_person(job, matches, confirm)
-        unsent = max(unsent, counts.unsent)
+        if job.sandbox == job_options.use_sandbox:
+            unsent = counts.unsent
         return counts.erased
 
     erased = _erase(

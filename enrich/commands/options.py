@@ -281,7 +281,8 @@ def open_access(job: Job | None, *, use_sandbox: bool) -> Iterator[ApiAccess]:
         except (OSError, ValueError, *DATABASE_ERRORS) as error:
             is_used = is_busy_error(error)
             reason = "another command is using it" if is_used else str(error)
-            hint = "run this again after that command ends" if is_used else "name another ledger with --ledger"
+            own_hint = None if job is None else "name another ledger with --ledger"
+            hint = "run this again after that command ends" if is_used else own_hint
             raise CommandRefused(f"{state}: the sandbox cannot use this file: {reason}", hint) from error
         yield ApiAccess(server.base_url, SecretStr(server.api_key))
 

@@ -92,8 +92,8 @@ class _Loader(yaml.SafeLoader):
 
 
 def _syntax_hint(problem: str) -> str | None:
-    if "expected a comment or a line break" in problem:
-        return "put the whole value in single quotes: '\"Team Size\" <> ''1'''"
+    if "expected a comment or a line break" in problem or problem.endswith("but found '<scalar>'"):
+        return "put the whole value in single quotes, and double those inside it"
     if "\\t" in problem:
         return "indent with blanks"
     if "cannot start any token" in problem:

@@ -1,12 +1,13 @@
 """Decides again about answers that are due for a refresh, but were judged by other columns than the job has today.
 
 Whether an answer is a match was decided with the columns of the run that sent its request. `policy.refresh` has an age
-for matches and one for no matches, and means those of today's columns.
+for matches and one for no matches. What is not due by today's columns is not sent. An answer that is due only by these
+is not found here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from enrich.databar.task_results import has_value, makes_match, parse_data
@@ -15,6 +16,9 @@ from enrich.ledger.database import Database
 from enrich.ledger.dialect import JSON_NUMBERS
 from enrich.ledger.execution_records import read_paths
 from enrich.models import Decision, RequestSelection, State
+
+#: Answers that are read at once.
+REQUESTS_PER_STEP = 5_000
 
 
 class JudgedAnswer(NamedTuple):
@@ -30,15 +34,31 @@ class JudgedAnswer(NamedTuple):
         return Decision.REFRESH if is_due else Decision(self.state.value)
 
 
-def review_refreshes(db: Database, selection: RequestSelection, paths: Iterable[str], *, keep_matches: bool) -> None:
+def review_refreshes(
+    db: Database,
+    selection: RequestSelection,
+    paths: Iterable[str],
+    *,
+    keep_matches: bool,
+    check_stopped: Callable[[], None] = lambda: None,
+) -> None:
     """Decide again about the requests of this pass that are due for a refresh. Call it when the input was read.
 
     `paths` are the job's columns. `keep_matches`: a match of today that was none then stands until a newer one comes.
+    `check_stopped` is called from time to time, and ends the review by an exception.
     """
     if not selection.refresh_before_ms:
         return
-    due = [number for (number,) in db.execute("SELECT id FROM seen WHERE decision = 'refresh'")]
-    judged = judge_answers(db, due, paths)
+    due, columns = [number for (number,) in db.execute("SELECT id FROM seen WHERE decision = 'refresh'")], list(paths)
+    for start in range(0, len(due), REQUESTS_PER_STEP):
+        check_stopped()
+        judged = judge_answers(db, due[start : start + REQUESTS_PER_STEP], columns)
+        _apply_judgement(db, selection, judged, keep_matches=keep_matches)
+
+
+def _apply_judgement(
+    db: Database, selection: RequestSelection, judged: Mapping[int, JudgedAnswer], *, keep_matches: bool
+) -> None:
     decisions = [(answer.decision(selection).value, number) for number, answer in judged.items()]
     matches = [number for number, answer in judged.items() if answer.state is State.FOUND]
     with db.temporary_transaction():

@@ -264,7 +264,7 @@ INVARIANTS = {
     ),
     "answer that is not the newest match": (
         "SELECT 1 FROM requests r LEFT JOIN attempts a ON a.id = r.answer_id "
-        "WHERE r.answer_id IS NOT NULL AND a.state IS DISTINCT FROM 'found' UNION ALL "
+        "WHERE r.answer_id IS NOT NULL AND coalesce(a.state, '') NOT IN ('found', 'not_found') UNION ALL "
         "SELECT 1 FROM attempts a JOIN requests r ON r.id = a.request_id "
         "WHERE a.state = 'found' AND a.id > coalesce(r.answer_id, 0)"
     ),

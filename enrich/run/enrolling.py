@@ -148,7 +148,13 @@ def _apply_selection(ledger: Database, context: RunContext, selection: RequestSe
     """Decide what to send, once the whole input was read. Returns how many unconfirmed requests became failed."""
     accepts_in_doubt = context.options.accept_in_doubt
     accepted_in_doubt = enroll.accept_in_doubt_as_failed(ledger, selection.sent_in) if accepts_in_doubt else 0
-    review_refreshes(ledger, selection, context.preflight.template.columns.values(), keep_matches=True)
+    review_refreshes(
+        ledger,
+        selection,
+        context.preflight.template.columns.values(),
+        keep_matches=True,
+        check_stopped=context.signals.raise_if_received,
+    )
     enroll.apply_limits(ledger, selection)
     enroll.fill_queue(ledger, selection)
     return accepted_in_doubt

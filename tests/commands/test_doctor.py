@@ -291,6 +291,7 @@ def test_balance_of_the_sandbox(ready_workspace: Workspace) -> None:
     assert f"{after['balance']:,.2f}" in result.stdout
 
 
+@pytest.mark.long
 def test_the_sandbox_needs_no_key(ready_workspace: Workspace) -> None:
     """Runs against the sandbox without a key and leaves nothing behind."""
     before = sorted(ready_workspace.folder.rglob("*"))

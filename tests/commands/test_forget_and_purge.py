@@ -263,15 +263,29 @@ def test_unknown_name_lists_each_column_once(workspace: Workspace) -> None:
     assert len(set(hint.split(", "))) == len(hint.split(", ")) > 1
 
 
-@pytest.mark.parametrize("condition", [{}, {"where": "Note <> 'note 6'"}, {"only_if_empty": "[Note]"}])
+@pytest.mark.parametrize(
+    "condition", [{}, {"where": "Note <> 'note 6'"}, {"only_if_empty": "[Note]"}, {"suppress": "never.txt"}]
+)
 def test_lead_that_was_never_sent(workspace: Workspace, api: SandboxApi, condition: dict[str, str]) -> None:
     """Later runs skip a lead that no run has sent, also one that the job's conditions leave out today."""
+    (workspace.folder / "never.txt").write_text("company6.example\n")
     workspace.write_leads(make_leads(7))
     workspace.write_job(**condition)
     command = ("forget", "job.yaml", "--match", "First Name=First6", "--yes")
     result = workspace.run_in_process(*command)
-    assert result.stdout == "0 requests erased; later runs skip 1 more, never sent so far\n"
+    assert result.stdout == "0 requests erased; later runs skip 1 more that are not in the ledger\n"
     assert workspace.run_in_process(*command, "--json").json_output == {"exit_code": 0, "requests": 0, "never_sent": 0}
     workspace.write_job()
     assert workspace.run_job(api).submitted == 3
     assert workspace.read_output()[6]["enrich_status"] == "filtered"
+
+
+def test_rehearsal_promises_nothing_about_real_runs(tmp_path: Path) -> None:
+    """What only the ledger of the sandbox has not sent yet is not said to be barred from real runs."""
+    workspace = Workspace(tmp_path)
+    workspace.write_leads(make_leads(2))
+    workspace.write_job()
+    assert workspace.run_in_process("run", "job.yaml", "--sandbox").exit_code == 0
+    workspace.write_leads(make_leads(3))
+    result = workspace.run_in_process("forget", "job.yaml", "--match", "First Name=First2", "--yes")
+    assert result.stdout == "0 requests erased\n"

@@ -61,6 +61,7 @@ def test_match_of_new_columns_is_not_bought_again(tmp_path: Path, workspace: Wor
         plan = workspace.run_in_process("plan", "job.yaml", "--json", api=api).json_output
         again = workspace.run_job(api)
         after = [row["result"] for row in workspace.read_output()]
+    assert workspace.run_in_process("ledger", "check", "job.yaml").exit_code == 0
     assert (first.submitted, first.found) == (LEADS, 0)
     assert 0 < sum(map(bool, before)) < LEADS
     assert plan["to_submit"] == again.submitted == LEADS - sum(map(bool, before))
@@ -82,6 +83,7 @@ def test_match_of_new_columns_survives_a_miss(tmp_path: Path, workspace: Workspa
         again = workspace.run_job(api)
         after = [row["result"] for row in workspace.read_output()]
     assert all(before)
+    assert workspace.run_in_process("ledger", "check", "job.yaml").exit_code == 0
     assert (again.submitted, after) == (LEADS, before)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pwd
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from shutil import disk_usage
@@ -24,7 +24,7 @@ from enrich.commands.options import time_option
 from enrich.commands.paths import files_read, files_written, has_ledger, local_input_files, nearest_existing
 from enrich.databar.credentials import NO_KEY_HINT, ApiAccess, find_base_url, find_key
 from enrich.databar.network import find_proxy, load_certificates
-from enrich.errors import EnrichError, JobError
+from enrich.errors import CommandRefused, EnrichError, JobError
 from enrich.exit_codes import ExitCode, first_exit_code
 from enrich.job.bounded_read import read_text
 from enrich.job.job import Job
@@ -320,6 +320,17 @@ def _cron_environment(environ: dict[str, str]) -> Iterator[dict[str, str]]:
         os.environ.update(shell)
 
 
+@contextmanager
+def _open_sandbox(job: Job | None) -> Iterator[ApiAccess]:
+    """Open the sandbox of the job, or a new one if the job's has never run, or another command is using it."""
+    with ExitStack() as stack:
+        access = None
+        if job is not None and sandbox_state_path(job.ledger).is_file():
+            with suppress(CommandRefused):
+                access = stack.enter_context(options.open_access(job, use_sandbox=True))
+        yield access or stack.enter_context(options.open_access(None, use_sandbox=True))
+
+
 @click.command()
 @options.JOB_ARGUMENT
 @click.option(
@@ -359,9 +370,7 @@ def doctor(
             failure = error
         access = None
         if use_sandbox:
-            # A sandbox that has never run has no state, and none is made.
-            has_state = job is not None and sandbox_state_path(job.ledger).is_file()
-            access = stack.enter_context(options.open_access(job if has_state else None, use_sandbox=True))
+            access = stack.enter_context(_open_sandbox(job))
         context = DoctorContext(environ, shell, now, next_run_time(now, *at), offline, access)
         if failure is not None:
             findings = [error_finding("job", failure), *environment_findings(context)]
