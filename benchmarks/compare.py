@@ -29,7 +29,7 @@ BULK = 1000
 ENRICH_BULK = f"enrich run, bulk {BULK}"
 #: The SDK's bulk call: with the pause of 2 s between polls that it has unless one sets another, and without a pause.
 SDK_BULK, SDK_BULK_PAUSED = "databar SDK, one bulk call", "databar SDK, one bulk call, 2 s pause"
-HEADER = ("who", "rows", "rows/s", "median", "spread", "CPU s/1,000", "peak MiB", "requests/row", "rows/request")
+HEADER = ("program", "rows", "rows/s", "median", "spread", "CPU s/1,000", "peak MiB", "requests/row", "rows/request")
 
 
 def sdk_case(name: str, rows: int, *options: str) -> BenchmarkCase:

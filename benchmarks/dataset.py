@@ -1,6 +1,6 @@
 """Millions of rows on Ray and PostgreSQL: time, memory and rows/s by number of workers, and the ledger's cost.
 
-`python -m benchmarks.dataset --rows 2000000 --questions 20000 --workers 1,2,4`
+`python -m benchmarks.dataset --rows 2000000 --requests 20000 --workers 1,2,4`
 
 The script makes the dataset: Parquet, partitioned by country. The API is `benchmarks.server`, which is never the limit
 unless `--rate` sets one. Each run begins with an empty ledger. `--make FOLDER` only writes the dataset.
@@ -45,11 +45,11 @@ columns:
   work_email: email
 limits: {{requests_per_second: {rate}, in_flight: {in_flight}}}
 """
-HEADER = ("workers", "rows", "questions", "enroll", "work", "collect", "whole run", "rows/s", "questions/s", "polls",
-          "statements a question", "bytes a question", "busiest s", "boss MiB", "worker MiB", "block MiB")  # fmt: skip
+HEADER = ("workers", "rows", "requests", "enroll", "work", "collect", "whole run", "rows/s", "requests/s", "polls",
+          "statements a request", "bytes a request", "busiest s", "driver MiB", "worker MiB", "block MiB")  # fmt: skip
 MIB = 1024 * 1024
-#: Kinds of Ray processes: workers that send and poll, and tasks that read and write blocks.
-WORKER, BLOCK = "worker", "block"
+#: Kinds of processes: the one that was started, workers that send and poll, tasks that read and write blocks.
+DRIVER, WORKER, BLOCK = "driver", "worker", "block"
 
 
 @dataclass
@@ -95,7 +95,7 @@ class MemoryMonitor:
                 return None
             above = parents[above]
         if pid == self.root:
-            return "boss"
+            return DRIVER
         try:
             title = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
         except OSError:
@@ -127,17 +127,17 @@ class RunMeasurement:
 
     def cells(self, workers: int) -> list[str]:
         """Return the cells of its line in the table."""
-        rows, questions = self.summary["rows"], self.summary["requests"]
+        rows, requests = self.summary["rows"], self.summary["requests"]
         return [
-            *(f"{number:,}" for number in (workers, rows, questions)),
+            *(f"{number:,}" for number in (workers, rows, requests)),
             *(f"{seconds:.1f} s" for seconds in (*self.phase_seconds, self.wall_s)),
             f"{rows / self.wall_s:,.0f}",
-            f"{questions / self.phase_seconds[1]:,.0f}",
-            f"{self.summary['polls'] / questions:.2f}",
-            f"{self.statements / questions:.1f}",
-            f"{self.ledger_bytes / questions:,.0f}",
+            f"{requests / self.phase_seconds[1]:,.0f}",
+            f"{self.summary['polls'] / requests:.2f}",
+            f"{self.statements / requests:.1f}",
+            f"{self.ledger_bytes / requests:,.0f}",
             f"{self.peak_requests_per_s:,}",
-            *(f"{self.peaks.get(kind, 0):.0f}" for kind in ("boss", WORKER, BLOCK)),
+            *(f"{self.peaks.get(kind, 0):.0f}" for kind in (DRIVER, WORKER, BLOCK)),
         ]
 
 
@@ -195,15 +195,15 @@ def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(prog="benchmarks.dataset", description=__doc__)
     parser.add_argument("--rows", type=int, default=2_000_000)
-    parser.add_argument("--questions", type=int, default=20_000)
+    parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--files", type=int, default=16)
-    parser.add_argument("--workers", default="1,2,4", help="so many, in turn")
-    parser.add_argument("--rate", default="null", help="what the job says is allowed; null: all that the server takes")
-    parser.add_argument("--in-flight", default="null", help="so many tasks at the API at once; null: it is found")
+    parser.add_argument("--workers", default="1,2,4", help="numbers of workers, measured in turn")
+    parser.add_argument("--rate", default="null", help="`requests_per_second` of the job; null: not set")
+    parser.add_argument("--in-flight", default="null", help="`in_flight` of the job; null: not set")
     parser.add_argument("--make", type=Path, metavar="FOLDER", help="write the dataset there, and nothing else")
     options = parser.parse_args()
     if options.make:
-        make_dataset(options.make, options.rows, options.questions, options.files)
+        make_dataset(options.make, options.rows, options.requests, options.files)
         return
     lines = []
     with tempfile.TemporaryDirectory() as name, dedicated_server(
@@ -212,7 +212,7 @@ def main() -> None:
         with database.connect("postgres") as db:
             db.execute("CREATE EXTENSION pg_stat_statements")
         folder = Path(name)
-        make_dataset(folder / "leads", options.rows, options.questions, options.files)
+        make_dataset(folder / "leads", options.rows, options.requests, options.files)
         for workers in map(int, options.workers.split(",")):
             # A new ledger beside an output that another one paid for is refused.
             shutil.rmtree(folder / "enriched", ignore_errors=True)

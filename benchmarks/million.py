@@ -91,10 +91,10 @@ class ProcessCost:
     peak_mib: float
 
 
-def make_leads(rows: int, questions: int) -> Iterator[list[str]]:
-    """Make leads with `questions` distinct requests."""
+def make_leads(rows: int, requests: int) -> Iterator[list[str]]:
+    """Make leads with `requests` distinct requests."""
     for row in range(rows):
-        number = row % questions
+        number = row % requests
         site = f"https://www.company{number}.example/about" if number % 3 else ""
         yield [
             f"First{number}",
@@ -108,14 +108,14 @@ def make_leads(rows: int, questions: int) -> Iterator[list[str]]:
         ]
 
 
-def write_leads(folder: Path, rows: int, questions: int) -> None:
+def write_leads(folder: Path, rows: int, requests: int) -> None:
     """Write the input as CSV and as Parquet, and its first 100 rows as another CSV."""
     import polars as pl  # noqa: PLC0415 - runs in a separate process, whose memory is not measured
 
     for name, some in (("leads.csv", rows), ("few.csv", min(rows, 100))):
         with (folder / name).open("w", newline="", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerows([HEADER])
-            csv.writer(file, lineterminator="\n").writerows(islice(make_leads(rows, questions), some))
+            csv.writer(file, lineterminator="\n").writerows(islice(make_leads(rows, requests), some))
     text = pl.scan_csv(folder / "leads.csv", infer_schema=False).with_columns(pl.all().fill_null(""))
     text.sink_parquet(folder / "leads.parquet")
 
@@ -183,12 +183,12 @@ def _wait_for_process(pid: int, begun: float) -> ProcessCost:
 
 
 def measure(
-    folder: Path, rows: int, questions: int, others: int, only: Sequence[str]
+    folder: Path, rows: int, requests: int, others: int, only: Sequence[str]
 ) -> Iterator[tuple[str, ProcessCost]]:
     """Make the input and the ledger, and measure each command on them."""
     job = folder / "million.yaml"
     job.write_text(JOB, encoding="utf-8")
-    run_in_process(write_leads, folder, rows, questions)
+    run_in_process(write_leads, folder, rows, requests)
     with serve_in_thread(folder / "api.db", SandboxSettings(latency="fixed(0)", failure_rate=0.0)) as api:
         environ = {"DATABAR_BASE_URL": api.base_url, "DATABAR_API_KEY": api.api_key}
         if not (folder / "million.db").exists():
@@ -218,12 +218,12 @@ def measure(
                 yield f"{word}, 100 rows", run_enrich(folder, environ, word, str(job), "--json", *files)
 
 
-def print_table(folder: Path, rows: int, questions: int, others: int, only: Sequence[str]) -> None:
+def print_table(folder: Path, rows: int, requests: int, others: int, only: Sequence[str]) -> None:
     """Measure an input of this size and print the table, line by line."""
-    print(f"{rows:,} rows, {questions:,} questions, all answered; {others:,} other requests")
+    print(f"{rows:,} rows, {requests:,} distinct requests, all answered; {others:,} other requests")
     print(f"{'':24}{'seconds':>9}{'rows/s':>12}{'CPU s':>9}{'peak MiB':>10}{'of control':>12}")
     control = 0.0
-    for name, cost in measure(folder, rows, questions, others, only):
+    for name, cost in measure(folder, rows, requests, others, only):
         if name in ("control: Python csv", "control: sqlite3"):
             control = cost.cpu_s
         per_s, ratio = f"{rows / cost.wall_s:>12,.0f}", f"{cost.cpu_s / control:>12.1f}"
@@ -235,8 +235,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.million", description=__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--growth", help="several numbers of rows instead, such as 10000,100000,1000000")
-    parser.add_argument("--questions", type=int, help="distinct ones (default: every row asks its own)")
-    parser.add_argument("--others", type=int, default=0, help="requests in the ledger that the input does not ask")
+    parser.add_argument("--requests", type=int, help="distinct requests; default: one for each row")
+    parser.add_argument("--others", type=int, default=0, help="requests in the ledger that the input does not need")
     parser.add_argument("--only", default="plan,run,collect,report,check", help="some of these commands")
     parser.add_argument("--folder", type=Path, help="keep the files here, and take a ledger that is there already")
     options = parser.parse_args()
@@ -244,7 +244,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) if options.folder is None else options.folder / f"{rows}"
             folder.mkdir(parents=True, exist_ok=True)
-            print_table(folder, rows, options.questions or rows, options.others, options.only.split(","))
+            print_table(folder, rows, options.requests or rows, options.others, options.only.split(","))
 
 
 if __name__ == "__main__":

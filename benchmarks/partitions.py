@@ -9,13 +9,13 @@ import polars as pl
 COUNTRIES = ("AT", "CH", "DE", "ES", "FR", "GB", "IT", "US")
 
 
-def make_dataset(folder: Path, rows: int, questions: int, files: int) -> None:
-    """Write leads, partitioned by country; row r makes request number r mod `questions`."""
+def make_dataset(folder: Path, rows: int, requests: int, files: int) -> None:
+    """Write leads, partitioned by country; row r makes request number r mod `requests`."""
     per_file = -(-rows // files)
     for number in range(files):
         start, end = number * per_file, min(rows, (number + 1) * per_file)
         lead = pl.int_range(start, end, eager=True)
-        request_number = (lead % questions).cast(pl.String)
+        request_number = (lead % requests).cast(pl.String)
         frame = pl.DataFrame(
             {
                 "Lead": "L-" + lead.cast(pl.String),

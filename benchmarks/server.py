@@ -313,7 +313,7 @@ def main() -> None:
     parser.add_argument("--latency", type=_parse_latency, default="0", help=help_)
     parser.add_argument("--rate", type=float, default=0, help="requests per second that are allowed; 0: all")
     parser.add_argument("--burst", type=float, default=10, help="how many may come at once")
-    parser.add_argument("--retry-after", type=float, help="seconds that a 429 tells to wait; else it tells nothing")
+    parser.add_argument("--retry-after", type=float, help="Retry-After of a 429, in seconds; default: none")
     options = parser.parse_args()
     api = FakeApi(options.latency, TokenBucket(options.rate, max(1.0, options.burst), options.retry_after))
     uvloop.run(_serve(api, options.port))

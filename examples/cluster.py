@@ -49,7 +49,7 @@ def main() -> None:
     """Make the dataset, run the job twice, and print the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=50_000)
-    parser.add_argument("--questions", type=int, default=1_000)
+    parser.add_argument("--requests", type=int, default=1_000)
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path("out/cluster"))
     options = parser.parse_args()
@@ -57,16 +57,16 @@ def main() -> None:
         sys.exit(f"error: {NOT_INSTALLED}")
     shutil.rmtree(options.folder, ignore_errors=True)
     options.folder.mkdir(parents=True)
-    make_dataset(options.folder / "leads", options.rows, options.questions, files=8)
+    make_dataset(options.folder / "leads", options.rows, options.requests, files=8)
     job = options.folder / "job.yaml"
     with dedicated_server() as server:
         job.write_text(JOB.format(ledger=server.ledger_url("cluster")))
         run_command = ["run", str(job), "--sandbox", "--engine", "ray", "--workers", str(options.workers), "--summary"]
-        print(f"{options.rows:,} leads in {options.folder / 'leads'}, with {options.questions:,} distinct questions")
+        print(f"{options.rows:,} leads in {options.folder / 'leads'}, with {options.requests:,} distinct requests")
         first = run_enrich(server, *run_command)
         if first not in (0, 10):
             sys.exit(first)
-        print("\nOnce more: everything was answered, so nothing is paid for.")
+        print("\nOnce more: all results are in the ledger, so nothing is charged.")
         began = time.monotonic()
         run_enrich(server, *run_command)
         print(f"({time.monotonic() - began:.0f} s, with the start of Ray)")

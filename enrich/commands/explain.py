@@ -215,7 +215,7 @@ def explain(job_options: options.JobOptions, row: int | None, match: str | None,
         raise click.UsageError('choose a lead with --row ROW or --match "Email=ada@engine.example"')
     job = job_options.load()
     result = explain_steps(job, row, match) if job.step_jobs else explain_leads(job, row, match)
-    options.echo_result(result, format_explanation(result), as_json=as_json)
+    options.echo_result({"exit_code": 0, **result}, format_explanation(result), as_json=as_json)
 
 
 def explain_steps(job: Job, row: int | None, match: str | None) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def path_problems(job: Job) -> Iterator[EnrichError]:
         yield from _ledger_problems(job.ledger)
     for key, path in incoming.items():
         if key == "notify" and (not os.access(path, os.R_OK) or path.is_dir()):
-            yield CommandRefused(f"{path}: `{key}` cannot be read", "create it, or remove the key")
+            yield CommandRefused(f"{path}: `{key}` cannot be read", f"create it, or remove `{key}` from the job file")
     yield from _overwrite_problems(outgoing)
 
 

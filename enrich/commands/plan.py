@@ -26,6 +26,7 @@ from enrich.job.locations import sandbox_file_name
 from enrich.ledger import enroll, erasure, execution_records, task_ids
 from enrich.ledger.database import Database, open_or_empty
 from enrich.ledger.lock import is_locked
+from enrich.ledger.refresh_review import review_refreshes
 from enrich.models import Decision, RequestSelection, RowStatus, State
 from enrich.rows.job_input import JobInput
 from enrich.rows.template import RequestTemplate
@@ -220,6 +221,7 @@ def _count_decisions(
         requesting_rows += statuses[None]
         counts.decisions[Decision.INVALID] += statuses[RowStatus.INVALID]
         counts.decisions[Decision.FILTERED] += statuses[RowStatus.FILTERED]
+    review_refreshes(ledger, selection, template.columns.values(), keep_matches=False)
     enroll.apply_limits(ledger, selection)
     request_counts = enroll.decision_counts(ledger)
     counts.decisions.update(request_counts)

@@ -62,8 +62,12 @@ async def _fetch_balance(access: ApiAccess) -> int:
 
 def format_reconciliation(result: Reconciliation) -> Iterator[str]:
     """Format the result as text lines."""
-    yield f"Since run {result.since}: balance {result.balance_before:,.2f}, now {result.balance_now:,.2f}"
-    yield f"  {result.difference:>10,.2f}  credits less. The ledger explains:"
+    is_unchanged = abs(result.difference) < ROUNDING_CREDITS
+    if is_unchanged:
+        yield f"Balance unchanged since run {result.since}: {result.balance_now:,.2f}"
+    else:
+        yield f"Since run {result.since}: balance {result.balance_before:,.2f}, now {result.balance_now:,.2f}"
+        yield f"  {result.difference:>10,.2f}  credits less. The ledger explains:"
     for name, words in PART_LABELS.items():
         part: DifferencePart = getattr(result, name)
         if part.number:
@@ -76,7 +80,7 @@ def format_reconciliation(result: Reconciliation) -> Iterator[str]:
         )
     elif result.unexplained < 0:
         yield f"  {-result.unexplained:>20,.2f}  added: a top-up, or refunds"
-    else:
+    elif not is_unchanged:
         yield "  The ledger explains the whole difference."
     if result.in_doubt.number:
         yield "For unconfirmed requests: enrich run JOB --retry in_doubt (may charge again) or --accept in_doubt"

@@ -17,6 +17,15 @@ from enrich.run.progress import Progress, ProgressSnapshot, TrafficCounts
 
 #: Minimum width of the view in columns, for readability. A narrower terminal cuts the lines off.
 MIN_COLUMNS = 20
+#: The words for the states of requests.
+STATE_WORDS = {
+    "found": "found",
+    "not_found": "no match",
+    "failed": "failed",
+    "expired": "expired",
+    "in_doubt": "unconfirmed",
+    "pending": "pending",
+}
 
 
 class RunStatus(StrEnum):
@@ -206,7 +215,8 @@ def _answer_counts(run: ExecutionRow, snapshot: ProgressSnapshot | None) -> str:
     if snapshot is None:
         return f"unknown; {run.submitted:,} sent"
     states = ", ".join(
-        f"{count:,} {state}" for state, count in sorted(snapshot.states.items(), key=lambda each: -each[1])
+        f"{count:,} {STATE_WORDS.get(state, state)}"
+        for state, count in sorted(snapshot.states.items(), key=lambda each: -each[1])
     )
     total = "" if snapshot.total is None else f" of {snapshot.total:,}"
     return f"{snapshot.done:,}{total}{': ' if states else ''}{states}"

@@ -16,7 +16,10 @@ from enrich.ledger.execution_records import ExecutionRow
 from enrich.ledger.lock import is_locked
 from enrich.models import format_elapsed, iso_time, job_title, pluralize, to_credits
 
-_RUN_LINE = "{:>3} {:<16} {:>11} {:>3} {:<15}{:>10}{:>9}{:>6}{:>10}{:>2}{:>11}"
+#: A wider table leaves out these columns, in this order.
+MAX_COLUMNS, OPTIONAL_COLUMNS = 80, ("time", "balance")
+#: Columns whose text is aligned left.
+_LEFT_ALIGNED = ("started (UTC)", "exit")
 
 
 def read_runs(job: Job, last: int) -> dict[str, Any]:
@@ -68,29 +71,23 @@ def _execution_as_json(execution: ExecutionRow, *, is_running: bool) -> dict[str
 
 
 def format_runs(result: dict[str, Any]) -> Iterator[str]:
-    """Format the runs as text lines of at most 100 columns."""
+    """Format the runs as text lines of at most MAX_COLUMNS."""
     totals, title = result["totals"], job_title(result["job"], sandbox=result["sandbox"])
     if not totals["executions"]:
         yield f"{title} has never run ({result['ledger']})"
         return
     if result["sandbox"]:
         yield title
-    yield _RUN_LINE.format(
-        "run", "started (UTC)", "time", "", "exit", "leads", "sent", "match", "credits", "?", "balance"
-    )
-    for run in result["executions"]:
-        yield _RUN_LINE.format(
-            run["execution"],
-            run["started_at"].replace("T", " ")[:16],
-            "-" if run["elapsed_s"] is None else format_elapsed(run["elapsed_s"]),
-            _or_dash(run["exit_code"], ""),
-            run["outcome"],
-            _or_dash(run["rows"], ","),
-            f"{run['submitted']:,}",
-            _or_dash(run["found_share"], ".0%"),
-            f"{run['credits_spent']:,.2f}",
-            run["credits_unknown"] or "",
-            _or_dash(run["balance_after"], ",.2f"),
+    runs = [_run_cells(run) for run in result["executions"]]
+    names = [name for name in runs[0] if name != "?" or totals["credits_unknown"]]
+    widths = {name: max(len(name), *(len(run[name]) for run in runs)) for name in names}
+    for name in OPTIONAL_COLUMNS:
+        if sum(widths.values()) + len(widths) - 1 > MAX_COLUMNS:
+            del widths[name]
+    for run in [{name: name for name in names}, *runs]:
+        yield " ".join(
+            run[name].ljust(width) if name in _LEFT_ALIGNED else run[name].rjust(width)
+            for name, width in widths.items()
         )
     unknown = ""
     if totals["credits_unknown"]:
@@ -99,6 +96,21 @@ def format_runs(result: dict[str, Any]) -> Iterator[str]:
         f"All {pluralize(totals['executions'], 'run')}: {totals['submitted']:,} sent, "
         f"{totals['credits_spent']:,.2f} credits{unknown}"
     )
+
+
+def _run_cells(run: dict[str, Any]) -> dict[str, str]:
+    return {
+        "run": str(run["execution"]),
+        "started (UTC)": run["started_at"].replace("T", " ")[:16],
+        "time": "-" if run["elapsed_s"] is None else format_elapsed(run["elapsed_s"]),
+        "exit": f"{_or_dash(run['exit_code'], '')} {run['outcome']}",
+        "leads": _or_dash(run["rows"], ","),
+        "sent": f"{run['submitted']:,}",
+        "match": _or_dash(run["found_share"], ".0%"),
+        "credits": f"{run['credits_spent']:,.2f}",
+        "?": str(run["credits_unknown"] or ""),
+        "balance": _or_dash(run["balance_after"], ",.2f"),
+    }
 
 
 def _or_dash(value: float | None, style: str) -> str:
@@ -112,4 +124,4 @@ def _or_dash(value: float | None, style: str) -> str:
 def runs(job_options: options.JobOptions, last: int, as_json: bool) -> None:
     """List the runs of JOB, newest first. Times are UTC."""
     result = read_runs(job_options.load(), last)
-    options.echo_result(result, format_runs(result), as_json=as_json)
+    options.echo_result({"exit_code": 0, **result}, format_runs(result), as_json=as_json)

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from enrich.commands import options
-from enrich.commands.run_view import RunStatus
+from enrich.commands.run_view import STATE_WORDS, RunStatus
 from enrich.commands.status_watch import DEFAULT_INTERVAL_S, RunWatcher, watch_job
 from enrich.job.job import Job
 from enrich.ledger import execution_records, queries, step_results, transitions
@@ -23,15 +23,6 @@ from enrich.run.progress import Phase
 
 #: Number of past runs in the status.
 SHOWN_EXECUTIONS = 10
-#: The words for the states of requests.
-_STATE_WORDS = {
-    "found": "found",
-    "not_found": "no match",
-    "failed": "failed",
-    "expired": "expired",
-    "in_doubt": "unconfirmed",
-    "pending": "pending",
-}
 
 
 def read_status(job: Job) -> dict[str, Any]:
@@ -165,7 +156,7 @@ def _total_lines(result: dict[str, Any]) -> Iterator[str]:
     yield f"All runs: {pluralize(result['requests'], 'request')} in {result['ledger']}"
     for state in ("found", "not_found", "failed", "expired", "in_doubt", "pending"):
         if result[state]:
-            yield f"  {_STATE_WORDS[state]:<12}{result[state]:>9,}"
+            yield f"  {STATE_WORDS[state]:<12}{result[state]:>9,}"
     yield from _step_lines(result.get("steps", ()))
     if (in_doubt := result["doubts"]) is not None:
         age = format_elapsed(in_doubt["oldest_age_s"])
@@ -194,8 +185,8 @@ def _last_run_lines(execution: dict[str, Any], title: str, *, is_running: bool) 
     yield f"{title}: run {number} ended at {execution['ended_at']} with exit {code} ({execution['outcome']})"
     summary = execution["receipt"] or {}
     if summary.get("rows") is not None and summary.get("found") is not None:
-        counts = {state: summary.get(state) for state in (*_STATE_WORDS, "invalid", "filtered")}
-        words = {**_STATE_WORDS, "found": "enriched", "invalid": "skipped"}
+        counts = {state: summary.get(state) for state in (*STATE_WORDS, "invalid", "filtered")}
+        words = {**STATE_WORDS, "found": "enriched", "invalid": "skipped"}
         parts = [f"{count:,} {words.get(state, state)}" for state, count in counts.items() if count]
         yield f"  {pluralize(summary['rows'], 'lead')}: {' · '.join(parts)}"
     yield f"  {execution['submitted']:,} sent, {execution['credits_spent']:,.2f} credits"
@@ -232,5 +223,5 @@ def status(job_options: options.JobOptions, watching: bool, every: float | None,
         raise click.UsageError("--every needs --watch")
     result = read_status(job)
     watch_command = f"enrich status {job_options.arguments(as_typed=True).ledger_args} --watch"
-    options.echo_result(result, format_status(result, watch_command), as_json=as_json)
+    options.echo_result({"exit_code": 0, **result}, format_status(result, watch_command), as_json=as_json)
     return 0

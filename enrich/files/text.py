@@ -266,7 +266,7 @@ def _check_magic_bytes(source: TableFile, beginning: bytes) -> None:
     else:
         return
     message = f"{source} is not `{source.encoding}` text: byte 1 (line 1) {problem}"
-    raise FileProblem(message, f"Set `encoding: {suggestion}`")
+    raise FileProblem(message, f"Set `encoding: {suggestion}` as a key of `input`")
 
 
 def _decoding_problem(source: TableFile) -> FileProblem:
@@ -286,5 +286,5 @@ def _decoding_problem(source: TableFile) -> FileProblem:
                 break
             offset += len(chunk)
     suggestion = "cp1252" if codecs.lookup(source.encoding).name.startswith("utf-8") else "utf-8"
-    hint = f"Set the encoding it was saved in, such as `encoding: {suggestion}`"
+    hint = f"Set the encoding it was saved in, such as `encoding: {suggestion}`, as a key of `input`"
     return FileProblem(f"{source} is not `{source.encoding}` text{position}", BINARY_HINT if b"\0" in chunk else hint)

@@ -202,7 +202,7 @@ def _open_archive(path: Path) -> Iterator[zipfile.ZipFile]:
         with zipfile.ZipFile(path) as archive:
             yield archive
     except (zipfile.BadZipFile, expat.ExpatError, EOFError, KeyError, NotImplementedError, RuntimeError) as error:
-        raise UnsoundWorkbook(f"it is damaged ({type(error).__name__})") from None
+        raise UnsoundWorkbook("it cannot be unpacked") from error
 
 
 def _members_of(archive: zipfile.ZipFile, sheet: str) -> list[str]:

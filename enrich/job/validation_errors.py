@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from pydantic import BaseModel, ValidationError
 
 from enrich.errors import JobError
-from enrich.job.name_hints import suggest_name
+from enrich.job.name_hints import closest_name, did_you_mean, suggest_name
 from enrich.job.spec import (
     Canary,
     Caps,
@@ -26,7 +27,7 @@ from enrich.job.spec import (
 from enrich.job.target_spec import SOURCES_KEY, Pagination, Param, Source, TargetModel
 from enrich.job.yaml_file import YamlDocument
 
-#: Messages for pydantic's error types, in terms of the job file.
+#: Messages for pydantic's error types, in terms of the job file. In braces are the limits that pydantic gives.
 _ERROR_MESSAGES = {
     "missing": "is missing",
     "model_type": "must be a mapping of keys",
@@ -34,6 +35,16 @@ _ERROR_MESSAGES = {
     "list_type": "must be a list: [...]",
     "too_short": "must not be empty",
     "string_too_short": "must not be empty",
+    "literal_error": "must be {expected}",
+    "greater_than_equal": "must be at least {ge:g}",
+    "greater_than": "must be above {gt:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "finite_number": "must be a number",
+    "bool_type": "must be true or false",
+    "string_type": "must be text",
 }
 #: What the patterns of the names of jobs and steps allow.
 _ALLOWED_NAMES = {
@@ -45,12 +56,19 @@ _ALLOWED_NAMES = {
 def join_validation_errors(document: YamlDocument, error: ValidationError) -> JobError:
     """Combine all validation errors, sorted by line. A single error has its hint as a separate text."""
     found: list[tuple[int, str, str | None]] = []
-    for problem in error.errors(include_url=False):
+    #: Where a key has a wrong name, and the hint with the right one, which is not reported as missing, too.
+    misspelled: list[tuple[list[str | int], str | None]] = []
+    problems = error.errors(include_url=False)
+    for problem in sorted(problems, key=lambda each: each["type"] != "extra_forbidden"):
         key_path = [step for step in problem["loc"] if step not in ("[key]", SOURCES_KEY)]
         if problem["type"] == "default_factory_not_called":
             continue  # the field it depends on has its own error
-        message = _ERROR_MESSAGES.get(problem["type"], problem["msg"].removeprefix("Value error, "))
-        hint = None
+        message, hint = problem["msg"].removeprefix("Value error, "), None
+        if (template := _ERROR_MESSAGES.get(problem["type"])) is not None:
+            message = template.format_map(problem.get("ctx", {}))
+        if problem["type"] == "literal_error" and isinstance(problem["input"], str):
+            closest = closest_name(problem["input"], re.findall("'([^']+)'", message))
+            hint = None if closest is None else did_you_mean(closest)
         if problem["type"] == "string_pattern_mismatch" and key_path[-1:] == ["name"]:
             message = _ALLOWED_NAMES["step" if _is_step(key_path[:-1]) else "job"]
         if key_path in (["input"], ["output"]) and isinstance(problem["input"], list):
@@ -58,11 +76,14 @@ def join_validation_errors(document: YamlDocument, error: ValidationError) -> Jo
             hint = "for several files: a folder, or a pattern such as leads/*.csv" if key_path == ["input"] else None
         if problem["type"] == "extra_forbidden":
             message, hint = "unknown key", _key_hint(key_path, is_stepped="steps" in document.data)
+            misspelled.append((key_path[:-1], hint))
+        elif message == "is missing" and (key_path[:-1], did_you_mean(str(key_path[-1]))) in misspelled:
+            continue
         line = document.line_of(key_path)
         found.append((line, f"{document.path}:{line}: {dotted_path(key_path)}: {message}", hint))
     found.sort(key=lambda each: each[0])
     if len(found) == 1:
-        no_target = key_path[-1:] == ["waterfall"] and message == "is missing"
+        no_target = found[0][1].endswith("waterfall: is missing")
         return JobError(found[0][1], "a job needs a `waterfall` or an `enrichment`" if no_target else found[0][2])
     return JobError("\n".join(f"{text}, {hint}" if hint else text for _, text, hint in found))
 

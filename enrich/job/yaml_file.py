@@ -45,7 +45,7 @@ class YamlDocument:
             line = f":{mark.line + 1}" if mark else ""
             problem = error.problem or error.context or ""
             # Drop the cause: it quotes the file's content.
-            raise JobError(f"{path}{line}: {problem}", _syntax_hint(problem)) from None
+            raise JobError(f"{path}{line}: {problem}", _not_yaml_hint(path) or _syntax_hint(problem)) from None
         except yaml.YAMLError as error:
             raise JobError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
         except RecursionError:
@@ -53,7 +53,7 @@ class YamlDocument:
         if not isinstance(root, yaml.MappingNode):
             raise JobError(
                 f"{path}: a job file must be a mapping of keys",
-                _not_yaml_hint(path) or "see jobs/leads.yaml for an example",
+                _not_yaml_hint(path) or "create one: enrich init CSV",
             )
         self._root = root
         self.data: dict[Any, Any] = _to_plain_data(root, path)
@@ -92,6 +92,8 @@ class _Loader(yaml.SafeLoader):
 
 
 def _syntax_hint(problem: str) -> str | None:
+    if "expected a comment or a line break" in problem:
+        return "put the whole value in single quotes: '\"Team Size\" <> ''1'''"
     if "\\t" in problem:
         return "indent with blanks"
     if "cannot start any token" in problem:

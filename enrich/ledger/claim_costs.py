@@ -12,7 +12,10 @@ from enrich.ledger.dialect import JSON_NUMBERS
 
 
 class StepCost(NamedTuple):
-    """What a step has cost: exactly when it was last added up, and at most up to the attempt `newest`."""
+    """The cost of a step in a run: `exact` when it was last summed.
+
+    `at_most` adds the highest price of the attempts claimed since, up to the id `newest`.
+    """
 
     exact: int
     at_most: int
@@ -20,10 +23,10 @@ class StepCost(NamedTuple):
 
 
 def left_of_step_cap(db: Database, execution_id: int, step: str | None, step_cap: int, price: int) -> int:
-    """Return what is left of the cap of a step, which is exact when less than `price` is left.
+    """Return what is left of the step's cap. It is exact when less than `price` is left.
 
-    Adding up all attempts at each claim would take long. So only those claimed since are added, at their highest price,
-    until half of what was left is claimed. Then prices that have doubled meanwhile do not exceed the cap unseen.
+    Summing all attempts at each claim is slow. So claims since the last sum count at their highest price, and the sum
+    is repeated once half of the rest is claimed.
     """
     stored = db.step_costs.get((execution_id, step))
     known = None if stored is None else StepCost(*stored)

@@ -180,7 +180,7 @@ class Database:
         self.session.shorten_waits()
 
     def retry_on_disconnect(self, action: Callable[[], T]) -> T:
-        """Run an action that is one transaction. Retry it after a lost connection, even if it may be committed."""
+        """Run one idempotent transaction. Retry after a lost connection, although the commit may have succeeded."""
         while True:
             try:
                 return action()

@@ -94,7 +94,7 @@ def _ensure_pass_tables(db: Database) -> None:
 def preview(db: Database, requests: RequestBatch, selection: RequestSelection) -> tuple[str, int]:
     """Read the requests of a batch and decide about those new to this pass. Leaves the ledger unchanged.
 
-    Returns the distinct requests `by_row`; those not in the ledger have negative ids.
+    Returns the `batch_parameters` of the distinct requests. Those not in the ledger have negative ids.
     """
     batch = requests.distinct()
     with db.temporary_transaction():
@@ -251,7 +251,7 @@ def row_decisions(db: Database, requests: RequestBatch) -> Iterator[RowDecision]
             f"SELECT b.position, s.first_position, s.decision, a.settled_ms FROM {request_ids.BATCH} "
             f"{db.dialect.ordered_join} seen s ON s.id = b.id LEFT JOIN requests r ON r.id = b.id "
             "LEFT JOIN attempts a ON a.id = coalesce(r.answer_id, r.attempt_id)",
-            request_ids.by_row(batch, ids),
+            request_ids.batch_parameters(batch, ids),
         )
         known = {position: (first, Decision(decision), settled_ms) for position, first, decision, settled_ms in found}
     first_rows = dict(zip(batch.fingerprints, batch.positions, strict=True))
@@ -292,7 +292,7 @@ def request_results(db: Database, requests: RequestBatch, selection: RequestSele
     with db.temporary_transaction():
         _ensure_pass_tables(db)
         if selection is None:
-            chosen = request_ids.by_row(batch, request_ids.find_ids(db, batch))
+            chosen = request_ids.batch_parameters(batch, request_ids.find_ids(db, batch))
         else:
             chosen = preview(db, batch, selection)
         # The database makes the columns: a list for each row takes twice as long.
@@ -321,9 +321,9 @@ def _record_seen(
 ) -> tuple[str, int]:
     """Decide about the requests that are new to this pass. Of the others, note a lower position.
 
-    Returns all of them `by_row`.
+    Returns the `batch_parameters` of all of them.
     """
-    chosen = request_ids.by_row(batch, ids)
+    chosen = request_ids.batch_parameters(batch, ids)
     # Batches may come in any order. Processes that share a pass insert in the same order: no deadlocks.
     in_order = "ORDER BY b.id" if db.shares_passes else ""
     decided = (

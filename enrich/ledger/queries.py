@@ -204,6 +204,17 @@ def outcome_counts(db: Database, job: str) -> list[tuple[int, str, int]]:
     ).fetchall()
 
 
+def retried_failures(db: Database, job: str) -> dict[str, int]:
+    """Count the failures at no charge whose requests were queued again, by step ('' for a job without steps)."""
+    return dict(
+        db.execute(
+            "SELECT coalesce(a.step, ''), count(*) FROM attempts a "
+            f"WHERE {_SETTLED_BY_JOB} AND {_RETRIED_FAILURE} GROUP BY 1",
+            (job,),
+        )
+    )
+
+
 def latencies(db: Database, job: str) -> Iterator[int]:
     """Yield the time from POST to answer of a job's tasks (ms), shortest first.
 

@@ -84,8 +84,8 @@ def as_list(fingerprints: Sequence[bytes]) -> tuple[str, bytes]:
     return to_json_text([0] * len(fingerprints)), b"".join(fingerprints)
 
 
-def by_row(batch: RequestBatch, ids: Sequence[int | None]) -> tuple[str, int]:
-    """Return ?1 and ?2 of `BATCH`."""
+def batch_parameters(batch: RequestBatch, ids: Sequence[int | None]) -> tuple[str, int]:
+    """Return the two SQL parameters of `BATCH`."""
     positions = batch.positions
     if isinstance(positions, range) and None not in ids:
         return to_json_text(ids), positions.start

@@ -13,12 +13,13 @@ from msgspec import Struct
 from enrich.json_text import to_json_text
 from enrich.ledger.database import Database
 from enrich.ledger.dialect import JSON_NUMBERS
+from enrich.ledger.refresh_review import judge_answers
 from enrich.ledger.request_ids import FINGERPRINT, as_list, decision_sql
 from enrich.models import Decision, RequestResult, RequestSelection, State
 
 
 class StepResult(NamedTuple):
-    """A request that the ledger knows. `state` is its newest one, while `result` has the last found answer.
+    """A request in the ledger. `state` is current. `result` keeps the last match until a newer one comes.
 
     `was_sent`: it has an answer, or waits for one. Attempts that were refused or failed at no charge do not count.
     """
@@ -58,21 +59,29 @@ class StepChoice(NamedTuple):
 
 
 def choose_requests(
-    db: Database, fingerprints: Iterable[bytes], selection: RequestSelection
+    db: Database, fingerprints: Iterable[bytes], selection: RequestSelection, paths: Iterable[str]
 ) -> dict[bytes, StepChoice]:
-    """Return what a run does with those of the requests that the ledger has. All others are new."""
+    """Return what a run does with those of the requests that the ledger has. All others are new.
+
+    `paths` are the columns of the step.
+    """
     names = list(dict.fromkeys(fingerprints))
     first_attempt = (
         "(SELECT a.previous_state FROM attempts a WHERE a.request_id = r.id AND a.execution_id > CAST(?3 AS BIGINT) "
         "ORDER BY a.id LIMIT 1)"
     )
     rows = db.execute(
-        f"SELECT r.fingerprint, {decision_sql(selection)}, "
+        f"SELECT r.id, r.fingerprint, {decision_sql(selection)}, "
         f"r.state <> 'pending' AND coalesce({first_attempt}, r.state) <> 'pending' "
         f"FROM ({_NAMES}) b {db.dialect.ordered_join} requests r ON r.fingerprint = b.fingerprint",
         (*as_list(names), selection.after_execution),
-    )
-    return {bytes(name): StepChoice(Decision(decision), bool(before)) for name, decision, before in rows}
+    ).fetchall()
+    judged = judge_answers(db, [number for number, _, decision, _ in rows if decision == Decision.REFRESH], paths)
+    decisions = {number: answer.decision(selection) for number, answer in judged.items()}
+    return {
+        bytes(name): StepChoice(decisions.get(number, Decision(decision)), bool(before))
+        for number, name, decision, before in rows
+    }
 
 
 class StepTotals(Struct, frozen=True):
@@ -98,7 +107,7 @@ def step_totals(db: Database, execution_id: int) -> dict[str, StepTotals]:
 
 
 def requests_by_step(db: Database) -> dict[str, dict[State, int]]:
-    """Count the requests of each step by state: that which has sent them last."""
+    """Count requests by state for each step. A request counts for the step that sent it last."""
     rows = db.execute(
         "SELECT a.step, r.state, count(*) FROM attempts a JOIN requests r ON r.attempt_id = a.id "
         "WHERE a.step IS NOT NULL GROUP BY 1, 2"

@@ -86,7 +86,9 @@ def reported_providers(earnings: provider_stats.ProviderTotals) -> list[Reported
     return [ReportedProvider(passed_on=each.passed_on, **each.in_credits()) for each in earnings.providers]
 
 
-def reported_waterfall(target: Target, earnings: provider_stats.ProviderTotals, step: str = "") -> ReportedWaterfall:
+def reported_waterfall(
+    target: Target, earnings: provider_stats.ProviderTotals, retried: int, step: str = ""
+) -> ReportedWaterfall:
     """Convert the totals of the waterfall."""
     return ReportedWaterfall(
         name=target.id,
@@ -99,15 +101,17 @@ def reported_waterfall(target: Target, earnings: provider_stats.ProviderTotals, 
         kind=target.kind,
         step=step,
         failed=earnings.failed,
+        retried=retried,
     )
 
 
 def report_actions(
-    last_run: ReportedRun | None, counts: Mapping[str, int], what: str, reasons_file: str, job_arguments: JobArguments
+    last_run: ReportedRun | None, counts: Mapping[str, Any], what: str, reasons_file: str, job_arguments: JobArguments
 ) -> Iterator[RequiredAction]:
     """Yield the actions required, those of the last run first.
 
-    `counts` are rows by status, or requests by state when the input can't be read; `what` is "row" or "request".
+    `counts` are rows by status, also by `steps`, or requests by state when the input can't be read; `what` is "row" or
+    "request".
     `reasons_file` is the file with the reason for each skipped row.
     """
     if last_run is None:
@@ -171,18 +175,25 @@ def _build_from_ledger(
     stats, unread = _try_read_input(job, ledger, now_ms, with_rows=with_rows)
     answers = _AnswerTotals(ledger, job, runs)
     requests = count_by_status(queries.state_counts(ledger))
-    counts = requests if stats is None else stats.by_status()
+    counts = (
+        requests
+        if stats is None
+        else stats.by_status() | {"steps": [rows for step, rows in stats.by_step.items() if step]}
+    )
     output = str(job.output_path(now.astimezone()))
     reasons_file = (
         output if job.model.rejects is None else str(job.location_of(job.model.rejects.path, now.astimezone()))
     )
     earnings = answers.provider_stats.totals()
+    retried = queries.retried_failures(ledger, job.name)
     return _make_report(
         job,
         now,
-        waterfall=reported_waterfall(job.model.target, earnings),
+        waterfall=reported_waterfall(job.model.target, earnings, sum(retried.values())),
         step_waterfalls=[
-            reported_waterfall(step.model.target, answers.stats_by_step[step.step].totals(), step.step)
+            reported_waterfall(
+                step.model.target, answers.stats_by_step[step.step].totals(), retried.get(step.step, 0), step.step
+            )
             for step in job.step_jobs
         ],
         runs=runs,

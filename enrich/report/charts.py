@@ -122,7 +122,7 @@ def age_chart(answers: Sequence[AnswerAge], label: str) -> RenderedChart | None:
     return draw_bars(rows, label)
 
 
-NO_MATCH_LABEL = "No match"
+NO_MATCH_LABEL, FAILED_LABEL = "No match", "Failed"
 #: Number columns to the right of the bars, with their right edges in pixels.
 NUMBER_COLUMNS = {"requests": 72.0, "matches": 142.0, "match rate": 216.0, "credits": 296.0, "per match": 372.0}
 #: Smallest and largest width of the names in pixels.
@@ -130,7 +130,10 @@ NAME_WIDTHS = (110.0, 230.0)
 
 
 class WaterfallStep(Struct, frozen=True):
-    """A row of the waterfall chart: `found` requests from `start`, then those passed on, `inferred` of them."""
+    """A row of the waterfall chart: `found` requests from `start`, then those passed on, `inferred` of them.
+
+    Rows without a provider are the requests with no match, and those that failed.
+    """
 
     name: str
     start: int
@@ -138,6 +141,7 @@ class WaterfallStep(Struct, frozen=True):
     end: int
     inferred: int = 0
     provider: ReportedProvider | None = None
+    color: ChartColor = ChartColor.PASSED
 
 
 def waterfall_steps(waterfall: ReportedWaterfall) -> list[WaterfallStep]:
@@ -151,8 +155,11 @@ def waterfall_steps(waterfall: ReportedWaterfall) -> list[WaterfallStep]:
         inferred = min(each.inferred, end - start - each.found)
         result.append(WaterfallStep(clean_text(each.name), start, each.found, end, inferred, each))
         start += each.found
-    left = max(0, waterfall.answers - waterfall.found)
-    return [*result, WaterfallStep(NO_MATCH_LABEL, max(0, waterfall.answers - left), 0, max(waterfall.answers, left))]
+    answered = waterfall.answered
+    result.append(WaterfallStep(NO_MATCH_LABEL, waterfall.found, 0, answered, color=ChartColor.NO_MATCH))
+    if waterfall.failed:
+        result.append(WaterfallStep(FAILED_LABEL, answered, 0, waterfall.answers, color=ChartColor.FAILED))
+    return result
 
 
 def waterfall_chart(
@@ -184,7 +191,7 @@ def _wide_layout(steps: Sequence[WaterfallStep], size: ScreenSize) -> tuple[draw
     numbers = [
         {"px": frame.inner_width + edge, "py": middle, "text": text}
         for step, middle in zip(steps, middles, strict=True)
-        for edge, text in zip(NUMBER_COLUMNS.values(), _step_numbers(step), strict=True)
+        for edge, text in zip(NUMBER_COLUMNS.values(), step_numbers(step), strict=True)
     ]
     tall = {"baseline": "middle", "fontSize": NAME_PX}
     chart = alt.layer(
@@ -228,23 +235,22 @@ def _step_marks(
     domain = (0.0, float(max(1, *(step.end for step in steps))))
     axis = drawing.make_axis("requests", ticks, orient="bottom", labelFlush=30, grid=joined)
     spans = list(zip(steps, tops, strict=True))
-    passed = [_bar_rect(step.start + step.found, step.end - step.inferred, top, bar) for step, top in spans[:-1]]
+    rests: dict[ChartColor, list[dict[str, float]]] = {}
+    for step, top in spans:
+        rest = _bar_rect(step.start + step.found, step.end - step.inferred, top, bar)
+        rests.setdefault(step.color, []).append(rest)
     inferred = [
         _bar_rect(step.end - step.inferred, step.end, top + 0.5, bar - 1) for step, top in spans if step.inferred
     ]
     found = [_bar_rect(step.start, step.start + step.found, top, bar) for step, top in spans if step.found]
-    no_match = [_bar_rect(step.start, step.end, top, bar) for step, top in spans[-1:]]
     joints = [
-        {"x": step.start + step.found, "y": top + bar, "y2": below}
-        for (step, top), below in zip(spans[:-1], tops[1:], strict=True)
-        if joined
+        {"x": below.start, "y": top + bar, "y2": end} for (_, top), (below, end) in itertools.pairwise(spans) if joined
     ]
     return [
-        drawing.rect_marks(passed, domain, axis, ChartColor.PASSED),
+        *(drawing.rect_marks(bars, domain, axis, color) for color, bars in rests.items()),
         drawing.rect_marks(
             inferred, domain, axis, ChartColor.TRACK, stroke=ChartColor.MUTED.value, strokeDash=[3, 3], strokeWidth=1
         ),
-        drawing.rect_marks(no_match, domain, axis, ChartColor.NO_MATCH),
         drawing.rule_marks(joints, domain, axis, ChartColor.MUTED, strokeDash=[2, 2]),
         drawing.rect_marks(found, domain, axis, ChartColor.FOUND),
     ]
@@ -254,10 +260,11 @@ def _bar_rect(x: float, x2: float, top: float, bar: float) -> dict[str, float]:
     return {"x": x, "x2": x2, "y": top, "y2": top + bar}
 
 
-def _step_numbers(step: WaterfallStep) -> tuple[str, ...]:
+def step_numbers(step: WaterfallStep) -> tuple[str, ...]:
+    """Return the texts of NUMBER_COLUMNS."""
     each = step.provider
     if each is None:
-        return "", format_count(step.end - step.start), "", "", ""
+        return format_count(step.end - step.start), "", "", "", ""
     calls = each.reported + each.inferred
     rate = format_share(each.found, calls)
     spent, per_hit = format_amount_short(each.credits), format_amount(each.cost_per_hit)
@@ -274,5 +281,5 @@ def _found_text(step: WaterfallStep) -> str:
 def _facts_text(step: WaterfallStep) -> str:
     if step.provider is None:
         return ""
-    calls, _, _, spent, cost_per_hit = _step_numbers(step)
+    calls, _, _, spent, cost_per_hit = step_numbers(step)
     return f"{calls} requests · {spent} credits · {cost_per_hit} per match"

@@ -91,7 +91,8 @@ class ReportedProvider(ReportValue, frozen=True):
 class ReportedWaterfall(ReportValue, frozen=True):
     """A waterfall's providers in their order, or an enrichment.
 
-    Of `answers`, `found` have a match, `failed` are failures, and `not_reported` report no provider.
+    Of `answers`, `found` have a match, `failed` are failures, and `not_reported` report no provider. `retried` failures
+    were free, and their requests were queued again.
 
     `spent` is the total price of these answers; `unattributed` is the part that no step accounts for.
     """
@@ -107,6 +108,7 @@ class ReportedWaterfall(ReportValue, frozen=True):
     #: The step of the job; '' for a job without steps.
     step: str = ""
     failed: int = 0
+    retried: int = 0
 
     @property
     def answered(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -35,11 +35,13 @@ MAX_SKIP_REASONS, CONDITION_REASON, OTHER_REASONS = 30, "left out by where or on
 class InputStats:
     """Totals of the current input.
 
-    `purged` counts rows whose answer was purged. `ungrouped` lists the columns with too many values for groups.
+    `by_step` has the rows by status in each step ('' for a job without steps). `purged` counts rows whose answer was
+    purged. `ungrouped` lists the columns with too many values for groups.
     """
 
     rows: int = 0
     statuses: Counter[RowStatus] = field(default_factory=Counter)
+    by_step: defaultdict[str, Counter[RowStatus]] = field(default_factory=lambda: defaultdict(Counter))
     skipped: list[SkippedRows] = field(default_factory=list)
     columns: list[HitCounts] = field(default_factory=list)
     groups: list[GroupedHits] = field(default_factory=list)
@@ -67,6 +69,7 @@ def read_input_stats(collector: Collector, by: Sequence[str], now_ms: int, *, wi
         stats.statuses += count_statuses(joined.cells)
         for step in joined.steps:
             skipped.update(_skip_reasons(step))
+            stats.by_step[step.name].update(count_statuses(step.cells))
         answered = status.is_in(ANSWERED_STATUSES)
         is_purged = pl.repeat(value=False, n=len(status), eager=True)
         for step in joined.steps:

@@ -32,6 +32,8 @@ from enrich.report.tables import Table
 #: Charts over time need at least this many runs, and that of a run's requests this many bins.
 MIN_TREND_RUNS = 5
 MIN_TRAFFIC_BINS = 5
+#: Longest name of a group in a sentence, and that of blank cells.
+MAX_NAME, BLANK = 40, "(blank)"
 
 
 class Figure(Struct, frozen=True):
@@ -110,7 +112,8 @@ def _waterfall_text(facts: ReportedWaterfall) -> str:
     rate = format_share(facts.found, facts.answered)
     text = f"{pluralize(facts.found, 'match')} in {pluralize(facts.answered, 'result')} ({rate})."
     if facts.failed:
-        text += f" {pluralize(facts.failed, 'request')} failed."
+        again = f", {facts.retried:,} of them free and sent again" if facts.retried else ""
+        text += f" {facts.failed:,} of {pluralize(facts.answers, 'request')} failed{again}."
     best = max((each for each in facts.providers if not each.verifies), key=lambda each: each.found)
     if best.found:
         part = format_share(best.found, facts.found)
@@ -184,10 +187,16 @@ def _hit_rates_text(hits: Sequence[HitCounts], equal: str) -> str:
     least = min(known, key=lambda each: each.found / each.answered)
     high, low = (format_percent(each.found / each.answered) for each in (best, least))
     if len(known) == 1:
-        return f"{clean_text(best.name, '(blank)')} has a value in {high} of the rows with a result."
+        return f"{_short_name(best)} has a value in {high} of the rows with a result."
     if high == low:
         return f"{equal}: {high}."
-    return f"From {low} ({clean_text(least.name, '(blank)')}) to {high} ({clean_text(best.name, '(blank)')})."
+    lowest, highest = (name if name == BLANK else f"({name})" for name in map(_short_name, (least, best)))
+    return f"From {low} {lowest} to {high} {highest}."
+
+
+def _short_name(hits: HitCounts) -> str:
+    name = clean_text(hits.name, BLANK)
+    return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1].rstrip()}…"
 
 
 def _groups_text(groups: GroupedHits) -> str:

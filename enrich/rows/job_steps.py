@@ -111,9 +111,9 @@ class StepDecision(Enum):
 class RowFacts(NamedTuple):
     """What the decision about a row in a step depends on.
 
-    `left_out` and `invalid` say why the row has no request, `blank_from_step` that it is invalid for want of what an
-    earlier step did not find. `selected`: the step's own condition holds. `was_sent`: a request was sent for this row.
-    `ready`: all steps that it depends on are final.
+    `left_out` and `invalid` are the reasons why the row has no request. `blank_from_step`: invalid only because an
+    earlier step found no value. `selected`: the step's own condition holds. `was_sent`: a request was sent for this
+    row. `ready`: all steps that it depends on are final.
     """
 
     left_out: bool

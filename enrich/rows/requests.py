@@ -78,9 +78,9 @@ class RowBatch(Struct, frozen=True):
     `frame` has the input's columns in their types, as they are written to the output. The lists run parallel to it: a
     row has either a fingerprint and params (JSON, as sent), or a status (`invalid`, `filtered`) and perhaps the reason
     in `errors`. `groups` has the values that `caps` counts; None: the job has none. `queue_order` is the send order;
-    None: that of the input. `left_out` counts the rows that are not filtered by the params that they lack although a
-    cell is not empty, `missing` the invalid rows by the params for want of which they are. `values` has the text of
-    each param as it is sent, '' where it has no value.
+    None: that of the input. `left_out` counts the selected rows whose cell is filled but gives no param, by param and
+    reason. `missing` counts the invalid rows by the param they lack. `values` has the text of each param as it is sent,
+    '' where it has no value.
 
     `digest` is that of `KnownBatches`. A batch that it knows has the `ids` of the requests instead of their
     fingerprints, params and values, which `complete` computes.
@@ -102,8 +102,8 @@ class RowBatch(Struct, frozen=True):
     complete: Callable[[], RowBatch] | None = None
 
     @property
-    def names(self) -> Sequence[bytes | int | None]:
-        """What tells the request of each row from others: its id where it is known, else its fingerprint."""
+    def request_keys(self) -> Sequence[bytes | int | None]:
+        """The id of each row's request, or its fingerprint where the id is unknown."""
         return self.fingerprints if self.ids is None else self.ids
 
     def skip_reasons(self) -> Counter[str]:
@@ -142,7 +142,7 @@ class RowBatch(Struct, frozen=True):
 
     def requests(self) -> RequestBatch:
         """Return the requests of those rows that have one."""
-        names = self.names
+        names = self.request_keys
         has_request = [name is not None for name in names] if None in names else None
 
         def of_requests(column: Sequence[T]) -> Sequence[T]:
@@ -254,7 +254,7 @@ class RequestBuilder:
         return frame.select(pl.nth(self._kept_columns))
 
     def _count_missing(self, invalid: pl.DataFrame) -> Counter[str]:
-        """Count the params for want of which these rows are invalid: the required ones, or all where none is."""
+        """Count these invalid rows by each blank required param. Rows that lack none of them count for every param."""
         missing: Counter[str] = Counter()
         required, names = self._missing_names
         unexplained = pl.Series([True]).new_from_index(0, invalid.height)

@@ -90,7 +90,9 @@ def read_suppression(path: Path) -> Suppression:
     try:
         lines = read_text(path, MAX_LIST_BYTES).splitlines()
     except FileNotFoundError:
-        raise CommandRefused(f"{path}: the list of `suppress` does not exist", "nothing is sent without it") from None
+        raise CommandRefused(
+            f"{path}: the list of `suppress` does not exist", "create it, or remove `suppress` from the job file"
+        ) from None
     except OSError as error:
         raise CommandRefused(f"{path}: the list of `suppress` cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -41,7 +41,7 @@ class EnrollCounts(Struct, frozen=True):
     @classmethod
     def from_batch(cls, batch: RowBatch) -> EnrollCounts:
         """Count the rows of one batch."""
-        requests = sum(name is not None for name in batch.names)
+        requests = sum(name is not None for name in batch.request_keys)
         # A row may wait for an earlier step: nothing was decided about it.
         decided = [status for status in batch.statuses if status is not None and status is not RowStatus.PENDING]
         row_decisions = Counter(Decision(status.value) for status in decided)

@@ -195,8 +195,8 @@ class Collector(Struct, frozen=True):
         places: list[int | None] = list(range(batch.frame.height))
         if results["position"] != list(range(batch.first_position, batch.first_position + batch.frame.height)):
             first_rows = enumerate(results["position"])
-            place_of = {batch.names[position - batch.first_position]: place for place, position in first_rows}
-            places = [place_of.get(name) for name in batch.names]
+            place_of = {batch.request_keys[position - batch.first_position]: place for place, position in first_rows}
+            places = [place_of.get(name) for name in batch.request_keys]
         cells = new_cells(batch, results, pl.Series(places, dtype=pl.UInt32), self.template.columns)
         step = JoinedStep("", self.template.columns, batch.fingerprints, results, places, cells)
         return JoinedBatch(batch, [step], cells)
@@ -338,7 +338,7 @@ def _status_frame(results: ResultColumns, found: pl.Expr) -> pl.DataFrame:
         # A pending request has no answer yet, so it has no provider, credits or time. Its last attempt may be running.
         pl.when(~_IS_PENDING).then("provider").alias("enrich_provider"),
         pl.when(~_IS_PENDING & (pl.col("first") == 1))
-        .then(pl.col("credits") / MICROS_PER_CREDIT)
+        .then((pl.col("credits") / MICROS_PER_CREDIT).round(6))  # polars' quotient alone is not the nearest number
         .alias("enrich_credits"),
         pl.when(~_IS_CAPPED).then("task_id").alias("enrich_task_id"),
         pl.when(~_IS_PENDING).then(_iso_time("settled_ms")).alias("enrich_at"),

@@ -169,7 +169,7 @@ class Dispatcher:
                 return None
             self._unsent_attempts.difference_update(attempts)
             if not run_state.lease_valid():
-                # Others may take this process for dead. A POST sent now could become unconfirmed and be sent again.
+                # The lease has expired: another process may take over this request.
                 await self.ledger_writer.submit_batch(
                     transitions.record_refused, [(one, "not sent", run_state.clock.now_ms()) for one in attempts]
                 )

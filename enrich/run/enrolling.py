@@ -10,6 +10,7 @@ from enrich.errors import EnrichError
 from enrich.exit_codes import ExitCode
 from enrich.ledger import enroll, erasure, queries, step_results
 from enrich.ledger.database import Database
+from enrich.ledger.refresh_review import review_refreshes
 from enrich.models import DECISIONS_TO_SEND, Decision, RequestSelection, State, pluralize
 from enrich.rows.job_input import JobInput
 from enrich.rows.known_batches import store_batch
@@ -35,7 +36,7 @@ async def enroll_input(context: RunContext, run_state: RunState, files: RunFiles
 
 
 async def enroll_changed_input(context: RunContext, run_state: RunState, files: RunFiles) -> RunFiles:
-    """Enroll the input again when its files changed while the run was at work. The next run sends what is new."""
+    """Enroll the input again when its files changed during the run. The next run sends what is new."""
     if context.signals.received is not None:  # the next run reads the input anew
         return files
     versions = await input_versions(files)
@@ -130,7 +131,7 @@ def _enroll_locally(
         read += EnrollCounts.from_batch(batch)
     if context.job.step:
         step_results.record_requesting_rows(ledger, context.job.step)
-    return read, _apply_selection(ledger, context.options, selection)
+    return read, _apply_selection(ledger, context, selection)
 
 
 async def _enroll_on_cluster(
@@ -141,12 +142,14 @@ async def _enroll_on_cluster(
     await context.ledger_writer.submit(enroll.begin_pass)
     callbacks = ClusterCallbacks.for_run(run_state, context.signals.raise_if_received)
     read = await asyncio.to_thread(engine.enroll, context.job, job_input, template, selection, callbacks)
-    return read, await context.ledger_writer.submit(_apply_selection, context.options, selection)
+    return read, await context.ledger_writer.submit(_apply_selection, context, selection)
 
 
-def _apply_selection(ledger: Database, options: RunOptions, selection: RequestSelection) -> int:
+def _apply_selection(ledger: Database, context: RunContext, selection: RequestSelection) -> int:
     """Decide what to send, once the whole input was read. Returns how many unconfirmed requests became failed."""
-    accepted_in_doubt = enroll.accept_in_doubt_as_failed(ledger, selection.sent_in) if options.accept_in_doubt else 0
+    accepts_in_doubt = context.options.accept_in_doubt
+    accepted_in_doubt = enroll.accept_in_doubt_as_failed(ledger, selection.sent_in) if accepts_in_doubt else 0
+    review_refreshes(ledger, selection, context.preflight.template.columns.values(), keep_matches=True)
     enroll.apply_limits(ledger, selection)
     enroll.fill_queue(ledger, selection)
     return accepted_in_doubt

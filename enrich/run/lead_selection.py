@@ -1,7 +1,8 @@
 """Chooses the leads of a run where a job has steps: under `caps`, `--limit` and `--sample`.
 
-A limit counts leads where they are asked first in the run. Leads begun earlier go on with their later steps and do not
-count. Requests that are sent again (`--retry`, `policy.refresh`) count too; one that several leads share counts once.
+A limit counts a lead at the first step that sends it in this run. Leads begun earlier continue with their later steps
+and do not count. Requests that are sent again (`--retry`, `policy.refresh`) count too. A request that several leads
+share counts once.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ from enrich.rows.job_input import JobInput
 
 
 class Candidate(NamedTuple):
-    """A row that a run would send. `request` is set if it is only sent again."""
+    """A row to send.
+
+    `request` is its fingerprint if it was sent before (retry, refresh). Rows that share it count once.
+    """
 
     row: int
     request: bytes | None
@@ -33,7 +37,7 @@ class LeadSelection:
     limit: int | None
     sample: int | None
     seed: int
-    #: Rows that this run has counted, and rows that earlier runs have begun.
+    #: `chosen`: rows counted in this run. `begun`: rows sent by earlier runs.
     chosen: bytearray = field(default_factory=bytearray)
     begun: bytearray = field(default_factory=bytearray)
     counted: int = 0

@@ -128,7 +128,8 @@ class ProviderStats:
 
     def _add_source(self, name: str, kind: AnswerKind, answers: int) -> None:
         provider = self._provider(name)
-        provider.reported += answers
+        # A failure without steps is not counted for the providers of a waterfall either.
+        provider.reported += answers if kind.state != State.FAILED else 0
         provider.found += answers if kind.state == State.FOUND else 0
         provider.credits += (kind.paid or 0) * answers
         self._totals.unattributed -= (kind.paid or 0) * answers

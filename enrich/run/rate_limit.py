@@ -21,8 +21,8 @@ SLOW_START_STEP = 3.0
 #: The rate is at most this multiple of the rate of the last answered request: at most 25% too much is in flight.
 MAX_OVER_PROVEN_RATE = 1.25
 
-#: Share by which the rate is cut: while it was still growing for the first time, when it was soon too high again, and
-#: when it had held. Returning from a cut of depth d in RETURN_S costs d / 4 * RETURN_S seconds of the allowance.
+#: Share by which the rate is cut: at the first 429; when the raised rate is soon refused again; after it had held.
+#: Returning from a cut of depth d in RETURN_S costs d / 4 * RETURN_S seconds of the allowance.
 FIRST_CUT, REPEATED_CUT, CUT = 0.5, 0.2, 0.1
 #: The resting rate, as a share of the refused rate.
 RESTING_SHARE = 0.98

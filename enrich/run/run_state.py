@@ -169,7 +169,7 @@ class RunState:
     abort: asyncio.Event = field(default_factory=asyncio.Event)
     #: The time for submitting is over (`--max-time`).
     out_of_time: bool = False
-    #: Makes what polls now, or polled last, poll each open task once more and finish.
+    #: Makes the active or last poller poll each open task once and finish.
     finish_polling: Callable[[], None] = lambda: None
     #: Tasks that end the run early.
     early_ends: set[asyncio.Task[None]] = field(default_factory=set)
@@ -197,7 +197,7 @@ class RunState:
     accepted_in_doubt: int = 0
     #: Requests of a new ledger that another ledger in its folder has paid for, which this run pays again.
     paid_in_other_ledgers: int = 0
-    #: The user agreed to that.
+    #: The user agreed to pay for `paid_in_other_ledgers`.
     pays_again: bool = False
     #: Expected cost of the tasks that were already open.
     open_tasks_cost: Cost | None = None

@@ -34,7 +34,7 @@ class StepBatch(Struct, frozen=True):
     decisions: Sequence[StepDecision]
     results: Sequence[StepResult | None]
     final: Sequence[bool]
-    #: All requests, also those whose answers do not count, with what the ledger has, and which rows the job leaves out.
+    #: `fingerprints`: every row's request. `known`: its result in the ledger. `left_out`: excluded by the job.
     fingerprints: Sequence[bytes | None]
     known: Sequence[StepResult | None]
     left_out: Sequence[bool]
@@ -118,10 +118,9 @@ def decided_batch(  # noqa: PLR0913, PLR0917 - what is known of a batch
 
 
 class Identities(NamedTuple):
-    """What tells the rows of a batch apart: all their cells, and those that the steps send.
+    """Two texts for each row: of all its cells, and of the cells that steps send.
 
-    A row has a hash of each: so it is known again when a cell that only a condition reads has changed, and when a step
-    was added.
+    Each is hashed, so a row is recognized after one of them changes.
     """
 
     all_cells: pl.Series
@@ -138,7 +137,7 @@ class Identities(NamedTuple):
 
 
 def identities(text: pl.DataFrame, sent: Sequence[str]) -> Identities:
-    """Return what tells the rows of a table apart. `sent` are the columns that the steps send."""
+    """Return the identities of the rows of a table. `sent` are the columns that the steps send."""
     return Identities(_joined(text, text.columns), _joined(text, sent))
 
 

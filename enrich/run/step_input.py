@@ -65,7 +65,8 @@ class StepInput(Struct, frozen=True):
         """Yield the rows that would be sent, but for those that the run may send anyway."""
         for step_batch in self.rows.step_batches(self.number, limited=False):
             first_position, names = step_batch.batch.first_position, step_batch.to_send().fingerprints
-            choices = choose_requests(self.rows.ledger, filter(None, names), selection)
+            columns = self.rows.steps[self.number].template.columns.values()
+            choices = choose_requests(self.rows.ledger, filter(None, names), selection, columns)
             may_send = leads.may_send(first_position, step_batch.results)
             for row, name in enumerate(names):
                 choice = choices.get(name, _NEW) if name is not None else None

@@ -39,8 +39,8 @@ class StepForecast:
     """What a run would do in a step. Prices in millionths; None: unknown.
 
     `requests` are those that the input needs, answered or not. `to_submit` are sent whatever the answers to come are.
-    `at_most` counts these, those that may be sent, and rows whose request is not known yet. `again` rows have a result,
-    and are sent again if an earlier result changes.
+    `at_most` counts these, those that may be sent, and rows whose request is not known yet. `sent_again` counts rows
+    with a result whose request changes if an earlier result changes.
     """
 
     step: Step
@@ -49,12 +49,12 @@ class StepForecast:
     requests: int = 0
     to_submit: int = 0
     may_be_sent: int = 0
-    again: int = 0
+    sent_again: int = 0
     #: Rows that a limited run has no place for so far.
     beyond_limit: int = 0
     #: Rows whose request the step has sent, sends, or may send.
     leads: int = 0
-    #: Rows about which all is known, and those of them whose request it has sent or sends.
+    #: `decided`: selected rows whose earlier results are final. `requested`: those that have a request.
     decided: int = 0
     requested: int = 0
     #: Its condition also holds where an earlier step has failed.
@@ -96,7 +96,7 @@ class StepForecast:
             if decision in DECISIONS_TO_SEND and name is not None:
                 certain.append(name)
             elif decision is Decision.POSSIBLE:
-                self.again += made.is_bought_again[row]
+                self.sent_again += made.is_bought_again[row]
                 if name is None or made.may_change[row]:
                     self.may_be_sent += 1
                 else:
@@ -116,7 +116,7 @@ class StepForecast:
             "to_submit": self.to_submit,
             "at_most": self.at_most,
             "likely": None if likely is None else round(likely, 1),
-            "sent_again": self.again,
+            "sent_again": self.sent_again,
             "worst_price": to_credits(self.worst_price),
             "max_credits": self.step.job.step_max_credits,
             "cost": self.cost.as_json(),
@@ -230,8 +230,8 @@ def _notes(forecasts: Sequence[StepForecast], ledger: Database) -> Iterator[str]
         name = forecast.step.job.step
         if forecast.at_most and (note := note_on_target(ledger, steps, number)) is not None:
             yield note
-        if forecast.again:
-            rows = pluralize(forecast.again, "row")
+        if forecast.sent_again:
+            rows = pluralize(forecast.sent_again, "row")
             yield f"{name}: {rows} with a result may be charged again, because an earlier step is sent again"
         if forecast.follows_failure:
             yield f"{name}: also sent where an earlier step failed or expired"
@@ -307,7 +307,7 @@ def _decide(  # noqa: PLR0913, PLR0917 - what is known of a batch
     selection: RequestSelection,
 ) -> StepDecisions:
     names, known, requesting_rows = step_batch.fingerprints, step_batch.known, set(step_batch.requesting_rows)
-    choices = choose_requests(rows.ledger, filter(None, names), selection)
+    choices = choose_requests(rows.ledger, filter(None, names), selection, step.template.columns.values())
     uncertain = _any_open(is_open, step.depends_on, text.height)
     may_change = _any_open(is_open, step.params_depend_on, text.height)
     may_be_selected = _may_be_selected(rows, step, text, is_open).to_list()

@@ -115,6 +115,14 @@ def test_company_from_website_then_email() -> None:
     assert (company.columns, company.transform, company.confidence) == (("Webseite", "Mail"), ("domain",), "sure")
 
 
+@in_turn("header", ["Firma / Website", "Website Firma", "Homepage der Firma", "Account Website", "Firma", "Account"])
+def test_website_of_a_named_company(header: str) -> None:
+    """A word for the company in the header of domains does not hide that they are its website."""
+    found = match_columns(["company"], describe_columns(**{header: SITES, "E-Mail": [MAILS[0], "", ""]}))["company"]
+    assert found is not None
+    assert (found.columns[0], found.transform) == (header, ("domain",))
+
+
 def test_free_mail_domains_are_ignored() -> None:
     """Ignores free-mail domains: gmail.com would stand for everyone's company."""
     private = ["ada@gmail.com", "grace@gmx.de", "alan@bombe.example"]

@@ -281,6 +281,16 @@ def test_json_is_one_object(ready_workspace: Workspace, api: SandboxApi) -> None
 
 
 @pytest.mark.long
+def test_balance_of_the_sandbox(ready_workspace: Workspace) -> None:
+    """Shows the balance of the job's own sandbox, which `status` and `plan` show."""
+    plan = ready_workspace.run_in_process("plan", "job.yaml", "--sandbox", "--json").json_output
+    ready_workspace.run_in_process("run", "job.yaml", "--sandbox")
+    result = ready_workspace.run_in_process("doctor", "job.yaml", "--sandbox")
+    after = ready_workspace.run_in_process("plan", "job.yaml", "--sandbox", "--json").json_output
+    assert after["balance"] < plan["balance"]
+    assert f"{after['balance']:,.2f}" in result.stdout
+
+
 def test_the_sandbox_needs_no_key(ready_workspace: Workspace) -> None:
     """Runs against the sandbox without a key and leaves nothing behind."""
     before = sorted(ready_workspace.folder.rglob("*"))

@@ -34,6 +34,7 @@ def explain_json(workspace: Workspace, *options: str) -> dict[str, Any]:
     """Return the JSON output."""
     result = workspace.run_in_process("explain", "job.yaml", *options, "--json")
     assert result.exit_code == 0, result.stderr
+    assert (next(iter(result.json_output)), result.json_output["exit_code"]) == ("exit_code", 0)
     return result.json_output
 
 

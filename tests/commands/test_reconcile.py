@@ -8,6 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from enrich.commands.reconcile import format_reconciliation
 from enrich.databar.description import Enrichment, User, Waterfall
 from enrich.exit_codes import ExitCode
 from enrich.models import MICROS_PER_CREDIT, State, read_balance, to_micros
@@ -38,6 +39,24 @@ def test_known_prices_explain_difference() -> None:
     comparison = explain_balance(3, credits_(100), credits_(90), [("known", True, 20, credits_(10), credits_(50))])
 
     assert (comparison.difference, comparison.spent.most, comparison.unexplained) == (10, 10, 0)
+
+
+def test_unchanged_balance_is_one_line() -> None:
+    """Says that the balance is unchanged, if there is nothing to explain."""
+    comparison = explain_balance(4, credits_(9981.91), credits_(9981.91), [])
+
+    assert list(format_reconciliation(comparison)) == ["Balance unchanged since run 4: 9,981.91"]
+
+
+def test_unchanged_balance_with_parts() -> None:
+    """Shows the parts of an unchanged balance, if there are any."""
+    comparison = explain_balance(4, credits_(100), credits_(100), [("known", True, 20, credits_(10), 0)])
+
+    lines = list(format_reconciliation(comparison))
+
+    assert lines[0] == "Balance unchanged since run 4: 100.00"
+    assert [line.split()[0] for line in lines[1:]] == ["10.00", "10.00"]
+    assert lines[2].endswith("added: a top-up, or refunds")
 
 
 @in_turn("difference", [10.0, 12.0, 14.0])

@@ -11,6 +11,7 @@ from enrich.job.job import load_job
 from enrich.ledger import execution_records
 from enrich.ledger.database import Database
 from enrich.ledger.lock import is_locked, lock_ledger
+from enrich.models import Answer, State
 from tests.support.ledger import NO_MATCH, CommittingLedger
 from tests.support.workspace import SandboxApi, Workspace, both_backends, make_leads, serve_api
 
@@ -103,20 +104,38 @@ def test_inspection_takes_no_lock(workspace: Workspace) -> None:
 
 
 def test_line_width(workspace: Workspace) -> None:
-    """Prints at most 100 columns, aligned with the header, also for large numbers."""
+    """Prints at most 80 columns, aligned with the header. For large numbers it leaves out time, then balance."""
     ledger = open_ledger(workspace).start_and_enroll(1)
     ledger.settle(ledger.submit(), NO_MATCH)
-    summary = {"rows": 1_234_567, "found": 1_234_567}
-    ledger.commit(
-        execution_records.end_execution, ledger.execution, 13, summary, ledger.now + 86_400_000 * 4, 999_999_900_000
-    )
+
+    def end_with(rows: int, balance: int) -> list[str]:
+        summary = {"rows": rows, "found": rows}
+        ended_ms = ledger.now + 3_600_000
+        ledger.commit(execution_records.end_execution, ledger.execution, 13, summary, ended_ms, balance)
+        return list(format_runs(read_runs(load_job(workspace.job_file), 5)))
+
+    shown = [end_with(*numbers)[:2] for numbers in ((263, 10**9), (1_234_567, 10**12), (10**15, 10**15))]
     ledger.wrapped.close()
 
-    shown = list(format_runs(read_runs(load_job(workspace.job_file), 5)))
+    left_out = [{"time", "balance"} - set(header.split()) for header, _ in shown]
+    assert left_out == [set(), {"time"}, {"time", "balance"}]
+    assert all(len(header) == len(run) <= 80 for header, run in shown)
+    assert shown[0][1].endswith(" 263    1  100%    0.00 1,000.00")
+    assert "1,234,567" in shown[1][1]
+    assert not any("?" in header for header, _ in shown)
 
-    assert max(map(len, shown)) <= 100
-    assert "1,234,567" in shown[1]
-    assert len(shown[0]) == len(shown[1])
+
+def test_unknown_prices_have_a_column(workspace: Workspace) -> None:
+    """The column `?` is there only with a result of unknown price; the last line explains it."""
+    ledger = open_ledger(workspace).start_and_enroll(1)
+    ledger.settle(ledger.submit(), Answer(State.FOUND, credits=None))
+    ledger.wrapped.close()
+
+    header, run, last = format_runs(read_runs(load_job(workspace.job_file), 5))
+
+    assert "?" in header.split()
+    assert "1" in run.split()
+    assert last.endswith("1 result of unknown price (?)")
 
 
 def test_runs_during_run(api: SandboxApi, workspace: Workspace) -> None:

@@ -34,6 +34,13 @@ def test_job_without_runs(workspace: Workspace) -> None:
     assert "never run" in next(format_status(status))
 
 
+def test_json_begins_with_exit_code(workspace: Workspace) -> None:
+    """The objects of `status` and `runs` begin with the exit code, as after an error."""
+    for command in ("status", "runs"):
+        printed = workspace.run_in_process(command, "job.yaml", "--json").json_output
+        assert (next(iter(printed)), printed["exit_code"]) == ("exit_code", 0)
+
+
 def test_status_matches_ledger(workspace: Workspace) -> None:
     """Counts, credits and unknown prices match what happened, request by request."""
     ledger = open_ledger(workspace)

@@ -109,7 +109,7 @@ def test_view_contents() -> None:
     for message in (
         "200/500",
         "70% match, 41.20 credits, 40 in flight",
-        "200 of 500: 140 found, 58 not_found, 2 failed",
+        "200 of 500: 140 found, 58 no match, 2 failed",
         "41.20 of at most 100.00 spent; 30.00 more reserved",
         "12.0 sent/s, 10.0 results/s in the last 10 s",
         "200 requests, 400 polls, 3 rate-limited (429)",
@@ -141,7 +141,7 @@ def test_silent_run_shows_last_progress() -> None:
     """Shows the last reported counts of a silent run and keeps watching."""
     silent = make_view(RunStatus.NO_HEARTBEAT)
 
-    assert "200 of 500: 140 found, 58 not_found, 2 failed at the last heartbeat" in "\n".join(format_view(silent, 99))
+    assert "200 of 500: 140 found, 58 no match, 2 failed at the last heartbeat" in "\n".join(format_view(silent, 99))
     out = io.StringIO()
     LineDisplay(out, as_json=False).show(silent, waiting=True)
     assert "suspended or stopped while sending" in out.getvalue()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from enrich.errors import JobError
 from enrich.job.job import load_job
+from enrich.models import RequestResult, result_columns, to_credits
+from enrich.run import collector
 from enrich.run.answer_cells import answer_cells
 from tests.support.cases import in_turn
 from tests.support.fake_renderer import fake_renderer
@@ -124,6 +127,19 @@ def test_unknown_date_codes(tmp_path: Path, path: str, code: str) -> None:
 def test_numbers_of_answers(answer: str, cell: str | None) -> None:
     """A number keeps its digits, and NaN is no value."""
     assert answer_cells(f'{{"data": {{"score": {answer}}}}}', ["score"]) == [cell]
+
+
+def test_credits_have_no_noise() -> None:
+    """The price of a row is the nearest number to the millionths in the ledger."""
+    micros = range(0, 10_000_000, 10_000)
+    results = result_columns(
+        [
+            RequestResult(row, 1, "found", None, None, None, cost, None, 0, None, 0, None)
+            for row, cost in enumerate(micros)
+        ]
+    )
+    frame = collector._status_frame(results, pl.lit(value=True).alias("found"))
+    assert frame.get_column("enrich_credits").to_list() == [to_credits(cost) for cost in micros]
 
 
 @pytest.mark.long

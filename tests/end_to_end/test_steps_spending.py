@@ -138,7 +138,10 @@ def test_failures_of_found_leads_are_named(workspace: Workspace, tmp_path: Path)
     summary = result.json_output
     assert (summary["exit_code"], summary["found"], summary["failed"]) == (ExitCode.SOME_FAILED, 3, 0)
     assert "  person: 3 failed\n" in result.stderr
-    assert "Retry 3 failed results (may charge): enrich run job.yaml --retry failed" in result.stderr
+    retry = "Retry 3 failed results (may charge)"
+    assert f"{retry}: enrich run job.yaml --retry failed" in result.stderr
+    needs = workspace.run_in_process("report", "job.yaml", "--json").json_output["needs"]
+    assert [need["text"] for need in needs] == [retry]
 
 
 @pytest.mark.long

@@ -374,7 +374,7 @@ def test_format_by_extension(tmp_path: Path, job: str, given: str | None, kind: 
     ("line", "expected"),
     [
         ("input: {path: a.csv, sheet: New}", "2: input: `sheet` is for workbooks: format xlsx"),
-        ("input: {path: a.csv, format: xls}", "2: input.format: Input should be 'csv', 'jsonl', 'parquet' or 'xlsx'"),
+        ("input: {path: a.csv, format: xls}", "2: input.format: must be 'csv', 'jsonl', 'parquet' or 'xlsx'"),
         ("input: ftp://a/b.csv", "2: input: `ftp://` is an unknown object storage: use s3://, gs://, az://"),
         ("input: s3://bucket", "2: input: an object storage URL needs a bucket and an object: s3://bucket/leads.csv"),
         (

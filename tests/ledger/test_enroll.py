@@ -209,12 +209,12 @@ def test_answers_larger_than_one_value(tmp_path: Path) -> None:
     ledger.wrapped.close()
 
 
-def test_ids_by_row() -> None:
+def test_batch_parameters() -> None:
     """A row without a request that the ledger knows has no id, and numbers may be large."""
     batch = replace(row_requests([1, 2, 3]), positions=[1 << 40, (1 << 40) + 2, (1 << 40) + 3])
-    assert request_ids.by_row(batch, [9, None, 1 << 50]) == (f"[9,0,0,{1 << 50}]", 1 << 40)
-    assert request_ids.by_row(replace(batch, positions=range(7, 10)), [3, 2, 1]) == ("[3,2,1]", 7)
-    assert request_ids.by_row(row_requests([]), []) == ("[]", 0)
+    assert request_ids.batch_parameters(batch, [9, None, 1 << 50]) == (f"[9,0,0,{1 << 50}]", 1 << 40)
+    assert request_ids.batch_parameters(replace(batch, positions=range(7, 10)), [3, 2, 1]) == ("[3,2,1]", 7)
+    assert request_ids.batch_parameters(row_requests([]), []) == ("[]", 0)
 
 
 class TestLimits:

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from enrich.report.data import Report
+from enrich.report.data import GroupedHits, HitCounts, Report
 from enrich.report.formatting import DASH, clean_text, fit_text
 from enrich.report.formatting import text_width as width_of
 from tests.end_to_end.test_document_wording import PATTERN
@@ -246,6 +246,41 @@ def test_provider_staircase_chart() -> None:
     assert steps[0].end == 1090 + 74
     assert steps[0].inferred == 74
     assert (steps[-1].name, steps[-1].end - steps[-1].start) == (charts.NO_MATCH_LABEL, 1180 - 735)
+
+
+def test_failures_have_a_row_of_their_own() -> None:
+    """`No match` counts results without a match only. Both counts are in the column of the requests."""
+    from enrich.report import charts, drawing  # noqa: PLC0415 - slow to import
+
+    waterfall = replace(reports.typical_report().waterfall, failed=17)
+    *_, no_match, failed = charts.waterfall_steps(waterfall)
+    assert (no_match.name, no_match.start, no_match.end) == (charts.NO_MATCH_LABEL, 735, 1163)
+    assert (failed.name, failed.start, failed.end) == (charts.FAILED_LABEL, 1163, 1180)
+    assert failed.color is drawing.ChartColor.FAILED
+    column = list(charts.NUMBER_COLUMNS).index("requests")
+    assert [charts.step_numbers(step)[column] for step in (no_match, failed)] == ["428", "17"]
+    assert charts.step_numbers(failed).count("") == len(charts.NUMBER_COLUMNS) - 1
+
+
+def test_failures_sent_again_are_named() -> None:
+    """The sentence says how many failures were free and sent again."""
+    from enrich.report import sections  # noqa: PLC0415 - slow to import
+
+    waterfall = replace(reports.typical_report().waterfall, failed=3)
+    for retried, text in ((0, "3 of 1,180 requests failed."), (2, "failed, 2 of them free and sent again.")):
+        figure = sections.waterfall_figure(replace(waterfall, retried=retried))
+        assert figure is not None
+        assert text in figure.finding
+
+
+def test_group_names_in_a_sentence() -> None:
+    """A long value is cut, and blank cells have one pair of brackets."""
+    from enrich.report import sections  # noqa: PLC0415 - slow to import
+
+    hits = [HitCounts("x" * 150, 10, 10, 2), HitCounts("", 10, 10, 5)]
+    report = replace(reports.empty_report(), groups=[GroupedHits("Note", hits)])
+    (section,) = sections.make_sections(report)
+    assert section.figures[0].finding == f"From 20.0% ({'x' * 39}…) to 50.0% (blank)."
 
 
 @pytest.mark.long

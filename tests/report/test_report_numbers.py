@@ -345,9 +345,11 @@ def test_retried_free_failure_is_not_counted(workspace: Workspace) -> None:
     ledger.settle(ledger.submit())
     ledger.wrapped.close()
 
-    fates = [(run.found, run.not_found, run.failed) for run in build_report_at(workspace).runs]
+    report = build_report_at(workspace)
 
+    fates = [(run.found, run.not_found, run.failed) for run in report.runs]
     assert fates == [(1, 1, 0), (0, 0, 1), (1, 0, 0)]
+    assert (report.waterfall.answers, report.waterfall.failed, report.waterfall.retried) == (6, 3, 2)
 
 
 @pytest.mark.long

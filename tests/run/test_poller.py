@@ -288,7 +288,7 @@ class TestOrder:
             await submit_as_earlier_run(harness, 2)
             await harness.poll_once(harness.make_poller())
             assert assert_counts(harness, submitted=2)
-            await harness.poll_open_tasks(harness.make_poller(), asked_before=True)
+            await harness.poll_open_tasks(harness.make_poller(), polled_before=True)
             assert assert_counts(harness, not_found=2)
 
         with serve_api(tmp_path / "api.db", hit_rate=0.0, miss_kinds=("no_data",), no_data_seconds=None) as api:
@@ -335,7 +335,7 @@ class TestTimeouts:
             await submit_as_earlier_run(harness, 1)
             await harness.poll_once(harness.make_poller(patience_s=0.0))
             await asyncio.sleep(0.01)
-            await harness.poll_open_tasks(harness.make_poller(patience_s=0.0), asked_before=True)
+            await harness.poll_open_tasks(harness.make_poller(patience_s=0.0), polled_before=True)
             assert len(harness.request_log.polled_task_ids) == 2
             assert set(harness.run_state.exit_reasons) == {ExitCode.TIME}
             assert harness.run_state.open_tasks == 0
@@ -387,7 +387,7 @@ class TestTimeouts:
             assert isinstance(clock, ShiftedClock)
             clock.offset_ms = -200_000
             started = time.monotonic()
-            await harness.poll_open_tasks(harness.make_poller(), asked_before=True)
+            await harness.poll_open_tasks(harness.make_poller(), polled_before=True)
             assert time.monotonic() - started < 60
             assert set(queries.state_counts(harness.ledger.wrapped)) <= {State.FOUND, State.NOT_FOUND}
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from enrich.databar.description import Description, Waterfall
 from enrich.databar.task_results import ParsedData, parse_data
-from enrich.job.target import TargetKind
+from enrich.job.target import Target, TargetKind
 from enrich.ledger import bindings, queries
 from enrich.models import SettledAttempt, State
 from enrich.run.answer_kinds import count_kinds
@@ -324,3 +324,18 @@ def test_stats_with_steps_match_charges(tmp_path: Path, workspace: Workspace) ->
         each.name: {"calls": each.reported, "found": each.found, "credits": pytest.approx(each.credits / 1e6)}
         for each in ledger_stats(workspace).providers
     } == true
+
+
+def test_failures_of_an_enrichment() -> None:
+    """An enrichment's failures are not part of its match rate; what they cost is its own."""
+    call = Target(TargetKind.ENRICHMENT, "10").canonical()
+    states = (State.FOUND, State.NOT_FOUND, State.FAILED)
+    by_name, whole = provider_stats(*(settled_attempt(state, paid=10, call=call) for state in states))
+
+    assert (by_name["10"].reported, by_name["10"].found, by_name["10"].passed_on, by_name["10"].credits) == (
+        2,
+        1,
+        1,
+        30,
+    )
+    assert (whole.answers, whole.failed, whole.not_reported, whole.unattributed) == (3, 1, 0, 0)

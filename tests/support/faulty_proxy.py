@@ -25,7 +25,7 @@ class ProxyFaultKind(StrEnum):
     #: The response comes again on the same connection after `after_s`; with 0, in the same write.
     REPEAT = "repeat"
     #: A response with `status` follows on the idle connection after `after_s`.
-    UNSOLICITED = "unasked"
+    UNSOLICITED = "unsolicited"
     #: Exchanged with the response of another waiting request of the same kind.
     SWAP = "swap"
     #: A POST gets the response of an earlier POST whose task was polled since; a GET gets another finished task.

@@ -153,9 +153,9 @@ class LoopHarness:
             if acknowledged:
                 self.ledger.commit(transitions.mark_acknowledged, [claim.attempt_id])
 
-    async def poll_open_tasks(self, poller: Poller, *, asked_before: bool = False) -> None:
+    async def poll_open_tasks(self, poller: Poller, *, polled_before: bool = False) -> None:
         """Poll to the end the tasks that earlier executions left at the API."""
-        poller.add_earlier_tasks(await self.writer.submit(transitions.submitted_tasks), polled_before=asked_before)
+        poller.add_earlier_tasks(await self.writer.submit(transitions.submitted_tasks), polled_before=polled_before)
         poller.no_new_tasks = True
         await self.run_state.run_until_abort(poller.run())
 

@@ -85,7 +85,7 @@ columns:
   work_email: email
 limits: {requests_per_second: 1000}
 """
-#: The same leads with an enrichment, which is asked with the first name and answers with it.
+#: The same leads with an enrichment, which is sent the first name and returns it.
 ENRICHMENT_JOB = """\
 version: 1
 input: leads.csv
@@ -366,7 +366,7 @@ def clock_ahead(seconds: float) -> SystemClock:
 
 
 def lead_name(params: Mapping[str, str]) -> str:
-    """Return the first name of the lead that was asked with these params, by either job."""
+    """Return the first name of the lead with these params, in either job."""
     return params.get("first_name") or params["phone"]
 
 

@@ -28,7 +28,7 @@ from enrich.errors import EnrichError, JobError
 from enrich.exit_codes import ExitCode, first_exit_code
 from enrich.job.bounded_read import read_text
 from enrich.job.job import Job
-from enrich.job.locations import PostgresLocation
+from enrich.job.locations import PostgresLocation, sandbox_state_path
 from enrich.ledger import execution_records, queries, transitions
 from enrich.ledger.database import Database
 from enrich.ledger.lock import is_locked
@@ -351,13 +351,21 @@ def doctor(
     findings: list[Finding] = []
     with ExitStack() as stack:
         shell = stack.enter_context(_cron_environment(environ))
-        access = stack.enter_context(options.open_access(None, use_sandbox=True)) if use_sandbox else None
-        context = DoctorContext(environ, shell, now, next_run_time(now, *at), offline, access)
+        failure: EnrichError | None = None
+        job: Job | None = None
         try:
             job = options.JobOptions(job_file, use_sandbox=use_sandbox).load()
         except EnrichError as error:
-            findings = [error_finding("job", error), *environment_findings(context)]
-        else:
+            failure = error
+        access = None
+        if use_sandbox:
+            # A sandbox that has never run has no state, and none is made.
+            has_state = job is not None and sandbox_state_path(job.ledger).is_file()
+            access = stack.enter_context(options.open_access(job if has_state else None, use_sandbox=True))
+        context = DoctorContext(environ, shell, now, next_run_time(now, *at), offline, access)
+        if failure is not None:
+            findings = [error_finding("job", failure), *environment_findings(context)]
+        elif job is not None:
             findings = list(job_findings(job, context))
     result = findings_as_json(str(job_file), findings)
     options.echo_result(result, checks.format_findings(findings), as_json=as_json)

@@ -38,9 +38,14 @@ class ColumnKind(Struct, frozen=True):
         header_words = split_words(header)
         if "".join(header_words) in {"".join(name) for name in names}:
             return 3
-        if EXCLUDING_WORDS.intersection(header_words) - {word for name in names for word in name}:
+        if self.is_excluded(header):
             return 0
         return 2 if any(_is_specific(name) and _is_sublist(name, header_words) for name in names) else 0
+
+    def is_excluded(self, header: str) -> bool:
+        """Whether a header has an excluding word that no header of this kind has."""
+        own_words = {word for name in self.headers.split(",") for word in split_words(name)}
+        return not EXCLUDING_WORDS.intersection(split_words(header)) <= own_words
 
 
 #: A header with one of these words names another person or thing: `Account Owner Email`, `Company Phone`.
@@ -89,8 +94,9 @@ EMAIL = ColumnKind(
 )
 DOMAIN = ColumnKind(
     "company,company_domain,domain,company_website,website,company_url,url,organization,organisation",
-    "website,web site,domain,company domain,company website,company url,web,url,homepage,home page,site,site web,"
-    "webseite,internetseite,internet,domaine,sitio web,pagina web,dominio,sito,sito web,webbplats,web address",
+    "website,web site,domain,company domain,company website,company url,account website,website firma,web,url,"
+    "homepage,home page,site,site web,webseite,internetseite,internet,domaine,sitio web,pagina web,dominio,sito,"
+    "sito web,webbplats,web address",
     "web addresses",
     ("domain",),
 )

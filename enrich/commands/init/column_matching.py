@@ -13,14 +13,12 @@ from enrich.commands.init.column_kinds import (
     COMPANY_NAME,
     DOMAIN,
     EMAIL,
-    EXCLUDING_WORDS,
     FIRST_NAME,
     FULL_NAME,
     LAST_NAME,
     ColumnKind,
     ValueFormat,
     column_kind_of,
-    split_words,
 )
 from enrich.databar.description import Description
 from enrich.job.cell_text import EMPTY_VALUES, PLACEHOLDERS, clean
@@ -210,7 +208,7 @@ def _make_candidate(kind: ColumnKind, column: Column, columns: Sequence[Column])
         return _Candidate(column, header_score * 10, confidence, _blank_reason(column) or "by its header")
     if column.filled_count and share < CONTRADICTING_SHARE:
         return None
-    if not header_score and (share < DOMINANT_SHARE or EXCLUDING_WORDS.intersection(split_words(column.name))):
+    if not header_score and (share < DOMINANT_SHARE or kind.is_excluded(column.name)):
         return None
     if kind is DOMAIN and (_is_linkedin_urls(column) or (not header_score and _is_single_site(column))):
         return None

@@ -118,7 +118,8 @@ def _choose_waterfall(
         return known[identifier], source
     click.echo(f"Waterfalls from {source}, best fit for {leads} first:", err=True)
     click.echo("\n".join(rank_waterfalls(available, sample)), err=True)
-    raise JobError("no waterfall is chosen", shlex.join(["enrich", "init", str(leads), "--waterfall", "ID"]))
+    options = ["--sandbox"] if use_sandbox else []
+    raise JobError("no waterfall is chosen", shlex.join(["enrich", "init", str(leads), *options, "--waterfall", "ID"]))
 
 
 def _read_enrichment(number: int, *, use_sandbox: bool) -> tuple[Description, str]:

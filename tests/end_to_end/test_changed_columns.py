@@ -1,0 +1,98 @@
+"""`policy.refresh` after `columns` have changed: what is a match is decided by today's columns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.workspace import Workspace, both_backends, make_leads, serve_api
+
+backend = both_backends
+
+SINGLE = """\
+version: 1
+input: leads.csv
+output: out.csv
+waterfall: email_getter
+params: {first_name: First Name, last_name: Last Name, company: Website}
+columns: {result: COLUMN}
+policy: {refresh: {AGES}}
+limits: {requests_per_second: 1000}
+"""
+STEPPED = """\
+version: 1
+input: leads.csv
+output: out.csv
+steps:
+  - name: email
+    waterfall: email_getter
+    params: {first_name: First Name, last_name: Last Name, company: Website}
+    columns: {result: COLUMN}
+    policy: {refresh: {AGES}}
+limits: {requests_per_second: 1000}
+"""
+LEADS = 12
+#: A place in the answer that none has.
+ABSENT = "$enrichment_data.none.title"
+
+
+def write_job(workspace: Workspace, job: str, column: str, ages: str) -> None:
+    """Write the job with the column of the result, and the ages of its refresh."""
+    workspace.write_job(job.replace("COLUMN", column).replace("AGES", ages))
+
+
+def matches(workspace: Workspace) -> list[str]:
+    """Return the results that the output has."""
+    assert workspace.run_in_process("collect", "job.yaml").exit_code == 0
+    return [row["result"] for row in workspace.read_output()]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("job", [SINGLE, STEPPED], ids=["single", "steps"])
+def test_match_of_new_columns_is_not_bought_again(tmp_path: Path, workspace: Workspace, job: str) -> None:
+    """An answer without the old column that has the new one is a match: no refresh of other answers buys it again."""
+    workspace.write_leads(make_leads(LEADS))
+    with serve_api(tmp_path / "api.db", hit_rate=0.5) as api:
+        write_job(workspace, job, ABSENT, "not_found: 0s")
+        first = workspace.run_job(api)
+        write_job(workspace, job, "email", "not_found: 0s")
+        before = matches(workspace)
+        plan = workspace.run_in_process("plan", "job.yaml", "--json", api=api).json_output
+        again = workspace.run_job(api)
+        after = [row["result"] for row in workspace.read_output()]
+    assert (first.submitted, first.found) == (LEADS, 0)
+    assert 0 < sum(map(bool, before)) < LEADS
+    assert plan["to_submit"] == again.submitted == LEADS - sum(map(bool, before))
+    assert [value for value, known in zip(after, before, strict=True) if known] == [value for value in before if value]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("job", [SINGLE, STEPPED], ids=["single", "steps"])
+def test_match_of_new_columns_survives_a_miss(tmp_path: Path, workspace: Workspace, job: str) -> None:
+    """A match by today's columns that is refreshed without a match stays the answer."""
+    workspace.write_leads(make_leads(LEADS))
+    state = tmp_path / "api.db"
+    with serve_api(state, hit_rate=1.0) as api:
+        write_job(workspace, job, ABSENT, "found: 0s, not_found: 0s")
+        workspace.run_job(api)
+    write_job(workspace, job, "email", "found: 0s, not_found: 0s")
+    before = matches(workspace)
+    with serve_api(state, hit_rate=0.0) as api:
+        again = workspace.run_job(api)
+        after = [row["result"] for row in workspace.read_output()]
+    assert all(before)
+    assert (again.submitted, after) == (LEADS, before)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("job", [SINGLE, STEPPED], ids=["single", "steps"])
+def test_match_of_old_columns_has_the_age_of_no_match(tmp_path: Path, workspace: Workspace, job: str) -> None:
+    """What was a match by other columns only is not bought again at the age of matches."""
+    workspace.write_leads(make_leads(LEADS))
+    with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
+        write_job(workspace, job, "email", "found: 0s")
+        workspace.run_job(api)
+        write_job(workspace, job, ABSENT, "found: 0s")
+        plan = workspace.run_in_process("plan", "job.yaml", "--json", api=api).json_output
+        assert (plan["to_submit"], workspace.run_job(api).submitted) == (0, 0)
