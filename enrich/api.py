@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Collection
+import signal
+import threading
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypedDict, TypeVar, Unpack, get_type_hints
@@ -90,8 +92,8 @@ def run_job(job_file: StrPath, **settings: Unpack[RunSettings]) -> RunSummary:
     """Enrich the leads of a job; called again it resumes. The settings are those of `RunSettings`.
 
     Returns the summary of the run, whatever its exit code: see `exit_code` and `error`. Needs no confirmation.
-    In the main thread without an event loop, SIGINT and SIGTERM stop the run as on the command line. With one (Jupyter)
-    the run has a thread of its own, no signal handlers are installed, and KeyboardInterrupt stops it.
+    In the main thread without an event loop, SIGINT and SIGTERM stop the run as on the command line. With one (Jupyter,
+    `asyncio.run`) the run has a thread of its own, and SIGINT stops it.
 
     Raises EnrichError if the run was refused before it was recorded, Interrupted if it was stopped. The next run
     resumes.
@@ -122,8 +124,10 @@ async def run_job_async(job_file: StrPath, **settings: Unpack[RunSettings]) -> R
         return await asyncio.shield(run)
     except asyncio.CancelledError:
         stop.set_result(None)
-        with suppress(Exception):  # the caller gave up on the result
-            await run
+        while not run.done():
+            with suppress(asyncio.CancelledError):  # cancelled again, while the run stores its results
+                await asyncio.wait([run])
+        run.exception()  # the caller gave up on the result
         raise
 
 
@@ -303,7 +307,7 @@ def _outside_event_loop(work: Callable[[Future[None]], T]) -> T:
         asyncio.get_running_loop()
     except RuntimeError:
         return work(stop)
-    with ThreadPoolExecutor(1, "enrich") as executor:
+    with _sigint_as_exception(), ThreadPoolExecutor(1, "enrich") as executor:
         result = executor.submit(work, stop)
         try:
             return result.result()
@@ -311,6 +315,20 @@ def _outside_event_loop(work: Callable[[Future[None]], T]) -> T:
             stop.set_result(None)
             result.result()
             raise
+
+
+@contextmanager
+def _sigint_as_exception() -> Iterator[None]:
+    """Let SIGINT raise KeyboardInterrupt in the main thread. That of `asyncio.run` waits for the blocked loop."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before in (signal.SIG_IGN, None):
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _guarded(callback: Callable[[T], object] | None) -> Callable[[T], None]:

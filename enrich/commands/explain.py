@@ -23,15 +23,17 @@ from enrich.files.values import text_frame
 from enrich.job.cell_text import fold
 from enrich.job.job import Job
 from enrich.job.name_hints import suggest_name
-from enrich.ledger import bindings, erasure, request_history
+from enrich.ledger import bindings, enroll, erasure, request_history
 from enrich.ledger.database import Database, open_or_empty
 from enrich.ledger.lock import is_locked
-from enrich.models import RequestSelection, RowStatus
+from enrich.models import Decision, RequestSelection, RowStatus
 from enrich.rows.job_input import JobInput
 from enrich.rows.job_steps import StepDecision, make_steps
 from enrich.rows.params import ParamCells, conversion_of, param_values, split_left_out
 from enrich.rows.requests import RowBatch
 from enrich.rows.template import RequestTemplate, template_of_unknown_target
+from enrich.run.lead_selection import CAPPED_REASON
+from enrich.run.output import preview_caps
 from enrich.run.preflight import template_from_ledger
 from enrich.run.step_batch import StepTables
 from enrich.run.step_input import StepInput
@@ -47,7 +49,9 @@ def explain_leads(job: Job, row: int | None, match: str | None) -> dict[str, Any
         template, is_known = _template(ledger, job)
         job_input = JobInput(job, erasure.load_forgotten(ledger))
         found, count = _find_rows(job, job_input, row, match)
-        leads = _read_leads(job_input, template, found)
+        if job.model.caps is not None:
+            preview_caps(ledger, job, template, job_input)
+        leads = _read_leads(ledger, job, job_input, template, found)
         result: dict[str, Any] = {
             "job": job.name,
             "input": str(job.input_path),
@@ -114,10 +118,17 @@ def _find_rows(job: Job, job_input: JobInput, row: int | None, match: str | None
     return found[:MAX_LEADS_SHOWN], len(found)
 
 
-def _read_leads(job_input: JobInput, template: RequestTemplate, numbers: Sequence[int]) -> list[Lead]:
+def _read_leads(
+    ledger: Database, job: Job, job_input: JobInput, template: RequestTemplate, numbers: Sequence[int]
+) -> list[Lead]:
     """Return these rows, which are in order, with their requests. Read no further than the last of them."""
     leads: list[Lead] = []
     for batch in job_input.batches(template) if numbers else ():
+        if job.model.caps is not None:
+            for decided in enroll.row_decisions(ledger, batch.requests()):
+                if decided.decision is Decision.CAPPED:
+                    index = decided.position - batch.first_position
+                    batch.statuses[index], batch.errors[index] = RowStatus.FILTERED, CAPPED_REASON
         indexes = [number - batch.first_position for number in numbers]
         leads += [
             _make_lead(batch, index, text_frame(batch.frame[index]))

@@ -91,7 +91,11 @@ class Explainer(Struct, frozen=True):
         result["other_questions"] = [self.explain_request(other) for other in same_params if other.call != call]
         if request is not None:
             result["request"] = self.explain_request(request)
-            result["status"], result["why"] = self._row_status(request)
+            status, why = self._row_status(request)
+            if status is RowStatus.PENDING and lead.status is RowStatus.FILTERED:
+                result["request"]["outlook"] = "not sent by the next run"
+            else:
+                result["status"], result["why"] = status, why
         return result
 
     def explain_request(self, request: RequestRow) -> dict[str, Any]:
@@ -199,7 +203,7 @@ def row_lines(row: Mapping[str, Any]) -> Iterator[str]:
         yield f"  same request as row {', '.join(map(str, shared[:MAX_LEADS_SHOWN]))}{more}, charged once"
     if row["request"] is not None:
         yield from request_lines(row["request"])
-    elif row["fingerprint"] is not None:
+    elif row["fingerprint"] is not None and row["status"] is not RowStatus.FILTERED:
         yield "  not sent yet; the next run sends it"
     for request in row["other_questions"]:
         yield "  other request for this lead (other target, providers or verifier):"

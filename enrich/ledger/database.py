@@ -60,8 +60,8 @@ class Database:
         written by a newer version of enrich, or when it cannot be written.
         """
         self.location = location
-        #: Where the next claim starts, by `only_new`: the last claimed position, and the claims since a full look.
-        self.claimed_up_to: dict[bool, tuple[int, int]] = {}
+        #: Where the next claim starts, by `new_up_to`: the last claimed position, and the claims since a full look.
+        self.claimed_up_to: dict[int | None, tuple[int, int]] = {}
         #: What a step of an execution has cost; see `claim_costs`.
         self.step_costs: dict[tuple[int, str | None], tuple[int, int, int]] = {}
         #: The id of the request that the last batch of the input ended with; see `enroll`.

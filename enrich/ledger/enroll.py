@@ -270,6 +270,12 @@ def enrolled_counts(db: Database) -> Counter[State]:
     return Counter({State(name): count for name, count in counts.items()})
 
 
+def queue_position_of_new(db: Database, number: int) -> int:
+    """Return the place in the queue of the last of the first `number` requests without an answer."""
+    first = f"SELECT queue_position FROM requests WHERE {QUEUED} AND state = 'pending' ORDER BY queue_position LIMIT ?"
+    return db.number(f"SELECT coalesce(max(queue_position), -1) FROM ({first}) AS first", number)
+
+
 def queued_count(db: Database, states: Collection[State] = tuple(State)) -> int:
     """Count the queued requests that are not running and in one of these states."""
     names = ", ".join(f"'{state}'" for state in states)

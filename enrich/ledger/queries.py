@@ -68,10 +68,14 @@ def spent_totals(db: Database) -> tuple[int, int]:
 
 
 def execution_outcome_counts(db: Database, execution_id: int, step: str | None = None) -> dict[State, int]:
-    """Count the new requests of a run, or of one of its steps, by state, without POSTs that the API refused."""
+    """Count the new requests that a run, or one of its steps, has sent, by the state of their newest attempt.
+
+    Those whose newest POST the API has refused are left out.
+    """
     rows = db.execute(
         f"SELECT state, count(*) FROM attempts WHERE {SINCE_EXECUTION} AND execution_id = ?1 "
         "AND state <> 'refused' AND previous_state = 'pending' "
+        "AND id = (SELECT r.attempt_id FROM requests r WHERE r.id = request_id) "
         "AND (CAST(?2 AS TEXT) IS NULL OR step = ?2) GROUP BY state",
         (execution_id, step),
     )

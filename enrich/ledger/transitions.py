@@ -47,7 +47,7 @@ def claim(  # noqa: PLR0913 - the budget and the selection
     now_ms: int,
     count: int = 1,
     *,
-    only_new: bool = False,
+    new_up_to: int | None = None,
     bulk: bool = False,
     priced_by: str | None = None,
     step: str | None = None,
@@ -55,14 +55,15 @@ def claim(  # noqa: PLR0913 - the budget and the selection
 ) -> list[ClaimedRequest]:
     """Claim the next `count` queued requests (edge a) and reserve `max_price` (millionths) for each.
 
-    Empty: the queue is empty. `only_new` skips requests that were answered before; `bulk` makes one bulk task. With
-    `priced_by`, `max_price` is multiplied by the number in this param. `step_cap` is the `step`'s. Raises CapReached.
+    Empty: the queue is empty. `new_up_to`: only requests without an answer, up to this place in the queue. `bulk` makes
+    one bulk task. With `priced_by`, `max_price` is multiplied by the number in this param. `step_cap` is the `step`'s.
+    Raises CapReached.
     """
-    bound, bounded_looks = db.claimed_up_to.get(only_new, (-1, 0))
+    bound, bounded_looks = db.claimed_up_to.get(new_up_to, (-1, 0))
     is_full_look = bound < 0 or bounded_looks >= CLAIMS_PER_FULL_LOOK
-    queued_rows = [] if is_full_look else _queued_after(db, bound, count, only_new=only_new)
+    queued_rows = [] if is_full_look else _queued_after(db, bound, count, new_up_to)
     if not queued_rows:
-        is_full_look, queued_rows = True, _queued_after(db, -1, count, only_new=only_new)
+        is_full_look, queued_rows = True, _queued_after(db, -1, count, new_up_to)
     if not (request_ids := [request_id for request_id, _ in queued_rows]):
         return []
     prices = highest_prices(db, request_ids, max_price, priced_by)
@@ -80,7 +81,7 @@ def claim(  # noqa: PLR0913 - the budget and the selection
     if sum(prices) < total_price:
         db.execute(_RESERVE, (sum(prices) - total_price, execution_id))
     last_claimed = max(bound, queued_rows[len(request_ids) - 1][1])
-    db.claimed_up_to[only_new] = (last_claimed, 0 if is_full_look else bounded_looks + 1)
+    db.claimed_up_to[new_up_to] = (last_claimed, 0 if is_full_look else bounded_looks + 1)
     bulk_task_id = None
     if bulk:
         insert = "INSERT INTO bulk_tasks (execution_id, size) VALUES (?, ?) RETURNING id"
@@ -105,13 +106,13 @@ def claim(  # noqa: PLR0913 - the budget and the selection
     return [ClaimedRequest(attempt_id, params, bulk_task_id) for attempt_id, params in sorted(rows)]
 
 
-def _queued_after(db: Database, position: int, count: int, *, only_new: bool) -> list[tuple[int, int]]:
+def _queued_after(db: Database, position: int, count: int, new_up_to: int | None) -> list[tuple[int, int]]:
     """Return id and position of the next queued requests behind a position, locked for this transaction."""
-    only_new_sql = f"AND {db.dialect.no_index}state = ?3 " if only_new else ""
+    only_new = "" if new_up_to is None else f"AND {db.dialect.no_index}state = 'pending' AND queue_position <= ?3 "
     return db.execute(
-        f"SELECT id, queue_position FROM requests WHERE {QUEUED} AND queue_position > ?2 {only_new_sql}"
+        f"SELECT id, queue_position FROM requests WHERE {QUEUED} AND queue_position > ?2 {only_new}"
         f"ORDER BY queue_position LIMIT ?1 {db.dialect.skip_locked}",
-        (count, position, State.PENDING) if only_new else (count, position),
+        (count, position) if new_up_to is None else (count, position, new_up_to),
     ).fetchall()
 
 

@@ -6,9 +6,9 @@ import polars as pl
 
 from enrich.job.cell_text import clean_cells
 
-#: A number at the start of a cell, in common notations: `1,200`, `-5`, `$ 5.50`, `51-200` (its 51).
-_SIGN, _SYMBOL = r"(-?)", r"[\p{Sc}<>~≈=≥≤\s]{0,3}"
-_NUMBER = rf"^{_SIGN}{_SYMBOL}(-?)(\d{{1,3}}(?:,\d{{3}})+(?:\.\d+)?|\d+(?:\.\d+)?)"
+#: A number at the start of a cell, in common notations: `1,200`, `-5`, `+.5`, `$ 5.50`, `51-200` (its 51).
+_SIGN, _SYMBOL = r"([-+]?)", r"[\p{Sc}<>~≈=≥≤\s]{0,3}"
+_NUMBER = rf"^{_SIGN}{_SYMBOL}{_SIGN}(\d{{1,3}}(?:,\d{{3}})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
 
 
 def sort_keys(frame: pl.DataFrame, column_indexes: list[int]) -> pl.DataFrame:

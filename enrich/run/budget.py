@@ -51,6 +51,15 @@ class Cost(Struct, frozen=True):
         most = None if worst_price is None else to_credits(worst_price * requests)
         return cls(likely if requests else 0.0, most if requests else 0.0)
 
+    @classmethod
+    def for_template(
+        cls, requests: int, likely_price: float | None, template: RequestTemplate, cap: int | None
+    ) -> Cost:
+        """Return the cost of requests of a template. Where the price depends on the row, the cap is its limit."""
+        cost = cls.for_requests(requests, likely_price, template.worst_price)
+        by_row = template.priced_by is not None and cost.maximum is None
+        return cls(cost.likely, to_credits(cap)) if by_row else cost
+
     def __add__(self, other: Cost) -> Cost:
         """Add two costs. The sum is None where one of them is unknown."""
         return Cost(_add_known(self.likely, other.likely), _add_known(self.maximum, other.maximum))

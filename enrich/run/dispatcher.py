@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from math import ceil
 
 from enrich.databar.client import MAX_BULK_POSTS_IN_FLIGHT, MAX_POSTS_IN_FLIGHT, Client
 from enrich.errors import (
@@ -47,8 +46,7 @@ def max_posts_in_flight(bulk_size: int | None) -> int:
 class Dispatcher:
     """Moves requests from pending to submitted.
 
-    `limit` is the highest number of requests that the run may send (for a canary). `on_task_accepted` is called for
-    every task.
+    `on_task_accepted` is called for every task.
     """
 
     run_state: RunState
@@ -56,9 +54,8 @@ class Dispatcher:
     client: Client
     config: WorkConfig
     on_task_accepted: Callable[[Task], None]
-    limit: int | None = None
-    #: Skip requests that were answered before.
-    only_new: bool = False
+    #: Send only requests without an answer, up to this place in the queue (for a canary). None: all.
+    new_up_to: int | None = None
     #: Attempts that are claimed and certainly not sent yet.
     _unsent_attempts: set[int] = field(default_factory=set)
     #: Those of them in the current claim. A failed commit is repeated, and may then claim others.
@@ -66,8 +63,6 @@ class Dispatcher:
     #: POSTs that are claimed and not answered yet. One whose acceptance waits for its commit makes room for the next,
     #: whose claim is in the same commit or a later one: a kill leaves no more of them unconfirmed.
     _unanswered_posts: int = 0
-    #: Claimed requests whose POST has no recorded answer yet.
-    _unanswered_requests: int = 0
     #: Most requests per POST. Halved after a POST that cost too much, or had invalid rows that the API did not name.
     _current_bulk_size: int = field(init=False)
     #: `_current_bulk_size` grows again up to this. Lowered once the credits were too few for more.
@@ -101,11 +96,6 @@ class Dispatcher:
         max_posts = max_posts_in_flight(self.config.bulk) // self.config.workers
         while not run_state.stop_submitting.is_set():
             post_slots = min(max_posts - self._unanswered_posts, run_state.free_capacity)
-            if self.limit is not None:
-                left = self.limit - run_state.counters.attempted_requests
-                if left <= 0:
-                    return 0
-                post_slots = min(post_slots, ceil((left - self._unanswered_requests) / self._current_bulk_size))
             now = run_state.clock.monotonic()
             breaker_delay_s = run_state.circuit_breaker.delay(now, run_state.posts_in_flight)
             if (pause_s := run_state.post_pause_s(now)) is not None:
@@ -127,14 +117,9 @@ class Dispatcher:
         """
         run_state = self.run_state
         bulk_size = self._current_bulk_size
-        max_requests = post_slots * bulk_size
-        if self.limit is not None:
-            max_requests = min(
-                max_requests, self.limit - run_state.counters.attempted_requests - self._unanswered_requests
-            )
         try:
             posts, reached, may_free_budget = await self.ledger_writer.submit(
-                self._claim_posts, max_requests, bulk_size, run_state.clock.now_ms()
+                self._claim_posts, post_slots * bulk_size, bulk_size, run_state.clock.now_ms()
             )
         except LeaseLost:
             raise
@@ -147,7 +132,6 @@ class Dispatcher:
         if posts:
             run_state.posts_in_flight += len(posts)
             self._unanswered_posts += len(posts)
-            self._unanswered_requests += sum(map(len, posts))
         elif run_state.posts_in_flight or run_state.open_tasks or may_free_budget:
             await run_state.wait_for_change(IDLE_S)
         else:
@@ -172,7 +156,6 @@ class Dispatcher:
                 await self._record_accepted(requests, task_id)
         finally:
             self.run_state.posts_in_flight -= 1
-            self._unanswered_requests -= len(requests)
             self.run_state.notify_change()
 
     async def _send(self, requests: list[ClaimedRequest]) -> str | None:
@@ -306,7 +289,7 @@ class Dispatcher:
                     budget.max_request_price,
                     now_ms,
                     min(max_requests, bulk_size) if is_bulk else max_requests,
-                    only_new=self.only_new,
+                    new_up_to=self.new_up_to,
                     bulk=is_bulk,
                     priced_by=budget.priced_by,
                     step=self.config.step,
@@ -325,15 +308,13 @@ class Dispatcher:
         return posts, None, False
 
 
-async def submit_and_poll(poller: Poller, limit: int | None = None, *, only_new: bool = False) -> None:
-    """Submit and poll until `limit` requests (None: all selected ones) were sent and settled.
+async def submit_and_poll(poller: Poller, new_up_to: int | None = None) -> None:
+    """Submit and poll until all selected requests, or those of a canary, are settled.
 
     Add the tasks that earlier runs left open to the poller before.
     """
     run_state = poller.run_state
-    dispatcher = Dispatcher(
-        run_state, poller.ledger_writer, poller.client, poller.config, poller.add_task, limit, only_new
-    )
+    dispatcher = Dispatcher(run_state, poller.ledger_writer, poller.client, poller.config, poller.add_task, new_up_to)
 
     async def dispatch() -> None:
         try:

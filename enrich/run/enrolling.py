@@ -94,7 +94,8 @@ async def _enroll(
         run_state.enrolled[step] = replace(earlier, requests=requests)
         return
     experience = (await ledger_writer.submit(queries.average_price, template.target))[1] if to_submit else None
-    cost = Cost.for_requests(to_submit, experience, template.worst_price)
+    cap = context.budget.step_cap if step else context.budget.cap
+    cost = Cost.for_template(to_submit, experience, template, cap)
     if not run_state.enrolled and run_state.open_tasks_cost is not None:
         cost += run_state.open_tasks_cost
     reused = sum(requests[state] for state in REUSED_STATES)

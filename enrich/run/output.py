@@ -277,10 +277,16 @@ def prepare_collector(ledger: Database, job: Job, template: RequestTemplate) -> 
         StepInput(step_rows, 0).begin(RequestSelection())
         step_rows.prepare()
         return Collector(ledger, job, template, job_input, step_rows=step_rows)
+    selection = preview_caps(ledger, job, template, job_input)
+    return Collector(ledger, job, template, job_input, selection=selection)
+
+
+def preview_caps(ledger: Database, job: Job, template: RequestTemplate, job_input: JobInput) -> RequestSelection:
+    """Begin a pass of the ledger. If the job has `caps`, decide about all requests, with the selection returned."""
     selection = select_requests(job, RunOptions(), 0)
     enroll.begin_pass(ledger)
     if job.model.caps is not None:
         for batch in job_input.batches(template, job_input.queue_order()):
             enroll.preview(ledger, batch.requests(), selection)
         enroll.apply_limits(ledger, selection)
-    return Collector(ledger, job, template, job_input, selection=selection)
+    return selection

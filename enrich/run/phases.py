@@ -169,8 +169,8 @@ async def _pass_canary(context: RunContext, run_state: RunState) -> bool:
         return True
     run_state.phase = Phase.CANARY
     # Resent requests prove nothing: requests without a match last month will have none again.
-    limit = run_state.counters.attempted_requests + canary.rows
-    await _submit_and_poll_locally(context, run_state, limit, only_new=True)
+    new_up_to = await context.ledger_writer.submit(enroll.queue_position_of_new, canary.rows)
+    await _submit_and_poll_locally(context, run_state, new_up_to)
     outcomes = await context.ledger_writer.submit(
         queries.execution_outcome_counts, run_state.execution_id, context.job.step or None
     )
@@ -180,14 +180,12 @@ async def _pass_canary(context: RunContext, run_state: RunState) -> bool:
     return not run_state.stop_submitting.is_set()
 
 
-async def _submit_and_poll_locally(
-    context: RunContext, run_state: RunState, limit: int | None = None, *, only_new: bool = False
-) -> None:
-    """Submit and poll until `limit` requests (None: all selected ones) were sent and settled."""
+async def _submit_and_poll_locally(context: RunContext, run_state: RunState, new_up_to: int | None = None) -> None:
+    """Submit and poll until all selected requests, or those of a canary, are settled."""
     poller = _make_poller(context, run_state)
     await context.ledger_writer.submit(resume.take_over_tasks)
     poller.add_earlier_tasks(await context.ledger_writer.submit(transitions.submitted_tasks), polled_before=True)
-    await dispatcher.submit_and_poll(poller, limit, only_new=only_new)
+    await dispatcher.submit_and_poll(poller, new_up_to)
 
 
 async def _submit_and_poll_with_workers(context: RunContext, run_state: RunState) -> bool:

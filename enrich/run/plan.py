@@ -175,9 +175,7 @@ def build_plan(job: Job, preflight: Preflight, ledger: Database, counts: PlanCou
     cap_allows = None
     if cap is not None and template.worst_price:
         cap_allows = min(to_submit, max(0, cap - reserved) // template.worst_price)
-    cost = Cost.for_requests(to_submit, queries.average_price(ledger, template.target)[1], template.worst_price)
-    if template.priced_by is not None and cost.maximum is None:
-        cost = Cost(cost.likely, to_credits(cap))  # where the price depends on the row, the cap is its limit
+    cost = Cost.for_template(to_submit, queries.average_price(ledger, template.target)[1], template, cap)
     return Plan(
         job=job.name,
         sandbox=job.sandbox,

@@ -122,6 +122,25 @@ def test_skipped_and_filtered_rows(api: SandboxApi, workspace: Workspace) -> Non
     assert "first_name  not sent  from First Name: 'Ada'" in explain_text(workspace, "--row", "1")
 
 
+@pytest.mark.parametrize("has_run", [True, False])
+def test_rows_over_the_cap(api: SandboxApi, workspace: Workspace, *, has_run: bool) -> None:
+    """A row over `caps` is filtered as in the output, whether or not the ledger has its request; no run sends it."""
+    workspace.write_job(caps="{by: company, max: 1}")
+    workspace.write_leads(make_leads(1))
+    workspace.run_job(api)
+    row = make_leads(1)[0]
+    workspace.write_leads([row, [f"{row[0]}x", *row[1:]]])
+    if has_run:
+        workspace.run_job(api)
+    result = workspace.run_in_process("explain", "job.yaml", "--row", "2", "--json")
+    (explained,) = result.json_output["rows"]
+    assert (explained["status"], explained["why"]) == ("filtered", "over the per-group limit (caps)")
+    assert (explained["request"] is not None) is has_run
+    text = workspace.run_in_process("explain", "job.yaml", "--row", "2").stdout
+    assert "row 2: filtered, over the per-group limit (caps)" in text
+    assert "sends it" not in text
+
+
 def test_duplicate_rows(api: SandboxApi, workspace: Workspace) -> None:
     """Explains every matching row; letter case and surrounding spaces do not matter."""
     first, second = make_leads(2)

@@ -250,12 +250,15 @@ class TestPricePerParameter:
         assert (plan["worst_price"], plan["cost"]["max"], plan["priced_by"]) == (3.0, 6.0, None)
 
     def test_plan_without_a_limit_of_the_price(self, api: SandboxApi, workspace: Workspace) -> None:
-        """Where the price depends on the row, the plan's most is the cap."""
+        """Where the price depends on the row, the most that the plan and the run's summary expect is the cap."""
         write_people(workspace, ("a.example", "5", ""), ("b.example", "7", ""))
         plan = workspace.run_in_process("plan", "job.yaml", "--json", api=api).json_output
         assert (plan["worst_price"], plan["cost"]["max"], plan["priced_by"]) == (None, 100.0, "limit")
         shown = workspace.run_in_process("plan", "job.yaml", "-v", api=api).stdout
         assert "People of a company 60 (0.15) times limit" in shown
+        planned = workspace.run_job(api).planned
+        assert planned is not None
+        assert planned["max"] == 100.0
 
     @FILE_ONLY
     @in_turn(

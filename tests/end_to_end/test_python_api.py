@@ -255,7 +255,7 @@ def test_refusals_are_exceptions_with_exit_codes(
 
 
 def test_the_api_works_where_an_event_loop_runs(job_file: Path) -> None:
-    """In a running event loop, as in Jupyter, the functions work as elsewhere, and change no signal handler."""
+    """In a running event loop, as in Jupyter, the functions work as elsewhere, and restore the handler of SIGINT."""
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     seen: list[object] = []
 
@@ -263,12 +263,12 @@ def test_the_api_works_where_an_event_loop_runs(job_file: Path) -> None:
         seen.append([signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)])
 
     async def notebook_cell() -> enrich.RunSummary:
-        outside = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        during_run = [signal.default_int_handler, signal.getsignal(signal.SIGTERM)]
         assert enrich.check_job(job_file, online=True).exit_code == 0
         assert enrich.plan_job(job_file).to_submit == 6
         summary = enrich.run_job(job_file, on_progress=note_handlers)
         assert seen
-        assert all(each == outside for each in seen)
+        assert all(each == during_run for each in seen)
         return summary
 
     assert asyncio.run(notebook_cell()).answers == 6
@@ -336,32 +336,42 @@ def test_two_runs_of_one_job_exclude_each_other(slow_job: Path) -> None:
     asyncio.run(program())
 
 
-def test_a_cancelled_run_stores_its_tasks(slow_job: Path, workspace: Workspace) -> None:
-    """Cancelling the task ends the run as SIGINT does: what was sent is submitted, nothing is in doubt."""
+@pytest.mark.parametrize("cancellations", [1, 3])
+def test_a_cancelled_run_stores_its_tasks(slow_job: Path, workspace: Workspace, cancellations: int) -> None:
+    """Cancelling the task ends the run as SIGINT does: what was sent is submitted, nothing is in doubt.
+
+    However often it is cancelled, CancelledError is raised after the run's end.
+    """
 
     async def program() -> None:
         submitted = asyncio.Event()
         run = asyncio.create_task(enrich.run_job_async(slow_job, on_progress=set_when_submitted(submitted)))
         await submitted.wait()
-        run.cancel()
+        for _ in range(cancellations):
+            run.cancel()
+            await asyncio.sleep(0)
         with pytest.raises(asyncio.CancelledError):
             await run
+        assert workspace.sql("SELECT exit_code FROM executions") == [(130,)]
 
     asyncio.run(program())
     assert workspace.sql("SELECT state, count(*) FROM requests GROUP BY state") == [("submitted", 6)]
-    assert workspace.sql("SELECT exit_code FROM executions") == [(130,)]
 
 
-def test_a_keyboard_interrupt_in_a_notebook_stops_the_run(slow_job: Path, workspace: Workspace) -> None:
-    """Where a loop runs, KeyboardInterrupt reaches the waiting thread, and the run ends as after SIGINT."""
+@pytest.mark.parametrize("in_notebook", [True, False])
+def test_sigint_in_an_event_loop_stops_the_run(slow_job: Path, workspace: Workspace, *, in_notebook: bool) -> None:
+    """Where a loop runs in the main thread, the first SIGINT ends the run, and the handler is as before."""
 
-    async def notebook_cell() -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a notebook's kernel, unlike in asyncio.run
+    async def program() -> None:
+        if in_notebook:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a notebook's kernel, unlike in asyncio.run
+        before = signal.getsignal(signal.SIGINT)
         with pytest.raises(enrich.Interrupted) as stopped:
             enrich.run_job(slow_job, on_progress=kill_once(signal.SIGINT))
         assert stopped.value.exit_code is enrich.ExitCode.INTERRUPTED
+        assert signal.getsignal(signal.SIGINT) is before
 
-    asyncio.run(notebook_cell())
+    asyncio.run(program())
     assert workspace.sql("SELECT state, count(*) FROM requests GROUP BY state") == [("submitted", 6)]
 
 

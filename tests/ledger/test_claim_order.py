@@ -74,7 +74,7 @@ def test_other_selection_begins_at_the_start(ledger: CommittingLedger) -> None:
     attempt = ledger.submit()
     ledger.settle(attempt, replace(FREE_FAILURE, free_failure=False))
     ledger.enroll(range(4), retry=[State.FAILED])
-    (new,) = ledger.commit(transitions.claim, ledger.execution, MAX_PRICE, ledger.now, only_new=True)
+    (new,) = ledger.commit(transitions.claim, ledger.execution, MAX_PRICE, ledger.now, new_up_to=2)
     assert new.params == params(1)
     assert [lead for _, lead in claim_leads(ledger, 3)] == [0, 2, 3]
 

@@ -366,6 +366,11 @@ def sorted_cells(cells: Sequence[str]) -> list[str]:
 class TestOrder:
     """`order_by`: the largest values first."""
 
+    def test_plus_signs_and_bare_fractions_are_numbers(self) -> None:
+        """A leading plus, and a fraction without a zero, are compared as numbers."""
+        cells = [".9", "5", "+7", "0.8", "-.5", "$+6", "abc", "+", "."]
+        assert sorted_cells(cells) == ["+7", "$+6", "5", ".9", "0.8", "-.5", "abc", ".", "+"]
+
     def test_numbers_before_text_before_blanks(self) -> None:
         """Numbers come first, in any usual notation, then text in reverse alphabetical order, then blanks."""
         cells = ["", "abc", "-5", "1,200", "  ", "zed", "300", "$ 5.50", "-$6", "51-200", "€1,000,000", "0"]

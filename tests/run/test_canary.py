@@ -75,7 +75,7 @@ def test_restart_checks_next_rows(tmp_path: Path, canary_workspace: Workspace) -
 def test_canary_skipped_for_small_runs(
     tmp_path: Path, canary_workspace: Workspace, leads: int, limit: int | None
 ) -> None:
-    """The canary is skipped when the whole run fits inside it."""
+    """The canary is skipped when the run's new requests fit inside it."""
     canary_workspace.write_leads(make_leads(leads))
     with serve_api(tmp_path / "api.db", hit_rate=0.0) as api:
         summary = canary_workspace.run_job(api, RunOptions(limit=limit))
@@ -95,15 +95,25 @@ def test_limit_includes_canary_rows(tmp_path: Path, canary_workspace: Workspace)
 @FILE_ONLY
 @pytest.mark.long
 def test_canary_counts_free_failures(tmp_path: Path, canary_workspace: Workspace) -> None:
-    """Free failures count: an API that fails every task gets six requests, one sent again included."""
+    """Requests that fail at no charge count as results without a match once they are not sent again."""
+    canary_workspace.write_job(canary=CANARY_YAML, policy="{max_attempts: 1}")
     with serve_api(tmp_path / "api.db", failure_rate=1.0, free_failures=1.0) as api:
         summary = canary_workspace.run_job(api)
         assert api.audit()["accepted"] == 6
-    assert (summary.exit_code, summary.submitted) == (15, 6)
-    # A failure that comes before all six are sent is sent again as one of them, and then it succeeds.
-    assert summary.pending is not None
-    assert summary.found is not None
-    assert (summary.pending + summary.found, summary.found < 3) == (LEADS, True)
+    assert (summary.exit_code, summary.failed, summary.pending) == (15, 6, LEADS - 6)
+
+
+@FILE_ONLY
+@pytest.mark.parametrize(("hit_rate", "code", "finished"), first_quick(1, [(1.0, 0, LEADS), (0.0, 15, 6)]))
+def test_canary_counts_requests_not_attempts(
+    tmp_path: Path, canary_workspace: Workspace, hit_rate: float, code: int, finished: int
+) -> None:
+    """Six requests are sent and judged by their last attempt, although each fails at no charge first."""
+    with serve_api(tmp_path / "api.db", failure_rate=1.0, free_failures=1.0, hit_rate=hit_rate) as api:
+        summary = canary_workspace.run_job(api)
+    assert (summary.exit_code, summary.pending) == (code, LEADS - finished)
+    assert summary.submitted >= 2 * finished
+    assert code == 0 or "0 of 6 results have a match" in (summary.error or "")
 
 
 @FILE_ONLY

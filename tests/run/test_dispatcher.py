@@ -114,14 +114,14 @@ class TestLimits:
 
         asyncio.run(scenario())
 
-    def test_limit_counts_unconfirmed_requests(self, api: SandboxApi, tmp_path: Path) -> None:
-        """`--limit` counts accepted and unconfirmed requests but no refused ones, exactly; the rest stays pending."""
+    def test_canary_sends_distinct_requests(self, api: SandboxApi, tmp_path: Path) -> None:
+        """A canary sends its requests only, refused ones again, unconfirmed ones not; the rest stays pending."""
         api.inject_fault("rate-limit-bare", 3, "post")
         api.inject_fault("error-after", 2, "post")
 
         async def scenario() -> None:
             async with open_loops(api, tmp_path / LEDGER, range(50)) as harness:
-                await harness.run_loops(limit=40)
+                await harness.run_loops(new_up_to=39)
                 assert harness.run_state.counters.submitted == 38
                 assert harness.run_state.exit_reasons == {}
                 counts = queries.state_counts(harness.ledger.wrapped)

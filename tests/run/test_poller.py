@@ -49,7 +49,7 @@ def assert_counts(harness: LoopHarness, **counts: int) -> bool:
 
 async def submit_as_earlier_run(harness: LoopHarness, count: int) -> None:
     """Submit requests as an earlier execution, whose tasks are then unknown to this one."""
-    await harness.make_dispatcher(harness.make_poller(), limit=count).run()
+    await harness.submit_all(harness.make_poller())
     harness.run_state.open_tasks = 0
     assert assert_counts(harness, submitted=count)
 
@@ -437,7 +437,7 @@ class TestTimeouts:
             for latency in (0.5, 1.0, 1.5, 2.0, 3.0) * 10:
                 harness.run_state.poll_schedule.record_duration(0.9 * latency, latency)
             assert harness.run_state.poll_cost is PollCost.HIGH
-            await harness.make_dispatcher(poller := harness.make_poller(), limit=3).run()
+            await harness.submit_all(poller := harness.make_poller())
             tasks, poller._scheduled = [task for _, _, task in poller._scheduled], []
             for task in tasks:  # all at this time, however long the submitting took
                 poller._schedule(task, poller._poll_delay_s(poller._age_s(task)))

@@ -106,15 +106,15 @@ class LoopHarness:
     def make_dispatcher(
         self,
         poller: Poller,
-        limit: int | None = None,
         target: Target = CALL,
         price: int = SANDBOX_MAX_PRICE,
         bulk: int | None = None,
+        new_up_to: int | None = None,
     ) -> Dispatcher:
         """Make a dispatcher that passes its tasks to the poller."""
         budget = Budget(None, price, "the credits cap is reached", "raise it")
         config = replace(poller.config, target=target, budget=budget, bulk=bulk)
-        return Dispatcher(self.run_state, self.writer, self.client, config, poller.add_task, limit)
+        return Dispatcher(self.run_state, self.writer, self.client, config, poller.add_task, new_up_to)
 
     async def dispatch(self, dispatcher: Dispatcher, poller: Poller) -> None:
         """Run a dispatcher to its end; no new tasks come after that."""
@@ -123,6 +123,14 @@ class LoopHarness:
         finally:
             poller.no_new_tasks = True
             self.run_state.notify_change()
+
+    async def submit_all(self, poller: Poller) -> None:
+        """Submit every request, without polling."""
+        submitting = asyncio.create_task(self.make_dispatcher(poller).run())
+        await wait_until(lambda: self.run_state.queue_is_empty and not self.run_state.posts_in_flight)
+        submitting.cancel()
+        await asyncio.wait([submitting])
+        self.run_state.queue_is_empty = False
 
     async def run_loops(self, poller: Poller | None = None, **dispatching: Any) -> None:
         """Submit and poll concurrently to the end, as the pipeline does."""
