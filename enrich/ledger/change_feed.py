@@ -43,7 +43,8 @@ def replace_keys(db: Database, rows: Iterable[tuple[int, bytes]]) -> None:
 def delivered_values(db: Database, job: str) -> dict[tuple[int, str], Delivery]:
     """Return what a job's feed has delivered of the batch, by position and field."""
     rows = db.execute(
-        "SELECT t.position, d.field, d.attempt_id, d.path FROM feed_rows t JOIN delivered d ON d.job = ? "
+        # CROSS JOIN: SQLite must not read all of `delivered` for each batch.
+        "SELECT t.position, d.field, d.attempt_id, d.path FROM feed_rows t CROSS JOIN delivered d WHERE d.job = ? "
         "AND d.row_key = t.row_key",
         (job,),
     )
@@ -56,7 +57,9 @@ def answers(db: Database, attempts: Collection[int]) -> Mapping[int, str | None]
         return {}
     db.session.clear_table("feed_attempts")
     db.executemany("INSERT INTO feed_attempts VALUES (?)", ((attempt,) for attempt in attempts))
-    return dict(db.execute("SELECT id, answer FROM feed_attempts JOIN attempts USING (id)").fetchall())
+    return dict(
+        db.execute("SELECT a.id, a.answer FROM feed_attempts t CROSS JOIN attempts a WHERE a.id = t.id").fetchall()
+    )
 
 
 def mark_delivered(db: Database, job: str, values: Sequence[tuple[bytes, str, Delivery]]) -> None:
