@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import NamedTuple
+
+from msgspec import Struct
 
 from enrich.ledger.database import Database
 
 
-class Delivery(NamedTuple):
+class Delivery(Struct, frozen=True, gc=False):
     """Where a value of the feed came from: the attempt, and the path in its answer."""
 
     attempt_id: int
@@ -67,5 +68,5 @@ def mark_delivered(db: Database, job: str, values: Sequence[tuple[bytes, str, De
     db.executemany(
         "INSERT INTO delivered VALUES (?, ?, ?, ?, ?) ON CONFLICT (job, row_key, field) DO UPDATE "
         "SET attempt_id = excluded.attempt_id, path = excluded.path",
-        ((job, key, field, *delivery) for key, field, delivery in values),
+        ((job, key, field, delivery.attempt_id, delivery.path) for key, field, delivery in values),
     )

@@ -179,8 +179,8 @@ def _write_selected(  # noqa: PLR0913 - all of these describe one file
     return count
 
 
-class _FeedValue(Struct, frozen=True):
-    """A value that the output has from an answer."""
+class _FeedValue(Struct, frozen=True, gc=False):
+    """A value that the output has from an answer. Not tracked by the garbage collector: there are many."""
 
     value: str
     delivery: change_feed.Delivery
@@ -238,8 +238,9 @@ def _feed_values(joined: JoinedBatch, merged: Mapping[str, Sequence[str]]) -> di
             for name, path, cells in columns:
                 # `merge` may keep the cell of the input.
                 if (value := cells[index]) and (name not in merged or merged[name][index] == value):
-                    delivery = change_feed.Delivery(result.attempt_id, path)
-                    values.setdefault(index, {})[name] = _FeedValue(value, delivery, result)
+                    values.setdefault(index, {})[name] = _FeedValue(
+                        value, change_feed.Delivery(result.attempt_id, path), result
+                    )
     return values
 
 
