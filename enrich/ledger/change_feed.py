@@ -1,37 +1,72 @@
-"""Which rows a job's feed of changes has delivered."""
+"""What the change feed of a job has delivered: for each value the attempt whose answer has it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from msgspec import Struct
 
 from enrich.ledger.database import Database
 
 
-def undelivered_rows(
-    db: Database, job: str, feed_rows: Iterable[tuple[int, bytes, int]]
-) -> list[tuple[int, str | None]]:
-    """Return the rows whose attempt is not in a job's feed yet: index, and the answer delivered before, if any.
+class Delivery(Struct, frozen=True, gc=False):
+    """Where a value of the feed came from: the attempt, and the path in its answer."""
 
-    `feed_rows` are (index, row key, attempt).
-    """
-    db.execute(
-        "CREATE TEMP TABLE IF NOT EXISTS feed_rows "
-        f"(position BIGINT PRIMARY KEY, row_key {db.dialect.blob_type}, attempt_id BIGINT)"
-    )
+    attempt_id: int
+    path: str
+
+
+def begin_feed(db: Database) -> None:
+    """Prepare for the rows of a new feed."""
+    blob = db.dialect.blob_type
+    db.execute(f"CREATE TEMP TABLE IF NOT EXISTS feed_rows (position BIGINT PRIMARY KEY, row_key {blob})")
+    db.execute(f"CREATE TEMP TABLE IF NOT EXISTS feed_keys (row_key {blob} PRIMARY KEY, position BIGINT)")
+    db.execute("CREATE TEMP TABLE IF NOT EXISTS feed_attempts (id BIGINT PRIMARY KEY)")
+    db.session.clear_table("feed_keys")
+
+
+def begin_batch(db: Database, rows: Collection[tuple[int, bytes]]) -> set[int]:
+    """Take the rows (position, key) of the next batch. Return those whose key an earlier row of the feed has."""
     db.session.clear_table("feed_rows")
-    db.executemany("INSERT INTO feed_rows VALUES (?, ?, ?)", feed_rows)
-    return db.execute(
-        "SELECT t.position, a.answer FROM feed_rows t LEFT JOIN delivered d ON d.job = ? AND d.row_key = t.row_key "
-        "LEFT JOIN attempts a ON a.id = d.attempt_id WHERE d.attempt_id IS DISTINCT FROM t.attempt_id ORDER BY "
-        "t.position",
+    db.executemany("INSERT INTO feed_rows VALUES (?, ?)", rows)
+    first_rows = db.execute(
+        "INSERT INTO feed_keys SELECT row_key, min(position) FROM feed_rows GROUP BY row_key "
+        "ON CONFLICT DO NOTHING RETURNING position"
+    )
+    return {position for position, _ in rows}.difference(position for (position,) in first_rows.fetchall())
+
+
+def replace_keys(db: Database, rows: Iterable[tuple[int, bytes]]) -> None:
+    """Give rows (position, key) of the batch another key."""
+    db.executemany("UPDATE feed_rows SET row_key = ? WHERE position = ?", ((key, position) for position, key in rows))
+
+
+def delivered_values(db: Database, job: str) -> dict[tuple[int, str], Delivery]:
+    """Return what a job's feed has delivered of the batch, by position and field."""
+    rows = db.execute(
+        # CROSS JOIN: SQLite must not read all of `delivered` for each batch.
+        "SELECT t.position, d.field, d.attempt_id, d.path FROM feed_rows t CROSS JOIN delivered d WHERE d.job = ? "
+        "AND d.row_key = t.row_key",
         (job,),
-    ).fetchall()
+    )
+    return {(position, field): Delivery(attempt, path) for position, field, attempt, path in rows.fetchall()}
 
 
-def mark_delivered(db: Database, job: str, feed_rows: Iterable[tuple[int, bytes, int]]) -> None:
-    """Record what a job's feed has delivered."""
+def answers(db: Database, attempts: Collection[int]) -> Mapping[int, str | None]:
+    """Return the answers of attempts. None: it was erased."""
+    if not attempts:
+        return {}
+    db.session.clear_table("feed_attempts")
+    db.executemany("INSERT INTO feed_attempts VALUES (?)", ((attempt,) for attempt in attempts))
+    return dict(
+        db.execute("SELECT a.id, a.answer FROM feed_attempts t CROSS JOIN attempts a WHERE a.id = t.id").fetchall()
+    )
+
+
+def mark_delivered(db: Database, job: str, values: Sequence[tuple[bytes, str, Delivery]]) -> None:
+    """Record what a job's feed has delivered: row key, field, and where the value came from."""
     db.executemany(
-        "INSERT INTO delivered VALUES (?, ?, ?) ON CONFLICT (job, row_key) DO UPDATE "
-        "SET attempt_id = excluded.attempt_id",
-        ((job, key, attempt) for _, key, attempt in feed_rows),
+        "INSERT INTO delivered VALUES (?, ?, ?, ?, ?) ON CONFLICT (job, row_key, field) DO UPDATE "
+        "SET attempt_id = excluded.attempt_id, path = excluded.path",
+        ((job, key, field, delivery.attempt_id, delivery.path) for key, field, delivery in values),
     )

@@ -34,12 +34,12 @@ COPIED_TABLES = {
     "attempts": ("id",),
     "step_rows": ("request_id", "row_hash"),
     "forgotten": ("hash",),
-    "delivered": ("job", "row_key"),
+    "delivered": ("job", "row_key", "field"),
     "latencies": ("call", "seconds"),
     "known_batches": ("job", "position"),
 }
 #: Text columns: SQLite and PostgreSQL sort these differently by default.
-_TEXT_KEY_COLUMNS = ("name", "kind", "identifier", "job", "call")
+_TEXT_KEY_COLUMNS = ("name", "kind", "identifier", "job", "field", "call")
 #: Only meaningful while a run is active, and absent from SQLite ledgers.
 _UNCOPIED_COLUMNS = ("lease_id",)
 

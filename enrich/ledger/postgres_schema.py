@@ -90,11 +90,11 @@ def _check_and_migrate(session: PostgresSession, *, any_version: bool) -> None:
         _migrate(session)
 
 
-def _has_leases(session: PostgresSession) -> bool:
-    """Return whether attempts have their lease, as since the last change before the first release."""
+def _feeds_have_paths(session: PostgresSession) -> bool:
+    """Return whether `delivered` has paths, as since the last change before the first release."""
     found = session.execute(
-        "SELECT 1 FROM information_schema.columns WHERE table_schema = ? AND table_name = 'attempts' "
-        "AND column_name = 'lease_id'",
+        "SELECT 1 FROM information_schema.columns WHERE table_schema = ? AND table_name = 'delivered' "
+        "AND column_name = 'path'",
         (session.location.schema,),
     )
     return found.fetchone() is not None
@@ -104,7 +104,7 @@ def _version(session: PostgresSession) -> int | None:
     """Return the version of the schema. None: it has no tables; _FOREIGN: its tables are not a ledger's."""
     found = session.execute("SELECT tablename FROM pg_tables WHERE schemaname = ?", (session.location.schema,))
     tables = {name for (name,) in found.fetchall()}
-    if "attempts" in tables and (not tables.isdisjoint({"ledger", "waterfalls"}) or not _has_leases(session)):
+    if "attempts" in tables and (not tables.isdisjoint({"ledger", "waterfalls"}) or not _feeds_have_paths(session)):
         raise schema.unreleased_ledger_error(session.location)
     if {"ledger_version", "attempts"} <= tables:
         (version,) = session.execute("SELECT version FROM ledger_version").fetchone()

@@ -122,11 +122,13 @@ CREATE TABLE known_batches (    -- batches of inputs whose rows are mapped to re
     PRIMARY KEY (job, position)
 ) STRICT, WITHOUT ROWID;
 
-CREATE TABLE delivered (        -- rows that the change feed of a job has contained
+CREATE TABLE delivered (        -- values that the change feed of a job has contained, without the values
     job TEXT NOT NULL,
-    row_key BLOB NOT NULL,      -- a hash of the row's key columns and its request
-    attempt_id INTEGER NOT NULL REFERENCES attempts,
-    PRIMARY KEY (job, row_key)
+    row_key BLOB NOT NULL,      -- a hash of the row's key columns; of a further row with these also of its request
+    field TEXT NOT NULL,        -- the column of the job
+    attempt_id INTEGER NOT NULL REFERENCES attempts,  -- its answer has the value
+    path TEXT NOT NULL,         -- where the answer has it
+    PRIMARY KEY (job, row_key, field)
 ) STRICT, WITHOUT ROWID;
 
 CREATE TABLE forgotten (        -- people for whom no request is sent any more

@@ -118,8 +118,10 @@ CREATE TABLE forgotten (hash BYTEA PRIMARY KEY);
 CREATE TABLE delivered (
     job TEXT NOT NULL,
     row_key BYTEA NOT NULL,
+    field TEXT NOT NULL,
     attempt_id BIGINT NOT NULL REFERENCES attempts,
-    PRIMARY KEY (job, row_key)
+    path TEXT NOT NULL,
+    PRIMARY KEY (job, row_key, field)
 );
 
 CREATE TABLE known_batches (

@@ -21,14 +21,14 @@ from enrich.job.locations import Location, is_dataset
 from enrich.job.spec import Changes, Output
 from enrich.ledger import change_feed, enroll, erasure, queries
 from enrich.ledger.database import Database
-from enrich.models import RequestSelection, RowStatus, State, iso_time
+from enrich.models import RequestResult, RequestSelection, RowStatus, State, iso_time
 from enrich.rows.job_input import JobInput
 from enrich.rows.job_steps import make_steps
 from enrich.rows.requests import CHANGE_COLUMNS
 from enrich.rows.template import RequestTemplate
 from enrich.run.answer_cells import answer_cells
 from enrich.run.cluster_protocol import ClusterCallbacks
-from enrich.run.collector import Collector, JoinedBatch, JoinedStep, OutputCounts
+from enrich.run.collector import Collector, JoinedBatch, OutputCounts
 from enrich.run.context import RunContext, RunFiles, RunOptions, select_requests
 from enrich.run.early_end import out_of_time_error
 from enrich.run.periodic import start_phase
@@ -143,6 +143,8 @@ def write_changes(collector: Collector, target: Location, changes: Changes) -> i
     schema = dict.fromkeys([*key, *CHANGE_COLUMNS], pl.String())
     limits = limits_of("changes", changes)
 
+    change_feed.begin_feed(collector.ledger)
+
     def changed(joined: JoinedBatch) -> pl.DataFrame:
         frame = pl.DataFrame(list(_changed_cells(collector, joined, key)), schema=schema, orient="row")
         return pl.DataFrame([limits.fit(cells)[0] for cells in frame.get_columns()])
@@ -177,68 +179,73 @@ def _write_selected(  # noqa: PLR0913 - all of these describe one file
     return count
 
 
+class _FeedValue(Struct, frozen=True, gc=False):
+    """A value that the output has from an answer. Not tracked by the garbage collector: there are many."""
+
+    value: str
+    delivery: change_feed.Delivery
+    result: RequestResult
+
+
 def _changed_cells(collector: Collector, joined: JoinedBatch, key: list[str]) -> Iterator[list[str | None]]:
     """Yield the changes of a batch, and record them as delivered."""
-    frame = joined.batch.frame
+    ledger, job = collector.ledger, collector.job.name
+    frame, first_position = joined.batch.frame, joined.batch.first_position
     keys = frame.select(as_text(frame.get_column(name)) for name in key).rows()
     merged = {
-        name: (as_text(frame.get_column(name)), as_text(collector.merge_column(joined, name)))
+        name: (as_text(frame.get_column(name)).to_list(), as_text(collector.merge_column(joined, name)).to_list())
         for name in collector.merged_columns
     }
-    feeds = [_deliver(collector, step, keys) for step in joined.steps]
-    for feed in feeds:
-        for index in feed.previous_answers:
-            result = feed.step.results[index]
-            others = [other for other in feeds if other is not feed]
-            for name in feed.step.columns:
-                new = feed.step.cells[name][index] or ""
-                # A step may replace what another one has found for the same column.
-                old = next(filter(None, (each.value_before(name, index) for each in (feed, *others))), "")
-                if name in merged and new:
-                    old, new = (cells[index] for cells in merged[name])
-                if result is not None and new and new != old:
-                    at = iso_time(result.settled_ms)
-                    yield [*keys[index], name, old, new, result.provider, at]
+    values = _feed_values(joined, {name: cells for name, (_, cells) in merged.items()})
+    row_keys = {index: _row_key(keys[index]) for index in sorted(values)}
+    repeated = change_feed.begin_batch(ledger, [(first_position + index, name) for index, name in row_keys.items()])
+    # Rows with the same key cells are told apart by what they asked first.
+    new_keys = {position - first_position: b"" for position in repeated}
+    for index in new_keys:
+        asked = (step.fingerprints[index] for step in joined.steps)
+        new_keys[index] = _row_key(keys[index], next(filter(None, asked), b""))
+    change_feed.replace_keys(ledger, [(first_position + index, name) for index, name in new_keys.items()])
+    row_keys |= new_keys
+    delivered = change_feed.delivered_values(ledger, job)
+    changed = [
+        (index, name, found, delivered.get((first_position + index, name)))
+        for index in row_keys
+        for name, found in values[index].items()
+        if delivered.get((first_position + index, name)) != found.delivery
+    ]
+    answers = change_feed.answers(ledger, {last.attempt_id for *_, last in changed if last is not None})
+    for index, name, found, last in changed:
+        answer = None if last is None else answers[last.attempt_id]
+        before = "" if last is None or answer is None else answer_cells(answer, [last.path])[0] or ""
+        old = merged[name][0][index] if name in merged else before
+        if found.value not in (before, old):
+            at = iso_time(found.result.settled_ms)
+            yield [*keys[index], name, old, found.value, found.result.provider, at]
+    change_feed.mark_delivered(
+        ledger, job, [(row_keys[index], name, found.delivery) for index, name, found, _ in changed]
+    )
 
 
-class _StepFeed(Struct, frozen=True):
-    """What the feed has of a step in a batch.
-
-    `rows` have a delivered answer, by their index. Those in `previous_answers` are new: it has the answer that was
-    delivered before; None: there was none.
-    """
-
-    step: JoinedStep
-    rows: frozenset[int]
-    previous_answers: Mapping[int, str | None]
-
-    def value_before(self, name: str, index: int) -> str:
-        """Return the value of a column that was delivered before; '' without one."""
-        path, result = self.step.columns.get(name), self.step.results[index]
-        if path is None or result is None or index not in self.rows:
-            return ""
-        # Not from the cells: those of a step that another one replaces are blank.
-        answer = self.previous_answers.get(index, result.answer)
-        return "" if answer is None else answer_cells(answer, [path])[0] or ""
+def _feed_values(joined: JoinedBatch, merged: Mapping[str, Sequence[str]]) -> dict[int, dict[str, _FeedValue]]:
+    """Return the values of a batch that the output has from answers, by the index of the row, and column."""
+    values: dict[int, dict[str, _FeedValue]] = {}
+    for step in joined.steps:
+        statuses = step.cells["enrich_status"].to_list()
+        columns = [(name, path, step.cells[name].to_list()) for name, path in step.columns.items()]
+        for index, (result, status) in enumerate(zip(step.results, statuses, strict=True)):
+            if status != RowStatus.FOUND or result is None or result.attempt_id is None or result.erased_ms is not None:
+                continue
+            for name, path, cells in columns:
+                # `merge` may keep the cell of the input.
+                if (value := cells[index]) and (name not in merged or merged[name][index] == value):
+                    values.setdefault(index, {})[name] = _FeedValue(
+                        value, change_feed.Delivery(result.attempt_id, path), result
+                    )
+    return values
 
 
-def _deliver(collector: Collector, step: JoinedStep, keys: list[tuple[str, ...]]) -> _StepFeed:
-    """Return what the feed has of a step, and record it as delivered."""
-    job = collector.job.name
-    delivered: list[tuple[int, bytes, int]] = []
-    statuses, results = step.cells["enrich_status"], step.results
-    for index, (result, fingerprint, status) in enumerate(zip(results, step.fingerprints, statuses, strict=True)):
-        if result is None or fingerprint is None or result.attempt_id is None:
-            continue
-        if status == RowStatus.FOUND and result.erased_ms is None:
-            delivered.append((index, _delivery_key(keys[index], fingerprint, step.name), result.attempt_id))
-    previous_answers = dict(change_feed.undelivered_rows(collector.ledger, job, delivered))
-    change_feed.mark_delivered(collector.ledger, job, delivered)
-    return _StepFeed(step, frozenset(index for index, _, _ in delivered), previous_answers)
-
-
-def _delivery_key(cells: tuple[str, ...], fingerprint: bytes, step: str) -> bytes:
-    content = json.dumps(cells).encode() + fingerprint + step.encode()
+def _row_key(cells: tuple[str, ...], fingerprint: bytes = b"") -> bytes:
+    content = json.dumps(cells).encode() + fingerprint
     return blake2b(content, digest_size=16, person=b"enrich-delivered").digest()
 
 

@@ -50,7 +50,7 @@ def filled_ledger(ledger: CommittingLedger) -> CommittingLedger:
     ledger.settle(ledger.submit("d"), FREE_FAILURE)
     ledger.settle_bulk(ledger.submit_bulk(3), NO_MATCH, credits_=COST)
     ledger.commit(bindings.save_description, CALL, {"name": "é"}, [1, 2])
-    ledger.commit(change_feed.mark_delivered, "job", [(0, b"key", 1)])
+    ledger.commit(change_feed.mark_delivered, "job", [(b"key", "email", change_feed.Delivery(1, "email"))])
     ledger.commit(lambda db: db.execute("INSERT INTO step_rows VALUES (1, -7)"))
     ledger.commit(erasure.forget, read_or_make_key(ledger.location), [(2, b"0" * 16, "{}")], ledger.now)
     ledger.commit(request_ids.store_known_batch, "job", range(20_000, 20_003), b"digest", '{"ids":[1,null,2]}')

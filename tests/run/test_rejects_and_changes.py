@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.support.workspace import SandboxApi, Workspace, both_backends, make_leads, serve_api
+from enrich.run.output import write_changes
+from tests.support.workspace import JOB, SandboxApi, Workspace, both_backends, make_leads, serve_api
 
 backend = both_backends
 
@@ -130,6 +133,150 @@ def test_change_feed_with_merge(workspace: Workspace, api: SandboxApi) -> None:
     assert {line["Note"]: (line["field"], line["old"], line["new"]) for line in changes} == {
         note: ("Email", "stale@crm.example", email) for note, email in found.items()
     }
+
+
+#: The job of the tests below, and one with steps, whose second step reads what the first one finds.
+FEED = "{path: changes.csv, key: Note}"
+STEPS_JOB = """\
+version: 1
+input: leads.csv
+output: out.csv
+steps:
+  - name: email
+    waterfall: email_getter
+    params: {first_name: First Name, last_name: Last Name, company: {column: Website, transform: [domain]}}
+    columns: {work_email: email}
+  - {name: person, waterfall: person_getter, params: {email: work_email}, columns: {link: linkedin_url}}
+"""
+
+
+def lines_of(changes: list[dict[str, str]]) -> list[tuple[str, str, str, str]]:
+    """Return key, field, old and new of each line."""
+    return [(line["Note"], line["field"], line["old"], line["new"]) for line in changes]
+
+
+def write_website(workspace: Workspace, website: str) -> None:
+    """Write the input: one lead, at a company."""
+    workspace.write_leads([["Ada", "Byron", website, "", "1"]])
+
+
+@pytest.mark.parametrize("text", [JOB, pytest.param(STEPS_JOB, marks=pytest.mark.long)], ids=["job", "steps"])
+def test_params_that_change_and_change_back(workspace: Workspace, api: SandboxApi, text: str) -> None:
+    """Each value that differs from the last one in the feed is in it, with that one as `old`, also an earlier one."""
+    workspace.write_job(text, changes=FEED)
+    fields = ["work_email", "link"] if text == STEPS_JOB else ["work_email"]
+    before = dict.fromkeys(fields, "")
+    seen = []
+    for website in ("a.example", "b.example", "a.example"):
+        write_website(workspace, website)
+        changes = run_and_read_changes(workspace, api)
+        (row,) = workspace.read_output()
+        assert lines_of(changes) == [("1", name, before[name], row[name]) for name in fields]
+        before = {name: row[name] for name in fields}
+        seen.append(before)
+        assert run_and_read_changes(workspace, api) == []
+    assert seen[0] == seen[2] != seen[1]
+
+
+@pytest.mark.long
+def test_same_value_for_other_params(workspace: Workspace, api: SandboxApi) -> None:
+    """A value that other params have found, too, is not new."""
+    workspace.write_job(changes=FEED)
+    write_website(workspace, "a.example")
+    run_and_read_changes(workspace, api)
+    write_website(workspace, "b.example")
+    workspace.write_job()
+    assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
+    workspace.sql("UPDATE attempts SET answer = (SELECT answer FROM attempts WHERE id = 1)")
+    workspace.write_job(changes=FEED)
+    assert run_and_read_changes(workspace, api) == []
+    assert workspace.sql("SELECT attempt_id FROM delivered") == [(2,)]
+
+
+@pytest.mark.long
+def test_column_that_is_added_or_reads_another_field(workspace: Workspace, api: SandboxApi) -> None:
+    """The values of a new column are delivered for old results, and those of a column with another path."""
+    job = {"waterfall": "company_lookup", "params": "{company_website: Website}", "changes": FEED}
+    write_website(workspace, "a.example")
+    workspace.write_job(**job, columns="{size: employees}")
+    run_and_read_changes(workspace, api)
+    size = workspace.read_output()[0]["size"]
+    workspace.write_job(**job, columns="{size: employees, link: linkedin}")
+    changes = run_and_read_changes(workspace, api)
+    link = workspace.read_output()[0]["link"]
+    assert lines_of(changes) == [("1", "link", "", link)]
+    workspace.write_job(**job, columns="{size: linkedin}")
+    assert lines_of(run_and_read_changes(workspace, api)) == [("1", "size", size, link)]
+    assert run_and_read_changes(workspace, api) == []
+    assert api.audit()["accepted"] == 1
+
+
+@pytest.mark.long
+def test_other_merge(workspace: Workspace, api: SandboxApi) -> None:
+    """A cell of the input that stayed is in the feed once `merge` replaces it."""
+    text = workspace.write_job(merge="fill_empty", changes=FEED).read_text(encoding="utf-8")
+    text = text.replace("work_email: email", "Email: email")
+    workspace.job_file.write_text(text, encoding="utf-8")
+    workspace.write_leads([["Ada", "Byron", "a.example", "old@crm.example", "1"]])
+    assert run_and_read_changes(workspace, api) == []
+    workspace.job_file.write_text(text.replace("fill_empty", "overwrite"), encoding="utf-8")
+    changes = run_and_read_changes(workspace, api)
+    assert lines_of(changes) == [("1", "Email", "old@crm.example", workspace.read_output()[0]["Email"])]
+    assert run_and_read_changes(workspace, api) == []
+
+
+@pytest.mark.long
+def test_leads_with_the_same_key(workspace: Workspace, api: SandboxApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leads that the key does not tell apart are each in the feed, once, in one batch or in several."""
+    monkeypatch.setattr("enrich.ledger.queries.MAX_ANSWER_CHARACTERS", 2000)
+    workspace.write_job(changes=FEED)
+    rows = [[*row[:4], ""] for row in make_leads(8)]
+    workspace.write_leads(rows)
+    changes = run_and_read_changes(workspace, api)
+    assert [line["new"] for line in changes] == [row["work_email"] for row in workspace.read_output()]
+    assert {line["old"] for line in changes} == {""}
+    assert run_and_read_changes(workspace, api) == []
+    workspace.write_leads([*rows[:3], *rows[4:]])
+    assert run_and_read_changes(workspace, api) == []
+
+
+@pytest.mark.long
+def test_change_feed_after_erasure(workspace: Workspace, api: SandboxApi) -> None:
+    """`forget` erases what the feed has of a person. `purge` leaves no value: the next one has no `old`."""
+    workspace.write_job(changes=FEED)
+    workspace.write_leads(make_leads(2))
+    assert len(run_and_read_changes(workspace, api)) == 2
+    forget = ("forget", "job.yaml", "--match", "First Name=First0", "--yes")
+    assert workspace.run_in_process(*forget, api=api).exit_code == 0
+    assert len(workspace.sql("SELECT * FROM delivered")) == 1
+    assert run_and_read_changes(workspace, api) == []
+    assert workspace.run_in_process("purge", "job.yaml", "--older-than", "0s", "--yes").exit_code == 0
+    assert run_and_read_changes(workspace, api) == []
+    (_, lead) = make_leads(2)
+    lead[2] = "other.example"
+    workspace.write_leads([lead])
+    changes = run_and_read_changes(workspace, api)
+    assert lines_of(changes) == [("note 1", "work_email", "", workspace.read_output()[0]["work_email"])]
+
+
+@pytest.mark.long
+def test_end_between_change_feed_and_its_record(
+    workspace: Workspace, api: SandboxApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the program ends after the feed was written and before it is recorded, the next feed has the same lines."""
+    workspace.write_job(changes=FEED)
+
+    def write_and_end(*arguments: Any) -> int:
+        write_changes(*arguments)
+        raise SystemExit
+
+    with monkeypatch.context() as patched, suppress(SystemExit):
+        patched.setattr("enrich.run.output.write_changes", write_and_end)
+        workspace.run_in_process("run", "job.yaml", api=api)
+    lost = workspace.read_output("changes.csv")
+    assert len(lost) == 5
+    assert run_and_read_changes(workspace, api) == lost
+    assert run_and_read_changes(workspace, api) == []
 
 
 @pytest.mark.long
