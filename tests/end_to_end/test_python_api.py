@@ -263,7 +263,9 @@ def test_the_api_works_where_an_event_loop_runs(job_file: Path) -> None:
         seen.append([signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)])
 
     async def notebook_cell() -> enrich.RunSummary:
-        during_run = [signal.default_int_handler, signal.getsignal(signal.SIGTERM)]
+        is_ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # as in a shell's background job
+        interrupt = signal.SIG_IGN if is_ignored else signal.default_int_handler
+        during_run = [interrupt, signal.getsignal(signal.SIGTERM)]
         assert enrich.check_job(job_file, online=True).exit_code == 0
         assert enrich.plan_job(job_file).to_submit == 6
         summary = enrich.run_job(job_file, on_progress=note_handlers)
