@@ -199,11 +199,11 @@ def _changed_cells(collector: Collector, joined: JoinedBatch, key: list[str]) ->
     values = _feed_values(joined, {name: cells for name, (_, cells) in merged.items()})
     row_keys = {index: _row_key(keys[index]) for index in sorted(values)}
     repeated = change_feed.begin_batch(ledger, [(first_position + index, name) for index, name in row_keys.items()])
-    # Rows with the same key cells are told apart by what they asked first.
-    new_keys = {position - first_position: b"" for position in repeated}
-    for index in new_keys:
-        asked = (step.fingerprints[index] for step in joined.steps)
-        new_keys[index] = _row_key(keys[index], next(filter(None, asked), b""))
+    # Rows with the same key cells differ in the first request that they have.
+    new_keys: dict[int, bytes] = {}
+    for index in (position - first_position for position in repeated):
+        requests = (step.fingerprints[index] for step in joined.steps)
+        new_keys[index] = _row_key(keys[index], next(filter(None, requests), b""))
     change_feed.replace_keys(ledger, [(first_position + index, name) for index, name in new_keys.items()])
     row_keys |= new_keys
     delivered = change_feed.delivered_values(ledger, job)

@@ -293,8 +293,9 @@ def decide_steps(rows: StepRows, table: StepTables, selections: Sequence[Request
     for number, (step_batch, text) in enumerate(table.steps):
         made = _decide(rows, rows.steps[number], step_batch, text, is_open, selections[number])
         # A row that waits for an earlier step may still be sent, or have another answer.
-        waits = [decision is StepDecision.WAIT for decision in step_batch.decisions]
-        is_open.append(pl.Series("", [decision in _OPEN for decision in made.decisions], pl.Boolean) | pl.Series(waits))
+        pairs = zip(made.decisions, step_batch.decisions, strict=True)
+        is_row_open = [planned in _OPEN or decided is StepDecision.WAIT for planned, decided in pairs]
+        is_open.append(pl.Series("", is_row_open, pl.Boolean))
         yield made
 
 

@@ -362,19 +362,17 @@ def doctor(
     findings: list[Finding] = []
     with ExitStack() as stack:
         shell = stack.enter_context(_cron_environment(environ))
-        failure: EnrichError | None = None
-        job: Job | None = None
+        job: Job | EnrichError
         try:
             job = options.JobOptions(job_file, use_sandbox=use_sandbox).load()
         except EnrichError as error:
-            failure = error
-        access = None
-        if use_sandbox:
-            access = stack.enter_context(_open_sandbox(job))
+            job = error
+        of_sandbox = None if isinstance(job, EnrichError) else job
+        access = stack.enter_context(_open_sandbox(of_sandbox)) if use_sandbox else None
         context = DoctorContext(environ, shell, now, next_run_time(now, *at), offline, access)
-        if failure is not None:
-            findings = [error_finding("job", failure), *environment_findings(context)]
-        elif job is not None:
+        if isinstance(job, EnrichError):
+            findings = [error_finding("job", job), *environment_findings(context)]
+        else:
             findings = list(job_findings(job, context))
     result = findings_as_json(str(job_file), findings)
     options.echo_result(result, checks.format_findings(findings), as_json=as_json)
