@@ -13,9 +13,8 @@ from typing import BinaryIO, cast
 import polars as pl
 
 from enrich.errors import CommandRefused, JobError
-from enrich.files import jsonl_format, object_store, parquet_dataset, parquet_format
+from enrich.files import csv_format, jsonl_format, object_store, parquet_dataset, parquet_format
 from enrich.files.atomic import as_write_refused, atomic_write, follow_link
-from enrich.files.csv_format import CsvWriter
 from enrich.files.discovery import find_paths
 from enrich.files.text import as_refused
 from enrich.files.values import as_text, text_frame
@@ -116,7 +115,8 @@ def write_file(  # noqa: PLR0913 - all of these describe one file
             case "jsonl":
                 jsonl_format.write(plain, list(schema), frames)
             case _:
-                _write_csv(plain, output, list(schema), frames, new_columns)
+                texts = (_csv_text(frame, new_columns) for frame in frames)
+                csv_format.write(plain, list(schema), texts, output.separator, output.encoding)
 
 
 @contextmanager
@@ -144,14 +144,9 @@ def _gzipped(raw: BinaryIO, name: str) -> Iterator[BinaryIO]:
         yield cast("BinaryIO", packed)
 
 
-def _write_csv(
-    raw: BinaryIO, output: Output, columns: list[str], frames: Iterable[pl.DataFrame], new_columns: int
-) -> None:
-    with CsvWriter(raw, output.separator, output.encoding) as writer:
-        writer.write_header(columns)
-        for frame in frames:
-            text = frame.with_columns(as_text(column) for column in frame.get_columns() if column.dtype != pl.String)
-            writer.write(text.with_columns(*escape_formulas(text.select(pl.nth(range(-new_columns, 0))))))
+def _csv_text(frame: pl.DataFrame, new_columns: int) -> pl.DataFrame:
+    text = frame.with_columns(as_text(column) for column in frame.get_columns() if column.dtype != pl.String)
+    return text.with_columns(*escape_formulas(text.select(pl.nth(range(-new_columns, 0)))))
 
 
 def is_formula(text: str) -> bool:
