@@ -7,7 +7,7 @@ import re
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, product
 from typing import TYPE_CHECKING, BinaryIO, Literal, TextIO
 
 import polars as pl
@@ -18,7 +18,10 @@ from enrich.files.text import (
     LATER_HEADER_HINT,
     FileProblem,
     TableFile,
+    as_file_problem,
+    byte_order_encoding,
     header_problem,
+    open_binary,
     open_text,
 )
 
@@ -172,7 +175,7 @@ def _open_csv(source: TableFile) -> Iterator[_Lines]:
 
 
 @contextmanager
-def raised_cell_limit() -> Iterator[None]:
+def _raised_cell_limit() -> Iterator[None]:
     """Raise csv's cell limit temporarily. It applies to the whole process, and other code may rely on its own limit."""
     with _cell_limit_lock:
         previous_limit = csv.field_size_limit(MAX_CELL_CHARACTERS)
@@ -190,7 +193,7 @@ def _next_cells(source: TableFile, reader: Iterator[list[str]], count: int, line
     cells: list[str] = []
     is_ragged = False
     end, last_character = count * width, lines.characters + _MAX_BATCH_CHARACTERS
-    with raised_cell_limit():
+    with _raised_cell_limit():
         for row in reader:
             if len(row) == width:
                 cells += row
@@ -208,7 +211,7 @@ def _next_cells(source: TableFile, reader: Iterator[list[str]], count: int, line
 
 
 def _next_header(source: TableFile, reader: Iterator[list[str]]) -> list[str]:
-    with raised_cell_limit():
+    with _raised_cell_limit():
         header = next(filter(None, reader), None)
     if header is None:
         raise FileProblem(f"{source} is empty", "The first line must have the column names")
@@ -221,7 +224,7 @@ def _first_problem(source: TableFile) -> FileProblem:
     """Read the file again, row by row, to find the row and line of its first error."""
     header: list[str] = []
     row = 0
-    with _open_csv(source) as lines, raised_cell_limit():
+    with _open_csv(source) as lines, _raised_cell_limit():
         reader = lines.reader()
         line = first_line = lines.first_line_number
         try:
@@ -264,3 +267,62 @@ def _row_problem(
 
 def _count_text(number: int, thing: str) -> str:
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
+#: How many rows of a file that was saved again are read at a time, and how its quotes may be meant.
+_RESAVED_ROWS_PER_BATCH = 10_000
+_QUOTINGS: tuple[Literal[0, 3], ...] = (csv.QUOTE_MINIMAL, csv.QUOTE_NONE)
+
+
+def read_resaved_cells(source: TableFile, name: re.Pattern[str]) -> Iterator[list[str]]:
+    """Yield the cells of the columns with such a name, in batches; nothing if there is no such column.
+
+    Another program, such as a spreadsheet, may have saved the file again. Separator and encoding may differ from
+    those of `source`: characters other than ASCII may be wrong. There may be lines above the header, rows that are too
+    short or too long, and a quote that is never closed. Raises FileProblem.
+    """
+    with as_file_problem(source):
+        with open_binary(source) as raw:
+            marked = byte_order_encoding(raw.read(4))
+        for encoding in (marked,) if marked else dict.fromkeys((source.encoding, "utf-8")):
+            separators = dict.fromkeys((source.separator, *SEPARATORS))
+            # A quote that is never closed would make one cell of the rest.
+            for separator, quoting in product(separators, _QUOTINGS):
+                with open_binary(source) as raw, io.TextIOWrapper(raw, encoding, "replace", newline="") as text:
+                    batches = _read_cells(csv.reader(text, delimiter=separator, quoting=quoting), name)
+                    if (first := next(batches, None)) is not None:
+                        yield first
+                        yield from batches
+                        return
+    read_header(source)  # raises FileProblem if this is no CSV file
+
+
+def _read_cells(reader: Iterator[list[str]], name: re.Pattern[str]) -> Iterator[list[str]]:
+    """Yield the cells below the header, which is one of the first rows."""
+    columns: list[int] = []
+    while rows := _next_rows(reader):
+        cells: list[str] = []
+        for row in rows:
+            if columns:
+                cells += [row[column] for column in columns if column < len(row) and row[column]]
+            else:
+                names = (text.strip(f"{BYTE_ORDER_MARK} ") for text in row)
+                columns = [column for column, text in enumerate(names) if name.fullmatch(text)]
+        if not columns:
+            return
+        if cells:
+            yield cells
+
+
+def _next_rows(reader: Iterator[list[str]]) -> list[list[str]]:
+    """Return the next rows that can be read."""
+    rows: list[list[str]] = []
+    with _raised_cell_limit():
+        while len(rows) < _RESAVED_ROWS_PER_BATCH:
+            try:
+                rows.append(next(reader))
+            except csv.Error:
+                continue
+            except (StopIteration, UnicodeError):  # no byte order mark, which the encoding needs
+                break
+    return rows

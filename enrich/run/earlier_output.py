@@ -17,10 +17,10 @@ from msgspec.structs import replace
 
 from enrich.errors import CommandRefused, EnrichError
 from enrich.files import object_store
+from enrich.files.csv_format import read_resaved_cells
 from enrich.files.discovery import InputFile
 from enrich.files.downloads import LocalCopies
 from enrich.files.reader import InputTable
-from enrich.files.resaved_csv import read_cells
 from enrich.files.text import FileProblem, as_refused
 from enrich.files.values import as_text
 from enrich.job.job import Job
@@ -107,7 +107,7 @@ def _read_task_ids(job: Job, output: Location) -> Iterator[list[str]]:
         copies = LocalCopies()
         settings = Input(path=path, separator=job.output.separator, encoding=job.output.encoding)
         with as_refused():
-            yield from filter(None, read_cells(copies.table_file(InputFile(output, settings)), _TASK_ID))
+            yield from filter(None, read_resaved_cells(copies.table_file(InputFile(output, settings)), _TASK_ID))
         return
     source = InputTable(output, Input(path=path))
     columns = [name for name in source.schema if _TASK_ID.fullmatch(name)]
