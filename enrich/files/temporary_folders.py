@@ -43,18 +43,16 @@ def temporary_folder() -> Iterator[Path]:
         remove_folder(folder, descriptor)
 
 
-@cache
-def sweep_once() -> None:
-    """Remove the folders of killed processes, once for this process."""
-    sweep()
-
-
 def sweep(min_age_s: float = _MIN_AGE_S) -> None:
     """Remove this user's folders that no living process has locked."""
     with suppress(OSError):
         for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
             with suppress(OSError):
                 _remove_if_abandoned(path, min_age_s)
+
+
+#: Once for this process.
+sweep_once = cache(sweep)
 
 
 def _remove_if_abandoned(path: Path, min_age_s: float) -> None:

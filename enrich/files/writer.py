@@ -43,13 +43,16 @@ def prepare_file(target: Location, input_location: InputLocation, job: str, kind
     Raises JobError if the file would replace the input or a ledger.
     Raises CommandRefused if it cannot be written.
     """
-    if kind == "output" and is_dataset(target):
-        parquet_dataset.prepare_dataset(target, input_location, job)
-        return
+    as_dataset = kind == "output" and is_dataset(target)
     if isinstance(target, ObjectUrl):
         if target == input_location:
             raise JobError(f"{target}: the {kind} would replace the input", f"choose another `{kind}`")
         object_store.check_bucket(target)
+        if as_dataset:
+            parquet_dataset.prepare_bucket(target)
+        return
+    if as_dataset:
+        parquet_dataset.prepare_folder(target, input_location, job)
         return
     try:
         _check_not_input(target, input_location, kind)
