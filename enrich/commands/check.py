@@ -20,7 +20,7 @@ from enrich.databar.description import Description
 from enrich.errors import EnrichError, JobError
 from enrich.job.job import Job
 from enrich.job.locations import STDIN
-from enrich.job.target_spec import UNFILLED_COLUMN, Param
+from enrich.job.target import UNFILLED_COLUMN, Param
 from enrich.models import pluralize
 from enrich.report.page_file import INSTALL_HINT, is_extra_missing
 from enrich.rows.job_input import JobInput

@@ -10,7 +10,7 @@ from enrich.databar.task_results import column_values, is_blank
 from enrich.errors import EnrichError
 from enrich.job.cell_text import fold
 from enrich.job.job import Job
-from enrich.job.target_spec import Param
+from enrich.job.target import Param
 from enrich.json_text import parse_json
 from enrich.ledger.database import Database
 from enrich.rows.job_input import JobInput

@@ -42,7 +42,7 @@ from enrich.job.locations import (
 )
 from enrich.job.spec import Input, JobModel, Output, SteppedJobModel
 from enrich.job.steps import step_model, step_problems
-from enrich.job.target_spec import TargetModel
+from enrich.job.target import TargetModel
 from enrich.job.validation_errors import dotted_path, join_validation_errors
 from enrich.job.yaml_file import YamlDocument
 from enrich.models import job_title

@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 from pydantic import BaseModel
 
 from enrich.job.spec import JobModel, StepModel, SteppedJobModel
-from enrich.job.target_spec import TargetModel
+from enrich.job.target import TargetModel
 
 _Model = TypeVar("_Model", bound=BaseModel)
 

@@ -189,6 +189,7 @@ def test_quoted_values_are_text(tmp_path: Path, word: str) -> None:
         (f"{BASE_JOB}zzz: 1\n", ["6: zzz: unknown key"]),
         (f"{BASE_JOB}limits:\n  in_flght: 3\n", ["7: limits.in_flght: unknown key", "hint: did you mean `in_flight`?"]),
         (f"{BASE_JOB}policy:\n  patence: 3h\n", ["7: policy.patence: unknown key", "hint: did you mean `patience`?"]),
+        (f"{BASE_JOB}dispatch:\n  buk: 5\n", ["7: dispatch.buk: unknown key", "hint: did you mean `bulk`?"]),
         (
             f"{BASE_JOB}policy:\n  refresh:\n    foud: 3d\n",
             ["8: policy.refresh.foud: unknown key", "hint: did you mean `found`?"],

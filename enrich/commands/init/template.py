@@ -18,7 +18,7 @@ from enrich.commands.init.column_matching import (
 from enrich.commands.init.sample import Sample
 from enrich.commands.options import printable
 from enrich.databar.description import Description, Enrichment, Param, Waterfall
-from enrich.job.target_spec import UNFILLED_COLUMN
+from enrich.job.target import UNFILLED_COLUMN
 from enrich.models import pluralize
 from enrich.rows.requests import STATUS_COLUMNS
 
