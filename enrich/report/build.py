@@ -151,8 +151,9 @@ def build_report(job: Job, job_arguments: JobArguments, now: datetime, *, with_r
     Unreadable data stays None, and a note gives the reason. Raises CommandRefused when the ledger can't be read.
     """
     if not ledger_exists(job.ledger):
-        actions = list(report_actions(None, {}, "row", "", job_arguments))
-        return _make_report(job, now, actions=actions)
+        target, actions = job.model.target, list(report_actions(None, {}, "row", "", job_arguments))
+        waterfall = ReportedWaterfall(target.id, (), 0, 0, 0, 0.0, 0.0, target.kind)
+        return _make_report(job, now, waterfall=waterfall, requests=count_by_status({}), actions=actions)
     with closing(Database(job.ledger, read_only=True)) as ledger, ledger.snapshot():
         return _build_from_ledger(job, ledger, job_arguments, now, with_rows=with_rows)
 
@@ -217,24 +218,10 @@ def _build_from_ledger(
 
 
 def _make_report(job: Job, now: datetime, *, stats: InputStats | None = None, **fields: Any) -> Report:  # noqa: ANN401 - fields of Report
-    nothing: dict[str, Any] = {
-        "waterfall": ReportedWaterfall(job.model.target.id, (), 0, 0, 0, 0.0, 0.0, job.model.target.kind),
-        "step_waterfalls": (),
-        "runs": (),
-        "requests": count_by_status({}),
-        "credits_spent": 0.0,
-        "credits_unknown": 0,
-        "planned": None,
-        "latencies": None,
-        "traffic": None,
-        "anomalies": (),
-        "actions": (),
-        "notes": (),
-    }
-    rows: dict[str, Any] = {"rows": None, "statuses": {}}
-    rows |= dict.fromkeys(("skipped", "columns", "groups", "ages"), ()) | {"leads": None}
+    rows: dict[str, Any] = {}
     if stats is not None:
-        rows = {name: getattr(stats, name) for name in rows} | {"statuses": stats.by_status()}
+        rows = {name: getattr(stats, name) for name in ("rows", "skipped", "columns", "groups", "ages", "leads")}
+        rows["statuses"] = stats.by_status()
     return Report(
         job=job.name,
         sandbox=job.sandbox,
@@ -243,7 +230,8 @@ def _make_report(job: Job, now: datetime, *, stats: InputStats | None = None, **
         input=str(job.input_path),
         output=str(job.output_path(now.astimezone())),
         job_file=str(job.document.path.absolute()),
-        **nothing | rows | fields,
+        **rows,
+        **fields,
     )
 
 

@@ -164,9 +164,7 @@ def _row_figures(report: Report) -> Iterator[Figure]:
 
 def _status_text(counts: Sequence[tuple[str, int]]) -> str:
     whole = sum(count for _, count in counts)
-    most = max(counts, key=lambda pair: pair[1], default=("", 0))
-    if not whole:
-        return "The input has no rows."
+    most = max(counts, key=lambda pair: pair[1])
     rate = format_share(most[1], whole)
     return f"{pluralize(whole, 'row')}. Most frequent: {format_status(most[0])}, {most[1]:,} ({rate})."
 
@@ -240,7 +238,7 @@ def _spread_text(values: Sequence[float | None], show: Callable[[float], str], u
 
 def _timing_figures(report: Report) -> Iterator[Figure]:
     times, traffic = report.latencies, report.traffic
-    if times is not None and times.count:
+    if times is not None:
         finding = _latency_text(times)
         yield _make_figure(
             "Time to result, all runs", finding, tables.latency_table(times), timelines.latency_chart(times, finding)

@@ -1,4 +1,4 @@
-"""Charts over time: by run, by latency, over one run. Functions return None when there is nothing to draw."""
+"""Charts over time: by run, by latency, over one run."""
 
 from __future__ import annotations
 
@@ -24,35 +24,33 @@ MAX_STEPS = 90
 PANEL_HEIGHT = 216.0
 
 
-def credits_chart(runs: Sequence[ReportedRun], label: str) -> RenderedChart | None:
+def credits_chart(runs: Sequence[ReportedRun], label: str) -> RenderedChart:
     """Draw the credits of each run."""
     rows = [{"x": index - 0.38, "x2": index + 0.38, "v": 0, "v2": run.credits_spent} for index, run in enumerate(runs)]
-    return _column_chart(rows, runs, "credits per run", label) if any(row["v2"] for row in rows) else None
+    return _column_chart(rows, runs, "credits per run", label)
 
 
-def cumulative_credits_chart(runs: Sequence[ReportedRun], label: str) -> RenderedChart | None:
+def cumulative_credits_chart(runs: Sequence[ReportedRun], label: str) -> RenderedChart:
     """Draw the cumulative credits up to each run."""
     total, rows = 0.0, []
     for index, run in enumerate(runs):
         total += run.credits_spent
         rows.append({"x": index - 0.5, "x2": index + 0.5, "v": 0, "v2": round(total, 6)})
-    return _column_chart(rows, runs, "credits, all runs so far", label, ChartColor.PASSED) if total else None
+    return _column_chart(rows, runs, "credits, all runs so far", label, ChartColor.PASSED)
 
 
-def cost_per_hit_chart(runs: Sequence[ReportedRun], label: str) -> RenderedChart | None:
+def cost_per_hit_chart(runs: Sequence[ReportedRun], label: str) -> RenderedChart:
     """Draw the cost per match of each run; runs without matches are left out."""
     return _line_chart([run.cost_per_hit for run in runs], runs, "credits per match", label)
 
 
-def run_hit_rate_chart(runs: Sequence[ReportedRun], label: str) -> RenderedChart | None:
+def run_hit_rate_chart(runs: Sequence[ReportedRun], label: str) -> RenderedChart:
     """Draw the match rate of each run; runs without answers are left out."""
     return _line_chart([run.hit_rate for run in runs], runs, "match rate", label, format=".0%")
 
 
-def latency_chart(times: LatencyHistogram, label: str) -> RenderedChart | None:
+def latency_chart(times: LatencyHistogram, label: str) -> RenderedChart:
     """Draw the histogram of latencies; the median and the 90th percentile are marked."""
-    if not times.count or not times.bars:
-        return None
     width_s = times.bars[0].end - times.bars[0].start
     slowest = [bar for bar in times.bars[1:] if bar.end - bar.start > width_s * WIDER_FACTOR]
     end_s = slowest[0].start + width_s if slowest else times.bars[-1].end
@@ -91,7 +89,7 @@ def latency_chart(times: LatencyHistogram, label: str) -> RenderedChart | None:
 
 
 def throughput_chart(traffic: Traffic, label: str) -> RenderedChart | None:
-    """Draw requests sent and answered over the run."""
+    """Draw requests sent and answered over the run. None: there are none."""
     sent, answered, width_s = (
         _merge_steps(traffic.submitted, traffic),
         _merge_steps(traffic.answered, traffic),
@@ -131,7 +129,7 @@ def throughput_chart(traffic: Traffic, label: str) -> RenderedChart | None:
 
 
 def rate_limited_chart(traffic: Traffic, label: str) -> RenderedChart | None:
-    """Draw the 429 responses over the run."""
+    """Draw the 429 responses over the run. None: there are none."""
     counts, width_s = _merge_steps(traffic.rate_limited, traffic), _point_width_s(traffic)
     if not any(counts):
         return None
@@ -154,21 +152,18 @@ def rate_limited_chart(traffic: Traffic, label: str) -> RenderedChart | None:
 
 def _line_chart(
     values: Sequence[float | None], runs: Sequence[ReportedRun], title: str, label: str, **axis: str
-) -> RenderedChart | None:
-    rows = [{"x": index, "v": None if value is None else round(value, 6)} for index, value in enumerate(values)]
-    known = [row for row in rows if row["v"] is not None]
-    if not known:
-        return None
+) -> RenderedChart:
+    known = [{"x": index, "v": round(value, 6)} for index, value in enumerate(values) if value is not None]
 
     def draw_at_size(size: ScreenSize) -> tuple[drawing.AltairChart, ChartFrame]:
         frame = _make_frame(size)
         data = alt.InlineData(values=known)
-        dots = alt.InlineData(values=known if len(rows) <= MAX_POINTS else known[-1:])
+        dots = alt.InlineData(values=known if len(runs) <= MAX_POINTS else known[-1:])
         x = _run_axis(runs, size)
         y = alt.Y(
             "v:Q",
             scale=alt.Scale(zero=True),
-            axis=drawing.make_left_axis(title, 4, max(row["v"] or 0.0 for row in known), **axis),
+            axis=drawing.make_left_axis(title, 4, max(row["v"] for row in known), **axis),
         )
         line = alt.Chart(data).mark_line(color=ChartColor.FOUND.value, strokeWidth=2)
         points = alt.Chart(dots).mark_point(color=ChartColor.FOUND.value, filled=True, size=36, opacity=1)

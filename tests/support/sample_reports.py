@@ -250,25 +250,17 @@ def with_rows(report: Report) -> Report:
 def empty_report() -> Report:
     """Make the report of a job that has never run."""
     typical = typical_report()
-    return replace(
-        typical,
+    return Report(
+        job=typical.job,
+        sandbox=False,
+        made_at=typical.made_at,
+        ledger=typical.ledger,
+        input=typical.input,
+        output=typical.output,
         waterfall=ReportedWaterfall("email_getter", (), 0, 0, 0, 0.0, 0.0),
-        runs=(),
-        rows=None,
-        statuses={},
         requests={},
-        credits_spent=0.0,
-        credits_unknown=0,
-        planned=None,
-        columns=(),
-        groups=(),
-        latencies=None,
-        traffic=None,
-        ages=(),
-        anomalies=(),
         actions=[RequiredAction("Start with ten requests", ("enrich run jobs/leads.yaml --limit 10",))],
-        notes=(),
-        skipped=(),
+        job_file=typical.job_file,
     )
 
 
