@@ -264,7 +264,7 @@ def load_job(path: Path, overrides: Overrides | None = None) -> Job:
 def _with_steps(job: Job, model: SteppedJobModel) -> Job:
     """Add the jobs of the steps. Raises JobError for the first thing that is wrong with them."""
     for problem in step_problems(model):
-        raise job.error(problem.key_path, problem.message, problem.hint)
+        raise job.error(*problem)
     step_jobs = [
         replace(
             job,
