@@ -8,7 +8,6 @@ from contextlib import closing
 from datetime import UTC, datetime
 from typing import Any
 
-from msgspec import Struct
 from msgspec.structs import replace
 from pydantic import ValidationError
 
@@ -173,7 +172,7 @@ def _build_from_ledger(
         is_running=ledger_held,
     )
     last_run = runs[-1] if runs else None
-    stats, unread = _try_read_input(job, ledger, now_ms, with_rows=with_rows)
+    stats, actions, notes = _try_read_input(job, ledger, now_ms, job_arguments, with_rows=with_rows)
     answers = _AnswerTotals(ledger, job, runs)
     requests = count_by_status(queries.state_counts(ledger))
     counts = (
@@ -207,11 +206,11 @@ def _build_from_ledger(
         traffic=run_traffic(ledger, executions, now_ms),
         anomalies=find_anomalies(answers.last, answers.before),
         actions=[
-            *unread.actions(job_arguments),
+            *actions,
             *report_actions(last_run, counts, "request" if stats is None else "row", reasons_file, job_arguments),
         ],
         notes=[
-            *unread.notes(),
+            *notes,
             *_report_notes(runs, stats, answers.erased, others=execution_records.has_other_jobs(ledger, job.name)),
         ],
     )
@@ -235,42 +234,29 @@ def _make_report(job: Job, now: datetime, *, stats: InputStats | None = None, **
     )
 
 
-class _UnreadInput(Struct, frozen=True):
-    """Why the rows can't be reported. An unexpected reason becomes a required action, an expected one a note."""
-
-    reason: str | None = None
-    is_expected: bool = True
-
-    @property
-    def _text(self) -> str:
-        return f"The rows are unknown: {self.reason}"
-
-    def actions(self, job_arguments: JobArguments) -> Iterator[RequiredAction]:
-        if not self.is_expected:
-            yield RequiredAction(self._text, (f"enrich check {job_arguments.run_args}",))
-
-    def notes(self) -> Iterator[str]:
-        if self.is_expected and self.reason is not None:
-            yield self._text
-
-
 def _try_read_input(
-    job: Job, ledger: Database, now_ms: int, *, with_rows: bool
-) -> tuple[InputStats | None, _UnreadInput]:
-    """Read the current input, or return None and the reason why it can't be read."""
+    job: Job, ledger: Database, now_ms: int, job_arguments: JobArguments, *, with_rows: bool
+) -> tuple[InputStats | None, list[RequiredAction], list[str]]:
+    """Read the current input, or return None with the reason: an action if it is unexpected, else a note."""
+
+    def unread(reason: str, *, is_expected: bool) -> tuple[None, list[RequiredAction], list[str]]:
+        text = f"The rows are unknown: {reason}"
+        if is_expected:
+            return None, [], [text]
+        return None, [RequiredAction(text, (f"enrich check {job_arguments.run_args}",))], []
+
     if job.input_path == STDIN:
-        return None, _UnreadInput("the input was a pipe. Name a file with --input")
+        return unread("the input was a pipe. Name a file with --input", is_expected=True)
     try:
         template = _read_template(ledger, job)
     except EnrichError as error:
-        return None, _UnreadInput(error.message, is_expected=isinstance(error, CommandRefused))
+        return unread(error.message, is_expected=isinstance(error, CommandRefused))
     try:
         by = [] if job.model.report is None else job.model.report.by
-        return read_input_stats(
-            prepare_collector(ledger, job, template), by, now_ms, with_rows=with_rows
-        ), _UnreadInput()
+        collector = prepare_collector(ledger, job, template)
+        return read_input_stats(collector, by, now_ms, with_rows=with_rows), [], []
     except EnrichError as error:
-        return None, _UnreadInput(redact_message(error.message), is_expected=False)
+        return unread(redact_message(error.message), is_expected=False)
 
 
 def _read_template(ledger: Database, job: Job) -> RequestTemplate:

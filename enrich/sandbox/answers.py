@@ -60,6 +60,10 @@ class _CascadeTrace:
             }
         )
 
+    def answer(self, outcome: Outcome, data: str, error: str = "null") -> Answer:
+        """Return the answer with these steps and their cost."""
+        return Answer(outcome, data, error, self.cost, json.dumps(self.provider_results))
+
 
 def make_answer(lookup: Lookup, attempt: int, draw: SeededRandom, settings: SandboxSettings, *, bulk: bool) -> Answer:
     """Return the answer to a lookup; only free failures depend on `attempt` (1 for the first request)."""
@@ -74,10 +78,9 @@ def make_answer(lookup: Lookup, attempt: int, draw: SeededRandom, settings: Sand
     else:
         trace = _run_enrichment(target, lookup.params, draw, settings)
     if trace.result is not None:
-        data = _data_json(lookup, trace.result, trace, settings, bulk=bulk)
-        return Answer("found", data, "null", trace.cost, json.dumps(trace.provider_results))
+        return trace.answer("found", _data_json(lookup, trace.result, trace, settings, bulk=bulk))
     if bulk:
-        return Answer("missed", "null", "null", trace.cost, json.dumps(trace.provider_results))
+        return trace.answer("missed", "null")
     return _missed_answer(lookup, trace, draw, settings)
 
 
@@ -136,7 +139,7 @@ def _missed_answer(lookup: Lookup, trace: _CascadeTrace, draw: SeededRandom, set
     outputs = lookup.target.offer.outputs
     match kind:
         case "no_data":
-            return Answer("no_data", "null", "null", trace.cost, json.dumps(trace.provider_results))
+            return trace.answer("no_data", "null")
         case "empty_list":
             data = "[]"
         case "empty_object":
@@ -147,7 +150,7 @@ def _missed_answer(lookup: Lookup, trace: _CascadeTrace, draw: SeededRandom, set
             data = _data_json(lookup, dict.fromkeys(outputs, ""), trace, settings)
         case _:
             data = "null"
-    return Answer("missed", data, "null", trace.cost, json.dumps(trace.provider_results))
+    return trace.answer("missed", data)
 
 
 def _charged_failure(lookup: Lookup, draw: SeededRandom, settings: SandboxSettings, *, bulk: bool) -> Answer:
@@ -161,13 +164,7 @@ def _charged_failure(lookup: Lookup, draw: SeededRandom, settings: SandboxSettin
         trace.provider_results.append((source, False, trace.cost))
     shows_steps = bool(trace.steps) and not bulk and draw("failure shows steps") < 1 / 2
     data = _data_json(lookup, {}, trace, settings) if shows_steps else "null"
-    return Answer(
-        "failed",
-        data,
-        _error_json(draw, f"{source}: unexpected response."),
-        trace.cost,
-        json.dumps(trace.provider_results),
-    )
+    return trace.answer("failed", data, _error_json(draw, f"{source}: unexpected response."))
 
 
 def _error_json(draw: SeededRandom, text: str) -> str:
