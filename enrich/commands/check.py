@@ -21,12 +21,14 @@ from enrich.errors import EnrichError, JobError
 from enrich.job.job import Job
 from enrich.job.locations import STDIN
 from enrich.job.target import UNFILLED_COLUMN, Param
-from enrich.models import pluralize
+from enrich.ledger.database import open_or_empty
+from enrich.models import RequestSelection, pluralize, to_credits
 from enrich.report.page_file import INSTALL_HINT, is_extra_missing
 from enrich.rows.job_input import JobInput
+from enrich.rows.job_steps import make_steps
 from enrich.rows.param_fill import ParamFill
 from enrich.rows.params import format_left_out, left_out_by_param
-from enrich.rows.template import RequestTemplate
+from enrich.rows.template import RequestTemplate, join_templates, template_of_unknown_target
 from enrich.run.preflight import query_api
 
 #: If the input lacks all columns of the job, and it has at least this many, that is one problem, not one for each.
@@ -95,9 +97,7 @@ def check_job(job: Job, bound_to: Mapping[str, str | None], live: Sequence[Descr
     ]
     result.template = templates[0]
     if job.step_jobs:
-        from enrich.commands.check_steps import check_steps
-
-        check_steps(job, None if opened is None else opened[1], templates, result)
+        _check_steps(job, None if opened is None else opened[1], templates, result)
     elif opened is not None and result.template is not None:
         _read_input(*opened, result.template, result)
     of_paths, of_ledger = list(path_problems(job)), f"{job.ledger}: "
@@ -110,6 +110,55 @@ def check_job(job: Job, bound_to: Mapping[str, str | None], live: Sequence[Descr
     if job.model.report is not None and job.model.report.path is not None and is_extra_missing():
         result.notes.append(f"the `report` needs its extra: {INSTALL_HINT}")
     return result
+
+
+def _check_steps(
+    job: Job, job_input: JobInput | None, templates: Sequence[RequestTemplate | None], result: CheckResult
+) -> None:
+    """Check what the steps read, and count the leads that each wants at most. An error becomes a problem."""
+    from enrich.run.context import RunOptions, select_requests
+    from enrich.run.step_input import StepInput
+    from enrich.run.step_plan import forecast_steps
+    from enrich.run.step_rows import StepRows
+
+    known = [
+        template or template_of_unknown_target(step) for step, template in zip(job.step_jobs, templates, strict=True)
+    ]
+    result.steps = [_describe_step(step, template) for step, template in zip(job.step_jobs, known, strict=True)]
+    if job_input is None:
+        return
+    try:
+        job_input.check_new_columns(join_templates(known))
+        # Where nothing is known of a target, neither are its columns.
+        is_known = all(template or step.model.columns for step, template in zip(job.step_jobs, templates, strict=True))
+        steps = make_steps(job if is_known else replace(job, complete=()), job_input, known)
+        for step, described in zip(steps, result.steps, strict=True):
+            described["depends_on"] = [job.step_jobs[number].step for number in sorted(step.depends_on)]
+        if result.problems:
+            return
+        with open_or_empty(job.ledger) as ledger:
+            rows = StepRows(job, job_input, ledger, steps)
+            StepInput(rows, 0).begin(RequestSelection())
+            selections = [select_requests(step, RunOptions(), 0) for step in job.step_jobs]
+            result.rows, forecasts = forecast_steps(rows, ledger, selections)
+    except EnrichError as error:
+        add_problem(result.problems, error)
+        return
+    for forecast, described in zip(forecasts, result.steps, strict=True):
+        described["leads"] = forecast.leads
+    result.sendable_rows = max(forecast.leads for forecast in forecasts)
+
+
+def _describe_step(step: Job, template: RequestTemplate) -> dict[str, Any]:
+    target = step.model.target
+    return {
+        "name": step.step,
+        target.kind.value: target.id,
+        "leads": None,
+        "worst_price": to_credits(template.worst_price),
+        "max_credits": step.step_max_credits,
+        "depends_on": None,
+    }
 
 
 def _unfilled_params(job: Job) -> Iterator[JobError]:
