@@ -12,7 +12,6 @@ from pydantic import ValidationError
 
 from enrich.errors import CommandRefused, JobError
 from enrich.files.reader import InputTable
-from enrich.files.text import FileProblem
 from enrich.files.writer import write_file
 from enrich.job.spec import Input, Output
 from enrich.ledger import enroll, step_results
@@ -42,7 +41,7 @@ _LAST_COLUMN = re.compile(r"plan_age_days|plan_[a-z][a-z0-9_]*_why")
 def check_replaceable(path: Path) -> None:
     """Raise JobError if a file exists, has content, and was not written by `--rows`."""
     columns: Sequence[str] = ()
-    with suppress(FileProblem, CommandRefused, OSError, ValidationError):
+    with suppress(CommandRefused, OSError, ValidationError):
         if not path.exists() or not path.stat().st_size:
             return
         columns = list(InputTable(path, Input(path=str(path))).schema)

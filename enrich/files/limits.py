@@ -10,7 +10,8 @@ import polars as pl
 from msgspec import Struct
 
 from enrich.files import csv_format, excel_format
-from enrich.files.text import FileProblem, quote_column
+from enrich.files.atomic import WriteProblem
+from enrich.files.text import quote_column
 from enrich.job.locations import format_of
 from enrich.job.spec import Output
 
@@ -34,22 +35,22 @@ class FileLimits(Struct, frozen=True):
     runs_formulas: bool = False
 
     def check_columns(self, columns: Sequence[str]) -> None:
-        """Raise FileProblem if the file cannot have these columns."""
+        """Raise WriteProblem if the file cannot have these columns."""
         if self.max_columns is not None and len(columns) > self.max_columns:
             message = f"{self.name} would have {len(columns):,} columns; a sheet has at most"
-            raise FileProblem(f"{message} {self.max_columns:,}", _OTHER_FORMAT_HINT)
+            raise WriteProblem(f"{message} {self.max_columns:,}", _OTHER_FORMAT_HINT)
         for name in columns:
             if problem := self._cell_problem(name):
                 self._refuse("the header", name, problem)
 
     def check_rows(self, frame: pl.DataFrame, first_position: int) -> None:
-        """Raise FileProblem for the first cell of a frame of text that cannot be written.
+        """Raise WriteProblem for the first cell of a frame of text that cannot be written.
 
         `first_position` is the position of the frame's first row in the input, from 0.
         """
         if self.max_rows is not None and first_position + frame.height > self.max_rows:
             message = f"row {self.max_rows + 1:,}: {self.name} is a sheet, which has at most {self.max_rows:,}"
-            raise FileProblem(f"{message} rows under its header", _OTHER_FORMAT_HINT)
+            raise WriteProblem(f"{message} rows under its header", _OTHER_FORMAT_HINT)
         doubtful = frame[:, self._doubtful_columns(frame)]
         for row, cells in enumerate(doubtful.iter_rows(), first_position + 1):
             for name, cell in zip(doubtful.columns, cells, strict=True):
@@ -118,7 +119,7 @@ class FileLimits(Struct, frozen=True):
 
     def _refuse(self, position: str, column: str, problem: tuple[str, str]) -> None:
         message, hint = problem
-        raise FileProblem(f"{position}, column {quote_column(column)}: {message}", hint)
+        raise WriteProblem(f"{position}, column {quote_column(column)}: {message}", hint)
 
 
 #: For a file that holds everything.

@@ -91,22 +91,8 @@ class TableFile(Struct, frozen=True):
         return self.display_name or str(self.path)
 
 
-class FileProblem(Exception):
-    """A problem with a table's file, with a hint on what to do. It never quotes a cell of the file."""
-
-    def __init__(self, message: str, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
-
-
-@contextmanager
-def as_refused() -> Iterator[None]:
-    """Convert FileProblem into CommandRefused, which ends the command."""
-    try:
-        yield
-    except FileProblem as problem:
-        raise CommandRefused(problem.message, problem.hint) from problem
+class FileProblem(CommandRefused):
+    """A table's file cannot be read. The message names the file, and never quotes a cell of it."""
 
 
 @contextmanager

@@ -16,7 +16,6 @@ from enrich.errors import CommandRefused, JobError
 from enrich.files import csv_format, jsonl_format, object_store, parquet_dataset, parquet_format
 from enrich.files.atomic import as_write_refused, atomic_write, follow_link
 from enrich.files.discovery import find_paths
-from enrich.files.text import as_refused
 from enrich.files.values import as_text, text_frame
 from enrich.job.file_names import is_same_file
 from enrich.job.locations import InputLocation, Location, ObjectUrl, format_of, is_dataset
@@ -74,9 +73,7 @@ def prepare_file(target: Location, input_location: InputLocation, job: str, kind
 def _check_not_input(target: Path, input_location: InputLocation, kind: str) -> None:
     if not isinstance(input_location, Path):
         return
-    with as_refused():
-        paths = find_paths(input_location)
-    for path in paths:
+    for path in find_paths(input_location):
         if is_same_file(target, path):
             raise JobError(f"{target}: the {kind} would replace the input", f"choose another `{kind}`")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import polars as pl
 
 from enrich.errors import CommandRefused, EnrichError
+from enrich.files.atomic import WriteProblem
 from enrich.files.csv_format import likely_separator
 from enrich.files.limits import FileLimits, limits_of
 from enrich.files.reader import ROWS_PER_BATCH, InMemoryRows, InputPart, InputSchema, InputTable, RowCounter
@@ -20,7 +21,6 @@ from enrich.files.text import (
     LATER_HEADER_HINT,
     NO_HEADER,
     NO_HEADER_HINT,
-    FileProblem,
     is_headerless,
     missing_column_hint,
 )
@@ -180,7 +180,7 @@ class JobInput:
     def _as_refused(self) -> Iterator[None]:
         try:
             yield
-        except FileProblem as problem:
+        except WriteProblem as problem:
             raise CommandRefused(f"{self._job.input_path}: {problem.message}", problem.hint) from None
 
     def queue_order(self) -> pl.Series | None:
