@@ -66,8 +66,7 @@ def join_validation_errors(document: YamlDocument, error: ValidationError) -> Jo
             misspelled.append((key_path[:-1], hint))
         elif message == "is missing" and (key_path[:-1], did_you_mean(str(key_path[-1]))) in misspelled:
             continue
-        line = document.line_of(key_path)
-        found.append((line, f"{document.path}:{line}: {dotted_path(key_path)}: {message}", hint))
+        found.append((document.line_of(key_path), f"{document.place_of(key_path)}: {message}", hint))
     found.sort(key=lambda each: each[0])
     if len(found) == 1:
         no_target = found[0][1].endswith("waterfall: is missing")
@@ -109,8 +108,3 @@ def _model_in(annotation: object) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next(filter(None, map(_model_in, get_args(annotation))), None)
-
-
-def dotted_path(key_path: Sequence[str | int]) -> str:
-    """Return the path of a key as text."""
-    return ".".join(map(str, key_path))

@@ -78,6 +78,10 @@ class YamlDocument:
                 break
         return line + 1
 
+    def place_of(self, key_path: Sequence[str | int]) -> str:
+        """Return the file, the line and the key at a path, as messages name them."""
+        return f"{self.path}:{self.line_of(key_path)}: {'.'.join(map(str, key_path))}"
+
 
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader, with aliases as errors."""

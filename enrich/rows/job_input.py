@@ -389,8 +389,7 @@ def _missing_input_error(job: Job) -> CommandRefused | None:
         hint = f"did you mean {os.path.relpath(path.with_name(closest), folder)}? It is relative to the job file"
     else:
         hint = "check the path; it is relative to the job file"
-    where = f"{job.document.path}:{job.document.line_of(['input'])}: input"
-    return CommandRefused(f"{where}: {path} does not exist", hint)
+    return CommandRefused(f"{job.document.place_of(['input'])}: {path} does not exist", hint)
 
 
 def _hash_file(path: Path) -> str:
