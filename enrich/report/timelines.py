@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import altair as alt
+from msgspec.structs import replace
 
 from enrich.report import drawing
 from enrich.report.data import LatencyHistogram, ReportedRun, Traffic
@@ -90,11 +91,8 @@ def latency_chart(times: LatencyHistogram, label: str) -> RenderedChart:
 
 def throughput_chart(traffic: Traffic, label: str) -> RenderedChart | None:
     """Draw requests sent and answered over the run. None: there are none."""
-    sent, answered, width_s = (
-        _merge_steps(traffic.submitted, traffic),
-        _merge_steps(traffic.answered, traffic),
-        _point_width_s(traffic),
-    )
+    merged = _merge_steps(traffic)
+    sent, answered, width_s = merged.submitted, merged.answered, merged.width_s
     if not any(sent) and not any(answered):
         return None
     per, per_name = (1.0, "second") if max(*sent, *answered) >= width_s else (MINUTE_S, "minute")
@@ -130,7 +128,8 @@ def throughput_chart(traffic: Traffic, label: str) -> RenderedChart | None:
 
 def rate_limited_chart(traffic: Traffic, label: str) -> RenderedChart | None:
     """Draw the 429 responses over the run. None: there are none."""
-    counts, width_s = _merge_steps(traffic.rate_limited, traffic), _point_width_s(traffic)
+    merged = _merge_steps(traffic)
+    counts, width_s = merged.rate_limited, merged.width_s
     if not any(counts):
         return None
     unit, name = _time_unit(width_s * len(counts))
@@ -230,15 +229,12 @@ def _largest(rows: Sequence[drawing.ChartRow]) -> float:
     return float(max(row["v2"] for row in rows))
 
 
-def _steps_per_point(traffic: Traffic) -> int:
-    return -(-max(len(traffic.submitted), len(traffic.answered), len(traffic.rate_limited), 1) // MAX_STEPS)
-
-
-def _point_width_s(traffic: Traffic) -> float:
-    return traffic.width_s * _steps_per_point(traffic)
-
-
-def _merge_steps(counts: Sequence[int], traffic: Traffic) -> list[int]:
+def _merge_steps(traffic: Traffic) -> Traffic:
     """Add up neighboring steps, so that a long run has at most MAX_STEPS points."""
-    step = _steps_per_point(traffic)
-    return [sum(counts[at : at + step]) for at in range(0, len(counts), step)] or [0]
+    series = {name: getattr(traffic, name) for name in ("submitted", "answered", "rate_limited")}
+    step = -(-max(1, *map(len, series.values())) // MAX_STEPS)
+    merged = {
+        name: [sum(counts[at : at + step]) for at in range(0, len(counts), step)] or [0]
+        for name, counts in series.items()
+    }
+    return replace(traffic, width_s=traffic.width_s * step, **merged)
