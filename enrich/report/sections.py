@@ -58,16 +58,14 @@ class Section(Struct, frozen=True):
         """Distribute the figures over two columns of about the same height."""
         stacks: list[list[Figure]] = [[], []]
         for figure in self.figures:
-            min(stacks, key=_stack_height).append(figure)
+            min(stacks, key=lambda stack: sum(map(_height, stack))).append(figure)
         return [stack for stack in stacks if stack]
 
 
-def _stack_height(stack: Sequence[Figure]) -> float:
-    return sum(100 + (sum(picture.height for picture in figure.pictures) or _table_height(figure)) for figure in stack)
-
-
-def _table_height(figure: Figure) -> float:
-    return 60.0 + 33 * len(figure.table.lines) if figure.table else 0.0
+def _height(figure: Figure) -> float:
+    """Estimate the height of the charts, or else of the table, in pixels."""
+    table = 60 + 33 * len(figure.table.lines) if figure.table else 0
+    return 100 + (sum(picture.height for picture in figure.pictures) or table)
 
 
 def make_sections(report: Report) -> Iterator[Section]:

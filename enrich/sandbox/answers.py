@@ -54,7 +54,7 @@ class _CascadeTrace:
                 "provider": provider.name,
                 "result": result,
                 "details": None,
-                "cost": money.to_text(cost),
+                "cost": str(money.to_number(cost)),
                 "is_verified": verified,
                 "provider_logo": f"https://logos.example/{provider.id}.png",
             }
