@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
 from copy import copy
 from hashlib import sha256
 from pathlib import Path
@@ -13,7 +12,6 @@ from pathlib import Path
 import polars as pl
 
 from enrich.errors import CommandRefused, EnrichError
-from enrich.files.atomic import WriteProblem
 from enrich.files.csv_format import likely_separator
 from enrich.files.limits import FileLimits, limits_of
 from enrich.files.reader import ROWS_PER_BATCH, InMemoryRows, InputPart, InputSchema, InputTable, RowCounter
@@ -172,16 +170,8 @@ class JobInput:
         outputs = {"output": self._job.output, "rejects": model.rejects, "changes": model.changes}
         self._limits = [limits_of(kind, output) for kind, output in outputs.items() if output is not None]
         written = [*dict.fromkeys([*self.columns, *template.columns]), *status_columns(self._job)]
-        with self._as_refused():
-            for limits in self._limits:
-                limits.check_columns(written)
-
-    @contextmanager
-    def _as_refused(self) -> Iterator[None]:
-        try:
-            yield
-        except WriteProblem as problem:
-            raise CommandRefused(f"{self._job.input_path}: {problem.message}", problem.hint) from None
+        for limits in self._limits:
+            limits.check_columns(written, self._job.input_path)
 
     def queue_order(self) -> pl.Series | None:
         """Read the input once and return each row's place in the send order; None: the order of the input."""
@@ -209,9 +199,8 @@ class JobInput:
         for frame in (part for batch in self._table.batches() for part in batch.iter_slices(max_rows)):
             text = text_frame(frame)
             self._check_statuses(text)
-            with self._as_refused():
-                for limits in self._limits:
-                    limits.check_rows(text, first_position)
+            for limits in self._limits:
+                limits.check_rows(text, first_position, self._job.input_path)
             yield first_position, frame, text
             first_position += frame.height
 

@@ -10,8 +10,8 @@ import polars as pl
 import pytest
 
 from enrich.files import csv_format, excel_format
-from enrich.files.atomic import WriteProblem
 from enrich.files.limits import FileLimits, limits_of
+from enrich.files.text import FileProblem
 from enrich.job.spec import Output
 from enrich.run import collector
 from tests.support.cases import in_turn
@@ -146,8 +146,8 @@ def test_fit(path: str, encoding: str, text: str, fitted: str) -> None:
 def test_names_of_columns() -> None:
     """A column name that the encoding lacks is refused as the header."""
     limits = limits_of("output", Output(path="a.csv", encoding="cp1252"))
-    with pytest.raises(WriteProblem, match="the header, column `名`"):
-        limits.check_columns(["a", "名"])
+    with pytest.raises(FileProblem, match=r"in\.csv: the header, column `名`"):
+        limits.check_columns(["a", "名"], "in.csv")
 
 
 def test_other_output_on_the_command_line(api: SandboxApi, workspace: Workspace, tmp_path: Path) -> None:
