@@ -76,7 +76,7 @@ def _apply_judgement(
 def judge_answers(
     db: Database, request_ids: Sequence[int], selection: RequestSelection, paths: Iterable[str]
 ) -> Mapping[int, JudgedAnswer]:
-    """Judge those of the requests whose stored answer was judged by other columns and may be due for a refresh."""
+    """Judge those of the requests whose newest answer was judged by other columns and may be due for a refresh."""
     columns = list(paths)
     if not request_ids or not selection.refresh_before_ms:
         return {}
@@ -84,9 +84,8 @@ def judge_answers(
     if same.are_all:
         return {}
     rows = db.execute(
-        "SELECT r.id, s.answer, a.settled_ms FROM requests r JOIN attempts a ON a.id = r.attempt_id "
-        "JOIN attempts s ON s.id = coalesce(r.answer_id, r.attempt_id) "
-        f"WHERE r.id IN ({JSON_NUMBERS.format('?1')}) AND s.answer IS NOT NULL AND a.settled_ms < ?3 "
+        "SELECT r.id, a.answer, a.settled_ms FROM requests r JOIN attempts a ON a.id = r.attempt_id "
+        f"WHERE r.id IN ({JSON_NUMBERS.format('?1')}) AND a.answer IS NOT NULL AND a.settled_ms < ?3 "
         "AND a.execution_id <> coalesce(CAST(?4 AS BIGINT), 0) AND (a.execution_id, coalesce(a.step, '')) NOT IN "
         "(SELECT CAST(value->>0 AS BIGINT), value->>1 FROM json_each(CAST(?2 AS TEXT)))",
         (

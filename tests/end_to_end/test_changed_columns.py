@@ -131,9 +131,11 @@ def test_answers_have_the_age_of_new_columns(  # noqa: PLR0917 - the fixtures an
         assert workspace.run_job(api).submitted == 0
         write_job(workspace, job, new, ages)
         plan = workspace.run_in_process("plan", "job.yaml", "--json", api=api).json_output
+        explained = workspace.run_in_process("explain", "job.yaml", "--row", "1").stdout
         again = workspace.run_job(api)
     assert workspace.run_in_process("ledger", "check", "job.yaml").exit_code == 0
     assert (plan["to_submit"], again.submitted) == (LEADS, LEADS)
+    assert f"sent again by the next run, by policy.refresh ({ages})" in explained
 
 
 @pytest.mark.long
