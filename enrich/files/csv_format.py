@@ -84,7 +84,7 @@ def write(
 ) -> None:
     """Write the column names, and frames of text. A null becomes a blank cell.
 
-    What the encoding lacks was refused or replaced before: see `limits`.
+    Characters that the encoding lacks were refused or replaced before: see `limits`.
     """
     encoder = codecs.getincrementalencoder(encoding)()
     # Quote the header if the first name starts with a byte order mark. Unquoted, it would be read as the file's.
