@@ -85,21 +85,21 @@ def check_job(job: Job, bound_to: Mapping[str, str | None], live: Sequence[Descr
     result = CheckResult("")
     stored = [read_stored(step, bound_to, result) for step in job.steps]
     result.problems += [problem for step in job.steps for problem in _unfilled_params(step)]
-    opened = None
+    job_input = None
     if job.input_path == STDIN or not isinstance(job.input_path, Path):
         result.notes.append("the input was not read, because it is a pipe, in object storage or on the web")
     else:
-        opened = _open_input(job, result.problems)
-        result.notes += [] if opened is None else opened[1].notes()
+        job_input = _open_input(job, result.problems)
+        result.notes += [] if job_input is None else job_input.notes()
     templates = [
         check_target(step, known, live[number] if live else None, result)
         for number, (step, known) in enumerate(zip(job.steps, stored, strict=True))
     ]
     result.template = templates[0]
     if job.step_jobs:
-        _check_steps(job, None if opened is None else opened[1], templates, result)
-    elif opened is not None and result.template is not None:
-        _read_input(*opened, result.template, result)
+        _check_steps(job, job_input, templates, result)
+    elif job_input is not None and result.template is not None:
+        _read_input(job_input, result.template, result)
     of_paths, of_ledger = list(path_problems(job)), f"{job.ledger}: "
     # Only one problem of the ledger is reported: that it is another file of the job, or else why it cannot be opened.
     if any("`ledger` are the same" in problem.message or "`ledger` and" in problem.message for problem in of_paths):
@@ -168,13 +168,10 @@ def _unfilled_params(job: Job) -> Iterator[JobError]:
             yield job.error(["params", name], "no column is set", hint)
 
 
-def _open_input(job: Job, problems: list[EnrichError]) -> tuple[Job, JobInput] | None:
-    """Open the input and check each part of the job against it. A part that does not fit is reported and left out.
-
-    Returns the job without these parts, too.
-    """
+def _open_input(job: Job, problems: list[EnrichError]) -> JobInput | None:
+    """Open the input and check each part of the job against it. A part that does not fit is reported and left out."""
     with suppress(EnrichError):
-        return job, JobInput(job)
+        return JobInput(job)
     model = job.model
     removed_parts = dict.fromkeys(("where", "order_by", "caps", "suppress", "changes", "report")) | {
         "params": {},
@@ -215,8 +212,7 @@ def _open_input(job: Job, problems: list[EnrichError]) -> tuple[Job, JobInput] |
         for key in ("where", "caps", "suppress", "changes", "report"):
             part = getattr(model, key)
             valid_parts[key] = part if part is None or can_open(params=params, **{key: part}) else None
-        fitting_job = replace(job, model=model.model_copy(update=valid_parts))
-        return fitting_job, JobInput(fitting_job)
+        return JobInput(replace(job, model=model.model_copy(update=valid_parts)))
     except EnrichError as error:
         problems.append(error)
         return None
@@ -240,11 +236,11 @@ def _param_fits(name: str, param: Param, can_open: Callable[..., bool]) -> bool:
     return not [each for each in single_column_params if not can_open(params={name: each})]
 
 
-def _read_input(job: Job, job_input: JobInput, template: RequestTemplate, result: CheckResult) -> None:
+def _read_input(job_input: JobInput, template: RequestTemplate, result: CheckResult) -> None:
     """Read the input to its end and count its rows. An error becomes a problem."""
     try:
         job_input.check_new_columns(template)
-        rows, fill = 0, ParamFill(job)
+        rows, fill = 0, ParamFill(job_input.job)
         for batch in job_input.batches(template):
             rows += batch.frame.height
             result.left_out += batch.left_out
