@@ -105,15 +105,12 @@ class LocalCopies:
             with self._new_file("beginning" + ".gz" * file.location.name.lower().endswith(".gz")) as (path, into):
                 into.write(object_store.download_range(file.location, 0, HEAD_BYTES))
             return file.table_file(path)
-        length = None
-        if file.settings.format == "parquet":
-            length = parquet_format.footer_length(
-                object_store.download_range(file.location, size - parquet_format.TAIL_BYTES, parquet_format.TAIL_BYTES)
-            )
-        if length is None or length + parquet_format.TAIL_BYTES > size:
+        if file.settings.format != "parquet":
+            return None
+        tail = object_store.download_range(file.location, size - parquet_format.TAIL_BYTES, parquet_format.TAIL_BYTES)
+        if (end := parquet_format.end_length(tail)) is None or end > size:
             return None
         with self._new_file("outline.parquet") as (path, into):
-            end = length + parquet_format.TAIL_BYTES
             parquet_format.write_footer_copy(into, size, object_store.download_range(file.location, size - end, end))
         return file.table_file(path)
 
