@@ -125,9 +125,9 @@ class Databar:
         return task_id
 
     def _make_run(self, lookup: Lookup, now: float, *, bulk: bool) -> tuple[Run, str]:
-        lookup_count = self._store.count_lookup(lookup.key, lookup.canonical)
+        number, count = self._store.count_lookup(lookup.key, lookup.canonical)
         draw = SeededRandom(self._settings.seed, lookup.subject)
-        reply = make_answer(lookup, lookup_count.count_so_far, draw, self._settings, bulk=bulk)
+        reply = make_answer(lookup, count, draw, self._settings, bulk=bulk)
         run = Run(
             ready=now + self._latency(draw("latency")),
             outcome=reply.outcome,
@@ -136,7 +136,7 @@ class Databar:
             reserved=lookup.worst_case,
             cost=reply.cost,
             state="running",
-            question=lookup_count.id,
+            question=number,
         )
         return run, reply.steps
 
