@@ -6,8 +6,6 @@ import os
 import pty
 import re
 import sqlite3
-import subprocess
-import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -17,7 +15,6 @@ from enrich.errors import RunDeclined
 from enrich.run.context import RunOptions
 from tests.support.cases import first_quick
 from tests.support.ledger import run_sql
-from tests.support.program import reset_signals
 from tests.support.workspace import (
     JOB,
     SandboxApi,
@@ -273,15 +270,7 @@ def test_no_keeps_what_was_collected(tmp_path: Path, workspace: Workspace) -> No
 def answer_on_terminal(workspace: Workspace, api: SandboxApi, answer: str, *command: str) -> tuple[str, int]:
     """Run the program on a pseudo-terminal and answer its question. Return what was shown, and the exit code."""
     ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "enrich", *command],
-        cwd=workspace.folder,
-        env=workspace.environment(api) | {"TERM": "xterm"},
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        preexec_fn=reset_signals,
-    )
+    process = workspace.start_subprocess(*command, api=api, terminal=theirs, TERM="xterm")
     os.close(theirs)
     shown = read_terminal(ours, up_to=b"[y/N]")
     os.write(ours, f"{answer}\n".encode())
