@@ -53,10 +53,15 @@ def object_version(url: ObjectUrl) -> ObjectVersion | None:
 
 
 def list_objects(url: ObjectUrl) -> Iterator[tuple[str, ObjectVersion]]:
-    """Yield the keys in a folder (recursively), each with the object's version. Raises CommandRefused."""
+    """Yield the keys in a folder (recursively), each with the object's version. Raises CommandRefused.
+
+    Consoles and other programs mark a folder by an empty object, which has no file extension and is left out.
+    """
     with _open_store(url) as store:
         for page in store.list(url.key.rstrip("/") or None):
-            yield from ((meta["path"], _version_of(meta)) for meta in page)
+            for meta in page:
+                if meta["size"] or "." in meta["path"].rpartition("/")[2]:
+                    yield meta["path"], _version_of(meta)
 
 
 def read_object(url: ObjectUrl) -> bytes | None:

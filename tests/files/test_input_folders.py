@@ -231,6 +231,8 @@ def test_storage_prefix_includes_all_objects(tmp_path: Path) -> None:
         put_object(name, write_table(tmp_path / "x.csv", ["A", "B"], [row]).read_bytes())
     put_object("b/_SUCCESS", b"?")
     put_object("b/.hidden/x.csv", b"?")
+    for marker in ("b/e", "b/c=1/e_$folder$"):  # empty objects, as those of a folder that a console has made
+        put_object(marker, b"")
     url = ObjectUrl("s3", BUCKET, "b/")
     assert read_rows(url) == [("1", "2", "1"), ("3", "4", "2")]
     assert read_rows(ObjectUrl("s3", BUCKET, "b*/c=*/x.csv")) == [
