@@ -205,7 +205,7 @@ class Job(Struct, frozen=True):
 #: The files that a run only reads. Two of them may be the same.
 _FILES_READ = ("the job file", "input", "suppress", "notify")
 #: The codes of strftime that mean the same on every system, except those that put a line break or a slash into a name.
-_DATE_CODES = frozenset(f"%{letter}" for letter in "aAbBcCdeFGgHIjklmMpPsSTuUVwWxXyYzZ%")
+_DATE_CODES = frozenset(f"%{letter}" for letter in "aAbBcCdeFGgHIjklmMpPsSTuUVwWXyYzZ%")
 
 
 def load_job(path: Path, overrides: Overrides | None = None) -> Job:
