@@ -96,7 +96,7 @@ def _syntax_hint(problem: str) -> str | None:
         return "put the whole value in single quotes, and double those inside it"
     if "\\t" in problem:
         return "indent with blanks"
-    if "cannot start any token" in problem:
+    if "cannot start any token" in problem or "expected alphabetic or numeric character" in problem:
         return "put it in quotes if it is text"
     if any(
         sign in problem for sign in ("<block end>", "mapping values are not allowed", "could not find expected ':'")

@@ -368,6 +368,10 @@ def test_quoted_values_are_text(tmp_path: Path, word: str) -> None:
             f"{BASE_JOB}output: %Y.csv\n",
             ["6: found character '%' that cannot start any token", "hint: put it in quotes if it is text"],
         ),
+        (
+            f"{BASE_JOB}suppress: *.txt\n",
+            ["6: expected alphabetic or numeric character", "hint: put it in quotes if it is text"],
+        ),
         (f"{BASE_JOB}---\n{BASE_JOB}", ["6: but found another document"]),
         (
             "version: 1\n\tinput: x\n",
