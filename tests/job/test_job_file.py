@@ -370,7 +370,7 @@ def test_quoted_values_are_text(tmp_path: Path, word: str) -> None:
         ),
         (
             f"{BASE_JOB}suppress: *.txt\n",
-            ["6: expected alphabetic or numeric character", "hint: put it in quotes if it is text"],
+            ["6: expected alphabetic or numeric character, but found '.'", "hint: put it in quotes if it is text"],
         ),
         (f"{BASE_JOB}---\n{BASE_JOB}", ["6: but found another document"]),
         (
