@@ -26,7 +26,7 @@ from enrich.report.page_file import INSTALL_HINT, is_extra_missing
 from enrich.rows.job_input import JobInput
 from enrich.rows.param_fill import ParamFill
 from enrich.rows.params import format_left_out, left_out_by_param
-from enrich.rows.template import RequestTemplate
+from enrich.rows.template import RequestTemplate, template_of_unknown_target
 from enrich.run.preflight import query_api
 
 #: If the input lacks all columns of the job, and it has at least this many, that is one problem, not one for each.
@@ -98,8 +98,8 @@ def check_job(job: Job, bound_to: Mapping[str, str | None], live: Sequence[Descr
         from enrich.commands.check_steps import check_steps
 
         check_steps(job, None if opened is None else opened[1], templates, result)
-    elif opened is not None and result.template is not None:
-        _read_input(*opened, result.template, result)
+    elif opened is not None and (result.template is not None or not result.problems):
+        _read_input(*opened, result.template or template_of_unknown_target(job), result)
     of_paths, of_ledger = list(path_problems(job)), f"{job.ledger}: "
     # Only one problem of the ledger is reported: that it is another file of the job, or else why it cannot be opened.
     if any("`ledger` are the same" in problem.message or "`ledger` and" in problem.message for problem in of_paths):

@@ -7,7 +7,6 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
-from hashlib import sha256
 from pathlib import Path
 
 import polars as pl
@@ -26,7 +25,6 @@ from enrich.files.text import (
 )
 from enrich.files.values import text_frame
 from enrich.files.writer import is_formula
-from enrich.job.bounded_read import read_bounded
 from enrich.job.cell_text import blank_cells
 from enrich.job.file_names import is_missing
 from enrich.job.job import Job
@@ -39,7 +37,7 @@ from enrich.models import RowStatus
 from enrich.rows.known_batches import KnownBatches
 from enrich.rows.requests import CHANGE_COLUMNS, RequestBuilder, RowBatch, own_columns, status_columns
 from enrich.rows.send_order import order_of_rows, rank_rows, sort_keys
-from enrich.rows.suppression import MAX_LIST_BYTES, read_suppression
+from enrich.rows.suppression import hash_list, read_suppression
 from enrich.rows.template import RequestTemplate
 from enrich.rows.where import (
     PER_ROW_MESSAGE,
@@ -83,8 +81,8 @@ class JobInput:
         #: The columns that are written to the output. A blank text cell is `""` or null.
         self.schema = {name: kind for name, kind in self.all_columns.items() if name not in self._own_columns}
         self.columns = list(self.schema)
-        #: The files that the batches are written to, once `check_new_columns` was called.
-        self._limits: list[FileLimits] = []
+        #: The files that the batches are written to, with their columns, once `check_new_columns` was called.
+        self._limits: list[tuple[FileLimits, list[str]]] = []
         self._check_status_columns()
         self._check_columns()
         self._check_where()
@@ -148,7 +146,7 @@ class JobInput:
     def suppression_digest(self) -> str | None:
         """Hash the bytes of the list of `suppress` (SHA-256, hex); None: there is none."""
         suppress = self._job.model.suppress
-        return None if suppress is None else _hash_file(self._job.resolve_path(suppress))
+        return None if suppress is None else hash_list(self._job.resolve_path(suppress))
 
     def check_new_columns(self, template: RequestTemplate) -> None:
         """Check the columns of the files that a run writes. From then on `batches` checks the cells, too.
@@ -169,12 +167,18 @@ class JobInput:
                     "choose another name for the new column, or fill the existing one: merge: fill_empty",
                 )
         model = self._job.model
-        outputs = {"output": self._job.output, "rejects": model.rejects, "changes": model.changes}
-        self._limits = [limits_of(kind, output) for kind, output in outputs.items() if output is not None]
-        written = [*dict.fromkeys([*self.columns, *template.columns]), *status_columns(self._job)]
+        new = [name for name in template.columns if name not in self.columns]
+        fed = dict.fromkeys([*self.change_key, *(name for name in template.columns if name in self.columns)])
+        files = [
+            ("output", self._job.output, self.columns, [*new, *status_columns(self._job)]),
+            ("rejects", model.rejects, self.columns, []),
+            ("changes", model.changes, list(fed), new),  # the names are cells of it
+        ]
+        written = [(limits_of(kind, file), columns, names) for kind, file, columns, names in files if file is not None]
+        self._limits = [(limits, columns) for limits, columns, _ in written]
         with self._as_refused():
-            for limits in self._limits:
-                limits.check_columns(written)
+            for limits, columns, names in written:
+                limits.check_columns([*columns, *names])
 
     @contextmanager
     def _as_refused(self) -> Iterator[None]:
@@ -210,8 +214,8 @@ class JobInput:
             text = text_frame(frame)
             self._check_statuses(text)
             with self._as_refused():
-                for limits in self._limits:
-                    limits.check_rows(text, first_position)
+                for limits, columns in self._limits:
+                    limits.check_rows(text[:, columns], first_position)
             yield first_position, frame, text
             first_position += frame.height
 
@@ -391,10 +395,3 @@ def _missing_input_error(job: Job) -> CommandRefused | None:
         hint = "check the path; it is relative to the job file"
     where = f"{job.document.path}:{job.document.line_of(['input'])}: input"
     return CommandRefused(f"{where}: {path} does not exist", hint)
-
-
-def _hash_file(path: Path) -> str:
-    try:
-        return sha256(read_bounded(path, MAX_LIST_BYTES)).hexdigest()
-    except OSError as error:
-        raise CommandRefused(f"{path} cannot be read: {error.strerror}") from error
