@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,7 +77,7 @@ def forget_person(job: Job, matches: Sequence[str], confirm: Callable[[Forgotten
         ]
         if job.step_jobs:
             known_requests = list(map(dict, erasure.requests_with_answers(ledger)))
-            found = list(map(dict, follow_answers(job, found, known_requests, of_others)))
+            found = follow_answers(job, found, known_requests, of_others)
         waiting = sum(known["state"] in OPEN_STATES for known in found)
         if waiting:
             raise CommandRefused(
@@ -184,13 +184,10 @@ def _matching_requests(
     """Return the requests of matching input rows. Empty if the input is unusable."""
     # The person's rows count, whether or not the job's conditions hold for them today.
     job = replace(job, model=job.model.model_copy(update={"where": None, "only_if_empty": [], "suppress": None}))
-    job_input = None
-    try:
+    job_input: JobInput | None = None
+    with suppress(EnrichError):
         job_input = JobInput(job)
-    except EnrichError:
-        columns: list[str] = []
-    else:
-        columns = job_input.columns
+    columns = [] if job_input is None else job_input.columns
     params = [param for step in job.steps for param in step.model.params.items()]
     known = [*columns, *(name for name, _ in params), *template.columns]
     known += [name for _, param in params for name in param.columns]
@@ -198,8 +195,8 @@ def _matching_requests(
         if name not in known:
             hint = suggest_name(name, known)
             raise JobError(f"--match {name}=…: the input and the job have no column `{name}`", hint)
-    if job.step_jobs:
-        return requests_of_rows(job, ledger, criteria)
+    if job_input is not None and job.step_jobs:
+        return requests_of_rows(job, job_input, ledger, criteria)
     if job_input is None or not set(criteria) <= set(columns):
         return RowRequests({}, ())
     cell_indexes = {columns.index(name): value for name, value in criteria.items()}

@@ -129,11 +129,6 @@ def parse_data(data: object, provider: str | None = None, *, find_provider: bool
     return ParsedData(fields, provider, data, steps, unread_steps=max(0, len(listed_steps) - MAX_STEPS))
 
 
-def result_fields(data: object) -> Mapping[str, Any]:
-    """Return the result fields in the `data` of a single run, in any of its shapes."""
-    return _unwrap_fields(_first_item(data))
-
-
 def _first_item(data: object) -> object:
     if not isinstance(data, list):
         return data
@@ -217,7 +212,7 @@ def column_values(data: object, paths: Iterable[str]) -> list[Any]:
     """
     paths = list(paths)
     if not any(map(is_beside, paths)):
-        fields = result_fields(data)
+        fields = _unwrap_fields(_first_item(data))
         return [value_at(fields, path) for path in paths]
     parsed = parse_data(data)
     return [column_value(parsed, path) for path in paths]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
 from copy import copy
+from hashlib import sha256
 from pathlib import Path
 
 import polars as pl
@@ -19,12 +19,12 @@ from enrich.files.text import (
     LATER_HEADER_HINT,
     NO_HEADER,
     NO_HEADER_HINT,
-    FileProblem,
     is_headerless,
     missing_column_hint,
 )
 from enrich.files.values import text_frame
 from enrich.files.writer import is_formula
+from enrich.job.bounded_read import read_bounded
 from enrich.job.cell_text import blank_cells
 from enrich.job.file_names import is_missing
 from enrich.job.job import Job
@@ -37,7 +37,7 @@ from enrich.models import RowStatus
 from enrich.rows.known_batches import KnownBatches
 from enrich.rows.requests import CHANGE_COLUMNS, RequestBuilder, RowBatch, own_columns, status_columns
 from enrich.rows.send_order import order_of_rows, rank_rows, sort_keys
-from enrich.rows.suppression import hash_list, read_suppression
+from enrich.rows.suppression import MAX_LIST_BYTES, read_suppression
 from enrich.rows.template import RequestTemplate
 from enrich.rows.where import (
     PER_ROW_MESSAGE,
@@ -146,7 +146,7 @@ class JobInput:
     def suppression_digest(self) -> str | None:
         """Hash the bytes of the list of `suppress` (SHA-256, hex); None: there is none."""
         suppress = self._job.model.suppress
-        return None if suppress is None else hash_list(self._job.resolve_path(suppress))
+        return None if suppress is None else _hash_file(self._job.resolve_path(suppress))
 
     def check_new_columns(self, template: RequestTemplate) -> None:
         """Check the columns of the files that a run writes. From then on `batches` checks the cells, too.
@@ -176,16 +176,8 @@ class JobInput:
         ]
         written = [(limits_of(kind, file), columns, names) for kind, file, columns, names in files if file is not None]
         self._limits = [(limits, columns) for limits, columns, _ in written]
-        with self._as_refused():
-            for limits, columns, names in written:
-                limits.check_columns([*columns, *names])
-
-    @contextmanager
-    def _as_refused(self) -> Iterator[None]:
-        try:
-            yield
-        except FileProblem as problem:
-            raise CommandRefused(f"{self._job.input_path}: {problem.message}", problem.hint) from None
+        for limits, columns, names in written:
+            limits.check_columns([*columns, *names], self._job.input_path)
 
     def queue_order(self) -> pl.Series | None:
         """Read the input once and return each row's place in the send order; None: the order of the input."""
@@ -213,9 +205,8 @@ class JobInput:
         for frame in (part for batch in self._table.batches() for part in batch.iter_slices(max_rows)):
             text = text_frame(frame)
             self._check_statuses(text)
-            with self._as_refused():
-                for limits, columns in self._limits:
-                    limits.check_rows(text[:, columns], first_position)
+            for limits, columns in self._limits:
+                limits.check_rows(text[:, columns], first_position, self._job.input_path)
             yield first_position, frame, text
             first_position += frame.height
 
@@ -393,5 +384,11 @@ def _missing_input_error(job: Job) -> CommandRefused | None:
         hint = f"did you mean {os.path.relpath(path.with_name(closest), folder)}? It is relative to the job file"
     else:
         hint = "check the path; it is relative to the job file"
-    where = f"{job.document.path}:{job.document.line_of(['input'])}: input"
-    return CommandRefused(f"{where}: {path} does not exist", hint)
+    return CommandRefused(f"{job.document.place_of(['input'])}: {path} does not exist", hint)
+
+
+def _hash_file(path: Path) -> str:
+    try:
+        return sha256(read_bounded(path, MAX_LIST_BYTES)).hexdigest()
+    except OSError as error:
+        raise CommandRefused(f"{path} cannot be read: {error.strerror}") from error

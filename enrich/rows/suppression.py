@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from hashlib import sha256
 from pathlib import Path
 
 import polars as pl
 from msgspec import Struct
 
 from enrich.errors import CommandRefused
-from enrich.job.bounded_read import read_bounded, read_text
+from enrich.job.bounded_read import read_text
 from enrich.rows.domains import (
     canonical_host,
     fold_address,
@@ -114,11 +113,3 @@ def read_suppression(path: Path) -> Suppression:
         else:
             domains.add(re.sub(r"^www\.(?=.*\.)", "", address.host))
     return Suppression(frozenset(addresses), frozenset(domains))
-
-
-def hash_list(path: Path) -> str:
-    """Hash the bytes of a list (SHA-256, hex). Raises CommandRefused."""
-    try:
-        return sha256(read_bounded(path, MAX_LIST_BYTES)).hexdigest()
-    except OSError as error:
-        raise CommandRefused(f"{path} cannot be read: {error.strerror}") from error

@@ -69,13 +69,6 @@ class TaskFault(NamedTuple):
     param: float
 
 
-class LookupCount(NamedTuple):
-    """The id of a stored lookup, and how often it was requested so far."""
-
-    id: int
-    count_so_far: int
-
-
 class Run(NamedTuple):
     """One paid lookup of a task, with its answer; `ready` in seconds since the epoch, amounts in millionths."""
 
@@ -175,14 +168,14 @@ class SandboxStore:
         self.prices[seller_id] = price
         self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", [f"price:{seller_id}", price])
 
-    def count_lookup(self, key: bytes, canonical: tuple[str, str]) -> LookupCount:
-        """Count one more request for a lookup."""
-        row = self._one(
+    def count_lookup(self, key: bytes, canonical: tuple[str, str]) -> tuple[int, int]:
+        """Count one more request for a lookup. Returns its id, and how often it was requested so far."""
+        number, count = self._one(
             "INSERT INTO questions (key, target, params, asked)"
             " VALUES (?, ?, ?, 1) ON CONFLICT (key) DO UPDATE SET asked = asked + 1 RETURNING id, asked",
             [key, *canonical],
         )
-        return LookupCount(*row)
+        return number, count
 
     def add_task(
         self, task_id: str, runs: Iterable[tuple[Run, str]], fault: TaskFault, *, bulk: bool, now: float

@@ -9,7 +9,6 @@ from enrich.commands.doctor.checks import Finding
 from enrich.errors import CommandRefused, EnrichError
 from enrich.files import object_store
 from enrich.files.discovery import find_objects
-from enrich.files.text import as_refused
 from enrich.job.job import Job
 from enrich.job.locations import InputLocation, ObjectUrl
 
@@ -33,6 +32,5 @@ def _check_access(key: str, url: ObjectUrl) -> None:
     if key != "input":
         object_store.check_bucket(url)
         return
-    with as_refused():
-        if not any(find_objects(url).values()):
-            raise CommandRefused(f"{url} does not exist", "check the URL")
+    if not any(find_objects(url).values()):
+        raise CommandRefused(f"{url} does not exist", "check the URL")
