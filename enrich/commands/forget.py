@@ -47,10 +47,18 @@ class ForgottenCounts(NamedTuple):
     erased: int = 0
     unsent: int = 0
 
-    def as_text(self, done: str = "") -> str:
-        """Return the counts for people; `done` follows the first."""
-        unsent = f"; later runs skip {self.unsent} more that are not in the ledger" if self.unsent else ""
-        return f"{pluralize(self.erased, 'request')}{done}{unsent}"
+    def prompt(self) -> str:
+        """Return what will be done, as a sentence."""
+        if not self.erased:
+            return f"Later runs skip {pluralize(self.unsent, 'request')} of this person. None is in the ledger."
+        return f"This permanently erases {pluralize(self.erased, 'request')}{self._skipped()}."
+
+    def result(self) -> str:
+        """Return what was done."""
+        return f"{pluralize(self.erased, 'request')} erased{self._skipped()}"
+
+    def _skipped(self) -> str:
+        return f"; later runs skip {self.unsent} more that are not in the ledger" if self.unsent else ""
 
 
 def forget_person(job: Job, matches: Sequence[str], confirm: Callable[[ForgottenCounts], bool]) -> ForgottenCounts:
@@ -311,7 +319,7 @@ def forget(job_options: options.JobOptions, matches: tuple[str, ...], yes: bool,
     def confirm(counts: ForgottenCounts) -> bool:
         """Ask once for the ledger and the sandbox."""
         if not answers:
-            answers.append(_confirmed(f"This permanently erases {counts.as_text()}.", yes=False))
+            answers.append(_confirmed(counts.prompt(), yes=False))
         return answers[0]
 
     def from_ledger(job: Job) -> int:
@@ -330,7 +338,7 @@ def forget(job_options: options.JobOptions, matches: tuple[str, ...], yes: bool,
     if as_json:
         click.echo(json.dumps({"exit_code": 0, "requests": erased, "never_sent": unsent}))
     else:
-        click.echo(ForgottenCounts(erased, unsent).as_text(" erased"))
+        click.echo(ForgottenCounts(erased, unsent).result())
 
 
 @click.command()

@@ -136,7 +136,7 @@ class Databar:
             reserved=lookup.worst_case,
             cost=reply.cost,
             state="running",
-            question=number,
+            lookup=number,
         )
         return run, reply.steps
 
