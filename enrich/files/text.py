@@ -179,8 +179,8 @@ def _repeated_columns(header: list[str], positions: list[str] | None) -> str | N
 
 
 def is_headerless(header: Sequence[str], job_columns: Iterable[str]) -> bool:
-    """Check whether the first line looks like a lead: it has none of the job's columns, but the shape of a cell."""
-    return not set(header) & set(job_columns) and any(map(looks_like_cell, header))
+    """Check whether the first line looks like a lead: a cell's shape, and none of the job's columns in any spelling."""
+    return {*map(_fold, header)}.isdisjoint(map(_fold, job_columns)) and any(map(looks_like_cell, header))
 
 
 def missing_column_hint(column: str, header: Sequence[str], job_columns: Iterable[str]) -> str | None:
