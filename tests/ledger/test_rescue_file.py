@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from enrich.errors import CommandRefused, LedgerLocked
 from enrich.ledger import bindings, rescue_import, rescue_recorder, resume, transitions
 from enrich.ledger.database import Database
+from enrich.ledger.database_copy import copy_ledger
 from enrich.ledger.rescue_file import RescuedAttempt, RescueFile, read_rescue_file
 from enrich.ledger.rescue_import import import_rescue_files, remove_imported_files
 from enrich.ledger.verify import check_ledger
@@ -400,6 +401,19 @@ def test_sandbox_rescue_file_is_separate(tmp_path: Path, workspace: Workspace) -
         assert workspace.run_job(api).exit_code == 0
         assert workspace.ledger_path.with_name("job.sandbox.db.rescue").exists()
         assert len(json.loads(json.dumps(workspace.read_output()))) == 2
+
+
+def test_copy_without_rescue_file_is_refused(tmp_path: Path, ledger: CommittingLedger) -> None:
+    """A copy would lack what the rescue file has, and no run of the copy reads that file: its tasks would be lost."""
+    ledger.start_and_enroll(1)
+    file, target = ledger.path.with_name("ledger.db.rescue"), tmp_path / "copy.db"
+    file.write_bytes(rescue_record(1).to_line())
+    ledger.wrapped.close()
+
+    with pytest.raises(CommandRefused, match=r"ledger\.db\.rescue has what the last run could not write"):
+        copy_ledger(ledger.path, target)
+
+    assert (target.exists(), file.exists()) == (False, True)
 
 
 def test_failed_removal_is_reported(tmp_path: Path) -> None:
