@@ -57,8 +57,8 @@ class CopyResult(Struct, frozen=True):
 def copy_ledger(source: LedgerLocation, target: LedgerLocation) -> CopyResult:
     """Copy a whole ledger that no run is using, or nothing of it, to a location that holds no ledger data.
 
-    The key for the hashes of forgotten people is copied too. Raises CommandRefused, also when a rescue file has what the
-    ledger lacks, and LedgerLocked while a run holds either ledger.
+    The key for the hashes of forgotten people is copied too. Raises CommandRefused, also if there is a rescue file, and
+    LedgerLocked while a run holds either ledger.
     """
     if is_same_file(source, target):
         raise CommandRefused(f"{target}: this is the ledger itself", "choose another location for the copy")

@@ -125,6 +125,25 @@ def test_plan_counts_a_shared_question_beyond_the_cap_of_a_step(workspace: Works
     assert all(done["submitted"] <= step["at_most"] for done, step in zip(summary.steps, plan["steps"], strict=True))
 
 
+def test_tasks_of_an_earlier_run_count_for_the_cap_of_their_step(workspace: Workspace, tmp_path: Path) -> None:
+    """What a run collects of a step and what it sends there are within the step's cap, as within that of the job."""
+    one_provider = SHORT_JOB.replace("waterfall: email_getter", "waterfall: email_getter\n    enrichments: [833]")
+    cap = "    limits: {max_credits: 0.5}\n  - name: person"
+    with serve_api(tmp_path / "api.db", hit_rate=1.0, latency="fixed(3600)") as api:
+        api.set_prices({833: 0.1})
+        workspace.write_job(one_provider)
+        workspace.write_leads(make_people(4), HEADER)
+        workspace.submit_without_collecting(api)
+    port = int(api.base_url.rpartition(":")[2].removesuffix("/v1"))
+    with serve_api(tmp_path / "api.db", port=port, hit_rate=1.0) as api:
+        api.advance(3600)
+        workspace.write_leads(make_people(9), HEADER)
+        workspace.write_job(one_provider.replace("  - name: person", cap))
+        summary = workspace.run_job(api)
+    assert (summary.exit_code, summary.steps[0]["submitted"]) == (ExitCode.CREDITS, 1)
+    assert summary.steps[0]["credits_spent"] == pytest.approx(0.5)
+
+
 def test_failures_of_found_leads_are_named(workspace: Workspace, tmp_path: Path) -> None:
     """A step that failed for leads that are found is in the summary, with the command that sends it again."""
     workspace.write_job(SHORT_JOB + "complete: [work_email]\n")
