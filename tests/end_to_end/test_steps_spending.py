@@ -222,6 +222,21 @@ def test_doubts_of_the_same_run_are_left_to_the_user(workspace: Workspace, tmp_p
         assert api.audit()["accepted"] == 5
 
 
+def test_limited_run_counts_and_accepts_what_has_a_result(workspace: Workspace, tmp_path: Path) -> None:
+    """Also of leads over the limit, `--accept` holds for all unconfirmed requests, and results count as reused."""
+    workspace.write_job(SHORT_JOB)
+    workspace.write_leads(make_people(5), HEADER)
+    with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
+        api.inject_fault("error-after", 2, "post")
+        workspace.run_job(api)
+        workspace.write_leads(make_people(8), HEADER)
+        summary = workspace.run_job(api, RunOptions(accept_in_doubt=True, limit=0))
+        plan = workspace.run_in_process("plan", "job.yaml", "--limit", "0", "--json", api=api).json_output
+    assert (summary.exit_code, summary.submitted) == (ExitCode.SOME_FAILED, 0)
+    assert (summary.failed, summary.in_doubt, summary.pending) == (2, 0, 3)
+    assert summary.requests == summary.reused == plan["requests"] == 8
+
+
 @pytest.mark.long
 def test_changed_target_of_a_step(workspace: Workspace, tmp_path: Path) -> None:
     """`plan` and the run say that a step pays again for leads when its target or its providers were changed."""
