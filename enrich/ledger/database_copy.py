@@ -71,7 +71,7 @@ def copy_ledger(source: LedgerLocation, target: LedgerLocation) -> CopyResult:
         if isinstance(source, Path) and (rescue_files := find_rescue_files(source, ())):
             raise CommandRefused(
                 f"{rescue_files[0]} has what the last run could not write into this ledger",
-                "import it with `enrich run JOB`, then copy the ledger",
+                "import it with `enrich run JOB --limit 0`, then run this again",
             )
         try:
             with reader.snapshot(), writer.transaction():
