@@ -208,6 +208,18 @@ def test_cost_of_a_lead_at_unknown_prices(workspace: Workspace, tmp_path: Path) 
         assert workspace.run_job(api).cost_per_lead is None
 
 
+def test_cost_of_a_lead_with_bulk_tasks(workspace: Workspace, api: SandboxApi) -> None:
+    """The price of a bulk task belongs to no row, so the cost of a lead is not known. It is not 0."""
+    workspace.write_job(
+        SHORT_JOB.replace("    columns: {work_email", "    dispatch: {bulk: 5}\n    columns: {work_email")
+    )
+    workspace.write_leads(make_people(9), HEADER)
+    summary = workspace.run_job(api)
+    assert (summary.found or 0) > 0 < summary.credits_spent
+    assert summary.cost_per_lead is None
+    assert workspace.run_in_process("collect", "job.yaml", "--json").json_output["cost_per_lead"] is None
+
+
 @pytest.mark.parametrize(
     "options", first_quick(1, [RunOptions(retry=frozenset({State.IN_DOUBT})), RunOptions(accept_in_doubt=True)])
 )
