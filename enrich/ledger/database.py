@@ -63,7 +63,7 @@ class Database:
         #: Where the next claim starts, by `new_up_to`: the last claimed position, and the claims since a full look.
         self.claimed_up_to: dict[int | None, tuple[int, int]] = {}
         #: What a step of an execution has cost; see `claim_costs`.
-        self.step_costs: dict[tuple[int, str | None], tuple[int, int, int]] = {}
+        self.step_costs: dict[tuple[int, str | None], tuple[int, int, int, int]] = {}
         #: The id of the request that the last batch of the input ended with; see `enroll`.
         self.matched_up_to = 0
         #: With leases, several processes write to the ledger, and the table `seen` of a pass is theirs together.

@@ -30,6 +30,7 @@ RUN_BUSY_TIMEOUT_MS = 500
 #: Suffixes of the files that SQLite keeps next to a database.
 JOURNAL_SUFFIXES = ("-journal", "-wal", "-shm")
 _DAMAGE_CODES = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR_SHORT_READ, sqlite3.SQLITE_FORMAT}
+_DISK_ERROR_CODES = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY}
 #: Python's decoding errors start with this. They have no error code and quote the text.
 _DECODE_ERROR_PREFIX = "Could not decode to UTF-8"
 #: Every command checks files up to this size (bytes), because that takes no time.
@@ -183,6 +184,13 @@ def is_busy_error(error: BaseException | None) -> bool:
     return (
         isinstance(error, sqlite3.Error)
         and (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF == sqlite3.SQLITE_BUSY
+    )
+
+
+def is_disk_error(error: BaseException | None) -> bool:
+    """Return whether the disk is full, read-only or faulty. Errors that mean damage may be among these."""
+    return (
+        isinstance(error, sqlite3.Error) and (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF in _DISK_ERROR_CODES
     )
 
 

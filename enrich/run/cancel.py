@@ -125,7 +125,7 @@ async def _cancel_tasks(job: Job, access: ApiAccess, ledger: Database, clock: Cl
     with ledger.transaction():
         if execution_records.delete_unless_used(ledger, execution_id):
             return replace(summary, execution=None)
-        record = _execution_summary(job, summary).as_json() | {"command": execution_records.CANCEL}
+        record = _execution_summary(job, summary, canceller.answers).as_json() | {"command": execution_records.CANCEL}
         execution_records.end_execution(ledger, execution_id, summary.exit_code, record, clock.now_ms(), balance_after)
     return summary
 
@@ -138,14 +138,14 @@ async def _read_balance(client: Client) -> int | None:
         return None
 
 
-def _execution_summary(job: Job, summary: CancelSummary) -> RunSummary:
+def _execution_summary(job: Job, summary: CancelSummary, answers: int) -> RunSummary:
     return RunSummary(
         job.name,
         summary.exit_code,
         execution=summary.execution,
         credits_spent=summary.credits_spent,
         credits_unknown=summary.credits_unknown,
-        answers=summary.cancelled + summary.finished,
+        answers=answers,
         balance_before=summary.balance_before,
         balance_after=summary.balance_after,
         sandbox=job.sandbox,
@@ -171,6 +171,8 @@ class _Canceller:
     finished: int = 0
     spent: int = 0
     unknown: int = 0
+    #: Requests that settled. A failure at no charge is sent again by the next run.
+    answers: int = 0
 
     async def run(self, tasks: Sequence[Task]) -> EnrichError | None:
         """Cancel the tasks, a few at a time. Returns the error that ended it early, or else the first of a task."""
@@ -214,7 +216,8 @@ class _Canceller:
         with self.ledger.transaction():
             max_attempts = self.job.max_attempts_by_step.get(task.step, self.job.model.policy.max_attempts)
             updates = [(task.attempts[0], answer, self.clock.now_ms())]
-            transitions.settle(self.ledger, updates, self.execution_id, max_attempts)
+            (state,) = transitions.settle(self.ledger, updates, self.execution_id, max_attempts)
+        self.answers += state is not State.PENDING
         self.spent += answer.credits or 0
         self.unknown += answer.credits is None
 

@@ -123,7 +123,9 @@ def _enroll_locally(
     template = context.preflight.template
     enroll.begin_pass(ledger)
     read = EnrollCounts()
-    batches = rows.batches() if isinstance(rows, StepInput) else rows.batches(template, rows.queue_order(), ledger)
+    batches = (
+        rows.batches(selection) if isinstance(rows, StepInput) else rows.batches(template, rows.queue_order(), ledger)
+    )
     for batch in batches:
         context.signals.raise_if_received()
         ids = enroll.enroll(ledger, template.target, batch.requests(), selection)

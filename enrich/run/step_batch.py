@@ -5,7 +5,7 @@ Several rows can have one request. Its answer belongs only to the rows that are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -54,13 +54,13 @@ class StepBatch(Struct, frozen=True):
             if known is not None and known.result.erased_ms is not None and known.result.state == State.FOUND
         ]
 
-    def to_send(self) -> RowBatch:
-        """Return the batch with the requests of those rows that the run may send."""
+    def to_send(self, others: Collection[int] = ()) -> RowBatch:
+        """Return the batch with the requests of those rows that the run may send, and of `others`."""
         return replace(
             self.batch,
             fingerprints=[
-                name if decision is StepDecision.SEND else None
-                for name, decision in zip(self.batch.fingerprints, self.decisions, strict=True)
+                name if decision is StepDecision.SEND or row in others else None
+                for row, (name, decision) in enumerate(zip(self.batch.fingerprints, self.decisions, strict=True))
             ],
         )
 
