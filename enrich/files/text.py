@@ -39,15 +39,17 @@ _BYTE_ORDER_MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+#: What works for files, pipes and web addresses.
+_FORMAT_HINT = "rename it to end in `.{0}`, or set `format: {0}` as a key of `input`"
 _UNPACK_HINT = "Decompress it first. Only `.gz` is supported"
 #: How files begin that are often taken for a table, what they are, and what to do.
 _MAGIC_BYTES = {
     b"PK\x03\x04": (
         "a zip archive or an Excel workbook",
-        "If it is a workbook, rename it to end in `.xlsx`. Otherwise unpack it",
+        f"If it is a workbook, {_FORMAT_HINT.format('xlsx')}. Otherwise unpack it",
     ),
     b"\xd0\xcf\x11\xe0": ("an old Excel workbook (`.xls`)", "Open it in a spreadsheet and save it as `.xlsx`"),
-    b"PAR1": ("a Parquet file", "Rename it to end in `.parquet`"),
+    b"PAR1": ("a Parquet file", _FORMAT_HINT.format("parquet").capitalize()),
     b"\x1f\x8b": ("compressed with gzip", "Rename it to end in `.gz`, or decompress it"),
     b"\x28\xb5\x2f\xfd": ("compressed with Zstandard", _UNPACK_HINT),
     b"\xfd7zXZ\0": ("compressed with xz", _UNPACK_HINT),
@@ -66,7 +68,7 @@ _TEXT_BEGINNINGS = (
     (re.compile(rb"<!doctype html|<html", re.IGNORECASE), "an HTML page", "Download the file itself, as CSV"),
     (re.compile(rb"<\?xml"), "an XML document", "Save it as CSV"),
     (re.compile(rb"\[\s*\{"), "JSON", f"{JSON_ARRAY_HINT}, in a file that ends in `.jsonl`"),
-    (re.compile(rb"\{\s*\""), "JSON", "If each line is an object, rename it to end in `.jsonl`"),
+    (re.compile(rb"\{\s*\""), "JSON", f"If each line is an object, {_FORMAT_HINT.format('jsonl')}"),
 )
 #: An OpenDocument file is a zip archive whose first member says so.
 _OPEN_DOCUMENT = b"mimetypeapplication/vnd.oasis.opendocument."

@@ -11,7 +11,7 @@ from typing import Any
 from msgspec.structs import replace
 from pydantic import ValidationError
 
-from enrich.databar.task_results import BESIDE, ParsedData
+from enrich.databar.task_results import ParsedData, is_beside
 from enrich.errors import CommandRefused, EnrichError
 from enrich.exit_codes import SUCCESS_CODES, ExitCode, JobArguments, RequiredAction, exit_label, required_actions
 from enrich.job.job import Job
@@ -285,9 +285,9 @@ class _AnswerTotals:
         self._stats_by_execution = dict.fromkeys(answered[-1 - COMPARED_RUNS : -1], self.before) | dict.fromkeys(
             answered[-1:], self.last
         )
-        is_beside = any(path.startswith(BESIDE) for path in paths.values())
+        reads_beside = any(map(is_beside, paths.values()))
         attempts = queries.settled_attempts(ledger, job.name)
-        for kind, number in count_kinds(attempts, self._read_match, read_whole=is_beside):
+        for kind, number in count_kinds(attempts, self._read_match, read_whole=reads_beside):
             self._add(kind, number)
 
     def _read_match(self, execution: int, parsed: ParsedData) -> tuple[str, ...]:

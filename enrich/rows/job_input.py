@@ -81,8 +81,8 @@ class JobInput:
         #: The columns that are written to the output. A blank text cell is `""` or null.
         self.schema = {name: kind for name, kind in self.all_columns.items() if name not in self._own_columns}
         self.columns = list(self.schema)
-        #: The files that the batches are written to, once `check_new_columns` was called.
-        self._limits: list[FileLimits] = []
+        #: The files that the batches are written to, with their columns, once `check_new_columns` was called.
+        self._limits: list[tuple[FileLimits, list[str]]] = []
         self._check_status_columns()
         self._check_columns()
         self._check_where()
@@ -167,11 +167,17 @@ class JobInput:
                     "choose another name for the new column, or fill the existing one: merge: fill_empty",
                 )
         model = self._job.model
-        outputs = {"output": self._job.output, "rejects": model.rejects, "changes": model.changes}
-        self._limits = [limits_of(kind, output) for kind, output in outputs.items() if output is not None]
-        written = [*dict.fromkeys([*self.columns, *template.columns]), *status_columns(self._job)]
-        for limits in self._limits:
-            limits.check_columns(written, self._job.input_path)
+        new = [name for name in template.columns if name not in self.columns]
+        fed = dict.fromkeys([*self.change_key, *(name for name in template.columns if name in self.columns)])
+        files = [
+            ("output", self._job.output, self.columns, [*new, *status_columns(self._job)]),
+            ("rejects", model.rejects, self.columns, []),
+            ("changes", model.changes, list(fed), new),  # the names are cells of it
+        ]
+        written = [(limits_of(kind, file), columns, names) for kind, file, columns, names in files if file is not None]
+        self._limits = [(limits, columns) for limits, columns, _ in written]
+        for limits, columns, names in written:
+            limits.check_columns([*columns, *names], self._job.input_path)
 
     def queue_order(self) -> pl.Series | None:
         """Read the input once and return each row's place in the send order; None: the order of the input."""
@@ -199,8 +205,8 @@ class JobInput:
         for frame in (part for batch in self._table.batches() for part in batch.iter_slices(max_rows)):
             text = text_frame(frame)
             self._check_statuses(text)
-            for limits in self._limits:
-                limits.check_rows(text, first_position, self._job.input_path)
+            for limits, columns in self._limits:
+                limits.check_rows(text[:, columns], first_position, self._job.input_path)
             yield first_position, frame, text
             first_position += frame.height
 

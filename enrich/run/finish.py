@@ -36,7 +36,7 @@ MAX_READ_WHEN_INTERRUPTED = 100_000
 async def finish_failed_run(
     context: RunContext, run_state: RunState, failure: EnrichError | JSONDecodeError, files: RunFiles | None = None
 ) -> RunSummary:
-    """Finish a run that a failure ended after its start. No output is written.
+    """Finish a run that a failure ended after its start. No more files are written.
 
     `files` has the input, if the failure may be that it changed and can no longer be read.
     """
@@ -123,8 +123,7 @@ def _summarize_state(context: RunContext, run_state: RunState, outcome: Outcome)
         left_out=None if enrolled is None else left_out_by_param(run_state.left_out),
         paid_in_other_ledgers=run_state.paid_in_other_ledgers,
         planned=None if enrolled is None else enrolled.cost.as_json(),
-        output=None if outcome.output is None else str(outcome.output),
-        **run_state.extra_outputs,
+        **run_state.files_written,
         notes=run_state.notes,
         error=None if reason is None else reason.message,
         hint=None if reason is None else reason.hint,

@@ -44,11 +44,10 @@ MAX_ROWS_WHEN_INTERRUPTED = 100_000
 
 
 class Outcome(Struct, frozen=True):
-    """How a run ended. `counts` None: the rows were not counted. `output` None: no output was written."""
+    """How a run ended. `counts` None: the rows were not counted."""
 
     code: ExitCode
     counts: OutputCounts | None = None
-    output: Location | None = None
 
 
 async def write_output(context: RunContext, run_state: RunState, files: RunFiles) -> Outcome:
@@ -72,6 +71,7 @@ async def write_output(context: RunContext, run_state: RunState, files: RunFiles
         step_rows=files.step_rows,
     )
     counts = await _write_target(context, run_state, collector, files.target)
+    run_state.files_written["output"] = str(files.target)
     await _write_extra_outputs(context, run_state, collector, files.extra_output_paths)
     # A row whose request is unconfirmed may still show an older result.
     unconfirmed = counts.statuses[RowStatus.IN_DOUBT] or any(
@@ -80,7 +80,7 @@ async def write_output(context: RunContext, run_state: RunState, files: RunFiles
     if files.step_rows is not None and run_state.out_of_time and counts.statuses[RowStatus.PENDING]:
         run_state.exit_reasons.setdefault(ExitCode.TIME, out_of_time_error())
     conditions = {ExitCode.SOME_FAILED: some_failed, ExitCode.IN_DOUBT: bool(unconfirmed)}
-    return Outcome(run_state.exit_code(conditions), counts, files.target)
+    return Outcome(run_state.exit_code(conditions), counts)
 
 
 async def _write_target(
@@ -109,11 +109,11 @@ async def _write_extra_outputs(
     if rejects is not None:
         rejects_path = paths["rejects"]
         rejected = await context.ledger_writer.submit(lambda _: write_rejects(collector, rejects_path, rejects))
-        run_state.extra_outputs |= {"rejects": str(rejects_path), "rejected": rejected}
+        run_state.files_written |= {"rejects": str(rejects_path), "rejected": rejected}
     if changes is not None:
         changes_path = paths["changes"]
         changed = await context.ledger_writer.submit(lambda _: write_changes(collector, changes_path, changes))
-        run_state.extra_outputs |= {"changes": str(changes_path), "changed": changed}
+        run_state.files_written |= {"changes": str(changes_path), "changed": changed}
 
 
 #: Rows with these statuses can be corrected or sent again.

@@ -201,8 +201,8 @@ class RunState:
     pays_again: bool = False
     #: Expected cost of the tasks that were already open.
     open_tasks_cost: Cost | None = None
-    #: Summary fields of the rejects and changes files.
-    extra_outputs: dict[str, Any] = field(default_factory=dict)
+    #: Summary fields of the output, rejects and changes files.
+    files_written: dict[str, Any] = field(default_factory=dict)
 
     def add_note(self, text: str) -> None:
         """Show a note to the user now, and add it to the run summary."""
