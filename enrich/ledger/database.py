@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from enrich.errors import CommandRefused, EnrichError, JobError
 from enrich.extras import install_hint
 from enrich.job.locations import LedgerLocation, PostgresLocation
-from enrich.ledger.dialect import DATABASE_ERRORS, Cursor, Dialect, Session
+from enrich.ledger.dialect import DATABASE_ERRORS, Cursor, Dialect
 from enrich.ledger.file_identity import ledger_file_exists
-from enrich.ledger.sqlite import JOURNAL_SUFFIXES, open_in_memory, open_sqlite
+from enrich.ledger.sqlite import JOURNAL_SUFFIXES, SqliteSession, open_in_memory, open_sqlite
 
 if TYPE_CHECKING:
-    from enrich.ledger.postgres import FencingToken
+    from enrich.ledger.postgres import FencingToken, PostgresSession
 
 
 def load_postgres() -> ModuleType:
@@ -73,7 +73,7 @@ class Database:
         #: The lease that this connection writes under, where processes hold their work by leases. None: no leases.
         self.lease_id = None if fencing_token is None else fencing_token.lease_id
         if isinstance(location, PostgresLocation) and not in_memory:
-            self.session: Session = load_postgres().open_schema(
+            self.session: SqliteSession | PostgresSession = load_postgres().open_schema(
                 location,
                 read_only=read_only,
                 any_version=any_version,
@@ -86,16 +86,7 @@ class Database:
             )
         else:
             self.session = open_in_memory()
-
-    @property
-    def dialect(self) -> Dialect:
-        """The parts of SQL that differ between databases."""
-        return self.session.dialect
-
-    @property
-    def in_transaction(self) -> bool:
-        """Whether a transaction is open."""
-        return self.session.in_transaction
+        self.dialect: Dialect = self.session.dialect
 
     def execute(self, sql: str, values: Sequence[Any] = (), /) -> Cursor:
         """Run one statement. Parameters are written as `?` or `?1`."""
@@ -164,7 +155,7 @@ class Database:
     @contextmanager
     def temporary_transaction(self) -> Iterator[None]:
         """Use the open transaction, or open one that writes only to temporary tables."""
-        if self.in_transaction:
+        if self.session.in_transaction:
             yield
             return
         self.session.begin_temporary()

@@ -17,7 +17,7 @@ from msgspec import Struct
 
 from enrich.errors import LeaseLost
 from enrich.job.locations import PostgresLocation
-from enrich.ledger.dialect import OUTAGE_TIMEOUT_S, DatabaseFailed, Dialect, TransactionInterrupted
+from enrich.ledger.dialect import OUTAGE_TIMEOUT_S, Cursor, DatabaseFailed, Dialect, TransactionInterrupted
 from enrich.ledger.postgres_connection import (
     CONFLICT_ERRORS,
     PERMANENT_ERRORS,
@@ -117,7 +117,7 @@ class PostgresSession:
         """Return whether a transaction is open."""
         return self._connection.info.transaction_status is not psycopg.pq.TransactionStatus.IDLE
 
-    def execute(self, text: str, values: Sequence[Any] = (), /) -> Any:  # noqa: ANN401 - a cursor with rows of any type
+    def execute(self, text: str, values: Sequence[Any] = (), /) -> Cursor:
         """Run one statement. Raises DatabaseFailed."""
         query, is_numbered = to_psycopg_sql(text)
         parameters = {f"p{number}": value for number, value in enumerate(values, 1)} if is_numbered else values

@@ -165,7 +165,7 @@ def test_stopped_server_process_is_replaced(ledger_location: PostgresLocation, p
     stopped: list[int] = []
 
     def stop_backend(ledger: Database) -> None:
-        stopped.append(ledger.session._connection.info.backend_pid)  # type: ignore[attr-defined]
+        stopped.append(ledger.session._connection.info.backend_pid)  # type: ignore[union-attr]
         os.kill(stopped[0], signal.SIGSTOP)
 
     try:
