@@ -301,11 +301,6 @@ class PostgresSession:
         with self._statement_timeout(inf), as_database_errors():
             self._connection.execute(statement)
 
-    def has_temporary_table(self, table: str) -> bool:
-        """Return whether this connection has created the temporary table."""
-        (table_oid,) = self.execute("SELECT to_regclass(?)", (f"pg_temp.{table}",)).fetchone()
-        return table_oid is not None
-
     def clear_table(self, table: str) -> None:
         """Empty a table. Deleted rows would stay in a temporary table forever, so it is truncated."""
         self.execute(f"TRUNCATE {table}" if self._may_truncate else f"DELETE FROM {table}")

@@ -145,10 +145,6 @@ class SqliteSession(sqlite3.Connection):
         """Return None: a failed file operation would fail again."""
         return None
 
-    def has_temporary_table(self, table: str) -> bool:
-        """Return whether this connection has created the temporary table."""
-        return self.execute("SELECT 1 FROM temp.sqlite_master WHERE name = ?", (table,)).fetchone() is not None
-
     def shorten_waits(self) -> None:
         """Do nothing: waits for a file are short."""
 
