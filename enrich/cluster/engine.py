@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -34,25 +33,16 @@ from enrich.run.dispatcher import max_posts_in_flight
 from enrich.run.run_state import RunState, WorkConfig
 
 
-def enroll_on_ray(
-    rows: JobInput,
-    shared_pass: SharedPass,
-    monitor: HeartbeatMonitor,
-    *,
-    on_progress: Callable[[EnrollCounts], None] = lambda _: None,
-) -> EnrollCounts:
+def enroll_on_ray(rows: JobInput, shared_pass: SharedPass, monitor: HeartbeatMonitor) -> EnrollCounts:
     """Enroll all rows in a pass that the caller has begun; the caller selects which of them are sent.
 
-    `on_progress` is called with the counts so far. Raises what `monitor` raises, CommandRefused when the input cannot
-    be read or depends on the order of its rows, LedgerFailed, LeaseLost, ClusterFailed.
+    Requests must not depend on other rows (`why_not_parallel`). Raises what `monitor` raises, CommandRefused when the
+    input cannot be read, LedgerFailed, LeaseLost, ClusterFailed.
     """
-    if reason := rows.why_not_parallel():
-        raise CommandRefused(f"the input cannot be read in parts: {reason}", "run without --engine ray")
     parts = split_input(rows, monitor)
     total = EnrollCounts()
     for some in map_blocks(rows, parts, partial(_enroll, shared_pass), monitor):
         total += some
-        on_progress(total)
     if total.rows != (expected := sum(part.rows for part in parts)):
         raise CommandRefused(
             f"{total.rows:,} rows were read, not {expected:,}", "run again when the files are complete"
@@ -76,22 +66,13 @@ def _enroll(shared_pass: SharedPass, rows: JobInput) -> EnrollCounts:
 
 
 def collect_on_ray(
-    rows: JobInput,
-    shared_pass: SharedPass,
-    target: Location,
-    monitor: HeartbeatMonitor,
-    *,
-    on_progress: Callable[[OutputCounts], None] = lambda _: None,
+    rows: JobInput, shared_pass: SharedPass, target: Location, monitor: HeartbeatMonitor
 ) -> OutputCounts:
     """Write the output, a dataset, from the input and the ledger alone, in a pass that was enrolled.
 
-    `on_progress` is called with the counts so far. Raises what `monitor` raises, CommandRefused when the input cannot
-    be read or the output cannot be written, LedgerFailed, ClusterFailed.
+    Raises what `monitor` raises, CommandRefused when the input cannot be read or the output cannot be written,
+    LedgerFailed, ClusterFailed.
     """
-    if not shared_pass.job.model.dedupe:
-        raise CommandRefused(
-            f"the output cannot be written in parts: {rows.why_not_parallel()}", "run without --engine ray"
-        )
     parts = split_input(rows, monitor)
     schema = output_schema(rows, shared_pass.template, with_index=True)
     draft = begin_dataset(target, shared_pass.job.name, schema)
@@ -102,7 +83,6 @@ def collect_on_ray(
         for file, counted in map_blocks(rows, parts, collect, monitor):
             files.append(file)
             total += counted
-            on_progress(total)
         if not files:
             files = [draft.write_part(0, [pl.DataFrame(schema=schema)])]
         if sum(file.rows for file in files) != sum(part.rows for part in parts):
