@@ -25,22 +25,22 @@ from enrich.ledger.dialect import OUTAGE_TIMEOUT_S
 from enrich.ledger.postgres import FencingToken
 from enrich.models import RequestSelection
 from enrich.rows.job_input import JobInput
-from enrich.rows.requests import RowBatch
+from enrich.rows.requests import RowBatch, RowCounts
 from enrich.rows.template import RequestTemplate
-from enrich.run.cluster_protocol import ClusterCallbacks, EnrollCounts
+from enrich.run.cluster_protocol import ClusterCallbacks
 from enrich.run.collector import Collector, OutputCounts, output_schema
 from enrich.run.dispatcher import max_posts_in_flight
 from enrich.run.run_state import RunState, WorkConfig
 
 
-def enroll_on_ray(rows: JobInput, shared_pass: SharedPass, monitor: HeartbeatMonitor) -> EnrollCounts:
+def enroll_on_ray(rows: JobInput, shared_pass: SharedPass, monitor: HeartbeatMonitor) -> RowCounts:
     """Enroll all rows in a pass that the caller has begun; the caller selects which of them are sent.
 
     Requests must not depend on other rows (`why_not_parallel`). Raises what `monitor` raises, CommandRefused when the
     input cannot be read, LedgerFailed, LeaseLost, ClusterFailed.
     """
     parts = split_input(rows, monitor)
-    total = EnrollCounts()
+    total = RowCounts()
     for some in map_blocks(rows, parts, partial(_enroll, shared_pass), monitor):
         total += some
     if total.rows != (expected := sum(part.rows for part in parts)):
@@ -50,9 +50,9 @@ def enroll_on_ray(rows: JobInput, shared_pass: SharedPass, monitor: HeartbeatMon
     return total
 
 
-def _enroll(shared_pass: SharedPass, rows: JobInput) -> EnrollCounts:
+def _enroll(shared_pass: SharedPass, rows: JobInput) -> RowCounts:
     """Enroll the rows of a block. Done again it changes nothing."""
-    total = EnrollCounts()
+    total = RowCounts()
     for batch in rows.batches(shared_pass.template):
 
         def enroll_batch(ledger: Database, batch: RowBatch = batch) -> None:
@@ -61,7 +61,7 @@ def _enroll(shared_pass: SharedPass, rows: JobInput) -> EnrollCounts:
                 enroll.enroll(ledger, shared_pass.template.target, batch.requests(), shared_pass.selection)
 
         shared_pass.with_ledger(enroll_batch)
-        total += EnrollCounts.from_batch(batch)
+        total += RowCounts.from_batch(batch)
     return total
 
 
@@ -147,7 +147,7 @@ class RayCluster(Struct, frozen=True):
         template: RequestTemplate,
         selection: RequestSelection,
         callbacks: ClusterCallbacks,
-    ) -> EnrollCounts:
+    ) -> RowCounts:
         """Enroll all rows."""
         return enroll_on_ray(job_input, self._shared_pass(job, template, selection), self._monitor(callbacks))
 

@@ -59,7 +59,7 @@ async def write_output(context: RunContext, run_state: RunState, files: RunFiles
     some_failed = bool(settled.get(State.FAILED) or settled.get(State.EXPIRED) or run_state.accepted_in_doubt)
     code = run_state.exit_code({ExitCode.SOME_FAILED: some_failed})
     if code not in OUTPUT_WRITING_CODES:
-        if (run_state.rows_read or 0) > MAX_ROWS_WHEN_INTERRUPTED:
+        if run_state.read.rows > MAX_ROWS_WHEN_INTERRUPTED:
             return Outcome(code)
         collector = Collector(context.ledger, context.job, template, files.job_input, step_rows=files.step_rows)
         return Outcome(code, await ledger_writer.submit(lambda _: collector.count_rows()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Sequence
 from math import inf
 
@@ -21,7 +20,7 @@ from enrich.run.context import RunContext, RunFiles, select_requests
 from enrich.run.early_end import out_of_time_error
 from enrich.run.enrolling import count_enrolled
 from enrich.run.neighbour_ledgers import check_neighbours
-from enrich.run.plan import PlanCounts, build_plan, format_plan, spend_question
+from enrich.run.plan import build_plan, format_plan, spend_question
 from enrich.run.plan_file import check_plan, gather_plan_inputs
 from enrich.run.poller import Poller
 from enrich.run.progress import Phase
@@ -138,9 +137,7 @@ def _plan_and_question(ledger: Database, context: RunContext, run_state: RunStat
         steps_plan = plan_steps(step_rows, ledger, context.preflight, selections)
         question = spend_question(steps_plan.cost.maximum, steps_plan.rows)
         return "\n".join([*format_steps_plan(steps_plan), question])
-    decisions = Counter(enroll.decision_counts(ledger)) + run_state.row_decisions
-    counts = PlanCounts(decisions, run_state.rows_read or 0, run_state.left_out, run_state.skipped)
-    plan = build_plan(context.job, context.preflight, ledger, counts, context.budget.cap)
+    plan = build_plan(context.job, context.preflight, ledger, run_state.read, context.budget.cap)
     return "\n".join([*format_plan(plan), spend_question(plan.cost.maximum, plan.to_submit)])
 
 
