@@ -49,7 +49,7 @@ def requests_of_rows(job: Job, ledger: Database, criteria: Mapping[str, str]) ->
         for row in range(tables.height):
             is_person = all(fold(column[row]) == value for column, value in cells)
             for step_batch, _ in tables.steps:
-                fingerprint, params = step_batch.fingerprints[row], step_batch.batch.params[row]
+                fingerprint, params = step_batch.built.fingerprints[row], step_batch.built.params[row]
                 if fingerprint is None or params is None:
                     continue
                 if is_person:

@@ -128,7 +128,7 @@ def _step_cells(
         first_rows.discard(name or b"")
         reason = DECISION_REASONS.get(decision, f"sent if the results of {depends_on} require it")
         if decision in (Decision.INVALID, Decision.FILTERED):
-            why = step_batch.batch.errors[row] or step_batch.reasons[row]
+            why = step_batch.batch.errors[row] or step_batch.built.errors[row]
             reason = why or f"filtered by {' or '.join(filters)}"
         elif decision is Decision.OVER_LIMIT:
             reason = "over --limit or --sample"
