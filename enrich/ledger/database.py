@@ -70,8 +70,6 @@ class Database:
         self.shares_passes = isinstance(location, PostgresLocation) and not read_only and not in_memory
         #: Names of facts that are certainly in the ledger (see `bindings.bind`).
         self.known_facts: frozenset[str] = frozenset()
-        #: The lease that this connection writes under, where processes hold their work by leases. None: no leases.
-        self.lease_id = None if fencing_token is None else fencing_token.lease_id
         if isinstance(location, PostgresLocation) and not in_memory:
             self.session: SqliteSession | PostgresSession = load_postgres().open_schema(
                 location,

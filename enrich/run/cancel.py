@@ -26,7 +26,6 @@ from enrich.errors import (
     ApiUnreachable,
     EnrichError,
     InvalidPollResponse,
-    LedgerLocked,
     OutOfCredits,
     RequestRefused,
     TaskFinished,
@@ -88,9 +87,7 @@ def cancel_tasks(job: Job, access: ApiAccess, ledger: Database, clock: Clock) ->
         imported = rescue_import.import_rescue_files(ledger, rescue_folders(job), job.name, clock.now_ms())
     rescue_import.remove_imported_files(imported)
     with ledger.transaction():
-        if others := lease_table.other_holders(ledger):
-            names = ", ".join(other.name for other in others)
-            raise LedgerLocked(f"{job.ledger}: processes of an earlier run still end: {names}", "try again in a minute")
+        lease_table.check_no_other_holders(ledger)
         resume.recover(ledger, clock.now_ms())
     return asyncio.run(_cancel_tasks(job, access, ledger, clock))
 

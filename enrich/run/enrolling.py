@@ -92,7 +92,7 @@ async def _enroll(
     if (earlier := run_state.enrolled.get(step)) is not None:
         run_state.enrolled[step] = replace(earlier, requests=requests)
         return
-    experience = (await ledger_writer.submit(queries.average_price, template.target))[1] if to_submit else None
+    experience = await ledger_writer.submit(queries.average_price, template.target) if to_submit else None
     cap = context.budget.step_cap if step else context.budget.cap
     cost = Cost.for_template(to_submit, experience, template, cap)
     if not run_state.enrolled and run_state.open_tasks_cost is not None:

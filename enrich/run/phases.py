@@ -51,9 +51,7 @@ async def collect_open_tasks(context: RunContext, run_state: RunState) -> None:
 
 def _cost_of_open_tasks(ledger: Database, context: RunContext, requests: int) -> Cost:
     """Return the expected cost of the tasks that earlier runs left open."""
-    likely = Cost.for_requests(
-        requests, queries.average_price(ledger, context.preflight.template.target)[1], None
-    ).likely
+    likely = Cost.for_requests(requests, queries.average_price(ledger, context.preflight.template.target), None).likely
     return Cost(likely, to_credits(queries.open_reservations(ledger)))
 
 
@@ -219,7 +217,6 @@ def _work_config(context: RunContext) -> WorkConfig:
 
 def _make_poller(context: RunContext, run_state: RunState) -> Poller:
     poller = Poller(run_state, context.ledger_writer, context.client, _work_config(context))
-    poller.answers_only = run_state.answers_only
     run_state.finish_polling = poller.finish_early
     return poller
 

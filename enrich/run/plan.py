@@ -164,7 +164,7 @@ def build_plan(job: Job, preflight: Preflight, ledger: Database, read: RowCounts
     cap_allows = None
     if cap is not None and template.worst_price:
         cap_allows = min(to_submit, max(0, cap - reserved) // template.worst_price)
-    cost = Cost.for_template(to_submit, queries.average_price(ledger, template.target)[1], template, cap)
+    cost = Cost.for_template(to_submit, queries.average_price(ledger, template.target), template, cap)
     return Plan(
         job=job.name,
         sandbox=job.sandbox,

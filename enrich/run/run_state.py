@@ -135,7 +135,7 @@ class RunState:
     lease_valid: Callable[[], bool] = lambda: True
     #: Shows a note to the user.
     on_message: Callable[[str], None] = lambda _: None
-    #: The key may belong to another workspace; see `Poller.answers_only`.
+    #: The key may belong to another workspace: only answers count, and a task that the key cannot see is not lost.
     answers_only: bool = False
 
     # Counted and learned by dispatcher and poller.

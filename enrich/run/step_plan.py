@@ -188,7 +188,7 @@ def forecast_steps(
 ) -> tuple[int, list[StepForecast]]:
     """Read the input once. Return the number of rows, and what each step would do."""
     forecasts = [
-        StepForecast(step, step.template.worst_price, queries.average_price(ledger, step.template.target)[1])
+        StepForecast(step, step.template.worst_price, queries.average_price(ledger, step.template.target))
         for step in rows.steps
     ]
     enroll.begin_pass(ledger)
