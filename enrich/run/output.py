@@ -11,6 +11,7 @@ from hashlib import blake2b
 
 import polars as pl
 from msgspec import Struct
+from msgspec.structs import replace
 
 from enrich.exit_codes import OUTPUT_WRITING_CODES, ExitCode
 from enrich.files.limits import limits_of
@@ -58,19 +59,12 @@ async def write_output(context: RunContext, run_state: RunState, files: RunFiles
     settled = run_state.counters.settled
     some_failed = bool(settled.get(State.FAILED) or settled.get(State.EXPIRED) or run_state.accepted_in_doubt)
     code = run_state.exit_code({ExitCode.SOME_FAILED: some_failed})
+    collector = Collector(context.ledger, context.job, template, files.job_input, step_rows=files.step_rows)
     if code not in OUTPUT_WRITING_CODES:
         if run_state.read.rows > MAX_ROWS_WHEN_INTERRUPTED:
             return Outcome(code)
-        collector = Collector(context.ledger, context.job, template, files.job_input, step_rows=files.step_rows)
         return Outcome(code, await ledger_writer.submit(lambda _: collector.count_rows()))
-    collector = Collector(
-        context.ledger,
-        context.job,
-        template,
-        files.job_input,
-        context.signals.raise_if_received,
-        step_rows=files.step_rows,
-    )
+    collector = replace(collector, check_stopped=context.signals.raise_if_received)
     counts = await _write_target(context, run_state, collector, files.target)
     await _write_extra_outputs(context, run_state, collector, files.extra_output_paths)
     # A row whose request is unconfirmed may still show an older result.
