@@ -152,7 +152,7 @@ def make_plan(
     """
     with open_or_empty(job.ledger) as ledger:
         job_input = JobInput(job, erasure.load_forgotten(ledger))
-        file_versions = job_input.file_versions()
+        file_versions = job_input.full_table.file_versions()
         rows_file = _prepare_rows_file(job, rows_file)
         preflights = [asyncio.run(_preflight(step, access, ledger, options)) for step in job.steps]
         joined = Preflight.of_steps(preflights) if job.step_jobs else preflights[0]
@@ -191,7 +191,7 @@ def make_plan(
                 after_execution=execution_records.newest_execution_id(ledger),
                 sandbox=job.sandbox,
             )
-        if job_input.file_versions() != file_versions:
+        if job_input.full_table.file_versions() != file_versions:
             raise CommandRefused(f"{job.input_path}: the input changed while it was read", "run the command again")
         notes = [
             *job_input.notes(),

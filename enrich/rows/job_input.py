@@ -15,7 +15,7 @@ import polars as pl
 from enrich.errors import CommandRefused, EnrichError
 from enrich.files.csv_format import likely_separator
 from enrich.files.limits import FileLimits, limits_of
-from enrich.files.reader import ROWS_PER_BATCH, InMemoryRows, InputPart, InputSchema, InputTable, RowCounter
+from enrich.files.reader import ROWS_PER_BATCH, InMemoryRows, InputTable
 from enrich.files.text import (
     LATER_HEADER_HINT,
     NO_HEADER,
@@ -110,10 +110,6 @@ class JobInput:
             return "`order_by` compares all rows"
         return None
 
-    def parts(self, row_counter: RowCounter) -> list[InputPart]:
-        """Divide the rows. `row_counter` counts files that do not store their row count. Raises CommandRefused."""
-        return self._full_table.parts(row_counter)
-
     def for_frame(self, first_position: int, frame: pl.DataFrame) -> JobInput:
         """Return an input of rows in memory, the first of which has this position in the whole input."""
         job_input = copy(self)
@@ -121,12 +117,8 @@ class JobInput:
         return job_input
 
     @property
-    def input_schema(self) -> InputSchema:
-        """The schema that the files are read with."""
-        return self._full_table.input_schema
-
-    @property
-    def _full_table(self) -> InputTable:
+    def full_table(self) -> InputTable:
+        """The table that the files of the input make up."""
         assert isinstance(self._table, InputTable)  # noqa: S101 - calling this on a part is a bug
         return self._table
 
@@ -138,14 +130,6 @@ class JobInput:
     def without_rows(self) -> JobInput:
         """Return this input without rows, to be sent to where blocks are read."""
         return self.for_frame(0, pl.DataFrame(schema=self.all_columns))
-
-    def file_versions(self) -> object:
-        """Identity of the input's files: it differs when a file was replaced, changed, added or removed."""
-        return self._full_table.file_versions()
-
-    def digest(self) -> str:
-        """Hash the bytes of the input's files (SHA-256, hex)."""
-        return self._full_table.digest()
 
     def suppression_digest(self) -> str | None:
         """Hash the bytes of the list of `suppress` (SHA-256, hex); None: there is none."""

@@ -57,7 +57,7 @@ async def enroll_changed_input(context: RunContext, run_state: RunState, files: 
 async def input_versions(files: RunFiles) -> object:
     """Return a value that differs if a file of the input has changed."""
     # In a thread, as a web address is downloaded again.
-    return await asyncio.to_thread(files.job_input.file_versions)
+    return await asyncio.to_thread(files.job_input.full_table.file_versions)
 
 
 async def _enroll(
@@ -65,7 +65,7 @@ async def _enroll(
 ) -> None:
     template, ledger_writer = context.preflight.template, context.ledger_writer
     if not run_state.enrolled:
-        run_state.file_versions = job_input.file_versions()
+        run_state.file_versions = job_input.full_table.file_versions()
     run_state.selection = select_requests(context.job, options, run_state.clock.earliest_ms())
     if isinstance(rows, StepInput):
         # Of a job with steps, leads are counted, not requests.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import polars as pl
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -24,14 +23,10 @@ class StepInput(Struct, frozen=True):
     rows: StepRows
     number: int
 
-    def queue_order(self) -> pl.Series | None:
-        """Return each row's place in the send order; None: the order of the input."""
-        return self.rows.job_input.queue_order()
-
     def batches(self) -> Iterator[RowBatch]:
         """Read the whole input once."""
         step_results.begin_requesting_rows(self.rows.ledger, self.rows.steps[self.number].job.step)
-        for step_batch in self.rows.step_batches(self.number, self.queue_order()):
+        for step_batch in self.rows.step_batches(self.number, self.rows.job_input.queue_order()):
             self.rows.add_requesting_rows(self.number, step_batch)
             yield step_batch.to_send()
 
@@ -50,7 +45,7 @@ class StepInput(Struct, frozen=True):
             if leads is not None:
                 leads.mark_begun(begun)
         if leads is not None:
-            leads.choose(self._candidates(leads, selection), self.queue_order())
+            leads.choose(self._candidates(leads, selection), rows.job_input.queue_order())
 
     def limit_requests(
         self, selection: RequestSelection, plan: SavedPlan | None, execution_id: int

@@ -533,10 +533,10 @@ def test_column_types_survive_blocks(tmp_path: Path) -> None:
     frame.write_parquet(tmp_path / "leads.parquet")
     (tmp_path / "job.yaml").write_text(JOB.replace("leads/", "leads.parquet").replace("a: A", "a: text"))
     rows = JobInput(load_job(tmp_path / "job.yaml"))
-    ((first, back),) = read_blocks(tuple(input_parts(rows)), rows.input_schema)
+    ((first, back),) = read_blocks(tuple(input_parts(rows)), rows.full_table.input_schema)
     assert first == 0
     assert back.equals(frame)
-    assert dict(back.schema) == rows.input_schema.all_columns
+    assert dict(back.schema) == rows.full_table.input_schema.all_columns
 
 
 @pytest.mark.parametrize(("block_bytes", "expected"), [(1, [(25, 25), (50, 25), (75, 25)]), (1 << 20, [(25, 75)])])
@@ -549,7 +549,7 @@ def test_blocks_join_parts(
     monkeypatch.setattr(blocks, "BLOCK_BYTES", block_bytes)
     write_input_files(tmp_path)
     rows = open_rows(tmp_path)
-    found = list(blocks.read_blocks(tuple(input_parts(rows)[1:4]), rows.input_schema))
+    found = list(blocks.read_blocks(tuple(input_parts(rows)[1:4]), rows.full_table.input_schema))
     assert [(first, frame.height) for first, frame in found] == expected
     assert [name for _, frame in found for name in frame["A"]] == NAMES[25:100]
 
