@@ -20,7 +20,6 @@ from enrich.files.discovery import InputFile
 from enrich.files.downloads import LocalCopies
 from enrich.files.reader import ROWS_PER_PART, InputPart, InputSchema, count_file_rows, read_part
 from enrich.files.text import as_refused
-from enrich.job.job import Job
 from enrich.job.locations import ObjectUrl
 from enrich.ledger.database import Database
 from enrich.ledger.dialect import DATABASE_ERRORS
@@ -48,7 +47,6 @@ class SharedPass:
     `open_ledger` opens the ledger in a process, which keeps it for the following blocks.
     """
 
-    job: Job
     template: RequestTemplate
     selection: RequestSelection
     open_ledger: Callable[[], Database]

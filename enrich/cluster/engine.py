@@ -17,7 +17,6 @@ from enrich.databar.credentials import ApiAccess
 from enrich.errors import CommandRefused
 from enrich.files.manifest import PartFile
 from enrich.files.parquet_dataset import DatasetWriter, begin_dataset
-from enrich.job.job import Job
 from enrich.job.locations import Location, PostgresLocation
 from enrich.ledger import enroll
 from enrich.ledger.database import Database
@@ -75,7 +74,7 @@ def collect_on_ray(
     """
     parts = split_input(rows, monitor)
     schema = output_schema(rows, shared_pass.template, with_index=True)
-    draft = begin_dataset(target, shared_pass.job.name, schema)
+    draft = begin_dataset(target, rows.job.name, schema)
     try:
         files: list[PartFile] = []
         total = OutputCounts()
@@ -99,7 +98,7 @@ def _collect(shared_pass: SharedPass, draft: DatasetWriter, rows: JobInput) -> t
 
     def write(ledger: Database) -> tuple[PartFile, OutputCounts]:
         counted = OutputCounts()
-        collector = Collector(ledger, shared_pass.job, shared_pass.template, rows)
+        collector = Collector(ledger, shared_pass.template, rows)
         return draft.write_part(rows.first_position, collector.frames(counted, with_index=True)), counted
 
     return shared_pass.with_ledger(write)
@@ -141,19 +140,13 @@ class RayCluster(Struct, frozen=True):
         return replace(self, lease_id=lease_id)
 
     def enroll(
-        self,
-        job: Job,
-        job_input: JobInput,
-        template: RequestTemplate,
-        selection: RequestSelection,
-        callbacks: ClusterCallbacks,
+        self, job_input: JobInput, template: RequestTemplate, selection: RequestSelection, callbacks: ClusterCallbacks
     ) -> RowCounts:
         """Enroll all rows."""
-        return enroll_on_ray(job_input, self._shared_pass(job, template, selection), self._monitor(callbacks))
+        return enroll_on_ray(job_input, self._shared_pass(template, selection), self._monitor(callbacks))
 
-    def collect(  # noqa: PLR0913, PLR0917 - all of them travel
+    def collect(
         self,
-        job: Job,
         job_input: JobInput,
         template: RequestTemplate,
         selection: RequestSelection,
@@ -161,15 +154,14 @@ class RayCluster(Struct, frozen=True):
         callbacks: ClusterCallbacks,
     ) -> OutputCounts:
         """Write the output, a Parquet dataset."""
-        return collect_on_ray(job_input, self._shared_pass(job, template, selection), target, self._monitor(callbacks))
+        return collect_on_ray(job_input, self._shared_pass(template, selection), target, self._monitor(callbacks))
 
     def _monitor(self, callbacks: ClusterCallbacks) -> HeartbeatMonitor:
         return HeartbeatMonitor(Heartbeats(self.heartbeat_counter), callbacks)
 
-    def _shared_pass(self, job: Job, template: RequestTemplate, selection: RequestSelection) -> SharedPass:
+    def _shared_pass(self, template: RequestTemplate, selection: RequestSelection) -> SharedPass:
         fence = None if self.lease_id is None else FencingToken(self.lease_id, self.ledger.lease_s)
         return SharedPass(
-            job,
             template,
             selection,
             partial(Database, self.ledger, fencing_token=fence, open_timeout_s=OUTAGE_TIMEOUT_S),

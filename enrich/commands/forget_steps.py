@@ -37,7 +37,7 @@ def requests_of_rows(job: Job, ledger: Database, criteria: Mapping[str, str]) ->
     try:
         job_input = JobInput(job)
         templates = [template_from_ledger(ledger, step) for step in job.step_jobs]
-        rows = StepRows(job, job_input, ledger, make_steps(job, job_input, templates))
+        rows = StepRows(job_input, ledger, make_steps(job, job_input, templates))
     except EnrichError:
         return RowRequests({}, ())
     found: dict[bytes, str] = {}

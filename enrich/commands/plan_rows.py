@@ -118,7 +118,7 @@ def _step_cells(
     ]
     first_rows = step_results.add_planned(rows.ledger, step.job.step, filter(None, known))
     depends_on = ", ".join(rows.steps[earlier].job.step for earlier in sorted(step.depends_on))
-    models = (rows.job.model, step.job.model)
+    models = (rows.job_input.job.model, step.job.model)
     filters = [name for name in ("where", "only_if_empty") if any(getattr(model, name) for model in models)]
     for row, decision in enumerate(made.decisions):
         name = known[row]

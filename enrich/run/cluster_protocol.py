@@ -10,7 +10,6 @@ from typing import Protocol
 from msgspec import Struct
 
 from enrich.databar.credentials import ApiAccess
-from enrich.job.job import Job
 from enrich.job.locations import Location
 from enrich.ledger import lease_table, resume
 from enrich.ledger.writer import LedgerWriter
@@ -71,18 +70,12 @@ class ClusterEngine(Protocol):
         """Return an engine for one run, which works until the lease of the process that leads the run ends."""
 
     def enroll(
-        self,
-        job: Job,
-        job_input: JobInput,
-        template: RequestTemplate,
-        selection: RequestSelection,
-        callbacks: ClusterCallbacks,
+        self, job_input: JobInput, template: RequestTemplate, selection: RequestSelection, callbacks: ClusterCallbacks
     ) -> RowCounts:
         """Enroll all rows in a pass that was begun before."""
 
-    def collect(  # noqa: PLR0913, PLR0917 - every argument is sent to the workers
+    def collect(
         self,
-        job: Job,
         job_input: JobInput,
         template: RequestTemplate,
         selection: RequestSelection,

@@ -140,7 +140,7 @@ async def _enroll_on_cluster(
     template, selection = context.preflight.template, run_state.selection
     await context.ledger_writer.submit(enroll.begin_pass)
     callbacks = ClusterCallbacks.for_run(run_state, context.signals.raise_if_received)
-    read = await asyncio.to_thread(engine.enroll, context.job, job_input, template, selection, callbacks)
+    read = await asyncio.to_thread(engine.enroll, job_input, template, selection, callbacks)
     return read, await context.ledger_writer.submit(_apply_selection, context, selection)
 
 

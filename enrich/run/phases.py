@@ -130,7 +130,7 @@ def _plan_and_question(ledger: Database, context: RunContext, run_state: RunStat
         now_ms = run_state.clock.earliest_ms()
         selections = [
             replace(select_requests(step, context.options, now_ms), limit=None, sample=None)
-            for step in step_rows.job.steps
+            for step in step_rows.job_input.job.steps
         ]
         steps_plan = plan_steps(step_rows, ledger, context.preflight, selections)
         question = spend_question(steps_plan.cost.maximum, steps_plan.rows)

@@ -35,7 +35,7 @@ class StepInput(Struct, frozen=True):
 
         Raises JobError before anything is sent if a condition of any step cannot be computed for the first rows.
         """
-        rows, caps, leads = self.rows, self.rows.job.model.caps, self.rows.leads
+        rows, caps, leads = self.rows, self.rows.job_input.job.model.caps, self.rows.leads
         if not self.number:
             next(rows.step_tables(), None)
         if not self.number and (caps is not None or leads is not None):

@@ -177,7 +177,7 @@ def plan_steps(
 ) -> StepsPlan:
     """Plan all steps. The pass of the ledger sees the requests of the first step."""
     row_count, forecasts = forecast_steps(rows, ledger, selections)
-    job = rows.job
+    job = rows.job_input.job
     notes = [*preflight.notes, *_notes(forecasts, ledger)]
     max_credits = to_micros(job.max_credits)
     return StepsPlan(job.name, job.sandbox, row_count, forecasts, preflight.balance, max_credits, notes)

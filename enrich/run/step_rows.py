@@ -68,7 +68,6 @@ class StepRows(Struct, frozen=True):
     `leads`: those that a limited run may send requests for; None: the run is not limited.
     """
 
-    job: Job
     job_input: JobInput
     ledger: Database
     steps: Sequence[Step]
@@ -87,7 +86,7 @@ class StepRows(Struct, frozen=True):
                 for step, builder in zip(self.steps, builders, strict=True)
             ]
             batch = replace(progress.step_batches[0].batch, frame=progress.input_frame)
-            yield JoinedBatch(batch, joined, row_cells(self.job, progress.values, progress.text, joined))
+            yield JoinedBatch(batch, joined, row_cells(self.job_input.job, progress.values, progress.text, joined))
 
     def step_batches(
         self, number: int, queue_order: pl.Series | None = None, *, limited: bool = True
@@ -148,7 +147,7 @@ class StepRows(Struct, frozen=True):
                 found = before.fill_null(found)
             progress.values[name] = found.alias(name)
             if name in self.job_input.schema:
-                new.append(merge_cells(self.job, progress.input_frame.get_column(name), found))
+                new.append(merge_cells(self.job_input.job, progress.input_frame.get_column(name), found))
             else:
                 new.append(found.fill_null("").alias(name))
         new.append(joined.cells["enrich_status"].alias(step_column(step.job.step, "status")))
@@ -222,7 +221,7 @@ class StepRows(Struct, frozen=True):
             reason = f"the result of `{name}` was purged"
             lost = {**dict.fromkeys(earlier.purged_rows(), reason), **earlier.unsent}
             for column in self.steps[number].template.columns if lost else ():
-                known = progress.is_known(self.job, column)
+                known = progress.is_known(self.job_input.job, column)
                 unknown.setdefault(column, {}).update({row: why for row, why in lost.items() if not known[row]})
             unknown[self.status_column(number)] = {**earlier.unsent}
         unknown = {name: rows for name, rows in unknown.items() if rows and name in step.earlier_columns}

@@ -115,7 +115,7 @@ def begin_enrollment(
     opening = partial(
         open_ledger_remotely, ledger.location, environ or {"PGPASSWORD": os.environ["PGPASSWORD"]}, folder / "seen"
     )
-    return SharedPass(load_job(folder / "job.yaml"), TEMPLATE, selection, opening)
+    return SharedPass(TEMPLATE, selection, opening)
 
 
 @cache
@@ -222,7 +222,7 @@ def test_collection_matches_single_process(tmp_path: Path, ledger: CommittingLed
     counted = collect_on_ray(
         rows, begin_enrollment(tmp_path, ledger, RequestSelection()), tmp_path / "out", monitor_heartbeats()
     )
-    one = Collector(ledger.wrapped, load_job(tmp_path / "job.yaml"), TEMPLATE, rows)
+    one = Collector(ledger.wrapped, TEMPLATE, rows)
     assert one.write(tmp_path / "one") == counted
     assert counted.statuses[RowStatus.PENDING]
     parts = sorted((tmp_path / "out").glob("part-*.parquet"))
