@@ -30,10 +30,9 @@ from enrich.report.input_stats import MAX_GROUP_VALUES, InputStats, read_input_s
 from enrich.report.timings import latency_histogram, run_traffic
 from enrich.rows.template import RequestTemplate
 from enrich.run import provider_stats
-from enrich.run.answer_kinds import AnswerKind, count_kinds
 from enrich.run.output import prepare_collector
 from enrich.run.preflight import template_from_ledger
-from enrich.run.provider_stats import ProviderStats, parse_descriptions
+from enrich.run.provider_stats import AnswerKind, ProviderStats, count_kinds, parse_descriptions
 
 
 def reported_runs(

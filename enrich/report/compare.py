@@ -22,8 +22,7 @@ from enrich.ledger.database import Database, ledger_exists
 from enrich.models import MICROS_PER_CREDIT, State, format_credits, pluralize, to_credits
 from enrich.report.build import reported_providers
 from enrich.report.data import ComparedSide, Comparison, ReportedProvider
-from enrich.run.answer_kinds import count_kinds
-from enrich.run.provider_stats import ProviderStats, parse_descriptions
+from enrich.run.provider_stats import ProviderStats, count_kinds, parse_descriptions
 
 #: A p-value from SIGNIFICANT_P on may be chance; one below CERTAIN_P is called no chance.
 SIGNIFICANT_P, CERTAIN_P = 0.05, 0.001

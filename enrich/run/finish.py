@@ -16,7 +16,6 @@ from enrich.ledger.sqlite import damaged_ledger_error
 from enrich.ledger.verify import as_enrich_error
 from enrich.models import State, format_credits, pluralize, to_credits
 from enrich.rows.params import left_out_by_param
-from enrich.run.answer_kinds import count_kinds
 from enrich.run.balance import ROUNDING_CREDITS, explain_balance
 from enrich.run.context import RunContext, RunFiles
 from enrich.run.enrolling import INPUT_CHANGED, input_versions
@@ -24,7 +23,7 @@ from enrich.run.output import Outcome
 from enrich.run.periodic import save_latencies, start_phase
 from enrich.run.phases import fetch_balance
 from enrich.run.progress import Phase
-from enrich.run.provider_stats import ProviderStats, ProviderTotals, parse_descriptions
+from enrich.run.provider_stats import ProviderStats, ProviderTotals, count_kinds, parse_descriptions
 from enrich.run.run_state import RunState
 from enrich.run.signals import SignalHandler
 from enrich.run.summary import RunSummary, cost_per_lead, summarize_steps

@@ -17,8 +17,7 @@ from enrich.databar.task_results import ParsedData, parse_data
 from enrich.job.target import Target, TargetKind
 from enrich.ledger import bindings, queries
 from enrich.models import SettledAttempt, State
-from enrich.run.answer_kinds import count_kinds
-from enrich.run.provider_stats import ProviderStat, ProviderStats, ProviderTotals, parse_descriptions
+from enrich.run.provider_stats import ProviderStat, ProviderStats, ProviderTotals, count_kinds, parse_descriptions
 from tests.support.cases import in_turn
 from tests.support.ledger import CALL
 from tests.support.workspace import INSTANT_API, Workspace, make_leads, serve_api
