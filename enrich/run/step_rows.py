@@ -255,9 +255,10 @@ class StepRows(Struct, frozen=True):
         ]
         recorded = find_recorded_rows(self.ledger, step.job, batch.fingerprints, rows, progress.identities)
         for row in rows:
-            known = recorded.get(row)
-            is_own = known is not None and known.is_sent_by_step and not known.is_requested_by_other
-            sent[row] = is_own or (known is not None and not ready[row])
+            if (known := recorded.get(row)) is None:
+                sent[row] = False
+            elif ready[row]:
+                sent[row] = known.is_sent_by_step and not known.is_requested_by_other
         return sent
 
     def prepare(self) -> None:
