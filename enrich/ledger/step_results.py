@@ -13,7 +13,7 @@ from msgspec import Struct
 from enrich.json_text import to_json_text
 from enrich.ledger.database import Database
 from enrich.ledger.dialect import JSON_NUMBERS
-from enrich.ledger.refresh_review import judge_answers
+from enrich.ledger.refresh_review import ANSWERED, judge_answers
 from enrich.ledger.request_ids import FINGERPRINT, as_list, decision_sql
 from enrich.models import Decision, RequestResult, RequestSelection, State
 
@@ -76,7 +76,8 @@ def choose_requests(
         f"FROM ({_NAMES}) b {db.dialect.ordered_join} requests r ON r.fingerprint = b.fingerprint",
         (*as_list(names), selection.after_execution),
     ).fetchall()
-    judged = judge_answers(db, [number for number, _, decision, _ in rows if decision == Decision.REFRESH], paths)
+    answered = [number for number, _, decision, _ in rows if decision in ANSWERED]
+    judged = judge_answers(db, answered, selection, paths)
     decisions = {number: answer.decision(selection) for number, answer in judged.items()}
     return {
         bytes(name): StepChoice(decisions.get(number, Decision(decision)), bool(before))
