@@ -18,7 +18,7 @@ from enrich.exit_codes import SUCCESS_CODES, ExitCode, JobArguments, RequiredAct
 from enrich.job.job import Job
 from enrich.job.locations import STDIN
 from enrich.job.target import Target
-from enrich.ledger import bindings, execution_records, queries
+from enrich.ledger import execution_records, queries
 from enrich.ledger.database import Database, ledger_exists
 from enrich.ledger.execution_records import ExecutionRow
 from enrich.ledger.lock import is_locked
@@ -32,7 +32,7 @@ from enrich.rows.template import RequestTemplate
 from enrich.run import provider_stats
 from enrich.run.output import prepare_collector
 from enrich.run.preflight import template_from_ledger
-from enrich.run.provider_stats import AnswerKind, ProviderStats, count_kinds, parse_descriptions
+from enrich.run.provider_stats import AnswerKind, ProviderStats, count_kinds, read_descriptions
 
 
 def reported_runs(
@@ -302,7 +302,7 @@ class _AnswerTotals:
         except EnrichError:
             paths = job.model.columns or {}
         answered = [run.execution for run in runs if run.answered + run.failed]
-        descriptions = parse_descriptions(bindings.load_descriptions(ledger))
+        descriptions = read_descriptions(ledger)
         self.provider_stats = ProviderStats(descriptions)
         self.stats_by_step = {step.step: ProviderStats(descriptions) for step in job.step_jobs}
         self.last, self.before = AnswerStats(paths), AnswerStats(paths)

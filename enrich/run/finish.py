@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from enrich.errors import CommandRefused, EnrichError, JobError, LedgerDamaged
 from enrich.exit_codes import ExitCode
-from enrich.ledger import bindings, execution_records, queries, resume, step_results
+from enrich.ledger import execution_records, queries, resume, step_results
 from enrich.ledger.database import Database
 from enrich.ledger.sqlite import damaged_ledger_error
 from enrich.ledger.verify import as_enrich_error
@@ -23,7 +23,7 @@ from enrich.run.output import Outcome
 from enrich.run.periodic import save_latencies, start_phase
 from enrich.run.phases import fetch_balance
 from enrich.run.progress import Phase
-from enrich.run.provider_stats import ProviderStats, ProviderTotals, count_kinds, parse_descriptions
+from enrich.run.provider_stats import ProviderStats, ProviderTotals, count_kinds, read_descriptions
 from enrich.run.run_state import RunState
 from enrich.run.signals import SignalHandler
 from enrich.run.summary import RunSummary, cost_per_lead, summarize_steps
@@ -162,7 +162,7 @@ async def _provider_fields(context: RunContext, summary: RunSummary) -> dict[str
 
 def read_provider_totals(ledger: Database, signals: SignalHandler, summary: RunSummary) -> ProviderTotals | None:
     """Read the answers of this run; None when a signal came and there are too many."""
-    stats = ProviderStats(parse_descriptions(bindings.load_descriptions(ledger)))
+    stats = ProviderStats(read_descriptions(ledger))
 
     def is_interrupted() -> bool:
         return signals.received is not None and (summary.answers or 0) > MAX_READ_WHEN_INTERRUPTED

@@ -1,4 +1,4 @@
-"""Calls, matches and credits per provider, as reported by the answers. Pure.
+"""Calls, matches and credits per provider, as reported by the answers.
 
 Answers are grouped by what is counted of them: a million answers have few kinds.
 
@@ -25,6 +25,8 @@ from enrich.databar.task_results import MAX_STEPS, ParsedData, parse_data
 from enrich.job.cell_text import is_blank
 from enrich.job.target import Target, TargetKind
 from enrich.json_text import parse_json
+from enrich.ledger import bindings
+from enrich.ledger.database import Database
 from enrich.models import SettledAttempt, State, to_credits, to_micros
 
 #: Kinds that are held at once. Beyond these, answers of one kind are counted in several parts.
@@ -326,12 +328,10 @@ class ProviderStats:
         return each.verifies, position, each.name
 
 
-def parse_descriptions(
-    descriptions: Mapping[tuple[TargetKind, str], Mapping[str, Any]],
-) -> dict[tuple[TargetKind, str], Description]:
-    """Read descriptions as the ledger stores them. One that cannot be read is left out."""
+def read_descriptions(ledger: Database) -> dict[tuple[TargetKind, str], Description]:
+    """Read the descriptions that the ledger has. One that cannot be read is left out."""
     known = {}
-    for key, description in descriptions.items():
+    for key, description in bindings.load_descriptions(ledger).items():
         with suppress(ValidationError):
             known[key] = parse_description(key[0], description)
     return known
