@@ -262,7 +262,7 @@ def _read_leads_of_steps(rows: StepRows, numbers: Sequence[int]) -> dict[int, li
     for tables in rows.step_tables() if numbers else ():
         first = tables.steps[0][0].batch.first_position
         for number in numbers:
-            if first <= number < first + tables.height:
+            if first <= number < first + tables.frame.height:
                 leads[number] = _leads_of_row(rows, tables, number - first)
     return leads
 

@@ -46,7 +46,7 @@ def requests_of_rows(job: Job, ledger: Database, criteria: Mapping[str, str]) ->
         if not set(criteria) <= set(tables.text.columns):
             return RowRequests({}, ())
         cells = [(tables.text.get_column(name), value) for name, value in criteria.items()]
-        for row in range(tables.height):
+        for row in range(tables.frame.height):
             is_person = all(fold(column[row]) == value for column, value in cells)
             for step_batch, _ in tables.steps:
                 fingerprint, params = step_batch.built.fingerprints[row], step_batch.built.params[row]

@@ -127,7 +127,7 @@ class Database:
 
     def watch_files(self) -> None:
         """Record which files the ledger is open in. The caller holds the ledger's lock."""
-        if isinstance(self.location, Path):
+        if isinstance(self.session, SqliteSession) and isinstance(self.location, Path):
             self.session.watch_files(self.location)
 
     def check_files(self) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
 from math import inf
-from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -269,9 +268,6 @@ class PostgresSession:
             yield
         finally:
             self._statement_timeout_s = before
-
-    def watch_files(self, _: Path) -> None:
-        """Do nothing: the server manages its own files."""
 
     def check_files(self) -> None:
         """Do nothing: the server manages its own files."""

@@ -67,7 +67,6 @@ class StepTables(NamedTuple):
     `frame` is the input, `text` the table behind the last step.
     """
 
-    height: int
     frame: pl.DataFrame
     text: pl.DataFrame
     steps: Sequence[tuple[StepBatch, pl.DataFrame]]

@@ -77,7 +77,7 @@ def find_begun_leads(rows: StepRows) -> bytearray:
     begun = bytearray()
     for tables in rows.step_tables():
         first_position = len(begun)
-        begun.extend(bytes(tables.height))
+        begun.extend(bytes(tables.frame.height))
         for step, (step_batch, _) in zip(rows.steps, tables.steps, strict=True):
             names = step_batch.batch.fingerprints
             sent = [row for row, result in enumerate(step_batch.results) if result is not None and result.was_sent]

@@ -195,7 +195,7 @@ def forecast_steps(
     step_results.begin_plan(ledger)
     row_count = 0
     for table in rows.step_tables():
-        row_count += table.height
+        row_count += table.frame.height
         decided = decide_steps(rows, table, selections)
         for forecast, made, (step_batch, text) in zip(forecasts, decided, table.steps, strict=True):
             forecast.add(made, set(step_batch.requesting_rows), ledger)

@@ -110,7 +110,7 @@ class StepRows(Struct, frozen=True):
                 text = progress.text
                 self._advance(progress, step, builder)
                 steps.append((progress.step_batches[-1], text))
-            yield StepTables(progress.text.height, progress.input_frame, progress.text, steps)
+            yield StepTables(progress.input_frame, progress.text, steps)
 
     def status_column(self, number: int) -> str:
         """Return the column with the status of a step."""
