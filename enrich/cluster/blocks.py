@@ -19,7 +19,6 @@ from enrich.errors import ClusterFailed, EnrichError, LedgerFailed
 from enrich.files.discovery import InputFile
 from enrich.files.downloads import LocalCopies
 from enrich.files.reader import ROWS_PER_PART, InputPart, InputSchema, count_file_rows, read_part
-from enrich.files.text import as_refused
 from enrich.job.locations import ObjectUrl
 from enrich.ledger.database import Database
 from enrich.ledger.dialect import DATABASE_ERRORS
@@ -99,8 +98,7 @@ def split_input(rows: JobInput, monitor: HeartbeatMonitor) -> list[InputPart]:
 
 
 def _count_rows(input_schema: InputSchema, file: InputFile) -> int:
-    with as_refused():
-        return count_file_rows(file, input_schema, LocalCopies())
+    return count_file_rows(file, input_schema, LocalCopies())
 
 
 def map_blocks(

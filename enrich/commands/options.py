@@ -122,8 +122,6 @@ def ledger_option(*names: str, what: str) -> Decorator:
 
 JOB_ARGUMENT = click.argument("job_file", metavar="JOB", type=FILE)
 JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
-LEDGER_INSTEAD_OPTION = ledger_option("instead", what="Use")
-SANDBOX_OPTION = click.option("--sandbox", "use_sandbox", is_flag=True, help="Use the ledger of the sandbox.")
 
 
 class JobOptions(Struct, frozen=True):

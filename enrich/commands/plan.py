@@ -174,7 +174,7 @@ def make_plan(
         else:
             read = _read_input(job_input, joined.template, ledger, selections[0])
             if rows_file is not None:
-                write_rows(rows_file, job, job_input, ledger, (joined.template, now_ms))
+                write_rows(rows_file, job_input, ledger, joined.template, now_ms)
             plan = build_plan(job, joined, ledger, read, budgets[0].cap)
             requests = [plan.to_submit]
         saved_plan = None

@@ -129,11 +129,6 @@ def parse_data(data: object, provider: str | None = None, *, find_provider: bool
     return ParsedData(fields, provider, data, steps, unread_steps=max(0, len(listed_steps) - MAX_STEPS))
 
 
-def result_fields(data: object) -> Mapping[str, Any]:
-    """Return the result fields in the `data` of a single run, in any of its shapes."""
-    return _unwrap_fields(_first_item(data))
-
-
 def _listed_rows(data: object) -> Sequence[object]:
     """Return the rows of a list with more than one; empty: it is a single answer."""
     return data if isinstance(data, list) and len(data) > 1 else ()
@@ -217,7 +212,7 @@ def column_values(data: object, paths: Iterable[str]) -> list[Any]:
     """
     paths = list(paths)
     if not _listed_rows(data) and not any(path.startswith(BESIDE) for path in paths):
-        fields = result_fields(data)
+        fields = _unwrap_fields(_first_item(data))
         return [value_at(fields, path) for path in paths]
     parsed = parse_data(data)
     return [column_value(parsed, path) for path in paths]

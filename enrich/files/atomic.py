@@ -12,11 +12,19 @@ from typing import BinaryIO
 import polars as pl
 
 from enrich.errors import CommandRefused
-from enrich.files.text import FileProblem
 from enrich.job.locations import Location
 
 COLLECT_HINT = "the ledger has the results: `enrich collect JOB` writes them for free"
 _SPACE_HINT = f"free some space; {COLLECT_HINT}"
+
+
+class WriteProblem(Exception):
+    """Why a file cannot be written, with a hint on what to do. The caller adds which file."""
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
 
 
 @contextmanager
@@ -24,7 +32,7 @@ def as_write_refused(target: Location, kind: str) -> Iterator[None]:
     """Convert errors while writing a file of the run into CommandRefused. `kind` is the file's key in the job file."""
     try:
         yield
-    except FileProblem as problem:
+    except WriteProblem as problem:
         raise CommandRefused(f"{target}: {problem.message}", problem.hint) from problem
     except OSError as error:
         raise CommandRefused(

@@ -18,7 +18,6 @@ from msgspec import Struct
 
 from enrich.errors import CommandRefused
 from enrich.job.cell_text import clean
-from enrich.job.field_types import is_text_encoding
 from enrich.job.locations import Format
 from enrich.job.name_hints import did_you_mean, suggest_name
 
@@ -92,28 +91,13 @@ class TableFile(Struct, frozen=True):
         return self.display_name or str(self.path)
 
 
-class FileProblem(Exception):
-    """A problem with a table's file, with a hint on what to do. It never quotes a cell of the file."""
-
-    def __init__(self, message: str, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
-
-
-@contextmanager
-def as_refused() -> Iterator[None]:
-    """Convert FileProblem into CommandRefused, which ends the command."""
-    try:
-        yield
-    except FileProblem as problem:
-        raise CommandRefused(problem.message, problem.hint) from problem
+class FileProblem(CommandRefused):
+    """A table's file cannot be read. The message names the file, and never quotes a cell of it."""
 
 
 @contextmanager
 def open_text(source: TableFile, newline: str = "") -> Iterator[TextIO]:
     """Open the file as text, after its byte order mark if it has one. Raises FileProblem."""
-    check_encoding(source.encoding)
     with as_file_problem(source):
         try:
             with open_binary(source) as raw:
@@ -144,13 +128,6 @@ def as_file_problem(source: TableFile) -> Iterator[None]:
         raise FileProblem(f"{source} is a damaged gzip file", hint) from None
     except OSError as error:
         raise FileProblem(f"{source} cannot be read: {error.strerror or error}") from None
-
-
-def check_encoding(encoding: str) -> None:
-    """Raise FileProblem if the encoding is unknown or not a text encoding."""
-    if not is_text_encoding(encoding):
-        message = f"encoding `{encoding}` is unknown"
-        raise FileProblem(message, "Use a name such as `utf-8`, `cp1252` or `utf-16`")
 
 
 def quote_column(column: str) -> str:

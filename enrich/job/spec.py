@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from datetime import timedelta
 from typing import Annotated, Any, Literal, Self
 
@@ -11,8 +10,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 from enrich.job.cell_text import EMPTY_VALUES, PLACEHOLDERS, clean
 from enrich.job.field_types import Columns, Credits, Duration, Encoding, PathText, Separator, StrictModel, Text, Url
 from enrich.job.locations import Format, format_of, separator_of
-from enrich.job.target import TargetKind
-from enrich.job.target_spec import SOURCES_KEY, Param, TargetModel
+from enrich.job.target import SOURCES_KEY, Param, TargetKind, TargetModel
 
 
 def _default_separator(values: dict[str, Any]) -> str:
@@ -162,10 +160,6 @@ def _expand_path(value: object) -> object:
     return {"path": value} if isinstance(value, str) else value
 
 
-def _with_short_form(schema: dict[str, Any], short: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    return {"anyOf": [*short, schema]}
-
-
 class _JobFiles(StrictModel):
     """The beginning of a job file: its version, its name, where it reads and writes."""
 
@@ -281,16 +275,13 @@ def json_schema() -> dict[str, Any]:
     defs, properties = schema["$defs"] | stepped["$defs"], schema["properties"]
     properties |= {name: stepped["properties"][name] for name in ("steps", "complete")}
     schema["$defs"] = defs
-    defs["Input"] = _with_short_form(defs["Input"], [text])
-    defs["Output"] = _with_short_form(defs["Output"], [text])
-    defs["Changes"] = _with_short_form(defs["Changes"], [text])
-    defs["Report"] = _with_short_form(defs["Report"], [text])
-    param, source = defs["Param"], defs["Source"]
+    for name in ("Input", "Output", "Changes", "Report"):
+        defs[name] = {"anyOf": [text, defs[name]]}
+    param, source = defs["Param"], defs.pop("Source")
     del param["properties"][SOURCES_KEY]
     column = param["properties"]["column"]
     sources = {"type": "array", "minItems": 1, "items": {"anyOf": [*column["anyOf"], source]}}
-    defs["Param"] = _with_short_form(param, [text, sources])
-    del defs["Source"]
+    defs["Param"] = {"anyOf": [text, sources, param]}
     properties["name"]["description"] = "Default: the file's stem."
     # A job has one target, or steps.
     schema["required"] = [name for name in schema["required"] if name not in TargetModel.model_fields]

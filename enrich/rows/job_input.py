@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
 from copy import copy
 from hashlib import sha256
 from pathlib import Path
@@ -20,7 +19,6 @@ from enrich.files.text import (
     LATER_HEADER_HINT,
     NO_HEADER,
     NO_HEADER_HINT,
-    FileProblem,
     is_headerless,
     missing_column_hint,
 )
@@ -163,16 +161,8 @@ class JobInput:
         outputs = {"output": self.job.output, "rejects": model.rejects, "changes": model.changes}
         self._limits = [limits_of(kind, output) for kind, output in outputs.items() if output is not None]
         written = [*dict.fromkeys([*self.columns, *template.columns]), *status_columns(self.job)]
-        with self._as_refused():
-            for limits in self._limits:
-                limits.check_columns(written)
-
-    @contextmanager
-    def _as_refused(self) -> Iterator[None]:
-        try:
-            yield
-        except FileProblem as problem:
-            raise CommandRefused(f"{self.job.input_path}: {problem.message}", problem.hint) from None
+        for limits in self._limits:
+            limits.check_columns(written, self.job.input_path)
 
     def queue_order(self) -> pl.Series | None:
         """Read the input once and return each row's place in the send order; None: the order of the input."""
@@ -200,9 +190,8 @@ class JobInput:
         for frame in (part for batch in self._table.batches() for part in batch.iter_slices(max_rows)):
             text = text_frame(frame)
             self._check_statuses(text)
-            with self._as_refused():
-                for limits in self._limits:
-                    limits.check_rows(text, first_position)
+            for limits in self._limits:
+                limits.check_rows(text, first_position, self.job.input_path)
             yield first_position, frame, text
             first_position += frame.height
 
@@ -370,5 +359,4 @@ def _missing_input_error(job: Job) -> CommandRefused | None:
         hint = f"did you mean {os.path.relpath(path.with_name(closest), folder)}? It is relative to the job file"
     else:
         hint = "check the path; it is relative to the job file"
-    where = f"{job.document.path}:{job.document.line_of(['input'])}: input"
-    return CommandRefused(f"{where}: {path} does not exist", hint)
+    return CommandRefused(f"{job.document.place_of(['input'])}: {path} does not exist", hint)

@@ -16,7 +16,7 @@ from enrich.files.values import quote_json
 from enrich.job.cell_text import clean_cells
 from enrich.job.job import Job
 from enrich.job.steps import STEP_FIELDS, step_column, step_columns
-from enrich.job.target_spec import Param
+from enrich.job.target import Param
 from enrich.ledger.erasure import ForgottenRequests
 from enrich.models import Decision, RequestBatch, RowStatus
 from enrich.rows.params import LeftOutCounts, ParamCells, conversion_of, param_values, split_left_out

@@ -17,11 +17,10 @@ from msgspec.structs import replace
 
 from enrich.errors import CommandRefused, EnrichError
 from enrich.files import object_store
+from enrich.files.csv_format import read_resaved_cells
 from enrich.files.discovery import InputFile
 from enrich.files.downloads import LocalCopies
 from enrich.files.reader import InputTable
-from enrich.files.resaved_csv import read_cells
-from enrich.files.text import FileProblem, as_refused
 from enrich.files.values import as_text
 from enrich.job.job import Job
 from enrich.job.locations import (
@@ -78,14 +77,14 @@ async def find_output_of_other_ledger(
                 )
                 hint = "set `ledger:` to the one that paid, or restore it; or pay again with --new-ledger"
                 return CommandRefused(paid, hint), None
-    except (CommandRefused, FileProblem, OSError) as error:
+    except (CommandRefused, OSError) as error:
         message = error.strerror if isinstance(error, OSError) else error.message
         return None, f"cannot check whether another ledger paid for an earlier output: {message}"
 
 
 def has_real_tasks(job: Job, output: Location) -> bool:
     """Check whether a file has tasks that the sandbox of the job did not issue. Without readable tasks: no."""
-    with suppress(CommandRefused, FileProblem, OSError):
+    with suppress(CommandRefused, OSError):
         return any(_without_sandbox_tasks(job.ledger, tasks) for tasks in _read_task_ids(job, output))
     return False
 
@@ -106,8 +105,7 @@ def _read_task_ids(job: Job, output: Location) -> Iterator[list[str]]:
     if format_of(path) == "csv":
         copies = LocalCopies()
         settings = Input(path=path, separator=job.output.separator, encoding=job.output.encoding)
-        with as_refused():
-            yield from filter(None, read_cells(copies.table_file(InputFile(output, settings)), _TASK_ID))
+        yield from filter(None, read_resaved_cells(copies.table_file(InputFile(output, settings)), _TASK_ID))
         return
     source = InputTable(output, Input(path=path))
     columns = [name for name in source.schema if _TASK_ID.fullmatch(name)]

@@ -26,6 +26,7 @@ from msgspec.structs import replace
 from enrich.errors import ClusterFailed, CommandRefused, EnrichError, JobError, LedgerFailed
 from enrich.files import object_store
 from enrich.files.reader import InputTable
+from enrich.files.text import FileProblem
 from enrich.job.job import load_job
 from enrich.job.locations import LedgerLocation, ObjectUrl, parse_ledger_location
 from enrich.job.spec import Input
@@ -283,7 +284,7 @@ def test_input_errors_are_raised_unchanged(tmp_path: Path, ledger: CommittingLed
     rows = open_rows(tmp_path)
     with pytest.raises(CommandRefused, match=r"country=FR/2.csv: row 51 \(line 52\) has 1 cell") as caught:
         enroll_blocks(tmp_path, rows, ledger, RequestSelection())
-    assert type(caught.value) is CommandRefused
+    assert type(caught.value) is FileProblem
     write_input_files(tmp_path, "csv", [*NAMES[:-1], "7"])
     rows = open_rows(tmp_path, "where: CAST(A AS INT) > 1\n")
     with pytest.raises(JobError, match=r"job.yaml:6: where: cannot be computed") as failed:
@@ -556,6 +557,6 @@ def test_blocks_join_parts(
 
 def test_errors_can_be_pickled() -> None:
     """Every error type is the same after pickling."""
-    for error in (CommandRefused("a", "b"), JobError("a"), LedgerFailed("a", "b")):
+    for error in (CommandRefused("a", "b"), FileProblem("a", "b"), JobError("a"), LedgerFailed("a", "b")):
         back = pickle.loads(pickle.dumps(error))  # noqa: S301 - pickled two lines above
         assert (type(back), back.message, back.hint) == (type(error), error.message, error.hint)

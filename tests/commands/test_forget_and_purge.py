@@ -272,6 +272,8 @@ def test_lead_that_was_never_sent(workspace: Workspace, api: SandboxApi, conditi
     workspace.write_leads(make_leads(7))
     workspace.write_job(**condition)
     command = ("forget", "job.yaml", "--match", "First Name=First6", "--yes")
+    unconfirmed = workspace.run_in_process(*command[:-1])
+    assert "Later runs skip 1 request of this person. None is in the ledger. Without a terminal" in unconfirmed.stderr
     result = workspace.run_in_process(*command)
     assert result.stdout == "0 requests erased; later runs skip 1 more that are not in the ledger\n"
     assert workspace.run_in_process(*command, "--json").json_output == {"exit_code": 0, "requests": 0, "never_sent": 0}

@@ -146,8 +146,8 @@ def test_fit(path: str, encoding: str, text: str, fitted: str) -> None:
 def test_names_of_columns() -> None:
     """A column name that the encoding lacks is refused as the header."""
     limits = limits_of("output", Output(path="a.csv", encoding="cp1252"))
-    with pytest.raises(FileProblem, match="the header, column `名`"):
-        limits.check_columns(["a", "名"])
+    with pytest.raises(FileProblem, match=r"in\.csv: the header, column `名`"):
+        limits.check_columns(["a", "名"], "in.csv")
 
 
 def test_other_output_on_the_command_line(api: SandboxApi, workspace: Workspace, tmp_path: Path) -> None:

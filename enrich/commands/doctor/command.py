@@ -362,18 +362,14 @@ def doctor(
     findings: list[Finding] = []
     with ExitStack() as stack:
         shell = stack.enter_context(_cron_environment(environ))
-        job: Job | EnrichError
+        job: Job | None = None
         try:
             job = options.JobOptions(job_file, use_sandbox=use_sandbox).load()
         except EnrichError as error:
-            job = error
-        of_sandbox = None if isinstance(job, EnrichError) else job
-        access = stack.enter_context(_open_sandbox(of_sandbox)) if use_sandbox else None
+            findings.append(error_finding("job", error))
+        access = stack.enter_context(_open_sandbox(job)) if use_sandbox else None
         context = DoctorContext(environ, shell, now, next_run_time(now, *at), offline, access)
-        if isinstance(job, EnrichError):
-            findings = [error_finding("job", job), *environment_findings(context)]
-        else:
-            findings = list(job_findings(job, context))
+        findings += environment_findings(context) if job is None else job_findings(job, context)
     result = findings_as_json(str(job_file), findings)
     options.echo_result(result, checks.format_findings(findings), as_json=as_json)
     return findings_exit_code(findings)

@@ -200,12 +200,14 @@ def _make_candidate(kind: ColumnKind, column: Column, columns: Sequence[Column])
     header_score = kind.header_score(column.name) or _german_last_name_score(kind, column, columns)
     if kind is FULL_NAME and header_score != _EXACT_HEADER:
         return None
-    share = _share_in_format(kind, column)
     if kind.value_format is None:
         if not header_score or _is_not_a_name(kind, column):
             return None
         confidence: Confidence = "sure" if header_score == _EXACT_HEADER and column.filled_count else "likely"
         return _Candidate(column, header_score * 10, confidence, _blank_reason(column) or "by its header")
+    share = column.format_shares[kind.value_format]
+    if kind is DOMAIN:
+        share = min(1.0, share + column.format_shares["domains"])
     if column.filled_count and share < CONTRADICTING_SHARE:
         return None
     if not header_score and (share < DOMINANT_SHARE or kind.is_excluded(column.name)):
@@ -220,14 +222,6 @@ def _make_candidate(kind: ColumnKind, column: Column, columns: Sequence[Column])
     return _Candidate(
         column, header_score * 10 + proven * 5, confidence, _blank_reason(column) or f"by its header; {share_text}"
     )
-
-
-def _share_in_format(kind: ColumnKind, column: Column) -> float:
-    if kind.value_format is None:
-        return 0.0
-    if kind is DOMAIN:
-        return min(1.0, column.format_shares["web addresses"] + column.format_shares["domains"])
-    return column.format_shares[kind.value_format]
 
 
 def _blank_reason(column: Column) -> str | None:

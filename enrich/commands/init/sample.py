@@ -42,16 +42,13 @@ def take_sample(path: Path) -> Sample:
         source = InputTable(path, Input(path=str(path)))
         frame = next(source.batches(), None)
         return _make_sample(TableFile(path, format=kind), list(source.schema), frame)
-    try:
-        encoding = _detect_encoding(path)
-        attempts = [_try_format(TableFile(path, separator, encoding)) for separator in SEPARATORS]
-        # With the right separator the rows have as many cells as the header, and more than with any other separator.
-        readable = [sample for sample in attempts if isinstance(sample, Sample)]
-        best = max(readable, key=lambda sample: len(sample.columns), default=None)
-        if best is None or (len(best.columns) == 1 and len(readable) < len(SEPARATORS)):
-            raise next(problem for problem in attempts if isinstance(problem, FileProblem))
-    except FileProblem as problem:
-        raise CommandRefused(problem.message, problem.hint) from problem
+    encoding = _detect_encoding(path)
+    attempts = [_try_format(TableFile(path, separator, encoding)) for separator in SEPARATORS]
+    # With the right separator the rows have as many cells as the header, and more than with any other separator.
+    readable = [sample for sample in attempts if isinstance(sample, Sample)]
+    best = max(readable, key=lambda sample: len(sample.columns), default=None)
+    if best is None or (len(best.columns) == 1 and len(readable) < len(SEPARATORS)):
+        raise next(problem for problem in attempts if isinstance(problem, FileProblem))
     return best
 
 
