@@ -137,7 +137,7 @@ def _check_steps(
         if result.problems:
             return
         with open_or_empty(job.ledger) as ledger:
-            rows = StepRows(job, job_input, ledger, steps)
+            rows = StepRows(job_input, ledger, steps)
             StepInput(rows, 0).begin(RequestSelection())
             selections = [select_requests(step, RunOptions(), 0) for step in job.step_jobs]
             result.rows, forecasts = forecast_steps(rows, ledger, selections)

@@ -17,7 +17,7 @@ from enrich.exit_codes import SUCCESS_CODES, ExitCode, JobArguments, RequiredAct
 from enrich.job.job import Job
 from enrich.job.locations import STDIN
 from enrich.job.target import Target
-from enrich.ledger import bindings, execution_records, queries
+from enrich.ledger import execution_records, queries
 from enrich.ledger.database import Database, ledger_exists
 from enrich.ledger.execution_records import ExecutionRow
 from enrich.ledger.lock import is_locked
@@ -29,10 +29,9 @@ from enrich.report.input_stats import MAX_GROUP_VALUES, InputStats, read_input_s
 from enrich.report.timings import latency_histogram, run_traffic
 from enrich.rows.template import RequestTemplate
 from enrich.run import provider_stats
-from enrich.run.answer_kinds import AnswerKind, count_kinds
 from enrich.run.output import prepare_collector
 from enrich.run.preflight import template_from_ledger
-from enrich.run.provider_stats import ProviderStats, parse_descriptions
+from enrich.run.provider_stats import AnswerKind, ProviderStats, count_kinds, read_descriptions
 
 
 def reported_runs(
@@ -277,7 +276,7 @@ class _AnswerTotals:
         except EnrichError:
             paths = job.model.columns or {}
         answered = [run.execution for run in runs if run.answered + run.failed]
-        descriptions = parse_descriptions(bindings.load_descriptions(ledger))
+        descriptions = read_descriptions(ledger)
         self.provider_stats = ProviderStats(descriptions)
         self.stats_by_step = {step.step: ProviderStats(descriptions) for step in job.step_jobs}
         self.last, self.before = AnswerStats(paths), AnswerStats(paths)

@@ -188,14 +188,14 @@ def _newest_object(url_pattern: ObjectUrl) -> ObjectUrl | None:
     return replace(url_pattern, key=max(keys)) if keys else None
 
 
-def with_own_output(job: Job, now: datetime) -> tuple[Job, str | None]:
+def with_own_output(job: Job) -> tuple[Job, str | None]:
     """Return the job with an output that replaces no real one, and a note when that differs from `--output`.
 
     Raises CommandRefused when a real run wrote a file under the sandbox run's own name.
     """
     if not job.sandbox:
         return job, None
-    note = None
+    note, now = None, datetime.now().astimezone()
     given = job.output_path(now)
     if job.output_is_given and is_written_by_run(job, given):
         own_name = job.output.model_copy(update={"path": sandbox_file_name(job.output.path)})

@@ -24,7 +24,7 @@ from enrich.commands.init.column_kinds import (
 from enrich.databar.description import Description
 from enrich.job.cell_text import EMPTY_VALUES, PLACEHOLDERS, clean
 from enrich.models import LeftOut
-from enrich.rows.domains import no_company
+from enrich.rows.addresses import no_company
 
 Confidence = Literal["sure", "likely", "a guess"]
 _HOST = r"(?:[\w-]+\.)+[^\W\d_]{2,}"
