@@ -147,7 +147,7 @@ def test_hidden_sheets(tmp_path: Path, state: Literal["hidden", "veryHidden"]) -
     book.save(tmp_path / "leads.xlsx")
     assert read_rows(tmp_path / "leads.xlsx") == [("seen",)]
     assert read_rows(tmp_path / "leads.xlsx", sheet="_lists") == [("hidden",)]
-    assert "Its sheets: _lists, Leads" in refusal(tmp_path / "leads.xlsx", sheet="Other")
+    assert "its sheets: _lists, Leads" in refusal(tmp_path / "leads.xlsx", sheet="Other")
 
 
 # Parquet
