@@ -94,8 +94,10 @@ def run_command(arguments: Sequence[str], signals: SignalErrors | None = None) -
         click.echo(error.format_message(), err=True)
         return ExitCode.USAGE
     except click.UsageError as error:
-        hint = f"{error.ctx.command_path} --help" if error.ctx else "enrich --help"
-        return _fail(ExitCode.USAGE, error.format_message(), hint, as_json=as_json)
+        # An error of the parser, such as a missing value, has no context.
+        subcommand = (context and context.invoked_subcommand) or ""
+        command = error.ctx.command_path if error.ctx else f"enrich {subcommand}".rstrip()
+        return _fail(ExitCode.USAGE, error.format_message(), f"{command} --help", as_json=as_json)
     except click.ClickException as error:
         return _fail(ExitCode.USAGE, error.format_message(), getattr(error, "hint", None), as_json=as_json)
     except (click.Abort, EOFError, KeyboardInterrupt):

@@ -43,6 +43,8 @@ sys.dont_write_bytecode = False
 def pytest_configure(config: pytest.Config) -> None:
     """Prepare the shared servers; they end with the last pytest process."""
     if not hasattr(config, "workerinput"):
+        # The tests are the parallel work. On small tables, threads cost a seventh of the processor time of a run.
+        os.environ.setdefault("POLARS_MAX_THREADS", "1")
         keep_files_in_memory()
         lifetime = ServerLifetime()
         os.environ[SERVER_FOLDER_VARIABLE] = str(lifetime.folder)

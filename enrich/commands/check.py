@@ -20,13 +20,15 @@ from enrich.databar.description import Description
 from enrich.errors import EnrichError, JobError
 from enrich.job.job import Job
 from enrich.job.locations import STDIN
-from enrich.job.target_spec import UNFILLED_COLUMN, Param
-from enrich.models import pluralize
+from enrich.job.target import UNFILLED_COLUMN, Param
+from enrich.ledger.database import open_or_empty
+from enrich.models import RequestSelection, pluralize, to_credits
 from enrich.report.page_file import INSTALL_HINT, is_extra_missing
 from enrich.rows.job_input import JobInput
+from enrich.rows.job_steps import make_steps
 from enrich.rows.param_fill import ParamFill
 from enrich.rows.params import format_left_out, left_out_by_param
-from enrich.rows.template import RequestTemplate
+from enrich.rows.template import RequestTemplate, join_templates, template_of_unknown_target
 from enrich.run.preflight import query_api
 
 #: If the input lacks all columns of the job, and it has at least this many, that is one problem, not one for each.
@@ -83,23 +85,21 @@ def check_job(job: Job, bound_to: Mapping[str, str | None], live: Sequence[Descr
     result = CheckResult("")
     stored = [read_stored(step, bound_to, result) for step in job.steps]
     result.problems += [problem for step in job.steps for problem in _unfilled_params(step)]
-    opened = None
+    job_input = None
     if job.input_path == STDIN or not isinstance(job.input_path, Path):
         result.notes.append("the input was not read, because it is a pipe, in object storage or on the web")
     else:
-        opened = _open_input(job, result.problems)
-        result.notes += [] if opened is None else opened[1].notes()
+        job_input = _open_input(job, result.problems)
+        result.notes += [] if job_input is None else job_input.notes()
     templates = [
         check_target(step, known, live[number] if live else None, result)
         for number, (step, known) in enumerate(zip(job.steps, stored, strict=True))
     ]
     result.template = templates[0]
     if job.step_jobs:
-        from enrich.commands.check_steps import check_steps
-
-        check_steps(job, None if opened is None else opened[1], templates, result)
-    elif opened is not None and result.template is not None:
-        _read_input(*opened, result.template, result)
+        _check_steps(job, job_input, templates, result)
+    elif job_input is not None and (result.template is not None or not result.problems):
+        _read_input(job_input, result.template or template_of_unknown_target(job), result)
     of_paths, of_ledger = list(path_problems(job)), f"{job.ledger}: "
     # Only one problem of the ledger is reported: that it is another file of the job, or else why it cannot be opened.
     if any("`ledger` are the same" in problem.message or "`ledger` and" in problem.message for problem in of_paths):
@@ -112,6 +112,55 @@ def check_job(job: Job, bound_to: Mapping[str, str | None], live: Sequence[Descr
     return result
 
 
+def _check_steps(
+    job: Job, job_input: JobInput | None, templates: Sequence[RequestTemplate | None], result: CheckResult
+) -> None:
+    """Check what the steps read, and count the leads that each wants at most. An error becomes a problem."""
+    from enrich.run.context import RunOptions, select_requests
+    from enrich.run.step_input import StepInput
+    from enrich.run.step_plan import forecast_steps
+    from enrich.run.step_rows import StepRows
+
+    known = [
+        template or template_of_unknown_target(step) for step, template in zip(job.step_jobs, templates, strict=True)
+    ]
+    result.steps = [_describe_step(step, template) for step, template in zip(job.step_jobs, known, strict=True)]
+    if job_input is None:
+        return
+    try:
+        job_input.check_new_columns(join_templates(known))
+        # Where nothing is known of a target, neither are its columns.
+        is_known = all(template or step.model.columns for step, template in zip(job.step_jobs, templates, strict=True))
+        steps = make_steps(job if is_known else replace(job, complete=()), job_input, known)
+        for step, described in zip(steps, result.steps, strict=True):
+            described["depends_on"] = [job.step_jobs[number].step for number in sorted(step.depends_on)]
+        if result.problems:
+            return
+        with open_or_empty(job.ledger) as ledger:
+            rows = StepRows(job_input, ledger, steps)
+            StepInput(rows, 0).begin(RequestSelection())
+            selections = [select_requests(step, RunOptions(), 0) for step in job.step_jobs]
+            result.rows, forecasts = forecast_steps(rows, ledger, selections)
+    except EnrichError as error:
+        add_problem(result.problems, error)
+        return
+    for forecast, described in zip(forecasts, result.steps, strict=True):
+        described["leads"] = forecast.leads
+    result.sendable_rows = max(forecast.leads for forecast in forecasts)
+
+
+def _describe_step(step: Job, template: RequestTemplate) -> dict[str, Any]:
+    target = step.model.target
+    return {
+        "name": step.step,
+        target.kind.value: target.id,
+        "leads": None,
+        "worst_price": to_credits(template.worst_price),
+        "max_credits": step.step_max_credits,
+        "depends_on": None,
+    }
+
+
 def _unfilled_params(job: Job) -> Iterator[JobError]:
     for name, param in job.model.params.items():
         if UNFILLED_COLUMN in param.columns:
@@ -119,13 +168,10 @@ def _unfilled_params(job: Job) -> Iterator[JobError]:
             yield job.error(["params", name], "no column is set", hint)
 
 
-def _open_input(job: Job, problems: list[EnrichError]) -> tuple[Job, JobInput] | None:
-    """Open the input and check each part of the job against it. A part that does not fit is reported and left out.
-
-    Returns the job without these parts, too.
-    """
+def _open_input(job: Job, problems: list[EnrichError]) -> JobInput | None:
+    """Open the input and check each part of the job against it. A part that does not fit is reported and left out."""
     with suppress(EnrichError):
-        return job, JobInput(job)
+        return JobInput(job)
     model = job.model
     removed_parts = dict.fromkeys(("where", "order_by", "caps", "suppress", "changes", "report")) | {
         "params": {},
@@ -166,8 +212,7 @@ def _open_input(job: Job, problems: list[EnrichError]) -> tuple[Job, JobInput] |
         for key in ("where", "caps", "suppress", "changes", "report"):
             part = getattr(model, key)
             valid_parts[key] = part if part is None or can_open(params=params, **{key: part}) else None
-        fitting_job = replace(job, model=model.model_copy(update=valid_parts))
-        return fitting_job, JobInput(fitting_job)
+        return JobInput(replace(job, model=model.model_copy(update=valid_parts)))
     except EnrichError as error:
         problems.append(error)
         return None
@@ -191,11 +236,11 @@ def _param_fits(name: str, param: Param, can_open: Callable[..., bool]) -> bool:
     return not [each for each in single_column_params if not can_open(params={name: each})]
 
 
-def _read_input(job: Job, job_input: JobInput, template: RequestTemplate, result: CheckResult) -> None:
+def _read_input(job_input: JobInput, template: RequestTemplate, result: CheckResult) -> None:
     """Read the input to its end and count its rows. An error becomes a problem."""
     try:
         job_input.check_new_columns(template)
-        rows, fill = 0, ParamFill(job)
+        rows, fill = 0, ParamFill(job_input.job)
         for batch in job_input.batches(template):
             rows += batch.frame.height
             result.left_out += batch.left_out

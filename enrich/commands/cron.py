@@ -28,16 +28,11 @@ DAYS = ("Sun", "Mon", "Tue", "Wed", "Thu", "Fri", "Sat")
 _LONG_DAYS = ("sunday", "monday", "tuesday", "wednesday", "thursday", "friday", "saturday")
 
 
-class Schedule(Struct, frozen=True):
-    """When a job runs: a local time and days of the week (0 is Sunday). Empty `days` means every day."""
-
-    hour: int
-    minute: int
-    days: tuple[int, ...] = ()
-
-
 class ScheduledJob(Struct, frozen=True):
-    """The command, user and schedule of a job. A run writes to `writable_folders`. All paths are absolute."""
+    """The command, user and schedule of a job: a local time and days of the week (0 is Sunday; empty: every day).
+
+    A run writes to `writable_folders`. All paths are absolute.
+    """
 
     name: str
     command: Sequence[str]
@@ -45,9 +40,11 @@ class ScheduledJob(Struct, frozen=True):
     log: Path
     key_file: Path
     user: str
-    schedule: Schedule
+    hour: int
+    minute: int
     max_time: str
     writable_folders: Sequence[Path]
+    days: tuple[int, ...] = ()
     environ: Mapping[str, str] = {}
 
     @property
@@ -93,13 +90,10 @@ def _parse_day(word: str) -> int:
 def crontab_line(job: ScheduledJob) -> str:
     """Return the line for the user's `crontab -e`. Raises JobError for unprintable characters."""
     job.check_printable()
-    schedule = job.schedule
-    days = ",".join(map(str, schedule.days)) or "*"
+    days = ",".join(map(str, job.days)) or "*"
     environ = {**job.environ, "DATABAR_API_KEY_FILE": str(job.key_file)}
     words = [f"{name}={_quote_for_cron(value)}" for name, value in environ.items()]
-    return (
-        f"{schedule.minute} {schedule.hour} * * {days} {' '.join([*words, *map(_quote_for_cron, job.command_line())])}"
-    )
+    return f"{job.minute} {job.hour} * * {days} {' '.join([*words, *map(_quote_for_cron, job.command_line())])}"
 
 
 def _quote_for_cron(word: str) -> str:
@@ -122,10 +116,10 @@ def crontab_text(job: ScheduledJob) -> str:
 """
 
 
-def on_calendar(schedule: Schedule) -> str:
-    """Format a schedule as an OnCalendar value of systemd."""
-    days = ",".join(DAYS[day] for day in schedule.days)
-    return f"{days} *-*-* {schedule.hour:02}:{schedule.minute:02}:00".strip()
+def on_calendar(job: ScheduledJob) -> str:
+    """Format the schedule as an OnCalendar value of systemd."""
+    days = ",".join(DAYS[day] for day in job.days)
+    return f"{days} *-*-* {job.hour:02}:{job.minute:02}:00".strip()
 
 
 def systemd_timer(job: ScheduledJob) -> str:
@@ -135,7 +129,7 @@ def systemd_timer(job: ScheduledJob) -> str:
 Description=Run enrich every night: {_escape_percent(job.name)}
 
 [Timer]
-OnCalendar={on_calendar(job.schedule)}
+OnCalendar={on_calendar(job)}
 # Start a missed run after the machine was off.
 Persistent=true
 
@@ -266,7 +260,6 @@ def cron(
     job = options.JobOptions(job_file).load()
     log = (log_file or job_file.with_name(f"{job.name}.log")).absolute()
     key_path = key_file or Path(os.environ.get("DATABAR_API_KEY_FILE", "").strip() or "/etc/enrich/databar_api_key")
-    run_schedule = Schedule(*at, days)
     folders = {
         nearest_existing(path.parent) for path in (*files_written(job, datetime.now().astimezone()).values(), log)
     }
@@ -277,7 +270,9 @@ def cron(
         log=log,
         key_file=key_path.absolute(),
         user=user or pwd.getpwuid(os.getuid()).pw_name,
-        schedule=run_schedule,
+        hour=at[0],
+        minute=at[1],
+        days=days,
         max_time=max_time.replace(" ", ""),
         writable_folders=sorted(folder for folder in folders if folders.isdisjoint(folder.parents)),
         environ={name: os.environ[name] for name in INHERITED_VARIABLES if os.environ.get(name)},

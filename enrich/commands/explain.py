@@ -48,10 +48,10 @@ def explain_leads(job: Job, row: int | None, match: str | None) -> dict[str, Any
     with open_or_empty(job.ledger) as ledger, ledger.snapshot():
         template, is_known = _template(ledger, job)
         job_input = JobInput(job, erasure.load_forgotten(ledger))
-        found, count = _find_rows(job, job_input, row, match)
+        found, count = _find_rows(job_input, row, match)
         if job.model.caps is not None:
-            preview_caps(ledger, job, template, job_input)
-        leads = _read_leads(ledger, job, job_input, template, found)
+            preview_caps(ledger, template, job_input)
+        leads = _read_leads(ledger, job_input, template, found)
         result: dict[str, Any] = {
             "job": job.name,
             "input": str(job.input_path),
@@ -98,7 +98,7 @@ def _parse_match(match: str, columns: list[str]) -> tuple[str, str]:
     return column, match[len(column) + 1 :]
 
 
-def _find_rows(job: Job, job_input: JobInput, row: int | None, match: str | None) -> tuple[list[int], int]:
+def _find_rows(job_input: JobInput, row: int | None, match: str | None) -> tuple[list[int], int]:
     """Return the matching rows, at most MAX_LEADS_SHOWN of them (numbers from 0), and how many there are."""
     found: list[int] = []
     count = 0
@@ -114,17 +114,15 @@ def _find_rows(job: Job, job_input: JobInput, row: int | None, match: str | None
         found += [position for position, cell in cells if fold(cell) == folded_value]
     if column is None:
         hint = "row numbers start at 1"
-        raise JobError(f"--row {row}: the input has {count:,} rows ({job.input_path})", hint)
+        raise JobError(f"--row {row}: the input has {count:,} rows ({job_input.job.input_path})", hint)
     return found[:MAX_LEADS_SHOWN], len(found)
 
 
-def _read_leads(
-    ledger: Database, job: Job, job_input: JobInput, template: RequestTemplate, numbers: Sequence[int]
-) -> list[Lead]:
+def _read_leads(ledger: Database, job_input: JobInput, template: RequestTemplate, numbers: Sequence[int]) -> list[Lead]:
     """Return these rows, which are in order, with their requests. Read no further than the last of them."""
     leads: list[Lead] = []
     for batch in job_input.batches(template) if numbers else ():
-        if job.model.caps is not None:
+        if job_input.job.model.caps is not None:
             for decided in enroll.row_decisions(ledger, batch.requests()):
                 if decided.decision is Decision.CAPPED:
                     index = decided.position - batch.first_position
@@ -225,10 +223,10 @@ def explain_steps(job: Job, row: int | None, match: str | None) -> dict[str, Any
     """
     with open_or_empty(job.ledger) as ledger, ledger.snapshot():
         job_input = JobInput(job, erasure.load_forgotten(ledger))
-        found, count = _find_rows(job, job_input, row, match)
+        found, count = _find_rows(job_input, row, match)
         templates = [_template(ledger, step) for step in job.step_jobs]
         steps = make_steps(job, job_input, [template for template, _ in templates])
-        rows = StepRows(job, job_input, ledger, steps)
+        rows = StepRows(job_input, ledger, steps)
         StepInput(rows, 0).begin(RequestSelection())
         leads = _read_leads_of_steps(rows, found)
         shared = _rows_by_request_of_steps(rows, leads)
@@ -262,7 +260,7 @@ def _read_leads_of_steps(rows: StepRows, numbers: Sequence[int]) -> dict[int, li
     for tables in rows.step_tables() if numbers else ():
         first = tables.steps[0][0].batch.first_position
         for number in numbers:
-            if first <= number < first + tables.height:
+            if first <= number < first + tables.frame.height:
                 leads[number] = _leads_of_row(rows, tables, number - first)
     return leads
 

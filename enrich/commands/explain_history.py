@@ -102,27 +102,33 @@ class Explainer(Struct, frozen=True):
         """Describe a request with all its attempts."""
         attempts = request_history.attempts(self.ledger, request.id)
         policy = self.job.model.policy
+        state, _ = self._judge(request.state, request.attempt_id, attempts)
         return {
             "fingerprint": request.fingerprint.hex(),
             "state": request.state,
             **request.call,
             "params": json.loads(request.params),
             "attempts": [_attempt_as_json(attempt) for attempt in attempts],
-            "outlook": describe_next_step(request.state, attempts, policy, self.now_ms(), is_running=self.is_running),
+            "outlook": describe_next_step(state, attempts, policy, self.now_ms(), is_running=self.is_running),
         }
 
     def _row_status(self, request: RequestRow) -> tuple[RowStatus, str | None]:
         """Return status and error of the row as in the output: the last found answer and this job's columns decide."""
-        attempts = {attempt.id: attempt for attempt in request_history.attempts(self.ledger, request.id)}
-        answered_attempt = attempts.get(request.answer_id or request.attempt_id or 0)
         state = State.FOUND if request.answer_id else request.state
-        if answered_attempt is None or state not in (State.FOUND, State.NOT_FOUND):
-            return RowStatus.from_state(state), None if answered_attempt is None else answered_attempt.error
-        if answered_attempt.answer is None:
-            return RowStatus.from_state(state), "the result was purged, and the request stays paid"
-        parsed = parse_data(parse_json(answered_attempt.answer).get("data"))
-        has = has_value(parsed, self.template.columns.values())
-        return RowStatus.FOUND if has else RowStatus.NOT_FOUND, answered_attempt.error
+        attempts = request_history.attempts(self.ledger, request.id)
+        state, error = self._judge(state, request.answer_id or request.attempt_id, attempts)
+        return RowStatus.from_state(state), error
+
+    def _judge(self, stored: State, attempt_id: int | None, attempts: Sequence[AttemptRow]) -> tuple[State, str | None]:
+        """Return the state that this job's columns give to the answer of an attempt, and the attempt's error."""
+        attempt = next((attempt for attempt in attempts if attempt.id == attempt_id), None)
+        if attempt is None or stored not in (State.FOUND, State.NOT_FOUND):
+            return stored, None if attempt is None else attempt.error
+        if attempt.answer is None:
+            return stored, "the result was purged, and the request stays paid"
+        parsed = parse_data(parse_json(attempt.answer).get("data"))
+        is_match = has_value(parsed, self.template.columns.values())
+        return State.FOUND if is_match else State.NOT_FOUND, attempt.error
 
 
 def _answer_fields(attempt: AttemptRow) -> Mapping[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from enrich.commands import options
 from enrich.commands.forget_steps import RowRequests, follow_answers, requests_of_rows
 from enrich.databar.clock import SystemClock
-from enrich.databar.task_results import ParsedData, column_value, is_blank, parse_data
+from enrich.databar.task_results import column_values
 from enrich.errors import CommandRefused, EnrichError, JobError
 from enrich.files.values import text_frame
 from enrich.job.cell_text import fold
@@ -47,10 +47,18 @@ class ForgottenCounts(NamedTuple):
     erased: int = 0
     unsent: int = 0
 
-    def as_text(self, done: str = "") -> str:
-        """Return the counts for people; `done` follows the first."""
-        unsent = f"; later runs skip {self.unsent} more that are not in the ledger" if self.unsent else ""
-        return f"{pluralize(self.erased, 'request')}{done}{unsent}"
+    def prompt(self) -> str:
+        """Return what will be done, as a sentence."""
+        if not self.erased:
+            return f"Later runs skip {pluralize(self.unsent, 'request')} of this person. None is in the ledger."
+        return f"This permanently erases {pluralize(self.erased, 'request')}{self._skipped()}."
+
+    def result(self) -> str:
+        """Return what was done."""
+        return f"{pluralize(self.erased, 'request')} erased{self._skipped()}"
+
+    def _skipped(self) -> str:
+        return f"; later runs skip {self.unsent} more that are not in the ledger" if self.unsent else ""
 
 
 def forget_person(job: Job, matches: Sequence[str], confirm: Callable[[ForgottenCounts], bool]) -> ForgottenCounts:
@@ -77,7 +85,7 @@ def forget_person(job: Job, matches: Sequence[str], confirm: Callable[[Forgotten
         ]
         if job.step_jobs:
             known_requests = list(map(dict, erasure.requests_with_answers(ledger)))
-            found = list(map(dict, follow_answers(job, found, known_requests, of_others)))
+            found = follow_answers(job, found, known_requests, of_others)
         waiting = sum(known["state"] in OPEN_STATES for known in found)
         if waiting:
             raise CommandRefused(
@@ -184,13 +192,10 @@ def _matching_requests(
     """Return the requests of matching input rows. Empty if the input is unusable."""
     # The person's rows count, whether or not the job's conditions hold for them today.
     job = replace(job, model=job.model.model_copy(update={"where": None, "only_if_empty": [], "suppress": None}))
-    job_input = None
-    try:
+    job_input: JobInput | None = None
+    with suppress(EnrichError):
         job_input = JobInput(job)
-    except EnrichError:
-        columns: list[str] = []
-    else:
-        columns = job_input.columns
+    columns = [] if job_input is None else job_input.columns
     params = [param for step in job.steps for param in step.model.params.items()]
     known = [*columns, *(name for name, _ in params), *template.columns]
     known += [name for _, param in params for name in param.columns]
@@ -198,8 +203,8 @@ def _matching_requests(
         if name not in known:
             hint = suggest_name(name, known)
             raise JobError(f"--match {name}=…: the input and the job have no column `{name}`", hint)
-    if job.step_jobs:
-        return requests_of_rows(job, ledger, criteria)
+    if job_input is not None and job.step_jobs:
+        return requests_of_rows(job, job_input, ledger, criteria)
     if job_input is None or not set(criteria) <= set(columns):
         return RowRequests({}, ())
     cell_indexes = {columns.index(name): value for name, value in criteria.items()}
@@ -221,27 +226,35 @@ def _matches_person(
 ) -> bool:
     """Check whether a request's params and answers match all criteria."""
     params = json.loads(request["params"])
-    answers = [parse_json(answer) for answer in json.loads(request["answers"]) if answer]
-    parsed = [parse_data(answer.get("data")) for answer in answers]
-    return bool(params or parsed) and all(
-        any(fold(value) == text for value in _values_named(name, text, params, parsed, job, columns))
+    data = [parse_json(answer).get("data") for answer in json.loads(request["answers"]) if answer]
+    return bool(params or data) and all(
+        any(fold(value) == text for value in _values_named(name, text, params, data, job, columns))
         for name, text in criteria.items()
     )
 
 
 def _values_named(
-    name: str, text: str, params: Mapping[str, str], answers: list[ParsedData], job: Job, columns: Mapping[str, str]
+    name: str, text: str, params: Mapping[str, str], answers: list[object], job: Job, columns: Mapping[str, str]
 ) -> Iterator[str]:
     """Yield a request's values for a name, which is a param, an input column of a param, or an output column."""
     sources = [(param, source) for step in job.steps for param, source in step.model.params.items()]
     for param, source in sources:
         if param in params and (name == param or name in source.columns):
             yield params[param]
-    for parsed in answers:
+    for data in answers:
         if name in columns:
-            yield str(column_value(parsed, columns[name]))
+            yield str(column_values(data, [columns[name]])[0])
         elif "@" in text:  # an email address identifies a person in any field
-            yield from (str(value) for value in parsed.fields.values() if not is_blank(value))
+            yield from _texts(data)
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Yield the texts in a value, at any depth of lists and objects."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
 
 
 def _confirmed(prompt: str, *, yes: bool) -> bool:
@@ -306,7 +319,7 @@ def forget(job_options: options.JobOptions, matches: tuple[str, ...], yes: bool,
     def confirm(counts: ForgottenCounts) -> bool:
         """Ask once for the ledger and the sandbox."""
         if not answers:
-            answers.append(_confirmed(f"This permanently erases {counts.as_text()}.", yes=False))
+            answers.append(_confirmed(counts.prompt(), yes=False))
         return answers[0]
 
     def from_ledger(job: Job) -> int:
@@ -325,7 +338,7 @@ def forget(job_options: options.JobOptions, matches: tuple[str, ...], yes: bool,
     if as_json:
         click.echo(json.dumps({"exit_code": 0, "requests": erased, "never_sent": unsent}))
     else:
-        click.echo(ForgottenCounts(erased, unsent).as_text(" erased"))
+        click.echo(ForgottenCounts(erased, unsent).result())
 
 
 @click.command()

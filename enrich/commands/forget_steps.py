@@ -10,7 +10,7 @@ from enrich.databar.task_results import column_values, is_blank
 from enrich.errors import EnrichError
 from enrich.job.cell_text import fold
 from enrich.job.job import Job
-from enrich.job.target_spec import Param
+from enrich.job.target import Param
 from enrich.json_text import parse_json
 from enrich.ledger.database import Database
 from enrich.rows.job_input import JobInput
@@ -29,15 +29,11 @@ class RowRequests(NamedTuple):
     of_others: Collection[bytes]
 
 
-def requests_of_rows(job: Job, ledger: Database, criteria: Mapping[str, str]) -> RowRequests:
-    """Return the requests of all steps by whether their row matches.
-
-    Empty if the input is unusable, or has no such columns.
-    """
+def requests_of_rows(job: Job, job_input: JobInput, ledger: Database, criteria: Mapping[str, str]) -> RowRequests:
+    """Return the requests of all steps by whether their row matches. Empty if the table has no such columns."""
     try:
-        job_input = JobInput(job)
         templates = [template_from_ledger(ledger, step) for step in job.step_jobs]
-        rows = StepRows(job, job_input, ledger, make_steps(job, job_input, templates))
+        rows = StepRows(job_input, ledger, make_steps(job, job_input, templates))
     except EnrichError:
         return RowRequests({}, ())
     found: dict[bytes, str] = {}
@@ -46,10 +42,10 @@ def requests_of_rows(job: Job, ledger: Database, criteria: Mapping[str, str]) ->
         if not set(criteria) <= set(tables.text.columns):
             return RowRequests({}, ())
         cells = [(tables.text.get_column(name), value) for name, value in criteria.items()]
-        for row in range(tables.height):
+        for row in range(tables.frame.height):
             is_person = all(fold(column[row]) == value for column, value in cells)
             for step_batch, _ in tables.steps:
-                fingerprint, params = step_batch.fingerprints[row], step_batch.batch.params[row]
+                fingerprint, params = step_batch.built.fingerprints[row], step_batch.built.params[row]
                 if fingerprint is None or params is None:
                     continue
                 if is_person:
@@ -61,8 +57,8 @@ def requests_of_rows(job: Job, ledger: Database, criteria: Mapping[str, str]) ->
 
 
 def follow_answers(
-    job: Job, found: Sequence[Mapping[str, Any]], known: Sequence[Mapping[str, Any]], of_others: Collection[bytes]
-) -> list[Mapping[str, Any]]:
+    job: Job, found: Sequence[dict[str, Any]], known: Sequence[dict[str, Any]], of_others: Collection[bytes]
+) -> list[dict[str, Any]]:
     """Return the requests found, and those that sent what the answers of these have found, step after step.
 
     An e-mail address identifies a person, and so does a link that was found for an address. Another link may be that of

@@ -10,7 +10,6 @@ import click
 from msgspec.structs import asdict
 
 from enrich.commands import options
-from enrich.commands.options import LEDGER_INSTEAD_OPTION, SANDBOX_OPTION
 from enrich.exit_codes import ExitCode
 from enrich.job.file_names import why_no_ledger
 from enrich.job.locations import LedgerLocation, parse_ledger_location
@@ -20,7 +19,11 @@ from enrich.ledger.sqlite import restore_hint
 from enrich.ledger.verify import check_ledger
 from enrich.models import pluralize
 
-JOB_OR_LEDGER_ARGUMENT = click.argument("place", metavar="JOB_OR_LEDGER")
+_place_options = options.add_options(
+    click.argument("place", metavar="JOB_OR_LEDGER"),
+    options.ledger_option("instead", what="Use"),
+    click.option("--sandbox", "use_sandbox", is_flag=True, help="Use the ledger of the sandbox."),
+)
 
 
 def _is_job_file(place: str) -> bool:
@@ -54,9 +57,7 @@ def ledger() -> None:
 
 
 @ledger.command()
-@JOB_OR_LEDGER_ARGUMENT
-@LEDGER_INSTEAD_OPTION
-@SANDBOX_OPTION
+@_place_options
 @options.JSON_OPTION
 def check(place: str, instead: str | None, use_sandbox: bool, as_json: bool) -> int:
     """Check that a ledger is complete and consistent. Works during a run."""
@@ -77,10 +78,8 @@ def check(place: str, instead: str | None, use_sandbox: bool, as_json: bool) -> 
 
 
 @ledger.command()
-@JOB_OR_LEDGER_ARGUMENT
+@_place_options
 @click.argument("target", type=options.FILE)
-@LEDGER_INSTEAD_OPTION
-@SANDBOX_OPTION
 def backup(place: str, target: Path, instead: str | None, use_sandbox: bool) -> None:
     """Copy a ledger to TARGET. Works during a run. Replaces an older copy."""
     with closing(

@@ -23,11 +23,9 @@ from enrich.report.page_file import is_report
 
 def files_written(job: Job, now: datetime) -> dict[str, Path]:
     """Return the local files that a run writes, by their key in the job file. Raises JobError if two are the same."""
-    locations = {"output": job.output_path(now), "ledger": job.ledger, **job.extra_output_paths(now)}
-    paths = {key: location for key, location in locations.items() if isinstance(location, Path)}
-    report = job.report_path(now)
-    paths |= {} if report is None else {"report": report}
-    return paths | ({"metrics": job.resolve_path(job.model.metrics)} if job.model.metrics else {})
+    files = job.file_locations(now)
+    keys = ("output", "ledger", "rejects", "changes", "report", "metrics")
+    return {key: path for key in keys if isinstance(path := files.get(key), Path)}
 
 
 def local_input_files(job: Job) -> list[Path]:

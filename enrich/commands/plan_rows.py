@@ -12,9 +12,7 @@ from pydantic import ValidationError
 
 from enrich.errors import CommandRefused, JobError
 from enrich.files.reader import InputTable
-from enrich.files.text import FileProblem
 from enrich.files.writer import write_file
-from enrich.job.job import Job
 from enrich.job.spec import Input, Output
 from enrich.ledger import enroll, step_results
 from enrich.ledger.database import Database
@@ -43,7 +41,7 @@ _LAST_COLUMN = re.compile(r"plan_age_days|plan_[a-z][a-z0-9_]*_why")
 def check_replaceable(path: Path) -> None:
     """Raise JobError if a file exists, has content, and was not written by `--rows`."""
     columns: Sequence[str] = ()
-    with suppress(FileProblem, CommandRefused, OSError, ValidationError):
+    with suppress(CommandRefused, OSError, ValidationError):
         if not path.exists() or not path.stat().st_size:
             return
         columns = list(InputTable(path, Input(path=str(path))).schema)
@@ -53,11 +51,9 @@ def check_replaceable(path: Path) -> None:
         )
 
 
-def write_rows(
-    target: Path, job: Job, job_input: JobInput, ledger: Database, template_and_time: tuple[RequestTemplate, int]
-) -> None:
+def write_rows(target: Path, job_input: JobInput, ledger: Database, template: RequestTemplate, now_ms: int) -> None:
     """Write the input with each row's decision. The time is in ms (UTC)."""
-    template, now_ms = template_and_time
+    job = job_input.job
     filters = [name for name in ("where", "only_if_empty") if getattr(job.model, name)]
     filtered_reason = f"filtered by {' or '.join(filters)}"
 
@@ -118,7 +114,7 @@ def _step_cells(
     ]
     first_rows = step_results.add_planned(rows.ledger, step.job.step, filter(None, known))
     depends_on = ", ".join(rows.steps[earlier].job.step for earlier in sorted(step.depends_on))
-    models = (rows.job.model, step.job.model)
+    models = (rows.job_input.job.model, step.job.model)
     filters = [name for name in ("where", "only_if_empty") if any(getattr(model, name) for model in models)]
     for row, decision in enumerate(made.decisions):
         name = known[row]
@@ -128,7 +124,7 @@ def _step_cells(
         first_rows.discard(name or b"")
         reason = DECISION_REASONS.get(decision, f"sent if the results of {depends_on} require it")
         if decision in (Decision.INVALID, Decision.FILTERED):
-            why = step_batch.batch.errors[row] or step_batch.reasons[row]
+            why = step_batch.batch.errors[row] or step_batch.built.errors[row]
             reason = why or f"filtered by {' or '.join(filters)}"
         elif decision is Decision.OVER_LIMIT:
             reason = "over --limit or --sample"

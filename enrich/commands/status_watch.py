@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Protocol, TextIO
+from typing import TextIO
 
 import click
 from msgspec import Struct
@@ -96,17 +96,7 @@ def _flush(out: TextIO) -> None:
         raise BrokenPipeError
 
 
-class Display(Protocol):
-    """Shows views of a run."""
-
-    def show(self, view: RunView, *, waiting: bool) -> None:
-        """Show a view in place of the last one, or below it. `waiting`: the watcher waits for a run or heartbeat."""
-
-    def pause(self, seconds: float) -> None:
-        """Wait while the view stays visible."""
-
-
-def run_watch_loop(watcher: RunWatcher, display: Display, interval_s: float) -> int:
+def run_watch_loop(watcher: RunWatcher, display: LineDisplay | TerminalDisplay, interval_s: float) -> int:
     """Show the job's newest run until it ends. If none is running, wait for the next. Return the exit code."""
     ended_before: int | None = None
     try:
@@ -133,7 +123,7 @@ class LineDisplay(Struct, frozen=True):
     as_json: bool
 
     def show(self, view: RunView, *, waiting: bool) -> None:
-        """Write one line and flush it."""
+        """Write one line and flush it. `waiting`: the watcher waits for a run or heartbeat."""
         if self.as_json:
             text = json.dumps(view.as_json(), ensure_ascii=False)
         else:
@@ -157,7 +147,7 @@ class TerminalDisplay:
     _drawn_size: tuple[int, int] | None = None
 
     def show(self, view: RunView, *, waiting: bool) -> None:
-        """Draw the view, limited to the current width and height of the window."""
+        """Draw the view, limited to the current width and height of the window. `waiting`: as of `LineDisplay`."""
         self._last_shown, self._drawn_size = (view, waiting), self.size()
         columns, rows = self._drawn_size
         # Leave the last column free: text there may move the cursor to the next line.

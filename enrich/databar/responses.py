@@ -64,10 +64,6 @@ _SECONDS_PATTERN = re.compile(r"-?[0-9]+(\.[0-9]*)?")
 _REASONS = {status.value: status.phrase for status in HTTPStatus}
 
 
-class _NotFound(JobRejected):
-    """The API responded with 404."""
-
-
 class JsonBody(Struct, frozen=True):
     """A JSON body: its value, its text, and whether all of its bytes could be decoded."""
 
@@ -166,7 +162,7 @@ def read_poll_error(answer: HttpAnswer, key: str) -> TaskReply:
         raise InvalidPollResponse(error.message, new_connection=False)
     if answer.status == HTTPStatus.GONE:
         return TaskReply({"status": "gone"}, '{"status":"gone"}')
-    if isinstance(error, _NotFound):
+    if answer.status == HTTPStatus.NOT_FOUND:
         raise TaskUnknown(error.message)
     if isinstance(error, Unauthorized | OutOfCredits):
         raise error
@@ -231,7 +227,7 @@ def response_error(
         case 413 if rows is not None:
             return JobRejected(f"the API rejects this number of rows per request: {message}", "lower `dispatch.bulk`")
         case 404:
-            return _NotFound(message)
+            return JobRejected(message)
         case _:
             return SubmissionUnconfirmed(message, usable_task_id(answer.content, key))
 

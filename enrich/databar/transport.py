@@ -119,10 +119,6 @@ def serialize_headers(headers: Mapping[str, str]) -> bytes:
     return "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode()
 
 
-class _BadCertificate(Exception):
-    """A certificate that is not trusted."""
-
-
 class Transport:
     """Sends requests in one event loop. It does not read the environment or `~/.netrc`."""
 
@@ -316,7 +312,7 @@ class Transport:
         """Convert an error to one that shows whether bytes may have been sent."""
         if sent_on and isinstance(error, AnswerExceedsLimit):
             return AnswerTooLarge(bytes(body[:KEPT_START_BYTES]), self._max_bytes)
-        if isinstance(error, _BadCertificate):
+        if isinstance(error, CertificateRefused):
             return CertificateRefused(reason)
         if sent_on:
             return AnswerLost(reason)
@@ -341,6 +337,6 @@ def _tls_name(origin: Origin) -> str:
     return origin.host.removesuffix(".")
 
 
-def _bad_certificate(origin: Origin, error: ssl.SSLCertVerificationError) -> _BadCertificate:
+def _bad_certificate(origin: Origin, error: ssl.SSLCertVerificationError) -> CertificateRefused:
     reason = getattr(error, "verify_message", "") or str(error)
-    return _BadCertificate(f"the certificate of {origin.host} is refused: {reason}")
+    return CertificateRefused(f"the certificate of {origin.host} is refused: {reason}")

@@ -5,11 +5,10 @@ import csv
 import io
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
-from types import TracebackType
-from typing import TYPE_CHECKING, BinaryIO, Literal, Self, TextIO
+from itertools import chain, product
+from typing import TYPE_CHECKING, BinaryIO, Literal, TextIO
 
 import polars as pl
 
@@ -19,16 +18,15 @@ from enrich.files.text import (
     LATER_HEADER_HINT,
     FileProblem,
     TableFile,
-    check_encoding,
+    as_file_problem,
+    byte_order_encoding,
     header_problem,
+    open_binary,
     open_text,
-    quote_column,
 )
 
 if TYPE_CHECKING:
     from _csv import Reader
-
-CellRows = Sequence[Sequence[object]]
 
 #: The usual separators.
 SEPARATORS = ",;\t|"
@@ -81,59 +79,29 @@ def likely_separator(header: list[str], separator: str) -> str | None:
     return guess if guess in header[0] else None
 
 
-class CsvWriter:
-    """Writes frames as CSV to a binary file, which stays open. A frame is written completely or not at all."""
+def write(
+    raw: BinaryIO, columns: list[str], frames: Iterable[pl.DataFrame], separator: str = ",", encoding: str = "utf-8"
+) -> None:
+    """Write the column names, and frames of text. A null becomes a blank cell.
 
-    def __init__(self, raw: BinaryIO, separator: str = ",", encoding: str = "utf-8") -> None:
-        _check_settings(separator, encoding)
-        self._raw = raw
-        self._separator = separator
-        self._encoding = encoding
-        self._encoder = codecs.getincrementalencoder(encoding)()
-        self._row_count = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._raw.write(self._encoder.encode("", final=True))
-
-    def write_header(self, header: list[str]) -> None:
-        """Write the column names."""
-        # Quote the header if the first name starts with a byte order mark. Unquoted, it would be read as the file's.
-        text = _rows_as_text([header], self._separator, quote_all="".join(header).startswith(BYTE_ORDER_MARK))
-        self._write_text(text, header, lambda: [header], first_row=0)
-
-    def write(self, frame: pl.DataFrame) -> None:
-        """Write the rows of a frame of text. A null becomes a blank cell."""
-        if frame.width > 1 and self._separator.isascii():
+    Characters that the encoding lacks were refused or replaced before: see `limits`.
+    """
+    encoder = codecs.getincrementalencoder(encoding)()
+    # Quote the header if the first name starts with a byte order mark. Unquoted, it would be read as the file's.
+    header = _rows_as_text([columns], separator, quote_all="".join(columns).startswith(BYTE_ORDER_MARK))
+    raw.write(encoder.encode(header))
+    for frame in frames:
+        if frame.width > 1 and separator.isascii():
             # Same text as from csv, ten times as fast. Blank cells become null first: polars quotes blanks, not nulls.
             filled = frame.select(pl.when(pl.all() != "").then(pl.all()))
-            text = filled.write_csv(include_header=False, separator=self._separator)
+            text = filled.write_csv(include_header=False, separator=separator)
         else:
-            text = _rows_as_text(frame.rows(), self._separator)
-        self._write_text(text, frame.columns, frame.rows, first_row=self._row_count + 1)
-        self._row_count += frame.height
-
-    def _write_text(self, text: str, columns: list[str], rows: Callable[[], CellRows], first_row: int) -> None:
-        try:
-            self._raw.write(self._encoder.encode(text))
-        except UnicodeEncodeError:
-            raise self._encoding_problem(columns, rows(), first_row) from None
-
-    def _encoding_problem(self, columns: list[str], rows: CellRows, first_row: int) -> FileProblem:
-        hint = "Set `encoding: utf-8` for the file to write"
-        for row, cells in enumerate(rows, first_row):
-            for name, cell in zip(columns, cells, strict=True):
-                if not _can_encode(str(cell), self._encoding):
-                    position = f"{f'row {row}' if row else 'the header'}, column {quote_column(name)}"
-                    return FileProblem(f"{position}: `{self._encoding}` cannot encode a character of this cell", hint)
-        return FileProblem(f"separator {self._separator!r} cannot be written in `{self._encoding}`", hint)
+            text = _rows_as_text(frame.rows(), separator)
+        raw.write(encoder.encode(text))
+    raw.write(encoder.encode("", final=True))
 
 
-def _rows_as_text(rows: CellRows, separator: str, *, quote_all: bool = False) -> str:
+def _rows_as_text(rows: Sequence[Sequence[object]], separator: str, *, quote_all: bool = False) -> str:
     text = _LineFeedText()
     quoting: Literal[0, 1] = csv.QUOTE_ALL if quote_all else csv.QUOTE_MINIMAL
     csv.writer(text, delimiter=separator, quoting=quoting).writerows(rows)
@@ -199,7 +167,6 @@ def _divide(block: str) -> Iterable[str]:
 @contextmanager
 def _open_csv(source: TableFile) -> Iterator[_Lines]:
     """Open the file as lines. Convert parser errors into FileProblem."""
-    _check_settings(source.separator, source.encoding)
     try:
         with open_text(source) as text:
             yield _Lines(source, text)
@@ -207,23 +174,8 @@ def _open_csv(source: TableFile) -> Iterator[_Lines]:
         raise _first_problem(source) from None
 
 
-def _check_settings(separator: str, encoding: str) -> None:
-    if len(separator) != 1 or separator in '"\r\n\0':
-        message = f"separator {separator!r} is not a single character other than a quote or a line end"
-        raise FileProblem(message, 'Use one such as "," or ";" or, for a tab, "\\t" in double quotes')
-    check_encoding(encoding)
-
-
-def _can_encode(text: str, encoding: str) -> bool:
-    try:
-        text.encode(encoding)
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 @contextmanager
-def raised_cell_limit() -> Iterator[None]:
+def _raised_cell_limit() -> Iterator[None]:
     """Raise csv's cell limit temporarily. It applies to the whole process, and other code may rely on its own limit."""
     with _cell_limit_lock:
         previous_limit = csv.field_size_limit(MAX_CELL_CHARACTERS)
@@ -241,7 +193,7 @@ def _next_cells(source: TableFile, reader: Iterator[list[str]], count: int, line
     cells: list[str] = []
     is_ragged = False
     end, last_character = count * width, lines.characters + _MAX_BATCH_CHARACTERS
-    with raised_cell_limit():
+    with _raised_cell_limit():
         for row in reader:
             if len(row) == width:
                 cells += row
@@ -259,7 +211,7 @@ def _next_cells(source: TableFile, reader: Iterator[list[str]], count: int, line
 
 
 def _next_header(source: TableFile, reader: Iterator[list[str]]) -> list[str]:
-    with raised_cell_limit():
+    with _raised_cell_limit():
         header = next(filter(None, reader), None)
     if header is None:
         raise FileProblem(f"{source} is empty", "The first line must have the column names")
@@ -272,7 +224,7 @@ def _first_problem(source: TableFile) -> FileProblem:
     """Read the file again, row by row, to find the row and line of its first error."""
     header: list[str] = []
     row = 0
-    with _open_csv(source) as lines, raised_cell_limit():
+    with _open_csv(source) as lines, _raised_cell_limit():
         reader = lines.reader()
         line = first_line = lines.first_line_number
         try:
@@ -315,3 +267,62 @@ def _row_problem(
 
 def _count_text(number: int, thing: str) -> str:
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
+#: How many rows of a file that was saved again are read at a time, and how its quotes may be meant.
+_RESAVED_ROWS_PER_BATCH = 10_000
+_QUOTINGS: tuple[Literal[0, 3], ...] = (csv.QUOTE_MINIMAL, csv.QUOTE_NONE)
+
+
+def read_resaved_cells(source: TableFile, name: re.Pattern[str]) -> Iterator[list[str]]:
+    """Yield the cells of the columns with such a name, in batches; nothing if there is no such column.
+
+    Another program, such as a spreadsheet, may have saved the file again. Separator and encoding may differ from
+    those of `source`: characters other than ASCII may be wrong. There may be lines above the header, rows that are too
+    short or too long, and a quote that is never closed. Raises FileProblem.
+    """
+    with as_file_problem(source):
+        with open_binary(source) as raw:
+            marked = byte_order_encoding(raw.read(4))
+        for encoding in (marked,) if marked else dict.fromkeys((source.encoding, "utf-8")):
+            separators = dict.fromkeys((source.separator, *SEPARATORS))
+            # A quote that is never closed would make one cell of the rest.
+            for separator, quoting in product(separators, _QUOTINGS):
+                with open_binary(source) as raw, io.TextIOWrapper(raw, encoding, "replace", newline="") as text:
+                    batches = _read_cells(csv.reader(text, delimiter=separator, quoting=quoting), name)
+                    if (first := next(batches, None)) is not None:
+                        yield first
+                        yield from batches
+                        return
+    read_header(source)  # raises FileProblem if this is no CSV file
+
+
+def _read_cells(reader: Iterator[list[str]], name: re.Pattern[str]) -> Iterator[list[str]]:
+    """Yield the cells below the header, which is one of the first rows."""
+    columns: list[int] = []
+    while rows := _next_rows(reader):
+        cells: list[str] = []
+        for row in rows:
+            if columns:
+                cells += [row[column] for column in columns if column < len(row) and row[column]]
+            else:
+                names = (text.strip(f"{BYTE_ORDER_MARK} ") for text in row)
+                columns = [column for column, text in enumerate(names) if name.fullmatch(text)]
+        if not columns:
+            return
+        if cells:
+            yield cells
+
+
+def _next_rows(reader: Iterator[list[str]]) -> list[list[str]]:
+    """Return the next rows that can be read."""
+    rows: list[list[str]] = []
+    with _raised_cell_limit():
+        while len(rows) < _RESAVED_ROWS_PER_BATCH:
+            try:
+                rows.append(next(reader))
+            except csv.Error:
+                continue
+            except (StopIteration, UnicodeError):  # no byte order mark, which the encoding needs
+                break
+    return rows

@@ -39,8 +39,8 @@ class InputFile(Struct, frozen=True):
 
     def table_file(self, path: Path) -> TableFile:
         """Return the table file to read at `path`, which is a local copy in case of an object."""
-        settings, display_name = self.settings, self.display_name or str(self.location)
-        return TableFile(path, settings.separator, settings.encoding, settings.format, settings.sheet, display_name)
+        settings = self.settings
+        return TableFile(path, settings.separator, settings.encoding, settings.format, settings.sheet, str(self))
 
     def __str__(self) -> str:
         return self.display_name or str(self.location)

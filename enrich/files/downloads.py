@@ -1,26 +1,73 @@
-"""Makes private local copies of inputs that are not local files: storage objects, web addresses, standard input."""
+"""Makes private local copies of inputs that are not local files: storage objects, web addresses, standard input.
+
+A copy of a killed process is removed by the next one that starts.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import stat
 import sys
+import tempfile
+import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
 from enrich.files import object_store, parquet_format
 from enrich.files.discovery import InputFile
-from enrich.files.temporary_folders import make_folder, remove_folder
 from enrich.files.text import FileProblem, TableFile
 from enrich.job.locations import ObjectUrl, WebUrl
 
 #: Number of bytes downloaded to read a file's columns. A smaller object is downloaded completely.
 HEAD_BYTES = 1 << 20
 _GZIP_MAGIC = b"\x1f\x8b"
+_PREFIX = "enrich-copies-"
+#: A younger folder may belong to a process that has not locked it yet.
+_MIN_AGE_S = 60.0
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Make a private folder (mode 0700) for copies of leads, and remove it at the end of the block."""
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
+
+
+def sweep(min_age_s: float = _MIN_AGE_S) -> None:
+    """Remove this user's folders that no living process has locked: those of killed processes."""
+    with suppress(OSError):
+        for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+            with suppress(OSError):
+                _remove_if_abandoned(path, min_age_s)
+
+
+#: Once for this process.
+sweep_once = cache(sweep)
+
+
+def _remove_if_abandoned(path: Path, min_age_s: float) -> None:
+    status = path.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or time.time() - status.st_mtime < min_age_s:
+        return
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(path, ignore_errors=True)
+    finally:
+        os.close(descriptor)
 
 
 class LocalCopies:
@@ -58,15 +105,12 @@ class LocalCopies:
             with self._new_file("beginning" + ".gz" * file.location.name.lower().endswith(".gz")) as (path, into):
                 into.write(object_store.download_range(file.location, 0, HEAD_BYTES))
             return file.table_file(path)
-        length = None
-        if file.settings.format == "parquet":
-            length = parquet_format.footer_length(
-                object_store.download_range(file.location, size - parquet_format.TAIL_BYTES, parquet_format.TAIL_BYTES)
-            )
-        if length is None or length + parquet_format.TAIL_BYTES > size:
+        if file.settings.format != "parquet":
+            return None
+        tail = object_store.download_range(file.location, size - parquet_format.TAIL_BYTES, parquet_format.TAIL_BYTES)
+        if (end := parquet_format.end_length(tail)) is None or end > size:
             return None
         with self._new_file("outline.parquet") as (path, into):
-            end = length + parquet_format.TAIL_BYTES
             parquet_format.write_footer_copy(into, size, object_store.download_range(file.location, size - end, end))
         return file.table_file(path)
 
@@ -101,8 +145,9 @@ class LocalCopies:
     @contextmanager
     def _new_file(self, name: str) -> Iterator[tuple[Path, BinaryIO]]:
         if self._folder is None:
-            self._folder, lock = make_folder()
-            weakref.finalize(self, remove_folder, self._folder, lock)
+            stack = ExitStack()
+            self._folder = stack.enter_context(temporary_folder())
+            weakref.finalize(self, stack.close)
         path = self._folder / name
         path.unlink(missing_ok=True)
         try:

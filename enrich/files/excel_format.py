@@ -85,6 +85,9 @@ def _open_sheet(source: TableFile) -> CalamineSheet:
             return book.get_sheet_by_name(name)
         except (CalamineError, UnsoundWorkbook) as error:
             check_magic_bytes(source)
+            if "cell error value" in str(error):
+                message = f"{source} has a cell with an error that cannot be read, such as #GETTING_DATA"
+                raise FileProblem(message, "Clear the cell, or save the sheet as CSV") from None
             reason = f": {error}" if isinstance(error, UnsoundWorkbook) else ""
             hint = "Open it in a spreadsheet and save it as `.xlsx`, without a password"
             raise FileProblem(f"{source} is a damaged Excel workbook{reason}", hint) from None

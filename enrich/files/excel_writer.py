@@ -16,8 +16,9 @@ from xlsxwriter.utility import xl_col_to_name, xl_rowcol_to_cell_fast
 from xlsxwriter.worksheet import Worksheet
 
 from enrich.files import excel_format
-from enrich.files.temporary_folders import temporary_folder
-from enrich.files.text import FileProblem, quote_column
+from enrich.files.atomic import WriteProblem
+from enrich.files.downloads import temporary_folder
+from enrich.files.text import quote_column
 
 _OTHER_FORMAT_HINT = "`enrich collect` with an --output that ends in .csv or .parquet writes it for free"
 _COLUMN_WIDTH = 18
@@ -40,10 +41,10 @@ class _TextSheet(Worksheet):
 def write(raw: BinaryIO, columns: list[str], frames: Iterable[pl.DataFrame]) -> None:
     """Write frames of text and read them back.
 
-    Raises FileProblem if they exceed the limits of a sheet, or if the sheet does not read back as written.
+    Raises WriteProblem if they exceed the limits of a sheet, or if the sheet does not read back as written.
     """
     if len(columns) > excel_format.MAX_COLUMNS:
-        raise FileProblem(f"a sheet has at most {excel_format.MAX_COLUMNS:,} columns", _OTHER_FORMAT_HINT)
+        raise WriteProblem(f"a sheet has at most {excel_format.MAX_COLUMNS:,} columns", _OTHER_FORMAT_HINT)
     with temporary_folder() as folder:
         book = Workbook(raw, {"constant_memory": True, "tmpdir": str(folder)})
         book.set_properties({"created": datetime(2000, 1, 1, tzinfo=UTC)})  # makes equal outputs byte-identical
@@ -74,7 +75,7 @@ def _write_sheet(
         for cells in frame.iter_rows():
             row += 1
             if row == excel_format.MAX_ROWS:
-                raise FileProblem(f"a sheet has at most {row - 1:,} rows under its header", _OTHER_FORMAT_HINT)
+                raise WriteProblem(f"a sheet has at most {row - 1:,} rows under its header", _OTHER_FORMAT_HINT)
             for column, cell in enumerate(cells):
                 if cell:
                     sheet.write_string(row, column, _checked_cell(cell, row, columns[column]))
@@ -88,7 +89,7 @@ def _checked_cell(cell: str, row: int, column: str) -> str:
     limit = excel_format.MAX_CELL_CHARACTERS
     if len(cell) * 2 > limit and excel_format.cell_length(cell) > limit:
         position = f"{f'row {row}' if row else 'the header'}, column {quote_column(column)}"
-        raise FileProblem(f"{position}: a cell of a sheet has at most {limit:,} characters", _OTHER_FORMAT_HINT)
+        raise WriteProblem(f"{position}: a cell of a sheet has at most {limit:,} characters", _OTHER_FORMAT_HINT)
     return cell
 
 
@@ -116,7 +117,7 @@ class CellDigest:
 
 
 def check_workbook(raw: BinaryIO, expected: CellDigest) -> None:
-    """Read a workbook with one sheet. Raises FileProblem if it has other cells than those that were written."""
+    """Read a workbook with one sheet. Raises WriteProblem if it has other cells than those that were written."""
     reader = _SheetReader()
     raw.seek(0)
     try:
@@ -138,8 +139,8 @@ def _unescape_text(text: str) -> str:
     return _ESCAPE.sub(lambda found: chr(int(found[1], 16)), text)
 
 
-def _unsound() -> FileProblem:
-    return FileProblem(
+def _unsound() -> WriteProblem:
+    return WriteProblem(
         "the written workbook cannot be read back",
         "`enrich collect` with an --output that ends in .csv or .parquet writes it without paying",
     )

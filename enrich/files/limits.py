@@ -33,28 +33,28 @@ class FileLimits(Struct, frozen=True):
     #: Whether a spreadsheet would run text in this file as a formula.
     runs_formulas: bool = False
 
-    def check_columns(self, columns: Sequence[str]) -> None:
-        """Raise FileProblem if the file cannot have these columns."""
+    def check_columns(self, columns: Sequence[str], source: object) -> None:
+        """Raise FileProblem, about the input `source`, if the file cannot have these columns."""
         if self.max_columns is not None and len(columns) > self.max_columns:
-            message = f"{self.name} would have {len(columns):,} columns; a sheet has at most"
+            message = f"{source}: {self.name} would have {len(columns):,} columns; a sheet has at most"
             raise FileProblem(f"{message} {self.max_columns:,}", _OTHER_FORMAT_HINT)
         for name in columns:
             if problem := self._cell_problem(name):
-                self._refuse("the header", name, problem)
+                self._refuse(f"{source}: the header", name, problem)
 
-    def check_rows(self, frame: pl.DataFrame, first_position: int) -> None:
-        """Raise FileProblem for the first cell of a frame of text that cannot be written.
+    def check_rows(self, frame: pl.DataFrame, first_position: int, source: object) -> None:
+        """Raise FileProblem, about the input `source`, for the first cell of a frame of text that cannot be written.
 
         `first_position` is the position of the frame's first row in the input, from 0.
         """
         if self.max_rows is not None and first_position + frame.height > self.max_rows:
-            message = f"row {self.max_rows + 1:,}: {self.name} is a sheet, which has at most {self.max_rows:,}"
-            raise FileProblem(f"{message} rows under its header", _OTHER_FORMAT_HINT)
+            message = f"{source}: row {self.max_rows + 1:,}: {self.name} is a sheet, which has at most"
+            raise FileProblem(f"{message} {self.max_rows:,} rows under its header", _OTHER_FORMAT_HINT)
         doubtful = frame[:, self._doubtful_columns(frame)]
         for row, cells in enumerate(doubtful.iter_rows(), first_position + 1):
             for name, cell in zip(doubtful.columns, cells, strict=True):
                 if problem := self._cell_problem(cell):
-                    self._refuse(f"row {row}", name, problem)
+                    self._refuse(f"{source}: row {row}", name, problem)
 
     def fit(self, cells: pl.Series) -> tuple[pl.Series, dict[int, str]]:
         """Make text fit into the file. Returns the text, and for each changed cell why it was changed.

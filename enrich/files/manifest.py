@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from uuid import uuid4
 
+import msgspec
 import polars as pl
 from msgspec import Struct
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from enrich.errors import CommandRefused
 from enrich.files.parquet_format import file_schema
@@ -29,17 +29,13 @@ class PartFile(Struct, frozen=True):
     rows: int
 
 
-class _ManifestPart(BaseModel):
-    model_config = ConfigDict(frozen=True, defer_build=True)
-
+class _ManifestPart(Struct, frozen=True):
     name: str
     rows: int
 
 
-class Manifest(BaseModel):
+class Manifest(Struct, frozen=True):
     """The parts of a dataset, in the order of their rows. `dataset_of` is the name of the job."""
-
-    model_config = ConfigDict(frozen=True, defer_build=True)
 
     dataset_of: str
     rows: int = 0
@@ -66,23 +62,21 @@ def is_part_name(name: str) -> bool:
 
 def read_manifest(content: bytes | None) -> Manifest | None:
     """Parse a manifest file. None if there is none or it was not written by enrich."""
-    try:
-        return None if content is None else Manifest.model_validate_json(_read_metadata(content))
-    except ValidationError:
+    if content is None:
         return None
-
-
-def _read_metadata(content: bytes) -> str:
     try:
-        return pl.read_parquet_metadata(BytesIO(content)).get(_METADATA_KEY, "")
-    except pl.exceptions.PolarsError:
-        return ""
+        metadata = pl.read_parquet_metadata(BytesIO(content)).get(_METADATA_KEY, "")
+        return msgspec.json.decode(metadata, type=Manifest)
+    except (pl.exceptions.PolarsError, msgspec.DecodeError):
+        return None
 
 
 def manifest_file(manifest: Manifest, schema: Mapping[str, pl.DataType]) -> bytes:
     """Return the content of a manifest file. `schema` has the columns of the parts."""
     file = BytesIO()
-    pl.DataFrame(schema=file_schema(schema)).write_parquet(file, metadata={_METADATA_KEY: manifest.model_dump_json()})
+    pl.DataFrame(schema=file_schema(schema)).write_parquet(
+        file, metadata={_METADATA_KEY: msgspec.json.encode(manifest).decode()}
+    )
     return file.getvalue()
 
 
@@ -94,5 +88,5 @@ def make_manifest(job: str, parts: Iterable[PartFile]) -> Manifest:
         if part.first_position != rows:
             raise CommandRefused(f"the parts of the output do not follow one another at row {rows:,}", "collect again")
         rows += part.rows
-    manifest_parts = tuple(_ManifestPart(name=part.name, rows=part.rows) for part in ordered)
-    return Manifest(dataset_of=job, rows=rows, parts=manifest_parts)
+    manifest_parts = tuple(_ManifestPart(part.name, part.rows) for part in ordered)
+    return Manifest(job, rows, manifest_parts)

@@ -87,14 +87,6 @@ class FolderDatasetWriter(Struct, frozen=True):
                 raise FileNotFoundError(2, message) from error
 
 
-def begin_in_folder(target: Path, job: str, schema: Mapping[str, pl.DataType]) -> FolderDatasetWriter:
-    """Create the folder for the parts of a new dataset. Raises CommandRefused."""
-    parts_folder = target.with_name(_parts_prefix(job) + uuid4().hex)
-    with as_write_refused(target, "output"):
-        parts_folder.mkdir(mode=0o700, parents=True)
-    return FolderDatasetWriter(target, job, schema, parts_folder)
-
-
 def clean_up_folder(target: Path, job: str) -> None:
     """Clean up after a killed run. Restore the old dataset if the new one did not replace it."""
     for path in list(target.parent.iterdir()):
@@ -175,35 +167,19 @@ class BucketDatasetWriter(Struct, frozen=True):
             )
         _write_manifest(self.target, manifest, self.schema)
         with suppress(CommandRefused):  # the next run cleans up instead
-            clean_up_bucket(self.target)
+            _clean_up_bucket(self.target)
 
     def discard(self) -> None:
         """Do nothing. The next run removes the uploaded parts."""
 
 
-def begin_in_bucket(target: ObjectUrl, job: str, schema: Mapping[str, pl.DataType]) -> BucketDatasetWriter:
-    """Write an empty manifest before any part, so that the next run can clean up the folder. Raises CommandRefused."""
-    if _bucket_manifest(target) is None:
-        _write_manifest(target, Manifest(dataset_of=job), schema)
-    return BucketDatasetWriter(target, job, schema)
-
-
-def clean_up_bucket(target: ObjectUrl) -> None:
+def _clean_up_bucket(target: ObjectUrl) -> None:
     """Delete parts that are not in the manifest: replaced parts, or parts of a killed run."""
     # List first, then read the manifest. A part that another run publishes in between is not listed or is in it.
     existing, manifest = _object_names(target), _bucket_manifest(target)
     if manifest is not None:
         stale = filter(is_part_name, existing - manifest.part_names)
         object_store.delete_objects(target, [_object_url(target, name).key for name in stale])
-
-
-def check_own_bucket(target: ObjectUrl) -> None:
-    """Raise JobError if the target folder contains anything except a dataset written by enrich."""
-    manifest = _bucket_manifest(target)
-    foreign = _object_names(target) - {MANIFEST} - (manifest.part_names if manifest else set())
-    if foreign:
-        message = f"{target}: the output folder has other objects: {_object_url(target, min(foreign))}"
-        raise JobError(message, "choose a separate folder")
 
 
 def _object_names(target: ObjectUrl) -> set[str]:
@@ -230,19 +206,21 @@ ROWS_PER_PART = 1_000_000
 DatasetWriter = FolderDatasetWriter | BucketDatasetWriter
 
 
-def prepare_dataset(target: Location, input_location: InputLocation, job: str) -> None:
+def prepare_bucket(target: ObjectUrl) -> None:
+    """Clean up after a killed run. Raises JobError if the folder has anything except a dataset written by enrich."""
+    _clean_up_bucket(target)
+    manifest = _bucket_manifest(target)
+    if foreign := _object_names(target) - {MANIFEST} - (manifest.part_names if manifest else set()):
+        message = f"{target}: the output folder has other objects: {_object_url(target, min(foreign))}"
+        raise JobError(message, "choose a separate folder")
+
+
+def prepare_folder(target: Path, input_location: InputLocation, job: str) -> None:
     """Clean up after a killed run, and check that the dataset can be written.
 
     Raises JobError if it would replace anything except a dataset written by enrich, or the input.
     Raises CommandRefused if it cannot be written.
     """
-    if isinstance(target, ObjectUrl):
-        if target == input_location:
-            raise JobError(f"{target}: the output would replace the input", "choose another `output`")
-        object_store.check_bucket(target)
-        clean_up_bucket(target)
-        check_own_bucket(target)
-        return
     if (
         isinstance(input_location, Path)
         and input_location != STDIN
@@ -266,8 +244,15 @@ def prepare_dataset(target: Location, input_location: InputLocation, job: str) -
 def begin_dataset(target: Location, job: str, schema: Mapping[str, pl.DataType]) -> DatasetWriter:
     """Start writing a dataset with these columns, in one process or in several. Raises CommandRefused."""
     if isinstance(target, ObjectUrl):
-        return begin_in_bucket(target, job, schema)
-    return begin_in_folder(follow_link(target), job, schema)
+        # Write an empty manifest before any part, so that the next run can clean up the folder.
+        if _bucket_manifest(target) is None:
+            _write_manifest(target, Manifest(job), schema)
+        return BucketDatasetWriter(target, job, schema)
+    target = follow_link(target)
+    parts_folder = target.with_name(_parts_prefix(job) + uuid4().hex)
+    with as_write_refused(target, "output"):
+        parts_folder.mkdir(mode=0o700, parents=True)
+    return FolderDatasetWriter(target, job, schema, parts_folder)
 
 
 def write_dataset(

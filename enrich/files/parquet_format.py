@@ -29,9 +29,10 @@ _MAX_DECIMAL_DIGITS = 38
 _NUL_IN_JSON = r"(?:^|[^\\])(?:\\\\)*\\u0000"
 
 
-def footer_length(tail: bytes) -> int | None:
-    """Return the length in bytes of the footer before the tail. None: not a Parquet file."""
-    return int.from_bytes(tail[:4], "little") if len(tail) == TAIL_BYTES and tail.endswith(_MAGIC) else None
+def end_length(tail: bytes) -> int | None:
+    """Return the length in bytes of the footer and the tail. None: not a Parquet file."""
+    is_parquet = len(tail) == TAIL_BYTES and tail.endswith(_MAGIC)
+    return int.from_bytes(tail[:4], "little") + TAIL_BYTES if is_parquet else None
 
 
 def write_footer_copy(raw: BinaryIO, size: int, end: bytes) -> None:

@@ -14,9 +14,8 @@ from msgspec import Struct
 from enrich.errors import CommandRefused
 from enrich.files import csv_format, excel_format, jsonl_format, parquet_format
 from enrich.files.discovery import InputFile, find_input_files, find_objects, find_paths
-from enrich.files.downloads import LocalCopies
-from enrich.files.temporary_folders import sweep_once
-from enrich.files.text import FileProblem, TableFile, as_refused, quote_column
+from enrich.files.downloads import LocalCopies, sweep_once
+from enrich.files.text import FileProblem, TableFile, quote_column
 from enrich.files.values import JSON_TYPE, text_frame
 from enrich.job.locations import STDIN, InputLocation, ObjectUrl, WebUrl
 from enrich.job.spec import Input
@@ -117,7 +116,11 @@ def _schema_difference(first: list[tuple[str, pl.DataType]], other: list[tuple[s
         if its_name != name:
             return f"column {place} is {quote_column(its_name)}, not {quote_column(name)}"
         if its_kind != kind:
-            return f"{quote_column(name)} is of type {its_kind}, not {kind}"
+            types = f"type {its_kind}, not {kind}"
+            # The categories of an Enum are cells.
+            return (
+                f"{quote_column(name)} is of {types if 'categories=' not in types else 'a type with other categories'}"
+            )
     return None
 
 
@@ -191,14 +194,13 @@ def read_part(part: InputPart, input_schema: InputSchema, copies: LocalCopies) -
     Raises CommandRefused, also if the file's row count has changed.
     """
     height = 0
-    with as_refused():
-        for frame in read_batches(part.file, input_schema, copies, part.start_row, part.rows):
-            height += frame.height
-            if height > part.rows:
-                break
-            yield frame
-        if height != part.rows:
-            raise FileProblem(f"{part.file} changed since the run began", "start again when the files are complete")
+    for frame in read_batches(part.file, input_schema, copies, part.start_row, part.rows):
+        height += frame.height
+        if height > part.rows:
+            break
+        yield frame
+    if height != part.rows:
+        raise FileProblem(f"{part.file} changed since the run began", "start again when the files are complete")
 
 
 #: A function that returns the row count of each file.
@@ -215,10 +217,9 @@ class InputTable:
         self._settings = settings
         self._is_copy_current: bool | None = None
         self._copies = LocalCopies()
-        with as_refused():
-            self.input_files = self._find_files()
-            metadata = read_metadata(self.input_files, self._copies)
-            self.input_schema = common_schema(self.input_files, metadata)
+        self.input_files = self._find_files()
+        metadata = read_metadata(self.input_files, self._copies)
+        self.input_schema = common_schema(self.input_files, metadata)
         # Files with a row count in their metadata.
         self._known_row_counts = {
             file: info.rows for file, info in zip(self.input_files, metadata, strict=True) if info.rows is not None
@@ -232,7 +233,7 @@ class InputTable:
         if isinstance(location, ObjectUrl):
             try:
                 return find_objects(location)
-            except (CommandRefused, FileProblem):  # assume no change while the storage cannot be read
+            except CommandRefused:  # assume no change while the storage cannot be read
                 return {file.location: file.version for file in self.input_files}
         if isinstance(location, WebUrl):
             # The first call is about the copy that was just read. Later ones look at the address again.
@@ -250,21 +251,19 @@ class InputTable:
     def digest(self) -> str:
         """Return the SHA-256 (hex) of the bytes of all files and the column values in their folder names."""
         total = sha256()
-        with as_refused():
-            for file in self.input_files:
-                try:
-                    with self._copies.table_file(file).path.open("rb") as raw:
-                        total.update(file_digest(raw, "sha256").digest())
-                except OSError as error:
-                    raise FileProblem(f"{file} cannot be read: {error.strerror}") from None
-                total.update(repr(file.partition_values).encode() if file.partition_values else b"")
+        for file in self.input_files:
+            try:
+                with self._copies.table_file(file).path.open("rb") as raw:
+                    total.update(file_digest(raw, "sha256").digest())
+            except OSError as error:
+                raise FileProblem(f"{file} cannot be read: {error.strerror}") from None
+            total.update(repr(file.partition_values).encode() if file.partition_values else b"")
         return total.hexdigest()
 
     def batches(self) -> Iterator[pl.DataFrame]:
         """Yield the rows of all files in order. Columns keep their types. Raises CommandRefused."""
-        with as_refused():
-            for file in self.input_files:
-                yield from read_batches(file, self.input_schema, self._copies)
+        for file in self.input_files:
+            yield from read_batches(file, self.input_schema, self._copies)
 
     def _cell_digest(self) -> bytes:
         """Hash the cells as text. Only for a comparison in this process: other versions of polars hash differently."""
@@ -279,9 +278,7 @@ class InputTable:
         `row_counter` counts the rows of files without a row count in their metadata.
         """
         unknown = [file for file in self.input_files if file not in self._known_row_counts]
-        with as_refused():
-            rows = row_counter(unknown)
-        row_counts = self._known_row_counts | dict(zip(unknown, rows, strict=True))
+        row_counts = self._known_row_counts | dict(zip(unknown, row_counter(unknown), strict=True))
         return divide_files((file, row_counts[file]) for file in self.input_files)
 
     def _has_same_rows(self) -> bool:

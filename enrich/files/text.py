@@ -18,7 +18,6 @@ from msgspec import Struct
 
 from enrich.errors import CommandRefused
 from enrich.job.cell_text import clean
-from enrich.job.field_types import is_text_encoding
 from enrich.job.locations import Format
 from enrich.job.name_hints import did_you_mean, suggest_name
 
@@ -40,15 +39,17 @@ _BYTE_ORDER_MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+#: What works for files, pipes and web addresses.
+_FORMAT_HINT = "rename it to end in `.{0}`, or set `format: {0}` as a key of `input`"
 _UNPACK_HINT = "Decompress it first. Only `.gz` is supported"
 #: How files begin that are often taken for a table, what they are, and what to do.
 _MAGIC_BYTES = {
     b"PK\x03\x04": (
         "a zip archive or an Excel workbook",
-        "If it is a workbook, rename it to end in `.xlsx`. Otherwise unpack it",
+        f"If it is a workbook, {_FORMAT_HINT.format('xlsx')}. Otherwise unpack it",
     ),
     b"\xd0\xcf\x11\xe0": ("an old Excel workbook (`.xls`)", "Open it in a spreadsheet and save it as `.xlsx`"),
-    b"PAR1": ("a Parquet file", "Rename it to end in `.parquet`"),
+    b"PAR1": ("a Parquet file", _FORMAT_HINT.format("parquet").capitalize()),
     b"\x1f\x8b": ("compressed with gzip", "Rename it to end in `.gz`, or decompress it"),
     b"\x28\xb5\x2f\xfd": ("compressed with Zstandard", _UNPACK_HINT),
     b"\xfd7zXZ\0": ("compressed with xz", _UNPACK_HINT),
@@ -67,7 +68,7 @@ _TEXT_BEGINNINGS = (
     (re.compile(rb"<!doctype html|<html", re.IGNORECASE), "an HTML page", "Download the file itself, as CSV"),
     (re.compile(rb"<\?xml"), "an XML document", "Save it as CSV"),
     (re.compile(rb"\[\s*\{"), "JSON", f"{JSON_ARRAY_HINT}, in a file that ends in `.jsonl`"),
-    (re.compile(rb"\{\s*\""), "JSON", "If each line is an object, rename it to end in `.jsonl`"),
+    (re.compile(rb"\{\s*\""), "JSON", f"If each line is an object, {_FORMAT_HINT.format('jsonl')}"),
 )
 #: An OpenDocument file is a zip archive whose first member says so.
 _OPEN_DOCUMENT = b"mimetypeapplication/vnd.oasis.opendocument."
@@ -92,28 +93,13 @@ class TableFile(Struct, frozen=True):
         return self.display_name or str(self.path)
 
 
-class FileProblem(Exception):
-    """A problem with a table's file, with a hint on what to do. It never quotes a cell of the file."""
-
-    def __init__(self, message: str, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
-
-
-@contextmanager
-def as_refused() -> Iterator[None]:
-    """Convert FileProblem into CommandRefused, which ends the command."""
-    try:
-        yield
-    except FileProblem as problem:
-        raise CommandRefused(problem.message, problem.hint) from problem
+class FileProblem(CommandRefused):
+    """A table's file cannot be read. The message names the file, and never quotes a cell of it."""
 
 
 @contextmanager
 def open_text(source: TableFile, newline: str = "") -> Iterator[TextIO]:
     """Open the file as text, after its byte order mark if it has one. Raises FileProblem."""
-    check_encoding(source.encoding)
     with as_file_problem(source):
         try:
             with open_binary(source) as raw:
@@ -144,13 +130,6 @@ def as_file_problem(source: TableFile) -> Iterator[None]:
         raise FileProblem(f"{source} is a damaged gzip file", hint) from None
     except OSError as error:
         raise FileProblem(f"{source} cannot be read: {error.strerror or error}") from None
-
-
-def check_encoding(encoding: str) -> None:
-    """Raise FileProblem if the encoding is unknown or not a text encoding."""
-    if not is_text_encoding(encoding):
-        message = f"encoding `{encoding}` is unknown"
-        raise FileProblem(message, "Use a name such as `utf-8`, `cp1252` or `utf-16`")
 
 
 def quote_column(column: str) -> str:
@@ -200,8 +179,8 @@ def _repeated_columns(header: list[str], positions: list[str] | None) -> str | N
 
 
 def is_headerless(header: Sequence[str], job_columns: Iterable[str]) -> bool:
-    """Check whether the first line looks like a lead: it has none of the job's columns, but the shape of a cell."""
-    return not set(header) & set(job_columns) and any(map(looks_like_cell, header))
+    """Check whether the first line looks like a lead: a cell's shape, and none of the job's columns in any spelling."""
+    return {*map(_fold, header)}.isdisjoint(map(_fold, job_columns)) and any(map(looks_like_cell, header))
 
 
 def missing_column_hint(column: str, header: Sequence[str], job_columns: Iterable[str]) -> str | None:

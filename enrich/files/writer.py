@@ -13,11 +13,9 @@ from typing import BinaryIO, cast
 import polars as pl
 
 from enrich.errors import CommandRefused, JobError
-from enrich.files import jsonl_format, object_store, parquet_dataset, parquet_format
+from enrich.files import csv_format, jsonl_format, object_store, parquet_dataset, parquet_format
 from enrich.files.atomic import as_write_refused, atomic_write, follow_link
-from enrich.files.csv_format import CsvWriter
 from enrich.files.discovery import find_paths
-from enrich.files.text import as_refused
 from enrich.files.values import as_text, text_frame
 from enrich.job.file_names import is_same_file
 from enrich.job.locations import InputLocation, Location, ObjectUrl, format_of, is_dataset
@@ -44,13 +42,16 @@ def prepare_file(target: Location, input_location: InputLocation, job: str, kind
     Raises JobError if the file would replace the input or a ledger.
     Raises CommandRefused if it cannot be written.
     """
-    if kind == "output" and is_dataset(target):
-        parquet_dataset.prepare_dataset(target, input_location, job)
-        return
+    as_dataset = kind == "output" and is_dataset(target)
     if isinstance(target, ObjectUrl):
         if target == input_location:
             raise JobError(f"{target}: the {kind} would replace the input", f"choose another `{kind}`")
         object_store.check_bucket(target)
+        if as_dataset:
+            parquet_dataset.prepare_bucket(target)
+        return
+    if as_dataset:
+        parquet_dataset.prepare_folder(target, input_location, job)
         return
     try:
         _check_not_input(target, input_location, kind)
@@ -72,9 +73,7 @@ def prepare_file(target: Location, input_location: InputLocation, job: str, kind
 def _check_not_input(target: Path, input_location: InputLocation, kind: str) -> None:
     if not isinstance(input_location, Path):
         return
-    with as_refused():
-        paths = find_paths(input_location)
-    for path in paths:
+    for path in find_paths(input_location):
         if is_same_file(target, path):
             raise JobError(f"{target}: the {kind} would replace the input", f"choose another `{kind}`")
 
@@ -116,7 +115,8 @@ def write_file(  # noqa: PLR0913 - all of these describe one file
             case "jsonl":
                 jsonl_format.write(plain, list(schema), frames)
             case _:
-                _write_csv(plain, output, list(schema), frames, new_columns)
+                texts = (_csv_text(frame, new_columns) for frame in frames)
+                csv_format.write(plain, list(schema), texts, output.separator, output.encoding)
 
 
 @contextmanager
@@ -131,7 +131,7 @@ def _open_target(target: Location, job: str, kind: str) -> Iterator[BinaryIO]:
         return
     with tempfile.TemporaryFile() as file:
         yield cast("BinaryIO", file)
-        object_store.upload(target, cast("BinaryIO", file))
+        object_store.upload(target, cast("BinaryIO", file), kind)
 
 
 @contextmanager
@@ -144,14 +144,9 @@ def _gzipped(raw: BinaryIO, name: str) -> Iterator[BinaryIO]:
         yield cast("BinaryIO", packed)
 
 
-def _write_csv(
-    raw: BinaryIO, output: Output, columns: list[str], frames: Iterable[pl.DataFrame], new_columns: int
-) -> None:
-    with CsvWriter(raw, output.separator, output.encoding) as writer:
-        writer.write_header(columns)
-        for frame in frames:
-            text = frame.with_columns(as_text(column) for column in frame.get_columns() if column.dtype != pl.String)
-            writer.write(text.with_columns(*escape_formulas(text.select(pl.nth(range(-new_columns, 0))))))
+def _csv_text(frame: pl.DataFrame, new_columns: int) -> pl.DataFrame:
+    text = frame.with_columns(as_text(column) for column in frame.get_columns() if column.dtype != pl.String)
+    return text.with_columns(*escape_formulas(text.select(pl.nth(range(-new_columns, 0)))))
 
 
 def is_formula(text: str) -> bool:

@@ -42,8 +42,8 @@ from enrich.job.locations import (
 )
 from enrich.job.spec import Input, JobModel, Output, SteppedJobModel
 from enrich.job.steps import step_model, step_problems
-from enrich.job.target_spec import TargetModel
-from enrich.job.validation_errors import dotted_path, join_validation_errors
+from enrich.job.target import TargetModel
+from enrich.job.validation_errors import join_validation_errors
 from enrich.job.yaml_file import YamlDocument
 from enrich.models import job_title
 
@@ -192,9 +192,7 @@ class Job(Struct, frozen=True):
         """Return a JobError that names the job file, the line and the key."""
         if self.key_prefix and self._is_own_key(key_path[0]):
             key_path = [*self.key_prefix, *key_path]
-        return JobError(
-            f"{self.document.path}:{self.document.line_of(key_path)}: {dotted_path(key_path)}: {message}", hint
-        )
+        return JobError(f"{self.document.place_of(key_path)}: {message}", hint)
 
     def _is_own_key(self, key: str | int) -> bool:
         """Return whether a key of this step's model stands in the step, and not at the job."""
@@ -205,7 +203,7 @@ class Job(Struct, frozen=True):
 #: The files that a run only reads. Two of them may be the same.
 _FILES_READ = ("the job file", "input", "suppress", "notify")
 #: The codes of strftime that mean the same on every system, except those that put a line break or a slash into a name.
-_DATE_CODES = frozenset(f"%{letter}" for letter in "aAbBcCdeFGgHIjklmMpPsSTuUVwWxXyYzZ%")
+_DATE_CODES = frozenset(f"%{letter}" for letter in "aAbBcCdeFGgHIjklmMpPsSTuUVwWXyYzZ%")
 
 
 def load_job(path: Path, overrides: Overrides | None = None) -> Job:
@@ -217,7 +215,7 @@ def load_job(path: Path, overrides: Overrides | None = None) -> Job:
     document = YamlDocument(path)
     if "api_key" in document.data:
         raise JobError(
-            f"{path}:{document.line_of(['api_key'])}: api_key: the API key does not belong in the job file",
+            f"{document.place_of(['api_key'])}: the API key does not belong in the job file",
             "set DATABAR_API_KEY, or DATABAR_API_KEY_FILE for cron",
         )
     model_type = SteppedJobModel if "steps" in document.data else JobModel
@@ -225,6 +223,8 @@ def load_job(path: Path, overrides: Overrides | None = None) -> Job:
         model = model_type.model_validate(document.data)
     except ValidationError as error:
         raise join_validation_errors(document, error) from error
+    given = {"input": overrides.input, "output": overrides.output, "ledger": overrides.ledger}
+    document.replaced_keys = frozenset(key for key, value in given.items() if value is not None)
     if overrides.max_credits is not None:
         if not 0 <= overrides.max_credits <= MAX_CREDITS:
             raise JobError("--max-credits: must be a number of credits")
@@ -233,7 +233,7 @@ def load_job(path: Path, overrides: Overrides | None = None) -> Job:
     job_folder = path.resolve().parent
     name = model.name or path.stem
     if len(os.fsencode(name)) > MAX_JOB_NAME_BYTES:
-        message = f"{path}:{document.line_of(['name'])}: name: the job's name is too long"
+        message = f"{document.place_of(['name'])}: the job's name is too long"
         raise JobError(message, f"set `name:` to at most {MAX_JOB_NAME_BYTES} characters")
     if overrides.sandbox:
         model = _with_sandbox_names(model)
@@ -264,7 +264,7 @@ def load_job(path: Path, overrides: Overrides | None = None) -> Job:
 def _with_steps(job: Job, model: SteppedJobModel) -> Job:
     """Add the jobs of the steps. Raises JobError for the first thing that is wrong with them."""
     for problem in step_problems(model):
-        raise job.error(problem.key_path, problem.message, problem.hint)
+        raise job.error(*problem)
     step_jobs = [
         replace(
             job,
@@ -326,8 +326,7 @@ def _ledger_location(
         if reason := why_no_ledger(ledger):
             raise ValueError(f"{ledger}: {reason}")
     except ValueError as error:
-        option_or_key = "--ledger" if given is not None else f"{document.path}:{document.line_of(['ledger'])}: ledger"
-        raise JobError(f"{option_or_key}: {error}") from error
+        raise JobError(f"{document.place_of(['ledger'])}: {error}") from error
     is_folder = isinstance(ledger, Path) and ledger.is_dir()  # refused when it is opened, with the name that was given
     return sandbox_ledger_location(ledger) if overrides.sandbox and not is_folder else ledger
 
@@ -368,7 +367,7 @@ def _checked_location(document: YamlDocument, key: str, base: Path, path_or_url:
     try:
         return parse_input_location(base, path_or_url) if key == "input" else parse_location(base, path_or_url)
     except ValueError as error:
-        raise JobError(f"{document.path}:{document.line_of([key])}: {key}: {error}") from error
+        raise JobError(f"{document.place_of([key])}: {error}") from error
 
 
 def _expand_date(path: str, now: datetime) -> str:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from datetime import timedelta
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from enrich.job.cell_text import EMPTY_VALUES, PLACEHOLDERS, clean
-from enrich.job.field_types import Columns, Credits, Duration, Encoding, PathText, Separator, StrictModel, Text, Url
+from enrich.job.field_types import (
+    Columns,
+    Credits,
+    Duration,
+    Encoding,
+    LocalPathText,
+    PathText,
+    Separator,
+    StrictModel,
+    Text,
+    Url,
+)
 from enrich.job.locations import Format, format_of, separator_of
-from enrich.job.target import TargetKind
-from enrich.job.target_spec import SOURCES_KEY, Param, TargetModel
+from enrich.job.target import SOURCES_KEY, Param, TargetKind, TargetModel
 
 
 def _default_separator(values: dict[str, Any]) -> str:
@@ -162,10 +171,6 @@ def _expand_path(value: object) -> object:
     return {"path": value} if isinstance(value, str) else value
 
 
-def _with_short_form(schema: dict[str, Any], short: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    return {"anyOf": [*short, schema]}
-
-
 class _JobFiles(StrictModel):
     """The beginning of a job file: its version, its name, where it reads and writes."""
 
@@ -205,7 +210,7 @@ class JobModel(TargetModel, _JobFiles):
     )
     caps: Caps | None = Field(None, description="Per-group limit.")
     canary: Canary | None = Field(None, description="Stop with exit 15 if too few of the first requests are matches.")
-    suppress: PathText | None = Field(
+    suppress: LocalPathText | None = Field(
         None, description="A file of e-mail addresses and domains, one per line, that are never sent."
     )
     limits: Limits = Limits()
@@ -220,11 +225,11 @@ class JobModel(TargetModel, _JobFiles):
     report: Annotated[Report, BeforeValidator(_expand_path)] | None = Field(
         None, description="The report: a path, or an object."
     )
-    metrics: PathText | None = Field(None, description="A .prom file for the textfile collector of Prometheus.")
+    metrics: LocalPathText | None = Field(None, description="A .prom file for the textfile collector of Prometheus.")
     healthcheck: Url | None = Field(
         None, description="A URL that is pinged at the start (/start), after a success, and after a failure (/fail)."
     )
-    notify: PathText | None = Field(
+    notify: LocalPathText | None = Field(
         None, description="A file of Apprise URLs, one per line, for notifications when action is required."
     )
 
@@ -281,16 +286,13 @@ def json_schema() -> dict[str, Any]:
     defs, properties = schema["$defs"] | stepped["$defs"], schema["properties"]
     properties |= {name: stepped["properties"][name] for name in ("steps", "complete")}
     schema["$defs"] = defs
-    defs["Input"] = _with_short_form(defs["Input"], [text])
-    defs["Output"] = _with_short_form(defs["Output"], [text])
-    defs["Changes"] = _with_short_form(defs["Changes"], [text])
-    defs["Report"] = _with_short_form(defs["Report"], [text])
-    param, source = defs["Param"], defs["Source"]
+    for name in ("Input", "Output", "Changes", "Report"):
+        defs[name] = {"anyOf": [text, defs[name]]}
+    param, source = defs["Param"], defs.pop("Source")
     del param["properties"][SOURCES_KEY]
     column = param["properties"]["column"]
     sources = {"type": "array", "minItems": 1, "items": {"anyOf": [*column["anyOf"], source]}}
-    defs["Param"] = _with_short_form(param, [text, sources])
-    del defs["Source"]
+    defs["Param"] = {"anyOf": [text, sources, param]}
     properties["name"]["description"] = "Default: the file's stem."
     # A job has one target, or steps.
     schema["required"] = [name for name in schema["required"] if name not in TargetModel.model_fields]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from pydantic import BaseModel
 
 from enrich.job.spec import JobModel, StepModel, SteppedJobModel
-from enrich.job.target_spec import TargetModel
+from enrich.job.target import TargetModel
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -55,12 +55,8 @@ def _merged(defaults: _Model, own: _Model) -> _Model:
     return defaults.model_copy(update=values)
 
 
-class StepProblem(NamedTuple):
-    """What is wrong with the steps of a job: the path of the key, a message, a hint."""
-
-    key_path: list[str | int]
-    message: str
-    hint: str | None
+#: What is wrong with the steps of a job: the path of the key, a message, a hint.
+StepProblem = tuple[list[str | int], str, str]
 
 
 def step_problems(model: SteppedJobModel) -> Iterator[StepProblem]:
@@ -69,20 +65,16 @@ def step_problems(model: SteppedJobModel) -> Iterator[StepProblem]:
     for index, step in enumerate(model.steps):
         if step.name in [earlier.name for earlier in model.steps[:index]]:
             message = f"another step is named `{step.name}`"
-            yield StepProblem(["steps", index, "name"], message, "choose another name")
+            yield ["steps", index, "name"], message, "choose another name"
         for column in step_columns(step.name):
             if (other := taken.setdefault(column, step.name)) != step.name:
                 message = f"the steps `{other}` and `{step.name}` would both write `{column}`"
-                yield StepProblem(["steps", index, "name"], message, "choose another name")
-    yield from _column_problems(model, taken)
-    if model.changes is not None and model.changes.key is None:
-        hint = "set the input columns that identify a lead: changes: {path: …, key: Email}"
-        yield StepProblem(["changes"], "a job with steps needs a `key`", hint)
-
-
-def _column_problems(model: SteppedJobModel, taken: dict[str, str]) -> Iterator[StepProblem]:
+                yield ["steps", index, "name"], message, "choose another name"
     for index, step in enumerate(model.steps):
         for column in step.columns or ():
             if column in taken:
                 message = f"`{column}` is a column of the step `{taken[column]}`"
-                yield StepProblem(["steps", index, "columns", column], message, "choose another name")
+                yield ["steps", index, "columns", column], message, "choose another name"
+    if model.changes is not None and model.changes.key is None:
+        hint = "set the input columns that identify a lead: changes: {path: …, key: Email}"
+        yield ["changes"], "a job with steps needs a `key`", hint

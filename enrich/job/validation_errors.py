@@ -4,27 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import get_args
 
 from pydantic import BaseModel, ValidationError
 
 from enrich.errors import JobError
 from enrich.job.name_hints import closest_name, did_you_mean, suggest_name
-from enrich.job.spec import (
-    Canary,
-    Caps,
-    Changes,
-    Input,
-    JobModel,
-    Limits,
-    Output,
-    Policy,
-    Refresh,
-    Report,
-    StepLimits,
-    StepModel,
-    SteppedJobModel,
-)
-from enrich.job.target_spec import SOURCES_KEY, Pagination, Param, Source, TargetModel
+from enrich.job.spec import JobModel, SteppedJobModel
+from enrich.job.target import SOURCES_KEY, Param, Source, TargetModel
 from enrich.job.yaml_file import YamlDocument
 
 #: Messages for pydantic's error types, in terms of the job file. In braces are the limits that pydantic gives.
@@ -79,8 +66,7 @@ def join_validation_errors(document: YamlDocument, error: ValidationError) -> Jo
             misspelled.append((key_path[:-1], hint))
         elif message == "is missing" and (key_path[:-1], did_you_mean(str(key_path[-1]))) in misspelled:
             continue
-        line = document.line_of(key_path)
-        found.append((line, f"{document.path}:{line}: {dotted_path(key_path)}: {message}", hint))
+        found.append((document.line_of(key_path), f"{document.place_of(key_path)}: {message}", hint))
     found.sort(key=lambda each: each[0])
     if len(found) == 1:
         no_target = found[0][1].endswith("waterfall: is missing")
@@ -105,33 +91,20 @@ def _is_step(key_path: Sequence[str | int]) -> bool:
 
 def _sibling_keys(key_path: Sequence[str | int], *, is_stepped: bool) -> list[str]:
     """List the valid keys at the place of an unknown key."""
-    models: dict[tuple[str, ...], type[BaseModel]] = {
-        (): SteppedJobModel if is_stepped else JobModel,
-        ("input",): Input,
-        ("output",): Output,
-        ("rejects",): Output,
-        ("changes",): Changes,
-        ("pagination",): Pagination,
-        ("caps",): Caps,
-        ("canary",): Canary,
-        ("report",): Report,
-        ("limits",): Limits,
-        ("policy",): Policy,
-        ("policy", "refresh"): Refresh,
-    }
-    step_models: dict[tuple[str, ...], type[BaseModel]] = {**models, (): StepModel, ("limits",): StepLimits}
-    parent = tuple(map(str, key_path[:-1]))
-    if in_step := parent[:1] == ("steps",) and len(parent) > 1:
-        parent = parent[2:]
-    in_list = len(parent) == len(("params", "name", "index")) and parent[0] == "params"
-    in_params: type[BaseModel] | None = Source if in_list else Param if parent[:1] == ("params",) else None
-    model = in_params or (step_models if in_step else models).get(parent, JobModel)
+    model: type[BaseModel] = SteppedJobModel if is_stepped else JobModel
+    for key in key_path[:-1]:
+        if model is Param and isinstance(key, int):
+            model = Source
+        elif (field := model.model_fields.get(str(key))) is not None:
+            model = _model_in(field.annotation) or model
     names = [field.alias or name for name, field in model.model_fields.items()]
     if model is SteppedJobModel:
         names = [name for name in names if name not in TargetModel.model_fields]
     return [name for name in [*names, *(["steps"] if model is JobModel else [])] if name != SOURCES_KEY]
 
 
-def dotted_path(key_path: Sequence[str | int]) -> str:
-    """Return the path of a key as text."""
-    return ".".join(map(str, key_path))
+def _model_in(annotation: object) -> type[BaseModel] | None:
+    """Return the model in the type of a key, such as a list of models; None: it has none."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_model_in, get_args(annotation))), None)

@@ -28,6 +28,8 @@ class YamlDocument:
     def __init__(self, path: Path) -> None:
         """Read the file. Raises JobError that names the file and, if possible, the line."""
         self.path = path
+        #: Keys whose values the command line replaces. Messages name their options.
+        self.replaced_keys: frozenset[str] = frozenset()
         try:
             text = read_text(path)
         except FileNotFoundError:
@@ -67,7 +69,7 @@ class YamlDocument:
         line = 0
         for key in key_path:
             if isinstance(node, yaml.MappingNode):
-                pair = next((pair for pair in node.value if _key_text(pair[0]) == str(key)), None)
+                pair = next((pair for pair in node.value if str(pair[0].value) == str(key)), None)
                 if pair is None:
                     break
                 line, node = pair[0].start_mark.line, pair[1]
@@ -77,6 +79,12 @@ class YamlDocument:
             else:
                 break
         return line + 1
+
+    def place_of(self, key_path: Sequence[str | int]) -> str:
+        """Return the file, the line and the key at a path, as messages name them, or the option in place of the key."""
+        if key_path[0] in self.replaced_keys:
+            return f"--{key_path[0]}"
+        return f"{self.path}:{self.line_of(key_path)}: {'.'.join(map(str, key_path))}"
 
 
 class _Loader(yaml.SafeLoader):
@@ -96,7 +104,7 @@ def _syntax_hint(problem: str) -> str | None:
         return "put the whole value in single quotes, and double those inside it"
     if "\\t" in problem:
         return "indent with blanks"
-    if "cannot start any token" in problem:
+    if "cannot start any token" in problem or "expected alphabetic or numeric character" in problem:
         return "put it in quotes if it is text"
     if any(
         sign in problem for sign in ("<block end>", "mapping values are not allowed", "could not find expected ':'")
@@ -112,43 +120,40 @@ def _not_yaml_hint(path: Path) -> str | None:
     return f"JOB must be a YAML file. To create one: {shlex.join(['enrich', 'init', str(path)])}"
 
 
-def _key_text(node: yaml.Node) -> str:
-    return str(node.value)
-
-
 def _to_plain_data(node: yaml.Node, path: Path) -> Any:  # noqa: ANN401 - YAML
     """Convert a YAML node to plain data. Keys are always text, as written (`NO:` is not a boolean)."""
     if isinstance(node, yaml.MappingNode):
         data: dict[str, Any] = {}
         for key, value in node.value:
-            name = _key_text(key) if isinstance(key, yaml.ScalarNode) else None
-            line = key.start_mark.line + 1
-            if name is None:
-                raise JobError(f"{path}:{line}: a key must be text")
+            where = f"{path}:{key.start_mark.line + 1}"
+            if not isinstance(key, yaml.ScalarNode):
+                raise JobError(f"{where}: a key must be text")
+            name = _checked_text(key, where)
             if name in data:
-                raise JobError(f"{path}:{line}: `{name}` is set twice", "remove one of the two")
-            _check_text(key, path)
+                raise JobError(f"{where}: `{name}` is set twice", "remove one of the two")
             data[name] = _to_plain_data(value, path)
         return data
     if isinstance(node, yaml.SequenceNode):
         return [_to_plain_data(item, path) for item in node.value]
-    _check_text(node, path)
-    if node.tag in _NUMBER_TAGS and len(str(node.value)) > _MAX_NUMBER_LENGTH:
-        message = f"{path}:{node.start_mark.line + 1}: a number of {len(str(node.value)):,} characters"
-        raise JobError(message, "put it in quotes if it is text")
-    if node.tag in _NUMBER_TAGS and _UNUSUAL_NUMBER.match(str(node.value)):
-        number = yaml.SafeLoader("").construct_object(node)
-        hint = "write numbers without leading zeros and colons, and put text in quotes"
-        raise JobError(f"{path}:{node.start_mark.line + 1}: YAML reads `{node.value}` as {number}", hint)
+    where = f"{path}:{node.start_mark.line + 1}"
+    text = _checked_text(node, where)
+    if node.tag in _NUMBER_TAGS and len(text) > _MAX_NUMBER_LENGTH:
+        raise JobError(f"{where}: a number of {len(text):,} characters", "put it in quotes if it is text")
     try:
-        return yaml.SafeLoader("").construct_object(node)
+        value = yaml.SafeLoader("").construct_object(node)
     except (yaml.YAMLError, ValueError) as error:
         problem = error.problem if isinstance(error, yaml.MarkedYAMLError) else error
-        raise JobError(f"{path}:{node.start_mark.line + 1}: {problem}", "put it in quotes if it is text") from None
+        raise JobError(f"{where}: {problem}", "put it in quotes if it is text") from None
+    if node.tag in _NUMBER_TAGS and _UNUSUAL_NUMBER.match(text):
+        hint = "write numbers without leading zeros and colons, and put text in quotes"
+        raise JobError(f"{where}: YAML reads `{text}` as {value}", hint)
+    return value
 
 
-def _check_text(node: yaml.Node, path: Path) -> None:
-    if found := _NO_TEXT.search(str(node.value)):
+def _checked_text(node: yaml.Node, where: str) -> str:
+    """Return the text of a scalar. Raises JobError for characters that are no text."""
+    text = str(node.value)
+    if found := _NO_TEXT.search(text):
         problem = "a NUL character" if found[0] == "\0" else f"half a character (\\u{ord(found[0]):04x})"
-        hint = "remove the escape, or write the character itself"
-        raise JobError(f"{path}:{node.start_mark.line + 1}: has {problem}", hint)
+        raise JobError(f"{where}: has {problem}", "remove the escape, or write the character itself")
+    return text

@@ -1,24 +1,24 @@
-"""Decides again about answers that are due for a refresh, but were judged by other columns than the job has today.
+"""Decides about refreshes by the columns that the job has today.
 
-Whether an answer is a match was decided with the columns of the run that sent its request. `policy.refresh` has an age
-for matches and one for no matches. What is not due by today's columns is not sent. An answer that is due only by these
-is not found here.
+Whether an answer is a match was decided with the columns of the run that sent its request, and `policy.refresh` has an
+age for matches and one for no matches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from enrich.databar.task_results import has_value, makes_match, parse_data
 from enrich.json_text import parse_json, to_json_text
 from enrich.ledger.database import Database
 from enrich.ledger.dialect import JSON_NUMBERS
-from enrich.ledger.execution_records import read_paths
 from enrich.models import Decision, RequestSelection, State
 
 #: Answers that are read at once.
 REQUESTS_PER_STEP = 5_000
+#: Decisions about requests with an answer. The stored state decides until the answer is judged by today's columns.
+ANSWERED = (Decision.FOUND, Decision.NOT_FOUND, Decision.REFRESH)
 
 
 class JudgedAnswer(NamedTuple):
@@ -42,17 +42,19 @@ def review_refreshes(
     keep_matches: bool,
     check_stopped: Callable[[], None] = lambda: None,
 ) -> None:
-    """Decide again about the requests of this pass that are due for a refresh. Call it when the input was read.
+    """Decide again about the requests of this pass that have an answer. Call it when the input was read.
 
     `paths` are the job's columns. `keep_matches`: a match of today that was none then stands until a newer one comes.
     `check_stopped` is called from time to time, and ends the review by an exception.
     """
-    if not selection.refresh_before_ms:
+    columns = list(paths)
+    if not selection.refresh_before_ms or _executions_with_columns(db, columns).are_all:
         return
-    due, columns = [number for (number,) in db.execute("SELECT id FROM seen WHERE decision = 'refresh'")], list(paths)
-    for start in range(0, len(due), REQUESTS_PER_STEP):
+    answered = ", ".join(f"'{decision.value}'" for decision in ANSWERED)
+    ids = [number for (number,) in db.execute(f"SELECT id FROM seen WHERE decision IN ({answered}) ORDER BY id")]
+    for start in range(0, len(ids), REQUESTS_PER_STEP):
         check_stopped()
-        judged = judge_answers(db, due[start : start + REQUESTS_PER_STEP], columns)
+        judged = judge_answers(db, ids[start : start + REQUESTS_PER_STEP], selection, columns)
         _apply_judgement(db, selection, judged, keep_matches=keep_matches)
 
 
@@ -71,36 +73,54 @@ def _apply_judgement(
         )
 
 
-def judge_answers(db: Database, request_ids: Sequence[int], paths: Iterable[str]) -> Mapping[int, JudgedAnswer]:
-    """Judge those of the requests whose stored answer was judged by other columns."""
-    columns, ids = frozenset(filter(makes_match, paths)), to_json_text(list(request_ids))
-    others = _executions_with_other_columns(db, ids, columns) if request_ids else set()
-    if not others:
+def judge_answers(
+    db: Database, request_ids: Sequence[int], selection: RequestSelection, paths: Iterable[str]
+) -> Mapping[int, JudgedAnswer]:
+    """Judge those of the requests whose newest answer was judged by other columns and may be due for a refresh."""
+    columns = list(paths)
+    if not request_ids or not selection.refresh_before_ms:
+        return {}
+    same = _executions_with_columns(db, columns)
+    if same.are_all:
         return {}
     rows = db.execute(
-        "SELECT r.id, s.answer, a.settled_ms, a.step, e.paths FROM requests r JOIN attempts a ON a.id = r.attempt_id "
-        "JOIN executions e ON e.id = a.execution_id JOIN attempts s ON s.id = coalesce(r.answer_id, r.attempt_id) "
-        f"WHERE r.id IN ({JSON_NUMBERS.format('?1')}) AND e.id IN ({JSON_NUMBERS.format('?2')}) "
-        "AND s.answer IS NOT NULL",
-        (ids, to_json_text(sorted(others))),
+        "SELECT r.id, a.answer, a.settled_ms FROM requests r JOIN attempts a ON a.id = r.attempt_id "
+        f"WHERE r.id IN ({JSON_NUMBERS.format('?1')}) AND a.answer IS NOT NULL AND a.settled_ms < ?3 "
+        "AND a.execution_id <> coalesce(CAST(?4 AS BIGINT), 0) AND (a.execution_id, coalesce(a.step, '')) NOT IN "
+        "(SELECT CAST(value->>0 AS BIGINT), value->>1 FROM json_each(CAST(?2 AS TEXT)))",
+        (
+            to_json_text(list(request_ids)),
+            to_json_text(same.steps),
+            max(selection.refresh_before_ms.values()),
+            selection.sent_in,
+        ),
     )
-    judged = {}
-    for request_id, answer, settled_ms, step, stored_paths in rows:
-        if _columns_of(stored_paths, step) != columns:
-            is_match = has_value(parse_data(parse_json(answer).get("data")), columns)
-            judged[request_id] = JudgedAnswer(State.FOUND if is_match else State.NOT_FOUND, settled_ms)
-    return judged
+    return {
+        number: JudgedAnswer(
+            State.FOUND if has_value(parse_data(parse_json(answer).get("data")), columns) else State.NOT_FOUND,
+            settled_ms,
+        )
+        for number, answer, settled_ms in rows
+    }
 
 
-def _executions_with_other_columns(db: Database, ids: str, columns: Collection[str]) -> set[int]:
-    """Return the runs that sent the newest attempts of requests (a JSON list of ids) and had other columns."""
-    rows = db.execute(
-        "SELECT DISTINCT e.id, e.paths, a.step FROM requests r JOIN attempts a ON a.id = r.attempt_id "
-        f"JOIN executions e ON e.id = a.execution_id WHERE r.id IN ({JSON_NUMBERS.format('?')})",
-        (ids,),
-    )
-    return {execution for execution, paths, step in rows if _columns_of(paths, step) != columns}
+class _JudgedAlike(NamedTuple):
+    """Runs, each with a step ("" in a job without steps), that had the same columns. `are_all`: no run had others."""
+
+    steps: Sequence[tuple[int, str]]
+    are_all: bool
 
 
-def _columns_of(paths: str, step: str | None) -> frozenset[str]:
-    return frozenset(filter(makes_match, read_paths(paths, step)))
+def _executions_with_columns(db: Database, paths: Iterable[str]) -> _JudgedAlike:
+    columns = set(filter(makes_match, paths))
+    stored = [
+        (execution, step, set(filter(makes_match, step_paths)))
+        for execution, text in db.execute("SELECT id, paths FROM executions")
+        for step, step_paths in _by_step(parse_json(text)).items()
+    ]
+    alike = [(execution, step) for execution, step, step_columns in stored if step_columns == columns]
+    return _JudgedAlike(alike, are_all=len(alike) == len(stored))
+
+
+def _by_step(paths: Sequence[str] | Mapping[str, Sequence[str]]) -> Mapping[str, Sequence[str]]:
+    return paths if isinstance(paths, Mapping) else {"": paths}

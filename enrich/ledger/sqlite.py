@@ -146,10 +146,6 @@ class SqliteSession(sqlite3.Connection):
         """Return None: a failed file operation would fail again."""
         return None
 
-    def has_temporary_table(self, table: str) -> bool:
-        """Return whether this connection has created the temporary table."""
-        return self.execute("SELECT 1 FROM temp.sqlite_master WHERE name = ?", (table,)).fetchone() is not None
-
     def shorten_waits(self) -> None:
         """Do nothing: waits for a file are short."""
 
@@ -239,7 +235,7 @@ def open_in_memory() -> SqliteSession:
     return db
 
 
-def open_sqlite(path: Path, *, read_only: bool, any_version: bool, skip_integrity_check: bool = False) -> SqliteSession:
+def open_sqlite(path: Path, *, read_only: bool, any_version: bool, skip_integrity_check: bool) -> SqliteSession:
     """Open a ledger and create it (mode 0600) if it is missing. With `read_only` it can be read during a run.
 
     With `any_version` a ledger of another version is opened as it is. With `skip_integrity_check` the caller checks for
@@ -278,7 +274,7 @@ def open_sqlite(path: Path, *, read_only: bool, any_version: bool, skip_integrit
             db.execute("PRAGMA cache_size = -65536")
             if not any_version:
                 _migrate(db, path, allowed=not read_only)
-            if not (skip_integrity_check or any_version):
+            if not skip_integrity_check:
                 _check_integrity(db, path, ALWAYS_CHECKED_BYTES if read_only else CHECKED_AT_START_BYTES)
         except BaseException:
             db.close()

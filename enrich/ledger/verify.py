@@ -179,7 +179,7 @@ def backup(db: Database, target: Path) -> None:
         try:
             os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
             with closing(sqlite3.connect(temporary)) as copy:
-                db.session.backup(copy)  # type: ignore[attr-defined] # a path, therefore SQLite
+                db.session.backup(copy)  # type: ignore[union-attr] # a path, therefore SQLite
                 # The copy must be a single file without a journal.
                 copy.execute("PRAGMA journal_mode = DELETE")
             with temporary.open("rb") as written:

@@ -8,17 +8,16 @@ from contextlib import closing
 from datetime import UTC, datetime
 from typing import Any
 
-from msgspec import Struct
 from msgspec.structs import replace
 from pydantic import ValidationError
 
-from enrich.databar.task_results import BESIDE, ParsedData
+from enrich.databar.task_results import ParsedData, is_beside
 from enrich.errors import CommandRefused, EnrichError
 from enrich.exit_codes import SUCCESS_CODES, ExitCode, JobArguments, RequiredAction, exit_label, required_actions
 from enrich.job.job import Job
 from enrich.job.locations import STDIN
 from enrich.job.target import Target
-from enrich.ledger import bindings, execution_records, queries
+from enrich.ledger import execution_records, queries
 from enrich.ledger.database import Database, ledger_exists
 from enrich.ledger.execution_records import ExecutionRow
 from enrich.ledger.lock import is_locked
@@ -30,10 +29,9 @@ from enrich.report.input_stats import MAX_GROUP_VALUES, InputStats, read_input_s
 from enrich.report.timings import latency_histogram, run_traffic
 from enrich.rows.template import RequestTemplate
 from enrich.run import provider_stats
-from enrich.run.answer_kinds import AnswerKind, count_kinds
 from enrich.run.output import prepare_collector
 from enrich.run.preflight import template_from_ledger
-from enrich.run.provider_stats import ProviderStats, parse_descriptions
+from enrich.run.provider_stats import AnswerKind, ProviderStats, count_kinds, read_descriptions
 
 
 def reported_runs(
@@ -151,8 +149,9 @@ def build_report(job: Job, job_arguments: JobArguments, now: datetime, *, with_r
     Unreadable data stays None, and a note gives the reason. Raises CommandRefused when the ledger can't be read.
     """
     if not ledger_exists(job.ledger):
-        actions = list(report_actions(None, {}, "row", "", job_arguments))
-        return _make_report(job, now, actions=actions)
+        target, actions = job.model.target, list(report_actions(None, {}, "row", "", job_arguments))
+        waterfall = ReportedWaterfall(target.id, (), 0, 0, 0, 0.0, 0.0, target.kind)
+        return _make_report(job, now, waterfall=waterfall, requests=count_by_status({}), actions=actions)
     with closing(Database(job.ledger, read_only=True)) as ledger, ledger.snapshot():
         return _build_from_ledger(job, ledger, job_arguments, now, with_rows=with_rows)
 
@@ -172,7 +171,7 @@ def _build_from_ledger(
         is_running=ledger_held,
     )
     last_run = runs[-1] if runs else None
-    stats, unread = _try_read_input(job, ledger, now_ms, with_rows=with_rows)
+    stats, actions, notes = _try_read_input(job, ledger, now_ms, job_arguments, with_rows=with_rows)
     answers = _AnswerTotals(ledger, job, runs)
     requests = count_by_status(queries.state_counts(ledger))
     counts = (
@@ -206,35 +205,21 @@ def _build_from_ledger(
         traffic=run_traffic(ledger, executions, now_ms),
         anomalies=find_anomalies(answers.last, answers.before),
         actions=[
-            *unread.actions(job_arguments),
+            *actions,
             *report_actions(last_run, counts, "request" if stats is None else "row", reasons_file, job_arguments),
         ],
         notes=[
-            *unread.notes(),
+            *notes,
             *_report_notes(runs, stats, answers.erased, others=execution_records.has_other_jobs(ledger, job.name)),
         ],
     )
 
 
 def _make_report(job: Job, now: datetime, *, stats: InputStats | None = None, **fields: Any) -> Report:  # noqa: ANN401 - fields of Report
-    nothing: dict[str, Any] = {
-        "waterfall": ReportedWaterfall(job.model.target.id, (), 0, 0, 0, 0.0, 0.0, job.model.target.kind),
-        "step_waterfalls": (),
-        "runs": (),
-        "requests": count_by_status({}),
-        "credits_spent": 0.0,
-        "credits_unknown": 0,
-        "planned": None,
-        "latencies": None,
-        "traffic": None,
-        "anomalies": (),
-        "actions": (),
-        "notes": (),
-    }
-    rows: dict[str, Any] = {"rows": None, "statuses": {}}
-    rows |= dict.fromkeys(("skipped", "columns", "groups", "ages"), ()) | {"leads": None}
+    rows: dict[str, Any] = {}
     if stats is not None:
-        rows = {name: getattr(stats, name) for name in rows} | {"statuses": stats.by_status()}
+        rows = {name: getattr(stats, name) for name in ("rows", "skipped", "columns", "groups", "ages", "leads")}
+        rows["statuses"] = stats.by_status()
     return Report(
         job=job.name,
         sandbox=job.sandbox,
@@ -243,46 +228,34 @@ def _make_report(job: Job, now: datetime, *, stats: InputStats | None = None, **
         input=str(job.input_path),
         output=str(job.output_path(now.astimezone())),
         job_file=str(job.document.path.absolute()),
-        **nothing | rows | fields,
+        **rows,
+        **fields,
     )
 
 
-class _UnreadInput(Struct, frozen=True):
-    """Why the rows can't be reported. An unexpected reason becomes a required action, an expected one a note."""
-
-    reason: str | None = None
-    is_expected: bool = True
-
-    @property
-    def _text(self) -> str:
-        return f"The rows are unknown: {self.reason}"
-
-    def actions(self, job_arguments: JobArguments) -> Iterator[RequiredAction]:
-        if not self.is_expected:
-            yield RequiredAction(self._text, (f"enrich check {job_arguments.run_args}",))
-
-    def notes(self) -> Iterator[str]:
-        if self.is_expected and self.reason is not None:
-            yield self._text
-
-
 def _try_read_input(
-    job: Job, ledger: Database, now_ms: int, *, with_rows: bool
-) -> tuple[InputStats | None, _UnreadInput]:
-    """Read the current input, or return None and the reason why it can't be read."""
+    job: Job, ledger: Database, now_ms: int, job_arguments: JobArguments, *, with_rows: bool
+) -> tuple[InputStats | None, list[RequiredAction], list[str]]:
+    """Read the current input, or return None with the reason: an action if it is unexpected, else a note."""
+
+    def unread(reason: str, *, is_expected: bool) -> tuple[None, list[RequiredAction], list[str]]:
+        text = f"The rows are unknown: {reason}"
+        if is_expected:
+            return None, [], [text]
+        return None, [RequiredAction(text, (f"enrich check {job_arguments.run_args}",))], []
+
     if job.input_path == STDIN:
-        return None, _UnreadInput("the input was a pipe. Name a file with --input")
+        return unread("the input was a pipe. Name a file with --input", is_expected=True)
     try:
         template = _read_template(ledger, job)
     except EnrichError as error:
-        return None, _UnreadInput(error.message, is_expected=isinstance(error, CommandRefused))
+        return unread(error.message, is_expected=isinstance(error, CommandRefused))
     try:
         by = [] if job.model.report is None else job.model.report.by
-        return read_input_stats(
-            prepare_collector(ledger, job, template), by, now_ms, with_rows=with_rows
-        ), _UnreadInput()
+        collector = prepare_collector(ledger, job, template)
+        return read_input_stats(collector, by, now_ms, with_rows=with_rows), [], []
     except EnrichError as error:
-        return None, _UnreadInput(redact_message(error.message), is_expected=False)
+        return unread(redact_message(error.message), is_expected=False)
 
 
 def _read_template(ledger: Database, job: Job) -> RequestTemplate:
@@ -303,7 +276,7 @@ class _AnswerTotals:
         except EnrichError:
             paths = job.model.columns or {}
         answered = [run.execution for run in runs if run.answered + run.failed]
-        descriptions = parse_descriptions(bindings.load_descriptions(ledger))
+        descriptions = read_descriptions(ledger)
         self.provider_stats = ProviderStats(descriptions)
         self.stats_by_step = {step.step: ProviderStats(descriptions) for step in job.step_jobs}
         self.last, self.before = AnswerStats(paths), AnswerStats(paths)
@@ -311,9 +284,9 @@ class _AnswerTotals:
         self._stats_by_execution = dict.fromkeys(answered[-1 - COMPARED_RUNS : -1], self.before) | dict.fromkeys(
             answered[-1:], self.last
         )
-        is_beside = any(path.startswith(BESIDE) for path in paths.values())
+        reads_beside = any(map(is_beside, paths.values()))
         attempts = queries.settled_attempts(ledger, job.name)
-        for kind, number in count_kinds(attempts, self._read_match, read_whole=is_beside):
+        for kind, number in count_kinds(attempts, self._read_match, read_whole=reads_beside):
             self._add(kind, number)
 
     def _read_match(self, execution: int, parsed: ParsedData) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Bar charts and the waterfall chart. Functions return None when there is nothing to draw."""
+"""Bar charts and the waterfall chart."""
 
 from __future__ import annotations
 
@@ -36,12 +36,10 @@ class BarRow(Struct, frozen=True):
     track: float = 0.0
 
 
-def draw_bars(rows: Sequence[BarRow], label: str) -> RenderedChart | None:
+def draw_bars(rows: Sequence[BarRow], label: str) -> RenderedChart:
     """Draw bars with the name on the left and the text on the right; at most MAX_BARS."""
-    shown = [row for row in rows[:MAX_BARS] if row.parts or row.track]
-    longest = max((max(row.track, sum(value for value, _ in row.parts)) for row in shown), default=0.0)
-    if not longest:
-        return None
+    shown = rows[:MAX_BARS]
+    longest = max(max(row.track, sum(value for value, _ in row.parts)) for row in shown)
 
     def draw_at_size(size: ScreenSize) -> tuple[drawing.AltairChart, ChartFrame]:
         row_height, bar = 26.0, 14.0
@@ -78,7 +76,7 @@ def draw_bars(rows: Sequence[BarRow], label: str) -> RenderedChart | None:
     return drawing.render_chart((NARROW, HALF), draw_at_size, label)
 
 
-def status_chart(counts: Sequence[tuple[str, int]], label: str) -> RenderedChart | None:
+def status_chart(counts: Sequence[tuple[str, int]], label: str) -> RenderedChart:
     """Draw the number of rows by status."""
     whole = sum(count for _, count in counts)
     inks = {"found": ChartColor.FOUND, "not_found": ChartColor.NO_MATCH, "failed": ChartColor.FAILED}
@@ -94,7 +92,7 @@ def status_chart(counts: Sequence[tuple[str, int]], label: str) -> RenderedChart
     return draw_bars(rows, label)
 
 
-def hit_rate_chart(hits: Sequence[HitCounts], label: str) -> RenderedChart | None:
+def hit_rate_chart(hits: Sequence[HitCounts], label: str) -> RenderedChart:
     """Draw match rates, each on a track that stands for all answered rows."""
     rows = [
         BarRow(
@@ -108,7 +106,7 @@ def hit_rate_chart(hits: Sequence[HitCounts], label: str) -> RenderedChart | Non
     return draw_bars(rows, label)
 
 
-def age_chart(answers: Sequence[AnswerAge], label: str) -> RenderedChart | None:
+def age_chart(answers: Sequence[AnswerAge], label: str) -> RenderedChart:
     """Draw the answers by age, matches first."""
     rows = [
         BarRow(

@@ -234,7 +234,7 @@ class OutputRows(ReportValue, frozen=True):
     left_out: int
 
 
-class Report(ReportValue, frozen=True):
+class Report(ReportValue, frozen=True, kw_only=True):
     """The data of the page. `statuses` counts rows of the current input, `requests` those of the ledger by state.
 
     `runs` are the job's runs, oldest first; the page begins with the last one. `credits_spent` covers all of them.
@@ -247,21 +247,21 @@ class Report(ReportValue, frozen=True):
     input: str
     output: str
     waterfall: ReportedWaterfall
-    runs: Sequence[ReportedRun]
-    rows: int | None
-    statuses: Mapping[str, int]
+    runs: Sequence[ReportedRun] = ()
+    rows: int | None = None
+    statuses: Mapping[str, int] = {}
     requests: Mapping[str, int]
-    credits_spent: float
-    credits_unknown: int
-    planned: Mapping[str, float | None] | None
-    columns: Sequence[HitCounts]
-    groups: Sequence[GroupedHits]
-    latencies: LatencyHistogram | None
-    traffic: Traffic | None
-    ages: Sequence[AnswerAge]
-    anomalies: Sequence[Anomaly]
-    actions: Sequence[RequiredAction]
-    notes: Sequence[str]
+    credits_spent: float = 0.0
+    credits_unknown: int = 0
+    planned: Mapping[str, float | None] | None = None
+    columns: Sequence[HitCounts] = ()
+    groups: Sequence[GroupedHits] = ()
+    latencies: LatencyHistogram | None = None
+    traffic: Traffic | None = None
+    ages: Sequence[AnswerAge] = ()
+    anomalies: Sequence[Anomaly] = ()
+    actions: Sequence[RequiredAction] = ()
+    notes: Sequence[str] = ()
     comparison: Comparison | None = None
     leads: OutputRows | None = None
     #: The waterfall or enrichment of each step; () for a job without steps.

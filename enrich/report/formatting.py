@@ -34,9 +34,9 @@ def format_amount(amount: float | None) -> str:
     return DASH if amount is None else format_credits(amount)
 
 
-def format_amount_short(amount: float | None) -> str:
+def format_amount_short(amount: float) -> str:
     """Format an amount of credits for narrow places: whole credits from LARGE_CREDITS on."""
-    return format_amount(amount) if amount is None or abs(amount) < LARGE_CREDITS else format_count(amount)
+    return format_amount(amount) if abs(amount) < LARGE_CREDITS else format_count(amount)
 
 
 def format_percent(share: float | None) -> str:
@@ -63,22 +63,22 @@ def format_seconds(time_s: float | None) -> str:
     return f"{minutes}{NO_BREAK_SPACE}min{seconds}"
 
 
-def format_time(iso: str | None) -> str:
-    """Format an ISO time to the minute; other text stays as it is."""
-    at = _parse_time(iso or "")
-    return f"{at.day} {at:%b %Y, %H:%M}" if at else clean_text(iso or "", DASH)
+def format_time(iso: str) -> str:
+    """Format an ISO time to the minute."""
+    at = datetime.fromisoformat(iso)
+    return f"{at.day} {at:%b %Y, %H:%M}"
 
 
 def format_day(iso: str) -> str:
     """Format the day of an ISO time, without the year."""
-    at = _parse_time(iso)
-    return f"{at.day} {at:%b}" if at else clean_text(iso, DASH)
+    at = datetime.fromisoformat(iso)
+    return f"{at.day} {at:%b}"
 
 
 def format_date(iso: str) -> str:
     """Format the day of an ISO time, with the year."""
-    at = _parse_time(iso)
-    return f"{at.day}{NO_BREAK_SPACE}{at:%b}{NO_BREAK_SPACE}{at:%Y}" if at else clean_text(iso, DASH)
+    at = datetime.fromisoformat(iso)
+    return f"{at.day}{NO_BREAK_SPACE}{at:%b}{NO_BREAK_SPACE}{at:%Y}"
 
 
 def clean_text(text: str, otherwise: str = "(no name)") -> str:
@@ -109,13 +109,6 @@ def _em_width(character: str) -> float:
     if character in f"{NO_BREAK_SPACE} .,:;·()'|!iljI":
         return 0.42
     return 1.0 if character in "MWmw@%" else 0.66
-
-
-def _parse_time(iso: str) -> datetime | None:
-    try:
-        return datetime.fromisoformat(iso)
-    except ValueError:
-        return None
 
 
 def _is_forbidden(character: str) -> bool:

@@ -14,8 +14,8 @@ from enrich.models import RowStatus
 from enrich.report.data import AnswerAge, GroupedHits, HitCounts, OutputRows, SkippedRows
 from enrich.run.collector import Collector, JoinedBatch, JoinedStep, count_statuses
 
-#: Ages of answers: upper limit in days, and the label.
-AGE_LABELS = ((1, "today"), (7, "1-7 days"), (30, "8-30 days"), (90, "31-90 days"), (365, "91-365 days"))
+#: Ages of answers: upper limit in full days (7.9 days are "1-7 days"), and the label.
+AGE_LABELS = ((0, "today"), (7, "1-7 days"), (30, "8-30 days"), (90, "31-90 days"), (365, "91-365 days"))
 OLDER_LABEL = "older"
 DAY_MS = 86_400_000
 #: Limit of the values of a column that are named, and the rows that must share one: a unique value may be a person.
@@ -130,7 +130,8 @@ def _answers_by_age(step: JoinedStep, first_position: int, now_ms: int) -> dict[
     )
     ages: Counter[tuple[str, str]] = Counter()
     for days, name, number in counts.rows():
-        ages[_age_label(days), name] += number
+        label = next((label for most, label in AGE_LABELS if days <= most), OLDER_LABEL)
+        ages[label, name] += number
     return ages
 
 
@@ -147,11 +148,6 @@ def _most_frequent(skipped: Counter[tuple[str, str, str]]) -> Iterator[SkippedRo
     yield from (SkippedRows(*names, rows) for names, rows in ranked[:MAX_SKIP_REASONS])
     if rest := sum(rows for _, rows in ranked[MAX_SKIP_REASONS:]):
         yield SkippedRows("", "", OTHER_REASONS, rest)
-
-
-def _age_label(days: int) -> str:
-    # Only full days count: 7.9 days are "1-7 days".
-    return "today" if days < 1 else next((label for most, label in AGE_LABELS[1:] if days <= most), OLDER_LABEL)
 
 
 @dataclass(slots=True)

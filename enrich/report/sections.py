@@ -58,16 +58,14 @@ class Section(Struct, frozen=True):
         """Distribute the figures over two columns of about the same height."""
         stacks: list[list[Figure]] = [[], []]
         for figure in self.figures:
-            min(stacks, key=_stack_height).append(figure)
+            min(stacks, key=lambda stack: sum(map(_height, stack))).append(figure)
         return [stack for stack in stacks if stack]
 
 
-def _stack_height(stack: Sequence[Figure]) -> float:
-    return sum(100 + (sum(picture.height for picture in figure.pictures) or _table_height(figure)) for figure in stack)
-
-
-def _table_height(figure: Figure) -> float:
-    return 60.0 + 33 * len(figure.table.lines) if figure.table else 0.0
+def _height(figure: Figure) -> float:
+    """Estimate the height of the charts, or else of the table, in pixels."""
+    table = 60 + 33 * len(figure.table.lines) if figure.table else 0
+    return 100 + (sum(picture.height for picture in figure.pictures) or table)
 
 
 def make_sections(report: Report) -> Iterator[Section]:
@@ -164,9 +162,7 @@ def _row_figures(report: Report) -> Iterator[Figure]:
 
 def _status_text(counts: Sequence[tuple[str, int]]) -> str:
     whole = sum(count for _, count in counts)
-    most = max(counts, key=lambda pair: pair[1], default=("", 0))
-    if not whole:
-        return "The input has no rows."
+    most = max(counts, key=lambda pair: pair[1])
     rate = format_share(most[1], whole)
     return f"{pluralize(whole, 'row')}. Most frequent: {format_status(most[0])}, {most[1]:,} ({rate})."
 
@@ -240,7 +236,7 @@ def _spread_text(values: Sequence[float | None], show: Callable[[float], str], u
 
 def _timing_figures(report: Report) -> Iterator[Figure]:
     times, traffic = report.latencies, report.traffic
-    if times is not None and times.count:
+    if times is not None:
         finding = _latency_text(times)
         yield _make_figure(
             "Time to result, all runs", finding, tables.latency_table(times), timelines.latency_chart(times, finding)

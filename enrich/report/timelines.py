@@ -1,4 +1,4 @@
-"""Charts over time: by run, by latency, over one run. Functions return None when there is nothing to draw."""
+"""Charts over time: by run, by latency, over one run."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import altair as alt
+from msgspec.structs import replace
 
 from enrich.report import drawing
 from enrich.report.data import LatencyHistogram, ReportedRun, Traffic
@@ -24,35 +25,33 @@ MAX_STEPS = 90
 PANEL_HEIGHT = 216.0
 
 
-def credits_chart(runs: Sequence[ReportedRun], label: str) -> RenderedChart | None:
+def credits_chart(runs: Sequence[ReportedRun], label: str) -> RenderedChart:
     """Draw the credits of each run."""
     rows = [{"x": index - 0.38, "x2": index + 0.38, "v": 0, "v2": run.credits_spent} for index, run in enumerate(runs)]
-    return _column_chart(rows, runs, "credits per run", label) if any(row["v2"] for row in rows) else None
+    return _column_chart(rows, runs, "credits per run", label)
 
 
-def cumulative_credits_chart(runs: Sequence[ReportedRun], label: str) -> RenderedChart | None:
+def cumulative_credits_chart(runs: Sequence[ReportedRun], label: str) -> RenderedChart:
     """Draw the cumulative credits up to each run."""
     total, rows = 0.0, []
     for index, run in enumerate(runs):
         total += run.credits_spent
         rows.append({"x": index - 0.5, "x2": index + 0.5, "v": 0, "v2": round(total, 6)})
-    return _column_chart(rows, runs, "credits, all runs so far", label, ChartColor.PASSED) if total else None
+    return _column_chart(rows, runs, "credits, all runs so far", label, ChartColor.PASSED)
 
 
-def cost_per_hit_chart(runs: Sequence[ReportedRun], label: str) -> RenderedChart | None:
+def cost_per_hit_chart(runs: Sequence[ReportedRun], label: str) -> RenderedChart:
     """Draw the cost per match of each run; runs without matches are left out."""
     return _line_chart([run.cost_per_hit for run in runs], runs, "credits per match", label)
 
 
-def run_hit_rate_chart(runs: Sequence[ReportedRun], label: str) -> RenderedChart | None:
+def run_hit_rate_chart(runs: Sequence[ReportedRun], label: str) -> RenderedChart:
     """Draw the match rate of each run; runs without answers are left out."""
     return _line_chart([run.hit_rate for run in runs], runs, "match rate", label, format=".0%")
 
 
-def latency_chart(times: LatencyHistogram, label: str) -> RenderedChart | None:
+def latency_chart(times: LatencyHistogram, label: str) -> RenderedChart:
     """Draw the histogram of latencies; the median and the 90th percentile are marked."""
-    if not times.count or not times.bars:
-        return None
     width_s = times.bars[0].end - times.bars[0].start
     slowest = [bar for bar in times.bars[1:] if bar.end - bar.start > width_s * WIDER_FACTOR]
     end_s = slowest[0].start + width_s if slowest else times.bars[-1].end
@@ -91,12 +90,9 @@ def latency_chart(times: LatencyHistogram, label: str) -> RenderedChart | None:
 
 
 def throughput_chart(traffic: Traffic, label: str) -> RenderedChart | None:
-    """Draw requests sent and answered over the run."""
-    sent, answered, width_s = (
-        _merge_steps(traffic.submitted, traffic),
-        _merge_steps(traffic.answered, traffic),
-        _point_width_s(traffic),
-    )
+    """Draw requests sent and answered over the run. None: there are none."""
+    merged = _merge_steps(traffic)
+    sent, answered, width_s = merged.submitted, merged.answered, merged.width_s
     if not any(sent) and not any(answered):
         return None
     per, per_name = (1.0, "second") if max(*sent, *answered) >= width_s else (MINUTE_S, "minute")
@@ -131,8 +127,9 @@ def throughput_chart(traffic: Traffic, label: str) -> RenderedChart | None:
 
 
 def rate_limited_chart(traffic: Traffic, label: str) -> RenderedChart | None:
-    """Draw the 429 responses over the run."""
-    counts, width_s = _merge_steps(traffic.rate_limited, traffic), _point_width_s(traffic)
+    """Draw the 429 responses over the run. None: there are none."""
+    merged = _merge_steps(traffic)
+    counts, width_s = merged.rate_limited, merged.width_s
     if not any(counts):
         return None
     unit, name = _time_unit(width_s * len(counts))
@@ -154,21 +151,18 @@ def rate_limited_chart(traffic: Traffic, label: str) -> RenderedChart | None:
 
 def _line_chart(
     values: Sequence[float | None], runs: Sequence[ReportedRun], title: str, label: str, **axis: str
-) -> RenderedChart | None:
-    rows = [{"x": index, "v": None if value is None else round(value, 6)} for index, value in enumerate(values)]
-    known = [row for row in rows if row["v"] is not None]
-    if not known:
-        return None
+) -> RenderedChart:
+    known = [{"x": index, "v": round(value, 6)} for index, value in enumerate(values) if value is not None]
 
     def draw_at_size(size: ScreenSize) -> tuple[drawing.AltairChart, ChartFrame]:
         frame = _make_frame(size)
         data = alt.InlineData(values=known)
-        dots = alt.InlineData(values=known if len(rows) <= MAX_POINTS else known[-1:])
+        dots = alt.InlineData(values=known if len(runs) <= MAX_POINTS else known[-1:])
         x = _run_axis(runs, size)
         y = alt.Y(
             "v:Q",
             scale=alt.Scale(zero=True),
-            axis=drawing.make_left_axis(title, 4, max(row["v"] or 0.0 for row in known), **axis),
+            axis=drawing.make_left_axis(title, 4, max(row["v"] for row in known), **axis),
         )
         line = alt.Chart(data).mark_line(color=ChartColor.FOUND.value, strokeWidth=2)
         points = alt.Chart(dots).mark_point(color=ChartColor.FOUND.value, filled=True, size=36, opacity=1)
@@ -235,15 +229,12 @@ def _largest(rows: Sequence[drawing.ChartRow]) -> float:
     return float(max(row["v2"] for row in rows))
 
 
-def _steps_per_point(traffic: Traffic) -> int:
-    return -(-max(len(traffic.submitted), len(traffic.answered), len(traffic.rate_limited), 1) // MAX_STEPS)
-
-
-def _point_width_s(traffic: Traffic) -> float:
-    return traffic.width_s * _steps_per_point(traffic)
-
-
-def _merge_steps(counts: Sequence[int], traffic: Traffic) -> list[int]:
+def _merge_steps(traffic: Traffic) -> Traffic:
     """Add up neighboring steps, so that a long run has at most MAX_STEPS points."""
-    step = _steps_per_point(traffic)
-    return [sum(counts[at : at + step]) for at in range(0, len(counts), step)] or [0]
+    series = {name: getattr(traffic, name) for name in ("submitted", "answered", "rate_limited")}
+    step = -(-max(1, *map(len, series.values())) // MAX_STEPS)
+    merged = {
+        name: [sum(counts[at : at + step]) for at in range(0, len(counts), step)] or [0]
+        for name, counts in series.items()
+    }
+    return replace(traffic, width_s=traffic.width_s * step, **merged)

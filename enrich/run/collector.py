@@ -120,13 +120,17 @@ class Collector(Struct, frozen=True):
     """
 
     ledger: Database
-    job: Job
     template: RequestTemplate
     job_input: JobInput
     check_stopped: Callable[[], None] = lambda: None
     selection: RequestSelection | None = None
     #: Joins the rows of a job with steps; None: the job has none.
     step_rows: JoinedRows | None = None
+
+    @property
+    def job(self) -> Job:
+        """The job of the input."""
+        return self.job_input.job
 
     def write(self, target: Location, *, partial: bool = True) -> OutputCounts:
         """Write the output from the input and the ledger alone. Returns its counts.

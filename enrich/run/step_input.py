@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-import polars as pl
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -25,14 +24,10 @@ class StepInput(Struct, frozen=True):
     rows: StepRows
     number: int
 
-    def queue_order(self) -> pl.Series | None:
-        """Return each row's place in the send order; None: the order of the input."""
-        return self.rows.job_input.queue_order()
-
     def batches(self, selection: RequestSelection) -> Iterator[RowBatch]:
         """Read the whole input once. Yield the requests that the run may send, and those with a result."""
         step_results.begin_requesting_rows(self.rows.ledger, self.rows.steps[self.number].job.step)
-        for step_batch in self.rows.step_batches(self.number, self.queue_order()):
+        for step_batch in self.rows.step_batches(self.number, self.rows.job_input.queue_order()):
             self.rows.add_requesting_rows(self.number, step_batch)
             yield step_batch.to_send(self._final_rows(step_batch, selection))
 
@@ -58,7 +53,7 @@ class StepInput(Struct, frozen=True):
 
         Raises JobError before anything is sent if a condition of any step cannot be computed for the first rows.
         """
-        rows, caps, leads = self.rows, self.rows.job.model.caps, self.rows.leads
+        rows, caps, leads = self.rows, self.rows.job_input.job.model.caps, self.rows.leads
         if not self.number:
             next(rows.step_tables(), None)
         if not self.number and (caps is not None or leads is not None):
@@ -68,7 +63,7 @@ class StepInput(Struct, frozen=True):
             if leads is not None:
                 leads.mark_begun(begun)
         if leads is not None:
-            leads.choose(self._candidates(leads, selection), self.queue_order())
+            leads.choose(self._candidates(leads, selection), rows.job_input.queue_order())
 
     def limit_requests(
         self, selection: RequestSelection, plan: SavedPlan | None, execution_id: int
@@ -100,7 +95,7 @@ def find_begun_leads(rows: StepRows) -> bytearray:
     begun = bytearray()
     for tables in rows.step_tables():
         first_position = len(begun)
-        begun.extend(bytes(tables.height))
+        begun.extend(bytes(tables.frame.height))
         for step, (step_batch, _) in zip(rows.steps, tables.steps, strict=True):
             names = step_batch.batch.fingerprints
             sent = [row for row, result in enumerate(step_batch.results) if result is not None and result.was_sent]

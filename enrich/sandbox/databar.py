@@ -1,21 +1,21 @@
 """Implements Databar's service: accepts runs, keeps tasks, counts credits. Independent of HTTP."""
 
 import json
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from email.utils import formatdate
 from typing import Any
 from uuid import uuid4
 
 from enrich.sandbox import money
-from enrich.sandbox.answers import make_answer
+from enrich.sandbox.answers import TaskRenderer, make_answer
 from enrich.sandbox.catalogue import ENRICHMENTS, REAL_PRICES, WATERFALLS, Enrichment, Waterfall
-from enrich.sandbox.clock import Clock
 from enrich.sandbox.faults import Fault
 from enrich.sandbox.lookups import Cascade, EnrichmentCall, Lookup, Refused, make_lookups
 from enrich.sandbox.people import SeededRandom
 from enrich.sandbox.settings import SandboxSettings, parse_latency
 from enrich.sandbox.store import Run, SandboxStore, Task, TaskFault
-from enrich.sandbox.tasks import TaskRenderer
 
 
 class ApiError(Exception):
@@ -24,6 +24,33 @@ class ApiError(Exception):
     def __init__(self, status: int, detail: str) -> None:
         super().__init__(detail)
         self.status = status
+
+
+class Clock:
+    """The wall clock plus the seconds that `/__advance` added; offsets are in seconds."""
+
+    def __init__(self, offset: float, date_offset: float) -> None:
+        self.offset = offset
+        self._date_offset = date_offset
+        self._second = 0
+        self._date = b""
+
+    def now(self) -> float:
+        """Return the time in seconds since the epoch."""
+        return time.time() + self.offset
+
+    def date(self) -> bytes:
+        """Return the `Date` header of the current second."""
+        second = int(self.now() + self._date_offset)
+        if second != self._second:
+            self._second = second
+            self._date = self.http_date(second).encode()
+        return self._date
+
+    @staticmethod
+    def http_date(seconds: float) -> str:
+        """Format a time (seconds since the epoch) as an HTTP date."""
+        return formatdate(seconds, usegmt=True)
 
 
 class Databar:
@@ -98,9 +125,9 @@ class Databar:
         return task_id
 
     def _make_run(self, lookup: Lookup, now: float, *, bulk: bool) -> tuple[Run, str]:
-        lookup_count = self._store.count_lookup(lookup.key, lookup.canonical)
+        number, count = self._store.count_lookup(lookup.key, lookup.canonical)
         draw = SeededRandom(self._settings.seed, lookup.subject)
-        reply = make_answer(lookup, lookup_count.count_so_far, draw, self._settings, bulk=bulk)
+        reply = make_answer(lookup, count, draw, self._settings, bulk=bulk)
         run = Run(
             ready=now + self._latency(draw("latency")),
             outcome=reply.outcome,
@@ -109,7 +136,7 @@ class Databar:
             reserved=lookup.worst_case,
             cost=reply.cost,
             state="running",
-            question=lookup_count.id,
+            lookup=number,
         )
         return run, reply.steps
 

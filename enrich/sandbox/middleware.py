@@ -13,7 +13,7 @@ from ipaddress import ip_address
 from math import nan
 from typing import Any
 
-from enrich.sandbox.clock import Clock
+from enrich.sandbox.databar import Clock
 from enrich.sandbox.faults import Fault, FaultInjector, Param
 from enrich.sandbox.settings import SandboxSettings
 

@@ -13,8 +13,3 @@ def to_micros(amount: Decimal | float | str) -> int:
 def to_number(amount: int) -> float:
     """Convert millionths to credits as a JSON number."""
     return amount / MILLION
-
-
-def to_text(amount: int) -> str:
-    """Convert millionths to credits as text, as in the steps of a result: `1.0`."""
-    return str(amount / MILLION)

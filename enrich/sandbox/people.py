@@ -38,7 +38,7 @@ class SeededRandom:
 
     def pick(self, label: str, choices: Sequence[T]) -> T:
         """Return one of the choices."""
-        return _pick(self, label, choices)
+        return choices[int(self(label) * len(choices))]
 
 
 def invent_fields(target: str, params: Mapping[str, str], draw: SeededRandom) -> Fields:
@@ -48,11 +48,7 @@ def invent_fields(target: str, params: Mapping[str, str], draw: SeededRandom) ->
 
 def invent_rows(target: str, params: Mapping[str, str], count: int, draw: SeededRandom) -> list[Fields]:
     """Invent the rows of an enrichment that lists several; more of them begin with the same ones."""
-
-    def row(number: int) -> Fields:
-        return _ROW_INVENTORS[target](params, lambda label: draw(f"{number} {label}"))
-
-    return [row(number) for number in range(count)]
+    return [_ROW_INVENTORS[target](params, draw, number) for number in range(count)]
 
 
 def ascii_name(text: str) -> str:
@@ -152,25 +148,21 @@ def _check_phone(params: Mapping[str, str], draw: SeededRandom) -> Fields:
     return {"phone": params["phone"], "line_type": line_type, "carrier": carrier}
 
 
-def _invent_employee(params: Mapping[str, str], draw: Callable[[str], float]) -> Fields:
-    first, last = _pick(draw, "first", FIRST_NAMES), _pick(draw, "last", LAST_NAMES)
+def _invent_employee(params: Mapping[str, str], draw: SeededRandom, row: int) -> Fields:
+    first, last = draw.pick(f"{row} first", FIRST_NAMES), draw.pick(f"{row} last", LAST_NAMES)
     link = f"https://linkedin.example/in/{ascii_name(first)}-{ascii_name(last)}"
-    title = f"{_pick(draw, 'title', TITLES)} of {_company_name(params['company_website'])}"
+    title = f"{draw.pick(f'{row} title', TITLES)} of {_company_name(params['company_website'])}"
     return {"first_name": first, "last_name": last, "title": title, "linkedin_url": link}
 
 
-def _invent_place(params: Mapping[str, str], draw: Callable[[str], float]) -> Fields:
-    name = f"{_pick(draw, 'name', LAST_NAMES)} {params['query'].title()}"
+def _invent_place(params: Mapping[str, str], draw: SeededRandom, row: int) -> Fields:
+    name = f"{draw.pick(f'{row} name', LAST_NAMES)} {params['query'].title()}"
     return {
         "name": name,
-        "address": f"{1 + int(draw('number') * 99)} Station Road, {_pick(draw, 'city', CITIES)}",
-        "phone": f"+1-{_pick(draw, 'area', AREA_CODES)}-555-01{int(draw('line') * 100):02d}",
+        "address": f"{1 + int(draw(f'{row} number') * 99)} Station Road, {draw.pick(f'{row} city', CITIES)}",
+        "phone": f"+1-{draw.pick(f'{row} area', AREA_CODES)}-555-01{int(draw(f'{row} line') * 100):02d}",
         "website": f"https://{domain_of(name)}",
     }
-
-
-def _pick(draw: Callable[[str], float], label: str, choices: Sequence[T]) -> T:
-    return choices[int(draw(label) * len(choices))]
 
 
 _INVENTORS: Mapping[str, Callable[[Mapping[str, str], SeededRandom], Fields]] = {
@@ -184,7 +176,7 @@ _INVENTORS: Mapping[str, Callable[[Mapping[str, str], SeededRandom], Fields]] = 
     "12": _verify_email,
     "80": _check_phone,
 }
-_ROW_INVENTORS: Mapping[str, Callable[[Mapping[str, str], Callable[[str], float]], Fields]] = {
+_ROW_INVENTORS: Mapping[str, Callable[[Mapping[str, str], SeededRandom, int], Fields]] = {
     "60": _invent_employee,
     "70": _invent_place,
 }

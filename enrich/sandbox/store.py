@@ -14,30 +14,30 @@ from typing import Any, NamedTuple
 
 # "sbox" in ASCII, and the schema version; a file with other values is not a sandbox state.
 _APPLICATION_ID = 0x73626F78
-_VERSION = 2
+_VERSION = 3
 
 _SCHEMA = """
 CREATE TABLE facts (name TEXT PRIMARY KEY, value REAL NOT NULL) STRICT;
-CREATE TABLE questions (
+CREATE TABLE lookups (
     id INTEGER PRIMARY KEY,
     key BLOB NOT NULL UNIQUE,
     target TEXT NOT NULL,
     params TEXT NOT NULL,
-    asked INTEGER NOT NULL
+    requested INTEGER NOT NULL
 ) STRICT;
 CREATE TABLE tasks (
     id INTEGER PRIMARY KEY,
     task_id TEXT NOT NULL UNIQUE,
     bulk INTEGER NOT NULL,
     created REAL NOT NULL,
-    quirk TEXT NOT NULL,
-    quirk_param REAL NOT NULL,
+    fault TEXT NOT NULL,
+    fault_param REAL NOT NULL,
     cancelled REAL
 ) STRICT;
 CREATE TABLE runs (
     id INTEGER PRIMARY KEY,
     task INTEGER NOT NULL REFERENCES tasks,
-    question INTEGER NOT NULL REFERENCES questions,
+    lookup INTEGER NOT NULL REFERENCES lookups,
     ready REAL NOT NULL,
     outcome TEXT NOT NULL,
     data TEXT NOT NULL,
@@ -47,19 +47,18 @@ CREATE TABLE runs (
     state TEXT NOT NULL CHECK (state IN ('running', 'settled', 'refunded'))
 ) STRICT;
 CREATE INDEX runs_of_task ON runs (task);
-CREATE INDEX runs_of_question ON runs (question);
+CREATE INDEX runs_of_lookup ON runs (lookup);
 CREATE INDEX runs_running ON runs (ready) WHERE state = 'running';
+-- The providers requested in a run: a JSON list of [name, found, millionths].
+CREATE TABLE steps (run INTEGER PRIMARY KEY REFERENCES runs, providers TEXT NOT NULL) STRICT;
 -- A running one counts as charged: it will be, unless it is cancelled or fails free of charge.
 CREATE VIEW bought AS SELECT
-    question,
+    lookup,
     task,
     cost * (state = 'settled') AS spent,
     state <> 'refunded' AND NOT (state = 'settled' AND outcome = 'free') AS charged
 FROM runs;
 """
-
-# The providers asked in a run: a JSON list of [name, found, millionths]. Older state files lack this table.
-_STEPS = "CREATE TABLE IF NOT EXISTS steps (run INTEGER PRIMARY KEY REFERENCES runs, told TEXT NOT NULL) STRICT"
 
 
 class TaskFault(NamedTuple):
@@ -67,13 +66,6 @@ class TaskFault(NamedTuple):
 
     name: str
     param: float
-
-
-class LookupCount(NamedTuple):
-    """The id of a stored lookup, and how often it was requested so far."""
-
-    id: int
-    count_so_far: int
 
 
 class Run(NamedTuple):
@@ -86,7 +78,7 @@ class Run(NamedTuple):
     reserved: int
     cost: int
     state: str
-    question: int
+    lookup: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +124,6 @@ class SandboxStore:
             start = "INSERT INTO facts VALUES ('balance_at_start', ?), ('topped_up', 0), ('offset', 0)"
             self._db.execute(start, [balance])
             self._db.execute("COMMIT")
-        self._db.execute(_STEPS)
         facts = dict(self._db.execute("SELECT name, value FROM facts"))
         self.balance_at_start = int(facts["balance_at_start"])
         self.topped_up = int(facts["topped_up"])
@@ -175,26 +166,26 @@ class SandboxStore:
         self.prices[seller_id] = price
         self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", [f"price:{seller_id}", price])
 
-    def count_lookup(self, key: bytes, canonical: tuple[str, str]) -> LookupCount:
-        """Count one more request for a lookup."""
-        row = self._one(
-            "INSERT INTO questions (key, target, params, asked)"
-            " VALUES (?, ?, ?, 1) ON CONFLICT (key) DO UPDATE SET asked = asked + 1 RETURNING id, asked",
+    def count_lookup(self, key: bytes, canonical: tuple[str, str]) -> tuple[int, int]:
+        """Count one more request for a lookup. Returns its id, and how often it was requested so far."""
+        number, count = self._one(
+            "INSERT INTO lookups (key, target, params, requested)"
+            " VALUES (?, ?, ?, 1) ON CONFLICT (key) DO UPDATE SET requested = requested + 1 RETURNING id, requested",
             [key, *canonical],
         )
-        return LookupCount(*row)
+        return number, count
 
     def add_task(
         self, task_id: str, runs: Iterable[tuple[Run, str]], fault: TaskFault, *, bulk: bool, now: float
     ) -> None:
         """Store a task with its runs, each with its steps (JSON), and reserve their maximum costs."""
         task = self._db.execute(
-            "INSERT INTO tasks (task_id, bulk, created, quirk, quirk_param) VALUES (?, ?, ?, ?, ?)",
+            "INSERT INTO tasks (task_id, bulk, created, fault, fault_param) VALUES (?, ?, ?, ?, ?)",
             [task_id, bulk, now, *fault],
         ).lastrowid
         for run, steps in runs:
             number = self._db.execute(
-                "INSERT INTO runs (ready, outcome, data, error, reserved, cost, state, question, task)"
+                "INSERT INTO runs (ready, outcome, data, error, reserved, cost, state, lookup, task)"
                 " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 [*run, task],
             ).lastrowid
@@ -204,8 +195,8 @@ class SandboxStore:
     def task(self, task_id: str) -> Task | None:
         """Return a task with its runs; None when there is none."""
         rows = self._db.execute(
-            "SELECT tasks.id, bulk, created, quirk, quirk_param, cancelled,"
-            " ready, outcome, data, error, reserved, cost, state, question"
+            "SELECT tasks.id, bulk, created, fault, fault_param, cancelled,"
+            " ready, outcome, data, error, reserved, cost, state, lookup"
             " FROM tasks JOIN runs ON runs.task = tasks.id WHERE task_id = ? ORDER BY runs.id",
             [task_id],
         ).fetchall()
@@ -237,7 +228,7 @@ class SandboxStore:
         """Count accepted runs and lookups, how many lookups were paid twice, and the runs that were refunded."""
         row = self._one(
             "SELECT total(accepted), total(charged), count(*), total(accepted > 1), total(charged > 1) FROM"
-            " (SELECT count(*) AS accepted, sum(charged) AS charged FROM bought GROUP BY question)"
+            " (SELECT count(*) AS accepted, sum(charged) AS charged FROM bought GROUP BY lookup)"
         )
         names = ("accepted", "charged", "distinct", "accepted_more_than_once", "paid_twice")
         refunded = self._one("SELECT count(*) FROM runs WHERE state = 'refunded'")[0]
@@ -247,7 +238,8 @@ class SandboxStore:
         """Return for each provider and verifier the settled runs: name, runs, finds, millionths."""
         return self._db.execute(
             "SELECT value->>0 AS name, count(DISTINCT run), sum(value->>1), sum(value->>2)"
-            " FROM steps JOIN runs ON runs.id = run JOIN json_each(told) WHERE state = 'settled' GROUP BY 1 ORDER BY 1"
+            " FROM steps JOIN runs ON runs.id = run JOIN json_each(providers) WHERE state = 'settled'"
+            " GROUP BY 1 ORDER BY 1"
         ).fetchall()
 
     def lookup_totals(self) -> list[tuple[Any, ...]]:
@@ -255,8 +247,8 @@ class SandboxStore:
         return self._db.execute(
             "SELECT target, params, count(*), sum(charged), sum(spent),"
             " group_concat(task_id, ' ')"
-            " FROM bought JOIN questions ON questions.id = question JOIN tasks ON tasks.id = task"
-            " GROUP BY question ORDER BY question"
+            " FROM bought JOIN lookups ON lookups.id = lookup JOIN tasks ON tasks.id = task"
+            " GROUP BY lookup ORDER BY lookup"
         ).fetchall()
 
     def _one(self, sql: str, values: Iterable[Any] = ()) -> Any:  # noqa: ANN401  # a row's types depend on the SQL
@@ -276,10 +268,10 @@ def read_lookups(state: Path) -> list[StoredLookup]:
     """Return the lookups that were not erased. Raises sqlite3.Error when another process uses the file."""
     with _open(state) as db:
         answers: dict[int, list[str]] = {}
-        for question, data in db.execute("SELECT question, data FROM runs"):
-            answers.setdefault(question, []).append(data)
+        for lookup, data in db.execute("SELECT lookup, data FROM runs"):
+            answers.setdefault(lookup, []).append(data)
         rows = db.execute(
-            "SELECT questions.id, params, max(tasks.created) FROM questions JOIN runs ON question = questions.id"
+            "SELECT lookups.id, params, max(tasks.created) FROM lookups JOIN runs ON lookup = lookups.id"
             " JOIN tasks ON tasks.id = task WHERE params <> '{}' GROUP BY 1"
         )
         return [StoredLookup(number, params, answers[number], last_sent_at) for number, params, last_sent_at in rows]
@@ -292,8 +284,8 @@ def erase_lookups(state: Path, ids: Iterable[int]) -> None:
         db.execute("PRAGMA secure_delete = ON")
         db.execute("BEGIN IMMEDIATE")
         # The key is a hash of the params, which could be guessed.
-        db.executemany("UPDATE questions SET params = '{}', key = randomblob(16) WHERE id = ?", numbers)
-        db.executemany("UPDATE runs SET data = 'null', error = '' WHERE question = ?", numbers)
+        db.executemany("UPDATE lookups SET params = '{}', key = randomblob(16) WHERE id = ?", numbers)
+        db.executemany("UPDATE runs SET data = 'null', error = '' WHERE lookup = ?", numbers)
         db.execute("COMMIT")
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 

@@ -121,6 +121,12 @@ def test_misspelled_option_suggestion(workspace: Workspace) -> None:
     assert "--max-credits" in workspace.run_in_process("run", "job.yaml", "--max-credit", "5").stderr
 
 
+def test_option_without_its_value_names_the_help_of_the_command(workspace: Workspace) -> None:
+    """The parser of click raises this error without the command."""
+    result = workspace.run_in_process("report", "job.yaml", "--compare")
+    assert (result.exit_code, result.stderr.splitlines()[-1]) == (2, "hint: enrich report --help")
+
+
 def test_schema_is_json(workspace: Workspace) -> None:
     """`enrich schema` prints a JSON Schema that describes every key of a job file."""
     result = workspace.run_in_process("schema")

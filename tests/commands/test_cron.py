@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from enrich.commands.cron import (
-    Schedule,
     ScheduledJob,
     crontab_line,
     on_calendar,
@@ -37,7 +36,8 @@ def make_plan(**changed: object) -> ScheduledJob:
         "log": Path("/srv/leads/job.log"),
         "key_file": Path("/etc/enrich/key"),
         "user": "enrich",
-        "schedule": Schedule(2, 5),
+        "hour": 2,
+        "minute": 5,
         "max_time": "5h",
         "writable_folders": [Path("/srv/leads")],
     }
@@ -76,7 +76,7 @@ def test_crontab_line() -> None:
         "5 2 * * * DATABAR_API_KEY_FILE=/etc/enrich/key /opt/enrich/bin/enrich run /srv/leads/job.yaml "
         "--if-locked skip --max-time 5h --log-file /srv/leads/job.log"
     )
-    assert crontab_line(make_plan(schedule=Schedule(23, 0, (1, 5)))).startswith("0 23 * * 1,5 ")
+    assert crontab_line(make_plan(hour=23, minute=0, days=(1, 5))).startswith("0 23 * * 1,5 ")
 
 
 PRINTABLE = st.text(
@@ -165,8 +165,8 @@ def test_invalid_weekdays(text: str) -> None:
 
 def test_systemd_calendar() -> None:
     """Writes systemd's calendar for every day or for some days."""
-    assert on_calendar(Schedule(2, 0)) == "*-*-* 02:00:00"
-    assert on_calendar(Schedule(2, 5, (0, 5))) == "Sun,Fri *-*-* 02:05:00"
+    assert on_calendar(make_plan(minute=0)) == "*-*-* 02:00:00"
+    assert on_calendar(make_plan(days=(0, 5))) == "Sun,Fri *-*-* 02:05:00"
 
 
 def test_private_tmp() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.workspace import Workspace, both_backends, make_leads, serve_api
+from tests.support.workspace import SandboxApi, Workspace, both_backends, make_leads, serve_api
 
 backend = both_backends
 
@@ -33,6 +33,22 @@ steps:
 limits: {requests_per_second: 1000}
 """
 LEADS = 12
+SAME_REQUEST_TWICE = """\
+version: 1
+input: leads.csv
+output: out.csv
+steps:
+  - name: email
+    waterfall: email_getter
+    params: {first_name: First Name, last_name: Last Name, company: Website}
+    columns: {result: email}
+  - name: title
+    waterfall: email_getter
+    params: {first_name: First Name, last_name: Last Name, company: Website}
+    columns: {title: $enrichment_data.none.title}
+policy: {refresh: {found: 0s, not_found: 0s}}
+limits: {requests_per_second: 1000}
+"""
 #: A place in the answer that none has.
 ABSENT = "$enrichment_data.none.title"
 
@@ -98,3 +114,33 @@ def test_match_of_old_columns_has_the_age_of_no_match(tmp_path: Path, workspace:
         write_job(workspace, job, ABSENT, "found: 0s")
         plan = workspace.run_in_process("plan", "job.yaml", "--json", api=api).json_output
         assert (plan["to_submit"], workspace.run_job(api).submitted) == (0, 0)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("job", [SINGLE, STEPPED], ids=["single", "steps"])
+@pytest.mark.parametrize(("old", "new", "ages"), [("email", ABSENT, "not_found: 0s"), (ABSENT, "email", "found: 0s")])
+def test_answers_have_the_age_of_new_columns(  # noqa: PLR0917 - the fixtures and a case
+    tmp_path: Path, workspace: Workspace, job: str, old: str, new: str, ages: str
+) -> None:
+    """What is a match, or no match, by today's columns only is sent again at the age of these."""
+    workspace.write_leads(make_leads(LEADS))
+    with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
+        write_job(workspace, job, old, ages.replace("0s", "90d"))
+        assert workspace.run_job(api).submitted == LEADS
+        write_job(workspace, job, new, ages.replace("0s", "90d"))
+        assert workspace.run_job(api).submitted == 0
+        write_job(workspace, job, new, ages)
+        plan = workspace.run_in_process("plan", "job.yaml", "--json", api=api).json_output
+        explained = workspace.run_in_process("explain", "job.yaml", "--row", "1").stdout
+        again = workspace.run_job(api)
+    assert workspace.run_in_process("ledger", "check", "job.yaml").exit_code == 0
+    assert (plan["to_submit"], again.submitted) == (LEADS, LEADS)
+    assert f"sent again by the next run, by policy.refresh ({ages})" in explained
+
+
+@pytest.mark.long
+def test_request_of_two_steps_is_sent_once_in_a_run(workspace: Workspace, api: SandboxApi) -> None:
+    """A step does not refresh what an earlier step of the same run has sent, though its columns are others."""
+    workspace.write_leads(make_leads(LEADS))
+    workspace.write_job(SAME_REQUEST_TWICE)
+    assert [workspace.run_job(api).submitted for _ in range(2)] == [LEADS, LEADS]

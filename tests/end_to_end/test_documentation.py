@@ -13,7 +13,7 @@ import yaml
 from enrich.cli import cli
 from enrich.job.job import load_job
 from enrich.job.spec import SteppedJobModel
-from enrich.job.target_spec import SOURCES_KEY
+from enrich.job.target import SOURCES_KEY
 from tests.support.cases import in_turn
 from tests.support.documents import (
     ALL_DOCUMENTS,

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from enrich.files import csv_format
-from enrich.files.csv_format import MAX_CELL_CHARACTERS, CsvWriter, likely_separator, read_batches, read_header
+from enrich.files.csv_format import MAX_CELL_CHARACTERS, likely_separator, read_batches, read_header
 from enrich.files.text import FileProblem, TableFile
 from tests.support.cases import examples, first_quick, in_turn
 
@@ -48,12 +48,9 @@ def written_bytes(
     header: list[str], rows: list[list[str | None]], separator: str = ",", encoding: str = "utf-8"
 ) -> bytes:
     """Return the bytes of a file of these rows, written as two frames."""
-    raw = io.BytesIO()
-    with CsvWriter(raw, separator, encoding) as writer:
-        writer.write_header(header)
-        for part in (rows[:1], rows[1:]):
-            columns = list(zip(*part, strict=True)) or [()] * len(header)
-            writer.write(pl.DataFrame(dict(zip(header, columns, strict=True)), schema=dict.fromkeys(header, pl.String)))
+    raw, schema = io.BytesIO(), dict.fromkeys(header, pl.String)
+    frames = (pl.DataFrame(part, schema, orient="row") for part in (rows[:1], rows[1:]))
+    csv_format.write(raw, header, frames, separator, encoding)
     return raw.getvalue()
 
 
@@ -292,23 +289,6 @@ def test_wrong_encoding_hint(tmp_path: Path, content: bytes, encoding: str, hint
     assert hint in (problem.hint or "")
 
 
-@in_turn("encoding", ["no-such", "", "base64", "rot13", "locale", "undefined", "utf-8\0"])
-def test_unknown_encoding(tmp_path: Path, encoding: str) -> None:
-    """An unknown encoding is named in the error, on reading and on writing."""
-    problem = read_problem(write_csv(tmp_path, "a\n1\n", encoding=encoding))
-    assert problem.message == f"encoding `{encoding}` is unknown"
-    with pytest.raises(FileProblem, match="is unknown"):
-        CsvWriter(io.BytesIO(), encoding=encoding)
-
-
-@in_turn("separator", ["", ";;", "\\t", '"', "\n", "\r", "\0"])
-def test_invalid_separators(tmp_path: Path, separator: str) -> None:
-    """Quotes and line ends are no valid separators, because they have their own meaning in CSV."""
-    assert "is not a single character" in read_problem(write_csv(tmp_path, "a\n", separator=separator)).message
-    with pytest.raises(FileProblem, match="is not a single character"):
-        CsvWriter(io.BytesIO(), separator)
-
-
 @in_turn(
     "content", [b"a\n1\n", gzip.compress(b"a\n1\n", mtime=0)[:-9], gzip.compress(b"a\n" * 99, mtime=0)[:12] + b"?" * 9]
 )
@@ -395,22 +375,6 @@ def test_bom_is_written_once(tmp_path: Path) -> None:
     content = written_bytes(["a"], [["1"], ["2"]], encoding="utf-16")
     assert content.decode("utf-16") == "a\n1\n2\n"
     assert read_rows(write_csv(tmp_path, content, encoding="utf-16")) == [("a",), ("1",), ("2",)]
-
-
-def test_unencodable_character() -> None:
-    """The problem names the column and the row, counted over all frames, and no row of that frame is written."""
-    raw = io.BytesIO()
-    with CsvWriter(raw, encoding="cp1252") as writer:
-        writer.write_header(["a", "b"])
-        writer.write(pl.DataFrame({"a": ["é"], "b": [None]}))
-        with pytest.raises(FileProblem, match=r"^row 3, column `b`: `cp1252` cannot encode a character") as caught:
-            writer.write(pl.DataFrame({"a": ["1", "2"], "b": ["3", "田"]}))
-        assert caught.value.hint == "Set `encoding: utf-8` for the file to write"
-        with pytest.raises(FileProblem, match=r"^the header, column `田`"):
-            writer.write_header(["a", "田"])
-    assert raw.getvalue() == b"a,b\n\xe9,\n"
-    with pytest.raises(FileProblem, match=r"^separator '¦' cannot be written"):
-        CsvWriter(io.BytesIO(), "¦", "ascii").write_header(["a", "b"])
 
 
 CELL = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")) | st.text(

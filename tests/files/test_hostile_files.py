@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from enrich.files import temporary_folders
+from enrich.files import downloads
 from tests.files.test_ugly_files import write_sheet
 
 #: A hostile file may take this many times the memory of a small file of its format.
@@ -76,7 +76,10 @@ def test_memory_of_hostile_files(tmp_path: Path, kind: str) -> None:
 def test_folders_of_killed_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The folder of a killed process is removed by the next; one that is in use, young or another's is not."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    code = "from enrich.files.temporary_folders import make_folder; print(make_folder()[0], flush=True); input()"
+    code = (
+        "from enrich.files.downloads import temporary_folder\n"
+        "with temporary_folder() as folder: print(folder, flush=True); input()"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         env={**os.environ, "TMPDIR": str(tmp_path)},
@@ -93,11 +96,11 @@ def test_folders_of_killed_processes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for path in (folder, other):
         os.utime(path, (long_ago, long_ago))
 
-    temporary_folders.sweep()
+    downloads.sweep()
     assert folder.exists()
     process.kill()
     process.communicate()
-    temporary_folders.sweep(min_age_s=7200)
+    downloads.sweep(min_age_s=7200)
     assert folder.exists()
-    temporary_folders.sweep()
+    downloads.sweep()
     assert [path.name for path in tmp_path.iterdir()] == ["enrich-other"]

@@ -14,8 +14,8 @@ from python_calamine import CalamineWorkbook
 
 from enrich.errors import CommandRefused
 from enrich.files import excel_writer
+from enrich.files.atomic import WriteProblem
 from enrich.files.excel_writer import SHEET, CellDigest, check_workbook
-from enrich.files.text import FileProblem
 from enrich.files.writer import write_file
 from enrich.job.spec import Output
 
@@ -95,7 +95,7 @@ def test_workbook_that_reads_back_otherwise(old: bytes, new: bytes) -> None:
             data = archive.read(name)
             assert name != SHEET or old in data
             copy.writestr(name, data.replace(old, new) if name == SHEET else data)
-    with pytest.raises(FileProblem, match="cannot be read back"):
+    with pytest.raises(WriteProblem, match="cannot be read back"):
         check_workbook(changed, expected)
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from enrich.errors import JobError
 from enrich.job.field_types import parse_duration
 from enrich.job.job import Job, Overrides, load_job
 from enrich.job.name_hints import suggest_name
-from enrich.job.spec import json_schema
+from enrich.job.spec import Input, Output, json_schema
 from enrich.job.yaml_file import YamlDocument
 from tests.support.cases import in_turn
 
@@ -188,6 +189,7 @@ def test_quoted_values_are_text(tmp_path: Path, word: str) -> None:
         (f"{BASE_JOB}zzz: 1\n", ["6: zzz: unknown key"]),
         (f"{BASE_JOB}limits:\n  in_flght: 3\n", ["7: limits.in_flght: unknown key", "hint: did you mean `in_flight`?"]),
         (f"{BASE_JOB}policy:\n  patence: 3h\n", ["7: policy.patence: unknown key", "hint: did you mean `patience`?"]),
+        (f"{BASE_JOB}dispatch:\n  buk: 5\n", ["7: dispatch.buk: unknown key", "hint: did you mean `bulk`?"]),
         (
             f"{BASE_JOB}policy:\n  refresh:\n    foud: 3d\n",
             ["8: policy.refresh.foud: unknown key", "hint: did you mean `found`?"],
@@ -367,6 +369,10 @@ def test_quoted_values_are_text(tmp_path: Path, word: str) -> None:
         (
             f"{BASE_JOB}output: %Y.csv\n",
             ["6: found character '%' that cannot start any token", "hint: put it in quotes if it is text"],
+        ),
+        (
+            f"{BASE_JOB}suppress: *.txt\n",
+            ["6: expected alphabetic or numeric character, but found '.'", "hint: put it in quotes if it is text"],
         ),
         (f"{BASE_JOB}---\n{BASE_JOB}", ["6: but found another document"]),
         (
@@ -674,3 +680,39 @@ def test_yaml_constructs_no_objects(tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
     path.write_text("a: !!python/object/apply:os.system [echo]\n", encoding="utf-8")
     assert YamlDocument(path).data == {"a": ["echo"]}
+
+
+@in_turn("encoding", ["no-such", "", "base64", "rot13", "locale", "undefined", "utf-8\0"])
+def test_unknown_encoding(encoding: str) -> None:
+    """A name that is no encoding of text is refused, so that no file is opened with it."""
+    for model in (Input, Output):
+        with pytest.raises(ValidationError, match="encoding"):
+            model.model_validate({"path": "a.csv", "encoding": encoding})
+
+
+@in_turn("separator", ["", ";;", "\\t", '"', "\n", "\r", "\0"])
+def test_invalid_separators(separator: str) -> None:
+    """Quotes and line ends are no valid separators, because they have their own meaning in CSV."""
+    for model in (Input, Output):
+        with pytest.raises(ValidationError, match="must be one character"):
+            model.model_validate({"path": "a.csv", "separator": separator})
+
+
+@in_turn(
+    ("overrides", "message"),
+    [
+        (Overrides(output="out.xls"), "--output: `out.xls` has an unsupported file type"),
+        (Overrides(output="s3://leads"), "--output: an object storage URL needs a bucket"),
+        (Overrides(input="ftp://leads/a.csv"), "--input: `ftp://` is an unknown object storage"),
+        (Overrides(ledger="s3://leads/a.db"), "--ledger: `s3://` cannot be used for a ledger"),
+    ],
+)
+def test_error_in_an_option_names_it(tmp_path: Path, overrides: Overrides, message: str) -> None:
+    """What the command line replaces is not an error of the job file, which has another value."""
+    (tmp_path / "job.yaml").write_text(BASE_JOB)
+    with pytest.raises(JobError) as caught:
+        load_job(tmp_path / "job.yaml", overrides)
+    assert caught.value.message.startswith(message)
+    (tmp_path / "job.yaml").write_text(f"{BASE_JOB}output: a.xls\n")
+    with pytest.raises(JobError, match=r"job.yaml:6: output: `a.xls` has"):
+        load_job(tmp_path / "job.yaml", Overrides(ledger="a.db"))

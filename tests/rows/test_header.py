@@ -104,6 +104,13 @@ def test_names_that_look_alike(tmp_path: Path, name: str, shown: str) -> None:
     assert JobInput(load_job(tmp_path / "job.yaml")).columns[0] == name
 
 
+def test_names_with_dots(tmp_path: Path) -> None:
+    """A line with the job's columns in another spelling is the header, although one of them may be a domain."""
+    error = open_error(tmp_path, "FIRSTNAME,LASTNAME,ACCOUNT.NAME\nAda,Byron,Acme\n")
+    assert isinstance(error, JobError)
+    assert "did you mean `FIRSTNAME`" in (error.hint or "")
+
+
 def test_hint_has_no_line_break() -> None:
     """The name in a hint is on one line; letters stay as they are."""
     assert missing_column_hint("First", ["Fi\nrst", "Last"], ["First", "Last"]) == r"did you mean `Fi\nrst`?"

@@ -15,15 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from enrich.databar.task_results import column_values
-from enrich.files.csv_format import CsvWriter
+from enrich.files import csv_format
 from enrich.job.cell_text import clean
 from enrich.job.job import load_job
 from enrich.job.target import Target, TargetKind
 from enrich.ledger import enroll
 from enrich.ledger.database import Database
 from enrich.models import Decision, RequestBatch, RowStatus
-from enrich.rows.domains import LEFT_OUT
-from enrich.rows.emails import email_address
+from enrich.rows.addresses import LEFT_OUT, email_address
 from enrich.rows.job_input import JobInput
 from enrich.rows.template import RequestTemplate
 from enrich.run.answer_cells import answer_cells, answer_columns, to_cell
@@ -105,9 +104,9 @@ def test_fingerprints_are_stable(
 def test_csv_output_matches_csv_module(rows: list[tuple[str | None, ...]], separator: str) -> None:
     """Cells are quoted only where needed and blanks are empty, the same as with Python's csv module."""
     raw, text = io.BytesIO(), io.StringIO()
-    with CsvWriter(raw, separator) as writer:
-        writer.write(pl.DataFrame(rows, schema=dict.fromkeys(["^a$", "", "c"], pl.String), orient="row"))
-    for row in rows:
+    header = ["^a$", "", "c"]
+    csv_format.write(raw, header, [pl.DataFrame(rows, dict.fromkeys(header, pl.String), orient="row")], separator)
+    for row in [header, *rows]:
         line = io.StringIO()
         csv.writer(line, delimiter=separator).writerow(row)
         text.write(line.getvalue().removesuffix("\r\n") + "\n")

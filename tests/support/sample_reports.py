@@ -250,25 +250,17 @@ def with_rows(report: Report) -> Report:
 def empty_report() -> Report:
     """Make the report of a job that has never run."""
     typical = typical_report()
-    return replace(
-        typical,
+    return Report(
+        job=typical.job,
+        sandbox=False,
+        made_at=typical.made_at,
+        ledger=typical.ledger,
+        input=typical.input,
+        output=typical.output,
         waterfall=ReportedWaterfall("email_getter", (), 0, 0, 0, 0.0, 0.0),
-        runs=(),
-        rows=None,
-        statuses={},
         requests={},
-        credits_spent=0.0,
-        credits_unknown=0,
-        planned=None,
-        columns=(),
-        groups=(),
-        latencies=None,
-        traffic=None,
-        ages=(),
-        anomalies=(),
         actions=[RequiredAction("Start with ten requests", ("enrich run jobs/leads.yaml --limit 10",))],
-        notes=(),
-        skipped=(),
+        job_file=typical.job_file,
     )
 
 
@@ -302,14 +294,13 @@ def hostile_report() -> Report:
     return replace(
         report,
         job=HOSTILE_TEXTS[0] + HOSTILE_TEXTS[2],
-        made_at=HOSTILE_TEXTS[6],
         ledger=HOSTILE_TEXTS[2],
         input=first,
         output=HOSTILE_TEXTS[3],
         waterfall=ReportedWaterfall(
             HOSTILE_TEXTS[2], [*providers, make_verifier(first, 12, 1.0)], 1100, 720, 0, 721.0, 0.0
         ),
-        runs=[replace(each, outcome=first, started_at=HOSTILE_TEXTS[6]) for each in report.runs],
+        runs=[replace(each, outcome=first) for each in report.runs],
         statuses={**report.statuses, HOSTILE_TEXTS[2]: 4, first: 2},
         columns=hits,
         groups=[GroupedHits(name, hits) for name in HOSTILE_TEXTS[:3]],

@@ -19,6 +19,7 @@ from enrich.commands.check import check_job, check_summary
 from enrich.commands.check_target import CheckResult
 from enrich.commands.doctor import checks, system
 from enrich.commands.doctor.checks import Finding, error_finding, next_run_time
+from enrich.commands.doctor.storage import storage_findings
 from enrich.commands.doctor.system import parse_env_lines
 from enrich.commands.options import time_option
 from enrich.commands.paths import files_read, files_written, has_ledger, local_input_files, nearest_existing
@@ -109,6 +110,9 @@ def job_findings(job: Job, context: DoctorContext) -> Iterator[Finding]:
     if job.model.report is not None and job.model.report.path is not None and is_extra_missing():
         yield Finding("warn", "report", "the run cannot write the `report` without its extra", INSTALL_HINT)
     yield from _file_findings(job, context)
+    if not context.offline:
+        with suppress(JobError):  # check_job has reported it
+            yield from storage_findings(job, context.next_run)
     yield from _ledger_findings(job, context, check, live)
     yield from _disk_findings(job, context, check)
     yield from _program_findings(job, context)
@@ -362,18 +366,14 @@ def doctor(
     findings: list[Finding] = []
     with ExitStack() as stack:
         shell = stack.enter_context(_cron_environment(environ))
-        job: Job | EnrichError
+        job: Job | None = None
         try:
             job = options.JobOptions(job_file, use_sandbox=use_sandbox).load()
         except EnrichError as error:
-            job = error
-        of_sandbox = None if isinstance(job, EnrichError) else job
-        access = stack.enter_context(_open_sandbox(of_sandbox)) if use_sandbox else None
+            findings.append(error_finding("job", error))
+        access = stack.enter_context(_open_sandbox(job)) if use_sandbox else None
         context = DoctorContext(environ, shell, now, next_run_time(now, *at), offline, access)
-        if isinstance(job, EnrichError):
-            findings = [error_finding("job", job), *environment_findings(context)]
-        else:
-            findings = list(job_findings(job, context))
+        findings += environment_findings(context) if job is None else job_findings(job, context)
     result = findings_as_json(str(job_file), findings)
     options.echo_result(result, checks.format_findings(findings), as_json=as_json)
     return findings_exit_code(findings)

@@ -10,6 +10,7 @@ from pathlib import Path
 import polars as pl
 from msgspec import Struct
 
+from enrich.commands.init.column_kinds import is_usual_header
 from enrich.commands.init.column_matching import Column, describe_column
 from enrich.errors import CommandRefused
 from enrich.files.csv_format import SEPARATORS, read_batches, read_header
@@ -20,6 +21,8 @@ from enrich.job.locations import format_of
 from enrich.job.spec import Input
 
 SAMPLE_ROWS = 1_000
+#: With this many usual names a first line is a header.
+_USUAL_HEADERS = 2
 _CHUNK_BYTES = 1 << 20
 
 
@@ -42,16 +45,13 @@ def take_sample(path: Path) -> Sample:
         source = InputTable(path, Input(path=str(path)))
         frame = next(source.batches(), None)
         return _make_sample(TableFile(path, format=kind), list(source.schema), frame)
-    try:
-        encoding = _detect_encoding(path)
-        attempts = [_try_format(TableFile(path, separator, encoding)) for separator in SEPARATORS]
-        # With the right separator the rows have as many cells as the header, and more than with any other separator.
-        readable = [sample for sample in attempts if isinstance(sample, Sample)]
-        best = max(readable, key=lambda sample: len(sample.columns), default=None)
-        if best is None or (len(best.columns) == 1 and len(readable) < len(SEPARATORS)):
-            raise next(problem for problem in attempts if isinstance(problem, FileProblem))
-    except FileProblem as problem:
-        raise CommandRefused(problem.message, problem.hint) from problem
+    encoding = _detect_encoding(path)
+    attempts = [_try_format(TableFile(path, separator, encoding)) for separator in SEPARATORS]
+    # With the right separator the rows have as many cells as the header, and more than with any other separator.
+    readable = [sample for sample in attempts if isinstance(sample, Sample)]
+    best = max(readable, key=lambda sample: len(sample.columns), default=None)
+    if best is None or (len(best.columns) == 1 and len(readable) < len(SEPARATORS)):
+        raise next(problem for problem in attempts if isinstance(problem, FileProblem))
     return best
 
 
@@ -65,7 +65,8 @@ def _try_format(source: TableFile) -> Sample | FileProblem:
 
 
 def _make_sample(source: TableFile, header: list[str], frame: pl.DataFrame | None) -> Sample:
-    if any(map(looks_like_cell, header)):
+    # Exports have names such as `ACCOUNT.NAME`, which may also be a domain.
+    if any(map(looks_like_cell, header)) and sum(map(is_usual_header, header)) < _USUAL_HEADERS:
         raise CommandRefused(f"{source}: the first line {NO_HEADER}", NO_HEADER_HINT)
     rows = None if frame is None else text_frame(frame.head(SAMPLE_ROWS))
     columns = [describe_column(name, [] if rows is None else rows.get_column(name).to_list()) for name in header]

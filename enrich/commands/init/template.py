@@ -18,7 +18,7 @@ from enrich.commands.init.column_matching import (
 from enrich.commands.init.sample import Sample
 from enrich.commands.options import printable
 from enrich.databar.description import Description, Enrichment, Param, Waterfall
-from enrich.job.target_spec import UNFILLED_COLUMN
+from enrich.job.target import UNFILLED_COLUMN
 from enrich.models import pluralize
 from enrich.rows.requests import STATUS_COLUMNS
 
@@ -117,13 +117,12 @@ def _provider_lines(waterfall: Waterfall) -> Iterator[str]:
 
 
 def _param_lines(described: Description, sample: Sample) -> Iterator[str]:
-    names = [param.name for param in described.input_params]
     # Required params get their columns first.
     ordered = sorted(described.input_params, key=lambda param: not param.required)
     matches = match_columns([param.name for param in ordered], sample.columns)
     yield f"params: # the {described.target.kind}'s params: columns of the input"
-    if not names:
-        yield (f"  name_of_a_param: {yaml_scalar(UNFILLED_COLUMN)} # params unknown: see the documentation")
+    if not ordered:
+        yield f"  name_of_a_param: {yaml_scalar(UNFILLED_COLUMN)} # params unknown: see the documentation"
     for param in ordered:
         match = matches[param.name]
         if match is not None:
