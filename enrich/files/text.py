@@ -163,8 +163,10 @@ def header_problem(header: list[str], positions: list[str] | None = None) -> tup
     if any(map(looks_like_cell, header)):
         return NO_HEADER, NO_HEADER_HINT
     named = [name for name in header if name]
-    is_title = len(set(named)) == len(named)  # only the blank name is repeated
-    return repeated, LATER_HEADER_HINT if is_title else "give each column its own name"
+    if len(set(named)) < len(named):
+        return repeated, "give each column its own name"
+    # Only the blank name is repeated. A title above the header has few names.
+    return repeated, LATER_HEADER_HINT if 2 * len(named) <= len(header) else "delete the columns without a name"
 
 
 def _repeated_columns(header: list[str], positions: list[str] | None) -> str | None:

@@ -82,6 +82,12 @@ def test_title_above_the_header(tmp_path: Path, content: str, words: str) -> Non
     assert "delete the lines above it" in (error.hint or "")
 
 
+def test_columns_without_a_name(tmp_path: Path) -> None:
+    """Separators at the end of each line, as of a spreadsheet: the header is the right line."""
+    error = open_error(tmp_path, "First Name,Last Name,Company,,\nA,B,C,,\n")
+    assert (error.exit_code, error.hint) == (5, "delete the columns without a name")
+
+
 @in_turn(
     ("name", "shown"),
     [
