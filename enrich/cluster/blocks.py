@@ -19,7 +19,6 @@ from enrich.errors import ClusterFailed, EnrichError, LedgerFailed
 from enrich.files.discovery import InputFile
 from enrich.files.downloads import LocalCopies
 from enrich.files.reader import ROWS_PER_PART, InputPart, InputSchema, count_file_rows, read_part
-from enrich.job.job import Job
 from enrich.job.locations import ObjectUrl
 from enrich.ledger.database import Database
 from enrich.ledger.dialect import DATABASE_ERRORS
@@ -47,7 +46,6 @@ class SharedPass:
     `open_ledger` opens the ledger in a process, which keeps it for the following blocks.
     """
 
-    job: Job
     template: RequestTemplate
     selection: RequestSelection
     open_ledger: Callable[[], Database]
@@ -93,10 +91,10 @@ def split_input(rows: JobInput, monitor: HeartbeatMonitor) -> list[InputPart]:
     """Split the input into parts. The cluster counts rows of files that must be read to do so. Raises EnrichError."""
 
     def count_files(files: Sequence[InputFile]) -> list[int]:
-        counts = dict(_run_tasks(partial(_count_rows, rows.input_schema), files, monitor))
+        counts = dict(_run_tasks(partial(_count_rows, rows.full_table.input_schema), files, monitor))
         return [counts[number] for number in range(len(files))]
 
-    return rows.parts(count_files)
+    return rows.full_table.parts(count_files)
 
 
 def _count_rows(input_schema: InputSchema, file: InputFile) -> int:
@@ -110,7 +108,7 @@ def map_blocks(
 
     A block may be processed again when a machine is lost. Raises what `work` and `monitor` raise, and ClusterFailed.
     """
-    process = partial(_process_group, rows.without_rows(), rows.input_schema, work)
+    process = partial(_process_group, rows.without_rows(), rows.full_table.input_schema, work)
     for _, results in _run_tasks(process, group_parts(parts), monitor):
         yield from results
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,7 +17,6 @@ from enrich.databar.credentials import ApiAccess
 from enrich.errors import CommandRefused
 from enrich.files.manifest import PartFile
 from enrich.files.parquet_dataset import DatasetWriter, begin_dataset
-from enrich.job.job import Job
 from enrich.job.locations import Location, PostgresLocation
 from enrich.ledger import enroll
 from enrich.ledger.database import Database
@@ -26,33 +24,24 @@ from enrich.ledger.dialect import OUTAGE_TIMEOUT_S
 from enrich.ledger.postgres import FencingToken
 from enrich.models import RequestSelection
 from enrich.rows.job_input import JobInput
-from enrich.rows.requests import RowBatch
+from enrich.rows.requests import RowBatch, RowCounts
 from enrich.rows.template import RequestTemplate
-from enrich.run.cluster_protocol import ClusterCallbacks, EnrollCounts
+from enrich.run.cluster_protocol import ClusterCallbacks
 from enrich.run.collector import Collector, OutputCounts, output_schema
 from enrich.run.dispatcher import max_posts_in_flight
 from enrich.run.run_state import RunState, WorkConfig
 
 
-def enroll_on_ray(
-    rows: JobInput,
-    shared_pass: SharedPass,
-    monitor: HeartbeatMonitor,
-    *,
-    on_progress: Callable[[EnrollCounts], None] = lambda _: None,
-) -> EnrollCounts:
+def enroll_on_ray(rows: JobInput, shared_pass: SharedPass, monitor: HeartbeatMonitor) -> RowCounts:
     """Enroll all rows in a pass that the caller has begun; the caller selects which of them are sent.
 
-    `on_progress` is called with the counts so far. Raises what `monitor` raises, CommandRefused when the input cannot
-    be read or depends on the order of its rows, LedgerFailed, LeaseLost, ClusterFailed.
+    Requests must not depend on other rows (`why_not_parallel`). Raises what `monitor` raises, CommandRefused when the
+    input cannot be read, LedgerFailed, LeaseLost, ClusterFailed.
     """
-    if reason := rows.why_not_parallel():
-        raise CommandRefused(f"the input cannot be read in parts: {reason}", "run without --engine ray")
     parts = split_input(rows, monitor)
-    total = EnrollCounts()
+    total = RowCounts()
     for some in map_blocks(rows, parts, partial(_enroll, shared_pass), monitor):
         total += some
-        on_progress(total)
     if total.rows != (expected := sum(part.rows for part in parts)):
         raise CommandRefused(
             f"{total.rows:,} rows were read, not {expected:,}", "run again when the files are complete"
@@ -60,9 +49,9 @@ def enroll_on_ray(
     return total
 
 
-def _enroll(shared_pass: SharedPass, rows: JobInput) -> EnrollCounts:
+def _enroll(shared_pass: SharedPass, rows: JobInput) -> RowCounts:
     """Enroll the rows of a block. Done again it changes nothing."""
-    total = EnrollCounts()
+    total = RowCounts()
     for batch in rows.batches(shared_pass.template):
 
         def enroll_batch(ledger: Database, batch: RowBatch = batch) -> None:
@@ -71,30 +60,21 @@ def _enroll(shared_pass: SharedPass, rows: JobInput) -> EnrollCounts:
                 enroll.enroll(ledger, shared_pass.template.target, batch.requests(), shared_pass.selection)
 
         shared_pass.with_ledger(enroll_batch)
-        total += EnrollCounts.from_batch(batch)
+        total += RowCounts.from_batch(batch)
     return total
 
 
 def collect_on_ray(
-    rows: JobInput,
-    shared_pass: SharedPass,
-    target: Location,
-    monitor: HeartbeatMonitor,
-    *,
-    on_progress: Callable[[OutputCounts], None] = lambda _: None,
+    rows: JobInput, shared_pass: SharedPass, target: Location, monitor: HeartbeatMonitor
 ) -> OutputCounts:
     """Write the output, a dataset, from the input and the ledger alone, in a pass that was enrolled.
 
-    `on_progress` is called with the counts so far. Raises what `monitor` raises, CommandRefused when the input cannot
-    be read or the output cannot be written, LedgerFailed, ClusterFailed.
+    Raises what `monitor` raises, CommandRefused when the input cannot be read or the output cannot be written,
+    LedgerFailed, ClusterFailed.
     """
-    if not shared_pass.job.model.dedupe:
-        raise CommandRefused(
-            f"the output cannot be written in parts: {rows.why_not_parallel()}", "run without --engine ray"
-        )
     parts = split_input(rows, monitor)
     schema = output_schema(rows, shared_pass.template, with_index=True)
-    draft = begin_dataset(target, shared_pass.job.name, schema)
+    draft = begin_dataset(target, rows.job.name, schema)
     try:
         files: list[PartFile] = []
         total = OutputCounts()
@@ -102,7 +82,6 @@ def collect_on_ray(
         for file, counted in map_blocks(rows, parts, collect, monitor):
             files.append(file)
             total += counted
-            on_progress(total)
         if not files:
             files = [draft.write_part(0, [pl.DataFrame(schema=schema)])]
         if sum(file.rows for file in files) != sum(part.rows for part in parts):
@@ -119,7 +98,7 @@ def _collect(shared_pass: SharedPass, draft: DatasetWriter, rows: JobInput) -> t
 
     def write(ledger: Database) -> tuple[PartFile, OutputCounts]:
         counted = OutputCounts()
-        collector = Collector(ledger, shared_pass.job, shared_pass.template, rows)
+        collector = Collector(ledger, shared_pass.template, rows)
         return draft.write_part(rows.first_position, collector.frames(counted, with_index=True)), counted
 
     return shared_pass.with_ledger(write)
@@ -161,19 +140,13 @@ class RayCluster(Struct, frozen=True):
         return replace(self, lease_id=lease_id)
 
     def enroll(
-        self,
-        job: Job,
-        job_input: JobInput,
-        template: RequestTemplate,
-        selection: RequestSelection,
-        callbacks: ClusterCallbacks,
-    ) -> EnrollCounts:
+        self, job_input: JobInput, template: RequestTemplate, selection: RequestSelection, callbacks: ClusterCallbacks
+    ) -> RowCounts:
         """Enroll all rows."""
-        return enroll_on_ray(job_input, self._shared_pass(job, template, selection), self._monitor(callbacks))
+        return enroll_on_ray(job_input, self._shared_pass(template, selection), self._monitor(callbacks))
 
-    def collect(  # noqa: PLR0913, PLR0917 - all of them travel
+    def collect(
         self,
-        job: Job,
         job_input: JobInput,
         template: RequestTemplate,
         selection: RequestSelection,
@@ -181,15 +154,14 @@ class RayCluster(Struct, frozen=True):
         callbacks: ClusterCallbacks,
     ) -> OutputCounts:
         """Write the output, a Parquet dataset."""
-        return collect_on_ray(job_input, self._shared_pass(job, template, selection), target, self._monitor(callbacks))
+        return collect_on_ray(job_input, self._shared_pass(template, selection), target, self._monitor(callbacks))
 
     def _monitor(self, callbacks: ClusterCallbacks) -> HeartbeatMonitor:
         return HeartbeatMonitor(Heartbeats(self.heartbeat_counter), callbacks)
 
-    def _shared_pass(self, job: Job, template: RequestTemplate, selection: RequestSelection) -> SharedPass:
+    def _shared_pass(self, template: RequestTemplate, selection: RequestSelection) -> SharedPass:
         fence = None if self.lease_id is None else FencingToken(self.lease_id, self.ledger.lease_s)
         return SharedPass(
-            job,
             template,
             selection,
             partial(Database, self.ledger, fencing_token=fence, open_timeout_s=OUTAGE_TIMEOUT_S),

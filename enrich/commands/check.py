@@ -98,8 +98,8 @@ def check_job(job: Job, bound_to: Mapping[str, str | None], live: Sequence[Descr
     result.template = templates[0]
     if job.step_jobs:
         _check_steps(job, job_input, templates, result)
-    elif job_input is not None and result.template is not None:
-        _read_input(job_input, result.template, result)
+    elif job_input is not None and (result.template is not None or not result.problems):
+        _read_input(job_input, result.template or template_of_unknown_target(job), result)
     of_paths, of_ledger = list(path_problems(job)), f"{job.ledger}: "
     # Only one problem of the ledger is reported: that it is another file of the job, or else why it cannot be opened.
     if any("`ledger` are the same" in problem.message or "`ledger` and" in problem.message for problem in of_paths):
@@ -137,7 +137,7 @@ def _check_steps(
         if result.problems:
             return
         with open_or_empty(job.ledger) as ledger:
-            rows = StepRows(job, job_input, ledger, steps)
+            rows = StepRows(job_input, ledger, steps)
             StepInput(rows, 0).begin(RequestSelection())
             selections = [select_requests(step, RunOptions(), 0) for step in job.step_jobs]
             result.rows, forecasts = forecast_steps(rows, ledger, selections)

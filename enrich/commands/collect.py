@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from datetime import datetime
 
 import click
 
@@ -21,7 +20,7 @@ from enrich.run.output import rebuild_output
 @options.JSON_OPTION
 def collect(job_options: options.JobOptions, partial: bool, as_json: bool) -> int:
     """Write the output of JOB from the ledger, without network and cost."""
-    job, note = with_own_output(job_options.load(), datetime.now().astimezone())
+    job, note = with_own_output(job_options.load())
     if note is not None:
         click.echo(f"note: {note}", err=True)
     check_ledger_exists(job.ledger)

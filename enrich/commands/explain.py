@@ -50,7 +50,7 @@ def explain_leads(job: Job, row: int | None, match: str | None) -> dict[str, Any
         job_input = JobInput(job, erasure.load_forgotten(ledger))
         found, count = _find_rows(job_input, row, match)
         if job.model.caps is not None:
-            preview_caps(ledger, job, template, job_input)
+            preview_caps(ledger, template, job_input)
         leads = _read_leads(ledger, job_input, template, found)
         result: dict[str, Any] = {
             "job": job.name,
@@ -226,7 +226,7 @@ def explain_steps(job: Job, row: int | None, match: str | None) -> dict[str, Any
         found, count = _find_rows(job_input, row, match)
         templates = [_template(ledger, step) for step in job.step_jobs]
         steps = make_steps(job, job_input, [template for template, _ in templates])
-        rows = StepRows(job, job_input, ledger, steps)
+        rows = StepRows(job_input, ledger, steps)
         StepInput(rows, 0).begin(RequestSelection())
         leads = _read_leads_of_steps(rows, found)
         shared = _rows_by_request_of_steps(rows, leads)
@@ -260,7 +260,7 @@ def _read_leads_of_steps(rows: StepRows, numbers: Sequence[int]) -> dict[int, li
     for tables in rows.step_tables() if numbers else ():
         first = tables.steps[0][0].batch.first_position
         for number in numbers:
-            if first <= number < first + tables.height:
+            if first <= number < first + tables.frame.height:
                 leads[number] = _leads_of_row(rows, tables, number - first)
     return leads
 

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from enrich.commands import options
 from enrich.commands.forget_steps import RowRequests, follow_answers, requests_of_rows
 from enrich.databar.clock import SystemClock
-from enrich.databar.task_results import ParsedData, column_value, is_blank, parse_data
+from enrich.databar.task_results import column_values
 from enrich.errors import CommandRefused, EnrichError, JobError
 from enrich.files.values import text_frame
 from enrich.job.cell_text import fold
@@ -226,27 +226,35 @@ def _matches_person(
 ) -> bool:
     """Check whether a request's params and answers match all criteria."""
     params = json.loads(request["params"])
-    answers = [parse_json(answer) for answer in json.loads(request["answers"]) if answer]
-    parsed = [parse_data(answer.get("data")) for answer in answers]
-    return bool(params or parsed) and all(
-        any(fold(value) == text for value in _values_named(name, text, params, parsed, job, columns))
+    data = [parse_json(answer).get("data") for answer in json.loads(request["answers"]) if answer]
+    return bool(params or data) and all(
+        any(fold(value) == text for value in _values_named(name, text, params, data, job, columns))
         for name, text in criteria.items()
     )
 
 
 def _values_named(
-    name: str, text: str, params: Mapping[str, str], answers: list[ParsedData], job: Job, columns: Mapping[str, str]
+    name: str, text: str, params: Mapping[str, str], answers: list[object], job: Job, columns: Mapping[str, str]
 ) -> Iterator[str]:
     """Yield a request's values for a name, which is a param, an input column of a param, or an output column."""
     sources = [(param, source) for step in job.steps for param, source in step.model.params.items()]
     for param, source in sources:
         if param in params and (name == param or name in source.columns):
             yield params[param]
-    for parsed in answers:
+    for data in answers:
         if name in columns:
-            yield str(column_value(parsed, columns[name]))
+            yield str(column_values(data, [columns[name]])[0])
         elif "@" in text:  # an email address identifies a person in any field
-            yield from (str(value) for value in parsed.fields.values() if not is_blank(value))
+            yield from _texts(data)
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Yield the texts in a value, at any depth of lists and objects."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
 
 
 def _confirmed(prompt: str, *, yes: bool) -> bool:

@@ -33,7 +33,7 @@ def requests_of_rows(job: Job, job_input: JobInput, ledger: Database, criteria: 
     """Return the requests of all steps by whether their row matches. Empty if the table has no such columns."""
     try:
         templates = [template_from_ledger(ledger, step) for step in job.step_jobs]
-        rows = StepRows(job, job_input, ledger, make_steps(job, job_input, templates))
+        rows = StepRows(job_input, ledger, make_steps(job, job_input, templates))
     except EnrichError:
         return RowRequests({}, ())
     found: dict[bytes, str] = {}
@@ -42,10 +42,10 @@ def requests_of_rows(job: Job, job_input: JobInput, ledger: Database, criteria: 
         if not set(criteria) <= set(tables.text.columns):
             return RowRequests({}, ())
         cells = [(tables.text.get_column(name), value) for name, value in criteria.items()]
-        for row in range(tables.height):
+        for row in range(tables.frame.height):
             is_person = all(fold(column[row]) == value for column, value in cells)
             for step_batch, _ in tables.steps:
-                fingerprint, params = step_batch.fingerprints[row], step_batch.batch.params[row]
+                fingerprint, params = step_batch.built.fingerprints[row], step_batch.built.params[row]
                 if fingerprint is None or params is None:
                     continue
                 if is_person:

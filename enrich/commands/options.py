@@ -27,7 +27,7 @@ from enrich.extras import install_hint
 from enrich.job.field_types import parse_duration
 from enrich.job.file_names import why_no_file
 from enrich.job.job import Job, Overrides, load_job
-from enrich.job.locations import LedgerLocation, check_no_password, hide_secrets, sandbox_state_path
+from enrich.job.locations import LedgerLocation, check_no_password, hide_secrets, is_url, sandbox_state_path
 from enrich.ledger.dialect import DATABASE_ERRORS
 from enrich.ledger.file_identity import make_private_folder
 from enrich.ledger.sqlite import is_busy_error
@@ -38,7 +38,7 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class FilePath(click.Path):
-    """The path of a file. A name that no file can have is refused, and `-` unless it is allowed."""
+    """The path of a file. A URL and a name that no file can have are refused, and `-` unless it is allowed."""
 
     def __init__(self, *, allow_dash: bool = True) -> None:
         super().__init__(path_type=Path, dir_okay=False, allow_dash=allow_dash)
@@ -47,6 +47,8 @@ class FilePath(click.Path):
         """Parse the path."""
         if str(value) == "-" and not self.allow_dash:
             self.fail("must be a file, not `-` for stdout", param, ctx)
+        if is_url(str(value)):
+            self.fail("must be a file on this machine, not a URL", param, ctx)
         reason = why_no_file(Path(value)) if str(value) else "it is empty"
         if reason is not None:
             self.fail(f"`{value}` cannot be the name of a file: {reason}", param, ctx)

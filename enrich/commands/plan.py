@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import shlex
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -27,14 +26,15 @@ from enrich.ledger import enroll, erasure, execution_records, task_ids
 from enrich.ledger.database import Database, open_or_empty
 from enrich.ledger.lock import is_locked
 from enrich.ledger.refresh_review import review_refreshes
-from enrich.models import Decision, RequestSelection, RowStatus, State
+from enrich.models import RequestSelection, State
 from enrich.rows.job_input import JobInput
+from enrich.rows.requests import RowCounts
 from enrich.rows.template import RequestTemplate
 from enrich.run import neighbour_ledgers
 from enrich.run.budget import check_balance, make_budget
 from enrich.run.context import RunOptions, select_requests
 from enrich.run.earlier_output import find_output_of_other_ledger, is_written_by_run
-from enrich.run.plan import DECISION_REASONS, Plan, PlanCounts, build_plan, format_plan
+from enrich.run.plan import Plan, build_plan, format_plan
 from enrich.run.plan_file import SavedPlan, gather_plan_inputs, write_plan
 from enrich.run.preflight import Preflight, preflight, read_binding
 from enrich.run.run_state import Timeouts
@@ -152,11 +152,11 @@ def make_plan(
     """
     with open_or_empty(job.ledger) as ledger:
         job_input = JobInput(job, erasure.load_forgotten(ledger))
-        file_versions = job_input.file_versions()
+        file_versions = job_input.full_table.file_versions()
         rows_file = _prepare_rows_file(job, rows_file)
         preflights = [asyncio.run(_preflight(step, access, ledger, options)) for step in job.steps]
         joined = Preflight.of_steps(preflights) if job.step_jobs else preflights[0]
-        step_rows = make_step_rows(job, job_input, ledger, joined, options) if job.step_jobs else None
+        step_rows = make_step_rows(job_input, ledger, joined, options) if job.step_jobs else None
         if step_rows is None:
             job_input.check_new_columns(joined.template)
         budgets = [
@@ -172,10 +172,10 @@ def make_plan(
             plan = _plan_steps(step_rows, joined, selections, rows_file)
             requests = [step.at_most for step in plan.steps]
         else:
-            counts = _count_decisions(job_input, joined.template, ledger, selections[0])
+            read = _read_input(job_input, joined.template, ledger, selections[0])
             if rows_file is not None:
                 write_rows(rows_file, job_input, ledger, joined.template, now_ms)
-            plan = build_plan(job, joined, ledger, counts, budgets[0].cap)
+            plan = build_plan(job, joined, ledger, read, budgets[0].cap)
             requests = [plan.to_submit]
         saved_plan = None
         if is_saved:
@@ -191,7 +191,7 @@ def make_plan(
                 after_execution=execution_records.newest_execution_id(ledger),
                 sandbox=job.sandbox,
             )
-        if job_input.file_versions() != file_versions:
+        if job_input.full_table.file_versions() != file_versions:
             raise CommandRefused(f"{job.input_path}: the input changed while it was read", "run the command again")
         notes = [
             *job_input.notes(),
@@ -202,31 +202,20 @@ def make_plan(
         return replace(plan, notes=notes), saved_plan
 
 
-def _count_decisions(
+def _read_input(
     job_input: JobInput, template: RequestTemplate, ledger: Database, selection: RequestSelection
-) -> PlanCounts:
-    """Read the input once, and count what a run would do with its requests and rows."""
-    counts = PlanCounts(dict.fromkeys(DECISION_REASONS, 0))
-    requesting_rows = 0
+) -> RowCounts:
+    """Read the input once, and decide in a pass of the ledger what a run would do with its requests."""
+    read = RowCounts()
     enroll.begin_pass(ledger)
     # A run that is in progress may store a request that this pass has counted as a new one.
     known = ledger if selection.no_active_run else None
     for batch in job_input.batches(template, job_input.queue_order(), known):
         enroll.preview(ledger, batch.requests(), selection)
-        counts.rows += batch.frame.height
-        counts.left_out.update(batch.left_out)
-        counts.skipped.update(batch.skip_reasons())
-        counts.missing.update(batch.missing)
-        statuses = Counter(batch.statuses)
-        requesting_rows += statuses[None]
-        counts.decisions[Decision.INVALID] += statuses[RowStatus.INVALID]
-        counts.decisions[Decision.FILTERED] += statuses[RowStatus.FILTERED]
+        read += RowCounts.from_batch(batch)
     review_refreshes(ledger, selection, template.columns.values(), keep_matches=False)
     enroll.apply_limits(ledger, selection)
-    request_counts = enroll.decision_counts(ledger)
-    counts.decisions.update(request_counts)
-    counts.decisions[Decision.DUPLICATE] = requesting_rows - sum(request_counts.values())
-    return counts
+    return read
 
 
 def _plan_steps(

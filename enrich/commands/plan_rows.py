@@ -114,7 +114,7 @@ def _step_cells(
     ]
     first_rows = step_results.add_planned(rows.ledger, step.job.step, filter(None, known))
     depends_on = ", ".join(rows.steps[earlier].job.step for earlier in sorted(step.depends_on))
-    models = (rows.job.model, step.job.model)
+    models = (rows.job_input.job.model, step.job.model)
     filters = [name for name in ("where", "only_if_empty") if any(getattr(model, name) for model in models)]
     for row, decision in enumerate(made.decisions):
         name = known[row]
@@ -124,7 +124,7 @@ def _step_cells(
         first_rows.discard(name or b"")
         reason = DECISION_REASONS.get(decision, f"sent if the results of {depends_on} require it")
         if decision in (Decision.INVALID, Decision.FILTERED):
-            why = step_batch.batch.errors[row] or step_batch.reasons[row]
+            why = step_batch.batch.errors[row] or step_batch.built.errors[row]
             reason = why or f"filtered by {' or '.join(filters)}"
         elif decision is Decision.OVER_LIMIT:
             reason = "over --limit or --sample"

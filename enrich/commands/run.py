@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
-from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -190,7 +189,7 @@ def run_observed(
     Raises EnrichError for failures before the run is recorded in the ledger.
     """
     observers.start(job, run_options)
-    job, moved = with_own_output(job, datetime.now().astimezone())
+    job, moved = with_own_output(job)
     observers.report_problem(moved)
     with ExitStack() as stack:
         stack.enter_context(lock_ledger(job.ledger, wait_s))

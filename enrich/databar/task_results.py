@@ -71,7 +71,7 @@ class ParsedData(NamedTuple):
     #: What is around the fields; None: the answer is flat.
     wrapper: Mapping[str, Any] | None = None
     steps: Sequence[Mapping[str, Any]] = ()
-    #: All rows of an answer that lists several.
+    #: The rows of a flat answer that is a list.
     rows: Sequence[object] = ()
     #: Number of steps beyond MAX_STEPS, which were ignored.
     unread_steps: int = 0
@@ -116,7 +116,7 @@ def task_phase(task: Mapping[str, Any]) -> TaskPhase:
 
 def parse_data(data: object, provider: str | None = None, *, find_provider: bool = True) -> ParsedData:
     """Parse the `data` of a single run, in any of its shapes. `find_provider=False`: the provider is known already."""
-    rows = _listed_rows(data)
+    rows = data if isinstance(data, list) else ()
     data = _first_item(data)
     fields = _unwrap_fields(data)
     if not isinstance(data, dict) or fields is data:
@@ -127,11 +127,6 @@ def parse_data(data: object, provider: str | None = None, *, find_provider: bool
     if find_provider:
         provider = _find_provider(fields, data.get("enrichment_data"), steps)
     return ParsedData(fields, provider, data, steps, unread_steps=max(0, len(listed_steps) - MAX_STEPS))
-
-
-def _listed_rows(data: object) -> Sequence[object]:
-    """Return the rows of a list with more than one; empty: it is a single answer."""
-    return data if isinstance(data, list) and len(data) > 1 else ()
 
 
 def _first_item(data: object) -> object:
@@ -204,14 +199,19 @@ BESIDE = "$"
 _STEPS_KEYS = ("is_verified", "steps")
 
 
+def is_beside(path: str) -> bool:
+    """Check whether a path reads more than the result fields: beside the result, or a numbered row."""
+    return path.startswith(BESIDE) or path[:1].isdecimal()
+
+
 def column_values(data: object, paths: Iterable[str]) -> list[Any]:
     """Return the values at the paths of the job's columns in the `data` of a single run; None where there is none.
 
     `$is_verified`, `$steps.0.provider` and `$enrichment_data.NAME.title` are outside the result. In a flat answer `$x`
-    is the field `x`. In a list of several rows, the fields are those of the first; `1.name` is in the second.
+    is the field `x`. In a list of rows, the fields are those of the first; `1.name` is in the second.
     """
     paths = list(paths)
-    if not _listed_rows(data) and not any(path.startswith(BESIDE) for path in paths):
+    if not any(map(is_beside, paths)):
         fields = _unwrap_fields(_first_item(data))
         return [value_at(fields, path) for path in paths]
     parsed = parse_data(data)

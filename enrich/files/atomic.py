@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -15,7 +16,15 @@ from enrich.errors import CommandRefused
 from enrich.job.locations import Location
 
 COLLECT_HINT = "the ledger has the results: `enrich collect JOB` writes them for free"
-_SPACE_HINT = f"free some space; {COLLECT_HINT}"
+_RERUN_HINT = "the ledger has the results: the next run writes the file, and sends nothing again for it"
+#: How to get a file of the run that was not written, by its key in the job file: `collect` writes the output alone.
+_RECOVERY_HINTS = {"output": COLLECT_HINT, "rejects": _RERUN_HINT, "changes": _RERUN_HINT}
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def recovery_hint(remedy: str | None, kind: str) -> str | None:
+    """Add to a remedy how to get the file then. `kind` is the file's key in the job file."""
+    return "; ".join(filter(None, (remedy, _RECOVERY_HINTS.get(kind)))) or None
 
 
 class WriteProblem(Exception):
@@ -35,12 +44,15 @@ def as_write_refused(target: Location, kind: str) -> Iterator[None]:
     except WriteProblem as problem:
         raise CommandRefused(f"{target}: {problem.message}", problem.hint) from problem
     except OSError as error:
+        remedy = "free some space" if error.errno in _NO_SPACE else "check its folder"
         raise CommandRefused(
-            f"{target}: the {kind} cannot be written: {error.strerror or error}", _SPACE_HINT
+            f"{target}: the {kind} cannot be written: {error.strerror or error}", recovery_hint(remedy, kind)
         ) from error
     except pl.exceptions.ComputeError as error:
         # Polars' sink reports disk errors as ComputeError.
-        raise CommandRefused(f"{target}: the {kind} cannot be written: {error}", _SPACE_HINT) from error
+        raise CommandRefused(
+            f"{target}: the {kind} cannot be written: {error}", recovery_hint("free some space", kind)
+        ) from error
 
 
 def follow_link(target: Path) -> Path:

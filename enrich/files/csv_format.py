@@ -156,7 +156,7 @@ class _Lines:
     def _check_length(self, line: str) -> None:
         if len(line) > MAX_LINE_CHARACTERS:
             message = f"{self._source} has a line of more than {MAX_LINE_CHARACTERS:,} characters"
-            raise FileProblem(message, "Look for an unclosed quote, or for missing line ends")
+            raise FileProblem(message, "look for an unclosed quote, or for missing line ends")
 
 
 def _divide(block: str) -> Iterable[str]:
@@ -214,7 +214,7 @@ def _next_header(source: TableFile, reader: Iterator[list[str]]) -> list[str]:
     with _raised_cell_limit():
         header = next(filter(None, reader), None)
     if header is None:
-        raise FileProblem(f"{source} is empty", "The first line must have the column names")
+        raise FileProblem(f"{source} is empty", "the first line must have the column names")
     if _row_problem(source, header, header):
         raise _first_problem(source)
     return header
@@ -237,7 +237,7 @@ def _first_problem(source: TableFile) -> FileProblem:
                     row += 1
                 line = reader.line_num + first_line
             else:
-                return FileProblem(f"{source} changed while it was read", "Run again when the file is complete")
+                return FileProblem(f"{source} changed while it was read", "run again when the file is complete")
         except csv.Error as error:
             known = (flaw for words, flaw in _SYNTAX_PROBLEMS.items() if words in str(error))
             problem = next(known, ("is not well-formed CSV", "Check its quotes"))
@@ -256,8 +256,8 @@ def _row_problem(
         message = f"has {_count_text(len(cells), 'cell')}, but the header has {_count_text(len(header), 'column')}"
         separator = likely_separator(header, source.separator)
         if separator:
-            return message, f"The separator may be {separator!r}"
-        hint = f"Look for a cell with {source.separator!r} or a quote in it that should be in quotes"
+            return message, f"the separator may be {separator!r}"
+        hint = f"look for a cell with {source.separator!r} or a quote in it that should be in quotes"
         is_title = len(header) < len(cells) and (is_first_row or len(header) == 1)
         return message, f"{LATER_HEADER_HINT}. Or: {hint}" if is_title else hint
     if any("\0" in cell for cell in cells):

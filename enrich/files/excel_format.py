@@ -51,7 +51,7 @@ def _sheet_rows(source: TableFile) -> Iterator[list[str]]:
             continue
         if "\0" in "".join(cells):
             column = xl_col_to_name(first_column + next(place for place, cell in enumerate(cells) if "\0" in cell))
-            raise FileProblem(f"{source}: cell {column}{row} has a NUL character", "Clear the cell, or write it again")
+            raise FileProblem(f"{source}: cell {column}{row} has a NUL character", "clear the cell, or write it again")
         if not header:
             positions = [xl_col_to_name(first_column + place) for place in range(len(cells))]
             if problem := header_problem(cells, positions):
@@ -62,7 +62,7 @@ def _sheet_rows(source: TableFile) -> Iterator[list[str]]:
         blank = []
         yield cells
     if not header:
-        raise FileProblem(f"{source}: sheet `{sheet.name}` is empty", "The first row must have the column names")
+        raise FileProblem(f"{source}: sheet `{sheet.name}` is empty", "the first row must have the column names")
 
 
 def _open_sheet(source: TableFile) -> CalamineSheet:
@@ -75,24 +75,27 @@ def _open_sheet(source: TableFile) -> CalamineSheet:
             stat = source.path.stat()
             scan = scan_sheet(source.path, name, (stat.st_size, stat.st_mtime_ns))
             if scan.far_cell is not None:
-                hint = "Delete the rows and columns beyond the table, or save the sheet as CSV"
+                hint = "delete the rows and columns beyond the table, or save the sheet as CSV"
                 raise FileProblem(f"{source}: sheet `{name}` has a cell far beyond its table: {scan.far_cell}", hint)
             if scan.formula_without_value is not None:
                 message = f"{source}: sheet `{name}` has a formula without a value: {scan.formula_without_value}"
                 raise FileProblem(
-                    message, "Open the workbook in a spreadsheet and save it, so that formulas have values"
+                    message, "open the workbook in a spreadsheet and save it, so that formulas have values"
                 )
             return book.get_sheet_by_name(name)
         except (CalamineError, UnsoundWorkbook) as error:
             check_magic_bytes(source)
+            if "cell error value" in str(error):
+                message = f"{source} has a cell with an error that cannot be read, such as #GETTING_DATA"
+                raise FileProblem(message, "clear the cell, or save the sheet as CSV") from None
             reason = f": {error}" if isinstance(error, UnsoundWorkbook) else ""
-            hint = "Open it in a spreadsheet and save it as `.xlsx`, without a password"
+            hint = "open it in a spreadsheet and save it as `.xlsx`, without a password"
             raise FileProblem(f"{source} is a damaged Excel workbook{reason}", hint) from None
 
 
 def _choose_sheet(source: TableFile, book: CalamineWorkbook) -> str:
     tables = [each for each in book.sheets_metadata if each.typ == SheetTypeEnum.WorkSheet]
-    hint = f"Its sheets: {', '.join(each.name for each in tables) or 'none with cells'}"
+    hint = f"its sheets: {', '.join(each.name for each in tables) or 'none with cells'}"
     if source.sheet is not None:
         if source.sheet not in [each.name for each in tables]:
             kind = "" if source.sheet not in book.sheet_names else " with cells"
@@ -122,7 +125,7 @@ def _text_rows(source: TableFile, sheet: CalamineSheet) -> Iterator[list[str]]:
             message = (
                 f"{source}: {place} of sheet `{sheet.name}` is formatted as a date or time, but has another number"
             )
-            raise FileProblem(message, "Format the cell as a number or as text") from None
+            raise FileProblem(message, "format the cell as a number or as text") from None
         if values is None:
             return
         if any(isinstance(value, time) for value in values):

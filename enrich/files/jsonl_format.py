@@ -47,7 +47,7 @@ def read_batches(
                 changed = changed or any(isinstance(cell, RawJson) for cell in cells)
                 columns[name] = pl.Series(values=[] if changed else cells, dtype=pl.String)
         if changed:
-            raise FileProblem(f"{source} changed while it was read", "Start again when the file is complete")
+            raise FileProblem(f"{source} changed while it was read", "start again when the file is complete")
         yield pl.DataFrame(columns)
 
 

@@ -14,8 +14,8 @@ from enrich.files.text import FileProblem, quote_column
 from enrich.job.locations import format_of
 from enrich.job.spec import Output
 
-_OTHER_FORMAT_HINT = "Use an output that ends in .csv or .parquet"
-_ENCODING_HINT = "Set `encoding: utf-8` for the file to write"
+_OTHER_FORMAT_HINT = "use an output that ends in .csv or .parquet"
+_ENCODING_HINT = "set `encoding: utf-8` for the file to write"
 
 
 class FileLimits(Struct, frozen=True):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from enrich.errors import CommandRefused, JobError
 from enrich.extras import install_hint
-from enrich.files.atomic import COLLECT_HINT
+from enrich.files.atomic import recovery_hint
 from enrich.job.locations import ObjectUrl
 
 if TYPE_CHECKING:
@@ -53,10 +53,15 @@ def object_version(url: ObjectUrl) -> ObjectVersion | None:
 
 
 def list_objects(url: ObjectUrl) -> Iterator[tuple[str, ObjectVersion]]:
-    """Yield the keys in a folder (recursively), each with the object's version. Raises CommandRefused."""
+    """Yield the keys in a folder (recursively), each with the object's version. Raises CommandRefused.
+
+    Consoles and other programs mark a folder by an empty object, which has no file extension and is left out.
+    """
     with _open_store(url) as store:
         for page in store.list(url.key.rstrip("/") or None):
-            yield from ((meta["path"], _version_of(meta)) for meta in page)
+            for meta in page:
+                if meta["size"] or "." in meta["path"].rpartition("/")[2]:
+                    yield meta["path"], _version_of(meta)
 
 
 def read_object(url: ObjectUrl) -> bytes | None:
@@ -81,14 +86,14 @@ def check_bucket(url: ObjectUrl) -> None:
         next(iter(store.list(url.key)), None)
 
 
-def upload(url: ObjectUrl, file: BinaryIO) -> None:
-    """Copy a file of the run to an object atomically. Raises CommandRefused."""
+def upload(url: ObjectUrl, file: BinaryIO, kind: str = "output") -> None:
+    """Copy a file of the run to an object atomically. `kind` is its key in the job file. Raises CommandRefused."""
     file.seek(0)
     try:
         with _open_store(url) as store:
             store.put(url.key, file)
     except CommandRefused as error:
-        raise CommandRefused(error.message, f"{error.hint}; {COLLECT_HINT}") from error
+        raise CommandRefused(error.message, recovery_hint(error.hint, kind)) from error
 
 
 def _version_of(meta: ObjectMeta) -> ObjectVersion:

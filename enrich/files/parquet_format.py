@@ -51,11 +51,11 @@ def read_schema(source: TableFile) -> dict[str, pl.DataType]:
     with _as_parquet_problem(source):
         schema = dict(_scan(source).collect_schema())
     if not schema:
-        raise FileProblem(f"{source} has no columns", "Choose a file of leads")
+        raise FileProblem(f"{source} has no columns", "choose a file of leads")
     for name, kind in schema.items():
         if isinstance(kind, pl.Decimal) and kind.precision > _MAX_DECIMAL_DIGITS:
             message = f"{source}: column {quote_column(name)} has the type {kind}, which is not supported"
-            raise FileProblem(message, f"Write it with at most {_MAX_DECIMAL_DIGITS} digits, or as text")
+            raise FileProblem(message, f"write it with at most {_MAX_DECIMAL_DIGITS} digits, or as text")
     return schema
 
 
@@ -88,7 +88,7 @@ def _check_cells(source: TableFile, frame: pl.DataFrame, start: int) -> None:
             problem, index = "has a NUL character", _first_nul(column)
         if index is not None:
             position = f"{source}: row {start + index + 1}, column {quote_column(column.name)}"
-            raise FileProblem(f"{position}: this cell {problem}", "Write the file again without it")
+            raise FileProblem(f"{position}: this cell {problem}", "write the file again without it")
 
 
 _WITHOUT_NUL = (pl.Binary, pl.Boolean, pl.Null)
@@ -163,7 +163,7 @@ def _as_parquet_problem(source: TableFile) -> Iterator[None]:
             yield
     except pl.exceptions.PolarsError:
         check_magic_bytes(source)
-        raise FileProblem(f"{source} is a damaged Parquet file", "Write or download it again") from None
+        raise FileProblem(f"{source} is a damaged Parquet file", "write or download it again") from None
     except pl.exceptions.PanicException:  # not a subclass of Exception; a bug in polars
-        hint = "Write its columns with simpler types, such as text"
+        hint = "write its columns with simpler types, such as text"
         raise FileProblem(f"{source} has a column of a type that cannot be read", hint) from None

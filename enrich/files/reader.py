@@ -116,7 +116,11 @@ def _schema_difference(first: list[tuple[str, pl.DataType]], other: list[tuple[s
         if its_name != name:
             return f"column {place} is {quote_column(its_name)}, not {quote_column(name)}"
         if its_kind != kind:
-            return f"{quote_column(name)} is of type {its_kind}, not {kind}"
+            types = f"type {its_kind}, not {kind}"
+            # The categories of an Enum are cells.
+            return (
+                f"{quote_column(name)} is of {types if 'categories=' not in types else 'a type with other categories'}"
+            )
     return None
 
 

@@ -30,7 +30,7 @@ _CELL_SHAPE = re.compile(
     r"|^\s*\(?(?:\d[\s()./-]*){9,}$",
     re.IGNORECASE,
 )
-BINARY_HINT = "It may be a binary file, or have another encoding, such as `encoding: utf-16-le`"
+BINARY_HINT = "it may be a binary file, or have another encoding, such as `encoding: utf-16-le`"
 
 _BYTE_ORDER_MARKS = {
     codecs.BOM_UTF8: "utf-8",
@@ -39,16 +39,18 @@ _BYTE_ORDER_MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-_UNPACK_HINT = "Decompress it first. Only `.gz` is supported"
+#: What works for files, pipes and web addresses.
+_FORMAT_HINT = "rename it to end in `.{0}`, or set `format: {0}` as a key of `input`"
+_UNPACK_HINT = "decompress it first: only `.gz` is supported"
 #: How files begin that are often taken for a table, what they are, and what to do.
 _MAGIC_BYTES = {
     b"PK\x03\x04": (
         "a zip archive or an Excel workbook",
-        "If it is a workbook, rename it to end in `.xlsx`. Otherwise unpack it",
+        f"if it is a workbook, {_FORMAT_HINT.format('xlsx')}; otherwise unpack it",
     ),
-    b"\xd0\xcf\x11\xe0": ("an old Excel workbook (`.xls`)", "Open it in a spreadsheet and save it as `.xlsx`"),
-    b"PAR1": ("a Parquet file", "Rename it to end in `.parquet`"),
-    b"\x1f\x8b": ("compressed with gzip", "Rename it to end in `.gz`, or decompress it"),
+    b"\xd0\xcf\x11\xe0": ("an old Excel workbook (`.xls`)", "open it in a spreadsheet and save it as `.xlsx`"),
+    b"PAR1": ("a Parquet file", _FORMAT_HINT.format("parquet")),
+    b"\x1f\x8b": ("compressed with gzip", "rename it to end in `.gz`, or decompress it"),
     b"\x28\xb5\x2f\xfd": ("compressed with Zstandard", _UNPACK_HINT),
     b"\xfd7zXZ\0": ("compressed with xz", _UNPACK_HINT),
     b"BZh": ("compressed with bzip2", _UNPACK_HINT),
@@ -56,21 +58,21 @@ _MAGIC_BYTES = {
     b"7z\xbc\xaf\x27\x1c": ("a 7-Zip archive", _UNPACK_HINT),
     b"Rar!\x1a": ("a RAR archive", _UNPACK_HINT),
     b"\xff\x06\x00\x00sNaPpY": ("compressed with Snappy", _UNPACK_HINT),
-    b"SQLite format 3\0": ("an SQLite database", "Export the table as CSV"),
-    b"%PDF-": ("a PDF document", "Name a file of leads"),
-    b"{\\rtf": ("a text document (RTF)", "Save it as CSV"),
+    b"SQLite format 3\0": ("an SQLite database", "export the table as CSV"),
+    b"%PDF-": ("a PDF document", "name a file of leads"),
+    b"{\\rtf": ("a text document (RTF)", "save it as CSV"),
 }
-JSON_ARRAY_HINT = "It looks like a JSON array. Convert it to lines: `jq -c '.[]'`"
+JSON_ARRAY_HINT = "it looks like a JSON array: convert it to lines with `jq -c '.[]'`"
 #: The same for text in place of CSV, after blanks and a byte order mark.
 _TEXT_BEGINNINGS = (
-    (re.compile(rb"<!doctype html|<html", re.IGNORECASE), "an HTML page", "Download the file itself, as CSV"),
-    (re.compile(rb"<\?xml"), "an XML document", "Save it as CSV"),
+    (re.compile(rb"<!doctype html|<html", re.IGNORECASE), "an HTML page", "download the file itself, as CSV"),
+    (re.compile(rb"<\?xml"), "an XML document", "save it as CSV"),
     (re.compile(rb"\[\s*\{"), "JSON", f"{JSON_ARRAY_HINT}, in a file that ends in `.jsonl`"),
-    (re.compile(rb"\{\s*\""), "JSON", "If each line is an object, rename it to end in `.jsonl`"),
+    (re.compile(rb"\{\s*\""), "JSON", f"if each line is an object, {_FORMAT_HINT.format('jsonl')}"),
 )
 #: An OpenDocument file is a zip archive whose first member says so.
 _OPEN_DOCUMENT = b"mimetypeapplication/vnd.oasis.opendocument."
-_OPEN_DOCUMENT_HINT = "Open it in a spreadsheet and save it as `.xlsx` or as CSV"
+_OPEN_DOCUMENT_HINT = "open it in a spreadsheet and save it as `.xlsx` or as CSV"
 _MAGIC_LENGTH = 128
 #: A longer name of a column is cut in messages.
 _MAX_SHOWN_NAME = 100
@@ -117,14 +119,14 @@ def as_file_problem(source: TableFile) -> Iterator[None]:
     try:
         path = source.path
         if path.exists() and not path.is_file():  # opening a named pipe could block forever
-            raise FileProblem(f"{source} is {'a folder' if path.is_dir() else 'not a file'}", "Name a file")
+            raise FileProblem(f"{source} is {'a folder' if path.is_dir() else 'not a file'}", "name a file")
         yield
     except FileNotFoundError:
         raise FileProblem(f"{source} does not exist", "check the path") from None
     except PermissionError:
-        raise FileProblem(f"{source} cannot be read by this user", "Change its permissions") from None
+        raise FileProblem(f"{source} cannot be read by this user", "change its permissions") from None
     except (gzip.BadGzipFile, EOFError, zlib.error):
-        hint = "Download the file again. If it is plain text, rename it without `.gz`"
+        hint = "download the file again; if it is plain text, rename it without `.gz`"
         raise FileProblem(f"{source} is a damaged gzip file", hint) from None
     except OSError as error:
         raise FileProblem(f"{source} cannot be read: {error.strerror or error}") from None
@@ -146,8 +148,8 @@ def looks_like_cell(name: str) -> bool:
 
 #: Why a header is no header, where its cells look like those of a lead.
 NO_HEADER = "looks like a lead, not like column names: the file has no header"
-NO_HEADER_HINT = "Write the column names into a first line, as in First Name,Last Name,Website"
-LATER_HEADER_HINT = "The header may be a later row: delete the lines above it"
+NO_HEADER_HINT = "write the column names into a first line, as in First Name,Last Name,Website"
+LATER_HEADER_HINT = "the header may be a later row: delete the lines above it"
 
 
 def header_problem(header: list[str], positions: list[str] | None = None) -> tuple[str, str] | None:
@@ -161,8 +163,10 @@ def header_problem(header: list[str], positions: list[str] | None = None) -> tup
     if any(map(looks_like_cell, header)):
         return NO_HEADER, NO_HEADER_HINT
     named = [name for name in header if name]
-    is_title = len(set(named)) == len(named)  # only the blank name is repeated
-    return repeated, LATER_HEADER_HINT if is_title else "Give each column its own name"
+    if len(set(named)) < len(named):
+        return repeated, "give each column its own name"
+    # Only the blank name is repeated. A title above the header has few names.
+    return repeated, LATER_HEADER_HINT if 2 * len(named) <= len(header) else "delete the columns without a name"
 
 
 def _repeated_columns(header: list[str], positions: list[str] | None) -> str | None:
@@ -177,8 +181,8 @@ def _repeated_columns(header: list[str], positions: list[str] | None) -> str | N
 
 
 def is_headerless(header: Sequence[str], job_columns: Iterable[str]) -> bool:
-    """Check whether the first line looks like a lead: it has none of the job's columns, but the shape of a cell."""
-    return not set(header) & set(job_columns) and any(map(looks_like_cell, header))
+    """Check whether the first line looks like a lead: a cell's shape, and none of the job's columns in any spelling."""
+    return {*map(_fold, header)}.isdisjoint(map(_fold, job_columns)) and any(map(looks_like_cell, header))
 
 
 def missing_column_hint(column: str, header: Sequence[str], job_columns: Iterable[str]) -> str | None:
@@ -243,7 +247,7 @@ def _check_magic_bytes(source: TableFile, beginning: bytes) -> None:
     else:
         return
     message = f"{source} is not `{source.encoding}` text: byte 1 (line 1) {problem}"
-    raise FileProblem(message, f"Set `encoding: {suggestion}` as a key of `input`")
+    raise FileProblem(message, f"set `encoding: {suggestion}` as a key of `input`")
 
 
 def _decoding_problem(source: TableFile) -> FileProblem:
@@ -263,5 +267,5 @@ def _decoding_problem(source: TableFile) -> FileProblem:
                 break
             offset += len(chunk)
     suggestion = "cp1252" if codecs.lookup(source.encoding).name.startswith("utf-8") else "utf-8"
-    hint = f"Set the encoding it was saved in, such as `encoding: {suggestion}`, as a key of `input`"
+    hint = f"set the encoding it was saved in, such as `encoding: {suggestion}`, as a key of `input`"
     return FileProblem(f"{source} is not `{source.encoding}` text{position}", BINARY_HINT if b"\0" in chunk else hint)

@@ -131,7 +131,7 @@ def _open_target(target: Location, job: str, kind: str) -> Iterator[BinaryIO]:
         return
     with tempfile.TemporaryFile() as file:
         yield cast("BinaryIO", file)
-        object_store.upload(target, cast("BinaryIO", file))
+        object_store.upload(target, cast("BinaryIO", file), kind)
 
 
 @contextmanager

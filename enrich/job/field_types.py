@@ -11,6 +11,8 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
+from enrich.job.locations import is_url
+
 #: Maximum number of credits. In millionths it still fits into the ledger's 64-bit integers.
 MAX_CREDITS = 1e12
 
@@ -88,6 +90,12 @@ def _check_path(value: str) -> str:
     return value
 
 
+def _check_local(value: str) -> str:
+    if is_url(value):
+        raise ValueError("must be a file on this machine, not a URL")
+    return value
+
+
 def _check_url(value: str) -> str:
     try:
         parts = urlsplit(value)
@@ -104,6 +112,7 @@ Separator = Annotated[
     str, AfterValidator(_check_separator), WithJsonSchema({"type": "string", "minLength": 1, "maxLength": 1})
 ]
 PathText = Annotated[Text, AfterValidator(_check_path)]
+LocalPathText = Annotated[PathText, AfterValidator(_check_local)]
 Encoding = Annotated[Text, AfterValidator(_check_encoding)]
 Duration = Annotated[
     timedelta,

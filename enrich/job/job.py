@@ -203,7 +203,7 @@ class Job(Struct, frozen=True):
 #: The files that a run only reads. Two of them may be the same.
 _FILES_READ = ("the job file", "input", "suppress", "notify")
 #: The codes of strftime that mean the same on every system, except those that put a line break or a slash into a name.
-_DATE_CODES = frozenset(f"%{letter}" for letter in "aAbBcCdeFGgHIjklmMpPsSTuUVwWxXyYzZ%")
+_DATE_CODES = frozenset(f"%{letter}" for letter in "aAbBcCdeFGgHIjklmMpPsSTuUVwWXyYzZ%")
 
 
 def load_job(path: Path, overrides: Overrides | None = None) -> Job:
@@ -223,6 +223,8 @@ def load_job(path: Path, overrides: Overrides | None = None) -> Job:
         model = model_type.model_validate(document.data)
     except ValidationError as error:
         raise join_validation_errors(document, error) from error
+    given = {"input": overrides.input, "output": overrides.output, "ledger": overrides.ledger}
+    document.replaced_keys = frozenset(key for key, value in given.items() if value is not None)
     if overrides.max_credits is not None:
         if not 0 <= overrides.max_credits <= MAX_CREDITS:
             raise JobError("--max-credits: must be a number of credits")
@@ -324,8 +326,7 @@ def _ledger_location(
         if reason := why_no_ledger(ledger):
             raise ValueError(f"{ledger}: {reason}")
     except ValueError as error:
-        option_or_key = "--ledger" if given is not None else document.place_of(["ledger"])
-        raise JobError(f"{option_or_key}: {error}") from error
+        raise JobError(f"{document.place_of(['ledger'])}: {error}") from error
     is_folder = isinstance(ledger, Path) and ledger.is_dir()  # refused when it is opened, with the name that was given
     return sandbox_ledger_location(ledger) if overrides.sandbox and not is_folder else ledger
 

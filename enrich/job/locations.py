@@ -29,6 +29,8 @@ _FORMAT_BY_EXTENSION: dict[str, Format] = {
 _URL_SCHEMES = ("s3", "gs", "az")
 _WEB_SCHEMES = ("http", "https")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/]*)/?(.*)", re.DOTALL)
+#: An object's name with an empty part, `.` or `..` between its slashes, or with a control character.
+_UNUSABLE_KEY = re.compile(r"(?:^|/)\.{0,2}(?:/|$)|[\x00-\x1f\x7f]")
 
 
 class ObjectUrl(Struct, frozen=True):
@@ -207,6 +209,11 @@ def path_beside_ledger(ledger: LedgerLocation, suffix: str) -> Path:
     return ledger.parent / f"{ledger.name}{suffix}"
 
 
+def is_url(text: str) -> bool:
+    """Check whether a text is a URL, not the path of a file on this machine."""
+    return _URL.fullmatch(text) is not None
+
+
 def parse_location(base: Path, path_or_url: str | Path) -> Location:
     """Parse a path (relative to `base`) or an object storage URL. Raises ValueError for an unusable URL."""
     match = _URL.fullmatch(str(path_or_url))
@@ -223,6 +230,8 @@ def parse_location(base: Path, path_or_url: str | Path) -> Location:
         raise ValueError("a URL must have no credentials: they come from the environment")
     if not bucket or not key.strip("/"):
         raise ValueError(f"an object storage URL needs a bucket and an object: {scheme}://bucket/leads.csv")
+    if _UNUSABLE_KEY.search(key.removesuffix("/")):
+        raise ValueError("an object's name cannot have `//`, `/./`, `/../` or a control character")
     return ObjectUrl(scheme, bucket, key)
 
 

@@ -8,7 +8,18 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from enrich.job.cell_text import EMPTY_VALUES, PLACEHOLDERS, clean
-from enrich.job.field_types import Columns, Credits, Duration, Encoding, PathText, Separator, StrictModel, Text, Url
+from enrich.job.field_types import (
+    Columns,
+    Credits,
+    Duration,
+    Encoding,
+    LocalPathText,
+    PathText,
+    Separator,
+    StrictModel,
+    Text,
+    Url,
+)
 from enrich.job.locations import Format, format_of, separator_of
 from enrich.job.target import SOURCES_KEY, Param, TargetKind, TargetModel
 
@@ -199,7 +210,7 @@ class JobModel(TargetModel, _JobFiles):
     )
     caps: Caps | None = Field(None, description="Per-group limit.")
     canary: Canary | None = Field(None, description="Stop with exit 15 if too few of the first requests are matches.")
-    suppress: PathText | None = Field(
+    suppress: LocalPathText | None = Field(
         None, description="A file of e-mail addresses and domains, one per line, that are never sent."
     )
     limits: Limits = Limits()
@@ -214,11 +225,11 @@ class JobModel(TargetModel, _JobFiles):
     report: Annotated[Report, BeforeValidator(_expand_path)] | None = Field(
         None, description="The report: a path, or an object."
     )
-    metrics: PathText | None = Field(None, description="A .prom file for the textfile collector of Prometheus.")
+    metrics: LocalPathText | None = Field(None, description="A .prom file for the textfile collector of Prometheus.")
     healthcheck: Url | None = Field(
         None, description="A URL that is pinged at the start (/start), after a success, and after a failure (/fail)."
     )
-    notify: PathText | None = Field(
+    notify: LocalPathText | None = Field(
         None, description="A file of Apprise URLs, one per line, for notifications when action is required."
     )
 

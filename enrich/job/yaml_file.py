@@ -28,6 +28,8 @@ class YamlDocument:
     def __init__(self, path: Path) -> None:
         """Read the file. Raises JobError that names the file and, if possible, the line."""
         self.path = path
+        #: Keys whose values the command line replaces. Messages name their options.
+        self.replaced_keys: frozenset[str] = frozenset()
         try:
             text = read_text(path)
         except FileNotFoundError:
@@ -79,7 +81,9 @@ class YamlDocument:
         return line + 1
 
     def place_of(self, key_path: Sequence[str | int]) -> str:
-        """Return the file, the line and the key at a path, as messages name them."""
+        """Return the file, the line and the key at a path, as messages name them, or the option in place of the key."""
+        if key_path[0] in self.replaced_keys:
+            return f"--{key_path[0]}"
         return f"{self.path}:{self.line_of(key_path)}: {'.'.join(map(str, key_path))}"
 
 
@@ -100,7 +104,7 @@ def _syntax_hint(problem: str) -> str | None:
         return "put the whole value in single quotes, and double those inside it"
     if "\\t" in problem:
         return "indent with blanks"
-    if "cannot start any token" in problem:
+    if "cannot start any token" in problem or "expected alphabetic or numeric character" in problem:
         return "put it in quotes if it is text"
     if any(
         sign in problem for sign in ("<block end>", "mapping values are not allowed", "could not find expected ':'")

@@ -8,18 +8,20 @@ from typing import NamedTuple
 
 from enrich.json_text import to_json_text
 from enrich.ledger.database import Database
-from enrich.ledger.dialect import JSON_NUMBERS
+from enrich.ledger.dialect import JSON_NUMBERS, OPEN_ATTEMPT
 
 
 class StepCost(NamedTuple):
     """The cost of a step in a run: `exact` when it was last summed.
 
-    `at_most` adds the highest price of the attempts claimed since, up to the id `newest`.
+    `at_most` adds the highest price of the attempts claimed since, up to the id `newest`. Earlier runs have made those
+    up to the id `earlier`.
     """
 
     exact: int
     at_most: int
     newest: int
+    earlier: int
 
 
 def left_of_step_cap(db: Database, execution_id: int, step: str | None, step_cap: int, price: int) -> int:
@@ -36,23 +38,39 @@ def left_of_step_cap(db: Database, execution_id: int, step: str | None, step_cap
             "coalesce(sum(CASE WHEN execution_id = ?2 AND step = ?3 THEN reserved END), 0) FROM attempts WHERE id > ?1",
             (known.newest, execution_id, step),
         ).fetchone()
-        known = StepCost(known.exact, known.at_most + int(reserved), int(newest))
+        known = StepCost(known.exact, known.at_most + int(reserved), int(newest), known.earlier)
     if known is None or known.at_most + price > known.exact + (step_cap - known.exact) // 2:
         newest = db.value("SELECT coalesce(max(id), 0) FROM attempts")
-        exact = _exact_cost(db, execution_id, step)
-        known = StepCost(exact, exact, int(newest))
+        earlier = _last_earlier_attempt(db, execution_id) if known is None else known.earlier
+        exact = _exact_cost(db, execution_id, step, earlier)
+        known = StepCost(exact, exact, int(newest), earlier)
     db.step_costs[execution_id, step] = known
     return step_cap - known.at_most
 
 
-def _exact_cost(db: Database, execution_id: int, step: str | None) -> int:
-    """Add up what a step has cost in a run: the price of what is settled, the highest price of everything else."""
-    return db.number(
+def _last_earlier_attempt(db: Database, execution_id: int) -> int:
+    """Return the id of the newest attempt that an earlier run has made; 0: there is none."""
+    newest = "SELECT id FROM attempts WHERE execution_id < ? ORDER BY id DESC LIMIT 1"
+    return db.number(f"SELECT coalesce(({newest}), 0)", execution_id)
+
+
+def _exact_cost(db: Database, execution_id: int, step: str | None, earlier: int) -> int:
+    """Add up what a step has cost in a run: the price of what is settled, the highest price of everything else.
+
+    What earlier runs have sent counts where the run has settled it, or may settle it.
+    """
+    cost = (
         "SELECT coalesce(sum(CASE WHEN b.credits IS NULL THEN coalesce(a.credits, a.reserved) "
         "WHEN a.bulk_index = 0 THEN b.credits ELSE 0 END), 0) "
-        "FROM attempts a LEFT JOIN bulk_tasks b ON b.id = a.bulk_task_id WHERE a.step = ? AND a.execution_id = ?",
+        "FROM attempts a LEFT JOIN bulk_tasks b ON b.id = a.bulk_task_id"
+    )
+    own = db.number(f"{cost} WHERE a.step = ? AND a.execution_id = ?", step, execution_id)
+    return own + db.number(
+        f"{cost} WHERE {db.dialect.no_index}a.step = ?1 "
+        f"AND (a.settled_execution_id = ?2 AND a.id <= ?3 OR a.{OPEN_ATTEMPT} AND a.id <= ?3)",
         step,
         execution_id,
+        earlier,
     )
 
 

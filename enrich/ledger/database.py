@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from enrich.errors import CommandRefused, EnrichError, JobError
 from enrich.extras import install_hint
 from enrich.job.locations import LedgerLocation, PostgresLocation
-from enrich.ledger.dialect import DATABASE_ERRORS, Cursor, Dialect, Session
+from enrich.ledger.dialect import DATABASE_ERRORS, Cursor, Dialect
 from enrich.ledger.file_identity import ledger_file_exists
-from enrich.ledger.sqlite import JOURNAL_SUFFIXES, open_in_memory, open_sqlite
+from enrich.ledger.sqlite import JOURNAL_SUFFIXES, SqliteSession, open_in_memory, open_sqlite
 
 if TYPE_CHECKING:
-    from enrich.ledger.postgres import FencingToken
+    from enrich.ledger.postgres import FencingToken, PostgresSession
 
 
 def load_postgres() -> ModuleType:
@@ -63,17 +63,15 @@ class Database:
         #: Where the next claim starts, by `new_up_to`: the last claimed position, and the claims since a full look.
         self.claimed_up_to: dict[int | None, tuple[int, int]] = {}
         #: What a step of an execution has cost; see `claim_costs`.
-        self.step_costs: dict[tuple[int, str | None], tuple[int, int, int]] = {}
+        self.step_costs: dict[tuple[int, str | None], tuple[int, int, int, int]] = {}
         #: The id of the request that the last batch of the input ended with; see `enroll`.
         self.matched_up_to = 0
         #: With leases, several processes write to the ledger, and the table `seen` of a pass is theirs together.
         self.shares_passes = isinstance(location, PostgresLocation) and not read_only and not in_memory
         #: Names of facts that are certainly in the ledger (see `bindings.bind`).
         self.known_facts: frozenset[str] = frozenset()
-        #: The lease that this connection writes under, where processes hold their work by leases. None: no leases.
-        self.lease_id = None if fencing_token is None else fencing_token.lease_id
         if isinstance(location, PostgresLocation) and not in_memory:
-            self.session: Session = load_postgres().open_schema(
+            self.session: SqliteSession | PostgresSession = load_postgres().open_schema(
                 location,
                 read_only=read_only,
                 any_version=any_version,
@@ -86,16 +84,7 @@ class Database:
             )
         else:
             self.session = open_in_memory()
-
-    @property
-    def dialect(self) -> Dialect:
-        """The parts of SQL that differ between databases."""
-        return self.session.dialect
-
-    @property
-    def in_transaction(self) -> bool:
-        """Whether a transaction is open."""
-        return self.session.in_transaction
+        self.dialect: Dialect = self.session.dialect
 
     def execute(self, sql: str, values: Sequence[Any] = (), /) -> Cursor:
         """Run one statement. Parameters are written as `?` or `?1`."""
@@ -138,7 +127,7 @@ class Database:
 
     def watch_files(self) -> None:
         """Record which files the ledger is open in. The caller holds the ledger's lock."""
-        if isinstance(self.location, Path):
+        if isinstance(self.session, SqliteSession) and isinstance(self.location, Path):
             self.session.watch_files(self.location)
 
     def check_files(self) -> None:
@@ -164,7 +153,7 @@ class Database:
     @contextmanager
     def temporary_transaction(self) -> Iterator[None]:
         """Use the open transaction, or open one that writes only to temporary tables."""
-        if self.in_transaction:
+        if self.session.in_transaction:
             yield
             return
         self.session.begin_temporary()

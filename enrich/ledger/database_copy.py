@@ -21,6 +21,7 @@ from enrich.ledger.database import Database, delete_ledger, ledger_exists, open_
 from enrich.ledger.dialect import DATABASE_ERRORS
 from enrich.ledger.erasure import key_path, write_key
 from enrich.ledger.lock import lock_ledger, open_exclusive
+from enrich.ledger.rescue_file import find_rescue_files
 from enrich.ledger.sqlite import damaged_ledger_error, is_damage_error
 
 #: All copied tables, each with the columns that identify a row. References are checked after all tables are loaded.
@@ -56,8 +57,8 @@ class CopyResult(Struct, frozen=True):
 def copy_ledger(source: LedgerLocation, target: LedgerLocation) -> CopyResult:
     """Copy a whole ledger that no run is using, or nothing of it, to a location that holds no ledger data.
 
-    The key for the hashes of forgotten people is copied too. Raises CommandRefused, and LedgerLocked while a run holds
-    either ledger.
+    The key for the hashes of forgotten people is copied too. Raises CommandRefused, also if there is a rescue file, and
+    LedgerLocked while a run holds either ledger.
     """
     if is_same_file(source, target):
         raise CommandRefused(f"{target}: this is the ledger itself", "choose another location for the copy")
@@ -67,6 +68,11 @@ def copy_ledger(source: LedgerLocation, target: LedgerLocation) -> CopyResult:
         lock_ledger(target, 0),
         _created_target(target) as writer,
     ):
+        if isinstance(source, Path) and (rescue_files := find_rescue_files(source, ())):
+            raise CommandRefused(
+                f"{rescue_files[0]} has what the last run could not write into this ledger",
+                "import it with `enrich run JOB --limit 0`, then run this again",
+            )
         try:
             with reader.snapshot(), writer.transaction():
                 result = _copy_tables(reader, writer)

@@ -1,11 +1,9 @@
-"""What the ledger needs from a database, and the parts of SQL that differ between SQLite and PostgreSQL."""
+"""The parts of SQL that differ between SQLite and PostgreSQL, and the errors of both."""
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from msgspec import Struct
@@ -77,79 +75,6 @@ class Cursor(Protocol):
         """Return all remaining rows."""
 
     def __iter__(self) -> Iterator[Any]: ...
-
-
-class Session(Protocol):
-    """A connection to the database of one ledger. SQL parameters are written as `?` or `?1`."""
-
-    dialect: Dialect
-
-    @property
-    def in_transaction(self) -> bool:
-        """Return whether a transaction is open."""
-
-    def watch_files(self, path: Path) -> None:
-        """Record the files of the ledger that `check_files` compares from then on."""
-
-    def check_files(self) -> None:
-        """Raise LedgerMoved when a file of the ledger was removed or replaced since `watch_files`."""
-
-    def execute(self, sql: str, values: Sequence[Any] = (), /) -> Cursor:
-        """Run one statement."""
-
-    def executemany(self, sql: str, rows: Iterable[Sequence[Any]], /) -> object:
-        """Run one statement for each of many rows."""
-
-    def stream(self, sql: str, values: Sequence[Any] = (), /) -> Iterator[Any]:
-        """Yield the rows of a query that are too many to hold in memory."""
-
-    def deferred_references(self) -> AbstractContextManager[None]:
-        """Allow rows to be loaded in any order within a transaction. References are checked at the end."""
-
-    def load_rows(self, table: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], /) -> None:
-        """Insert many rows with their own ids. Later ids continue after the highest one."""
-
-    def begin(self) -> None:
-        """Begin a transaction that writes."""
-
-    def begin_snapshot(self) -> None:
-        """Begin a transaction that reads from one snapshot."""
-
-    def begin_temporary(self) -> None:
-        """Begin a transaction that writes only to temporary tables."""
-
-    def commit(self) -> None:
-        """Commit the transaction durably."""
-
-    def rollback(self) -> None:
-        """Roll back the open transaction, if there is one."""
-
-    def reconnect(self, failure: BaseException) -> bool | None:
-        """Recover the connection after a failure in a transaction.
-
-        Return whether the failed transaction was committed after all. None: the failure is permanent.
-        """
-
-    def has_temporary_table(self, table: str) -> bool:
-        """Return whether this connection has created the temporary table."""
-
-    def shorten_waits(self) -> None:
-        """Shorten all waits for the database. Can be called from any thread."""
-
-    def clear_table(self, table: str) -> None:
-        """Delete all rows of a temporary table."""
-
-    def integrity_problems(self) -> Iterator[str]:
-        """Read the whole database and yield each integrity problem."""
-
-    def enable_secure_delete(self) -> None:
-        """Overwrite deleted data from now on."""
-
-    def discard_erased_data(self) -> bool:
-        """Remove erased data from where the database keeps old versions. Return whether that is complete."""
-
-    def close(self) -> None:
-        """Close the connection."""
 
 
 #: Exactly the condition of the index `open_attempts`. With other wording SQLite would read all attempts.

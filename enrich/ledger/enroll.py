@@ -56,9 +56,9 @@ _RESULT_FIELDS = {
 }
 
 # A request that is not in the ledger goes here and gets a negative id.
-_UNKNOWN_TABLE = "CREATE TEMP TABLE unknown_requests (id {serial}, fingerprint {blob} NOT NULL UNIQUE)"
+_UNKNOWN_TABLE = "CREATE TEMP TABLE IF NOT EXISTS unknown_requests (id {serial}, fingerprint {blob} NOT NULL UNIQUE)"
 # The key is the id, not the fingerprint: the requests of a file are in the ledger nearly in the file's order.
-_SEEN_TABLE = """CREATE TEMP TABLE seen (id {serial}, first_position BIGINT NOT NULL,
+_SEEN_TABLE = """CREATE TEMP TABLE IF NOT EXISTS seen (id {serial}, first_position BIGINT NOT NULL,
 queue_position BIGINT NOT NULL, group_name TEXT, decision TEXT NOT NULL)"""
 
 
@@ -85,8 +85,6 @@ def begin_pass(db: Database) -> None:
 
 def _ensure_pass_tables(db: Database) -> None:
     """Create the temporary tables of a pass, unless this connection has them. They end with the connection."""
-    if db.session.has_temporary_table("unknown_requests"):
-        return
     for statement in (_UNKNOWN_TABLE,) if db.shares_passes else (_UNKNOWN_TABLE, _SEEN_TABLE):
         db.execute(statement.format(blob=db.dialect.blob_type, serial=db.dialect.serial_key))
 

@@ -101,9 +101,9 @@ def delete_unless_used(db: Database, execution_id: int) -> bool:
     return deleted.rowcount > 0
 
 
-def has_submitted(db: Database, job: str | None = None) -> bool:
-    """Return whether anything was ever submitted from this ledger, for one job if given."""
-    return db.exists("FROM executions WHERE submitted > 0 AND (CAST(?1 AS TEXT) IS NULL OR job = ?1)", job)
+def has_submitted(db: Database, job: str) -> bool:
+    """Return whether anything was ever submitted for a job."""
+    return db.exists("FROM executions WHERE submitted > 0 AND job = ?", job)
 
 
 def has_own_submissions(db: Database) -> bool:

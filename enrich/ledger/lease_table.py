@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from enrich.errors import RunEnded
+from enrich.errors import LedgerLocked, RunEnded
 from enrich.ledger.database import Database
 
 #: A lease that expired during a server outage is extended: its holder could not renew it.
@@ -47,6 +47,13 @@ def other_holders(db: Database) -> list[LeaseHolder]:
         for number, name, leads, left_s, until, process in rows
         if not _delete_lease_if_gone(db, number, process)
     ]
+
+
+def check_no_other_holders(db: Database) -> None:
+    """Raise LedgerLocked while processes of an earlier run may hold tasks. A worker may outlive its run."""
+    if others := other_holders(db):
+        names = ", ".join(other.name for other in others)
+        raise LedgerLocked(f"{db.location}: processes of an earlier run still end: {names}", "try again in a minute")
 
 
 def revoke_leases(db: Database, holders: Iterable[LeaseHolder]) -> None:

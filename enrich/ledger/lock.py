@@ -167,10 +167,5 @@ def open_exclusive(location: LedgerLocation) -> Iterator[FencingToken | None]:
             return
         with open_leased(location) as (ledger, lease):
             with ledger.transaction():
-                other_holders = lease_table.other_holders(ledger)
-            if other_holders:
-                names = ", ".join(other.name for other in other_holders)
-                raise LedgerLocked(
-                    f"{location}: processes of an earlier run still end: {names}", "try again in a minute"
-                )
+                lease_table.check_no_other_holders(ledger)
             yield lease.fencing_token

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
 from math import inf
-from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -17,7 +16,7 @@ from msgspec import Struct
 
 from enrich.errors import LeaseLost
 from enrich.job.locations import PostgresLocation
-from enrich.ledger.dialect import OUTAGE_TIMEOUT_S, DatabaseFailed, Dialect, TransactionInterrupted
+from enrich.ledger.dialect import OUTAGE_TIMEOUT_S, Cursor, DatabaseFailed, Dialect, TransactionInterrupted
 from enrich.ledger.postgres_connection import (
     CONFLICT_ERRORS,
     PERMANENT_ERRORS,
@@ -117,7 +116,7 @@ class PostgresSession:
         """Return whether a transaction is open."""
         return self._connection.info.transaction_status is not psycopg.pq.TransactionStatus.IDLE
 
-    def execute(self, text: str, values: Sequence[Any] = (), /) -> Any:  # noqa: ANN401 - a cursor with rows of any type
+    def execute(self, text: str, values: Sequence[Any] = (), /) -> Cursor:
         """Run one statement. Raises DatabaseFailed."""
         query, is_numbered = to_psycopg_sql(text)
         parameters = {f"p{number}": value for number, value in enumerate(values, 1)} if is_numbered else values
@@ -270,9 +269,6 @@ class PostgresSession:
         finally:
             self._statement_timeout_s = before
 
-    def watch_files(self, _: Path) -> None:
-        """Do nothing: the server manages its own files."""
-
     def check_files(self) -> None:
         """Do nothing: the server manages its own files."""
 
@@ -300,11 +296,6 @@ class PostgresSession:
         """Run one statement without parameters, as written. Raises DatabaseFailed."""
         with self._statement_timeout(inf), as_database_errors():
             self._connection.execute(statement)
-
-    def has_temporary_table(self, table: str) -> bool:
-        """Return whether this connection has created the temporary table."""
-        (table_oid,) = self.execute("SELECT to_regclass(?)", (f"pg_temp.{table}",)).fetchone()
-        return table_oid is not None
 
     def clear_table(self, table: str) -> None:
         """Empty a table. Deleted rows would stay in a temporary table forever, so it is truncated."""

@@ -127,17 +127,17 @@ def has_open_since(db: Database, since_ms: float) -> bool:
     return db.exists(f"FROM attempts WHERE {OPEN_ATTEMPT} AND (state = 'submitting' OR submitted_ms > ?)", since_ms)
 
 
-def average_price(db: Database, target: Target) -> tuple[int, float | None]:
-    """Return the number and average price (millionths) of the newest answers to a target whose price is known."""
-    row = db.execute(
-        "SELECT count(*), avg(a.paid) FROM (SELECT request_id, state, paid, task_id FROM billed "
+def average_price(db: Database, target: Target) -> float | None:
+    """Return the average price (millionths) of the newest answers to a target. None: no price is known."""
+    (average,) = db.execute(
+        "SELECT avg(a.paid) FROM (SELECT request_id, state, paid, task_id FROM billed "
         "ORDER BY id DESC LIMIT ?) a "
         f"{db.dialect.ordered_join} requests r ON r.id = a.request_id JOIN calls c ON c.id = r.call_id "
         "WHERE c.canonical = ? AND a.paid IS NOT NULL "
         "AND a.state IN ('found', 'not_found', 'failed') AND a.task_id IS NOT NULL",
         (PRICE_SAMPLE_SIZE, target.canonical()),
     ).fetchone()
-    return int(row[0]), row[1]
+    return None if average is None else float(average)
 
 
 def polls_per_task(db: Database) -> float | None:
@@ -304,13 +304,9 @@ class LedgerTotals(Struct, frozen=True):
 
 def totals(db: Database) -> LedgerTotals:
     """Return the totals of the ledger."""
-    row = db.execute(
-        "SELECT coalesce(sum(paid), 0), "
-        "count(*) FILTER (WHERE paid IS NULL AND state IN ('found', 'not_found', 'failed', 'expired')), "
-        "(SELECT count(*) FROM requests WHERE state = 'in_doubt'), "
-        "count(*) FILTER (WHERE state = 'submitted') FROM billed"
-    ).fetchone()
-    return LedgerTotals(*map(int, row))
+    in_doubt = db.number("SELECT count(*) FROM requests WHERE state = 'in_doubt'")
+    submitted = db.number(f"SELECT count(*) FROM attempts WHERE {OPEN_ATTEMPT} AND state = 'submitted'")
+    return LedgerTotals(*spent_totals(db), in_doubt, submitted)
 
 
 def oldest_open_submission_ms(db: Database) -> int | None:

@@ -22,8 +22,8 @@ from enrich.json_text import parse_json
 
 #: Appended to the ledger's name. Further files of the same ledger end with `.2`, `.3` and so on.
 SUFFIX = ".rescue"
-#: Reserved bytes: each of 32 POSTs writes a line of about 600 bytes, at most twice.
-RESERVED_BYTES = 128 * 1024
+#: Reserved bytes for each request in flight, which writes a line of about 600 bytes at most twice; and at least in all.
+BYTES_PER_REQUEST, MIN_RESERVED_BYTES = 1536, 128 * 1024
 _HINT = "restore it, or move it away: what is in it is paid for, and would be charged again"
 
 Json = Annotated[str, Field(min_length=2)]
@@ -134,7 +134,7 @@ def _check_line(attempt: RescuedAttempt) -> None:
 class RescueFile:
     """Writes a rescue file. Disk space for it is reserved in the ledger's folder in advance."""
 
-    def __init__(self, ledger: Path, other_folders: Sequence[Path] = ()) -> None:
+    def __init__(self, ledger: Path, other_folders: Sequence[Path] = (), requests_in_flight: int = 0) -> None:
         """Reserve disk space. `other_folders` are used when the ledger's folder is gone.
 
         Raises LedgerLocked when another run is alive that writes such a file: its lock file was removed.
@@ -147,7 +147,7 @@ class RescueFile:
         #: Path of the file, once something was written.
         self.path: Path | None = None
         self._refuse_second_writer()
-        self._reserve_space()
+        self._reserve_space(max(MIN_RESERVED_BYTES, requests_in_flight * BYTES_PER_REQUEST))
 
     def _refuse_second_writer(self) -> None:
         """Raise LedgerLocked when another process holds its reserved space or a rescue file of this ledger."""
@@ -156,13 +156,13 @@ class RescueFile:
             if _is_held(path):
                 raise LedgerLocked(f"{self._ledger}: another run is using this ledger, without a lock", LOCKED_HINT)
 
-    def _reserve_space(self) -> None:
+    def _reserve_space(self, size: int) -> None:
         """Reserve disk space. On a disk that is already full the run continues without."""
         try:
             self._remove_abandoned()
             self._file = os.open(self._reserved_path, os.O_CREAT | os.O_TRUNC | os.O_RDWR | os.O_NOFOLLOW, 0o600)
             _hold(self._file)
-            os.posix_fallocate(self._file, 0, RESERVED_BYTES)
+            os.posix_fallocate(self._file, 0, size)
         except (OSError, AttributeError):
             self._drop_reserved()
 

@@ -15,6 +15,7 @@ from enrich.json_text import to_json_text
 from enrich.ledger import bindings, resume, transitions
 from enrich.ledger.database import Database
 from enrich.ledger.dialect import OPEN_ATTEMPT
+from enrich.ledger.execution_records import newest_execution_id
 from enrich.ledger.rescue_file import RescuedAttempt, find_rescue_files, read_rescue_file
 from enrich.models import Answer, State
 
@@ -160,8 +161,8 @@ def _update_existing(
         _mark_submitted(db, attempt_id, execution_id, line, already_counted=state == "in_doubt")
         holders.setdefault(line.task_id, []).append(_TaskHolder.of(line))
         counts["answered" if _settle_if_answered(db, attempt_id, execution_id, line) else "submitted"] += 1
-    elif state == "submitted" and is_newest and _settle_if_answered(db, attempt_id, execution_id, line):
-        counts["answered"] += 1
+    elif state == "submitted" and is_newest and _settle_if_answered(db, attempt_id, newest_execution_id(db), line):
+        counts["answered"] += 1  # in the last run, which may have polled the task of an earlier one
     elif state == "submitting" and line.state == "refused":
         transitions.record_refused(db, [(attempt_id, line.error or "not accepted", now_ms)])
         counts["refused"] += 1

@@ -156,7 +156,7 @@ def settle_superseded(db: Database, attempt_id: int, answer: Answer, now_ms: int
         (answer.credits, answer.raw, answer.provider, now_ms, execution_id, attempt_id),
     )
     transitions.release_reservations(db, [(attempt_id, "", now_ms)])
-    transitions.charge(db, execution_id, answer.credits or 0)
+    db.execute("UPDATE executions SET spent = spent + ? WHERE id = ?", (answer.credits or 0, execution_id))
 
 
 def mark_result_deleted(db: Database, attempt_ids: Sequence[int]) -> None:

@@ -30,6 +30,7 @@ RUN_BUSY_TIMEOUT_MS = 500
 #: Suffixes of the files that SQLite keeps next to a database.
 JOURNAL_SUFFIXES = ("-journal", "-wal", "-shm")
 _DAMAGE_CODES = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR_SHORT_READ, sqlite3.SQLITE_FORMAT}
+_DISK_ERROR_CODES = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY}
 #: Python's decoding errors start with this. They have no error code and quote the text.
 _DECODE_ERROR_PREFIX = "Could not decode to UTF-8"
 #: Every command checks files up to this size (bytes), because that takes no time.
@@ -145,10 +146,6 @@ class SqliteSession(sqlite3.Connection):
         """Return None: a failed file operation would fail again."""
         return None
 
-    def has_temporary_table(self, table: str) -> bool:
-        """Return whether this connection has created the temporary table."""
-        return self.execute("SELECT 1 FROM temp.sqlite_master WHERE name = ?", (table,)).fetchone() is not None
-
     def shorten_waits(self) -> None:
         """Do nothing: waits for a file are short."""
 
@@ -183,6 +180,13 @@ def is_busy_error(error: BaseException | None) -> bool:
     return (
         isinstance(error, sqlite3.Error)
         and (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF == sqlite3.SQLITE_BUSY
+    )
+
+
+def is_disk_error(error: BaseException | None) -> bool:
+    """Return whether the disk is full, read-only or faulty. Errors that mean damage may be among these."""
+    return (
+        isinstance(error, sqlite3.Error) and (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF in _DISK_ERROR_CODES
     )
 
 
@@ -231,7 +235,7 @@ def open_in_memory() -> SqliteSession:
     return db
 
 
-def open_sqlite(path: Path, *, read_only: bool, any_version: bool, skip_integrity_check: bool = False) -> SqliteSession:
+def open_sqlite(path: Path, *, read_only: bool, any_version: bool, skip_integrity_check: bool) -> SqliteSession:
     """Open a ledger and create it (mode 0600) if it is missing. With `read_only` it can be read during a run.
 
     With `any_version` a ledger of another version is opened as it is. With `skip_integrity_check` the caller checks for
@@ -270,7 +274,7 @@ def open_sqlite(path: Path, *, read_only: bool, any_version: bool, skip_integrit
             db.execute("PRAGMA cache_size = -65536")
             if not any_version:
                 _migrate(db, path, allowed=not read_only)
-            if not (skip_integrity_check or any_version):
+            if not skip_integrity_check:
                 _check_integrity(db, path, ALWAYS_CHECKED_BYTES if read_only else CHECKED_AT_START_BYTES)
         except BaseException:
             db.close()

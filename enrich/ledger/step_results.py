@@ -150,13 +150,15 @@ class RecordedRow(NamedTuple):
 def begin_requesting_rows(db: Database, step: str) -> None:
     """Start to collect the rows that need a request in a step. None of them does yet."""
     with db.temporary_transaction():
-        if not db.session.has_temporary_table("requesting_rows"):
-            db.execute(
-                f"CREATE TEMP TABLE requesting_rows (fingerprint {db.dialect.blob_type} NOT NULL, "
-                "row_hash BIGINT NOT NULL, step TEXT NOT NULL, sends BIGINT NOT NULL, "
-                "PRIMARY KEY (fingerprint, row_hash))"
-            )
+        _ensure_requesting_rows(db)
         db.execute("DELETE FROM requesting_rows WHERE step = ?", (step,))
+
+
+def _ensure_requesting_rows(db: Database) -> None:
+    db.execute(
+        f"CREATE TEMP TABLE IF NOT EXISTS requesting_rows (fingerprint {db.dialect.blob_type} NOT NULL, "
+        "row_hash BIGINT NOT NULL, step TEXT NOT NULL, sends BIGINT NOT NULL, PRIMARY KEY (fingerprint, row_hash))"
+    )
 
 
 def add_requesting_rows(db: Database, step: str, rows: Iterable[tuple[bytes, int]], *, sends: bool) -> None:
@@ -182,18 +184,16 @@ def record_requesting_rows(db: Database, step: str) -> None:
 
 def find_recorded_rows(db: Database, step: str, rows: Sequence[tuple[bytes, int]]) -> dict[int, RecordedRow]:
     """Return those of the rows (fingerprint, hash) that are recorded, by their index in the list."""
-    is_requested = "false"
-    if db.session.has_temporary_table("requesting_rows"):
-        is_requested = (
-            "EXISTS (SELECT 1 FROM requesting_rows w WHERE w.fingerprint = b.fingerprint AND w.row_hash = b.row_hash)"
-        )
-    found = db.execute(
-        "SELECT b.key, EXISTS (SELECT 1 FROM attempts a WHERE a.request_id = r.id AND a.step = ?3 "
-        f"AND a.state <> 'refused'), {is_requested} "
-        f"FROM ({_ROWS}) b {db.dialect.ordered_join} requests r ON r.fingerprint = b.fingerprint "
-        "JOIN step_rows s ON s.request_id = r.id AND s.row_hash = b.row_hash",
-        (*_row_values(rows), step),
-    )
+    with db.temporary_transaction():
+        _ensure_requesting_rows(db)
+        found = db.execute(
+            "SELECT b.key, EXISTS (SELECT 1 FROM attempts a WHERE a.request_id = r.id AND a.step = ?3 "
+            "AND a.state <> 'refused'), EXISTS (SELECT 1 FROM requesting_rows w WHERE w.fingerprint = b.fingerprint "
+            "AND w.row_hash = b.row_hash) "
+            f"FROM ({_ROWS}) b {db.dialect.ordered_join} requests r ON r.fingerprint = b.fingerprint "
+            "JOIN step_rows s ON s.request_id = r.id AND s.row_hash = b.row_hash",
+            (*_row_values(rows), step),
+        ).fetchall()
     return {int(index): RecordedRow(bool(sent), bool(requested)) for index, sent, requested in found}
 
 
@@ -210,11 +210,10 @@ def _row_values(rows: Sequence[tuple[bytes, int]]) -> tuple[str, bytes]:
 def begin_plan(db: Database) -> None:
     """Start a plan. No request is planned yet."""
     with db.temporary_transaction():
-        if not db.session.has_temporary_table("planned_requests"):
-            db.execute(
-                f"CREATE TEMP TABLE planned_requests (step TEXT NOT NULL, fingerprint {db.dialect.blob_type} NOT NULL, "
-                "kind TEXT NOT NULL, PRIMARY KEY (step, fingerprint, kind))"
-            )
+        db.execute(
+            "CREATE TEMP TABLE IF NOT EXISTS planned_requests (step TEXT NOT NULL, "
+            f"fingerprint {db.dialect.blob_type} NOT NULL, kind TEXT NOT NULL, PRIMARY KEY (step, fingerprint, kind))"
+        )
         db.session.clear_table("planned_requests")
 
 
@@ -256,8 +255,7 @@ def planned_counts(db: Database, step: str, shared_with: Sequence[str]) -> Plann
 def begin_bill(db: Database) -> None:
     """Start a bill: the price of each request is shown once in it."""
     with db.temporary_transaction():
-        if not db.session.has_temporary_table("billed_requests"):
-            db.execute("CREATE TEMP TABLE billed_requests (id BIGINT PRIMARY KEY)")
+        db.execute("CREATE TEMP TABLE IF NOT EXISTS billed_requests (id BIGINT PRIMARY KEY)")
         db.session.clear_table("billed_requests")
 
 

@@ -379,10 +379,5 @@ def release_reservations(db: Database, updates: Sequence[AttemptUpdate]) -> None
     )
 
 
-def charge(db: Database, execution_id: int, spent: int) -> None:
-    """Add `spent` credits to a run."""
-    db.execute(*_charge_sql(execution_id, spent, 0, []))
-
-
 def _charge_sql(execution_id: int, spent: int, unknown: int, priced_ids: Sequence[int]) -> Statement:
     return _CHARGE, (spent, unknown, to_json_text(priced_ids), execution_id)

@@ -18,7 +18,15 @@ from enrich.json_text import parse_json
 from enrich.ledger.database import Database, open_existing
 from enrich.ledger.dialect import DATABASE_ERRORS, DatabaseFailed
 from enrich.ledger.schema import APPLICATION_ID, JSON_COLUMNS
-from enrich.ledger.sqlite import Column, damaged_ledger_error, is_busy_error, is_damage_error, ledger_columns
+from enrich.ledger.sqlite import (
+    Column,
+    damaged_ledger_error,
+    describe_write_error,
+    is_busy_error,
+    is_damage_error,
+    is_disk_error,
+    ledger_columns,
+)
 
 JSON_TYPE_NAMES: Mapping[type, str] = {dict: "object", list: "list"}
 
@@ -65,6 +73,9 @@ def as_enrich_error(error: Exception, ledger: object) -> EnrichError | None:
     problem = find_damage(ledger) if isinstance(ledger, Path | PostgresLocation) else None
     if problem is not None or is_damage_error(error):
         return damaged_ledger_error(ledger or "a database", (problem or "").removeprefix("the file is damaged: "))
+    if is_disk_error(error):
+        reason, hint = describe_write_error(error)
+        return LedgerFailed(f"{ledger or 'a database'}: the ledger {reason}", hint)
     return None
 
 
@@ -168,7 +179,7 @@ def backup(db: Database, target: Path) -> None:
         try:
             os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
             with closing(sqlite3.connect(temporary)) as copy:
-                db.session.backup(copy)  # type: ignore[attr-defined] # a path, therefore SQLite
+                db.session.backup(copy)  # type: ignore[union-attr] # a path, therefore SQLite
                 # The copy must be a single file without a journal.
                 copy.execute("PRAGMA journal_mode = DELETE")
             with temporary.open("rb") as written:

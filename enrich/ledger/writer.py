@@ -48,9 +48,6 @@ class _Operation(Generic[T]):
     result: T | None = None
     error: BaseException | None = None
 
-    def execute(self, ledger: Database) -> None:
-        self.result = self.function(ledger, *self.args, **self.kwargs)
-
     def execute_on_rescue(self, recorder: RescueRecorder) -> None:
         """Run the operation without the ledger. Operations that start something new fail."""
         self.error = None
@@ -306,7 +303,7 @@ def _group_batchable(batch: list[_Operation[Any]]) -> list[list[_Operation[Any]]
 def _execute_group(operations: list[_Operation[Any]], ledger: Database) -> None:
     first = operations[0]
     if first.items is None:
-        first.execute(ledger)
+        first.result = first.function(ledger, *first.args, **first.kwargs)
         return
     results = first.function(ledger, [item for each in operations for item in each.items or ()], *first.args)
     start = 0

@@ -19,7 +19,7 @@ from typing import Any
 from enrich.databar.task_results import PHASE_BY_STATUS, ParsedData, column_value, is_blank
 from enrich.models import MICROS_PER_CREDIT, State, pluralize
 from enrich.report.data import Anomaly
-from enrich.run.answer_kinds import AnswerKind
+from enrich.run.provider_stats import AnswerKind
 
 #: A difference above this many standard deviations is not chance.
 SIGMAS = 3.0

@@ -11,13 +11,13 @@ from typing import Any
 from msgspec.structs import replace
 from pydantic import ValidationError
 
-from enrich.databar.task_results import BESIDE, ParsedData
+from enrich.databar.task_results import ParsedData, is_beside
 from enrich.errors import CommandRefused, EnrichError
 from enrich.exit_codes import SUCCESS_CODES, ExitCode, JobArguments, RequiredAction, exit_label, required_actions
 from enrich.job.job import Job
 from enrich.job.locations import STDIN
 from enrich.job.target import Target
-from enrich.ledger import bindings, execution_records, queries
+from enrich.ledger import execution_records, queries
 from enrich.ledger.database import Database, ledger_exists
 from enrich.ledger.execution_records import ExecutionRow
 from enrich.ledger.lock import is_locked
@@ -29,10 +29,9 @@ from enrich.report.input_stats import MAX_GROUP_VALUES, InputStats, read_input_s
 from enrich.report.timings import latency_histogram, run_traffic
 from enrich.rows.template import RequestTemplate
 from enrich.run import provider_stats
-from enrich.run.answer_kinds import AnswerKind, count_kinds
 from enrich.run.output import prepare_collector
 from enrich.run.preflight import template_from_ledger
-from enrich.run.provider_stats import ProviderStats, parse_descriptions
+from enrich.run.provider_stats import AnswerKind, ProviderStats, count_kinds, read_descriptions
 
 
 def reported_runs(
@@ -277,7 +276,7 @@ class _AnswerTotals:
         except EnrichError:
             paths = job.model.columns or {}
         answered = [run.execution for run in runs if run.answered + run.failed]
-        descriptions = parse_descriptions(bindings.load_descriptions(ledger))
+        descriptions = read_descriptions(ledger)
         self.provider_stats = ProviderStats(descriptions)
         self.stats_by_step = {step.step: ProviderStats(descriptions) for step in job.step_jobs}
         self.last, self.before = AnswerStats(paths), AnswerStats(paths)
@@ -285,9 +284,9 @@ class _AnswerTotals:
         self._stats_by_execution = dict.fromkeys(answered[-1 - COMPARED_RUNS : -1], self.before) | dict.fromkeys(
             answered[-1:], self.last
         )
-        is_beside = any(path.startswith(BESIDE) for path in paths.values())
+        reads_beside = any(map(is_beside, paths.values()))
         attempts = queries.settled_attempts(ledger, job.name)
-        for kind, number in count_kinds(attempts, self._read_match, read_whole=is_beside):
+        for kind, number in count_kinds(attempts, self._read_match, read_whole=reads_beside):
             self._add(kind, number)
 
     def _read_match(self, execution: int, parsed: ParsedData) -> tuple[str, ...]:

@@ -17,13 +17,12 @@ from msgspec.structs import replace
 
 from enrich.errors import CommandRefused, JobError
 from enrich.job.job import Job
-from enrich.ledger import bindings, execution_records, queries
+from enrich.ledger import execution_records, queries
 from enrich.ledger.database import Database, ledger_exists
 from enrich.models import MICROS_PER_CREDIT, State, format_credits, pluralize, to_credits
 from enrich.report.build import reported_providers
 from enrich.report.data import ComparedSide, Comparison, ReportedProvider
-from enrich.run.answer_kinds import count_kinds
-from enrich.run.provider_stats import ProviderStats, parse_descriptions
+from enrich.run.provider_stats import ProviderStats, count_kinds, read_descriptions
 
 #: A p-value from SIGNIFICANT_P on may be chance; one below CERTAIN_P is called no chance.
 SIGNIFICANT_P, CERTAIN_P = 0.05, 0.001
@@ -80,7 +79,7 @@ def _open_ledger(job: Job) -> Database:
 
 
 def _read_side(ledger: Database, job: Job, label: str, execution: int | None) -> _SideData:
-    stats = ProviderStats(parse_descriptions(bindings.load_descriptions(ledger)))
+    stats = ProviderStats(read_descriptions(ledger))
     states: Counter[str] = Counter()
     paid = 0
     for kind, number in count_kinds(queries.settled_attempts(ledger, job.name, execution)):

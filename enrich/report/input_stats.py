@@ -58,7 +58,7 @@ class InputStats:
 def read_input_stats(collector: Collector, by: Sequence[str], now_ms: int, *, with_rows: bool) -> InputStats:
     """Read the input once. Raises EnrichError when it can't be read."""
     stats = InputStats()
-    filled = dict.fromkeys(collector.template.columns, 0)
+    answered_rows, filled = (dict.fromkeys(collector.template.columns, 0) for _ in range(2))
     ages: Counter[tuple[str, str]] = Counter()
     grouped = {column: _GroupCounter(column) for column in by}
     skipped: Counter[tuple[str, str, str]] = Counter()
@@ -73,19 +73,18 @@ def read_input_stats(collector: Collector, by: Sequence[str], now_ms: int, *, wi
         answered = status.is_in(ANSWERED_STATUSES)
         is_purged = pl.repeat(value=False, n=len(status), eager=True)
         for step in joined.steps:
-            erased = pl.Series(step.request_results["erased_ms"], dtype=pl.Int64).is_not_null()
-            is_purged |= erased.gather(pl.Series(step.places, dtype=pl.UInt32)).fill_null(value=False)
+            is_purged |= _purged_rows(step)
             ages.update(_answers_by_age(step, joined.batch.first_position, now_ms))
         stats.purged += int((answered & is_purged).sum())
-        for name in filled:
-            filled[name] += int((joined.cells[name].is_not_null() & answered).sum())
+        for name, rows in _rows_with_result(joined).items():
+            answered_rows[name] += int(rows.sum())
+            filled[name] += int((joined.cells[name].is_not_null() & rows).sum())
         for column, groups in grouped.items():
             groups.add(joined.batch.frame.get_column(column), status)
         if with_rows and len(leads) < MAX_LEAD_ROWS:
             leads += _output_cells(collector, joined).head(MAX_LEAD_ROWS - len(leads)).rows()
-    answered_rows = sum(stats.statuses[RowStatus(name)] for name in ANSWERED_STATUSES) - stats.purged
     stats.skipped = list(_most_frequent(skipped))
-    stats.columns = [HitCounts(name, stats.rows, answered_rows, found) for name, found in filled.items()]
+    stats.columns = [HitCounts(name, stats.rows, answered_rows[name], found) for name, found in filled.items()]
     for column, groups in grouped.items():
         grouped_hits = groups.result()
         if grouped_hits is None:
@@ -97,6 +96,22 @@ def read_input_stats(collector: Collector, by: Sequence[str], now_ms: int, *, wi
     if with_rows:
         stats.leads = OutputRows(_output_columns(collector), leads, stats.rows - len(leads))
     return stats
+
+
+def _purged_rows(step: JoinedStep) -> pl.Series:
+    """Return which rows have a result that was purged."""
+    erased = pl.Series(step.request_results["erased_ms"], dtype=pl.Int64).is_not_null()
+    return erased.gather(pl.Series(step.places, dtype=pl.UInt32)).fill_null(value=False)
+
+
+def _rows_with_result(joined: JoinedBatch) -> dict[str, pl.Series]:
+    """Return, for each column, which rows have a result of a step that gives it, also while another step is pending."""
+    rows: dict[str, pl.Series] = {}
+    for step in joined.steps:
+        has_result = step.cells["enrich_status"].is_in(ANSWERED_STATUSES) & ~_purged_rows(step)
+        for name in step.columns:
+            rows[name] = rows[name] | has_result if name in rows else has_result
+    return rows
 
 
 def _answers_by_age(step: JoinedStep, first_position: int, now_ms: int) -> dict[tuple[str, str], int]:

@@ -14,7 +14,7 @@ import polars as pl
 from enrich.errors import CommandRefused, EnrichError
 from enrich.files.csv_format import likely_separator
 from enrich.files.limits import FileLimits, limits_of
-from enrich.files.reader import ROWS_PER_BATCH, InMemoryRows, InputPart, InputSchema, InputTable, RowCounter
+from enrich.files.reader import ROWS_PER_BATCH, InMemoryRows, InputTable
 from enrich.files.text import (
     LATER_HEADER_HINT,
     NO_HEADER,
@@ -63,7 +63,8 @@ class JobInput:
 
         Raises CommandRefused when the input cannot be read, JobError when the job names a column that it does not have.
         """
-        self._job = job
+        #: The job, or that of a step.
+        self.job = job
         self._forgotten = forgotten or ForgottenRequests(b"")
         suppress = job.model.suppress
         self._suppression = None if suppress is None else read_suppression(job.resolve_path(suppress))
@@ -73,16 +74,17 @@ class JobInput:
             raise _missing_input_error(job) or error from error
         #: All columns that a job can name, with their types.
         self.all_columns = self._table.schema
-        self._header = list(self.all_columns)
-        self._former_steps = _former_steps(job, self._header)
+        #: The names of the columns that params and conditions can read.
+        self.header = list(self.all_columns)
+        self._former_steps = _former_steps(job, self.header)
         self._own_columns = own_columns(job, self._former_steps)
         self._params = [param for step in job.steps for param in step.model.params.values()]
-        self.sent_columns = {name for param in self._params for name in param.columns}
+        self.sent_columns = list(dict.fromkeys(name for param in self._params for name in param.columns))
         #: The columns that are written to the output. A blank text cell is `""` or null.
         self.schema = {name: kind for name, kind in self.all_columns.items() if name not in self._own_columns}
         self.columns = list(self.schema)
-        #: The files that the batches are written to, once `check_new_columns` was called.
-        self._limits: list[FileLimits] = []
+        #: The files that the batches are written to, with their columns, once `check_new_columns` was called.
+        self._limits: list[tuple[FileLimits, list[str]]] = []
         self._check_status_columns()
         self._check_columns()
         self._check_where()
@@ -100,15 +102,11 @@ class JobInput:
 
         `dedupe: false` matters for collecting, too; the order only for sending.
         """
-        if not self._job.model.dedupe:
+        if not self.job.model.dedupe:
             return "`dedupe: false` counts equal rows from the first to the last"
-        if self._job.model.order_by is not None:
+        if self.job.model.order_by is not None:
             return "`order_by` compares all rows"
         return None
-
-    def parts(self, row_counter: RowCounter) -> list[InputPart]:
-        """Divide the rows. `row_counter` counts files that do not store their row count. Raises CommandRefused."""
-        return self._full_table.parts(row_counter)
 
     def for_frame(self, first_position: int, frame: pl.DataFrame) -> JobInput:
         """Return an input of rows in memory, the first of which has this position in the whole input."""
@@ -117,12 +115,8 @@ class JobInput:
         return job_input
 
     @property
-    def input_schema(self) -> InputSchema:
-        """The schema that the files are read with."""
-        return self._full_table.input_schema
-
-    @property
-    def _full_table(self) -> InputTable:
+    def full_table(self) -> InputTable:
+        """The table that the files of the input make up."""
         assert isinstance(self._table, InputTable)  # noqa: S101 - calling this on a part is a bug
         return self._table
 
@@ -135,18 +129,15 @@ class JobInput:
         """Return this input without rows, to be sent to where blocks are read."""
         return self.for_frame(0, pl.DataFrame(schema=self.all_columns))
 
-    def file_versions(self) -> object:
-        """Identity of the input's files: it differs when a file was replaced, changed, added or removed."""
-        return self._full_table.file_versions()
-
-    def digest(self) -> str:
-        """Hash the bytes of the input's files (SHA-256, hex)."""
-        return self._full_table.digest()
-
     def suppression_digest(self) -> str | None:
         """Hash the bytes of the list of `suppress` (SHA-256, hex); None: there is none."""
-        suppress = self._job.model.suppress
-        return None if suppress is None else _hash_file(self._job.resolve_path(suppress))
+        if (suppress := self.job.model.suppress) is None:
+            return None
+        path = self.job.resolve_path(suppress)
+        try:
+            return sha256(read_bounded(path, MAX_LIST_BYTES)).hexdigest()
+        except OSError as error:
+            raise CommandRefused(f"{path} cannot be read: {error.strerror}") from error
 
     def check_new_columns(self, template: RequestTemplate) -> None:
         """Check the columns of the files that a run writes. From then on `batches` checks the cells, too.
@@ -154,30 +145,36 @@ class JobInput:
         Raises JobError for new columns that the input already has, CommandRefused for columns that cannot be written.
         """
         for name in template.columns:
-            job = next((step for step in self._job.steps if name in (step.model.columns or {})), self._job)
+            job = next((step for step in self.job.steps if name in (step.model.columns or {})), self.job)
             if name in self._own_columns:
                 raise job.error(["columns", name], "this name belongs to the status columns", "choose another")
-            if format_of(self._job.output.path) == "csv" and is_formula(name):
+            if format_of(self.job.output.path) == "csv" and is_formula(name):
                 message = "a spreadsheet would run this name as a formula"
                 raise job.error(["columns", name], message, "choose a name that begins with a letter")
-            if name in self.columns and self._job.model.merge is None:
+            if name in self.columns and self.job.model.merge is None:
                 raise job.error(
                     ["columns", name],
-                    f"the input already has a column with this name ({self._job.input_path})",
+                    f"the input already has a column with this name ({self.job.input_path})",
                     "choose another name for the new column, or fill the existing one: merge: fill_empty",
                 )
-        model = self._job.model
-        outputs = {"output": self._job.output, "rejects": model.rejects, "changes": model.changes}
-        self._limits = [limits_of(kind, output) for kind, output in outputs.items() if output is not None]
-        written = [*dict.fromkeys([*self.columns, *template.columns]), *status_columns(self._job)]
-        for limits in self._limits:
-            limits.check_columns(written, self._job.input_path)
+        model = self.job.model
+        new = [name for name in template.columns if name not in self.columns]
+        fed = dict.fromkeys([*self.change_key, *(name for name in template.columns if name in self.columns)])
+        files = [
+            ("output", self.job.output, self.columns, [*new, *status_columns(self.job)]),
+            ("rejects", model.rejects, self.columns, []),
+            ("changes", model.changes, list(fed), new),  # the names are cells of it
+        ]
+        written = [(limits_of(kind, file), columns, names) for kind, file, columns, names in files if file is not None]
+        self._limits = [(limits, columns) for limits, columns, _ in written]
+        for limits, columns, names in written:
+            limits.check_columns([*columns, *names], self.job.input_path)
 
     def queue_order(self) -> pl.Series | None:
         """Read the input once and return each row's place in the send order; None: the order of the input."""
-        if self._job.model.order_by is None:
+        if self.job.model.order_by is None:
             return None
-        column_indexes = list(map(self._header.index, self._job.model.order_by))
+        column_indexes = list(map(self.header.index, self.job.model.order_by))
         keys = [sort_keys(text_frame(frame), column_indexes) for frame in self._table.batches()]
         return rank_rows(pl.concat(keys)) if keys else None
 
@@ -186,7 +183,7 @@ class JobInput:
     ) -> Iterator[RowBatch]:
         """Read the whole input once. With a ledger, known batches have only ids. Raises CommandRefused with the row."""
         builder = self.request_builder(template)
-        known = None if ledger is None else KnownBatches.of(ledger, self._job, template, self._forgotten)
+        known = None if ledger is None else KnownBatches.of(ledger, self.job, template, self._forgotten)
         for first_position, frame, text in self.frames():
             batch_order = None if queue_order is None else order_of_rows(queue_order, first_position, frame.height)
             selected, suppressed = self.selected_rows(text), self.suppressed_rows(text)
@@ -199,14 +196,14 @@ class JobInput:
         for frame in (part for batch in self._table.batches() for part in batch.iter_slices(max_rows)):
             text = text_frame(frame)
             self._check_statuses(text)
-            for limits in self._limits:
-                limits.check_rows(text, first_position, self._job.input_path)
+            for limits, columns in self._limits:
+                limits.check_rows(text[:, columns], first_position, self.job.input_path)
             yield first_position, frame, text
             first_position += frame.height
 
     def request_builder(self, template: RequestTemplate) -> RequestBuilder:
         """Return what turns the rows into requests."""
-        return RequestBuilder(self._job, template, self._header, self._forgotten)
+        return RequestBuilder(self.job, template, self.header, self._forgotten)
 
     def for_step(self, step: Job, earlier_columns: Iterable[str]) -> JobInput:
         """Return the input as a step sees it: without columns of ours, with the columns of earlier steps.
@@ -214,48 +211,38 @@ class JobInput:
         Raises JobError when the step names a column that neither the input nor an earlier step has.
         """
         step_input = copy(self)
-        step_input._job = step  # noqa: SLF001 - of our own copy
-        step_input._header = list(dict.fromkeys([*self.columns, *earlier_columns]))  # noqa: SLF001
-        step_input._check_columns()  # noqa: SLF001
+        step_input.job = step
+        step_input.header = list(dict.fromkeys([*self.columns, *earlier_columns]))
+        step_input._check_columns()  # noqa: SLF001 - of our own copy
         step_input._check_where()  # noqa: SLF001
         return step_input
 
     @property
-    def job(self) -> Job:
-        """The job, or that of a step."""
-        return self._job
-
-    @property
-    def header(self) -> list[str]:
-        """The names of the columns that params and conditions can read."""
-        return self._header
-
-    @property
     def change_key(self) -> list[str]:
         """The columns that identify a lead in the change feed. Default: the columns that the params read."""
-        model = self._job.model
+        model = self.job.model
         if model.changes is not None and model.changes.key is not None:
             return model.changes.key
         return list(dict.fromkeys(column for param in model.params.values() for column in param.columns))
 
     def _check_status_columns(self) -> None:
         """Raise JobError for columns of our names in an input that we did not write: they would be replaced."""
-        taken = [name for name in self._header if name in self._own_columns]
-        if taken and "enrich_status" not in self._header:
+        taken = [name for name in self.header if name in self._own_columns]
+        if taken and "enrich_status" not in self.header:
             raise self._foreign_column(taken[0])
 
     def _check_statuses(self, frame: pl.DataFrame) -> None:
-        if "enrich_status" in self._header:
-            statuses = frame.to_series(self._header.index("enrich_status")).unique()
+        if "enrich_status" in self.header:
+            statuses = frame.to_series(self.header.index("enrich_status")).unique()
             if not statuses.is_in(_OWN_STATUSES).all():
                 raise self._foreign_column("enrich_status")
 
     def _foreign_column(self, name: str) -> EnrichError:
-        message = f"the input has a column `{name}` that another program wrote ({self._job.input_path})"
-        return self._job.error(["input"], message, "rename it: each run writes a column with this name")
+        message = f"the input has a column `{name}` that another program wrote ({self.job.input_path})"
+        return self.job.error(["input"], message, "rename it: each run writes a column with this name")
 
     def _check_columns(self) -> None:
-        model = self._job.model
+        model = self.job.model
         for name, param in model.params.items():
             for column in param.columns:
                 self._check_column(column, ["params", name])
@@ -267,40 +254,40 @@ class JobInput:
             self._check_column(column, ["changes", "key", index])
             if column in CHANGE_COLUMNS:
                 hint = "choose other columns as its `key`, or rename it"
-                raise self._job.error(["changes"], f"the change feed already has a column `{column}`", hint)
+                raise self.job.error(["changes"], f"the change feed already has a column `{column}`", hint)
         for index, column in enumerate(model.report.by if model.report is not None else ()):
             self._check_column(column, ["report", "by", index])
             if column in self._own_columns:
                 message = f"`{column}` is a column of the output that each run writes"
-                raise self._job.error(["report", "by", index], message, "group by a column of your own")
+                raise self.job.error(["report", "by", index], message, "group by a column of your own")
         if model.caps is not None and model.caps.by not in model.params:
             self._check_column(model.caps.by, ["caps", "by"], other_names=model.params)
 
     def _check_column(self, column: str, key_path: list[str | int], other_names: Iterable[str] = ()) -> None:
-        if column in self._header:
+        if column in self.header:
             return
-        job_columns = [name for param in self._job.model.params.values() for name in param.columns]
-        if is_headerless(self._header, job_columns):
-            raise CommandRefused(f"{self._job.input_path}: the first line {NO_HEADER}", NO_HEADER_HINT)
+        job_columns = [name for param in self.job.model.params.values() for name in param.columns]
+        if is_headerless(self.header, job_columns):
+            raise CommandRefused(f"{self.job.input_path}: the first line {NO_HEADER}", NO_HEADER_HINT)
         if (hint := self.separator_hint() or self._step_hint(column)) is None:
             if (row := self._row_with_names(job_columns)) is not None:
                 message = (
-                    f"{self._job.input_path}: the first line is not the header: row {row} under it has the column names"
+                    f"{self.job.input_path}: the first line is not the header: row {row} under it has the column names"
                 )
                 raise CommandRefused(message, LATER_HEADER_HINT)
-            hint = missing_column_hint(column, [*self._header, *other_names], [*job_columns, *other_names])
-        raise self._job.error(key_path, f"the input has no column `{column}` ({self._job.input_path})", hint)
+            hint = missing_column_hint(column, [*self.header, *other_names], [*job_columns, *other_names])
+        raise self.job.error(key_path, f"the input has no column `{column}` ({self.job.input_path})", hint)
 
     def _step_hint(self, column: str) -> str | None:
         """Return a hint when a step gives the column, which keys of the job cannot read."""
-        for step in self._job.step_jobs:
+        for step in self.job.step_jobs:
             if column in (*(step.model.columns or ()), step_column(step.step, "status")):
                 return f"the step `{step.step}` gives it, and only later steps can read it"
         return None
 
     def _row_with_names(self, job_columns: list[str]) -> int | None:
         """Return which of the first rows (from 1) has names of the job's columns as cells. None: there is none."""
-        if not job_columns or set(job_columns) & set(self._header):
+        if not job_columns or set(job_columns) & set(self.header):
             return None
         frame = next(self._table.batches(), None)
         rows = [] if frame is None else text_frame(frame.head(_MAX_TITLE_ROWS)).rows()
@@ -308,29 +295,29 @@ class JobInput:
 
     def separator_hint(self) -> str | None:
         """Return a hint when the header looks as if its columns were separated by another character."""
-        settings = self._job.input
-        if settings.format != "csv" or not (other := likely_separator(self._header, settings.separator)):
+        settings = self.job.input
+        if settings.format != "csv" or not (other := likely_separator(self.header, settings.separator)):
             return None
         shown = {"\t": '"\\t"'}.get(other, f'"{other}"')
         return f"its header looks separated by {shown}: input: {{path: …, separator: {shown}}}"
 
     def _check_where(self) -> None:
         """Try `where` on no rows. It must look at one row at a time, because rows come in batches."""
-        expression = self._job.model.where
+        expression = self.job.model.where
         if expression is None:
             return
         if (problem := expression_problem(expression)) is not None:
-            raise self._job.error(["where"], problem, WHERE_EXAMPLE)
+            raise self.job.error(["where"], problem, WHERE_EXAMPLE)
         try:
-            result = evaluate_expression(expression, pl.DataFrame(schema=dict.fromkeys(self._header, pl.String)))
+            result = evaluate_expression(expression, pl.DataFrame(schema=dict.fromkeys(self.header, pl.String)))
         except pl.exceptions.PolarsError as error:
             reason, hint = explain_error(error)
             if missing := _MISSING_COLUMN.match(reason):
                 self._check_column(missing[1], ["where"])
-            raise self._job.error(["where"], f"not a polars SQL expression over the columns: {reason}", hint) from error
+            raise self.job.error(["where"], f"not a polars SQL expression over the columns: {reason}", hint) from error
         is_per_row = result.schema == {"selected": pl.Boolean} and not result.height
-        if not is_per_row or depends_on_other_rows(expression, self._header):
-            raise self._job.error(["where"], PER_ROW_MESSAGE, WHERE_EXAMPLE)
+        if not is_per_row or depends_on_other_rows(expression, self.header):
+            raise self.job.error(["where"], PER_ROW_MESSAGE, WHERE_EXAMPLE)
 
     def suppressed_rows(self, frame: pl.DataFrame) -> pl.Series | None:
         """Return which rows have an address or a domain that is never sent by any step; None: there is no list."""
@@ -339,22 +326,22 @@ class JobInput:
         constants = [param.value for param in self._params if param.value is not None]
         if any(map(self._suppression.contains, constants)):
             return pl.repeat(value=True, n=frame.height, eager=True)
-        sent = {index for index, name in enumerate(self._header) if name in self.sent_columns}
+        sent = {index for index, name in enumerate(self.header) if name in self.sent_columns}
         return self._suppression.suppressed_rows(frame, sent)
 
     def selected_rows(self, frame: pl.DataFrame, *, unknown: bool = False) -> pl.Series:
         """Return which rows `where` and `only_if_empty` keep; `unknown` where a cell that they read is null."""
         selected = pl.Series([True]).new_from_index(0, frame.height)
-        for column in self._job.model.only_if_empty:
-            blank = blank_cells(frame.to_series(self._header.index(column)), self._job.model.placeholders)
+        for column in self.job.model.only_if_empty:
+            blank = blank_cells(frame.to_series(self.header.index(column)), self.job.model.placeholders)
             selected &= blank.fill_null(value=unknown)
-        if self._job.model.where is None:
+        if self.job.model.where is None:
             return selected
         try:
-            return selected & evaluate_expression(self._job.model.where, frame).to_series().fill_null(value=unknown)
+            return selected & evaluate_expression(self.job.model.where, frame).to_series().fill_null(value=unknown)
         except pl.exceptions.PolarsError as error:
             reason, hint = explain_error(error, in_cells=True)
-            raise self._job.error(["where"], f"cannot be computed: {reason.split(' for ')[0]}", hint) from error
+            raise self.job.error(["where"], f"cannot be computed: {reason.split(' for ')[0]}", hint) from error
 
 
 def _former_steps(job: Job, header: Collection[str]) -> list[str]:
@@ -379,10 +366,3 @@ def _missing_input_error(job: Job) -> CommandRefused | None:
     else:
         hint = "check the path; it is relative to the job file"
     return CommandRefused(f"{job.document.place_of(['input'])}: {path} does not exist", hint)
-
-
-def _hash_file(path: Path) -> str:
-    try:
-        return sha256(read_bounded(path, MAX_LIST_BYTES)).hexdigest()
-    except OSError as error:
-        raise CommandRefused(f"{path} cannot be read: {error.strerror}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import polars as pl
@@ -69,9 +69,5 @@ class ParamFill:
         if not self.rows or self.sendable >= MIN_SENDABLE_SHARE * self.rows:
             return None
         share = f"{self.sendable:,} of {self.rows:,} leads ({self.sendable / self.rows:.0%})"
-        return f"only {share} can be sent: {describe_missing(self.missing)}"
-
-
-def describe_missing(missing: Mapping[str, int]) -> str:
-    """Return how many rows lack each param."""
-    return ", ".join(f"{name} is missing in {count:,}" for name, count in Counter(missing).most_common() if count)
+        missing = [f"{name} is missing in {count:,}" for name, count in self.missing.most_common() if count]
+        return f"only {share} can be sent: {', '.join(missing)}"

@@ -12,8 +12,7 @@ from enrich.files.values import has_no_text
 from enrich.job.cell_text import clean, clean_cells, convert_some, map_distinct
 from enrich.job.target import Param, Transform
 from enrich.models import LeftOut
-from enrich.rows.domains import LEFT_OUT, company_domains, hosts
-from enrich.rows.emails import email_addresses
+from enrich.rows.addresses import LEFT_OUT, company_domains, email_addresses, hosts
 from enrich.rows.known_names import is_count
 from enrich.rows.template import RequestTemplate
 

@@ -18,7 +18,7 @@ from enrich.job.job import Job
 from enrich.job.steps import STEP_FIELDS, step_column, step_columns
 from enrich.job.target import Param
 from enrich.ledger.erasure import ForgottenRequests
-from enrich.models import RequestBatch, RowStatus
+from enrich.models import Decision, RequestBatch, RowStatus
 from enrich.rows.params import LeftOutCounts, ParamCells, conversion_of, param_values, split_left_out
 from enrich.rows.template import RequestTemplate
 
@@ -106,13 +106,6 @@ class RowBatch(Struct, frozen=True):
         """The id of each row's request, or its fingerprint where the id is unknown."""
         return self.fingerprints if self.ids is None else self.ids
 
-    def skip_reasons(self) -> Counter[str]:
-        """Count the invalid rows by reason, without the columns."""
-        if RowStatus.INVALID not in self.statuses:
-            return Counter()
-        rows = zip(self.statuses, self.errors, strict=True)
-        return Counter((error or "").partition(" (")[0] for status, error in rows if status is RowStatus.INVALID)
-
     def parts(self, max_rows: int) -> Iterator[RowBatch]:
         """Divide the rows into batches of at most this many."""
         if self.frame.height <= max_rows:
@@ -158,6 +151,38 @@ class RowBatch(Struct, frozen=True):
             None if self.ids is None else of_requests(cast("list[int]", self.ids)),
             None if complete is None else lambda: complete().requests(),
         )
+
+
+class RowCounts(Struct, frozen=True):
+    """What was read: rows, how many of them have a request, and why the others have none.
+
+    `left_out` and `missing` are those of `RowBatch`. `skipped` counts the invalid rows by reason, without the columns.
+    """
+
+    rows: int = 0
+    requests: int = 0
+    row_decisions: Counter[Decision] = field(default_factory=Counter)
+    left_out: LeftOutCounts = field(default_factory=Counter)
+    missing: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    @classmethod
+    def from_batch(cls, batch: RowBatch) -> RowCounts:
+        """Count the rows of one batch."""
+        requests = sum(name is not None for name in batch.request_keys)
+        statuses = Counter(batch.statuses)
+        # A row may wait for an earlier step: nothing was decided about it.
+        decided = ((status, number) for status, number in statuses.items() if status is not RowStatus.PENDING)
+        row_decisions = Counter({Decision(status.value): number for status, number in decided if status is not None})
+        skipped: Counter[str] = Counter()
+        if statuses[RowStatus.INVALID]:
+            rows = zip(batch.statuses, batch.errors, strict=True)
+            skipped.update((why or "").partition(" (")[0] for status, why in rows if status is RowStatus.INVALID)
+        return cls(batch.frame.height, requests, row_decisions, batch.left_out, batch.missing, skipped)
+
+    def __add__(self, other: RowCounts) -> RowCounts:
+        """Add the counts of several batches or blocks."""
+        return RowCounts(*(getattr(self, name) + getattr(other, name) for name in self.__struct_fields__))
 
 
 class RequestBuilder:

@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from enrich.errors import CommandRefused
 from enrich.job.bounded_read import read_text
-from enrich.rows.domains import (
+from enrich.rows.addresses import (
     canonical_host,
     fold_address,
     fold_addresses,

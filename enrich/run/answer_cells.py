@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import msgspec
 import polars as pl
 
-from enrich.databar.task_results import BESIDE, column_values, is_blank
+from enrich.databar.task_results import column_values, is_beside, is_blank
 from enrich.files.values import RawJson, to_json
 from enrich.job.cell_text import blank_cells
 from enrich.json_text import parse_json
@@ -34,8 +34,8 @@ _USUAL_ANSWERS = msgspec.json.Decoder(_UsualAnswer)
 def answer_columns(answers: Iterable[str | None], paths: Sequence[str]) -> list[pl.Series]:
     """Read values of many answers (JSON) as columns of cells. None: there is no answer."""
     texts = list(answers)
-    is_beside = any(path.startswith(BESIDE) or path[:1].isdecimal() for path in paths)
-    results = [None] * len(texts) if is_beside else list(map(_usual_result, texts))
+    reads_beside = any(map(is_beside, paths))
+    results = [None] * len(texts) if reads_beside else list(map(_usual_result, texts))
     columns = [[None if result is None else result.get(path) for result in results] for path in paths]
     for place in (place for place, result in enumerate(results) if result is None):
         if (text := texts[place]) is not None:

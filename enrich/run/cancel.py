@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from msgspec import Struct
 from msgspec.structs import asdict, replace
@@ -26,7 +26,6 @@ from enrich.errors import (
     ApiUnreachable,
     EnrichError,
     InvalidPollResponse,
-    LedgerLocked,
     OutOfCredits,
     RequestRefused,
     TaskFinished,
@@ -88,9 +87,7 @@ def cancel_tasks(job: Job, access: ApiAccess, ledger: Database, clock: Clock) ->
         imported = rescue_import.import_rescue_files(ledger, rescue_folders(job), job.name, clock.now_ms())
     rescue_import.remove_imported_files(imported)
     with ledger.transaction():
-        if others := lease_table.other_holders(ledger):
-            names = ", ".join(other.name for other in others)
-            raise LedgerLocked(f"{job.ledger}: processes of an earlier run still end: {names}", "try again in a minute")
+        lease_table.check_no_other_holders(ledger)
         resume.recover(ledger, clock.now_ms())
     return asyncio.run(_cancel_tasks(job, access, ledger, clock))
 
@@ -114,8 +111,18 @@ async def _cancel_tasks(job: Job, access: ApiAccess, ledger: Database, clock: Cl
         canceller = _Canceller(job, client, ledger, clock, execution_id)
         error = await canceller.run(singles)
         balance_after = await _read_balance(client)
+    closed = canceller.closed
+    refunds = [max(0, each.reserved - each.cost) for each in closed if each.is_cancelled and each.cost is not None]
+    cancelled = sum(each.is_cancelled for each in closed)
     summary = replace(
-        canceller.summary(summary, len(singles)),
+        summary,
+        execution=execution_id,
+        cancelled=cancelled,
+        credits_refunded=to_credits(sum(refunds)),
+        finished=len(closed) - cancelled,
+        credits_spent=to_credits(sum(each.cost or 0 for each in closed)),
+        credits_unknown=sum(each.cost is None for each in closed),
+        still_open=len(singles) - len(closed),
         balance_before=to_credits(balance),
         balance_after=to_credits(balance_after),
         exit_code=int(ExitCode.OK if error is None else error.exit_code),
@@ -125,7 +132,9 @@ async def _cancel_tasks(job: Job, access: ApiAccess, ledger: Database, clock: Cl
     with ledger.transaction():
         if execution_records.delete_unless_used(ledger, execution_id):
             return replace(summary, execution=None)
-        record = _execution_summary(job, summary).as_json() | {"command": execution_records.CANCEL}
+        record = _execution_summary(job, summary, sum(each.is_settled for each in closed)).as_json() | {
+            "command": execution_records.CANCEL
+        }
         execution_records.end_execution(ledger, execution_id, summary.exit_code, record, clock.now_ms(), balance_after)
     return summary
 
@@ -138,14 +147,14 @@ async def _read_balance(client: Client) -> int | None:
         return None
 
 
-def _execution_summary(job: Job, summary: CancelSummary) -> RunSummary:
+def _execution_summary(job: Job, summary: CancelSummary, answers: int) -> RunSummary:
     return RunSummary(
         job.name,
         summary.exit_code,
         execution=summary.execution,
         credits_spent=summary.credits_spent,
         credits_unknown=summary.credits_unknown,
-        answers=summary.cancelled + summary.finished,
+        answers=answers,
         balance_before=summary.balance_before,
         balance_after=summary.balance_after,
         sandbox=job.sandbox,
@@ -157,20 +166,28 @@ async def _retry(call: Callable[[], Awaitable[TaskReply]]) -> TaskReply:
     return await retry_until(call, Timeouts().startup_s, final_errors=(Unauthorized, *TASK_ERRORS))
 
 
+class _ClosedTask(NamedTuple):
+    """A task that is not open any more: cancelled, or else finished. Credits in millionths; `cost` None: unknown.
+
+    `is_settled`: so is its request, which otherwise has failed at no charge and is sent again by the next run.
+    """
+
+    is_cancelled: bool
+    is_settled: bool
+    cost: int | None
+    reserved: int
+
+
 @dataclass(slots=True)
 class _Canceller:
-    """Cancels tasks and counts what became of them. Credits in millionths."""
+    """Cancels tasks, and lists those that are not open any more."""
 
     job: Job
     client: Client
     ledger: Database
     clock: Clock
     execution_id: int
-    cancelled: int = 0
-    refunded: int = 0
-    finished: int = 0
-    spent: int = 0
-    unknown: int = 0
+    closed: list[_ClosedTask] = field(default_factory=list)
 
     async def run(self, tasks: Sequence[Task]) -> EnrichError | None:
         """Cancel the tasks, a few at a time. Returns the error that ended it early, or else the first of a task."""
@@ -201,32 +218,15 @@ class _Canceller:
         phase = task_phase(reply.body)
         if is_cancelled(reply.body):
             cost = parse_price(reply.body.get("credits_spent"))
-            self._settle(task, Answer(State.FAILED, CANCELLED, credits=cost, raw=reply.raw))
-            self.cancelled += 1
-            self.refunded += 0 if cost is None else max(0, task.reserved - cost)
+            self._settle(task, Answer(State.FAILED, CANCELLED, credits=cost, raw=reply.raw), is_cancelled=True)
         elif phase in (TaskPhase.COMPLETED, TaskPhase.FAILED) and not is_incomplete(reply.body):
             self._settle(task, read_answer(reply, phase, task.column_paths))
-            self.finished += 1
         elif unread is not None:
             raise unread
 
-    def _settle(self, task: Task, answer: Answer) -> None:
+    def _settle(self, task: Task, answer: Answer, *, is_cancelled: bool = False) -> None:
         with self.ledger.transaction():
             max_attempts = self.job.max_attempts_by_step.get(task.step, self.job.model.policy.max_attempts)
             updates = [(task.attempts[0], answer, self.clock.now_ms())]
-            transitions.settle(self.ledger, updates, self.execution_id, max_attempts)
-        self.spent += answer.credits or 0
-        self.unknown += answer.credits is None
-
-    def summary(self, summary: CancelSummary, tasks: int) -> CancelSummary:
-        """Add the counts to a summary."""
-        return replace(
-            summary,
-            execution=self.execution_id,
-            cancelled=self.cancelled,
-            credits_refunded=to_credits(self.refunded),
-            finished=self.finished,
-            credits_spent=to_credits(self.spent),
-            credits_unknown=self.unknown,
-            still_open=tasks - self.cancelled - self.finished,
-        )
+            (state,) = transitions.settle(self.ledger, updates, self.execution_id, max_attempts)
+        self.closed.append(_ClosedTask(is_cancelled, state is not State.PENDING, answer.credits, task.reserved))

@@ -7,55 +7,21 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from msgspec import Struct, field
+from msgspec import Struct
 
 from enrich.databar.credentials import ApiAccess
-from enrich.job.job import Job
 from enrich.job.locations import Location
 from enrich.ledger import lease_table, resume
 from enrich.ledger.writer import LedgerWriter
-from enrich.models import Decision, RequestSelection, RowStatus
+from enrich.models import RequestSelection
 from enrich.rows.job_input import JobInput
-from enrich.rows.params import LeftOutCounts
-from enrich.rows.requests import RowBatch
+from enrich.rows.requests import RowCounts
 from enrich.rows.template import RequestTemplate
 from enrich.run.collector import OutputCounts
 from enrich.run.run_state import RunState, WorkConfig
 
 #: Interval in seconds at which the leases of lost workers are checked.
 LEASE_CHECK_EVERY_S = 0.5
-
-
-class EnrollCounts(Struct, frozen=True):
-    """What was read: rows, how many of them have a request, and why the others have none.
-
-    `left_out` has the params that rows lack, by the reason. `skipped` counts the invalid rows by reason.
-    """
-
-    rows: int = 0
-    requests: int = 0
-    row_decisions: Counter[Decision] = field(default_factory=Counter)
-    left_out: LeftOutCounts = field(default_factory=Counter)
-    skipped: Counter[str] = field(default_factory=Counter)
-
-    @classmethod
-    def from_batch(cls, batch: RowBatch) -> EnrollCounts:
-        """Count the rows of one batch."""
-        requests = sum(name is not None for name in batch.request_keys)
-        # A row may wait for an earlier step: nothing was decided about it.
-        decided = [status for status in batch.statuses if status is not None and status is not RowStatus.PENDING]
-        row_decisions = Counter(Decision(status.value) for status in decided)
-        return cls(batch.frame.height, requests, row_decisions, batch.left_out, batch.skip_reasons())
-
-    def __add__(self, other: EnrollCounts) -> EnrollCounts:
-        """Add the counts of several blocks."""
-        return EnrollCounts(
-            self.rows + other.rows,
-            self.requests + other.requests,
-            self.row_decisions + other.row_decisions,
-            self.left_out + other.left_out,
-            self.skipped + other.skipped,
-        )
 
 
 class ClusterCallbacks(Struct, frozen=True):
@@ -104,18 +70,12 @@ class ClusterEngine(Protocol):
         """Return an engine for one run, which works until the lease of the process that leads the run ends."""
 
     def enroll(
-        self,
-        job: Job,
-        job_input: JobInput,
-        template: RequestTemplate,
-        selection: RequestSelection,
-        callbacks: ClusterCallbacks,
-    ) -> EnrollCounts:
+        self, job_input: JobInput, template: RequestTemplate, selection: RequestSelection, callbacks: ClusterCallbacks
+    ) -> RowCounts:
         """Enroll all rows in a pass that was begun before."""
 
-    def collect(  # noqa: PLR0913, PLR0917 - every argument is sent to the workers
+    def collect(
         self,
-        job: Job,
         job_input: JobInput,
         template: RequestTemplate,
         selection: RequestSelection,

@@ -82,6 +82,8 @@ class OutputCounts(Struct, frozen=True):
     by_step: dict[str, Counter[RowStatus]] = {}
     #: The credits that the rows show for each step, in millionths.
     credits: Counter[str] = field(default_factory=Counter)
+    #: Results of each step without a price of their own, such as those of bulk tasks.
+    unpriced: Counter[str] = field(default_factory=Counter)
 
     def __add__(self, other: OutputCounts) -> OutputCounts:
         """Add the counts of several parts."""
@@ -100,6 +102,8 @@ class OutputCounts(Struct, frozen=True):
             if step.name:
                 self.by_step.setdefault(step.name, Counter()).update(count_statuses(step.cells))
                 self.credits[step.name] += to_micros(step.cells["enrich_credits"].sum()) or 0
+                prices = zip(step.request_results["state"], step.request_results["credits"], strict=True)
+                self.unpriced[step.name] += sum(state in _ANSWERED and price is None for state, price in prices)
 
 
 class JoinedRows(Protocol):
@@ -116,13 +120,17 @@ class Collector(Struct, frozen=True):
     """
 
     ledger: Database
-    job: Job
     template: RequestTemplate
     job_input: JobInput
     check_stopped: Callable[[], None] = lambda: None
     selection: RequestSelection | None = None
     #: Joins the rows of a job with steps; None: the job has none.
     step_rows: JoinedRows | None = None
+
+    @property
+    def job(self) -> Job:
+        """The job of the input."""
+        return self.job_input.job
 
     def write(self, target: Location, *, partial: bool = True) -> OutputCounts:
         """Write the output from the input and the ledger alone. Returns its counts.

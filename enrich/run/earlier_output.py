@@ -171,31 +171,31 @@ def _name_pattern(part: str) -> re.Pattern[str]:
 
 def _newest_object(url_pattern: ObjectUrl) -> ObjectUrl | None:
     """Find the newest object. For a name with codes this is the last by name, because dates sort by name."""
-    if "%" not in url_pattern.key:
-        return url_pattern if url_pattern.is_folder or object_store.object_version(url_pattern) is not None else None
-    first, _, _ = url_pattern.key.partition("%")
-    folder = first.rpartition("/")[0]
-    folder_url = ObjectUrl(url_pattern.scheme, url_pattern.bucket, f"{folder}/" if folder else "")
+    if "%" not in url_pattern.key and not url_pattern.is_folder:
+        return url_pattern if object_store.object_version(url_pattern) is not None else None
+    folder, slash, _ = url_pattern.key.partition("%")[0].rpartition("/")
+    # Of a folder, the objects in it are listed.
+    inside = ".+" if url_pattern.is_folder else ""
     pattern, sandbox_pattern = (
-        re.compile("/".join(_name_pattern(part).pattern for part in key.split("/")), re.DOTALL)
+        re.compile(f"({'/'.join(_name_pattern(part).pattern for part in key.split('/'))}){inside}", re.DOTALL)
         for key in (url_pattern.key, sandbox_file_name(url_pattern.key))
     )
     keys = [
-        key
-        for key, _ in object_store.list_objects(folder_url)
-        if pattern.fullmatch(key) and not sandbox_pattern.fullmatch(key)
+        found[1]
+        for key, _ in object_store.list_objects(replace(url_pattern, key=folder + slash))
+        if (found := pattern.fullmatch(key)) and not sandbox_pattern.fullmatch(key)
     ]
-    return ObjectUrl(url_pattern.scheme, url_pattern.bucket, max(keys)) if keys else None
+    return replace(url_pattern, key=max(keys)) if keys else None
 
 
-def with_own_output(job: Job, now: datetime) -> tuple[Job, str | None]:
+def with_own_output(job: Job) -> tuple[Job, str | None]:
     """Return the job with an output that replaces no real one, and a note when that differs from `--output`.
 
     Raises CommandRefused when a real run wrote a file under the sandbox run's own name.
     """
     if not job.sandbox:
         return job, None
-    note = None
+    note, now = None, datetime.now().astimezone()
     given = job.output_path(now)
     if job.output_is_given and is_written_by_run(job, given):
         own_name = job.output.model_copy(update={"path": sandbox_file_name(job.output.path)})

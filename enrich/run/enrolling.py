@@ -14,8 +14,9 @@ from enrich.ledger.refresh_review import review_refreshes
 from enrich.models import DECISIONS_TO_SEND, Decision, RequestSelection, State, pluralize
 from enrich.rows.job_input import JobInput
 from enrich.rows.known_batches import store_batch
+from enrich.rows.requests import RowCounts
 from enrich.run.budget import Cost
-from enrich.run.cluster_protocol import ClusterCallbacks, ClusterEngine, EnrollCounts
+from enrich.run.cluster_protocol import ClusterCallbacks, ClusterEngine
 from enrich.run.context import RunContext, RunFiles, RunOptions, select_requests
 from enrich.run.periodic import start_phase
 from enrich.run.progress import Phase
@@ -56,7 +57,7 @@ async def enroll_changed_input(context: RunContext, run_state: RunState, files: 
 async def input_versions(files: RunFiles) -> object:
     """Return a value that differs if a file of the input has changed."""
     # In a thread, as a web address is downloaded again.
-    return await asyncio.to_thread(files.job_input.file_versions)
+    return await asyncio.to_thread(files.job_input.full_table.file_versions)
 
 
 async def _enroll(
@@ -64,7 +65,7 @@ async def _enroll(
 ) -> None:
     template, ledger_writer = context.preflight.template, context.ledger_writer
     if not run_state.enrolled:
-        run_state.file_versions = job_input.file_versions()
+        run_state.file_versions = job_input.full_table.file_versions()
     run_state.selection = select_requests(context.job, options, run_state.clock.earliest_ms())
     if isinstance(rows, StepInput):
         # Of a job with steps, leads are counted, not requests.
@@ -77,10 +78,8 @@ async def _enroll(
     else:
         read, accepted_in_doubt = await _enroll_on_cluster(context, run_state, job_input, engine)
     run_state.accepted_in_doubt += accepted_in_doubt
-    run_state.rows_read, run_state.row_decisions, run_state.left_out = read.rows, read.row_decisions, read.left_out
-    run_state.skipped = read.skipped
+    run_state.read = read
     decided = await ledger_writer.submit(enroll.decision_counts)
-    run_state.row_decisions[Decision.DUPLICATE] = read.requests - sum(decided.values())
     run_state.requests_to_submit = to_submit = sum(decided.get(decision, 0) for decision in DECISIONS_TO_SEND)
     run_state.new_requests = decided.get(Decision.NEW, 0)
     requests = await ledger_writer.submit(enroll.enrolled_counts)
@@ -93,7 +92,7 @@ async def _enroll(
     if (earlier := run_state.enrolled.get(step)) is not None:
         run_state.enrolled[step] = replace(earlier, requests=requests)
         return
-    experience = (await ledger_writer.submit(queries.average_price, template.target))[1] if to_submit else None
+    experience = await ledger_writer.submit(queries.average_price, template.target) if to_submit else None
     cap = context.budget.step_cap if step else context.budget.cap
     cost = Cost.for_template(to_submit, experience, template, cap)
     if not run_state.enrolled and run_state.open_tasks_cost is not None:
@@ -118,17 +117,19 @@ async def count_unsent(context: RunContext, run_state: RunState) -> None:
 
 def _enroll_locally(
     ledger: Database, context: RunContext, selection: RequestSelection, rows: JobInput | StepInput
-) -> tuple[EnrollCounts, int]:
+) -> tuple[RowCounts, int]:
     """Enroll the input in this process, in one transaction."""
     template = context.preflight.template
     enroll.begin_pass(ledger)
-    read = EnrollCounts()
-    batches = rows.batches() if isinstance(rows, StepInput) else rows.batches(template, rows.queue_order(), ledger)
+    read = RowCounts()
+    batches = (
+        rows.batches(selection) if isinstance(rows, StepInput) else rows.batches(template, rows.queue_order(), ledger)
+    )
     for batch in batches:
         context.signals.raise_if_received()
         ids = enroll.enroll(ledger, template.target, batch.requests(), selection)
         store_batch(ledger, context.job, batch, ids)
-        read += EnrollCounts.from_batch(batch)
+        read += RowCounts.from_batch(batch)
     if context.job.step:
         step_results.record_requesting_rows(ledger, context.job.step)
     return read, _apply_selection(ledger, context, selection)
@@ -136,12 +137,12 @@ def _enroll_locally(
 
 async def _enroll_on_cluster(
     context: RunContext, run_state: RunState, job_input: JobInput, engine: ClusterEngine
-) -> tuple[EnrollCounts, int]:
+) -> tuple[RowCounts, int]:
     """Enroll the input in many processes. Work done before a kill is repeated."""
     template, selection = context.preflight.template, run_state.selection
     await context.ledger_writer.submit(enroll.begin_pass)
     callbacks = ClusterCallbacks.for_run(run_state, context.signals.raise_if_received)
-    read = await asyncio.to_thread(engine.enroll, context.job, job_input, template, selection, callbacks)
+    read = await asyncio.to_thread(engine.enroll, job_input, template, selection, callbacks)
     return read, await context.ledger_writer.submit(_apply_selection, context, selection)
 
 

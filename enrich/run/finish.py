@@ -10,13 +10,12 @@ from msgspec.structs import replace
 
 from enrich.errors import CommandRefused, EnrichError, JobError, LedgerDamaged
 from enrich.exit_codes import ExitCode
-from enrich.ledger import bindings, execution_records, queries, resume, step_results
+from enrich.ledger import execution_records, queries, resume, step_results
 from enrich.ledger.database import Database
 from enrich.ledger.sqlite import damaged_ledger_error
 from enrich.ledger.verify import as_enrich_error
 from enrich.models import State, format_credits, pluralize, to_credits
 from enrich.rows.params import left_out_by_param
-from enrich.run.answer_kinds import count_kinds
 from enrich.run.balance import ROUNDING_CREDITS, explain_balance
 from enrich.run.context import RunContext, RunFiles
 from enrich.run.enrolling import INPUT_CHANGED, input_versions
@@ -24,7 +23,7 @@ from enrich.run.output import Outcome
 from enrich.run.periodic import save_latencies, start_phase
 from enrich.run.phases import fetch_balance
 from enrich.run.progress import Phase
-from enrich.run.provider_stats import ProviderStats, ProviderTotals, parse_descriptions
+from enrich.run.provider_stats import ProviderStats, ProviderTotals, count_kinds, read_descriptions
 from enrich.run.run_state import RunState
 from enrich.run.signals import SignalHandler
 from enrich.run.summary import RunSummary, cost_per_lead, summarize_steps
@@ -36,7 +35,7 @@ MAX_READ_WHEN_INTERRUPTED = 100_000
 async def finish_failed_run(
     context: RunContext, run_state: RunState, failure: EnrichError | JSONDecodeError, files: RunFiles | None = None
 ) -> RunSummary:
-    """Finish a run that a failure ended after its start. No output is written.
+    """Finish a run that a failure ended after its start. No more files are written.
 
     `files` has the input, if the failure may be that it changed and can no longer be read.
     """
@@ -116,15 +115,14 @@ def _summarize_state(context: RunContext, run_state: RunState, outcome: Outcome)
         job=context.job.name,
         exit_code=int(outcome.code),
         sandbox=context.job.sandbox,
-        rows=run_state.rows_read,
+        rows=None if enrolled is None else run_state.read.rows,
         requests=None if enrolled is None else enrolled.requests.total(),
         reused=None if enrolled is None else enrolled.reused,
-        skipped=None if enrolled is None or context.job.step_jobs else dict(run_state.skipped.most_common()),
-        left_out=None if enrolled is None else left_out_by_param(run_state.left_out),
+        skipped=None if enrolled is None or context.job.step_jobs else dict(run_state.read.skipped.most_common()),
+        left_out=None if enrolled is None else left_out_by_param(run_state.read.left_out),
         paid_in_other_ledgers=run_state.paid_in_other_ledgers,
         planned=None if enrolled is None else enrolled.cost.as_json(),
-        output=None if outcome.output is None else str(outcome.output),
-        **run_state.extra_outputs,
+        **run_state.files_written,
         notes=run_state.notes,
         error=None if reason is None else reason.message,
         hint=None if reason is None else reason.hint,
@@ -163,7 +161,7 @@ async def _provider_fields(context: RunContext, summary: RunSummary) -> dict[str
 
 def read_provider_totals(ledger: Database, signals: SignalHandler, summary: RunSummary) -> ProviderTotals | None:
     """Read the answers of this run; None when a signal came and there are too many."""
-    stats = ProviderStats(parse_descriptions(bindings.load_descriptions(ledger)))
+    stats = ProviderStats(read_descriptions(ledger))
 
     def is_interrupted() -> bool:
         return signals.received is not None and (summary.answers or 0) > MAX_READ_WHEN_INTERRUPTED

@@ -69,7 +69,7 @@ class LeadSelection:
             places = [places[number] for number in stratified_sample(len(places), self.sample, self.seed)]
         if queue_order is not None:
             order = queue_order.to_list()
-            places.sort(key=lambda rows: min(order[row] if row < len(order) else row for row in rows))
+            places.sort(key=lambda rows: min(_places(rows, order)))
         places = places[: self.places]
         self.counted += len(places)
         # A lead is not begun because it shares a request that is sent again.
@@ -112,8 +112,8 @@ def capped_rows(job_input: JobInput, caps: Caps, begun: bytearray) -> bytearray:
     if not parts:
         return capped
     table = pl.concat(parts)
-    places = None if order is None else order.to_list()
-    place = pl.col("row") if places is None else pl.Series("place", _places(table.get_column("row").to_list(), places))
+    rows = table.get_column("row")
+    place = rows if order is None else pl.Series(_places(rows.to_list(), order.to_list()))
     numbered = (
         table.with_columns(place.alias("place"))
         .sort(~pl.col("begun"), "place")
@@ -124,5 +124,6 @@ def capped_rows(job_input: JobInput, caps: Caps, begun: bytearray) -> bytearray:
     return capped
 
 
-def _places(rows: Sequence[int], places: Sequence[int]) -> list[int]:
-    return [places[row] if row < len(places) else row for row in rows]
+def _places(rows: Iterable[int], order: Sequence[int]) -> list[int]:
+    """Return the places of rows in the send order. The file may have grown since that was read."""
+    return [order[row] if row < len(order) else row for row in rows]

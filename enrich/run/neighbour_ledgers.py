@@ -101,7 +101,7 @@ async def check_neighbours(context: RunContext, run_state: RunState, step_rows: 
     if overlap is None:
         return
     run_state.paid_in_other_ledgers += overlap.paid
-    error = refusal(step_rows.job if step_rows else context.job, overlap, number)
+    error = refusal(step_rows.job_input.job if step_rows else context.job, overlap, number)
     if error is not None:
         # Once requests were sent, the run does not stop for a confirmation.
         if options.confirm_new_ledger is None or run_state.counters.submitted:

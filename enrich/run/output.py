@@ -11,6 +11,7 @@ from hashlib import blake2b
 
 import polars as pl
 from msgspec import Struct
+from msgspec.structs import replace
 
 from enrich.exit_codes import OUTPUT_WRITING_CODES, ExitCode
 from enrich.files.limits import limits_of
@@ -44,11 +45,10 @@ MAX_ROWS_WHEN_INTERRUPTED = 100_000
 
 
 class Outcome(Struct, frozen=True):
-    """How a run ended. `counts` None: the rows were not counted. `output` None: no output was written."""
+    """How a run ended. `counts` None: the rows were not counted."""
 
     code: ExitCode
     counts: OutputCounts | None = None
-    output: Location | None = None
 
 
 async def write_output(context: RunContext, run_state: RunState, files: RunFiles) -> Outcome:
@@ -58,20 +58,14 @@ async def write_output(context: RunContext, run_state: RunState, files: RunFiles
     settled = run_state.counters.settled
     some_failed = bool(settled.get(State.FAILED) or settled.get(State.EXPIRED) or run_state.accepted_in_doubt)
     code = run_state.exit_code({ExitCode.SOME_FAILED: some_failed})
+    collector = Collector(context.ledger, template, files.job_input, step_rows=files.step_rows)
     if code not in OUTPUT_WRITING_CODES:
-        if (run_state.rows_read or 0) > MAX_ROWS_WHEN_INTERRUPTED:
+        if run_state.read.rows > MAX_ROWS_WHEN_INTERRUPTED:
             return Outcome(code)
-        collector = Collector(context.ledger, context.job, template, files.job_input, step_rows=files.step_rows)
         return Outcome(code, await ledger_writer.submit(lambda _: collector.count_rows()))
-    collector = Collector(
-        context.ledger,
-        context.job,
-        template,
-        files.job_input,
-        context.signals.raise_if_received,
-        step_rows=files.step_rows,
-    )
+    collector = replace(collector, check_stopped=context.signals.raise_if_received)
     counts = await _write_target(context, run_state, collector, files.target)
+    run_state.files_written["output"] = str(files.target)
     await _write_extra_outputs(context, run_state, collector, files.extra_output_paths)
     # A row whose request is unconfirmed may still show an older result.
     unconfirmed = counts.statuses[RowStatus.IN_DOUBT] or any(
@@ -80,19 +74,18 @@ async def write_output(context: RunContext, run_state: RunState, files: RunFiles
     if files.step_rows is not None and run_state.out_of_time and counts.statuses[RowStatus.PENDING]:
         run_state.exit_reasons.setdefault(ExitCode.TIME, out_of_time_error())
     conditions = {ExitCode.SOME_FAILED: some_failed, ExitCode.IN_DOUBT: bool(unconfirmed)}
-    return Outcome(run_state.exit_code(conditions), counts, files.target)
+    return Outcome(run_state.exit_code(conditions), counts)
 
 
 async def _write_target(
     context: RunContext, run_state: RunState, collector: Collector, target: Location
 ) -> OutputCounts:
     """Write the output. With a cluster engine, many processes write a dataset."""
-    job, engine = context.job, context.environment.engine
-    if engine is None or collector.step_rows is not None or not is_dataset(target) or not job.model.dedupe:
+    engine, dedupe = context.environment.engine, context.job.model.dedupe
+    if engine is None or collector.step_rows is not None or not is_dataset(target) or not dedupe:
         return await context.ledger_writer.submit(lambda _: collector.write(target))
     return await asyncio.to_thread(
         engine.collect,
-        job,
         collector.job_input,
         context.preflight.template,
         run_state.selection,
@@ -109,11 +102,11 @@ async def _write_extra_outputs(
     if rejects is not None:
         rejects_path = paths["rejects"]
         rejected = await context.ledger_writer.submit(lambda _: write_rejects(collector, rejects_path, rejects))
-        run_state.extra_outputs |= {"rejects": str(rejects_path), "rejected": rejected}
+        run_state.files_written |= {"rejects": str(rejects_path), "rejected": rejected}
     if changes is not None:
         changes_path = paths["changes"]
         changed = await context.ledger_writer.submit(lambda _: write_changes(collector, changes_path, changes))
-        run_state.extra_outputs |= {"changes": str(changes_path), "changed": changed}
+        run_state.files_written |= {"changes": str(changes_path), "changed": changed}
 
 
 #: Rows with these statuses can be corrected or sent again.
@@ -280,19 +273,19 @@ def prepare_collector(ledger: Database, job: Job, template: RequestTemplate) -> 
     job_input.check_new_columns(template)
     if job.step_jobs:
         steps = make_steps(job, job_input, [template_from_ledger(ledger, step) for step in job.step_jobs])
-        step_rows = StepRows(job, job_input, ledger, steps)
+        step_rows = StepRows(job_input, ledger, steps)
         StepInput(step_rows, 0).begin(RequestSelection())
         step_rows.prepare()
-        return Collector(ledger, job, template, job_input, step_rows=step_rows)
-    selection = preview_caps(ledger, job, template, job_input)
-    return Collector(ledger, job, template, job_input, selection=selection)
+        return Collector(ledger, template, job_input, step_rows=step_rows)
+    selection = preview_caps(ledger, template, job_input)
+    return Collector(ledger, template, job_input, selection=selection)
 
 
-def preview_caps(ledger: Database, job: Job, template: RequestTemplate, job_input: JobInput) -> RequestSelection:
+def preview_caps(ledger: Database, template: RequestTemplate, job_input: JobInput) -> RequestSelection:
     """Begin a pass of the ledger. If the job has `caps`, decide about all requests, with the selection returned."""
-    selection = select_requests(job, RunOptions(), 0)
+    selection = select_requests(job_input.job, RunOptions(), 0)
     enroll.begin_pass(ledger)
-    if job.model.caps is not None:
+    if job_input.job.model.caps is not None:
         for batch in job_input.batches(template, job_input.queue_order()):
             enroll.preview(ledger, batch.requests(), selection)
         enroll.apply_limits(ledger, selection)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Sequence
 from math import inf
 
@@ -21,7 +20,7 @@ from enrich.run.context import RunContext, RunFiles, select_requests
 from enrich.run.early_end import out_of_time_error
 from enrich.run.enrolling import count_enrolled
 from enrich.run.neighbour_ledgers import check_neighbours
-from enrich.run.plan import PlanCounts, build_plan, format_plan, spend_question
+from enrich.run.plan import build_plan, format_plan, spend_question
 from enrich.run.plan_file import check_plan, gather_plan_inputs
 from enrich.run.poller import Poller
 from enrich.run.progress import Phase
@@ -52,9 +51,7 @@ async def collect_open_tasks(context: RunContext, run_state: RunState) -> None:
 
 def _cost_of_open_tasks(ledger: Database, context: RunContext, requests: int) -> Cost:
     """Return the expected cost of the tasks that earlier runs left open."""
-    likely = Cost.for_requests(
-        requests, queries.average_price(ledger, context.preflight.template.target)[1], None
-    ).likely
+    likely = Cost.for_requests(requests, queries.average_price(ledger, context.preflight.template.target), None).likely
     return Cost(likely, to_credits(queries.open_reservations(ledger)))
 
 
@@ -133,14 +130,12 @@ def _plan_and_question(ledger: Database, context: RunContext, run_state: RunStat
         now_ms = run_state.clock.earliest_ms()
         selections = [
             replace(select_requests(step, context.options, now_ms), limit=None, sample=None)
-            for step in step_rows.job.steps
+            for step in step_rows.job_input.job.steps
         ]
         steps_plan = plan_steps(step_rows, ledger, context.preflight, selections)
         question = spend_question(steps_plan.cost.maximum, steps_plan.rows)
         return "\n".join([*format_steps_plan(steps_plan), question])
-    decisions = Counter(enroll.decision_counts(ledger)) + run_state.row_decisions
-    counts = PlanCounts(decisions, run_state.rows_read or 0, run_state.left_out, run_state.skipped)
-    plan = build_plan(context.job, context.preflight, ledger, counts, context.budget.cap)
+    plan = build_plan(context.job, context.preflight, ledger, run_state.read, context.budget.cap)
     return "\n".join([*format_plan(plan), spend_question(plan.cost.maximum, plan.to_submit)])
 
 
@@ -222,7 +217,6 @@ def _work_config(context: RunContext) -> WorkConfig:
 
 def _make_poller(context: RunContext, run_state: RunState) -> Poller:
     poller = Poller(run_state, context.ledger_writer, context.client, _work_config(context))
-    poller.answers_only = run_state.answers_only
     run_state.finish_polling = poller.finish_early
     return poller
 

@@ -21,6 +21,7 @@ from enrich.ledger.rescue_file import RescueFile
 from enrich.ledger.writer import LOCK_TIMEOUT_S, LedgerWriter
 from enrich.run.budget import NO_BUDGET
 from enrich.run.context import RunContext, RunEnvironment, RunFiles, RunOptions, rescue_folders
+from enrich.run.dispatcher import max_posts_in_flight
 from enrich.run.early_end import enforce_max_time
 from enrich.run.enrolling import count_unsent, enroll_changed_input, enroll_input
 from enrich.run.finish import finish_failed_run, finish_run
@@ -150,7 +151,9 @@ def _open_ledger_writer(job: Job, ledger: Database, environment: RunEnvironment)
     location = ledger.location
     if not isinstance(location, Path):
         return LedgerWriter(ledger)
-    rescue = partial(RescueFile, location, rescue_folders(job))
+    sizes = [step.model.dispatch.bulk for step in job.steps]
+    requests_in_flight = max(max_posts_in_flight(size) * (size or 1) for size in sizes)
+    rescue = partial(RescueFile, location, rescue_folders(job), requests_in_flight)
     ledger_writer = LedgerWriter(ledger, new_rescue_file=rescue, lock_timeout_s=LOCK_TIMEOUT_S)
     ledger_writer.on_lock_wait = environment.on_message
     return ledger_writer

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
 
@@ -15,7 +14,8 @@ from enrich.job.job import Job
 from enrich.ledger import enroll, queries
 from enrich.ledger.database import Database
 from enrich.models import DECISIONS_TO_SEND, Decision, format_credits, format_elapsed, iso_time, pluralize, to_credits
-from enrich.rows.params import LeftOutCounts, format_left_out, left_out_by_param
+from enrich.rows.params import format_left_out, left_out_by_param
+from enrich.rows.requests import RowCounts
 from enrich.run.budget import Cost
 from enrich.run.plan_file import ProviderPrice, provider_prices
 from enrich.run.preflight import Preflight
@@ -59,22 +59,6 @@ _NOT_SENT_WORDS = {
 _ROW_DECISIONS = (Decision.DUPLICATE, Decision.INVALID, Decision.FILTERED)
 
 
-@dataclass(slots=True)
-class PlanCounts:
-    """What was read of the input.
-
-    `decisions` counts requests, but rows for decisions about rows alone. `left_out` counts the rows that lack a param
-    although a cell is not empty, by param and reason, and `skipped` the rows that cannot be sent, by reason. `missing`
-    counts the latter by the param that they lack; empty: not counted.
-    """
-
-    decisions: dict[Decision, int]
-    rows: int = 0
-    left_out: LeftOutCounts = field(default_factory=Counter)
-    skipped: Counter[str] = field(default_factory=Counter)
-    missing: Counter[str] = field(default_factory=Counter)
-
-
 class PlannedProvider(Struct, frozen=True):
     """A provider or a verifier of a planned run, with its price in credits; None: unknown."""
 
@@ -86,7 +70,9 @@ class PlannedProvider(Struct, frozen=True):
 class Plan(Struct, frozen=True):
     """What a run would do, with amounts in credits. None: unknown, or not set.
 
-    `decisions`, `left_out`, `skipped` and `missing` are those of `PlanCounts`. `cap_allows` is how many requests the
+    `decisions` counts requests, but rows for decisions about rows alone. `left_out` counts the rows that lack a param
+    although a cell is not empty, by param and reason, and `skipped` the rows that cannot be sent, by reason. `missing`
+    counts the latter by the param that they lack. `cap_allows` is how many requests the
     cap allows even at their highest price (`worst_price`); None: there is no cap, or no price. `reserved` is the
     highest cost of the running tasks.
     """
@@ -165,25 +151,28 @@ class Plan(Struct, frozen=True):
         }
 
 
-def build_plan(job: Job, preflight: Preflight, ledger: Database, counts: PlanCounts, cap: int | None) -> Plan:
-    """Build the plan, after the whole input was read in a pass of the ledger."""
+def build_plan(job: Job, preflight: Preflight, ledger: Database, read: RowCounts, cap: int | None) -> Plan:
+    """Build the plan, after the whole input was `read` in a pass of the ledger."""
     template, description = preflight.template, preflight.description
     providers, verifier = provider_prices(template, description)
     provider_names = {each.id: each.name for each in description.available_enrichments}
     verifier_names = {each.id: each.name for each in description.email_verifiers}
-    to_submit, reserved = _count_to_submit(counts.decisions), queries.open_reservations(ledger)
+    decided = enroll.decision_counts(ledger)
+    decisions = dict.fromkeys(DECISION_REASONS, 0) | read.row_decisions | decided
+    decisions[Decision.DUPLICATE] = read.requests - sum(decided.values())
+    to_submit, reserved = _count_to_submit(decisions), queries.open_reservations(ledger)
     cap_allows = None
     if cap is not None and template.worst_price:
         cap_allows = min(to_submit, max(0, cap - reserved) // template.worst_price)
-    cost = Cost.for_template(to_submit, queries.average_price(ledger, template.target)[1], template, cap)
+    cost = Cost.for_template(to_submit, queries.average_price(ledger, template.target), template, cap)
     return Plan(
         job=job.name,
         sandbox=job.sandbox,
-        rows=counts.rows,
-        decisions=counts.decisions,
-        left_out=left_out_by_param(counts.left_out),
-        skipped=counts.skipped,
-        missing=counts.missing,
+        rows=read.rows,
+        decisions=decisions,
+        left_out=left_out_by_param(read.left_out),
+        skipped=read.skipped,
+        missing=read.missing,
         oldest_answer_ms=enroll.oldest_answer_ms(ledger),
         balance=to_credits(preflight.balance),
         max_credits=job.max_credits,

@@ -89,7 +89,7 @@ def gather_plan_inputs(job: Job, preflight: Preflight, job_input: JobInput) -> P
         targets.append(PlannedTarget(target=target, providers=providers, verifier=verifier))
     return PlanInputs(
         job=sha256(json.dumps(resolved).encode()).hexdigest(),
-        input=job_input.digest(),
+        input=job_input.full_table.digest(),
         suppress=job_input.suppression_digest(),
         targets=targets,
     )

@@ -79,14 +79,15 @@ class PollSchedule:
         #: Divided by the weight of the newest answer: the number of answers per age.
         self._weights = [0.0] * len(AGES_S)
         self._newest_weight = 1.0
-        self._answers_recorded = 0
+        #: How many answers were recorded since the start.
+        self.answers_recorded = 0
         self._tasks_started = 0
         #: The share of tasks that are done before each age; empty: there is no plan.
         self._done_shares: list[float] = []
         #: For each age at which a task may still be running, the next age to poll, as indexes of AGES_S.
         self._plans: dict[PollCost, list[int]] = {}
-        self._median_s: float | None = None
-        self._mean_s: float | None = None
+        #: The median and the mean duration of a task, in seconds.
+        self.median_s = self.mean_s = self.FIRST_GUESS_S
         for seconds, answers in weights_by_age:
             if 0 < seconds < inf and 0 < answers < MAX_WEIGHT:  # users can edit the stored values
                 self._weights[_age_index(seconds)] += answers
@@ -94,11 +95,6 @@ class PollSchedule:
         if stored_weight > MAX_STORED_WEIGHT:
             self._weights = [weight * MAX_STORED_WEIGHT / stored_weight for weight in self._weights]
         self._replan()
-
-    @property
-    def answers_recorded(self) -> int:
-        """How many answers were recorded since the start."""
-        return self._answers_recorded
 
     @property
     def weights_by_age(self) -> list[tuple[float, float]]:
@@ -109,19 +105,9 @@ class PollSchedule:
         ]
 
     @property
-    def median_s(self) -> float:
-        """The median duration of a task, in seconds."""
-        return self.FIRST_GUESS_S if self._median_s is None else self._median_s
-
-    @property
     def has_plan(self) -> bool:
         """Whether enough is known to plan polls."""
         return bool(self._done_shares)
-
-    @property
-    def mean_s(self) -> float:
-        """The mean duration of a task, in seconds."""
-        return self.FIRST_GUESS_S if self._mean_s is None else self._mean_s
 
     def record_duration(self, running_at_s: float, done_at_s: float) -> None:
         """Record that a task was running at one age (0: not polled before) and done at another, in seconds."""
@@ -141,8 +127,8 @@ class PollSchedule:
         if self._newest_weight > MAX_WEIGHT:
             self._weights = [weight / self._newest_weight for weight in self._weights]
             self._newest_weight = 1.0
-        self._answers_recorded += 1
-        if self._answers_recorded < REPLAN_EVERY or not self._answers_recorded % REPLAN_EVERY:
+        self.answers_recorded += 1
+        if self.answers_recorded < REPLAN_EVERY or not self.answers_recorded % REPLAN_EVERY:
             self._replan()
 
     def first_delay_s(self, cost: PollCost = PollCost.NORMAL) -> float:
@@ -186,9 +172,9 @@ class PollSchedule:
         weights = [weight + PRIOR_WEIGHT * self._newest_weight for weight in self._weights]
         total = sum(weights)
         self._done_shares = list(accumulate((weight / total for weight in weights), initial=0.0))
-        self._median_s = AGES_S[bisect_left(self._done_shares, 0.5) - 1]
+        self.median_s = AGES_S[bisect_left(self._done_shares, 0.5) - 1]
         # Without the prior weights, which reach far beyond any duration that was seen.
-        self._mean_s = sum(map(mul, self._weights, _MIDDLES_S)) / sum(self._weights)
+        self.mean_s = sum(map(mul, self._weights, _MIDDLES_S)) / sum(self._weights)
         self._plans.clear()
 
 

@@ -50,8 +50,6 @@ class Poller:
     poll_once_more: bool = False
     #: No new tasks will be added.
     no_new_tasks: bool = False
-    #: The key may belong to another workspace: only answers count, and a task that the key cannot see is not lost.
-    answers_only: bool = False
     #: Written-off tasks that could not be polled now.
     unpolled_tasks: list[Task] = field(default_factory=list)
     #: Number of written-off tasks that still exist at the API.
@@ -198,7 +196,7 @@ class Poller:
             else:
                 self._poll_again(open_task, 0.0)
         except Unauthorized as error:
-            if self.answers_only:
+            if self.run_state.answers_only:
                 self._poll_again(open_task, FAILED_POLL_S)
             else:
                 run_state.give_up(error.exit_code, error)
@@ -221,7 +219,7 @@ class Poller:
         age_s = self._age_s(open_task)
         phase = task_phase(reply.body)
         phase_age_s = open_task.phase_age_s(phase, run_state.clock.monotonic())
-        if phase is TaskPhase.GONE and (self.answers_only or open_task.written_off):
+        if phase is TaskPhase.GONE and (self.run_state.answers_only or open_task.written_off):
             await self._handle_deleted(open_task)
             return
         if open_task.task.superseded:
@@ -261,7 +259,7 @@ class Poller:
 
     async def _handle_deleted(self, open_task: OpenTask) -> None:
         """Leave a task as it is, though the API has deleted its result."""
-        if open_task.written_off and not self.answers_only:
+        if open_task.written_off and not self.run_state.answers_only:
             await self.ledger_writer.submit_batch(resume.mark_result_deleted, open_task.task.attempts)
         self.run_state.open_tasks -= 1
 
@@ -333,7 +331,7 @@ class Poller:
         now, young_task_s = run_state.clock.monotonic(), run_state.timeouts.young_task_s
         if open_task.written_off and not open_task.to_be_resubmitted:
             run_state.open_tasks -= 1
-        elif self.answers_only or self.poll_once_more:
+        elif self.run_state.answers_only or self.poll_once_more:
             self._poll_again(open_task, FAILED_POLL_S)
         elif not open_task.count_repeat("404", now).is_conclusive(now, young_task_s):
             wait = (

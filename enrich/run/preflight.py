@@ -195,12 +195,10 @@ async def preflight(  # noqa: PLR0913 - every argument is used once
 
 def offline_preflight(job: Job) -> Preflight:
     """Build a preflight without the API: enough to collect the open tasks of earlier runs, but not to send requests."""
-    return Preflight(template_of_unknown_target(job), None, {}, make_empty_description(job.model.target), [], [])
-
-
-def make_empty_description(target: Target) -> Description:
-    """Return the description of a target of which nothing is known."""
-    return Waterfall(identifier=target.id) if target.kind is TargetKind.WATERFALL else Enrichment(id=int(target.id))
+    target = job.model.target
+    is_waterfall = target.kind is TargetKind.WATERFALL
+    description = Waterfall(identifier=target.id) if is_waterfall else Enrichment(id=int(target.id))
+    return Preflight(template_of_unknown_target(job), None, {}, description, [], [])
 
 
 async def _fetch_user(client: Client, timeout_s: float) -> User:

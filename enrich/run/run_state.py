@@ -17,8 +17,8 @@ from enrich.databar.clock import Clock
 from enrich.errors import EnrichError, RateLimited
 from enrich.exit_codes import ExitCode, first_exit_code
 from enrich.job.target import Target
-from enrich.models import Decision, RequestSelection, State
-from enrich.rows.params import LeftOutCounts
+from enrich.models import RequestSelection, State
+from enrich.rows.requests import RowCounts
 from enrich.run.budget import Budget, Cost
 from enrich.run.poll_schedule import PollCost, PollSchedule
 from enrich.run.progress import Phase, TrafficRecorder
@@ -135,7 +135,7 @@ class RunState:
     lease_valid: Callable[[], bool] = lambda: True
     #: Shows a note to the user.
     on_message: Callable[[str], None] = lambda _: None
-    #: The key may belong to another workspace; see `Poller.answers_only`.
+    #: The key may belong to another workspace: only answers count, and a task that the key cannot see is not lost.
     answers_only: bool = False
 
     # Counted and learned by dispatcher and poller.
@@ -184,12 +184,8 @@ class RunState:
     selection: RequestSelection = field(default_factory=RequestSelection)
     #: The versions of the input's files when the run began to read them.
     file_versions: object = None
-    rows_read: int | None = None
-    #: Decisions about rows rather than requests.
-    row_decisions: Counter[Decision] = field(default_factory=Counter)
-    #: Rows that lack a param although a cell is not empty, by param and reason.
-    left_out: LeftOutCounts = field(default_factory=Counter)
-    skipped: Counter[str] = field(default_factory=Counter)
+    #: The rows that were read last.
+    read: RowCounts = field(default_factory=RowCounts)
     #: By the name of the step; '' for a job without steps.
     enrolled: dict[str, Enrolled] = field(default_factory=dict)
     requests_to_submit: int = 0
@@ -201,8 +197,8 @@ class RunState:
     pays_again: bool = False
     #: Expected cost of the tasks that were already open.
     open_tasks_cost: Cost | None = None
-    #: Summary fields of the rejects and changes files.
-    extra_outputs: dict[str, Any] = field(default_factory=dict)
+    #: Summary fields of the output, rejects and changes files.
+    files_written: dict[str, Any] = field(default_factory=dict)
 
     def add_note(self, text: str) -> None:
         """Show a note to the user now, and add it to the run summary."""

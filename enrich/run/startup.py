@@ -12,7 +12,6 @@ from msgspec.structs import replace
 
 from enrich.errors import LOCKED_HINT, EnrichError, Interrupted, LedgerLocked, RunCancelled, WorkspaceMismatch
 from enrich.files.writer import prepare_file
-from enrich.job.job import Job
 from enrich.ledger import (
     bindings,
     erasure,
@@ -195,17 +194,17 @@ def with_steps(context: RunContext, files: RunFiles, result: Preflight) -> RunFi
     if not context.job.step_jobs:
         files.job_input.check_new_columns(result.template)
         return files
-    step_rows = make_step_rows(context.job, files.job_input, context.ledger, result, context.options)
+    step_rows = make_step_rows(files.job_input, context.ledger, result, context.options)
     return replace(files, step_rows=step_rows)
 
 
-def make_step_rows(job: Job, job_input: JobInput, ledger: Database, result: Preflight, options: RunOptions) -> StepRows:
+def make_step_rows(job_input: JobInput, ledger: Database, result: Preflight, options: RunOptions) -> StepRows:
     """Check the input against the columns of the job and of its steps. Raises JobError for a wrong one."""
     job_input.check_new_columns(result.template)
-    steps = make_steps(job, job_input, [step.template for step in result.steps])
+    steps = make_steps(job_input.job, job_input, [step.template for step in result.steps])
     is_limited = not options.limit is options.sample is None
     leads = LeadSelection(options.limit, options.sample, options.seed) if is_limited else None
-    return StepRows(job, job_input, ledger, steps, leads)
+    return StepRows(job_input, ledger, steps, leads)
 
 
 async def start_run(startup: Startup) -> tuple[RunContext, RunState]:

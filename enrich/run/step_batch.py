@@ -5,7 +5,7 @@ Several rows can have one request. Its answer belongs only to the rows that are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -26,20 +26,16 @@ from enrich.rows.requests import RowBatch
 class StepBatch(Struct, frozen=True):
     """The rows of a batch in one step.
 
-    `batch` has the requests of those rows whose answers count. `sends` says which of them the run may send, `results`
-    what the ledger has of them. `final`: a later step may build on the row.
+    `built` has every row's request, and `known` its result in the ledger. `batch` has the requests of those rows whose
+    answers count, and `results` theirs. `final`: a later step may build on the row.
     """
 
-    batch: RowBatch
+    built: RowBatch
+    known: Sequence[StepResult | None]
     decisions: Sequence[StepDecision]
+    batch: RowBatch
     results: Sequence[StepResult | None]
     final: Sequence[bool]
-    #: `fingerprints`: every row's request. `known`: its result in the ledger. `left_out`: excluded by the job.
-    fingerprints: Sequence[bytes | None]
-    known: Sequence[StepResult | None]
-    left_out: Sequence[bool]
-    #: Why rows have no request, whether they wait for an earlier step or not.
-    reasons: Sequence[str | None]
     #: The rows that need their request, whether the run may send it or not, and the identities of all rows.
     requesting_rows: Sequence[int]
     #: Why nothing new is sent for rows that are left out: the person is forgotten, or a result was purged.
@@ -54,13 +50,13 @@ class StepBatch(Struct, frozen=True):
             if known is not None and known.result.erased_ms is not None and known.result.state == State.FOUND
         ]
 
-    def to_send(self) -> RowBatch:
-        """Return the batch with the requests of those rows that the run may send."""
+    def to_send(self, others: Collection[int] = ()) -> RowBatch:
+        """Return the batch with the requests of those rows that the run may send, and of `others`."""
         return replace(
             self.batch,
             fingerprints=[
-                name if decision is StepDecision.SEND else None
-                for name, decision in zip(self.batch.fingerprints, self.decisions, strict=True)
+                name if decision is StepDecision.SEND or row in others else None
+                for row, (name, decision) in enumerate(zip(self.batch.fingerprints, self.decisions, strict=True))
             ],
         )
 
@@ -71,7 +67,6 @@ class StepTables(NamedTuple):
     `frame` is the input, `text` the table behind the last step.
     """
 
-    height: int
     frame: pl.DataFrame
     text: pl.DataFrame
     steps: Sequence[tuple[StepBatch, pl.DataFrame]]
@@ -86,7 +81,6 @@ def decided_batch(  # noqa: PLR0913, PLR0917 - what is known of a batch
     names: Identities,
 ) -> StepBatch:
     """Keep the requests of the rows that have an answer or wait for one, and say why the others have none."""
-    left_out = [status is RowStatus.FILTERED for status in batch.statuses]
     fingerprints, statuses, errors, final = list(batch.fingerprints), list(batch.statuses), list(batch.errors), []
     for row, decision in enumerate(decisions):
         result = results[row]
@@ -103,14 +97,12 @@ def decided_batch(  # noqa: PLR0913, PLR0917 - what is known of a batch
             statuses[row], errors[row] = RowStatus.FILTERED, unsent.get(row)
     kept = [result if fingerprints[row] is not None else None for row, result in enumerate(results)]
     return StepBatch(
-        replace(batch, fingerprints=fingerprints, statuses=statuses, errors=errors),
+        batch,
+        results,
         decisions,
+        replace(batch, fingerprints=fingerprints, statuses=statuses, errors=errors),
         kept,
         final,
-        batch.fingerprints,
-        results,
-        left_out,
-        batch.errors,
         requesting_rows,
         {row: why for row, why in unsent.items() if decisions[row] is StepDecision.FILTER},
         names,

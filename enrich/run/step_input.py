@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-import polars as pl
 from msgspec import Struct
 from msgspec.structs import replace
 
 from enrich.ledger import step_results
 from enrich.ledger.step_results import StepChoice, choose_requests
 from enrich.models import COUNTED_TOWARDS_LIMIT, Decision, RequestSelection
+from enrich.rows.job_steps import StepDecision
 from enrich.rows.requests import RowBatch
 from enrich.run.lead_selection import Candidate, LeadSelection, capped_rows
 from enrich.run.plan_file import SavedPlan
-from enrich.run.step_batch import find_recorded_rows
+from enrich.run.step_batch import StepBatch, find_recorded_rows
 from enrich.run.step_rows import StepRows
 
 
@@ -24,23 +24,36 @@ class StepInput(Struct, frozen=True):
     rows: StepRows
     number: int
 
-    def queue_order(self) -> pl.Series | None:
-        """Return each row's place in the send order; None: the order of the input."""
-        return self.rows.job_input.queue_order()
-
-    def batches(self) -> Iterator[RowBatch]:
-        """Read the whole input once."""
+    def batches(self, selection: RequestSelection) -> Iterator[RowBatch]:
+        """Read the whole input once. Yield the requests that the run may send, and those with a result."""
         step_results.begin_requesting_rows(self.rows.ledger, self.rows.steps[self.number].job.step)
-        for step_batch in self.rows.step_batches(self.number, self.queue_order()):
+        for step_batch in self.rows.step_batches(self.number, self.rows.job_input.queue_order()):
             self.rows.add_requesting_rows(self.number, step_batch)
-            yield step_batch.to_send()
+            yield step_batch.to_send(self._final_rows(step_batch, selection))
+
+    def _final_rows(self, step_batch: StepBatch, selection: RequestSelection) -> set[int]:
+        """Return the rows beyond the limit whose request has a result, or is unconfirmed, and is not sent again."""
+        if self.rows.leads is None:
+            return set()
+        names = step_batch.batch.fingerprints
+        kept = {
+            row: name
+            for row in step_batch.requesting_rows
+            if step_batch.decisions[row] is StepDecision.KEEP and (name := names[row]) is not None
+        }
+        choices = self._choose(kept.values(), selection)
+        return {row for row, name in kept.items() if choices[name].decision in _FINAL}
+
+    def _choose(self, names: Iterable[bytes], selection: RequestSelection) -> dict[bytes, StepChoice]:
+        columns = self.rows.steps[self.number].template.columns.values()
+        return choose_requests(self.rows.ledger, names, selection, columns)
 
     def begin(self, selection: RequestSelection) -> None:
         """Find out which leads `caps` leaves out, and choose those that a limited run begins in this step.
 
         Raises JobError before anything is sent if a condition of any step cannot be computed for the first rows.
         """
-        rows, caps, leads = self.rows, self.rows.job.model.caps, self.rows.leads
+        rows, caps, leads = self.rows, self.rows.job_input.job.model.caps, self.rows.leads
         if not self.number:
             next(rows.step_tables(), None)
         if not self.number and (caps is not None or leads is not None):
@@ -50,7 +63,7 @@ class StepInput(Struct, frozen=True):
             if leads is not None:
                 leads.mark_begun(begun)
         if leads is not None:
-            leads.choose(self._candidates(leads, selection), self.queue_order())
+            leads.choose(self._candidates(leads, selection), rows.job_input.queue_order())
 
     def limit_requests(
         self, selection: RequestSelection, plan: SavedPlan | None, execution_id: int
@@ -65,8 +78,7 @@ class StepInput(Struct, frozen=True):
         """Yield the rows that would be sent, but for those that the run may send anyway."""
         for step_batch in self.rows.step_batches(self.number, limited=False):
             first_position, names = step_batch.batch.first_position, step_batch.to_send().fingerprints
-            columns = self.rows.steps[self.number].template.columns.values()
-            choices = choose_requests(self.rows.ledger, filter(None, names), selection, columns)
+            choices = self._choose(filter(None, names), selection)
             may_send = leads.may_send(first_position, step_batch.results)
             for row, name in enumerate(names):
                 choice = choices.get(name, _NEW) if name is not None else None
@@ -75,6 +87,7 @@ class StepInput(Struct, frozen=True):
 
 
 _NEW = StepChoice(Decision.NEW, sent_before=False)
+_FINAL = {Decision.FOUND, Decision.NOT_FOUND, Decision.FAILED, Decision.EXPIRED, Decision.IN_DOUBT}
 
 
 def find_begun_leads(rows: StepRows) -> bytearray:
@@ -82,7 +95,7 @@ def find_begun_leads(rows: StepRows) -> bytearray:
     begun = bytearray()
     for tables in rows.step_tables():
         first_position = len(begun)
-        begun.extend(bytes(tables.height))
+        begun.extend(bytes(tables.frame.height))
         for step, (step_batch, _) in zip(rows.steps, tables.steps, strict=True):
             names = step_batch.batch.fingerprints
             sent = [row for row, result in enumerate(step_batch.results) if result is not None and result.was_sent]

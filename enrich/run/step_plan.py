@@ -19,6 +19,7 @@ from enrich.models import (
     DECISIONS_TO_SEND,
     Decision,
     RequestSelection,
+    RowStatus,
     State,
     format_credits,
     pluralize,
@@ -176,7 +177,7 @@ def plan_steps(
 ) -> StepsPlan:
     """Plan all steps. The pass of the ledger sees the requests of the first step."""
     row_count, forecasts = forecast_steps(rows, ledger, selections)
-    job = rows.job
+    job = rows.job_input.job
     notes = [*preflight.notes, *_notes(forecasts, ledger)]
     max_credits = to_micros(job.max_credits)
     return StepsPlan(job.name, job.sandbox, row_count, forecasts, preflight.balance, max_credits, notes)
@@ -187,14 +188,14 @@ def forecast_steps(
 ) -> tuple[int, list[StepForecast]]:
     """Read the input once. Return the number of rows, and what each step would do."""
     forecasts = [
-        StepForecast(step, step.template.worst_price, queries.average_price(ledger, step.template.target)[1])
+        StepForecast(step, step.template.worst_price, queries.average_price(ledger, step.template.target))
         for step in rows.steps
     ]
     enroll.begin_pass(ledger)
     step_results.begin_plan(ledger)
     row_count = 0
     for table in rows.step_tables():
-        row_count += table.height
+        row_count += table.frame.height
         decided = decide_steps(rows, table, selections)
         for forecast, made, (step_batch, text) in zip(forecasts, decided, table.steps, strict=True):
             forecast.add(made, set(step_batch.requesting_rows), ledger)
@@ -307,7 +308,8 @@ def _decide(  # noqa: PLR0913, PLR0917 - what is known of a batch
     is_open: Sequence[pl.Series],
     selection: RequestSelection,
 ) -> StepDecisions:
-    names, known, requesting_rows = step_batch.fingerprints, step_batch.known, set(step_batch.requesting_rows)
+    names, known, requesting_rows = step_batch.built.fingerprints, step_batch.known, set(step_batch.requesting_rows)
+    is_filtered = [status is RowStatus.FILTERED for status in step_batch.built.statuses]
     choices = choose_requests(rows.ledger, filter(None, names), selection, step.template.columns.values())
     uncertain = _any_open(is_open, step.depends_on, text.height)
     may_change = _any_open(is_open, step.params_depend_on, text.height)
@@ -327,9 +329,9 @@ def _decide(  # noqa: PLR0913, PLR0917 - what is known of a batch
         left_out = Decision.INVALID if decided is StepDecision.REJECT else Decision.FILTERED
         is_again = False
         if uncertain[row]:
-            if name is None and not may_change[row] and not step_batch.left_out[row]:
+            if name is None and not may_change[row] and not is_filtered[row]:
                 decision = answered or Decision.INVALID
-            elif not may_be_selected[row] or decided is StepDecision.REJECT or _is_left_out(step_batch, row):
+            elif is_filtered[row] or not may_be_selected[row] or decided is StepDecision.REJECT:
                 decision = answered or left_out
             elif answered is None or may_change[row] or by_ledger in DECISIONS_TO_SEND:
                 decision = Decision.POSSIBLE if allowed[row] else Decision.OVER_LIMIT
@@ -352,10 +354,6 @@ def _as_answered(result: StepResult, by_ledger: Decision) -> Decision:
     if by_ledger not in DECISIONS_TO_SEND:
         return by_ledger
     return Decision.WAITING if result.state is State.PENDING else Decision(result.state.value)
-
-
-def _is_left_out(step_batch: StepBatch, row: int) -> bool:
-    return step_batch.decisions[row] is StepDecision.FILTER and step_batch.left_out[row]
 
 
 def _any_open(is_open: Sequence[pl.Series], numbers: frozenset[int], height: int) -> list[bool]:

@@ -68,7 +68,6 @@ class StepRows(Struct, frozen=True):
     `leads`: those that a limited run may send requests for; None: the run is not limited.
     """
 
-    job: Job
     job_input: JobInput
     ledger: Database
     steps: Sequence[Step]
@@ -87,7 +86,7 @@ class StepRows(Struct, frozen=True):
                 for step, builder in zip(self.steps, builders, strict=True)
             ]
             batch = replace(progress.step_batches[0].batch, frame=progress.input_frame)
-            yield JoinedBatch(batch, joined, row_cells(self.job, progress.values, progress.text, joined))
+            yield JoinedBatch(batch, joined, row_cells(self.job_input.job, progress.values, progress.text, joined))
 
     def step_batches(
         self, number: int, queue_order: pl.Series | None = None, *, limited: bool = True
@@ -111,7 +110,7 @@ class StepRows(Struct, frozen=True):
                 text = progress.text
                 self._advance(progress, step, builder)
                 steps.append((progress.step_batches[-1], text))
-            yield StepTables(progress.text.height, progress.input_frame, progress.text, steps)
+            yield StepTables(progress.input_frame, progress.text, steps)
 
     def status_column(self, number: int) -> str:
         """Return the column with the status of a step."""
@@ -122,7 +121,8 @@ class StepRows(Struct, frozen=True):
 
     def _frames(self) -> Iterator[_Progress]:
         own = [place for place, name in enumerate(self.job_input.header) if name in self.job_input.schema]
-        sent = [name for name in self.job_input.schema if name in self.job_input.sent_columns]
+        # In the order of the job: that of the input may change.
+        sent = [name for name in self.job_input.sent_columns if name in self.job_input.schema]
         max_rows = queries.max_rows_per_batch(self.ledger, len(self.steps))
         for first_position, frame, text in self.job_input.frames(max_rows):
             input_frame = frame.select(pl.nth(own))
@@ -148,7 +148,7 @@ class StepRows(Struct, frozen=True):
                 found = before.fill_null(found)
             progress.values[name] = found.alias(name)
             if name in self.job_input.schema:
-                new.append(merge_cells(self.job, progress.input_frame.get_column(name), found))
+                new.append(merge_cells(self.job_input.job, progress.input_frame.get_column(name), found))
             else:
                 new.append(found.fill_null("").alias(name))
         new.append(joined.cells["enrich_status"].alias(step_column(step.job.step, "status")))
@@ -222,7 +222,7 @@ class StepRows(Struct, frozen=True):
             reason = f"the result of `{name}` was purged"
             lost = {**dict.fromkeys(earlier.purged_rows(), reason), **earlier.unsent}
             for column in self.steps[number].template.columns if lost else ():
-                known = progress.is_known(self.job, column)
+                known = progress.is_known(self.job_input.job, column)
                 unknown.setdefault(column, {}).update({row: why for row, why in lost.items() if not known[row]})
             unknown[self.status_column(number)] = {**earlier.unsent}
         unknown = {name: rows for name, rows in unknown.items() if rows and name in step.earlier_columns}
@@ -256,9 +256,10 @@ class StepRows(Struct, frozen=True):
         ]
         recorded = find_recorded_rows(self.ledger, step.job, batch.fingerprints, rows, progress.identities)
         for row in rows:
-            known = recorded.get(row)
-            is_own = known is not None and known.is_sent_by_step and not known.is_requested_by_other
-            sent[row] = is_own or (known is not None and not ready[row])
+            if (known := recorded.get(row)) is None:
+                sent[row] = False
+            elif ready[row]:
+                sent[row] = known.is_sent_by_step and not known.is_requested_by_other
         return sent
 
     def prepare(self) -> None:

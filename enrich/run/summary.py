@@ -314,11 +314,12 @@ def summarize_steps(
 def cost_per_lead(counts: OutputCounts | None, unknown: int) -> float | None:
     """Return all credits that the output shows, divided by its found rows. None: no row is found, or no steps.
 
-    With `unknown` answers without a price in the ledger it is None, too.
+    With `unknown` answers without a price in the ledger, or answers of bulk tasks, it is None, too.
     """
-    if unknown or counts is None or not counts.by_step or not (found := counts.statuses[RowStatus.FOUND]):
+    if counts is None or not counts.by_step or unknown or counts.unpriced.total():
         return None
-    return to_credits(round(counts.credits.total() / found))
+    found = counts.statuses[RowStatus.FOUND]
+    return to_credits(round(counts.credits.total() / found)) if found else None
 
 
 def format_steps(steps: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -116,7 +116,7 @@ def begin_enrollment(
     opening = partial(
         open_ledger_remotely, ledger.location, environ or {"PGPASSWORD": os.environ["PGPASSWORD"]}, folder / "seen"
     )
-    return SharedPass(load_job(folder / "job.yaml"), TEMPLATE, selection, opening)
+    return SharedPass(TEMPLATE, selection, opening)
 
 
 @cache
@@ -149,14 +149,12 @@ def enroll_locally(rows: JobInput, ledger: CommittingLedger, selection: RequestS
     return height, of_rows
 
 
-def enroll_blocks(
-    folder: Path, rows: JobInput, ledger: CommittingLedger, selection: RequestSelection, **options: Any
-) -> Any:
+def enroll_blocks(folder: Path, rows: JobInput, ledger: CommittingLedger, selection: RequestSelection) -> Any:
     """Enroll all rows on Ray; return the number of rows and the rows per status."""
     from enrich.cluster.engine import enroll_on_ray  # noqa: PLC0415 - as above
 
     ledger.commit(enroll.begin_pass)
-    found = enroll_on_ray(rows, begin_enrollment(folder, ledger, selection), monitor_heartbeats(), **options)
+    found = enroll_on_ray(rows, begin_enrollment(folder, ledger, selection), monitor_heartbeats())
     with ledger.wrapped.transaction():
         enroll.apply_limits(ledger.wrapped, selection)
         enroll.fill_queue(ledger.wrapped, selection)
@@ -196,8 +194,7 @@ def test_enrollment_matches_single_process(
         ledger.start_execution()
         other.start_execution()
         height, of_rows = enroll_locally(rows, other, selection)
-        result: list[int] = []
-        found = enroll_blocks(tmp_path, rows, ledger, selection, on_progress=lambda so_far: result.append(so_far.rows))
+        found = enroll_blocks(tmp_path, rows, ledger, selection)
         assert (found.rows, found.row_decisions) == (height, {Decision(name): count for name, count in of_rows.items()})
         assert found.requests == height - sum(of_rows.values())
         assert sum(enroll.decision_counts(ledger.wrapped).values()) == sum(
@@ -205,8 +202,6 @@ def test_enrollment_matches_single_process(
         )
         assert enroll.decision_counts(ledger.wrapped) == enroll.decision_counts(other.wrapped)
         assert queued_requests(ledger) == queued_requests(other) != []
-        assert result == sorted(result)
-        assert result[-1] == 150
         processes = (tmp_path / "seen").read_text().splitlines()
         assert len(processes) == len(set(processes)), "each process opens the ledger once"
 
@@ -225,19 +220,14 @@ def test_collection_matches_single_process(tmp_path: Path, ledger: CommittingLed
     ledger.start_execution()
     enroll_locally(rows, ledger, RequestSelection())
     answer_queued(ledger)
-    result: list[int] = []
     counted = collect_on_ray(
-        rows,
-        begin_enrollment(tmp_path, ledger, RequestSelection()),
-        tmp_path / "out",
-        monitor_heartbeats(),
-        on_progress=lambda so_far: result.append(so_far.statuses.total()),
+        rows, begin_enrollment(tmp_path, ledger, RequestSelection()), tmp_path / "out", monitor_heartbeats()
     )
-    one = Collector(ledger.wrapped, load_job(tmp_path / "job.yaml"), TEMPLATE, rows)
+    one = Collector(ledger.wrapped, TEMPLATE, rows)
     assert one.write(tmp_path / "one") == counted
     assert counted.statuses[RowStatus.PENDING]
     parts = sorted((tmp_path / "out").glob("part-*.parquet"))
-    assert len(parts) == len(result) == 6
+    assert len(parts) == 6
     assert read_parts(tmp_path / "out") == read_parts(tmp_path / "one") != []
     assert {part.stat().st_mode & 0o777 for part in parts} == {0o600}
     assert sorted(path.name for path in tmp_path.glob(".*")) == []
@@ -301,21 +291,6 @@ def test_input_errors_are_raised_unchanged(tmp_path: Path, ledger: CommittingLed
         enroll_blocks(tmp_path, rows, ledger, RequestSelection())
     assert (failed.value.hint or "").startswith("cells are text")
     assert "person" not in f"{failed.value.message}{failed.value.hint}"
-
-
-def test_undividable_input_is_refused(tmp_path: Path, ledger: CommittingLedger) -> None:
-    """An input that can't be divided is refused; the caller then reads it in one process."""
-    from enrich.cluster.engine import collect_on_ray  # noqa: PLC0415 - as above
-
-    write_input_files(tmp_path)
-    for more in ("dedupe: false\n", "order_by: B\n"):
-        with pytest.raises(CommandRefused, match=r"cannot be read in parts: `(dedupe|order_by)"):
-            enroll_blocks(tmp_path, open_rows(tmp_path, more), ledger, RequestSelection())
-    rows = open_rows(tmp_path, "dedupe: false\n")
-    with pytest.raises(CommandRefused, match="cannot be written in parts: `dedupe"):
-        collect_on_ray(
-            rows, begin_enrollment(tmp_path, ledger, RequestSelection()), tmp_path / "out", monitor_heartbeats()
-        )
 
 
 class InterruptedByTestError(Exception):
@@ -484,7 +459,7 @@ def test_enrollment_survives_database_restart(
     tmp_path: Path, own_postgres: servers.PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Enrolling survives a restart of the database: unfinished blocks are done again."""
-    from enrich.cluster import blocks  # noqa: PLC0415 - as above
+    from enrich.cluster import blocks, engine  # noqa: PLC0415 - as above
     from enrich.files import reader  # noqa: PLC0415 - likewise
 
     monkeypatch.setattr(reader, "ROWS_PER_PART", 2)
@@ -494,19 +469,17 @@ def test_enrollment_survives_database_restart(
     ledger = CommittingLedger.open(parse_ledger_location(tmp_path, own_postgres.ledger_url(), tmp_path))
     restarting: list[threading.Thread] = []
 
-    def restart(_: object) -> None:
-        if not restarting:
-            restarting.append(threading.Thread(target=own_postgres.restart, args=("immediate",)))
-            restarting[0].start()
+    def restart_after_first(*arguments: Any) -> Iterator[Any]:
+        for counts in blocks.map_blocks(*arguments):
+            if not restarting:
+                restarting.append(threading.Thread(target=own_postgres.restart, args=("immediate",)))
+                restarting[0].start()
+            yield counts
 
-    from enrich.cluster.engine import enroll_on_ray  # noqa: PLC0415 - as above
-
+    monkeypatch.setattr(engine, "map_blocks", restart_after_first)
     ledger.commit(enroll.begin_pass)
-    found = enroll_on_ray(
-        rows,
-        begin_enrollment(tmp_path, ledger, RequestSelection(), own_postgres.environ),
-        monitor_heartbeats(),
-        on_progress=restart,
+    found = engine.enroll_on_ray(
+        rows, begin_enrollment(tmp_path, ledger, RequestSelection(), own_postgres.environ), monitor_heartbeats()
     )
     restarting[0].join()
     assert (found.rows, found.requests) == (150, 150)
@@ -561,10 +534,10 @@ def test_column_types_survive_blocks(tmp_path: Path) -> None:
     frame.write_parquet(tmp_path / "leads.parquet")
     (tmp_path / "job.yaml").write_text(JOB.replace("leads/", "leads.parquet").replace("a: A", "a: text"))
     rows = JobInput(load_job(tmp_path / "job.yaml"))
-    ((first, back),) = read_blocks(tuple(input_parts(rows)), rows.input_schema)
+    ((first, back),) = read_blocks(tuple(input_parts(rows)), rows.full_table.input_schema)
     assert first == 0
     assert back.equals(frame)
-    assert dict(back.schema) == rows.input_schema.all_columns
+    assert dict(back.schema) == rows.full_table.input_schema.all_columns
 
 
 @pytest.mark.parametrize(("block_bytes", "expected"), [(1, [(25, 25), (50, 25), (75, 25)]), (1 << 20, [(25, 75)])])
@@ -577,7 +550,7 @@ def test_blocks_join_parts(
     monkeypatch.setattr(blocks, "BLOCK_BYTES", block_bytes)
     write_input_files(tmp_path)
     rows = open_rows(tmp_path)
-    found = list(blocks.read_blocks(tuple(input_parts(rows)[1:4]), rows.input_schema))
+    found = list(blocks.read_blocks(tuple(input_parts(rows)[1:4]), rows.full_table.input_schema))
     assert [(first, frame.height) for first, frame in found] == expected
     assert [name for _, frame in found for name in frame["A"]] == NAMES[25:100]
 

@@ -101,6 +101,18 @@ def test_finished_tasks_are_polled(slow_api: SandboxApi, workspace: Workspace) -
     assert (audit["refunded"], audit["paid_twice"]) == (3, 0)
 
 
+def test_failure_that_is_sent_again_is_no_result(tmp_path: Path, workspace: Workspace) -> None:
+    """Of a task that had failed at no charge, the summary counts no result, as that of a run: the next run sends it."""
+    workspace.write_leads(make_leads(3))
+    with serve_api(tmp_path / "api.db", latency="fixed(60)", failure_rate=1.0, free_failures=1.0) as api:
+        workspace.submit_without_collecting(api)
+        api.advance(60)
+        assert workspace.run_in_process("cancel", "job.yaml", "--json", api=api).json_output["finished"] == 3
+        last, _ = workspace.run_in_process("status", "job.yaml", "--json").json_output["executions"]
+        plan = workspace.run_in_process("plan", "job.yaml", "--json", api=api).json_output
+    assert (last["receipt"]["answers"], plan["to_submit"]) == (0, 3)
+
+
 def test_text_names_the_refund_and_the_next_step(slow_api: SandboxApi, workspace: Workspace) -> None:
     """The text has the refund, and the command that sends the leads again."""
     workspace.write_leads(make_leads(2))

@@ -226,6 +226,9 @@ def test_input_is_read_completely(workspace: Workspace) -> None:
     result = workspace.run_in_process("check", "job.yaml")
     assert result.exit_code == 5
     assert "row 31" in result.stderr
+    workspace.write_job(waterfall="moon_getter")  # of which nothing is known
+    result = workspace.run_in_process("check", "job.yaml")
+    assert (result.exit_code, "row 31" in result.stderr) == (5, True)
 
 
 def test_skipped_rows_are_counted(workspace: Workspace, api: SandboxApi) -> None:

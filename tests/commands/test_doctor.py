@@ -13,6 +13,7 @@ import pytest
 from enrich.ledger import transitions
 from enrich.ledger.database import Database
 from enrich.ledger.lock import lock_ledger
+from tests.support.object_storage import BUCKET, put_object
 from tests.support.workspace import SHORT_STARTUP_TIMEOUT, ProgramResult, SandboxApi, Workspace, make_leads, serve_api
 
 
@@ -59,6 +60,28 @@ def test_healthy_job(ready_workspace: Workspace, api: SandboxApi) -> None:
     ).keys()
     assert {path: path.stat().st_mtime_ns for path in ready_workspace.folder.rglob("*")} == before
     assert api.audit()["accepted"] == 0
+
+
+@pytest.mark.long
+def test_objects_with_the_credentials_of_cron(
+    ready_workspace: Workspace, api: SandboxApi, bucket: dict[str, str]
+) -> None:
+    """Looks for the input and the output's bucket, with the variables of the crontab and not of the shell."""
+    put_object("leads.csv", (ready_workspace.folder / "leads.csv").read_bytes())
+    ready_workspace.write_job(input=f"s3://{BUCKET}/leads.csv", output=f"s3://{BUCKET}/out/", rejects="s3://none/r.csv")
+    given = [word for name, value in bucket.items() for word in ("--env", f"{name}={value}")]
+
+    result = run_doctor(ready_workspace, api, *given)
+    assert (result.exit_code, "no bucket `none`" in findings_with_mark(result, "fail")["storage"]) == (5, True)
+    ready_workspace.write_job(rejects=f"s3://{BUCKET}/rejects.csv", input=f"s3://{BUCKET}/gone.csv")
+    result = run_doctor(ready_workspace, api, *given)
+    assert f"s3://{BUCKET}/gone.csv does not exist" in findings_with_mark(result, "fail")["storage"]
+    ready_workspace.write_job(input=f"s3://{BUCKET}/leads.csv", output=f"s3://{BUCKET}/out/")
+    assert "storage" in findings_with_mark(run_doctor(ready_workspace, api, *given), "ok")
+    offline = [*given, "--env", "AWS_ENDPOINT_URL=http://127.0.0.1:9"]
+    refused = run_doctor(ready_workspace, api, *offline, shell_environ=bucket)
+    assert "cannot be reached" in findings_with_mark(refused, "fail")["storage"]
+    assert "pass each with --env NAME" in findings_with_mark(refused, "fail")["storage"]
 
 
 def test_healthy_job_after_runs(ready_workspace: Workspace, api: SandboxApi) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import closing
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from enrich.ledger import queries
 from enrich.ledger.verify import check_ledger
+from tests.support.cases import in_turn
 from tests.support.workspace import FILE_ONLY, SandboxApi, Workspace, both_backends, make_leads, serve_api
 
 backend = both_backends
@@ -112,6 +114,27 @@ def test_lead_found_by_params_or_result(workspace: Workspace) -> None:
     assert forget_matching(workspace, "Last Name=Last1", "First Name=First1") == 1
     assert forget_matching(workspace, f"work_email={by_answer}") == 1
     assert forget_matching(workspace, f"Email={by_answer}") == 0
+
+
+@in_turn(
+    "data",
+    [
+        [{"name": "Bob"}, {"name": "Ada", "email": "Ada@Engine.example"}],
+        {"people": [{"contact": {"emails": ["x@y.example", "ada@engine.example"]}}]},
+        {"result": {"email": None}, "steps": [], "enrichment_data": {"Mailhound": {"email": "ada@engine.example"}}},
+    ],
+)
+def test_address_anywhere_in_a_result(tmp_path: Path, data: object) -> None:
+    """An address is found in every row of a list, at any depth, and beside the result."""
+    workspace = Workspace(tmp_path)
+    with serve_api(tmp_path / "api.db") as api:
+        workspace.write_job()
+        workspace.write_leads(make_leads(2))
+        assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
+    workspace.sql("UPDATE attempts SET answer = ? WHERE id = 2", json.dumps({"data": data}))
+
+    assert forget_matching(workspace, "Email=ada@engine.example") == 1
+    assert b"ngine.example" not in ledger_bytes(workspace)
 
 
 @pytest.mark.long

@@ -20,7 +20,7 @@ from enrich.databar.description import DOCUMENTED_WATERFALLS
 from enrich.files.text import TableFile
 from enrich.job.job import load_job
 from enrich.job.spec import json_schema
-from tests.support.cases import examples, first_quick
+from tests.support.cases import examples, first_quick, in_turn
 from tests.support.workspace import SHORT_STARTUP_TIMEOUT, SandboxApi, Workspace, make_leads
 
 LEADS = Path(__file__).parents[2] / "sample_data" / "leads.csv"
@@ -234,6 +234,22 @@ def test_not_a_table_is_refused(workspace: Workspace, content: bytes | None, mes
     result = workspace.run_in_process("init", "leads.csv", "--waterfall", "email_getter", "--offline")
     assert result.exit_code == 5
     assert message in result.stderr
+
+
+@in_turn(
+    ("header", "is_one"),
+    [
+        ("FIRSTNAME,LASTNAME,ACCOUNT.NAME,Owner.Email", True),
+        ("contact.first_name,account.name,account.website,user.id", True),
+        ("Adalina,Bironella,Mobile,a.example", False),
+        ("Adalina,Bironella,Firma,info@firma.example", False),
+    ],
+)
+def test_names_with_dots(workspace: Workspace, header: str, *, is_one: bool) -> None:
+    """`ACCOUNT.NAME` may be a domain: the first line is a header if other names are usual."""
+    (workspace.folder / "leads.csv").write_text(f"{header}\na,b,c,d\n")
+    result = workspace.run_in_process("init", "leads.csv", "--waterfall", "email_getter", "--offline", "--force")
+    assert (result.exit_code, "has no header" in result.stderr) == ((0, False) if is_one else (5, True))
 
 
 def test_job_in_other_folder(workspace: Workspace) -> None:

@@ -150,6 +150,15 @@ def test_plan_says_what_is_bought_again(people: Workspace, api: SandboxApi) -> N
 
 
 @pytest.mark.long
+def test_report_counts_columns_as_the_summary_does(people: Workspace, api: SandboxApi) -> None:
+    """A column has the results of its own steps, also in rows for which a later step is pending."""
+    summary = people.run_in_process("run", "job.yaml", "--max-credits", "9", "--json", api=api).json_output
+    report = people.run_in_process("report", "job.yaml", "--json").json_output
+    assert summary["pending"]
+    assert {each["name"]: each["found"] for each in report["columns"]} == summary["columns"]
+    assert report["columns"][0]["answered"] == summary["steps"][0]["found"] + summary["steps"][0]["not_found"]
+
+
 def test_report_has_a_waterfall_for_each_step(people: Workspace, api: SandboxApi) -> None:
     """The report has a section for each step, and the cost of a lead."""
     steps = ["company", "email", "person"]

@@ -368,10 +368,20 @@ VERIFIED = wrapper(
         ("$is_verified", {"email": EMAIL, "is_verified": True}, True),
         ("$email", VERIFIED, None),
         ("$steps.0.provider", None, None),
+        ("0.email", [{"email": EMAIL}], EMAIL),
+        ("0.email", [{"email": EMAIL}, {"email": "b@c.d"}], EMAIL),
+        ("1.email", [{"email": EMAIL}], None),
+        ("1.email", [None, {"email": EMAIL}], EMAIL),
+        ("0", [EMAIL], EMAIL),
+        ("0.email", {"0": {"email": EMAIL}}, EMAIL),
+        ("0.email", [wrapper({"0": {"email": EMAIL}})], EMAIL),
     ],
 )
 def test_paths_beside_the_result(path: str, data: object, value: object) -> None:
-    """`$` reads beside the result, a provider's name longest first; in a flat answer `$x` is `x`."""
+    """`$` reads beside the result, a provider's name longest first; in a flat answer `$x` is `x`.
+
+    A number reads a row of a list, also of one row.
+    """
     assert column_values(data, [path]) == [value]
     assert column_values(data, ["email", path])[1] == value
 

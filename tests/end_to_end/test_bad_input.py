@@ -36,7 +36,7 @@ BROKEN: dict[str, tuple[bytes, int, tuple[str, ...]]] = {
     "unclosed quote": (HEADER_LINE + VALID_ROW + b'\n"Ada,b,c,d,e\n', 5, ("row 2", "line 3", "never closed")),
     "text after a quote": (HEADER_LINE + VALID_ROW + b'\n"Ada"a,b,c,d,e\n', 5, ("row 2", "line 3", "quote")),
     "NUL": (HEADER_LINE + VALID_ROW + b"\nA\0da,b,c,d,e\n", 5, ("row 2", "line 3", "NUL")),
-    "a workbook": (b"PK\x03\x04" + os.urandom(400), 5, ("Excel", "rename it to end in `.xlsx`")),
+    "a workbook": (b"PK\x03\x04" + os.urandom(400), 5, ("Excel", "end in `.xlsx`, or set `format: xlsx`")),
     "an old workbook": (b"\xd0\xcf\x11\xe0" + os.urandom(400), 5, ("Excel",)),
     "gzip named csv": (gzip.compress(HEADER_LINE + VALID_ROW), 5, ("gzip", ".gz")),
     "a picture": (b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 4, 5, ("leads.csv",)),

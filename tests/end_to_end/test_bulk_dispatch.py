@@ -24,6 +24,7 @@ from enrich.ledger.verify import check_ledger
 from enrich.models import State
 from enrich.run.context import RunOptions
 from enrich.run.dispatcher import Dispatcher
+from enrich.run.progress import Progress
 from enrich.run.run_state import Timeouts
 from enrich.run.summary import RunSummary
 from enrich.sandbox import Fault, lookups
@@ -695,3 +696,17 @@ def test_purge_of_bulk_tasks(tmp_path: Path, workspace: Workspace) -> None:
         "SELECT b.size FROM attempts a JOIN bulk_tasks b ON b.id = a.bulk_task_id WHERE a.answer IS NOT NULL"
     )
     assert left == [(1,)]
+
+
+@FILE_ONLY
+def test_disk_space_is_reserved_for_all_rows(api: SandboxApi, workspace: Workspace) -> None:
+    """On a disk that gets full, the rescue file has room for the task id of each row of the tasks in flight."""
+    sizes = set[int]()
+    workspace.write_job(dispatch="{bulk: 200}")
+    workspace.write_leads(make_leads(5))
+
+    def note_size(_: Progress) -> None:
+        sizes.update(path.stat().st_size for path in workspace.ledger_path.parent.glob(".job.db.room-*"))
+
+    workspace.run_job(api, on_progress=note_size)
+    assert min(sizes) >= 4 * 200 * 1_200

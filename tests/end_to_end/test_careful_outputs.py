@@ -96,6 +96,7 @@ def test_columns_of_our_names(api: SandboxApi, workspace: Workspace, header: lis
         ("%-d.csv", "%-"),
         ("x%E.csv", "%E"),
         ("%\u00e9.csv", "%\u00e9"),
+        ("leads-%x.csv", "%x"),  # 12/31/26: a file in a folder in a folder
     ],
 )
 def test_unknown_date_codes(tmp_path: Path, path: str, code: str) -> None:

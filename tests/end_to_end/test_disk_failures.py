@@ -116,6 +116,21 @@ def test_disk_full_while_writing_output(api: SandboxApi, workspace: Workspace, n
     assert api.audit()["accepted"] == 10
 
 
+@pytest.mark.long
+def test_disk_full_during_cancel(tmp_path: Path, workspace: Workspace) -> None:
+    """Names the fix, no bug; what was cancelled at the API is recorded by the next one, and never sent again."""
+    workspace.write_leads(make_leads(60))
+    with serve_api(tmp_path / "api.db", latency="fixed(3600)") as api:
+        workspace.submit_without_collecting(api)
+
+        result = run_with_file_limit(workspace, api, 60_000, "cancel", "job.yaml", "--json")
+
+        assert_exit(result, 1, "the ledger cannot be written", "free some space")
+        assert workspace.run_in_process("cancel", "job.yaml", "--json", api=api).json_output["cancelled"] > 0
+        summary = workspace.run_job(api)
+        assert (summary.failed, summary.submitted) == (60, 0)
+
+
 # Read-only
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
 from enrich.errors import CommandRefused
 from enrich.run.context import RunOptions
 from tests.support.cases import first_quick, in_turn
+from tests.support.object_storage import BUCKET
 from tests.support.workspace import FILE_ONLY, SandboxApi, Workspace, both_backends, make_leads
 
 backend = both_backends
@@ -34,6 +36,22 @@ def assert_refused(workspace: Workspace, api: SandboxApi, *more: str) -> None:
         assert "was paid for from another ledger" in result.stderr
         assert "pay again with --new-ledger" in result.stderr
     assert api.audit()["accepted"] == before
+
+
+@FILE_ONLY
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["out.csv", "out/%Y-%m.csv", "out/", "out/%Y-%m/"])
+def test_output_in_object_storage_is_checked(
+    api: SandboxApi, workspace: Workspace, bucket: dict[str, str], name: str
+) -> None:
+    """The output of an earlier month refuses a new ledger, a first run has no note."""
+    workspace = replace(workspace, environ=bucket)
+    workspace.write_job(output=f"s3://{BUCKET}/{name.replace('%Y-%m', '2026-01')}")
+    first = workspace.run_in_process(*RUN, api=api)
+    assert (first.exit_code, first.stderr) == (0, "")
+    workspace.write_job(output=f"s3://{BUCKET}/{name}")
+    workspace.ledger_path.unlink()
+    assert_refused(workspace, api)
 
 
 @FILE_ONLY

@@ -58,6 +58,26 @@ def test_impossible_output_is_refused_before_spending(
     assert api.audit()["accepted"] == 0
 
 
+def test_cells_that_are_not_written(api: SandboxApi, workspace: Workspace) -> None:
+    """Only the key and the merged columns are in the change feed, no new column in the rejects, and no old status."""
+    workspace.write_leads(
+        [[*lead, "found", "李"] for lead in leads_with("李")], [*HEADER, "enrich_status", "enrich_error"]
+    )
+    narrow = "path: {}, encoding: ascii"
+    changes = f"{{{narrow.format('changes.csv')}, key: First Name}}"
+    workspace.write_job(columns="{Почта: email}", rejects="{path: no.csv}", output="out.csv", changes=changes)
+    refused = workspace.run_in_process("run", "job.yaml", api=api)
+    assert (refused.exit_code, "column `Почта`: `ascii`, the encoding of the changes" in refused.stderr) == (5, True)
+
+    workspace.write_job(columns="{mail: email}", changes=changes)
+    assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
+    workspace.write_leads(
+        [[*lead, "found", "李"] for lead in make_leads(3)], [*HEADER, "enrich_status", "enrich_error"]
+    )
+    workspace.write_job(columns="{Почта: email}", rejects=f"{{{narrow.format('no.csv')}}}")
+    assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
+
+
 def test_too_many_columns(api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """The new columns count too: the five of the input would fit."""
     monkeypatch.setattr(excel_format, "MAX_COLUMNS", len(HEADER) + 6)

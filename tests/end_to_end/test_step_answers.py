@@ -166,6 +166,19 @@ def test_own_answer_stays_beside_another_row(workspace: Workspace, api: SandboxA
 
 
 @pytest.mark.long
+def test_own_answer_stays_in_a_file_with_other_columns(workspace: Workspace, api: SandboxApi) -> None:
+    """A row is known by the cells that are sent, in whatever order the file has them, beside a new column."""
+    workspace.write_job(COMPANY_JOB.replace("company_website: Website", "company_website: [Website, Last Name]"))
+    workspace.write_leads([BOB], HEADER)
+    workspace.run_job(api)
+    first, last, website, _ = BOB
+    workspace.write_leads(
+        [[website, "new", first, "Director", last]], ["Website", "New", "First Name", "Title", "Last Name"]
+    )
+    assert workspace.run_job(api).submitted == 0
+    assert statuses(workspace, "company") == ["found"]
+
+
 def test_refused_attempt_is_no_answer(workspace: Workspace, api: SandboxApi) -> None:
     """A row whose request was refused is filtered, not pending, once its condition no longer holds."""
     workspace.write_job(JOB)

@@ -125,6 +125,25 @@ def test_plan_counts_a_shared_question_beyond_the_cap_of_a_step(workspace: Works
     assert all(done["submitted"] <= step["at_most"] for done, step in zip(summary.steps, plan["steps"], strict=True))
 
 
+def test_tasks_of_an_earlier_run_count_for_the_cap_of_their_step(workspace: Workspace, tmp_path: Path) -> None:
+    """What a run collects of a step and what it sends there are within the step's cap, as within that of the job."""
+    one_provider = SHORT_JOB.replace("waterfall: email_getter", "waterfall: email_getter\n    enrichments: [833]")
+    cap = "    limits: {max_credits: 0.5}\n  - name: person"
+    with serve_api(tmp_path / "api.db", hit_rate=1.0, latency="fixed(3600)") as api:
+        api.set_prices({833: 0.1})
+        workspace.write_job(one_provider)
+        workspace.write_leads(make_people(4), HEADER)
+        workspace.submit_without_collecting(api)
+    port = int(api.base_url.rpartition(":")[2].removesuffix("/v1"))
+    with serve_api(tmp_path / "api.db", port=port, hit_rate=1.0) as api:
+        api.advance(3600)
+        workspace.write_leads(make_people(9), HEADER)
+        workspace.write_job(one_provider.replace("  - name: person", cap))
+        summary = workspace.run_job(api)
+    assert (summary.exit_code, summary.steps[0]["submitted"]) == (ExitCode.CREDITS, 1)
+    assert summary.steps[0]["credits_spent"] == pytest.approx(0.5)
+
+
 def test_failures_of_found_leads_are_named(workspace: Workspace, tmp_path: Path) -> None:
     """A step that failed for leads that are found is in the summary, with the command that sends it again."""
     workspace.write_job(SHORT_JOB + "complete: [work_email]\n")
@@ -189,6 +208,18 @@ def test_cost_of_a_lead_at_unknown_prices(workspace: Workspace, tmp_path: Path) 
         assert workspace.run_job(api).cost_per_lead is None
 
 
+def test_cost_of_a_lead_with_bulk_tasks(workspace: Workspace, api: SandboxApi) -> None:
+    """The price of a bulk task belongs to no row, so the cost of a lead is not known. It is not 0."""
+    workspace.write_job(
+        SHORT_JOB.replace("    columns: {work_email", "    dispatch: {bulk: 5}\n    columns: {work_email")
+    )
+    workspace.write_leads(make_people(9), HEADER)
+    summary = workspace.run_job(api)
+    assert (summary.found or 0) > 0 < summary.credits_spent
+    assert summary.cost_per_lead is None
+    assert workspace.run_in_process("collect", "job.yaml", "--json").json_output["cost_per_lead"] is None
+
+
 @pytest.mark.parametrize(
     "options", first_quick(1, [RunOptions(retry=frozenset({State.IN_DOUBT})), RunOptions(accept_in_doubt=True)])
 )
@@ -201,6 +232,21 @@ def test_doubts_of_the_same_run_are_left_to_the_user(workspace: Workspace, tmp_p
         summary = workspace.run_job(api, options)
         assert (summary.exit_code, summary.in_doubt) == (ExitCode.IN_DOUBT, 2)
         assert api.audit()["accepted"] == 5
+
+
+def test_limited_run_counts_and_accepts_what_has_a_result(workspace: Workspace, tmp_path: Path) -> None:
+    """Also of leads over the limit, `--accept` holds for all unconfirmed requests, and results count as reused."""
+    workspace.write_job(SHORT_JOB)
+    workspace.write_leads(make_people(5), HEADER)
+    with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
+        api.inject_fault("error-after", 2, "post")
+        workspace.run_job(api)
+        workspace.write_leads(make_people(8), HEADER)
+        summary = workspace.run_job(api, RunOptions(accept_in_doubt=True, limit=0))
+        plan = workspace.run_in_process("plan", "job.yaml", "--limit", "0", "--json", api=api).json_output
+    assert (summary.exit_code, summary.submitted) == (ExitCode.SOME_FAILED, 0)
+    assert (summary.failed, summary.in_doubt, summary.pending) == (2, 0, 3)
+    assert summary.requests == summary.reused == plan["requests"] == 8
 
 
 @pytest.mark.long

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from enrich.cli import run_command
-from tests.support.cases import first_quick
+from tests.support.cases import first_quick, in_turn
 from tests.support.workspace import SandboxApi, Workspace, make_leads
 
 TOO_LONG = "x" * 300
@@ -84,6 +84,32 @@ def test_keys(workspace: Workspace, api: SandboxApi, stem: str, command: str, ke
     result = workspace.run_in_process(command, "job.yaml", api=api)
     _check_refused(result.exit_code, result.stderr)
     assert api.audit()["accepted"] == 0
+
+
+#: A URL where only a file of this machine is possible: keys of the job file, and commands.
+LOCAL_KEYS = ["suppress", "metrics", "notify"]
+LOCAL_COMMANDS = [
+    "run job.yaml --log-file",
+    "run job.yaml --plan",
+    "plan job.yaml --rows",
+    "plan job.yaml -o",
+    "report job.yaml -o",
+    "ledger backup job.yaml",
+    "init",
+]
+
+
+@in_turn("case", [*LOCAL_KEYS, *LOCAL_COMMANDS])
+def test_url_of_a_local_file(workspace: Workspace, case: str) -> None:
+    """A URL is not taken for a path, in which a folder `s3:` would be made."""
+    url = "s3://bucket/file.html"
+    workspace.write_leads(make_leads(1))
+    workspace.write_job(**({case: url} if case in LOCAL_KEYS else {}))
+    files = sorted(workspace.folder.iterdir())
+    result = workspace.run_in_process(*("run job.yaml --sandbox" if case in LOCAL_KEYS else f"{case} {url}").split())
+    assert result.exit_code == 2, result.stderr
+    assert "must be a file on this machine, not a URL" in result.stderr
+    assert sorted(workspace.folder.iterdir()) == files
 
 
 def test_job_name(workspace: Workspace) -> None:

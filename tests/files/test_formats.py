@@ -257,7 +257,7 @@ def test_jsonl_roundtrip(tmp_path: Path) -> None:
         ('{"a": 1}\n\n{"a": 1,}\n', "FILE: row 2 (line 3) is not JSON: "),
         ('{"a": 1} {"a": 2}\n', "FILE: row 1 (line 1) is not JSON: Extra data (character 10)"),
         ('"a"\n', "FILE: row 1 (line 1) is not a JSON object / Write one object per line"),
-        ('[{"a": 1}]\n', "FILE: row 1 (line 1) is not a JSON object / It looks like a JSON array"),
+        ('[{"a": 1}]\n', "FILE: row 1 (line 1) is not a JSON object / it looks like a JSON array"),
         ('{"a": NaN}\n', "FILE: row 1 (line 1) is not JSON: NaN is not a JSON number"),
         ('{"a": 1, "b": {"c": 1, "c": 2}}\n', "FILE: row 1 (line 1) has a key twice: `c`"),
         (r'{"a": "\u0000"}', "FILE: row 1 (line 1) has a NUL character"),
@@ -364,7 +364,7 @@ def test_excel_sheet_selection(tmp_path: Path) -> None:
     path = tmp_path / "leads.xlsx"
     assert read_rows(InputTable(path, Input(path="leads.xlsx"))) == [["One"]]
     assert read_rows(InputTable(path, Input(path="leads.xlsx", sheet="Two"))) == [["Two"]]
-    assert read_error(path, sheet="Three") == "FILE has no sheet `Three` / Its sheets: One, Two"
+    assert read_error(path, sheet="Three") == "FILE has no sheet `Three` / its sheets: One, Two"
 
 
 @in_turn(

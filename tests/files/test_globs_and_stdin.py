@@ -383,5 +383,7 @@ def test_input_option_errors(tmp_path: Path, line: str, expected: str) -> None:
 def test_path_or_url_parsing(tmp_path: Path) -> None:
     """URLs don't depend on the working directory and keep their slashes."""
     assert parse_location(tmp_path, "a/../b.csv") == tmp_path / "b.csv"
-    assert parse_location(tmp_path, "S3://bucket/a//b.csv") == ObjectUrl("s3", "bucket", "a//b.csv")
-    assert str(ObjectUrl("s3", "bucket", "a//b.csv")) == "s3://bucket/a//b.csv"
+    assert parse_location(tmp_path, "S3://bucket/.a/b..csv/") == ObjectUrl("s3", "bucket", ".a/b..csv/")
+    for key in ("/a.csv", "x//a.csv", "./a.csv", "x/../a.csv", "x//", "x/..", "a\tb.csv"):  # read as another object
+        with pytest.raises(ValueError, match="an object's name cannot have `//`"):
+            parse_location(tmp_path, f"s3://bucket/{key}")

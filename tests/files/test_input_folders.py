@@ -161,6 +161,16 @@ def test_added_or_removed_file_is_detected(tmp_path: Path) -> None:
     assert source.file_versions() != before
 
 
+def test_categories_are_not_quoted(tmp_path: Path) -> None:
+    """The categories of an Enum, which are cells, are in no message."""
+    for name in ("Ada", "Bob"):
+        kind = pl.List(pl.Enum([name]))
+        pl.DataFrame({"A": pl.Series([[name]], dtype=kind)}).write_parquet(tmp_path / f"{name}.parquet")
+    message = read_error(tmp_path).message
+    assert message.endswith("`A` is of a type with other categories")
+    assert "[" not in message
+
+
 @pytest.mark.long
 def test_run_reads_folder(workspace: Workspace, api: SandboxApi) -> None:
     """A run reads a folder, a partition column can be a param, and a file added later pays only for its own rows."""
@@ -231,6 +241,8 @@ def test_storage_prefix_includes_all_objects(tmp_path: Path) -> None:
         put_object(name, write_table(tmp_path / "x.csv", ["A", "B"], [row]).read_bytes())
     put_object("b/_SUCCESS", b"?")
     put_object("b/.hidden/x.csv", b"?")
+    for marker in ("b/e", "b/c=1/e_$folder$"):  # empty objects, as those of a folder that a console has made
+        put_object(marker, b"")
     url = ObjectUrl("s3", BUCKET, "b/")
     assert read_rows(url) == [("1", "2", "1"), ("3", "4", "2")]
     assert read_rows(ObjectUrl("s3", BUCKET, "b*/c=*/x.csv")) == [

@@ -25,7 +25,7 @@ from enrich.databar.task_results import TaskReply, read_answer, task_phase
 from enrich.errors import CommandRefused, EnrichError, JobError
 from enrich.files import reader
 from enrich.files.writer import prepare_file, temporary_path, write_file
-from enrich.job.job import Job, load_job
+from enrich.job.job import load_job
 from enrich.job.spec import Output
 from enrich.job.target import Target, TargetKind
 from enrich.ledger import enroll, execution_records, queries, transitions
@@ -319,15 +319,13 @@ def test_result_value_as_cell(value: object, text: str | None) -> None:
 # The collector
 
 
-def write_job_and_leads(
-    folder: Path, leads: Sequence[Sequence[str]], job: str
-) -> tuple[Job, JobInput, RequestTemplate]:
+def write_job_and_leads(folder: Path, leads: Sequence[Sequence[str]], job: str) -> tuple[JobInput, RequestTemplate]:
     """Write a job and its leads, header first."""
     with (folder / "leads.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(leads)
     (folder / "job.yaml").write_text(JOB + job, encoding="utf-8")
     loaded = load_job(folder / "job.yaml")
-    return loaded, JobInput(loaded), RequestTemplate(CALL, ("a",), (), loaded.model.columns or {"email": "email"}, None)
+    return JobInput(loaded), RequestTemplate(CALL, ("a",), (), loaded.model.columns or {"email": "email"}, None)
 
 
 def enroll_and_settle(
@@ -363,7 +361,7 @@ def test_rows_get_answer_and_status(tmp_path: Path, open_ledger: Database) -> No
     """Rows with the same request share its answer; its cost is shown once, on the first of them."""
     leads = [["A", "Skip"], ["ada", ""], ["bob", ""], [" ada", ""], ["", ""], ["x", "yes"], ["cyd", ""], ["dan", ""]]
     job = "params: {a: A}\nonly_if_empty: [Skip]\ncolumns: {mail: email, more: person.tags}\n"
-    loaded, rows, template = write_job_and_leads(tmp_path, leads, job)
+    rows, template = write_job_and_leads(tmp_path, leads, job)
     steps = [{"provider": "Mailhound", "cost": "1"}]
     tasks: list[dict[str, Any] | None] = [
         {
@@ -378,7 +376,7 @@ def test_rows_get_answer_and_status(tmp_path: Path, open_ledger: Database) -> No
     enroll_and_settle(open_ledger, rows, template, tasks)
     target = tmp_path / "out.csv"
 
-    counted = Collector(open_ledger, loaded, template, rows).write(target)
+    counted = Collector(open_ledger, template, rows).write(target)
 
     at = "2026-11-01T12:00:00Z"
     assert read_cells(target) == [
@@ -400,7 +398,7 @@ def test_rows_get_answer_and_status(tmp_path: Path, open_ledger: Database) -> No
         RowStatus.PENDING: 1,
     }
     assert counted.filled_by_column == {"mail": 2, "more": 2}
-    assert Collector(open_ledger, loaded, template, rows).count_rows() == counted
+    assert Collector(open_ledger, template, rows).count_rows() == counted
 
 
 def test_long_answers_make_batches_smaller(
@@ -408,13 +406,13 @@ def test_long_answers_make_batches_smaller(
 ) -> None:
     """Rows with long answers are read in smaller batches, so that memory is bounded. The output is the same."""
     leads = [["A"], *([f"lead {number % 40}"] for number in range(50))]
-    loaded, rows, template = write_job_and_leads(tmp_path, leads, "params: {a: A}\ncolumns: {mail: email}\n")
+    rows, template = write_job_and_leads(tmp_path, leads, "params: {a: A}\ncolumns: {mail: email}\n")
     results = [{"email": f"{number}@b.c", "bio": "x" * 10_000} for number in range(40)]
     tasks: list[dict[str, Any] | None] = [
         {"status": "completed", "credits_spent": 1, "data": {"result": result, "steps": []}} for result in results
     ]
     enroll_and_settle(open_ledger, rows, template, tasks)
-    collector = Collector(open_ledger, loaded, template, rows)
+    collector = Collector(open_ledger, template, rows)
     collector.write(tmp_path / "whole.csv")
     assert [joined.batch.frame.height for joined in collector.joined_batches()] == [50]
 
@@ -440,7 +438,7 @@ def test_output_does_not_depend_on_ledger_order(
     """Answers are found in any ledger: with the leads in the file's order, shuffled, or beside those of other files."""
     folder = tmp_path_factory.mktemp("order")
     job = "params: {a: A}\ncolumns: {mail: email}\n"
-    loaded, rows, template = write_job_and_leads(folder, [["A", "B"], *([cell, "b"] for cell in cells)], job)
+    rows, template = write_job_and_leads(folder, [["A", "B"], *([cell, "b"] for cell in cells)], job)
     others = [*cells, *(f"other {number}" for number in range(4))]
     rng.shuffle(others)
     outputs = []
@@ -452,7 +450,7 @@ def test_output_does_not_depend_on_ledger_order(
                 settle_by_params(ledger, rows.for_frame(0, frame), template)
                 enroll.begin_pass(ledger)
                 in_batches = rows.for_frame(0, pl.DataFrame({"A": cells, "B": ["b"] * len(cells)}))
-                collector = Collector(ledger, loaded, template, in_batches, selection=DEFAULT_SELECTION)
+                collector = Collector(ledger, template, in_batches, selection=DEFAULT_SELECTION)
                 collector.write(folder / f"{name}.csv")
             outputs.append((folder / f"{name}.csv").read_bytes())
 
@@ -483,23 +481,23 @@ def settle_by_params(ledger: Database, rows: JobInput, template: RequestTemplate
 
 def test_other_columns_from_stored_answers(tmp_path: Path, open_ledger: Database) -> None:
     """Other columns come from the stored answers at no cost, because the ledger keeps whole answers."""
-    loaded, rows, template = write_job_and_leads(tmp_path, [["A"], ["ada"]], "params: {a: A}\ncolumns: {mail: email}\n")
+    rows, template = write_job_and_leads(tmp_path, [["A"], ["ada"]], "params: {a: A}\ncolumns: {mail: email}\n")
     enroll_and_settle(
         open_ledger, rows, template, [{"status": "completed", "data": [{"email": None, "phone": "+49 30"}]}]
     )
-    assert Collector(open_ledger, loaded, template, rows).count_rows().statuses == {RowStatus.NOT_FOUND: 1}
+    assert Collector(open_ledger, template, rows).count_rows().statuses == {RowStatus.NOT_FOUND: 1}
     other = RequestTemplate(CALL, (), (), {"phone": "phone"}, None)
-    assert Collector(open_ledger, loaded, other, rows).count_rows().statuses == {RowStatus.FOUND: 1}
+    assert Collector(open_ledger, other, rows).count_rows().statuses == {RowStatus.FOUND: 1}
 
 
 @pytest.mark.parametrize("value", [5, 0, 1.5, True, "x", ["a"], {"b": 1}, "日本", 'a\nb,"c"', "null", "a\u2028b"])
 @pytest.mark.parametrize("name", first_quick(1, ["out.csv", "out.parquet"]))
 def test_result_values_of_any_type(tmp_path: Path, open_ledger: Database, name: str, value: object) -> None:
     """New columns are text, whatever types the API returns."""
-    loaded, rows, template = write_job_and_leads(tmp_path, [["A"], ["ada"]], "params: {a: A}\n")
+    rows, template = write_job_and_leads(tmp_path, [["A"], ["ada"]], "params: {a: A}\n")
     enroll_and_settle(open_ledger, rows, template, [{"status": "completed", "data": {"email": value}}])
     target = tmp_path / name
-    Collector(open_ledger, loaded, template, rows).write(target)
+    Collector(open_ledger, template, rows).write(target)
     found = pl.read_parquet(target)["email"].to_list() if name.endswith("parquet") else [read_cells(target)[1][1]]
     assert found == [value if isinstance(value, str) else json.dumps(value)]
 
@@ -507,8 +505,8 @@ def test_result_values_of_any_type(tmp_path: Path, open_ledger: Database, name: 
 @pytest.mark.parametrize("name", ["out.csv", "out.csv.gz", "out.parquet"])
 def test_empty_input_gives_empty_output(tmp_path: Path, open_ledger: Database, name: str) -> None:
     """An empty input gives an empty output with all columns and types, so the next step of a pipeline works."""
-    loaded, rows, template = write_job_and_leads(tmp_path, [["A", ""]], "params: {a: A}\n")
-    assert Collector(open_ledger, loaded, template, rows).write(tmp_path / name).statuses == {}
+    rows, template = write_job_and_leads(tmp_path, [["A", ""]], "params: {a: A}\n")
+    assert Collector(open_ledger, template, rows).write(tmp_path / name).statuses == {}
     columns = ["A", "", "email", *STATUS]
     if name.endswith(".parquet"):
         schema = pl.read_parquet_schema(tmp_path / name)
@@ -522,12 +520,12 @@ def test_empty_input_gives_empty_output(tmp_path: Path, open_ledger: Database, n
 
 def test_output_as_next_input(tmp_path: Path, open_ledger: Database) -> None:
     """In an output used as input, the status columns are replaced, not added again."""
-    loaded, rows, template = write_job_and_leads(tmp_path, [["A"], ["ada"]], "params: {a: A}\ncolumns: {mail: email}\n")
+    rows, template = write_job_and_leads(tmp_path, [["A"], ["ada"]], "params: {a: A}\ncolumns: {mail: email}\n")
     enroll_and_settle(open_ledger, rows, template, [{"status": "completed", "data": {"email": "x"}}])
-    Collector(open_ledger, loaded, template, rows).write(tmp_path / "first.csv")
+    Collector(open_ledger, template, rows).write(tmp_path / "first.csv")
     job = "params: {a: A}\ncolumns: {again: email}\n"
-    loaded, rows, template = write_job_and_leads(tmp_path, read_cells(tmp_path / "first.csv"), job)
-    Collector(open_ledger, loaded, template, rows).write(tmp_path / "second.csv")
+    rows, template = write_job_and_leads(tmp_path, read_cells(tmp_path / "first.csv"), job)
+    Collector(open_ledger, template, rows).write(tmp_path / "second.csv")
     header, row = read_cells(tmp_path / "second.csv")
     assert header == ["A", "mail", "again", *STATUS]
     assert row[:4] == ["ada", "x", "x", "found"]
@@ -539,20 +537,20 @@ def test_interrupt_between_batches_keeps_old_file(tmp_path: Path, open_ledger: D
     def check() -> None:
         raise InterruptedByTestError
 
-    loaded, rows, template = write_job_and_leads(tmp_path, [["A"], ["ada"]], "params: {a: A}\n")
+    rows, template = write_job_and_leads(tmp_path, [["A"], ["ada"]], "params: {a: A}\n")
     target = tmp_path / "out.csv"
     target.write_text("old")
     with pytest.raises(InterruptedByTestError):
-        Collector(open_ledger, loaded, template, rows, check).write(target)
+        Collector(open_ledger, template, rows, check).write(target)
     assert target.read_text() == "old"
 
 
 def test_input_error_keeps_old_file(tmp_path: Path, open_ledger: Database) -> None:
     """An error in the input keeps the old file and is reported as an input error."""
-    loaded, rows, template = write_job_and_leads(tmp_path, [["A", "B"], ["a", "b"], ["c"]], "params: {a: A}\n")
+    rows, template = write_job_and_leads(tmp_path, [["A", "B"], ["a", "b"], ["c"]], "params: {a: A}\n")
     target = tmp_path / "out.parquet"
     with pytest.raises(EnrichError, match="row 2"):
-        Collector(open_ledger, loaded, template, rows).write(target)
+        Collector(open_ledger, template, rows).write(target)
     assert not target.exists()
 
 
@@ -598,8 +596,8 @@ def test_input_cells_are_preserved(tmp_path_factory: pytest.TempPathFactory, nam
     folder = tmp_path_factory.getbasetemp()
     ledger = Database(folder / "cells.db")
     try:
-        loaded, rows, template = write_job_and_leads(folder, table, "params: {a: {value: x}}\n")
-        counted = Collector(ledger, loaded, template, rows).write(folder / name)
+        rows, template = write_job_and_leads(folder, table, "params: {a: {value: x}}\n")
+        counted = Collector(ledger, template, rows).write(folder / name)
     finally:
         ledger.close()
     if name.endswith(".parquet"):

@@ -95,6 +95,7 @@ def refusal(path: Path, **options: Any) -> str:
         ('<row r="2"><c r="B2" s="1"><v>1e9</v></c></row>', "cell B2"),
         ('<row r="2"><c r="A2"><v>5</v></c><c r="B2" s="1"><v>-1e300</v></c></row>', "cell B2"),
         ('<row r="2"><c r="A2" t="inlineStr"><is><t>a_x0000_b</t></is></c></row>', "cell A2 has a NUL character"),
+        ('<row r="2"><c r="A2" t="e"><v>#GETTING_DATA</v></c></row>', "an error that cannot be read"),
     ],
 )
 def test_workbooks_that_are_refused(tmp_path: Path, cells: str, words: str) -> None:
@@ -146,7 +147,7 @@ def test_hidden_sheets(tmp_path: Path, state: Literal["hidden", "veryHidden"]) -
     book.save(tmp_path / "leads.xlsx")
     assert read_rows(tmp_path / "leads.xlsx") == [("seen",)]
     assert read_rows(tmp_path / "leads.xlsx", sheet="_lists") == [("hidden",)]
-    assert "Its sheets: _lists, Leads" in refusal(tmp_path / "leads.xlsx", sheet="Other")
+    assert "its sheets: _lists, Leads" in refusal(tmp_path / "leads.xlsx", sheet="Other")
 
 
 # Parquet

@@ -370,6 +370,10 @@ def test_quoted_values_are_text(tmp_path: Path, word: str) -> None:
             f"{BASE_JOB}output: %Y.csv\n",
             ["6: found character '%' that cannot start any token", "hint: put it in quotes if it is text"],
         ),
+        (
+            f"{BASE_JOB}suppress: *.txt\n",
+            ["6: expected alphabetic or numeric character, but found '.'", "hint: put it in quotes if it is text"],
+        ),
         (f"{BASE_JOB}---\n{BASE_JOB}", ["6: but found another document"]),
         (
             "version: 1\n\tinput: x\n",
@@ -692,3 +696,23 @@ def test_invalid_separators(separator: str) -> None:
     for model in (Input, Output):
         with pytest.raises(ValidationError, match="must be one character"):
             model.model_validate({"path": "a.csv", "separator": separator})
+
+
+@in_turn(
+    ("overrides", "message"),
+    [
+        (Overrides(output="out.xls"), "--output: `out.xls` has an unsupported file type"),
+        (Overrides(output="s3://leads"), "--output: an object storage URL needs a bucket"),
+        (Overrides(input="ftp://leads/a.csv"), "--input: `ftp://` is an unknown object storage"),
+        (Overrides(ledger="s3://leads/a.db"), "--ledger: `s3://` cannot be used for a ledger"),
+    ],
+)
+def test_error_in_an_option_names_it(tmp_path: Path, overrides: Overrides, message: str) -> None:
+    """What the command line replaces is not an error of the job file, which has another value."""
+    (tmp_path / "job.yaml").write_text(BASE_JOB)
+    with pytest.raises(JobError) as caught:
+        load_job(tmp_path / "job.yaml", overrides)
+    assert caught.value.message.startswith(message)
+    (tmp_path / "job.yaml").write_text(f"{BASE_JOB}output: a.xls\n")
+    with pytest.raises(JobError, match=r"job.yaml:6: output: `a.xls` has"):
+        load_job(tmp_path / "job.yaml", Overrides(ledger="a.db"))

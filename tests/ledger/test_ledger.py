@@ -460,11 +460,11 @@ class TestExecutions:
         """`has_submitted` is true once the API has accepted a request."""
         ledger.start_and_enroll(1)
         ledger.commit(transitions.record_refused, [(ledger.claim().attempt_id, "HTTP 429", ledger.now)])
-        assert not execution_records.has_submitted(ledger.wrapped)
+        assert not execution_records.has_submitted(ledger.wrapped, "job")
 
         ledger.submit()
 
-        assert execution_records.has_submitted(ledger.wrapped)
+        assert execution_records.has_submitted(ledger.wrapped, "job")
 
     def test_tasks_ordered_by_expiry(self, ledger: CommittingLedger) -> None:
         """The task submitted first expires first and comes first, whatever its row."""

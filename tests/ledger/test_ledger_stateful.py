@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from enrich.job.locations import LedgerLocation, parse_ledger_location
 from enrich.ledger import enroll, execution_records, queries, resume, transitions
 from enrich.ledger.transitions import CapReached, StepCapReached
-from enrich.models import RETRYABLE_STATES, Acceptance, Answer, ClaimedRequest, State
+from enrich.models import OPEN_STATES, RETRYABLE_STATES, Acceptance, Answer, ClaimedRequest, State
 from tests.support.cases import examples
 from tests.support.ledger import BINDING, DEFAULT_SELECTION, CommittingLedger, params, results_of, row_requests
 from tests.support.postgres import PostgresServer
@@ -69,7 +69,7 @@ class AttemptModel:
     execution_charged: int | None = None  # the execution whose reservation it holds
     bulk_id: int | None = None  # the bulk task it was sent with
     task_id: str | None = None
-    settled_execution: int | None = None  # the execution that settled it at an unknown price
+    settled_execution: int | None = None  # the execution that settled it
     deleted_at_api: bool = False
     step: str | None = None  # the step that sent it
 
@@ -110,10 +110,11 @@ class LedgerModel:
         return sum(post.reserved for post in self.attempts.values() if post.execution_charged == execution)
 
     def step_cost(self, execution: int, step: str) -> int:
-        """Return what the attempts of a step in an execution cost, at most."""
+        """Return what the attempts of a step that an execution has made, settled or may settle cost, at most."""
         cost, counted = 0, set()
         for post in self.attempts.values():
-            if (post.execution, post.step) != (execution, step):
+            is_open = post.state in OPEN_STATES
+            if post.step != step or not (is_open or execution in (post.execution, post.settled_execution)):
                 continue
             price = None if post.bulk_id is None else self.bulk_tasks.get(post.bulk_id)
             if price is None:
@@ -420,6 +421,7 @@ class LedgerStateMachine(RuleBasedStateMachine):
             post = model.attempts[number]
             model.spent[ledger.execution] += paid
             post.credits, post.execution_charged, post.at = paid, None, ledger.now
+            post.settled_execution = ledger.execution
             model.settled_late[ledger.execution] += paid
             return
         ledger.commit(resume.revive, numbers, ledger.execution)
@@ -458,11 +460,10 @@ class LedgerStateMachine(RuleBasedStateMachine):
         answer = Answer(state, credits=result, raw=f'{{"data": {number}}}', free_failure=free)
         assert ledger.settle(number, answer, MAX_ATTEMPTS) is after
         self.settle_attempt(number, after, state.value)
-        post.credits = paid
+        post.credits, post.settled_execution = paid, ledger.execution
         self.model.spent[ledger.execution] += paid or 0
         if paid is None:
             self.model.unknown[ledger.execution] += 1
-            post.settled_execution = ledger.execution
         else:
             post.execution_charged = None
         if state is State.FOUND:
@@ -496,9 +497,9 @@ class LedgerStateMachine(RuleBasedStateMachine):
         for number, answer, state in zip(numbers, answers, after, strict=True):
             post = model.attempts[number]
             self.settle_attempt(number, state, answer.state.value)
+            post.settled_execution = ledger.execution
             if paid is None:
                 model.unknown[ledger.execution] += 1
-                post.settled_execution = ledger.execution
             else:
                 post.execution_charged = None
             if state is State.FOUND:

@@ -13,8 +13,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from enrich.errors import CommandRefused, LedgerLocked
-from enrich.ledger import bindings, rescue_import, rescue_recorder, resume, transitions
+from enrich.ledger import bindings, execution_records, rescue_import, rescue_recorder, resume, transitions
 from enrich.ledger.database import Database
+from enrich.ledger.database_copy import copy_ledger
 from enrich.ledger.rescue_file import RescuedAttempt, RescueFile, read_rescue_file
 from enrich.ledger.rescue_import import import_rescue_files, remove_imported_files
 from enrich.ledger.verify import check_ledger
@@ -114,6 +115,21 @@ def test_submitting_attempt_is_completed(ledger: CommittingLedger) -> None:
         message == "1 tasks to fetch, 1 answers, 1 unconfirmed requests (in_doubt), 1 requests that were not accepted"
     )
     assert request_states(ledger) == {1: "submitted", 2: "found", 3: "pending", 4: "in_doubt"}
+    assert_sound(ledger)
+
+
+def test_answer_belongs_to_the_run_that_got_it(ledger: CommittingLedger) -> None:
+    """What a task of an earlier run has cost is spent in the last run, which had the answer: the first has ended."""
+    ledger.start_and_enroll(1)
+    ledger.submit("a")
+    ledger.commit(execution_records.end_execution, ledger.execution, 13, {}, ledger.now)
+    first, last = ledger.execution, ledger.start_execution()
+
+    import_lines(ledger, rescue_record(1, "found", task="a"))
+
+    spent = [execution_records.read_execution(ledger.wrapped, run).spent for run in (first, last)]
+    assert (spent, request_states(ledger)) == ([0, 2], {1: "found"})
+    assert ledger.execution_counters[1] == 0
     assert_sound(ledger)
 
 
@@ -400,6 +416,19 @@ def test_sandbox_rescue_file_is_separate(tmp_path: Path, workspace: Workspace) -
         assert workspace.run_job(api).exit_code == 0
         assert workspace.ledger_path.with_name("job.sandbox.db.rescue").exists()
         assert len(json.loads(json.dumps(workspace.read_output()))) == 2
+
+
+def test_copy_without_rescue_file_is_refused(tmp_path: Path, ledger: CommittingLedger) -> None:
+    """A copy would lack what the rescue file has, and no run of the copy reads that file: its tasks would be lost."""
+    ledger.start_and_enroll(1)
+    file, target = ledger.path.with_name("ledger.db.rescue"), tmp_path / "copy.db"
+    file.write_bytes(rescue_record(1).to_line())
+    ledger.wrapped.close()
+
+    with pytest.raises(CommandRefused, match=r"ledger\.db\.rescue has what the last run could not write"):
+        copy_ledger(ledger.path, target)
+
+    assert (target.exists(), file.exists()) == (False, True)
 
 
 def test_failed_removal_is_reported(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def test_idle_transaction_is_retried(ledger_location: Place) -> None:
     with Lease(ledger_location) as lease:
         ledger = Database(ledger_location, fencing_token=lease.fencing_token)
         ledger.session.begin()
-        pid = ledger.session._connection.info.backend_pid  # type: ignore[attr-defined]
+        pid = ledger.session._connection.info.backend_pid  # type: ignore[union-attr]
         wait_until(lambda: not is_idle_in_transaction(ledger_location, pid))
         with pytest.raises(TransactionInterrupted) as failure:
             execution_records.newest_execution_id(ledger)

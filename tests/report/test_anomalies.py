@@ -22,7 +22,7 @@ from enrich.report.anomalies import (
     find_anomalies,
     shares_z_score,
 )
-from enrich.run.answer_kinds import count_kinds
+from enrich.run.provider_stats import count_kinds
 
 PATHS = {"work_email": "email", "city": "office.city"}
 

@@ -82,6 +82,12 @@ def test_title_above_the_header(tmp_path: Path, content: str, words: str) -> Non
     assert "delete the lines above it" in (error.hint or "")
 
 
+def test_columns_without_a_name(tmp_path: Path) -> None:
+    """Separators at the end of each line, as of a spreadsheet: the header is the right line."""
+    error = open_error(tmp_path, "First Name,Last Name,Company,,\nA,B,C,,\n")
+    assert (error.exit_code, error.hint) == (5, "delete the columns without a name")
+
+
 @in_turn(
     ("name", "shown"),
     [
@@ -102,6 +108,13 @@ def test_names_that_look_alike(tmp_path: Path, name: str, shown: str) -> None:
     escaped = (error.hint or "").split("the input's name is ")[1].split(", the job's")[0]
     (tmp_path / "job.yaml").write_text((JOB % "").replace("first_name: First Name", f"first_name: {escaped}"))
     assert JobInput(load_job(tmp_path / "job.yaml")).columns[0] == name
+
+
+def test_names_with_dots(tmp_path: Path) -> None:
+    """A line with the job's columns in another spelling is the header, although one of them may be a domain."""
+    error = open_error(tmp_path, "FIRSTNAME,LASTNAME,ACCOUNT.NAME\nAda,Byron,Acme\n")
+    assert isinstance(error, JobError)
+    assert "did you mean `FIRSTNAME`" in (error.hint or "")
 
 
 def test_hint_has_no_line_break() -> None:

@@ -42,7 +42,7 @@ def open_rows(
 def batches_of(rows: JobInput, part: InputPart) -> Iterator[RowBatch]:
     """Read a part as another process does, which has the input without its rows."""
     sample, first = pickle_roundtrip(rows.without_rows()), part.first_position
-    for frame in read_part(part, rows.input_schema, LocalCopies()):
+    for frame in read_part(part, rows.full_table.input_schema, LocalCopies()):
         yield from sample.for_frame(first, frame).batches(TEMPLATE)
         first += frame.height
 

@@ -410,13 +410,13 @@ def test_positions_count_over_batches(tmp_path: Path) -> None:
 def test_changed_input_changes_stamp(tmp_path: Path) -> None:
     """A replaced, extended or missing input changes the stamp: answers must not be joined to other rows."""
     rows = open_rows(tmp_path, "params: {a: A}\n", ["A"], [["1"]])
-    before = rows.file_versions()
-    assert before == rows.file_versions()
+    before = rows.full_table.file_versions()
+    assert before == rows.full_table.file_versions()
     with (tmp_path / "leads.csv").open("a") as file:
         file.write("2\n")
-    assert rows.file_versions() != before
+    assert rows.full_table.file_versions() != before
     (tmp_path / "leads.csv").unlink()
-    assert rows.file_versions() is None
+    assert rows.full_table.file_versions() is None
 
 
 # Fingerprints

@@ -22,8 +22,7 @@ from enrich.job.target import Target, TargetKind
 from enrich.ledger import enroll
 from enrich.ledger.database import Database
 from enrich.models import Decision, RequestBatch, RowStatus
-from enrich.rows.domains import LEFT_OUT
-from enrich.rows.emails import email_address
+from enrich.rows.addresses import LEFT_OUT, email_address
 from enrich.rows.job_input import JobInput
 from enrich.rows.template import RequestTemplate
 from enrich.run.answer_cells import answer_cells, answer_columns, to_cell

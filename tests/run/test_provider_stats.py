@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 from enrich.databar.description import Description, Waterfall
 from enrich.databar.task_results import ParsedData, parse_data
 from enrich.job.target import Target, TargetKind
-from enrich.ledger import bindings, queries
+from enrich.ledger import queries
 from enrich.models import SettledAttempt, State
-from enrich.run.answer_kinds import count_kinds
-from enrich.run.provider_stats import ProviderStat, ProviderStats, ProviderTotals, parse_descriptions
+from enrich.run.provider_stats import ProviderStat, ProviderStats, ProviderTotals, count_kinds, read_descriptions
 from tests.support.cases import in_turn
 from tests.support.ledger import CALL
 from tests.support.workspace import INSTANT_API, Workspace, make_leads, serve_api
@@ -268,7 +267,7 @@ def test_provider_that_verifies_counted_once() -> None:
 def ledger_stats(workspace: Workspace) -> ProviderTotals:
     """Return the totals of the ledger of the workspace's job."""
     with closing(workspace.open_ledger()) as ledger:
-        return stats_of(queries.settled_attempts(ledger, "job"), parse_descriptions(bindings.load_descriptions(ledger)))
+        return stats_of(queries.settled_attempts(ledger, "job"), read_descriptions(ledger))
 
 
 @pytest.mark.long

@@ -290,6 +290,29 @@ def test_unwritten_change_feed_is_repeated(workspace: Workspace, api: SandboxApi
     assert workspace.run_in_process("run", "job.yaml", "--json", api=api).json_output["changed"]
 
 
+def test_output_is_written_and_the_feed_is_not(
+    workspace: Workspace, api: SandboxApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The summary names the output that was written, and the error how to get the other file."""
+    workspace.write_job(changes="feeds/changes.csv")
+    feeds = workspace.folder / "feeds"
+
+    def block_and_write(*arguments: Any) -> int:
+        feeds.rmdir()
+        feeds.write_text("")
+        return write_changes(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("enrich.run.output.write_changes", block_and_write)
+        result = workspace.run_in_process("run", "job.yaml", "--json", "--summary", api=api)
+    assert (result.exit_code, result.json_output["output"]) == (1, str(workspace.folder / "out.csv"))
+    assert (result.json_output["changes"], len(workspace.read_output())) == (None, 6)
+    assert "No output written" not in result.stderr
+    assert "check its folder; the ledger has the results: the next run writes the file" in result.stderr
+    feeds.unlink()
+    assert workspace.run_in_process("run", "job.yaml", "--json", api=api).json_output["changed"] == 5
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("replaced", "words"),

@@ -73,4 +73,5 @@ def _blank(cell: Any) -> Any:
 
 def input_parts(rows: JobInput) -> list[InputPart]:
     """Divide the rows of an input into parts."""
-    return rows.parts(lambda files: [count_file_rows(file, rows.input_schema, LocalCopies()) for file in files])
+    table = rows.full_table
+    return table.parts(lambda files: [count_file_rows(file, table.input_schema, LocalCopies()) for file in files])

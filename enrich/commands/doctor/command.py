@@ -19,6 +19,7 @@ from enrich.commands.check import check_job, check_summary
 from enrich.commands.check_target import CheckResult
 from enrich.commands.doctor import checks, system
 from enrich.commands.doctor.checks import Finding, error_finding, next_run_time
+from enrich.commands.doctor.storage import storage_findings
 from enrich.commands.doctor.system import parse_env_lines
 from enrich.commands.options import time_option
 from enrich.commands.paths import files_read, files_written, has_ledger, local_input_files, nearest_existing
@@ -109,6 +110,9 @@ def job_findings(job: Job, context: DoctorContext) -> Iterator[Finding]:
     if job.model.report is not None and job.model.report.path is not None and is_extra_missing():
         yield Finding("warn", "report", "the run cannot write the `report` without its extra", INSTALL_HINT)
     yield from _file_findings(job, context)
+    if not context.offline:
+        with suppress(JobError):  # check_job has reported it
+            yield from storage_findings(job, context.next_run)
     yield from _ledger_findings(job, context, check, live)
     yield from _disk_findings(job, context, check)
     yield from _program_findings(job, context)

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from msgspec import Struct
 
 ValueFormat = str
+#: The score of a header that is exactly one of a kind of data.
+EXACT_HEADER = 3
 #: A single word with fewer letters is too ambiguous among other words: `Last Contacted`, `Name of the fair`.
 _MIN_WORD_LENGTH = 5
 
@@ -37,7 +39,7 @@ class ColumnKind(Struct, frozen=True):
         names = [split_words(name) for name in self.headers.split(",")]
         header_words = split_words(header)
         if "".join(header_words) in {"".join(name) for name in names}:
-            return 3
+            return EXACT_HEADER
         if self.is_excluded(header):
             return 0
         return 2 if any(_is_specific(name) and _is_sublist(name, header_words) for name in names) else 0
@@ -140,3 +142,8 @@ def column_kind_of(param: str) -> ColumnKind:
     """Return the kind of data that a param takes. An unknown param takes a column of its own name."""
     kind = next((known for known in COLUMN_KINDS if known.serves_param(param)), None)
     return kind or ColumnKind(param, " ".join(split_words(param)) or param)
+
+
+def is_usual_header(name: str) -> bool:
+    """Check whether a name is exactly a header of some kind of data: `ACCOUNT.NAME`, `First Name`."""
+    return any(kind.header_score(name) == EXACT_HEADER for kind in COLUMN_KINDS)

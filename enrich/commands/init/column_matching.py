@@ -13,6 +13,7 @@ from enrich.commands.init.column_kinds import (
     COMPANY_NAME,
     DOMAIN,
     EMAIL,
+    EXACT_HEADER,
     FIRST_NAME,
     FULL_NAME,
     LAST_NAME,
@@ -23,7 +24,7 @@ from enrich.commands.init.column_kinds import (
 from enrich.databar.description import Description
 from enrich.job.cell_text import EMPTY_VALUES, PLACEHOLDERS, clean
 from enrich.models import LeftOut
-from enrich.rows.domains import no_company
+from enrich.rows.addresses import no_company
 
 Confidence = Literal["sure", "likely", "a guess"]
 _HOST = r"(?:[\w-]+\.)+[^\W\d_]{2,}"
@@ -36,7 +37,6 @@ VALUE_FORMATS: dict[ValueFormat, re.Pattern[str]] = {
     "LinkedIn company pages": re.compile(r"\S*linkedin\.[a-z]+/(?:company|school)/\S+", re.IGNORECASE),
     "phone numbers": re.compile(r"\+?[\d\s().\-/]{7,}(?:\s*(?:x|ext\.?)\s*\d+)?", re.IGNORECASE),
 }
-_EXACT_HEADER = 3
 #: Shares of the values in a format: from the first on it is proven, below the second it is ruled out, and from the
 #: third on the few other values count as exceptions.
 PROVING_SHARE, CONTRADICTING_SHARE, DOMINANT_SHARE = 0.5, 0.1, 0.8
@@ -198,12 +198,12 @@ def _ranked_candidates(kind: ColumnKind, columns: Sequence[Column]) -> list[_Can
 
 def _make_candidate(kind: ColumnKind, column: Column, columns: Sequence[Column]) -> _Candidate | None:
     header_score = kind.header_score(column.name) or _german_last_name_score(kind, column, columns)
-    if kind is FULL_NAME and header_score != _EXACT_HEADER:
+    if kind is FULL_NAME and header_score != EXACT_HEADER:
         return None
     if kind.value_format is None:
         if not header_score or _is_not_a_name(kind, column):
             return None
-        confidence: Confidence = "sure" if header_score == _EXACT_HEADER and column.filled_count else "likely"
+        confidence: Confidence = "sure" if header_score == EXACT_HEADER and column.filled_count else "likely"
         return _Candidate(column, header_score * 10, confidence, _blank_reason(column) or "by its header")
     share = column.format_shares[kind.value_format]
     if kind is DOMAIN:
@@ -218,7 +218,7 @@ def _make_candidate(kind: ColumnKind, column: Column, columns: Sequence[Column])
     share_text = f"{share:.0%} of its values are {kind.value_format}"
     if not header_score:
         return _Candidate(column, 5, "a guess", f"{share_text}; not by its header")
-    confidence = "sure" if header_score == _EXACT_HEADER and proven else "likely"
+    confidence = "sure" if header_score == EXACT_HEADER and proven else "likely"
     return _Candidate(
         column, header_score * 10 + proven * 5, confidence, _blank_reason(column) or f"by its header; {share_text}"
     )
@@ -249,14 +249,10 @@ def _is_linkedin_urls(column: Column) -> bool:
 
 def _german_last_name_score(kind: ColumnKind, column: Column, columns: Sequence[Column]) -> int:
     """Return 1 if `Name` means the last name: there is a first-name column and no other last-name column."""
-    if (
-        kind is not LAST_NAME
-        or FULL_NAME.header_score(column.name) != _EXACT_HEADER
-        or column.name.casefold() != "name"
-    ):
+    if kind is not LAST_NAME or FULL_NAME.header_score(column.name) != EXACT_HEADER or column.name.casefold() != "name":
         return 0
     names = [other.name for other in columns]
-    has_first_name = any(FIRST_NAME.header_score(name) == _EXACT_HEADER for name in names) and not any(
+    has_first_name = any(FIRST_NAME.header_score(name) == EXACT_HEADER for name in names) and not any(
         map(LAST_NAME.header_score, names)
     )
     return 1 if has_first_name and column.spaced_share < PROVING_SHARE else 0

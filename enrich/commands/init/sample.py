@@ -10,6 +10,7 @@ from pathlib import Path
 import polars as pl
 from msgspec import Struct
 
+from enrich.commands.init.column_kinds import is_usual_header
 from enrich.commands.init.column_matching import Column, describe_column
 from enrich.errors import CommandRefused
 from enrich.files.csv_format import SEPARATORS, read_batches, read_header
@@ -20,6 +21,8 @@ from enrich.job.locations import format_of
 from enrich.job.spec import Input
 
 SAMPLE_ROWS = 1_000
+#: With this many usual names a first line is a header.
+_USUAL_HEADERS = 2
 _CHUNK_BYTES = 1 << 20
 
 
@@ -62,7 +65,8 @@ def _try_format(source: TableFile) -> Sample | FileProblem:
 
 
 def _make_sample(source: TableFile, header: list[str], frame: pl.DataFrame | None) -> Sample:
-    if any(map(looks_like_cell, header)):
+    # Exports have names such as `ACCOUNT.NAME`, which may also be a domain.
+    if any(map(looks_like_cell, header)) and sum(map(is_usual_header, header)) < _USUAL_HEADERS:
         raise CommandRefused(f"{source}: the first line {NO_HEADER}", NO_HEADER_HINT)
     rows = None if frame is None else text_frame(frame.head(SAMPLE_ROWS))
     columns = [describe_column(name, [] if rows is None else rows.get_column(name).to_list()) for name in header]

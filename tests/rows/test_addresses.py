@@ -15,17 +15,18 @@ from hypothesis import strategies as st
 
 from enrich.job.cell_text import clean
 from enrich.models import LeftOut
-from enrich.rows.domains import (
+from enrich.rows.addresses import (
     EXAMPLE_SUFFIXES,
     LEFT_OUT,
     _is_rule,
     _listed_rules,
     canonical_host,
     company_domains,
+    email_address,
+    email_addresses,
     hosts,
     is_public,
 )
-from enrich.rows.emails import email_address, email_addresses
 from tests.support.cases import in_turn
 
 SEVERAL, NOTHING = LeftOut.SEVERAL, LeftOut.NO_DOMAIN
@@ -238,6 +239,6 @@ def test_public_suffixes_are_those_of_tldextract() -> None:
 @pytest.mark.long
 def test_domains_are_found_without_importing_tldextract() -> None:
     """Its list alone is read: importing it would also import an HTTP client."""
-    code = "import sys, enrich.rows.domains as d; print(d.is_public('acme.co.uk'), 'tldextract' in sys.modules)"
+    code = "import sys, enrich.rows.addresses as d; print(d.is_public('acme.co.uk'), 'tldextract' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert result.stdout == "True False\n"

@@ -1,4 +1,4 @@
-"""Finds the host in a cell, and the company's domain in a host.
+"""Finds the host or the e-mail address in a cell, and the company's domain in a host.
 
 A host is public when the public suffix list has its ending. It is written in lower case and, where it is
 international, in its ASCII form (`xn--…`), so that one host has one spelling.
@@ -269,8 +269,6 @@ _USUAL_HOST = r"((?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]{2,63})"
 _USUAL_CODE = "%(?:[0-35-9a-f][0-9a-f]|4[1-9a-f])"
 #: The usual cell: a host in a URL, alone, or after an `@`.
 _USUAL = rf"^(?:(?:https?://)?(?:www\.)?|[a-z0-9][a-z0-9._+-]{{0,62}}@){_USUAL_HOST}\.?(?:[/?#](?:[a-z0-9._~/?#=&+-]|{_USUAL_CODE})*)?$"
-#: The usual e-mail address.
-_USUAL_EMAIL = rf"^[a-z0-9_](?:[a-z0-9_+-]|\.[a-z0-9_]){{0,31}}@{_USUAL_HOST}$"
 
 
 def company_domains(cells: pl.Series) -> pl.Series:
@@ -316,13 +314,6 @@ def usual_hosts(text: pl.Series) -> pl.Series:
     return frame.select_seq(pl.when(is_usual).then(host).alias("")).to_series()
 
 
-def unusual_emails(text: pl.Series) -> pl.Series:
-    """Return which lower-case cells are no e-mail address with a public host that is written as usual."""
-    cell = pl.col("")
-    is_usual = cell.str.contains(_USUAL_EMAIL) & cell.str.extract(r"([^.]+)$").is_in(_short_suffixes())
-    return text.to_frame().select_seq(~is_usual | cell.str.contains("xn--", literal=True)).to_series()
-
-
 def hosts(cells: pl.Series) -> pl.Series:
     """Return the host in each cell of a column of clean text as it stands, with the exceptions of `company_domains`."""
     return map_distinct(cells, _company_host)
@@ -357,3 +348,46 @@ def parent_domains(host: str) -> Iterator[str]:
     """Yield a host and the domains above it."""
     labels = host.split(".")
     yield from (".".join(labels[start:]) for start in range(len(labels)))
+
+
+# E-mail addresses
+
+#: The usual e-mail address.
+_USUAL_EMAIL = rf"^[a-z0-9_](?:[a-z0-9_+-]|\.[a-z0-9_]){{0,31}}@{_USUAL_HOST}$"
+#: Longest local part and longest address (RFC 5321).
+_MAX_LOCAL_LENGTH, _MAX_EMAIL_LENGTH = 64, 254
+#: Words with single dots between them. Letters of any script.
+_LOCAL = re.compile(r"[\w!#$%&'*+=^`{}~-]+(?:\.[\w!#$%&'*+=^`{}~-]+)*")
+
+
+def email_addresses(cells: pl.Series) -> pl.Series:
+    """Return the e-mail address in each cell of a column of clean text, in lower case, its host in one spelling.
+
+    '' for a blank, LEFT_OUT and the reason where there is not exactly one plausible address. Only the API can say which
+    addresses exist.
+    """
+    text = cells.alias("").str.to_lowercase()
+    return convert_some(text, _unusual_emails(text), lambda some: map_distinct(some, email_address))
+
+
+def _unusual_emails(text: pl.Series) -> pl.Series:
+    """Return which lower-case cells are no e-mail address with a public host that is written as usual."""
+    cell = pl.col("")
+    is_usual = cell.str.contains(_USUAL_EMAIL) & cell.str.extract(r"([^.]+)$").is_in(_short_suffixes())
+    return text.to_frame().select_seq(~is_usual | cell.str.contains("xn--", literal=True)).to_series()
+
+
+def email_address(text: str) -> str:
+    """Return the address in one cell; see `email_addresses`."""
+    if not text:
+        return ""
+    addresses, is_alone = find_addresses(text)
+    mailboxes = [address for address in addresses if address.local is not None]
+    if len(mailboxes) > 1:
+        return LEFT_OUT + LeftOut.SEVERAL
+    if not is_alone or len(mailboxes) != len(addresses) or not mailboxes:
+        return LEFT_OUT + LeftOut.NO_EMAIL
+    ((local, host),) = mailboxes
+    is_plausible = _LOCAL.fullmatch(local or "") is not None and len(local or "") <= _MAX_LOCAL_LENGTH
+    address = f"{local}@{host}"
+    return address if is_plausible and len(address) <= _MAX_EMAIL_LENGTH else LEFT_OUT + LeftOut.NO_EMAIL
