@@ -14,15 +14,18 @@ from enrich.models import State
 from enrich.run.context import RunOptions
 from tests.support.cases import in_turn
 from tests.support.workspace import (
-    BOTH_BACKENDS,
+    FILE_ONLY,
     SandboxApi,
     Workspace,
+    both_backends,
     clock_ahead,
     kill_process,
     make_leads,
     serve_api,
     wait_until,
 )
+
+backend = both_backends
 
 DAY = 86_400
 
@@ -49,7 +52,6 @@ def only_row(explanation: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-@BOTH_BACKENDS
 @pytest.mark.long
 def test_explain_matches_output(tmp_path: Path, workspace: Workspace) -> None:
     """For found, missed and failed rows: status, provider, price, task, time and answer equal the output."""
@@ -120,7 +122,6 @@ def test_skipped_and_filtered_rows(api: SandboxApi, workspace: Workspace) -> Non
     assert "first_name  not sent  from First Name: 'Ada'" in explain_text(workspace, "--row", "1")
 
 
-@BOTH_BACKENDS
 @pytest.mark.parametrize("has_run", [True, False])
 def test_rows_over_the_cap(api: SandboxApi, workspace: Workspace, *, has_run: bool) -> None:
     """A row over `caps` is filtered as in the output, whether or not the ledger has its request; no run sends it."""
@@ -140,7 +141,6 @@ def test_rows_over_the_cap(api: SandboxApi, workspace: Workspace, *, has_run: bo
     assert "sends it" not in text
 
 
-@BOTH_BACKENDS
 def test_duplicate_rows(api: SandboxApi, workspace: Workspace) -> None:
     """Explains every matching row; letter case and surrounding spaces do not matter."""
     first, second = make_leads(2)
@@ -155,7 +155,6 @@ def test_duplicate_rows(api: SandboxApi, workspace: Workspace) -> None:
     assert "same request as row 1, 4, charged once" in explain_text(workspace, "--row", "3")
 
 
-@BOTH_BACKENDS
 @pytest.mark.long
 def test_rows_without_dedupe(api: SandboxApi, workspace: Workspace) -> None:
     """With `dedupe: false` each occurrence has a request of its own and no related ones."""
@@ -221,7 +220,6 @@ def test_in_doubt_options(api: SandboxApi, workspace: Workspace) -> None:
     assert attempts[0] == first_attempt
 
 
-@BOTH_BACKENDS
 @pytest.mark.long
 def test_accepted_in_doubt(api: SandboxApi, workspace: Workspace) -> None:
     """Keeps the attempt in doubt; `--accept in_doubt` marks the request as failed."""
@@ -238,6 +236,7 @@ def test_accepted_in_doubt(api: SandboxApi, workspace: Workspace) -> None:
 
 
 @pytest.mark.long
+@FILE_ONLY  # The server uses its own clock.
 def test_refreshed_lead_has_all_attempts(tmp_path: Path, workspace: Workspace) -> None:
     """Shows all attempts with their executions; the last match stays, and the next refresh has a date."""
     workspace.write_job(policy="{refresh: {found: 90d, not_found: 14d}}")
@@ -256,6 +255,7 @@ def test_refreshed_lead_has_all_attempts(tmp_path: Path, workspace: Workspace) -
 
 
 @pytest.mark.long
+@FILE_ONLY  # The server uses its own clock.
 def test_last_match_is_kept_after_no_match(tmp_path: Path, workspace: Workspace) -> None:
     """The row is found, as in the output; the history includes the later miss."""
     workspace.write_job(policy="{refresh: {found: 90d}}")
@@ -353,6 +353,7 @@ def test_column_name_with_equals_sign(workspace: Workspace) -> None:
 
 
 @pytest.mark.long
+@FILE_ONLY
 def test_takes_no_lock_and_changes_nothing(api: SandboxApi, workspace: Workspace) -> None:
     """Takes no lock, uses no network, and leaves the ledger unchanged."""
     workspace.write_leads(make_leads(2))

@@ -25,7 +25,7 @@ from tests.support.cases import examples, first_quick
 from tests.support.ledger import BINDING, COST, FREE_FAILURE, MAX_PRICE, NO_MATCH, CommittingLedger
 from tests.support.postgres import PostgresServer
 from tests.support.workspace import (
-    BOTH_BACKENDS,
+    BOTH_BACKENDS_SERVER_LONG,
     SHORT_TIMEOUTS,
     ProgramResult,
     SandboxApi,
@@ -143,13 +143,13 @@ def test_missing_ledger(workspace: Workspace) -> None:
     assert not workspace.ledger_path.exists()
 
 
-@BOTH_BACKENDS
+@pytest.mark.parametrize("backend", BOTH_BACKENDS_SERVER_LONG)
 def test_ledger_with_all_states_is_sound(filled_ledger: CommittingLedger) -> None:
     """Every possible state of a request satisfies the invariants."""
     assert check_ledger(filled_ledger.location) == LedgerCheck([], requests=9, attempts=11, executions=1)
 
 
-@BOTH_BACKENDS
+@pytest.mark.parametrize("backend", BOTH_BACKENDS_SERVER_LONG)
 @pytest.mark.parametrize("violation", INVARIANTS)
 def test_violations_are_reported(
     filled_ledger: CommittingLedger, workspace: Workspace, backend: str, violation: str

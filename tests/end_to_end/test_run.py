@@ -19,13 +19,16 @@ from enrich.models import RowStatus
 from enrich.run.context import RunOptions
 from enrich.sandbox.settings import Shape
 from tests.support.workspace import (
-    BOTH_BACKENDS,
+    FILE_ONLY,
     SHORT_TIMEOUTS,
     SandboxApi,
     Workspace,
+    both_backends,
     make_leads,
     serve_api,
 )
+
+backend = both_backends
 
 #: The guaranteed keys of the summary (section 5 of the contract), which users' scripts read.
 SUMMARY_KEYS = {
@@ -54,7 +57,6 @@ def test_csv_is_enriched(api: SandboxApi, workspace: Workspace) -> None:
     assert sum(float(row["enrich_credits"] or 0) for row in output) == audit["credits_charged"]
 
 
-@BOTH_BACKENDS
 @pytest.mark.long
 def test_second_run_is_free(api: SandboxApi, workspace: Workspace) -> None:
     """The same command again answers from the ledger and writes the same output."""
@@ -95,6 +97,7 @@ def test_json_summary_keys(api: SandboxApi, workspace: Workspace) -> None:
     assert (summary["job"], summary["exit_code"], summary["credits_unknown"]) == ("job", 0, 0)
 
 
+@FILE_ONLY
 def test_success_is_silent_off_terminal(api: SandboxApi, workspace: Workspace) -> None:
     """Prints nothing after a successful run, so that cron sends no mail."""
     workspace.write_leads(make_leads(3))
@@ -104,6 +107,7 @@ def test_success_is_silent_off_terminal(api: SandboxApi, workspace: Workspace) -
     assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
 
 
+@FILE_ONLY
 @pytest.mark.long
 def test_gzip_input_and_output(api: SandboxApi, workspace: Workspace) -> None:
     """Reads and writes `.csv.gz` by its file name."""
@@ -121,6 +125,7 @@ def test_gzip_input_and_output(api: SandboxApi, workspace: Workspace) -> None:
     assert {row["enrich_status"] for row in rows} <= {"found", "not_found"}
 
 
+@FILE_ONLY
 @pytest.mark.long
 def test_parquet_output_types(api: SandboxApi, workspace: Workspace) -> None:
     """A Parquet output has the input's columns as text, nulls for unknown values, and numeric credits."""
@@ -141,7 +146,6 @@ def test_parquet_output_types(api: SandboxApi, workspace: Workspace) -> None:
     assert stat.S_IMODE((workspace.folder / "out.parquet").stat().st_mode) == 0o600
 
 
-@BOTH_BACKENDS
 @pytest.mark.long
 def test_output_with_every_status(tmp_path: Path, workspace: Workspace) -> None:
     """The output has found, not found, failed, expired, in doubt, invalid, filtered and pending rows together."""
@@ -267,6 +271,7 @@ def test_step_prices_replace_hidden_price(tmp_path: Path, workspace: Workspace) 
     assert summary.credits_spent == pytest.approx(audit["credits_charged"])
 
 
+@FILE_ONLY
 @pytest.mark.long
 def test_providers_and_verifier_order(api: SandboxApi, workspace: Workspace) -> None:
     """Sends `enrichments` and `email_verifier` in the job's order, and the output names the provider of each match."""
@@ -283,6 +288,7 @@ def test_providers_and_verifier_order(api: SandboxApi, workspace: Workspace) -> 
     assert summary.credits_spent == pytest.approx(audit["credits_charged"])
 
 
+@FILE_ONLY
 def test_default_providers_are_sent(api: SandboxApi, workspace: Workspace) -> None:
     """Sends the waterfall's own providers when the job names none, so that a change of the defaults has no effect."""
     workspace.write_leads(make_leads(1))
@@ -325,6 +331,7 @@ def test_rows_without_dedupe(api: SandboxApi, workspace: Workspace) -> None:
     assert sum(float(row["enrich_credits"] or 0) for row in workspace.read_output()) == audit["credits_charged"]
 
 
+@FILE_ONLY
 def test_only_if_empty(api: SandboxApi, workspace: Workspace) -> None:
     """`only_if_empty` skips rows that have the answer already."""
     leads = make_leads(6)
@@ -339,6 +346,7 @@ def test_only_if_empty(api: SandboxApi, workspace: Workspace) -> None:
     assert workspace.read_output()[2]["enrich_status"] == "filtered"
 
 
+@FILE_ONLY
 def test_formula_injection_is_escaped(api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """A formula from the API gets a leading quote in CSV; the input's own cells stay unchanged."""
     monkeypatch.setattr(
@@ -416,6 +424,7 @@ def test_files_are_private(tmp_path: Path, workspace: Workspace) -> None:
     }
 
 
+@FILE_ONLY
 @pytest.mark.long
 def test_log_is_appended(api: SandboxApi, workspace: Workspace) -> None:
     """Each run appends its lines to the log."""
@@ -428,6 +437,7 @@ def test_log_is_appended(api: SandboxApi, workspace: Workspace) -> None:
     assert [line["receipt"]["execution"] for line in lines if line["event"] == "end"] == [1, 2]
 
 
+@FILE_ONLY
 @pytest.mark.long
 def test_output_name_with_date(api: SandboxApi, workspace: Workspace) -> None:
     """Fills in strftime codes with local time and makes missing folders."""
@@ -441,6 +451,7 @@ def test_output_name_with_date(api: SandboxApi, workspace: Workspace) -> None:
     assert Path(summary.output).match("results/20??/leads-20??.csv")
 
 
+@FILE_ONLY
 @pytest.mark.long
 def test_default_output_name(api: SandboxApi, workspace: Workspace) -> None:
     """Without `output` it is `<input>_enriched.csv`."""
@@ -453,6 +464,7 @@ def test_default_output_name(api: SandboxApi, workspace: Workspace) -> None:
     assert len(workspace.read_output("leads_enriched.csv")) == 1
 
 
+@FILE_ONLY
 @pytest.mark.long
 def test_other_separator_and_encoding(api: SandboxApi, workspace: Workspace) -> None:
     """Uses the input's and the output's own separator and encoding."""
@@ -471,6 +483,7 @@ def test_other_separator_and_encoding(api: SandboxApi, workspace: Workspace) -> 
     assert api.audit()["runs"][0]["params"]["first_name"] == "Jürgen"
 
 
+@FILE_ONLY
 def test_output_is_replaced_atomically(api: SandboxApi, workspace: Workspace) -> None:
     """The new file replaces the old one with its mode, and nothing is left beside it."""
     workspace.write_leads(make_leads(2))
@@ -485,6 +498,7 @@ def test_output_is_replaced_atomically(api: SandboxApi, workspace: Workspace) ->
     assert [path.name for path in workspace.folder.glob("*part*")] == []
 
 
+@FILE_ONLY
 @pytest.mark.long
 def test_rate_limited_api(tmp_path: Path, workspace: Workspace) -> None:
     """429s slow the run down, and nothing is paid twice."""

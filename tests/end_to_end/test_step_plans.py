@@ -26,7 +26,9 @@ from enrich.run.plan_file import SavedPlan
 from enrich.run.step_plan import StepsPlan
 from tests.end_to_end.test_steps import HEADER, JOB, SHORT_JOB, STEPS, make_people
 from tests.support.cases import examples, first_quick
-from tests.support.workspace import BOTH_BACKENDS, SandboxApi, Workspace, serve_api
+from tests.support.workspace import SandboxApi, Workspace, both_backends, serve_api
+
+backend = both_backends
 
 #: Decisions with which a row is sent in a step, or may be.
 MAY_BE_SENT = {"new", "retry", "refresh", "possible", "duplicate", "over_limit"}
@@ -61,7 +63,6 @@ def submitted_by_step(summary: dict[str, Any]) -> list[int]:
     return [step["submitted"] for step in summary["steps"]]
 
 
-@BOTH_BACKENDS
 @pytest.mark.parametrize(
     "arguments", first_quick(1, [("--limit", "4"), (), ("--sample", "5", "--seed", "3")], single=True), ids=str
 )
@@ -79,7 +80,6 @@ def test_saved_plan_fixes_the_first_step(people: Workspace, api: SandboxApi, arg
     assert people.run_job(api).submitted > 0 or not arguments
 
 
-@BOTH_BACKENDS
 def test_plan_is_a_ceiling_for_later_steps(people: Workspace, tmp_path: Path) -> None:
     """A later step sends at most what the plan foresees, and says what it leaves to the next run."""
     with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
@@ -126,7 +126,6 @@ def test_changed_plan_is_refused(people: Workspace, api: SandboxApi) -> None:
         assert "changed since the plan was made" in summary["error"]
 
 
-@BOTH_BACKENDS
 @pytest.mark.long
 def test_rows_of_a_plan(people: Workspace, tmp_path: Path) -> None:
     """Each row has a decision and a reason in every step, and the run sends nothing for the others."""
@@ -154,7 +153,6 @@ def test_rows_of_a_plan(people: Workspace, tmp_path: Path) -> None:
     assert any(row["plan_email_why"] == "sent if the results of company require it" for row in rows)
 
 
-@BOTH_BACKENDS
 @pytest.mark.long
 def test_shared_request_takes_one_place_when_it_is_sent_again(people: Workspace, tmp_path: Path) -> None:
     """`--limit` counts a failed request that three leads share once, and so does the plan in a later step."""

@@ -13,13 +13,15 @@ from enrich.models import State
 from enrich.run.context import RunOptions
 from enrich.run.progress import Progress
 from tests.support.workspace import (
-    BOTH_BACKENDS,
     JumpingClock,
     SandboxApi,
     Workspace,
+    both_backends,
     clock_ahead,
     serve_api,
 )
+
+backend = both_backends
 
 HEADER = ["First Name", "Last Name", "Website", "Email", "Title", "LinkedIn"]
 #: Company → e-mail → a fallback where nothing was found → phone for directors.
@@ -114,7 +116,6 @@ def people(workspace: Workspace) -> Workspace:
     return workspace
 
 
-@BOTH_BACKENDS
 def test_each_step_follows_from_those_before(people: Workspace, api: SandboxApi) -> None:
     """Each step asks where its condition holds, and the file, the receipt and the API's bill agree."""
     summary = people.run_job(api)
@@ -163,7 +164,6 @@ def test_second_run_and_collect(people: Workspace, api: SandboxApi) -> None:
     assert (people.folder / "out.csv").read_bytes() == before
 
 
-@BOTH_BACKENDS
 def test_waits_for_what_is_not_final(workspace: Workspace, tmp_path: Path) -> None:
     """A row whose earlier step is unconfirmed is sent nothing more; the others go on."""
     workspace.write_job(SHORT_JOB)
@@ -234,7 +234,6 @@ def test_row_filtered_from_the_start_shares_no_answer(workspace: Workspace, api:
         assert (row["enrich_company_status"] == "filtered") == (row["Title"] != "Engineer")
 
 
-@BOTH_BACKENDS
 @pytest.mark.long
 def test_refresh_of_an_earlier_step(people: Workspace, api: SandboxApi) -> None:
     """A refreshed company asks again only what its new answer changes; all else keeps its answers."""
@@ -255,7 +254,6 @@ def test_refresh_of_an_earlier_step(people: Workspace, api: SandboxApi) -> None:
     assert [row["work_email"] for row in people.read_output()] == [row["work_email"] for row in before]
 
 
-@BOTH_BACKENDS
 @pytest.mark.long
 def test_cap_of_a_step(people: Workspace, api: SandboxApi) -> None:
     """A step's cap holds its rows back with exit 12; steps that do not depend on it go on, and so does the next run."""
@@ -284,7 +282,6 @@ def test_cap_of_a_step(people: Workspace, api: SandboxApi) -> None:
     assert api.audit()["credits_charged"] > paid
 
 
-@BOTH_BACKENDS
 @pytest.mark.long
 def test_cap_of_the_job(people: Workspace, api: SandboxApi) -> None:
     """The job's cap holds over all steps together, and later runs finish the work."""
@@ -316,7 +313,6 @@ def test_column_named_like_a_pattern(people: Workspace, api: SandboxApi) -> None
     assert [bool(row["^b.*$"]) for row in people.read_output()].count(True) == summary.found
 
 
-@BOTH_BACKENDS
 def test_limit_counts_leads(people: Workspace, api: SandboxApi) -> None:
     """`--limit` begins so many leads; the next limited run finishes nothing twice and begins as many again."""
     people.write_job(SHORT_JOB)
@@ -565,7 +561,6 @@ def test_limit_counts_leads_that_share_a_company(people: Workspace, api: Sandbox
         assert len(begun) == min(30, 9 * number)
 
 
-@BOTH_BACKENDS
 @pytest.mark.long
 def test_caps_count_leads_of_a_group(people: Workspace, api: SandboxApi) -> None:
     """Leads beyond the cap of their group take part in no step; those that were asked before stay."""

@@ -27,15 +27,17 @@ from enrich.report.timings import latency_histogram
 from tests.support.ledger import FREE_FAILURE, NO_MATCH, CommittingLedger
 from tests.support.sample_reports import marked_values, report_json
 from tests.support.workspace import (
-    BOTH_BACKENDS,
     INSTANT_API,
     SandboxApi,
     Workspace,
+    both_backends,
     kill_process,
     make_leads,
     serve_api,
     wait_until,
 )
+
+backend = both_backends
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 TARGET = JobArguments("job.yaml --output out.csv", "job.yaml")
@@ -112,7 +114,6 @@ def test_page_matches_status(tmp_path: Path, workspace: Workspace) -> None:
     assert set(marked_values(page, "statuses", "found")) == {float(status["found"])}
 
 
-@BOTH_BACKENDS
 @pytest.mark.long
 def test_report_over_a_week(tmp_path: Path, workspace: Workspace) -> None:
     """The report agrees over a week of new leads, new prices, a kill -9, refunded cancellations and retries."""
@@ -177,7 +178,6 @@ def cancel_tasks(api: SandboxApi, task_ids: list[str]) -> None:
             http.post(f"{api.base_url}/tasks/{task_id}/cancel").raise_for_status()
 
 
-@BOTH_BACKENDS
 @pytest.mark.long
 def test_provider_stats_match_audit(tmp_path: Path, workspace: Workspace) -> None:
     """Each provider's statistics equal the audit, over two runs with different prices."""
@@ -293,7 +293,6 @@ def test_unreadable_waterfall_description(finished_run: Workspace) -> None:
     assert report["waterfall"]["untold"] == report["requests"]["not_found"]
 
 
-@BOTH_BACKENDS
 @pytest.mark.long
 def test_purged_and_forgotten_leads(finished_run: Workspace) -> None:
     """Purged and forgotten leads keep their cost; their unknown answers do not count as zero."""
@@ -310,7 +309,6 @@ def test_purged_and_forgotten_leads(finished_run: Workspace) -> None:
     assert report["anomalies"] == []
 
 
-@BOTH_BACKENDS
 def test_report_during_run(workspace: Workspace) -> None:
     """A report during a run shows what is committed, and the active run is not reported as killed."""
     workspace.write_leads(make_leads(2))

@@ -28,13 +28,16 @@ from enrich.run.plan import Plan
 from enrich.run.plan_file import SavedPlan, read_plan, write_plan
 from tests.support.cases import examples, first_quick
 from tests.support.workspace import (
-    BOTH_BACKENDS,
+    FILE_ONLY,
     ProgramResult,
     SandboxApi,
     Workspace,
+    both_backends,
     make_leads,
     serve_api,
 )
+
+backend = both_backends
 
 #: The maximum price of one request of the standard job, in credits.
 MAX_PRICE = 3.51
@@ -229,7 +232,6 @@ def test_interrupted_plan_is_resumed(mixed_api: SandboxApi, case: PlanCase) -> N
 # Why a row is paid for or not
 
 
-@BOTH_BACKENDS
 def test_decisions_of_all_rows(api: SandboxApi, workspace: Workspace) -> None:
     """Each row has its decision and reason: new, answered, duplicate, invalid, filtered or over the limit."""
     workspace.write_job(where="Note <> 'no'", suppress="never.txt")
@@ -258,6 +260,7 @@ def test_decisions_of_all_rows(api: SandboxApi, workspace: Workspace) -> None:
     assert decided[0]["plan_answered_at"].endswith("Z")
 
 
+@FILE_ONLY
 def test_rows_file_is_replaced(api: SandboxApi, workspace: Workspace) -> None:
     """A file written by `--rows` can be the input of another plan, whose columns replace the old ones."""
     workspace.write_leads(make_leads(2))
@@ -269,6 +272,7 @@ def test_rows_file_is_replaced(api: SandboxApi, workspace: Workspace) -> None:
         assert (workspace.folder / "again.csv").read_text() == (workspace.folder / "rows.csv").read_text()
 
 
+@FILE_ONLY
 @pytest.mark.parametrize("name", first_quick(2, ["rows.csv", "rows.xlsx", "rows.csv.gz", "rows.parquet", "rows.jsonl"]))
 def test_rows_file_replaces_only_rows_files(api: SandboxApi, workspace: Workspace, name: str) -> None:
     """Replaces an older file of `--rows` and an empty file in every format; any other file is exit 2 and stays."""
@@ -286,6 +290,7 @@ def test_rows_file_replaces_only_rows_files(api: SandboxApi, workspace: Workspac
         assert path.read_bytes() == content
 
 
+@FILE_ONLY
 def test_rows_file_never_replaces_job_or_input(api: SandboxApi, workspace: Workspace) -> None:
     """A rows file that names the job, the input or the ledger is exit 2, and these files stay."""
     workspace.write_leads(make_leads(2))
@@ -297,6 +302,7 @@ def test_rows_file_never_replaces_job_or_input(api: SandboxApi, workspace: Works
 
 
 @pytest.mark.long
+@FILE_ONLY
 def test_rows_file_never_replaces_a_file_of_a_run(api: SandboxApi, workspace: Workspace) -> None:
     """A rows file that names an output, rejects or an output of an earlier day is exit 2, also in a sandbox run."""
     workspace.write_leads([*make_leads(2), ["", "", "", "", ""]])
@@ -328,6 +334,7 @@ def test_open_tasks_reduce_cap(tmp_path: Path, workspace: Workspace) -> None:
 # Output
 
 
+@FILE_ONLY
 def test_json_keys(api: SandboxApi, workspace: Workspace) -> None:
     """`--json` has the counts, cost, balance, what the cap allows, and the time in seconds at the configured rate."""
     workspace.write_job(limits="{requests_per_second: 10, max_credits: 8}")
@@ -353,6 +360,7 @@ def test_likely_cost_from_history(api: SandboxApi, workspace: Workspace) -> None
     assert made_plan.cost.likely == pytest.approx(summary.credits_spent / 12 * 8, abs=1e-5)
 
 
+@FILE_ONLY
 def test_unknown_price(api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """With an unknown price, cost and cap are null and shown as unknown; with a cap, plan and run refuse."""
     workspace.write_leads(make_leads(2))
@@ -401,6 +409,7 @@ def test_plan_leaves_no_files(api: SandboxApi, workspace: Workspace) -> None:
     assert api.audit()["accepted"] == 0
 
 
+@FILE_ONLY
 def test_plan_does_not_change_ledger(api: SandboxApi, workspace: Workspace) -> None:
     """A plan leaves every byte of the ledger as it was."""
     workspace.write_leads(make_leads(3))
@@ -412,7 +421,6 @@ def test_plan_does_not_change_ledger(api: SandboxApi, workspace: Workspace) -> N
     assert workspace.ledger_path.read_bytes() == before
 
 
-@BOTH_BACKENDS
 def test_plan_during_run(api: SandboxApi, workspace: Workspace) -> None:
     """During a run a plan warns that it may be outdated, and it can't be saved."""
     workspace.write_leads(make_leads(3))
@@ -434,6 +442,7 @@ def test_plan_during_run(api: SandboxApi, workspace: Workspace) -> None:
     assert not (workspace.folder / "night.plan").exists()
 
 
+@FILE_ONLY
 def test_older_ledger_is_not_migrated(api: SandboxApi, workspace: Workspace) -> None:
     """A plan does not migrate an older ledger; the hint names a command that does, without sending requests."""
     workspace.write_leads(make_leads(1))
@@ -447,6 +456,7 @@ def test_older_ledger_is_not_migrated(api: SandboxApi, workspace: Workspace) -> 
     assert "--limit 0" in result.stderr
 
 
+@FILE_ONLY
 def test_low_balance_is_reported(tmp_path: Path, workspace: Workspace) -> None:
     """With a low balance the plan is shown with the message that a run would give."""
     workspace.write_leads(make_leads(1))
@@ -456,6 +466,7 @@ def test_low_balance_is_reported(tmp_path: Path, workspace: Workspace) -> None:
     assert "a run would be refused: the balance is 2 credits" in result.stdout
 
 
+@FILE_ONLY
 def test_high_numbers_are_written_out(tmp_path: Path, workspace: Workspace) -> None:
     """High prices, and the options of the next command, have all their digits."""
     workspace.write_job(enrichments="[833]")
@@ -478,7 +489,6 @@ def save_plan(workspace: Workspace, api: SandboxApi, *arguments: str) -> str:
     return "night.plan"
 
 
-@BOTH_BACKENDS
 @pytest.mark.long
 def test_saved_plan_runs_once(api: SandboxApi, workspace: Workspace) -> None:
     """A saved plan is used up by its run, and its file is readable for its owner only."""
@@ -534,7 +544,6 @@ def test_saved_plan_refused_after_price_change(api: SandboxApi, workspace: Works
     assert str(summary.error).startswith("the prices changed")
 
 
-@BOTH_BACKENDS
 @pytest.mark.long
 def test_killed_plan_keeps_its_budget(tmp_path: Path, workspace: Workspace) -> None:
     """After a kill, the second run sends only the rest of the plan: open tasks of the first one count once."""
@@ -560,6 +569,7 @@ def test_saved_plan_cap(api: SandboxApi, workspace: Workspace) -> None:
     assert (result.exit_code, result.json_output["submitted"]) == (12, 0)
 
 
+@FILE_ONLY
 @pytest.mark.long
 @pytest.mark.parametrize("option", [("--limit", "1"), ("--sample", "2"), ("--max-credits", "1"), ("--retry", "failed")])
 def test_saved_plan_rejects_selection_options(api: SandboxApi, workspace: Workspace, option: tuple[str, str]) -> None:
@@ -569,6 +579,7 @@ def test_saved_plan_rejects_selection_options(api: SandboxApi, workspace: Worksp
     assert (result.exit_code, "--plan cannot be combined with" in result.stderr) == (2, True)
 
 
+@FILE_ONLY
 @pytest.mark.parametrize("content", ["", "{}", '{"version": 2}', "First Name\nÅ\n"])
 def test_invalid_plan_file(api: SandboxApi, workspace: Workspace, content: str) -> None:
     """The error for an invalid plan file names it, without a traceback."""
@@ -581,6 +592,7 @@ def test_invalid_plan_file(api: SandboxApi, workspace: Workspace, content: str) 
 
 
 @pytest.mark.long
+@FILE_ONLY
 def test_plan_output_never_replaces_other_files(api: SandboxApi, workspace: Workspace) -> None:
     """`-o` with the name of the input, the job or the ledger is refused."""
     workspace.write_leads(make_leads(2))
@@ -594,6 +606,7 @@ def test_plan_output_never_replaces_other_files(api: SandboxApi, workspace: Work
     save_plan(workspace, api)
 
 
+@FILE_ONLY
 def test_plan_file_roundtrip(api: SandboxApi, workspace: Workspace) -> None:
     """A plan survives writing and reading."""
     workspace.write_leads(make_leads(2))
@@ -609,6 +622,7 @@ def test_plan_file_roundtrip(api: SandboxApi, workspace: Workspace) -> None:
         write_plan(workspace.folder / "missing" / "night.plan", made_plan)
 
 
+@FILE_ONLY
 def test_special_files_are_not_replaced(workspace: Workspace, api: SandboxApi) -> None:
     """A device or a pipe given as the output is not replaced."""
     workspace.write_leads(make_leads(1))

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from enrich.run.output import write_changes
-from tests.support.workspace import BOTH_BACKENDS, JOB, SandboxApi, Workspace, make_leads, serve_api
+from tests.support.workspace import JOB, SandboxApi, Workspace, both_backends, make_leads, serve_api
+
+backend = both_backends
 
 
 @pytest.fixture
@@ -73,7 +75,6 @@ def test_failed_rows_are_rejects(tmp_path: Path) -> None:
     assert all(row["enrich_status"] == "failed" and row["enrich_error"] for row in rejects)
 
 
-@BOTH_BACKENDS
 @pytest.mark.long
 def test_change_feed_reports_each_value_once(workspace: Workspace, api: SandboxApi) -> None:
     """The change feed has one line a field with its key, and never repeats it."""
@@ -159,7 +160,6 @@ def write_website(workspace: Workspace, website: str) -> None:
     workspace.write_leads([["Ada", "Byron", website, "", "1"]])
 
 
-@BOTH_BACKENDS
 @pytest.mark.parametrize("text", [JOB, pytest.param(STEPS_JOB, marks=pytest.mark.long)], ids=["job", "steps"])
 def test_params_that_change_and_change_back(workspace: Workspace, api: SandboxApi, text: str) -> None:
     """Each value that differs from the last one in the feed is in it, with that one as `old`, also an earlier one."""
@@ -240,7 +240,6 @@ def test_leads_with_the_same_key(workspace: Workspace, api: SandboxApi, monkeypa
     assert run_and_read_changes(workspace, api) == []
 
 
-@BOTH_BACKENDS
 @pytest.mark.long
 def test_change_feed_after_erasure(workspace: Workspace, api: SandboxApi) -> None:
     """`forget` erases what the feed has of a person. `purge` leaves no value: the next one has no `old`."""

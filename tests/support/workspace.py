@@ -170,8 +170,6 @@ def both_backends(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-#: For a test of both in a module that covers the file. At least two tests run each SQL statement of a run on a server.
-BOTH_BACKENDS = pytest.mark.parametrize("backend", BOTH_BACKENDS_SERVER_LONG)
 #: For a test of the file in a module that covers both.
 FILE_ONLY = pytest.mark.parametrize("backend", ["file"])
 
