@@ -307,24 +307,29 @@ def _outside_event_loop(work: Callable[[Future[None]], T]) -> T:
         asyncio.get_running_loop()
     except RuntimeError:
         return work(stop)
-    with _sigint_as_exception(), ThreadPoolExecutor(1, "enrich") as executor:
-        result = executor.submit(work, stop)
-        try:
-            return result.result()
-        except KeyboardInterrupt:
-            stop.set_result(None)
-            result.result()
-            raise
+    with _stopped_by_sigint(stop), ThreadPoolExecutor(1, "enrich") as executor:
+        result = executor.submit(work, stop).result()
+    if stop.done():  # too late to end the work
+        raise KeyboardInterrupt
+    return result
 
 
 @contextmanager
-def _sigint_as_exception() -> Iterator[None]:
-    """Let SIGINT raise KeyboardInterrupt in the main thread. That of `asyncio.run` waits for the blocked loop."""
+def _stopped_by_sigint(stop: Future[None]) -> Iterator[None]:
+    """Let SIGINT set `stop` in the main thread. An exception could come before the work is waited for.
+
+    The handler of `asyncio.run` would wait for the blocked loop.
+    """
+
+    def set_once(_number: int, _frame: object) -> None:
+        if not stop.done():
+            stop.set_result(None)
+
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or before in (signal.SIG_IGN, None):
         yield
         return
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, set_once)
     try:
         yield
     finally:

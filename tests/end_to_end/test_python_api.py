@@ -10,8 +10,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,7 +64,7 @@ def kill_once(number: signal.Signals) -> Callable[[enrich.Progress], None]:
     return on_progress
 
 
-def set_when_submitted(event: asyncio.Event) -> Callable[[enrich.Progress], None]:
+def set_when_submitted(event: asyncio.Event | threading.Event) -> Callable[[enrich.Progress], None]:
     """Return a callback that sets the event when all is submitted."""
 
     def on_progress(progress: enrich.Progress) -> None:
@@ -261,18 +263,15 @@ def test_the_api_works_where_an_event_loop_runs(job_file: Path) -> None:
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     seen: list[object] = []
 
-    def note_handlers(_: enrich.Progress) -> None:
-        seen.append([signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)])
+    def note_handler(_: enrich.Progress) -> None:
+        seen.append(signal.getsignal(signal.SIGTERM))
 
     async def notebook_cell() -> enrich.RunSummary:
-        is_ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # as in a shell's background job
-        interrupt = signal.SIG_IGN if is_ignored else signal.default_int_handler
-        during_run = [interrupt, signal.getsignal(signal.SIGTERM)]
         assert enrich.check_job(job_file, online=True).exit_code == 0
         assert enrich.plan_job(job_file).to_submit == 6
-        summary = enrich.run_job(job_file, on_progress=note_handlers)
+        summary = enrich.run_job(job_file, on_progress=note_handler)
         assert seen
-        assert all(each == during_run for each in seen)
+        assert all(each == handlers[1] for each in seen)
         return summary
 
     assert asyncio.run(notebook_cell()).answers == 6
@@ -375,6 +374,29 @@ def test_sigint_in_an_event_loop_stops_the_run(slow_job: Path, workspace: Worksp
         assert stopped.value.exit_code is enrich.ExitCode.INTERRUPTED
         assert signal.getsignal(signal.SIGINT) is before
 
+    asyncio.run(program())
+    assert workspace.sql("SELECT state, count(*) FROM requests GROUP BY state") == [("submitted", 6)]
+
+
+def test_sigint_before_the_run_is_waited_for(
+    slow_job: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGINT in a loop's thread ends the run also at the moment after its start."""
+    submit = ThreadPoolExecutor.submit
+
+    def submit_and_interrupt(*arguments: Any, **named: Any) -> Future[Any]:
+        run: Future[Any] = submit(*arguments, **named)
+        if threading.current_thread() is threading.main_thread():
+            submitted.wait()
+            signal.raise_signal(signal.SIGINT)
+        return run
+
+    async def program() -> None:
+        monkeypatch.setattr(ThreadPoolExecutor, "submit", submit_and_interrupt)
+        with pytest.raises(enrich.Interrupted):
+            enrich.run_job(slow_job, on_progress=set_when_submitted(submitted))
+
+    submitted = threading.Event()
     asyncio.run(program())
     assert workspace.sql("SELECT state, count(*) FROM requests GROUP BY state") == [("submitted", 6)]
 
