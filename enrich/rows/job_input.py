@@ -79,7 +79,7 @@ class JobInput:
         self._former_steps = _former_steps(job, self.header)
         self._own_columns = own_columns(job, self._former_steps)
         self._params = [param for step in job.steps for param in step.model.params.values()]
-        self.sent_columns = list(dict.fromkeys(name for param in self._params for name in param.columns))
+        self.sent_columns = {name for param in self._params for name in param.columns}
         #: The columns that are written to the output. A blank text cell is `""` or null.
         self.schema = {name: kind for name, kind in self.all_columns.items() if name not in self._own_columns}
         self.columns = list(self.schema)
