@@ -354,7 +354,8 @@ def _former_steps(job: Job, header: Collection[str]) -> list[str]:
 def _missing_input_error(job: Job) -> CommandRefused | None:
     """Return an error that names the job file and the right path, when the input of the job file does not exist."""
     path, written = job.input_path, job.input.path
-    if written != job.model.input.path or not isinstance(path, Path) or has_wildcards(written) or not is_missing(path):
+    is_given = "input" in job.document.replaced_keys
+    if is_given or not isinstance(path, Path) or has_wildcards(written) or not is_missing(path):
         return None
     folder = job.document.path.resolve().parent
     from_here = Path.cwd() / written
