@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 SERVER_FOLDER_VARIABLE = "ENRICH_TESTS_SERVERS"
 #: How much memory must be free to have the tests' files there. All tests together write less than one GiB.
 FREE_MEMORY = 4 << 30
+#: Tests that share a Ray cluster, or a browser and the pages in it.
+SHARE_SOMETHING_COSTLY = ("tests/cluster/", "tests/report/test_page.py")
 
 
 # Containers often disable bytecode; then each pytest process compiles Hypothesis and all tests anew, to rewrite their
@@ -89,16 +91,16 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Scheduling | None:
-    """With `--dist loadscope`, run the tests on Ray, which share a cluster, in one process. None: the default."""
+    """With `--dist loadscope`, run tests that share something costly in one process. None: the default."""
     if config.getvalue("dist") != "loadscope":
         return None
     from xdist.scheduler import LoadScopeScheduling
 
-    class RayInOneProcess(LoadScopeScheduling):
+    class CostlyInOneProcess(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "ray" if nodeid.startswith("tests/cluster/") else nodeid
+            return next((costly for costly in SHARE_SOMETHING_COSTLY if nodeid.startswith(costly)), nodeid)
 
-    return RayInOneProcess(config, log)
+    return CostlyInOneProcess(config, log)
 
 
 @pytest.fixture

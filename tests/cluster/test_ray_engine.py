@@ -197,18 +197,19 @@ class TestOnRay:
 
     pytestmark = needs_ray
 
-    @pytest.mark.parametrize("dispatch", ["{bulk: null}", "{bulk: 7}"])
     def test_ray_matches_single_process(
         self,
         tmp_path: Path,
         postgres_workspace: Workspace,
         postgres: PostgresServer,
         ray_head: RayHead,
-        dispatch: str,
     ) -> None:
-        """Ray gives the same rows and answers, here as a dataset; rate, canary and limit apply to all workers."""
+        """Ray gives the same rows and answers, here in bulk and as a dataset; rate, canary, limit hold for all workers.
+
+        Other tests send single requests: the bill of `test_steps_on_ray` is that of the file.
+        """
         canary, limits = "{rows: 5, min_hit_rate: 0.01}", "{requests_per_second: 50}"
-        postgres_workspace.write_job(limits=limits, output="out/leads/", canary=canary, dispatch=dispatch)
+        postgres_workspace.write_job(limits=limits, output="out/leads/", canary=canary, dispatch="{bulk: 7}")
         postgres_workspace.write_leads(make_leads(100))
         outcomes = []
         for words in (RUN, (*THREE, "--address", ray_head.address)):

@@ -17,7 +17,7 @@ import pytest
 from enrich import __version__
 from enrich.cli import SECTIONS, cli
 from enrich.run.context import RunOptions
-from tests.support.program import reset_signals
+from tests.support.program import ProgramStart, reset_signals
 from tests.support.workspace import SandboxApi, Workspace, make_leads, read_terminal, serve_api
 
 CONTEXT = click.Context(cli)
@@ -366,21 +366,14 @@ def test_sandbox_prints_environment(workspace: Workspace) -> None:
     try:
         environ = dict(process.stdout.readline().strip().split("=", 1) for _ in range(2))
         assert list(environ) == ["DATABAR_BASE_URL", "DATABAR_API_KEY"]
-        result = subprocess.run(
-            [sys.executable, "-m", "enrich", "run", "job.yaml", "--json"],
-            cwd=workspace.folder,
-            env=environ,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=60,
-        )
+        with ProgramStart(("run", "job.yaml", "--json"), str(workspace.folder), environ).start() as run:
+            output, errors = run.communicate(timeout=60)
     finally:
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=90)
 
-    assert (result.returncode, result.stderr) == (0, "")
-    assert json.loads(result.stdout)["submitted"] == 3
+    assert (run.returncode, errors) == (0, "")
+    assert json.loads(output)["submitted"] == 3
     assert (out, err, process.returncode) == ("", "", 0)
 
 

@@ -11,7 +11,7 @@ from enrich.errors import JobError, RunDeclined
 from enrich.job.job import load_job
 from enrich.run.context import RunOptions
 from enrich.run.summary import RunSummary
-from tests.end_to_end.test_steps import HEADER, JOB, SHORT_JOB, STEPS, make_people
+from tests.end_to_end.test_steps import HEADER, JOB, SHORT_JOB, STEPS, job_of, make_people
 from tests.support.cases import first_quick
 from tests.support.workspace import SandboxApi, Workspace, serve_api
 
@@ -120,6 +120,7 @@ def check_status_and_explain(people: Workspace, summary: RunSummary) -> None:
 @pytest.mark.long
 def test_likely_cost_after_a_sample(people: Workspace, api: SandboxApi) -> None:
     """Once some leads were asked, the plan says what is likely by their hit rates."""
+    people.write_job(job_of("company", "email", "person"))
     people.write_leads(make_people(60, 60), HEADER)
     people.run_in_process("run", "job.yaml", "--sample", "30", "--json", api=api)
     plan = people.run_in_process("plan", "job.yaml", "--json", api=api).json_output
@@ -135,11 +136,12 @@ def test_likely_cost_after_a_sample(people: Workspace, api: SandboxApi) -> None:
 @pytest.mark.long
 def test_plan_says_what_is_bought_again(people: Workspace, api: SandboxApi) -> None:
     """When an earlier step is asked again, the plan names the later answers that may be bought again."""
-    people.run_job(api)
-    job = JOB.replace(
-        "columns: {work_email: email}", "columns: {work_email: email}\n    policy: {refresh: {found: 0s}}", 1
-    )
+    job = job_of("company", "email", "person")
     people.write_job(job)
+    people.run_job(api)
+    people.write_job(
+        job.replace("columns: {work_email: email}", "columns: {work_email: email}\n    policy: {refresh: {found: 0s}}")
+    )
     plan = people.run_in_process("plan", "job.yaml", "--json", api=api).json_output
     again = {step["name"]: step["sent_again"] for step in plan["steps"]}
     assert again["person"] > 0
@@ -159,12 +161,14 @@ def test_report_counts_columns_as_the_summary_does(people: Workspace, api: Sandb
 
 def test_report_has_a_waterfall_for_each_step(people: Workspace, api: SandboxApi) -> None:
     """The report has a section for each step, and the cost of a lead."""
+    steps = ["company", "email", "person"]
+    people.write_job(job_of(*steps))
     people.run_job(api)
     report = people.run_in_process("report", "job.yaml", "-o", "report.html", "--json").json_output
-    assert [each["step"] for each in report["step_waterfalls"]] == list(STEPS)
+    assert [each["step"] for each in report["step_waterfalls"]] == steps
     assert sum(each["spent"] for each in report["step_waterfalls"]) == pytest.approx(report["credits_spent"])
     page = (people.folder / "report.html").read_text(encoding="utf-8")
-    assert page.count("Step ") >= len(STEPS)
+    assert page.count("Step ") >= len(steps)
     assert "Per completed lead" in page
 
 
@@ -324,11 +328,11 @@ def test_complete_needs_steps(workspace: Workspace) -> None:
 @pytest.mark.long
 def test_metrics_by_step(people: Workspace, api: SandboxApi) -> None:
     """The metrics file has what each step found, sent and spent."""
-    people.write_job(JOB + "metrics: enrich.prom\n")
+    people.write_job(COMPANY_JOB + "metrics: enrich.prom\n")
     people.run_in_process("run", "job.yaml", api=api)
     lines = (people.folder / "enrich.prom").read_text(encoding="utf-8").splitlines()
     assert 'enrich_step_requests_submitted{job="job",step="company"} 4.0' in lines
-    assert sum(line.startswith("enrich_step_credits_spent{") for line in lines) == len(STEPS)
+    assert sum(line.startswith("enrich_step_credits_spent{") for line in lines) == 2
 
 
 def test_question_before_the_first_run(people: Workspace, api: SandboxApi) -> None:

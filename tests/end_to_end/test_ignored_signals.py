@@ -5,13 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.support.program import reset_signals
 from tests.support.workspace import (
     SandboxApi,
     Workspace,
@@ -63,15 +60,11 @@ def test_other_signals_stop_run(tmp_path: Path, workspace: Workspace, number: si
 def test_ignored_signal_while_reading_stdin(api: SandboxApi, workspace: Workspace, number: signal.Signals) -> None:
     """Keeps the signal's disposition while it reads a slow pipe."""
     workspace.write_leads(make_leads(3))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "enrich", "run", "job.yaml", "--input", "-"],
-        cwd=workspace.folder,
-        env=workspace.environment(api) | {"TMPDIR": str(workspace.folder)},
-        stdin=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        preexec_fn=partial(reset_signals, [number]),
+    arguments = ("run", "job.yaml", "--input", "-")
+    process = workspace.start_subprocess(
+        *arguments, api=api, ignoring=[number], stdin=subprocess.PIPE, TMPDIR=str(workspace.folder)
     )
-    leads = (workspace.folder / "leads.csv").read_bytes()
+    leads = (workspace.folder / "leads.csv").read_text(encoding="utf-8")
     assert process.stdin is not None
     process.stdin.write(leads[:20])
     process.stdin.flush()
@@ -79,7 +72,7 @@ def test_ignored_signal_while_reading_stdin(api: SandboxApi, workspace: Workspac
     process.send_signal(number)
     process.send_signal(number)
     _, err = process.communicate(leads[20:], timeout=60)
-    assert (process.returncode, err) == (0, b"")
+    assert (process.returncode, err) == (0, "")
     assert len(workspace.read_output()) == 3
 
 
@@ -89,15 +82,7 @@ def test_ignored_signal_during_prompt(api: SandboxApi, workspace: Workspace, num
     """Keeps the signal ignored during a prompt on a terminal."""
     workspace.write_leads(make_leads(3))
     controller, terminal = os.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "enrich", "run", "job.yaml"],
-        cwd=workspace.folder,
-        env=workspace.environment(api) | {"TERM": "dumb"},
-        stdin=terminal,
-        stderr=terminal,
-        stdout=subprocess.DEVNULL,
-        preexec_fn=partial(reset_signals, [number]),
-    )
+    process = workspace.start_subprocess("run", "job.yaml", api=api, ignoring=[number], terminal=terminal, TERM="dumb")
     os.close(terminal)
     read_terminal(controller, up_to=b"[y/N]")
     process.send_signal(number)

@@ -36,7 +36,7 @@ def question(target: Mapping[str, Any], params: Mapping[str, str]) -> str:
     return json.dumps([str(name), dict(params)], sort_keys=True)
 
 
-@pytest.mark.parametrize("seed", [3, 8])
+@pytest.mark.parametrize(("backend", "seed"), [("file", 3), ("server", 8)])
 def test_torture_of_four_steps(tmp_path: Path, workspace: Workspace, seed: int) -> None:
     """Nothing is paid twice, nothing is lost, and the file's sum is the API's bill, whenever the run is killed."""
     rng = random.Random(seed)

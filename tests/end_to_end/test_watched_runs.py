@@ -9,8 +9,6 @@ import os
 import re
 import signal
 import struct
-import subprocess
-import sys
 import termios
 import threading
 from pathlib import Path
@@ -23,7 +21,6 @@ from enrich.commands.status import read_status
 from enrich.commands.status_watch import ENTER_SCREEN, LEAVE_SCREEN, WAITING_TEXT, RunWatcher, watch_job
 from enrich.job.job import load_job
 from enrich.monitoring import log_file
-from tests.support.program import reset_signals
 from tests.support.request_recorder import log_lines
 from tests.support.workspace import (
     Workspace,
@@ -115,15 +112,7 @@ def test_interrupt_restores_terminal(workspace: Workspace) -> None:
     """On a real terminal of 40 columns: exit 130, no message, screen and cursor restored."""
     controller, terminal = os.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 10, 40, 0, 0))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "enrich", "status", "job.yaml", "--watch"],
-        cwd=workspace.folder,
-        env={"PATH": os.defpath, "HOME": str(workspace.folder), "TERM": "xterm"},
-        stdin=terminal,
-        stdout=terminal,
-        stderr=terminal,
-        preexec_fn=reset_signals,
-    )
+    process = workspace.start_subprocess("status", "job.yaml", "--watch", terminal=terminal, TERM="xterm")
     os.close(terminal)
     shown = read_terminal(controller, up_to=WAITING_TEXT.encode()[:30])
     process.send_signal(signal.SIGINT)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from enrich.job.job import Overrides, load_job
 from enrich.job.locations import STDIN, ObjectUrl, parse_location
 from enrich.job.spec import Input
 from tests.support.cases import in_turn
-from tests.support.program import reset_signals
+from tests.support.program import ProgramStart
 from tests.support.table_files import INPUTS, read_table, write_table
 from tests.support.workspace import (
     HEADER,
@@ -36,17 +37,14 @@ def run_with_stdin(
     workspace: Workspace, api: SandboxApi, data: bytes | None, *arguments: str, **environ: str
 ) -> ProgramResult:
     """Run the program with `data` on stdin; None: stdin is closed."""
-    process = subprocess.run(
-        [sys.executable, "-m", "enrich", *arguments],
-        cwd=workspace.folder,
-        env=workspace.environment(api) | environ,
-        input=data,
-        preexec_fn=(lambda: os.close(0)) if data is None else None,
-        capture_output=True,
-        timeout=60,
-        check=False,
-    )
-    return ProgramResult(process.returncode, process.stdout.decode(), process.stderr.decode())
+    closed = (0,) if data is None else ()
+    start = ProgramStart(arguments, str(workspace.folder), workspace.environment(api) | environ, closed=closed)
+    process = start.start(subprocess.PIPE)
+    assert process.stdin is not None
+    with suppress(BrokenPipeError):  # the program did not read it to its end
+        os.write(process.stdin.fileno(), data or b"")
+    stdout, stderr = process.communicate(timeout=60)
+    return ProgramResult(process.returncode, stdout, stderr)
 
 
 # Several files
@@ -279,20 +277,13 @@ def test_stdin_terminal_is_refused(workspace: Workspace, api: SandboxApi) -> Non
     """A terminal as stdin is refused with a message: the pipe was probably forgotten."""
     controller, terminal = os.openpty()
     try:
-        process = subprocess.run(
-            [sys.executable, "-m", "enrich", "run", "job.yaml", "--input", "-"],
-            cwd=workspace.folder,
-            env=workspace.environment(api),
-            stdin=terminal,
-            capture_output=True,
-            timeout=60,
-            check=False,
-        )
+        process = workspace.start_subprocess("run", "job.yaml", "--input", "-", api=api, stdin=terminal)
+        _, stderr = process.communicate(timeout=60)
     finally:
         os.close(controller)
         os.close(terminal)
     assert process.returncode == 5
-    assert process.stderr.startswith(b"error: standard input is a terminal")
+    assert stderr.startswith("error: standard input is a terminal")
 
 
 @pytest.mark.long
@@ -305,21 +296,19 @@ def test_signal_while_reading_stdin(tmp_path: Path, workspace: Workspace, waitin
         if waiting_at_the_api:
             workspace.submit_without_collecting(api)
         asked = api.audit()["requests"]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "enrich", "run", "job.yaml", "--input", "-"],
-            cwd=workspace.folder,
-            env=workspace.environment(api) | {"TMPDIR": str(workspace.folder / "tmp")},
+        process = workspace.start_subprocess(
+            *("run", "job.yaml", "--input", "-"),
+            api=api,
             stdin=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            preexec_fn=reset_signals,
+            TMPDIR=str(workspace.folder / "tmp"),
         )
         assert process.stdin is not None
-        process.stdin.write(b"First Name\n")
+        process.stdin.write("First Name\n")
         process.stdin.flush()
         wait_until(lambda: process.poll() is not None or any((workspace.folder / "tmp").iterdir()))
         process.terminate()
         _, result = process.communicate(timeout=90)
-        assert (process.returncode, b"Traceback" in result) == (143, False)
+        assert (process.returncode, "Traceback" in result) == (143, False)
         assert api.audit()["requests"] == asked
     assert list((workspace.folder / "tmp").iterdir()) == []
 

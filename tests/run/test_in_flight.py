@@ -68,7 +68,7 @@ def test_workers_share_the_limit(workers: int, rate: float, age_s: float) -> Non
         assert limit(1, together) - workers < limit(workers, -(-together // workers)) <= limit(1, together)
 
 
-@pytest.mark.parametrize("rate", first_quick(1, [50.0, 100.0, 500.0], single=True))
+@pytest.mark.parametrize("rate", first_quick(1, [50.0, 500.0], single=True))
 def test_allowance_is_used_where_answers_take_seconds(rate: float) -> None:
     """Nearly all of the allowance is used, with few polls and 429s, and the run ends soon after its last task."""
     seen = simulate(rate, int(20 * rate), LATENCIES["lognormal(4 s, 0.6)"])
@@ -80,10 +80,10 @@ def test_allowance_is_used_where_answers_take_seconds(rate: float) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("rate", [50.0, 100.0, 500.0])
+@pytest.mark.parametrize("rate", [50.0, 500.0])
 def test_allowance_is_used_on_busy_machine(rate: float) -> None:
     """Where the process does not run for a while and commits are slow, bursts are small and the rate stays high."""
-    seen = simulate(rate, int(20 * rate), LATENCIES["lognormal(4 s, 0.6)"], stalls=True)
+    seen = simulate(rate, int(10 * rate), LATENCIES["lognormal(4 s, 0.6)"], stalls=True)
     assert seen.posting_ratio(rate) <= 1.3
     assert seen.used_share >= (0.92 if rate < 500 else 0.7)
     assert seen.refused_share <= 0.01
@@ -94,7 +94,7 @@ def test_allowance_is_used_on_busy_machine(rate: float) -> None:
 def test_fixed_limit_of_200_would_be_the_bottleneck() -> None:
     """With the start limit for the whole run, most of a large allowance is unused."""
     latency = LATENCIES["lognormal(4 s, 0.6)"]
-    fixed, found = (simulate(500, 5_000, latency, in_flight=limit) for limit in (START_OPEN_TASKS, None))
+    fixed, found = (simulate(500, 3_000, latency, in_flight=limit) for limit in (START_OPEN_TASKS, None))
     assert fixed.max_open <= START_OPEN_TASKS < found.max_open <= MAX_OPEN_TASKS
     assert found.posting_s < fixed.posting_s / 3
 
@@ -102,7 +102,7 @@ def test_fixed_limit_of_200_would_be_the_bottleneck() -> None:
 @pytest.mark.long
 def test_workers_together_do_as_one() -> None:
     """Four workers that share an allowance use it as one does."""
-    seen = simulate(500, 10_000, LATENCIES["lognormal(4 s, 0.6)"], workers=4)
+    seen = simulate(500, 5_000, LATENCIES["lognormal(4 s, 0.6)"], workers=4)
     assert seen.max_open <= MAX_OPEN_TASKS
     assert seen.posting_ratio(500) <= 1.3
     assert seen.polls_per_row <= 1.7

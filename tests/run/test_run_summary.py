@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import unicodedata
 from contextlib import closing
 from pathlib import Path
@@ -333,13 +331,11 @@ def test_signal_skips_provider_stats(api: SandboxApi, workspace: Workspace, monk
     assert many is None
 
 
-def run_on_terminal(workspace: Workspace, api: SandboxApi, **environ: str) -> str:
+def run_on_terminal(workspace: Workspace, api: SandboxApi, term: str = "xterm", no_color: str = "") -> str:
     """Run the job on a terminal of 80 columns and return the screen."""
     controller, terminal = os.openpty()
-    variables = {"PATH": os.environ["PATH"], "TERM": "xterm", "COLUMNS": "80", **api.environ, **environ}
-    command = [sys.executable, "-m", "enrich", "run", "job.yaml", "--yes"]
-    with subprocess.Popen(
-        command, cwd=workspace.folder, env=variables, stdin=terminal, stdout=terminal, stderr=terminal
+    with workspace.start_subprocess(
+        *("run", "job.yaml", "--yes"), api=api, terminal=terminal, TERM=term, COLUMNS="80", NO_COLOR=no_color
     ) as run:
         os.close(terminal)
         shown = read_terminal(controller)
@@ -355,11 +351,11 @@ def test_terminal_colors(api: SandboxApi, workspace: Workspace) -> None:
     workspace.run_job(api, timing=SHORT_TIMEOUTS)
 
     coloured = run_on_terminal(workspace, api)
-    plain = run_on_terminal(workspace, api, NO_COLOR="1")
+    plain = run_on_terminal(workspace, api, no_color="1")
 
     assert "\x1b[32m✓\x1b[0m" in coloured
     assert "\x1b[" not in plain[plain.index("✓") :]
-    assert "\x1b[" not in run_on_terminal(workspace, api, TERM="dumb")
+    assert "\x1b[" not in run_on_terminal(workspace, api, term="dumb")
     assert " · 1 skipped (" in plain or "  1 skipped (" in plain
 
 

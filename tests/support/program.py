@@ -64,14 +64,16 @@ class ProgramStart:
     closed: Sequence[int] = ()
     full: Sequence[int] = ()
 
-    def start(self, stdin: int = subprocess.DEVNULL, *, execute: bool = False) -> subprocess.Popen[str]:
-        """Start the process; the caller ends it. Its output goes to pipes."""
+    def start(
+        self, stdin: int = subprocess.DEVNULL, output: int = subprocess.PIPE, *, execute: bool = False
+    ) -> subprocess.Popen[str]:
+        """Start the process; the caller ends it. Its stdout and stderr go to `output`."""
         execute = execute or server_folder is None or "ray" in self.arguments
         if execute or any(name.startswith(INTERPRETER_VARIABLES) for name in self.environ):
-            return self._execute(stdin)
-        return _ForkedProcess(self, stdin)
+            return self._execute(stdin, output)
+        return _ForkedProcess(self, stdin, output)
 
-    def _execute(self, stdin: int) -> subprocess.Popen[str]:
+    def _execute(self, stdin: int, output: int) -> subprocess.Popen[str]:
         module, environ = ["enrich"], dict(self.environ)
         if self.clock is not None:
             module, environ["PYTHONPATH"] = ["tests.support.stepping_clock", self.clock], str(ROOT)
@@ -82,8 +84,8 @@ class ProgramStart:
             cwd=self.folder,
             env=environ,
             stdin=stdin,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
             preexec_fn=self._prepare_process,
             text=True,
         )
@@ -132,10 +134,9 @@ def reset_signals(ignoring: Iterable[signal.Signals] = ()) -> None:
 class _ForkedProcess(subprocess.Popen[str]):
     """A process that the server has forked. It is no child of this process: its exit code comes through a pipe."""
 
-    def __init__(self, start: ProgramStart, stdin: int) -> None:
+    def __init__(self, start: ProgramStart, stdin: int, output: int) -> None:
         self._start = start
-        pipe = subprocess.PIPE
-        super().__init__(["enrich", *start.arguments], stdin=stdin, stdout=pipe, stderr=pipe, text=True)
+        super().__init__(["enrich", *start.arguments], stdin=stdin, stdout=output, stderr=output, text=True)
 
     def _execute_child(self, *given: Any) -> None:
         """Let the server fork, where `Popen` would fork and execute."""

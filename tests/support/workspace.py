@@ -275,11 +275,13 @@ class Workspace:
         ignoring: Iterable[signal.Signals] = (),
         group: bool = False,
         clock: Path | None = None,
+        stdin: int = subprocess.DEVNULL,
+        terminal: int | None = None,
         **environ: str,
     ) -> subprocess.Popen[str]:
         """Start the program, `ignoring` signals as under `nohup`; `group`: in a process group. The caller ends it.
 
-        `clock`: file with the offset of its clock in seconds.
+        `clock`: file with the offset of its clock in seconds. `terminal`: descriptor of all three streams.
         """
         return ProgramStart(
             arguments,
@@ -288,7 +290,7 @@ class Workspace:
             ignored_signals=tuple(ignoring),
             new_group=group,
             clock=None if clock is None else str(clock),
-        ).start()
+        ).start(*((stdin,) if terminal is None else (terminal, terminal)))
 
     def run_job(
         self, api: SandboxApi, options: RunOptions | None = None, timing: Timeouts | None = None, **around: Any
