@@ -181,7 +181,7 @@ def _repeated_columns(header: list[str], positions: list[str] | None) -> str | N
 
 
 def is_headerless(header: Sequence[str], job_columns: Iterable[str]) -> bool:
-    """Check whether the first line looks like a lead: a cell's shape, and none of the job's columns in any spelling."""
+    """Check whether the first line looks like a lead: it has a name like a cell, and no column of the job."""
     return {*map(_fold, header)}.isdisjoint(map(_fold, job_columns)) and any(map(looks_like_cell, header))
 
 

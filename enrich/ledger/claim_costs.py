@@ -14,8 +14,8 @@ from enrich.ledger.dialect import JSON_NUMBERS, OPEN_ATTEMPT
 class StepCost(NamedTuple):
     """The cost of a step in a run: `exact` when it was last summed.
 
-    `at_most` adds the highest price of the attempts claimed since, up to the id `newest`. Earlier runs have made those
-    up to the id `earlier`.
+    `at_most` adds the highest price of the attempts claimed since, up to the id `newest`. The attempts of earlier runs
+    have ids up to `earlier`.
     """
 
     exact: int

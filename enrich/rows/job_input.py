@@ -79,7 +79,7 @@ class JobInput:
         self._former_steps = _former_steps(job, self.header)
         self._own_columns = own_columns(job, self._former_steps)
         self._params = [param for step in job.steps for param in step.model.params.values()]
-        self.sent_columns = list(dict.fromkeys(name for param in self._params for name in param.columns))
+        self.sent_columns = {name for param in self._params for name in param.columns}
         #: The columns that are written to the output. A blank text cell is `""` or null.
         self.schema = {name: kind for name, kind in self.all_columns.items() if name not in self._own_columns}
         self.columns = list(self.schema)
@@ -354,7 +354,8 @@ def _former_steps(job: Job, header: Collection[str]) -> list[str]:
 def _missing_input_error(job: Job) -> CommandRefused | None:
     """Return an error that names the job file and the right path, when the input of the job file does not exist."""
     path, written = job.input_path, job.input.path
-    if written != job.model.input.path or not isinstance(path, Path) or has_wildcards(written) or not is_missing(path):
+    is_given = "input" in job.document.replaced_keys
+    if is_given or not isinstance(path, Path) or has_wildcards(written) or not is_missing(path):
         return None
     folder = job.document.path.resolve().parent
     from_here = Path.cwd() / written

@@ -169,7 +169,7 @@ async def _retry(call: Callable[[], Awaitable[TaskReply]]) -> TaskReply:
 class _ClosedTask(NamedTuple):
     """A task that is not open any more: cancelled, or else finished. Credits in millionths; `cost` None: unknown.
 
-    `is_settled`: so is its request, which otherwise has failed at no charge and is sent again by the next run.
+    `is_settled`: its request is settled, too. Otherwise it has failed at no charge, and the next run sends it again.
     """
 
     is_cancelled: bool

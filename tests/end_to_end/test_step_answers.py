@@ -167,10 +167,12 @@ def test_own_answer_stays_beside_another_row(workspace: Workspace, api: SandboxA
 
 @pytest.mark.long
 def test_own_answer_stays_in_a_file_with_other_columns(workspace: Workspace, api: SandboxApi) -> None:
-    """A row is known by the cells that are sent, in whatever order the file has them, beside a new column."""
-    workspace.write_job(COMPANY_JOB.replace("company_website: Website", "company_website: [Website, Last Name]"))
+    """A row is known by the cells that are sent, in whatever order file and job have them, beside a new column."""
+    sources = "company_website: [Website, {}]".format
+    workspace.write_job(COMPANY_JOB.replace("company_website: Website", sources("First Name, Last Name")))
     workspace.write_leads([BOB], HEADER)
     workspace.run_job(api)
+    workspace.write_job(COMPANY_JOB.replace("company_website: Website", sources("Last Name, First Name")))
     first, last, website, _ = BOB
     workspace.write_leads(
         [[website, "new", first, "Director", last]], ["Website", "New", "First Name", "Title", "Last Name"]
