@@ -308,7 +308,7 @@ def _check_date_codes(job: Job, key: str, path: str) -> None:
     unknown = next((code for code in re.findall(r"%.?", path, re.DOTALL) if code not in _DATE_CODES), None)
     if unknown is not None:
         hint = f"use codes such as %Y-%m-%d, and write `%%` for a percent sign: {path.replace('%', '%%')}"
-        raise job.error([key], f"`{path}`: `{unknown}` is an unknown date code", hint)
+        raise job.error([key], f"`{path}`: `{unknown}` is no date code for the name of a file", hint)
 
 
 def _ledger_location(

@@ -105,7 +105,7 @@ def test_unknown_date_codes(tmp_path: Path, path: str, code: str) -> None:
         (tmp_path / "job.yaml").write_text(JOB.replace("output: out.csv\n", "") + f"{key}: '{path}'\n")
         with pytest.raises(JobError) as caught:
             load_job(tmp_path / "job.yaml")
-        assert f"`{code}` is an unknown date code" in caught.value.message
+        assert f"`{code}` is no date code for the name of a file" in caught.value.message
         assert "`%%`" in (caught.value.hint or "")
     (tmp_path / "job.yaml").write_text(JOB.replace("out.csv", "100%%_%Y-%m-%dT%H%M%S.csv"))
     load_job(tmp_path / "job.yaml")

@@ -21,7 +21,8 @@ def storage_findings(job: Job, next_run: datetime) -> Iterator[Finding]:
         try:
             _check_access(key, url)
         except EnrichError as error:
-            remedy = f"{error.hint}. Variables must be in the crontab: pass each with --env NAME"
+            remedies = (error.hint, "variables must be in the crontab: pass each with --env NAME")
+            remedy = "; ".join(filter(None, remedies))
             yield Finding("fail", "storage", error.message, remedy, error.exit_code)
         else:
             yield Finding("ok", "storage", f"{url} can be reached with cron's environment")
