@@ -556,6 +556,8 @@ def test_killed_plan_keeps_its_budget(tmp_path: Path, workspace: Workspace) -> N
         summary = workspace.run_job(api, RunOptions(plan=made_plan))
         assert (summary.exit_code, summary.submitted, summary.pending) == (0, 6 - first.submitted, 0)
         assert (api.audit()["accepted"], api.audit()["paid_twice"]) == (6, 0)
+    ((price,),) = workspace.sql("SELECT DISTINCT reserved FROM attempts")
+    assert workspace.sql("SELECT cap FROM executions WHERE id = ?", summary.execution) == [(6 * price,)]
 
 
 def test_saved_plan_cap(api: SandboxApi, workspace: Workspace) -> None:
