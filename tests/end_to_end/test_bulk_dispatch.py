@@ -720,6 +720,7 @@ def test_purge_of_bulk_tasks(tmp_path: Path, workspace: Workspace) -> None:
     assert left == [(1,)]
 
 
+@FILE_ONLY
 def test_disk_space_is_reserved_for_all_rows(api: SandboxApi, workspace: Workspace) -> None:
     """On a disk that gets full, the rescue file has room for the task id of each row of the tasks in flight."""
     sizes = set[int]()
