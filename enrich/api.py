@@ -127,7 +127,7 @@ async def run_job_async(job_file: StrPath, **settings: Unpack[RunSettings]) -> R
         while not run.done():
             with suppress(asyncio.CancelledError):  # cancelled again, while the run stores its results
                 await asyncio.wait([run])
-        run.exception()  # the caller gave up on the result
+        run.exception()  # marks an error as read: asyncio logs the others
         raise
 
 
@@ -316,9 +316,10 @@ def _outside_event_loop(work: Callable[[Future[None]], T]) -> T:
 
 @contextmanager
 def _stopped_by_sigint(stop: Future[None]) -> Iterator[None]:
-    """Let SIGINT set `stop` in the main thread. An exception could come before the work is waited for.
+    """Let SIGINT set `stop`, if this is the main thread.
 
-    The handler of `asyncio.run` would wait for the blocked loop.
+    The usual handler raises an exception, perhaps before `result` is called. That of `asyncio.run` waits for the loop,
+    which is blocked.
     """
 
     def set_once(_number: int, _frame: object) -> None:

@@ -323,7 +323,7 @@ def forget(job_options: options.JobOptions, matches: tuple[str, ...], yes: bool,
         return answers[0]
 
     def from_ledger(job: Job) -> int:
-        """Count what is not in the ledger for that of the command alone, not for the sandbox's beside it."""
+        """Erase from a ledger. `unsent` is of the ledger that the command names, not of the sandbox beside it."""
         nonlocal unsent
         counts = forget_person(job, matches, confirm)
         if job.sandbox == job_options.use_sandbox:

@@ -66,8 +66,8 @@ def _exact_cost(db: Database, execution_id: int, step: str | None, earlier: int)
     )
     own = db.number(f"{cost} WHERE a.step = ? AND a.execution_id = ?", step, execution_id)
     return own + db.number(
-        f"{cost} WHERE {db.dialect.no_index}a.step = ?1 "
-        f"AND (a.settled_execution_id = ?2 AND a.id <= ?3 OR a.{OPEN_ATTEMPT} AND a.id <= ?3)",
+        f"{cost} WHERE {db.dialect.no_index}a.step = ?1 AND a.id <= ?3 "
+        f"AND (a.settled_execution_id = ?2 OR a.{OPEN_ATTEMPT})",
         step,
         execution_id,
         earlier,

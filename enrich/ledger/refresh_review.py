@@ -48,7 +48,7 @@ def review_refreshes(
     `check_stopped` is called from time to time, and ends the review by an exception.
     """
     columns = list(paths)
-    if not selection.refresh_before_ms or _executions_with_columns(db, columns).are_all:
+    if not selection.refresh_before_ms or _runs_with_columns(db, columns) is None:
         return
     answered = ", ".join(f"'{decision.value}'" for decision in ANSWERED)
     ids = [number for (number,) in db.execute(f"SELECT id FROM seen WHERE decision IN ({answered}) ORDER BY id")]
@@ -80,8 +80,8 @@ def judge_answers(
     columns = list(paths)
     if not request_ids or not selection.refresh_before_ms:
         return {}
-    same = _executions_with_columns(db, columns)
-    if same.are_all:
+    runs = _runs_with_columns(db, columns)
+    if runs is None:
         return {}
     rows = db.execute(
         "SELECT r.id, a.answer, a.settled_ms FROM requests r JOIN attempts a ON a.id = r.attempt_id "
@@ -90,7 +90,7 @@ def judge_answers(
         "(SELECT CAST(value->>0 AS BIGINT), value->>1 FROM json_each(CAST(?2 AS TEXT)))",
         (
             to_json_text(list(request_ids)),
-            to_json_text(same.steps),
+            to_json_text(runs),
             max(selection.refresh_before_ms.values()),
             selection.sent_in,
         ),
@@ -104,22 +104,15 @@ def judge_answers(
     }
 
 
-class _JudgedAlike(NamedTuple):
-    """Runs, each with a step ("" in a job without steps), that had the same columns. `are_all`: no run had others."""
-
-    steps: Sequence[tuple[int, str]]
-    are_all: bool
-
-
-def _executions_with_columns(db: Database, paths: Iterable[str]) -> _JudgedAlike:
+def _runs_with_columns(db: Database, paths: Iterable[str]) -> Sequence[tuple[int, str]] | None:
+    """Return the runs that had these columns, each with the step that had them ("": no steps). None: all runs had."""
     columns = set(filter(makes_match, paths))
-    stored = [
-        (execution, step, set(filter(makes_match, step_paths)))
+    judged_alike = {
+        (execution, step): set(filter(makes_match, step_paths)) == columns
         for execution, text in db.execute("SELECT id, paths FROM executions")
         for step, step_paths in _by_step(parse_json(text)).items()
-    ]
-    alike = [(execution, step) for execution, step, step_columns in stored if step_columns == columns]
-    return _JudgedAlike(alike, are_all=len(alike) == len(stored))
+    }
+    return None if all(judged_alike.values()) else [run for run, is_alike in judged_alike.items() if is_alike]
 
 
 def _by_step(paths: Sequence[str] | Mapping[str, Sequence[str]]) -> Mapping[str, Sequence[str]]:

@@ -159,11 +159,11 @@ class JobInput:
                 )
         model = self.job.model
         new = [name for name in template.columns if name not in self.columns]
-        fed = dict.fromkeys([*self.change_key, *(name for name in template.columns if name in self.columns)])
+        feed_columns = dict.fromkeys([*self.change_key, *(name for name in template.columns if name in self.columns)])
         files = [
             ("output", self.job.output, self.columns, [*new, *status_columns(self.job)]),
             ("rejects", model.rejects, self.columns, []),
-            ("changes", model.changes, list(fed), new),  # the names are cells of it
+            ("changes", model.changes, list(feed_columns), new),  # it has the names as cells
         ]
         written = [(limits_of(kind, file), columns, names) for kind, file, columns, names in files if file is not None]
         self._limits = [(limits, columns) for limits, columns, _ in written]

@@ -10,47 +10,26 @@ from tests.support.workspace import SandboxApi, Workspace, both_backends, make_l
 
 backend = both_backends
 
-SINGLE = """\
+PARAMS = "{first_name: First Name, last_name: Last Name, company: Website}"
+HEAD = """\
 version: 1
 input: leads.csv
 output: out.csv
-waterfall: email_getter
-params: {first_name: First Name, last_name: Last Name, company: Website}
-columns: {result: COLUMN}
 policy: {refresh: {AGES}}
 limits: {requests_per_second: 1000}
 """
-STEPPED = """\
-version: 1
-input: leads.csv
-output: out.csv
+SINGLE = f"{HEAD}waterfall: email_getter\nparams: {PARAMS}\ncolumns: {{result: COLUMN}}\n"
+STEPPED = f"""{HEAD}\
 steps:
-  - name: email
-    waterfall: email_getter
-    params: {first_name: First Name, last_name: Last Name, company: Website}
-    columns: {result: COLUMN}
-    policy: {refresh: {AGES}}
-limits: {requests_per_second: 1000}
-"""
-LEADS = 12
-SAME_REQUEST_TWICE = """\
-version: 1
-input: leads.csv
-output: out.csv
-steps:
-  - name: email
-    waterfall: email_getter
-    params: {first_name: First Name, last_name: Last Name, company: Website}
-    columns: {result: email}
-  - name: title
-    waterfall: email_getter
-    params: {first_name: First Name, last_name: Last Name, company: Website}
-    columns: {title: $enrichment_data.none.title}
-policy: {refresh: {found: 0s, not_found: 0s}}
-limits: {requests_per_second: 1000}
+  - {{name: email, waterfall: email_getter, params: {PARAMS}, columns: {{result: COLUMN}}}}
 """
 #: A place in the answer that none has.
 ABSENT = "$enrichment_data.none.title"
+#: Another step has the same request.
+SAME_REQUEST_TWICE = f"""{STEPPED}\
+  - {{name: title, waterfall: email_getter, params: {PARAMS}, columns: {{title: {ABSENT}}}}}
+"""
+LEADS = 12
 
 
 def write_job(workspace: Workspace, job: str, column: str, ages: str) -> None:
@@ -142,5 +121,5 @@ def test_answers_have_the_age_of_new_columns(  # noqa: PLR0917 - the fixtures an
 def test_request_of_two_steps_is_sent_once_in_a_run(workspace: Workspace, api: SandboxApi) -> None:
     """A step does not refresh what an earlier step of the same run has sent, though its columns are others."""
     workspace.write_leads(make_leads(LEADS))
-    workspace.write_job(SAME_REQUEST_TWICE)
+    write_job(workspace, SAME_REQUEST_TWICE, "email", "found: 0s, not_found: 0s")
     assert [workspace.run_job(api).submitted for _ in range(2)] == [LEADS, LEADS]

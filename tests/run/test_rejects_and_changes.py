@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from enrich.run.output import write_changes
+from tests.end_to_end.test_steps import SHORT_JOB
 from tests.support.workspace import JOB, SandboxApi, Workspace, both_backends, make_leads, serve_api
 
 backend = both_backends
@@ -135,19 +136,8 @@ def test_change_feed_with_merge(workspace: Workspace, api: SandboxApi) -> None:
     }
 
 
-#: The job of the tests below, and one with steps, whose second step reads what the first one finds.
+#: The change feed of the tests below.
 FEED = "{path: changes.csv, key: Note}"
-STEPS_JOB = """\
-version: 1
-input: leads.csv
-output: out.csv
-steps:
-  - name: email
-    waterfall: email_getter
-    params: {first_name: First Name, last_name: Last Name, company: {column: Website, transform: [domain]}}
-    columns: {work_email: email}
-  - {name: person, waterfall: person_getter, params: {email: work_email}, columns: {link: linkedin_url}}
-"""
 
 
 def lines_of(changes: list[dict[str, str]]) -> list[tuple[str, str, str, str]]:
@@ -160,11 +150,11 @@ def write_website(workspace: Workspace, website: str) -> None:
     workspace.write_leads([["Ada", "Byron", website, "", "1"]])
 
 
-@pytest.mark.parametrize("text", [JOB, pytest.param(STEPS_JOB, marks=pytest.mark.long)], ids=["job", "steps"])
+@pytest.mark.parametrize("text", [JOB, pytest.param(SHORT_JOB, marks=pytest.mark.long)], ids=["job", "steps"])
 def test_params_that_change_and_change_back(workspace: Workspace, api: SandboxApi, text: str) -> None:
     """Each value that differs from the last one in the feed is in it, with that one as `old`, also an earlier one."""
     workspace.write_job(text, changes=FEED)
-    fields = ["work_email", "link"] if text == STEPS_JOB else ["work_email"]
+    fields = ["work_email", "link"] if text == SHORT_JOB else ["work_email"]
     before = dict.fromkeys(fields, "")
     seen = []
     for website in ("a.example", "b.example", "a.example"):
