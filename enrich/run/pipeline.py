@@ -78,7 +78,8 @@ async def _open_and_run(
             async with client, _open_ledger_writer(job, ledger, environment) as ledger_writer:
                 offline, now_s = offline_preflight(job), environment.clock.monotonic()
                 started = (job, access, ledger, options, environment, signals, client, ledger_writer, now_s)
-                context = RunContext(*started, offline, NO_BUDGET, job.max_attempts_by_step)
+                budgets = (NO_BUDGET,) * len(job.steps)
+                context = RunContext(*started, offline, budgets, job.max_attempts_by_step)
                 return await _run_phases(context)
     except asyncio.CancelledError:
         signals.raise_if_received()
