@@ -107,7 +107,8 @@ async def import_rescue_files(startup: Startup) -> None:
     imported = await context.ledger_writer.submit(
         rescue_import.import_rescue_files, rescue_folders(job), job.name, now_ms
     )
-    startup.notes += [f"{path} was imported: {what}" for path, what in rescue_import.remove_imported_files(imported)]
+    rescue_import.remove_imported_files(imported)
+    startup.notes += [f"{path} was imported: {result}" for path, result in imported]
 
 
 async def recover_requests(startup: Startup) -> None:
