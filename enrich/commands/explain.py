@@ -26,7 +26,7 @@ from enrich.job.name_hints import suggest_name
 from enrich.ledger import bindings, enroll, erasure, request_history
 from enrich.ledger.database import Database, open_or_empty
 from enrich.ledger.lock import is_locked
-from enrich.models import Decision, RequestSelection, RowStatus
+from enrich.models import Decision, RowStatus
 from enrich.rows.job_input import JobInput
 from enrich.rows.job_steps import StepDecision, make_steps
 from enrich.rows.params import ParamCells, conversion_of, param_values, split_left_out
@@ -36,7 +36,7 @@ from enrich.run.lead_selection import CAPPED_REASON
 from enrich.run.output import preview_caps
 from enrich.run.preflight import template_from_ledger
 from enrich.run.step_batch import StepTables
-from enrich.run.step_input import StepInput
+from enrich.run.step_input import begin_steps
 from enrich.run.step_rows import StepRows
 
 
@@ -227,7 +227,7 @@ def explain_steps(job: Job, row: int | None, match: str | None) -> dict[str, Any
         templates = [_template(ledger, step) for step in job.step_jobs]
         steps = make_steps(job, job_input, [template for template, _ in templates])
         rows = StepRows(job_input, ledger, steps)
-        StepInput(rows, 0).begin(RequestSelection())
+        begin_steps(rows)
         leads = _read_leads_of_steps(rows, found)
         shared = _rows_by_request_of_steps(rows, leads)
         is_running = is_locked(job.ledger)

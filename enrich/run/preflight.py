@@ -35,7 +35,7 @@ from enrich.ledger import bindings, queries
 from enrich.ledger.database import Database
 from enrich.ledger.sqlite import damaged_ledger_error
 from enrich.models import read_balance
-from enrich.rows.known_names import BESIDE_RESULT, KnownNames, column_fields, join_problems, name_problems
+from enrich.rows.known_names import BESIDE_RESULT, column_fields, join_problems, name_problems
 from enrich.rows.template import (
     RequestTemplate,
     default_providers,
@@ -179,7 +179,7 @@ async def preflight(  # noqa: PLR0913 - every argument is used once
     bound_to = {"api_host": host, "workspace": user.workspace}
     description = await _fetch_description(client, job, timeout_s)
     providers, notes = _choose_providers(binding, job, description, update_providers=update_providers)
-    if problems := name_problems(job, KnownNames(description, binding.description, binding.answered)):
+    if problems := name_problems(job, description, binding.description, binding.answered):
         raise join_problems(problems)
     template = make_request_template(job, description, providers)
     return Preflight(template, read_balance(user.balance), bound_to, description, providers, notes)

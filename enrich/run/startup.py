@@ -10,7 +10,7 @@ from functools import partial
 
 from msgspec.structs import replace
 
-from enrich.errors import LOCKED_HINT, EnrichError, Interrupted, LedgerLocked, RunCancelled, WorkspaceMismatch
+from enrich.errors import LOCKED_HINT, EnrichError, Interrupted, LedgerLocked, WorkspaceMismatch
 from enrich.files.writer import prepare_file
 from enrich.ledger import (
     bindings,
@@ -32,6 +32,7 @@ from enrich.run.context import RunContext, RunFiles, RunOptions, rescue_folders
 from enrich.run.earlier_output import find_output_of_other_ledger
 from enrich.run.early_end import end_without_ledger, interrupt
 from enrich.run.lead_selection import LeadSelection
+from enrich.run.neighbour_ledgers import confirm_paying_again
 from enrich.run.periodic import load_schedule
 from enrich.run.plan_file import planned_cost
 from enrich.run.preflight import Preflight, check_api_host, preflight, read_binding
@@ -143,25 +144,19 @@ async def check_new_ledger(startup: Startup) -> None:
 
     Raises CommandRefused. Adds a problem when an earlier output cannot be read.
     """
-    context, options, signals = startup.context, startup.context.options, startup.context.signals
+    context, options = startup.context, startup.context.options
     if options.new_ledger or await context.ledger_writer.submit(execution_records.has_own_submissions):
         return
     refusal, problem = await find_output_of_other_ledger(
         context.job,
         lambda tasks: context.ledger_writer.submit(task_ids.unknown_task_ids, tasks),
-        signals.interruptible,
+        context.signals.interruptible,
     )
     startup.problems += [problem] if problem is not None else []
-    if refusal is None:
-        return
-    if options.confirm_new_ledger is not None:
-        with signals.interruptible():
-            if options.confirm_new_ledger(f"{refusal.message}.\nPay again?"):
-                # One confirmation also covers the other ledgers in the folder.
-                startup.context = replace(context, options=replace(options, new_ledger=True))
-                return
-        raise RunCancelled
-    raise refusal
+    if refusal is not None:
+        confirm_paying_again(context, refusal)
+        # One confirmation also covers the other ledgers in the folder.
+        startup.context = replace(context, options=replace(options, new_ledger=True))
 
 
 async def run_preflight(startup: Startup) -> None:
