@@ -85,7 +85,7 @@ def import_rescued(db: Database, lines: Sequence[RescuedAttempt], job: str, now_
     """
     _check_binding(db, lines)
     counts = _import_pass(db, lines, job, now_ms)
-    # Of several lines about one request a pass imports the best. The next pass adds what the others know.
+    # Of several lines about one request a pass imports the best. The next pass adds what is new in the others.
     for _ in lines:
         changes = _import_pass(db, lines, job, now_ms)
         del changes["known"]

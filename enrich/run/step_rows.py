@@ -36,8 +36,8 @@ from enrich.run.step_batch import (
 
 
 @dataclass(slots=True)
-class _Progress:
-    """A batch on its way through the steps.
+class _BatchState:
+    """A batch between two steps.
 
     `selected`: the job's own conditions hold. `capped` rows take part in no step, `forgotten` ones send nothing new.
     `frame` and `text` are the table that the next step reads. `values` has what was found for each column so far.
@@ -79,38 +79,38 @@ class StepRows(Struct, frozen=True):
         """Read the input once. Yield each batch with the cells of all steps. A price is shown once."""
         step_results.begin_bill(self.ledger)
         builders = self._builders(len(self.steps))
-        for progress in self._frames():
+        for state in self._frames():
             check_stopped()
             joined = [
-                self._advance(progress, step, builder, bill=True)
+                self._advance(state, step, builder, bill=True)
                 for step, builder in zip(self.steps, builders, strict=True)
             ]
-            batch = replace(progress.step_batches[0].batch, frame=progress.input_frame)
-            yield JoinedBatch(batch, joined, row_cells(self.job_input.job, progress.values, progress.text, joined))
+            batch = replace(state.step_batches[0].batch, frame=state.input_frame)
+            yield JoinedBatch(batch, joined, row_cells(self.job_input.job, state.values, state.text, joined))
 
     def step_batches(
         self, number: int, queue_order: pl.Series | None = None, *, limited: bool = True
     ) -> Iterator[StepBatch]:
         """Read the input once. Yield each batch as it is in a step, `limited` to the leads of the run."""
         *builders, last = self._builders(number + 1)
-        for progress in self._frames():
+        for state in self._frames():
             for step, builder in zip(self.steps, builders, strict=False):
-                self._advance(progress, step, builder)
+                self._advance(state, step, builder)
             order = None
             if queue_order is not None:
-                order = order_of_rows(queue_order, progress.first_position, progress.text.height)
-            yield self._decide(progress, self.steps[number], last, order, limited=limited)
+                order = order_of_rows(queue_order, state.first_position, state.text.height)
+            yield self._decide(state, self.steps[number], last, order, limited=limited)
 
     def step_tables(self) -> Iterator[StepTables]:
         """Read the input once. Yield each batch as it is in every step, with the table that the step reads."""
         builders = self._builders(len(self.steps))
-        for progress in self._frames():
+        for state in self._frames():
             steps = []
             for step, builder in zip(self.steps, builders, strict=True):
-                text = progress.text
-                self._advance(progress, step, builder)
-                steps.append((progress.step_batches[-1], text))
-            yield StepTables(progress.input_frame, progress.text, steps)
+                text = state.text
+                self._advance(state, step, builder)
+                steps.append((state.step_batches[-1], text))
+            yield StepTables(state.input_frame, state.text, steps)
 
     def status_column(self, number: int) -> str:
         """Return the column with the status of a step."""
@@ -119,7 +119,7 @@ class StepRows(Struct, frozen=True):
     def _builders(self, number: int) -> list[RequestBuilder]:
         return [step.job_input.request_builder(step.template) for step in self.steps[:number]]
 
-    def _frames(self) -> Iterator[_Progress]:
+    def _frames(self) -> Iterator[_BatchState]:
         own = [place for place, name in enumerate(self.job_input.header) if name in self.job_input.schema]
         # By name: their order in the input and in the job may change.
         sent = sorted(self.job_input.sent_columns.intersection(self.job_input.schema))
@@ -131,62 +131,62 @@ class StepRows(Struct, frozen=True):
             capped_rows = [row for row, is_capped in enumerate(capped) if is_capped]
             own_text = text.select(pl.nth(own))
             names = identities(own_text, sent)
-            yield _Progress(first_position, input_frame, selected, capped_rows, names, input_frame, own_text)
+            yield _BatchState(first_position, input_frame, selected, capped_rows, names, input_frame, own_text)
 
-    def _advance(self, progress: _Progress, step: Step, builder: RequestBuilder, *, bill: bool = False) -> JoinedStep:
+    def _advance(self, state: _BatchState, step: Step, builder: RequestBuilder, *, bill: bool = False) -> JoinedStep:
         """Add a step's columns to the table that the next step reads."""
-        step_batch = self._decide(progress, step, builder)
+        step_batch = self._decide(state, step, builder)
         joined = join_step(self.ledger, step, step_batch, bill=bill)
         new = []
         for name in step.template.columns:
             # The first value found stays.
             # Unnamed: polars would take a name such as `^a.*$` for a pattern.
             found = joined.cells[name].alias("")
-            if (values := progress.values.get(name)) is not None:
+            if (values := state.values.get(name)) is not None:
                 before = values.alias("")
                 joined.cells[name] = found.set(before.is_not_null(), None).alias(name)
                 found = before.fill_null(found)
-            progress.values[name] = found.alias(name)
+            state.values[name] = found.alias(name)
             if name in self.job_input.schema:
-                new.append(merge_cells(self.job_input.job, progress.input_frame.get_column(name), found))
+                new.append(merge_cells(self.job_input.job, state.input_frame.get_column(name), found))
             else:
                 new.append(found.fill_null("").alias(name))
         new.append(joined.cells["enrich_status"].alias(step_column(step.job.step, "status")))
         text = list(map(as_text, new))
         # A list, object or boolean that a step found is left out of params, as one in the input is.
-        progress.frame = progress.frame.with_columns(map(json_where_no_text, text))
-        progress.text = progress.text.with_columns(text)
-        progress.step_batches.append(step_batch)
+        state.frame = state.frame.with_columns(map(json_where_no_text, text))
+        state.text = state.text.with_columns(text)
+        state.step_batches.append(step_batch)
         return joined
 
     def _decide(
         self,
-        progress: _Progress,
+        state: _BatchState,
         step: Step,
         builder: RequestBuilder,
         order: list[int] | None = None,
         *,
         limited: bool = True,
     ) -> StepBatch:
-        earlier, text = progress.step_batches, progress.text
-        unsent = self._lacking(progress, step) | dict.fromkeys(progress.forgotten, FORGOTTEN_REASON)
+        earlier, text = state.step_batches, state.text
+        unsent = self._lacking(state, step) | dict.fromkeys(state.forgotten, FORGOTTEN_REASON)
         selected = step.job_input.selected_rows(text) & ~_rows_as_mask(unsent, text.height)
         ready = pl.repeat(value=True, n=text.height, eager=True)
         for number in step.depends_on:
             ready &= pl.Series(earlier[number].final, dtype=pl.Boolean)
         rows = InputRows(
-            progress.first_position,
-            progress.frame,
+            state.first_position,
+            state.frame,
             text,
-            progress.selected & ~_rows_as_mask(progress.capped, text.height),
+            state.selected & ~_rows_as_mask(state.capped, text.height),
             step.job_input.suppressed_rows(text),
             order,
         )
         batch = builder.build_batch(rows, counted=selected & ready)
-        for row in progress.capped:
+        for row in state.capped:
             batch.errors[row] = CAPPED_REASON
         # No step looks a forgotten person up again.
-        progress.forgotten |= {row for row, reason in enumerate(batch.errors) if reason == FORGOTTEN_REASON}
+        state.forgotten |= {row for row, reason in enumerate(batch.errors) if reason == FORGOTTEN_REASON}
         known = step_results.find_results(self.ledger, [name for name in batch.fingerprints if name is not None])
         results = [None if name is None else known.get(name) for name in batch.fingerprints]
         blank_from_step = _blank_from_step(step, batch)
@@ -197,7 +197,7 @@ class StepRows(Struct, frozen=True):
                 [status is RowStatus.INVALID for status in batch.statuses],
                 blank_from_step,
                 selected.to_list(),
-                self._was_sent(progress, step, batch, (selected & ready).to_list(), ready.to_list(), results),
+                self._was_sent(state, step, batch, (selected & ready).to_list(), ready.to_list(), results),
                 ready.to_list(),
                 strict=True,
             )
@@ -205,31 +205,31 @@ class StepRows(Struct, frozen=True):
         requesting_rows = [row for row, decision in enumerate(decisions) if decision is StepDecision.SEND]
         if self.leads is not None and limited:
             # What the run must not send is as if it waited: only what the ledger has counts.
-            may_send = self.leads.may_send(progress.first_position, results)
+            may_send = self.leads.may_send(state.first_position, results)
             for row, decision in enumerate(decisions):
                 if decision is StepDecision.SEND and not may_send[row]:
                     decisions[row] = StepDecision.WAIT if results[row] is None else StepDecision.KEEP
-        return decided_batch(batch, decisions, results, requesting_rows, unsent, progress.identities)
+        return decided_batch(batch, decisions, results, requesting_rows, unsent, state.identities)
 
-    def _lacking(self, progress: _Progress, step: Step) -> dict[int, str]:
+    def _lacking(self, state: _BatchState, step: Step) -> dict[int, str]:
         """Return the rows that need a result which was purged, and say so.
 
         What was found is not known then. Nor is what a step would have found that was left out for this reason.
         """
         unknown: dict[str, dict[int, str]] = {}
         for number in sorted(step.depends_on):
-            earlier, name = progress.step_batches[number], self.steps[number].job.step
+            earlier, name = state.step_batches[number], self.steps[number].job.step
             reason = f"the result of `{name}` was purged"
             lost = {**dict.fromkeys(earlier.purged_rows(), reason), **earlier.unsent}
             for column in self.steps[number].template.columns if lost else ():
-                known = progress.is_known(self.job_input.job, column)
+                known = state.is_known(self.job_input.job, column)
                 unknown.setdefault(column, {}).update({row: why for row, why in lost.items() if not known[row]})
             unknown[self.status_column(number)] = {**earlier.unsent}
         unknown = {name: rows for name, rows in unknown.items() if rows and name in step.earlier_columns}
         if not unknown:
             return {}
-        text = progress.text.with_columns(
-            progress.text.get_column(name).set(_rows_as_mask(rows, progress.text.height), None)
+        text = state.text.with_columns(
+            state.text.get_column(name).set(_rows_as_mask(rows, state.text.height), None)
             for name, rows in unknown.items()
         )
         may_be_selected = step.job_input.selected_rows(text, unknown=True)
@@ -237,7 +237,7 @@ class StepRows(Struct, frozen=True):
 
     def _was_sent(  # noqa: PLR0913, PLR0917 - what is known of a batch
         self,
-        progress: _Progress,
+        state: _BatchState,
         step: Step,
         batch: RowBatch,
         selected: Sequence[bool],
@@ -254,7 +254,7 @@ class StepRows(Struct, frozen=True):
             for row, (is_sent, is_selected) in enumerate(zip(sent, selected, strict=True))
             if is_sent and not is_selected
         ]
-        recorded = find_recorded_rows(self.ledger, step.job, batch.fingerprints, rows, progress.identities)
+        recorded = find_recorded_rows(self.ledger, step.job, batch.fingerprints, rows, state.identities)
         for row in rows:
             if (known := recorded.get(row)) is None:
                 sent[row] = False
