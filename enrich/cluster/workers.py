@@ -140,7 +140,7 @@ class WorkerPool:
     async def run(self) -> None:
         """Submit and poll to the end. No worker is left when this returns."""
         self._initial_counters = self.run_state.counters
-        running = {asyncio.create_task(self._keep_working()) for _ in range(self.worker_task.work_config.workers)}
+        running = {asyncio.create_task(self._keep_working()) for _ in range(self.worker_task.in_flight_limit.workers)}
         is_done = False
         try:
             while running and not (is_done and self._none_has_reported()):

@@ -93,7 +93,7 @@ class Dispatcher:
     async def _acquire_post_slots(self) -> int:
         """Wait until a POST may be sent. Returns how many may be sent; 0 when submitting is over."""
         run_state = self.run_state
-        max_posts = max_posts_in_flight(self.config.bulk) // self.config.workers
+        max_posts = max_posts_in_flight(self.config.bulk) // run_state.in_flight_limit.workers
         while not run_state.stop_submitting.is_set():
             post_slots = min(max_posts - self._unanswered_posts, run_state.free_capacity)
             now = run_state.clock.monotonic()
@@ -301,7 +301,7 @@ class Dispatcher:
                 posts += [requests] if is_bulk else [[request] for request in requests]
                 max_requests -= len(requests)
         except CapReached as reached:
-            may_free_budget = self.config.workers > 1 and queries.has_open_since(
+            may_free_budget = self.run_state.in_flight_limit.workers > 1 and queries.has_open_since(
                 ledger, now_ms - self.config.patience_s * 1000
             )
             return posts, type(reached), may_free_budget

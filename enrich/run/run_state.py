@@ -64,8 +64,6 @@ class WorkConfig(Struct, frozen=True):
     step: str | None = None
     #: `max_attempts` of each step of the job, for the tasks that another step has sent.
     max_attempts_by_step: Mapping[str, int] = {}
-    #: Number of workers that share the queue and the limit of POSTs in flight.
-    workers: int = 1
 
 
 @dataclass(slots=True)
