@@ -158,8 +158,8 @@ def _matching_paths(path_pattern: Path) -> list[Path]:
     return found
 
 
-def _name_pattern(part: str) -> re.Pattern[str]:
-    pieces = re.split(r"%[-_0^#EO]?(.)", part)
+def _name_pattern(name: str) -> re.Pattern[str]:
+    pieces = re.split(r"%[-_0^#EO]?(.)", name)
     return re.compile(
         "".join(
             re.escape(piece) if not number % 2 else _STRFTIME_PATTERNS.get(piece, ".+")
@@ -177,7 +177,7 @@ def _newest_object(url_pattern: ObjectUrl) -> ObjectUrl | None:
     # Of a folder, the objects in it are listed.
     inside = ".+" if url_pattern.is_folder else ""
     pattern, sandbox_pattern = (
-        re.compile(f"({'/'.join(_name_pattern(part).pattern for part in key.split('/'))}){inside}", re.DOTALL)
+        re.compile(f"({_name_pattern(key).pattern}){inside}", re.DOTALL)
         for key in (url_pattern.key, sandbox_file_name(url_pattern.key))
     )
     keys = [
