@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from xml.parsers import expat
+from string import ascii_uppercase
+from typing import IO
+from xml.etree.ElementTree import Element, ParseError, iterparse
 
 from msgspec import Struct
 
@@ -45,141 +47,53 @@ def check_size(path: Path) -> None:
 @lru_cache(maxsize=16)
 def scan_sheet(path: Path, sheet: str, version: tuple[int, int]) -> SheetScan:  # noqa: ARG001 - version is for the cache
     """Scan a sheet. `version` changes with the file. Raises UnsoundWorkbook."""
-    scanner = _Scanner()
-    _parse_sheet(path, sheet, scanner)
-    positions = scanner.height * scanner.width
-    is_sparse = positions > max(_MAX_POSITIONS, _MAX_POSITIONS_PER_CELL * scanner.cells)
-    return SheetScan(scanner.last_cell if is_sparse else None, scanner.formula_without_value)
+    count, last_cell, rows = 0, "", (0, -1)
+    columns: set[str] = set()
+    formula_without_value: str | None = None
+    for cell in _cells(path, sheet):
+        reference, parts = cell.get("r", ""), [_local_name(part) for part in cell]
+        if formula_without_value is None and "f" in parts and cell.get("t") != "str" and not _value(cell):
+            # A formula whose value is empty text has the type `str`.
+            formula_without_value = reference or "a cell"
+        if "v" not in parts and "is" not in parts:
+            continue
+        count += 1
+        if not (letters := reference.rstrip("0123456789")):
+            continue
+        columns.add(letters)
+        row = int(reference[len(letters) :] or 0)
+        first, last = rows if last_cell else (row, row)
+        if row > last or not last_cell or (row == last and len(reference) >= len(last_cell)):
+            last_cell = reference
+        rows = min(first, row), max(last, row)
+    numbers = [_column_number(letters) for letters in columns]
+    width = max(numbers) - min(numbers) + 1 if numbers else 0
+    is_sparse = (rows[1] - rows[0] + 1) * width > max(_MAX_POSITIONS, _MAX_POSITIONS_PER_CELL * count)
+    return SheetScan(last_cell if is_sparse else None, formula_without_value)
 
 
 def find_non_date(path: Path, sheet: str, row: int) -> str | None:
     """Return the first cell of a row (from 1) with a number that is too large for a date. None: there is none."""
-    finder = _NonDateFinder(row)
-    _parse_sheet(path, sheet, finder)
-    return finder.found
+    for cell in _cells(path, sheet):
+        if cell.get("r", "").lstrip(ascii_uppercase) == str(row) and cell.get("t", "n") in {"n", "d"}:
+            value = _value(cell)
+            try:
+                is_date = not value or abs(float(value)) < _FIRST_NON_DATE
+            except ValueError:
+                is_date = False
+            if not is_date:
+                return cell.get("r")
+    return None
 
 
 def negative_numbers(path: Path, sheet: str) -> dict[str, float]:
     """Return the negative numbers of a sheet by their cells. The library reads them as times if so formatted."""
-    finder = _NegativeFinder()
-    _parse_sheet(path, sheet, finder)
-    return {cell: float(text) for cell, text in finder.found.items()}
+    numbers = ((cell.get("r", ""), _value(cell)) for cell in _cells(path, sheet) if cell.get("t", "n") == "n")
+    return {reference: float(text) for reference, text in numbers if reference and text.startswith("-")}
 
 
-class _SheetHandler:
-    """Receives the elements of a sheet. Namespace prefixes are removed from their names."""
-
-    def __init__(self) -> None:
-        self.parser = expat.ParserCreate(namespace_separator=" ")
-        self.parser.buffer_text = True
-        self.parser.StartElementHandler = self.start
-
-    def start(self, name: str, attributes: dict[str, str]) -> None:
-        raise NotImplementedError
-
-
-class _Scanner(_SheetHandler):
-    def __init__(self) -> None:
-        super().__init__()
-        self.cells = 0
-        self.last_cell = ""
-        self.formula_without_value: str | None = None
-        self._rows: tuple[int, int] | None = None
-        self._columns = dict[str, None]()
-        self._reference = ""
-        self._kind: str | None = None
-        self._value = ""
-
-    @property
-    def height(self) -> int:
-        return 0 if self._rows is None else self._rows[1] - self._rows[0] + 1
-
-    @property
-    def width(self) -> int:
-        numbers = list(map(_column_number, self._columns))
-        return max(numbers) - min(numbers) + 1 if numbers else 0
-
-    def start(self, name: str, attributes: dict[str, str]) -> None:
-        name = name.rpartition(" ")[2]
-        if name == "c":
-            self._reference, self._kind = attributes.get("r", ""), attributes.get("t")
-        elif name in {"v", "is"}:
-            self._add_cell()
-            if self.parser.EndElementHandler is not None:
-                self.parser.CharacterDataHandler = self._add_value
-        elif name == "f" and self.formula_without_value is None:
-            self._value = ""
-            self.parser.EndElementHandler = self._end
-
-    def _add_cell(self) -> None:
-        self.cells += 1
-        letters = self._reference.rstrip("0123456789")
-        if not letters:
-            return
-        self._columns[letters] = None
-        row = int(self._reference[len(letters) :] or 0)
-        first, last = self._rows or (row, row)
-        if row > last or not self.last_cell or (row == last and len(self._reference) >= len(self.last_cell)):
-            self.last_cell = self._reference
-        self._rows = min(first, row), max(last, row)
-
-    def _add_value(self, text: str) -> None:
-        self._value += text
-
-    def _end(self, name: str) -> None:
-        name = name.rpartition(" ")[2]
-        if name == "v":
-            self.parser.CharacterDataHandler = None
-        elif name == "c":
-            self.parser.EndElementHandler = None
-            # A formula whose value is empty text has the type `str`.
-            if not self._value and self._kind != "str":
-                self.formula_without_value = self._reference or "a cell"
-
-
-class _NonDateFinder(_SheetHandler):
-    def __init__(self, row: int) -> None:
-        super().__init__()
-        self.found: str | None = None
-        self._row = str(row)
-        self._reference = ""
-
-    def start(self, name: str, attributes: dict[str, str]) -> None:
-        name = name.rpartition(" ")[2]
-        self.parser.CharacterDataHandler = None
-        if name == "c":
-            self._reference = attributes.get("r", "") if attributes.get("t", "n") in {"n", "d"} else ""
-        elif name == "v" and self.found is None and self._reference.lstrip("ABCDEFGHIJKLMNOPQRSTUVWXYZ") == self._row:
-            self.parser.CharacterDataHandler = self._check_value
-
-    def _check_value(self, text: str) -> None:
-        try:
-            if not abs(float(text)) < _FIRST_NON_DATE:
-                self.found = self._reference
-        except ValueError:
-            self.found = self._reference
-
-
-class _NegativeFinder(_SheetHandler):
-    def __init__(self) -> None:
-        super().__init__()
-        self.found = dict[str, str]()
-        self._reference = ""
-
-    def start(self, name: str, attributes: dict[str, str]) -> None:
-        name = name.rpartition(" ")[2]
-        self.parser.CharacterDataHandler = None
-        if name == "c":
-            self._reference = attributes.get("r", "") if attributes.get("t", "n") == "n" else ""
-        elif name == "v" and self._reference:
-            self.parser.CharacterDataHandler = self._add_value
-
-    def _add_value(self, text: str) -> None:
-        # The text may come in parts.
-        if self._reference and (text.startswith("-") or self._reference in self.found):
-            self.found[self._reference] = self.found.get(self._reference, "") + text
-        else:
-            self._reference = ""
+def _value(cell: Element) -> str:
+    return "".join(text for part in cell if _local_name(part) != "f" for text in part.itertext())
 
 
 def _column_number(letters: str) -> int:
@@ -189,11 +103,25 @@ def _column_number(letters: str) -> int:
     return number
 
 
-def _parse_sheet(path: Path, sheet: str, handler: _SheetHandler) -> None:
+def _cells(path: Path, sheet: str) -> Iterator[Element]:
     with _open_archive(path) as archive:
         for member in _members_of(archive, sheet):
             with archive.open(member) as source:
-                handler.parser.ParseFile(source)
+                yield from (element for name, element in read_elements(source) if name == "c")
+
+
+def read_elements(source: IO[bytes]) -> Iterator[tuple[str, Element]]:
+    """Yield each element of an XML file, with its name, where it ends. Those of a row are dropped when it has ended."""
+    for _, element in iterparse(source):  # noqa: S314 - expat limits what entities may grow to
+        name = _local_name(element)
+        yield name, element
+        if name == "row":
+            element.clear()
+
+
+def _local_name(element: Element) -> str:
+    """Return the name of an element without its namespace."""
+    return element.tag.rpartition("}")[2]
 
 
 @contextmanager
@@ -201,7 +129,7 @@ def _open_archive(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
-    except (zipfile.BadZipFile, expat.ExpatError, EOFError, KeyError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, ParseError, EOFError, KeyError, NotImplementedError, RuntimeError) as error:
         raise UnsoundWorkbook("it cannot be unpacked") from error
 
 
@@ -212,8 +140,8 @@ def _members_of(archive: zipfile.ZipFile, sheet: str) -> list[str]:
     workbook, relations = names.get("xl/workbook.xml"), names.get("xl/_rels/workbook.xml.rels")
     if workbook is None or relations is None:
         return all_sheets
-    targets = {each.get("Id"): each.get("Target", "") for each in _elements(archive, relations, "Relationship")}
-    for each in _elements(archive, workbook, "sheet"):
+    targets = {each.get("Id"): each.get("Target", "") for each in _attributes(archive, relations, "Relationship")}
+    for each in _attributes(archive, workbook, "sheet"):
         if each.get("name") == sheet:
             target = next((targets.get(value, "") for key, value in each.items() if key.endswith(" id")), "")
             member = posixpath.normpath(posixpath.join("/xl", target)).lstrip("/").lower()
@@ -221,15 +149,7 @@ def _members_of(archive: zipfile.ZipFile, sheet: str) -> list[str]:
     return all_sheets
 
 
-def _elements(archive: zipfile.ZipFile, member: str, element: str) -> list[dict[str, str]]:
-    found: list[dict[str, str]] = []
-
-    def start(name: str, attributes: dict[str, str]) -> None:
-        if name.rpartition(" ")[2] == element:
-            found.append(attributes)
-
-    parser = expat.ParserCreate(namespace_separator=" ")
-    parser.StartElementHandler = start
+def _attributes(archive: zipfile.ZipFile, member: str, name: str) -> list[dict[str, str]]:
+    """Return the attributes of all elements of a name."""
     with archive.open(member) as source:
-        parser.ParseFile(source)
-    return found
+        return [element.attrib for found, element in read_elements(source) if found == name]
