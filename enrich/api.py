@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypedDict, TypeVar, Unpack, get_type_hints
 
+from msgspec.structs import replace
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from enrich.commands.check import check_with_access
@@ -195,10 +196,6 @@ def _run(  # noqa: PLR0913 - the settings of a run
     callbacks = RunCallbacks(_guarded(on_message), _guarded(on_progress), stop=stop)
     with observe_run(job_options, None if log_file is None else Path(log_file), callbacks.on_message) as observers:
         saved_plan = None if plan is None else read_plan(Path(plan))
-        accept = "in_doubt" if accept_in_doubt else None
-        check_combination(saved_plan, limit, sample, max_credits, retry, accept=accept)
-        _check_selection(limit, sample, max_credits)
-        job = job_options.load(max_credits if saved_plan is None else saved_plan.max_credits)
         run_options = RunOptions(
             limit=limit,
             sample=sample,
@@ -209,9 +206,12 @@ def _run(  # noqa: PLR0913 - the settings of a run
             update_providers=update_providers,
             workspace_renamed=workspace_renamed,
             plan=saved_plan,
-            new_ledger=new_ledger or job.sandbox,
-            spread=make_cluster_options(job, engine, address, workers),
         )
+        check_combination(run_options, max_credits)
+        _check_selection(limit, sample, max_credits)
+        job = job_options.load(max_credits if saved_plan is None else saved_plan.max_credits)
+        spread = make_cluster_options(job, engine, address, workers)
+        run_options = replace(run_options, new_ledger=new_ledger or job.sandbox, spread=spread)
         summary = _with_enrich_errors(job, lambda: run_observed(job, run_options, lock_timeout, observers, callbacks))
     if summary.exit_code in (ExitCode.INTERRUPTED, ExitCode.TERMINATED):
         raise Interrupted(ExitCode(summary.exit_code))

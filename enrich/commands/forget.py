@@ -343,9 +343,7 @@ def forget(job_options: options.JobOptions, matches: tuple[str, ...], yes: bool,
 
 @click.command()
 @options.job_options(sandbox="Erase from the sandbox only.")
-@click.option(
-    "--older-than", callback=options.parse_seconds, required=True, metavar="90d", help="Erase results older than this."
-)
+@click.option("--older-than", type=options.SECONDS, required=True, metavar="90d", help="Erase results older than this.")
 @YES_OPTION
 @options.JSON_OPTION
 def purge(job_options: options.JobOptions, older_than: float, yes: bool, as_json: bool) -> None:

@@ -203,9 +203,7 @@ def _balance_text(balance: dict[str, Any]) -> str:
 @click.command()
 @options.job_options()
 @click.option("--watch", "watching", is_flag=True, help="Show the run in progress until it ends.")
-@click.option(
-    "--every", callback=options.parse_seconds, metavar="2s", help="With --watch: refresh interval; default: 2s."
-)
+@click.option("--every", type=options.SECONDS, metavar="2s", help="With --watch: refresh interval; default: 2s.")
 @options.JSON_OPTION
 def status(job_options: options.JobOptions, watching: bool, every: float | None, as_json: bool) -> int:
     """Show the last run of JOB, and the requests, credits and open tasks in its ledger.

@@ -21,7 +21,6 @@ from enrich.commands.doctor import checks, system
 from enrich.commands.doctor.checks import Finding, error_finding, next_run_time
 from enrich.commands.doctor.storage import storage_findings
 from enrich.commands.doctor.system import parse_env_lines
-from enrich.commands.options import time_option
 from enrich.commands.paths import files_read, files_written, has_ledger, local_input_files, nearest_existing
 from enrich.databar.credentials import NO_KEY_HINT, ApiAccess, find_base_url, find_key
 from enrich.databar.network import find_proxy, load_certificates
@@ -342,7 +341,7 @@ def _open_sandbox(job: Job | None) -> Iterator[ApiAccess]:
 )
 @click.option("--env-file", type=options.WRITTEN_FILE, metavar="FILE", help="A file with such variables, one per line.")
 @click.option(
-    "--at", default="02:00", show_default=True, callback=time_option, metavar="HH:MM", help="Time of the next run."
+    "--at", default="02:00", show_default=True, type=options.TIME_OF_DAY, metavar="HH:MM", help="Time of the next run."
 )
 @click.option("--offline", is_flag=True, help="Check without the API.")
 @click.option("--sandbox", "use_sandbox", is_flag=True, help="Check with the sandbox and its ledger.")
