@@ -19,7 +19,6 @@ from enrich.files import excel_format
 from enrich.files.atomic import WriteProblem
 from enrich.files.downloads import temporary_folder
 from enrich.files.text import quote_column
-from enrich.files.workbook_scan import read_elements
 
 _OTHER_FORMAT_HINT = "`enrich collect` with an --output that ends in .csv or .parquet writes it for free"
 _COLUMN_WIDTH = 18
@@ -113,7 +112,7 @@ def check_workbook(raw: BinaryIO, written: blake2b) -> None:
     raw.seek(0)
     try:
         with zipfile.ZipFile(raw) as archive, archive.open(SHEET) as sheet:
-            for name, element in read_elements(sheet):
+            for name, element in excel_format.read_elements(sheet):
                 if name == "c":
                     add_cell(found, element.attrib["r"], _unescape_text("".join(element.itertext())))
                     is_text_only &= element.get("t") == "inlineStr"
