@@ -193,22 +193,21 @@ def _open_input(job: Job, problems: list[EnrichError]) -> JobInput | None:
             problems.append(error)
             return None
         first_column = job_input.columns[:1]
+
+        def fitting(key: str, columns: Sequence[str]) -> list[str]:
+            """Try each column of a key at its index, so that an error names its line."""
+            tried = ((column, [*first_column * index, column]) for index, column in enumerate(columns))
+            return [column for column, listed in tried if can_open(**{key: listed})]
+
         params = {
             name: param if _param_fits(name, param, can_open) else Param(value="?")
             for name, param in model.params.items()
         }
-        only = [
-            column
-            for index, column in enumerate(model.only_if_empty)
-            if can_open(only_if_empty=[*first_column * index, column])  # at its index, so that the error names its line
-        ]
-        valid_parts: dict[str, object] = {"params": params, "only_if_empty": only}
-        order = [
-            column
-            for index, column in enumerate(model.order_by or ())
-            if can_open(order_by=[*first_column * index, column])
-        ]
-        valid_parts["order_by"] = order or None
+        valid_parts: dict[str, object] = {
+            "params": params,
+            "only_if_empty": fitting("only_if_empty", model.only_if_empty),
+            "order_by": fitting("order_by", model.order_by or ()) or None,
+        }
         for key in ("where", "caps", "suppress", "changes", "report"):
             part = getattr(model, key)
             valid_parts[key] = part if part is None or can_open(params=params, **{key: part}) else None
