@@ -13,6 +13,7 @@ import click
 
 from enrich.commands import options
 from enrich.commands.run_view import STATE_WORDS, RunStatus
+from enrich.commands.runs import execution_as_json
 from enrich.commands.status_watch import DEFAULT_INTERVAL_S, RunWatcher, watch_job
 from enrich.job.job import Job
 from enrich.ledger import execution_records, queries, step_results, transitions
@@ -78,17 +79,9 @@ def _build_status(job: Job, ledger: Database) -> dict[str, Any]:
         },
         "at_work": view.as_json() if view.status is RunStatus.RUNNING else None,
         "executions": [
-            {
-                "execution": row.id,
-                "started_at": iso_time(row.started_ms),
-                "ended_at": iso_time(row.ended_ms),
-                "exit_code": row.exit_code,
-                "outcome": row.outcome(is_running=row.id == running_id),
-                "submitted": row.submitted,
-                "credits_spent": to_credits(row.spent),
-                "credits_unknown": row.unknown,
+            execution_as_json(row, is_running=row.id == running_id)
+            | {
                 "balance_before": to_credits(row.balance_before),
-                "balance_after": to_credits(row.balance_after),
                 "receipt": None if row.summary is None else json.loads(row.summary),
             }
             for row in executions
