@@ -82,7 +82,7 @@ class Client:
                 "host": self._origin.host_header,
                 "x-apikey": self._key,
                 "user-agent": f"databar-enrich/{__version__}",
-                "accept-encoding": "gzip, deflate",
+                "accept-encoding": "gzip",
             }
         )
         self._base_path = _encoded_path(self._base_url).rstrip(b"/")

@@ -57,7 +57,6 @@ MAX_RETRY_AFTER_S = 3600.0
 #: Number of bytes kept of an unreadable response.
 MAX_UNREADABLE_BYTES = 1 << 20
 NOT_UTF8_NOTE = "the API's response is not valid UTF-8: unreadable bytes are shown as �"
-_NEITHER_BRACKET_NOR_QUOTE = bytes(set(range(256)) - set(b'[]{}"\\'))
 #: Invalid bytes, control characters and long numbers in other parts of a response do not make its id unreadable.
 _ID_DECODER = json.JSONDecoder(parse_int=str, strict=False)
 _SECONDS_PATTERN = re.compile(r"-?[0-9]+(\.[0-9]*)?")
@@ -82,35 +81,18 @@ def parse_body(received: bytes, key: str) -> JsonBody:
         value = parse_json(text)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-    is_lossless = "\ufffd" not in text or "\ufffd".encode() in received
-    return _check_depth(JsonBody(value, text, is_lossless))
+    if text.count("[") + text.count("{") > MAX_DEPTH:
+        _check_depth(value)
+    return JsonBody(value, text, is_lossless="\ufffd" not in text or "\ufffd".encode() in received)
 
 
-def _check_depth(reply: JsonBody) -> JsonBody:
-    if reply.text.count("[") + reply.text.count("{") <= MAX_DEPTH or _is_certainly_shallow(reply.text):
-        return reply
-    level, depth = [reply.value], 0
+def _check_depth(value: object) -> None:
+    level, depth = [value], 0
     while level:
         if (depth := depth + 1) > MAX_DEPTH:
             raise ValueError("nested too deeply")
         inner = [item for item in level if isinstance(item, dict | list)]
         level = [value for item in inner for value in (item.values() if isinstance(item, dict) else item)]
-    return reply
-
-
-def _is_certainly_shallow(text: str) -> bool:
-    """Check JSON by its brackets alone, in a tenth of the time that its values take.
-
-    False: it may be too deep, or its strings contain brackets or escapes.
-    """
-    brackets = text.encode().translate(None, _NEITHER_BRACKET_NOR_QUOTE).replace(b'""', b"")
-    if b'"' in brackets or b"\\" in brackets:
-        return False
-    for _ in range((MAX_DEPTH - 1) // 2):  # each round removes one level, or two: lists, then objects
-        brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
-        if not brackets:
-            return True
-    return False
 
 
 def _json_or_none(content: bytes, key: str) -> object:
