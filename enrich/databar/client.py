@@ -199,7 +199,7 @@ class Client:
             error = response_error(answer, self._key)
             raise RequestNotAccepted(error.message) if isinstance(error, SubmissionUnconfirmed) else error
         try:
-            return parse_body(answer.content, self._key).value
+            return parse_body(answer.content, self._key)[0]
         except ValueError as error:
             raise RequestNotAccepted("the API's response is not JSON") from error
 

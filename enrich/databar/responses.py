@@ -27,8 +27,6 @@ from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from typing import Any
 
-from msgspec import Struct
-
 from enrich.databar.task_results import TaskReply
 from enrich.databar.text_filter import clean_json, clean_line, clean_text, decode_json, nan_as_null
 from enrich.databar.transport import HttpAnswer
@@ -63,16 +61,8 @@ _SECONDS_PATTERN = re.compile(r"-?[0-9]+(\.[0-9]*)?")
 _REASONS = {status.value: status.phrase for status in HTTPStatus}
 
 
-class JsonBody(Struct, frozen=True):
-    """A JSON body: its value, its text, and whether all of its bytes could be decoded."""
-
-    value: Any
-    text: str
-    is_lossless: bool = True
-
-
-def parse_body(received: bytes, key: str) -> JsonBody:
-    """Clean and parse a body, in which the API key `key` is masked. Numbers stay as they are written in its text.
+def parse_body(received: bytes, key: str) -> tuple[Any, str]:
+    """Clean a body, in which the API key `key` is masked. Return its value, and its text with all numbers as written.
 
     Raises ValueError if the body is not JSON or is nested too deeply.
     """
@@ -83,7 +73,7 @@ def parse_body(received: bytes, key: str) -> JsonBody:
         raise ValueError("nested too deeply") from error
     if text.count("[") + text.count("{") > MAX_DEPTH:
         _check_depth(value)
-    return JsonBody(value, text, is_lossless="\ufffd" not in text or "\ufffd".encode() in received)
+    return value, text
 
 
 def _check_depth(value: object) -> None:
@@ -97,7 +87,7 @@ def _check_depth(value: object) -> None:
 
 def _json_or_none(content: bytes, key: str) -> object:
     try:
-        return parse_body(content, key).value
+        return parse_body(content, key)[0]
     except ValueError:
         return None
 
@@ -158,21 +148,22 @@ def read_task_reply(content: bytes, task_id: str, key: str, *, new_connection: b
     Raises InvalidPollResponse.
     """
     try:
-        reply = parse_body(content, key)
+        value, text = parse_body(content, key)
     except ValueError as error:
         start = clean_text(content[:MAX_UNREADABLE_BYTES].decode(errors="replace"), key)
         reason = str(error) if "nested" in str(error) else "it is not JSON"
         raise InvalidPollResponse(
             f"the API's response cannot be read: {reason}", start, new_connection=new_connection
         ) from error
-    ids = task_ids(reply.value)
+    ids = task_ids(value)
     if ids and task_id not in ids:
-        raise InvalidPollResponse("the response is for another task", reply.text, ids[0], new_connection=new_connection)
+        raise InvalidPollResponse("the response is for another task", text, ids[0], new_connection=new_connection)
     if not ids and not new_connection:
-        raise InvalidPollResponse("the API's response has no task id", reply.text, new_connection=False)
-    if not isinstance(reply.value, dict) or "status" not in reply.value:
-        raise InvalidPollResponse("the API's response is not a task", reply.text, new_connection=new_connection)
-    return TaskReply(reply.value, reply.text, None if reply.is_lossless else NOT_UTF8_NOTE)
+        raise InvalidPollResponse("the API's response has no task id", text, new_connection=False)
+    if not isinstance(value, dict) or "status" not in value:
+        raise InvalidPollResponse("the API's response is not a task", text, new_connection=new_connection)
+    has_unreadable_bytes = "\ufffd" in text and "\ufffd".encode() not in content
+    return TaskReply(value, text, NOT_UTF8_NOTE if has_unreadable_bytes else None)
 
 
 def response_error(
@@ -215,7 +206,7 @@ def response_error(
 
 
 def _params_error(body: object, params: Collection[str], rows: int | None, message: str) -> BadParams | JobRejected:
-    reasons = wrong_params(body, params) or None if rows is None else wrong_rows(body, rows, params)
+    reasons = wrong_rows(body, rows or 1, params)
     if reasons is not None:
         return BadParams({row: clean_line(reason) for row, reason in reasons.items()}, message)
     return JobRejected(f"the API rejects the request: {message}")
