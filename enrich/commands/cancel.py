@@ -35,7 +35,7 @@ def format_cancel(job: Job, summary: CancelSummary) -> Iterator[str]:
 
 
 @click.command()
-@options.job_options(ledger="Take", sandbox="Cancel the tasks of the sandbox.")
+@options.job_options(sandbox="Cancel the tasks of the sandbox.")
 @options.JSON_OPTION
 def cancel(job_options: options.JobOptions, as_json: bool) -> int:
     """Cancel the tasks of JOB that are running at Databar, and print the refund.

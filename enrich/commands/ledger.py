@@ -21,7 +21,7 @@ from enrich.models import pluralize
 
 _place_options = options.add_options(
     click.argument("place", metavar="JOB_OR_LEDGER"),
-    options.ledger_option("instead", what="Use"),
+    options.LEDGER_OPTION,
     click.option("--sandbox", "use_sandbox", is_flag=True, help="Use the ledger of the sandbox."),
 )
 
@@ -59,9 +59,9 @@ def ledger() -> None:
 @ledger.command()
 @_place_options
 @options.JSON_OPTION
-def check(place: str, instead: str | None, use_sandbox: bool, as_json: bool) -> int:
+def check(place: str, ledger: str | None, use_sandbox: bool, as_json: bool) -> int:
     """Check that a ledger is complete and consistent. Works during a run."""
-    path = _resolve_ledger(place, instead, use_sandbox=use_sandbox)
+    path = _resolve_ledger(place, ledger, use_sandbox=use_sandbox)
     report = check_ledger(path)
     code = ExitCode.REFUSED if report.problems else ExitCode.OK
     if as_json:
@@ -80,14 +80,11 @@ def check(place: str, instead: str | None, use_sandbox: bool, as_json: bool) -> 
 @ledger.command()
 @_place_options
 @click.argument("target", type=options.FILE)
-def backup(place: str, target: Path, instead: str | None, use_sandbox: bool) -> None:
+def backup(place: str, target: Path, ledger: str | None, use_sandbox: bool) -> None:
     """Copy a ledger to TARGET. Works during a run. Replaces an older copy."""
-    with closing(
-        open_existing(
-            _resolve_ledger(place, instead, use_sandbox=use_sandbox), any_version=True, skip_integrity_check=True
-        )
-    ) as ledger_:
-        verify.backup(ledger_, target)
+    path = _resolve_ledger(place, ledger, use_sandbox=use_sandbox)
+    with closing(open_existing(path, any_version=True, skip_integrity_check=True)) as opened:
+        verify.backup(opened, target)
 
 
 @ledger.command()

@@ -117,10 +117,13 @@ def _reject_password(ledger: str) -> str:
     return ledger
 
 
-def ledger_option(*names: str, what: str) -> Decorator:
-    """Make a `--ledger` option. It rejects URLs with a password before the arguments are written anywhere."""
-    text = f"{what} this ledger, a file or postgresql://…, instead of the job's."
-    return click.option("--ledger", *names, type=Parsed(_reject_password), metavar="FILE", help=text)
+#: It rejects URLs with a password before the arguments are written anywhere.
+LEDGER_OPTION = click.option(
+    "--ledger",
+    type=Parsed(_reject_password),
+    metavar="FILE",
+    help="Use this ledger, a file or postgresql://…, instead of the job's.",
+)
 
 
 JOB_ARGUMENT = click.argument("job_file", metavar="JOB", type=FILE)
@@ -174,18 +177,14 @@ def add_options(*added: Decorator) -> Decorator:
 
 
 def job_options(
-    *,
-    has_input: bool = False,
-    has_output: bool = False,
-    ledger: str = "Use",
-    sandbox: str = "Use the ledger of the sandbox.",
+    *, has_input: bool = False, has_output: bool = False, sandbox: str = "Use the ledger of the sandbox."
 ) -> Decorator:
     """Add JOB and the options for its paths to a command, which gets them as one object, `job_options`."""
     with_options = add_options(
         JOB_ARGUMENT,
         *([click.option("--input", "input_path", metavar="FILE", help=_INPUT_HELP)] if has_input else []),
         *([click.option("--output", metavar="FILE", help=_OUTPUT_HELP)] if has_output else []),
-        ledger_option(what=ledger),
+        LEDGER_OPTION,
         click.option("--sandbox", "use_sandbox", is_flag=True, help=sandbox),
     )
 
