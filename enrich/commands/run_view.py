@@ -63,8 +63,8 @@ def run_status(
 class RunView(Struct, frozen=True):
     """State of a job's newest run at the time `now_ms` (milliseconds since 1970, UTC).
 
-    `run` and `snapshot` are None if there is none. `next_expiry_ms` is when the API deletes the first uncollected result
-    (milliseconds since 1970, UTC), None if there is none.
+    `next_expiry_ms` is when the API deletes the first uncollected result. `run`, `snapshot` and that are None if there
+    is none.
     """
 
     job: str
