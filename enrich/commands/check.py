@@ -115,7 +115,7 @@ def check_job(job: Job, bound_to: Mapping[str, str | None], live: Sequence[Descr
 def _check_steps(
     job: Job, job_input: JobInput | None, templates: Sequence[RequestTemplate | None], result: CheckResult
 ) -> None:
-    """Check what the steps read, and count the leads that each wants at most. An error becomes a problem."""
+    """Check what the steps read, and count the leads that each may send. An error becomes a problem."""
     from enrich.run.context import RunOptions, select_requests
     from enrich.run.step_input import StepInput
     from enrich.run.step_plan import forecast_steps

@@ -56,7 +56,7 @@ class CheckResult:
 
 
 def read_stored(job: Job, bound_to: Mapping[str, str | None], result: CheckResult) -> LedgerBinding:
-    """Read what the ledger knows of the target of a job, or of a step. An error becomes a problem."""
+    """Read what the ledger has of the target of a job, or of a step. An error becomes a problem."""
     try:
         return _read_ledger(job, bound_to)
     except EnrichError as error:

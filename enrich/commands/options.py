@@ -131,7 +131,7 @@ JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print one JS
 
 
 class JobOptions(Struct, frozen=True):
-    """The job of a command, and what its options say instead of the job file."""
+    """The job of a command, and what its options give instead of the job file."""
 
     job_file: Path
     input_path: str | None = None

@@ -39,7 +39,7 @@ class AnswerExceedsLimit(Exception):
 
 
 class HttpConnection(asyncio.Protocol):
-    """A connection to the API or to a proxy. It is closed at the first doubt, and never shuts down gracefully."""
+    """A connection to the API or to a proxy. It is closed at the first irregularity, never with a TLS shutdown."""
 
     def __init__(self, max_bytes: int) -> None:
         """Accept answers of up to `max_bytes` on the wire."""

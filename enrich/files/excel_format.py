@@ -22,7 +22,7 @@ import polars as pl
 from msgspec import Struct
 from python_calamine import CalamineError, CalamineSheet, CalamineWorkbook, SheetTypeEnum, SheetVisibleEnum
 
-from enrich.files.text import FileProblem, TableFile, as_file_problem, check_magic_bytes, header_problem
+from enrich.files.text import ROWS_PER_BATCH, FileProblem, TableFile, as_file_problem, check_magic_bytes, header_problem
 from enrich.files.values import to_text
 
 #: Limits of an Excel sheet. Rows include the header.
@@ -36,11 +36,11 @@ def read_header(source: TableFile) -> list[str]:
     return next(_sheet_rows(source))
 
 
-def read_batches(source: TableFile, rows_per_batch: int = 20_000) -> Iterator[pl.DataFrame]:
+def read_batches(source: TableFile) -> Iterator[pl.DataFrame]:
     """Yield the rows in order as frames of text. The sheet is held in memory. Excel's row limit bounds its size."""
     rows = _sheet_rows(source)
     header = next(rows)
-    while batch := list(islice(rows, rows_per_batch)):
+    while batch := list(islice(rows, ROWS_PER_BATCH)):
         yield pl.DataFrame(dict(zip(header, zip(*batch, strict=True), strict=True)), dict.fromkeys(header, pl.String))
 
 

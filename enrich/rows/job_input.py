@@ -14,11 +14,12 @@ import polars as pl
 from enrich.errors import CommandRefused, EnrichError
 from enrich.files.csv_format import likely_separator
 from enrich.files.limits import FileLimits, limits_of
-from enrich.files.reader import ROWS_PER_BATCH, InMemoryRows, InputTable
+from enrich.files.reader import InMemoryRows, InputTable
 from enrich.files.text import (
     LATER_HEADER_HINT,
     NO_HEADER,
     NO_HEADER_HINT,
+    ROWS_PER_BATCH,
     is_headerless,
     missing_column_hint,
 )

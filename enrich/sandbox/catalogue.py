@@ -44,7 +44,7 @@ class Verifier:
 
 @dataclass(frozen=True, slots=True)
 class Waterfall:
-    """A kind of lookup for which several providers are asked in turn."""
+    """A kind of lookup for which several providers are called in turn."""
 
     identifier: str
     name: str
@@ -56,7 +56,7 @@ class Waterfall:
     verifiers: tuple[Verifier, ...] = ()
 
     def default_providers(self) -> list[int]:
-        """Return the ids of the providers that are asked when a request names none."""
+        """Return the ids of the providers that are called when a request names none."""
         return [provider.id for provider in self.providers if provider.enabled]
 
     def with_prices(self, prices: Mapping[int, float]) -> "Waterfall":
