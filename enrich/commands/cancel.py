@@ -50,8 +50,6 @@ def cancel(job_options: options.JobOptions, as_json: bool) -> int:
         ledger, lease = stack.enter_context(open_for_run(job.ledger))
         summary = cancel_tasks(job, access, ledger, lease or SystemClock())
     if summary.error:
-        click.echo(f"error: {summary.error}", err=True)
-    if summary.hint:
-        click.echo(f"hint: {summary.hint}", err=True)
+        options.echo_error(summary.error, summary.hint)
     options.echo_result(summary.as_json(), format_cancel(job, summary), as_json=as_json)
     return summary.exit_code

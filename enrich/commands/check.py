@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -263,12 +262,10 @@ def _step_lines(steps: Sequence[dict[str, Any]]) -> Iterator[str]:
         yield f"  {step['name']:<{width}}  {target:<{target_width}}  {leads:>9}  {price:>8}  {depends}"
 
 
-def _echo_facts(job: Job, result: CheckResult) -> None:
-    click.echo(f"ok: {check_summary(job, result)}")
-    for line in _step_lines(result.steps) if result.steps else ():
-        click.echo(line)
-    for line in result.fill.mapping_lines() if result.fill else ():
-        click.echo(line)
+def _fact_lines(job: Job, result: CheckResult) -> Iterator[str]:
+    yield f"ok: {check_summary(job, result)}"
+    yield from _step_lines(result.steps) if result.steps else ()
+    yield from result.fill.mapping_lines() if result.fill else ()
 
 
 def check_with_access(job: Job, *, online: bool) -> CheckResult:
@@ -294,10 +291,8 @@ def check(job_options: options.JobOptions, online: bool, as_json: bool) -> int:
     """
     job = job_options.load()
     result = check_with_access(job, online=online)
-    if as_json:
-        click.echo(json.dumps(check_as_json(job, result), ensure_ascii=False))
-    elif not result.problems:
-        _echo_facts(job, result)
+    if as_json or not result.problems:
+        options.echo_result(check_as_json(job, result), _fact_lines(job, result), as_json=as_json)
     for line in format_left_out(left_out_by_param(result.left_out)):
         click.echo(f"not used: {line}", err=True)
     for warning in _warnings(result):
@@ -305,7 +300,5 @@ def check(job_options: options.JobOptions, online: bool, as_json: bool) -> int:
     for note in [*result.changes, *result.notes]:
         click.echo(f"note: {note}", err=True)
     for problem in result.problems:
-        click.echo(f"error: {problem.message}", err=True)
-        if problem.hint:
-            click.echo(f"hint: {problem.hint}", err=True)
+        options.echo_error(problem.message, problem.hint)
     return result.exit_code

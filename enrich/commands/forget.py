@@ -343,10 +343,8 @@ def forget(job_options: options.JobOptions, matches: tuple[str, ...], yes: bool,
         from_ledger,
         lambda job: forget_in_sandbox_state(job, matches, lambda found: confirm(ForgottenCounts(found))),
     )
-    if as_json:
-        click.echo(json.dumps({"exit_code": 0, "requests": erased, "never_sent": unsent}))
-    else:
-        click.echo(ForgottenCounts(erased, unsent).result())
+    result = {"exit_code": 0, "requests": erased, "never_sent": unsent}
+    options.echo_result(result, [ForgottenCounts(erased, unsent).result()], as_json=as_json)
 
 
 @click.command()
@@ -364,4 +362,5 @@ def purge(job_options: options.JobOptions, older_than: float, yes: bool, as_json
     age = timedelta(seconds=older_than)
     jobs = _jobs_to_erase(job_options) if confirmed else []
     count = _erase(jobs, lambda job: purge_answers(job, age), lambda job: purge_sandbox_state(job, age))
-    click.echo(json.dumps({"exit_code": 0, "requests": count}) if as_json else f"{pluralize(count, 'request')} purged")
+    lines = [f"{pluralize(count, 'request')} purged"]
+    options.echo_result({"exit_code": 0, "requests": count}, lines, as_json=as_json)

@@ -314,6 +314,13 @@ def echo_result(result: object, lines: Iterable[str], *, as_json: bool) -> None:
     click.echo(json.dumps(result, ensure_ascii=False) if as_json else "\n".join(lines))
 
 
+def echo_error(message: str, hint: str | None) -> None:
+    """Print an error, and what to do about it, on stderr."""
+    click.echo(f"error: {message}", err=True)
+    if hint:
+        click.echo(f"hint: {hint}", err=True)
+
+
 def printable(text: str) -> str:
     """Replace unprintable characters by `?`, so that a comment stays on one line."""
     return "".join(sign if sign.isprintable() else "?" for sign in text)

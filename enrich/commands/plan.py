@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import shlex
 from collections.abc import Iterator, Sequence
 from datetime import datetime
@@ -72,9 +71,6 @@ def plan(
     planned, note = plan_with_access(job_options.load(max_credits), selected, plan_file, rows_file)
     if note is not None:
         click.echo(f"note: {note}", err=True)
-    if as_json:
-        click.echo(json.dumps(planned.as_json(), ensure_ascii=False))
-        return
     command = f"enrich run {job_options.arguments(as_typed=True).run_args}"
     if plan_file is not None:
         chosen = f" --plan {shlex.quote(str(plan_file))}"
@@ -82,9 +78,10 @@ def plan(
         chosen = _selection_arguments(selected, max_credits)
     next_lines = list(_next_lines(planned, command, chosen))
     if isinstance(planned, StepsPlan):
-        click.echo("\n".join(format_steps_plan(planned, next_lines)))
+        lines = format_steps_plan(planned, next_lines)
     else:
-        click.echo("\n".join(format_plan(planned, next_lines, details=verbose)))
+        lines = format_plan(planned, next_lines, details=verbose)
+    options.echo_result(planned.as_json(), lines, as_json=as_json)
 
 
 def _selection_arguments(selected: RunOptions, max_credits: float | None) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Iterator, Sequence
 
 import click
@@ -115,13 +114,14 @@ def _show(kind: TargetKind, target: Target | None, query: str | None, *, use_san
             found = [each for each in listed if _matches(each, query)]
         else:
             found = [asyncio.run(read_description(access, target))]
-    if as_json:
-        documents = [each.model_dump() for each in found]
-        click.echo(json.dumps(documents if target is None else documents[0], ensure_ascii=False))
-    elif not found:
+    if not found and not as_json:
         click.echo(f"no {kind.value} matches" if query else f"there is no {kind.value}", err=True)
+        return
+    documents = [each.model_dump() for each in found]
+    if target is None:
+        options.echo_result(documents, format_list(found), as_json=as_json)
     else:
-        click.echo("\n".join(format_list(found) if target is None else format_description(found[0])))
+        options.echo_result(documents[0], format_description(found[0]), as_json=as_json)
 
 
 def _matches(described: Description, query: str | None) -> bool:
