@@ -18,7 +18,7 @@ from enrich.commands.check import check_job, check_summary
 from enrich.commands.check_target import CheckResult
 from enrich.commands.doctor import checks, system
 from enrich.commands.doctor.checks import Finding, error_finding, next_run_time
-from enrich.commands.paths import files_read, files_written, has_ledger, local_input_files, nearest_existing
+from enrich.commands.paths import files_read, files_written, local_input_files, nearest_existing
 from enrich.databar.credentials import NO_KEY_HINT, ApiAccess, find_base_url, find_key
 from enrich.databar.network import find_proxy, load_certificates
 from enrich.errors import CommandRefused, EnrichError, JobError
@@ -28,7 +28,7 @@ from enrich.files.discovery import find_objects
 from enrich.job.job import Job
 from enrich.job.locations import InputLocation, ObjectUrl, PostgresLocation, sandbox_state_path
 from enrich.ledger import execution_records, queries, transitions
-from enrich.ledger.database import Database
+from enrich.ledger.database import Database, ledger_exists
 from enrich.ledger.lock import is_locked
 from enrich.models import State, read_balance, to_micros, to_ms
 from enrich.report.page_file import INSTALL_HINT, is_extra_missing
@@ -204,7 +204,7 @@ def _ledger_findings(
     submitted: list[int] = []
     executions: list[execution_records.ExecutionRow] = []
     try:
-        if has_ledger(path):
+        if ledger_exists(path):
             with closing(Database(path, read_only=True)) as ledger:
                 counts = queries.state_counts(ledger)
                 executions = execution_records.list_executions(ledger, job.name, RECENT_EXECUTIONS)
@@ -247,7 +247,7 @@ def _disk_findings(job: Job, context: DoctorContext, check: CheckResult) -> Iter
         per_request = float(REQUEST_BYTES)
         if isinstance(job.ledger, PostgresLocation):
             per_request = 0.0  # the disk of the database server is not checked
-        elif has_ledger(job.ledger):
+        elif ledger_exists(job.ledger):
             with closing(Database(job.ledger, read_only=True)) as ledger:
                 request_count = sum(queries.state_counts(ledger).values())
             per_request = job.ledger.stat().st_size / request_count if request_count >= ENOUGH_REQUESTS else per_request
