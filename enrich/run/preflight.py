@@ -195,6 +195,8 @@ async def preflight(  # noqa: PLR0913 - every argument is used once
 
 def offline_preflight(job: Job) -> Preflight:
     """Build a preflight without the API: enough to collect the open tasks of earlier runs, but not to send requests."""
+    if job.step_jobs:
+        return Preflight.of_steps(list(map(offline_preflight, job.step_jobs)))
     target = job.model.target
     is_waterfall = target.kind is TargetKind.WATERFALL
     description = Waterfall(identifier=target.id) if is_waterfall else Enrichment(id=int(target.id))
