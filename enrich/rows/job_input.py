@@ -98,6 +98,11 @@ class JobInput:
             for step in self._former_steps
         ]
 
+    @property
+    def identifying_columns(self) -> list[str]:
+        """The columns of the input that are sent, by name: their order in the input and in the job may change."""
+        return sorted(self.sent_columns.intersection(self.schema))
+
     def why_not_parallel(self) -> str | None:
         """Return why requests depend on all rows, so that parts cannot be enrolled separately; None: they do not.
 
