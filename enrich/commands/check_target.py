@@ -11,14 +11,13 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from enrich.commands.paths import has_ledger
 from enrich.databar.description import DOCUMENTED_ON, DOCUMENTED_WATERFALLS, Description, Field, description_changes
 from enrich.databar.description import Param as Offered
 from enrich.errors import CommandRefused, EnrichError, JobError
 from enrich.exit_codes import ExitCode, first_exit_code
 from enrich.job.job import Job
 from enrich.job.name_hints import closest_name
-from enrich.ledger.database import Database
+from enrich.ledger.database import Database, ledger_exists
 from enrich.ledger.sqlite import CHECKED_AT_START_BYTES, RESTORE_HINT
 from enrich.ledger.verify import check_ledger
 from enrich.rows.known_names import name_problems
@@ -56,7 +55,7 @@ class CheckResult:
 
 
 def read_stored(job: Job, bound_to: Mapping[str, str | None], result: CheckResult) -> LedgerBinding:
-    """Read what the ledger knows of the target of a job, or of a step. An error becomes a problem."""
+    """Read what the ledger has of the target of a job, or of a step. An error becomes a problem."""
     try:
         return _read_ledger(job, bound_to)
     except EnrichError as error:
@@ -107,7 +106,7 @@ def _description_source(
 def _read_ledger(job: Job, bound_to: Mapping[str, str | None]) -> LedgerBinding:
     """Read the ledger's data about the target. Raises the same errors as a run."""
     path = job.ledger
-    if not has_ledger(path):
+    if not ledger_exists(path):
         return LedgerBinding({}, None, None, frozenset())
     if isinstance(path, Path) and path.is_file() and path.stat().st_size <= CHECKED_AT_START_BYTES:
         found = check_ledger(path)

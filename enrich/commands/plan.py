@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import shlex
 from collections.abc import Iterator, Sequence
 from datetime import datetime
@@ -26,7 +25,7 @@ from enrich.ledger import enroll, erasure, execution_records, task_ids
 from enrich.ledger.database import Database, open_or_empty
 from enrich.ledger.lock import is_locked
 from enrich.ledger.refresh_review import review_refreshes
-from enrich.models import RequestSelection, State
+from enrich.models import RequestSelection
 from enrich.rows.job_input import JobInput
 from enrich.rows.requests import RowCounts
 from enrich.rows.template import RequestTemplate
@@ -58,11 +57,8 @@ from enrich.run.step_rows import StepRows
 @options.JSON_OPTION
 def plan(
     job_options: options.JobOptions,
-    limit: int | None,
-    sample: int | None,
-    seed: int,
+    selected: RunOptions,
     max_credits: float | None,
-    retry: frozenset[str],
     plan_file: Path | None,
     rows_file: Path | None,
     verbose: bool,
@@ -72,36 +68,29 @@ def plan(
 
     Reads the input and the ledger, and gets prices and balance from Databar. Changes nothing.
     """
-    run_options = RunOptions(limit=limit, sample=sample, seed=seed, retry=frozenset(map(State, retry)))
-    planned, note = plan_with_access(job_options.load(max_credits), run_options, plan_file, rows_file)
+    planned, note = plan_with_access(job_options.load(max_credits), selected, plan_file, rows_file)
     if note is not None:
         click.echo(f"note: {note}", err=True)
-    if as_json:
-        click.echo(json.dumps(planned.as_json(), ensure_ascii=False))
-        return
     command = f"enrich run {job_options.arguments(as_typed=True).run_args}"
     if plan_file is not None:
         chosen = f" --plan {shlex.quote(str(plan_file))}"
     else:
-        chosen = _selection_arguments(limit, sample, seed, max_credits, retry)
+        chosen = _selection_arguments(selected, max_credits)
     next_lines = list(_next_lines(planned, command, chosen))
     if isinstance(planned, StepsPlan):
-        click.echo("\n".join(format_steps_plan(planned, next_lines)))
+        lines = format_steps_plan(planned, next_lines)
     else:
-        click.echo("\n".join(format_plan(planned, next_lines, details=verbose)))
+        lines = format_plan(planned, next_lines, details=verbose)
+    options.echo_result(planned.as_json(), lines, as_json=as_json)
 
 
-def _selection_arguments(
-    limit: int | None, sample: int | None, seed: int, max_credits: float | None, retry: frozenset[str]
-) -> str:
+def _selection_arguments(selected: RunOptions, max_credits: float | None) -> str:
     """Return the options of the plan as arguments of a run."""
-    chosen = {"--limit": limit, "--sample": sample, "--seed": seed or None, "--max-credits": max_credits}
-    texts = [
-        f" {name} {value}" if isinstance(value, int) else f" {name} {value:.15g}"
-        for name, value in chosen.items()
-        if value is not None
-    ]
-    return "".join([*texts, f" --retry {','.join(sorted(retry))}" if retry else ""])
+    chosen = {"--limit": selected.limit, "--sample": selected.sample, "--seed": selected.seed or None}
+    texts = [f" {name} {value}" for name, value in chosen.items() if value is not None]
+    texts += [] if max_credits is None else [f" --max-credits {max_credits:.15g}"]
+    texts += [f" --retry {','.join(sorted(selected.retry))}"] if selected.retry else []
+    return "".join(texts)
 
 
 def _next_lines(planned: Plan | StepsPlan, command: str, chosen: str) -> Iterator[str]:

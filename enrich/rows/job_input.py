@@ -14,11 +14,12 @@ import polars as pl
 from enrich.errors import CommandRefused, EnrichError
 from enrich.files.csv_format import likely_separator
 from enrich.files.limits import FileLimits, limits_of
-from enrich.files.reader import ROWS_PER_BATCH, InMemoryRows, InputTable
+from enrich.files.reader import InMemoryRows, InputTable
 from enrich.files.text import (
     LATER_HEADER_HINT,
     NO_HEADER,
     NO_HEADER_HINT,
+    ROWS_PER_BATCH,
     is_headerless,
     missing_column_hint,
 )
@@ -96,6 +97,11 @@ class JobInput:
             f"({step_column(step, 'status')} and others; rename them to keep them)"
             for step in self._former_steps
         ]
+
+    @property
+    def identifying_columns(self) -> list[str]:
+        """The columns of the input that are sent, by name: their order in the input and in the job may change."""
+        return sorted(self.sent_columns.intersection(self.schema))
 
     def why_not_parallel(self) -> str | None:
         """Return why requests depend on all rows, so that parts cannot be enrolled separately; None: they do not.

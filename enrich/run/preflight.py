@@ -249,7 +249,8 @@ def template_from_ledger(ledger: Database, job: Job) -> RequestTemplate:
     target = job.model.target
     description, providers = _load_description(ledger, target)
     if description is None:
-        raise CommandRefused(f"{job.ledger}: this job has never run", "run it first: enrich run JOB")
+        what = f"the step `{job.step}`" if job.step else "this job"
+        raise CommandRefused(f"{job.ledger}: {what} has never run", "run it first: enrich run JOB")
     return make_request_template(job, description, providers or [])
 
 

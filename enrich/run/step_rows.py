@@ -121,8 +121,7 @@ class StepRows(Struct, frozen=True):
 
     def _frames(self) -> Iterator[_BatchState]:
         own = [place for place, name in enumerate(self.job_input.header) if name in self.job_input.schema]
-        # By name: their order in the input and in the job may change.
-        sent = sorted(self.job_input.sent_columns.intersection(self.job_input.schema))
+        sent = self.job_input.identifying_columns
         max_rows = queries.max_rows_per_batch(self.ledger, len(self.steps))
         for first_position, frame, text in self.job_input.frames(max_rows):
             input_frame = frame.select(pl.nth(own))

@@ -165,39 +165,6 @@ def test_open_tasks_collected_before_refusal(workspace: Workspace, refusal: str)
     assert summary.error
 
 
-JOB_WITH_STEPS = """\
-version: 1
-input: leads.csv
-output: out.csv
-policy: {patience: 1s}
-steps:
-  - name: email
-    waterfall: email_getter
-    params: {first_name: First Name, last_name: Last Name, company: Website}
-    columns: {work_email: email}
-  - name: second
-    waterfall: email_getter
-    params: {first_name: work_email, last_name: Last Name, company: Website}
-    columns: {second_email: email}
-"""
-
-
-def test_open_tasks_of_steps_collected_before_refusal(workspace: Workspace) -> None:
-    """A job with steps collects its open tasks, too, before a refused key ends the run."""
-    scripted_api = ScriptedApi(task=running_reply)
-    workspace.write_leads(make_leads(2))
-    workspace.write_job(JOB_WITH_STEPS)
-    with serve_replies(scripted_api) as server:
-        assert run_once(workspace, server.base_url).exit_code == 13
-        scripted_api.task, scripted_api.user = completed_reply, http_reply(403, {"detail": "no"})
-        scripted_api.take_requests()
-
-        summary = run_once(workspace, server.base_url)
-
-    assert (summary.exit_code, scripted_api.posts) == (3, [])
-    assert request_states(workspace) == ["found"] * 2
-
-
 NOT_FOUND_REPLIES = [
     http_reply(404, {}),
     http_reply(410, {}),
