@@ -16,7 +16,13 @@ from enrich.errors import CommandRefused, LedgerDamaged, LedgerMoved
 from enrich.job.locations import PostgresLocation
 from enrich.ledger import schema
 from enrich.ledger.dialect import Dialect
-from enrich.ledger.file_identity import OpenFiles, check_is_no_other_file, ledger_file_exists, make_private_folder
+from enrich.ledger.file_identity import (
+    OpenFiles,
+    check_is_no_other_file,
+    fsync_folder,
+    ledger_file_exists,
+    make_private_folder,
+)
 
 #: A journal of the damaged ledger would be applied to the backup.
 RESTORE_HINT = (
@@ -326,11 +332,7 @@ def _create(path: Path) -> None:
     with closing(sqlite3.connect(temporary, isolation_level=None)) as db:
         _migrate(db, path, allowed=True)
     temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    fsync_folder(path.parent)
 
 
 def _check_length(db: sqlite3.Connection, path: Path) -> None:

@@ -17,6 +17,7 @@ from enrich.job.locations import LedgerLocation, PostgresLocation
 from enrich.json_text import parse_json
 from enrich.ledger.database import Database, open_existing
 from enrich.ledger.dialect import DATABASE_ERRORS, DatabaseFailed
+from enrich.ledger.file_identity import fsync_folder
 from enrich.ledger.schema import APPLICATION_ID, JSON_COLUMNS
 from enrich.ledger.sqlite import (
     Column,
@@ -187,11 +188,7 @@ def backup(db: Database, target: Path) -> None:
         finally:
             with suppress(OSError):
                 _remove_unfinished_copy(temporary)
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        fsync_folder(target.parent)
     except OSError as error:
         raise CommandRefused(f"{target}: the copy cannot be written: {error.strerror or error}") from error
     except sqlite3.Error as error:
