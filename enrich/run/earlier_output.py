@@ -22,6 +22,7 @@ from enrich.files.discovery import InputFile
 from enrich.files.downloads import LocalCopies
 from enrich.files.reader import InputTable
 from enrich.files.values import as_text
+from enrich.job.file_names import is_same_file
 from enrich.job.job import Job
 from enrich.job.locations import (
     LedgerLocation,
@@ -134,12 +135,10 @@ def _newest_output(job: Job) -> Location | None:
     sandbox_outputs = set(
         _matching_paths(Path(str(parse_location(job.output_base, sandbox_file_name(job.output.path)))))
     )
-    outputs = [each for each in candidates if each[1] not in sandbox_outputs and not _is_input(job, each[1])]
+    outputs = [
+        each for each in candidates if each[1] not in sandbox_outputs and not is_same_file(job.input_path, each[1])
+    ]
     return max(outputs)[1] if outputs else None
-
-
-def _is_input(job: Job, path: Path) -> bool:
-    return isinstance(job.input_path, Path) and os.path.realpath(job.input_path) == os.path.realpath(path)
 
 
 def _matching_paths(path_pattern: Path) -> list[Path]:
