@@ -126,19 +126,15 @@ def _newest_output(job: Job) -> Location | None:
     pattern = parse_location(job.output_base, job.output.path)
     if isinstance(pattern, ObjectUrl):
         return _newest_object(pattern)
-    candidates: list[tuple[float, Path]] = []
+    sandbox_output = parse_location(job.output_base, sandbox_file_name(job.output.path))
+    others = set(_matching_paths(Path(str(sandbox_output))))
+    found: list[tuple[float, Path]] = []
     for path in _matching_paths(pattern):
         with suppress(OSError):
-            status = path.stat()
-            if path.is_dir() == is_dataset(pattern) and (path.is_dir() or path.is_file()):
-                candidates.append((status.st_mtime, path))
-    sandbox_outputs = set(
-        _matching_paths(Path(str(parse_location(job.output_base, sandbox_file_name(job.output.path)))))
-    )
-    outputs = [
-        each for each in candidates if each[1] not in sandbox_outputs and not is_same_file(job.input_path, each[1])
-    ]
-    return max(outputs)[1] if outputs else None
+            changed_s, is_output = path.stat().st_mtime, path.is_dir() if is_dataset(pattern) else path.is_file()
+            if is_output and path not in others and not is_same_file(job.input_path, path):
+                found.append((changed_s, path))
+    return max(found)[1] if found else None
 
 
 def _matching_paths(path_pattern: Path) -> list[Path]:
