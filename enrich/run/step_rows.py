@@ -51,7 +51,10 @@ class _BatchState:
     frame: pl.DataFrame
     text: pl.DataFrame
     values: dict[str, pl.Series] = field(default_factory=dict)
+    #: Of each step so far: its decisions, its results, and the table that it has read.
     step_batches: list[StepBatch] = field(default_factory=list)
+    joined: list[JoinedStep] = field(default_factory=list)
+    tables: list[pl.DataFrame] = field(default_factory=list)
     forgotten: set[int] = field(default_factory=set)
 
     def is_known(self, job: Job, column: str) -> list[bool]:
@@ -78,48 +81,45 @@ class StepRows(Struct, frozen=True):
     def joined_batches(self, check_stopped: Callable[[], None] = lambda: None) -> Iterator[JoinedBatch]:
         """Read the input once. Yield each batch with the cells of all steps. A price is shown once."""
         step_results.begin_bill(self.ledger)
-        builders = self._builders(len(self.steps))
-        for state in self._frames():
-            check_stopped()
-            joined = [
-                self._advance(state, step, builder, bill=True)
-                for step, builder in zip(self.steps, builders, strict=True)
-            ]
+        for state in self._states_after(len(self.steps), check_stopped, bill=True):
             batch = replace(state.step_batches[0].batch, frame=state.input_frame)
-            yield JoinedBatch(batch, joined, row_cells(self.job_input.job, state.values, state.text, joined))
+            cells = row_cells(self.job_input.job, state.values, state.text, state.joined)
+            yield JoinedBatch(batch, state.joined, cells)
 
     def step_batches(
         self, number: int, queue_order: pl.Series | None = None, *, limited: bool = True
     ) -> Iterator[StepBatch]:
         """Read the input once. Yield each batch as it is in a step, `limited` to the leads of the run."""
-        *builders, last = self._builders(number + 1)
-        for state in self._frames():
-            for step, builder in zip(self.steps, builders, strict=False):
-                self._advance(state, step, builder)
+        step = self.steps[number]
+        builder = step.job_input.request_builder(step.template)
+        for state in self._states_after(number):
             order = None
             if queue_order is not None:
                 order = order_of_rows(queue_order, state.first_position, state.text.height)
-            yield self._decide(state, self.steps[number], last, order, limited=limited)
+            yield self._decide(state, step, builder, order, limited=limited)
 
     def step_tables(self) -> Iterator[StepTables]:
         """Read the input once. Yield each batch as it is in every step, with the table that the step reads."""
-        builders = self._builders(len(self.steps))
-        for state in self._frames():
-            steps = []
-            for step, builder in zip(self.steps, builders, strict=True):
-                text = state.text
-                self._advance(state, step, builder)
-                steps.append((state.step_batches[-1], text))
-            yield StepTables(state.input_frame, state.text, steps)
+        for state in self._states_after(len(self.steps)):
+            yield StepTables(state.input_frame, state.text, list(zip(state.step_batches, state.tables, strict=True)))
 
     def status_column(self, number: int) -> str:
         """Return the column with the status of a step."""
         return step_column(self.steps[number].job.step, "status")
 
-    def _builders(self, number: int) -> list[RequestBuilder]:
-        return [step.job_input.request_builder(step.template) for step in self.steps[:number]]
+    def _states_after(
+        self, steps: int, check_stopped: Callable[[], None] = lambda: None, *, bill: bool = False
+    ) -> Iterator[_BatchState]:
+        """Read the input once. Yield each batch after the first `steps`."""
+        builders = [(step, step.job_input.request_builder(step.template)) for step in self.steps[:steps]]
+        for state in self._first_states():
+            check_stopped()
+            for step, builder in builders:
+                self._advance(state, step, builder, bill=bill)
+            yield state
 
-    def _frames(self) -> Iterator[_BatchState]:
+    def _first_states(self) -> Iterator[_BatchState]:
+        """Read the input once. Yield each batch before the first step."""
         own = [place for place, name in enumerate(self.job_input.header) if name in self.job_input.schema]
         sent = self.job_input.identifying_columns
         max_rows = queries.max_rows_per_batch(self.ledger, len(self.steps))
@@ -132,7 +132,7 @@ class StepRows(Struct, frozen=True):
             names = identities(own_text, sent)
             yield _BatchState(first_position, input_frame, selected, capped_rows, names, input_frame, own_text)
 
-    def _advance(self, state: _BatchState, step: Step, builder: RequestBuilder, *, bill: bool = False) -> JoinedStep:
+    def _advance(self, state: _BatchState, step: Step, builder: RequestBuilder, *, bill: bool) -> None:
         """Add a step's columns to the table that the next step reads."""
         step_batch = self._decide(state, step, builder)
         joined = join_step(self.ledger, step, step_batch, bill=bill)
@@ -153,10 +153,11 @@ class StepRows(Struct, frozen=True):
         new.append(joined.cells["enrich_status"].alias(step_column(step.job.step, "status")))
         text = list(map(as_text, new))
         # A list, object or boolean that a step found is left out of params, as one in the input is.
+        state.tables.append(state.text)
         state.frame = state.frame.with_columns(map(json_where_no_text, text))
         state.text = state.text.with_columns(text)
         state.step_batches.append(step_batch)
-        return joined
+        state.joined.append(joined)
 
     def _decide(
         self,
