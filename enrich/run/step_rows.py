@@ -18,7 +18,7 @@ from enrich.job.steps import STEP_FIELDS, step_column
 from enrich.ledger import queries, step_results
 from enrich.ledger.database import Database
 from enrich.ledger.step_results import StepResult
-from enrich.models import RequestResult, RowStatus, result_columns
+from enrich.models import RowStatus, result_columns
 from enrich.rows.job_input import JobInput
 from enrich.rows.job_steps import RowFacts, Step, StepDecision, decide, row_status
 from enrich.rows.requests import FORGOTTEN_REASON, InputRows, RequestBuilder, RowBatch
@@ -312,20 +312,18 @@ def _blank_from_step(step: Step, batch: RowBatch) -> list[bool]:
 def join_step(ledger: Database, step: Step, step_batch: StepBatch, *, bill: bool) -> JoinedStep:
     """Join the rows of a batch with the answers of a step."""
     batch = step_batch.batch
-    first_rows: dict[bytes, int] = {}
-    for row, name in enumerate(batch.fingerprints):
-        if name is not None and step_batch.results[row] is not None:
-            first_rows.setdefault(name, row)
-    known = {result.request_id for result in step_batch.results if result is not None}
+    first_rows: dict[bytes, tuple[int, StepResult]] = {}
+    rows = zip(batch.fingerprints, step_batch.results, strict=True)
+    for position, (name, found) in enumerate(rows, batch.first_position):
+        if name is not None and found is not None:
+            first_rows.setdefault(name, (position, found))
+    known = {found.request_id for _, found in first_rows.values()}
     billed = step_results.add_to_bill(ledger, known) if bill and known else set()
-    results: list[RequestResult] = []
-    places: dict[bytes, int] = {}
-    for name, row in first_rows.items():
-        found = step_batch.results[row]
-        assert found is not None  # noqa: S101 - only such rows are listed
-        places[name] = len(results)
-        is_first = int(found.request_id in billed)
-        results.append(found.result._replace(position=batch.first_position + row, first=is_first))
+    results = [
+        found.result._replace(position=position, first=int(found.request_id in billed))
+        for position, found in first_rows.values()
+    ]
+    places = {name: place for place, name in enumerate(first_rows)}
     named = name_source(step.template, result_columns(results))
     indexes = [None if name is None else places.get(name) for name in batch.fingerprints]
     cells = new_cells(batch, named, pl.Series(indexes, dtype=pl.UInt32), step.template.columns)
