@@ -355,6 +355,11 @@ class RunState:
         self.circuit_breaker.record_success()
         self.record_success()
 
+    def record_post_failed(self, error: EnrichError) -> None:
+        """Record a POST without a clear answer, or without any."""
+        self.circuit_breaker.record_failure(self.clock.monotonic())
+        self.record_failure(error)
+
     def post_pause_s(self, now: float) -> float | None:
         """Return for how many seconds a 429 pauses POSTs; None: it does not. Stops submitting after an outage."""
         if now >= self._posts_paused_until:
