@@ -17,8 +17,8 @@ from enrich.job.locations import PostgresLocation
 from enrich.ledger import schema
 from enrich.ledger.dialect import Dialect
 from enrich.ledger.file_identity import (
-    OpenFiles,
     check_is_no_other_file,
+    file_identity,
     fsync_folder,
     ledger_file_exists,
     make_private_folder,
@@ -85,8 +85,8 @@ class SqliteSession(sqlite3.Connection):
         as_bytes="CAST({} AS BLOB)",
         orphan_query="SELECT 1 FROM pragma_foreign_key_check",
     )
-    #: Files that must stay at their paths while a run uses the ledger. The lock file is last.
-    _files = OpenFiles(())
+    #: Files that must stay at their paths while a run uses the ledger, with their identities. The lock file is last.
+    _files: Sequence[tuple[Path, tuple[int, int] | None]] = ()
 
     def watch_files(self, path: Path) -> None:
         """Record the files of the ledger that `check_files` compares from then on. The caller holds its lock."""
@@ -95,14 +95,14 @@ class SqliteSession(sqlite3.Connection):
         self.execute(f"PRAGMA busy_timeout = {RUN_BUSY_TIMEOUT_MS}")
         real = Path(os.path.realpath(path))
         journals = (real.parent / f"{real.name}{end}" for end in ("-wal", "-shm"))
-        self._files = OpenFiles.of(path, *journals, lock_path(path))
+        self._files = [(each, file_identity(each)) for each in (path, *journals, lock_path(path))]
 
     def check_files(self) -> None:
         """Raise LedgerMoved when a file of the ledger was removed or replaced since `watch_files`."""
-        changed = self._files.changed()
+        changed = next((path for path, identity in self._files if file_identity(path) != identity), None)
         if changed is None:
             return
-        if changed == self._files.files[-1][0]:
+        if changed == self._files[-1][0]:
             raise LedgerMoved(
                 f"{changed}: the lock file was removed or replaced while the run was using it",
                 "make sure that no other run uses this ledger, then run the same command again",
