@@ -202,7 +202,7 @@ def _build_from_ledger(
         credits_unknown=sum(row.unknown for row in executions),
         planned=_planned_credits(executions[-1].summary if executions else None),
         latencies=latency_histogram(queries.latencies(ledger, job.name)),
-        traffic=run_traffic(ledger, executions, now_ms),
+        traffic=run_traffic(executions),
         anomalies=find_anomalies(answers.last, answers.before),
         actions=[
             *actions,

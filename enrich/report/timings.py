@@ -8,8 +8,6 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from math import ceil
 
-from enrich.ledger import queries
-from enrich.ledger.database import Database
 from enrich.ledger.execution_records import ExecutionRow
 from enrich.report.data import HistogramBar, LatencyHistogram, Traffic
 from enrich.run.progress import read_snapshot
@@ -20,11 +18,6 @@ BAR_WIDTHS_S = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900
 MAX_HISTOGRAM_BARS = 24
 
 HISTOGRAM_SHARE = 0.99
-
-#: A run's traffic has at most this many bins, each with one of these widths in seconds.
-MAX_TRAFFIC_BINS = 120
-
-TRAFFIC_BIN_WIDTHS_S = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600)
 
 
 def latency_histogram(latencies_ms: Iterable[int]) -> LatencyHistogram | None:
@@ -55,38 +48,10 @@ def quantile_s(durations: Sequence[int], share: float) -> float:
     return durations[max(0, ceil(share * len(durations)) - 1)] / 1000
 
 
-def run_traffic(ledger: Database, executions: Sequence[ExecutionRow], now_ms: int) -> Traffic | None:
-    """Return the traffic of the newest execution with submits: from its progress snapshot, else from attempt times."""
+def run_traffic(executions: Sequence[ExecutionRow]) -> Traffic | None:
+    """Return the traffic of the newest execution with submits, as it was stored during the run. None: it was not."""
     execution = next((row for row in reversed(executions) if row.submitted), None)
-    if execution is None:
+    snapshot = None if execution is None else read_snapshot(execution.progress)
+    if execution is None or snapshot is None or not any(snapshot.traffic.totals()):
         return None
-    return _traffic_from_snapshot(execution.id, execution.progress) or _traffic_from_attempts(ledger, execution, now_ms)
-
-
-def _traffic_from_snapshot(execution: int, text: str | None) -> Traffic | None:
-    """Read the traffic from the snapshot that an execution stored while it ran; None when there is none."""
-    snapshot = read_snapshot(text)
-    if snapshot is None or not any(snapshot.traffic.totals()):
-        return None
-    return Traffic(execution, **snapshot.traffic.model_dump())
-
-
-def _traffic_from_attempts(ledger: Database, row: ExecutionRow, now_ms: int) -> Traffic:
-    """Derive the traffic from the attempts' times; they hold no polls and no 429s."""
-    end_ms = row.ended_ms or queries.last_answer_ms(ledger, row.id) or now_ms
-    lasted_s = max(0, end_ms - row.started_ms) / 1000
-    width_s = next(
-        (width for width in TRAFFIC_BIN_WIDTHS_S if lasted_s <= width * MAX_TRAFFIC_BINS),
-        ceil(lasted_s / MAX_TRAFFIC_BINS),
-    )
-    submitted, answered = queries.throughput(ledger, row.id, row.started_ms, width_s * 1000)
-    # Limits the number of bins when the clock jumped.
-    length = min(max((*submitted, *answered), default=-1) + 1, 2 * MAX_TRAFFIC_BINS)
-    return Traffic(
-        row.id,
-        float(width_s),
-        [submitted.get(stretch, 0) for stretch in range(length)],
-        [answered.get(stretch, 0) for stretch in range(length)],
-        polls=(),
-        rate_limited=(),
-    )
+    return Traffic(execution.id, **snapshot.traffic.model_dump())
