@@ -20,10 +20,9 @@ from enrich.job.job import load_job
 from enrich.ledger import transitions
 from enrich.ledger.lock import lock_ledger
 from enrich.models import Answer, RowStatus, State
-from enrich.report.build import build_report
+from enrich.report.build import build_report, latency_histogram
 from enrich.report.data import Report
 from enrich.report.page_file import with_relative_paths
-from enrich.report.timings import latency_histogram
 from tests.support.ledger import FREE_FAILURE, NO_MATCH, CommittingLedger
 from tests.support.sample_reports import marked_values, report_json
 from tests.support.workspace import (
