@@ -13,7 +13,6 @@ from math import ceil
 from typing import Any
 
 from msgspec.structs import replace
-from pydantic import ValidationError
 
 from enrich.databar.task_results import ParsedData, is_beside
 from enrich.errors import CommandRefused, EnrichError
@@ -38,7 +37,6 @@ from enrich.report.data import (
     Traffic,
 )
 from enrich.report.input_stats import MAX_GROUP_VALUES, InputStats, read_input_stats
-from enrich.rows.template import RequestTemplate
 from enrich.run import provider_stats
 from enrich.run.output import prepare_collector
 from enrich.run.preflight import template_from_ledger
@@ -259,7 +257,7 @@ def _try_read_input(
     if job.input_path == STDIN:
         return unread("the input was a pipe. Name a file with --input", is_expected=True)
     try:
-        template = _read_template(ledger, job)
+        template = template_from_ledger(ledger, job)
     except EnrichError as error:
         return unread(error.message, is_expected=isinstance(error, CommandRefused))
     try:
@@ -270,21 +268,12 @@ def _try_read_input(
         return unread(redact_message(error.message), is_expected=False)
 
 
-def _read_template(ledger: Database, job: Job) -> RequestTemplate:
-    try:
-        return template_from_ledger(ledger, job)
-    except ValidationError as error:
-        raise CommandRefused(
-            "the ledger's description of the job's target cannot be read", "enrich run loads it again"
-        ) from error
-
-
 class _AnswerTotals:
     """Totals over all answers of the job, each read once: per provider, and for the comparison of runs."""
 
     def __init__(self, ledger: Database, job: Job, runs: Sequence[ReportedRun]) -> None:
         try:
-            paths: Mapping[str, str] = _read_template(ledger, job).columns
+            paths: Mapping[str, str] = template_from_ledger(ledger, job).columns
         except EnrichError:
             paths = job.model.columns or {}
         answered = [run.execution for run in runs if run.answered + run.failed]
