@@ -127,7 +127,6 @@ class RayCluster(Struct, frozen=True):
             run_state.execution_id,
             run_state.timeouts,
             replace(in_flight_limit, workers=workers),
-            run_state.result_ttl_s,
             run_state.rate_limiter.ceiling,
             run_state.poll_schedule,
             self.lease_id,

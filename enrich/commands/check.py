@@ -21,7 +21,7 @@ from enrich.job.job import Job
 from enrich.job.locations import STDIN
 from enrich.job.target import UNFILLED_COLUMN, Param
 from enrich.ledger.database import open_or_empty
-from enrich.models import RequestSelection, pluralize, to_credits
+from enrich.models import pluralize, to_credits
 from enrich.report.page_file import INSTALL_HINT, is_extra_missing
 from enrich.rows.job_input import JobInput
 from enrich.rows.job_steps import make_steps
@@ -116,7 +116,7 @@ def _check_steps(
 ) -> None:
     """Check what the steps read, and count the leads that each may send. An error becomes a problem."""
     from enrich.run.context import RunOptions, select_requests
-    from enrich.run.step_input import StepInput
+    from enrich.run.step_input import begin_steps
     from enrich.run.step_plan import forecast_steps
     from enrich.run.step_rows import StepRows
 
@@ -137,7 +137,7 @@ def _check_steps(
             return
         with open_or_empty(job.ledger) as ledger:
             rows = StepRows(job_input, ledger, steps)
-            StepInput(rows, 0).begin(RequestSelection())
+            begin_steps(rows)
             selections = [select_requests(step, RunOptions(), 0) for step in job.step_jobs]
             result.rows, forecasts = forecast_steps(rows, ledger, selections)
     except EnrichError as error:

@@ -20,7 +20,7 @@ from enrich.job.name_hints import closest_name
 from enrich.ledger.database import Database, ledger_exists
 from enrich.ledger.sqlite import CHECKED_AT_START_BYTES, RESTORE_HINT
 from enrich.ledger.verify import check_ledger
-from enrich.rows.known_names import KnownNames, name_problems
+from enrich.rows.known_names import name_problems
 from enrich.rows.param_fill import ParamFill
 from enrich.rows.params import LeftOutCounts
 from enrich.rows.template import RequestTemplate, default_providers, make_request_template
@@ -85,11 +85,11 @@ def check_target(
         result.notes += [
             f"{problem.message}{f': {problem.hint}' if problem.hint else ''} (by {result.source}, "
             "which may be out of date: check it with `--online`)"
-            for problem in name_problems(job, KnownNames(lenient))
+            for problem in name_problems(job, lenient)
         ]
         fields = lenient.output_fields or [Field(name=lenient.identifier)]
         return _make_template(job, lenient.model_copy(update={"output_fields": fields}), [0], result.problems)
-    result.problems += name_problems(job, KnownNames(description, last_known, stored.answered))
+    result.problems += name_problems(job, description, last_known, stored.answered)
     return _make_template(job, description, providers, result.problems)
 
 

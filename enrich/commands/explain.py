@@ -26,7 +26,7 @@ from enrich.job.name_hints import suggest_name
 from enrich.ledger import bindings, enroll, erasure, request_history
 from enrich.ledger.database import Database, open_or_empty
 from enrich.ledger.lock import is_locked
-from enrich.models import Decision, RequestSelection, RowStatus
+from enrich.models import Decision, RowStatus
 from enrich.rows.job_input import JobInput
 from enrich.rows.job_steps import StepDecision, make_steps
 from enrich.rows.params import ParamCells, conversion_of, param_values, split_left_out
@@ -36,7 +36,7 @@ from enrich.run.lead_selection import CAPPED_REASON
 from enrich.run.output import preview_caps
 from enrich.run.preflight import template_from_ledger
 from enrich.run.step_batch import StepTables
-from enrich.run.step_input import StepInput
+from enrich.run.step_input import begin_steps
 from enrich.run.step_rows import StepRows
 
 
@@ -185,7 +185,7 @@ def _explain_steps(ledger: Database, job_input: JobInput, found: Sequence[int]) 
     """Explain the rows of a job with steps."""
     templates = [_template(ledger, step) for step in job_input.job.step_jobs]
     rows = StepRows(job_input, ledger, make_steps(job_input.job, job_input, [template for template, _ in templates]))
-    StepInput(rows, 0).begin(RequestSelection())
+    begin_steps(rows)
     leads = _read_leads_of_steps(rows, found)
     shared = _rows_by_request_of_steps(rows, leads)
     is_running = is_locked(job_input.job.ledger)

@@ -38,7 +38,7 @@ from enrich.run.plan_file import SavedPlan, gather_plan_inputs, write_plan
 from enrich.run.preflight import Preflight, preflight, read_binding
 from enrich.run.run_state import Timeouts
 from enrich.run.startup import make_step_rows
-from enrich.run.step_input import StepInput
+from enrich.run.step_input import StepInput, begin_steps
 from enrich.run.step_plan import StepsPlan, format_steps_plan, plan_steps
 from enrich.run.step_rows import StepRows
 
@@ -144,7 +144,7 @@ def make_plan(
         file_versions = job_input.full_table.file_versions()
         rows_file = _prepare_rows_file(job, rows_file)
         preflights = [asyncio.run(_preflight(step, access, ledger, options)) for step in job.steps]
-        joined = Preflight.of_steps(preflights) if job.step_jobs else preflights[0]
+        joined = Preflight.of_steps(preflights)
         step_rows = make_step_rows(job_input, ledger, joined, options) if job.step_jobs else None
         if step_rows is None:
             job_input.check_new_columns(joined.template)
@@ -211,7 +211,8 @@ def _plan_steps(
     rows: StepRows, joined: Preflight, selections: Sequence[RequestSelection], rows_file: Path | None
 ) -> StepsPlan:
     """Plan a run of a job with steps, and write each row's decisions, if a file is given."""
-    StepInput(rows, 0).begin(selections[0])
+    begin_steps(rows)
+    StepInput(rows, 0).choose_leads(selections[0])
     rows.prepare()
     selections = [replace(selection, limit=None, sample=None) for selection in selections]
     plan = plan_steps(rows, rows.ledger, joined, selections)

@@ -38,7 +38,7 @@ def format_list(available: Sequence[Description]) -> Iterator[str]:
     """Format descriptions as text, a line each."""
     width = max((len(each.identifier) for each in available), default=0)
     for each in available:
-        price = f"  {_price_text(each)}" if isinstance(each, Enrichment) else ""
+        price = f"  {each.price_text}" if isinstance(each, Enrichment) else ""
         yield f"{each.identifier:<{width}}  {each.name}{price}".rstrip()
 
 
@@ -59,7 +59,7 @@ def format_description(described: Description) -> Iterator[str]:
             yield "  verifiers (email_verifier)"
             yield from _provider_lines(described.email_verifiers)
         return
-    yield f"  price: {_price_text(described)}"
+    yield f"  price: {described.price_text}"
     if described.data_source:
         yield f"  source: {described.data_source}"
 
@@ -67,13 +67,6 @@ def format_description(described: Description) -> Iterator[str]:
 def _param_line(param: Param) -> str:
     choices = f": {', '.join(choice.id for choice in param.choices)}" if param.choices else ""
     return f"    {param.name:<24}{param.type}{', required' if param.required else ''}{choices}"
-
-
-def _price_text(enrichment: Enrichment) -> str:
-    if enrichment.highest_price(enrichment.target) is None:
-        return "price unknown"
-    unit = f" for each {enrichment.priced_by}" if enrichment.priced_by else ""
-    return f"{enrichment.price} credits{unit}{' for each page' if enrichment.is_paginated else ''}"
 
 
 def _provider_lines(providers: list[Provider]) -> Iterator[str]:

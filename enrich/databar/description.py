@@ -283,6 +283,14 @@ class Enrichment(LenientModel):
         is_known = self.pricing.type == "fixed" or self.priced_by is not None
         return price * target.pages if price is not None and is_known else None
 
+    @property
+    def price_text(self) -> str:
+        """Its price in words."""
+        if self.highest_price(self.target) is None:
+            return "price unknown"
+        unit = f" for each {self.priced_by}" if self.priced_by else ""
+        return f"{self.price} credits{unit}{' for each page' if self.is_paginated else ''}"
+
 
 Description: TypeAlias = Waterfall | Enrichment
 

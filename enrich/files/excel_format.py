@@ -280,7 +280,7 @@ def _members_of(archive: zipfile.ZipFile, sheet: str) -> list[str]:
     targets = {each.get("Id"): each.get("Target", "") for each in _attributes(archive, relations, "Relationship")}
     for each in _attributes(archive, workbook, "sheet"):
         if each.get("name") == sheet:
-            target = next((targets.get(value, "") for key, value in each.items() if key.endswith(" id")), "")
+            target = next((targets.get(value, "") for key, value in each.items() if key.endswith("}id")), "")
             member = posixpath.normpath(posixpath.join("/xl", target)).lstrip("/").lower()
             return [names[member]] if member in names else all_sheets
     return all_sheets

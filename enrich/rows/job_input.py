@@ -36,7 +36,7 @@ from enrich.ledger.database import Database
 from enrich.ledger.erasure import ForgottenRequests
 from enrich.models import RowStatus
 from enrich.rows.known_batches import KnownBatches
-from enrich.rows.requests import CHANGE_COLUMNS, RequestBuilder, RowBatch, own_columns, status_columns
+from enrich.rows.requests import CHANGE_COLUMNS, InputRows, RequestBuilder, RowBatch, own_columns, status_columns
 from enrich.rows.send_order import order_of_rows, rank_rows, sort_keys
 from enrich.rows.suppression import MAX_LIST_BYTES, read_suppression
 from enrich.rows.template import RequestTemplate
@@ -97,6 +97,11 @@ class JobInput:
             f"({step_column(step, 'status')} and others; rename them to keep them)"
             for step in self._former_steps
         ]
+
+    @property
+    def identifying_columns(self) -> list[str]:
+        """The columns of the input that are sent, by name: their order in the input and in the job may change."""
+        return sorted(self.sent_columns.intersection(self.schema))
 
     def why_not_parallel(self) -> str | None:
         """Return why requests depend on all rows, so that parts cannot be enrolled separately; None: they do not.
@@ -188,8 +193,8 @@ class JobInput:
         for first_position, frame, text in self.frames():
             batch_order = None if queue_order is None else order_of_rows(queue_order, first_position, frame.height)
             selected, suppressed = self.selected_rows(text), self.suppressed_rows(text)
-            rows = (first_position, frame, text, selected, suppressed, batch_order)
-            yield builder.build_batch(*rows) if known is None else known.recall(builder, *rows)
+            rows = InputRows(first_position, frame, text, selected, suppressed, batch_order)
+            yield builder.build_batch(rows) if known is None else known.recall(builder, rows)
 
     def frames(self, max_rows: int = ROWS_PER_BATCH) -> Iterator[tuple[int, pl.DataFrame, pl.DataFrame]]:
         """Read the whole input once. Yield the position of the first row of each batch, its rows, and these as text."""

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from msgspec import Struct
-
-from enrich.databar.description import Description, Param, Provider
+from enrich.databar.description import Description, Enrichment, Param, Provider
 from enrich.errors import JobError
 from enrich.job.job import Job
 from enrich.job.name_hints import closest_name, did_you_mean, suggest_name
@@ -20,24 +18,18 @@ MAX_COUNT = 1_000_000
 _MAX_DIGITS = 100
 
 
-class KnownNames(Struct, frozen=True):
-    """A target as the API describes it now, and what is known from before.
+def name_problems(
+    job: Job, description: Description, remembered: Description | None = None, answered: frozenset[str] = frozenset()
+) -> list[JobError]:
+    """Return an error for each wrong name, with its line and the nearest name. One cause is one error.
 
     `remembered` is the description of an earlier run, `answered` has the fields of the job that answers have. An empty
     list of the description checks nothing.
     """
-
-    description: Description
-    remembered: Description | None = None
-    answered: frozenset[str] = frozenset()
-
-
-def name_problems(job: Job, known: KnownNames) -> list[JobError]:
-    """Return an error for each wrong name, with its line and the nearest name. One cause is one error."""
     return [
-        *target_problems(job, known.description),
-        *_column_problems(job, known),
-        *_limit_problems(job, known.description),
+        *target_problems(job, description),
+        *_column_problems(job, description, remembered, answered),
+        *_limit_problems(job, description),
     ]
 
 
@@ -123,13 +115,16 @@ def _page_problems(job: Job, description: Description) -> Iterator[JobError]:
 
 
 def _limit_problems(job: Job, description: Description) -> Iterator[JobError]:
-    """Yield an error for a price without a limit of the API's, where the job sets none."""
-    has_cap = job.max_credits is not None or job.step_max_credits is not None
-    if has_cap or not (description.priced_by or description.is_paginated or job.model.pagination):
+    """Yield an error for a price without a limit of the API's, where the job sets none, or none can be enforced."""
+    if not (description.priced_by or description.is_paginated or job.model.pagination):
         return
     unit = f"with `{description.priced_by}`" if description.priced_by else "with each page"
-    message = f"the price of {description.target.label} grows {unit}, so `max_credits` is required"
-    yield job.error(["limits", "max_credits"], message, "limits: {max_credits: 100}, or --max-credits 100")
+    message = f"the price of {description.target.label} grows {unit}"
+    if description.highest_price(job.model.target) is None:
+        yield job.error(["enrichment"], f"{message}, and the API does not give it: the cost cannot be limited")
+    elif job.max_credits is job.step_max_credits is None:
+        hint = "limits: {max_credits: 100}, or --max-credits 100"
+        yield job.error(["limits", "max_credits"], f"{message}, so `max_credits` is required", hint)
 
 
 def _provider_problems(job: Job, description: Description) -> Iterator[JobError]:
@@ -161,21 +156,22 @@ def _numbers_hint(number: int, available: Sequence[Provider]) -> str:
     return f"{suggestion}it has {', '.join(names.values())}"
 
 
-def _column_problems(job: Job, known: KnownNames) -> Iterator[JobError]:
-    description, remembered = known.description, known.remembered
+def _column_problems(
+    job: Job, description: Description, remembered: Description | None, answered: frozenset[str]
+) -> Iterator[JobError]:
     listed = [field.name for field in description.output_fields]
     if not listed:
         return
     listed += [field.name for field in remembered.output_fields if field.name not in listed] if remembered else []
-    fields = {*listed, *known.answered}
-    # A path into a list of rows begins with the row's number.
-    is_list = bool(description.is_paginated or description.priced_by)
+    fields = {*listed, *answered}
+    # A path into a list of rows begins with the row's number. Only an answer shows whether it is a list.
+    may_be_list = isinstance(description, Enrichment)
     for name, path in (job.model.columns or {}).items():
         beside = path.startswith("$")
         names = fields | set(_WRAPPER_KEYS) if beside else fields
         field = path.removeprefix("$")
         first, _, rest = field.partition(".")
-        if is_list and first.isdecimal():
+        if may_be_list and first.isdecimal():
             first, _, rest = rest.partition(".")
         if field in names or first in names:
             continue

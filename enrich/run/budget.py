@@ -10,8 +10,7 @@ from msgspec import Struct
 from enrich.errors import CanaryStopped, CommandRefused
 from enrich.job.job import Job
 from enrich.job.spec import Canary
-from enrich.ledger import transitions
-from enrich.ledger.database import Database
+from enrich.job.target import TargetKind
 from enrich.models import State, to_credits, to_micros
 from enrich.rows.template import RequestTemplate
 
@@ -82,10 +81,11 @@ def make_budget(job: Job, template: RequestTemplate, balance: int | None, planne
     max_credits, min_balance = to_micros(limits.max_credits), to_micros(limits.min_balance)
     step_cap = to_micros(job.step_max_credits)
     if template.unit_price is None and (max_credits, min_balance, step_cap) != (None, None, None):
-        raise CommandRefused(
-            f"a provider has no price, so `{_configured_limit(job)}` cannot be enforced",
-            f"remove such providers from `enrichments`, or run without `{_configured_limit(job)}`",
-        )
+        limit = f"`{_configured_limit(job)}`"
+        unpriced, hint = "a provider", "remove such providers from `enrichments`, or "
+        if template.target.kind is TargetKind.ENRICHMENT:
+            unpriced, hint = template.target.label, ""
+        raise CommandRefused(f"{unpriced} has no price, so {limit} cannot be enforced", f"{hint}run without {limit}")
     if min_balance is not None and balance is None:
         raise CommandRefused("the API reports no balance, so `min_balance` cannot be enforced", "run without it")
     spendable = None if min_balance is None or balance is None else max(0, balance - min_balance)
@@ -97,21 +97,6 @@ def make_budget(job: Job, template: RequestTemplate, balance: int | None, planne
     stop_reason, (cap, remedy) = min(caps.items(), key=lambda each: inf if each[1][0] is None else each[1][0])
     hint = f"{remedy}, then run again for the rest"
     return Budget(cap, template.unit_price or 0, stop_reason, hint, template.priced_by, step_cap)
-
-
-def make_run_budget(
-    ledger: Database, job: Job, template: RequestTemplate, balance: int | None, most: int | None
-) -> tuple[Budget, CommandRefused | None]:
-    """Make the budget of a run. `most`: what a saved plan costs at most; see `plan_file.planned_cost`.
-
-    A cap that cannot be enforced is raised, or returned when open tasks have to be collected first.
-    """
-    try:
-        return make_budget(job, template, balance, most), None
-    except CommandRefused as error:
-        if not transitions.submitted_tasks(ledger):
-            raise
-        return NO_BUDGET, error
 
 
 def _configured_limit(job: Job) -> str:

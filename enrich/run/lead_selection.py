@@ -18,6 +18,7 @@ from enrich.job.spec import Caps
 from enrich.ledger.enroll import stratified_sample
 from enrich.ledger.step_results import StepResult
 from enrich.rows.job_input import JobInput
+from enrich.run.step_batch import joined_cells
 
 
 class Candidate(NamedTuple):
@@ -95,9 +96,10 @@ def capped_rows(job_input: JobInput, caps: Caps, begun: bytearray) -> bytearray:
     """Return which rows of the input are beyond the cap of their group, one byte for each row.
 
     Rows that earlier runs have `begun` count first and are never left out, then the others in the send order. Rows that
-    the job leaves out, and those without a group, do not count.
+    the job leaves out, and those without a group, do not count. Rows that send the same cells are one lead.
     """
     order, height = job_input.queue_order(), 0
+    sent = job_input.identifying_columns
     parts = []
     for first_position, _, text in job_input.frames():
         group = clean_cells(text.get_column(caps.by).alias("")).str.to_lowercase()
@@ -107,7 +109,9 @@ def capped_rows(job_input: JobInput, caps: Caps, begun: bytearray) -> bytearray:
         rows = pl.int_range(first_position, first_position + text.height, eager=True)
         height = first_position + text.height
         is_begun = pl.Series([bool(each) for each in begun[first_position:height]], dtype=pl.Boolean)
-        parts.append(pl.DataFrame({"row": rows, "group": group.hash(), "begun": is_begun}).filter(taking_part))
+        leads = joined_cells(text, sent).hash()
+        columns = {"row": rows, "group": group.hash(), "lead": leads, "begun": is_begun}
+        parts.append(pl.DataFrame(columns).filter(taking_part))
     capped = bytearray(height)
     if not parts:
         return capped
@@ -117,9 +121,10 @@ def capped_rows(job_input: JobInput, caps: Caps, begun: bytearray) -> bytearray:
     numbered = (
         table.with_columns(place.alias("place"))
         .sort(~pl.col("begun"), "place")
-        .with_columns(pl.int_range(pl.len()).over("group").alias("number"))
+        .with_row_index("first")
+        .with_columns(pl.col("first").min().over("group", "lead").rank("dense").over("group").alias("number"))
     )
-    for row in numbered.filter((pl.col("number") >= caps.max) & ~pl.col("begun")).get_column("row"):
+    for row in numbered.filter((pl.col("number") > caps.max) & ~pl.col("begun")).get_column("row"):
         capped[row] = 1
     return capped
 

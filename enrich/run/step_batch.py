@@ -130,10 +130,11 @@ class Identities(NamedTuple):
 
 def identities(text: pl.DataFrame, sent: Sequence[str]) -> Identities:
     """Return the identities of the rows of a table. `sent` are the columns that the steps send."""
-    return Identities(_joined(text, text.columns), _joined(text, sent))
+    return Identities(joined_cells(text, text.columns), joined_cells(text, sent))
 
 
-def _joined(text: pl.DataFrame, columns: Sequence[str]) -> pl.Series:
+def joined_cells(text: pl.DataFrame, columns: Sequence[str]) -> pl.Series:
+    """Join the cells of some columns into one text for each row."""
     if not columns:
         return pl.repeat("", text.height, dtype=pl.String, eager=True)
     cells = numbered_frame(map(text.get_column, columns))

@@ -370,3 +370,14 @@ def test_renamed_step(workspace: Workspace, api: SandboxApi) -> None:
     names = list(workspace.read_output()[0])
     assert [name for name in names if name.startswith("enrich_email")] == []
     assert "enrich_mail_status" in names
+
+
+def test_collect_names_the_step_that_is_new(workspace: Workspace, api: SandboxApi) -> None:
+    """A job that has run cannot be collected when it has got another step, and the message names it."""
+    workspace.write_leads(make_people(2), HEADER)
+    workspace.write_job(SHORT_JOB[: SHORT_JOB.index("  - name: person")])
+    workspace.run_job(api)
+    workspace.write_job(SHORT_JOB)
+    result = workspace.run_in_process("collect", "job.yaml", "--partial")
+    assert result.exit_code == 5
+    assert "the step `person` has never run" in result.stderr

@@ -150,6 +150,21 @@ def test_hidden_sheets(tmp_path: Path, state: Literal["hidden", "veryHidden"]) -
     assert "its sheets: _lists, Leads" in refusal(tmp_path / "leads.xlsx", sheet="Other")
 
 
+def test_other_sheets_are_not_scanned(tmp_path: Path) -> None:
+    """A formula without a value is a problem only in the sheet that is read."""
+    book = openpyxl.Workbook()
+    first = book.active
+    assert first is not None
+    first.append(["a"])
+    first.append(["1"])
+    sums = book.create_sheet("Sums")
+    sums.append(["total"])
+    sums.append(["=1+1"])
+    book.save(tmp_path / "leads.xlsx")
+    assert read_rows(tmp_path / "leads.xlsx") == [("1",)]
+    assert "sheet `Sums` has a formula without a value: A2" in refusal(tmp_path / "leads.xlsx", sheet="Sums")
+
+
 # Parquet
 
 MOST = 2**63 - 1

@@ -89,10 +89,7 @@ def _input_lines(draft: JobDraft) -> Iterator[str]:
 
 
 def _enrichment_lines(enrichment: Enrichment) -> Iterator[str]:
-    price = "price unknown" if enrichment.price is None else f"{enrichment.price} credits"
-    unit = f", times {enrichment.priced_by}" if enrichment.priced_by else ""
-    pages = ", for each page" if enrichment.is_paginated else ""
-    yield f"enrichment: {enrichment.id} # {printable(f'{price}{unit}{pages}')}"
+    yield f"enrichment: {enrichment.id} # {printable(enrichment.price_text)}"
     if enrichment.is_paginated:
         yield "pagination: {pages: 1} # how many pages of the result"
 

@@ -1,0 +1,25 @@
+"""The per-group limit of a job with steps, where several rows are the same lead."""
+
+from __future__ import annotations
+
+from tests.end_to_end.test_steps import HEADER, SHORT_JOB, make_people
+from tests.support.workspace import SandboxApi, Workspace
+
+
+def test_rows_of_one_lead_take_one_place(workspace: Workspace, api: SandboxApi) -> None:
+    """Rows that send the same cells are one lead under `caps`: in the first run, later, and when collected."""
+    first, second, third = make_people(3, companies=1)
+    again = [*first[:4], "Engineer", ""]
+    workspace.write_leads([first, again, second, third, first], HEADER)
+    workspace.write_job(SHORT_JOB + "caps: {by: Website, max: 2}\n")
+
+    assert workspace.run_job(api).exit_code == 0
+
+    output = workspace.folder / "out.csv"
+    written = output.read_bytes()
+    taking_part = [row["enrich_email_status"] != "filtered" for row in workspace.read_output()]
+    assert taking_part == [True, True, True, False, True]
+    assert workspace.run_in_process("collect", "job.yaml").exit_code == 0
+    assert output.read_bytes() == written
+    assert workspace.run_job(api).submitted == 0
+    assert output.read_bytes() == written
