@@ -73,14 +73,6 @@ def _read_list(kind: type[M], values: object) -> list[M]:
     return read
 
 
-class NamedModel(LenientModel):
-    """Base of the models that the API may also write as their name alone."""
-
-    short_form = "name"
-
-    name: TextLine
-
-
 def _read_workspace(value: object) -> object:
     return _read_line(value.get("name", value.get("id")) if isinstance(value, dict) else value)
 
@@ -105,21 +97,25 @@ def _read_choices(value: object) -> list[Choice]:
     return _read_list(Choice, value.get("items") if isinstance(value, dict) else value)
 
 
-class Param(NamedModel):
+class Param(LenientModel):
     """An input param. `choices` are the only values that it may have; empty: any, or the API does not list them."""
 
+    short_form = "name"
     other_names = {"is_required": "required", "type_field": "type"}
 
+    name: TextLine
     type: TextLine = "text"
     required: bool = False
     choices: Annotated[list[Choice], BeforeValidator(_read_choices)] = []
 
 
-class Field(NamedModel):
+class Field(LenientModel):
     """An output field."""
 
+    short_form = "name"
     other_names = {"display_name": "label"}
 
+    name: TextLine
     label: TextLine | None = None
 
 
