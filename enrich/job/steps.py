@@ -60,7 +60,7 @@ StepProblem = tuple[list[str | int], str, str]
 
 
 def step_problems(model: SteppedJobModel) -> Iterator[StepProblem]:
-    """Yield what is wrong with names, columns and keys, as far as the job file alone says it."""
+    """Yield what is wrong with names, columns and keys, as far as the job file alone shows it."""
     taken: dict[str, str] = {}
     for index, step in enumerate(model.steps):
         if step.name in [earlier.name for earlier in model.steps[:index]]:

@@ -109,7 +109,7 @@ class _Candidate(Struct, frozen=True):
 
     @property
     def is_plain(self) -> bool:
-        """Whether the header says so, and there are values."""
+        """Whether the header fits, and there are values."""
         return self.confidence != "a guess" and self.column.filled_count > 0
 
     @property
@@ -145,7 +145,7 @@ def match_columns(params: Sequence[str], columns: Sequence[Column]) -> dict[str,
         if matches[param] is None and param not in chosen and fit.column.name not in used_columns:
             used_columns.add(fit.column.name)
             chosen[param] = fit
-    # What is left over supplies a param, too, where the header says so.
+    # A column that is left over supplies a param, too, if its header fits.
     fits = {param: [fit] for param, fit in chosen.items()}
     for param, fit in ranked:
         if param in chosen and fit.column.name not in used_columns and fit.is_plain:
