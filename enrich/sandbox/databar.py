@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from email.utils import formatdate
+from functools import lru_cache
 from typing import Any
 from uuid import uuid4
 
@@ -32,25 +33,20 @@ class Clock:
     def __init__(self, offset: float, date_offset: float) -> None:
         self.offset = offset
         self._date_offset = date_offset
-        self._second = 0
-        self._date = b""
 
     def now(self) -> float:
         """Return the time in seconds since the epoch."""
         return time.time() + self.offset
 
-    def date(self) -> bytes:
-        """Return the `Date` header of the current second."""
-        second = int(self.now() + self._date_offset)
-        if second != self._second:
-            self._second = second
-            self._date = self.http_date(second).encode()
-        return self._date
+    def date(self, ahead_s: float = 0.0) -> str:
+        """Return the `Date` header of now, or of a moment `ahead_s` seconds later."""
+        return _http_date(int(self.now() + self._date_offset + ahead_s))
 
-    @staticmethod
-    def http_date(seconds: float) -> str:
-        """Format a time (seconds since the epoch) as an HTTP date."""
-        return formatdate(seconds, usegmt=True)
+
+@lru_cache(maxsize=1)
+def _http_date(second: int) -> str:
+    """Format a time (seconds since the epoch) as an HTTP date. Many responses have the same."""
+    return formatdate(second, usegmt=True)
 
 
 class Databar:
