@@ -235,7 +235,7 @@ async def _audit(context: Context, *, runs: Annotated[bool, Query()] = True) -> 
 
 @_APP.post("/__advance")
 async def _advance(context: Context, seconds: Annotated[float, Body(embed=True, ge=0)]) -> dict[str, float]:
-    return {"now": context.databar.advance(seconds), "offset": context.databar.clock.offset}
+    return context.databar.advance(seconds)
 
 
 @_APP.post("/__topup")
