@@ -23,7 +23,7 @@ from enrich.files.values import text_frame
 from enrich.job.cell_text import fold
 from enrich.job.job import Job
 from enrich.job.name_hints import suggest_name
-from enrich.ledger import bindings, enroll, erasure, request_history
+from enrich.ledger import enroll, erasure, request_history
 from enrich.ledger.database import Database, open_or_empty
 from enrich.ledger.lock import is_locked
 from enrich.models import Decision, RequestSelection, RowStatus
@@ -31,10 +31,10 @@ from enrich.rows.job_input import JobInput
 from enrich.rows.job_steps import StepDecision, make_steps
 from enrich.rows.params import ParamCells, conversion_of, param_values, split_left_out
 from enrich.rows.requests import RowBatch
-from enrich.rows.template import RequestTemplate, template_of_unknown_target
+from enrich.rows.template import RequestTemplate
 from enrich.run.lead_selection import CAPPED_REASON
 from enrich.run.output import preview_caps
-from enrich.run.preflight import template_from_ledger
+from enrich.run.preflight import find_template
 from enrich.run.step_batch import StepTables
 from enrich.run.step_input import StepInput
 from enrich.run.step_rows import StepRows
@@ -46,7 +46,7 @@ def explain_leads(job: Job, row: int | None, match: str | None) -> dict[str, Any
     Raises JobError if the input has no such row or column, CommandRefused if the input cannot be read.
     """
     with open_or_empty(job.ledger) as ledger, ledger.snapshot():
-        template, is_known = _template(ledger, job)
+        template, is_known = find_template(ledger, job)
         job_input = JobInput(job, erasure.load_forgotten(ledger))
         found, count = _find_rows(job_input, row, match)
         if job.model.caps is not None:
@@ -77,13 +77,6 @@ def explain_leads(job: Job, row: int | None, match: str | None) -> dict[str, Any
             "rows": [explainer.explain_row(lead, rows_of) for lead in leads],
             "gone": [explainer.explain_request(known) for known in missing[:MAX_LEADS_SHOWN]],
         }
-
-
-def _template(ledger: Database, job: Job) -> tuple[RequestTemplate, bool]:
-    """Return the request template of a job or a step, and whether the ledger knows its target."""
-    if bindings.load_description(ledger, job.model.target) is None:
-        return template_of_unknown_target(job), False
-    return template_from_ledger(ledger, job), True
 
 
 def _parse_match(match: str, columns: list[str]) -> tuple[str, str]:
@@ -224,7 +217,7 @@ def explain_steps(job: Job, row: int | None, match: str | None) -> dict[str, Any
     with open_or_empty(job.ledger) as ledger, ledger.snapshot():
         job_input = JobInput(job, erasure.load_forgotten(ledger))
         found, count = _find_rows(job_input, row, match)
-        templates = [_template(ledger, step) for step in job.step_jobs]
+        templates = [find_template(ledger, step) for step in job.step_jobs]
         steps = make_steps(job, job_input, [template for template, _ in templates])
         rows = StepRows(job_input, ledger, steps)
         StepInput(rows, 0).begin(RequestSelection())

@@ -15,7 +15,7 @@ from enrich.json_text import parse_json
 from enrich.ledger.database import Database
 from enrich.rows.job_input import JobInput
 from enrich.rows.job_steps import make_steps
-from enrich.run.preflight import template_from_ledger
+from enrich.run.preflight import find_template
 from enrich.run.step_rows import StepRows
 
 
@@ -32,7 +32,7 @@ class RowRequests(NamedTuple):
 def requests_of_rows(job: Job, job_input: JobInput, ledger: Database, criteria: Mapping[str, str]) -> RowRequests:
     """Return the requests of all steps by whether their row matches. Empty if the table has no such columns."""
     try:
-        templates = [template_from_ledger(ledger, step) for step in job.step_jobs]
+        templates = [find_template(ledger, step)[0] for step in job.step_jobs]
         rows = StepRows(job_input, ledger, make_steps(job, job_input, templates))
     except EnrichError:
         return RowRequests({}, ())

@@ -262,6 +262,19 @@ def template_from_ledger(ledger: Database, job: Job) -> RequestTemplate:
     return make_request_template(job, description, providers or [])
 
 
+def find_template(ledger: Database, job: Job) -> tuple[RequestTemplate, bool]:
+    """Return the request template of a job or a step, and whether the ledger knows its target, or those of its steps.
+
+    Otherwise what the API requires is missing in it.
+    """
+    if job.step_jobs:
+        templates, known = zip(*(find_template(ledger, step) for step in job.step_jobs), strict=True)
+        return join_templates(templates), all(known)
+    if bindings.load_description(ledger, job.model.target) is None:
+        return template_of_unknown_target(job), False
+    return template_from_ledger(ledger, job), True
+
+
 def _load_description(ledger: Database, target: Target) -> tuple[Description | None, list[int] | None]:
     """Load a description and its default providers from the ledger. Raises LedgerDamaged if it is not one."""
     if (stored := bindings.load_description(ledger, target)) is None:
