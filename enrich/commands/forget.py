@@ -84,8 +84,7 @@ def forget_person(job: Job, matches: Sequence[str], confirm: Callable[[Forgotten
             or _matches_person(known, job, template.columns, criteria)
         ]
         if job.step_jobs:
-            known_requests = list(map(dict, erasure.requests_with_answers(ledger)))
-            found = follow_answers(job, found, known_requests, of_others)
+            found = follow_answers(job, ledger, found, of_others)
         waiting = sum(known["state"] in OPEN_STATES for known in found)
         if waiting:
             raise CommandRefused(

@@ -222,3 +222,17 @@ def test_person_is_forgotten_after_the_target_has_changed(workspace: Workspace, 
     assert (result.exit_code, result.json_output["requests"]) == (0, 1), result.stderr
     assert workspace.run_job(api).submitted == 1
     assert [row["enrich_status"] for row in workspace.read_output()] == ["filtered", "found"]
+
+
+def test_forget_follows_steps_without_columns(workspace: Workspace, tmp_path: Path) -> None:
+    """What a step has found is followed where the job names no columns, also for a person who left the input."""
+    job = JOB[: JOB.index("  - name: company")] + JOB[JOB.index("  - name: email") : JOB.index("  - name: link")]
+    job += "  - name: verify\n    enrichment: 10\n    params: {email: email}\n    columns: {state: status}\n"
+    people = make_people(3)
+    workspace.write_job(job.replace("    columns: {work_email: email}\n", ""))
+    workspace.write_leads(people, HEADER)
+    with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
+        workspace.run_job(api)
+    workspace.write_leads(people[1:], HEADER)
+    result = workspace.run_in_process("forget", "job.yaml", "--match", "First Name=First0", "--yes", "--json")
+    assert (result.exit_code, result.json_output["requests"]) == (0, 2), result.stderr
