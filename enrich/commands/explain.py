@@ -18,7 +18,7 @@ from enrich.commands.explain_history import (
     row_lines,
     row_without_request,
 )
-from enrich.errors import JobError
+from enrich.errors import CommandRefused, JobError
 from enrich.files.values import text_frame
 from enrich.job.cell_text import fold
 from enrich.job.job import Job
@@ -218,7 +218,14 @@ def explain_steps(job: Job, row: int | None, match: str | None) -> dict[str, Any
         job_input = JobInput(job, erasure.load_forgotten(ledger))
         found, count = _find_rows(job_input, row, match)
         templates = [find_template(ledger, step) for step in job.step_jobs]
-        steps = make_steps(job, job_input, [template for template, _ in templates])
+        try:
+            steps = make_steps(job, job_input, [template for template, _ in templates])
+        except JobError:
+            for step, (template, _) in zip(job.step_jobs, templates, strict=True):
+                if not template.columns:
+                    message = f"{job.ledger}: the step `{step.step}` has never run, and its fields are not known"
+                    raise CommandRefused(message, "run it first: enrich run JOB") from None
+            raise
         rows = StepRows(job_input, ledger, steps)
         StepInput(rows, 0).begin(RequestSelection())
         leads = _read_leads_of_steps(rows, found)
