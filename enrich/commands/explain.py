@@ -18,7 +18,7 @@ from enrich.commands.explain_history import (
     row_lines,
     row_without_request,
 )
-from enrich.errors import CommandRefused, JobError
+from enrich.errors import JobError
 from enrich.files.values import text_frame
 from enrich.job.cell_text import fold
 from enrich.job.job import Job
@@ -28,13 +28,13 @@ from enrich.ledger.database import Database, open_or_empty
 from enrich.ledger.lock import is_locked
 from enrich.models import Decision, RequestSelection, RowStatus
 from enrich.rows.job_input import JobInput
-from enrich.rows.job_steps import StepDecision, make_steps
+from enrich.rows.job_steps import StepDecision
 from enrich.rows.params import ParamCells, conversion_of, param_values, split_left_out
 from enrich.rows.requests import RowBatch
 from enrich.rows.template import RequestTemplate
 from enrich.run.lead_selection import CAPPED_REASON
 from enrich.run.output import preview_caps
-from enrich.run.preflight import find_template
+from enrich.run.preflight import find_template, steps_from_ledger
 from enrich.run.step_batch import StepTables
 from enrich.run.step_input import StepInput
 from enrich.run.step_rows import StepRows
@@ -217,16 +217,7 @@ def explain_steps(job: Job, row: int | None, match: str | None) -> dict[str, Any
     with open_or_empty(job.ledger) as ledger, ledger.snapshot():
         job_input = JobInput(job, erasure.load_forgotten(ledger))
         found, count = _find_rows(job_input, row, match)
-        templates = [find_template(ledger, step) for step in job.step_jobs]
-        try:
-            steps = make_steps(job, job_input, [template for template, _ in templates])
-        except JobError:
-            for step, (template, _) in zip(job.step_jobs, templates, strict=True):
-                if not template.columns:
-                    message = f"{job.ledger}: the step `{step.step}` has never run, and its fields are not known"
-                    raise CommandRefused(message, "run it first: enrich run JOB") from None
-            raise
-        rows = StepRows(job_input, ledger, steps)
+        rows = StepRows(job_input, ledger, steps_from_ledger(ledger, job, job_input))
         StepInput(rows, 0).begin(RequestSelection())
         leads = _read_leads_of_steps(rows, found)
         shared = _rows_by_request_of_steps(rows, leads)
@@ -236,7 +227,7 @@ def explain_steps(job: Job, row: int | None, match: str | None) -> dict[str, Any
             "job": job.name,
             "input": str(job.input_path),
             "ledger": str(job.ledger),
-            "ever_ran": any(is_known for _, is_known in templates),
+            "ever_ran": find_template(ledger, job)[1],
             "matches": count,
             "rows": [
                 {

@@ -15,8 +15,7 @@ from enrich.json_text import parse_json
 from enrich.ledger import erasure
 from enrich.ledger.database import Database
 from enrich.rows.job_input import JobInput
-from enrich.rows.job_steps import make_steps
-from enrich.run.preflight import find_template
+from enrich.run.preflight import find_template, steps_from_ledger
 from enrich.run.step_rows import StepRows
 
 
@@ -37,8 +36,7 @@ Columns: TypeAlias = Sequence[Mapping[str, str]]
 def requests_of_rows(job: Job, job_input: JobInput, ledger: Database, criteria: Mapping[str, str]) -> RowRequests:
     """Return the requests of all steps by whether their row matches. Empty if the table has no such columns."""
     try:
-        templates = [find_template(ledger, step)[0] for step in job.step_jobs]
-        rows = StepRows(job_input, ledger, make_steps(job, job_input, templates))
+        rows = StepRows(job_input, ledger, steps_from_ledger(ledger, job, job_input))
     except EnrichError:
         return RowRequests({}, ())
     found: dict[bytes, str] = {}

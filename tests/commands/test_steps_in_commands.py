@@ -372,15 +372,15 @@ def test_renamed_step(workspace: Workspace, api: SandboxApi) -> None:
     assert "enrich_mail_status" in names
 
 
-def test_collect_names_the_step_that_is_new(workspace: Workspace, api: SandboxApi) -> None:
-    """A job that has run cannot be collected when it has got another step, and the message names it."""
+def test_collect_with_a_step_that_is_new(workspace: Workspace, api: SandboxApi) -> None:
+    """A job that has run can be collected when it has got another step, whose rows are pending."""
     workspace.write_leads(make_people(2), HEADER)
     workspace.write_job(SHORT_JOB[: SHORT_JOB.index("  - name: person")])
     workspace.run_job(api)
     workspace.write_job(SHORT_JOB)
-    result = workspace.run_in_process("collect", "job.yaml", "--partial")
-    assert result.exit_code == 5
-    assert "the step `person` has never run" in result.stderr
+    assert "2 rows are pending" in workspace.run_in_process("collect", "job.yaml").stderr
+    assert workspace.run_in_process("collect", "job.yaml", "--partial").exit_code == 0
+    assert [row["enrich_person_status"] for row in workspace.read_output()] == ["pending"] * 2
 
 
 def test_check_of_fields_that_are_not_known(workspace: Workspace, api: SandboxApi) -> None:
