@@ -32,21 +32,16 @@ SendRequest = Callable[[str, str, Any], Awaitable[Any]]
 class EnrichTransport(httpx.AsyncBaseTransport):
     """The transport of `enrich`, as a transport of httpx."""
 
-    def __init__(self, connections: int) -> None:
-        from enrich.databar.transport import Transport  # noqa: PLC0415 - keeps it out of the other loops' memory
+    def __init__(self, connections: int, base_url: str) -> None:
+        from enrich.databar.transport import Origin, Transport  # noqa: PLC0415 - keeps it out of the other loops' memory
 
-        self._transport = Transport(connections, 10.0, ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+        self._transport = Transport(Origin.of(base_url), connections, 10.0, ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send a request."""
-        from enrich.databar.transport import Origin  # noqa: PLC0415
-
         head = b"%s %s HTTP/1.1\r\n" % (request.method.encode(), request.url.raw_path)
         head += b"".join(b"%s: %s\r\n" % pair for pair in request.headers.raw)
-        is_get = request.method == "GET"
-        answer = await self._transport.exchange(
-            Origin.of(str(request.url)), b"%s\r\n%s" % (head, request.content), 30.0, is_repeatable=is_get
-        )
+        answer = await self._transport.exchange(b"%s\r\n%s" % (head, request.content), 30.0, reuse=True)
         headers = [pair for pair in answer.headers if pair[0] != b"content-encoding"]
         return httpx.Response(answer.status, headers=headers, content=answer.content, request=request)
 
@@ -99,7 +94,7 @@ async def enrich_rows(kind: str, base_url: str, tasks: int, rows: int) -> int:
     numbers = iter(range(rows))
     open_client = {
         "httpx": lambda: open_httpx(None),
-        "transport": lambda: open_httpx(EnrichTransport(tasks)),
+        "transport": lambda: open_httpx(EnrichTransport(tasks, base_url)),
         "aiohttp": open_aiohttp,
     }[kind]
     async with open_client() as send:

@@ -7,13 +7,14 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypedDict, TypeVar, Unpack, get_type_hints
 
+from msgspec.structs import replace
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from enrich.commands.check import check_with_access
@@ -98,7 +99,7 @@ def run_job(job_file: StrPath, **settings: Unpack[RunSettings]) -> RunSummary:
     Raises EnrichError if the run was refused before it was recorded, Interrupted if it was stopped. The next run
     resumes.
     """
-    _check_types(job_file=job_file, **settings)
+    _check_settings(RunSettings, settings, job_file=job_file)
     return _outside_event_loop(partial(_run, job_file, **settings))
 
 
@@ -107,7 +108,7 @@ async def run_job_async(job_file: StrPath, **settings: Unpack[RunSettings]) -> R
 
     When its task is cancelled, the run stores its results before CancelledError is raised.
     """
-    _check_types(job_file=job_file, **settings)
+    _check_settings(RunSettings, settings, job_file=job_file)
     loop = asyncio.get_running_loop()
 
     def in_loop(callback: Callable[[T], object] | None) -> Callable[[T], object] | None:
@@ -139,8 +140,8 @@ def plan_job(
     `save_to` saves the plan for `run_job(plan=…)`. `rows` is a file for each row's decision. Raises EnrichError for
     what would refuse the run.
     """
-    _check_types(job_file=job_file, save_to=save_to, rows=rows, **settings)
-    return _outside_event_loop(lambda _: _plan(job_file, save_to=save_to, rows=rows, **settings))
+    _check_settings(PlanSettings, settings, job_file=job_file, save_to=save_to, rows=rows)
+    return _outside_event_loop(lambda _: _plan(job_file, save_to, rows, settings))
 
 
 def check_job(job_file: StrPath, *, online: bool = False, **settings: Unpack[JobSettings]) -> CheckResult:
@@ -149,120 +150,84 @@ def check_job(job_file: StrPath, *, online: bool = False, **settings: Unpack[Job
     With `online` the job is compared with the API, too. The problems are in the result, and so is the exit code that
     a run would have. Raises EnrichError if the job file cannot be read, or the API cannot be used.
     """
-    _check_types(job_file=job_file, online=online, **settings)
-    return _outside_event_loop(lambda _: _check(job_file, online=online, **settings))
+    _check_settings(JobSettings, settings, job_file=job_file, online=online)
+    return _outside_event_loop(lambda _: _check(job_file, settings, online=online))
 
 
-def _check_types(**arguments: object) -> None:
-    """Raise JobError for an argument that is not of its declared type."""
+def _check_settings(kind: type[JobSettings], settings: Mapping[str, Any], **own: object) -> None:
+    """Raise TypeError for a setting that `kind` has not, JobError for one, or an argument, of another type."""
+    declared = get_type_hints(kind)
+    if unknown := settings.keys() - declared.keys():
+        raise TypeError(f"unexpected keyword argument {min(unknown)!r}")
     optional_path = StrPath | None
-    declared: dict[str, Any] = {"job_file": StrPath, "save_to": optional_path, "rows": optional_path, "online": bool}
-    declared |= get_type_hints(RunSettings)
+    declared |= {"job_file": StrPath, "save_to": optional_path, "rows": optional_path, "online": bool}
     config = ConfigDict(strict=True, arbitrary_types_allowed=True)
-    for name in arguments.keys() & declared.keys():
+    for name, value in {**own, **settings}.items():
         try:
-            TypeAdapter(declared[name], config=config).validate_python(arguments[name])
+            TypeAdapter(declared[name], config=config).validate_python(value)
         except ValidationError as error:
             reasons = (problem["msg"].removeprefix("Input should be ") for problem in error.errors())
             raise JobError(f"`{name}` must be {' or '.join(reasons)}") from None
 
 
-def _run(  # noqa: PLR0913 - the settings of a run
-    job_file: StrPath,
-    stop: Future[None],
-    *,
-    limit: int | None = None,
-    sample: int | None = None,
-    seed: int = 0,
-    max_credits: float | None = None,
-    retry: Collection[str] = (),
-    plan: StrPath | None = None,
-    max_time: float | str | None = None,
-    accept_in_doubt: bool = False,
-    update_providers: bool = False,
-    workspace_renamed: bool = False,
-    new_ledger: bool = False,
-    lock_timeout: float = 0,
-    engine: Literal["ray"] | None = None,
-    address: str | None = None,
-    workers: int | None = None,
-    log_file: StrPath | None = None,
-    on_progress: Callable[[Progress], object] | None = None,
-    on_message: Callable[[str], object] | None = None,
-    **job_settings: Unpack[JobSettings],
-) -> RunSummary:
-    job_options = _job_options(job_file, **job_settings)
+def _run(job_file: StrPath, stop: Future[None], **settings: Unpack[RunSettings]) -> RunSummary:
+    job_options = _job_options(job_file, settings)
+    on_message, on_progress = settings.get("on_message"), settings.get("on_progress")
     callbacks = RunCallbacks(_guarded(on_message), _guarded(on_progress), stop=stop)
-    with observe_run(job_options, None if log_file is None else Path(log_file), callbacks.on_message) as observers:
-        saved_plan = None if plan is None else read_plan(Path(plan))
-        accept = "in_doubt" if accept_in_doubt else None
-        check_combination(saved_plan, limit, sample, max_credits, retry, accept=accept)
-        _check_selection(limit, sample, max_credits)
+    log_file, plan = _path(settings.get("log_file")), _path(settings.get("plan"))
+    with observe_run(job_options, log_file, callbacks.on_message) as observers:
+        saved_plan = None if plan is None else read_plan(plan)
+        max_credits = settings.get("max_credits")
+        selected = replace(_selected(settings), plan=saved_plan, accept_in_doubt=settings.get("accept_in_doubt", False))
+        check_combination(selected, max_credits)
         job = job_options.load(max_credits if saved_plan is None else saved_plan.max_credits)
-        run_options = RunOptions(
-            limit=limit,
-            sample=sample,
-            seed=seed,
-            max_time_s=_seconds(max_time),
-            retry=_states(retry),
-            accept_in_doubt=accept_in_doubt,
-            update_providers=update_providers,
-            workspace_renamed=workspace_renamed,
-            plan=saved_plan,
-            new_ledger=new_ledger or job.sandbox,
-            spread=make_cluster_options(job, engine, address, workers),
+        run_options = replace(
+            selected,
+            max_time_s=_seconds(settings.get("max_time")),
+            update_providers=settings.get("update_providers", False),
+            workspace_renamed=settings.get("workspace_renamed", False),
+            new_ledger=settings.get("new_ledger", False) or job.sandbox,
+            spread=make_cluster_options(job, settings.get("engine"), settings.get("address"), settings.get("workers")),
         )
-        summary = _with_enrich_errors(job, lambda: run_observed(job, run_options, lock_timeout, observers, callbacks))
+        wait_s = settings.get("lock_timeout", 0)
+        summary = _with_enrich_errors(job, lambda: run_observed(job, run_options, wait_s, observers, callbacks))
     if summary.exit_code in (ExitCode.INTERRUPTED, ExitCode.TERMINATED):
         raise Interrupted(ExitCode(summary.exit_code))
     return summary
 
 
-def _plan(  # noqa: PLR0913 - the settings of a plan
-    job_file: StrPath,
-    *,
-    save_to: StrPath | None,
-    rows: StrPath | None,
-    limit: int | None = None,
-    sample: int | None = None,
-    seed: int = 0,
-    max_credits: float | None = None,
-    retry: Collection[str] = (),
-    **job_settings: Unpack[JobSettings],
-) -> Plan | StepsPlan:
-    _check_selection(limit, sample, max_credits)
-    job = _job_options(job_file, **job_settings).load(max_credits)
-    run_options = RunOptions(limit=limit, sample=sample, seed=seed, retry=_states(retry))
-    files = (None if path is None else Path(path) for path in (save_to, rows))
-    plan, note = _with_enrich_errors(job, lambda: plan_with_access(job, run_options, *files))
+def _plan(job_file: StrPath, save_to: StrPath | None, rows: StrPath | None, settings: PlanSettings) -> Plan | StepsPlan:
+    selected = _selected(settings)
+    job = _job_options(job_file, settings).load(settings.get("max_credits"))
+    plan, note = _with_enrich_errors(job, lambda: plan_with_access(job, selected, _path(save_to), _path(rows)))
     if note is not None:
         logging.getLogger("enrich").warning(note)
     return plan
 
 
-def _check(job_file: StrPath, *, online: bool, **job_settings: Unpack[JobSettings]) -> CheckResult:
-    job = _job_options(job_file, **job_settings).load()
+def _check(job_file: StrPath, settings: JobSettings, *, online: bool) -> CheckResult:
+    job = _job_options(job_file, settings).load()
     return _with_enrich_errors(job, lambda: check_with_access(job, online=online))
 
 
-def _job_options(
-    job_file: StrPath,
-    *,
-    input: StrPath | None = None,  # noqa: A002 - the job file's name for it
-    output: StrPath | None = None,
-    ledger: StrPath | None = None,
-    sandbox: bool = False,
-) -> JobOptions:
-    input_path, output_path, ledger_path = (
-        None if path is None else os.fspath(path) for path in (input, output, ledger)
-    )
-    return JobOptions(Path(job_file), input_path, output_path, ledger_path, sandbox)
+def _path(path: StrPath | None) -> Path | None:
+    return None if path is None else Path(path)
 
 
-def _check_selection(limit: int | None, sample: int | None, max_credits: float | None) -> None:
+def _job_options(job_file: StrPath, settings: JobSettings) -> JobOptions:
+    paths = (settings.get("input"), settings.get("output"), settings.get("ledger"))
+    input_path, output, ledger = (None if path is None else os.fspath(path) for path in paths)
+    return JobOptions(Path(job_file), input_path, output, ledger, settings.get("sandbox", False))
+
+
+def _selected(settings: PlanSettings) -> RunOptions:
+    """Return which requests are sent. Raises JobError for a setting that is none."""
+    limit, sample, max_credits = settings.get("limit"), settings.get("sample"), settings.get("max_credits")
     for name, value, least in (("limit", limit, 0), ("sample", sample, 1), ("max_credits", max_credits, 0)):
         if value is not None and not value >= least:
             raise JobError(f"`{name}` must be {least} or more, not {value}")
+    retry = _states(settings.get("retry", ()))
+    return RunOptions(limit=limit, sample=sample, seed=settings.get("seed", 0), retry=retry)
 
 
 def _states(names: Collection[str]) -> frozenset[State]:

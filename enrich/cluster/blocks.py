@@ -61,15 +61,12 @@ class SharedPass:
         Raises LedgerFailed, and what `act` raises.
         """
         ledger = _cached_ledger(self.pickled_open_ledger)
-        while True:
-            try:
-                return act(ledger)
-            except DATABASE_ERRORS as failure:
-                if _reconnected(ledger, failure):
-                    continue
-                _cached_ledger.cache_clear()
-                ledger.close()
-                raise LedgerFailed(f"the ledger cannot be used: {failure}", RUN_AGAIN_HINT) from failure
+        try:
+            return ledger.retry_on_disconnect(lambda: act(ledger))
+        except DATABASE_ERRORS as failure:
+            _cached_ledger.cache_clear()
+            ledger.close()
+            raise LedgerFailed(f"the ledger cannot be used: {failure}", RUN_AGAIN_HINT) from failure
 
 
 @lru_cache(maxsize=1)
@@ -77,14 +74,6 @@ def _cached_ledger(packed: bytes) -> Database:
     """Open the ledger once per process, which processes many blocks."""
     opening: Callable[[], Database] = cloudpickle.loads(packed)
     return opening()
-
-
-def _reconnected(ledger: Database, failure: BaseException) -> bool:
-    """Wait for the ledger's server; return whether it is back."""
-    try:
-        return ledger.reconnect(failure) is not None
-    except DATABASE_ERRORS:
-        return False
 
 
 def split_input(rows: JobInput, monitor: HeartbeatMonitor) -> list[InputPart]:

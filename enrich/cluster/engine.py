@@ -15,8 +15,7 @@ from enrich.cluster.worker import WorkerTask
 from enrich.cluster.workers import WorkerPool
 from enrich.databar.credentials import ApiAccess
 from enrich.errors import CommandRefused
-from enrich.files.manifest import PartFile
-from enrich.files.parquet_dataset import DatasetWriter, begin_dataset
+from enrich.files.parquet_dataset import DatasetWriter, PartFile, begin_dataset
 from enrich.job.locations import Location, PostgresLocation
 from enrich.ledger import enroll
 from enrich.ledger.database import Database
@@ -128,7 +127,6 @@ class RayCluster(Struct, frozen=True):
             run_state.execution_id,
             run_state.timeouts,
             replace(in_flight_limit, workers=workers),
-            run_state.result_ttl_s,
             run_state.rate_limiter.ceiling,
             run_state.poll_schedule,
             self.lease_id,

@@ -56,7 +56,6 @@ class WorkerTask(Struct, frozen=True):
     execution_id: int
     timeouts: Timeouts
     in_flight_limit: InFlightLimit
-    result_ttl_s: float
     #: The most requests per second of all workers together; `inf`: no limit of ours.
     rate_ceiling: float
     poll_schedule: PollSchedule
@@ -113,7 +112,6 @@ class Worker:
             self._rate_limiter,
             worker_task.timeouts,
             in_flight_limit=worker_task.in_flight_limit,
-            result_ttl_s=worker_task.result_ttl_s,
             poll_schedule=worker_task.poll_schedule,
         )
 

@@ -35,7 +35,7 @@ def format_cancel(job: Job, summary: CancelSummary) -> Iterator[str]:
 
 
 @click.command()
-@options.job_options(ledger="Take", sandbox="Cancel the tasks of the sandbox.")
+@options.job_options(sandbox="Cancel the tasks of the sandbox.")
 @options.JSON_OPTION
 def cancel(job_options: options.JobOptions, as_json: bool) -> int:
     """Cancel the tasks of JOB that are running at Databar, and print the refund.
@@ -50,8 +50,6 @@ def cancel(job_options: options.JobOptions, as_json: bool) -> int:
         ledger, lease = stack.enter_context(open_for_run(job.ledger))
         summary = cancel_tasks(job, access, ledger, lease or SystemClock())
     if summary.error:
-        click.echo(f"error: {summary.error}", err=True)
-    if summary.hint:
-        click.echo(f"hint: {summary.hint}", err=True)
+        options.echo_error(summary.error, summary.hint)
     options.echo_result(summary.as_json(), format_cancel(job, summary), as_json=as_json)
     return summary.exit_code

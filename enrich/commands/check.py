@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -22,7 +21,7 @@ from enrich.job.job import Job
 from enrich.job.locations import STDIN
 from enrich.job.target import UNFILLED_COLUMN, Param
 from enrich.ledger.database import open_or_empty
-from enrich.models import RequestSelection, pluralize, to_credits
+from enrich.models import pluralize, to_credits
 from enrich.report.page_file import INSTALL_HINT, is_extra_missing
 from enrich.rows.job_input import JobInput
 from enrich.rows.job_steps import Step, make_steps
@@ -115,9 +114,9 @@ def check_job(job: Job, bound_to: Mapping[str, str | None], live: Sequence[Descr
 def _check_steps(
     job: Job, job_input: JobInput | None, templates: Sequence[RequestTemplate | None], result: CheckResult
 ) -> None:
-    """Check what the steps read, and count the leads that each wants at most. An error becomes a problem."""
+    """Check what the steps read, and count the leads that each may send. An error becomes a problem."""
     from enrich.run.context import RunOptions, select_requests
-    from enrich.run.step_input import StepInput
+    from enrich.run.step_input import begin_steps
     from enrich.run.step_plan import forecast_steps
     from enrich.run.step_rows import StepRows
 
@@ -136,7 +135,7 @@ def _check_steps(
             return
         with open_or_empty(job.ledger) as ledger:
             rows = StepRows(job_input, ledger, steps)
-            StepInput(rows, 0).begin(RequestSelection())
+            begin_steps(rows)
             selections = [select_requests(step.job, RunOptions(), 0) for step in steps]
             result.rows, forecasts = forecast_steps(rows, ledger, selections)
     except EnrichError as error:
@@ -215,22 +214,21 @@ def _open_input(job: Job, problems: list[EnrichError]) -> JobInput | None:
             problems.append(error)
             return None
         first_column = job_input.columns[:1]
+
+        def fitting(key: str, columns: Sequence[str]) -> list[str]:
+            """Try each column of a key at its index, so that an error names its line."""
+            tried = ((column, [*first_column * index, column]) for index, column in enumerate(columns))
+            return [column for column, listed in tried if can_open(**{key: listed})]
+
         params = {
             name: param if _param_fits(name, param, can_open) else Param(value="?")
             for name, param in model.params.items()
         }
-        only = [
-            column
-            for index, column in enumerate(model.only_if_empty)
-            if can_open(only_if_empty=[*first_column * index, column])  # at its index, so that the error names its line
-        ]
-        valid_parts: dict[str, object] = {"params": params, "only_if_empty": only}
-        order = [
-            column
-            for index, column in enumerate(model.order_by or ())
-            if can_open(order_by=[*first_column * index, column])
-        ]
-        valid_parts["order_by"] = order or None
+        valid_parts: dict[str, object] = {
+            "params": params,
+            "only_if_empty": fitting("only_if_empty", model.only_if_empty),
+            "order_by": fitting("order_by", model.order_by or ()) or None,
+        }
         for key in ("where", "caps", "suppress", "changes", "report"):
             part = getattr(model, key)
             valid_parts[key] = part if part is None or can_open(params=params, **{key: part}) else None
@@ -286,12 +284,10 @@ def _step_lines(steps: Sequence[dict[str, Any]]) -> Iterator[str]:
         yield f"  {step['name']:<{width}}  {target:<{target_width}}  {leads:>9}  {price:>8}  {depends}"
 
 
-def _echo_facts(job: Job, result: CheckResult) -> None:
-    click.echo(f"ok: {check_summary(job, result)}")
-    for line in _step_lines(result.steps) if result.steps else ():
-        click.echo(line)
-    for line in result.fill.mapping_lines() if result.fill else ():
-        click.echo(line)
+def _fact_lines(job: Job, result: CheckResult) -> Iterator[str]:
+    yield f"ok: {check_summary(job, result)}"
+    yield from _step_lines(result.steps) if result.steps else ()
+    yield from result.fill.mapping_lines() if result.fill else ()
 
 
 def check_with_access(job: Job, *, online: bool) -> CheckResult:
@@ -317,10 +313,8 @@ def check(job_options: options.JobOptions, online: bool, as_json: bool) -> int:
     """
     job = job_options.load()
     result = check_with_access(job, online=online)
-    if as_json:
-        click.echo(json.dumps(check_as_json(job, result), ensure_ascii=False))
-    elif not result.problems:
-        _echo_facts(job, result)
+    if as_json or not result.problems:
+        options.echo_result(check_as_json(job, result), _fact_lines(job, result), as_json=as_json)
     for line in format_left_out(left_out_by_param(result.left_out)):
         click.echo(f"not used: {line}", err=True)
     for warning in _warnings(result):
@@ -328,7 +322,5 @@ def check(job_options: options.JobOptions, online: bool, as_json: bool) -> int:
     for note in [*result.changes, *result.notes]:
         click.echo(f"note: {note}", err=True)
     for problem in result.problems:
-        click.echo(f"error: {problem.message}", err=True)
-        if problem.hint:
-            click.echo(f"hint: {problem.hint}", err=True)
+        options.echo_error(problem.message, problem.hint)
     return result.exit_code

@@ -11,17 +11,16 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from enrich.commands.paths import has_ledger
 from enrich.databar.description import DOCUMENTED_ON, DOCUMENTED_WATERFALLS, Description, Field, description_changes
 from enrich.databar.description import Param as Offered
 from enrich.errors import CommandRefused, EnrichError, JobError
 from enrich.exit_codes import ExitCode, first_exit_code
 from enrich.job.job import Job
 from enrich.job.name_hints import closest_name
-from enrich.ledger.database import Database
+from enrich.ledger.database import Database, ledger_exists
 from enrich.ledger.sqlite import CHECKED_AT_START_BYTES, RESTORE_HINT
 from enrich.ledger.verify import check_ledger
-from enrich.rows.known_names import KnownNames, name_problems
+from enrich.rows.known_names import name_problems
 from enrich.rows.param_fill import ParamFill
 from enrich.rows.params import LeftOutCounts
 from enrich.rows.template import RequestTemplate, default_providers, make_request_template
@@ -56,7 +55,7 @@ class CheckResult:
 
 
 def read_stored(job: Job, bound_to: Mapping[str, str | None], result: CheckResult) -> LedgerBinding:
-    """Read what the ledger knows of the target of a job, or of a step. An error becomes a problem."""
+    """Read what the ledger has of the target of a job, or of a step. An error becomes a problem."""
     try:
         return _read_ledger(job, bound_to)
     except EnrichError as error:
@@ -86,14 +85,14 @@ def check_target(
         result.notes += [
             f"{problem.message}{f': {problem.hint}' if problem.hint else ''} (by {result.source}, "
             "which may be out of date: check it with `--online`)"
-            for problem in name_problems(job, KnownNames(lenient))
+            for problem in name_problems(job, lenient)
         ]
         fields = lenient.output_fields or [Field(name=lenient.identifier)]
         template = _make_template(job, lenient.model_copy(update={"output_fields": fields}), [0], result.problems)
         if template is None or lenient.output_fields or job.model.columns:
             return template
         return replace(template, columns={})
-    result.problems += name_problems(job, KnownNames(description, last_known, stored.answered))
+    result.problems += name_problems(job, description, last_known, stored.answered)
     return _make_template(job, description, providers, result.problems)
 
 
@@ -110,7 +109,7 @@ def _description_source(
 def _read_ledger(job: Job, bound_to: Mapping[str, str | None]) -> LedgerBinding:
     """Read the ledger's data about the target. Raises the same errors as a run."""
     path = job.ledger
-    if not has_ledger(path):
+    if not ledger_exists(path):
         return LedgerBinding({}, None, None, frozenset())
     if isinstance(path, Path) and path.is_file() and path.stat().st_size <= CHECKED_AT_START_BYTES:
         found = check_ledger(path)

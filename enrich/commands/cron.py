@@ -16,7 +16,7 @@ from msgspec import Struct
 from enrich.commands import options
 from enrich.commands.doctor import system
 from enrich.commands.init.command import write_new_file
-from enrich.commands.options import parse_option, printable, time_option
+from enrich.commands.options import printable
 from enrich.commands.paths import files_written, nearest_existing
 from enrich.errors import JobError
 from enrich.job.field_types import parse_duration
@@ -203,13 +203,9 @@ def _quote_argument(text: str) -> str:
     return _quote_word(text).replace("$", "$$")
 
 
-def _days_option(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...]:
-    return () if value is None else parse_option(parse_days, value)
-
-
-def _duration_option(_: click.Context, __: click.Parameter, value: str) -> str:
-    parse_option(parse_duration, value)
-    return value
+def _check_duration(text: str) -> str:
+    parse_duration(text)
+    return text
 
 
 def _write_units(folder: Path, units: dict[str, str], *, force: bool) -> None:
@@ -224,16 +220,18 @@ def _write_units(folder: Path, units: dict[str, str], *, force: bool) -> None:
     "--at",
     default="02:00",
     show_default=True,
-    callback=time_option,
+    type=options.TIME_OF_DAY,
     metavar="HH:MM",
     help="Time of day, in local time.",
 )
-@click.option("--days", callback=_days_option, metavar="mon-fri", help="Days of the week. Default: every day.")
+@click.option(
+    "--days", type=options.Parsed(parse_days), metavar="mon-fri", help="Days of the week. Default: every day."
+)
 @click.option(
     "--max-time",
     default="5h",
     show_default=True,
-    callback=_duration_option,
+    type=options.Parsed(_check_duration),
     metavar="5h",
     help="Stop a run after this time.",
 )
@@ -247,7 +245,7 @@ def _write_units(folder: Path, units: dict[str, str], *, force: bool) -> None:
 def cron(
     job_file: Path,
     at: tuple[int, int],
-    days: tuple[int, ...],
+    days: tuple[int, ...] | None,
     max_time: str,
     user: str | None,
     key_file: Path | None,
@@ -272,7 +270,7 @@ def cron(
         user=user or pwd.getpwuid(os.getuid()).pw_name,
         hour=at[0],
         minute=at[1],
-        days=days,
+        days=days or (),
         max_time=max_time.replace(" ", ""),
         writable_folders=sorted(folder for folder in folders if folders.isdisjoint(folder.parents)),
         environ={name: os.environ[name] for name in INHERITED_VARIABLES if os.environ.get(name)},

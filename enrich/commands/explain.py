@@ -26,7 +26,7 @@ from enrich.job.name_hints import suggest_name
 from enrich.ledger import enroll, erasure, request_history
 from enrich.ledger.database import Database, open_or_empty
 from enrich.ledger.lock import is_locked
-from enrich.models import Decision, RequestSelection, RowStatus
+from enrich.models import Decision, RowStatus
 from enrich.rows.job_input import JobInput
 from enrich.rows.job_steps import StepDecision
 from enrich.rows.params import ParamCells, conversion_of, param_values, split_left_out
@@ -36,7 +36,7 @@ from enrich.run.lead_selection import CAPPED_REASON
 from enrich.run.output import preview_caps
 from enrich.run.preflight import find_template, steps_from_ledger
 from enrich.run.step_batch import StepTables
-from enrich.run.step_input import StepInput
+from enrich.run.step_input import begin_steps
 from enrich.run.step_rows import StepRows
 
 
@@ -46,37 +46,40 @@ def explain_leads(job: Job, row: int | None, match: str | None) -> dict[str, Any
     Raises JobError if the input has no such row or column, CommandRefused if the input cannot be read.
     """
     with open_or_empty(job.ledger) as ledger, ledger.snapshot():
-        template, is_known = find_template(ledger, job)
         job_input = JobInput(job, erasure.load_forgotten(ledger))
         found, count = _find_rows(job_input, row, match)
-        if job.model.caps is not None:
-            preview_caps(ledger, template, job_input)
-        leads = _read_leads(ledger, job_input, template, found)
-        result: dict[str, Any] = {
-            "job": job.name,
-            "input": str(job.input_path),
-            "ledger": str(job.ledger),
-            "ever_ran": is_known,
-            "matches": count,
-        }
-        if not is_known:
-            return result | {"rows": [row_without_request(job, lead) for lead in leads], "gone": []}
-        explainer = Explainer(job, template, ledger, is_locked(job.ledger))
-        candidates = []
-        if match is not None:
-            params = _params_from_cell(job, template, *_parse_match(match, job_input.columns))
-            candidates = list(request_history.find_by_any_param(ledger, params))
-        fingerprints = {lead.fingerprint for lead in leads if lead.fingerprint is not None}
-        fingerprints |= {candidate.fingerprint for candidate in candidates}
-        rows_of = _rows_by_request(job_input, template, fingerprints)
-        params_of_leads = {lead.params for lead in leads}
-        missing = [
-            known for known in candidates if known.fingerprint not in rows_of and known.params not in params_of_leads
-        ]
-        return result | {
-            "rows": [explainer.explain_row(lead, rows_of) for lead in leads],
-            "gone": [explainer.explain_request(known) for known in missing[:MAX_LEADS_SHOWN]],
-        }
+        if job.step_jobs:
+            explained = _explain_steps(ledger, job_input, found)
+        else:
+            explained = _explain_requests(ledger, job_input, found, match)
+        about = {"job": job.name, "input": str(job.input_path), "ledger": str(job.ledger), "matches": count}
+        return about | explained
+
+
+def _explain_requests(ledger: Database, job_input: JobInput, found: Sequence[int], match: str | None) -> dict[str, Any]:
+    """Explain the rows of a job without steps."""
+    job = job_input.job
+    template, is_known = find_template(ledger, job)
+    if job.model.caps is not None:
+        preview_caps(ledger, template, job_input)
+    leads = _read_leads(ledger, job_input, template, found)
+    if not is_known:
+        return {"ever_ran": False, "rows": [row_without_request(job, lead) for lead in leads], "gone": []}
+    explainer = Explainer(job, template, ledger, is_locked(job.ledger))
+    candidates = []
+    if match is not None:
+        params = _params_from_cell(job, template, *_parse_match(match, job_input.columns))
+        candidates = list(request_history.find_by_any_param(ledger, params))
+    fingerprints = {lead.fingerprint for lead in leads if lead.fingerprint is not None}
+    fingerprints |= {candidate.fingerprint for candidate in candidates}
+    rows_of = _rows_by_request(job_input, template, fingerprints)
+    params_of_leads = {lead.params for lead in leads}
+    gone = [known for known in candidates if known.fingerprint not in rows_of and known.params not in params_of_leads]
+    return {
+        "ever_ran": True,
+        "rows": [explainer.explain_row(lead, rows_of) for lead in leads],
+        "gone": [explainer.explain_request(known) for known in gone[:MAX_LEADS_SHOWN]],
+    }
 
 
 def _parse_match(match: str, columns: list[str]) -> tuple[str, str]:
@@ -171,78 +174,26 @@ def _params_from_cell(job: Job, template: RequestTemplate, column: str, value: s
     return {name: text for name, text in values.items() if text}
 
 
-def format_explanation(result: Mapping[str, Any]) -> Iterator[str]:
-    """Format the object of `explain_leads` or `explain_steps` as text lines."""
-    if not result["ever_ran"]:
-        yield f"{result['job']} has never run ({result['ledger']})"
-    if result["matches"] > MAX_LEADS_SHOWN:
-        yield f"{result['matches']:,} rows match; the first {MAX_LEADS_SHOWN}:"
-    for row in result["rows"]:
-        yield from _step_lines(row) if "steps" in row else row_lines(row)
-    if not result["rows"]:
-        yield f"No row of {result['input']} matches."
-    for request in result["gone"]:
-        yield "No longer in the input, but in the ledger:"
-        yield from request_lines(request)
-
-
-def _step_lines(row: Mapping[str, Any]) -> Iterator[str]:
-    yield f"row {row['row']}"
-    for step in row["steps"]:
-        first, *rest = row_lines(step)
-        yield f"  step {step['step']}: {first.partition(': ')[2]}"
-        if step["status"] not in (RowStatus.FILTERED, RowStatus.INVALID) or step["request"] is not None:
-            yield from (f"  {line}" for line in rest)
-
-
-@click.command()
-@options.job_options(has_input=True)
-@click.option("--row", type=options.AtLeast(1), metavar="ROW", help="Row number in the input. 1 is the first lead.")
-@click.option("--match", metavar="COLUMN=VALUE", help="Rows with this value. Ignores case and surrounding spaces.")
-@options.JSON_OPTION
-def explain(job_options: options.JobOptions, row: int | None, match: str | None, as_json: bool) -> None:
-    """Show the history of one lead of JOB: its params, requests, charges and results. Without network."""
-    if (row is None) == (match is None):
-        raise click.UsageError('choose a lead with --row ROW or --match "Email=ada@engine.example"')
-    job = job_options.load()
-    result = explain_steps(job, row, match) if job.step_jobs else explain_leads(job, row, match)
-    options.echo_result({"exit_code": 0, **result}, format_explanation(result), as_json=as_json)
-
-
-def explain_steps(job: Job, row: int | None, match: str | None) -> dict[str, Any]:
-    """Return the object of `enrich explain --json` for a job with steps.
-
-    Raises JobError if the input has no such row or column, CommandRefused if the input cannot be read.
-    """
-    with open_or_empty(job.ledger) as ledger, ledger.snapshot():
-        job_input = JobInput(job, erasure.load_forgotten(ledger))
-        found, count = _find_rows(job_input, row, match)
-        rows = StepRows(job_input, ledger, steps_from_ledger(ledger, job, job_input))
-        StepInput(rows, 0).begin(RequestSelection())
-        leads = _read_leads_of_steps(rows, found)
-        shared = _rows_by_request_of_steps(rows, leads)
-        is_running = is_locked(job.ledger)
-        explainers = [Explainer(step.job, step.template, ledger, is_running) for step in rows.steps]
-        return {
-            "job": job.name,
-            "input": str(job.input_path),
-            "ledger": str(job.ledger),
-            "ever_ran": find_template(ledger, job)[1],
-            "matches": count,
-            "rows": [
-                {
-                    "row": number + 1,
-                    "steps": [
-                        {"step": step.job.step} | explainer.explain_row(lead, shared[index])
-                        for index, (step, explainer, lead) in enumerate(
-                            zip(rows.steps, explainers, leads[number], strict=True)
-                        )
-                    ],
-                }
-                for number in found
+def _explain_steps(ledger: Database, job_input: JobInput, found: Sequence[int]) -> dict[str, Any]:
+    """Explain the rows of a job with steps."""
+    job = job_input.job
+    rows = StepRows(job_input, ledger, steps_from_ledger(ledger, job, job_input))
+    begin_steps(rows)
+    leads = _read_leads_of_steps(rows, found)
+    shared = _rows_by_request_of_steps(rows, leads)
+    is_running = is_locked(job.ledger)
+    explainers = [Explainer(step.job, step.template, ledger, is_running) for step in rows.steps]
+    explained = [
+        {
+            "row": number + 1,
+            "steps": [
+                {"step": step.job.step} | explainer.explain_row(lead, shared[index])
+                for index, (step, explainer, lead) in enumerate(zip(rows.steps, explainers, leads[number], strict=True))
             ],
-            "gone": [],
         }
+        for number in found
+    ]
+    return {"ever_ran": find_template(ledger, job)[1], "rows": explained, "gone": []}
 
 
 def _read_leads_of_steps(rows: StepRows, numbers: Sequence[int]) -> dict[int, list[Lead]]:
@@ -278,3 +229,41 @@ def _rows_by_request_of_steps(rows: StepRows, leads: Mapping[int, Sequence[Lead]
         for number, (step_batch, _) in enumerate(tables.steps):
             _add_rows(found[number], step_batch.batch, fingerprints[number])
     return found
+
+
+def format_explanation(result: Mapping[str, Any]) -> Iterator[str]:
+    """Format the object of `explain_leads` as text lines."""
+    if not result["ever_ran"]:
+        yield f"{result['job']} has never run ({result['ledger']})"
+    if result["matches"] > MAX_LEADS_SHOWN:
+        yield f"{result['matches']:,} rows match; the first {MAX_LEADS_SHOWN}:"
+    for row in result["rows"]:
+        yield from _step_lines(row) if "steps" in row else row_lines(row)
+    if not result["rows"]:
+        yield f"No row of {result['input']} matches."
+    for request in result["gone"]:
+        yield "No longer in the input, but in the ledger:"
+        yield from request_lines(request)
+
+
+def _step_lines(row: Mapping[str, Any]) -> Iterator[str]:
+    yield f"row {row['row']}"
+    for step in row["steps"]:
+        first, *rest = row_lines(step)
+        yield f"  step {step['step']}: {first.partition(': ')[2]}"
+        if step["status"] not in (RowStatus.FILTERED, RowStatus.INVALID) or step["request"] is not None:
+            yield from (f"  {line}" for line in rest)
+
+
+@click.command()
+@options.job_options(has_input=True)
+@click.option("--row", type=options.AtLeast(1), metavar="ROW", help="Row number in the input. 1 is the first lead.")
+@click.option("--match", metavar="COLUMN=VALUE", help="Rows with this value. Ignores case and surrounding spaces.")
+@options.JSON_OPTION
+def explain(job_options: options.JobOptions, row: int | None, match: str | None, as_json: bool) -> None:
+    """Show the history of one lead of JOB: its params, requests, charges and results. Without network."""
+    if (row is None) == (match is None):
+        raise click.UsageError('choose a lead with --row ROW or --match "Email=ada@engine.example"')
+    job = job_options.load()
+    result = explain_leads(job, row, match)
+    options.echo_result({"exit_code": 0, **result}, format_explanation(result), as_json=as_json)

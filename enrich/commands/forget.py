@@ -81,7 +81,7 @@ def forget_person(job: Job, matches: Sequence[str], confirm: Callable[[Forgotten
             for known in map(dict, erasure.requests_with_answers(ledger))
             if known["fingerprint"] in matching
             or known["params"] in params_of_rows
-            or _matches_person(known, job, template.columns, criteria)
+            or _matches_person(*_read_request(known), job, template.columns, criteria)
         ]
         if job.step_jobs:
             found = follow_answers(job, ledger, found, of_others)
@@ -127,8 +127,8 @@ def forget_in_sandbox_state(job: Job, matches: Sequence[str], confirm: Callable[
     columns = {name: path for step in job.steps for name, path in (step.model.columns or {}).items()}
 
     def is_person(lookup: StoredLookup) -> bool:
-        answers = json.dumps([json.dumps({"data": json.loads(data)}) for data in lookup.answers])
-        return _matches_person({"params": lookup.params, "answers": answers}, job, columns, criteria)
+        answers = [json.loads(data) for data in lookup.answers]
+        return _matches_person(json.loads(lookup.params), answers, job, columns, criteria)
 
     return _erase_from_sandbox_state(job, is_person, confirm)
 
@@ -220,20 +220,28 @@ def _matching_requests(
     return RowRequests(own, ())
 
 
+def _read_request(request: Mapping[str, Any]) -> tuple[dict[str, str], list[object]]:
+    """Return the params and the answers of a request in the ledger."""
+    answers = [parse_json(answer).get("data") for answer in json.loads(request["answers"]) if answer]
+    return json.loads(request["params"]), answers
+
+
 def _matches_person(
-    request: Mapping[str, Any], job: Job, columns: Mapping[str, str], criteria: Mapping[str, str]
+    params: Mapping[str, str],
+    answers: Sequence[object],
+    job: Job,
+    columns: Mapping[str, str],
+    criteria: Mapping[str, str],
 ) -> bool:
-    """Check whether a request's params and answers match all criteria."""
-    params = json.loads(request["params"])
-    data = [parse_json(answer).get("data") for answer in json.loads(request["answers"]) if answer]
-    return bool(params or data) and all(
-        any(fold(value) == text for value in _values_named(name, text, params, data, job, columns))
+    """Check whether the params and answers of a request match all criteria."""
+    return bool(params or answers) and all(
+        any(fold(value) == text for value in _values_named(name, text, params, answers, job, columns))
         for name, text in criteria.items()
     )
 
 
 def _values_named(
-    name: str, text: str, params: Mapping[str, str], answers: list[object], job: Job, columns: Mapping[str, str]
+    name: str, text: str, params: Mapping[str, str], answers: Sequence[object], job: Job, columns: Mapping[str, str]
 ) -> Iterator[str]:
     """Yield a request's values for a name, which is a param, an input column of a param, or an output column."""
     sources = [(param, source) for step in job.steps for param, source in step.model.params.items()]
@@ -334,17 +342,13 @@ def forget(job_options: options.JobOptions, matches: tuple[str, ...], yes: bool,
         from_ledger,
         lambda job: forget_in_sandbox_state(job, matches, lambda found: confirm(ForgottenCounts(found))),
     )
-    if as_json:
-        click.echo(json.dumps({"exit_code": 0, "requests": erased, "never_sent": unsent}))
-    else:
-        click.echo(ForgottenCounts(erased, unsent).result())
+    result = {"exit_code": 0, "requests": erased, "never_sent": unsent}
+    options.echo_result(result, [ForgottenCounts(erased, unsent).result()], as_json=as_json)
 
 
 @click.command()
 @options.job_options(sandbox="Erase from the sandbox only.")
-@click.option(
-    "--older-than", callback=options.parse_seconds, required=True, metavar="90d", help="Erase results older than this."
-)
+@click.option("--older-than", type=options.SECONDS, required=True, metavar="90d", help="Erase results older than this.")
 @YES_OPTION
 @options.JSON_OPTION
 def purge(job_options: options.JobOptions, older_than: float, yes: bool, as_json: bool) -> None:
@@ -357,4 +361,5 @@ def purge(job_options: options.JobOptions, older_than: float, yes: bool, as_json
     age = timedelta(seconds=older_than)
     jobs = _jobs_to_erase(job_options) if confirmed else []
     count = _erase(jobs, lambda job: purge_answers(job, age), lambda job: purge_sandbox_state(job, age))
-    click.echo(json.dumps({"exit_code": 0, "requests": count}) if as_json else f"{pluralize(count, 'request')} purged")
+    lines = [f"{pluralize(count, 'request')} purged"]
+    options.echo_result({"exit_code": 0, "requests": count}, lines, as_json=as_json)

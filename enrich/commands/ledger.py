@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import closing
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from enrich.models import pluralize
 
 _place_options = options.add_options(
     click.argument("place", metavar="JOB_OR_LEDGER"),
-    options.ledger_option("instead", what="Use"),
+    options.LEDGER_OPTION,
     click.option("--sandbox", "use_sandbox", is_flag=True, help="Use the ledger of the sandbox."),
 )
 
@@ -59,35 +58,27 @@ def ledger() -> None:
 @ledger.command()
 @_place_options
 @options.JSON_OPTION
-def check(place: str, instead: str | None, use_sandbox: bool, as_json: bool) -> int:
+def check(place: str, ledger: str | None, use_sandbox: bool, as_json: bool) -> int:
     """Check that a ledger is complete and consistent. Works during a run."""
-    path = _resolve_ledger(place, instead, use_sandbox=use_sandbox)
+    path = _resolve_ledger(place, ledger, use_sandbox=use_sandbox)
     report = check_ledger(path)
     code = ExitCode.REFUSED if report.problems else ExitCode.OK
-    if as_json:
-        click.echo(json.dumps({"exit_code": int(code), "ledger": str(path)} | asdict(report), ensure_ascii=False))
-    elif not report.problems:
-        runs = pluralize(report.executions or 0, "run")
-        click.echo(f"ok: {report.requests:,} requests, {report.attempts:,} attempts, {runs}")
-    else:
-        click.echo("\n".join(report.problems))
+    runs = pluralize(report.executions or 0, "run")
+    lines = report.problems or [f"ok: {report.requests:,} requests, {report.attempts:,} attempts, {runs}"]
+    options.echo_result({"exit_code": int(code), "ledger": str(path)} | asdict(report), lines, as_json=as_json)
     if report.problems:
-        click.echo(f"error: {path}: the ledger is damaged", err=True)
-        click.echo(f"hint: {restore_hint(path)}", err=True)
+        options.echo_error(f"{path}: the ledger is damaged", restore_hint(path))
     return code
 
 
 @ledger.command()
 @_place_options
 @click.argument("target", type=options.FILE)
-def backup(place: str, target: Path, instead: str | None, use_sandbox: bool) -> None:
+def backup(place: str, target: Path, ledger: str | None, use_sandbox: bool) -> None:
     """Copy a ledger to TARGET. Works during a run. Replaces an older copy."""
-    with closing(
-        open_existing(
-            _resolve_ledger(place, instead, use_sandbox=use_sandbox), any_version=True, skip_integrity_check=True
-        )
-    ) as ledger_:
-        verify.backup(ledger_, target)
+    path = _resolve_ledger(place, ledger, use_sandbox=use_sandbox)
+    with closing(open_existing(path, any_version=True, skip_integrity_check=True)) as opened:
+        verify.backup(opened, target)
 
 
 @ledger.command()
@@ -104,13 +95,10 @@ def copy(source: str, target: str, as_json: bool) -> None:
     job_folder = next((Path(place).absolute().parent for place in (source, target) if _is_job_file(place)), None)
     old, new = (_resolve_ledger(place, job_folder=job_folder) for place in (source, target))
     copied = copy_ledger(old, new)
-    if as_json:
-        result = {"exit_code": 0, "from": str(old), "to": str(new), "key": copied.key and str(copied.key)}
-        click.echo(json.dumps(result | {"rows": copied.rows, "digest": copied.digest}, ensure_ascii=False))
-        return
-    click.echo(f"ok: {sum(copied.rows.values()):,} rows copied and verified: {copied.digest}")
-    if copied.key is not None:
-        click.echo(f"The key of the erased people is {copied.key}")
-    click.echo(
-        "Set it as `ledger` in the job file. Don't run with the old ledger again: its leads would be charged twice."
-    )
+    result = {"exit_code": 0, "from": str(old), "to": str(new), "key": copied.key and str(copied.key)}
+    lines = [
+        f"ok: {sum(copied.rows.values()):,} rows copied and verified: {copied.digest}",
+        *([] if copied.key is None else [f"The key of the erased people is {copied.key}"]),
+        "Set it as `ledger` in the job file. Don't run with the old ledger again: its leads would be charged twice.",
+    ]
+    options.echo_result(result | {"rows": copied.rows, "digest": copied.digest}, lines, as_json=as_json)

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 from msgspec import Struct
@@ -33,7 +33,6 @@ from enrich.ledger.file_identity import make_private_folder
 from enrich.ledger.sqlite import is_busy_error
 from enrich.models import RETRYABLE_STATES, State
 
-T = TypeVar("T")
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -62,30 +61,43 @@ _OUTPUT_HELP = "Write this file or URL instead of the job's output."
 _TIME_OF_DAY = re.compile(r"([01]?[0-9]|2[0-3]):([0-5][0-9])")
 
 
-def parse_seconds(_: click.Context, __: click.Parameter, value: str | None) -> float | None:
-    """Parse a duration to seconds. None if the option is not given."""
-    return None if value is None else parse_option(parse_duration, value).total_seconds()
+class Parsed(click.ParamType):  # type: ignore[type-arg] # older versions are not generic
+    """The value of an option as `parse` returns it. Its ValueError becomes a usage error."""
+
+    name = "text"
+
+    def __init__(self, parse: Callable[[str], object]) -> None:
+        self.parse = parse
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> object:
+        """Parse a text. A default that is no text stays as it is."""
+        try:
+            return self.parse(value) if isinstance(value, str) else value
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
-def parse_states(_: click.Context, __: click.Parameter, value: str | None) -> frozenset[str]:
-    """Parse `failed,expired,in_doubt`."""
-    names = [name.strip() for name in (value or "").split(",") if name.strip()]
+def parse_seconds(text: str) -> float:
+    """Parse a duration to seconds. Raises ValueError."""
+    return parse_duration(text).total_seconds()
+
+
+def _parse_states(text: str) -> frozenset[State]:
+    """Parse `failed,expired,in_doubt`. Raises ValueError."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in RETRYABLE_STATES:
-            raise click.BadParameter(
-                f"`{name}` must be one of {', '.join(filter(RETRYABLE_STATES.__contains__, State))}"
-            )
-    return frozenset(names)
+            raise ValueError(f"`{name}` must be one of {', '.join(filter(RETRYABLE_STATES.__contains__, State))}")
+    return frozenset(map(State, names))
 
 
-def parse_lock_wait(context: click.Context, option: click.Parameter, value: str) -> tuple[bool, float]:
+def parse_lock_wait(text: str) -> tuple[bool, float]:
     """Parse `--if-locked`: whether to skip the run, and how many seconds to wait (-1: without limit)."""
-    word, _equals, duration = value.partition("=")
+    word, _equals, duration = text.partition("=")
     if word == "wait":
-        at_most = parse_seconds(context, option, duration or None)
-        return False, -1 if at_most is None else at_most
+        return False, parse_seconds(duration) if duration else -1
     if duration or word not in ("fail", "skip"):
-        raise click.BadParameter("must be fail, skip, wait or wait=10m")
+        raise ValueError("must be fail, skip, wait or wait=10m")
     return word == "skip", 0.0
 
 
@@ -97,29 +109,21 @@ def parse_time_of_day(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def parse_option(parse: Callable[[str], T], value: str) -> T:
-    """Parse an option's value with `parse`. Its ValueError becomes a usage error."""
-    try:
-        return parse(value)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from error
+SECONDS, TIME_OF_DAY = Parsed(parse_seconds), Parsed(parse_time_of_day)
 
 
-def time_option(_: click.Context, __: click.Parameter, value: str) -> tuple[int, int]:
-    """Parse the value of an option that is a time of day to hour and minute."""
-    return parse_option(parse_time_of_day, value)
+def _reject_password(ledger: str) -> str:
+    check_no_password(ledger)
+    return ledger
 
 
-def _reject_password(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
-    if value is not None:
-        parse_option(check_no_password, value)
-    return value
-
-
-def ledger_option(*names: str, what: str) -> Decorator:
-    """Make a `--ledger` option. It rejects URLs with a password before the arguments are written anywhere."""
-    text = f"{what} this ledger, a file or postgresql://…, instead of the job's."
-    return click.option("--ledger", *names, callback=_reject_password, metavar="FILE", help=text)
+#: It rejects URLs with a password before the arguments are written anywhere.
+LEDGER_OPTION = click.option(
+    "--ledger",
+    type=Parsed(_reject_password),
+    metavar="FILE",
+    help="Use this ledger, a file or postgresql://…, instead of the job's.",
+)
 
 
 JOB_ARGUMENT = click.argument("job_file", metavar="JOB", type=FILE)
@@ -127,7 +131,7 @@ JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print one JS
 
 
 class JobOptions(Struct, frozen=True):
-    """The job of a command, and what its options say instead of the job file."""
+    """The job of a command, and what its options give instead of the job file."""
 
     job_file: Path
     input_path: str | None = None
@@ -173,18 +177,14 @@ def add_options(*added: Decorator) -> Decorator:
 
 
 def job_options(
-    *,
-    has_input: bool = False,
-    has_output: bool = False,
-    ledger: str = "Use",
-    sandbox: str = "Use the ledger of the sandbox.",
+    *, has_input: bool = False, has_output: bool = False, sandbox: str = "Use the ledger of the sandbox."
 ) -> Decorator:
     """Add JOB and the options for its paths to a command, which gets them as one object, `job_options`."""
     with_options = add_options(
         JOB_ARGUMENT,
         *([click.option("--input", "input_path", metavar="FILE", help=_INPUT_HELP)] if has_input else []),
         *([click.option("--output", metavar="FILE", help=_OUTPUT_HELP)] if has_output else []),
-        ledger_option(what=ledger),
+        LEDGER_OPTION,
         click.option("--sandbox", "use_sandbox", is_flag=True, help=sandbox),
     )
 
@@ -221,8 +221,20 @@ class AtLeast(click.ParamType):  # type: ignore[type-arg] # older versions are n
         return number
 
 
-#: Adds the options that select and limit requests to a command.
-selection_options = add_options(
+def selection_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that select requests to a command, which gets them as `selected`, and `max_credits`."""
+
+    @functools.wraps(command)
+    def wrapper(**params: Any) -> Any:  # noqa: ANN401 - click's options, and what the command returns
+        from enrich.run.context import RunOptions
+
+        selected = RunOptions(**{name: params.pop(name) for name in ("limit", "sample", "seed", "retry")})
+        return command(selected=selected, **params)
+
+    return _add_selection_options(wrapper)
+
+
+_add_selection_options = add_options(
     click.option(
         "--limit", type=AtLeast(0), metavar="ROWS", help="Send at most this many new requests. The rest stays pending."
     ),
@@ -245,7 +257,8 @@ selection_options = add_options(
     ),
     click.option(
         "--retry",
-        callback=parse_states,
+        type=Parsed(_parse_states),
+        default="",
         metavar="STATES",
         help="Send these again, which may charge again: failed, expired, in_doubt, separated by commas.",
     ),
@@ -299,6 +312,13 @@ def short_path(path: str | None) -> str | None:
 def echo_result(result: object, lines: Iterable[str], *, as_json: bool) -> None:
     """Print the result of a command as JSON, or its lines of text."""
     click.echo(json.dumps(result, ensure_ascii=False) if as_json else "\n".join(lines))
+
+
+def echo_error(message: str, hint: str | None) -> None:
+    """Print an error, and what to do about it, on stderr."""
+    click.echo(f"error: {message}", err=True)
+    if hint:
+        click.echo(f"hint: {hint}", err=True)
 
 
 def printable(text: str) -> str:

@@ -15,8 +15,7 @@ from enrich.files.text import FileProblem
 from enrich.files.writer import is_sqlite_file
 from enrich.job.file_names import is_same_file
 from enrich.job.job import Job
-from enrich.job.locations import STDIN, LedgerLocation, PostgresLocation, is_dataset
-from enrich.ledger.database import ledger_exists
+from enrich.job.locations import STDIN, is_dataset
 from enrich.ledger.file_identity import check_has_one_name, ledger_file_exists
 from enrich.report.page_file import is_report
 
@@ -74,10 +73,9 @@ def path_problems(job: Job) -> Iterator[EnrichError]:
 def _ledger_problems(ledger: Path) -> Iterator[EnrichError]:
     """Yield why a ledger cannot be written, or must not be."""
     try:
-        if _is_visible(ledger):
-            check_has_one_name(ledger)
-        elif ledger.is_symlink():
-            ledger_file_exists(ledger)
+        if not ledger_file_exists(ledger):
+            return
+        check_has_one_name(ledger)
     except CommandRefused as refusal:
         yield refusal
     if _is_visible(ledger) and not os.access(ledger, os.R_OK | os.W_OK):
@@ -101,18 +99,6 @@ def _overwrite_problems(outgoing: Mapping[str, Path]) -> Iterator[EnrichError]:
     with suppress(OSError):
         if report is not None and report.exists() and not is_report(report):
             yield JobError(f"{report} exists and is not a report of enrich", "choose another `report`")
-
-
-def has_ledger(location: LedgerLocation) -> bool:
-    """Whether a ledger exists. Raises CommandRefused if that cannot be checked."""
-    if isinstance(location, PostgresLocation):
-        return ledger_exists(location)
-    try:
-        return location.exists()
-    except OSError as error:
-        raise CommandRefused(
-            f"{location}: {error.strerror}", "change the permissions of its folder, or run as its owner"
-        ) from error
 
 
 def nearest_existing(path: Path) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import shlex
 from collections.abc import Iterator, Sequence
 from datetime import datetime
@@ -26,7 +25,7 @@ from enrich.ledger import enroll, erasure, execution_records, task_ids
 from enrich.ledger.database import Database, open_or_empty
 from enrich.ledger.lock import is_locked
 from enrich.ledger.refresh_review import review_refreshes
-from enrich.models import RequestSelection, State
+from enrich.models import RequestSelection
 from enrich.rows.job_input import JobInput
 from enrich.rows.requests import RowCounts
 from enrich.rows.template import RequestTemplate
@@ -39,7 +38,7 @@ from enrich.run.plan_file import SavedPlan, gather_plan_inputs, write_plan
 from enrich.run.preflight import Preflight, preflight, read_binding
 from enrich.run.run_state import Timeouts
 from enrich.run.startup import make_step_rows
-from enrich.run.step_input import StepInput
+from enrich.run.step_input import StepInput, begin_steps
 from enrich.run.step_plan import StepsPlan, format_steps_plan, plan_steps
 from enrich.run.step_rows import StepRows
 
@@ -58,11 +57,8 @@ from enrich.run.step_rows import StepRows
 @options.JSON_OPTION
 def plan(
     job_options: options.JobOptions,
-    limit: int | None,
-    sample: int | None,
-    seed: int,
+    selected: RunOptions,
     max_credits: float | None,
-    retry: frozenset[str],
     plan_file: Path | None,
     rows_file: Path | None,
     verbose: bool,
@@ -72,36 +68,29 @@ def plan(
 
     Reads the input and the ledger, and gets prices and balance from Databar. Changes nothing.
     """
-    run_options = RunOptions(limit=limit, sample=sample, seed=seed, retry=frozenset(map(State, retry)))
-    planned, note = plan_with_access(job_options.load(max_credits), run_options, plan_file, rows_file)
+    planned, note = plan_with_access(job_options.load(max_credits), selected, plan_file, rows_file)
     if note is not None:
         click.echo(f"note: {note}", err=True)
-    if as_json:
-        click.echo(json.dumps(planned.as_json(), ensure_ascii=False))
-        return
     command = f"enrich run {job_options.arguments(as_typed=True).run_args}"
     if plan_file is not None:
         chosen = f" --plan {shlex.quote(str(plan_file))}"
     else:
-        chosen = _selection_arguments(limit, sample, seed, max_credits, retry)
+        chosen = _selection_arguments(selected, max_credits)
     next_lines = list(_next_lines(planned, command, chosen))
     if isinstance(planned, StepsPlan):
-        click.echo("\n".join(format_steps_plan(planned, next_lines)))
+        lines = format_steps_plan(planned, next_lines)
     else:
-        click.echo("\n".join(format_plan(planned, next_lines, details=verbose)))
+        lines = format_plan(planned, next_lines, details=verbose)
+    options.echo_result(planned.as_json(), lines, as_json=as_json)
 
 
-def _selection_arguments(
-    limit: int | None, sample: int | None, seed: int, max_credits: float | None, retry: frozenset[str]
-) -> str:
+def _selection_arguments(selected: RunOptions, max_credits: float | None) -> str:
     """Return the options of the plan as arguments of a run."""
-    chosen = {"--limit": limit, "--sample": sample, "--seed": seed or None, "--max-credits": max_credits}
-    texts = [
-        f" {name} {value}" if isinstance(value, int) else f" {name} {value:.15g}"
-        for name, value in chosen.items()
-        if value is not None
-    ]
-    return "".join([*texts, f" --retry {','.join(sorted(retry))}" if retry else ""])
+    chosen = {"--limit": selected.limit, "--sample": selected.sample, "--seed": selected.seed or None}
+    texts = [f" {name} {value}" for name, value in chosen.items() if value is not None]
+    texts += [] if max_credits is None else [f" --max-credits {max_credits:.15g}"]
+    texts += [f" --retry {','.join(sorted(selected.retry))}"] if selected.retry else []
+    return "".join(texts)
 
 
 def _next_lines(planned: Plan | StepsPlan, command: str, chosen: str) -> Iterator[str]:
@@ -155,7 +144,7 @@ def make_plan(
         file_versions = job_input.full_table.file_versions()
         rows_file = _prepare_rows_file(job, rows_file)
         preflights = [asyncio.run(_preflight(step, access, ledger, options)) for step in job.steps]
-        joined = Preflight.of_steps(preflights) if job.step_jobs else preflights[0]
+        joined = Preflight.of_steps(preflights)
         step_rows = make_step_rows(job_input, ledger, joined, options) if job.step_jobs else None
         if step_rows is None:
             job_input.check_new_columns(joined.template)
@@ -222,7 +211,8 @@ def _plan_steps(
     rows: StepRows, joined: Preflight, selections: Sequence[RequestSelection], rows_file: Path | None
 ) -> StepsPlan:
     """Plan a run of a job with steps, and write each row's decisions, if a file is given."""
-    StepInput(rows, 0).begin(selections[0])
+    begin_steps(rows)
+    StepInput(rows, 0).choose_leads(selections[0])
     rows.prepare()
     selections = [replace(selection, limit=None, sample=None) for selection in selections]
     plan = plan_steps(rows, rows.ledger, joined, selections)

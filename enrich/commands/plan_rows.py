@@ -72,11 +72,7 @@ def write_rows(target: Path, job_input: JobInput, ledger: Database, template: Re
                     zip(batch.statuses, batch.errors, strict=True), batch.first_position
                 )
             ]
-            new = [
-                pl.Series(name, [row[place] for row in cells], dtype)
-                for place, (name, dtype) in enumerate(PLAN_COLUMNS.items())
-            ]
-            yield _without(batch.frame, PLAN_COLUMNS).hstack(new)
+            yield _without(batch.frame, PLAN_COLUMNS).hstack(pl.DataFrame(cells, PLAN_COLUMNS, orient="row"))
 
     _write(target, job_input, frames(), PLAN_COLUMNS)
 
@@ -90,12 +86,12 @@ def write_step_rows(target: Path, rows: StepRows, selections: Sequence[RequestSe
     def frames() -> Iterator[pl.DataFrame]:
         step_results.begin_plan(rows.ledger)
         for table in rows.step_tables():
-            new: list[pl.Series] = []
+            frame = _without(table.frame, columns)
             for number, made in enumerate(decide_steps(rows, table, selections)):
-                decided = list(_step_cells(rows, number, table.steps[number][0], made))
-                for place, name in enumerate(_step_columns(rows.steps[number].job.step)):
-                    new.append(pl.Series(name, [cells[place] for cells in decided], pl.String))
-            yield _without(table.frame, columns).hstack(new)
+                cells = list(_step_cells(rows, number, table.steps[number][0], made))
+                names = _step_columns(rows.steps[number].job.step)
+                frame = frame.hstack(pl.DataFrame(cells, dict.fromkeys(names, pl.String), orient="row"))
+            yield frame
 
     _write(target, rows.job_input, frames(), columns)
 
@@ -145,15 +141,10 @@ def _write(
 
 
 def _decision_cells(row_decision: RowDecision, now_ms: int) -> list[object]:
-    answered_at, age_days = None, None
-    if (
-        row_decision.decision in (Decision.FOUND, Decision.NOT_FOUND, Decision.REFRESH)
-        and row_decision.settled_ms is not None
-    ):
-        answered_at, age_days = (
-            iso_time(row_decision.settled_ms),
-            round((now_ms - row_decision.settled_ms) / 86_400_000, 2),
-        )
+    answered_at, age_days, settled_ms = None, None, row_decision.settled_ms
+    has_answer = row_decision.decision in (Decision.FOUND, Decision.NOT_FOUND, Decision.REFRESH)
+    if has_answer and settled_ms is not None:
+        answered_at, age_days = iso_time(settled_ms), round((now_ms - settled_ms) / 86_400_000, 2)
     if row_decision.first_position == row_decision.position:
         return [row_decision.decision, DECISION_REASONS[row_decision.decision], None, answered_at, age_days]
     reason = f"{DECISION_REASONS[Decision.DUPLICATE]}: {row_decision.decision.value}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
@@ -33,7 +33,7 @@ from enrich.run import pipeline
 from enrich.run.cluster_protocol import ClusterEngine
 from enrich.run.context import ClusterOptions, RunEnvironment, RunOptions
 from enrich.run.earlier_output import with_own_output
-from enrich.run.plan_file import SavedPlan, read_plan
+from enrich.run.plan_file import read_plan
 from enrich.run.progress import Progress
 from enrich.run.summary import RunSummary, format_details, format_summary
 
@@ -78,12 +78,12 @@ def _exit_code_and_message(error: BaseException) -> tuple[int, str]:
     return ExitCode.BUG, f"this is a bug: {type(error).__name__}"
 
 
-def _check_address(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
-    """Return HOST:PORT unchanged. Raises a usage error for another format."""
-    if value is not None and not value.rpartition(":")[2].isdecimal():
-        raise click.BadParameter("must be HOST:PORT, as `ray start --head` prints it")
-    if value is not None and "://" in value:
-        raise click.BadParameter("must be HOST:PORT without `ray://`. Run the command on a machine of the cluster")
+def _check_address(value: str) -> str:
+    """Return HOST:PORT unchanged. Raises ValueError for another format."""
+    if not value.rpartition(":")[2].isdecimal():
+        raise ValueError("must be HOST:PORT, as `ray start --head` prints it")
+    if "://" in value:
+        raise ValueError("must be HOST:PORT without `ray://`. Run the command on a machine of the cluster")
     return value
 
 
@@ -92,7 +92,7 @@ engine_options = options.add_options(
     click.option("--engine", type=click.Choice(["ray"]), help="Run on a Ray cluster. Needs a ledger in PostgreSQL."),
     click.option(
         "--address",
-        callback=_check_address,
+        type=options.Parsed(_check_address),
         metavar="HOST:PORT",
         help="Address of the Ray cluster. Default: this machine.",
     ),
@@ -139,22 +139,16 @@ def open_engine(job: Job, cluster: ClusterOptions | None) -> Iterator[ClusterEng
         yield RayCluster(job.ledger, cluster.workers or cpus)
 
 
-def check_combination(
-    plan: SavedPlan | None,
-    limit: int | None,
-    sample: int | None,
-    max_credits: float | None,
-    retry: Collection[str],
-    *,
-    accept: str | None,
-) -> None:
+def check_combination(selected: RunOptions, max_credits: float | None) -> None:
     """Raise JobError for options that contradict each other."""
-    if plan is not None and (retry or not (limit is sample is max_credits is None)):
+    is_limited = not (selected.limit is selected.sample is max_credits is None)
+    if selected.plan is not None and (selected.retry or is_limited):
         raise JobError(
             "--plan cannot be combined with --limit, --sample, --max-credits or --retry: the plan has its own"
         )
-    if accept is not None and (conflicting := sorted({accept, "failed"}.intersection(retry))):
-        raise JobError(f"--accept {accept} and --retry {','.join(conflicting)} contradict each other: choose one")
+    conflicting = sorted(selected.retry & {State.IN_DOUBT, State.FAILED}) if selected.accept_in_doubt else []
+    if conflicting:
+        raise JobError(f"--accept in_doubt and --retry {','.join(conflicting)} contradict each other: choose one")
 
 
 def _confirm(text: str) -> bool:
@@ -255,9 +249,7 @@ def print_summary(
 @options.RUN_JOB_OPTIONS
 @options.selection_options
 @click.option("--plan", "plan_file", type=options.FILE, help="Send exactly what a plan of `enrich plan -o` contains.")
-@click.option(
-    "--max-time", callback=options.parse_seconds, metavar="5h", help="Stop after this time. The rest stays pending."
-)
+@click.option("--max-time", type=options.SECONDS, metavar="5h", help="Stop after this time. The rest stays pending.")
 @click.option(
     "--accept", type=click.Choice(["in_doubt"]), help="Mark unconfirmed requests as failed, without sending them again."
 )
@@ -272,7 +264,7 @@ def print_summary(
     "--if-locked",
     default="fail",
     show_default=True,
-    callback=options.parse_lock_wait,
+    type=options.Parsed(options.parse_lock_wait),
     metavar="fail|skip|wait[=10m]",
     help="What to do when another run is using the ledger.",
 )
@@ -284,11 +276,8 @@ def print_summary(
 @with_observers
 def run(
     job_options: options.JobOptions,
-    limit: int | None,
-    sample: int | None,
-    seed: int,
+    selected: RunOptions,
     max_credits: float | None,
-    retry: frozenset[str],
     plan_file: Path | None,
     max_time: float | None,
     accept: str | None,
@@ -312,23 +301,19 @@ def run(
     only errors and problems.
     """
     plan = None if plan_file is None else read_plan(plan_file)
-    check_combination(plan, limit, sample, max_credits, retry, accept=accept)
+    selected = replace(selected, plan=plan, accept_in_doubt=accept is not None)
+    check_combination(selected, max_credits)
     job = job_options.load(max_credits if plan is None else plan.max_credits)
     on_terminal = sys.stderr.isatty() and not quiet
     stdin_is_terminal = sys.stdin is not None and sys.stdin.isatty()
     use_sandbox = job_options.use_sandbox
     should_confirm = stdin_is_terminal and on_terminal and not yes and not use_sandbox and job.max_credits is None
-    run_options = RunOptions(
-        limit=limit,
-        sample=sample,
-        seed=seed,
+    run_options = replace(
+        selected,
         max_time_s=max_time,
-        retry=frozenset(map(State, retry)),
-        accept_in_doubt=accept is not None,
         update_providers=update_providers,
         workspace_renamed=workspace_renamed,
         confirm=_confirm if should_confirm and plan is None else None,
-        plan=plan,
         new_ledger=new_ledger or use_sandbox,
         confirm_new_ledger=_confirm if stdin_is_terminal and on_terminal else None,
         spread=make_cluster_options(job, engine, address, workers),

@@ -63,17 +63,17 @@ def run_status(
 class RunView(Struct, frozen=True):
     """State of a job's newest run at the time `now_ms` (milliseconds since 1970, UTC).
 
-    `ttl_ms` is how long the API keeps results, in milliseconds. `run` and `snapshot` are None if there is none.
+    `next_expiry_ms` is when the API deletes the first uncollected result. `run`, `snapshot` and that are None if there
+    is none.
     """
 
     job: str
     ledger: LedgerLocation
-    ttl_ms: int
     now_ms: int
     status: RunStatus
     run: ExecutionRow | None = None
     snapshot: ProgressSnapshot | None = None
-    oldest_open_ms: int | None = None
+    next_expiry_ms: int | None = None
     sandbox: bool = False
 
     @property
@@ -97,11 +97,6 @@ class RunView(Struct, frozen=True):
         if self.snapshot is None or self.snapshot.total is None or not recent.answered:
             return None
         return max(0, self.snapshot.total - self.snapshot.done) / recent.answered * over_s
-
-    @property
-    def next_expiry_ms(self) -> int | None:
-        """When the API deletes the first uncollected result (milliseconds since 1970, UTC). None if there is none."""
-        return None if self.oldest_open_ms is None else self.oldest_open_ms + self.ttl_ms
 
     def as_json(self) -> dict[str, Any]:
         """Return the object that `enrich status --watch --json` prints. None means unknown."""

@@ -33,7 +33,8 @@ def read_runs(job: Job, last: int) -> dict[str, Any]:
             counts = {"submitted": execution.submitted, "spent": execution.spent, "unknown": execution.unknown}
             totals.update({"executions": 1, **counts})
             if len(shown) < last:
-                shown.append(_execution_as_json(execution, is_running=lock_held and execution.id == newest))
+                is_running = lock_held and execution.id == newest
+                shown.append(execution_as_json(execution, is_running=is_running) | _counts_as_json(execution))
     return {
         "job": job.name,
         "sandbox": job.sandbox,
@@ -48,25 +49,29 @@ def read_runs(job: Job, last: int) -> dict[str, Any]:
     }
 
 
-def _execution_as_json(execution: ExecutionRow, *, is_running: bool) -> dict[str, Any]:
-    summary = execution.read_summary()
-    rows, found = summary.get("rows"), summary.get("found")
+def execution_as_json(execution: ExecutionRow, *, is_running: bool) -> dict[str, Any]:
+    """Return what the ledger has of an execution."""
     return {
         "execution": execution.id,
         "started_at": iso_time(execution.started_ms),
         "ended_at": iso_time(execution.ended_ms),
-        "elapsed_s": None
-        if execution.ended_ms is None
-        else round((execution.ended_ms - execution.started_ms) / 1000, 3),
         "exit_code": execution.exit_code,
         "outcome": execution.outcome(is_running=is_running),
-        "rows": rows,
         "submitted": execution.submitted,
-        "found": found,
-        "found_share": round(found / rows, 4) if rows and found is not None else None,
         "credits_spent": to_credits(execution.spent),
         "credits_unknown": execution.unknown,
         "balance_after": to_credits(execution.balance_after),
+    }
+
+
+def _counts_as_json(execution: ExecutionRow) -> dict[str, Any]:
+    summary, ended_ms = execution.read_summary(), execution.ended_ms
+    rows, found = summary.get("rows"), summary.get("found")
+    return {
+        "elapsed_s": None if ended_ms is None else round((ended_ms - execution.started_ms) / 1000, 3),
+        "rows": rows,
+        "found": found,
+        "found_share": round(found / rows, 4) if rows and found is not None else None,
     }
 
 

@@ -13,6 +13,7 @@ import click
 
 from enrich.commands import options
 from enrich.commands.run_view import STATE_WORDS, RunStatus
+from enrich.commands.runs import execution_as_json
 from enrich.commands.status_watch import DEFAULT_INTERVAL_S, RunWatcher, watch_job
 from enrich.job.job import Job
 from enrich.ledger import execution_records, queries, step_results, transitions
@@ -78,17 +79,9 @@ def _build_status(job: Job, ledger: Database) -> dict[str, Any]:
         },
         "at_work": view.as_json() if view.status is RunStatus.RUNNING else None,
         "executions": [
-            {
-                "execution": row.id,
-                "started_at": iso_time(row.started_ms),
-                "ended_at": iso_time(row.ended_ms),
-                "exit_code": row.exit_code,
-                "outcome": row.outcome(is_running=row.id == running_id),
-                "submitted": row.submitted,
-                "credits_spent": to_credits(row.spent),
-                "credits_unknown": row.unknown,
+            execution_as_json(row, is_running=row.id == running_id)
+            | {
                 "balance_before": to_credits(row.balance_before),
-                "balance_after": to_credits(row.balance_after),
                 "receipt": None if row.summary is None else json.loads(row.summary),
             }
             for row in executions
@@ -203,9 +196,7 @@ def _balance_text(balance: dict[str, Any]) -> str:
 @click.command()
 @options.job_options()
 @click.option("--watch", "watching", is_flag=True, help="Show the run in progress until it ends.")
-@click.option(
-    "--every", callback=options.parse_seconds, metavar="2s", help="With --watch: refresh interval; default: 2s."
-)
+@click.option("--every", type=options.SECONDS, metavar="2s", help="With --watch: refresh interval; default: 2s.")
 @options.JSON_OPTION
 def status(job_options: options.JobOptions, watching: bool, every: float | None, as_json: bool) -> int:
     """Show the last run of JOB, and the requests, credits and open tasks in its ledger.

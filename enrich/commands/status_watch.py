@@ -12,6 +12,7 @@ from typing import TextIO
 
 import click
 from msgspec import Struct
+from msgspec.structs import replace
 
 from enrich.commands.run_view import RunStatus, RunView, format_view, format_view_line, run_status
 from enrich.commands.streams import flush_error
@@ -57,9 +58,9 @@ class RunWatcher:
     def read_view(self) -> RunView:
         """Read the current state. Raises CommandRefused if the file is not a ledger or cannot be read."""
         job, now_ms = self.job, SystemClock().now_ms()
-        ttl_ms = to_ms(job.model.policy.result_ttl)
+        view = RunView(job.name, job.ledger, now_ms, RunStatus.NO_LEDGER, sandbox=job.sandbox)
         if not ledger_exists(job.ledger):
-            return RunView(job.name, job.ledger, ttl_ms, now_ms, RunStatus.NO_LEDGER, sandbox=job.sandbox)
+            return view
         lock_held = is_locked(job.ledger)  # before reading: a run that ends meanwhile was not killed
         # Close it at once: an open ledger keeps the run from cleaning up at its end.
         with closing(open_existing(job.ledger)) as ledger:
@@ -67,13 +68,14 @@ class RunWatcher:
             newest = execution_records.newest_execution_id(ledger)
             oldest_open_ms = queries.oldest_open_submission_ms(ledger)
         if not executions:
-            return RunView(job.name, job.ledger, ttl_ms, now_ms, RunStatus.NEVER_RUN, sandbox=job.sandbox)
+            return replace(view, status=RunStatus.NEVER_RUN)
         run = executions[0]
         snapshot = read_snapshot(run.progress)
         heartbeat_age_s = self._heartbeat_age_s(run, now_ms - (run.started_ms if snapshot is None else snapshot.at_ms))
         is_active = lock_held and run.id == newest
         status = run_status(run, snapshot, heartbeat_age_s, self.heartbeat_timeout_s, lock_held=is_active)
-        return RunView(job.name, job.ledger, ttl_ms, now_ms, status, run, snapshot, oldest_open_ms, job.sandbox)
+        next_expiry_ms = None if oldest_open_ms is None else oldest_open_ms + to_ms(job.model.policy.result_ttl)
+        return replace(view, status=status, run=run, snapshot=snapshot, next_expiry_ms=next_expiry_ms)
 
     def _heartbeat_age_s(self, run: ExecutionRow, age_ms: int) -> float:
         """Return the seconds since the last heartbeat, by its time (`age_ms` ago) and by the changes seen so far."""

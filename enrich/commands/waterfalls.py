@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Iterator, Sequence
 
 import click
@@ -19,28 +18,20 @@ from enrich.run.preflight import retry_until, suggest_target
 from enrich.run.run_state import Timeouts
 
 
-def list_descriptions(access: ApiAccess, kind: TargetKind, query: str | None = None) -> list[Description]:
+async def list_descriptions(access: ApiAccess, kind: TargetKind, query: str | None = None) -> list[Description]:
     """List what the API offers. Raises ApiUnreachable and ApiKeyRejected."""
-
-    async def fetch() -> list[Description]:
-        async with Client(access, SystemClock()) as client:
-            return await retry_until(lambda: client.list_descriptions(kind, query), Timeouts().startup_s)
-
-    return asyncio.run(fetch())
+    async with Client(access, SystemClock()) as client:
+        return await retry_until(lambda: client.list_descriptions(kind, query), Timeouts().startup_s)
 
 
-def read_description(access: ApiAccess, target: Target) -> Description:
+async def read_description(access: ApiAccess, target: Target) -> Description:
     """Fetch one description. Raises JobError for an unknown target, ApiUnreachable and ApiKeyRejected."""
-
-    async def fetch() -> Description:
-        async with Client(access, SystemClock()) as client:
-            try:
-                return await retry_until(lambda: client.get_description(target), Timeouts().startup_s)
-            except JobRejected as error:
-                hint = await suggest_target(client, target, Timeouts().startup_s)
-                raise JobError(f"the API has no {target.kind} `{target.id}`", hint) from error
-
-    return asyncio.run(fetch())
+    async with Client(access, SystemClock()) as client:
+        try:
+            return await retry_until(lambda: client.get_description(target), Timeouts().startup_s)
+        except JobRejected as error:
+            hint = await suggest_target(client, target, Timeouts().startup_s)
+            raise JobError(f"the API has no {target.kind} `{target.id}`", hint) from error
 
 
 def format_list(available: Sequence[Description]) -> Iterator[str]:
@@ -112,16 +103,18 @@ def enrichments(query: str | None, use_sandbox: bool, as_json: bool) -> None:
 def _show(kind: TargetKind, target: Target | None, query: str | None, *, use_sandbox: bool, as_json: bool) -> None:
     with options.open_access(None, use_sandbox=use_sandbox) as access:
         if target is None:
-            found = [each for each in list_descriptions(access, kind, query) if _matches(each, query)]
+            listed = asyncio.run(list_descriptions(access, kind, query))
+            found = [each for each in listed if _matches(each, query)]
         else:
-            found = [read_description(access, target)]
-    if as_json:
-        documents = [each.model_dump() for each in found]
-        click.echo(json.dumps(documents if target is None else documents[0], ensure_ascii=False))
-    elif not found:
+            found = [asyncio.run(read_description(access, target))]
+    if not found and not as_json:
         click.echo(f"no {kind.value} matches" if query else f"there is no {kind.value}", err=True)
+        return
+    documents = [each.model_dump() for each in found]
+    if target is None:
+        options.echo_result(documents, format_list(found), as_json=as_json)
     else:
-        click.echo("\n".join(format_list(found) if target is None else format_description(found[0])))
+        options.echo_result(documents[0], format_description(found[0]), as_json=as_json)
 
 
 def _matches(described: Description, query: str | None) -> bool:

@@ -82,7 +82,7 @@ class Client:
                 "host": self._origin.host_header,
                 "x-apikey": self._key,
                 "user-agent": f"databar-enrich/{__version__}",
-                "accept-encoding": "gzip, deflate",
+                "accept-encoding": "gzip",
             }
         )
         self._base_path = _encoded_path(self._base_url).rstrip(b"/")
@@ -92,9 +92,9 @@ class Client:
         if access.base_url.startswith("https:"):
             tls = load_certificates(environ) or ssl.create_default_context(cafile=certifi.where())
         proxy = find_proxy(environ, access.base_url)
-        # POST connections are never reused, so a POST cannot read leftover bytes of an earlier exchange.
-        self._post_transport = Transport(MAX_POSTS_IN_FLIGHT, CONNECT_TIMEOUT_S, tls, reuse=False, proxy=proxy)
-        self._get_transport = Transport(MAX_POLLS_IN_FLIGHT, CONNECT_TIMEOUT_S, tls, proxy=proxy)
+        # One for POSTs, one for GETs, so that polls take no place of a POST.
+        self._post_transport = Transport(self._origin, MAX_POSTS_IN_FLIGHT, CONNECT_TIMEOUT_S, tls, proxy=proxy)
+        self._get_transport = Transport(self._origin, MAX_POLLS_IN_FLIGHT, CONNECT_TIMEOUT_S, tls, proxy=proxy)
 
     async def __aenter__(self) -> Client:
         return self
@@ -161,12 +161,12 @@ class Client:
         return read_poll_error(answer, self._key)
 
     async def _post(self, path: str, body: bytes) -> HttpAnswer:
-        """Send one POST over a new connection."""
+        """Send one POST over a new connection, so that it cannot read leftover bytes of an earlier exchange."""
         request = b"POST %s%s HTTP/1.1\r\n%scontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s" % (
             self._base_path, path.encode(), self._header_lines, len(body), body
         )  # fmt: skip
         try:
-            answer = await self._post_transport.exchange(self._origin, request, self._post_timeout_s)
+            answer = await self._post_transport.exchange(request, self._post_timeout_s)
         except CertificateRefused as error:
             raise CertificateUntrusted(clean_line(str(error), self._key)) from error
         except ConnectionFailed as error:
@@ -199,7 +199,7 @@ class Client:
             error = response_error(answer, self._key)
             raise RequestNotAccepted(error.message) if isinstance(error, SubmissionUnconfirmed) else error
         try:
-            return parse_body(answer.content, self._key).value
+            return parse_body(answer.content, self._key)[0]
         except ValueError as error:
             raise RequestNotAccepted("the API's response is not JSON") from error
 
@@ -209,19 +209,14 @@ class Client:
         target = self._base_path + path.encode()
         try:
             for _ in range(MAX_REDIRECTS):
-                answer = await self._get_transport.exchange(
-                    self._origin,
-                    b"GET %s HTTP/1.1\r\n%s\r\n" % (target, self._header_lines),
-                    self._get_timeout_s,
-                    fresh=new_connection,
-                    is_repeatable=True,
-                )
+                request = b"GET %s HTTP/1.1\r\n%s\r\n" % (target, self._header_lines)
+                answer = await self._get_transport.exchange(request, self._get_timeout_s, reuse=not new_connection)
                 self._observe_clock(answer)
                 if answer.status not in _REDIRECTS or not (location := answer.header(b"location")):
                     break
                 url = urljoin(url, location)
                 target = _encoded_path(url)
-                if _origin(url) != _origin(self._base_url):
+                if Origin.of(url) != self._origin:
                     raise RequestNotAccepted("the API redirects to another host")
         except CertificateRefused as error:
             raise CertificateUntrusted(clean_line(str(error), self._key)) from error
@@ -250,11 +245,6 @@ class Client:
 
 
 M = TypeVar("M", bound=BaseModel)
-
-
-def _origin(url: str) -> tuple[str, str]:
-    parts = urlsplit(url)
-    return parts.scheme, parts.netloc.lower()
 
 
 def _encoded_path(url: str) -> bytes:

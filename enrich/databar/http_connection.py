@@ -39,7 +39,7 @@ class AnswerExceedsLimit(Exception):
 
 
 class HttpConnection(asyncio.Protocol):
-    """A connection to the API or to a proxy. It is closed at the first doubt, and never shuts down gracefully."""
+    """A connection to the API or to a proxy. It is closed at the first irregularity, never with a TLS shutdown."""
 
     def __init__(self, max_bytes: int) -> None:
         """Accept answers of up to `max_bytes` on the wire."""
@@ -229,8 +229,8 @@ class HttpConnection(asyncio.Protocol):
 CHUNK_BYTES = 64 * 1024
 #: Maximum number of gzip members in a body. Each takes time, even an empty one.
 MAX_MEMBERS = 1000
-#: zlib's `wbits` value for each format.
-_GZIP, _ZLIB, _RAW = 31, 15, -15
+#: zlib's `wbits` value for gzip.
+_GZIP = 31
 
 
 class DecompressionError(Exception):
@@ -242,47 +242,36 @@ class Decompressor:
 
     def __init__(self, encodings: Iterable[str]) -> None:
         named = [name.strip().lower() for line in encodings for name in line.split(",")]
-        codings = [name.removeprefix("x-") for name in named if name not in {"", "identity"}]
-        if len(codings) > 1 or not {"gzip", "deflate"}.issuperset(codings):
+        codings = [name for name in named if name not in {"", "identity"}]
+        if codings not in ([], ["gzip"], ["x-gzip"]):
             raise DecompressionError("the response has an encoding that was not requested")
-        self._encoding = codings[0] if codings else None
-        self._zlib_object: zlib._Decompress | None = None
+        self._is_gzip = bool(codings)
+        self._member: zlib._Decompress | None = None
         self._members = 0
-        self._pending = b""
 
     def decompress(self, data: bytes) -> Iterator[bytes]:
         """Yield the decompressed data in chunks of at most 64 KiB. Uncompressed data stays one chunk."""
-        if self._encoding is None:
+        if not self._is_gzip:
             yield data
             return
-        data, self._pending, has_more = self._pending + data, b"", False
+        has_more = False
         while data or has_more:
-            if self._zlib_object is None:
-                if len(data) == 1:
-                    self._pending = data  # the format is known from the second byte on
-                    return
-                self._zlib_object = self._start_member(data)
+            if self._member is None:
+                self._members += 1
+                if self._members > MAX_MEMBERS:
+                    raise DecompressionError("the compressed response has extra data")
+                self._member = zlib.decompressobj(_GZIP)
             try:
-                chunk = self._zlib_object.decompress(data, CHUNK_BYTES)
+                chunk = self._member.decompress(data, CHUNK_BYTES)
             except zlib.error:
                 raise DecompressionError("the compressed response is damaged") from None
             yield chunk
-            if self._zlib_object.eof:
-                data, has_more, self._zlib_object = self._zlib_object.unused_data, False, None
+            if self._member.eof:
+                data, has_more, self._member = self._member.unused_data, False, None
             else:
-                data, has_more = self._zlib_object.unconsumed_tail, len(chunk) == CHUNK_BYTES
+                data, has_more = self._member.unconsumed_tail, len(chunk) == CHUNK_BYTES
 
     def finish(self) -> None:
         """Raise DecompressionError if the body is incomplete."""
-        if self._zlib_object is not None or self._pending:
+        if self._member is not None:
             raise DecompressionError("the compressed response is truncated")
-
-    def _start_member(self, data: bytes) -> zlib._Decompress:
-        self._members += 1
-        if self._members > (MAX_MEMBERS if self._encoding == "gzip" else 1):
-            raise DecompressionError("the compressed response has extra data")
-        if self._encoding == "gzip":
-            return zlib.decompressobj(_GZIP)
-        # By the standard, "deflate" is the zlib format. Some servers send raw deflate.
-        is_zlib = data[0] & 0x0F == zlib.DEFLATED and int.from_bytes(data[:2]) % 31 == 0
-        return zlib.decompressobj(_ZLIB if is_zlib else _RAW)

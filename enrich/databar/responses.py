@@ -27,8 +27,6 @@ from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from typing import Any
 
-from msgspec import Struct
-
 from enrich.databar.task_results import TaskReply
 from enrich.databar.text_filter import clean_json, clean_line, clean_text, decode_json, nan_as_null
 from enrich.databar.transport import HttpAnswer
@@ -57,23 +55,14 @@ MAX_RETRY_AFTER_S = 3600.0
 #: Number of bytes kept of an unreadable response.
 MAX_UNREADABLE_BYTES = 1 << 20
 NOT_UTF8_NOTE = "the API's response is not valid UTF-8: unreadable bytes are shown as �"
-_NEITHER_BRACKET_NOR_QUOTE = bytes(set(range(256)) - set(b'[]{}"\\'))
 #: Invalid bytes, control characters and long numbers in other parts of a response do not make its id unreadable.
 _ID_DECODER = json.JSONDecoder(parse_int=str, strict=False)
 _SECONDS_PATTERN = re.compile(r"-?[0-9]+(\.[0-9]*)?")
 _REASONS = {status.value: status.phrase for status in HTTPStatus}
 
 
-class JsonBody(Struct, frozen=True):
-    """A JSON body: its value, its text, and whether all of its bytes could be decoded."""
-
-    value: Any
-    text: str
-    is_lossless: bool = True
-
-
-def parse_body(received: bytes, key: str) -> JsonBody:
-    """Clean and parse a body, in which the API key `key` is masked. Numbers stay as they are written in its text.
+def parse_body(received: bytes, key: str) -> tuple[Any, str]:
+    """Clean a body, in which the API key `key` is masked. Return its value, and its text with all numbers as written.
 
     Raises ValueError if the body is not JSON or is nested too deeply.
     """
@@ -82,40 +71,23 @@ def parse_body(received: bytes, key: str) -> JsonBody:
         value = parse_json(text)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-    is_lossless = "\ufffd" not in text or "\ufffd".encode() in received
-    return _check_depth(JsonBody(value, text, is_lossless))
+    if text.count("[") + text.count("{") > MAX_DEPTH:
+        _check_depth(value)
+    return value, text
 
 
-def _check_depth(reply: JsonBody) -> JsonBody:
-    if reply.text.count("[") + reply.text.count("{") <= MAX_DEPTH or _is_certainly_shallow(reply.text):
-        return reply
-    level, depth = [reply.value], 0
+def _check_depth(value: object) -> None:
+    level, depth = [value], 0
     while level:
         if (depth := depth + 1) > MAX_DEPTH:
             raise ValueError("nested too deeply")
         inner = [item for item in level if isinstance(item, dict | list)]
         level = [value for item in inner for value in (item.values() if isinstance(item, dict) else item)]
-    return reply
-
-
-def _is_certainly_shallow(text: str) -> bool:
-    """Check JSON by its brackets alone, in a tenth of the time that its values take.
-
-    False: it may be too deep, or its strings contain brackets or escapes.
-    """
-    brackets = text.encode().translate(None, _NEITHER_BRACKET_NOR_QUOTE).replace(b'""', b"")
-    if b'"' in brackets or b"\\" in brackets:
-        return False
-    for _ in range((MAX_DEPTH - 1) // 2):  # each round removes one level, or two: lists, then objects
-        brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
-        if not brackets:
-            return True
-    return False
 
 
 def _json_or_none(content: bytes, key: str) -> object:
     try:
-        return parse_body(content, key).value
+        return parse_body(content, key)[0]
     except ValueError:
         return None
 
@@ -176,21 +148,22 @@ def read_task_reply(content: bytes, task_id: str, key: str, *, new_connection: b
     Raises InvalidPollResponse.
     """
     try:
-        reply = parse_body(content, key)
+        value, text = parse_body(content, key)
     except ValueError as error:
         start = clean_text(content[:MAX_UNREADABLE_BYTES].decode(errors="replace"), key)
         reason = str(error) if "nested" in str(error) else "it is not JSON"
         raise InvalidPollResponse(
             f"the API's response cannot be read: {reason}", start, new_connection=new_connection
         ) from error
-    ids = task_ids(reply.value)
+    ids = task_ids(value)
     if ids and task_id not in ids:
-        raise InvalidPollResponse("the response is for another task", reply.text, ids[0], new_connection=new_connection)
+        raise InvalidPollResponse("the response is for another task", text, ids[0], new_connection=new_connection)
     if not ids and not new_connection:
-        raise InvalidPollResponse("the API's response has no task id", reply.text, new_connection=False)
-    if not isinstance(reply.value, dict) or "status" not in reply.value:
-        raise InvalidPollResponse("the API's response is not a task", reply.text, new_connection=new_connection)
-    return TaskReply(reply.value, reply.text, None if reply.is_lossless else NOT_UTF8_NOTE)
+        raise InvalidPollResponse("the API's response has no task id", text, new_connection=False)
+    if not isinstance(value, dict) or "status" not in value:
+        raise InvalidPollResponse("the API's response is not a task", text, new_connection=new_connection)
+    has_unreadable_bytes = "\ufffd" in text and "\ufffd".encode() not in content
+    return TaskReply(value, text, NOT_UTF8_NOTE if has_unreadable_bytes else None)
 
 
 def response_error(
@@ -233,7 +206,7 @@ def response_error(
 
 
 def _params_error(body: object, params: Collection[str], rows: int | None, message: str) -> BadParams | JobRejected:
-    reasons = wrong_params(body, params) or None if rows is None else wrong_rows(body, rows, params)
+    reasons = wrong_rows(body, rows or 1, params)
     if reasons is not None:
         return BadParams({row: clean_line(reason) for row, reason in reasons.items()}, message)
     return JobRejected(f"the API rejects the request: {message}")

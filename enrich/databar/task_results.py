@@ -326,7 +326,7 @@ def _read_bulk_answers(
 
 @dataclass(slots=True)
 class BulkReader:
-    """Converts bulk tasks into answers of their rows, and remembers whether the API lists matches only.
+    """Converts bulk tasks into answers of their rows, and records whether the API lists matches only.
 
     Such a list has no order. The API of before July 2026 returned it; a list in order has null where nothing was found.
     """

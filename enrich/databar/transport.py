@@ -120,49 +120,46 @@ def serialize_headers(headers: Mapping[str, str]) -> bytes:
 
 
 class Transport:
-    """Sends requests in one event loop. It does not read the environment or `~/.netrc`."""
+    """Sends requests to one server in one event loop. It does not read the environment or `~/.netrc`."""
 
-    def __init__(  # noqa: PLR0913 - the last three are keyword-only
+    def __init__(  # noqa: PLR0913 - the last two are keyword-only
         self,
+        origin: Origin,
         max_connections: int,
         connect_timeout_s: float,
         tls: ssl.SSLContext,
         *,
-        reuse: bool = True,
         proxy: Proxy | None = None,
         max_bytes: int = MAX_ANSWER_BYTES,
     ) -> None:
-        """Set the limits. `reuse` allows several requests on one connection, one after the other."""
+        self._origin = origin
         self._connect_timeout_s = connect_timeout_s
         self._tls = tls
-        self._reuse = reuse
         self._proxy = proxy
         self._max_bytes = max_bytes
         self._large_body_lock = asyncio.Lock()
         #: Requests on connections that are reused, and on those that are not, have places of their own.
         self._places = {reuse: asyncio.Semaphore(max_connections) for reuse in (True, False)}
-        self._idle: list[tuple[Origin, HttpConnection]] = []
-        self._addresses: dict[Origin, tuple[float, list[Any]]] = {}
+        self._idle: list[HttpConnection] = []
+        #: The addresses of the server, or of the proxy, and until when they are used.
+        self._addresses: tuple[float, list[Any]] = (-inf, [])
 
-    async def exchange(
-        self, origin: Origin, request: bytes, timeout_s: float, *, fresh: bool = False, is_repeatable: bool = False
-    ) -> HttpAnswer:
-        """Send a request and read the whole response within `timeout_s` seconds. `fresh`: over a new connection.
+    async def exchange(self, request: bytes, timeout_s: float, *, reuse: bool = False) -> HttpAnswer:
+        """Send a request over a new connection and read the whole response within `timeout_s` seconds.
 
-        A request that `is_repeatable` is sent again when a reused connection turns out to be closed. Raises
-        ConnectionFailed if nothing was sent, AnswerLost if something may have been sent.
+        With `reuse` it may follow other requests on a connection, and is sent again if that turns out to be closed.
+        Raises ConnectionFailed if nothing was sent, AnswerLost if something may have been sent.
         """
         sent_on: list[HttpConnection] = []
         body = bytearray()
         loop = asyncio.get_running_loop()
-        reuse = self._reuse and not fresh
         try:
             async with asyncio.timeout(None) as limit:
                 # Add a grace period: bytes that arrived while this process was suspended are read first.
                 timer = loop.call_later(timeout_s, lambda: limit.reschedule(loop.time() + RESUME_GRACE_S))
                 try:
                     async with self._places[reuse]:
-                        connection = await self._send(origin, request, body, sent_on, reuse, is_repeatable)
+                        connection = await self._send(request, body, sent_on, reuse=reuse)
                 finally:
                     timer.cancel()
         except Exception as error:  # noqa: BLE001 - converted to an error that shows whether bytes may have been sent
@@ -176,39 +173,33 @@ class Transport:
 
     async def aclose(self) -> None:
         """Close the connections."""
-        for _, connection in self._idle:
+        for connection in self._idle:
             connection.disconnect()
         self._idle.clear()
         await asyncio.sleep(0)  # the event loop closes the sockets
 
-    async def _send(  # noqa: PLR0913, PLR0917 - one call
-        self,
-        origin: Origin,
-        request: bytes,
-        body: bytearray,
-        sent_on: list[HttpConnection],
-        reuse: bool,  # noqa: FBT001
-        is_repeatable: bool,  # noqa: FBT001
+    async def _send(
+        self, request: bytes, body: bytearray, sent_on: list[HttpConnection], *, reuse: bool
     ) -> HttpConnection:
         """Send a request on a quiet connection and read the response into `body`. Return the connection."""
         while True:
-            connection = await self._idle_connection(origin) if reuse else None
-            connection = connection or await self._new_connection(origin)
+            connection = await self._idle_connection() if reuse else None
+            connection = connection or await self._new_connection()
             try:
                 sent_on.append(connection)
                 connection.send(request)
                 await self._read(connection, body)
             except OSError:
                 connection.disconnect()
-                if is_repeatable and connection.request_count > 1 and not connection.has_answer_bytes:
-                    reuse, is_repeatable = False, False
+                if connection.request_count > 1 and not connection.has_answer_bytes:
+                    reuse = False
                     continue
                 raise
             except BaseException:
                 connection.disconnect()
                 raise
-            if self._reuse and reuse and connection.is_reusable:
-                self._idle.append((origin, connection))
+            if reuse and connection.is_reusable:
+                self._idle.append(connection)
             else:
                 connection.disconnect()
             return connection
@@ -235,22 +226,25 @@ class Transport:
                 data, is_complete = await connection.receive()
         unpacker.finish()
 
-    async def _idle_connection(self, origin: Origin) -> HttpConnection | None:
+    async def _idle_connection(self) -> HttpConnection | None:
         """Return an idle connection that is quiet, the last used one first."""
         now = asyncio.get_running_loop().time()
         while self._idle:
-            at, connection = self._idle.pop()
-            if at != origin or now - connection.idle_since > MAX_IDLE_S:
+            connection = self._idle.pop()
+            if now - connection.idle_since > MAX_IDLE_S:
                 connection.disconnect()
             elif await _is_quiet(connection):
                 return connection
         return None
 
-    async def _new_connection(self, origin: Origin) -> HttpConnection:
+    async def _new_connection(self) -> HttpConnection:
         """Connect, through the proxy if there is one."""
         try:
             async with asyncio.timeout(self._connect_timeout_s) as limit:
-                connection = await (self._connect(origin) if self._proxy is None else self._connect_by_proxy(origin))
+                if self._proxy is None:
+                    connection = await self._connect(self._origin)
+                else:
+                    connection = await self._connect_by_proxy(self._proxy)
         except TimeoutError:
             if not limit.expired():
                 raise
@@ -273,17 +267,16 @@ class Transport:
         except ssl.SSLCertVerificationError as error:
             raise _bad_certificate(origin, error) from error
 
-    async def _connect_by_proxy(self, origin: Origin) -> HttpConnection:
+    async def _connect_by_proxy(self, proxy: Proxy) -> HttpConnection:
         """Open a tunnel through the proxy."""
-        assert self._proxy is not None  # noqa: S101 - the caller has checked it
-        parts = urlsplit(self._proxy.url)
+        origin, parts = self._origin, urlsplit(proxy.url)
         proxy_origin = Origin(parts.hostname or "", parts.port or 0, parts.scheme == "https")
         connection = await self._connect(proxy_origin)
         try:
             host = f"[{origin.host}]" if ":" in origin.host else origin.host
             request = f"CONNECT {host}:{origin.port} HTTP/1.1\r\nhost: {host}:{origin.port}\r\n"
-            if self._proxy.authorization is not None:
-                request += f"proxy-authorization: {self._proxy.authorization.get_secret_value()}\r\n"
+            if proxy.authorization is not None:
+                request += f"proxy-authorization: {proxy.authorization.get_secret_value()}\r\n"
             status = await connection.open_tunnel(f"{request}\r\n".encode())
             if not 200 <= status < 300:  # noqa: PLR2004
                 raise ConnectionError(f"HTTP {status}")
@@ -300,10 +293,10 @@ class Transport:
     async def _find_addresses(self, origin: Origin) -> list[Any]:
         """Return the addresses of a host, as of `getaddrinfo`."""
         loop = asyncio.get_running_loop()
-        known_until, addresses = self._addresses.get(origin, (-inf, []))
+        known_until, addresses = self._addresses
         if loop.time() >= known_until:
             addresses = await loop.getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM)
-            self._addresses[origin] = loop.time() + ADDRESSES_TTL_S, addresses
+            self._addresses = loop.time() + ADDRESSES_TTL_S, addresses
         return addresses
 
     def _as_transport_error(

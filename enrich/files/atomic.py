@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+from uuid import uuid4
 
 import polars as pl
 
@@ -83,16 +83,8 @@ def atomic_write(target: Path, temporary: Path) -> Iterator[BinaryIO]:
 
 def replace_file(path: Path, content: bytes) -> None:
     """Replace a file (mode 0600) atomically, also while other processes do the same. Raises OSError."""
-    descriptor, part = tempfile.mkstemp(prefix=".enrich.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            os.fchmod(file.fileno(), 0o600)  # whatever the umask is
-            file.write(content)
-        Path(part).replace(path)
-    except BaseException:
-        with suppress(OSError):
-            Path(part).unlink()
-        raise
+    with atomic_write(path, path.with_name(f".enrich.{uuid4().hex}")) as file:
+        file.write(content)
 
 
 def fsync_dir(folder: Path) -> None:

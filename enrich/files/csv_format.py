@@ -16,6 +16,7 @@ from enrich.files.text import (
     BINARY_HINT,
     BYTE_ORDER_MARK,
     LATER_HEADER_HINT,
+    ROWS_PER_BATCH,
     FileProblem,
     TableFile,
     as_file_problem,
@@ -59,7 +60,7 @@ def read_header(source: TableFile) -> list[str]:
         return _next_header(source, lines.reader())
 
 
-def read_batches(source: TableFile, rows_per_batch: int = 20_000) -> Iterator[pl.DataFrame]:
+def read_batches(source: TableFile, rows_per_batch: int = ROWS_PER_BATCH) -> Iterator[pl.DataFrame]:
     """Yield the rows in order as frames of text. A blank cell is `""`, never null."""
     with _open_csv(source) as lines:
         reader = lines.reader()
@@ -269,7 +270,7 @@ def _count_text(number: int, thing: str) -> str:
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
-#: How many rows of a file that was saved again are read at a time, and how its quotes may be meant.
+#: How many rows of a file that was saved again are read at a time, and how its quotes may be read.
 _RESAVED_ROWS_PER_BATCH = 10_000
 _QUOTINGS: tuple[Literal[0, 3], ...] = (csv.QUOTE_MINIMAL, csv.QUOTE_NONE)
 

@@ -13,7 +13,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from enrich.files import object_store
-from enrich.files.manifest import MANIFEST, Manifest, read_manifest
+from enrich.files.parquet_dataset import MANIFEST, Manifest, read_manifest
 from enrich.files.text import FORMAT_NAMES, FileProblem, TableFile
 from enrich.job.file_names import is_leftover, is_visible, matches_key, why_no_file
 from enrich.job.locations import Location, ObjectUrl, has_wildcards, is_pattern

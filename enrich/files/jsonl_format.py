@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, NoReturn
 
 import polars as pl
 
-from enrich.files.text import JSON_ARRAY_HINT, FileProblem, TableFile, open_text, quote_column
+from enrich.files.text import JSON_ARRAY_HINT, ROWS_PER_BATCH, FileProblem, TableFile, open_text, quote_column
 from enrich.files.values import JSON_TYPE, RawJson, json_cells, json_column, quote_json, to_json
 
 MAX_LINE_CHARACTERS = 50_000_000
@@ -31,12 +31,10 @@ def read_schema(source: TableFile) -> dict[str, pl.DataType]:
     return schema
 
 
-def read_batches(
-    source: TableFile, schema: dict[str, pl.DataType], rows_per_batch: int = 20_000
-) -> Iterator[pl.DataFrame]:
+def read_batches(source: TableFile, schema: dict[str, pl.DataType]) -> Iterator[pl.DataFrame]:
     """Yield the rows in order. A missing key becomes null."""
     rows = _read_rows(source)
-    while batch := list(islice(rows, rows_per_batch)):
+    while batch := list(islice(rows, ROWS_PER_BATCH)):
         changed = any(row.keys() - schema.keys() for row in batch)
         columns = {}
         for name, kind in schema.items():

@@ -1,17 +1,20 @@
-"""Writes the output as a folder of Parquet parts, locally or in object storage. A column records the row order."""
+"""Writes the output as a folder of Parquet parts with a manifest, locally or in object storage."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from io import BytesIO
 from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, cast
 from uuid import uuid4
 
+import msgspec
 import polars as pl
 from msgspec import Struct
 from msgspec.structs import replace
@@ -19,18 +22,79 @@ from msgspec.structs import replace
 from enrich.errors import CommandRefused, JobError
 from enrich.files import object_store, parquet_format
 from enrich.files.atomic import COLLECT_HINT, as_write_refused, atomic_write, follow_link, fsync_dir
-from enrich.files.manifest import (
-    MANIFEST,
-    Manifest,
-    PartFile,
-    is_part_name,
-    make_manifest,
-    manifest_file,
-    new_part_name,
-    read_manifest,
-)
 from enrich.job.file_names import real_path
 from enrich.job.locations import STDIN, InputLocation, Location, ObjectUrl
+
+#: File that marks a folder as a dataset written by enrich. The list of the parts is in its metadata. It is a Parquet
+#: file with the columns of the parts and no row, because polars refuses a folder that has other files in it.
+MANIFEST = "_manifest.parquet"
+_METADATA_KEY = "enrich_manifest"
+#: What names of parts look like, also of those that are not in the manifest.
+_PART_NAME = re.compile(r"part-\d{10}-[0-9a-f]{8}\.parquet")
+
+
+class PartFile(Struct, frozen=True):
+    """A written part: its name, the position of its first row (from 0) and its number of rows."""
+
+    name: str
+    first_position: int
+    rows: int
+
+
+class _ManifestPart(Struct, frozen=True):
+    name: str
+    rows: int
+
+
+class Manifest(Struct, frozen=True):
+    """The parts of a dataset, in the order of their rows. `dataset_of` is the name of the job."""
+
+    dataset_of: str
+    rows: int = 0
+    parts: tuple[_ManifestPart, ...] = ()
+
+    @property
+    def part_names(self) -> set[str]:
+        """The names of the parts."""
+        return {part.name for part in self.parts}
+
+
+def _new_part_name(first_position: int) -> str:
+    """Return a new name for the part that starts at a row. Parts sorted by name have their rows in order.
+
+    Each attempt to write a part gets a unique name, because a worker marked as lost may still be writing it.
+    """
+    return f"part-{first_position:010}-{uuid4().hex[:8]}.parquet"
+
+
+def read_manifest(content: bytes | None) -> Manifest | None:
+    """Parse a manifest file. None if there is none or it was not written by enrich."""
+    if content is None:
+        return None
+    try:
+        metadata = pl.read_parquet_metadata(BytesIO(content)).get(_METADATA_KEY, "")
+        return msgspec.json.decode(metadata, type=Manifest)
+    except (pl.exceptions.PolarsError, msgspec.DecodeError):
+        return None
+
+
+def _manifest_file(manifest: Manifest, schema: Mapping[str, pl.DataType]) -> bytes:
+    """Return the content of a manifest file. `schema` has the columns of the parts."""
+    file = BytesIO()
+    pl.DataFrame(schema=parquet_format.file_schema(schema)).write_parquet(
+        file, metadata={_METADATA_KEY: msgspec.json.encode(manifest).decode()}
+    )
+    return file.getvalue()
+
+
+def _make_manifest(job: str, parts: Iterable[PartFile]) -> Manifest:
+    """Create the manifest of a dataset. Raises CommandRefused if parts are missing or overlap."""
+    ordered, rows = sorted(parts, key=lambda part: part.first_position), 0
+    for part in ordered:
+        if part.first_position != rows:
+            raise CommandRefused(f"the parts of the output do not follow one another at row {rows:,}", "collect again")
+        rows += part.rows
+    return Manifest(job, rows, tuple(_ManifestPart(part.name, part.rows) for part in ordered))
 
 
 class FolderDatasetWriter(Struct, frozen=True):
@@ -44,14 +108,14 @@ class FolderDatasetWriter(Struct, frozen=True):
 
     def write_part(self, first_position: int, frames: Iterable[pl.DataFrame]) -> PartFile:
         """Write a part, which can be repeated after a failure. Raises CommandRefused."""
-        name = new_part_name(first_position)
+        name = _new_part_name(first_position)
         with self._as_write_refused(), atomic_write(self.parts_folder / name, self.parts_folder / f".{name}") as raw:
             rows = parquet_format.write(raw, self.schema, frames)
         return PartFile(name, first_position, rows)
 
     def finish(self, parts: Iterable[PartFile]) -> None:
         """Replace the old dataset with these parts. Raises CommandRefused, and then the old dataset stays."""
-        manifest = make_manifest(self.job, parts)
+        manifest = _make_manifest(self.job, parts)
         # Move the parts to a folder that other writers do not use: a worker marked as lost may still be writing.
         target, complete_folder = self.target, self.parts_folder / "whole"
         old = target.with_name(_old_prefix(self.job) + target.name)
@@ -60,7 +124,7 @@ class FolderDatasetWriter(Struct, frozen=True):
             for name in manifest.part_names:
                 (self.parts_folder / name).rename(complete_folder / name)
             with atomic_write(complete_folder / MANIFEST, complete_folder / f".{MANIFEST}") as raw:
-                raw.write(manifest_file(manifest, self.schema))
+                raw.write(_manifest_file(manifest, self.schema))
             if target.exists():
                 _recheck_own_folder(target)
                 target.rename(old)
@@ -151,7 +215,7 @@ class BucketDatasetWriter(Struct, frozen=True):
 
     def write_part(self, first_position: int, frames: Iterable[pl.DataFrame]) -> PartFile:
         """Write a part, which can be repeated after a failure. Raises CommandRefused."""
-        name = new_part_name(first_position)
+        name = _new_part_name(first_position)
         with as_write_refused(self.target, "output"), tempfile.TemporaryFile() as file:
             raw = cast("BinaryIO", file)
             rows = parquet_format.write(raw, self.schema, frames)
@@ -160,7 +224,7 @@ class BucketDatasetWriter(Struct, frozen=True):
 
     def finish(self, parts: Iterable[PartFile]) -> None:
         """Publish these parts in the manifest and delete the old ones, which stay if it raises CommandRefused."""
-        manifest = make_manifest(self.job, parts)
+        manifest = _make_manifest(self.job, parts)
         if missing := manifest.part_names - _object_names(self.target):
             raise CommandRefused(
                 f"{_object_url(self.target, min(missing))} is missing: another run may have removed it", COLLECT_HINT
@@ -178,7 +242,7 @@ def _clean_up_bucket(target: ObjectUrl) -> None:
     # List first, then read the manifest. A part that another run publishes in between is not listed or is in it.
     existing, manifest = _object_names(target), _bucket_manifest(target)
     if manifest is not None:
-        stale = filter(is_part_name, existing - manifest.part_names)
+        stale = filter(_PART_NAME.fullmatch, existing - manifest.part_names)
         object_store.delete_objects(target, [_object_url(target, name).key for name in stale])
 
 
@@ -196,7 +260,7 @@ def _bucket_manifest(target: ObjectUrl) -> Manifest | None:
 
 def _write_manifest(target: ObjectUrl, manifest: Manifest, schema: Mapping[str, pl.DataType]) -> None:
     with as_write_refused(target, "output"), tempfile.TemporaryFile() as file:
-        file.write(manifest_file(manifest, schema))
+        file.write(_manifest_file(manifest, schema))
         object_store.upload(_object_url(target, MANIFEST), cast("BinaryIO", file))
 
 

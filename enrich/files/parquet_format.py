@@ -11,10 +11,10 @@ from typing import BinaryIO, cast
 import polars as pl
 from polars.io.plugins import register_io_source
 
-from enrich.files.text import FileProblem, TableFile, as_file_problem, check_magic_bytes, quote_column
+from enrich.files.text import ROWS_PER_BATCH, FileProblem, TableFile, as_file_problem, check_magic_bytes, quote_column
 from enrich.files.values import JSON_TYPE, as_text, first_without_text, text_or_null
 
-# Polars panics at a time zone that it does not know, such as `+03:30`. See `_known_zones`.
+# Polars panics at a time zone that it does not have, such as `+03:30`. See `_known_zones`.
 os.environ["POLARS_IGNORE_TIMEZONE_PARSE_ERROR"] = "1"
 
 #: Number of rows held in memory while reading or writing.
@@ -65,9 +65,7 @@ def count_rows(source: TableFile) -> int:
         return int(_scan(source).select(pl.len()).collect().item())
 
 
-def read_batches(
-    source: TableFile, start: int = 0, rows: int | None = None, rows_per_batch: int = 20_000
-) -> Iterator[pl.DataFrame]:
+def read_batches(source: TableFile, start: int = 0, rows: int | None = None) -> Iterator[pl.DataFrame]:
     """Yield `rows` rows in order, beginning with row `start` (from 0). None: all remaining rows."""
     height = count_rows(source)
     end = height if rows is None else min(start + rows, height)
@@ -77,7 +75,7 @@ def read_batches(
         for position in range(start, end, ROWS_PER_CHUNK):
             chunk = scan.slice(position, min(ROWS_PER_CHUNK, end - position)).collect()
             _check_cells(source, chunk, position)
-            yield from chunk.iter_slices(rows_per_batch)
+            yield from chunk.iter_slices(ROWS_PER_BATCH)
 
 
 def _check_cells(source: TableFile, frame: pl.DataFrame, start: int) -> None:
@@ -111,7 +109,7 @@ def _scan(source: TableFile) -> pl.LazyFrame:
 
 
 def _known_zones(kind: pl.DataType) -> pl.DataType:
-    """Replace the time zones that polars does not know by UTC. A time in the file is in UTC, whatever its zone is."""
+    """Replace the time zones that polars does not have by UTC. A time in the file is in UTC, whatever its zone is."""
     if isinstance(kind, pl.Struct):
         return pl.Struct({field.name: _known_zones(cast("pl.DataType", field.dtype)) for field in kind.fields})
     if isinstance(kind, pl.List | pl.Array):

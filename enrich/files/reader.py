@@ -15,7 +15,7 @@ from enrich.errors import CommandRefused
 from enrich.files import csv_format, excel_format, jsonl_format, parquet_format
 from enrich.files.discovery import InputFile, find_input_files, find_objects, find_paths
 from enrich.files.downloads import LocalCopies, sweep_once
-from enrich.files.text import FileProblem, TableFile, quote_column
+from enrich.files.text import ROWS_PER_BATCH, FileProblem, TableFile, quote_column
 from enrich.files.values import JSON_TYPE, text_frame
 from enrich.job.locations import STDIN, InputLocation, ObjectUrl, WebUrl
 from enrich.job.spec import Input
@@ -150,8 +150,6 @@ def _read_batches(file: TableFile, columns: Schema, start: int, rows: int | None
 
 #: Number of rows in a part of a Parquet file. A file of another format is one part.
 ROWS_PER_PART = 100_000
-#: Same batch size as in the format readers.
-ROWS_PER_BATCH = 20_000
 
 
 class InputPart(Struct, frozen=True):

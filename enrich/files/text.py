@@ -76,6 +76,8 @@ _OPEN_DOCUMENT_HINT = "open it in a spreadsheet and save it as `.xlsx` or as CSV
 _MAGIC_LENGTH = 128
 #: A longer name of a column is cut in messages.
 _MAX_SHOWN_NAME = 100
+#: Rows that are read at once.
+ROWS_PER_BATCH = 20_000
 FORMAT_NAMES = {"csv": "CSV text", "jsonl": "JSON Lines", "parquet": "a Parquet file", "xlsx": "an Excel workbook"}
 
 

@@ -44,7 +44,6 @@ def replace_keys(db: Database, rows: Iterable[tuple[int, bytes]]) -> None:
 def delivered_values(db: Database, job: str) -> dict[tuple[int, str], Delivery]:
     """Return what a job's feed has delivered of the batch, by position and field."""
     rows = db.execute(
-        # CROSS JOIN: SQLite must not read all of `delivered` for each batch.
         "SELECT t.position, d.field, d.attempt_id, d.path FROM feed_rows t CROSS JOIN delivered d WHERE d.job = ? "
         "AND d.row_key = t.row_key",
         (job,),

@@ -4,24 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from enrich.json_text import to_json_text
-from enrich.ledger.database import Database
+from enrich.ledger.database import Database, StepCost
 from enrich.ledger.dialect import JSON_NUMBERS, OPEN_ATTEMPT
-
-
-class StepCost(NamedTuple):
-    """The cost of a step in a run: `exact` when it was last summed.
-
-    `at_most` adds the highest price of the attempts claimed since, up to the id `newest`. The attempts of earlier runs
-    have ids up to `earlier`.
-    """
-
-    exact: int
-    at_most: int
-    newest: int
-    earlier: int
 
 
 def left_of_step_cap(db: Database, execution_id: int, step: str | None, step_cap: int, price: int) -> int:
@@ -30,9 +16,7 @@ def left_of_step_cap(db: Database, execution_id: int, step: str | None, step_cap
     Summing all attempts at each claim is slow. So claims since the last sum count at their highest price, and the sum
     is repeated once half of the rest is claimed.
     """
-    stored = db.step_costs.get((execution_id, step))
-    known = None if stored is None else StepCost(*stored)
-    if known is not None:
+    if (known := db.step_costs.get((execution_id, step))) is not None:
         newest, reserved = db.execute(
             "SELECT coalesce(max(id), ?1), "
             "coalesce(sum(CASE WHEN execution_id = ?2 AND step = ?3 THEN reserved END), 0) FROM attempts WHERE id > ?1",

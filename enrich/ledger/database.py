@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from enrich.errors import CommandRefused, EnrichError, JobError
 from enrich.extras import install_hint
@@ -36,6 +36,19 @@ T = TypeVar("T")
 OPEN_TIMEOUT_S = 3.0
 
 
+class StepCost(NamedTuple):
+    """The cost of a step in a run: `exact` when it was last summed.
+
+    `at_most` adds the highest price of the attempts claimed since, up to the id `newest`. The attempts of earlier runs
+    have ids up to `earlier`.
+    """
+
+    exact: int
+    at_most: int
+    newest: int
+    earlier: int
+
+
 class Database:
     """One ledger over one connection."""
 
@@ -62,8 +75,8 @@ class Database:
         self.location = location
         #: Where the next claim starts, by `new_up_to`: the last claimed position, and the claims since a full look.
         self.claimed_up_to: dict[int | None, tuple[int, int]] = {}
-        #: What a step of an execution has cost; see `claim_costs`.
-        self.step_costs: dict[tuple[int, str | None], tuple[int, int, int, int]] = {}
+        #: What a step of an execution has cost.
+        self.step_costs: dict[tuple[int, str | None], StepCost] = {}
         #: The id of the request that the last batch of the input ended with; see `enroll`.
         self.matched_up_to = 0
         #: With leases, several processes write to the ledger, and the table `seen` of a pass is theirs together.
@@ -215,16 +228,10 @@ class Database:
             raise
         self.session.execute("RELEASE operation")
 
-    def stream_rows(self, sql: str) -> Iterator[Mapping[str, Any]]:
-        """Stream the rows of a query that are too many to hold in memory."""
-        names: list[str] = [column[0] for column in self.session.execute(f"{sql} LIMIT 0").description or ()]
-        return (dict(zip(names, row, strict=True)) for row in self.session.stream(sql))
-
     def rows(self, sql: str, *values: object) -> Iterator[Mapping[str, Any]]:
-        """Yield the rows of a query, each as a mapping by column name."""
-        cursor = self.session.execute(sql, values)
-        names = [column[0] for column in cursor.description or ()]
-        return (dict(zip(names, row, strict=True)) for row in cursor)
+        """Stream the rows of a query, each as a mapping by column name. They may be too many to hold in memory."""
+        names: list[str] = [column[0] for column in self.session.execute(f"{sql} LIMIT 0", values).description or ()]
+        return (dict(zip(names, row, strict=True)) for row in self.session.stream(sql, values))
 
 
 def ledger_exists(location: LedgerLocation) -> bool:

@@ -1,4 +1,8 @@
-"""The parts of SQL that differ between SQLite and PostgreSQL, and the errors of both."""
+"""The parts of SQL that differ between SQLite and PostgreSQL, and the errors of both.
+
+`CROSS JOIN` makes SQLite join two tables in the written order, where it might read a whole table for each batch. On
+PostgreSQL it is a join as any other.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +41,6 @@ class Dialect(Struct, frozen=True):
     skip_locked: str = ""
     #: Prefix that keeps SQLite's planner from using an index on the following column.
     no_index: str = ""
-    #: Joins tables in the written order, where the planner would choose a worse one.
-    ordered_join: str = "JOIN"
     #: Suffix of a text column: read its content as JSON.
     as_json: str = ""
     #: Suffix of a text column in ORDER BY: sort by bytes, whatever the collation of the database is.
@@ -47,7 +49,7 @@ class Dialect(Struct, frozen=True):
     json_list: str = ""
     #: Reads a text column as bytes, which may be invalid UTF-8.
     as_bytes: str = "{}"
-    #: Selects rows that refer to missing rows.
+    #: Selects rows that refer to missing rows. A server has none.
     orphan_query: str = "SELECT 1 WHERE false"
     #: Whether one statement can hold several that write.
     joins_writes: bool = False

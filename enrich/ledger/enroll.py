@@ -143,8 +143,8 @@ def enroll(db: Database, target: Target, requests: RequestBatch, selection: Requ
 def _restore_params(db: Database, batch: RequestBatch, ids: Sequence[int | None], chosen: tuple[str, int]) -> None:
     """Restore the params of purged requests that are to be sent again."""
     purged = db.execute(
-        f"SELECT r.id FROM {request_ids.BATCH} {db.dialect.ordered_join} seen s ON s.id = b.id "
-        f"{db.dialect.ordered_join} requests r ON r.id = s.id WHERE s.{_TO_SEND} AND r.erased_ms IS NOT NULL",
+        f"SELECT r.id FROM {request_ids.BATCH} CROSS JOIN seen s CROSS JOIN requests r "
+        f"WHERE s.id = b.id AND r.id = s.id AND s.{_TO_SEND} AND r.erased_ms IS NOT NULL",
         chosen,
     ).fetchall()
     if purged and batch.complete is not None:
@@ -247,8 +247,8 @@ def row_decisions(db: Database, requests: RequestBatch) -> Iterator[RowDecision]
         ids = request_ids.find_ids(db, batch)
         found = db.execute(
             f"SELECT b.position, s.first_position, s.decision, a.settled_ms FROM {request_ids.BATCH} "
-            f"{db.dialect.ordered_join} seen s ON s.id = b.id LEFT JOIN requests r ON r.id = b.id "
-            "LEFT JOIN attempts a ON a.id = coalesce(r.answer_id, r.attempt_id)",
+            "CROSS JOIN seen s LEFT JOIN requests r ON r.id = b.id "
+            "LEFT JOIN attempts a ON a.id = coalesce(r.answer_id, r.attempt_id) WHERE s.id = b.id",
             request_ids.batch_parameters(batch, ids),
         )
         known = {position: (first, Decision(decision), settled_ms) for position, first, decision, settled_ms in found}
@@ -296,17 +296,17 @@ def request_results(db: Database, requests: RequestBatch, selection: RequestSele
         # The database makes the columns: a list for each row takes twice as long.
         lists = ", ".join(map(db.dialect.json_list.format, _RESULT_FIELDS.values()))
         columns = db.execute(
-            f"SELECT {lists} FROM {request_ids.BATCH} {db.dialect.ordered_join} seen s ON s.id = b.id "
+            f"SELECT {lists} FROM {request_ids.BATCH} CROSS JOIN seen s "
             "LEFT JOIN requests r ON r.id = b.id LEFT JOIN attempts a ON a.id = coalesce(r.answer_id, r.attempt_id) "
-            "WHERE (b.id > 0 OR s.decision = 'capped')",
+            "WHERE s.id = b.id AND (b.id > 0 OR s.decision = 'capped')",
             chosen,
         ).fetchone()
         found = dict(zip(_RESULT_FIELDS, map(msgspec.json.decode, columns), strict=True))
         # Not as one list: a batch of long answers would be larger than a database can return as one value.
         answers = dict(
             db.execute(
-                f"SELECT a.id, a.answer FROM json_each(CAST(?1 AS TEXT)) b {db.dialect.ordered_join} attempts a "
-                "ON a.id = CAST(b.value AS BIGINT) WHERE a.answer IS NOT NULL",
+                "SELECT a.id, a.answer FROM json_each(CAST(?1 AS TEXT)) b CROSS JOIN attempts a "
+                "WHERE a.id = CAST(b.value AS BIGINT) AND a.answer IS NOT NULL",
                 (to_json_text([number for number in found["attempt_id"] if number is not None]),),
             )
         )

@@ -171,7 +171,7 @@ def purge(db: Database, before_ms: int, now_ms: int) -> int:
 def requests_with_answers(db: Database) -> Iterator[Mapping[str, Any]]:
     """Yield all requests that were not forgotten: id, fingerprint, state, params and `answers` (a JSON list)."""
     answers = db.dialect.json_list.format("a.answer")
-    return db.stream_rows(
+    return db.rows(
         f"SELECT r.id, r.fingerprint, r.state, r.params, (SELECT {answers} FROM attempts a "
         "WHERE a.request_id = r.id AND a.answer IS NOT NULL) AS answers FROM requests r WHERE r.forgotten = 0"
     )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,8 +29,8 @@ if TYPE_CHECKING:
     from enrich.ledger.leases import Lease
     from enrich.ledger.postgres import FencingToken
 
-#: Longer than `is_locked` holds the lock, in seconds.
-MIN_LOCK_WAIT_S = 0.1
+#: Longer than `is_locked` holds the lock, and how often a lock is tried, in seconds.
+MIN_LOCK_WAIT_S, LOCK_RETRY_S = 0.1, 0.05
 
 
 @contextmanager
@@ -42,8 +44,6 @@ def lock_ledger(ledger: LedgerLocation, wait_s: float) -> Iterator[None]:
         with load_postgres().advisory_lock(ledger, wait_s):
             yield
         return
-    from filelock import FileLock, Timeout  # noqa: PLC0415 - commands that only look need not wait for it
-
     path = lock_path(ledger)
     if ledger_file_exists(ledger):
         check_has_one_name(ledger)
@@ -51,30 +51,35 @@ def lock_ledger(ledger: LedgerLocation, wait_s: float) -> Iterator[None]:
             check_is_no_other_file(ledger)
     try:
         make_private_folder(path.parent)
-        if not path.exists():  # FileLock takes a folder that allows no files for a lock that another process holds
-            os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o600))
-        file_lock = FileLock(path, timeout=wait_s if wait_s < 0 else max(wait_s, MIN_LOCK_WAIT_S), mode=0o600)
-        file_lock.acquire()
-        while not _is_file_at(file_lock.lock_file, file_lock._context.lock_file_fd):  # noqa: SLF001 - not public in older versions
-            # The file was removed while we waited: another run may hold the file that is there now.
-            file_lock.release()
-            file_lock.acquire()
-    except Timeout:
-        raise locked_error(ledger) from None
+        deadline = inf if wait_s < 0 else time.monotonic() + max(wait_s, MIN_LOCK_WAIT_S)
+        while (lock_file := _try_lock(path)) is None:
+            if time.monotonic() >= deadline:
+                raise locked_error(ledger)
+            time.sleep(LOCK_RETRY_S)
     except OSError as error:
         raise CommandRefused(f"{path}: the lock cannot be made: {error.strerror or error}") from error
     try:
         yield
     finally:
-        file_lock.release()
+        fcntl.flock(lock_file, fcntl.LOCK_UN)
+        os.close(lock_file)
 
 
-def _is_file_at(path: str, descriptor: int | None) -> bool:
-    """Return whether a descriptor refers to the file at this path."""
+def _try_lock(path: Path) -> int | None:
+    """Lock a file, and create it if it is missing. Return its descriptor; None: another process holds the lock."""
+    lock_file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
     try:
-        return descriptor is not None and os.path.samestat(os.fstat(descriptor), Path(path).stat())
-    except FileNotFoundError:
-        return False
+        fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The file may have been removed meanwhile: another run may hold the one that is there now.
+        if os.path.samestat(os.fstat(lock_file), path.stat()):
+            return lock_file
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except BaseException:
+        os.close(lock_file)
+        raise
+    os.close(lock_file)
+    return None
 
 
 def locked_error(path: Path) -> LedgerLocked:

@@ -25,6 +25,7 @@ from enrich.ledger.postgres_connection import (
     as_database_errors,
     check_database,
     error_text,
+    to_psycopg_query,
     to_psycopg_sql,
 )
 
@@ -118,10 +119,8 @@ class PostgresSession:
 
     def execute(self, text: str, values: Sequence[Any] = (), /) -> Cursor:
         """Run one statement. Raises DatabaseFailed."""
-        query, is_numbered = to_psycopg_sql(text)
-        parameters = {f"p{number}": value for number, value in enumerate(values, 1)} if is_numbered else values
         with as_database_errors():
-            return self._connection.execute(query, parameters)
+            return self._connection.execute(*to_psycopg_query(text, values))
 
     def executemany(self, text: str, rows: Iterable[Sequence[Any]], /) -> object:
         """Run one statement for each of many rows. Raises DatabaseFailed."""
@@ -131,12 +130,10 @@ class PostgresSession:
 
     def stream(self, text: str, values: Sequence[Any] = (), /) -> Iterator[Any]:
         """Yield the rows of a query from a server-side cursor. Raises DatabaseFailed."""
-        query, is_numbered = to_psycopg_sql(text)
-        parameters = {f"p{number}": value for number, value in enumerate(values, 1)} if is_numbered else values
         name = f"rows{next(self._cursor_numbers)}"
         with as_database_errors(), self._connection.cursor(name, withhold=not self.in_transaction) as cursor:
             cursor.itersize = FETCH_SIZE
-            yield from cursor.execute(query, parameters)
+            yield from cursor.execute(*to_psycopg_query(text, values))
 
     @contextmanager
     def deferred_references(self) -> Iterator[None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from math import inf
@@ -133,6 +133,12 @@ def to_psycopg_sql(text: str) -> tuple[str, bool]:
     if re.search(r"\?\d", text):
         return re.sub(r"\?(\d+)", r"%(p\1)s", text), True
     return text.replace("?", "%s"), False
+
+
+def to_psycopg_query(text: str, values: Sequence[Any]) -> tuple[str, Sequence[Any] | dict[str, Any]]:
+    """Convert a statement and its values for psycopg."""
+    query, is_numbered = to_psycopg_sql(text)
+    return query, {f"p{number}": value for number, value in enumerate(values, 1)} if is_numbered else values
 
 
 @contextmanager

@@ -132,8 +132,8 @@ def average_price(db: Database, target: Target) -> float | None:
     (average,) = db.execute(
         "SELECT avg(a.paid) FROM (SELECT request_id, state, paid, task_id FROM billed "
         "ORDER BY id DESC LIMIT ?) a "
-        f"{db.dialect.ordered_join} requests r ON r.id = a.request_id JOIN calls c ON c.id = r.call_id "
-        "WHERE c.canonical = ? AND a.paid IS NOT NULL "
+        "CROSS JOIN requests r JOIN calls c ON c.id = r.call_id "
+        "WHERE r.id = a.request_id AND c.canonical = ? AND a.paid IS NOT NULL "
         "AND a.state IN ('found', 'not_found', 'failed') AND a.task_id IS NOT NULL",
         (PRICE_SAMPLE_SIZE, target.canonical()),
     ).fetchone()

@@ -62,7 +62,7 @@ def find_by_params(db: Database, params: str) -> Iterator[RequestRow]:
 def find_by_any_param(db: Database, params: Mapping[str, str]) -> Iterator[RequestRow]:
     """Yield the requests with one of these values in the same param, ignoring case."""
     folded = {name: value.casefold() for name, value in params.items()}
-    for row in db.stream_rows(_SELECT_REQUEST + "ORDER BY r.id"):
+    for row in db.rows(_SELECT_REQUEST + "ORDER BY r.id"):
         sent = json.loads(row["params"])
         if any(str(sent.get(name, "")).casefold() == value for name, value in folded.items()):
             yield _request_row(row)

@@ -67,8 +67,8 @@ def add_ids(ids: Sequence[int | None], fingerprints: Sequence[bytes], new: Mappi
 def ids_in(db: Database, table: str, fingerprints: Sequence[bytes]) -> dict[bytes, int]:
     """Look up requests in a table. Return the ids of those it has."""
     rows = db.execute(
-        f"SELECT t.fingerprint, t.id FROM json_each(CAST(?1 AS TEXT)) {db.dialect.ordered_join} {table} t "
-        f"ON t.fingerprint = {FINGERPRINT}",
+        f"SELECT t.fingerprint, t.id FROM json_each(CAST(?1 AS TEXT)) CROSS JOIN {table} t "
+        f"WHERE t.fingerprint = {FINGERPRINT}",
         as_list(fingerprints),
     )
     return dict(rows)

@@ -67,18 +67,15 @@ def import_rescue_files(
     return imported
 
 
-def remove_imported_files(imported: Iterable[tuple[Path, RescueImport]]) -> list[tuple[Path, RescueImport]]:
-    """Remove the imported files and return them. Raises CommandRefused for one that cannot be removed."""
-    removed = []
-    for path, result in imported:
+def remove_imported_files(imported: Iterable[tuple[Path, RescueImport]]) -> None:
+    """Remove the imported files. Raises CommandRefused for one that cannot be removed."""
+    for path, _ in imported:
         try:
             path.unlink(missing_ok=True)
         except OSError as error:
             raise CommandRefused(
                 f"{path}: the rescue file cannot be removed: {error.strerror}", "remove it yourself"
             ) from error
-        removed.append((path, result))
-    return removed
 
 
 def import_rescued(db: Database, lines: Sequence[RescuedAttempt], job: str, now_ms: int) -> RescueImport:

@@ -75,7 +75,6 @@ class SqliteSession(sqlite3.Connection):
         blob_type="BLOB",
         has_leases=False,
         no_index="+",
-        ordered_join="CROSS JOIN",
         json_list="json_group_array({})",
         as_bytes="CAST({} AS BLOB)",
         orphan_query="SELECT 1 FROM pragma_foreign_key_check",

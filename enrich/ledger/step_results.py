@@ -38,8 +38,8 @@ def find_results(db: Database, fingerprints: Sequence[bytes]) -> dict[bytes, Ste
         "SELECT r.fingerprint, r.id, r.state, r.state <> 'pending' OR r.answer_id IS NOT NULL, "
         "CASE WHEN r.answer_id IS NULL THEN r.state ELSE a.state END, a.answer, a.error, a.provider, a.credits, "
         "a.task_id, a.settled_ms, a.id, a.erased_ms "
-        f"FROM ({_NAMES}) b {db.dialect.ordered_join} requests r ON r.fingerprint = b.fingerprint "
-        "LEFT JOIN attempts a ON a.id = coalesce(r.answer_id, r.attempt_id)",
+        f"FROM ({_NAMES}) b CROSS JOIN requests r "
+        "LEFT JOIN attempts a ON a.id = coalesce(r.answer_id, r.attempt_id) WHERE r.fingerprint = b.fingerprint",
         as_list(distinct),
     )
     found = {}
@@ -73,7 +73,7 @@ def choose_requests(
     rows = db.execute(
         f"SELECT r.id, r.fingerprint, {decision_sql(selection)}, "
         f"r.state <> 'pending' AND coalesce({first_attempt}, r.state) <> 'pending' "
-        f"FROM ({_NAMES}) b {db.dialect.ordered_join} requests r ON r.fingerprint = b.fingerprint",
+        f"FROM ({_NAMES}) b CROSS JOIN requests r WHERE r.fingerprint = b.fingerprint",
         (*as_list(names), selection.after_execution),
     ).fetchall()
     answered = [number for number, _, decision, _ in rows if decision in ANSWERED]
@@ -190,8 +190,8 @@ def find_recorded_rows(db: Database, step: str, rows: Sequence[tuple[bytes, int]
             "SELECT b.key, EXISTS (SELECT 1 FROM attempts a WHERE a.request_id = r.id AND a.step = ?3 "
             "AND a.state <> 'refused'), EXISTS (SELECT 1 FROM requesting_rows w WHERE w.fingerprint = b.fingerprint "
             "AND w.row_hash = b.row_hash) "
-            f"FROM ({_ROWS}) b {db.dialect.ordered_join} requests r ON r.fingerprint = b.fingerprint "
-            "JOIN step_rows s ON s.request_id = r.id AND s.row_hash = b.row_hash",
+            f"FROM ({_ROWS}) b CROSS JOIN requests r JOIN step_rows s ON s.request_id = r.id "
+            "AND s.row_hash = b.row_hash WHERE r.fingerprint = b.fingerprint",
             (*_row_values(rows), step),
         ).fetchall()
     return {int(index): RecordedRow(bool(sent), bool(requested)) for index, sent, requested in found}

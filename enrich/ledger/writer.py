@@ -28,7 +28,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 I = TypeVar("I")  # noqa: E741 - an item
 
-#: How long a run waits for the write lock of another program, in seconds.
+#: How long a run waits for another program's write lock of a SQLite file, beyond SQLite's own wait, in seconds.
 LOCK_TIMEOUT_S = 300.0
 #: The same after a signal or --max-time, in seconds.
 SHORT_LOCK_TIMEOUT_S = 2.0
@@ -74,17 +74,10 @@ class _OperationFailed(Exception):
 class LedgerWriter:
     """Writes to the ledger during a run. Use it as an async context manager."""
 
-    def __init__(
-        self, ledger: Database, *, new_rescue_file: Callable[[], RescueFile] | None = None, lock_timeout_s: float = 0.0
-    ) -> None:
-        """Write to a ledger.
-
-        `new_rescue_file` creates the file for data that cannot be written to the ledger. `lock_timeout_s` is how long
-        to wait for another program's write lock, beyond the database's own wait.
-        """
+    def __init__(self, ledger: Database, new_rescue_file: Callable[[], RescueFile] | None = None) -> None:
+        """Write to a ledger. `new_rescue_file` creates the file for data that cannot be written to it."""
         self._ledger = ledger
         self._new_rescue_file = new_rescue_file
-        self._lock_timeout_s = lock_timeout_s
         #: Called once in the event loop when the ledger can no longer be written. Nothing new may be started then.
         self.on_failure: Callable[[LedgerFailed], None] = lambda _: None
         #: Called once in the event loop when the writer waits for another program's lock.
@@ -235,15 +228,13 @@ class LedgerWriter:
             return False
         now = time.monotonic()
         self._locked_since = now if self._locked_since is None else self._locked_since
-        deadlines = [self._locked_since + self._lock_timeout_s]
+        deadlines = [self._locked_since + LOCK_TIMEOUT_S]
         if self._waits_shortened_since is not None:
             deadlines.append(max(self._locked_since, self._waits_shortened_since) + SHORT_LOCK_TIMEOUT_S)
         if not self._wait_announced and now - self._locked_since >= ANNOUNCE_AFTER_S and now < min(deadlines):
             self._wait_announced = True
             text = f"{self._ledger.location}: another program has locked the ledger: waiting up to "
-            self._loop.call_soon_threadsafe(
-                self.on_lock_wait, f"{text}{self._lock_timeout_s:.0f} s; nothing new is sent"
-            )
+            self._loop.call_soon_threadsafe(self.on_lock_wait, f"{text}{LOCK_TIMEOUT_S:.0f} s; nothing new is sent")
         return now < min(deadlines)
 
     def _commit_once(self, batch: list[_Operation[Any]]) -> None:

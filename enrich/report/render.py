@@ -180,5 +180,6 @@ def _balance_text(run: ReportedRun) -> str:
 
 
 def _waterfall_cells(facts: ReportedWaterfall) -> dict[str, Cell]:
-    counts = {name: tables.count_cell(name, getattr(facts, name)) for name in ("answers", "found", "not_reported")}
-    return counts | {name: tables.credits_cell(name, getattr(facts, name)) for name in ("spent", "unattributed")}
+    counts = tables.count_cells(facts, "answers", "found", "not_reported")
+    amounts = [tables.credits_cell(name, getattr(facts, name)) for name in ("spent", "unattributed")]
+    return {cell.name: cell for cell in (*counts, *amounts)}

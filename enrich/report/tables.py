@@ -75,6 +75,11 @@ def count_cell(name: str, number: int | None) -> Cell:
     return Cell(format_count(number), name, number)
 
 
+def count_cells(facts: object, *names: str) -> list[Cell]:
+    """Make a cell of each of these counts."""
+    return [count_cell(name, getattr(facts, name)) for name in names]
+
+
 def credits_cell(name: str, amount: float | None) -> Cell:
     """Make a cell with an amount of credits."""
     return Cell(format_amount(amount), name, amount)
@@ -177,9 +182,7 @@ def hit_rate_table(rows: Sequence[HitCounts], caption: str, head: str, about: st
             f"{about} {each.name}",
             clean_text(each.name, "(blank)"),
             (
-                count_cell("rows", each.rows),
-                count_cell("answered", each.answered),
-                count_cell("found", each.found),
+                *count_cells(each, "rows", "answered", "found"),
                 rate_cell(each.found, each.answered),
             ),
         )
@@ -203,11 +206,7 @@ def run_table(facts: Sequence[ReportedRun], caption: str) -> Table:
             _run_label(run),
             (
                 clean_text(run.outcome, DASH),
-                count_cell("submitted", run.submitted),
-                count_cell("found", run.found),
-                count_cell("not_found", run.not_found),
-                count_cell("failed", run.failed),
-                count_cell("expired", run.expired),
+                *count_cells(run, "submitted", "found", "not_found", "failed", "expired"),
                 share_cell("hit_rate", run.hit_rate),
                 credits_cell("credits_spent", run.credits_spent),
                 credits_cell("cost_per_hit", run.cost_per_hit),
@@ -226,8 +225,7 @@ def run_traffic_table(runs: Sequence[ReportedRun]) -> Table:
             _run_label(run),
             (
                 credits_cell("balance_after", run.balance_after),
-                count_cell("polls", run.polls),
-                count_cell("rate_limited", run.rate_limited),
+                *count_cells(run, "polls", "rate_limited"),
                 Cell(format_seconds(run.elapsed_s), "elapsed_s", run.elapsed_s),
             ),
         )
@@ -250,12 +248,7 @@ def latency_table(times: LatencyHistogram) -> Table:
 
 def traffic_table(facts: Traffic) -> Table:
     """List requests and responses in steps of equal length."""
-    series = {
-        "submitted": facts.submitted,
-        "answered": facts.answered,
-        "polls": facts.polls,
-        "rate_limited": facts.rate_limited,
-    }
+    series = {name: getattr(facts, name) for name in ("submitted", "answered", "polls", "rate_limited")}
     length = max(map(len, series.values()), default=0)
     step = max(1, -(-length // MAX_TRAFFIC_LINES))
     lines = [
@@ -272,10 +265,7 @@ def traffic_table(facts: Traffic) -> Table:
 
 def age_table(answers: Sequence[AnswerAge]) -> Table:
     """List the results in use by age."""
-    lines = [
-        Line("age", clean_text(each.label), (count_cell("found", each.found), count_cell("not_found", each.not_found)))
-        for each in answers
-    ]
+    lines = [Line("age", clean_text(each.label), count_cells(each, "found", "not_found")) for each in answers]
     return Table("Results in use, by age", ("Age", "Matches", "No match"), lines)
 
 
@@ -290,8 +280,7 @@ def sides_table(comparison: Comparison) -> Table:
             (
                 names,
                 count_cell("requests", side.compared),
-                count_cell("found", side.found),
-                count_cell("not_found", side.not_found),
+                *count_cells(side, "found", "not_found"),
                 rate_cell(side.found, side.found + side.not_found),
                 credits_cell("credits", side.credits),
                 credits_cell("cost_per_hit", side.cost_per_hit),
@@ -305,7 +294,8 @@ def sides_table(comparison: Comparison) -> Table:
 def common_leads_table(comparison: Comparison) -> Table:
     """List the results of both sides for the leads that both have answered."""
 
-    def line(about: str, side: ComparedSide, found: int, only: int, spent: float) -> Line:
+    def line(about: str, side: ComparedSide, only: int, spent: float) -> Line:
+        found = comparison.both + only
         cells = (count_cell("common_found", found), rate_cell(found, comparison.common), count_cell("only", only))
         amounts = (
             credits_cell("common_credits", spent),
@@ -313,18 +303,9 @@ def common_leads_table(comparison: Comparison) -> Table:
         )
         return Line(f"common {about}", clean_text(side.label), (*cells, *amounts))
 
-    both = comparison.both
     lines = [
-        line(
-            "left", comparison.left, both + comparison.only_left, comparison.only_left, comparison.common_left_credits
-        ),
-        line(
-            "right",
-            comparison.right,
-            both + comparison.only_right,
-            comparison.only_right,
-            comparison.common_right_credits,
-        ),
+        line("left", comparison.left, comparison.only_left, comparison.common_left_credits),
+        line("right", comparison.right, comparison.only_right, comparison.common_right_credits),
     ]
     caption = f"{pluralize(comparison.common, 'lead')} with results on both sides"
     return Table(caption, ("Side", "Matches", "Match rate", "Only here", "Credits", "Per match"), lines)

@@ -14,11 +14,12 @@ import polars as pl
 from enrich.errors import CommandRefused, EnrichError
 from enrich.files.csv_format import likely_separator
 from enrich.files.limits import FileLimits, limits_of
-from enrich.files.reader import ROWS_PER_BATCH, InMemoryRows, InputTable
+from enrich.files.reader import InMemoryRows, InputTable
 from enrich.files.text import (
     LATER_HEADER_HINT,
     NO_HEADER,
     NO_HEADER_HINT,
+    ROWS_PER_BATCH,
     is_headerless,
     missing_column_hint,
 )
@@ -35,7 +36,7 @@ from enrich.ledger.database import Database
 from enrich.ledger.erasure import ForgottenRequests
 from enrich.models import RowStatus
 from enrich.rows.known_batches import KnownBatches
-from enrich.rows.requests import CHANGE_COLUMNS, RequestBuilder, RowBatch, own_columns, status_columns
+from enrich.rows.requests import CHANGE_COLUMNS, InputRows, RequestBuilder, RowBatch, own_columns, status_columns
 from enrich.rows.send_order import order_of_rows, rank_rows, sort_keys
 from enrich.rows.suppression import MAX_LIST_BYTES, read_suppression
 from enrich.rows.template import RequestTemplate
@@ -192,8 +193,8 @@ class JobInput:
         for first_position, frame, text in self.frames():
             batch_order = None if queue_order is None else order_of_rows(queue_order, first_position, frame.height)
             selected, suppressed = self.selected_rows(text), self.suppressed_rows(text)
-            rows = (first_position, frame, text, selected, suppressed, batch_order)
-            yield builder.build_batch(*rows) if known is None else known.recall(builder, *rows)
+            rows = InputRows(first_position, frame, text, selected, suppressed, batch_order)
+            yield builder.build_batch(rows) if known is None else known.recall(builder, rows)
 
     def frames(self, max_rows: int = ROWS_PER_BATCH) -> Iterator[tuple[int, pl.DataFrame, pl.DataFrame]]:
         """Read the whole input once. Yield the position of the first row of each batch, its rows, and these as text."""

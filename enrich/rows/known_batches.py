@@ -11,7 +11,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import cache
 from hashlib import blake2b
 from importlib.metadata import version
 from importlib.resources import files
@@ -28,7 +28,7 @@ from enrich.ledger.database import Database
 from enrich.ledger.erasure import ForgottenRequests
 from enrich.ledger.request_ids import find_known_batch, store_known_batch
 from enrich.models import RowStatus
-from enrich.rows.requests import RequestBuilder, RowBatch
+from enrich.rows.requests import InputRows, RequestBuilder, RowBatch
 from enrich.rows.template import RequestTemplate
 
 #: What computes the params: with another version of it the digests differ.
@@ -72,22 +72,12 @@ class KnownBatches(Struct, frozen=True):
         digest = blake2b(json.dumps(mapping, sort_keys=True).encode(), digest_size=16, person=b"enrich-batch")
         return cls(ledger, job.name, columns, digest)
 
-    def recall(  # noqa: PLR0913, PLR0917 - those of `build_batch`
-        self,
-        builder: RequestBuilder,
-        first_position: int,
-        frame: pl.DataFrame,
-        text: pl.DataFrame,
-        selected: pl.Series,
-        suppressed: pl.Series | None,
-        queue_order: list[int] | None,
-    ) -> RowBatch:
+    def recall(self, builder: RequestBuilder, rows: InputRows) -> RowBatch:
         """Return a batch as `build_batch` does, with ids instead of requests if it is known."""
-        build = partial(builder.build_batch, first_position, frame, text, selected, suppressed, queue_order)
-        digest = self._digest(frame, text, selected, suppressed)
-        content = find_known_batch(self.ledger, self.job, first_position, digest)
+        digest = self._digest(rows)
+        content = find_known_batch(self.ledger, self.job, rows.first_position, digest)
         if content is None:
-            return replace(build(), digest=digest)
+            return replace(builder.build_batch(rows), digest=digest)
         known = msgspec.json.decode(content)
         ids: list[int | None] = known["ids"]
         statuses: list[RowStatus | None] = [None] * len(ids)
@@ -98,29 +88,28 @@ class KnownBatches(Struct, frozen=True):
             for place, reason in zip(places, known["skipped"], strict=True):
                 statuses[place], errors[place] = reasons[reason]
         return RowBatch(
-            first_position,
-            builder.kept_columns(frame),
+            rows.first_position,
+            builder.kept_columns(rows.frame),
             [],
             [],
             statuses,
             errors,
             None,
-            queue_order,
+            rows.queue_order,
             Counter({(param, reason): count for param, reason, count in known["left_out"]}),
             Counter(known["missing"]),
             ids=ids,
-            complete=build,
+            complete=lambda: builder.build_batch(rows),
         )
 
-    def _digest(
-        self, frame: pl.DataFrame, text: pl.DataFrame, selected: pl.Series, suppressed: pl.Series | None
-    ) -> bytes:
+    def _digest(self, rows: InputRows) -> bytes:
         """Hash all that the requests of the rows depend on."""
         digest = self.mapping.copy()
         # No file with a NUL in a cell is read.
-        for cells in text[:, self.columns].select_seq(pl.all().str.join("\0")):
+        for cells in rows.text[:, self.columns].select_seq(pl.all().str.join("\0")):
             digest.update(f"{cells.item()}\0".encode())
-        for marks in (selected, suppressed, *(has_no_text(frame.get_column(name)) for name in self.columns)):
+        no_text = (has_no_text(rows.frame.get_column(name)) for name in self.columns)
+        for marks in (rows.selected, rows.suppressed, *no_text):
             digest.update(b"\2" if marks is None else bytes(marks.to_list()))
         return digest.digest()
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from msgspec import Struct
-
 from enrich.databar.description import Description, Enrichment, Param, Provider
 from enrich.errors import JobError
 from enrich.job.job import Job
@@ -20,24 +18,18 @@ MAX_COUNT = 1_000_000
 _MAX_DIGITS = 100
 
 
-class KnownNames(Struct, frozen=True):
-    """A target as the API describes it now, and what is known from before.
+def name_problems(
+    job: Job, description: Description, remembered: Description | None = None, answered: frozenset[str] = frozenset()
+) -> list[JobError]:
+    """Return an error for each wrong name, with its line and the nearest name. One cause is one error.
 
     `remembered` is the description of an earlier run, `answered` has the fields of the job that answers have. An empty
     list of the description checks nothing.
     """
-
-    description: Description
-    remembered: Description | None = None
-    answered: frozenset[str] = frozenset()
-
-
-def name_problems(job: Job, known: KnownNames) -> list[JobError]:
-    """Return an error for each wrong name, with its line and the nearest name. One cause is one error."""
     return [
-        *target_problems(job, known.description),
-        *_column_problems(job, known),
-        *_limit_problems(job, known.description),
+        *target_problems(job, description),
+        *_column_problems(job, description, remembered, answered),
+        *_limit_problems(job, description),
     ]
 
 
@@ -165,13 +157,14 @@ def _numbers_hint(number: int, available: Sequence[Provider]) -> str:
     return f"{suggestion}it has {', '.join(names.values())}"
 
 
-def _column_problems(job: Job, known: KnownNames) -> Iterator[JobError]:
-    description, remembered = known.description, known.remembered
+def _column_problems(
+    job: Job, description: Description, remembered: Description | None, answered: frozenset[str]
+) -> Iterator[JobError]:
     listed = [field.name for field in description.output_fields]
     if not listed:
         return
     listed += [field.name for field in remembered.output_fields if field.name not in listed] if remembered else []
-    fields = {*listed, *known.answered}
+    fields = {*listed, *answered}
     # A path into a list of rows begins with the row's number. Only an answer shows whether it is a list.
     may_be_list = isinstance(description, Enrichment)
     for name, path in (job.model.columns or {}).items():

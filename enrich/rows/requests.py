@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from itertools import compress
-from typing import TypeVar, cast
+from typing import NamedTuple, TypeVar, cast
 
 import polars as pl
 from msgspec import Struct, field
@@ -70,6 +70,21 @@ _NEEDS_ESCAPING = r'["\\\x00-\x1f]'
 #: Why a row is filtered, where the job's expressions are not the reason.
 SUPPRESSED_REASON = "on a suppression list"
 FORGOTTEN_REASON = "erased by `enrich forget`"
+
+
+class InputRows(NamedTuple):
+    """Some rows of the input as they are read. The other parts run parallel to `frame`.
+
+    `first_position` is the position of the first, from 0. `text` has every cell as text. `suppressed` None: there is no
+    suppression list. `queue_order` is the send order; None: that of the input.
+    """
+
+    first_position: int
+    frame: pl.DataFrame
+    text: pl.DataFrame
+    selected: pl.Series
+    suppressed: pl.Series | None
+    queue_order: list[int] | None
 
 
 class RowBatch(Struct, frozen=True):
@@ -205,21 +220,9 @@ class RequestBuilder:
         self._group_by = job.model.caps.by if job.model.caps else None
         self._kept_columns = [place for place, name in enumerate(header) if name not in ENRICH_COLUMNS]
 
-    def build_batch(  # noqa: PLR0913, PLR0917 - the frame and what is known of its rows
-        self,
-        first_position: int,
-        frame: pl.DataFrame,
-        text: pl.DataFrame,
-        selected: pl.Series,
-        suppressed: pl.Series | None,
-        queue_order: list[int] | None,
-        counted: pl.Series | None = None,
-    ) -> RowBatch:
-        """Build the batch of a frame that begins at this position.
-
-        `text` is the frame with every cell as text. `selected`, `suppressed` and `counted` run parallel to it. Rows
-        that are not `counted` have a request, but do not count as `left_out`.
-        """
+    def build_batch(self, read: InputRows, counted: pl.Series | None = None) -> RowBatch:
+        """Map rows to requests. Rows that are not `counted` have a request, but do not count as `left_out`."""
+        first_position, frame, text, selected, suppressed, queue_order = read
         cells = ParamCells(self._header, text, frame, self._placeholders)
         computed = [
             split_left_out(param_values(param, cells, conversion))

@@ -11,8 +11,6 @@ from enrich.errors import CanaryStopped, CommandRefused
 from enrich.job.job import Job
 from enrich.job.spec import Canary
 from enrich.job.target import TargetKind
-from enrich.ledger import transitions
-from enrich.ledger.database import Database
 from enrich.models import State, to_credits, to_micros
 from enrich.rows.template import RequestTemplate
 
@@ -101,21 +99,6 @@ def make_budget(job: Job, template: RequestTemplate, balance: int | None, planne
     stop_reason, (cap, remedy) = min(caps.items(), key=lambda each: inf if each[1][0] is None else each[1][0])
     hint = f"{remedy}, then run again for the rest"
     return Budget(cap, template.unit_price or 0, stop_reason, hint, template.priced_by, step_cap)
-
-
-def make_run_budget(
-    ledger: Database, job: Job, template: RequestTemplate, balance: int | None, most: int | None
-) -> tuple[Budget, CommandRefused | None]:
-    """Make the budget of a run. `most`: what a saved plan costs at most; see `plan_file.planned_cost`.
-
-    A cap that cannot be enforced is raised, or returned when open tasks have to be collected first.
-    """
-    try:
-        return make_budget(job, template, balance, most), None
-    except CommandRefused as error:
-        if not transitions.submitted_tasks(ledger):
-            raise
-        return NO_BUDGET, error
 
 
 def _configured_limit(job: Job) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -11,17 +10,12 @@ from msgspec import Struct
 
 from enrich.databar.credentials import ApiAccess
 from enrich.job.locations import Location
-from enrich.ledger import lease_table, resume
-from enrich.ledger.writer import LedgerWriter
 from enrich.models import RequestSelection
 from enrich.rows.job_input import JobInput
 from enrich.rows.requests import RowCounts
 from enrich.rows.template import RequestTemplate
 from enrich.run.collector import OutputCounts
 from enrich.run.run_state import RunState, WorkConfig
-
-#: Interval in seconds at which the leases of lost workers are checked.
-LEASE_CHECK_EVERY_S = 0.5
 
 
 class ClusterCallbacks(Struct, frozen=True):
@@ -83,14 +77,3 @@ class ClusterEngine(Protocol):
         callbacks: ClusterCallbacks,
     ) -> OutputCounts:
         """Write the output, which is a dataset."""
-
-
-async def settle_lost_workers(lost_reasons: Sequence[str], run_state: RunState, ledger_writer: LedgerWriter) -> None:
-    """Note that workers were lost, and wait until what they held is unconfirmed, or free for any poller."""
-    counts = Counter(lost_reasons).items()
-    lost = ", ".join(f"{count} times: {reason}" if count > 1 else reason for reason, count in counts)
-    run_state.add_note(f"workers were lost ({lost}). Other workers took over their tasks")
-    while (others := await ledger_writer.submit(lease_table.other_holders)) and not run_state.stop_polling.is_set():
-        remaining_s = max(other.remaining_s for other in others)
-        await run_state.pause(min(max(remaining_s, 0.01), LEASE_CHECK_EVERY_S), run_state.stop_polling)
-    await ledger_writer.submit(resume.recover, run_state.clock.now_ms())

@@ -16,7 +16,7 @@ from enrich.databar.clock import Clock, SystemClock
 from enrich.databar.credentials import ApiAccess
 from enrich.job.job import Job
 from enrich.job.locations import Location
-from enrich.models import RequestSelection, State, to_micros, to_ms
+from enrich.models import RequestSelection, State, to_ms
 from enrich.run.progress import Progress
 from enrich.run.run_state import Timeouts
 
@@ -95,7 +95,7 @@ class RunContext(Struct, frozen=True):
     """All that a run is given. What it counts and finds out is in `RunState`.
 
     `started_at_s` is the monotonic time of its start. Until the API was queried, `preflight` is an offline one, and
-    `budget` allows nothing.
+    `budgets` allow nothing.
     """
 
     job: Job
@@ -108,28 +108,20 @@ class RunContext(Struct, frozen=True):
     ledger_writer: LedgerWriter
     started_at_s: float
     preflight: Preflight
-    budget: Budget
+    #: What each step of the job may spend.
+    budgets: tuple[Budget, ...]
     #: `policy.max_attempts` of each step of the job.
     max_attempts_by_step: Mapping[str, int]
 
+    @property
+    def budget(self) -> Budget:
+        """What the only step may spend. Of a job with steps, the first one: all of them have the cap of the run."""
+        return self.budgets[0]
+
     def steps(self) -> list[RunContext]:
         """Return the context of each step. A job without steps is one step."""
-        if not self.job.step_jobs:
-            return [self]
-        return [
-            replace(
-                self,
-                job=job,
-                preflight=preflight,
-                budget=replace(
-                    self.budget,
-                    max_request_price=preflight.template.unit_price or 0,
-                    priced_by=preflight.template.priced_by,
-                    step_cap=to_micros(job.step_max_credits),
-                ),
-            )
-            for job, preflight in zip(self.job.steps, self.preflight.steps, strict=True)
-        ]
+        steps = zip(self.job.steps, self.preflight.steps, self.budgets, strict=True)
+        return [replace(self, job=job, preflight=preflight, budgets=(budget,)) for job, preflight, budget in steps]
 
     def elapsed_s(self) -> float:
         """Return the seconds since the start of the run."""

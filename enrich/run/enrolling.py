@@ -22,7 +22,7 @@ from enrich.run.periodic import start_phase
 from enrich.run.progress import Phase
 from enrich.run.run_state import Enrolled, RunState
 from enrich.run.startup import with_steps
-from enrich.run.step_input import StepInput
+from enrich.run.step_input import StepInput, begin_steps
 from enrich.run.step_plan import note_on_target
 
 INPUT_CHANGED = "the input changed during the run"
@@ -48,7 +48,7 @@ async def enroll_changed_input(context: RunContext, run_state: RunState, files: 
     if (step_rows := files.step_rows) is None:
         await _enroll(context, run_state, job_input, job_input, RunOptions())
     else:  # the output of a job with steps needs no pass
-        await context.ledger_writer.submit(lambda _: StepInput(step_rows, 0).begin(RequestSelection()))
+        await context.ledger_writer.submit(lambda _: begin_steps(step_rows))
     run_state.file_versions = versions
     run_state.exit_reasons.setdefault(ExitCode.API, EnrichError(INPUT_CHANGED, "run again for the new rows"))
     return files
@@ -69,7 +69,9 @@ async def _enroll(
     run_state.selection = select_requests(context.job, options, run_state.clock.earliest_ms())
     if isinstance(rows, StepInput):
         # Of a job with steps, leads are counted, not requests.
-        await ledger_writer.submit(lambda _: rows.begin(run_state.selection))
+        if not rows.number:
+            await ledger_writer.submit(lambda _: begin_steps(rows.rows))
+        await ledger_writer.submit(lambda _: rows.choose_leads(run_state.selection))
         run_state.selection = rows.limit_requests(run_state.selection, options.plan, run_state.execution_id)
     await start_phase(context, run_state, Phase.ENROLL)
     engine = context.environment.engine

@@ -88,28 +88,33 @@ def _names(overlap: Overlap) -> str:
     return ", ".join(path.name for path, _ in overlap.by_ledger.most_common())
 
 
+def confirm_paying_again(context: RunContext, error: CommandRefused) -> None:
+    """Ask the user whether to pay again. Raises RunCancelled for a no, and the error where no user can answer."""
+    confirm = context.options.confirm_new_ledger
+    if confirm is None:
+        raise error
+    with context.signals.interruptible():
+        if not confirm(f"{error.message}.\nPay again?"):
+            raise RunCancelled
+
+
 async def check_neighbours(context: RunContext, run_state: RunState, step_rows: StepRows | None, number: int) -> None:
     """Compare a new ledger with those beside it, before anything is spent, and again before a later step sends.
 
     Raises RunDeclined when they have paid for much of the input, unless the user agrees to pay again.
     """
-    options = context.options
-    if options.new_ledger or run_state.pays_again:
+    if context.options.new_ledger or run_state.pays_again:
         return
     bound_to = context.preflight.bound_to
     overlap = await context.ledger_writer.submit(find_overlap, context.job, bound_to, step_rows, number)
     if overlap is None:
         return
-    run_state.paid_in_other_ledgers += overlap.paid
     error = refusal(step_rows.job_input.job if step_rows else context.job, overlap, number)
     if error is not None:
-        # Once requests were sent, the run does not stop for a confirmation.
-        if options.confirm_new_ledger is None or run_state.counters.submitted:
-            run_state.paid_in_other_ledgers -= overlap.paid
+        if run_state.counters.submitted:  # the run does not stop for a confirmation any more
             raise error
-        with context.signals.interruptible():
-            if not options.confirm_new_ledger(f"{error.message}.\nPay again?"):
-                raise RunCancelled
+        confirm_paying_again(context, error)
         run_state.pays_again = True
+    run_state.paid_in_other_ledgers += overlap.paid
     for note in overlap_notes(overlap):
         run_state.add_note(note)

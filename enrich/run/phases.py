@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 from math import inf
 
@@ -10,12 +11,11 @@ from msgspec.structs import replace
 
 from enrich.errors import ApiCallFailed, RunCancelled
 from enrich.exit_codes import ExitCode
-from enrich.ledger import enroll, execution_records, queries, resume, transitions
+from enrich.ledger import enroll, execution_records, lease_table, queries, resume, transitions
 from enrich.ledger.database import Database
 from enrich.models import State, Task, pluralize, read_balance, to_credits
 from enrich.run import dispatcher
 from enrich.run.budget import Cost, check_balance, check_canary
-from enrich.run.cluster_protocol import settle_lost_workers
 from enrich.run.context import RunContext, RunFiles, select_requests
 from enrich.run.early_end import out_of_time_error
 from enrich.run.enrolling import count_enrolled
@@ -30,6 +30,8 @@ from enrich.run.step_rows import StepRows
 
 #: Limits for polling written-off tasks at the start, which is free: in seconds, and as a share of --max-time.
 REPOLL_S, REPOLL_SHARE = 60.0, 0.1
+#: How often the leases of lost workers are checked, in seconds.
+LEASE_CHECK_EVERY_S = 0.5
 
 
 async def collect_open_tasks(context: RunContext, run_state: RunState) -> None:
@@ -195,8 +197,20 @@ async def _submit_and_poll_with_workers(context: RunContext, run_state: RunState
     run_state.finish_polling = pool.finish_early
     await run_state.run_until_abort(pool.run())
     if pool.lost_reasons:
-        await settle_lost_workers(pool.lost_reasons, run_state, context.ledger_writer)
+        await _settle_lost_workers(context, run_state, pool.lost_reasons)
     return not pool.lost_reasons
+
+
+async def _settle_lost_workers(context: RunContext, run_state: RunState, lost_reasons: Sequence[str]) -> None:
+    """Note that workers were lost, and wait until what they held is unconfirmed, or free for any poller."""
+    counts = Counter(lost_reasons).items()
+    lost = ", ".join(f"{count} times: {reason}" if count > 1 else reason for reason, count in counts)
+    run_state.add_note(f"workers were lost ({lost}). Other workers took over their tasks")
+    ledger_writer = context.ledger_writer
+    while (others := await ledger_writer.submit(lease_table.other_holders)) and not run_state.stop_polling.is_set():
+        remaining_s = max(other.remaining_s for other in others)
+        await run_state.pause(min(max(remaining_s, 0.01), LEASE_CHECK_EVERY_S), run_state.stop_polling)
+    await ledger_writer.submit(resume.recover, run_state.clock.now_ms())
 
 
 def _work_config(context: RunContext) -> WorkConfig:

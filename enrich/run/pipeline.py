@@ -18,7 +18,7 @@ from enrich.job.job import Job
 from enrich.ledger import execution_records
 from enrich.ledger.database import Database
 from enrich.ledger.rescue_file import RescueFile
-from enrich.ledger.writer import LOCK_TIMEOUT_S, LedgerWriter
+from enrich.ledger.writer import LedgerWriter
 from enrich.run.budget import NO_BUDGET
 from enrich.run.context import RunContext, RunEnvironment, RunFiles, RunOptions, rescue_folders
 from enrich.run.dispatcher import max_posts_in_flight
@@ -78,7 +78,8 @@ async def _open_and_run(
             async with client, _open_ledger_writer(job, ledger, environment) as ledger_writer:
                 offline, now_s = offline_preflight(job), environment.clock.monotonic()
                 started = (job, access, ledger, options, environment, signals, client, ledger_writer, now_s)
-                context = RunContext(*started, offline, NO_BUDGET, job.max_attempts_by_step)
+                budgets = (NO_BUDGET,) * len(job.steps)
+                context = RunContext(*started, offline, budgets, job.max_attempts_by_step)
                 return await _run_phases(context)
     except asyncio.CancelledError:
         signals.raise_if_received()
@@ -154,7 +155,7 @@ def _open_ledger_writer(job: Job, ledger: Database, environment: RunEnvironment)
     sizes = [step.model.dispatch.bulk for step in job.steps]
     requests_in_flight = max(max_posts_in_flight(size) * (size or 1) for size in sizes)
     rescue = partial(RescueFile, location, rescue_folders(job), requests_in_flight)
-    ledger_writer = LedgerWriter(ledger, new_rescue_file=rescue, lock_timeout_s=LOCK_TIMEOUT_S)
+    ledger_writer = LedgerWriter(ledger, rescue)
     ledger_writer.on_lock_wait = environment.on_message
     return ledger_writer
 

@@ -10,14 +10,23 @@ from typing import Any
 from msgspec import Struct
 from msgspec.structs import asdict
 
+from enrich.databar.description import Provider
 from enrich.job.job import Job
 from enrich.ledger import enroll, queries
 from enrich.ledger.database import Database
-from enrich.models import DECISIONS_TO_SEND, Decision, format_credits, format_elapsed, iso_time, pluralize, to_credits
+from enrich.models import (
+    DECISIONS_TO_SEND,
+    Decision,
+    format_credits,
+    format_elapsed,
+    iso_time,
+    pluralize,
+    to_credits,
+    to_micros,
+)
 from enrich.rows.params import format_left_out, left_out_by_param
 from enrich.rows.requests import RowCounts
 from enrich.run.budget import Cost
-from enrich.run.plan_file import ProviderPrice, provider_prices
 from enrich.run.preflight import Preflight
 from enrich.run.terminal_text import top_reasons, wrap_parts
 
@@ -65,6 +74,11 @@ class PlannedProvider(Struct, frozen=True):
     id: int
     name: str
     price: float | None
+
+    @classmethod
+    def of(cls, provider: Provider) -> PlannedProvider:
+        """Return what the API says about a provider."""
+        return cls(provider.id, provider.name, to_credits(to_micros(provider.price)))
 
 
 class Plan(Struct, frozen=True):
@@ -154,9 +168,7 @@ class Plan(Struct, frozen=True):
 def build_plan(job: Job, preflight: Preflight, ledger: Database, read: RowCounts, cap: int | None) -> Plan:
     """Build the plan, after the whole input was `read` in a pass of the ledger."""
     template, description = preflight.template, preflight.description
-    providers, verifier = provider_prices(template, description)
-    provider_names = {each.id: each.name for each in description.available_enrichments}
-    verifier_names = {each.id: each.name for each in description.email_verifiers}
+    verifier = description.verifier(template.target)
     decided = enroll.decision_counts(ledger)
     decisions = dict.fromkeys(DECISION_REASONS, 0) | read.row_decisions | decided
     decisions[Decision.DUPLICATE] = read.requests - sum(decided.values())
@@ -188,18 +200,14 @@ def build_plan(job: Job, preflight: Preflight, ledger: Database, read: RowCounts
         polls_per_task=queries.polls_per_task(ledger),
         bulk=job.model.dispatch.bulk,
         canary=job.model.canary.rows if job.model.canary else None,
-        providers=[_planned_provider(each, provider_names) for each in providers],
-        verifier=None if verifier is None else _planned_provider(verifier, verifier_names),
+        providers=list(map(PlannedProvider.of, description.called_providers(template.target))),
+        verifier=None if verifier is None else PlannedProvider.of(verifier),
         notes=preflight.notes,
     )
 
 
 def _count_to_submit(decisions: Mapping[Decision, int]) -> int:
     return sum(decisions.get(decision, 0) for decision in DECISIONS_TO_SEND)
-
-
-def _planned_provider(provider: ProviderPrice, names: Mapping[int, str]) -> PlannedProvider:
-    return PlannedProvider(provider.id, names.get(provider.id, ""), to_credits(provider.price))
 
 
 def spend_question(maximum: float | None, leads: int) -> str:
@@ -218,7 +226,7 @@ def format_plan(plan: Plan, next_lines: Sequence[str] = (), *, details: bool = F
     yield from wrap_parts(_headline_parts(plan), " · ")
     parts = [f"{plan.decisions[each]:,} {word}" for each, word in _NOT_SENT_WORDS.items() if plan.decisions.get(each)]
     if parts:
-        yield from wrap_parts([(f"Not sent: {parts[0]}", ""), *((part, "") for part in parts[1:])], " · ")
+        yield from wrap_parts([f"Not sent: {parts[0]}", *parts[1:]], " · ")
     if number := plan.decisions.get(Decision.INVALID):
         yield f"Skipped: {pluralize(number, 'lead')} ({top_reasons(plan.skipped)})"
     if plan.cap_allows is not None and plan.cap_allows < plan.to_submit:
@@ -233,18 +241,18 @@ def format_plan(plan: Plan, next_lines: Sequence[str] = (), *, details: bool = F
     yield from next_lines
 
 
-def _headline_parts(plan: Plan) -> Iterator[tuple[str, str]]:
+def _headline_parts(plan: Plan) -> Iterator[str]:
     sandbox = "SANDBOX " if plan.sandbox else ""
     if plan.to_submit:
-        yield f"{sandbox}{pluralize(plan.to_submit, 'request')} to send", ""
-        yield format_cost(plan.cost), ""
+        yield f"{sandbox}{pluralize(plan.to_submit, 'request')} to send"
+        yield format_cost(plan.cost)
     else:
-        yield f"{sandbox}Nothing to send", ""
+        yield f"{sandbox}Nothing to send"
     if plan.balance is not None:
-        yield f"balance {plan.balance:,.2f}", ""
+        yield f"balance {plan.balance:,.2f}"
     if plan.min_balance is not None:
-        yield f"min_balance {plan.min_balance:,.2f}", ""
-    yield f"cap: {'none' if plan.max_credits is None else format_credits(plan.max_credits)}", ""
+        yield f"min_balance {plan.min_balance:,.2f}"
+    yield f"cap: {'none' if plan.max_credits is None else format_credits(plan.max_credits)}"
 
 
 def format_cost(cost: Cost) -> str:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from enrich.databar.description import Description, Provider
+from enrich.databar.description import Provider
 from enrich.errors import CommandRefused, EnrichError, JobError
 from enrich.files.atomic import follow_link, replace_file
 from enrich.job.bounded_read import read_text
@@ -20,7 +20,6 @@ from enrich.ledger import queries
 from enrich.ledger.database import Database
 from enrich.models import State, iso_time, to_micros
 from enrich.rows.job_input import JobInput
-from enrich.rows.template import RequestTemplate
 from enrich.run.preflight import Preflight
 
 
@@ -84,9 +83,15 @@ def gather_plan_inputs(job: Job, preflight: Preflight, job_input: JobInput) -> P
     resolved = [job.name, job.model.model_dump_json(), str(job.ledger)]
     targets = []
     for step in preflight.steps:
-        providers, verifier = provider_prices(step.template, step.description)
-        target = step.template.target.canonical()
-        targets.append(PlannedTarget(target=target, providers=providers, verifier=verifier))
+        target, description = step.template.target, step.description
+        verifier = description.verifier(target)
+        targets.append(
+            PlannedTarget(
+                target=target.canonical(),
+                providers=list(map(_provider_price, description.called_providers(target))),
+                verifier=None if verifier is None else _provider_price(verifier),
+            )
+        )
     return PlanInputs(
         job=sha256(json.dumps(resolved).encode()).hexdigest(),
         input=job_input.full_table.digest(),
@@ -108,17 +113,6 @@ def planned_cost(ledger: Database, job: Job, plan: SavedPlan | None, preflight: 
         cost += left * (price or 0)
     # Open tasks settle in this run, so their reservations come on top.
     return cost + queries.open_reservations(ledger)
-
-
-def provider_prices(
-    template: RequestTemplate, description: Description
-) -> tuple[list[ProviderPrice], ProviderPrice | None]:
-    """Return the prices of the target: the providers of a waterfall and its verifier, or an enrichment."""
-    verifier = description.verifier(template.target)
-    return (
-        [_provider_price(each) for each in description.called_providers(template.target)],
-        None if verifier is None else _provider_price(verifier),
-    )
 
 
 def _provider_price(provider: Provider) -> ProviderPrice:

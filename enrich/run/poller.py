@@ -26,7 +26,6 @@ from enrich.ledger.writer import LedgerWriter
 from enrich.models import Answer, State, Task
 from enrich.run.open_task import CONFIRMING_FOREIGN_REPLIES, CONFIRMING_REPLIES, OpenTask
 from enrich.run.poll_schedule import PollCost
-from enrich.run.rate_limit import FETCH_WINDOW_SHARE
 from enrich.run.run_state import MAX_UNKNOWN_TASKS, RunState, WorkConfig
 
 IDLE_S = 1.0
@@ -166,7 +165,7 @@ class Poller:
             wait = min(
                 wait, run_state.poll_schedule.last_delay_s(age_s, run_state.open_tasks, run_state.rate_limiter.rate)
             )
-        return min(wait, run_state.result_ttl_s * FETCH_WINDOW_SHARE, max(0.0, self.config.patience_s - age_s))
+        return min(wait, run_state.in_flight_limit.fetch_window_s, max(0.0, self.config.patience_s - age_s))
 
     def _schedule(self, open_task: OpenTask, seconds: float) -> None:
         due = self.run_state.clock.monotonic() + seconds

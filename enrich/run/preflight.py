@@ -37,7 +37,7 @@ from enrich.ledger.sqlite import damaged_ledger_error
 from enrich.models import read_balance
 from enrich.rows.job_input import JobInput
 from enrich.rows.job_steps import Step, make_steps
-from enrich.rows.known_names import BESIDE_RESULT, KnownNames, column_fields, join_problems, name_problems
+from enrich.rows.known_names import BESIDE_RESULT, column_fields, join_problems, name_problems
 from enrich.rows.template import (
     RequestTemplate,
     default_providers,
@@ -47,12 +47,11 @@ from enrich.rows.template import (
 )
 
 if TYPE_CHECKING:
-    import tenacity
-
     from enrich.databar.client import Client
 
 T = TypeVar("T")
-MAX_PAUSE_S = 5.0
+#: How long to wait before a free call is repeated, in seconds. Doubled each time.
+FIRST_PAUSE_S, MAX_PAUSE_S = 0.5, 5.0
 
 
 class Preflight(Struct, frozen=True):
@@ -93,27 +92,21 @@ async def retry_until(
 
     Raises ApiUnreachable after `timeout_s` seconds, and at once when the certificate is not trusted.
     """
-    import tenacity  # noqa: PLC0415 - `check` imports this file, and uses the API on request only
-
-    def is_retryable(error: BaseException) -> bool:
-        return isinstance(error, RequestNotAccepted) and not isinstance(error, (*final_errors, CertificateUntrusted))
-
-    def pause(state: tenacity.RetryCallState) -> float:
-        error = state.outcome.exception() if state.outcome else None
-        if isinstance(error, RateLimited) and error.retry_after is not None:
-            return error.retry_after
-        return min(MAX_PAUSE_S, 0.25 * 2.0**state.attempt_number)
-
+    loop, pause_s = asyncio.get_running_loop(), FIRST_PAUSE_S
+    deadline = loop.time() + timeout_s
     try:
-        async with asyncio.timeout(timeout_s):
-            async for attempt in tenacity.AsyncRetrying(
-                retry=tenacity.retry_if_exception(is_retryable),
-                stop=tenacity.stop_before_delay(timeout_s),
-                wait=pause,
-                reraise=True,
-            ):
-                with attempt:
+        async with asyncio.timeout_at(deadline):
+            while True:
+                try:
                     return await call()
+                except RequestNotAccepted as error:
+                    wait_s = error.retry_after if isinstance(error, RateLimited) else None
+                    wait_s = pause_s if wait_s is None else wait_s
+                    is_final = isinstance(error, (*final_errors, CertificateUntrusted))
+                    if is_final or loop.time() + wait_s >= deadline:
+                        raise
+                    await asyncio.sleep(wait_s)
+                    pause_s = min(MAX_PAUSE_S, 2 * pause_s)
     except final_errors:
         raise
     except (RequestNotAccepted, TimeoutError) as error:
@@ -121,7 +114,6 @@ async def retry_until(
         what = "" if isinstance(error, UnexpectedResponse) else "the API is unreachable: "
         hint = getattr(error, "hint", None) or "run the same command again later"
         raise ApiUnreachable(f"{what}{reason}", hint) from error
-    raise AssertionError  # the loop returns or raises
 
 
 class LedgerBinding(Struct, frozen=True):
@@ -189,7 +181,7 @@ async def preflight(  # noqa: PLR0913 - every argument is used once
     bound_to = {"api_host": host, "workspace": user.workspace}
     description = await _fetch_description(client, job, timeout_s)
     providers, notes = _choose_providers(binding, job, description, update_providers=update_providers)
-    if problems := name_problems(job, KnownNames(description, binding.description, binding.answered)):
+    if problems := name_problems(job, description, binding.description, binding.answered):
         raise join_problems(problems)
     template = make_request_template(job, description, providers)
     return Preflight(template, read_balance(user.balance), bound_to, description, providers, notes)
@@ -198,7 +190,7 @@ async def preflight(  # noqa: PLR0913 - every argument is used once
 def offline_preflight(job: Job) -> Preflight:
     """Build a preflight without the API: enough to collect the open tasks of earlier runs, but not to send requests."""
     if job.step_jobs:
-        return Preflight.of_steps(list(map(offline_preflight, job.step_jobs)))
+        return Preflight.of_steps([offline_preflight(step) for step in job.step_jobs])
     target = job.model.target
     is_waterfall = target.kind is TargetKind.WATERFALL
     description = Waterfall(identifier=target.id) if is_waterfall else Enrichment(id=int(target.id))

@@ -243,13 +243,20 @@ class InFlightLimit(Struct, frozen=True):
 
     configured: int | None = None
     workers: int = 1
+    #: For how long the API keeps a result.
+    result_ttl_s: float = 86_400.0
 
     @property
     def start(self) -> int:
         """The limit of the whole run before anything is known."""
         return START_OPEN_TASKS if self.configured is None else self.configured
 
-    def max_open_tasks(self, rate: float, *, answers: int, age_s: float, result_ttl_s: float) -> int:
+    @property
+    def fetch_window_s(self) -> float:
+        """In how many seconds all open tasks must be fetchable."""
+        return self.result_ttl_s * FETCH_WINDOW_SHARE
+
+    def max_open_tasks(self, rate: float, *, answers: int, age_s: float) -> int:
         """Return how many tasks may be open here, at least one.
 
         `rate` is in requests per second, submits and polls together, `answers` the number of tasks that `age_s`, their
@@ -258,4 +265,4 @@ class InFlightLimit(Struct, frozen=True):
         limit = self.start / self.workers
         if self.configured is None and answers * self.workers >= MIN_ANSWERS:
             limit = min(max(limit, OPEN_TASKS_MARGIN * rate * age_s), MAX_OPEN_TASKS / self.workers)
-        return max(1, int(min(limit, rate * result_ttl_s * FETCH_WINDOW_SHARE)))
+        return max(1, int(min(limit, rate * self.fetch_window_s)))

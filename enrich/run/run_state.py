@@ -130,7 +130,6 @@ class RunState:
     rate_limiter: AdaptiveRateLimiter
     timeouts: Timeouts = field(default_factory=Timeouts)
     in_flight_limit: InFlightLimit = field(default_factory=InFlightLimit)
-    result_ttl_s: float = 86_400.0
     #: Whether this process certainly still holds its claims, where several processes share a ledger.
     lease_valid: Callable[[], bool] = lambda: True
     #: Shows a note to the user.
@@ -220,10 +219,7 @@ class RunState:
         """How many tasks may be open at once."""
         learned = self.poll_schedule
         return self.in_flight_limit.max_open_tasks(
-            self.rate_limiter.rate,
-            answers=learned.answers_recorded,
-            age_s=learned.mean_s,
-            result_ttl_s=self.result_ttl_s,
+            self.rate_limiter.rate, answers=learned.answers_recorded, age_s=learned.mean_s
         )
 
     @property

@@ -10,7 +10,7 @@ from functools import partial
 
 from msgspec.structs import replace
 
-from enrich.errors import LOCKED_HINT, EnrichError, Interrupted, LedgerLocked, RunCancelled, WorkspaceMismatch
+from enrich.errors import LOCKED_HINT, EnrichError, Interrupted, LedgerLocked, WorkspaceMismatch
 from enrich.files.writer import prepare_file
 from enrich.ledger import (
     bindings,
@@ -27,11 +27,12 @@ from enrich.ledger.lease_table import LeaseHolder
 from enrich.models import pluralize
 from enrich.rows.job_input import JobInput
 from enrich.rows.job_steps import make_steps
-from enrich.run.budget import make_run_budget
+from enrich.run.budget import make_budget
 from enrich.run.context import RunContext, RunFiles, RunOptions, rescue_folders
 from enrich.run.earlier_output import find_output_of_other_ledger
 from enrich.run.early_end import end_without_ledger, interrupt
 from enrich.run.lead_selection import LeadSelection
+from enrich.run.neighbour_ledgers import confirm_paying_again
 from enrich.run.periodic import load_schedule
 from enrich.run.plan_file import planned_cost
 from enrich.run.preflight import Preflight, check_api_host, preflight, read_binding
@@ -54,8 +55,6 @@ class Startup:
     problems: list[str] = field(default_factory=list)
     #: None: one of the files cannot be used.
     files: RunFiles | None = None
-    #: None: the API did not answer, or its answer does not match the job, the input or the ledger.
-    preflight: Preflight | None = None
 
     async def check(self, check: Callable[[Startup], Awaitable[None]]) -> None:
         """Run a check. While the API may hold paid results, its error is postponed, to collect these first."""
@@ -109,7 +108,8 @@ async def import_rescue_files(startup: Startup) -> None:
     imported = await context.ledger_writer.submit(
         rescue_import.import_rescue_files, rescue_folders(job), job.name, now_ms
     )
-    startup.notes += [f"{path} was imported: {what}" for path, what in rescue_import.remove_imported_files(imported)]
+    rescue_import.remove_imported_files(imported)
+    startup.notes += [f"{path} was imported: {result}" for path, result in imported]
 
 
 async def recover_requests(startup: Startup) -> None:
@@ -144,30 +144,27 @@ async def check_new_ledger(startup: Startup) -> None:
 
     Raises CommandRefused. Adds a problem when an earlier output cannot be read.
     """
-    context, options, signals = startup.context, startup.context.options, startup.context.signals
+    context, options = startup.context, startup.context.options
     if options.new_ledger or await context.ledger_writer.submit(execution_records.has_own_submissions):
         return
     refusal, problem = await find_output_of_other_ledger(
         context.job,
         lambda tasks: context.ledger_writer.submit(task_ids.unknown_task_ids, tasks),
-        signals.interruptible,
+        context.signals.interruptible,
     )
     startup.problems += [problem] if problem is not None else []
-    if refusal is None:
-        return
-    if options.confirm_new_ledger is not None:
-        with signals.interruptible():
-            if options.confirm_new_ledger(f"{refusal.message}.\nPay again?"):
-                # One confirmation also covers the other ledgers in the folder.
-                startup.context = replace(context, options=replace(options, new_ledger=True))
-                return
-        raise RunCancelled
-    raise refusal
+    if refusal is not None:
+        confirm_paying_again(context, refusal)
+        # One confirmation also covers the other ledgers in the folder.
+        startup.context = replace(context, options=replace(options, new_ledger=True))
 
 
 async def run_preflight(startup: Startup) -> None:
-    """Query the API before the run. Raises EnrichError when job, input, API and ledger do not match."""
-    context, options = startup.context, startup.context.options
+    """Query the API before the run, and make the budget.
+
+    Raises EnrichError when job, input, API and ledger do not match, or a cap cannot be enforced.
+    """
+    context, job, options = startup.context, startup.context.job, startup.context.options
     results = [
         await preflight(
             context.client,
@@ -178,15 +175,23 @@ async def run_preflight(startup: Startup) -> None:
             update_providers=options.update_providers,
             workspace_renamed=options.workspace_renamed,
         )
-        for step in context.job.steps
+        for step in job.steps
     ]
-    result = Preflight.of_steps(results) if context.job.step_jobs else results[0]
+    result = Preflight.of_steps(results)
     workspace = result.bound_to["workspace"]
     if options.workspace_renamed and workspace is not None:
         await context.ledger_writer.submit(bindings.rename_workspace, workspace)
     if startup.files is not None:
         startup.files = with_steps(context, startup.files, result)
-    startup.preflight = result
+    startup.context = replace(context, preflight=result)
+    most = await context.ledger_writer.submit(planned_cost, job, options.plan, result)
+    steps = zip(job.steps, result.steps, strict=True)
+    budgets = tuple(make_budget(step_job, step.template, result.balance, most) for step_job, step in steps)
+    for step in result.steps:
+        await context.ledger_writer.submit(
+            bindings.save_description, step.description.target, step.description.model_dump(), step.providers
+        )
+    startup.context = replace(startup.context, budgets=budgets)
 
 
 def with_steps(context: RunContext, files: RunFiles, result: Preflight) -> RunFiles:
@@ -209,9 +214,8 @@ def make_step_rows(job_input: JobInput, ledger: Database, result: Preflight, opt
 
 async def start_run(startup: Startup) -> tuple[RunContext, RunState]:
     """Record the start of the run with its budget. From here on, signals end it early instead of at once."""
-    context = await _with_budget(startup)
+    context, model = startup.context, startup.context.job.model
     environment, ledger_writer, signals = context.environment, context.ledger_writer, context.signals
-    model = context.job.model
     execution_id = await ledger_writer.submit(
         execution_records.start_execution,
         context.job.name,
@@ -225,8 +229,7 @@ async def start_run(startup: Startup) -> tuple[RunContext, RunState]:
         environment.clock,
         AdaptiveRateLimiter(model.limits.requests_per_second),
         environment.timeouts,
-        in_flight_limit=InFlightLimit(model.limits.in_flight),
-        result_ttl_s=model.policy.result_ttl.total_seconds(),
+        in_flight_limit=InFlightLimit(model.limits.in_flight, result_ttl_s=model.policy.result_ttl.total_seconds()),
         lease_valid=environment.lease_valid,
         on_message=environment.on_message,
         answers_only=any(isinstance(error, WorkspaceMismatch) for error in startup.postponed_errors),
@@ -246,22 +249,3 @@ def _column_paths(context: RunContext) -> execution_records.Paths:
     """Return the paths of the job's columns, by step if it has steps."""
     paths = {step.job.step: list(step.preflight.template.columns.values()) for step in context.steps()}
     return paths if context.job.step_jobs else paths[""]
-
-
-async def _with_budget(startup: Startup) -> RunContext:
-    """Add the preflight and the budget to the context. Without a preflight there is nothing to spend."""
-    context, job, preflight_result = startup.context, startup.context.job, startup.preflight
-    if preflight_result is None:
-        return context
-    most = await context.ledger_writer.submit(planned_cost, job, context.options.plan, preflight_result)
-    budgets = []
-    for step_job, step in zip(job.steps, preflight_result.steps, strict=True):
-        budget, cap_error = await context.ledger_writer.submit(
-            make_run_budget, step_job, step.template, preflight_result.balance, most
-        )
-        budgets.append(budget)
-        startup.postponed_errors += [cap_error] if cap_error is not None else []
-        await context.ledger_writer.submit(
-            bindings.save_description, step.description.target, step.description.model_dump(), step.providers
-        )
-    return replace(context, preflight=preflight_result, budget=budgets[0])

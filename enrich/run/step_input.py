@@ -48,22 +48,10 @@ class StepInput(Struct, frozen=True):
         columns = self.rows.steps[self.number].template.columns.values()
         return choose_requests(self.rows.ledger, names, selection, columns)
 
-    def begin(self, selection: RequestSelection) -> None:
-        """Find out which leads `caps` leaves out, and choose those that a limited run begins in this step.
-
-        Raises JobError before anything is sent if a condition of any step cannot be computed for the first rows.
-        """
-        rows, caps, leads = self.rows, self.rows.job_input.job.model.caps, self.rows.leads
-        if not self.number:
-            next(rows.step_tables(), None)
-        if not self.number and (caps is not None or leads is not None):
-            begun = find_begun_leads(rows)
-            if caps is not None:
-                rows.capped[:] = capped_rows(rows.job_input, caps, begun)
-            if leads is not None:
-                leads.mark_begun(begun)
-        if leads is not None:
-            leads.choose(self._candidates(leads, selection), rows.job_input.queue_order())
+    def choose_leads(self, selection: RequestSelection) -> None:
+        """Choose the leads that a limited run begins in this step."""
+        if (leads := self.rows.leads) is not None:
+            leads.choose(self._candidates(leads, selection), self.rows.job_input.queue_order())
 
     def limit_requests(
         self, selection: RequestSelection, plan: SavedPlan | None, execution_id: int
@@ -88,6 +76,22 @@ class StepInput(Struct, frozen=True):
 
 _NEW = StepChoice(Decision.NEW, sent_before=False)
 _FINAL = {Decision.FOUND, Decision.NOT_FOUND, Decision.FAILED, Decision.EXPIRED, Decision.IN_DOUBT}
+
+
+def begin_steps(rows: StepRows) -> None:
+    """Find out which leads `caps` leaves out, and which ones of a limited run were begun before.
+
+    Raises JobError if a condition of any step cannot be computed for the first rows.
+    """
+    caps, leads = rows.job_input.job.model.caps, rows.leads
+    next(rows.step_tables(), None)
+    if caps is None and leads is None:
+        return
+    begun = find_begun_leads(rows)
+    if caps is not None:
+        rows.capped[:] = capped_rows(rows.job_input, caps, begun)
+    if leads is not None:
+        leads.mark_begun(begun)
 
 
 def find_begun_leads(rows: StepRows) -> bytearray:

@@ -253,7 +253,7 @@ def format_steps_plan(plan: StepsPlan, next_lines: Sequence[str] = ()) -> Iterat
         *([] if plan.balance is None else [f"balance {to_credits(plan.balance):,.2f}"]),
         f"cap: {'none' if plan.max_credits is None else format_credits(to_credits(plan.max_credits))}",
     ]
-    yield from wrap_parts([(part, "") for part in parts], " · ")
+    yield from wrap_parts(parts, " · ")
     yield f"  {'step':<14}{'certain':>9}{'at most':>9}{'likely':>9}{'price':>11}{'max credits':>13}"
     for forecast in plan.steps:
         name = forecast.step.job.step

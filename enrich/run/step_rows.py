@@ -21,7 +21,7 @@ from enrich.ledger.step_results import StepResult
 from enrich.models import RequestResult, RowStatus, result_columns
 from enrich.rows.job_input import JobInput
 from enrich.rows.job_steps import RowFacts, Step, StepDecision, decide, row_status
-from enrich.rows.requests import FORGOTTEN_REASON, RequestBuilder, RowBatch
+from enrich.rows.requests import FORGOTTEN_REASON, InputRows, RequestBuilder, RowBatch
 from enrich.rows.send_order import order_of_rows
 from enrich.run.collector import JoinedBatch, JoinedStep, merge_cells, name_source, new_cells
 from enrich.run.lead_selection import CAPPED_REASON, LeadSelection
@@ -173,15 +173,15 @@ class StepRows(Struct, frozen=True):
         ready = pl.repeat(value=True, n=text.height, eager=True)
         for number in step.depends_on:
             ready &= pl.Series(earlier[number].final, dtype=pl.Boolean)
-        batch = builder.build_batch(
+        rows = InputRows(
             progress.first_position,
             progress.frame,
             text,
             progress.selected & ~_rows_as_mask(progress.capped, text.height),
             step.job_input.suppressed_rows(text),
             order,
-            selected & ready,
         )
+        batch = builder.build_batch(rows, counted=selected & ready)
         for row in progress.capped:
             batch.errors[row] = CAPPED_REASON
         # No step looks a forgotten person up again.

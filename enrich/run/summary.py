@@ -119,8 +119,8 @@ MAX_REMARK_WIDTH = 44
 def format_summary(summary: RunSummary, style: Styler = unstyled) -> list[str]:
     """Return the lines of the summary. Only paths can make a line longer than 80 columns."""
     return [
-        *wrap_parts(_headline_parts(summary, style), "  ", style),
-        *wrap_parts(_count_parts(summary), " · ", style, indent="  "),
+        *wrap_parts(_headline_parts(summary, style), "  "),
+        *wrap_parts(_count_parts(summary, style), " · ", indent="  "),
         *_notable_lines(summary),
         *format_steps(summary.steps),
         *_file_lines(summary),
@@ -135,8 +135,8 @@ def format_details(summary: RunSummary, style: Styler = unstyled) -> list[str]:
     return [line for part in parts if part for line in ("", *part)]
 
 
-def _headline_parts(summary: RunSummary, style: Styler) -> Iterator[tuple[str, str]]:
-    """Yield the parts of the first line with their colors: leads, credits, cost of a match, time."""
+def _headline_parts(summary: RunSummary, style: Styler) -> Iterator[str]:
+    """Yield the parts of the first line: leads, credits, cost of a match, time."""
     completed = summary.exit_code in COMPLETED_CODES
     mark = style("✓", "green") if completed else style("!", "yellow")
     sandbox = "SANDBOX " if summary.sandbox else ""
@@ -147,27 +147,27 @@ def _headline_parts(summary: RunSummary, style: Styler) -> Iterator[tuple[str, s
     else:
         share = f" ({summary.found / summary.rows:.0%})"
         leads = f"{summary.found:,} of {pluralize(summary.rows, 'lead')} enriched{share}"
-    yield f"{mark} {style(sandbox + leads, 'bold')}", ""
+    yield f"{mark} {style(sandbox + leads, 'bold')}"
     if summary.execution is None:  # written from the ledger, without a run
         return
     if not (summary.submitted or summary.unconfirmed or summary.answers):
-        yield "nothing sent", ""
+        yield "nothing sent"
     else:
         at_least = "at least " if summary.credits_unknown or summary.unconfirmed else ""
-        yield f"{at_least}{format_credits(summary.credits_spent)} credits", ""
+        yield f"{at_least}{format_credits(summary.credits_spent)} credits"
         if summary.cost_per_lead is not None:
-            yield f"{format_credits(summary.cost_per_lead)} per lead", ""
+            yield f"{format_credits(summary.cost_per_lead)} per lead"
         elif summary.cost_per_hit is not None:
-            yield f"{format_credits(summary.cost_per_hit)} per match", ""
-    yield format_elapsed(summary.elapsed_s), ""
+            yield f"{format_credits(summary.cost_per_hit)} per match"
+    yield format_elapsed(summary.elapsed_s)
 
 
-def _count_parts(summary: RunSummary) -> Iterator[tuple[str, str]]:
-    """Yield the number of leads in each status but `found`, with its color."""
+def _count_parts(summary: RunSummary, style: Styler) -> Iterator[str]:
+    """Yield the number of leads in each status but `found`."""
     for status, (word, color) in STATUS_WORDS.items():
         if count := getattr(summary, status.value):
             reasons = f" ({top_reasons(summary.skipped)})" if status is RowStatus.INVALID and summary.skipped else ""
-            yield f"{count:,} {word}{reasons}", color
+            yield style(f"{count:,} {word}{reasons}", color)
 
 
 def _notable_lines(summary: RunSummary) -> Iterator[str]:

@@ -23,19 +23,17 @@ def unstyled(text: str, _: str) -> str:
     return text
 
 
-def wrap_parts(
-    parts: Iterable[tuple[str, str]], separator: str, style: Styler = unstyled, indent: str = ""
-) -> Iterator[str]:
-    """Join parts, each with its color, to lines of at most 80 columns. A single part may be longer."""
+def wrap_parts(parts: Iterable[str], separator: str, indent: str = "") -> Iterator[str]:
+    """Join parts, which may be colored, to lines of at most 80 columns. A single part may be longer."""
     line, width = "", 0
-    for text, color in parts:
-        size = display_width(_COLOR_CODES.sub("", text))
+    for part in parts:
+        size = display_width(_COLOR_CODES.sub("", part))
         if line and width + len(separator) + size > MAX_WIDTH:
             yield line
             line, width, indent = "", 0, "  "
         before = separator if line else indent
         width += len(before) + size
-        line += before + style(text, color)
+        line += before + part
     if line:
         yield line
 

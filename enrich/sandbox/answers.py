@@ -87,7 +87,7 @@ def make_answer(lookup: Lookup, attempt: int, draw: SeededRandom, settings: Sand
 def _run_enrichment(
     target: EnrichmentCall, params: Mapping[str, str], draw: SeededRandom, settings: SandboxSettings
 ) -> _CascadeTrace:
-    """Ask the one source. It has no steps; a match costs its whole price."""
+    """Run the one source. It has no steps; a match costs its whole price."""
     enrichment, trace = target.offer, _CascadeTrace()
     is_found = enrichment.always_answers or draw("known") < settings.hit_rate
     if is_found or settings.charge_misses:
@@ -104,7 +104,7 @@ def _run_enrichment(
 def _run_cascade(
     cascade: Cascade, params: Mapping[str, str], draw: SeededRandom, settings: SandboxSettings
 ) -> _CascadeTrace:
-    """Ask the providers in turn. The last one finds all known people, so any cascade has the same hit rate."""
+    """Call the providers in turn. The last one finds all known people, so any cascade has the same hit rate."""
     trace = _CascadeTrace()
     verifier = cascade.verifier
     usable_providers = [provider for provider in cascade.providers if params.keys() >= set(provider.params)]

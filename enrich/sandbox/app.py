@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Header, HTTPException, Query, Request, Response
+from fastapi import Body, Depends, FastAPI, Header, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
@@ -62,18 +62,6 @@ class _FaultsBody(_StrictBody):
     next: int = 1
     params: dict[str, Param] = Field(default_factory=dict)
     clear: bool = False
-
-
-class _AdvanceBody(_StrictBody):
-    seconds: float = Field(ge=0)
-
-
-class _TopUpBody(_StrictBody):
-    credits: float
-
-
-class _PricesBody(_StrictBody):
-    prices: dict[int, Annotated[float, Field(ge=0)]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,20 +242,22 @@ async def _audit(context: Context, *, runs: Annotated[bool, Query()] = True) -> 
 
 
 @_APP.post("/__advance")
-async def _advance(context: Context, body: _AdvanceBody) -> dict[str, float]:
-    return {"now": context.databar.advance(body.seconds), "offset": context.databar.clock.offset}
+async def _advance(context: Context, seconds: Annotated[float, Body(embed=True, ge=0)]) -> dict[str, float]:
+    return {"now": context.databar.advance(seconds), "offset": context.databar.clock.offset}
 
 
 @_APP.post("/__topup")
-async def _topup(context: Context, body: _TopUpBody) -> Response:
-    context.databar.top_up(body.credits)
+async def _topup(context: Context, amount: Annotated[float, Body(embed=True, alias="credits")]) -> Response:
+    context.databar.top_up(amount)
     return JSONResponse({"balance": context.databar.user()["balance"]})
 
 
 @_APP.post("/__prices")
-async def _prices(context: Context, body: _PricesBody) -> dict[str, int]:
-    context.databar.set_prices(body.prices)
-    return {"changed": len(body.prices)}
+async def _prices(
+    context: Context, prices: Annotated[dict[int, Annotated[float, Field(ge=0)]], Body(embed=True)]
+) -> dict[str, int]:
+    context.databar.set_prices(prices)
+    return {"changed": len(prices)}
 
 
 @_APP.get("/__faults")

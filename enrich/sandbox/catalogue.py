@@ -1,7 +1,8 @@
 """What the sandbox offers, with invented sources and prices: waterfalls, enrichments, and flows, which never run."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from enrich.sandbox.money import to_micros
@@ -10,9 +11,9 @@ from enrich.sandbox.money import to_micros
 MAX_PAGES = 100
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Provider:
-    """A data provider of a waterfall. `price` is a number or a string: the API uses both. `cost` is in millionths."""
+    """A data provider of a waterfall. `price` is a number or a string: the API uses both."""
 
     id: int
     name: str
@@ -20,28 +21,30 @@ class Provider:
     coverage: float
     params: tuple[str, ...]
     enabled: bool = True
-    cost: int = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "cost", to_micros(self.price))
+    @cached_property
+    def cost(self) -> int:
+        """The price in millionths of a credit."""
+        return to_micros(self.price)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Verifier:
-    """A service that checks whether a mailbox exists; `cost` is in millionths."""
+    """A service that checks whether a mailbox exists."""
 
     id: int
     name: str
     price: str
-    cost: int = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "cost", to_micros(self.price))
+    @cached_property
+    def cost(self) -> int:
+        """The price in millionths of a credit."""
+        return to_micros(self.price)
 
 
 @dataclass(frozen=True, slots=True)
 class Waterfall:
-    """A kind of lookup for which several providers are asked in turn."""
+    """A kind of lookup for which several providers are called in turn."""
 
     identifier: str
     name: str
@@ -53,7 +56,7 @@ class Waterfall:
     verifiers: tuple[Verifier, ...] = ()
 
     def default_providers(self) -> list[int]:
-        """Return the ids of the providers that are asked when a request names none."""
+        """Return the ids of the providers that are called when a request names none."""
         return [provider.id for provider in self.providers if provider.enabled]
 
     def with_prices(self, prices: Mapping[int, float]) -> "Waterfall":
@@ -119,12 +122,12 @@ class EnrichmentParam:
         return described
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Enrichment:
     """One source, outside of a waterfall.
 
     `priced_by` is the param that the price is multiplied with. `per_page` is the number of rows on a page; None: its
-    result is one row. `cost` is in millionths.
+    result is one row.
     """
 
     id: int
@@ -138,10 +141,11 @@ class Enrichment:
     priced_by: str | None = None
     per_page: int | None = None
     always_answers: bool = False
-    cost: int = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "cost", to_micros(self.price))
+    @cached_property
+    def cost(self) -> int:
+        """The price in millionths of a credit."""
+        return to_micros(self.price)
 
     @property
     def required(self) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Cascade:
-    """A waterfall's providers to ask in turn, and the verifier (None: no verification)."""
+    """A waterfall's providers to call in turn, and the verifier (None: no verification)."""
 
     offer: Waterfall
     providers: tuple[Provider, ...]
@@ -36,7 +36,7 @@ class Cascade:
 
     @property
     def canonical(self) -> dict[str, Any]:
-        """What is asked, as the audit shows it."""
+        """The target, as the audit shows it."""
         return {
             "waterfall": self.offer.identifier,
             "enrichments": [provider.id for provider in self.providers],
@@ -58,7 +58,7 @@ class EnrichmentCall:
 
     @property
     def canonical(self) -> dict[str, Any]:
-        """What is asked, as the audit shows it."""
+        """The target, as the audit shows it."""
         return {"enrichment": self.offer.id, "pages": self.pages}
 
     def worst_case(self, params: Mapping[str, str]) -> int:
@@ -72,7 +72,7 @@ class EnrichmentCall:
 
 @dataclass(frozen=True)
 class Lookup:
-    """One paid lookup: what is asked, and its normalized params."""
+    """One paid lookup: its target, and its normalized params."""
 
     target: Cascade | EnrichmentCall
     params: Mapping[str, str]

@@ -8,13 +8,13 @@ import socket
 import struct
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from ipaddress import ip_address
 from math import nan
 from typing import Any
 
 from enrich.sandbox.databar import Clock
-from enrich.sandbox.faults import Fault, FaultInjector, Param
+from enrich.sandbox.faults import Fault, FaultInjector
 from enrich.sandbox.settings import SandboxSettings
 
 Message = MutableMapping[str, Any]
@@ -211,12 +211,6 @@ class FaultMiddleware:
                 await _reply(send, int(fault.params["status"]), _ERROR)
             case "html-200":
                 await _reply_html(send, OK)
-            case "broken-json":
-                await _reply(send, OK, body[: len(body) // 2])
-            case "wrong-json":
-                await _reply(send, OK, b"[" + body + b"]")
-            case "no-task-id":
-                await _reply(send, OK, b'{"status":"created"}')
             case "other-success":
                 await _reply(send, int(fault.params["status"]), body)
             case "wrong-date":
@@ -225,12 +219,13 @@ class FaultMiddleware:
                 age = [(b"age", str(fault.params["age"]).encode())] if fault.params["age"] else []
                 await _reply(send, OK, body, headers + age)
             case "gzip-bomb":
-                bomb = await asyncio.to_thread(gzip_bomb, body, int(fault.params["mebibytes"]))
+                larger = body + b" " * (int(fault.params["mebibytes"]) * _MEBIBYTE)
+                bomb = await asyncio.to_thread(gzip.compress, larger, 1)
                 await _reply(send, OK, bomb, [(b"content-encoding", b"gzip")])
-            case name if name in BODY_FAULTS:
-                await _reply(send, OK, BODY_FAULTS[name](body, fault.params))
-            case _:
+            case "reset-after" | "silence-after":
                 await _break_connection(fault, scope, receive)
+            case _:
+                await _reply(send, OK, _changed_body(fault, body))
 
 
 class _BufferedResponse:
@@ -314,49 +309,30 @@ _STEP = {"action": "search", "provider": "Spare", "result": "not_found", "detail
 _MEBIBYTE = 2**20
 
 
-def _odd_credits(body: bytes, params: Mapping[str, Param]) -> bytes:
-    spent = params["credits"]
-    return _to_json(json.loads(body) | {"credits_spent": nan if spent == "NaN" else spent})
-
-
-def _invalid_utf8(body: bytes, _: Mapping[str, Param]) -> bytes:
-    return body.replace(b"{", b'{"note":"\xff\xc3\x28\xed\xa0\x80",', 1)
-
-
-def _long_id(body: bytes, params: Mapping[str, Param]) -> bytes:
+def _changed_body(fault: Fault, body: bytes) -> bytes:
+    """Return the body that the client gets in place of the right one."""
+    match fault.name:
+        case "broken-json":
+            return body[: len(body) // 2]
+        case "wrong-json":
+            return b"[" + body + b"]"
+        case "no-task-id":
+            return b'{"status":"created"}'
+        case "invalid-utf8":
+            return body.replace(b"{", b'{"note":"\xff\xc3\x28\xed\xa0\x80",', 1)
+        case "deep-json":
+            depth = int(fault.params["depth"])
+            return body.replace(b"{", b'{"deep":' + b"[" * depth + b"]" * depth + b",", 1)
     task = json.loads(body)
-    names = [name for name in ("task_id", "request_id") if name in task]
-    return _to_json(task | dict.fromkeys(names, "x" * int(params["length"])))
-
-
-def _deep_json(body: bytes, params: Mapping[str, Param]) -> bytes:
-    depth = int(params["depth"])
-    return body.replace(b"{", b'{"deep":' + b"[" * depth + b"]" * depth + b",", 1)
-
-
-def _many_steps(body: bytes, params: Mapping[str, Param]) -> bytes:
-    task = json.loads(body)
-    data = task.get("data")
-    single = data[0] if isinstance(data, list) and len(data) == 1 else data
-    holder = single if isinstance(single, dict) and isinstance(single.get("steps"), list) else task
-    holder["steps"] = [*[_STEP] * int(params["steps"]), *holder.get("steps", [])]
-    return _to_json(task)
-
-
-#: Fault name to the function that changes the body.
-BODY_FAULTS: Mapping[str, Callable[[bytes, Mapping[str, Param]], bytes]] = {
-    "odd-credits": _odd_credits,
-    "invalid-utf8": _invalid_utf8,
-    "long-id": _long_id,
-    "deep-json": _deep_json,
-    "many-steps": _many_steps,
-}
-
-
-def gzip_bomb(body: bytes, mebibytes: int) -> bytes:
-    """Compress a body that is larger by `mebibytes` MiB when it is unpacked."""
-    return gzip.compress(body + b" " * (mebibytes * _MEBIBYTE), compresslevel=1)
-
-
-def _to_json(task: Any) -> bytes:  # noqa: ANN401  # a JSON document
+    match fault.name:
+        case "odd-credits":
+            spent = fault.params["credits"]
+            task["credits_spent"] = nan if spent == "NaN" else spent
+        case "long-id":
+            task |= dict.fromkeys(task.keys() & {"task_id", "request_id"}, "x" * int(fault.params["length"]))
+        case "many-steps":
+            data = task.get("data")
+            single = data[0] if isinstance(data, list) and len(data) == 1 else data
+            holder = single if isinstance(single, dict) and isinstance(single.get("steps"), list) else task
+            holder["steps"] = [*[_STEP] * int(fault.params["steps"]), *holder.get("steps", [])]
     return json.dumps(task, ensure_ascii=False, separators=(",", ":")).encode()

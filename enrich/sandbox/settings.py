@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from enrich.sandbox.faults import Fault
 
@@ -13,7 +13,7 @@ MissKind = Literal["null", "empty_list", "empty_object", "null_result", "blank_r
 Shape = Literal["wrapped", "wrapper_object", "flat", "flat_list"]
 ErrorShape = Literal["new", "fields", "old", "old_short"]
 
-MISS_KINDS: tuple[MissKind, ...] = ("null", "empty_list", "empty_object", "null_result", "blank_result", "no_data")
+MISS_KINDS: tuple[MissKind, ...] = get_args(MissKind)
 
 # A plausible median (seconds) and sigma for an asynchronous API with several providers.
 _DEFAULT_LATENCY = "lognormal(1.2,0.6)"

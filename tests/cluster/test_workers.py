@@ -137,7 +137,7 @@ def run_pool(
     ledger_location = Server("postgresql://nowhere", "enrich", Path(), lease_s)
     access = ApiAccess("http://127.0.0.1", SecretStr("none"))
     worker_task = WorkerTask(
-        work_config, access, ledger_location, 1, Timeouts(), InFlightLimit(30, 3), 60.0, inf, PollSchedule()
+        work_config, access, ledger_location, 1, Timeouts(), InFlightLimit(30, 3), inf, PollSchedule()
     )
 
     async def run_steps() -> WorkerPool:

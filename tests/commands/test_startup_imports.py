@@ -27,8 +27,8 @@ INPUT = {
     *("pydantic", "pydantic_core", "annotated_types", "typing_extensions", "typing_inspection"),
     *("yaml", "cython_runtime"),
 }
-API = INPUT | {"aiohappyeyeballs", "certifi", "httptools", "idna", "tenacity"}
-RUN = API | {"filelock", "uvloop"}
+API = INPUT | {"aiohappyeyeballs", "certifi", "httptools", "idna"}
+RUN = API | {"uvloop"}
 
 
 @pytest.mark.long

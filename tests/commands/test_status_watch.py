@@ -82,12 +82,11 @@ def make_view(status: RunStatus = RunStatus.RUNNING, progress: ProgressSnapshot 
     return RunView(
         "leads",
         Path("/jobs/.enrich/leads.db"),
-        86_400_000,
         NOW,
         status,
         replace(RUN, **run),
         progress or make_progress(),
-        oldest_open_ms=NOW - 60_000,
+        next_expiry_ms=NOW - 60_000 + 86_400_000,
     )
 
 
@@ -123,7 +122,7 @@ def test_view_contents() -> None:
 
 def test_unknown_values_are_omitted() -> None:
     """Omits unknown counts of an execution that just began or of an older version; JSON has null."""
-    before_first_run = RunView("leads", Path("x.db"), 1, NOW, RunStatus.RUNNING, RUN)
+    before_first_run = RunView("leads", Path("x.db"), NOW, RunStatus.RUNNING, RUN)
     text = "\n".join(format_view(before_first_run, 79))
 
     assert "unknown" in text
@@ -154,8 +153,8 @@ VIEWS = (
     make_view(RunStatus.KILLED),
     make_view(RunStatus.ENDED, ended_ms=NOW, exit_code=10, balance_after=9_000_000),
     make_view(progress=make_progress(Phase.RESCUE, total=None)),
-    RunView("leads", Path("/a/long/way/to/leads.db"), 1, NOW, RunStatus.NO_LEDGER),
-    RunView("leads", Path("/a/long/way/to/leads.db"), 1, NOW, RunStatus.NEVER_RUN),
+    RunView("leads", Path("/a/long/way/to/leads.db"), NOW, RunStatus.NO_LEDGER),
+    RunView("leads", Path("/a/long/way/to/leads.db"), NOW, RunStatus.NEVER_RUN),
 )
 
 

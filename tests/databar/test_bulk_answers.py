@@ -101,7 +101,7 @@ def test_rows_are_kept_as_written() -> None:
     """The raw JSON of a row is what the API sent, with its numbers as they are written."""
     rows = '{"n": 1.10, "m": 12345678901234567.123}, {"n": 1e400},\n{"n": %s}' % ("9" * 5000)
     body = parse_body(b'{"data": [{"n": 0}], "status": "completed", "data": [%s, null]}' % rows.encode(), "some-key")
-    answers, _ = BulkReader().read(TaskReply(body.value, body.text), TaskPhase.COMPLETED, 4, ["n"])
+    answers, _ = BulkReader().read(TaskReply(*body), TaskPhase.COMPLETED, 4, ["n"])
     assert state_names(answers) == ["found", "found", "found", "not_found"]
     assert ", ".join((answer.raw or "").removeprefix('{"data":')[:-1] for answer in answers[:3]) == rows.replace(
         "\n", " "
@@ -174,7 +174,7 @@ def test_expired_task_has_unknown_price() -> None:
 def test_any_json_is_judged(task: dict[str, Any], phase: TaskPhase) -> None:
     """Any JSON gives one answer a row that the ledger can store and read, without a price for single rows."""
     body = parse_body(json.dumps(task).encode(), "some-key")
-    answers, price = BulkReader().read(TaskReply(body.value, body.text), phase, 3, ["email"])
+    answers, price = BulkReader().read(TaskReply(*body), phase, 3, ["email"])
 
     assert len(answers) == 3
     assert price is None or price >= 0

@@ -21,13 +21,7 @@ MIB = 1024 * 1024
 SMALL = 256 * 1024
 BODY = json.dumps({"task_id": "a", "data": [{"email": f"lead-{number}@engine.example"} for number in range(5000)]})
 TEXT = BODY.encode()
-GZIP, ZLIB = gzip.compress(TEXT), zlib.compress(TEXT)
-
-
-def deflate_raw(data: bytes) -> bytes:
-    """Compress without zlib's header."""
-    packer = zlib.compressobj(wbits=-15)
-    return packer.compress(data) + packer.flush()
+GZIP = gzip.compress(TEXT)
 
 
 def chunked(data: bytes, size: int) -> bytes:
@@ -49,9 +43,6 @@ COMPRESSED = {
     "gzip in other letters, with blanks": (" GZip , identity ", GZIP),
     "gzip members": ("gzip", gzip.compress(TEXT[:100]) + gzip.compress(b"") + gzip.compress(TEXT[100:])),
     "gzip, not compressed": ("gzip", gzip.compress(TEXT, 0)),
-    "zlib": ("deflate", ZLIB),
-    "zlib, hardly compressed": ("deflate", zlib.compress(TEXT, 1)),
-    "raw deflate": ("deflate", deflate_raw(TEXT)),
     "identity": ("identity", TEXT),
     "an empty name": ("", TEXT),
 }
@@ -74,15 +65,13 @@ def test_compressed_responses_are_decompressed(encoding: str, data: bytes, chunk
 def test_highly_compressed_body_is_complete() -> None:
     """A highly compressed body is complete, even when much of it comes out after the last byte was read."""
     for size in (0, 1, 64 * 1024 - 1, 64 * 1024, 64 * 1024 + 1, MIB + 7):
-        for encoding, pack in (("gzip", gzip.compress), ("deflate", zlib.compress), ("deflate", deflate_raw)):
-            with serve_replies(http_reply(200, pack(bytes(size)), content_encoding=encoding)) as server:
-                assert send_get(server.base_url).content == bytes(size)
+        with serve_replies(http_reply(200, gzip.compress(bytes(size)), content_encoding="gzip")) as server:
+            assert send_get(server.base_url).content == bytes(size)
 
 
-@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
-def test_empty_compressed_body(encoding: str) -> None:
+def test_empty_compressed_body() -> None:
     """A 429 without a body may be declared as compressed."""
-    with serve_replies(http_reply(429, b"", content_encoding=encoding)) as server:
+    with serve_replies(http_reply(429, b"", content_encoding="gzip")) as server:
         response = send_get(server.base_url)
         assert (response.status, response.content) == (429, b"")
 
@@ -97,11 +86,7 @@ CORRUPT = {
     "bytes behind gzip": ("gzip", GZIP + b"more"),
     "no gzip": ("gzip", TEXT),
     "too many members": ("gzip", gzip.compress(b"") * (MAX_MEMBERS + 1)),
-    "zlib cut": ("deflate", ZLIB[:-3]),
-    "one byte of deflate": ("deflate", b"\x78"),
-    "raw deflate cut": ("deflate", deflate_raw(TEXT)[:-3]),
-    "bytes behind zlib": ("deflate", ZLIB + ZLIB),
-    "no deflate": ("deflate", TEXT),
+    "deflate": ("deflate", zlib.compress(TEXT)),
     "brotli": ("br", b"\x0b\x02\x80{}\x03"),
     "zstd": ("zstd", b"\x28\xb5\x2f\xfd"),
     "packed twice": ("gzip, gzip", gzip.compress(GZIP)),

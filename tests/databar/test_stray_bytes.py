@@ -129,7 +129,7 @@ def test_stray_bytes_before_request_prove_not_sent(with_transport: WithTransport
         await slow
 
     with serve_replies(lambda seen: Reply(echo(seen)), greeting=stray) as server:
-        with_transport(server.base_url, one, reuse=False)
+        with_transport(server.base_url, one)
         assert not server.requests
 
 
@@ -141,7 +141,7 @@ def test_no_reuse_uses_new_connections(with_transport: WithTransport) -> None:
         return [(json.loads(answer.content)["task_id"], answer.is_fresh) for answer in answers]
 
     with serve_replies(lambda seen: Reply(echo(seen), stray_bytes=STRAY_REPLY)) as server:
-        assert with_transport(server.base_url, three, reuse=False) == [("a", True), ("b", True), ("c", True)]
+        assert with_transport(server.base_url, three) == [("a", True), ("b", True), ("c", True)]
         assert [seen.connection for seen in server.requests] == [1, 2, 3]
 
 

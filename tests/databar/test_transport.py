@@ -119,9 +119,10 @@ def test_connect_timeout_message() -> None:
     """A connect timeout names its own limit, not the longer one for answers."""
 
     async def connect_once(port: int) -> None:
-        transport = Transport(1, 0.2, ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+        origin = Origin("127.0.0.1", port, is_tls=False)
+        transport = Transport(origin, 1, 0.2, ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
         with pytest.raises(ConnectionFailed, match="Connection timeout"):
-            await transport.exchange(Origin("127.0.0.1", port, is_tls=False), b"", 5.0)
+            await transport.exchange(b"", 5.0)
         await transport.aclose()
 
     with socket.create_server(("127.0.0.1", 0), backlog=0) as full_listener, contextlib.ExitStack() as waiting_sockets:

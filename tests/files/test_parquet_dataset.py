@@ -17,7 +17,7 @@ import pytest
 
 from enrich.errors import CommandRefused, JobError
 from enrich.files import object_store, parquet_dataset
-from enrich.files.manifest import MANIFEST, read_manifest
+from enrich.files.parquet_dataset import MANIFEST, read_manifest
 from enrich.files.reader import InputTable
 from enrich.files.writer import prepare_file, write_file
 from enrich.job.file_names import inclusion_problem

@@ -20,7 +20,7 @@ from openpyxl.utils.escape import unescape
 from python_calamine import CalamineWorkbook
 
 from enrich.errors import CommandRefused
-from enrich.files import csv_format, workbook_scan
+from enrich.files import csv_format, excel_format
 from enrich.files.reader import InputTable
 from enrich.files.values import text_frame
 from enrich.files.writer import write_file
@@ -128,7 +128,7 @@ def test_sheet_with_prefixed_elements(tmp_path: Path) -> None:
 def test_texts_larger_than_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The library holds the shared strings, so their size is checked before it opens the workbook."""
     write_table(tmp_path / "leads.xlsx", ["Name"], [["text" * 100]])
-    monkeypatch.setattr(workbook_scan, "_MAX_SHARED_STRINGS_BYTES", 100)
+    monkeypatch.setattr(excel_format, "_MAX_SHARED_STRINGS_BYTES", 100)
     assert "a damaged Excel workbook: its texts are larger" in refusal(tmp_path / "leads.xlsx")
 
 
@@ -148,6 +148,21 @@ def test_hidden_sheets(tmp_path: Path, state: Literal["hidden", "veryHidden"]) -
     assert read_rows(tmp_path / "leads.xlsx") == [("seen",)]
     assert read_rows(tmp_path / "leads.xlsx", sheet="_lists") == [("hidden",)]
     assert "its sheets: _lists, Leads" in refusal(tmp_path / "leads.xlsx", sheet="Other")
+
+
+def test_other_sheets_are_not_scanned(tmp_path: Path) -> None:
+    """A formula without a value is a problem only in the sheet that is read."""
+    book = openpyxl.Workbook()
+    first = book.active
+    assert first is not None
+    first.append(["a"])
+    first.append(["1"])
+    sums = book.create_sheet("Sums")
+    sums.append(["total"])
+    sums.append(["=1+1"])
+    book.save(tmp_path / "leads.xlsx")
+    assert read_rows(tmp_path / "leads.xlsx") == [("1",)]
+    assert "sheet `Sums` has a formula without a value: A2" in refusal(tmp_path / "leads.xlsx", sheet="Sums")
 
 
 # Parquet

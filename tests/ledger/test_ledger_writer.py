@@ -288,8 +288,9 @@ def test_transition_runs_after_cancelled_caller(ledger: CommittingLedger) -> Non
 
 @pytest.mark.parametrize("backend", ["file"])
 @pytest.mark.parametrize("trouble", ["full", "locked"])
-def test_failed_commit_stops_writer(ledger: CommittingLedger, trouble: str) -> None:
+def test_failed_commit_stops_writer(ledger: CommittingLedger, trouble: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a failed commit, the batch and all later transitions fail with `LedgerFailed`, even with the cause gone."""
+    monkeypatch.setattr("enrich.ledger.writer.LOCK_TIMEOUT_S", 0.1)
     pages = ledger.query_one("PRAGMA page_count")[0]
     db = ledger.wrapped.session
     other = sqlite3.connect(ledger.path, isolation_level=None)

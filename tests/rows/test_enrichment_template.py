@@ -9,7 +9,7 @@ import pytest
 from enrich.databar.description import Enrichment
 from enrich.errors import CommandRefused
 from enrich.job.job import load_job
-from enrich.rows.known_names import KnownNames, name_problems
+from enrich.rows.known_names import name_problems
 from enrich.rows.template import make_request_template
 from enrich.run.budget import make_budget
 from tests.support.workspace import Workspace
@@ -38,7 +38,7 @@ def describe(**changes: Any) -> Enrichment:
 def problems_of(workspace: Workspace, described: Enrichment, extra_yaml: str) -> list[str]:
     """Return the messages about the names in a job, without its file."""
     job = load_job(workspace.write_job(JOB + extra_yaml))
-    found = name_problems(job, KnownNames(described))
+    found = name_problems(job, described)
     return [problem.message.removeprefix(f"{workspace.job_file}:") for problem in found]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from benchmarks.in_flight import simulate
 from benchmarks.polls import LATENCIES
@@ -19,13 +20,12 @@ RATES = st.floats(0.2, 20_000)
 AGES_S = st.floats(0.05, 5_000)
 ANSWERS = st.integers(0, 100_000)
 LIMITS = st.builds(InFlightLimit, st.none() | st.integers(1, 50_000), st.integers(1, 32))
-DAY_S = 86_400.0
 
 
 @given(limit=LIMITS, rate=RATES, answers=ANSWERS, age_s=AGES_S, ttl_s=st.floats(1, 100_000))
 def test_limit_bounds(limit: InFlightLimit, rate: float, answers: int, age_s: float, ttl_s: float) -> None:
     """All workers together stay within the limit, and within what can be fetched in a quarter of the results' time."""
-    share = limit.max_open_tasks(rate, answers=answers, age_s=age_s, result_ttl_s=ttl_s)
+    share = replace(limit, result_ttl_s=ttl_s).max_open_tasks(rate, answers=answers, age_s=age_s)
     assert share >= 1
     if share > 1:
         assert share * limit.workers <= (limit.configured or MAX_OPEN_TASKS)
@@ -37,7 +37,7 @@ def test_limit_grows_with_rate_and_age(rate: float, age_s: float, answers: int, 
     """The limit starts at 200, never falls below it for short tasks, and grows with rate and age after 20 answers."""
 
     def limit(rate: float, age_s: float) -> int:
-        return InFlightLimit().max_open_tasks(rate, answers=answers, age_s=age_s, result_ttl_s=1e9)
+        return InFlightLimit(result_ttl_s=1e9).max_open_tasks(rate, answers=answers, age_s=age_s)
 
     assert limit(rate, age_s) >= START_OPEN_TASKS
     assert limit(rate * longer, age_s) >= limit(rate, age_s)
@@ -51,7 +51,7 @@ def test_limit_grows_with_rate_and_age(rate: float, age_s: float, answers: int, 
 @given(configured=st.integers(1, 50_000), rate=RATES, age_s=AGES_S, answers=ANSWERS)
 def test_configured_limit_is_kept(configured: int, rate: float, age_s: float, answers: int) -> None:
     """A limit of the user stays as it is, whatever is learned."""
-    limit = InFlightLimit(configured).max_open_tasks(rate, answers=answers, age_s=age_s, result_ttl_s=1e9)
+    limit = InFlightLimit(configured, result_ttl_s=1e9).max_open_tasks(rate, answers=answers, age_s=age_s)
     assert limit == configured
 
 
@@ -60,9 +60,7 @@ def test_workers_share_the_limit(workers: int, rate: float, age_s: float) -> Non
     """Workers that share a rate share the limit of the whole run, and the 20 answers, too."""
 
     def limit(workers: int, answers: int) -> int:
-        return workers * InFlightLimit(None, workers).max_open_tasks(
-            rate / workers, answers=answers, age_s=age_s, result_ttl_s=DAY_S
-        )
+        return workers * InFlightLimit(None, workers).max_open_tasks(rate / workers, answers=answers, age_s=age_s)
 
     for together in (0, MIN_ANSWERS):
         assert limit(1, together) - workers < limit(workers, -(-together // workers)) <= limit(1, together)

@@ -29,7 +29,7 @@ class Sender:
         head = f"{method} {base_path}{path} HTTP/1.1\r\nhost: {origin.host_header}\r\n"
         head += "content-length: 0\r\n" if method == "POST" else ""
         request = f"{head}\r\n".encode()
-        return await self.transport.exchange(origin, request, seconds, fresh=fresh, is_repeatable=method == "GET")
+        return await self.transport.exchange(request, seconds, reuse=method == "GET" and not fresh)
 
 
 def with_transport(
@@ -42,7 +42,7 @@ def with_transport(
     """Open a transport and use it, in the event loop of `run`; `settings` are its own."""
 
     async def use_and_close() -> T:
-        transport = Transport(32, 5.0, ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), **settings)
+        transport = Transport(Origin.of(base_url), 32, 5.0, ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), **settings)
         try:
             return await use(Sender(transport, base_url))
         finally:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import pwd
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -19,19 +18,17 @@ from enrich.commands.check import check_job, check_summary
 from enrich.commands.check_target import CheckResult
 from enrich.commands.doctor import checks, system
 from enrich.commands.doctor.checks import Finding, error_finding, next_run_time
-from enrich.commands.doctor.storage import storage_findings
-from enrich.commands.doctor.system import parse_env_lines
-from enrich.commands.options import time_option
-from enrich.commands.paths import files_read, files_written, has_ledger, local_input_files, nearest_existing
+from enrich.commands.paths import files_read, files_written, local_input_files, nearest_existing
 from enrich.databar.credentials import NO_KEY_HINT, ApiAccess, find_base_url, find_key
 from enrich.databar.network import find_proxy, load_certificates
 from enrich.errors import CommandRefused, EnrichError, JobError
 from enrich.exit_codes import ExitCode, first_exit_code
-from enrich.job.bounded_read import read_text
+from enrich.files import object_store
+from enrich.files.discovery import find_objects
 from enrich.job.job import Job
-from enrich.job.locations import PostgresLocation, sandbox_state_path
+from enrich.job.locations import InputLocation, ObjectUrl, PostgresLocation, sandbox_state_path
 from enrich.ledger import execution_records, queries, transitions
-from enrich.ledger.database import Database
+from enrich.ledger.database import Database, ledger_exists
 from enrich.ledger.lock import is_locked
 from enrich.models import State, read_balance, to_micros, to_ms
 from enrich.report.page_file import INSTALL_HINT, is_extra_missing
@@ -89,8 +86,7 @@ def job_findings(job: Job, context: DoctorContext) -> Iterator[Finding]:
     access = context.sandbox_access
     bound_to: dict[str, str | None] = {}
     if context.sandbox_access is None:
-        yield from environment_findings(context)
-        access = _find_access(context)
+        access = yield from environment_findings(context)
         bound_to = {"api_host": access.host} if access else {}
     live: ApiSnapshot | None = None
     if access and not context.offline:
@@ -112,18 +108,20 @@ def job_findings(job: Job, context: DoctorContext) -> Iterator[Finding]:
     yield from _file_findings(job, context)
     if not context.offline:
         with suppress(JobError):  # check_job has reported it
-            yield from storage_findings(job, context.next_run)
+            yield from _storage_findings(job, context.next_run)
     yield from _ledger_findings(job, context, check, live)
     yield from _disk_findings(job, context, check)
     yield from _program_findings(job, context)
 
 
-def environment_findings(context: DoctorContext) -> Iterator[Finding]:
-    """Check the API key and the network settings in cron's environment."""
+def environment_findings(context: DoctorContext) -> Generator[Finding, None, ApiAccess | None]:
+    """Check the API key and the network settings in cron's environment. Return the access, None if it is unusable."""
     environ, home = context.cron_environ, Path(context.cron_environ["HOME"])
+    key = base_url = None
     try:
-        find_key(environ, home)
+        key = find_key(environ, home)
         yield Finding("ok", "key", "available to cron")
+        yield from _key_file_findings(environ, home)
     except EnrichError as error:
         set_names = [
             name for name in ("DATABAR_API_KEY", "DATABAR_API_KEY_FILE") if context.shell_environ.get(name, "").strip()
@@ -134,16 +132,15 @@ def environment_findings(context: DoctorContext) -> Iterator[Finding]:
         else:
             remedy = KEY_REMEDY if error.hint == NO_KEY_HINT else error.hint
             yield Finding("fail", "key", error.message, remedy, error.exit_code)
-    else:
-        yield from _key_file_findings(environ, home)
     try:
-        _find_usable_base_url(environ)
+        base_url = _find_usable_base_url(environ)
     except EnrichError as error:
         yield error_finding("api", error)
     for name in ENVIRONMENT_VARIABLES:
         if context.shell_environ.get(name) and not environ.get(name):
             message = f"{name} is set in this shell only, not in cron"
             yield Finding("warn", "api", message, f"set it in the crontab, then pass --env {name}=…")
+    return ApiAccess(base_url, key) if base_url is not None and key is not None else None
 
 
 def _key_file_findings(environ: Mapping[str, str], home: Path) -> Iterator[Finding]:
@@ -165,17 +162,6 @@ def _find_usable_base_url(environ: Mapping[str, str]) -> str:
     return base_url
 
 
-def _find_access(context: DoctorContext) -> ApiAccess | None:
-    """Return the access to the API. None if it is unusable, which `environment_findings` reports."""
-    try:
-        return ApiAccess(
-            _find_usable_base_url(context.cron_environ),
-            find_key(context.cron_environ, Path(context.cron_environ["HOME"])),
-        )
-    except EnrichError:
-        return None
-
-
 def _file_findings(job: Job, context: DoctorContext) -> Iterator[Finding]:
     """Check the input's age, the output's names and the ledger's file system."""
     if ages := [path.stat().st_mtime for path in local_input_files(job) if os.access(path, os.R_OK)]:
@@ -191,6 +177,24 @@ def _file_findings(job: Job, context: DoctorContext) -> Iterator[Finding]:
         yield Finding("warn", "ledger", message, "keep the ledger on a local disk: `ledger:` in the job file")
 
 
+def _storage_findings(job: Job, next_run: datetime) -> Iterator[Finding]:
+    """Check with cron's credentials that the job's objects in object storage can be reached. Reads no object."""
+    files: dict[str, InputLocation] = {"input": job.input_path, "output": job.output_path(next_run)}
+    for key, url in (files | job.extra_output_paths(next_run)).items():
+        if not isinstance(url, ObjectUrl):
+            continue
+        try:
+            if key != "input":
+                object_store.check_bucket(url)
+            elif not any(find_objects(url).values()):
+                raise CommandRefused(f"{url} does not exist", "check the URL")
+            yield Finding("ok", "storage", f"{url} can be reached with cron's environment")
+        except EnrichError as error:
+            remedies = (error.hint, "variables must be in the crontab: pass each with --env NAME")
+            remedy = "; ".join(filter(None, remedies))
+            yield Finding("fail", "storage", error.message, remedy, error.exit_code)
+
+
 def _ledger_findings(
     job: Job, context: DoctorContext, check: CheckResult, live: ApiSnapshot | None
 ) -> Iterator[Finding]:
@@ -200,7 +204,7 @@ def _ledger_findings(
     submitted: list[int] = []
     executions: list[execution_records.ExecutionRow] = []
     try:
-        if has_ledger(path):
+        if ledger_exists(path):
             with closing(Database(path, read_only=True)) as ledger:
                 counts = queries.state_counts(ledger)
                 executions = execution_records.list_executions(ledger, job.name, RECENT_EXECUTIONS)
@@ -243,7 +247,7 @@ def _disk_findings(job: Job, context: DoctorContext, check: CheckResult) -> Iter
         per_request = float(REQUEST_BYTES)
         if isinstance(job.ledger, PostgresLocation):
             per_request = 0.0  # the disk of the database server is not checked
-        elif has_ledger(job.ledger):
+        elif ledger_exists(job.ledger):
             with closing(Database(job.ledger, read_only=True)) as ledger:
                 request_count = sum(queries.state_counts(ledger).values())
             per_request = job.ledger.stat().st_size / request_count if request_count >= ENOUGH_REQUESTS else per_request
@@ -284,46 +288,6 @@ def _program_findings(job: Job, context: DoctorContext) -> Iterator[Finding]:
         )
 
 
-def _make_cron_environ(given: tuple[str, ...], env_file: Path | None) -> dict[str, str]:
-    """Return the environment under cron: HOME, PATH and the variables that the crontab sets.
-
-    A name in `given` without a value has its value in this environment.
-    """
-    environ = {"HOME": pwd.getpwuid(os.getuid()).pw_dir, "PATH": "/usr/bin:/bin"}
-    if env_file is not None:
-        try:
-            environ |= parse_env_lines(read_text(env_file).splitlines())
-        except UnicodeDecodeError:
-            raise JobError(f"{env_file} is not UTF-8 text") from None
-        except OSError as error:
-            raise JobError(f"{env_file} cannot be read: {error.strerror}") from error
-        except ValueError as error:
-            raise JobError(f"{env_file}: {error}") from error
-    for pair in given:
-        name, equals, value = pair.partition("=")
-        if not equals and name in os.environ:
-            value = os.environ[name]
-        elif not (name and equals):
-            raise click.BadParameter(
-                f"`{pair}` must be NAME=VALUE, or the NAME of a variable that is set", param_hint="--env"
-            )
-        environ[name] = value
-    return environ
-
-
-@contextmanager
-def _cron_environment(environ: dict[str, str]) -> Iterator[dict[str, str]]:
-    """Use cron's environment during the block. Yields a copy of the shell's environment."""
-    shell = dict(os.environ)
-    os.environ.clear()
-    os.environ.update(environ)
-    try:
-        yield shell
-    finally:
-        os.environ.clear()
-        os.environ.update(shell)
-
-
 @contextmanager
 def _open_sandbox(job: Job | None) -> Iterator[ApiAccess]:
     """Open the sandbox of the job, or a new one if the job's has never run, or another command is using it."""
@@ -342,7 +306,7 @@ def _open_sandbox(job: Job | None) -> Iterator[ApiAccess]:
 )
 @click.option("--env-file", type=options.WRITTEN_FILE, metavar="FILE", help="A file with such variables, one per line.")
 @click.option(
-    "--at", default="02:00", show_default=True, callback=time_option, metavar="HH:MM", help="Time of the next run."
+    "--at", default="02:00", show_default=True, type=options.TIME_OF_DAY, metavar="HH:MM", help="Time of the next run."
 )
 @click.option("--offline", is_flag=True, help="Check without the API.")
 @click.option("--sandbox", "use_sandbox", is_flag=True, help="Check with the sandbox and its ledger.")
@@ -361,11 +325,11 @@ def doctor(
     Uses cron's environment, without the variables of this shell. Free, changes nothing. The exit code is 0 if
     nothing fails, otherwise the one that the run would have.
     """
-    environ = _make_cron_environ(given, env_file)
+    environ = system.make_cron_environ(given, env_file)
     now = datetime.now().astimezone()
     findings: list[Finding] = []
     with ExitStack() as stack:
-        shell = stack.enter_context(_cron_environment(environ))
+        shell = stack.enter_context(system.cron_environment(environ))
         job: Job | None = None
         try:
             job = options.JobOptions(job_file, use_sandbox=use_sandbox).load()

@@ -1,15 +1,22 @@
-"""System facts for `enrich doctor`: file systems, permissions, free space, and whether the program starts."""
+"""System facts for `enrich doctor`: file systems, permissions, cron's environment, and whether the program starts."""
 
 from __future__ import annotations
 
 import os
+import pwd
 import re
 import shlex
 import stat
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+
+import click
+
+from enrich.errors import JobError
+from enrich.job.bounded_read import read_text
 
 #: Network file systems, by their names in Linux. SQLite's locks are not safe on them.
 _NETWORK = re.compile(r"nfs\d?|cifs|smb\w*|ncpfs|afs|9p|ceph|glusterfs|lustre|beegfs|gpfs|davfs|fuse\..*")
@@ -93,6 +100,46 @@ def _run_program(command: Sequence[str], environ: Mapping[str, str]) -> subproce
         check=False,
         stdin=subprocess.DEVNULL,
     )
+
+
+def make_cron_environ(given: tuple[str, ...], env_file: Path | None) -> dict[str, str]:
+    """Return the environment under cron: HOME, PATH and the variables that the crontab sets.
+
+    A name in `given` without a value has its value in this environment.
+    """
+    environ = {"HOME": pwd.getpwuid(os.getuid()).pw_dir, "PATH": "/usr/bin:/bin"}
+    if env_file is not None:
+        try:
+            environ |= parse_env_lines(read_text(env_file).splitlines())
+        except UnicodeDecodeError:
+            raise JobError(f"{env_file} is not UTF-8 text") from None
+        except OSError as error:
+            raise JobError(f"{env_file} cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise JobError(f"{env_file}: {error}") from error
+    for pair in given:
+        name, equals, value = pair.partition("=")
+        if not equals and name in os.environ:
+            value = os.environ[name]
+        elif not (name and equals):
+            raise click.BadParameter(
+                f"`{pair}` must be NAME=VALUE, or the NAME of a variable that is set", param_hint="--env"
+            )
+        environ[name] = value
+    return environ
+
+
+@contextmanager
+def cron_environment(environ: dict[str, str]) -> Iterator[dict[str, str]]:
+    """Use cron's environment during the block. Yields a copy of the shell's environment."""
+    shell = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(environ)
+    try:
+        yield shell
+    finally:
+        os.environ.clear()
+        os.environ.update(shell)
 
 
 def parse_env_lines(lines: Iterable[str]) -> dict[str, str]:
