@@ -88,7 +88,10 @@ def check_target(
             for problem in name_problems(job, lenient)
         ]
         fields = lenient.output_fields or [Field(name=lenient.identifier)]
-        return _make_template(job, lenient.model_copy(update={"output_fields": fields}), [0], result.problems)
+        template = _make_template(job, lenient.model_copy(update={"output_fields": fields}), [0], result.problems)
+        if template is None or lenient.output_fields or job.model.columns:
+            return template
+        return replace(template, columns={})
     result.problems += name_problems(job, description, last_known, stored.answered)
     return _make_template(job, description, providers, result.problems)
 

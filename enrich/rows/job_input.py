@@ -356,7 +356,7 @@ def _missing_input_error(job: Job) -> CommandRefused | None:
     is_given = "input" in job.document.replaced_keys
     if is_given or not isinstance(path, Path) or has_wildcards(written) or not is_missing(path):
         return None
-    folder = job.document.path.resolve().parent
+    folder = job.document.folder
     from_here = Path.cwd() / written
     names = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
     if from_here.exists():
