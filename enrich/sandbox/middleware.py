@@ -138,7 +138,7 @@ class FaultMiddleware:
         async def send_with_date(message: Message) -> None:
             if message["type"] == "http.response.start":
                 if all(name != b"date" for name, _ in message["headers"]):  # a fault may have set another date
-                    message["headers"] = [*message["headers"], (b"date", self._clock.date())]
+                    message["headers"] = [*message["headers"], (b"date", self._clock.date().encode())]
                 if endpoint and message["status"] != OK:
                     self.requests[str(message["status"])] += 1
             await send(message)
@@ -190,8 +190,8 @@ class FaultMiddleware:
             case "rate-limit":
                 await _reply(send, 429, _TOO_MANY, _retry_after(fault.params["retry_after"]))
             case "rate-limit-date":
-                moment = self._clock.now() + self._settings.date_offset + float(fault.params["retry_after"])
-                await _reply(send, 429, _TOO_MANY, _retry_after(Clock.http_date(moment)))
+                moment = self._clock.date(float(fault.params["retry_after"]))
+                await _reply(send, 429, _TOO_MANY, _retry_after(moment))
             case "error-before":
                 await _reply(send, int(fault.params["status"]), _ERROR)
             case "html":
@@ -214,8 +214,7 @@ class FaultMiddleware:
             case "other-success":
                 await _reply(send, int(fault.params["status"]), body)
             case "wrong-date":
-                moment = self._clock.now() + self._settings.date_offset + fault.seconds()
-                headers = [(b"date", Clock.http_date(moment).encode())]
+                headers = [(b"date", self._clock.date(fault.seconds()).encode())]
                 age = [(b"age", str(fault.params["age"]).encode())] if fault.params["age"] else []
                 await _reply(send, OK, body, headers + age)
             case "gzip-bomb":

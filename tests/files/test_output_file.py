@@ -154,6 +154,19 @@ def test_output_permissions(tmp_path: Path, name: str) -> None:
     assert list(tmp_path.iterdir()) == [target]
 
 
+def test_folder_without_read_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that can be written but not listed is enough: the file is there, so no error says otherwise."""
+    real_open = os.open
+
+    def refuse_folder(path: Path, flags: int, mode: int = 0o777) -> int:
+        if Path(path) == tmp_path:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real_open(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", refuse_folder)
+    assert read_cells(write_output(tmp_path / "out.csv", ["x"])) == [["old", "new"], ["x", "x"]]
+
+
 def test_leftover_parts_are_removed(tmp_path: Path) -> None:
     """Leftover parts are removed whatever date the next output's name has; other files are untouched."""
     temporary_path(tmp_path / "out-2026-10-31.csv", "job").write_text("stale")
