@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
+from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from enrich.exit_codes import ExitCode, JobArguments, format_actions, required_a
 from enrich.extras import install_hint
 from enrich.job.job import Job
 from enrich.job.locations import STDIN, PostgresLocation, WebUrl
+from enrich.ledger.database import ledger_exists
 from enrich.ledger.lock import lock_ledger, open_for_run
 from enrich.ledger.sqlite import is_damage_error
 from enrich.models import State
@@ -157,6 +159,8 @@ def run_observed(
     observers.start(job, run_options)
     job, moved = with_own_output(job)
     observers.report_problem(moved)
+    if not ledger_exists(job.ledger):
+        job.file_locations(datetime.now().astimezone())  # no ledger is created in place of another file of the job
     with ExitStack() as stack:
         stack.enter_context(lock_ledger(job.ledger, wait_s))
         # Before any threads start, because the engine starts processes.

@@ -74,7 +74,8 @@ def _read_list(kind: type[M], values: object) -> list[M]:
 
 
 def _read_workspace(value: object) -> object:
-    return _read_line(value.get("name", value.get("id")) if isinstance(value, dict) else value)
+    name = _read_line(value.get("name", value.get("id")) if isinstance(value, dict) else value)
+    return None if isinstance(name, str) and not name.strip() else name
 
 
 class User(LenientModel):

@@ -15,6 +15,7 @@ from enrich.ledger.database import Database
 from enrich.ledger.dialect import JSON_NUMBERS
 from enrich.ledger.refresh_review import ANSWERED, judge_answers
 from enrich.ledger.request_ids import FINGERPRINT, as_list, decision_sql
+from enrich.ledger.task_ids import RESULT_PRICE
 from enrich.models import Decision, RequestResult, RequestSelection, State
 
 
@@ -34,8 +35,8 @@ def find_results(db: Database, fingerprints: Sequence[bytes]) -> dict[bytes, Ste
     """Return the requests with these fingerprints that the ledger has. `position` and `first` depend on their rows."""
     rows = db.execute(
         "SELECT r.fingerprint, r.id, r.state, r.state <> 'pending' OR r.answer_id IS NOT NULL, "
-        "CASE WHEN r.answer_id IS NULL THEN r.state ELSE a.state END, a.answer, a.error, a.provider, a.credits, "
-        "a.task_id, a.settled_ms, a.id, a.erased_ms "
+        "CASE WHEN r.answer_id IS NULL THEN r.state ELSE a.state END, a.answer, a.error, a.provider, "
+        f"{RESULT_PRICE}, a.task_id, a.settled_ms, a.id, a.erased_ms "
         f"FROM ({_NAMES}) b CROSS JOIN requests r "
         "LEFT JOIN attempts a ON a.id = coalesce(r.answer_id, r.attempt_id) WHERE r.fingerprint = b.fingerprint",
         as_list(list(dict.fromkeys(fingerprints))),
