@@ -121,7 +121,7 @@ class RayCluster(Struct, frozen=True):
         if workers < 1:
             return None
         worker_task = WorkerTask(
-            replace(work_config, workers=workers),
+            work_config,
             access,
             self.ledger,
             run_state.execution_id,

@@ -24,7 +24,7 @@ from enrich.ledger.database import open_or_empty
 from enrich.models import pluralize, to_credits
 from enrich.report.page_file import INSTALL_HINT, is_extra_missing
 from enrich.rows.job_input import JobInput
-from enrich.rows.job_steps import make_steps
+from enrich.rows.job_steps import Step, make_steps
 from enrich.rows.param_fill import ParamFill
 from enrich.rows.params import format_left_out, left_out_by_param
 from enrich.rows.template import RequestTemplate, join_templates, template_of_unknown_target
@@ -128,24 +128,46 @@ def _check_steps(
         return
     try:
         job_input.check_new_columns(join_templates(known))
-        # Where nothing is known of a target, neither are its columns.
-        is_known = all(template or step.model.columns for step, template in zip(job.step_jobs, templates, strict=True))
-        steps = make_steps(job if is_known else replace(job, complete=()), job_input, known)
-        for step, described in zip(steps, result.steps, strict=True):
+        steps = _make_known_steps(job, job_input, known, result)
+        for step, described in zip(steps, result.steps, strict=False):
             described["depends_on"] = [job.step_jobs[number].step for number in sorted(step.depends_on)]
         if result.problems:
             return
         with open_or_empty(job.ledger) as ledger:
             rows = StepRows(job_input, ledger, steps)
             begin_steps(rows)
-            selections = [select_requests(step, RunOptions(), 0) for step in job.step_jobs]
+            selections = [select_requests(step.job, RunOptions(), 0) for step in steps]
             result.rows, forecasts = forecast_steps(rows, ledger, selections)
     except EnrichError as error:
         add_problem(result.problems, error)
         return
-    for forecast, described in zip(forecasts, result.steps, strict=True):
+    for forecast, described in zip(forecasts, result.steps, strict=False):
         described["leads"] = forecast.leads
     result.sendable_rows = max(forecast.leads for forecast in forecasts)
+
+
+def _make_known_steps(
+    job: Job, job_input: JobInput, templates: Sequence[RequestTemplate], result: CheckResult
+) -> tuple[Step, ...]:
+    """Make the steps, or the first ones if a later one may read a field of a target that is not known.
+
+    Raises JobError.
+    """
+    unknown = next((number for number, template in enumerate(templates) if not template.columns), None)
+    if unknown is None:
+        return make_steps(job, job_input, templates)
+    job = replace(job, complete=())
+    try:
+        return make_steps(job, job_input, templates)
+    except JobError:
+        number = unknown + 1
+        steps = make_steps(replace(job, step_jobs=job.step_jobs[:number]), job_input, templates[:number])
+        step = job.step_jobs[unknown]
+        result.notes.append(
+            f"the steps after `{step.step}` were not checked: the fields of {step.model.target.label} are not known. "
+            "`--online` checks them"
+        )
+        return steps
 
 
 def _describe_step(step: Job, template: RequestTemplate) -> dict[str, Any]:

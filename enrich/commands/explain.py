@@ -23,18 +23,18 @@ from enrich.files.values import text_frame
 from enrich.job.cell_text import fold
 from enrich.job.job import Job
 from enrich.job.name_hints import suggest_name
-from enrich.ledger import bindings, enroll, erasure, request_history
+from enrich.ledger import enroll, erasure, request_history
 from enrich.ledger.database import Database, open_or_empty
 from enrich.ledger.lock import is_locked
 from enrich.models import Decision, RowStatus
 from enrich.rows.job_input import JobInput
-from enrich.rows.job_steps import StepDecision, make_steps
+from enrich.rows.job_steps import StepDecision
 from enrich.rows.params import ParamCells, conversion_of, param_values, split_left_out
 from enrich.rows.requests import RowBatch
-from enrich.rows.template import RequestTemplate, template_of_unknown_target
+from enrich.rows.template import RequestTemplate
 from enrich.run.lead_selection import CAPPED_REASON
 from enrich.run.output import preview_caps
-from enrich.run.preflight import template_from_ledger
+from enrich.run.preflight import find_template, steps_from_ledger
 from enrich.run.step_batch import StepTables
 from enrich.run.step_input import begin_steps
 from enrich.run.step_rows import StepRows
@@ -59,7 +59,7 @@ def explain_leads(job: Job, row: int | None, match: str | None) -> dict[str, Any
 def _explain_requests(ledger: Database, job_input: JobInput, found: Sequence[int], match: str | None) -> dict[str, Any]:
     """Explain the rows of a job without steps."""
     job = job_input.job
-    template, is_known = _template(ledger, job)
+    template, is_known = find_template(ledger, job)
     if job.model.caps is not None:
         preview_caps(ledger, template, job_input)
     leads = _read_leads(ledger, job_input, template, found)
@@ -80,13 +80,6 @@ def _explain_requests(ledger: Database, job_input: JobInput, found: Sequence[int
         "rows": [explainer.explain_row(lead, rows_of) for lead in leads],
         "gone": [explainer.explain_request(known) for known in gone[:MAX_LEADS_SHOWN]],
     }
-
-
-def _template(ledger: Database, job: Job) -> tuple[RequestTemplate, bool]:
-    """Return the request template of a job or a step, and whether the ledger has its target."""
-    if bindings.load_description(ledger, job.model.target) is None:
-        return template_of_unknown_target(job), False
-    return template_from_ledger(ledger, job), True
 
 
 def _parse_match(match: str, columns: list[str]) -> tuple[str, str]:
@@ -183,12 +176,12 @@ def _params_from_cell(job: Job, template: RequestTemplate, column: str, value: s
 
 def _explain_steps(ledger: Database, job_input: JobInput, found: Sequence[int]) -> dict[str, Any]:
     """Explain the rows of a job with steps."""
-    templates = [_template(ledger, step) for step in job_input.job.step_jobs]
-    rows = StepRows(job_input, ledger, make_steps(job_input.job, job_input, [template for template, _ in templates]))
+    job = job_input.job
+    rows = StepRows(job_input, ledger, steps_from_ledger(ledger, job, job_input))
     begin_steps(rows)
     leads = _read_leads_of_steps(rows, found)
     shared = _rows_by_request_of_steps(rows, leads)
-    is_running = is_locked(job_input.job.ledger)
+    is_running = is_locked(job.ledger)
     explainers = [Explainer(step.job, step.template, ledger, is_running) for step in rows.steps]
     explained = [
         {
@@ -200,7 +193,7 @@ def _explain_steps(ledger: Database, job_input: JobInput, found: Sequence[int]) 
         }
         for number in found
     ]
-    return {"ever_ran": any(is_known for _, is_known in templates), "rows": explained, "gone": []}
+    return {"ever_ran": find_template(ledger, job)[1], "rows": explained, "gone": []}
 
 
 def _read_leads_of_steps(rows: StepRows, numbers: Sequence[int]) -> dict[int, list[Lead]]:

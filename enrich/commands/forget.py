@@ -35,7 +35,7 @@ from enrich.models import OPEN_STATES, pluralize, to_ms
 from enrich.rows.job_input import JobInput
 from enrich.rows.template import RequestTemplate
 from enrich.run.context import rescue_folders
-from enrich.run.preflight import template_from_ledger
+from enrich.run.preflight import find_template
 from enrich.sandbox.store import StoredLookup, erase_lookups, read_lookups
 
 YES_OPTION = click.option("--yes", is_flag=True, help="Skip the confirmation.")
@@ -73,7 +73,7 @@ def forget_person(job: Job, matches: Sequence[str], confirm: Callable[[Forgotten
     """
     criteria = dict(_parse_match(match) for match in matches)
     with _open_for_erasing(job) as ledger:
-        template = template_from_ledger(ledger, job)
+        template, _ = find_template(ledger, job)
         matching, of_others = _matching_requests(job, template, criteria, ledger)
         params_of_rows = frozenset(matching.values())
         found = [
@@ -84,8 +84,7 @@ def forget_person(job: Job, matches: Sequence[str], confirm: Callable[[Forgotten
             or _matches_person(*_read_request(known), job, template.columns, criteria)
         ]
         if job.step_jobs:
-            known_requests = list(map(dict, erasure.requests_with_answers(ledger)))
-            found = follow_answers(job, found, known_requests, of_others)
+            found = follow_answers(job, ledger, found, of_others)
         waiting = sum(known["state"] in OPEN_STATES for known in found)
         if waiting:
             raise CommandRefused(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from enrich.databar.task_results import column_values, is_blank
 from enrich.errors import EnrichError
@@ -12,10 +12,10 @@ from enrich.job.cell_text import fold
 from enrich.job.job import Job
 from enrich.job.target import Param
 from enrich.json_text import parse_json
+from enrich.ledger import erasure
 from enrich.ledger.database import Database
 from enrich.rows.job_input import JobInput
-from enrich.rows.job_steps import make_steps
-from enrich.run.preflight import template_from_ledger
+from enrich.run.preflight import find_template, steps_from_ledger
 from enrich.run.step_rows import StepRows
 
 
@@ -29,11 +29,14 @@ class RowRequests(NamedTuple):
     of_others: Collection[bytes]
 
 
+#: The columns of each step, with their paths.
+Columns: TypeAlias = Sequence[Mapping[str, str]]
+
+
 def requests_of_rows(job: Job, job_input: JobInput, ledger: Database, criteria: Mapping[str, str]) -> RowRequests:
     """Return the requests of all steps by whether their row matches. Empty if the table has no such columns."""
     try:
-        templates = [template_from_ledger(ledger, step) for step in job.step_jobs]
-        rows = StepRows(job_input, ledger, make_steps(job, job_input, templates))
+        rows = StepRows(job_input, ledger, steps_from_ledger(ledger, job, job_input))
     except EnrichError:
         return RowRequests({}, ())
     found: dict[bytes, str] = {}
@@ -57,7 +60,7 @@ def requests_of_rows(job: Job, job_input: JobInput, ledger: Database, criteria: 
 
 
 def follow_answers(
-    job: Job, found: Sequence[dict[str, Any]], known: Sequence[dict[str, Any]], of_others: Collection[bytes]
+    job: Job, ledger: Database, found: Sequence[dict[str, Any]], of_others: Collection[bytes]
 ) -> list[dict[str, Any]]:
     """Return the requests found, and those that sent what the answers of these have found, step after step.
 
@@ -65,15 +68,17 @@ def follow_answers(
     a company: it is followed only where it was found for this person alone, and not to a request `of_others`, nor to
     one with another person's cells.
     """
+    known = list(map(dict, erasure.requests_with_answers(ledger)))
+    columns = [find_template(ledger, step)[0].columns for step in job.step_jobs]
     chosen = {request["id"]: request for request in found}
     params = [item for step in job.step_jobs for item in step.model.params.items()]
     of_one_column = [(name, param) for name, param in params if len(param.columns) == 1]
     waiting = list(found)
     while waiting:
-        identifying, links = _values_to_follow(job, params, waiting)
+        identifying, links = _values_to_follow(columns, params, waiting)
         if links:
             rest = (request for request in known if request["id"] not in chosen)
-            links -= {pair for request in rest for pair in _found_values(job, request)}
+            links -= {pair for request in rest for pair in _found_values(columns, request)}
         cells: dict[str, set[str]] = {}
         for column, value in (pair for request in chosen.values() for pair in _sent_cells(of_one_column, request)):
             cells.setdefault(column, set()).add(value)
@@ -91,14 +96,14 @@ def follow_answers(
 
 
 def _values_to_follow(
-    job: Job, params: Sequence[tuple[str, Param]], requests: Sequence[Mapping[str, Any]]
+    columns: Columns, params: Sequence[tuple[str, Param]], requests: Sequence[Mapping[str, Any]]
 ) -> tuple[set[tuple[str, str]], set[tuple[str, str]]]:
     """Return the values that identify a person in the answers of requests, and links that may not, by column."""
     identifying: set[tuple[str, str]] = set()
     links: set[tuple[str, str]] = set()
     for request in requests:
         by_address = any(_is_address(value) for _, value in _sent_cells(params, request))
-        for pair in _found_values(job, request):
+        for pair in _found_values(columns, request):
             if "/" in pair[1]:
                 (identifying if by_address else links).add(pair)
             elif _is_address(pair[1]):
@@ -116,12 +121,11 @@ def _sent_cells(params: Sequence[tuple[str, Param]], request: Mapping[str, Any])
     return {(column, fold(values[name])) for name, param in params if name in values for column in param.columns}
 
 
-def _found_values(job: Job, request: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _found_values(columns: Columns, request: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield the values of the steps' columns in the answers of a request, by column."""
     for answer in filter(None, json.loads(request["answers"])):
         data = parse_json(answer).get("data")
-        for step in job.step_jobs:
-            columns = step.model.columns or {}
-            for name, value in zip(columns, column_values(data, columns.values()), strict=True):
+        for of_step in columns:
+            for name, value in zip(of_step, column_values(data, of_step.values()), strict=True):
                 if not is_blank(value):
                     yield name, fold(str(value))

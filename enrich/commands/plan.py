@@ -145,9 +145,7 @@ def make_plan(
         rows_file = _prepare_rows_file(job, rows_file)
         preflights = [asyncio.run(_preflight(step, access, ledger, options)) for step in job.steps]
         joined = Preflight.of_steps(preflights)
-        step_rows = make_step_rows(job_input, ledger, joined, options) if job.step_jobs else None
-        if step_rows is None:
-            job_input.check_new_columns(joined.template)
+        step_rows = make_step_rows(job_input, ledger, joined, options)
         budgets = [
             make_budget(step, of_step.template, of_step.balance)
             for step, of_step in zip(job.steps, preflights, strict=True)

@@ -113,3 +113,12 @@ def make_private_folder(folder: Path) -> None:
     if folder.name == ".enrich" and folder.stat().st_mode & 0o077:
         with suppress(OSError):  # it may belong to another user
             folder.chmod(0o700)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Sync a folder to disk, so that created, renamed and removed files survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -119,12 +119,13 @@ def _limit_problems(job: Job, description: Description) -> Iterator[JobError]:
     if not (description.priced_by or description.is_paginated or job.model.pagination):
         return
     unit = f"with `{description.priced_by}`" if description.priced_by else "with each page"
-    message = f"the price of {description.target.label} grows {unit}"
+    label = description.target.label
     if description.highest_price(job.model.target) is None:
-        yield job.error(["enrichment"], f"{message}, and the API does not give it: the cost cannot be limited")
+        message = f"the price of {label} grows {unit}, and the API does not give it: the cost cannot be limited"
+        yield job.error(["enrichment"], message)
     elif job.max_credits is job.step_max_credits is None:
-        hint = "limits: {max_credits: 100}, or --max-credits 100"
-        yield job.error(["limits", "max_credits"], f"{message}, so `max_credits` is required", hint)
+        message = f"the price of {label} grows {unit}, so `max_credits` is required"
+        yield job.error(["limits", "max_credits"], message, "limits: {max_credits: 100}, or --max-credits 100")
 
 
 def _provider_problems(job: Job, description: Description) -> Iterator[JobError]:

@@ -81,11 +81,13 @@ def make_budget(job: Job, template: RequestTemplate, balance: int | None, planne
     max_credits, min_balance = to_micros(limits.max_credits), to_micros(limits.min_balance)
     step_cap = to_micros(job.step_max_credits)
     if template.unit_price is None and (max_credits, min_balance, step_cap) != (None, None, None):
-        limit = f"`{_configured_limit(job)}`"
-        unpriced, hint = "a provider", "remove such providers from `enrichments`, or "
+        limit = _configured_limit(job)
+        message = f"a provider has no price, so `{limit}` cannot be enforced"
+        hint = f"remove such providers from `enrichments`, or run without `{limit}`"
         if template.target.kind is TargetKind.ENRICHMENT:
-            unpriced, hint = template.target.label, ""
-        raise CommandRefused(f"{unpriced} has no price, so {limit} cannot be enforced", f"{hint}run without {limit}")
+            message = f"the enrichment `{template.target.id}` has no price, so `{limit}` cannot be enforced"
+            hint = f"run without `{limit}`"
+        raise CommandRefused(message, hint)
     if min_balance is not None and balance is None:
         raise CommandRefused("the API reports no balance, so `min_balance` cannot be enforced", "run without it")
     spendable = None if min_balance is None or balance is None else max(0, balance - min_balance)

@@ -24,7 +24,6 @@ from enrich.ledger import change_feed, enroll, erasure, queries
 from enrich.ledger.database import Database
 from enrich.models import RequestResult, RequestSelection, RowStatus, State, iso_time
 from enrich.rows.job_input import JobInput
-from enrich.rows.job_steps import make_steps
 from enrich.rows.requests import CHANGE_COLUMNS
 from enrich.rows.template import RequestTemplate
 from enrich.run.answer_cells import answer_cells
@@ -33,7 +32,7 @@ from enrich.run.collector import Collector, JoinedBatch, OutputCounts
 from enrich.run.context import RunContext, RunFiles, RunOptions, select_requests
 from enrich.run.early_end import out_of_time_error
 from enrich.run.periodic import start_phase
-from enrich.run.preflight import template_from_ledger
+from enrich.run.preflight import steps_from_ledger, template_from_ledger
 from enrich.run.progress import Phase
 from enrich.run.run_state import RunState
 from enrich.run.step_input import begin_steps
@@ -272,8 +271,7 @@ def prepare_collector(ledger: Database, job: Job, template: RequestTemplate) -> 
     job_input = JobInput(job, erasure.load_forgotten(ledger))
     job_input.check_new_columns(template)
     if job.step_jobs:
-        steps = make_steps(job, job_input, [template_from_ledger(ledger, step) for step in job.step_jobs])
-        step_rows = StepRows(job_input, ledger, steps)
+        step_rows = StepRows(job_input, ledger, steps_from_ledger(ledger, job, job_input))
         begin_steps(step_rows)
         step_rows.prepare()
         return Collector(ledger, template, job_input, step_rows=step_rows)

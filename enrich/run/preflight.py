@@ -35,6 +35,8 @@ from enrich.ledger import bindings, queries
 from enrich.ledger.database import Database
 from enrich.ledger.sqlite import damaged_ledger_error
 from enrich.models import read_balance
+from enrich.rows.job_input import JobInput
+from enrich.rows.job_steps import Step, make_steps
 from enrich.rows.known_names import BESIDE_RESULT, column_fields, join_problems, name_problems
 from enrich.rows.template import (
     RequestTemplate,
@@ -121,10 +123,10 @@ class LedgerBinding(Struct, frozen=True):
     fields of the job's columns that answers have although the description does not name them.
     """
 
-    bound_to: Mapping[str, str | None]
-    description: Description | None
-    providers: list[int] | None
-    answered: frozenset[str]
+    bound_to: Mapping[str, str | None] = {}
+    description: Description | None = None
+    providers: list[int] | None = None
+    answered: frozenset[str] = frozenset()
 
 
 def read_binding(ledger: Database, job: Job) -> LedgerBinding:
@@ -242,16 +244,42 @@ def _join_ids(providers: list[int]) -> str:
 def template_from_ledger(ledger: Database, job: Job) -> RequestTemplate:
     """Build the request template from the ledger, without the API. That of a job with steps has all their columns.
 
-    Raises CommandRefused when this target was never used with this ledger.
+    Raises CommandRefused when this target, or that of every step, was never used with this ledger.
+    """
+    template, is_known = find_template(ledger, job)
+    if not is_known:
+        raise CommandRefused(f"{job.ledger}: this job has never run", "run it first: enrich run JOB")
+    return template
+
+
+def find_template(ledger: Database, job: Job) -> tuple[RequestTemplate, bool]:
+    """Return the request template of a job or a step, and whether the ledger knows its target, or that of any step.
+
+    Otherwise what the API requires is missing in it.
     """
     if job.step_jobs:
-        return join_templates([template_from_ledger(ledger, step) for step in job.step_jobs])
-    target = job.model.target
-    description, providers = _load_description(ledger, target)
+        templates, known = zip(*(find_template(ledger, step) for step in job.step_jobs), strict=True)
+        return join_templates(templates), any(known)
+    description, providers = _load_description(ledger, job.model.target)
     if description is None:
-        what = f"the step `{job.step}`" if job.step else "this job"
-        raise CommandRefused(f"{job.ledger}: {what} has never run", "run it first: enrich run JOB")
-    return make_request_template(job, description, providers or [])
+        return template_of_unknown_target(job), False
+    return make_request_template(job, description, providers or []), True
+
+
+def steps_from_ledger(ledger: Database, job: Job, job_input: JobInput) -> tuple[Step, ...]:
+    """Make the steps of a job from the ledger, without the API.
+
+    Raises JobError for a column that no step has, CommandRefused if a step that has never run may have it.
+    """
+    templates = [find_template(ledger, step)[0] for step in job.step_jobs]
+    try:
+        return make_steps(job, job_input, templates)
+    except JobError:
+        for step, template in zip(job.step_jobs, templates, strict=True):
+            if not template.columns:
+                message = f"{job.ledger}: the step `{step.step}` has never run, and its fields are not known"
+                raise CommandRefused(message, "run it first: enrich run JOB") from None
+        raise
 
 
 def _load_description(ledger: Database, target: Target) -> tuple[Description | None, list[int] | None]:

@@ -382,3 +382,14 @@ def test_takes_no_lock_and_changes_nothing(api: SandboxApi, workspace: Workspace
 def test_every_state_has_next_step(state: State, running: bool, message: str) -> None:  # noqa: FBT001 - a table
     """Every state names the next step."""
     assert message in describe_next_step(state, [], Policy(refresh=Refresh()), 0, is_running=running)
+
+
+@FILE_ONLY
+def test_fields_of_a_step_that_has_never_run(workspace: Workspace) -> None:
+    """A step may read fields that are not known yet: the job is not called wrong."""
+    steps = "steps:\n  - {name: a, enrichment: 10, params: {email: Email}}\n"
+    steps += "  - {name: b, enrichment: 80, params: {phone: status}}\n"
+    workspace.write_job(f"version: 1\ninput: leads.csv\noutput: out.csv\n{steps}")
+    workspace.write_leads(make_leads(1))
+    result = workspace.run_in_process("explain", "job.yaml", "--row", "1")
+    assert (result.exit_code, "the step `a` has never run" in result.stderr) == (5, True), result.stderr

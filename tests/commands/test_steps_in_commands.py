@@ -372,12 +372,29 @@ def test_renamed_step(workspace: Workspace, api: SandboxApi) -> None:
     assert "enrich_mail_status" in names
 
 
-def test_collect_names_the_step_that_is_new(workspace: Workspace, api: SandboxApi) -> None:
-    """A job that has run cannot be collected when it has got another step, and the message names it."""
+def test_collect_with_a_step_that_is_new(workspace: Workspace, api: SandboxApi) -> None:
+    """A job that has run can be collected when it has got another step, whose rows are pending."""
     workspace.write_leads(make_people(2), HEADER)
     workspace.write_job(SHORT_JOB[: SHORT_JOB.index("  - name: person")])
     workspace.run_job(api)
     workspace.write_job(SHORT_JOB)
-    result = workspace.run_in_process("collect", "job.yaml", "--partial")
-    assert result.exit_code == 5
-    assert "the step `person` has never run" in result.stderr
+    assert "2 rows are pending" in workspace.run_in_process("collect", "job.yaml").stderr
+    assert workspace.run_in_process("collect", "job.yaml", "--partial").exit_code == 0
+    assert [row["enrich_person_status"] for row in workspace.read_output()] == ["pending"] * 2
+
+
+def test_check_of_fields_that_are_not_known(workspace: Workspace, api: SandboxApi) -> None:
+    """Offline, a field that an earlier step may have is no error; `--online` finds whether it has it."""
+    verify = "  - name: verify\n    enrichment: 10\n    params: {email: email}\n"
+    phone = "  - name: phone\n    waterfall: phone_getter\n    where: reason = ''\n    params: {linkedin: LinkedIn}\n"
+    head = SHORT_JOB[: SHORT_JOB.index("  - name: person")].replace("work_email", "email")
+    workspace.write_leads(make_people(2), HEADER)
+    for job, code in ((head + verify + phone, 0), (head + verify + phone.replace("reason", "raeson"), 2)):
+        workspace.write_job(job)
+        offline = workspace.run_in_process("check", "job.yaml", "--json")
+        assert offline.exit_code == 0, offline.stderr
+        assert any("the steps after `verify` were not checked" in note for note in offline.json_output["notes"])
+        assert [step["leads"] for step in offline.json_output["steps"]] == [2, 2, None]
+        assert workspace.run_in_process("check", "job.yaml", "--online", api=api).exit_code == code
+    workspace.write_job(head.replace("First Name", "Name") + verify + phone)
+    assert "no column `Name`" in workspace.run_in_process("check", "job.yaml").stderr

@@ -187,3 +187,52 @@ def test_purged_value_of_a_merged_column(people: Workspace, tmp_path: Path, merg
         rows = people.read_output()
     lost = [row["enrich_person_status"] == "filtered" for row in rows]
     assert lost == [merge == "overwrite"] * 3 + [True] * 3
+
+
+def test_person_is_forgotten_before_a_new_step_has_run(workspace: Workspace, tmp_path: Path) -> None:
+    """A step that was added since the last run does not hinder `forget`, and sends nothing for the person."""
+    head, verify = JOB[: JOB.index("  - name: company")], "  - name: verify\n    enrichment: 10\n"
+    link = JOB[JOB.index("  - name: link") : JOB.index("  - name: person")].replace(
+        "    only_if_empty: [work_email]\n", ""
+    )
+    leads = make_linked_people(3)
+    for lead in leads:
+        lead[3] = f"{lead[0]}@Example.example"
+    workspace.write_leads(leads, HEADER)
+    workspace.write_job(head + link)
+    with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
+        workspace.run_job(api)
+        workspace.write_job(head + verify + "    params: {email: Email}\n    columns: {state: status}\n" + link)
+        result = workspace.run_in_process("forget", "job.yaml", "--match", "First Name=First1", "--yes", "--json")
+        assert (result.exit_code, result.json_output["requests"]) == (0, 1), result.stderr
+        workspace.run_job(api)
+        verified = [run["params"]["email"] for run in api.audit()["runs"] if "email" in run["params"]]
+    assert verified == ["first0@example.example", "first2@example.example"]
+    assert workspace.read_output()[1]["enrich_status"] == "filtered"
+
+
+def test_person_is_forgotten_after_the_target_has_changed(workspace: Workspace, api: SandboxApi) -> None:
+    """What the job has sent to another target can be erased before the new target was used."""
+    job = "version: 1\ninput: leads.csv\noutput: out.csv\nenrichment: 10\nparams: {email: Email}\n"
+    workspace.write_leads([["ada@engine.example"], ["bob@engine.example"]], ["Email"])
+    workspace.write_job(job)
+    workspace.run_job(api)
+    workspace.write_job(job.replace("enrichment: 10", "enrichment: 12"))
+    result = workspace.run_in_process("forget", "job.yaml", "--match", "Email=Ada@engine.example", "--yes", "--json")
+    assert (result.exit_code, result.json_output["requests"]) == (0, 1), result.stderr
+    assert workspace.run_job(api).submitted == 1
+    assert [row["enrich_status"] for row in workspace.read_output()] == ["filtered", "found"]
+
+
+def test_forget_follows_steps_without_columns(workspace: Workspace, tmp_path: Path) -> None:
+    """What a step has found is followed where the job names no columns, also for a person who left the input."""
+    job = JOB[: JOB.index("  - name: company")] + JOB[JOB.index("  - name: email") : JOB.index("  - name: link")]
+    job += "  - name: verify\n    enrichment: 10\n    params: {email: email}\n    columns: {state: status}\n"
+    people = make_people(3)
+    workspace.write_job(job.replace("    columns: {work_email: email}\n", ""))
+    workspace.write_leads(people, HEADER)
+    with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
+        workspace.run_job(api)
+    workspace.write_leads(people[1:], HEADER)
+    result = workspace.run_in_process("forget", "job.yaml", "--match", "First Name=First0", "--yes", "--json")
+    assert (result.exit_code, result.json_output["requests"]) == (0, 2), result.stderr
