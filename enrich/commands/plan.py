@@ -244,7 +244,7 @@ def _notes(job: Job, preflight_result: Preflight, to_submit: int, *, is_running:
 
 
 def _other_ledger_notes(
-    job: Job, preflight_result: Preflight, ledger: Database, step_rows: StepRows | None = None
+    job: Job, preflight_result: Preflight, ledger: Database, step_rows: StepRows | None
 ) -> Iterator[str]:
     """Yield whether a run would be refused because another ledger has paid for the leads, or what is not known."""
 

@@ -136,7 +136,7 @@ class Databar:
         )
         return run, reply.steps
 
-    def poll(self, task_id: str, *, partial: bool = False) -> bytes:
+    def poll(self, task_id: str, *, partial: bool) -> bytes:
         """Return the current body of a task."""
         task, now = self._task(task_id), self.clock.now()
         if self._renderer.is_expired(task, now):

@@ -84,16 +84,15 @@ def endpoint_of(method: str, path: str) -> str:
 class TokenBucket:
     """A token bucket: `rate` requests per second, `burst` at once."""
 
-    def __init__(self, rate: float, burst: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, rate: float, burst: int) -> None:
         self._rate = rate
         self._burst = max(1, burst)
-        self._clock = clock
         self._tokens = float(self._burst)
-        self._updated_at = clock()
+        self._updated_at = time.monotonic()
 
     def try_consume(self) -> bool:
         """Take a token; False when none is left."""
-        now = self._clock()
+        now = time.monotonic()
         self._tokens = min(self._burst, self._tokens + (now - self._updated_at) * self._rate)
         self._updated_at = now
         if self._tokens < 1:
