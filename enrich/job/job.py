@@ -29,10 +29,9 @@ from enrich.job.locations import (
     LedgerLocation,
     Location,
     PostgresLocation,
-    WebUrl,
+    default_output_path,
     format_of,
     is_dataset,
-    is_pattern,
     is_sandbox_ledger,
     parse_input_location,
     parse_ledger_location,
@@ -239,7 +238,7 @@ def load_job(path: Path, overrides: Overrides | None = None) -> Job:
     input_settings = _override_input(model.input, overrides.input)
     input_base = Path.cwd() if overrides.input else document.folder
     input_path = _checked_location(document, "input", input_base, input_settings.path)
-    output = model.output or Output(path=_default_output(input_path, name, sandbox=overrides.sandbox))
+    output = model.output or Output(path=default_output_path(input_path, name, sandbox=overrides.sandbox))
     if overrides.output is not None:
         output = _with_path(output, overrides.output)
     ledger = _ledger_location(document, overrides, model.ledger or f".enrich/{name}.db")
@@ -390,20 +389,3 @@ def _checked_location(document: YamlDocument, key: str, base: Path, path_or_url:
 
 def _expand_date(path: str, now: datetime) -> str:
     return now.strftime(path) if "%" in path else path
-
-
-def _default_output(input_path: InputLocation, name: str, *, sandbox: bool) -> str:
-    path = f"{_default_stem(input_path, name)}_enriched.csv"
-    return sandbox_file_name(path) if sandbox else path
-
-
-def _default_stem(location: InputLocation, name: str) -> str:
-    """Return the default stem of the output: that of the input, or the job name if the input is several or has no name.
-
-    `%` is doubled, so that it is not read as a strftime code.
-    """
-    if location == STDIN:
-        return "stdin"
-    has_no_name = isinstance(location, WebUrl) and format_of(location.name) is None
-    stem = name if has_no_name or is_pattern(location) else location.name.removesuffix(".gz").rsplit(".", 1)[0]
-    return stem.replace("%", "%%")
