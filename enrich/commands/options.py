@@ -222,13 +222,14 @@ class AtLeast(click.ParamType):  # type: ignore[type-arg] # older versions are n
 
 
 def selection_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that select requests to a command, which gets them as `selected`, and `max_credits`."""
+    """Add the options for what is sent to a command, which gets them as `selected`, and `max_credits`."""
 
     @functools.wraps(command)
     def wrapper(**params: Any) -> Any:  # noqa: ANN401 - click's options, and what the command returns
         from enrich.run.context import RunOptions
 
-        selected = RunOptions(**{name: params.pop(name) for name in ("limit", "sample", "seed", "retry")})
+        names = ("limit", "sample", "seed", "retry", "update_providers")
+        selected = RunOptions(**{name: params.pop(name) for name in names})
         return command(selected=selected, **params)
 
     return _add_selection_options(wrapper)
@@ -262,6 +263,7 @@ _add_selection_options = add_options(
         metavar="STATES",
         help="Send these again, which may charge again: failed, expired, in_doubt, separated by commas.",
     ),
+    click.option("--update-providers", is_flag=True, help="Switch to the current default providers of the waterfall."),
 )
 
 

@@ -76,6 +76,7 @@ def plan(
         chosen = f" --plan {shlex.quote(str(plan_file))}"
     else:
         chosen = _selection_arguments(selected, max_credits)
+    chosen += " --update-providers" if selected.update_providers else ""
     next_lines = list(_next_lines(planned, command, chosen))
     if isinstance(planned, StepsPlan):
         lines = format_steps_plan(planned, next_lines)

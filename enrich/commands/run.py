@@ -239,7 +239,6 @@ def print_summary(
 @click.option(
     "--workers", type=options.AtLeast(1), metavar="NUMBER", help="Number of Ray workers. Default: one per CPU."
 )
-@click.option("--update-providers", is_flag=True, help="Switch to the current default providers of the waterfall.")
 @click.option(
     "--workspace-renamed", is_flag=True, help="Confirm that the workspace of the ledger was renamed at Databar."
 )
@@ -268,7 +267,6 @@ def run(
     engine: str | None,
     address: str | None,
     workers: int | None,
-    update_providers: bool,
     workspace_renamed: bool,
     new_ledger: bool,
     yes: bool,
@@ -296,7 +294,6 @@ def run(
         run_options = replace(
             selected,
             max_time_s=max_time,
-            update_providers=update_providers,
             workspace_renamed=workspace_renamed,
             confirm=_confirm if should_confirm and plan is None else None,
             new_ledger=new_ledger or use_sandbox,

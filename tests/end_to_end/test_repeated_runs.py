@@ -586,11 +586,14 @@ def test_changed_provider_defaults_are_reported(
     workspace.write_leads(make_leads(5))
 
     result = workspace.run_job(api)
+    planned = workspace.run_in_process("plan", "job.yaml", "--update-providers", "-o", "new.plan", api=api)
     updated = workspace.run_job(api, RunOptions(update_providers=True))
     kept = workspace.run_job(api)
 
     assert result.submitted == 2
     assert any("833, 113" in note and "--update-providers" in note for note in result.notes)
+    assert planned.stdout.startswith("5 requests to send")
+    assert "job.yaml --plan new.plan --update-providers\n" in planned.stdout
     assert (updated.submitted, updated.notes) == (5, [])
     assert (kept.submitted, kept.notes) == (0, [])
     assert _request_counts(api) == {(833, 966, 701, 745), (833, 113)}
