@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TypeVar
 
 import polars as pl
 import ray
+from msgspec import Struct
 from ray import cloudpickle
 from ray.exceptions import OutOfMemoryError, RayError, WorkerCrashedError
 
@@ -39,28 +39,22 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 
-@dataclass(frozen=True, slots=True)
-class SharedPass:
+class SharedPass(Struct, frozen=True):
     """A pass over the input that tasks of the cluster join. All of it is sent to them.
 
-    `open_ledger` opens the ledger in a process, which keeps it for the following blocks.
+    `open_ledger` is the pickled function that opens the ledger in a process, which keeps it for the following blocks.
     """
 
     template: RequestTemplate
     selection: RequestSelection
-    open_ledger: Callable[[], Database]
-    #: `open_ledger` as bytes, the key of a process's open ledger.
-    pickled_open_ledger: bytes = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "pickled_open_ledger", cloudpickle.dumps(self.open_ledger))
+    open_ledger: bytes
 
     def with_ledger(self, act: Callable[[Database], T]) -> T:
         """Call a function with the ledger. Retry it after a lost connection or a conflict with another process.
 
         Raises LedgerFailed, and what `act` raises.
         """
-        ledger = _cached_ledger(self.pickled_open_ledger)
+        ledger = _cached_ledger(self.open_ledger)
         try:
             return ledger.retry_on_disconnect(lambda: act(ledger))
         except DATABASE_ERRORS as failure:

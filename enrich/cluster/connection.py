@@ -37,7 +37,7 @@ RAY_ENVIRONMENT = {
     # Ray would end this process a minute after the head process is lost, here too, without a summary, and log a lot.
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_gcs_rpc_server_reconnect_timeout_s": str(NO_TIMEOUT_S),
-    # Ray would start a task again forever when it ends for want of memory.
+    # Ray would start a task again forever when it has run out of memory.
     "RAY_task_oom_retries": "3",
 }
 #: How long disconnecting may take, in seconds. All results are in the ledger by then.

@@ -8,6 +8,7 @@ from typing import Any
 import polars as pl
 from msgspec import Struct, field
 from msgspec.structs import replace
+from ray import cloudpickle
 
 from enrich.cluster.blocks import SharedPass, map_blocks, split_input
 from enrich.cluster.heartbeats import HeartbeatMonitor, Heartbeats, new_heartbeat_counter
@@ -121,7 +122,7 @@ class RayCluster(Struct, frozen=True):
         if workers < 1:
             return None
         worker_task = WorkerTask(
-            replace(work_config, workers=workers),
+            work_config,
             access,
             self.ledger,
             run_state.execution_id,
@@ -159,8 +160,5 @@ class RayCluster(Struct, frozen=True):
 
     def _shared_pass(self, template: RequestTemplate, selection: RequestSelection) -> SharedPass:
         fence = None if self.lease_id is None else FencingToken(self.lease_id, self.ledger.lease_s)
-        return SharedPass(
-            template,
-            selection,
-            partial(Database, self.ledger, fencing_token=fence, open_timeout_s=OUTAGE_TIMEOUT_S),
-        )
+        open_ledger = partial(Database, self.ledger, fencing_token=fence, open_timeout_s=OUTAGE_TIMEOUT_S)
+        return SharedPass(template, selection, cloudpickle.dumps(open_ledger))

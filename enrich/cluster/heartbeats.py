@@ -1,8 +1,6 @@
-"""Heartbeats of tasks in the cluster. They show whether the cluster has resources for the input and can process it.
+"""Heartbeats of tasks in the cluster: they show that tasks are running, which Ray does not.
 
-The duration of a block is unlimited: a large file is read to its end, and an unreachable database is retried. So the
-flow of results does not show whether anything is running. Nor does Ray: a task that waits for a free CPU, or for the
-head node, looks to the driver like one that runs.
+A block may take any time, and a task that waits for a free CPU looks like one that runs. See docs/internals/leases.md.
 """
 
 from __future__ import annotations

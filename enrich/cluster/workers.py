@@ -1,11 +1,7 @@
 """Workers that are Ray actors: starts them, passes on when to stop, adds up their reports, replaces lost ones.
 
-They share the queue, which is the ledger: each claims what is next, so no request is claimed by two. The budget is in
-the ledger, too. What may be in flight, and the ceiling of the rate, are divided among them.
-
-Ray's own restarts (`max_restarts`) are not used. Ray would restart an actor without telling the run, which has to name
-what was lost and to pass on that nothing more may be sent. It would restart an actor after the run has ended, and none
-without the cluster's head node. And it does not notice a process that is stopped.
+They claim requests from the same queue, the ledger. Tasks in flight and the ceiling of the rate are divided among them.
+Why Ray's own restarts (`max_restarts`) are not used: docs/internals/leases.md.
 """
 
 from __future__ import annotations
@@ -36,7 +32,7 @@ START_TIMEOUT_S = 120.0
 SILENT_LEASES = 2
 #: The number of replacements per worker in the whole run.
 REPLACEMENTS_PER_WORKER = 3
-#: Seconds that stopping workers have to record what they know.
+#: How long stopping workers may take to record answers, in seconds.
 STOP_TIMEOUT_S = 3.0
 #: How long to wait for a kill, in seconds.
 KILL_TIMEOUT_S = 3.0
@@ -113,7 +109,7 @@ def start_actor() -> Any:  # noqa: ANN401 - a Ray actor
 
 @dataclass(slots=True, eq=False)
 class StartedWorker:
-    """What the run knows of an actor."""
+    """An actor of the run: its last status, and whether it has reported and still runs."""
 
     status: WorkerStatus = field(default_factory=WorkerStatus)
     has_reported: bool = False
@@ -144,7 +140,7 @@ class WorkerPool:
     async def run(self) -> None:
         """Submit and poll to the end. No worker is left when this returns."""
         self._initial_counters = self.run_state.counters
-        running = {asyncio.create_task(self._keep_working()) for _ in range(self.worker_task.work_config.workers)}
+        running = {asyncio.create_task(self._keep_working()) for _ in range(self.worker_task.in_flight_limit.workers)}
         is_done = False
         try:
             while running and not (is_done and self._none_has_reported()):

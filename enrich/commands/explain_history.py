@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -77,7 +77,6 @@ class Explainer(Struct, frozen=True):
     template: RequestTemplate
     ledger: Database
     is_running: bool
-    now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000
 
     def explain_row(self, lead: Lead, rows_of: Mapping[bytes, list[int]]) -> dict[str, Any]:
         """Describe a row and its request."""
@@ -101,7 +100,7 @@ class Explainer(Struct, frozen=True):
     def explain_request(self, request: RequestRow) -> dict[str, Any]:
         """Describe a request with all its attempts."""
         attempts = request_history.attempts(self.ledger, request.id)
-        policy = self.job.model.policy
+        policy, now_ms = self.job.model.policy, time.time_ns() // 1_000_000
         state, _ = self._judge(request.state, request.attempt_id, attempts)
         return {
             "fingerprint": request.fingerprint.hex(),
@@ -109,7 +108,7 @@ class Explainer(Struct, frozen=True):
             **request.call,
             "params": json.loads(request.params),
             "attempts": [_attempt_as_json(attempt) for attempt in attempts],
-            "outlook": describe_next_step(state, attempts, policy, self.now_ms(), is_running=self.is_running),
+            "outlook": describe_next_step(state, attempts, policy, now_ms, is_running=self.is_running),
         }
 
     def _row_status(self, request: RequestRow) -> tuple[RowStatus, str | None]:

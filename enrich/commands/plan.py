@@ -145,9 +145,7 @@ def make_plan(
         rows_file = _prepare_rows_file(job, rows_file)
         preflights = [asyncio.run(_preflight(step, access, ledger, options)) for step in job.steps]
         joined = Preflight.of_steps(preflights)
-        step_rows = make_step_rows(job_input, ledger, joined, options) if job.step_jobs else None
-        if step_rows is None:
-            job_input.check_new_columns(joined.template)
+        step_rows = make_step_rows(job_input, ledger, joined, options)
         budgets = [
             make_budget(step, of_step.template, of_step.balance)
             for step, of_step in zip(job.steps, preflights, strict=True)
@@ -246,7 +244,7 @@ def _notes(job: Job, preflight_result: Preflight, to_submit: int, *, is_running:
 
 
 def _other_ledger_notes(
-    job: Job, preflight_result: Preflight, ledger: Database, step_rows: StepRows | None = None
+    job: Job, preflight_result: Preflight, ledger: Database, step_rows: StepRows | None
 ) -> Iterator[str]:
     """Yield whether a run would be refused because another ledger has paid for the leads, or what is not known."""
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
+from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import click
 from msgspec import Struct, field
@@ -24,6 +23,7 @@ from enrich.exit_codes import ExitCode, JobArguments, format_actions, required_a
 from enrich.extras import install_hint
 from enrich.job.job import Job
 from enrich.job.locations import STDIN, PostgresLocation, WebUrl
+from enrich.ledger.database import ledger_exists
 from enrich.ledger.lock import lock_ledger, open_for_run
 from enrich.ledger.sqlite import is_damage_error
 from enrich.models import State
@@ -52,17 +52,6 @@ def observe_run(
             raise
 
 
-def with_observers(command: Callable[..., int]) -> Callable[..., int]:
-    """Pass `observers` to a command instead of `log_file`."""
-
-    @functools.wraps(command)
-    def wrapper(*, job_options: options.JobOptions, log_file: Path | None, **params: Any) -> int:  # noqa: ANN401 - click's options
-        with observe_run(job_options, log_file, lambda text: click.echo(f"note: {text}", err=True)) as observers:
-            return command(job_options=job_options, observers=observers, **params)
-
-    return wrapper
-
-
 def _exit_code_and_message(error: BaseException) -> tuple[int, str]:
     """Return exit code and message of an error. For a bug only its type, because its text may contain data."""
     match error:
@@ -85,21 +74,6 @@ def _check_address(value: str) -> str:
     if "://" in value:
         raise ValueError("must be HOST:PORT without `ray://`. Run the command on a machine of the cluster")
     return value
-
-
-#: Adds the options for a run on a Ray cluster to a command.
-engine_options = options.add_options(
-    click.option("--engine", type=click.Choice(["ray"]), help="Run on a Ray cluster. Needs a ledger in PostgreSQL."),
-    click.option(
-        "--address",
-        type=options.Parsed(_check_address),
-        metavar="HOST:PORT",
-        help="Address of the Ray cluster. Default: this machine.",
-    ),
-    click.option(
-        "--workers", type=options.AtLeast(1), metavar="NUMBER", help="Number of Ray workers. Default: one per CPU."
-    ),
-)
 
 
 def make_cluster_options(
@@ -185,6 +159,8 @@ def run_observed(
     observers.start(job, run_options)
     job, moved = with_own_output(job)
     observers.report_problem(moved)
+    if not ledger_exists(job.ledger):
+        job.file_locations(datetime.now().astimezone())  # no ledger is created in place of another file of the job
     with ExitStack() as stack:
         stack.enter_context(lock_ledger(job.ledger, wait_s))
         # Before any threads start, because the engine starts processes.
@@ -253,7 +229,16 @@ def print_summary(
 @click.option(
     "--accept", type=click.Choice(["in_doubt"]), help="Mark unconfirmed requests as failed, without sending them again."
 )
-@engine_options
+@click.option("--engine", type=click.Choice(["ray"]), help="Run on a Ray cluster. Needs a ledger in PostgreSQL.")
+@click.option(
+    "--address",
+    type=options.Parsed(_check_address),
+    metavar="HOST:PORT",
+    help="Address of the Ray cluster. Default: this machine.",
+)
+@click.option(
+    "--workers", type=options.AtLeast(1), metavar="NUMBER", help="Number of Ray workers. Default: one per CPU."
+)
 @click.option("--update-providers", is_flag=True, help="Switch to the current default providers of the waterfall.")
 @click.option(
     "--workspace-renamed", is_flag=True, help="Confirm that the workspace of the ledger was renamed at Databar."
@@ -273,7 +258,6 @@ def print_summary(
 @click.option("-v", "--verbose", is_flag=True, help="Add columns, balance, polls and providers to the run summary.")
 @click.option("--quiet", is_flag=True, help="Print errors only: no progress bar, no run summary.")
 @click.option("--log-file", type=options.WRITTEN_FILE, help="Append events to this file, one JSON object per line.")
-@with_observers
 def run(
     job_options: options.JobOptions,
     selected: RunOptions,
@@ -293,53 +277,54 @@ def run(
     always_summary: bool,
     verbose: bool,
     quiet: bool,
-    observers: RunObservers,
+    log_file: Path | None,
 ) -> int:
     """Enrich the leads of JOB. The same command resumes after an interruption.
 
     Collects the results of earlier requests, sends new ones, and writes the output. Without a terminal, it prints
     only errors and problems.
     """
-    plan = None if plan_file is None else read_plan(plan_file)
-    selected = replace(selected, plan=plan, accept_in_doubt=accept is not None)
-    check_combination(selected, max_credits)
-    job = job_options.load(max_credits if plan is None else plan.max_credits)
-    on_terminal = sys.stderr.isatty() and not quiet
-    stdin_is_terminal = sys.stdin is not None and sys.stdin.isatty()
-    use_sandbox = job_options.use_sandbox
-    should_confirm = stdin_is_terminal and on_terminal and not yes and not use_sandbox and job.max_credits is None
-    run_options = replace(
-        selected,
-        max_time_s=max_time,
-        update_providers=update_providers,
-        workspace_renamed=workspace_renamed,
-        confirm=_confirm if should_confirm and plan is None else None,
-        new_ledger=new_ledger or use_sandbox,
-        confirm_new_ledger=_confirm if stdin_is_terminal and on_terminal else None,
-        spread=make_cluster_options(job, engine, address, workers),
-    )
-    skip, wait_s = if_locked
+    with observe_run(job_options, log_file, lambda text: click.echo(f"note: {text}", err=True)) as observers:
+        plan = None if plan_file is None else read_plan(plan_file)
+        selected = replace(selected, plan=plan, accept_in_doubt=accept is not None)
+        check_combination(selected, max_credits)
+        job = job_options.load(max_credits if plan is None else plan.max_credits)
+        on_terminal = sys.stderr.isatty() and not quiet
+        stdin_is_terminal = sys.stdin is not None and sys.stdin.isatty()
+        use_sandbox = job_options.use_sandbox
+        should_confirm = stdin_is_terminal and on_terminal and not yes and not use_sandbox and job.max_credits is None
+        run_options = replace(
+            selected,
+            max_time_s=max_time,
+            update_providers=update_providers,
+            workspace_renamed=workspace_renamed,
+            confirm=_confirm if should_confirm and plan is None else None,
+            new_ledger=new_ledger or use_sandbox,
+            confirm_new_ledger=_confirm if stdin_is_terminal and on_terminal else None,
+            spread=make_cluster_options(job, engine, address, workers),
+        )
+        skip, wait_s = if_locked
 
-    def end(summary: RunSummary) -> None:
-        show = on_terminal or always_summary or verbose or (summary.exit_code != ExitCode.OK and not quiet)
-        arguments = job_options.arguments(as_typed=True)
-        print_summary(summary, arguments, as_json=as_json, show=show, details=verbose)
+        def end(summary: RunSummary) -> None:
+            show = on_terminal or always_summary or verbose or (summary.exit_code != ExitCode.OK and not quiet)
+            arguments = job_options.arguments(as_typed=True)
+            print_summary(summary, arguments, as_json=as_json, show=show, details=verbose)
 
-    callbacks = RunCallbacks(on_end=end)
-    if on_terminal:
-        from enrich.monitoring.progress_bar import ProgressBar
+        callbacks = RunCallbacks(on_end=end)
+        if on_terminal:
+            from enrich.monitoring.progress_bar import ProgressBar
 
-        bar = ProgressBar()
-        callbacks = RunCallbacks(bar.write_line, bar.show, bar.close, end)
-    try:
-        return run_observed(job, run_options, wait_s, observers, callbacks).exit_code
-    except LedgerLocked as error:
-        if not skip:
-            watch = f"enrich status {job_options.arguments(as_typed=True).ledger_args} --watch"
-            hint = (error.hint or "").replace("enrich status JOB --watch", watch)
-            options_hint = "To wait for it or to skip: --if-locked wait or skip"
-            raise LedgerLocked(error.message, ". ".join(filter(None, (hint, options_hint)))) from None
-        observers.skipped(error.message)
-        if as_json:
-            click.echo(json.dumps({"exit_code": 0, "error": error.message}))
-        return ExitCode.OK
+            bar = ProgressBar()
+            callbacks = RunCallbacks(bar.write_line, bar.show, bar.close, end)
+        try:
+            return run_observed(job, run_options, wait_s, observers, callbacks).exit_code
+        except LedgerLocked as error:
+            if not skip:
+                watch = f"enrich status {job_options.arguments(as_typed=True).ledger_args} --watch"
+                hint = (error.hint or "").replace("enrich status JOB --watch", watch)
+                options_hint = "To wait for it or to skip: --if-locked wait or skip"
+                raise LedgerLocked(error.message, ". ".join(filter(None, (hint, options_hint)))) from None
+            observers.skipped(error.message)
+            if as_json:
+                click.echo(json.dumps({"exit_code": 0, "error": error.message}))
+            return ExitCode.OK

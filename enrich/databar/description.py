@@ -39,13 +39,20 @@ class LenientModel(BaseModel):
     """Base of the API models. Null counts as missing, and so does an unreadable value of an optional field."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, defer_build=True)
+    #: The field whose value the API may write alone, in place of an object.
+    short_form: ClassVar[str | None] = None
+    #: The names that an enrichment has for what a waterfall has, too.
+    other_names: ClassVar[Mapping[str, str]] = {}
 
     @model_validator(mode="wrap")
     @classmethod
     def _drop_unreadable(cls, data: Any, read: ModelWrapValidatorHandler[LenientModel]) -> LenientModel:  # noqa: ANN401 - JSON
+        is_value = isinstance(data, str | int | float) and not isinstance(data, bool) and str(data).strip()
+        if cls.short_form is not None and is_value:
+            data = {cls.short_form: data}
         if not isinstance(data, dict):
             return read(data)
-        known = {key: value for key, value in data.items() if value is not None}
+        known = {cls.other_names.get(key, key): value for key, value in data.items() if value is not None}
         try:
             return read(known)
         except ValidationError as error:
@@ -66,19 +73,9 @@ def _read_list(kind: type[M], values: object) -> list[M]:
     return read
 
 
-class NamedModel(LenientModel):
-    """Base of the models that the API may also write as their name alone."""
-
-    name: TextLine
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short_form(cls, data: object) -> object:
-        return {"name": data.strip()} if isinstance(data, str) and data.strip() else data
-
-
 def _read_workspace(value: object) -> object:
-    return _read_line(value.get("name", value.get("id")) if isinstance(value, dict) else value)
+    name = _read_line(value.get("name", value.get("id")) if isinstance(value, dict) else value)
+    return None if isinstance(name, str) and not name.strip() else name
 
 
 class User(LenientModel):
@@ -88,53 +85,45 @@ class User(LenientModel):
     workspace: Annotated[str, BeforeValidator(_read_workspace)] | None = None
 
 
-def _renamed(data: object, names: Mapping[str, str]) -> object:
-    """Give keys the names that waterfalls have for the same thing."""
-    return {names.get(key, key): value for key, value in data.items()} if isinstance(data, dict) else data
-
-
 class Choice(LenientModel):
     """A value that a param may have."""
 
+    short_form = "id"
+
     id: TextLine
     name: TextLine = ""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short_form(cls, data: object) -> object:
-        return {"id": data} if isinstance(data, str | int | float) else data
 
 
 def _read_choices(value: object) -> list[Choice]:
     return _read_list(Choice, value.get("items") if isinstance(value, dict) else value)
 
 
-class Param(NamedModel):
+class Param(LenientModel):
     """An input param. `choices` are the only values that it may have; empty: any, or the API does not list them."""
 
+    short_form = "name"
+    other_names = {"is_required": "required", "type_field": "type"}
+
+    name: TextLine
     type: TextLine = "text"
     required: bool = False
     choices: Annotated[list[Choice], BeforeValidator(_read_choices)] = []
 
-    @model_validator(mode="before")
-    @classmethod
-    def _names_of_enrichments(cls, data: object) -> object:
-        return _renamed(data, {"is_required": "required", "type_field": "type"})
 
-
-class Field(NamedModel):
+class Field(LenientModel):
     """An output field."""
 
-    label: TextLine | None = None
+    short_form = "name"
+    other_names = {"display_name": "label"}
 
-    @model_validator(mode="before")
-    @classmethod
-    def _names_of_enrichments(cls, data: object) -> object:
-        return _renamed(data, {"display_name": "label"})
+    name: TextLine
+    label: TextLine | None = None
 
 
 class Provider(LenientModel):
     """A data provider or an email verifier, with its price in credits (number or text). None: unknown."""
+
+    short_form = "id"
 
     id: int
     name: TextLine = ""
@@ -142,11 +131,6 @@ class Provider(LenientModel):
     enabled_by_default: bool = True
     #: Names of the inputs it needs. Empty if the API does not list them.
     params: Annotated[list[str], BeforeValidator(lambda value: [param.name for param in _read_list(Param, value)])] = []
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short_form(cls, data: object) -> object:
-        return {"id": data} if isinstance(data, str | int) and not isinstance(data, bool) else data
 
 
 def _read_providers(values: object) -> list[Provider]:
@@ -223,6 +207,7 @@ class Enrichment(LenientModel):
     #: What it finds cannot be verified.
     is_email_verifying: ClassVar[bool] = False
     email_verifiers: ClassVar[Sequence[Provider]] = ()
+    other_names = {"params": "input_params", "response_fields": "output_fields"}
 
     id: int
     name: TextLine = ""
@@ -233,11 +218,6 @@ class Enrichment(LenientModel):
     pagination: Pages | None = None
     input_params: Params = []
     output_fields: Fields = []
-
-    @model_validator(mode="before")
-    @classmethod
-    def _names_of_waterfalls(cls, data: object) -> object:
-        return _renamed(data, {"params": "input_params", "response_fields": "output_fields"})
 
     @property
     def identifier(self) -> str:

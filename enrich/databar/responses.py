@@ -310,9 +310,8 @@ def _fastapi_error(item: Mapping[str, object], params: Collection[str]) -> Itera
     if not isinstance(loc, list) or "params" not in loc[:-1]:
         return
     place = loc[loc.index("params") + 1 :]
-    for name in filter(None, (_find_param(part, params) for part in place)):
+    if name := next(filter(None, (_find_param(part, params) for part in place)), None):
         yield whole_number(place[0]), (name, str(item.get("msg", "refused")))
-        return
 
 
 def _field_errors(item: object, params: Collection[str]) -> Iterator[tuple[str, str]]:

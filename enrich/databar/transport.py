@@ -151,7 +151,6 @@ class Transport:
         Raises ConnectionFailed if nothing was sent, AnswerLost if something may have been sent.
         """
         sent_on: list[HttpConnection] = []
-        body = bytearray()
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(None) as limit:
@@ -159,16 +158,12 @@ class Transport:
                 timer = loop.call_later(timeout_s, lambda: limit.reschedule(loop.time() + RESUME_GRACE_S))
                 try:
                     async with self._places[reuse]:
-                        connection = await self._send(request, body, sent_on, reuse=reuse)
+                        return await self._send(request, sent_on, reuse=reuse)
                 finally:
                     timer.cancel()
         except Exception as error:  # noqa: BLE001 - converted to an error that shows whether bytes may have been sent
             reason = f"no response in {timeout_s:g} s" if limit.expired() else str(error) or type(error).__name__
-            failure = self._as_transport_error(error, reason, sent_on, body)
-        else:
-            is_fresh = connection.request_count == 1
-            return HttpAnswer(connection.status, connection.headers, bytes(body), is_fresh, connection.disconnect)
-        body.clear()  # the traceback keeps a reference to it
+            failure = self._as_transport_error(error, reason, was_sent=bool(sent_on))
         raise failure  # without a cause, which could hold the proxy's password
 
     async def aclose(self) -> None:
@@ -178,17 +173,15 @@ class Transport:
         self._idle.clear()
         await asyncio.sleep(0)  # the event loop closes the sockets
 
-    async def _send(
-        self, request: bytes, body: bytearray, sent_on: list[HttpConnection], *, reuse: bool
-    ) -> HttpConnection:
-        """Send a request on a quiet connection and read the response into `body`. Return the connection."""
+    async def _send(self, request: bytes, sent_on: list[HttpConnection], *, reuse: bool) -> HttpAnswer:
+        """Send a request on a quiet connection, which is added to `sent_on`, and read the response."""
         while True:
             connection = await self._idle_connection() if reuse else None
             connection = connection or await self._new_connection()
             try:
                 sent_on.append(connection)
                 connection.send(request)
-                await self._read(connection, body)
+                content = await self._read(connection)
             except OSError:
                 connection.disconnect()
                 if connection.request_count > 1 and not connection.has_answer_bytes:
@@ -202,10 +195,21 @@ class Transport:
                 self._idle.append(connection)
             else:
                 connection.disconnect()
-            return connection
+            is_fresh = connection.request_count == 1
+            return HttpAnswer(connection.status, connection.headers, content, is_fresh, connection.disconnect)
 
-    async def _read(self, connection: HttpConnection, body: bytearray) -> None:
-        """Read a response."""
+    async def _read(self, connection: HttpConnection) -> bytes:
+        """Read the body of a response. Raises AnswerTooLarge."""
+        body = bytearray()
+        try:
+            await self._read_into(body, connection)
+        except AnswerExceedsLimit:
+            start = bytes(body[:KEPT_START_BYTES])
+            body.clear()  # the traceback keeps a reference to it
+            raise AnswerTooLarge(start, self._max_bytes) from None
+        return bytes(body)
+
+    async def _read_into(self, body: bytearray, connection: HttpConnection) -> None:
         data, is_complete = await connection.receive()
         encodings = [value.decode("latin-1") for name, value in connection.headers if name == b"content-encoding"]
         unpacker = Decompressor(encodings)
@@ -299,15 +303,13 @@ class Transport:
             self._addresses = loop.time() + ADDRESSES_TTL_S, addresses
         return addresses
 
-    def _as_transport_error(
-        self, error: Exception, reason: str, sent_on: Sequence[HttpConnection], body: bytearray
-    ) -> TransportError:
+    def _as_transport_error(self, error: Exception, reason: str, *, was_sent: bool) -> TransportError:
         """Convert an error to one that shows whether bytes may have been sent."""
-        if sent_on and isinstance(error, AnswerExceedsLimit):
-            return AnswerTooLarge(bytes(body[:KEPT_START_BYTES]), self._max_bytes)
+        if isinstance(error, AnswerTooLarge):
+            return error
         if isinstance(error, CertificateRefused):
             return CertificateRefused(reason)
-        if sent_on:
+        if was_sent:
             return AnswerLost(reason)
         if self._proxy is not None:
             reason = f"{reason} (through the proxy {self._proxy.url} of {self._proxy.variable})"

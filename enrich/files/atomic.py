@@ -88,8 +88,14 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def fsync_dir(folder: Path) -> None:
-    """Sync a folder to disk, so that created, renamed and removed files survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Sync a folder to disk, so that created, renamed and removed files survive a power cut.
+
+    That needs permission to list it, which writing in it does not.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        return
     try:
         os.fsync(descriptor)
     finally:

@@ -70,7 +70,7 @@ _TEXT_BEGINNINGS = (
     (re.compile(rb"\[\s*\{"), "JSON", f"{JSON_ARRAY_HINT}, in a file that ends in `.jsonl`"),
     (re.compile(rb"\{\s*\""), "JSON", f"if each line is an object, {_FORMAT_HINT.format('jsonl')}"),
 )
-#: An OpenDocument file is a zip archive whose first member says so.
+#: An OpenDocument file is a zip archive that begins with a member of this text.
 _OPEN_DOCUMENT = b"mimetypeapplication/vnd.oasis.opendocument."
 _OPEN_DOCUMENT_HINT = "open it in a spreadsheet and save it as `.xlsx` or as CSV"
 _MAGIC_LENGTH = 128

@@ -28,7 +28,7 @@ _FORMULA = rf"^[\t\r]|{_SKIPPED}[=@\x{{FF1D}}\x{{FF20}}]"
 _SIGNED = rf"{_SKIPPED}[+\-\x{{FF0B}}\x{{FF0D}}]"
 #: How any of them begins.
 _NO_LETTER = "^[^0-9A-Za-z]"
-_NUMBER_OR_PHONE = r"^[+-]\s?\(?\d[\d\s().,/-]*(?:\s*(?:x|ext\.?)\s*\d+)?$"
+_NUMBER_OR_PHONE = r"^[+-]\s?\(?\d[\d\s().,/-]*(?:\s*(?:x|ext\.?)\s*\d+|[eE][+-]?\d+)?$"
 
 
 def temporary_path(target: Path, job: str, kind: str = "output") -> Path:

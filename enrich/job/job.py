@@ -29,10 +29,9 @@ from enrich.job.locations import (
     LedgerLocation,
     Location,
     PostgresLocation,
-    WebUrl,
+    default_output_path,
     format_of,
     is_dataset,
-    is_pattern,
     is_sandbox_ledger,
     parse_input_location,
     parse_ledger_location,
@@ -41,7 +40,7 @@ from enrich.job.locations import (
     sandbox_ledger_location,
 )
 from enrich.job.spec import Input, JobModel, Output, SteppedJobModel
-from enrich.job.steps import step_model, step_problems
+from enrich.job.steps import step_columns, step_model
 from enrich.job.target import TargetModel
 from enrich.job.validation_errors import join_validation_errors
 from enrich.job.yaml_file import YamlDocument
@@ -112,7 +111,7 @@ class Job(Struct, frozen=True):
 
     def location_of(self, path_or_url: str, now: datetime) -> Location:
         """Return the location of another file of the run, such as `rejects`. `now` is a local time."""
-        return parse_location(self.document.path.resolve().parent, _expand_date(path_or_url, now))
+        return parse_location(self.document.folder, _expand_date(path_or_url, now))
 
     def extra_output_paths(self, now: datetime) -> dict[str, Location]:
         """The `rejects` and `changes` files, by their job file keys. Raises JobError if two files are the same."""
@@ -186,7 +185,7 @@ class Job(Struct, frozen=True):
 
     def resolve_path(self, path: str) -> Path:
         """Resolve a path that is relative to the folder of the job file."""
-        return Path(os.path.normpath(self.document.path.resolve().parent / path))
+        return Path(os.path.normpath(self.document.folder / path))
 
     def error(self, key_path: Sequence[str | int], message: str, hint: str | None = None) -> JobError:
         """Return a JobError that names the job file, the line and the key."""
@@ -230,7 +229,6 @@ def load_job(path: Path, overrides: Overrides | None = None) -> Job:
             raise JobError("--max-credits: must be a number of credits")
         limits = model.limits.model_copy(update={"max_credits": overrides.max_credits})
         model = model.model_copy(update={"limits": limits})
-    job_folder = path.resolve().parent
     name = model.name or path.stem
     if len(os.fsencode(name)) > MAX_JOB_NAME_BYTES:
         message = f"{document.place_of(['name'])}: the job's name is too long"
@@ -238,13 +236,12 @@ def load_job(path: Path, overrides: Overrides | None = None) -> Job:
     if overrides.sandbox:
         model = _with_sandbox_names(model)
     input_settings = _override_input(model.input, overrides.input)
-    input_path = _checked_location(
-        document, "input", Path.cwd() if overrides.input else job_folder, input_settings.path
-    )
-    output = model.output or Output(path=_default_output(input_path, name, sandbox=overrides.sandbox))
+    input_base = Path.cwd() if overrides.input else document.folder
+    input_path = _checked_location(document, "input", input_base, input_settings.path)
+    output = model.output or Output(path=default_output_path(input_path, name, sandbox=overrides.sandbox))
     if overrides.output is not None:
         output = _with_path(output, overrides.output)
-    ledger = _ledger_location(document, overrides, job_folder, model.ledger or f".enrich/{name}.db")
+    ledger = _ledger_location(document, overrides, model.ledger or f".enrich/{name}.db")
     job = Job(
         model=model,
         document=document,
@@ -252,19 +249,18 @@ def load_job(path: Path, overrides: Overrides | None = None) -> Job:
         input=input_settings,
         input_path=input_path,
         output=output,
-        output_base=Path.cwd() if overrides.output else job_folder,
+        output_base=Path.cwd() if overrides.output else document.folder,
         ledger=ledger,
         sandbox=overrides.sandbox,
         output_is_given=overrides.output is not None,
     )
-    _check_outputs(job, job_folder)
+    _check_outputs(job)
     return _with_steps(job, model) if isinstance(model, SteppedJobModel) else job
 
 
 def _with_steps(job: Job, model: SteppedJobModel) -> Job:
-    """Add the jobs of the steps. Raises JobError for the first thing that is wrong with them."""
-    for problem in step_problems(model):
-        raise job.error(*problem)
+    """Add the jobs of the steps. Raises JobError if they cannot go together."""
+    _check_steps(job, model)
     step_jobs = [
         replace(
             job,
@@ -278,13 +274,36 @@ def _with_steps(job: Job, model: SteppedJobModel) -> Job:
     return replace(job, step_jobs=tuple(step_jobs), complete=tuple(model.complete or ()))
 
 
-def _check_outputs(job: Job, job_folder: Path) -> None:
+def _check_steps(job: Job, model: SteppedJobModel) -> None:
+    """Raise JobError for names, columns and keys that cannot go together, as far as the job file alone shows it."""
+    names: set[str] = set()
+    step_of_column: dict[str, str] = {}
+    for index, step in enumerate(model.steps):
+        name_key, hint = ("steps", index, "name"), "choose another name"
+        if step.name in names:
+            raise job.error(name_key, f"another step is named `{step.name}`", hint)
+        names.add(step.name)
+        for column in step_columns(step.name):
+            if (other := step_of_column.setdefault(column, step.name)) != step.name:
+                message = f"the steps `{other}` and `{step.name}` would both write `{column}`"
+                raise job.error(name_key, message, hint)
+    for index, step in enumerate(model.steps):
+        for column in step.columns or ():
+            if column in step_of_column:
+                message = f"`{column}` is a column of the step `{step_of_column[column]}`"
+                raise job.error(["steps", index, "columns", column], message, "choose another name")
+    if model.changes is not None and model.changes.key is None:
+        hint = "set the input columns that identify a lead: changes: {path: …, key: Email}"
+        raise job.error(["changes"], "a job with steps needs a `key`", hint)
+
+
+def _check_outputs(job: Job) -> None:
     """Raise JobError for an output, rejects, changes or report file that no run can write."""
     model = job.model
     for key, written in (("output", job.output), ("rejects", model.rejects), ("changes", model.changes)):
         if written is None:
             continue
-        _checked_location(job.document, key, job_folder, written.path)
+        _checked_location(job.document, key, job.document.folder, written.path)
         _check_date_codes(job, key, written.path)
         if key == "output" and written.path.endswith("/"):
             if format_of(written.path.rstrip("/")) is not None:
@@ -296,7 +315,7 @@ def _check_outputs(job: Job, job_folder: Path) -> None:
             )
     if model.report is not None and model.report.path is not None:
         _check_date_codes(job, "report", model.report.path)
-        location = _checked_location(job.document, "report", job_folder, model.report.path)
+        location = _checked_location(job.document, "report", job.document.folder, model.report.path)
         if not isinstance(location, Path) or location.suffix.lower() not in (".html", ".htm"):
             raise job.error(
                 ["report"], f"`{model.report.path}` is not an HTML file on this machine", "as in report.html"
@@ -311,18 +330,16 @@ def _check_date_codes(job: Job, key: str, path: str) -> None:
         raise job.error([key], f"`{path}`: `{unknown}` is no date code for the name of a file", hint)
 
 
-def _ledger_location(
-    document: YamlDocument, overrides: Overrides, job_folder: Path, path_or_url: str
-) -> LedgerLocation:
+def _ledger_location(document: YamlDocument, overrides: Overrides, path_or_url: str) -> LedgerLocation:
     """Return the location of the ledger. Raises JobError for an unusable URL."""
-    given = overrides.ledger
+    given, local_folder = overrides.ledger, document.folder / ".enrich"
     try:
         if given is not None:
-            ledger = parse_ledger_location(Path.cwd(), given, job_folder / ".enrich")
+            ledger = parse_ledger_location(Path.cwd(), given, local_folder)
             if isinstance(ledger, Path) and is_sandbox_ledger(ledger) and why_no_file(ledger) is None:
                 return ledger  # the sandbox's own ledger was named
         else:
-            ledger = parse_ledger_location(job_folder, path_or_url, job_folder / ".enrich")
+            ledger = parse_ledger_location(document.folder, path_or_url, local_folder)
         if reason := why_no_ledger(ledger):
             raise ValueError(f"{ledger}: {reason}")
     except ValueError as error:
@@ -372,20 +389,3 @@ def _checked_location(document: YamlDocument, key: str, base: Path, path_or_url:
 
 def _expand_date(path: str, now: datetime) -> str:
     return now.strftime(path) if "%" in path else path
-
-
-def _default_output(input_path: InputLocation, name: str, *, sandbox: bool) -> str:
-    path = f"{_default_stem(input_path, name)}_enriched.csv"
-    return sandbox_file_name(path) if sandbox else path
-
-
-def _default_stem(location: InputLocation, name: str) -> str:
-    """Return the default stem of the output: that of the input, or the job name if the input is several or has no name.
-
-    `%` is doubled, so that it is not read as a strftime code.
-    """
-    if location == STDIN:
-        return "stdin"
-    has_no_name = isinstance(location, WebUrl) and format_of(location.name) is None
-    stem = name if has_no_name or is_pattern(location) else location.name.removesuffix(".gz").rsplit(".", 1)[0]
-    return stem.replace("%", "%%")

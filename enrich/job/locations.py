@@ -329,3 +329,21 @@ def separator_of(name: str) -> str:
 
 def _without_query(name: str) -> str:
     return re.split(r"[?#]", name, maxsplit=1)[0] if _is_web_url(name) else name
+
+
+def default_output_path(input_path: InputLocation, name: str, *, sandbox: bool) -> str:
+    """Return the path of the output where the job file names none. `name` is that of the job."""
+    path = f"{_default_stem(input_path, name)}_enriched.csv"
+    return sandbox_file_name(path) if sandbox else path
+
+
+def _default_stem(location: InputLocation, name: str) -> str:
+    """Return the default stem of the output: that of the input, or the job name if the input is several or has no name.
+
+    `%` is doubled, so that it is not read as a strftime code.
+    """
+    if location == STDIN:
+        return "stdin"
+    has_no_name = isinstance(location, WebUrl) and format_of(location.name) is None
+    stem = name if has_no_name or is_pattern(location) else location.name.removesuffix(".gz").rsplit(".", 1)[0]
+    return stem.replace("%", "%%")

@@ -293,7 +293,6 @@ def json_schema() -> dict[str, Any]:
     column = param["properties"]["column"]
     sources = {"type": "array", "minItems": 1, "items": {"anyOf": [*column["anyOf"], source]}}
     defs["Param"] = {"anyOf": [text, sources, param]}
-    properties["name"]["description"] = "Default: the file's stem."
     # A job has one target, or steps.
     schema["required"] = [name for name in schema["required"] if name not in TargetModel.model_fields]
     forms = [{"required": [kind.value, "params"]} for kind in TargetKind]

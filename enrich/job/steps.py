@@ -1,9 +1,9 @@
-"""The steps of a job: the model of each, and what is checked before any of them is read."""
+"""The steps of a job: the model of each, and its columns in the output."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import TypeVar
 
 from pydantic import BaseModel
@@ -53,28 +53,3 @@ def _merged(defaults: _Model, own: _Model) -> _Model:
         if isinstance(value, BaseModel):
             values[name] = _merged(getattr(defaults, name), value)
     return defaults.model_copy(update=values)
-
-
-#: What is wrong with the steps of a job: the path of the key, a message, a hint.
-StepProblem = tuple[list[str | int], str, str]
-
-
-def step_problems(model: SteppedJobModel) -> Iterator[StepProblem]:
-    """Yield what is wrong with names, columns and keys, as far as the job file alone says it."""
-    taken: dict[str, str] = {}
-    for index, step in enumerate(model.steps):
-        if step.name in [earlier.name for earlier in model.steps[:index]]:
-            message = f"another step is named `{step.name}`"
-            yield ["steps", index, "name"], message, "choose another name"
-        for column in step_columns(step.name):
-            if (other := taken.setdefault(column, step.name)) != step.name:
-                message = f"the steps `{other}` and `{step.name}` would both write `{column}`"
-                yield ["steps", index, "name"], message, "choose another name"
-    for index, step in enumerate(model.steps):
-        for column in step.columns or ():
-            if column in taken:
-                message = f"`{column}` is a column of the step `{taken[column]}`"
-                yield ["steps", index, "columns", column], message, "choose another name"
-    if model.changes is not None and model.changes.key is None:
-        hint = "set the input columns that identify a lead: changes: {path: …, key: Email}"
-        yield ["changes"], "a job with steps needs a `key`", hint

@@ -72,7 +72,7 @@ class Target(Struct, frozen=True):
 
     @property
     def title(self) -> str:
-        """Its name in a list: a waterfall's says what it is, a number alone does not."""
+        """Its name in a list. The number of an enrichment alone would not show what it is."""
         return self.id if self.kind is TargetKind.WATERFALL else f"{self.kind} {self.id}"
 
     @property

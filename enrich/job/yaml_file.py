@@ -57,6 +57,8 @@ class YamlDocument:
                 f"{path}: a job file must be a mapping of keys",
                 _not_yaml_hint(path) or "create one: enrich init CSV",
             )
+        #: The folder to which the paths in the file are relative.
+        self.folder = path.resolve().parent
         self._root = root
         self.data: dict[Any, Any] = _to_plain_data(root, path)
 

@@ -21,6 +21,7 @@ from enrich.ledger import queries, request_ids
 from enrich.ledger.database import Database
 from enrich.ledger.dialect import MAX_ROWS, OPEN_ATTEMPT, QUEUED
 from enrich.ledger.request_ids import decision_sql
+from enrich.ledger.task_ids import RESULT_PRICE
 from enrich.models import (
     COUNTED_TOWARDS_LIMIT,
     DECISIONS_TO_SEND,
@@ -47,7 +48,7 @@ _RESULT_FIELDS = {
     "state": "CASE WHEN r.answer_id IS NULL THEN coalesce(r.state, 'pending') ELSE a.state END",
     "error": "a.error",
     "provider": "a.provider",
-    "credits": "a.credits",
+    "credits": RESULT_PRICE,
     "task_id": "a.task_id",
     "settled_ms": "a.settled_ms",
     "attempt_id": "a.id",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from hashlib import blake2b
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from msgspec import Struct
 
 from enrich.errors import CommandRefused
+from enrich.files.atomic import replace_file
 from enrich.job.bounded_read import read_bounded
 from enrich.job.locations import LedgerLocation, path_beside_ledger
 from enrich.ledger import bindings, enroll
@@ -67,13 +67,7 @@ def read_or_make_key(ledger: LedgerLocation) -> bytes:
 def write_key(path: Path, key: bytes) -> None:
     """Write a key durably (mode 0600)."""
     make_private_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.unlink(missing_ok=True)
-    with os.fdopen(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
-        file.write(key)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    replace_file(path, key)
 
 
 def keyed_hash(key: bytes, value: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""Checks that the files of a ledger are still the ones that were opened."""
+"""The files of a ledger: what is at their paths, and whether it can be a ledger."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import shlex
 import stat
 from contextlib import suppress
 from pathlib import Path
-
-from msgspec import Struct
 
 from enrich.errors import CommandRefused
 
@@ -22,22 +20,8 @@ _FILE_KINDS = (
 )
 
 
-class OpenFiles(Struct, frozen=True):
-    """Paths with the device and inode of the file at each. None: there was no file."""
-
-    files: tuple[tuple[Path, tuple[int, int] | None], ...]
-
-    @classmethod
-    def of(cls, *paths: Path) -> OpenFiles:
-        """Record the files that are at these paths now."""
-        return cls(tuple((path, _identity(path)) for path in paths))
-
-    def changed(self) -> Path | None:
-        """Return the first path where the file is missing or another one now. None: nothing has changed."""
-        return next((path for path, identity in self.files if _identity(path) != identity), None)
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
+def file_identity(path: Path) -> tuple[int, int] | None:
+    """Return the device and inode of the file at a path. None: there is no file."""
     try:
         file_stat = os.stat(path)  # noqa: PTH116 - half the time of Path.stat, at every commit
     except OSError:
@@ -113,3 +97,12 @@ def make_private_folder(folder: Path) -> None:
     if folder.name == ".enrich" and folder.stat().st_mode & 0o077:
         with suppress(OSError):  # it may belong to another user
             folder.chmod(0o700)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Sync a folder to disk, so that created, renamed and removed files survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

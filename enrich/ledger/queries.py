@@ -229,26 +229,6 @@ def latencies(db: Database, job: str) -> Iterator[int]:
     return (wait for (wait,) in rows)
 
 
-def throughput(db: Database, execution_id: int, start_ms: int, width_ms: int) -> tuple[dict[int, int], dict[int, int]]:
-    """Count what a run submitted and settled per time bin of `width_ms`, starting at `start_ms`."""
-    submitted = db.execute(
-        f"SELECT {_time_bin('submitted_ms')}, count(*) FROM attempts WHERE {SINCE_EXECUTION} AND execution_id = ?1 "
-        "AND submitted_ms IS NOT NULL GROUP BY 1",
-        (execution_id, start_ms, width_ms),
-    )
-    settled = db.execute(
-        f"SELECT {_time_bin('settled_ms')}, count(*) FROM attempts WHERE settled_execution_id = ?1 GROUP BY 1",
-        (execution_id, start_ms, width_ms),
-    )
-    return dict(submitted), dict(settled)
-
-
-def last_answer_ms(db: Database, execution_id: int) -> int | None:
-    """Return when a run last stored an answer (ms). None: never."""
-    at_ms = db.value("SELECT max(settled_ms) FROM attempts WHERE settled_execution_id = ?", execution_id)
-    return None if at_ms is None else int(at_ms)
-
-
 def answered_params(db: Database, job: str, execution_id: int | None) -> Iterator[tuple[str, bool, float | None]]:
     """Yield the params (JSON, as sent) that were answered in a job's runs, or in one run of it.
 
@@ -286,11 +266,6 @@ def _is_answered_field(db: Database, name: str) -> bool:
 
 def _escape_like(text: str) -> str:
     return re.sub("[%_!]", r"!\g<0>", text)
-
-
-def _time_bin(column: str) -> str:
-    """Return the SQL for the number of a time bin: ?3 ms long, counted from ?2."""
-    return f"CASE WHEN {column} > ?2 THEN ({column} - ?2) / ?3 ELSE 0 END"
 
 
 class LedgerTotals(Struct, frozen=True):

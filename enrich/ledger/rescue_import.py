@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,35 +85,16 @@ def import_rescued(db: Database, lines: Sequence[RescuedAttempt], job: str, now_
     Raises CommandRefused when they belong to another API host or workspace.
     """
     _check_binding(db, lines)
-    counts = _import_pass(db, lines, job, now_ms)
-    # Of several lines about one request a pass imports the best. The next pass adds what the others know.
+    counts = _ImportPass(db, job, now_ms, _task_holders(db, lines)).run(lines)
+    # Of several lines about one request a pass imports the best. The next pass adds what is new in the others.
     for _ in lines:
-        changes = _import_pass(db, lines, job, now_ms)
+        changes = _ImportPass(db, job, now_ms, _task_holders(db, lines)).run(lines)
         del changes["known"]
         if not changes.total():
             break
         counts.update(changes)
         counts["known"] -= changes.total()
     return RescueImport(**counts)
-
-
-def _import_pass(db: Database, lines: Sequence[RescuedAttempt], job: str, now_ms: int) -> Counter[str]:
-    """Import at most one new attempt per request. Return the number of lines by what became of them."""
-    counts: Counter[str] = Counter()
-    holders = _task_holders(db, lines)
-    rest = [line for line in lines if not _update_existing(db, line, holders, now_ms, counts)]
-    # A killed run left attempts in `submitting`. Mark them `in_doubt` before their requests get another attempt.
-    resume.recover(db, now_ms)
-    rest = [line for line in rest if line.state != "refused"]
-    best = _best_lines(rest, holders)
-    counts["known"] += len(rest) - len(best)
-    for paths in dict.fromkeys(tuple(line.paths) for line in best):
-        _insert_attempts(db, [line for line in best if tuple(line.paths) == paths], holders, job, now_ms, counts)
-    db.execute(
-        "UPDATE executions SET reserved = (SELECT max(executions.reserved, coalesce(sum(reserved), 0)) "
-        f"FROM attempts WHERE {OPEN_ATTEMPT}) WHERE id = (SELECT max(id) FROM executions)"
-    )
-    return counts
 
 
 def _check_binding(db: Database, lines: Sequence[RescuedAttempt]) -> None:
@@ -123,6 +105,132 @@ def _check_binding(db: Database, lines: Sequence[RescuedAttempt]) -> None:
                 f"the rescue file belongs to another {name.replace('_', ' ')} than this ledger",
                 "move it away, or use the `ledger:` that it was written for",
             )
+
+
+@dataclass(slots=True)
+class _ImportPass:
+    """One pass over the lines of a rescue file, in which each request gets at most one new attempt."""
+
+    db: Database
+    job: str
+    now_ms: int
+    #: The attempts of the ledger that have the task ids of the lines, by task id.
+    holders: dict[str, list[_TaskHolder]]
+    #: The number of lines by what became of them.
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def run(self, lines: Sequence[RescuedAttempt]) -> Counter[str]:
+        """Import the lines. Return their number by what became of them."""
+        rest = [line for line in lines if not self._update_existing(line)]
+        # A killed run left attempts in `submitting`. Mark them `in_doubt` before their requests get another attempt.
+        resume.recover(self.db, self.now_ms)
+        rest = [line for line in rest if line.state != "refused"]
+        best = self._best_lines(rest)
+        self.counts["known"] += len(rest) - len(best)
+        for paths in dict.fromkeys(tuple(line.paths) for line in best):
+            self._insert_attempts([line for line in best if tuple(line.paths) == paths])
+        self.db.execute(
+            "UPDATE executions SET reserved = (SELECT max(executions.reserved, coalesce(sum(reserved), 0)) "
+            f"FROM attempts WHERE {OPEN_ATTEMPT}) WHERE id = (SELECT max(id) FROM executions)"
+        )
+        return self.counts
+
+    def _update_existing(self, line: RescuedAttempt) -> bool:
+        """Update the attempt that a line describes. Return False when the ledger does not have it."""
+        db, now_ms, counts = self.db, self.now_ms, self.counts
+        row = db.execute(
+            "SELECT a.id, a.state, a.task_id, a.execution_id, r.attempt_id = a.id, a.bulk_task_id IS NOT NULL "
+            "FROM attempts a JOIN requests r ON r.id = a.request_id WHERE r.fingerprint = ? AND a.claimed_ms = ? "
+            "ORDER BY a.id DESC LIMIT 1",
+            (bytes.fromhex(line.fingerprint), line.claimed_ms),
+        ).fetchone()
+        if row is None or (None not in (row[2], line.task_id) and row[2] != line.task_id):
+            return False
+        attempt_id, state, _, execution_id, is_newest, is_bulk = row
+        fetchable = is_newest and bool(is_bulk) == (line.bulk_task is not None) and not self._is_in_doubt(line)
+        if state in ("submitting", "in_doubt") and fetchable and line.task_id is not None:
+            _mark_submitted(db, attempt_id, execution_id, line, already_counted=state == "in_doubt")
+            self._add_holder(line)
+            counts["answered" if _settle_if_answered(db, attempt_id, execution_id, line) else "submitted"] += 1
+        elif state == "submitted" and is_newest and _settle_if_answered(db, attempt_id, newest_execution_id(db), line):
+            counts["answered"] += 1  # in the last run, which may have polled the task of an earlier one
+        elif state == "submitting" and line.state == "refused":
+            transitions.record_refused(db, [(attempt_id, line.error or "not accepted", now_ms)])
+            counts["refused"] += 1
+        elif state == "submitting" and line.state == "failed" and line.task_id is None:
+            transitions.record_rejected(db, [(attempt_id, line.error or "not accepted", now_ms)])
+            counts["refused"] += 1
+        elif state == "submitting":
+            transitions.mark_in_doubt(db, [(attempt_id, line.error or _UNKNOWN_ANSWER_ERROR, now_ms, line.task_id)])
+            counts["in_doubt"] += 1
+        else:
+            counts["known"] += 1
+        return True
+
+    def _insert_attempts(self, lines: Sequence[RescuedAttempt]) -> None:
+        """Insert attempts for lines of one job that the ledger does not have, in a run record of their own."""
+        db, counts = self.db, self.counts
+        found = [(line, _find_or_create_request(db, line)) for line in lines]
+        new_lines = [(line, request) for line, request in found if self._is_news(line, request)]
+        counts["known"] += len(found) - len(new_lines)
+        if not new_lines:
+            return
+        execution_id = _create_execution(
+            db, new_lines[0][0], self.job, min(line.claimed_ms for line, _ in new_lines), self.now_ms
+        )
+        rows_per_bulk_task = Counter(line.bulk_task for line, _ in new_lines if line.state == "submitted")
+        bulk_task_ids: dict[int, int] = {}
+        for line, request in new_lines:
+            state = "in_doubt" if line.state == "submitting" else line.state
+            # The answers of a bulk task are assigned by index: without all of its requests, none can be assigned.
+            is_incomplete = line.bulk_task is not None and rows_per_bulk_task[line.bulk_task] != line.size
+            if state == "submitted" and (is_incomplete or self._has_conflicting_task(line)):
+                state = "in_doubt"
+            bulk_task_id = None
+            if line.bulk_task is not None and state == "submitted":
+                if line.bulk_task not in bulk_task_ids:
+                    insert = "INSERT INTO bulk_tasks (execution_id, size) VALUES (?, ?) RETURNING id"
+                    bulk_task_ids[line.bulk_task] = db.number(insert, execution_id, line.size)
+                bulk_task_id = bulk_task_ids[line.bulk_task]
+            _insert_attempt(db, execution_id, request, line, state, bulk_task_id)
+            self._add_holder(line)
+            counts[state if state in ("submitted", "in_doubt") else "answered"] += 1
+
+    def _is_news(self, line: RescuedAttempt, request: _RequestState) -> bool:
+        """Return whether a line adds to what the ledger has about its request."""
+        if self._is_in_doubt(line):
+            return request.state == "pending"
+        known = line.task_id is not None and self.db.exists(
+            "FROM attempts WHERE request_id = ? AND task_id = ?", request.id, line.task_id
+        )
+        return request.state in ("pending", "in_doubt") and not known
+
+    def _best_lines(self, lines: Iterable[RescuedAttempt]) -> list[RescuedAttempt]:
+        """Return the best line per request: an answer before a task, a task before an unconfirmed attempt."""
+        best: dict[str, tuple[int, RescuedAttempt]] = {}
+        for line in lines:
+            rank = _BEST_STATE_FIRST.index("in_doubt" if self._is_in_doubt(line) else line.state)
+            if line.fingerprint not in best or rank < best[line.fingerprint][0]:
+                best[line.fingerprint] = rank, line
+        return [line for _, line in best.values()]
+
+    def _is_in_doubt(self, line: RescuedAttempt) -> bool:
+        """Return whether a line has neither an answer nor a task that can be polled."""
+        return line.state in ("in_doubt", "submitting") or (
+            line.state == "submitted" and self._has_conflicting_task(line)
+        )
+
+    def _has_conflicting_task(self, line: RescuedAttempt) -> bool:
+        """Return whether the task id of a line belongs to another request that was not in the same bulk task."""
+        return any(
+            other.fingerprint != line.fingerprint
+            and not (other.is_bulk and line.bulk_task is not None and other.claimed_ms == line.claimed_ms)
+            for other in self.holders.get(line.task_id or "", ())
+        )
+
+    def _add_holder(self, line: RescuedAttempt) -> None:
+        if line.task_id is not None:
+            self.holders.setdefault(line.task_id, []).append(_TaskHolder.of(line))
 
 
 def _task_holders(db: Database, lines: Iterable[RescuedAttempt]) -> dict[str, list[_TaskHolder]]:
@@ -138,40 +246,6 @@ def _task_holders(db: Database, lines: Iterable[RescuedAttempt]) -> dict[str, li
     for task_id, fingerprint, claimed_ms, bundled in rows:
         found.setdefault(task_id, []).append(_TaskHolder(fingerprint.hex(), claimed_ms, bool(bundled)))
     return found
-
-
-def _update_existing(
-    db: Database, line: RescuedAttempt, holders: dict[str, list[_TaskHolder]], now_ms: int, counts: Counter[str]
-) -> bool:
-    """Update the attempt that a line describes. Return False when the ledger does not have it."""
-    row = db.execute(
-        "SELECT a.id, a.state, a.task_id, a.execution_id, r.attempt_id = a.id, a.bulk_task_id IS NOT NULL "
-        "FROM attempts a JOIN requests r ON r.id = a.request_id WHERE r.fingerprint = ? AND a.claimed_ms = ? "
-        "ORDER BY a.id DESC LIMIT 1",
-        (bytes.fromhex(line.fingerprint), line.claimed_ms),
-    ).fetchone()
-    if row is None or (None not in (row[2], line.task_id) and row[2] != line.task_id):
-        return False
-    attempt_id, state, _, execution_id, is_newest, is_bulk = row
-    fetchable = is_newest and bool(is_bulk) == (line.bulk_task is not None) and not _is_in_doubt(line, holders)
-    if state in ("submitting", "in_doubt") and fetchable and line.task_id is not None:
-        _mark_submitted(db, attempt_id, execution_id, line, already_counted=state == "in_doubt")
-        holders.setdefault(line.task_id, []).append(_TaskHolder.of(line))
-        counts["answered" if _settle_if_answered(db, attempt_id, execution_id, line) else "submitted"] += 1
-    elif state == "submitted" and is_newest and _settle_if_answered(db, attempt_id, newest_execution_id(db), line):
-        counts["answered"] += 1  # in the last run, which may have polled the task of an earlier one
-    elif state == "submitting" and line.state == "refused":
-        transitions.record_refused(db, [(attempt_id, line.error or "not accepted", now_ms)])
-        counts["refused"] += 1
-    elif state == "submitting" and line.state == "failed" and line.task_id is None:
-        transitions.record_rejected(db, [(attempt_id, line.error or "not accepted", now_ms)])
-        counts["refused"] += 1
-    elif state == "submitting":
-        transitions.mark_in_doubt(db, [(attempt_id, line.error or _UNKNOWN_ANSWER_ERROR, now_ms, line.task_id)])
-        counts["in_doubt"] += 1
-    else:
-        counts["known"] += 1
-    return True
 
 
 def _mark_submitted(
@@ -207,41 +281,6 @@ def _settle_if_answered(db: Database, attempt_id: int, execution_id: int, line: 
     return True
 
 
-def _insert_attempts(  # noqa: PLR0913, PLR0917 - two of them collect results
-    db: Database,
-    lines: Sequence[RescuedAttempt],
-    holders: dict[str, list[_TaskHolder]],
-    job: str,
-    now_ms: int,
-    counts: Counter[str],
-) -> None:
-    """Insert attempts for lines of one job that the ledger does not have, in a run record of their own."""
-    found = [(line, _find_or_create_request(db, line)) for line in lines]
-    new_lines = [(line, request) for line, request in found if _is_news(db, line, request, holders)]
-    counts["known"] += len(found) - len(new_lines)
-    if not new_lines:
-        return
-    execution_id = _create_execution(db, new_lines[0][0], job, min(line.claimed_ms for line, _ in new_lines), now_ms)
-    rows_per_bulk_task = Counter(line.bulk_task for line, _ in new_lines if line.state == "submitted")
-    bulk_task_ids: dict[int, int] = {}
-    for line, request in new_lines:
-        state = "in_doubt" if line.state == "submitting" else line.state
-        # The answers of a bulk task are assigned by index: without all of its requests, none can be assigned.
-        is_incomplete = line.bulk_task is not None and rows_per_bulk_task[line.bulk_task] != line.size
-        if state == "submitted" and (is_incomplete or _has_conflicting_task(line, holders)):
-            state = "in_doubt"
-        bulk_task_id = None
-        if line.bulk_task is not None and state == "submitted":
-            if line.bulk_task not in bulk_task_ids:
-                insert = "INSERT INTO bulk_tasks (execution_id, size) VALUES (?, ?) RETURNING id"
-                bulk_task_ids[line.bulk_task] = db.number(insert, execution_id, line.size)
-            bulk_task_id = bulk_task_ids[line.bulk_task]
-        _insert_attempt(db, execution_id, request, line, state, bulk_task_id)
-        if line.task_id is not None:
-            holders.setdefault(line.task_id, []).append(_TaskHolder.of(line))
-        counts[state if state in ("submitted", "in_doubt") else "answered"] += 1
-
-
 def _find_or_create_request(db: Database, line: RescuedAttempt) -> _RequestState:
     """Return the request of a line. Create it if it is missing."""
     fingerprint = bytes.fromhex(line.fingerprint)
@@ -256,18 +295,6 @@ def _find_or_create_request(db: Database, line: RescuedAttempt) -> _RequestState
         )
         row = db.execute(find, (fingerprint,)).fetchone()
     return _RequestState(*row)
-
-
-def _is_news(
-    db: Database, line: RescuedAttempt, request: _RequestState, holders: Mapping[str, list[_TaskHolder]]
-) -> bool:
-    """Return whether a line adds to what the ledger has about its request."""
-    if _is_in_doubt(line, holders):
-        return request.state == "pending"
-    known = line.task_id is not None and db.exists(
-        "FROM attempts WHERE request_id = ? AND task_id = ?", request.id, line.task_id
-    )
-    return request.state in ("pending", "in_doubt") and not known
 
 
 def _create_execution(db: Database, line: RescuedAttempt, job: str, started_ms: int, now_ms: int) -> int:
@@ -349,29 +376,3 @@ class _TaskHolder(NamedTuple):
     @classmethod
     def of(cls, line: RescuedAttempt) -> _TaskHolder:
         return cls(line.fingerprint, line.claimed_ms, line.bulk_task is not None)
-
-
-def _best_lines(lines: Iterable[RescuedAttempt], holders: Mapping[str, list[_TaskHolder]]) -> list[RescuedAttempt]:
-    """Return the best line per request: an answer before a task, a task before an unconfirmed attempt."""
-    best: dict[str, tuple[int, RescuedAttempt]] = {}
-    for line in lines:
-        rank = _BEST_STATE_FIRST.index("in_doubt" if _is_in_doubt(line, holders) else line.state)
-        if line.fingerprint not in best or rank < best[line.fingerprint][0]:
-            best[line.fingerprint] = rank, line
-    return [line for _, line in best.values()]
-
-
-def _is_in_doubt(line: RescuedAttempt, holders: Mapping[str, list[_TaskHolder]]) -> bool:
-    """Return whether a line has neither an answer nor a task that can be polled."""
-    return line.state in ("in_doubt", "submitting") or (
-        line.state == "submitted" and _has_conflicting_task(line, holders)
-    )
-
-
-def _has_conflicting_task(line: RescuedAttempt, holders: Mapping[str, list[_TaskHolder]]) -> bool:
-    """Return whether the task id of a line belongs to another request that was not in the same bulk task."""
-    return any(
-        other.fingerprint != line.fingerprint
-        and not (other.is_bulk and line.bulk_task is not None and other.claimed_ms == line.claimed_ms)
-        for other in holders.get(line.task_id or "", ())
-    )

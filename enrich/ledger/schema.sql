@@ -135,7 +135,7 @@ CREATE TABLE forgotten (        -- people for whom no request is sent any more
     hash BLOB PRIMARY KEY       -- of the params, under the key that is stored beside the ledger
 ) STRICT, WITHOUT ROWID;
 
-CREATE TABLE step_rows (        -- several rows can have one request, while only some of them want it
+CREATE TABLE step_rows (        -- rows of a job with steps that are recorded with a request; others may share it
     request_id INTEGER NOT NULL REFERENCES requests,
     row_hash INTEGER NOT NULL,  -- of job, step and the cells of the row that the steps send
     PRIMARY KEY (request_id, row_hash)

@@ -16,7 +16,13 @@ from enrich.errors import CommandRefused, LedgerDamaged, LedgerMoved
 from enrich.job.locations import PostgresLocation
 from enrich.ledger import schema
 from enrich.ledger.dialect import Dialect
-from enrich.ledger.file_identity import OpenFiles, check_is_no_other_file, ledger_file_exists, make_private_folder
+from enrich.ledger.file_identity import (
+    check_is_no_other_file,
+    file_identity,
+    fsync_folder,
+    ledger_file_exists,
+    make_private_folder,
+)
 
 #: A journal of the damaged ledger would be applied to the backup.
 RESTORE_HINT = (
@@ -79,8 +85,8 @@ class SqliteSession(sqlite3.Connection):
         as_bytes="CAST({} AS BLOB)",
         orphan_query="SELECT 1 FROM pragma_foreign_key_check",
     )
-    #: Files that must stay at their paths while a run uses the ledger. The lock file is last.
-    _files = OpenFiles(())
+    #: Files that must stay at their paths while a run uses the ledger, with their identities. The lock file is last.
+    _files: Sequence[tuple[Path, tuple[int, int] | None]] = ()
 
     def watch_files(self, path: Path) -> None:
         """Record the files of the ledger that `check_files` compares from then on. The caller holds its lock."""
@@ -89,14 +95,14 @@ class SqliteSession(sqlite3.Connection):
         self.execute(f"PRAGMA busy_timeout = {RUN_BUSY_TIMEOUT_MS}")
         real = Path(os.path.realpath(path))
         journals = (real.parent / f"{real.name}{end}" for end in ("-wal", "-shm"))
-        self._files = OpenFiles.of(path, *journals, lock_path(path))
+        self._files = [(each, file_identity(each)) for each in (path, *journals, lock_path(path))]
 
     def check_files(self) -> None:
         """Raise LedgerMoved when a file of the ledger was removed or replaced since `watch_files`."""
-        changed = self._files.changed()
+        changed = next((path for path, identity in self._files if file_identity(path) != identity), None)
         if changed is None:
             return
-        if changed == self._files.files[-1][0]:
+        if changed == self._files[-1][0]:
             raise LedgerMoved(
                 f"{changed}: the lock file was removed or replaced while the run was using it",
                 "make sure that no other run uses this ledger, then run the same command again",
@@ -174,19 +180,24 @@ def lock_path(path: Path) -> Path:
     return real.parent / f"{real.name}.lock"
 
 
+def _error_code(error: BaseException | None) -> int:
+    """Return SQLite's code of an error; 0: it has none."""
+    return (getattr(error, "sqlite_errorcode", None) or 0) if isinstance(error, sqlite3.Error) else 0
+
+
+def _error_kind(error: BaseException | None) -> int:
+    """Return the low byte of the code: the kind of error. The other bytes are its subtype."""
+    return _error_code(error) & 0xFF
+
+
 def is_busy_error(error: BaseException | None) -> bool:
     """Return whether the error means that another program holds the write lock."""
-    return (
-        isinstance(error, sqlite3.Error)
-        and (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF == sqlite3.SQLITE_BUSY
-    )
+    return _error_kind(error) == sqlite3.SQLITE_BUSY
 
 
 def is_disk_error(error: BaseException | None) -> bool:
     """Return whether the disk is full, read-only or faulty. Errors that mean damage may be among these."""
-    return (
-        isinstance(error, sqlite3.Error) and (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF in _DISK_ERROR_CODES
-    )
+    return _error_kind(error) in _DISK_ERROR_CODES
 
 
 def describe_write_error(error: BaseException) -> tuple[str, str]:
@@ -207,14 +218,8 @@ def is_damage_error(error: BaseException | None) -> bool:
         return True
     if not isinstance(error, sqlite3.Error):
         return False
-    code = getattr(error, "sqlite_errorcode", None) or 0
-    # The low byte is the kind of error, the other bytes are its subtype.
-    return bool({code, code & 0xFF} & _DAMAGE_CODES) or str(error).startswith(_DECODE_ERROR_PREFIX)
-
-
-def _is_content_error(error: BaseException) -> bool:
-    """Return whether an error while opening can only come from the content: our own SQL fits every sound ledger."""
-    return (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF == sqlite3.SQLITE_ERROR
+    is_damage = not _DAMAGE_CODES.isdisjoint({_error_code(error), _error_kind(error)})
+    return is_damage or str(error).startswith(_DECODE_ERROR_PREFIX)
 
 
 def damaged_ledger_error(path: object, detail: str = "") -> LedgerDamaged:
@@ -297,9 +302,10 @@ def is_ledger_file(path: Path) -> bool:
 
 def _opening_error(path: Path, error: Exception) -> CommandRefused:
     """Return the error for a ledger that cannot be opened."""
-    if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_NOTADB:
+    if _error_code(error) == sqlite3.SQLITE_NOTADB:
         check_is_no_other_file(path)
-    if is_damage_error(error) or _is_content_error(error):
+    # An error in our own SQL comes from the content: it fits every sound ledger.
+    if is_damage_error(error) or _error_kind(error) == sqlite3.SQLITE_ERROR:
         return damaged_ledger_error(path)
     return CommandRefused(f"{path}: the ledger cannot be opened: {error}", "is it a ledger, and writable?")
 
@@ -326,11 +332,7 @@ def _create(path: Path) -> None:
     with closing(sqlite3.connect(temporary, isolation_level=None)) as db:
         _migrate(db, path, allowed=True)
     temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    fsync_folder(path.parent)
 
 
 def _check_length(db: sqlite3.Connection, path: Path) -> None:
@@ -354,14 +356,13 @@ def _check_integrity(db: sqlite3.Connection, path: Path, max_bytes: int) -> None
 
 def _check_application_id(db: sqlite3.Connection, path: Path) -> None:
     """Refuse the database of another program before anything in it is changed."""
-    (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
     (application_id,) = db.execute("PRAGMA application_id").fetchone()
-    tables_found = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    names = {name for (name,) in db.execute("SELECT name FROM sqlite_master")}
     if application_id in schema.UNRELEASED_IDS:
         raise schema.unreleased_ledger_error(path)
-    if application_id != schema.APPLICATION_ID and {"requests", "attempts"} <= tables_found:
+    if application_id != schema.APPLICATION_ID and {"requests", "attempts"} <= names:
         raise damaged_ledger_error(path)
-    if tables and application_id != schema.APPLICATION_ID:
+    if names and application_id != schema.APPLICATION_ID:
         raise CommandRefused(f"{path}: this database is no ledger of enrich", "choose another file for the ledger")
 
 

@@ -15,6 +15,7 @@ from enrich.ledger.database import Database
 from enrich.ledger.dialect import JSON_NUMBERS
 from enrich.ledger.refresh_review import ANSWERED, judge_answers
 from enrich.ledger.request_ids import FINGERPRINT, as_list, decision_sql
+from enrich.ledger.task_ids import RESULT_PRICE
 from enrich.models import Decision, RequestResult, RequestSelection, State
 
 
@@ -31,23 +32,20 @@ class StepResult(NamedTuple):
 
 
 def find_results(db: Database, fingerprints: Sequence[bytes]) -> dict[bytes, StepResult]:
-    """Return the requests with these fingerprints that the ledger has. Their `position` is the index in the list."""
-    distinct = list(dict.fromkeys(fingerprints))
-    first_index = {name: index for index, name in reversed(list(enumerate(fingerprints)))}
+    """Return the requests with these fingerprints that the ledger has. `position` and `first` depend on their rows."""
     rows = db.execute(
         "SELECT r.fingerprint, r.id, r.state, r.state <> 'pending' OR r.answer_id IS NOT NULL, "
-        "CASE WHEN r.answer_id IS NULL THEN r.state ELSE a.state END, a.answer, a.error, a.provider, a.credits, "
-        "a.task_id, a.settled_ms, a.id, a.erased_ms "
+        "CASE WHEN r.answer_id IS NULL THEN r.state ELSE a.state END, a.answer, a.error, a.provider, "
+        f"{RESULT_PRICE}, a.task_id, a.settled_ms, a.id, a.erased_ms "
         f"FROM ({_NAMES}) b CROSS JOIN requests r "
         "LEFT JOIN attempts a ON a.id = coalesce(r.answer_id, r.attempt_id) WHERE r.fingerprint = b.fingerprint",
-        as_list(distinct),
+        as_list(list(dict.fromkeys(fingerprints))),
     )
     found = {}
-    for fingerprint, request_id, state, was_sent, *values in rows:
-        name = bytes(fingerprint)
-        *of_attempt, erased_ms = values  # in the order of the fields; no request of a step is capped here
-        result = RequestResult._make((first_index[name], 1, *of_attempt, 0, erased_ms))
-        found[name] = StepResult(request_id, State(state), bool(was_sent), result)
+    for fingerprint, request_id, state, was_sent, *of_attempt, erased_ms in rows:
+        # In the order of the fields; no request of a step is capped here.
+        result = RequestResult._make((0, 1, *of_attempt, 0, erased_ms))
+        found[bytes(fingerprint)] = StepResult(request_id, State(state), bool(was_sent), result)
     return found
 
 

@@ -10,6 +10,13 @@ from enrich.ledger.database import Database
 from enrich.ledger.dialect import JSON_NUMBERS
 from enrich.models import Acceptance, Answer
 
+#: What the result of an attempt `a` cost. A request that was sent again may receive the same task from the API's cache:
+#: its price is with the earlier attempt.
+RESULT_PRICE = (
+    "CASE WHEN a.credits = 0 AND a.previous_id IS NOT NULL THEN coalesce((SELECT max(o.credits) FROM attempts o "
+    "WHERE o.task_id = a.task_id AND o.request_id = a.request_id), 0) ELSE a.credits END"
+)
+
 
 def has_task(db: Database, task_id: str) -> bool:
     """Return whether any attempt has this task id."""

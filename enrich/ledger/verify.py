@@ -17,6 +17,7 @@ from enrich.job.locations import LedgerLocation, PostgresLocation
 from enrich.json_text import parse_json
 from enrich.ledger.database import Database, open_existing
 from enrich.ledger.dialect import DATABASE_ERRORS, DatabaseFailed
+from enrich.ledger.file_identity import fsync_folder
 from enrich.ledger.schema import APPLICATION_ID, JSON_COLUMNS
 from enrich.ledger.sqlite import (
     Column,
@@ -105,8 +106,7 @@ def problems(db: Database) -> Iterator[str]:
         yield problem
     for invariant, query in () if has_damage else INVARIANTS.items():
         try:
-            rows = query.replace(_ORPHAN_QUERY, db.dialect.orphan_query)
-            (count,) = db.execute(f"SELECT count(*) FROM ({rows}) AS broken").fetchone()
+            count = db.number(f"SELECT count(*) FROM ({query or db.dialect.orphan_query}) AS broken")
         except DATABASE_ERRORS:
             yield f"cannot be checked: {invariant}"
             continue
@@ -188,11 +188,7 @@ def backup(db: Database, target: Path) -> None:
         finally:
             with suppress(OSError):
                 _remove_unfinished_copy(temporary)
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        fsync_folder(target.parent)
     except OSError as error:
         raise CommandRefused(f"{target}: the copy cannot be written: {error.strerror or error}") from error
     except sqlite3.Error as error:
@@ -251,11 +247,9 @@ def _remove_unfinished_copy(temporary: Path) -> None:
 #: Byte range of the application id in a SQLite file ("Database File Format", 1.2.20).
 _APPLICATION_ID_START, _APPLICATION_ID_END = 68, 72
 
-#: Placeholder for the query that differs between databases.
-_ORPHAN_QUERY = "orphans"
-
-#: Each invariant with a query for the rows that violate it. A query reads each table a few times at most.
-INVARIANTS = {
+#: Each invariant with a query for the rows that violate it; None: that of the dialect. A query reads each table a few
+#: times at most.
+INVARIANTS: Mapping[str, str | None] = {
     "request with another state than its newest attempt": (
         # After a failure at no charge the request waits again. After `--accept in_doubt` the attempt stays in_doubt.
         "SELECT 1 FROM requests r LEFT JOIN attempts a ON a.id = r.attempt_id WHERE CASE r.state "
@@ -286,7 +280,7 @@ INVARIANTS = {
         "SELECT 1 FROM attempts WHERE task_id IS NULL AND erased_ms IS NULL "
         "AND (submitted_ms IS NOT NULL OR state IN ('submitted', 'found', 'not_found', 'expired'))"
     ),
-    "row that refers to one that is not there": _ORPHAN_QUERY,
+    "row that refers to one that is not there": None,
     "run with a negative reservation": "SELECT 1 FROM executions WHERE reserved < 0",
     "run without a reservation for its running tasks": (
         "SELECT 1 FROM executions WHERE id = (SELECT max(id) FROM executions) AND reserved < "

@@ -149,9 +149,9 @@ class RunObservers:
             )
 
     def _write_metrics(self, path: Path, code: int, samples: prometheus.Samples) -> None:
-        last_success = prometheus.read_metrics(path).get(SUCCESS_SAMPLE)
         now = time.time()
-        gauges = samples | self._ledger_samples()
+        last_success = {key: at for key, at in prometheus.read_metrics(path).items() if key == SUCCESS_SAMPLE}
+        gauges = last_success | samples | self._ledger_samples()
         gauges |= {
             ("enrich_last_start_timestamp_seconds", ""): self._started_at,
             ("enrich_last_end_timestamp_seconds", ""): now,
@@ -159,8 +159,6 @@ class RunObservers:
         }
         if code in exit_codes.SUCCESS_CODES:
             gauges[SUCCESS_SAMPLE] = now
-        elif SUCCESS_SAMPLE not in gauges and last_success is not None:
-            gauges[SUCCESS_SAMPLE] = last_success
         try:
             prometheus.write_metrics(path, self._require_job().name, gauges)
         except OSError as error:

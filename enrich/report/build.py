@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from array import array
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from datetime import UTC, datetime
+from itertools import pairwise
+from math import ceil
 from typing import Any
 
 from msgspec.structs import replace
-from pydantic import ValidationError
 
 from enrich.databar.task_results import ParsedData, is_beside
 from enrich.errors import CommandRefused, EnrichError
@@ -24,13 +27,20 @@ from enrich.ledger.lock import is_locked
 from enrich.models import count_by_status, iso_time, pluralize, to_credits
 from enrich.monitoring.log_file import redact_message
 from enrich.report.anomalies import AnswerStats, find_anomalies
-from enrich.report.data import Report, ReportedProvider, ReportedRun, ReportedWaterfall
+from enrich.report.data import (
+    HistogramBar,
+    LatencyHistogram,
+    Report,
+    ReportedProvider,
+    ReportedRun,
+    ReportedWaterfall,
+    Traffic,
+)
 from enrich.report.input_stats import MAX_GROUP_VALUES, InputStats, read_input_stats
-from enrich.report.timings import latency_histogram, run_traffic
-from enrich.rows.template import RequestTemplate
 from enrich.run import provider_stats
 from enrich.run.output import prepare_collector
 from enrich.run.preflight import template_from_ledger
+from enrich.run.progress import read_snapshot
 from enrich.run.provider_stats import AnswerKind, ProviderStats, count_kinds, read_descriptions
 
 
@@ -202,7 +212,7 @@ def _build_from_ledger(
         credits_unknown=sum(row.unknown for row in executions),
         planned=_planned_credits(executions[-1].summary if executions else None),
         latencies=latency_histogram(queries.latencies(ledger, job.name)),
-        traffic=run_traffic(ledger, executions, now_ms),
+        traffic=run_traffic(executions),
         anomalies=find_anomalies(answers.last, answers.before),
         actions=[
             *actions,
@@ -247,7 +257,7 @@ def _try_read_input(
     if job.input_path == STDIN:
         return unread("the input was a pipe. Name a file with --input", is_expected=True)
     try:
-        template = _read_template(ledger, job)
+        template = template_from_ledger(ledger, job)
     except EnrichError as error:
         return unread(error.message, is_expected=isinstance(error, CommandRefused))
     try:
@@ -258,21 +268,12 @@ def _try_read_input(
         return unread(redact_message(error.message), is_expected=False)
 
 
-def _read_template(ledger: Database, job: Job) -> RequestTemplate:
-    try:
-        return template_from_ledger(ledger, job)
-    except ValidationError as error:
-        raise CommandRefused(
-            "the ledger's description of the job's target cannot be read", "enrich run loads it again"
-        ) from error
-
-
 class _AnswerTotals:
     """Totals over all answers of the job, each read once: per provider, and for the comparison of runs."""
 
     def __init__(self, ledger: Database, job: Job, runs: Sequence[ReportedRun]) -> None:
         try:
-            paths: Mapping[str, str] = _read_template(ledger, job).columns
+            paths: Mapping[str, str] = template_from_ledger(ledger, job).columns
         except EnrichError:
             paths = job.model.columns or {}
         answered = [run.execution for run in runs if run.answered + run.failed]
@@ -327,3 +328,48 @@ def _report_notes(runs: Sequence[ReportedRun], stats: InputStats | None, erased:
         yield f"{pluralize(stats.purged, 'row')} with a purged result: not part of the match rates of columns."
     if unknown := sum(run.credits_unknown for run in runs):
         yield f"{pluralize(unknown, 'result')} of unknown price: the credits are a minimum."
+
+
+#: Possible widths of a bar in seconds. At most MAX_HISTOGRAM_BARS cover all but the slowest 1% of the tasks.
+BAR_WIDTHS_S = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 28800)
+
+MAX_HISTOGRAM_BARS = 24
+
+HISTOGRAM_SHARE = 0.99
+
+
+def latency_histogram(latencies_ms: Iterable[int]) -> LatencyHistogram | None:
+    """Group latencies (ms, ascending) into bars of equal width, the slowest into one extra bar; None: no latencies."""
+    durations = array("q", latencies_ms)
+    if not durations:
+        return None
+    reach, longest = quantile_s(durations, HISTOGRAM_SHARE), durations[-1] / 1000
+    width = next((width for width in BAR_WIDTHS_S if reach < width * MAX_HISTOGRAM_BARS), reach / MAX_HISTOGRAM_BARS)
+    # In whole milliseconds, like the latencies.
+    step = ceil(1000 * width)
+    shorter = [bisect_left(durations, number * step) for number in range(MAX_HISTOGRAM_BARS + 1)]
+    counts = [until - before for before, until in pairwise(shorter)]
+    drawn = [number for number, count in enumerate(counts) if count]
+    bars = [
+        HistogramBar(number * step / 1000, (number + 1) * step / 1000, counts[number])
+        for number in range(min(drawn, default=0), max(drawn, default=-1) + 1)
+    ]
+    if slowest := len(durations) - shorter[-1]:
+        bars.append(HistogramBar(MAX_HISTOGRAM_BARS * step / 1000, longest, slowest))
+    return LatencyHistogram(
+        bars, count=len(durations), median=quantile_s(durations, 0.5), p90=quantile_s(durations, 0.9), longest=longest
+    )
+
+
+def quantile_s(durations: Sequence[int], share: float) -> float:
+    """Return the latency in seconds that this share of all (ms, ascending) does not exceed."""
+    return durations[max(0, ceil(share * len(durations)) - 1)] / 1000
+
+
+def run_traffic(executions: Sequence[ExecutionRow]) -> Traffic | None:
+    """Return the traffic of the newest execution with submits, as it was stored during the run. None: it was not."""
+    execution = next((row for row in reversed(executions) if row.submitted), None)
+    snapshot = None if execution is None else read_snapshot(execution.progress)
+    if execution is None or snapshot is None or not any(snapshot.traffic.totals()):
+        return None
+    return Traffic(execution.id, **snapshot.traffic.model_dump())

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from msgspec import Struct, to_builtins
+from msgspec.structs import replace
 
 from enrich.exit_codes import RequiredAction
 from enrich.run.provider_stats import PROVIDER_KEYS
@@ -177,6 +178,14 @@ class Traffic(ReportValue, frozen=True):
     answered: Sequence[int]
     polls: Sequence[int]
     rate_limited: Sequence[int]
+
+    def merged(self, most: int) -> Traffic:
+        """Add up neighboring counts, so that there are at most `most` of each kind."""
+        series = {name: getattr(self, name) for name in ("submitted", "answered", "polls", "rate_limited")}
+        length = max(map(len, series.values()))
+        step = max(1, -(-length // most))
+        sums = {name: [sum(counts[at : at + step]) for at in range(0, length, step)] for name, counts in series.items()}
+        return replace(self, width_s=self.width_s * step, **sums)
 
 
 class AnswerAge(ReportValue, frozen=True):

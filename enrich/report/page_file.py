@@ -43,7 +43,7 @@ def default_report_path(job: Job, now: datetime) -> Path:
     if named is not None:
         return named
     output = job.output_path(now)
-    folder = output.parent if isinstance(output, Path) else job.document.path.resolve().parent
+    folder = output.parent if isinstance(output, Path) else job.document.folder
     name = f"{job.name}_report.html"
     return folder / (sandbox_file_name(name) if job.sandbox else name)
 

@@ -248,18 +248,13 @@ def latency_table(times: LatencyHistogram) -> Table:
 
 def traffic_table(facts: Traffic) -> Table:
     """List requests and responses in steps of equal length."""
-    series = {name: getattr(facts, name) for name in ("submitted", "answered", "polls", "rate_limited")}
-    length = max(map(len, series.values()), default=0)
-    step = max(1, -(-length // MAX_TRAFFIC_LINES))
+    merged = facts.merged(MAX_TRAFFIC_LINES)
+    series = {name: getattr(merged, name) for name in ("submitted", "answered", "polls", "rate_limited")}
     lines = [
-        Line(
-            "traffic",
-            format_seconds(at * facts.width_s),
-            tuple(count_cell(name, sum(counts[at : at + step])) for name, counts in series.items()),
-        )
-        for at in range(0, length, step)
+        Line("traffic", format_seconds(number * merged.width_s), list(map(count_cell, series, counts)))
+        for number, counts in enumerate(zip(*series.values(), strict=True))
     ]
-    caption = f"Run {facts.execution} in steps of {format_seconds(step * facts.width_s)}"
+    caption = f"Run {facts.execution} in steps of {format_seconds(merged.width_s)}"
     return Table(caption, ("From", "Sent", "Results", "Polls", "429s"), lines)
 
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import altair as alt
-from msgspec.structs import replace
 
 from enrich.report import drawing
 from enrich.report.data import LatencyHistogram, ReportedRun, Traffic
@@ -91,7 +90,7 @@ def latency_chart(times: LatencyHistogram, label: str) -> RenderedChart:
 
 def throughput_chart(traffic: Traffic, label: str) -> RenderedChart | None:
     """Draw requests sent and answered over the run. None: there are none."""
-    merged = _merge_steps(traffic)
+    merged = traffic.merged(MAX_STEPS)
     sent, answered, width_s = merged.submitted, merged.answered, merged.width_s
     if not any(sent) and not any(answered):
         return None
@@ -128,7 +127,7 @@ def throughput_chart(traffic: Traffic, label: str) -> RenderedChart | None:
 
 def rate_limited_chart(traffic: Traffic, label: str) -> RenderedChart | None:
     """Draw the 429 responses over the run. None: there are none."""
-    merged = _merge_steps(traffic)
+    merged = traffic.merged(MAX_STEPS)
     counts, width_s = merged.rate_limited, merged.width_s
     if not any(counts):
         return None
@@ -227,14 +226,3 @@ def _time_unit(longest_s: float) -> tuple[float, str]:
 
 def _largest(rows: Sequence[drawing.ChartRow]) -> float:
     return float(max(row["v2"] for row in rows))
-
-
-def _merge_steps(traffic: Traffic) -> Traffic:
-    """Add up neighboring steps, so that a long run has at most MAX_STEPS points."""
-    series = {name: getattr(traffic, name) for name in ("submitted", "answered", "rate_limited")}
-    step = -(-max(1, *map(len, series.values())) // MAX_STEPS)
-    merged = {
-        name: [sum(counts[at : at + step]) for at in range(0, len(counts), step)] or [0]
-        for name, counts in series.items()
-    }
-    return replace(traffic, width_s=traffic.width_s * step, **merged)

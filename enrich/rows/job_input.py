@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Collection, Iterable, Iterator
 from copy import copy
-from hashlib import sha256
 from pathlib import Path
 
 import polars as pl
@@ -25,7 +24,6 @@ from enrich.files.text import (
 )
 from enrich.files.values import text_frame
 from enrich.files.writer import is_formula
-from enrich.job.bounded_read import read_bounded
 from enrich.job.cell_text import blank_cells
 from enrich.job.file_names import is_missing
 from enrich.job.job import Job
@@ -38,7 +36,7 @@ from enrich.models import RowStatus
 from enrich.rows.known_batches import KnownBatches
 from enrich.rows.requests import CHANGE_COLUMNS, InputRows, RequestBuilder, RowBatch, own_columns, status_columns
 from enrich.rows.send_order import order_of_rows, rank_rows, sort_keys
-from enrich.rows.suppression import MAX_LIST_BYTES, read_suppression
+from enrich.rows.suppression import read_suppression
 from enrich.rows.template import RequestTemplate
 from enrich.rows.where import (
     PER_ROW_MESSAGE,
@@ -135,15 +133,10 @@ class JobInput:
         """Return this input without rows, to be sent to where blocks are read."""
         return self.for_frame(0, pl.DataFrame(schema=self.all_columns))
 
+    @property
     def suppression_digest(self) -> str | None:
-        """Hash the bytes of the list of `suppress` (SHA-256, hex); None: there is none."""
-        if (suppress := self.job.model.suppress) is None:
-            return None
-        path = self.job.resolve_path(suppress)
-        try:
-            return sha256(read_bounded(path, MAX_LIST_BYTES)).hexdigest()
-        except OSError as error:
-            raise CommandRefused(f"{path} cannot be read: {error.strerror}") from error
+        """The hash of the list of `suppress`; None: there is none."""
+        return None if self._suppression is None else self._suppression.digest
 
     def check_new_columns(self, template: RequestTemplate) -> None:
         """Check the columns of the files that a run writes. From then on `batches` checks the cells, too.
@@ -363,7 +356,7 @@ def _missing_input_error(job: Job) -> CommandRefused | None:
     is_given = "input" in job.document.replaced_keys
     if is_given or not isinstance(path, Path) or has_wildcards(written) or not is_missing(path):
         return None
-    folder = job.document.path.resolve().parent
+    folder = job.document.folder
     from_here = Path.cwd() / written
     names = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
     if from_here.exists():

@@ -1,7 +1,7 @@
 """Finds the requests of a batch whose rows are the same as when a run enrolled it. They are not computed again.
 
 The ledger keeps the ids of the requests, and why the other rows have none, under a digest of all that they depend on:
-the cells, which rows are selected and suppressed, and how the job maps cells to requests. What the ledger says about a
+the cells, which rows are selected and suppressed, and how the job maps cells to requests. What the ledger has about a
 request is always looked up.
 """
 
@@ -45,7 +45,7 @@ def _mapping_versions() -> list[str]:
 
 
 class KnownBatches(Struct, frozen=True):
-    """The batches of a job's input that the ledger knows."""
+    """The batches of a job's input that the ledger has."""
 
     ledger: Database
     job: str

@@ -23,7 +23,7 @@ class ParamFill:
     """What the params have in the rows that were read.
 
     `rows` are those that the job does not leave out. `filled` counts the rows in which a param has a value, `missing`
-    those that cannot be sent for want of it: a row that lacks two params counts for both. `examples` are domains.
+    those that cannot be sent without it: a row that lacks two params counts for both. `examples` are domains.
     """
 
     job: Job

@@ -97,8 +97,8 @@ class RowBatch(Struct, frozen=True):
     reason. `missing` counts the invalid rows by the param they lack. `values` has the text of each param as it is sent,
     '' where it has no value.
 
-    `digest` is that of `KnownBatches`. A batch that it knows has the `ids` of the requests instead of their
-    fingerprints, params and values, which `complete` computes.
+    `digest` is that of `KnownBatches`. A known batch has the `ids` of the requests instead of their fingerprints,
+    params and values, which `complete` computes.
     """
 
     first_position: int

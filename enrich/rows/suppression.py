@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from hashlib import sha256
 from pathlib import Path
 
 import polars as pl
 from msgspec import Struct
 
 from enrich.errors import CommandRefused
-from enrich.job.bounded_read import read_text
+from enrich.job.bounded_read import read_bounded
 from enrich.rows.addresses import (
     canonical_host,
     fold_address,
@@ -36,6 +37,8 @@ class Suppression(Struct, frozen=True):
 
     addresses: frozenset[str]
     domains: frozenset[str]
+    #: A hash of the bytes of the list (SHA-256, hex).
+    digest: str = ""
 
     def suppressed_rows(self, frame: pl.DataFrame, param_columns: Collection[int]) -> pl.Series:
         """Return which rows have a suppressed address in any cell, or a suppressed domain in a cell that a param reads.
@@ -88,7 +91,8 @@ def read_suppression(path: Path) -> Suppression:
     Raises CommandRefused with file and line.
     """
     try:
-        lines = read_text(path, MAX_LIST_BYTES).splitlines()
+        content = read_bounded(path, MAX_LIST_BYTES)
+        lines = content.decode("utf-8-sig").splitlines()
     except FileNotFoundError:
         raise CommandRefused(
             f"{path}: the list of `suppress` does not exist", "create it, or remove `suppress` from the job file"
@@ -112,4 +116,4 @@ def read_suppression(path: Path) -> Suppression:
             addresses.add(f"{address.local}@{address.host}")
         else:
             domains.add(re.sub(r"^www\.(?=.*\.)", "", address.host))
-    return Suppression(frozenset(addresses), frozenset(domains))
+    return Suppression(frozenset(addresses), frozenset(domains), sha256(content).hexdigest())

@@ -17,9 +17,9 @@ ROUNDING_CREDITS = 0.005
 class DifferencePart(Struct, frozen=True):
     """One part of the difference: between `least` and `most` credits, for `number` requests."""
 
-    number: int = 0
-    least: float = 0.0
-    most: float = 0.0
+    number: int
+    least: float
+    most: float
 
 
 class Reconciliation(Struct, frozen=True):
@@ -53,8 +53,8 @@ def explain_balance(
 ) -> Reconciliation:
     """Split the difference into its parts. Amounts in millionths; `movements` from queries.credit_movements."""
 
-    def part(*kinds: str, submitted_since: bool | None = None) -> DifferencePart:
-        rows = [row for row in movements if row[0] in kinds and submitted_since in (None, bool(row[1]))]
+    def part(*kinds: str) -> DifferencePart:
+        rows = [row for row in movements if row[0] in kinds]
         number = sum(count for _, _, count, _, _ in rows)
         # The price of an earlier request may have been reserved earlier. Then credits can only be returned.
         least = sum(-reserved for _, recent, _, _, reserved in rows if not recent)

@@ -81,7 +81,7 @@ def make_budget(job: Job, template: RequestTemplate, balance: int | None, planne
     max_credits, min_balance = to_micros(limits.max_credits), to_micros(limits.min_balance)
     step_cap = to_micros(job.step_max_credits)
     if template.unit_price is None and (max_credits, min_balance, step_cap) != (None, None, None):
-        limit = _configured_limit(job)
+        limit = "min_balance" if max_credits is None and step_cap is None else "max_credits"
         message = f"a provider has no price, so `{limit}` cannot be enforced"
         hint = f"remove such providers from `enrichments`, or run without `{limit}`"
         if template.target.kind is TargetKind.ENRICHMENT:
@@ -99,10 +99,6 @@ def make_budget(job: Job, template: RequestTemplate, balance: int | None, planne
     stop_reason, (cap, remedy) = min(caps.items(), key=lambda each: inf if each[1][0] is None else each[1][0])
     hint = f"{remedy}, then run again for the rest"
     return Budget(cap, template.unit_price or 0, stop_reason, hint, template.priced_by, step_cap)
-
-
-def _configured_limit(job: Job) -> str:
-    return "min_balance" if job.max_credits is job.step_max_credits is None else "max_credits"
 
 
 def check_balance(job: Job, template: RequestTemplate, balance: int | None) -> None:

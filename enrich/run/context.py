@@ -144,7 +144,7 @@ class RunFiles(Struct, frozen=True):
 
 def rescue_folders(job: Job) -> tuple[Path, ...]:
     """Return where a rescue file may be besides the ledger's folder: the output's (its undated part) and the job's."""
-    job_folder = job.document.path.resolve().parent
+    job_folder = job.document.folder
     if not isinstance(job.output_path(datetime.now().astimezone()), Path):
         return (job_folder,)
     parts = Path(os.path.normpath(job.output_base / job.output.path)).parts

@@ -93,7 +93,7 @@ class Dispatcher:
     async def _acquire_post_slots(self) -> int:
         """Wait until a POST may be sent. Returns how many may be sent; 0 when submitting is over."""
         run_state = self.run_state
-        max_posts = max_posts_in_flight(self.config.bulk) // self.config.workers
+        max_posts = max_posts_in_flight(self.config.bulk) // run_state.in_flight_limit.workers
         while not run_state.stop_submitting.is_set():
             post_slots = min(max_posts - self._unanswered_posts, run_state.free_capacity)
             now = run_state.clock.monotonic()
@@ -205,7 +205,7 @@ class Dispatcher:
     async def _handle_post_error(self, attempts: Sequence[int], error: ApiCallFailed) -> None:
         """Record a failed POST by the kind of error alone. `enrich.databar.responses` has the table."""
         run_state = self.run_state
-        now, now_ms = run_state.clock.monotonic(), run_state.clock.now_ms()
+        now_ms = run_state.clock.now_ms()
         updates = [(attempt, error.message, now_ms) for attempt in attempts]
         match error:
             case BadParams():
@@ -223,8 +223,7 @@ class Dispatcher:
                     case OutOfCredits() | Unauthorized() | JobRejected():
                         run_state.stop(error.exit_code, error)
                     case _:
-                        run_state.circuit_breaker.record_failure(now)
-                        run_state.record_failure(error)
+                        run_state.record_post_failed(error)
                 await self.ledger_writer.submit_batch(transitions.record_refused, updates)
             case _:
                 task_id = error.task_id if isinstance(error, SubmissionUnconfirmed) else None
@@ -234,10 +233,8 @@ class Dispatcher:
 
     def _count_unconfirmed(self, requests: int, error: ApiCallFailed) -> None:
         """Count requests whose POST may or may not have been accepted."""
-        run_state = self.run_state
-        run_state.counters.unconfirmed += requests
-        run_state.circuit_breaker.record_failure(run_state.clock.monotonic())
-        run_state.record_failure(error)
+        self.run_state.counters.unconfirmed += requests
+        self.run_state.record_post_failed(error)
 
     async def _fail_invalid_requests(self, attempts: Sequence[int], error: BadParams, now_ms: int) -> None:
         """Fail the invalid requests. The API accepted nothing of the POST, so the other requests are sent again."""
@@ -301,7 +298,7 @@ class Dispatcher:
                 posts += [requests] if is_bulk else [[request] for request in requests]
                 max_requests -= len(requests)
         except CapReached as reached:
-            may_free_budget = self.config.workers > 1 and queries.has_open_since(
+            may_free_budget = self.run_state.in_flight_limit.workers > 1 and queries.has_open_since(
                 ledger, now_ms - self.config.patience_s * 1000
             )
             return posts, type(reached), may_free_budget

@@ -22,6 +22,7 @@ from enrich.files.discovery import InputFile
 from enrich.files.downloads import LocalCopies
 from enrich.files.reader import InputTable
 from enrich.files.values import as_text
+from enrich.job.file_names import is_same_file
 from enrich.job.job import Job
 from enrich.job.locations import (
     LedgerLocation,
@@ -125,21 +126,15 @@ def _newest_output(job: Job) -> Location | None:
     pattern = parse_location(job.output_base, job.output.path)
     if isinstance(pattern, ObjectUrl):
         return _newest_object(pattern)
-    candidates: list[tuple[float, Path]] = []
+    sandbox_output = parse_location(job.output_base, sandbox_file_name(job.output.path))
+    others = set(_matching_paths(Path(str(sandbox_output))))
+    found: list[tuple[float, Path]] = []
     for path in _matching_paths(pattern):
         with suppress(OSError):
-            status = path.stat()
-            if path.is_dir() == is_dataset(pattern) and (path.is_dir() or path.is_file()):
-                candidates.append((status.st_mtime, path))
-    sandbox_outputs = set(
-        _matching_paths(Path(str(parse_location(job.output_base, sandbox_file_name(job.output.path)))))
-    )
-    outputs = [each for each in candidates if each[1] not in sandbox_outputs and not _is_input(job, each[1])]
-    return max(outputs)[1] if outputs else None
-
-
-def _is_input(job: Job, path: Path) -> bool:
-    return isinstance(job.input_path, Path) and os.path.realpath(job.input_path) == os.path.realpath(path)
+            changed_s, is_output = path.stat().st_mtime, path.is_dir() if is_dataset(pattern) else path.is_file()
+            if is_output and path not in others and not is_same_file(job.input_path, path):
+                found.append((changed_s, path))
+    return max(found)[1] if found else None
 
 
 def _matching_paths(path_pattern: Path) -> list[Path]:
@@ -158,8 +153,8 @@ def _matching_paths(path_pattern: Path) -> list[Path]:
     return found
 
 
-def _name_pattern(part: str) -> re.Pattern[str]:
-    pieces = re.split(r"%[-_0^#EO]?(.)", part)
+def _name_pattern(name: str) -> re.Pattern[str]:
+    pieces = re.split(r"%[-_0^#EO]?(.)", name)
     return re.compile(
         "".join(
             re.escape(piece) if not number % 2 else _STRFTIME_PATTERNS.get(piece, ".+")
@@ -177,7 +172,7 @@ def _newest_object(url_pattern: ObjectUrl) -> ObjectUrl | None:
     # Of a folder, the objects in it are listed.
     inside = ".+" if url_pattern.is_folder else ""
     pattern, sandbox_pattern = (
-        re.compile(f"({'/'.join(_name_pattern(part).pattern for part in key.split('/'))}){inside}", re.DOTALL)
+        re.compile(f"({_name_pattern(key).pattern}){inside}", re.DOTALL)
         for key in (url_pattern.key, sandbox_file_name(url_pattern.key))
     )
     keys = [

@@ -21,7 +21,7 @@ from enrich.run.context import RunContext, RunFiles, RunOptions, select_requests
 from enrich.run.periodic import start_phase
 from enrich.run.progress import Phase
 from enrich.run.run_state import Enrolled, RunState
-from enrich.run.startup import with_steps
+from enrich.run.startup import make_step_rows
 from enrich.run.step_input import StepInput, begin_steps
 from enrich.run.step_plan import note_on_target
 
@@ -33,7 +33,9 @@ REUSED_STATES = (State.FOUND, State.NOT_FOUND, State.FAILED)
 async def enroll_input(context: RunContext, run_state: RunState, files: RunFiles, step_number: int) -> None:
     """Mark the requests of a step that the user selected. Nothing of it is sent before all of the input was read."""
     rows = files.job_input if files.step_rows is None else StepInput(files.step_rows, step_number)
-    await _enroll(context, run_state, files.job_input, rows, context.options)
+    if not run_state.enrolled:
+        run_state.file_versions = files.job_input.full_table.file_versions()
+    await _enroll(context, run_state, rows, context.options)
 
 
 async def enroll_changed_input(context: RunContext, run_state: RunState, files: RunFiles) -> RunFiles:
@@ -44,14 +46,14 @@ async def enroll_changed_input(context: RunContext, run_state: RunState, files: 
     if versions == run_state.file_versions:
         return files
     job_input = JobInput(context.job, await context.ledger_writer.submit(erasure.load_forgotten))
-    files = with_steps(context, replace(files, job_input=job_input), context.preflight)
-    if (step_rows := files.step_rows) is None:
-        await _enroll(context, run_state, job_input, job_input, RunOptions())
+    step_rows = make_step_rows(job_input, context.ledger, context.preflight, context.options)
+    if step_rows is None:
+        await _enroll(context, run_state, job_input, RunOptions())
     else:  # the output of a job with steps needs no pass
         await context.ledger_writer.submit(lambda _: begin_steps(step_rows))
     run_state.file_versions = versions
     run_state.exit_reasons.setdefault(ExitCode.API, EnrichError(INPUT_CHANGED, "run again for the new rows"))
-    return files
+    return replace(files, job_input=job_input, step_rows=step_rows)
 
 
 async def input_versions(files: RunFiles) -> object:
@@ -60,12 +62,8 @@ async def input_versions(files: RunFiles) -> object:
     return await asyncio.to_thread(files.job_input.full_table.file_versions)
 
 
-async def _enroll(
-    context: RunContext, run_state: RunState, job_input: JobInput, rows: JobInput | StepInput, options: RunOptions
-) -> None:
-    template, ledger_writer = context.preflight.template, context.ledger_writer
-    if not run_state.enrolled:
-        run_state.file_versions = job_input.full_table.file_versions()
+async def _enroll(context: RunContext, run_state: RunState, rows: JobInput | StepInput, options: RunOptions) -> None:
+    template, ledger_writer, step = context.preflight.template, context.ledger_writer, context.job.step
     run_state.selection = select_requests(context.job, options, run_state.clock.earliest_ms())
     if isinstance(rows, StepInput):
         # Of a job with steps, leads are counted, not requests.
@@ -75,22 +73,20 @@ async def _enroll(
         run_state.selection = rows.limit_requests(run_state.selection, options.plan, run_state.execution_id)
     await start_phase(context, run_state, Phase.ENROLL)
     engine = context.environment.engine
-    if engine is None or rows is not job_input or job_input.why_not_parallel() is not None:
-        read, accepted_in_doubt = await ledger_writer.submit(_enroll_locally, context, run_state.selection, rows)
+    if engine is None or isinstance(rows, StepInput) or rows.why_not_parallel() is not None:
+        run_state.read, accepted = await ledger_writer.submit(_enroll_locally, context, run_state.selection, rows)
     else:
-        read, accepted_in_doubt = await _enroll_on_cluster(context, run_state, job_input, engine)
-    run_state.accepted_in_doubt += accepted_in_doubt
-    run_state.read = read
+        run_state.read, accepted = await _enroll_on_cluster(context, run_state, rows, engine)
+    run_state.accepted_in_doubt += accepted
     decided = await ledger_writer.submit(enroll.decision_counts)
     run_state.requests_to_submit = to_submit = sum(decided.get(decision, 0) for decision in DECISIONS_TO_SEND)
     run_state.new_requests = decided.get(Decision.NEW, 0)
     requests = await ledger_writer.submit(enroll.enrolled_counts)
-    step = context.job.step
-    if isinstance(rows, StepInput) and (beyond := decided.get(Decision.OVER_LIMIT)):
-        run_state.add_note(f"{step}: {pluralize(beyond, 'request')} over the plan left for a later run")
-    if isinstance(rows, StepInput) and to_submit:
-        note = await ledger_writer.submit(note_on_target, rows.rows.steps, rows.number)
-        run_state.notes += [] if note is None else [note]
+    if isinstance(rows, StepInput):
+        if beyond := decided.get(Decision.OVER_LIMIT):
+            run_state.add_note(f"{step}: {pluralize(beyond, 'request')} over the plan left for a later run")
+        if to_submit and (note := await ledger_writer.submit(note_on_target, rows.rows.steps, rows.number)) is not None:
+            run_state.notes.append(note)
     if (earlier := run_state.enrolled.get(step)) is not None:
         run_state.enrolled[step] = replace(earlier, requests=requests)
         return

@@ -33,32 +33,31 @@ class Candidate(NamedTuple):
 
 @dataclass(slots=True)
 class LeadSelection:
-    """The leads that a limited run may send requests for, one byte for each row of the input."""
+    """The leads that a limited run may send requests for."""
 
     limit: int | None
     sample: int | None
     seed: int
-    #: `chosen`: rows counted in this run. `begun`: rows sent by earlier runs.
-    chosen: bytearray = field(default_factory=bytearray)
+    #: The rows that count in this run.
+    chosen: set[int] = field(default_factory=set)
+    #: Which rows earlier runs have begun, one byte for each row of the input.
     begun: bytearray = field(default_factory=bytearray)
     counted: int = 0
 
     def may_send(self, first_position: int, results: Sequence[StepResult | None]) -> list[bool]:
         """Return which rows of a batch may be sent."""
-        rows = range(first_position, first_position + len(results))
         return [
-            _has(self.chosen, row) or (_has(self.begun, row) and (result is None or not result.was_sent))
-            for row, result in zip(rows, results, strict=True)
+            row in self.chosen or (self._is_begun(row) and (result is None or not result.was_sent))
+            for row, result in enumerate(results, first_position)
         ]
+
+    def _is_begun(self, row: int) -> bool:
+        return row < len(self.begun) and bool(self.begun[row])
 
     @property
     def places(self) -> int:
         """How many more leads the run may begin."""
         return max(0, min(limit for limit in (self.sample, self.limit) if limit is not None) - self.counted)
-
-    def mark_begun(self, rows: bytearray) -> None:
-        """Record rows that earlier runs have begun, one byte for each row of the input."""
-        _mark(self.begun, [row for row, is_begun in enumerate(rows) if is_begun])
 
     def choose(self, candidates: Iterable[Candidate], queue_order: pl.Series | None) -> None:
         """Choose from the rows that would be sent, by sample, then by limit in the send order."""
@@ -74,18 +73,8 @@ class LeadSelection:
         places = places[: self.places]
         self.counted += len(places)
         # A lead is not begun because it shares a request that is sent again.
-        _mark(self.chosen, [row for rows in places for row in [r for r in rows if _has(self.begun, r)] or rows[:1]])
-
-
-def _has(marks: bytearray, row: int) -> bool:
-    return row < len(marks) and bool(marks[row])
-
-
-def _mark(marks: bytearray, rows: Sequence[int]) -> None:
-    if rows:
-        marks.extend(bytes(max(0, max(rows) + 1 - len(marks))))
-        for row in rows:
-            marks[row] = 1
+        for rows in places:
+            self.chosen.update(list(filter(self._is_begun, rows)) or rows[:1])
 
 
 #: Why a lead takes part in no step.

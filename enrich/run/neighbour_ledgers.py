@@ -65,7 +65,7 @@ def refusal(job: Job, overlap: Overlap, number: int = 0) -> CommandRefused | Non
     paid = f"{overlap.paid:,} of the {pluralize(overlap.requests, 'request')}"
     message = f"{paid} are already paid for in {_names(overlap)}. The new ledger {job.ledger} pays for them again"
     ((main_ledger, _),) = overlap.by_ledger.most_common(1)
-    shared = os.path.relpath(main_ledger, job.document.path.resolve().parent)
+    shared = os.path.relpath(main_ledger, job.document.folder)
     hint = f"share its results with `ledger: {shared}` in the job file, or pay again with --new-ledger"
     if number:  # the other ledger does not have the answers of the earlier steps
         hint = f"--new-ledger pays again for the step `{job.steps[number].step}`"

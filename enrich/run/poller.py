@@ -246,9 +246,10 @@ class Poller:
             run_state.poll_schedule.record_duration(open_task.last_running_age_s, age_s)
         column_paths = open_task.task.column_paths or self.config.column_paths
         if open_task.task.bulk_task_id is None:
-            await self._settle(open_task, read_answer(reply, phase, column_paths))
+            answer = read_answer(reply, phase, column_paths)
+            await self._settle(open_task, [answer], answer.credits)
         else:
-            await self._settle_bulk_task(open_task, *self._bulk_reader.read(reply, phase, size, column_paths))
+            await self._settle(open_task, *self._bulk_reader.read(reply, phase, size, column_paths))
 
     def _handle_running(self, open_task: OpenTask, age_s: float) -> None:
         if open_task.to_be_resubmitted:  # it is not resent then, and the requests that are must not wait for it
@@ -341,11 +342,7 @@ class Poller:
             run_state.open_tasks -= 1
         elif open_task.acknowledged:
             reason = "the task disappeared (404) before its result was fetched"
-            expired = Answer(State.EXPIRED, reason)
-            if open_task.task.bulk_task_id is None:
-                await self._settle(open_task, expired)
-            else:
-                await self._settle_bulk_task(open_task, [expired] * len(open_task.task.attempts), None)
+            await self._settle(open_task, [Answer(State.EXPIRED, reason)] * len(open_task.task.attempts), None)
         else:
             reason = "the API returned a task id, and has not found it since (404)"
             now_ms = run_state.clock.now_ms()
@@ -353,32 +350,22 @@ class Poller:
             await self.ledger_writer.submit_batch(transitions.mark_in_doubt, updates)
             run_state.open_tasks -= 1
 
-    async def _settle(self, open_task: OpenTask, answer: Answer) -> None:
-        run_state = self.run_state
-        updates = [(open_task.task.attempts[0], answer, run_state.clock.now_ms())]
-        states = await self.ledger_writer.submit_batch(
-            transitions.settle, updates, run_state.execution_id, self._max_attempts(open_task)
-        )
-        self._count_settled(states, answer.credits)
-
-    async def _settle_bulk_task(self, open_task: OpenTask, answers: list[Answer], credits_: int | None) -> None:
-        run_state, now_ms = self.run_state, self.run_state.clock.now_ms()
-        updates = [(attempt, answer, now_ms) for attempt, answer in zip(open_task.task.attempts, answers, strict=True)]
-        states = await self.ledger_writer.submit(
-            transitions.settle_bulk_task, updates, run_state.execution_id, self._max_attempts(open_task), credits_
-        )
-        self._count_settled(states, credits_)
-
-    def _max_attempts(self, open_task: OpenTask) -> int:
-        """Return how often the request of a task is sent at most: by the step that sent it."""
-        return self.config.max_attempts_by_step.get(open_task.task.step, self.config.max_attempts)
-
-    def _count_settled(self, states: list[State], credits_: int | None) -> None:
-        self.run_state.open_tasks -= 1
-        self.run_state.counters.spent += credits_ or 0
+    async def _settle(self, open_task: OpenTask, answers: list[Answer], credits_: int | None) -> None:
+        """Store the answers of a task's requests, and count them. `credits_` is the price of the whole task."""
+        run_state, task, now_ms = self.run_state, open_task.task, self.run_state.clock.now_ms()
+        updates = [(attempt, answer, now_ms) for attempt, answer in zip(task.attempts, answers, strict=True)]
+        # A request is sent as often as the step allows that sent it.
+        max_attempts = self.config.max_attempts_by_step.get(task.step, self.config.max_attempts)
+        run = run_state.execution_id, max_attempts
+        if task.bulk_task_id is None:
+            states = await self.ledger_writer.submit_batch(transitions.settle, updates, *run)
+        else:
+            states = await self.ledger_writer.submit(transitions.settle_bulk_task, updates, *run, credits_)
+        run_state.open_tasks -= 1
+        run_state.counters.spent += credits_ or 0
         for state, requests in Counter(states).items():
             if state is not State.PENDING:
-                self.run_state.counters.count_settled(state, requests)
+                run_state.counters.count_settled(state, requests)
 
     def _poll_again(self, open_task: OpenTask, seconds: float) -> None:
         """Poll again later, unless the task is older than `patience_s`."""

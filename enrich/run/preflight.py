@@ -123,10 +123,10 @@ class LedgerBinding(Struct, frozen=True):
     fields of the job's columns that answers have although the description does not name them.
     """
 
-    bound_to: Mapping[str, str | None]
-    description: Description | None
-    providers: list[int] | None
-    answered: frozenset[str]
+    bound_to: Mapping[str, str | None] = {}
+    description: Description | None = None
+    providers: list[int] | None = None
+    answered: frozenset[str] = frozenset()
 
 
 def read_binding(ledger: Database, job: Job) -> LedgerBinding:

@@ -64,8 +64,6 @@ class WorkConfig(Struct, frozen=True):
     step: str | None = None
     #: `max_attempts` of each step of the job, for the tasks that another step has sent.
     max_attempts_by_step: Mapping[str, int] = {}
-    #: Number of workers that share the queue and the limit of POSTs in flight.
-    workers: int = 1
 
 
 @dataclass(slots=True)
@@ -356,6 +354,11 @@ class RunState:
         self._posts_throttled_since = None
         self.circuit_breaker.record_success()
         self.record_success()
+
+    def record_post_failed(self, error: EnrichError) -> None:
+        """Record a POST without a clear answer, or without any."""
+        self.circuit_breaker.record_failure(self.clock.monotonic())
+        self.record_failure(error)
 
     def post_pause_s(self, now: float) -> float | None:
         """Return for how many seconds a 429 pauses POSTs; None: it does not. Stops submitting after an outage."""

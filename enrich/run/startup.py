@@ -182,7 +182,8 @@ async def run_preflight(startup: Startup) -> None:
     if options.workspace_renamed and workspace is not None:
         await context.ledger_writer.submit(bindings.rename_workspace, workspace)
     if startup.files is not None:
-        startup.files = with_steps(context, startup.files, result)
+        step_rows = make_step_rows(startup.files.job_input, context.ledger, result, options)
+        startup.files = replace(startup.files, step_rows=step_rows)
     startup.context = replace(context, preflight=result)
     most = await context.ledger_writer.submit(planned_cost, job, options.plan, result)
     steps = zip(job.steps, result.steps, strict=True)
@@ -194,18 +195,11 @@ async def run_preflight(startup: Startup) -> None:
     startup.context = replace(startup.context, budgets=budgets)
 
 
-def with_steps(context: RunContext, files: RunFiles, result: Preflight) -> RunFiles:
-    """Check the input against the columns of the job and of its steps. Raises JobError for a wrong one."""
-    if not context.job.step_jobs:
-        files.job_input.check_new_columns(result.template)
-        return files
-    step_rows = make_step_rows(files.job_input, context.ledger, result, context.options)
-    return replace(files, step_rows=step_rows)
-
-
-def make_step_rows(job_input: JobInput, ledger: Database, result: Preflight, options: RunOptions) -> StepRows:
-    """Check the input against the columns of the job and of its steps. Raises JobError for a wrong one."""
+def make_step_rows(job_input: JobInput, ledger: Database, result: Preflight, options: RunOptions) -> StepRows | None:
+    """Check the input against the columns of the job and of its steps. None: the job has no steps. Raises JobError."""
     job_input.check_new_columns(result.template)
+    if not job_input.job.step_jobs:
+        return None
     steps = make_steps(job_input.job, job_input, [step.template for step in result.steps])
     is_limited = not options.limit is options.sample is None
     leads = LeadSelection(options.limit, options.sample, options.seed) if is_limited else None

@@ -91,7 +91,7 @@ def begin_steps(rows: StepRows) -> None:
     if caps is not None:
         rows.capped[:] = capped_rows(rows.job_input, caps, begun)
     if leads is not None:
-        leads.mark_begun(begun)
+        leads.begun = begun
 
 
 def find_begun_leads(rows: StepRows) -> bytearray:

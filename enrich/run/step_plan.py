@@ -32,7 +32,7 @@ from enrich.run.plan import format_cost
 from enrich.run.preflight import Preflight
 from enrich.run.step_batch import StepBatch, StepTables
 from enrich.run.step_rows import StepRows
-from enrich.run.terminal_text import wrap_parts
+from enrich.run.terminal_text import pad, wrap_parts
 
 
 @dataclass(slots=True)
@@ -256,16 +256,14 @@ def format_steps_plan(plan: StepsPlan, next_lines: Sequence[str] = ()) -> Iterat
     yield from wrap_parts(parts, " · ")
     yield f"  {'step':<14}{'certain':>9}{'at most':>9}{'likely':>9}{'price':>11}{'max credits':>13}"
     for forecast in plan.steps:
-        name = forecast.step.job.step
         likely = "-" if forecast.likely is None else f"{forecast.likely:,.0f}"
         no_price = "unknown" if forecast.step.template.priced_by is None else "by row"
         price = no_price if forecast.worst_price is None else f"{to_credits(forecast.worst_price):,.15g}"
         maximum = no_price if forecast.cost.maximum is None else f"{forecast.cost.maximum:,.2f}"
         cap = forecast.step.job.step_max_credits
         capped = "" if cap is None else f"  cap {cap:,.15g}"
-        short = name if len(name) < 14 else f"{name[:12]}…"  # noqa: PLR2004 - the width of the column
         numbers = f"{forecast.to_submit:>9,}{forecast.at_most:>9,}{likely:>9}{price:>11}{maximum:>13}"
-        yield f"  {short:<14}{numbers}{capped}"
+        yield f"  {pad(forecast.step.job.step, 14)}{numbers}{capped}"
     yield from (f"Note: {note}" for note in plan.notes)
     yield from next_lines
 

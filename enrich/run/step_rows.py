@@ -18,7 +18,7 @@ from enrich.job.steps import STEP_FIELDS, step_column
 from enrich.ledger import queries, step_results
 from enrich.ledger.database import Database
 from enrich.ledger.step_results import StepResult
-from enrich.models import RequestResult, RowStatus, result_columns
+from enrich.models import RowStatus, result_columns
 from enrich.rows.job_input import JobInput
 from enrich.rows.job_steps import RowFacts, Step, StepDecision, decide, row_status
 from enrich.rows.requests import FORGOTTEN_REASON, InputRows, RequestBuilder, RowBatch
@@ -36,8 +36,8 @@ from enrich.run.step_batch import (
 
 
 @dataclass(slots=True)
-class _Progress:
-    """A batch on its way through the steps.
+class _BatchState:
+    """A batch between two steps.
 
     `selected`: the job's own conditions hold. `capped` rows take part in no step, `forgotten` ones send nothing new.
     `frame` and `text` are the table that the next step reads. `values` has what was found for each column so far.
@@ -51,7 +51,10 @@ class _Progress:
     frame: pl.DataFrame
     text: pl.DataFrame
     values: dict[str, pl.Series] = field(default_factory=dict)
+    #: Of each step so far: its decisions, its results, and the table that it has read.
     step_batches: list[StepBatch] = field(default_factory=list)
+    joined: list[JoinedStep] = field(default_factory=list)
+    tables: list[pl.DataFrame] = field(default_factory=list)
     forgotten: set[int] = field(default_factory=set)
 
     def is_known(self, job: Job, column: str) -> list[bool]:
@@ -78,48 +81,45 @@ class StepRows(Struct, frozen=True):
     def joined_batches(self, check_stopped: Callable[[], None] = lambda: None) -> Iterator[JoinedBatch]:
         """Read the input once. Yield each batch with the cells of all steps. A price is shown once."""
         step_results.begin_bill(self.ledger)
-        builders = self._builders(len(self.steps))
-        for progress in self._frames():
-            check_stopped()
-            joined = [
-                self._advance(progress, step, builder, bill=True)
-                for step, builder in zip(self.steps, builders, strict=True)
-            ]
-            batch = replace(progress.step_batches[0].batch, frame=progress.input_frame)
-            yield JoinedBatch(batch, joined, row_cells(self.job_input.job, progress.values, progress.text, joined))
+        for state in self._states_after(len(self.steps), check_stopped, bill=True):
+            batch = replace(state.step_batches[0].batch, frame=state.input_frame)
+            cells = row_cells(self.job_input.job, state.values, state.text, state.joined)
+            yield JoinedBatch(batch, state.joined, cells)
 
     def step_batches(
         self, number: int, queue_order: pl.Series | None = None, *, limited: bool = True
     ) -> Iterator[StepBatch]:
         """Read the input once. Yield each batch as it is in a step, `limited` to the leads of the run."""
-        *builders, last = self._builders(number + 1)
-        for progress in self._frames():
-            for step, builder in zip(self.steps, builders, strict=False):
-                self._advance(progress, step, builder)
+        step = self.steps[number]
+        builder = step.job_input.request_builder(step.template)
+        for state in self._states_after(number):
             order = None
             if queue_order is not None:
-                order = order_of_rows(queue_order, progress.first_position, progress.text.height)
-            yield self._decide(progress, self.steps[number], last, order, limited=limited)
+                order = order_of_rows(queue_order, state.first_position, state.text.height)
+            yield self._decide(state, step, builder, order, limited=limited)
 
     def step_tables(self) -> Iterator[StepTables]:
         """Read the input once. Yield each batch as it is in every step, with the table that the step reads."""
-        builders = self._builders(len(self.steps))
-        for progress in self._frames():
-            steps = []
-            for step, builder in zip(self.steps, builders, strict=True):
-                text = progress.text
-                self._advance(progress, step, builder)
-                steps.append((progress.step_batches[-1], text))
-            yield StepTables(progress.input_frame, progress.text, steps)
+        for state in self._states_after(len(self.steps)):
+            yield StepTables(state.input_frame, state.text, list(zip(state.step_batches, state.tables, strict=True)))
 
     def status_column(self, number: int) -> str:
         """Return the column with the status of a step."""
         return step_column(self.steps[number].job.step, "status")
 
-    def _builders(self, number: int) -> list[RequestBuilder]:
-        return [step.job_input.request_builder(step.template) for step in self.steps[:number]]
+    def _states_after(
+        self, steps: int, check_stopped: Callable[[], None] = lambda: None, *, bill: bool = False
+    ) -> Iterator[_BatchState]:
+        """Read the input once. Yield each batch after the first `steps`."""
+        builders = [(step, step.job_input.request_builder(step.template)) for step in self.steps[:steps]]
+        for state in self._first_states():
+            check_stopped()
+            for step, builder in builders:
+                self._advance(state, step, builder, bill=bill)
+            yield state
 
-    def _frames(self) -> Iterator[_Progress]:
+    def _first_states(self) -> Iterator[_BatchState]:
+        """Read the input once. Yield each batch before the first step."""
         own = [place for place, name in enumerate(self.job_input.header) if name in self.job_input.schema]
         sent = self.job_input.identifying_columns
         max_rows = queries.max_rows_per_batch(self.ledger, len(self.steps))
@@ -130,62 +130,63 @@ class StepRows(Struct, frozen=True):
             capped_rows = [row for row, is_capped in enumerate(capped) if is_capped]
             own_text = text.select(pl.nth(own))
             names = identities(own_text, sent)
-            yield _Progress(first_position, input_frame, selected, capped_rows, names, input_frame, own_text)
+            yield _BatchState(first_position, input_frame, selected, capped_rows, names, input_frame, own_text)
 
-    def _advance(self, progress: _Progress, step: Step, builder: RequestBuilder, *, bill: bool = False) -> JoinedStep:
+    def _advance(self, state: _BatchState, step: Step, builder: RequestBuilder, *, bill: bool) -> None:
         """Add a step's columns to the table that the next step reads."""
-        step_batch = self._decide(progress, step, builder)
+        step_batch = self._decide(state, step, builder)
         joined = join_step(self.ledger, step, step_batch, bill=bill)
         new = []
         for name in step.template.columns:
             # The first value found stays.
             # Unnamed: polars would take a name such as `^a.*$` for a pattern.
             found = joined.cells[name].alias("")
-            if (values := progress.values.get(name)) is not None:
+            if (values := state.values.get(name)) is not None:
                 before = values.alias("")
                 joined.cells[name] = found.set(before.is_not_null(), None).alias(name)
                 found = before.fill_null(found)
-            progress.values[name] = found.alias(name)
+            state.values[name] = found.alias(name)
             if name in self.job_input.schema:
-                new.append(merge_cells(self.job_input.job, progress.input_frame.get_column(name), found))
+                new.append(merge_cells(self.job_input.job, state.input_frame.get_column(name), found))
             else:
                 new.append(found.fill_null("").alias(name))
         new.append(joined.cells["enrich_status"].alias(step_column(step.job.step, "status")))
         text = list(map(as_text, new))
         # A list, object or boolean that a step found is left out of params, as one in the input is.
-        progress.frame = progress.frame.with_columns(map(json_where_no_text, text))
-        progress.text = progress.text.with_columns(text)
-        progress.step_batches.append(step_batch)
-        return joined
+        state.tables.append(state.text)
+        state.frame = state.frame.with_columns(map(json_where_no_text, text))
+        state.text = state.text.with_columns(text)
+        state.step_batches.append(step_batch)
+        state.joined.append(joined)
 
     def _decide(
         self,
-        progress: _Progress,
+        state: _BatchState,
         step: Step,
         builder: RequestBuilder,
         order: list[int] | None = None,
         *,
         limited: bool = True,
     ) -> StepBatch:
-        earlier, text = progress.step_batches, progress.text
-        unsent = self._lacking(progress, step) | dict.fromkeys(progress.forgotten, FORGOTTEN_REASON)
+        earlier, text = state.step_batches, state.text
+        unsent = self._lacking(state, step) | dict.fromkeys(state.forgotten, FORGOTTEN_REASON)
         selected = step.job_input.selected_rows(text) & ~_rows_as_mask(unsent, text.height)
         ready = pl.repeat(value=True, n=text.height, eager=True)
         for number in step.depends_on:
             ready &= pl.Series(earlier[number].final, dtype=pl.Boolean)
         rows = InputRows(
-            progress.first_position,
-            progress.frame,
+            state.first_position,
+            state.frame,
             text,
-            progress.selected & ~_rows_as_mask(progress.capped, text.height),
+            state.selected & ~_rows_as_mask(state.capped, text.height),
             step.job_input.suppressed_rows(text),
             order,
         )
         batch = builder.build_batch(rows, counted=selected & ready)
-        for row in progress.capped:
+        for row in state.capped:
             batch.errors[row] = CAPPED_REASON
         # No step looks a forgotten person up again.
-        progress.forgotten |= {row for row, reason in enumerate(batch.errors) if reason == FORGOTTEN_REASON}
+        state.forgotten |= {row for row, reason in enumerate(batch.errors) if reason == FORGOTTEN_REASON}
         known = step_results.find_results(self.ledger, [name for name in batch.fingerprints if name is not None])
         results = [None if name is None else known.get(name) for name in batch.fingerprints]
         blank_from_step = _blank_from_step(step, batch)
@@ -196,7 +197,7 @@ class StepRows(Struct, frozen=True):
                 [status is RowStatus.INVALID for status in batch.statuses],
                 blank_from_step,
                 selected.to_list(),
-                self._was_sent(progress, step, batch, (selected & ready).to_list(), ready.to_list(), results),
+                self._was_sent(state, step, batch, (selected & ready).to_list(), ready.to_list(), results),
                 ready.to_list(),
                 strict=True,
             )
@@ -204,31 +205,31 @@ class StepRows(Struct, frozen=True):
         requesting_rows = [row for row, decision in enumerate(decisions) if decision is StepDecision.SEND]
         if self.leads is not None and limited:
             # What the run must not send is as if it waited: only what the ledger has counts.
-            may_send = self.leads.may_send(progress.first_position, results)
+            may_send = self.leads.may_send(state.first_position, results)
             for row, decision in enumerate(decisions):
                 if decision is StepDecision.SEND and not may_send[row]:
                     decisions[row] = StepDecision.WAIT if results[row] is None else StepDecision.KEEP
-        return decided_batch(batch, decisions, results, requesting_rows, unsent, progress.identities)
+        return decided_batch(batch, decisions, results, requesting_rows, unsent, state.identities)
 
-    def _lacking(self, progress: _Progress, step: Step) -> dict[int, str]:
+    def _lacking(self, state: _BatchState, step: Step) -> dict[int, str]:
         """Return the rows that need a result which was purged, and say so.
 
         What was found is not known then. Nor is what a step would have found that was left out for this reason.
         """
         unknown: dict[str, dict[int, str]] = {}
         for number in sorted(step.depends_on):
-            earlier, name = progress.step_batches[number], self.steps[number].job.step
+            earlier, name = state.step_batches[number], self.steps[number].job.step
             reason = f"the result of `{name}` was purged"
             lost = {**dict.fromkeys(earlier.purged_rows(), reason), **earlier.unsent}
             for column in self.steps[number].template.columns if lost else ():
-                known = progress.is_known(self.job_input.job, column)
+                known = state.is_known(self.job_input.job, column)
                 unknown.setdefault(column, {}).update({row: why for row, why in lost.items() if not known[row]})
             unknown[self.status_column(number)] = {**earlier.unsent}
         unknown = {name: rows for name, rows in unknown.items() if rows and name in step.earlier_columns}
         if not unknown:
             return {}
-        text = progress.text.with_columns(
-            progress.text.get_column(name).set(_rows_as_mask(rows, progress.text.height), None)
+        text = state.text.with_columns(
+            state.text.get_column(name).set(_rows_as_mask(rows, state.text.height), None)
             for name, rows in unknown.items()
         )
         may_be_selected = step.job_input.selected_rows(text, unknown=True)
@@ -236,7 +237,7 @@ class StepRows(Struct, frozen=True):
 
     def _was_sent(  # noqa: PLR0913, PLR0917 - what is known of a batch
         self,
-        progress: _Progress,
+        state: _BatchState,
         step: Step,
         batch: RowBatch,
         selected: Sequence[bool],
@@ -253,7 +254,7 @@ class StepRows(Struct, frozen=True):
             for row, (is_sent, is_selected) in enumerate(zip(sent, selected, strict=True))
             if is_sent and not is_selected
         ]
-        recorded = find_recorded_rows(self.ledger, step.job, batch.fingerprints, rows, progress.identities)
+        recorded = find_recorded_rows(self.ledger, step.job, batch.fingerprints, rows, state.identities)
         for row in rows:
             if (known := recorded.get(row)) is None:
                 sent[row] = False
@@ -311,20 +312,18 @@ def _blank_from_step(step: Step, batch: RowBatch) -> list[bool]:
 def join_step(ledger: Database, step: Step, step_batch: StepBatch, *, bill: bool) -> JoinedStep:
     """Join the rows of a batch with the answers of a step."""
     batch = step_batch.batch
-    first_rows: dict[bytes, int] = {}
-    for row, name in enumerate(batch.fingerprints):
-        if name is not None and step_batch.results[row] is not None:
-            first_rows.setdefault(name, row)
-    known = {result.request_id for result in step_batch.results if result is not None}
+    first_rows: dict[bytes, tuple[int, StepResult]] = {}
+    rows = zip(batch.fingerprints, step_batch.results, strict=True)
+    for position, (name, found) in enumerate(rows, batch.first_position):
+        if name is not None and found is not None:
+            first_rows.setdefault(name, (position, found))
+    known = {found.request_id for _, found in first_rows.values()}
     billed = step_results.add_to_bill(ledger, known) if bill and known else set()
-    results: list[RequestResult] = []
-    places: dict[bytes, int] = {}
-    for name, row in first_rows.items():
-        found = step_batch.results[row]
-        assert found is not None  # noqa: S101 - only such rows are listed
-        places[name] = len(results)
-        is_first = int(found.request_id in billed)
-        results.append(found.result._replace(position=batch.first_position + row, first=is_first))
+    results = [
+        found.result._replace(position=position, first=int(found.request_id in billed))
+        for position, found in first_rows.values()
+    ]
+    places = {name: place for place, name in enumerate(first_rows)}
     named = name_source(step.template, result_columns(results))
     indexes = [None if name is None else places.get(name) for name in batch.fingerprints]
     cells = new_cells(batch, named, pl.Series(indexes, dtype=pl.UInt32), step.template.columns)

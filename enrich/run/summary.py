@@ -328,13 +328,12 @@ def format_steps(steps: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         return
     yield f"  {'step':<{_NAME_WIDTH}}{'found':>9}{'no match':>9}{'filtered':>9}{'other':>9}{'sent':>9}{'credits':>12}"
     for step in steps:
-        name = step["name"] if len(step["name"]) < _NAME_WIDTH else step["name"][: _NAME_WIDTH - 2] + "…"
         shown = [step[status.value] for status in _SHOWN_STATUSES]
         others = [step[status.value] for status in RowStatus if status not in _SHOWN_STATUSES]
         cells = ["-" if number is None else f"{number:,}" for number in shown]
         cells.append("-" if None in others else f"{sum(others):,}")
         numbers = "".join(f"{cell:>9}" for cell in [*cells, f"{step['submitted']:,}"])
-        yield f"  {name:<{_NAME_WIDTH}}{numbers}{format_credits(step['credits_spent']):>12}"
+        yield f"  {pad(step['name'], _NAME_WIDTH)}{numbers}{format_credits(step['credits_spent']):>12}"
     for step in steps:
         if counts := [f"{step[name]:,} {name}" for name in (RowStatus.FAILED, RowStatus.EXPIRED) if step[name]]:
             yield f"  {step['name']}: {', '.join(counts)}"

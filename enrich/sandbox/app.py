@@ -26,15 +26,11 @@ class _RunBody(_StrictBody):
     email_verifier: StrictInt | None = None
 
 
-class SingleRunBody(_RunBody):
-    """The body of `run`."""
-
+class _SingleRunBody(_RunBody):
     params: dict[str, Any]
 
 
-class BulkRunBody(_RunBody):
-    """The body of `bulk-run`."""
-
+class _BulkRunBody(_RunBody):
     params: list[dict[str, Any]] = Field(min_length=1)
 
 
@@ -42,16 +38,12 @@ class _Pagination(_StrictBody):
     pages: StrictInt = Field(1, ge=1, le=MAX_PAGES)
 
 
-class EnrichmentBody(_StrictBody):
-    """The body of an enrichment's `run`."""
-
+class _EnrichmentBody(_StrictBody):
     params: dict[str, Any]
     pagination: _Pagination | None = None
 
 
-class BulkEnrichmentBody(_StrictBody):
-    """The body of an enrichment's `bulk-run`."""
-
+class _BulkEnrichmentBody(_StrictBody):
     params: list[dict[str, Any]] = Field(min_length=1)
     pagination: _Pagination | None = None
 
@@ -162,12 +154,12 @@ async def _waterfall(context: Authorized, identifier: str) -> Response:
 
 
 @_APP.post("/v1/waterfalls/{identifier}/run")
-async def _run(context: Authorized, identifier: str, body: SingleRunBody, request: Request) -> Response:
+async def _run(context: Authorized, identifier: str, body: _SingleRunBody, request: Request) -> Response:
     return _submit(context, _cascade(context, identifier, body), body.params, request)
 
 
 @_APP.post("/v1/waterfalls/{identifier}/bulk-run")
-async def _bulk_run(context: Authorized, identifier: str, body: BulkRunBody, request: Request) -> Response:
+async def _bulk_run(context: Authorized, identifier: str, body: _BulkRunBody, request: Request) -> Response:
     return _submit(context, _cascade(context, identifier, body), body.params, request)
 
 
@@ -195,12 +187,12 @@ async def _enrichment(context: Authorized, number: int) -> Response:
 
 
 @_APP.post("/v1/enrichments/{number}/run")
-async def _run_enrichment(context: Authorized, number: int, body: EnrichmentBody, request: Request) -> Response:
+async def _run_enrichment(context: Authorized, number: int, body: _EnrichmentBody, request: Request) -> Response:
     return _submit(context, _enrichment_call(context, number, body.pagination), body.params, request)
 
 
 @_APP.post("/v1/enrichments/{number}/bulk-run")
-async def _bulk_enrichment(context: Authorized, number: int, body: BulkEnrichmentBody, request: Request) -> Response:
+async def _bulk_enrichment(context: Authorized, number: int, body: _BulkEnrichmentBody, request: Request) -> Response:
     return _submit(context, _enrichment_call(context, number, body.pagination), body.params, request)
 
 
@@ -243,7 +235,7 @@ async def _audit(context: Context, *, runs: Annotated[bool, Query()] = True) -> 
 
 @_APP.post("/__advance")
 async def _advance(context: Context, seconds: Annotated[float, Body(embed=True, ge=0)]) -> dict[str, float]:
-    return {"now": context.databar.advance(seconds), "offset": context.databar.clock.offset}
+    return context.databar.advance(seconds)
 
 
 @_APP.post("/__topup")

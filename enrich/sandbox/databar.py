@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from email.utils import formatdate
+from functools import lru_cache
 from typing import Any
 from uuid import uuid4
 
@@ -27,37 +28,32 @@ class ApiError(Exception):
 
 
 class Clock:
-    """The wall clock plus the seconds that `/__advance` added; offsets are in seconds."""
+    """The wall clock plus the seconds that `/__advance` added."""
 
-    def __init__(self, offset: float, date_offset: float) -> None:
-        self.offset = offset
+    def __init__(self, store: SandboxStore, date_offset: float) -> None:
+        self._store = store
         self._date_offset = date_offset
-        self._second = 0
-        self._date = b""
 
     def now(self) -> float:
         """Return the time in seconds since the epoch."""
-        return time.time() + self.offset
+        return time.time() + self._store.offset
 
-    def date(self) -> bytes:
-        """Return the `Date` header of the current second."""
-        second = int(self.now() + self._date_offset)
-        if second != self._second:
-            self._second = second
-            self._date = self.http_date(second).encode()
-        return self._date
+    def date(self, ahead_s: float = 0.0) -> str:
+        """Return the `Date` header of now, or of a moment `ahead_s` seconds later."""
+        return _http_date(int(self.now() + self._date_offset + ahead_s))
 
-    @staticmethod
-    def http_date(seconds: float) -> str:
-        """Format a time (seconds since the epoch) as an HTTP date."""
-        return formatdate(seconds, usegmt=True)
+
+@lru_cache(maxsize=1)
+def _http_date(second: int) -> str:
+    """Format a time (seconds since the epoch) as an HTTP date. Many responses have the same."""
+    return formatdate(second, usegmt=True)
 
 
 class Databar:
     """The service behind the API routes."""
 
     def __init__(self, store: SandboxStore, settings: SandboxSettings) -> None:
-        self.clock = Clock(store.offset, settings.date_offset)
+        self.clock = Clock(store, settings.date_offset)
         self._store = store
         self._settings = settings
         self._latency = parse_latency(settings.latency)
@@ -140,7 +136,7 @@ class Databar:
         )
         return run, reply.steps
 
-    def poll(self, task_id: str, *, partial: bool = False) -> bytes:
+    def poll(self, task_id: str, *, partial: bool) -> bytes:
         """Return the current body of a task."""
         task, now = self._task(task_id), self.clock.now()
         if self._renderer.is_expired(task, now):
@@ -197,11 +193,10 @@ class Databar:
         for seller_id, price in prices.items():
             self._store.set_price(seller_id, price)
 
-    def advance(self, seconds: float) -> float:
-        """Move the clock forward permanently; return the new time."""
-        self.clock.offset += seconds
-        self._store.set_offset(self.clock.offset)
-        return self.clock.now()
+    def advance(self, seconds: float) -> dict[str, float]:
+        """Move the clock forward permanently; return the new time, and all seconds that were added so far."""
+        self._store.set_offset(self._store.offset + seconds)
+        return {"now": self.clock.now(), "offset": self._store.offset}
 
     def audit(self, *, runs: bool) -> dict[str, Any]:
         """Settle the runs that are due, then return what was accepted and charged."""

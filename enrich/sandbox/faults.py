@@ -152,7 +152,9 @@ class FaultInjector:
     def __init__(self, faults: Iterable[Fault], seed: int) -> None:
         self.applied_counts: Counter[str] = Counter()
         self._seed = seed
-        self._random_faults = [(number, fault, Counter[str]()) for number, fault in enumerate(faults)]
+        self._random_faults = list(faults)
+        #: The matching requests so far, by the place of the fault.
+        self._requests: Counter[int] = Counter()
         self._injected: deque[Fault] = deque()
 
     def inject(self, fault: Fault, times: int) -> None:
@@ -186,13 +188,13 @@ class FaultInjector:
 
     def _draw_random(self, endpoint: str) -> Fault | None:
         drawn = None
-        for number, fault, seen in self._random_faults:
+        for place, fault in enumerate(self._random_faults):
             if fault.applies_to(endpoint):
-                seen["requests"] += 1
-                if self._random_number(number, seen["requests"]) < fault.probability:
+                self._requests[place] += 1
+                if self._random_number(place, self._requests[place]) < fault.probability:
                     drawn = drawn or fault
         return drawn
 
-    def _random_number(self, number: int, request: int) -> float:
-        digest = blake2b(f"{self._seed} {number} {request}".encode(), digest_size=8).digest()
+    def _random_number(self, place: int, request: int) -> float:
+        digest = blake2b(f"{self._seed} {place} {request}".encode(), digest_size=8).digest()
         return int.from_bytes(digest) / 2**64

@@ -84,16 +84,15 @@ def endpoint_of(method: str, path: str) -> str:
 class TokenBucket:
     """A token bucket: `rate` requests per second, `burst` at once."""
 
-    def __init__(self, rate: float, burst: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, rate: float, burst: int) -> None:
         self._rate = rate
         self._burst = max(1, burst)
-        self._clock = clock
         self._tokens = float(self._burst)
-        self._updated_at = clock()
+        self._updated_at = time.monotonic()
 
     def try_consume(self) -> bool:
         """Take a token; False when none is left."""
-        now = self._clock()
+        now = time.monotonic()
         self._tokens = min(self._burst, self._tokens + (now - self._updated_at) * self._rate)
         self._updated_at = now
         if self._tokens < 1:
@@ -138,7 +137,7 @@ class FaultMiddleware:
         async def send_with_date(message: Message) -> None:
             if message["type"] == "http.response.start":
                 if all(name != b"date" for name, _ in message["headers"]):  # a fault may have set another date
-                    message["headers"] = [*message["headers"], (b"date", self._clock.date())]
+                    message["headers"] = [*message["headers"], (b"date", self._clock.date().encode())]
                 if endpoint and message["status"] != OK:
                     self.requests[str(message["status"])] += 1
             await send(message)
@@ -190,8 +189,8 @@ class FaultMiddleware:
             case "rate-limit":
                 await _reply(send, 429, _TOO_MANY, _retry_after(fault.params["retry_after"]))
             case "rate-limit-date":
-                moment = self._clock.now() + self._settings.date_offset + float(fault.params["retry_after"])
-                await _reply(send, 429, _TOO_MANY, _retry_after(Clock.http_date(moment)))
+                moment = self._clock.date(float(fault.params["retry_after"]))
+                await _reply(send, 429, _TOO_MANY, _retry_after(moment))
             case "error-before":
                 await _reply(send, int(fault.params["status"]), _ERROR)
             case "html":
@@ -214,8 +213,7 @@ class FaultMiddleware:
             case "other-success":
                 await _reply(send, int(fault.params["status"]), body)
             case "wrong-date":
-                moment = self._clock.now() + self._settings.date_offset + fault.seconds()
-                headers = [(b"date", Clock.http_date(moment).encode())]
+                headers = [(b"date", self._clock.date(fault.seconds()).encode())]
                 age = [(b"age", str(fault.params["age"]).encode())] if fault.params["age"] else []
                 await _reply(send, OK, body, headers + age)
             case "gzip-bomb":

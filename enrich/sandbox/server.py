@@ -44,7 +44,7 @@ def serve_in_thread(state: Path, settings: SandboxSettings = DEFAULTS, port: int
             thread.join()
 
 
-def serve(state: Path, settings: SandboxSettings = DEFAULTS, port: int = 0) -> None:
+def serve(state: Path, settings: SandboxSettings, port: int) -> None:
     """Serve in the foreground until SIGTERM or SIGINT; prints URL and key on stdout once it listens."""
     with _bind(port) as listener, closing(SandboxStore(state, money.to_micros(settings.balance))) as store:
 

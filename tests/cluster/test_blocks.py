@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import pickle
 import signal
@@ -111,12 +110,14 @@ def begin_enrollment(
     folder: Path, ledger: CommittingLedger, selection: RequestSelection, environ: dict[str, str] | None = None
 ) -> Any:
     """Create the `SharedPass` that the blocks use."""
+    from ray import cloudpickle  # noqa: PLC0415 - as above
+
     from enrich.cluster.blocks import SharedPass  # noqa: PLC0415 - as above
 
     opening = partial(
         open_ledger_remotely, ledger.location, environ or {"PGPASSWORD": os.environ["PGPASSWORD"]}, folder / "seen"
     )
-    return SharedPass(TEMPLATE, selection, opening)
+    return SharedPass(TEMPLATE, selection, cloudpickle.dumps(opening))
 
 
 @cache
@@ -490,6 +491,8 @@ def test_enrollment_survives_database_restart(
 
 def test_missing_ledger_error(tmp_path: Path, ledger: CommittingLedger) -> None:
     """A missing ledger gives the same error and remedy as in one process."""
+    from ray import cloudpickle  # noqa: PLC0415 - as above
+
     from enrich.cluster.engine import enroll_on_ray  # noqa: PLC0415 - as above
 
     write_input_files(tmp_path)
@@ -497,7 +500,7 @@ def test_missing_ledger_error(tmp_path: Path, ledger: CommittingLedger) -> None:
     (tmp_path / "none").touch()
     opening = partial(open_ledger_remotely, tmp_path / "none" / "ledger.db", {})
     enrollment = begin_enrollment(tmp_path, ledger, RequestSelection())
-    broken = dataclasses.replace(enrollment, open_ledger=opening)
+    broken = replace(enrollment, open_ledger=cloudpickle.dumps(opening))
     with pytest.raises(EnrichError) as caught:
         enroll_on_ray(rows, broken, monitor_heartbeats())
     assert "ledger" in caught.value.message

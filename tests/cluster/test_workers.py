@@ -132,7 +132,6 @@ def run_pool(
         ("email",),
         3,
         60.0,
-        workers=3,
     )
     ledger_location = Server("postgresql://nowhere", "enrich", Path(), lease_s)
     access = ApiAccess("http://127.0.0.1", SecretStr("none"))

@@ -71,6 +71,16 @@ def test_keys_that_name_one_file(workspace: Workspace, api: SandboxApi, changed:
     assert api.audit()["accepted"] == 0
 
 
+@in_turn("name", ["out.csv", "new.csv"])
+def test_ledger_is_a_file_of_the_job(workspace: Workspace, api: SandboxApi, name: str) -> None:
+    """A new ledger is not created in place of the output or the input, which would stay."""
+    workspace.write_leads(make_leads(1))
+    command = ("run", "job.yaml", "--ledger", name, *(("--input", name) if name == "new.csv" else ()))
+    result = workspace.run_in_process(*command, api=api)
+    assert (result.exit_code, "are the same file" in result.stderr) == (2, True), result.stderr
+    assert [path.name for path in workspace.folder.glob(f"{name}*")] == []
+
+
 @in_turn("name", ["a.csv", "leads.csv", "never.csv", "rejects.csv", "page.html", ".enrich/job.db"])
 def test_log_file_is_a_file_of_the_job(job: Workspace, api: SandboxApi, name: str) -> None:
     """No line is written, and no file is left behind."""

@@ -319,6 +319,34 @@ def test_same_task_id_for_same_request(tmp_path: Path) -> None:
         assert scenario.statuses() == {"not_found": 1}
 
 
+STEPS_JOB = """\
+version: 1
+input: leads.csv
+output: out.csv
+steps:
+  - {name: email, waterfall: email_getter, params: {first_name: First Name, last_name: Last Name, company: Website},
+     columns: {work_email: email}}
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("job", [JOB, STEPS_JOB], ids=["job", "steps"])
+def test_price_of_result_that_came_again(tmp_path: Path, job: str) -> None:
+    """A result that the API returns again from its cache keeps its price: the file's sum is the bill."""
+    with make_scenario(
+        tmp_path,
+        lambda one: ProxyFault(ProxyFaultKind.FIRST_AFTER_POLL) if one.number > 1 and one.is_post else None,
+        leads=1,
+        job=job + "policy: {refresh: {found: 0d}}\n",
+        hit_rate=1.0,
+    ) as scenario:
+        api = dataclasses.replace(scenario.api, base_url=scenario.proxy.base_url)
+        first, second = [scenario.workspace.run_job(api, timing=TIMEOUTS) for _ in range(2)]
+        assert (second.submitted, second.credits_spent, second.found) == (1, 0, 1)
+        (row,) = scenario.workspace.read_output()
+        assert float(row["enrich_credits"]) == first.credits_spent > 0
+
+
 @pytest.mark.parametrize("bulk", [False, True])
 @pytest.mark.parametrize("status", first_quick(1, [201, 202, 203, 206, 299]))
 def test_any_2xx_with_task_id_is_accepted(tmp_path: Path, status: int, *, bulk: bool) -> None:

@@ -154,6 +154,19 @@ def test_output_permissions(tmp_path: Path, name: str) -> None:
     assert list(tmp_path.iterdir()) == [target]
 
 
+def test_folder_without_read_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that can be written but not listed is enough: the file is there, so no error says otherwise."""
+    real_open = os.open
+
+    def refuse_folder(path: Path, flags: int, mode: int = 0o777) -> int:
+        if Path(path) == tmp_path:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real_open(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", refuse_folder)
+    assert read_cells(write_output(tmp_path / "out.csv", ["x"])) == [["old", "new"], ["x", "x"]]
+
+
 def test_leftover_parts_are_removed(tmp_path: Path) -> None:
     """Leftover parts are removed whatever date the next output's name has; other files are untouched."""
     temporary_path(tmp_path / "out-2026-10-31.csv", "job").write_text("stale")
@@ -232,7 +245,8 @@ FORMULAS = [
     "+",
     "-2+3",
     "+49 30 1234 x",
-    "-5e3",
+    "-5e",
+    "-5e3+1",
 ]
 FORMULAS += ["\n=1+1", "\r\n+x", "\u200b=1", "\ufeff@x", "\uff1d1+1", "\uff20x", "\uff0bx", "\uff0dx", "\n\u2060-x"]
 FORMULAS += ["- item", "+1;=1", "+1\n=cmd()", "--5", "+(x)", "=", "-A1", "-5%"]
@@ -244,6 +258,8 @@ HARMLESS_CELLS = [
     "+49 (0)30/1234-5",
     "-5.25",
     "-1,000",
+    "-5e3",
+    "-1.5E-05",
 ]
 HARMLESS_CELLS += ["+1-202-555-0100", "5", "x=1", " =1", "a@b.c", "'=1", "ada", "", "1-2", "(1)", "null"]
 

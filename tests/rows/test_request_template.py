@@ -196,6 +196,7 @@ def test_null_keys_are_optional() -> None:
     assert (waterfall.available_enrichments[0].id, waterfall.email_verifiers) == (833, [])
     assert User.model_validate({"email": "x", "balance": None}).balance is None
     assert User.model_validate({"balance": "5.5", "workspace": "w"}).balance == "5.5"
+    assert [User.model_validate({"workspace": name}).workspace for name in ("", " ", {"name": ""}, {})] == [None] * 4
 
 
 def test_waterfall_json_roundtrip() -> None:

@@ -73,60 +73,56 @@ def check_clock(ahead_s: float | None) -> Finding:
 
 def check_balance(
     balance: int | None, min_balance: int | None, max_price: int | None, recent_spends: Sequence[int]
-) -> Iterator[Finding]:
+) -> Finding:
     """Check the balance (None: not reported) against the needs of the next run. All in millionths of a credit.
 
     `max_price` is the maximum price of one request. `recent_spends` are the amounts that the last runs spent.
     """
     if balance is None:
-        yield Finding("ok", "balance", "not reported by the API")
-        return
+        return Finding("ok", "balance", "not reported by the API")
     balance_text = f"{to_credits(balance):,.2f} credits"
     if balance < 0:
-        yield Finding("fail", "balance", f"{balance_text}: runs are refused", "top up", ExitCode.REFUSED)
-    elif min_balance is not None and balance < min_balance:
+        return Finding("fail", "balance", f"{balance_text}: runs are refused", "top up", ExitCode.REFUSED)
+    if min_balance is not None and balance < min_balance:
         least = f"limits.min_balance is {to_credits(min_balance):,.2f}"
-        yield Finding(
+        return Finding(
             "fail", "balance", f"{balance_text}, but {least}", "top up, or lower min_balance", ExitCode.REFUSED
         )
-    elif max_price is not None and balance - (min_balance or 0) < max_price:
+    if max_price is not None and balance - (min_balance or 0) < max_price:
         price = f"one request may cost {to_credits(max_price):,.2f}"
-        yield Finding("fail", "balance", f"{balance_text}, but {price}", "top up", ExitCode.REFUSED)
-    elif balance - (min_balance or 0) < max(recent_spends, default=0):
-        yield Finding(
+        return Finding("fail", "balance", f"{balance_text}, but {price}", "top up", ExitCode.REFUSED)
+    if balance - (min_balance or 0) < max(recent_spends, default=0):
+        return Finding(
             "warn",
             "balance",
             f"{balance_text}, less than the {to_credits(max(recent_spends)):,.2f} of a past run",
             "top up",
         )
-    else:
-        yield Finding("ok", "balance", balance_text)
+    return Finding("ok", "balance", balance_text)
 
 
-def check_cap(max_credits: int | None, max_price: int | None, executions: Sequence[ExecutionRow]) -> Iterator[Finding]:
+def check_cap(max_credits: int | None, max_price: int | None, executions: Sequence[ExecutionRow]) -> Finding:
     """Check the cap (millionths of a credit) against the last executions, which are rows of the ledger."""
     if max_credits is None:
-        yield Finding(
+        return Finding(
             "warn", "cap", "limits.max_credits is not set: a run can spend the whole balance", "set it in the job file"
         )
-        return
     cap_text = f"limits.max_credits is {to_credits(max_credits):,.2f}"
     stopped = sum(row.exit_code == ExitCode.CREDITS for row in executions)
     max_spent = max((row.spent for row in executions), default=0)
     if max_price is not None and max_credits < max_price:
         message = f"{cap_text}, but one request may cost {to_credits(max_price):,.2f}: nothing would be sent"
-        yield Finding("fail", "cap", message, "raise it, or choose cheaper `enrichments`", ExitCode.CREDITS)
-    elif stopped:
+        return Finding("fail", "cap", message, "raise it, or choose cheaper `enrichments`", ExitCode.CREDITS)
+    if stopped:
         message = (
             f"{cap_text}: {stopped} of the last {len(executions)} runs stopped for credits, with rows left pending"
         )
-        yield Finding("warn", "cap", message, "raise it if the backlog grows")
-    elif max_credits < max_spent:
-        yield Finding(
+        return Finding("warn", "cap", message, "raise it if the backlog grows")
+    if max_credits < max_spent:
+        return Finding(
             "warn", "cap", f"{cap_text}, but one of the last runs needed {to_credits(max_spent):,.2f}", "raise it"
         )
-    else:
-        yield Finding("ok", "cap", cap_text)
+    return Finding("ok", "cap", cap_text)
 
 
 def check_expiring_results(submitted_ms: Sequence[int], ttl_ms: int, now_ms: int, next_run_ms: int) -> Finding:

@@ -229,12 +229,10 @@ def _ledger_findings(
             make_budget(job, check.template, read_balance(live.user.balance))
         except EnrichError as error:
             yield error_finding("cap", error)
-    yield from checks.check_cap(to_micros(limits.max_credits), max_price, executions)
+    yield checks.check_cap(to_micros(limits.max_credits), max_price, executions)
     if live:
         spent = [row.spent for row in executions]
-        yield from checks.check_balance(
-            read_balance(live.user.balance), to_micros(limits.min_balance), max_price, spent
-        )
+        yield checks.check_balance(read_balance(live.user.balance), to_micros(limits.min_balance), max_price, spent)
 
 
 def _disk_findings(job: Job, context: DoctorContext, check: CheckResult) -> Iterator[Finding]:

@@ -42,7 +42,8 @@ class ColumnKind(Struct, frozen=True):
             return EXACT_HEADER
         if self.is_excluded(header):
             return 0
-        return 2 if any(_is_specific(name) and _is_sublist(name, header_words) for name in names) else 0
+        whole = f" {' '.join(header_words)} "
+        return 2 if any(_is_specific(name) and f" {' '.join(name)} " in whole for name in names) else 0
 
     def is_excluded(self, header: str) -> bool:
         """Whether a header has an excluding word that no header of this kind has."""
@@ -66,10 +67,6 @@ def _normalized(name: str) -> str:
 
 def _is_specific(name: Sequence[str]) -> bool:
     return len(name) > 1 or (len("".join(name)) >= _MIN_WORD_LENGTH and name != ("first",))
-
-
-def _is_sublist(part: Sequence[str], whole: Sequence[str]) -> bool:
-    return any(tuple(whole[at : at + len(part)]) == tuple(part) for at in range(len(whole) - len(part) + 1))
 
 
 FIRST_NAME = ColumnKind(

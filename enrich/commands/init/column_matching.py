@@ -109,7 +109,7 @@ class _Candidate(Struct, frozen=True):
 
     @property
     def is_plain(self) -> bool:
-        """Whether the header says so, and there are values."""
+        """Whether the header fits, and there are values."""
         return self.confidence != "a guess" and self.column.filled_count > 0
 
     @property
@@ -132,29 +132,23 @@ def match_columns(params: Sequence[str], columns: Sequence[Column]) -> dict[str,
     open_kinds = {
         param: COMPANY_NAME if kind is DOMAIN else kind for param, kind in kinds.items() if matches[param] is None
     }
-    candidates = [
-        (fit.score, -param_index, -column_index, param, fit)
-        for param_index, (param, kind) in enumerate(open_kinds.items())
-        for column_index, column in enumerate(columns)
-        if column.name and (fit := _make_candidate(kind, column, columns))
-    ]
+    candidates = [(param, fit) for param, kind in open_kinds.items() for fit in _ranked_candidates(kind, columns)]
+    candidates.sort(key=lambda each: -each[1].score)
     used_columns: set[str] = set()
-    chosen: dict[str, _Candidate] = {}
-    ranked = [(param, fit) for *_, param, fit in sorted(candidates, key=lambda each: each[:3], reverse=True)]
-    for param, fit in ranked:
-        if matches[param] is None and param not in chosen and fit.column.name not in used_columns:
+    fits: dict[str, list[_Candidate]] = {}
+    for param, fit in candidates:
+        if param not in fits and fit.column.name not in used_columns:
             used_columns.add(fit.column.name)
-            chosen[param] = fit
-    # What is left over supplies a param, too, where the header says so.
-    fits = {param: [fit] for param, fit in chosen.items()}
-    for param, fit in ranked:
-        if param in chosen and fit.column.name not in used_columns and fit.is_plain:
+            fits[param] = [fit]
+    # A column that is left over supplies a param, too, if its header fits.
+    for param, fit in candidates:
+        if param in fits and fit.column.name not in used_columns and fit.is_plain:
             used_columns.add(fit.column.name)
             fits[param].append(fit)
     for param, columns_of_param in fits.items():
         by_name = kinds[param] is DOMAIN
         more = "no column has the company's website" if by_name else None
-        confidence: Confidence = "a guess" if by_name else chosen[param].confidence
+        confidence: Confidence = "a guess" if by_name else columns_of_param[0].confidence
         matches[param] = _make_match(columns_of_param, open_kinds[param].transform, confidence, more)
     return matches
 
@@ -186,9 +180,11 @@ def _match_domain(columns: Sequence[Column]) -> ColumnMatch | None:
     fits += [fit for fit in (*sites[1:], *mails[1:]) if fit.is_plain]
     if not fits:
         return None
-    unique = {fit.column.name: fit for fit in reversed(fits)}
+    fit_of_column: dict[str, _Candidate] = {}
+    for fit in fits:
+        fit_of_column.setdefault(fit.column.name, fit)
     confidence = sites[0].confidence if sites else "a guess"
-    return _make_match([fit for fit in fits if unique[fit.column.name] is fit], DOMAIN.transform, confidence)
+    return _make_match(list(fit_of_column.values()), DOMAIN.transform, confidence)
 
 
 def _ranked_candidates(kind: ColumnKind, columns: Sequence[Column]) -> list[_Candidate]:

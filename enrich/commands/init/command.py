@@ -110,7 +110,7 @@ def _read_available(*, use_sandbox: bool, offline: bool) -> tuple[Sequence[Descr
 def _choose_waterfall(
     leads: Path, sample: Sample, identifier: str | None, *, use_sandbox: bool, offline: bool
 ) -> tuple[Description, str]:
-    """Return a waterfall and a text that names the source. Without an identifier, say which ones fit: JobError."""
+    """Return a waterfall and a text that names the source. Without an identifier, list those that fit: JobError."""
     available, source = _read_available(use_sandbox=use_sandbox, offline=offline)
     if identifier is not None:
         known = {each.identifier: each for each in available}
