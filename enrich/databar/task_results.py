@@ -144,7 +144,11 @@ def _unwrap_fields(data: object) -> Mapping[str, Any]:
     if "result" not in data or data.keys().isdisjoint(_RESULT_WRAPPER_KEYS):
         return data
     result = data["result"]
-    return result if isinstance(result, dict) else _name_result(result, data.get("result_field"))
+    if isinstance(result, dict):
+        return result
+    named = _name_result(result, data.get("result_field"))
+    # A value without a name is a field of the answer: a verifier may call its verdict `result`.
+    return named if named or is_blank(result) or "enrichment_data" in data else data
 
 
 def _name_result(result: object, names: object) -> Mapping[str, Any]:

@@ -257,8 +257,9 @@ def format_steps_plan(plan: StepsPlan, next_lines: Sequence[str] = ()) -> Iterat
     yield f"  {'step':<14}{'certain':>9}{'at most':>9}{'likely':>9}{'price':>11}{'max credits':>13}"
     for forecast in plan.steps:
         likely = "-" if forecast.likely is None else f"{forecast.likely:,.0f}"
-        price = "unknown" if forecast.worst_price is None else f"{to_credits(forecast.worst_price):,.15g}"
-        maximum = "unknown" if forecast.cost.maximum is None else f"{forecast.cost.maximum:,.2f}"
+        no_price = "unknown" if forecast.step.template.priced_by is None else "by row"
+        price = no_price if forecast.worst_price is None else f"{to_credits(forecast.worst_price):,.15g}"
+        maximum = no_price if forecast.cost.maximum is None else f"{forecast.cost.maximum:,.2f}"
         cap = forecast.step.job.step_max_credits
         capped = "" if cap is None else f"  cap {cap:,.15g}"
         numbers = f"{forecast.to_submit:>9,}{forecast.at_most:>9,}{likely:>9}{price:>11}{maximum:>13}"

@@ -374,6 +374,8 @@ VERIFIED = wrapper(
         ("1.email", [None, {"email": EMAIL}], EMAIL),
         ("0", [EMAIL], EMAIL),
         ("0.email", {"0": {"email": EMAIL}}, EMAIL),
+        ("result", {"email": EMAIL, "result": "deliverable", "steps": 2}, "deliverable"),
+        ("result", {"email": None, "result": None, "steps": []}, None),
         ("0.email", [wrapper({"0": {"email": EMAIL}})], EMAIL),
     ],
 )

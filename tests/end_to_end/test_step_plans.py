@@ -333,3 +333,14 @@ def test_plan_file_has_no_leads(people: Workspace, api: SandboxApi) -> None:
     text = (people.folder / "night.plan").read_text(encoding="utf-8")
     assert "company" not in text
     assert [len(target["providers"]) > 0 for target in json.loads(text)["ground"]["targets"]] == [True] * 2
+
+
+def test_price_that_depends_on_the_row(workspace: Workspace, api: SandboxApi) -> None:
+    """A price that is multiplied with a cell is known for each row, and not called unknown."""
+    step = "{name: people, enrichment: 60, params: {company_website: Website, limit: Title}, limits: {max_credits: 2}}"
+    workspace.write_job(f"version: 1\ninput: leads.csv\noutput: out.csv\nsteps:\n  - {step}\n")
+    workspace.write_leads([["", "", "a.example", "", "3", ""]], HEADER)
+    lines = workspace.run_in_process("plan", "job.yaml", api=api).stdout.splitlines()
+    assert [line.split()[4:] for line in lines if line.startswith("  people")] == [
+        ["by", "row", "by", "row", "cap", "2"]
+    ]
