@@ -62,6 +62,8 @@ class PlanSettings(JobSettings, total=False):
     max_credits: float | None
     #: Send these again, which costs again: `failed`, `expired`, `in_doubt`.
     retry: Collection[str]
+    #: Switch to the current default providers of the waterfall.
+    update_providers: bool
 
 
 class RunSettings(PlanSettings, total=False):
@@ -73,7 +75,6 @@ class RunSettings(PlanSettings, total=False):
     max_time: float | str | None
     #: Mark unconfirmed requests as failed.
     accept_in_doubt: bool
-    update_providers: bool
     workspace_renamed: bool
     #: Pay again for what another ledger or an earlier output has.
     new_ledger: bool
@@ -184,7 +185,6 @@ def _run(job_file: StrPath, stop: Future[None], **settings: Unpack[RunSettings])
         run_options = replace(
             selected,
             max_time_s=_seconds(settings.get("max_time")),
-            update_providers=settings.get("update_providers", False),
             workspace_renamed=settings.get("workspace_renamed", False),
             new_ledger=settings.get("new_ledger", False) or job.sandbox,
             spread=make_cluster_options(job, settings.get("engine"), settings.get("address"), settings.get("workers")),
@@ -226,8 +226,13 @@ def _selected(settings: PlanSettings) -> RunOptions:
     for name, value, least in (("limit", limit, 0), ("sample", sample, 1), ("max_credits", max_credits, 0)):
         if value is not None and not value >= least:
             raise JobError(f"`{name}` must be {least} or more, not {value}")
-    retry = _states(settings.get("retry", ()))
-    return RunOptions(limit=limit, sample=sample, seed=settings.get("seed", 0), retry=retry)
+    return RunOptions(
+        limit=limit,
+        sample=sample,
+        seed=settings.get("seed", 0),
+        retry=_states(settings.get("retry", ())),
+        update_providers=settings.get("update_providers", False),
+    )
 
 
 def _states(names: Collection[str]) -> frozenset[State]:

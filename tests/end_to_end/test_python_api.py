@@ -21,6 +21,7 @@ import enrich
 from enrich.ledger.lock import lock_ledger
 from enrich.run.poll_schedule import PollSchedule
 from enrich.run.run_state import Timeouts
+from tests.end_to_end.test_repeated_runs import set_default_providers
 from tests.support.cases import first_quick, in_turn
 from tests.support.program import ROOT
 from tests.support.raw_server import ReceivedRequest, Reply, http_reply, serve_replies
@@ -141,6 +142,14 @@ def test_a_saved_plan_is_followed(job_file: Path, workspace: Workspace) -> None:
     with pytest.raises(enrich.JobError, match="has its own"):
         enrich.run_job(job_file, plan=kept, limit=1)
     assert enrich.run_job(job_file, plan=kept).submitted == 3
+
+
+def test_a_plan_shows_the_price_of_new_providers(job_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `update_providers` a plan has the requests that a run with it would send."""
+    assert enrich.run_job(job_file).submitted == 6
+    set_default_providers(monkeypatch, 833, 113)
+    assert enrich.plan_job(job_file).to_submit == 0
+    assert enrich.plan_job(job_file, update_providers=True).to_submit == 6
 
 
 @in_turn(

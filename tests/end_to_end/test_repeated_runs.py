@@ -565,7 +565,8 @@ def test_shared_ledger(api: SandboxApi, workspace: Workspace) -> None:
 # The vendor's defaults
 
 
-def _set_default_providers(monkeypatch: pytest.MonkeyPatch, *enabled: int) -> None:
+def set_default_providers(monkeypatch: pytest.MonkeyPatch, *enabled: int) -> None:
+    """Make these the providers of the sandbox's waterfall that are enabled by default."""
     waterfall = WATERFALLS["email_getter"]
     providers = tuple(dataclasses.replace(provider, enabled=provider.id in enabled) for provider in waterfall.providers)
     monkeypatch.setitem(WATERFALLS, "email_getter", dataclasses.replace(waterfall, providers=providers))
@@ -582,7 +583,7 @@ def test_changed_provider_defaults_are_reported(
     """Keeps the stored provider defaults, because new ones would be charged again, until `--update-providers`."""
     workspace.write_leads(make_leads(3))
     workspace.run_job(api)
-    _set_default_providers(monkeypatch, 833, 113)
+    set_default_providers(monkeypatch, 833, 113)
     workspace.write_leads(make_leads(5))
 
     result = workspace.run_job(api)
@@ -607,7 +608,7 @@ def test_explicit_providers_ignore_default_changes(
     workspace.write_job(enrichments="[833]")
     workspace.write_leads(make_leads(2))
     workspace.run_job(api)
-    _set_default_providers(monkeypatch, 966)
+    set_default_providers(monkeypatch, 966)
 
     summary = workspace.run_job(api)
 
