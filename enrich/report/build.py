@@ -12,7 +12,7 @@ from itertools import pairwise
 from math import ceil
 from typing import Any
 
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 
 from enrich.databar.task_results import ParsedData, is_beside
 from enrich.errors import CommandRefused, EnrichError
@@ -372,4 +372,4 @@ def run_traffic(executions: Sequence[ExecutionRow]) -> Traffic | None:
     snapshot = None if execution is None else read_snapshot(execution.progress)
     if execution is None or snapshot is None or not any(snapshot.traffic.totals()):
         return None
-    return Traffic(execution.id, **snapshot.traffic.model_dump())
+    return Traffic(execution.id, **asdict(snapshot.traffic))

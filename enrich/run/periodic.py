@@ -64,7 +64,7 @@ def _show(context: RunContext, run_state: RunState) -> None:
 
 async def _store(context: RunContext, run_state: RunState) -> None:
     _show(context, run_state)
-    snapshot = _take_snapshot(context, run_state).model_dump_json()
+    snapshot = _take_snapshot(context, run_state).as_text()
     with suppress(LedgerFailed):  # the next write reports it
         await context.ledger_writer.submit(execution_records.save_progress, run_state.execution_id, snapshot)
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated, NamedTuple
 
-from msgspec import Struct
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+import msgspec
+from msgspec import Meta, Struct
 
 #: With more bins than this, bins are merged, so that a run of hours stores no more than a short one.
 MAX_BINS = 240
@@ -58,12 +58,10 @@ class TrafficCounts(NamedTuple):
     rate_limited: int = 0
 
 
-class Traffic(BaseModel):
+class Traffic(Struct, frozen=True):
     """What was sent and answered: counts for each `width_s` seconds from the start."""
 
-    model_config = ConfigDict(frozen=True, defer_build=True)
-
-    width_s: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    width_s: Annotated[float, Meta(gt=0)]
     submitted: tuple[int, ...]
     answered: tuple[int, ...]
     polls: tuple[int, ...]
@@ -81,14 +79,12 @@ class Traffic(BaseModel):
         return TrafficCounts(*(sum(bins[first:]) for bins in series)), elapsed_s - first * self.width_s
 
 
-class ProgressSnapshot(BaseModel):
+class ProgressSnapshot(Struct, frozen=True):
     """Progress of a run at one moment, in requests; `spent` in millionths of a credit.
 
     `at_ms` is from the machine's own clock (UTC), not corrected by the API's: a watching process has the same clock.
     `elapsed_s` and the bins are from the monotonic clock, which never jumps and stands still while the machine sleeps.
     """
-
-    model_config = ConfigDict(frozen=True, defer_build=True)
 
     at_ms: int
     elapsed_s: float
@@ -103,14 +99,18 @@ class ProgressSnapshot(BaseModel):
     states: Mapping[str, int]
     traffic: Traffic
 
+    def as_text(self) -> str:
+        """Return the snapshot as it is stored."""
+        return msgspec.json.encode(self).decode()
+
 
 def read_snapshot(text: str | None) -> ProgressSnapshot | None:
     """Read a stored snapshot; None when there is none, or when this version cannot read it."""
     if text is None:
         return None
     try:
-        return ProgressSnapshot.model_validate_json(text)
-    except ValidationError:
+        return msgspec.json.decode(text, type=ProgressSnapshot)
+    except msgspec.DecodeError:
         return None
 
 
@@ -136,10 +136,7 @@ class TrafficRecorder:
 
     def traffic(self) -> Traffic:
         """Return all counts."""
-        submitted, answered, polls, rate_limited = map(tuple, self._bins)
-        return Traffic(
-            width_s=self.width_s, submitted=submitted, answered=answered, polls=polls, rate_limited=rate_limited
-        )
+        return Traffic(self.width_s, *map(tuple, self._bins))
 
     def _merge(self) -> None:
         self.width_s *= 2

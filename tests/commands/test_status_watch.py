@@ -249,7 +249,7 @@ def ledger_with_progress(workspace: Workspace, progress: ProgressSnapshot) -> Co
     ledger = CommittingLedger.open(load_job(workspace.job_file).ledger)
     ledger.now = NOW
     ledger.start_execution()
-    ledger.commit(execution_records.save_progress, ledger.execution, progress.model_dump_json())
+    ledger.commit(execution_records.save_progress, ledger.execution, progress.as_text())
     return ledger
 
 
@@ -263,9 +263,7 @@ def test_clock_change_does_not_end_run(workspace: Workspace) -> None:
         assert watcher.read_view().status is RunStatus.NO_HEARTBEAT
 
         now = 2.0
-        ledger.commit(
-            execution_records.save_progress, ledger.execution, result.model_copy(update={"at_ms": 1}).model_dump_json()
-        )
+        ledger.commit(execution_records.save_progress, ledger.execution, replace(result, at_ms=1).as_text())
         assert watcher.read_view().status is RunStatus.RUNNING
         now = 17.0
         assert watcher.read_view().status is RunStatus.RUNNING
@@ -279,8 +277,8 @@ def test_clock_change_does_not_end_run(workspace: Workspace) -> None:
 def test_free_lock_shows_killed_run_at_once(workspace: Workspace) -> None:
     """A run without an end was killed when the lock is free or a newer run holds it, however fresh its heartbeat."""
     ledger = ledger_with_progress(workspace, make_progress())
-    fresh = make_progress().model_copy(update={"at_ms": SystemClock().now_ms()})
-    ledger.commit(execution_records.save_progress, ledger.execution, fresh.model_dump_json())
+    fresh = replace(make_progress(), at_ms=SystemClock().now_ms())
+    ledger.commit(execution_records.save_progress, ledger.execution, fresh.as_text())
     watcher = RunWatcher(load_job(workspace.job_file))
     with lock_ledger(workspace.ledger_location, 0):
         assert watcher.read_view().status is RunStatus.RUNNING
