@@ -36,7 +36,7 @@ def _build_status(job: Job, ledger: Database) -> dict[str, Any]:
     counts = queries.state_counts(ledger)
     spent, unknown = queries.spent_totals(ledger)
     tasks = transitions.submitted_tasks(ledger)
-    ttl_ms = to_ms(job.model.policy.result_ttl)
+    ttl_ms = to_ms(job.result_ttl)
     executions = execution_records.list_executions(ledger, job.name, SHOWN_EXECUTIONS)
     view = RunWatcher(job).read_view()
     may_run = view.status in (RunStatus.RUNNING, RunStatus.NO_HEARTBEAT)

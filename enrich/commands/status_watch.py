@@ -74,7 +74,7 @@ class RunWatcher:
         heartbeat_age_s = self._heartbeat_age_s(run, now_ms - (run.started_ms if snapshot is None else snapshot.at_ms))
         is_active = lock_held and run.id == newest
         status = run_status(run, snapshot, heartbeat_age_s, self.heartbeat_timeout_s, lock_held=is_active)
-        next_expiry_ms = None if oldest_open_ms is None else oldest_open_ms + to_ms(job.model.policy.result_ttl)
+        next_expiry_ms = None if oldest_open_ms is None else oldest_open_ms + to_ms(job.result_ttl)
         return replace(view, status=status, run=run, snapshot=snapshot, next_expiry_ms=next_expiry_ms)
 
     def _heartbeat_age_s(self, run: ExecutionRow, age_ms: int) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -94,6 +94,11 @@ class Job(Struct, frozen=True):
     def max_attempts_by_step(self) -> dict[str, int]:
         """`policy.max_attempts` of each step."""
         return {step.step: step.model.policy.max_attempts for step in self.steps}
+
+    @property
+    def result_ttl(self) -> timedelta:
+        """How long Databar keeps a result; with steps, the shortest time."""
+        return min(step.model.policy.result_ttl for step in self.steps)
 
     @property
     def title(self) -> str:

@@ -129,7 +129,8 @@ class RunContext(Struct, frozen=True):
 
     def results_kept_since_ms(self) -> int:
         """Return the earliest time of submission (UTC, ms) whose results the API still keeps."""
-        return self.environment.clock.now_ms() - to_ms(self.job.model.policy.result_ttl)
+        longest = max(step.model.policy.result_ttl for step in self.job.steps)
+        return self.environment.clock.now_ms() - to_ms(longest)
 
 
 class RunFiles(Struct, frozen=True):

@@ -223,7 +223,7 @@ async def start_run(startup: Startup) -> tuple[RunContext, RunState]:
         environment.clock,
         AdaptiveRateLimiter(model.limits.requests_per_second),
         environment.timeouts,
-        in_flight_limit=InFlightLimit(model.limits.in_flight, result_ttl_s=model.policy.result_ttl.total_seconds()),
+        in_flight_limit=InFlightLimit(model.limits.in_flight, result_ttl_s=context.job.result_ttl.total_seconds()),
         lease_valid=environment.lease_valid,
         on_message=environment.on_message,
         answers_only=any(isinstance(error, WorkspaceMismatch) for error in startup.postponed_errors),

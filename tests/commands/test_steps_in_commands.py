@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -398,3 +399,17 @@ def test_check_of_fields_that_are_not_known(workspace: Workspace, api: SandboxAp
         assert workspace.run_in_process("check", "job.yaml", "--online", api=api).exit_code == code
     workspace.write_job(head.replace("First Name", "Name") + verify + phone)
     assert "no column `Name`" in workspace.run_in_process("check", "job.yaml").stderr
+
+
+def test_results_of_a_step_may_expire_earlier(workspace: Workspace, tmp_path: Path) -> None:
+    """`policy.result_ttl` of a step counts: results expire after the shortest time of all steps."""
+    workspace.write_job(SHORT_JOB)
+    workspace.write_leads(make_people(3), HEADER)
+    with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
+        workspace.submit_without_collecting(api)
+    expiries = []
+    for job in (SHORT_JOB, SHORT_JOB.replace("  - name: person\n", "  - name: person\n    policy: {result_ttl: 1h}\n")):
+        workspace.write_job(job)
+        shown = workspace.run_in_process("status", "job.yaml", "--json").json_output["next_expiry"]
+        expiries.append(datetime.fromisoformat(shown))
+    assert expiries[0] - expiries[1] == timedelta(hours=23)

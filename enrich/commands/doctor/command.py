@@ -218,7 +218,7 @@ def _ledger_findings(
         yield Finding(
             "warn", "lock", "a run is in progress", "wait until it ends, or start the next one with --if-locked skip"
         )
-    ttl_ms = to_ms(job.model.policy.result_ttl)
+    ttl_ms = to_ms(job.result_ttl)
     now_ms, next_run_ms = (int(at.timestamp() * 1000) for at in (context.now, context.next_run))
     yield checks.check_expiring_results(submitted, ttl_ms, now_ms, next_run_ms)
     yield checks.check_in_doubt(counts.get(State.IN_DOUBT, 0))
