@@ -156,7 +156,7 @@ def check_job(job_file: StrPath, *, online: bool = False, **settings: Unpack[Job
 
 
 def _check_settings(kind: type[JobSettings], settings: Mapping[str, Any], **own: object) -> None:
-    """Raise TypeError for a setting that `kind` has not, JobError for one, or an argument, of another type."""
+    """Raise TypeError for an unknown setting, JobError for a value of the wrong type."""
     declared = get_type_hints(kind)
     if unknown := settings.keys() - declared.keys():
         raise TypeError(f"unexpected keyword argument {min(unknown)!r}")
@@ -221,7 +221,7 @@ def _job_options(job_file: StrPath, settings: JobSettings) -> JobOptions:
 
 
 def _selected(settings: PlanSettings) -> RunOptions:
-    """Return which requests are sent. Raises JobError for a setting that is none."""
+    """Return which requests are sent. Raises JobError for a number that is out of range."""
     limit, sample, max_credits = settings.get("limit"), settings.get("sample"), settings.get("max_credits")
     for name, value, least in (("limit", limit, 0), ("sample", sample, 1), ("max_credits", max_credits, 0)):
         if value is not None and not value >= least:

@@ -35,7 +35,7 @@ from enrich.models import OPEN_STATES, pluralize, to_ms
 from enrich.rows.job_input import JobInput
 from enrich.rows.template import RequestTemplate
 from enrich.run.context import rescue_folders
-from enrich.run.preflight import find_template
+from enrich.run.preflight import find_template, template_from_ledger
 from enrich.sandbox.store import StoredLookup, erase_lookups, read_lookups
 
 YES_OPTION = click.option("--yes", is_flag=True, help="Skip the confirmation.")
@@ -73,7 +73,8 @@ def forget_person(job: Job, matches: Sequence[str], confirm: Callable[[Forgotten
     """
     criteria = dict(_parse_match(match) for match in matches)
     with _open_for_erasing(job) as ledger:
-        template, _ = find_template(ledger, job)
+        _check_targets_are_known(ledger, job)
+        template = template_from_ledger(ledger, job)
         matching, of_others = _matching_requests(job, template, criteria, ledger)
         params_of_rows = frozenset(matching.values())
         found = [
@@ -176,6 +177,15 @@ def _open_for_erasing(job: Job) -> Iterator[Database]:
                 f"{job.ledger} is in use by another command, so the erased data is still in the file",
                 "run this again after that command ends",
             )
+
+
+def _check_targets_are_known(ledger: Database, job: Job) -> None:
+    """Raise CommandRefused if the ledger does not have how a target reads its params: hashes of unsent ones need it."""
+    for step in job.steps:
+        if not find_template(ledger, step)[1]:
+            name = f"the step `{step.step}`" if step.step else "this job"
+            message = f"{job.ledger}: {name} has never run, so what it would send for this person is not known"
+            raise CommandRefused(message, "first, which sends nothing new: enrich run JOB --max-credits 0")
 
 
 def _parse_match(match: str) -> tuple[str, str]:

@@ -63,8 +63,8 @@ def run_status(
 class RunView(Struct, frozen=True):
     """State of a job's newest run at the time `now_ms` (milliseconds since 1970, UTC).
 
-    `next_expiry_ms` is when the API deletes the first uncollected result. `run`, `snapshot` and that are None if there
-    is none.
+    `next_expiry_ms` is when the API deletes the first uncollected result. Each of `run`, `snapshot` and
+    `next_expiry_ms` may be None.
     """
 
     job: str

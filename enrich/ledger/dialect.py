@@ -49,7 +49,7 @@ class Dialect(Struct, frozen=True):
     json_list: str = ""
     #: Reads a text column as bytes, which may be invalid UTF-8.
     as_bytes: str = "{}"
-    #: Selects rows that refer to missing rows. A server has none.
+    #: Selects rows that refer to missing rows. PostgreSQL has none: it enforces references.
     orphan_query: str = "SELECT 1 WHERE false"
     #: Whether one statement can hold several that write.
     joins_writes: bool = False

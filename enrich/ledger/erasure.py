@@ -11,7 +11,7 @@ from typing import Any
 from msgspec import Struct
 
 from enrich.errors import CommandRefused
-from enrich.files.atomic import replace_file
+from enrich.files.atomic import atomic_write
 from enrich.job.bounded_read import read_bounded
 from enrich.job.locations import LedgerLocation, path_beside_ledger
 from enrich.ledger import bindings, enroll
@@ -67,7 +67,8 @@ def read_or_make_key(ledger: LedgerLocation) -> bytes:
 def write_key(path: Path, key: bytes) -> None:
     """Write a key durably (mode 0600)."""
     make_private_folder(path.parent)
-    replace_file(path, key)
+    with atomic_write(path, path.with_name(f".{path.name}.part")) as file:
+        file.write(key)
 
 
 def keyed_hash(key: bytes, value: bytes) -> bytes:

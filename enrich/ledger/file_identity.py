@@ -100,8 +100,14 @@ def make_private_folder(folder: Path) -> None:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Sync a folder to disk, so that created, renamed and removed files survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Sync a folder to disk, so that created, renamed and removed files survive a power cut.
+
+    That needs permission to list it, which writing in it does not. `files.atomic` has the same, but imports polars.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        return
     try:
         os.fsync(descriptor)
     finally:

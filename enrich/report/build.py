@@ -367,9 +367,9 @@ def quantile_s(durations: Sequence[int], share: float) -> float:
 
 
 def run_traffic(executions: Sequence[ExecutionRow]) -> Traffic | None:
-    """Return the traffic of the newest execution with submits, as it was stored during the run. None: it was not."""
-    execution = next((row for row in reversed(executions) if row.submitted), None)
-    snapshot = None if execution is None else read_snapshot(execution.progress)
-    if execution is None or snapshot is None or not any(snapshot.traffic.totals()):
-        return None
-    return Traffic(execution.id, **asdict(snapshot.traffic))
+    """Return the traffic of the newest execution with submits that stored it during the run. None: there is none."""
+    for execution in reversed(executions):
+        snapshot = read_snapshot(execution.progress) if execution.submitted else None
+        if snapshot is not None and any(snapshot.traffic.totals()):
+            return Traffic(execution.id, **asdict(snapshot.traffic))
+    return None

@@ -12,9 +12,6 @@ from enrich.job.job import Job
 from enrich.job.target import Target, TargetKind
 from enrich.rows.known_names import is_count, join_problems, spellings_of, target_problems
 
-#: A param with this name is an address, whatever the API calls its type.
-EMAIL_PARAM = "email"
-
 
 class RequestTemplate(Struct, frozen=True):
     """What all requests of a job have in common.
@@ -43,8 +40,7 @@ class RequestTemplate(Struct, frozen=True):
 
 def template_of_unknown_target(job: Job) -> RequestTemplate:
     """Return the template of a target that the API has not described yet."""
-    email_params = tuple(name for name in job.model.params if name == EMAIL_PARAM)
-    return RequestTemplate(job.model.target, (), email_params, job.model.columns or {}, None)
+    return RequestTemplate(job.model.target, (), (), job.model.columns or {}, None)
 
 
 def default_providers(description: Description) -> list[int]:
@@ -82,7 +78,7 @@ def make_request_template(job: Job, description: Description, providers: Iterabl
     return RequestTemplate(
         target=target,
         required_params=tuple(required),
-        email_params=tuple(p.name for p in description.input_params if p.type == "email" or p.name == EMAIL_PARAM),
+        email_params=tuple(p.name for p in description.input_params if p.type == "email" or p.name == "email"),
         columns=columns,
         unit_price=unit_price,
         priced_by=priced_by,

@@ -98,7 +98,8 @@ def capped_rows(job_input: JobInput, caps: Caps, begun: bytearray) -> bytearray:
         rows = pl.int_range(first_position, first_position + text.height, eager=True)
         height = first_position + text.height
         is_begun = pl.Series([bool(each) for each in begun[first_position:height]], dtype=pl.Boolean)
-        leads = joined_cells(text, sent).hash()
+        # Without `dedupe` each row has a request of its own.
+        leads = joined_cells(text, sent).hash() if job_input.job.model.dedupe else rows.cast(pl.UInt64)
         columns = {"row": rows, "group": group.hash(), "lead": leads, "begun": is_begun}
         parts.append(pl.DataFrame(columns).filter(taking_part))
     capped = bytearray(height)

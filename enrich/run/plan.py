@@ -77,7 +77,7 @@ class PlannedProvider(Struct, frozen=True):
 
     @classmethod
     def of(cls, provider: Provider) -> PlannedProvider:
-        """Return what the API says about a provider."""
+        """Return a provider as the API describes it."""
         return cls(provider.id, provider.name, to_credits(to_micros(provider.price)))
 
 

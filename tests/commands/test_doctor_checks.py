@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -129,13 +128,6 @@ def test_clock_offset_finding(ahead_s: float | None, mark: str, message: str) ->
     finding = checks.check_clock(ahead_s)
     assert finding.mark == mark
     assert message in finding.message
-
-
-def only_finding(findings: Any) -> Finding:
-    """Return the only finding."""
-    (finding,) = findings
-    assert isinstance(finding, Finding)
-    return finding
 
 
 @in_turn(

@@ -23,3 +23,11 @@ def test_rows_of_one_lead_take_one_place(workspace: Workspace, api: SandboxApi) 
     assert output.read_bytes() == written
     assert workspace.run_job(api).submitted == 0
     assert output.read_bytes() == written
+
+
+def test_each_row_takes_a_place_without_dedupe(workspace: Workspace, api: SandboxApi) -> None:
+    """With `dedupe: false` each row is paid, so each takes a place of its group, also where the cells are the same."""
+    workspace.write_leads(make_people(1) * 6, HEADER)
+    workspace.write_job(SHORT_JOB + "dedupe: false\ncaps: {by: Website, max: 2}\n")
+    workspace.run_job(api)
+    assert [row["enrich_email_status"] == "filtered" for row in workspace.read_output()] == [False] * 2 + [True] * 4

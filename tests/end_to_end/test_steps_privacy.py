@@ -190,7 +190,7 @@ def test_purged_value_of_a_merged_column(people: Workspace, tmp_path: Path, merg
 
 
 def test_person_is_forgotten_before_a_new_step_has_run(workspace: Workspace, tmp_path: Path) -> None:
-    """A step that was added since the last run does not hinder `forget`, and sends nothing for the person."""
+    """A step that was added since the last run sends nothing for the person, once it is known how it reads params."""
     head, verify = JOB[: JOB.index("  - name: company")], "  - name: verify\n    enrichment: 10\n"
     link = JOB[JOB.index("  - name: link") : JOB.index("  - name: person")].replace(
         "    only_if_empty: [work_email]\n", ""
@@ -203,8 +203,12 @@ def test_person_is_forgotten_before_a_new_step_has_run(workspace: Workspace, tmp
     with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
         workspace.run_job(api)
         workspace.write_job(head + verify + "    params: {email: Email}\n    columns: {state: status}\n" + link)
-        result = workspace.run_in_process("forget", "job.yaml", "--match", "First Name=First1", "--yes", "--json")
-        assert (result.exit_code, result.json_output["requests"]) == (0, 1), result.stderr
+        words = ("forget", "job.yaml", "--match", "First Name=First1", "--yes", "--json")
+        refused = workspace.run_in_process(*words)
+        assert (refused.exit_code, "the step `verify` has never run" in refused.stderr) == (5, True)
+        assert workspace.run_in_process("run", "job.yaml", "--max-credits", "0", api=api).exit_code == 12
+        result = workspace.run_in_process(*words)
+        assert (result.exit_code, result.json_output["requests"]) == (0, 2), result.stderr
         workspace.run_job(api)
         verified = [run["params"]["email"] for run in api.audit()["runs"] if "email" in run["params"]]
     assert verified == ["first0@example.example", "first2@example.example"]
@@ -212,14 +216,18 @@ def test_person_is_forgotten_before_a_new_step_has_run(workspace: Workspace, tmp
 
 
 def test_person_is_forgotten_after_the_target_has_changed(workspace: Workspace, api: SandboxApi) -> None:
-    """What the job has sent to another target can be erased before the new target was used."""
+    """A new target sends nothing for the person, once the ledger has how it reads params, which costs nothing."""
     job = "version: 1\ninput: leads.csv\noutput: out.csv\nenrichment: 10\nparams: {email: Email}\n"
     workspace.write_leads([["ada@engine.example"], ["bob@engine.example"]], ["Email"])
     workspace.write_job(job)
     workspace.run_job(api)
     workspace.write_job(job.replace("enrichment: 10", "enrichment: 12"))
-    result = workspace.run_in_process("forget", "job.yaml", "--match", "Email=Ada@engine.example", "--yes", "--json")
-    assert (result.exit_code, result.json_output["requests"]) == (0, 1), result.stderr
+    words = ("forget", "job.yaml", "--match", "Email=Ada@engine.example", "--yes", "--json")
+    refused = workspace.run_in_process(*words)
+    assert (refused.exit_code, "--max-credits 0" in refused.stderr) == (5, True)
+    workspace.run_in_process("run", "job.yaml", "--max-credits", "0", api=api)
+    result = workspace.run_in_process(*words)
+    assert (result.exit_code, result.json_output["requests"]) == (0, 2), result.stderr
     assert workspace.run_job(api).submitted == 1
     assert [row["enrich_status"] for row in workspace.read_output()] == ["filtered", "found"]
 
