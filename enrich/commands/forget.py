@@ -185,7 +185,7 @@ def _check_targets_are_known(ledger: Database, job: Job) -> None:
         if not find_template(ledger, step)[1]:
             name = f"the step `{step.step}`" if step.step else "this job"
             message = f"{job.ledger}: {name} has never run, so what it would send for this person is not known"
-            raise CommandRefused(message, "first, which sends nothing new: enrich run JOB --max-credits 0")
+            raise CommandRefused(message, "first, which costs nothing: enrich run JOB --max-credits 0")
 
 
 def _parse_match(match: str) -> tuple[str, str]:
