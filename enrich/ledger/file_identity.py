@@ -97,18 +97,3 @@ def make_private_folder(folder: Path) -> None:
     if folder.name == ".enrich" and folder.stat().st_mode & 0o077:
         with suppress(OSError):  # it may belong to another user
             folder.chmod(0o700)
-
-
-def fsync_folder(folder: Path) -> None:
-    """Sync a folder to disk, so that created, renamed and removed files survive a power cut.
-
-    That needs permission to list it, which writing in it does not. `files.atomic` has the same, but imports polars.
-    """
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except PermissionError:
-        return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

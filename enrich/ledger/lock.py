@@ -70,7 +70,7 @@ def _try_lock(path: Path) -> int | None:
     lock_file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # The file may have been removed meanwhile: another run may hold the one that is there now.
+        # After a removal the path has another file, which another run can lock.
         if os.path.samestat(os.fstat(lock_file), path.stat()):
             return lock_file
     except (BlockingIOError, FileNotFoundError):

@@ -17,8 +17,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from enrich.errors import LOCKED_HINT, CommandRefused, LedgerLocked
+from enrich.files.atomic import fsync_dir
 from enrich.json_text import parse_json
-from enrich.ledger.file_identity import fsync_folder
 
 #: Appended to the ledger's name. Further files of the same ledger end with `.2`, `.3` and so on.
 SUFFIX = ".rescue"
@@ -201,7 +201,7 @@ class RescueFile:
             else:
                 with suppress(OSError):
                     self._reserved_path.unlink()
-                    fsync_folder(self._ledger.parent)
+                    fsync_dir(self._ledger.parent)
                 return True
         old_path = self.path
         for folder in self._folders:
@@ -231,7 +231,7 @@ class RescueFile:
                     os.close(old_file)
                 with suppress(OSError):
                     self._reserved_path.unlink(missing_ok=True)
-                    fsync_folder(folder)
+                    fsync_dir(folder)
                 return True
             self._file, self._end = old_file, old_end
             os.close(file)

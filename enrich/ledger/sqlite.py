@@ -19,7 +19,6 @@ from enrich.ledger.dialect import Dialect
 from enrich.ledger.file_identity import (
     check_is_no_other_file,
     file_identity,
-    fsync_folder,
     ledger_file_exists,
     make_private_folder,
 )
@@ -324,6 +323,8 @@ def unknown_to_sandbox(state: Path, tasks: Sequence[str]) -> list[str]:
 
 def _create(path: Path) -> None:
     """Create a new ledger atomically, so that an empty file always means lost data."""
+    from enrich.files.atomic import fsync_dir  # noqa: PLC0415 - it imports polars, and commands that read create nothing
+
     temporary = path.with_name(f".{path.name}.new")
     # SQLite would apply a journal without its ledger to the new one.
     for stale in (temporary, *(Path(f"{base}{end}") for base in (temporary, path) for end in JOURNAL_SUFFIXES)):
@@ -332,7 +333,7 @@ def _create(path: Path) -> None:
     with closing(sqlite3.connect(temporary, isolation_level=None)) as db:
         _migrate(db, path, allowed=True)
     temporary.replace(path)
-    fsync_folder(path.parent)
+    fsync_dir(path.parent)
 
 
 def _check_length(db: sqlite3.Connection, path: Path) -> None:

@@ -17,7 +17,6 @@ from enrich.job.locations import LedgerLocation, PostgresLocation
 from enrich.json_text import parse_json
 from enrich.ledger.database import Database, open_existing
 from enrich.ledger.dialect import DATABASE_ERRORS, DatabaseFailed
-from enrich.ledger.file_identity import fsync_folder
 from enrich.ledger.schema import APPLICATION_ID, JSON_COLUMNS
 from enrich.ledger.sqlite import (
     Column,
@@ -169,6 +168,8 @@ def backup(db: Database, target: Path) -> None:
 
     Raises CommandRefused when the copy cannot be written or would replace a file that is not a copy.
     """
+    from enrich.files.atomic import fsync_dir  # noqa: PLC0415 - it imports polars, which `ledger check` does not need
+
     if isinstance(db.location, PostgresLocation):
         hint = "pg_dump copies it, and `enrich ledger copy` makes a file of it"
         raise CommandRefused(f"{db.location}: a ledger on a server is no file that could be copied", hint)
@@ -188,7 +189,7 @@ def backup(db: Database, target: Path) -> None:
         finally:
             with suppress(OSError):
                 _remove_unfinished_copy(temporary)
-        fsync_folder(target.parent)
+        fsync_dir(target.parent)
     except OSError as error:
         raise CommandRefused(f"{target}: the copy cannot be written: {error.strerror or error}") from error
     except sqlite3.Error as error:
