@@ -329,7 +329,7 @@ def test_refused_cancellations(open_tasks: Workspace, status: int, body: object,
     """A refusal is reported as it is and not repeated, and the other tasks are tried, too; the tasks stay open."""
     with (
         serve_cancellations(open_tasks, lambda _: http_reply(status, body)) as (server, api),
-        patch("enrich.run.cancel.CONCURRENT_TASKS", 1),
+        patch("enrich.commands.cancel.CONCURRENT_TASKS", 1),
     ):
         result = open_tasks.run_in_process("cancel", "job.yaml", "--json", api=api)
     summary = result.json_output
