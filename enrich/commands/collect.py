@@ -10,7 +10,7 @@ from enrich.commands import options
 from enrich.commands.run import print_summary
 from enrich.ledger.database import check_ledger_exists
 from enrich.ledger.lock import lock_ledger
-from enrich.run.earlier_output import with_own_output
+from enrich.run.other_ledgers import with_own_output
 from enrich.run.output import rebuild_output
 
 

@@ -29,10 +29,15 @@ from enrich.models import RequestSelection
 from enrich.rows.job_input import JobInput
 from enrich.rows.requests import RowCounts
 from enrich.rows.template import RequestTemplate
-from enrich.run import neighbour_ledgers
 from enrich.run.budget import check_balance, make_budget
 from enrich.run.context import RunOptions, select_requests
-from enrich.run.earlier_output import find_output_of_other_ledger, is_written_by_run
+from enrich.run.other_ledgers import (
+    find_output_of_other_ledger,
+    find_overlap,
+    is_written_by_run,
+    overlap_notes,
+    refusal_to_pay_again,
+)
 from enrich.run.plan import Plan, build_plan, format_plan
 from enrich.run.plan_file import SavedPlan, gather_plan_inputs, write_plan
 from enrich.run.preflight import Preflight, preflight, read_binding
@@ -259,13 +264,11 @@ def _other_ledger_notes(
             return
         if problem is not None:
             yield problem
-    overlap = neighbour_ledgers.find_overlap(ledger, job, preflight_result.bound_to, step_rows)
+    overlap = find_overlap(ledger, job, preflight_result.bound_to, step_rows)
     if overlap is not None:
-        error = neighbour_ledgers.refusal(job, overlap)
+        error = refusal_to_pay_again(job, overlap)
         yield from (
-            neighbour_ledgers.overlap_notes(overlap)
-            if error is None
-            else (f"a run would be refused: {error.message}; {error.hint}",)
+            overlap_notes(overlap) if error is None else (f"a run would be refused: {error.message}; {error.hint}",)
         )
 
 

@@ -32,7 +32,7 @@ from enrich.monitoring.observers import RunObservers
 from enrich.run import pipeline
 from enrich.run.cluster_protocol import ClusterEngine
 from enrich.run.context import ClusterOptions, RunEnvironment, RunOptions
-from enrich.run.earlier_output import with_own_output
+from enrich.run.other_ledgers import with_own_output
 from enrich.run.plan_file import read_plan
 from enrich.run.progress import Progress
 from enrich.run.summary import RunSummary, format_details, format_summary

@@ -29,10 +29,9 @@ from enrich.rows.job_input import JobInput
 from enrich.rows.job_steps import make_steps
 from enrich.run.budget import make_budget
 from enrich.run.context import RunContext, RunFiles, RunOptions, rescue_folders
-from enrich.run.earlier_output import find_output_of_other_ledger
 from enrich.run.early_end import end_without_ledger, interrupt
 from enrich.run.lead_selection import LeadSelection
-from enrich.run.neighbour_ledgers import confirm_paying_again
+from enrich.run.other_ledgers import confirm_paying_again, find_output_of_other_ledger
 from enrich.run.periodic import load_schedule
 from enrich.run.plan_file import planned_cost
 from enrich.run.preflight import Preflight, check_api_host, preflight, read_binding
