@@ -26,8 +26,8 @@ from enrich.models import RequestSelection
 from enrich.rows.job_input import JobInput
 from enrich.rows.requests import RowBatch, RowCounts
 from enrich.rows.template import RequestTemplate
-from enrich.run.cluster_protocol import ClusterCallbacks
 from enrich.run.collector import Collector, OutputCounts, output_schema
+from enrich.run.context import ClusterCallbacks
 from enrich.run.dispatcher import max_posts_in_flight
 from enrich.run.run_state import RunState, WorkConfig
 
@@ -105,7 +105,7 @@ def _collect(shared_pass: SharedPass, draft: DatasetWriter, rows: JobInput) -> t
 
 
 class RayCluster(Struct, frozen=True):
-    """A connected Ray cluster; see `enrich.run.cluster_protocol.ClusterEngine`."""
+    """A connected Ray cluster; see `enrich.run.context.ClusterEngine`."""
 
     ledger: PostgresLocation
     workers: int

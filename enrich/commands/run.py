@@ -30,8 +30,7 @@ from enrich.models import State
 from enrich.monitoring.log_file import open_log
 from enrich.monitoring.observers import RunObservers
 from enrich.run import pipeline
-from enrich.run.cluster_protocol import ClusterEngine
-from enrich.run.context import ClusterOptions, RunEnvironment, RunOptions
+from enrich.run.context import ClusterEngine, ClusterOptions, RunEnvironment, RunOptions
 from enrich.run.other_ledgers import with_own_output
 from enrich.run.plan_file import read_plan
 from enrich.run.progress import Progress

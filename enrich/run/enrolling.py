@@ -16,8 +16,7 @@ from enrich.rows.job_input import JobInput
 from enrich.rows.known_batches import store_batch
 from enrich.rows.requests import RowCounts
 from enrich.run.budget import Cost
-from enrich.run.cluster_protocol import ClusterCallbacks, ClusterEngine
-from enrich.run.context import RunContext, RunFiles, RunOptions, select_requests
+from enrich.run.context import ClusterCallbacks, ClusterEngine, RunContext, RunFiles, RunOptions, select_requests
 from enrich.run.periodic import start_phase
 from enrich.run.progress import Phase
 from enrich.run.run_state import Enrolled, RunState
