@@ -16,9 +16,9 @@ from enrich.job.job import Job
 from enrich.job.spec import Policy
 from enrich.job.target import Target, TargetKind
 from enrich.json_text import parse_json
-from enrich.ledger import request_history
+from enrich.ledger import queries
 from enrich.ledger.database import Database
-from enrich.ledger.request_history import AttemptRow, RequestRow
+from enrich.ledger.queries import AttemptRow, RequestRow
 from enrich.models import RowStatus, State, iso_time, to_credits, to_ms
 from enrich.rows.template import RequestTemplate
 
@@ -83,8 +83,8 @@ class Explainer(Struct, frozen=True):
         result = row_without_request(self.job, lead)
         if lead.fingerprint is None or lead.params is None:
             return result
-        same_params = list(request_history.find_by_params(self.ledger, lead.params))
-        request = request_history.find_request(self.ledger, lead.fingerprint)
+        same_params = list(queries.find_by_params(self.ledger, lead.params))
+        request = queries.find_request(self.ledger, lead.fingerprint)
         call = self.template.target.as_json()
         result["shared_with"] = [number for number in rows_of.get(lead.fingerprint, []) if number != lead.number]
         result["other_questions"] = [self.explain_request(other) for other in same_params if other.call != call]
@@ -99,7 +99,7 @@ class Explainer(Struct, frozen=True):
 
     def explain_request(self, request: RequestRow) -> dict[str, Any]:
         """Describe a request with all its attempts."""
-        attempts = request_history.attempts(self.ledger, request.id)
+        attempts = queries.attempts(self.ledger, request.id)
         policy, now_ms = self.job.model.policy, time.time_ns() // 1_000_000
         state, _ = self._judge(request.state, request.attempt_id, attempts)
         return {
@@ -114,7 +114,7 @@ class Explainer(Struct, frozen=True):
     def _row_status(self, request: RequestRow) -> tuple[RowStatus, str | None]:
         """Return status and error of the row as in the output: the last found answer and this job's columns decide."""
         state = State.FOUND if request.answer_id else request.state
-        attempts = request_history.attempts(self.ledger, request.id)
+        attempts = queries.attempts(self.ledger, request.id)
         state, error = self._judge(state, request.answer_id or request.attempt_id, attempts)
         return RowStatus.from_state(state), error
 
