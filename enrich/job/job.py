@@ -39,8 +39,7 @@ from enrich.job.locations import (
     sandbox_file_name,
     sandbox_ledger_location,
 )
-from enrich.job.spec import Input, JobModel, Output, SteppedJobModel
-from enrich.job.steps import step_columns, step_model
+from enrich.job.spec import Input, JobModel, Output, SteppedJobModel, step_columns, step_model
 from enrich.job.target import TargetModel
 from enrich.job.validation_errors import join_validation_errors
 from enrich.job.yaml_file import YamlDocument

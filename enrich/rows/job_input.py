@@ -29,7 +29,7 @@ from enrich.job.file_names import is_missing
 from enrich.job.job import Job
 from enrich.job.locations import format_of, has_wildcards
 from enrich.job.name_hints import closest_name
-from enrich.job.steps import step_column, steps_in_header
+from enrich.job.spec import step_column, steps_in_header
 from enrich.ledger.database import Database
 from enrich.ledger.erasure import ForgottenRequests
 from enrich.models import RowStatus

@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from enrich.job.job import Job
 from enrich.job.name_hints import suggest_name
-from enrich.job.steps import step_column
+from enrich.job.spec import step_column
 from enrich.models import OPEN_STATES, RowStatus, State
 from enrich.rows.job_input import JobInput
 from enrich.rows.template import RequestTemplate

@@ -13,8 +13,7 @@ from enrich.job.cell_text import clean, clean_cells, convert_some, map_distinct
 from enrich.job.target import Param, Transform
 from enrich.models import LeftOut
 from enrich.rows.addresses import LEFT_OUT, company_domains, email_addresses, hosts
-from enrich.rows.known_names import is_count
-from enrich.rows.template import RequestTemplate
+from enrich.rows.template import RequestTemplate, is_count
 
 #: Longer cells are no params.
 MAX_PARAM_CHARACTERS = 10_000

@@ -15,7 +15,7 @@ from msgspec import Struct, field
 from enrich.files.values import quote_json
 from enrich.job.cell_text import clean_cells
 from enrich.job.job import Job
-from enrich.job.steps import STEP_FIELDS, step_column, step_columns
+from enrich.job.spec import STEP_FIELDS, step_column, step_columns
 from enrich.job.target import Param
 from enrich.ledger.erasure import ForgottenRequests
 from enrich.models import Decision, RequestBatch, RowStatus

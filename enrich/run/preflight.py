@@ -37,12 +37,15 @@ from enrich.ledger.sqlite import damaged_ledger_error
 from enrich.models import read_balance
 from enrich.rows.job_input import JobInput
 from enrich.rows.job_steps import Step, make_steps
-from enrich.rows.known_names import BESIDE_RESULT, column_fields, join_problems, name_problems
 from enrich.rows.template import (
+    BESIDE_RESULT,
     RequestTemplate,
+    column_fields,
     default_providers,
+    join_problems,
     join_templates,
     make_request_template,
+    name_problems,
     template_of_unknown_target,
 )
 

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from enrich.files.values import as_text, json_where_no_text, numbered_frame
 from enrich.job.cell_text import blank_cells
 from enrich.job.job import Job
-from enrich.job.steps import STEP_FIELDS, step_column
+from enrich.job.spec import STEP_FIELDS, step_column
 from enrich.ledger import queries, step_results
 from enrich.ledger.database import Database
 from enrich.ledger.step_results import StepResult
