@@ -35,17 +35,19 @@ from enrich.ledger.erasure import ForgottenRequests
 from enrich.models import RowStatus
 from enrich.rows.known_batches import KnownBatches
 from enrich.rows.requests import CHANGE_COLUMNS, InputRows, RequestBuilder, RowBatch, own_columns, status_columns
-from enrich.rows.send_order import order_of_rows, rank_rows, sort_keys
-from enrich.rows.suppression import read_suppression
-from enrich.rows.template import RequestTemplate
-from enrich.rows.where import (
+from enrich.rows.row_selection import (
     PER_ROW_MESSAGE,
     WHERE_EXAMPLE,
     depends_on_other_rows,
     evaluate_expression,
     explain_error,
     expression_problem,
+    order_of_rows,
+    rank_rows,
+    sort_keys,
 )
+from enrich.rows.suppression import read_suppression
+from enrich.rows.template import RequestTemplate
 
 #: A title above the header has at most this many lines.
 _MAX_TITLE_ROWS = 50

@@ -14,8 +14,8 @@ from enrich.job.name_hints import suggest_name
 from enrich.job.spec import step_column
 from enrich.models import OPEN_STATES, RowStatus, State
 from enrich.rows.job_input import JobInput
+from enrich.rows.row_selection import columns_used
 from enrich.rows.template import RequestTemplate
-from enrich.rows.where import columns_used
 
 
 class Step(Struct, frozen=True):
