@@ -13,7 +13,6 @@ from msgspec.structs import replace
 
 from enrich.commands import options
 from enrich.commands.plan_rows import check_replaceable, write_rows, write_step_rows
-from enrich.databar.client import Client
 from enrich.databar.clock import SystemClock
 from enrich.databar.credentials import ApiAccess
 from enrich.errors import CommandRefused, JobError, LedgerLocked
@@ -40,8 +39,7 @@ from enrich.run.other_ledgers import (
 )
 from enrich.run.plan import Plan, build_plan, format_plan
 from enrich.run.plan_file import SavedPlan, gather_plan_inputs, write_plan
-from enrich.run.preflight import Preflight, preflight, read_binding
-from enrich.run.run_state import Timeouts
+from enrich.run.preflight import Preflight, preflight, read_binding, with_client
 from enrich.run.startup import make_step_rows
 from enrich.run.step_input import StepInput, begin_steps
 from enrich.run.step_plan import StepsPlan, format_steps_plan, plan_steps
@@ -149,12 +147,17 @@ def make_plan(
         job_input = JobInput(job, erasure.load_forgotten(ledger))
         file_versions = job_input.full_table.file_versions()
         rows_file = _prepare_rows_file(job, rows_file)
-        preflights = [asyncio.run(_preflight(step, access, ledger, options)) for step in job.steps]
-        joined = Preflight.of_steps(preflights)
+        stored = [read_binding(ledger, step) for step in job.steps]
+        joined = with_client(
+            access,
+            lambda client, timeout_s: preflight(
+                client, stored, job, access.host, timeout_s=timeout_s, update_providers=options.update_providers
+            ),
+        )
         step_rows = make_step_rows(job_input, ledger, joined, options)
         budgets = [
             make_budget(step, of_step.template, of_step.balance)
-            for step, of_step in zip(job.steps, preflights, strict=True)
+            for step, of_step in zip(job.steps, joined.steps, strict=True)
         ]
         now_ms, is_running = SystemClock().now_ms(), is_locked(job.ledger)
         selections = [
@@ -189,7 +192,7 @@ def make_plan(
         notes = [
             *job_input.notes(),
             *plan.notes,
-            *_notes(job.steps[0], preflights[0], plan.to_submit, is_running=is_running),
+            *_notes(job.steps[0], joined.steps[0], plan.to_submit, is_running=is_running),
             *(_other_ledger_notes(job, joined, ledger, step_rows) if plan.to_submit else ()),
         ]
         return replace(plan, notes=notes), saved_plan
@@ -269,16 +272,4 @@ def _other_ledger_notes(
         error = refusal_to_pay_again(job, overlap)
         yield from (
             overlap_notes(overlap) if error is None else (f"a run would be refused: {error.message}; {error.hint}",)
-        )
-
-
-async def _preflight(job: Job, access: ApiAccess, ledger: Database, options: RunOptions) -> Preflight:
-    async with Client(access, SystemClock()) as client:
-        return await preflight(
-            client,
-            read_binding(ledger, job),
-            job,
-            access.host,
-            timeout_s=Timeouts().startup_s,
-            update_providers=options.update_providers,
         )

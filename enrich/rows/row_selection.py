@@ -1,7 +1,7 @@
 """Which rows the job's `where` selects, and the order in which they are sent (`order_by`): the largest values first.
 
-The limits of `where` come from polars. Its time grows with the square of the operators. It ends the process when a text gets too
-long. A function over several rows can change the number of rows, or give another result in another batch.
+The limits of `where` come from polars. Its time grows with the square of the operators. It ends the process when a
+text gets too long. A function over several rows can change the number of rows, or give another result in another batch.
 """
 
 from __future__ import annotations

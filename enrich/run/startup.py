@@ -164,19 +164,16 @@ async def run_preflight(startup: Startup) -> None:
     Raises EnrichError when job, input, API and ledger do not match, or a cap cannot be enforced.
     """
     context, job, options = startup.context, startup.context.job, startup.context.options
-    results = [
-        await preflight(
-            context.client,
-            await context.ledger_writer.submit(read_binding, step),
-            step,
-            context.access.host,
-            timeout_s=context.environment.timeouts.startup_s,
-            update_providers=options.update_providers,
-            workspace_renamed=options.workspace_renamed,
-        )
-        for step in job.steps
-    ]
-    result = Preflight.of_steps(results)
+    bindings_of_steps = [await context.ledger_writer.submit(read_binding, step) for step in job.steps]
+    result = await preflight(
+        context.client,
+        bindings_of_steps,
+        job,
+        context.access.host,
+        timeout_s=context.environment.timeouts.startup_s,
+        update_providers=options.update_providers,
+        workspace_renamed=options.workspace_renamed,
+    )
     workspace = result.bound_to["workspace"]
     if options.workspace_renamed and workspace is not None:
         await context.ledger_writer.submit(bindings.rename_workspace, workspace)

@@ -171,7 +171,7 @@ def test_api_is_queried_with_key(sample_workspace: Workspace, api: SandboxApi) -
 def test_documentation_replaces_unreachable_api(sample_workspace: Workspace) -> None:
     """Uses the documentation when the API is unreachable, and notes it on screen and in the job file."""
     unreachable_api = SandboxApi("http://127.0.0.1:9/v1", "key")
-    with patch("enrich.commands.waterfalls.Timeouts", lambda: SHORT_STARTUP_TIMEOUT):
+    with patch("enrich.run.run_state.Timeouts", lambda: SHORT_STARTUP_TIMEOUT):
         result = sample_workspace.run_in_process(
             "init", "leads.csv", "--waterfall", "email_getter", "-o", "-", api=unreachable_api
         )

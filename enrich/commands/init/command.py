@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import shlex
@@ -100,7 +99,7 @@ def _read_available(*, use_sandbox: bool, offline: bool) -> tuple[Sequence[Descr
         return documented
     try:
         with options.open_access(None, use_sandbox=use_sandbox) as access:
-            listed = asyncio.run(list_descriptions(access, TargetKind.WATERFALL))
+            listed = list_descriptions(access, TargetKind.WATERFALL)
             return listed, _source_text(access.host, use_sandbox=use_sandbox)
     except (ApiKeyRejected, ApiUnreachable) as error:
         click.echo(f"note: {error.message}; using the waterfalls of the documentation", err=True)
@@ -127,7 +126,7 @@ def _choose_waterfall(
 def _read_enrichment(number: int, *, use_sandbox: bool) -> tuple[Description, str]:
     """Return an enrichment from the API, and a text that names the source. No documentation describes them."""
     with options.open_access(None, use_sandbox=use_sandbox) as access:
-        description = asyncio.run(read_description(access, Target(TargetKind.ENRICHMENT, str(number))))
+        description = read_description(access, Target(TargetKind.ENRICHMENT, str(number)))
         return description, _source_text(access.host, use_sandbox=use_sandbox)
 
 
