@@ -176,7 +176,7 @@ SECTIONS = {
         "report": ("enrich.commands.report", "Write the report of JOB: one HTML page."),
     },
     "Data": {
-        "collect": ("enrich.commands.collect", "Write the output of JOB from the ledger, without network."),
+        "collect": ("enrich.commands.run", "Write the output of JOB from the ledger, without network."),
         "forget": ("enrich.commands.forget", "Erase a person from the ledger of JOB."),
         "purge": ("enrich.commands.forget", "Erase old params and results from the ledger of JOB."),
     },

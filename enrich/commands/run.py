@@ -1,4 +1,4 @@
-"""`enrich run`: enriches the leads of a job, or resumes."""
+"""`enrich run` enriches the leads of a job, or resumes. `enrich collect` writes the output again, without network."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from enrich.exit_codes import ExitCode, JobArguments, format_actions, required_a
 from enrich.extras import install_hint
 from enrich.job.job import Job
 from enrich.job.locations import STDIN, PostgresLocation, WebUrl
-from enrich.ledger.database import ledger_exists
+from enrich.ledger.database import check_ledger_exists, ledger_exists
 from enrich.ledger.lock import lock_ledger, open_for_run
 from enrich.ledger.sqlite import is_damage_error
 from enrich.models import State
@@ -32,6 +32,7 @@ from enrich.monitoring.observers import RunObservers
 from enrich.run import pipeline
 from enrich.run.context import ClusterEngine, ClusterOptions, RunEnvironment, RunOptions
 from enrich.run.other_ledgers import with_own_output
+from enrich.run.output import rebuild_output
 from enrich.run.plan_file import read_plan
 from enrich.run.progress import Progress
 from enrich.run.summary import RunSummary, format_details, format_summary
@@ -324,3 +325,19 @@ def run(
             if as_json:
                 click.echo(json.dumps({"exit_code": 0, "error": error.message}))
             return ExitCode.OK
+
+
+@click.command()
+@options.RUN_JOB_OPTIONS
+@click.option("--partial", is_flag=True, help="Write the output although leads are pending.")
+@options.JSON_OPTION
+def collect(job_options: options.JobOptions, partial: bool, as_json: bool) -> int:
+    """Write the output of JOB from the ledger, without network and cost."""
+    job, note = with_own_output(job_options.load())
+    if note is not None:
+        click.echo(f"note: {note}", err=True)
+    check_ledger_exists(job.ledger)
+    with lock_ledger(job.ledger, 0):
+        summary = rebuild_output(job, partial=partial)
+    print_summary(summary, job_options.arguments(as_typed=True), as_json=as_json, show=sys.stderr.isatty())
+    return summary.exit_code
