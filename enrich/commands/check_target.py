@@ -14,10 +14,9 @@ from msgspec.structs import replace
 
 from enrich.databar.description import DOCUMENTED_ON, DOCUMENTED_WATERFALLS, Description, Field, description_changes
 from enrich.databar.description import Param as Offered
-from enrich.errors import CommandRefused, EnrichError, JobError
+from enrich.errors import CommandRefused, EnrichError, JobError, closest_name
 from enrich.exit_codes import ExitCode, first_exit_code
 from enrich.job.job import Job
-from enrich.job.name_hints import closest_name
 from enrich.ledger.database import Database, ledger_exists
 from enrich.ledger.sqlite import CHECKED_AT_START_BYTES, RESTORE_HINT
 from enrich.ledger.verify import check_ledger

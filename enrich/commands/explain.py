@@ -18,11 +18,10 @@ from enrich.commands.explain_history import (
     row_lines,
     row_without_request,
 )
-from enrich.errors import JobError
+from enrich.errors import JobError, suggest_name
 from enrich.files.values import text_frame
 from enrich.job.cell_text import fold
 from enrich.job.job import Job
-from enrich.job.name_hints import suggest_name
 from enrich.ledger import enroll, erasure, queries
 from enrich.ledger.database import Database, open_or_empty
 from enrich.ledger.lock import is_locked

@@ -17,12 +17,11 @@ from enrich.commands import options
 from enrich.commands.forget_steps import RowRequests, follow_answers, requests_of_rows
 from enrich.databar.clock import SystemClock
 from enrich.databar.task_results import column_values
-from enrich.errors import CommandRefused, EnrichError, JobError
+from enrich.errors import CommandRefused, EnrichError, JobError, suggest_name
 from enrich.files.values import text_frame
 from enrich.job.cell_text import fold
 from enrich.job.job import Job
 from enrich.job.locations import sandbox_state_path
-from enrich.job.name_hints import suggest_name
 from enrich.json_text import parse_json
 from enrich.ledger import erasure, queries
 from enrich.ledger.database import Database, ledger_exists, try_read

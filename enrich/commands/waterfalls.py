@@ -10,8 +10,7 @@ from enrich.commands import options
 from enrich.databar.client import MIN_QUERY_LENGTH
 from enrich.databar.credentials import ApiAccess
 from enrich.databar.description import Description, Enrichment, Param, Provider, Waterfall
-from enrich.errors import JobError, JobRejected
-from enrich.job.name_hints import suggest_name
+from enrich.errors import JobError, JobRejected, suggest_name
 from enrich.job.target import Target, TargetKind
 from enrich.run.preflight import call_api
 

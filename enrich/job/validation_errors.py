@@ -8,8 +8,7 @@ from typing import get_args
 
 from pydantic import BaseModel, ValidationError
 
-from enrich.errors import JobError
-from enrich.job.name_hints import closest_name, did_you_mean, suggest_name
+from enrich.errors import JobError, closest_name, did_you_mean, suggest_name
 from enrich.job.spec import JobModel, SteppedJobModel
 from enrich.job.target import SOURCES_KEY, Param, Source, TargetModel
 from enrich.job.yaml_file import YamlDocument

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import polars as pl
 
-from enrich.errors import CommandRefused, EnrichError
+from enrich.errors import CommandRefused, EnrichError, closest_name
 from enrich.files.csv_format import likely_separator
 from enrich.files.limits import FileLimits, limits_of
 from enrich.files.reader import InMemoryRows, InputTable
@@ -28,7 +28,6 @@ from enrich.job.cell_text import blank_cells
 from enrich.job.file_names import is_missing
 from enrich.job.job import Job
 from enrich.job.locations import format_of, has_wildcards
-from enrich.job.name_hints import closest_name
 from enrich.job.spec import step_column, steps_in_header
 from enrich.ledger.database import Database
 from enrich.ledger.erasure import ForgottenRequests

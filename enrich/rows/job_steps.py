@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from msgspec import Struct
 
+from enrich.errors import suggest_name
 from enrich.job.job import Job
-from enrich.job.name_hints import suggest_name
 from enrich.job.spec import step_column
 from enrich.models import OPEN_STATES, RowStatus, State
 from enrich.rows.job_input import JobInput

@@ -11,9 +11,8 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from enrich.databar.description import Description, Enrichment, Param, Provider, Waterfall
-from enrich.errors import JobError
+from enrich.errors import JobError, closest_name, did_you_mean, suggest_name
 from enrich.job.job import Job
-from enrich.job.name_hints import closest_name, did_you_mean, suggest_name
 from enrich.job.target import Target, TargetKind
 
 #: What an answer has beside its result, in columns that begin with `$`.

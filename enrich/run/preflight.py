@@ -27,9 +27,9 @@ from enrich.errors import (
     Unauthorized,
     UnexpectedResponse,
     WorkspaceMismatch,
+    suggest_name,
 )
 from enrich.job.job import Job
-from enrich.job.name_hints import suggest_name
 from enrich.job.target import Target, TargetKind
 from enrich.ledger import bindings, queries
 from enrich.ledger.database import Database

@@ -16,9 +16,8 @@ from enrich.commands.init.column_matching import Sample, count_matched_params, t
 from enrich.commands.init.template import JobDraft, render_job_file
 from enrich.commands.waterfalls import list_descriptions, read_description
 from enrich.databar.description import DOCUMENTED_ON, DOCUMENTED_WATERFALLS, Description
-from enrich.errors import ApiKeyRejected, ApiUnreachable, CommandRefused, JobError
+from enrich.errors import ApiKeyRejected, ApiUnreachable, CommandRefused, JobError, suggest_name
 from enrich.job.bounded_read import read_text
-from enrich.job.name_hints import suggest_name
 from enrich.job.spec import json_schema
 from enrich.job.target import Target, TargetKind
 
