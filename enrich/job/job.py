@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from pydantic import ValidationError
 
 from enrich.errors import JobError
+from enrich.job.document import YamlDocument, join_validation_errors
 from enrich.job.field_types import MAX_CREDITS
 from enrich.job.file_names import (
     MAX_JOB_NAME_BYTES,
@@ -41,8 +42,6 @@ from enrich.job.locations import (
 )
 from enrich.job.spec import Input, JobModel, Output, SteppedJobModel, step_columns, step_model
 from enrich.job.target import TargetModel
-from enrich.job.validation_errors import join_validation_errors
-from enrich.job.yaml_file import YamlDocument
 from enrich.models import job_title
 
 _Table = TypeVar("_Table", Input, Output)
