@@ -141,14 +141,23 @@ class Collector(Struct, frozen=True):
         counts = OutputCounts()
         with_index = is_dataset(target)
         schema = output_schema(self.job_input, self.template, with_index=with_index)
+
+        def checked_frames() -> Iterator[pl.DataFrame]:
+            yield from self.frames(counts, with_index=with_index, limits=limits_of("output", self.job.output))
+            self.ledger.check_files()  # before the old output is replaced
+            pending = counts.statuses[RowStatus.PENDING]
+            if pending and not partial:
+                raise CommandRefused(
+                    f"{pending:,} rows are pending: the output would be incomplete",
+                    "finish them with `enrich run JOB`, or write the current results with --partial",
+                )
+
         write_file(
             target,
             self.job.output,
             job=self.job.name,
             schema=schema,
-            frames=self._checked_frames(
-                counts, with_index=with_index, partial=partial, limits=limits_of("output", self.job.output)
-            ),
+            frames=checked_frames(),
             new_columns=len(schema) - len(self.job_input.schema),
         )
         return counts
@@ -208,18 +217,6 @@ class Collector(Struct, frozen=True):
         cells = new_cells(batch, results, pl.Series(places, dtype=pl.UInt32), self.template.columns)
         step = JoinedStep("", self.template.columns, batch.fingerprints, results, places, cells)
         return JoinedBatch(batch, [step], cells)
-
-    def _checked_frames(
-        self, counts: OutputCounts, *, with_index: bool, partial: bool, limits: FileLimits
-    ) -> Iterator[pl.DataFrame]:
-        yield from self.frames(counts, with_index=with_index, limits=limits)
-        self.ledger.check_files()  # before the old output is replaced
-        pending = counts.statuses[RowStatus.PENDING]
-        if pending and not partial:
-            raise CommandRefused(
-                f"{pending:,} rows are pending: the output would be incomplete",
-                "finish them with `enrich run JOB`, or write the current results with --partial",
-            )
 
     def merge_column(self, joined: JoinedBatch, name: str, *, formula_safe: bool = False) -> pl.Series:
         """Fill in a column of the input. A missing result never blanks an existing cell."""
