@@ -23,8 +23,9 @@ from enrich.rows.job_input import JobInput
 from enrich.rows.job_steps import RowFacts, Step, StepDecision, decide, row_status
 from enrich.rows.requests import FORGOTTEN_REASON, InputRows, RequestBuilder, RowBatch
 from enrich.rows.row_selection import order_of_rows
-from enrich.run.collector import JoinedBatch, JoinedStep, merge_cells, name_source, new_cells
+from enrich.run.collector import JoinedBatch, JoinedStep
 from enrich.run.lead_selection import CAPPED_REASON, LeadSelection
+from enrich.run.output_cells import merge_cells, name_source, new_cells
 from enrich.run.step_batch import (
     Identities,
     StepBatch,
