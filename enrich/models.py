@@ -54,6 +54,8 @@ class Decision(StrEnum):
     FILTERED = "filtered"  # rows only: excluded by the job
 
 
+#: Why a row, or its request, is left out by `caps`.
+CAPPED_REASON = "over the per-group limit (caps)"
 #: Decisions with which a request is sent and paid for.
 DECISIONS_TO_SEND = (Decision.NEW, Decision.RETRY, Decision.REFRESH)
 #: The decisions that limit and sample count. They include requests sent since the plan was saved.

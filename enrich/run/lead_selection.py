@@ -77,10 +77,6 @@ class LeadSelection:
             self.chosen.update(list(filter(self._is_begun, rows)) or rows[:1])
 
 
-#: Why a lead takes part in no step.
-CAPPED_REASON = "over the per-group limit (caps)"
-
-
 def capped_rows(job_input: JobInput, caps: Caps, begun: bytearray) -> bytearray:
     """Return which rows of the input are beyond the cap of their group, one byte for each row.
 

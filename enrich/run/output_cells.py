@@ -22,7 +22,7 @@ from enrich.files.values import (
 from enrich.job.cell_text import blank_cells
 from enrich.job.job import Job
 from enrich.json_text import parse_json
-from enrich.models import MICROS_PER_CREDIT, OPEN_STATES, ResultColumns, RowStatus, State
+from enrich.models import CAPPED_REASON, MICROS_PER_CREDIT, OPEN_STATES, ResultColumns, RowStatus, State
 from enrich.rows.requests import STATUS_COLUMNS, RowBatch
 from enrich.rows.template import RequestTemplate
 
@@ -161,7 +161,7 @@ def _status_frame(results: ResultColumns, found: pl.Expr) -> pl.DataFrame:
         .otherwise("state")
         .alias("enrich_status"),
         pl.when(_IS_CAPPED)
-        .then(pl.lit("over the per-group limit (caps)"))
+        .then(pl.lit(CAPPED_REASON))
         .when(~_IS_PENDING & pl.col("erased_ms").is_not_null())
         .then("the result was purged at " + _iso_time("erased_ms"))
         .otherwise("error")

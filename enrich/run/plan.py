@@ -15,6 +15,7 @@ from enrich.job.job import Job
 from enrich.ledger import enroll, queries
 from enrich.ledger.database import Database
 from enrich.models import (
+    CAPPED_REASON,
     DECISIONS_TO_SEND,
     Decision,
     format_credits,
@@ -43,7 +44,7 @@ DECISION_REASONS = {
     Decision.EXPIRED: "result expired; --retry expired sends it again",
     Decision.IN_DOUBT: "unconfirmed, may have been charged; decide: --retry in_doubt or --accept in_doubt",
     Decision.WAITING: "running at Databar; the run collects its result",
-    Decision.CAPPED: "over the per-group limit (caps)",
+    Decision.CAPPED: CAPPED_REASON,
     Decision.NOT_SAMPLED: "not in the sample",
     Decision.OVER_LIMIT: "over --limit",
     Decision.DUPLICATE: "same request as an earlier row",

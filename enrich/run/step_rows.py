@@ -18,13 +18,13 @@ from enrich.job.spec import STEP_FIELDS, step_column
 from enrich.ledger import queries, step_results
 from enrich.ledger.database import Database
 from enrich.ledger.step_results import StepResult
-from enrich.models import RowStatus, result_columns
+from enrich.models import CAPPED_REASON, RowStatus, result_columns
 from enrich.rows.job_input import JobInput
 from enrich.rows.job_steps import RowFacts, Step, StepDecision, decide, row_status
 from enrich.rows.requests import FORGOTTEN_REASON, InputRows, RequestBuilder, RowBatch
 from enrich.rows.row_selection import order_of_rows
 from enrich.run.collector import JoinedBatch, JoinedStep
-from enrich.run.lead_selection import CAPPED_REASON, LeadSelection
+from enrich.run.lead_selection import LeadSelection
 from enrich.run.output_cells import merge_cells, name_source, new_cells
 from enrich.run.step_batch import (
     Identities,
