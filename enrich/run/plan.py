@@ -177,7 +177,8 @@ def build_plan(job: Job, preflight: Preflight, ledger: Database, read: RowCounts
     cap_allows = None
     if cap is not None and template.worst_price:
         cap_allows = min(to_submit, max(0, cap - reserved) // template.worst_price)
-    cost = Cost.for_template(to_submit, queries.average_price(ledger, template.target), template, cap)
+    average_price = queries.average_price(ledger, template.target) if to_submit else None
+    cost = Cost.for_template(to_submit, average_price, template, cap)
     return Plan(
         job=job.name,
         sandbox=job.sandbox,
