@@ -253,7 +253,7 @@ class RequestSelection(Struct, frozen=True):
     @property
     def is_limited(self) -> bool:
         """Whether the user limited the number of requests (`--limit`, `--sample` or a saved plan)."""
-        return not (self.limit is self.sample is self.after_execution is None)
+        return any(limit is not None for limit in (self.limit, self.sample, self.after_execution))
 
     @property
     def sent_again(self) -> frozenset[State]:

@@ -115,7 +115,7 @@ def open_engine(job: Job, cluster: ClusterOptions | None) -> Iterator[ClusterEng
 
 def check_combination(selected: RunOptions, max_credits: float | None) -> None:
     """Raise JobError for options that contradict each other."""
-    is_limited = not (selected.limit is selected.sample is max_credits is None)
+    is_limited = any(limit is not None for limit in (selected.limit, selected.sample, max_credits))
     if selected.plan is not None and (selected.retry or is_limited):
         raise JobError(
             "--plan cannot be combined with --limit, --sample, --max-credits or --retry: the plan has its own"
@@ -164,7 +164,7 @@ def run_observed(
     with ExitStack() as stack:
         stack.enter_context(lock_ledger(job.ledger, wait_s))
         # Before any threads start, because the engine starts processes.
-        engine = stack.enter_context(open_engine(job, run_options.spread))
+        engine = stack.enter_context(open_engine(job, run_options.cluster))
         access = stack.enter_context(options.open_access(job, use_sandbox=job.sandbox))
         store, lease = stack.enter_context(open_for_run(job.ledger))
 
@@ -298,7 +298,7 @@ def run(
             confirm=_confirm if should_confirm and plan is None else None,
             new_ledger=new_ledger or use_sandbox,
             confirm_new_ledger=_confirm if stdin_is_terminal and on_terminal else None,
-            spread=make_cluster_options(job, engine, address, workers),
+            cluster=make_cluster_options(job, engine, address, workers),
         )
         skip, wait_s = if_locked
 

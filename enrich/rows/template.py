@@ -211,7 +211,7 @@ def _limit_problems(job: Job, description: Description) -> Iterator[JobError]:
     if description.highest_price(job.model.target) is None:
         message = f"the price of {label} grows {unit}, and the API does not give it: the cost cannot be limited"
         yield job.error(["enrichment"], message)
-    elif job.max_credits is job.step_max_credits is None:
+    elif job.max_credits is None and job.step_max_credits is None:
         message = f"the price of {label} grows {unit}, so `max_credits` is required"
         yield job.error(["limits", "max_credits"], message, "limits: {max_credits: 100}, or --max-credits 100")
 

@@ -20,20 +20,14 @@ from enrich.job.job import Job
 from enrich.job.locations import Location, is_dataset
 from enrich.ledger import enroll, queries
 from enrich.ledger.database import Database
-from enrich.models import (
-    RequestResult,
-    RequestSelection,
-    ResultColumns,
-    RowStatus,
-    to_micros,
-)
+from enrich.models import RequestResult, RequestSelection, ResultColumns, RowStatus, to_micros
 from enrich.rows.job_input import JobInput
 from enrich.rows.requests import INDEX_COLUMN, RowBatch, status_columns
 from enrich.rows.template import RequestTemplate
 from enrich.run.output_cells import ANSWERED_STATES, merge_cells, name_source, new_cells
 
 
-@dataclass(frozen=True)  # no slots: of a `cached_property`
+@dataclass(frozen=True)  # without slots, which a `cached_property` does not support
 class JoinedStep:
     """A batch in one step: the results of its requests, and its new cells, by column.
 
@@ -111,7 +105,7 @@ class JoinedRows(Protocol):
 class Collector(Struct, frozen=True):
     """Builds the output. `check_stopped` is called before every batch and may raise to stop.
 
-    `selection`: decide with it about requests that the pass has not seen; see `enroll.request_results`.
+    `selection` decides about requests that the pass has not seen; see `enroll.request_results`.
     """
 
     ledger: Database

@@ -61,11 +61,11 @@ class RunOptions(Struct, frozen=True):
     workspace_renamed: bool = False
     confirm: Callable[[str], bool] | None = None
     plan: SavedPlan | None = None
-    #: Use a new ledger though an earlier output was paid for from another. Unset: ask the user, or refuse the run.
+    #: Use a new ledger even if an earlier output was paid for from another. False: ask the user, or refuse the run.
     new_ledger: bool = False
     confirm_new_ledger: Callable[[str], bool] | None = None
-    #: Run the work on Ray.
-    spread: ClusterOptions | None = None
+    #: Run the work on Ray; None: on this machine.
+    cluster: ClusterOptions | None = None
 
     def with_plan(self) -> RunOptions:
         """Return the options as the saved plan has them."""
@@ -75,7 +75,7 @@ class RunOptions(Struct, frozen=True):
 
 
 class RunEnvironment(Struct, frozen=True):
-    """What surrounds a run. Tests pass their own clock and timeouts.
+    """Clock, timeouts, callbacks and cluster of a run. Tests pass their own clock and timeouts.
 
     `on_message` gets messages for the user at once, `on_problem` those that are also shown without a terminal;
     `on_progress` is called often.
@@ -212,7 +212,7 @@ class WorkerPool(Protocol):
 
 
 class ClusterEngine(Protocol):
-    """Machines that do the three phases, over a ledger that all of them reach."""
+    """A cluster that enrolls, submits and polls, and collects. All its machines reach the ledger."""
 
     def make_worker_pool(
         self, run_state: RunState, work_config: WorkConfig, access: ApiAccess, requests: int

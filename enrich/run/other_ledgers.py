@@ -1,4 +1,4 @@
-"""What other ledgers have: leads that were paid for before, and the files of real runs, which no sandbox run replaces.
+"""Finds leads that another ledger has paid for, and files of real runs, which no sandbox run may replace.
 
 A new ledger pays for its leads again when an earlier output, or another ledger in its folder, has paid for them: a
 copied, renamed or re-pointed job. Such a run is refused, unless the user agrees.
@@ -92,7 +92,7 @@ async def find_output_of_other_ledger(
 
 
 def has_real_tasks(job: Job, output: Location) -> bool:
-    """Check whether a file has tasks that the sandbox of the job did not issue. Without readable tasks: no."""
+    """Check whether a file has tasks that the sandbox of the job did not issue. False if it has no readable tasks."""
     with suppress(CommandRefused, OSError):
         return any(_without_sandbox_tasks(job.ledger, tasks) for tasks in _read_task_ids(job, output))
     return False
@@ -135,12 +135,12 @@ def _newest_output(job: Job) -> Location | None:
     if isinstance(pattern, ObjectUrl):
         return _newest_object(pattern)
     sandbox_output = parse_location(job.output_base, sandbox_file_name(job.output.path))
-    others = set(_matching_paths(Path(str(sandbox_output))))
+    sandbox_outputs = set(_matching_paths(Path(str(sandbox_output))))
     found: list[tuple[float, Path]] = []
     for path in _matching_paths(pattern):
         with suppress(OSError):
             changed_s, is_output = path.stat().st_mtime, path.is_dir() if is_dataset(pattern) else path.is_file()
-            if is_output and path not in others and not is_same_file(job.input_path, path):
+            if is_output and path not in sandbox_outputs and not is_same_file(job.input_path, path):
                 found.append((changed_s, path))
     return max(found)[1] if found else None
 
@@ -194,9 +194,9 @@ def _newest_object(url_pattern: ObjectUrl) -> ObjectUrl | None:
 def find_overlap(
     ledger: Database, job: Job, bound_to: Mapping[str, str | None], step_rows: StepRows | None, number: int = 0
 ) -> Overlap | None:
-    """Compare the requests of this pass with the other ledgers in its folder. None: it is not new, or no file.
+    """Compare the requests of this pass with the other ledgers in its folder. None: the ledger is not new, or no file.
 
-    With steps, what is known of all of them is compared before the first, and a later one before it sends anything.
+    With steps: before the first one, the requests of all steps that are known by then; later, those of step `number`.
     """
     if job.sandbox or not isinstance(job.ledger, Path):
         return None
@@ -258,7 +258,7 @@ def _ledger_names(overlap: Overlap) -> str:
 
 
 def confirm_paying_again(context: RunContext, error: CommandRefused) -> None:
-    """Ask the user whether to pay again. Raises RunCancelled for a no, and the error where no user can answer."""
+    """Ask the user whether to pay again. Raises RunCancelled if not, and the error where no user can answer."""
     confirm = context.options.confirm_new_ledger
     if confirm is None:
         raise error
@@ -311,9 +311,9 @@ def with_own_output(job: Job) -> tuple[Job, str | None]:
 
 
 def is_written_by_run(job: Job, location: Location) -> bool:
-    """Check whether a real run has written a file, or it is named as one and has tasks that the sandbox did not issue.
+    """Check whether a real run has written a file: by the ledgers of real runs, or by the tasks in it.
 
-    Under a sandbox run's own name such tasks are those of a sandbox whose ledger is another or gone.
+    The tasks do not count in a file with the name of a sandbox output: they are of a sandbox with another ledger.
     """
     if not is_sandbox_file_name(_as_named(location)) and has_real_tasks(job, location):
         return True

@@ -89,7 +89,7 @@ def to_cell(value: object) -> str | None:
     return str(value) if isinstance(value, str) else to_json(value, ", ", ": ")
 
 
-#: States with an answer to judge.
+#: States in which the columns decide whether the answer is a match.
 ANSWERED_STATES = (State.FOUND.value, State.NOT_FOUND.value)
 #: The fields of a RequestResult that are used unchanged.
 _RESULT_COLUMNS = {
@@ -177,7 +177,7 @@ def _status_frame(results: ResultColumns, found: pl.Expr) -> pl.DataFrame:
 
 
 def name_source(template: RequestTemplate, results: ResultColumns) -> ResultColumns:
-    """Return the results with the source of the enrichment as provider of what was found. A waterfall has none."""
+    """Return the results with the enrichment's source as provider of its matches. A waterfall's are unchanged."""
     source = template.source
     if source is None:
         return results

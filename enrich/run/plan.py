@@ -31,7 +31,7 @@ from enrich.run.budget import Cost
 from enrich.run.preflight import Preflight
 from enrich.run.terminal_text import top_reasons, wrap_parts
 
-#: Polls per task, as long as the ledger has no experience.
+#: Polls per task, as long as the ledger has no finished tasks.
 DEFAULT_POLLS_PER_TASK = 1.5
 
 DECISION_REASONS = {

@@ -82,8 +82,8 @@ def _has_open_tasks(ledger: Database, results_kept_since_ms: int) -> bool:
 async def wait_for_other_processes(context: RunContext) -> None:
     """Wait until the processes of earlier runs are gone. A SQLite ledger never has any.
 
-    Raises LedgerLocked when another run's leader renews its lease: it is alive, and it lost the server's lock when the
-    server restarted.
+    Raises LedgerLocked when the leader of another run renews its lease: that run continues, and only lost its lock in a
+    restart of the server.
     """
     first_seen: dict[int, LeaseHolder] = {}
     while others := await context.ledger_writer.submit(lease_table.other_holders):
@@ -197,7 +197,7 @@ def make_step_rows(job_input: JobInput, ledger: Database, result: Preflight, opt
     if not job_input.job.step_jobs:
         return None
     steps = make_steps(job_input.job, job_input, [step.template for step in result.steps])
-    is_limited = not options.limit is options.sample is None
+    is_limited = options.limit is not None or options.sample is not None
     leads = LeadSelection(options.limit, options.sample, options.seed) if is_limited else None
     return StepRows(job_input, ledger, steps, leads)
 

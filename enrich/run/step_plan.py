@@ -206,7 +206,7 @@ def forecast_steps(
         shared_with = [each.job.step for each in rows.steps[:number] if each.job.step_max_credits is None]
         counts = step_results.planned_counts(ledger, forecast.step.job.step, shared_with)
         if rows.leads is not None and number:  # the leads of the first step are chosen
-            forecast.may_be_sent += min(rows.leads.places, forecast.beyond_limit)
+            forecast.may_be_sent += min(rows.leads.remaining, forecast.beyond_limit)
         forecast.requests = counts.requests + forecast.may_be_sent
         forecast.to_submit, forecast.may_be_sent = counts.sent, forecast.may_be_sent + counts.possible
     return row_count, forecasts
