@@ -83,7 +83,7 @@ def _check_and_migrate(session: PostgresSession, *, any_version: bool) -> None:
 
 
 def _feeds_have_paths(session: PostgresSession) -> bool:
-    """Return whether `delivered` has paths, as since the last change before the first release."""
+    """Return whether `delivered` has the column `path`, which ledgers of older unreleased versions lack."""
     found = session.execute(
         "SELECT 1 FROM information_schema.columns WHERE table_schema = ? AND table_name = 'delivered' "
         "AND column_name = 'path'",

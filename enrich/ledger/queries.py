@@ -254,7 +254,7 @@ def answered_fields(db: Database, names: Iterable[str]) -> frozenset[str]:
 
 
 def _is_answered_field(db: Database, name: str) -> bool:
-    # The text is compared first: reading a million answers as JSON takes long. A name is written with escapes or not.
+    # The text is compared first: reading a million answers as JSON takes long. In JSON, a name may have escapes or not.
     patterns = [f"%{_escape_like(json.dumps(name, ensure_ascii=escaped))}%" for escaped in (True, False)]
     rows = db.stream("SELECT answer FROM attempts WHERE answer LIKE ? ESCAPE '!' OR answer LIKE ? ESCAPE '!'", patterns)
     for (answer,) in rows:
