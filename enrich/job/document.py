@@ -196,7 +196,7 @@ _ALLOWED_NAMES = {
 def join_validation_errors(document: YamlDocument, error: ValidationError) -> JobError:
     """Combine all validation errors, sorted by line. A single error has its hint as a separate text."""
     found: list[tuple[int, str, str | None]] = []
-    #: Where a key has a wrong name, and the hint with the right one, which is not reported as missing, too.
+    #: The place and the hint of each misspelled key. The right key is not reported as missing, too.
     misspelled: list[tuple[list[str | int], str | None]] = []
     problems = error.errors(include_url=False)
     for problem in sorted(problems, key=lambda each: each["type"] != "extra_forbidden"):

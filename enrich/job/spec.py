@@ -52,7 +52,7 @@ class Input(StrictModel):
     separator: Separator = Field(
         default_factory=_default_separator, description="One character; default: a tab for .tsv, else a comma."
     )
-    encoding: Encoding = Field("utf-8", description="Python's name of it: utf-8, cp1252, utf-16 …")
+    encoding: Encoding = Field("utf-8", description="Python's name of the encoding: utf-8, cp1252, utf-16 …")
     format: Format = Field(
         default_factory=_default_format, description="Default: by the file extension, before .gz; otherwise csv."
     )
@@ -76,7 +76,7 @@ class Output(StrictModel):
     separator: Separator = Field(
         default_factory=_default_separator, description="One character; default: a tab for .tsv, else a comma."
     )
-    encoding: Encoding = Field("utf-8", description="As Python names it.")
+    encoding: Encoding = Field("utf-8", description="Python's name of the encoding: utf-8, cp1252, utf-16 …")
 
     @model_validator(mode="after")
     def _check_separator(self) -> Self:
@@ -289,7 +289,7 @@ class SteppedJobModel(JobModel):
 
 
 def step_column(step: str, field: str) -> str:
-    """Return the name of a step's column of ours."""
+    """Return the column of the output with a field of a step (one of STEP_FIELDS)."""
     return f"enrich_{step}_{field}"
 
 

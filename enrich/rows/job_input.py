@@ -131,7 +131,7 @@ class JobInput:
         return self._table.first_position
 
     def without_rows(self) -> JobInput:
-        """Return this input without rows, to be sent to where blocks are read."""
+        """Return this input without rows, to be sent to the processes that read its blocks."""
         return self.for_frame(0, pl.DataFrame(schema=self.all_columns))
 
     @property
@@ -163,7 +163,12 @@ class JobInput:
         files = [
             ("output", self.job.output, self.columns, [*new, *status_columns(self.job)]),
             ("rejects", model.rejects, self.columns, []),
-            ("changes", model.changes, list(feed_columns), new),  # it has the names as cells
+            (
+                "changes",
+                model.changes,
+                list(feed_columns),
+                new,
+            ),  # the feed has these names as cells
         ]
         written = [(limits_of(kind, file), columns, names) for kind, file, columns, names in files if file is not None]
         self._limits = [(limits, columns) for limits, columns, _ in written]
@@ -206,7 +211,7 @@ class JobInput:
         return RequestBuilder(self.job, template, self.header, self._forgotten)
 
     def for_step(self, step: Job, earlier_columns: Iterable[str]) -> JobInput:
-        """Return the input as a step sees it: without columns of ours, with the columns of earlier steps.
+        """Return the input as a step sees it: without the columns that enrich adds, with those of earlier steps.
 
         Raises JobError when the step names a column that neither the input nor an earlier step has.
         """
@@ -345,7 +350,7 @@ class JobInput:
 
 
 def _former_steps(job: Job, header: Collection[str]) -> list[str]:
-    """Return the steps whose columns an earlier output has, while this job with steps has no such step."""
+    """Return the steps whose columns the input has from an earlier output, and that the job no longer has."""
     if not job.step_jobs or "enrich_status" not in header:
         return []
     return [step for step in steps_in_header(header) if step not in {known.step for known in job.step_jobs}]

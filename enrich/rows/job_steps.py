@@ -36,7 +36,7 @@ class Step(Struct, frozen=True):
 def make_steps(job: Job, job_input: JobInput, templates: Sequence[RequestTemplate]) -> tuple[Step, ...]:
     """Check each step against the columns that it can read, and `complete` against those that the steps give.
 
-    Raises JobError for a column that none of them is.
+    Raises JobError for a column that is none of these.
     """
     steps: list[Step] = []
     for step_job, template in zip(job.steps, templates, strict=True):

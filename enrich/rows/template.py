@@ -18,9 +18,9 @@ from enrich.job.target import Target, TargetKind
 #: What an answer has beside its result, in columns that begin with `$`.
 BESIDE_RESULT = ("is_verified", "steps", "enrichment_data")
 _WRAPPER_KEYS = (*BESIDE_RESULT, "result", "result_field")
-#: A price is multiplied with less than this.
+#: A number that multiplies a price must be below this.
 MAX_COUNT = 1_000_000
-#: Of a count with leading zeros. Python refuses to convert some thousand digits.
+#: Maximum length of such a number with leading zeros. Python refuses to convert several thousand digits.
 _MAX_DIGITS = 100
 
 
@@ -107,16 +107,16 @@ def join_templates(templates: Sequence[RequestTemplate]) -> RequestTemplate:
 
 
 def name_problems(
-    job: Job, description: Description, remembered: Description | None = None, answered: frozenset[str] = frozenset()
+    job: Job, description: Description, last_known: Description | None = None, answered: frozenset[str] = frozenset()
 ) -> list[JobError]:
     """Return an error for each wrong name, with its line and the nearest name. One cause is one error.
 
-    `remembered` is the description of an earlier run, `answered` has the fields of the job that answers have. An empty
+    `last_known` is the description of an earlier run, `answered` has the fields of the job that answers have. An empty
     list of the description checks nothing.
     """
     return [
         *target_problems(job, description),
-        *_column_problems(job, description, remembered, answered),
+        *_column_problems(job, description, last_known, answered),
         *_limit_problems(job, description),
     ]
 
@@ -203,7 +203,7 @@ def _page_problems(job: Job, description: Description) -> Iterator[JobError]:
 
 
 def _limit_problems(job: Job, description: Description) -> Iterator[JobError]:
-    """Yield an error for a price without a limit of the API's, where the job sets none, or none can be enforced."""
+    """Yield an error for a price that grows with a param or pages where `max_credits` is missing or not enforceable."""
     if not (description.priced_by or description.is_paginated or job.model.pagination):
         return
     unit = f"with `{description.priced_by}`" if description.priced_by else "with each page"
@@ -246,12 +246,12 @@ def _numbers_hint(number: int, available: Sequence[Provider]) -> str:
 
 
 def _column_problems(
-    job: Job, description: Description, remembered: Description | None, answered: frozenset[str]
+    job: Job, description: Description, last_known: Description | None, answered: frozenset[str]
 ) -> Iterator[JobError]:
     listed = [field.name for field in description.output_fields]
     if not listed:
         return
-    listed += [field.name for field in remembered.output_fields if field.name not in listed] if remembered else []
+    listed += [field.name for field in last_known.output_fields if field.name not in listed] if last_known else []
     fields = {*listed, *answered}
     # A path into a list of rows begins with the row's number. Only an answer shows whether it is a list.
     may_be_list = isinstance(description, Enrichment)
