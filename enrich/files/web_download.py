@@ -77,7 +77,7 @@ def _download_once(url: WebUrl, into: BinaryIO, deadline: float) -> None:
 
 
 def _check_redirect(url: WebUrl, address: httpx.URL, target: httpx.URL) -> httpx.URL:
-    """Return where to go on, without user and password. Raises CommandRefused for an address without TLS."""
+    """Return the target of a redirect, without user and password. Raises CommandRefused for an address without TLS."""
     if target.scheme != "https" and not (is_loopback(address.host) and is_loopback(target.host)):
         raise CommandRefused(f"{url} redirects to an address that is not https://: {clean_line(target.host)}")
     return target.copy_with(username=None, password=None)

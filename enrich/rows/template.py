@@ -160,7 +160,7 @@ def _param_problems(job: Job, description: Description) -> Iterator[JobError]:
 
 
 def is_count(text: str) -> bool:
-    """Check whether a text is a whole number above 0 that a price can be multiplied with."""
+    """Check whether a text is a whole number above 0 that a price can be multiplied by."""
     return text.isascii() and text.isdecimal() and len(text) <= _MAX_DIGITS and 0 < int(text) < MAX_COUNT
 
 
