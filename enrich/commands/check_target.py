@@ -13,7 +13,7 @@ import polars as pl
 from msgspec.structs import replace
 
 from enrich.databar.description import DOCUMENTED_ON, DOCUMENTED_WATERFALLS, Description, Field, description_changes
-from enrich.databar.description import Param as Offered
+from enrich.databar.description import Param as DescribedParam
 from enrich.errors import CommandRefused, EnrichError, JobError, closest_name
 from enrich.exit_codes import ExitCode, first_exit_code
 from enrich.job.job import Job
@@ -26,7 +26,7 @@ from enrich.rows.requests import RowBatch
 from enrich.rows.template import RequestTemplate, default_providers, make_request_template, name_problems
 from enrich.run.preflight import LedgerBinding, read_binding
 
-#: A transform that leaves the name of a company's host, which is no person's data and may be shown.
+#: The transform whose result, the domain of a company, is not personal data and may be shown.
 _DOMAIN = "domain"
 #: Below this share of sendable rows the user is warned.
 MIN_SENDABLE_SHARE = 0.8
@@ -194,7 +194,7 @@ def _make_template(
         providers = default_providers(description)
     offered = {param.name: param for param in description.input_params}
     lenient: dict[str, object] = {
-        "input_params": [offered.get(name, Offered(name=name)) for name in job.model.params],
+        "input_params": [offered.get(name, DescribedParam(name=name)) for name in job.model.params],
         "is_email_verifying": True,
     }
     bare_job = replace(job, model=job.model.model_copy(update={"enrichments": None}))

@@ -79,7 +79,7 @@ class Explainer(Struct, frozen=True):
     is_running: bool
 
     def explain_row(self, lead: Lead, rows_of: Mapping[bytes, list[int]]) -> dict[str, Any]:
-        """Describe a row and its request."""
+        """Describe a row and its request. `rows_of` has the rows with each request, by fingerprint."""
         result = row_without_request(self.job, lead)
         if lead.fingerprint is None or lead.params is None:
             return result
@@ -200,9 +200,9 @@ def row_lines(row: Mapping[str, Any]) -> Iterator[str]:
     yield f"row {row['row']}: {row['status']}{why}"
     for param, cells in row["asks_with"].items():
         sent = (row["params"] or {}).get(param)
-        of = "; ".join(f"{column}: {cell!r}" for column, cell in cells.items()) or "a constant"
+        source = "; ".join(f"{column}: {cell!r}" for column, cell in cells.items()) or "a constant"
         sent_text = repr(sent) if sent is not None else "nothing" if row["params"] is not None else "not sent"
-        yield f"  {param:<11} {sent_text}  from {of}"
+        yield f"  {param:<11} {sent_text}  from {source}"
     if shared := row["shared_with"]:
         more = f" and {len(shared) - MAX_LEADS_SHOWN:,} more" if len(shared) > MAX_LEADS_SHOWN else ""
         yield f"  same request as row {', '.join(map(str, shared[:MAX_LEADS_SHOWN]))}{more}, charged once"

@@ -329,14 +329,14 @@ def forget(job_options: options.JobOptions, matches: tuple[str, ...], yes: bool,
     NAME is a column of the input, a param or a new column. Matching ignores case and surrounding spaces. Erase
     outputs and backups yourself.
     """
-    answers = [True] if yes else []
+    confirmed = [True] if yes else []
     unsent = 0
 
     def confirm(counts: ForgottenCounts) -> bool:
         """Ask once for the ledger and the sandbox."""
-        if not answers:
-            answers.append(_confirmed(counts.prompt(), yes=False))
-        return answers[0]
+        if not confirmed:
+            confirmed.append(_confirmed(counts.prompt(), yes=False))
+        return confirmed[0]
 
     def from_ledger(job: Job) -> int:
         """Erase from a ledger. `unsent` is of the ledger that the command names, not of the sandbox beside it."""

@@ -166,7 +166,7 @@ def run_observed(
         # Before any threads start, because the engine starts processes.
         engine = stack.enter_context(open_engine(job, run_options.cluster))
         access = stack.enter_context(options.open_access(job, use_sandbox=job.sandbox))
-        store, lease = stack.enter_context(open_for_run(job.ledger))
+        ledger, lease = stack.enter_context(open_for_run(job.ledger))
 
         def note(text: str) -> None:
             observers.note(text)
@@ -190,7 +190,7 @@ def run_observed(
             stop=callbacks.stop,
             engine=engine,
         )
-        summary = pipeline.run(job, access, store, run_options, environment)
+        summary = pipeline.run(job, access, ledger, run_options, environment)
     observers.end(summary)
     callbacks.on_end(summary)
     if summary.exit_code not in (ExitCode.INTERRUPTED, ExitCode.TERMINATED):
@@ -312,7 +312,9 @@ def run(
             from enrich.monitoring.progress_bar import ProgressBar
 
             bar = ProgressBar()
-            callbacks = RunCallbacks(bar.write_line, bar.show, bar.close, end)
+            callbacks = RunCallbacks(
+                on_message=bar.write_line, on_progress=bar.show, close_progress=bar.close, on_end=end
+            )
         try:
             return run_observed(job, run_options, wait_s, observers, callbacks).exit_code
         except LedgerLocked as error:

@@ -117,8 +117,8 @@ def _choose_waterfall(
         return known[identifier], source
     click.echo(f"Waterfalls from {source}, best fit for {leads} first:", err=True)
     click.echo("\n".join(rank_waterfalls(available, sample)), err=True)
-    options = ["--sandbox"] if use_sandbox else []
-    raise JobError("no waterfall is chosen", shlex.join(["enrich", "init", str(leads), *options, "--waterfall", "ID"]))
+    command = ["enrich", "init", str(leads), *(["--sandbox"] if use_sandbox else []), "--waterfall", "ID"]
+    raise JobError("no waterfall is chosen", shlex.join(command))
 
 
 def _read_enrichment(number: int, *, use_sandbox: bool) -> tuple[Description, str]:
