@@ -38,7 +38,7 @@ class Decision(StrEnum):
     NEW = "new"  # never answered
     RETRY = "retry"  # sent again because of --retry
     REFRESH = "refresh"  # sent again because its answer is too old
-    POSSIBLE = "possible"  # rows of a later step only: sent if the results of earlier steps call for it
+    POSSIBLE = "possible"  # rows of a later step only: sent if the results of earlier steps require it
     FOUND = "found"  # already answered
     NOT_FOUND = "not_found"  # already answered
     FAILED = "failed"
