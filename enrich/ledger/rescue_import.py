@@ -181,6 +181,9 @@ class _ImportPass:
         rows_per_bulk_task = Counter(line.bulk_task for line, _ in new_lines if line.state == "submitted")
         bulk_task_ids: dict[int, int] = {}
         for line, request in new_lines:
+            if request.state == "submitted":
+                mark_in_doubt = [(request.attempt_id or 0, "a newer attempt was made meanwhile", self.now_ms, None)]
+                transitions.mark_in_doubt(db, mark_in_doubt)
             state = "in_doubt" if line.state == "submitting" else line.state
             # The answers of a bulk task are assigned by index: without all of its requests, none can be assigned.
             is_incomplete = line.bulk_task is not None and rows_per_bulk_task[line.bulk_task] != line.size
@@ -198,12 +201,16 @@ class _ImportPass:
 
     def _is_news(self, line: RescuedAttempt, request: _RequestState) -> bool:
         """Return whether a line adds to what the ledger has about its request."""
-        if self._is_in_doubt(line):
-            return request.state == "pending"
-        known = line.task_id is not None and self.db.exists(
+        if line.task_id is not None and self.db.exists(
             "FROM attempts WHERE request_id = ? AND task_id = ?", request.id, line.task_id
-        )
-        return request.state in ("pending", "in_doubt") and not known
+        ):
+            return False
+        if request.state == "pending" or (request.state == "in_doubt" and not self._is_in_doubt(line)):
+            return True
+        # An older copy of the ledger, or the first pass, lacks what was sent after the answer that it has. The rows of
+        # a bulk task that waits for its answer stay together.
+        is_bulk = request.state == "submitted" and request.is_bulk
+        return line.claimed_ms > request.claimed_ms and not is_bulk
 
     def _best_lines(self, lines: Iterable[RescuedAttempt]) -> list[RescuedAttempt]:
         """Return the best line per request: an answer before a task, a task before an unconfirmed attempt."""
@@ -284,7 +291,10 @@ def _settle_if_answered(db: Database, attempt_id: int, execution_id: int, line: 
 def _find_or_create_request(db: Database, line: RescuedAttempt) -> _RequestState:
     """Return the request of a line. Create it if it is missing."""
     fingerprint = bytes.fromhex(line.fingerprint)
-    find = "SELECT id, state, attempt_id FROM requests WHERE fingerprint = ?"
+    find = (
+        "SELECT r.id, r.state, r.attempt_id, coalesce(a.claimed_ms, 0), a.bulk_task_id IS NOT NULL FROM requests r "
+        "LEFT JOIN attempts a ON a.id = r.attempt_id WHERE r.fingerprint = ?"
+    )
     row = db.execute(find, (fingerprint,)).fetchone()
     if row is None:
         db.execute("INSERT INTO calls (canonical) VALUES (?) ON CONFLICT DO NOTHING", (line.call,))
@@ -361,9 +371,13 @@ def _insert_attempt(  # noqa: PLR0913, PLR0917 - each is a column
 
 
 class _RequestState(NamedTuple):
+    """A request; the last two are of its newest attempt."""
+
     id: int
     state: str
     attempt_id: int | None
+    claimed_ms: int
+    is_bulk: int
 
 
 class _TaskHolder(NamedTuple):

@@ -19,7 +19,7 @@ from enrich.ledger.database_copy import copy_ledger
 from enrich.ledger.rescue_file import RescuedAttempt, RescueFile, read_rescue_file
 from enrich.ledger.rescue_import import import_rescue_files, remove_imported_files
 from enrich.ledger.verify import check_ledger
-from enrich.models import State
+from enrich.models import Answer, State
 from tests.support.ledger import BINDING, CALL, FOUND, NO_MATCH, CommittingLedger, fingerprint, params
 from tests.support.workspace import INSTANT_API, SandboxApi, Workspace, make_leads, serve_api, wait_until
 
@@ -161,6 +161,53 @@ def test_newer_ledger_state_is_kept(ledger: CommittingLedger) -> None:
 
     assert request_states(ledger) == {1: "found", 2: "submitted", 3: "in_doubt"}
     assert [task.task_id for task in transitions.submitted_tasks(ledger.wrapped)] == ["b"]
+    assert_sound(ledger)
+
+
+@pytest.mark.parametrize(
+    ("earlier", "state", "open_task"),
+    [
+        ("found", "submitted", "new"),
+        ("failed", "submitted", "new"),
+        ("submitted", "submitted", "new"),
+        ("found", "in_doubt", None),
+        ("in_doubt", "in_doubt", None),
+        ("failed", "found", None),
+        ("found", "not_found", None),
+    ],
+)
+def test_older_copy_of_ledger_imports_later_attempt(
+    ledger: CommittingLedger, earlier: str, state: str, open_task: str | None
+) -> None:
+    """What was sent again (refresh, --retry) after the copy was made is not lost; a match stands meanwhile."""
+    ledger.start_and_enroll(1)
+    attempt = ledger.submit("old")
+    if earlier == "in_doubt":
+        ledger.commit(transitions.mark_in_doubt, [(attempt, "404", ledger.now, None)])
+    elif earlier != "submitted":
+        ledger.settle(attempt, Answer(State(earlier), credits=1, raw=FOUND.raw))
+    line = rescue_record(1, state, None if state == "in_doubt" else "new", claimed_ms=ledger.now + 1)
+
+    for _ in range(2):
+        import_lines(ledger, line)
+
+        assert request_states(ledger) == {1: state}
+        assert [task.task_id for task in transitions.submitted_tasks(ledger.wrapped)] == [open_task] * bool(open_task)
+        assert ledger.query_one("SELECT answer_id FROM requests") == (
+            {"found": attempt}.get(earlier, 2 if state == "found" else None),
+        )
+        assert_sound(ledger)
+
+
+def test_lost_ledger_keeps_answer_and_later_task(ledger: CommittingLedger) -> None:
+    """A request that was found, and sent again, gets both: the answer, and the task that waits."""
+    message = import_lines(
+        ledger, rescue_record(1, "found", "old"), rescue_record(1, task="new", attempt=2, claimed_ms=4_000)
+    )
+
+    assert message == "1 tasks to fetch, 1 answers"
+    assert [task.task_id for task in transitions.submitted_tasks(ledger.wrapped)] == ["new"]
+    assert ledger.query_one("SELECT answer_id IS NOT NULL FROM requests") == (1,)
     assert_sound(ledger)
 
 
