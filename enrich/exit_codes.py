@@ -149,6 +149,9 @@ def required_actions(
     if code == ExitCode.CREDITS and "--new-ledger" in (hint := rows.get("hint") or ""):
         # No money is missing: another ledger has paid for what a later step would send.
         actions.append((hint, ("enrich run {run} --new-ledger",)))
+    elif code == ExitCode.SOME_FAILED and not rows.get("steps") and rows.get("failed") == rows.get("expired") == 0:
+        text = "Some requests failed whose leads keep their last match or left the input. Retry them (may charge)"
+        actions.append((text, ("enrich run {run} --retry failed,expired",)))
     elif code in _COMMANDS and not (code == _IN_DOUBT_CODE and rows.get(RowStatus.IN_DOUBT)):
         actions.append((_INSTRUCTIONS[code], _COMMANDS[code]))
     if credits_over_cap := rows.get("credits_over_cap"):
