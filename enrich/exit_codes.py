@@ -139,6 +139,9 @@ def required_actions(
     if code == ExitCode.CREDITS and "--new-ledger" in (hint := rows.get("hint") or ""):
         # No money is missing: another ledger has paid for what a later step would send.
         actions.append((hint, ("enrich run {run} --new-ledger",)))
+    elif code == ExitCode.SOME_FAILED and not rows.get("steps") and rows.get("failed") == rows.get("expired") == 0:
+        text = "Some requests failed whose leads keep their last match or left the input. Retry them (may charge)"
+        actions.append((text, ("enrich run {run} --retry failed,expired",)))
     elif code in _ACTIONS and not (code == ExitCode.IN_DOUBT and rows.get(RowStatus.IN_DOUBT)):
         actions.append(_ACTIONS[code])
     if credits_over_cap := rows.get("credits_over_cap"):

@@ -223,7 +223,7 @@ class _Canceller:
         if is_cancelled(reply.body):
             cost = parse_price(reply.body.get("credits_spent"))
             self._settle(task, Answer(State.FAILED, CANCELLED, credits=cost, raw=reply.raw), is_cancelled=True)
-        elif phase in (TaskPhase.COMPLETED, TaskPhase.FAILED) and not is_incomplete(reply.body):
+        elif phase is TaskPhase.FAILED or (phase is TaskPhase.COMPLETED and not is_incomplete(reply.body)):
             self._settle(task, read_answer(reply, phase, task.column_paths))
         elif unread is not None:
             raise unread

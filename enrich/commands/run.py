@@ -131,7 +131,10 @@ def _confirm(text: str) -> bool:
     click.echo(options.for_terminal("\n".join(lines)), err=True)
     try:
         return click.confirm(question, prompt_suffix=" ", err=True)
-    except click.Abort:
+    except click.Abort as error:
+        if isinstance(error.__context__, EOFError):  # Ctrl-D: no answer is a no
+            click.echo(err=True)
+            return False
         raise KeyboardInterrupt from None
 
 
@@ -287,28 +290,28 @@ def run(
         selected = replace(selected, plan=plan, accept_in_doubt=accept is not None)
         check_combination(selected, max_credits)
         job = job_options.load(max_credits if plan is None else plan.max_credits)
-        on_terminal = sys.stderr.isatty() and not quiet
-        stdin_is_terminal = sys.stdin is not None and sys.stdin.isatty()
+        on_terminal = sys.stderr.isatty()
+        can_confirm = on_terminal and sys.stdin is not None and sys.stdin.isatty()
         use_sandbox = job_options.use_sandbox
-        should_confirm = stdin_is_terminal and on_terminal and not yes and not use_sandbox and job.max_credits is None
+        should_confirm = can_confirm and not yes and not use_sandbox and job.max_credits is None
         run_options = replace(
             selected,
             max_time_s=max_time,
             workspace_renamed=workspace_renamed,
             confirm=_confirm if should_confirm and plan is None else None,
             new_ledger=new_ledger or use_sandbox,
-            confirm_new_ledger=_confirm if stdin_is_terminal and on_terminal else None,
+            confirm_new_ledger=_confirm if can_confirm else None,
             cluster=make_cluster_options(job, engine, address, workers),
         )
         skip, wait_s = if_locked
 
         def end(summary: RunSummary) -> None:
-            show = on_terminal or always_summary or verbose or (summary.exit_code != ExitCode.OK and not quiet)
+            show = always_summary or verbose or (not quiet and (on_terminal or summary.exit_code != ExitCode.OK))
             arguments = job_options.arguments(as_typed=True)
             print_summary(summary, arguments, as_json=as_json, show=show, details=verbose)
 
         callbacks = RunCallbacks(on_end=end)
-        if on_terminal:
+        if on_terminal and not quiet:
             from enrich.monitoring.progress_bar import ProgressBar
 
             bar = ProgressBar()

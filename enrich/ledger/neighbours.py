@@ -112,8 +112,8 @@ def _has_same_binding(db: Database, bound_to: Mapping[str, str | None]) -> bool:
 
 
 def seen_fingerprints(db: Database) -> Iterator[list[bytes]]:
-    """Yield the requests that this pass has seen, many at a time."""
-    seen = "SELECT fingerprint FROM requests WHERE id IN (SELECT id FROM seen)"
+    """Yield the requests that this pass has seen and that were never answered, many at a time."""
+    seen = "SELECT fingerprint FROM requests WHERE state = 'pending' AND id IN (SELECT id FROM seen)"
     unknown = "SELECT fingerprint FROM unknown_requests WHERE -id IN (SELECT id FROM seen)"
     return _in_chunks(db.execute(f"{seen} UNION ALL {unknown}"))
 
