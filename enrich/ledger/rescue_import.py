@@ -168,7 +168,7 @@ class _Import:
         """Insert the attempts of one POST that the ledger does not have."""
         db = self.db
         found = [(line, _find_or_create_request(db, line)) for line in lines]
-        new_lines = [(line, request) for line, request in found if self._is_news(line, request)]
+        new_lines = [(line, request) for line, request in found if self._adds_to_ledger(line, request)]
         # The answers of a bulk task are assigned by index: without all of its requests, none can be assigned.
         is_whole = sum(line.state == "submitted" for line, _ in new_lines) == (lines[0].size or 1)
         bulk_task_id: int | None = None
@@ -194,7 +194,7 @@ class _Import:
             self.execution_ids[paths] = _create_execution(self.db, line, self.job, self.now_ms)
         return self.execution_ids[paths]
 
-    def _is_news(self, line: RescuedAttempt, request: _RequestState) -> bool:
+    def _adds_to_ledger(self, line: RescuedAttempt, request: _RequestState) -> bool:
         """Return whether a line adds to what the ledger has about its request."""
         if line.task_id is not None and self.db.exists(
             "FROM attempts WHERE request_id = ? AND task_id = ?", request.id, line.task_id
@@ -240,8 +240,8 @@ def _task_holders(db: Database, lines: Iterable[RescuedAttempt]) -> dict[str, li
         (to_json_text(tasks),),
     )
     found: dict[str, list[_TaskHolder]] = {}
-    for task_id, fingerprint, claimed_ms, bundled in rows:
-        found.setdefault(task_id, []).append(_TaskHolder(fingerprint.hex(), claimed_ms, bool(bundled)))
+    for task_id, fingerprint, claimed_ms, is_bulk in rows:
+        found.setdefault(task_id, []).append(_TaskHolder(fingerprint.hex(), claimed_ms, bool(is_bulk)))
     return found
 
 
@@ -298,7 +298,7 @@ def _find_or_create_request(db: Database, line: RescuedAttempt) -> _RequestState
 
 
 def _create_execution(db: Database, line: RescuedAttempt, job: str, now_ms: int) -> int:
-    """Record a run from its first attempt: ended without a run summary, unlike any run of this ledger."""
+    """Record the run that made an attempt: started with it, and ended without a run summary."""
     return db.number(
         "INSERT INTO executions (job, started_ms, ended_ms, exit_code, paths, reserved) VALUES (?, ?, ?, 1, ?, "
         f"(SELECT coalesce(sum(reserved), 0) FROM attempts WHERE {OPEN_ATTEMPT})) RETURNING id",
