@@ -169,12 +169,12 @@ class StepRows(Struct, frozen=True):
         *,
         limited: bool = True,
     ) -> StepBatch:
-        earlier, text = state.step_batches, state.text
+        text = state.text
         unsent = self._lacking(state, step) | dict.fromkeys(state.forgotten, FORGOTTEN_REASON)
         selected = step.job_input.selected_rows(text) & ~_rows_as_mask(unsent, text.height)
         ready = pl.repeat(value=True, n=text.height, eager=True)
         for number in step.depends_on:
-            ready &= pl.Series(earlier[number].final, dtype=pl.Boolean)
+            ready &= pl.Series(state.step_batches[number].final, dtype=pl.Boolean)
         rows = InputRows(
             state.first_position,
             state.frame,
@@ -186,7 +186,7 @@ class StepRows(Struct, frozen=True):
         batch = builder.build_batch(rows, counted=selected & ready)
         for row in state.capped:
             batch.errors[row] = CAPPED_REASON
-        # No step looks a forgotten person up again.
+        # No later step sends a request about a forgotten person.
         state.forgotten |= {row for row, reason in enumerate(batch.errors) if reason == FORGOTTEN_REASON}
         known = step_results.find_results(self.ledger, [name for name in batch.fingerprints if name is not None])
         results = [None if name is None else known.get(name) for name in batch.fingerprints]
@@ -205,10 +205,9 @@ class StepRows(Struct, frozen=True):
         ]
         requesting_rows = [row for row, decision in enumerate(decisions) if decision is StepDecision.SEND]
         if self.leads is not None and limited:
-            # What the run must not send is as if it waited: only what the ledger has counts.
             may_send = self.leads.may_send(state.first_position, results)
-            for row, decision in enumerate(decisions):
-                if decision is StepDecision.SEND and not may_send[row]:
+            for row in requesting_rows:
+                if not may_send[row]:  # the row waits, or keeps the result that the ledger has
                     decisions[row] = StepDecision.WAIT if results[row] is None else StepDecision.KEEP
         return decided_batch(batch, decisions, results, requesting_rows, unsent, state.identities)
 
