@@ -51,7 +51,7 @@ class Poller:
     no_new_tasks: bool = False
     #: Written-off tasks that could not be polled now.
     unpolled_tasks: list[Task] = field(default_factory=list)
-    #: Number of written-off tasks that still exist at the API.
+    #: Number of requests whose written-off tasks still exist at the API.
     revived_requests: int = 0
     _scheduled: list[tuple[float, int, OpenTask]] = field(default_factory=list)
     _ready: list[tuple[int, int, OpenTask]] = field(default_factory=list)
@@ -228,7 +228,7 @@ class Poller:
         if open_task.written_off:
             await self.ledger_writer.submit(resume.revive, open_task.task.attempts, run_state.execution_id)
             open_task.written_off, open_task.acknowledged = False, True
-            self.revived_requests += 1
+            self.revived_requests += len(open_task.task.attempts)
         if phase in (TaskPhase.RUNNING, TaskPhase.NO_DATA) and not open_task.acknowledged:
             open_task.acknowledged = True
             await self.ledger_writer.submit_batch(transitions.mark_acknowledged, open_task.task.attempts)
