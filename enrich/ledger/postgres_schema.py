@@ -84,10 +84,10 @@ def _check_and_migrate(session: PostgresSession, *, any_version: bool) -> None:
 
 def _feeds_have_paths(session: PostgresSession) -> bool:
     """Return whether `delivered` has the column `path`, which ledgers of older unreleased versions lack."""
+    # Planning the same query of information_schema takes most of the time in which a ledger is opened.
     found = session.execute(
-        "SELECT 1 FROM information_schema.columns WHERE table_schema = ? AND table_name = 'delivered' "
-        "AND column_name = 'path'",
-        (session.location.schema,),
+        "SELECT 1 FROM pg_attribute WHERE attrelid = to_regclass(?) AND attname = 'path'",
+        (f'"{session.location.schema}".delivered',),
     )
     return found.fetchone() is not None
 
