@@ -38,7 +38,7 @@ async def collect_open_tasks(context: RunContext, run_state: RunState) -> None:
     """Poll every task that earlier runs left open once, nearest expiry first; then poll written-off tasks."""
     ledger_writer = context.ledger_writer
     if tasks := await ledger_writer.submit(resume.take_over_tasks):
-        run_state.add_note(f"{len(tasks)} tasks of an earlier run are collected first")
+        run_state.add_note(f"collecting {pluralize(len(tasks), 'task')} of an earlier run first")
         requests = sum(len(task.attempts) for task in tasks)
         run_state.open_tasks_cost = await ledger_writer.submit(_cost_of_open_tasks, context, requests)
         poller = _make_poller(context, run_state)

@@ -229,9 +229,13 @@ def _choose_providers(
     if first is None or update_providers:
         return offered, []
     if first != offered and job.model.enrichments is None:
+        listed = {provider.id for provider in description.available_enrichments}
+        gone = [number for number in first if number not in listed]
+        missing = f", but the API no longer lists {_join_ids(gone)}" if gone else ""
         note = (
-            f"the default providers of `{description.identifier}` are now {_join_ids(offered)}; "
-            f"this ledger keeps {_join_ids(first)}; --update-providers switches to the new ones "
+            f"the default providers of `{description.identifier}` are now {_join_ids(offered) or 'none'}; "
+            f"this ledger keeps {_join_ids(first)}{missing}; "
+            "--update-providers switches to the new ones "
             "(this sends and charges the requests again)"
         )
         return first, [note]

@@ -116,7 +116,7 @@ async def recover_requests(startup: Startup) -> None:
     context = startup.context
     unconfirmed = await context.ledger_writer.submit(resume.recover, context.environment.clock.now_ms())
     if unconfirmed:
-        note = f"{pluralize(unconfirmed, 'request')} unconfirmed: they were being sent when the last run was killed"
+        note = f"{pluralize(unconfirmed, 'request')} unconfirmed: being sent when the last run was killed"
         startup.notes.insert(0, note)
 
 
