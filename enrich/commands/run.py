@@ -1,4 +1,4 @@
-"""`enrich run`: enriches the leads of a job, or resumes."""
+"""`enrich run` enriches the leads of a job, or resumes. `enrich collect` writes the output again, without network."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from enrich.exit_codes import ExitCode, JobArguments, format_actions, required_a
 from enrich.extras import install_hint
 from enrich.job.job import Job
 from enrich.job.locations import STDIN, PostgresLocation, WebUrl
-from enrich.ledger.database import ledger_exists
+from enrich.ledger.database import check_ledger_exists, ledger_exists
 from enrich.ledger.lock import lock_ledger, open_for_run
 from enrich.ledger.sqlite import is_damage_error
 from enrich.models import State
 from enrich.monitoring.log_file import open_log
 from enrich.monitoring.observers import RunObservers
 from enrich.run import pipeline
-from enrich.run.cluster_protocol import ClusterEngine
-from enrich.run.context import ClusterOptions, RunEnvironment, RunOptions
-from enrich.run.earlier_output import with_own_output
+from enrich.run.context import ClusterEngine, ClusterOptions, RunEnvironment, RunOptions
+from enrich.run.other_ledgers import with_own_output
+from enrich.run.output import rebuild_output
 from enrich.run.plan_file import read_plan
 from enrich.run.progress import Progress
 from enrich.run.summary import RunSummary, format_details, format_summary
@@ -115,7 +115,7 @@ def open_engine(job: Job, cluster: ClusterOptions | None) -> Iterator[ClusterEng
 
 def check_combination(selected: RunOptions, max_credits: float | None) -> None:
     """Raise JobError for options that contradict each other."""
-    is_limited = not (selected.limit is selected.sample is max_credits is None)
+    is_limited = any(limit is not None for limit in (selected.limit, selected.sample, max_credits))
     if selected.plan is not None and (selected.retry or is_limited):
         raise JobError(
             "--plan cannot be combined with --limit, --sample, --max-credits or --retry: the plan has its own"
@@ -131,7 +131,10 @@ def _confirm(text: str) -> bool:
     click.echo(options.for_terminal("\n".join(lines)), err=True)
     try:
         return click.confirm(question, prompt_suffix=" ", err=True)
-    except click.Abort:
+    except click.Abort as error:
+        if isinstance(error.__context__, EOFError):  # Ctrl-D: no answer is a no
+            click.echo(err=True)
+            return False
         raise KeyboardInterrupt from None
 
 
@@ -164,9 +167,9 @@ def run_observed(
     with ExitStack() as stack:
         stack.enter_context(lock_ledger(job.ledger, wait_s))
         # Before any threads start, because the engine starts processes.
-        engine = stack.enter_context(open_engine(job, run_options.spread))
+        engine = stack.enter_context(open_engine(job, run_options.cluster))
         access = stack.enter_context(options.open_access(job, use_sandbox=job.sandbox))
-        store, lease = stack.enter_context(open_for_run(job.ledger))
+        ledger, lease = stack.enter_context(open_for_run(job.ledger))
 
         def note(text: str) -> None:
             observers.note(text)
@@ -190,7 +193,7 @@ def run_observed(
             stop=callbacks.stop,
             engine=engine,
         )
-        summary = pipeline.run(job, access, store, run_options, environment)
+        summary = pipeline.run(job, access, ledger, run_options, environment)
     observers.end(summary)
     callbacks.on_end(summary)
     if summary.exit_code not in (ExitCode.INTERRUPTED, ExitCode.TERMINATED):
@@ -287,32 +290,34 @@ def run(
         selected = replace(selected, plan=plan, accept_in_doubt=accept is not None)
         check_combination(selected, max_credits)
         job = job_options.load(max_credits if plan is None else plan.max_credits)
-        on_terminal = sys.stderr.isatty() and not quiet
-        stdin_is_terminal = sys.stdin is not None and sys.stdin.isatty()
+        on_terminal = sys.stderr.isatty()
+        can_confirm = on_terminal and sys.stdin is not None and sys.stdin.isatty()
         use_sandbox = job_options.use_sandbox
-        should_confirm = stdin_is_terminal and on_terminal and not yes and not use_sandbox and job.max_credits is None
+        should_confirm = can_confirm and not yes and not use_sandbox and job.max_credits is None
         run_options = replace(
             selected,
             max_time_s=max_time,
             workspace_renamed=workspace_renamed,
             confirm=_confirm if should_confirm and plan is None else None,
             new_ledger=new_ledger or use_sandbox,
-            confirm_new_ledger=_confirm if stdin_is_terminal and on_terminal else None,
-            spread=make_cluster_options(job, engine, address, workers),
+            confirm_new_ledger=_confirm if can_confirm else None,
+            cluster=make_cluster_options(job, engine, address, workers),
         )
         skip, wait_s = if_locked
 
         def end(summary: RunSummary) -> None:
-            show = on_terminal or always_summary or verbose or (summary.exit_code != ExitCode.OK and not quiet)
+            show = always_summary or verbose or (not quiet and (on_terminal or summary.exit_code != ExitCode.OK))
             arguments = job_options.arguments(as_typed=True)
             print_summary(summary, arguments, as_json=as_json, show=show, details=verbose)
 
         callbacks = RunCallbacks(on_end=end)
-        if on_terminal:
+        if on_terminal and not quiet:
             from enrich.monitoring.progress_bar import ProgressBar
 
             bar = ProgressBar()
-            callbacks = RunCallbacks(bar.write_line, bar.show, bar.close, end)
+            callbacks = RunCallbacks(
+                on_message=bar.write_line, on_progress=bar.show, close_progress=bar.close, on_end=end
+            )
         try:
             return run_observed(job, run_options, wait_s, observers, callbacks).exit_code
         except LedgerLocked as error:
@@ -325,3 +330,19 @@ def run(
             if as_json:
                 click.echo(json.dumps({"exit_code": 0, "error": error.message}))
             return ExitCode.OK
+
+
+@click.command()
+@options.RUN_JOB_OPTIONS
+@click.option("--partial", is_flag=True, help="Write the output although leads are pending.")
+@options.JSON_OPTION
+def collect(job_options: options.JobOptions, partial: bool, as_json: bool) -> int:
+    """Write the output of JOB from the ledger, without network and cost."""
+    job, note = with_own_output(job_options.load())
+    if note is not None:
+        click.echo(f"note: {note}", err=True)
+    check_ledger_exists(job.ledger)
+    with lock_ledger(job.ledger, 0):
+        summary = rebuild_output(job, partial=partial)
+    print_summary(summary, job_options.arguments(as_typed=True), as_json=as_json, show=sys.stderr.isatty())
+    return summary.exit_code

@@ -35,7 +35,7 @@ NO_BUDGET = Budget(cap=0, max_request_price=0, stop_reason="", hint="")
 
 
 class Cost(Struct, frozen=True):
-    """The expected cost of requests, in credits. `likely` is None before the ledger has any experience.
+    """The expected cost of requests, in credits. `likely` is None while the ledger has no prices of results.
 
     `maximum`: every provider is called, and what each found is verified. None when a price is unknown.
     """
@@ -83,7 +83,10 @@ def make_budget(job: Job, template: RequestTemplate, balance: int | None, planne
     if template.unit_price is None and (max_credits, min_balance, step_cap) != (None, None, None):
         limit = "min_balance" if max_credits is None and step_cap is None else "max_credits"
         message = f"a provider has no price, so `{limit}` cannot be enforced"
-        hint = f"remove such providers from `enrichments`, or run without `{limit}`"
+        remedy = "name others in `enrichments`, switch to the current defaults with --update-providers"
+        if job.model.enrichments:
+            remedy = "remove such providers from `enrichments`"
+        hint = f"{remedy}, or run without `{limit}`"
         if template.target.kind is TargetKind.ENRICHMENT:
             message = f"the enrichment `{template.target.id}` has no price, so `{limit}` cannot be enforced"
             hint = f"run without `{limit}`"

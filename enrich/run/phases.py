@@ -19,7 +19,7 @@ from enrich.run.budget import Cost, check_balance, check_canary
 from enrich.run.context import RunContext, RunFiles, select_requests
 from enrich.run.early_end import out_of_time_error
 from enrich.run.enrolling import count_enrolled
-from enrich.run.neighbour_ledgers import check_neighbours
+from enrich.run.other_ledgers import check_neighbours
 from enrich.run.plan import build_plan, format_plan, spend_question
 from enrich.run.plan_file import check_plan, gather_plan_inputs
 from enrich.run.poller import Poller
@@ -38,7 +38,7 @@ async def collect_open_tasks(context: RunContext, run_state: RunState) -> None:
     """Poll every task that earlier runs left open once, nearest expiry first; then poll written-off tasks."""
     ledger_writer = context.ledger_writer
     if tasks := await ledger_writer.submit(resume.take_over_tasks):
-        run_state.add_note(f"{len(tasks)} tasks of an earlier run are collected first")
+        run_state.add_note(f"collecting {pluralize(len(tasks), 'task')} of an earlier run first")
         requests = sum(len(task.attempts) for task in tasks)
         run_state.open_tasks_cost = await ledger_writer.submit(_cost_of_open_tasks, context, requests)
         poller = _make_poller(context, run_state)

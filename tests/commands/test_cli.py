@@ -403,7 +403,7 @@ def schema():
 
 enrich.job.spec.json_schema = schema
 sys.argv = ["enrich", "schema"]
-main()
+sys.exit(main())
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
     assert (result.returncode, result.stdout) == (code, "")
@@ -454,11 +454,23 @@ def test_first_run_asks_on_terminal(tmp_path: Path, workspace: Workspace) -> Non
     assert max(map(len, summary.splitlines()[:-1])) <= 80
 
 
-def _run_on_terminal(workspace: Workspace, api: SandboxApi, answer: str) -> tuple[int, str]:
+@pytest.mark.long
+@pytest.mark.parametrize(("answer", "options"), [("n\n", ["--quiet"]), ("\x04", [])])
+def test_only_yes_skips_question(workspace: Workspace, api: SandboxApi, answer: str, options: list[str]) -> None:
+    """`--quiet` hides no question about money, and Ctrl-D answers it with no."""
+    workspace.write_leads(make_leads(2))
+
+    code, shown = _run_on_terminal(workspace, api, answer, *options)
+
+    assert (code, api.audit()["accepted"]) == (5, 0)
+    assert shown.endswith("\nCancelled. Nothing sent.\n")
+
+
+def _run_on_terminal(workspace: Workspace, api: SandboxApi, answer: str, *options: str) -> tuple[int, str]:
     """Run the program with a terminal for stdin and stderr; answer its prompt; return exit code and output."""
     controller, terminal = os.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "enrich", "run", "job.yaml"],
+        [sys.executable, "-m", "enrich", "run", "job.yaml", *options],
         cwd=workspace.folder,
         env={"PATH": os.defpath, "HOME": str(workspace.folder), "TERM": "dumb", "COLUMNS": "80", **api.environ},
         stdin=terminal,
@@ -515,7 +527,7 @@ def run(_arguments, _signals):
         return cli.ExitCode.INTERRUPTED
 
 cli.run_command = run
-cli.main()
+os._exit(cli.main())
 """)
     command = [sys.executable, "-m", "importing"]
     result = subprocess.run(

@@ -601,6 +601,25 @@ def test_changed_provider_defaults_are_reported(
 
 
 @pytest.mark.long
+def test_removed_default_provider_is_named(
+    api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names a provider of the stored defaults that the API no longer lists, and the remedy under a cap."""
+    workspace.write_leads(make_leads(2))
+    workspace.run_job(api)
+    waterfall = WATERFALLS["email_getter"]
+    left = tuple(provider for provider in waterfall.providers if provider.id in (966, 701))
+    monkeypatch.setitem(WATERFALLS, "email_getter", dataclasses.replace(waterfall, providers=left))
+
+    (note,) = workspace.run_job(api).notes
+    capped = workspace.run_in_process("run", "job.yaml", "--max-credits", "5", api=api)
+
+    assert "this ledger keeps 833, 966, 701, 745, but the API no longer lists 833, 745; --update-providers" in note
+    assert capped.exit_code == 5
+    assert "switch to the current defaults with --update-providers, or run without `max_credits`" in capped.stderr
+
+
+@pytest.mark.long
 def test_explicit_providers_ignore_default_changes(
     api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -247,6 +247,7 @@ def test_reasons_for_skipped_rows() -> None:
         (0, {}, []),
         (10, {"failed": 2}, ["enrich run job.yaml --retry failed"]),
         (10, {"expired": 1}, ["enrich run job.yaml --retry expired"]),
+        (10, {"failed": 0, "expired": 0, "found": 2}, ["enrich run job.yaml --retry failed,expired"]),
         (0, {"failed": 1, "invalid": 3, "not_found": 4}, ["enrich run job.yaml --retry failed"]),
         (12, {"pending": 5}, ["enrich run job.yaml"]),
         (13, {"pending": 5}, []),

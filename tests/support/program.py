@@ -126,7 +126,7 @@ class ProgramStart:
         sys.path[0] = self.folder
         from enrich.cli import main  # noqa: PLC0415 - only the server imports the program
 
-        main()
+        os._exit(main())
 
 
 def reset_signals(ignoring: Iterable[signal.Signals] = ()) -> None:

@@ -60,9 +60,9 @@ SHORT_TIMEOUTS = Timeouts(
     post_s=20,
     get_s=20,
 )
-#: For an API that is unreachable at the start, and …
+#: For an API that is unreachable at the start.
 SHORT_STARTUP_TIMEOUT = replace(SHORT_TIMEOUTS, startup_s=0.5)
-#: … for one that fails permanently during the run.
+#: For an API that fails permanently during the run.
 SHORT_OUTAGE_TIMEOUT = replace(SHORT_TIMEOUTS, outage_s=1.0)
 #: For POSTs that are never answered.
 SHORT_POST_TIMEOUT = replace(SHORT_TIMEOUTS, post_s=2.0)
