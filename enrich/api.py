@@ -187,7 +187,7 @@ def _run(job_file: StrPath, stop: Future[None], **settings: Unpack[RunSettings])
             max_time_s=_seconds(settings.get("max_time")),
             workspace_renamed=settings.get("workspace_renamed", False),
             new_ledger=settings.get("new_ledger", False) or job.sandbox,
-            spread=make_cluster_options(job, settings.get("engine"), settings.get("address"), settings.get("workers")),
+            cluster=make_cluster_options(job, settings.get("engine"), settings.get("address"), settings.get("workers")),
         )
         wait_s = settings.get("lock_timeout", 0)
         summary = _with_enrich_errors(job, lambda: run_observed(job, run_options, wait_s, observers, callbacks))

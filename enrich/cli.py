@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import signal
@@ -25,30 +24,27 @@ from enrich.errors import EnrichError, Interrupted, RunCancelled
 from enrich.exit_codes import ExitCode
 
 
-def main() -> None:
-    """Run the command line and exit with its exit code."""
+def main() -> int:
+    """Run the command line and return its exit code. All output is flushed."""
     # We use no plugins of pydantic. It would read the entry points of all installed packages to find some.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     guard_streams()
     os.umask(os.umask(0) & ~stat.S_IRWXU)  # a umask that takes the owner's rights would make our files unreadable
     signals = SignalErrors()
     signals.install()
-    # Collect cycles less often: batches hold thousands of short-lived tuples, and collection took a third of the time.
-    gc.set_threshold(100_000, 50, 100)
-    if instruction := os.environ.get("_ENRICH_COMPLETE"):
-        sys.exit(shell_complete(cli, {}, "enrich", "_ENRICH_COMPLETE", instruction))
-    code = run_command(sys.argv[1:], signals)
+    instruction = os.environ.get("_ENRICH_COMPLETE")
+    if instruction:
+        code: int = shell_complete(cli, {}, "enrich", "_ENRICH_COMPLETE", instruction)
+    else:
+        code = run_command(sys.argv[1:], signals)
     if (error := flush_error(sys.stdout)) is not None and not isinstance(error, BrokenPipeError):
         click.echo(f"note: stdout cannot be written: {error.strerror}", err=True)
-    if "ray" in sys.modules:
-        # Skip the normal shutdown: after Ray has ended, its threads sometimes abort a process that exits normally.
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    sys.stderr.flush()
+    return code
 
 
 class SignalErrors:
-    """Raises a signal as Interrupted, and remembers it: a library may raise its own error in place of ours."""
+    """Raises a signal as Interrupted, and keeps it: a library may raise its own error in place of ours."""
 
     def __init__(self) -> None:
         self._received: Interrupted | None = None
@@ -59,7 +55,7 @@ class SignalErrors:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._raise)
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            # After a KeyboardInterrupt during an import, `python -m` ends with the signal, even if it is handled.
+            # In place of KeyboardInterrupt: all signals end a command in the same way, with the same message.
             signal.signal(signal.SIGINT, self._raise)
 
     @contextmanager
@@ -176,7 +172,7 @@ SECTIONS = {
         "report": ("enrich.commands.report", "Write the report of JOB: one HTML page."),
     },
     "Data": {
-        "collect": ("enrich.commands.collect", "Write the output of JOB from the ledger, without network."),
+        "collect": ("enrich.commands.run", "Write the output of JOB from the ledger, without network."),
         "forget": ("enrich.commands.forget", "Erase a person from the ledger of JOB."),
         "purge": ("enrich.commands.forget", "Erase old params and results from the ledger of JOB."),
     },

@@ -76,33 +76,31 @@ EXIT_LABELS = {
     143: "terminated",
 }
 
-_IN_DOUBT_CODE = 14
-
 #: No action is required: the counts show the failures of 10, and the next run continues after 13.
 SUCCESS_CODES = frozenset({0, 10, 13})
 #: No statement about the health of the job: another run has locked the ledger, or the user stopped this one.
 NEUTRAL_CODES = frozenset({11, 130, 143})
 
-#: The commands that help, by exit code. `{run}` is the job with all its paths, `{look}` with its ledger only.
-_COMMANDS = {
-    1: ("enrich ledger check {look}", "enrich run {run}"),
-    2: ("enrich run {run}",),
-    3: ("enrich run {run}",),
-    4: ("enrich run {run}",),
-    5: ("enrich run {run}",),
-    12: ("enrich run {run}",),
-    14: ("enrich reconcile {look}", "enrich run {run} --retry in_doubt", "enrich run {run} --accept in_doubt"),
-    15: ("enrich status {look}", "enrich run {run}"),
+_RUN = ("enrich run {run}",)
+#: What each exit code requires, and the commands for it. `{run}` is the job with its paths, `{look}` with its ledger.
+_ACTIONS: dict[int, tuple[str, tuple[str, ...]]] = {
+    1: ("Check the ledger, then run again", ("enrich ledger check {look}", *_RUN)),
+    2: ("Correct the job or its input, then run again", _RUN),
+    3: ("Set the right API key, then run again", _RUN),
+    4: ("The next run resumes. To resume now", _RUN),
+    5: ("Correct the cause, then run again", _RUN),
+    12: ("Top up the account or raise `max_credits`, then run again", _RUN),
+    14: (
+        "Compare the balance, then retry (may charge again) or mark as failed",
+        ("enrich reconcile {look}", "enrich run {run} --retry in_doubt", "enrich run {run} --accept in_doubt"),
+    ),
+    15: ("Check the first results and the mapping, then run again", ("enrich status {look}", *_RUN)),
 }
-_INSTRUCTIONS = {
-    1: "Check the ledger, then run again",
-    2: "Correct the job or its input, then run again",
-    3: "Set the right API key, then run again",
-    4: "The next run resumes. To resume now",
-    5: "Correct the cause, then run again",
-    12: "Top up the account or raise `max_credits`, then run again",
-    14: "Compare the balance, then retry (may charge again) or mark as failed",
-    15: "Check the first results and the mapping, then run again",
+#: The same for rows of each status.
+_ACTIONS_BY_STATUS: dict[RowStatus, tuple[str, tuple[str, ...]]] = {
+    RowStatus.FAILED: ("Retry {things} (may charge)", ("enrich run {run} --retry failed",)),
+    RowStatus.EXPIRED: ("Retry {things} (charges again)", ("enrich run {run} --retry expired",)),
+    RowStatus.IN_DOUBT: ("{things} may have been charged. " + _ACTIONS[14][0], _ACTIONS[14][1]),
 }
 
 
@@ -130,14 +128,6 @@ class RequiredAction(Struct, frozen=True):
     commands: tuple[str, ...]
 
 
-#: What rows of each status require, and the commands for it.
-_ACTIONS_BY_STATUS: dict[RowStatus, tuple[str, tuple[str, ...]]] = {
-    RowStatus.FAILED: ("Retry {things} (may charge)", ("enrich run {run} --retry failed",)),
-    RowStatus.EXPIRED: ("Retry {things} (charges again)", ("enrich run {run} --retry expired",)),
-    RowStatus.IN_DOUBT: ("{things} may have been charged. " + _INSTRUCTIONS[14], _COMMANDS[14]),
-}
-
-
 def required_actions(
     code: int, rows: Mapping[str, Any], target: JobArguments, noun: str = "lead"
 ) -> list[RequiredAction]:
@@ -150,10 +140,10 @@ def required_actions(
         # No money is missing: another ledger has paid for what a later step would send.
         actions.append((hint, ("enrich run {run} --new-ledger",)))
     elif code == ExitCode.SOME_FAILED and not rows.get("steps") and rows.get("failed") == rows.get("expired") == 0:
-        text = "Some requests failed whose leads keep their last match or left the input. Retry them (may charge)"
+        text = "Some requests failed; their leads keep the last match or are not in the input. Retry them (may charge)"
         actions.append((text, ("enrich run {run} --retry failed,expired",)))
-    elif code in _COMMANDS and not (code == _IN_DOUBT_CODE and rows.get(RowStatus.IN_DOUBT)):
-        actions.append((_INSTRUCTIONS[code], _COMMANDS[code]))
+    elif code in _ACTIONS and not (code == ExitCode.IN_DOUBT and rows.get(RowStatus.IN_DOUBT)):
+        actions.append(_ACTIONS[code])
     if credits_over_cap := rows.get("credits_over_cap"):
         overrun = format_credits(credits_over_cap)
         text = f"The run spent {overrun} credits over the cap, because a price rose. See the current prices"

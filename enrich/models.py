@@ -38,7 +38,7 @@ class Decision(StrEnum):
     NEW = "new"  # never answered
     RETRY = "retry"  # sent again because of --retry
     REFRESH = "refresh"  # sent again because its answer is too old
-    POSSIBLE = "possible"  # rows of a later step only: sent if the results of earlier steps call for it
+    POSSIBLE = "possible"  # rows of a later step only: sent if the results of earlier steps require it
     FOUND = "found"  # already answered
     NOT_FOUND = "not_found"  # already answered
     FAILED = "failed"
@@ -54,6 +54,8 @@ class Decision(StrEnum):
     FILTERED = "filtered"  # rows only: excluded by the job
 
 
+#: Why a row, or its request, is left out by `caps`.
+CAPPED_REASON = "over the per-group limit (caps)"
 #: Decisions with which a request is sent and paid for.
 DECISIONS_TO_SEND = (Decision.NEW, Decision.RETRY, Decision.REFRESH)
 #: The decisions that limit and sample count. They include requests sent since the plan was saved.
@@ -251,7 +253,7 @@ class RequestSelection(Struct, frozen=True):
     @property
     def is_limited(self) -> bool:
         """Whether the user limited the number of requests (`--limit`, `--sample` or a saved plan)."""
-        return not (self.limit is self.sample is self.after_execution is None)
+        return any(limit is not None for limit in (self.limit, self.sample, self.after_execution))
 
     @property
     def sent_again(self) -> frozenset[State]:

@@ -40,9 +40,9 @@ U = TypeVar("U")
 
 
 class SharedPass(Struct, frozen=True):
-    """A pass over the input that tasks of the cluster join. All of it is sent to them.
+    """What the tasks of the cluster are sent for a pass over the input.
 
-    `open_ledger` is the pickled function that opens the ledger in a process, which keeps it for the following blocks.
+    `open_ledger` is the pickled function that opens the ledger, once in each process.
     """
 
     template: RequestTemplate
@@ -65,19 +65,19 @@ class SharedPass(Struct, frozen=True):
 
 @lru_cache(maxsize=1)
 def _cached_ledger(packed: bytes) -> Database:
-    """Open the ledger once per process, which processes many blocks."""
-    opening: Callable[[], Database] = cloudpickle.loads(packed)
-    return opening()
+    """Open the ledger once per process, for all its blocks."""
+    open_ledger: Callable[[], Database] = cloudpickle.loads(packed)
+    return open_ledger()
 
 
-def split_input(rows: JobInput, monitor: HeartbeatMonitor) -> list[InputPart]:
+def split_input(job_input: JobInput, monitor: HeartbeatMonitor) -> list[InputPart]:
     """Split the input into parts. The cluster counts rows of files that must be read to do so. Raises EnrichError."""
 
     def count_files(files: Sequence[InputFile]) -> list[int]:
-        counts = dict(_run_tasks(partial(_count_rows, rows.full_table.input_schema), files, monitor))
+        counts = dict(_run_tasks(partial(_count_rows, job_input.full_table.input_schema), files, monitor))
         return [counts[number] for number in range(len(files))]
 
-    return rows.full_table.parts(count_files)
+    return job_input.full_table.parts(count_files)
 
 
 def _count_rows(input_schema: InputSchema, file: InputFile) -> int:
@@ -85,36 +85,36 @@ def _count_rows(input_schema: InputSchema, file: InputFile) -> int:
 
 
 def map_blocks(
-    rows: JobInput, parts: Sequence[InputPart], work: Callable[[JobInput], T], monitor: HeartbeatMonitor
+    job_input: JobInput, parts: Sequence[InputPart], work: Callable[[JobInput], T], monitor: HeartbeatMonitor
 ) -> Iterator[T]:
-    """Run a function on the rows of every block and yield the results, in any order.
+    """Run a function on every block, a JobInput with some of the rows, and yield the results, in any order.
 
     A block may be processed again when a machine is lost. Raises what `work` and `monitor` raise, and ClusterFailed.
     """
-    process = partial(_process_group, rows.without_rows(), rows.full_table.input_schema, work)
+    process = partial(_process_group, job_input.without_rows(), job_input.full_table.input_schema, work)
     for _, results in _run_tasks(process, group_parts(parts), monitor):
         yield from results
 
 
 def group_parts(parts: Iterable[InputPart]) -> list[ReadGroup]:
     """Group parts that one task reads one after the other."""
-    found: list[list[InputPart]] = []
+    groups: list[list[InputPart]] = []
     rows = 0
     for part in parts:
-        same = bool(found) and isinstance(part.file.location, ObjectUrl) and part.file == found[-1][-1].file
-        if found and rows + part.rows <= (ROWS_OF_AN_OBJECT if same else ROWS_PER_PART):
-            found[-1].append(part)
+        same_object = bool(groups) and isinstance(part.file.location, ObjectUrl) and part.file == groups[-1][-1].file
+        if groups and rows + part.rows <= (ROWS_OF_AN_OBJECT if same_object else ROWS_PER_PART):
+            groups[-1].append(part)
             rows += part.rows
         else:
-            found.append([part])
+            groups.append([part])
             rows = part.rows
-    return [tuple(each) for each in found]
+    return [tuple(each) for each in groups]
 
 
 def _process_group(
-    sample: JobInput, input_schema: InputSchema, work: Callable[[JobInput], T], group: ReadGroup
+    without_rows: JobInput, input_schema: InputSchema, work: Callable[[JobInput], T], group: ReadGroup
 ) -> list[T]:
-    return [work(sample.for_frame(first, frame)) for first, frame in read_blocks(group, input_schema)]
+    return [work(without_rows.for_frame(first, frame)) for first, frame in read_blocks(group, input_schema)]
 
 
 def read_blocks(group: ReadGroup, input_schema: InputSchema) -> Iterator[tuple[int, pl.DataFrame]]:
@@ -134,7 +134,8 @@ def read_blocks(group: ReadGroup, input_schema: InputSchema) -> Iterator[tuple[i
 def _run_tasks(function: Callable[[T], U], inputs: Sequence[T], monitor: HeartbeatMonitor) -> Iterator[tuple[int, U]]:
     """Call a function with each of the inputs in the cluster. Yield number and result, in the order of completion.
 
-    A stop does not wait: running tasks end. Raises what the function and `monitor` raise, and ClusterFailed.
+    Unfinished tasks are killed when the caller stops iterating, and after an error. Raises what the function and
+    `monitor` raise, and ClusterFailed.
     """
     task = ray.remote(num_cpus=1, max_retries=MAX_RETRIES, scheduling_strategy="SPREAD")(_run_task)
     shared_function = ray.put(function)

@@ -26,21 +26,21 @@ from enrich.models import RequestSelection
 from enrich.rows.job_input import JobInput
 from enrich.rows.requests import RowBatch, RowCounts
 from enrich.rows.template import RequestTemplate
-from enrich.run.cluster_protocol import ClusterCallbacks
 from enrich.run.collector import Collector, OutputCounts, output_schema
+from enrich.run.context import ClusterCallbacks
 from enrich.run.dispatcher import max_posts_in_flight
 from enrich.run.run_state import RunState, WorkConfig
 
 
-def enroll_on_ray(rows: JobInput, shared_pass: SharedPass, monitor: HeartbeatMonitor) -> RowCounts:
+def enroll_on_ray(job_input: JobInput, shared_pass: SharedPass, monitor: HeartbeatMonitor) -> RowCounts:
     """Enroll all rows in a pass that the caller has begun; the caller selects which of them are sent.
 
     Requests must not depend on other rows (`why_not_parallel`). Raises what `monitor` raises, CommandRefused when the
     input cannot be read, LedgerFailed, LeaseLost, ClusterFailed.
     """
-    parts = split_input(rows, monitor)
+    parts = split_input(job_input, monitor)
     total = RowCounts()
-    for some in map_blocks(rows, parts, partial(_enroll, shared_pass), monitor):
+    for some in map_blocks(job_input, parts, partial(_enroll, shared_pass), monitor):
         total += some
     if total.rows != (expected := sum(part.rows for part in parts)):
         raise CommandRefused(
@@ -49,10 +49,10 @@ def enroll_on_ray(rows: JobInput, shared_pass: SharedPass, monitor: HeartbeatMon
     return total
 
 
-def _enroll(shared_pass: SharedPass, rows: JobInput) -> RowCounts:
-    """Enroll the rows of a block. Done again it changes nothing."""
+def _enroll(shared_pass: SharedPass, block: JobInput) -> RowCounts:
+    """Enroll the rows of a block. Idempotent."""
     total = RowCounts()
-    for batch in rows.batches(shared_pass.template):
+    for batch in block.batches(shared_pass.template):
 
         def enroll_batch(ledger: Database, batch: RowBatch = batch) -> None:
             # One commit per batch: requests are locked in their order, so that no two processes wait for each other.
@@ -65,21 +65,21 @@ def _enroll(shared_pass: SharedPass, rows: JobInput) -> RowCounts:
 
 
 def collect_on_ray(
-    rows: JobInput, shared_pass: SharedPass, target: Location, monitor: HeartbeatMonitor
+    job_input: JobInput, shared_pass: SharedPass, target: Location, monitor: HeartbeatMonitor
 ) -> OutputCounts:
-    """Write the output, a dataset, from the input and the ledger alone, in a pass that was enrolled.
+    """Write the output, a Parquet dataset, from the input and the ledger. The rows must have been enrolled before.
 
     Raises what `monitor` raises, CommandRefused when the input cannot be read or the output cannot be written,
     LedgerFailed, ClusterFailed.
     """
-    parts = split_input(rows, monitor)
-    schema = output_schema(rows, shared_pass.template, with_index=True)
-    draft = begin_dataset(target, rows.job.name, schema)
+    parts = split_input(job_input, monitor)
+    schema = output_schema(job_input, shared_pass.template, with_index=True)
+    draft = begin_dataset(target, job_input.job.name, schema)
     try:
         files: list[PartFile] = []
         total = OutputCounts()
         collect = partial(_collect, shared_pass, draft)
-        for file, counted in map_blocks(rows, parts, collect, monitor):
+        for file, counted in map_blocks(job_input, parts, collect, monitor):
             files.append(file)
             total += counted
         if not files:
@@ -93,19 +93,19 @@ def collect_on_ray(
     return total
 
 
-def _collect(shared_pass: SharedPass, draft: DatasetWriter, rows: JobInput) -> tuple[PartFile, OutputCounts]:
-    """Write the part of a block. Done again it writes the same."""
+def _collect(shared_pass: SharedPass, draft: DatasetWriter, block: JobInput) -> tuple[PartFile, OutputCounts]:
+    """Write the output rows of a block to a file of the dataset. Idempotent."""
 
     def write(ledger: Database) -> tuple[PartFile, OutputCounts]:
         counted = OutputCounts()
-        collector = Collector(ledger, shared_pass.template, rows)
-        return draft.write_part(rows.first_position, collector.frames(counted, with_index=True)), counted
+        collector = Collector(ledger, shared_pass.template, block)
+        return draft.write_part(block.first_position, collector.frames(counted, with_index=True)), counted
 
     return shared_pass.with_ledger(write)
 
 
 class RayCluster(Struct, frozen=True):
-    """A connected Ray cluster; see `enrich.run.cluster_protocol.ClusterEngine`."""
+    """A connected Ray cluster; see `enrich.run.context.ClusterEngine`."""
 
     ledger: PostgresLocation
     workers: int

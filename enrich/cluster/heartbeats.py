@@ -17,7 +17,7 @@ from ray.exceptions import RayError
 
 from enrich import __version__
 from enrich.errors import ClusterFailed, JobError
-from enrich.run.cluster_protocol import ClusterCallbacks
+from enrich.run.context import ClusterCallbacks
 
 #: How often a running task sends a heartbeat, in seconds.
 HEARTBEAT_EVERY_S = 5.0

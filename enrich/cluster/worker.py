@@ -76,9 +76,9 @@ class WorkerStatus(Struct, frozen=True):
 
 
 class WorkerRateLimiter(AdaptiveRateLimiter):
-    """The rate of one of several workers. It finds the API's limit alone, and has an equal share of the ceiling.
+    """The rate limiter of one of several workers. It finds the API's limit itself, and has an equal share of a ceiling.
 
-    Under a ceiling nothing is sent without a valid lease and a share.
+    If there is a ceiling, nothing is sent without a valid lease and a share.
     """
 
     def __init__(self, total_ceiling: float) -> None:
@@ -116,7 +116,7 @@ class Worker:
         )
 
     def stop(self, request: StopRequest) -> None:
-        """Stop what is requested, and not stopped yet."""
+        """Stop what is requested and not stopped yet."""
         run_state = self._state
         if request.polling:
             run_state.stop_polling.set()

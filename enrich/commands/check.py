@@ -12,7 +12,7 @@ import click
 from msgspec.structs import replace
 
 from enrich.commands import options
-from enrich.commands.check_target import CheckResult, add_problem, check_target, read_stored
+from enrich.commands.check_target import CheckResult, ParamFill, add_problem, check_target, read_stored
 from enrich.commands.paths import path_problems
 from enrich.databar.credentials import find_base_url, host_of
 from enrich.databar.description import Description
@@ -25,7 +25,6 @@ from enrich.models import pluralize, to_credits
 from enrich.report.page_file import INSTALL_HINT, is_extra_missing
 from enrich.rows.job_input import JobInput
 from enrich.rows.job_steps import Step, make_steps
-from enrich.rows.param_fill import ParamFill
 from enrich.rows.params import format_left_out, left_out_by_param
 from enrich.rows.template import RequestTemplate, join_templates, template_of_unknown_target
 from enrich.run.preflight import query_api

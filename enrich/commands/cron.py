@@ -261,7 +261,7 @@ def cron(
     folders = {
         nearest_existing(path.parent) for path in (*files_written(job, datetime.now().astimezone()).values(), log)
     }
-    plan = ScheduledJob(
+    scheduled = ScheduledJob(
         name=job.name,
         command=system.enrich_command(),
         job=job_file.absolute(),
@@ -275,11 +275,14 @@ def cron(
         writable_folders=sorted(folder for folder in folders if folders.isdisjoint(folder.parents)),
         environ={name: os.environ[name] for name in INHERITED_VARIABLES if os.environ.get(name)},
     )
-    units = {f"{plan.unit_name}.service": systemd_service(plan), f"{plan.unit_name}.timer": systemd_timer(plan)}
+    units = {
+        f"{scheduled.unit_name}.service": systemd_service(scheduled),
+        f"{scheduled.unit_name}.timer": systemd_timer(scheduled),
+    }
     if output_dir is not None:
         _write_units(output_dir, units, force=force)
     if only != "systemd" and not (output_dir and only is None):
-        click.echo(crontab_text(plan), nl=False)
+        click.echo(crontab_text(scheduled), nl=False)
     if only != "crontab" and output_dir is None:
         for name, text in units.items():
             click.echo(f"\n# /etc/systemd/system/{name}\n{text}", nl=False)

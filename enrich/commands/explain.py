@@ -18,21 +18,19 @@ from enrich.commands.explain_history import (
     row_lines,
     row_without_request,
 )
-from enrich.errors import JobError
+from enrich.errors import JobError, suggest_name
 from enrich.files.values import text_frame
 from enrich.job.cell_text import fold
 from enrich.job.job import Job
-from enrich.job.name_hints import suggest_name
-from enrich.ledger import enroll, erasure, request_history
+from enrich.ledger import enroll, erasure, queries
 from enrich.ledger.database import Database, open_or_empty
 from enrich.ledger.lock import is_locked
-from enrich.models import Decision, RowStatus
+from enrich.models import CAPPED_REASON, Decision, RowStatus
 from enrich.rows.job_input import JobInput
 from enrich.rows.job_steps import StepDecision
 from enrich.rows.params import ParamCells, conversion_of, param_values, split_left_out
 from enrich.rows.requests import RowBatch
 from enrich.rows.template import RequestTemplate
-from enrich.run.lead_selection import CAPPED_REASON
 from enrich.run.output import preview_caps
 from enrich.run.preflight import find_template, steps_from_ledger
 from enrich.run.step_batch import StepTables
@@ -69,7 +67,7 @@ def _explain_requests(ledger: Database, job_input: JobInput, found: Sequence[int
     candidates = []
     if match is not None:
         params = _params_from_cell(job, template, *_parse_match(match, job_input.columns))
-        candidates = list(request_history.find_by_any_param(ledger, params))
+        candidates = list(queries.find_by_any_param(ledger, params))
     fingerprints = {lead.fingerprint for lead in leads if lead.fingerprint is not None}
     fingerprints |= {candidate.fingerprint for candidate in candidates}
     rows_of = _rows_by_request(job_input, template, fingerprints)

@@ -16,9 +16,9 @@ from enrich.job.job import Job
 from enrich.job.spec import Policy
 from enrich.job.target import Target, TargetKind
 from enrich.json_text import parse_json
-from enrich.ledger import request_history
+from enrich.ledger import queries
 from enrich.ledger.database import Database
-from enrich.ledger.request_history import AttemptRow, RequestRow
+from enrich.ledger.queries import AttemptRow, RequestRow
 from enrich.models import RowStatus, State, iso_time, to_credits, to_ms
 from enrich.rows.template import RequestTemplate
 
@@ -79,12 +79,12 @@ class Explainer(Struct, frozen=True):
     is_running: bool
 
     def explain_row(self, lead: Lead, rows_of: Mapping[bytes, list[int]]) -> dict[str, Any]:
-        """Describe a row and its request."""
+        """Describe a row and its request. `rows_of` has the rows with each request, by fingerprint."""
         result = row_without_request(self.job, lead)
         if lead.fingerprint is None or lead.params is None:
             return result
-        same_params = list(request_history.find_by_params(self.ledger, lead.params))
-        request = request_history.find_request(self.ledger, lead.fingerprint)
+        same_params = list(queries.find_by_params(self.ledger, lead.params))
+        request = queries.find_request(self.ledger, lead.fingerprint)
         call = self.template.target.as_json()
         result["shared_with"] = [number for number in rows_of.get(lead.fingerprint, []) if number != lead.number]
         result["other_questions"] = [self.explain_request(other) for other in same_params if other.call != call]
@@ -99,7 +99,7 @@ class Explainer(Struct, frozen=True):
 
     def explain_request(self, request: RequestRow) -> dict[str, Any]:
         """Describe a request with all its attempts."""
-        attempts = request_history.attempts(self.ledger, request.id)
+        attempts = queries.attempts(self.ledger, request.id)
         policy, now_ms = self.job.model.policy, time.time_ns() // 1_000_000
         state, _ = self._judge(request.state, request.attempt_id, attempts)
         return {
@@ -114,7 +114,7 @@ class Explainer(Struct, frozen=True):
     def _row_status(self, request: RequestRow) -> tuple[RowStatus, str | None]:
         """Return status and error of the row as in the output: the last found answer and this job's columns decide."""
         state = State.FOUND if request.answer_id else request.state
-        attempts = request_history.attempts(self.ledger, request.id)
+        attempts = queries.attempts(self.ledger, request.id)
         state, error = self._judge(state, request.answer_id or request.attempt_id, attempts)
         return RowStatus.from_state(state), error
 
@@ -200,9 +200,9 @@ def row_lines(row: Mapping[str, Any]) -> Iterator[str]:
     yield f"row {row['row']}: {row['status']}{why}"
     for param, cells in row["asks_with"].items():
         sent = (row["params"] or {}).get(param)
-        of = "; ".join(f"{column}: {cell!r}" for column, cell in cells.items()) or "a constant"
+        source = "; ".join(f"{column}: {cell!r}" for column, cell in cells.items()) or "a constant"
         sent_text = repr(sent) if sent is not None else "nothing" if row["params"] is not None else "not sent"
-        yield f"  {param:<11} {sent_text}  from {of}"
+        yield f"  {param:<11} {sent_text}  from {source}"
     if shared := row["shared_with"]:
         more = f" and {len(shared) - MAX_LEADS_SHOWN:,} more" if len(shared) > MAX_LEADS_SHOWN else ""
         yield f"  same request as row {', '.join(map(str, shared[:MAX_LEADS_SHOWN]))}{more}, charged once"

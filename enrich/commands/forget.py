@@ -17,12 +17,11 @@ from enrich.commands import options
 from enrich.commands.forget_steps import RowRequests, follow_answers, requests_of_rows
 from enrich.databar.clock import SystemClock
 from enrich.databar.task_results import column_values
-from enrich.errors import CommandRefused, EnrichError, JobError
+from enrich.errors import CommandRefused, EnrichError, JobError, suggest_name
 from enrich.files.values import text_frame
 from enrich.job.cell_text import fold
 from enrich.job.job import Job
 from enrich.job.locations import sandbox_state_path
-from enrich.job.name_hints import suggest_name
 from enrich.json_text import parse_json
 from enrich.ledger import erasure, queries
 from enrich.ledger.database import Database, ledger_exists, try_read
@@ -330,14 +329,14 @@ def forget(job_options: options.JobOptions, matches: tuple[str, ...], yes: bool,
     NAME is a column of the input, a param or a new column. Matching ignores case and surrounding spaces. Erase
     outputs and backups yourself.
     """
-    answers = [True] if yes else []
+    confirmed = [True] if yes else []
     unsent = 0
 
     def confirm(counts: ForgottenCounts) -> bool:
         """Ask once for the ledger and the sandbox."""
-        if not answers:
-            answers.append(_confirmed(counts.prompt(), yes=False))
-        return answers[0]
+        if not confirmed:
+            confirmed.append(_confirmed(counts.prompt(), yes=False))
+        return confirmed[0]
 
     def from_ledger(job: Job) -> int:
         """Erase from a ledger. `unsent` is of the ledger that the command names, not of the sandbox beside it."""

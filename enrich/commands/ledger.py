@@ -30,15 +30,16 @@ def _is_job_file(place: str) -> bool:
 
 
 def _resolve_ledger(
-    place: str, instead: str | None = None, *, use_sandbox: bool = False, job_folder: Path | None = None
+    place: str, given_ledger: str | None = None, *, use_sandbox: bool = False, job_folder: Path | None = None
 ) -> LedgerLocation:
     """Return the ledger of a job file, or the ledger at `place`. Raises a usage error for an unusable URL.
 
-    Local files of a ledger on a server are in `.enrich` in the `job_folder` (None: the working directory).
+    `given_ledger` is the value of --ledger. Local files of a ledger on a server are in `.enrich` in the `job_folder`
+    (None: the working directory).
     """
     if _is_job_file(place):
-        return options.JobOptions(Path(place), ledger=instead, use_sandbox=use_sandbox).load().ledger
-    if instead is not None or use_sandbox:
+        return options.JobOptions(Path(place), ledger=given_ledger, use_sandbox=use_sandbox).load().ledger
+    if given_ledger is not None or use_sandbox:
         raise click.UsageError(f"{place} is a ledger. --ledger and --sandbox need a job file")
     try:
         ledger = parse_ledger_location(Path(), place, (job_folder or Path.cwd()) / ".enrich")

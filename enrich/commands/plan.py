@@ -13,7 +13,6 @@ from msgspec.structs import replace
 
 from enrich.commands import options
 from enrich.commands.plan_rows import check_replaceable, write_rows, write_step_rows
-from enrich.databar.client import Client
 from enrich.databar.clock import SystemClock
 from enrich.databar.credentials import ApiAccess
 from enrich.errors import CommandRefused, JobError, LedgerLocked
@@ -29,14 +28,18 @@ from enrich.models import RequestSelection
 from enrich.rows.job_input import JobInput
 from enrich.rows.requests import RowCounts
 from enrich.rows.template import RequestTemplate
-from enrich.run import neighbour_ledgers
 from enrich.run.budget import check_balance, make_budget
 from enrich.run.context import RunOptions, select_requests
-from enrich.run.earlier_output import find_output_of_other_ledger, is_written_by_run
+from enrich.run.other_ledgers import (
+    find_output_of_other_ledger,
+    find_overlap,
+    is_written_by_run,
+    overlap_notes,
+    refusal_to_pay_again,
+)
 from enrich.run.plan import Plan, build_plan, format_plan
-from enrich.run.plan_file import SavedPlan, gather_plan_inputs, write_plan
-from enrich.run.preflight import Preflight, preflight, read_binding
-from enrich.run.run_state import Timeouts
+from enrich.run.plan_file import PlanInputs, SavedPlan, gather_plan_inputs, write_plan
+from enrich.run.preflight import Preflight, preflight, read_binding, with_client
 from enrich.run.startup import make_step_rows
 from enrich.run.step_input import StepInput, begin_steps
 from enrich.run.step_plan import StepsPlan, format_steps_plan, plan_steps
@@ -133,61 +136,74 @@ SUGGESTED_LIMIT, SUGGESTED_SAMPLE = 10, 20
 
 
 def make_plan(
-    job: Job, access: ApiAccess, options: RunOptions, rows_file: Path | None = None, *, is_saved: bool = True
+    job: Job, access: ApiAccess, run_options: RunOptions, rows_file: Path | None = None, *, is_saved: bool = True
 ) -> tuple[Plan | StepsPlan, SavedPlan | None]:
-    """Plan a run. Returns the plan to show, and the plan to save if it `is_saved`: it reads the input once more.
+    """Plan a run. Returns the plan to show and, with `is_saved`, the plan to save, whose digest reads the input again.
 
-    Writes each row's decision to `rows_file`, if given, a sandbox run under its own name. Raises what a run would raise
-    before it spends.
+    Writes each row's decision to `rows_file`, if given; in the sandbox, the file gets the sandbox's own name. Raises
+    the errors that a run would raise before it spends.
     """
     with open_or_empty(job.ledger) as ledger:
         job_input = JobInput(job, erasure.load_forgotten(ledger))
         file_versions = job_input.full_table.file_versions()
         rows_file = _prepare_rows_file(job, rows_file)
-        preflights = [asyncio.run(_preflight(step, access, ledger, options)) for step in job.steps]
-        joined = Preflight.of_steps(preflights)
-        step_rows = make_step_rows(job_input, ledger, joined, options)
+        stored = [read_binding(ledger, step) for step in job.steps]
+        preflight_result = with_client(
+            access,
+            lambda client, timeout_s: preflight(
+                client, stored, job, access.host, timeout_s=timeout_s, update_providers=run_options.update_providers
+            ),
+        )
+        step_rows = make_step_rows(job_input, ledger, preflight_result, run_options)
         budgets = [
             make_budget(step, of_step.template, of_step.balance)
-            for step, of_step in zip(job.steps, preflights, strict=True)
+            for step, of_step in zip(job.steps, preflight_result.steps, strict=True)
         ]
         now_ms, is_running = SystemClock().now_ms(), is_locked(job.ledger)
         selections = [
-            replace(select_requests(step, options, now_ms), no_active_run=not is_running) for step in job.steps
+            replace(select_requests(step, run_options, now_ms), no_active_run=not is_running) for step in job.steps
         ]
         plan: Plan | StepsPlan
         if step_rows is not None:
-            plan = _plan_steps(step_rows, joined, selections, rows_file)
+            plan = _plan_steps(step_rows, preflight_result, selections, rows_file)
             requests = [step.at_most for step in plan.steps]
         else:
-            read = _read_input(job_input, joined.template, ledger, selections[0])
+            read = _read_input(job_input, preflight_result.template, ledger, selections[0])
             if rows_file is not None:
-                write_rows(rows_file, job_input, ledger, joined.template, now_ms)
-            plan = build_plan(job, joined, ledger, read, budgets[0].cap)
+                write_rows(rows_file, job_input, ledger, preflight_result.template, now_ms)
+            plan = build_plan(job, preflight_result, ledger, read, budgets[0].cap)
             requests = [plan.to_submit]
         saved_plan = None
         if is_saved:
-            saved_plan = SavedPlan(
-                made_ms=now_ms,
-                ground=gather_plan_inputs(job, joined, job_input),
-                limit=options.limit,
-                sample=options.sample,
-                seed=options.seed,
-                retry=sorted(options.retry),
-                max_credits=job.max_credits,
-                requests=requests,
-                after_execution=execution_records.newest_execution_id(ledger),
-                sandbox=job.sandbox,
-            )
+            newest = execution_records.newest_execution_id(ledger)
+            inputs = gather_plan_inputs(job, preflight_result, job_input)
+            saved_plan = _plan_to_save(job, run_options, inputs, now_ms, requests, newest)
         if job_input.full_table.file_versions() != file_versions:
             raise CommandRefused(f"{job.input_path}: the input changed while it was read", "run the command again")
         notes = [
             *job_input.notes(),
             *plan.notes,
-            *_notes(job.steps[0], preflights[0], plan.to_submit, is_running=is_running),
-            *(_other_ledger_notes(job, joined, ledger, step_rows) if plan.to_submit else ()),
+            *_notes(job.steps[0], preflight_result.steps[0], plan.to_submit, is_running=is_running),
+            *(_other_ledger_notes(job, preflight_result, ledger, step_rows) if plan.to_submit else ()),
         ]
         return replace(plan, notes=notes), saved_plan
+
+
+def _plan_to_save(
+    job: Job, run_options: RunOptions, inputs: PlanInputs, made_ms: int, requests: list[int], newest_execution: int
+) -> SavedPlan:
+    return SavedPlan(
+        made_ms=made_ms,
+        ground=inputs,
+        limit=run_options.limit,
+        sample=run_options.sample,
+        seed=run_options.seed,
+        retry=sorted(run_options.retry),
+        max_credits=job.max_credits,
+        requests=requests,
+        after_execution=newest_execution,
+        sandbox=job.sandbox,
+    )
 
 
 def _read_input(
@@ -207,14 +223,14 @@ def _read_input(
 
 
 def _plan_steps(
-    rows: StepRows, joined: Preflight, selections: Sequence[RequestSelection], rows_file: Path | None
+    rows: StepRows, preflight_result: Preflight, selections: Sequence[RequestSelection], rows_file: Path | None
 ) -> StepsPlan:
     """Plan a run of a job with steps, and write each row's decisions, if a file is given."""
     begin_steps(rows)
     StepInput(rows, 0).choose_leads(selections[0])
     rows.prepare()
     selections = [replace(selection, limit=None, sample=None) for selection in selections]
-    plan = plan_steps(rows, rows.ledger, joined, selections)
+    plan = plan_steps(rows, rows.ledger, preflight_result, selections)
     if rows_file is not None:
         write_step_rows(rows_file, rows, selections)
     return plan
@@ -259,23 +275,9 @@ def _other_ledger_notes(
             return
         if problem is not None:
             yield problem
-    overlap = neighbour_ledgers.find_overlap(ledger, job, preflight_result.bound_to, step_rows)
+    overlap = find_overlap(ledger, job, preflight_result.bound_to, step_rows)
     if overlap is not None:
-        error = neighbour_ledgers.refusal(job, overlap)
+        error = refusal_to_pay_again(job, overlap)
         yield from (
-            neighbour_ledgers.overlap_notes(overlap)
-            if error is None
-            else (f"a run would be refused: {error.message}; {error.hint}",)
-        )
-
-
-async def _preflight(job: Job, access: ApiAccess, ledger: Database, options: RunOptions) -> Preflight:
-    async with Client(access, SystemClock()) as client:
-        return await preflight(
-            client,
-            read_binding(ledger, job),
-            job,
-            access.host,
-            timeout_s=Timeouts().startup_s,
-            update_providers=options.update_providers,
+            overlap_notes(overlap) if error is None else (f"a run would be refused: {error.message}; {error.hint}",)
         )

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from contextlib import closing
 
 import click
 
 from enrich.commands import options
-from enrich.databar.client import Client
-from enrich.databar.clock import SystemClock
 from enrich.databar.credentials import ApiAccess
 from enrich.errors import ApiUnreachable, CommandRefused
 from enrich.job.job import Job
@@ -25,8 +22,7 @@ from enrich.run.balance import (
     choose_baseline,
     explain_balance,
 )
-from enrich.run.preflight import retry_until
-from enrich.run.run_state import Timeouts
+from enrich.run.preflight import call_api
 
 
 def reconcile_job(job: Job, access: ApiAccess, since: int | None) -> Reconciliation:
@@ -47,17 +43,10 @@ def reconcile_job(job: Job, access: ApiAccess, since: int | None) -> Reconciliat
             which = "any run" if since is None else f"run {since}"
             raise CommandRefused(f"{job.ledger} has no balance of {which}", "`enrich runs JOB` lists the runs")
         movements = queries.credit_movements(ledger, start.id)
-    now = asyncio.run(_fetch_balance(access))
-    return explain_balance(start.id, start.balance_before, now, movements)
-
-
-async def _fetch_balance(access: ApiAccess) -> int:
-    async with Client(access, SystemClock()) as client:
-        user = await retry_until(client.get_user, Timeouts().startup_s)
-    balance = read_balance(user.balance)
-    if balance is None:
+    now = read_balance(call_api(access, lambda client: client.get_user()).balance)
+    if now is None:
         raise ApiUnreachable("the API reports no balance", "reconcile needs it")
-    return balance
+    return explain_balance(start.id, start.balance_before, now, movements)
 
 
 def format_reconciliation(result: Reconciliation) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""`enrich run`: enriches the leads of a job, or resumes."""
+"""`enrich run` enriches the leads of a job, or resumes. `enrich collect` writes the output again, without network."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from enrich.exit_codes import ExitCode, JobArguments, format_actions, required_a
 from enrich.extras import install_hint
 from enrich.job.job import Job
 from enrich.job.locations import STDIN, PostgresLocation, WebUrl
-from enrich.ledger.database import ledger_exists
+from enrich.ledger.database import check_ledger_exists, ledger_exists
 from enrich.ledger.lock import lock_ledger, open_for_run
 from enrich.ledger.sqlite import is_damage_error
 from enrich.models import State
 from enrich.monitoring.log_file import open_log
 from enrich.monitoring.observers import RunObservers
 from enrich.run import pipeline
-from enrich.run.cluster_protocol import ClusterEngine
-from enrich.run.context import ClusterOptions, RunEnvironment, RunOptions
-from enrich.run.earlier_output import with_own_output
+from enrich.run.context import ClusterEngine, ClusterOptions, RunEnvironment, RunOptions
+from enrich.run.other_ledgers import with_own_output
+from enrich.run.output import rebuild_output
 from enrich.run.plan_file import read_plan
 from enrich.run.progress import Progress
 from enrich.run.summary import RunSummary, format_details, format_summary
@@ -115,7 +115,7 @@ def open_engine(job: Job, cluster: ClusterOptions | None) -> Iterator[ClusterEng
 
 def check_combination(selected: RunOptions, max_credits: float | None) -> None:
     """Raise JobError for options that contradict each other."""
-    is_limited = not (selected.limit is selected.sample is max_credits is None)
+    is_limited = any(limit is not None for limit in (selected.limit, selected.sample, max_credits))
     if selected.plan is not None and (selected.retry or is_limited):
         raise JobError(
             "--plan cannot be combined with --limit, --sample, --max-credits or --retry: the plan has its own"
@@ -167,9 +167,9 @@ def run_observed(
     with ExitStack() as stack:
         stack.enter_context(lock_ledger(job.ledger, wait_s))
         # Before any threads start, because the engine starts processes.
-        engine = stack.enter_context(open_engine(job, run_options.spread))
+        engine = stack.enter_context(open_engine(job, run_options.cluster))
         access = stack.enter_context(options.open_access(job, use_sandbox=job.sandbox))
-        store, lease = stack.enter_context(open_for_run(job.ledger))
+        ledger, lease = stack.enter_context(open_for_run(job.ledger))
 
         def note(text: str) -> None:
             observers.note(text)
@@ -193,7 +193,7 @@ def run_observed(
             stop=callbacks.stop,
             engine=engine,
         )
-        summary = pipeline.run(job, access, store, run_options, environment)
+        summary = pipeline.run(job, access, ledger, run_options, environment)
     observers.end(summary)
     callbacks.on_end(summary)
     if summary.exit_code not in (ExitCode.INTERRUPTED, ExitCode.TERMINATED):
@@ -301,7 +301,7 @@ def run(
             confirm=_confirm if should_confirm and plan is None else None,
             new_ledger=new_ledger or use_sandbox,
             confirm_new_ledger=_confirm if can_confirm else None,
-            spread=make_cluster_options(job, engine, address, workers),
+            cluster=make_cluster_options(job, engine, address, workers),
         )
         skip, wait_s = if_locked
 
@@ -315,7 +315,9 @@ def run(
             from enrich.monitoring.progress_bar import ProgressBar
 
             bar = ProgressBar()
-            callbacks = RunCallbacks(bar.write_line, bar.show, bar.close, end)
+            callbacks = RunCallbacks(
+                on_message=bar.write_line, on_progress=bar.show, close_progress=bar.close, on_end=end
+            )
         try:
             return run_observed(job, run_options, wait_s, observers, callbacks).exit_code
         except LedgerLocked as error:
@@ -328,3 +330,19 @@ def run(
             if as_json:
                 click.echo(json.dumps({"exit_code": 0, "error": error.message}))
             return ExitCode.OK
+
+
+@click.command()
+@options.RUN_JOB_OPTIONS
+@click.option("--partial", is_flag=True, help="Write the output although leads are pending.")
+@options.JSON_OPTION
+def collect(job_options: options.JobOptions, partial: bool, as_json: bool) -> int:
+    """Write the output of JOB from the ledger, without network and cost."""
+    job, note = with_own_output(job_options.load())
+    if note is not None:
+        click.echo(f"note: {note}", err=True)
+    check_ledger_exists(job.ledger)
+    with lock_ledger(job.ledger, 0):
+        summary = rebuild_output(job, partial=partial)
+    print_summary(summary, job_options.arguments(as_typed=True), as_json=as_json, show=sys.stderr.isatty())
+    return summary.exit_code

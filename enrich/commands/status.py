@@ -18,6 +18,8 @@ from enrich.commands.status_watch import DEFAULT_INTERVAL_S, RunWatcher, watch_j
 from enrich.job.job import Job
 from enrich.ledger import execution_records, queries, step_results, transitions
 from enrich.ledger.database import Database, open_or_empty
+from enrich.ledger.execution_records import ExecutionRow
+from enrich.ledger.queries import InDoubtSummary
 from enrich.models import count_by_status, format_elapsed, iso_time, job_title, pluralize, to_credits, to_ms
 from enrich.run.balance import choose_baseline
 from enrich.run.progress import Phase
@@ -42,13 +44,6 @@ def _build_status(job: Job, ledger: Database) -> dict[str, Any]:
     may_run = view.status in (RunStatus.RUNNING, RunStatus.NO_HEARTBEAT)
     running_id = view.run.id if view.run is not None and may_run else None
     in_doubt = queries.in_doubt_summary(ledger)
-    all_executions = execution_records.list_executions(ledger)
-    last = next((row for row in all_executions if row.balance_after is not None), None)
-    first = (
-        None
-        if last is None
-        else choose_baseline(all_executions, last.id if in_doubt is None else in_doubt.oldest_execution_id)
-    )
     return {
         "job": job.name,
         "sandbox": job.sandbox,
@@ -60,23 +55,8 @@ def _build_status(job: Job, ledger: Database) -> dict[str, Any]:
         "last_expiry": iso_time(tasks[-1].submitted_ms + ttl_ms) if tasks else None,
         "credits_spent": to_credits(spent),
         "credits_unknown": unknown,
-        "doubts": None
-        if in_doubt is None
-        else {
-            "number": in_doubt.number,
-            "credits_at_most": to_credits(in_doubt.max_cost),
-            "oldest_execution": in_doubt.oldest_execution_id,
-            "oldest_at": iso_time(in_doubt.oldest_ms),
-            "oldest_age_s": max(0, (time.time_ns() // 1_000_000 - in_doubt.oldest_ms) // 1000),
-        },
-        "balance": None
-        if first is None or last is None or last.id < first.id
-        else {
-            "since_execution": first.id,
-            "before": to_credits(first.balance_before),
-            "after": to_credits(last.balance_after),
-            "credits_spent": to_credits(sum(row.spent for row in all_executions if first.id <= row.id <= last.id)),
-        },
+        "doubts": None if in_doubt is None else _in_doubt_as_json(in_doubt),
+        "balance": _balance_as_json(execution_records.list_executions(ledger), in_doubt),
         "at_work": view.as_json() if view.status is RunStatus.RUNNING else None,
         "executions": [
             execution_as_json(row, is_running=row.id == running_id)
@@ -87,6 +67,35 @@ def _build_status(job: Job, ledger: Database) -> dict[str, Any]:
             for row in executions
         ],
     } | _step_counts(job, ledger)
+
+
+def _in_doubt_as_json(in_doubt: InDoubtSummary) -> dict[str, Any]:
+    return {
+        "number": in_doubt.number,
+        "credits_at_most": to_credits(in_doubt.max_cost),
+        "oldest_execution": in_doubt.oldest_execution_id,
+        "oldest_at": iso_time(in_doubt.oldest_ms),
+        "oldest_age_s": max(0, (time.time_ns() // 1_000_000 - in_doubt.oldest_ms) // 1000),
+    }
+
+
+def _balance_as_json(executions: Sequence[ExecutionRow], in_doubt: InDoubtSummary | None) -> dict[str, Any] | None:
+    """Return the balance before the run with the oldest unconfirmed request, or the last run, and after the last run.
+
+    None: not known. `executions` are all runs of the ledger, newest first.
+    """
+    last = next((row for row in executions if row.balance_after is not None), None)
+    if last is None:
+        return None
+    first = choose_baseline(executions, last.id if in_doubt is None else in_doubt.oldest_execution_id)
+    if first is None or last.id < first.id:
+        return None
+    return {
+        "since_execution": first.id,
+        "before": to_credits(first.balance_before),
+        "after": to_credits(last.balance_after),
+        "credits_spent": to_credits(sum(row.spent for row in executions if first.id <= row.id <= last.id)),
+    }
 
 
 def _step_counts(job: Job, ledger: Database) -> dict[str, Any]:

@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator, Sequence
 
 import click
 
 from enrich.commands import options
-from enrich.databar.client import MIN_QUERY_LENGTH, Client
-from enrich.databar.clock import SystemClock
+from enrich.databar.client import MIN_QUERY_LENGTH
 from enrich.databar.credentials import ApiAccess
 from enrich.databar.description import Description, Enrichment, Param, Provider, Waterfall
-from enrich.errors import JobError, JobRejected
+from enrich.errors import JobError, JobRejected, suggest_name
 from enrich.job.target import Target, TargetKind
-from enrich.run.preflight import retry_until, suggest_target
-from enrich.run.run_state import Timeouts
+from enrich.run.preflight import call_api
 
 
-async def list_descriptions(access: ApiAccess, kind: TargetKind, query: str | None = None) -> list[Description]:
+def list_descriptions(access: ApiAccess, kind: TargetKind, query: str | None = None) -> list[Description]:
     """List what the API offers. Raises ApiUnreachable and ApiKeyRejected."""
-    async with Client(access, SystemClock()) as client:
-        return await retry_until(lambda: client.list_descriptions(kind, query), Timeouts().startup_s)
+    return call_api(access, lambda client: client.list_descriptions(kind, query))
 
 
-async def read_description(access: ApiAccess, target: Target) -> Description:
+def read_description(access: ApiAccess, target: Target) -> Description:
     """Fetch one description. Raises JobError for an unknown target, ApiUnreachable and ApiKeyRejected."""
-    async with Client(access, SystemClock()) as client:
-        try:
-            return await retry_until(lambda: client.get_description(target), Timeouts().startup_s)
-        except JobRejected as error:
-            hint = await suggest_target(client, target, Timeouts().startup_s)
-            raise JobError(f"the API has no {target.kind} `{target.id}`", hint) from error
+    try:
+        return call_api(access, lambda client: client.get_description(target))
+    except JobRejected as error:
+        hint = suggest_name(target.id, [each.identifier for each in list_descriptions(access, target.kind)])
+        raise JobError(f"the API has no {target.kind} `{target.id}`", hint) from error
 
 
 def format_list(available: Sequence[Description]) -> Iterator[str]:
@@ -103,10 +98,10 @@ def enrichments(query: str | None, use_sandbox: bool, as_json: bool) -> None:
 def _show(kind: TargetKind, target: Target | None, query: str | None, *, use_sandbox: bool, as_json: bool) -> None:
     with options.open_access(None, use_sandbox=use_sandbox) as access:
         if target is None:
-            listed = asyncio.run(list_descriptions(access, kind, query))
+            listed = list_descriptions(access, kind, query)
             found = [each for each in listed if _matches(each, query)]
         else:
-            found = [asyncio.run(read_description(access, target))]
+            found = [read_description(access, target)]
     if not found and not as_json:
         click.echo(f"no {kind.value} matches" if query else f"there is no {kind.value}", err=True)
         return

@@ -1,4 +1,4 @@
-"""What the API says of the account, of waterfalls and of enrichments, and the differences between two descriptions.
+"""The API's descriptions of the account, waterfalls and enrichments, and the differences between two descriptions.
 
 It is parsed leniently: unknown keys are ignored, a value of the wrong type counts as missing, and a list loses only its
 invalid items. An object without its key field (`identifier`, `id` or `name`) is rejected.
@@ -188,7 +188,7 @@ class Waterfall(LenientModel):
 
 
 class Pricing(LenientModel):
-    """How the price of a request comes about: `fixed`, or `per_parameter`: multiplied with the value of a param."""
+    """How a request is priced: `fixed`, or `per_parameter`: multiplied by the value of the param `parameter`."""
 
     type: TextLine = "fixed"
     parameter: TextLine | None = None
@@ -246,7 +246,7 @@ class Enrichment(LenientModel):
 
     @property
     def is_paginated(self) -> bool | None:
-        """Whether it has pages; None: the API does not say."""
+        """Whether it has pages; None: unknown."""
         return None if self.pagination is None else self.pagination.supported
 
     def called_providers(self, _: Target) -> list[Provider]:
@@ -334,7 +334,7 @@ def _price_trend(old: Provider, new: Provider) -> str:
     before, now = to_micros(old.price), to_micros(new.price)
     if before is None or now is None:
         return ""
-    return " (dearer)" if now > before else " (cheaper)"
+    return " (more expensive)" if now > before else " (cheaper)"
 
 
 #: Month in which the API documentation was read.

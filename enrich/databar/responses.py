@@ -250,7 +250,7 @@ def wrong_params(body: object, params: Collection[str]) -> dict[int, str]:
     Supported shapes are `{"rows": [{"fields": {…}}]}`, `{"fields": {…}}`, `{"detail": {…}}`, `{"detail": [{…}]}` and
     FastAPI's `{"detail": [{"loc": ["body", "params", NAME], "msg": …}]}`.
     """
-    message = _format_errors(complaint for _, complaint in _param_errors(body, params))
+    message = _format_errors(error for _, error in _param_errors(body, params))
     return {0: message} if message else {}
 
 
@@ -288,20 +288,20 @@ def _param_errors(body: object, params: Collection[str], size: int = 1) -> Itera
     if not isinstance(body, Mapping):
         return
     detail, rows = body.get("detail"), body.get("rows")
-    yield from ((None, complaint) for complaint in _field_errors(body.get("fields"), params))
+    yield from ((None, error) for error in _field_errors(body.get("fields"), params))
     if isinstance(detail, list):
         one_per_row = len(detail) == size and all(isinstance(item, Mapping) and "loc" not in item for item in detail)
         for index, item in enumerate(detail):
             if isinstance(item, Mapping) and "loc" in item:
                 yield from _fastapi_error(item, params)
             else:
-                yield from ((index if one_per_row else None, complaint) for complaint in _field_errors(item, params))
+                yield from ((index if one_per_row else None, error) for error in _field_errors(item, params))
     else:
-        yield from ((None, complaint) for complaint in _field_errors(detail, params))
+        yield from ((None, error) for error in _field_errors(detail, params))
     for item in rows if isinstance(rows, list) else []:
         position = item.get("position") if isinstance(item, Mapping) else None
         row = None if (number := whole_number(position)) is None else number - 1
-        yield from ((row, complaint) for complaint in _field_errors(item, params))
+        yield from ((row, error) for error in _field_errors(item, params))
 
 
 def _fastapi_error(item: Mapping[str, object], params: Collection[str]) -> Iterator[tuple[int | None, tuple[str, str]]]:

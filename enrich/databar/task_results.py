@@ -47,7 +47,7 @@ PHASE_BY_STATUS = {
 
 #: Upper limit for the price of one answer, in millionths of a credit. A higher value counts as unknown.
 MAX_ANSWER_CREDITS = 1_000_000 * MICROS_PER_CREDIT
-#: The number of a list item that is read has fewer digits.
+#: A list index in a path has fewer digits than this.
 _MAX_DIGITS = 10
 #: Steps beyond this number are ignored.
 MAX_STEPS = 1_000
@@ -231,7 +231,8 @@ def column_value(parsed: ParsedData, path: str) -> Any:  # noqa: ANN401 - a JSON
     if parsed.wrapper is None:
         return value_at(parsed.fields, path)
     if path == "is_verified":
-        credited = [step for step in parsed.steps if step.get("provider") == parsed.provider is not None]
+        has_provider = parsed.provider is not None
+        credited = [step for step in parsed.steps if has_provider and step.get("provider") == parsed.provider]
         values = list(parsed.fields.values())
         last = ([step for step in credited if step.get("result") in values] or credited)[-1:]
         return last[0].get("is_verified") if last else None
@@ -296,7 +297,10 @@ def read_answer(reply: TaskReply, phase: TaskPhase, paths: Iterable[str]) -> Ans
 def _read_bulk_answers(
     reply: TaskReply, phase: TaskPhase, size: int, paths: Iterable[str], *, matches_only: bool
 ) -> tuple[list[Answer], int | None]:
-    """`matches_only`: earlier tasks were lists of matches without order, so a full list without null may be one."""
+    """Convert a bulk task; see `BulkReader.read`.
+
+    `matches_only`: earlier tasks were lists of matches without order, so a full list without null may be one, too.
+    """
     task, raw = reply.body, reply.raw
     spent = parse_price(task.get("credits_spent"))
     data = task.get("data")
@@ -332,7 +336,7 @@ def _read_bulk_answers(
 class BulkReader:
     """Converts bulk tasks into answers of their rows, and records whether the API lists matches only.
 
-    Such a list has no order. The API of before July 2026 returned it; a list in order has null where nothing was found.
+    Such a list has no order. The API returned it before July 2026. A list in order has null for a row without a match.
     """
 
     matches_only: bool = False

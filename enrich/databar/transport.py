@@ -4,8 +4,8 @@
 `AnswerLost`. A request uses a connection only if no unexpected bytes arrived on it before.
 
 Measured on loopback, a POST over a new connection takes a quarter of the processor time that it takes with aiohttp,
-whose connector and request objects cost more than the system calls. Besides, aiohttp alone would return a stray
-response to the next request.
+whose connector and request objects cost more than the system calls. Aiohttp would also return a stray response to the
+next request.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MAX_ANSWER_BYTES = 32 * 1024 * 1024
 LARGE_BYTES = 512 * 1024
 #: Number of bytes kept of a response that is too large.
 KEPT_START_BYTES = 64 * 1024
-#: How long the addresses of a host are remembered, in seconds.
+#: How long the addresses of a host are reused, in seconds.
 ADDRESSES_TTL_S = 10.0
 #: Seconds after which the next address of a host is tried, too (RFC 8305).
 NEXT_ADDRESS_S = 0.25
@@ -138,8 +138,8 @@ class Transport:
         self._proxy = proxy
         self._max_bytes = max_bytes
         self._large_body_lock = asyncio.Lock()
-        #: Requests on connections that are reused, and on those that are not, have places of their own.
-        self._places = {reuse: asyncio.Semaphore(max_connections) for reuse in (True, False)}
+        #: The limits of concurrent requests: one for those that may reuse a connection, one for the others.
+        self._request_limits = {reuse: asyncio.Semaphore(max_connections) for reuse in (True, False)}
         self._idle: list[HttpConnection] = []
         #: The addresses of the server, or of the proxy, and until when they are used.
         self._addresses: tuple[float, list[Any]] = (-inf, [])
@@ -157,7 +157,7 @@ class Transport:
                 # Add a grace period: bytes that arrived while this process was suspended are read first.
                 timer = loop.call_later(timeout_s, lambda: limit.reschedule(loop.time() + RESUME_GRACE_S))
                 try:
-                    async with self._places[reuse]:
+                    async with self._request_limits[reuse]:
                         return await self._send(request, sent_on, reuse=reuse)
                 finally:
                     timer.cancel()

@@ -72,7 +72,7 @@ def atomic_write(target: Path, temporary: Path) -> Iterator[BinaryIO]:
             raw.flush()
             os.fsync(raw.fileno())
             if not os.path.samestat(os.fstat(raw.fileno()), temporary.stat()):
-                raise FileExistsError(17, f"another run of a job with this name writes {temporary}")
+                raise FileExistsError(errno.EEXIST, f"another run of a job with this name writes {temporary}")
             temporary.replace(target)
     except BaseException:
         with suppress(OSError):

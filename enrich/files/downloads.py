@@ -46,16 +46,16 @@ def temporary_folder() -> Iterator[Path]:
         os.close(descriptor)
 
 
-def sweep(min_age_s: float = _MIN_AGE_S) -> None:
-    """Remove this user's folders that no living process has locked: those of killed processes."""
+def remove_abandoned_folders(min_age_s: float = _MIN_AGE_S) -> None:
+    """Remove this user's folders that no process has locked: those of killed processes."""
     with suppress(OSError):
         for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
             with suppress(OSError):
                 _remove_if_abandoned(path, min_age_s)
 
 
-#: Once for this process.
-sweep_once = cache(sweep)
+#: The same, once for this process.
+remove_abandoned_folders_once = cache(remove_abandoned_folders)
 
 
 def _remove_if_abandoned(path: Path, min_age_s: float) -> None:

@@ -1,4 +1,4 @@
-"""What a file of the run cannot hold: refused while the input is read, shortened where an answer is the reason."""
+"""The limits of the files that a run writes. Input beyond them is refused when it is read, answers are shortened."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ class FileLimits(Struct, frozen=True):
         if self.max_rows is not None and first_position + frame.height > self.max_rows:
             message = f"{source}: row {self.max_rows + 1:,}: {self.name} is a sheet, which has at most"
             raise FileProblem(f"{message} {self.max_rows:,} rows under its header", _OTHER_FORMAT_HINT)
-        doubtful = frame[:, self._doubtful_columns(frame)]
-        for row, cells in enumerate(doubtful.iter_rows(), first_position + 1):
-            for name, cell in zip(doubtful.columns, cells, strict=True):
+        suspected = frame[:, self._columns_to_check(frame)]
+        for row, cells in enumerate(suspected.iter_rows(), first_position + 1):
+            for name, cell in zip(suspected.columns, cells, strict=True):
                 if problem := self._cell_problem(cell):
                     self._refuse(f"{source}: row {row}", name, problem)
 
@@ -61,7 +61,7 @@ class FileLimits(Struct, frozen=True):
 
         A character that the encoding lacks becomes `?`, and text that is too long is cut.
         """
-        if not self._doubtful_columns(cells.to_frame()):
+        if not self._columns_to_check(cells.to_frame()):
             return cells, {}
         texts, reasons = cells.to_list(), {}
         for index, text in enumerate(texts):
@@ -72,7 +72,7 @@ class FileLimits(Struct, frozen=True):
     def fit_answers(self, cells: Mapping[str, pl.Series], error_column: str) -> dict[str, pl.Series]:
         """Make the new cells of some rows fit into the file, and add the reasons to the column of errors."""
         fitted, notes = dict(cells), dict[int, list[str]]()
-        for name in self._doubtful_columns(pl.DataFrame(cells)):
+        for name in self._columns_to_check(pl.DataFrame(cells)):
             fitted[name], reasons = self.fit(cells[name])
             for index, reason in reasons.items() if name != error_column else ():
                 notes.setdefault(index, []).append(f"{name}: {reason}")
@@ -83,20 +83,23 @@ class FileLimits(Struct, frozen=True):
             fitted[error_column], _ = self.fit(pl.Series(error_column, errors, pl.String))
         return fitted
 
-    def _doubtful_columns(self, frame: pl.DataFrame) -> list[str]:
+    def _columns_to_check(self, frame: pl.DataFrame) -> list[str]:
         """Return the columns of text that may have a cell that does not fit."""
         return [
             longest.name
             for longest in frame.select_seq(pl.col(pl.String).str.len_bytes().max())
             if (self.max_cell is not None and (longest.item() or 0) > self.max_cell)
-            or (self.encoding is not None and not _survives("".join(filter(None, frame[longest.name])), self.encoding))
+            or not self._can_encode("".join(filter(None, frame[longest.name])))
         ]
+
+    def _can_encode(self, text: str) -> bool:
+        return self.encoding is None or _can_encode(text, self.encoding)
 
     def _cell_problem(self, text: str) -> tuple[str, str] | None:
         """Return why a text cannot be a cell, and a hint. None: it can."""
         if self.max_cell is not None and len(text) * 2 > self.max_cell and self.cell_length(text) > self.max_cell:
             return f"a cell of {self.name} has at most {self.max_cell:,} characters", _OTHER_FORMAT_HINT
-        if self.encoding is not None and not _survives(text, self.encoding):
+        if not self._can_encode(text):
             return (
                 f"`{self.encoding}`, the encoding of {self.name}, cannot encode a character of this cell",
                 _ENCODING_HINT,
@@ -105,8 +108,8 @@ class FileLimits(Struct, frozen=True):
 
     def _fit_text(self, text: str) -> tuple[str, str]:
         reasons = []
-        if self.encoding is not None and not _survives(text, self.encoding):
-            text = "".join(letter if _survives(letter, self.encoding) else "?" for letter in text)
+        if not self._can_encode(text):
+            text = "".join(letter if self._can_encode(letter) else "?" for letter in text)
             reasons.append(f"characters that {self.encoding} lacks are `?`")
         if self.max_cell is not None and self.cell_length(text) > self.max_cell:
             excess = self.cell_length(text) - self.max_cell
@@ -145,7 +148,7 @@ def limits_of(kind: str, output: Output) -> FileLimits:
             return FileLimits(name)
 
 
-def _survives(text: str, encoding: str) -> bool:
+def _can_encode(text: str, encoding: str) -> bool:
     """Check whether a text can be written and read back. Some encodings write two characters as the same bytes."""
     try:
         return (text.isascii() and _has_ascii(encoding)) or text.encode(encoding).decode(encoding) == text

@@ -102,7 +102,7 @@ def _version_of(meta: ObjectMeta) -> ObjectVersion:
 
 @contextmanager
 def _open_store(url: ObjectUrl) -> Iterator[ObjectStore]:
-    """Open the bucket for the block. Storage errors become CommandRefused with their code: texts may have secrets."""
+    """Open the bucket for the block. Storage errors become CommandRefused: a code, as texts may have secrets."""
     try:
         from obstore.exceptions import BaseError  # noqa: PLC0415 - an optional dependency
         from obstore.store import from_url  # noqa: PLC0415
@@ -116,25 +116,23 @@ def _open_store(url: ObjectUrl) -> Iterator[ObjectStore]:
             retry_config={"max_retries": 3, "retry_timeout": timedelta(minutes=1)},
         )
     except (BaseError, FileNotFoundError) as error:
-        message = str(error)
-        code = next((next(filter(None, found)) for found in _ERROR_CODE.findall(message)), "")
-        credentials_hint = f"set {_CREDENTIAL_VARIABLES[url.scheme]}"
-        if "NoSuchBucket" in message:
-            refused = CommandRefused(f"{url}: no bucket `{url.bucket}`", "check the URL and the region")
-        elif isinstance(error, FileNotFoundError):
-            refused = CommandRefused(f"{url} does not exist", "check the URL")
-        elif _NO_CREDENTIALS.search(message):
-            refused = CommandRefused(f"{url}: no credentials for the object storage", credentials_hint)
-        elif re.search(r"status code: 40[13]", message):
-            refused = CommandRefused(f"{url}: the object storage rejects these credentials ({code})", credentials_hint)
-        elif "BadScheme" in message:
-            refused = CommandRefused(f"{url}: the endpoint has no TLS", "to allow it, set AWS_ALLOW_HTTP=true")
-        elif re.search(r"kind: (Connect|Timeout)|error sending request", message):
-            refused = CommandRefused(
-                f"{url}: the object storage cannot be reached", "check the network and the endpoint"
-            )
-        else:
-            refused = CommandRefused(
-                f"{url}: the object storage failed ({code or type(error).__name__})", credentials_hint
-            )
-        raise refused from None
+        raise _storage_error(url, error) from None
+
+
+def _storage_error(url: ObjectUrl, error: Exception) -> CommandRefused:
+    message = str(error)
+    code = next((next(filter(None, found)) for found in _ERROR_CODE.findall(message)), "")
+    credentials_hint = f"set {_CREDENTIAL_VARIABLES[url.scheme]}"
+    if "NoSuchBucket" in message:
+        return CommandRefused(f"{url}: no bucket `{url.bucket}`", "check the URL and the region")
+    if isinstance(error, FileNotFoundError):
+        return CommandRefused(f"{url} does not exist", "check the URL")
+    if _NO_CREDENTIALS.search(message):
+        return CommandRefused(f"{url}: no credentials for the object storage", credentials_hint)
+    if re.search(r"status code: 40[13]", message):
+        return CommandRefused(f"{url}: the object storage rejects these credentials ({code})", credentials_hint)
+    if "BadScheme" in message:
+        return CommandRefused(f"{url}: the endpoint has no TLS", "to allow it, set AWS_ALLOW_HTTP=true")
+    if re.search(r"kind: (Connect|Timeout)|error sending request", message):
+        return CommandRefused(f"{url}: the object storage cannot be reached", "check the network and the endpoint")
+    return CommandRefused(f"{url}: the object storage failed ({code or type(error).__name__})", credentials_hint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -148,7 +149,7 @@ class FolderDatasetWriter(Struct, frozen=True):
                 yield
             except FileNotFoundError as error:
                 message = f"{self.parts_folder} is missing: another run of a job with this name may have removed it"
-                raise FileNotFoundError(2, message) from error
+                raise FileNotFoundError(errno.ENOENT, message) from error
 
 
 def clean_up_folder(target: Path, job: str) -> None:
@@ -295,12 +296,12 @@ def prepare_folder(target: Path, input_location: InputLocation, job: str) -> Non
         target = follow_link(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists() and not target.is_dir():
-            raise NotADirectoryError(20, "it is a file, not a folder")
+            raise NotADirectoryError(errno.ENOTDIR, "it is a file, not a folder")
         clean_up_folder(target, job)
         if target.exists():
             check_own_folder(target)
         if not os.access(target.parent, os.W_OK | os.X_OK):
-            raise PermissionError(13, "Permission denied")
+            raise PermissionError(errno.EACCES, "Permission denied")
     except OSError as error:
         raise CommandRefused(f"{target}: the output cannot be written: {error.strerror}") from error
 

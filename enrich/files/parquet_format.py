@@ -23,7 +23,7 @@ ROWS_PER_CHUNK = 100_000
 #: Size of the end of a file: the length of its footer (4 bytes) and the magic number (4 bytes).
 TAIL_BYTES = 8
 _MAGIC = b"PAR1"
-#: Polars reads no decimals with more.
+#: Polars cannot read decimals with more digits.
 _MAX_DECIMAL_DIGITS = 38
 #: A NUL character in JSON text: an escape whose backslash is not itself escaped.
 _NUL_IN_JSON = r"(?:^|[^\\])(?:\\\\)*\\u0000"

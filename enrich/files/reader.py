@@ -14,7 +14,7 @@ from msgspec import Struct
 from enrich.errors import CommandRefused
 from enrich.files import csv_format, excel_format, jsonl_format, parquet_format
 from enrich.files.discovery import InputFile, find_input_files, find_objects, find_paths
-from enrich.files.downloads import LocalCopies, sweep_once
+from enrich.files.downloads import LocalCopies, remove_abandoned_folders_once
 from enrich.files.text import ROWS_PER_BATCH, FileProblem, TableFile, quote_column
 from enrich.files.values import JSON_TYPE, text_frame
 from enrich.job.locations import STDIN, InputLocation, ObjectUrl, WebUrl
@@ -210,7 +210,7 @@ class InputTable:
 
     def __init__(self, location: InputLocation, settings: Input) -> None:
         """Find the files and read their headers. Raises CommandRefused that names the file and the remedy."""
-        sweep_once()
+        remove_abandoned_folders_once()
         self._location = location
         self._settings = settings
         self._is_copy_current: bool | None = None
@@ -234,7 +234,7 @@ class InputTable:
             except CommandRefused:  # assume no change while the storage cannot be read
                 return {file.location: file.version for file in self.input_files}
         if isinstance(location, WebUrl):
-            # The first call is about the copy that was just read. Later ones look at the address again.
+            # The first call is about the copy that was just read. Later ones download it again.
             self._is_copy_current = self._is_copy_current is None or self._has_same_rows()
             return self._is_copy_current
         if location == STDIN:

@@ -16,10 +16,9 @@ from typing import TextIO
 
 from msgspec import Struct
 
-from enrich.errors import CommandRefused
+from enrich.errors import CommandRefused, did_you_mean, suggest_name
 from enrich.job.cell_text import clean
 from enrich.job.locations import Format
-from enrich.job.name_hints import did_you_mean, suggest_name
 
 BYTE_ORDER_MARK = "\ufeff"
 _CELL_SHAPE = re.compile(

@@ -179,7 +179,7 @@ def _has_text(value: pl.Expr, kind: pl.DataType) -> pl.Expr:
     elif kind == pl.Time:
         return value.to_physical().is_between(0, _SECONDS_PER_DAY * 10**9, closed="left").fill_null(value=True)
     else:
-        return value.is_null() | value.is_not_null()
+        return value.is_null() | value.is_not_null()  # true for each row
     return value.to_physical().is_between(-limit, limit).fill_null(value=True)
 
 

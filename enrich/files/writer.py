@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import os
 import tempfile
@@ -61,11 +62,11 @@ def prepare_file(target: Location, input_location: InputLocation, job: str, kind
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary_path(target, job, kind).unlink(missing_ok=True)
         if not os.access(target.parent, os.W_OK | os.X_OK):
-            raise PermissionError(13, "Permission denied")
+            raise PermissionError(errno.EACCES, "Permission denied")
         if target.is_dir():
-            raise IsADirectoryError(21, "it is a folder")
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
         if target.exists() and not target.is_file():
-            raise OSError(0, "it is not a file")
+            raise OSError(errno.EINVAL, "it is not a file")
     except OSError as error:
         raise CommandRefused(f"{target}: the {kind} cannot be written: {error.strerror}") from error
 

@@ -1,4 +1,4 @@
-"""Compares files by their names: which are the same, which can be none, which belong to a folder or a pattern."""
+"""Checks names of files: whether two are one file, whether a name is possible, what a folder or pattern includes."""
 
 from __future__ import annotations
 

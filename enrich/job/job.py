@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from pydantic import ValidationError
 
 from enrich.errors import JobError
+from enrich.job.document import YamlDocument, validate_document
 from enrich.job.field_types import MAX_CREDITS
 from enrich.job.file_names import (
     MAX_JOB_NAME_BYTES,
@@ -39,11 +40,8 @@ from enrich.job.locations import (
     sandbox_file_name,
     sandbox_ledger_location,
 )
-from enrich.job.spec import Input, JobModel, Output, SteppedJobModel
-from enrich.job.steps import step_columns, step_model
+from enrich.job.spec import Input, JobModel, Output, SteppedJobModel, step_columns, step_model
 from enrich.job.target import TargetModel
-from enrich.job.validation_errors import join_validation_errors
-from enrich.job.yaml_file import YamlDocument
 from enrich.models import job_title
 
 _Table = TypeVar("_Table", Input, Output)
@@ -172,7 +170,10 @@ class Job(Struct, frozen=True):
         return next((key for key, place in self._locations(now).items() if is_same_file(path, place)), None)
 
     def check_not_own(self, path: Path, what: str, hint: str = "choose another name", allowed: str = "") -> None:
-        """Raise JobError if a file that a command writes beside the run is one of the job's, or can be none."""
+        """Raise JobError if a file that a command writes has an impossible name, or is one of the job's or its input.
+
+        `what` names the file in messages. It may be the job's file with the key `allowed`.
+        """
         if reason := why_no_file(path):
             raise JobError(f"{path}: the {what} cannot be written: {reason}", hint)
         if (key := self.key_of_file(path, datetime.now().astimezone())) not in (None, allowed):
@@ -217,16 +218,7 @@ def load_job(path: Path, overrides: Overrides | None = None) -> Job:
         shown = os.fsencode(path).decode(errors="backslashreplace")
         raise JobError(f"{shown}: the name of the job file is not UTF-8 text", "rename it")
     document = YamlDocument(path)
-    if "api_key" in document.data:
-        raise JobError(
-            f"{document.place_of(['api_key'])}: the API key does not belong in the job file",
-            "set DATABAR_API_KEY, or DATABAR_API_KEY_FILE for cron",
-        )
-    model_type = SteppedJobModel if "steps" in document.data else JobModel
-    try:
-        model = model_type.model_validate(document.data)
-    except ValidationError as error:
-        raise join_validation_errors(document, error) from error
+    model = validate_document(document)
     given = {"input": overrides.input, "output": overrides.output, "ledger": overrides.ledger}
     document.replaced_keys = frozenset(key for key, value in given.items() if value is not None)
     if overrides.max_credits is not None:

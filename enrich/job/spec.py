@@ -1,11 +1,13 @@
-"""The model of the job file, and its JSON Schema."""
+"""The model of the job file, of each of its steps, and its JSON Schema."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from datetime import timedelta
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from enrich.job.cell_text import EMPTY_VALUES, PLACEHOLDERS, clean
 from enrich.job.field_types import (
@@ -22,6 +24,13 @@ from enrich.job.field_types import (
 )
 from enrich.job.locations import Format, format_of, separator_of
 from enrich.job.target import SOURCES_KEY, Param, TargetKind, TargetModel
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+#: The columns of a step in the output, in their order.
+STEP_FIELDS = ("status", "provider", "credits", "task_id", "at")
+
+_STATUS_COLUMN = re.compile(r"enrich_([a-z][a-z0-9_]*)_status")
 
 
 def _default_separator(values: dict[str, Any]) -> str:
@@ -43,7 +52,7 @@ class Input(StrictModel):
     separator: Separator = Field(
         default_factory=_default_separator, description="One character; default: a tab for .tsv, else a comma."
     )
-    encoding: Encoding = Field("utf-8", description="Python's name of it: utf-8, cp1252, utf-16 …")
+    encoding: Encoding = Field("utf-8", description="Python's name of the encoding: utf-8, cp1252, utf-16 …")
     format: Format = Field(
         default_factory=_default_format, description="Default: by the file extension, before .gz; otherwise csv."
     )
@@ -67,7 +76,7 @@ class Output(StrictModel):
     separator: Separator = Field(
         default_factory=_default_separator, description="One character; default: a tab for .tsv, else a comma."
     )
-    encoding: Encoding = Field("utf-8", description="As Python names it.")
+    encoding: Encoding = Field("utf-8", description="Python's name of the encoding: utf-8, cp1252, utf-16 …")
 
     @model_validator(mode="after")
     def _check_separator(self) -> Self:
@@ -277,6 +286,42 @@ class SteppedJobModel(JobModel):
     @classmethod
     def _check_level(cls, _: object, info: ValidationInfo) -> object:
         raise ValueError(f"is a key of each step: put `{info.field_name}` into `steps`")
+
+
+def step_column(step: str, field: str) -> str:
+    """Return the column of the output with a field of a step (one of STEP_FIELDS)."""
+    return f"enrich_{step}_{field}"
+
+
+def step_columns(step: str) -> list[str]:
+    """Return the names of all columns of a step."""
+    return [step_column(step, field) for field in STEP_FIELDS]
+
+
+def steps_in_header(header: Iterable[str]) -> list[str]:
+    """Return the steps that have all their columns in a header: it is that of an earlier output."""
+    names = set(header)
+    steps = [match[1] for name in header if (match := _STATUS_COLUMN.fullmatch(name))]
+    return [step for step in steps if names.issuperset(step_columns(step))]
+
+
+def step_model(model: SteppedJobModel, step: StepModel) -> JobModel:
+    """Return the model of a step: its own keys, the job's for the others. The job's conditions are not its own."""
+    changed: dict[str, object] = {name: getattr(step, name) for name in TargetModel.model_fields}
+    changed |= {"where": step.where, "only_if_empty": step.only_if_empty, "caps": None}
+    changed |= {name: _merged(getattr(model, name), getattr(step, name)) for name in ("policy", "dispatch")}
+    if "canary" in step.model_fields_set:
+        changed["canary"] = step.canary
+    return model.model_copy(update=changed)
+
+
+def _merged(defaults: _Model, own: _Model) -> _Model:
+    """Return the defaults with those keys replaced that the own model names."""
+    values = {name: getattr(own, name) for name in own.model_fields_set}
+    for name, value in values.items():
+        if isinstance(value, BaseModel):
+            values[name] = _merged(getattr(defaults, name), value)
+    return defaults.model_copy(update=values)
 
 
 def json_schema() -> dict[str, Any]:

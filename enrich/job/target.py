@@ -96,7 +96,7 @@ class Source(StrictModel):
     transform: list[Transform] = Field([], description=_TRANSFORM_DESCRIPTION)
 
 
-#: The list form of a param. No name that a job file can have.
+#: Internal key for the list form of a param. It is not part of the file format.
 SOURCES_KEY = "[sources]"
 
 

@@ -52,7 +52,7 @@ class StepCost(NamedTuple):
 class Database:
     """One ledger over one connection."""
 
-    def __init__(  # noqa: PLR0913 - all but the location are exceptions
+    def __init__(  # noqa: PLR0913 - all but the location are for rare cases
         self,
         location: LedgerLocation,
         *,
@@ -65,12 +65,11 @@ class Database:
     ) -> None:
         """Open the ledger and create it if it is missing. With `read_only` it can be read during a run.
 
-        With `in_memory` it is a new one without a file.
-
-        With `any_version` a ledger of another version is opened as it is. With `skip_integrity_check` the caller checks
-        for damage. With a `fencing_token` every transaction fails once the holder has lost its lease. An unreachable
-        server is retried for `open_timeout_s` seconds. Raises CommandRefused when this is not a ledger, when it was
-        written by a newer version of enrich, or when it cannot be written.
+        With `in_memory` it is a new one without a file. With `any_version` a ledger of another version is opened as it
+        is. With `skip_integrity_check` the caller checks for damage. With a `fencing_token` every transaction fails
+        once the holder has lost its lease. An unreachable server is retried for `open_timeout_s` seconds. Raises
+        CommandRefused when this is not a ledger, when it was written by a newer version of enrich, or when it cannot be
+        written.
         """
         self.location = location
         #: Where the next claim starts, by `new_up_to`: the last claimed position, and the claims since a full look.
@@ -108,7 +107,7 @@ class Database:
         return self.session.execute(sql, values).fetchone()[0]
 
     def number(self, sql: str, *values: object) -> int:
-        """Return the number that a query finds."""
+        """Return the first column of the first row of a query as a whole number."""
         return int(self.value(sql, *values))
 
     def exists(self, source: str, *values: object) -> bool:

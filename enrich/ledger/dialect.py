@@ -1,7 +1,7 @@
 """The parts of SQL that differ between SQLite and PostgreSQL, and the errors of both.
 
-`CROSS JOIN` makes SQLite join two tables in the written order, where it might read a whole table for each batch. On
-PostgreSQL it is a join as any other.
+`CROSS JOIN` makes SQLite join two tables in the written order. Otherwise it might read a whole table for each batch. On
+PostgreSQL it is an ordinary join.
 """
 
 from __future__ import annotations

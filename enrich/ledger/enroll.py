@@ -36,7 +36,7 @@ from enrich.models import (
 _TO_SEND = f"decision IN ({', '.join(repr(decision.value) for decision in DECISIONS_TO_SEND)})"
 _COUNTED_TOWARDS_LIMIT = f"decision IN ({', '.join(repr(decision.value) for decision in COUNTED_TOWARDS_LIMIT)})"
 
-#: The same for one request, with its place in the send order and its group.
+#: As `request_ids.BATCH`, for one request with its place in the send order and its group.
 _ONE_REQUEST = (
     "(SELECT CAST(? AS BIGINT) AS id, CAST(? AS BIGINT) AS position, CAST(? AS BIGINT) AS queue_position, "
     "CAST(? AS TEXT) AS group_name) AS b"
@@ -284,8 +284,8 @@ def queued_count(db: Database, states: Collection[State] = tuple(State)) -> int:
 def request_results(db: Database, requests: RequestBatch, selection: RequestSelection | None = None) -> ResultColumns:
     """Return the result of each request of a batch. Leave out those never enrolled, unless they are capped.
 
-    `selection`: decide with it about requests that are new to this pass. None: the pass has seen all requests, and
-    other processes may be reading `seen`.
+    `selection` decides about requests that are new to this pass. None: the pass has seen all requests, and other
+    processes may be reading `seen`.
     """
     batch = requests.distinct()
     with db.temporary_transaction():
@@ -318,7 +318,7 @@ def request_results(db: Database, requests: RequestBatch, selection: RequestSele
 def _record_seen(
     db: Database, batch: RequestBatch, ids: Sequence[int | None], selection: RequestSelection
 ) -> tuple[str, int]:
-    """Decide about the requests that are new to this pass. Of the others, note a lower position.
+    """Decide about the requests that are new to this pass. For the others, record a lower position.
 
     Returns the `batch_parameters` of all of them.
     """

@@ -35,7 +35,7 @@ class ExecutionRow(Struct, frozen=True):
     progress: str | None
 
     def read_summary(self) -> Mapping[str, Any]:
-        """Return the fields of the run summary. Empty: the run has not ended by itself."""
+        """Return the fields of the run summary. Empty: the run is in progress or was killed."""
         return json.loads(self.summary) if self.summary else {}
 
     def outcome(self, *, is_running: bool) -> str:

@@ -78,7 +78,7 @@ def _is_other_file(path: Path) -> bool:
         with path.open("rb") as file:
             start = file.read(1024)
     except OSError:
-        return False  # opening it says why
+        return False  # opening it as a ledger raises the reason
     if start.startswith((b"PK\x03\x04", b"PAR1", b"\x1f\x8b", b"%PDF")):
         return True
     try:

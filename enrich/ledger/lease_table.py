@@ -53,7 +53,9 @@ def check_no_other_holders(db: Database) -> None:
     """Raise LedgerLocked while processes of an earlier run may hold tasks. A worker may outlive its run."""
     if others := other_holders(db):
         names = ", ".join(other.name for other in others)
-        raise LedgerLocked(f"{db.location}: processes of an earlier run still end: {names}", "try again in a minute")
+        raise LedgerLocked(
+            f"{db.location}: processes of an earlier run have not ended yet: {names}", "try again in a minute"
+        )
 
 
 def revoke_leases(db: Database, holders: Iterable[LeaseHolder]) -> None:

@@ -76,15 +76,7 @@ def compare_with_neighbours(
     """
     overlap, deadline = Overlap(), time.monotonic() + timeout_s
     with ExitStack() as stack:
-        neighbours: dict[Path, Database] = {}
-        for path in find_ledger_files(ledger.parent, ledger):
-            try:
-                neighbour = stack.enter_context(closing(Database(path, read_only=True, skip_integrity_check=True)))
-                neighbour.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_MS}")
-                if _has_same_binding(neighbour, bound_to):
-                    neighbours[path] = neighbour
-            except _UNREADABLE:
-                overlap.unread.append(path)
+        neighbours, overlap.unread = _open_neighbours(ledger, bound_to, stack)
         for fingerprints in batches if neighbours else ():
             overlap.requests += len(fingerprints)
             paid: set[bytes] = set()
@@ -103,8 +95,25 @@ def compare_with_neighbours(
     return overlap
 
 
+def _open_neighbours(
+    ledger: Path, bound_to: Mapping[str, str | None], stack: ExitStack
+) -> tuple[dict[Path, Database], list[Path]]:
+    """Open the neighbours with the same API host and workspace. Also return those that cannot be read."""
+    neighbours: dict[Path, Database] = {}
+    unread = []
+    for path in find_ledger_files(ledger.parent, ledger):
+        try:
+            neighbour = stack.enter_context(closing(Database(path, read_only=True, skip_integrity_check=True)))
+            neighbour.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_MS}")
+            if _has_same_binding(neighbour, bound_to):
+                neighbours[path] = neighbour
+        except _UNREADABLE:
+            unread.append(path)
+    return neighbours, unread
+
+
 def _has_same_binding(db: Database, bound_to: Mapping[str, str | None]) -> bool:
-    """Check host and workspace. An API that names no workspace leaves the host to decide."""
+    """Check host and workspace. If a workspace is not known, the same host is enough."""
     bound = {name: bindings.read_fact(db, name) for name in bound_to}
     return bound.get("api_host") is not None and all(
         None in (value, bound[name]) or value == bound[name] for name, value in bound_to.items()
@@ -112,8 +121,8 @@ def _has_same_binding(db: Database, bound_to: Mapping[str, str | None]) -> bool:
 
 
 def seen_fingerprints(db: Database) -> Iterator[list[bytes]]:
-    """Yield the requests that this pass has seen, many at a time."""
-    seen = "SELECT fingerprint FROM requests WHERE id IN (SELECT id FROM seen)"
+    """Yield the requests that this pass has seen and that were never answered, many at a time."""
+    seen = "SELECT fingerprint FROM requests WHERE state = 'pending' AND id IN (SELECT id FROM seen)"
     unknown = "SELECT fingerprint FROM unknown_requests WHERE -id IN (SELECT id FROM seen)"
     return _in_chunks(db.execute(f"{seen} UNION ALL {unknown}"))
 
@@ -130,6 +139,6 @@ def _in_chunks(rows: Iterable[tuple[bytes]]) -> Iterator[list[bytes]]:
 
 
 def _paid_among(db: Database, fingerprints: list[bytes]) -> set[bytes]:
-    places = ",".join("?" * len(fingerprints))
-    rows = db.execute(f"SELECT fingerprint FROM requests WHERE fingerprint IN ({places}) AND {_PAID}", fingerprints)
+    marks = ",".join("?" * len(fingerprints))
+    rows = db.execute(f"SELECT fingerprint FROM requests WHERE fingerprint IN ({marks}) AND {_PAID}", fingerprints)
     return {fingerprint for (fingerprint,) in rows}

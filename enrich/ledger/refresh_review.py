@@ -1,7 +1,7 @@
 """Decides about refreshes by the columns that the job has today.
 
-Whether an answer is a match was decided with the columns of the run that sent its request, and `policy.refresh` has an
-age for matches and one for no matches.
+`policy.refresh` has one age for matches and one for no matches. The state in the ledger is that by the columns of the
+run that sent the request. With other columns, the same answer may be a match or not.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def review_refreshes(
 ) -> None:
     """Decide again about the requests of this pass that have an answer. Call it when the input was read.
 
-    `paths` are the job's columns. `keep_matches`: a match of today that was none then stands until a newer one comes.
-    `check_stopped` is called from time to time, and ends the review by an exception.
+    `paths` are the job's columns. With `keep_matches`, an answer that has become a match by them is stored as the match
+    of its request, until a newer one comes. `check_stopped` is called often and may raise to end the review.
     """
     columns = list(paths)
     if not selection.refresh_before_ms or _runs_with_columns(db, columns) is None:

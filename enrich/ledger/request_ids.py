@@ -135,17 +135,17 @@ def find_known_batch(db: Database, job: str, position: int, digest: bytes) -> st
         row = db.execute(
             "SELECT content, digest FROM known_batches WHERE job = ? AND position = ?", (job, position)
         ).fetchone()
-    return row[0] if row is not None and row[1] == _with_content(digest, row[0]) else None
+    return row[0] if row is not None and row[1] == _content_digest(digest, row[0]) else None
 
 
 def store_known_batch(db: Database, job: str, rows: range, digest: bytes, content: str) -> None:
-    """Store what is known (JSON) of the batch with these rows, instead of batches that begin in it."""
-    in_it = (job, rows.start, rows.stop)
-    db.execute("DELETE FROM known_batches WHERE job = ? AND position >= ? AND position < ?", in_it)
-    stored = (job, rows.start, _with_content(digest, content), content)
+    """Store what is known (JSON) of the batch with these rows. It replaces batches that begin in it."""
+    delete = "DELETE FROM known_batches WHERE job = ? AND position >= ? AND position < ?"
+    db.execute(delete, (job, rows.start, rows.stop))
+    stored = (job, rows.start, _content_digest(digest, content), content)
     db.execute("INSERT INTO known_batches VALUES (?, ?, ?, ?)", stored)
 
 
-def _with_content(digest: bytes, content: str) -> bytes:
+def _content_digest(digest: bytes, content: str) -> bytes:
     """Return the digest of a batch together with what is stored of it."""
     return blake2b(content.encode(errors="replace"), digest_size=16, key=digest).digest()

@@ -6,6 +6,7 @@ and removes it. Disk space for it is reserved when a run starts, so that a full 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -137,7 +138,7 @@ class RescueFile:
     def __init__(self, ledger: Path, other_folders: Sequence[Path] = (), requests_in_flight: int = 0) -> None:
         """Reserve disk space. `other_folders` are used when the ledger's folder is gone.
 
-        Raises LedgerLocked when another run is alive that writes such a file: its lock file was removed.
+        Raises LedgerLocked when another run is writing such a file: the lock file of that run was removed.
         """
         self._ledger = ledger
         self._folders = list(dict.fromkeys([ledger.parent, *other_folders]))
@@ -168,10 +169,10 @@ class RescueFile:
 
     def _remove_abandoned(self) -> None:
         """Remove space reserved by killed runs. The caller, or the process it works for, holds the ledger's lock."""
-        for name in self._ledger.parent.glob(f".{self._ledger.name}.room-*"):
-            pid = name.name.rpartition("-")[2]
+        for path in self._ledger.parent.glob(f".{self._ledger.name}.room-*"):
+            pid = path.name.rpartition("-")[2]
             if not pid.isdecimal() or not Path("/proc", pid).exists():
-                name.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
 
     def _drop_reserved(self) -> None:
         with suppress(OSError):
@@ -306,4 +307,4 @@ def _link_reserved(reserved: Path, ledger: Path) -> Path:
         except FileExistsError:
             continue
         return path
-    raise FileExistsError(17, "there are too many rescue files")
+    raise FileExistsError(errno.EEXIST, "there are too many rescue files")

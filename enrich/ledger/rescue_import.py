@@ -85,16 +85,7 @@ def import_rescued(db: Database, lines: Sequence[RescuedAttempt], job: str, now_
     Raises CommandRefused when they belong to another API host or workspace.
     """
     _check_binding(db, lines)
-    counts = _ImportPass(db, job, now_ms, _task_holders(db, lines)).run(lines)
-    # Of several lines about one request a pass imports the best. The next pass adds what is new in the others.
-    for _ in lines:
-        changes = _ImportPass(db, job, now_ms, _task_holders(db, lines)).run(lines)
-        del changes["known"]
-        if not changes.total():
-            break
-        counts.update(changes)
-        counts["known"] -= changes.total()
-    return RescueImport(**counts)
+    return RescueImport(**_Import(db, job, now_ms, _task_holders(db, lines)).run(lines))
 
 
 def _check_binding(db: Database, lines: Sequence[RescuedAttempt]) -> None:
@@ -108,8 +99,8 @@ def _check_binding(db: Database, lines: Sequence[RescuedAttempt]) -> None:
 
 
 @dataclass(slots=True)
-class _ImportPass:
-    """One pass over the lines of a rescue file, in which each request gets at most one new attempt."""
+class _Import:
+    """The import of the lines of a rescue file."""
 
     db: Database
     job: str
@@ -118,17 +109,23 @@ class _ImportPass:
     holders: dict[str, list[_TaskHolder]]
     #: The number of lines by what became of them.
     counts: Counter[str] = field(default_factory=Counter)
+    #: The records of the runs that made the inserted attempts, by the columns of their jobs.
+    execution_ids: dict[tuple[str, ...], int] = field(default_factory=dict)
 
     def run(self, lines: Sequence[RescuedAttempt]) -> Counter[str]:
         """Import the lines. Return their number by what became of them."""
-        rest = [line for line in lines if not self._update_existing(line)]
+        rest = [line for line in lines if not self._update_existing(line) and line.state != "refused"]
+        known = self.counts.total() + len(rest)
         # A killed run left attempts in `submitting`. Mark them `in_doubt` before their requests get another attempt.
         resume.recover(self.db, self.now_ms)
-        rest = [line for line in rest if line.state != "refused"]
-        best = self._best_lines(rest)
-        self.counts["known"] += len(rest) - len(best)
-        for paths in dict.fromkeys(tuple(line.paths) for line in best):
-            self._insert_attempts([line for line in best if tuple(line.paths) == paths])
+        # In the order in which they were sent, because a request may have several attempts. A bulk task is one POST.
+        posts: dict[tuple[int | None, int | None], dict[str, RescuedAttempt]] = {}
+        for line in sorted(rest, key=lambda line: (line.claimed_ms, self._rank(line))):
+            post = (None, line.attempt) if line.bulk_task is None else (line.bulk_task, None)
+            posts.setdefault(post, {}).setdefault(line.fingerprint, line)
+        for lines_of_post in posts.values():
+            self._insert_post(list(lines_of_post.values()))
+        self.counts["known"] += known - self.counts.total()
         self.db.execute(
             "UPDATE executions SET reserved = (SELECT max(executions.reserved, coalesce(sum(reserved), 0)) "
             f"FROM attempts WHERE {OPEN_ATTEMPT}) WHERE id = (SELECT max(id) FROM executions)"
@@ -167,52 +164,52 @@ class _ImportPass:
             counts["known"] += 1
         return True
 
-    def _insert_attempts(self, lines: Sequence[RescuedAttempt]) -> None:
-        """Insert attempts for lines of one job that the ledger does not have, in a run record of their own."""
-        db, counts = self.db, self.counts
+    def _insert_post(self, lines: Sequence[RescuedAttempt]) -> None:
+        """Insert the attempts of one POST that the ledger does not have."""
+        db = self.db
         found = [(line, _find_or_create_request(db, line)) for line in lines]
-        new_lines = [(line, request) for line, request in found if self._is_news(line, request)]
-        counts["known"] += len(found) - len(new_lines)
-        if not new_lines:
-            return
-        execution_id = _create_execution(
-            db, new_lines[0][0], self.job, min(line.claimed_ms for line, _ in new_lines), self.now_ms
-        )
-        rows_per_bulk_task = Counter(line.bulk_task for line, _ in new_lines if line.state == "submitted")
-        bulk_task_ids: dict[int, int] = {}
+        new_lines = [(line, request) for line, request in found if self._adds_to_ledger(line, request)]
+        # The answers of a bulk task are assigned by index: without all of its requests, none can be assigned.
+        is_whole = sum(line.state == "submitted" for line, _ in new_lines) == (lines[0].size or 1)
+        bulk_task_id: int | None = None
         for line, request in new_lines:
+            execution_id = self._execution_id(line)
+            if request.state == "submitted":
+                mark_in_doubt = [(request.attempt_id or 0, "a newer attempt was made meanwhile", self.now_ms, None)]
+                transitions.mark_in_doubt(db, mark_in_doubt)
             state = "in_doubt" if line.state == "submitting" else line.state
-            # The answers of a bulk task are assigned by index: without all of its requests, none can be assigned.
-            is_incomplete = line.bulk_task is not None and rows_per_bulk_task[line.bulk_task] != line.size
-            if state == "submitted" and (is_incomplete or self._has_conflicting_task(line)):
+            if state == "submitted" and (not is_whole or self._has_conflicting_task(line)):
                 state = "in_doubt"
-            bulk_task_id = None
-            if line.bulk_task is not None and state == "submitted":
-                if line.bulk_task not in bulk_task_ids:
-                    insert = "INSERT INTO bulk_tasks (execution_id, size) VALUES (?, ?) RETURNING id"
-                    bulk_task_ids[line.bulk_task] = db.number(insert, execution_id, line.size)
-                bulk_task_id = bulk_task_ids[line.bulk_task]
-            _insert_attempt(db, execution_id, request, line, state, bulk_task_id)
+            if line.bulk_task is not None and state == "submitted" and bulk_task_id is None:
+                insert = "INSERT INTO bulk_tasks (execution_id, size) VALUES (?, ?) RETURNING id"
+                bulk_task_id = db.number(insert, execution_id, line.size)
+            _insert_attempt(db, execution_id, request, line, state, bulk_task_id if state == "submitted" else None)
             self._add_holder(line)
-            counts[state if state in ("submitted", "in_doubt") else "answered"] += 1
+            self.counts[state if state in ("submitted", "in_doubt") else "answered"] += 1
 
-    def _is_news(self, line: RescuedAttempt, request: _RequestState) -> bool:
+    def _execution_id(self, line: RescuedAttempt) -> int:
+        """Return the record of the run that made an attempt: one for all jobs with the same columns."""
+        paths = tuple(line.paths)
+        if paths not in self.execution_ids:
+            self.execution_ids[paths] = _create_execution(self.db, line, self.job, self.now_ms)
+        return self.execution_ids[paths]
+
+    def _adds_to_ledger(self, line: RescuedAttempt, request: _RequestState) -> bool:
         """Return whether a line adds to what the ledger has about its request."""
-        if self._is_in_doubt(line):
-            return request.state == "pending"
-        known = line.task_id is not None and self.db.exists(
+        if line.task_id is not None and self.db.exists(
             "FROM attempts WHERE request_id = ? AND task_id = ?", request.id, line.task_id
-        )
-        return request.state in ("pending", "in_doubt") and not known
+        ):
+            return False
+        if request.state == "pending" or (request.state == "in_doubt" and not self._is_in_doubt(line)):
+            return True
+        # An older copy of the ledger lacks what was sent after the answer that it has. The rows of a bulk task that
+        # waits for its answer stay together.
+        is_bulk = request.state == "submitted" and request.is_bulk
+        return line.claimed_ms > request.claimed_ms and not is_bulk
 
-    def _best_lines(self, lines: Iterable[RescuedAttempt]) -> list[RescuedAttempt]:
-        """Return the best line per request: an answer before a task, a task before an unconfirmed attempt."""
-        best: dict[str, tuple[int, RescuedAttempt]] = {}
-        for line in lines:
-            rank = _BEST_STATE_FIRST.index("in_doubt" if self._is_in_doubt(line) else line.state)
-            if line.fingerprint not in best or rank < best[line.fingerprint][0]:
-                best[line.fingerprint] = rank, line
-        return [line for _, line in best.values()]
+    def _rank(self, line: RescuedAttempt) -> int:
+        """Return the rank of a line among those of the same time: an answer, a task, an unconfirmed attempt."""
+        return _BEST_STATE_FIRST.index("in_doubt" if self._is_in_doubt(line) else line.state)
 
     def _is_in_doubt(self, line: RescuedAttempt) -> bool:
         """Return whether a line has neither an answer nor a task that can be polled."""
@@ -243,8 +240,8 @@ def _task_holders(db: Database, lines: Iterable[RescuedAttempt]) -> dict[str, li
         (to_json_text(tasks),),
     )
     found: dict[str, list[_TaskHolder]] = {}
-    for task_id, fingerprint, claimed_ms, bundled in rows:
-        found.setdefault(task_id, []).append(_TaskHolder(fingerprint.hex(), claimed_ms, bool(bundled)))
+    for task_id, fingerprint, claimed_ms, is_bulk in rows:
+        found.setdefault(task_id, []).append(_TaskHolder(fingerprint.hex(), claimed_ms, bool(is_bulk)))
     return found
 
 
@@ -284,7 +281,10 @@ def _settle_if_answered(db: Database, attempt_id: int, execution_id: int, line: 
 def _find_or_create_request(db: Database, line: RescuedAttempt) -> _RequestState:
     """Return the request of a line. Create it if it is missing."""
     fingerprint = bytes.fromhex(line.fingerprint)
-    find = "SELECT id, state, attempt_id FROM requests WHERE fingerprint = ?"
+    find = (
+        "SELECT r.id, r.state, r.attempt_id, coalesce(a.claimed_ms, 0), a.bulk_task_id IS NOT NULL FROM requests r "
+        "LEFT JOIN attempts a ON a.id = r.attempt_id WHERE r.fingerprint = ?"
+    )
     row = db.execute(find, (fingerprint,)).fetchone()
     if row is None:
         db.execute("INSERT INTO calls (canonical) VALUES (?) ON CONFLICT DO NOTHING", (line.call,))
@@ -297,13 +297,13 @@ def _find_or_create_request(db: Database, line: RescuedAttempt) -> _RequestState
     return _RequestState(*row)
 
 
-def _create_execution(db: Database, line: RescuedAttempt, job: str, started_ms: int, now_ms: int) -> int:
-    """Record the run that made these attempts: ended without a run summary, unlike any run of this ledger."""
+def _create_execution(db: Database, line: RescuedAttempt, job: str, now_ms: int) -> int:
+    """Record the run that made an attempt: started with it, and ended without a run summary."""
     return db.number(
         "INSERT INTO executions (job, started_ms, ended_ms, exit_code, paths, reserved) VALUES (?, ?, ?, 1, ?, "
         f"(SELECT coalesce(sum(reserved), 0) FROM attempts WHERE {OPEN_ATTEMPT})) RETURNING id",
         job,
-        started_ms,
+        line.claimed_ms,
         now_ms,
         json.dumps(line.paths),
     )
@@ -361,9 +361,13 @@ def _insert_attempt(  # noqa: PLR0913, PLR0917 - each is a column
 
 
 class _RequestState(NamedTuple):
+    """A request; the last two are of its newest attempt."""
+
     id: int
     state: str
     attempt_id: int | None
+    claimed_ms: int
+    is_bulk: int
 
 
 class _TaskHolder(NamedTuple):

@@ -43,6 +43,20 @@ def unreleased_ledger_error(location: object) -> CommandRefused:
     )
 
 
+def check_version(location: object, version: int, newest: int, *, may_upgrade: bool) -> None:
+    """Raise CommandRefused for a ledger of a newer version, and of an older one that may not be upgraded now."""
+    if version > newest:
+        raise CommandRefused(
+            f"{location}: this ledger was written by a newer version of enrich",
+            f"it has version {version}, this program supports {newest}; install a newer version",
+        )
+    if version < newest and not may_upgrade:
+        raise CommandRefused(
+            f"{location}: this ledger is of an older version of enrich",
+            "a run upgrades it; with --limit 0 it sends nothing new",
+        )
+
+
 def statements(script: str) -> list[str]:
     """Split a script into its statements. An empty line separates them."""
     return [statement for part in script.split(";\n\n") if (statement := part.strip().removesuffix(";"))]

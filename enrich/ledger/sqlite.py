@@ -377,16 +377,7 @@ def _migrate(db: sqlite3.Connection, path: Path, *, allowed: bool) -> None:
     (version,) = db.execute("PRAGMA user_version").fetchone()
     if version < 0:
         raise damaged_ledger_error(path)
-    if version > len(schema.MIGRATIONS):
-        raise CommandRefused(
-            f"{path}: this ledger was written by a newer version of enrich",
-            f"it has version {version}, this program supports {len(schema.MIGRATIONS)}; install a newer version",
-        )
-    if version < len(schema.MIGRATIONS) and not allowed:
-        raise CommandRefused(
-            f"{path}: this ledger is of an older version of enrich",
-            "a run upgrades it; with --limit 0 it sends nothing new",
-        )
+    schema.check_version(path, version, len(schema.MIGRATIONS), may_upgrade=allowed)
     for number, script in enumerate(schema.MIGRATIONS[version:], start=version + 1):
         db.execute("BEGIN IMMEDIATE")
         _apply(db, script)

@@ -1,4 +1,4 @@
-"""Reads what the ledger has about the requests of a step, by fingerprint and without a pass over the input.
+"""The requests of a step in the ledger, by fingerprint: their results, the rows recorded with them, their plan.
 
 A row of a job with steps has a request in each of them. What it sends depends on the answers of the steps before.
 """

@@ -86,6 +86,19 @@ def claim(  # noqa: PLR0913 - the budget and the selection
     if bulk:
         insert = "INSERT INTO bulk_tasks (execution_id, size) VALUES (?, ?) RETURNING id"
         bulk_task_id = db.value(insert, execution_id, len(request_ids))
+    priced_requests = list(zip(request_ids, prices, strict=True))
+    return _record_claim(db, execution_id, priced_requests, now_ms, bulk_task_id, step)
+
+
+def _record_claim(  # noqa: PLR0913, PLR0917 - each is a column
+    db: Database,
+    execution_id: int,
+    priced_requests: Sequence[tuple[int, int]],
+    now_ms: int,
+    bulk_task_id: int | None,
+    step: str | None,
+) -> list[ClaimedRequest]:
+    """Insert an attempt in `submitting` for each request (id, price), in the order given."""
     attempt_rows = db.execute(
         "INSERT INTO attempts "
         "(request_id, execution_id, previous_state, previous_id, state, claimed_ms, reserved, bulk_task_id, "
@@ -94,7 +107,7 @@ def claim(  # noqa: PLR0913 - the budget and the selection
         "CASE WHEN CAST(?4 AS BIGINT) IS NOT NULL THEN key END, CAST(?5 AS TEXT) "
         "FROM json_each(CAST(?1 AS TEXT)) JOIN requests r ON r.id = CAST(value->>0 AS BIGINT) ORDER BY key "
         "RETURNING id",
-        (to_json_text(list(zip(request_ids, prices, strict=True))), execution_id, now_ms, bulk_task_id, step),
+        (to_json_text(priced_requests), execution_id, now_ms, bulk_task_id, step),
     ).fetchall()
     rows = db.execute(
         "UPDATE requests SET state = 'submitting', attempt_id = a.id, "

@@ -89,9 +89,9 @@ class LedgerWriter:
         self._error: BaseException | None = None
         self._rescue_recorder: RescueRecorder | None = None
         self._rescue_file: RescueFile | None = None
-        #: Monotonic seconds since the wait for the write lock began, and since waits were shortened. None: not so.
+        #: When the wait for the write lock began, and when waits were shortened (monotonic, seconds). None: not so far.
         self._locked_since: float | None = None
-        self._waits_shortened_since: float | None = None
+        self._waits_shortened_at: float | None = None
         self._wait_announced = False
         #: Whether any task id was stored, and whether the ledger is damaged.
         self._has_accepted = False
@@ -120,8 +120,8 @@ class LedgerWriter:
 
     def shorten_waits(self) -> None:
         """Wait only a few more seconds for the write lock of another program."""
-        if self._waits_shortened_since is None:
-            self._waits_shortened_since = time.monotonic()
+        if self._waits_shortened_at is None:
+            self._waits_shortened_at = time.monotonic()
 
     def submit(
         self, function: Callable[Concatenate[Database, P], T], *args: P.args, **kwargs: P.kwargs
@@ -229,8 +229,8 @@ class LedgerWriter:
         now = time.monotonic()
         self._locked_since = now if self._locked_since is None else self._locked_since
         deadlines = [self._locked_since + LOCK_TIMEOUT_S]
-        if self._waits_shortened_since is not None:
-            deadlines.append(max(self._locked_since, self._waits_shortened_since) + SHORT_LOCK_TIMEOUT_S)
+        if self._waits_shortened_at is not None:
+            deadlines.append(max(self._locked_since, self._waits_shortened_at) + SHORT_LOCK_TIMEOUT_S)
         if not self._wait_announced and now - self._locked_since >= ANNOUNCE_AFTER_S and now < min(deadlines):
             self._wait_announced = True
             text = f"{self._ledger.location}: another program has locked the ledger: waiting up to "

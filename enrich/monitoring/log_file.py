@@ -27,7 +27,8 @@ PROGRESS_INTERVAL_S = 60.0
 MAX_BYTES = 10_000_000
 BACKUP_COUNT = 5
 
-#: Text after these phrases may quote sent data (the API's message) or a header. Without a header, line 1 is a lead.
+#: Text after these phrases may quote what was sent (in the API's message), or line 1 of a file: a lead, if the file has
+#: no header.
 _MAY_QUOTE = re.compile(
     r"(HTTP \d{3}|has duplicate column names|its header differs from that of|cannot be computed|"
     r"not a polars SQL expression).*",
@@ -57,7 +58,7 @@ class RunLog:
         self._progress_at = clock()
         self._last_progress = Progress(total=None, done=0, found=0, spent=0.0, in_flight=0)
 
-    def end_unwritten(self) -> None:
+    def stop_writing(self) -> None:
         """Write nothing more, and remove the file if it has no line."""
         self._handler = None
         if self.path is not None:
@@ -76,7 +77,7 @@ class RunLog:
         self._handler.handle(record)
 
     def write_progress(self, progress: Progress, execution: Callable[[], int | None]) -> None:
-        """Write at most one line per minute; rates are per minute since the line before."""
+        """Write at most one line per minute; its rates are those since the line before."""
         if self._handler is None or (interval_s := self._clock() - self._progress_at) < PROGRESS_INTERVAL_S:
             return
         before, self._last_progress = self._last_progress, progress

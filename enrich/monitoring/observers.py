@@ -1,4 +1,4 @@
-"""Sends a run's start, notes and end to log, metrics, healthcheck and notifications. None can break the run."""
+"""Sends a run's start, notes and end to log, metrics, healthcheck and notifications. A failure there ends no run."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class RunObservers:
         try:
             job.check_not_own(self.log.path.absolute(), "log", "choose another `--log-file`")
         except JobError:
-            self.log.end_unwritten()
+            self.log.stop_writing()
             raise
 
     def lock_acquired(self) -> None:
@@ -194,18 +194,23 @@ class RunObservers:
 
 
 def _run_settings(job: Job, options: RunOptions) -> dict[str, Any]:
-    """Return the settings of the run without secrets: no addresses, no key."""
-    run_options = {name: value for name, value in asdict(options).items() if name not in ("confirm", "plan")}
+    """Return the settings of the run as JSON values, without secrets: no addresses of notifications, no key."""
+    run_options = asdict(options)
+    for name in ("confirm", "confirm_new_ledger", "cluster"):
+        del run_options[name]
+    run_options |= {
+        "retry": sorted(options.retry),
+        "spread": None if options.cluster is None else asdict(options.cluster),
+        "max_credits": job.max_credits,
+        "plan": None if options.plan is None else iso_time(options.plan.made_ms),
+    }
     return {
         "version": __version__,
         "job_file": str(job.document.path.absolute()),
         "input": str(job.input_path),
         "output": str(job.output_path(datetime.now().astimezone())),
         "ledger": str(job.ledger),
-        "options": {
-            name: sorted(value) if isinstance(value, frozenset) else value for name, value in run_options.items()
-        }
-        | {"max_credits": job.max_credits, "plan": None if options.plan is None else iso_time(options.plan.made_ms)},
+        "options": run_options,
     }
 
 

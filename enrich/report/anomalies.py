@@ -1,7 +1,7 @@
 """Finds anomalies: compares the last run with the runs before it; pure.
 
 Each rule checks two things: the difference is large enough to matter, and it is unlikely to be chance. A difference
-above three standard deviations is no chance, as on a control chart (Shewhart, Economic Control of Quality, 1931).
+above three standard deviations is not chance, as on a control chart (Shewhart, Economic Control of Quality, 1931).
 Shares use the two-proportion z-test (Fleiss, Levin, Paik: Statistical Methods for Rates and Proportions, ch. 3), the
 cost per match a ratio estimate (Cochran: Sampling Techniques, ch. 6), and present or absent values Fisher's exact test.
 """

@@ -89,26 +89,26 @@ def _unexplained_credits(summary: Mapping[str, Any]) -> float | None:
     return 0.0 if summary["difference"] is None else summary["difference"]["unexplained"]
 
 
-def reported_providers(earnings: provider_stats.ProviderTotals) -> list[ReportedProvider]:
+def reported_providers(totals: provider_stats.ProviderTotals) -> list[ReportedProvider]:
     """Convert the totals of each provider and verifier."""
-    return [ReportedProvider(passed_on=each.passed_on, **each.in_credits()) for each in earnings.providers]
+    return [ReportedProvider(passed_on=each.passed_on, **each.in_credits()) for each in totals.providers]
 
 
 def reported_waterfall(
-    target: Target, earnings: provider_stats.ProviderTotals, retried: int, step: str = ""
+    target: Target, totals: provider_stats.ProviderTotals, retried: int, step: str = ""
 ) -> ReportedWaterfall:
     """Convert the totals of the waterfall."""
     return ReportedWaterfall(
         name=target.id,
-        providers=reported_providers(earnings),
-        answers=earnings.answers,
-        found=earnings.found,
-        not_reported=earnings.not_reported,
-        spent=to_credits(earnings.spent),
-        unattributed=to_credits(earnings.unattributed),
+        providers=reported_providers(totals),
+        answers=totals.answers,
+        found=totals.found,
+        not_reported=totals.not_reported,
+        spent=to_credits(totals.spent),
+        unattributed=to_credits(totals.unattributed),
         kind=target.kind,
         step=step,
-        failed=earnings.failed,
+        failed=totals.failed,
         retried=retried,
     )
 
@@ -119,8 +119,7 @@ def report_actions(
     """Yield the actions required, those of the last run first.
 
     `counts` are rows by status, also by `steps`, or requests by state when the input can't be read; `what` is "row" or
-    "request".
-    `reasons_file` is the file with the reason for each skipped row.
+    "request". `reasons_file` is the file with the reason for each skipped row.
     """
     if last_run is None:
         yield RequiredAction("Start with ten requests", (f"enrich run {job_arguments.run_args} --limit 10",))
@@ -138,9 +137,9 @@ def _run_actions(last_run: ReportedRun, job_arguments: JobArguments, *, has_in_d
         yield RequiredAction(
             f"Run {last_run.execution} was killed. The next run resumes", (f"enrich run {job_arguments.run_args}",)
         )
-    elif (
-        code is not None and code not in SUCCESS_CODES and not (code == ExitCode.IN_DOUBT and has_in_doubt)
-    ):  # unconfirmed rows have an action of their own
+        return
+    # Unconfirmed rows have an action of their own.
+    if code is not None and code not in SUCCESS_CODES and not (code == ExitCode.IN_DOUBT and has_in_doubt):
         ended = f"Run {last_run.execution} ended with exit code {code} ({exit_label(code)})"
         others = [RequiredAction("Resume", (f"enrich run {job_arguments.run_args}",))]
         yield from (
@@ -184,21 +183,17 @@ def _build_from_ledger(
     stats, actions, notes = _try_read_input(job, ledger, now_ms, job_arguments, with_rows=with_rows)
     answers = _AnswerTotals(ledger, job, runs)
     requests = count_by_status(queries.state_counts(ledger))
-    counts = (
-        requests
-        if stats is None
-        else stats.by_status() | {"steps": [rows for step, rows in stats.by_step.items() if step]}
-    )
-    output = str(job.output_path(now.astimezone()))
-    reasons_file = (
-        output if job.model.rejects is None else str(job.location_of(job.model.rejects.path, now.astimezone()))
-    )
-    earnings = answers.provider_stats.totals()
+    if stats is None:
+        counts: Mapping[str, Any] = requests
+    else:
+        counts = stats.by_status() | {"steps": [rows for step, rows in stats.by_step.items() if step]}
+    rejects, local_now = job.model.rejects, now.astimezone()
+    reasons_file = job.output_path(local_now) if rejects is None else job.location_of(rejects.path, local_now)
     retried = queries.retried_failures(ledger, job.name)
     return _make_report(
         job,
         now,
-        waterfall=reported_waterfall(job.model.target, earnings, sum(retried.values())),
+        waterfall=reported_waterfall(job.model.target, answers.provider_stats.totals(), sum(retried.values())),
         step_waterfalls=[
             reported_waterfall(
                 step.model.target, answers.stats_by_step[step.step].totals(), retried.get(step.step, 0), step.step
@@ -216,7 +211,7 @@ def _build_from_ledger(
         anomalies=find_anomalies(answers.last, answers.before),
         actions=[
             *actions,
-            *report_actions(last_run, counts, "request" if stats is None else "row", reasons_file, job_arguments),
+            *report_actions(last_run, counts, "request" if stats is None else "row", str(reasons_file), job_arguments),
         ],
         notes=[
             *notes,
@@ -330,12 +325,11 @@ def _report_notes(runs: Sequence[ReportedRun], stats: InputStats | None, erased:
         yield f"{pluralize(unknown, 'result')} of unknown price: the credits are a minimum."
 
 
-#: Possible widths of a bar in seconds. At most MAX_HISTOGRAM_BARS cover all but the slowest 1% of the tasks.
-BAR_WIDTHS_S = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 28800)
-
+#: Bars of equal width that cover HISTOGRAM_SHARE of the tasks; one more bar holds the slowest.
 MAX_HISTOGRAM_BARS = 24
-
 HISTOGRAM_SHARE = 0.99
+#: Possible widths of a bar in seconds: the smallest that is enough is used.
+BAR_WIDTHS_S = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 28800)
 
 
 def latency_histogram(latencies_ms: Iterable[int]) -> LatencyHistogram | None:

@@ -55,9 +55,11 @@ def draw_bars(rows: Sequence[BarRow], label: str) -> RenderedChart:
         for row, top in zip(shown, tops, strict=True):
             ends = list(itertools.accumulate((value for value, _ in row.parts), initial=0.0))
             spans_of_row = [(0.0, row.track, ChartColor.TRACK)] if row.track else []
-            spans_of_row += [(start, end, ink) for start, end, (_, ink) in zip(ends, ends[1:], row.parts, strict=False)]
-            for start, end, ink in spans_of_row:
-                spans.setdefault(ink, []).append({"x": start, "x2": end, "y": top, "y2": top + bar})
+            spans_of_row += [
+                (start, end, color) for start, end, (_, color) in zip(ends, ends[1:], row.parts, strict=False)
+            ]
+            for start, end, color in spans_of_row:
+                spans.setdefault(color, []).append({"x": start, "x2": end, "y": top, "y2": top + bar})
         names_before = [
             {"px": -names, "py": middle, "text": fit_text(clean_text(row.name), names - 8, NAME_PX)}
             for row, middle in zip(shown, middles, strict=True)
@@ -67,7 +69,7 @@ def draw_bars(rows: Sequence[BarRow], label: str) -> RenderedChart:
             for row, middle in zip(shown, middles, strict=True)
         ]
         chart = alt.layer(
-            *(drawing.rect_marks(lying, domain, None, ink) for ink, lying in spans.items()),
+            *(drawing.rect_marks(bars, domain, None, color) for color, bars in spans.items()),
             drawing.text_marks(names_before, ChartColor.TEXT, fontSize=NAME_PX),
             drawing.text_marks(texts_after, ChartColor.MUTED),
         )
@@ -79,12 +81,12 @@ def draw_bars(rows: Sequence[BarRow], label: str) -> RenderedChart:
 def status_chart(counts: Sequence[tuple[str, int]], label: str) -> RenderedChart:
     """Draw the number of rows by status."""
     whole = sum(count for _, count in counts)
-    inks = {"found": ChartColor.FOUND, "not_found": ChartColor.NO_MATCH, "failed": ChartColor.FAILED}
-    inks |= {"expired": ChartColor.FAILED, "in_doubt": ChartColor.FAILED}
+    colors = {"found": ChartColor.FOUND, "not_found": ChartColor.NO_MATCH, "failed": ChartColor.FAILED}
+    colors |= {"expired": ChartColor.FAILED, "in_doubt": ChartColor.FAILED}
     rows = [
         BarRow(
             format_status(status),
-            [(count, inks.get(status, ChartColor.PASSED))],
+            [(count, colors.get(status, ChartColor.PASSED))],
             f"{format_count(count)} · {format_share(count, whole)}",
         )
         for status, count in counts

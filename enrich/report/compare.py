@@ -24,7 +24,7 @@ from enrich.report.build import reported_providers
 from enrich.report.data import ComparedSide, Comparison, ReportedProvider
 from enrich.run.provider_stats import ProviderStats, count_kinds, read_descriptions
 
-#: A p-value from SIGNIFICANT_P on may be chance; one below CERTAIN_P is called no chance.
+#: A difference with a p-value of at least SIGNIFICANT_P may be chance; one with less than CERTAIN_P is not chance.
 SIGNIFICANT_P, CERTAIN_P = 0.05, 0.001
 #: Costs per match count as equal within this difference: in credits, and as a share of the cost.
 SAME_COST_CREDITS, SAME_COST_SHARE = 0.005, 0.01

@@ -93,9 +93,8 @@ class ReportedWaterfall(ReportValue, frozen=True):
     """A waterfall's providers in their order, or an enrichment.
 
     Of `answers`, `found` have a match, `failed` are failures, and `not_reported` report no provider. `retried` failures
-    were free, and their requests were queued again.
-
-    `spent` is the total price of these answers; `unattributed` is the part that no step accounts for.
+    were free, and their requests were queued again. `spent` is the total price of the answers; `unattributed` is the
+    part that no provider's step accounts for.
     """
 
     name: str
@@ -236,7 +235,7 @@ class Comparison(ReportValue, frozen=True):
 
 
 class OutputRows(ReportValue, frozen=True):
-    """Rows of the output with their cells (`--with-rows`). `left_out` counts the rows above the limit."""
+    """Rows of the output with their cells (`--with-rows`). `left_out` counts the rows beyond the limit."""
 
     columns: Sequence[str]
     cells: Sequence[Sequence[str]]

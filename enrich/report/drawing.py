@@ -62,7 +62,7 @@ class RenderedChart(Struct, frozen=True):
 ChartRow = Mapping[str, Any]
 AltairChart = alt.LayerChart | alt.FacetChart
 
-_INK = re.compile(r'"(#fe000[1-8])"')
+_COLOR = re.compile(r'"(#fe000[1-8])"')
 _LONG_NUMBER = re.compile(r"(?<![#\w])-?\d+\.\d{3,}")
 _TAG = re.compile(r"<[^>]*>")
 _NOISE = re.compile(
@@ -116,7 +116,7 @@ def _to_svg(chart: AltairChart, frame: ChartFrame, label: str) -> Markup:
 
 def _clean_tag(tag: str) -> str:
     """Remove attributes that only SVG editors need, shorten numbers, and insert the CSS colors."""
-    tag = _INK.sub(lambda ink: f'"var(--ink-{ChartColor(ink[1]).name.lower()})"', _NOISE.sub("", tag))
+    tag = _COLOR.sub(lambda color: f'"var(--ink-{ChartColor(color[1]).name.lower()})"', _NOISE.sub("", tag))
     return _LONG_NUMBER.sub(lambda number: f"{float(number[0]):.1f}".removesuffix(".0"), tag)
 
 
@@ -124,19 +124,19 @@ def rect_marks(
     rows: Sequence[ChartRow],
     domain: tuple[float, float],
     axis: alt.Axis | None,
-    ink: ChartColor,
+    color: ChartColor,
     **style: Any,  # noqa: ANN401 - Altair's arguments
 ) -> alt.Chart:
     """Draw horizontal bars: from `x` to `x2` in the domain, from `y` to `y2` in pixels; layers share one axis."""
-    return _make_marks(rows, alt.Chart.mark_rect, ink, style).encode(
+    return _make_marks(rows, alt.Chart.mark_rect, color, style).encode(
         x=x_scale(domain, axis), x2=alt.X2("x2:Q"), y=_pixel_channel("y", alt.Y), y2=alt.Y2("y2:Q")
     )
 
 
-def text_marks(rows: Sequence[ChartRow], ink: ChartColor, **style: Any) -> alt.Chart:  # noqa: ANN401 - Altair's arguments
+def text_marks(rows: Sequence[ChartRow], color: ChartColor, **style: Any) -> alt.Chart:  # noqa: ANN401 - Altair's arguments
     """Draw texts at `px`, `py` in pixels from the upper left corner of the marks."""
     style = {"align": "left", "baseline": "middle", "fontSize": TEXT_PX, **style}
-    encoded = _make_marks(rows, alt.Chart.mark_text, ink, style)
+    encoded = _make_marks(rows, alt.Chart.mark_text, color, style)
     return encoded.encode(x=_pixel_channel("px", alt.X), y=_pixel_channel("py", alt.Y), text=alt.Text("text:N"))
 
 
@@ -144,11 +144,11 @@ def rule_marks(
     rows: Sequence[ChartRow],
     domain: tuple[float, float],
     axis: alt.Axis | None,
-    ink: ChartColor,
+    color: ChartColor,
     **style: Any,  # noqa: ANN401 - Altair's arguments
 ) -> alt.Chart:
     """Draw vertical lines: at `x` in the domain, from `y` to `y2` in pixels."""
-    return _make_marks(rows, alt.Chart.mark_rule, ink, {"strokeWidth": 1, **style}).encode(
+    return _make_marks(rows, alt.Chart.mark_rule, color, {"strokeWidth": 1, **style}).encode(
         x=x_scale(domain, axis), y=_pixel_channel("y", alt.Y), y2=alt.Y2("y2:Q")
     )
 
@@ -190,9 +190,9 @@ def make_left_axis(title: str, ticks: int, largest: float, **more: Any) -> alt.A
 
 
 def _make_marks(
-    rows: Sequence[ChartRow], mark: Callable[..., alt.Chart], ink: ChartColor, style: Mapping[str, Any]
+    rows: Sequence[ChartRow], mark: Callable[..., alt.Chart], color: ChartColor, style: Mapping[str, Any]
 ) -> alt.Chart:
-    return mark(alt.Chart(alt.InlineData(values=[dict(row) for row in rows])), color=ink.value, **style)
+    return mark(alt.Chart(alt.InlineData(values=[dict(row) for row in rows])), color=color.value, **style)
 
 
 def _pixel_channel(name: str, channel: type[Any]) -> Any:  # noqa: ANN401 - X or Y

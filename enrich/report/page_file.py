@@ -49,9 +49,10 @@ def default_report_path(job: Job, now: datetime) -> Path:
 
 
 def given_report_path(job: Job, path: Path) -> Path:
-    """Return where to write a page that the command line names. A sandbox run keeps off the report of a real run.
+    """Return where to write a page that the command line names.
 
-    Raises JobError if the path is another file of the job, or can be no file.
+    For a sandbox run, the sandbox's own name replaces that of a real run's report. Raises JobError if the path is
+    another file of the job, or cannot be a file.
     """
     job.check_not_own(path, "report", _OTHER_FILE_HINT, allowed="report")
     return path.with_name(sandbox_file_name(path.name)) if job.sandbox and _is_real_report(path) else path

@@ -32,8 +32,10 @@ from enrich.report.tables import Table
 #: Charts over time need at least this many runs, and that of a run's requests this many bins.
 MIN_TREND_RUNS = 5
 MIN_TRAFFIC_BINS = 5
-#: Longest name of a group in a sentence, and that of blank cells.
-MAX_NAME, BLANK = 40, "(blank)"
+#: Longest name of a group in a sentence, in characters.
+MAX_NAME = 40
+#: The name of the group of blank cells.
+BLANK = "(blank)"
 
 
 class Figure(Struct, frozen=True):
@@ -209,9 +211,9 @@ def _run_figures(runs: Sequence[ReportedRun]) -> Iterator[Figure]:
         return
     spent = sum(run.credits_spent for run in runs)
     if spent:
-        dearest = max(runs, key=lambda run: run.credits_spent)
+        most_expensive = max(runs, key=lambda run: run.credits_spent)
         finding = f"{format_amount(spent)} credits in {pluralize(len(runs), 'run')}. Most: run "
-        finding += f"{dearest.execution}, {format_amount(dearest.credits_spent)}."
+        finding += f"{most_expensive.execution}, {format_amount(most_expensive.credits_spent)}."
         pictures = (
             timelines.credits_chart(runs, finding),
             timelines.cumulative_credits_chart(runs, f"Cumulative. {finding}"),

@@ -13,7 +13,7 @@ from enrich.report.data import LatencyHistogram, ReportedRun, Traffic
 from enrich.report.drawing import HALF, NARROW, ChartColor, ChartFrame, RenderedChart, ScreenSize
 from enrich.report.formatting import HOUR_S, MINUTE_S, format_day, format_seconds
 
-#: The axis of runs has at least this many places; free ones are left for future runs.
+#: The axis of runs has at least this many slots; those of future runs are empty.
 MIN_SLOTS = 7
 #: Above this many, a line marks only its last point, and columns are drawn as one shape.
 MAX_POINTS = 40
@@ -110,9 +110,9 @@ def throughput_chart(traffic: Traffic, label: str) -> RenderedChart | None:
         )
         layers = [
             alt.Chart(alt.InlineData(values=rows(counts)))
-            .mark_line(color=ink.value, strokeWidth=2, strokeDash=dash, interpolate="step-after")
+            .mark_line(color=color.value, strokeWidth=2, strokeDash=dash, interpolate="step-after")
             .encode(x=x, y=y)
-            for counts, ink, dash in ((sent, ChartColor.TEXT, [4, 3]), (answered, ChartColor.FOUND, [1, 0]))
+            for counts, color, dash in ((sent, ChartColor.TEXT, [4, 3]), (answered, ChartColor.FOUND, [1, 0]))
         ]
         sent_label = [{"px": 50, "py": -19, "text": "sent (dashed)"}]
         answered_label = [{"px": 150, "py": -19, "text": "results (solid)"}]
@@ -175,7 +175,7 @@ def _column_chart(
     runs: Sequence[ReportedRun],
     title: str,
     label: str,
-    ink: ChartColor = ChartColor.FOUND,
+    color: ChartColor = ChartColor.FOUND,
 ) -> RenderedChart:
     """Draw a column for each run; touching columns, and more than MAX_POINTS, are drawn as one shape."""
     touching = len(rows) > MAX_POINTS or all(one["x2"] == other["x"] for one, other in pairwise(rows))
@@ -183,17 +183,17 @@ def _column_chart(
     def draw_at_size(size: ScreenSize) -> tuple[drawing.AltairChart, ChartFrame]:
         x, axis = _run_axis(runs, size), drawing.make_left_axis(title, 4, _largest(rows))
         if not touching:
-            return alt.layer(_column_marks(rows, x, axis, ink)), _make_frame(size)
+            return alt.layer(_column_marks(rows, x, axis, color)), _make_frame(size)
         outline = [*({"x": row["x"], "v2": row["v2"]} for row in rows), {"x": rows[-1]["x2"], "v2": rows[-1]["v2"]}]
-        shape = alt.Chart(alt.InlineData(values=outline)).mark_area(color=ink.value, interpolate="step-after")
+        shape = alt.Chart(alt.InlineData(values=outline)).mark_area(color=color.value, interpolate="step-after")
         return alt.layer(shape.encode(x=x, y=alt.Y("v2:Q", axis=axis))), _make_frame(size)
 
     return drawing.render_chart((NARROW, HALF), draw_at_size, label)
 
 
-def _column_marks(rows: Sequence[drawing.ChartRow], x: alt.X, axis: alt.Axis, ink: ChartColor) -> alt.Chart:
+def _column_marks(rows: Sequence[drawing.ChartRow], x: alt.X, axis: alt.Axis, color: ChartColor) -> alt.Chart:
     """Draw vertical bars from `x` to `x2`."""
-    chart = alt.Chart(alt.InlineData(values=[dict(row) for row in rows])).mark_rect(color=ink.value)
+    chart = alt.Chart(alt.InlineData(values=[dict(row) for row in rows])).mark_rect(color=color.value)
     encoded: alt.Chart = chart.encode(x=x, x2=alt.X2("x2:Q"), y=alt.Y("v:Q", axis=axis), y2=alt.Y2("v2:Q"))
     return encoded
 
@@ -205,7 +205,7 @@ def _run_axis(runs: Sequence[ReportedRun], size: ScreenSize) -> alt.X:
     step = max(1, -(-(len(runs) - 1) // room))
     indexes = list(range(len(runs) - 1, -1, -step))[::-1]
     days = [format_day(runs[index].started_at) for index in indexes]
-    labels = days if len(set(days)) == len(days) else [f"#{runs[place].execution}" for place in indexes]
+    labels = days if len(set(days)) == len(days) else [f"#{runs[index].execution}" for index in indexes]
     names = f"({json.dumps(dict(zip(map(str, indexes), labels, strict=True)))})[datum.value]"
     axis = drawing.make_axis("run", 6, orient="bottom", values=indexes, labelExpr=names, grid=False)
     return alt.X("x:Q", scale=alt.Scale(domain=[-0.5, slots - 0.5], nice=False), axis=axis)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import polars as pl
 
-from enrich.errors import CommandRefused, EnrichError
+from enrich.errors import CommandRefused, EnrichError, closest_name
 from enrich.files.csv_format import likely_separator
 from enrich.files.limits import FileLimits, limits_of
 from enrich.files.reader import InMemoryRows, InputTable
@@ -28,24 +28,25 @@ from enrich.job.cell_text import blank_cells
 from enrich.job.file_names import is_missing
 from enrich.job.job import Job
 from enrich.job.locations import format_of, has_wildcards
-from enrich.job.name_hints import closest_name
-from enrich.job.steps import step_column, steps_in_header
+from enrich.job.spec import step_column, steps_in_header
 from enrich.ledger.database import Database
 from enrich.ledger.erasure import ForgottenRequests
 from enrich.models import RowStatus
 from enrich.rows.known_batches import KnownBatches
 from enrich.rows.requests import CHANGE_COLUMNS, InputRows, RequestBuilder, RowBatch, own_columns, status_columns
-from enrich.rows.send_order import order_of_rows, rank_rows, sort_keys
-from enrich.rows.suppression import read_suppression
-from enrich.rows.template import RequestTemplate
-from enrich.rows.where import (
+from enrich.rows.row_selection import (
     PER_ROW_MESSAGE,
     WHERE_EXAMPLE,
     depends_on_other_rows,
     evaluate_expression,
     explain_error,
     expression_problem,
+    order_of_rows,
+    rank_rows,
+    sort_keys,
 )
+from enrich.rows.suppression import read_suppression
+from enrich.rows.template import RequestTemplate
 
 #: A title above the header has at most this many lines.
 _MAX_TITLE_ROWS = 50
@@ -130,7 +131,7 @@ class JobInput:
         return self._table.first_position
 
     def without_rows(self) -> JobInput:
-        """Return this input without rows, to be sent to where blocks are read."""
+        """Return this input without rows, to be sent to the processes that read its blocks."""
         return self.for_frame(0, pl.DataFrame(schema=self.all_columns))
 
     @property
@@ -162,7 +163,12 @@ class JobInput:
         files = [
             ("output", self.job.output, self.columns, [*new, *status_columns(self.job)]),
             ("rejects", model.rejects, self.columns, []),
-            ("changes", model.changes, list(feed_columns), new),  # it has the names as cells
+            (
+                "changes",
+                model.changes,
+                list(feed_columns),
+                new,
+            ),  # the feed has these names as cells
         ]
         written = [(limits_of(kind, file), columns, names) for kind, file, columns, names in files if file is not None]
         self._limits = [(limits, columns) for limits, columns, _ in written]
@@ -205,7 +211,7 @@ class JobInput:
         return RequestBuilder(self.job, template, self.header, self._forgotten)
 
     def for_step(self, step: Job, earlier_columns: Iterable[str]) -> JobInput:
-        """Return the input as a step sees it: without columns of ours, with the columns of earlier steps.
+        """Return the input as a step sees it: without the columns that enrich adds, with those of earlier steps.
 
         Raises JobError when the step names a column that neither the input nor an earlier step has.
         """
@@ -344,7 +350,7 @@ class JobInput:
 
 
 def _former_steps(job: Job, header: Collection[str]) -> list[str]:
-    """Return the steps whose columns an earlier output has, while this job with steps has no such step."""
+    """Return the steps whose columns the input has from an earlier output, and that the job no longer has."""
     if not job.step_jobs or "enrich_status" not in header:
         return []
     return [step for step in steps_in_header(header) if step not in {known.step for known in job.step_jobs}]

@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 from msgspec import Struct
 
+from enrich.errors import suggest_name
 from enrich.job.job import Job
-from enrich.job.name_hints import suggest_name
-from enrich.job.steps import step_column
+from enrich.job.spec import step_column
 from enrich.models import OPEN_STATES, RowStatus, State
 from enrich.rows.job_input import JobInput
+from enrich.rows.row_selection import columns_used
 from enrich.rows.template import RequestTemplate
-from enrich.rows.where import columns_used
 
 
 class Step(Struct, frozen=True):
@@ -36,7 +36,7 @@ class Step(Struct, frozen=True):
 def make_steps(job: Job, job_input: JobInput, templates: Sequence[RequestTemplate]) -> tuple[Step, ...]:
     """Check each step against the columns that it can read, and `complete` against those that the steps give.
 
-    Raises JobError for a column that none of them is.
+    Raises JobError for a column that is none of these.
     """
     steps: list[Step] = []
     for step_job, template in zip(job.steps, templates, strict=True):

@@ -13,13 +13,12 @@ from enrich.job.cell_text import clean, clean_cells, convert_some, map_distinct
 from enrich.job.target import Param, Transform
 from enrich.models import LeftOut
 from enrich.rows.addresses import LEFT_OUT, company_domains, email_addresses, hosts
-from enrich.rows.known_names import is_count
-from enrich.rows.template import RequestTemplate
+from enrich.rows.template import RequestTemplate, is_count
 
-#: Longer cells are no params.
+#: Longer cells are left out.
 MAX_PARAM_CHARACTERS = 10_000
 
-#: They get clean text without blanks.
+#: Each gets the cells that have a value, as clean text.
 TRANSFORMS: Mapping[Transform, Callable[[pl.Series], pl.Series]] = {
     "trim": lambda text: text,  # done for every cell
     "lower": lambda text: clean_cells(text.str.to_lowercase()),
@@ -97,14 +96,14 @@ def param_values(param: Param, cells: ParamCells, conversion: Conversion | None)
             break
         before = result.filter(unfilled)
         value = _converted(cells.column(column).filter(unfilled), transforms, conversion)
-        # The first reason stands.
+        # Of several reasons the first is kept.
         value = value.zip_with(_has_value(value) | (before == ""), before)
         result = value if len(value) == len(result) else result.scatter(unfilled.arg_true(), value)
     return result
 
 
 def _has_value(text: pl.Series) -> pl.Series:
-    """Return which cells are neither blank nor LEFT_OUT, which is NUL, and a reason."""
+    """Return which cells have a value. A blank is '', and a cell that is left out begins with LEFT_OUT (NUL)."""
     return text >= "\1"
 
 

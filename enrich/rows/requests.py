@@ -15,7 +15,7 @@ from msgspec import Struct, field
 from enrich.files.values import quote_json
 from enrich.job.cell_text import clean_cells
 from enrich.job.job import Job
-from enrich.job.steps import STEP_FIELDS, step_column, step_columns
+from enrich.job.spec import STEP_FIELDS, step_column, step_columns
 from enrich.job.target import Param
 from enrich.ledger.erasure import ForgottenRequests
 from enrich.models import Decision, RequestBatch, RowStatus
@@ -53,7 +53,7 @@ def status_columns(job: Job) -> dict[str, pl.DataType]:
 
 
 def own_columns(job: Job, former_steps: Iterable[str]) -> set[str]:
-    """Return the columns of an earlier output that are replaced: those of any job, and of its and former steps."""
+    """Return the columns of an earlier output that are replaced: those of every job, of its steps, of former steps."""
     return {*ENRICH_COLUMNS, *status_columns(job), *(column for step in former_steps for column in step_columns(step))}
 
 

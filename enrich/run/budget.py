@@ -35,7 +35,7 @@ NO_BUDGET = Budget(cap=0, max_request_price=0, stop_reason="", hint="")
 
 
 class Cost(Struct, frozen=True):
-    """The expected cost of requests, in credits. `likely` is None before the ledger has any experience.
+    """The expected cost of requests, in credits. `likely` is None while the ledger has no prices of results.
 
     `maximum`: every provider is called, and what each found is verified. None when a price is unknown.
     """

@@ -12,33 +12,22 @@ import polars as pl
 from msgspec import Struct, field
 from msgspec.structs import replace
 
-from enrich.databar.task_results import makes_match
 from enrich.errors import CommandRefused
 from enrich.files.limits import NO_LIMITS, FileLimits, limits_of
-from enrich.files.values import JSON_TYPE, as_text, json_column, quote_json, raw_json_cells, text_or_null
+from enrich.files.values import JSON_TYPE
 from enrich.files.writer import escape_formulas, write_file
-from enrich.job.cell_text import blank_cells
 from enrich.job.job import Job
 from enrich.job.locations import Location, is_dataset
 from enrich.ledger import enroll, queries
 from enrich.ledger.database import Database
-from enrich.models import (
-    MICROS_PER_CREDIT,
-    OPEN_STATES,
-    RequestResult,
-    RequestSelection,
-    ResultColumns,
-    RowStatus,
-    State,
-    to_micros,
-)
+from enrich.models import RequestResult, RequestSelection, ResultColumns, RowStatus, to_micros
 from enrich.rows.job_input import JobInput
-from enrich.rows.requests import INDEX_COLUMN, STATUS_COLUMNS, RowBatch, status_columns
+from enrich.rows.requests import INDEX_COLUMN, RowBatch, status_columns
 from enrich.rows.template import RequestTemplate
-from enrich.run.answer_cells import answer_columns
+from enrich.run.output_cells import ANSWERED_STATES, merge_cells, name_source, new_cells
 
 
-@dataclass(frozen=True)  # no slots: of a `cached_property`
+@dataclass(frozen=True)  # without slots, which a `cached_property` does not support
 class JoinedStep:
     """A batch in one step: the results of its requests, and its new cells, by column.
 
@@ -103,7 +92,7 @@ class OutputCounts(Struct, frozen=True):
                 self.by_step.setdefault(step.name, Counter()).update(count_statuses(step.cells))
                 self.credits[step.name] += to_micros(step.cells["enrich_credits"].sum()) or 0
                 prices = zip(step.request_results["state"], step.request_results["credits"], strict=True)
-                self.unpriced[step.name] += sum(state in _ANSWERED and price is None for state, price in prices)
+                self.unpriced[step.name] += sum(state in ANSWERED_STATES and price is None for state, price in prices)
 
 
 class JoinedRows(Protocol):
@@ -116,7 +105,7 @@ class JoinedRows(Protocol):
 class Collector(Struct, frozen=True):
     """Builds the output. `check_stopped` is called before every batch and may raise to stop.
 
-    `selection`: decide with it about requests that the pass has not seen; see `enroll.request_results`.
+    `selection` decides about requests that the pass has not seen; see `enroll.request_results`.
     """
 
     ledger: Database
@@ -141,14 +130,23 @@ class Collector(Struct, frozen=True):
         counts = OutputCounts()
         with_index = is_dataset(target)
         schema = output_schema(self.job_input, self.template, with_index=with_index)
+
+        def checked_frames() -> Iterator[pl.DataFrame]:
+            yield from self.frames(counts, with_index=with_index, limits=limits_of("output", self.job.output))
+            self.ledger.check_files()  # before the old output is replaced
+            pending = counts.statuses[RowStatus.PENDING]
+            if pending and not partial:
+                raise CommandRefused(
+                    f"{pending:,} rows are pending: the output would be incomplete",
+                    "finish them with `enrich run JOB`, or write the current results with --partial",
+                )
+
         write_file(
             target,
             self.job.output,
             job=self.job.name,
             schema=schema,
-            frames=self._checked_frames(
-                counts, with_index=with_index, partial=partial, limits=limits_of("output", self.job.output)
-            ),
+            frames=checked_frames(),
             new_columns=len(schema) - len(self.job_input.schema),
         )
         return counts
@@ -209,47 +207,11 @@ class Collector(Struct, frozen=True):
         step = JoinedStep("", self.template.columns, batch.fingerprints, results, places, cells)
         return JoinedBatch(batch, [step], cells)
 
-    def _checked_frames(
-        self, counts: OutputCounts, *, with_index: bool, partial: bool, limits: FileLimits
-    ) -> Iterator[pl.DataFrame]:
-        yield from self.frames(counts, with_index=with_index, limits=limits)
-        self.ledger.check_files()  # before the old output is replaced
-        pending = counts.statuses[RowStatus.PENDING]
-        if pending and not partial:
-            raise CommandRefused(
-                f"{pending:,} rows are pending: the output would be incomplete",
-                "finish them with `enrich run JOB`, or write the current results with --partial",
-            )
-
     def merge_column(self, joined: JoinedBatch, name: str, *, formula_safe: bool = False) -> pl.Series:
         """Fill in a column of the input. A missing result never blanks an existing cell."""
         new = joined.cells[name]
         new = escape_formulas(new.to_frame()).to_series() if formula_safe else new
         return merge_cells(self.job, joined.batch.frame.get_column(name), new)
-
-
-def name_source(template: RequestTemplate, results: ResultColumns) -> ResultColumns:
-    """Return the results with the source of the enrichment as provider of what was found. A waterfall has none."""
-    source = template.source
-    if source is None:
-        return results
-    named = zip(results["state"], results["provider"], strict=True)
-    return {**results, "provider": [source if state == State.FOUND else provider for state, provider in named]}
-
-
-def merge_cells(job: Job, old: pl.Series, new: pl.Series) -> pl.Series:
-    """Return a column of the input with the results filled in by the job's `merge`. Other cells keep their value.
-
-    A JSON column stays JSON; any other becomes text.
-    """
-    # Unnamed: polars would take a name such as `^a.*$` for a pattern.
-    name, old, new = old.name, old.alias(""), new.alias("")
-    if job.model.merge == "fill_empty":
-        new = new.set(~blank_cells(as_text(old), job.model.placeholders), None)
-    if old.dtype != JSON_TYPE:
-        return new.fill_null(text_or_null(old)).alias(name)
-    pairs = zip(raw_json_cells(old), new, strict=True)
-    return json_column([cell if found is None else quote_json(found) for cell, found in pairs]).alias(name)
 
 
 def output_schema(job_input: JobInput, template: RequestTemplate, *, with_index: bool) -> dict[str, pl.DataType]:
@@ -264,90 +226,3 @@ def output_schema(job_input: JobInput, template: RequestTemplate, *, with_index:
 def new_column_types(job: Job, template: RequestTemplate) -> dict[str, pl.DataType]:
     """Return the new columns with their types."""
     return {name: pl.String() for name in template.columns} | status_columns(job)
-
-
-#: States with an answer to judge.
-_ANSWERED = (State.FOUND.value, State.NOT_FOUND.value)
-#: The fields of a RequestResult that are used unchanged.
-_RESULT_COLUMNS = {
-    "position": pl.Int64,
-    "first": pl.Int8,
-    "state": pl.String,
-    "error": pl.String,
-    "provider": pl.String,
-    "credits": pl.Int64,
-    "task_id": pl.String,
-    "settled_ms": pl.Int64,
-    "capped": pl.Int8,
-    "erased_ms": pl.Int64,
-}
-_IS_PENDING = pl.col("state").is_in([State.PENDING.value, *(state.value for state in OPEN_STATES)])
-_IS_CAPPED = _IS_PENDING & (pl.col("capped") == 1)
-
-
-def _iso_time(column: str) -> pl.Expr:
-    return pl.from_epoch(column, "ms").dt.strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def new_cells(
-    batch: RowBatch, results: ResultColumns, result_indexes: pl.Series, columns: Mapping[str, str]
-) -> dict[str, pl.Series]:
-    """Build the new cells of a batch. `result_indexes` has the index of each row's result; null: it has none."""
-    names, paths = list(columns), list(columns.values())
-    given = zip(results["answer"], results["state"], strict=True)
-    answers = [answer if state in _ANSWERED else None for answer, state in given]
-    cells = answer_columns(answers, paths)
-    # Another job with other columns may have sent the request. This job's columns decide whether it counts as found.
-    matches = [pl.lit(column).is_not_null() for column, path in zip(cells, paths, strict=True) if makes_match(path)]
-    has_answer = pl.Series([answer is not None for answer in answers], dtype=pl.Boolean)
-    found = pl.when(has_answer).then(pl.any_horizontal(pl.lit(value=False), *matches)).alias("found")
-    is_first_row = pl.col("position") == pl.int_range(batch.first_position, batch.first_position + len(result_indexes))
-    status_cells = (
-        _status_frame(results, found)
-        .select(pl.all().gather(result_indexes))
-        .with_columns(
-            result_indexes.alias("place"),
-            pl.Series("row_status", batch.statuses, pl.String),
-            pl.Series("row_error", batch.errors, pl.String),
-        )
-        .with_columns(
-            pl.coalesce("enrich_status", "row_status", pl.lit(RowStatus.PENDING.value)),
-            pl.when(pl.col("place").is_null()).then("row_error").otherwise("enrich_error").alias("enrich_error"),
-            # The cost of a request is shown once.
-            pl.when(is_first_row).then("enrich_credits").alias("enrich_credits"),
-        )
-    )
-    # The cells have no name: polars would take one such as `^a.*$` for a pattern.
-    new = {name: column.gather(result_indexes).alias(name) for name, column in zip(names, cells, strict=True)}
-    return new | {name: status_cells.get_column(name) for name in STATUS_COLUMNS}
-
-
-def _status_frame(results: ResultColumns, found: pl.Expr) -> pl.DataFrame:
-    """Build the status columns of each request, with its position. `found` is null where there is no answer."""
-    frame = pl.DataFrame({name: pl.Series(results[name], dtype=kind) for name, kind in _RESULT_COLUMNS.items()})
-    return frame.with_columns(found).select(
-        "position",
-        pl.when(_IS_CAPPED)
-        .then(pl.lit(RowStatus.FILTERED.value))
-        .when(_IS_PENDING)
-        .then(pl.lit(RowStatus.PENDING.value))
-        .when("found")
-        .then(pl.lit(RowStatus.FOUND.value))
-        .when(~pl.col("found"))
-        .then(pl.lit(RowStatus.NOT_FOUND.value))
-        .otherwise("state")
-        .alias("enrich_status"),
-        pl.when(_IS_CAPPED)
-        .then(pl.lit("over the per-group limit (caps)"))
-        .when(~_IS_PENDING & pl.col("erased_ms").is_not_null())
-        .then("the result was purged at " + _iso_time("erased_ms"))
-        .otherwise("error")
-        .alias("enrich_error"),
-        # A pending request has no answer yet, so it has no provider, credits or time. Its last attempt may be running.
-        pl.when(~_IS_PENDING).then("provider").alias("enrich_provider"),
-        pl.when(~_IS_PENDING & (pl.col("first") == 1))
-        .then((pl.col("credits") / MICROS_PER_CREDIT).round(6))  # polars' quotient alone is not the nearest number
-        .alias("enrich_credits"),
-        pl.when(~_IS_CAPPED).then("task_id").alias("enrich_task_id"),
-        pl.when(~_IS_PENDING).then(_iso_time("settled_ms")).alias("enrich_at"),
-    )

@@ -1,13 +1,14 @@
-"""What a run is given: the job, access to the API, the ledger, the user's options, its environment."""
+"""What a run is given: the job, access to the API, the ledger, the user's options, its environment, a cluster."""
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from msgspec import Struct, field
 from msgspec.structs import replace
@@ -18,15 +19,17 @@ from enrich.job.job import Job
 from enrich.job.locations import Location
 from enrich.models import RequestSelection, State, to_ms
 from enrich.run.progress import Progress
-from enrich.run.run_state import Timeouts
+from enrich.run.run_state import RunState, Timeouts, WorkConfig
 
 if TYPE_CHECKING:  # commands that only read runs need not import what runs them
     from enrich.databar.client import Client
     from enrich.ledger.database import Database
     from enrich.ledger.writer import LedgerWriter
     from enrich.rows.job_input import JobInput
+    from enrich.rows.requests import RowCounts
+    from enrich.rows.template import RequestTemplate
     from enrich.run.budget import Budget
-    from enrich.run.cluster_protocol import ClusterEngine
+    from enrich.run.collector import OutputCounts
     from enrich.run.plan_file import SavedPlan
     from enrich.run.preflight import Preflight
     from enrich.run.signals import SignalHandler
@@ -58,11 +61,11 @@ class RunOptions(Struct, frozen=True):
     workspace_renamed: bool = False
     confirm: Callable[[str], bool] | None = None
     plan: SavedPlan | None = None
-    #: Use a new ledger though an earlier output was paid for from another. Unset: ask the user, or refuse the run.
+    #: Use a new ledger even if an earlier output was paid for from another. False: ask the user, or refuse the run.
     new_ledger: bool = False
     confirm_new_ledger: Callable[[str], bool] | None = None
-    #: Run the work on Ray.
-    spread: ClusterOptions | None = None
+    #: Run the work on Ray; None: on this machine.
+    cluster: ClusterOptions | None = None
 
     def with_plan(self) -> RunOptions:
         """Return the options as the saved plan has them."""
@@ -72,7 +75,7 @@ class RunOptions(Struct, frozen=True):
 
 
 class RunEnvironment(Struct, frozen=True):
-    """What surrounds a run. Tests pass their own clock and timeouts.
+    """Clock, timeouts, callbacks and cluster of a run. Tests pass their own clock and timeouts.
 
     `on_message` gets messages for the user at once, `on_problem` those that are also shown without a terminal;
     `on_progress` is called often.
@@ -172,3 +175,64 @@ def select_requests(job: Job, options: RunOptions, now_ms: int) -> RequestSelect
         limit=options.limit,
         after_execution=None if plan is None else plan.after_execution,
     )
+
+
+class ClusterCallbacks(Struct, frozen=True):
+    """Callbacks of a run for a phase that a cluster does.
+
+    `raise_if_stopped` is called often and may raise to stop the phase. `on_message` gets messages for the user. When
+    `is_aborting` returns true, running work may finish, but work that has not begun is not waited for.
+    """
+
+    raise_if_stopped: Callable[[], None] = lambda: None
+    on_message: Callable[[str], object] = lambda _: None
+    is_aborting: Callable[[], bool] = lambda: False
+
+    @classmethod
+    def for_run(cls, run_state: RunState, raise_if_stopped: Callable[[], None]) -> ClusterCallbacks:
+        """Return the callbacks for a phase in another thread. Call this in the event loop."""
+        loop = asyncio.get_running_loop()
+        return cls(
+            raise_if_stopped, lambda text: loop.call_soon_threadsafe(run_state.add_note, text), run_state.abort.is_set
+        )
+
+
+class WorkerPool(Protocol):
+    """Workers that submit and poll as one run."""
+
+    @property
+    def lost_reasons(self) -> Sequence[str]:
+        """Why workers ended before their work was done."""
+
+    async def run(self) -> None:
+        """Submit and poll to the end. No worker is left when this returns."""
+
+    def finish_early(self) -> None:
+        """Poll each open task once more, now."""
+
+
+class ClusterEngine(Protocol):
+    """A cluster that enrolls, submits and polls, and collects. All its machines reach the ledger."""
+
+    def make_worker_pool(
+        self, run_state: RunState, work_config: WorkConfig, access: ApiAccess, requests: int
+    ) -> WorkerPool | None:
+        """Make the workers for `requests` requests. None: no workers are needed."""
+
+    def for_leader(self, lease_id: int) -> ClusterEngine:
+        """Return an engine for one run, which works until the lease of the process that leads the run ends."""
+
+    def enroll(
+        self, job_input: JobInput, template: RequestTemplate, selection: RequestSelection, callbacks: ClusterCallbacks
+    ) -> RowCounts:
+        """Enroll all rows in a pass that was begun before."""
+
+    def collect(
+        self,
+        job_input: JobInput,
+        template: RequestTemplate,
+        selection: RequestSelection,
+        target: Location,
+        callbacks: ClusterCallbacks,
+    ) -> OutputCounts:
+        """Write the output, which is a dataset."""

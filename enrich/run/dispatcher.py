@@ -192,7 +192,7 @@ class Dispatcher:
             transitions.record_accepted, [(attempt, task_id, now_ms) for attempt in attempts], self.config.bound_to
         )
         if acceptances[0] is Acceptance.CONFLICT:
-            self._count_unconfirmed(len(requests), SubmissionUnconfirmed(DUPLICATE_TASK_ID))
+            self._record_unconfirmed(len(requests), SubmissionUnconfirmed(DUPLICATE_TASK_ID))
             return
         self._grow_bulk()
         run_state.counters.submitted += len(requests)
@@ -228,11 +228,11 @@ class Dispatcher:
             case _:
                 task_id = error.task_id if isinstance(error, SubmissionUnconfirmed) else None
                 await self.ledger_writer.submit_batch(transitions.mark_in_doubt, [(*each, task_id) for each in updates])
-                self._count_unconfirmed(len(updates), error)
+                self._record_unconfirmed(len(updates), error)
         self._stop_after_outage(error)
 
-    def _count_unconfirmed(self, requests: int, error: ApiCallFailed) -> None:
-        """Count requests whose POST may or may not have been accepted."""
+    def _record_unconfirmed(self, requests: int, error: ApiCallFailed) -> None:
+        """Record a POST that may or may not have been accepted."""
         self.run_state.counters.unconfirmed += requests
         self.run_state.record_post_failed(error)
 

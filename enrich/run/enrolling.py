@@ -16,8 +16,7 @@ from enrich.rows.job_input import JobInput
 from enrich.rows.known_batches import store_batch
 from enrich.rows.requests import RowCounts
 from enrich.run.budget import Cost
-from enrich.run.cluster_protocol import ClusterCallbacks, ClusterEngine
-from enrich.run.context import RunContext, RunFiles, RunOptions, select_requests
+from enrich.run.context import ClusterCallbacks, ClusterEngine, RunContext, RunFiles, RunOptions, select_requests
 from enrich.run.periodic import start_phase
 from enrich.run.progress import Phase
 from enrich.run.run_state import Enrolled, RunState
@@ -31,7 +30,7 @@ REUSED_STATES = (State.FOUND, State.NOT_FOUND, State.FAILED)
 
 
 async def enroll_input(context: RunContext, run_state: RunState, files: RunFiles, step_number: int) -> None:
-    """Mark the requests of a step that the user selected. Nothing of it is sent before all of the input was read."""
+    """Mark the requests of a step that the user selected. Nothing is sent before the whole input was read."""
     rows = files.job_input if files.step_rows is None else StepInput(files.step_rows, step_number)
     if not run_state.enrolled:
         run_state.file_versions = files.job_input.full_table.file_versions()
@@ -66,7 +65,7 @@ async def _enroll(context: RunContext, run_state: RunState, rows: JobInput | Ste
     template, ledger_writer, step = context.preflight.template, context.ledger_writer, context.job.step
     run_state.selection = select_requests(context.job, options, run_state.clock.earliest_ms())
     if isinstance(rows, StepInput):
-        # Of a job with steps, leads are counted, not requests.
+        # In a job with steps, `--limit` counts leads, not requests.
         if not rows.number:
             await ledger_writer.submit(lambda _: begin_steps(rows.rows))
         await ledger_writer.submit(lambda _: rows.choose_leads(run_state.selection))
@@ -90,9 +89,9 @@ async def _enroll(context: RunContext, run_state: RunState, rows: JobInput | Ste
     if (earlier := run_state.enrolled.get(step)) is not None:
         run_state.enrolled[step] = replace(earlier, requests=requests)
         return
-    experience = await ledger_writer.submit(queries.average_price, template.target) if to_submit else None
+    average_price = await ledger_writer.submit(queries.average_price, template.target) if to_submit else None
     cap = context.budget.step_cap if step else context.budget.cap
-    cost = Cost.for_template(to_submit, experience, template, cap)
+    cost = Cost.for_template(to_submit, average_price, template, cap)
     if not run_state.enrolled and run_state.open_tasks_cost is not None:
         cost += run_state.open_tasks_cost
     reused = sum(requests[state] for state in REUSED_STATES)

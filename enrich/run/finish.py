@@ -43,7 +43,7 @@ async def finish_failed_run(
     reason = as_enrich_error(failure, ledger) or damaged_ledger_error(ledger)
     code = reason.exit_code
     # Exit codes 2 and 5 promise that nothing was spent.
-    if files is not None and await _is_of_changed_input(run_state, files, reason):
+    if files is not None and await _failed_by_changed_input(run_state, files, reason):
         code, reason = ExitCode.API, EnrichError(f"{INPUT_CHANGED}: {reason.message}", reason.hint)
     elif code is ExitCode.REFUSED and run_state.counters.submitted:
         code = ExitCode.BUG
@@ -52,11 +52,13 @@ async def finish_failed_run(
     return await finish_run(context, run_state, Outcome(run_state.exit_code({})))
 
 
-async def _is_of_changed_input(run_state: RunState, files: RunFiles, reason: EnrichError) -> bool:
+async def _failed_by_changed_input(run_state: RunState, files: RunFiles, reason: EnrichError) -> bool:
     """Return whether a run with requests or answers failed because its input has changed since it was enrolled."""
-    is_of_input = isinstance(reason, JobError | CommandRefused) and not isinstance(reason, LedgerDamaged)
-    has_worked = run_state.enrolled and (run_state.counters.attempted_requests or run_state.counters.settled)
-    return is_of_input and bool(has_worked) and await input_versions(files) != run_state.file_versions
+    if not isinstance(reason, JobError | CommandRefused) or isinstance(reason, LedgerDamaged):
+        return False
+    if not run_state.enrolled or not (run_state.counters.attempted_requests or run_state.counters.settled):
+        return False
+    return await input_versions(files) != run_state.file_versions
 
 
 async def finish_run(context: RunContext, run_state: RunState, outcome: Outcome) -> RunSummary:

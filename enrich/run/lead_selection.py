@@ -55,30 +55,26 @@ class LeadSelection:
         return row < len(self.begun) and bool(self.begun[row])
 
     @property
-    def places(self) -> int:
+    def remaining(self) -> int:
         """How many more leads the run may begin."""
         return max(0, min(limit for limit in (self.sample, self.limit) if limit is not None) - self.counted)
 
     def choose(self, candidates: Iterable[Candidate], queue_order: pl.Series | None) -> None:
         """Choose from the rows that would be sent, by sample, then by limit in the send order."""
-        by_place: dict[bytes | int, list[int]] = {}
+        rows_by_request: dict[bytes | int, list[int]] = {}
         for row, request in candidates:
-            by_place.setdefault(row if request is None else request, []).append(row)
-        places = list(by_place.values())
+            rows_by_request.setdefault(row if request is None else request, []).append(row)
+        leads = list(rows_by_request.values())
         if self.sample is not None and not self.counted:
-            places = [places[number] for number in stratified_sample(len(places), self.sample, self.seed)]
+            leads = [leads[number] for number in stratified_sample(len(leads), self.sample, self.seed)]
         if queue_order is not None:
             order = queue_order.to_list()
-            places.sort(key=lambda rows: min(_places(rows, order)))
-        places = places[: self.places]
-        self.counted += len(places)
+            leads.sort(key=lambda rows: min(_places(rows, order)))
+        leads = leads[: self.remaining]
+        self.counted += len(leads)
         # A lead is not begun because it shares a request that is sent again.
-        for rows in places:
+        for rows in leads:
             self.chosen.update(list(filter(self._is_begun, rows)) or rows[:1])
-
-
-#: Why a lead takes part in no step.
-CAPPED_REASON = "over the per-group limit (caps)"
 
 
 def capped_rows(job_input: JobInput, caps: Caps, begun: bytearray) -> bytearray:

@@ -26,11 +26,10 @@ from enrich.models import RequestResult, RequestSelection, RowStatus, State, iso
 from enrich.rows.job_input import JobInput
 from enrich.rows.requests import CHANGE_COLUMNS
 from enrich.rows.template import RequestTemplate
-from enrich.run.answer_cells import answer_cells
-from enrich.run.cluster_protocol import ClusterCallbacks
 from enrich.run.collector import Collector, JoinedBatch, OutputCounts
-from enrich.run.context import RunContext, RunFiles, RunOptions, select_requests
+from enrich.run.context import ClusterCallbacks, RunContext, RunFiles, RunOptions, select_requests
 from enrich.run.early_end import out_of_time_error
+from enrich.run.output_cells import answer_cells
 from enrich.run.periodic import start_phase
 from enrich.run.preflight import steps_from_ledger, template_from_ledger
 from enrich.run.progress import Phase

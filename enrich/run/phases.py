@@ -19,7 +19,7 @@ from enrich.run.budget import Cost, check_balance, check_canary
 from enrich.run.context import RunContext, RunFiles, select_requests
 from enrich.run.early_end import out_of_time_error
 from enrich.run.enrolling import count_enrolled
-from enrich.run.neighbour_ledgers import check_neighbours
+from enrich.run.other_ledgers import check_neighbours
 from enrich.run.plan import build_plan, format_plan, spend_question
 from enrich.run.plan_file import check_plan, gather_plan_inputs
 from enrich.run.poller import Poller

@@ -76,10 +76,20 @@ async def _open_and_run(
             environment.stop.add_done_callback(stop)
             client = Client(access, environment.clock, post_timeout_s=timeouts.post_s, get_timeout_s=timeouts.get_s)
             async with client, _open_ledger_writer(job, ledger, environment) as ledger_writer:
-                offline, now_s = offline_preflight(job), environment.clock.monotonic()
-                started = (job, access, ledger, options, environment, signals, client, ledger_writer, now_s)
-                budgets = (NO_BUDGET,) * len(job.steps)
-                context = RunContext(*started, offline, budgets, job.max_attempts_by_step)
+                context = RunContext(
+                    job,
+                    access,
+                    ledger,
+                    options,
+                    environment,
+                    signals,
+                    client,
+                    ledger_writer,
+                    started_at_s=environment.clock.monotonic(),
+                    preflight=offline_preflight(job),
+                    budgets=(NO_BUDGET,) * len(job.steps),
+                    max_attempts_by_step=job.max_attempts_by_step,
+                )
                 return await _run_phases(context)
     except asyncio.CancelledError:
         signals.raise_if_received()

@@ -15,6 +15,7 @@ from enrich.job.job import Job
 from enrich.ledger import enroll, queries
 from enrich.ledger.database import Database
 from enrich.models import (
+    CAPPED_REASON,
     DECISIONS_TO_SEND,
     Decision,
     format_credits,
@@ -30,7 +31,7 @@ from enrich.run.budget import Cost
 from enrich.run.preflight import Preflight
 from enrich.run.terminal_text import top_reasons, wrap_parts
 
-#: Polls per task, as long as the ledger has no experience.
+#: Polls per task, as long as the ledger has no finished tasks.
 DEFAULT_POLLS_PER_TASK = 1.5
 
 DECISION_REASONS = {
@@ -43,7 +44,7 @@ DECISION_REASONS = {
     Decision.EXPIRED: "result expired; --retry expired sends it again",
     Decision.IN_DOUBT: "unconfirmed, may have been charged; decide: --retry in_doubt or --accept in_doubt",
     Decision.WAITING: "running at Databar; the run collects its result",
-    Decision.CAPPED: "over the per-group limit (caps)",
+    Decision.CAPPED: CAPPED_REASON,
     Decision.NOT_SAMPLED: "not in the sample",
     Decision.OVER_LIMIT: "over --limit",
     Decision.DUPLICATE: "same request as an earlier row",
@@ -176,7 +177,8 @@ def build_plan(job: Job, preflight: Preflight, ledger: Database, read: RowCounts
     cap_allows = None
     if cap is not None and template.worst_price:
         cap_allows = min(to_submit, max(0, cap - reserved) // template.worst_price)
-    cost = Cost.for_template(to_submit, queries.average_price(ledger, template.target), template, cap)
+    average_price = queries.average_price(ledger, template.target) if to_submit else None
+    cost = Cost.for_template(to_submit, average_price, template, cap)
     return Plan(
         job=job.name,
         sandbox=job.sandbox,

@@ -8,7 +8,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+import msgspec
+from msgspec import Struct
 
 from enrich.databar.description import Provider
 from enrich.errors import CommandRefused, EnrichError, JobError
@@ -23,19 +24,15 @@ from enrich.rows.job_input import JobInput
 from enrich.run.preflight import Preflight
 
 
-class ProviderPrice(BaseModel):
+class ProviderPrice(Struct, frozen=True, forbid_unknown_fields=True):
     """A provider or the verifier, with its price in millionths of a credit; None: unknown."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     id: int
     price: int | None
 
 
-class PlannedTarget(BaseModel):
+class PlannedTarget(Struct, frozen=True, forbid_unknown_fields=True):
     """A target with its providers, its verifier and their prices."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     target: str
     providers: list[ProviderPrice]
@@ -46,10 +43,8 @@ class PlannedTarget(BaseModel):
         return [each.id for each in [*self.providers, *([self.verifier] if self.verifier else [])]]
 
 
-class PlanInputs(BaseModel):
+class PlanInputs(Struct, frozen=True, forbid_unknown_fields=True):
     """What a plan is based on: digests of job, input and `suppress` list; the target, or that of each step."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     job: str
     input: str
@@ -57,10 +52,8 @@ class PlanInputs(BaseModel):
     targets: list[PlannedTarget]
 
 
-class SavedPlan(BaseModel):
+class SavedPlan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What `enrich plan -o FILE` writes and `enrich run --plan FILE` follows."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     version: Literal[1] = 1
     made_ms: int
@@ -159,7 +152,7 @@ def write_plan(path: Path, plan: SavedPlan) -> Path:
     except EnrichError as error:
         raise JobError(f"{path}: this file exists and is not a plan", "choose another name for the plan") from error
     try:
-        replace_file(follow_link(path), f"{plan.model_dump_json(indent=2)}\n".encode())
+        replace_file(follow_link(path), msgspec.json.format(msgspec.json.encode(plan), indent=2) + b"\n")
     except OSError as error:
         raise CommandRefused(f"{path}: the plan cannot be written: {error.strerror}") from error
     return path
@@ -168,10 +161,10 @@ def write_plan(path: Path, plan: SavedPlan) -> Path:
 def read_plan(path: Path) -> SavedPlan:
     """Read a plan. Raises CommandRefused when the file cannot be read, JobError when it is not a plan."""
     try:
-        return SavedPlan.model_validate_json(read_text(path))
+        return msgspec.json.decode(read_text(path), type=SavedPlan)
     except OSError as error:
         raise CommandRefused(f"{path}: the plan cannot be read: {error.strerror}") from error
-    except (ValidationError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise JobError(
             f"{path}: this is not a plan of this version of enrich", "create one: enrich plan JOB -o FILE"
         ) from error

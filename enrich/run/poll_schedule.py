@@ -3,7 +3,7 @@
 The duration of a task is known only as an interval: it was running at one poll and done at the next. The most likely
 distribution for such intervals is found by self-consistency (Turnbull, "The Empirical Distribution Function with
 Arbitrarily Grouped, Censored and Truncated Data", 1976), one answer at a time, with fading older answers. So the times
-of the polls do not bias it, and a laptop that slept does not distort it. The poll times are those of the lowest average
+of the polls do not bias it, nor does a computer that slept. The poll times are those of the lowest average
 cost, where a poll has a price and each second of delay costs one (Barlow, Hunter and Proschan, "Optimum Checking
 Procedures", 1963).
 """

@@ -51,7 +51,7 @@ class Poller:
     no_new_tasks: bool = False
     #: Written-off tasks that could not be polled now.
     unpolled_tasks: list[Task] = field(default_factory=list)
-    #: Number of written-off tasks that still exist at the API.
+    #: Number of requests whose written-off tasks still exist at the API.
     revived_requests: int = 0
     _scheduled: list[tuple[float, int, OpenTask]] = field(default_factory=list)
     _ready: list[tuple[int, int, OpenTask]] = field(default_factory=list)
@@ -182,7 +182,8 @@ class Poller:
 
     async def _poll(self, open_task: OpenTask) -> None:
         """Poll one task and record the result."""
-        run_state, open_task.is_last_poll = self.run_state, self.poll_once_more
+        run_state = self.run_state
+        open_task.is_last_poll = self.poll_once_more
         try:
             run_state.counters.polls += 1
             reply = await self.client.poll_task(open_task.task.task_id, new_connection=open_task.needs_new_connection)
@@ -195,7 +196,7 @@ class Poller:
             else:
                 self._poll_again(open_task, 0.0)
         except Unauthorized as error:
-            if self.run_state.answers_only:
+            if run_state.answers_only:
                 self._poll_again(open_task, FAILED_POLL_S)
             else:
                 run_state.give_up(error.exit_code, error)
@@ -218,7 +219,7 @@ class Poller:
         age_s = self._age_s(open_task)
         phase = task_phase(reply.body)
         phase_age_s = open_task.phase_age_s(phase, run_state.clock.monotonic())
-        if phase is TaskPhase.GONE and (self.run_state.answers_only or open_task.written_off):
+        if phase is TaskPhase.GONE and (run_state.answers_only or open_task.written_off):
             await self._handle_deleted(open_task)
             return
         if open_task.task.superseded:
@@ -227,7 +228,7 @@ class Poller:
         if open_task.written_off:
             await self.ledger_writer.submit(resume.revive, open_task.task.attempts, run_state.execution_id)
             open_task.written_off, open_task.acknowledged = False, True
-            self.revived_requests += 1
+            self.revived_requests += len(open_task.task.attempts)
         if phase in (TaskPhase.RUNNING, TaskPhase.NO_DATA) and not open_task.acknowledged:
             open_task.acknowledged = True
             await self.ledger_writer.submit_batch(transitions.mark_acknowledged, open_task.task.attempts)
@@ -331,7 +332,7 @@ class Poller:
         now, young_task_s = run_state.clock.monotonic(), run_state.timeouts.young_task_s
         if open_task.written_off and not open_task.to_be_resubmitted:
             run_state.open_tasks -= 1
-        elif self.run_state.answers_only or self.poll_once_more:
+        elif run_state.answers_only or self.poll_once_more:
             self._poll_again(open_task, FAILED_POLL_S)
         elif not open_task.count_repeat("404", now).is_conclusive(now, young_task_s):
             wait = (
@@ -356,11 +357,13 @@ class Poller:
         updates = [(attempt, answer, now_ms) for attempt, answer in zip(task.attempts, answers, strict=True)]
         # A request is sent as often as the step allows that sent it.
         max_attempts = self.config.max_attempts_by_step.get(task.step, self.config.max_attempts)
-        run = run_state.execution_id, max_attempts
+        execution_id = run_state.execution_id
         if task.bulk_task_id is None:
-            states = await self.ledger_writer.submit_batch(transitions.settle, updates, *run)
+            states = await self.ledger_writer.submit_batch(transitions.settle, updates, execution_id, max_attempts)
         else:
-            states = await self.ledger_writer.submit(transitions.settle_bulk_task, updates, *run, credits_)
+            states = await self.ledger_writer.submit(
+                transitions.settle_bulk_task, updates, execution_id, max_attempts, credits_
+            )
         run_state.open_tasks -= 1
         run_state.counters.spent += credits_ or 0
         for state, requests in Counter(states).items():

@@ -13,7 +13,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 from pydantic import ValidationError
 
-from enrich.databar.clock import SystemClock
+from enrich.databar.clock import Clock, SystemClock
 from enrich.databar.credentials import ApiAccess
 from enrich.databar.description import Description, Enrichment, User, Waterfall, parse_description
 from enrich.errors import (
@@ -27,9 +27,9 @@ from enrich.errors import (
     Unauthorized,
     UnexpectedResponse,
     WorkspaceMismatch,
+    suggest_name,
 )
 from enrich.job.job import Job
-from enrich.job.name_hints import suggest_name
 from enrich.job.target import Target, TargetKind
 from enrich.ledger import bindings, queries
 from enrich.ledger.database import Database
@@ -37,12 +37,15 @@ from enrich.ledger.sqlite import damaged_ledger_error
 from enrich.models import read_balance
 from enrich.rows.job_input import JobInput
 from enrich.rows.job_steps import Step, make_steps
-from enrich.rows.known_names import BESIDE_RESULT, column_fields, join_problems, name_problems
 from enrich.rows.template import (
+    BESIDE_RESULT,
     RequestTemplate,
+    column_fields,
     default_providers,
+    join_problems,
     join_templates,
     make_request_template,
+    name_problems,
     template_of_unknown_target,
 )
 
@@ -161,7 +164,7 @@ def check_workspace(binding: LedgerBinding, job: Job, user: User) -> None:
 
 async def preflight(  # noqa: PLR0913 - every argument is used once
     client: Client,
-    binding: LedgerBinding,
+    bindings: Sequence[LedgerBinding],
     job: Job,
     host: str,
     *,
@@ -169,22 +172,25 @@ async def preflight(  # noqa: PLR0913 - every argument is used once
     update_providers: bool,
     workspace_renamed: bool = False,
 ) -> Preflight:
-    """Fetch what the run needs before it may spend.
+    """Fetch what the run needs before it may spend. `bindings` are those of the job's steps.
 
     Raises ApiUnreachable, Unauthorized, and JobError when the job, the API and the ledger do not match. Raises
     WorkspaceMismatch for another workspace unless `workspace_renamed`.
     """
-    check_api_host(binding, job, host)
+    check_api_host(bindings[0], job, host)
     user = await _fetch_user(client, timeout_s)
     if not workspace_renamed:
-        check_workspace(binding, job, user)
-    bound_to = {"api_host": host, "workspace": user.workspace}
-    description = await _fetch_description(client, job, timeout_s)
-    providers, notes = _choose_providers(binding, job, description, update_providers=update_providers)
-    if problems := name_problems(job, description, binding.description, binding.answered):
-        raise join_problems(problems)
-    template = make_request_template(job, description, providers)
-    return Preflight(template, read_balance(user.balance), bound_to, description, providers, notes)
+        check_workspace(bindings[0], job, user)
+    balance, bound_to = read_balance(user.balance), {"api_host": host, "workspace": user.workspace}
+    steps = []
+    for step, binding in zip(job.steps, bindings, strict=True):
+        description = await _fetch_description(client, step, timeout_s)
+        providers, notes = _choose_providers(binding, step, description, update_providers=update_providers)
+        if problems := name_problems(step, description, binding.description, binding.answered):
+            raise join_problems(problems)
+        template = make_request_template(step, description, providers)
+        steps.append(Preflight(template, balance, bound_to, description, providers, notes))
+    return Preflight.of_steps(steps)
 
 
 def offline_preflight(job: Job) -> Preflight:
@@ -209,14 +215,9 @@ async def _fetch_description(client: Client, job: Job, timeout_s: float) -> Desc
     try:
         return await retry_until(lambda: client.get_description(target), timeout_s)
     except JobRejected as error:
-        hint = await suggest_target(client, target, timeout_s) or f"`enrich {target.kind}s` lists them"
+        known = await retry_until(lambda: client.list_descriptions(target.kind), timeout_s)
+        hint = suggest_name(target.id, [each.identifier for each in known]) or f"`enrich {target.kind}s` lists them"
         raise job.error([target.kind.value], f"the API has no {target.kind} `{target.id}`", hint) from error
-
-
-async def suggest_target(client: Client, target: Target, timeout_s: float) -> str | None:
-    """Return a hint that names the target with the most similar id; None: there is none."""
-    known = await retry_until(lambda: client.list_descriptions(target.kind), timeout_s)
-    return suggest_name(target.id, [each.identifier for each in known])
 
 
 def _choose_providers(
@@ -321,17 +322,34 @@ class ApiSnapshot(Struct, frozen=True):
 
 def query_api(access: ApiAccess, job: Job, environ: Mapping[str, str] = os.environ) -> ApiSnapshot:
     """Fetch the account and the job's target; this is free. Raises JobError, ApiUnreachable, Unauthorized."""
-    return asyncio.run(_query_api(access, job, environ))
+    clock = _ClockOffsetProbe()
+
+    async def fetch(client: Client, timeout_s: float) -> tuple[User, tuple[Description, ...]]:
+        user = await _fetch_user(client, timeout_s)
+        return user, tuple([await _fetch_description(client, step, timeout_s) for step in job.steps])
+
+    user, descriptions = with_client(access, fetch, clock, environ)
+    return ApiSnapshot(user, descriptions, None if clock.api_ahead_ms is None else clock.api_ahead_ms / 1000)
 
 
-async def _query_api(access: ApiAccess, job: Job, environ: Mapping[str, str]) -> ApiSnapshot:
+def call_api(access: ApiAccess, call: Callable[[Client], Awaitable[T]]) -> T:
+    """Make a free call, and repeat it until it is answered; see `retry_until`."""
+    return with_client(access, lambda client, timeout_s: retry_until(lambda: call(client), timeout_s))
+
+
+def with_client(
+    access: ApiAccess,
+    work: Callable[[Client, float], Awaitable[T]],
+    clock: Clock | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> T:
+    """Do work with a client, in an event loop of its own. `work` gets the time-out of free calls in seconds, too."""
     # `check` imports this file, and uses the API on request only.
     from enrich.databar.client import Client  # noqa: PLC0415
     from enrich.run.run_state import Timeouts  # noqa: PLC0415
 
-    clock = _ClockOffsetProbe()
-    timeout_s = Timeouts().startup_s
-    async with Client(access, clock, environ=environ) as client:
-        user = await _fetch_user(client, timeout_s)
-        descriptions = [await _fetch_description(client, step, timeout_s) for step in job.steps]
-    return ApiSnapshot(user, tuple(descriptions), None if clock.api_ahead_ms is None else clock.api_ahead_ms / 1000)
+    async def main() -> T:
+        async with Client(access, clock or SystemClock(), environ=environ) as client:
+            return await work(client, Timeouts().startup_s)
+
+    return asyncio.run(main())

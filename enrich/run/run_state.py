@@ -177,7 +177,7 @@ class RunState:
     traffic: TrafficRecorder = field(default_factory=TrafficRecorder)
     #: How many requests the run completes; None: not known yet.
     total_requests: int | None = None
-    #: What was enrolled last.
+    #: Which requests of the last enrolled step are sent.
     selection: RequestSelection = field(default_factory=RequestSelection)
     #: The versions of the input's files when the run began to read them.
     file_versions: object = None

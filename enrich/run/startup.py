@@ -29,10 +29,9 @@ from enrich.rows.job_input import JobInput
 from enrich.rows.job_steps import make_steps
 from enrich.run.budget import make_budget
 from enrich.run.context import RunContext, RunFiles, RunOptions, rescue_folders
-from enrich.run.earlier_output import find_output_of_other_ledger
 from enrich.run.early_end import end_without_ledger, interrupt
 from enrich.run.lead_selection import LeadSelection
-from enrich.run.neighbour_ledgers import confirm_paying_again
+from enrich.run.other_ledgers import confirm_paying_again, find_output_of_other_ledger
 from enrich.run.periodic import load_schedule
 from enrich.run.plan_file import planned_cost
 from enrich.run.preflight import Preflight, check_api_host, preflight, read_binding
@@ -83,8 +82,8 @@ def _has_open_tasks(ledger: Database, results_kept_since_ms: int) -> bool:
 async def wait_for_other_processes(context: RunContext) -> None:
     """Wait until the processes of earlier runs are gone. A SQLite ledger never has any.
 
-    Raises LedgerLocked when another run's leader renews its lease: it is alive, and it lost the server's lock when the
-    server restarted.
+    Raises LedgerLocked when the leader of another run renews its lease: that run continues, and only lost its lock in a
+    restart of the server.
     """
     first_seen: dict[int, LeaseHolder] = {}
     while others := await context.ledger_writer.submit(lease_table.other_holders):
@@ -165,19 +164,16 @@ async def run_preflight(startup: Startup) -> None:
     Raises EnrichError when job, input, API and ledger do not match, or a cap cannot be enforced.
     """
     context, job, options = startup.context, startup.context.job, startup.context.options
-    results = [
-        await preflight(
-            context.client,
-            await context.ledger_writer.submit(read_binding, step),
-            step,
-            context.access.host,
-            timeout_s=context.environment.timeouts.startup_s,
-            update_providers=options.update_providers,
-            workspace_renamed=options.workspace_renamed,
-        )
-        for step in job.steps
-    ]
-    result = Preflight.of_steps(results)
+    bindings_of_steps = [await context.ledger_writer.submit(read_binding, step) for step in job.steps]
+    result = await preflight(
+        context.client,
+        bindings_of_steps,
+        job,
+        context.access.host,
+        timeout_s=context.environment.timeouts.startup_s,
+        update_providers=options.update_providers,
+        workspace_renamed=options.workspace_renamed,
+    )
     workspace = result.bound_to["workspace"]
     if options.workspace_renamed and workspace is not None:
         await context.ledger_writer.submit(bindings.rename_workspace, workspace)
@@ -201,7 +197,7 @@ def make_step_rows(job_input: JobInput, ledger: Database, result: Preflight, opt
     if not job_input.job.step_jobs:
         return None
     steps = make_steps(job_input.job, job_input, [step.template for step in result.steps])
-    is_limited = not options.limit is options.sample is None
+    is_limited = options.limit is not None or options.sample is not None
     leads = LeadSelection(options.limit, options.sample, options.seed) if is_limited else None
     return StepRows(job_input, ledger, steps, leads)
 

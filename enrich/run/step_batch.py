@@ -144,7 +144,7 @@ def joined_cells(text: pl.DataFrame, columns: Sequence[str]) -> pl.Series:
 def find_recorded_rows(
     ledger: Database, job: Job, fingerprints: Sequence[bytes | None], rows: Sequence[int], names: Identities
 ) -> dict[int, step_results.RecordedRow]:
-    """Return those of the rows that are recorded with their request. `names` tells all rows of the batch apart."""
+    """Return those of the rows that are recorded with their request. `names` identifies all rows of the batch."""
     requests = [
         (rows[index], (fingerprint, row_hash))
         for index, row_hash in names.hashes(job, rows)

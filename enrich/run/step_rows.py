@@ -14,17 +14,18 @@ from msgspec.structs import replace
 from enrich.files.values import as_text, json_where_no_text, numbered_frame
 from enrich.job.cell_text import blank_cells
 from enrich.job.job import Job
-from enrich.job.steps import STEP_FIELDS, step_column
+from enrich.job.spec import STEP_FIELDS, step_column
 from enrich.ledger import queries, step_results
 from enrich.ledger.database import Database
 from enrich.ledger.step_results import StepResult
-from enrich.models import RowStatus, result_columns
+from enrich.models import CAPPED_REASON, RowStatus, result_columns
 from enrich.rows.job_input import JobInput
 from enrich.rows.job_steps import RowFacts, Step, StepDecision, decide, row_status
 from enrich.rows.requests import FORGOTTEN_REASON, InputRows, RequestBuilder, RowBatch
-from enrich.rows.send_order import order_of_rows
-from enrich.run.collector import JoinedBatch, JoinedStep, merge_cells, name_source, new_cells
-from enrich.run.lead_selection import CAPPED_REASON, LeadSelection
+from enrich.rows.row_selection import order_of_rows
+from enrich.run.collector import JoinedBatch, JoinedStep
+from enrich.run.lead_selection import LeadSelection
+from enrich.run.output_cells import merge_cells, name_source, new_cells
 from enrich.run.step_batch import (
     Identities,
     StepBatch,
@@ -168,12 +169,12 @@ class StepRows(Struct, frozen=True):
         *,
         limited: bool = True,
     ) -> StepBatch:
-        earlier, text = state.step_batches, state.text
+        text = state.text
         unsent = self._lacking(state, step) | dict.fromkeys(state.forgotten, FORGOTTEN_REASON)
         selected = step.job_input.selected_rows(text) & ~_rows_as_mask(unsent, text.height)
         ready = pl.repeat(value=True, n=text.height, eager=True)
         for number in step.depends_on:
-            ready &= pl.Series(earlier[number].final, dtype=pl.Boolean)
+            ready &= pl.Series(state.step_batches[number].final, dtype=pl.Boolean)
         rows = InputRows(
             state.first_position,
             state.frame,
@@ -185,7 +186,7 @@ class StepRows(Struct, frozen=True):
         batch = builder.build_batch(rows, counted=selected & ready)
         for row in state.capped:
             batch.errors[row] = CAPPED_REASON
-        # No step looks a forgotten person up again.
+        # No later step sends a request about a forgotten person.
         state.forgotten |= {row for row, reason in enumerate(batch.errors) if reason == FORGOTTEN_REASON}
         known = step_results.find_results(self.ledger, [name for name in batch.fingerprints if name is not None])
         results = [None if name is None else known.get(name) for name in batch.fingerprints]
@@ -204,10 +205,9 @@ class StepRows(Struct, frozen=True):
         ]
         requesting_rows = [row for row, decision in enumerate(decisions) if decision is StepDecision.SEND]
         if self.leads is not None and limited:
-            # What the run must not send is as if it waited: only what the ledger has counts.
             may_send = self.leads.may_send(state.first_position, results)
-            for row, decision in enumerate(decisions):
-                if decision is StepDecision.SEND and not may_send[row]:
+            for row in requesting_rows:
+                if not may_send[row]:  # the row waits, or keeps the result that the ledger has
                     decisions[row] = StepDecision.WAIT if results[row] is None else StepDecision.KEEP
         return decided_batch(batch, decisions, results, requesting_rows, unsent, state.identities)
 

@@ -126,7 +126,7 @@ class EnrichmentParam:
 class Enrichment:
     """One source, outside of a waterfall.
 
-    `priced_by` is the param that the price is multiplied with. `per_page` is the number of rows on a page; None: its
+    `priced_by` is the param that the price is multiplied by. `per_page` is the number of rows on a page; None: its
     result is one row.
     """
 

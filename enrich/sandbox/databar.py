@@ -89,7 +89,7 @@ class Databar:
         return [each for each in found if category in (None, each.category)]
 
     def _prices(self) -> Mapping[int, float]:
-        """The prices that differ from the catalogue's: those of the level, then those that were changed."""
+        """Return the prices, by id, that differ from the catalogue's: by the settings, or because they were changed."""
         return {**(REAL_PRICES if self._settings.prices == "real" else {}), **self._store.prices}
 
     def submit(
@@ -185,11 +185,11 @@ class Databar:
         }
 
     def top_up(self, amount: float) -> None:
-        """Add credits."""
+        """Add an amount of credits."""
         self._store.top_up(money.to_micros(amount))
 
     def set_prices(self, prices: Mapping[int, float]) -> None:
-        """Change prices, by the ids of providers and verifiers; accepted runs keep theirs."""
+        """Change prices (credits), by the ids of providers, verifiers and enrichments; accepted runs keep theirs."""
         for seller_id, price in prices.items():
             self._store.set_price(seller_id, price)
 

@@ -153,7 +153,7 @@ class FaultInjector:
         self.applied_counts: Counter[str] = Counter()
         self._seed = seed
         self._random_faults = list(faults)
-        #: The matching requests so far, by the place of the fault.
+        #: The matching requests so far, by the index of the fault.
         self._requests: Counter[int] = Counter()
         self._injected: deque[Fault] = deque()
 
@@ -188,13 +188,13 @@ class FaultInjector:
 
     def _draw_random(self, endpoint: str) -> Fault | None:
         drawn = None
-        for place, fault in enumerate(self._random_faults):
+        for index, fault in enumerate(self._random_faults):
             if fault.applies_to(endpoint):
-                self._requests[place] += 1
-                if self._random_number(place, self._requests[place]) < fault.probability:
+                self._requests[index] += 1
+                if self._random_number(index, self._requests[index]) < fault.probability:
                     drawn = drawn or fault
         return drawn
 
-    def _random_number(self, place: int, request: int) -> float:
-        digest = blake2b(f"{self._seed} {place} {request}".encode(), digest_size=8).digest()
+    def _random_number(self, index: int, request: int) -> float:
+        digest = blake2b(f"{self._seed} {index} {request}".encode(), digest_size=8).digest()
         return int.from_bytes(digest) / 2**64

@@ -66,7 +66,7 @@ class EnrichmentCall:
         return self.offer.cost * self.units(params) * (self.pages or 1)
 
     def units(self, params: Mapping[str, str]) -> int:
-        """Return the number that the price is multiplied with."""
+        """Return the number that the price is multiplied by."""
         return 1 if self.offer.priced_by is None else int(params.get(self.offer.priced_by, 1))
 
 

@@ -47,7 +47,7 @@ def invent_fields(target: str, params: Mapping[str, str], draw: SeededRandom) ->
 
 
 def invent_rows(target: str, params: Mapping[str, str], count: int, draw: SeededRandom) -> list[Fields]:
-    """Invent the rows of an enrichment that lists several; more of them begin with the same ones."""
+    """Invent `count` rows of an enrichment that lists several. A larger count gives the same rows and further ones."""
     return [_ROW_INVENTORS[target](params, draw, number) for number in range(count)]
 
 

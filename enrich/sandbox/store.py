@@ -51,7 +51,7 @@ CREATE INDEX runs_of_lookup ON runs (lookup);
 CREATE INDEX runs_running ON runs (ready) WHERE state = 'running';
 -- The providers requested in a run: a JSON list of [name, found, millionths].
 CREATE TABLE steps (run INTEGER PRIMARY KEY REFERENCES runs, providers TEXT NOT NULL) STRICT;
--- A running one counts as charged: it will be, unless it is cancelled or fails free of charge.
+-- A running run counts as charged: it will be, unless it is cancelled or fails free of charge.
 CREATE VIEW bought AS SELECT
     lookup,
     task,
@@ -162,7 +162,7 @@ class SandboxStore:
         self._db.execute("UPDATE facts SET value = ? WHERE name = 'offset'", [offset])
 
     def set_price(self, seller_id: int, price: float) -> None:
-        """Store the new price of a provider or verifier."""
+        """Store the new price, in credits, of a provider, verifier or enrichment."""
         self.prices[seller_id] = price
         self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", [f"price:{seller_id}", price])
 
@@ -256,7 +256,7 @@ class SandboxStore:
 
 
 class StoredLookup(NamedTuple):
-    """A lookup: its params and the `data` of its answers (JSON), and when it was last sent (epoch seconds)."""
+    """A lookup: its params and the `data` of its answers (JSON); `last_sent_at` in seconds since the epoch."""
 
     id: int
     params: str

@@ -35,8 +35,8 @@ from enrich.ledger.database import Database
 from enrich.models import Decision, RequestSelection, RowStatus
 from enrich.rows.job_input import JobInput
 from enrich.rows.template import RequestTemplate
-from enrich.run.cluster_protocol import ClusterCallbacks
 from enrich.run.collector import Collector
+from enrich.run.context import ClusterCallbacks
 from tests.support import postgres as servers
 from tests.support.ledger import FOUND, NO_MATCH, CommittingLedger
 from tests.support.object_storage import BUCKET, put_object

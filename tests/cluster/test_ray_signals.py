@@ -93,12 +93,12 @@ def test_signal_during_ray_shutdown() -> None:
 
 
 IMPATIENT_SCRIPT = """
-import sys
+import os
 from enrich.cli import main
 from enrich.cluster import connection
 
 connection.CONNECT_TIMEOUT_S = 2.0
-sys.exit(main())
+os._exit(main())
 """
 
 

@@ -200,6 +200,18 @@ def test_finished_and_then_unknown_task_stays_open(slow_api: SandboxApi, workspa
     assert workspace.open_task_count() == 2
 
 
+@FILE_ONLY
+def test_failure_with_a_price_is_finished(slow_api: SandboxApi, workspace: Workspace) -> None:
+    """A task that had failed, and was charged, is not running any more."""
+    workspace.write_leads(make_leads(2))
+    workspace.submit_without_collecting(slow_api)
+    failed = {"status": "failed", "error": "no provider", "data": None, "credits_spent": 2}
+    with serve_cancellations(workspace, lambda task: http_reply(200, failed | {"task_id": task})) as (_, api):
+        summary = workspace.run_in_process("cancel", "job.yaml", "--json", api=api).json_output
+    assert (summary["finished"], summary["still_open"], summary["credits_spent"]) == (2, 0, 4)
+    assert workspace.open_task_count() == 0
+
+
 def cancel_at_api(api: SandboxApi, task_id: str) -> None:
     """Cancel a task as another client would."""
     with httpx.Client(verify=False, trust_env=False) as http:  # noqa: S501 - loopback
@@ -329,7 +341,7 @@ def test_refused_cancellations(open_tasks: Workspace, status: int, body: object,
     """A refusal is reported as it is and not repeated, and the other tasks are tried, too; the tasks stay open."""
     with (
         serve_cancellations(open_tasks, lambda _: http_reply(status, body)) as (server, api),
-        patch("enrich.run.cancel.CONCURRENT_TASKS", 1),
+        patch("enrich.commands.cancel.CONCURRENT_TASKS", 1),
     ):
         result = open_tasks.run_in_process("cancel", "job.yaml", "--json", api=api)
     summary = result.json_output

@@ -290,7 +290,7 @@ def test_online_reports_description_changes(workspace: Workspace, api: SandboxAp
 
     changed = workspace.run_in_process("check", "job.yaml", "--online", api=api)
     assert changed.exit_code == 0
-    assert "note: provider 833 Mailhound: 0.25 credits before, 0.5 credits now (dearer)" in changed.stderr
+    assert "note: provider 833 Mailhound: 0.25 credits before, 0.5 credits now (more expensive)" in changed.stderr
 
 
 @pytest.mark.parametrize(("environ", "code"), [({"DATABAR_API_KEY": "wrong"}, 3), ({"DATABAR_API_KEY": ""}, 3)])

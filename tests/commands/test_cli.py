@@ -403,7 +403,7 @@ def schema():
 
 enrich.job.spec.json_schema = schema
 sys.argv = ["enrich", "schema"]
-main()
+sys.exit(main())
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
     assert (result.returncode, result.stdout) == (code, "")
@@ -527,7 +527,7 @@ def run(_arguments, _signals):
         return cli.ExitCode.INTERRUPTED
 
 cli.run_command = run
-cli.main()
+os._exit(cli.main())
 """)
     command = [sys.executable, "-m", "importing"]
     result = subprocess.run(

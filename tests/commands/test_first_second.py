@@ -15,10 +15,8 @@ _PRINT_MODULES = """
 import sys
 from enrich.cli import main
 
-try:
-    main()
-finally:
-    print("modules:", *sys.modules)
+main()
+print("modules:", *sys.modules)
 """
 #: Modules that come with the interpreter or with a compiler of extension modules.
 _OF_THE_INTERPRETER = {"__main__", "cython_runtime"}

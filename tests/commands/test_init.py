@@ -13,8 +13,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from enrich.commands.init.column_matching import describe_column
-from enrich.commands.init.sample import Sample, take_sample
+from enrich.commands.init.column_matching import Sample, describe_column, take_sample
 from enrich.commands.init.template import JobDraft, render_job_file, yaml_scalar
 from enrich.databar.description import DOCUMENTED_WATERFALLS
 from enrich.files.text import TableFile
@@ -171,7 +170,7 @@ def test_api_is_queried_with_key(sample_workspace: Workspace, api: SandboxApi) -
 def test_documentation_replaces_unreachable_api(sample_workspace: Workspace) -> None:
     """Uses the documentation when the API is unreachable, and notes it on screen and in the job file."""
     unreachable_api = SandboxApi("http://127.0.0.1:9/v1", "key")
-    with patch("enrich.commands.waterfalls.Timeouts", lambda: SHORT_STARTUP_TIMEOUT):
+    with patch("enrich.run.run_state.Timeouts", lambda: SHORT_STARTUP_TIMEOUT):
         result = sample_workspace.run_in_process(
             "init", "leads.csv", "--waterfall", "email_getter", "-o", "-", api=unreachable_api
         )

@@ -13,11 +13,9 @@ from tests.support.workspace import SandboxApi, Workspace, make_leads
 #: Runs the command with these arguments, then prints the packages beside Python's own that were imported.
 SCRIPT = """
 import sys
-from databar_enrich import main
-try:
-    main()
-except SystemExit as done:
-    assert not done.code, done.code
+from enrich.cli import main
+code = main()
+assert not code, code
 names = {name.partition(".")[0] for name in sys.modules} - sys.stdlib_module_names
 print(*(name for name in names if not name.startswith("_")), file=sys.stderr)
 """

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from enrich.databar.responses import parse_body, wrong_params, wrong_rows
 from enrich.databar.task_results import BulkReader, TaskPhase, TaskReply, task_phase
 from enrich.models import Answer, State
-from enrich.run.answer_cells import answer_cells
+from enrich.run.output_cells import answer_cells
 from tests.support.cases import in_turn
 
 ADA = {"email": "ada@engine.example"}

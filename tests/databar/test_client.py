@@ -33,7 +33,7 @@ from enrich.errors import (
     UnexpectedResponse,
 )
 from enrich.job.target import Target, TargetKind
-from enrich.run.answer_cells import answer_cells
+from enrich.run.output_cells import answer_cells
 from tests.support.cases import in_turn
 from tests.support.raw_server import ConnectionAction, ReceivedRequest, Reply, http_reply, serve_replies, unused_port
 from tests.support.workspace import SandboxApi, serve_api

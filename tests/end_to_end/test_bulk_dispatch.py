@@ -439,6 +439,19 @@ def test_task_with_unknown_status(tmp_path: Path, workspace: Workspace, fault: s
 
 
 @FILE_ONLY
+def test_recovered_rows_are_counted(tmp_path: Path, workspace: Workspace) -> None:
+    """Of an unconfirmed bulk task that exists after all, the note counts the requests."""
+    with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
+        workspace.submit_without_collecting(api)
+        for table in ("attempts", "requests"):
+            workspace.sql(f"UPDATE {table} SET state = 'in_doubt'")
+        api.advance(60)
+        summary = workspace.run_job(api)
+    assert (summary.in_doubt, summary.submitted) == (0, 0)
+    assert f"{LEADS} requests recovered: the API has the task after all" in summary.notes
+
+
+@FILE_ONLY
 @pytest.mark.long
 def test_forgotten_task_expires_rows(tmp_path: Path, workspace: Workspace) -> None:
     """A known task that is now 404 expires its rows at an unknown price; they are not resent automatically."""

@@ -10,8 +10,8 @@ import pytest
 from enrich.errors import JobError
 from enrich.job.job import load_job
 from enrich.models import RequestResult, result_columns, to_credits
-from enrich.run import collector
-from enrich.run.answer_cells import answer_cells
+from enrich.run import output_cells
+from enrich.run.output_cells import answer_cells
 from tests.support.cases import in_turn
 from tests.support.fake_renderer import fake_renderer
 from tests.support.workspace import JOB, SandboxApi, Workspace, make_leads
@@ -139,7 +139,7 @@ def test_credits_have_no_noise() -> None:
             for row, cost in enumerate(micros)
         ]
     )
-    frame = collector._status_frame(results, pl.lit(value=True).alias("found"))
+    frame = output_cells._status_frame(results, pl.lit(value=True).alias("found"))
     assert frame.get_column("enrich_credits").to_list() == [to_credits(cost) for cost in micros]
 
 

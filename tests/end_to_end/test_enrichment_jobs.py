@@ -367,7 +367,7 @@ def test_changed_price_is_told(api: SandboxApi, workspace: Workspace) -> None:
     assert workspace.run_in_process("plan", "job.yaml", "-o", "plan.json", api=api).exit_code == 0
     api.set_prices({10: 0.5})
     checked = workspace.run_in_process("check", "job.yaml", "--online", api=api)
-    assert "0.01 credits before, 0.5 credits now (dearer)" in checked.stderr
+    assert "0.01 credits before, 0.5 credits now (more expensive)" in checked.stderr
     refused = workspace.run_in_process("run", "job.yaml", "--plan", "plan.json", api=api)
     assert (refused.exit_code, "the prices changed" in refused.stderr) == (5, True)
 

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from enrich.errors import RunDeclined
+from enrich.errors import LedgerMoved, RunDeclined
+from enrich.ledger.database import Database
+from enrich.ledger.rescue_file import RescueFile
+from enrich.ledger.rescue_recorder import RescueRecorder
 from enrich.run.context import RunOptions
 from tests.support.cases import first_quick
 from tests.support.ledger import run_sql
@@ -90,6 +93,23 @@ def test_run_is_refused(api: SandboxApi, workspace: Workspace, cause: str) -> No
     assert (paid.exit_code, paid.json_output["submitted"] >= 10) == (0, True)
     again = workspace.run_in_process("run", job, "--json", *more, api=api)
     assert (again.exit_code, again.json_output["submitted"]) == (0, 0)
+
+
+def test_answers_from_a_rescue_file_are_not_paid_again(api: SandboxApi, workspace: Workspace) -> None:
+    """A ledger that was renamed during a run is no reason to refuse: the rescue file has what it has paid for."""
+    with closing(Database(workspace.ledger_path)) as ledger:
+        recorder = RescueRecorder(ledger, RescueFile(workspace.ledger_path), LedgerMoved("", ""), database_missing=True)
+        recorder.begin()
+        recorder.close()
+    workspace.ledger_path.rename(workspace.ledger_path.with_name("moved.db"))
+    workspace.write_leads(make_leads(13))
+
+    result = workspace.run_in_process(*RUN, api=api)
+
+    assert (result.exit_code, result.json_output["submitted"], result.json_output["reused"]) == (0, 1, 12), (
+        result.stderr
+    )
+    assert not any("paid again" in note for note in result.json_output["notes"])
 
 
 @pytest.mark.long

@@ -13,7 +13,7 @@ from enrich.files import csv_format, excel_format
 from enrich.files.limits import FileLimits, limits_of
 from enrich.files.text import FileProblem
 from enrich.job.spec import Output
-from enrich.run import collector
+from enrich.run import collector, output_cells
 from tests.support.cases import in_turn
 from tests.support.table_files import read_table
 from tests.support.workspace import HEADER, SandboxApi, Workspace, make_leads
@@ -116,7 +116,7 @@ def test_answers_never_fail_the_file(
 ) -> None:
     """What an answer makes impossible is changed, and the row says so; the ledger keeps it: utf-8 writes it whole."""
     monkeypatch.setattr(
-        collector, "answer_columns", lambda answers, _: [pl.Series("", ["Jürgen 李" for _ in answers], pl.String)]
+        output_cells, "answer_columns", lambda answers, _: [pl.Series("", ["Jürgen 李" for _ in answers], pl.String)]
     )
     real = limits_of
     if "xlsx" in output:

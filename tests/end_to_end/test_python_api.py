@@ -225,7 +225,7 @@ def test_refusals_of_the_api_are_public_exceptions(
     """Each response that refuses a run is one of the documented exceptions, with its exit code."""
     # What is repeated for a while ends soon. Anything else has the time that it takes on a busy machine.
     startup_s = 0.1 if error is enrich.ApiUnreachable else 60.0
-    monkeypatch.setattr("enrich.commands.plan.Timeouts", partial(Timeouts, startup_s=startup_s))
+    monkeypatch.setattr("enrich.run.run_state.Timeouts", partial(Timeouts, startup_s=startup_s))
 
     def answer(request: ReceivedRequest) -> Reply:
         is_account = not first and "/user/" in request.line

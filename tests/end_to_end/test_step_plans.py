@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from enrich.commands import plan as plan_command
 from enrich.exit_codes import ExitCode
@@ -22,7 +23,7 @@ from enrich.job.job import load_job
 from enrich.ledger.database import ledger_exists
 from enrich.models import State
 from enrich.run.context import RunOptions
-from enrich.run.plan_file import SavedPlan
+from enrich.run.plan_file import SavedPlan, read_plan, write_plan
 from enrich.run.step_plan import StepsPlan
 from tests.end_to_end.test_steps import HEADER, JOB, SHORT_JOB, STEPS, make_people
 from tests.support.cases import examples, first_quick
@@ -85,9 +86,9 @@ def test_plan_is_a_ceiling_for_later_steps(people: Workspace, tmp_path: Path) ->
     with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
         save_plan(people, api)
         path = people.folder / "night.plan"
-        plan = SavedPlan.model_validate_json(path.read_text(encoding="utf-8"))
+        plan = read_plan(path)
         assert plan.requests == [12, 12]
-        path.write_text(plan.model_copy(update={"requests": [12, 5]}).model_dump_json(), encoding="utf-8")
+        write_plan(path, replace(plan, requests=[12, 5]))
         for expected in ([12, 5], [0, 0]):
             summary = follow_plan(people, api)
             assert (submitted_by_step(summary), summary["pending"]) == (expected, 7)

@@ -96,11 +96,11 @@ def test_folders_of_killed_processes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for path in (folder, other):
         os.utime(path, (long_ago, long_ago))
 
-    downloads.sweep()
+    downloads.remove_abandoned_folders()
     assert folder.exists()
     process.kill()
     process.communicate()
-    downloads.sweep(min_age_s=7200)
+    downloads.remove_abandoned_folders(min_age_s=7200)
     assert folder.exists()
-    downloads.sweep()
+    downloads.remove_abandoned_folders()
     assert [path.name for path in tmp_path.iterdir()] == ["enrich-other"]

@@ -34,8 +34,8 @@ from enrich.models import Answer, RowStatus, State
 from enrich.rows.job_input import JobInput
 from enrich.rows.requests import STATUS_COLUMNS
 from enrich.rows.template import RequestTemplate
-from enrich.run.answer_cells import to_cell
 from enrich.run.collector import Collector
+from enrich.run.output_cells import to_cell
 from tests.support.cases import examples, first_quick, in_turn
 from tests.support.ledger import DEFAULT_SELECTION
 

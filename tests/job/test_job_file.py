@@ -12,12 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from enrich.errors import JobError
+from enrich.errors import JobError, suggest_name
+from enrich.job.document import YamlDocument
 from enrich.job.field_types import parse_duration
 from enrich.job.job import Job, Overrides, load_job
-from enrich.job.name_hints import suggest_name
 from enrich.job.spec import Input, Output, json_schema
-from enrich.job.yaml_file import YamlDocument
 from tests.support.cases import in_turn
 
 BASE_JOB = """\

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from enrich.ledger import enroll, queries, request_ids, resume
 from enrich.ledger.enroll import stratified_sample
 from enrich.models import Answer, Decision, RequestBatch, RequestSelection, State
-from enrich.rows.send_order import rank_rows, sort_keys
+from enrich.rows.row_selection import rank_rows, sort_keys
 from tests.support.ledger import (
     CALL,
     DEFAULT_SELECTION,

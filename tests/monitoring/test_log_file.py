@@ -17,11 +17,15 @@ from typing import Any
 import pytest
 
 from enrich import __version__
+from enrich.exit_codes import JobArguments
+from enrich.job.job import load_job
 from enrich.ledger import queries
 from enrich.ledger.lock import lock_ledger
 from enrich.models import State
 from enrich.monitoring import log_file
 from enrich.monitoring.log_file import RunLog, open_log, redact_message
+from enrich.monitoring.observers import RunObservers
+from enrich.run.context import ClusterOptions, RunOptions
 from enrich.run.progress import Progress
 from enrich.sandbox.databar import Databar
 from enrich.sandbox.lookups import Refused as ApiRefusal
@@ -62,6 +66,18 @@ def test_start_and_end_events(api: SandboxApi, workspace: Workspace) -> None:
     assert start["ledger"] == str(workspace.ledger_path)
     assert (end["event"], end["execution"], end["exit_code"]) == ("end", 1, 0)
     assert end["receipt"] == result.json_output
+
+
+def test_start_event_has_options_as_json(workspace: Workspace) -> None:
+    """The start event has the cluster as an object, and no callbacks: not the text of a Python object."""
+    options = RunOptions(cluster=ClusterOptions(workers=2), confirm_new_ledger=lambda _: True)
+    with open_log(workspace.folder / "run.log", "job", lambda _: None) as log:
+        observers = RunObservers(log, lambda _: None, JobArguments("job.yaml", "job.yaml"))
+        observers.start(load_job(workspace.job_file), options)
+
+    logged_options = log_lines(workspace)[0]["options"]
+    assert logged_options["spread"] == {"address": None, "workers": 2}
+    assert "confirm_new_ledger" not in logged_options
 
 
 def _no_key(_: Workspace, __: SandboxApi) -> dict[str, str]:

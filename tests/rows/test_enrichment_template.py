@@ -9,8 +9,7 @@ import pytest
 from enrich.databar.description import Enrichment
 from enrich.errors import CommandRefused
 from enrich.job.job import load_job
-from enrich.rows.known_names import name_problems
-from enrich.rows.template import make_request_template
+from enrich.rows.template import make_request_template, name_problems
 from enrich.run.budget import make_budget
 from tests.support.workspace import Workspace
 

@@ -25,7 +25,7 @@ from enrich.models import Decision, RequestBatch, RowStatus
 from enrich.rows.addresses import LEFT_OUT, email_address
 from enrich.rows.job_input import JobInput
 from enrich.rows.template import RequestTemplate
-from enrich.run.answer_cells import answer_cells, answer_columns, to_cell
+from enrich.run.output_cells import answer_cells, answer_columns, to_cell
 from tests.support.cases import examples, in_turn
 from tests.support.ledger import CALL as ASKED
 from tests.support.ledger import DEFAULT_SELECTION, FOUND, CommittingLedger, row_requests, sqlite_connection

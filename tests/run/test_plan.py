@@ -16,6 +16,7 @@ import polars as pl
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from enrich.commands.plan import make_plan
 from enrich.errors import CommandRefused, EnrichError, JobError, LedgerLocked
@@ -535,10 +536,10 @@ def test_saved_plan_refused_after_price_change(api: SandboxApi, workspace: Works
     made_plan = saved_plan(workspace, api)
     (target,) = made_plan.ground.targets
     first, *others = target.providers
-    dearer = target.model_copy(update={"providers": [first.model_copy(update={"price": 1}), *others]})
-    ground = made_plan.ground.model_copy(update={"targets": [dearer]})
+    dearer = replace(target, providers=[replace(first, price=1), *others])
+    ground = replace(made_plan.ground, targets=[dearer])
 
-    summary = workspace.run_job(api, RunOptions(plan=made_plan.model_copy(update={"ground": ground})))
+    summary = workspace.run_job(api, RunOptions(plan=replace(made_plan, ground=ground)))
 
     assert (summary.exit_code, summary.submitted) == (5, 0)
     assert str(summary.error).startswith("the prices changed")

@@ -1,4 +1,4 @@
-"""Table-driven tests, and how many cases run when.
+"""Table-driven tests, and the choice of the cases that run with the quick tests.
 
 Tables of small cases are one test, because pytest's overhead per test exceeds the time of most cases. Of slow cases,
 a few run with the quick tests and all others with the long ones.
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-#: The examples of each property that the long tests run.
+#: The Hypothesis examples of each property in the profile of the long tests.
 FULL = 60
 #: The type of `pytest.param`.
 PARAM = type(pytest.param())

@@ -42,7 +42,7 @@ def storage_environ(endpoint: str) -> dict[str, str]:
 def make_bucket(endpoint: str) -> Iterator[dict[str, str]]:
     """Make a new bucket and point this process to the server."""
     variables = storage_environ(endpoint)
-    with httpx.Client(base_url=endpoint, verify=False, trust_env=False) as http:  # noqa: S501
+    with httpx.Client(base_url=endpoint, verify=False, trust_env=False, timeout=60) as http:  # noqa: S501
         http.post("/moto-api/reset")
         http.put(f"/{BUCKET}").raise_for_status()
     with patch.dict(os.environ, variables):

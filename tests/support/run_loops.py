@@ -185,7 +185,7 @@ async def open_loops(
     ledger.now = clock.now_ms()
     ledger.start_execution(cap)
     ledger.enroll(leads)
-    execution = RunState(
+    run_state = RunState(
         ledger.execution,
         clock,
         AdaptiveRateLimiter(rate),
@@ -195,11 +195,11 @@ async def open_loops(
         poll_schedule=FastPollSchedule(),
     )
     if rate is not None:
-        execution.rate_limiter.rate = rate  # a known rate is not probed, as with a real API
+        run_state.rate_limiter.rate = rate  # a known rate is not probed, as with a real API
     client = RecordingClient(api.access, clock, post_timeout_s=timing.post_s, get_timeout_s=timing.get_s)
-    client.request_log = RequestLog(execution)
+    client.request_log = RequestLog(run_state)
     try:
         async with client, LedgerWriter(ledger.wrapped) as writer:
-            yield LoopHarness(api, ledger, execution, writer, client, client.request_log)
+            yield LoopHarness(api, ledger, run_state, writer, client, client.request_log)
     finally:
         ledger.wrapped.close()

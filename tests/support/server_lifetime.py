@@ -20,8 +20,8 @@ def server_user_options() -> dict[str, Any]:
 
 
 def make_folder() -> Path:
-    """Make a folder that the server may use: pytest's own are closed to it when the tests run as root."""
-    folder = Path(tempfile.mkdtemp(prefix="enrich-postgres-"))
+    """Make a folder for the server's user, who cannot open pytest's own. It is in memory if those are."""
+    folder = Path(tempfile.mkdtemp(prefix="enrich-postgres-", dir=os.environ.get("PYTEST_DEBUG_TEMPROOT")))
     if user_options := server_user_options():
         os.chown(folder, user_options["user"], user_options["group"])
     return folder

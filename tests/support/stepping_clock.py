@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from contextlib import suppress
@@ -45,7 +46,7 @@ def main() -> None:
     from enrich.cli import main as enrich  # noqa: PLC0415 - imported after the clock was replaced
 
     sys.argv[0] = "enrich"
-    enrich()
+    os._exit(enrich())
 
 
 if __name__ == "__main__":

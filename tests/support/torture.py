@@ -259,8 +259,8 @@ def run_torture(
             workspace.write_leads(schedule.leads_for_run(run_number))
             kill = report.kills.total() < kills
             ledger_away = extra_faults and kill and run_number % LEDGER_AWAY_EVERY == LEDGER_AWAY_EVERY // 2
-            plan = RunScenario(run_number, stop_s if not report.stops else 1.0, kill=kill, ledger_away=ledger_away)
-            code = _run_once(workspace, proxied_api, rng, report, plan)
+            scenario = RunScenario(run_number, stop_s if not report.stops else 1.0, kill=kill, ledger_away=ledger_away)
+            code = _run_once(workspace, proxied_api, rng, report, scenario)
             in_flight = _leads_in_state(workspace, "submitting")
             report.max_in_flight_at_kill = max(report.max_in_flight_at_kill, len(in_flight))
             audit = api.audit()

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
 from http.client import HTTPConnection
+from math import inf
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -34,6 +35,7 @@ from enrich.job.target import TargetKind
 from enrich.ledger import transitions
 from enrich.ledger.database import Database, ledger_exists
 from enrich.ledger.lock import lock_ledger, open_for_run
+from enrich.run import rate_limit
 from enrich.run.context import RunEnvironment, RunOptions
 from enrich.run.pipeline import run
 from enrich.run.poll_schedule import PollSchedule
@@ -58,9 +60,9 @@ SHORT_TIMEOUTS = Timeouts(
     post_s=20,
     get_s=20,
 )
-#: For an API that is unreachable at the start, and …
+#: For an API that is unreachable at the start.
 SHORT_STARTUP_TIMEOUT = replace(SHORT_TIMEOUTS, startup_s=0.5)
-#: … for one that fails permanently during the run.
+#: For an API that fails permanently during the run.
 SHORT_OUTAGE_TIMEOUT = replace(SHORT_TIMEOUTS, outage_s=1.0)
 #: For POSTs that are never answered.
 SHORT_POST_TIMEOUT = replace(SHORT_TIMEOUTS, post_s=2.0)
@@ -259,7 +261,7 @@ class Workspace:
         """Run the program in this process: starts faster, and ignores signals."""
         out, err = io.StringIO(), io.StringIO()
         with (
-            _fast_polling(),
+            _no_waiting(),
             chdir(self.folder),
             patch.dict(os.environ, self.environment(api) | environ, clear=True),
             redirect_stdout(out),
@@ -297,7 +299,7 @@ class Workspace:
     ) -> RunSummary:
         """Run the job in this process with any timeouts."""
         job = load_job(self.job_file)
-        with _fast_polling(), lock_ledger(job.ledger, 0), open_for_run(job.ledger) as (ledger, lease):
+        with _no_waiting(), lock_ledger(job.ledger, 0), open_for_run(job.ledger) as (ledger, lease):
             if lease is not None:
                 around = {"clock": lease, "lease_valid": lease.is_valid} | around
             environment = RunEnvironment(timeouts=timing or Timeouts(), **around)
@@ -354,9 +356,16 @@ class ProgramResult:
 
 
 @contextmanager
-def _fast_polling() -> Iterator[None]:
-    """Poll after 0.05 s instead of 0.9 s, because hundreds of tests wait for runs against an instant sandbox."""
-    with patch.object(PollSchedule, "FIRST_GUESS_S", 0.05), patch.object(PollSchedule, "MIN_DELAY_S", 0.05):
+def _no_waiting() -> Iterator[None]:
+    """Poll after 0.05 s instead of 0.9 s, because hundreds of tests wait for runs against an instant sandbox.
+
+    Likewise, begin with the rate that the job allows, instead of finding it.
+    """
+    with (
+        patch.object(PollSchedule, "FIRST_GUESS_S", 0.05),
+        patch.object(PollSchedule, "MIN_DELAY_S", 0.05),
+        patch.object(rate_limit, "START_RATE_WITH_CEILING", inf),
+    ):
         yield
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import shlex
@@ -13,14 +12,12 @@ from pathlib import Path
 import click
 
 from enrich.commands import options
-from enrich.commands.init.column_matching import count_matched_params
-from enrich.commands.init.sample import Sample, take_sample
+from enrich.commands.init.column_matching import Sample, count_matched_params, take_sample
 from enrich.commands.init.template import JobDraft, render_job_file
 from enrich.commands.waterfalls import list_descriptions, read_description
 from enrich.databar.description import DOCUMENTED_ON, DOCUMENTED_WATERFALLS, Description
-from enrich.errors import ApiKeyRejected, ApiUnreachable, CommandRefused, JobError
+from enrich.errors import ApiKeyRejected, ApiUnreachable, CommandRefused, JobError, suggest_name
 from enrich.job.bounded_read import read_text
-from enrich.job.name_hints import suggest_name
 from enrich.job.spec import json_schema
 from enrich.job.target import Target, TargetKind
 
@@ -100,7 +97,7 @@ def _read_available(*, use_sandbox: bool, offline: bool) -> tuple[Sequence[Descr
         return documented
     try:
         with options.open_access(None, use_sandbox=use_sandbox) as access:
-            listed = asyncio.run(list_descriptions(access, TargetKind.WATERFALL))
+            listed = list_descriptions(access, TargetKind.WATERFALL)
             return listed, _source_text(access.host, use_sandbox=use_sandbox)
     except (ApiKeyRejected, ApiUnreachable) as error:
         click.echo(f"note: {error.message}; using the waterfalls of the documentation", err=True)
@@ -120,14 +117,14 @@ def _choose_waterfall(
         return known[identifier], source
     click.echo(f"Waterfalls from {source}, best fit for {leads} first:", err=True)
     click.echo("\n".join(rank_waterfalls(available, sample)), err=True)
-    options = ["--sandbox"] if use_sandbox else []
-    raise JobError("no waterfall is chosen", shlex.join(["enrich", "init", str(leads), *options, "--waterfall", "ID"]))
+    command = ["enrich", "init", str(leads), *(["--sandbox"] if use_sandbox else []), "--waterfall", "ID"]
+    raise JobError("no waterfall is chosen", shlex.join(command))
 
 
 def _read_enrichment(number: int, *, use_sandbox: bool) -> tuple[Description, str]:
     """Return an enrichment from the API, and a text that names the source. No documentation describes them."""
     with options.open_access(None, use_sandbox=use_sandbox) as access:
-        description = asyncio.run(read_description(access, Target(TargetKind.ENRICHMENT, str(number))))
+        description = read_description(access, Target(TargetKind.ENRICHMENT, str(number)))
         return description, _source_text(access.host, use_sandbox=use_sandbox)
 
 

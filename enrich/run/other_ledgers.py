@@ -1,7 +1,7 @@
-"""Checks the files that earlier runs wrote.
+"""Finds leads that another ledger has paid for, and files of real runs, which no sandbox run may replace.
 
-A new ledger is refused when an earlier output was paid for from another one: it would pay for the same leads again. A
-sandbox run replaces no file of a real run.
+A new ledger pays for its leads again when an earlier output, or another ledger in its folder, has paid for them: a
+copied, renamed or re-pointed job. Such a run is refused, unless the user agrees.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from enrich.errors import CommandRefused, EnrichError
+from enrich.errors import CommandRefused, EnrichError, RunCancelled, RunDeclined
 from enrich.files import object_store
 from enrich.files.csv_format import read_resaved_cells
 from enrich.files.discovery import InputFile
@@ -39,16 +39,24 @@ from enrich.job.locations import (
     sandbox_state_path,
 )
 from enrich.job.spec import Input
-from enrich.ledger import execution_records, task_ids
+from enrich.ledger import execution_records, neighbours, step_results, task_ids
 from enrich.ledger.database import Database, ledger_exists, try_read
 from enrich.ledger.dialect import DATABASE_ERRORS
-from enrich.ledger.neighbours import find_ledger_files
+from enrich.ledger.neighbours import Overlap, find_ledger_files
 from enrich.ledger.sqlite import unknown_to_sandbox
+from enrich.models import pluralize
+from enrich.run.context import RunContext
+from enrich.run.run_state import RunState
+from enrich.run.step_rows import StepRows
 
 #: `enrich_task_id`, and one column per step in jobs with steps.
 _TASK_ID = re.compile(r"enrich_(?:[a-z][a-z0-9_]*_)?task_id")
 #: What the strftime codes in a name match. A code that is not listed matches anything.
 _STRFTIME_PATTERNS = {"Y": r"\d{4}", "y": r"\d\d", "j": r"\d{3}", "%": "%"} | dict.fromkeys("mdHMSIUWVuw", r"\d{1,2}")
+#: Minimum number and share of the paid requests with which a run is refused. Jobs may share a few leads.
+MIN_REQUESTS, MIN_SHARE = 10, 0.01
+#: Seconds for the comparison.
+COMPARE_TIMEOUT_S = 20.0
 
 
 async def find_output_of_other_ledger(
@@ -84,7 +92,7 @@ async def find_output_of_other_ledger(
 
 
 def has_real_tasks(job: Job, output: Location) -> bool:
-    """Check whether a file has tasks that the sandbox of the job did not issue. Without readable tasks: no."""
+    """Check whether a file has tasks that the sandbox of the job did not issue. False if it has no readable tasks."""
     with suppress(CommandRefused, OSError):
         return any(_without_sandbox_tasks(job.ledger, tasks) for tasks in _read_task_ids(job, output))
     return False
@@ -127,12 +135,12 @@ def _newest_output(job: Job) -> Location | None:
     if isinstance(pattern, ObjectUrl):
         return _newest_object(pattern)
     sandbox_output = parse_location(job.output_base, sandbox_file_name(job.output.path))
-    others = set(_matching_paths(Path(str(sandbox_output))))
+    sandbox_outputs = set(_matching_paths(Path(str(sandbox_output))))
     found: list[tuple[float, Path]] = []
     for path in _matching_paths(pattern):
         with suppress(OSError):
             changed_s, is_output = path.stat().st_mtime, path.is_dir() if is_dataset(pattern) else path.is_file()
-            if is_output and path not in others and not is_same_file(job.input_path, path):
+            if is_output and path not in sandbox_outputs and not is_same_file(job.input_path, path):
                 found.append((changed_s, path))
     return max(found)[1] if found else None
 
@@ -183,6 +191,104 @@ def _newest_object(url_pattern: ObjectUrl) -> ObjectUrl | None:
     return replace(url_pattern, key=max(keys)) if keys else None
 
 
+def find_overlap(
+    ledger: Database, job: Job, bound_to: Mapping[str, str | None], step_rows: StepRows | None, number: int = 0
+) -> Overlap | None:
+    """Compare the requests of this pass with the other ledgers in its folder. None: the ledger is not new, or no file.
+
+    With steps: before the first one, the requests of all steps that are known by then; later, those of step `number`.
+    """
+    if job.sandbox or not isinstance(job.ledger, Path):
+        return None
+    if step_rows is None or not number:
+        if execution_records.has_own_submissions(ledger):
+            return None
+    elif execution_records.has_sent_step(ledger, step_rows.steps[number].job.step):
+        return None
+    if step_rows is None:
+        batches = neighbours.seen_fingerprints(ledger)
+    else:
+        batches = _fingerprints_of_steps(
+            ledger, step_rows, range(number, number + 1 if number else len(step_rows.steps))
+        )
+    return neighbours.compare_with_neighbours(batches, job.ledger, bound_to, COMPARE_TIMEOUT_S)
+
+
+def _fingerprints_of_steps(ledger: Database, step_rows: StepRows, numbers: Iterable[int]) -> Iterator[list[bytes]]:
+    """Yield the distinct requests that steps would send now, many at a time. A limit of the run changes nothing."""
+    step_results.begin_plan(ledger)
+    for number in numbers:
+        for step_batch in replace(step_rows, leads=None).step_batches(number):
+            rows = zip(step_batch.to_send().fingerprints, step_batch.known, strict=True)
+            new = [name for name, result in rows if name is not None and not (result and result.was_sent)]
+            step_results.add_planned(ledger, step_rows.steps[number].job.step, new)
+    yield from neighbours.planned_fingerprints(ledger)
+
+
+def refusal_to_pay_again(job: Job, overlap: Overlap, number: int = 0) -> CommandRefused | None:
+    """Return why a run needs the user's confirmation; None: it does not. `number` is that of the step."""
+    if overlap.paid < max(MIN_REQUESTS, MIN_SHARE * overlap.requests):
+        return None
+    paid = f"{overlap.paid:,} of the {pluralize(overlap.requests, 'request')}"
+    message = (
+        f"{paid} are already paid for in {_ledger_names(overlap)}. The new ledger {job.ledger} pays for them again"
+    )
+    ((main_ledger, _),) = overlap.by_ledger.most_common(1)
+    shared = os.path.relpath(main_ledger, job.document.folder)
+    hint = f"share its results with `ledger: {shared}` in the job file, or pay again with --new-ledger"
+    if number:  # the other ledger does not have the answers of the earlier steps
+        hint = f"--new-ledger pays again for the step `{job.steps[number].step}`"
+    return RunDeclined(message, hint)
+
+
+def overlap_notes(overlap: Overlap) -> list[str]:
+    """Return the notes about a comparison that refuses nothing."""
+    notes = []
+    if overlap.paid:
+        paid = f"{overlap.paid:,} of the {pluralize(overlap.requests, 'request')}"
+        notes.append(f"{paid} were already paid for in {_ledger_names(overlap)}, and are paid again in this ledger")
+    if overlap.unread:
+        names = ", ".join(path.name for path in overlap.unread)
+        notes.append(f"{names} could not be read, so it is unknown whether it has paid for the same requests")
+    return notes
+
+
+def _ledger_names(overlap: Overlap) -> str:
+    return ", ".join(path.name for path, _ in overlap.by_ledger.most_common())
+
+
+def confirm_paying_again(context: RunContext, error: CommandRefused) -> None:
+    """Ask the user whether to pay again. Raises RunCancelled if not, and the error where no user can answer."""
+    confirm = context.options.confirm_new_ledger
+    if confirm is None:
+        raise error
+    with context.signals.interruptible():
+        if not confirm(f"{error.message}.\nPay again?"):
+            raise RunCancelled
+
+
+async def check_neighbours(context: RunContext, run_state: RunState, step_rows: StepRows | None, number: int) -> None:
+    """Compare a new ledger with those beside it, before anything is spent, and again before a later step sends.
+
+    Raises RunDeclined when they have paid for much of the input, unless the user agrees to pay again.
+    """
+    if context.options.new_ledger or run_state.pays_again:
+        return
+    bound_to = context.preflight.bound_to
+    overlap = await context.ledger_writer.submit(find_overlap, context.job, bound_to, step_rows, number)
+    if overlap is None:
+        return
+    error = refusal_to_pay_again(step_rows.job_input.job if step_rows else context.job, overlap, number)
+    if error is not None:
+        if run_state.counters.submitted:  # the run does not stop for a confirmation any more
+            raise error
+        confirm_paying_again(context, error)
+        run_state.pays_again = True
+    run_state.paid_in_other_ledgers += overlap.paid
+    for note in overlap_notes(overlap):
+        run_state.add_note(note)
+
+
 def with_own_output(job: Job) -> tuple[Job, str | None]:
     """Return the job with an output that replaces no real one, and a note when that differs from `--output`.
 
@@ -205,9 +311,9 @@ def with_own_output(job: Job) -> tuple[Job, str | None]:
 
 
 def is_written_by_run(job: Job, location: Location) -> bool:
-    """Check whether a real run has written a file, or it is named as one and has tasks that the sandbox did not issue.
+    """Check whether a real run has written a file: by the ledgers of real runs, or by the tasks in it.
 
-    Under a sandbox run's own name such tasks are those of a sandbox whose ledger is another or gone.
+    The tasks do not count in a file with the name of a sandbox output: they are of a sandbox with another ledger.
     """
     if not is_sandbox_file_name(_as_named(location)) and has_real_tasks(job, location):
         return True
