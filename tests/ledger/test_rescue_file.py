@@ -446,6 +446,19 @@ def test_import_is_idempotent_after_kill(tmp_path: Path, workspace: Workspace) -
         assert workspace.run_in_process("ledger", "check", "job.yaml").exit_code == 0
 
 
+def test_commands_name_the_rescue_file(api: SandboxApi, workspace: Workspace) -> None:
+    """Where only a rescue file has the data, no command says that the job has never run; `plan` has a note."""
+    workspace.write_leads(make_leads(2))
+    workspace.ledger_path.parent.mkdir()
+    workspace.ledger_path.with_name("job.db.rescue").write_bytes(rescue_record(1).to_line())
+
+    for command in (("cancel",), ("collect", "--partial"), ("reconcile",), ("purge", "--older-than", "1d", "--yes")):
+        result = workspace.run_in_process(command[0], "job.yaml", *command[1:], api=api)
+        assert (result.exit_code, "job.db.rescue still has its data" in result.stderr) == (5, True), result.stderr
+    plan = workspace.run_in_process("plan", "job.yaml", api=api)
+    assert "job.db.rescue: it does not send again what that has" in plan.stdout
+
+
 @pytest.mark.long
 def test_forget_and_purge_clean_rescue_file(tmp_path: Path, workspace: Workspace) -> None:
     """Forget and purge refuse running tasks, erase imported answers, and leave no rescue file that contains them."""
