@@ -211,6 +211,23 @@ def test_lost_ledger_keeps_answer_and_later_task(ledger: CommittingLedger) -> No
     assert_sound(ledger)
 
 
+def test_answers_of_a_part_of_a_bulk_task_are_kept(ledger: CommittingLedger) -> None:
+    """The copy of the ledger was made while a bulk task was sent; one of its rows was sent again after its answer."""
+    ledger.start_and_enroll(0, 1, 2)
+    assert len(ledger.commit(transitions.claim, ledger.execution, 5, 1_000, 3, bulk=True)) == 3
+    lines = [
+        rescue_record(number, "found", "bulk", attempt=number, bulk_task=1, bulk_index=number, size=3, credits=0)
+        for number in range(2)
+    ]
+
+    for _ in range(2):
+        import_lines(ledger, *lines, rescue_record(2, task="again", attempt=9, claimed_ms=4_000))
+
+        assert request_states(ledger) == {0: "found", 1: "found", 2: "submitted"}
+        assert [task.task_id for task in transitions.submitted_tasks(ledger.wrapped)] == ["again"]
+        assert_sound(ledger)
+
+
 def test_refreshed_and_new_rows_of_a_bulk_task_stay_together(ledger: CommittingLedger) -> None:
     """A lost ledger: some rows of a bulk task that waits were answered before."""
     answered = [rescue_record(number, "found", f"old{number}") for number in range(2)]
