@@ -44,7 +44,7 @@ def main() -> int:
 
 
 class SignalErrors:
-    """Raises a signal as Interrupted, and remembers it: a library may raise its own error in place of ours."""
+    """Raises a signal as Interrupted, and keeps it: a library may raise its own error in place of ours."""
 
     def __init__(self) -> None:
         self._received: Interrupted | None = None

@@ -140,7 +140,7 @@ def required_actions(
         # No money is missing: another ledger has paid for what a later step would send.
         actions.append((hint, ("enrich run {run} --new-ledger",)))
     elif code == ExitCode.SOME_FAILED and not rows.get("steps") and rows.get("failed") == rows.get("expired") == 0:
-        text = "Some requests failed whose leads keep their last match or left the input. Retry them (may charge)"
+        text = "Some requests failed; their leads keep the last match or are not in the input. Retry them (may charge)"
         actions.append((text, ("enrich run {run} --retry failed,expired",)))
     elif code in _ACTIONS and not (code == ExitCode.IN_DOUBT and rows.get(RowStatus.IN_DOUBT)):
         actions.append(_ACTIONS[code])

@@ -193,7 +193,21 @@ _ALLOWED_NAMES = {
 }
 
 
-def join_validation_errors(document: YamlDocument, error: ValidationError) -> JobError:
+def validate_document(document: YamlDocument) -> JobModel:
+    """Check the keys and values of a job file. Raises JobError with all problems, each with its line."""
+    if "api_key" in document.data:
+        raise JobError(
+            f"{document.place_of(['api_key'])}: the API key does not belong in the job file",
+            "set DATABAR_API_KEY, or DATABAR_API_KEY_FILE for cron",
+        )
+    model_type = SteppedJobModel if "steps" in document.data else JobModel
+    try:
+        return model_type.model_validate(document.data)
+    except ValidationError as error:
+        raise _join_errors(document, error) from error
+
+
+def _join_errors(document: YamlDocument, error: ValidationError) -> JobError:
     """Combine all validation errors, sorted by line. A single error has its hint as a separate text."""
     found: list[tuple[int, str, str | None]] = []
     #: The place and the hint of each misspelled key. The right key is not reported as missing, too.

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from pydantic import ValidationError
 
 from enrich.errors import JobError
-from enrich.job.document import YamlDocument, join_validation_errors
+from enrich.job.document import YamlDocument, validate_document
 from enrich.job.field_types import MAX_CREDITS
 from enrich.job.file_names import (
     MAX_JOB_NAME_BYTES,
@@ -218,7 +218,7 @@ def load_job(path: Path, overrides: Overrides | None = None) -> Job:
         shown = os.fsencode(path).decode(errors="backslashreplace")
         raise JobError(f"{shown}: the name of the job file is not UTF-8 text", "rename it")
     document = YamlDocument(path)
-    model = _validate(document)
+    model = validate_document(document)
     given = {"input": overrides.input, "output": overrides.output, "ledger": overrides.ledger}
     document.replaced_keys = frozenset(key for key, value in given.items() if value is not None)
     if overrides.max_credits is not None:
@@ -253,20 +253,6 @@ def load_job(path: Path, overrides: Overrides | None = None) -> Job:
     )
     _check_outputs(job)
     return _with_steps(job, model) if isinstance(model, SteppedJobModel) else job
-
-
-def _validate(document: YamlDocument) -> JobModel:
-    """Check the keys and values of a job file. Raises JobError with all problems, each with its line."""
-    if "api_key" in document.data:
-        raise JobError(
-            f"{document.place_of(['api_key'])}: the API key does not belong in the job file",
-            "set DATABAR_API_KEY, or DATABAR_API_KEY_FILE for cron",
-        )
-    model_type = SteppedJobModel if "steps" in document.data else JobModel
-    try:
-        return model_type.model_validate(document.data)
-    except ValidationError as error:
-        raise join_validation_errors(document, error) from error
 
 
 def _with_steps(job: Job, model: SteppedJobModel) -> Job:

@@ -3,7 +3,7 @@
 The imports take most of a second of processor time, and the tests start hundreds of processes. One server process for
 all pytest processes imports the program once, and forks for each start. A forked process has its own environment,
 folder, streams, signal dispositions and limits, as an executed one has, and it is killed like one. Only its end is
-shorter: the interpreter does not take its modules apart, for which each page of memory would be copied first.
+shorter: it skips the interpreter's teardown of modules, which would copy each page of memory first.
 
 Executed (`python -m enrich`) are Ray's drivers, as Ray's workers import what the driver's `__main__` names, and starts
 with variables that the interpreter reads. Tests of the start itself (closed streams, missing packages, documented

@@ -20,7 +20,7 @@ def server_user_options() -> dict[str, Any]:
 
 
 def make_folder() -> Path:
-    """Make a folder that the server may use, in memory if the others are; pytest closes its own to others than root."""
+    """Make a folder for the server's user, who cannot open pytest's own. It is in memory if those are."""
     folder = Path(tempfile.mkdtemp(prefix="enrich-postgres-", dir=os.environ.get("PYTEST_DEBUG_TEMPROOT")))
     if user_options := server_user_options():
         os.chown(folder, user_options["user"], user_options["group"])
