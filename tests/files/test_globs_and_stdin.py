@@ -261,15 +261,19 @@ def test_job_file_with_stdin_input(workspace: Workspace, api: SandboxApi) -> Non
 def test_unusable_stdin(
     workspace: Workspace, api: SandboxApi, data: bytes | None, message_start: str, *, in_job_file: bool
 ) -> None:
-    """Unusable stdin is an error before anything is spent."""
+    """Unusable stdin is an error before anything is spent, and its copy on disk is removed."""
+    copies = workspace.folder / "tmp"
+    copies.mkdir()
     if in_job_file:
         workspace.write_job(input='"-"')
-    result = run_with_stdin(workspace, api, data, "run", "job.yaml", *(() if in_job_file else ("--input", "-")))
+    options = () if in_job_file else ("--input", "-")
+    result = run_with_stdin(workspace, api, data, "run", "job.yaml", *options, TMPDIR=str(copies))
     assert (result.exit_code, result.stderr.startswith(message_start)) == (
         2 if message_start == "error: " else 5,
         True,
     ), result.stderr
     assert api.audit()["accepted"] == 0
+    assert list(copies.iterdir()) == []
 
 
 @pytest.mark.long
