@@ -139,18 +139,20 @@ class _Import:
         """Update the attempt that a line describes. Return False when the ledger does not have it."""
         db, now_ms, counts = self.db, self.now_ms, self.counts
         row = db.execute(
-            "SELECT a.id, a.state, a.task_id, a.execution_id, r.attempt_id = a.id, a.bulk_task_id IS NOT NULL "
-            "FROM attempts a JOIN requests r ON r.id = a.request_id WHERE r.fingerprint = ? AND a.claimed_ms = ? "
-            "ORDER BY a.id DESC LIMIT 1",
+            "SELECT a.id, a.state, a.task_id, a.execution_id, r.attempt_id = a.id, a.bulk_task_id IS NOT NULL, "
+            "EXISTS (SELECT 1 FROM attempts o JOIN requests s ON s.id = o.request_id WHERE o.bulk_task_id = "
+            "a.bulk_task_id AND s.attempt_id <> o.id) FROM attempts a JOIN requests r ON r.id = a.request_id "
+            "WHERE r.fingerprint = ? AND a.claimed_ms = ? ORDER BY a.id DESC LIMIT 1",
             (bytes.fromhex(line.fingerprint), line.claimed_ms),
         ).fetchone()
         if row is None or (None not in (row[2], line.task_id) and row[2] != line.task_id):
             return False
-        attempt_id, state, _, execution_id, is_newest, is_bulk = row
+        attempt_id, state, _, execution_id, is_newest, is_bulk, is_sent_again = row
         fetchable = is_newest and bool(is_bulk) == (line.bulk_task is not None) and not self._is_in_doubt(line)
         if state in ("submitting", "in_doubt") and fetchable and line.task_id is not None:
             # Without all of its requests, a bulk task is not polled again. Its answers become attempts of their own.
-            if line.bulk_task is not None and self.rows_per_bulk_task[line.bulk_task] != line.size:
+            is_whole = self.rows_per_bulk_task[line.bulk_task] == line.size and not is_sent_again
+            if line.bulk_task is not None and not is_whole:
                 return False
             _mark_submitted(db, attempt_id, execution_id, line, already_counted=state == "in_doubt")
             self._add_holder(line)
@@ -322,7 +324,8 @@ def _insert_attempt(  # noqa: PLR0913, PLR0917 - each is a column
     row = db.execute(
         "INSERT INTO attempts (request_id, execution_id, previous_state, previous_id, state, task_id, claimed_ms, "
         "submitted_ms, settled_ms, settled_execution_id, acknowledged, reserved, credits, provider, error, answer, "
-        "bulk_task_id, bulk_index, step) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING id",
+        "bulk_task_id, bulk_index, step, gone) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) "
+        "RETURNING id",
         (
             request.id,
             execution_id,
@@ -343,6 +346,8 @@ def _insert_attempt(  # noqa: PLR0913, PLR0917 - each is a column
             bulk_task_id,
             None if bulk_task_id is None else line.bulk_index,
             line.step,
+            # A row of a bulk task is not polled alone: it would get the answer of the first row.
+            int(line.bulk_task is not None and bulk_task_id is None),
         ),
     ).fetchone()
     db.execute(

@@ -228,6 +228,32 @@ def test_answers_of_a_part_of_a_bulk_task_are_kept(ledger: CommittingLedger) -> 
         assert_sound(ledger)
 
 
+def test_part_of_a_bulk_task_is_not_polled(ledger: CommittingLedger) -> None:
+    """A row of an unconfirmed bulk task was sent again while the rescue file was away: its answers have no rows."""
+    ledger.start_and_enroll(0, 1)
+    ledger.commit(transitions.claim, ledger.execution, 5, 1_000, 2, bulk=True)
+    ledger.commit(resume.recover, 1_500)
+    import_lines(ledger, rescue_record(0, task="again", attempt=9, claimed_ms=4_000))
+    bulk = [rescue_record(number, task="bulk", bulk_task=1, bulk_index=number, size=2) for number in range(2)]
+
+    for _ in range(2):
+        import_lines(ledger, *bulk)
+
+        assert request_states(ledger) == {0: "submitted", 1: "in_doubt"}
+        assert [task.task_id for task in transitions.submitted_tasks(ledger.wrapped)] == ["again"]
+        assert resume.written_off_tasks(ledger.wrapped, 0) == []
+        assert_sound(ledger)
+
+
+def test_one_row_of_a_bulk_task_is_not_polled_alone(ledger: CommittingLedger) -> None:
+    """The first row of the task's answer would be taken for that of this row."""
+    import_lines(ledger, rescue_record(1, task="bulk", bulk_task=1, bulk_index=1, size=2))
+
+    assert request_states(ledger) == {1: "in_doubt"}
+    assert resume.written_off_tasks(ledger.wrapped, 0) == []
+    assert_sound(ledger)
+
+
 def test_refreshed_and_new_rows_of_a_bulk_task_stay_together(ledger: CommittingLedger) -> None:
     """A lost ledger: some rows of a bulk task that waits were answered before."""
     answered = [rescue_record(number, "found", f"old{number}") for number in range(2)]
