@@ -45,11 +45,11 @@ def serve_in_thread(state: Path, settings: SandboxSettings = DEFAULTS, port: int
 
 
 def serve(state: Path, settings: SandboxSettings, port: int) -> None:
-    """Serve in the foreground until SIGTERM or SIGINT; prints URL and key on stdout once it listens."""
+    """Serve in the foreground until SIGTERM, SIGINT or SIGHUP; prints URL and key on stdout once it listens."""
     with _bind(port) as listener, closing(SandboxStore(state, money.to_micros(settings.balance))) as store:
 
         def announce() -> None:
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 if signal.getsignal(number) is not signal.SIG_IGN:  # ignored under nohup, or a shell's `&`
                     asyncio.get_running_loop().add_signal_handler(number, server.stop)
             lines = f"DATABAR_BASE_URL={_url(listener)}\nDATABAR_API_KEY={settings.api_key}\n"

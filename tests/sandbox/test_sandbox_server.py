@@ -147,9 +147,9 @@ def test_stops_with_requests_in_flight(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_stop_the_server(number: signal.Signals) -> None:
-    """SIGTERM and SIGINT end it with exit 0, after exactly two lines on stdout."""
+    """SIGTERM, SIGINT and SIGHUP end it with exit 0, after exactly two lines on stdout."""
     with start_process() as (running, api):
         api.submit()
         os.kill(running.pid, number)
