@@ -490,7 +490,7 @@ def test_import_is_idempotent_after_kill(tmp_path: Path, workspace: Workspace) -
 
 
 def test_commands_name_the_rescue_file(api: SandboxApi, workspace: Workspace) -> None:
-    """Where only a rescue file has the data, no command says that the job has never run; `plan` has a note."""
+    """Where only a rescue file has the data, commands that need the ledger name the file; `plan` has a note."""
     workspace.write_leads(make_leads(2))
     workspace.ledger_path.parent.mkdir()
     workspace.ledger_path.with_name("job.db.rescue").write_bytes(rescue_record(1).to_line())
