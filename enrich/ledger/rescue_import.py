@@ -149,11 +149,12 @@ class _Import:
             return False
         attempt_id, state, _, execution_id, is_newest, is_bulk, is_sent_again = row
         fetchable = is_newest and bool(is_bulk) == (line.bulk_task is not None) and not self._is_in_doubt(line)
+        # Without all of its requests, a bulk task is not polled again.
+        has_all_rows = self.rows_per_bulk_task[line.bulk_task] == line.size and not is_sent_again
+        is_whole = line.bulk_task is None or has_all_rows
         if state in ("submitting", "in_doubt") and fetchable and line.task_id is not None:
-            # Without all of its requests, a bulk task is not polled again. Its answers become attempts of their own.
-            is_whole = self.rows_per_bulk_task[line.bulk_task] == line.size and not is_sent_again
-            if line.bulk_task is not None and not is_whole:
-                return False
+            if not is_whole:
+                return False  # the answers of a bulk task become attempts of their own
             _mark_submitted(db, attempt_id, execution_id, line, already_counted=state == "in_doubt")
             self._add_holder(line)
             counts["answered" if _settle_if_answered(db, attempt_id, execution_id, line) else "submitted"] += 1
@@ -166,7 +167,8 @@ class _Import:
             transitions.record_rejected(db, [(attempt_id, line.error or "not accepted", now_ms)])
             counts["refused"] += 1
         elif state == "submitting":
-            transitions.mark_in_doubt(db, [(attempt_id, line.error or _UNKNOWN_ANSWER_ERROR, now_ms, line.task_id)])
+            task_id = line.task_id if is_whole else None
+            transitions.mark_in_doubt(db, [(attempt_id, line.error or _UNKNOWN_ANSWER_ERROR, now_ms, task_id)])
             counts["in_doubt"] += 1
         else:
             counts["known"] += 1

@@ -245,6 +245,21 @@ def test_part_of_a_bulk_task_is_not_polled(ledger: CommittingLedger) -> None:
         assert_sound(ledger)
 
 
+def test_unconfirmed_part_of_a_bulk_task_is_not_polled(ledger: CommittingLedger) -> None:
+    """The file has only some rows of a task that was being sent, with the id that came with an error."""
+    ledger.start_and_enroll(0, 1, 2)
+    ledger.commit(transitions.claim, ledger.execution, 5, 1_000, 3, bulk=True)
+
+    import_lines(
+        ledger,
+        *(rescue_record(number, "in_doubt", "bulk", bulk_task=1, bulk_index=number, size=3) for number in range(2)),
+    )
+
+    assert request_states(ledger) == dict.fromkeys(range(3), "in_doubt")
+    assert resume.written_off_tasks(ledger.wrapped, 0) == []
+    assert_sound(ledger)
+
+
 def test_one_row_of_a_bulk_task_is_not_polled_alone(ledger: CommittingLedger) -> None:
     """The first row of the task's answer would be taken for that of this row."""
     import_lines(ledger, rescue_record(1, task="bulk", bulk_task=1, bulk_index=1, size=2))
