@@ -38,10 +38,10 @@ from enrich.errors import (
 from enrich.exit_codes import ExitCode
 from enrich.job.job import Job
 from enrich.ledger import execution_records, lease_table, rescue_import, resume, transitions
-from enrich.ledger.database import Database, check_ledger_exists
+from enrich.ledger.database import Database
 from enrich.ledger.lock import lock_ledger, open_for_run
 from enrich.models import Answer, State, Task, format_credits, pluralize, read_balance, to_credits
-from enrich.run.context import rescue_folders
+from enrich.run.context import check_ledger_exists, rescue_folders
 from enrich.run.preflight import check_api_host, check_workspace, read_binding, retry_until
 from enrich.run.run_state import Timeouts
 from enrich.run.summary import RunSummary
@@ -263,7 +263,7 @@ def cancel(job_options: options.JobOptions, as_json: bool) -> int:
     Their leads become `failed` and are sent again only by --retry failed. Bulk tasks are listed, not cancelled.
     """
     job = job_options.load()
-    check_ledger_exists(job.ledger)
+    check_ledger_exists(job)
     with ExitStack() as stack:
         stack.enter_context(lock_ledger(job.ledger, 0))
         access = stack.enter_context(options.open_access(job, use_sandbox=job_options.use_sandbox))

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
@@ -28,12 +27,11 @@ from enrich.ledger.database import Database, ledger_exists, try_read
 from enrich.ledger.dialect import DATABASE_ERRORS
 from enrich.ledger.erasure import read_or_make_key
 from enrich.ledger.lock import open_exclusive
-from enrich.ledger.rescue_file import find_rescue_files
 from enrich.ledger.rescue_import import import_rescue_files, remove_imported_files
 from enrich.models import OPEN_STATES, pluralize, to_ms
 from enrich.rows.job_input import JobInput
 from enrich.rows.template import RequestTemplate
-from enrich.run.context import rescue_folders
+from enrich.run.context import check_ledger_exists, rescue_folders
 from enrich.run.preflight import find_template, template_from_ledger
 from enrich.sandbox.store import StoredLookup, erase_lookups, read_lookups
 
@@ -157,18 +155,11 @@ def _erase_from_sandbox_state(job: Job, choose: Callable[[StoredLookup], bool], 
 @contextmanager
 def _open_for_erasing(job: Job) -> Iterator[Database]:
     """Lock and open the ledger so that erased data is also removed from its file. Raises CommandRefused."""
-    folders = rescue_folders(job)
-    if not ledger_exists(job.ledger):
-        if isinstance(job.ledger, Path) and (leftovers := find_rescue_files(job.ledger, folders)):
-            raise CommandRefused(
-                f"{job.ledger}: the ledger is missing, but {leftovers[0]} still has its data",
-                "import it with `enrich run JOB --limit 0`, then run this again",
-            )
-        raise CommandRefused(f"{job.ledger}: no ledger, because this job has never run")
+    check_ledger_exists(job)
     with open_exclusive(job.ledger) as fence, closing(Database(job.ledger, fencing_token=fence)) as ledger:
         ledger.session.enable_secure_delete()
         with ledger.transaction():  # so that no rescue file with the data is left beside the ledger
-            rescued = import_rescue_files(ledger, folders, job.name, SystemClock().now_ms())
+            rescued = import_rescue_files(ledger, rescue_folders(job), job.name, SystemClock().now_ms())
         remove_imported_files(rescued)
         yield ledger
         if not ledger.session.discard_erased_data():

@@ -29,7 +29,7 @@ from enrich.rows.job_input import JobInput
 from enrich.rows.requests import RowCounts
 from enrich.rows.template import RequestTemplate
 from enrich.run.budget import check_balance, make_budget
-from enrich.run.context import RunOptions, select_requests
+from enrich.run.context import RunOptions, find_job_rescue_files, select_requests
 from enrich.run.other_ledgers import (
     find_output_of_other_ledger,
     find_overlap,
@@ -253,6 +253,8 @@ def _prepare_rows_file(job: Job, rows_file: Path | None) -> Path | None:
 def _notes(job: Job, preflight_result: Preflight, to_submit: int, *, is_running: bool) -> Iterator[str]:
     if is_running:
         yield "a run of this ledger is in progress: what it does from now on is not in this plan"
+    elif rescue_files := find_job_rescue_files(job):
+        yield f"a run first imports {rescue_files[0]}: it does not send again what that has"
     if to_submit:
         try:
             check_balance(job, preflight_result.template, preflight_result.balance)

@@ -12,7 +12,7 @@ from enrich.databar.credentials import ApiAccess
 from enrich.errors import ApiUnreachable, CommandRefused
 from enrich.job.job import Job
 from enrich.ledger import execution_records, queries
-from enrich.ledger.database import Database, check_ledger_exists
+from enrich.ledger.database import Database
 from enrich.models import read_balance
 from enrich.run.balance import (
     PART_LABELS,
@@ -22,6 +22,7 @@ from enrich.run.balance import (
     choose_baseline,
     explain_balance,
 )
+from enrich.run.context import check_ledger_exists
 from enrich.run.preflight import call_api
 
 
@@ -31,7 +32,7 @@ def reconcile_job(job: Job, access: ApiAccess, since: int | None) -> Reconciliat
     Raises CommandRefused if the ledger lacks the needed data, ApiUnreachable (also if the API reports no balance)
     and ApiKeyRejected.
     """
-    check_ledger_exists(job.ledger)
+    check_ledger_exists(job)
     with closing(Database(job.ledger, read_only=True)) as ledger:
         executions, in_doubt = execution_records.list_executions(ledger), queries.in_doubt_summary(ledger)
         if since is None:

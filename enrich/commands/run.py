@@ -23,14 +23,14 @@ from enrich.exit_codes import ExitCode, JobArguments, format_actions, required_a
 from enrich.extras import install_hint
 from enrich.job.job import Job
 from enrich.job.locations import STDIN, PostgresLocation, WebUrl
-from enrich.ledger.database import check_ledger_exists, ledger_exists
+from enrich.ledger.database import ledger_exists
 from enrich.ledger.lock import lock_ledger, open_for_run
 from enrich.ledger.sqlite import is_damage_error
 from enrich.models import State
 from enrich.monitoring.log_file import open_log
 from enrich.monitoring.observers import RunObservers
 from enrich.run import pipeline
-from enrich.run.context import ClusterEngine, ClusterOptions, RunEnvironment, RunOptions
+from enrich.run.context import ClusterEngine, ClusterOptions, RunEnvironment, RunOptions, check_ledger_exists
 from enrich.run.other_ledgers import with_own_output
 from enrich.run.output import rebuild_output
 from enrich.run.plan_file import read_plan
@@ -341,7 +341,7 @@ def collect(job_options: options.JobOptions, partial: bool, as_json: bool) -> in
     job, note = with_own_output(job_options.load())
     if note is not None:
         click.echo(f"note: {note}", err=True)
-    check_ledger_exists(job.ledger)
+    check_ledger_exists(job)
     with lock_ledger(job.ledger, 0):
         summary = rebuild_output(job, partial=partial)
     print_summary(summary, job_options.arguments(as_typed=True), as_json=as_json, show=sys.stderr.isatty())

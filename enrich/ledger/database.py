@@ -245,12 +245,6 @@ def ledger_exists(location: LedgerLocation) -> bool:
     )
 
 
-def check_ledger_exists(location: LedgerLocation) -> None:
-    """Raise CommandRefused when the job of this ledger has never run."""
-    if not ledger_exists(location):
-        raise CommandRefused(f"{location}: no ledger, because this job has never run", "run it first: enrich run JOB")
-
-
 def open_existing(
     location: LedgerLocation, *, any_version: bool = False, skip_integrity_check: bool = False
 ) -> Database:

@@ -85,7 +85,8 @@ def import_rescued(db: Database, lines: Sequence[RescuedAttempt], job: str, now_
     Raises CommandRefused when they belong to another API host or workspace.
     """
     _check_binding(db, lines)
-    return RescueImport(**_Import(db, job, now_ms, _task_holders(db, lines)).run(lines))
+    rows_per_bulk_task = Counter(line.bulk_task for line in lines if line.task_id is not None)
+    return RescueImport(**_Import(db, job, now_ms, _task_holders(db, lines), rows_per_bulk_task).run(lines))
 
 
 def _check_binding(db: Database, lines: Sequence[RescuedAttempt]) -> None:
@@ -107,6 +108,8 @@ class _Import:
     now_ms: int
     #: The attempts of the ledger that have the task ids of the lines, by task id.
     holders: dict[str, list[_TaskHolder]]
+    #: The number of lines with a task id, by their bulk task.
+    rows_per_bulk_task: Counter[int | None]
     #: The number of lines by what became of them.
     counts: Counter[str] = field(default_factory=Counter)
     #: The records of the runs that made the inserted attempts, by the columns of their jobs.
@@ -146,6 +149,9 @@ class _Import:
         attempt_id, state, _, execution_id, is_newest, is_bulk = row
         fetchable = is_newest and bool(is_bulk) == (line.bulk_task is not None) and not self._is_in_doubt(line)
         if state in ("submitting", "in_doubt") and fetchable and line.task_id is not None:
+            # Without all of its requests, a bulk task is not polled again. Its answers become attempts of their own.
+            if line.bulk_task is not None and self.rows_per_bulk_task[line.bulk_task] != line.size:
+                return False
             _mark_submitted(db, attempt_id, execution_id, line, already_counted=state == "in_doubt")
             self._add_holder(line)
             counts["answered" if _settle_if_answered(db, attempt_id, execution_id, line) else "submitted"] += 1

@@ -208,7 +208,8 @@ def describe_write_error(error: BaseException) -> tuple[str, str]:
             "cannot be written: another program has locked it (database is locked)",
             "end the program that holds the lock, such as a database browser, then run the same command again",
         )
-    return f"cannot be written: {error}", "free some space or repair the disk, then run the same command again"
+    hint = "free some space, there and in TMPDIR, or repair the disk, then run the same command again"
+    return f"cannot be written: {error}", hint
 
 
 def is_damage_error(error: BaseException | None) -> bool:
@@ -251,15 +252,12 @@ def open_sqlite(path: Path, *, read_only: bool, any_version: bool, skip_integrit
             make_private_folder(path.parent)
             if not file_exists:
                 _create(path)
-            # SQLite would silently open a read-only file for reading.
-            if not os.access(path, os.W_OK):
-                raise PermissionError(errno.EACCES, "it is read-only", str(path))
+            _check_writable(path)
         if path.is_file() and not path.stat().st_size:
             raise damaged_ledger_error(path, "it is empty")
-        mode = "ro" if read_only else "rw"
         # Only one thread at a time uses the connection, but not always the same one.
         db = sqlite3.connect(
-            f"{path.absolute().as_uri()}?mode={mode}",
+            f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rw'}",
             uri=True,
             isolation_level=None,
             check_same_thread=False,
@@ -287,6 +285,13 @@ def open_sqlite(path: Path, *, read_only: bool, any_version: bool, skip_integrit
     return db
 
 
+def _check_writable(path: Path) -> None:
+    """Raise PermissionError if SQLite could only read a ledger, which it would not report. The WAL is in its folder."""
+    for target, reason in ((path, "it is read-only"), (path.resolve().parent, "its folder is read-only")):
+        if not os.access(target, os.W_OK):
+            raise PermissionError(errno.EACCES, reason, str(path))
+
+
 def is_ledger_file(path: Path) -> bool:
     """Return whether a file is a ledger. It may be open in this process.
 
@@ -306,7 +311,8 @@ def _opening_error(path: Path, error: Exception) -> CommandRefused:
     # An error in our own SQL comes from the content: it fits every sound ledger.
     if is_damage_error(error) or _error_kind(error) == sqlite3.SQLITE_ERROR:
         return damaged_ledger_error(path)
-    return CommandRefused(f"{path}: the ledger cannot be opened: {error}", "is it a ledger, and writable?")
+    reason = getattr(error, "strerror", None) or error
+    return CommandRefused(f"{path}: the ledger cannot be opened: {reason}", "is it a ledger, and writable?")
 
 
 def unknown_to_sandbox(state: Path, tasks: Sequence[str]) -> list[str]:

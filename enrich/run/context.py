@@ -15,8 +15,11 @@ from msgspec.structs import replace
 
 from enrich.databar.clock import Clock, SystemClock
 from enrich.databar.credentials import ApiAccess
+from enrich.errors import CommandRefused
 from enrich.job.job import Job
 from enrich.job.locations import Location
+from enrich.ledger.database import ledger_exists
+from enrich.ledger.rescue_file import find_rescue_files
 from enrich.models import RequestSelection, State, to_ms
 from enrich.run.progress import Progress
 from enrich.run.run_state import RunState, Timeouts, WorkConfig
@@ -154,6 +157,23 @@ def rescue_folders(job: Job) -> tuple[Path, ...]:
     parts = Path(os.path.normpath(job.output_base / job.output.path)).parts
     dated = next((number for number, part in enumerate(parts) if "%" in part), len(parts))
     return (Path(*parts[: min(dated, len(parts) - 1)]), job_folder)
+
+
+def find_job_rescue_files(job: Job) -> list[Path]:
+    """Return the rescue files that the next run of a job imports."""
+    return find_rescue_files(job.ledger, rescue_folders(job)) if isinstance(job.ledger, Path) else []
+
+
+def check_ledger_exists(job: Job) -> None:
+    """Raise CommandRefused when a job has never run, or only a rescue file has the data of its ledger."""
+    if ledger_exists(job.ledger):
+        return
+    if leftovers := find_job_rescue_files(job):
+        raise CommandRefused(
+            f"{job.ledger}: the ledger is missing, but {leftovers[0]} still has its data",
+            "import it with `enrich run JOB --limit 0`, then run this again",
+        )
+    raise CommandRefused(f"{job.ledger}: no ledger, because this job has never run", "run it first: enrich run JOB")
 
 
 def select_requests(job: Job, options: RunOptions, now_ms: int) -> RequestSelection:

@@ -151,6 +151,21 @@ def test_unwritable_ledger_is_exit_5(api: SandboxApi, workspace: Workspace, targ
     assert api.audit()["accepted"] == 0
 
 
+@pytest.mark.parametrize("target", ["file", "folder"])
+def test_unwritable_ledger_is_named(workspace: Workspace, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
+    """Names what is read-only at the start, also where the lock of an earlier run is left: its WAL needs the folder."""
+    path = workspace.ledger_path
+    Database(path).close()
+    place = path if target == "file" else path.parent
+    monkeypatch.setattr(os, "access", lambda asked, _: Path(asked) != place)
+
+    with pytest.raises(CommandRefused) as refusal:
+        Database(path)
+
+    reason = "it is read-only" if target == "file" else "its folder is read-only"
+    assert str(refusal.value) == f"{path}: the ledger cannot be opened: {reason}"
+
+
 def test_unwritable_wal_is_exit_5(api: SandboxApi, workspace: Workspace) -> None:
     """A folder in the journal's place stops root as well."""
     workspace.write_leads(make_leads(3))

@@ -211,6 +211,23 @@ def test_lost_ledger_keeps_answer_and_later_task(ledger: CommittingLedger) -> No
     assert_sound(ledger)
 
 
+def test_answers_of_a_part_of_a_bulk_task_are_kept(ledger: CommittingLedger) -> None:
+    """The copy of the ledger was made while a bulk task was sent; one of its rows was sent again after its answer."""
+    ledger.start_and_enroll(0, 1, 2)
+    assert len(ledger.commit(transitions.claim, ledger.execution, 5, 1_000, 3, bulk=True)) == 3
+    lines = [
+        rescue_record(number, "found", "bulk", attempt=number, bulk_task=1, bulk_index=number, size=3, credits=0)
+        for number in range(2)
+    ]
+
+    for _ in range(2):
+        import_lines(ledger, *lines, rescue_record(2, task="again", attempt=9, claimed_ms=4_000))
+
+        assert request_states(ledger) == {0: "found", 1: "found", 2: "submitted"}
+        assert [task.task_id for task in transitions.submitted_tasks(ledger.wrapped)] == ["again"]
+        assert_sound(ledger)
+
+
 def test_refreshed_and_new_rows_of_a_bulk_task_stay_together(ledger: CommittingLedger) -> None:
     """A lost ledger: some rows of a bulk task that waits were answered before."""
     answered = [rescue_record(number, "found", f"old{number}") for number in range(2)]
@@ -444,6 +461,19 @@ def test_import_is_idempotent_after_kill(tmp_path: Path, workspace: Workspace) -
         assert any("3 already in the ledger" in note for note in result.json_output["notes"])
         assert api.audit()["accepted"] == 3
         assert workspace.run_in_process("ledger", "check", "job.yaml").exit_code == 0
+
+
+def test_commands_name_the_rescue_file(api: SandboxApi, workspace: Workspace) -> None:
+    """Where only a rescue file has the data, no command says that the job has never run; `plan` has a note."""
+    workspace.write_leads(make_leads(2))
+    workspace.ledger_path.parent.mkdir()
+    workspace.ledger_path.with_name("job.db.rescue").write_bytes(rescue_record(1).to_line())
+
+    for command in (("cancel",), ("collect", "--partial"), ("reconcile",), ("purge", "--older-than", "1d", "--yes")):
+        result = workspace.run_in_process(command[0], "job.yaml", *command[1:], api=api)
+        assert (result.exit_code, "job.db.rescue still has its data" in result.stderr) == (5, True), result.stderr
+    plan = workspace.run_in_process("plan", "job.yaml", api=api)
+    assert "job.db.rescue: it does not send again what that has" in plan.stdout
 
 
 @pytest.mark.long

@@ -177,7 +177,7 @@ def run_torture(
     rng = random.Random(seed)
     remaining = [name for name, count in injections.items() for _ in range(count)]
     rng.shuffle(remaining)
-    cap = rows / 6  # in credits, low enough to end some runs
+    cap = rows / 4  # in credits, low enough to end some runs
     report = ClusterTortureReport(rows, workers, rate, cap)
     workspace = Workspace(folder, f"{server.ledger_url()}&lease={LEASE_S}", server.environ)
     limits = f"{{requests_per_second: {rate}, in_flight: 300, max_credits: {cap:g}}}"

@@ -12,7 +12,6 @@ commands) call `subprocess` themselves.
 
 from __future__ import annotations
 
-import atexit
 import gc
 import json
 import os
@@ -24,7 +23,6 @@ import socket
 import struct
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing, suppress
@@ -124,9 +122,10 @@ class ProgramStart:
             setattr(sys, f"__{name}__", None)
         sys.argv = ["enrich", *self.arguments]
         sys.path[0] = self.folder
-        from enrich.cli import main  # noqa: PLC0415 - only the server imports the program
+        from databar_enrich import end_process  # noqa: PLC0415 - only the server imports the program
+        from enrich.cli import main  # noqa: PLC0415
 
-        os._exit(main())
+        end_process(main())
 
 
 def reset_signals(ignoring: Iterable[signal.Signals] = ()) -> None:
@@ -239,16 +238,6 @@ def _fork_and_wait(descriptors: Sequence[int]) -> None:
     os.close(numbers)
 
 
-def _end_process(code: int) -> None:
-    """End a forked process as the interpreter does, without its last step. Return if a stream cannot be flushed."""
-    threading._shutdown()  # type: ignore[attr-defined] # waits for threads
-    atexit._run_exitfuncs()
-    with suppress(OSError, ValueError):
-        for stream in filter(None, (sys.stdout, sys.stderr)):
-            stream.flush()
-        os._exit(code)
-
-
 def main() -> None:
     """Import the program, then serve."""
     listener, lifetime_pipe = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
@@ -263,13 +252,7 @@ def main() -> None:
         import_module(name)
     gc.collect()
     gc.freeze()
-    start = _serve(listener, lifetime_pipe)
-    try:
-        start.run_forked(clock)
-    except SystemExit as end:
-        if isinstance(end.code, int):
-            _end_process(end.code)
-        raise
+    _serve(listener, lifetime_pipe).run_forked(clock)
 
 
 if __name__ == "__main__":
