@@ -5,12 +5,14 @@ It is outside the package `enrich` because another distribution may have replace
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NoReturn
 
 #: The distribution of this file, as its files and folders are named.
 DISTRIBUTION = "databar_enrich"
@@ -30,8 +32,14 @@ def main() -> None:
     gc.set_threshold(100_000, 50, 100)
     from enrich.cli import main as run  # noqa: PLC0415 - cannot be imported everywhere
 
-    code = run()
-    # Skip the interpreter's shutdown. It frees memory that the system frees faster, and Ray's threads can abort in it.
+    end_process(run())
+
+
+def end_process(code: int) -> NoReturn:
+    """Run the exit functions and end the process, without the interpreter's shutdown: it only frees memory, slowly."""
+    # Ray has ended before: its exit functions can wait for a minute, and its threads can abort the process.
+    if "ray" not in sys.modules:
+        atexit._run_exitfuncs()  # noqa: SLF001 - there is no public name
     os._exit(code)
 
 

@@ -32,7 +32,7 @@ SHIFTED_CLOCK_SCRIPT = """import sys, time
 ahead, clock = int(sys.argv.pop(1)), time.time_ns
 time.time_ns = lambda: clock() + ahead
 from enrich.cli import main
-main()"""
+sys.exit(main())"""
 HOUR = 3600
 WEEK = 7 * 24 * HOUR
 MONDAY = 4 * 24 * HOUR  # the first Monday of Unix time

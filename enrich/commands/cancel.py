@@ -236,8 +236,8 @@ class _Canceller:
         self.closed.append(_ClosedTask(is_cancelled, state is not State.PENDING, answer.credits, task.reserved))
 
 
-def format_cancel(job: Job, summary: CancelSummary) -> Iterator[str]:
-    """Yield the summary as lines of text."""
+def format_cancel(job: Job, summary: CancelSummary, run_args: str) -> Iterator[str]:
+    """Yield the summary as lines of text. `run_args` are the arguments of `enrich run` for this job and ledger."""
     at_least = "at least " if summary.credits_unknown else ""
     refund = f": {at_least}{format_credits(summary.credits_refunded)} credits refunded" if summary.cancelled else ""
     yield f"{job.title}: {pluralize(summary.cancelled, 'task')} cancelled{refund}"
@@ -251,7 +251,7 @@ def format_cancel(job: Job, summary: CancelSummary) -> Iterator[str]:
     for task in summary.bulk:
         yield f"  not cancelled: bulk task {task['task_id']} ({pluralize(task['requests'], 'request')})"
     if summary.cancelled:
-        yield f"  The leads are now failed. Send them again: enrich run {job.document.path} --retry failed"
+        yield f"  The leads are now failed. Send them again: enrich run {run_args} --retry failed"
 
 
 @click.command()
@@ -271,5 +271,6 @@ def cancel(job_options: options.JobOptions, as_json: bool) -> int:
         summary = cancel_tasks(job, access, ledger, lease or SystemClock())
     if summary.error:
         options.echo_error(summary.error, summary.hint)
-    options.echo_result(summary.as_json(), format_cancel(job, summary), as_json=as_json)
+    run_args = job_options.arguments(as_typed=True).run_args
+    options.echo_result(summary.as_json(), format_cancel(job, summary, run_args), as_json=as_json)
     return summary.exit_code

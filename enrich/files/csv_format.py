@@ -41,10 +41,10 @@ _BLOCK_CHARACTERS = 1 << 18
 _SEPARATOR_LINE = re.compile(r'"?sep=(.)"?[\r\n]*', re.IGNORECASE)
 
 _SYNTAX_PROBLEMS = {  # csv's errors differ only in their message texts
-    "unexpected end of data": ("has a quote that is never closed", "Close the quote, or double it if it is text"),
+    "unexpected end of data": ("has a quote that is never closed", "close the quote, or double it if it is text"),
     "expected after": (
         "has characters after a closing quote",
-        "Double each quote inside a quoted cell, or close the quote that was opened earlier in the row",
+        "double each quote inside a quoted cell, or close the quote that was opened earlier in the row",
     ),
     "field limit": (
         f"has a cell of more than {MAX_CELL_CHARACTERS:,} characters",

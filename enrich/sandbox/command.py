@@ -15,11 +15,13 @@ from enrich.extras import install_hint
 from enrich.sandbox.faults import FAULT_KINDS, Fault
 from enrich.sandbox.settings import SandboxSettings
 
+#: The names of the faults, each with its params.
+_FAULTS = ", ".join(f"{name} ({', '.join(kind.params)})" if kind.params else name for name, kind in FAULT_KINDS.items())
 _HELP = f"""Serve the built-in sandbox of the Databar API on loopback, with invented people and configurable faults.
 
 Prints the two variables that point `enrich` to it, and serves until you press Ctrl-C. Free.
 
-Faults: {", ".join(FAULT_KINDS)}."""
+Faults, with their params in parentheses: {_FAULTS}."""
 
 MAX_PORT = 65_535
 
@@ -63,13 +65,14 @@ def _option(name: str, annotated: Any, default: Any) -> click.Option:  # noqa: A
     hint, text = get_args(annotated)
     many = get_origin(hint) is tuple
     shown = ", ".join(default) if many else "none" if default is None else str(default)
+    if shown and hint is not bool:  # click itself would put parentheses around it
+        text += f" [default: {shown}]"
     return click.Option(
         [f"--{(name.removesuffix('s') if many else name).replace('_', '-')}", name],
         type=None if hint is bool else _type_of(hint),
         is_flag=hint is bool,
         multiple=many,
         default=default,
-        show_default=shown if shown and hint is not bool else False,
         help=text,
     )
 

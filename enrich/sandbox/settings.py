@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Annotated, Literal, get_args
 
-from enrich.sandbox.faults import Fault
+from enrich.sandbox.faults import ENDPOINTS, Fault
 
 MissKind = Literal["null", "empty_list", "empty_object", "null_result", "blank_result", "no_data"]
 Shape = Literal["wrapped", "wrapper_object", "flat", "flat_list"]
@@ -80,7 +80,10 @@ class SandboxSettings:
     burst: Annotated[int, "Requests allowed at once, above the rate."] = 10
     retry_after: Annotated[int | None, "Retry-After of a 429, in seconds. none: no header."] = 1
     fault_seed: Annotated[int, "Seed that chooses the requests with faults."] = 1
-    faults: Annotated[tuple[Fault, ...], "[SCOPE:]NAME=PROBABILITY[,PARAM=VALUE…]. Can be repeated."] = ()
+    faults: Annotated[
+        tuple[Fault, ...],
+        f"[SCOPE:]NAME=PROBABILITY[,PARAM=VALUE…]. SCOPE is one of {', '.join(ENDPOINTS)}. Can be repeated.",
+    ] = ()
 
     def __post_init__(self) -> None:
         for name in ("hit_rate", "failure_rate", "free_failures"):

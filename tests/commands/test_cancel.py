@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -114,13 +115,15 @@ def test_failure_that_is_sent_again_is_no_result(tmp_path: Path, workspace: Work
 
 
 def test_text_names_the_refund_and_the_next_step(slow_api: SandboxApi, workspace: Workspace) -> None:
-    """The text has the refund, and the command that sends the leads again."""
+    """The text has the refund, and the command that sends the leads again, with the options that name the ledger."""
     workspace.write_leads(make_leads(2))
     workspace.submit_without_collecting(slow_api)
-    summary = workspace.run_in_process("cancel", "job.yaml", api=slow_api)
+    ledger = workspace.server_url or str(workspace.ledger_path)
+    summary = workspace.run_in_process("cancel", "job.yaml", "--ledger", ledger, api=slow_api)
     assert summary.exit_code == 0
     assert summary.stdout.splitlines()[0] == "job: 2 tasks cancelled: 7.02 credits refunded"
-    assert "--retry failed" in summary.stdout
+    _, _, command = summary.stdout.partition("again: ")
+    assert shlex.split(command) == ["enrich", "run", "job.yaml", "--ledger", ledger, "--retry", "failed"]
     nothing = workspace.run_in_process("cancel", "job.yaml", api=slow_api)
     assert nothing.stdout.splitlines() == ["job: 0 tasks cancelled"]
 

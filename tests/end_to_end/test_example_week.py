@@ -60,3 +60,10 @@ def test_week_summaries_match_bill(
     days = {"Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"}
     assert days <= {line.split()[0] for line in out.splitlines() if line.strip()}
     assert not (tmp_path / "week" / "vendor" / "books.db-wal").exists(), "the sandbox has ended"
+
+
+def test_week_reads_exit_codes(week: ModuleType, tmp_path: Path) -> None:
+    """The script that shifts the clock ends with the exit code of the program."""
+    command = [sys.executable, "-c", week.SHIFTED_CLOCK_SCRIPT, "0", "plan", "missing.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True)
+    assert done.returncode == 2

@@ -207,7 +207,7 @@ def test_open_tasks_collected_with_zero_limit(tmp_path: Path, workspace: Workspa
 
     assert (summary.exit_code, summary.submitted, summary.pending) == (0, 0, 3)
     assert status_column(workspace)[3:] == ["pending"] * 3
-    assert any("collected first" in note for note in summary.notes)
+    assert "collecting 3 tasks of an earlier run first" in summary.notes
 
 
 @pytest.mark.long

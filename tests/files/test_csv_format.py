@@ -165,12 +165,12 @@ def test_gzip_by_extension(tmp_path: Path) -> None:
             pytest.param(
                 'a,b\n1,2\n\n3,"4\n5,6\n',
                 "{path}: row 2 (line 4) has a quote that is never closed",
-                "Close the quote, or double it if it is text; the row runs on to line 5",
+                "close the quote, or double it if it is text; the row runs on to line 5",
                 id="unclosed quote",
             ),
             pytest.param('"a,b\n1,2\n', "{path}: the header (line 1) has a quote that is", "", id="unclosed in header"),
             pytest.param(
-                'a\n"1"2\n', "{path}: row 1 (line 2) has characters after a closing quote", "Double", id="after"
+                'a\n"1"2\n', "{path}: row 1 (line 2) has characters after a closing quote", "double", id="after"
             ),
             pytest.param(
                 'a,b\n1,"2\n3,"4"\n',

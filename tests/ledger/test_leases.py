@@ -156,7 +156,10 @@ def test_foreign_key_does_not_block_claims(ledger: CommittingLedger, ledger_loca
 def test_exclusive_access_waits_for_workers(server_ledger: Place, worker: tuple[Database, Lease]) -> None:
     """Exclusive access waits for a worker although the lock is free: it may still send its claims."""
     assert worker[1].is_valid()
-    with pytest.raises(LedgerLocked, match="processes of an earlier run still end"), open_exclusive(server_ledger):
+    with (
+        pytest.raises(LedgerLocked, match="processes of an earlier run have not ended yet"),
+        open_exclusive(server_ledger),
+    ):
         pass
 
 

@@ -122,9 +122,10 @@ class ProgramStart:
             setattr(sys, f"__{name}__", None)
         sys.argv = ["enrich", *self.arguments]
         sys.path[0] = self.folder
-        from enrich.cli import main  # noqa: PLC0415 - only the server imports the program
+        from databar_enrich import end_process  # noqa: PLC0415 - only the server imports the program
+        from enrich.cli import main  # noqa: PLC0415
 
-        os._exit(main())
+        end_process(main())
 
 
 def reset_signals(ignoring: Iterable[signal.Signals] = ()) -> None:

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from contextlib import suppress
@@ -43,10 +42,11 @@ def main() -> None:
     """Replace the clock before the program is imported, then run the program."""
     clock = SteppingClock(Path(sys.argv.pop(1)))
     time.time, time.time_ns = clock.time, clock.time_ns
+    from databar_enrich import end_process  # noqa: PLC0415
     from enrich.cli import main as enrich  # noqa: PLC0415 - imported after the clock was replaced
 
     sys.argv[0] = "enrich"
-    os._exit(enrich())
+    end_process(enrich())
 
 
 if __name__ == "__main__":
