@@ -25,7 +25,7 @@ from enrich.exit_codes import ExitCode
 
 
 def main() -> int:
-    """Run the command line and return its exit code. All output is flushed, and no copy of leads is left."""
+    """Run the command line and return its exit code. All output is flushed."""
     # We use no plugins of pydantic. It would read the entry points of all installed packages to find some.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     guard_streams()
@@ -37,8 +37,6 @@ def main() -> int:
         code: int = shell_complete(cli, {}, "enrich", "_ENRICH_COMPLETE", instruction)
     else:
         code = run_command(sys.argv[1:], signals)
-    if (downloads := sys.modules.get("enrich.files.downloads")) is not None:
-        downloads.remove_copies()  # an error keeps what it has passed through, such as the input
     if (error := flush_error(sys.stdout)) is not None and not isinstance(error, BrokenPipeError):
         click.echo(f"note: stdout cannot be written: {error.strerror}", err=True)
     sys.stderr.flush()

@@ -70,16 +70,6 @@ def _remove_if_abandoned(path: Path, min_age_s: float) -> None:
         os.close(descriptor)
 
 
-#: Of each LocalCopies that made a folder, what removes it.
-_removals: list[weakref.finalize[[], LocalCopies]] = []
-
-
-def remove_copies() -> None:
-    """Remove all copies of this process. Call this before the process ends by `os._exit`."""
-    for remove in _removals:
-        remove()
-
-
 class LocalCopies:
     """Keeps the latest copy, readable only by its owner. It is removed with this object, at the latest at exit."""
 
@@ -157,7 +147,7 @@ class LocalCopies:
         if self._folder is None:
             stack = ExitStack()
             self._folder = stack.enter_context(temporary_folder())
-            _removals.append(weakref.finalize(self, stack.close))
+            weakref.finalize(self, stack.close)
         path = self._folder / name
         path.unlink(missing_ok=True)
         try:
