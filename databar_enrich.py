@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def end_process(code: int) -> NoReturn:
-    """Run the exit functions and end the process, without the interpreter's shutdown: it only frees memory, slowly."""
+    """Run the exit functions and end the process. The interpreter's shutdown is skipped: it only frees memory."""
     # Ray has ended before: its exit functions can wait for a minute, and its threads can abort the process.
     if "ray" not in sys.modules:
         atexit._run_exitfuncs()  # noqa: SLF001 - there is no public name

@@ -102,6 +102,7 @@ _ACTIONS_BY_STATUS: dict[RowStatus, tuple[str, tuple[str, ...]]] = {
     RowStatus.EXPIRED: ("Retry {things} (charges again)", ("enrich run {run} --retry expired",)),
     RowStatus.IN_DOUBT: ("{things} may have been charged. " + _ACTIONS[14][0], _ACTIONS[14][1]),
 }
+_FAILURES = (RowStatus.FAILED, RowStatus.EXPIRED)
 
 
 def exit_label(code: int) -> str:
@@ -136,10 +137,14 @@ def required_actions(
     With `steps`, the results that failed or expired in each step are counted: their rows may be found.
     """
     actions: list[tuple[str, tuple[str, ...]]] = []
+    steps = rows.get("steps")
+    counts = {status: rows.get(status) for status in _ACTIONS_BY_STATUS}
+    if steps:
+        counts |= {status: sum(step[status] or 0 for step in steps) for status in _FAILURES}
     if code == ExitCode.CREDITS and "--new-ledger" in (hint := rows.get("hint") or ""):
         # No money is missing: another ledger has paid for what a later step would send.
         actions.append((hint, ("enrich run {run} --new-ledger",)))
-    elif code == ExitCode.SOME_FAILED and not rows.get("steps") and rows.get("failed") == rows.get("expired") == 0:
+    elif code == ExitCode.SOME_FAILED and all(counts[status] == 0 for status in _FAILURES):
         text = "Some requests failed; their leads keep the last match or are not in the input. Retry them (may charge)"
         actions.append((text, ("enrich run {run} --retry failed,expired",)))
     elif code in _ACTIONS and not (code == ExitCode.IN_DOUBT and rows.get(RowStatus.IN_DOUBT)):
@@ -149,10 +154,10 @@ def required_actions(
         text = f"The run spent {overrun} credits over the cap, because a price rose. See the current prices"
         actions.append((text, ("enrich plan {run}",)))
     for status, (text, commands) in _ACTIONS_BY_STATUS.items():
-        count, word = rows.get(status), f"{'unconfirmed' if status is RowStatus.IN_DOUBT else status.value} {noun}"
-        if status is not RowStatus.IN_DOUBT and (steps := rows.get("steps")):
-            count, word = sum(step[status] or 0 for step in steps), f"{status.value} result"
-        if count:
+        word = f"{status.value} result" if steps else f"{status.value} {noun}"
+        if status is RowStatus.IN_DOUBT:
+            word = f"unconfirmed {noun}"
+        if count := counts[status]:
             things = f"the {word}" if count == 1 else pluralize(count, word)
             sentence = text.format(things=things)
             actions.append((sentence[0].upper() + sentence[1:], commands))

@@ -212,7 +212,7 @@ class _Canceller:
         return task_error
 
     async def _cancel(self, task: Task) -> None:
-        """Cancel one task. Poll it if it has finished meanwhile (409), or if the response cannot be read."""
+        """Cancel one task. Poll it if it is already finished (409), or if the response cannot be read."""
         unread: InvalidPollResponse | None = None
         try:
             reply = await _retry(lambda: self.client.cancel_task(task.task_id))

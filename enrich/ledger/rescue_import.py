@@ -184,9 +184,8 @@ class _Import:
         bulk_task_id: int | None = None
         for line, request in new_lines:
             execution_id = self._execution_id(line)
-            if request.state == "submitted":
-                mark_in_doubt = [(request.attempt_id or 0, "a newer attempt was made meanwhile", self.now_ms, None)]
-                transitions.mark_in_doubt(db, mark_in_doubt)
+            if request.state == "submitted" and request.attempt_id is not None:
+                transitions.mark_in_doubt(db, [(request.attempt_id, "a newer attempt was sent", self.now_ms, None)])
             state = "in_doubt" if line.state == "submitting" else line.state
             if state == "submitted" and (not is_whole or self._has_conflicting_task(line)):
                 state = "in_doubt"

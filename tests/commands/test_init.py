@@ -13,7 +13,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from enrich.commands.init.column_matching import Sample, describe_column, take_sample
+from enrich.commands.init.column_matching import describe_column
+from enrich.commands.init.sample import Sample, take_sample
 from enrich.commands.init.template import JobDraft, render_job_file, yaml_scalar
 from enrich.databar.description import DOCUMENTED_WATERFALLS
 from enrich.files.text import TableFile

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import random
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from enrich.ledger import execution_records, transitions
 from enrich.models import State
 from enrich.run.context import RunOptions
 from enrich.run.summary import RunSummary
-from enrich.sandbox.catalogue import WATERFALLS
+from enrich.sandbox.catalogue import WATERFALLS, Provider
 from enrich.sandbox.databar import Databar
 from tests.support.cases import first_quick
 from tests.support.workspace import (
@@ -567,9 +567,14 @@ def test_shared_ledger(api: SandboxApi, workspace: Workspace) -> None:
 
 def set_default_providers(monkeypatch: pytest.MonkeyPatch, *enabled: int) -> None:
     """Make these the providers of the sandbox's waterfall that are enabled by default."""
-    waterfall = WATERFALLS["email_getter"]
-    providers = tuple(dataclasses.replace(provider, enabled=provider.id in enabled) for provider in waterfall.providers)
-    monkeypatch.setitem(WATERFALLS, "email_getter", dataclasses.replace(waterfall, providers=providers))
+    providers = WATERFALLS["email_getter"].providers
+    set_providers(monkeypatch, [dataclasses.replace(each, enabled=each.id in enabled) for each in providers])
+
+
+def set_providers(monkeypatch: pytest.MonkeyPatch, providers: Iterable[Provider]) -> None:
+    """Make these the providers of the sandbox's waterfall."""
+    waterfall = dataclasses.replace(WATERFALLS["email_getter"], providers=tuple(providers))
+    monkeypatch.setitem(WATERFALLS, "email_getter", waterfall)
 
 
 def _request_counts(api: SandboxApi) -> set[tuple[int, ...]]:
@@ -607,9 +612,7 @@ def test_removed_default_provider_is_named(
     """Names a provider of the stored defaults that the API no longer lists, and the remedy under a cap."""
     workspace.write_leads(make_leads(2))
     workspace.run_job(api)
-    waterfall = WATERFALLS["email_getter"]
-    left = tuple(provider for provider in waterfall.providers if provider.id in (966, 701))
-    monkeypatch.setitem(WATERFALLS, "email_getter", dataclasses.replace(waterfall, providers=left))
+    set_providers(monkeypatch, [each for each in WATERFALLS["email_getter"].providers if each.id in (966, 701)])
 
     (note,) = workspace.run_job(api).notes
     capped = workspace.run_in_process("run", "job.yaml", "--max-credits", "5", api=api)

@@ -23,6 +23,8 @@ from tests.support.cases import in_turn
 from tests.support.workspace import SHORT_TIMEOUTS, SandboxApi, Workspace, make_leads, read_terminal, serve_api
 
 TARGET = JobArguments("job.yaml", "job.yaml")
+#: A step without failures, as in the JSON of a run summary.
+STEP = {"failed": 0, "expired": 0}
 NUMBERS = st.integers(0, 5_000_000)
 CREDITS = st.floats(0, 5_000_000).map(lambda value: round(value, 6))
 
@@ -248,6 +250,8 @@ def test_reasons_for_skipped_rows() -> None:
         (10, {"failed": 2}, ["enrich run job.yaml --retry failed"]),
         (10, {"expired": 1}, ["enrich run job.yaml --retry expired"]),
         (10, {"failed": 0, "expired": 0, "found": 2}, ["enrich run job.yaml --retry failed,expired"]),
+        (10, {"failed": 0, "expired": 0, "steps": [STEP, STEP]}, ["enrich run job.yaml --retry failed,expired"]),
+        (10, {"failed": 0, "steps": [STEP, STEP | {"failed": 1}]}, ["enrich run job.yaml --retry failed"]),
         (0, {"failed": 1, "invalid": 3, "not_found": 4}, ["enrich run job.yaml --retry failed"]),
         (12, {"pending": 5}, ["enrich run job.yaml"]),
         (13, {"pending": 5}, []),
@@ -262,7 +266,7 @@ def test_reasons_for_skipped_rows() -> None:
         ),
     ],
 )
-def test_commands_for_required_actions(code: int, rows: dict[str, int], commands: list[str]) -> None:
+def test_commands_for_required_actions(code: int, rows: dict[str, Any], commands: list[str]) -> None:
     """Each required action has its command once, ready to paste."""
     needed = required_actions(code, rows, TARGET)
 

@@ -1,21 +1,12 @@
-"""Samples an unknown table, and matches its columns to params.
-
-The sample detects encoding and separator, and reads the header and the first rows. A match is by headers and values,
-and has a confidence and a reason.
-"""
+"""Matches input columns to params by headers and values, with a confidence and a reason for each match."""
 
 from __future__ import annotations
 
-import codecs
-import gzip
 import re
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Literal
 
-import polars as pl
 from msgspec import Struct
 
 from enrich.commands.init.column_kinds import (
@@ -29,17 +20,9 @@ from enrich.commands.init.column_kinds import (
     ColumnKind,
     ValueFormat,
     column_kind_of,
-    is_usual_header,
 )
 from enrich.databar.description import Description
-from enrich.errors import CommandRefused
-from enrich.files.csv_format import SEPARATORS, read_batches, read_header
-from enrich.files.reader import InputTable
-from enrich.files.text import NO_HEADER, NO_HEADER_HINT, FileProblem, TableFile, byte_order_encoding, looks_like_cell
-from enrich.files.values import text_frame
 from enrich.job.cell_text import EMPTY_VALUES, PLACEHOLDERS, clean
-from enrich.job.locations import format_of
-from enrich.job.spec import Input
 from enrich.models import LeftOut
 from enrich.rows.addresses import no_company
 
@@ -61,11 +44,6 @@ PROVING_SHARE, CONTRADICTING_SHARE, DOMINANT_SHARE = 0.5, 0.1, 0.8
 MAX_FREE_MAIL_SHARE = 0.2
 #: Minimum number of values for judging how often a host occurs.
 MIN_VALUES = 4
-#: The first rows that are looked at.
-SAMPLE_ROWS = 1_000
-#: With this many usual names a first line is a header.
-_USUAL_HEADERS = 2
-_CHUNK_BYTES = 1 << 20
 
 
 class Column(Struct, frozen=True):
@@ -109,78 +87,6 @@ def _is_free_mail(value: str) -> bool:
 
 def _host(value: str) -> str:
     return re.sub(r"^(?:[a-z][a-z0-9+.-]*://)?(?:www\.)?|[/?#:].*$", "", value.lower())
-
-
-class Sample(Struct, frozen=True):
-    """The format of a table, and its columns as seen in the first `rows` rows."""
-
-    format: TableFile
-    columns: list[Column]
-    rows: int
-
-    @property
-    def header(self) -> list[str]:
-        """The column names."""
-        return [column.name for column in self.columns]
-
-
-def take_sample(path: Path) -> Sample:
-    """Detect encoding and separator, and read the first rows. Raises CommandRefused if the file cannot be read."""
-    if (kind := format_of(path.name)) not in ("csv", None):
-        source = InputTable(path, Input(path=str(path)))
-        frame = next(source.batches(), None)
-        return _make_sample(TableFile(path, format=kind), list(source.schema), frame)
-    encoding = _detect_encoding(path)
-    attempts = [_try_format(TableFile(path, separator, encoding)) for separator in SEPARATORS]
-    # With the right separator the rows have as many cells as the header, and more than with any other separator.
-    readable = [sample for sample in attempts if isinstance(sample, Sample)]
-    best = max(readable, key=lambda sample: len(sample.columns), default=None)
-    if best is None or (len(best.columns) == 1 and len(readable) < len(SEPARATORS)):
-        raise next(problem for problem in attempts if isinstance(problem, FileProblem))
-    return best
-
-
-def _try_format(source: TableFile) -> Sample | FileProblem:
-    try:
-        header = read_header(source)
-        frame = next(read_batches(source, SAMPLE_ROWS), None)
-    except FileProblem as problem:
-        return problem
-    return _make_sample(source, header, frame)
-
-
-def _make_sample(source: TableFile, header: list[str], frame: pl.DataFrame | None) -> Sample:
-    # Exports have names such as `ACCOUNT.NAME`, which may also be a domain.
-    if any(map(looks_like_cell, header)) and sum(map(is_usual_header, header)) < _USUAL_HEADERS:
-        raise CommandRefused(f"{source}: the first line {NO_HEADER}", NO_HEADER_HINT)
-    rows = None if frame is None else text_frame(frame.head(SAMPLE_ROWS))
-    columns = [describe_column(name, [] if rows is None else rows.get_column(name).to_list()) for name in header]
-    return Sample(source, columns, 0 if rows is None else rows.height)
-
-
-def _detect_encoding(path: Path) -> str:
-    """Return the encoding of the byte order mark if there is one, UTF-8 if the whole file is valid, else cp1252.
-
-    A UTF-8 mark counts only if the file is valid.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    try:
-        if not path.is_file():
-            return "utf-8"
-        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as raw:
-            beginning = raw.read(4)
-            marked = byte_order_encoding(beginning)
-            if marked not in (None, "utf-8"):
-                return marked
-            decoder.decode(beginning)
-            while chunk := raw.read(_CHUNK_BYTES):
-                decoder.decode(chunk)
-            decoder.decode(b"", final=True)
-    except UnicodeDecodeError:
-        return "cp1252"
-    except (OSError, EOFError, zlib.error):
-        return "utf-8"  # reading the table reports the error
-    return "utf-8-sig" if marked else "utf-8"
 
 
 class ColumnMatch(Struct, frozen=True):

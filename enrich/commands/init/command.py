@@ -12,7 +12,8 @@ from pathlib import Path
 import click
 
 from enrich.commands import options
-from enrich.commands.init.column_matching import Sample, count_matched_params, take_sample
+from enrich.commands.init.column_matching import count_matched_params
+from enrich.commands.init.sample import Sample, take_sample
 from enrich.commands.init.template import JobDraft, render_job_file
 from enrich.commands.waterfalls import list_descriptions, read_description
 from enrich.databar.description import DOCUMENTED_ON, DOCUMENTED_WATERFALLS, Description

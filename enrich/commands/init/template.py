@@ -10,12 +10,12 @@ from msgspec import Struct
 
 from enrich.commands.init.column_matching import (
     ColumnMatch,
-    Sample,
     existing_result_columns,
     match_columns,
     result_column_names,
     unmatched_reason,
 )
+from enrich.commands.init.sample import Sample
 from enrich.commands.options import printable
 from enrich.databar.description import Description, Enrichment, Param, Waterfall
 from enrich.job.target import UNFILLED_COLUMN
