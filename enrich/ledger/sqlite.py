@@ -286,7 +286,7 @@ def open_sqlite(path: Path, *, read_only: bool, any_version: bool, skip_integrit
 
 
 def _check_writable(path: Path) -> None:
-    """Raise PermissionError if SQLite could only read a ledger, which it would not report. The WAL is in its folder."""
+    """Raise PermissionError if the ledger, or its folder with the WAL, is read-only: SQLite would not report it."""
     for target, reason in ((path, "it is read-only"), (path.resolve().parent, "its folder is read-only")):
         if not os.access(target, os.W_OK):
             raise PermissionError(errno.EACCES, reason, str(path))
