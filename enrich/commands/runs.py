@@ -124,7 +124,7 @@ def _or_dash(value: float | None, style: str) -> str:
 
 @click.command()
 @options.job_options()
-@click.option("--last", type=options.AtLeast(1), default=20, show_default=True, metavar="RUNS", help="Number of runs.")
+@click.option("--last", type=options.Number(1), default=20, show_default=True, metavar="RUNS", help="Number of runs.")
 @options.JSON_OPTION
 def runs(job_options: options.JobOptions, last: int, as_json: bool) -> None:
     """List the runs of JOB, newest first. Times are UTC."""
