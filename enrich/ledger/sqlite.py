@@ -312,7 +312,8 @@ def _opening_error(path: Path, error: Exception) -> CommandRefused:
     if is_damage_error(error) or _error_kind(error) == sqlite3.SQLITE_ERROR:
         return damaged_ledger_error(path)
     reason = getattr(error, "strerror", None) or error
-    return CommandRefused(f"{path}: the ledger cannot be opened: {reason}", "is it a ledger, and writable?")
+    hint = describe_write_error(error)[1] if is_disk_error(error) else "is it a ledger, and writable?"
+    return CommandRefused(f"{path}: the ledger cannot be opened: {reason}", hint)
 
 
 def unknown_to_sandbox(state: Path, tasks: Sequence[str]) -> list[str]:

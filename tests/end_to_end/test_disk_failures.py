@@ -87,9 +87,21 @@ def test_disk_full_at_start(api: SandboxApi, workspace: Workspace) -> None:
 
     result = run_with_file_limit(workspace, api, 8_000, "run", "job.yaml", "--json")
 
-    assert_exit(result, 5, "job.db: the ledger cannot be opened")
+    assert_exit(result, 5, "job.db: the ledger cannot be opened", "free some space")
     assert api.audit()["accepted"] == 0
     assert_resumes(workspace, api, 5)
+
+
+@pytest.mark.long
+def test_disk_full_before_first_post_is_exit_5(api: SandboxApi, workspace: Workspace) -> None:
+    """Refuses when a new ledger has no space for the requests: nothing was sent."""
+    workspace.write_leads(make_leads(2_000))
+
+    result = run_with_file_limit(workspace, api, 150_000, "run", "job.yaml", "--json")
+
+    assert_exit(result, 5, "the ledger cannot be written", "free some space")
+    assert api.audit()["accepted"] == 0
+    assert workspace.run_in_process("run", "job.yaml", "--limit", "3", "--json", api=api).json_output["submitted"] == 3
 
 
 @pytest.mark.long
