@@ -290,6 +290,10 @@ def _check_writable(path: Path) -> None:
     for target, reason in ((path, "it is read-only"), (path.resolve().parent, "its folder is read-only")):
         if not os.access(target, os.W_OK):
             raise PermissionError(errno.EACCES, reason, str(path))
+    for end in JOURNAL_SUFFIXES:
+        journal = Path(f"{path.resolve()}{end}")
+        if journal.is_file() and not os.access(journal, os.W_OK):  # SQLite made it while the ledger was read-only
+            journal.chmod(0o600)
 
 
 def is_ledger_file(path: Path) -> bool:
