@@ -263,5 +263,6 @@ def explain(job_options: options.JobOptions, row: int | None, match: str | None,
     if (row is None) == (match is None):
         raise click.UsageError('choose a lead with --row ROW or --match "Email=ada@engine.example"')
     job = job_options.load()
+    options.check_ledger_not_lost(job)
     result = explain_leads(job, row, match)
     options.echo_result({"exit_code": 0, **result}, format_explanation(result), as_json=as_json)

@@ -29,7 +29,7 @@ from enrich.job.file_names import why_no_file
 from enrich.job.job import Job, Overrides, load_job
 from enrich.job.locations import LedgerLocation, check_no_password, hide_secrets, is_url, sandbox_state_path
 from enrich.ledger.dialect import DATABASE_ERRORS
-from enrich.ledger.file_identity import make_private_folder
+from enrich.ledger.file_identity import ledger_file_exists, make_private_folder
 from enrich.ledger.sqlite import is_busy_error
 from enrich.models import PLAIN_NUMBER, RETRYABLE_STATES, State
 
@@ -271,6 +271,14 @@ def record_ledger(ledger: LedgerLocation) -> None:
     """Record which ledger a command uses, because damage to it may cause an unexpected error."""
     if (context := click.get_current_context(silent=True)) is not None:
         context.meta[LEDGER_META_KEY] = ledger
+
+
+def check_ledger_not_lost(job: Job) -> None:
+    """Raise CommandRefused when the file of a ledger is missing, and only a rescue file has its data."""
+    if isinstance(job.ledger, Path) and not ledger_file_exists(job.ledger):
+        from enrich.run.context import check_no_rescue_file  # it imports what runs a job
+
+        check_no_rescue_file(job)
 
 
 @contextmanager

@@ -128,5 +128,7 @@ def _or_dash(value: float | None, style: str) -> str:
 @options.JSON_OPTION
 def runs(job_options: options.JobOptions, last: int, as_json: bool) -> None:
     """List the runs of JOB, newest first. Times are UTC."""
-    result = read_runs(job_options.load(), last)
+    job = job_options.load()
+    options.check_ledger_not_lost(job)
+    result = read_runs(job, last)
     options.echo_result({"exit_code": 0, **result}, format_runs(result), as_json=as_json)

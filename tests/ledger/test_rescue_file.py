@@ -510,11 +510,19 @@ def test_commands_name_the_rescue_file(api: SandboxApi, workspace: Workspace) ->
     workspace.ledger_path.parent.mkdir()
     workspace.ledger_path.with_name("job.db.rescue").write_bytes(rescue_record(1).to_line())
 
-    for command in (("cancel",), ("collect", "--partial"), ("reconcile",), ("purge", "--older-than", "1d", "--yes")):
+    reading = (("status",), ("runs",), ("explain", "--row", "1"))
+    for command in (
+        *(("cancel",), ("collect", "--partial"), ("reconcile",), ("purge", "--older-than", "1d", "--yes")),
+        *reading,
+    ):
         result = workspace.run_in_process(command[0], "job.yaml", *command[1:], api=api)
         assert (result.exit_code, "job.db.rescue still has its data" in result.stderr) == (5, True), result.stderr
     plan = workspace.run_in_process("plan", "job.yaml", api=api)
     assert "job.db.rescue: it does not send again what that has" in plan.stdout
+    workspace.ledger_path.with_name("job.db.rescue").unlink()
+    for command in reading:
+        result = workspace.run_in_process(command[0], "job.yaml", *command[1:])
+        assert (result.exit_code, "job has never run" in result.stdout) == (0, True)
 
 
 @pytest.mark.long
