@@ -53,9 +53,12 @@ def find_input_files(location: Location, settings: Input) -> list[InputFile]:
     else:
         if reason := why_no_file(location):
             raise FileProblem(f"{location}: {reason}", "choose another input")
-        if location.exists() and not (location.is_file() or location.is_dir()):
-            raise FileProblem(f"{location} is a pipe or a device, not a file", "pipe the leads in: --input -")
-        found = [InputFile(path, settings) for path in find_paths(location)]
+        try:
+            if location.exists() and not (location.is_file() or location.is_dir()):
+                raise FileProblem(f"{location} is a pipe or a device, not a file", "pipe the leads in: --input -")
+            found = [InputFile(path, settings) for path in find_paths(location)]
+        except PermissionError as error:
+            raise FileProblem(f"{error.filename} cannot be read by this user", "change its permissions") from None
     if [file.location for file in found] == [location]:
         return found
     if not found and is_pattern(location):

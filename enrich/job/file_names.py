@@ -52,8 +52,11 @@ def why_no_ledger(location: LedgerLocation) -> str | None:
 
 
 def is_missing(path: Path) -> bool:
-    """Check whether a file could be at a path, and is not."""
-    return path != STDIN and why_no_file(path) is None and not path.exists()
+    """Check whether a file could be at a path, and is not. False if this user has no permission to check."""
+    try:
+        return path != STDIN and why_no_file(path) is None and not path.exists()
+    except PermissionError:
+        return False
 
 
 _LEFTOVERS = frozenset(("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"))

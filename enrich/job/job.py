@@ -344,7 +344,8 @@ def _ledger_location(document: YamlDocument, overrides: Overrides, path_or_url: 
             raise ValueError(f"{ledger}: {reason}")
     except ValueError as error:
         raise JobError(f"{document.place_of(['ledger'])}: {error}") from error
-    is_folder = isinstance(ledger, Path) and ledger.is_dir()  # refused when it is opened, with the name that was given
+    # A folder is refused when it is opened, with the name that was given.
+    is_folder = isinstance(ledger, Path) and os.path.isdir(ledger)  # noqa: PTH112 - as in file_names
     return sandbox_ledger_location(ledger) if overrides.sandbox and not is_folder else ledger
 
 

@@ -316,6 +316,8 @@ def _opening_error(path: Path, error: Exception) -> CommandRefused:
     if is_damage_error(error) or _error_kind(error) == sqlite3.SQLITE_ERROR:
         return damaged_ledger_error(path)
     reason = getattr(error, "strerror", None) or error
+    if _error_kind(error) == sqlite3.SQLITE_CANTOPEN and not os.access(path, os.R_OK):
+        reason = "this user has no permission to read it"
     hint = describe_write_error(error)[1] if is_disk_error(error) else "is it a ledger, and writable?"
     return CommandRefused(f"{path}: the ledger cannot be opened: {reason}", hint)
 

@@ -144,8 +144,11 @@ def write_plan(path: Path, plan: SavedPlan) -> Path:
 
     Raises JobError when the file exists and is not a plan.
     """
-    if path.exists() and not path.is_file():
-        raise CommandRefused(f"{path}: the plan cannot be written: it is not a file")
+    try:
+        if path.exists() and not path.is_file():
+            raise CommandRefused(f"{path}: the plan cannot be written: it is not a file")
+    except OSError as error:
+        raise CommandRefused(f"{path}: the plan cannot be written: {error.strerror}") from error
     try:
         if path.exists() and path.stat().st_size and not read_plan(path).sandbox and plan.sandbox:
             return write_plan(path.with_name(sandbox_file_name(path.name)), plan)
