@@ -270,8 +270,9 @@ def _other_ledger_notes(
     async def find_unknown(tasks: list[str]) -> list[str]:
         return task_ids.unknown_task_ids(ledger, tasks)
 
-    if not job.sandbox and not execution_records.has_own_submissions(ledger):
-        refusal, problem = asyncio.run(find_output_of_other_ledger(job, find_unknown))
+    if not job.sandbox:
+        last_run_ms = execution_records.last_run_ms(ledger)
+        refusal, problem = asyncio.run(find_output_of_other_ledger(job, last_run_ms, find_unknown))
         if refusal is not None:
             yield f"a run would be refused: {refusal.message}; {refusal.hint}"
             return

@@ -111,6 +111,13 @@ def has_own_submissions(db: Database) -> bool:
     return db.exists("FROM executions WHERE submitted > 0 AND (summary IS NOT NULL OR ended_ms IS NULL)")
 
 
+def last_run_ms(db: Database) -> int | None:
+    """Return when the last run ended, or started if it was killed (ms). None: the ledger is new."""
+    if not has_own_submissions(db):
+        return None
+    return db.number("SELECT coalesce(ended_ms, started_ms) FROM executions ORDER BY id DESC LIMIT 1")
+
+
 def has_sent_step(db: Database, step: str) -> bool:
     """Return whether a step has sent anything from this ledger."""
     return db.exists("FROM attempts WHERE step = ?", step)
@@ -120,6 +127,15 @@ def has_written(db: Database, path: str) -> bool:
     """Return whether a run names this file as its output, rejects or changes."""
     fields = ", ".join(f"summary{db.dialect.as_json}->>'{name}'" for name in ("output", "rejects", "changes"))
     return db.exists(f"FROM executions WHERE ? IN ({fields})", path)
+
+
+def last_writer(db: Database, output: str) -> str | None:
+    """Return the job that last wrote this output. None: no run has."""
+    found = db.execute(
+        f"SELECT job FROM executions WHERE summary{db.dialect.as_json}->>'output' = ? ORDER BY id DESC LIMIT 1",
+        (output,),
+    ).fetchone()
+    return None if found is None else str(found[0])
 
 
 def read_execution(db: Database, execution_id: int) -> ExecutionRow:

@@ -61,26 +61,32 @@ COMPARE_TIMEOUT_S = 20.0
 
 async def find_output_of_other_ledger(
     job: Job,
+    last_run_ms: int | None,
     find_unknown: Callable[[list[str]], Awaitable[list[str]]],
     interruptible: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> tuple[CommandRefused | None, str | None]:
     """Look for an earlier output with tasks that the ledger does not have. Returns the refusal; None: there is none.
 
-    The second value is a note when the output cannot be read. `find_unknown` returns the tasks that the ledger does
-    not have. `interruptible` lets a signal end slow steps.
+    The second value is a note when the output cannot be read. `last_run_ms` is the time of the ledger's last run, None
+    for a new ledger. An output that was changed later, and has tasks of this ledger beside others, was written with a
+    newer copy of it. `find_unknown` returns the tasks that the ledger does not have. `interruptible` lets a signal end
+    slow steps.
     """
     output: Location | None = None
+    known_count = unknown_count = 0
     try:
         with interruptible():
-            output = _newest_output(job)
+            output = _newest_output(job, last_run_ms)
             batches = iter(()) if output is None else _read_task_ids(job, output)
         while True:
             with interruptible():
                 tasks = next(batches, None)
             if tasks is None:
-                return None, None
+                break
             unknown = await find_unknown(tasks)
-            if unknown and _without_sandbox_tasks(sandbox_ledger_location(job.ledger), unknown):
+            known_count += len(tasks) - len(unknown)
+            unknown_count += len(_without_sandbox_tasks(sandbox_ledger_location(job.ledger), unknown))
+            if unknown_count and last_run_ms is None:
                 paid = (
                     f"{output} was paid for from another ledger. The new ledger {job.ledger} pays for its leads again"
                 )
@@ -89,6 +95,11 @@ async def find_output_of_other_ledger(
     except (CommandRefused, OSError) as error:
         message = error.strerror if isinstance(error, OSError) else error.message
         return None, f"cannot check whether another ledger paid for an earlier output: {message}"
+    if known_count and unknown_count >= MIN_REQUESTS:
+        message = f"{output} has {pluralize(unknown_count, 'task')} that {job.ledger} does not have: it is an older copy"
+        hint = "restore the newest copy of the ledger; or pay again with --new-ledger"
+        return CommandRefused(f"{message}, and pays for their leads again", hint), None
+    return None, None
 
 
 def has_real_tasks(job: Job, output: Location) -> bool:
@@ -129,11 +140,14 @@ def _as_named(output: Location) -> str:
     return f"{output}/" if is_dataset(output) and not str(output).endswith("/") else str(output)
 
 
-def _newest_output(job: Job) -> Location | None:
-    """Find the job's newest output, of any date, that is not also its input."""
+def _newest_output(job: Job, changed_after_ms: int | None) -> Location | None:
+    """Find the job's newest output, of any date, that is not also its input.
+
+    None: there is no output, or it was not changed after `changed_after_ms`. Objects are not compared with that time.
+    """
     pattern = parse_location(job.output_base, job.output.path)
     if isinstance(pattern, ObjectUrl):
-        return _newest_object(pattern)
+        return _newest_object(pattern) if changed_after_ms is None else None
     sandbox_output = parse_location(job.output_base, sandbox_file_name(job.output.path))
     sandbox_outputs = set(_matching_paths(Path(str(sandbox_output))))
     found: list[tuple[float, Path]] = []
@@ -142,7 +156,8 @@ def _newest_output(job: Job) -> Location | None:
             changed_s, is_output = path.stat().st_mtime, path.is_dir() if is_dataset(pattern) else path.is_file()
             if is_output and path not in sandbox_outputs and not is_same_file(job.input_path, path):
                 found.append((changed_s, path))
-    return max(found)[1] if found else None
+    changed_s, newest = max(found, default=(0.0, None))
+    return newest if changed_after_ms is None or 1000 * changed_s > changed_after_ms else None
 
 
 def _matching_paths(path_pattern: Path) -> list[Path]:

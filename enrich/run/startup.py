@@ -140,18 +140,22 @@ async def open_files(startup: Startup) -> None:
             prepare_file(location, job.input_path, job.name, kind)
         startup.files = RunFiles(JobInput(job, forgotten), target, extra_output_paths)
     startup.notes += startup.files.job_input.notes()
+    writer = await context.ledger_writer.submit(execution_records.last_writer, str(target))
+    if writer not in (None, job.name):
+        startup.problems.append(f"{target} is the output of the job `{writer}`, too: this run replaces it")
 
 
 async def check_new_ledger(startup: Startup) -> None:
-    """Refuse a new ledger when an earlier output was paid for from another one, unless the user agrees.
+    """Refuse a new ledger, or an older copy, when another one paid for an earlier output, unless the user agrees.
 
     Raises CommandRefused. Adds a problem when an earlier output cannot be read.
     """
     context, options = startup.context, startup.context.options
-    if options.new_ledger or await context.ledger_writer.submit(execution_records.has_own_submissions):
+    if options.new_ledger:
         return
     refusal, problem = await find_output_of_other_ledger(
         context.job,
+        await context.ledger_writer.submit(execution_records.last_run_ms),
         lambda tasks: context.ledger_writer.submit(task_ids.unknown_task_ids, tasks),
         context.signals.interruptible,
     )

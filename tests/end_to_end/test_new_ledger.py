@@ -55,6 +55,46 @@ def test_output_in_object_storage_is_checked(
 
 
 @FILE_ONLY
+def test_older_copy_of_the_ledger_is_refused(api: SandboxApi, workspace: Workspace) -> None:
+    """Refuses a ledger from before the last run when the output has its tasks and many others."""
+    workspace.write_leads(make_leads(22))
+    workspace.run_job(api, RunOptions(limit=11))
+    restore = copy_ledger(workspace)
+    workspace.run_job(api)
+    restore()
+
+    for command in RUN, ("plan", "job.yaml"):
+        result = workspace.run_in_process(*command, api=api)
+        assert f"out.csv has 11 tasks that {workspace.ledger_path} does not have" in result.stdout + result.stderr
+    assert workspace.run_in_process(*RUN, "--yes", api=api).exit_code == 5
+    assert api.audit()["accepted"] == 22
+
+    result = workspace.run_in_process(*RUN, "--new-ledger", api=api)
+    assert (result.exit_code, result.json_output["submitted"]) == (0, 11)
+    assert workspace.run_in_process(*RUN, api=api).json_output["reused"] == 22
+
+
+@FILE_ONLY
+@pytest.mark.parametrize("case", first_quick(1, ["few", "saved again", "another ledger"]))
+def test_output_that_refuses_no_ledger(api: SandboxApi, workspace: Workspace, case: str) -> None:
+    """A ledger that is not new is used if the output lacks its tasks, or has few others."""
+    workspace.write_leads(make_leads(20))
+    first = workspace.run_job(api, RunOptions(limit=11))
+    restore = copy_ledger(workspace)
+    match case:
+        case "few":
+            workspace.run_job(api)
+            restore()
+        case "saved again":
+            (workspace.folder / "out.csv").touch()
+        case _:
+            workspace.run_in_process(*RUN, "--ledger", "other.db", "--new-ledger", api=api)
+
+    result = workspace.run_in_process(*RUN, api=api)
+    assert (first.submitted, result.exit_code, result.json_output["submitted"]) == (11, 0, 9), result.stderr
+
+
+@FILE_ONLY
 @pytest.mark.parametrize("cause", first_quick(1, ["ledger removed", "folder removed", "another ledger", "renamed job"]))
 def test_new_ledger_with_paid_output_is_refused(api: SandboxApi, workspace: Workspace, cause: str) -> None:
     """Refuses a new ledger however it came about; with --new-ledger the run pays."""
@@ -76,6 +116,19 @@ def test_new_ledger_with_paid_output_is_refused(api: SandboxApi, workspace: Work
     result = workspace.run_in_process(*RUN, *more, "--new-ledger", api=api)
     assert (result.exit_code, result.json_output["submitted"]) == (0, 5)
     assert workspace.run_in_process(*RUN, *more, api=api).json_output["reused"] == 5
+
+
+def copy_ledger(workspace: Workspace) -> Callable[[], None]:
+    """Copy the ledger. Returns what puts the copy in its place."""
+    backup = workspace.folder / "backup.db"
+    assert workspace.run_in_process("ledger", "backup", "job.yaml", str(backup)).exit_code == 0
+
+    def restore() -> None:
+        for path in workspace.ledger_path.parent.iterdir():
+            path.unlink()
+        backup.rename(workspace.ledger_path)
+
+    return restore
 
 
 def test_server_ledger_is_checked(api: SandboxApi, workspace: Workspace) -> None:

@@ -64,6 +64,19 @@ def test_answer_is_shared_between_jobs(api: SandboxApi, alpha: Workspace, beta: 
     assert any(answers.values())
 
 
+def test_output_of_another_job_is_named(api: SandboxApi, alpha: Workspace, beta: Workspace) -> None:
+    """A run that replaces the output of another job says so, also without a terminal. A renamed job says so once."""
+    beta.write_job(ledger="shared.db", output="alpha.csv")
+    alpha.write_leads(make_leads(1))
+    runs = [
+        alpha.run_in_process("run", f"{name}.yaml", "--json", api=api) for name in ("alpha", "alpha", "beta", "beta")
+    ]
+
+    note = f"{alpha.folder}/alpha.csv is the output of the job `alpha`, too: this run replaces it"
+    assert [(run.exit_code, run.json_output["notes"]) for run in runs] == [(0, []), (0, []), (0, [note]), (0, [])]
+    assert [note in run.stderr for run in runs] == [False, False, True, False]
+
+
 @pytest.mark.long
 def test_executions_are_separate_per_job(api: SandboxApi, alpha: Workspace, beta: Workspace) -> None:
     """`status` shows a job its own executions."""
