@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -192,8 +192,11 @@ def _matching_requests(
     # The person's rows count, whether or not the job's conditions hold for them today.
     job = replace(job, model=job.model.model_copy(update={"where": None, "only_if_empty": [], "suppress": None}))
     job_input: JobInput | None = None
-    with suppress(EnrichError):
+    unusable: EnrichError | None = None
+    try:
         job_input = JobInput(job)
+    except EnrichError as error:
+        unusable = error
     columns = [] if job_input is None else job_input.columns
     params = [param for step in job.steps for param in step.model.params.items()]
     known = [*columns, *(name for name, _ in params), *template.columns]
@@ -201,7 +204,7 @@ def _matching_requests(
     for name in criteria:
         if name not in known:
             hint = suggest_name(name, known)
-            raise JobError(f"--match {name}=…: the input and the job have no column `{name}`", hint)
+            raise unusable or JobError(f"--match {name}=…: the input and the job have no column `{name}`", hint)
     if job_input is not None and job.step_jobs:
         return requests_of_rows(job, job_input, ledger, criteria)
     if job_input is None or not set(criteria) <= set(columns):

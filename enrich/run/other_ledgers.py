@@ -96,7 +96,9 @@ async def find_output_of_other_ledger(
         message = error.strerror if isinstance(error, OSError) else error.message
         return None, f"cannot check whether another ledger paid for an earlier output: {message}"
     if known_count and unknown_count >= MIN_REQUESTS:
-        message = f"{output} has {pluralize(unknown_count, 'task')} that {job.ledger} does not have: it is an older copy"
+        message = (
+            f"{output} has {pluralize(unknown_count, 'task')} that {job.ledger} does not have: it is an older copy"
+        )
         hint = "restore the newest copy of the ledger; or pay again with --new-ledger"
         return CommandRefused(f"{message}, and pays for their leads again", hint), None
     return None, None

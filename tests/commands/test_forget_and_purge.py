@@ -40,6 +40,15 @@ def forget_matching(workspace: Workspace, *matches: str) -> int:
     return int(result.json_output["requests"])
 
 
+@FILE_ONLY
+def test_unusable_input_is_named(workspace: Workspace) -> None:
+    """A column that only the input may have is not called unknown when the input cannot be read."""
+    (workspace.folder / "leads.csv").unlink()
+    result = workspace.run_in_process("forget", "job.yaml", "--match", "Note=x", "--yes")
+    assert (result.exit_code, "leads.csv does not exist" in result.stderr) == (5, True), result.stderr
+    assert forget_matching(workspace, "First Name=First1", "Last Name=Last1") == 1
+
+
 @pytest.mark.long
 def test_forgotten_lead_is_not_in_ledger_files(workspace: Workspace) -> None:
     """Overwrites params, answer, task and error on disk, not only unlinked; the ledger's sums still agree."""
