@@ -97,10 +97,10 @@ async def find_output_of_other_ledger(
         return None, f"cannot check whether another ledger paid for an earlier output: {message}"
     if known_count and unknown_count >= MIN_REQUESTS:
         message = (
-            f"{output} has {pluralize(unknown_count, 'task')} that {job.ledger} does not have: it is an older copy"
+            f"{output} has tasks that {job.ledger} does not have: a newer copy of this ledger paid for them, "
+            "and this one pays for their leads again"
         )
-        hint = "restore the newest copy of the ledger; or pay again with --new-ledger"
-        return CommandRefused(f"{message}, and pays for their leads again", hint), None
+        return CommandRefused(message, "restore the newest copy; or pay again with --new-ledger"), None
     return None, None
 
 
@@ -122,7 +122,7 @@ def _without_sandbox_tasks(sandbox_ledger: LedgerLocation, tasks: Iterable[str])
 
 
 def _read_task_ids(job: Job, output: Location) -> Iterator[list[str]]:
-    """Yield the task ids of an output, batch by batch. Raises CommandRefused when it cannot be read."""
+    """Yield the task ids of an output, one per row, batch by batch. Raises CommandRefused when it cannot be read."""
     path = _as_named(output)
     if format_of(path) == "csv":
         copies = LocalCopies()
@@ -133,7 +133,7 @@ def _read_task_ids(job: Job, output: Location) -> Iterator[list[str]]:
     columns = [name for name in source.schema if _TASK_ID.fullmatch(name)]
     for frame in source.batches() if columns else ():
         for name in columns:
-            if tasks := [str(task) for task in as_text(frame.get_column(name)).unique() if task]:
+            if tasks := [str(task) for task in as_text(frame.get_column(name)) if task]:
                 yield tasks
 
 

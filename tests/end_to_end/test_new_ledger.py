@@ -65,7 +65,7 @@ def test_older_copy_of_the_ledger_is_refused(api: SandboxApi, workspace: Workspa
 
     for command in RUN, ("plan", "job.yaml"):
         result = workspace.run_in_process(*command, api=api)
-        assert f"out.csv has 11 tasks that {workspace.ledger_path} does not have" in result.stdout + result.stderr
+        assert f"out.csv has tasks that {workspace.ledger_path} does not have" in result.stdout + result.stderr
     assert workspace.run_in_process(*RUN, "--yes", api=api).exit_code == 5
     assert api.audit()["accepted"] == 22
 
