@@ -316,7 +316,7 @@ def _guarded(callback: Callable[[T], object] | None) -> Callable[[T], None]:
         if is_active and callback is not None:
             try:
                 callback(value)
-            except Exception:
+            except (Exception, SystemExit):
                 is_active = False
                 logging.getLogger("enrich").exception("a callback of the run failed and is not called again")
 

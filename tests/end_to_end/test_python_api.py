@@ -419,17 +419,20 @@ def test_a_signal_in_a_script_stops_the_run(slow_job: Path) -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_failing_callback_does_not_end_the_run(job_file: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """An exception in a callback is logged once, and the run goes on."""
+@pytest.mark.parametrize("error", [ZeroDivisionError, SystemExit])
+def test_a_failing_callback_does_not_end_the_run(
+    job_file: Path, caplog: pytest.LogCaptureFixture, error: type[BaseException]
+) -> None:
+    """An exception in a callback is logged once, and the run goes on; `sys.exit` would leave requests unconfirmed."""
 
     def fail(_: enrich.Progress) -> None:
-        raise ZeroDivisionError
+        raise error
 
     assert enrich.run_job(job_file, limit=3, on_progress=fail).answers == 3
-    assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [ZeroDivisionError]
+    assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [error]
     caplog.clear()
     assert asyncio.run(enrich.run_job_async(job_file, on_progress=fail)).answers == 3
-    assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [ZeroDivisionError]
+    assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [error]
 
 
 def test_a_sandbox_run_needs_no_key(job_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
