@@ -144,6 +144,12 @@ def test_a_saved_plan_is_followed(job_file: Path, workspace: Workspace) -> None:
     assert enrich.run_job(job_file, plan=kept).submitted == 3
 
 
+def test_a_plan_of_steps_has_its_amounts_in_credits(tmp_path: Path) -> None:
+    """Balance and cap of a job with steps are credits, as those of other plans are."""
+    plan = enrich.plan_job(ROOT / "jobs" / "full_contact.yaml", sandbox=True, ledger=tmp_path / "ledger.db")
+    assert (plan.balance, plan.max_credits, plan.cost.maximum) == (10_000, 300, 300)
+
+
 def test_a_plan_shows_the_price_of_new_providers(job_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With `update_providers` a plan has the requests that a run with it would send."""
     assert enrich.run_job(job_file).submitted == 6
