@@ -316,6 +316,7 @@ def test_notifications_file_permissions(api: SandboxApi, notifying_workspace: Wo
     [
         (None, "notifications cannot be sent: No such file"),
         ("# nobody\n", "no address for notifications"),
+        ("secret-nonsense\n", "no Apprise URL in line 1"),
         (b"\xff", "notifications cannot be sent: it is not UTF-8 text"),
     ],
 )
@@ -344,7 +345,8 @@ def test_invalid_lines_are_numbered(notifying_workspace: Workspace, recorder: Re
 
     assert result.exit_code == 3
     assert len(recorder.requests) == 1
-    assert "line 1 is not an Apprise URL; line 5 was rejected" in result.stderr
+    assert f"note: {path}: no Apprise URL in line 1\n" in result.stderr
+    assert f"note: {path}: some notifications failed: not delivered to line 5\n" in result.stderr
     assert "secret" not in result.stderr + (notifying_workspace.folder / "run.log").read_text()
 
 
