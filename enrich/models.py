@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -106,6 +107,10 @@ def count_by_status(counts: Mapping[State, int]) -> dict[str, int]:
     }
 
 
+#: A number as text. Python and YAML would also read `1_000`, `+1`, `0x10`, `nan` and digits of other scripts.
+PLAIN_NUMBER = re.compile(r"-?([0-9]+\.?[0-9]*|\.[0-9]+)")
+#: From the API also with an exponent: Python's decimals write zero as `0E-7`.
+_API_NUMBER = re.compile(f"{PLAIN_NUMBER.pattern}([eE][-+]?[0-9]+)?")
 #: The ledger stores credits as integers, in millionths of a credit.
 MICROS_PER_CREDIT = 1_000_000
 #: Maximum valid price or balance in credits. A higher value counts as unreadable.
@@ -128,12 +133,13 @@ def read_balance(balance: object) -> int | None:
 
 
 def _read_credits(credits_: object, minimum: int, maximum: int) -> int | None:
-    if credits_ is None or isinstance(credits_, bool):
+    text = str(credits_).strip()
+    if not _API_NUMBER.fullmatch(text):
         return None
     try:
-        amount = Decimal(str(credits_).strip())
+        amount = Decimal(text)
         return int((amount * MICROS_PER_CREDIT).to_integral_value()) if minimum <= amount <= maximum else None
-    except ArithmeticError:  # not a number, or NaN, which cannot be compared
+    except ArithmeticError:  # too large
         return None
 
 

@@ -19,8 +19,9 @@ from enrich.commands.init.command import write_new_file
 from enrich.commands.options import printable
 from enrich.commands.paths import absolute_path, files_written, nearest_existing
 from enrich.errors import JobError
+from enrich.files.object_store import CREDENTIAL_VARIABLES
 from enrich.job.field_types import parse_duration
-from enrich.job.locations import is_url
+from enrich.job.locations import ObjectUrl, is_url
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 #: Environment variables copied from the current shell to the units and the crontab line.
@@ -47,6 +48,8 @@ class ScheduledJob(Struct, frozen=True):
     writable_folders: Sequence[Path]
     days: tuple[int, ...] = ()
     environ: Mapping[str, str] = {}
+    #: The object storages that the job uses: s3, gs, az.
+    storages: Sequence[str] = ()
 
     @property
     def unit_name(self) -> str:
@@ -57,6 +60,13 @@ class ScheduledJob(Struct, frozen=True):
         """Return the command with its arguments."""
         end = ["--if-locked", "skip", "--max-time", self.max_time, "--log-file", str(self.log)]
         return [*self.command, "run", str(self.job), *end]
+
+    def storage_comments(self) -> str:
+        """Return comment lines that name the variables for object storage. Their values are secrets."""
+        return "".join(
+            f"# Add to the environment of the run, for {scheme}://: {CREDENTIAL_VARIABLES[scheme]}\n"
+            for scheme in self.storages
+        )
 
     def check_printable(self) -> None:
         """Raise JobError if a path or variable has a character that does not fit on one line."""
@@ -113,7 +123,7 @@ def crontab_text(job: ScheduledJob) -> str:
 # {printable(job.name)}: for `crontab -e` of the user {job.user}.
 # The key is alone in {printable(str(job.key_file))}, mode 0600, owned by that user.
 # Without a terminal a run prints only problems. cron mails them to MAILTO.
-{crontab_line(job)}
+{job.storage_comments()}{crontab_line(job)}
 """
 
 
@@ -157,7 +167,7 @@ User={job.user}
 LoadCredential=databar_api_key:{_escape_percent(str(job.key_file))}
 Environment=DATABAR_API_KEY_FILE=%d/databar_api_key
 Environment=LANG=C.UTF-8
-{environ}ExecStart={" ".join(map(_quote_argument, job.command_line()))}
+{job.storage_comments()}{environ}ExecStart={" ".join(map(_quote_argument, job.command_line()))}
 # Not failures: 13 (out of time) and 143 (stopped). The next run resumes.
 # Failures that require action: 2, 3, 5 (job, key, input), 4 (API unreachable), 10 (leads failed),
 # 12 (cap or credits), 14 (unconfirmed), 15 (canary). A locked ledger (11) is skipped with 0.
@@ -265,9 +275,9 @@ def cron(
     job = options.JobOptions(job_file).load()
     log = absolute_path(log_file or job_file.with_name(f"{job.name}.log"))
     key_path = key_file or Path(os.environ.get("DATABAR_API_KEY_FILE", "").strip() or "/etc/enrich/databar_api_key")
-    folders = {
-        nearest_existing(path.parent) for path in (*files_written(job, datetime.now().astimezone()).values(), log)
-    }
+    now = datetime.now().astimezone()
+    folders = {nearest_existing(path.parent) for path in (*files_written(job, now).values(), log)}
+    locations = job.file_locations(now).values()
     scheduled = ScheduledJob(
         name=job.name,
         command=system.enrich_command(),
@@ -281,6 +291,7 @@ def cron(
         max_time=max_time.replace(" ", ""),
         writable_folders=sorted(folder for folder in folders if folders.isdisjoint(folder.parents)),
         environ=_inherited_variables(),
+        storages=sorted({location.scheme for location in locations if isinstance(location, ObjectUrl)}),
     )
     units = {
         f"{scheduled.unit_name}.service": systemd_service(scheduled),

@@ -255,7 +255,7 @@ def _step_lines(row: Mapping[str, Any]) -> Iterator[str]:
 
 @click.command()
 @options.job_options(has_input=True)
-@click.option("--row", type=options.AtLeast(1), metavar="ROW", help="Row number in the input. 1 is the first lead.")
+@click.option("--row", type=options.Number(1), metavar="ROW", help="Row number in the input. 1 is the first lead.")
 @click.option("--match", metavar="COLUMN=VALUE", help="Rows with this value. Ignores case and surrounding spaces.")
 @options.JSON_OPTION
 def explain(job_options: options.JobOptions, row: int | None, match: str | None, as_json: bool) -> None:
@@ -263,5 +263,6 @@ def explain(job_options: options.JobOptions, row: int | None, match: str | None,
     if (row is None) == (match is None):
         raise click.UsageError('choose a lead with --row ROW or --match "Email=ada@engine.example"')
     job = job_options.load()
+    options.check_ledger_not_lost(job)
     result = explain_leads(job, row, match)
     options.echo_result({"exit_code": 0, **result}, format_explanation(result), as_json=as_json)

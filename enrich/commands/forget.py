@@ -251,7 +251,7 @@ def _values_named(
     for data in answers:
         if name in columns:
             yield str(column_values(data, [columns[name]])[0])
-        elif "@" in text:  # an email address identifies a person in any field
+        if "@" in text:  # an email address identifies a person in any field
             yield from _texts(data)
 
 

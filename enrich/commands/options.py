@@ -29,9 +29,9 @@ from enrich.job.file_names import why_no_file
 from enrich.job.job import Job, Overrides, load_job
 from enrich.job.locations import LedgerLocation, check_no_password, hide_secrets, is_url, sandbox_state_path
 from enrich.ledger.dialect import DATABASE_ERRORS
-from enrich.ledger.file_identity import make_private_folder
+from enrich.ledger.file_identity import ledger_file_exists, make_private_folder
 from enrich.ledger.sqlite import is_busy_error
-from enrich.models import RETRYABLE_STATES, State
+from enrich.models import PLAIN_NUMBER, RETRYABLE_STATES, State
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -203,19 +203,19 @@ def job_options(
 RUN_JOB_OPTIONS = job_options(has_input=True, has_output=True, sandbox="Use the built-in sandbox: no key, no credits.")
 
 
-class AtLeast(click.ParamType):  # type: ignore[type-arg] # older versions are not generic
+class Number(click.ParamType):  # type: ignore[type-arg] # older versions are not generic
     """A number with a minimum, which the help does not show as a formula as that of `click.IntRange`."""
 
     name = "number"
 
-    def __init__(self, minimum: int, number: click.ParamType[Any] = click.INT) -> None:
+    def __init__(self, minimum: float = -math.inf, number: click.ParamType[Any] = click.INT) -> None:
         self.minimum, self.number = minimum, number
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """Parse a number. Raises a usage error for one that is less than the minimum."""
+        if not PLAIN_NUMBER.fullmatch(str(value)):
+            self.fail(f"`{value}` is not a number in plain digits", param, ctx)
         number: float = self.number.convert(value, param, ctx)
-        if math.isnan(number):
-            self.fail(f"{number} is not a number", param, ctx)
         if number < self.minimum:
             self.fail(f"{number} is less than {self.minimum}", param, ctx)
         return number
@@ -237,24 +237,24 @@ def selection_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 _add_selection_options = add_options(
     click.option(
-        "--limit", type=AtLeast(0), metavar="ROWS", help="Send at most this many new requests. The rest stays pending."
+        "--limit", type=Number(0), metavar="ROWS", help="Send at most this many new requests. The rest stays pending."
     ),
     click.option(
         "--sample",
-        type=AtLeast(1),
+        type=Number(1),
         metavar="ROWS",
         help="Send only this many new requests: a stratified random sample of the file.",
     ),
     click.option(
         "--seed",
-        type=int,
+        type=Number(),
         default=0,
         show_default=True,
         metavar="NUMBER",
         help="Seed of the sample. The same seed chooses the same rows.",
     ),
     click.option(
-        "--max-credits", type=AtLeast(0, click.FLOAT), metavar="CREDITS", help="Spend at most this many credits."
+        "--max-credits", type=Number(0, click.FLOAT), metavar="CREDITS", help="Spend at most this many credits."
     ),
     click.option(
         "--retry",
@@ -271,6 +271,14 @@ def record_ledger(ledger: LedgerLocation) -> None:
     """Record which ledger a command uses, because damage to it may cause an unexpected error."""
     if (context := click.get_current_context(silent=True)) is not None:
         context.meta[LEDGER_META_KEY] = ledger
+
+
+def check_ledger_not_lost(job: Job) -> None:
+    """Raise CommandRefused when the file of a ledger is missing, and only a rescue file has its data."""
+    if isinstance(job.ledger, Path) and not ledger_file_exists(job.ledger):
+        from enrich.run.context import check_no_rescue_file  # it imports what runs a job
+
+        check_no_rescue_file(job)
 
 
 @contextmanager

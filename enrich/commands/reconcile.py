@@ -81,7 +81,7 @@ def format_reconciliation(result: Reconciliation) -> Iterator[str]:
 @options.job_options(sandbox="Use the ledger and the account of the sandbox.")
 @click.option(
     "--since",
-    type=int,
+    type=options.Number(),
     metavar="RUN",
     help="Compare from this run on. Default: the last one, or the oldest with unconfirmed requests.",
 )

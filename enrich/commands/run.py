@@ -240,7 +240,7 @@ def print_summary(
     help="Address of the Ray cluster. Default: this machine.",
 )
 @click.option(
-    "--workers", type=options.AtLeast(1), metavar="NUMBER", help="Number of Ray workers. Default: one per CPU."
+    "--workers", type=options.Number(1), metavar="NUMBER", help="Number of Ray workers. Default: one per CPU."
 )
 @click.option(
     "--workspace-renamed", is_flag=True, help="Confirm that the workspace of the ledger was renamed at Databar."

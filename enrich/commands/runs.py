@@ -124,9 +124,11 @@ def _or_dash(value: float | None, style: str) -> str:
 
 @click.command()
 @options.job_options()
-@click.option("--last", type=options.AtLeast(1), default=20, show_default=True, metavar="RUNS", help="Number of runs.")
+@click.option("--last", type=options.Number(1), default=20, show_default=True, metavar="RUNS", help="Number of runs.")
 @options.JSON_OPTION
 def runs(job_options: options.JobOptions, last: int, as_json: bool) -> None:
     """List the runs of JOB, newest first. Times are UTC."""
-    result = read_runs(job_options.load(), last)
+    job = job_options.load()
+    options.check_ledger_not_lost(job)
+    result = read_runs(job, last)
     options.echo_result({"exit_code": 0, **result}, format_runs(result), as_json=as_json)

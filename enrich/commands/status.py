@@ -221,6 +221,7 @@ def status(job_options: options.JobOptions, watching: bool, every: float | None,
         return watch_job(RunWatcher(job), sys.stdout, os.environ, every or DEFAULT_INTERVAL_S, as_json=as_json)
     if every is not None:
         raise click.UsageError("--every needs --watch")
+    options.check_ledger_not_lost(job)
     result = read_status(job)
     watch_command = f"enrich status {job_options.arguments(as_typed=True).ledger_args} --watch"
     options.echo_result({"exit_code": 0, **result}, format_status(result, watch_command), as_json=as_json)

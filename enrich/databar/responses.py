@@ -21,7 +21,6 @@ task is polled again.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection, Iterator, Mapping
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
@@ -44,7 +43,7 @@ from enrich.errors import (
     Unauthorized,
 )
 from enrich.json_text import parse_json
-from enrich.models import whole_number
+from enrich.models import PLAIN_NUMBER, whole_number
 
 #: A longer id is not accepted as a task id.
 MAX_ID_LENGTH = 512
@@ -57,7 +56,6 @@ MAX_UNREADABLE_BYTES = 1 << 20
 NOT_UTF8_NOTE = "the API's response is not valid UTF-8: unreadable bytes are shown as �"
 #: Invalid bytes, control characters and long numbers in other parts of a response do not make its id unreadable.
 _ID_DECODER = json.JSONDecoder(parse_int=str, strict=False)
-_SECONDS_PATTERN = re.compile(r"-?[0-9]+(\.[0-9]*)?")
 _REASONS = {status.value: status.phrase for status in HTTPStatus}
 
 
@@ -218,7 +216,7 @@ def _retry_after(answer: HttpAnswer) -> float | None:
     A date is compared with the `Date` header, which is the API's own clock.
     """
     value = answer.header(b"retry-after").strip()
-    if _SECONDS_PATTERN.fullmatch(value):
+    if PLAIN_NUMBER.fullmatch(value):
         return min(max(0.0, float(value)), MAX_RETRY_AFTER_S)
     try:
         at = parsedate_to_datetime(value)

@@ -89,7 +89,7 @@ class FileLimits(Struct, frozen=True):
             longest.name
             for longest in frame.select_seq(pl.col(pl.String).str.len_bytes().max())
             if (self.max_cell is not None and (longest.item() or 0) > self.max_cell)
-            or not self._can_encode("".join(filter(None, frame[longest.name])))
+            or (self.encoding is not None and not self._can_encode("".join(filter(None, frame[longest.name]))))
         ]
 
     def _can_encode(self, text: str) -> bool:

@@ -22,7 +22,7 @@ ObjectVersion = tuple[str | None, int, str]
 _ERROR_CODE = re.compile(r"<Code>(\w+)</Code>|status code: (\d+ [A-Z][\w ]*\w)")
 #: Without credentials, obstore queries the metadata server of a cloud machine. These errors mean that this failed.
 _NO_CREDENTIALS = re.compile(r"169\.254\.|/latest/api/token|metadata\.google|MissingAccount|MissingCredentials")
-_CREDENTIAL_VARIABLES = {
+CREDENTIAL_VARIABLES = {
     "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_REGION",
     "gs": "GOOGLE_APPLICATION_CREDENTIALS",
     "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
@@ -122,7 +122,7 @@ def _open_store(url: ObjectUrl) -> Iterator[ObjectStore]:
 def _storage_error(url: ObjectUrl, error: Exception) -> CommandRefused:
     message = str(error)
     code = next((next(filter(None, found)) for found in _ERROR_CODE.findall(message)), "")
-    credentials_hint = f"set {_CREDENTIAL_VARIABLES[url.scheme]}"
+    credentials_hint = f"set {CREDENTIAL_VARIABLES[url.scheme]}"
     if "NoSuchBucket" in message:
         return CommandRefused(f"{url}: no bucket `{url.bucket}`", "check the URL and the region")
     if isinstance(error, FileNotFoundError):

@@ -18,12 +18,12 @@ from enrich.errors import JobError, closest_name, did_you_mean, suggest_name
 from enrich.job.bounded_read import read_text
 from enrich.job.spec import JobModel, SteppedJobModel
 from enrich.job.target import SOURCES_KEY, Param, Source, TargetModel
+from enrich.models import PLAIN_NUMBER
 
 _NUMBER_TAGS = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"}
 #: A number has at most this many characters. Python refuses one that is longer still.
 _MAX_NUMBER_LENGTH = 1_000
-#: Octal and sexagesimal numbers.
-_UNUSUAL_NUMBER = re.compile(r"[-+]?(0[0-7_]+$|[0-9_.]+:)")
+_OCTAL_NUMBER = re.compile(r"-?0[0-9]+")
 #: NUL and lone surrogates: YAML can write them as escapes only, and no output can contain them.
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
@@ -152,8 +152,8 @@ def _to_plain_data(node: yaml.Node, path: Path) -> Any:  # noqa: ANN401 - YAML
     except (yaml.YAMLError, ValueError) as error:
         problem = error.problem if isinstance(error, yaml.MarkedYAMLError) else error
         raise JobError(f"{where}: {problem}", "put it in quotes if it is text") from None
-    if node.tag in _NUMBER_TAGS and _UNUSUAL_NUMBER.match(text):
-        hint = "write numbers without leading zeros and colons, and put text in quotes"
+    if node.tag in _NUMBER_TAGS and (_OCTAL_NUMBER.fullmatch(text) or not PLAIN_NUMBER.fullmatch(text)):
+        hint = "write numbers in plain digits, such as 1000 or 0.5, and put text in quotes"
         raise JobError(f"{where}: YAML reads `{text}` as {value}", hint)
     return value
 

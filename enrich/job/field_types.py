@@ -16,7 +16,7 @@ from enrich.job.locations import is_url
 #: Maximum number of credits. In millionths it still fits into the ledger's 64-bit integers.
 MAX_CREDITS = 1e12
 
-_DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
+_DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", re.ASCII)
 
 
 def parse_duration(value: object) -> timedelta:

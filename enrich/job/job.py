@@ -301,7 +301,7 @@ def _check_steps(job: Job, model: SteppedJobModel) -> None:
 
 
 def _check_outputs(job: Job) -> None:
-    """Raise JobError for an output, rejects, changes or report file that no run can write."""
+    """Raise JobError for an output, rejects, changes, report or metrics file that no run can write."""
     model = job.model
     for key, written in (("output", job.output), ("rejects", model.rejects), ("changes", model.changes)):
         if written is None:
@@ -323,6 +323,9 @@ def _check_outputs(job: Job) -> None:
             raise job.error(
                 ["report"], f"`{model.report.path}` is not an HTML file on this machine", "as in report.html"
             )
+    if model.metrics is not None and not model.metrics.endswith(".prom"):
+        message = f"`{model.metrics}` is not read by the textfile collector, which reads *.prom only"
+        raise job.error(["metrics"], message, "rename it to end in .prom")
 
 
 def _check_date_codes(job: Job, key: str, path: str) -> None:

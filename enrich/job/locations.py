@@ -13,6 +13,8 @@ from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 from msgspec import Struct
 from msgspec.structs import replace
 
+from enrich.models import PLAIN_NUMBER
+
 Format = Literal["csv", "jsonl", "parquet", "xlsx"]
 
 #: Stands for standard input. Every other path of a job is absolute.
@@ -129,7 +131,7 @@ def parse_ledger_location(base: Path, path_or_url: str | Path, local_folder: Pat
     if not _SCHEMA_PATTERN.fullmatch(schema) or schema.startswith("pg_"):
         raise ValueError(f"`{schema}` is not a schema name: use lowercase letters, digits and `_`")
     lease = next((value for name, value in query if name == "lease"), f"{DEFAULT_LEASE_S:g}").removesuffix("s")
-    if not re.fullmatch(r"\d+(\.\d+)?", lease) or not MIN_LEASE_S <= float(lease) <= MAX_LEASE_S:
+    if not PLAIN_NUMBER.fullmatch(lease) or not MIN_LEASE_S <= float(lease) <= MAX_LEASE_S:
         raise ValueError(f"`lease={lease}` must be a number of seconds from {MIN_LEASE_S:g} to {MAX_LEASE_S:g}")
     remaining_query = urlencode(
         [(name, value) for name, value in query if name not in ("schema", "lease")], quote_via=quote

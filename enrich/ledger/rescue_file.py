@@ -91,6 +91,16 @@ def _is_rescue_file_name(name: str, ledger: str) -> bool:
     return name != rest and (not rest or (rest[0] == "." and rest[1:].isdecimal()))
 
 
+def is_of_ledger(line: RescuedAttempt, path: Path, location: Path) -> bool:
+    """Return whether a line of a file in another folder is of this ledger, not of another one with the same name.
+
+    The folder that contains both the file and the ledger may have been moved since: then nothing is at its old path.
+    """
+    end = str(location).removeprefix(os.path.commonpath([path, location]))
+    old_folder = line.ledger.removesuffix(end)
+    return line.ledger == str(location) or (old_folder != line.ledger and not os.path.lexists(old_folder))
+
+
 def read_rescue_file(path: Path) -> list[RescuedAttempt]:
     """Read a rescue file; the last line about an attempt counts. Raises CommandRefused when it is damaged."""
     try:

@@ -290,6 +290,10 @@ def _check_writable(path: Path) -> None:
     for target, reason in ((path, "it is read-only"), (path.resolve().parent, "its folder is read-only")):
         if not os.access(target, os.W_OK):
             raise PermissionError(errno.EACCES, reason, str(path))
+    for end in JOURNAL_SUFFIXES:
+        journal = Path(f"{path.resolve()}{end}")
+        if journal.is_file() and not os.access(journal, os.W_OK):  # SQLite made it while the ledger was read-only
+            journal.chmod(0o600)
 
 
 def is_ledger_file(path: Path) -> bool:
@@ -312,7 +316,8 @@ def _opening_error(path: Path, error: Exception) -> CommandRefused:
     if is_damage_error(error) or _error_kind(error) == sqlite3.SQLITE_ERROR:
         return damaged_ledger_error(path)
     reason = getattr(error, "strerror", None) or error
-    return CommandRefused(f"{path}: the ledger cannot be opened: {reason}", "is it a ledger, and writable?")
+    hint = describe_write_error(error)[1] if is_disk_error(error) else "is it a ledger, and writable?"
+    return CommandRefused(f"{path}: the ledger cannot be opened: {reason}", hint)
 
 
 def unknown_to_sandbox(state: Path, tasks: Sequence[str]) -> list[str]:

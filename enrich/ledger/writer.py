@@ -22,7 +22,7 @@ from enrich.ledger.database import Database
 from enrich.ledger.dialect import DATABASE_ERRORS
 from enrich.ledger.rescue_file import RescueFile
 from enrich.ledger.rescue_recorder import REPLACEMENTS, RescueRecorder
-from enrich.ledger.sqlite import describe_write_error, is_busy_error, is_damage_error
+from enrich.ledger.sqlite import describe_write_error, is_busy_error, is_damage_error, is_disk_error
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -34,6 +34,8 @@ LOCK_TIMEOUT_S = 300.0
 SHORT_LOCK_TIMEOUT_S = 2.0
 #: After how many seconds the wait is reported to the user.
 ANNOUNCE_AFTER_S = 3.0
+#: Operations that record a request which may have been charged.
+_AFTER_A_POST = (transitions.record_accepted, transitions.mark_in_doubt)
 
 
 @dataclass(slots=True, eq=False)
@@ -93,9 +95,9 @@ class LedgerWriter:
         self._locked_since: float | None = None
         self._waits_shortened_at: float | None = None
         self._wait_announced = False
-        #: Whether any task id was stored, and whether the ledger is damaged.
-        self._has_accepted = False
-        self._is_damaged = False
+        #: Whether any request may have been accepted, and whether the ledger is damaged, or the disk full or faulty.
+        self._may_have_spent = False
+        self._is_unusable = False
 
     async def __aenter__(self) -> LedgerWriter:
         self._loop = asyncio.get_running_loop()
@@ -112,7 +114,7 @@ class LedgerWriter:
         await asyncio.to_thread(self._thread.join)
         if self._rescue_recorder is not None:
             failure = self._rescue_recorder.close()
-            if self._is_damaged and not (self._has_accepted or self._rescue_recorder.file.path):
+            if self._is_unusable and not (self._may_have_spent or self._rescue_recorder.file.path):
                 failure.exit_code = ExitCode.REFUSED
             raise failure
         if self._rescue_file is not None:
@@ -175,7 +177,7 @@ class LedgerWriter:
 
     def _commit(self, batch: list[_Operation[Any]]) -> None:
         """Commit the batch in one transaction. After a failed commit nothing is written to the ledger any more."""
-        self._has_accepted = self._has_accepted or any(each.function is transitions.record_accepted for each in batch)
+        self._may_have_spent = self._may_have_spent or any(each.function in _AFTER_A_POST for each in batch)
         if self._error is None:
             try:
                 self._commit_with_retries(batch)
@@ -194,7 +196,7 @@ class LedgerWriter:
     def _fail(self, error: BaseException) -> None:
         """Stop writing to the ledger, and record paid results in the rescue file if there is one."""
         if isinstance(error, (*DATABASE_ERRORS, UnicodeDecodeError)):
-            self._is_damaged = is_damage_error(error)
+            self._is_unusable = is_damage_error(error) or is_disk_error(error)
             reason, hint = describe_write_error(error)
             error = LedgerFailed(f"{self._ledger.location}: the ledger {reason}", hint)
         self._error = error

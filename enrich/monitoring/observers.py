@@ -216,9 +216,6 @@ def _run_settings(job: Job, options: RunOptions) -> dict[str, Any]:
 
 def _checked_metrics_path(job: Job, name: str) -> Path:
     """Return the path of the metrics. Raises JobError if they cannot be written there."""
-    if not name.endswith(".prom"):
-        message = f"`{name}` is not read by the textfile collector, which reads *.prom only"
-        raise job.error(["metrics"], message, "rename it to end in .prom")
     job.file_locations(datetime.now().astimezone())  # a refused run writes its metrics, too
     path = job.resolve_path(name)
     if path.exists() and not path.is_file():

@@ -166,14 +166,18 @@ def find_job_rescue_files(job: Job) -> list[Path]:
 
 def check_ledger_exists(job: Job) -> None:
     """Raise CommandRefused when a job has never run, or only a rescue file has the data of its ledger."""
-    if ledger_exists(job.ledger):
-        return
+    if not ledger_exists(job.ledger):
+        check_no_rescue_file(job)
+        raise CommandRefused(f"{job.ledger}: no ledger, because this job has never run", "run it first: enrich run JOB")
+
+
+def check_no_rescue_file(job: Job) -> None:
+    """Raise CommandRefused when a rescue file has the data of a ledger that is missing."""
     if leftovers := find_job_rescue_files(job):
         raise CommandRefused(
             f"{job.ledger}: the ledger is missing, but {leftovers[0]} still has its data",
             "import it with `enrich run JOB --limit 0`, then run this again",
         )
-    raise CommandRefused(f"{job.ledger}: no ledger, because this job has never run", "run it first: enrich run JOB")
 
 
 def select_requests(job: Job, options: RunOptions, now_ms: int) -> RequestSelection:

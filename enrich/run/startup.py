@@ -28,7 +28,7 @@ from enrich.models import pluralize
 from enrich.rows.job_input import JobInput
 from enrich.rows.job_steps import make_steps
 from enrich.run.budget import make_budget
-from enrich.run.context import RunContext, RunFiles, RunOptions, rescue_folders
+from enrich.run.context import RunContext, RunFiles, RunOptions, find_job_rescue_files, rescue_folders
 from enrich.run.early_end import end_without_ledger, interrupt
 from enrich.run.lead_selection import LeadSelection
 from enrich.run.other_ledgers import confirm_paying_again, find_output_of_other_ledger
@@ -109,6 +109,10 @@ async def import_rescue_files(startup: Startup) -> None:
     )
     rescue_import.remove_imported_files(imported)
     startup.notes += [f"{path} was imported: {result}" for path, result in imported]
+    startup.notes += [
+        f"{path} was not imported: it is of another ledger; if that was moved here, move the file beside {job.ledger}"
+        for path in find_job_rescue_files(job)
+    ]
 
 
 async def recover_requests(startup: Startup) -> None:

@@ -56,7 +56,13 @@ def test_help_has_no_formulas(workspace: Workspace) -> None:
     [
         (("run", "job.yaml", "--limit", "-1"), "'--limit': -1 is less than 0"),
         (("run", "job.yaml", "--max-credits", "-0.5"), "'--max-credits': -0.5 is less than 0"),
-        (("run", "job.yaml", "--max-credits", "nan"), "'--max-credits': nan is not a number"),
+        *(
+            (("run", "job.yaml", "--max-credits", text), f"'--max-credits': `{text}` is not a number in plain digits")
+            for text in ("nan", "inf", "1_000", "+5", " 5", "1e3", "٣", "5,5", "")
+        ),
+        (("run", "job.yaml", "--limit", "1_0"), "'--limit': `1_0` is not a number in plain digits"),
+        (("plan", "job.yaml", "--seed", "1_0"), "'--seed': `1_0` is not a number in plain digits"),
+        (("reconcile", "job.yaml", "--since", "٣"), "'--since': `٣` is not a number in plain digits"),
         (("plan", "job.yaml", "--sample", "0"), "'--sample': 0 is less than 1"),
         (("plan", "job.yaml", "--sample", "1.5"), "'1.5' is not a valid integer"),
         (("sandbox", "--port", "65536"), "--port must be from 0 to 65535"),

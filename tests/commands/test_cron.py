@@ -265,6 +265,22 @@ def test_paths_are_absolute_without_dots(workspace: Workspace) -> None:
         assert setting in printed.stdout.splitlines()
 
 
+def test_storage_variables_are_named(odd_path_workspace: Workspace) -> None:
+    """For files in object storage, both forms name the variables that a run needs; their values are never printed."""
+    comment = "# Add to the environment of the run, for"
+    assert comment not in odd_path_workspace.run_in_process("cron", "job.yaml").stdout
+    odd_path_workspace.write_job(input="s3://bucket/leads.csv", output="gs://bucket/out.csv")
+    for form in ("--crontab", "--systemd"):
+        printed = odd_path_workspace.run_in_process(
+            "cron", "job.yaml", form, AWS_SECRET_ACCESS_KEY="hush-hush", AWS_REGION="eu-west-9"
+        ).stdout
+        assert [line for line in printed.splitlines() if line.startswith(comment)] == [
+            f"{comment} gs://: GOOGLE_APPLICATION_CREDENTIALS",
+            f"{comment} s3://: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_REGION",
+        ]
+        assert not re.search("hush-hush|eu-west-9", printed)
+
+
 def test_existing_units_need_force(odd_path_workspace: Workspace, tmp_path: Path) -> None:
     """Keeps existing units without `--force`: they may have been edited."""
     command = ("cron", "job.yaml", "--output-dir", str(tmp_path))

@@ -124,8 +124,9 @@ def test_lead_found_by_params_or_result(workspace: Workspace) -> None:
         {"result": {"email": None}, "steps": [], "enrichment_data": {"Mailhound": {"email": "ada@engine.example"}}},
     ],
 )
-def test_address_anywhere_in_a_result(tmp_path: Path, data: object) -> None:
-    """An address is found in every row of a list, at any depth, and beside the result."""
+@in_turn("name", ["Email", "work_email"])
+def test_address_anywhere_in_a_result(tmp_path: Path, name: str, data: object) -> None:
+    """An address is found in every row of a list, at any depth, and beside the result, by the name of any column."""
     workspace = Workspace(tmp_path)
     with serve_api(tmp_path / "api.db") as api:
         workspace.write_job()
@@ -133,7 +134,7 @@ def test_address_anywhere_in_a_result(tmp_path: Path, data: object) -> None:
         assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
     workspace.sql("UPDATE attempts SET answer = ? WHERE id = 2", json.dumps({"data": data}))
 
-    assert forget_matching(workspace, "Email=ada@engine.example") == 1
+    assert forget_matching(workspace, f"{name}=ada@engine.example") == 1
     assert b"ngine.example" not in ledger_bytes(workspace)
 
 

@@ -318,7 +318,10 @@ def test_negative_balance(workspace: Workspace, balance: object) -> None:
         assert all(seen.line.startswith("GET") for seen in server.requests)
 
 
-@in_turn("balance", ["NaN", "inf", "-Infinity", "much", [], {"amount": 1}, True, None, "1e400", 10**30, 10**400])
+@in_turn(
+    "balance",
+    ["NaN", "inf", "-Infinity", "much", "1_000", "+5", "٣", [], {"amount": 1}, True, None, "1e400", 10**30, 10**400],
+)
 def test_unreadable_credits_are_unknown(balance: object) -> None:
     """An unreadable balance is unknown, never 0, and so is a price."""
     assert read_balance(User.model_validate({"balance": balance}).balance) is None
@@ -326,3 +329,9 @@ def test_unreadable_credits_are_unknown(balance: object) -> None:
     waterfall = Waterfall.model_validate({"identifier": "w", "available_enrichments": [provider]})
     assert to_micros(waterfall.available_enrichments[0].price) is None
     assert to_micros(Enrichment.model_validate(provider).price) is None
+
+
+@in_turn(("price", "micros"), [("1.50", 1_500_000), ("0E-7", 0), ("1e-05", 10), (1e-05, 10), (2, 2_000_000)])
+def test_readable_credits(price: object, micros: int) -> None:
+    """A number and its text are the same price. A text may have an exponent: Python's decimals write zero as `0E-7`."""
+    assert to_micros(price) == read_balance(price) == micros

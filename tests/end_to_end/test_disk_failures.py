@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import sqlite3
+import stat
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -87,9 +88,21 @@ def test_disk_full_at_start(api: SandboxApi, workspace: Workspace) -> None:
 
     result = run_with_file_limit(workspace, api, 8_000, "run", "job.yaml", "--json")
 
-    assert_exit(result, 5, "job.db: the ledger cannot be opened")
+    assert_exit(result, 5, "job.db: the ledger cannot be opened", "free some space")
     assert api.audit()["accepted"] == 0
     assert_resumes(workspace, api, 5)
+
+
+@pytest.mark.long
+def test_disk_full_before_first_post_is_exit_5(api: SandboxApi, workspace: Workspace) -> None:
+    """Refuses when a new ledger has no space for the requests: nothing was sent."""
+    workspace.write_leads(make_leads(2_000))
+
+    result = run_with_file_limit(workspace, api, 150_000, "run", "job.yaml", "--json")
+
+    assert_exit(result, 5, "the ledger cannot be written", "free some space")
+    assert api.audit()["accepted"] == 0
+    assert workspace.run_in_process("run", "job.yaml", "--limit", "3", "--json", api=api).json_output["submitted"] == 3
 
 
 @pytest.mark.long
@@ -164,6 +177,22 @@ def test_unwritable_ledger_is_named(workspace: Workspace, monkeypatch: pytest.Mo
 
     reason = "it is read-only" if target == "file" else "its folder is read-only"
     assert str(refusal.value) == f"{path}: the ledger cannot be opened: {reason}"
+
+
+def test_ledger_that_was_read_only(api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run works again after the ledger was read-only for a while: reading gave its side files the same mode."""
+    monkeypatch.setattr(os, "access", lambda asked, _: bool(Path(asked).stat().st_mode & 0o200))  # root may write all
+    workspace.write_leads(make_leads(3))
+    Database(workspace.ledger_path).close()
+    workspace.ledger_path.chmod(0o400)
+    workspace.run_in_process("status", "job.yaml")
+    journals = [workspace.ledger_path.with_name(f"job.db{end}") for end in ("-wal", "-shm")]
+    assert [stat.S_IMODE(path.stat().st_mode) for path in journals] == [0o400, 0o400]
+    workspace.ledger_path.chmod(0o600)
+
+    with closing(Database(workspace.ledger_path)):
+        assert [stat.S_IMODE(path.stat().st_mode) for path in journals] == [0o600, 0o600]
+    assert workspace.run_job(api).submitted == 3
 
 
 def test_unwritable_wal_is_exit_5(api: SandboxApi, workspace: Workspace) -> None:

@@ -9,11 +9,13 @@ from pathlib import Path
 import click
 import pytest
 import yaml
+from msgspec import structs
 
 from enrich.cli import cli
 from enrich.job.job import load_job
 from enrich.job.spec import SteppedJobModel
 from enrich.job.target import SOURCES_KEY
+from enrich.report.data import Report
 from tests.support.cases import in_turn
 from tests.support.documents import (
     ALL_DOCUMENTS,
@@ -107,6 +109,13 @@ def test_all_job_keys_are_documented() -> None:
     shown = "\n".join(map(code_text, DOCUMENTS))
     alone = {key for path in re.findall(r"^[\w.]+$", shown, re.MULTILINE) for key in path.split(".")}
     assert keys_of_a_job() - alone - set(re.findall(r"(\w+):", shown)) == set()
+
+
+def test_all_keys_of_the_report_are_documented() -> None:
+    """The page of the report names every key that `report --json` prints."""
+    page = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
+    keys = {field.encode_name for field in structs.fields(Report)} | {"exit_code", "cost_per_lead"}
+    assert keys - set(re.findall(r"`(\w+)`", page)) == set()
 
 
 @in_turn("page", PAGES)

@@ -174,7 +174,6 @@ def test_output_that_the_input_includes(workspace: Workspace, api: SandboxApi, s
         ("output", "out.csv"),
         ("rejects", "rejects.csv"),
         ("changes", "{path: changes.csv, key: [A]}"),
-        ("metrics", "metrics.csv"),
         ("ledger", "ledger.csv"),
     ],
 )

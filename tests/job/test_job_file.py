@@ -124,7 +124,7 @@ def test_defaults(tmp_path: Path) -> None:
 
 
 TEXT_HINT = "hint: remove the escape, or write the character itself"
-NUMBER_HINT = "hint: write numbers without leading zeros and colons, and put text in quotes"
+NUMBER_HINT = "hint: write numbers in plain digits, such as 1000 or 0.5, and put text in quotes"
 
 
 @in_turn(
@@ -133,8 +133,7 @@ NUMBER_HINT = "hint: write numbers without leading zeros and colons, and put tex
         ("NO", "a boolean"),
         ("yes", "a boolean"),
         ("1.5", "a number"),
-        ("1_000", "a number"),
-        (".nan", "a number"),
+        ("1000", "a number"),
         ("null", "nothing"),
         ("~", "nothing"),
         ("2024-01-01", "a date"),
@@ -160,6 +159,22 @@ def test_ambiguous_yaml_values_need_quotes(tmp_path: Path, word: str, kind: str,
     text = f"{BASE_JOB}{before}{word}{']' if '[' in before else ''}\n"
     line = len(text.splitlines())
     assert job_errors(tmp_path, text) == [f"{line}: {key}: must be text, but YAML reads it as {kind}: put it in quotes"]
+
+
+@in_turn("number", ["1_000", "+5", "0x10", "0b11", "5_0.5", "1.0e+3", ".inf", "-.inf", ".NaN", "0500", "1:30"])
+def test_unusual_yaml_numbers_are_refused(tmp_path: Path, number: str) -> None:
+    """A number that is not written in plain digits is refused with what YAML reads."""
+    for key in ("limits: {max_credits: ", "limits: {in_flight: ", "params: {first: {value: "):
+        text = BASE_JOB.partition("params")[0] + f"{key}{number}{'}' * key.count('{')}\n"
+        (message, hint) = job_errors(tmp_path, text)
+        assert f": YAML reads `{number}` as " in f": {message}"
+        assert hint == NUMBER_HINT
+
+
+@in_turn(("number", "cap"), [("1000", 1000), ("0", 0), ("0.5", 0.5), (".5", 0.5), ("5.", 5), ("7.25", 7.25)])
+def test_plain_yaml_numbers(tmp_path: Path, number: str, cap: float) -> None:
+    """Plain digits, with decimals or without, are a number."""
+    assert load_job_text(tmp_path, f"{BASE_JOB}limits: {{max_credits: {number}}}\n").max_credits == cap
 
 
 def test_null_param_needs_quotes(tmp_path: Path) -> None:
@@ -249,7 +264,7 @@ def test_quoted_values_are_text(tmp_path: Path, word: str) -> None:
         ),
         (
             f"{BASE_JOB}limits: {{requests_per_second: .inf}}\n",
-            ["6: limits.requests_per_second: must be a number"],
+            ["6: YAML reads `.inf` as inf", NUMBER_HINT],
         ),
         (f"{BASE_JOB}limits: {{max_credits: '5'}}\n", ["6: limits.max_credits: must be a number of credits"]),
         (f"{BASE_JOB}limits: {{max_credits: yes}}\n", ["6: limits.max_credits: must be a number of credits"]),
@@ -259,7 +274,7 @@ def test_quoted_values_are_text(tmp_path: Path, word: str) -> None:
         ),
         (
             f"{BASE_JOB}limits: {{max_credits: .nan}}\n",
-            ["6: limits.max_credits: must be a number of credits"],
+            ["6: YAML reads `.nan` as nan", NUMBER_HINT],
         ),
         (
             f"{BASE_JOB}limits: {{max_credits: 1e+13}}\n",
@@ -600,7 +615,10 @@ def test_duration_syntax(text: str, seconds: int) -> None:
     assert parse_duration(text) == timedelta(seconds=seconds)
 
 
-@in_turn("odd", ["", " ", "5", 5, 1.5, None, True, "h", "-1h", "1.5h", "1h1h", "30m1h", "1 hour", "1w", "24H"])
+@in_turn(
+    "odd",
+    ["", " ", "5", 5, 1.5, None, True, "h", "٣h", "1_0h", "+1h", "-1h", "1.5h", "1h1h", "30m1h", "1 hour", "1w", "24H"],
+)
 def test_invalid_durations(odd: object) -> None:
     """A number without a unit is refused: reading days as seconds could cost money."""
     with pytest.raises(ValueError, match="a duration is a number with its unit"):

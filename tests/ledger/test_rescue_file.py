@@ -20,6 +20,7 @@ from enrich.ledger.rescue_file import RescuedAttempt, RescueFile, read_rescue_fi
 from enrich.ledger.rescue_import import import_rescue_files, remove_imported_files
 from enrich.ledger.verify import check_ledger
 from enrich.models import Answer, State
+from tests.support.cases import in_turn
 from tests.support.ledger import BINDING, CALL, FOUND, NO_MATCH, CommittingLedger, fingerprint, params
 from tests.support.workspace import INSTANT_API, SandboxApi, Workspace, make_leads, serve_api, wait_until
 
@@ -434,6 +435,45 @@ def test_rescue_file_of_other_ledger(tmp_path: Path) -> None:
     assert (tmp_path / "job.db.rescue").exists()
 
 
+@in_turn(
+    ("recorded", "is_own"),
+    [
+        ("here/a/.enrich/job.db", True),
+        ("before/a/.enrich/job.db", True),
+        ("deep/er/a/.enrich/job.db", True),
+        ("other/a/.enrich/job.db", False),  # its project is still there
+        ("before/b/.enrich/job.db", False),
+        ("before/a/job.db", False),
+    ],
+)
+@in_turn("output", ["", "out"])
+def test_rescue_file_of_moved_project(tmp_path: Path, output: str, recorded: str, *, is_own: bool) -> None:
+    """A rescue file beside the output is that of this ledger, too, if the folder of the project was moved since."""
+    (tmp_path / "other").mkdir()
+    ledger_path, folder = tmp_path / "here" / "a" / ".enrich" / "job.db", tmp_path / "here" / output
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "job.db.rescue").write_bytes(rescue_record(1, ledger=str(tmp_path / recorded)).to_line())
+
+    with closing(Database(ledger_path)) as ledger, ledger.transaction():
+        assert bool(import_rescue_files(ledger, [folder], "job", 1)) == is_own
+
+
+@pytest.mark.long
+def test_moved_project_imports_its_rescue_file(api: SandboxApi, workspace: Workspace) -> None:
+    """After a project was moved, a run imports its rescue file; it names one that may be of another ledger."""
+    workspace.write_leads(make_leads(2))
+    rescued = rescue_record(1, "found", ledger=str(workspace.folder.with_name("before") / ".enrich" / "job.db"))
+    unclear = rescue_record(2, "found", ledger="/somewhere/else/job.db")
+    for name, line in (("job.db.rescue", rescued), ("job.db.rescue.2", unclear)):
+        (workspace.folder / name).write_bytes(line.model_copy(update={"api_host": None, "workspace": None}).to_line())
+
+    notes = workspace.run_in_process("run", "job.yaml", "--json", api=api).json_output["notes"]
+
+    assert any("job.db.rescue was imported: 1 answers" in note for note in notes), notes
+    assert any("job.db.rescue.2 was not imported" in note for note in notes), notes
+    assert [path.name for path in workspace.folder.glob("*.rescue*")] == ["job.db.rescue.2"]
+
+
 VALID_LINE = rescue_record(1).to_line()
 
 
@@ -510,11 +550,19 @@ def test_commands_name_the_rescue_file(api: SandboxApi, workspace: Workspace) ->
     workspace.ledger_path.parent.mkdir()
     workspace.ledger_path.with_name("job.db.rescue").write_bytes(rescue_record(1).to_line())
 
-    for command in (("cancel",), ("collect", "--partial"), ("reconcile",), ("purge", "--older-than", "1d", "--yes")):
+    reading = (("status",), ("runs",), ("explain", "--row", "1"))
+    for command in (
+        *(("cancel",), ("collect", "--partial"), ("reconcile",), ("purge", "--older-than", "1d", "--yes")),
+        *reading,
+    ):
         result = workspace.run_in_process(command[0], "job.yaml", *command[1:], api=api)
         assert (result.exit_code, "job.db.rescue still has its data" in result.stderr) == (5, True), result.stderr
     plan = workspace.run_in_process("plan", "job.yaml", api=api)
     assert "job.db.rescue: it does not send again what that has" in plan.stdout
+    workspace.ledger_path.with_name("job.db.rescue").unlink()
+    for command in reading:
+        result = workspace.run_in_process(command[0], "job.yaml", *command[1:])
+        assert (result.exit_code, "job has never run" in result.stdout) == (0, True)
 
 
 @pytest.mark.long

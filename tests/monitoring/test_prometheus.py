@@ -187,11 +187,12 @@ def test_metrics_file_must_end_in_prom(api: SandboxApi, metrics_workspace: Works
     """The file must end in `.prom`, the only files that the textfile collector reads."""
     metrics_workspace.write_job(metrics="enrich.txt")
 
-    result = metrics_workspace.run_in_process("run", "job.yaml", api=api)
+    for command in ("run", "check"):
+        result = metrics_workspace.run_in_process(command, "job.yaml", api=api)
 
-    assert result.exit_code == 2
-    assert "job.yaml:12: metrics" in result.stderr
-    assert ".prom" in result.stderr
+        assert result.exit_code == 2
+        assert "job.yaml:12: metrics" in result.stderr
+        assert ".prom" in result.stderr
 
 
 def test_sandbox_writes_no_metrics(metrics_workspace: Workspace) -> None:

@@ -142,7 +142,7 @@ def _source_text(host: str, *, use_sandbox: bool) -> str:
     help="The waterfall. Without it, list the waterfalls that fit the columns.",
 )
 @click.option(
-    "--enrichment", "number", type=options.AtLeast(1), metavar="ID", help="An enrichment instead of a waterfall."
+    "--enrichment", "number", type=options.Number(1), metavar="ID", help="An enrichment instead of a waterfall."
 )
 @click.option(
     "-o",
