@@ -309,6 +309,30 @@ def test_signal_handlers_are_those_from_before_the_run(job_file: Path) -> None:
     assert signal.getsignal(signal.SIGINT) is interrupt
 
 
+FORKING_SCRIPT = """
+import multiprocessing, sys, enrich
+
+def run():
+    try:
+        enrich.run_job(sys.argv[1])
+    except enrich.JobError as error:
+        print(error.message, flush=True)
+
+enrich.plan_job(sys.argv[1])
+child = multiprocessing.get_context("fork").Process(target=run, daemon=True)
+child.start()
+child.join(20)
+"""
+
+
+def test_a_forked_process_is_refused(job_file: Path) -> None:
+    """A process that was forked after a first call would wait for ever for the threads of polars."""
+    result = subprocess.run(
+        [sys.executable, "-c", FORKING_SCRIPT, job_file], check=True, capture_output=True, text=True, timeout=60
+    )
+    assert result.stdout.startswith("this process was forked")
+
+
 def test_a_run_works_in_any_thread(job_file: Path) -> None:
     """A run in another thread than the main one needs no signals."""
     summaries: list[enrich.RunSummary] = []
