@@ -139,7 +139,7 @@ def test_run_in_progress_is_noted(api: SandboxApi, workspace: Workspace) -> None
     workspace.run_job(api)
 
     quiet = workspace.run_in_process("reconcile", "job.yaml", api=api)
-    with lock_ledger(workspace.ledger_path, 0):
+    with lock_ledger(workspace.ledger_location, 0):
         noted = workspace.run_in_process("reconcile", "job.yaml", "--json", api=api)
 
     assert (quiet.exit_code, noted.exit_code) == (0, 0)
