@@ -136,6 +136,8 @@ def read_addresses(path: Path) -> tuple[Notifier, list[str]]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         problems.append(f"{path}: notifications cannot be sent: {reason}")
+    except Exception as error:  # noqa: BLE001 - of Apprise: it must not end the run, and its text may hold the URL
+        problems.append(f"{path}: notifications cannot be sent: {type(error).__name__} in Apprise")
     else:
         if invalid:
             problems.append(f"{path}: no Apprise URL in line {_join_numbers(invalid)}")

@@ -27,8 +27,6 @@ from tests.support.request_recorder import (
 from tests.support.workspace import SandboxApi, Workspace, serve_api, wait_until
 
 LOG_OPTIONS = ("--log-file", "run.log")
-# Apprise imports this module where it is installed.
-pytestmark = pytest.mark.filterwarnings("ignore:'imghdr' is deprecated:DeprecationWarning")
 
 
 @pytest.fixture
@@ -334,6 +332,19 @@ def test_empty_notifications_file(
 
     assert result.exit_code == 0
     assert f"note: {path}: {words}" in result.stderr
+
+
+def test_failure_of_apprise_does_not_stop_run(
+    api: SandboxApi, notifying_workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Apprise, or one of its plugins, may be broken: a note says so, without the address."""
+    monkeypatch.setattr(notifications, "_apprise_client", int)
+
+    result = notifying_workspace.run_in_process("run", "job.yaml", api=api)
+
+    assert result.exit_code == 0
+    path = notifying_workspace.folder / "people.txt"
+    assert f"note: {path}: notifications cannot be sent: ValueError in Apprise\n" in result.stderr
 
 
 def test_invalid_lines_are_numbered(notifying_workspace: Workspace, recorder: RequestRecorder) -> None:
