@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
@@ -13,6 +14,8 @@ from enrich.job.locations import STDIN, InputLocation, LedgerLocation, Location,
 
 #: How many bytes the names of files beside a ledger are longer than its own: its lock, its journals, the sandbox's.
 _LEDGER_SUFFIX_BYTES = 24
+#: A folder that a shell would replace. Nobody means one of this name that does not exist yet.
+_SHELL_NAME = re.compile(r"~|\$\w+|\$\{\w+\}")
 #: The bytes that a job's name has at most: it is a part of the names of temporary files.
 MAX_JOB_NAME_BYTES = 200
 
@@ -32,7 +35,7 @@ def is_same_file(one: InputLocation | LedgerLocation, other: InputLocation | Led
 
 
 def why_no_file(location: InputLocation) -> str | None:
-    """Return why no file can have this name: it is too long, or a loop of links. None: one can."""
+    """Return why no file can have this name: it is too long, a loop of links, or meant for a shell. None: one can."""
     if isinstance(location, Path):
         try:
             os.stat(location)  # noqa: PTH116 - as short as Path.stat
@@ -41,6 +44,9 @@ def why_no_file(location: InputLocation) -> str | None:
                 return "its links lead in a circle"
             if error.errno == errno.ENAMETOOLONG:
                 return "its name is too long"
+            for folder in location.parents:
+                if _SHELL_NAME.fullmatch(folder.name) and not os.path.lexists(folder):
+                    return f"`{folder.name}` is for a shell only: write the whole path"
     return None
 
 

@@ -29,9 +29,9 @@ ENDINGS = {"report": ".html", "metrics": ".prom", "ledger": ".db"}
 KEYS = ["input", "output", "rejects", "report", "metrics", "suppress", "notify", "ledger"]
 
 
-@pytest.fixture(params=["loop", TOO_LONG], ids=["loop", "long"])
+@pytest.fixture(params=["loop", TOO_LONG, "~/x"], ids=["loop", "long", "home"])
 def stem(request: pytest.FixtureRequest, workspace: Workspace) -> str:
-    """The name of a link to itself, or one that is too long."""
+    """The name of a link to itself, one that is too long, or one that only a shell understands."""
     workspace.write_leads(make_leads(1))
     workspace.write_job()
     if request.param == "loop":
@@ -42,7 +42,7 @@ def stem(request: pytest.FixtureRequest, workspace: Workspace) -> str:
 
 def _check_refused(code: int, stderr: str) -> None:
     assert code in (2, 5), stderr
-    assert any(words in stderr for words in ("in a circle", "too long", "Too many levels")), stderr
+    assert any(words in stderr for words in ("in a circle", "too long", "Too many levels", "for a shell")), stderr
     assert "Traceback" not in stderr
 
 
@@ -68,6 +68,18 @@ def test_arguments(workspace: Workspace, arguments: str) -> None:
     workspace.write_leads(make_leads(1))
     result = workspace.run_in_process(*(word.replace("NAME", TOO_LONG) for word in arguments.split()))
     _check_refused(result.exit_code, result.stderr)
+
+
+def test_variable_in_a_path(workspace: Workspace, api: SandboxApi) -> None:
+    """No folder of this name is made. One that exists is used."""
+    workspace.write_leads(make_leads(1))
+    workspace.write_job(output="$HOME/out.csv")
+    result = workspace.run_in_process("run", "job.yaml", api=api)
+    assert (result.exit_code, "`$HOME` is for a shell only: write the whole path" in result.stderr) == (2, True)
+    assert api.audit()["accepted"] == 0
+
+    (workspace.folder / "$HOME").mkdir()
+    assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
 
 
 def test_empty_argument(workspace: Workspace) -> None:
