@@ -100,7 +100,7 @@ def unknown_task_ids(db: Database, task_ids: Sequence[str]) -> list[str]:
     """Return the task ids that no attempt has."""
     rows = db.execute(
         "SELECT value->>0 FROM json_each(CAST(? AS TEXT)) "
-        "WHERE value->>0 NOT IN (SELECT task_id FROM attempts WHERE task_id IS NOT NULL)",
+        "WHERE NOT EXISTS (SELECT 1 FROM attempts WHERE task_id = value->>0)",
         (to_json_text([(task,) for task in task_ids]),),
     )
     return [task for (task,) in rows]
