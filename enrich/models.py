@@ -108,7 +108,7 @@ def count_by_status(counts: Mapping[State, int]) -> dict[str, int]:
 
 
 #: A number as text. Python and YAML would also read `1_000`, `+1`, `0x10`, `nan` and digits of other scripts.
-PLAIN_NUMBER = re.compile(r"-?([0-9]+\.?[0-9]*|\.[0-9]+)")
+PLAIN_NUMBER = re.compile(r"-?([0-9]+(\.[0-9]*)?|\.[0-9]+)")
 #: From the API also with an exponent: Python's decimals write zero as `0E-7`.
 _API_NUMBER = re.compile(f"{PLAIN_NUMBER.pattern}([eE][-+]?[0-9]+)?")
 #: The ledger stores credits as integers, in millionths of a credit.

@@ -320,7 +320,10 @@ def test_negative_balance(workspace: Workspace, balance: object) -> None:
 
 @in_turn(
     "balance",
-    ["NaN", "inf", "-Infinity", "much", "1_000", "+5", "٣", [], {"amount": 1}, True, None, "1e400", 10**30, 10**400],
+    [
+        *("NaN", "inf", "-Infinity", "much", "1_000", "+5", "٣", "9" * 1_000_000 + "x", "1e400"),
+        *([], {"amount": 1}, True, None, 10**30, 10**400),
+    ],
 )
 def test_unreadable_credits_are_unknown(balance: object) -> None:
     """An unreadable balance is unknown, never 0, and so is a price."""
