@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import click
 from msgspec.structs import replace
@@ -20,7 +21,7 @@ from enrich.files.writer import prepare_file
 from enrich.job.file_names import is_same_file
 from enrich.job.job import Job
 from enrich.job.locations import sandbox_file_name
-from enrich.ledger import enroll, erasure, execution_records, task_ids
+from enrich.ledger import enroll, erasure, execution_records
 from enrich.ledger.database import Database, open_or_empty
 from enrich.ledger.lock import is_locked
 from enrich.ledger.refresh_review import review_refreshes
@@ -267,12 +268,11 @@ def _other_ledger_notes(
 ) -> Iterator[str]:
     """Yield whether a run would be refused because another ledger has paid for the leads, or what is not known."""
 
-    async def find_unknown(tasks: list[str]) -> list[str]:
-        return task_ids.unknown_task_ids(ledger, tasks)
+    async def submit(function: Callable[..., Any], *args: object) -> object:
+        return function(ledger, *args)
 
     if not job.sandbox:
-        last_run_ms = execution_records.last_run_ms(ledger)
-        refusal, problem = asyncio.run(find_output_of_other_ledger(job, last_run_ms, find_unknown))
+        refusal, problem = asyncio.run(find_output_of_other_ledger(job, submit))
         if refusal is not None:
             yield f"a run would be refused: {refusal.message}; {refusal.hint}"
             return

@@ -5,7 +5,7 @@ import csv
 import io
 import re
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, product
 from typing import TYPE_CHECKING, BinaryIO, Literal, TextIO
@@ -275,8 +275,8 @@ _RESAVED_ROWS_PER_BATCH = 10_000
 _QUOTINGS: tuple[Literal[0, 3], ...] = (csv.QUOTE_MINIMAL, csv.QUOTE_NONE)
 
 
-def read_resaved_cells(source: TableFile, name: re.Pattern[str]) -> Iterator[list[str]]:
-    """Yield the cells of the columns with such a name, in batches; nothing if there is no such column.
+def read_resaved_cells(source: TableFile, choose: Callable[[list[str]], list[str]]) -> Iterator[list[str]]:
+    """Yield the cells of the columns that `choose` returns of the names, in batches; nothing if it returns none.
 
     Another program, such as a spreadsheet, may have saved the file again. Separator and encoding may differ from
     those of `source`: characters other than ASCII may be wrong. There may be lines above the header, rows that are too
@@ -290,7 +290,7 @@ def read_resaved_cells(source: TableFile, name: re.Pattern[str]) -> Iterator[lis
             # A quote that is never closed would make one cell of the rest.
             for separator, quoting in product(separators, _QUOTINGS):
                 with open_binary(source) as raw, io.TextIOWrapper(raw, encoding, "replace", newline="") as text:
-                    batches = _read_cells(csv.reader(text, delimiter=separator, quoting=quoting), name)
+                    batches = _read_cells(csv.reader(text, delimiter=separator, quoting=quoting), choose)
                     if (first := next(batches, None)) is not None:
                         yield first
                         yield from batches
@@ -298,7 +298,7 @@ def read_resaved_cells(source: TableFile, name: re.Pattern[str]) -> Iterator[lis
     read_header(source)  # raises FileProblem if this is no CSV file
 
 
-def _read_cells(reader: Iterator[list[str]], name: re.Pattern[str]) -> Iterator[list[str]]:
+def _read_cells(reader: Iterator[list[str]], choose: Callable[[list[str]], list[str]]) -> Iterator[list[str]]:
     """Yield the cells below the header, which is one of the first rows."""
     columns: list[int] = []
     while rows := _next_rows(reader):
@@ -307,8 +307,8 @@ def _read_cells(reader: Iterator[list[str]], name: re.Pattern[str]) -> Iterator[
             if columns:
                 cells += [row[column] for column in columns if column < len(row) and row[column]]
             else:
-                names = (text.strip(f"{BYTE_ORDER_MARK} ") for text in row)
-                columns = [column for column, text in enumerate(names) if name.fullmatch(text)]
+                names = [text.strip(f"{BYTE_ORDER_MARK} ") for text in row]
+                columns = [names.index(name) for name in choose(names)]
         if not columns:
             return
         if cells:

@@ -137,6 +137,14 @@ def forget(
         )
 
 
+def forgotten_task_count(db: Database) -> int:
+    """Return how many tasks of forgotten people the ledger had."""
+    return db.number(
+        "SELECT count(*) FROM requests r JOIN attempts a ON a.request_id = r.id "
+        "WHERE r.erased_ms IS NOT NULL AND r.forgotten = 1"
+    )
+
+
 def purge(db: Database, before_ms: int, now_ms: int) -> int:
     """Erase params, answers and errors of requests settled before `before_ms`; return how many.
 

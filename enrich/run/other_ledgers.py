@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from msgspec.structs import replace
 
@@ -39,7 +41,7 @@ from enrich.job.locations import (
     sandbox_state_path,
 )
 from enrich.job.spec import Input
-from enrich.ledger import execution_records, neighbours, step_results, task_ids
+from enrich.ledger import erasure, execution_records, neighbours, step_results, task_ids
 from enrich.ledger.database import Database, ledger_exists, try_read
 from enrich.ledger.dialect import DATABASE_ERRORS
 from enrich.ledger.neighbours import Overlap, find_ledger_files
@@ -49,8 +51,9 @@ from enrich.run.context import RunContext
 from enrich.run.run_state import RunState
 from enrich.run.step_rows import StepRows
 
-#: `enrich_task_id`, and one column per step in jobs with steps.
-_TASK_ID = re.compile(r"enrich_(?:[a-z][a-z0-9_]*_)?task_id")
+_TASK_ID = "enrich_task_id"
+#: With steps, an output has one column per step instead.
+_STEP_TASK_ID = re.compile(r"enrich_[a-z][a-z0-9_]*_task_id")
 #: What the strftime codes in a name match. A code that is not listed matches anything.
 _STRFTIME_PATTERNS = {"Y": r"\d{4}", "y": r"\d\d", "j": r"\d{3}", "%": "%"} | dict.fromkeys("mdHMSIUWVuw", r"\d{1,2}")
 #: Minimum number and share of the paid requests with which a run is refused. Jobs may share a few leads.
@@ -61,19 +64,18 @@ COMPARE_TIMEOUT_S = 20.0
 
 async def find_output_of_other_ledger(
     job: Job,
-    last_run_ms: int | None,
-    find_unknown: Callable[[list[str]], Awaitable[list[str]]],
+    submit: Callable[..., Awaitable[Any]],
     interruptible: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> tuple[CommandRefused | None, str | None]:
     """Look for an earlier output with tasks that the ledger does not have. Returns the refusal; None: there is none.
 
-    The second value is a note when the output cannot be read. `last_run_ms` is the time of the ledger's last run, None
-    for a new ledger. An output that was changed later, and has tasks of this ledger beside others, was written with a
-    newer copy of it. `find_unknown` returns the tasks that the ledger does not have. `interruptible` lets a signal end
-    slow steps.
+    The second value is a note when the ledger is new and the output cannot be read. An output that was changed after
+    the last run of the ledger, and has tasks of this ledger beside others, was written with a newer copy of it.
+    `submit` runs a function with the ledger. `interruptible` lets a signal end slow steps.
     """
     output: Location | None = None
-    known_count = unknown_count = 0
+    known_count, unknown_counts = 0, Counter[str]()
+    last_run_ms: int | None = await submit(execution_records.last_run_ms)
     try:
         with interruptible():
             output = _newest_output(job, last_run_ms)
@@ -83,19 +85,25 @@ async def find_output_of_other_ledger(
                 tasks = next(batches, None)
             if tasks is None:
                 break
-            unknown = await find_unknown(tasks)
+            unknown: list[str] = await submit(task_ids.unknown_task_ids, tasks)
             known_count += len(tasks) - len(unknown)
-            unknown_count += len(_without_sandbox_tasks(sandbox_ledger_location(job.ledger), unknown))
-            if unknown_count and last_run_ms is None:
+            unknown_counts.update(_without_sandbox_tasks(sandbox_ledger_location(job.ledger), unknown))
+            if unknown_counts and last_run_ms is None:
                 paid = (
                     f"{output} was paid for from another ledger. The new ledger {job.ledger} pays for its leads again"
                 )
                 hint = "set `ledger:` to the one that paid, or restore it; or pay again with --new-ledger"
                 return CommandRefused(paid, hint), None
     except (CommandRefused, OSError) as error:
+        if last_run_ms is not None:
+            return None, None
         message = error.strerror if isinstance(error, OSError) else error.message
         return None, f"cannot check whether another ledger paid for an earlier output: {message}"
-    if known_count and unknown_count >= MIN_REQUESTS:
+    if (
+        known_count
+        and unknown_counts.total() >= MIN_REQUESTS
+        and len(unknown_counts) > await submit(erasure.forgotten_task_count)
+    ):
         message = (
             f"{output} has tasks that {job.ledger} does not have: a newer copy of this ledger paid for them, "
             "and this one pays for their leads again"
@@ -127,14 +135,19 @@ def _read_task_ids(job: Job, output: Location) -> Iterator[list[str]]:
     if format_of(path) == "csv":
         copies = LocalCopies()
         settings = Input(path=path, separator=job.output.separator, encoding=job.output.encoding)
-        yield from filter(None, read_resaved_cells(copies.table_file(InputFile(output, settings)), _TASK_ID))
+        yield from filter(None, read_resaved_cells(copies.table_file(InputFile(output, settings)), _task_columns))
         return
     source = InputTable(output, Input(path=path))
-    columns = [name for name in source.schema if _TASK_ID.fullmatch(name)]
+    columns = _task_columns(list(source.schema))
     for frame in source.batches() if columns else ():
         for name in columns:
             if tasks := [str(task) for task in as_text(frame.get_column(name)) if task]:
                 yield tasks
+
+
+def _task_columns(names: list[str]) -> list[str]:
+    """Return the columns with the tasks of an output. Beside `enrich_task_id`, those of steps came with its input."""
+    return [_TASK_ID] if _TASK_ID in names else list(filter(_STEP_TASK_ID.fullmatch, names))
 
 
 def _as_named(output: Location) -> str:

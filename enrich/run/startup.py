@@ -19,7 +19,6 @@ from enrich.ledger import (
     lease_table,
     rescue_import,
     resume,
-    task_ids,
     transitions,
 )
 from enrich.ledger.database import Database
@@ -154,10 +153,7 @@ async def check_new_ledger(startup: Startup) -> None:
     if options.new_ledger:
         return
     refusal, problem = await find_output_of_other_ledger(
-        context.job,
-        await context.ledger_writer.submit(execution_records.last_run_ms),
-        lambda tasks: context.ledger_writer.submit(task_ids.unknown_task_ids, tasks),
-        context.signals.interruptible,
+        context.job, context.ledger_writer.submit, context.signals.interruptible
     )
     startup.problems += [problem] if problem is not None else []
     if refusal is not None:

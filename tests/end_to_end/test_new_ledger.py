@@ -18,6 +18,15 @@ from tests.support.workspace import FILE_ONLY, SandboxApi, Workspace, both_backe
 backend = both_backends
 
 RUN = ("run", "job.yaml", "--json")
+JOB_WITH_STEPS = """\
+version: 1
+input: leads.csv
+output: steps.csv
+steps:
+- name: email
+  waterfall: email_getter
+  params: {first_name: First Name, last_name: Last Name, company: Website}
+"""
 
 
 @pytest.fixture
@@ -75,10 +84,10 @@ def test_older_copy_of_the_ledger_is_refused(api: SandboxApi, workspace: Workspa
 
 
 @FILE_ONLY
-@pytest.mark.parametrize("case", first_quick(1, ["few", "saved again", "another ledger"]))
+@pytest.mark.parametrize("case", first_quick(1, ["few", "saved again", "another ledger", "forgotten", "emptied"]))
 def test_output_that_refuses_no_ledger(api: SandboxApi, workspace: Workspace, case: str) -> None:
-    """A ledger that is not new is used if the output lacks its tasks, or has few others."""
-    workspace.write_leads(make_leads(20))
+    """A ledger that is not new is used if the output lacks its tasks, or has few others, or those of erased people."""
+    workspace.write_leads([*make_leads(20), *make_leads(1) * 9])  # the first lead is there ten times
     first = workspace.run_job(api, RunOptions(limit=11))
     restore = copy_ledger(workspace)
     match case:
@@ -87,11 +96,37 @@ def test_output_that_refuses_no_ledger(api: SandboxApi, workspace: Workspace, ca
             restore()
         case "saved again":
             (workspace.folder / "out.csv").touch()
+        case "forgotten":
+            erased = workspace.run_in_process("forget", "job.yaml", "--match", "First Name=First0", "--yes")
+            assert erased.exit_code == 0, erased.stderr
+            (workspace.folder / "out.csv").touch()
+        case "emptied":
+            (workspace.folder / "out.csv").write_text("")
         case _:
             workspace.run_in_process(*RUN, "--ledger", "other.db", "--new-ledger", api=api)
 
     result = workspace.run_in_process(*RUN, api=api)
     assert (first.submitted, result.exit_code, result.json_output["submitted"]) == (11, 0, 9), result.stderr
+    assert result.json_output["notes"] == []
+
+
+@FILE_ONLY
+def test_tasks_of_the_input_refuse_no_ledger(api: SandboxApi, workspace: Workspace) -> None:
+    """The input may be the output of a job with steps: the tasks of these are in the ledger of that job."""
+    workspace.write_leads(make_leads(11))
+    (workspace.folder / "steps.yaml").write_text(JOB_WITH_STEPS)
+    assert workspace.run_in_process("run", "steps.yaml", api=api).exit_code == 0
+    workspace.write_job(
+        input="steps.csv",
+        columns="{address: email}",
+        params="{first_name: Last Name, last_name: Last Name, company: Website}",
+    )
+
+    assert workspace.run_in_process(*RUN, api=api).exit_code == 0
+    assert {"enrich_email_task_id", "enrich_task_id"} <= workspace.read_output()[0].keys()
+    assert workspace.run_in_process("collect", "job.yaml").exit_code == 0
+    result = workspace.run_in_process(*RUN, api=api)
+    assert (result.exit_code, result.json_output["reused"]) == (0, 11), result.stderr
 
 
 @FILE_ONLY
