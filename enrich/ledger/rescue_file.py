@@ -91,14 +91,27 @@ def _is_rescue_file_name(name: str, ledger: str) -> bool:
     return name != rest and (not rest or (rest[0] == "." and rest[1:].isdecimal()))
 
 
-def is_of_ledger(line: RescuedAttempt, path: Path, location: Path) -> bool:
+def read_own_rescue_files(ledger: Path, other_folders: Sequence[Path]) -> dict[Path, list[RescuedAttempt]]:
+    """Read the rescue files of a ledger. In `other_folders`, those of other ledgers with the same name are left out.
+
+    Raises CommandRefused when one is damaged.
+    """
+    found = {path: read_rescue_file(path) for path in find_rescue_files(ledger, other_folders)}
+    return {
+        path: lines
+        for path, lines in found.items()
+        if path.parent == ledger.parent or all(_is_of_ledger(line, path, ledger) for line in lines)
+    }
+
+
+def _is_of_ledger(line: RescuedAttempt, path: Path, ledger: Path) -> bool:
     """Return whether a line of a file in another folder is of this ledger, not of another one with the same name.
 
     The folder that contains both the file and the ledger may have been moved since: then nothing is at its old path.
     """
-    end = str(location).removeprefix(os.path.commonpath([path, location]))
+    end = f"/{os.path.relpath(ledger, os.path.commonpath([path, ledger]))}"
     old_folder = line.ledger.removesuffix(end)
-    return line.ledger == str(location) or (old_folder != line.ledger and not os.path.lexists(old_folder))
+    return line.ledger == str(ledger) or (old_folder != line.ledger and not os.path.lexists(old_folder))
 
 
 def read_rescue_file(path: Path) -> list[RescuedAttempt]:

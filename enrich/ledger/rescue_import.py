@@ -17,7 +17,7 @@ from enrich.ledger import bindings, resume, transitions
 from enrich.ledger.database import Database
 from enrich.ledger.dialect import OPEN_ATTEMPT
 from enrich.ledger.execution_records import newest_execution_id
-from enrich.ledger.rescue_file import RescuedAttempt, find_rescue_files, is_of_ledger, read_rescue_file
+from enrich.ledger.rescue_file import RescuedAttempt, read_own_rescue_files
 from enrich.models import Answer, State
 
 SETTLED_STATES = ("found", "not_found", "failed", "expired")
@@ -56,10 +56,7 @@ def import_rescue_files(
     if not isinstance(location, Path):
         return []
     imported = []
-    for path in find_rescue_files(location, other_folders):
-        lines = read_rescue_file(path)
-        if path.parent != location.parent and not all(is_of_ledger(line, path, location) for line in lines):
-            continue
+    for path, lines in read_own_rescue_files(location, other_folders).items():
         try:
             imported.append((path, import_rescued(ledger, lines, job, now_ms)))
         except CommandRefused as error:

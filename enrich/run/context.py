@@ -19,7 +19,7 @@ from enrich.errors import CommandRefused
 from enrich.job.job import Job
 from enrich.job.locations import Location
 from enrich.ledger.database import ledger_exists
-from enrich.ledger.rescue_file import find_rescue_files
+from enrich.ledger.rescue_file import read_own_rescue_files
 from enrich.models import RequestSelection, State, to_ms
 from enrich.run.progress import Progress
 from enrich.run.run_state import RunState, Timeouts, WorkConfig
@@ -160,8 +160,8 @@ def rescue_folders(job: Job) -> tuple[Path, ...]:
 
 
 def find_job_rescue_files(job: Job) -> list[Path]:
-    """Return the rescue files that the next run of a job imports."""
-    return find_rescue_files(job.ledger, rescue_folders(job)) if isinstance(job.ledger, Path) else []
+    """Return the rescue files that the next run of a job imports. Raises CommandRefused when one is damaged."""
+    return list(read_own_rescue_files(job.ledger, rescue_folders(job))) if isinstance(job.ledger, Path) else []
 
 
 def check_ledger_exists(job: Job) -> None:

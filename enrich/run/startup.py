@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
+from pathlib import Path
 
 from msgspec.structs import replace
 
@@ -23,11 +24,12 @@ from enrich.ledger import (
 )
 from enrich.ledger.database import Database
 from enrich.ledger.lease_table import LeaseHolder
+from enrich.ledger.rescue_file import find_rescue_files
 from enrich.models import pluralize
 from enrich.rows.job_input import JobInput
 from enrich.rows.job_steps import make_steps
 from enrich.run.budget import make_budget
-from enrich.run.context import RunContext, RunFiles, RunOptions, find_job_rescue_files, rescue_folders
+from enrich.run.context import RunContext, RunFiles, RunOptions, rescue_folders
 from enrich.run.early_end import end_without_ledger, interrupt
 from enrich.run.lead_selection import LeadSelection
 from enrich.run.other_ledgers import confirm_paying_again, find_output_of_other_ledger
@@ -110,7 +112,7 @@ async def import_rescue_files(startup: Startup) -> None:
     startup.notes += [f"{path} was imported: {result}" for path, result in imported]
     startup.notes += [
         f"{path} was not imported: it is of another ledger; if that was moved here, move the file beside {job.ledger}"
-        for path in find_job_rescue_files(job)
+        for path in (find_rescue_files(job.ledger, rescue_folders(job)) if isinstance(job.ledger, Path) else ())
     ]
 
 

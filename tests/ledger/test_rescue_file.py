@@ -559,7 +559,11 @@ def test_commands_name_the_rescue_file(api: SandboxApi, workspace: Workspace) ->
         assert (result.exit_code, "job.db.rescue still has its data" in result.stderr) == (5, True), result.stderr
     plan = workspace.run_in_process("plan", "job.yaml", api=api)
     assert "job.db.rescue: it does not send again what that has" in plan.stdout
+    # That of another ledger is not this one's, although it is beside the output.
+    of_another = rescue_record(1, ledger=str(workspace.folder / "other" / "job.db")).to_line()
     workspace.ledger_path.with_name("job.db.rescue").unlink()
+    (workspace.folder / "job.db.rescue").write_bytes(of_another)
+    assert "job.db.rescue" not in workspace.run_in_process("plan", "job.yaml", api=api).stdout
     for command in reading:
         result = workspace.run_in_process(command[0], "job.yaml", *command[1:])
         assert (result.exit_code, "job has never run" in result.stdout) == (0, True)
