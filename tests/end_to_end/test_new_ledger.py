@@ -110,7 +110,6 @@ def test_output_that_refuses_no_ledger(api: SandboxApi, workspace: Workspace, ca
     assert result.json_output["notes"] == []
 
 
-@FILE_ONLY
 def test_tasks_of_the_input_refuse_no_ledger(api: SandboxApi, workspace: Workspace) -> None:
     """The input may be the output of a job with steps: the tasks of these are in the ledger of that job."""
     workspace.write_leads(make_leads(11))
