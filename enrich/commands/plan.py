@@ -185,7 +185,7 @@ def make_plan(
             *job_input.notes(),
             *plan.notes,
             *_notes(job.steps[0], preflight_result.steps[0], plan.to_submit, is_running=is_running),
-            *(_other_ledger_notes(job, preflight_result, ledger, step_rows) if plan.to_submit else ()),
+            *_other_ledger_notes(job, preflight_result, ledger, step_rows, plan.to_submit),
         ]
         return replace(plan, notes=notes), saved_plan
 
@@ -264,7 +264,7 @@ def _notes(job: Job, preflight_result: Preflight, to_submit: int, *, is_running:
 
 
 def _other_ledger_notes(
-    job: Job, preflight_result: Preflight, ledger: Database, step_rows: StepRows | None
+    job: Job, preflight_result: Preflight, ledger: Database, step_rows: StepRows | None, to_submit: int
 ) -> Iterator[str]:
     """Yield whether a run would be refused because another ledger has paid for the leads, or what is not known."""
 
@@ -278,7 +278,7 @@ def _other_ledger_notes(
             return
         if problem is not None:
             yield problem
-    overlap = find_overlap(ledger, job, preflight_result.bound_to, step_rows)
+    overlap = find_overlap(ledger, job, preflight_result.bound_to, step_rows) if to_submit else None
     if overlap is not None:
         error = refusal_to_pay_again(job, overlap)
         yield from (

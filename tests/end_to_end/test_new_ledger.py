@@ -72,7 +72,7 @@ def test_older_copy_of_the_ledger_is_refused(api: SandboxApi, workspace: Workspa
     workspace.run_job(api)
     restore()
 
-    for command in RUN, ("plan", "job.yaml"):
+    for command in RUN, ("plan", "job.yaml"), ("plan", "job.yaml", "--limit", "0"):
         result = workspace.run_in_process(*command, api=api)
         assert f"out.csv has tasks that {workspace.ledger_path} does not have" in result.stdout + result.stderr
     assert workspace.run_in_process(*RUN, "--yes", api=api).exit_code == 5
