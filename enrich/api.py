@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, TypedDict, TypeVar, Unpack, get_type_hints
 
@@ -37,8 +37,6 @@ from enrich.run.summary import RunSummary
 
 T = TypeVar("T")
 StrPath = str | os.PathLike[str]
-#: This module is imported by the first call. A fork after that lacks the threads of polars, and would wait for them.
-_PROCESS_ID = os.getpid()
 
 
 class JobSettings(TypedDict, total=False):
@@ -157,9 +155,15 @@ def check_job(job_file: StrPath, *, online: bool = False, **settings: Unpack[Job
     return _outside_event_loop(lambda _: _check(job_file, settings, online=online))
 
 
+@cache
+def _process_of_first_call() -> int:
+    """Return its id. A fork after that lacks the threads of polars, and would wait for them."""
+    return os.getpid()
+
+
 def _check_settings(kind: type[JobSettings], settings: Mapping[str, Any], **own: object) -> None:
     """Raise TypeError for an unknown setting, JobError for a value of the wrong type or in a forked process."""
-    if os.getpid() != _PROCESS_ID:
+    if os.getpid() != _process_of_first_call():
         raise JobError(
             "this process was forked after a first call of enrich, which polars does not support",
             "start it with multiprocessing.get_context('spawn')",
