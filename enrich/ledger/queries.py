@@ -205,10 +205,10 @@ def outcome_counts(db: Database, job: str) -> list[tuple[int, str, int]]:
 
 
 def settled_counts(db: Database, execution_id: int) -> dict[State, int]:
-    """Count the requests that a run settled, by state."""
+    """Count the requests that a run settled, by state, with those that the API rejected, which have no task."""
     rows = db.execute(
-        f"SELECT a.state, count(*) FROM attempts a WHERE a.settled_execution_id = ? AND NOT ({_RETRIED_FAILURE}) "
-        "GROUP BY 1",
+        "SELECT a.state, count(*) FROM attempts a WHERE (a.settled_execution_id = ?1 OR (a.execution_id = ?1 "
+        f"AND a.state = 'failed' AND a.settled_execution_id IS NULL)) AND NOT ({_RETRIED_FAILURE}) GROUP BY 1",
         (execution_id,),
     )
     return {State(state): count for state, count in rows}

@@ -82,8 +82,10 @@ class TestAnswers:
 
         async def scenario(harness: LoopHarness) -> None:
             run_state = harness.run_state
+            rejected = [(harness.ledger.claim().attempt_id, "rejected", run_state.clock.now_ms())]
+            harness.ledger.commit(transitions.record_rejected, rejected)
             await harness.run_loops()
-            expected = run_state.counters.settled
+            expected = run_state.counters.settled | {State.FAILED: 1}
             run_state.counters.settled = {}
             context: Any = SimpleNamespace(ledger_writer=harness.writer)
             await settle_lost_workers(context, run_state, ["lost"])
