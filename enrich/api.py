@@ -37,6 +37,8 @@ from enrich.run.summary import RunSummary
 
 T = TypeVar("T")
 StrPath = str | os.PathLike[str]
+#: This module is imported by the first call. A fork after that lacks the threads of polars, and would wait for them.
+_PROCESS_ID = os.getpid()
 
 
 class JobSettings(TypedDict, total=False):
@@ -156,7 +158,12 @@ def check_job(job_file: StrPath, *, online: bool = False, **settings: Unpack[Job
 
 
 def _check_settings(kind: type[JobSettings], settings: Mapping[str, Any], **own: object) -> None:
-    """Raise TypeError for an unknown setting, JobError for a value of the wrong type."""
+    """Raise TypeError for an unknown setting, JobError for a value of the wrong type or in a forked process."""
+    if os.getpid() != _PROCESS_ID:
+        raise JobError(
+            "this process was forked after a first call of enrich, which polars does not support",
+            "start it with multiprocessing.get_context('spawn')",
+        )
     declared = get_type_hints(kind)
     if unknown := settings.keys() - declared.keys():
         raise TypeError(f"unexpected keyword argument {min(unknown)!r}")
@@ -316,7 +323,7 @@ def _guarded(callback: Callable[[T], object] | None) -> Callable[[T], None]:
         if is_active and callback is not None:
             try:
                 callback(value)
-            except Exception:
+            except (Exception, SystemExit):
                 is_active = False
                 logging.getLogger("enrich").exception("a callback of the run failed and is not called again")
 

@@ -68,7 +68,7 @@ EXIT_LABELS = {
     5: "refused",
     10: "some failed",
     11: "locked",
-    12: "out of credits",
+    12: "credits used up",
     13: "out of time",
     14: "unconfirmed",
     15: "canary",

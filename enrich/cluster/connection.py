@@ -47,6 +47,8 @@ DISCONNECT_TIMEOUT_S = 10.0
 SIGNAL_CHECK_S = 0.002
 #: Signals for the run that a local Ray must not receive. SIGTERM is not blocked: Ray ends its own processes with it.
 BLOCKED_SIGNALS = (signal.SIGINT, signal.SIGHUP)
+#: Held by the run that uses Ray: a process has one connection.
+_RAY_LOCK = threading.Lock()
 
 
 @contextmanager
@@ -55,9 +57,12 @@ def connect_ray(address: str | None) -> Iterator[int]:
 
     Ray's output does not reach stdout or stderr. A signal while connecting takes effect once Ray has started, a second
     one at once. Signals during the disconnect are ignored, because the results are still to be reported. Raises
-    ClusterFailed when Ray cannot be reached or started, and Interrupted.
+    ClusterFailed when Ray cannot be reached or started, or is used by this process already, and Interrupted.
     """
     with ExitStack() as stack:
+        if not _RAY_LOCK.acquire(blocking=False):
+            raise _already_used_error()
+        stack.callback(_RAY_LOCK.release)
         nowhere = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
         # Ray prints the end of its workers to stdout. The worker pool reports that itself.
         stack.enter_context(redirect_stdout(nowhere))
@@ -67,19 +72,24 @@ def connect_ray(address: str | None) -> Iterator[int]:
         with _silenced(nowhere.fileno()):
             connecting = thread.submit(_connect, address)
             exit_codes = _wait(connecting, CONNECT_TIMEOUT_S if address else inf, signals=2)
-        if connecting.done():
+        if connecting.done() and not isinstance(connecting.exception(), ClusterFailed):
             stack.callback(lambda: _wait(thread.submit(_disconnect, connecting), DISCONNECT_TIMEOUT_S))
         if exit_codes:
             raise Interrupted(exit_codes[0])
         try:
             cpus, _ = connecting.result(timeout=0)
+        except ClusterFailed:
+            raise
         except Exception as error:  # any error of Ray: the run has not started
             raise _connection_error(address, error) from error
         yield cpus
 
 
 def _connect(address: str | None) -> tuple[int, Path | None]:
-    """Start Ray or connect to it. Return the number of CPUs, and the session folder if Ray was started here."""
+    """Start Ray or connect to it. Return the number of CPUs, and the session folder if Ray was started here.
+
+    Raises ClusterFailed if the program uses Ray itself, and what Ray raises.
+    """
     for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if address is not None:
@@ -92,6 +102,8 @@ def _connect(address: str | None) -> tuple[int, Path | None]:
     logger.propagate = False
     import ray  # noqa: PLC0415 - Ray reads its settings when it is imported
 
+    if ray.is_initialized():
+        raise _already_used_error()
     context = ray.init(
         address or "local",  # None would let RAY_ADDRESS decide
         log_to_driver=False,
@@ -163,6 +175,10 @@ def _has_token() -> bool:
     with suppress(OSError, RuntimeError):  # no home directory is known
         return (Path.home() / ".ray" / "auth_token").is_file()
     return False
+
+
+def _already_used_error() -> ClusterFailed:
+    return ClusterFailed("this process uses Ray already", "start the run in a process of its own, or later")
 
 
 def _connection_error(address: str | None, error: Exception) -> ClusterFailed:

@@ -17,11 +17,11 @@ from enrich.commands import options
 from enrich.commands.doctor import system
 from enrich.commands.init.command import write_new_file
 from enrich.commands.options import printable
-from enrich.commands.paths import files_written, nearest_existing
+from enrich.commands.paths import absolute_path, files_written, nearest_existing
 from enrich.errors import JobError
 from enrich.files.object_store import CREDENTIAL_VARIABLES
 from enrich.job.field_types import parse_duration
-from enrich.job.locations import ObjectUrl
+from enrich.job.locations import ObjectUrl, is_url
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 #: Environment variables copied from the current shell to the units and the crontab line.
@@ -214,6 +214,12 @@ def _quote_argument(text: str) -> str:
     return _quote_word(text).replace("$", "$$")
 
 
+def _inherited_variables() -> dict[str, str]:
+    """Return the variables that are copied, with absolute paths. URLs stay."""
+    values = {name: value for name in INHERITED_VARIABLES if (value := os.environ.get(name))}
+    return {name: value if is_url(value) else str(absolute_path(Path(value))) for name, value in values.items()}
+
+
 def _check_duration(text: str) -> str:
     parse_duration(text)
     return text
@@ -267,7 +273,7 @@ def cron(
 ) -> None:
     """Print the crontab line and the systemd units that run JOB every night. Installs nothing."""
     job = options.JobOptions(job_file).load()
-    log = (log_file or job_file.with_name(f"{job.name}.log")).absolute()
+    log = absolute_path(log_file or job_file.with_name(f"{job.name}.log"))
     key_path = key_file or Path(os.environ.get("DATABAR_API_KEY_FILE", "").strip() or "/etc/enrich/databar_api_key")
     now = datetime.now().astimezone()
     folders = {nearest_existing(path.parent) for path in (*files_written(job, now).values(), log)}
@@ -275,16 +281,16 @@ def cron(
     scheduled = ScheduledJob(
         name=job.name,
         command=system.enrich_command(),
-        job=job_file.absolute(),
+        job=absolute_path(job_file),
         log=log,
-        key_file=key_path.absolute(),
+        key_file=absolute_path(key_path),
         user=user or pwd.getpwuid(os.getuid()).pw_name,
         hour=at[0],
         minute=at[1],
         days=days or (),
         max_time=max_time.replace(" ", ""),
         writable_folders=sorted(folder for folder in folders if folders.isdisjoint(folder.parents)),
-        environ={name: os.environ[name] for name in INHERITED_VARIABLES if os.environ.get(name)},
+        environ=_inherited_variables(),
         storages=sorted({location.scheme for location in locations if isinstance(location, ObjectUrl)}),
     )
     units = {

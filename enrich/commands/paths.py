@@ -20,6 +20,11 @@ from enrich.ledger.file_identity import check_has_one_name, ledger_file_exists
 from enrich.report.page_file import is_report
 
 
+def absolute_path(path: Path) -> Path:
+    """Return an absolute path without `..`, which systemd does not accept. Links stay where there is none."""
+    return path.parent.resolve() / path.name if ".." in path.parts else path.absolute()
+
+
 def files_written(job: Job, now: datetime) -> dict[str, Path]:
     """Return the local files that a run writes, by their key in the job file. Raises JobError if two are the same."""
     files = job.file_locations(now)

@@ -13,6 +13,7 @@ from enrich.errors import ApiUnreachable, CommandRefused
 from enrich.job.job import Job
 from enrich.ledger import execution_records, queries
 from enrich.ledger.database import Database
+from enrich.ledger.lock import is_locked
 from enrich.models import read_balance
 from enrich.run.balance import (
     PART_LABELS,
@@ -88,6 +89,9 @@ def format_reconciliation(result: Reconciliation) -> Iterator[str]:
 def reconcile(job_options: options.JobOptions, since: int | None, as_json: bool) -> None:
     """Compare the account balance with the ledger of JOB, and explain the difference. Free, changes nothing."""
     job = job_options.load()
+    is_running = is_locked(job.ledger)
     with options.open_access(job, use_sandbox=job_options.use_sandbox) as access:
         result = reconcile_job(job, access, since)
+    if is_running:
+        click.echo("note: a run of this ledger is in progress: what it spends meanwhile is not explained", err=True)
     options.echo_result({"exit_code": 0, **result.as_json()}, format_reconciliation(result), as_json=as_json)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from math import inf
 from typing import TextIO
 
 import click
@@ -17,11 +18,13 @@ from msgspec.structs import replace
 from enrich.commands.run_view import RunStatus, RunView, format_view, format_view_line, run_status
 from enrich.commands.streams import flush_error
 from enrich.databar.clock import SystemClock
-from enrich.errors import Interrupted
+from enrich.errors import CommandRefused, Interrupted
 from enrich.exit_codes import ExitCode
 from enrich.job.job import Job
+from enrich.job.locations import PostgresLocation
 from enrich.ledger import execution_records, queries
 from enrich.ledger.database import ledger_exists, open_existing
+from enrich.ledger.dialect import OUTAGE_TIMEOUT_S, DatabaseFailed
 from enrich.ledger.execution_records import ExecutionRow
 from enrich.ledger.lock import is_locked
 from enrich.models import to_ms
@@ -99,11 +102,23 @@ def _flush(out: TextIO) -> None:
 
 
 def run_watch_loop(watcher: RunWatcher, display: LineDisplay | TerminalDisplay, interval_s: float) -> int:
-    """Show the job's newest run until it ends. If none is running, wait for the next. Return the exit code."""
+    """Show the job's newest run until it ends. If none is running, wait for the next. Return the exit code.
+
+    A server that restarts meanwhile is waited for, as by the run.
+    """
     ended_before: int | None = None
+    last_read_at = -inf
     try:
         while True:
-            view = watcher.read_view()
+            try:
+                view = watcher.read_view()
+            except (CommandRefused, DatabaseFailed):
+                may_return = isinstance(watcher.job.ledger, PostgresLocation)
+                if not may_return or watcher.clock() - last_read_at > OUTAGE_TIMEOUT_S:
+                    raise
+                display.pause(interval_s)
+                continue
+            last_read_at = watcher.clock()
             ended = view.run.id if view.run is not None and view.status is RunStatus.ENDED else 0
             if ended_before is None:
                 ended_before = ended

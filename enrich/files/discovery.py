@@ -59,7 +59,7 @@ def find_input_files(location: Location, settings: Input) -> list[InputFile]:
     if [file.location for file in found] == [location]:
         return found
     if not found and is_pattern(location):
-        raise FileProblem(f"{location}: no file matches", "check the pattern, which is relative to the job file")
+        raise FileProblem(f"{location}: no file matches", "check the pattern")
     if not found:
         raise FileProblem(f"{location} has no files in it", "hidden files and names that begin with `_` are ignored")
     return _check_consistent(

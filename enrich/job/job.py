@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from datetime import datetime, timedelta
+from hashlib import blake2b
 from pathlib import Path
 from typing import TypeVar
 
@@ -97,6 +98,11 @@ class Job(Struct, frozen=True):
     def result_ttl(self) -> timedelta:
         """How long Databar keeps a result; with steps, the shortest time."""
         return min(step.model.policy.result_ttl for step in self.steps)
+
+    @property
+    def files_name(self) -> str:
+        """What the temporary files of an output are named after. Another run with this ledger cannot run meanwhile."""
+        return f"{self.name}.{blake2b(os.fsencode(str(self.ledger)), digest_size=3).hexdigest()}"
 
     @property
     def title(self) -> str:

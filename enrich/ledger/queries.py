@@ -204,6 +204,16 @@ def outcome_counts(db: Database, job: str) -> list[tuple[int, str, int]]:
     ).fetchall()
 
 
+def settled_counts(db: Database, execution_id: int) -> dict[State, int]:
+    """Count the requests that a run settled, by state."""
+    rows = db.execute(
+        f"SELECT a.state, count(*) FROM attempts a WHERE a.settled_execution_id = ? AND NOT ({_RETRIED_FAILURE}) "
+        "GROUP BY 1",
+        (execution_id,),
+    )
+    return {State(state): count for state, count in rows}
+
+
 def retried_failures(db: Database, job: str) -> dict[str, int]:
     """Count the failures at no charge whose requests were queued again, by step ('' for a job without steps)."""
     return dict(

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import httpx
@@ -90,7 +91,8 @@ class Healthcheck:
                 try:
                     response = http.post(url, content=text.encode())
                 except httpx.HTTPError as error:
-                    problem = type(error).__name__  # the error's text may hold the URL
+                    # The error's text may hold the URL.
+                    problem = "no connection" if isinstance(error, httpx.ConnectError) else "no answer"
                     continue
                 problem = None if response.is_success else f"HTTP {response.status_code}"
                 if not response.is_server_error:
@@ -103,10 +105,10 @@ GROUP_AND_OTHERS = 0o077
 
 
 class Notifier(Struct, frozen=True):
-    """The recipients, as (line number, Apprise URL). The URLs are secrets: only their file and line may be shown."""
+    """The recipients, as (line number, Apprise client). Their URLs are secrets: only file and line may be shown."""
 
     path: Path
-    addresses: list[tuple[int, str]]
+    addresses: list[tuple[int, Any]]
 
     def send(self, title: str, text: str) -> str | None:
         """Send a message to all addresses; return the problem, or None."""
@@ -121,39 +123,44 @@ def read_addresses(path: Path) -> tuple[Notifier, list[str]]:
     problems = []
     if find_spec("apprise") is None:
         return Notifier(path, []), [f"notifications are not installed: {install_hint('notify')}"]
-    addresses: list[tuple[int, str]] = []
+    addresses: list[tuple[int, Any]] = []
+    invalid: list[int] = []
     try:
         if path.stat().st_mode & GROUP_AND_OTHERS:
             problems.append(f"{path}: other users can read the addresses: chmod 600 {path}")
         for number, line in enumerate(read_text(path).splitlines(), start=1):
             if (url := line.strip()) and not url.startswith("#"):
-                addresses.append((number, url))
+                client = _apprise_client(url)
+                invalid += [] if client else [number]
+                addresses += [(number, client)] if client else []
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         problems.append(f"{path}: notifications cannot be sent: {reason}")
+    except Exception as error:  # noqa: BLE001 - of Apprise: it must not end the run, and its text may hold the URL
+        problems.append(f"{path}: notifications cannot be sent: {type(error).__name__} in Apprise")
     else:
-        if not addresses:
+        if invalid:
+            problems.append(f"{path}: no Apprise URL in line {_join_numbers(invalid)}")
+        elif not addresses:
             problems.append(f"{path}: no address for notifications")
     return Notifier(path, addresses), problems
 
 
-def _send(addresses: list[tuple[int, str]], title: str, text: str) -> str | None:
+def _apprise_client(url: str) -> Any | None:  # noqa: ANN401 - an apprise.Apprise
+    """Return what sends to an Apprise URL. None: it is not one."""
     import apprise  # noqa: PLC0415 - optional, and slow to import
 
     logger = logging.getLogger("apprise")
     # Apprise would log its errors, with the addresses, to stderr.
     logger.propagate = False
     logger.addHandler(logging.NullHandler())
-    invalid, failed = [], []
-    for number, url in addresses:
-        apprise_client = apprise.Apprise()
-        if not apprise_client.add(url):
-            invalid.append(number)
-        elif not apprise_client.notify(title=title, body=text, body_format=apprise.NotifyFormat.TEXT):
-            failed.append(number)
-    problems = [f"line {_join_numbers(invalid)} is not an Apprise URL"] if invalid else []
-    problems += [f"line {_join_numbers(failed)} was rejected"] if failed else []
-    return "; ".join(problems) or None
+    client = apprise.Apprise()
+    return client if client.add(url) else None
+
+
+def _send(addresses: list[tuple[int, Any]], title: str, text: str) -> str | None:
+    failed = [number for number, client in addresses if not client.notify(title=title, body=text, body_format="text")]
+    return f"not delivered to line {_join_numbers(failed)}" if failed else None
 
 
 def _join_numbers(numbers: list[int]) -> str:

@@ -144,7 +144,7 @@ class Collector(Struct, frozen=True):
         write_file(
             target,
             self.job.output,
-            job=self.job.name,
+            job=self.job.files_name,
             schema=schema,
             frames=checked_frames(),
             new_columns=len(schema) - len(self.job_input.schema),

@@ -17,7 +17,6 @@ from enrich.models import (
     format_credits,
     pluralize,
     to_credits,
-    to_micros,
 )
 from enrich.rows.job_steps import Step
 from enrich.run.budget import Cost
@@ -118,14 +117,14 @@ class StepForecast:
 
 
 class StepsPlan(Struct, frozen=True):
-    """What a run of a job with steps would do."""
+    """What a run of a job with steps would do, with amounts in credits. None: unknown, or not set."""
 
     job: str
     sandbox: bool
     rows: int
     steps: Sequence[StepForecast]
-    balance: int | None
-    max_credits: int | None
+    balance: float | None
+    max_credits: float | None
     notes: list[str] = []
 
     @property
@@ -139,7 +138,7 @@ class StepsPlan(Struct, frozen=True):
         total = Cost(0.0, 0.0)
         for step in self.steps:
             total += _capped(step.cost, step.step.job.step_max_credits)
-        return _capped(total, to_credits(self.max_credits))
+        return _capped(total, self.max_credits)
 
     def as_json(self) -> dict[str, Any]:
         """Return the object that `--json` prints."""
@@ -149,9 +148,9 @@ class StepsPlan(Struct, frozen=True):
             "rows": self.rows,
             "requests": sum(step.requests for step in self.steps),
             "to_submit": self.to_submit,
-            "balance": to_credits(self.balance),
+            "balance": self.balance,
             "cost": self.cost.as_json(),
-            "max_credits": to_credits(self.max_credits),
+            "max_credits": self.max_credits,
             "steps": [step.as_json() for step in self.steps],
             "sandbox": self.sandbox,
             "notes": self.notes,
@@ -172,8 +171,8 @@ def plan_steps(
     row_count, forecasts = forecast_steps(rows, ledger, selections)
     job = rows.job_input.job
     notes = [*preflight.notes, *_notes(forecasts, ledger)]
-    max_credits = to_micros(job.max_credits)
-    return StepsPlan(job.name, job.sandbox, row_count, forecasts, preflight.balance, max_credits, notes)
+    balance = to_credits(preflight.balance)
+    return StepsPlan(job.name, job.sandbox, row_count, forecasts, balance, job.max_credits, notes)
 
 
 def forecast_steps(
@@ -243,8 +242,8 @@ def format_steps_plan(plan: StepsPlan, next_lines: Sequence[str] = ()) -> Iterat
     parts = [
         f"{sandbox}{pluralize(plan.rows, 'lead')}, {len(plan.steps)} steps",
         *_sends(plan),
-        *([] if plan.balance is None else [f"balance {to_credits(plan.balance):,.2f}"]),
-        f"cap: {'none' if plan.max_credits is None else format_credits(to_credits(plan.max_credits))}",
+        *([] if plan.balance is None else [f"balance {plan.balance:,.2f}"]),
+        f"cap: {'none' if plan.max_credits is None else format_credits(plan.max_credits)}",
     ]
     yield from wrap_parts(parts, " · ")
     yield f"  {'step':<14}{'certain':>9}{'at most':>9}{'likely':>9}{'price':>11}{'max credits':>13}"

@@ -92,6 +92,34 @@ def test_signal_during_ray_shutdown() -> None:
     assert result.stdout == b"leaving left heard "
 
 
+SHARED_SCRIPT = """
+import os
+from enrich.cluster.connection import connect_ray
+from enrich.errors import ClusterFailed
+
+def refused():
+    try:
+        with connect_ray(None):
+            return False
+    except ClusterFailed as error:
+        return "uses Ray already" in error.message
+
+with connect_ray(None):  # and print shows nothing
+    import ray
+    os.write(1, f"{refused()} {ray.is_initialized()} ".encode())
+ray.init("local", include_dashboard=False, log_to_driver=False)
+print(refused(), ray.is_initialized())
+ray.shutdown()
+"""
+
+
+def test_ray_of_the_process_is_left_alone() -> None:
+    """A second run in a process that uses Ray is refused, and does not end the Ray of the first or of the program."""
+    result = subprocess.run([sys.executable, "-c", SHARED_SCRIPT], check=False, capture_output=True, timeout=100)
+
+    assert result.stdout.split() == [b"True"] * 4
+
+
 IMPATIENT_SCRIPT = """
 import os
 from enrich.cli import main

@@ -243,6 +243,28 @@ def test_systemd_accepts_units(odd_path_workspace: Workspace, tmp_path: Path) ->
     assert "Normalized form: Mon..Fri *-*-* 02:30:00" in calendar.stdout
 
 
+def test_paths_are_absolute_without_dots(workspace: Workspace) -> None:
+    """Systemd ignores a path with `..` in `LoadCredential` and `ReadWritePaths`; cron starts in another folder."""
+    workspace.write_job()
+    workspace.write_leads(make_leads(1))
+    folder = workspace.folder
+    other = Workspace(folder / "other")
+    other.folder.mkdir()
+    options = ("--key-file", "../key", "--log-file", "../other/../run.log")
+
+    printed = other.run_in_process("cron", "../job.yaml", *options, ENRICH_LEDGER="../l.db", SSL_CERT_FILE="c.pem")
+
+    assert printed.exit_code == 0
+    assert ".." not in printed.stdout
+    for setting in (
+        f"LoadCredential=databar_api_key:{folder}/key",
+        f"Environment=SSL_CERT_FILE={folder}/other/c.pem",
+        f"Environment=ENRICH_LEDGER={folder}/l.db",
+        f"ReadWritePaths={folder}",
+    ):
+        assert setting in printed.stdout.splitlines()
+
+
 def test_storage_variables_are_named(odd_path_workspace: Workspace) -> None:
     """For files in object storage, both forms name the variables that a run needs; their values are never printed."""
     comment = "# Add to the environment of the run, for"

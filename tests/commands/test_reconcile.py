@@ -11,6 +11,7 @@ import pytest
 from enrich.commands.reconcile import format_reconciliation
 from enrich.databar.description import Enrichment, User, Waterfall
 from enrich.exit_codes import ExitCode
+from enrich.ledger.lock import lock_ledger
 from enrich.models import MICROS_PER_CREDIT, State, read_balance, to_micros
 from enrich.run.balance import explain_balance
 from enrich.run.context import RunOptions
@@ -130,6 +131,20 @@ def test_spending_by_others_is_not_attributed(tmp_path: Path, workspace: Workspa
         output = workspace.run_in_process("reconcile", "job.yaml", "--json", api=api).json_output
         assert output["unexplained"] == pytest.approx(spent_by_other - 1_000)
         assert "added: a top-up" in workspace.run_in_process("reconcile", "job.yaml", api=api).stdout
+
+
+def test_run_in_progress_is_noted(api: SandboxApi, workspace: Workspace) -> None:
+    """Balance and ledger are read one after the other: a run in progress may spend in between."""
+    workspace.write_leads(make_leads(1))
+    workspace.run_job(api)
+
+    quiet = workspace.run_in_process("reconcile", "job.yaml", api=api)
+    with lock_ledger(workspace.ledger_location, 0):
+        noted = workspace.run_in_process("reconcile", "job.yaml", "--json", api=api)
+
+    assert (quiet.exit_code, noted.exit_code) == (0, 0)
+    assert "in progress" not in quiet.stderr
+    assert "a run of this ledger is in progress" in noted.stderr
 
 
 def test_unpriced_answers_are_listed(tmp_path: Path, workspace: Workspace) -> None:

@@ -8,6 +8,7 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given
@@ -27,6 +28,7 @@ from enrich.commands.status_watch import (
     watch_job,
 )
 from enrich.databar.clock import SystemClock
+from enrich.errors import CommandRefused
 from enrich.job.job import load_job
 from enrich.ledger import execution_records
 from enrich.ledger.execution_records import ExecutionRow
@@ -239,6 +241,24 @@ def test_terminal_capabilities(
     assert out.getvalue().startswith(ENTER_SCREEN) == out.getvalue().endswith(LEAVE_SCREEN) == draws
     assert ("\x1b[1m" in out.getvalue()) == colours
     assert ("\x1b" in out.getvalue()) == draws
+
+
+def test_watching_waits_for_a_server(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that restarts does not end the view, as it does not end the run; without a first view it is refused."""
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    job = load_job(workspace.write_job(ledger="postgresql://enrich@127.0.0.1/enrich"))
+    down = CommandRefused("connection refused")
+    ended = make_view(RunStatus.ENDED, ended_ms=NOW, exit_code=0)
+
+    def watch(*reads: RunView | CommandRefused) -> str:
+        out = io.StringIO()
+        monkeypatch.setattr(RunWatcher, "read_view", Mock(side_effect=reads))
+        assert watch_job(RunWatcher(job), out, {}, 1.0, as_json=True) == 0
+        return out.getvalue()
+
+    assert watch(make_view(), down, down, ended).count("\n") == 2
+    with pytest.raises(CommandRefused):
+        watch(down, ended)
 
 
 # Runs without a heartbeat

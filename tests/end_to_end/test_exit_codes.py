@@ -793,7 +793,7 @@ def test_signal_before_first_post(api: SandboxApi, workspace: Workspace, old_out
 def test_signal_while_writing_output(api: SandboxApi, workspace: Workspace, old_output: Path) -> None:
     """Removes the partial output, keeps the old one, and exits quickly however long the file is."""
     workspace.write_leads(make_leads(10) * 3_000)
-    part = workspace.folder / ".job.enrich-part"
+    part = workspace.part_path
 
     result, seconds = run_and_signal(workspace, api, signal.SIGTERM, part.exists)
 

@@ -144,6 +144,12 @@ def test_a_saved_plan_is_followed(job_file: Path, workspace: Workspace) -> None:
     assert enrich.run_job(job_file, plan=kept).submitted == 3
 
 
+def test_a_plan_of_steps_has_its_amounts_in_credits(tmp_path: Path) -> None:
+    """Balance and cap of a job with steps are credits, as those of other plans are."""
+    plan = enrich.plan_job(ROOT / "jobs" / "full_contact.yaml", sandbox=True, ledger=tmp_path / "ledger.db")
+    assert (plan.balance, plan.max_credits, plan.cost.maximum) == (10_000, 300, 300)
+
+
 def test_a_plan_shows_the_price_of_new_providers(job_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With `update_providers` a plan has the requests that a run with it would send."""
     assert enrich.run_job(job_file).submitted == 6
@@ -303,6 +309,30 @@ def test_signal_handlers_are_those_from_before_the_run(job_file: Path) -> None:
     assert signal.getsignal(signal.SIGINT) is interrupt
 
 
+FORKING_SCRIPT = """
+import multiprocessing, sys, enrich
+
+def run():
+    try:
+        enrich.run_job(sys.argv[1])
+    except enrich.JobError as error:
+        print(error.message, flush=True)
+
+enrich.plan_job(sys.argv[1])
+child = multiprocessing.get_context("fork").Process(target=run, daemon=True)
+child.start()
+child.join(20)
+"""
+
+
+def test_a_forked_process_is_refused(job_file: Path) -> None:
+    """A process that was forked after a first call would wait for ever for the threads of polars."""
+    result = subprocess.run(
+        [sys.executable, "-c", FORKING_SCRIPT, job_file], check=True, capture_output=True, text=True, timeout=60
+    )
+    assert result.stdout.startswith("this process was forked")
+
+
 def test_a_run_works_in_any_thread(job_file: Path) -> None:
     """A run in another thread than the main one needs no signals."""
     summaries: list[enrich.RunSummary] = []
@@ -419,17 +449,20 @@ def test_a_signal_in_a_script_stops_the_run(slow_job: Path) -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_failing_callback_does_not_end_the_run(job_file: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """An exception in a callback is logged once, and the run goes on."""
+@pytest.mark.parametrize("error", [ZeroDivisionError, SystemExit])
+def test_a_failing_callback_does_not_end_the_run(
+    job_file: Path, caplog: pytest.LogCaptureFixture, error: type[BaseException]
+) -> None:
+    """An exception in a callback is logged once, and the run goes on; `sys.exit` would leave requests unconfirmed."""
 
     def fail(_: enrich.Progress) -> None:
-        raise ZeroDivisionError
+        raise error
 
     assert enrich.run_job(job_file, limit=3, on_progress=fail).answers == 3
-    assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [ZeroDivisionError]
+    assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [error]
     caplog.clear()
     assert asyncio.run(enrich.run_job_async(job_file, on_progress=fail)).answers == 3
-    assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [ZeroDivisionError]
+    assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [error]
 
 
 def test_a_sandbox_run_needs_no_key(job_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,7 +135,7 @@ def test_kill_while_writing_output(api: SandboxApi, workspace: Workspace) -> Non
     workspace.write_leads(leads)
     old = workspace.folder / "out.csv"
     old.write_text(OLD_OUTPUT)
-    part = workspace.folder / ".job.enrich-part"
+    part = workspace.part_path
     start_and_kill(workspace, api, part.exists)
     assert part.exists()
     assert old.read_text() == OLD_OUTPUT
@@ -152,7 +152,7 @@ def test_kill_while_writing_output(api: SandboxApi, workspace: Workspace) -> Non
 def test_stale_part_removed_by_failed_run(api: SandboxApi, workspace: Workspace) -> None:
     """The next start removes a partial output even if that run fails."""
     workspace.write_leads(make_leads(1))
-    part = workspace.folder / ".job.enrich-part"
+    part = workspace.part_path
     part.write_text("half a fi")
     api.inject_fault("unauthorized", 1, "post")
 

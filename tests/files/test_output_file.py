@@ -25,7 +25,8 @@ from enrich.databar.task_results import TaskReply, read_answer, task_phase
 from enrich.errors import CommandRefused, EnrichError, JobError
 from enrich.files import reader
 from enrich.files.writer import prepare_file, temporary_path, write_file
-from enrich.job.job import load_job
+from enrich.job.job import Overrides, load_job
+from enrich.job.locations import parse_location
 from enrich.job.spec import Output
 from enrich.job.target import Target, TargetKind
 from enrich.ledger import enroll, execution_records, queries, transitions
@@ -91,6 +92,31 @@ def test_unfinished_file_is_not_published(tmp_path: Path, name: str, error: Base
     assert caught.value is error
     assert target.read_text() == "the old one"
     assert list(tmp_path.iterdir()) == [target]
+
+
+@in_turn("name", ["out.csv", "out/"])
+def test_runs_with_different_ledgers_share_a_folder(tmp_path: Path, name: str) -> None:
+    """A run that begins and ends while another one of a job with the same name writes its output disturbs nothing."""
+    tmp_path.joinpath("job.yaml").write_text(JOB + "params: {first_name: a}\n")
+    frame = pl.DataFrame({"a": ["x"]})
+
+    def write(ledger: str, frames: Iterator[pl.DataFrame]) -> None:
+        job = load_job(tmp_path / "job.yaml", Overrides(ledger=ledger))
+        target = parse_location(tmp_path, f"{ledger}-{name}")
+        prepare_file(target, job.input_path, job.files_name)
+        schema, output = frame.schema, Output(path=name)
+        write_file(target, output, job=job.files_name, schema=schema, frames=frames, new_columns=1)
+
+    def interrupted_frames() -> Iterator[pl.DataFrame]:
+        yield frame
+        write("second", iter([frame]))
+        yield frame
+
+    write("first", interrupted_frames())
+
+    assert {path.name for path in tmp_path.iterdir() if "-out" in path.name} == {
+        f"{ledger}-{name.rstrip('/')}" for ledger in ("first", "second")
+    }
 
 
 KILLED_SCRIPT = """

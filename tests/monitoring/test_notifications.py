@@ -27,8 +27,6 @@ from tests.support.request_recorder import (
 from tests.support.workspace import SandboxApi, Workspace, serve_api, wait_until
 
 LOG_OPTIONS = ("--log-file", "run.log")
-# Apprise imports this module where it is installed.
-pytestmark = pytest.mark.filterwarnings("ignore:'imghdr' is deprecated:DeprecationWarning")
 
 
 @pytest.fixture
@@ -316,6 +314,7 @@ def test_notifications_file_permissions(api: SandboxApi, notifying_workspace: Wo
     [
         (None, "notifications cannot be sent: No such file"),
         ("# nobody\n", "no address for notifications"),
+        ("secret-nonsense\n", "no Apprise URL in line 1"),
         (b"\xff", "notifications cannot be sent: it is not UTF-8 text"),
     ],
 )
@@ -335,6 +334,19 @@ def test_empty_notifications_file(
     assert f"note: {path}: {words}" in result.stderr
 
 
+def test_failure_of_apprise_does_not_stop_run(
+    api: SandboxApi, notifying_workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Apprise, or one of its plugins, may be broken: a note says so, without the address."""
+    monkeypatch.setattr(notifications, "_apprise_client", int)
+
+    result = notifying_workspace.run_in_process("run", "job.yaml", api=api)
+
+    assert result.exit_code == 0
+    path = notifying_workspace.folder / "people.txt"
+    assert f"note: {path}: notifications cannot be sent: ValueError in Apprise\n" in result.stderr
+
+
 def test_invalid_lines_are_numbered(notifying_workspace: Workspace, recorder: RequestRecorder) -> None:
     """Invalid lines are reported by number without the address; valid ones are still notified."""
     path = notifying_workspace.folder / "people.txt"
@@ -344,7 +356,8 @@ def test_invalid_lines_are_numbered(notifying_workspace: Workspace, recorder: Re
 
     assert result.exit_code == 3
     assert len(recorder.requests) == 1
-    assert "line 1 is not an Apprise URL; line 5 was rejected" in result.stderr
+    assert f"note: {path}: no Apprise URL in line 1\n" in result.stderr
+    assert f"note: {path}: some notifications failed: not delivered to line 5\n" in result.stderr
     assert "secret" not in result.stderr + (notifying_workspace.folder / "run.log").read_text()
 
 

@@ -391,7 +391,7 @@ def test_advice_after_failed_run(api: SandboxApi, workspace: Workspace) -> None:
     assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 12
 
     (action,) = build_report_at(workspace).actions
-    assert action.text.startswith("Run 1 ended with exit code 12 (out of credits). ")
+    assert action.text.startswith("Run 1 ended with exit code 12 (credits used up). ")
     assert action.commands == ("enrich run job.yaml --output out.csv",)
 
 

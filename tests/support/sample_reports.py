@@ -94,7 +94,7 @@ def typical_report() -> Report:
         run_totals(1, 201, 160, 312.4),
         run_totals(2, 88, 64, 131.0),
         run_totals(3, 74, 70, 120.5),
-        run_totals(4, 0, 12, 0.0, outcome="out of credits", exit_code=12, balance_before=None, balance_after=None),
+        run_totals(4, 0, 12, 0.0, outcome="credits used up", exit_code=12, balance_before=None, balance_after=None),
         run_totals(5, 92, 66, 141.75),
         run_totals(6, 81, 58, 121.0),
         run_totals(7, 77, 71, 139.4),

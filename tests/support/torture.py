@@ -392,7 +392,7 @@ def _choose_moment(
         ("at any moment", _never, rng.uniform(0.1, 3.0)),
         ("while polling only", polling, 5.0),
         ("while enrolling", begun, 5.0),
-        ("while the output is written", (workspace.folder / ".job.enrich-part").exists, 10.0),
+        ("while the output is written", workspace.part_path.exists, 10.0),
         ("at any moment", _never, rng.uniform(0.1, 3.0)),
     ]
     return (

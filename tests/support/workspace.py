@@ -29,6 +29,7 @@ from pydantic import SecretStr
 from enrich.cli import run_command
 from enrich.databar.clock import SystemClock
 from enrich.databar.credentials import ApiAccess
+from enrich.files.writer import temporary_path
 from enrich.job.job import load_job
 from enrich.job.locations import LedgerLocation, parse_ledger_location
 from enrich.job.target import TargetKind
@@ -193,6 +194,11 @@ class Workspace:
     def ledger_path(self) -> Path:
         """The path of the job's ledger when it is a file."""
         return self.folder / ".enrich" / "job.db"
+
+    @property
+    def part_path(self) -> Path:
+        """The path of the temporary file of the output."""
+        return temporary_path(self.folder / "out.csv", load_job(self.job_file).files_name)
 
     @property
     def ledger_location(self) -> LedgerLocation:

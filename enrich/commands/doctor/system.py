@@ -15,6 +15,7 @@ from pathlib import Path
 
 import click
 
+from enrich.commands.paths import absolute_path
 from enrich.errors import JobError
 from enrich.job.bounded_read import read_text
 
@@ -69,7 +70,7 @@ def enrich_command() -> list[str]:
     """Return the absolute command that starts this program."""
     for path in (Path(sys.argv[0]), Path(sys.executable).parent / "enrich"):
         if path.name == "enrich" and path.is_file() and os.access(path, os.X_OK):
-            return [str(path.absolute())]
+            return [str(absolute_path(path))]
     return [sys.executable, "-m", "enrich"]
 
 
