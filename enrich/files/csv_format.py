@@ -287,10 +287,10 @@ def read_resaved_cells(source: TableFile, choose: Callable[[list[str]], list[str
             marked = byte_order_encoding(raw.read(4))
         for encoding in (marked,) if marked else dict.fromkeys((source.encoding, "utf-8")):
             separators = dict.fromkeys((source.separator, *SEPARATORS))
-            # A quote that is never closed would make one cell of the rest.
+            # A quote that is never closed would make one cell of the rest. Such a file is read again without quotes.
             for separator, quoting in product(separators, _QUOTINGS):
                 with open_binary(source) as raw, io.TextIOWrapper(raw, encoding, "replace", newline="") as text:
-                    batches = _read_cells(csv.reader(text, delimiter=separator, quoting=quoting), choose)
+                    batches = _read_cells(csv.reader(text, delimiter=separator, quoting=quoting, strict=True), choose)
                     if (first := next(batches, None)) is not None:
                         yield first
                         yield from batches
@@ -299,12 +299,15 @@ def read_resaved_cells(source: TableFile, choose: Callable[[list[str]], list[str
 
 
 def _read_cells(reader: Iterator[list[str]], choose: Callable[[list[str]], list[str]]) -> Iterator[list[str]]:
-    """Yield the cells below the header, which is one of the first rows."""
+    """Yield the cells below the header, which is one of the first rows. A faultless file ends with an empty list."""
     columns: list[int] = []
+    is_faultless = True
     while rows := _next_rows(reader):
         cells: list[str] = []
         for row in rows:
-            if columns:
+            if row is None:
+                is_faultless = False
+            elif columns:
                 cells += [row[column] for column in columns if column < len(row) and row[column]]
             else:
                 names = [text.strip(f"{BYTE_ORDER_MARK} ") for text in row]
@@ -313,17 +316,19 @@ def _read_cells(reader: Iterator[list[str]], choose: Callable[[list[str]], list[
             return
         if cells:
             yield cells
+    if columns and is_faultless:
+        yield []
 
 
-def _next_rows(reader: Iterator[list[str]]) -> list[list[str]]:
-    """Return the next rows that can be read."""
-    rows: list[list[str]] = []
+def _next_rows(reader: Iterator[list[str]]) -> list[list[str] | None]:
+    """Return the next rows. None: a row that cannot be read."""
+    rows: list[list[str] | None] = []
     with _raised_cell_limit():
         while len(rows) < _RESAVED_ROWS_PER_BATCH:
             try:
                 rows.append(next(reader))
             except csv.Error:
-                continue
+                rows.append(None)
             except (StopIteration, UnicodeError):  # no byte order mark, which the encoding needs
                 break
     return rows

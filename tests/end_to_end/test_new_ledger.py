@@ -264,8 +264,15 @@ def test_newest_output_is_checked(api: SandboxApi, workspace: Workspace) -> None
 @FILE_ONLY
 @pytest.mark.parametrize(
     "text",
-    ["", "Name\nAda\n", "enrich_task_id\n\n", 'First Name,enrich_task_id\n"a\nb",\n'],
-    ids=["empty", "another file", "no ids", "blank"],
+    [
+        "",
+        "Name\nAda\n",
+        "enrich_task_id\n\n",
+        'First Name,enrich_task_id\n"a\nb",\n',
+        'First Name,enrich_task_id,enrich_status\n"Ada, Countess",,pending\n',
+        'First Name;enrich_task_id;enrich_status\n"Ada; Countess";;pending\n',
+    ],
+    ids=["empty", "another file", "no ids", "blank", "nothing sent", "nothing sent, saved again"],
 )
 def test_output_without_tasks_is_ignored(api: SandboxApi, workspace: Workspace, text: str) -> None:
     """Ignores an output without tasks, which was not paid for; replaces an empty or broken one."""
