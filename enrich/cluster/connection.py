@@ -178,7 +178,7 @@ def _has_token() -> bool:
 
 
 def _already_used_error() -> ClusterFailed:
-    return ClusterFailed("this process uses Ray already", "start the run in a process of its own, or later")
+    return ClusterFailed("this process uses Ray already", "start the run in another process, or later")
 
 
 def _connection_error(address: str | None, error: Exception) -> ClusterFailed:

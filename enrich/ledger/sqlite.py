@@ -36,8 +36,8 @@ RUN_BUSY_TIMEOUT_MS = 500
 JOURNAL_SUFFIXES = ("-journal", "-wal", "-shm")
 _DAMAGE_CODES = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR_SHORT_READ, sqlite3.SQLITE_FORMAT}
 _DISK_ERROR_CODES = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY}
-#: Python's decoding errors start with this. They have no error code and quote the text.
-_DECODE_ERROR_PREFIX = "Could not decode to UTF-8"
+#: Decoding errors of Python and of SQLite's JSON functions start with these. They have no error code.
+_DAMAGE_MESSAGES = ("Could not decode to UTF-8", "malformed JSON")
 #: Every command checks files up to this size (bytes), because that takes no time.
 ALWAYS_CHECKED_BYTES = 8 * 1024 * 1024
 #: Larger files (bytes) are not checked at each start. `enrich ledger check` checks them.
@@ -219,7 +219,7 @@ def is_damage_error(error: BaseException | None) -> bool:
     if not isinstance(error, sqlite3.Error):
         return False
     is_damage = not _DAMAGE_CODES.isdisjoint({_error_code(error), _error_kind(error)})
-    return is_damage or str(error).startswith(_DECODE_ERROR_PREFIX)
+    return is_damage or str(error).startswith(_DAMAGE_MESSAGES)
 
 
 def damaged_ledger_error(path: object, detail: str = "") -> LedgerDamaged:

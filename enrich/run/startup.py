@@ -111,7 +111,7 @@ async def import_rescue_files(startup: Startup) -> None:
     rescue_import.remove_imported_files(imported)
     startup.notes += [f"{path} was imported: {result}" for path, result in imported]
     startup.notes += [
-        f"{path} was not imported: it is of another ledger; if that was moved here, move the file beside {job.ledger}"
+        f"{path} was not imported: it belongs to another ledger. If {job.ledger} was moved, move this file, too"
         for path in (find_rescue_files(job.ledger, rescue_folders(job)) if isinstance(job.ledger, Path) else ())
     ]
 
