@@ -10,16 +10,18 @@ import pytest
 from tests.support.cases import first_quick
 from tests.support.workspace import SandboxApi, Workspace
 
-#: Runs a command as `enrich` does, then prints the names of all modules that it imported.
+#: Runs a command as `enrich` does, then prints the names of all modules that it imported. Those that the interpreter
+#: itself imports at its start are not among them, such as the `sitecustomize` of some Linux distributions.
 _PRINT_MODULES = """
 import sys
+of_the_interpreter = set(sys.modules)
 from enrich.cli import main
 
 main()
-print("modules:", *sys.modules)
+print("modules:", *(sys.modules.keys() - of_the_interpreter))
 """
-#: Modules that come with the interpreter or with a compiler of extension modules.
-_OF_THE_INTERPRETER = {"__main__", "cython_runtime"}
+#: It comes with a compiler of extension modules.
+_OF_A_COMPILER = {"cython_runtime"}
 _PYDANTIC = {"annotated_types", "pydantic", "pydantic_core", "typing_extensions", "typing_inspection"}
 _READS_LEDGER = {"click", "msgspec", "yaml"} | _PYDANTIC
 #: Slow parts of the standard library.
@@ -37,7 +39,7 @@ def imported(*arguments: str) -> set[str]:
 
 def third_party(modules: set[str]) -> set[str]:
     """Return the packages that are neither ours nor of the standard library."""
-    packages = {name.partition(".")[0] for name in modules} - {"enrich"} - _OF_THE_INTERPRETER
+    packages = {name.partition(".")[0] for name in modules} - {"enrich"} - _OF_A_COMPILER
     return {name for name in packages if name not in sys.stdlib_module_names and not name.startswith("_")}
 
 
