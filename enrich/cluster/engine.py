@@ -74,7 +74,7 @@ def collect_on_ray(
     """
     parts = split_input(job_input, monitor)
     schema = output_schema(job_input, shared_pass.template, with_index=True)
-    draft = begin_dataset(target, job_input.job.files_name, schema)
+    draft = begin_dataset(target, job_input.job.temporary_name, schema)
     try:
         files: list[PartFile] = []
         total = OutputCounts()

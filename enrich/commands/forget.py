@@ -192,11 +192,11 @@ def _matching_requests(
     # The person's rows count, whether or not the job's conditions hold for them today.
     job = replace(job, model=job.model.model_copy(update={"where": None, "only_if_empty": [], "suppress": None}))
     job_input: JobInput | None = None
-    unusable: EnrichError | None = None
+    input_error: EnrichError | None = None
     try:
         job_input = JobInput(job)
     except EnrichError as error:
-        unusable = error
+        input_error = error
     columns = [] if job_input is None else job_input.columns
     params = [param for step in job.steps for param in step.model.params.items()]
     known = [*columns, *(name for name, _ in params), *template.columns]
@@ -204,7 +204,7 @@ def _matching_requests(
     for name in criteria:
         if name not in known:
             hint = suggest_name(name, known)
-            raise unusable or JobError(f"--match {name}=…: the input and the job have no column `{name}`", hint)
+            raise input_error or JobError(f"--match {name}=…: the input and the job have no column `{name}`", hint)
     if job_input is not None and job.step_jobs:
         return requests_of_rows(job, job_input, ledger, criteria)
     if job_input is None or not set(criteria) <= set(columns):

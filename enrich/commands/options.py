@@ -204,7 +204,7 @@ RUN_JOB_OPTIONS = job_options(has_input=True, has_output=True, sandbox="Use the 
 
 
 class Number(click.ParamType):  # type: ignore[type-arg] # older versions are not generic
-    """A number with a minimum, which the help does not show as a formula as that of `click.IntRange`."""
+    """A number in plain digits, at least the minimum. The help shows no range, as it does for `click.IntRange`."""
 
     name = "number"
 
@@ -212,7 +212,7 @@ class Number(click.ParamType):  # type: ignore[type-arg] # older versions are no
         self.minimum, self.number = minimum, number
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Parse a number. Raises a usage error for one that is less than the minimum."""
+        """Parse a number. Raises a usage error for other text, and for less than the minimum."""
         if not PLAIN_NUMBER.fullmatch(str(value)):
             self.fail(f"`{value}` is not a number in plain digits", param, ctx)
         number: float = self.number.convert(value, param, ctx)
@@ -276,7 +276,7 @@ def record_ledger(ledger: LedgerLocation) -> None:
 def check_ledger_not_lost(job: Job) -> None:
     """Raise CommandRefused when the file of a ledger is missing, and only a rescue file has its data."""
     if isinstance(job.ledger, Path) and not ledger_file_exists(job.ledger):
-        from enrich.run.context import check_no_rescue_file  # it imports what runs a job
+        from enrich.run.context import check_no_rescue_file  # slow to import, and rarely needed
 
         check_no_rescue_file(job)
 

@@ -246,7 +246,7 @@ def _prepare_rows_file(job: Job, rows_file: Path | None) -> Path | None:
     job.check_not_own(rows_file, "rows")
     if is_written_by_run(job, rows_file):
         raise JobError(f"{rows_file}: the rows would replace a file that a run has written", "choose another name")
-    prepare_file(rows_file, job.input_path, job.files_name, "plan")
+    prepare_file(rows_file, job.input_path, job.temporary_name, "plan")
     check_replaceable(rows_file)
     return rows_file
 

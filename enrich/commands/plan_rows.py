@@ -136,7 +136,7 @@ def _write(
     target: Path, job_input: JobInput, frames: Iterator[pl.DataFrame], columns: Mapping[str, pl.DataType]
 ) -> None:
     schema = {name: kind for name, kind in job_input.schema.items() if name not in columns} | dict(columns)
-    output, job = Output(path=str(target)), job_input.job.files_name
+    output, job = Output(path=str(target)), job_input.job.temporary_name
     write_file(target, output, job=job, schema=schema, frames=frames, new_columns=len(columns), kind="plan")
 
 

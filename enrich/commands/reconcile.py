@@ -93,5 +93,5 @@ def reconcile(job_options: options.JobOptions, since: int | None, as_json: bool)
     with options.open_access(job, use_sandbox=job_options.use_sandbox) as access:
         result = reconcile_job(job, access, since)
     if is_running:
-        click.echo("note: a run of this ledger is in progress: what it spends meanwhile is not explained", err=True)
+        click.echo("note: a run of this ledger is in progress, and what it spends is not explained", err=True)
     options.echo_result({"exit_code": 0, **result.as_json()}, format_reconciliation(result), as_json=as_json)

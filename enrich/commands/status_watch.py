@@ -104,7 +104,7 @@ def _flush(out: TextIO) -> None:
 def run_watch_loop(watcher: RunWatcher, display: LineDisplay | TerminalDisplay, interval_s: float) -> int:
     """Show the job's newest run until it ends. If none is running, wait for the next. Return the exit code.
 
-    A server that restarts meanwhile is waited for, as by the run.
+    While a PostgreSQL server restarts, wait for it as a run does. Raises CommandRefused and DatabaseFailed.
     """
     ended_before: int | None = None
     last_read_at = -inf

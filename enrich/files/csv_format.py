@@ -276,7 +276,7 @@ _QUOTINGS: tuple[Literal[0, 3], ...] = (csv.QUOTE_MINIMAL, csv.QUOTE_NONE)
 
 
 def read_resaved_cells(source: TableFile, choose: Callable[[list[str]], list[str]]) -> Iterator[list[str]]:
-    """Yield the cells of the columns that `choose` returns of the names, in batches; nothing if it returns none.
+    """Yield the cells of some columns in batches; nothing if there are none. `choose` selects them by their names.
 
     Another program, such as a spreadsheet, may have saved the file again. Separator and encoding may differ from
     those of `source`: characters other than ASCII may be wrong. There may be lines above the header, rows that are too
@@ -299,14 +299,17 @@ def read_resaved_cells(source: TableFile, choose: Callable[[list[str]], list[str
 
 
 def _read_cells(reader: Iterator[list[str]], choose: Callable[[list[str]], list[str]]) -> Iterator[list[str]]:
-    """Yield the cells below the header, which is one of the first rows. A faultless file ends with an empty list."""
+    """Yield the cells below the header, which is one of the first rows.
+
+    The last list is empty if the file has no syntax errors.
+    """
     columns: list[int] = []
-    is_faultless = True
+    is_well_formed = True
     while rows := _next_rows(reader):
         cells: list[str] = []
         for row in rows:
             if row is None:
-                is_faultless = False
+                is_well_formed = False
             elif columns:
                 cells += [row[column] for column in columns if column < len(row) and row[column]]
             else:
@@ -316,7 +319,7 @@ def _read_cells(reader: Iterator[list[str]], choose: Callable[[list[str]], list[
             return
         if cells:
             yield cells
-    if columns and is_faultless:
+    if columns and is_well_formed:
         yield []
 
 

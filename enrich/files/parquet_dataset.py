@@ -48,7 +48,7 @@ class _ManifestPart(Struct, frozen=True):
 
 
 class Manifest(Struct, frozen=True):
-    """The parts of a dataset, in the order of their rows. `dataset_of` is `Job.files_name`."""
+    """The parts of a dataset, in the order of their rows. `dataset_of` is the `temporary_name` of the job."""
 
     dataset_of: str
     rows: int = 0

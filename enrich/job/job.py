@@ -100,8 +100,8 @@ class Job(Struct, frozen=True):
         return min(step.model.policy.result_ttl for step in self.steps)
 
     @property
-    def files_name(self) -> str:
-        """What the temporary files of an output are named after. Another run with this ledger cannot run meanwhile."""
+    def temporary_name(self) -> str:
+        """The part of the names of temporary files that no job with another ledger has in common with this one."""
         return f"{self.name}.{blake2b(os.fsencode(str(self.ledger)), digest_size=3).hexdigest()}"
 
     @property

@@ -252,7 +252,7 @@ def open_sqlite(path: Path, *, read_only: bool, any_version: bool, skip_integrit
             make_private_folder(path.parent)
             if not file_exists:
                 _create(path)
-            _check_writable(path)
+            _make_writable(path)
         if path.is_file() and not path.stat().st_size:
             raise damaged_ledger_error(path, "it is empty")
         # Only one thread at a time uses the connection, but not always the same one.
@@ -285,8 +285,8 @@ def open_sqlite(path: Path, *, read_only: bool, any_version: bool, skip_integrit
     return db
 
 
-def _check_writable(path: Path) -> None:
-    """Raise PermissionError if the ledger, or its folder with the WAL, is read-only: SQLite would not report it."""
+def _make_writable(path: Path) -> None:
+    """Make the journals writable. Raise PermissionError if the ledger or its folder is read-only: SQLite would not."""
     for target, reason in ((path, "it is read-only"), (path.resolve().parent, "its folder is read-only")):
         if not os.access(target, os.W_OK):
             raise PermissionError(errno.EACCES, reason, str(path))

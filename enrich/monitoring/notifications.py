@@ -123,27 +123,23 @@ def read_addresses(path: Path) -> tuple[Notifier, list[str]]:
     problems = []
     if find_spec("apprise") is None:
         return Notifier(path, []), [f"notifications are not installed: {install_hint('notify')}"]
-    addresses: list[tuple[int, Any]] = []
-    invalid: list[int] = []
+    clients: list[tuple[int, Any]] = []
     try:
         if path.stat().st_mode & GROUP_AND_OTHERS:
             problems.append(f"{path}: other users can read the addresses: chmod 600 {path}")
-        for number, line in enumerate(read_text(path).splitlines(), start=1):
-            if (url := line.strip()) and not url.startswith("#"):
-                client = _apprise_client(url)
-                invalid += [] if client else [number]
-                addresses += [(number, client)] if client else []
+        lines = [(number, line.strip()) for number, line in enumerate(read_text(path).splitlines(), start=1)]
+        clients = [(number, _apprise_client(line)) for number, line in lines if line and not line.startswith("#")]
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         problems.append(f"{path}: notifications cannot be sent: {reason}")
     except Exception as error:  # noqa: BLE001 - of Apprise: it must not end the run, and its text may hold the URL
         problems.append(f"{path}: notifications cannot be sent: {type(error).__name__} in Apprise")
     else:
-        if invalid:
+        if invalid := [number for number, client in clients if not client]:
             problems.append(f"{path}: no Apprise URL in line {_join_numbers(invalid)}")
-        elif not addresses:
+        elif not clients:
             problems.append(f"{path}: no address for notifications")
-    return Notifier(path, addresses), problems
+    return Notifier(path, [each for each in clients if each[1]]), problems
 
 
 def _apprise_client(url: str) -> Any | None:  # noqa: ANN401 - an apprise.Apprise

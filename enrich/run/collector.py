@@ -144,7 +144,7 @@ class Collector(Struct, frozen=True):
         write_file(
             target,
             self.job.output,
-            job=self.job.files_name,
+            job=self.job.temporary_name,
             schema=schema,
             frames=checked_frames(),
             new_columns=len(schema) - len(self.job_input.schema),

@@ -165,7 +165,13 @@ def _write_selected(  # noqa: PLR0913 - all of these describe one file
 
     new_columns = len(new)
     write_file(
-        target, output, job=collector.job.files_name, schema=schema, frames=frames(), new_columns=new_columns, kind=kind
+        target,
+        output,
+        job=collector.job.temporary_name,
+        schema=schema,
+        frames=frames(),
+        new_columns=new_columns,
+        kind=kind,
     )
     return count
 
@@ -250,7 +256,7 @@ def rebuild_output(job: Job, *, partial: bool) -> RunSummary:
         now = datetime.now().astimezone()
         target = job.output_path(now)
         job.extra_output_paths(now)  # raises when the output is one of these files
-        prepare_file(target, job.input_path, job.files_name)
+        prepare_file(target, job.input_path, job.temporary_name)
         counts = prepare_collector(ledger, job, template).write(target, partial=partial)
         _, unknown = queries.spent_totals(ledger) if job.step_jobs else (0, 0)
     summary = RunSummary(

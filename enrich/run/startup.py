@@ -138,7 +138,7 @@ async def open_files(startup: Startup) -> None:
     forgotten = await context.ledger_writer.submit(erasure.load_forgotten)
     with context.signals.interruptible():  # a pipe or object storage may block
         for kind, location in {"output": target, **extra_output_paths}.items():
-            prepare_file(location, job.input_path, job.files_name, kind)
+            prepare_file(location, job.input_path, job.temporary_name, kind)
         startup.files = RunFiles(JobInput(job, forgotten), target, extra_output_paths)
     startup.notes += startup.files.job_input.notes()
     writer = await context.ledger_writer.submit(execution_records.last_writer, str(target))

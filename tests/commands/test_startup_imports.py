@@ -13,10 +13,11 @@ from tests.support.workspace import SandboxApi, Workspace, make_leads
 #: Runs the command with these arguments, then prints the packages beside Python's own that were imported.
 SCRIPT = """
 import sys
+of_the_interpreter = set(sys.modules)
 from enrich.cli import main
 code = main()
 assert not code, code
-names = {name.partition(".")[0] for name in sys.modules} - sys.stdlib_module_names
+names = {name.partition(".")[0] for name in sys.modules.keys() - of_the_interpreter} - sys.stdlib_module_names
 print(*(name for name in names if not name.startswith("_")), file=sys.stderr)
 """
 #: `annotated_types` to `typing_inspection` are those of pydantic, and `cython_runtime` is of PyYAML.

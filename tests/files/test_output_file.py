@@ -103,9 +103,9 @@ def test_runs_with_different_ledgers_share_a_folder(tmp_path: Path, name: str) -
     def write(ledger: str, frames: Iterator[pl.DataFrame]) -> None:
         job = load_job(tmp_path / "job.yaml", Overrides(ledger=ledger))
         target = parse_location(tmp_path, f"{ledger}-{name}")
-        prepare_file(target, job.input_path, job.files_name)
+        prepare_file(target, job.input_path, job.temporary_name)
         schema, output = frame.schema, Output(path=name)
-        write_file(target, output, job=job.files_name, schema=schema, frames=frames, new_columns=1)
+        write_file(target, output, job=job.temporary_name, schema=schema, frames=frames, new_columns=1)
 
     def interrupted_frames() -> Iterator[pl.DataFrame]:
         yield frame

@@ -198,7 +198,7 @@ class Workspace:
     @property
     def part_path(self) -> Path:
         """The path of the temporary file of the output."""
-        return temporary_path(self.folder / "out.csv", load_job(self.job_file).files_name)
+        return temporary_path(self.folder / "out.csv", load_job(self.job_file).temporary_name)
 
     @property
     def ledger_location(self) -> LedgerLocation:
