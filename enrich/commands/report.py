@@ -16,6 +16,7 @@ from enrich.commands import options
 from enrich.errors import EnrichError, Interrupted, JobError
 from enrich.exit_codes import JobArguments
 from enrich.job.job import Job
+from enrich.models import parse_count
 from enrich.report.page_file import INSTALL_HINT, default_report_path, given_report_path, is_extra_missing, write_report
 
 if TYPE_CHECKING:
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 def _compare(job: Job, other: str, *, use_sandbox: bool) -> Comparison:
     from enrich.report.compare import compare_executions, compare_jobs
 
-    if other.isdecimal():
-        return compare_executions(job, int(other))
+    if (number := parse_count(other)) is not None:
+        return compare_executions(job, number)
     return compare_jobs(job, options.JobOptions(Path(other), use_sandbox=use_sandbox).load())
 
 

@@ -26,7 +26,7 @@ from enrich.job.locations import STDIN, PostgresLocation, WebUrl
 from enrich.ledger.database import ledger_exists
 from enrich.ledger.lock import lock_ledger, open_for_run
 from enrich.ledger.sqlite import is_damage_error
-from enrich.models import State
+from enrich.models import State, parse_count
 from enrich.monitoring.log_file import open_log
 from enrich.monitoring.observers import RunObservers
 from enrich.run import pipeline
@@ -36,6 +36,8 @@ from enrich.run.output import rebuild_output
 from enrich.run.plan_file import read_plan
 from enrich.run.progress import Progress
 from enrich.run.summary import RunSummary, format_details, format_summary
+
+_MAX_PORT = 65_535
 
 
 @contextmanager
@@ -69,7 +71,7 @@ def _exit_code_and_message(error: BaseException) -> tuple[int, str]:
 
 def _check_address(value: str) -> str:
     """Return HOST:PORT unchanged. Raises ValueError for another format."""
-    if not value.rpartition(":")[2].isdecimal():
+    if not 0 < (parse_count(value.rpartition(":")[2]) or 0) <= _MAX_PORT:
         raise ValueError("must be HOST:PORT, as `ray start --head` prints it")
     if "://" in value:
         raise ValueError("must be HOST:PORT without `ray://`. Run the command on a machine of the cluster")

@@ -12,6 +12,7 @@ from enrich.databar.credentials import ApiAccess
 from enrich.databar.description import Description, Enrichment, Param, Provider, Waterfall
 from enrich.errors import JobError, JobRejected, suggest_name
 from enrich.job.target import Target, TargetKind
+from enrich.models import parse_count
 from enrich.run.preflight import call_api
 
 
@@ -90,8 +91,8 @@ def waterfalls(identifier: str | None, use_sandbox: bool, as_json: bool) -> None
 @options.JSON_OPTION
 def enrichments(query: str | None, use_sandbox: bool, as_json: bool) -> None:
     """List the enrichments of the API, those that contain QUERY, or show the one with the number QUERY."""
-    is_id = query is not None and query.isascii() and query.isdecimal()
-    target = Target(TargetKind.ENRICHMENT, str(int(query or 0))) if is_id else None
+    number = parse_count(query or "")
+    target = None if number is None else Target(TargetKind.ENRICHMENT, str(number))
     _show(TargetKind.ENRICHMENT, target, query, use_sandbox=use_sandbox, as_json=as_json)
 
 

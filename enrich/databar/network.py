@@ -105,7 +105,7 @@ def _is_exempt(host: str, port: int, no_proxy: str) -> bool:
 def _parse_no_proxy(no_proxy: str) -> Iterator[tuple[str, int | None]]:
     """Yield each host, domain or network of the list with its port. The port is None if there is none."""
     for entry in no_proxy.lower().replace(",", " ").split():
-        if match := re.fullmatch(r"\[([^]]+)\](?::(\d+))?|([^:]+):(\d+)", entry):
+        if match := re.fullmatch(r"\[([^]]+)\](?::([0-9]+))?|([^:]+):([0-9]+)", entry):
             yield match[1] or match[3], int(match[2] or match[4]) if match[2] or match[4] else None
         else:
             yield re.sub(r"[][]", "", entry), None

@@ -19,7 +19,7 @@ import msgspec
 from msgspec import Struct
 
 from enrich.job.cell_text import is_blank as is_blank_text
-from enrich.models import MICROS_PER_CREDIT, Answer, State, to_micros, whole_number
+from enrich.models import MICROS_PER_CREDIT, Answer, State, parse_count, to_micros, whole_number
 
 
 class TaskPhase(Enum):
@@ -47,8 +47,6 @@ PHASE_BY_STATUS = {
 
 #: Upper limit for the price of one answer, in millionths of a credit. A higher value counts as unknown.
 MAX_ANSWER_CREDITS = 1_000_000 * MICROS_PER_CREDIT
-#: A list index in a path has fewer digits than this.
-_MAX_DIGITS = 10
 #: Steps beyond this number are ignored.
 MAX_STEPS = 1_000
 #: At least one of these keys besides `result` marks a wrapper object. Without them, `result` is a flat field.
@@ -192,8 +190,9 @@ def value_at(fields: object, path: str) -> Any:  # noqa: ANN401 - a JSON field c
         return value_at(fields[head], rest) if rest and head in fields else None
     if isinstance(fields, list):
         head, _, rest = path.partition(".")
-        if head.isdecimal() and len(head) < _MAX_DIGITS and int(head) < len(fields):
-            return value_at(fields[int(head)], rest) if rest else fields[int(head)]
+        index = parse_count(head)
+        if index is not None and index < len(fields):
+            return value_at(fields[index], rest) if rest else fields[index]
     return None
 
 
@@ -205,7 +204,7 @@ _STEPS_KEYS = ("is_verified", "steps")
 
 def is_beside(path: str) -> bool:
     """Check whether a path reads more than the result fields: beside the result, or a numbered row."""
-    return path.startswith(BESIDE) or path[:1].isdecimal()
+    return path.startswith(BESIDE) or parse_count(path.partition(".")[0]) is not None
 
 
 def column_values(data: object, paths: Iterable[str]) -> list[Any]:
@@ -225,7 +224,7 @@ def column_values(data: object, paths: Iterable[str]) -> list[Any]:
 def column_value(parsed: ParsedData, path: str) -> Any:  # noqa: ANN401 - a JSON field can be any type
     """Return the value at the path of a column, as `column_values` does."""
     if not path.startswith(BESIDE):
-        in_list = parsed.rows and path.partition(".")[0].isdecimal()
+        in_list = parsed.rows and parse_count(path.partition(".")[0]) is not None
         return value_at(parsed.rows if in_list else parsed.fields, path)
     path = path.removeprefix(BESIDE)
     if parsed.wrapper is None:

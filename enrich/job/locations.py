@@ -87,7 +87,7 @@ _KNOWN_ENDING = re.compile(r"(?:\.(?:csv|tsv|jsonl|ndjson)(?:\.gz)?|\.[^.]+)$", 
 DEFAULT_LEASE_S, MIN_LEASE_S, MAX_LEASE_S = 30.0, 1.0, 3600.0
 _POSTGRES_SCHEMES = ("postgresql", "postgres")
 #: USER@HOST:PORT,HOST:PORT/DATABASE, each part optional. A password does not match.
-_HOST_PATTERN = r"(?:\[[^\]@/?#]*\]|[^@:/?#\[\],]*)(?::\d*)?"
+_HOST_PATTERN = r"(?:\[[^\]@/?#]*\]|[^@:/?#\[\],]*)(?::[0-9]*)?"
 _SERVER_PATTERN = re.compile(rf"(?:[^@:/?#]*@)?{_HOST_PATTERN}(?:,{_HOST_PATTERN})*(?:/[^@/?#]*)?")
 _SCHEMA_PATTERN = re.compile(r"[a-z_][a-z0-9_]{0,52}")
 

@@ -14,14 +14,13 @@ from enrich.databar.description import Description, Enrichment, Param, Provider,
 from enrich.errors import JobError, closest_name, did_you_mean, suggest_name
 from enrich.job.job import Job
 from enrich.job.target import Target, TargetKind
+from enrich.models import parse_count
 
 #: What an answer has beside its result, in columns that begin with `$`.
 BESIDE_RESULT = ("is_verified", "steps", "enrichment_data")
 _WRAPPER_KEYS = (*BESIDE_RESULT, "result", "result_field")
 #: A number that multiplies a price must be below this.
 MAX_COUNT = 1_000_000
-#: Maximum length of such a number with leading zeros. Python refuses to convert several thousand digits.
-_MAX_DIGITS = 100
 
 
 class RequestTemplate(Struct, frozen=True):
@@ -161,7 +160,7 @@ def _param_problems(job: Job, description: Description) -> Iterator[JobError]:
 
 def is_count(text: str) -> bool:
     """Check whether a text is a whole number above 0 that a price can be multiplied by."""
-    return text.isascii() and text.isdecimal() and len(text) <= _MAX_DIGITS and 0 < int(text) < MAX_COUNT
+    return 0 < (parse_count(text) or 0) < MAX_COUNT
 
 
 def spellings_of(param: Param) -> dict[str, str]:
@@ -260,7 +259,7 @@ def _column_problems(
         names = fields | set(_WRAPPER_KEYS) if beside else fields
         field = path.removeprefix("$")
         first, _, rest = field.partition(".")
-        if may_be_list and first.isdecimal():
+        if may_be_list and parse_count(first) is not None:
             first, _, rest = rest.partition(".")
         if field in names or first in names:
             continue

@@ -66,6 +66,12 @@ def test_help_has_no_formulas(workspace: Workspace) -> None:
         (("plan", "job.yaml", "--sample", "0"), "'--sample': 0 is less than 1"),
         (("plan", "job.yaml", "--sample", "1.5"), "'1.5' is not a valid integer"),
         (("sandbox", "--port", "65536"), "--port must be from 0 to 65535"),
+        (("run", "job.yaml", "--engine", "ray", "--address", "ray.example:٣"), "must be HOST:PORT"),
+        (("run", "job.yaml", "--engine", "ray", "--address", "ray.example:65536"), "must be HOST:PORT"),
+        (
+            ("run", "job.yaml", "--ledger", "postgresql://db.example:٣/leads"),
+            "a URL must be postgresql://user@host:5432",
+        ),
     ],
 )
 def test_number_out_of_range(workspace: Workspace, words: tuple[str, ...], message: str) -> None:
