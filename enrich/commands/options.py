@@ -319,9 +319,25 @@ def short_path(path: str | None) -> str | None:
     return path
 
 
+def begin_result() -> None:
+    """Print the result of the command from now on: a signal changes it no more."""
+    context = click.get_current_context(silent=True)
+    if context is not None and context.obj is not None:
+        context.obj.is_final = True
+
+
+def echo_json(document: object) -> None:
+    """Print the result of a command as JSON."""
+    begin_result()
+    click.echo(json.dumps(document, ensure_ascii=False))
+
+
 def echo_result(result: object, lines: Iterable[str], *, as_json: bool) -> None:
     """Print the result of a command as JSON, or its lines of text."""
-    click.echo(json.dumps(result, ensure_ascii=False) if as_json else "\n".join(lines))
+    if as_json:
+        echo_json(result)
+    else:
+        click.echo("\n".join(lines))
 
 
 def echo_error(message: str, hint: str | None) -> None:

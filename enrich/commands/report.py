@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from contextlib import suppress
 from datetime import datetime
@@ -13,7 +12,7 @@ import click
 from msgspec.structs import replace
 
 from enrich.commands import options
-from enrich.errors import EnrichError, Interrupted, JobError
+from enrich.errors import EnrichError, JobError
 from enrich.exit_codes import JobArguments
 from enrich.job.job import Job
 from enrich.models import parse_count
@@ -66,7 +65,7 @@ def write_run_report(job: Job, job_arguments: JobArguments) -> str | None:
         if path is not None:
             _require_extra()
             write_report(path, _render_page(_build_report(job, job_arguments, now), job, now), job)
-    except (KeyboardInterrupt, Interrupted):
+    except KeyboardInterrupt:
         return "the report was not written: interrupted"
     except EnrichError as error:
         return f"the report was not written: {error.message}" + (f"; {error.hint}" if error.hint else "")
@@ -112,4 +111,4 @@ def report(
         if sys.stderr.isatty() or (page is not None and path != page.absolute()):
             click.echo(f"report: {path}", err=True)
     if as_json:
-        click.echo(json.dumps(data.as_json(), ensure_ascii=False))
+        options.echo_json(data.as_json())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -133,11 +132,9 @@ def _confirm(text: str) -> bool:
     click.echo(options.for_terminal("\n".join(lines)), err=True)
     try:
         return click.confirm(question, prompt_suffix=" ", err=True)
-    except click.Abort as error:
-        if isinstance(error.__context__, EOFError):  # Ctrl-D: no answer is a no
-            click.echo(err=True)
-            return False
-        raise KeyboardInterrupt from None
+    except click.Abort:  # Ctrl-D: no answer is a no
+        click.echo(err=True)
+        return False
 
 
 class RunCallbacks(Struct, frozen=True):
@@ -207,6 +204,7 @@ def print_summary(
     summary: RunSummary, job_arguments: JobArguments, *, as_json: bool, show: bool, details: bool = False
 ) -> None:
     """Print the run summary: text to stderr, JSON to stdout."""
+    options.begin_result()
     paint = options.make_styler()
     if summary.error:
         click.echo(f"{paint('error', 'red')}: {summary.error}", err=True)
@@ -223,7 +221,7 @@ def print_summary(
             options.for_terminal("\n".join([*lines, *(format_details(summary, paint) if details else ())])), err=True
         )
     if as_json:
-        click.echo(json.dumps(summary.as_json(), ensure_ascii=False))
+        options.echo_json(summary.as_json())
 
 
 @click.command()
@@ -330,7 +328,7 @@ def run(
                 raise LedgerLocked(error.message, ". ".join(filter(None, (hint, options_hint)))) from None
             observers.skipped(error.message)
             if as_json:
-                click.echo(json.dumps({"exit_code": 0, "error": error.message}))
+                options.echo_json({"exit_code": 0, "error": error.message})
             return ExitCode.OK
 
 

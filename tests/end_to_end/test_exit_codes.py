@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import os
 import signal
@@ -18,8 +19,10 @@ from msgspec.structs import replace
 from enrich.errors import ApiUnreachable
 from enrich.ledger.lock import lock_ledger
 from enrich.models import State
+from enrich.run import pipeline
 from enrich.run.context import RunOptions
 from enrich.run.run_state import Timeouts
+from enrich.run.summary import RunSummary
 from enrich.sandbox import Fault
 from enrich.sandbox.databar import ApiError, Databar
 from enrich.sandbox.lookups import Refused as ApiRefusal
@@ -773,6 +776,28 @@ def test_second_signal_exits_at_once(api: SandboxApi, workspace: Workspace, old_
     assert old_output.read_text() == OLD_OUTPUT
     summary = workspace.run_job(api)
     assert (summary.exit_code, summary.in_doubt, summary.submitted) == (14, 1, 0)
+
+
+def test_signal_as_the_run_ends(api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The result stands. The handler from before the run may raise, so it is not called before the loop has ended."""
+    workspace.write_leads(make_leads(1))
+    open_and_run = pipeline._open_and_run
+
+    async def signal_at_the_end(*given: Any) -> RunSummary:
+        summary = await open_and_run(*given)
+        asyncio.get_running_loop().call_soon(os.kill, os.getpid(), signal.SIGTERM)
+        return summary
+
+    monkeypatch.setattr(pipeline, "_open_and_run", signal_at_the_end)
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    try:
+        summary = workspace.run_job(api)
+        assert (summary.exit_code, received) == (0, [])
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert received == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.long
