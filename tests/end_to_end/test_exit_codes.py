@@ -924,28 +924,5 @@ def test_unexpected_error_is_exit_1(api: SandboxApi, workspace: Workspace, monke
     assert api.api_key not in result.stderr
 
 
-@pytest.mark.long
-def test_ledger_write_error_is_exit_1(api: SandboxApi, workspace: Workspace) -> None:
-    """A full disk in mid-run: stops sending and reports the error."""
-    workspace.write_leads(make_leads(100))
-    workspace.run_in_process("run", "job.yaml", "--limit", "0", api=api)
-    with sqlite3.connect(workspace.ledger_path) as db:
-        db.execute(
-            "CREATE TRIGGER full BEFORE UPDATE OF task_id ON attempts WHEN (SELECT count(*) FROM attempts) > 20 "
-            "BEGIN SELECT raise(ABORT, 'database or disk is full'); END"
-        )
-    db.close()
-
-    result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
-
-    assert_exit(result, 1, "ledger", "full")
-    assert api.audit()["accepted"] <= 64
-    with sqlite3.connect(workspace.ledger_path) as db:
-        db.execute("DROP TRIGGER full")
-    db.close()
-    assert workspace.run_job(api).exit_code == 0
-    assert api.audit()["accepted_more_than_once"] == 0
-
-
 def _file_names(workspace: Workspace) -> list[Path]:
     return [path for path in workspace.folder.rglob("*") if path.is_file()]
