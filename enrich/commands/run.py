@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -17,14 +18,14 @@ from msgspec.structs import replace
 from enrich.commands import options
 from enrich.commands.report import write_run_report
 from enrich.databar.clock import SystemClock
-from enrich.errors import EnrichError, JobError, LedgerLocked
+from enrich.errors import CommandRefused, EnrichError, JobError, LedgerLocked
 from enrich.exit_codes import ExitCode, JobArguments, format_actions, required_actions
 from enrich.extras import install_hint
 from enrich.job.job import Job
 from enrich.job.locations import STDIN, PostgresLocation, WebUrl
 from enrich.ledger.database import ledger_exists
 from enrich.ledger.lock import lock_ledger, open_for_run
-from enrich.ledger.sqlite import is_damage_error
+from enrich.ledger.verify import as_enrich_error
 from enrich.models import State, parse_count
 from enrich.monitoring.log_file import open_log
 from enrich.monitoring.observers import RunObservers
@@ -37,6 +38,8 @@ from enrich.run.progress import Progress
 from enrich.run.summary import RunSummary, format_details, format_summary
 
 _MAX_PORT = 65_535
+#: A run has up to 64 connections, and the sandbox the other ends of them. With fewer files a run would end half-way.
+_MIN_OPEN_FILES = 200
 
 
 @contextmanager
@@ -63,8 +66,8 @@ def _exit_code_and_message(error: BaseException) -> tuple[int, str]:
         case click.Abort() | EOFError() | KeyboardInterrupt():
             return ExitCode.INTERRUPTED, "interrupted"
 
-    if is_damage_error(error):
-        return ExitCode.REFUSED, "the ledger is damaged"
+    if isinstance(error, Exception) and (known := as_enrich_error(error, None)) is not None:
+        return known.exit_code, known.message
     return ExitCode.BUG, f"this is a bug: {type(error).__name__}"
 
 
@@ -151,6 +154,14 @@ class RunCallbacks(Struct, frozen=True):
     stop: Future[None] = field(default_factory=Future)
 
 
+def _check_open_files_limit() -> None:
+    """Raise CommandRefused if this process may open fewer files than a run needs."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if limit != resource.RLIM_INFINITY and limit < _MIN_OPEN_FILES:
+        message = f"too many open files: the limit is {limit}, and a run needs {_MIN_OPEN_FILES}"
+        raise CommandRefused(message, "raise it: ulimit -n 1024")
+
+
 def run_observed(
     job: Job, run_options: RunOptions, wait_s: float, observers: RunObservers, callbacks: RunCallbacks
 ) -> RunSummary:
@@ -159,6 +170,7 @@ def run_observed(
     Raises EnrichError for failures before the run is recorded in the ledger.
     """
     observers.start(job, run_options)
+    _check_open_files_limit()
     job, moved = with_own_output(job)
     observers.report_problem(moved)
     if not ledger_exists(job.ledger):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
 import os
+import resource
 import signal
 import sqlite3
 import threading
@@ -12,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from msgspec.structs import replace
@@ -922,6 +925,40 @@ def test_unexpected_error_is_exit_1(api: SandboxApi, workspace: Workspace, monke
     assert "ZeroDivisionError" in result.stderr
     assert "bug" in result.stderr
     assert api.api_key not in result.stderr
+
+
+@in_turn(
+    ("error", "message"),
+    [
+        (MemoryError(), "out of memory"),
+        (RuntimeError("can't start new thread"), "no more threads or processes can be started"),
+        (OSError(errno.EMFILE, "Too many open files"), "too many open files"),
+        (OSError(errno.ENFILE, "Too many open files in system"), "too many open files"),
+    ],
+)
+def test_exhausted_system_is_no_bug(
+    api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+) -> None:
+    """What the system has run out of, in one line, also in the log."""
+    workspace.write_leads(make_leads(1))
+    monkeypatch.setattr("enrich.run.startup.preflight", Mock(side_effect=error))
+
+    result = workspace.run_in_process("run", "job.yaml", "--json", "--log-file", "run.log", api=api)
+
+    assert (result.exit_code, result.json_output) == (1, {"exit_code": 1, "error": message})
+    assert result.stderr.startswith(f"error: {message}\nhint: ")
+    assert f'"error": "{message}"' in (workspace.folder / "run.log").read_text(encoding="utf-8")
+
+
+def test_few_open_files_are_refused(api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that could not open its connections and files is refused before anything is sent."""
+    workspace.write_leads(make_leads(1))
+    for limit, code in ((24, 5), (199, 5), (200, 0), (resource.RLIM_INFINITY, 0)):
+        monkeypatch.setattr("resource.getrlimit", lambda _, limit=limit: (limit, limit))
+        result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
+        assert result.exit_code == code, result.stderr
+        assert (f"too many open files: the limit is {limit}" in result.stderr) == (code == 5)
+        assert api.audit()["accepted"] == (code == 0)
 
 
 def _file_names(workspace: Workspace) -> list[Path]:
