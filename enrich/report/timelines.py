@@ -39,16 +39,6 @@ def cumulative_credits_chart(runs: Sequence[ReportedRun], label: str) -> Rendere
     return _column_chart(rows, runs, "credits, all runs so far", label, ChartColor.PASSED)
 
 
-def cost_per_hit_chart(runs: Sequence[ReportedRun], label: str) -> RenderedChart:
-    """Draw the cost per match of each run; runs without matches are left out."""
-    return _line_chart([run.cost_per_hit for run in runs], runs, "credits per match", label)
-
-
-def run_hit_rate_chart(runs: Sequence[ReportedRun], label: str) -> RenderedChart:
-    """Draw the match rate of each run; runs without answers are left out."""
-    return _line_chart([run.hit_rate for run in runs], runs, "match rate", label, format=".0%")
-
-
 def latency_chart(times: LatencyHistogram, label: str) -> RenderedChart:
     """Draw the histogram of latencies; the median and the 90th percentile are marked."""
     width_s = times.bars[0].end - times.bars[0].start
@@ -148,9 +138,10 @@ def rate_limited_chart(traffic: Traffic, label: str) -> RenderedChart | None:
     return drawing.render_chart((NARROW, HALF), draw_at_size, label)
 
 
-def _line_chart(
+def line_chart(
     values: Sequence[float | None], runs: Sequence[ReportedRun], title: str, label: str, **axis: str
 ) -> RenderedChart:
+    """Draw a value of each run; runs without it (None) are left out. `axis` has Altair's arguments."""
     known = [{"x": index, "v": round(value, 6)} for index, value in enumerate(values) if value is not None]
 
     def draw_at_size(size: ScreenSize) -> tuple[drawing.AltairChart, ChartFrame]:
