@@ -133,8 +133,12 @@ def environment_findings(context: DoctorContext) -> Generator[Finding, None, Api
             remedy = KEY_REMEDY if error.hint == NO_KEY_HINT else error.hint
             yield Finding("fail", "key", error.message, remedy, error.exit_code)
     try:
-        base_url = _find_usable_base_url(environ)
+        base_url = find_base_url(environ)
+        find_proxy(environ, base_url)
+        if base_url.startswith("https:"):
+            load_certificates(environ)
     except EnrichError as error:
+        base_url = None
         yield error_finding("api", error)
     for name in ENVIRONMENT_VARIABLES:
         if context.shell_environ.get(name) and not environ.get(name):
@@ -151,15 +155,6 @@ def _key_file_findings(environ: Mapping[str, str], home: Path) -> Iterator[Findi
         yield Finding("warn", "key", f"{path} is a relative path, and cron starts in {home}", "use the absolute path")
     if system.is_accessible_by_others(path):
         yield Finding("warn", "key", f"{path}: other users can read the key", f"chmod 600 {path}")
-
-
-def _find_usable_base_url(environ: Mapping[str, str]) -> str:
-    """Return the API's address. Raises JobError if a run could not use the address, the proxy or the certificates."""
-    base_url = find_base_url(environ)
-    find_proxy(environ, base_url)
-    if base_url.startswith("https:"):
-        load_certificates(environ)
-    return base_url
 
 
 def _file_findings(job: Job, context: DoctorContext) -> Iterator[Finding]:
