@@ -43,16 +43,11 @@ def as_write_refused(target: Location, kind: str) -> Iterator[None]:
         yield
     except WriteProblem as problem:
         raise CommandRefused(f"{target}: {problem.message}", problem.hint) from problem
-    except OSError as error:
-        remedy = "free some space" if error.errno in _NO_SPACE else "check its folder"
-        raise CommandRefused(
-            f"{target}: the {kind} cannot be written: {error.strerror or error}", recovery_hint(remedy, kind)
-        ) from error
-    except pl.exceptions.ComputeError as error:
-        # Polars' sink reports disk errors as ComputeError.
-        raise CommandRefused(
-            f"{target}: the {kind} cannot be written: {error}", recovery_hint("free some space", kind)
-        ) from error
+    except (OSError, pl.exceptions.ComputeError) as error:  # polars' sink reports disk errors as ComputeError
+        needs_space = not isinstance(error, OSError) or error.errno in _NO_SPACE
+        hint = recovery_hint("free some space" if needs_space else "check its folder", kind)
+        reason = getattr(error, "strerror", None) or error
+        raise CommandRefused(f"{target}: the {kind} cannot be written: {reason}", hint) from error
 
 
 def follow_link(target: Path) -> Path:

@@ -70,7 +70,8 @@ def find_input_files(location: Location, settings: Input) -> list[InputFile]:
             replace(
                 file,
                 partition_values=_partition_values(location, file.location),
-                settings=_file_settings(settings, file),
+                # With defaults from the file's own extension: the input's path may be a folder.
+                settings=Input.model_validate(settings.model_dump(exclude_unset=True) | {"path": file.location.name}),
             )
             for file in found
         ]
@@ -78,10 +79,7 @@ def find_input_files(location: Location, settings: Input) -> list[InputFile]:
 
 
 def find_paths(location: Path) -> list[Path]:
-    """Return the files of a local path, folder or pattern, sorted by path and without hidden files.
-
-    Raises FileProblem for an unreadable folder.
-    """
+    """Return the files of a path, folder or pattern, sorted, without hidden ones. Raises FileProblem for a folder."""
     if is_pattern(location):
         matches = map(Path, glob.glob(str(location)))  # noqa: PTH207 - Path.glob also finds hidden files
         return sorted(path for path in matches if path.is_file() and not is_leftover(path.name))
@@ -125,12 +123,6 @@ def _objects_of_manifest(
     if missing := named - found.keys():
         raise FileProblem(f"{url} is incomplete, a part is missing: {min(missing)}", "write the dataset again")
     return {key: found[key] for key in named}
-
-
-def _file_settings(settings: Input, file: InputFile) -> Input:
-    """Return the settings for one file, with defaults from its own extension. The input's path may be a folder."""
-    explicit = settings.model_dump(exclude_unset=True)
-    return Input.model_validate(explicit | {"path": file.location.name})
 
 
 def _partition_values(location: Location, file_location: Location) -> tuple[tuple[str, str | None], ...]:

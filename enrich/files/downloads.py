@@ -83,7 +83,9 @@ class LocalCopies:
         if isinstance(file.location, Path):
             return file.table_file(file.location)
         if self._current is None or self._current[0] != file.location:
-            self._remove_current()
+            if self._current is not None:
+                self._current[1].unlink(missing_ok=True)
+                self._current = None
             with self._new_file(file.location.name) as (path, into):
                 version = object_store.download(file.location, into)
             self._current = file.location, path, version
@@ -136,11 +138,6 @@ class LocalCopies:
         with path.open("rb") as file:
             is_gzip = file.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
         return path.rename(path.with_suffix(".gz")) if is_gzip else path
-
-    def _remove_current(self) -> None:
-        if self._current is not None:
-            self._current[1].unlink(missing_ok=True)
-            self._current = None
 
     @contextmanager
     def _new_file(self, name: str) -> Iterator[tuple[Path, BinaryIO]]:

@@ -174,16 +174,15 @@ def divide_files(row_counts: Iterable[tuple[InputFile, int]]) -> list[InputPart]
     return parts
 
 
-class InMemoryRows:
+class InMemoryRows(Struct, frozen=True):
     """Rows that are already in memory. `first_position` is the position of the first row in the input."""
 
-    def __init__(self, first_position: int, frame: pl.DataFrame) -> None:
-        self.first_position = first_position
-        self._frame = frame
+    first_position: int
+    frame: pl.DataFrame
 
     def batches(self) -> Iterator[pl.DataFrame]:
         """Yield the rows in batches."""
-        yield from self._frame.iter_slices(ROWS_PER_BATCH)
+        return self.frame.iter_slices(ROWS_PER_BATCH)
 
 
 def read_part(part: InputPart, input_schema: InputSchema, copies: LocalCopies) -> Iterator[pl.DataFrame]:
@@ -199,10 +198,6 @@ def read_part(part: InputPart, input_schema: InputSchema, copies: LocalCopies) -
         yield frame
     if height != part.rows:
         raise FileProblem(f"{part.file} changed since the run began", "start again when the files are complete")
-
-
-#: A function that returns the row count of each file.
-RowCounter = Callable[[Sequence[InputFile]], Sequence[int]]
 
 
 class InputTable:
@@ -270,13 +265,10 @@ class InputTable:
             total.update(array("Q", text_frame(frame).hash_rows().to_list()).tobytes())
         return total.digest()
 
-    def parts(self, row_counter: RowCounter) -> list[InputPart]:
-        """Divide the rows into parts. Raises CommandRefused.
-
-        `row_counter` counts the rows of files without a row count in their metadata.
-        """
+    def parts(self, count_rows: Callable[[Sequence[InputFile]], Sequence[int]]) -> list[InputPart]:
+        """Divide the rows into parts. `count_rows` is for files without a row count in their metadata."""
         unknown = [file for file in self.input_files if file not in self._known_row_counts]
-        row_counts = self._known_row_counts | dict(zip(unknown, row_counter(unknown), strict=True))
+        row_counts = self._known_row_counts | dict(zip(unknown, count_rows(unknown), strict=True))
         return divide_files((file, row_counts[file]) for file in self.input_files)
 
     def _has_same_rows(self) -> bool:
