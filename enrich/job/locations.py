@@ -115,10 +115,7 @@ LedgerLocation = Path | PostgresLocation
 
 
 def parse_ledger_location(base: Path, path_or_url: str | Path, local_folder: Path) -> LedgerLocation:
-    """Parse a ledger's path (relative to `base`) or URL. Raises ValueError for an unusable URL.
-
-    `local_folder` is the folder for local files of a ledger in a database.
-    """
+    """Parse a ledger's path (relative to `base`) or URL. `local_folder`: of `PostgresLocation`. Raises ValueError."""
     check_no_password(str(path_or_url))
     match = _URL.fullmatch(str(path_or_url))
     if match is None:
@@ -334,18 +331,12 @@ def _without_query(name: str) -> str:
 
 
 def default_output_path(input_path: InputLocation, name: str, *, sandbox: bool) -> str:
-    """Return the path of the output where the job file names none. `name` is that of the job."""
-    path = f"{_default_stem(input_path, name)}_enriched.csv"
-    return sandbox_file_name(path) if sandbox else path
+    """Return the path of the output where the job file names none.
 
-
-def _default_stem(location: InputLocation, name: str) -> str:
-    """Return the default stem of the output: that of the input, or the job name if the input is several or has no name.
-
-    `%` is doubled, so that it is not read as a strftime code.
+    Its stem is that of the input, or the job's `name` if the input is several or has no name.
     """
-    if location == STDIN:
-        return "stdin"
-    has_no_name = isinstance(location, WebUrl) and format_of(location.name) is None
-    stem = name if has_no_name or is_pattern(location) else location.name.removesuffix(".gz").rsplit(".", 1)[0]
-    return stem.replace("%", "%%")
+    has_no_name = isinstance(input_path, WebUrl) and format_of(input_path.name) is None
+    stem = name if has_no_name or is_pattern(input_path) else input_path.name.removesuffix(".gz").rsplit(".", 1)[0]
+    # A doubled `%` is not read as a strftime code.
+    path = f"{'stdin' if input_path == STDIN else stem.replace('%', '%%')}_enriched.csv"
+    return sandbox_file_name(path) if sandbox else path

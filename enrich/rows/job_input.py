@@ -85,7 +85,10 @@ class JobInput:
         self.columns = list(self.schema)
         #: The files that the batches are written to, with their columns, once `check_new_columns` was called.
         self._limits: list[tuple[FileLimits, list[str]]] = []
-        self._check_status_columns()
+        # Columns of our names in an input that we did not write would be replaced.
+        taken = [name for name in self.header if name in self._own_columns]
+        if taken and "enrich_status" not in self.header:
+            raise self._foreign_column(taken[0])
         self._check_columns()
         self._check_where()
 
@@ -163,12 +166,7 @@ class JobInput:
         files = [
             ("output", self.job.output, self.columns, [*new, *status_columns(self.job)]),
             ("rejects", model.rejects, self.columns, []),
-            (
-                "changes",
-                model.changes,
-                list(feed_columns),
-                new,
-            ),  # the feed has these names as cells
+            ("changes", model.changes, list(feed_columns), new),  # the feed has these names as cells
         ]
         written = [(limits_of(kind, file), columns, names) for kind, file, columns, names in files if file is not None]
         self._limits = [(limits, columns) for limits, columns, _ in written]
@@ -229,12 +227,6 @@ class JobInput:
         if model.changes is not None and model.changes.key is not None:
             return model.changes.key
         return list(dict.fromkeys(column for param in model.params.values() for column in param.columns))
-
-    def _check_status_columns(self) -> None:
-        """Raise JobError for columns of our names in an input that we did not write: they would be replaced."""
-        taken = [name for name in self.header if name in self._own_columns]
-        if taken and "enrich_status" not in self.header:
-            raise self._foreign_column(taken[0])
 
     def _check_statuses(self, frame: pl.DataFrame) -> None:
         if "enrich_status" in self.header:

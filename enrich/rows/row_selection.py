@@ -101,10 +101,7 @@ _NUMBER = rf"^{_SIGN}{_SYMBOL}{_SIGN}(\d{{1,3}}(?:,\d{{3}})+(?:\.\d+)?|\d+(?:\.\
 
 
 def sort_keys(frame: pl.DataFrame, column_indexes: list[int]) -> pl.DataFrame:
-    """Return the sort keys of the rows: for each column its number, then its text.
-
-    A cell that is a number and nothing else has no text: `1,200` and `1200` are equal.
-    """
+    """Return the sort keys of the rows: for each column its number, then its text, unless that is only a number."""
     keys = []
     for number, column_index in enumerate(column_indexes):
         text = pl.nth(column_index).map_batches(clean_cells, return_dtype=pl.String)
