@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from typing import Any
@@ -83,13 +84,6 @@ def _check_depth(value: object) -> None:
         level = [value for item in inner for value in (item.values() if isinstance(item, dict) else item)]
 
 
-def _json_or_none(content: bytes, key: str) -> object:
-    try:
-        return parse_body(content, key)[0]
-    except ValueError:
-        return None
-
-
 def task_ids(body: object) -> list[str]:
     """Return the task ids in a body: `task_id`, and `request_id`, its older name."""
     if not isinstance(body, Mapping):
@@ -141,10 +135,7 @@ def read_poll_error(answer: HttpAnswer, key: str) -> TaskReply:
 
 
 def read_task_reply(content: bytes, task_id: str, key: str, *, new_connection: bool) -> TaskReply:
-    """Interpret a successful response to a poll of `task_id`, by the rules at the top of this file.
-
-    Raises InvalidPollResponse.
-    """
+    """Interpret a successful response to a poll of `task_id`, by the rules above. Raises InvalidPollResponse."""
     try:
         value, text = parse_body(content, key)
     except ValueError as error:
@@ -172,7 +163,9 @@ def response_error(
     `rows` is the number of rows of a bulk POST, else None.
     """
     status = answer.status
-    body = _json_or_none(answer.content, key)
+    body: object = None
+    with suppress(ValueError):
+        body = parse_body(answer.content, key)[0]
     reason = _error_detail(body) or _REASONS.get(status, "no reason given")
     message = clean_line(f"HTTP {status}: {reason}", key)
     if 300 <= status < 400:  # noqa: PLR2004
@@ -211,10 +204,7 @@ def _params_error(body: object, params: Collection[str], rows: int | None, messa
 
 
 def _retry_after(answer: HttpAnswer) -> float | None:
-    """Return Retry-After in seconds, or None. It is a number of seconds or a date (RFC 9110).
-
-    A date is compared with the `Date` header, which is the API's own clock.
-    """
+    """Return Retry-After in seconds, or None. A date (RFC 9110) is compared with the API's own `Date` header."""
     value = answer.header(b"retry-after").strip()
     if PLAIN_NUMBER.fullmatch(value):
         return min(max(0.0, float(value)), MAX_RETRY_AFTER_S)
