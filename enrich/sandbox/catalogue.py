@@ -12,15 +12,12 @@ MAX_PAGES = 100
 
 
 @dataclass(frozen=True)
-class Provider:
-    """A data provider of a waterfall. `price` is a number or a string: the API uses both."""
+class Service:
+    """What a waterfall calls. `price` is a number or a string: the API uses both."""
 
     id: int
     name: str
     price: float | str
-    coverage: float
-    params: tuple[str, ...]
-    enabled: bool = True
 
     @cached_property
     def cost(self) -> int:
@@ -29,17 +26,16 @@ class Provider:
 
 
 @dataclass(frozen=True)
-class Verifier:
+class Provider(Service):
+    """A data provider of a waterfall."""
+
+    coverage: float
+    params: tuple[str, ...]
+    enabled: bool = True
+
+
+class Verifier(Service):
     """A service that checks whether a mailbox exists."""
-
-    id: int
-    name: str
-    price: str
-
-    @cached_property
-    def cost(self) -> int:
-        """The price in millionths of a credit."""
-        return to_micros(self.price)
 
 
 @dataclass(frozen=True, slots=True)

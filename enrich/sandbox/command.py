@@ -15,7 +15,6 @@ from enrich.extras import install_hint
 from enrich.sandbox.faults import FAULT_KINDS, Fault
 from enrich.sandbox.settings import SandboxSettings
 
-#: The names of the faults, each with its params.
 _FAULTS = ", ".join(f"{name} ({', '.join(kind.params)})" if kind.params else name for name, kind in FAULT_KINDS.items())
 _HELP = f"""Serve the built-in sandbox of the Databar API on loopback, with invented people and configurable faults.
 

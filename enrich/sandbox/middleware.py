@@ -75,12 +75,6 @@ def is_loopback(headers: Headers) -> bool:
         return False
 
 
-def endpoint_of(method: str, path: str) -> str:
-    """Return the name of the endpoint that a request is for; empty when it has none."""
-    target = f"{method} {path}"
-    return next((name for name, pattern in _ENDPOINTS if pattern.fullmatch(target)), "")
-
-
 class TokenBucket:
     """A token bucket: `rate` requests per second, `burst` at once."""
 
@@ -142,7 +136,8 @@ class FaultMiddleware:
                     self.requests[str(message["status"])] += 1
             await send(message)
 
-        endpoint = endpoint_of(scope["method"], scope["path"])
+        target = f"{scope['method']} {scope['path']}"
+        endpoint = next((name for name, pattern in _ENDPOINTS if pattern.fullmatch(target)), "")
         if not is_loopback(scope["headers"]):
             await _drain(receive)
             await _reply(send_with_date, 403, _NOT_LOCAL)
