@@ -13,6 +13,7 @@ from enrich.report import drawing
 from enrich.report.data import AnswerAge, HitCounts, ReportedProvider, ReportedWaterfall
 from enrich.report.drawing import FULL, HALF, MEDIUM, NAME_PX, NARROW, ChartColor, ChartFrame, RenderedChart, ScreenSize
 from enrich.report.formatting import (
+    BLANK_LABEL,
     clean_text,
     fit_text,
     format_amount,
@@ -98,7 +99,7 @@ def hit_rate_chart(hits: Sequence[HitCounts], label: str) -> RenderedChart:
     """Draw match rates, each on a track that stands for all answered rows."""
     rows = [
         BarRow(
-            clean_text(each.name, "(blank)"),
+            clean_text(each.name, BLANK_LABEL),
             [(each.found / each.answered, ChartColor.FOUND)] if each.answered else [],
             f"{format_share(each.found, each.answered)} of {format_count(each.answered)}",
             track=1.0,

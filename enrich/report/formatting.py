@@ -9,6 +9,7 @@ from enrich.models import format_credits
 
 DASH = "\N{EN DASH}"
 NO_BREAK_SPACE = "\N{NO-BREAK SPACE}"
+BLANK_LABEL = "(blank)"
 MINUTE_S = 60.0
 HOUR_S = 3600.0
 #: The last two code points of each Unicode plane end in FFFE and FFFF; they are noncharacters.

@@ -18,6 +18,7 @@ from enrich.report.data import (
 )
 from enrich.report.drawing import HALF, NARROW, RenderedChart
 from enrich.report.formatting import (
+    BLANK_LABEL,
     clean_text,
     format_amount,
     format_percent,
@@ -32,8 +33,6 @@ MIN_TREND_RUNS = 5
 MIN_TRAFFIC_BINS = 5
 #: Longest name of a group in a sentence, in characters.
 MAX_NAME = 40
-#: The name of the group of blank cells.
-BLANK = "(blank)"
 
 
 class Figure(Struct, frozen=True):
@@ -177,12 +176,12 @@ def _hit_rates_text(hits: Sequence[HitCounts], equal: str) -> str:
         return f"{_short_name(best)} has a value in {high} of the rows with a result."
     if high == low:
         return f"{equal}: {high}."
-    lowest, highest = (name if name == BLANK else f"({name})" for name in map(_short_name, (least, best)))
+    lowest, highest = (name if name == BLANK_LABEL else f"({name})" for name in map(_short_name, (least, best)))
     return f"From {low} {lowest} to {high} {highest}."
 
 
 def _short_name(hits: HitCounts) -> str:
-    name = clean_text(hits.name, BLANK)
+    name = clean_text(hits.name, BLANK_LABEL)
     return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1].rstrip()}…"
 
 

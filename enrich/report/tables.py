@@ -23,6 +23,7 @@ from enrich.report.data import (
     Traffic,
 )
 from enrich.report.formatting import (
+    BLANK_LABEL,
     DASH,
     NO_BREAK_SPACE,
     clean_text,
@@ -36,7 +37,6 @@ from enrich.report.formatting import (
 
 #: Limit of runs in the table of balance, polls and time.
 RECENT_RUNS = 60
-#: Limit of lines in the table of requests and responses.
 MAX_TRAFFIC_LINES = 60
 
 
@@ -180,7 +180,7 @@ def hit_rate_table(rows: Sequence[HitCounts], caption: str, head: str, about: st
     lines = [
         Line(
             f"{about} {each.name}",
-            clean_text(each.name, "(blank)"),
+            clean_text(each.name, BLANK_LABEL),
             (
                 *count_cells(each, "rows", "answered", "found"),
                 rate_cell(each.found, each.answered),
