@@ -50,7 +50,6 @@ from enrich.run.summary import RunSummary
 CANCELLED = "cancelled by you"
 #: Errors that concern one task. The other tasks are tried, too.
 TASK_ERRORS = (RequestRefused, OutOfCredits, InvalidPollResponse)
-#: Tasks that are cancelled at the same time.
 CONCURRENT_TASKS = 8
 
 

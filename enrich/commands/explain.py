@@ -39,10 +39,7 @@ from enrich.run.step_rows import StepRows
 
 
 def explain_leads(job: Job, row: int | None, match: str | None) -> dict[str, Any]:
-    """Return the object of `enrich explain --json` for a row, or for the rows that match `COLUMN=VALUE`.
-
-    Raises JobError if the input has no such row or column, CommandRefused if the input cannot be read.
-    """
+    """Return the object of `enrich explain --json` for a row, or for those that match. Raises EnrichError."""
     with open_or_empty(job.ledger) as ledger, ledger.snapshot():
         job_input = JobInput(job, erasure.load_forgotten(ledger))
         found, count = _find_rows(job_input, row, match)

@@ -22,7 +22,6 @@ from enrich.ledger.queries import AttemptRow, RequestRow
 from enrich.models import RowStatus, State, iso_time, to_credits, to_ms
 from enrich.rows.template import RequestTemplate
 
-#: Most leads to show.
 MAX_LEADS_SHOWN = 20
 
 

@@ -18,7 +18,6 @@ from enrich.models import format_elapsed, iso_time, job_title, pluralize, to_cre
 
 #: A wider table leaves out these columns, in this order.
 MAX_COLUMNS, OPTIONAL_COLUMNS = 80, ("time", "balance")
-#: Columns whose text is aligned left.
 _LEFT_ALIGNED = ("started (UTC)", "exit")
 
 

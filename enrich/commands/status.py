@@ -24,7 +24,6 @@ from enrich.models import count_by_status, format_elapsed, iso_time, job_title, 
 from enrich.run.balance import choose_baseline
 from enrich.run.progress import Phase
 
-#: Number of past runs in the status.
 SHOWN_EXECUTIONS = 10
 
 

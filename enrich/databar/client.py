@@ -230,10 +230,7 @@ class Client:
         return answer
 
     def _observe_clock(self, answer: HttpAnswer) -> None:
-        """Pass the response's `Date` to the clock when it changes (once a second at most).
-
-        A response with an `Age` header comes from a cache, so its date is old and is ignored.
-        """
+        """Pass the response's `Date` to the clock when it changes, but not that of a cached response (`Age`)."""
         date = answer.header(b"date")
         if date == self._last_date or any(name == b"age" for name, _ in answer.headers):
             return

@@ -61,10 +61,7 @@ _REASONS = {status.value: status.phrase for status in HTTPStatus}
 
 
 def parse_body(received: bytes, key: str) -> tuple[Any, str]:
-    """Clean a body, in which the API key `key` is masked. Return its value, and its text with all numbers as written.
-
-    Raises ValueError if the body is not JSON or is nested too deeply.
-    """
+    """Clean a body, mask the key, return its value and its text with all numbers as written. Raises ValueError."""
     text = nan_as_null(decode_json(clean_json(received, key)))
     try:
         value = parse_json(text)
@@ -158,10 +155,7 @@ def read_task_reply(content: bytes, task_id: str, key: str, *, new_connection: b
 def response_error(
     answer: HttpAnswer, key: str, params: Collection[str] = (), rows: int | None = None
 ) -> ApiCallFailed:
-    """Return the error for an unsuccessful response. Only an error about one of the `params` fails a row.
-
-    `rows` is the number of rows of a bulk POST, else None.
-    """
+    """Return the error for an unsuccessful response. One of the `params` fails a row; `rows`: of a bulk POST."""
     status = answer.status
     body: object = None
     with suppress(ValueError):

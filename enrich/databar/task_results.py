@@ -77,10 +77,7 @@ class ParsedData(NamedTuple):
     unread_steps: int = 0
 
     def steps_cost(self) -> tuple[int | None, bool]:
-        """Return the total cost of the steps, and whether any step may have cost something.
-
-        The total is in millionths of a credit. It is None when the cost of any step is unknown.
-        """
+        """Return the cost of the steps (millionths; None: unknown), and whether any step may have cost something."""
         costs = [parse_price(step.get("cost")) for step in self.steps]
         known = [cost for cost in costs if cost is not None]
         is_complete = len(known) == len(costs) and not self.unread_steps
@@ -181,10 +178,7 @@ def is_blank(value: object) -> bool:
 
 
 def value_at(fields: object, path: str) -> Any:  # noqa: ANN401 - a JSON field can be any type
-    """Return the value at a dotted path (`person.emails.0`). None if there is none.
-
-    A field whose name contains the dots takes precedence over nested fields.
-    """
+    """Return the value at a dotted path (`person.emails.0`), or of a field whose name has the dots. None: none."""
     if isinstance(fields, dict):
         if path in fields:
             return fields[path]

@@ -83,10 +83,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def fsync_dir(folder: Path) -> None:
-    """Sync a folder to disk, so that created, renamed and removed files survive a power cut.
-
-    That needs permission to list it, which writing in it does not.
-    """
+    """Sync a folder to disk, if it may be listed, so that changes of its files survive a power cut."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except PermissionError:

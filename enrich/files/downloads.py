@@ -95,10 +95,7 @@ class LocalCopies:
         return file.table_file(path)
 
     def metadata_file(self, file: InputFile) -> TableFile | None:
-        """Return a local file with the same columns as the input file and, for Parquet, the same number of rows.
-
-        Only a small part of an object is downloaded. None: the complete object is needed.
-        """
+        """Return a local file with the columns and, for Parquet, the row count of a file. None: all of it is needed."""
         if isinstance(file.location, Path):
             return file.table_file(file.location)
         if file.version is None or (size := file.version[1]) <= HEAD_BYTES:

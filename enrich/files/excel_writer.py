@@ -44,10 +44,7 @@ class _TextSheet(Worksheet):
 
 
 def write(raw: BinaryIO, columns: list[str], frames: Iterable[pl.DataFrame]) -> None:
-    """Write frames of text and read them back.
-
-    Raises WriteProblem if they exceed the limits of a sheet, or if the sheet does not read back as written.
-    """
+    """Write frames of text and read them back. Raises WriteProblem, also if the sheet does not read back as written."""
     if len(columns) > excel_format.MAX_COLUMNS:
         raise WriteProblem(f"a sheet has at most {excel_format.MAX_COLUMNS:,} columns", _OTHER_FORMAT_HINT)
     with temporary_folder() as folder:

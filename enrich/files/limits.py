@@ -43,10 +43,7 @@ class FileLimits(Struct, frozen=True):
                 self._refuse(f"{source}: the header", name, problem)
 
     def check_rows(self, frame: pl.DataFrame, first_position: int, source: object) -> None:
-        """Raise FileProblem, about the input `source`, for the first cell of a frame of text that cannot be written.
-
-        `first_position` is the position of the frame's first row in the input, from 0.
-        """
+        """Raise FileProblem, about the input `source`, for the first cell of a frame of text that cannot be written."""
         if self.max_rows is not None and first_position + frame.height > self.max_rows:
             message = f"{source}: row {self.max_rows + 1:,}: {self.name} is a sheet, which has at most"
             raise FileProblem(f"{message} {self.max_rows:,} rows under its header", _OTHER_FORMAT_HINT)
@@ -57,10 +54,7 @@ class FileLimits(Struct, frozen=True):
                     self._refuse(f"{source}: row {row}", name, problem)
 
     def fit(self, cells: pl.Series) -> tuple[pl.Series, dict[int, str]]:
-        """Make text fit into the file. Returns the text, and for each changed cell why it was changed.
-
-        A character that the encoding lacks becomes `?`, and text that is too long is cut.
-        """
+        """Cut text that is too long, and write `?` for what the encoding lacks. Also returns why, by changed cell."""
         if not self._columns_to_check(cells.to_frame()):
             return cells, {}
         texts, reasons = cells.to_list(), {}

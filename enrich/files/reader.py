@@ -84,10 +84,7 @@ def common_schema(input_files: Sequence[InputFile], metadata: Sequence[FileMetad
 def read_batches(
     file: InputFile, input_schema: InputSchema, copies: LocalCopies, start: int = 0, rows: int | None = None
 ) -> Iterator[pl.DataFrame]:
-    """Yield the rows of a file in order. Raises FileProblem.
-
-    `start` (from 0) and `rows` select a part of a Parquet file. They are ignored for other formats.
-    """
+    """Yield the rows of a file in order, or of Parquet some `rows` from `start` (from 0). Raises FileProblem."""
     partition_values = [
         (name, value) for name, value in file.partition_values if name in input_schema.partition_columns
     ]
@@ -186,10 +183,7 @@ class InMemoryRows(Struct, frozen=True):
 
 
 def read_part(part: InputPart, input_schema: InputSchema, copies: LocalCopies) -> Iterator[pl.DataFrame]:
-    """Yield the rows of one part in batches. Parts of the same object share `copies`: it is downloaded once.
-
-    Raises CommandRefused, also if the file's row count has changed.
-    """
+    """Yield the rows of one part in batches. Raises CommandRefused, also if the file's row count has changed."""
     height = 0
     for frame in read_batches(part.file, input_schema, copies, part.start_row, part.rows):
         height += frame.height

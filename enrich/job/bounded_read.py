@@ -11,7 +11,6 @@ from pathlib import Path
 
 #: Default size limit in bytes. Key files, job files, plans and address lists are far smaller.
 MAX_BYTES = 1 << 20
-#: Maximum time in seconds to read a pipe (`<(…)`) to its end.
 PIPE_TIMEOUT_S = 10.0
 
 

@@ -75,7 +75,6 @@ class WebUrl(Struct, frozen=True):
 Location = Path | ObjectUrl
 InputLocation = Location | WebUrl
 
-#: Default PostgreSQL schema of a ledger.
 DEFAULT_SCHEMA = "enrich"
 #: Part of the names of what `--sandbox` writes (files, schema), which keeps them apart from the real ones.
 SANDBOX_NAME = "sandbox"
@@ -83,7 +82,6 @@ SANDBOX_NAME = "sandbox"
 SANDBOX_LEDGER_SUFFIX = f".{SANDBOX_NAME}.db"
 #: Endings before which `sandbox_file_name` puts its mark. `.gz` may follow where a format allows it.
 _KNOWN_ENDING = re.compile(r"(?:\.(?:csv|tsv|jsonl|ndjson)(?:\.gz)?|\.[^.]+)$", re.IGNORECASE)
-#: Default, minimum and maximum lease duration in seconds.
 DEFAULT_LEASE_S, MIN_LEASE_S, MAX_LEASE_S = 30.0, 1.0, 3600.0
 _POSTGRES_SCHEMES = ("postgresql", "postgres")
 #: USER@HOST:PORT,HOST:PORT/DATABASE, each part optional. A password does not match.

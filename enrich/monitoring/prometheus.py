@@ -14,7 +14,6 @@ from enrich.models import RowStatus, to_credits
 if TYPE_CHECKING:
     from prometheus_client.samples import Sample
 
-#: Each gauge with its help text.
 GAUGES = {
     "enrich_last_start_timestamp_seconds": "When the last run started.",
     "enrich_last_end_timestamp_seconds": "When the last run ended.",

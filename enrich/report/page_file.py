@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 REPORT_MARKER = b"\n<!-- a report of enrich -->\n"
 #: The line before it in the report of a sandbox run.
 SANDBOX_MARKER = b"\n<!-- SANDBOX -->"
-#: File name suffixes of a page.
 PAGE_SUFFIXES = (".html", ".htm")
 _OTHER_FILE_HINT = "choose another file: -o FILE"
 INSTALL_HINT = install_hint("report")
@@ -59,10 +58,7 @@ def given_report_path(job: Job, path: Path) -> Path:
 
 
 def write_report(path: Path, page: str, job: Job) -> None:
-    """Write a report atomically (mode 0600).
-
-    Raises JobError when it would replace another kind of file, CommandRefused when it can't be written.
-    """
+    """Write a report atomically (mode 0600). Raises JobError rather than replace another file, CommandRefused."""
     job.check_not_own(path, "report", _OTHER_FILE_HINT, allowed="report")
     try:
         if path.exists() and not is_report(path):
@@ -78,10 +74,7 @@ def write_report(path: Path, page: str, job: Job) -> None:
 
 
 def is_report(path: Path) -> bool:
-    """Return True for a report written by enrich, and for an empty HTML file.
-
-    Another empty file may be a lock in use, or the journal of a ledger.
-    """
+    """Return True for a report of enrich, and for an empty HTML file: another empty file may be a lock or a journal."""
     if not path.is_file():
         return False
     end = _read_end(path, len(REPORT_MARKER))

@@ -59,10 +59,7 @@ class JobInput:
     """The rows of a job's input."""
 
     def __init__(self, job: Job, forgotten: ForgottenRequests | None = None) -> None:
-        """Read the header and check the job against it.
-
-        Raises CommandRefused when the input cannot be read, JobError when the job names a column that it does not have.
-        """
+        """Read the header and check the job against it. Raises CommandRefused (unreadable), JobError (no column)."""
         #: The job, or that of a step.
         self.job = job
         self._forgotten = forgotten or ForgottenRequests(b"")
@@ -106,10 +103,7 @@ class JobInput:
         return sorted(self.sent_columns.intersection(self.schema))
 
     def why_not_parallel(self) -> str | None:
-        """Return why requests depend on all rows, so that parts cannot be enrolled separately; None: they do not.
-
-        `dedupe: false` matters for collecting, too; the order only for sending.
-        """
+        """Return why requests depend on all rows, so that parts cannot be enrolled separately; None: they do not."""
         if not self.job.model.dedupe:
             return "`dedupe: false` counts equal rows from the first to the last"
         if self.job.model.order_by is not None:

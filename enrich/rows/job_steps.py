@@ -34,10 +34,7 @@ class Step(Struct, frozen=True):
 
 
 def make_steps(job: Job, job_input: JobInput, templates: Sequence[RequestTemplate]) -> tuple[Step, ...]:
-    """Check each step against the columns that it can read, and `complete` against those that the steps give.
-
-    Raises JobError for a column that is none of these.
-    """
+    """Check each step, and `complete`, against the columns that the input and earlier steps give. Raises JobError."""
     steps: list[Step] = []
     given = [
         [*template.columns, step_column(step.step, "status")]

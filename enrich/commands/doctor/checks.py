@@ -163,10 +163,7 @@ def check_input_age(changed_s: float, now_s: float) -> Finding:
 def check_output_names(
     path_of: Callable[[datetime], Location], start: datetime, reserved: Mapping[Path, str]
 ) -> Finding:
-    """Check the output names of the coming days, each at the time of `start`.
-
-    They must differ from the `reserved` paths (path to description) and should not repeat irregularly.
-    """
+    """Check the output names of a year, each at the time of `start`: against `reserved` paths, and for repeats."""
     daily_paths = [path_of(start + timedelta(days=day)) for day in range(DAYS_AHEAD)]
     for day, path in enumerate(daily_paths):
         if isinstance(path, Path) and path in reserved:

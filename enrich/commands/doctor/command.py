@@ -35,7 +35,6 @@ from enrich.report.page_file import INSTALL_HINT, is_extra_missing
 from enrich.run.budget import make_budget
 from enrich.run.preflight import ApiSnapshot, query_api
 
-#: Number of past executions that are considered.
 RECENT_EXECUTIONS = 7
 #: Bytes per request in a small ledger. With at least ENOUGH_REQUESTS requests the ledger's own average is used.
 REQUEST_BYTES, ENOUGH_REQUESTS = 2_000, 100
