@@ -226,31 +226,20 @@ def _error_detail(body: object) -> str:
 ERROR_KEYS = frozenset({"position", "error", "code", "message", "msg", "type", "status", "detail"})
 
 
-def wrong_params(body: object, params: Collection[str]) -> dict[int, str]:
-    """Return the errors about `params` in a single request as `{0: message}`. {} if the body names none of them.
-
-    Supported shapes are `{"rows": [{"fields": {…}}]}`, `{"fields": {…}}`, `{"detail": {…}}`, `{"detail": [{…}]}` and
-    FastAPI's `{"detail": [{"loc": ["body", "params", NAME], "msg": …}]}`.
-    """
-    message = _format_errors(error for _, error in _param_errors(body, params))
-    return {0: message} if message else {}
-
-
 def wrong_rows(body: object, size: int, params: Collection[str]) -> dict[int, str] | None:
-    """Return the rows of a bulk request with errors about `params`: row index (from 0) to message.
+    """Return the rows of a request of `size` rows with errors about `params`: row index (from 0) to message.
 
-    None: the body names none of them. {}: it names some, but their rows are unknown. Supported shapes are
-    `{"rows": [{"position": FROM_1, "fields": {…}}]}`, `{"detail": [{…}, …]}` with one object per row,
-    and FastAPI's `"loc": ["body", "params", ROW, NAME]`.
+    None: the body names none of them. {}: it names some, but not in which of several rows. Supported shapes are
+    `{"fields": {…}}`, `{"detail": {…}}`, `{"rows": [{"position": FROM_1, "fields": {…}}]}`, `{"detail": [{…}, …]}` with
+    one object per row, and FastAPI's `{"detail": [{"loc": ["body", "params", ROW, NAME], "msg": …}]}`.
     """
-    if size == 1:
-        return wrong_params(body, params) or None
-    rows: dict[int, list[tuple[str, str]]] = {}
-    for row, error in _param_errors(body, params, size):
+    rows: dict[int, dict[str, str]] = {}
+    for named_row, (name, message) in _param_errors(body, params, size):
+        row = 0 if size == 1 else named_row
         if row is None or not 0 <= row < size:
             return {}
-        rows.setdefault(row, []).append(error)
-    return {row: _format_errors(errors) for row, errors in rows.items()} or None
+        rows.setdefault(row, {})[name] = message
+    return {row: "; ".join(f"{name}: {text}" for name, text in errors.items()) for row, errors in rows.items()} or None
 
 
 def join_text(text: object, separator: str = " ") -> str:
@@ -258,11 +247,7 @@ def join_text(text: object, separator: str = " ") -> str:
     return separator.join(map(str, text)) if isinstance(text, list) else str(text)
 
 
-def _format_errors(errors: Iterator[tuple[str, str]] | list[tuple[str, str]]) -> str:
-    return "; ".join(f"{name}: {message}" for name, message in dict(errors).items())
-
-
-def _param_errors(body: object, params: Collection[str], size: int = 1) -> Iterator[tuple[int | None, tuple[str, str]]]:
+def _param_errors(body: object, params: Collection[str], size: int) -> Iterator[tuple[int | None, tuple[str, str]]]:
     """Yield each error about `params` as (row index, (param, message)). The row is None if the body does not name it.
 
     Other names are parts of the body (`enrichments`), of an error (`reason`), or params that the job does not send.
