@@ -14,10 +14,10 @@ from enrich.report.data import AnswerAge, HitCounts, ReportedProvider, ReportedW
 from enrich.report.drawing import FULL, HALF, MEDIUM, NAME_PX, NARROW, ChartColor, ChartFrame, RenderedChart, ScreenSize
 from enrich.report.formatting import (
     BLANK_LABEL,
+    LARGE_CREDITS,
     clean_text,
     fit_text,
     format_amount,
-    format_amount_short,
     format_count,
     format_share,
     format_status,
@@ -268,7 +268,8 @@ def step_numbers(step: WaterfallStep) -> tuple[str, ...]:
         return format_count(step.end - step.start), "", "", "", ""
     calls = each.reported + each.inferred
     rate = format_share(each.found, calls)
-    spent, per_hit = format_amount_short(each.credits), format_amount(each.cost_per_hit)
+    format_spent = format_amount if each.credits < LARGE_CREDITS else format_count
+    spent, per_hit = format_spent(each.credits), format_amount(each.cost_per_hit)
     return format_count(calls), format_count(each.found), rate, spent, per_hit
 
 

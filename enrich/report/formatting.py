@@ -35,11 +35,6 @@ def format_amount(amount: float | None) -> str:
     return DASH if amount is None else format_credits(amount)
 
 
-def format_amount_short(amount: float) -> str:
-    """Format an amount of credits for narrow places: whole credits from LARGE_CREDITS on."""
-    return format_amount(amount) if abs(amount) < LARGE_CREDITS else format_count(amount)
-
-
 def format_percent(share: float | None) -> str:
     """Format a share (0 to 1) as a percentage."""
     return DASH if share is None else f"{share:.1%}"

@@ -153,8 +153,10 @@ def _row_figures(report: Report) -> Iterator[Figure]:
         )
     for each in report.groups:
         if each.groups:
-            finding, table = _groups_text(each), tables.group_table(each)
-            yield _make_figure(table.caption, finding, table, charts.hit_rate_chart(each.groups, finding))
+            finding, column = _groups_text(each), clean_text(each.column)
+            caption = f"Match rate by {column}"
+            table = tables.hit_rate_table(each.groups, caption, column, f"group {each.column}")
+            yield _make_figure(caption, finding, table, charts.hit_rate_chart(each.groups, finding))
 
 
 def _skipped_text(report: Report) -> str:

@@ -11,7 +11,6 @@ from enrich.report.data import (
     AnswerAge,
     ComparedSide,
     Comparison,
-    GroupedHits,
     HitCounts,
     LatencyHistogram,
     OutputRows,
@@ -189,12 +188,6 @@ def hit_rate_table(rows: Sequence[HitCounts], caption: str, head: str, about: st
         for each in rows
     ]
     return Table(caption, (head, "Rows", "Results", "Matches", "Match rate"), lines)
-
-
-def group_table(facts: GroupedHits) -> Table:
-    """List match rates by the values of an input column."""
-    column = clean_text(facts.column)
-    return hit_rate_table(facts.groups, f"Match rate by {column}", column, f"group {facts.column}")
 
 
 def run_table(facts: Sequence[ReportedRun], caption: str) -> Table:
