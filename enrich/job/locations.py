@@ -114,8 +114,7 @@ LedgerLocation = Path | PostgresLocation
 
 def parse_ledger_location(base: Path, path_or_url: str | Path, local_folder: Path) -> LedgerLocation:
     """Parse a ledger's path (relative to `base`) or URL. `local_folder`: of `PostgresLocation`. Raises ValueError."""
-    check_no_password(str(path_or_url))
-    match = _URL.fullmatch(str(path_or_url))
+    match = _URL.fullmatch(check_no_password(str(path_or_url)))
     if match is None:
         return Path(os.path.normpath(base / path_or_url))
     if match[1].lower() not in _POSTGRES_SCHEMES:
@@ -135,8 +134,8 @@ def parse_ledger_location(base: Path, path_or_url: str | Path, local_folder: Pat
     return PostgresLocation(conninfo, schema, local_folder, float(lease))
 
 
-def check_no_password(path_or_url: str) -> None:
-    """Raise ValueError if a ledger's path or URL may contain a password. The message does not show it.
+def check_no_password(path_or_url: str) -> str:
+    """Return a ledger's path or URL. Raises ValueError if it may contain a password. The message does not show it.
 
     This includes a password that splits the URL: most programs read `postgresql://enrich:1/2@host` as port 1.
     """
@@ -153,6 +152,7 @@ def check_no_password(path_or_url: str) -> None:
         raise ValueError(
             "a URL must be postgresql://user@host:5432/database, without a password: set PGPASSWORD, or use ~/.pgpass"
         )
+    return path_or_url
 
 
 def sandbox_ledger_location(ledger: LedgerLocation) -> LedgerLocation:

@@ -28,7 +28,7 @@ from enrich.files.discovery import find_objects
 from enrich.job.job import Job
 from enrich.job.locations import InputLocation, ObjectUrl, PostgresLocation, sandbox_state_path
 from enrich.ledger import execution_records, queries, transitions
-from enrich.ledger.database import Database, ledger_exists
+from enrich.ledger.database import Database, ledger_exists, open_or_empty
 from enrich.ledger.lock import is_locked
 from enrich.models import State, read_balance, to_micros, to_ms
 from enrich.report.page_file import INSTALL_HINT, is_extra_missing
@@ -194,20 +194,16 @@ def _ledger_findings(
 ) -> Iterator[Finding]:
     """Check what earlier runs left in the ledger, and the credits for the next run."""
     path = job.ledger
-    counts: dict[State, int] = {}
-    submitted: list[int] = []
-    executions: list[execution_records.ExecutionRow] = []
     try:
-        if ledger_exists(path):
-            with closing(Database(path, read_only=True)) as ledger:
-                counts = queries.state_counts(ledger)
-                executions = execution_records.list_executions(ledger, job.name, RECENT_EXECUTIONS)
-                submitted = [task.submitted_ms for task in transitions.submitted_tasks(ledger) for _ in task.attempts]
-            yield Finding("ok", "ledger", f"{sum(counts.values()):,} requests in {path}")
-        else:
-            yield Finding("ok", "ledger", f"{path}: created by the first run")
+        with open_or_empty(path) as ledger:
+            counts = queries.state_counts(ledger)
+            executions = execution_records.list_executions(ledger, job.name, RECENT_EXECUTIONS)
+            submitted = [task.submitted_ms for task in transitions.submitted_tasks(ledger) for _ in task.attempts]
+        exists = ledger_exists(path)
     except EnrichError:
         return  # check_job has reported it
+    message = f"{sum(counts.values()):,} requests in {path}" if exists else f"{path}: created by the first run"
+    yield Finding("ok", "ledger", message)
     if is_locked(path):
         yield Finding(
             "warn", "lock", "a run is in progress", "wait until it ends, or start the next one with --if-locked skip"
