@@ -156,6 +156,9 @@ def systemd_service(job: ScheduledJob) -> str:
     # In a command line, systemd would also expand `$NAME`.
     command = " ".join(_quote_word(word).replace("$", "$$") for word in job.command_line())
     writes = " ".join(_quote_word(str(folder)) for folder in job.writable_folders)
+    used = (*job.writable_folders, job.job, job.key_file, Path(job.command[0]))
+    is_shared = any(Path(tmp) in (path, *path.parents) for path in used for tmp in ("/tmp", "/var/tmp"))  # noqa: S108
+    private_tmp = "" if is_shared else "PrivateTmp=true\n"
     return f"""\
 [Unit]
 Description=Enrich leads: {_escape_percent(job.name)}
@@ -183,20 +186,13 @@ ProtectSystem=strict
 ProtectHome=read-only
 # Folders of the output, the ledger and the log. They must exist before the unit starts.
 ReadWritePaths={writes}
-{_private_tmp_line(job)}PrivateDevices=true
+{private_tmp}PrivateDevices=true
 ProtectKernelTunables=true
 ProtectKernelModules=true
 ProtectControlGroups=true
 RestrictSUIDSGID=true
 LockPersonality=true
 """
-
-
-def _private_tmp_line(job: ScheduledJob) -> str:
-    """Return the line for a private /tmp, or nothing if the job uses files in the shared /tmp or /var/tmp."""
-    used = (*job.writable_folders, job.job, job.key_file, Path(job.command[0]))
-    shared = any(Path(tmp) in (path, *path.parents) for path in used for tmp in ("/tmp", "/var/tmp"))  # noqa: S108
-    return "" if shared else "PrivateTmp=true\n"
 
 
 def _escape_percent(text: str) -> str:

@@ -143,15 +143,11 @@ def _unwrap_fields(data: object) -> Mapping[str, Any]:
     result = data["result"]
     if isinstance(result, dict):
         return result
-    named = _name_result(result, data.get("result_field"))
+    names = data.get("result_field")
+    name = names[0] if isinstance(names, list) and names else names
+    named = {name: result} if isinstance(name, str) else {}
     # A value without a name is a field of the answer: a verifier may call its verdict `result`.
     return named if named or is_blank(result) or "enrichment_data" in data else data
-
-
-def _name_result(result: object, names: object) -> Mapping[str, Any]:
-    """Return a bare result as a field with the name in `result_field`."""
-    name = names[0] if isinstance(names, list) and names else names
-    return {name: result} if isinstance(name, str) else {}
 
 
 def _find_provider(fields: Mapping[str, Any], provider_data: object, steps: Sequence[Mapping[str, Any]]) -> str | None:

@@ -13,7 +13,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from enrich.files import object_store
-from enrich.files.parquet_dataset import MANIFEST, Manifest, read_manifest
+from enrich.files.parquet_dataset import MANIFEST, read_manifest
 from enrich.files.text import FORMAT_NAMES, FileProblem, TableFile
 from enrich.job.file_names import is_leftover, is_visible, matches_key, why_no_file
 from enrich.job.locations import Location, ObjectUrl, has_wildcards, is_pattern
@@ -112,17 +112,12 @@ def find_objects(url: ObjectUrl) -> dict[ObjectUrl, object_store.ObjectVersion |
     if url.is_folder and folder + MANIFEST in listed:
         # Ignore parts that are not in the manifest. They belong to a writer that is running or was killed.
         manifest = read_manifest(object_store.read_object(replace(url, key=folder + MANIFEST)))
-        found = found if manifest is None else _objects_of_manifest(manifest, url, found)
+        if manifest is not None:
+            named = {url.key + name for name in manifest.part_names}
+            if missing := named - found.keys():
+                raise FileProblem(f"{url} is incomplete, a part is missing: {min(missing)}", "write the dataset again")
+            found = {key: found[key] for key in named}
     return {replace(url, key=key): found[key] for key in sorted(found, key=lambda key: key.split("/"))}
-
-
-def _objects_of_manifest(
-    manifest: Manifest, url: ObjectUrl, found: dict[str, object_store.ObjectVersion]
-) -> dict[str, object_store.ObjectVersion]:
-    named = {url.key + name for name in manifest.part_names}
-    if missing := named - found.keys():
-        raise FileProblem(f"{url} is incomplete, a part is missing: {min(missing)}", "write the dataset again")
-    return {key: found[key] for key in named}
 
 
 def _partition_values(location: Location, file_location: Location) -> tuple[tuple[str, str | None], ...]:

@@ -64,7 +64,8 @@ class JobInput:
         self.job = job
         self._forgotten = forgotten or ForgottenRequests(b"")
         suppress = job.model.suppress
-        self._suppression = None if suppress is None else read_suppression(job.resolve_path(suppress))
+        #: The list of `suppress`; None: there is none.
+        self.suppression = None if suppress is None else read_suppression(job.resolve_path(suppress))
         try:
             self._table: InputTable | InMemoryRows = InputTable(job.input_path, job.input)
         except CommandRefused as error:
@@ -130,11 +131,6 @@ class JobInput:
     def without_rows(self) -> JobInput:
         """Return this input without rows, to be sent to the processes that read its blocks."""
         return self.for_frame(0, pl.DataFrame(schema=self.all_columns))
-
-    @property
-    def suppression_digest(self) -> str | None:
-        """The hash of the list of `suppress`; None: there is none."""
-        return None if self._suppression is None else self._suppression.digest
 
     def check_new_columns(self, template: RequestTemplate) -> None:
         """Check the columns of the files that a run writes. From then on `batches` checks the cells, too.
@@ -312,13 +308,13 @@ class JobInput:
 
     def suppressed_rows(self, frame: pl.DataFrame) -> pl.Series | None:
         """Return which rows have an address or a domain that is never sent by any step; None: there is no list."""
-        if self._suppression is None:
+        if self.suppression is None:
             return None
         constants = [param.value for param in self._params if param.value is not None]
-        if any(map(self._suppression.contains, constants)):
+        if any(map(self.suppression.contains, constants)):
             return pl.repeat(value=True, n=frame.height, eager=True)
         sent = {index for index, name in enumerate(self.header) if name in self.sent_columns}
-        return self._suppression.suppressed_rows(frame, sent)
+        return self.suppression.suppressed_rows(frame, sent)
 
     def selected_rows(self, frame: pl.DataFrame, *, unknown: bool = False) -> pl.Series:
         """Return which rows `where` and `only_if_empty` keep; `unknown` where a cell that they read is null."""

@@ -377,8 +377,3 @@ _COMPANY_FLOW: Mapping[str, Any] = {
 
 #: By id, as `GET /v1/flows` lists them.
 FLOWS: Mapping[str, Mapping[str, Any]] = {flow["id"]: flow for flow in (_LEAD_FLOW, _COMPANY_FLOW)}
-
-
-def flow_detail(flow_id: str) -> dict[str, Any]:
-    """Return the body of `GET /v1/flows/{id}`: with its graph. Raises KeyError."""
-    return {**FLOWS[flow_id], "config": {"nodes": []}, "ui": {}, "internal_version": "1"}
