@@ -82,10 +82,7 @@ class CancelSummary(Struct, frozen=True):
 
 
 def cancel_tasks(job: Job, access: ApiAccess, ledger: Database, clock: Clock) -> CancelSummary:
-    """Cancel the single tasks of a job that wait for their answer. The caller must hold the lock of the ledger.
-
-    Raises EnrichError when nothing can be cancelled: the API, the key or the ledger do not match.
-    """
+    """Cancel the single tasks of a job that wait for their answer, under the ledger's lock. Raises EnrichError."""
     with ledger.transaction():
         imported = rescue_import.import_rescue_files(ledger, rescue_folders(job), job.name, clock.now_ms())
     rescue_import.remove_imported_files(imported)

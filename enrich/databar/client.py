@@ -67,10 +67,7 @@ class Client:
         get_timeout_s: float = GET_TIMEOUT_S,
         environ: Mapping[str, str] = os.environ,
     ) -> None:
-        """Create a client for the API at `access`. Both timeouts cover a whole response, in seconds.
-
-        Raises JobError if the proxy or the certificates configured in `environ` cannot be used.
-        """
+        """Create a client for `access`. Both timeouts cover a whole response. Raises JobError (proxy, certificates)."""
         self._base_url = access.base_url
         self._key = access.key.get_secret_value()
         self._clock = clock

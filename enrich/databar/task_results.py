@@ -261,10 +261,7 @@ def error_text(error: object) -> str | None:
 
 
 def read_answer(reply: TaskReply, phase: TaskPhase, paths: Iterable[str]) -> Answer:
-    """Convert a task that is no longer running into an answer.
-
-    `paths` are the field paths of the job's columns. The request is found if at least one of them has a value.
-    """
+    """Convert a task that is no longer running into an answer: found if one of the `paths` has a value."""
     task, raw, note = reply.body, reply.raw, reply.note
     parsed = parse_data(task.get("data"))
     spent = parse_price(task.get("credits_spent"))

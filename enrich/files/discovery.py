@@ -97,10 +97,7 @@ def _walk_folder(folder: Path) -> Iterator[Path]:
 
 
 def find_objects(url: ObjectUrl) -> dict[ObjectUrl, object_store.ObjectVersion | None]:
-    """Return the objects of a URL with their versions, sorted by key. The version is None if the object does not exist.
-
-    Raises CommandRefused, and FileProblem for an incomplete dataset written by enrich.
-    """
+    """Return the objects of a URL by key, with versions (None: it is missing). Raises CommandRefused, FileProblem."""
     if not url.is_folder:
         version = object_store.object_version(url)
         if version is not None or not is_pattern(url):

@@ -140,10 +140,7 @@ COMPARED_RUNS = 7
 
 
 def build_report(job: Job, job_arguments: JobArguments, now: datetime, *, with_rows: bool = False) -> Report:
-    """Build the report of a job as of `now`; `job_arguments` is the job as commands name it.
-
-    Unreadable data stays None, and a note gives the reason. Raises CommandRefused when the ledger can't be read.
-    """
+    """Build the report of a job as of `now`. What cannot be read stays None, with a note. Raises CommandRefused."""
     if not ledger_exists(job.ledger):
         target, actions = job.model.target, list(report_actions(None, {}, "row", "", job_arguments))
         waterfall = ReportedWaterfall(target.id, (), 0, 0, 0, 0.0, 0.0, target.kind)

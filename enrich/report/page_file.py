@@ -48,11 +48,7 @@ def default_report_path(job: Job, now: datetime) -> Path:
 
 
 def given_report_path(job: Job, path: Path) -> Path:
-    """Return where to write a page that the command line names.
-
-    For a sandbox run, the sandbox's own name replaces that of a real run's report. Raises JobError if the path is
-    another file of the job, or cannot be a file.
-    """
+    """Return where to write a page of this name: in a sandbox not over a real run's report. Raises JobError."""
     job.check_not_own(path, "report", _OTHER_FILE_HINT, allowed="report")
     return path.with_name(sandbox_file_name(path.name)) if job.sandbox and _is_real_report(path) else path
 

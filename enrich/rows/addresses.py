@@ -269,10 +269,7 @@ _USUAL = rf"^(?:(?:https?://)?(?:www\.)?|[a-z0-9][a-z0-9._+-]{{0,62}}@){_USUAL_H
 
 
 def company_domains(cells: pl.Series) -> pl.Series:
-    """Return the registrable domain in each cell of a column of clean text.
-
-    '' for a blank, LEFT_OUT and the reason where there is no domain of a company.
-    """
+    """Return the registrable domain in each clean cell: '' for a blank, LEFT_OUT and the reason where there is none."""
     text = cells.alias("").str.to_lowercase()
     # Most are registrable domains: only what is left of the hosts and cells is looked at one by one.
     found, is_unusual, is_host = pl.DataFrame({"text": text, "host": usual_hosts(text)}).select_seq(

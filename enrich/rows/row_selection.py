@@ -84,10 +84,7 @@ def evaluate_expression(expression: str, frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def explain_error(error: pl.exceptions.PolarsError, *, in_cells: bool = False) -> tuple[str, str | None]:
-    """Return why an expression cannot be evaluated, in one line, with a hint if cells are taken for other than text.
-
-    `in_cells`: it could be evaluated without rows, so the reason is a cell.
-    """
+    """Return why an expression cannot be evaluated, in one line, with a hint. `in_cells`: the reason is a cell."""
     # The position is that in a query of ours.
     reason = _SQL_POSITION.sub("", str(error).splitlines()[0])
     if "sql parser error" in reason:

@@ -27,10 +27,7 @@ REQUIRED_CREDITS = 100
 
 
 class JobDraft(Struct, frozen=True):
-    """The content of a job file. `source` is the origin and date of the target's description.
-
-    `schema` is the path of the JSON Schema relative to the job file, None if there is none.
-    """
+    """The content of a job file. `source` is the origin of the description, `schema` the path of the JSON Schema."""
 
     sample: Sample
     description: Description
