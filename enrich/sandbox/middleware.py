@@ -167,7 +167,8 @@ class FaultMiddleware:
             if answer.status == OK:
                 await self._fail_after(fault, answer.body, scope, receive, send)
             else:
-                await answer.forward(send)
+                for message in answer.messages:
+                    await send(message)
         elif fault.name == "slow":
             # Read the body first: it is lost if the client disconnects during the delay.
             read = await _buffer_request(receive)
@@ -227,16 +228,12 @@ class _BufferedResponse:
     def __init__(self) -> None:
         self.status = 0
         self.body = b""
-        self._messages: list[Message] = []
+        self.messages: list[Message] = []
 
     async def __call__(self, message: Message) -> None:
-        self._messages.append(message)
+        self.messages.append(message)
         self.status = message.get("status", self.status)
         self.body += message.get("body", b"")
-
-    async def forward(self, send: Send) -> None:
-        for message in self._messages:
-            await send(message)
 
 
 async def _break_connection(fault: Fault, scope: Message, receive: Receive) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from shutil import disk_usage
-from typing import Any
 
 import click
 from msgspec import Struct
@@ -28,7 +27,7 @@ from enrich.files.discovery import find_objects
 from enrich.job.job import Job
 from enrich.job.locations import InputLocation, ObjectUrl, PostgresLocation, sandbox_state_path
 from enrich.ledger import execution_records, queries, transitions
-from enrich.ledger.database import Database, ledger_exists, open_or_empty
+from enrich.ledger.database import ledger_exists, open_or_empty
 from enrich.ledger.lock import is_locked
 from enrich.models import State, read_balance, to_micros, to_ms
 from enrich.report.page_file import INSTALL_HINT, is_extra_missing
@@ -63,21 +62,6 @@ class DoctorContext(Struct, frozen=True):
     next_run: datetime
     offline: bool = False
     sandbox_access: ApiAccess | None = None
-
-
-def findings_exit_code(findings: Sequence[Finding]) -> ExitCode:
-    """Return the exit code that the next run would have because of the failed findings."""
-    return first_exit_code({finding.exit_code for finding in findings if finding.mark == "fail"})
-
-
-def findings_as_json(job: str, findings: Sequence[Finding]) -> dict[str, Any]:
-    """Return the object that `--json` prints."""
-    fields = ("mark", "subject", "message", "remedy")
-    return {
-        "exit_code": int(findings_exit_code(findings)),
-        "job": job,
-        "findings": [{name: getattr(finding, name) for name in fields} for finding in findings],
-    }
 
 
 def job_findings(job: Job, context: DoctorContext) -> Iterator[Finding]:
@@ -232,13 +216,11 @@ def _disk_findings(job: Job, context: DoctorContext, check: CheckResult) -> Iter
             path.stat().st_size * (GZIP_FACTOR if path.suffix.lower() == ".gz" else 1)
             for path in local_input_files(job)
         )
-        per_request = float(REQUEST_BYTES)
-        if isinstance(job.ledger, PostgresLocation):
-            per_request = 0.0  # the disk of the database server is not checked
-        elif ledger_exists(job.ledger):
-            with closing(Database(job.ledger, read_only=True)) as ledger:
-                request_count = sum(queries.state_counts(ledger).values())
-            per_request = job.ledger.stat().st_size / request_count if request_count >= ENOUGH_REQUESTS else per_request
+        per_request = 0.0  # the disk of a database server is not checked
+        if not isinstance(job.ledger, PostgresLocation):
+            with open_or_empty(job.ledger) as ledger:
+                count = sum(queries.state_counts(ledger).values())
+            per_request = job.ledger.stat().st_size / count if count >= ENOUGH_REQUESTS else REQUEST_BYTES
         # SQLite's journal may hold a second copy of the data.
         growth = int(2 * per_request * (check.sendable_rows or 0))
         ledger_folder = job.ledger.local_folder if isinstance(job.ledger, PostgresLocation) else job.ledger.parent
@@ -326,6 +308,9 @@ def doctor(
         access = stack.enter_context(_open_sandbox(job)) if use_sandbox else None
         context = DoctorContext(environ, shell, now, next_run_time(now, *at), offline, access)
         findings += environment_findings(context) if job is None else job_findings(job, context)
-    result = findings_as_json(str(job_file), findings)
+    code = first_exit_code({finding.exit_code for finding in findings})
+    fields = ("mark", "subject", "message", "remedy")
+    listed = [{name: getattr(finding, name) for name in fields} for finding in findings]
+    result = {"exit_code": int(code), "job": str(job_file), "findings": listed}
     options.echo_result(result, checks.format_findings(findings), as_json=as_json)
-    return findings_exit_code(findings)
+    return code
