@@ -17,7 +17,6 @@ from enrich.commands.forget_steps import RowRequests, follow_answers, requests_o
 from enrich.databar.clock import SystemClock
 from enrich.databar.task_results import column_values
 from enrich.errors import CommandRefused, EnrichError, JobError, suggest_name
-from enrich.files.values import text_frame
 from enrich.job.cell_text import fold
 from enrich.job.job import Job
 from enrich.job.locations import sandbox_state_path
@@ -192,22 +191,9 @@ def _matching_requests(
         if name not in known:
             hint = suggest_name(name, known)
             raise input_error or JobError(f"--match {name}=…: the input and the job have no column `{name}`", hint)
-    if job_input is not None and job.step_jobs:
-        return requests_of_rows(job, job_input, ledger, criteria)
-    if job_input is None or not set(criteria) <= set(columns):
+    if job_input is None or not (job.step_jobs or set(criteria) <= set(columns)):
         return RowRequests({}, ())
-    cell_indexes = {columns.index(name): value for name, value in criteria.items()}
-    own = {
-        fingerprint: params
-        for batch in job_input.batches(template)
-        for cells, fingerprint, params in zip(
-            text_frame(batch.frame).iter_rows(), batch.fingerprints, batch.params, strict=True
-        )
-        if fingerprint is not None
-        and params is not None
-        and all(fold(str(cells[index])) == value for index, value in cell_indexes.items())
-    }
-    return RowRequests(own, ())
+    return requests_of_rows(job_input, template, ledger, criteria)
 
 
 def _read_request(request: Mapping[str, Any]) -> tuple[dict[str, str], list[object]]:
