@@ -111,11 +111,8 @@ def _is_usable_id(task_id: str, key: str) -> bool:
     return len(task_id) <= MAX_ID_LENGTH and task_id.isprintable() and not only_dots and is_clean
 
 
-def read_poll_error(answer: HttpAnswer, key: str) -> TaskReply:
-    """Interpret an unsuccessful response to a poll, by the rules at the top of this file: return a deleted task (410).
-
-    Raises InvalidPollResponse, RateLimited, TaskUnknown (404), Unauthorized and other RequestNotAccepted errors.
-    """
+def _read_poll_error(answer: HttpAnswer, key: str) -> TaskReply:
+    """Return a deleted task (410), or raise the error of an unsuccessful response to a poll."""
     error = response_error(answer, key)
     if isinstance(error, RateLimited):
         raise error
@@ -131,8 +128,14 @@ def read_poll_error(answer: HttpAnswer, key: str) -> TaskReply:
     raise RequestRefused(error.message) if is_refused else RequestNotAccepted(error.message)
 
 
-def read_task_reply(content: bytes, task_id: str, key: str, *, new_connection: bool) -> TaskReply:
-    """Interpret a successful response to a poll of `task_id`, by the rules above. Raises InvalidPollResponse."""
+def read_task_reply(answer: HttpAnswer, task_id: str, key: str) -> TaskReply:
+    """Interpret a response to a poll of `task_id`, by the rules at the top of this file.
+
+    Raises InvalidPollResponse, RateLimited, TaskUnknown (404), Unauthorized and other RequestNotAccepted errors.
+    """
+    if not answer.is_success:
+        return _read_poll_error(answer, key)
+    content, new_connection = answer.content, answer.is_fresh
     try:
         value, text = parse_body(content, key)
     except ValueError as error:

@@ -27,13 +27,8 @@ def recovery_hint(remedy: str | None, kind: str) -> str | None:
     return "; ".join(filter(None, (remedy, _RECOVERY_HINTS.get(kind)))) or None
 
 
-class WriteProblem(Exception):
-    """Why a file cannot be written, with a hint on what to do. The caller adds which file."""
-
-    def __init__(self, message: str, hint: str) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+class WriteProblem(CommandRefused):
+    """Why a file cannot be written. The caller adds which file."""
 
 
 @contextmanager

@@ -38,9 +38,9 @@ def read_bounded(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
         os.close(descriptor)
 
 
-def read_text(path: Path, max_bytes: int = MAX_BYTES) -> str:
+def read_text(path: Path) -> str:
     """Read UTF-8 text, with or without a byte order mark. Raises OSError, UnicodeDecodeError."""
-    return read_bounded(path, max_bytes).decode("utf-8-sig")
+    return read_bounded(path).decode("utf-8-sig")
 
 
 def _read_chunk(descriptor: int, size: int, deadline: float) -> bytes:

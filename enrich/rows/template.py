@@ -1,7 +1,4 @@
-"""Makes the request template of a job, and checks the names in the job by the API's description of its target.
-
-A template has what all requests have in common: the target, its highest price, its params, its columns.
-"""
+"""Makes the request template of a job, and checks the names in the job by the API's description of its target."""
 
 from __future__ import annotations
 
