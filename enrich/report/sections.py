@@ -137,26 +137,26 @@ def _row_figures(report: Report) -> Iterator[Figure]:
         rate = format_share(number, whole)
         finding = f"{pluralize(whole, 'row')}. Most frequent: {format_status(most)}, {number:,} ({rate})."
         table = tables.status_table(counts, "Rows of the input by status", "Status")
-        yield _make_figure("Rows by status", finding, table, charts.status_chart(counts, finding))
+        yield Figure("Rows by status", finding, [charts.status_chart(counts, finding)], table)
     if report.columns:
         finding = _hit_rates_text(report.columns, "All columns have the same match rate")
         table = tables.hit_rate_table(report.columns, "Match rate by output column", "Column", "column")
-        yield _make_figure("Match rate by column", finding, table, charts.hit_rate_chart(report.columns, finding))
+        yield Figure("Match rate by column", finding, [charts.hit_rate_chart(report.columns, finding)], table)
     if report.skipped:
-        yield _make_figure("Why rows were not sent", _skipped_text(report), tables.skipped_table(report.skipped))
+        yield Figure("Why rows were not sent", _skipped_text(report), [], tables.skipped_table(report.skipped))
     used = [each for each in report.ages if each.found + each.not_found]
     if len(used) > 1:
         whole = sum(each.found + each.not_found for each in used)
         finding = f"{pluralize(whole, 'result')} in use, as matches + no match."
-        yield _make_figure(
-            "Age of the results", finding, tables.age_table(report.ages), charts.age_chart(report.ages, finding)
+        yield Figure(
+            "Age of the results", finding, [charts.age_chart(report.ages, finding)], tables.age_table(report.ages)
         )
     for each in report.groups:
         if each.groups:
             finding, column = _groups_text(each), clean_text(each.column)
             caption = f"Match rate by {column}"
             table = tables.hit_rate_table(each.groups, caption, column, f"group {each.column}")
-            yield _make_figure(caption, finding, table, charts.hit_rate_chart(each.groups, finding))
+            yield Figure(caption, finding, [charts.hit_rate_chart(each.groups, finding)], table)
 
 
 def _skipped_text(report: Report) -> str:
@@ -204,20 +204,16 @@ def _run_figures(runs: Sequence[ReportedRun]) -> Iterator[Figure]:
         most_expensive = max(runs, key=lambda run: run.credits_spent)
         finding = f"{format_amount(spent)} credits in {pluralize(len(runs), 'run')}. Most: run "
         finding += f"{most_expensive.execution}, {format_amount(most_expensive.credits_spent)}."
-        pictures = (
-            timelines.credits_chart(runs, finding),
-            timelines.cumulative_credits_chart(runs, f"Cumulative. {finding}"),
-        )
-        yield _make_figure("Credits per run", finding, None, *pictures)
+        yield Figure("Credits per run", finding, timelines.credits_charts(runs, finding))
     costs, rates = [run.cost_per_hit for run in runs], [run.hit_rate for run in runs]
     if costs.count(None) < len(costs):
         finding = _spread_text(costs, format_amount, " credits", "a match")
         chart = timelines.line_chart(costs, runs, "credits per match", finding)
-        yield _make_figure("Cost per match", finding, None, chart)
+        yield Figure("Cost per match", finding, [chart])
     if rates.count(None) < len(rates):
         finding = _spread_text(rates, format_percent, "", "results")
         chart = timelines.line_chart(rates, runs, "match rate", finding, format=".0%")
-        yield _make_figure("Match rate", finding, None, chart)
+        yield Figure("Match rate", finding, [chart])
 
 
 def _spread_text(values: Sequence[float | None], show: Callable[[float], str], unit: str, what: str) -> str:
@@ -236,8 +232,8 @@ def _timing_figures(report: Report) -> Iterator[Figure]:
         finding = (
             f"{pluralize(times.count, 'task')}: half within {half}, 90% within {most}, the slowest after {longest}."
         )
-        yield _make_figure(
-            "Time to result, all runs", finding, tables.latency_table(times), timelines.latency_chart(times, finding)
+        yield Figure(
+            "Time to result, all runs", finding, [timelines.latency_chart(times, finding)], tables.latency_table(times)
         )
     if traffic is not None and len(traffic.submitted) >= MIN_TRAFFIC_BINS:
         finding = (
@@ -245,11 +241,5 @@ def _timing_figures(report: Report) -> Iterator[Figure]:
             f"{pluralize(sum(traffic.answered), 'result')} received, "
             f"rate-limited (429) {pluralize(sum(traffic.rate_limited), 'time')}."
         )
-        pictures = timelines.throughput_chart(traffic, finding), timelines.rate_limited_chart(traffic, finding)
-        yield _make_figure(
-            f"Requests over time, run {traffic.execution}", finding, tables.traffic_table(traffic), *pictures
-        )
-
-
-def _make_figure(title: str, finding: str, table: Table | None, *pictures: RenderedChart | None) -> Figure:
-    return Figure(title, finding, [picture for picture in pictures if picture], table)
+        pictures = list(timelines.traffic_charts(traffic, finding))
+        yield Figure(f"Requests over time, run {traffic.execution}", finding, pictures, tables.traffic_table(traffic))
