@@ -41,6 +41,15 @@ def read_status(job: Job) -> dict[str, Any]:
     ttl_ms = to_ms(job.result_ttl)
     may_run = view.status in (RunStatus.RUNNING, RunStatus.NO_HEARTBEAT)
     running_id = view.run.id if view.run is not None and may_run else None
+    doubts: dict[str, Any] | None = None
+    if in_doubt is not None:
+        doubts = {
+            "number": in_doubt.number,
+            "credits_at_most": to_credits(in_doubt.max_cost),
+            "oldest_execution": in_doubt.oldest_execution_id,
+            "oldest_at": iso_time(in_doubt.oldest_ms),
+            "oldest_age_s": max(0, (time.time_ns() // 1_000_000 - in_doubt.oldest_ms) // 1000),
+        }
     return {
         "job": job.name,
         "sandbox": job.sandbox,
@@ -52,15 +61,7 @@ def read_status(job: Job) -> dict[str, Any]:
         "last_expiry": iso_time(tasks[-1].submitted_ms + ttl_ms) if tasks else None,
         "credits_spent": to_credits(spent),
         "credits_unknown": unknown,
-        "doubts": None
-        if in_doubt is None
-        else {
-            "number": in_doubt.number,
-            "credits_at_most": to_credits(in_doubt.max_cost),
-            "oldest_execution": in_doubt.oldest_execution_id,
-            "oldest_at": iso_time(in_doubt.oldest_ms),
-            "oldest_age_s": max(0, (time.time_ns() // 1_000_000 - in_doubt.oldest_ms) // 1000),
-        },
+        "doubts": doubts,
         "balance": _balance_as_json(all_executions, in_doubt),
         "at_work": view.as_json() if view.status is RunStatus.RUNNING else None,
         "executions": [
