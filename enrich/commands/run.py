@@ -98,7 +98,10 @@ def make_cluster_options(
 
 @contextmanager
 def open_engine(job: Job, cluster: ClusterOptions | None) -> Iterator[ClusterEngine | None]:
-    """Yield a Ray cluster for the block, None if `cluster` is None. Raises ClusterFailed."""
+    """Yield a Ray cluster for the block, None if `cluster` is None.
+
+    Raises ClusterFailed if the cluster cannot be reached or started.
+    """
     if cluster is None or not isinstance(job.ledger, PostgresLocation):
         yield None
         return
