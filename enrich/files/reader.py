@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import file_digest, sha256
 from pathlib import Path
@@ -158,19 +158,6 @@ class InputPart(Struct, frozen=True):
     first_position: int
 
 
-def divide_files(row_counts: Iterable[tuple[InputFile, int]]) -> list[InputPart]:
-    """Divide files with the given row counts into consecutive parts. An empty file has no part."""
-    parts: list[InputPart] = []
-    first_position = 0
-    for file, rows in row_counts:
-        step = ROWS_PER_PART if file.settings.format == "parquet" else max(rows, 1)
-        for start in range(0, rows, step):
-            part_rows = min(step, rows - start)
-            parts.append(InputPart(file, start, part_rows, first_position))
-            first_position += part_rows
-    return parts
-
-
 class InMemoryRows(Struct, frozen=True):
     """Rows that are already in memory. `first_position` is the position of the first row in the input."""
 
@@ -260,10 +247,20 @@ class InputTable:
         return total.digest()
 
     def parts(self, count_rows: Callable[[Sequence[InputFile]], Sequence[int]]) -> list[InputPart]:
-        """Divide the rows into parts. `count_rows` is for files without a row count in their metadata."""
+        """Divide the rows into consecutive parts. `count_rows` is for files without a row count in their metadata."""
         unknown = [file for file in self.input_files if file not in self._known_row_counts]
         row_counts = self._known_row_counts | dict(zip(unknown, count_rows(unknown), strict=True))
-        return divide_files((file, row_counts[file]) for file in self.input_files)
+        parts: list[InputPart] = []
+        first_position = 0
+        for file in self.input_files:
+            rows = row_counts[file]
+            step = ROWS_PER_PART if file.settings.format == "parquet" else max(rows, 1)
+            parts += [
+                InputPart(file, start, min(step, rows - start), first_position + start)
+                for start in range(0, rows, step)
+            ]
+            first_position += rows
+        return parts
 
     def _has_same_rows(self) -> bool:
         """Download the input again, and check whether it has the same cells. True if it cannot be read now."""
