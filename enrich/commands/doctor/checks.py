@@ -45,10 +45,8 @@ class Finding(Struct, frozen=True):
 def format_findings(findings: Sequence[Finding]) -> Iterator[str]:
     """Yield the findings as text: failures, warnings, the rest, and their number."""
     counts = Counter(finding.mark for finding in findings)
-    for mark in MARKS:
-        for finding in findings:
-            if finding.mark == mark:
-                yield from finding.lines()
+    for finding in sorted(findings, key=lambda each: MARKS.index(each.mark)):
+        yield from finding.lines()
     if counts["fail"] or counts["warn"]:
         yield f"{pluralize(counts['fail'], 'failure')}, {pluralize(counts['warn'], 'warning')}"
     else:
