@@ -112,15 +112,10 @@ def parse_time_of_day(text: str) -> tuple[int, int]:
 SECONDS, TIME_OF_DAY = Parsed(parse_seconds), Parsed(parse_time_of_day)
 
 
-def _reject_password(ledger: str) -> str:
-    check_no_password(ledger)
-    return ledger
-
-
 #: It rejects URLs with a password before the arguments are written anywhere.
 LEDGER_OPTION = click.option(
     "--ledger",
-    type=Parsed(_reject_password),
+    type=Parsed(check_no_password),
     metavar="FILE",
     help="Use this ledger, a file or postgresql://…, instead of the job's.",
 )

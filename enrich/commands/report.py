@@ -41,19 +41,15 @@ def _build_report(job: Job, job_arguments: JobArguments, now: datetime, *, with_
     return build_report(job, job_arguments, now, with_rows=with_rows)
 
 
-def _return_free_memory() -> None:
-    """Return freed memory to the system, because drawing the charts takes another 100 MiB."""
+def _render_page(data: Report, job: Job, now: datetime) -> str:
     import ctypes
 
-    with suppress(OSError, AttributeError):  # only glibc has it
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _render_page(data: Report, job: Job, now: datetime) -> str:
     from enrich.report.page_file import with_relative_paths
     from enrich.report.render import render_report
 
-    _return_free_memory()
+    # Return freed memory to the system, because drawing the charts takes another 100 MiB.
+    with suppress(OSError, AttributeError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
     return render_report(with_relative_paths(data, job, now, Path.cwd()))
 
 

@@ -9,7 +9,7 @@ import click
 from enrich.commands import options
 from enrich.databar.client import MIN_QUERY_LENGTH
 from enrich.databar.credentials import ApiAccess
-from enrich.databar.description import Description, Enrichment, Param, Provider, Waterfall
+from enrich.databar.description import Description, Enrichment, Provider, Waterfall
 from enrich.errors import JobError, JobRejected, suggest_name
 from enrich.job.target import Target, TargetKind
 from enrich.models import parse_count
@@ -44,7 +44,9 @@ def format_description(described: Description) -> Iterator[str]:
     if described.description:
         yield f"  {described.description}"
     yield "  params"
-    yield from (_param_line(param) for param in described.input_params)
+    for param in described.input_params:
+        choices = f": {', '.join(choice.id for choice in param.choices)}" if param.choices else ""
+        yield f"    {param.name:<24}{param.type}{', required' if param.required else ''}{choices}"
     yield "  fields"
     for field in described.output_fields:
         yield f"    {field.name:<24}{field.label or ''}".rstrip()
@@ -58,11 +60,6 @@ def format_description(described: Description) -> Iterator[str]:
     yield f"  price: {described.price_text}"
     if described.data_source:
         yield f"  source: {described.data_source}"
-
-
-def _param_line(param: Param) -> str:
-    choices = f": {', '.join(choice.id for choice in param.choices)}" if param.choices else ""
-    return f"    {param.name:<24}{param.type}{', required' if param.required else ''}{choices}"
 
 
 def _provider_lines(providers: list[Provider]) -> Iterator[str]:

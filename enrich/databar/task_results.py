@@ -75,10 +75,7 @@ class ParsedData(NamedTuple):
     unread_steps: int = 0
 
     def steps_cost(self) -> tuple[int | None, bool]:
-        """Return the total cost of the steps, and whether any step may have cost something.
-
-        The total is in millionths of a credit. It is None when the cost of any step is unknown.
-        """
+        """Return the cost of the steps (millionths; None: unknown), and whether any step may have cost something."""
         costs = [parse_price(step.get("cost")) for step in self.steps]
         known = [cost for cost in costs if cost is not None]
         is_complete = len(known) == len(costs) and not self.unread_steps
@@ -144,15 +141,11 @@ def _unwrap_fields(data: object) -> Mapping[str, Any]:
     result = data["result"]
     if isinstance(result, dict):
         return result
-    named = _name_result(result, data.get("result_field"))
+    names = data.get("result_field")
+    name = names[0] if isinstance(names, list) and names else names
+    named = {name: result} if isinstance(name, str) else {}
     # A value without a name is a field of the answer: a verifier may call its verdict `result`.
     return named if named or is_blank(result) or "enrichment_data" in data else data
-
-
-def _name_result(result: object, names: object) -> Mapping[str, Any]:
-    """Return a bare result as a field with the name in `result_field`."""
-    name = names[0] if isinstance(names, list) and names else names
-    return {name: result} if isinstance(name, str) else {}
 
 
 def _find_provider(fields: Mapping[str, Any], provider_data: object, steps: Sequence[Mapping[str, Any]]) -> str | None:
@@ -179,10 +172,7 @@ def is_blank(value: object) -> bool:
 
 
 def value_at(fields: object, path: str) -> Any:  # noqa: ANN401 - a JSON field can be any type
-    """Return the value at a dotted path (`person.emails.0`). None if there is none.
-
-    A field whose name contains the dots takes precedence over nested fields.
-    """
+    """Return the value at a dotted path (`person.emails.0`), or of a field whose name has the dots. None: none."""
     if isinstance(fields, dict):
         if path in fields:
             return fields[path]
@@ -270,10 +260,7 @@ def error_text(error: object) -> str | None:
 
 
 def read_answer(reply: TaskReply, phase: TaskPhase, paths: Iterable[str]) -> Answer:
-    """Convert a task that is no longer running into an answer.
-
-    `paths` are the field paths of the job's columns. The request is found if at least one of them has a value.
-    """
+    """Convert a task that is no longer running into an answer: found if one of the `paths` has a value."""
     task, raw, note = reply.body, reply.raw, reply.note
     parsed = parse_data(task.get("data"))
     spent = parse_price(task.get("credits_spent"))

@@ -126,7 +126,10 @@ class FolderDatasetWriter(Struct, frozen=True):
             with atomic_write(complete_folder / MANIFEST, complete_folder / f".{MANIFEST}") as raw:
                 raw.write(_manifest_file(manifest, self.schema))
             if target.exists():
-                _recheck_own_folder(target)
+                try:
+                    check_own_folder(target)
+                except JobError as error:
+                    raise CommandRefused(error.message, f"remove it; {COLLECT_HINT}") from error
                 target.rename(old)
             try:
                 complete_folder.rename(target)
@@ -171,14 +174,6 @@ def check_own_folder(target: Path) -> None:
     if foreign or (existing and manifest is None):
         message = f"{target}: the output would replace a folder with other files: {target / min(foreign)}"
         raise JobError(message, "choose a separate folder, which enrich creates")
-
-
-def _recheck_own_folder(target: Path) -> None:
-    """Repeat `check_own_folder` after credits were spent. Raises CommandRefused instead of JobError."""
-    try:
-        check_own_folder(target)
-    except JobError as error:
-        raise CommandRefused(error.message, f"remove it; {COLLECT_HINT}") from error
 
 
 def _parts_prefix(job: str) -> str:

@@ -1,7 +1,4 @@
-"""Makes the request template of a job, and checks the names in the job by the API's description of its target.
-
-A template has what all requests have in common: the target, its highest price, its params, its columns.
-"""
+"""Makes the request template of a job, and checks the names in the job by the API's description of its target."""
 
 from __future__ import annotations
 
@@ -61,10 +58,7 @@ def default_providers(description: Description) -> list[int]:
 
 
 def make_request_template(job: Job, description: Description, providers: Iterable[int]) -> RequestTemplate:
-    """Check the job against the description. `providers` are used when the job names none.
-
-    Raises JobError with the key and the nearest valid name.
-    """
+    """Check the job against the description. `providers` are used when the job names none. Raises JobError."""
     model, kind = job.model, description.target.kind
     if problems := list(target_problems(job, description)):
         raise join_problems(problems)
@@ -126,7 +120,8 @@ def target_problems(job: Job, description: Description) -> Iterator[JobError]:
     yield from _value_problems(job, description)
     yield from _provider_problems(job, description)
     yield from _verifier_problems(job, description)
-    yield from _page_problems(job, description)
+    if job.model.pagination is not None and description.is_paginated is False:
+        yield job.error(["pagination"], f"{description.target.label} has no pages", "remove it")
 
 
 def join_problems(problems: Sequence[JobError]) -> JobError:
@@ -194,11 +189,6 @@ def _value_problems(job: Job, description: Description) -> Iterator[JobError]:
     elif (value := params[priced_by].value) is not None and not is_count(value):
         message = f"multiplies the price, and `{value}` is not a whole number above 0"
         yield job.error(["params", priced_by], message)
-
-
-def _page_problems(job: Job, description: Description) -> Iterator[JobError]:
-    if job.model.pagination is not None and description.is_paginated is False:
-        yield job.error(["pagination"], f"{description.target.label} has no pages", "remove it")
 
 
 def _limit_problems(job: Job, description: Description) -> Iterator[JobError]:
