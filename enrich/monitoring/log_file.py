@@ -6,6 +6,7 @@ moment, so no line is lost when the file is renamed (by enrich at 10 MB, or by l
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -109,7 +110,8 @@ def open_log(path: Path | None, job: str, on_problem: Callable[[str], None]) -> 
         # Resolve a symlink: otherwise rotation would rename the link, and its target would keep growing.
         handler = _LogHandler(path.resolve() if path.is_file() else path, on_problem)
     except OSError as error:
-        raise CommandRefused(f"{path}: the log cannot be written: {error.strerror}") from error
+        reason = "it is a pipe without a reader" if error.errno == errno.ENXIO else error.strerror
+        raise CommandRefused(f"{path}: the log cannot be written: {reason}") from error
     try:
         yield RunLog(handler, job, path=path)
     finally:
@@ -121,11 +123,6 @@ def _check_is_log(path: Path) -> None:
     """Raise CommandRefused for a file that is not a log, such as leads, a ledger or a device."""
     if path.is_block_device() or (path.is_char_device() and not _is_terminal_or_null(path)):
         raise CommandRefused(f"{path}: the log cannot be written: it is a device", "choose another `--log-file`")
-    if path.is_fifo():
-        with suppress(OSError):
-            os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
-            return
-        raise CommandRefused(f"{path}: the log cannot be written: it is a pipe without a reader")
     if path.is_file():
         with path.open("rb") as file:
             if file.read(4) not in (b"", b'{"v"'):
@@ -149,7 +146,9 @@ class _LogHandler(RotatingFileHandler):
     def __init__(self, path: Path, on_problem: Callable[[str], None]) -> None:
         self._on_problem = on_problem
         self._reported = False
-        super().__init__(path, maxBytes=MAX_BYTES, backupCount=BACKUP_COUNT, encoding="utf-8")
+        # A pipe or a terminal has no size: since Python 3.13, asking for it fails.
+        max_bytes = MAX_BYTES if path.is_file() or not path.exists() else 0
+        super().__init__(path, maxBytes=max_bytes, backupCount=BACKUP_COUNT, encoding="utf-8")
 
     def _open(self) -> TextIOWrapper:
         # O_NONBLOCK: opening a pipe without a reader fails instead of blocking.

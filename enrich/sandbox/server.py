@@ -105,6 +105,7 @@ class _Server(uvicorn.Server):
                 http=_Protocol,
                 ws="none",
                 lifespan="off",
+                log_config=None,  # uvicorn would close the handlers of the whole program
                 log_level="critical",
                 access_log=False,
                 proxy_headers=False,

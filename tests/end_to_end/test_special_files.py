@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import select
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -147,14 +149,26 @@ def test_key_file_from_pipe(api: SandboxApi, workspace: Workspace) -> None:
 
 
 @pytest.mark.long
-def test_log_to_pipe(api: SandboxApi, workspace: Workspace) -> None:
+@pytest.mark.parametrize("options", [(), ("--sandbox",)])
+def test_log_to_pipe(api: SandboxApi, workspace: Workspace, options: Sequence[str]) -> None:
     """Another program may read the log while it is written."""
     workspace.write_leads(make_leads(1))
     fifo = make_special_file(workspace, "fifo")
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
-    assert run_job(workspace, api, "run", "job.yaml", "--log-file", fifo).exit_code == 0
-    assert b'"event": "end"' in os.read(reader, 1 << 16)
+    with ThreadPoolExecutor() as pool:
+        log = pool.submit(read_until_closed, reader)
+        assert run_job(workspace, api, "run", "job.yaml", "--log-file", fifo, *options).exit_code == 0
+    assert b'"event": "end"' in log.result()
     os.close(reader)
+
+
+def read_until_closed(reader: int) -> bytes:
+    """Read a pipe until its writer has closed it, as `cat` does."""
+    poll, content = select.poll(), b""
+    poll.register(reader, select.POLLIN)
+    while poll.poll()[0][1] & select.POLLIN:
+        content += os.read(reader, 1 << 16)
+    return content
 
 
 @pytest.mark.long
