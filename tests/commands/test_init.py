@@ -216,6 +216,25 @@ def test_separator_and_encoding_detected(workspace: Workspace, separator: str, e
     assert result.stdout.startswith("ok: leads: 1 lead, 1 can be sent")
 
 
+def test_encoding_can_be_named(workspace: Workspace) -> None:
+    """An encoding that is not detected is an error, whose option then reads the file."""
+    text = "名,姓,会社名,ウェブサイト\n花子,鈴木,株式会社アクメ,https://acme.example\n"
+    (workspace.folder / "leads.csv").write_text(text, encoding="cp932")
+    init = ("init", "leads.csv", "--waterfall", "email_getter", "--offline")
+
+    refused = workspace.run_in_process(*init)
+    unknown = workspace.run_in_process(*init, "--encoding", "shift")
+    made = workspace.run_in_process(*init, "--encoding", "cp932")
+    checked = workspace.run_in_process("check", "leads.yaml")
+
+    assert refused.exit_code == 5
+    assert "error: leads.csv is not UTF-8 or cp1252 text\nhint: name the encoding" in refused.stderr
+    assert (unknown.exit_code, "unknown encoding `shift`" in unknown.stderr) == (2, True)
+    assert made.exit_code == 0
+    assert (checked.exit_code, checked.stderr) == (0, "")
+    assert "company ← ウェブサイト (domain)   1 of 1 filled" in checked.stdout
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -19,6 +19,7 @@ from enrich.commands.waterfalls import list_descriptions, read_description
 from enrich.databar.description import DOCUMENTED_ON, DOCUMENTED_WATERFALLS, Description
 from enrich.errors import ApiKeyRejected, ApiUnreachable, CommandRefused, JobError, suggest_name
 from enrich.job.bounded_read import read_text
+from enrich.job.field_types import is_text_encoding
 from enrich.job.spec import json_schema
 from enrich.job.target import Target, TargetKind
 
@@ -151,6 +152,9 @@ def _source_text(host: str, *, use_sandbox: bool) -> str:
     metavar="JOB.yaml",
     help="The job file to write, or - for stdout. Default: named after the CSV, in this folder.",
 )
+@click.option(
+    "--encoding", metavar="NAME", help="The encoding of the CSV, such as cp932. Default: UTF-8, UTF-16 or cp1252."
+)
 @click.option("--sandbox", "use_sandbox", is_flag=True, help="Use the waterfalls of the built-in sandbox.")
 @click.option("--offline", is_flag=True, help="Use the built-in descriptions of waterfalls, without network.")
 @click.option("--force", is_flag=True, help="Replace an existing job file.")
@@ -159,6 +163,7 @@ def init(
     identifier: str | None,
     number: int | None,
     out: Path | None,
+    encoding: str | None,
     use_sandbox: bool,
     offline: bool,
     force: bool,
@@ -173,7 +178,9 @@ def init(
         raise click.UsageError("--waterfall and --enrichment: choose one")
     if number is not None and offline:
         raise click.UsageError("--enrichment needs the API, because enrichments have no built-in description")
-    sample = take_sample(leads)
+    if encoding is not None and not is_text_encoding(encoding):
+        raise click.UsageError(f"--encoding: unknown encoding `{encoding}`: use a name such as utf-8, cp1252 or cp932")
+    sample = take_sample(leads, encoding)
     if number is not None:
         description, source = _read_enrichment(number, use_sandbox=use_sandbox)
     else:

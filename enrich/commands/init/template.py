@@ -16,8 +16,8 @@ from enrich.commands.init.column_matching import (
     unmatched_reason,
 )
 from enrich.commands.init.sample import Sample
-from enrich.commands.options import printable
 from enrich.databar.description import Description, Enrichment, Param, Waterfall
+from enrich.errors import printable
 from enrich.job.target import UNFILLED_COLUMN
 from enrich.models import pluralize
 from enrich.rows.requests import STATUS_COLUMNS
