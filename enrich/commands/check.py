@@ -241,7 +241,7 @@ def _open_input(job: Job, problems: list[EnrichError]) -> JobInput | None:
 def _foreign_input_error(job: Job, job_input: JobInput) -> JobError | None:
     """Return one error when the input has no column of the params: it is another file, or read in another way."""
     named = dict.fromkeys(column for param in job.model.params.values() for column in param.columns)
-    header = job_input.all_columns
+    header = list(job_input.all_columns)
     if len(named) < _MANY_COLUMNS or any(
         column in header or missing_column_hint(column, header, named) for column in named
     ):
