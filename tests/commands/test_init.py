@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from unittest.mock import patch
 
+import openpyxl
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -233,6 +234,28 @@ def test_encoding_can_be_named(workspace: Workspace) -> None:
     assert made.exit_code == 0
     assert (checked.exit_code, checked.stderr) == (0, "")
     assert "company ← ウェブサイト (domain)   1 of 1 filled" in checked.stdout
+
+
+def test_sheet_can_be_named(workspace: Workspace) -> None:
+    """The first sheet of a workbook may be a summary: the error lists the others, and the option reads one."""
+    book = openpyxl.Workbook()
+    summary, table = book.worksheets[0], book.create_sheet("Leads #1 2026")
+    summary.append(["Exported by a spreadsheet"])
+    summary["C2"] = "Sheet"
+    for row in (["First Name", "Last Name", "Website"], ["Ada", "Byron", "https://engine.example"]):
+        table.append(row)
+    book.save(workspace.folder / "leads.xlsx")
+    init = ("init", "leads.xlsx", "--waterfall", "email_getter", "--offline")
+
+    refused = workspace.run_in_process(*init)
+    made = workspace.run_in_process(*init, "--sheet", "Leads #1 2026")
+    checked = workspace.run_in_process("check", "leads.yaml")
+    other = workspace.run_in_process("init", "leads.csv", "--sheet", "Leads #1 2026")
+
+    assert (refused.exit_code, "Or choose another sheet: Leads #1 2026" in refused.stderr) == (5, True)
+    assert made.exit_code == 0, made.stderr
+    assert checked.stdout.startswith("ok: leads: 1 lead, 1 can be sent")
+    assert (other.exit_code, "--sheet is for workbooks" in other.stderr) == (2, True)
 
 
 @pytest.mark.parametrize(

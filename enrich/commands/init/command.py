@@ -20,6 +20,7 @@ from enrich.databar.description import DOCUMENTED_ON, DOCUMENTED_WATERFALLS, Des
 from enrich.errors import ApiKeyRejected, ApiUnreachable, CommandRefused, JobError, suggest_name
 from enrich.job.bounded_read import read_text
 from enrich.job.field_types import is_text_encoding
+from enrich.job.locations import format_of
 from enrich.job.spec import json_schema
 from enrich.job.target import Target, TargetKind
 
@@ -155,6 +156,7 @@ def _source_text(host: str, *, use_sandbox: bool) -> str:
 @click.option(
     "--encoding", metavar="NAME", help="The encoding of the CSV, such as cp932. Default: UTF-8, UTF-16 or cp1252."
 )
+@click.option("--sheet", metavar="NAME", help="The sheet of a workbook. Default: the first visible one with cells.")
 @click.option("--sandbox", "use_sandbox", is_flag=True, help="Use the waterfalls of the built-in sandbox.")
 @click.option("--offline", is_flag=True, help="Use the built-in descriptions of waterfalls, without network.")
 @click.option("--force", is_flag=True, help="Replace an existing job file.")
@@ -164,6 +166,7 @@ def init(
     number: int | None,
     out: Path | None,
     encoding: str | None,
+    sheet: str | None,
     use_sandbox: bool,
     offline: bool,
     force: bool,
@@ -180,7 +183,9 @@ def init(
         raise click.UsageError("--enrichment needs the API, because enrichments have no built-in description")
     if encoding is not None and not is_text_encoding(encoding):
         raise click.UsageError(f"--encoding: unknown encoding `{encoding}`: use a name such as utf-8, cp1252 or cp932")
-    sample = take_sample(leads, encoding)
+    if sheet is not None and format_of(leads.name) != "xlsx":
+        raise click.UsageError("--sheet is for workbooks (.xlsx)")
+    sample = take_sample(leads, encoding, sheet)
     if number is not None:
         description, source = _read_enrichment(number, use_sandbox=use_sandbox)
     else:

@@ -42,12 +42,12 @@ class Sample(Struct, frozen=True):
         return [column.name for column in self.columns]
 
 
-def take_sample(path: Path, encoding: str | None = None) -> Sample:
+def take_sample(path: Path, encoding: str | None = None, sheet: str | None = None) -> Sample:
     """Detect separator and encoding (None), and read the first rows. Raises CommandRefused if that fails."""
     if (kind := format_of(path.name)) not in ("csv", None):
-        source = InputTable(path, Input(path=str(path)))
+        source = InputTable(path, Input(path=str(path), sheet=sheet))
         frame = next(source.batches(), None)
-        return _make_sample(TableFile(path, format=kind), list(source.schema), frame)
+        return _make_sample(TableFile(path, format=kind, sheet=sheet), list(source.schema), frame)
     encoding = encoding or _detect_encoding(path)
     attempts = [_try_format(TableFile(path, separator, encoding)) for separator in SEPARATORS]
     # With the right separator the rows have as many cells as the header, and more than with any other separator.

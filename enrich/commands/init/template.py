@@ -80,6 +80,9 @@ def _job_lines(draft: JobDraft) -> Iterator[str]:
 
 def _input_lines(draft: JobDraft) -> Iterator[str]:
     source = draft.sample.format
+    if source.sheet is not None:
+        yield f"input: {{path: {_quote(draft.input)}, sheet: {_quote(source.sheet)}}}"
+        return
     encoding = source.encoding.removesuffix("-sig")  # the mark is read without it
     if (source.separator, encoding) == (",", "utf-8"):
         yield f"input: {yaml_scalar(draft.input)}"
