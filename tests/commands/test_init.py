@@ -248,11 +248,13 @@ def test_sheet_can_be_named(workspace: Workspace) -> None:
     init = ("init", "leads.xlsx", "--waterfall", "email_getter", "--offline")
 
     refused = workspace.run_in_process(*init)
+    listed = workspace.run_in_process("init", "leads.xlsx", "--offline", "--sheet", "Leads #1 2026")
     made = workspace.run_in_process(*init, "--sheet", "Leads #1 2026")
     checked = workspace.run_in_process("check", "leads.yaml")
     other = workspace.run_in_process("init", "leads.csv", "--sheet", "Leads #1 2026")
 
     assert (refused.exit_code, "Or choose another sheet: Leads #1 2026" in refused.stderr) == (5, True)
+    assert "hint: enrich init leads.xlsx --sheet 'Leads #1 2026' --offline --waterfall ID" in listed.stderr
     assert made.exit_code == 0, made.stderr
     assert checked.stdout.startswith("ok: leads: 1 lead, 1 can be sent")
     assert (other.exit_code, "--sheet is for workbooks" in other.stderr) == (2, True)

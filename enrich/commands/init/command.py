@@ -108,9 +108,12 @@ def _read_available(*, use_sandbox: bool, offline: bool) -> tuple[Sequence[Descr
 
 
 def _choose_waterfall(
-    leads: Path, sample: Sample, identifier: str | None, *, use_sandbox: bool, offline: bool
+    leads: Path, sample: Sample, identifier: str | None, given: Sequence[str], *, use_sandbox: bool, offline: bool
 ) -> tuple[Description, str]:
-    """Return a waterfall and a text that names the source. Without an identifier, list those that fit: JobError."""
+    """Return a waterfall and a text that names the source. Without an identifier, list those that fit: JobError.
+
+    `given` are the options of this command, for the one that follows.
+    """
     available, source = _read_available(use_sandbox=use_sandbox, offline=offline)
     if identifier is not None:
         known = {each.identifier: each for each in available}
@@ -120,7 +123,7 @@ def _choose_waterfall(
         return known[identifier], source
     click.echo(f"Waterfalls from {source}, best fit for {leads} first:", err=True)
     click.echo("\n".join(rank_waterfalls(available, sample)), err=True)
-    command = ["enrich", "init", str(leads), *(["--sandbox"] if use_sandbox else []), "--waterfall", "ID"]
+    command = ["enrich", "init", str(leads), *given, "--waterfall", "ID"]
     raise JobError("no waterfall is chosen", shlex.join(command))
 
 
@@ -189,7 +192,12 @@ def init(
     if number is not None:
         description, source = _read_enrichment(number, use_sandbox=use_sandbox)
     else:
-        description, source = _choose_waterfall(leads, sample, identifier, use_sandbox=use_sandbox, offline=offline)
+        texts = {"--encoding": encoding, "--sheet": sheet}
+        given = [word for option, text in texts.items() if text is not None for word in (option, text)]
+        given += [option for option, is_set in {"--sandbox": use_sandbox, "--offline": offline}.items() if is_set]
+        description, source = _choose_waterfall(
+            leads, sample, identifier, given, use_sandbox=use_sandbox, offline=offline
+        )
     printed = out == Path("-")
     target = out or Path(leads.name.removesuffix(".gz")).with_suffix(".yaml")
     text = draft_job(sample, description, source, None if printed else target)
