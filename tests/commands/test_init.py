@@ -224,12 +224,15 @@ def test_encoding_can_be_named(workspace: Workspace) -> None:
     init = ("init", "leads.csv", "--waterfall", "email_getter", "--offline")
 
     refused = workspace.run_in_process(*init)
+    (workspace.folder / "western.csv").write_bytes("Имя,Website\nЮлия,a.example\n".encode("cp1251"))
+    guessed = workspace.run_in_process("init", "western.csv", *init[2:], "-o", "-")
     unknown = workspace.run_in_process(*init, "--encoding", "shift")
     made = workspace.run_in_process(*init, "--encoding", "cp932")
     checked = workspace.run_in_process("check", "leads.yaml")
 
     assert refused.exit_code == 5
     assert "error: leads.csv is not UTF-8 or cp1252 text\nhint: name the encoding" in refused.stderr
+    assert "encoding: cp1252} # guessed from the file; if letters are wrong, name it with --encoding" in guessed.stdout
     assert (unknown.exit_code, "unknown encoding `shift`" in unknown.stderr) == (2, True)
     assert made.exit_code == 0
     assert (checked.exit_code, checked.stderr) == (0, "")

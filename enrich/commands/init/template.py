@@ -88,7 +88,8 @@ def _input_lines(draft: JobDraft) -> Iterator[str]:
         yield f"input: {yaml_scalar(draft.input)}"
         return
     csv_options = f"separator: {_quote(source.separator)}, encoding: {encoding}"
-    yield f"input: {{path: {yaml_scalar(draft.input)}, {csv_options}}} # guessed from the file"
+    doubt = "; if letters are wrong, name it with --encoding" if encoding == "cp1252" else ""
+    yield f"input: {{path: {yaml_scalar(draft.input)}, {csv_options}}} # guessed from the file{doubt}"
 
 
 def _enrichment_lines(enrichment: Enrichment) -> Iterator[str]:
