@@ -20,7 +20,6 @@ from enrich.files.values import text_frame
 from enrich.job.locations import format_of
 from enrich.job.spec import Input
 
-#: The first rows that are looked at.
 SAMPLE_ROWS = 1_000
 #: With this many usual names a first line is a header.
 _USUAL_HEADERS = 2
