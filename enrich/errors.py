@@ -228,9 +228,13 @@ def suggest_name(name: str, known: Iterable[str]) -> str | None:
 
 
 def did_you_mean(name: str) -> str:
-    """Return the hint that this name may be meant. Signs that cannot be seen are escaped."""
-    shown = "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in name)
-    return f"did you mean `{shown}`?"
+    """Return the hint that this name may be meant."""
+    return f"did you mean `{printable(name)}`?"
+
+
+def printable(text: str) -> str:
+    """Escape unprintable characters, so that the text is one line."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
 def closest_name(name: str, known: Iterable[str]) -> str | None:

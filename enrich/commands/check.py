@@ -17,6 +17,7 @@ from enrich.commands.paths import path_problems
 from enrich.databar.credentials import find_base_url, host_of
 from enrich.databar.description import Description
 from enrich.errors import EnrichError, JobError
+from enrich.files.text import missing_column_hint
 from enrich.job.job import Job
 from enrich.job.locations import STDIN
 from enrich.job.target import UNFILLED_COLUMN, Param
@@ -232,7 +233,10 @@ def _open_input(job: Job, problems: list[EnrichError]) -> JobInput | None:
 def _foreign_input_error(job: Job, job_input: JobInput) -> JobError | None:
     """Return one error when the input has no column of the params: it is another file, or read in another way."""
     named = dict.fromkeys(column for param in job.model.params.values() for column in param.columns)
-    if len(named) < _MANY_COLUMNS or not named.keys().isdisjoint(job_input.all_columns):
+    header = list(job_input.all_columns)
+    if len(named) < _MANY_COLUMNS or any(
+        column in header or missing_column_hint(column, header, named) for column in named
+    ):
         return None
     message = f"the input has none of these columns: {', '.join(named)} ({job.input_path})"
     hint = job_input.separator_hint() or "check that it is the right file, and that its first line is the header"

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from enrich.databar.description import DOCUMENTED_ON, DOCUMENTED_WATERFALLS, Description, Field, description_changes
 from enrich.databar.description import Param as DescribedParam
-from enrich.errors import CommandRefused, EnrichError, JobError, closest_name
+from enrich.errors import CommandRefused, EnrichError, JobError, closest_name, printable
 from enrich.exit_codes import ExitCode, first_exit_code
 from enrich.job.job import Job
 from enrich.ledger.database import Database, ledger_exists
@@ -73,7 +73,7 @@ class ParamFill:
                 f"{column} ({', '.join(transforms)})" if transforms else column for column, transforms in param.sources
             )
             example = f"   e.g. {self.examples[name]}" if name in self.examples else ""
-            yield f"  {name} ← {source}   {self.filled[name]:,} of {self.rows:,} filled{example}"
+            yield f"  {name} ← {printable(source)}   {self.filled[name]:,} of {self.rows:,} filled{example}"
 
     def warning(self) -> str | None:
         """Return a warning when few rows can be sent; None: enough can."""

@@ -16,9 +16,8 @@ from msgspec import Struct
 from enrich.commands import options
 from enrich.commands.doctor import system
 from enrich.commands.init.command import write_new_file
-from enrich.commands.options import printable
 from enrich.commands.paths import absolute_path, files_written, nearest_existing
-from enrich.errors import JobError
+from enrich.errors import JobError, printable
 from enrich.files.object_store import CREDENTIAL_VARIABLES
 from enrich.job.field_types import parse_duration
 from enrich.job.locations import ObjectUrl, is_url

@@ -11,6 +11,7 @@ from typing import Any
 from msgspec import Struct
 
 from enrich.databar.task_results import has_value, parse_data
+from enrich.errors import printable
 from enrich.job.cell_text import clean
 from enrich.job.job import Job
 from enrich.job.spec import Policy
@@ -188,7 +189,7 @@ def row_lines(row: Mapping[str, Any]) -> Iterator[str]:
     yield f"row {row['row']}: {row['status']}{why}"
     for param, cells in row["asks_with"].items():
         sent = (row["params"] or {}).get(param)
-        source = "; ".join(f"{column}: {cell!r}" for column, cell in cells.items()) or "a constant"
+        source = "; ".join(f"{printable(column)}: {cell!r}" for column, cell in cells.items()) or "a constant"
         sent_text = repr(sent) if sent is not None else "nothing" if row["params"] is not None else "not sent"
         yield f"  {param:<11} {sent_text}  from {source}"
     if shared := row["shared_with"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -38,10 +38,11 @@ YES_OPTION = click.option("--yes", is_flag=True, help="Skip the confirmation.")
 
 
 class ForgottenCounts(NamedTuple):
-    """How many requests about a person are in the ledger, and how many more the input has."""
+    """How many requests about a person are in the ledger, how many more the input has, and the params of all."""
 
     erased: int = 0
     unsent: int = 0
+    params: frozenset[str] = frozenset()
 
     def prompt(self) -> str:
         """Return what will be done, as a sentence."""
@@ -94,7 +95,8 @@ def forget_person(job: Job, matches: Sequence[str], confirm: Callable[[Forgotten
         unsent = {
             params for name, params in matching.items() if name not in in_ledger and params not in forgotten
         }.difference(known["params"] for known in found)
-        counts = ForgottenCounts(len(found), len(unsent))
+        params = params_of_rows.union(known["params"] for known in found)
+        counts = ForgottenCounts(len(found), len(unsent), params)
         if counts == ForgottenCounts() or not confirm(counts):
             return ForgottenCounts()
         key = read_or_make_key(job.ledger)
@@ -108,17 +110,21 @@ def forget_person(job: Job, matches: Sequence[str], confirm: Callable[[Forgotten
         return counts
 
 
-def forget_in_sandbox_state(job: Job, matches: Sequence[str], confirm: Callable[[int], bool]) -> int:
+def forget_in_sandbox_state(
+    job: Job, matches: Sequence[str], known_params: Collection[str], confirm: Callable[[int], bool]
+) -> int:
     """Erase the requests and results about a person from the sandbox of the ledger. Return the number of lookups.
 
-    A lookup has the params of its request: `matches` find it by these, by its answers and by the job's columns.
+    A lookup has the params of its request: it is found by `known_params`, those of the person's requests elsewhere (as
+    JSON), and by `matches` with these, its answers and the job's columns.
     """
     criteria = dict(_parse_match(match) for match in matches)
+    known = list(map(json.loads, known_params))
     columns = {name: path for step in job.steps for name, path in (step.model.columns or {}).items()}
 
     def is_person(lookup: StoredLookup) -> bool:
-        answers = [json.loads(data) for data in lookup.answers]
-        return _matches_person(json.loads(lookup.params), answers, job, columns, criteria)
+        params, answers = json.loads(lookup.params), [json.loads(data) for data in lookup.answers]
+        return params in known or _matches_person(params, answers, job, columns, criteria)
 
     return _erase_from_sandbox_state(job, is_person, confirm)
 
@@ -271,10 +277,9 @@ def _erase(jobs: Iterable[Job], from_ledger: Callable[[Job], int], from_sandbox:
     count = 0
     for job in jobs:
         state_exists = job.sandbox and sandbox_state_path(job.ledger).is_file()
-        if not state_exists or _has_requests(job):
-            count += from_ledger(job)
-        if state_exists:
-            count += from_sandbox(job)
+        in_ledger = from_ledger(job) if not state_exists or _has_requests(job) else 0
+        # The sandbox stores the requests that its ledger has: they count once.
+        count += max(in_ledger, from_sandbox(job) if state_exists else 0)
     return count
 
 
@@ -298,6 +303,7 @@ def forget(job_options: options.JobOptions, matches: tuple[str, ...], yes: bool,
     """
     confirmed = [True] if yes else []
     unsent = 0
+    known_params: set[str] = set()
 
     def confirm(counts: ForgottenCounts) -> bool:
         """Ask once for the ledger and the sandbox."""
@@ -311,12 +317,13 @@ def forget(job_options: options.JobOptions, matches: tuple[str, ...], yes: bool,
         counts = forget_person(job, matches, confirm)
         if job.sandbox == job_options.use_sandbox:
             unsent = counts.unsent
+        known_params.update(counts.params)
         return counts.erased
 
     erased = _erase(
         _jobs_to_erase(job_options),
         from_ledger,
-        lambda job: forget_in_sandbox_state(job, matches, lambda found: confirm(ForgottenCounts(found))),
+        lambda job: forget_in_sandbox_state(job, matches, known_params, lambda found: confirm(ForgottenCounts(found))),
     )
     result = {"exit_code": 0, "requests": erased, "never_sent": unsent}
     options.echo_result(result, [ForgottenCounts(erased, unsent).result()], as_json=as_json)

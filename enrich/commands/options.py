@@ -342,11 +342,6 @@ def echo_error(message: str, hint: str | None) -> None:
         click.echo(f"hint: {hint}", err=True)
 
 
-def printable(text: str) -> str:
-    """Replace unprintable characters by `?`, so that a comment stays on one line."""
-    return "".join(sign if sign.isprintable() else "?" for sign in text)
-
-
 #: Stand-ins for characters that not every terminal can show.
 _ASCII = str.maketrans({"✓": "ok:", "→": "->", "·": "-", "…": "..."})
 

@@ -46,6 +46,9 @@ from enrich.run.step_input import StepInput, begin_steps
 from enrich.run.step_plan import StepsPlan, format_steps_plan, plan_steps
 from enrich.run.step_rows import StepRows
 
+#: How the note begins that says why a run would not start.
+_REFUSED = "a run would be refused"
+
 
 @click.command()
 @options.RUN_JOB_OPTIONS
@@ -99,7 +102,9 @@ def _selection_arguments(selected: RunOptions, max_credits: float | None) -> str
 
 
 def _next_lines(planned: Plan | StepsPlan, command: str, chosen: str) -> Iterator[str]:
-    """Yield the commands that come after the plan."""
+    """Yield the commands that come after the plan. None: a run would be refused."""
+    if any(note.startswith(_REFUSED) for note in planned.notes):
+        return
     if not planned.to_submit:
         yield f"Next: {command}{chosen} (free: writes the output)"
         return
@@ -252,7 +257,7 @@ def _notes(job: Job, preflight_result: Preflight, to_submit: int, *, is_running:
         try:
             check_balance(job, preflight_result.template, preflight_result.balance)
         except CommandRefused as error:
-            yield f"a run would be refused: {error.message}"
+            yield f"{_REFUSED}: {error.message}"
 
 
 def _other_ledger_notes(
@@ -266,13 +271,11 @@ def _other_ledger_notes(
     if not job.sandbox:
         refusal, problem = asyncio.run(find_output_of_other_ledger(job, submit))
         if refusal is not None:
-            yield f"a run would be refused: {refusal.message}; {refusal.hint}"
+            yield f"{_REFUSED}: {refusal.message}; {refusal.hint}"
             return
         if problem is not None:
             yield problem
     overlap = find_overlap(ledger, job, preflight_result.bound_to, step_rows) if to_submit else None
     if overlap is not None:
         error = refusal_to_pay_again(job, overlap)
-        yield from (
-            overlap_notes(overlap) if error is None else (f"a run would be refused: {error.message}; {error.hint}",)
-        )
+        yield from (overlap_notes(overlap) if error is None else (f"{_REFUSED}: {error.message}; {error.hint}",))

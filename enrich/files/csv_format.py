@@ -17,6 +17,7 @@ from enrich.files.text import (
     BYTE_ORDER_MARK,
     LATER_HEADER_HINT,
     ROWS_PER_BATCH,
+    SHORT_ROW_HINT,
     FileProblem,
     TableFile,
     as_file_problem,
@@ -255,9 +256,10 @@ def _row_problem(
         separator = likely_separator(header, source.separator)
         if separator:
             return message, f"the separator may be {separator!r}"
+        if len(cells) < len(header):
+            return message, SHORT_ROW_HINT
         hint = f"look for a cell with {source.separator!r} or a quote in it that should be in quotes"
-        is_title = len(header) < len(cells) and (is_first_row or len(header) == 1)
-        return message, f"{LATER_HEADER_HINT}. Or: {hint}" if is_title else hint
+        return message, f"{LATER_HEADER_HINT}. Or: {hint}" if is_first_row or len(header) == 1 else hint
     if any("\0" in cell for cell in cells):
         return "has a NUL character", BINARY_HINT
     return header_problem(header) if cells is header else None

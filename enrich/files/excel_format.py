@@ -53,7 +53,7 @@ def _sheet_rows(source: TableFile) -> Iterator[list[str]]:
     """Yield the header and the rows below it, all as wide as the sheet. Blank rows at the end are left out."""
     from xlsxwriter.utility import xl_col_to_name  # noqa: PLC0415 - slow to import, and few inputs are workbooks
 
-    sheet = _open_sheet(source)
+    sheet, others = _open_sheet(source)
     first_column = (sheet.start or (0, 0))[1]
     header: list[str] = []
     blank: list[list[str]] = []
@@ -68,6 +68,7 @@ def _sheet_rows(source: TableFile) -> Iterator[list[str]]:
             positions = [xl_col_to_name(first_column + place) for place in range(len(cells))]
             if problem := header_problem(cells, positions):
                 message, hint = problem
+                hint += f". Or choose another sheet: {', '.join(others)}" if others else ""
                 raise FileProblem(f"{source}: the header (row {row} of sheet `{sheet.name}`) {message}", hint)
             header, blank = cells, []
         yield from blank
@@ -77,8 +78,8 @@ def _sheet_rows(source: TableFile) -> Iterator[list[str]]:
         raise FileProblem(f"{source}: sheet `{sheet.name}` is empty", "the first row must have the column names")
 
 
-def _open_sheet(source: TableFile) -> CalamineSheet:
-    """Open the named sheet, or else the first that is a visible table. Raises FileProblem."""
+def _open_sheet(source: TableFile) -> tuple[CalamineSheet, list[str]]:
+    """Open the named sheet, or else the first that is a visible table, and list the others. Raises FileProblem."""
     with as_file_problem(source):
         try:
             check_size(source.path)
@@ -94,7 +95,7 @@ def _open_sheet(source: TableFile) -> CalamineSheet:
                 raise FileProblem(
                     message, "open the workbook in a spreadsheet and save it, so that formulas have values"
                 )
-            return book.get_sheet_by_name(name)
+            return book.get_sheet_by_name(name), [other for other in book.sheet_names if other != name]
         except (CalamineError, UnsoundWorkbook) as error:
             check_magic_bytes(source)
             if "cell error value" in str(error):

@@ -153,6 +153,10 @@ def looks_like_cell(name: str) -> bool:
 NO_HEADER = "looks like a lead, not like column names: the file has no header"
 NO_HEADER_HINT = "write the column names into a first line, as in First Name,Last Name,Website"
 LATER_HEADER_HINT = "the header may be a later row: delete the lines above it"
+SHORT_ROW_HINT = (
+    "if a total or a footer starts here, delete it; otherwise look for a cell with a quote or a line break in it that "
+    "should be in quotes"
+)
 
 
 def header_problem(header: list[str], positions: list[str] | None = None) -> tuple[str, str] | None:

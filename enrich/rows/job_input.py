@@ -36,6 +36,7 @@ from enrich.rows.known_batches import KnownBatches
 from enrich.rows.requests import CHANGE_COLUMNS, InputRows, RequestBuilder, RowBatch, own_columns, status_columns
 from enrich.rows.row_selection import (
     PER_ROW_MESSAGE,
+    QUOTES_HINT,
     WHERE_EXAMPLE,
     depends_on_other_rows,
     evaluate_expression,
@@ -250,7 +251,10 @@ class JobInput:
         if model.caps is not None and model.caps.by not in model.params:
             self._check_column(model.caps.by, ["caps", "by"], other_names=model.params)
 
-    def _check_column(self, column: str, key_path: list[str | int], other_names: Iterable[str] = ()) -> None:
+    def _check_column(
+        self, column: str, key_path: list[str | int], other_names: Iterable[str] = (), hint_if_unlike: str | None = None
+    ) -> None:
+        """Raise EnrichError if the input lacks a column. `hint_if_unlike`: it has no similar one either."""
         if column in self.header:
             return
         job_columns = [name for param in self.job.model.params.values() for name in param.columns]
@@ -262,7 +266,9 @@ class JobInput:
                     f"{self.job.input_path}: the first line is not the header: row {row} under it has the column names"
                 )
                 raise CommandRefused(message, LATER_HEADER_HINT)
-            hint = missing_column_hint(column, [*self.header, *other_names], [*job_columns, *other_names])
+            if hint_if_unlike is None or closest_name(column, self.header) is not None:
+                hint_if_unlike = missing_column_hint(column, [*self.header, *other_names], [*job_columns, *other_names])
+            hint = hint_if_unlike
         raise self.job.error(key_path, f"the input has no column `{column}` ({self.job.input_path})", hint)
 
     def _step_hint(self, column: str) -> str | None:
@@ -300,7 +306,7 @@ class JobInput:
         except pl.exceptions.PolarsError as error:
             reason, hint = explain_error(error)
             if missing := _MISSING_COLUMN.match(reason):
-                self._check_column(missing[1], ["where"])
+                self._check_column(missing[1], ["where"], hint_if_unlike=QUOTES_HINT)
             raise self.job.error(["where"], f"not a polars SQL expression over the columns: {reason}", hint) from error
         is_per_row = result.schema == {"selected": pl.Boolean} and not result.height
         if not is_per_row or depends_on_other_rows(expression, self.header):

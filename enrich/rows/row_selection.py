@@ -21,7 +21,7 @@ WHERE_EXAMPLE = "for example: Country = 'DE'"
 #: What polars says about a cell, which is text, where it needs a number.
 _TEXT_AS_NUMBER = re.compile(r"cannot compare string|arithmetic on dtypes")
 _TEXT_HINT = "cells are text and may be blank: TRY_CAST(… AS INT) > 50 compares numbers, and is null where CAST fails"
-_QUOTES_HINT = "names with blanks are put in double quotes, texts in single quotes: \"Team Size\" <> '1'"
+QUOTES_HINT = "names with blanks are put in double quotes, texts in single quotes: \"Team Size\" <> '1'"
 _SQL_POSITION = re.compile(r" at Line: \d+, Column: \d+")
 #: Text, quoted names and comments: their content is not SQL.
 _QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`|--[^\n]*|/\*.*?\*/", re.DOTALL)
@@ -88,7 +88,7 @@ def explain_error(error: pl.exceptions.PolarsError, *, in_cells: bool = False) -
     # The position is that in a query of ours.
     reason = _SQL_POSITION.sub("", str(error).splitlines()[0])
     if "sql parser error" in reason:
-        return reason, _QUOTES_HINT
+        return reason, QUOTES_HINT
     return reason, _TEXT_HINT if in_cells or _TEXT_AS_NUMBER.search(reason) else None
 
 

@@ -105,9 +105,10 @@ def read_suppression(path: Path) -> Suppression:
             continue
         # `*.acme.example`, `*@acme.example`, `@acme.example` and `https://acme.example/` all mean the domain.
         address = None if " " in entry else read_address(trim_word(entry))
-        if address is None or "." not in address.host:
+        if address is None or "." not in address.host or "*" in (address.local or ""):
             raise CommandRefused(
-                f"{path}: line {number} must be an e-mail address or a domain", "use one entry per line"
+                f"{path}: line {number} must be an e-mail address or a domain",
+                "use one entry per line; `*` is only in `*.acme.example` and `*@acme.example`; put `#` before a header",
             )
         if address.local:
             addresses.add(f"{address.local}@{address.host}")

@@ -56,6 +56,8 @@ class Dispatcher:
     on_task_accepted: Callable[[Task], None]
     #: Send only requests without an answer, up to this place in the queue (for a canary). None: all.
     new_up_to: int | None = None
+    #: The cap of the step leaves no room for another request.
+    step_cap_reached: bool = False
     #: Attempts that are claimed and certainly not sent yet.
     _unsent_attempts: set[int] = field(default_factory=set)
     #: Those of them in the current claim. A failed commit is repeated, and may then claim others.
@@ -143,6 +145,7 @@ class Dispatcher:
         """Note which cap ends the claims, if one does. That of a step ends the step only."""
         budget, step = self.config.budget, self.config.step
         if reached is StepCapReached:
+            self.step_cap_reached = True
             reason = EnrichError(f"the credits cap of the step `{step}` is reached", STEP_CAP_HINT)
             self.run_state.exit_reasons.setdefault(ExitCode.CREDITS, reason)
         elif reached is not None:
@@ -305,10 +308,11 @@ class Dispatcher:
         return posts, None, False
 
 
-async def submit_and_poll(poller: Poller, new_up_to: int | None = None) -> None:
+async def submit_and_poll(poller: Poller, new_up_to: int | None = None) -> bool:
     """Submit and poll until all selected requests, or those of a canary, are settled.
 
-    Add the tasks that earlier runs left open to the poller before.
+    Returns False if the cap of the step left some unsent. Add the tasks that earlier runs left open to the poller
+    before.
     """
     run_state = poller.run_state
     dispatcher = Dispatcher(run_state, poller.ledger_writer, poller.client, poller.config, poller.add_task, new_up_to)
@@ -321,3 +325,4 @@ async def submit_and_poll(poller: Poller, new_up_to: int | None = None) -> None:
             run_state.notify_change()
 
     await run_state.run_until_abort(dispatch(), poller.run())
+    return not dispatcher.step_cap_reached

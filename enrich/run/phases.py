@@ -167,7 +167,8 @@ async def _pass_canary(context: RunContext, run_state: RunState) -> bool:
     run_state.phase = Phase.CANARY
     # Resent requests prove nothing: requests without a match last month will have none again.
     new_up_to = await context.ledger_writer.submit(enroll.queue_position_of_new, canary.rows)
-    await _submit_and_poll_locally(context, run_state, new_up_to)
+    if not await _submit_and_poll_locally(context, run_state, new_up_to):
+        return False
     outcomes = await context.ledger_writer.submit(
         queries.execution_outcome_counts, run_state.execution_id, context.job.step or None
     )
@@ -177,12 +178,15 @@ async def _pass_canary(context: RunContext, run_state: RunState) -> bool:
     return not run_state.stop_submitting.is_set()
 
 
-async def _submit_and_poll_locally(context: RunContext, run_state: RunState, new_up_to: int | None = None) -> None:
-    """Submit and poll until all selected requests, or those of a canary, are settled."""
+async def _submit_and_poll_locally(context: RunContext, run_state: RunState, new_up_to: int | None = None) -> bool:
+    """Submit and poll until all selected requests, or those of a canary, are settled.
+
+    Returns False if the cap of the step left some unsent.
+    """
     poller = _make_poller(context, run_state)
     await context.ledger_writer.submit(resume.take_over_tasks)
     poller.add_earlier_tasks(await context.ledger_writer.submit(transitions.submitted_tasks), polled_before=True)
-    await dispatcher.submit_and_poll(poller, new_up_to)
+    return await dispatcher.submit_and_poll(poller, new_up_to)
 
 
 async def _submit_and_poll_with_workers(context: RunContext, run_state: RunState) -> bool:

@@ -339,3 +339,11 @@ def test_waterfall_change_messages() -> None:
 def test_missing_job_file(workspace: Workspace, tmp_path: Path) -> None:
     """Exits with 2 when the job file is missing, as all commands do."""
     assert workspace.run_in_process("check", str(tmp_path / "none.yaml")).exit_code == 2
+
+
+def test_header_with_line_break_is_one_line(workspace: Workspace) -> None:
+    """A spreadsheet's header with a line break is one line on the screen."""
+    (workspace.folder / "leads.csv").write_text('"First\nName",Last,Site\nAda,Byron,a.example\n')
+    workspace.run_in_process("init", "leads.csv", "--waterfall", "email_getter", "--offline")
+    result = workspace.run_in_process("check", "leads.yaml")
+    assert "  first_name ← First\\nName   1 of 1 filled\n" in result.stdout

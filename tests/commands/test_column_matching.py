@@ -140,6 +140,22 @@ def test_company_by_name_is_uncertain() -> None:
     assert "no column has the company's website" in found.reason
 
 
+def test_more_columns_only_if_they_hold_the_same() -> None:
+    """`companyLocation` is no second source of a company's name, although more of its cells are filled."""
+    table: dict[str, Sequence[str]] = {
+        "companyName": ["Engine", "", "Bombe"],
+        "Account Name": ["", "Cobol", ""],
+        "companyLocation": ["London", "Paris", "Berlin"],
+        "durationInCompany": ["1 year", "2 years", "3 years"],
+        "Phonetic First Name": NAMES,
+        "First Name": ["Ada", "", "Alan"],
+    }
+    assert chosen_columns(["first_name", "company"], table) == {
+        "first_name": ("First Name",),
+        "company": ("companyName", "Account Name"),
+    }
+
+
 def test_free_mail_is_that_of_the_domain_transform() -> None:
     """The addresses that `domain` leaves out are no company domains here, either; placeholders are blank."""
     (column,) = describe_columns(Email=["ada@posteo.de", "GRACE@Proton.me", "alan@bombe.example", "N/A", "\u200b"])

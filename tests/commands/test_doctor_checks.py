@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -224,11 +225,18 @@ def test_disk_space_finding(free: int, mark: str) -> None:
     assert checks.check_free_space(Path("/srv"), free, 100, 50).mark == mark
 
 
-def test_next_run_time() -> None:
-    """Returns a time later today or tomorrow."""
-    assert checks.next_run_time(NOW, 22, 30) == NOW + timedelta(hours=2, minutes=30)
-    assert checks.next_run_time(NOW, 2, 0) == NOW + timedelta(hours=6)
-    assert checks.next_run_time(NOW, 20, 0) == NOW + timedelta(days=1)
+def test_next_run_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Returns a time later today or tomorrow, also in the night in which the clock changes."""
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "Europe/Berlin")
+        time.tzset()
+        evening = datetime(2026, 11, 23, 20, 0).astimezone()
+        assert checks.next_run_time(evening, 22, 30) == evening + timedelta(hours=2, minutes=30)
+        assert checks.next_run_time(evening, 2, 0) == evening + timedelta(hours=6)
+        assert checks.next_run_time(evening, 20, 0) == evening + timedelta(days=1)
+        before_summer = datetime(2026, 3, 28, 20, 0).astimezone()
+        assert checks.next_run_time(before_summer, 4, 0) == before_summer + timedelta(hours=7)
+    time.tzset()
 
 
 def test_findings_are_sorted() -> None:

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from unittest.mock import patch
 
+import openpyxl
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -214,6 +215,52 @@ def test_separator_and_encoding_detected(workspace: Workspace, separator: str, e
     assert made.exit_code == 0
     assert result.stderr == ""
     assert result.stdout.startswith("ok: leads: 1 lead, 1 can be sent")
+
+
+def test_encoding_can_be_named(workspace: Workspace) -> None:
+    """An encoding that is not detected is an error, whose option then reads the file."""
+    text = "名,姓,会社名,ウェブサイト\n花子,鈴木,株式会社アクメ,https://acme.example\n"
+    (workspace.folder / "leads.csv").write_text(text, encoding="cp932")
+    init = ("init", "leads.csv", "--waterfall", "email_getter", "--offline")
+
+    refused = workspace.run_in_process(*init)
+    (workspace.folder / "western.csv").write_bytes("Имя,Website\nЮлия,a.example\n".encode("cp1251"))
+    guessed = workspace.run_in_process("init", "western.csv", *init[2:], "-o", "-")
+    unknown = workspace.run_in_process(*init, "--encoding", "shift")
+    made = workspace.run_in_process(*init, "--encoding", "cp932")
+    checked = workspace.run_in_process("check", "leads.yaml")
+
+    assert refused.exit_code == 5
+    assert "error: leads.csv is not UTF-8 or cp1252 text\nhint: name the encoding" in refused.stderr
+    assert "encoding: cp1252} # guessed from the file; if letters are wrong, name it with --encoding" in guessed.stdout
+    assert (unknown.exit_code, "unknown encoding `shift`" in unknown.stderr) == (2, True)
+    assert made.exit_code == 0
+    assert (checked.exit_code, checked.stderr) == (0, "")
+    assert "company ← ウェブサイト (domain)   1 of 1 filled" in checked.stdout
+
+
+def test_sheet_can_be_named(workspace: Workspace) -> None:
+    """The first sheet of a workbook may be a summary: the error lists the others, and the option reads one."""
+    book = openpyxl.Workbook()
+    summary, table = book.worksheets[0], book.create_sheet("Leads #1 2026")
+    summary.append(["Exported by a spreadsheet"])
+    summary["C2"] = "Sheet"
+    for row in (["First Name", "Last Name", "Website"], ["Ada", "Byron", "https://engine.example"]):
+        table.append(row)
+    book.save(workspace.folder / "leads.xlsx")
+    init = ("init", "leads.xlsx", "--waterfall", "email_getter", "--offline")
+
+    refused = workspace.run_in_process(*init)
+    listed = workspace.run_in_process("init", "leads.xlsx", "--offline", "--sheet", "Leads #1 2026")
+    made = workspace.run_in_process(*init, "--sheet", "Leads #1 2026")
+    checked = workspace.run_in_process("check", "leads.yaml")
+    other = workspace.run_in_process("init", "leads.csv", "--sheet", "Leads #1 2026")
+
+    assert (refused.exit_code, "Or choose another sheet: Leads #1 2026" in refused.stderr) == (5, True)
+    assert "hint: enrich init leads.xlsx --sheet 'Leads #1 2026' --offline --waterfall ID" in listed.stderr
+    assert made.exit_code == 0, made.stderr
+    assert checked.stdout.startswith("ok: leads: 1 lead, 1 can be sent")
+    assert (other.exit_code, "--sheet is for workbooks" in other.stderr) == (2, True)
 
 
 @pytest.mark.parametrize(

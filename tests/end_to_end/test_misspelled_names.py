@@ -132,3 +132,11 @@ def test_one_cause_is_one_message(workspace: Workspace) -> None:
         result = workspace.run_in_process("check", "job.yaml")
         assert (result.exit_code, result.stderr.count("error: ")) == (2, 1), result.stderr
         assert hint in result.stderr
+
+
+def test_columns_that_are_all_misspelled(workspace: Workspace) -> None:
+    """Where the input has similar columns, each is suggested: it is not another file."""
+    (workspace.folder / "leads.csv").write_text("first name,lastname,website,e-mail\n")
+    result = workspace.run_in_process("check", "job.yaml")
+    assert result.exit_code == 2
+    assert all(f"did you mean `{name}`?" in result.stderr for name in ("first name", "lastname", "website"))

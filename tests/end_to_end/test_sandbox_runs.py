@@ -264,17 +264,24 @@ def sandbox_bytes(workspace: Workspace) -> bytes:
     return b"".join(path.read_bytes() for path in workspace.ledger_path.parent.glob("job.sandbox*"))
 
 
-@pytest.mark.parametrize("with_real_run", first_quick(1, [True, False]))
-def test_forget_reaches_the_sandbox(api: SandboxApi, workspace: Workspace, *, with_real_run: bool) -> None:
-    """Forgets a person in the ledger, in that of the sandbox, and in what the sandbox was asked."""
+@pytest.mark.parametrize(
+    ("with_real_run", "match"),
+    first_quick(2, [(True, "First Name=First1"), (False, "Note=note 1"), (False, "First Name=First1")]),
+)
+def test_forget_reaches_the_sandbox(api: SandboxApi, workspace: Workspace, *, with_real_run: bool, match: str) -> None:
+    """Forgets a person in the ledger, in that of the sandbox, and in what the sandbox was asked.
+
+    A column that is not sent finds the person, too. A request in the sandbox counts once.
+    """
     if with_real_run:
         assert workspace.run_in_process(*RUN, api=api).exit_code == 0
     assert workspace.run_in_process(*REHEARSAL).exit_code == 0
     assert b"First1" in sandbox_bytes(workspace)
 
-    result = workspace.run_in_process("forget", "job.yaml", "--match", "First Name=First1", "--yes", "--json")
+    result = workspace.run_in_process("forget", "job.yaml", "--match", match, "--yes", "--json")
 
     assert result.exit_code == 0, result.stderr
+    assert result.json_output["requests"] == 1 + with_real_run
     assert b"First1" not in sandbox_bytes(workspace)
     assert b"company1.example" not in sandbox_bytes(workspace)
     assert b"First2" in sandbox_bytes(workspace)

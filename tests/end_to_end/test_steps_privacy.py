@@ -115,6 +115,18 @@ def test_forgotten_person_is_sent_by_no_later_step(people: Workspace, tmp_path: 
     assert after[1]["work_email"] == after[1]["phone"] == ""
 
 
+@pytest.mark.long
+def test_sandbox_forgets_what_later_steps_have_sent(people: Workspace) -> None:
+    """The address that one step found, and another has sent, is erased in the sandbox as in its ledger."""
+    assert people.run_in_process("run", "job.yaml", "--sandbox", "--yes").exit_code in (0, 10)
+    row = next(row for row in people.read_output("out.sandbox.csv") if row["work_email"])
+    stored = sorted(people.ledger_path.parent.glob("job.sandbox*"))
+    assert row["work_email"].encode() in b"".join(path.read_bytes() for path in stored)
+    result = people.run_in_process("forget", "job.yaml", "--match", f"Last Name={row['Last Name']}", "--yes")
+    assert result.exit_code == 0
+    assert row["work_email"].encode() not in b"".join(path.read_bytes() for path in stored if path.exists())
+
+
 def test_forgotten_person_who_was_never_sent(people: Workspace, api: SandboxApi) -> None:
     """A lead that `--limit` left over is in no step of later runs; what it shares with a colleague is sent for them."""
     people.run_job(api, RunOptions(limit=1))

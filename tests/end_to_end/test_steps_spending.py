@@ -125,6 +125,23 @@ def test_plan_counts_a_shared_question_beyond_the_cap_of_a_step(workspace: Works
     assert all(done["submitted"] <= step["at_most"] for done, step in zip(summary.steps, plan["steps"], strict=True))
 
 
+@pytest.mark.parametrize("cap", [1, 4])
+def test_cap_of_a_step_that_its_canary_does_not_fit_in(workspace: Workspace, tmp_path: Path, cap: float) -> None:
+    """A canary that the step's cap cuts short gives no verdict: the step ends, and independent ones continue."""
+    limits = f"    canary: {{rows: 3, min_hit_rate: 1.0}}\n    limits: {{max_credits: {cap}}}\n"
+    company = "  - name: company\n    waterfall: company_lookup\n    params: {company_website: Website}\n"
+    workspace.write_job(SHORT_JOB.replace("  - name: person\n", limits + company + "  - name: person\n"))
+    workspace.write_leads(make_people(5), HEADER)
+    with serve_api(tmp_path / "api.db", hit_rate=0.0, miss_kinds=("null",), charge_misses=True) as api:
+        summary = workspace.run_job(api)
+    assert (summary.exit_code, summary.steps[0]["submitted"], summary.steps[1]["submitted"]) == (
+        ExitCode.CREDITS,
+        int(cap > 3.51),
+        5,
+    )
+    assert str(summary.error) == "the credits cap of the step `email` is reached"
+
+
 def test_tasks_of_an_earlier_run_count_for_the_cap_of_their_step(workspace: Workspace, tmp_path: Path) -> None:
     """What a run collects of a step and what it sends there are within the step's cap, as within that of the job."""
     one_provider = SHORT_JOB.replace("waterfall: email_getter", "waterfall: email_getter\n    enrichments: [833]")

@@ -144,7 +144,7 @@ def test_gzip_by_extension(tmp_path: Path) -> None:
             pytest.param(
                 "a,b,c\n1,2,3\n\n1,2\n",
                 "{path}: row 2 (line 4) has 2 cells, but the header has 3 columns",
-                "look for a cell with ',' or a quote in it that should be in quotes",
+                "if a total or a footer starts here, delete it",
                 id="short row",
             ),
             pytest.param(

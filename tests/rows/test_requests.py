@@ -233,6 +233,7 @@ def test_where_filters_rows(tmp_path: Path, where: str, kept: str) -> None:
         ("Contry = 'DE'", "the input has no column `Contry`", "did you mean `Country`?"),
         ("country = 'DE'", "the input has no column `country`", "did you mean `Country`?"),
         ("Name = 'x' AND \"Team size\" = ''", "the input has no column `Team size`", "did you mean `Team Size`?"),
+        ('Country = "DE"', "the input has no column `DE`", "texts in single quotes"),
         ("Country = 'DE' AND", "not a polars SQL expression over the columns", ""),
         ("Country =", "not a polars SQL expression over the columns", ""),
         ("NO_SUCH(Country)", "not a polars SQL expression over the columns: unsupported function", ""),

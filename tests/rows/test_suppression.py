@@ -84,7 +84,17 @@ def test_suppression_rules(tmp_path: Path, entry: str, website: str, note: str, 
 
 @in_turn(
     "line",
-    ["acme", "a b.example", "jane@acme", "jane@acme.example, bob@b.example", "@", "*", "a@b@c.example", "1.2.3.4"],
+    [
+        "acme",
+        "a b.example",
+        "jane@acme",
+        "jane@acme.example, bob@b.example",
+        "@",
+        "*",
+        "a@b@c.example",
+        "1.2.3.4",
+        "j*@acme.example",
+    ],
 )
 def test_invalid_suppression_line(tmp_path: Path, line: str) -> None:
     """An invalid line is an error with its file and line: a misread list must not be ignored."""

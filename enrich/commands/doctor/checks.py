@@ -201,6 +201,8 @@ def _format_size(count: float) -> str:
 
 
 def next_run_time(now: datetime, hour: int, minute: int) -> datetime:
-    """Return the next time after `now` at which the local clock shows this time."""
-    today = now.replace(hour=hour, minute=minute, second=0, microsecond=0)
-    return today if today > now else today + timedelta(days=1)
+    """Return the next time after `now`, a local time, at which the local clock shows this time."""
+    clock = now.replace(tzinfo=None)
+    today = clock.replace(hour=hour, minute=minute, second=0, microsecond=0)
+    # Only then in the time zone, whose offset may change in the night.
+    return (today if today > clock else today + timedelta(days=1)).astimezone()

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from msgspec import Struct
 
 ValueFormat = str
-#: The score of a header that is exactly one of a kind of data.
-EXACT_HEADER = 3
+#: The score of a header that is exactly one of a kind of data, and of one that has it among other words.
+EXACT_HEADER, INEXACT_HEADER = 3, 2
 #: A single word with fewer letters is too ambiguous among other words: `Last Contacted`, `Name of the fair`.
 _MIN_WORD_LENGTH = 5
 
@@ -39,7 +39,7 @@ class ColumnKind(Struct, frozen=True):
         if self.is_excluded(header):
             return 0
         whole = f" {' '.join(header_words)} "
-        return 2 if any(_is_specific(name) and f" {' '.join(name)} " in whole for name in names) else 0
+        return INEXACT_HEADER if any(_is_specific(name) and f" {' '.join(name)} " in whole for name in names) else 0
 
     def is_excluded(self, header: str) -> bool:
         """Whether a header has an excluding word that no header of this kind has."""
@@ -83,7 +83,8 @@ FULL_NAME = ColumnKind(
 EMAIL = ColumnKind(
     "email,work_email,email_address,business_email",
     "email,e mail,mail,email address,e mail address,work email,business email,mailadresse,emailadresse,"
-    "e mail adresse,courriel,adresse mail,adresse email,correo,correo electronico,posta elettronica,correio,почта",
+    "e mail adresse,courriel,adresse mail,adresse email,correo,correo electronico,posta elettronica,correio,почта,"
+    "メールアドレス,メール",
     "e-mail addresses",
     ("lower",),
 )
@@ -91,7 +92,7 @@ DOMAIN = ColumnKind(
     "company,company_domain,domain,company_website,website,company_url,url,organization,organisation",
     "website,web site,domain,company domain,company website,company url,account website,website firma,web,url,"
     "homepage,home page,site,site web,webseite,internetseite,internet,domaine,sitio web,pagina web,dominio,sito,"
-    "sito web,webbplats,web address",
+    "sito web,webbplats,web address,web page,ウェブサイト,ホームページ",
     "web addresses",
     ("domain",),
 )
@@ -99,7 +100,8 @@ COMPANY_NAME = ColumnKind(
     "company_name,organization_name,organisation_name,account_name,employer",
     "company,company name,account,account name,organisation,organization,organisation name,organization name,"
     "employer,business,business name,firm,firma,firmenname,unternehmen,arbeitgeber,societe,entreprise,"
-    "raison sociale,empresa,compania,azienda,societa,bedrijf,bedrijfsnaam,foretag,virksomhed,yritys,компания",
+    "raison sociale,empresa,compania,azienda,societa,bedrijf,bedrijfsnaam,foretag,virksomhed,yritys,компания,"
+    "会社名,会社,企業名",
 )
 LINKEDIN = ColumnKind(
     "linkedin,linkedin_url,link,profile_url,linkedin_profile,person_linkedin,person_linkedin_url,profile,profile_link",
@@ -116,7 +118,7 @@ PHONE = ColumnKind(
     "phone,phone_number,mobile,mobile_phone,telephone",
     "phone,phone number,mobile,mobile phone,mobile number,cell,cell phone,tel,telephone,telefon,telefonnummer,handy,"
     "mobil,mobilnummer,mobiltelefon,telephone portable,portable,telefono,movil,celular,telefone,cellulare,"
-    "telefoon,телефон",
+    "telefoon,телефон,電話番号,電話",
     "phone numbers",
 )
 COUNTRY = ColumnKind("country,country_code", "country,country code,land,pays,pais,paese,kraj,страна")

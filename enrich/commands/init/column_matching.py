@@ -16,6 +16,7 @@ from enrich.commands.init.column_kinds import (
     EXACT_HEADER,
     FIRST_NAME,
     FULL_NAME,
+    INEXACT_HEADER,
     LAST_NAME,
     ColumnKind,
     ValueFormat,
@@ -101,8 +102,8 @@ class _Candidate(Struct, frozen=True):
 
     @property
     def is_plain(self) -> bool:
-        """Whether the header fits, and there are values."""
-        return self.confidence != "a guess" and self.column.filled_count > 0
+        """Whether there are values, and the header fits exactly, or both the header and most values do."""
+        return self.score > INEXACT_HEADER * 10 and self.column.filled_count > 0
 
 
 def match_columns(params: Sequence[str], columns: Sequence[Column]) -> dict[str, ColumnMatch | None]:

@@ -19,6 +19,8 @@ from enrich.commands.waterfalls import list_descriptions, read_description
 from enrich.databar.description import DOCUMENTED_ON, DOCUMENTED_WATERFALLS, Description
 from enrich.errors import ApiKeyRejected, ApiUnreachable, CommandRefused, JobError, suggest_name
 from enrich.job.bounded_read import read_text
+from enrich.job.field_types import is_text_encoding
+from enrich.job.locations import format_of
 from enrich.job.spec import json_schema
 from enrich.job.target import Target, TargetKind
 
@@ -102,9 +104,12 @@ def _read_available(*, use_sandbox: bool, offline: bool) -> tuple[Sequence[Descr
 
 
 def _choose_waterfall(
-    leads: Path, sample: Sample, identifier: str | None, *, use_sandbox: bool, offline: bool
+    leads: Path, sample: Sample, identifier: str | None, given: Sequence[str], *, use_sandbox: bool, offline: bool
 ) -> tuple[Description, str]:
-    """Return a waterfall and a text that names the source. Without an identifier, list those that fit: JobError."""
+    """Return a waterfall and a text that names the source. Without an identifier, list those that fit: JobError.
+
+    `given` are the options of this command, for the one that follows.
+    """
     available, source = _read_available(use_sandbox=use_sandbox, offline=offline)
     if identifier is not None:
         known = {each.identifier: each for each in available}
@@ -114,7 +119,7 @@ def _choose_waterfall(
         return known[identifier], source
     click.echo(f"Waterfalls from {source}, best fit for {leads} first:", err=True)
     click.echo("\n".join(rank_waterfalls(available, sample)), err=True)
-    command = ["enrich", "init", str(leads), *(["--sandbox"] if use_sandbox else []), "--waterfall", "ID"]
+    command = ["enrich", "init", str(leads), *given, "--waterfall", "ID"]
     raise JobError("no waterfall is chosen", shlex.join(command))
 
 
@@ -140,6 +145,10 @@ def _source_text(host: str, *, use_sandbox: bool) -> str:
     metavar="JOB.yaml",
     help="The job file to write, or - for stdout. Default: named after the CSV, in this folder.",
 )
+@click.option(
+    "--encoding", metavar="NAME", help="The encoding of the CSV, such as cp932. Default: UTF-8, UTF-16 or cp1252."
+)
+@click.option("--sheet", metavar="NAME", help="The sheet of a workbook. Default: the first visible one with cells.")
 @click.option("--sandbox", "use_sandbox", is_flag=True, help="Use the waterfalls of the built-in sandbox.")
 @click.option("--offline", is_flag=True, help="Use the built-in descriptions of waterfalls, without network.")
 @click.option("--force", is_flag=True, help="Replace an existing job file.")
@@ -148,6 +157,8 @@ def init(
     identifier: str | None,
     number: int | None,
     out: Path | None,
+    encoding: str | None,
+    sheet: str | None,
     use_sandbox: bool,
     offline: bool,
     force: bool,
@@ -162,13 +173,22 @@ def init(
         raise click.UsageError("--waterfall and --enrichment: choose one")
     if number is not None and offline:
         raise click.UsageError("--enrichment needs the API, because enrichments have no built-in description")
-    sample = take_sample(leads)
+    if encoding is not None and not is_text_encoding(encoding):
+        raise click.UsageError(f"--encoding: unknown encoding `{encoding}`: use a name such as utf-8, cp1252 or cp932")
+    if sheet is not None and format_of(leads.name) != "xlsx":
+        raise click.UsageError("--sheet is for workbooks (.xlsx)")
+    sample = take_sample(leads, encoding, sheet)
     if number is not None:  # no documentation describes enrichments
         with options.open_access(None, use_sandbox=use_sandbox) as access:
             description = read_description(access, Target(TargetKind.ENRICHMENT, str(number)))
             source = _source_text(access.host, use_sandbox=use_sandbox)
     else:
-        description, source = _choose_waterfall(leads, sample, identifier, use_sandbox=use_sandbox, offline=offline)
+        texts = {"--encoding": encoding, "--sheet": sheet}
+        given = [word for option, text in texts.items() if text is not None for word in (option, text)]
+        given += [option for option, is_set in {"--sandbox": use_sandbox, "--offline": offline}.items() if is_set]
+        description, source = _choose_waterfall(
+            leads, sample, identifier, given, use_sandbox=use_sandbox, offline=offline
+        )
     printed = out == Path("-")
     target = out or Path(leads.name.removesuffix(".gz")).with_suffix(".yaml")
     text = draft_job(sample, description, source, None if printed else target)

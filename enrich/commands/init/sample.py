@@ -24,6 +24,8 @@ SAMPLE_ROWS = 1_000
 #: With this many usual names a first line is a header.
 _USUAL_HEADERS = 2
 _CHUNK_BYTES = 1 << 20
+#: The bytes that cp1252 lacks. Texts of other languages than those of Western Europe have some of them.
+_NOT_CP1252 = frozenset(b"\x81\x8d\x8f\x90\x9d")
 
 
 class Sample(Struct, frozen=True):
@@ -39,13 +41,13 @@ class Sample(Struct, frozen=True):
         return [column.name for column in self.columns]
 
 
-def take_sample(path: Path) -> Sample:
-    """Detect encoding and separator, and read the first rows. Raises CommandRefused if the file cannot be read."""
+def take_sample(path: Path, encoding: str | None = None, sheet: str | None = None) -> Sample:
+    """Detect separator and encoding (None), and read the first rows. Raises CommandRefused if that fails."""
     if (kind := format_of(path.name)) not in ("csv", None):
-        source = InputTable(path, Input(path=str(path)))
+        source = InputTable(path, Input(path=str(path), sheet=sheet))
         frame = next(source.batches(), None)
-        return _make_sample(TableFile(path, format=kind), list(source.schema), frame)
-    encoding = _detect_encoding(path)
+        return _make_sample(TableFile(path, format=kind, sheet=sheet), list(source.schema), frame)
+    encoding = encoding or _detect_encoding(path)
     attempts = [_try_format(TableFile(path, separator, encoding)) for separator in SEPARATORS]
     # With the right separator the rows have as many cells as the header, and more than with any other separator.
     readable = [sample for sample in attempts if isinstance(sample, Sample)]
@@ -74,7 +76,10 @@ def _make_sample(source: TableFile, header: list[str], frame: pl.DataFrame | Non
 
 
 def _detect_encoding(path: Path) -> str:
-    """Return the encoding by the byte order mark, or UTF-8 if the whole file is valid, else cp1252."""
+    """Return the encoding of the byte order mark if there is one, UTF-8 if the whole file is valid, else cp1252.
+
+    A UTF-8 mark counts only if the file is valid. Raises CommandRefused if the file is none of them.
+    """
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:
         if not path.is_file():
@@ -88,7 +93,10 @@ def _detect_encoding(path: Path) -> str:
             while chunk := raw.read(_CHUNK_BYTES):
                 decoder.decode(chunk)
             decoder.decode(b"", final=True)
-    except UnicodeDecodeError:
+    except UnicodeDecodeError as error:
+        if not _NOT_CP1252.isdisjoint(error.object):
+            hint = "name the encoding that it was saved in, such as `--encoding cp932`"
+            raise CommandRefused(f"{path} is not UTF-8 or cp1252 text", hint) from None
         return "cp1252"
     except (OSError, EOFError, zlib.error):
         return "utf-8"  # reading the table reports the error

@@ -16,8 +16,8 @@ from enrich.commands.init.column_matching import (
     unmatched_reason,
 )
 from enrich.commands.init.sample import Sample
-from enrich.commands.options import printable
 from enrich.databar.description import Description, Enrichment, Param, Waterfall
+from enrich.errors import printable
 from enrich.job.target import UNFILLED_COLUMN
 from enrich.models import pluralize
 from enrich.rows.requests import STATUS_COLUMNS
@@ -79,12 +79,16 @@ def _job_lines(draft: JobDraft) -> Iterator[str]:
 
 def _input_lines(draft: JobDraft) -> Iterator[str]:
     source = draft.sample.format
+    if source.sheet is not None:
+        yield f"input: {{path: {_quote(draft.input)}, sheet: {_quote(source.sheet)}}}"
+        return
     encoding = source.encoding.removesuffix("-sig")  # the mark is read without it
     if (source.separator, encoding) == (",", "utf-8"):
         yield f"input: {yaml_scalar(draft.input)}"
         return
     csv_options = f"separator: {_quote(source.separator)}, encoding: {encoding}"
-    yield f"input: {{path: {yaml_scalar(draft.input)}, {csv_options}}} # guessed from the file"
+    doubt = "; if letters are wrong, name it with --encoding" if encoding == "cp1252" else ""
+    yield f"input: {{path: {yaml_scalar(draft.input)}, {csv_options}}} # guessed from the file{doubt}"
 
 
 def _provider_lines(waterfall: Waterfall) -> Iterator[str]:
