@@ -34,7 +34,7 @@ _STATUS_COLUMN = re.compile(r"enrich_([a-z][a-z0-9_]*)_status")
 
 
 def _default_separator(values: dict[str, Any]) -> str:
-    return separator_of(values["path"])
+    return separator_of(values.get("path", ""))  # before 2.14, pydantic asks for it without a valid path, too
 
 
 class Input(StrictModel):
