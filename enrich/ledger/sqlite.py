@@ -16,12 +16,7 @@ from enrich.errors import CommandRefused, LedgerDamaged, LedgerMoved
 from enrich.job.locations import PostgresLocation
 from enrich.ledger import schema
 from enrich.ledger.dialect import Dialect
-from enrich.ledger.file_identity import (
-    check_is_no_other_file,
-    file_identity,
-    ledger_file_exists,
-    make_private_folder,
-)
+from enrich.ledger.file_identity import check_is_no_other_file, file_identity, ledger_file_exists, make_private_folder
 
 #: A journal of the damaged ledger would be applied to the backup.
 RESTORE_HINT = (

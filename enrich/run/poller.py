@@ -11,14 +11,7 @@ from itertools import count
 from math import inf
 
 from enrich.databar.client import MAX_POLLS_IN_FLIGHT, Client
-from enrich.databar.task_results import (
-    BulkReader,
-    TaskPhase,
-    TaskReply,
-    is_incomplete,
-    read_answer,
-    task_phase,
-)
+from enrich.databar.task_results import BulkReader, TaskPhase, TaskReply, is_incomplete, read_answer, task_phase
 from enrich.errors import EnrichError, InvalidPollResponse, RateLimited, RequestNotAccepted, TaskUnknown, Unauthorized
 from enrich.exit_codes import ExitCode
 from enrich.ledger import resume, task_ids, transitions

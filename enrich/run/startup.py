@@ -13,15 +13,7 @@ from msgspec.structs import replace
 
 from enrich.errors import LOCKED_HINT, EnrichError, Interrupted, LedgerLocked, WorkspaceMismatch
 from enrich.files.writer import prepare_file
-from enrich.ledger import (
-    bindings,
-    erasure,
-    execution_records,
-    lease_table,
-    rescue_import,
-    resume,
-    transitions,
-)
+from enrich.ledger import bindings, erasure, execution_records, lease_table, rescue_import, resume, transitions
 from enrich.ledger.database import Database
 from enrich.ledger.lease_table import LeaseHolder
 from enrich.ledger.rescue_file import find_rescue_files

@@ -10,14 +10,7 @@ from msgspec import Struct
 
 from enrich.ledger import enroll, queries, step_results
 from enrich.ledger.database import Database
-from enrich.models import (
-    DECISIONS_TO_SEND,
-    Decision,
-    RequestSelection,
-    format_credits,
-    pluralize,
-    to_credits,
-)
+from enrich.models import DECISIONS_TO_SEND, Decision, RequestSelection, format_credits, pluralize, to_credits
 from enrich.rows.job_steps import Step
 from enrich.run.budget import Cost
 from enrich.run.plan import format_cost

@@ -26,14 +26,7 @@ from enrich.rows.row_selection import order_of_rows
 from enrich.run.collector import JoinedBatch, JoinedStep
 from enrich.run.lead_selection import LeadSelection
 from enrich.run.output_cells import merge_cells, name_source, new_cells
-from enrich.run.step_batch import (
-    Identities,
-    StepBatch,
-    StepTables,
-    decided_batch,
-    find_recorded_rows,
-    identities,
-)
+from enrich.run.step_batch import Identities, StepBatch, StepTables, decided_batch, find_recorded_rows, identities
 
 
 @dataclass(slots=True)
