@@ -78,7 +78,7 @@ class RescuedAttempt(BaseModel):
 def find_rescue_files(ledger: Path, other_folders: Sequence[Path]) -> list[Path]:
     """Return the rescue files of a ledger in its folder and in `other_folders`."""
     found = []
-    is_rescue_file = re.compile(re.escape(ledger.name + SUFFIX) + r"(\.\d+)?", re.DOTALL)
+    is_rescue_file = re.compile(re.escape(ledger.name + SUFFIX) + r"(\.\d+)?")
     for folder in dict.fromkeys([ledger.parent, *other_folders]):
         try:
             names = sorted(os.listdir(folder))  # noqa: PTH208 - names are all that is needed
@@ -138,8 +138,9 @@ def _check_line(attempt: RescuedAttempt) -> None:
     """Raise ValueError for a line that contradicts itself."""
     is_known_task = attempt.state in ("submitted", "found", "not_found", "expired")
     is_settled = attempt.state in ("found", "not_found", "failed", "expired")
+    texts = (attempt.call, attempt.params, attempt.answer)
     contradictions = (
-        any(not isinstance(parse_json(text), dict) for text in (attempt.call, attempt.params, attempt.answer or "{}")),
+        any(not isinstance(parse_json(text), dict) for text in texts if text is not None),
         is_known_task and attempt.task_id is None,
         attempt.state in ("found", "not_found") and attempt.answer is None,
         # An unconfirmed attempt may have a task id that came with an error.
