@@ -304,13 +304,7 @@ def request_results(db: Database, requests: RequestBatch, selection: RequestSele
         ).fetchone()
         found = dict(zip(_RESULT_FIELDS, map(msgspec.json.decode, columns), strict=True))
         # Not as one list: a batch of long answers would be larger than a database can return as one value.
-        answers = dict(
-            db.execute(
-                "SELECT a.id, a.answer FROM json_each(CAST(?1 AS TEXT)) b CROSS JOIN attempts a "
-                "WHERE a.id = CAST(b.value AS BIGINT) AND a.answer IS NOT NULL",
-                (to_json_text([number for number in found["attempt_id"] if number is not None]),),
-            )
-        )
+        answers = queries.answers(db, filter(None, found["attempt_id"]))
     found["answer"] = list(map(answers.get, found["attempt_id"]))
     return {name: found[name] for name in RequestResult._fields}
 
