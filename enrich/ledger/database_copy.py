@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from msgspec import Struct
-from msgspec.structs import replace
 
 from enrich.errors import CommandRefused
 from enrich.job.file_names import is_same_file
@@ -75,13 +74,12 @@ def copy_ledger(source: LedgerLocation, target: LedgerLocation) -> CopyResult:
             )
         try:
             with reader.snapshot(), writer.transaction():
-                result = _copy_tables(reader, writer)
-                key = _copy_forgotten_key(source, target)
+                rows, digest = _copy_tables(reader, writer)
+                return CopyResult(rows, digest, _copy_forgotten_key(source, target))
         except DATABASE_ERRORS as error:
             if is_damage_error(error):
                 raise damaged_ledger_error(source) from error
             raise CommandRefused(f"{target}: the copy cannot be written: {error}") from error
-    return replace(result, key=key)
 
 
 def _copied_columns(db: Database, table: str) -> list[str]:
@@ -114,8 +112,11 @@ def _created_target(location: LedgerLocation) -> Iterator[Database]:
         raise
 
 
-def _copy_tables(reader: Database, writer: Database) -> CopyResult:
-    """Copy all tables and read them back. Raises CommandRefused when the copy differs or violates an invariant."""
+def _copy_tables(reader: Database, writer: Database) -> tuple[dict[str, int], str]:
+    """Copy all tables and read them back. Return the rows per table, and a hash of all rows.
+
+    Raises CommandRefused when the copy differs or violates an invariant.
+    """
     if any(writer.exists(f"FROM {table}") for table in COPIED_TABLES):
         raise CommandRefused(f"{writer.location}: this ledger is not empty", "choose another location for the copy")
     columns = {table: _copied_columns(reader, table) for table in COPIED_TABLES}
@@ -139,7 +140,7 @@ def _copy_tables(reader: Database, writer: Database) -> CopyResult:
             f"check the ledger: enrich ledger check {reader.location}",
         )
     overall_hash = blake2b(repr([source_digests[table].result() for table in COPIED_TABLES]).encode(), digest_size=16)
-    return CopyResult({table: tally.rows for table, tally in source_digests.items()}, overall_hash.hexdigest())
+    return {table: tally.rows for table, tally in source_digests.items()}, overall_hash.hexdigest()
 
 
 @dataclass(slots=True)
@@ -168,11 +169,8 @@ def _copy_forgotten_key(source: LedgerLocation, target: LedgerLocation) -> Path 
     if not source_path.exists():
         return None
     key = source_path.read_bytes()
-    if target_path.exists():
-        if target_path.read_bytes() != key:
-            raise CommandRefused(
-                f"{target_path}: this is the key of another ledger", "choose another place for the copy"
-            )
-        return target_path
-    write_key(target_path, key)
+    if not target_path.exists():
+        write_key(target_path, key)
+    elif target_path.read_bytes() != key:
+        raise CommandRefused(f"{target_path}: this is the key of another ledger", "choose another place for the copy")
     return target_path
