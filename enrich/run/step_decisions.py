@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import polars as pl
-from msgspec import Struct
 
 from enrich.ledger.step_results import StepResult, choose_requests
 from enrich.models import DECISIONS_TO_SEND, Decision, RequestSelection, RowStatus, State
@@ -69,60 +68,28 @@ def _decide(  # noqa: PLR0913, PLR0917 - what is known of a batch
         name, result = names[row], known[row]
         choice = choices.get(name) if name is not None else None
         by_ledger = Decision.NEW if choice is None else choice.decision
+        # The decision if the request is not sent again; None: it was never sent.
         answered = _as_answered(result, by_ledger) if result is not None and result.was_sent else None
-        facts = _RowFacts(
-            decided=decided,
-            by_ledger=by_ledger,
-            answered=answered,
-            has_request=name is not None,
-            is_requesting=row in requesting_rows,
-            is_filtered=is_filtered[row],
-            is_uncertain=uncertain[row],
-            may_change=may_change[row],
-            may_be_selected=may_be_selected[row],
-        )
-        decision = _decide_row(facts)
-        is_bought_again.append(
-            decision is Decision.POSSIBLE and answered is not None and by_ledger not in DECISIONS_TO_SEND
-        )
-        decisions.append(Decision.OVER_LIMIT if decision is Decision.POSSIBLE and not allowed[row] else decision)
+        left_out = Decision.INVALID if decided is StepDecision.REJECT else Decision.FILTERED
+        if not uncertain[row]:
+            if decided is StepDecision.SEND:
+                decision = by_ledger
+            elif row in requesting_rows and by_ledger in DECISIONS_TO_SEND:
+                decision = Decision.OVER_LIMIT
+            else:
+                decision = answered if answered is not None and decided is StepDecision.KEEP else left_out
+        elif name is None and not may_change[row] and not is_filtered[row]:
+            decision = Decision.INVALID
+        elif is_filtered[row] or not may_be_selected[row] or decided is StepDecision.REJECT:
+            decision = answered or left_out
+        elif answered is None or may_change[row] or by_ledger in DECISIONS_TO_SEND:
+            decision = Decision.POSSIBLE if allowed[row] else Decision.OVER_LIMIT
+        else:
+            decision = answered
+        is_possible = decision is Decision.POSSIBLE
+        is_bought_again.append(is_possible and answered is not None and by_ledger not in DECISIONS_TO_SEND)
+        decisions.append(decision)
     return StepDecisions(decisions, names, uncertain, may_change, may_be_selected, is_bought_again)
-
-
-class _RowFacts(Struct, frozen=True):
-    """What is known of a row in a step. `by_ledger` is the decision that the ledger has for its request."""
-
-    decided: StepDecision
-    by_ledger: Decision
-    #: The decision if the request is not sent again; None: it was never sent.
-    answered: Decision | None
-    has_request: bool
-    is_requesting: bool
-    is_filtered: bool
-    #: Results of earlier steps may still decide whether the row is sent.
-    is_uncertain: bool
-    #: Results of earlier steps may still change its request.
-    may_change: bool
-    may_be_selected: bool
-
-
-def _decide_row(facts: _RowFacts) -> Decision:
-    """Return the decision about a row. Whether `--limit` allows a possible request is not considered."""
-    decided, answered = facts.decided, facts.answered
-    left_out = Decision.INVALID if decided is StepDecision.REJECT else Decision.FILTERED
-    if not facts.is_uncertain:
-        if decided is StepDecision.SEND:
-            return facts.by_ledger
-        if facts.is_requesting and facts.by_ledger in DECISIONS_TO_SEND:
-            return Decision.OVER_LIMIT
-        return answered if answered is not None and decided is StepDecision.KEEP else left_out
-    if not facts.has_request and not facts.may_change and not facts.is_filtered:
-        return answered or Decision.INVALID
-    if facts.is_filtered or not facts.may_be_selected or decided is StepDecision.REJECT:
-        return answered or left_out
-    if answered is None or facts.may_change or facts.by_ledger in DECISIONS_TO_SEND:
-        return Decision.POSSIBLE
-    return answered
 
 
 def _as_answered(result: StepResult, by_ledger: Decision) -> Decision:
