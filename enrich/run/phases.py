@@ -43,7 +43,7 @@ async def collect_open_tasks(context: RunContext, run_state: RunState) -> None:
         run_state.open_tasks_cost = await ledger_writer.submit(_cost_of_open_tasks, context, requests)
         poller = _make_poller(context, run_state)
         poller.poll_once_more = True
-        poller.add_earlier_tasks(tasks, polled_before=False)
+        poller.add_earlier_tasks(tasks)
         await run_state.run_until_abort(poller.run())
     max_time_s = context.options.max_time_s
     timeout_s = REPOLL_S if max_time_s is None else min(REPOLL_S, REPOLL_SHARE * max_time_s)
@@ -82,7 +82,7 @@ async def _repoll_written_off(
     poller = _make_poller(context, run_state)
     poller.poll_once_more = not to_be_resubmitted
     poller.no_new_tasks = True
-    poller.repoll_written_off(tasks, to_be_resubmitted=to_be_resubmitted)
+    poller.add_earlier_tasks(tasks, written_off=True, to_be_resubmitted=to_be_resubmitted)
     loop = asyncio.get_running_loop()
     timer = loop.call_later(timeout_s, poller.stop_repolling) if timeout_s < inf else None
     try:
