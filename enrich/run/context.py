@@ -243,9 +243,6 @@ class ClusterEngine(Protocol):
     ) -> WorkerPool | None:
         """Make the workers for `requests` requests. None: no workers are needed."""
 
-    def for_leader(self, lease_id: int) -> ClusterEngine:
-        """Return an engine for one run, which works until the lease of the process that leads the run ends."""
-
     def enroll(
         self, job_input: JobInput, template: RequestTemplate, selection: RequestSelection, callbacks: ClusterCallbacks
     ) -> RowCounts:
