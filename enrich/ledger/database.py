@@ -227,9 +227,13 @@ class Database:
             raise
         self.session.execute("RELEASE operation")
 
+    def column_names(self, sql: str, *values: object) -> list[str]:
+        """Return the names of the columns of a query."""
+        return [column[0] for column in self.session.execute(f"{sql} LIMIT 0", values).description or ()]
+
     def rows(self, sql: str, *values: object) -> Iterator[Mapping[str, Any]]:
         """Stream the rows of a query, each as a mapping by column name. They may be too many to hold in memory."""
-        names: list[str] = [column[0] for column in self.session.execute(f"{sql} LIMIT 0", values).description or ()]
+        names = self.column_names(sql, *values)
         return (dict(zip(names, row, strict=True)) for row in self.session.stream(sql, values))
 
 

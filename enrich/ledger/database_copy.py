@@ -82,12 +82,6 @@ def copy_ledger(source: LedgerLocation, target: LedgerLocation) -> CopyResult:
             raise CommandRefused(f"{target}: the copy cannot be written: {error}") from error
 
 
-def _copied_columns(db: Database, table: str) -> list[str]:
-    """Return the columns of a table that are copied."""
-    described = db.execute(f"SELECT * FROM {table} LIMIT 0").description or ()
-    return [column[0] for column in described if column[0] not in _UNCOPIED_COLUMNS]
-
-
 def _all_rows(db: Database, table: str, columns: list[str]) -> Iterator[tuple[Any, ...]]:
     """Yield all rows of a table, in the same order in both databases."""
     order = ", ".join(
@@ -119,7 +113,10 @@ def _copy_tables(reader: Database, writer: Database) -> tuple[dict[str, int], st
     """
     if any(writer.exists(f"FROM {table}") for table in COPIED_TABLES):
         raise CommandRefused(f"{writer.location}: this ledger is not empty", "choose another location for the copy")
-    columns = {table: _copied_columns(reader, table) for table in COPIED_TABLES}
+    columns = {
+        table: [name for name in reader.column_names(f"SELECT * FROM {table}") if name not in _UNCOPIED_COLUMNS]
+        for table in COPIED_TABLES
+    }
     source_digests, target_digests = ({table: _TableDigest() for table in COPIED_TABLES} for _ in range(2))
     # Rows may refer to rows of tables that are loaded later.
     with writer.session.deferred_references():

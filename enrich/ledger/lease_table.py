@@ -71,8 +71,7 @@ def now_ms(db: Database) -> int:
 
 def now(db: Database) -> datetime:
     """Return the server's time."""
-    server_time = db.value("SELECT clock_timestamp()")
-    assert isinstance(server_time, datetime)  # noqa: S101 - psycopg's type for it
+    server_time: datetime = db.value("SELECT clock_timestamp()")
     return server_time
 
 

@@ -69,10 +69,12 @@ def compare_with_neighbours(
         neighbours, overlap.unread = _open_neighbours(ledger, bound_to, stack)
         for fingerprints in batches if neighbours else ():
             overlap.requests += len(fingerprints)
-            paid: set[bytes] = set()
+            paid: set[tuple[bytes]] = set()
+            marks = ",".join("?" * len(fingerprints))
+            query = f"SELECT fingerprint FROM requests WHERE fingerprint IN ({marks}) AND {_PAID}"
             for path, neighbour in list(neighbours.items()):
                 try:
-                    found = _paid_among(neighbour, fingerprints) if time.monotonic() < deadline else None
+                    found = set(neighbour.execute(query, fingerprints)) if time.monotonic() < deadline else None
                 except _UNREADABLE:
                     found = None
                 if found is None:
@@ -126,9 +128,3 @@ def _in_chunks(rows: Iterable[tuple[bytes]]) -> Iterator[list[bytes]]:
     remaining = iter(rows)
     while chunk := [fingerprint for (fingerprint,) in islice(remaining, _CHUNK)]:
         yield chunk
-
-
-def _paid_among(db: Database, fingerprints: list[bytes]) -> set[bytes]:
-    marks = ",".join("?" * len(fingerprints))
-    rows = db.execute(f"SELECT fingerprint FROM requests WHERE fingerprint IN ({marks}) AND {_PAID}", fingerprints)
-    return {fingerprint for (fingerprint,) in rows}

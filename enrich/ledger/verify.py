@@ -47,15 +47,10 @@ def check_ledger(location: LedgerLocation) -> LedgerCheck:
     except LedgerDamaged as error:
         return LedgerCheck([f"the file is damaged{error.message.partition('is damaged')[2]}"])
     with closing(verifier):
-        return check_open_ledger(verifier)
-
-
-def find_damage(location: LedgerLocation) -> str | None:
-    """Return the first problem of a ledger. None: it is sound or missing."""
-    try:
-        return next(iter(check_ledger(location).problems), None)
-    except CommandRefused:
-        return None
+        with suppress(*DATABASE_ERRORS):  # the file may be damaged
+            verifier.session.begin_snapshot()
+        counts = (_count(verifier, table) for table in ("requests", "attempts", "executions"))
+        return LedgerCheck(list(problems(verifier)), *counts)
 
 
 def as_enrich_error(error: Exception, ledger: object) -> EnrichError | None:
@@ -70,24 +65,16 @@ def as_enrich_error(error: Exception, ledger: object) -> EnrichError | None:
     if is_busy_error(error):
         hint = "end the program that holds the lock, then run the same command again"
         return LedgerFailed("another program has locked the ledger", hint)
-    problem = find_damage(ledger) if isinstance(ledger, Path | PostgresLocation) else None
+    problem = None
+    if isinstance(ledger, Path | PostgresLocation):
+        with suppress(CommandRefused):  # it is missing
+            problem = next(iter(check_ledger(ledger).problems), None)
     if problem is not None or is_damage_error(error):
         return damaged_ledger_error(ledger or "a database", (problem or "").removeprefix("the file is damaged: "))
     if is_disk_error(error):
         reason, hint = describe_write_error(error)
         return LedgerFailed(f"{ledger or 'a database'}: the ledger {reason}", hint)
     return None
-
-
-def check_open_ledger(db: Database) -> LedgerCheck:
-    """Check one snapshot of the ledger, also during a run."""
-    with suppress(*DATABASE_ERRORS):
-        db.session.begin_snapshot()
-    try:
-        return LedgerCheck(list(problems(db)), *(_count(db, table) for table in ("requests", "attempts", "executions")))
-    finally:
-        with suppress(*DATABASE_ERRORS):
-            db.session.rollback()
 
 
 def problems(db: Database) -> Iterator[str]:

@@ -40,7 +40,10 @@ async def collect_open_tasks(context: RunContext, run_state: RunState) -> None:
     if tasks := await ledger_writer.submit(resume.take_over_tasks):
         run_state.add_note(f"collecting {pluralize(len(tasks), 'task')} of an earlier run first")
         requests = sum(len(task.attempts) for task in tasks)
-        run_state.open_tasks_cost = await ledger_writer.submit(_cost_of_open_tasks, context, requests)
+        average_price = await ledger_writer.submit(queries.average_price, context.preflight.template.target)
+        reserved = await ledger_writer.submit(queries.open_reservations)
+        likely = Cost.for_requests(requests, average_price, None).likely
+        run_state.open_tasks_cost = Cost(likely, to_credits(reserved))
         poller = _make_poller(context, run_state)
         poller.poll_once_more = True
         poller.add_earlier_tasks(tasks)
@@ -49,12 +52,6 @@ async def collect_open_tasks(context: RunContext, run_state: RunState) -> None:
     timeout_s = REPOLL_S if max_time_s is None else min(REPOLL_S, REPOLL_SHARE * max_time_s)
     tasks = await ledger_writer.submit(resume.written_off_tasks, context.results_kept_since_ms())
     await _repoll_written_off(context, run_state, tasks, timeout_s=timeout_s, to_be_resubmitted=False)
-
-
-def _cost_of_open_tasks(ledger: Database, context: RunContext, requests: int) -> Cost:
-    """Return the expected cost of the tasks that earlier runs left open."""
-    likely = Cost.for_requests(requests, queries.average_price(ledger, context.preflight.template.target), None).likely
-    return Cost(likely, to_credits(queries.open_reservations(ledger)))
 
 
 async def repoll_before_resubmitting(context: RunContext, run_state: RunState) -> None:

@@ -138,18 +138,19 @@ def write_plan(path: Path, plan: SavedPlan) -> Path:
     try:
         if path.exists() and not path.is_file():
             raise CommandRefused(f"{path}: the plan cannot be written: it is not a file")
-    except OSError as error:
-        raise CommandRefused(f"{path}: the plan cannot be written: {error.strerror}") from error
-    try:
-        if path.exists() and path.stat().st_size and not read_plan(path).sandbox and plan.sandbox:
+        if path.exists() and path.stat().st_size and not _read_earlier(path).sandbox and plan.sandbox:
             return write_plan(path.with_name(sandbox_file_name(path.name)), plan)
-    except EnrichError as error:
-        raise JobError(f"{path}: this file exists and is not a plan", "choose another name for the plan") from error
-    try:
         replace_file(follow_link(path), msgspec.json.format(msgspec.json.encode(plan), indent=2) + b"\n")
     except OSError as error:
         raise CommandRefused(f"{path}: the plan cannot be written: {error.strerror}") from error
     return path
+
+
+def _read_earlier(path: Path) -> SavedPlan:
+    try:
+        return read_plan(path)
+    except EnrichError as error:
+        raise JobError(f"{path}: this file exists and is not a plan", "choose another name for the plan") from error
 
 
 def read_plan(path: Path) -> SavedPlan:

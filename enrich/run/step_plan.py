@@ -223,18 +223,13 @@ def _notes(forecasts: Sequence[StepForecast], ledger: Database) -> Iterator[str]
             yield f"{name}: also sent where an earlier step failed or expired"
 
 
-def _sends(plan: StepsPlan) -> list[str]:
-    if not any(step.at_most for step in plan.steps):
-        return ["nothing to send"]
-    return [f"{pluralize(plan.to_submit, 'request')} to send, then more", format_cost(plan.cost)]
-
-
 def format_steps_plan(plan: StepsPlan, next_lines: Sequence[str] = ()) -> Iterator[str]:
     """Yield the plan as lines of text. `next_lines` are the commands that come next."""
     sandbox = "SANDBOX " if plan.sandbox else ""
+    sends = [f"{pluralize(plan.to_submit, 'request')} to send, then more", format_cost(plan.cost)]
     parts = [
         f"{sandbox}{pluralize(plan.rows, 'lead')}, {len(plan.steps)} steps",
-        *_sends(plan),
+        *(sends if any(step.at_most for step in plan.steps) else ["nothing to send"]),
         *([] if plan.balance is None else [f"balance {plan.balance:,.2f}"]),
         f"cap: {'none' if plan.max_credits is None else format_credits(plan.max_credits)}",
     ]
