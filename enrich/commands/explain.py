@@ -33,9 +33,8 @@ from enrich.rows.requests import RowBatch
 from enrich.rows.template import RequestTemplate
 from enrich.run.output import preview_caps
 from enrich.run.preflight import find_template, steps_from_ledger
-from enrich.run.step_batch import StepTables
 from enrich.run.step_input import begin_steps
-from enrich.run.step_rows import StepRows
+from enrich.run.step_rows import StepRows, StepTables
 
 
 def explain_leads(job: Job, row: int | None, match: str | None) -> dict[str, Any]:
