@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -83,11 +81,15 @@ def copy_ledger(source: LedgerLocation, target: LedgerLocation) -> CopyResult:
 
 
 def _all_rows(db: Database, table: str, columns: list[str]) -> Iterator[tuple[Any, ...]]:
-    """Yield all rows of a table, in the same order in both databases."""
+    """Yield all rows of a table, in the same order in both databases.
+
+    NUL is replaced by U+FFFD, as a run on PostgreSQL does: its text cannot hold NUL.
+    """
     order = ", ".join(
         name + (db.dialect.byte_order if name in _TEXT_KEY_COLUMNS else "") for name in COPIED_TABLES[table]
     )
-    return db.stream(f"SELECT {', '.join(columns)} FROM {table} ORDER BY {order}")
+    for row in db.stream(f"SELECT {', '.join(columns)} FROM {table} ORDER BY {order}"):
+        yield tuple(cell.replace("\0", "\ufffd") if isinstance(cell, str) else cell for cell in row)
 
 
 @contextmanager
@@ -117,47 +119,31 @@ def _copy_tables(reader: Database, writer: Database) -> tuple[dict[str, int], st
         table: [name for name in reader.column_names(f"SELECT * FROM {table}") if name not in _UNCOPIED_COLUMNS]
         for table in COPIED_TABLES
     }
-    source_digests, target_digests = ({table: _TableDigest() for table in COPIED_TABLES} for _ in range(2))
     # Rows may refer to rows of tables that are loaded later.
     with writer.session.deferred_references():
         for table, names in columns.items():
-            rows = source_digests[table].count_and_hash(_all_rows(reader, table, names))
-            writer.session.load_rows(table, names, rows)
-    for table, names in columns.items():
-        deque(target_digests[table].count_and_hash(_all_rows(writer, table, names)), maxlen=0)
-    problems = [
-        f"{table} differs"
-        for table in COPIED_TABLES
-        if source_digests[table].result() != target_digests[table].result()
-    ]
+            writer.session.load_rows(table, names, _all_rows(reader, table, names))
+    read, copied = (
+        {table: _count_and_hash(_all_rows(db, table, names)) for table, names in columns.items()}
+        for db in (reader, writer)
+    )
+    problems = [f"{table} differs" for table in COPIED_TABLES if read[table] != copied[table]]
     problems += verify.problems(writer)
     if problems:
         raise CommandRefused(
             f"{writer.location}: the copy is damaged and was removed: {'; '.join(problems)}",
             f"check the ledger: enrich ledger check {reader.location}",
         )
-    overall_hash = blake2b(repr([source_digests[table].result() for table in COPIED_TABLES]).encode(), digest_size=16)
-    return {table: tally.rows for table, tally in source_digests.items()}, overall_hash.hexdigest()
+    overall_hash = blake2b(repr(list(read.values())).encode(), digest_size=16)
+    return {table: count for table, (count, _) in read.items()}, overall_hash.hexdigest()
 
 
-@dataclass(slots=True)
-class _TableDigest:
-    """Counts and hashes rows while they are streamed."""
-
-    rows: int = 0
-    hash: blake2b = field(default_factory=lambda: blake2b(digest_size=16))
-
-    def count_and_hash(self, rows: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
-        """Yield rows with NUL replaced by U+FFFD, as a run on PostgreSQL does: its text cannot hold NUL."""
-        for row in rows:
-            plain = tuple(cell.replace("\0", "\ufffd") if isinstance(cell, str) else cell for cell in row)
-            self.rows += 1
-            self.hash.update(repr(plain).encode())
-            yield plain
-
-    def result(self) -> tuple[int, str]:
-        """Return the row count and the hash."""
-        return self.rows, self.hash.hexdigest()
+def _count_and_hash(rows: Iterator[tuple[Any, ...]]) -> tuple[int, str]:
+    count, hashed = 0, blake2b(digest_size=16)
+    for row in rows:
+        count += 1
+        hashed.update(repr(row).encode())
+    return count, hashed.hexdigest()
 
 
 def _copy_forgotten_key(source: LedgerLocation, target: LedgerLocation) -> Path | None:
