@@ -166,9 +166,8 @@ def apply_limits(db: Database, selection: RequestSelection) -> None:
                 db,
                 Decision.CAPPED,
                 "SELECT id FROM (SELECT id, decision, row_number() OVER "
-                "(PARTITION BY group_name ORDER BY decision = 'new', queue_position) AS number FROM seen WHERE "
-                "group_name IS NOT NULL) "
-                "AS grouped WHERE decision = 'new' AND number > ?",
+                "(PARTITION BY group_name ORDER BY decision = 'new', queue_position) AS number "
+                "FROM seen WHERE group_name IS NOT NULL) AS grouped WHERE decision = 'new' AND number > ?",
                 min(selection.max_per_group, MAX_ROWS),
             )
         if selection.sample is not None:

@@ -130,8 +130,7 @@ def has_open_since(db: Database, since_ms: float) -> bool:
 def average_price(db: Database, target: Target) -> float | None:
     """Return the average price (millionths) of the newest answers to a target. None: no price is known."""
     (average,) = db.execute(
-        "SELECT avg(a.paid) FROM (SELECT request_id, state, paid, task_id FROM billed "
-        "ORDER BY id DESC LIMIT ?) a "
+        "SELECT avg(a.paid) FROM (SELECT request_id, state, paid, task_id FROM billed ORDER BY id DESC LIMIT ?) a "
         "CROSS JOIN requests r JOIN calls c ON c.id = r.call_id "
         "WHERE r.id = a.request_id AND c.canonical = ? AND a.paid IS NOT NULL "
         "AND a.state IN ('found', 'not_found', 'failed') AND a.task_id IS NOT NULL",

@@ -8,7 +8,6 @@ import re
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,14 +46,14 @@ _DAMAGE_TEXTS = (
 
 
 class Column(NamedTuple):
-    """A column of the ledger's tables, and the Python type of its values."""
+    """A column of the ledger's tables, the Python type of its values, and the types of its JSON if it holds that."""
 
     table: str
     name: str
     kind: type
+    json_types: tuple[type, ...]
 
 
-@lru_cache(maxsize=1)
 def ledger_columns() -> tuple[Column, ...]:
     """Return all columns of a new ledger."""
     kinds = {"TEXT": str, "INTEGER": int, "REAL": float, "BLOB": bytes}
@@ -64,7 +63,10 @@ def ledger_columns() -> tuple[Column, ...]:
         rows = db.execute(
             "SELECT m.name, c.name, c.type FROM sqlite_master m JOIN pragma_table_info(m.name) c WHERE m.type = 'table'"
         )
-        return tuple(Column(table, name, kinds[kind]) for table, name, kind in rows)
+        return tuple(
+            Column(table, name, kinds[kind], schema.JSON_COLUMNS.get(table, {}).get(name, ()))
+            for table, name, kind in rows
+        )
 
 
 class SqliteSession(sqlite3.Connection):

@@ -100,9 +100,8 @@ def _record_claim(  # noqa: PLR0913, PLR0917 - each is a column
 ) -> list[ClaimedRequest]:
     """Insert an attempt in `submitting` for each request (id, price), in the order given."""
     attempt_rows = db.execute(
-        "INSERT INTO attempts "
-        "(request_id, execution_id, previous_state, previous_id, state, claimed_ms, reserved, bulk_task_id, "
-        "bulk_index, step) "
+        "INSERT INTO attempts (request_id, execution_id, previous_state, previous_id, state, claimed_ms, reserved, "
+        "bulk_task_id, bulk_index, step) "
         "SELECT r.id, ?2, r.state, r.attempt_id, 'submitting', ?3, CAST(value->>1 AS BIGINT), CAST(?4 AS BIGINT), "
         "CASE WHEN CAST(?4 AS BIGINT) IS NOT NULL THEN key END, CAST(?5 AS TEXT) "
         "FROM json_each(CAST(?1 AS TEXT)) JOIN requests r ON r.id = CAST(value->>0 AS BIGINT) ORDER BY key "

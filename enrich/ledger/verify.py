@@ -17,7 +17,7 @@ from enrich.job.locations import LedgerLocation, PostgresLocation
 from enrich.json_text import parse_json
 from enrich.ledger.database import Database, open_existing
 from enrich.ledger.dialect import DATABASE_ERRORS, DatabaseFailed
-from enrich.ledger.schema import APPLICATION_ID, JSON_COLUMNS
+from enrich.ledger.schema import APPLICATION_ID
 from enrich.ledger.sqlite import (
     Column,
     damaged_ledger_error,
@@ -124,8 +124,7 @@ def _unreadable_values(db: Database) -> Iterator[str]:
 
 def _is_readable(db: Database, table: str, columns: Sequence[Column]) -> bool:
     """Read a table as a whole, much faster than value by value. False: it has a broken value, or may have one."""
-    json_types = [JSON_COLUMNS.get(table, {}).get(column.name) for column in columns]
-    json_places = [(place, types) for place, types in enumerate(json_types) if types]
+    json_places = [(place, column.json_types) for place, column in enumerate(columns) if column.json_types]
     row_types = set()
     try:
         for row in db.stream(f"SELECT {', '.join(column.name for column in columns)} FROM {table}"):
@@ -195,13 +194,10 @@ def _value_problem(column: Column, value: object) -> str | None:
         text = value if isinstance(value, str) else bytes(value).decode()  # type: ignore[call-overload]
     except UnicodeDecodeError:
         return "not UTF-8"
-    types = JSON_COLUMNS.get(column.table, {}).get(column.name, ())
-    try:
-        if not types or isinstance(parse_json(text), types):
+    with suppress(ValueError, RecursionError):
+        if not column.json_types or isinstance(parse_json(text), column.json_types):
             return None
-    except (ValueError, RecursionError):
-        pass
-    return f"not a JSON {' or '.join(JSON_TYPE_NAMES[kind] for kind in types)}"
+    return f"not a JSON {' or '.join(JSON_TYPE_NAMES[kind] for kind in column.json_types)}"
 
 
 def _check_target(target: Path, ledger: Path) -> None:
@@ -287,19 +283,18 @@ INVARIANTS: Mapping[str, str | None] = {
     "run that reserved more than its cap": (
         # Tasks left open by earlier runs, and charges above the maximum price, may exceed the cap. The cost of a bulk
         # task is divided evenly, as its rows reserve the same amount. 0.5 allows for rounding.
-        "SELECT 1 FROM executions e JOIN attempts a ON a.execution_id = e.id LEFT JOIN bulk_tasks b ON b.id = "
-        "a.bulk_task_id "
-        "WHERE e.cap IS NOT NULL GROUP BY e.id "
+        "SELECT 1 FROM executions e JOIN attempts a ON a.execution_id = e.id "
+        "LEFT JOIN bulk_tasks b ON b.id = a.bulk_task_id WHERE e.cap IS NOT NULL GROUP BY e.id "
         "HAVING sum(CASE WHEN coalesce(a.credits, b.credits * 1.0 / b.size, a.reserved) < a.reserved "
         "THEN coalesce(a.credits, b.credits * 1.0 / b.size) ELSE a.reserved END) > e.cap + 0.5"
     ),
     "bulk task that differs from its attempts": (
-        "SELECT 1 FROM bulk_tasks b LEFT JOIN attempts a ON a.bulk_task_id = b.id GROUP BY b.id HAVING count(a.id) "
-        "<> b.size "
+        "SELECT 1 FROM bulk_tasks b LEFT JOIN attempts a ON a.bulk_task_id = b.id GROUP BY b.id "
+        "HAVING count(a.id) <> b.size "
         "OR count(DISTINCT a.bulk_index) <> b.size OR min(a.bulk_index) <> 0 OR max(a.bulk_index) <> b.size - 1 "
         "OR count(DISTINCT a.task_id) > 1 OR count(*) FILTER (WHERE a.execution_id <> b.execution_id) > 0 "
-        "OR count(*) FILTER (WHERE a.settled_execution_id IS DISTINCT FROM b.settled_execution_id AND a.task_id IS "
-        "NOT NULL) > 0"
+        "OR count(*) FILTER (WHERE a.settled_execution_id IS DISTINCT FROM b.settled_execution_id "
+        "AND a.task_id IS NOT NULL) > 0"
     ),
     "row of a bulk task with its own price": ("SELECT 1 FROM attempts WHERE bulk_task_id IS NOT NULL AND credits <> 0"),
 }
