@@ -240,23 +240,22 @@ def read_tasks(db: Database, condition: str, *values: object) -> list[Task]:
         values,
     )
     tasks = []
-    for bulk_task_id, group in groupby(rows, key=lambda row: row[1]):
-        for task_rows in [list(group)] if bulk_task_id is not None else ([row] for row in group):
-            _, _, task_id, submitted_ms, acknowledged, paths, step, superseded, _ = task_rows[0]
-            attempts = tuple(row[0] for row in task_rows)
-            tasks.append(
-                Task(
-                    attempts,
-                    task_id,
-                    submitted_ms,
-                    bool(acknowledged),
-                    tuple(read_paths(paths, step)),
-                    bulk_task_id,
-                    bool(superseded),
-                    sum(row[-1] for row in task_rows),
-                    step or "",
-                )
+    for _, group in groupby(rows, key=lambda row: row[0] if row[1] is None else -row[1]):
+        task_rows = list(group)
+        _, bulk_task_id, task_id, submitted_ms, acknowledged, paths, step, superseded, _ = task_rows[0]
+        tasks.append(
+            Task(
+                tuple(row[0] for row in task_rows),
+                task_id,
+                submitted_ms,
+                bool(acknowledged),
+                tuple(read_paths(paths, step)),
+                bulk_task_id,
+                bool(superseded),
+                sum(row[-1] for row in task_rows),
+                step or "",
             )
+        )
     return tasks
 
 
