@@ -42,11 +42,13 @@ def other_holders(db: Database) -> list[LeaseHolder]:
         f"SELECT id, name, leads, {_REMAINING_S}, extract(epoch FROM lease_until), process FROM leases "
         f"WHERE id IS DISTINCT FROM {OWN_LEASE_ID} ORDER BY leads DESC, id"
     ).fetchall()
-    return [
-        LeaseHolder(number, name, leads, float(left_s), float(until))
-        for number, name, leads, left_s, until, process in rows
-        if not _delete_lease_if_gone(db, number, process)
-    ]
+    delete = "DELETE FROM leases WHERE id IN (SELECT id FROM leases WHERE id = ? FOR UPDATE SKIP LOCKED)"
+    holders = []
+    for number, name, leads, left_s, until, process in rows:
+        # The lease of a process that has ended stays while the server is still executing a transaction of it.
+        if not is_gone(process) or not db.execute(delete, (number,)).rowcount:
+            holders.append(LeaseHolder(number, name, leads, float(left_s), float(until)))
+    return holders
 
 
 def check_no_other_holders(db: Database) -> None:
@@ -116,15 +118,6 @@ def renew_lease(db: Database, lease_id: int) -> bool:
 def release_lease(db: Database, lease_id: int) -> None:
     """Delete a lease. Its tasks are free at once."""
     db.execute("DELETE FROM leases WHERE id = ?", (lease_id,))
-
-
-def _delete_lease_if_gone(db: Database, lease_id: int, process: str) -> bool:
-    """Delete the lease of an ended process of this machine before it expires; return whether it was deleted.
-
-    It stays while the server is still executing a transaction of that process.
-    """
-    delete = "DELETE FROM leases WHERE id IN (SELECT id FROM leases WHERE id = ? FOR UPDATE SKIP LOCKED)"
-    return is_gone(process) and db.execute(delete, (lease_id,)).rowcount > 0
 
 
 PROC = Path("/proc")

@@ -112,13 +112,6 @@ async def find_output_of_other_ledger(
     return None, None
 
 
-def has_real_tasks(job: Job, output: Location) -> bool:
-    """Check whether a file has tasks that the sandbox of the job did not issue. False if it has no readable tasks."""
-    with suppress(CommandRefused, OSError):
-        return any(_without_sandbox_tasks(job.ledger, tasks) for tasks in _read_task_ids(job, output))
-    return False
-
-
 def _without_sandbox_tasks(sandbox_ledger: LedgerLocation, tasks: Iterable[str]) -> list[str]:
     """Leave out the tasks of the sandbox, which are in its ledger or in its own state."""
     unknown = list(tasks)
@@ -345,8 +338,10 @@ def is_written_by_run(job: Job, location: Location) -> bool:
 
     The tasks do not count in a file with the name of a sandbox output: they are of a sandbox with another ledger.
     """
-    if not is_sandbox_file_name(_as_named(location)) and has_real_tasks(job, location):
-        return True
+    if not is_sandbox_file_name(_as_named(location)):
+        with suppress(CommandRefused, OSError):  # it has no readable tasks
+            if any(_without_sandbox_tasks(job.ledger, tasks) for tasks in _read_task_ids(job, location)):
+                return True
     return any(
         try_read(ledger, lambda db: execution_records.has_written(db, str(location))) for ledger in _real_ledgers(job)
     )

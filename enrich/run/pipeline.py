@@ -10,6 +10,8 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, TypeVar
 
+from msgspec.structs import replace
+
 from enrich.databar.client import Client
 from enrich.databar.credentials import ApiAccess
 from enrich.errors import CommandRefused, EnrichError, RunDeclined
@@ -56,7 +58,9 @@ def run(job: Job, access: ApiAccess, ledger: Database, options: RunOptions, envi
 
     Raises EnrichError for failures before the run is recorded in the ledger.
     """
-    return run_in_event_loop(_open_and_run(job, access, ledger, options.with_plan(), environment))
+    if (plan := options.plan) is not None:
+        options = replace(options, limit=plan.limit, sample=plan.sample, seed=plan.seed, retry=frozenset(plan.retry))
+    return run_in_event_loop(_open_and_run(job, access, ledger, options, environment))
 
 
 async def _open_and_run(
@@ -186,13 +190,10 @@ T = TypeVar("T")
 
 def run_in_event_loop(main: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine to its end in a new event loop: uvloop where it is installed (extra `fast`)."""
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(main)
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    try:
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
+    with suppress(ImportError):
         import uvloop  # noqa: PLC0415 - optional, and not needed by commands that run nothing
-    except ImportError:
-        return None
-    return uvloop.new_event_loop
+
+        loop_factory = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        return runner.run(main)
