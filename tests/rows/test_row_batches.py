@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from hashlib import blake2b
 from pathlib import Path
 
@@ -197,9 +198,11 @@ class TestStatements:
     ROWS, FEW = 1_000, 25
 
     @pytest.fixture
-    def ledger(self, tmp_path: Path) -> CommittingLedger:
+    def ledger(self, tmp_path: Path) -> Iterator[CommittingLedger]:
         """Open a ledger."""
-        return CommittingLedger.open(tmp_path / "ledger.db")
+        ledger = CommittingLedger.open(tmp_path / "ledger.db")
+        with closing(ledger.wrapped):
+            yield ledger
 
     def test_new_rows_take_few_statements(self, ledger: CommittingLedger) -> None:
         """New rows are inserted together."""
