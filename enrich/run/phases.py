@@ -21,7 +21,6 @@ from enrich.run.early_end import out_of_time_error
 from enrich.run.enrolling import count_enrolled
 from enrich.run.other_ledgers import check_neighbours
 from enrich.run.plan import build_plan, format_plan, spend_question
-from enrich.run.plan_file import check_plan, gather_plan_inputs
 from enrich.run.poller import Poller
 from enrich.run.progress import Phase
 from enrich.run.run_state import RunState, WorkConfig
@@ -91,12 +90,6 @@ async def _repoll_written_off(
         revived = pluralize(poller.revived_requests, "request")
         run_state.add_note(f"{revived} recovered: the API has the task after all")
     return poller.unpolled_tasks
-
-
-def check_saved_plan(context: RunContext, files: RunFiles) -> None:
-    """Raise CommandRefused when the run follows a saved plan that no longer holds."""
-    if (plan := context.options.plan) is not None:
-        check_plan(plan, gather_plan_inputs(context.job, context.preflight, files.job_input))
 
 
 async def check_before_spending(context: RunContext, run_state: RunState, files: RunFiles, number: int) -> None:

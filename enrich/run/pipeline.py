@@ -29,13 +29,8 @@ from enrich.run.enrolling import count_unsent, enroll_changed_input, enroll_inpu
 from enrich.run.finish import finish_failed_run, finish_run
 from enrich.run.output import write_output
 from enrich.run.periodic import load_schedule, report_progress, save_latencies, save_latencies_periodically
-from enrich.run.phases import (
-    check_before_spending,
-    check_saved_plan,
-    collect_open_tasks,
-    repoll_before_resubmitting,
-    submit_and_poll,
-)
+from enrich.run.phases import check_before_spending, collect_open_tasks, repoll_before_resubmitting, submit_and_poll
+from enrich.run.plan_file import check_plan, gather_plan_inputs
 from enrich.run.preflight import offline_preflight
 from enrich.run.run_state import RunState
 from enrich.run.signals import SignalHandler
@@ -145,8 +140,8 @@ async def _run_step(job_context: RunContext, run_state: RunState, files: RunFile
         await load_schedule(context, run_state)
     await enroll_input(context, run_state, files, number)
     await repoll_before_resubmitting(context, run_state)
-    if not number:
-        check_saved_plan(job_context, files)
+    if not number and (plan := job_context.options.plan) is not None:
+        check_plan(plan, gather_plan_inputs(job_context.job, job_context.preflight, files.job_input))
     try:
         await check_before_spending(context, run_state, files, number)
     except CommandRefused as refusal:
