@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,19 +70,13 @@ def now_ms(db: Database) -> int:
     return db.number("SELECT floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint")
 
 
-def now(db: Database) -> datetime:
-    """Return the server's time."""
-    server_time: datetime = db.value("SELECT clock_timestamp()")
-    return server_time
-
-
-def count_workers(db: Database, lease_id: int, since: datetime) -> tuple[int, int]:
+def count_workers(db: Database, lease_id: int, since_ms: int) -> tuple[int, int]:
     """Count the leases of workers, and those of them but `lease_id` that were not renewed since a time."""
     workers, not_renewed = db.execute(
-        "SELECT count(*), count(*) FILTER (WHERE id <> ? AND "
-        "(seconds = 0 OR lease_until <= CAST(? AS TIMESTAMPTZ) + seconds * interval '1 s')) "
+        "SELECT count(*), count(*) FILTER (WHERE id <> ?1 AND (seconds = 0 OR "
+        "lease_until <= to_timestamp(CAST(?2 AS DOUBLE PRECISION) / 1000) + seconds * interval '1 s')) "
         "FROM leases WHERE NOT leads",
-        (lease_id, since),
+        (lease_id, since_ms),
     ).fetchone()
     return int(workers), int(not_renewed)
 
