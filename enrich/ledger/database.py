@@ -13,7 +13,7 @@ from enrich.extras import install_hint
 from enrich.job.locations import LedgerLocation, PostgresLocation
 from enrich.ledger.dialect import DATABASE_ERRORS, Cursor, Dialect
 from enrich.ledger.file_identity import ledger_file_exists
-from enrich.ledger.sqlite import JOURNAL_SUFFIXES, SqliteSession, open_in_memory, open_sqlite
+from enrich.ledger.sqlite import SqliteSession, open_in_memory, open_sqlite, remove_with_journals
 
 if TYPE_CHECKING:
     from enrich.ledger.postgres import FencingToken, PostgresSession
@@ -276,9 +276,8 @@ def delete_ledger(location: LedgerLocation) -> None:
     """Delete a ledger permanently. Raises CommandRefused when the server cannot be reached, and OSError."""
     if isinstance(location, PostgresLocation):
         load_postgres().drop_schema_tables(location)
-        return
-    for name in (location, *(location.with_name(f"{location.name}{end}") for end in JOURNAL_SUFFIXES)):
-        name.unlink(missing_ok=True)
+    else:
+        remove_with_journals(location)
 
 
 def try_read(location: LedgerLocation, query: Callable[[Database], T]) -> T | None:

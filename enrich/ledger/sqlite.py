@@ -127,12 +127,10 @@ class SqliteSession(sqlite3.Connection):
         self.execute("BEGIN IMMEDIATE")
 
     def begin_snapshot(self) -> None:
-        """Begin a transaction that reads from one snapshot."""
+        """Begin a transaction that reads from one snapshot, and may write to temporary tables."""
         self.execute("BEGIN")
 
-    def begin_temporary(self) -> None:
-        """Begin a transaction that writes only to temporary tables."""
-        self.execute("BEGIN")
+    begin_temporary = begin_snapshot
 
     def commit(self) -> None:
         """Commit the transaction durably."""
@@ -329,6 +327,12 @@ def unknown_to_sandbox(state: Path, tasks: Sequence[str]) -> list[str]:
             return [task for task in tasks if db.execute(find, (task,)).fetchone() is None]
     except sqlite3.Error:
         return list(tasks)
+
+
+def remove_with_journals(path: Path) -> None:
+    """Remove a database with its journals, which SQLite would apply to the next file at this path."""
+    for suffix in ("", *JOURNAL_SUFFIXES):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
 
 
 def _create(path: Path) -> None:

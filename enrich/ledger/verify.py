@@ -17,7 +17,6 @@ from enrich.job.locations import LedgerLocation, PostgresLocation
 from enrich.json_text import parse_json
 from enrich.ledger.database import Database, open_existing
 from enrich.ledger.dialect import DATABASE_ERRORS, DatabaseFailed
-from enrich.ledger.schema import APPLICATION_ID
 from enrich.ledger.sqlite import (
     Column,
     damaged_ledger_error,
@@ -25,7 +24,9 @@ from enrich.ledger.sqlite import (
     is_busy_error,
     is_damage_error,
     is_disk_error,
+    is_ledger_file,
     ledger_columns,
+    remove_with_journals,
 )
 
 JSON_TYPE_NAMES: Mapping[type, str] = {dict: "object", list: "list"}
@@ -162,7 +163,7 @@ def backup(db: Database, target: Path) -> None:
     temporary = target.with_name(f".{target.name}.part")
     try:
         _check_target(target, db.location)
-        _remove_unfinished_copy(temporary)
+        remove_with_journals(temporary)
         try:
             os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
             with closing(sqlite3.connect(temporary)) as copy:
@@ -174,7 +175,7 @@ def backup(db: Database, target: Path) -> None:
             temporary.replace(target)
         finally:
             with suppress(OSError):
-                _remove_unfinished_copy(temporary)
+                remove_with_journals(temporary)
         fsync_dir(target.parent)
     except OSError as error:
         raise CommandRefused(f"{target}: the copy cannot be written: {error.strerror or error}") from error
@@ -211,25 +212,13 @@ def _check_target(target: Path, ledger: Path) -> None:
     elif any(target.with_name(target.name + ending).exists() for ending in (".lock", "-wal", "-journal")):
         obstacle = "a ledger that is in use"
     else:
-        with target.open("rb") as file:
-            header = file.read(_APPLICATION_ID_END)
-        is_copy = not header or header[_APPLICATION_ID_START:] == APPLICATION_ID.to_bytes(4, "big")
-        obstacle = None if is_copy else "no copy of a ledger"
+        obstacle = "no copy of a ledger" if target.stat().st_size and not is_ledger_file(target) else None
     if obstacle is not None:
         raise CommandRefused(f"{target}: this is {obstacle}", "choose another file for the copy")
     if target.with_name(target.name + "-wal").exists():
         # SQLite would apply it to the copy.
         raise CommandRefused(f"{target}: its folder has the journal of a missing database", "choose another file")
 
-
-def _remove_unfinished_copy(temporary: Path) -> None:
-    """Remove an unfinished copy with its journals, which SQLite would apply to the next copy."""
-    for suffix in ("", "-journal", "-wal", "-shm"):
-        temporary.with_name(temporary.name + suffix).unlink(missing_ok=True)
-
-
-#: Byte range of the application id in a SQLite file ("Database File Format", 1.2.20).
-_APPLICATION_ID_START, _APPLICATION_ID_END = 68, 72
 
 #: Each invariant with a query for the rows that violate it; None: that of the dialect. A query reads each table a few
 #: times at most.
