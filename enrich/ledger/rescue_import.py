@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from enrich.errors import CommandRefused
 from enrich.ledger import bindings, resume, transitions
 from enrich.ledger.database import Database
 from enrich.ledger.dialect import OPEN_ATTEMPT
-from enrich.ledger.execution_records import newest_execution_id
+from enrich.ledger.execution_records import newest_execution_id, start_execution
 from enrich.ledger.rescue_file import RescuedAttempt, read_own_rescue_files
 from enrich.models import Answer, State
 
@@ -188,10 +187,13 @@ class _Import:
             self.counts[state if state in ("submitted", "in_doubt") else "answered"] += 1
 
     def _execution_id(self, line: RescuedAttempt) -> int:
-        """Return the record of the run that made an attempt: one for all jobs with the same columns."""
+        """Return the record of the run that made an attempt. There is one, without a summary, for the same columns."""
         paths = tuple(line.paths)
         if paths not in self.execution_ids:
-            self.execution_ids[paths] = _create_execution(self.db, line, self.job, self.now_ms)
+            execution_id = start_execution(self.db, self.job, None, line.claimed_ms, paths=paths)
+            ended = "UPDATE executions SET ended_ms = ?, exit_code = 1 WHERE id = ?"
+            self.db.execute(ended, (self.now_ms, execution_id))
+            self.execution_ids[paths] = execution_id
         return self.execution_ids[paths]
 
     def _adds_to_ledger(self, line: RescuedAttempt, request: _RequestState) -> bool:
@@ -279,18 +281,6 @@ def _find_or_create_request(db: Database, line: RescuedAttempt) -> _RequestState
         )
         row = db.execute(find, (fingerprint,)).fetchone()
     return _RequestState(*row)
-
-
-def _create_execution(db: Database, line: RescuedAttempt, job: str, now_ms: int) -> int:
-    """Record the run that made an attempt: started with it, and ended without a run summary."""
-    return db.number(
-        "INSERT INTO executions (job, started_ms, ended_ms, exit_code, paths, reserved) VALUES (?, ?, ?, 1, ?, "
-        f"(SELECT coalesce(sum(reserved), 0) FROM attempts WHERE {OPEN_ATTEMPT})) RETURNING id",
-        job,
-        line.claimed_ms,
-        now_ms,
-        json.dumps(line.paths),
-    )
 
 
 def _insert_attempt(  # noqa: PLR0913, PLR0917 - each is a column
