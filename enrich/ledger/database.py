@@ -264,11 +264,8 @@ def open_existing(
 @contextmanager
 def open_or_empty(location: LedgerLocation) -> Iterator[Database]:
     """Open a ledger read-only, or an empty one where there is none yet."""
-    if ledger_exists(location):
-        with closing(Database(location, read_only=True)) as ledger:
-            yield ledger
-        return
-    with closing(Database(location, in_memory=True)) as ledger:
+    exists = ledger_exists(location)
+    with closing(Database(location, read_only=exists, in_memory=not exists)) as ledger:
         yield ledger
 
 
