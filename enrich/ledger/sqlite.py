@@ -57,9 +57,7 @@ class Column(NamedTuple):
 def ledger_columns() -> tuple[Column, ...]:
     """Return all columns of a new ledger."""
     kinds = {"TEXT": str, "INTEGER": int, "REAL": float, "BLOB": bytes}
-    with closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
-        for script in schema.MIGRATIONS:
-            _apply(db, script)
+    with closing(open_in_memory()) as db:
         rows = db.execute(
             "SELECT m.name, c.name, c.type FROM sqlite_master m JOIN pragma_table_info(m.name) c WHERE m.type = 'table'"
         )
@@ -388,12 +386,8 @@ def _migrate(db: sqlite3.Connection, path: Path, *, allowed: bool) -> None:
     schema.check_version(path, version, len(schema.MIGRATIONS), may_upgrade=allowed)
     for number, script in enumerate(schema.MIGRATIONS[version:], start=version + 1):
         db.execute("BEGIN IMMEDIATE")
-        _apply(db, script)
+        for statement in schema.statements(script):
+            db.execute(statement)
         db.execute(f"PRAGMA application_id = {schema.APPLICATION_ID}")
         db.execute(f"PRAGMA user_version = {number}")
         db.execute("COMMIT")
-
-
-def _apply(db: sqlite3.Connection, script: str) -> None:
-    for statement in schema.statements(script):
-        db.execute(statement)
