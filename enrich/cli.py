@@ -44,10 +44,16 @@ def main() -> int:
 
 
 class SignalErrors:
-    """Raises a signal as Interrupted, and keeps it: a library may raise its own error in place of ours."""
+    """Raises a signal as Interrupted, and keeps it: a library may raise its own error in place of ours.
+
+    `is_final`: the result of the command is printed, or it has ended. The first signal then changes nothing, and the
+    second one ends the process at once.
+    """
 
     def __init__(self) -> None:
+        self.is_final = False
         self._received: Interrupted | None = None
+        self._was_late = False
 
     def install(self) -> None:
         """Raise signals from now on, without those ignored at the program's start (`nohup`, a shell's `&`)."""
@@ -69,10 +75,17 @@ class SignalErrors:
             if self._received is not None:
                 raise self._received from None
             raise
+        finally:
+            self.is_final = True
 
     def _raise(self, number: int, _frame: object) -> None:
-        self._received = Interrupted(ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.TERMINATED)
-        raise self._received
+        error = Interrupted(ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.TERMINATED)
+        if not self.is_final:
+            self._received = error
+            raise error
+        if self._was_late:
+            os._exit(error.exit_code)
+        self._was_late = True
 
 
 def run_command(arguments: Sequence[str], signals: SignalErrors | None = None) -> int:
@@ -82,7 +95,7 @@ def run_command(arguments: Sequence[str], signals: SignalErrors | None = None) -
     try:
         # Do not use cli.main(), which exits with its own code if the reader closes the output.
         restoring = nullcontext() if signals is None else signals.restoring()
-        with restoring, cli.make_context("enrich", list(arguments)) as context:
+        with restoring, cli.make_context("enrich", list(arguments), obj=signals) as context:
             code = cli.invoke(context)
     except click.exceptions.Exit as done:
         return done.exit_code

@@ -111,6 +111,8 @@ def count_by_status(counts: Mapping[State, int]) -> dict[str, int]:
 PLAIN_NUMBER = re.compile(r"-?([0-9]+(\.[0-9]*)?|\.[0-9]+)")
 #: From the API also with an exponent: Python's decimals write zero as `0E-7`.
 _API_NUMBER = re.compile(f"{PLAIN_NUMBER.pattern}([eE][-+]?[0-9]+)?")
+#: A whole number as text. Python refuses to convert several thousand digits.
+_PLAIN_COUNT = re.compile(r"[0-9]{1,100}")
 #: The ledger stores credits as integers, in millionths of a credit.
 MICROS_PER_CREDIT = 1_000_000
 #: Maximum valid price or balance in credits. A higher value counts as unreadable.
@@ -141,6 +143,11 @@ def _read_credits(credits_: object, minimum: int, maximum: int) -> int | None:
         return int((amount * MICROS_PER_CREDIT).to_integral_value()) if minimum <= amount <= maximum else None
     except ArithmeticError:  # too large
         return None
+
+
+def parse_count(text: str) -> int | None:
+    """Return the whole number that a text is, in plain digits and without a sign. None for any other text."""
+    return int(text) if _PLAIN_COUNT.fullmatch(text) else None
 
 
 def whole_number(value: object) -> int | None:

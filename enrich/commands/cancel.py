@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -50,7 +50,6 @@ from enrich.run.summary import RunSummary
 CANCELLED = "cancelled by you"
 #: Errors that concern one task. The other tasks are tried, too.
 TASK_ERRORS = (RequestRefused, OutOfCredits, InvalidPollResponse)
-#: Tasks that are cancelled at the same time.
 CONCURRENT_TASKS = 8
 
 
@@ -83,10 +82,7 @@ class CancelSummary(Struct, frozen=True):
 
 
 def cancel_tasks(job: Job, access: ApiAccess, ledger: Database, clock: Clock) -> CancelSummary:
-    """Cancel the single tasks of a job that wait for their answer. The caller must hold the lock of the ledger.
-
-    Raises EnrichError when nothing can be cancelled: the API, the key or the ledger do not match.
-    """
+    """Cancel the single tasks of a job that wait for their answer, under the ledger's lock. Raises EnrichError."""
     with ledger.transaction():
         imported = rescue_import.import_rescue_files(ledger, rescue_folders(job), job.name, clock.now_ms())
     rescue_import.remove_imported_files(imported)
@@ -114,7 +110,9 @@ async def _cancel_tasks(job: Job, access: ApiAccess, ledger: Database, clock: Cl
             execution_id = execution_records.start_execution(ledger, job.name, None, clock.now_ms(), balance, paths)
         canceller = _Canceller(job, client, ledger, clock, execution_id)
         error = await canceller.run(singles)
-        balance_after = await _read_balance(client)
+        balance_after = None  # also when the API does not answer any more
+        with suppress(EnrichError):
+            balance_after = read_balance((await client.get_user()).balance)
     closed = canceller.closed
     refunds = [max(0, each.reserved - each.cost) for each in closed if each.is_cancelled and each.cost is not None]
     cancelled = sum(each.is_cancelled for each in closed)
@@ -136,34 +134,21 @@ async def _cancel_tasks(job: Job, access: ApiAccess, ledger: Database, clock: Cl
     with ledger.transaction():
         if execution_records.delete_unless_used(ledger, execution_id):
             return replace(summary, execution=None)
-        record = _execution_summary(job, summary, sum(each.is_settled for each in closed)).as_json() | {
-            "command": execution_records.CANCEL
-        }
+        run_summary = RunSummary(
+            job.name,
+            summary.exit_code,
+            execution=execution_id,
+            credits_spent=summary.credits_spent,
+            credits_unknown=summary.credits_unknown,
+            answers=sum(each.is_settled for each in closed),
+            balance_before=summary.balance_before,
+            balance_after=summary.balance_after,
+            sandbox=job.sandbox,
+            notes=[f"{pluralize(cancelled, 'task')} cancelled by enrich cancel"],
+        )
+        record = run_summary.as_json() | {"command": execution_records.CANCEL}
         execution_records.end_execution(ledger, execution_id, summary.exit_code, record, clock.now_ms(), balance_after)
     return summary
-
-
-async def _read_balance(client: Client) -> int | None:
-    """Return the balance after the refunds; None when the API does not answer any more."""
-    try:
-        return read_balance((await client.get_user()).balance)
-    except EnrichError:
-        return None
-
-
-def _execution_summary(job: Job, summary: CancelSummary, answers: int) -> RunSummary:
-    return RunSummary(
-        job.name,
-        summary.exit_code,
-        execution=summary.execution,
-        credits_spent=summary.credits_spent,
-        credits_unknown=summary.credits_unknown,
-        answers=answers,
-        balance_before=summary.balance_before,
-        balance_after=summary.balance_after,
-        sandbox=job.sandbox,
-        notes=[f"{pluralize(summary.cancelled, 'task')} cancelled by enrich cancel"],
-    )
 
 
 async def _retry(call: Callable[[], Awaitable[TaskReply]]) -> TaskReply:

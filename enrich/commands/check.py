@@ -42,11 +42,6 @@ def check_summary(job: Job, result: CheckResult) -> str:
     return f"{job.name}: {counts}{target} as described by {result.source}"
 
 
-def _warnings(result: CheckResult) -> list[str]:
-    warning = None if result.fill is None else result.fill.warning()
-    return [] if warning is None else [warning]
-
-
 def check_as_json(job: Job, result: CheckResult) -> dict[str, Any]:
     """Return the object that `--json` prints."""
     problems = [{"message": problem.message, "hint": problem.hint} for problem in result.problems]
@@ -69,7 +64,7 @@ def check_as_json(job: Job, result: CheckResult) -> dict[str, Any]:
         ),
         "described_by": result.source,
         "changes": result.changes,
-        "notes": [*_warnings(result), *result.notes],
+        "notes": [*result.warnings, *result.notes],
         "problems": problems,
     } | ({"error": problems[0]["message"]} if problems else {})
 
@@ -148,10 +143,7 @@ def _check_steps(
 def _make_known_steps(
     job: Job, job_input: JobInput, templates: Sequence[RequestTemplate], result: CheckResult
 ) -> tuple[Step, ...]:
-    """Make the steps, or the first ones if a later one may read a field of a target that is not known.
-
-    Raises JobError.
-    """
+    """Make the steps, or the first ones if a later one may read a field of an unknown target. Raises JobError."""
     unknown = next((number for number, template in enumerate(templates) if not template.columns), None)
     if unknown is None:
         return make_steps(job, job_input, templates)
@@ -251,8 +243,7 @@ def _param_fits(name: str, param: Param, can_open: Callable[..., bool]) -> bool:
     """Try each column of a param separately, so that each missing column is reported."""
     if UNFILLED_COLUMN in param.columns:
         return False
-    single_column_params = [param.only_from(column) for column in param.columns]
-    return not [each for each in single_column_params if not can_open(params={name: each})]
+    return not [column for column in param.columns if not can_open(params={name: param.only_from(column)})]
 
 
 def _read_input(job_input: JobInput, template: RequestTemplate, result: CheckResult) -> None:
@@ -272,6 +263,8 @@ def _read_input(job_input: JobInput, template: RequestTemplate, result: CheckRes
 
 def _step_lines(steps: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Yield the table of the steps: target, leads wanted at most, highest price of a request, steps it depends on."""
+    if not steps:
+        return
     targets = [f"{kind} {step[kind]}" for step in steps for kind in ("waterfall", "enrichment") if kind in step]
     names = [step["name"] for step in steps]
     width, target_width = max(map(len, [*names, "step"])), max(map(len, [*targets, "target"]))
@@ -281,12 +274,6 @@ def _step_lines(steps: Sequence[dict[str, Any]]) -> Iterator[str]:
         price = "-" if step["worst_price"] is None else f"{step['worst_price']:,.15g}"
         depends = ", ".join(step["depends_on"] or ()) or "-"
         yield f"  {step['name']:<{width}}  {target:<{target_width}}  {leads:>9}  {price:>8}  {depends}"
-
-
-def _fact_lines(job: Job, result: CheckResult) -> Iterator[str]:
-    yield f"ok: {check_summary(job, result)}"
-    yield from _step_lines(result.steps) if result.steps else ()
-    yield from result.fill.mapping_lines() if result.fill else ()
 
 
 def check_with_access(job: Job, *, online: bool) -> CheckResult:
@@ -313,10 +300,12 @@ def check(job_options: options.JobOptions, online: bool, as_json: bool) -> int:
     job = job_options.load()
     result = check_with_access(job, online=online)
     if as_json or not result.problems:
-        options.echo_result(check_as_json(job, result), _fact_lines(job, result), as_json=as_json)
+        lines = [f"ok: {check_summary(job, result)}", *_step_lines(result.steps)]
+        lines += result.fill.mapping_lines() if result.fill else ()
+        options.echo_result(check_as_json(job, result), lines, as_json=as_json)
     for line in format_left_out(left_out_by_param(result.left_out)):
         click.echo(f"not used: {line}", err=True)
-    for warning in _warnings(result):
+    for warning in result.warnings:
         click.echo(f"warning: {warning}", err=True)
     for note in [*result.changes, *result.notes]:
         click.echo(f"note: {note}", err=True)

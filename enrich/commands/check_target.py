@@ -54,16 +54,13 @@ class ParamFill:
         self.rows += int(kept.sum())
         self.sendable += int(statuses.is_null().sum())
         self.missing.update(batch.missing)
-        for name in self.job.model.params:
+        for name, param in self.job.model.params.items():
             value = batch.values[name].filter(kept)
             blank = value == ""
             self.filled[name] += int((~blank).sum())
-            if _DOMAIN in self._transforms(name) and name not in self.examples and not blank.all():
+            is_domain = any(_DOMAIN in transforms for _, transforms in param.sources)
+            if is_domain and name not in self.examples and not blank.all():
                 self.examples[name] = next(text for text in value if text)
-
-    def _transforms(self, name: str) -> set[str]:
-        """Return the transforms of all sources of a param."""
-        return {transform for _, transforms in self.job.model.params[name].sources for transform in transforms}
 
     def mapping_lines(self) -> Iterator[str]:
         """Yield a line for each param: where its value comes from, and in how many rows it has one."""
@@ -109,6 +106,11 @@ class CheckResult:
     steps: list[dict[str, Any]] = field(default_factory=list)
 
     @property
+    def warnings(self) -> list[str]:
+        """A warning when few rows can be sent."""
+        return [warning] if self.fill and (warning := self.fill.warning()) else []
+
+    @property
     def exit_code(self) -> ExitCode:
         """The exit code that a run would have because of the problems."""
         return first_exit_code({problem.exit_code for problem in self.problems})
@@ -131,7 +133,10 @@ def check_target(
     last_known, providers = stored.description, stored.providers or []
     documented = None if job.model.waterfall is None else DOCUMENTED_WATERFALLS.get(job.model.waterfall)
     description = live or last_known or documented
-    result.source = _description_source(live, last_known, documented)
+    if live or last_known:
+        result.source = "the API now" if live else "the API at the last run"
+    else:
+        result.source = f"the documentation of {DOCUMENTED_ON}" if documented else "the job file alone"
     if live and last_known:
         result.changes += description_changes(last_known, live)
     if description is None:
@@ -154,16 +159,6 @@ def check_target(
         return replace(template, columns={})
     result.problems += name_problems(job, description, last_known, stored.answered)
     return _make_template(job, description, providers, result.problems)
-
-
-def _description_source(
-    live: Description | None, last_known: Description | None, documented: Description | None
-) -> str:
-    if live:
-        return "the API now"
-    if last_known:
-        return "the API at the last run"
-    return f"the documentation of {DOCUMENTED_ON}" if documented else "the job file alone"
 
 
 def _read_ledger(job: Job, bound_to: Mapping[str, str | None]) -> LedgerBinding:

@@ -153,7 +153,12 @@ def systemd_service(job: ScheduledJob) -> str:
     """Return the text of the systemd service. Raises JobError for unprintable characters."""
     job.check_printable()
     environ = "".join(f"Environment={_quote_word(f'{name}={value}')}\n" for name, value in job.environ.items())
+    # In a command line, systemd would also expand `$NAME`.
+    command = " ".join(_quote_word(word).replace("$", "$$") for word in job.command_line())
     writes = " ".join(_quote_word(str(folder)) for folder in job.writable_folders)
+    used = (*job.writable_folders, job.job, job.key_file, Path(job.command[0]))
+    is_shared = any(Path(tmp) in (path, *path.parents) for path in used for tmp in ("/tmp", "/var/tmp"))  # noqa: S108
+    private_tmp = "" if is_shared else "PrivateTmp=true\n"
     return f"""\
 [Unit]
 Description=Enrich leads: {_escape_percent(job.name)}
@@ -167,7 +172,7 @@ User={job.user}
 LoadCredential=databar_api_key:{_escape_percent(str(job.key_file))}
 Environment=DATABAR_API_KEY_FILE=%d/databar_api_key
 Environment=LANG=C.UTF-8
-{job.storage_comments()}{environ}ExecStart={" ".join(map(_quote_argument, job.command_line()))}
+{job.storage_comments()}{environ}ExecStart={command}
 # Not failures: 13 (out of time) and 143 (stopped). The next run resumes.
 # Failures that require action: 2, 3, 5 (job, key, input), 4 (API unreachable), 10 (leads failed),
 # 12 (cap or credits), 14 (unconfirmed), 15 (canary). A locked ledger (11) is skipped with 0.
@@ -181,20 +186,13 @@ ProtectSystem=strict
 ProtectHome=read-only
 # Folders of the output, the ledger and the log. They must exist before the unit starts.
 ReadWritePaths={writes}
-{_private_tmp_line(job)}PrivateDevices=true
+{private_tmp}PrivateDevices=true
 ProtectKernelTunables=true
 ProtectKernelModules=true
 ProtectControlGroups=true
 RestrictSUIDSGID=true
 LockPersonality=true
 """
-
-
-def _private_tmp_line(job: ScheduledJob) -> str:
-    """Return the line for a private /tmp, or nothing if the job uses files in the shared /tmp or /var/tmp."""
-    used = (*job.writable_folders, job.job, job.key_file, Path(job.command[0]))
-    shared = any(Path(tmp) in (path, *path.parents) for path in used for tmp in ("/tmp", "/var/tmp"))  # noqa: S108
-    return "" if shared else "PrivateTmp=true\n"
 
 
 def _escape_percent(text: str) -> str:
@@ -209,26 +207,9 @@ def _quote_word(text: str) -> str:
     return quoted if plain else f'"{quoted}"'
 
 
-def _quote_argument(text: str) -> str:
-    """Quote an argument of a command line, where systemd would also expand `$NAME`."""
-    return _quote_word(text).replace("$", "$$")
-
-
-def _inherited_variables() -> dict[str, str]:
-    """Return the variables that are copied, with absolute paths. URLs stay."""
-    values = {name: value for name in INHERITED_VARIABLES if (value := os.environ.get(name))}
-    return {name: value if is_url(value) else str(absolute_path(Path(value))) for name, value in values.items()}
-
-
 def _check_duration(text: str) -> str:
     parse_duration(text)
     return text
-
-
-def _write_units(folder: Path, units: dict[str, str], *, force: bool) -> None:
-    for name, text in units.items():
-        write_new_file(text, folder / name, force=force, other="another folder")
-        click.echo(f"Written: {folder / name}", err=True)
 
 
 @click.command()
@@ -278,6 +259,7 @@ def cron(
     now = datetime.now().astimezone()
     folders = {nearest_existing(path.parent) for path in (*files_written(job, now).values(), log)}
     locations = job.file_locations(now).values()
+    inherited = {name: value for name in INHERITED_VARIABLES if (value := os.environ.get(name))}
     scheduled = ScheduledJob(
         name=job.name,
         command=system.enrich_command(),
@@ -290,7 +272,9 @@ def cron(
         days=days or (),
         max_time=max_time.replace(" ", ""),
         writable_folders=sorted(folder for folder in folders if folders.isdisjoint(folder.parents)),
-        environ=_inherited_variables(),
+        environ={
+            name: value if is_url(value) else str(absolute_path(Path(value))) for name, value in inherited.items()
+        },
         storages=sorted({location.scheme for location in locations if isinstance(location, ObjectUrl)}),
     )
     units = {
@@ -298,7 +282,9 @@ def cron(
         f"{scheduled.unit_name}.timer": systemd_timer(scheduled),
     }
     if output_dir is not None:
-        _write_units(output_dir, units, force=force)
+        for name, text in units.items():
+            write_new_file(text, output_dir / name, force=force, other="another folder")
+            click.echo(f"Written: {output_dir / name}", err=True)
     if only != "systemd" and not (output_dir and only is None):
         click.echo(crontab_text(scheduled), nl=False)
     if only != "crontab" and output_dir is None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import click
 import polars as pl
-from msgspec.structs import replace
 
 from enrich.commands import options
 from enrich.commands.explain_history import (
@@ -34,14 +33,11 @@ from enrich.rows.template import RequestTemplate
 from enrich.run.output import preview_caps
 from enrich.run.preflight import find_template, steps_from_ledger
 from enrich.run.step_input import begin_steps
-from enrich.run.step_rows import StepRows, StepTables
+from enrich.run.step_rows import StepRows
 
 
 def explain_leads(job: Job, row: int | None, match: str | None) -> dict[str, Any]:
-    """Return the object of `enrich explain --json` for a row, or for the rows that match `COLUMN=VALUE`.
-
-    Raises JobError if the input has no such row or column, CommandRefused if the input cannot be read.
-    """
+    """Return the object of `enrich explain --json` for a row, or for those that match. Raises EnrichError."""
     with open_or_empty(job.ledger) as ledger, ledger.snapshot():
         job_input = JobInput(job, erasure.load_forgotten(ledger))
         found, count = _find_rows(job_input, row, match)
@@ -59,7 +55,7 @@ def _explain_requests(ledger: Database, job_input: JobInput, found: Sequence[int
     template, is_known = find_template(ledger, job)
     if job.model.caps is not None:
         preview_caps(ledger, template, job_input)
-    leads = _read_leads(ledger, job_input, template, found)
+    leads = [lead for (lead,) in _read_leads(_input_batches(ledger, job_input, template), found)]
     if not is_known:
         return {"ever_ran": False, "rows": [row_without_request(job, lead) for lead in leads], "gone": []}
     explainer = Explainer(job, template, ledger, is_locked(job.ledger))
@@ -69,7 +65,7 @@ def _explain_requests(ledger: Database, job_input: JobInput, found: Sequence[int
         candidates = list(queries.find_by_any_param(ledger, params))
     fingerprints = {lead.fingerprint for lead in leads if lead.fingerprint is not None}
     fingerprints |= {candidate.fingerprint for candidate in candidates}
-    rows_of = _rows_by_request(job_input, template, fingerprints)
+    (rows_of,) = _rows_by_request(_input_batches(ledger, job_input, template), [fingerprints])
     params_of_leads = {lead.params for lead in leads}
     gone = [known for known in candidates if known.fingerprint not in rows_of and known.params not in params_of_leads]
     return {
@@ -111,31 +107,51 @@ def _find_rows(job_input: JobInput, row: int | None, match: str | None) -> tuple
     return found[:MAX_LEADS_SHOWN], len(found)
 
 
-def _read_leads(ledger: Database, job_input: JobInput, template: RequestTemplate, numbers: Sequence[int]) -> list[Lead]:
-    """Return these rows, which are in order, with their requests. Read no further than the last of them."""
-    leads: list[Lead] = []
-    for batch in job_input.batches(template) if numbers else ():
+#: A batch of the input in each step, or in a job without steps: its requests, and the cells that they are made of.
+Batches: TypeAlias = Iterator[list[tuple[RowBatch, pl.DataFrame]]]
+
+
+def _input_batches(ledger: Database, job_input: JobInput, template: RequestTemplate) -> Batches:
+    """Yield each batch of a job without steps. A row over a cap is filtered."""
+    for batch in job_input.batches(template):
         if job_input.job.model.caps is not None:
             for decided in enroll.row_decisions(ledger, batch.requests()):
                 if decided.decision is Decision.CAPPED:
                     index = decided.position - batch.first_position
                     batch.statuses[index], batch.errors[index] = RowStatus.FILTERED, CAPPED_REASON
-        indexes = [number - batch.first_position for number in numbers]
-        leads += [
-            _make_lead(batch, index, text_frame(batch.frame[index]))
-            for index in indexes
-            if 0 <= index < batch.frame.height
-        ]
+        yield [(batch, batch.frame)]
+
+
+def _step_batches(rows: StepRows) -> Batches:
+    """Yield each batch of a job with steps. A row that waits for earlier steps has them as its error."""
+    for tables in rows.step_tables():
+        for step, (step_batch, _) in zip(rows.steps, tables.steps, strict=True):
+            for index, decision in enumerate(step_batch.decisions):
+                if decision is StepDecision.WAIT:
+                    waits_for = [
+                        number for number in sorted(step.depends_on) if not tables.steps[number][0].final[index]
+                    ]
+                    names = ", ".join(rows.steps[number].job.step for number in waits_for)
+                    step_batch.batch.errors[index] = f"waits for {names}"
+        yield [(step_batch.batch, text) for step_batch, text in tables.steps]
+
+
+def _read_leads(batches: Batches, numbers: Sequence[int]) -> list[list[Lead]]:
+    """Return these rows, which are in order, as they are in each step. Read no further than the last of them."""
+    leads: list[list[Lead]] = []
+    for steps in batches if numbers else ():
+        first, height = steps[0][0].first_position, steps[0][1].height
+        indexes = (number - first for number in numbers if first <= number < first + height)
+        leads += [[_make_lead(batch, frame, index) for batch, frame in steps] for index in indexes]
         if len(leads) == len(numbers):
             break
     return leads
 
 
-def _make_lead(batch: RowBatch, index: int, text: pl.DataFrame) -> Lead:
-    """Return a row of a batch, whose cells as text are the one row of `text`."""
+def _make_lead(batch: RowBatch, frame: pl.DataFrame, index: int) -> Lead:
     return Lead(
         batch.first_position + index + 1,
-        text.row(0, named=True),
+        text_frame(frame[index]).row(0, named=True),
         batch.fingerprints[index],
         batch.params[index],
         batch.statuses[index],
@@ -143,20 +159,15 @@ def _make_lead(batch: RowBatch, index: int, text: pl.DataFrame) -> Lead:
     )
 
 
-def _rows_by_request(
-    job_input: JobInput, template: RequestTemplate, fingerprints: Collection[bytes]
-) -> dict[bytes, list[int]]:
-    """Return the numbers (from 1) of the rows that have each of these requests."""
-    found: dict[bytes, list[int]] = {}
-    for batch in job_input.batches(template) if fingerprints else ():
-        _add_rows(found, batch, fingerprints)
+def _rows_by_request(batches: Batches, fingerprints: Sequence[Collection[bytes]]) -> list[dict[bytes, list[int]]]:
+    """Return, for each step, the numbers (from 1) of the rows that have each of these requests."""
+    found: list[dict[bytes, list[int]]] = [{} for _ in fingerprints]
+    for steps in batches if any(fingerprints) else ():
+        for rows_of, chosen, (batch, _) in zip(found, fingerprints, steps, strict=True):
+            for number, name in enumerate(batch.fingerprints, batch.first_position + 1):
+                if name is not None and name in chosen:
+                    rows_of.setdefault(name, []).append(number)
     return found
-
-
-def _add_rows(found: dict[bytes, list[int]], batch: RowBatch, fingerprints: Collection[bytes]) -> None:
-    for number, name in enumerate(batch.fingerprints, batch.first_position + 1):
-        if name is not None and name in fingerprints:
-            found.setdefault(name, []).append(number)
 
 
 def _params_from_cell(job: Job, template: RequestTemplate, column: str, value: str) -> dict[str, str]:
@@ -176,56 +187,22 @@ def _explain_steps(ledger: Database, job_input: JobInput, found: Sequence[int]) 
     job = job_input.job
     rows = StepRows(job_input, ledger, steps_from_ledger(ledger, job, job_input))
     begin_steps(rows)
-    leads = _read_leads_of_steps(rows, found)
-    shared = _rows_by_request_of_steps(rows, leads)
+    leads = _read_leads(_step_batches(rows), found)
+    fingerprints = [{lead.fingerprint for lead in leads_of_step} - {None} for leads_of_step in zip(*leads, strict=True)]
+    shared = _rows_by_request(_step_batches(rows), fingerprints)
     is_running = is_locked(job.ledger)
     explainers = [Explainer(step.job, step.template, ledger, is_running) for step in rows.steps]
     explained = [
         {
-            "row": number + 1,
+            "row": leads_of_row[0].number,
             "steps": [
-                {"step": step.job.step} | explainer.explain_row(lead, shared[index])
-                for index, (step, explainer, lead) in enumerate(zip(rows.steps, explainers, leads[number], strict=True))
+                {"step": step.job.step} | explainer.explain_row(lead, rows_of)
+                for step, explainer, lead, rows_of in zip(rows.steps, explainers, leads_of_row, shared, strict=True)
             ],
         }
-        for number in found
+        for leads_of_row in leads
     ]
     return {"ever_ran": find_template(ledger, job)[1], "rows": explained, "gone": []}
-
-
-def _read_leads_of_steps(rows: StepRows, numbers: Sequence[int]) -> dict[int, list[Lead]]:
-    """Return these rows as they are in every step."""
-    leads: dict[int, list[Lead]] = {}
-    for tables in rows.step_tables() if numbers else ():
-        first = tables.steps[0][0].batch.first_position
-        for number in numbers:
-            if first <= number < first + tables.frame.height:
-                leads[number] = _leads_of_row(rows, tables, number - first)
-    return leads
-
-
-def _leads_of_row(rows: StepRows, tables: StepTables, index: int) -> list[Lead]:
-    leads: list[Lead] = []
-    for step, (step_batch, text) in zip(rows.steps, tables.steps, strict=True):
-        batch, error = step_batch.batch, step_batch.batch.errors[index]
-        if step_batch.decisions[index] is StepDecision.WAIT:
-            waits_for = [number for number in sorted(step.depends_on) if not tables.steps[number][0].final[index]]
-            error = f"waits for {', '.join(rows.steps[number].job.step for number in waits_for)}"
-        leads.append(replace(_make_lead(batch, index, text[index]), error=error))
-    return leads
-
-
-def _rows_by_request_of_steps(rows: StepRows, leads: Mapping[int, Sequence[Lead]]) -> list[dict[bytes, list[int]]]:
-    """Return, for each step, the numbers (from 1) of the rows that have each of the leads' requests."""
-    fingerprints = [
-        {lead.fingerprint for of_row in leads.values() if (lead := of_row[number]).fingerprint is not None}
-        for number in range(len(rows.steps))
-    ]
-    found: list[dict[bytes, list[int]]] = [{} for _ in rows.steps]
-    for tables in rows.step_tables() if any(fingerprints) else ():
-        for number, (step_batch, _) in enumerate(tables.steps):
-            _add_rows(found[number], step_batch.batch, fingerprints[number])
-    return found
 
 
 def format_explanation(result: Mapping[str, Any]) -> Iterator[str]:

@@ -22,7 +22,6 @@ from enrich.ledger.queries import AttemptRow, RequestRow
 from enrich.models import RowStatus, State, iso_time, to_credits, to_ms
 from enrich.rows.template import RequestTemplate
 
-#: Most leads to show.
 MAX_LEADS_SHOWN = 20
 
 
@@ -43,7 +42,10 @@ def row_without_request(job: Job, lead: Lead) -> dict[str, Any]:
         "row": lead.number,
         "status": lead.status or RowStatus.PENDING,
         "why": _why_not_sent(job, lead),
-        "asks_with": _param_cells(job, lead),
+        "asks_with": {
+            name: {column: lead.cells[column] for column in param.columns if column in lead.cells}
+            for name, param in job.model.params.items()
+        },
         "params": None if lead.params is None else json.loads(lead.params),
         "fingerprint": None if lead.fingerprint is None else lead.fingerprint.hex(),
         "shared_with": [],
@@ -60,14 +62,6 @@ def _why_not_sent(job: Job, lead: Lead) -> str | None:
     if filled:
         return f"only_if_empty: {', '.join(filled)} has a value"
     return f"where: {job.model.where}" if job.model.where is not None else None
-
-
-def _param_cells(job: Job, lead: Lead) -> dict[str, dict[str, str]]:
-    """Return the cells that each param may be filled from: param to column to cell."""
-    return {
-        name: {column: lead.cells[column] for column in param.columns if column in lead.cells}
-        for name, param in job.model.params.items()
-    }
 
 
 class Explainer(Struct, frozen=True):
@@ -90,7 +84,11 @@ class Explainer(Struct, frozen=True):
         result["other_questions"] = [self.explain_request(other) for other in same_params if other.call != call]
         if request is not None:
             result["request"] = self.explain_request(request)
-            status, why = self._row_status(request)
+            # As in the output: the last found answer and this job's columns decide.
+            state = State.FOUND if request.answer_id else request.state
+            attempts = queries.attempts(self.ledger, request.id)
+            state, why = self._judge(state, request.answer_id or request.attempt_id, attempts)
+            status = RowStatus.from_state(state)
             if status is RowStatus.PENDING and lead.status is RowStatus.FILTERED:
                 result["request"]["outlook"] = "not sent by the next run"
             else:
@@ -111,13 +109,6 @@ class Explainer(Struct, frozen=True):
             "outlook": describe_next_step(state, attempts, policy, now_ms, is_running=self.is_running),
         }
 
-    def _row_status(self, request: RequestRow) -> tuple[RowStatus, str | None]:
-        """Return status and error of the row as in the output: the last found answer and this job's columns decide."""
-        state = State.FOUND if request.answer_id else request.state
-        attempts = queries.attempts(self.ledger, request.id)
-        state, error = self._judge(state, request.answer_id or request.attempt_id, attempts)
-        return RowStatus.from_state(state), error
-
     def _judge(self, stored: State, attempt_id: int | None, attempts: Sequence[AttemptRow]) -> tuple[State, str | None]:
         """Return the state that this job's columns give to the answer of an attempt, and the attempt's error."""
         attempt = next((attempt for attempt in attempts if attempt.id == attempt_id), None)
@@ -130,11 +121,8 @@ class Explainer(Struct, frozen=True):
         return State.FOUND if is_match else State.NOT_FOUND, attempt.error
 
 
-def _answer_fields(attempt: AttemptRow) -> Mapping[str, Any]:
-    return parse_data(parse_json(attempt.answer).get("data")).fields if attempt.answer else {}
-
-
 def _attempt_as_json(attempt: AttemptRow) -> dict[str, Any]:
+    answer = parse_data(parse_json(attempt.answer).get("data")).fields if attempt.answer else {}
     return {
         "attempt": attempt.id,
         "execution": attempt.execution_id,
@@ -151,7 +139,7 @@ def _attempt_as_json(attempt: AttemptRow) -> dict[str, Any]:
         "task_credits": to_credits(attempt.task_credits),
         "provider": attempt.provider,
         "error": attempt.error,
-        "answer": dict(_answer_fields(attempt)) or None,
+        "answer": dict(answer) or None,
     }
 
 

@@ -17,7 +17,6 @@ from enrich.commands.forget_steps import RowRequests, follow_answers, requests_o
 from enrich.databar.clock import SystemClock
 from enrich.databar.task_results import column_values
 from enrich.errors import CommandRefused, EnrichError, JobError, suggest_name
-from enrich.files.values import text_frame
 from enrich.job.cell_text import fold
 from enrich.job.job import Job
 from enrich.job.locations import sandbox_state_path
@@ -109,13 +108,6 @@ def forget_person(job: Job, matches: Sequence[str], confirm: Callable[[Forgotten
         return counts
 
 
-def purge_answers(job: Job, older_than: timedelta) -> int:
-    """Erase params and answers of requests settled longer ago. Return their number. Raises LedgerLocked."""
-    now_ms = SystemClock().now_ms()
-    with _open_for_erasing(job) as ledger, ledger.transaction():
-        return erasure.purge(ledger, now_ms - to_ms(older_than), now_ms)
-
-
 def forget_in_sandbox_state(job: Job, matches: Sequence[str], confirm: Callable[[int], bool]) -> int:
     """Erase the requests and results about a person from the sandbox of the ledger. Return the number of lookups.
 
@@ -129,12 +121,6 @@ def forget_in_sandbox_state(job: Job, matches: Sequence[str], confirm: Callable[
         return _matches_person(json.loads(lookup.params), answers, job, columns, criteria)
 
     return _erase_from_sandbox_state(job, is_person, confirm)
-
-
-def purge_sandbox_state(job: Job, older_than: timedelta) -> int:
-    """Erase older requests from the sandbox of the ledger. Return the number of lookups."""
-    before_s = SystemClock().now_ms() / 1000 - older_than.total_seconds()
-    return _erase_from_sandbox_state(job, lambda lookup: lookup.last_sent_at < before_s, lambda _: True)
 
 
 def _erase_from_sandbox_state(job: Job, choose: Callable[[StoredLookup], bool], confirm: Callable[[int], bool]) -> int:
@@ -205,22 +191,9 @@ def _matching_requests(
         if name not in known:
             hint = suggest_name(name, known)
             raise input_error or JobError(f"--match {name}=…: the input and the job have no column `{name}`", hint)
-    if job_input is not None and job.step_jobs:
-        return requests_of_rows(job, job_input, ledger, criteria)
-    if job_input is None or not set(criteria) <= set(columns):
+    if job_input is None or not (job.step_jobs or set(criteria) <= set(columns)):
         return RowRequests({}, ())
-    cell_indexes = {columns.index(name): value for name, value in criteria.items()}
-    own = {
-        fingerprint: params
-        for batch in job_input.batches(template)
-        for cells, fingerprint, params in zip(
-            text_frame(batch.frame).iter_rows(), batch.fingerprints, batch.params, strict=True
-        )
-        if fingerprint is not None
-        and params is not None
-        and all(fold(str(cells[index])) == value for index, value in cell_indexes.items())
-    }
-    return RowRequests(own, ())
+    return requests_of_rows(job_input, template, ledger, criteria)
 
 
 def _read_request(request: Mapping[str, Any]) -> tuple[dict[str, str], list[object]]:
@@ -361,8 +334,16 @@ def purge(job_options: options.JobOptions, older_than: float, yes: bool, as_json
     results.
     """
     confirmed = _confirmed("This permanently erases older results. Outputs written later lack them.", yes=yes)
-    age = timedelta(seconds=older_than)
-    jobs = _jobs_to_erase(job_options) if confirmed else []
-    count = _erase(jobs, lambda job: purge_answers(job, age), lambda job: purge_sandbox_state(job, age))
+    now_ms = SystemClock().now_ms()
+    before_ms = now_ms - to_ms(timedelta(seconds=older_than))
+
+    def from_ledger(job: Job) -> int:
+        with _open_for_erasing(job) as ledger, ledger.transaction():
+            return erasure.purge(ledger, before_ms, now_ms)
+
+    def from_sandbox(job: Job) -> int:
+        return _erase_from_sandbox_state(job, lambda lookup: lookup.last_sent_at < before_ms / 1000, lambda _: True)
+
+    count = _erase(_jobs_to_erase(job_options) if confirmed else [], from_ledger, from_sandbox)
     lines = [f"{pluralize(count, 'request')} purged"]
     options.echo_result({"exit_code": 0, "requests": count}, lines, as_json=as_json)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from enrich.databar.task_results import column_values, is_blank
 from enrich.errors import EnrichError
+from enrich.files.values import text_frame
 from enrich.job.cell_text import fold
 from enrich.job.job import Job
 from enrich.job.target import Param
@@ -15,6 +16,7 @@ from enrich.json_text import parse_json
 from enrich.ledger import erasure
 from enrich.ledger.database import Database
 from enrich.rows.job_input import JobInput
+from enrich.rows.template import RequestTemplate
 from enrich.run.preflight import find_template, steps_from_ledger
 from enrich.run.step_rows import StepRows
 
@@ -33,30 +35,36 @@ class RowRequests(NamedTuple):
 Columns: TypeAlias = Sequence[Mapping[str, str]]
 
 
-def requests_of_rows(job: Job, job_input: JobInput, ledger: Database, criteria: Mapping[str, str]) -> RowRequests:
-    """Return the requests of all steps by whether their row matches. Empty if the table has no such columns."""
-    try:
-        rows = StepRows(job_input, ledger, steps_from_ledger(ledger, job, job_input))
-    except EnrichError:
-        return RowRequests({}, ())
-    found: dict[bytes, str] = {}
-    of_others: set[bytes] = set()
-    for tables in rows.step_tables():
-        if not set(criteria) <= set(tables.text.columns):
+def requests_of_rows(
+    job_input: JobInput, template: RequestTemplate, ledger: Database, criteria: Mapping[str, str]
+) -> RowRequests:
+    """Return the requests by whether a row with them matches. Empty if the table has no such columns.
+
+    Without steps all requests of the person's rows are the person's own.
+    """
+    job = job_input.job
+    tables = ((text_frame(batch.frame), [batch]) for batch in job_input.batches(template))
+    if job.step_jobs:
+        try:
+            rows = StepRows(job_input, ledger, steps_from_ledger(ledger, job, job_input))
+        except EnrichError:
             return RowRequests({}, ())
-        cells = [(tables.text.get_column(name), value) for name, value in criteria.items()]
-        for row in range(tables.frame.height):
-            is_person = all(fold(column[row]) == value for column, value in cells)
-            for step_batch, _ in tables.steps:
-                fingerprint, params = step_batch.built.fingerprints[row], step_batch.built.params[row]
+        tables = ((table.text, [step.built for step, _ in table.steps]) for table in rows.step_tables())
+    own: dict[bytes, str] = {}
+    of_others: set[bytes] = set()
+    for text, batches in tables:
+        if not set(criteria) <= set(text.columns):
+            return RowRequests({}, ())
+        for row, cells in enumerate(text[:, list(criteria)].iter_rows()):
+            is_person = all(fold(cell) == value for cell, value in zip(cells, criteria.values(), strict=True))
+            for fingerprint, params in ((batch.fingerprints[row], batch.params[row]) for batch in batches):
                 if fingerprint is None or params is None:
                     continue
                 if is_person:
-                    found[fingerprint] = params
-                else:
+                    own[fingerprint] = params
+                elif job.step_jobs:
                     of_others.add(fingerprint)
-    own = {fingerprint: params for fingerprint, params in found.items() if fingerprint not in of_others}
-    return RowRequests(own, of_others)
+    return RowRequests({name: params for name, params in own.items() if name not in of_others}, of_others)
 
 
 def follow_answers(

@@ -112,15 +112,10 @@ def parse_time_of_day(text: str) -> tuple[int, int]:
 SECONDS, TIME_OF_DAY = Parsed(parse_seconds), Parsed(parse_time_of_day)
 
 
-def _reject_password(ledger: str) -> str:
-    check_no_password(ledger)
-    return ledger
-
-
 #: It rejects URLs with a password before the arguments are written anywhere.
 LEDGER_OPTION = click.option(
     "--ledger",
-    type=Parsed(_reject_password),
+    type=Parsed(check_no_password),
     metavar="FILE",
     help="Use this ledger, a file or postgresql://…, instead of the job's.",
 )
@@ -319,9 +314,25 @@ def short_path(path: str | None) -> str | None:
     return path
 
 
+def begin_result() -> None:
+    """Print the result of the command from now on: a signal changes it no more."""
+    context = click.get_current_context(silent=True)
+    if context is not None and context.obj is not None:
+        context.obj.is_final = True
+
+
+def echo_json(document: object) -> None:
+    """Print the result of a command as JSON."""
+    begin_result()
+    click.echo(json.dumps(document, ensure_ascii=False))
+
+
 def echo_result(result: object, lines: Iterable[str], *, as_json: bool) -> None:
     """Print the result of a command as JSON, or its lines of text."""
-    click.echo(json.dumps(result, ensure_ascii=False) if as_json else "\n".join(lines))
+    if as_json:
+        echo_json(result)
+    else:
+        click.echo("\n".join(lines))
 
 
 def echo_error(message: str, hint: str | None) -> None:

@@ -39,7 +39,7 @@ from enrich.run.other_ledgers import (
     refusal_to_pay_again,
 )
 from enrich.run.plan import Plan, build_plan, format_plan
-from enrich.run.plan_file import PlanInputs, SavedPlan, gather_plan_inputs, write_plan
+from enrich.run.plan_file import SavedPlan, gather_plan_inputs, write_plan
 from enrich.run.preflight import Preflight, preflight, read_binding, with_client
 from enrich.run.startup import make_step_rows
 from enrich.run.step_input import StepInput, begin_steps
@@ -176,9 +176,18 @@ def make_plan(
             requests = [plan.to_submit]
         saved_plan = None
         if is_saved:
-            newest = execution_records.newest_execution_id(ledger)
-            inputs = gather_plan_inputs(job, preflight_result, job_input)
-            saved_plan = _plan_to_save(job, run_options, inputs, now_ms, requests, newest)
+            saved_plan = SavedPlan(
+                made_ms=now_ms,
+                ground=gather_plan_inputs(job, preflight_result, job_input),
+                limit=run_options.limit,
+                sample=run_options.sample,
+                seed=run_options.seed,
+                retry=sorted(run_options.retry),
+                max_credits=job.max_credits,
+                requests=requests,
+                after_execution=execution_records.newest_execution_id(ledger),
+                sandbox=job.sandbox,
+            )
         if job_input.full_table.file_versions() != file_versions:
             raise CommandRefused(f"{job.input_path}: the input changed while it was read", "run the command again")
         notes = [
@@ -188,23 +197,6 @@ def make_plan(
             *_other_ledger_notes(job, preflight_result, ledger, step_rows, plan.to_submit),
         ]
         return replace(plan, notes=notes), saved_plan
-
-
-def _plan_to_save(
-    job: Job, run_options: RunOptions, inputs: PlanInputs, made_ms: int, requests: list[int], newest_execution: int
-) -> SavedPlan:
-    return SavedPlan(
-        made_ms=made_ms,
-        ground=inputs,
-        limit=run_options.limit,
-        sample=run_options.sample,
-        seed=run_options.seed,
-        retry=sorted(run_options.retry),
-        max_credits=job.max_credits,
-        requests=requests,
-        after_execution=newest_execution,
-        sandbox=job.sandbox,
-    )
 
 
 def _read_input(

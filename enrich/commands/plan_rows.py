@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -72,7 +72,8 @@ def write_rows(target: Path, job_input: JobInput, ledger: Database, template: Re
                     zip(batch.statuses, batch.errors, strict=True), batch.first_position
                 )
             ]
-            yield _without(batch.frame, PLAN_COLUMNS).hstack(pl.DataFrame(cells, PLAN_COLUMNS, orient="row"))
+            frame = batch.frame.drop(list(PLAN_COLUMNS), strict=False)  # those of an earlier plan
+            yield frame.hstack(pl.DataFrame(cells, PLAN_COLUMNS, orient="row"))
 
     _write(target, job_input, frames(), PLAN_COLUMNS)
 
@@ -86,7 +87,7 @@ def write_step_rows(target: Path, rows: StepRows, selections: Sequence[RequestSe
     def frames() -> Iterator[pl.DataFrame]:
         step_results.begin_plan(rows.ledger)
         for table in rows.step_tables():
-            frame = _without(table.frame, columns)
+            frame = table.frame.drop(list(columns), strict=False)  # those of an earlier plan
             for number, made in enumerate(decide_steps(rows, table, selections)):
                 cells = list(_step_cells(rows, number, table.steps[number][0], made))
                 names = _step_columns(rows.steps[number].job.step)
@@ -125,11 +126,6 @@ def _step_cells(
         elif decision is Decision.OVER_LIMIT:
             reason = "over --limit or --sample"
         yield decision, reason
-
-
-def _without(frame: pl.DataFrame, columns: Iterable[str]) -> pl.DataFrame:
-    """Return a table without the columns of an earlier plan, which are replaced."""
-    return frame.drop(list(columns), strict=False)
 
 
 def _write(

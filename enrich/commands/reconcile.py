@@ -28,11 +28,7 @@ from enrich.run.preflight import call_api
 
 
 def reconcile_job(job: Job, access: ApiAccess, since: int | None) -> Reconciliation:
-    """Fetch the balance and compare it with the ledger from execution `since` on (None: chosen automatically).
-
-    Raises CommandRefused if the ledger lacks the needed data, ApiUnreachable (also if the API reports no balance)
-    and ApiKeyRejected.
-    """
+    """Fetch the balance and compare it with the ledger from execution `since` on (None: chosen). Raises EnrichError."""
     check_ledger_exists(job)
     with closing(Database(job.ledger, read_only=True)) as ledger:
         executions, in_doubt = execution_records.list_executions(ledger), queries.in_doubt_summary(ledger)

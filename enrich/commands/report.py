@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from contextlib import suppress
 from datetime import datetime
@@ -13,9 +12,10 @@ import click
 from msgspec.structs import replace
 
 from enrich.commands import options
-from enrich.errors import EnrichError, Interrupted, JobError
+from enrich.errors import EnrichError, JobError
 from enrich.exit_codes import JobArguments
 from enrich.job.job import Job
+from enrich.models import parse_count
 from enrich.report.page_file import INSTALL_HINT, default_report_path, given_report_path, is_extra_missing, write_report
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 def _compare(job: Job, other: str, *, use_sandbox: bool) -> Comparison:
     from enrich.report.compare import compare_executions, compare_jobs
 
-    if other.isdecimal():
-        return compare_executions(job, int(other))
+    if (number := parse_count(other)) is not None:
+        return compare_executions(job, number)
     return compare_jobs(job, options.JobOptions(Path(other), use_sandbox=use_sandbox).load())
 
 
@@ -41,19 +41,15 @@ def _build_report(job: Job, job_arguments: JobArguments, now: datetime, *, with_
     return build_report(job, job_arguments, now, with_rows=with_rows)
 
 
-def _return_free_memory() -> None:
-    """Return freed memory to the system, because drawing the charts takes another 100 MiB."""
+def _render_page(data: Report, job: Job, now: datetime) -> str:
     import ctypes
 
-    with suppress(OSError, AttributeError):  # only glibc has it
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _render_page(data: Report, job: Job, now: datetime) -> str:
     from enrich.report.page_file import with_relative_paths
     from enrich.report.render import render_report
 
-    _return_free_memory()
+    # Return freed memory to the system, because drawing the charts takes another 100 MiB.
+    with suppress(OSError, AttributeError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
     return render_report(with_relative_paths(data, job, now, Path.cwd()))
 
 
@@ -65,7 +61,7 @@ def write_run_report(job: Job, job_arguments: JobArguments) -> str | None:
         if path is not None:
             _require_extra()
             write_report(path, _render_page(_build_report(job, job_arguments, now), job, now), job)
-    except (KeyboardInterrupt, Interrupted):
+    except KeyboardInterrupt:
         return "the report was not written: interrupted"
     except EnrichError as error:
         return f"the report was not written: {error.message}" + (f"; {error.hint}" if error.hint else "")
@@ -111,4 +107,4 @@ def report(
         if sys.stderr.isatty() or (page is not None and path != page.absolute()):
             click.echo(f"report: {path}", err=True)
     if as_json:
-        click.echo(json.dumps(data.as_json(), ensure_ascii=False))
+        options.echo_json(data.as_json())

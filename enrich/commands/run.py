@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import resource
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -19,15 +19,15 @@ from msgspec.structs import replace
 from enrich.commands import options
 from enrich.commands.report import write_run_report
 from enrich.databar.clock import SystemClock
-from enrich.errors import EnrichError, JobError, LedgerLocked
+from enrich.errors import CommandRefused, EnrichError, JobError, LedgerLocked
 from enrich.exit_codes import ExitCode, JobArguments, format_actions, required_actions
 from enrich.extras import install_hint
 from enrich.job.job import Job
 from enrich.job.locations import STDIN, PostgresLocation, WebUrl
 from enrich.ledger.database import ledger_exists
 from enrich.ledger.lock import lock_ledger, open_for_run
-from enrich.ledger.sqlite import is_damage_error
-from enrich.models import State
+from enrich.ledger.verify import as_enrich_error
+from enrich.models import State, parse_count
 from enrich.monitoring.log_file import open_log
 from enrich.monitoring.observers import RunObservers
 from enrich.run import pipeline
@@ -40,6 +40,10 @@ from enrich.run.summary import RunSummary, format_details, format_summary
 
 if TYPE_CHECKING:  # it needs Ray
     from enrich.cluster.engine import RayCluster
+
+_MAX_PORT = 65_535
+#: A run has up to 64 connections, and the sandbox the other ends of them. With fewer files a run would end half-way.
+_MIN_OPEN_FILES = 200
 
 
 @contextmanager
@@ -66,14 +70,14 @@ def _exit_code_and_message(error: BaseException) -> tuple[int, str]:
         case click.Abort() | EOFError() | KeyboardInterrupt():
             return ExitCode.INTERRUPTED, "interrupted"
 
-    if is_damage_error(error):
-        return ExitCode.REFUSED, "the ledger is damaged"
+    if isinstance(error, Exception) and (known := as_enrich_error(error, None)) is not None:
+        return known.exit_code, known.message
     return ExitCode.BUG, f"this is a bug: {type(error).__name__}"
 
 
 def _check_address(value: str) -> str:
     """Return HOST:PORT unchanged. Raises ValueError for another format."""
-    if not value.rpartition(":")[2].isdecimal():
+    if not 0 < (parse_count(value.rpartition(":")[2]) or 0) <= _MAX_PORT:
         raise ValueError("must be HOST:PORT, as `ray start --head` prints it")
     if "://" in value:
         raise ValueError("must be HOST:PORT without `ray://`. Run the command on a machine of the cluster")
@@ -135,11 +139,9 @@ def _confirm(text: str) -> bool:
     click.echo(options.for_terminal("\n".join(lines)), err=True)
     try:
         return click.confirm(question, prompt_suffix=" ", err=True)
-    except click.Abort as error:
-        if isinstance(error.__context__, EOFError):  # Ctrl-D: no answer is a no
-            click.echo(err=True)
-            return False
-        raise KeyboardInterrupt from None
+    except click.Abort:  # Ctrl-D: no answer is a no
+        click.echo(err=True)
+        return False
 
 
 class RunCallbacks(Struct, frozen=True):
@@ -156,6 +158,14 @@ class RunCallbacks(Struct, frozen=True):
     stop: Future[None] = field(default_factory=Future)
 
 
+def _check_open_files_limit() -> None:
+    """Raise CommandRefused if this process may open fewer files than a run needs."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if limit != resource.RLIM_INFINITY and limit < _MIN_OPEN_FILES:
+        message = f"too many open files: the limit is {limit}, and a run needs {_MIN_OPEN_FILES}"
+        raise CommandRefused(message, "raise it: ulimit -n 1024")
+
+
 def run_observed(
     job: Job, run_options: RunOptions, wait_s: float, observers: RunObservers, callbacks: RunCallbacks
 ) -> RunSummary:
@@ -164,6 +174,7 @@ def run_observed(
     Raises EnrichError for failures before the run is recorded in the ledger.
     """
     observers.start(job, run_options)
+    _check_open_files_limit()
     job, moved = with_own_output(job)
     observers.report_problem(moved)
     if not ledger_exists(job.ledger):
@@ -209,6 +220,7 @@ def print_summary(
     summary: RunSummary, job_arguments: JobArguments, *, as_json: bool, show: bool, details: bool = False
 ) -> None:
     """Print the run summary: text to stderr, JSON to stdout."""
+    options.begin_result()
     paint = options.make_styler()
     if summary.error:
         click.echo(f"{paint('error', 'red')}: {summary.error}", err=True)
@@ -225,7 +237,7 @@ def print_summary(
             options.for_terminal("\n".join([*lines, *(format_details(summary, paint) if details else ())])), err=True
         )
     if as_json:
-        click.echo(json.dumps(summary.as_json(), ensure_ascii=False))
+        options.echo_json(summary.as_json())
 
 
 @click.command()
@@ -332,7 +344,7 @@ def run(
                 raise LedgerLocked(error.message, ". ".join(filter(None, (hint, options_hint)))) from None
             observers.skipped(error.message)
             if as_json:
-                click.echo(json.dumps({"exit_code": 0, "error": error.message}))
+                options.echo_json({"exit_code": 0, "error": error.message})
             return ExitCode.OK
 
 

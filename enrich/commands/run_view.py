@@ -17,7 +17,6 @@ from enrich.run.progress import Progress, ProgressSnapshot, TrafficCounts
 
 #: Minimum width of the view in columns, for readability. A narrower terminal cuts the lines off.
 MIN_COLUMNS = 20
-#: The words for the states of requests.
 STATE_WORDS = {
     "found": "found",
     "not_found": "no match",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,33 +17,28 @@ from enrich.models import format_elapsed, iso_time, job_title, pluralize, to_cre
 
 #: A wider table leaves out these columns, in this order.
 MAX_COLUMNS, OPTIONAL_COLUMNS = 80, ("time", "balance")
-#: Columns whose text is aligned left.
 _LEFT_ALIGNED = ("started (UTC)", "exit")
 
 
 def read_runs(job: Job, last: int) -> dict[str, Any]:
     """Return the object of `enrich runs --json`: the newest `last` executions, and the totals of all."""
-    shown: list[dict[str, Any]] = []
-    totals: Counter[str] = Counter()
     with open_or_empty(job.ledger) as ledger, ledger.snapshot():
         lock_held = is_locked(job.ledger)  # before reading: a run that ends meanwhile was not killed
         newest = execution_records.newest_execution_id(ledger)
-        for execution in execution_records.list_executions(ledger, job.name):
-            counts = {"submitted": execution.submitted, "spent": execution.spent, "unknown": execution.unknown}
-            totals.update({"executions": 1, **counts})
-            if len(shown) < last:
-                is_running = lock_held and execution.id == newest
-                shown.append(execution_as_json(execution, is_running=is_running) | _counts_as_json(execution))
+        executions = execution_records.list_executions(ledger, job.name)
     return {
         "job": job.name,
         "sandbox": job.sandbox,
         "ledger": str(job.ledger),
-        "executions": shown,
+        "executions": [
+            execution_as_json(execution, is_running=lock_held and execution.id == newest) | _counts_as_json(execution)
+            for execution in executions[:last]
+        ],
         "totals": {
-            "executions": totals["executions"],
-            "submitted": totals["submitted"],
-            "credits_spent": to_credits(totals["spent"]),
-            "credits_unknown": totals["unknown"],
+            "executions": len(executions),
+            "submitted": sum(execution.submitted for execution in executions),
+            "credits_spent": to_credits(sum(execution.spent for execution in executions)),
+            "credits_unknown": sum(execution.unknown for execution in executions),
         },
     }
 

@@ -24,26 +24,32 @@ from enrich.models import count_by_status, format_elapsed, iso_time, job_title, 
 from enrich.run.balance import choose_baseline
 from enrich.run.progress import Phase
 
-#: Number of past runs in the status.
 SHOWN_EXECUTIONS = 10
 
 
 def read_status(job: Job) -> dict[str, Any]:
     """Return the object of `enrich status --json`. Requests are counted by status, named as in the run summary."""
     with open_or_empty(job.ledger) as ledger:
-        return _build_status(job, ledger)
-
-
-def _build_status(job: Job, ledger: Database) -> dict[str, Any]:
-    counts = queries.state_counts(ledger)
-    spent, unknown = queries.spent_totals(ledger)
-    tasks = transitions.submitted_tasks(ledger)
+        counts = queries.state_counts(ledger)
+        spent, unknown = queries.spent_totals(ledger)
+        tasks = transitions.submitted_tasks(ledger)
+        all_executions = execution_records.list_executions(ledger)
+        executions = execution_records.list_executions(ledger, job.name, SHOWN_EXECUTIONS)
+        view = RunWatcher(job).read_view()
+        in_doubt = queries.in_doubt_summary(ledger)
+        step_counts = _step_counts(job, ledger)
     ttl_ms = to_ms(job.result_ttl)
-    executions = execution_records.list_executions(ledger, job.name, SHOWN_EXECUTIONS)
-    view = RunWatcher(job).read_view()
     may_run = view.status in (RunStatus.RUNNING, RunStatus.NO_HEARTBEAT)
     running_id = view.run.id if view.run is not None and may_run else None
-    in_doubt = queries.in_doubt_summary(ledger)
+    doubts: dict[str, Any] | None = None
+    if in_doubt is not None:
+        doubts = {
+            "number": in_doubt.number,
+            "credits_at_most": to_credits(in_doubt.max_cost),
+            "oldest_execution": in_doubt.oldest_execution_id,
+            "oldest_at": iso_time(in_doubt.oldest_ms),
+            "oldest_age_s": max(0, (time.time_ns() // 1_000_000 - in_doubt.oldest_ms) // 1000),
+        }
     return {
         "job": job.name,
         "sandbox": job.sandbox,
@@ -55,8 +61,8 @@ def _build_status(job: Job, ledger: Database) -> dict[str, Any]:
         "last_expiry": iso_time(tasks[-1].submitted_ms + ttl_ms) if tasks else None,
         "credits_spent": to_credits(spent),
         "credits_unknown": unknown,
-        "doubts": None if in_doubt is None else _in_doubt_as_json(in_doubt),
-        "balance": _balance_as_json(execution_records.list_executions(ledger), in_doubt),
+        "doubts": doubts,
+        "balance": _balance_as_json(all_executions, in_doubt),
         "at_work": view.as_json() if view.status is RunStatus.RUNNING else None,
         "executions": [
             execution_as_json(row, is_running=row.id == running_id)
@@ -66,17 +72,7 @@ def _build_status(job: Job, ledger: Database) -> dict[str, Any]:
             }
             for row in executions
         ],
-    } | _step_counts(job, ledger)
-
-
-def _in_doubt_as_json(in_doubt: InDoubtSummary) -> dict[str, Any]:
-    return {
-        "number": in_doubt.number,
-        "credits_at_most": to_credits(in_doubt.max_cost),
-        "oldest_execution": in_doubt.oldest_execution_id,
-        "oldest_at": iso_time(in_doubt.oldest_ms),
-        "oldest_age_s": max(0, (time.time_ns() // 1_000_000 - in_doubt.oldest_ms) // 1000),
-    }
+    } | step_counts
 
 
 def _balance_as_json(executions: Sequence[ExecutionRow], in_doubt: InDoubtSummary | None) -> dict[str, Any] | None:
@@ -125,12 +121,6 @@ def _step_lines(steps: Sequence[dict[str, Any]]) -> Iterator[str]:
         yield f"  {step['name']:<14}{numbers}{step['credits_spent']:>12,.2f}"
 
 
-def _progress_text(run: dict[str, Any]) -> str:
-    if run["total"] is None:
-        return next((phase.value for phase in Phase if phase.key == run["doing"]), "starting")
-    return f"{run['done']:,} of {run['total']:,} requests"
-
-
 def format_status(result: dict[str, Any], watch_command: str = "enrich status JOB --watch") -> Iterator[str]:
     """Format the status as text lines, the last run first."""
     requests, title = result["requests"], job_title(result["job"], sandbox=result["sandbox"])
@@ -138,7 +128,10 @@ def format_status(result: dict[str, Any], watch_command: str = "enrich status JO
         yield f"{title} has never run ({result['ledger']})"
         return
     if (run := result["at_work"]) is not None:
-        yield f"{title}: running since {run['started_at']}: {_progress_text(run)}. Watch it: {watch_command}"
+        progress = next((phase.value for phase in Phase if phase.key == run["doing"]), "starting")
+        if run["total"] is not None:
+            progress = f"{run['done']:,} of {run['total']:,} requests"
+        yield f"{title}: running since {run['started_at']}: {progress}. Watch it: {watch_command}"
     for execution in result["executions"][:1]:
         yield from _last_run_lines(execution, title, is_running=run is not None)
     yield from _total_lines(result)

@@ -190,14 +190,10 @@ class TerminalDisplay:
         finally:
             with suppress(OSError):  # the window was closed
                 self.out.write(LEAVE_SCREEN)
-                if (
-                    self._last_shown is not None
-                    and self._last_shown[0].status is RunStatus.ENDED
-                    and not self._last_shown[1]
-                ):
-                    self.out.write(
-                        "\n".join(self._format_lines(self._last_shown[0], self.size()[0] - 1, waiting=False)) + "\n"
-                    )
+                view, waiting = self._last_shown or (None, False)
+                if view is not None and view.status is RunStatus.ENDED and not waiting:
+                    lines = self._format_lines(view, self.size()[0] - 1, waiting=False)
+                    self.out.write("\n".join(lines) + "\n")
                 self.out.flush()
 
     def _format_lines(self, view: RunView, columns: int, *, waiting: bool) -> list[str]:

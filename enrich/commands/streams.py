@@ -30,10 +30,7 @@ class _DroppingFile(io.FileIO):
 
 
 def guard_streams() -> None:
-    """Occupy descriptors 0 to 2 before any other file is opened, so that no such file receives stream output.
-
-    `sys.stdin` stays None if standard input is closed.
-    """
+    """Occupy descriptors 0 to 2 before any other file is opened, so that no such file receives stream output."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)

@@ -9,9 +9,10 @@ import click
 from enrich.commands import options
 from enrich.databar.client import MIN_QUERY_LENGTH
 from enrich.databar.credentials import ApiAccess
-from enrich.databar.description import Description, Enrichment, Param, Provider, Waterfall
+from enrich.databar.description import Description, Enrichment, Provider, Waterfall
 from enrich.errors import JobError, JobRejected, suggest_name
 from enrich.job.target import Target, TargetKind
+from enrich.models import parse_count
 from enrich.run.preflight import call_api
 
 
@@ -43,7 +44,9 @@ def format_description(described: Description) -> Iterator[str]:
     if described.description:
         yield f"  {described.description}"
     yield "  params"
-    yield from (_param_line(param) for param in described.input_params)
+    for param in described.input_params:
+        choices = f": {', '.join(choice.id for choice in param.choices)}" if param.choices else ""
+        yield f"    {param.name:<24}{param.type}{', required' if param.required else ''}{choices}"
     yield "  fields"
     for field in described.output_fields:
         yield f"    {field.name:<24}{field.label or ''}".rstrip()
@@ -57,11 +60,6 @@ def format_description(described: Description) -> Iterator[str]:
     yield f"  price: {described.price_text}"
     if described.data_source:
         yield f"  source: {described.data_source}"
-
-
-def _param_line(param: Param) -> str:
-    choices = f": {', '.join(choice.id for choice in param.choices)}" if param.choices else ""
-    return f"    {param.name:<24}{param.type}{', required' if param.required else ''}{choices}"
 
 
 def _provider_lines(providers: list[Provider]) -> Iterator[str]:
@@ -90,8 +88,8 @@ def waterfalls(identifier: str | None, use_sandbox: bool, as_json: bool) -> None
 @options.JSON_OPTION
 def enrichments(query: str | None, use_sandbox: bool, as_json: bool) -> None:
     """List the enrichments of the API, those that contain QUERY, or show the one with the number QUERY."""
-    is_id = query is not None and query.isascii() and query.isdecimal()
-    target = Target(TargetKind.ENRICHMENT, str(int(query or 0))) if is_id else None
+    number = parse_count(query or "")
+    target = None if number is None else Target(TargetKind.ENRICHMENT, str(number))
     _show(TargetKind.ENRICHMENT, target, query, use_sandbox=use_sandbox, as_json=as_json)
 
 

@@ -20,7 +20,7 @@ from enrich.databar.clock import Clock
 from enrich.databar.credentials import ApiAccess
 from enrich.databar.description import MODELS, Description, User
 from enrich.databar.network import find_proxy, load_certificates
-from enrich.databar.responses import parse_body, read_poll_error, read_task_reply, response_error, usable_task_id
+from enrich.databar.responses import parse_body, read_task_reply, response_error, usable_task_id
 from enrich.databar.task_results import TaskReply
 from enrich.databar.text_filter import clean_line, clean_text
 from enrich.databar.transport import (
@@ -67,10 +67,7 @@ class Client:
         get_timeout_s: float = GET_TIMEOUT_S,
         environ: Mapping[str, str] = os.environ,
     ) -> None:
-        """Create a client for the API at `access`. Both timeouts cover a whole response, in seconds.
-
-        Raises JobError if the proxy or the certificates configured in `environ` cannot be used.
-        """
+        """Create a client for `access`. Both timeouts cover a whole response. Raises JobError (proxy, certificates)."""
         self._base_url = access.base_url
         self._key = access.key.get_secret_value()
         self._clock = clock
@@ -154,11 +151,9 @@ class Client:
             answer = await self._post(path, b"")
         except SubmissionUnconfirmed as error:
             raise RequestNotAccepted(error.message) from error
-        if answer.is_success:
-            return read_task_reply(answer.content, task_id, self._key, new_connection=answer.is_fresh)
         if answer.status == HTTPStatus.CONFLICT:
             raise TaskFinished(response_error(answer, self._key).message)
-        return read_poll_error(answer, self._key)
+        return read_task_reply(answer, task_id, self._key)
 
     async def _post(self, path: str, body: bytes) -> HttpAnswer:
         """Send one POST over a new connection, so that it cannot read leftover bytes of an earlier exchange."""
@@ -185,9 +180,7 @@ class Client:
         path = f"/tasks/{quote(task_id, safe='')}"
         answer = await self._fetch(path, new_connection=new_connection)
         try:
-            if answer.is_success:
-                return read_task_reply(answer.content, task_id, self._key, new_connection=answer.is_fresh)
-            return read_poll_error(answer, self._key)
+            return read_task_reply(answer, task_id, self._key)
         except InvalidPollResponse:
             answer.close()
             raise
@@ -230,10 +223,7 @@ class Client:
         return answer
 
     def _observe_clock(self, answer: HttpAnswer) -> None:
-        """Pass the response's `Date` to the clock when it changes (once a second at most).
-
-        A response with an `Age` header comes from a cache, so its date is old and is ignored.
-        """
+        """Pass the response's `Date` to the clock when it changes, but not that of a cached response (`Age`)."""
         date = answer.header(b"date")
         if date == self._last_date or any(name == b"age" for name, _ in answer.headers):
             return

@@ -35,10 +35,6 @@ def boottime() -> float:
     return time.monotonic() if clock is None else time.clock_gettime(clock)
 
 
-def _boottime_ms() -> int:
-    return int(boottime() * 1000)
-
-
 @dataclass(slots=True)
 class SystemClock:
     """This machine's clock, read once at program start. Later changes of the system time have no effect.
@@ -48,7 +44,7 @@ class SystemClock:
 
     offset_ms: int = 0
     #: Local time of the machine's boot (milliseconds since 1970, UTC).
-    _boot_ms: int = field(default_factory=lambda: time.time_ns() // 1_000_000 - _boottime_ms(), init=False)
+    _boot_ms: int = field(default_factory=lambda: time.time_ns() // 1_000_000 - int(boottime() * 1000), init=False)
     #: Offsets of the latest API responses from the local clock, in milliseconds.
     _api_offsets_ms: deque[int] = field(default_factory=lambda: deque(maxlen=CLOCK_SAMPLES), init=False)
 
@@ -66,14 +62,11 @@ class SystemClock:
         return self._local_ms() + min(behind, default=0)
 
     def observe(self, api_ms: int) -> None:
-        """Record the API's time. Adopt it if the local clock is too far off.
-
-        That takes several matching responses, because a single one may be wrong or come from a cache.
-        """
+        """Record the API's time. Adopt it if several matching responses show that the local clock is too far off."""
         self._api_offsets_ms.append(api_ms - self._local_ms())
         low, high = min(self._api_offsets_ms), max(self._api_offsets_ms)
         if len(self._api_offsets_ms) == CLOCK_SAMPLES and high - low <= CLOCK_SAMPLE_SPREAD_MS:
             self.offset_ms = high if abs(high) > CLOCK_TOLERANCE_MS else 0
 
     def _local_ms(self) -> int:
-        return self._boot_ms + _boottime_ms()
+        return self._boot_ms + int(boottime() * 1000)

@@ -59,7 +59,6 @@ def host_of(base_url: str) -> str:
     return urlsplit(base_url).hostname or ""
 
 
-#: Hint where no key is set.
 NO_KEY_HINT = "set DATABAR_API_KEY, or add --sandbox to try it without a key"
 
 

@@ -319,22 +319,16 @@ def _provider_changes(kind: str, before: Sequence[Provider], now: Sequence[Provi
         elif number not in old:
             yield f"{name}: new, {_price_text(new[number])}"
         elif to_micros(old[number].price) != to_micros(new[number].price):
-            yield (
-                f"{name}: {_price_text(old[number])} before, "
-                f"{_price_text(new[number])} now{_price_trend(old[number], new[number])}"
-            )
+            before_micros, now_micros = to_micros(old[number].price), to_micros(new[number].price)
+            trend = ""
+            if before_micros is not None and now_micros is not None:
+                trend = " (more expensive)" if now_micros > before_micros else " (cheaper)"
+            yield f"{name}: {_price_text(old[number])} before, {_price_text(new[number])} now{trend}"
 
 
 def _price_text(provider: Provider) -> str:
     micros = to_micros(provider.price)
     return "price unknown" if micros is None else f"{to_credits(micros):,.15g} credits"
-
-
-def _price_trend(old: Provider, new: Provider) -> str:
-    before, now = to_micros(old.price), to_micros(new.price)
-    if before is None or now is None:
-        return ""
-    return " (more expensive)" if now > before else " (cheaper)"
 
 
 #: Month in which the API documentation was read.

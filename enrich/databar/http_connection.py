@@ -20,7 +20,6 @@ import httptools
 READ_BUFFER_BYTES = 64 * 1024
 #: Maximum size of the status line and the headers, and of any interim answers before them.
 MAX_HEAD_BYTES = 64 * 1024
-#: Maximum size of one header.
 MAX_HEADER_BYTES = 8 * 1024
 
 
@@ -87,10 +86,7 @@ class HttpConnection(asyncio.Protocol):
         self._transport.write(request)
 
     async def receive(self) -> tuple[bytes, bool]:
-        """Wait for the end of the answer, or for a part of it. Returns body bytes, and whether the answer is complete.
-
-        Raises AnswerBroken, AnswerExceedsLimit, OSError.
-        """
+        """Wait for the answer, or a part of it. Returns bytes of the body, and whether it is complete."""
         while not (self._is_complete or self._buffered > READ_BUFFER_BYTES or self._error):
             self._waiter = self._loop.create_future()
             try:

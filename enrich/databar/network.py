@@ -28,10 +28,7 @@ _HASHED_NAME = re.compile(r"[0-9a-f]{8}\.\d+")
 
 
 class Proxy(Struct, frozen=True):
-    """A proxy, as configured in the environment variable `variable`.
-
-    `url` holds no user and no password. `authorization` is the value of the Proxy-Authorization header.
-    """
+    """A proxy from the environment `variable`. `url` holds no password; `authorization` is the value of the header."""
 
     url: str
     variable: str
@@ -39,10 +36,7 @@ class Proxy(Struct, frozen=True):
 
 
 def find_proxy(environ: Mapping[str, str], base_url: str) -> Proxy | None:
-    """Return the proxy for a URL. None: connect directly, as for every loopback address.
-
-    Raises JobError for an unusable proxy. The message names the variable but not its value.
-    """
+    """Return the proxy for a URL; None: connect directly. Raises JobError, which names the variable, not its value."""
     target = urlsplit(base_url)
     host = (target.hostname or "").removesuffix(".")
     if is_loopback(host):
@@ -105,7 +99,7 @@ def _is_exempt(host: str, port: int, no_proxy: str) -> bool:
 def _parse_no_proxy(no_proxy: str) -> Iterator[tuple[str, int | None]]:
     """Yield each host, domain or network of the list with its port. The port is None if there is none."""
     for entry in no_proxy.lower().replace(",", " ").split():
-        if match := re.fullmatch(r"\[([^]]+)\](?::(\d+))?|([^:]+):(\d+)", entry):
+        if match := re.fullmatch(r"\[([^]]+)\](?::([0-9]+))?|([^:]+):([0-9]+)", entry):
             yield match[1] or match[3], int(match[2] or match[4]) if match[2] or match[4] else None
         else:
             yield re.sub(r"[][]", "", entry), None
@@ -126,10 +120,7 @@ def _in_domain(host: str, entry: str) -> bool:
 
 
 def load_certificates(environ: Mapping[str, str]) -> ssl.SSLContext | None:
-    """Return a TLS context that trusts `SSL_CERT_FILE` and `SSL_CERT_DIR`. None if neither is set.
-
-    Raises JobError, which names the variable and the path, if no certificate can be read there.
-    """
+    """Return a TLS context that trusts `SSL_CERT_FILE` and `SSL_CERT_DIR`; None: neither is set. Raises JobError."""
     file, folders = environ.get("SSL_CERT_FILE", ""), environ.get("SSL_CERT_DIR", "")
     if not file and not folders:
         return None

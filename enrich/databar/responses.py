@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from typing import Any
@@ -60,10 +61,7 @@ _REASONS = {status.value: status.phrase for status in HTTPStatus}
 
 
 def parse_body(received: bytes, key: str) -> tuple[Any, str]:
-    """Clean a body, in which the API key `key` is masked. Return its value, and its text with all numbers as written.
-
-    Raises ValueError if the body is not JSON or is nested too deeply.
-    """
+    """Clean a body, mask the key, return its value and its text with all numbers as written. Raises ValueError."""
     text = nan_as_null(decode_json(clean_json(received, key)))
     try:
         value = parse_json(text)
@@ -81,13 +79,6 @@ def _check_depth(value: object) -> None:
             raise ValueError("nested too deeply")
         inner = [item for item in level if isinstance(item, dict | list)]
         level = [value for item in inner for value in (item.values() if isinstance(item, dict) else item)]
-
-
-def _json_or_none(content: bytes, key: str) -> object:
-    try:
-        return parse_body(content, key)[0]
-    except ValueError:
-        return None
 
 
 def task_ids(body: object) -> list[str]:
@@ -120,11 +111,8 @@ def _is_usable_id(task_id: str, key: str) -> bool:
     return len(task_id) <= MAX_ID_LENGTH and task_id.isprintable() and not only_dots and is_clean
 
 
-def read_poll_error(answer: HttpAnswer, key: str) -> TaskReply:
-    """Interpret an unsuccessful response to a poll, by the rules at the top of this file: return a deleted task (410).
-
-    Raises InvalidPollResponse, RateLimited, TaskUnknown (404), Unauthorized and other RequestNotAccepted errors.
-    """
+def _read_poll_error(answer: HttpAnswer, key: str) -> TaskReply:
+    """Return a deleted task (410), or raise the error of an unsuccessful response to a poll."""
     error = response_error(answer, key)
     if isinstance(error, RateLimited):
         raise error
@@ -140,11 +128,14 @@ def read_poll_error(answer: HttpAnswer, key: str) -> TaskReply:
     raise RequestRefused(error.message) if is_refused else RequestNotAccepted(error.message)
 
 
-def read_task_reply(content: bytes, task_id: str, key: str, *, new_connection: bool) -> TaskReply:
-    """Interpret a successful response to a poll of `task_id`, by the rules at the top of this file.
+def read_task_reply(answer: HttpAnswer, task_id: str, key: str) -> TaskReply:
+    """Interpret a response to a poll of `task_id`, by the rules at the top of this file.
 
-    Raises InvalidPollResponse.
+    Raises InvalidPollResponse, RateLimited, TaskUnknown (404), Unauthorized and other RequestNotAccepted errors.
     """
+    if not answer.is_success:
+        return _read_poll_error(answer, key)
+    content, new_connection = answer.content, answer.is_fresh
     try:
         value, text = parse_body(content, key)
     except ValueError as error:
@@ -167,12 +158,11 @@ def read_task_reply(content: bytes, task_id: str, key: str, *, new_connection: b
 def response_error(
     answer: HttpAnswer, key: str, params: Collection[str] = (), rows: int | None = None
 ) -> ApiCallFailed:
-    """Return the error for an unsuccessful response. Only an error about one of the `params` fails a row.
-
-    `rows` is the number of rows of a bulk POST, else None.
-    """
+    """Return the error for an unsuccessful response. One of the `params` fails a row; `rows`: of a bulk POST."""
     status = answer.status
-    body = _json_or_none(answer.content, key)
+    body: object = None
+    with suppress(ValueError):
+        body = parse_body(answer.content, key)[0]
     reason = _error_detail(body) or _REASONS.get(status, "no reason given")
     message = clean_line(f"HTTP {status}: {reason}", key)
     if 300 <= status < 400:  # noqa: PLR2004
@@ -211,10 +201,7 @@ def _params_error(body: object, params: Collection[str], rows: int | None, messa
 
 
 def _retry_after(answer: HttpAnswer) -> float | None:
-    """Return Retry-After in seconds, or None. It is a number of seconds or a date (RFC 9110).
-
-    A date is compared with the `Date` header, which is the API's own clock.
-    """
+    """Return Retry-After in seconds, or None. A date (RFC 9110) is compared with the API's own `Date` header."""
     value = answer.header(b"retry-after").strip()
     if PLAIN_NUMBER.fullmatch(value):
         return min(max(0.0, float(value)), MAX_RETRY_AFTER_S)
@@ -242,31 +229,20 @@ def _error_detail(body: object) -> str:
 ERROR_KEYS = frozenset({"position", "error", "code", "message", "msg", "type", "status", "detail"})
 
 
-def wrong_params(body: object, params: Collection[str]) -> dict[int, str]:
-    """Return the errors about `params` in a single request as `{0: message}`. {} if the body names none of them.
-
-    Supported shapes are `{"rows": [{"fields": {…}}]}`, `{"fields": {…}}`, `{"detail": {…}}`, `{"detail": [{…}]}` and
-    FastAPI's `{"detail": [{"loc": ["body", "params", NAME], "msg": …}]}`.
-    """
-    message = _format_errors(error for _, error in _param_errors(body, params))
-    return {0: message} if message else {}
-
-
 def wrong_rows(body: object, size: int, params: Collection[str]) -> dict[int, str] | None:
-    """Return the rows of a bulk request with errors about `params`: row index (from 0) to message.
+    """Return the rows of a request of `size` rows with errors about `params`: row index (from 0) to message.
 
-    None: the body names none of them. {}: it names some, but their rows are unknown. Supported shapes are
-    `{"rows": [{"position": FROM_1, "fields": {…}}]}`, `{"detail": [{…}, …]}` with one object per row,
-    and FastAPI's `"loc": ["body", "params", ROW, NAME]`.
+    None: the body names none of them. {}: it names some, but not in which of several rows. Supported shapes are
+    `{"fields": {…}}`, `{"detail": {…}}`, `{"rows": [{"position": FROM_1, "fields": {…}}]}`, `{"detail": [{…}, …]}` with
+    one object per row, and FastAPI's `{"detail": [{"loc": ["body", "params", ROW, NAME], "msg": …}]}`.
     """
-    if size == 1:
-        return wrong_params(body, params) or None
-    rows: dict[int, list[tuple[str, str]]] = {}
-    for row, error in _param_errors(body, params, size):
+    rows: dict[int, dict[str, str]] = {}
+    for named_row, (name, message) in _param_errors(body, params, size):
+        row = 0 if size == 1 else named_row
         if row is None or not 0 <= row < size:
             return {}
-        rows.setdefault(row, []).append(error)
-    return {row: _format_errors(errors) for row, errors in rows.items()} or None
+        rows.setdefault(row, {})[name] = message
+    return {row: "; ".join(f"{name}: {text}" for name, text in errors.items()) for row, errors in rows.items()} or None
 
 
 def join_text(text: object, separator: str = " ") -> str:
@@ -274,11 +250,7 @@ def join_text(text: object, separator: str = " ") -> str:
     return separator.join(map(str, text)) if isinstance(text, list) else str(text)
 
 
-def _format_errors(errors: Iterator[tuple[str, str]] | list[tuple[str, str]]) -> str:
-    return "; ".join(f"{name}: {message}" for name, message in dict(errors).items())
-
-
-def _param_errors(body: object, params: Collection[str], size: int = 1) -> Iterator[tuple[int | None, tuple[str, str]]]:
+def _param_errors(body: object, params: Collection[str], size: int) -> Iterator[tuple[int | None, tuple[str, str]]]:
     """Yield each error about `params` as (row index, (param, message)). The row is None if the body does not name it.
 
     Other names are parts of the body (`enrichments`), of an error (`reason`), or params that the job does not send.

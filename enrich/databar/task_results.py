@@ -19,7 +19,7 @@ import msgspec
 from msgspec import Struct
 
 from enrich.job.cell_text import is_blank as is_blank_text
-from enrich.models import MICROS_PER_CREDIT, Answer, State, to_micros, whole_number
+from enrich.models import MICROS_PER_CREDIT, Answer, State, parse_count, to_micros, whole_number
 
 
 class TaskPhase(Enum):
@@ -47,8 +47,6 @@ PHASE_BY_STATUS = {
 
 #: Upper limit for the price of one answer, in millionths of a credit. A higher value counts as unknown.
 MAX_ANSWER_CREDITS = 1_000_000 * MICROS_PER_CREDIT
-#: A list index in a path has fewer digits than this.
-_MAX_DIGITS = 10
 #: Steps beyond this number are ignored.
 MAX_STEPS = 1_000
 #: At least one of these keys besides `result` marks a wrapper object. Without them, `result` is a flat field.
@@ -77,10 +75,7 @@ class ParsedData(NamedTuple):
     unread_steps: int = 0
 
     def steps_cost(self) -> tuple[int | None, bool]:
-        """Return the total cost of the steps, and whether any step may have cost something.
-
-        The total is in millionths of a credit. It is None when the cost of any step is unknown.
-        """
+        """Return the cost of the steps (millionths; None: unknown), and whether any step may have cost something."""
         costs = [parse_price(step.get("cost")) for step in self.steps]
         known = [cost for cost in costs if cost is not None]
         is_complete = len(known) == len(costs) and not self.unread_steps
@@ -146,15 +141,11 @@ def _unwrap_fields(data: object) -> Mapping[str, Any]:
     result = data["result"]
     if isinstance(result, dict):
         return result
-    named = _name_result(result, data.get("result_field"))
+    names = data.get("result_field")
+    name = names[0] if isinstance(names, list) and names else names
+    named = {name: result} if isinstance(name, str) else {}
     # A value without a name is a field of the answer: a verifier may call its verdict `result`.
     return named if named or is_blank(result) or "enrichment_data" in data else data
-
-
-def _name_result(result: object, names: object) -> Mapping[str, Any]:
-    """Return a bare result as a field with the name in `result_field`."""
-    name = names[0] if isinstance(names, list) and names else names
-    return {name: result} if isinstance(name, str) else {}
 
 
 def _find_provider(fields: Mapping[str, Any], provider_data: object, steps: Sequence[Mapping[str, Any]]) -> str | None:
@@ -181,10 +172,7 @@ def is_blank(value: object) -> bool:
 
 
 def value_at(fields: object, path: str) -> Any:  # noqa: ANN401 - a JSON field can be any type
-    """Return the value at a dotted path (`person.emails.0`). None if there is none.
-
-    A field whose name contains the dots takes precedence over nested fields.
-    """
+    """Return the value at a dotted path (`person.emails.0`), or of a field whose name has the dots. None: none."""
     if isinstance(fields, dict):
         if path in fields:
             return fields[path]
@@ -192,8 +180,9 @@ def value_at(fields: object, path: str) -> Any:  # noqa: ANN401 - a JSON field c
         return value_at(fields[head], rest) if rest and head in fields else None
     if isinstance(fields, list):
         head, _, rest = path.partition(".")
-        if head.isdecimal() and len(head) < _MAX_DIGITS and int(head) < len(fields):
-            return value_at(fields[int(head)], rest) if rest else fields[int(head)]
+        index = parse_count(head)
+        if index is not None and index < len(fields):
+            return value_at(fields[index], rest) if rest else fields[index]
     return None
 
 
@@ -205,7 +194,7 @@ _STEPS_KEYS = ("is_verified", "steps")
 
 def is_beside(path: str) -> bool:
     """Check whether a path reads more than the result fields: beside the result, or a numbered row."""
-    return path.startswith(BESIDE) or path[:1].isdecimal()
+    return path.startswith(BESIDE) or parse_count(path.partition(".")[0]) is not None
 
 
 def column_values(data: object, paths: Iterable[str]) -> list[Any]:
@@ -225,7 +214,7 @@ def column_values(data: object, paths: Iterable[str]) -> list[Any]:
 def column_value(parsed: ParsedData, path: str) -> Any:  # noqa: ANN401 - a JSON field can be any type
     """Return the value at the path of a column, as `column_values` does."""
     if not path.startswith(BESIDE):
-        in_list = parsed.rows and path.partition(".")[0].isdecimal()
+        in_list = parsed.rows and parse_count(path.partition(".")[0]) is not None
         return value_at(parsed.rows if in_list else parsed.fields, path)
     path = path.removeprefix(BESIDE)
     if parsed.wrapper is None:
@@ -271,10 +260,7 @@ def error_text(error: object) -> str | None:
 
 
 def read_answer(reply: TaskReply, phase: TaskPhase, paths: Iterable[str]) -> Answer:
-    """Convert a task that is no longer running into an answer.
-
-    `paths` are the field paths of the job's columns. The request is found if at least one of them has a value.
-    """
+    """Convert a task that is no longer running into an answer: found if one of the `paths` has a value."""
     task, raw, note = reply.body, reply.raw, reply.note
     parsed = parse_data(task.get("data"))
     spent = parse_price(task.get("credits_spent"))

@@ -27,13 +27,8 @@ def recovery_hint(remedy: str | None, kind: str) -> str | None:
     return "; ".join(filter(None, (remedy, _RECOVERY_HINTS.get(kind)))) or None
 
 
-class WriteProblem(Exception):
-    """Why a file cannot be written, with a hint on what to do. The caller adds which file."""
-
-    def __init__(self, message: str, hint: str) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+class WriteProblem(CommandRefused):
+    """Why a file cannot be written. The caller adds which file."""
 
 
 @contextmanager
@@ -43,16 +38,11 @@ def as_write_refused(target: Location, kind: str) -> Iterator[None]:
         yield
     except WriteProblem as problem:
         raise CommandRefused(f"{target}: {problem.message}", problem.hint) from problem
-    except OSError as error:
-        remedy = "free some space" if error.errno in _NO_SPACE else "check its folder"
-        raise CommandRefused(
-            f"{target}: the {kind} cannot be written: {error.strerror or error}", recovery_hint(remedy, kind)
-        ) from error
-    except pl.exceptions.ComputeError as error:
-        # Polars' sink reports disk errors as ComputeError.
-        raise CommandRefused(
-            f"{target}: the {kind} cannot be written: {error}", recovery_hint("free some space", kind)
-        ) from error
+    except (OSError, pl.exceptions.ComputeError) as error:  # polars' sink reports disk errors as ComputeError
+        needs_space = not isinstance(error, OSError) or error.errno in _NO_SPACE
+        hint = recovery_hint("free some space" if needs_space else "check its folder", kind)
+        reason = getattr(error, "strerror", None) or error
+        raise CommandRefused(f"{target}: the {kind} cannot be written: {reason}", hint) from error
 
 
 def follow_link(target: Path) -> Path:
@@ -88,10 +78,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def fsync_dir(folder: Path) -> None:
-    """Sync a folder to disk, so that created, renamed and removed files survive a power cut.
-
-    That needs permission to list it, which writing in it does not.
-    """
+    """Sync a folder to disk, if it may be listed, so that changes of its files survive a power cut."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except PermissionError:

@@ -83,10 +83,7 @@ def likely_separator(header: list[str], separator: str) -> str | None:
 def write(
     raw: BinaryIO, columns: list[str], frames: Iterable[pl.DataFrame], separator: str = ",", encoding: str = "utf-8"
 ) -> None:
-    """Write the column names, and frames of text. A null becomes a blank cell.
-
-    Characters that the encoding lacks were refused or replaced before: see `limits`.
-    """
+    """Write the column names, and frames of text that the encoding has (see `limits`). A null becomes a blank cell."""
     encoder = codecs.getincrementalencoder(encoding)()
     # Quote the header if the first name starts with a byte order mark. Unquoted, it would be read as the file's.
     header = _rows_as_text([columns], separator, quote_all="".join(columns).startswith(BYTE_ORDER_MARK))
@@ -299,10 +296,7 @@ def read_resaved_cells(source: TableFile, choose: Callable[[list[str]], list[str
 
 
 def _read_cells(reader: Iterator[list[str]], choose: Callable[[list[str]], list[str]]) -> Iterator[list[str]]:
-    """Yield the cells below the header, which is one of the first rows.
-
-    The last list is empty if the file has no syntax errors.
-    """
+    """Yield the cells below the header, one of the first rows, and an empty list at the end if there was no error."""
     columns: list[int] = []
     is_well_formed = True
     while rows := _next_rows(reader):

@@ -13,7 +13,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from enrich.files import object_store
-from enrich.files.parquet_dataset import MANIFEST, Manifest, read_manifest
+from enrich.files.parquet_dataset import MANIFEST, read_manifest
 from enrich.files.text import FORMAT_NAMES, FileProblem, TableFile
 from enrich.job.file_names import is_leftover, is_visible, matches_key, why_no_file
 from enrich.job.locations import Location, ObjectUrl, has_wildcards, is_pattern
@@ -70,7 +70,8 @@ def find_input_files(location: Location, settings: Input) -> list[InputFile]:
             replace(
                 file,
                 partition_values=_partition_values(location, file.location),
-                settings=_file_settings(settings, file),
+                # With defaults from the file's own extension: the input's path may be a folder.
+                settings=Input.model_validate(settings.model_dump(exclude_unset=True) | {"path": file.location.name}),
             )
             for file in found
         ]
@@ -78,10 +79,7 @@ def find_input_files(location: Location, settings: Input) -> list[InputFile]:
 
 
 def find_paths(location: Path) -> list[Path]:
-    """Return the files of a local path, folder or pattern, sorted by path and without hidden files.
-
-    Raises FileProblem for an unreadable folder.
-    """
+    """Return the files of a path, folder or pattern, sorted, without hidden ones. Raises FileProblem for a folder."""
     if is_pattern(location):
         matches = map(Path, glob.glob(str(location)))  # noqa: PTH207 - Path.glob also finds hidden files
         return sorted(path for path in matches if path.is_file() and not is_leftover(path.name))
@@ -99,10 +97,7 @@ def _walk_folder(folder: Path) -> Iterator[Path]:
 
 
 def find_objects(url: ObjectUrl) -> dict[ObjectUrl, object_store.ObjectVersion | None]:
-    """Return the objects of a URL with their versions, sorted by key. The version is None if the object does not exist.
-
-    Raises CommandRefused, and FileProblem for an incomplete dataset written by enrich.
-    """
+    """Return the objects of a URL by key, with versions (None: it is missing). Raises CommandRefused, FileProblem."""
     if not url.is_folder:
         version = object_store.object_version(url)
         if version is not None or not is_pattern(url):
@@ -114,23 +109,12 @@ def find_objects(url: ObjectUrl) -> dict[ObjectUrl, object_store.ObjectVersion |
     if url.is_folder and folder + MANIFEST in listed:
         # Ignore parts that are not in the manifest. They belong to a writer that is running or was killed.
         manifest = read_manifest(object_store.read_object(replace(url, key=folder + MANIFEST)))
-        found = found if manifest is None else _objects_of_manifest(manifest, url, found)
+        if manifest is not None:
+            named = {url.key + name for name in manifest.part_names}
+            if missing := named - found.keys():
+                raise FileProblem(f"{url} is incomplete, a part is missing: {min(missing)}", "write the dataset again")
+            found = {key: found[key] for key in named}
     return {replace(url, key=key): found[key] for key in sorted(found, key=lambda key: key.split("/"))}
-
-
-def _objects_of_manifest(
-    manifest: Manifest, url: ObjectUrl, found: dict[str, object_store.ObjectVersion]
-) -> dict[str, object_store.ObjectVersion]:
-    named = {url.key + name for name in manifest.part_names}
-    if missing := named - found.keys():
-        raise FileProblem(f"{url} is incomplete, a part is missing: {min(missing)}", "write the dataset again")
-    return {key: found[key] for key in named}
-
-
-def _file_settings(settings: Input, file: InputFile) -> Input:
-    """Return the settings for one file, with defaults from its own extension. The input's path may be a folder."""
-    explicit = settings.model_dump(exclude_unset=True)
-    return Input.model_validate(explicit | {"path": file.location.name})
 
 
 def _partition_values(location: Location, file_location: Location) -> tuple[tuple[str, str | None], ...]:

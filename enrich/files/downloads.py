@@ -83,7 +83,9 @@ class LocalCopies:
         if isinstance(file.location, Path):
             return file.table_file(file.location)
         if self._current is None or self._current[0] != file.location:
-            self._remove_current()
+            if self._current is not None:
+                self._current[1].unlink(missing_ok=True)
+                self._current = None
             with self._new_file(file.location.name) as (path, into):
                 version = object_store.download(file.location, into)
             self._current = file.location, path, version
@@ -93,10 +95,7 @@ class LocalCopies:
         return file.table_file(path)
 
     def metadata_file(self, file: InputFile) -> TableFile | None:
-        """Return a local file with the same columns as the input file and, for Parquet, the same number of rows.
-
-        Only a small part of an object is downloaded. None: the complete object is needed.
-        """
+        """Return a local file with the columns and, for Parquet, the row count of a file. None: all of it is needed."""
         if isinstance(file.location, Path):
             return file.table_file(file.location)
         if file.version is None or (size := file.version[1]) <= HEAD_BYTES:
@@ -136,11 +135,6 @@ class LocalCopies:
         with path.open("rb") as file:
             is_gzip = file.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
         return path.rename(path.with_suffix(".gz")) if is_gzip else path
-
-    def _remove_current(self) -> None:
-        if self._current is not None:
-            self._current[1].unlink(missing_ok=True)
-            self._current = None
 
     @contextmanager
     def _new_file(self, name: str) -> Iterator[tuple[Path, BinaryIO]]:

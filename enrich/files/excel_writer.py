@@ -22,6 +22,9 @@ from enrich.files.text import quote_column
 
 _OTHER_FORMAT_HINT = "`enrich collect` with an --output that ends in .csv or .parquet writes it for free"
 _COLUMN_WIDTH = 18
+_ESCAPE = re.compile("_x([0-9A-Fa-f]{4})_")
+_LIKE_ESCAPE = re.compile("_(?=x[0-9A-Fa-f]{4}_)")
+_NOT_IN_XML = re.compile("[\x00-\x08\x0b-\x1f\ufffe\uffff]")
 
 
 class _TextSheet(Worksheet):
@@ -35,14 +38,13 @@ class _TextSheet(Worksheet):
 
     @staticmethod
     def _escape_control_characters(data: str) -> str:
-        return escape_text(data)
+        """Escape characters that XML cannot hold, and text that looks like such an escape."""
+        data = _LIKE_ESCAPE.sub("_x005F_", data)
+        return _NOT_IN_XML.sub(lambda found: f"_x{ord(found[0]):04X}_", data)
 
 
 def write(raw: BinaryIO, columns: list[str], frames: Iterable[pl.DataFrame]) -> None:
-    """Write frames of text and read them back.
-
-    Raises WriteProblem if they exceed the limits of a sheet, or if the sheet does not read back as written.
-    """
+    """Write frames of text and read them back. Raises WriteProblem, also if the sheet does not read back as written."""
     if len(columns) > excel_format.MAX_COLUMNS:
         raise WriteProblem(f"a sheet has at most {excel_format.MAX_COLUMNS:,} columns", _OTHER_FORMAT_HINT)
     with temporary_folder() as folder:
@@ -94,9 +96,6 @@ def _checked_cell(cell: str, row: int, column: str) -> str:
 
 
 SHEET = "xl/worksheets/sheet1.xml"
-_ESCAPE = re.compile("_x([0-9A-Fa-f]{4})_")
-_LIKE_ESCAPE = re.compile("_(?=x[0-9A-Fa-f]{4}_)")
-_NOT_IN_XML = re.compile("[\x00-\x08\x0b-\x1f\ufffe\uffff]")
 #: Elements that a sheet of plain text does not have: formulas, values that are no text, rich text, links.
 _FORBIDDEN = frozenset(("f", "v", "r", "hyperlink"))
 
@@ -114,7 +113,8 @@ def check_workbook(raw: BinaryIO, written: blake2b) -> None:
         with zipfile.ZipFile(raw) as archive, archive.open(SHEET) as sheet:
             for name, element in excel_format.read_elements(sheet):
                 if name == "c":
-                    add_cell(found, element.attrib["r"], _unescape_text("".join(element.itertext())))
+                    text = _ESCAPE.sub(lambda found: chr(int(found[1], 16)), "".join(element.itertext()))
+                    add_cell(found, element.attrib["r"], text)
                     is_text_only &= element.get("t") == "inlineStr"
                 is_text_only &= name not in _FORBIDDEN
     except (zipfile.BadZipFile, KeyError, ValueError, ParseError):
@@ -124,13 +124,3 @@ def check_workbook(raw: BinaryIO, written: blake2b) -> None:
             "the written workbook cannot be read back",
             "`enrich collect` with an --output that ends in .csv or .parquet writes it without paying",
         )
-
-
-def escape_text(text: str) -> str:
-    """Escape characters that XML cannot hold, and text that looks like such an escape."""
-    text = _LIKE_ESCAPE.sub("_x005F_", text)
-    return _NOT_IN_XML.sub(lambda found: f"_x{ord(found[0]):04X}_", text)
-
-
-def _unescape_text(text: str) -> str:
-    return _ESCAPE.sub(lambda found: chr(int(found[1], 16)), text)

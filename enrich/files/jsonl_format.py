@@ -87,7 +87,10 @@ def _parse_object(line: str) -> dict[str, str | None]:
         found = _DECODER.decode(line)
         if not isinstance(found, dict):
             raise _LineProblem("is not a JSON object")
-        cells = {key: _raw_cell(value) for key, value in found.items()}
+        cells = {
+            key: value if value is None or isinstance(value, str) else RawJson(to_json(value))
+            for key, value in found.items()
+        }
     except json.JSONDecodeError as error:
         raise _LineProblem(f"is not JSON: {error.msg} (character {error.pos + 1})") from None
     except RecursionError:
@@ -99,10 +102,6 @@ def _parse_object(line: str) -> dict[str, str | None]:
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise _LineProblem("has half a character: one of two \\ud… that belong together")
     return cells
-
-
-def _raw_cell(value: object) -> str | None:
-    return value if value is None or isinstance(value, str) else RawJson(to_json(value))
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -43,10 +43,7 @@ class FileLimits(Struct, frozen=True):
                 self._refuse(f"{source}: the header", name, problem)
 
     def check_rows(self, frame: pl.DataFrame, first_position: int, source: object) -> None:
-        """Raise FileProblem, about the input `source`, for the first cell of a frame of text that cannot be written.
-
-        `first_position` is the position of the frame's first row in the input, from 0.
-        """
+        """Raise FileProblem, about the input `source`, for the first cell of a frame of text that cannot be written."""
         if self.max_rows is not None and first_position + frame.height > self.max_rows:
             message = f"{source}: row {self.max_rows + 1:,}: {self.name} is a sheet, which has at most"
             raise FileProblem(f"{message} {self.max_rows:,} rows under its header", _OTHER_FORMAT_HINT)
@@ -57,10 +54,7 @@ class FileLimits(Struct, frozen=True):
                     self._refuse(f"{source}: row {row}", name, problem)
 
     def fit(self, cells: pl.Series) -> tuple[pl.Series, dict[int, str]]:
-        """Make text fit into the file. Returns the text, and for each changed cell why it was changed.
-
-        A character that the encoding lacks becomes `?`, and text that is too long is cut.
-        """
+        """Cut text that is too long, and write `?` for what the encoding lacks. Also returns why, by changed cell."""
         if not self._columns_to_check(cells.to_frame()):
             return cells, {}
         texts, reasons = cells.to_list(), {}
@@ -69,18 +63,18 @@ class FileLimits(Struct, frozen=True):
                 texts[index], reasons[index] = self._fit_text(text)
         return pl.Series(cells.name, texts, pl.String), reasons
 
-    def fit_answers(self, cells: Mapping[str, pl.Series], error_column: str) -> dict[str, pl.Series]:
-        """Make the new cells of some rows fit into the file, and add the reasons to the column of errors."""
+    def fit_answers(self, cells: Mapping[str, pl.Series]) -> dict[str, pl.Series]:
+        """Make the new cells of some rows fit into the file, and add the reasons to the column `enrich_error`."""
         fitted, notes = dict(cells), dict[int, list[str]]()
         for name in self._columns_to_check(pl.DataFrame(cells)):
             fitted[name], reasons = self.fit(cells[name])
-            for index, reason in reasons.items() if name != error_column else ():
+            for index, reason in reasons.items() if name != "enrich_error" else ():
                 notes.setdefault(index, []).append(f"{name}: {reason}")
         if notes:
-            errors = fitted[error_column].to_list()
+            errors = fitted["enrich_error"].to_list()
             for index, reasons_of_row in notes.items():
                 errors[index] = "; ".join([*filter(None, [errors[index]]), *reasons_of_row])
-            fitted[error_column], _ = self.fit(pl.Series(error_column, errors, pl.String))
+            fitted["enrich_error"], _ = self.fit(pl.Series("enrich_error", errors, pl.String))
         return fitted
 
     def _columns_to_check(self, frame: pl.DataFrame) -> list[str]:
@@ -93,7 +87,13 @@ class FileLimits(Struct, frozen=True):
         ]
 
     def _can_encode(self, text: str) -> bool:
-        return self.encoding is None or _can_encode(text, self.encoding)
+        """Check whether a text can be written and read back. Some encodings write two characters as the same bytes."""
+        if self.encoding is None or (text.isascii() and _has_ascii(self.encoding)):
+            return True
+        try:
+            return text.encode(self.encoding).decode(self.encoding) == text
+        except UnicodeError:
+            return False
 
     def _cell_problem(self, text: str) -> tuple[str, str] | None:
         """Return why a text cannot be a cell, and a hint. None: it can."""
@@ -146,14 +146,6 @@ def limits_of(kind: str, output: Output) -> FileLimits:
             return FileLimits(name, encoding, max_cell=csv_format.MAX_CELL_CHARACTERS, runs_formulas=True)
         case _:
             return FileLimits(name)
-
-
-def _can_encode(text: str, encoding: str) -> bool:
-    """Check whether a text can be written and read back. Some encodings write two characters as the same bytes."""
-    try:
-        return (text.isascii() and _has_ascii(encoding)) or text.encode(encoding).decode(encoding) == text
-    except UnicodeError:
-        return False
 
 
 @cache

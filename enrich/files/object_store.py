@@ -22,6 +22,7 @@ ObjectVersion = tuple[str | None, int, str]
 _ERROR_CODE = re.compile(r"<Code>(\w+)</Code>|status code: (\d+ [A-Z][\w ]*\w)")
 #: Without credentials, obstore queries the metadata server of a cloud machine. These errors mean that this failed.
 _NO_CREDENTIALS = re.compile(r"169\.254\.|/latest/api/token|metadata\.google|MissingAccount|MissingCredentials")
+_UNUSABLE_CREDENTIALS = re.compile(r"(?:Open|Decode)Credentials|ReadPem|InvalidAccessKey|SasComponent|DecodeSasKey")
 CREDENTIAL_VARIABLES = {
     "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_REGION",
     "gs": "GOOGLE_APPLICATION_CREDENTIALS",
@@ -129,6 +130,8 @@ def _storage_error(url: ObjectUrl, error: Exception) -> CommandRefused:
         return CommandRefused(f"{url} does not exist", "check the URL")
     if _NO_CREDENTIALS.search(message):
         return CommandRefused(f"{url}: no credentials for the object storage", credentials_hint)
+    if _UNUSABLE_CREDENTIALS.search(message):
+        return CommandRefused(f"{url}: the credentials for the object storage cannot be used", credentials_hint)
     if re.search(r"status code: 40[13]", message):
         return CommandRefused(f"{url}: the object storage rejects these credentials ({code})", credentials_hint)
     if "BadScheme" in message:

@@ -48,9 +48,8 @@ class _ManifestPart(Struct, frozen=True):
 
 
 class Manifest(Struct, frozen=True):
-    """The parts of a dataset, in the order of their rows. `dataset_of` is the `temporary_name` of the job."""
+    """The parts of a dataset, in the order of their rows."""
 
-    dataset_of: str
     rows: int = 0
     parts: tuple[_ManifestPart, ...] = ()
 
@@ -88,14 +87,14 @@ def _manifest_file(manifest: Manifest, schema: Mapping[str, pl.DataType]) -> byt
     return file.getvalue()
 
 
-def _make_manifest(job: str, parts: Iterable[PartFile]) -> Manifest:
+def _make_manifest(parts: Iterable[PartFile]) -> Manifest:
     """Create the manifest of a dataset. Raises CommandRefused if parts are missing or overlap."""
     ordered, rows = sorted(parts, key=lambda part: part.first_position), 0
     for part in ordered:
         if part.first_position != rows:
             raise CommandRefused(f"the parts of the output do not follow one another at row {rows:,}", "collect again")
         rows += part.rows
-    return Manifest(job, rows, tuple(_ManifestPart(part.name, part.rows) for part in ordered))
+    return Manifest(rows, tuple(_ManifestPart(part.name, part.rows) for part in ordered))
 
 
 class FolderDatasetWriter(Struct, frozen=True):
@@ -116,7 +115,7 @@ class FolderDatasetWriter(Struct, frozen=True):
 
     def finish(self, parts: Iterable[PartFile]) -> None:
         """Replace the old dataset with these parts. Raises CommandRefused, and then the old dataset stays."""
-        manifest = _make_manifest(self.job, parts)
+        manifest = _make_manifest(parts)
         # Move the parts to a folder that other writers do not use: a worker marked as lost may still be writing.
         target, complete_folder = self.target, self.parts_folder / "whole"
         old = target.with_name(_old_prefix(self.job) + target.name)
@@ -127,7 +126,10 @@ class FolderDatasetWriter(Struct, frozen=True):
             with atomic_write(complete_folder / MANIFEST, complete_folder / f".{MANIFEST}") as raw:
                 raw.write(_manifest_file(manifest, self.schema))
             if target.exists():
-                _recheck_own_folder(target)
+                try:
+                    check_own_folder(target)
+                except JobError as error:
+                    raise CommandRefused(error.message, f"remove it; {COLLECT_HINT}") from error
                 target.rename(old)
             try:
                 complete_folder.rename(target)
@@ -174,14 +176,6 @@ def check_own_folder(target: Path) -> None:
         raise JobError(message, "choose a separate folder, which enrich creates")
 
 
-def _recheck_own_folder(target: Path) -> None:
-    """Repeat `check_own_folder` after credits were spent. Raises CommandRefused instead of JobError."""
-    try:
-        check_own_folder(target)
-    except JobError as error:
-        raise CommandRefused(error.message, f"remove it; {COLLECT_HINT}") from error
-
-
 def _parts_prefix(job: str) -> str:
     return f".{job}.enrich-parts."
 
@@ -211,7 +205,6 @@ class BucketDatasetWriter(Struct, frozen=True):
     """Writes a dataset to object storage. Every machine with access to the storage can write parts."""
 
     target: ObjectUrl
-    job: str
     schema: Mapping[str, pl.DataType]
 
     def write_part(self, first_position: int, frames: Iterable[pl.DataFrame]) -> PartFile:
@@ -225,7 +218,7 @@ class BucketDatasetWriter(Struct, frozen=True):
 
     def finish(self, parts: Iterable[PartFile]) -> None:
         """Publish these parts in the manifest and delete the old ones, which stay if it raises CommandRefused."""
-        manifest = _make_manifest(self.job, parts)
+        manifest = _make_manifest(parts)
         if missing := manifest.part_names - _object_names(self.target):
             raise CommandRefused(
                 f"{_object_url(self.target, min(missing))} is missing: another run may have removed it", COLLECT_HINT
@@ -311,8 +304,8 @@ def begin_dataset(target: Location, job: str, schema: Mapping[str, pl.DataType])
     if isinstance(target, ObjectUrl):
         # Write an empty manifest before any part, so that the next run can clean up the folder.
         if _bucket_manifest(target) is None:
-            _write_manifest(target, Manifest(job), schema)
-        return BucketDatasetWriter(target, job, schema)
+            _write_manifest(target, Manifest(), schema)
+        return BucketDatasetWriter(target, schema)
     target = follow_link(target)
     parts_folder = target.with_name(_parts_prefix(job) + uuid4().hex)
     with as_write_refused(target, "output"):

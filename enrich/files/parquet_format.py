@@ -36,10 +36,7 @@ def end_length(tail: bytes) -> int | None:
 
 
 def write_footer_copy(raw: BinaryIO, size: int, end: bytes) -> None:
-    """Write a file that has the columns and the row count of another file, from the end of that file only.
-
-    `size` is the size of the other file in bytes. `end` are its last bytes: footer and tail.
-    """
+    """Write a file with the columns and row count of another one of this `size`, from its `end`: footer and tail."""
     raw.truncate(size)
     raw.write(_MAGIC)
     raw.seek(size - len(end))
@@ -135,10 +132,7 @@ def file_schema(schema: Mapping[str, pl.DataType]) -> pl.Schema:
 
 
 def write(raw: BinaryIO, schema: Mapping[str, pl.DataType], frames: Iterable[pl.DataFrame]) -> int:
-    """Stream the frames through polars' sink, so that they are never all in memory. JSON columns become text.
-
-    Returns the number of rows.
-    """
+    """Stream frames through polars' sink, never all in memory. JSON columns become text. Returns the number of rows."""
     written = 0
 
     def batches(

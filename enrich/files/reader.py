@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import file_digest, sha256
 from pathlib import Path
@@ -84,10 +84,7 @@ def common_schema(input_files: Sequence[InputFile], metadata: Sequence[FileMetad
 def read_batches(
     file: InputFile, input_schema: InputSchema, copies: LocalCopies, start: int = 0, rows: int | None = None
 ) -> Iterator[pl.DataFrame]:
-    """Yield the rows of a file in order. Raises FileProblem.
-
-    `start` (from 0) and `rows` select a part of a Parquet file. They are ignored for other formats.
-    """
+    """Yield the rows of a file in order, or of Parquet some `rows` from `start` (from 0). Raises FileProblem."""
     partition_values = [
         (name, value) for name, value in file.partition_values if name in input_schema.partition_columns
     ]
@@ -161,36 +158,19 @@ class InputPart(Struct, frozen=True):
     first_position: int
 
 
-def divide_files(row_counts: Iterable[tuple[InputFile, int]]) -> list[InputPart]:
-    """Divide files with the given row counts into consecutive parts. An empty file has no part."""
-    parts: list[InputPart] = []
-    first_position = 0
-    for file, rows in row_counts:
-        step = ROWS_PER_PART if file.settings.format == "parquet" else max(rows, 1)
-        for start in range(0, rows, step):
-            part_rows = min(step, rows - start)
-            parts.append(InputPart(file, start, part_rows, first_position))
-            first_position += part_rows
-    return parts
-
-
-class InMemoryRows:
+class InMemoryRows(Struct, frozen=True):
     """Rows that are already in memory. `first_position` is the position of the first row in the input."""
 
-    def __init__(self, first_position: int, frame: pl.DataFrame) -> None:
-        self.first_position = first_position
-        self._frame = frame
+    first_position: int
+    frame: pl.DataFrame
 
     def batches(self) -> Iterator[pl.DataFrame]:
         """Yield the rows in batches."""
-        yield from self._frame.iter_slices(ROWS_PER_BATCH)
+        return self.frame.iter_slices(ROWS_PER_BATCH)
 
 
 def read_part(part: InputPart, input_schema: InputSchema, copies: LocalCopies) -> Iterator[pl.DataFrame]:
-    """Yield the rows of one part in batches. Parts of the same object share `copies`: it is downloaded once.
-
-    Raises CommandRefused, also if the file's row count has changed.
-    """
+    """Yield the rows of one part in batches. Raises CommandRefused, also if the file's row count has changed."""
     height = 0
     for frame in read_batches(part.file, input_schema, copies, part.start_row, part.rows):
         height += frame.height
@@ -199,10 +179,6 @@ def read_part(part: InputPart, input_schema: InputSchema, copies: LocalCopies) -
         yield frame
     if height != part.rows:
         raise FileProblem(f"{part.file} changed since the run began", "start again when the files are complete")
-
-
-#: A function that returns the row count of each file.
-RowCounter = Callable[[Sequence[InputFile]], Sequence[int]]
 
 
 class InputTable:
@@ -270,14 +246,21 @@ class InputTable:
             total.update(array("Q", text_frame(frame).hash_rows().to_list()).tobytes())
         return total.digest()
 
-    def parts(self, row_counter: RowCounter) -> list[InputPart]:
-        """Divide the rows into parts. Raises CommandRefused.
-
-        `row_counter` counts the rows of files without a row count in their metadata.
-        """
+    def parts(self, count_rows: Callable[[Sequence[InputFile]], Sequence[int]]) -> list[InputPart]:
+        """Divide the rows into consecutive parts. `count_rows` is for files without a row count in their metadata."""
         unknown = [file for file in self.input_files if file not in self._known_row_counts]
-        row_counts = self._known_row_counts | dict(zip(unknown, row_counter(unknown), strict=True))
-        return divide_files((file, row_counts[file]) for file in self.input_files)
+        row_counts = self._known_row_counts | dict(zip(unknown, count_rows(unknown), strict=True))
+        parts: list[InputPart] = []
+        first_position = 0
+        for file in self.input_files:
+            rows = row_counts[file]
+            step = ROWS_PER_PART if file.settings.format == "parquet" else max(rows, 1)
+            parts += [
+                InputPart(file, start, min(step, rows - start), first_position + start)
+                for start in range(0, rows, step)
+            ]
+            first_position += rows
+        return parts
 
     def _has_same_rows(self) -> bool:
         """Download the input again, and check whether it has the same cells. True if it cannot be read now."""

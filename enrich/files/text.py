@@ -104,7 +104,9 @@ def open_text(source: TableFile, newline: str = "") -> Iterator[TextIO]:
     with as_file_problem(source):
         try:
             with open_binary(source) as raw:
-                _check_magic_bytes(source, raw.read(_MAGIC_LENGTH))
+                beginning = raw.read(_MAGIC_LENGTH)
+                _check_other_format(source, beginning)
+                _check_byte_order_mark(source, beginning)
                 raw.seek(0)
                 with io.TextIOWrapper(raw, source.encoding, newline=newline) as text:
                     if text.read(1) != BYTE_ORDER_MARK:
@@ -236,8 +238,7 @@ def byte_order_encoding(beginning: bytes) -> str | None:
     return next((marked for mark, marked in _BYTE_ORDER_MARKS.items() if beginning.startswith(mark)), None)
 
 
-def _check_magic_bytes(source: TableFile, beginning: bytes) -> None:
-    _check_other_format(source, beginning)
+def _check_byte_order_mark(source: TableFile, beginning: bytes) -> None:
     encoding = codecs.lookup(source.encoding).name
     mark = byte_order_encoding(beginning)
     if mark and not encoding.startswith(mark):

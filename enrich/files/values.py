@@ -41,7 +41,8 @@ def as_text(column: pl.Series) -> pl.Series:
     if kind == pl.String:
         text = column
     elif kind == JSON_TYPE:
-        text = _text_series([None if cell is None else _json_to_text(cell) for cell in raw_json_cells(column)])
+        # A string becomes its content. Other values stay as written.
+        text = _text_series(json.loads(cell) if cell and cell[0] == '"' else cell for cell in raw_json_cells(column))
     elif kind.is_temporal():
         text = column.to_frame().select(_temporal_text(pl.nth(0), kind)).to_series()
     elif kind.is_integer() or kind.is_decimal() or kind in (pl.Boolean, pl.Categorical, pl.Enum):
@@ -257,11 +258,6 @@ def _float_text(value: float) -> str:
         return str(value)
     # The shortest text that is read back as the same float. Adding 0.0 makes 0.0 of -0.0.
     return f"{Decimal(repr(value + 0.0)):f}".removesuffix(".0")
-
-
-def _json_to_text(cell: str) -> str:
-    """Convert JSON to text. A string becomes its content. Other values stay as written."""
-    return str(json.loads(cell)) if cell.startswith('"') else cell
 
 
 def _text_series(cells: Iterable[str | None]) -> pl.Series:

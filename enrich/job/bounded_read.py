@@ -11,7 +11,6 @@ from pathlib import Path
 
 #: Default size limit in bytes. Key files, job files, plans and address lists are far smaller.
 MAX_BYTES = 1 << 20
-#: Maximum time in seconds to read a pipe (`<(…)`) to its end.
 PIPE_TIMEOUT_S = 10.0
 
 
@@ -39,9 +38,9 @@ def read_bounded(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
         os.close(descriptor)
 
 
-def read_text(path: Path, max_bytes: int = MAX_BYTES) -> str:
+def read_text(path: Path) -> str:
     """Read UTF-8 text, with or without a byte order mark. Raises OSError, UnicodeDecodeError."""
-    return read_bounded(path, max_bytes).decode("utf-8-sig")
+    return read_bounded(path).decode("utf-8-sig")
 
 
 def _read_chunk(descriptor: int, size: int, deadline: float) -> bytes:

@@ -69,10 +69,7 @@ class YamlDocument:
         self.data: dict[Any, Any] = _to_plain_data(root, path)
 
     def line_of(self, key_path: Sequence[str | int]) -> int:
-        """Return the line number (from 1) of the key at a path of keys and list indexes.
-
-        If the path does not exist, return the line of its last existing key.
-        """
+        """Return the line (from 1) of the key at a path of keys and list indexes, or of its last existing key."""
         node: yaml.Node = self._root
         line = 0
         for key in key_path:

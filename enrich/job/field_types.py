@@ -34,13 +34,10 @@ def parse_duration(value: object) -> timedelta:
 def check_text(value: object) -> object:
     """Raise ValueError if YAML converted an unquoted text to another type, such as a number or a date."""
     if isinstance(value, bool | int | float | date | datetime) or value is None:
-        raise ValueError(f"must be text, but YAML reads it as {_yaml_type_name(value)}: put it in quotes")
+        kinds = {bool: "a boolean", int: "a number", float: "a number", type(None): "nothing"}
+        kind = kinds.get(type(value), "a date")
+        raise ValueError(f"must be text, but YAML reads it as {kind}: put it in quotes")
     return value
-
-
-def _yaml_type_name(value: object) -> str:
-    kinds = {bool: "a boolean", int: "a number", float: "a number", type(None): "nothing"}
-    return kinds.get(type(value), "a date")
 
 
 def _check_credits(value: object) -> object:

@@ -15,7 +15,7 @@ from enrich.job.locations import STDIN, InputLocation, LedgerLocation, Location,
 #: How many bytes the names of files beside a ledger are longer than its own: its lock, its journals, the sandbox's.
 _LEDGER_SUFFIX_BYTES = 24
 #: The name of a folder that a shell would replace. A new folder of this name would be a mistake.
-_SHELL_NAME = re.compile(r"~|\$\w+|\$\{\w+\}")
+_SHELL_NAME = re.compile(r"~[\w.-]*|\$\w+|\$\{\w+\}")
 #: The bytes that a job's name has at most: it is a part of the names of temporary files.
 MAX_JOB_NAME_BYTES = 200
 

@@ -171,10 +171,6 @@ class Job(Struct, frozen=True):
             files["report"] = self.resolve_path(_expand_date(model.report.path, now))
         return files
 
-    def key_of_file(self, path: Path, now: datetime) -> str | None:
-        """Return the key of the job's file at a path, such as `output`. None: the path is none of the job's files."""
-        return next((key for key, place in self._locations(now).items() if is_same_file(path, place)), None)
-
     def check_not_own(self, path: Path, what: str, hint: str = "choose another name", allowed: str = "") -> None:
         """Raise JobError if a file that a command writes has an impossible name, or is one of the job's or its input.
 
@@ -182,8 +178,9 @@ class Job(Struct, frozen=True):
         """
         if reason := why_no_file(path):
             raise JobError(f"{path}: the {what} cannot be written: {reason}", hint)
-        if (key := self.key_of_file(path, datetime.now().astimezone())) not in (None, allowed):
-            raise JobError(f"{path}: the {what} would replace `{key}` of the job", hint)
+        for key, place in self._locations(datetime.now().astimezone()).items():
+            if key != allowed and is_same_file(path, place):
+                raise JobError(f"{path}: the {what} would replace `{key}` of the job", hint)
         if (problem := inclusion_problem(self.input_path, path, what)) is not None:
             raise JobError(problem[0], hint)
 
@@ -201,14 +198,12 @@ class Job(Struct, frozen=True):
 
     def error(self, key_path: Sequence[str | int], message: str, hint: str | None = None) -> JobError:
         """Return a JobError that names the job file, the line and the key."""
-        if self.key_prefix and self._is_own_key(key_path[0]):
-            key_path = [*self.key_prefix, *key_path]
+        if self.key_prefix:
+            steps, index = self.key_prefix
+            # The other keys of a step's model stand at the job.
+            if key_path[0] in TargetModel.model_fields or key_path[0] in self.document.data[steps][index]:
+                key_path = [*self.key_prefix, *key_path]
         return JobError(f"{self.document.place_of(key_path)}: {message}", hint)
-
-    def _is_own_key(self, key: str | int) -> bool:
-        """Return whether a key of this step's model stands in the step, and not at the job."""
-        steps, index = self.key_prefix
-        return key in TargetModel.model_fields or key in self.document.data[steps][index]
 
 
 #: The files that a run only reads. Two of them may be the same.

@@ -75,7 +75,6 @@ class WebUrl(Struct, frozen=True):
 Location = Path | ObjectUrl
 InputLocation = Location | WebUrl
 
-#: Default PostgreSQL schema of a ledger.
 DEFAULT_SCHEMA = "enrich"
 #: Part of the names of what `--sandbox` writes (files, schema), which keeps them apart from the real ones.
 SANDBOX_NAME = "sandbox"
@@ -83,11 +82,10 @@ SANDBOX_NAME = "sandbox"
 SANDBOX_LEDGER_SUFFIX = f".{SANDBOX_NAME}.db"
 #: Endings before which `sandbox_file_name` puts its mark. `.gz` may follow where a format allows it.
 _KNOWN_ENDING = re.compile(r"(?:\.(?:csv|tsv|jsonl|ndjson)(?:\.gz)?|\.[^.]+)$", re.IGNORECASE)
-#: Default, minimum and maximum lease duration in seconds.
 DEFAULT_LEASE_S, MIN_LEASE_S, MAX_LEASE_S = 30.0, 1.0, 3600.0
 _POSTGRES_SCHEMES = ("postgresql", "postgres")
 #: USER@HOST:PORT,HOST:PORT/DATABASE, each part optional. A password does not match.
-_HOST_PATTERN = r"(?:\[[^\]@/?#]*\]|[^@:/?#\[\],]*)(?::\d*)?"
+_HOST_PATTERN = r"(?:\[[^\]@/?#]*\]|[^@:/?#\[\],]*)(?::[0-9]*)?"
 _SERVER_PATTERN = re.compile(rf"(?:[^@:/?#]*@)?{_HOST_PATTERN}(?:,{_HOST_PATTERN})*(?:/[^@/?#]*)?")
 _SCHEMA_PATTERN = re.compile(r"[a-z_][a-z0-9_]{0,52}")
 
@@ -115,12 +113,8 @@ LedgerLocation = Path | PostgresLocation
 
 
 def parse_ledger_location(base: Path, path_or_url: str | Path, local_folder: Path) -> LedgerLocation:
-    """Parse a ledger's path (relative to `base`) or URL. Raises ValueError for an unusable URL.
-
-    `local_folder` is the folder for local files of a ledger in a database.
-    """
-    check_no_password(str(path_or_url))
-    match = _URL.fullmatch(str(path_or_url))
+    """Parse a ledger's path (relative to `base`) or URL. `local_folder`: of `PostgresLocation`. Raises ValueError."""
+    match = _URL.fullmatch(check_no_password(str(path_or_url)))
     if match is None:
         return Path(os.path.normpath(base / path_or_url))
     if match[1].lower() not in _POSTGRES_SCHEMES:
@@ -140,8 +134,8 @@ def parse_ledger_location(base: Path, path_or_url: str | Path, local_folder: Pat
     return PostgresLocation(conninfo, schema, local_folder, float(lease))
 
 
-def check_no_password(path_or_url: str) -> None:
-    """Raise ValueError if a ledger's path or URL may contain a password. The message does not show it.
+def check_no_password(path_or_url: str) -> str:
+    """Return a ledger's path or URL. Raises ValueError if it may contain a password. The message does not show it.
 
     This includes a password that splits the URL: most programs read `postgresql://enrich:1/2@host` as port 1.
     """
@@ -158,6 +152,7 @@ def check_no_password(path_or_url: str) -> None:
         raise ValueError(
             "a URL must be postgresql://user@host:5432/database, without a password: set PGPASSWORD, or use ~/.pgpass"
         )
+    return path_or_url
 
 
 def sandbox_ledger_location(ledger: LedgerLocation) -> LedgerLocation:
@@ -334,18 +329,12 @@ def _without_query(name: str) -> str:
 
 
 def default_output_path(input_path: InputLocation, name: str, *, sandbox: bool) -> str:
-    """Return the path of the output where the job file names none. `name` is that of the job."""
-    path = f"{_default_stem(input_path, name)}_enriched.csv"
-    return sandbox_file_name(path) if sandbox else path
+    """Return the path of the output where the job file names none.
 
-
-def _default_stem(location: InputLocation, name: str) -> str:
-    """Return the default stem of the output: that of the input, or the job name if the input is several or has no name.
-
-    `%` is doubled, so that it is not read as a strftime code.
+    Its stem is that of the input, or the job's `name` if the input is several or has no name.
     """
-    if location == STDIN:
-        return "stdin"
-    has_no_name = isinstance(location, WebUrl) and format_of(location.name) is None
-    stem = name if has_no_name or is_pattern(location) else location.name.removesuffix(".gz").rsplit(".", 1)[0]
-    return stem.replace("%", "%%")
+    has_no_name = isinstance(input_path, WebUrl) and format_of(input_path.name) is None
+    stem = name if has_no_name or is_pattern(input_path) else input_path.name.removesuffix(".gz").rsplit(".", 1)[0]
+    # A doubled `%` is not read as a strftime code.
+    path = f"{'stdin' if input_path == STDIN else stem.replace('%', '%%')}_enriched.csv"
+    return sandbox_file_name(path) if sandbox else path

@@ -37,10 +37,6 @@ def _default_separator(values: dict[str, Any]) -> str:
     return separator_of(values["path"])
 
 
-def _default_format(values: dict[str, Any]) -> Format:
-    return format_of(values["path"]) or "csv"
-
-
 class Input(StrictModel):
     """The leads: a file, or several files of one format that are read as one table."""
 
@@ -54,7 +50,8 @@ class Input(StrictModel):
     )
     encoding: Encoding = Field("utf-8", description="Python's name of the encoding: utf-8, cp1252, utf-16 …")
     format: Format = Field(
-        default_factory=_default_format, description="Default: by the file extension, before .gz; otherwise csv."
+        default_factory=lambda values: format_of(values["path"]) or "csv",
+        description="Default: by the file extension, before .gz; otherwise csv.",
     )
     sheet: Text | None = Field(None, description="The sheet of a workbook; default: the first visible one with cells.")
 

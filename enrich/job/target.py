@@ -1,7 +1,4 @@
-"""The target of the requests, a waterfall or an enrichment, and the part of the job file about it.
-
-`Target` is what all requests have in common. `TargetModel` has its keys in the file, the params and the new columns.
-"""
+"""The target of the requests, a waterfall or an enrichment, and the part of the job file about it."""
 
 from __future__ import annotations
 

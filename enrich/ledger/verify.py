@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
@@ -55,12 +56,19 @@ def check_ledger(location: LedgerLocation) -> LedgerCheck:
 
 
 def as_enrich_error(error: Exception, ledger: object) -> EnrichError | None:
-    """Return the error to show for an unexpected one that the ledger's file or server causes; None: it is a bug.
+    """Return the error to show for an unexpected one that the system or the ledger causes; None: it is a bug.
 
     Without the text of a database error: that may quote the ledger's content.
     """
     if isinstance(error, EnrichError):
         return error
+    if isinstance(error, MemoryError):
+        return EnrichError("out of memory", "free some memory or raise its limit, then run the same command again")
+    if isinstance(error, RuntimeError) and "start new thread" in str(error):
+        hint = "end other programs of this user or raise the limit (`ulimit -u`), then run the same command again"
+        return EnrichError("no more threads or processes can be started", hint)
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return EnrichError("too many open files", "raise the limit (`ulimit -n`), then run the same command again")
     if isinstance(error, DatabaseFailed):
         return LedgerFailed(f"the ledger's server failed: {error}", "run the same command again")
     if is_busy_error(error):

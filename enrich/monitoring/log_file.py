@@ -99,10 +99,7 @@ class RunLog:
 
 @contextmanager
 def open_log(path: Path | None, job: str, on_problem: Callable[[str], None]) -> Iterator[RunLog]:
-    """Log to a file (mode 0600); no path: no log. `on_problem` is called once when a later write fails.
-
-    Raises CommandRefused when the file can't be written at the start.
-    """
+    """Log to a file (mode 0600), if given. Raises CommandRefused at the start; later `on_problem` is called once."""
     if path is None:
         yield RunLog(None, job)
         return

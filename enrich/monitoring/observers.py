@@ -138,7 +138,7 @@ class RunObservers:
         name = self.job.name
         headline = f"{name}: exit {code} ({exit_codes.exit_label(code)})"
         if self._metrics_path is not None:
-            self._write_metrics(self._metrics_path, code, samples)
+            self._write_metrics(self._metrics_path, self.job, code, samples)
         if self._healthcheck is not None:
             counts = [" ".join(line.split()) for line in summary_lines if line and "→" not in line]
             self.report_problem(self._healthcheck.end(code, "; ".join([headline, *counts])))
@@ -148,10 +148,10 @@ class RunObservers:
                 self._notifier.send(f"enrich {name}: {exit_codes.exit_label(code)} (exit {code})", "\n".join(text))
             )
 
-    def _write_metrics(self, path: Path, code: int, samples: prometheus.Samples) -> None:
+    def _write_metrics(self, path: Path, job: Job, code: int, samples: prometheus.Samples) -> None:
         now = time.time()
         last_success = {key: at for key, at in prometheus.read_metrics(path).items() if key == SUCCESS_SAMPLE}
-        gauges = last_success | samples | self._ledger_samples()
+        gauges = last_success | samples | _ledger_samples(job)
         gauges |= {
             ("enrich_last_start_timestamp_seconds", ""): self._started_at,
             ("enrich_last_end_timestamp_seconds", ""): now,
@@ -160,17 +160,9 @@ class RunObservers:
         if code in exit_codes.SUCCESS_CODES:
             gauges[SUCCESS_SAMPLE] = now
         try:
-            prometheus.write_metrics(path, self._require_job().name, gauges)
+            prometheus.write_metrics(path, job.name, gauges)
         except OSError as error:
             self.report_problem(f"{path}: the metrics cannot be written: {error.strerror}")
-
-    def _ledger_samples(self) -> prometheus.Samples:
-        """Return the samples of the whole ledger; empty when it can't be read."""
-        job = self._require_job()
-        totals = try_read(job.ledger, queries.totals)
-        last = try_read(job.ledger, lambda db: execution_records.last_ended_ms(db, job.name, exit_codes.SUCCESS_CODES))
-        samples = prometheus.samples_from_ledger(totals) if totals is not None else {}
-        return samples if last is None else samples | {SUCCESS_SAMPLE: last / 1000}
 
     def _execution_id(self) -> int | None:
         """Return the execution's id; None before it has one."""
@@ -180,17 +172,22 @@ class RunObservers:
         return self._execution
 
     def _newest_execution(self) -> int:
-        return try_read(self._require_job().ledger, execution_records.newest_execution_id) or 0
-
-    def _require_job(self) -> Job:
         assert self.job is not None  # noqa: S101 - callers run after `start`
-        return self.job
+        return try_read(self.job.ledger, execution_records.newest_execution_id) or 0
 
     def report_problem(self, problem: str | None) -> None:
         """Log an observer's failure and show it to the user; None: no failure."""
         if problem is not None:
             self.log.write_event("note", text=problem)
             self.show_note(problem)
+
+
+def _ledger_samples(job: Job) -> prometheus.Samples:
+    """Return the samples of the whole ledger; empty when it can't be read."""
+    totals = try_read(job.ledger, queries.totals)
+    last = try_read(job.ledger, lambda db: execution_records.last_ended_ms(db, job.name, exit_codes.SUCCESS_CODES))
+    samples = prometheus.samples_from_ledger(totals) if totals is not None else {}
+    return samples if last is None else samples | {SUCCESS_SAMPLE: last / 1000}
 
 
 def _run_settings(job: Job, options: RunOptions) -> dict[str, Any]:

@@ -14,62 +14,48 @@ from enrich.models import RowStatus, to_credits
 if TYPE_CHECKING:
     from prometheus_client.samples import Sample
 
-#: Each gauge with its help text.
+#: Each gauge with its help text, and where its value is in the run summary; with the label `step`, in each of `steps`.
 GAUGES = {
-    "enrich_last_start_timestamp_seconds": "When the last run started.",
-    "enrich_last_end_timestamp_seconds": "When the last run ended.",
-    "enrich_last_success_timestamp_seconds": "When a run last ended with exit code 0, 10 or 13.",
-    "enrich_exit_code": "The exit code of the last run.",
-    "enrich_duration_seconds": "Duration of the last run.",
-    "enrich_rows": "Rows of the input by the status they have in the output.",
-    "enrich_requests": "Distinct requests of the input.",
-    "enrich_requests_submitted": "Requests that the API accepted in the last run.",
-    "enrich_requests_reused": "Requests that were already answered in the ledger.",
-    "enrich_credits_spent": "Known credits of the last run.",
-    "enrich_answers_price_unknown": "Results of the last run with an unknown price.",
-    "enrich_balance_credits": "The account's balance after the last run.",
-    "enrich_polls": "Polls of the last run.",
-    "enrich_rate_limited": "Rate-limited responses (429) in the last run.",
-    "enrich_step_rows_found": "Rows for which a step has found something.",
-    "enrich_step_requests_submitted": "Requests of a step that the API accepted in the last run.",
-    "enrich_step_credits_spent": "Known credits of a step in the last run.",
-    "enrich_ledger_credits_spent": "Known credits of all attempts in the ledger.",
-    "enrich_ledger_answers_price_unknown": "Results in the ledger with an unknown price.",
-    "enrich_ledger_requests_in_doubt": "Unconfirmed requests, which need a decision.",
-    "enrich_ledger_requests_at_the_api": "Requests that are running at Databar.",
-}
-
-ROWS_BY_STATUS = "enrich_rows"
-_STEP_GAUGES = {
-    "enrich_step_rows_found": "found",
-    "enrich_step_requests_submitted": "submitted",
-    "enrich_step_credits_spent": "credits_spent",
+    "enrich_last_start_timestamp_seconds": ("When the last run started.", None),
+    "enrich_last_end_timestamp_seconds": ("When the last run ended.", None),
+    "enrich_last_success_timestamp_seconds": ("When a run last ended with exit code 0, 10 or 13.", None),
+    "enrich_exit_code": ("The exit code of the last run.", None),
+    "enrich_duration_seconds": ("Duration of the last run.", "elapsed_s"),
+    "enrich_rows": ("Rows of the input by the status they have in the output.", None),
+    "enrich_requests": ("Distinct requests of the input.", "requests"),
+    "enrich_requests_submitted": ("Requests that the API accepted in the last run.", "submitted"),
+    "enrich_requests_reused": ("Requests that were already answered in the ledger.", "reused"),
+    "enrich_credits_spent": ("Known credits of the last run.", "credits_spent"),
+    "enrich_answers_price_unknown": ("Results of the last run with an unknown price.", "credits_unknown"),
+    "enrich_balance_credits": ("The account's balance after the last run.", "balance_after"),
+    "enrich_polls": ("Polls of the last run.", "polls"),
+    "enrich_rate_limited": ("Rate-limited responses (429) in the last run.", "rate_limited"),
+    "enrich_step_rows_found": ("Rows for which a step has found something.", "found"),
+    "enrich_step_requests_submitted": ("Requests of a step that the API accepted in the last run.", "submitted"),
+    "enrich_step_credits_spent": ("Known credits of a step in the last run.", "credits_spent"),
+    "enrich_ledger_credits_spent": ("Known credits of all attempts in the ledger.", None),
+    "enrich_ledger_answers_price_unknown": ("Results in the ledger with an unknown price.", None),
+    "enrich_ledger_requests_in_doubt": ("Unconfirmed requests, which need a decision.", None),
+    "enrich_ledger_requests_at_the_api": ("Requests that are running at Databar.", None),
 }
 #: The gauges that have a label besides `job`.
-LABELS = {ROWS_BY_STATUS: "status", **dict.fromkeys(_STEP_GAUGES, "step")}
+LABELS = {
+    "enrich_rows": "status",
+    **dict.fromkeys((name for name in GAUGES if name.startswith("enrich_step_")), "step"),
+}
 
 #: (name, value of its label) to value; the label's value is empty for a gauge without one.
 Samples = dict[tuple[str, str], float]
 
-_SUMMARY_GAUGES = {
-    "enrich_duration_seconds": "elapsed_s",
-    "enrich_requests": "requests",
-    "enrich_requests_submitted": "submitted",
-    "enrich_requests_reused": "reused",
-    "enrich_credits_spent": "credits_spent",
-    "enrich_answers_price_unknown": "credits_unknown",
-    "enrich_balance_credits": "balance_after",
-    "enrich_polls": "polls",
-    "enrich_rate_limited": "rate_limited",
-}
-
 
 def samples_from_summary(summary: Mapping[str, Any]) -> Samples:
     """Return the gauges of a run summary; unknown values are left out."""
-    samples = {(name, ""): summary.get(field) for name, field in _SUMMARY_GAUGES.items()}
-    samples |= {(ROWS_BY_STATUS, status.value): summary.get(status.value) for status in RowStatus}
-    for step in summary.get("steps", ()):
-        samples |= {(name, step["name"]): step[field] for name, field in _STEP_GAUGES.items()}
+    samples = {("enrich_rows", status.value): summary.get(status.value) for status in RowStatus}
+    for name, (_, field) in GAUGES.items():
+        if field is not None and name in LABELS:
+            samples |= {(name, step["name"]): step[field] for step in summary.get("steps", ())}
+        elif field is not None:
+            samples[name, ""] = summary.get(field)
     return {key: float(value) for key, value in samples.items() if value is not None}
 
 
@@ -116,7 +102,7 @@ def format_metrics(job: str, samples: Samples) -> bytes:
     from prometheus_client import CollectorRegistry, Gauge, generate_latest  # noqa: PLC0415 - likewise
 
     registry = CollectorRegistry()
-    for name, help_text in GAUGES.items():
+    for name, (help_text, _) in GAUGES.items():
         by_label = {label: value for (gauge, label), value in samples.items() if gauge == name}
         if not by_label:
             continue

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import exp, inf, lgamma, sqrt
@@ -114,10 +114,6 @@ class AnswerStats:
             _count_name(self.status_words, kind.status.lower(), answers)
         for name in kind.fields:
             _count_name(self.fields, name, answers)
-
-    def value_count(self, column: str) -> int:
-        """Return how many matches have a value in a column."""
-        return self.values[column].total
 
 
 def _count_name(counts: Counter[str], name: str, number: int) -> None:
@@ -234,8 +230,11 @@ def _cost_anomalies(last: AnswerStats, before: AnswerStats) -> Iterator[Anomaly]
 
 def _empty_column_anomalies(last: AnswerStats, before: AnswerStats) -> Iterator[Anomaly]:
     for column in last.column_paths:
-        had = before.value_count(column)
-        if not last.value_count(column) and absence_probability(had, before.stored_hits, last.stored_hits) < MAX_CHANCE:
+        had = before.values[column].total
+        if (
+            not last.values[column].total
+            and absence_probability(had, before.stored_hits, last.stored_hits) < MAX_CHANCE
+        ):
             text = (
                 f"The column `{column}` is empty in {pluralize(last.stored_hits, 'match')}. "
                 f"Before, {had:,} of {before.stored_hits:,} had a value."
@@ -246,7 +245,7 @@ def _empty_column_anomalies(last: AnswerStats, before: AnswerStats) -> Iterator[
 def _repeated_value_anomalies(last: AnswerStats, before: AnswerStats) -> Iterator[Anomaly]:
     """Report a value that many matches share, unless the column repeated as much before, as a country column does."""
     for column in last.column_paths:
-        have, had = last.value_count(column), before.value_count(column)
+        have, had = last.values[column].total, before.values[column].total
         if not have:
             continue
         first, second = last.values[column].top_two()
@@ -280,16 +279,15 @@ def _schema_anomalies(last: AnswerStats, before: AnswerStats) -> Iterator[Anomal
         for name, count in fields.items()
         if not fields_before[name] and absence_probability(count, last.stored_hits, before.stored_hits) < MAX_CHANCE
     ]
-    if _outermost_paths(missing):
+    if missing:
         yield Anomaly("schema", f"Results no longer have {_join_names(_outermost_paths(missing))}.")
-    if _outermost_paths(new) and len(fields_before) < MAX_FIELDS:
+    if new and len(fields_before) < MAX_FIELDS:
         yield Anomaly("schema", f"Results have new fields: {_join_names(_outermost_paths(new))}.")
 
 
-def _outermost_paths(names: Iterable[str]) -> list[str]:
+def _outermost_paths(names: list[str]) -> list[str]:
     """Leave out paths inside another path of the list."""
-    all_names = set(names)
-    return sorted(name for name in all_names if not any(name.startswith(f"{other}.") for other in all_names))
+    return sorted(name for name in names if not any(name.startswith(f"{other}.") for other in names))
 
 
 def _join_names(names: list[str]) -> str:

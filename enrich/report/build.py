@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from array import array
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from datetime import UTC, datetime
@@ -44,22 +44,9 @@ from enrich.run.progress import read_snapshot
 from enrich.run.provider_stats import AnswerKind, ProviderStats, count_kinds, read_descriptions
 
 
-def reported_runs(
-    executions: Sequence[ExecutionRow], outcome_counts: Iterable[tuple[int, str, int]], newest: int, *, is_running: bool
-) -> list[ReportedRun]:
-    """Summarize each execution. `is_running`: a run is active now, and it is `newest`."""
-    counts_by_run: dict[int, dict[str, int]] = {}
-    for execution, state, number in outcome_counts:
-        counts_by_run.setdefault(execution, {})[state] = number
-    return [
-        _reported_run(row, counts_by_run.get(row.id, {}), is_running=is_running and row.id == newest)
-        for row in executions
-    ]
-
-
 def _reported_run(row: ExecutionRow, settled: Mapping[str, int], *, is_running: bool) -> ReportedRun:
-    summary = json.loads(row.summary) if row.summary else {}
-    ended_ms, started_ms = row.ended_ms, row.started_ms
+    """Summarize an execution. `settled` counts the requests that it settled, by state."""
+    summary, ended_ms, started_ms = row.read_summary(), row.ended_ms, row.started_ms
     return ReportedRun(
         execution=row.id,
         started_at=iso_time(started_ms),
@@ -153,10 +140,7 @@ COMPARED_RUNS = 7
 
 
 def build_report(job: Job, job_arguments: JobArguments, now: datetime, *, with_rows: bool = False) -> Report:
-    """Build the report of a job as of `now`; `job_arguments` is the job as commands name it.
-
-    Unreadable data stays None, and a note gives the reason. Raises CommandRefused when the ledger can't be read.
-    """
+    """Build the report of a job as of `now`. What cannot be read stays None, with a note. Raises CommandRefused."""
     if not ledger_exists(job.ledger):
         target, actions = job.model.target, list(report_actions(None, {}, "row", "", job_arguments))
         waterfall = ReportedWaterfall(target.id, (), 0, 0, 0, 0.0, 0.0, target.kind)
@@ -173,12 +157,11 @@ def _build_from_ledger(
     executions = execution_records.list_executions(ledger, job.name)[::-1]
     # Check twice: a run that began just before this snapshot, or ended just after it, was not killed.
     ledger_held = ledger_held or is_locked(job.ledger)
-    runs = reported_runs(
-        executions,
-        queries.outcome_counts(ledger, job.name),
-        execution_records.newest_execution_id(ledger),
-        is_running=ledger_held,
-    )
+    newest = execution_records.newest_execution_id(ledger)
+    settled: defaultdict[int, dict[str, int]] = defaultdict(dict)
+    for execution, state, number in queries.outcome_counts(ledger, job.name):
+        settled[execution][state] = number
+    runs = [_reported_run(row, settled[row.id], is_running=ledger_held and row.id == newest) for row in executions]
     last_run = runs[-1] if runs else None
     stats, actions, notes = _try_read_input(job, ledger, now_ms, job_arguments, with_rows=with_rows)
     answers = _AnswerTotals(ledger, job, runs)
@@ -205,7 +188,7 @@ def _build_from_ledger(
         requests=requests,
         credits_spent=to_credits(sum(row.spent for row in executions)),
         credits_unknown=sum(row.unknown for row in executions),
-        planned=_planned_credits(executions[-1].summary if executions else None),
+        planned=executions[-1].read_summary().get("planned") if executions else None,
         latencies=latency_histogram(queries.latencies(ledger, job.name)),
         traffic=run_traffic(executions),
         anomalies=find_anomalies(answers.last, answers.before),
@@ -280,14 +263,15 @@ class _AnswerTotals:
         self._stats_by_execution = dict.fromkeys(answered[-1 - COMPARED_RUNS : -1], self.before) | dict.fromkeys(
             answered[-1:], self.last
         )
+
+        def read_match(execution: int, parsed: ParsedData) -> tuple[str, ...]:
+            side = self._stats_by_execution.get(execution)
+            return () if side is None else side.read_match(parsed)
+
         reads_beside = any(map(is_beside, paths.values()))
         attempts = queries.settled_attempts(ledger, job.name)
-        for kind, number in count_kinds(attempts, self._read_match, read_whole=reads_beside):
+        for kind, number in count_kinds(attempts, read_match, read_whole=reads_beside):
             self._add(kind, number)
-
-    def _read_match(self, execution: int, parsed: ParsedData) -> tuple[str, ...]:
-        side = self._stats_by_execution.get(execution)
-        return () if side is None else side.read_match(parsed)
 
     def _add(self, kind: AnswerKind, answers: int) -> None:
         self.provider_stats.add(kind, answers)
@@ -297,11 +281,6 @@ class _AnswerTotals:
         side = self._stats_by_execution.get(kind.execution)
         if side is not None:
             side.add(kind, answers)
-
-
-def _planned_credits(summary: str | None) -> Mapping[str, float | None] | None:
-    planned = json.loads(summary).get("planned") if summary else None
-    return planned if isinstance(planned, dict) else None
 
 
 def _report_notes(runs: Sequence[ReportedRun], stats: InputStats | None, erased: int, *, others: bool) -> Iterator[str]:

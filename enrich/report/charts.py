@@ -13,10 +13,11 @@ from enrich.report import drawing
 from enrich.report.data import AnswerAge, HitCounts, ReportedProvider, ReportedWaterfall
 from enrich.report.drawing import FULL, HALF, MEDIUM, NAME_PX, NARROW, ChartColor, ChartFrame, RenderedChart, ScreenSize
 from enrich.report.formatting import (
+    BLANK_LABEL,
+    LARGE_CREDITS,
     clean_text,
     fit_text,
     format_amount,
-    format_amount_short,
     format_count,
     format_share,
     format_status,
@@ -98,7 +99,7 @@ def hit_rate_chart(hits: Sequence[HitCounts], label: str) -> RenderedChart:
     """Draw match rates, each on a track that stands for all answered rows."""
     rows = [
         BarRow(
-            clean_text(each.name, "(blank)"),
+            clean_text(each.name, BLANK_LABEL),
             [(each.found / each.answered, ChartColor.FOUND)] if each.answered else [],
             f"{format_share(each.found, each.answered)} of {format_count(each.answered)}",
             track=1.0,
@@ -267,7 +268,8 @@ def step_numbers(step: WaterfallStep) -> tuple[str, ...]:
         return format_count(step.end - step.start), "", "", "", ""
     calls = each.reported + each.inferred
     rate = format_share(each.found, calls)
-    spent, per_hit = format_amount_short(each.credits), format_amount(each.cost_per_hit)
+    format_spent = format_amount if each.credits < LARGE_CREDITS else format_count
+    spent, per_hit = format_spent(each.credits), format_amount(each.cost_per_hit)
     return format_count(calls), format_count(each.found), rate, spent, per_hit
 
 

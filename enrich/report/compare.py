@@ -41,10 +41,7 @@ class _SideData(Struct, frozen=True):
 
 
 def compare_executions(job: Job, execution: int) -> Comparison:
-    """Compare the newest run with results to another one.
-
-    Raises JobError when the job has no such run, CommandRefused when no other run has results.
-    """
+    """Compare the newest run with results to another one. Raises JobError or CommandRefused if there is none."""
     with closing(_open_ledger(job)) as ledger, ledger.snapshot():
         known = [row.id for row in execution_records.list_executions(ledger, job.name)]
         if execution not in known:

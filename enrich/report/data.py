@@ -156,10 +156,7 @@ class HistogramBar(ReportValue, frozen=True):
 
 
 class LatencyHistogram(ReportValue, frozen=True):
-    """How long tasks took from the POST to the answer, in seconds.
-
-    The bars have equal widths; one last, wider bar may hold the slowest tasks.
-    """
+    """Seconds from the POST to the answer. The bars have equal widths; one last, wider bar may hold the slowest."""
 
     bars: Sequence[HistogramBar]
     count: int

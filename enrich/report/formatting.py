@@ -9,6 +9,7 @@ from enrich.models import format_credits
 
 DASH = "\N{EN DASH}"
 NO_BREAK_SPACE = "\N{NO-BREAK SPACE}"
+BLANK_LABEL = "(blank)"
 MINUTE_S = 60.0
 HOUR_S = 3600.0
 #: The last two code points of each Unicode plane end in FFFE and FFFF; they are noncharacters.
@@ -32,11 +33,6 @@ def format_count(number: float | None) -> str:
 def format_amount(amount: float | None) -> str:
     """Format an amount of credits, without the unit."""
     return DASH if amount is None else format_credits(amount)
-
-
-def format_amount_short(amount: float) -> str:
-    """Format an amount of credits for narrow places: whole credits from LARGE_CREDITS on."""
-    return format_amount(amount) if abs(amount) < LARGE_CREDITS else format_count(amount)
 
 
 def format_percent(share: float | None) -> str:

@@ -12,6 +12,7 @@ from enrich.files.values import as_text, text_frame
 from enrich.job.cell_text import clean_cells
 from enrich.models import RowStatus
 from enrich.report.data import AnswerAge, GroupedHits, HitCounts, OutputRows, SkippedRows
+from enrich.report.formatting import BLANK_LABEL
 from enrich.run.collector import Collector, JoinedBatch, JoinedStep, count_statuses
 
 #: Ages of answers: upper limit in full days (7.9 days are "1-7 days"), and the label.
@@ -20,7 +21,7 @@ OLDER_LABEL = "older"
 DAY_MS = 86_400_000
 #: Limit of the values of a column that are named, and the rows that must share one: a unique value may be a person.
 MAX_NAMED_GROUPS, MIN_GROUP_ROWS = 15, 2
-BLANK_LABEL, REST_LABEL = "(blank)", "all others"
+REST_LABEL = "all others"
 #: A column with more different values than this is not grouped.
 MAX_GROUP_VALUES = 100_000
 #: Limit of the rows listed with `--with-rows`.

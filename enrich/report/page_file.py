@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 REPORT_MARKER = b"\n<!-- a report of enrich -->\n"
 #: The line before it in the report of a sandbox run.
 SANDBOX_MARKER = b"\n<!-- SANDBOX -->"
-#: File name suffixes of a page.
 PAGE_SUFFIXES = (".html", ".htm")
 _OTHER_FILE_HINT = "choose another file: -o FILE"
 INSTALL_HINT = install_hint("report")
@@ -49,20 +48,13 @@ def default_report_path(job: Job, now: datetime) -> Path:
 
 
 def given_report_path(job: Job, path: Path) -> Path:
-    """Return where to write a page that the command line names.
-
-    For a sandbox run, the sandbox's own name replaces that of a real run's report. Raises JobError if the path is
-    another file of the job, or cannot be a file.
-    """
+    """Return where to write a page of this name: in a sandbox not over a real run's report. Raises JobError."""
     job.check_not_own(path, "report", _OTHER_FILE_HINT, allowed="report")
     return path.with_name(sandbox_file_name(path.name)) if job.sandbox and _is_real_report(path) else path
 
 
 def write_report(path: Path, page: str, job: Job) -> None:
-    """Write a report atomically (mode 0600).
-
-    Raises JobError when it would replace another kind of file, CommandRefused when it can't be written.
-    """
+    """Write a report atomically (mode 0600). Raises JobError rather than replace another file, CommandRefused."""
     job.check_not_own(path, "report", _OTHER_FILE_HINT, allowed="report")
     try:
         if path.exists() and not is_report(path):
@@ -78,10 +70,7 @@ def write_report(path: Path, page: str, job: Job) -> None:
 
 
 def is_report(path: Path) -> bool:
-    """Return True for a report written by enrich, and for an empty HTML file.
-
-    Another empty file may be a lock in use, or the journal of a ledger.
-    """
+    """Return True for a report of enrich, and for an empty HTML file: another empty file may be a lock or a journal."""
     if not path.is_file():
         return False
     end = _read_end(path, len(REPORT_MARKER))

@@ -12,14 +12,13 @@ from enrich.report.data import (
     Comparison,
     GroupedHits,
     HitCounts,
-    LatencyHistogram,
     Report,
     ReportedRun,
     ReportedWaterfall,
-    Traffic,
 )
 from enrich.report.drawing import HALF, NARROW, RenderedChart
 from enrich.report.formatting import (
+    BLANK_LABEL,
     clean_text,
     format_amount,
     format_percent,
@@ -34,8 +33,6 @@ MIN_TREND_RUNS = 5
 MIN_TRAFFIC_BINS = 5
 #: Longest name of a group in a sentence, in characters.
 MAX_NAME = 40
-#: The name of the group of blank cells.
-BLANK = "(blank)"
 
 
 class Figure(Struct, frozen=True):
@@ -82,9 +79,9 @@ def make_sections(report: Report) -> Iterator[Section]:
 
 def waterfall_figure(facts: ReportedWaterfall) -> Figure | None:
     """Draw the waterfall; None before the first answer."""
-    if not facts.answers or not any(not each.verifies for each in facts.providers):
+    if not facts.answers or all(each.verifies for each in facts.providers):
         return None
-    finding = _waterfall_text(facts) + _verifier_text(facts)
+    finding = _waterfall_text(facts)
     table = tables.provider_table(facts.providers, "Providers in their order, verifiers last")
     return Figure("The waterfall", finding, [charts.waterfall_chart(facts, finding)], table, wide=True)
 
@@ -101,72 +98,65 @@ def side_figures(comparison: Comparison) -> Iterator[Figure]:
             continue
         label = clean_text(side.label)
         facts = ReportedWaterfall(label, providers, answers, side.found, 0, side.credits, 0.0)
-        rate = format_share(side.found, answers)
-        spent = format_amount(side.credits)
+        rate, spent = format_share(side.found, answers), format_amount(side.credits)
         finding = f"{pluralize(side.found, 'match')} in {pluralize(answers, 'result')} ({rate}), {spent} credits."
         table = tables.provider_table(providers, f"Providers of {label}", f"{about} provider")
         yield Figure(label, finding, [charts.waterfall_chart(facts, finding, (NARROW, HALF))], table)
 
 
 def _waterfall_text(facts: ReportedWaterfall) -> str:
+    searching = [each for each in facts.providers if not each.verifies]
     rate = format_share(facts.found, facts.answered)
     text = f"{pluralize(facts.found, 'match')} in {pluralize(facts.answered, 'result')} ({rate})."
     if facts.failed:
         again = f", {facts.retried:,} of them free and sent again" if facts.retried else ""
         text += f" {facts.failed:,} of {pluralize(facts.answers, 'request')} failed{again}."
-    best = max((each for each in facts.providers if not each.verifies), key=lambda each: each.found)
+    best = max(searching, key=lambda each: each.found)
     if best.found:
         part = format_share(best.found, facts.found)
         text += f" Most matches: {clean_text(best.name)}, {best.found:,} ({part})."
-    priced = [each for each in facts.providers if each.cost_per_hit is not None and not each.verifies]
+    priced = [each for each in searching if each.cost_per_hit is not None]
     if len(priced) > 1:
         most_expensive = max(priced, key=lambda each: each.cost_per_hit or 0.0)
         text += (
             f" Highest cost per match: {clean_text(most_expensive.name)},"
             f" {format_amount(most_expensive.cost_per_hit)} credits."
         )
-    return text
-
-
-def _verifier_text(facts: ReportedWaterfall) -> str:
-    sentences = (
+    return text + "".join(
         f" {clean_text(each.name)} verified {pluralize(each.reported, 'match')}: {format_amount(each.credits)} credits."
         for each in facts.providers
         if each.verifies
     )
-    return "".join(sentences)
 
 
 def _row_figures(report: Report) -> Iterator[Figure]:
     counts = [(status, count) for status, count in report.statuses.items() if count]
     if counts:
-        finding = _status_text(counts)
+        most, number = max(counts, key=lambda pair: pair[1])
+        whole = sum(count for _, count in counts)
+        rate = format_share(number, whole)
+        finding = f"{pluralize(whole, 'row')}. Most frequent: {format_status(most)}, {number:,} ({rate})."
         table = tables.status_table(counts, "Rows of the input by status", "Status")
-        yield _make_figure("Rows by status", finding, table, charts.status_chart(counts, finding))
+        yield Figure("Rows by status", finding, [charts.status_chart(counts, finding)], table)
     if report.columns:
         finding = _hit_rates_text(report.columns, "All columns have the same match rate")
         table = tables.hit_rate_table(report.columns, "Match rate by output column", "Column", "column")
-        yield _make_figure("Match rate by column", finding, table, charts.hit_rate_chart(report.columns, finding))
+        yield Figure("Match rate by column", finding, [charts.hit_rate_chart(report.columns, finding)], table)
     if report.skipped:
-        yield _make_figure("Why rows were not sent", _skipped_text(report), tables.skipped_table(report.skipped))
+        yield Figure("Why rows were not sent", _skipped_text(report), [], tables.skipped_table(report.skipped))
     used = [each for each in report.ages if each.found + each.not_found]
     if len(used) > 1:
         whole = sum(each.found + each.not_found for each in used)
         finding = f"{pluralize(whole, 'result')} in use, as matches + no match."
-        yield _make_figure(
-            "Age of the results", finding, tables.age_table(report.ages), charts.age_chart(report.ages, finding)
+        yield Figure(
+            "Age of the results", finding, [charts.age_chart(report.ages, finding)], tables.age_table(report.ages)
         )
     for each in report.groups:
         if each.groups:
-            finding, table = _groups_text(each), tables.group_table(each)
-            yield _make_figure(table.caption, finding, table, charts.hit_rate_chart(each.groups, finding))
-
-
-def _status_text(counts: Sequence[tuple[str, int]]) -> str:
-    whole = sum(count for _, count in counts)
-    most = max(counts, key=lambda pair: pair[1])
-    rate = format_share(most[1], whole)
-    return f"{pluralize(whole, 'row')}. Most frequent: {format_status(most[0])}, {most[1]:,} ({rate})."
+            finding, column = _groups_text(each), clean_text(each.column)
+            caption = f"Match rate by {column}"
+            table = tables.hit_rate_table(each.groups, caption, column, f"group {each.column}")
+            yield Figure(caption, finding, [charts.hit_rate_chart(each.groups, finding)], table)
 
 
 def _skipped_text(report: Report) -> str:
@@ -188,12 +178,12 @@ def _hit_rates_text(hits: Sequence[HitCounts], equal: str) -> str:
         return f"{_short_name(best)} has a value in {high} of the rows with a result."
     if high == low:
         return f"{equal}: {high}."
-    lowest, highest = (name if name == BLANK else f"({name})" for name in map(_short_name, (least, best)))
+    lowest, highest = (name if name == BLANK_LABEL else f"({name})" for name in map(_short_name, (least, best)))
     return f"From {low} {lowest} to {high} {highest}."
 
 
 def _short_name(hits: HitCounts) -> str:
-    name = clean_text(hits.name, BLANK)
+    name = clean_text(hits.name, BLANK_LABEL)
     return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1].rstrip()}…"
 
 
@@ -214,17 +204,16 @@ def _run_figures(runs: Sequence[ReportedRun]) -> Iterator[Figure]:
         most_expensive = max(runs, key=lambda run: run.credits_spent)
         finding = f"{format_amount(spent)} credits in {pluralize(len(runs), 'run')}. Most: run "
         finding += f"{most_expensive.execution}, {format_amount(most_expensive.credits_spent)}."
-        pictures = (
-            timelines.credits_chart(runs, finding),
-            timelines.cumulative_credits_chart(runs, f"Cumulative. {finding}"),
-        )
-        yield _make_figure("Credits per run", finding, None, *pictures)
-    if any(run.cost_per_hit is not None for run in runs):
-        finding = _spread_text([run.cost_per_hit for run in runs], format_amount, " credits", "a match")
-        yield _make_figure("Cost per match", finding, None, timelines.cost_per_hit_chart(runs, finding))
-    if any(run.answered for run in runs):
-        finding = _spread_text([run.hit_rate for run in runs], format_percent, "", "results")
-        yield _make_figure("Match rate", finding, None, timelines.run_hit_rate_chart(runs, finding))
+        yield Figure("Credits per run", finding, timelines.credits_charts(runs, finding))
+    costs, rates = [run.cost_per_hit for run in runs], [run.hit_rate for run in runs]
+    if costs.count(None) < len(costs):
+        finding = _spread_text(costs, format_amount, " credits", "a match")
+        chart = timelines.line_chart(costs, runs, "credits per match", finding)
+        yield Figure("Cost per match", finding, [chart])
+    if rates.count(None) < len(rates):
+        finding = _spread_text(rates, format_percent, "", "results")
+        chart = timelines.line_chart(rates, runs, "match rate", finding, format=".0%")
+        yield Figure("Match rate", finding, [chart])
 
 
 def _spread_text(values: Sequence[float | None], show: Callable[[float], str], unit: str, what: str) -> str:
@@ -239,28 +228,18 @@ def _spread_text(values: Sequence[float | None], show: Callable[[float], str], u
 def _timing_figures(report: Report) -> Iterator[Figure]:
     times, traffic = report.latencies, report.traffic
     if times is not None:
-        finding = _latency_text(times)
-        yield _make_figure(
-            "Time to result, all runs", finding, tables.latency_table(times), timelines.latency_chart(times, finding)
+        half, most, longest = (format_seconds(each) for each in (times.median, times.p90, times.longest))
+        finding = (
+            f"{pluralize(times.count, 'task')}: half within {half}, 90% within {most}, the slowest after {longest}."
+        )
+        yield Figure(
+            "Time to result, all runs", finding, [timelines.latency_chart(times, finding)], tables.latency_table(times)
         )
     if traffic is not None and len(traffic.submitted) >= MIN_TRAFFIC_BINS:
-        finding = _traffic_text(traffic)
-        pictures = timelines.throughput_chart(traffic, finding), timelines.rate_limited_chart(traffic, finding)
-        yield _make_figure(
-            f"Requests over time, run {traffic.execution}", finding, tables.traffic_table(traffic), *pictures
+        finding = (
+            f"{pluralize(sum(traffic.submitted), 'request')} sent, "
+            f"{pluralize(sum(traffic.answered), 'result')} received, "
+            f"rate-limited (429) {pluralize(sum(traffic.rate_limited), 'time')}."
         )
-
-
-def _latency_text(times: LatencyHistogram) -> str:
-    half, most, longest = (format_seconds(each) for each in (times.median, times.p90, times.longest))
-    return f"{pluralize(times.count, 'task')}: half within {half}, 90% within {most}, the slowest after {longest}."
-
-
-def _traffic_text(traffic: Traffic) -> str:
-    sent, answered, limited = (sum(each) for each in (traffic.submitted, traffic.answered, traffic.rate_limited))
-    text = f"{pluralize(sent, 'request')} sent, {pluralize(answered, 'result')} received"
-    return f"{text}, rate-limited (429) {pluralize(limited, 'time')}."
-
-
-def _make_figure(title: str, finding: str, table: Table | None, *pictures: RenderedChart | None) -> Figure:
-    return Figure(title, finding, [picture for picture in pictures if picture], table)
+        pictures = list(timelines.traffic_charts(traffic, finding))
+        yield Figure(f"Requests over time, run {traffic.execution}", finding, pictures, tables.traffic_table(traffic))

@@ -11,7 +11,6 @@ from enrich.report.data import (
     AnswerAge,
     ComparedSide,
     Comparison,
-    GroupedHits,
     HitCounts,
     LatencyHistogram,
     OutputRows,
@@ -23,6 +22,7 @@ from enrich.report.data import (
     Traffic,
 )
 from enrich.report.formatting import (
+    BLANK_LABEL,
     DASH,
     NO_BREAK_SPACE,
     clean_text,
@@ -36,7 +36,6 @@ from enrich.report.formatting import (
 
 #: Limit of runs in the table of balance, polls and time.
 RECENT_RUNS = 60
-#: Limit of lines in the table of requests and responses.
 MAX_TRAFFIC_LINES = 60
 
 
@@ -180,7 +179,7 @@ def hit_rate_table(rows: Sequence[HitCounts], caption: str, head: str, about: st
     lines = [
         Line(
             f"{about} {each.name}",
-            clean_text(each.name, "(blank)"),
+            clean_text(each.name, BLANK_LABEL),
             (
                 *count_cells(each, "rows", "answered", "found"),
                 rate_cell(each.found, each.answered),
@@ -189,12 +188,6 @@ def hit_rate_table(rows: Sequence[HitCounts], caption: str, head: str, about: st
         for each in rows
     ]
     return Table(caption, (head, "Rows", "Results", "Matches", "Match rate"), lines)
-
-
-def group_table(facts: GroupedHits) -> Table:
-    """List match rates by the values of an input column."""
-    column = clean_text(facts.column)
-    return hit_rate_table(facts.groups, f"Match rate by {column}", column, f"group {facts.column}")
 
 
 def run_table(facts: Sequence[ReportedRun], caption: str) -> Table:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
 
 import altair as alt
 
@@ -24,29 +24,18 @@ MAX_STEPS = 90
 PANEL_HEIGHT = 216.0
 
 
-def credits_chart(runs: Sequence[ReportedRun], label: str) -> RenderedChart:
-    """Draw the credits of each run."""
-    rows = [{"x": index - 0.38, "x2": index + 0.38, "v": 0, "v2": run.credits_spent} for index, run in enumerate(runs)]
-    return _column_chart(rows, runs, "credits per run", label)
-
-
-def cumulative_credits_chart(runs: Sequence[ReportedRun], label: str) -> RenderedChart:
-    """Draw the cumulative credits up to each run."""
-    total, rows = 0.0, []
-    for index, run in enumerate(runs):
-        total += run.credits_spent
-        rows.append({"x": index - 0.5, "x2": index + 0.5, "v": 0, "v2": round(total, 6)})
-    return _column_chart(rows, runs, "credits, all runs so far", label, ChartColor.PASSED)
-
-
-def cost_per_hit_chart(runs: Sequence[ReportedRun], label: str) -> RenderedChart:
-    """Draw the cost per match of each run; runs without matches are left out."""
-    return _line_chart([run.cost_per_hit for run in runs], runs, "credits per match", label)
-
-
-def run_hit_rate_chart(runs: Sequence[ReportedRun], label: str) -> RenderedChart:
-    """Draw the match rate of each run; runs without answers are left out."""
-    return _line_chart([run.hit_rate for run in runs], runs, "match rate", label, format=".0%")
+def credits_charts(runs: Sequence[ReportedRun], label: str) -> list[RenderedChart]:
+    """Draw the credits of each run, and the cumulative credits up to each run."""
+    spent = [run.credits_spent for run in runs]
+    own = [{"x": index - 0.38, "x2": index + 0.38, "v": 0, "v2": amount} for index, amount in enumerate(spent)]
+    total = [
+        {"x": index - 0.5, "x2": index + 0.5, "v": 0, "v2": round(amount, 6)}
+        for index, amount in enumerate(accumulate(spent))
+    ]
+    return [
+        _column_chart(own, runs, "credits per run", label),
+        _column_chart(total, runs, "credits, all runs so far", f"Cumulative. {label}", ChartColor.PASSED),
+    ]
 
 
 def latency_chart(times: LatencyHistogram, label: str) -> RenderedChart:
@@ -88,23 +77,23 @@ def latency_chart(times: LatencyHistogram, label: str) -> RenderedChart:
     return drawing.render_chart((NARROW, HALF), draw_at_size, label)
 
 
-def throughput_chart(traffic: Traffic, label: str) -> RenderedChart | None:
-    """Draw requests sent and answered over the run. None: there are none."""
+def traffic_charts(traffic: Traffic, label: str) -> Iterator[RenderedChart]:
+    """Draw requests sent and answered over the run, and the 429 responses, where there are any."""
     merged = traffic.merged(MAX_STEPS)
-    sent, answered, width_s = merged.submitted, merged.answered, merged.width_s
-    if not any(sent) and not any(answered):
-        return None
+    sent, answered, limited, width_s = merged.submitted, merged.answered, merged.rate_limited, merged.width_s
     per, per_name = (1.0, "second") if max(*sent, *answered) >= width_s else (MINUTE_S, "minute")
     unit, name = _time_unit(width_s * len(sent))
-    domain = (0.0, width_s * len(sent) / unit)
+
+    def time_axis() -> alt.X:
+        axis = drawing.make_axis(f"{name} from the start", 5, orient="bottom", grid=False)
+        return drawing.x_scale((0.0, width_s * len(sent) / unit), axis)
 
     def rows(counts: Sequence[int]) -> list[dict[str, float]]:
         heights = [count * per / width_s for count in counts]
         return [{"x": at * width_s / unit, "v": height} for at, height in enumerate([*heights, heights[-1]])]
 
-    def draw_at_size(size: ScreenSize) -> tuple[drawing.AltairChart, ChartFrame]:
-        frame = _make_frame(size)
-        x = drawing.x_scale(domain, drawing.make_axis(f"{name} from the start", 5, orient="bottom", grid=False))
+    def draw_throughput(size: ScreenSize) -> tuple[drawing.AltairChart, ChartFrame]:
+        frame, x = _make_frame(size), time_axis()
         y = alt.Y(
             "v:Q", scale=alt.Scale(zero=True), axis=drawing.make_left_axis(f"per {per_name}", 4, max(*sent, *answered))
         )
@@ -122,35 +111,26 @@ def throughput_chart(traffic: Traffic, label: str) -> RenderedChart | None:
             drawing.text_marks(answered_label, ChartColor.FOUND),
         ), frame
 
-    return drawing.render_chart((NARROW, HALF), draw_at_size, label)
+    def draw_limited(size: ScreenSize) -> tuple[drawing.AltairChart, ChartFrame]:
+        bars = [
+            {"x": at * width_s / unit, "x2": (at + 0.9) * width_s / unit, "v": 0, "v2": count}
+            for at, count in enumerate(limited)
+            if count
+        ]
+        upright = drawing.make_left_axis("rate-limited (429)", 2, _largest(bars), tickMinStep=1)
+        marks = _column_marks(bars, time_axis(), upright, ChartColor.FAILED)
+        return alt.layer(marks), _make_frame(size, height=PANEL_HEIGHT - 70)
+
+    if any(sent) or any(answered):
+        yield drawing.render_chart((NARROW, HALF), draw_throughput, label)
+    if any(limited):
+        yield drawing.render_chart((NARROW, HALF), draw_limited, label)
 
 
-def rate_limited_chart(traffic: Traffic, label: str) -> RenderedChart | None:
-    """Draw the 429 responses over the run. None: there are none."""
-    merged = traffic.merged(MAX_STEPS)
-    counts, width_s = merged.rate_limited, merged.width_s
-    if not any(counts):
-        return None
-    unit, name = _time_unit(width_s * len(counts))
-    domain = (0.0, width_s * len(counts) / unit)
-    rows = [
-        {"x": at * width_s / unit, "x2": (at + 0.9) * width_s / unit, "v": 0, "v2": count}
-        for at, count in enumerate(counts)
-        if count
-    ]
-
-    def draw_at_size(size: ScreenSize) -> tuple[drawing.AltairChart, ChartFrame]:
-        along = drawing.make_axis(f"{name} from the start", 5, orient="bottom", grid=False)
-        upright = drawing.make_left_axis("rate-limited (429)", 2, _largest(rows), tickMinStep=1)
-        bars = _column_marks(rows, drawing.x_scale(domain, along), upright, ChartColor.FAILED)
-        return alt.layer(bars), _make_frame(size, height=PANEL_HEIGHT - 70)
-
-    return drawing.render_chart((NARROW, HALF), draw_at_size, label)
-
-
-def _line_chart(
+def line_chart(
     values: Sequence[float | None], runs: Sequence[ReportedRun], title: str, label: str, **axis: str
 ) -> RenderedChart:
+    """Draw a value of each run; runs without it (None) are left out. `axis` has Altair's arguments."""
     known = [{"x": index, "v": round(value, 6)} for index, value in enumerate(values) if value is not None]
 
     def draw_at_size(size: ScreenSize) -> tuple[drawing.AltairChart, ChartFrame]:

@@ -95,10 +95,7 @@ def find_addresses(text: str) -> tuple[list[Address], bool]:
 
 
 def _read_words(text: str, found: dict[Address, Address], *, names_allowed: bool = False) -> bool:
-    """Add the addresses among the words to `found`, by their host without `www.`.
-
-    Return whether all words were read.
-    """
+    """Add the addresses among the words to `found`, by host without `www.`. Return whether all words were read."""
     all_read = True
     for chunk in text.split():
         has_path = False
@@ -272,10 +269,7 @@ _USUAL = rf"^(?:(?:https?://)?(?:www\.)?|[a-z0-9][a-z0-9._+-]{{0,62}}@){_USUAL_H
 
 
 def company_domains(cells: pl.Series) -> pl.Series:
-    """Return the registrable domain in each cell of a column of clean text.
-
-    '' for a blank, LEFT_OUT and the reason where there is no domain of a company.
-    """
+    """Return the registrable domain in each clean cell: '' for a blank, LEFT_OUT and the reason where there is none."""
     text = cells.alias("").str.to_lowercase()
     # Most are registrable domains: only what is left of the hosts and cells is looked at one by one.
     found, is_unusual, is_host = pl.DataFrame({"text": text, "host": usual_hosts(text)}).select_seq(
@@ -287,10 +281,7 @@ def company_domains(cells: pl.Series) -> pl.Series:
 
 @cache
 def _is_company_domain() -> pl.Expr:
-    """Return the expression that is true where `host` certainly is a company's registrable domain.
-
-    That is a host of two labels that is not in our list.
-    """
+    """Return whether `host` certainly is a company's registrable domain: two labels, and not in our list."""
     known, host = _no_company_domains(), pl.col("host")
     names = "|".join(re.escape(name.removesuffix(".*")) for name in known if name.endswith(".*"))
     is_registrable = host.str.replace(r"^[^.]+\.", "").is_in(_short_suffixes())

@@ -59,15 +59,13 @@ class JobInput:
     """The rows of a job's input."""
 
     def __init__(self, job: Job, forgotten: ForgottenRequests | None = None) -> None:
-        """Read the header and check the job against it.
-
-        Raises CommandRefused when the input cannot be read, JobError when the job names a column that it does not have.
-        """
+        """Read the header and check the job against it. Raises CommandRefused (unreadable), JobError (no column)."""
         #: The job, or that of a step.
         self.job = job
         self._forgotten = forgotten or ForgottenRequests(b"")
         suppress = job.model.suppress
-        self._suppression = None if suppress is None else read_suppression(job.resolve_path(suppress))
+        #: The list of `suppress`; None: there is none.
+        self.suppression = None if suppress is None else read_suppression(job.resolve_path(suppress))
         try:
             self._table: InputTable | InMemoryRows = InputTable(job.input_path, job.input)
         except CommandRefused as error:
@@ -85,7 +83,10 @@ class JobInput:
         self.columns = list(self.schema)
         #: The files that the batches are written to, with their columns, once `check_new_columns` was called.
         self._limits: list[tuple[FileLimits, list[str]]] = []
-        self._check_status_columns()
+        # Columns of our names in an input that we did not write would be replaced.
+        taken = [name for name in self.header if name in self._own_columns]
+        if taken and "enrich_status" not in self.header:
+            raise self._foreign_column(taken[0])
         self._check_columns()
         self._check_where()
 
@@ -103,10 +104,7 @@ class JobInput:
         return sorted(self.sent_columns.intersection(self.schema))
 
     def why_not_parallel(self) -> str | None:
-        """Return why requests depend on all rows, so that parts cannot be enrolled separately; None: they do not.
-
-        `dedupe: false` matters for collecting, too; the order only for sending.
-        """
+        """Return why requests depend on all rows, so that parts cannot be enrolled separately; None: they do not."""
         if not self.job.model.dedupe:
             return "`dedupe: false` counts equal rows from the first to the last"
         if self.job.model.order_by is not None:
@@ -134,11 +132,6 @@ class JobInput:
         """Return this input without rows, to be sent to the processes that read its blocks."""
         return self.for_frame(0, pl.DataFrame(schema=self.all_columns))
 
-    @property
-    def suppression_digest(self) -> str | None:
-        """The hash of the list of `suppress`; None: there is none."""
-        return None if self._suppression is None else self._suppression.digest
-
     def check_new_columns(self, template: RequestTemplate) -> None:
         """Check the columns of the files that a run writes. From then on `batches` checks the cells, too.
 
@@ -163,12 +156,7 @@ class JobInput:
         files = [
             ("output", self.job.output, self.columns, [*new, *status_columns(self.job)]),
             ("rejects", model.rejects, self.columns, []),
-            (
-                "changes",
-                model.changes,
-                list(feed_columns),
-                new,
-            ),  # the feed has these names as cells
+            ("changes", model.changes, list(feed_columns), new),  # the feed has these names as cells
         ]
         written = [(limits_of(kind, file), columns, names) for kind, file, columns, names in files if file is not None]
         self._limits = [(limits, columns) for limits, columns, _ in written]
@@ -229,12 +217,6 @@ class JobInput:
         if model.changes is not None and model.changes.key is not None:
             return model.changes.key
         return list(dict.fromkeys(column for param in model.params.values() for column in param.columns))
-
-    def _check_status_columns(self) -> None:
-        """Raise JobError for columns of our names in an input that we did not write: they would be replaced."""
-        taken = [name for name in self.header if name in self._own_columns]
-        if taken and "enrich_status" not in self.header:
-            raise self._foreign_column(taken[0])
 
     def _check_statuses(self, frame: pl.DataFrame) -> None:
         if "enrich_status" in self.header:
@@ -326,13 +308,13 @@ class JobInput:
 
     def suppressed_rows(self, frame: pl.DataFrame) -> pl.Series | None:
         """Return which rows have an address or a domain that is never sent by any step; None: there is no list."""
-        if self._suppression is None:
+        if self.suppression is None:
             return None
         constants = [param.value for param in self._params if param.value is not None]
-        if any(map(self._suppression.contains, constants)):
+        if any(map(self.suppression.contains, constants)):
             return pl.repeat(value=True, n=frame.height, eager=True)
         sent = {index for index, name in enumerate(self.header) if name in self.sent_columns}
-        return self._suppression.suppressed_rows(frame, sent)
+        return self.suppression.suppressed_rows(frame, sent)
 
     def selected_rows(self, frame: pl.DataFrame, *, unknown: bool = False) -> pl.Series:
         """Return which rows `where` and `only_if_empty` keep; `unknown` where a cell that they read is null."""

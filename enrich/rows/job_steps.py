@@ -34,22 +34,22 @@ class Step(Struct, frozen=True):
 
 
 def make_steps(job: Job, job_input: JobInput, templates: Sequence[RequestTemplate]) -> tuple[Step, ...]:
-    """Check each step against the columns that it can read, and `complete` against those that the steps give.
-
-    Raises JobError for a column that is none of these.
-    """
+    """Check each step, and `complete`, against the columns that the input and earlier steps give. Raises JobError."""
     steps: list[Step] = []
-    for step_job, template in zip(job.steps, templates, strict=True):
-        given = [(*step.template.columns, step_column(step.job.step, "status")) for step in steps]
-        _check_order(job, step_job, templates, job_input.columns, len(steps))
-        earlier = [column for columns in given for column in columns]
-        step_input = job_input.for_step(step_job, earlier)
-        by_params = {column for param in step_job.model.params.values() for column in param.columns}.intersection(
-            earlier
-        )
-        by_conditions = _condition_columns(step_job, step_input.header, set(earlier))
+    given = [
+        [*template.columns, step_column(step.step, "status")]
+        for step, template in zip(job.steps, templates, strict=True)
+    ]
+    for number, (step_job, template) in enumerate(zip(job.steps, templates, strict=True)):
+        _check_order(job, step_job, given, job_input.columns, number)
+        earlier = [column for columns in given[:number] for column in columns]
+        step_input, model = job_input.for_step(step_job, earlier), step_job.model
+        by_params = {column for param in model.params.values() for column in param.columns}.intersection(earlier)
+        by_conditions = set(model.only_if_empty).intersection(earlier)
+        if model.where is not None:
+            by_conditions |= columns_used(model.where, step_input.header, set(earlier))
         depends_on, params_depend_on, conditions_depend_on = (
-            frozenset(number for number, columns in enumerate(given) if read.intersection(columns))
+            frozenset(number for number, columns in enumerate(given[:number]) if read.intersection(columns))
             for read in (by_params | by_conditions, by_params, by_conditions)
         )
         earlier_columns = frozenset(by_params | by_conditions)
@@ -64,13 +64,9 @@ def make_steps(job: Job, job_input: JobInput, templates: Sequence[RequestTemplat
 
 
 def _check_order(
-    job: Job, step: Job, templates: Sequence[RequestTemplate], input_columns: Sequence[str], number: int
+    job: Job, step: Job, given: Sequence[Sequence[str]], input_columns: Sequence[str], number: int
 ) -> None:
-    """Raise JobError when a step reads a column that only it or a later step gives."""
-    given = [
-        {*template.columns, step_column(each.step, "status")}
-        for each, template in zip(job.steps, templates, strict=True)
-    ]
+    """Raise JobError when a step reads a column that only it or a later step gives. `given` has those of each step."""
     known = set(input_columns).union(*given[:number])
     read: list[tuple[list[str | int], str]] = [
         (["params", name], column) for name, param in step.model.params.items() for column in param.columns
@@ -85,12 +81,6 @@ def _check_order(
             raise step.error(key_path, message, f"move `{step.step}` after `{later[0]}`")
         if givers:
             raise step.error(key_path, f"`{column}` comes from the step itself", "only later steps can read it")
-
-
-def _condition_columns(step: Job, header: Sequence[str], earlier: set[str]) -> set[str]:
-    """Return the columns of earlier steps that the conditions of a step read."""
-    read = set(step.model.only_if_empty) & earlier
-    return read if step.model.where is None else read | columns_used(step.model.where, header, earlier)
 
 
 #: States in which an earlier step still may bring another value. A step that depends on it sends nothing new.

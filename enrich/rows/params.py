@@ -31,10 +31,7 @@ LeftOutCounts = Counter[tuple[str, str]]
 
 
 class ParamCells(Struct, frozen=True):
-    """The cells of a batch that params are computed from.
-
-    `text` has every cell as text, `typed` the same columns in their types. Cells in `placeholders` are blank.
-    """
+    """The cells of a batch that params are computed from: as `text` and `typed`. Those in `placeholders` are blank."""
 
     header: Sequence[str]
     text: pl.DataFrame

@@ -357,10 +357,7 @@ def _reason_column(number: int) -> str:
 
 
 def params_as_json(names: Sequence[str], values: pl.DataFrame) -> pl.Series:
-    """Write the params of each row as one JSON object, just as `json.dumps` does. An empty param is left out.
-
-    The columns of `values` are named by the number of each param.
-    """
+    """Write the params of each row as `json.dumps` does, without empty ones. `values` has them by their numbers."""
     pairs = []
     texts = values
     needs_escaping = values.select_seq(pl.all().str.contains(_NEEDS_ESCAPING).any())

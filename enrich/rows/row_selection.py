@@ -84,10 +84,7 @@ def evaluate_expression(expression: str, frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def explain_error(error: pl.exceptions.PolarsError, *, in_cells: bool = False) -> tuple[str, str | None]:
-    """Return why an expression cannot be evaluated, in one line, with a hint if cells are taken for other than text.
-
-    `in_cells`: it could be evaluated without rows, so the reason is a cell.
-    """
+    """Return why an expression cannot be evaluated, in one line, with a hint. `in_cells`: the reason is a cell."""
     # The position is that in a query of ours.
     reason = _SQL_POSITION.sub("", str(error).splitlines()[0])
     if "sql parser error" in reason:
@@ -101,10 +98,7 @@ _NUMBER = rf"^{_SIGN}{_SYMBOL}{_SIGN}(\d{{1,3}}(?:,\d{{3}})+(?:\.\d+)?|\d+(?:\.\
 
 
 def sort_keys(frame: pl.DataFrame, column_indexes: list[int]) -> pl.DataFrame:
-    """Return the sort keys of the rows: for each column its number, then its text.
-
-    A cell that is a number and nothing else has no text: `1,200` and `1200` are equal.
-    """
+    """Return the sort keys of the rows: for each column its number, then its text, unless that is only a number."""
     keys = []
     for number, column_index in enumerate(column_indexes):
         text = pl.nth(column_index).map_batches(clean_cells, return_dtype=pl.String)

@@ -86,10 +86,7 @@ MAX_LIST_BYTES = 1 << 28
 
 
 def read_suppression(path: Path) -> Suppression:
-    """Read a list of addresses and domains, one per line; `#` begins a comment.
-
-    Raises CommandRefused with file and line.
-    """
+    """Read a list of addresses and domains, one per line; `#` begins a comment. Raises CommandRefused."""
     try:
         content = read_bounded(path, MAX_LIST_BYTES)
         lines = content.decode("utf-8-sig").splitlines()

@@ -1,7 +1,4 @@
-"""Makes the request template of a job, and checks the names in the job by the API's description of its target.
-
-A template has what all requests have in common: the target, its highest price, its params, its columns.
-"""
+"""Makes the request template of a job, and checks the names in the job by the API's description of its target."""
 
 from __future__ import annotations
 
@@ -14,14 +11,13 @@ from enrich.databar.description import Description, Enrichment, Param, Provider,
 from enrich.errors import JobError, closest_name, did_you_mean, suggest_name
 from enrich.job.job import Job
 from enrich.job.target import Target, TargetKind
+from enrich.models import parse_count
 
 #: What an answer has beside its result, in columns that begin with `$`.
 BESIDE_RESULT = ("is_verified", "steps", "enrichment_data")
 _WRAPPER_KEYS = (*BESIDE_RESULT, "result", "result_field")
 #: A number that multiplies a price must be below this.
 MAX_COUNT = 1_000_000
-#: Maximum length of such a number with leading zeros. Python refuses to convert several thousand digits.
-_MAX_DIGITS = 100
 
 
 class RequestTemplate(Struct, frozen=True):
@@ -62,10 +58,7 @@ def default_providers(description: Description) -> list[int]:
 
 
 def make_request_template(job: Job, description: Description, providers: Iterable[int]) -> RequestTemplate:
-    """Check the job against the description. `providers` are used when the job names none.
-
-    Raises JobError with the key and the nearest valid name.
-    """
+    """Check the job against the description. `providers` are used when the job names none. Raises JobError."""
     model, kind = job.model, description.target.kind
     if problems := list(target_problems(job, description)):
         raise join_problems(problems)
@@ -127,7 +120,8 @@ def target_problems(job: Job, description: Description) -> Iterator[JobError]:
     yield from _value_problems(job, description)
     yield from _provider_problems(job, description)
     yield from _verifier_problems(job, description)
-    yield from _page_problems(job, description)
+    if job.model.pagination is not None and description.is_paginated is False:
+        yield job.error(["pagination"], f"{description.target.label} has no pages", "remove it")
 
 
 def join_problems(problems: Sequence[JobError]) -> JobError:
@@ -161,7 +155,7 @@ def _param_problems(job: Job, description: Description) -> Iterator[JobError]:
 
 def is_count(text: str) -> bool:
     """Check whether a text is a whole number above 0 that a price can be multiplied by."""
-    return text.isascii() and text.isdecimal() and len(text) <= _MAX_DIGITS and 0 < int(text) < MAX_COUNT
+    return 0 < (parse_count(text) or 0) < MAX_COUNT
 
 
 def spellings_of(param: Param) -> dict[str, str]:
@@ -195,11 +189,6 @@ def _value_problems(job: Job, description: Description) -> Iterator[JobError]:
     elif (value := params[priced_by].value) is not None and not is_count(value):
         message = f"multiplies the price, and `{value}` is not a whole number above 0"
         yield job.error(["params", priced_by], message)
-
-
-def _page_problems(job: Job, description: Description) -> Iterator[JobError]:
-    if job.model.pagination is not None and description.is_paginated is False:
-        yield job.error(["pagination"], f"{description.target.label} has no pages", "remove it")
 
 
 def _limit_problems(job: Job, description: Description) -> Iterator[JobError]:
@@ -260,7 +249,7 @@ def _column_problems(
         names = fields | set(_WRAPPER_KEYS) if beside else fields
         field = path.removeprefix("$")
         first, _, rest = field.partition(".")
-        if may_be_list and first.isdecimal():
+        if may_be_list and parse_count(first) is not None:
             first, _, rest = rest.partition(".")
         if field in names or first in names:
             continue

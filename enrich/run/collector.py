@@ -155,7 +155,7 @@ class Collector(Struct, frozen=True):
         new_columns = [name for name in new_column_types(self.job, self.template) if name not in merged_columns]
         for answered in self.joined_batches():
             counts.add(answered)
-            joined = replace(answered, cells=limits.fit_answers(answered.cells, "enrich_error"))
+            joined = replace(answered, cells=limits.fit_answers(answered.cells))
             batch = joined.batch
             frame = batch.frame.with_columns(
                 self.merge_column(joined, name, formula_safe=limits.runs_formulas) for name in merged_columns

@@ -187,11 +187,11 @@ async def _submit_and_poll_with_workers(context: RunContext, run_state: RunState
     run_state.finish_polling = pool.finish_early
     await run_state.run_until_abort(pool.run())
     if pool.lost_reasons:
-        await settle_lost_workers(context, run_state, pool.lost_reasons)
+        await _settle_lost_workers(context, run_state, pool.lost_reasons)
     return not pool.lost_reasons
 
 
-async def settle_lost_workers(context: RunContext, run_state: RunState, lost_reasons: Sequence[str]) -> None:
+async def _settle_lost_workers(context: RunContext, run_state: RunState, lost_reasons: Sequence[str]) -> None:
     """Note that workers were lost, and wait until what they held is unconfirmed, or free for any poller."""
     counts = Counter(lost_reasons).items()
     lost = ", ".join(f"{count} times: {reason}" if count > 1 else reason for reason, count in counts)

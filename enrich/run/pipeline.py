@@ -33,7 +33,7 @@ from enrich.run.phases import check_before_spending, collect_open_tasks, repoll_
 from enrich.run.plan_file import check_plan, gather_plan_inputs
 from enrich.run.preflight import offline_preflight
 from enrich.run.run_state import RunState
-from enrich.run.signals import SignalHandler
+from enrich.run.signals import SignalHandler, restored_signals
 from enrich.run.startup import (
     Startup,
     check_ledger_host,
@@ -55,7 +55,8 @@ def run(job: Job, access: ApiAccess, ledger: Database, options: RunOptions, envi
     """
     if (plan := options.plan) is not None:
         options = replace(options, limit=plan.limit, sample=plan.sample, seed=plan.seed, retry=frozenset(plan.retry))
-    return run_in_event_loop(_open_and_run(job, access, ledger, options, environment))
+    with restored_signals():
+        return run_in_event_loop(_open_and_run(job, access, ledger, options, environment))
 
 
 async def _open_and_run(
@@ -64,35 +65,32 @@ async def _open_and_run(
     task = asyncio.current_task()
     assert task is not None  # noqa: S101 - the runner created it
     signals = SignalHandler(on_first_signal=lambda _: task.cancel())
+    signals.install()
     loop, timeouts = asyncio.get_running_loop(), environment.timeouts
-
-    def stop(_: object) -> None:
-        with suppress(RuntimeError):  # the run has ended meanwhile
-            loop.call_soon_threadsafe(signals.stop, ExitCode.INTERRUPTED)
-
+    environment.stop.add_done_callback(lambda _: signals.stop_soon(loop, ExitCode.INTERRUPTED))
     try:
-        with signals.installed():
-            environment.stop.add_done_callback(stop)
-            client = Client(access, environment.clock, post_timeout_s=timeouts.post_s, get_timeout_s=timeouts.get_s)
-            async with client, _open_ledger_writer(job, ledger, environment) as ledger_writer:
-                context = RunContext(
-                    job,
-                    access,
-                    ledger,
-                    options,
-                    environment,
-                    signals,
-                    client,
-                    ledger_writer,
-                    started_at_s=environment.clock.monotonic(),
-                    preflight=offline_preflight(job),
-                    budgets=(NO_BUDGET,) * len(job.steps),
-                    max_attempts_by_step=job.max_attempts_by_step,
-                )
-                return await _run_phases(context)
+        client = Client(access, environment.clock, post_timeout_s=timeouts.post_s, get_timeout_s=timeouts.get_s)
+        async with client, _open_ledger_writer(job, ledger, environment) as ledger_writer:
+            context = RunContext(
+                job,
+                access,
+                ledger,
+                options,
+                environment,
+                signals,
+                client,
+                ledger_writer,
+                started_at_s=environment.clock.monotonic(),
+                preflight=offline_preflight(job),
+                budgets=(NO_BUDGET,) * len(job.steps),
+                max_attempts_by_step=job.max_attempts_by_step,
+            )
+            return await _run_phases(context)
     except asyncio.CancelledError:
         signals.raise_if_received()
         raise
+    finally:
+        signals.on_first_signal = lambda _: None  # too late: the run has ended
 
 
 async def _run_phases(context: RunContext) -> RunSummary:

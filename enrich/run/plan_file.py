@@ -87,7 +87,7 @@ def gather_plan_inputs(job: Job, preflight: Preflight, job_input: JobInput) -> P
     return PlanInputs(
         job=sha256(json.dumps(resolved).encode()).hexdigest(),
         input=job_input.full_table.digest(),
-        suppress=job_input.suppression_digest,
+        suppress=None if job_input.suppression is None else job_input.suppression.digest,
         targets=targets,
     )
 

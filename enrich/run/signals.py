@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
 
 from enrich.errors import Interrupted
 from enrich.exit_codes import ExitCode
@@ -22,7 +22,23 @@ EXIT_CODE_BY_SIGNAL = {
 
 def handled_signals() -> tuple[signal.Signals, ...]:
     """Return the signals that end a run, without those ignored at the program's start (`nohup`, a shell's `&`)."""
+    if threading.current_thread() is not threading.main_thread():
+        return ()  # Python allows no handler there
     return tuple(number for number in EXIT_CODE_BY_SIGNAL if signal.getsignal(number) is not signal.SIG_IGN)
+
+
+@contextmanager
+def restored_signals() -> Iterator[None]:
+    """Restore the handlers of signals after the block, which includes the end of the event loop.
+
+    A handler that raises there would lose the exception, and the loop would print it.
+    """
+    previous = {number: signal.getsignal(number) for number in handled_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None: one that Python cannot install again
 
 
 @dataclass(slots=True)
@@ -32,51 +48,35 @@ class SignalHandler:
     on_first_signal: Callable[[ExitCode], object]
     received: ExitCode | None = field(default=None, init=False)
     _signals: tuple[signal.Signals, ...] = field(default_factory=handled_signals, init=False)
-    #: The handlers from before the run: only where it runs in the main thread.
-    _previous: dict[signal.Signals, Any] = field(default_factory=dict, init=False)
 
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Handle signals while the block runs."""
-        self._install()
-        try:
-            yield
-        finally:
-            self._uninstall()
-            for number, handler in self._previous.items():
-                signal.signal(number, handler or signal.SIG_DFL)  # None: one that Python cannot install again
+    def install(self) -> None:
+        """Handle signals in the running event loop, until `restored_signals`."""
+        loop = asyncio.get_running_loop()
+        for number in self._signals:
+            signal.signal(number, lambda number, _: self.stop_soon(loop, EXIT_CODE_BY_SIGNAL[signal.Signals(number)]))
+            signal.siginterrupt(number, False)  # noqa: FBT003 - positional only
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
         """Let signals interrupt a block that blocks the event loop, such as a prompt to the user."""
-        self._uninstall()
-        for number in self._previous:
-            if number != signal.SIGINT:  # Python raises KeyboardInterrupt for it
-                signal.signal(number, _raise_interrupted)
+        for number in self._signals:
+            signal.signal(number, _raise_interrupted)
         try:
             yield
-        except KeyboardInterrupt:
-            raise Interrupted(ExitCode.INTERRUPTED) from None
         finally:
-            self._install()
+            self.install()
 
     def raise_if_received(self) -> None:
         """Raise Interrupted when a signal was received."""
         if self.received is not None:
             raise Interrupted(self.received)
 
-    def _install(self) -> None:
-        for number in self._signals:
-            with suppress(ValueError, RuntimeError):  # possible in the main thread's loop only
-                previous = signal.getsignal(number)
-                asyncio.get_running_loop().add_signal_handler(number, self.stop, EXIT_CODE_BY_SIGNAL[number])
-                self._previous.setdefault(number, previous)
+    def stop_soon(self, loop: asyncio.AbstractEventLoop, code: ExitCode) -> None:
+        """Stop the run in its event loop, from any thread. Does nothing if the loop has ended."""
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(self._stop, code)
 
-    def _uninstall(self) -> None:
-        for number in self._previous:
-            asyncio.get_running_loop().remove_signal_handler(number)
-
-    def stop(self, code: ExitCode) -> None:
+    def _stop(self, code: ExitCode) -> None:
         """Stop the run; the second time, end the process at once."""
         if self.received is not None:
             os._exit(code)

@@ -145,7 +145,7 @@ def _may_be_selected(rows: StepRows, step: Step, text: pl.DataFrame, is_open: Se
 
 @dataclass(slots=True)
 class StepForecast:
-    """What a run would do in a step. Prices in millionths; None: unknown.
+    """What a run would do in a step.
 
     `requests` are those that the input needs, answered or not. `to_submit` are sent whatever the answers to come are.
     `at_most` counts these, those that may be sent, and rows whose request is not known yet. `sent_again` counts rows
@@ -153,8 +153,8 @@ class StepForecast:
     """
 
     step: Step
-    worst_price: int | None
-    likely_price: float | None
+    #: The average price of the newest answers, in millionths; None: unknown.
+    _likely_price: float | None
     requests: int = 0
     to_submit: int = 0
     may_be_sent: int = 0
@@ -170,6 +170,11 @@ class StepForecast:
     follows_failure: bool = False
 
     @property
+    def worst_price(self) -> float | None:
+        """The highest price of a request, in credits. None: unknown, or it depends on the row."""
+        return to_credits(self.step.template.worst_price)
+
+    @property
     def at_most(self) -> int:
         """How many requests the step sends at most."""
         return self.to_submit + self.may_be_sent
@@ -179,18 +184,18 @@ class StepForecast:
         """How many requests the step sends by the share that it has sent so far; None: not known."""
         if not self.may_be_sent:
             return float(self.to_submit)
-        if self.likely_price is None or not self.decided:
+        if self._likely_price is None or not self.decided:
             return None
         return self.to_submit + self.may_be_sent * self.requested / self.decided
 
     @property
     def cost(self) -> Cost:
         """The expected cost."""
-        maximum = Cost.for_requests(self.at_most, None, self.worst_price).maximum
+        maximum = Cost.for_requests(self.at_most, None, self.step.template.worst_price).maximum
         likely = self.likely
-        if likely is None or (self.likely_price is None and likely):
+        if likely is None or (self._likely_price is None and likely):
             return Cost(None if self.at_most else 0.0, maximum)
-        return Cost(round((self.likely_price or 0) * likely / 1_000_000, 6), maximum)
+        return Cost(round((self._likely_price or 0) * likely / 1_000_000, 6), maximum)
 
     def add(self, made: StepDecisions, requesting_rows: Collection[int], ledger: Database) -> None:
         """Add the rows of a batch. `requesting_rows` need their request now."""
@@ -226,7 +231,7 @@ class StepForecast:
             "at_most": self.at_most,
             "likely": None if likely is None else round(likely, 1),
             "sent_again": self.sent_again,
-            "worst_price": to_credits(self.worst_price),
+            "worst_price": self.worst_price,
             "max_credits": self.step.job.step_max_credits,
             "cost": self.cost.as_json(),
         }
@@ -295,10 +300,7 @@ def forecast_steps(
     rows: StepRows, ledger: Database, selections: Sequence[RequestSelection]
 ) -> tuple[int, list[StepForecast]]:
     """Read the input once. Return the number of rows, and what each step would do."""
-    forecasts = [
-        StepForecast(step, step.template.worst_price, queries.average_price(ledger, step.template.target))
-        for step in rows.steps
-    ]
+    forecasts = [StepForecast(step, queries.average_price(ledger, step.template.target)) for step in rows.steps]
     enroll.begin_pass(ledger)
     step_results.begin_plan(ledger)
     row_count = 0
@@ -361,7 +363,7 @@ def format_steps_plan(plan: StepsPlan, next_lines: Sequence[str] = ()) -> Iterat
     for forecast in plan.steps:
         likely = "-" if forecast.likely is None else f"{forecast.likely:,.0f}"
         no_price = "unknown" if forecast.step.template.priced_by is None else "by row"
-        price = no_price if forecast.worst_price is None else f"{to_credits(forecast.worst_price):,.15g}"
+        price = no_price if forecast.worst_price is None else f"{forecast.worst_price:,.15g}"
         maximum = no_price if forecast.cost.maximum is None else f"{forecast.cost.maximum:,.2f}"
         cap = forecast.step.job.step_max_credits
         capped = "" if cap is None else f"  cap {cap:,.15g}"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from enrich.sandbox import money
-from enrich.sandbox.catalogue import Provider, Verifier
+from enrich.sandbox.catalogue import Service
 from enrich.sandbox.lookups import Cascade, EnrichmentCall, Lookup
 from enrich.sandbox.people import Fields, SeededRandom, invent_fields, invent_rows
 from enrich.sandbox.settings import SandboxSettings
@@ -113,9 +113,7 @@ class _Search:
             self.result = found
             break
 
-    def _add_step(
-        self, action: str, provider: Provider | Verifier, result: str, cost: int, *, verified: bool = False
-    ) -> None:
+    def _add_step(self, action: str, provider: Service, result: str, cost: int, *, verified: bool = False) -> None:
         self.cost += cost
         self.provider_results.append((provider.name, False, cost))
         self.steps.append(

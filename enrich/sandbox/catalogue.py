@@ -12,15 +12,12 @@ MAX_PAGES = 100
 
 
 @dataclass(frozen=True)
-class Provider:
-    """A data provider of a waterfall. `price` is a number or a string: the API uses both."""
+class Service:
+    """What a waterfall calls. `price` is a number or a string: the API uses both."""
 
     id: int
     name: str
     price: float | str
-    coverage: float
-    params: tuple[str, ...]
-    enabled: bool = True
 
     @cached_property
     def cost(self) -> int:
@@ -29,17 +26,16 @@ class Provider:
 
 
 @dataclass(frozen=True)
-class Verifier:
+class Provider(Service):
+    """A data provider of a waterfall."""
+
+    coverage: float
+    params: tuple[str, ...]
+    enabled: bool = True
+
+
+class Verifier(Service):
     """A service that checks whether a mailbox exists."""
-
-    id: int
-    name: str
-    price: str
-
-    @cached_property
-    def cost(self) -> int:
-        """The price in millionths of a credit."""
-        return to_micros(self.price)
 
 
 @dataclass(frozen=True, slots=True)
@@ -381,8 +377,3 @@ _COMPANY_FLOW: Mapping[str, Any] = {
 
 #: By id, as `GET /v1/flows` lists them.
 FLOWS: Mapping[str, Mapping[str, Any]] = {flow["id"]: flow for flow in (_LEAD_FLOW, _COMPANY_FLOW)}
-
-
-def flow_detail(flow_id: str) -> dict[str, Any]:
-    """Return the body of `GET /v1/flows/{id}`: with its graph. Raises KeyError."""
-    return {**FLOWS[flow_id], "config": {"nodes": []}, "ui": {}, "internal_version": "1"}

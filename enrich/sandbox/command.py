@@ -15,7 +15,6 @@ from enrich.extras import install_hint
 from enrich.sandbox.faults import FAULT_KINDS, Fault
 from enrich.sandbox.settings import SandboxSettings
 
-#: The names of the faults, each with its params.
 _FAULTS = ", ".join(f"{name} ({', '.join(kind.params)})" if kind.params else name for name, kind in FAULT_KINDS.items())
 _HELP = f"""Serve the built-in sandbox of the Databar API on loopback, with invented people and configurable faults.
 
@@ -24,6 +23,7 @@ Prints the two variables that point `enrich` to it, and serves until you press C
 Faults, with their params in parentheses: {_FAULTS}."""
 
 MAX_PORT = 65_535
+_HINTS = get_type_hints(SandboxSettings, include_extras=True)
 
 
 class _NotInstalled(click.ClickException):
@@ -77,11 +77,6 @@ def _option(name: str, annotated: Any, default: Any) -> click.Option:  # noqa: A
     )
 
 
-def _options() -> list[click.Option]:
-    hints = get_type_hints(SandboxSettings, include_extras=True)
-    return [_option(field.name, hints[field.name], field.default) for field in fields(SandboxSettings)]
-
-
 def _run(port: int, state: Path | None, **values: Any) -> None:  # noqa: ANN401  # one for each setting
     if not 0 <= port <= MAX_PORT:
         raise click.UsageError(f"--port must be from 0 to {MAX_PORT}")
@@ -118,6 +113,6 @@ sandbox = click.Command(
             type=click.Path(dir_okay=False, path_type=Path),
             help="File for tasks and credits. Default: a temporary one.",
         ),
-        *_options(),
+        *(_option(field.name, _HINTS[field.name], field.default) for field in fields(SandboxSettings)),
     ],
 )

@@ -79,14 +79,13 @@ class Databar:
 
     def enrichments(self, query: str | None, category: str | None) -> list[Enrichment]:
         """Return the enrichments whose name, description or source has the query in it, of one category if given."""
-        found = [self.enrichment(number) for number in ENRICHMENTS]
-        if query:
-            found = [
-                each
-                for each in found
-                if query.casefold() in f"{each.name} {each.description} {each.data_source}".casefold()
-            ]
-        return [each for each in found if category in (None, each.category)]
+        text = (query or "").casefold()
+        return [
+            each
+            for each in map(self.enrichment, ENRICHMENTS)
+            if text in f"{each.name} {each.description} {each.data_source}".casefold()
+            and category in (None, each.category)
+        ]
 
     def _prices(self) -> Mapping[int, float]:
         """Return the prices, by id, that differ from the catalogue's: by the settings, or because they were changed."""

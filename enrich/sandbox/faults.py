@@ -191,10 +191,8 @@ class FaultInjector:
         for index, fault in enumerate(self._random_faults):
             if fault.applies_to(endpoint):
                 self._requests[index] += 1
-                if self._random_number(index, self._requests[index]) < fault.probability:
+                label = f"{self._seed} {index} {self._requests[index]}"
+                number = int.from_bytes(blake2b(label.encode(), digest_size=8).digest()) / 2**64
+                if number < fault.probability:
                     drawn = drawn or fault
         return drawn
-
-    def _random_number(self, index: int, request: int) -> float:
-        digest = blake2b(f"{self._seed} {index} {request}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest) / 2**64

@@ -75,12 +75,6 @@ def is_loopback(headers: Headers) -> bool:
         return False
 
 
-def endpoint_of(method: str, path: str) -> str:
-    """Return the name of the endpoint that a request is for; empty when it has none."""
-    target = f"{method} {path}"
-    return next((name for name, pattern in _ENDPOINTS if pattern.fullmatch(target)), "")
-
-
 class TokenBucket:
     """A token bucket: `rate` requests per second, `burst` at once."""
 
@@ -142,7 +136,8 @@ class FaultMiddleware:
                     self.requests[str(message["status"])] += 1
             await send(message)
 
-        endpoint = endpoint_of(scope["method"], scope["path"])
+        target = f"{scope['method']} {scope['path']}"
+        endpoint = next((name for name, pattern in _ENDPOINTS if pattern.fullmatch(target)), "")
         if not is_loopback(scope["headers"]):
             await _drain(receive)
             await _reply(send_with_date, 403, _NOT_LOCAL)
@@ -172,7 +167,8 @@ class FaultMiddleware:
             if answer.status == OK:
                 await self._fail_after(fault, answer.body, scope, receive, send)
             else:
-                await answer.forward(send)
+                for message in answer.messages:
+                    await send(message)
         elif fault.name == "slow":
             # Read the body first: it is lost if the client disconnects during the delay.
             read = await _buffer_request(receive)
@@ -232,16 +228,12 @@ class _BufferedResponse:
     def __init__(self) -> None:
         self.status = 0
         self.body = b""
-        self._messages: list[Message] = []
+        self.messages: list[Message] = []
 
     async def __call__(self, message: Message) -> None:
-        self._messages.append(message)
+        self.messages.append(message)
         self.status = message.get("status", self.status)
         self.body += message.get("body", b"")
-
-    async def forward(self, send: Send) -> None:
-        for message in self._messages:
-            await send(message)
 
 
 async def _break_connection(fault: Fault, scope: Message, receive: Receive) -> None:

@@ -17,6 +17,7 @@ import pytest
 from enrich import __version__
 from enrich.cli import SECTIONS, cli
 from enrich.run.context import RunOptions
+from tests.support.cases import first_quick
 from tests.support.program import ProgramStart, reset_signals
 from tests.support.workspace import SandboxApi, Workspace, make_leads, read_terminal, serve_api
 
@@ -66,6 +67,12 @@ def test_help_has_no_formulas(workspace: Workspace) -> None:
         (("plan", "job.yaml", "--sample", "0"), "'--sample': 0 is less than 1"),
         (("plan", "job.yaml", "--sample", "1.5"), "'1.5' is not a valid integer"),
         (("sandbox", "--port", "65536"), "--port must be from 0 to 65535"),
+        (("run", "job.yaml", "--engine", "ray", "--address", "ray.example:٣"), "must be HOST:PORT"),
+        (("run", "job.yaml", "--engine", "ray", "--address", "ray.example:65536"), "must be HOST:PORT"),
+        (
+            ("run", "job.yaml", "--ledger", "postgresql://db.example:٣/leads"),
+            "a URL must be postgresql://user@host:5432",
+        ),
     ],
 )
 def test_number_out_of_range(workspace: Workspace, words: tuple[str, ...], message: str) -> None:
@@ -414,6 +421,41 @@ sys.exit(main())
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
     assert (result.returncode, result.stdout) == (code, "")
     assert result.stderr == "error: interrupted: the next run collects the running tasks\n"
+
+
+@pytest.mark.parametrize(("number", "code"), first_quick(1, [(signal.SIGINT, 130), (signal.SIGTERM, 143)]))
+@pytest.mark.parametrize("moment", first_quick(1, ["click.echo", "cli.run_command", "cli.flush_error"]))
+def test_signal_after_the_result(workspace: Workspace, moment: str, number: signal.Signals, code: int) -> None:
+    """The result that is printed stands: no second document, no traceback. A second signal ends the process at once."""
+    workspace.write_leads(make_leads(1))
+    program = f"""
+import os, sys
+import click
+from enrich import cli
+
+signals = int(sys.argv.pop())
+function = {moment}
+
+def call_and_signal(*given, **options):
+    result = function(*given, **options)
+    for _ in range(signals):
+        os.kill(os.getpid(), {int(number)})
+    return result
+
+{moment} = call_and_signal
+os._exit(cli.main())
+"""
+    for signals, expected in ((1, 0), (2, code)):
+        result = subprocess.run(
+            [sys.executable, "-c", program, "check", "job.yaml", "--json", str(signals)],
+            cwd=workspace.folder,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+            preexec_fn=reset_signals,
+        )
+        assert (result.returncode, result.stderr, json.loads(result.stdout)["exit_code"]) == (expected, "", 0)
 
 
 @pytest.mark.long

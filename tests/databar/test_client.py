@@ -16,7 +16,7 @@ from pydantic import SecretStr
 from enrich.databar.client import Client
 from enrich.databar.clock import SystemClock
 from enrich.databar.credentials import ApiAccess
-from enrich.databar.responses import wrong_params
+from enrich.databar.responses import wrong_rows
 from enrich.databar.task_results import has_value, parse_data
 from enrich.errors import (
     ApiCallFailed,
@@ -574,7 +574,7 @@ def test_echoed_key_is_redacted(status: int) -> None:
 )
 def test_param_names_in_400_bodies(body: object, named: str | None) -> None:
     """Only a complaint about a param that the job sends names a row; any other is about the job."""
-    assert wrong_params(body, PARAMS).get(0) == named
+    assert (wrong_rows(body, 1, PARAMS) or {}).get(0) == named
 
 
 def test_malformed_error_bodies() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import errno
 import os
+import resource
 import signal
 import sqlite3
 import threading
@@ -11,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from msgspec.structs import replace
@@ -18,8 +22,10 @@ from msgspec.structs import replace
 from enrich.errors import ApiUnreachable
 from enrich.ledger.lock import lock_ledger
 from enrich.models import State
+from enrich.run import pipeline
 from enrich.run.context import RunOptions
 from enrich.run.run_state import Timeouts
+from enrich.run.summary import RunSummary
 from enrich.sandbox import Fault
 from enrich.sandbox.databar import ApiError, Databar
 from enrich.sandbox.lookups import Refused as ApiRefusal
@@ -775,6 +781,28 @@ def test_second_signal_exits_at_once(api: SandboxApi, workspace: Workspace, old_
     assert (summary.exit_code, summary.in_doubt, summary.submitted) == (14, 1, 0)
 
 
+def test_signal_as_the_run_ends(api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The result stands. The handler from before the run may raise, so it is not called before the loop has ended."""
+    workspace.write_leads(make_leads(1))
+    open_and_run = pipeline._open_and_run
+
+    async def signal_at_the_end(*given: Any) -> RunSummary:
+        summary = await open_and_run(*given)
+        asyncio.get_running_loop().call_soon(os.kill, os.getpid(), signal.SIGTERM)
+        return summary
+
+    monkeypatch.setattr(pipeline, "_open_and_run", signal_at_the_end)
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    try:
+        summary = workspace.run_job(api)
+        assert (summary.exit_code, received) == (0, [])
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert received == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @pytest.mark.long
 def test_signal_before_first_post(api: SandboxApi, workspace: Workspace, old_output: Path) -> None:
     """Interrupted during the first requests for account and waterfall, exits immediately."""
@@ -899,27 +927,38 @@ def test_unexpected_error_is_exit_1(api: SandboxApi, workspace: Workspace, monke
     assert api.api_key not in result.stderr
 
 
-@pytest.mark.long
-def test_ledger_write_error_is_exit_1(api: SandboxApi, workspace: Workspace) -> None:
-    """A full disk in mid-run: stops sending and reports the error."""
-    workspace.write_leads(make_leads(100))
-    workspace.run_in_process("run", "job.yaml", "--limit", "0", api=api)
-    with sqlite3.connect(workspace.ledger_path) as db:
-        db.execute(
-            "CREATE TRIGGER full BEFORE UPDATE OF task_id ON attempts WHEN (SELECT count(*) FROM attempts) > 20 "
-            "BEGIN SELECT raise(ABORT, 'database or disk is full'); END"
-        )
-    db.close()
+@in_turn(
+    ("error", "message"),
+    [
+        (MemoryError(), "out of memory"),
+        (RuntimeError("can't start new thread"), "no more threads or processes can be started"),
+        (OSError(errno.EMFILE, "Too many open files"), "too many open files"),
+        (OSError(errno.ENFILE, "Too many open files in system"), "too many open files"),
+    ],
+)
+def test_exhausted_system_is_no_bug(
+    api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+) -> None:
+    """What the system has run out of, in one line, also in the log."""
+    workspace.write_leads(make_leads(1))
+    monkeypatch.setattr("enrich.run.startup.preflight", Mock(side_effect=error))
 
-    result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
+    result = workspace.run_in_process("run", "job.yaml", "--json", "--log-file", "run.log", api=api)
 
-    assert_exit(result, 1, "ledger", "full")
-    assert api.audit()["accepted"] <= 64
-    with sqlite3.connect(workspace.ledger_path) as db:
-        db.execute("DROP TRIGGER full")
-    db.close()
-    assert workspace.run_job(api).exit_code == 0
-    assert api.audit()["accepted_more_than_once"] == 0
+    assert (result.exit_code, result.json_output) == (1, {"exit_code": 1, "error": message})
+    assert result.stderr.startswith(f"error: {message}\nhint: ")
+    assert f'"error": "{message}"' in (workspace.folder / "run.log").read_text(encoding="utf-8")
+
+
+def test_few_open_files_are_refused(api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that could not open its connections and files is refused before anything is sent."""
+    workspace.write_leads(make_leads(1))
+    for limit, code in ((24, 5), (199, 5), (200, 0), (resource.RLIM_INFINITY, 0)):
+        monkeypatch.setattr("resource.getrlimit", lambda _, limit=limit: (limit, limit))
+        result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
+        assert result.exit_code == code, result.stderr
+        assert (f"too many open files: the limit is {limit}" in result.stderr) == (code == 5)
+        assert api.audit()["accepted"] == (code == 0)
 
 
 def _file_names(workspace: Workspace) -> list[Path]:

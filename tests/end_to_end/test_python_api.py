@@ -21,6 +21,7 @@ import enrich
 from enrich.ledger.lock import lock_ledger
 from enrich.run.poll_schedule import PollSchedule
 from enrich.run.run_state import Timeouts
+from enrich.run.step_plan import StepsPlan
 from tests.end_to_end.test_repeated_runs import set_default_providers
 from tests.support.cases import first_quick, in_turn
 from tests.support.program import ROOT
@@ -145,9 +146,11 @@ def test_a_saved_plan_is_followed(job_file: Path, workspace: Workspace) -> None:
 
 
 def test_a_plan_of_steps_has_its_amounts_in_credits(tmp_path: Path) -> None:
-    """Balance and cap of a job with steps are credits, as those of other plans are."""
+    """Balance, cap and prices of a job with steps are credits, as those of other plans are."""
     plan = enrich.plan_job(ROOT / "jobs" / "full_contact.yaml", sandbox=True, ledger=tmp_path / "ledger.db")
     assert (plan.balance, plan.max_credits, plan.cost.maximum) == (10_000, 300, 300)
+    assert isinstance(plan, StepsPlan)
+    assert [step.worst_price for step in plan.steps] == [step["worst_price"] for step in plan.as_json()["steps"]]
 
 
 def test_a_plan_shows_the_price_of_new_providers(job_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,11 +10,15 @@ import stat
 import subprocess
 import sys
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import polars as pl
 import pytest
 
+from enrich.ledger import transitions
+from enrich.ledger.database import Database
 from enrich.models import RowStatus
 from enrich.run.context import RunOptions
 from enrich.sandbox.settings import Shape
@@ -511,3 +515,22 @@ def test_rate_limited_api(tmp_path: Path, workspace: Workspace) -> None:
     assert summary.exit_code == 0
     assert 0 < summary.rate_limited <= audit["requests"]["429"] < 60
     assert (audit["accepted"], audit["distinct"], audit["paid_twice"]) == (15, 15, 0)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("backend", ["server"])
+def test_results_of_lost_workers_count(api: SandboxApi, workspace: Workspace) -> None:
+    """Counts a result that a worker stored and could not report before it was lost; requests the rest itself."""
+    workspace.write_leads(make_leads(3))
+    workspace.write_job(order_by="First Name")  # queued and written in this process
+
+    async def reject_one_request() -> None:
+        with closing(Database(workspace.ledger_location)) as ledger, ledger.transaction():
+            (claimed,) = transitions.claim(ledger, 1, 0, 0)
+            transitions.record_rejected(ledger, [(claimed.attempt_id, "rejected", 0)])
+
+    lost_workers = SimpleNamespace(run=reject_one_request, lost_reasons=["lost"], finish_early=lambda: None)
+    engine = SimpleNamespace(make_worker_pool=lambda *_: lost_workers)
+    summary = workspace.run_job(api, engine=engine)
+    assert (summary.answers, summary.failed, summary.exit_code) == (3, 1, 10)
+    assert summary.notes == ["workers were lost (lost). Other workers took over their tasks"]

@@ -70,15 +70,17 @@ def test_arguments(workspace: Workspace, arguments: str) -> None:
     _check_refused(result.exit_code, result.stderr)
 
 
-def test_variable_in_a_path(workspace: Workspace, api: SandboxApi) -> None:
+@pytest.mark.parametrize("name", ["$HOME", "~", "~ada", "~ada.lovelace"])
+def test_variable_in_a_path(workspace: Workspace, api: SandboxApi, name: str) -> None:
     """No folder of this name is made. One that exists is used."""
     workspace.write_leads(make_leads(1))
-    workspace.write_job(output="$HOME/out.csv")
-    result = workspace.run_in_process("run", "job.yaml", api=api)
-    assert (result.exit_code, "`$HOME` is for a shell only: write the whole path" in result.stderr) == (2, True)
+    workspace.write_job(output=f'"{name}/out.csv"')
+    for arguments in ([], ["--output", f"{name}/other.csv"]):
+        result = workspace.run_in_process("run", "job.yaml", *arguments, api=api)
+        assert (result.exit_code, f"`{name}` is for a shell only: write the whole path" in result.stderr) == (2, True)
     assert api.audit()["accepted"] == 0
 
-    (workspace.folder / "$HOME").mkdir()
+    (workspace.folder / name).mkdir()
     assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
 
 

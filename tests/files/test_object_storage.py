@@ -14,10 +14,12 @@ import pytest
 
 from enrich.errors import CommandRefused
 from enrich.extras import install_hint
+from enrich.files import object_store
 from enrich.files.reader import InputTable
 from enrich.files.writer import prepare_file, write_file
 from enrich.job.locations import ObjectUrl
 from enrich.job.spec import Input, Output
+from tests.support.cases import in_turn
 from tests.support.object_storage import BUCKET, SECRET, download_object, put_object
 from tests.support.table_files import read_table, write_table
 from tests.support.workspace import HEADER, SandboxApi, Workspace, make_leads
@@ -177,6 +179,32 @@ def test_rejected_credentials(endpoint: str, storage_environ: dict[str, Any]) ->
             http.post("/moto-api/reset-auth", content="inf")
     assert "AWS_SECRET_ACCESS_KEY" in (caught.value.hint or "")
     assert storage_environ["AWS_SECRET_ACCESS_KEY"] not in f"{caught.value.message}{caught.value.hint}"
+
+
+UNUSABLE_KEY = (
+    '{"type": "service_account", "private_key": "secret", "private_key_id": "1", "client_email": "a@b.example", '
+    '"gcs_base_url": "http://127.0.0.1:9", "disable_oauth": false}'
+)
+
+
+@in_turn(
+    ("scheme", "variable", "value"),
+    [
+        ("gs", "GOOGLE_APPLICATION_CREDENTIALS", "/nowhere.json"),
+        ("gs", "GOOGLE_SERVICE_ACCOUNT_KEY", "secret"),
+        ("gs", "GOOGLE_SERVICE_ACCOUNT_KEY", UNUSABLE_KEY),
+        ("az", "AZURE_STORAGE_ACCOUNT_KEY", "no secret"),
+        ("az", "AZURE_STORAGE_SAS_KEY", "secret"),
+    ],
+)
+def test_unusable_credentials(monkeypatch: pytest.MonkeyPatch, scheme: str, variable: str, value: str) -> None:
+    """Credentials that cannot be read are no failure of the storage. The error names the variables, not the values."""
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "leads")
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(CommandRefused, match="the credentials for the object storage cannot be used") as caught:
+        object_store.check_bucket(ObjectUrl(scheme, BUCKET, "a.csv"))
+    assert variable.partition("_")[0] in (caught.value.hint or "")
+    assert "secret" not in f"{caught.value.message}{caught.value.hint}"
 
 
 @pytest.mark.long

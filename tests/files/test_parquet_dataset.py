@@ -103,7 +103,7 @@ def test_parts_contain_all_rows_in_order(dataset_location: Location, tmp_path: P
     assert row_indexes(folder) == list(range(11))
     output = read_manifest((folder / MANIFEST).read_bytes())
     assert output is not None
-    assert (output.dataset_of, output.rows, [part.rows for part in output.parts]) == ("job", 11, [6, 5])
+    assert (output.rows, [part.rows for part in output.parts]) == (11, [6, 5])
     assert pl.read_parquet(folder)["enrich_index"].to_list() == list(range(11))  # the manifest is no obstacle
     write_dataset(dataset_location, 2)
     folder = download_dataset(dataset_location, tmp_path / "fetched")

@@ -182,6 +182,8 @@ def test_invalid_comparisons(api: SandboxApi, workspace: Workspace) -> None:
     code, message = comparison_error(workspace, "7")
     assert code == 2
     assert "job has no run 7" in message
+    for text in ("\N{ARABIC-INDIC DIGIT ONE}", "9" * 5000):  # not the number of a run
+        assert comparison_error(workspace, text)[0] == 2
     assert comparison_error(workspace, "job.yaml")[0] == 2
     code, message = comparison_error(workspace, "other.yaml")
     assert code == 5

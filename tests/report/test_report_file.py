@@ -9,8 +9,7 @@ from unittest.mock import patch
 import pytest
 from polars.exceptions import PanicException
 
-from enrich.errors import Interrupted, JobError
-from enrich.exit_codes import ExitCode
+from enrich.errors import JobError
 from enrich.extras import install_hint
 from enrich.report.page_file import REPORT_MARKER
 from tests.support.cases import first_quick
@@ -140,7 +139,6 @@ def test_report_after_every_run(api: SandboxApi, workspace: Workspace) -> None:
             (ValueError("ada@engine.example"), "this is a bug: ValueError"),
             (PanicException("ada@engine.example"), "this is a bug: PanicException"),
             (KeyboardInterrupt(), "interrupted"),
-            (Interrupted(ExitCode.TERMINATED), "interrupted"),
             (JobError("no"), "no"),
         ],
     ),

@@ -44,8 +44,9 @@ def problems_of(workspace: Workspace, described: Enrichment, extra_yaml: str) ->
 def test_rows_of_a_list_at_a_fixed_price(workspace: Workspace) -> None:
     """Whether an answer is a list does not depend on its price: each row can be a column."""
     assert problems_of(workspace, describe(), "columns: {first: title, second: 1.title}\n") == []
-    wrong = problems_of(workspace, describe(), "columns: {second: 1.titel}\n")
-    assert wrong == ["5: columns.second: the enrichment `64` has no field `1.titel`"]
+    for wrong in ("1.titel", "\N{ARABIC-INDIC DIGIT ONE}.title"):
+        problems = problems_of(workspace, describe(), f"columns: {{second: {wrong}}}\n")
+        assert problems == [f"5: columns.second: the enrichment `64` has no field `{wrong}`"]
 
 
 @pytest.mark.parametrize("limits", ["", "limits: {max_credits: 5}\n"])

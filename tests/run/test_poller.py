@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import AsyncMock, patch
 
@@ -21,7 +20,6 @@ from enrich.errors import EnrichError
 from enrich.exit_codes import ExitCode
 from enrich.ledger import queries, resume, transitions
 from enrich.models import MICROS_PER_CREDIT, State
-from enrich.run.phases import settle_lost_workers
 from enrich.run.poll_schedule import PollCost, PollSchedule
 from enrich.run.run_state import RunState, Timeouts
 from enrich.sandbox.faults import Fault
@@ -76,22 +74,6 @@ class TestAnswers:
         with serve_api(tmp_path / "api.db", latency="uniform(0,0.2)", failure_rate=0.3) as api:
             run_scenario(tmp_path, api, scenario, leads=range(60))
             assert api.audit()["paid_twice"] == 0
-
-    def test_results_of_lost_workers_count(self, api: SandboxApi, tmp_path: Path) -> None:
-        """A worker that stored results and was lost before it reported them changes no count of the run."""
-
-        async def scenario(harness: LoopHarness) -> None:
-            run_state = harness.run_state
-            rejected = [(harness.ledger.claim().attempt_id, "rejected", run_state.clock.now_ms())]
-            harness.ledger.commit(transitions.record_rejected, rejected)
-            await harness.run_loops()
-            expected = run_state.counters.settled | {State.FAILED: 1}
-            run_state.counters.settled = {}
-            context: Any = SimpleNamespace(ledger_writer=harness.writer)
-            await settle_lost_workers(context, run_state, ["lost"])
-            assert run_state.counters.settled == expected != {}
-
-        run_scenario(tmp_path, api, scenario, leads=range(3))
 
     @pytest.mark.long
     @pytest.mark.parametrize(("lasting", "polls"), [(None, 6), (0.1, 3)])

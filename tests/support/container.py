@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -177,6 +178,8 @@ class ImageBuilder:
         python = self.folder / "python"
         if not python.exists():
             shutil.copytree(sys.base_prefix, python, symlinks=True, ignore=LEFT_OUT)
+            with suppress(FileExistsError):  # a name that the base image has, and not every system
+                (python / "bin" / "python").symlink_to(f"python{sys.version_info.major}.{sys.version_info.minor}")
         self._lines.append(f"mount --bind {python} {root}/usr/local")
         for path in ("/proc", "/dev", *self.extra_mounts):
             self._mount(path, root)

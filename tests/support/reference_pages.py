@@ -25,7 +25,8 @@ def commands_reference() -> str:
     for title, commands in SECTIONS.items():
         lines += [f"## {title}", ""]
         for name in commands:
-            context = click.Context(cli, info_name="enrich")
+            # click keeps the first help option that it makes: this one must have -h, too.
+            context = click.Context(cli, info_name="enrich", **cli.context_settings)
             command = cli.get_command(context, name)
             assert command is not None
             lines += _command(command, click.Context(command, parent=context, info_name=name))

@@ -45,10 +45,8 @@ class Finding(Struct, frozen=True):
 def format_findings(findings: Sequence[Finding]) -> Iterator[str]:
     """Yield the findings as text: failures, warnings, the rest, and their number."""
     counts = Counter(finding.mark for finding in findings)
-    for mark in MARKS:
-        for finding in findings:
-            if finding.mark == mark:
-                yield from finding.lines()
+    for finding in sorted(findings, key=lambda each: MARKS.index(each.mark)):
+        yield from finding.lines()
     if counts["fail"] or counts["warn"]:
         yield f"{pluralize(counts['fail'], 'failure')}, {pluralize(counts['warn'], 'warning')}"
     else:
@@ -163,10 +161,7 @@ def check_input_age(changed_s: float, now_s: float) -> Finding:
 def check_output_names(
     path_of: Callable[[datetime], Location], start: datetime, reserved: Mapping[Path, str]
 ) -> Finding:
-    """Check the output names of the coming days, each at the time of `start`.
-
-    They must differ from the `reserved` paths (path to description) and should not repeat irregularly.
-    """
+    """Check the output names of a year, each at the time of `start`: against `reserved` paths, and for repeats."""
     daily_paths = [path_of(start + timedelta(days=day)) for day in range(DAYS_AHEAD)]
     for day, path in enumerate(daily_paths):
         if isinstance(path, Path) and path in reserved:

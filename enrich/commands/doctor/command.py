@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from shutil import disk_usage
-from typing import Any
 
 import click
 from msgspec import Struct
@@ -28,14 +27,13 @@ from enrich.files.discovery import find_objects
 from enrich.job.job import Job
 from enrich.job.locations import InputLocation, ObjectUrl, PostgresLocation, sandbox_state_path
 from enrich.ledger import execution_records, queries, transitions
-from enrich.ledger.database import Database, ledger_exists
+from enrich.ledger.database import ledger_exists, open_or_empty
 from enrich.ledger.lock import is_locked
 from enrich.models import State, read_balance, to_micros, to_ms
 from enrich.report.page_file import INSTALL_HINT, is_extra_missing
 from enrich.run.budget import make_budget
 from enrich.run.preflight import ApiSnapshot, query_api
 
-#: Number of past executions that are considered.
 RECENT_EXECUTIONS = 7
 #: Bytes per request in a small ledger. With at least ENOUGH_REQUESTS requests the ledger's own average is used.
 REQUEST_BYTES, ENOUGH_REQUESTS = 2_000, 100
@@ -64,21 +62,6 @@ class DoctorContext(Struct, frozen=True):
     next_run: datetime
     offline: bool = False
     sandbox_access: ApiAccess | None = None
-
-
-def findings_exit_code(findings: Sequence[Finding]) -> ExitCode:
-    """Return the exit code that the next run would have because of the failed findings."""
-    return first_exit_code({finding.exit_code for finding in findings if finding.mark == "fail"})
-
-
-def findings_as_json(job: str, findings: Sequence[Finding]) -> dict[str, Any]:
-    """Return the object that `--json` prints."""
-    fields = ("mark", "subject", "message", "remedy")
-    return {
-        "exit_code": int(findings_exit_code(findings)),
-        "job": job,
-        "findings": [{name: getattr(finding, name) for name in fields} for finding in findings],
-    }
 
 
 def job_findings(job: Job, context: DoctorContext) -> Iterator[Finding]:
@@ -133,8 +116,12 @@ def environment_findings(context: DoctorContext) -> Generator[Finding, None, Api
             remedy = KEY_REMEDY if error.hint == NO_KEY_HINT else error.hint
             yield Finding("fail", "key", error.message, remedy, error.exit_code)
     try:
-        base_url = _find_usable_base_url(environ)
+        base_url = find_base_url(environ)
+        find_proxy(environ, base_url)
+        if base_url.startswith("https:"):
+            load_certificates(environ)
     except EnrichError as error:
+        base_url = None
         yield error_finding("api", error)
     for name in ENVIRONMENT_VARIABLES:
         if context.shell_environ.get(name) and not environ.get(name):
@@ -151,15 +138,6 @@ def _key_file_findings(environ: Mapping[str, str], home: Path) -> Iterator[Findi
         yield Finding("warn", "key", f"{path} is a relative path, and cron starts in {home}", "use the absolute path")
     if system.is_accessible_by_others(path):
         yield Finding("warn", "key", f"{path}: other users can read the key", f"chmod 600 {path}")
-
-
-def _find_usable_base_url(environ: Mapping[str, str]) -> str:
-    """Return the API's address. Raises JobError if a run could not use the address, the proxy or the certificates."""
-    base_url = find_base_url(environ)
-    find_proxy(environ, base_url)
-    if base_url.startswith("https:"):
-        load_certificates(environ)
-    return base_url
 
 
 def _file_findings(job: Job, context: DoctorContext) -> Iterator[Finding]:
@@ -200,20 +178,16 @@ def _ledger_findings(
 ) -> Iterator[Finding]:
     """Check what earlier runs left in the ledger, and the credits for the next run."""
     path = job.ledger
-    counts: dict[State, int] = {}
-    submitted: list[int] = []
-    executions: list[execution_records.ExecutionRow] = []
     try:
-        if ledger_exists(path):
-            with closing(Database(path, read_only=True)) as ledger:
-                counts = queries.state_counts(ledger)
-                executions = execution_records.list_executions(ledger, job.name, RECENT_EXECUTIONS)
-                submitted = [task.submitted_ms for task in transitions.submitted_tasks(ledger) for _ in task.attempts]
-            yield Finding("ok", "ledger", f"{sum(counts.values()):,} requests in {path}")
-        else:
-            yield Finding("ok", "ledger", f"{path}: created by the first run")
+        with open_or_empty(path) as ledger:
+            counts = queries.state_counts(ledger)
+            executions = execution_records.list_executions(ledger, job.name, RECENT_EXECUTIONS)
+            submitted = [task.submitted_ms for task in transitions.submitted_tasks(ledger) for _ in task.attempts]
+        exists = ledger_exists(path)
     except EnrichError:
         return  # check_job has reported it
+    message = f"{sum(counts.values()):,} requests in {path}" if exists else f"{path}: created by the first run"
+    yield Finding("ok", "ledger", message)
     if is_locked(path):
         yield Finding(
             "warn", "lock", "a run is in progress", "wait until it ends, or start the next one with --if-locked skip"
@@ -242,13 +216,11 @@ def _disk_findings(job: Job, context: DoctorContext, check: CheckResult) -> Iter
             path.stat().st_size * (GZIP_FACTOR if path.suffix.lower() == ".gz" else 1)
             for path in local_input_files(job)
         )
-        per_request = float(REQUEST_BYTES)
-        if isinstance(job.ledger, PostgresLocation):
-            per_request = 0.0  # the disk of the database server is not checked
-        elif ledger_exists(job.ledger):
-            with closing(Database(job.ledger, read_only=True)) as ledger:
-                request_count = sum(queries.state_counts(ledger).values())
-            per_request = job.ledger.stat().st_size / request_count if request_count >= ENOUGH_REQUESTS else per_request
+        per_request = 0.0  # the disk of a database server is not checked
+        if not isinstance(job.ledger, PostgresLocation):
+            with open_or_empty(job.ledger) as ledger:
+                count = sum(queries.state_counts(ledger).values())
+            per_request = job.ledger.stat().st_size / count if count >= ENOUGH_REQUESTS else REQUEST_BYTES
         # SQLite's journal may hold a second copy of the data.
         growth = int(2 * per_request * (check.sendable_rows or 0))
         ledger_folder = job.ledger.local_folder if isinstance(job.ledger, PostgresLocation) else job.ledger.parent
@@ -336,6 +308,9 @@ def doctor(
         access = stack.enter_context(_open_sandbox(job)) if use_sandbox else None
         context = DoctorContext(environ, shell, now, next_run_time(now, *at), offline, access)
         findings += environment_findings(context) if job is None else job_findings(job, context)
-    result = findings_as_json(str(job_file), findings)
+    code = first_exit_code({finding.exit_code for finding in findings})
+    fields = ("mark", "subject", "message", "remedy")
+    listed = [{name: getattr(finding, name) for name in fields} for finding in findings]
+    result = {"exit_code": int(code), "job": str(job_file), "findings": listed}
     options.echo_result(result, checks.format_findings(findings), as_json=as_json)
-    return findings_exit_code(findings)
+    return code

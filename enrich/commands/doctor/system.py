@@ -104,10 +104,7 @@ def _run_program(command: Sequence[str], environ: Mapping[str, str]) -> subproce
 
 
 def make_cron_environ(given: tuple[str, ...], env_file: Path | None) -> dict[str, str]:
-    """Return the environment under cron: HOME, PATH and the variables that the crontab sets.
-
-    A name in `given` without a value has its value in this environment.
-    """
+    """Return the environment under cron: HOME, PATH and the crontab's variables. A bare name in `given` is copied."""
     environ = {"HOME": pwd.getpwuid(os.getuid()).pw_dir, "PATH": "/usr/bin:/bin"}
     if env_file is not None:
         try:

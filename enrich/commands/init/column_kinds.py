@@ -30,10 +30,6 @@ class ColumnKind(Struct, frozen=True):
     value_format: ValueFormat | None = None
     transform: tuple[str, ...] = ()
 
-    def serves_param(self, param: str) -> bool:
-        """Whether a param takes this kind of data."""
-        return _normalized(param) in map(_normalized, self.params.split(","))
-
     def header_score(self, header: str) -> int:
         """Return how well a header matches: 3 exactly, 2 among other words, 0 not at all."""
         names = [split_words(name) for name in self.headers.split(",")]
@@ -137,7 +133,8 @@ COLUMN_KINDS = (
 
 def column_kind_of(param: str) -> ColumnKind:
     """Return the kind of data that a param takes. An unknown param takes a column of its own name."""
-    kind = next((known for known in COLUMN_KINDS if known.serves_param(param)), None)
+    name = _normalized(param)
+    kind = next((known for known in COLUMN_KINDS if name in map(_normalized, known.params.split(","))), None)
     return kind or ColumnKind(param, " ".join(split_words(param)) or param)
 
 

@@ -37,6 +37,7 @@ VALUE_FORMATS: dict[ValueFormat, re.Pattern[str]] = {
     "LinkedIn company pages": re.compile(r"\S*linkedin\.[a-z]+/(?:company|school)/\S+", re.IGNORECASE),
     "phone numbers": re.compile(r"\+?[\d\s().\-/]{7,}(?:\s*(?:x|ext\.?)\s*\d+)?", re.IGNORECASE),
 }
+_AROUND_HOST = re.compile(r"^(?:[a-z][a-z0-9+.-]*://)?(?:www\.)?|[/?#:].*$")
 #: Shares of the values in a format: from the first on it is proven, below the second it is ruled out, and from the
 #: third on the few other values count as exceptions.
 PROVING_SHARE, CONTRADICTING_SHARE, DOMINANT_SHARE = 0.5, 0.1, 0.8
@@ -67,7 +68,8 @@ def describe_column(name: str, values: Iterable[str]) -> Column:
     filled = [text for text in map(clean, values) if text and text not in (*PLACEHOLDERS, *EMPTY_VALUES)]
     count = len(filled) or 1
     shares = {kind: sum(1 for value in filled if form.fullmatch(value)) / count for kind, form in VALUE_FORMATS.items()}
-    hosts = Counter(host for host in map(_host, filled) if host)
+    hosts = Counter(host for value in filled if (host := _AROUND_HOST.sub("", value.lower())))
+    domains = [domain for _, at, domain in (value.lower().rpartition("@") for value in filled) if at]
     return Column(
         name,
         len(filled),
@@ -75,18 +77,8 @@ def describe_column(name: str, values: Iterable[str]) -> Column:
         numeric_share=sum(not any(map(str.isalpha, value)) for value in filled) / count,
         spaced_share=sum(" " in value for value in filled) / count,
         top_host_share=max(hosts.values(), default=0) / count,
-        free_mail_share=sum(map(_is_free_mail, filled)) / count,
+        free_mail_share=sum(no_company(domain) is LeftOut.FREE_MAIL for domain in domains) / count,
     )
-
-
-def _is_free_mail(value: str) -> bool:
-    """Check whether a value is the address of a private mailbox, whose domain is not that of a company."""
-    _, at, host = value.lower().rpartition("@")
-    return bool(at) and no_company(host) is LeftOut.FREE_MAIL
-
-
-def _host(value: str) -> str:
-    return re.sub(r"^(?:[a-z][a-z0-9+.-]*://)?(?:www\.)?|[/?#:].*$", "", value.lower())
 
 
 class ColumnMatch(Struct, frozen=True):
@@ -111,11 +103,6 @@ class _Candidate(Struct, frozen=True):
     def is_plain(self) -> bool:
         """Whether the header fits, and there are values."""
         return self.confidence != "a guess" and self.column.filled_count > 0
-
-    @property
-    def usable_count(self) -> int:
-        """The number of values that are no private mailbox."""
-        return round(self.column.filled_count * (1 - self.column.free_mail_share))
 
 
 def match_columns(params: Sequence[str], columns: Sequence[Column]) -> dict[str, ColumnMatch | None]:
@@ -156,8 +143,8 @@ def match_columns(params: Sequence[str], columns: Sequence[Column]) -> dict[str,
 def _make_match(
     fits: Sequence[_Candidate], transform: tuple[str, ...], confidence: Confidence, more: str | None = None
 ) -> ColumnMatch:
-    """Make a match of several columns, those first that fill the most rows."""
-    ordered = sorted(fits, key=lambda fit: -fit.usable_count)
+    """Make a match of several columns, those first that fill the most rows, private mailboxes not counted."""
+    ordered = sorted(fits, key=lambda fit: -round(fit.column.filled_count * (1 - fit.column.free_mail_share)))
     reasons = [fit.reason if len(ordered) == 1 else f"{fit.column.name!r}: {fit.reason}" for fit in ordered]
     return ColumnMatch(
         tuple(fit.column.name for fit in ordered),
@@ -208,8 +195,12 @@ def _make_candidate(kind: ColumnKind, column: Column, columns: Sequence[Column])
         return None
     if not header_score and (share < DOMINANT_SHARE or kind.is_excluded(column.name)):
         return None
-    if kind is DOMAIN and (_is_linkedin_urls(column) or (not header_score and _is_single_site(column))):
-        return None
+    if kind is DOMAIN:
+        linkedin_share = column.format_shares["LinkedIn profiles"] + column.format_shares["LinkedIn company pages"]
+        # Most photo URLs, for example, lead to one site.
+        is_single_site = column.filled_count >= MIN_VALUES and column.top_host_share > DOMINANT_SHARE
+        if linkedin_share >= PROVING_SHARE or (not header_score and is_single_site):
+            return None
     proven = share >= PROVING_SHARE
     share_text = f"{share:.0%} of its values are {kind.value_format}"
     if not header_score:
@@ -232,15 +223,6 @@ def _is_not_a_name(kind: ColumnKind, column: Column) -> bool:
         max(column.format_shares["e-mail addresses"], column.format_shares["web addresses"]) >= PROVING_SHARE
         or column.numeric_share >= PROVING_SHARE
     )
-
-
-def _is_single_site(column: Column) -> bool:
-    """Whether most addresses lead to one site, as photo URLs do."""
-    return column.filled_count >= MIN_VALUES and column.top_host_share > DOMINANT_SHARE
-
-
-def _is_linkedin_urls(column: Column) -> bool:
-    return column.format_shares["LinkedIn profiles"] + column.format_shares["LinkedIn company pages"] >= PROVING_SHARE
 
 
 def _german_last_name_score(kind: ColumnKind, column: Column, columns: Sequence[Column]) -> int:

@@ -28,22 +28,18 @@ def draft_job(sample: Sample, description: Description, source: str, target: Pat
     job_folder = target.resolve().parent if target else Path.cwd()
     leads = sample.format.path
     stem = leads.name.removesuffix(".gz").rsplit(".", 1)[0]
+    relative = os.path.relpath(leads.absolute(), job_folder)
     return render_job_file(
         JobDraft(
             sample,
             description,
             source,
-            input=_path_in_job_file(leads, job_folder),
+            # More than one folder up, the absolute path is clearer.
+            input=relative if relative.count("..") <= 1 else str(leads.absolute()),
             output=f"{stem}_enriched.csv".replace("%", "%%"),
             schema="schema.json" if _is_our_schema(job_folder / "schema.json") else None,
         )
     )
-
-
-def _path_in_job_file(path: Path, job_folder: Path) -> str:
-    """Return a path relative to the job file, or absolute if it is more than one folder up, which is clearer."""
-    relative = os.path.relpath(path.absolute(), job_folder)
-    return relative if relative.count("..") <= 1 else str(path.absolute())
 
 
 def _is_our_schema(path: Path) -> bool:
@@ -122,13 +118,6 @@ def _choose_waterfall(
     raise JobError("no waterfall is chosen", shlex.join(command))
 
 
-def _read_enrichment(number: int, *, use_sandbox: bool) -> tuple[Description, str]:
-    """Return an enrichment from the API, and a text that names the source. No documentation describes them."""
-    with options.open_access(None, use_sandbox=use_sandbox) as access:
-        description = read_description(access, Target(TargetKind.ENRICHMENT, str(number)))
-        return description, _source_text(access.host, use_sandbox=use_sandbox)
-
-
 def _source_text(host: str, *, use_sandbox: bool) -> str:
     return f"{'the built-in sandbox' if use_sandbox else f'the API at {host}'} on {datetime.now(UTC):%Y-%m-%d}"
 
@@ -174,8 +163,10 @@ def init(
     if number is not None and offline:
         raise click.UsageError("--enrichment needs the API, because enrichments have no built-in description")
     sample = take_sample(leads)
-    if number is not None:
-        description, source = _read_enrichment(number, use_sandbox=use_sandbox)
+    if number is not None:  # no documentation describes enrichments
+        with options.open_access(None, use_sandbox=use_sandbox) as access:
+            description = read_description(access, Target(TargetKind.ENRICHMENT, str(number)))
+            source = _source_text(access.host, use_sandbox=use_sandbox)
     else:
         description, source = _choose_waterfall(leads, sample, identifier, use_sandbox=use_sandbox, offline=offline)
     printed = out == Path("-")

@@ -20,7 +20,6 @@ from enrich.files.values import text_frame
 from enrich.job.locations import format_of
 from enrich.job.spec import Input
 
-#: The first rows that are looked at.
 SAMPLE_ROWS = 1_000
 #: With this many usual names a first line is a header.
 _USUAL_HEADERS = 2
@@ -75,10 +74,7 @@ def _make_sample(source: TableFile, header: list[str], frame: pl.DataFrame | Non
 
 
 def _detect_encoding(path: Path) -> str:
-    """Return the encoding of the byte order mark if there is one, UTF-8 if the whole file is valid, else cp1252.
-
-    A UTF-8 mark counts only if the file is valid.
-    """
+    """Return the encoding by the byte order mark, or UTF-8 if the whole file is valid, else cp1252."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:
         if not path.is_file():

@@ -27,10 +27,7 @@ REQUIRED_CREDITS = 100
 
 
 class JobDraft(Struct, frozen=True):
-    """The content of a job file. `source` is the origin and date of the target's description.
-
-    `schema` is the path of the JSON Schema relative to the job file, None if there is none.
-    """
+    """The content of a job file. `source` is the origin of the description, `schema` the path of the JSON Schema."""
 
     sample: Sample
     description: Description
@@ -63,7 +60,9 @@ def _job_lines(draft: JobDraft) -> Iterator[str]:
         yield f"output: {output} # strftime codes are allowed: leads-%Y-%m-%d.csv"
     yield ""
     if isinstance(described, Enrichment):
-        yield from _enrichment_lines(described)
+        yield f"enrichment: {described.id} # {printable(described.price_text)}"
+        if described.is_paginated:
+            yield "pagination: {pages: 1} # how many pages of the result"
     else:
         yield f"waterfall: {yaml_scalar(described.identifier)}"
         yield from _provider_lines(described)
@@ -86,12 +85,6 @@ def _input_lines(draft: JobDraft) -> Iterator[str]:
         return
     csv_options = f"separator: {_quote(source.separator)}, encoding: {encoding}"
     yield f"input: {{path: {yaml_scalar(draft.input)}, {csv_options}}} # guessed from the file"
-
-
-def _enrichment_lines(enrichment: Enrichment) -> Iterator[str]:
-    yield f"enrichment: {enrichment.id} # {printable(enrichment.price_text)}"
-    if enrichment.is_paginated:
-        yield "pagination: {pages: 1} # how many pages of the result"
 
 
 def _provider_lines(waterfall: Waterfall) -> Iterator[str]:
