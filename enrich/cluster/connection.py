@@ -93,7 +93,9 @@ def _connect(address: str | None) -> tuple[int, Path | None]:
     for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if address is not None:
-        _check_port(address)
+        host, _, port = address.rpartition(":")
+        # Ray would retry for minutes where nothing accepts connections.
+        socket.create_connection((host.strip("[]"), int(port)), PORT_TIMEOUT_S).close()
         os.environ.setdefault("RAY_gcs_server_port_wait_time_s", str(PORT_TIMEOUT_S))
         if _has_token():
             os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -159,13 +161,6 @@ def _silenced(nowhere: int) -> Iterator[None]:
         os.dup2(stderr, 2)
         os.close(stderr)
         os.umask(umask)
-
-
-def _check_port(address: str) -> None:
-    """Raise OSError when the port does not accept connections: Ray would retry for minutes."""
-    host, _, port = address.rpartition(":")
-    with socket.create_connection((host.strip("[]"), int(port)), PORT_TIMEOUT_S):
-        pass
 
 
 def _has_token() -> bool:

@@ -109,7 +109,7 @@ class RayCluster(Struct, frozen=True):
 
     ledger: PostgresLocation
     workers: int
-    #: The lease of the process that leads the run. A block that is enrolled after its end changes nothing.
+    #: The lease of the process that leads the run. Nothing is written after its end.
     lease_id: int | None = None
     heartbeat_counter: Any = field(default_factory=new_heartbeat_counter)
 
@@ -133,10 +133,6 @@ class RayCluster(Struct, frozen=True):
             self.lease_id,
         )
         return WorkerPool(run_state, worker_task)
-
-    def for_leader(self, lease_id: int) -> RayCluster:
-        """Return an engine for one run, which works until the lease of the process that leads the run ends."""
-        return replace(self, lease_id=lease_id)
 
     def enroll(
         self, job_input: JobInput, template: RequestTemplate, selection: RequestSelection, callbacks: ClusterCallbacks

@@ -22,7 +22,7 @@ from enrich.rows.job_input import JobInput
 from enrich.rows.template import RequestTemplate
 from enrich.run.plan import DECISION_REASONS
 from enrich.run.step_batch import StepBatch
-from enrich.run.step_decisions import StepDecisions, decide_steps
+from enrich.run.step_plan import StepDecisions, decide_steps
 from enrich.run.step_rows import StepRows
 
 #: The columns that `--rows` adds to the input's.

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from msgspec import Struct, field
@@ -30,12 +31,15 @@ from enrich.models import State, parse_count
 from enrich.monitoring.log_file import open_log
 from enrich.monitoring.observers import RunObservers
 from enrich.run import pipeline
-from enrich.run.context import ClusterEngine, ClusterOptions, RunEnvironment, RunOptions, check_ledger_exists
+from enrich.run.context import ClusterOptions, RunEnvironment, RunOptions, check_ledger_exists
 from enrich.run.other_ledgers import with_own_output
 from enrich.run.output import rebuild_output
 from enrich.run.plan_file import read_plan
 from enrich.run.progress import Progress
 from enrich.run.summary import RunSummary, format_details, format_summary
+
+if TYPE_CHECKING:  # it needs Ray
+    from enrich.cluster.engine import RayCluster
 
 _MAX_PORT = 65_535
 #: A run has up to 64 connections, and the sandbox the other ends of them. With fewer files a run would end half-way.
@@ -101,7 +105,7 @@ def make_cluster_options(
 
 
 @contextmanager
-def open_engine(job: Job, cluster: ClusterOptions | None) -> Iterator[ClusterEngine | None]:
+def open_engine(job: Job, cluster: ClusterOptions | None) -> Iterator[RayCluster | None]:
     """Yield a Ray cluster for the block, None if `cluster` is None.
 
     Raises ClusterFailed if the cluster cannot be reached or started.
@@ -193,7 +197,7 @@ def run_observed(
         stack.callback(callbacks.close_progress)
         observers.lock_acquired()
         if engine is not None and lease is not None:
-            engine = engine.for_leader(lease.fencing_token.lease_id)
+            engine = replace(engine, lease_id=lease.fencing_token.lease_id)
         clock, lease_valid = (lease, lease.is_valid) if lease else (SystemClock(), lambda: True)
         environment = RunEnvironment(
             clock,

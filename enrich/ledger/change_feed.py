@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from msgspec import Struct
 
 from enrich.ledger.database import Database
+from enrich.ledger.request_ids import FINGERPRINT, as_list
 
 
 class Delivery(Struct, frozen=True, gc=False):
@@ -18,48 +19,30 @@ class Delivery(Struct, frozen=True, gc=False):
 
 def begin_feed(db: Database) -> None:
     """Prepare for the rows of a new feed."""
-    blob = db.dialect.blob_type
-    db.execute(f"CREATE TEMP TABLE IF NOT EXISTS feed_rows (position BIGINT PRIMARY KEY, row_key {blob})")
-    db.execute(f"CREATE TEMP TABLE IF NOT EXISTS feed_keys (row_key {blob} PRIMARY KEY, position BIGINT)")
-    db.execute("CREATE TEMP TABLE IF NOT EXISTS feed_attempts (id BIGINT PRIMARY KEY)")
+    db.execute(
+        f"CREATE TEMP TABLE IF NOT EXISTS feed_keys (row_key {db.dialect.blob_type} PRIMARY KEY, row_index BIGINT)"
+    )
     db.session.clear_table("feed_keys")
 
 
-def begin_batch(db: Database, rows: Collection[tuple[int, bytes]]) -> set[int]:
-    """Take the rows (position, key) of the next batch. Return those whose key an earlier row of the feed has."""
-    db.session.clear_table("feed_rows")
-    db.executemany("INSERT INTO feed_rows VALUES (?, ?)", rows)
+def repeated_rows(db: Database, keys: Mapping[int, bytes]) -> set[int]:
+    """Take the keys of the rows of the next batch. Return the rows whose key an earlier row of the feed has."""
     first_rows = db.execute(
-        "INSERT INTO feed_keys SELECT row_key, min(position) FROM feed_rows GROUP BY row_key "
-        "ON CONFLICT DO NOTHING RETURNING position"
+        f"INSERT INTO feed_keys SELECT {FINGERPRINT}, min(CAST(value AS BIGINT)) FROM json_each(CAST(?1 AS TEXT)) "
+        "GROUP BY 1 ON CONFLICT DO NOTHING RETURNING row_index",
+        as_list(keys.values(), keys),
     )
-    return {position for position, _ in rows}.difference(position for (position,) in first_rows.fetchall())
+    return keys.keys() - {row for (row,) in first_rows.fetchall()}
 
 
-def replace_keys(db: Database, rows: Iterable[tuple[int, bytes]]) -> None:
-    """Give rows (position, key) of the batch another key."""
-    db.executemany("UPDATE feed_rows SET row_key = ? WHERE position = ?", ((key, position) for position, key in rows))
-
-
-def delivered_values(db: Database, job: str) -> dict[tuple[int, str], Delivery]:
-    """Return what a job's feed has delivered of the batch, by position and field."""
-    rows = db.execute(
-        "SELECT t.position, d.field, d.attempt_id, d.path FROM feed_rows t CROSS JOIN delivered d WHERE d.job = ? "
-        "AND d.row_key = t.row_key",
-        (job,),
+def delivered_values(db: Database, job: str, keys: Mapping[int, bytes]) -> dict[tuple[int, str], Delivery]:
+    """Return what a job's feed has delivered for rows with these keys, by row and field."""
+    found = db.execute(
+        "SELECT CAST(b.value AS BIGINT), d.field, d.attempt_id, d.path FROM json_each(CAST(?1 AS TEXT)) b "
+        f"CROSS JOIN delivered d WHERE d.job = ?3 AND d.row_key = {FINGERPRINT}",
+        (*as_list(keys.values(), keys), job),
     )
-    return {(position, field): Delivery(attempt, path) for position, field, attempt, path in rows.fetchall()}
-
-
-def answers(db: Database, attempts: Collection[int]) -> Mapping[int, str | None]:
-    """Return the answers of attempts. None: it was erased."""
-    if not attempts:
-        return {}
-    db.session.clear_table("feed_attempts")
-    db.executemany("INSERT INTO feed_attempts VALUES (?)", ((attempt,) for attempt in attempts))
-    return dict(
-        db.execute("SELECT a.id, a.answer FROM feed_attempts t CROSS JOIN attempts a WHERE a.id = t.id").fetchall()
-    )
+    return {(row, field): Delivery(attempt, path) for row, field, attempt, path in found.fetchall()}
 
 
 def mark_delivered(db: Database, job: str, values: Sequence[tuple[bytes, str, Delivery]]) -> None:

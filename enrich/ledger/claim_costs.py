@@ -24,18 +24,13 @@ def left_of_step_cap(db: Database, execution_id: int, step: str | None, step_cap
         ).fetchone()
         known = StepCost(known.exact, known.at_most + int(reserved), int(newest), known.earlier)
     if known is None or known.at_most + price > known.exact + (step_cap - known.exact) // 2:
-        newest = db.value("SELECT coalesce(max(id), 0) FROM attempts")
-        earlier = _last_earlier_attempt(db, execution_id) if known is None else known.earlier
+        newest = db.number("SELECT coalesce(max(id), 0) FROM attempts")
+        of_earlier_run = "SELECT id FROM attempts WHERE execution_id < ? ORDER BY id DESC LIMIT 1"
+        earlier = known.earlier if known else db.number(f"SELECT coalesce(({of_earlier_run}), 0)", execution_id)
         exact = _exact_cost(db, execution_id, step, earlier)
-        known = StepCost(exact, exact, int(newest), earlier)
+        known = StepCost(exact, exact, newest, earlier)
     db.step_costs[execution_id, step] = known
     return step_cap - known.at_most
-
-
-def _last_earlier_attempt(db: Database, execution_id: int) -> int:
-    """Return the id of the newest attempt that an earlier run has made; 0: there is none."""
-    newest = "SELECT id FROM attempts WHERE execution_id < ? ORDER BY id DESC LIMIT 1"
-    return db.number(f"SELECT coalesce(({newest}), 0)", execution_id)
 
 
 def _exact_cost(db: Database, execution_id: int, step: str | None, earlier: int) -> int:

@@ -13,7 +13,7 @@ from enrich.extras import install_hint
 from enrich.job.locations import LedgerLocation, PostgresLocation
 from enrich.ledger.dialect import DATABASE_ERRORS, Cursor, Dialect
 from enrich.ledger.file_identity import ledger_file_exists
-from enrich.ledger.sqlite import JOURNAL_SUFFIXES, SqliteSession, open_in_memory, open_sqlite
+from enrich.ledger.sqlite import SqliteSession, open_in_memory, open_sqlite, remove_with_journals
 
 if TYPE_CHECKING:
     from enrich.ledger.postgres import FencingToken, PostgresSession
@@ -227,9 +227,13 @@ class Database:
             raise
         self.session.execute("RELEASE operation")
 
+    def column_names(self, sql: str, *values: object) -> list[str]:
+        """Return the names of the columns of a query."""
+        return [column[0] for column in self.session.execute(f"{sql} LIMIT 0", values).description or ()]
+
     def rows(self, sql: str, *values: object) -> Iterator[Mapping[str, Any]]:
         """Stream the rows of a query, each as a mapping by column name. They may be too many to hold in memory."""
-        names: list[str] = [column[0] for column in self.session.execute(f"{sql} LIMIT 0", values).description or ()]
+        names = self.column_names(sql, *values)
         return (dict(zip(names, row, strict=True)) for row in self.session.stream(sql, values))
 
 
@@ -260,11 +264,8 @@ def open_existing(
 @contextmanager
 def open_or_empty(location: LedgerLocation) -> Iterator[Database]:
     """Open a ledger read-only, or an empty one where there is none yet."""
-    if ledger_exists(location):
-        with closing(Database(location, read_only=True)) as ledger:
-            yield ledger
-        return
-    with closing(Database(location, in_memory=True)) as ledger:
+    exists = ledger_exists(location)
+    with closing(Database(location, read_only=exists, in_memory=not exists)) as ledger:
         yield ledger
 
 
@@ -272,9 +273,8 @@ def delete_ledger(location: LedgerLocation) -> None:
     """Delete a ledger permanently. Raises CommandRefused when the server cannot be reached, and OSError."""
     if isinstance(location, PostgresLocation):
         load_postgres().drop_schema_tables(location)
-        return
-    for name in (location, *(location.with_name(f"{location.name}{end}") for end in JOURNAL_SUFFIXES)):
-        name.unlink(missing_ok=True)
+    else:
+        remove_with_journals(location)
 
 
 def try_read(location: LedgerLocation, query: Callable[[Database], T]) -> T | None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from msgspec import Struct
-from msgspec.structs import replace
 
 from enrich.errors import CommandRefused
 from enrich.job.file_names import is_same_file
@@ -75,27 +72,24 @@ def copy_ledger(source: LedgerLocation, target: LedgerLocation) -> CopyResult:
             )
         try:
             with reader.snapshot(), writer.transaction():
-                result = _copy_tables(reader, writer)
-                key = _copy_forgotten_key(source, target)
+                rows, digest = _copy_tables(reader, writer)
+                return CopyResult(rows, digest, _copy_forgotten_key(source, target))
         except DATABASE_ERRORS as error:
             if is_damage_error(error):
                 raise damaged_ledger_error(source) from error
             raise CommandRefused(f"{target}: the copy cannot be written: {error}") from error
-    return replace(result, key=key)
-
-
-def _copied_columns(db: Database, table: str) -> list[str]:
-    """Return the columns of a table that are copied."""
-    described = db.execute(f"SELECT * FROM {table} LIMIT 0").description or ()
-    return [column[0] for column in described if column[0] not in _UNCOPIED_COLUMNS]
 
 
 def _all_rows(db: Database, table: str, columns: list[str]) -> Iterator[tuple[Any, ...]]:
-    """Yield all rows of a table, in the same order in both databases."""
+    """Yield all rows of a table, in the same order in both databases.
+
+    NUL is replaced by U+FFFD, as a run on PostgreSQL does: its text cannot hold NUL.
+    """
     order = ", ".join(
         name + (db.dialect.byte_order if name in _TEXT_KEY_COLUMNS else "") for name in COPIED_TABLES[table]
     )
-    return db.stream(f"SELECT {', '.join(columns)} FROM {table} ORDER BY {order}")
+    for row in db.stream(f"SELECT {', '.join(columns)} FROM {table} ORDER BY {order}"):
+        yield tuple(cell.replace("\0", "\ufffd") if isinstance(cell, str) else cell for cell in row)
 
 
 @contextmanager
@@ -114,52 +108,42 @@ def _created_target(location: LedgerLocation) -> Iterator[Database]:
         raise
 
 
-def _copy_tables(reader: Database, writer: Database) -> CopyResult:
-    """Copy all tables and read them back. Raises CommandRefused when the copy differs or violates an invariant."""
+def _copy_tables(reader: Database, writer: Database) -> tuple[dict[str, int], str]:
+    """Copy all tables and read them back. Return the rows per table, and a hash of all rows.
+
+    Raises CommandRefused when the copy differs or violates an invariant.
+    """
     if any(writer.exists(f"FROM {table}") for table in COPIED_TABLES):
         raise CommandRefused(f"{writer.location}: this ledger is not empty", "choose another location for the copy")
-    columns = {table: _copied_columns(reader, table) for table in COPIED_TABLES}
-    source_digests, target_digests = ({table: _TableDigest() for table in COPIED_TABLES} for _ in range(2))
+    columns = {
+        table: [name for name in reader.column_names(f"SELECT * FROM {table}") if name not in _UNCOPIED_COLUMNS]
+        for table in COPIED_TABLES
+    }
     # Rows may refer to rows of tables that are loaded later.
     with writer.session.deferred_references():
         for table, names in columns.items():
-            rows = source_digests[table].count_and_hash(_all_rows(reader, table, names))
-            writer.session.load_rows(table, names, rows)
-    for table, names in columns.items():
-        deque(target_digests[table].count_and_hash(_all_rows(writer, table, names)), maxlen=0)
-    problems = [
-        f"{table} differs"
-        for table in COPIED_TABLES
-        if source_digests[table].result() != target_digests[table].result()
-    ]
+            writer.session.load_rows(table, names, _all_rows(reader, table, names))
+    read, copied = (
+        {table: _count_and_hash(_all_rows(db, table, names)) for table, names in columns.items()}
+        for db in (reader, writer)
+    )
+    problems = [f"{table} differs" for table in COPIED_TABLES if read[table] != copied[table]]
     problems += verify.problems(writer)
     if problems:
         raise CommandRefused(
             f"{writer.location}: the copy is damaged and was removed: {'; '.join(problems)}",
             f"check the ledger: enrich ledger check {reader.location}",
         )
-    overall_hash = blake2b(repr([source_digests[table].result() for table in COPIED_TABLES]).encode(), digest_size=16)
-    return CopyResult({table: tally.rows for table, tally in source_digests.items()}, overall_hash.hexdigest())
+    overall_hash = blake2b(repr(list(read.values())).encode(), digest_size=16)
+    return {table: count for table, (count, _) in read.items()}, overall_hash.hexdigest()
 
 
-@dataclass(slots=True)
-class _TableDigest:
-    """Counts and hashes rows while they are streamed."""
-
-    rows: int = 0
-    hash: blake2b = field(default_factory=lambda: blake2b(digest_size=16))
-
-    def count_and_hash(self, rows: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
-        """Yield rows with NUL replaced by U+FFFD, as a run on PostgreSQL does: its text cannot hold NUL."""
-        for row in rows:
-            plain = tuple(cell.replace("\0", "\ufffd") if isinstance(cell, str) else cell for cell in row)
-            self.rows += 1
-            self.hash.update(repr(plain).encode())
-            yield plain
-
-    def result(self) -> tuple[int, str]:
-        """Return the row count and the hash."""
-        return self.rows, self.hash.hexdigest()
+def _count_and_hash(rows: Iterator[tuple[Any, ...]]) -> tuple[int, str]:
+    count, hashed = 0, blake2b(digest_size=16)
+    for row in rows:
+        count += 1
+        hashed.update(repr(row).encode())
+    return count, hashed.hexdigest()
 
 
 def _copy_forgotten_key(source: LedgerLocation, target: LedgerLocation) -> Path | None:
@@ -168,11 +152,8 @@ def _copy_forgotten_key(source: LedgerLocation, target: LedgerLocation) -> Path 
     if not source_path.exists():
         return None
     key = source_path.read_bytes()
-    if target_path.exists():
-        if target_path.read_bytes() != key:
-            raise CommandRefused(
-                f"{target_path}: this is the key of another ledger", "choose another place for the copy"
-            )
-        return target_path
-    write_key(target_path, key)
+    if not target_path.exists():
+        write_key(target_path, key)
+    elif target_path.read_bytes() != key:
+        raise CommandRefused(f"{target_path}: this is the key of another ledger", "choose another place for the copy")
     return target_path

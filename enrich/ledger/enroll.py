@@ -166,9 +166,8 @@ def apply_limits(db: Database, selection: RequestSelection) -> None:
                 db,
                 Decision.CAPPED,
                 "SELECT id FROM (SELECT id, decision, row_number() OVER "
-                "(PARTITION BY group_name ORDER BY decision = 'new', queue_position) AS number FROM seen WHERE "
-                "group_name IS NOT NULL) "
-                "AS grouped WHERE decision = 'new' AND number > ?",
+                "(PARTITION BY group_name ORDER BY decision = 'new', queue_position) AS number "
+                "FROM seen WHERE group_name IS NOT NULL) AS grouped WHERE decision = 'new' AND number > ?",
                 min(selection.max_per_group, MAX_ROWS),
             )
         if selection.sample is not None:
@@ -304,13 +303,7 @@ def request_results(db: Database, requests: RequestBatch, selection: RequestSele
         ).fetchone()
         found = dict(zip(_RESULT_FIELDS, map(msgspec.json.decode, columns), strict=True))
         # Not as one list: a batch of long answers would be larger than a database can return as one value.
-        answers = dict(
-            db.execute(
-                "SELECT a.id, a.answer FROM json_each(CAST(?1 AS TEXT)) b CROSS JOIN attempts a "
-                "WHERE a.id = CAST(b.value AS BIGINT) AND a.answer IS NOT NULL",
-                (to_json_text([number for number in found["attempt_id"] if number is not None]),),
-            )
-        )
+        answers = queries.answers(db, filter(None, found["attempt_id"]))
     found["answer"] = list(map(answers.get, found["attempt_id"]))
     return {name: found[name] for name in RequestResult._fields}
 

@@ -14,9 +14,10 @@ from enrich.errors import CommandRefused
 from enrich.files.atomic import atomic_write
 from enrich.job.bounded_read import read_bounded
 from enrich.job.locations import LedgerLocation, path_beside_ledger
+from enrich.json_text import to_json_text
 from enrich.ledger import bindings, enroll
 from enrich.ledger.database import Database
-from enrich.ledger.dialect import OPEN_ATTEMPT
+from enrich.ledger.dialect import JSON_NUMBERS, OPEN_ATTEMPT
 from enrich.ledger.file_identity import make_private_folder
 
 
@@ -102,39 +103,30 @@ def forget(
     db.execute("DELETE FROM known_batches")
     bindings.bind(db, {"forgotten_key": key_id(key)})
 
-    def add_hash(params: str) -> None:
-        db.execute("INSERT INTO forgotten VALUES (?) ON CONFLICT DO NOTHING", (keyed_hash(key, params.encode()),))
-
-    for params in unsent:
-        add_hash(params)
-    for request_id, fingerprint, params in requests:
-        hashed = keyed_hash(key, fingerprint)
-        add_hash(params)
-        db.execute(
-            "UPDATE requests SET fingerprint = ?, params = '{}', erased_ms = ?, forgotten = 1, queue_position = NULL "
-            f"WHERE id = ? AND NOT {OPEN_ATTEMPT}",
-            (hashed, now_ms, request_id),
-        )
-        db.execute(
-            "DELETE FROM delivered WHERE attempt_id IN (SELECT id FROM attempts WHERE request_id = ?)", (request_id,)
-        )
-        db.execute("DELETE FROM step_rows WHERE request_id = ?", (request_id,))
-        # The API's message about a whole task may concern anyone in it.
-        db.execute(
-            "UPDATE attempts SET answer = NULL, error = 'failed; what the API said was erased with a person of the "
-            "same task' WHERE state = 'failed' AND task_id IS NOT NULL "
-            "AND bulk_task_id IN (SELECT bulk_task_id FROM attempts WHERE request_id = ?)",
-            (request_id,),
-        )
-        db.execute(
-            "UPDATE attempts SET answer = NULL WHERE state = 'expired' "
-            "AND bulk_task_id IN (SELECT bulk_task_id FROM attempts WHERE request_id = ?)",
-            (request_id,),
-        )
-        db.execute(
-            "UPDATE attempts SET answer = NULL, error = NULL, task_id = NULL, erased_ms = ? WHERE request_id = ?",
-            (now_ms, request_id),
-        )
+    known = list(requests)
+    hashes = [keyed_hash(key, params.encode()) for params in (*unsent, *(params for *_, params in known))]
+    db.executemany("INSERT INTO forgotten VALUES (?) ON CONFLICT DO NOTHING", [(each,) for each in hashes])
+    db.executemany(
+        "UPDATE requests SET fingerprint = ?, params = '{}', erased_ms = ?, forgotten = 1, queue_position = NULL "
+        f"WHERE id = ? AND NOT {OPEN_ATTEMPT}",
+        [(keyed_hash(key, fingerprint), now_ms, request_id) for request_id, fingerprint, _ in known],
+    )
+    ids = (to_json_text([request_id for request_id, *_ in known]),)
+    of_requests = f"request_id IN ({JSON_NUMBERS.format('?')})"
+    same_tasks = f"bulk_task_id IN (SELECT bulk_task_id FROM attempts WHERE {of_requests})"
+    db.execute(f"DELETE FROM delivered WHERE attempt_id IN (SELECT id FROM attempts WHERE {of_requests})", ids)
+    db.execute(f"DELETE FROM step_rows WHERE {of_requests}", ids)
+    # The API's message about a whole task may concern anyone in it.
+    db.execute(
+        "UPDATE attempts SET answer = NULL, error = 'failed; what the API said was erased with a person of the "
+        f"same task' WHERE state = 'failed' AND task_id IS NOT NULL AND {same_tasks}",
+        ids,
+    )
+    db.execute(f"UPDATE attempts SET answer = NULL WHERE state = 'expired' AND {same_tasks}", ids)
+    db.execute(
+        f"UPDATE attempts SET answer = NULL, error = NULL, task_id = NULL, erased_ms = {now_ms:d} WHERE {of_requests}",
+        ids,
+    )
 
 
 def forgotten_task_count(db: Database) -> int:

@@ -69,23 +69,17 @@ def check_is_no_other_file(path: Path) -> None:
     The ledger must not be open in this process: closing a file ends all locks that the process has on it, and SQLite
     of another process would then remove the journal.
     """
-    if _is_other_file(path):
-        raise CommandRefused(f"{path}: this file is not a ledger", "choose another file for the ledger")
-
-
-def _is_other_file(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             start = file.read(1024)
-    except OSError:
-        return False  # opening it as a ledger raises the reason
-    if start.startswith((b"PK\x03\x04", b"PAR1", b"\x1f\x8b", b"%PDF")):
-        return True
-    try:
         text = codecs.getincrementaldecoder("utf-8")().decode(start)
+    except OSError:
+        return  # opening it as a ledger raises the reason
     except UnicodeDecodeError:
-        return False
-    return bool(text) and all(sign.isprintable() or sign.isspace() for sign in text)
+        text = ""
+    is_text = bool(text) and all(sign.isprintable() or sign.isspace() for sign in text)
+    if is_text or start.startswith((b"PK\x03\x04", b"PAR1", b"\x1f\x8b", b"%PDF")):
+        raise CommandRefused(f"{path}: this file is not a ledger", "choose another file for the ledger")
 
 
 def make_private_folder(folder: Path) -> None:

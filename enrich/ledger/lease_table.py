@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,11 +41,13 @@ def other_holders(db: Database) -> list[LeaseHolder]:
         f"SELECT id, name, leads, {_REMAINING_S}, extract(epoch FROM lease_until), process FROM leases "
         f"WHERE id IS DISTINCT FROM {OWN_LEASE_ID} ORDER BY leads DESC, id"
     ).fetchall()
-    return [
-        LeaseHolder(number, name, leads, float(left_s), float(until))
-        for number, name, leads, left_s, until, process in rows
-        if not _delete_lease_if_gone(db, number, process)
-    ]
+    delete = "DELETE FROM leases WHERE id IN (SELECT id FROM leases WHERE id = ? FOR UPDATE SKIP LOCKED)"
+    holders = []
+    for number, name, leads, left_s, until, process in rows:
+        # The lease of a process that has ended stays while the server is still executing a transaction of it.
+        if not is_gone(process) or not db.execute(delete, (number,)).rowcount:
+            holders.append(LeaseHolder(number, name, leads, float(left_s), float(until)))
+    return holders
 
 
 def check_no_other_holders(db: Database) -> None:
@@ -69,20 +70,13 @@ def now_ms(db: Database) -> int:
     return db.number("SELECT floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint")
 
 
-def now(db: Database) -> datetime:
-    """Return the server's time."""
-    server_time = db.value("SELECT clock_timestamp()")
-    assert isinstance(server_time, datetime)  # noqa: S101 - psycopg's type for it
-    return server_time
-
-
-def count_workers(db: Database, lease_id: int, since: datetime) -> tuple[int, int]:
+def count_workers(db: Database, lease_id: int, since_ms: int) -> tuple[int, int]:
     """Count the leases of workers, and those of them but `lease_id` that were not renewed since a time."""
     workers, not_renewed = db.execute(
-        "SELECT count(*), count(*) FILTER (WHERE id <> ? AND "
-        "(seconds = 0 OR lease_until <= CAST(? AS TIMESTAMPTZ) + seconds * interval '1 s')) "
+        "SELECT count(*), count(*) FILTER (WHERE id <> ?1 AND (seconds = 0 OR "
+        "lease_until <= to_timestamp(CAST(?2 AS DOUBLE PRECISION) / 1000) + seconds * interval '1 s')) "
         "FROM leases WHERE NOT leads",
-        (lease_id, since),
+        (lease_id, since_ms),
     ).fetchone()
     return int(workers), int(not_renewed)
 
@@ -117,15 +111,6 @@ def renew_lease(db: Database, lease_id: int) -> bool:
 def release_lease(db: Database, lease_id: int) -> None:
     """Delete a lease. Its tasks are free at once."""
     db.execute("DELETE FROM leases WHERE id = ?", (lease_id,))
-
-
-def _delete_lease_if_gone(db: Database, lease_id: int, process: str) -> bool:
-    """Delete the lease of an ended process of this machine before it expires; return whether it was deleted.
-
-    It stays while the server is still executing a transaction of that process.
-    """
-    delete = "DELETE FROM leases WHERE id IN (SELECT id FROM leases WHERE id = ? FOR UPDATE SKIP LOCKED)"
-    return is_gone(process) and db.execute(delete, (lease_id,)).rowcount > 0
 
 
 PROC = Path("/proc")

@@ -52,7 +52,9 @@ class Lease:
             self.fencing_token = FencingToken(lease_id, seconds if idle_timeout_s is None else idle_timeout_s)
             self._offset_ms = self._ledger.retry_on_disconnect(self._measure_offset_ms)
             if leader_id is not None:
-                self._joined_at = self._ledger.retry_on_disconnect(lambda: lease_table.now(self._ledger))
+                self._joined_ms = 1 + self._ledger.retry_on_disconnect(
+                    lambda: lease_table.now_ms(self._ledger)
+                )  # rounded up
                 self._ledger.retry_on_disconnect(self._renew)
         except BaseException:
             self._ledger.close()
@@ -132,7 +134,7 @@ class Lease:
         The sum is never more than the rate. A worker that joins has no share until all others have renewed their leases
         since then. Each of them counts the workers at that renewal, and has its smaller share before its commit.
         """
-        workers, not_renewed = lease_table.count_workers(self._ledger, self.fencing_token.lease_id, self._joined_at)
+        workers, not_renewed = lease_table.count_workers(self._ledger, self.fencing_token.lease_id, self._joined_ms)
         self.rate_share = 1 / workers if self.rate_share or not not_renewed else 0.0
 
     def _measure_offset_ms(self) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import stat
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,6 +15,7 @@ from enrich.job.locations import is_sandbox_ledger
 from enrich.ledger import bindings
 from enrich.ledger.database import Database
 from enrich.ledger.dialect import DATABASE_ERRORS
+from enrich.ledger.file_identity import file_identity
 from enrich.ledger.sqlite import JOURNAL_SUFFIXES, is_ledger_file
 
 #: How long to wait for a neighbour that another process writes, in milliseconds.
@@ -44,26 +43,17 @@ class Overlap:
 def find_ledger_files(folder: Path, own: Path | None = None) -> list[Path]:
     """Return the ledgers in a folder, except `own` and those of the sandbox. A folder that cannot be read has none."""
     found: list[Path] = []
-    seen = set()
-    if own is not None:
-        with suppress(OSError):
-            seen.add(_file_identity(own.stat()))
+    seen = {None, None if own is None else file_identity(own)}
     with suppress(OSError):
         for path in sorted(folder.iterdir()):
-            with suppress(OSError):
-                status = path.stat()
-                if not stat.S_ISREG(status.st_mode):  # opening a pipe would block
-                    continue
-                if _file_identity(status) in seen or is_sandbox_ledger(path) or path.name.endswith(JOURNAL_SUFFIXES):
-                    continue
-                seen.add(_file_identity(status))
+            # Opening a pipe would block.
+            if (identity := file_identity(path)) in seen or not path.is_file():
+                continue
+            if not is_sandbox_ledger(path) and not path.name.endswith(JOURNAL_SUFFIXES):
+                seen.add(identity)
                 if is_ledger_file(path):
                     found.append(path)
     return found
-
-
-def _file_identity(status: os.stat_result) -> tuple[int, int]:
-    return status.st_dev, status.st_ino
 
 
 def compare_with_neighbours(
@@ -79,10 +69,12 @@ def compare_with_neighbours(
         neighbours, overlap.unread = _open_neighbours(ledger, bound_to, stack)
         for fingerprints in batches if neighbours else ():
             overlap.requests += len(fingerprints)
-            paid: set[bytes] = set()
+            paid: set[tuple[bytes]] = set()
+            marks = ",".join("?" * len(fingerprints))
+            query = f"SELECT fingerprint FROM requests WHERE fingerprint IN ({marks}) AND {_PAID}"
             for path, neighbour in list(neighbours.items()):
                 try:
-                    found = _paid_among(neighbour, fingerprints) if time.monotonic() < deadline else None
+                    found = set(neighbour.execute(query, fingerprints)) if time.monotonic() < deadline else None
                 except _UNREADABLE:
                     found = None
                 if found is None:
@@ -136,9 +128,3 @@ def _in_chunks(rows: Iterable[tuple[bytes]]) -> Iterator[list[bytes]]:
     remaining = iter(rows)
     while chunk := [fingerprint for (fingerprint,) in islice(remaining, _CHUNK)]:
         yield chunk
-
-
-def _paid_among(db: Database, fingerprints: list[bytes]) -> set[bytes]:
-    marks = ",".join("?" * len(fingerprints))
-    rows = db.execute(f"SELECT fingerprint FROM requests WHERE fingerprint IN ({marks}) AND {_PAID}", fingerprints)
-    return {fingerprint for (fingerprint,) in rows}

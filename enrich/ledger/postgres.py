@@ -329,20 +329,17 @@ class PostgresSession:
                 self._connection.execute(DELETE_WRITER, (self._writer_id,))
         self._connection.close()
 
-    @property
-    def _idle_timeout_s(self) -> float:
-        """When the server ends an idle transaction, whose locks block others, in seconds. 0: never."""
-        if self.fencing_token is not None:
-            return self.fencing_token.idle_timeout_s
-        return 0.0 if self.read_only else self.location.lease_s
-
     def _connect(self) -> Connection:
         connection = self._open_connection()
+        # The server ends an idle transaction, whose locks block others. 0: never.
+        idle_timeout_s = 0.0 if self.read_only else self.location.lease_s
+        if self.fencing_token is not None:
+            idle_timeout_s = self.fencing_token.idle_timeout_s
         settings = {
             "search_path": self.location.schema,
             # The server's default may lose the latest commits (PostgreSQL docs: "Asynchronous Commit").
             "synchronous_commit": "on",
-            "idle_in_transaction_session_timeout": f"{self._idle_timeout_s * 1000:.0f}",
+            "idle_in_transaction_session_timeout": f"{idle_timeout_s * 1000:.0f}",
             # Our own deadlines end a wait, and the outcome is looked up then.
             "statement_timeout": "0",
             # A statement sees what others committed before it, and not only what they did before the transaction.

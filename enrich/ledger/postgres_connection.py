@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from math import inf
-from typing import Any, LiteralString, TypeVar
+from typing import Any, TypeVar
 
 import psycopg
 from psycopg import errors
@@ -72,11 +72,10 @@ class UnsuitableDatabase(DatabaseFailed):
 
 def check_database(connection: Connection, connect: Callable[[], Connection]) -> None:
     """Raise UnsuitableDatabase when a ledger cannot work there. `connect` opens another connection to compare with."""
-    (encoding, may_create, database, role, pid) = _fetch(
-        connection,
+    ((encoding, may_create, database, role, pid),) = connection.execute(
         "SELECT current_setting('server_encoding'), has_database_privilege(current_database(), 'TEMPORARY'), "
-        "current_database(), current_user, pg_backend_pid()",
-    )
+        "current_database(), current_user, pg_backend_pid()"
+    ).fetchall()
     if encoding != "UTF8":
         raise UnsuitableDatabase(
             f"the encoding of the database is {encoding}", "make one with createdb --encoding=UTF8"
@@ -89,17 +88,14 @@ def check_database(connection: Connection, connect: Callable[[], Connection]) ->
         return
     # A pooler is between. If it keeps sessions, each has one process of the server, and shares it with none.
     with connect() as other:
-        ((other_pid,), (pid_again,)) = (_fetch(each, "SELECT pg_backend_pid()") for each in (other, connection))
+        ((other_pid,), (pid_again,)) = (
+            row for each in (other, connection) for row in each.execute("SELECT pg_backend_pid()").fetchall()
+        )
     if pid == other_pid or pid != pid_again:
         raise UnsuitableDatabase(
             "a connection pooler gives each transaction another connection",
             "name the server itself, or a pool in session mode",
         )
-
-
-def _fetch(connection: Connection, query: LiteralString) -> tuple[Any, ...]:
-    row = connection.execute(query).fetchone()
-    return () if row is None else row
 
 
 class StatementTimeout(psycopg.OperationalError):

@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from enrich.databar.task_results import parse_data
 from enrich.job.target import Target
-from enrich.json_text import parse_json
+from enrich.json_text import parse_json, to_json_text
 from enrich.ledger.database import Database
 from enrich.ledger.dialect import OPEN_ATTEMPT, SINCE_EXECUTION
 from enrich.models import SettledAttempt, State
@@ -130,8 +130,7 @@ def has_open_since(db: Database, since_ms: float) -> bool:
 def average_price(db: Database, target: Target) -> float | None:
     """Return the average price (millionths) of the newest answers to a target. None: no price is known."""
     (average,) = db.execute(
-        "SELECT avg(a.paid) FROM (SELECT request_id, state, paid, task_id FROM billed "
-        "ORDER BY id DESC LIMIT ?) a "
+        "SELECT avg(a.paid) FROM (SELECT request_id, state, paid, task_id FROM billed ORDER BY id DESC LIMIT ?) a "
         "CROSS JOIN requests r JOIN calls c ON c.id = r.call_id "
         "WHERE r.id = a.request_id AND c.canonical = ? AND a.paid IS NOT NULL "
         "AND a.state IN ('found', 'not_found', 'failed') AND a.task_id IS NOT NULL",
@@ -258,15 +257,14 @@ def answered_params(db: Database, job: str, execution_id: int | None) -> Iterato
     return ((params, bool(found), credits_) for params, found, credits_ in rows)
 
 
-def answered_fields(db: Database, names: Iterable[str]) -> frozenset[str]:
-    """Return those of the names that a field of any answer has, inside or outside its result."""
-    return frozenset(name for name in names if _is_answered_field(db, name))
-
-
-def _is_answered_field(db: Database, name: str) -> bool:
+def is_answered_field(db: Database, name: str) -> bool:
+    """Return whether any answer has a field with this name, inside or outside its result."""
     # The text is compared first: reading a million answers as JSON takes long. In JSON, a name may have escapes or not.
-    patterns = [f"%{_escape_like(json.dumps(name, ensure_ascii=escaped))}%" for escaped in (True, False)]
-    rows = db.stream("SELECT answer FROM attempts WHERE answer LIKE ? ESCAPE '!' OR answer LIKE ? ESCAPE '!'", patterns)
+    names = [re.sub("[%_!]", r"!\g<0>", json.dumps(name, ensure_ascii=escaped)) for escaped in (True, False)]
+    rows = db.stream(
+        "SELECT answer FROM attempts WHERE answer LIKE ? ESCAPE '!' OR answer LIKE ? ESCAPE '!'",
+        [f"%{each}%" for each in names],
+    )
     for (answer,) in rows:
         parsed = parse_data(parse_json(answer).get("data"))
         if name in parsed.fields or name in (parsed.wrapper or {}):
@@ -274,8 +272,15 @@ def _is_answered_field(db: Database, name: str) -> bool:
     return False
 
 
-def _escape_like(text: str) -> str:
-    return re.sub("[%_!]", r"!\g<0>", text)
+def answers(db: Database, attempt_ids: Iterable[int]) -> Mapping[int, str | None]:
+    """Return the answers of attempts. None: there is none, or it was erased."""
+    return dict(
+        db.execute(
+            "SELECT a.id, a.answer FROM json_each(CAST(? AS TEXT)) b CROSS JOIN attempts a "
+            "WHERE a.id = CAST(b.value AS BIGINT)",
+            (to_json_text(list(attempt_ids)),),
+        ).fetchall()
+    )
 
 
 class LedgerTotals(Struct, frozen=True):

@@ -55,22 +55,16 @@ def review_refreshes(
     for start in range(0, len(ids), REQUESTS_PER_STEP):
         check_stopped()
         judged = judge_answers(db, ids[start : start + REQUESTS_PER_STEP], selection, columns)
-        _apply_judgement(db, selection, judged, keep_matches=keep_matches)
-
-
-def _apply_judgement(
-    db: Database, selection: RequestSelection, judged: Mapping[int, JudgedAnswer], *, keep_matches: bool
-) -> None:
-    decisions = [(answer.decision(selection).value, number) for number, answer in judged.items()]
-    matches = [number for number, answer in judged.items() if answer.state is State.FOUND]
-    with db.temporary_transaction():
-        db.executemany("UPDATE seen SET decision = ? WHERE id = ?", decisions)
-    if keep_matches and matches:
-        db.execute(
-            "UPDATE requests SET answer_id = attempt_id "
-            f"WHERE answer_id IS NULL AND id IN ({JSON_NUMBERS.format('?')})",
-            (to_json_text(matches),),
-        )
+        with db.temporary_transaction():
+            decisions = [(answer.decision(selection).value, number) for number, answer in judged.items()]
+            db.executemany("UPDATE seen SET decision = ? WHERE id = ?", decisions)
+        matches = [number for number, answer in judged.items() if answer.state is State.FOUND]
+        if keep_matches and matches:
+            db.execute(
+                "UPDATE requests SET answer_id = attempt_id "
+                f"WHERE answer_id IS NULL AND id IN ({JSON_NUMBERS.format('?')})",
+                (to_json_text(matches),),
+            )
 
 
 def judge_answers(
@@ -107,13 +101,9 @@ def judge_answers(
 def _runs_with_columns(db: Database, paths: Iterable[str]) -> Sequence[tuple[int, str]] | None:
     """Return the runs that had these columns, each with the step that had them ("": no steps). None: all runs had."""
     columns = set(filter(makes_match, paths))
-    judged_alike = {
-        (execution, step): set(filter(makes_match, step_paths)) == columns
-        for execution, text in db.execute("SELECT id, paths FROM executions")
-        for step, step_paths in _by_step(parse_json(text)).items()
-    }
+    judged_alike: dict[tuple[int, str], bool] = {}
+    for execution, text in db.execute("SELECT id, paths FROM executions"):
+        paths_by_step = known if isinstance(known := parse_json(text), dict) else {"": known}
+        for step, step_paths in paths_by_step.items():
+            judged_alike[execution, step] = set(filter(makes_match, step_paths)) == columns
     return None if all(judged_alike.values()) else [run for run, is_alike in judged_alike.items() if is_alike]
-
-
-def _by_step(paths: Sequence[str] | Mapping[str, Sequence[str]]) -> Mapping[str, Sequence[str]]:
-    return paths if isinstance(paths, Mapping) else {"": paths}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from hashlib import blake2b
 
 from enrich.json_text import to_json_text
@@ -79,9 +79,9 @@ def unknown_ids(db: Database, fingerprints: Sequence[bytes]) -> dict[bytes, int]
     return {name: -number for name, number in ids_in(db, "unknown_requests", fingerprints).items()}
 
 
-def as_list(fingerprints: Sequence[bytes]) -> tuple[str, bytes]:
+def as_list(fingerprints: Collection[bytes], numbers: Iterable[int] | None = None) -> tuple[str, bytes]:
     """Return ?1 and ?2 of statements about many requests: a list with a number for each, and their fingerprints."""
-    return to_json_text([0] * len(fingerprints)), b"".join(fingerprints)
+    return to_json_text([0] * len(fingerprints) if numbers is None else list(numbers)), b"".join(fingerprints)
 
 
 def batch_parameters(batch: RequestBatch, ids: Sequence[int | None]) -> tuple[str, int]:

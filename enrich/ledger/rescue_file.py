@@ -6,12 +6,13 @@ and removes it. Disk space for it is reserved when a run starts, so that a full 
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -77,18 +78,14 @@ class RescuedAttempt(BaseModel):
 def find_rescue_files(ledger: Path, other_folders: Sequence[Path]) -> list[Path]:
     """Return the rescue files of a ledger in its folder and in `other_folders`."""
     found = []
+    is_rescue_file = re.compile(re.escape(ledger.name + SUFFIX) + r"(\.\d+)?")
     for folder in dict.fromkeys([ledger.parent, *other_folders]):
         try:
             names = sorted(os.listdir(folder))  # noqa: PTH208 - names are all that is needed
         except OSError:
             continue
-        found += [folder / name for name in names if _is_rescue_file_name(name, ledger.name)]
+        found += [folder / name for name in names if is_rescue_file.fullmatch(name)]
     return found
-
-
-def _is_rescue_file_name(name: str, ledger: str) -> bool:
-    rest = name.removeprefix(ledger + SUFFIX)
-    return name != rest and (not rest or (rest[0] == "." and rest[1:].isdecimal()))
 
 
 def read_own_rescue_files(ledger: Path, other_folders: Sequence[Path]) -> dict[Path, list[RescuedAttempt]]:
@@ -139,19 +136,19 @@ def read_rescue_file(path: Path) -> list[RescuedAttempt]:
 
 def _check_line(attempt: RescuedAttempt) -> None:
     """Raise ValueError for a line that contradicts itself."""
-    for text in (attempt.call, attempt.params, attempt.answer):
-        if text is not None and not isinstance(parse_json(text), dict):
-            raise ValueError
-    if attempt.state in ("submitted", "found", "not_found", "expired") and attempt.task_id is None:
-        raise ValueError
-    if attempt.state in ("found", "not_found") and attempt.answer is None:
-        raise ValueError
-    # An unconfirmed attempt may have a task id that came with an error.
-    if attempt.task_id is not None and attempt.submitted_ms is None and attempt.state != "in_doubt":
-        raise ValueError
-    if attempt.state in ("found", "not_found", "failed", "expired") and attempt.settled_ms is None:
-        raise ValueError
-    if len({attempt.bulk_task is None, attempt.bulk_index is None, attempt.size is None}) > 1:
+    is_known_task = attempt.state in ("submitted", "found", "not_found", "expired")
+    is_settled = attempt.state in ("found", "not_found", "failed", "expired")
+    texts = (attempt.call, attempt.params, attempt.answer)
+    contradictions = (
+        any(not isinstance(parse_json(text), dict) for text in texts if text is not None),
+        is_known_task and attempt.task_id is None,
+        attempt.state in ("found", "not_found") and attempt.answer is None,
+        # An unconfirmed attempt may have a task id that came with an error.
+        attempt.task_id is not None and attempt.submitted_ms is None and attempt.state != "in_doubt",
+        is_settled and attempt.settled_ms is None,
+        len({attempt.bulk_task is None, attempt.bulk_index is None, attempt.size is None}) > 1,
+    )
+    if any(contradictions):
         raise ValueError
 
 
@@ -170,32 +167,26 @@ class RescueFile:
         self._end = 0
         #: Path of the file, once something was written.
         self.path: Path | None = None
-        self._refuse_second_writer()
-        self._reserve_space(max(MIN_RESERVED_BYTES, requests_in_flight * BYTES_PER_REQUEST))
+        reserved = list(ledger.parent.glob(f".{ledger.name}.room-*"))
+        if any(map(_is_held, (*reserved, *find_rescue_files(ledger, ())))):
+            raise LedgerLocked(f"{ledger}: another run is using this ledger, without a lock", LOCKED_HINT)
+        self._reserve_space(reserved, max(MIN_RESERVED_BYTES, requests_in_flight * BYTES_PER_REQUEST))
 
-    def _refuse_second_writer(self) -> None:
-        """Raise LedgerLocked when another process holds its reserved space or a rescue file of this ledger."""
-        reserved = self._ledger.parent.glob(f".{self._ledger.name}.room-*")
-        for path in (*reserved, *find_rescue_files(self._ledger, ())):
-            if _is_held(path):
-                raise LedgerLocked(f"{self._ledger}: another run is using this ledger, without a lock", LOCKED_HINT)
+    def _reserve_space(self, earlier: Iterable[Path], size: int) -> None:
+        """Reserve disk space, and free that of killed runs. On a disk that is already full the run continues without.
 
-    def _reserve_space(self, size: int) -> None:
-        """Reserve disk space. On a disk that is already full the run continues without."""
+        The caller, or the process it works for, holds the ledger's lock.
+        """
         try:
-            self._remove_abandoned()
+            for path in earlier:
+                pid = path.name.rpartition("-")[2]
+                if not pid.isdecimal() or not Path("/proc", pid).exists():
+                    path.unlink(missing_ok=True)
             self._file = os.open(self._reserved_path, os.O_CREAT | os.O_TRUNC | os.O_RDWR | os.O_NOFOLLOW, 0o600)
             _hold(self._file)
             os.posix_fallocate(self._file, 0, size)
         except (OSError, AttributeError):
             self._drop_reserved()
-
-    def _remove_abandoned(self) -> None:
-        """Remove space reserved by killed runs. The caller, or the process it works for, holds the ledger's lock."""
-        for path in self._ledger.parent.glob(f".{self._ledger.name}.room-*"):
-            pid = path.name.rpartition("-")[2]
-            if not pid.isdecimal() or not Path("/proc", pid).exists():
-                path.unlink(missing_ok=True)
 
     def _drop_reserved(self) -> None:
         with suppress(OSError):
@@ -207,83 +198,50 @@ class RescueFile:
     def append(self, lines: Iterable[RescuedAttempt]) -> bool:
         """Append lines and fsync them. Return False when they could not be written anywhere."""
         content = b"".join(line.to_line() for line in lines)
-        if not content:
+        if not content or self._write(content):
             return True
-        if self.path is not None and self._file is not None:
-            if self._is_open_at(self.path) and self._write(content):
-                return True
-            # The disk is full, or the file was removed: write everything to another place.
-            content = os.pread(self._file, self._end, 0) + content
-        return self._start_file(content)
+        # The disk is full, or the file was removed: write everything to another place.
+        before = b"" if self._file is None else os.pread(self._file, self._end, 0)
+        return any(self._create(folder, before + content) for folder in self._folders)
 
-    def _start_file(self, content: bytes) -> bool:
-        if self.path is None and self._is_open_at(self._reserved_path) and self._write(content):
-            try:
-                self.path = _link_reserved(self._reserved_path, self._ledger)
-            except OSError:
-                self._end = 0  # this file system has no hard links
-            else:
-                with suppress(OSError):
-                    self._reserved_path.unlink()
-                    fsync_dir(self._ledger.parent)
-                return True
-        old_path = self.path
-        for folder in self._folders:
-            if self._create(folder, content):
-                if old_path is not None:
-                    with suppress(OSError):
-                        old_path.unlink()
-                return True
-        return False
+    def _write(self, content: bytes) -> bool:
+        """Append to the file if it is still at its path. The reserved space becomes the file with the first line."""
+        path = self.path or self._reserved_path
+        try:
+            if self._file is None or not os.path.samestat(os.fstat(self._file), path.stat()):
+                return False
+            if not _write_at(self._file, content, self._end):
+                return False
+            self.path = self.path or path.rename(_free_path(path.parent, self._ledger.name))
+        except OSError:
+            return False
+        if not self._end:
+            with suppress(OSError):
+                fsync_dir(path.parent)
+        self._end += len(content)
+        return True
 
     def _create(self, folder: Path, content: bytes) -> bool:
         """Create a new file in a folder with all lines so far. Leave nothing behind when that fails."""
-        for number in range(1, 1000):
-            path = folder / _file_name(self._ledger.name, number)
-            try:
-                file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
-            except FileExistsError:
-                continue
-            except OSError:
-                return False
-            old_file, old_end = self._file, self._end
-            self._file, self._end = file, 0
-            _hold(file)
-            if self._write(content):
-                self.path = path
-                if old_file is not None:
-                    os.close(old_file)
-                with suppress(OSError):
-                    self._reserved_path.unlink(missing_ok=True)
-                    fsync_dir(folder)
-                return True
-            self._file, self._end = old_file, old_end
+        path = _free_path(folder, self._ledger.name)
+        try:
+            file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+        except FileExistsError:  # another ledger with this name took it in this moment
+            return self._create(folder, content)
+        except OSError:
+            return False
+        _hold(file)
+        if not _write_at(file, content, 0):
             os.close(file)
             with suppress(OSError):
                 path.unlink()
             return False
-        return False
-
-    def _is_open_at(self, path: Path) -> bool:
-        """Return whether the open file is the one at this path."""
-        try:
-            return self._file is not None and os.path.samestat(os.fstat(self._file), path.stat())
-        except OSError:
-            return False
-
-    def _write(self, content: bytes) -> bool:
-        """Write after the last line and fsync. Truncate to the previous end when it fails."""
-        assert self._file is not None  # noqa: S101 - the callers check this
-        try:
-            written = 0
-            while written < len(content):
-                written += os.pwrite(self._file, content[written:], self._end + written)
-            os.fsync(self._file)
-        except OSError:
-            with suppress(OSError):
-                os.ftruncate(self._file, self._end)
-            return False
-        self._end += len(content)
+        if self._file is not None:
+            os.close(self._file)
+        with suppress(OSError):
+            (self.path or self._reserved_path).unlink(missing_ok=True)
+            fsync_dir(folder)
+        self._file, self._end, self.path = file, len(content), path
         return True
 
     def close(self) -> None:
@@ -297,6 +255,20 @@ class RescueFile:
             self._file = None
         with suppress(OSError):
             self._reserved_path.unlink(missing_ok=True)
+
+
+def _write_at(file: int, content: bytes, end: int) -> bool:
+    """Write after the last line, which ends at `end`, and fsync. Truncate to it when that fails."""
+    try:
+        written = 0
+        while written < len(content):
+            written += os.pwrite(file, content[written:], end + written)
+        os.fsync(file)
+    except OSError:
+        with suppress(OSError):
+            os.ftruncate(file, end)
+        return False
+    return True
 
 
 def _hold(file: int) -> None:
@@ -317,17 +289,7 @@ def _is_held(path: Path) -> bool:
     return False
 
 
-def _file_name(ledger: str, number: int) -> str:
-    return ledger + SUFFIX + ("" if number == 1 else f".{number}")
-
-
-def _link_reserved(reserved: Path, ledger: Path) -> Path:
-    """Link the reserved file to the first free name. Raises OSError where the file system has no hard links."""
-    for number in range(1, 1000):
-        path = ledger.with_name(_file_name(ledger.name, number))
-        try:
-            os.link(reserved, path)
-        except FileExistsError:
-            continue
-        return path
-    raise FileExistsError(errno.EEXIST, "there are too many rescue files")
+def _free_path(folder: Path, ledger: str) -> Path:
+    """Return the first path for a rescue file that is free."""
+    names = (f"{ledger}{SUFFIX}{'' if number == 1 else f'.{number}'}" for number in count(1))
+    return next(path for name in names if not os.path.lexists(path := folder / name))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -12,11 +11,10 @@ from typing import NamedTuple
 from msgspec import Struct
 
 from enrich.errors import CommandRefused
-from enrich.json_text import to_json_text
 from enrich.ledger import bindings, resume, transitions
 from enrich.ledger.database import Database
 from enrich.ledger.dialect import OPEN_ATTEMPT
-from enrich.ledger.execution_records import newest_execution_id
+from enrich.ledger.execution_records import newest_execution_id, start_execution
 from enrich.ledger.rescue_file import RescuedAttempt, read_own_rescue_files
 from enrich.models import Answer, State
 
@@ -82,7 +80,7 @@ def import_rescued(db: Database, lines: Sequence[RescuedAttempt], job: str, now_
     """
     _check_binding(db, lines)
     rows_per_bulk_task = Counter(line.bulk_task for line in lines if line.task_id is not None)
-    return RescueImport(**_Import(db, job, now_ms, _task_holders(db, lines), rows_per_bulk_task).run(lines))
+    return RescueImport(**_Import(db, job, now_ms, rows_per_bulk_task).run(lines))
 
 
 def _check_binding(db: Database, lines: Sequence[RescuedAttempt]) -> None:
@@ -102,8 +100,6 @@ class _Import:
     db: Database
     job: str
     now_ms: int
-    #: The attempts of the ledger that have the task ids of the lines, by task id.
-    holders: dict[str, list[_TaskHolder]]
     #: The number of lines with a task id, by their bulk task.
     rows_per_bulk_task: Counter[int | None]
     #: The number of lines by what became of them.
@@ -152,7 +148,6 @@ class _Import:
             if not is_whole:
                 return False  # the answers of a bulk task become attempts of their own
             _mark_submitted(db, attempt_id, execution_id, line, already_counted=state == "in_doubt")
-            self._add_holder(line)
             counts["answered" if _settle_if_answered(db, attempt_id, execution_id, line) else "submitted"] += 1
         elif state == "submitted" and is_newest and _settle_if_answered(db, attempt_id, newest_execution_id(db), line):
             counts["answered"] += 1  # in the last run, which may have polled the task of an earlier one
@@ -189,14 +184,16 @@ class _Import:
                 insert = "INSERT INTO bulk_tasks (execution_id, size) VALUES (?, ?) RETURNING id"
                 bulk_task_id = db.number(insert, execution_id, line.size)
             _insert_attempt(db, execution_id, request, line, state, bulk_task_id if state == "submitted" else None)
-            self._add_holder(line)
             self.counts[state if state in ("submitted", "in_doubt") else "answered"] += 1
 
     def _execution_id(self, line: RescuedAttempt) -> int:
-        """Return the record of the run that made an attempt: one for all jobs with the same columns."""
+        """Return the record of the run that made an attempt. There is one, without a summary, for the same columns."""
         paths = tuple(line.paths)
         if paths not in self.execution_ids:
-            self.execution_ids[paths] = _create_execution(self.db, line, self.job, self.now_ms)
+            execution_id = start_execution(self.db, self.job, None, line.claimed_ms, paths=paths)
+            ended = "UPDATE executions SET ended_ms = ?, exit_code = 1 WHERE id = ?"
+            self.db.execute(ended, (self.now_ms, execution_id))
+            self.execution_ids[paths] = execution_id
         return self.execution_ids[paths]
 
     def _adds_to_ledger(self, line: RescuedAttempt, request: _RequestState) -> bool:
@@ -224,30 +221,14 @@ class _Import:
 
     def _has_conflicting_task(self, line: RescuedAttempt) -> bool:
         """Return whether the task id of a line belongs to another request that was not in the same bulk task."""
-        return any(
-            other.fingerprint != line.fingerprint
-            and not (other.is_bulk and line.bulk_task is not None and other.claimed_ms == line.claimed_ms)
-            for other in self.holders.get(line.task_id or "", ())
+        return self.db.exists(
+            "FROM attempts a JOIN requests r ON r.id = a.request_id WHERE a.task_id = ? AND r.fingerprint <> ? "
+            # The rows of a bulk task that is not whole have no such task in the ledger, and are never polled.
+            "AND NOT (a.claimed_ms = ? AND (a.bulk_task_id IS NOT NULL OR a.gone = 1))",
+            line.task_id,
+            bytes.fromhex(line.fingerprint),
+            line.claimed_ms if line.bulk_task is not None else None,
         )
-
-    def _add_holder(self, line: RescuedAttempt) -> None:
-        if line.task_id is not None:
-            self.holders.setdefault(line.task_id, []).append(_TaskHolder.of(line))
-
-
-def _task_holders(db: Database, lines: Iterable[RescuedAttempt]) -> dict[str, list[_TaskHolder]]:
-    """Return the attempts of the ledger that have the task ids of these lines."""
-    tasks = [line.task_id for line in lines if line.task_id is not None]
-    rows = db.execute(
-        "SELECT a.task_id, r.fingerprint, a.claimed_ms, a.bulk_task_id IS NOT NULL FROM attempts a "
-        "JOIN requests r ON r.id = a.request_id "
-        "WHERE a.task_id IN (SELECT value FROM json_each(CAST(? AS TEXT)))",
-        (to_json_text(tasks),),
-    )
-    found: dict[str, list[_TaskHolder]] = {}
-    for task_id, fingerprint, claimed_ms, is_bulk in rows:
-        found.setdefault(task_id, []).append(_TaskHolder(fingerprint.hex(), claimed_ms, bool(is_bulk)))
-    return found
 
 
 def _mark_submitted(
@@ -300,18 +281,6 @@ def _find_or_create_request(db: Database, line: RescuedAttempt) -> _RequestState
         )
         row = db.execute(find, (fingerprint,)).fetchone()
     return _RequestState(*row)
-
-
-def _create_execution(db: Database, line: RescuedAttempt, job: str, now_ms: int) -> int:
-    """Record the run that made an attempt: started with it, and ended without a run summary."""
-    return db.number(
-        "INSERT INTO executions (job, started_ms, ended_ms, exit_code, paths, reserved) VALUES (?, ?, ?, 1, ?, "
-        f"(SELECT coalesce(sum(reserved), 0) FROM attempts WHERE {OPEN_ATTEMPT})) RETURNING id",
-        job,
-        line.claimed_ms,
-        now_ms,
-        json.dumps(line.paths),
-    )
 
 
 def _insert_attempt(  # noqa: PLR0913, PLR0917 - each is a column
@@ -376,15 +345,3 @@ class _RequestState(NamedTuple):
     attempt_id: int | None
     claimed_ms: int
     is_bulk: int
-
-
-class _TaskHolder(NamedTuple):
-    """An attempt that has a task id."""
-
-    fingerprint: str
-    claimed_ms: int
-    is_bulk: bool
-
-    @classmethod
-    def of(cls, line: RescuedAttempt) -> _TaskHolder:
-        return cls(line.fingerprint, line.claimed_ms, line.bulk_task is not None)

@@ -33,9 +33,8 @@ _COLUMNS = (
     "a.id AS attempt, r.fingerprint, c.canonical AS call, r.params, e.paths, a.step, a.state, a.task_id, a.claimed_ms, "
     "a.submitted_ms, a.settled_ms, a.reserved, a.acknowledged, "
     # A bulk task has one price. It is stored with its first request.
-    "CASE WHEN a.bulk_task_id IS NULL THEN a.credits WHEN a.bulk_index = 0 THEN b.credits ELSE b.credits * 0 END AS "
-    "credits, "
-    "a.provider, a.error, a.answer, a.bulk_task_id AS bulk_task, a.bulk_index, b.size"
+    "CASE WHEN a.bulk_task_id IS NULL THEN a.credits WHEN a.bulk_index = 0 THEN b.credits ELSE b.credits * 0 END "
+    "AS credits, a.provider, a.error, a.answer, a.bulk_task_id AS bulk_task, a.bulk_index, b.size"
 )
 
 
@@ -171,10 +170,9 @@ def _read_attempts(db: Database, condition: str, *values: object) -> Iterator[Re
     """Yield the attempts that fulfil an SQL condition, as lines of a rescue file."""
     facts = dict(db.execute("SELECT name, value FROM facts WHERE name IN ('api_host', 'workspace')").fetchall())
     rows = db.rows(
-        f"SELECT {_COLUMNS} FROM attempts a JOIN requests r ON r.id = a.request_id "
-        "JOIN calls c ON c.id = r.call_id "
-        f"JOIN executions e ON e.id = a.execution_id LEFT JOIN bulk_tasks b ON b.id = a.bulk_task_id WHERE {condition} "
-        "ORDER BY a.id",
+        f"SELECT {_COLUMNS} FROM attempts a JOIN requests r ON r.id = a.request_id JOIN calls c ON c.id = r.call_id "
+        "JOIN executions e ON e.id = a.execution_id LEFT JOIN bulk_tasks b ON b.id = a.bulk_task_id "
+        f"WHERE {condition} ORDER BY a.id",
         *values,
     )
     for row in rows:

@@ -56,22 +56,15 @@ def take_over_tasks(db: Database, limit: int | None = None) -> list[Task]:
         f"state = 'submitted' AND {OPEN_ATTEMPT} AND {db.dialect.not_held_by_others} "
         f"AND lease_id IS DISTINCT FROM {OWN_LEASE_ID}"
     )
-    attempt_rows = db.execute(
-        f"UPDATE attempts SET lease_id = {OWN_LEASE_ID} WHERE id IN (SELECT id FROM attempts WHERE {unheld} "
-        f"ORDER BY submitted_ms, bulk_task_id LIMIT ? FOR UPDATE SKIP LOCKED) RETURNING id, bulk_task_id",
+    rows = db.execute(
+        f"WITH next AS (SELECT id, bulk_task_id FROM attempts WHERE {unheld} "
+        "ORDER BY submitted_ms, bulk_task_id LIMIT ? FOR UPDATE SKIP LOCKED) "
+        f"UPDATE attempts SET lease_id = {OWN_LEASE_ID} WHERE {OPEN_ATTEMPT} AND (id IN (SELECT id FROM next) "
+        "OR bulk_task_id IN (SELECT bulk_task_id FROM next)) RETURNING id",
         (limit,),
     ).fetchall()
-    if not attempt_rows:
-        return []
-    attempt_ids = {number for number, _ in attempt_rows}
-    if bulk_task_ids := {bulk_task for _, bulk_task in attempt_rows if bulk_task is not None}:
-        rows = db.execute(
-            f"UPDATE attempts SET lease_id = {OWN_LEASE_ID} WHERE bulk_task_id = ANY(?) AND {OPEN_ATTEMPT} "
-            "RETURNING id",
-            (sorted(bulk_task_ids),),
-        ).fetchall()
-        attempt_ids |= {number for (number,) in rows}
-    return [task for task in transitions.submitted_tasks(db) if attempt_ids.issuperset(task.attempts)]
+    attempt_ids = {number for (number,) in rows}
+    return [task for task in transitions.submitted_tasks(db) if attempt_ids.issuperset(task.attempts)] if rows else []
 
 
 def release_tasks(db: Database) -> None:

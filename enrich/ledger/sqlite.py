@@ -8,7 +8,6 @@ import re
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,12 +15,7 @@ from enrich.errors import CommandRefused, LedgerDamaged, LedgerMoved
 from enrich.job.locations import PostgresLocation
 from enrich.ledger import schema
 from enrich.ledger.dialect import Dialect
-from enrich.ledger.file_identity import (
-    check_is_no_other_file,
-    file_identity,
-    ledger_file_exists,
-    make_private_folder,
-)
+from enrich.ledger.file_identity import check_is_no_other_file, file_identity, ledger_file_exists, make_private_folder
 
 #: A journal of the damaged ledger would be applied to the backup.
 RESTORE_HINT = (
@@ -52,24 +46,25 @@ _DAMAGE_TEXTS = (
 
 
 class Column(NamedTuple):
-    """A column of the ledger's tables, and the Python type of its values."""
+    """A column of the ledger's tables, the Python type of its values, and the types of its JSON if it holds that."""
 
     table: str
     name: str
     kind: type
+    json_types: tuple[type, ...]
 
 
-@lru_cache(maxsize=1)
 def ledger_columns() -> tuple[Column, ...]:
     """Return all columns of a new ledger."""
     kinds = {"TEXT": str, "INTEGER": int, "REAL": float, "BLOB": bytes}
-    with closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
-        for script in schema.MIGRATIONS:
-            _apply(db, script)
+    with closing(open_in_memory()) as db:
         rows = db.execute(
             "SELECT m.name, c.name, c.type FROM sqlite_master m JOIN pragma_table_info(m.name) c WHERE m.type = 'table'"
         )
-        return tuple(Column(table, name, kinds[kind]) for table, name, kind in rows)
+        return tuple(
+            Column(table, name, kinds[kind], schema.JSON_COLUMNS.get(table, {}).get(name, ()))
+            for table, name, kind in rows
+        )
 
 
 class SqliteSession(sqlite3.Connection):
@@ -130,12 +125,10 @@ class SqliteSession(sqlite3.Connection):
         self.execute("BEGIN IMMEDIATE")
 
     def begin_snapshot(self) -> None:
-        """Begin a transaction that reads from one snapshot."""
+        """Begin a transaction that reads from one snapshot, and may write to temporary tables."""
         self.execute("BEGIN")
 
-    def begin_temporary(self) -> None:
-        """Begin a transaction that writes only to temporary tables."""
-        self.execute("BEGIN")
+    begin_temporary = begin_snapshot
 
     def commit(self) -> None:
         """Commit the transaction durably."""
@@ -334,6 +327,12 @@ def unknown_to_sandbox(state: Path, tasks: Sequence[str]) -> list[str]:
         return list(tasks)
 
 
+def remove_with_journals(path: Path) -> None:
+    """Remove a database with its journals, which SQLite would apply to the next file at this path."""
+    for suffix in ("", *JOURNAL_SUFFIXES):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
+
+
 def _create(path: Path) -> None:
     """Create a new ledger atomically, so that an empty file always means lost data."""
     from enrich.files.atomic import fsync_dir  # noqa: PLC0415 - it imports polars, and commands that read create nothing
@@ -387,12 +386,8 @@ def _migrate(db: sqlite3.Connection, path: Path, *, allowed: bool) -> None:
     schema.check_version(path, version, len(schema.MIGRATIONS), may_upgrade=allowed)
     for number, script in enumerate(schema.MIGRATIONS[version:], start=version + 1):
         db.execute("BEGIN IMMEDIATE")
-        _apply(db, script)
+        for statement in schema.statements(script):
+            db.execute(statement)
         db.execute(f"PRAGMA application_id = {schema.APPLICATION_ID}")
         db.execute(f"PRAGMA user_version = {number}")
         db.execute("COMMIT")
-
-
-def _apply(db: sqlite3.Connection, script: str) -> None:
-    for statement in schema.statements(script):
-        db.execute(statement)

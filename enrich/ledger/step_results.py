@@ -167,7 +167,7 @@ def add_requesting_rows(db: Database, step: str, rows: Iterable[tuple[bytes, int
             f"INSERT INTO requesting_rows SELECT fingerprint, row_hash, CAST(?3 AS TEXT), CAST(?4 AS BIGINT) "
             f"FROM ({_ROWS}) b WHERE true "
             "ON CONFLICT (fingerprint, row_hash) DO UPDATE SET sends = requesting_rows.sends + excluded.sends",
-            (*_row_values(distinct), step, int(sends)),
+            (*as_list(*zip(*distinct, strict=True)), step, int(sends)),
         )
 
 
@@ -190,19 +190,15 @@ def find_recorded_rows(db: Database, step: str, rows: Sequence[tuple[bytes, int]
             "AND w.row_hash = b.row_hash) "
             f"FROM ({_ROWS}) b CROSS JOIN requests r JOIN step_rows s ON s.request_id = r.id "
             "AND s.row_hash = b.row_hash WHERE r.fingerprint = b.fingerprint",
-            (*_row_values(rows), step),
+            (*as_list(*zip(*rows, strict=True)), step),
         ).fetchall()
     return {int(index): RecordedRow(bool(sent), bool(requested)) for index, sent, requested in found}
 
 
 #: Requests by their fingerprints, from the values that `as_list` returns.
 _NAMES = f"SELECT {FINGERPRINT} AS fingerprint FROM json_each(CAST(?1 AS TEXT))"
-#: Rows with the fingerprint of their request, from the values that `_row_values` returns.
+#: Rows with the fingerprint of their request, from the values that `as_list` returns.
 _ROWS = f"SELECT key, {FINGERPRINT} AS fingerprint, CAST(value AS BIGINT) AS row_hash FROM json_each(CAST(?1 AS TEXT))"
-
-
-def _row_values(rows: Sequence[tuple[bytes, int]]) -> tuple[str, bytes]:
-    return to_json_text([hashed for _, hashed in rows]), b"".join(name for name, _ in rows)
 
 
 def begin_plan(db: Database) -> None:

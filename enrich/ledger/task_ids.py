@@ -38,7 +38,7 @@ def check_task_ids(db: Database, ids_by_attempt: Mapping[int, str]) -> dict[int,
     for attempt, task_id in ids_by_attempt.items():
         attempts_by_id.setdefault(task_id, []).append(attempt)
     for task_id, attempt_ids in sorted(attempts_by_id.items()):
-        if task_id not in shared_ids and (len(attempt_ids) == 1 or _are_one_post(db, attempt_ids)):
+        if task_id not in shared_ids and len(attempt_ids) == 1:
             continue
         rows = db.execute(
             # The attempts of a bulk task are one POST and share its id. Attempts that have the id come first.
@@ -57,12 +57,6 @@ def check_task_ids(db: Database, ids_by_attempt: Mapping[int, str]) -> dict[int,
                     Acceptance.CACHED if requests_by_post[post] == first_request else Acceptance.CONFLICT
                 )
     return acceptances
-
-
-def _are_one_post(db: Database, attempt_ids: Sequence[int]) -> bool:
-    """Return whether these attempts were sent as one bulk task."""
-    attempts = f"FROM attempts WHERE id IN ({JSON_NUMBERS.format('?')})"
-    return db.number(f"SELECT count(DISTINCT coalesce(-bulk_task_id, id)) {attempts}", to_json_text(attempt_ids)) == 1
 
 
 def charge_once(db: Database, answers: Sequence[tuple[int, Answer, int]]) -> list[tuple[int, Answer, int]]:

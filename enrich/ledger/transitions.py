@@ -100,9 +100,8 @@ def _record_claim(  # noqa: PLR0913, PLR0917 - each is a column
 ) -> list[ClaimedRequest]:
     """Insert an attempt in `submitting` for each request (id, price), in the order given."""
     attempt_rows = db.execute(
-        "INSERT INTO attempts "
-        "(request_id, execution_id, previous_state, previous_id, state, claimed_ms, reserved, bulk_task_id, "
-        "bulk_index, step) "
+        "INSERT INTO attempts (request_id, execution_id, previous_state, previous_id, state, claimed_ms, reserved, "
+        "bulk_task_id, bulk_index, step) "
         "SELECT r.id, ?2, r.state, r.attempt_id, 'submitting', ?3, CAST(value->>1 AS BIGINT), CAST(?4 AS BIGINT), "
         "CASE WHEN CAST(?4 AS BIGINT) IS NOT NULL THEN key END, CAST(?5 AS TEXT) "
         "FROM json_each(CAST(?1 AS TEXT)) JOIN requests r ON r.id = CAST(value->>0 AS BIGINT) ORDER BY key "
@@ -241,23 +240,22 @@ def read_tasks(db: Database, condition: str, *values: object) -> list[Task]:
         values,
     )
     tasks = []
-    for bulk_task_id, group in groupby(rows, key=lambda row: row[1]):
-        for task_rows in [list(group)] if bulk_task_id is not None else ([row] for row in group):
-            _, _, task_id, submitted_ms, acknowledged, paths, step, superseded, _ = task_rows[0]
-            attempts = tuple(row[0] for row in task_rows)
-            tasks.append(
-                Task(
-                    attempts,
-                    task_id,
-                    submitted_ms,
-                    bool(acknowledged),
-                    tuple(read_paths(paths, step)),
-                    bulk_task_id,
-                    bool(superseded),
-                    sum(row[-1] for row in task_rows),
-                    step or "",
-                )
+    for _, group in groupby(rows, key=lambda row: row[0] if row[1] is None else -row[1]):
+        task_rows = list(group)
+        _, bulk_task_id, task_id, submitted_ms, acknowledged, paths, step, superseded, _ = task_rows[0]
+        tasks.append(
+            Task(
+                tuple(row[0] for row in task_rows),
+                task_id,
+                submitted_ms,
+                bool(acknowledged),
+                tuple(read_paths(paths, step)),
+                bulk_task_id,
+                bool(superseded),
+                sum(row[-1] for row in task_rows),
+                step or "",
             )
+        )
     return tasks
 
 

@@ -18,7 +18,6 @@ from enrich.job.locations import LedgerLocation, PostgresLocation
 from enrich.json_text import parse_json
 from enrich.ledger.database import Database, open_existing
 from enrich.ledger.dialect import DATABASE_ERRORS, DatabaseFailed
-from enrich.ledger.schema import APPLICATION_ID, JSON_COLUMNS
 from enrich.ledger.sqlite import (
     Column,
     damaged_ledger_error,
@@ -26,7 +25,9 @@ from enrich.ledger.sqlite import (
     is_busy_error,
     is_damage_error,
     is_disk_error,
+    is_ledger_file,
     ledger_columns,
+    remove_with_journals,
 )
 
 JSON_TYPE_NAMES: Mapping[type, str] = {dict: "object", list: "list"}
@@ -48,15 +49,10 @@ def check_ledger(location: LedgerLocation) -> LedgerCheck:
     except LedgerDamaged as error:
         return LedgerCheck([f"the file is damaged{error.message.partition('is damaged')[2]}"])
     with closing(verifier):
-        return check_open_ledger(verifier)
-
-
-def find_damage(location: LedgerLocation) -> str | None:
-    """Return the first problem of a ledger. None: it is sound or missing."""
-    try:
-        return next(iter(check_ledger(location).problems), None)
-    except CommandRefused:
-        return None
+        with suppress(*DATABASE_ERRORS):  # the file may be damaged
+            verifier.session.begin_snapshot()
+        counts = (_count(verifier, table) for table in ("requests", "attempts", "executions"))
+        return LedgerCheck(list(problems(verifier)), *counts)
 
 
 def as_enrich_error(error: Exception, ledger: object) -> EnrichError | None:
@@ -78,24 +74,16 @@ def as_enrich_error(error: Exception, ledger: object) -> EnrichError | None:
     if is_busy_error(error):
         hint = "end the program that holds the lock, then run the same command again"
         return LedgerFailed("another program has locked the ledger", hint)
-    problem = find_damage(ledger) if isinstance(ledger, Path | PostgresLocation) else None
+    problem = None
+    if isinstance(ledger, Path | PostgresLocation):
+        with suppress(CommandRefused):  # it is missing
+            problem = next(iter(check_ledger(ledger).problems), None)
     if problem is not None or is_damage_error(error):
         return damaged_ledger_error(ledger or "a database", (problem or "").removeprefix("the file is damaged: "))
     if is_disk_error(error):
         reason, hint = describe_write_error(error)
         return LedgerFailed(f"{ledger or 'a database'}: the ledger {reason}", hint)
     return None
-
-
-def check_open_ledger(db: Database) -> LedgerCheck:
-    """Check one snapshot of the ledger, also during a run."""
-    with suppress(*DATABASE_ERRORS):
-        db.session.begin_snapshot()
-    try:
-        return LedgerCheck(list(problems(db)), *(_count(db, table) for table in ("requests", "attempts", "executions")))
-    finally:
-        with suppress(*DATABASE_ERRORS):
-            db.session.rollback()
 
 
 def problems(db: Database) -> Iterator[str]:
@@ -145,8 +133,7 @@ def _unreadable_values(db: Database) -> Iterator[str]:
 
 def _is_readable(db: Database, table: str, columns: Sequence[Column]) -> bool:
     """Read a table as a whole, much faster than value by value. False: it has a broken value, or may have one."""
-    json_types = [JSON_COLUMNS.get(table, {}).get(column.name) for column in columns]
-    json_places = [(place, types) for place, types in enumerate(json_types) if types]
+    json_places = [(place, column.json_types) for place, column in enumerate(columns) if column.json_types]
     row_types = set()
     try:
         for row in db.stream(f"SELECT {', '.join(column.name for column in columns)} FROM {table}"):
@@ -184,7 +171,7 @@ def backup(db: Database, target: Path) -> None:
     temporary = target.with_name(f".{target.name}.part")
     try:
         _check_target(target, db.location)
-        _remove_unfinished_copy(temporary)
+        remove_with_journals(temporary)
         try:
             os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
             with closing(sqlite3.connect(temporary)) as copy:
@@ -196,7 +183,7 @@ def backup(db: Database, target: Path) -> None:
             temporary.replace(target)
         finally:
             with suppress(OSError):
-                _remove_unfinished_copy(temporary)
+                remove_with_journals(temporary)
         fsync_dir(target.parent)
     except OSError as error:
         raise CommandRefused(f"{target}: the copy cannot be written: {error.strerror or error}") from error
@@ -216,13 +203,10 @@ def _value_problem(column: Column, value: object) -> str | None:
         text = value if isinstance(value, str) else bytes(value).decode()  # type: ignore[call-overload]
     except UnicodeDecodeError:
         return "not UTF-8"
-    types = JSON_COLUMNS.get(column.table, {}).get(column.name, ())
-    try:
-        if not types or isinstance(parse_json(text), types):
+    with suppress(ValueError, RecursionError):
+        if not column.json_types or isinstance(parse_json(text), column.json_types):
             return None
-    except (ValueError, RecursionError):
-        pass
-    return f"not a JSON {' or '.join(JSON_TYPE_NAMES[kind] for kind in types)}"
+    return f"not a JSON {' or '.join(JSON_TYPE_NAMES[kind] for kind in column.json_types)}"
 
 
 def _check_target(target: Path, ledger: Path) -> None:
@@ -236,25 +220,13 @@ def _check_target(target: Path, ledger: Path) -> None:
     elif any(target.with_name(target.name + ending).exists() for ending in (".lock", "-wal", "-journal")):
         obstacle = "a ledger that is in use"
     else:
-        with target.open("rb") as file:
-            header = file.read(_APPLICATION_ID_END)
-        is_copy = not header or header[_APPLICATION_ID_START:] == APPLICATION_ID.to_bytes(4, "big")
-        obstacle = None if is_copy else "no copy of a ledger"
+        obstacle = "no copy of a ledger" if target.stat().st_size and not is_ledger_file(target) else None
     if obstacle is not None:
         raise CommandRefused(f"{target}: this is {obstacle}", "choose another file for the copy")
     if target.with_name(target.name + "-wal").exists():
         # SQLite would apply it to the copy.
         raise CommandRefused(f"{target}: its folder has the journal of a missing database", "choose another file")
 
-
-def _remove_unfinished_copy(temporary: Path) -> None:
-    """Remove an unfinished copy with its journals, which SQLite would apply to the next copy."""
-    for suffix in ("", "-journal", "-wal", "-shm"):
-        temporary.with_name(temporary.name + suffix).unlink(missing_ok=True)
-
-
-#: Byte range of the application id in a SQLite file ("Database File Format", 1.2.20).
-_APPLICATION_ID_START, _APPLICATION_ID_END = 68, 72
 
 #: Each invariant with a query for the rows that violate it; None: that of the dialect. A query reads each table a few
 #: times at most.
@@ -308,19 +280,18 @@ INVARIANTS: Mapping[str, str | None] = {
     "run that reserved more than its cap": (
         # Tasks left open by earlier runs, and charges above the maximum price, may exceed the cap. The cost of a bulk
         # task is divided evenly, as its rows reserve the same amount. 0.5 allows for rounding.
-        "SELECT 1 FROM executions e JOIN attempts a ON a.execution_id = e.id LEFT JOIN bulk_tasks b ON b.id = "
-        "a.bulk_task_id "
-        "WHERE e.cap IS NOT NULL GROUP BY e.id "
+        "SELECT 1 FROM executions e JOIN attempts a ON a.execution_id = e.id "
+        "LEFT JOIN bulk_tasks b ON b.id = a.bulk_task_id WHERE e.cap IS NOT NULL GROUP BY e.id "
         "HAVING sum(CASE WHEN coalesce(a.credits, b.credits * 1.0 / b.size, a.reserved) < a.reserved "
         "THEN coalesce(a.credits, b.credits * 1.0 / b.size) ELSE a.reserved END) > e.cap + 0.5"
     ),
     "bulk task that differs from its attempts": (
-        "SELECT 1 FROM bulk_tasks b LEFT JOIN attempts a ON a.bulk_task_id = b.id GROUP BY b.id HAVING count(a.id) "
-        "<> b.size "
+        "SELECT 1 FROM bulk_tasks b LEFT JOIN attempts a ON a.bulk_task_id = b.id GROUP BY b.id "
+        "HAVING count(a.id) <> b.size "
         "OR count(DISTINCT a.bulk_index) <> b.size OR min(a.bulk_index) <> 0 OR max(a.bulk_index) <> b.size - 1 "
         "OR count(DISTINCT a.task_id) > 1 OR count(*) FILTER (WHERE a.execution_id <> b.execution_id) > 0 "
-        "OR count(*) FILTER (WHERE a.settled_execution_id IS DISTINCT FROM b.settled_execution_id AND a.task_id IS "
-        "NOT NULL) > 0"
+        "OR count(*) FILTER (WHERE a.settled_execution_id IS DISTINCT FROM b.settled_execution_id "
+        "AND a.task_id IS NOT NULL) > 0"
     ),
     "row of a bulk task with its own price": ("SELECT 1 FROM attempts WHERE bulk_task_id IS NOT NULL AND credits <> 0"),
 }

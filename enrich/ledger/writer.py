@@ -53,20 +53,11 @@ class _Operation(Generic[T]):
     def execute_on_rescue(self, recorder: RescueRecorder) -> None:
         """Run the operation without the ledger. Operations that start something new fail."""
         self.error = None
-        replacement = REPLACEMENTS.get(self.function)
-        if replacement is None:
+        if (replacement := REPLACEMENTS.get(self.function)) is None:
             self.error = recorder.failure
-            return
-        items = () if self.items is None else (self.items,)
-        self.result = replacement(recorder, *items, *self.args, **self.kwargs)
-
-    def resolve(self) -> None:
-        if self.future.done():
-            return
-        if self.error is not None:
-            self.future.set_exception(self.error)
         else:
-            self.future.set_result(self.result)  # type: ignore[arg-type] # None only where T is None
+            items = () if self.items is None else (self.items,)
+            self.result = replacement(recorder, *items, *self.args, **self.kwargs)
 
 
 class _OperationFailed(Exception):
@@ -159,19 +150,14 @@ class LedgerWriter:
             self._pending = []
 
     def _run_thread(self) -> None:
-        last = False
-        while not last:
-            operations: list[_Operation[Any]] = []
-            block = True
-            while not last:
-                try:
-                    batch = self._batches.get(block=block)
-                except queue.Empty:
-                    break
-                last = batch is None
-                operations += batch or ()
-                block = False
-            if operations:
+        is_last = False
+        while not is_last:
+            batches = [self._batches.get()]
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    batches.append(self._batches.get_nowait())
+            is_last = None in batches
+            if operations := [operation for batch in batches for operation in batch or ()]:
                 self._commit(operations)
                 self._loop.call_soon_threadsafe(_resolve, operations)
 
@@ -308,4 +294,9 @@ def _execute_group(operations: list[_Operation[Any]], ledger: Database) -> None:
 
 def _resolve(batch: list[_Operation[Any]]) -> None:
     for operation in batch:
-        operation.resolve()
+        if operation.future.done():
+            continue
+        if operation.error is not None:
+            operation.future.set_exception(operation.error)
+        else:
+            operation.future.set_result(operation.result)

@@ -106,12 +106,13 @@ def make_budget(job: Job, template: RequestTemplate, balance: int | None, planne
 
 def check_balance(job: Job, template: RequestTemplate, balance: int | None) -> None:
     """Raise CommandRefused when the balance is too low for one request, or for one that leaves `min_balance`."""
-    max_request_price = template.worst_price
-    if balance is not None and balance < 0:
-        raise CommandRefused(f"the balance is {to_credits(balance):,.15g} credits", "top up the account")
-    if max_request_price is None or balance is None:
+    if balance is None:
         return
     balance_text = f"the balance is {to_credits(balance):,.15g} credits"
+    if balance < 0:
+        raise CommandRefused(balance_text, "top up the account")
+    if (max_request_price := template.worst_price) is None:
+        return
     min_balance = to_micros(job.model.limits.min_balance)
     if balance < max_request_price:
         raise CommandRefused(

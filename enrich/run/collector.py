@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol
 
 import polars as pl
@@ -27,8 +25,7 @@ from enrich.rows.template import RequestTemplate
 from enrich.run.output_cells import ANSWERED_STATES, merge_cells, name_source, new_cells
 
 
-@dataclass(frozen=True)  # without slots, which a `cached_property` does not support
-class JoinedStep:
+class JoinedStep(Struct, frozen=True):
     """A batch in one step: the results of its requests, and its new cells, by column.
 
     `name` is '' for a job without steps. `columns` maps the step's new columns to dotted paths. `places` has for each
@@ -42,9 +39,8 @@ class JoinedStep:
     places: Sequence[int | None]
     cells: dict[str, pl.Series]
 
-    @cached_property
     def results(self) -> list[RequestResult | None]:
-        """The result of each row's request; None where there is none."""
+        """Return the result of each row's request; None where there is none."""
         results = list(map(RequestResult._make, zip(*self.request_results.values(), strict=True)))
         return [None if place is None else results[place] for place in self.places]
 

@@ -70,12 +70,6 @@ class RunOptions(Struct, frozen=True):
     #: Run the work on Ray; None: on this machine.
     cluster: ClusterOptions | None = None
 
-    def with_plan(self) -> RunOptions:
-        """Return the options as the saved plan has them."""
-        if (plan := self.plan) is None:
-            return self
-        return replace(self, limit=plan.limit, sample=plan.sample, seed=plan.seed, retry=frozenset(plan.retry))
-
 
 class RunEnvironment(Struct, frozen=True):
     """Clock, timeouts, callbacks and cluster of a run. Tests pass their own clock and timeouts.
@@ -242,9 +236,6 @@ class ClusterEngine(Protocol):
         self, run_state: RunState, work_config: WorkConfig, access: ApiAccess, requests: int
     ) -> WorkerPool | None:
         """Make the workers for `requests` requests. None: no workers are needed."""
-
-    def for_leader(self, lease_id: int) -> ClusterEngine:
-        """Return an engine for one run, which works until the lease of the process that leads the run ends."""
 
     def enroll(
         self, job_input: JobInput, template: RequestTemplate, selection: RequestSelection, callbacks: ClusterCallbacks

@@ -67,27 +67,42 @@ async def finish_run(context: RunContext, run_state: RunState, outcome: Outcome)
     if cached := run_state.counters.cached:
         answers = pluralize(cached, "answer")
         run_state.add_note(f"{answers} came from the API's cache (a known task id) and charged once")
-    summary = _summarize_state(context, run_state, outcome)
     execution_id, counters = run_state.execution_id, run_state.counters
     await context.ledger_writer.submit(resume.recover, run_state.clock.now_ms())
     totals = await context.ledger_writer.submit(execution_records.read_execution, execution_id)
     before = context.preflight.balance
     after = await fetch_balance(context, run_state) if counters.settled or counters.attempted_requests else before
     spent, matches = totals.spent, counters.settled.get(State.FOUND, 0)
-    summary = replace(
-        summary,
+    reason, enrolled = run_state.exit_reasons.get(outcome.code), run_state.enrolled_in_all
+    summary = RunSummary(
+        job=context.job.name,
+        exit_code=int(outcome.code),
         execution=execution_id,
+        rows=None if enrolled is None else run_state.read.rows,
+        requests=None if enrolled is None else enrolled.requests.total(),
         submitted=totals.submitted,
-        unconfirmed=await context.ledger_writer.submit(queries.unconfirmed_posts, execution_id),
-        answers=sum(counters.settled.values()),
+        reused=None if enrolled is None else enrolled.reused,
+        paid_in_other_ledgers=run_state.paid_in_other_ledgers,
+        skipped=None if enrolled is None or context.job.step_jobs else dict(run_state.read.skipped.most_common()),
+        left_out=None if enrolled is None else left_out_by_param(run_state.read.left_out),
         credits_spent=to_credits(spent),
         credits_unknown=totals.unknown,
+        unconfirmed=await context.ledger_writer.submit(queries.unconfirmed_posts, execution_id),
+        planned=None if enrolled is None else enrolled.cost.as_json(),
         cost_per_hit=to_credits(round(spent / matches)) if matches else None,
+        answers=sum(counters.settled.values()),
         balance_before=to_credits(before),
         balance_after=to_credits(after),
         polls=counters.polls,
         rate_limited=counters.rate_limited,
+        **run_state.files_written,
+        sandbox=context.job.sandbox,
+        notes=run_state.notes,
+        error=None if reason is None else reason.message,
+        hint=None if reason is None else reason.hint,
     )
+    if outcome.counts is not None:
+        summary = summary.with_row_counts(outcome.counts.statuses, outcome.counts.filled_by_column)
     if context.job.step_jobs:
         totals_by_step = await context.ledger_writer.submit(step_results.step_totals, execution_id)
         steps = summarize_steps(context.job, run_state.enrolled, totals_by_step, outcome.counts)
@@ -108,30 +123,6 @@ async def finish_run(context: RunContext, run_state: RunState, outcome: Outcome)
         after,
     )
     return summary
-
-
-def _summarize_state(context: RunContext, run_state: RunState, outcome: Outcome) -> RunSummary:
-    """Build the summary of what the run has found out so far."""
-    reason, enrolled = run_state.exit_reasons.get(outcome.code), run_state.enrolled_in_all
-    summary = RunSummary(
-        job=context.job.name,
-        exit_code=int(outcome.code),
-        sandbox=context.job.sandbox,
-        rows=None if enrolled is None else run_state.read.rows,
-        requests=None if enrolled is None else enrolled.requests.total(),
-        reused=None if enrolled is None else enrolled.reused,
-        skipped=None if enrolled is None or context.job.step_jobs else dict(run_state.read.skipped.most_common()),
-        left_out=None if enrolled is None else left_out_by_param(run_state.read.left_out),
-        paid_in_other_ledgers=run_state.paid_in_other_ledgers,
-        planned=None if enrolled is None else enrolled.cost.as_json(),
-        **run_state.files_written,
-        notes=run_state.notes,
-        error=None if reason is None else reason.message,
-        hint=None if reason is None else reason.hint,
-    )
-    if outcome.counts is None:
-        return summary
-    return summary.with_row_counts(outcome.counts.statuses, outcome.counts.filled_by_column)
 
 
 async def _with_overrun(context: RunContext, summary: RunSummary, execution_id: int, beyond_cap: int) -> RunSummary:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import polars as pl
 
@@ -19,16 +18,6 @@ from enrich.ledger.enroll import stratified_sample
 from enrich.ledger.step_results import StepResult
 from enrich.rows.job_input import JobInput
 from enrich.run.step_batch import joined_cells
-
-
-class Candidate(NamedTuple):
-    """A row to send.
-
-    `request` is its fingerprint if it was sent before (retry, refresh). Rows that share it count once.
-    """
-
-    row: int
-    request: bytes | None
 
 
 @dataclass(slots=True)
@@ -59,8 +48,11 @@ class LeadSelection:
         """How many more leads the run may begin."""
         return max(0, min(limit for limit in (self.sample, self.limit) if limit is not None) - self.counted)
 
-    def choose(self, candidates: Iterable[Candidate], queue_order: pl.Series | None) -> None:
-        """Choose from the rows that would be sent, by sample, then by limit in the send order."""
+    def choose(self, candidates: Iterable[tuple[int, bytes | None]], queue_order: pl.Series | None) -> None:
+        """Choose from the rows that would be sent, by sample, then by limit in the send order.
+
+        A row that was sent before (retry, refresh) comes with its fingerprint. Rows that share it count once.
+        """
         rows_by_request: dict[bytes | int, list[int]] = {}
         for row, request in candidates:
             rows_by_request.setdefault(row if request is None else request, []).append(row)

@@ -10,14 +10,14 @@ import os
 import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, closing, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from msgspec.structs import replace
 
-from enrich.errors import CommandRefused, EnrichError, RunCancelled, RunDeclined
+from enrich.errors import CommandRefused, RunCancelled, RunDeclined
 from enrich.files import object_store
 from enrich.files.csv_format import read_resaved_cells
 from enrich.files.discovery import InputFile
@@ -42,8 +42,7 @@ from enrich.job.locations import (
 )
 from enrich.job.spec import Input
 from enrich.ledger import erasure, execution_records, neighbours, step_results, task_ids
-from enrich.ledger.database import Database, ledger_exists, try_read
-from enrich.ledger.dialect import DATABASE_ERRORS
+from enrich.ledger.database import Database, try_read
 from enrich.ledger.neighbours import Overlap, find_ledger_files
 from enrich.ledger.sqlite import unknown_to_sandbox
 from enrich.models import pluralize
@@ -112,21 +111,10 @@ async def find_output_of_other_ledger(
     return None, None
 
 
-def has_real_tasks(job: Job, output: Location) -> bool:
-    """Check whether a file has tasks that the sandbox of the job did not issue. False if it has no readable tasks."""
-    with suppress(CommandRefused, OSError):
-        return any(_without_sandbox_tasks(job.ledger, tasks) for tasks in _read_task_ids(job, output))
-    return False
-
-
-def _without_sandbox_tasks(sandbox_ledger: LedgerLocation, tasks: Iterable[str]) -> list[str]:
+def _without_sandbox_tasks(sandbox_ledger: LedgerLocation, tasks: list[str]) -> list[str]:
     """Leave out the tasks of the sandbox, which are in its ledger or in its own state."""
-    unknown = list(tasks)
-    with suppress(EnrichError, *DATABASE_ERRORS):
-        if ledger_exists(sandbox_ledger):
-            with closing(Database(sandbox_ledger, read_only=True)) as other:
-                unknown = task_ids.unknown_task_ids(other, unknown)
-    return unknown_to_sandbox(sandbox_state_path(sandbox_ledger), unknown)
+    unknown = try_read(sandbox_ledger, lambda ledger: task_ids.unknown_task_ids(ledger, tasks))
+    return unknown_to_sandbox(sandbox_state_path(sandbox_ledger), tasks if unknown is None else unknown)
 
 
 def _read_task_ids(job: Job, output: Location) -> Iterator[list[str]]:
@@ -345,8 +333,10 @@ def is_written_by_run(job: Job, location: Location) -> bool:
 
     The tasks do not count in a file with the name of a sandbox output: they are of a sandbox with another ledger.
     """
-    if not is_sandbox_file_name(_as_named(location)) and has_real_tasks(job, location):
-        return True
+    if not is_sandbox_file_name(_as_named(location)):
+        with suppress(CommandRefused, OSError):  # it has no readable tasks
+            if any(_without_sandbox_tasks(job.ledger, tasks) for tasks in _read_task_ids(job, location)):
+                return True
     return any(
         try_read(ledger, lambda db: execution_records.has_written(db, str(location))) for ledger in _real_ledgers(job)
     )

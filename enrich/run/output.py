@@ -187,7 +187,7 @@ class _FeedValue(Struct, frozen=True, gc=False):
 def _changed_cells(collector: Collector, joined: JoinedBatch, key: list[str]) -> Iterator[list[str | None]]:
     """Yield the changes of a batch, and record them as delivered."""
     ledger, job = collector.ledger, collector.job.name
-    frame, first_position = joined.batch.frame, joined.batch.first_position
+    frame = joined.batch.frame
     keys = frame.select(as_text(frame.get_column(name)) for name in key).rows()
     merged = {
         name: (as_text(frame.get_column(name)).to_list(), as_text(collector.merge_column(joined, name)).to_list())
@@ -195,22 +195,18 @@ def _changed_cells(collector: Collector, joined: JoinedBatch, key: list[str]) ->
     }
     values = _feed_values(joined, {name: cells for name, (_, cells) in merged.items()})
     row_keys = {index: _row_key(keys[index]) for index in sorted(values)}
-    repeated = change_feed.begin_batch(ledger, [(first_position + index, name) for index, name in row_keys.items()])
     # Rows with the same key cells differ in the first request that they have.
-    new_keys: dict[int, bytes] = {}
-    for index in (position - first_position for position in repeated):
+    for index in change_feed.repeated_rows(ledger, row_keys):
         requests = (step.fingerprints[index] for step in joined.steps)
-        new_keys[index] = _row_key(keys[index], next(filter(None, requests), b""))
-    change_feed.replace_keys(ledger, [(first_position + index, name) for index, name in new_keys.items()])
-    row_keys |= new_keys
-    delivered = change_feed.delivered_values(ledger, job)
+        row_keys[index] = _row_key(keys[index], next(filter(None, requests), b""))
+    delivered = change_feed.delivered_values(ledger, job, row_keys)
     changed = [
-        (index, name, found, delivered.get((first_position + index, name)))
+        (index, name, found, last)
         for index in row_keys
         for name, found in values[index].items()
-        if delivered.get((first_position + index, name)) != found.delivery
+        if (last := delivered.get((index, name))) != found.delivery
     ]
-    answers = change_feed.answers(ledger, {last.attempt_id for *_, last in changed if last is not None})
+    answers = queries.answers(ledger, {last.attempt_id for *_, last in changed if last is not None})
     for index, name, found, last in changed:
         answer = None if last is None else answers[last.attempt_id]
         before = "" if last is None or answer is None else answer_cells(answer, [last.path])[0] or ""
@@ -229,7 +225,7 @@ def _feed_values(joined: JoinedBatch, merged: Mapping[str, Sequence[str]]) -> di
     for step in joined.steps:
         statuses = step.cells["enrich_status"].to_list()
         columns = [(name, path, step.cells[name].to_list()) for name, path in step.columns.items()]
-        for index, (result, status) in enumerate(zip(step.results, statuses, strict=True)):
+        for index, (result, status) in enumerate(zip(step.results(), statuses, strict=True)):
             if status != RowStatus.FOUND or result is None or result.attempt_id is None or result.erased_ms is not None:
                 continue
             for name, path, cells in columns:

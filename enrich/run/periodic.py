@@ -64,17 +64,11 @@ def _show(context: RunContext, run_state: RunState) -> None:
 
 async def _store(context: RunContext, run_state: RunState) -> None:
     _show(context, run_state)
-    snapshot = _take_snapshot(context, run_state).as_text()
-    with suppress(LedgerFailed):  # the next write reports it
-        await context.ledger_writer.submit(execution_records.save_progress, run_state.execution_id, snapshot)
-
-
-def _take_snapshot(context: RunContext, run_state: RunState) -> ProgressSnapshot:
     counters = run_state.counters
     states = {state.value: count for state, count in counters.settled.items() if count}
     if counters.unconfirmed:
         states[State.IN_DOUBT.value] = states.get(State.IN_DOUBT.value, 0) + counters.unconfirmed
-    return ProgressSnapshot(
+    snapshot = ProgressSnapshot(
         at_ms=SystemClock().now_ms(),
         elapsed_s=round(context.elapsed_s(), 3),
         doing=run_state.phase,
@@ -86,6 +80,8 @@ def _take_snapshot(context: RunContext, run_state: RunState) -> ProgressSnapshot
         states=states,
         traffic=run_state.traffic.traffic(),
     )
+    with suppress(LedgerFailed):  # the next write reports it
+        await context.ledger_writer.submit(execution_records.save_progress, run_state.execution_id, snapshot.as_text())
 
 
 async def save_latencies(context: RunContext, run_state: RunState) -> None:

@@ -21,7 +21,6 @@ from enrich.run.early_end import out_of_time_error
 from enrich.run.enrolling import count_enrolled
 from enrich.run.other_ledgers import check_neighbours
 from enrich.run.plan import build_plan, format_plan, spend_question
-from enrich.run.plan_file import check_plan, gather_plan_inputs
 from enrich.run.poller import Poller
 from enrich.run.progress import Phase
 from enrich.run.run_state import RunState, WorkConfig
@@ -40,21 +39,18 @@ async def collect_open_tasks(context: RunContext, run_state: RunState) -> None:
     if tasks := await ledger_writer.submit(resume.take_over_tasks):
         run_state.add_note(f"collecting {pluralize(len(tasks), 'task')} of an earlier run first")
         requests = sum(len(task.attempts) for task in tasks)
-        run_state.open_tasks_cost = await ledger_writer.submit(_cost_of_open_tasks, context, requests)
+        average_price = await ledger_writer.submit(queries.average_price, context.preflight.template.target)
+        reserved = await ledger_writer.submit(queries.open_reservations)
+        likely = Cost.for_requests(requests, average_price, None).likely
+        run_state.open_tasks_cost = Cost(likely, to_credits(reserved))
         poller = _make_poller(context, run_state)
         poller.poll_once_more = True
-        poller.add_earlier_tasks(tasks, polled_before=False)
+        poller.add_earlier_tasks(tasks)
         await run_state.run_until_abort(poller.run())
     max_time_s = context.options.max_time_s
     timeout_s = REPOLL_S if max_time_s is None else min(REPOLL_S, REPOLL_SHARE * max_time_s)
     tasks = await ledger_writer.submit(resume.written_off_tasks, context.results_kept_since_ms())
     await _repoll_written_off(context, run_state, tasks, timeout_s=timeout_s, to_be_resubmitted=False)
-
-
-def _cost_of_open_tasks(ledger: Database, context: RunContext, requests: int) -> Cost:
-    """Return the expected cost of the tasks that earlier runs left open."""
-    likely = Cost.for_requests(requests, queries.average_price(ledger, context.preflight.template.target), None).likely
-    return Cost(likely, to_credits(queries.open_reservations(ledger)))
 
 
 async def repoll_before_resubmitting(context: RunContext, run_state: RunState) -> None:
@@ -82,7 +78,7 @@ async def _repoll_written_off(
     poller = _make_poller(context, run_state)
     poller.poll_once_more = not to_be_resubmitted
     poller.no_new_tasks = True
-    poller.repoll_written_off(tasks, to_be_resubmitted=to_be_resubmitted)
+    poller.add_earlier_tasks(tasks, written_off=True, to_be_resubmitted=to_be_resubmitted)
     loop = asyncio.get_running_loop()
     timer = loop.call_later(timeout_s, poller.stop_repolling) if timeout_s < inf else None
     try:
@@ -94,12 +90,6 @@ async def _repoll_written_off(
         revived = pluralize(poller.revived_requests, "request")
         run_state.add_note(f"{revived} recovered: the API has the task after all")
     return poller.unpolled_tasks
-
-
-def check_saved_plan(context: RunContext, files: RunFiles) -> None:
-    """Raise CommandRefused when the run follows a saved plan that no longer holds."""
-    if (plan := context.options.plan) is not None:
-        check_plan(plan, gather_plan_inputs(context.job, context.preflight, files.job_input))
 
 
 async def check_before_spending(context: RunContext, run_state: RunState, files: RunFiles, number: int) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, TypeVar
+
+from msgspec.structs import replace
 
 from enrich.databar.client import Client
 from enrich.databar.credentials import ApiAccess
@@ -27,13 +29,8 @@ from enrich.run.enrolling import count_unsent, enroll_changed_input, enroll_inpu
 from enrich.run.finish import finish_failed_run, finish_run
 from enrich.run.output import write_output
 from enrich.run.periodic import load_schedule, report_progress, save_latencies, save_latencies_periodically
-from enrich.run.phases import (
-    check_before_spending,
-    check_saved_plan,
-    collect_open_tasks,
-    repoll_before_resubmitting,
-    submit_and_poll,
-)
+from enrich.run.phases import check_before_spending, collect_open_tasks, repoll_before_resubmitting, submit_and_poll
+from enrich.run.plan_file import check_plan, gather_plan_inputs
 from enrich.run.preflight import offline_preflight
 from enrich.run.run_state import RunState
 from enrich.run.signals import SignalHandler, restored_signals
@@ -56,8 +53,10 @@ def run(job: Job, access: ApiAccess, ledger: Database, options: RunOptions, envi
 
     Raises EnrichError for failures before the run is recorded in the ledger.
     """
+    if (plan := options.plan) is not None:
+        options = replace(options, limit=plan.limit, sample=plan.sample, seed=plan.seed, retry=frozenset(plan.retry))
     with restored_signals():
-        return run_in_event_loop(_open_and_run(job, access, ledger, options.with_plan(), environment))
+        return run_in_event_loop(_open_and_run(job, access, ledger, options, environment))
 
 
 async def _open_and_run(
@@ -139,8 +138,8 @@ async def _run_step(job_context: RunContext, run_state: RunState, files: RunFile
         await load_schedule(context, run_state)
     await enroll_input(context, run_state, files, number)
     await repoll_before_resubmitting(context, run_state)
-    if not number:
-        check_saved_plan(job_context, files)
+    if not number and (plan := job_context.options.plan) is not None:
+        check_plan(plan, gather_plan_inputs(job_context.job, job_context.preflight, files.job_input))
     try:
         await check_before_spending(context, run_state, files, number)
     except CommandRefused as refusal:
@@ -184,13 +183,10 @@ T = TypeVar("T")
 
 def run_in_event_loop(main: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine to its end in a new event loop: uvloop where it is installed (extra `fast`)."""
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(main)
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    try:
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
+    with suppress(ImportError):
         import uvloop  # noqa: PLC0415 - optional, and not needed by commands that run nothing
-    except ImportError:
-        return None
-    return uvloop.new_event_loop
+
+        loop_factory = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        return runner.run(main)

@@ -34,37 +34,28 @@ from enrich.run.terminal_text import top_reasons, wrap_parts
 #: Polls per task, as long as the ledger has no finished tasks.
 DEFAULT_POLLS_PER_TASK = 1.5
 
-DECISION_REASONS = {
-    Decision.NEW: "not sent yet",
-    Decision.RETRY: "sent again by --retry",
-    Decision.REFRESH: "result is older than policy.refresh allows",
-    Decision.FOUND: "already enriched",
-    Decision.NOT_FOUND: "no match in an earlier run",
-    Decision.FAILED: "failed before; --retry failed sends it again",
-    Decision.EXPIRED: "result expired; --retry expired sends it again",
-    Decision.IN_DOUBT: "unconfirmed, may have been charged; decide: --retry in_doubt or --accept in_doubt",
-    Decision.WAITING: "running at Databar; the run collects its result",
-    Decision.CAPPED: CAPPED_REASON,
-    Decision.NOT_SAMPLED: "not in the sample",
-    Decision.OVER_LIMIT: "over --limit",
-    Decision.DUPLICATE: "same request as an earlier row",
-    Decision.INVALID: "missing or unusable input",
-    Decision.FILTERED: "filtered by the job",
+#: Each decision with its reason, and with the words of the first screen if it is one not to send.
+_DECISIONS = {
+    Decision.NEW: ("not sent yet", ""),
+    Decision.RETRY: ("sent again by --retry", ""),
+    Decision.REFRESH: ("result is older than policy.refresh allows", ""),
+    Decision.FOUND: ("already enriched", "already enriched"),
+    Decision.NOT_FOUND: ("no match in an earlier run", "no match"),
+    Decision.FAILED: ("failed before; --retry failed sends it again", "failed"),
+    Decision.EXPIRED: ("result expired; --retry expired sends it again", "expired"),
+    Decision.IN_DOUBT: (
+        "unconfirmed, may have been charged; decide: --retry in_doubt or --accept in_doubt",
+        "unconfirmed",
+    ),
+    Decision.WAITING: ("running at Databar; the run collects its result", "running"),
+    Decision.CAPPED: (CAPPED_REASON, "over the per-group limit"),
+    Decision.NOT_SAMPLED: ("not in the sample", "not in the sample"),
+    Decision.OVER_LIMIT: ("over --limit", "over --limit"),
+    Decision.DUPLICATE: ("same request as an earlier row", "duplicate"),
+    Decision.INVALID: ("missing or unusable input", ""),
+    Decision.FILTERED: ("filtered by the job", "filtered"),
 }
-#: The words of the first screen for what is not sent.
-_NOT_SENT_WORDS = {
-    Decision.FOUND: "already enriched",
-    Decision.NOT_FOUND: "no match",
-    Decision.FAILED: "failed",
-    Decision.EXPIRED: "expired",
-    Decision.IN_DOUBT: "unconfirmed",
-    Decision.WAITING: "running",
-    Decision.CAPPED: "over the per-group limit",
-    Decision.NOT_SAMPLED: "not in the sample",
-    Decision.OVER_LIMIT: "over --limit",
-    Decision.DUPLICATE: "duplicate",
-    Decision.FILTERED: "filtered",
-}
+DECISION_REASONS = {decision: reason for decision, (reason, _) in _DECISIONS.items()}
 
 _ROW_DECISIONS = (Decision.DUPLICATE, Decision.INVALID, Decision.FILTERED)
 
@@ -226,7 +217,8 @@ def format_plan(plan: Plan, next_lines: Sequence[str] = (), *, details: bool = F
     `next_lines` are the commands that come next.
     """
     yield from wrap_parts(_headline_parts(plan), " · ")
-    parts = [f"{plan.decisions[each]:,} {word}" for each, word in _NOT_SENT_WORDS.items() if plan.decisions.get(each)]
+    words = [(plan.decisions.get(decision), word) for decision, (_, word) in _DECISIONS.items()]
+    parts = [f"{count:,} {word}" for count, word in words if count and word]
     if parts:
         yield from wrap_parts([f"Not sent: {parts[0]}", *parts[1:]], " · ")
     if number := plan.decisions.get(Decision.INVALID):

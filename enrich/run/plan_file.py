@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal
@@ -112,26 +111,18 @@ def _provider_price(provider: Provider) -> ProviderPrice:
     return ProviderPrice(id=provider.id, price=to_micros(provider.price))
 
 
-def changed_inputs(planned: PlanInputs, current: PlanInputs) -> Sequence[str]:
-    """Return the names of the inputs that changed."""
-    changed = []
-    if planned.job != current.job:
-        changed.append("the job file, or the options")
-    if planned.input != current.input:
-        changed.append("the input")
-    if planned.suppress != current.suppress:
-        changed.append("the list of `suppress`")
-    called = [[(each.target, each.provider_ids()) for each in inputs.targets] for inputs in (planned, current)]
-    if called[0] != called[1]:
-        changed.append("the providers")
-    elif planned.targets != current.targets:
-        changed.append("the prices")
-    return changed
-
-
 def check_plan(plan: SavedPlan, current: PlanInputs) -> None:
     """Raise CommandRefused when something changed since the plan was made."""
-    if changed := changed_inputs(plan.ground, current):
+    planned = plan.ground
+    called = [[(each.target, each.provider_ids()) for each in inputs.targets] for inputs in (planned, current)]
+    comparisons = {
+        "the job file, or the options": planned.job != current.job,
+        "the input": planned.input != current.input,
+        "the list of `suppress`": planned.suppress != current.suppress,
+        "the providers": called[0] != called[1],
+        "the prices": called[0] == called[1] and planned.targets != current.targets,
+    }
+    if changed := [name for name, is_changed in comparisons.items() if is_changed]:
         description = " and ".join([", ".join(changed[:-1]), changed[-1]] if changed[1:] else changed)
         raise CommandRefused(
             f"{description} changed since the plan was made ({iso_time(plan.made_ms)})",
@@ -147,18 +138,19 @@ def write_plan(path: Path, plan: SavedPlan) -> Path:
     try:
         if path.exists() and not path.is_file():
             raise CommandRefused(f"{path}: the plan cannot be written: it is not a file")
-    except OSError as error:
-        raise CommandRefused(f"{path}: the plan cannot be written: {error.strerror}") from error
-    try:
-        if path.exists() and path.stat().st_size and not read_plan(path).sandbox and plan.sandbox:
+        if path.exists() and path.stat().st_size and not _read_earlier(path).sandbox and plan.sandbox:
             return write_plan(path.with_name(sandbox_file_name(path.name)), plan)
-    except EnrichError as error:
-        raise JobError(f"{path}: this file exists and is not a plan", "choose another name for the plan") from error
-    try:
         replace_file(follow_link(path), msgspec.json.format(msgspec.json.encode(plan), indent=2) + b"\n")
     except OSError as error:
         raise CommandRefused(f"{path}: the plan cannot be written: {error.strerror}") from error
     return path
+
+
+def _read_earlier(path: Path) -> SavedPlan:
+    try:
+        return read_plan(path)
+    except EnrichError as error:
+        raise JobError(f"{path}: this file exists and is not a plan", "choose another name for the plan") from error
 
 
 def read_plan(path: Path) -> SavedPlan:

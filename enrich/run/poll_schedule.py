@@ -90,7 +90,7 @@ class PollSchedule:
         self.median_s = self.mean_s = self.FIRST_GUESS_S
         for seconds, answers in weights_by_age:
             if 0 < seconds < inf and 0 < answers < MAX_WEIGHT:  # users can edit the stored values
-                self._weights[_age_index(seconds)] += answers
+                self._weights[min(bisect_left(AGES_S, seconds), len(AGES_S) - 1)] += answers
         stored_weight = sum(self._weights)
         if stored_weight > MAX_STORED_WEIGHT:
             self._weights = [weight * MAX_STORED_WEIGHT / stored_weight for weight in self._weights]
@@ -176,10 +176,6 @@ class PollSchedule:
         # Without the prior weights, which reach far beyond any duration that was seen.
         self.mean_s = sum(map(mul, self._weights, _MIDDLES_S)) / sum(self._weights)
         self._plans.clear()
-
-
-def _age_index(seconds: float) -> int:
-    return min(bisect_left(AGES_S, seconds), len(AGES_S) - 1)
 
 
 def _cheapest_plan(done_shares: list[float], poll_cost: float) -> list[int]:

@@ -11,20 +11,13 @@ from itertools import count
 from math import inf
 
 from enrich.databar.client import MAX_POLLS_IN_FLIGHT, Client
-from enrich.databar.task_results import (
-    BulkReader,
-    TaskPhase,
-    TaskReply,
-    is_incomplete,
-    read_answer,
-    task_phase,
-)
+from enrich.databar.task_results import BulkReader, TaskPhase, TaskReply, is_incomplete, read_answer, task_phase
 from enrich.errors import EnrichError, InvalidPollResponse, RateLimited, RequestNotAccepted, TaskUnknown, Unauthorized
 from enrich.exit_codes import ExitCode
 from enrich.ledger import resume, task_ids, transitions
 from enrich.ledger.writer import LedgerWriter
 from enrich.models import Answer, State, Task
-from enrich.run.open_task import CONFIRMING_FOREIGN_REPLIES, CONFIRMING_REPLIES, OpenTask
+from enrich.run.open_task import CONFIRMING_FOREIGN_REPLIES, CONFIRMING_REPLIES, OpenTask, Repeated
 from enrich.run.poll_schedule import PollCost
 from enrich.run.run_state import MAX_UNKNOWN_TASKS, RunState, WorkConfig
 
@@ -65,33 +58,35 @@ class Poller:
     def add_task(self, task: Task) -> None:
         """Add a task that was submitted just now."""
         now = self.run_state.clock.monotonic()
-        self._schedule(
-            OpenTask(task, submitted_in_this_run=True, acknowledged=task.acknowledged, submitted_at_s=now),
-            self._poll_delay_s(0.0),
-        )
+        open_task = OpenTask(task, submitted_in_this_run=True, acknowledged=False, submitted_at_s=now)
+        self._schedule(open_task, self._poll_delay_s(0.0))
 
-    def add_earlier_tasks(self, tasks: Iterable[Task], *, polled_before: bool) -> None:
-        """Add tasks that earlier runs left open. They are polled at once unless `polled_before` (just now)."""
-        for open_task in self._open_tasks_of(tasks):
-            self._schedule(open_task, self._poll_delay_s(self._age_s(open_task)) if polled_before else 0.0)
+    def add_earlier_tasks(
+        self,
+        tasks: Iterable[Task],
+        *,
+        polled_before: bool = False,
+        written_off: bool = False,
+        to_be_resubmitted: bool = False,
+    ) -> None:
+        """Add tasks that earlier runs left open, or have written off.
 
-    def repoll_written_off(self, tasks: Iterable[Task], *, to_be_resubmitted: bool) -> None:
-        """Poll written-off tasks once more. Tasks that still exist at the API are waited for again."""
-        for open_task in self._open_tasks_of(tasks):
-            open_task.written_off, open_task.to_be_resubmitted = True, to_be_resubmitted
-            self._schedule(open_task, 0.0)
-
-    def _open_tasks_of(self, tasks: Iterable[Task]) -> Iterable[OpenTask]:
+        They are polled at once unless `polled_before` (just now). Of those written off, the ones that still exist at
+        the API are waited for again.
+        """
         clock = self.run_state.clock
         for task in tasks:
             age_s = max(0.0, (clock.now_ms() - task.submitted_ms) / 1000)
             self.run_state.open_tasks += 1
-            yield OpenTask(
+            open_task = OpenTask(
                 task,
                 submitted_in_this_run=False,
                 acknowledged=task.acknowledged,
                 submitted_at_s=clock.monotonic() - age_s,
+                written_off=written_off,
+                to_be_resubmitted=to_be_resubmitted,
             )
+            self._schedule(open_task, self._poll_delay_s(self._age_s(open_task)) if polled_before else 0.0)
 
     def stop_repolling(self) -> None:
         """Drop the written-off tasks that were not polled yet."""
@@ -208,7 +203,7 @@ class Poller:
             self._poll_again(open_task, FAILED_POLL_S)
         else:
             run_state.record_success()
-            open_task.needs_new_connection, open_task.repeated_reply = False, None
+            open_task.needs_new_connection, open_task.unconfirmed_reply = False, Repeated()
             await self._handle_reply(open_task, reply)
         finally:
             self._open_polls -= 1
@@ -218,7 +213,8 @@ class Poller:
         run_state = self.run_state
         age_s = self._age_s(open_task)
         phase = task_phase(reply.body)
-        phase_age_s = open_task.phase_age_s(phase, run_state.clock.monotonic())
+        now = run_state.clock.monotonic()
+        phase_age_s = now - open_task.phase.add(phase, now).since
         if phase is TaskPhase.GONE and (run_state.answers_only or open_task.written_off):
             await self._handle_deleted(open_task)
             return
@@ -287,13 +283,8 @@ class Poller:
         run_state.record_failure(error)
         now = run_state.clock.monotonic()
         is_foreign = error.task_id is not None and not await self.ledger_writer.submit(task_ids.has_task, error.task_id)
-        if is_foreign:
-            open_task.foreign_reply_count = (
-                open_task.foreign_reply_count + 1 if error.raw == open_task.last_foreign_reply else 1
-            )
-            open_task.last_foreign_reply = error.raw
-        is_confirmed = is_foreign and open_task.foreign_reply_count >= CONFIRMING_FOREIGN_REPLIES
-        if is_confirmed or open_task.count_repeat(error.message, now).is_conclusive(
+        is_confirmed = is_foreign and open_task.foreign_reply.add(error.raw, now).count >= CONFIRMING_FOREIGN_REPLIES
+        if is_confirmed or open_task.unconfirmed_reply.add(error.message, now).is_conclusive(
             now, run_state.timeouts.young_task_s
         ):
             await self._defer_to_next_run(open_task, error, is_foreign=is_foreign)
@@ -334,7 +325,7 @@ class Poller:
             run_state.open_tasks -= 1
         elif run_state.answers_only or self.poll_once_more:
             self._poll_again(open_task, FAILED_POLL_S)
-        elif not open_task.count_repeat("404", now).is_conclusive(now, young_task_s):
+        elif not open_task.unconfirmed_reply.add("404", now).is_conclusive(now, young_task_s):
             wait = (
                 YOUNG_TASK_POLL_S if self._age_s(open_task) < young_task_s else young_task_s / (CONFIRMING_REPLIES - 1)
             )

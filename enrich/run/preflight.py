@@ -138,7 +138,8 @@ def read_binding(ledger: Database, job: Job) -> LedgerBinding:
     target = job.model.target
     description, providers = _load_description(ledger, target)
     listed = [] if description is None else [field.name for field in description.output_fields]
-    answered = queries.answered_fields(ledger, column_fields(job).difference(listed, BESIDE_RESULT))
+    fields = column_fields(job).difference(listed, BESIDE_RESULT)
+    answered = frozenset(name for name in fields if queries.is_answered_field(ledger, name))
     return LedgerBinding(bound_to, description, providers, answered)
 
 

@@ -204,6 +204,17 @@ class ProviderTotals:
     failed: int = 0
 
 
+class _Call(NamedTuple):
+    """Who is called, by the descriptions: an enrichment, or the providers of a waterfall and its verifier.
+
+    The providers are in their order, each with the inputs it needs. There are none if any of them is unknown.
+    """
+
+    enrichment: str | None = None
+    providers: Sequence[tuple[str, frozenset[str]]] = ()
+    verifier: str | None = None
+
+
 @dataclass(slots=True)
 class ProviderStats:
     """Adds up answers. `descriptions` are those that the API last gave, by kind and id."""
@@ -213,8 +224,7 @@ class ProviderStats:
     _providers: dict[str, ProviderStat] = field(default_factory=dict)
     #: The sum of the positions that each provider has in the waterfalls of the answers, from 0.
     _position_sums: Counter[str] = field(default_factory=Counter)
-    _providers_by_call: dict[str, tuple[list[tuple[str, frozenset[str]]], str | None]] = field(default_factory=dict)
-    _sources: dict[str, str | None] = field(default_factory=dict)
+    _calls: dict[str, _Call] = field(default_factory=dict)
 
     def add(self, kind: AnswerKind, answers: int) -> None:
         """Count answers of one kind. Attempts without one (expired or unconfirmed) add only their cost."""
@@ -226,8 +236,8 @@ class ProviderStats:
         totals.answers += answers
         totals.found += answers if kind.state == State.FOUND else 0
         totals.failed += answers if kind.state == State.FAILED else 0
-        if (source := self._source(kind.call)) is not None:
-            self._add_source(source, kind, answers)
+        if (enrichment := self._call(kind.call).enrichment) is not None:
+            self._add_enrichment(enrichment, kind, answers)
         elif steps := [step for step in kind.steps if not is_blank(step.provider)]:
             self._add_steps(steps, kind, answers)
         elif kind.state == State.FAILED or not self._infer_providers(kind, answers):
@@ -241,16 +251,13 @@ class ProviderStats:
     def _provider(self, name: str) -> ProviderStat:
         return self._providers.setdefault(name, ProviderStat(name))
 
-    def _source(self, call: str) -> str | None:
-        """Return the name of the enrichment of a call; None for a waterfall."""
-        if call not in self._sources:
+    def _call(self, call: str) -> _Call:
+        if call not in self._calls:
             target = Target.from_json(json.loads(call))
-            description = self.descriptions.get((target.kind, target.id))
-            source = description.source if isinstance(description, Enrichment) else target.id
-            self._sources[call] = None if target.kind is TargetKind.WATERFALL else source
-        return self._sources[call]
+            self._calls[call] = _read_call(target, self.descriptions.get((target.kind, target.id)))
+        return self._calls[call]
 
-    def _add_source(self, name: str, kind: AnswerKind, answers: int) -> None:
+    def _add_enrichment(self, name: str, kind: AnswerKind, answers: int) -> None:
         provider = self._provider(name)
         # A failure without steps is not counted for the providers of a waterfall either.
         provider.reported += answers if kind.state != State.FAILED else 0
@@ -259,7 +266,7 @@ class ProviderStats:
         self._totals.unattributed -= (kind.paid or 0) * answers
 
     def _add_steps(self, steps: Sequence[Step], kind: AnswerKind, answers: int) -> None:
-        _, verifier = self._call_providers(kind.call)
+        verifier = self._call(kind.call).verifier
         previous: str | None = None
         called: dict[str, None] = {}
         verified: dict[str, None] = {}
@@ -294,7 +301,7 @@ class ProviderStats:
 
     def _infer_providers(self, kind: AnswerKind, answers: int) -> bool:
         """Infer the providers that a waterfall called for answers without steps. Returns whether they are known."""
-        providers, _ = self._call_providers(kind.call)
+        providers = self._call(kind.call).providers
         found = kind.state == State.FOUND
         if kind.erased or not providers or (found and kind.provider not in dict(providers)):
             return False
@@ -307,25 +314,21 @@ class ProviderStats:
                 break
         return True
 
-    def _call_providers(self, call: str) -> tuple[list[tuple[str, frozenset[str]]], str | None]:
-        """Return the providers of a call in their order, each with the inputs it needs, and its verifier."""
-        if call not in self._providers_by_call:
-            self._providers_by_call[call] = self._find_providers(Target.from_json(json.loads(call)))
-        return self._providers_by_call[call]
-
-    def _find_providers(self, target: Target) -> tuple[list[tuple[str, frozenset[str]]], str | None]:
-        description = self.descriptions.get((target.kind, target.id))
-        if description is None:
-            return [], None
-        called, verifier = description.called_providers(target), description.verifier(target)
-        all_known = all(each.name for each in called)
-        providers = [(each.name, frozenset(each.params)) for each in called] if all_known else []
-        return providers, None if verifier is None else verifier.name or None
-
     def _sort_key(self, each: ProviderStat) -> tuple[bool, float, str]:
         """Sort providers by their average position; verifiers come last."""
         position = self._position_sums[each.name] / max(1, each.reported + each.inferred)
         return each.verifies, position, each.name
+
+
+def _read_call(target: Target, description: Description | None) -> _Call:
+    if target.kind is not TargetKind.WATERFALL:
+        return _Call(description.source if isinstance(description, Enrichment) else target.id)
+    if description is None:
+        return _Call()
+    called, verifier = description.called_providers(target), description.verifier(target)
+    all_known = all(each.name for each in called)
+    providers = [(each.name, frozenset(each.params)) for each in called] if all_known else []
+    return _Call(None, providers, None if verifier is None else verifier.name or None)
 
 
 def read_descriptions(ledger: Database) -> dict[tuple[TargetKind, str], Description]:

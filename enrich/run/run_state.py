@@ -153,7 +153,7 @@ class RunState:
     _posts_throttled_since: float | None = None
     _posts_paused_until: float = 0.0
     _slot_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    _waiters: list[asyncio.Future[None]] = field(default_factory=list)
+    _change: asyncio.Event = field(default_factory=asyncio.Event)
 
     # Signalled: why and how the run ends early.
     #: Exit codes that apply, each with the message for the user.
@@ -247,18 +247,12 @@ class RunState:
 
     def notify_change(self) -> None:
         """Wake every caller of `wait_for_change`."""
-        waiters, self._waiters = self._waiters, []
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_result(None)
+        self._change.set()
+        self._change.clear()
 
     async def wait_for_change(self, timeout_s: float) -> None:
         """Wait until something changes, at most `timeout_s` seconds."""
-        waiter = asyncio.get_running_loop().create_future()
-        self._waiters.append(waiter)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await waiter
+        await self.pause(timeout_s, self._change)
 
     async def wait_for_posts(self, timeout_s: float) -> None:
         """Wait until no POST is in flight, at most `timeout_s` seconds."""

@@ -13,15 +13,7 @@ from msgspec.structs import replace
 
 from enrich.errors import LOCKED_HINT, EnrichError, Interrupted, LedgerLocked, WorkspaceMismatch
 from enrich.files.writer import prepare_file
-from enrich.ledger import (
-    bindings,
-    erasure,
-    execution_records,
-    lease_table,
-    rescue_import,
-    resume,
-    transitions,
-)
+from enrich.ledger import bindings, erasure, execution_records, lease_table, rescue_import, resume, transitions
 from enrich.ledger.database import Database
 from enrich.ledger.lease_table import LeaseHolder
 from enrich.ledger.rescue_file import find_rescue_files
@@ -63,7 +55,9 @@ class Startup:
         except Interrupted:
             raise
         except EnrichError as error:
-            if not await self.context.ledger_writer.submit(_has_open_tasks, self.context.results_kept_since_ms()):
+            submit, since_ms = self.context.ledger_writer.submit, self.context.results_kept_since_ms()
+            # The API may still hold a result that was paid for.
+            if not (await submit(transitions.submitted_tasks) or await submit(resume.written_off_tasks, since_ms)):
                 raise
             self.postponed_errors.append(error)
 
@@ -73,11 +67,6 @@ class Startup:
             raise self.postponed_errors[0]
         assert self.files is not None  # noqa: S101 - `open_files` has passed
         return self.files
-
-
-def _has_open_tasks(ledger: Database, results_kept_since_ms: int) -> bool:
-    """Return whether the API may still hold a result that was paid for."""
-    return bool(transitions.submitted_tasks(ledger) or resume.written_off_tasks(ledger, results_kept_since_ms))
 
 
 async def wait_for_other_processes(context: RunContext) -> None:
@@ -212,13 +201,14 @@ async def start_run(startup: Startup) -> tuple[RunContext, RunState]:
     """Record the start of the run with its budget. From here on, signals end it early instead of at once."""
     context, model = startup.context, startup.context.job.model
     environment, ledger_writer, signals = context.environment, context.ledger_writer, context.signals
+    paths = {step.job.step: list(step.preflight.template.columns.values()) for step in context.steps()}
     execution_id = await ledger_writer.submit(
         execution_records.start_execution,
         context.job.name,
         context.budget.cap,
         environment.clock.now_ms(),
         context.preflight.balance,
-        _column_paths(context),
+        paths if context.job.step_jobs else paths[""],
     )
     run_state = RunState(
         execution_id,
@@ -239,9 +229,3 @@ async def start_run(startup: Startup) -> tuple[RunContext, RunState]:
         run_state.notes.append(problem)
         environment.on_problem(problem)
     return context, run_state
-
-
-def _column_paths(context: RunContext) -> execution_records.Paths:
-    """Return the paths of the job's columns, by step if it has steps."""
-    paths = {step.job.step: list(step.preflight.template.columns.values()) for step in context.steps()}
-    return paths if context.job.step_jobs else paths[""]

@@ -61,17 +61,6 @@ class StepBatch(Struct, frozen=True):
         )
 
 
-class StepTables(NamedTuple):
-    """A batch of rows as it is in every step, with the table that each of them reads, as text.
-
-    `frame` is the input, `text` the table behind the last step.
-    """
-
-    frame: pl.DataFrame
-    text: pl.DataFrame
-    steps: Sequence[tuple[StepBatch, pl.DataFrame]]
-
-
 def decided_batch(  # noqa: PLR0913, PLR0917 - what is known of a batch
     batch: RowBatch,
     decisions: Sequence[StepDecision],

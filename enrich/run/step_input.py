@@ -12,7 +12,7 @@ from enrich.ledger.step_results import StepChoice, choose_requests
 from enrich.models import COUNTED_TOWARDS_LIMIT, Decision, RequestSelection
 from enrich.rows.job_steps import StepDecision
 from enrich.rows.requests import RowBatch
-from enrich.run.lead_selection import Candidate, LeadSelection, capped_rows
+from enrich.run.lead_selection import LeadSelection, capped_rows
 from enrich.run.plan_file import SavedPlan
 from enrich.run.step_batch import StepBatch, find_recorded_rows
 from enrich.run.step_rows import StepRows
@@ -62,7 +62,7 @@ class StepInput(Struct, frozen=True):
         limit = None if plan is None else plan.requests[self.number]
         return replace(selection, limit=limit, sample=None, sent_in=execution_id)
 
-    def _candidates(self, leads: LeadSelection, selection: RequestSelection) -> Iterator[Candidate]:
+    def _candidates(self, leads: LeadSelection, selection: RequestSelection) -> Iterator[tuple[int, bytes | None]]:
         """Yield the rows that would be sent, but for those that the run may send anyway."""
         for step_batch in self.rows.step_batches(self.number, limited=False):
             first_position, names = step_batch.batch.first_position, step_batch.to_send().fingerprints
@@ -71,7 +71,7 @@ class StepInput(Struct, frozen=True):
             for row, name in enumerate(names):
                 choice = choices.get(name, _NEW) if name is not None else None
                 if choice is not None and choice.decision in COUNTED_TOWARDS_LIMIT and not may_send[row]:
-                    yield Candidate(first_position + row, name if choice.sent_before else None)
+                    yield first_position + row, name if choice.sent_before else None
 
 
 _NEW = StepChoice(Decision.NEW, sent_before=False)

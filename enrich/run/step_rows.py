@@ -26,43 +26,36 @@ from enrich.rows.row_selection import order_of_rows
 from enrich.run.collector import JoinedBatch, JoinedStep
 from enrich.run.lead_selection import LeadSelection
 from enrich.run.output_cells import merge_cells, name_source, new_cells
-from enrich.run.step_batch import (
-    Identities,
-    StepBatch,
-    StepTables,
-    decided_batch,
-    find_recorded_rows,
-    identities,
-)
+from enrich.run.step_batch import Identities, StepBatch, decided_batch, find_recorded_rows, identities
 
 
 @dataclass(slots=True)
-class _BatchState:
-    """A batch between two steps.
+class StepTables:
+    """A batch of rows on its way through the steps, with the table that each of them reads.
 
-    `selected`: the job's own conditions hold. `capped` rows take part in no step, `forgotten` ones send nothing new.
-    `frame` and `text` are the table that the next step reads. `values` has what was found for each column so far.
+    `frame` is the input. `selected`: the job's own conditions hold. `capped` rows take part in no step, `forgotten`
+    ones send nothing new. `table`, and the same as `text`, is what the next step reads. `values` has what was found for
+    each column so far.
     """
 
     first_position: int
-    input_frame: pl.DataFrame
+    frame: pl.DataFrame
     selected: pl.Series
     capped: list[int]
     identities: Identities
-    frame: pl.DataFrame
+    table: pl.DataFrame
     text: pl.DataFrame
     values: dict[str, pl.Series] = field(default_factory=dict)
-    #: Of each step so far: its decisions, its results, and the table that it has read.
-    step_batches: list[StepBatch] = field(default_factory=list)
+    #: Of each step so far: its decisions with the table that it has read, as text, and its results.
+    steps: list[tuple[StepBatch, pl.DataFrame]] = field(default_factory=list)
     joined: list[JoinedStep] = field(default_factory=list)
-    tables: list[pl.DataFrame] = field(default_factory=list)
     forgotten: set[int] = field(default_factory=set)
 
     def is_known(self, job: Job, column: str) -> list[bool]:
         """Return which rows have a value in a column that steps give: one that was found, or that of the input."""
         known = self.values[column].is_not_null()
-        if job.model.merge == "fill_empty" and column in self.input_frame.columns:
-            known |= ~blank_cells(as_text(self.input_frame.get_column(column)), job.model.placeholders)
+        if job.model.merge == "fill_empty" and column in self.frame.columns:
+            known |= ~blank_cells(as_text(self.frame.get_column(column)), job.model.placeholders)
         return known.to_list()
 
 
@@ -82,10 +75,10 @@ class StepRows(Struct, frozen=True):
     def joined_batches(self, check_stopped: Callable[[], None] = lambda: None) -> Iterator[JoinedBatch]:
         """Read the input once. Yield each batch with the cells of all steps. A price is shown once."""
         step_results.begin_bill(self.ledger)
-        for state in self._states_after(len(self.steps), check_stopped, bill=True):
-            batch = replace(state.step_batches[0].batch, frame=state.input_frame)
-            cells = row_cells(self.job_input.job, state.values, state.text, state.joined)
-            yield JoinedBatch(batch, state.joined, cells)
+        for tables in self._tables_after(len(self.steps), check_stopped, bill=True):
+            batch = replace(tables.steps[0][0].batch, frame=tables.frame)
+            cells = row_cells(self.job_input.job, tables.values, tables.text, tables.joined)
+            yield JoinedBatch(batch, tables.joined, cells)
 
     def step_batches(
         self, number: int, queue_order: pl.Series | None = None, *, limited: bool = True
@@ -93,33 +86,32 @@ class StepRows(Struct, frozen=True):
         """Read the input once. Yield each batch as it is in a step, `limited` to the leads of the run."""
         step = self.steps[number]
         builder = step.job_input.request_builder(step.template)
-        for state in self._states_after(number):
+        for tables in self._tables_after(number):
             order = None
             if queue_order is not None:
-                order = order_of_rows(queue_order, state.first_position, state.text.height)
-            yield self._decide(state, step, builder, order, limited=limited)
+                order = order_of_rows(queue_order, tables.first_position, tables.text.height)
+            yield self._decide(tables, step, builder, order, limited=limited)
 
     def step_tables(self) -> Iterator[StepTables]:
-        """Read the input once. Yield each batch as it is in every step, with the table that the step reads."""
-        for state in self._states_after(len(self.steps)):
-            yield StepTables(state.input_frame, state.text, list(zip(state.step_batches, state.tables, strict=True)))
+        """Read the input once. Yield each batch as it is in every step."""
+        return self._tables_after(len(self.steps))
 
     def status_column(self, number: int) -> str:
         """Return the column with the status of a step."""
         return step_column(self.steps[number].job.step, "status")
 
-    def _states_after(
+    def _tables_after(
         self, steps: int, check_stopped: Callable[[], None] = lambda: None, *, bill: bool = False
-    ) -> Iterator[_BatchState]:
+    ) -> Iterator[StepTables]:
         """Read the input once. Yield each batch after the first `steps`."""
         builders = [(step, step.job_input.request_builder(step.template)) for step in self.steps[:steps]]
-        for state in self._first_states():
+        for tables in self._first_tables():
             check_stopped()
             for step, builder in builders:
-                self._advance(state, step, builder, bill=bill)
-            yield state
+                self._advance(tables, step, builder, bill=bill)
+            yield tables
 
-    def _first_states(self) -> Iterator[_BatchState]:
+    def _first_tables(self) -> Iterator[StepTables]:
         """Read the input once. Yield each batch before the first step."""
         own = [place for place, name in enumerate(self.job_input.header) if name in self.job_input.schema]
         sent = self.job_input.identifying_columns
@@ -131,63 +123,62 @@ class StepRows(Struct, frozen=True):
             capped_rows = [row for row, is_capped in enumerate(capped) if is_capped]
             own_text = text.select(pl.nth(own))
             names = identities(own_text, sent)
-            yield _BatchState(first_position, input_frame, selected, capped_rows, names, input_frame, own_text)
+            yield StepTables(first_position, input_frame, selected, capped_rows, names, input_frame, own_text)
 
-    def _advance(self, state: _BatchState, step: Step, builder: RequestBuilder, *, bill: bool) -> None:
+    def _advance(self, tables: StepTables, step: Step, builder: RequestBuilder, *, bill: bool) -> None:
         """Add a step's columns to the table that the next step reads."""
-        step_batch = self._decide(state, step, builder)
+        step_batch = self._decide(tables, step, builder)
         joined = join_step(self.ledger, step, step_batch, bill=bill)
         new = []
         for name in step.template.columns:
             # The first value found stays.
             # Unnamed: polars would take a name such as `^a.*$` for a pattern.
             found = joined.cells[name].alias("")
-            if (values := state.values.get(name)) is not None:
+            if (values := tables.values.get(name)) is not None:
                 before = values.alias("")
                 joined.cells[name] = found.set(before.is_not_null(), None).alias(name)
                 found = before.fill_null(found)
-            state.values[name] = found.alias(name)
+            tables.values[name] = found.alias(name)
             if name in self.job_input.schema:
-                new.append(merge_cells(self.job_input.job, state.input_frame.get_column(name), found))
+                new.append(merge_cells(self.job_input.job, tables.frame.get_column(name), found))
             else:
                 new.append(found.fill_null("").alias(name))
         new.append(joined.cells["enrich_status"].alias(step_column(step.job.step, "status")))
         text = list(map(as_text, new))
         # A list, object or boolean that a step found is left out of params, as one in the input is.
-        state.tables.append(state.text)
-        state.frame = state.frame.with_columns(map(json_where_no_text, text))
-        state.text = state.text.with_columns(text)
-        state.step_batches.append(step_batch)
-        state.joined.append(joined)
+        tables.steps.append((step_batch, tables.text))
+        tables.table = tables.table.with_columns(map(json_where_no_text, text))
+        tables.text = tables.text.with_columns(text)
+        tables.joined.append(joined)
 
     def _decide(
         self,
-        state: _BatchState,
+        tables: StepTables,
         step: Step,
         builder: RequestBuilder,
         order: list[int] | None = None,
         *,
         limited: bool = True,
     ) -> StepBatch:
-        text = state.text
-        unsent = self._lacking(state, step) | dict.fromkeys(state.forgotten, FORGOTTEN_REASON)
+        text = tables.text
+        unsent = self._lacking(tables, step) | dict.fromkeys(tables.forgotten, FORGOTTEN_REASON)
         selected = step.job_input.selected_rows(text) & ~_rows_as_mask(unsent, text.height)
         ready = pl.repeat(value=True, n=text.height, eager=True)
         for number in step.depends_on:
-            ready &= pl.Series(state.step_batches[number].final, dtype=pl.Boolean)
+            ready &= pl.Series(tables.steps[number][0].final, dtype=pl.Boolean)
         rows = InputRows(
-            state.first_position,
-            state.frame,
+            tables.first_position,
+            tables.table,
             text,
-            state.selected & ~_rows_as_mask(state.capped, text.height),
+            tables.selected & ~_rows_as_mask(tables.capped, text.height),
             step.job_input.suppressed_rows(text),
             order,
         )
         batch = builder.build_batch(rows, counted=selected & ready)
-        for row in state.capped:
+        for row in tables.capped:
             batch.errors[row] = CAPPED_REASON
         # No later step sends a request about a forgotten person.
-        state.forgotten |= {row for row, reason in enumerate(batch.errors) if reason == FORGOTTEN_REASON}
+        tables.forgotten |= {row for row, reason in enumerate(batch.errors) if reason == FORGOTTEN_REASON}
         known = step_results.find_results(self.ledger, [name for name in batch.fingerprints if name is not None])
         results = [None if name is None else known.get(name) for name in batch.fingerprints]
         blank_from_step = _blank_from_step(step, batch)
@@ -198,38 +189,38 @@ class StepRows(Struct, frozen=True):
                 [status is RowStatus.INVALID for status in batch.statuses],
                 blank_from_step,
                 selected.to_list(),
-                self._was_sent(state, step, batch, (selected & ready).to_list(), ready.to_list(), results),
+                self._was_sent(tables, step, batch, (selected & ready).to_list(), ready.to_list(), results),
                 ready.to_list(),
                 strict=True,
             )
         ]
         requesting_rows = [row for row, decision in enumerate(decisions) if decision is StepDecision.SEND]
         if self.leads is not None and limited:
-            may_send = self.leads.may_send(state.first_position, results)
+            may_send = self.leads.may_send(tables.first_position, results)
             for row in requesting_rows:
                 if not may_send[row]:  # the row waits, or keeps the result that the ledger has
                     decisions[row] = StepDecision.WAIT if results[row] is None else StepDecision.KEEP
-        return decided_batch(batch, decisions, results, requesting_rows, unsent, state.identities)
+        return decided_batch(batch, decisions, results, requesting_rows, unsent, tables.identities)
 
-    def _lacking(self, state: _BatchState, step: Step) -> dict[int, str]:
+    def _lacking(self, tables: StepTables, step: Step) -> dict[int, str]:
         """Return the rows that need a result which was purged, and say so.
 
         What was found is not known then. Nor is what a step would have found that was left out for this reason.
         """
         unknown: dict[str, dict[int, str]] = {}
         for number in sorted(step.depends_on):
-            earlier, name = state.step_batches[number], self.steps[number].job.step
+            earlier, name = tables.steps[number][0], self.steps[number].job.step
             reason = f"the result of `{name}` was purged"
             lost = {**dict.fromkeys(earlier.purged_rows(), reason), **earlier.unsent}
             for column in self.steps[number].template.columns if lost else ():
-                known = state.is_known(self.job_input.job, column)
+                known = tables.is_known(self.job_input.job, column)
                 unknown.setdefault(column, {}).update({row: why for row, why in lost.items() if not known[row]})
             unknown[self.status_column(number)] = {**earlier.unsent}
         unknown = {name: rows for name, rows in unknown.items() if rows and name in step.earlier_columns}
         if not unknown:
             return {}
-        text = state.text.with_columns(
-            state.text.get_column(name).set(_rows_as_mask(rows, state.text.height), None)
+        text = tables.text.with_columns(
+            tables.text.get_column(name).set(_rows_as_mask(rows, tables.text.height), None)
             for name, rows in unknown.items()
         )
         may_be_selected = step.job_input.selected_rows(text, unknown=True)
@@ -237,7 +228,7 @@ class StepRows(Struct, frozen=True):
 
     def _was_sent(  # noqa: PLR0913, PLR0917 - what is known of a batch
         self,
-        state: _BatchState,
+        tables: StepTables,
         step: Step,
         batch: RowBatch,
         selected: Sequence[bool],
@@ -254,7 +245,7 @@ class StepRows(Struct, frozen=True):
             for row, (is_sent, is_selected) in enumerate(zip(sent, selected, strict=True))
             if is_sent and not is_selected
         ]
-        recorded = find_recorded_rows(self.ledger, step.job, batch.fingerprints, rows, state.identities)
+        recorded = find_recorded_rows(self.ledger, step.job, batch.fingerprints, rows, tables.identities)
         for row in rows:
             if (known := recorded.get(row)) is None:
                 sent[row] = False

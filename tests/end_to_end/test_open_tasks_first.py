@@ -218,18 +218,18 @@ def test_no_requests_to_other_host(workspace: Workspace) -> None:
 def test_only_continuous_404_expires_task(pattern: list[bool]) -> None:
     """A flickering task never expires, however often it is unknown in between."""
     from enrich.models import Task  # noqa: PLC0415
-    from enrich.run.open_task import OpenTask  # noqa: PLC0415 - tests the rule without a run
+    from enrich.run.open_task import OpenTask, Repeated  # noqa: PLC0415 - tests the rule without a run
 
     waiting, now = OpenTask(Task((1,), "t", 0), submitted_in_this_run=True, acknowledged=True, submitted_at_s=0.0), 0.0
     is_expired, run, since = False, 0, 0.0
     for missing in pattern:
         now += 17.0
         if not missing:
-            waiting.repeated_reply, run = None, 0
+            waiting.unconfirmed_reply, run = Repeated(), 0
             continue
         since = now if not run else since
         run += 1
-        is_expired = waiting.count_repeat("404", now).is_conclusive(now, 60.0)
+        is_expired = waiting.unconfirmed_reply.add("404", now).is_conclusive(now, 60.0)
         assert is_expired == (run >= 5 and now - since >= 60.0)
 
 
