@@ -50,7 +50,7 @@ class Input(StrictModel):
     )
     encoding: Encoding = Field("utf-8", description="Python's name of the encoding: utf-8, cp1252, utf-16 …")
     format: Format = Field(
-        default_factory=lambda values: format_of(values["path"]) or "csv",
+        default_factory=lambda values: format_of(values.get("path", "")) or "csv",
         description="Default: by the file extension, before .gz; otherwise csv.",
     )
     sheet: Text | None = Field(None, description="The sheet of a workbook; default: the first visible one with cells.")
