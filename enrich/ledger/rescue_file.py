@@ -239,8 +239,8 @@ class RescueFile:
         if self._file is not None:
             os.close(self._file)
         with suppress(OSError):
+            fsync_dir(folder)  # first, so that a power cut leaves one of the two files
             (self.path or self._reserved_path).unlink(missing_ok=True)
-            fsync_dir(folder)
         self._file, self._end, self.path = file, len(content), path
         return True
 

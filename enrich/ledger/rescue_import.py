@@ -227,7 +227,7 @@ class _Import:
             "AND NOT (a.claimed_ms = ? AND (a.bulk_task_id IS NOT NULL OR a.gone = 1))",
             line.task_id,
             bytes.fromhex(line.fingerprint),
-            line.claimed_ms if line.bulk_task is not None else None,
+            line.claimed_ms if line.bulk_task is not None else -1,  # NULL would make the condition NULL
         )
 
 

@@ -13,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from enrich.errors import CommandRefused, LedgerLocked
-from enrich.ledger import bindings, execution_records, rescue_import, rescue_recorder, resume, transitions
+from enrich.ledger import bindings, execution_records, rescue_file, rescue_import, rescue_recorder, resume, transitions
 from enrich.ledger.database import Database
 from enrich.ledger.database_copy import copy_ledger
 from enrich.ledger.rescue_file import RescuedAttempt, RescueFile, read_rescue_file
@@ -270,6 +270,18 @@ def test_one_row_of_a_bulk_task_is_not_polled_alone(ledger: CommittingLedger) ->
     assert_sound(ledger)
 
 
+@pytest.mark.parametrize("size", [2, 3], ids=["whole", "part"])
+def test_task_id_of_a_bulk_task_is_not_polled_for_another_request(ledger: CommittingLedger, size: int) -> None:
+    """Another request was answered with the id of a bulk task: its answer would be that of the first row."""
+    bulk = [rescue_record(number, task="t", bulk_task=1, bulk_index=number, size=size) for number in range(2)]
+
+    import_lines(ledger, *bulk, rescue_record(9, task="t", claimed_ms=4_000))
+
+    assert request_states(ledger)[9] == "in_doubt"
+    assert all(len(task.attempts) == 2 for task in transitions.submitted_tasks(ledger.wrapped))
+    assert_sound(ledger)
+
+
 def test_refreshed_and_new_rows_of_a_bulk_task_stay_together(ledger: CommittingLedger) -> None:
     """A lost ledger: some rows of a bulk task that waits were answered before."""
     answered = [rescue_record(number, "found", f"old{number}") for number in range(2)]
@@ -421,6 +433,30 @@ def test_fallback_location_beside_output(tmp_path: Path) -> None:
 
     assert file.path == output / "job.db.rescue"
     assert [line.attempt for line in read_rescue_file(file.path)] == [1, 2]
+
+
+def test_new_place_is_durable_before_the_old_file_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut while the file moves to another place leaves one of the two."""
+    ledger, output = tmp_path / ".enrich" / "job.db", tmp_path / "out"
+    ledger.parent.mkdir()
+    output.mkdir()
+    file = RescueFile(ledger, [output])
+    file.append([rescue_record(1)])
+    old = file.path
+    assert old is not None
+    synced: list[tuple[Path, bool]] = []
+    monkeypatch.setattr(rescue_file, "fsync_dir", lambda folder: synced.append((folder, old.exists())))
+    write_at = rescue_file._write_at
+    monkeypatch.setattr(
+        rescue_file, "_write_at", lambda number, content, end: not end and write_at(number, content, end)
+    )
+
+    assert file.append([rescue_record(2)])
+
+    assert file.path is not None
+    assert synced == [(file.path.parent, True)]
+    assert not old.exists()
+    file.close()
 
 
 def test_rescue_file_of_other_ledger(tmp_path: Path) -> None:
