@@ -97,7 +97,9 @@ def forget_person(job: Job, matches: Sequence[str], confirm: Callable[[Forgotten
         }.difference(known["params"] for known in found)
         params = params_of_rows.union(known["params"] for known in found)
         counts = ForgottenCounts(len(found), len(unsent), params)
-        if counts == ForgottenCounts() or not confirm(counts):
+        if not (found or unsent):
+            return counts
+        if not confirm(counts):
             return ForgottenCounts()
         key = read_or_make_key(job.ledger)
         with ledger.transaction():
