@@ -195,7 +195,7 @@ LockPersonality=true
 
 
 def _escape_percent(text: str) -> str:
-    """Escape `%`, which systemd would read as a specifier, and replace unprintable characters by `?`."""
+    """Escape `%`, which systemd would read as a specifier, and unprintable characters."""
     return printable(text).replace("%", "%%")
 
 

@@ -315,7 +315,7 @@ def short_path(path: str | None) -> str | None:
 
 
 def begin_result() -> None:
-    """Print the result of the command from now on: a signal changes it no more."""
+    """Mark that the result of the command is printed now. The first signal after this changes nothing."""
     context = click.get_current_context(silent=True)
     if context is not None and context.obj is not None:
         context.obj.is_final = True

@@ -102,7 +102,7 @@ def _selection_arguments(selected: RunOptions, max_credits: float | None) -> str
 
 
 def _next_lines(planned: Plan | StepsPlan, command: str, chosen: str) -> Iterator[str]:
-    """Yield the commands that come after the plan. None: a run would be refused."""
+    """Yield the commands that come after the plan, or nothing if a run would be refused."""
     if any(note.startswith(_REFUSED) for note in planned.notes):
         return
     if not planned.to_submit:

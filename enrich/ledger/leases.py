@@ -52,9 +52,8 @@ class Lease:
             self.fencing_token = FencingToken(lease_id, seconds if idle_timeout_s is None else idle_timeout_s)
             self._offset_ms = self._ledger.retry_on_disconnect(self._measure_offset_ms)
             if leader_id is not None:
-                self._joined_ms = 1 + self._ledger.retry_on_disconnect(
-                    lambda: lease_table.now_ms(self._ledger)
-                )  # rounded up
+                now_ms = self._ledger.retry_on_disconnect(lambda: lease_table.now_ms(self._ledger))
+                self._joined_ms = now_ms + 1  # rounded up
                 self._ledger.retry_on_disconnect(self._renew)
         except BaseException:
             self._ledger.close()

@@ -187,7 +187,7 @@ class _Import:
             self.counts[state if state in ("submitted", "in_doubt") else "answered"] += 1
 
     def _execution_id(self, line: RescuedAttempt) -> int:
-        """Return the record of the run that made an attempt. There is one, without a summary, for the same columns."""
+        """Return the record of the run that made an attempt: one without a summary for all of the same columns."""
         paths = tuple(line.paths)
         if paths not in self.execution_ids:
             execution_id = start_execution(self.db, self.job, None, line.claimed_ms, paths=paths)

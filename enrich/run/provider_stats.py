@@ -205,7 +205,7 @@ class ProviderTotals:
 
 
 class _Call(NamedTuple):
-    """Who is called, by the descriptions: an enrichment, or the providers of a waterfall and its verifier.
+    """What a call uses, by the descriptions: an enrichment, or the providers of a waterfall and its verifier.
 
     The providers are in their order, each with the inputs it needs. There are none if any of them is unknown.
     """
