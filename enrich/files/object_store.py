@@ -130,10 +130,10 @@ def _storage_error(url: ObjectUrl, error: Exception) -> CommandRefused:
         return CommandRefused(f"{url} does not exist", "check the URL")
     if _NO_CREDENTIALS.search(message):
         return CommandRefused(f"{url}: no credentials for the object storage", credentials_hint)
-    if _UNUSABLE_CREDENTIALS.search(message):
-        return CommandRefused(f"{url}: the credentials for the object storage cannot be used", credentials_hint)
     if re.search(r"status code: 40[13]", message):
         return CommandRefused(f"{url}: the object storage rejects these credentials ({code})", credentials_hint)
+    if _UNUSABLE_CREDENTIALS.search(message):
+        return CommandRefused(f"{url}: the credentials for the object storage cannot be used", credentials_hint)
     if "BadScheme" in message:
         return CommandRefused(f"{url}: the endpoint has no TLS", "to allow it, set AWS_ALLOW_HTTP=true")
     if re.search(r"kind: (Connect|Timeout)|error sending request", message):
