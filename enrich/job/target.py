@@ -172,7 +172,7 @@ class TargetModel(StrictModel):
     )
     email_verifier: int | None = Field(None, description="A verifier of the waterfall.")
     pagination: Pagination | None = Field(None, description="For an enrichment with pages, each at a price.")
-    params: Annotated[dict[Text, Param], BeforeValidator(_expand_params), Field(min_length=1)] = Field(
+    params: Annotated[dict[Text, Param], Field(min_length=1), BeforeValidator(_expand_params)] = Field(
         description="The params of the waterfall or enrichment: a column, or an object."
     )
     columns: Annotated[dict[Text, Text], Field(min_length=1)] | None = Field(
