@@ -110,7 +110,8 @@ def open_log(path: Path | None, job: str, on_problem: Callable[[str], None]) -> 
         # Resolve a symlink: otherwise rotation would rename the link, and its target would keep growing.
         handler = _LogHandler(path.resolve() if path.is_file() else path, on_problem)
     except OSError as error:
-        reason = "it is a pipe without a reader" if error.errno == errno.ENXIO else error.strerror
+        is_unread = error.errno == errno.ENXIO and path.is_fifo()
+        reason = "it is a pipe without a reader" if is_unread else error.strerror
         raise CommandRefused(f"{path}: the log cannot be written: {reason}") from error
     try:
         yield RunLog(handler, job, path=path)
