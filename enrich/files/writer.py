@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import gzip
 import os
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -63,10 +64,10 @@ def prepare_file(target: Location, input_location: InputLocation, job: str, kind
         temporary_path(target, job, kind).unlink(missing_ok=True)
         if not os.access(target.parent, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, "Permission denied")
-        if target.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        if target.exists() and not target.is_file():
-            raise OSError(errno.EINVAL, "it is not a file")
+        with suppress(FileNotFoundError):
+            mode = target.stat().st_mode
+            if not stat.S_ISREG(mode):
+                raise OSError(errno.EINVAL, "it is a folder" if stat.S_ISDIR(mode) else "it is not a file")
     except OSError as error:
         raise CommandRefused(f"{target}: the {kind} cannot be written: {error.strerror}") from error
 

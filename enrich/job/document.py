@@ -146,8 +146,9 @@ def _to_plain_data(node: yaml.Node, path: Path) -> Any:  # noqa: ANN401 - YAML
         raise JobError(f"{where}: a number of {len(text):,} characters", "put it in quotes if it is text")
     try:
         value = yaml.SafeLoader("").construct_object(node)
-    except (yaml.YAMLError, ValueError) as error:
-        problem = error.problem if isinstance(error, yaml.MarkedYAMLError) else error
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:
+        invalid = f"`{text}` is not a valid {node.tag.rpartition(':')[2]}"
+        problem = error.problem if isinstance(error, yaml.MarkedYAMLError) else invalid
         raise JobError(f"{where}: {problem}", "put it in quotes if it is text") from None
     if node.tag in _NUMBER_TAGS and (_OCTAL_NUMBER.fullmatch(text) or not PLAIN_NUMBER.fullmatch(text)):
         hint = "write numbers in plain digits, such as 1000 or 0.5, and put text in quotes"

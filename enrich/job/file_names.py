@@ -59,10 +59,13 @@ def why_no_ledger(location: LedgerLocation) -> str | None:
 
 def is_missing(path: Path) -> bool:
     """Check whether a file could be at a path, and is not. False if this user has no permission to check."""
-    try:
-        return path != STDIN and why_no_file(path) is None and not path.exists()
-    except PermissionError:
+    if path == STDIN or why_no_file(path) is not None:
         return False
+    try:
+        path.stat()  # from Python 3.14 on, Path.exists is False without permission to check
+    except OSError as error:
+        return not isinstance(error, PermissionError)
+    return False
 
 
 _LEFTOVERS = frozenset(("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"))

@@ -432,7 +432,7 @@ def test_disk_full_during_backup_is_exit_5(filled_ledger: CommittingLedger, work
     assert workspace.run_in_process("ledger", "backup", str(filled_ledger.path), "copy.db").exit_code == 0
     old = copy.read_bytes()
     script = (
-        "import resource, sys; from enrich.cli import run_command; "
+        "import resource, sys; from enrich.cli import run_command; sys.dont_write_bytecode = True; "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)); "
         f"sys.exit(run_command(['ledger', 'backup', {str(filled_ledger.path)!r}, {str(copy)!r}]))"
     )

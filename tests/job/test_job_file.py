@@ -379,7 +379,15 @@ def test_quoted_values_are_text(tmp_path: Path, word: str) -> None:
         (f"{BASE_JOB}  <<: {{a: A}}\n", None),
         (f"{BASE_JOB}? [a]\n: 1\n", ["6: a key must be text"]),
         (f"{BASE_JOB}where: !!python/name:os.system x\n", None),
-        (f"{BASE_JOB}where: 2024-13-45\n", ["6: month must be in 1..12", "hint: put it in quotes if it is text"]),
+        (
+            f"{BASE_JOB}where: 2024-13-45\n",
+            ["6: `2024-13-45` is not a valid timestamp", "hint: put it in quotes if it is text"],
+        ),
+        (
+            f"{BASE_JOB}where: !!timestamp x\n",
+            ["6: `x` is not a valid timestamp", "hint: put it in quotes if it is text"],
+        ),
+        (f"{BASE_JOB}where: !!bool x\n", ["6: `x` is not a valid bool", "hint: put it in quotes if it is text"]),
         (
             f"{BASE_JOB}output: %Y.csv\n",
             ["6: found character '%' that cannot start any token", "hint: put it in quotes if it is text"],
