@@ -50,6 +50,7 @@ from enrich.models import PLAIN_NUMBER, whole_number
 MAX_ID_LENGTH = 512
 #: Deeper JSON is rejected. SQLite's JSON functions stop at 1,000 levels, and Python's parser at about the same.
 MAX_DEPTH = 200
+_CONTAINERS = (dict, list)
 #: A longer Retry-After is reduced to this.
 MAX_RETRY_AFTER_S = 3600.0
 #: Number of bytes kept of an unreadable response.
@@ -72,13 +73,17 @@ def parse_body(received: bytes, key: str) -> tuple[Any, str]:
     return value, text
 
 
-def _check_depth(value: object) -> None:
+def _check_depth(value: Any) -> None:  # noqa: ANN401 - a JSON document
     level, depth = [value], 0
     while level:
         if (depth := depth + 1) > MAX_DEPTH:
             raise ValueError("nested too deeply")
-        inner = [item for item in level if isinstance(item, dict | list)]
-        level = [value for item in inner for value in (item.values() if isinstance(item, dict) else item)]
+        level = [
+            child
+            for parent in level
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(child, _CONTAINERS)
+        ]
 
 
 def task_ids(body: object) -> list[str]:
