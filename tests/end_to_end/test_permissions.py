@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +26,18 @@ def closed(
     workspace.write_leads(make_leads(2), name=JOB_FILES["input"])
     workspace.write_job(**JOB_FILES)
     assert workspace.run_in_process("run", "job.yaml", api=api).exit_code == 0
-    folder, real_stat = workspace.folder / str(request.param), os.stat
+    folder = workspace.folder / str(request.param)
 
-    def stat(path: Any, **options: Any) -> os.stat_result:
-        if isinstance(path, str | Path) and folder in Path(path).parents:
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-        return real_stat(path, **options)
+    def close(function: Callable[..., Any]) -> Callable[..., Any]:
+        def closed_function(path: Any, *args: Any, **options: Any) -> Any:
+            if isinstance(path, str | Path) and folder in Path(path).parents:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return function(path, *args, **options)
 
-    monkeypatch.setattr(os, "stat", stat)
+        return closed_function
+
+    monkeypatch.setattr(os, "stat", close(os.stat))
+    monkeypatch.setattr(io, "open", close(io.open))
     return folder
 
 
