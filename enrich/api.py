@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
@@ -289,10 +289,19 @@ def _outside_event_loop(work: Callable[[Future[None]], T]) -> T:
     except RuntimeError:
         return work(stop)
     with _stopped_by_sigint(stop), ThreadPoolExecutor(1, "enrich") as executor:
-        result = executor.submit(work, stop).result()
+        try:
+            result = executor.submit(work, stop).result()
+        except BaseException:  # perhaps of another signal's handler: the executor waits for the end of the work
+            _end_work(stop)
+            raise
     if stop.done():  # too late to end the work
         raise KeyboardInterrupt
     return result
+
+
+def _end_work(stop: Future[None]) -> None:
+    with suppress(InvalidStateError):
+        stop.set_result(None)
 
 
 @contextmanager
@@ -302,16 +311,11 @@ def _stopped_by_sigint(stop: Future[None]) -> Iterator[None]:
     The usual handler raises an exception, perhaps before `result` is called. That of `asyncio.run` waits for the loop,
     which is blocked.
     """
-
-    def set_once(_number: int, _frame: object) -> None:
-        if not stop.done():
-            stop.set_result(None)
-
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or before in (signal.SIG_IGN, None):
         yield
         return
-    signal.signal(signal.SIGINT, set_once)
+    signal.signal(signal.SIGINT, lambda *_: _end_work(stop))
     try:
         yield
     finally:

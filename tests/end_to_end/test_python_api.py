@@ -53,6 +53,14 @@ def slow_job(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         yield workspace.write_job()
 
 
+@pytest.fixture(autouse=True)
+def _default_sigint() -> Iterator[None]:
+    """Tests in the background ignore SIGINT, as all programs there do."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def kill_once(number: signal.Signals) -> Callable[[enrich.Progress], None]:
     """Return a callback that sends the signal to this process when all is submitted."""
     is_sent = False
@@ -442,6 +450,23 @@ def test_sigint_before_the_run_is_waited_for(
 
     submitted = threading.Event()
     asyncio.run(program())
+    assert workspace.sql("SELECT state, count(*) FROM requests GROUP BY state") == [("submitted", 6)]
+
+
+def test_an_exception_in_a_loops_thread_ends_the_run(slow_job: Path, workspace: Workspace) -> None:
+    """The run ends as after SIGINT when another signal's handler raises an exception while the run is waited for."""
+
+    def expire(*_: object) -> None:
+        raise TimeoutError
+
+    async def program() -> None:
+        with pytest.raises(TimeoutError):
+            enrich.run_job(slow_job, on_progress=kill_once(signal.SIGUSR1))
+
+    before = signal.signal(signal.SIGUSR1, expire)
+    asyncio.run(program())
+    signal.signal(signal.SIGUSR1, before)
+    assert workspace.sql("SELECT exit_code FROM executions") == [(130,)]
     assert workspace.sql("SELECT state, count(*) FROM requests GROUP BY state") == [("submitted", 6)]
 
 
