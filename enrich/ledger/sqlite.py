@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from enrich.errors import CommandRefused, LedgerDamaged, LedgerMoved
 from enrich.job.locations import PostgresLocation
@@ -250,7 +251,7 @@ def open_sqlite(path: Path, *, read_only: bool, any_version: bool, skip_integrit
             raise damaged_ledger_error(path, "it is empty")
         # Only one thread at a time uses the connection, but not always the same one.
         db = sqlite3.connect(
-            f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rw'}",
+            _file_uri(path, "mode=ro" if read_only else "mode=rw"),
             uri=True,
             isolation_level=None,
             check_same_thread=False,
@@ -295,7 +296,7 @@ def is_ledger_file(path: Path) -> bool:
     Only SQLite may open it: if another part of the program closed the file, all locks of the process on it would end.
     """
     try:
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)) as db:
+        with closing(sqlite3.connect(_file_uri(path, "mode=ro&immutable=1"), uri=True)) as db:
             return bool(db.execute("PRAGMA application_id").fetchone() == (schema.APPLICATION_ID,))
     except sqlite3.Error:
         return False
@@ -320,7 +321,7 @@ def unknown_to_sandbox(state: Path, tasks: Sequence[str]) -> list[str]:
     if not state.is_file():
         return list(tasks)
     try:
-        with closing(sqlite3.connect(f"{state.absolute().as_uri()}?mode=ro", uri=True)) as db:
+        with closing(sqlite3.connect(_file_uri(state, "mode=ro"), uri=True)) as db:
             find = "SELECT 1 FROM tasks WHERE task_id = ?"
             return [task for task in tasks if db.execute(find, (task,)).fetchone() is None]
     except sqlite3.Error:
@@ -365,6 +366,11 @@ def _check_integrity(db: sqlite3.Connection, path: Path, max_bytes: int) -> None
     (result,) = db.execute("PRAGMA integrity_check(1)").fetchone()
     if result != "ok":
         raise damaged_ledger_error(path)
+
+
+def _file_uri(path: Path, options: str) -> str:
+    """Return SQLite's name of a file. Path.as_uri imports HTTP and TLS in Python 3.14."""
+    return f"file:{quote(os.fsencode(path.absolute()))}?{options}"
 
 
 def _check_application_id(db: sqlite3.Connection, path: Path) -> None:

@@ -19,9 +19,7 @@ import pytest
 from enrich import __version__
 from enrich.exit_codes import JobArguments
 from enrich.job.job import load_job
-from enrich.ledger import queries
 from enrich.ledger.lock import lock_ledger
-from enrich.models import State
 from enrich.monitoring import log_file
 from enrich.monitoring.log_file import RunLog, open_log, redact_message
 from enrich.monitoring.observers import RunObservers
@@ -169,7 +167,7 @@ def test_killed_run_has_no_end_event(tmp_path: Path, workspace: Workspace) -> No
     with serve_api(tmp_path / "api.db", latency="fixed(600)") as api:
         first = workspace.start_subprocess("run", "job.yaml", *LOG_OPTIONS, api=api)
         wait_until(lambda: api.audit()["accepted"] == 3)
-        wait_until(lambda: queries.state_counts(workspace.open_ledger()).get(State.SUBMITTED) == 3)
+        wait_until(lambda: workspace.sql("SELECT count(*) FROM requests WHERE state = 'submitted'") == [(3,)])
         kill_process(first)
         api.advance(601)
         result = workspace.run_in_process("run", "job.yaml", *LOG_OPTIONS, api=api)

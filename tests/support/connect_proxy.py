@@ -2,48 +2,43 @@
 
 from __future__ import annotations
 
-import secrets
 import socket
 import socketserver
 import ssl
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import trustme
+
 
 @dataclass(frozen=True)
 class Certificate:
-    """A self-signed certificate and its key."""
+    """A server's certificate: the file that a client trusts, and the server's key."""
 
     file: Path
     key: Path
+    leaf: trustme.LeafCert
 
     def server(self) -> ssl.SSLContext:
         """Return the TLS context of a server with this certificate."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(self.file, self.key)
+        self.leaf.configure_cert(context)
         return context
 
 
-def make_certificate(folder: Path, name: str, days: int = 1) -> Certificate:
-    """Make a certificate for `DNS:…` or `IP:…`; a negative number of days makes it expired."""
-    made = Certificate(folder / "certificate.pem", folder / "key.pem")
-    request, extensions = folder / "request.pem", folder / "extensions"
-    extensions.write_text(f"subjectAltName={name}\n")
-    # Each has its own subject, because trusted certificates are looked up by subject.
-    kind = f"-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN={secrets.token_hex(8)}"
-    _openssl(f"req -new {kind}", "-keyout", str(made.key), "-out", str(request))
-    sign = ["-in", str(request), "-signkey", str(made.key), "-extfile", str(extensions), "-out", str(made.file)]
-    _openssl(f"x509 -req -days {days}", *sign)
+def make_certificate(folder: Path, name: str, *, expired: bool = False) -> Certificate:
+    """Make a certificate for a host name or an IP address."""
+    authority = trustme.CA()
+    leaf = authority.issue_cert(name, not_after=datetime.now(UTC) - timedelta(days=1) if expired else None)
+    made = Certificate(folder / "certificate.pem", folder / "key.pem", leaf)
+    authority.cert_pem.write_to_path(made.file)
+    leaf.private_key_pem.write_to_path(made.key)
     return made
-
-
-def _openssl(command: str, *files: str) -> None:
-    subprocess.run(["openssl", *command.split(), *files], check=True, capture_output=True)
 
 
 @dataclass
