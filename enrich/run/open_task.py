@@ -51,7 +51,9 @@ class OpenTask:
     needs_new_connection: bool = False
     #: The poll that is running began after it was known to be the last one.
     is_last_poll: bool = False
-    #: The phases that replies named, replies that need confirmation, and answers about a task that the ledger lacks.
+    #: The phases that replies named, polls that failed, replies that need confirmation, and answers about a task that
+    #: the ledger lacks.
     phase: Repeated = field(default_factory=Repeated)
+    failed_poll: Repeated = field(default_factory=Repeated)
     unconfirmed_reply: Repeated = field(default_factory=Repeated)
     foreign_reply: Repeated = field(default_factory=Repeated)

@@ -186,10 +186,10 @@ class Poller:
             await self._handle_invalid_response(open_task, error)
         except RateLimited as error:
             run_state.record_throttled(error)
-            if self.poll_once_more:
-                self._schedule(open_task, 0.0)  # a 429 does not count as the one poll
+            if open_task.written_off and not self.poll_once_more:
+                self._skip_written_off(open_task)
             else:
-                self._poll_again(open_task, 0.0)
+                self._schedule(open_task, 0.0)  # a 429 does not count as a poll
         except Unauthorized as error:
             if run_state.answers_only:
                 self._poll_again(open_task, FAILED_POLL_S)
@@ -200,10 +200,13 @@ class Poller:
             await self._handle_task_unknown(open_task)
         except RequestNotAccepted as error:
             run_state.record_failure(error)
-            self._poll_again(open_task, FAILED_POLL_S)
+            now = run_state.clock.monotonic()
+            is_lasting = open_task.failed_poll.add("failed", now).is_conclusive(now, run_state.timeouts.outage_s)
+            self._poll_again(open_task, FAILED_POLL_S, has_grace=not is_lasting)
         else:
             run_state.record_success()
-            open_task.needs_new_connection, open_task.unconfirmed_reply = False, Repeated()
+            open_task.needs_new_connection = False
+            open_task.unconfirmed_reply, open_task.failed_poll = Repeated(), Repeated()
             await self._handle_reply(open_task, reply)
         finally:
             self._open_polls -= 1
@@ -237,7 +240,8 @@ class Poller:
             grace = run_state.timeouts.no_data_s
             if phase_age_s < grace:
                 is_single = open_task.task.bulk_task_id is None
-                self._poll_again(open_task, grace if is_single and phase is TaskPhase.COMPLETED else NO_DATA_POLL_S)
+                wait = grace if is_single and phase is TaskPhase.COMPLETED else NO_DATA_POLL_S
+                self._poll_again(open_task, wait, has_grace=True)
                 return
         elif open_task.submitted_in_this_run:
             run_state.poll_schedule.record_duration(open_task.last_running_age_s, age_s)
@@ -291,7 +295,7 @@ class Poller:
         elif open_task.written_off and not is_foreign:
             self._skip_written_off(open_task)
         else:
-            self._poll_again(open_task, FAILED_POLL_S)
+            self._poll_again(open_task, FAILED_POLL_S, has_grace=True)
 
     async def _defer_to_next_run(self, open_task: OpenTask, error: InvalidPollResponse, *, is_foreign: bool) -> None:
         """Store the API's reply, and leave the task to the next run."""
@@ -361,11 +365,14 @@ class Poller:
             if state is not State.PENDING:
                 run_state.counters.count_settled(state, requests)
 
-    def _poll_again(self, open_task: OpenTask, seconds: float) -> None:
-        """Poll again later, unless the task is older than `patience_s`."""
+    def _poll_again(self, open_task: OpenTask, seconds: float, *, has_grace: bool = False) -> None:
+        """Poll again later, unless the task is older than `patience_s`.
+
+        With `has_grace`, a limited number of polls settles it at any age: the next run would begin with them anew.
+        """
         if open_task.written_off:
             self._skip_written_off(open_task)
-        elif open_task.is_last_poll or self._age_s(open_task) > self.config.patience_s:
+        elif open_task.is_last_poll or (not has_grace and self._age_s(open_task) > self.config.patience_s):
             reason = EnrichError("tasks are still running at Databar", "the next run collects them first")
             if not self.poll_once_more:
                 self.run_state.exit_reasons.setdefault(ExitCode.TIME, reason)

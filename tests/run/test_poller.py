@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 from unittest.mock import AsyncMock, patch
@@ -16,7 +17,7 @@ from msgspec.structs import replace
 
 from enrich.databar.clock import SystemClock
 from enrich.databar.task_results import TaskReply
-from enrich.errors import EnrichError
+from enrich.errors import EnrichError, InvalidPollResponse, RateLimited, RequestNotAccepted
 from enrich.exit_codes import ExitCode
 from enrich.ledger import queries, resume, transitions
 from enrich.models import MICROS_PER_CREDIT, State
@@ -342,6 +343,54 @@ class TestTimeouts:
 
         with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
             run_scenario(tmp_path, api, scenario, leads=range(1))
+
+    @pytest.mark.parametrize(
+        "reply",
+        [
+            {"status": "no_data", "data": None, "credits_spent": 1},
+            {"status": "completed", "data": None, "credits_spent": 1},
+            RequestNotAccepted("the API answered 503"),
+            RateLimited("the API answered 429", None),
+            InvalidPollResponse("the response is no JSON"),
+            InvalidPollResponse("the response is no JSON", new_connection=False),
+        ],
+        ids=["no_data", "completed without data", "503", "429", "unreadable", "unreadable, old connection"],
+    )
+    def test_old_task_settles(self, api: SandboxApi, tmp_path: Path, reply: dict[str, Any] | Exception) -> None:
+        """A task older than the task timeout settles in this run: failed polls and those without data are repeated."""
+        found = {"status": "completed", "data": {"email": "ada@engine.example"}, "credits_spent": 1}
+        first = reply if isinstance(reply, Exception) else TaskReply(reply, json.dumps(reply))
+        replies = chain([first], repeat(TaskReply(found, json.dumps(found))))
+
+        async def scenario(harness: LoopHarness) -> None:
+            harness.add_open_tasks(("old", 90.0), acknowledged=True)
+            with patch.object(harness.client, "poll_task", AsyncMock(side_effect=replies)):
+                await harness.poll_open_tasks(harness.make_poller(), polled_before=True)
+            assert harness.run_state.exit_reasons == {}
+            assert assert_counts(harness, found=1)
+
+        short = patch.multiple("enrich.run.poller", NO_DATA_POLL_S=0.05, FAILED_POLL_S=0.05)
+        with short, patch("enrich.run.poll_schedule.PollSchedule.MIN_DELAY_S", 0.05):
+            run_scenario(tmp_path, api, scenario, leads=range(1))
+
+    def test_old_task_whose_polls_fail(self, api: SandboxApi, tmp_path: Path) -> None:
+        """Such a task is left to the next run when only its polls fail, for as long as an outage."""
+        running = {"status": "processing"}
+
+        async def poll_task(task_id: str, **_: object) -> TaskReply:
+            if task_id == "failing":
+                raise RequestNotAccepted("the API answered 503")
+            return TaskReply(running, json.dumps(running))
+
+        async def scenario(harness: LoopHarness) -> None:
+            harness.add_open_tasks(("failing", 90.0), ("running", 57.0), acknowledged=True)
+            with patch.object(harness.client, "poll_task", poll_task):
+                await harness.poll_open_tasks(harness.make_poller())
+            assert set(harness.run_state.exit_reasons) == {ExitCode.TIME}
+            assert assert_counts(harness, submitted=2)
+
+        with patch("enrich.run.poller.FAILED_POLL_S", 0.05):
+            run_scenario(tmp_path, api, scenario, leads=range(2), timing=SHORT_OUTAGE_TIMEOUT)
 
     @pytest.mark.long
     @pytest.mark.parametrize("fault", ["error-before", "rate-limit-bare"])
