@@ -125,8 +125,8 @@ def write_ledger(job_file: Path, others: int) -> None:
     from enrich.job.job import load_job  # noqa: PLC0415
     from enrich.ledger.database import Database  # noqa: PLC0415
     from enrich.models import RequestSelection  # noqa: PLC0415
+    from enrich.rows.batches import store_batch  # noqa: PLC0415
     from enrich.rows.job_input import JobInput  # noqa: PLC0415
-    from enrich.rows.known_batches import store_batch  # noqa: PLC0415
     from enrich.run.preflight import template_from_ledger  # noqa: PLC0415 - runs in a separate process
 
     job = load_job(job_file)

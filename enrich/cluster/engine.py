@@ -23,8 +23,8 @@ from enrich.ledger.database import Database
 from enrich.ledger.dialect import OUTAGE_TIMEOUT_S
 from enrich.ledger.postgres import FencingToken
 from enrich.models import RequestSelection
+from enrich.rows.batches import RowBatch, RowCounts
 from enrich.rows.job_input import JobInput
-from enrich.rows.requests import RowBatch, RowCounts
 from enrich.rows.template import RequestTemplate
 from enrich.run.collector import Collector, OutputCounts, output_schema
 from enrich.run.context import ClusterCallbacks

@@ -26,7 +26,7 @@ from enrich.models import pluralize, to_credits
 from enrich.report.page_file import INSTALL_HINT, is_extra_missing
 from enrich.rows.job_input import JobInput
 from enrich.rows.job_steps import Step, make_steps
-from enrich.rows.params import format_left_out, left_out_by_param
+from enrich.rows.requests import format_left_out, left_out_by_param
 from enrich.rows.template import RequestTemplate, join_templates, template_of_unknown_target
 from enrich.run.preflight import query_api
 

@@ -21,8 +21,7 @@ from enrich.ledger.database import Database, ledger_exists
 from enrich.ledger.sqlite import CHECKED_AT_START_BYTES, RESTORE_HINT
 from enrich.ledger.verify import check_ledger
 from enrich.models import RowStatus
-from enrich.rows.params import LeftOutCounts
-from enrich.rows.requests import RowBatch
+from enrich.rows.batches import LeftOutCounts, RowBatch
 from enrich.rows.template import RequestTemplate, default_providers, make_request_template, name_problems
 from enrich.run.preflight import LedgerBinding, read_binding
 

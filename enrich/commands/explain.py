@@ -25,10 +25,10 @@ from enrich.ledger import enroll, erasure, queries
 from enrich.ledger.database import Database, open_or_empty
 from enrich.ledger.lock import is_locked
 from enrich.models import CAPPED_REASON, Decision, RowStatus
+from enrich.rows.batches import RowBatch
 from enrich.rows.job_input import JobInput
 from enrich.rows.job_steps import StepDecision
-from enrich.rows.params import ParamCells, conversion_of, param_values, split_left_out
-from enrich.rows.requests import RowBatch
+from enrich.rows.requests import ParamCells, conversion_of, param_values, split_left_out
 from enrich.rows.template import RequestTemplate
 from enrich.run.output import preview_caps
 from enrich.run.preflight import find_template, steps_from_ledger

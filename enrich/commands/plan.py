@@ -26,8 +26,8 @@ from enrich.ledger.database import Database, open_or_empty
 from enrich.ledger.lock import is_locked
 from enrich.ledger.refresh_review import review_refreshes
 from enrich.models import RequestSelection
+from enrich.rows.batches import RowCounts
 from enrich.rows.job_input import JobInput
-from enrich.rows.requests import RowCounts
 from enrich.rows.template import RequestTemplate
 from enrich.run.budget import check_balance, make_budget
 from enrich.run.context import RunOptions, find_job_rescue_files, select_requests

@@ -32,8 +32,8 @@ from enrich.job.spec import step_column, steps_in_header
 from enrich.ledger.database import Database
 from enrich.ledger.erasure import ForgottenRequests
 from enrich.models import RowStatus
-from enrich.rows.known_batches import KnownBatches
-from enrich.rows.requests import CHANGE_COLUMNS, InputRows, RequestBuilder, RowBatch, own_columns, status_columns
+from enrich.rows.batches import CHANGE_COLUMNS, InputRows, KnownBatches, RowBatch, own_columns, status_columns
+from enrich.rows.requests import RequestBuilder
 from enrich.rows.row_selection import (
     PER_ROW_MESSAGE,
     QUOTES_HINT,
@@ -44,9 +44,9 @@ from enrich.rows.row_selection import (
     expression_problem,
     order_of_rows,
     rank_rows,
+    read_suppression,
     sort_keys,
 )
-from enrich.rows.suppression import read_suppression
 from enrich.rows.template import RequestTemplate
 
 #: A title above the header has at most this many lines.
@@ -182,7 +182,7 @@ class JobInput:
             batch_order = None if queue_order is None else order_of_rows(queue_order, first_position, frame.height)
             selected, suppressed = self.selected_rows(text), self.suppressed_rows(text)
             rows = InputRows(first_position, frame, text, selected, suppressed, batch_order)
-            yield builder.build_batch(rows) if known is None else known.recall(builder, rows)
+            yield builder.build_batch(rows) if known is None else known.recall(builder.build_batch, rows)
 
     def frames(self, max_rows: int = ROWS_PER_BATCH) -> Iterator[tuple[int, pl.DataFrame, pl.DataFrame]]:
         """Read the whole input once. Yield the position of the first row of each batch, its rows, and these as text."""

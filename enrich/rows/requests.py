@@ -1,68 +1,144 @@
-"""Turns the rows of a batch into requests: params as sent, fingerprints, or why a row has no request."""
+"""Turns the rows of a batch into requests: params as sent, fingerprints, or why a row has no request.
+
+A param is the first of its sources with a value after its transforms.
+"""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import blake2b
-from itertools import compress
-from typing import NamedTuple, TypeVar, cast
 
 import polars as pl
-from msgspec import Struct, field
+from msgspec import Struct
 
-from enrich.files.values import quote_json
-from enrich.job.cell_text import clean_cells
+from enrich.files.values import has_no_text, quote_json
+from enrich.job.cell_text import clean, clean_cells, convert_some, map_distinct
 from enrich.job.job import Job
-from enrich.job.spec import STEP_FIELDS, step_column, step_columns
-from enrich.job.target import Param
+from enrich.job.target import Param, Transform
 from enrich.ledger.erasure import ForgottenRequests
-from enrich.models import Decision, RequestBatch, RowStatus
-from enrich.rows.params import LeftOutCounts, ParamCells, conversion_of, param_values, split_left_out
-from enrich.rows.template import RequestTemplate
+from enrich.models import LeftOut, RowStatus
+from enrich.rows.addresses import LEFT_OUT, company_domains, email_addresses, hosts
+from enrich.rows.batches import InputRows, LeftOutCounts, RowBatch, kept_columns
+from enrich.rows.template import RequestTemplate, is_count
 
-T = TypeVar("T")
+#: Longer cells are left out.
+MAX_PARAM_CHARACTERS = 10_000
 
-#: The columns that enrich adds after the job's own. Those of an earlier output are replaced.
-STATUS_COLUMNS: dict[str, pl.DataType] = {
-    "enrich_status": pl.String(),
-    "enrich_error": pl.String(),
-    "enrich_provider": pl.String(),
-    "enrich_credits": pl.Float64(),
-    "enrich_task_id": pl.String(),
-    "enrich_at": pl.String(),
+#: Each gets the cells that have a value, as clean text.
+TRANSFORMS: Mapping[Transform, Callable[[pl.Series], pl.Series]] = {
+    "trim": lambda text: text,  # done for every cell
+    "lower": lambda text: clean_cells(text.str.to_lowercase()),
+    "domain": company_domains,
+    "host": hosts,
 }
 
-#: The types of a step's columns in the output, in the order of `STEP_FIELDS`.
-_STEP_TYPES = [pl.String(), pl.String(), pl.Float64(), pl.String(), pl.String()]
-#: The columns of a row of a job with steps, after those of its steps.
-_ROW_COLUMNS = ("enrich_status", "enrich_error", "enrich_credits")
+
+class ParamCells(Struct, frozen=True):
+    """The cells of a batch that params are computed from: as `text` and `typed`. Those in `placeholders` are blank."""
+
+    header: Sequence[str]
+    text: pl.DataFrame
+    typed: pl.DataFrame
+    placeholders: frozenset[str]
+    _columns: dict[str, pl.Series] = {}
+
+    def column(self, name: str) -> pl.Series:
+        """Return the clean text of a column. A cell that can be no param is LEFT_OUT and the reason."""
+        if name not in self._columns:
+            index = self.header.index(name)
+            text = _sendable(clean_cells(self.text.to_series(index)), self.placeholders)
+            no_text = has_no_text(self.typed.to_series(index))
+            self._columns[name] = text if no_text is None else text.set(no_text, LEFT_OUT + LeftOut.NO_TEXT)
+        return self._columns[name]
 
 
-def status_columns(job: Job) -> dict[str, pl.DataType]:
-    """Return the columns that enrich adds after the job's own, with their types."""
-    if not job.step_jobs:
-        return STATUS_COLUMNS
-    columns = {
-        step_column(step.step, field): kind
-        for step in job.step_jobs
-        for field, kind in zip(STEP_FIELDS, _STEP_TYPES, strict=True)
-    }
-    return columns | {name: STATUS_COLUMNS[name] for name in _ROW_COLUMNS}
+def _sendable(text: pl.Series, placeholders: frozenset[str] = frozenset()) -> pl.Series:
+    """Replace the cells of clean text that are never sent by LEFT_OUT and the reason."""
+    cell = pl.first()
+    unsendable = text.to_frame().select_seq(
+        cell.is_in(list(placeholders)).alias(LeftOut.PLACEHOLDER),
+        cell.str.contains(LEFT_OUT, literal=True).alias(LeftOut.NUL),
+        (cell.str.len_chars() > MAX_PARAM_CHARACTERS).alias(LeftOut.TOO_LONG),
+    )
+    for cells in unsendable:
+        if cells.any():
+            text = text.set(cells, LEFT_OUT + cells.name)
+    return text
 
 
-def own_columns(job: Job, former_steps: Iterable[str]) -> set[str]:
-    """Return the columns of an earlier output that are replaced: those of every job, of its steps, of former steps."""
-    return {*ENRICH_COLUMNS, *status_columns(job), *(column for step in former_steps for column in step_columns(step))}
+#: Converts the filled cells of a param after its transforms. What it cannot convert is LEFT_OUT and the reason.
+Conversion = Callable[[pl.Series], pl.Series]
 
 
-#: A row's position in the input, from 0. Only in a dataset, whose parts may be read in any order.
-INDEX_COLUMN = "enrich_index"
-ENRICH_COLUMNS = (*STATUS_COLUMNS, INDEX_COLUMN)
+def conversion_of(template: RequestTemplate, param_name: str) -> Conversion | None:
+    """Return how the values of a param are converted for the API: addresses, counts, choices; None: not at all."""
+    if param_name in template.email_params:
+        return email_addresses
+    if param_name == template.priced_by:
+        return lambda cells: map_distinct(cells, lambda text: text if is_count(text) else LEFT_OUT + LeftOut.NO_COUNT)
+    if (choices := template.choices.get(param_name)) is not None:
+        return lambda cells: map_distinct(
+            cells, lambda text: choices.get(text.casefold(), LEFT_OUT + LeftOut.NO_CHOICE)
+        )
+    return None
 
-#: The columns of the change feed after its key.
-CHANGE_COLUMNS = ("field", "old", "new", "provider", "at")
+
+def param_values(param: Param, cells: ParamCells, conversion: Conversion | None) -> pl.Series:
+    """Compute a param as it is sent: '' where it has no value, LEFT_OUT and the reason where it is left out."""
+    if param.value is not None:
+        constant = _converted(_sendable(pl.Series("", [clean(param.value)])), [], conversion)
+        return constant.new_from_index(0, cells.text.height)
+    result = pl.Series("", [""]).new_from_index(0, cells.text.height)
+    for column, transforms in param.sources:
+        # Most rows have their value in the first source, so the others are computed for the remaining rows only.
+        unfilled = ~_has_value(result)
+        if not unfilled.any():
+            break
+        before = result.filter(unfilled)
+        value = _converted(cells.column(column).filter(unfilled), transforms, conversion)
+        # Of several reasons the first is kept.
+        value = value.zip_with(_has_value(value) | (before == ""), before)
+        result = value if len(value) == len(result) else result.scatter(unfilled.arg_true(), value)
+    return result
+
+
+def _has_value(text: pl.Series) -> pl.Series:
+    """Return which cells have a value. A blank is '', and a cell that is left out begins with LEFT_OUT (NUL)."""
+    return text >= "\1"
+
+
+def _converted(cells: pl.Series, transforms: Sequence[Transform], conversion: Conversion | None) -> pl.Series:
+    """Apply the transforms, then the conversion, to the cells that have a value."""
+    steps = [TRANSFORMS[transform] for transform in transforms]
+    for step in steps if conversion is None else [*steps, conversion]:
+        cells = convert_some(cells, _has_value(cells), step)
+    return cells
+
+
+def split_left_out(values: pl.Series) -> tuple[pl.Series, pl.Series | None]:
+    """Return the values with '' for what is left out, and the reasons, null where there is none; None: all are null."""
+    left_out = ~_has_value(values) & (values != "")
+    if not left_out.any():
+        return values, None
+    reasons = values.str.slice(len(LEFT_OUT)).set(~left_out, None)
+    return values.set(left_out, ""), reasons
+
+
+def left_out_by_param(counts: LeftOutCounts) -> dict[str, dict[str, int]]:
+    """Return the counts by param, the most frequent reason first."""
+    by_param: dict[str, dict[str, int]] = {}
+    for (param, kind), count in sorted(counts.items(), key=lambda item: (item[0][0], -item[1], item[0][1])):
+        by_param.setdefault(param, {})[kind] = count
+    return by_param
+
+
+def format_left_out(by_param: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
+    """Yield a line for each param, such as `company: 7 free mail, 3 two addresses`."""
+    for param, counts in by_param.items():
+        yield f"{param}: {', '.join(f'{count:,} {kind}' for kind, count in counts.items())}"
+
 
 #: Characters that JSON escapes.
 _NEEDS_ESCAPING = r'["\\\x00-\x1f]'
@@ -70,134 +146,6 @@ _NEEDS_ESCAPING = r'["\\\x00-\x1f]'
 #: Why a row is filtered, where the job's expressions are not the reason.
 SUPPRESSED_REASON = "on a suppression list"
 FORGOTTEN_REASON = "erased by `enrich forget`"
-
-
-class InputRows(NamedTuple):
-    """Some rows of the input as they are read. The other parts run parallel to `frame`.
-
-    `first_position` is the position of the first, from 0. `text` has every cell as text. `suppressed` None: there is no
-    suppression list. `queue_order` is the send order; None: that of the input.
-    """
-
-    first_position: int
-    frame: pl.DataFrame
-    text: pl.DataFrame
-    selected: pl.Series
-    suppressed: pl.Series | None
-    queue_order: list[int] | None
-
-
-class RowBatch(Struct, frozen=True):
-    """Some rows in the input's order. `first_position` is the position of the first, from 0.
-
-    `frame` has the input's columns in their types, as they are written to the output. The lists run parallel to it: a
-    row has either a fingerprint and params (JSON, as sent), or a status (`invalid`, `filtered`) and perhaps the reason
-    in `errors`. `groups` has the values that `caps` counts; None: the job has none. `queue_order` is the send order;
-    None: that of the input. `left_out` counts the selected rows whose cell is filled but gives no param, by param and
-    reason. `missing` counts the invalid rows by the param they lack. `values` has the text of each param as it is sent,
-    '' where it has no value.
-
-    `digest` is that of `KnownBatches`. A known batch has the `ids` of the requests instead of their fingerprints,
-    params and values, which `complete` computes.
-    """
-
-    first_position: int
-    frame: pl.DataFrame
-    fingerprints: list[bytes | None]
-    params: list[str | None]
-    statuses: list[RowStatus | None]
-    errors: list[str | None]
-    groups: list[str | None] | None
-    queue_order: list[int] | None = None
-    left_out: LeftOutCounts = field(default_factory=Counter)
-    missing: Counter[str] = field(default_factory=Counter)
-    values: Mapping[str, pl.Series] = {}
-    digest: bytes | None = None
-    ids: list[int | None] | None = None
-    complete: Callable[[], RowBatch] | None = None
-
-    @property
-    def request_keys(self) -> Sequence[bytes | int | None]:
-        """The id of each row's request, or its fingerprint where the id is unknown."""
-        return self.fingerprints if self.ids is None else self.ids
-
-    def parts(self, max_rows: int) -> Iterator[RowBatch]:
-        """Divide the rows into batches of at most this many."""
-        if self.frame.height <= max_rows:
-            yield self
-            return
-        for start in range(0, self.frame.height, max_rows):
-            yield self.part(slice(start, start + max_rows))
-
-    def part(self, rows: slice) -> RowBatch:
-        """Return some of the rows. Those from the first have all counts."""
-        complete, is_first = self.complete, rows.start == 0
-        return RowBatch(
-            self.first_position + rows.start,
-            self.frame[rows],
-            self.fingerprints[rows],
-            self.params[rows],
-            self.statuses[rows],
-            self.errors[rows],
-            self.groups and self.groups[rows],
-            self.queue_order and self.queue_order[rows],
-            self.left_out if is_first else Counter(),
-            self.missing if is_first else Counter(),
-            {name: value[rows] for name, value in self.values.items()},
-            ids=self.ids and self.ids[rows],
-            complete=None if complete is None else lambda: complete().part(rows),
-        )
-
-    def requests(self) -> RequestBatch:
-        """Return the requests of those rows that have one."""
-        names = self.request_keys
-        has_request = [name is not None for name in names] if None in names else None
-
-        def of_requests(column: Sequence[T]) -> Sequence[T]:
-            return column if has_request is None else list(compress(column, has_request))
-
-        complete = self.complete
-        return RequestBatch(
-            of_requests(range(self.first_position, self.first_position + len(names))),
-            of_requests(cast("list[bytes]", self.fingerprints)),
-            of_requests(cast("list[str]", self.params)),
-            None if self.queue_order is None else of_requests(self.queue_order),
-            None if self.groups is None else of_requests(self.groups),
-            None if self.ids is None else of_requests(cast("list[int]", self.ids)),
-            None if complete is None else lambda: complete().requests(),
-        )
-
-
-class RowCounts(Struct, frozen=True):
-    """What was read: rows, how many of them have a request, and why the others have none.
-
-    `left_out` and `missing` are those of `RowBatch`. `skipped` counts the invalid rows by reason, without the columns.
-    """
-
-    rows: int = 0
-    requests: int = 0
-    row_decisions: Counter[Decision] = field(default_factory=Counter)
-    left_out: LeftOutCounts = field(default_factory=Counter)
-    missing: Counter[str] = field(default_factory=Counter)
-    skipped: Counter[str] = field(default_factory=Counter)
-
-    @classmethod
-    def from_batch(cls, batch: RowBatch) -> RowCounts:
-        """Count the rows of one batch."""
-        requests = sum(name is not None for name in batch.request_keys)
-        statuses = Counter(batch.statuses)
-        # A row may wait for an earlier step: nothing was decided about it.
-        decided = ((status, number) for status, number in statuses.items() if status is not RowStatus.PENDING)
-        row_decisions = Counter({Decision(status.value): number for status, number in decided if status is not None})
-        skipped: Counter[str] = Counter()
-        if statuses[RowStatus.INVALID]:
-            rows = zip(batch.statuses, batch.errors, strict=True)
-            skipped.update((why or "").partition(" (")[0] for status, why in rows if status is RowStatus.INVALID)
-        return cls(batch.frame.height, requests, row_decisions, batch.left_out, batch.missing, skipped)
-
-    def __add__(self, other: RowCounts) -> RowCounts:
-        """Add the counts of several batches or blocks."""
-        return RowCounts(*(getattr(self, name) + getattr(other, name) for name in self.__struct_fields__))
 
 
 class RequestBuilder:
@@ -218,7 +166,6 @@ class RequestBuilder:
         self._missing_names = [name for name in params if name in template.required_params], list(params)
         self._header = header
         self._group_by = job.model.caps.by if job.model.caps else None
-        self._kept_columns = [place for place, name in enumerate(header) if name not in ENRICH_COLUMNS]
 
     def build_batch(self, read: InputRows, counted: pl.Series | None = None) -> RowBatch:
         """Map rows to requests. Rows that are not `counted` have a request, but do not count as `left_out`."""
@@ -254,7 +201,7 @@ class RequestBuilder:
                 texts[index] = fingerprints[index] = None
         return RowBatch(
             first_position,
-            self.kept_columns(frame),
+            kept_columns(frame),
             fingerprints,
             texts,
             statuses,
@@ -276,10 +223,6 @@ class RequestBuilder:
             reasons = rows.filter(~_IS_FILTERED).get_column(_reason_column(number)).drop_nulls()
             counts.update({(self._names[number], kind): count for kind, count in reasons.value_counts().iter_rows()})
         return counts
-
-    def kept_columns(self, frame: pl.DataFrame) -> pl.DataFrame:
-        """Return the columns that are written to the output."""
-        return frame.select(pl.nth(self._kept_columns))
 
     def _count_missing(self, invalid: pl.DataFrame) -> Counter[str]:
         """Count these invalid rows by each blank required param. Rows that lack none of them count for every param."""

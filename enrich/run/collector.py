@@ -19,8 +19,8 @@ from enrich.job.locations import Location, is_dataset
 from enrich.ledger import enroll, queries
 from enrich.ledger.database import Database
 from enrich.models import RequestResult, RequestSelection, ResultColumns, RowStatus, to_micros
+from enrich.rows.batches import INDEX_COLUMN, RowBatch, status_columns
 from enrich.rows.job_input import JobInput
-from enrich.rows.requests import INDEX_COLUMN, RowBatch, status_columns
 from enrich.rows.template import RequestTemplate
 from enrich.run.output_cells import ANSWERED_STATES, merge_cells, name_source, new_cells
 

@@ -28,8 +28,8 @@ if TYPE_CHECKING:  # commands that only read runs need not import what runs them
     from enrich.databar.client import Client
     from enrich.ledger.database import Database
     from enrich.ledger.writer import LedgerWriter
+    from enrich.rows.batches import RowCounts
     from enrich.rows.job_input import JobInput
-    from enrich.rows.requests import RowCounts
     from enrich.rows.template import RequestTemplate
     from enrich.run.budget import Budget
     from enrich.run.collector import OutputCounts

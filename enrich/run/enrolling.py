@@ -12,9 +12,8 @@ from enrich.ledger import enroll, erasure, queries, step_results
 from enrich.ledger.database import Database
 from enrich.ledger.refresh_review import review_refreshes
 from enrich.models import DECISIONS_TO_SEND, Decision, RequestSelection, State, pluralize
+from enrich.rows.batches import RowCounts, store_batch
 from enrich.rows.job_input import JobInput
-from enrich.rows.known_batches import store_batch
-from enrich.rows.requests import RowCounts
 from enrich.run.budget import Cost
 from enrich.run.context import ClusterCallbacks, ClusterEngine, RunContext, RunFiles, RunOptions, select_requests
 from enrich.run.periodic import start_phase

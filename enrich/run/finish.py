@@ -15,7 +15,7 @@ from enrich.ledger.database import Database
 from enrich.ledger.sqlite import damaged_ledger_error
 from enrich.ledger.verify import as_enrich_error
 from enrich.models import State, format_credits, pluralize, to_credits
-from enrich.rows.params import left_out_by_param
+from enrich.rows.requests import left_out_by_param
 from enrich.run.balance import ROUNDING_CREDITS, explain_balance
 from enrich.run.context import RunContext, RunFiles
 from enrich.run.enrolling import INPUT_CHANGED, input_versions

@@ -23,8 +23,8 @@ from enrich.job.spec import Changes, Output
 from enrich.ledger import change_feed, enroll, erasure, queries
 from enrich.ledger.database import Database
 from enrich.models import RequestResult, RequestSelection, RowStatus, State, iso_time
+from enrich.rows.batches import CHANGE_COLUMNS
 from enrich.rows.job_input import JobInput
-from enrich.rows.requests import CHANGE_COLUMNS
 from enrich.rows.template import RequestTemplate
 from enrich.run.collector import Collector, JoinedBatch, OutputCounts
 from enrich.run.context import ClusterCallbacks, RunContext, RunFiles, RunOptions, select_requests

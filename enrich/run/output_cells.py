@@ -23,7 +23,7 @@ from enrich.job.cell_text import blank_cells
 from enrich.job.job import Job
 from enrich.json_text import parse_json
 from enrich.models import CAPPED_REASON, MICROS_PER_CREDIT, OPEN_STATES, ResultColumns, RowStatus, State
-from enrich.rows.requests import STATUS_COLUMNS, RowBatch
+from enrich.rows.batches import STATUS_COLUMNS, RowBatch
 from enrich.rows.template import RequestTemplate
 
 _NUMBERS_AS_WRITTEN = json.JSONDecoder(parse_int=RawJson, parse_float=RawJson, parse_constant=lambda _: None)

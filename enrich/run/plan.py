@@ -25,8 +25,8 @@ from enrich.models import (
     to_credits,
     to_micros,
 )
-from enrich.rows.params import format_left_out, left_out_by_param
-from enrich.rows.requests import RowCounts
+from enrich.rows.batches import RowCounts
+from enrich.rows.requests import format_left_out, left_out_by_param
 from enrich.run.budget import Cost
 from enrich.run.preflight import Preflight
 from enrich.run.terminal_text import top_reasons, wrap_parts

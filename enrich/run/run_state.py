@@ -18,7 +18,7 @@ from enrich.errors import EnrichError, RateLimited
 from enrich.exit_codes import ExitCode, first_exit_code
 from enrich.job.target import Target
 from enrich.models import RequestSelection, State
-from enrich.rows.requests import RowCounts
+from enrich.rows.batches import RowCounts
 from enrich.run.budget import Budget, Cost
 from enrich.run.poll_schedule import PollCost, PollSchedule
 from enrich.run.progress import Phase, TrafficRecorder

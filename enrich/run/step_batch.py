@@ -19,8 +19,8 @@ from enrich.ledger import step_results
 from enrich.ledger.database import Database
 from enrich.ledger.step_results import StepResult
 from enrich.models import RowStatus, State
+from enrich.rows.batches import RowBatch
 from enrich.rows.job_steps import NOT_FINAL, StepDecision
-from enrich.rows.requests import RowBatch
 
 
 class StepBatch(Struct, frozen=True):

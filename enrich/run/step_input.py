@@ -10,8 +10,8 @@ from msgspec.structs import replace
 from enrich.ledger import step_results
 from enrich.ledger.step_results import StepChoice, choose_requests
 from enrich.models import COUNTED_TOWARDS_LIMIT, Decision, RequestSelection
+from enrich.rows.batches import RowBatch
 from enrich.rows.job_steps import StepDecision
-from enrich.rows.requests import RowBatch
 from enrich.run.lead_selection import LeadSelection, capped_rows
 from enrich.run.plan_file import SavedPlan
 from enrich.run.step_batch import StepBatch, find_recorded_rows

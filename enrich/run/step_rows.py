@@ -19,9 +19,10 @@ from enrich.ledger import queries, step_results
 from enrich.ledger.database import Database
 from enrich.ledger.step_results import StepResult
 from enrich.models import CAPPED_REASON, RowStatus, result_columns
+from enrich.rows.batches import InputRows, RowBatch
 from enrich.rows.job_input import JobInput
 from enrich.rows.job_steps import RowFacts, Step, StepDecision, decide, row_status
-from enrich.rows.requests import FORGOTTEN_REASON, InputRows, RequestBuilder, RowBatch
+from enrich.rows.requests import FORGOTTEN_REASON, RequestBuilder
 from enrich.rows.row_selection import order_of_rows
 from enrich.run.collector import JoinedBatch, JoinedStep
 from enrich.run.lead_selection import LeadSelection

@@ -32,8 +32,8 @@ from enrich.job.target import Target, TargetKind
 from enrich.ledger import enroll, execution_records, queries, transitions
 from enrich.ledger.database import Database
 from enrich.models import Answer, RowStatus, State
+from enrich.rows.batches import STATUS_COLUMNS
 from enrich.rows.job_input import JobInput
-from enrich.rows.requests import STATUS_COLUMNS
 from enrich.rows.template import RequestTemplate
 from enrich.run.collector import Collector
 from enrich.run.output_cells import to_cell

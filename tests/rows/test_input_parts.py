@@ -20,8 +20,8 @@ from enrich.files.reader import InputPart, read_part
 from enrich.job.job import load_job
 from enrich.job.target import Target, TargetKind
 from enrich.ledger.erasure import ForgottenRequests, keyed_hash
+from enrich.rows.batches import RowBatch
 from enrich.rows.job_input import JobInput
-from enrich.rows.requests import RowBatch
 from enrich.rows.template import RequestTemplate
 from tests.support.cases import in_turn
 from tests.support.object_storage import BUCKET, put_object

@@ -23,9 +23,8 @@ from enrich.ledger import enroll, erasure
 from enrich.ledger.database import Database
 from enrich.ledger.erasure import ForgottenRequests, read_or_make_key
 from enrich.models import Decision, RequestSelection, RowStatus
+from enrich.rows.batches import RowBatch, store_batch
 from enrich.rows.job_input import JobInput
-from enrich.rows.known_batches import store_batch
-from enrich.rows.requests import RowBatch
 from enrich.rows.template import RequestTemplate
 from tests.support.cases import examples, in_turn
 

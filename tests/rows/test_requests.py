@@ -17,8 +17,8 @@ from enrich.job.cell_text import clean
 from enrich.job.job import load_job
 from enrich.job.target import Target, TargetKind
 from enrich.models import RowStatus
+from enrich.rows.batches import RowBatch
 from enrich.rows.job_input import JobInput
-from enrich.rows.requests import RowBatch
 from enrich.rows.template import RequestTemplate
 from tests.support.cases import in_turn
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from enrich.errors import CommandRefused
-from enrich.rows.suppression import Suppression, read_suppression
+from enrich.rows.row_selection import Suppression, read_suppression
 from enrich.run.context import RunOptions
 from tests.support.cases import in_turn
 from tests.support.workspace import SandboxApi, Workspace, both_backends, make_leads

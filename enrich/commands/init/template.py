@@ -20,7 +20,7 @@ from enrich.databar.description import Description, Enrichment, Param, Waterfall
 from enrich.errors import printable
 from enrich.job.target import UNFILLED_COLUMN
 from enrich.models import pluralize
-from enrich.rows.requests import STATUS_COLUMNS
+from enrich.rows.batches import STATUS_COLUMNS
 
 #: The cap of a new job whose price has no limit.
 REQUIRED_CREDITS = 100
