@@ -16,8 +16,7 @@ from ray.exceptions import OutOfMemoryError, RayError, WorkerCrashedError
 
 from enrich.cluster.heartbeats import CHECK_EVERY_S, RUN_AGAIN_HINT, HeartbeatMonitor, Heartbeats
 from enrich.errors import ClusterFailed, EnrichError, LedgerFailed
-from enrich.files.discovery import InputFile
-from enrich.files.downloads import LocalCopies
+from enrich.files.input_files import InputFile, LocalCopies
 from enrich.files.reader import ROWS_PER_PART, InputPart, InputSchema, count_file_rows, read_part
 from enrich.job.locations import ObjectUrl
 from enrich.ledger.database import Database

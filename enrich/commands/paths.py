@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 from enrich.errors import CommandRefused, EnrichError, JobError
-from enrich.files.discovery import find_paths
+from enrich.files.input_files import find_paths
 from enrich.files.parquet_dataset import check_own_folder
 from enrich.files.text import FileProblem
 from enrich.files.writer import is_sqlite_file

@@ -17,7 +17,7 @@ from xlsxwriter.worksheet import Worksheet
 
 from enrich.files import excel_format
 from enrich.files.atomic import WriteProblem
-from enrich.files.downloads import temporary_folder
+from enrich.files.input_files import temporary_folder
 from enrich.files.text import quote_column
 
 _OTHER_FORMAT_HINT = "`enrich collect` with an --output that ends in .csv or .parquet writes it for free"

@@ -13,8 +13,14 @@ from msgspec import Struct
 
 from enrich.errors import CommandRefused
 from enrich.files import csv_format, excel_format, jsonl_format, parquet_format
-from enrich.files.discovery import InputFile, find_input_files, find_objects, find_paths
-from enrich.files.downloads import LocalCopies, remove_abandoned_folders_once
+from enrich.files.input_files import (
+    InputFile,
+    LocalCopies,
+    find_input_files,
+    find_objects,
+    find_paths,
+    remove_abandoned_folders_once,
+)
 from enrich.files.text import ROWS_PER_BATCH, FileProblem, TableFile, quote_column
 from enrich.files.values import JSON_TYPE, text_frame
 from enrich.job.locations import STDIN, InputLocation, ObjectUrl, WebUrl

@@ -12,7 +12,6 @@ import polars as pl
 
 from enrich.errors import CommandRefused, EnrichError, closest_name
 from enrich.files.csv_format import likely_separator
-from enrich.files.limits import FileLimits, limits_of
 from enrich.files.reader import InMemoryRows, InputTable
 from enrich.files.text import (
     LATER_HEADER_HINT,
@@ -23,7 +22,7 @@ from enrich.files.text import (
     missing_column_hint,
 )
 from enrich.files.values import text_frame
-from enrich.files.writer import is_formula
+from enrich.files.writer import FileLimits, is_formula, limits_of
 from enrich.job.cell_text import blank_cells
 from enrich.job.file_names import is_missing
 from enrich.job.job import Job

@@ -11,9 +11,8 @@ from msgspec import Struct, field
 from msgspec.structs import replace
 
 from enrich.errors import CommandRefused
-from enrich.files.limits import NO_LIMITS, FileLimits, limits_of
 from enrich.files.values import JSON_TYPE
-from enrich.files.writer import escape_formulas, write_file
+from enrich.files.writer import NO_LIMITS, FileLimits, escape_formulas, limits_of, write_file
 from enrich.job.job import Job
 from enrich.job.locations import Location, is_dataset
 from enrich.ledger import enroll, queries

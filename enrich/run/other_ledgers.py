@@ -20,8 +20,7 @@ from msgspec.structs import replace
 from enrich.errors import CommandRefused, RunCancelled, RunDeclined
 from enrich.files import object_store
 from enrich.files.csv_format import read_resaved_cells
-from enrich.files.discovery import InputFile
-from enrich.files.downloads import LocalCopies
+from enrich.files.input_files import InputFile, LocalCopies
 from enrich.files.reader import InputTable
 from enrich.files.values import as_text
 from enrich.job.file_names import is_same_file

@@ -14,9 +14,8 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from enrich.exit_codes import OUTPUT_WRITING_CODES, ExitCode
-from enrich.files.limits import limits_of
 from enrich.files.values import as_text
-from enrich.files.writer import prepare_file, write_file
+from enrich.files.writer import limits_of, prepare_file, write_file
 from enrich.job.job import Job
 from enrich.job.locations import Location, is_dataset
 from enrich.job.spec import Changes, Output

@@ -10,8 +10,8 @@ import polars as pl
 import pytest
 
 from enrich.files import csv_format, excel_format
-from enrich.files.limits import FileLimits, limits_of
 from enrich.files.text import FileProblem
+from enrich.files.writer import FileLimits, limits_of
 from enrich.job.spec import Output
 from enrich.run import collector, output_cells
 from tests.support.cases import in_turn

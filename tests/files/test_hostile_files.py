@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from enrich.files import downloads
+from enrich.files import input_files
 from tests.files.test_ugly_files import write_sheet
 
 #: A hostile file may take this many times the memory of a small file of its format.
@@ -77,7 +77,7 @@ def test_folders_of_killed_processes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """The folder of a killed process is removed by the next; one that is in use, young or another's is not."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     code = (
-        "from enrich.files.downloads import temporary_folder\n"
+        "from enrich.files.input_files import temporary_folder\n"
         "with temporary_folder() as folder: print(folder, flush=True); input()"
     )
     process = subprocess.Popen(
@@ -96,11 +96,11 @@ def test_folders_of_killed_processes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for path in (folder, other):
         os.utime(path, (long_ago, long_ago))
 
-    downloads.remove_abandoned_folders()
+    input_files.remove_abandoned_folders()
     assert folder.exists()
     process.kill()
     process.communicate()
-    downloads.remove_abandoned_folders(min_age_s=7200)
+    input_files.remove_abandoned_folders(min_age_s=7200)
     assert folder.exists()
-    downloads.remove_abandoned_folders()
+    input_files.remove_abandoned_folders()
     assert [path.name for path in tmp_path.iterdir()] == ["enrich-other"]

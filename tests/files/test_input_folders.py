@@ -11,8 +11,8 @@ import polars as pl
 import pytest
 
 from enrich.errors import CommandRefused
-from enrich.files import downloads, object_store, parquet_dataset
-from enrich.files.discovery import find_paths
+from enrich.files import input_files, object_store, parquet_dataset
+from enrich.files.input_files import find_paths
 from enrich.files.reader import InputTable
 from enrich.files.writer import write_file
 from enrich.job.file_names import inclusion_problem
@@ -296,7 +296,7 @@ def test_storage_reads_only_metadata_first(tmp_path: Path, ending: str, monkeypa
     for name in ("in/a", "in/b"):
         put_object(f"{name}.{ending}", write_table(tmp_path / f"a.{ending}", ["A", "B"], leads).read_bytes())
     url = ObjectUrl("s3", BUCKET, "in/")
-    monkeypatch.setattr(downloads, "HEAD_BYTES", 1000)
+    monkeypatch.setattr(input_files, "HEAD_BYTES", 1000)
     with patch.object(object_store, "download", side_effect=AssertionError):
         source = open_input(url)
         one = open_input(ObjectUrl("s3", BUCKET, f"in/a.{ending}"))

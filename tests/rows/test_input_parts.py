@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from enrich.errors import CommandRefused
 from enrich.files import reader
-from enrich.files.downloads import LocalCopies
+from enrich.files.input_files import LocalCopies
 from enrich.files.reader import InputPart, read_part
 from enrich.job.job import load_job
 from enrich.job.target import Target, TargetKind

@@ -15,7 +15,7 @@ import polars as pl
 import xlsxwriter
 from openpyxl.utils.escape import unescape
 
-from enrich.files.downloads import LocalCopies
+from enrich.files.input_files import LocalCopies
 from enrich.files.reader import InputPart, count_file_rows
 from enrich.rows.job_input import JobInput
 

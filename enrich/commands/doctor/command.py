@@ -23,7 +23,7 @@ from enrich.databar.network import find_proxy, load_certificates
 from enrich.errors import CommandRefused, EnrichError, JobError
 from enrich.exit_codes import ExitCode, first_exit_code
 from enrich.files import object_store
-from enrich.files.discovery import find_objects
+from enrich.files.input_files import find_objects
 from enrich.job.job import Job
 from enrich.job.locations import InputLocation, ObjectUrl, PostgresLocation, sandbox_state_path
 from enrich.ledger import execution_records, queries, transitions
