@@ -61,6 +61,11 @@ class SystemClock:
         behind = (off for off in (self.offset_ms, *self._api_offsets_ms) if off < -CLOCK_TOLERANCE_MS)
         return self._local_ms() + min(behind, default=0)
 
+    @property
+    def api_ahead_ms(self) -> int | None:
+        """By how many milliseconds the API's clock is ahead of this machine's. None: the API has sent no time."""
+        return self._api_offsets_ms[-1] if self._api_offsets_ms else None
+
     def observe(self, api_ms: int) -> None:
         """Record the API's time. Adopt it if several matching responses show that the local clock is too far off."""
         self._api_offsets_ms.append(api_ms - self._local_ms())

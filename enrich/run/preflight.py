@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from msgspec import Struct
@@ -299,17 +297,6 @@ def _load_description(ledger: Database, target: Target) -> tuple[Description | N
         raise damaged_ledger_error(ledger.location, reason) from error
 
 
-@dataclass(slots=True)
-class _ClockOffsetProbe(SystemClock):
-    """Records by how many ms the API's clock is ahead, however little."""
-
-    api_ahead_ms: int | None = None
-
-    def observe(self, api_ms: int) -> None:
-        """Compare the clocks."""
-        self.api_ahead_ms = api_ms - time.time_ns() // 1_000_000
-
-
 class ApiSnapshot(Struct, frozen=True):
     """What the API returns now, with a description for each step of the job.
 
@@ -323,7 +310,7 @@ class ApiSnapshot(Struct, frozen=True):
 
 def query_api(access: ApiAccess, job: Job, environ: Mapping[str, str] = os.environ) -> ApiSnapshot:
     """Fetch the account and the job's target; this is free. Raises JobError, ApiUnreachable, Unauthorized."""
-    clock = _ClockOffsetProbe()
+    clock = SystemClock()
 
     async def fetch(client: Client, timeout_s: float) -> tuple[User, tuple[Description, ...]]:
         user = await _fetch_user(client, timeout_s)

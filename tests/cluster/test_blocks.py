@@ -74,11 +74,11 @@ def _ray(ray_head: RayHead) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _small_blocks(_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Split even small inputs into blocks of 25 rows."""
-    from enrich.cluster import blocks  # noqa: PLC0415 - as above
+    from enrich.cluster import engine  # noqa: PLC0415 - as above
     from enrich.files import reader  # noqa: PLC0415 - likewise
 
     monkeypatch.setattr(reader, "ROWS_PER_PART", 25)
-    monkeypatch.setattr(blocks, "ROWS_PER_PART", 25)
+    monkeypatch.setattr(engine, "ROWS_PER_PART", 25)
 
 
 def open_ledger_remotely(
@@ -112,7 +112,7 @@ def begin_enrollment(
     """Create the `SharedPass` that the blocks use."""
     from ray import cloudpickle  # noqa: PLC0415 - as above
 
-    from enrich.cluster.blocks import SharedPass  # noqa: PLC0415 - as above
+    from enrich.cluster.engine import SharedPass  # noqa: PLC0415 - as above
 
     opening = partial(
         open_ledger_remotely, ledger.location, environ or {"PGPASSWORD": os.environ["PGPASSWORD"]}, folder / "seen"
@@ -308,7 +308,7 @@ def wait_in_block(flag: Path, rows: JobInput) -> int:
 
 def test_interrupt_does_not_wait_for_blocks(tmp_path: Path) -> None:
     """A signal takes effect at once, whatever the blocks are doing, and their tasks end."""
-    from enrich.cluster.blocks import map_blocks, split_input  # noqa: PLC0415 - as above
+    from enrich.cluster.engine import map_blocks, split_input  # noqa: PLC0415 - as above
 
     write_input_files(tmp_path)
     rows = open_rows(tmp_path)
@@ -341,7 +341,7 @@ def kill_process_once(flag: Path, rows: JobInput) -> tuple[int, int]:
 
 def test_lost_block_is_retried(tmp_path: Path) -> None:
     """A lost block is retried and its result is returned once."""
-    from enrich.cluster.blocks import map_blocks, split_input  # noqa: PLC0415 - as above
+    from enrich.cluster.engine import map_blocks, split_input  # noqa: PLC0415 - as above
 
     write_input_files(tmp_path)
     rows = open_rows(tmp_path)
@@ -360,7 +360,7 @@ def kill_process(rows: JobInput) -> int:
 
 def test_repeatedly_lost_block_fails(tmp_path: Path) -> None:
     """A block that is lost again and again fails instead of retrying for ever; the next run resumes."""
-    from enrich.cluster.blocks import map_blocks, split_input  # noqa: PLC0415 - as above
+    from enrich.cluster.engine import map_blocks, split_input  # noqa: PLC0415 - as above
 
     write_input_files(tmp_path)
     rows, watch = open_rows(tmp_path), monitor_heartbeats()
@@ -385,7 +385,7 @@ def _full_cluster(_ray: None) -> Iterator[None]:
 def test_full_cluster_times_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, *, late: bool) -> None:
     """A full cluster is reported soon and times out, at once when the run is over time: it may stay full for hours."""
     from enrich.cluster import heartbeats  # noqa: PLC0415 - as above
-    from enrich.cluster.blocks import map_blocks, split_input  # noqa: PLC0415 - likewise
+    from enrich.cluster.engine import map_blocks, split_input  # noqa: PLC0415 - likewise
 
     monkeypatch.setattr(heartbeats, "WARN_AFTER_S", 1.0)
     monkeypatch.setattr(heartbeats, "CAPACITY_TIMEOUT_S", 60.0 if late else 3.0)
@@ -404,7 +404,7 @@ def test_full_cluster_times_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 def test_slow_block_is_awaited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A slow block is awaited however long it takes, even when the run is over time."""
     from enrich.cluster import heartbeats  # noqa: PLC0415 - as above
-    from enrich.cluster.blocks import map_blocks, split_input  # noqa: PLC0415 - likewise
+    from enrich.cluster.engine import map_blocks, split_input  # noqa: PLC0415 - likewise
 
     monkeypatch.setattr(heartbeats, "WARN_AFTER_S", 10.0)
     write_input_files(tmp_path)
@@ -426,7 +426,7 @@ def process_slowly(flag: Path, rows: JobInput) -> int:
 @pytest.mark.parametrize("kind", ["parquet", "csv"])
 def test_other_version_is_refused(tmp_path: Path, kind: str) -> None:
     """A worker with another version of enrich is refused: it might send other requests and pay for them."""
-    from enrich.cluster.blocks import map_blocks, split_input  # noqa: PLC0415 - as above
+    from enrich.cluster.engine import map_blocks, split_input  # noqa: PLC0415 - as above
 
     write_input_files(tmp_path, kind)
     rows, watch = open_rows(tmp_path), monitor_heartbeats()
@@ -442,7 +442,7 @@ def raise_unexpected(message: str, rows: JobInput) -> int:
 
 def test_unexpected_error_hides_cells(tmp_path: Path) -> None:
     """An unexpected error shows only its type and place; no cell appears in it or in Ray's logs."""
-    from enrich.cluster.blocks import map_blocks, split_input  # noqa: PLC0415 - as above
+    from enrich.cluster.engine import map_blocks, split_input  # noqa: PLC0415 - as above
 
     write_input_files(tmp_path, names=["Nobody-Knows-Me"] * 150)
     rows, watch = open_rows(tmp_path), monitor_heartbeats()
@@ -460,18 +460,19 @@ def test_enrollment_survives_database_restart(
     tmp_path: Path, own_postgres: servers.PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Enrolling survives a restart of the database: unfinished blocks are done again."""
-    from enrich.cluster import blocks, engine  # noqa: PLC0415 - as above
+    from enrich.cluster import engine  # noqa: PLC0415 - as above
     from enrich.files import reader  # noqa: PLC0415 - likewise
 
     monkeypatch.setattr(reader, "ROWS_PER_PART", 2)
-    monkeypatch.setattr(blocks, "ROWS_PER_PART", 2)
+    monkeypatch.setattr(engine, "ROWS_PER_PART", 2)
     write_input_files(tmp_path)
     rows = open_rows(tmp_path)
     ledger = CommittingLedger.open(parse_ledger_location(tmp_path, own_postgres.ledger_url(), tmp_path))
     restarting: list[threading.Thread] = []
+    map_blocks = engine.map_blocks
 
     def restart_after_first(*arguments: Any) -> Iterator[Any]:
-        for counts in blocks.map_blocks(*arguments):
+        for counts in map_blocks(*arguments):
             if not restarting:
                 restarting.append(threading.Thread(target=own_postgres.restart, args=("immediate",)))
                 restarting[0].start()
@@ -526,7 +527,7 @@ CELLS: dict[str, Any] = {
 
 def test_column_types_survive_blocks(tmp_path: Path) -> None:
     """A block has the columns of the file, with their types."""
-    from enrich.cluster.blocks import read_blocks  # noqa: PLC0415 - as above
+    from enrich.cluster.engine import read_blocks  # noqa: PLC0415 - as above
 
     frame = pl.DataFrame(CELLS).with_columns(
         pl.Series("kind", ["x", None, "y"], pl.Enum(["x", "y"])),
@@ -548,12 +549,12 @@ def test_blocks_join_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int, expected: list[tuple[int, int]]
 ) -> None:
     """Consecutive parts are read as one block up to its size; each block has the position of its first row."""
-    from enrich.cluster import blocks  # noqa: PLC0415 - as above
+    from enrich.cluster import engine  # noqa: PLC0415 - as above
 
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(engine, "BLOCK_BYTES", block_bytes)
     write_input_files(tmp_path)
     rows = open_rows(tmp_path)
-    found = list(blocks.read_blocks(tuple(input_parts(rows)[1:4]), rows.full_table.input_schema))
+    found = list(engine.read_blocks(tuple(input_parts(rows)[1:4]), rows.full_table.input_schema))
     assert [(first, frame.height) for first, frame in found] == expected
     assert [name for _, frame in found for name in frame["A"]] == NAMES[25:100]
 

@@ -273,7 +273,7 @@ def test_ledger_on_network_file_system(ready_workspace: Workspace, api: SandboxA
 def test_clock_offset(ready_workspace: Workspace, api: SandboxApi) -> None:
     """Reports the offset of the local clock from the API's."""
     an_hour_ago = time.time_ns() - 3_600 * 10**9
-    with patch("enrich.run.preflight.time.time_ns", lambda: an_hour_ago):
+    with patch("enrich.databar.clock.time.time_ns", lambda: an_hour_ago):
         result = run_doctor(ready_workspace, api)
     assert result.exit_code == 0
     assert "behind the API's" in findings_with_mark(result, "warn")["clock"]
