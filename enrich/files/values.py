@@ -52,6 +52,7 @@ def as_text(column: pl.Series) -> pl.Series:
         numbers = _shorten_floats(column)
         distinct = numbers.unique()
         text = numbers.replace_strict(distinct, _text_series(map(to_text, distinct)))
+        text = text.cast(pl.String)  # without rows nothing was replaced
     else:
         text = _text_series(map(to_text, plain_values(column)))
     return (text.fill_null("") if text.null_count() else text).alias(name)

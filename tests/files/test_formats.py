@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from enrich.errors import CommandRefused
 from enrich.files import excel_format
 from enrich.files.reader import InputTable
+from enrich.files.values import as_text, text_or_null
 from enrich.files.writer import write_file
 from enrich.job.locations import Format
 from enrich.job.spec import Input, Output
@@ -164,6 +165,13 @@ def test_parquet_values_as_text(tmp_path: Path, wanted_as: str) -> None:
     pl.DataFrame(TYPED).write_parquet(tmp_path / "leads.parquet")
     found = read_table(copy_table(tmp_path / "leads.parquet", tmp_path / f"out.{wanted_as}"))
     assert [row[:-1] for row in found] == [list(TYPED), *AS_TEXT]
+
+
+@in_turn("column", list(TYPED))
+def test_column_without_rows_is_text(column: str) -> None:
+    """As text, a column of any type is text without rows, too."""
+    cells = TYPED[column].clear()
+    assert [text.dtype for text in (as_text(cells), text_or_null(cells))] == [pl.String(), pl.String()]
 
 
 @in_turn(

@@ -7,11 +7,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 
 from enrich.run.output import write_changes
 from tests.end_to_end.test_steps import SHORT_JOB
-from tests.support.workspace import JOB, SandboxApi, Workspace, both_backends, make_leads, serve_api
+from tests.files.test_formats import TYPED
+from tests.support.workspace import FILE_ONLY, JOB, SandboxApi, Workspace, both_backends, make_leads, serve_api
 
 backend = both_backends
 
@@ -61,6 +63,30 @@ def test_rejects_can_be_corrected_and_rerun(workspace: Workspace, api: SandboxAp
 
     assert (result.exit_code, result.json_output["submitted"], result.json_output["rejected"]) == (0, 1, 0)
     assert workspace.read_output("rejects.csv") == []
+
+
+@FILE_ONLY
+@pytest.mark.parametrize("kind", ["csv", "csv.gz", "jsonl", "xlsx", "parquet"])
+@pytest.mark.parametrize("blank", ["", "Ada"])
+def test_rejects_and_changes_of_typed_columns(workspace: Workspace, api: SandboxApi, kind: str, blank: str) -> None:
+    """Both files can be written of columns of any type, without rows, too. Those of a Parquet file keep their type."""
+    typed = pl.DataFrame({name: cells for name, cells in TYPED.items() if name != "bytes"})
+    names = {
+        "First Name": [blank, "Ada"],
+        "Last Name": ["Byron", "Lovelace"],
+        "Website": ["engine.example"] * 2,
+        "Email": "",
+    }
+    typed.with_columns(pl.DataFrame(names)).write_parquet(workspace.folder / "leads.parquet")
+    files = {"rejects": f"rejects.{kind}", "changes": f"{{path: changes.{kind}, key: [float, short, money]}}"}
+    workspace.write_job(input="leads.parquet", **files)
+    for changed in (1 if blank == "" else 2, 0):
+        result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
+        assert result.exit_code == 0, result.stderr
+        assert (result.json_output["rejected"], result.json_output["changed"]) == (int(blank == ""), changed)
+    if kind == "parquet":
+        schema = pl.read_parquet_schema(workspace.folder / "rejects.parquet")
+        assert {name: schema[name] for name in typed.columns} == typed.schema
 
 
 def test_failed_rows_are_rejects(tmp_path: Path) -> None:
