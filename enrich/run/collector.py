@@ -21,7 +21,7 @@ from enrich.models import RequestResult, RequestSelection, ResultColumns, RowSta
 from enrich.rows.batches import INDEX_COLUMN, RowBatch, status_columns
 from enrich.rows.job_input import JobInput
 from enrich.rows.template import RequestTemplate
-from enrich.run.output_cells import ANSWERED_STATES, merge_cells, name_source, new_cells
+from enrich.run.output_cells import ANSWERED_STATES, merge_cells, new_cells
 
 
 class JoinedStep(Struct, frozen=True):
@@ -192,13 +192,13 @@ class Collector(Struct, frozen=True):
             yield self._join(batch)
 
     def _join(self, batch: RowBatch) -> JoinedBatch:
-        results = name_source(self.template, enroll.request_results(self.ledger, batch.requests(), self.selection))
+        results = enroll.request_results(self.ledger, batch.requests(), self.selection)
         places: list[int | None] = list(range(batch.frame.height))
         if results["position"] != list(range(batch.first_position, batch.first_position + batch.frame.height)):
             first_rows = enumerate(results["position"])
             place_of = {batch.request_keys[position - batch.first_position]: place for place, position in first_rows}
             places = [place_of.get(name) for name in batch.request_keys]
-        cells = new_cells(batch, results, pl.Series(places, dtype=pl.UInt32), self.template.columns)
+        cells = new_cells(batch, results, pl.Series(places, dtype=pl.UInt32), self.template)
         step = JoinedStep("", self.template.columns, batch.fingerprints, results, places, cells)
         return JoinedBatch(batch, [step], cells)
 

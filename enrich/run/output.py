@@ -21,7 +21,7 @@ from enrich.job.locations import Location, is_dataset
 from enrich.job.spec import Changes, Output
 from enrich.ledger import change_feed, enroll, erasure, queries
 from enrich.ledger.database import Database
-from enrich.models import RequestResult, RequestSelection, RowStatus, State, iso_time
+from enrich.models import RequestSelection, RowStatus, State
 from enrich.rows.batches import CHANGE_COLUMNS
 from enrich.rows.job_input import JobInput
 from enrich.rows.template import RequestTemplate
@@ -180,7 +180,8 @@ class _FeedValue(Struct, frozen=True, gc=False):
 
     value: str
     delivery: change_feed.Delivery
-    result: RequestResult
+    provider: str | None
+    at: str | None
 
 
 def _changed_cells(collector: Collector, joined: JoinedBatch, key: list[str]) -> Iterator[list[str | None]]:
@@ -211,8 +212,7 @@ def _changed_cells(collector: Collector, joined: JoinedBatch, key: list[str]) ->
         before = "" if last is None or answer is None else answer_cells(answer, [last.path])[0] or ""
         old = merged[name][0][index] if name in merged else before
         if found.value not in (before, old):
-            at = iso_time(found.result.settled_ms)
-            yield [*keys[index], name, old, found.value, found.result.provider, at]
+            yield [*keys[index], name, old, found.value, found.provider, found.at]
     change_feed.mark_delivered(
         ledger, job, [(row_keys[index], name, found.delivery) for index, name, found, _ in changed]
     )
@@ -222,16 +222,16 @@ def _feed_values(joined: JoinedBatch, merged: Mapping[str, Sequence[str]]) -> di
     """Return the values of a batch that the output has from answers, by the index of the row, and column."""
     values: dict[int, dict[str, _FeedValue]] = {}
     for step in joined.steps:
-        statuses = step.cells["enrich_status"].to_list()
+        cells_of_status = (step.cells[name].to_list() for name in ("enrich_status", "enrich_provider", "enrich_at"))
         columns = [(name, path, step.cells[name].to_list()) for name, path in step.columns.items()]
-        for index, (result, status) in enumerate(zip(step.results(), statuses, strict=True)):
+        for index, (result, status, *source) in enumerate(zip(step.results(), *cells_of_status, strict=True)):
             if status != RowStatus.FOUND or result is None or result.attempt_id is None or result.erased_ms is not None:
                 continue
             for name, path, cells in columns:
                 # `merge` may keep the cell of the input.
                 if (value := cells[index]) and (name not in merged or merged[name][index] == value):
                     values.setdefault(index, {})[name] = _FeedValue(
-                        value, change_feed.Delivery(result.attempt_id, path), result
+                        value, change_feed.Delivery(result.attempt_id, path), *source
                     )
     return values
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 import polars as pl
@@ -113,10 +113,10 @@ def _iso_time(column: str) -> pl.Expr:
 
 
 def new_cells(
-    batch: RowBatch, results: ResultColumns, result_indexes: pl.Series, columns: Mapping[str, str]
+    batch: RowBatch, results: ResultColumns, result_indexes: pl.Series, template: RequestTemplate
 ) -> dict[str, pl.Series]:
     """Build the new cells of a batch. `result_indexes` has the index of each row's result; null: it has none."""
-    names, paths = list(columns), list(columns.values())
+    names, paths = list(template.columns), list(template.columns.values())
     given = zip(results["answer"], results["state"], strict=True)
     answers = [answer if state in ANSWERED_STATES else None for answer, state in given]
     cells = answer_columns(answers, paths)
@@ -139,6 +139,7 @@ def new_cells(
             # The cost of a request is shown once.
             pl.when(is_first_row).then("enrich_credits").alias("enrich_credits"),
         )
+        .with_columns(_provider(template))
     )
     # The cells have no name: polars would take one such as `^a.*$` for a pattern.
     new = {name: column.gather(result_indexes).alias(name) for name, column in zip(names, cells, strict=True)}
@@ -176,13 +177,13 @@ def _status_frame(results: ResultColumns, found: pl.Expr) -> pl.DataFrame:
     )
 
 
-def name_source(template: RequestTemplate, results: ResultColumns) -> ResultColumns:
-    """Return the results with the enrichment's source as provider of its matches. A waterfall's are unchanged."""
-    source = template.source
+def _provider(template: RequestTemplate) -> pl.Expr:
+    """Return the provider of each row: that of its answer, or for the matches of an enrichment its source."""
+    provider, source = pl.col("enrich_provider"), template.source
     if source is None:
-        return results
-    named = zip(results["state"], results["provider"], strict=True)
-    return {**results, "provider": [source if state == State.FOUND else provider for state, provider in named]}
+        return provider
+    is_match = pl.col("enrich_status") == RowStatus.FOUND.value
+    return pl.when(is_match).then(pl.lit(source)).otherwise(provider).alias("enrich_provider")
 
 
 def merge_cells(job: Job, old: pl.Series, new: pl.Series) -> pl.Series:

@@ -26,7 +26,7 @@ from enrich.rows.requests import FORGOTTEN_REASON, RequestBuilder
 from enrich.rows.row_selection import order_of_rows
 from enrich.run.collector import JoinedBatch, JoinedStep
 from enrich.run.lead_selection import LeadSelection
-from enrich.run.output_cells import merge_cells, name_source, new_cells
+from enrich.run.output_cells import merge_cells, new_cells
 from enrich.run.step_batch import Identities, StepBatch, decided_batch, find_recorded_rows, identities
 
 
@@ -316,10 +316,10 @@ def join_step(ledger: Database, step: Step, step_batch: StepBatch, *, bill: bool
         for position, found in first_rows.values()
     ]
     places = {name: place for place, name in enumerate(first_rows)}
-    named = name_source(step.template, result_columns(results))
+    columns = result_columns(results)
     indexes = [None if name is None else places.get(name) for name in batch.fingerprints]
-    cells = new_cells(batch, named, pl.Series(indexes, dtype=pl.UInt32), step.template.columns)
-    return JoinedStep(step.job.step, step.template.columns, batch.fingerprints, named, indexes, cells)
+    cells = new_cells(batch, columns, pl.Series(indexes, dtype=pl.UInt32), step.template)
+    return JoinedStep(step.job.step, step.template.columns, batch.fingerprints, columns, indexes, cells)
 
 
 def row_cells(

@@ -25,6 +25,12 @@ steps:
 """
 #: A place in the answer that none has.
 ABSENT = "$enrichment_data.none.title"
+#: An enrichment, whose answers name no provider: its source is that of each match.
+ENRICHMENT = f"{HEAD}enrichment: 10\nparams: {{email: Email}}\ncolumns: {{result: COLUMN}}\n"
+ENRICHMENT_STEP = f"""{HEAD}\
+steps:
+  - {{name: verify, enrichment: 10, params: {{email: Email}}, columns: {{result: COLUMN}}}}
+"""
 #: Another step has the same request.
 SAME_REQUEST_TWICE = f"""{STEPPED}\
   - {{name: title, waterfall: email_getter, params: {PARAMS}, columns: {{title: {ABSENT}}}}}
@@ -123,3 +129,23 @@ def test_request_of_two_steps_is_sent_once_in_a_run(workspace: Workspace, api: S
     workspace.write_leads(make_leads(LEADS))
     write_job(workspace, SAME_REQUEST_TWICE, "email", "found: 0s, not_found: 0s")
     assert [workspace.run_job(api).submitted for _ in range(2)] == [LEADS, LEADS]
+
+
+@pytest.mark.parametrize(
+    ("job", "column"), [(ENRICHMENT, "enrich_provider"), (ENRICHMENT_STEP, "enrich_verify_provider")]
+)
+@pytest.mark.parametrize(("old", "new", "source"), [(ABSENT, "status", "Mailproof"), ("status", ABSENT, "")])
+def test_source_of_enrichment_is_at_the_matches_of_new_columns(  # noqa: PLR0917 - the fixtures and a case
+    workspace: Workspace, api: SandboxApi, job: str, column: str, old: str, new: str, source: str
+) -> None:
+    """What is a match by today's columns has the enrichment's source as provider, in the change feed, too."""
+    workspace.write_leads([[f"ada{number}@engine.example"] for number in range(LEADS)], ["Email"])
+    job += "changes: {path: changes.csv, key: [Email]}\n"
+    write_job(workspace, job, old, "found: 90d")
+    workspace.run_job(api)
+    write_job(workspace, job, new, "found: 90d")
+    assert workspace.run_job(api).submitted == 0
+    rows = workspace.read_output()
+    assert [(bool(row["result"]), row[column]) for row in rows] == [(bool(source), source)] * LEADS
+    changes = workspace.read_output("changes.csv")
+    assert [change["provider"] for change in changes] == ([source] * LEADS if source else [])
