@@ -23,7 +23,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from enrich.ledger import enroll, execution_records
+from enrich.ledger import enroll, records
 from enrich.sandbox import SandboxSettings
 from enrich.sandbox.server import serve_in_thread
 
@@ -139,7 +139,7 @@ def write_ledger(job_file: Path, others: int) -> None:
             store_batch(ledger, job, batch, ids)
         now = int(time.time() * 1000)
         known = {
-            "execution": execution_records.newest_execution_id(ledger),
+            "execution": records.newest_execution_id(ledger),
             "now": now,
             "found": FOUND_ANSWER,
             "missed": NOT_FOUND_ANSWER,

@@ -26,8 +26,7 @@ from enrich.files.reader import ROWS_PER_PART, InputPart, InputSchema, count_fil
 from enrich.job.locations import Location, ObjectUrl, PostgresLocation
 from enrich.ledger import enroll
 from enrich.ledger.database import Database
-from enrich.ledger.dialect import DATABASE_ERRORS, OUTAGE_TIMEOUT_S
-from enrich.ledger.postgres import FencingToken
+from enrich.ledger.dialect import DATABASE_ERRORS, OUTAGE_TIMEOUT_S, FencingToken
 from enrich.models import RequestSelection
 from enrich.rows.batches import RowBatch, RowCounts
 from enrich.rows.job_input import JobInput

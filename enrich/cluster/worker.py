@@ -30,7 +30,7 @@ from enrich.run.rate_limit import AdaptiveRateLimiter, InFlightLimit
 from enrich.run.run_state import RunCounters, RunState, Timeouts, WorkConfig
 
 if TYPE_CHECKING:  # it needs psycopg
-    from enrich.ledger.leases import Lease
+    from enrich.ledger.lock import Lease
 
 #: How often a worker looks for tasks that no process holds, in seconds.
 TAKE_OVER_EVERY_S = 1.0

@@ -37,7 +37,7 @@ from enrich.errors import (
 )
 from enrich.exit_codes import ExitCode
 from enrich.job.job import Job
-from enrich.ledger import execution_records, lease_table, rescue_import, resume, transitions
+from enrich.ledger import lease_table, records, rescue_import, resume, transitions
 from enrich.ledger.database import Database
 from enrich.ledger.lock import lock_ledger, open_for_run
 from enrich.models import Answer, State, Task, format_credits, pluralize, read_balance, to_credits
@@ -107,7 +107,7 @@ async def _cancel_tasks(job: Job, access: ApiAccess, ledger: Database, clock: Cl
         balance = read_balance(user.balance)
         with ledger.transaction():
             paths = list(singles[0].column_paths)
-            execution_id = execution_records.start_execution(ledger, job.name, None, clock.now_ms(), balance, paths)
+            execution_id = records.start_execution(ledger, job.name, None, clock.now_ms(), balance, paths)
         canceller = _Canceller(job, client, ledger, clock, execution_id)
         error = await canceller.run(singles)
         balance_after = None  # also when the API does not answer any more
@@ -132,7 +132,7 @@ async def _cancel_tasks(job: Job, access: ApiAccess, ledger: Database, clock: Cl
         hint=None if error is None else error.hint,
     )
     with ledger.transaction():
-        if execution_records.delete_unless_used(ledger, execution_id):
+        if records.delete_unless_used(ledger, execution_id):
             return replace(summary, execution=None)
         run_summary = RunSummary(
             job.name,
@@ -146,8 +146,8 @@ async def _cancel_tasks(job: Job, access: ApiAccess, ledger: Database, clock: Cl
             sandbox=job.sandbox,
             notes=[f"{pluralize(cancelled, 'task')} cancelled by enrich cancel"],
         )
-        record = run_summary.as_json() | {"command": execution_records.CANCEL}
-        execution_records.end_execution(ledger, execution_id, summary.exit_code, record, clock.now_ms(), balance_after)
+        record = run_summary.as_json() | {"command": records.CANCEL}
+        records.end_execution(ledger, execution_id, summary.exit_code, record, clock.now_ms(), balance_after)
     return summary
 
 

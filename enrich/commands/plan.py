@@ -21,10 +21,10 @@ from enrich.files.writer import prepare_file
 from enrich.job.file_names import is_same_file
 from enrich.job.job import Job
 from enrich.job.locations import sandbox_file_name
-from enrich.ledger import enroll, erasure, execution_records
+from enrich.ledger import enroll, erasure, records
 from enrich.ledger.database import Database, open_or_empty
+from enrich.ledger.decisions import review_refreshes
 from enrich.ledger.lock import is_locked
-from enrich.ledger.refresh_review import review_refreshes
 from enrich.models import RequestSelection
 from enrich.rows.batches import RowCounts
 from enrich.rows.job_input import JobInput
@@ -190,7 +190,7 @@ def make_plan(
                 retry=sorted(run_options.retry),
                 max_credits=job.max_credits,
                 requests=requests,
-                after_execution=execution_records.newest_execution_id(ledger),
+                after_execution=records.newest_execution_id(ledger),
                 sandbox=job.sandbox,
             )
         if job_input.full_table.file_versions() != file_versions:

@@ -11,7 +11,7 @@ from enrich.commands import options
 from enrich.databar.credentials import ApiAccess
 from enrich.errors import ApiUnreachable, CommandRefused
 from enrich.job.job import Job
-from enrich.ledger import execution_records, queries
+from enrich.ledger import queries, records
 from enrich.ledger.database import Database
 from enrich.ledger.lock import is_locked
 from enrich.models import read_balance
@@ -31,7 +31,7 @@ def reconcile_job(job: Job, access: ApiAccess, since: int | None) -> Reconciliat
     """Fetch the balance and compare it with the ledger from execution `since` on (None: chosen). Raises EnrichError."""
     check_ledger_exists(job)
     with closing(Database(job.ledger, read_only=True)) as ledger:
-        executions, in_doubt = execution_records.list_executions(ledger), queries.in_doubt_summary(ledger)
+        executions, in_doubt = records.list_executions(ledger), queries.in_doubt_summary(ledger)
         if since is None:
             start = choose_baseline(executions, None if in_doubt is None else in_doubt.oldest_execution_id)
         else:

@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from enrich.exit_codes import exit_label
 from enrich.job.locations import LedgerLocation
-from enrich.ledger.execution_records import ExecutionRow
+from enrich.ledger.records import ExecutionRow
 from enrich.models import format_elapsed, iso_time, job_title, pluralize, to_credits
 from enrich.run.progress import Progress, ProgressSnapshot, TrafficCounts
 

@@ -9,10 +9,10 @@ import click
 
 from enrich.commands import options
 from enrich.job.job import Job
-from enrich.ledger import execution_records
+from enrich.ledger import records
 from enrich.ledger.database import open_or_empty
-from enrich.ledger.execution_records import ExecutionRow
 from enrich.ledger.lock import is_locked
+from enrich.ledger.records import ExecutionRow
 from enrich.models import format_elapsed, iso_time, job_title, pluralize, to_credits
 
 #: A wider table leaves out these columns, in this order.
@@ -24,8 +24,8 @@ def read_runs(job: Job, last: int) -> dict[str, Any]:
     """Return the object of `enrich runs --json`: the newest `last` executions, and the totals of all."""
     with open_or_empty(job.ledger) as ledger, ledger.snapshot():
         lock_held = is_locked(job.ledger)  # before reading: a run that ends meanwhile was not killed
-        newest = execution_records.newest_execution_id(ledger)
-        executions = execution_records.list_executions(ledger, job.name)
+        newest = records.newest_execution_id(ledger)
+        executions = records.list_executions(ledger, job.name)
     return {
         "job": job.name,
         "sandbox": job.sandbox,

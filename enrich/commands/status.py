@@ -16,10 +16,10 @@ from enrich.commands.run_view import STATE_WORDS, RunStatus
 from enrich.commands.runs import execution_as_json
 from enrich.commands.status_watch import DEFAULT_INTERVAL_S, RunWatcher, watch_job
 from enrich.job.job import Job
-from enrich.ledger import execution_records, queries, step_results, transitions
+from enrich.ledger import queries, records, step_results, transitions
 from enrich.ledger.database import Database, open_or_empty
-from enrich.ledger.execution_records import ExecutionRow
 from enrich.ledger.queries import InDoubtSummary
+from enrich.ledger.records import ExecutionRow
 from enrich.models import count_by_status, format_elapsed, iso_time, job_title, pluralize, to_credits, to_ms
 from enrich.run.balance import choose_baseline
 from enrich.run.progress import Phase
@@ -33,8 +33,8 @@ def read_status(job: Job) -> dict[str, Any]:
         counts = queries.state_counts(ledger)
         spent, unknown = queries.spent_totals(ledger)
         tasks = transitions.submitted_tasks(ledger)
-        all_executions = execution_records.list_executions(ledger)
-        executions = execution_records.list_executions(ledger, job.name, SHOWN_EXECUTIONS)
+        all_executions = records.list_executions(ledger)
+        executions = records.list_executions(ledger, job.name, SHOWN_EXECUTIONS)
         view = RunWatcher(job).read_view()
         in_doubt = queries.in_doubt_summary(ledger)
         step_counts = _step_counts(job, ledger)

@@ -22,11 +22,11 @@ from enrich.errors import CommandRefused, Interrupted
 from enrich.exit_codes import ExitCode
 from enrich.job.job import Job
 from enrich.job.locations import PostgresLocation
-from enrich.ledger import execution_records, queries
+from enrich.ledger import queries, records
 from enrich.ledger.database import ledger_exists, open_existing
 from enrich.ledger.dialect import OUTAGE_TIMEOUT_S, DatabaseFailed
-from enrich.ledger.execution_records import ExecutionRow
 from enrich.ledger.lock import is_locked
+from enrich.ledger.records import ExecutionRow
 from enrich.models import to_ms
 from enrich.run.progress import read_snapshot
 
@@ -67,8 +67,8 @@ class RunWatcher:
         lock_held = is_locked(job.ledger)  # before reading: a run that ends meanwhile was not killed
         # Close it at once: an open ledger keeps the run from cleaning up at its end.
         with closing(open_existing(job.ledger)) as ledger:
-            executions = execution_records.list_executions(ledger, job.name, last=1)
-            newest = execution_records.newest_execution_id(ledger)
+            executions = records.list_executions(ledger, job.name, last=1)
+            newest = records.newest_execution_id(ledger)
             oldest_open_ms = queries.oldest_open_submission_ms(ledger)
         if not executions:
             return replace(view, status=RunStatus.NEVER_RUN)

@@ -16,7 +16,8 @@ from enrich.ledger.file_identity import ledger_file_exists
 from enrich.ledger.sqlite import SqliteSession, open_in_memory, open_sqlite, remove_with_journals
 
 if TYPE_CHECKING:
-    from enrich.ledger.postgres import FencingToken, PostgresSession
+    from enrich.ledger.dialect import FencingToken
+    from enrich.ledger.postgres import PostgresSession
 
 
 def load_postgres() -> ModuleType:

@@ -89,3 +89,18 @@ JSON_NUMBERS = "SELECT CAST(value AS BIGINT) FROM json_each(CAST({} AS TEXT))"
 SINCE_EXECUTION = "id > coalesce((SELECT id FROM attempts WHERE execution_id < ?1 ORDER BY id DESC LIMIT 1), 0)"
 #: A LIMIT without effect. It fits into SQLite's 64-bit integers.
 MAX_ROWS = 2**62
+
+
+#: What the result of an attempt `a` cost. A request that was sent again may receive the same task from the API's cache:
+#: its price is with the earlier attempt.
+RESULT_PRICE = (
+    "CASE WHEN a.credits = 0 AND a.previous_id IS NOT NULL THEN coalesce((SELECT max(o.credits) FROM attempts o "
+    "WHERE o.task_id = a.task_id AND o.request_id = a.request_id), 0) ELSE a.credits END"
+)
+
+
+class FencingToken(Struct, frozen=True):
+    """The lease of a writer, which must be valid. The server ends transactions idle for `idle_timeout_s`."""
+
+    lease_id: int
+    idle_timeout_s: float

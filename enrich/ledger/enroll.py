@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise, repeat
 from operator import itemgetter
 from typing import NamedTuple
@@ -17,14 +17,13 @@ import msgspec
 
 from enrich.job.target import Target
 from enrich.json_text import to_json_text
-from enrich.ledger import queries, request_ids
+from enrich.ledger import decisions, queries
 from enrich.ledger.database import Database
-from enrich.ledger.dialect import MAX_ROWS, OPEN_ATTEMPT, QUEUED
-from enrich.ledger.request_ids import decision_sql
-from enrich.ledger.task_ids import RESULT_PRICE
+from enrich.ledger.decisions import decision_sql
+from enrich.ledger.dialect import MAX_ROWS, RESULT_PRICE
+from enrich.ledger.queue import TO_SEND
 from enrich.models import (
     COUNTED_TOWARDS_LIMIT,
-    DECISIONS_TO_SEND,
     Decision,
     RequestBatch,
     RequestResult,
@@ -33,10 +32,9 @@ from enrich.models import (
     State,
 )
 
-_TO_SEND = f"decision IN ({', '.join(repr(decision.value) for decision in DECISIONS_TO_SEND)})"
 _COUNTED_TOWARDS_LIMIT = f"decision IN ({', '.join(repr(decision.value) for decision in COUNTED_TOWARDS_LIMIT)})"
 
-#: As `request_ids.BATCH`, for one request with its place in the send order and its group.
+#: As `decisions.BATCH`, for one request with its place in the send order and its group.
 _ONE_REQUEST = (
     "(SELECT CAST(? AS BIGINT) AS id, CAST(? AS BIGINT) AS position, CAST(? AS BIGINT) AS queue_position, "
     "CAST(? AS TEXT) AS group_name) AS b"
@@ -98,14 +96,14 @@ def preview(db: Database, requests: RequestBatch, selection: RequestSelection) -
     batch = requests.distinct()
     with db.temporary_transaction():
         _ensure_pass_tables(db)
-        ids = request_ids.find_ids(db, batch)
-        if unknown := request_ids.without_id(batch.fingerprints, ids):
+        ids = decisions.find_ids(db, batch)
+        if unknown := decisions.without_id(batch.fingerprints, ids):
             db.execute(
-                f"INSERT INTO unknown_requests (fingerprint) SELECT {request_ids.FINGERPRINT} "
+                f"INSERT INTO unknown_requests (fingerprint) SELECT {decisions.FINGERPRINT} "
                 "FROM json_each(CAST(?1 AS TEXT)) WHERE true ORDER BY key",
-                request_ids.as_list(unknown),
+                decisions.as_list(unknown),
             )
-            ids = request_ids.add_ids(ids, batch.fingerprints, request_ids.unknown_ids(db, unknown))
+            ids = decisions.add_ids(ids, batch.fingerprints, decisions.unknown_ids(db, unknown))
         return _record_seen(db, batch, ids, selection)
 
 
@@ -116,8 +114,8 @@ def enroll(db: Database, target: Target, requests: RequestBatch, selection: Requ
     """
     batch = requests.distinct()
     _ensure_pass_tables(db)
-    ids = request_ids.find_ids(db, batch)
-    if new := request_ids.without_id(batch.fingerprints, ids):
+    ids = decisions.find_ids(db, batch)
+    if new := decisions.without_id(batch.fingerprints, ids):
         canonical = target.canonical()
         db.execute("INSERT INTO calls (canonical) VALUES (?) ON CONFLICT DO NOTHING", (canonical,))
         call_id = db.value("SELECT id FROM calls WHERE canonical = ?", canonical)
@@ -127,11 +125,11 @@ def enroll(db: Database, target: Target, requests: RequestBatch, selection: Requ
         params = dict(zip(batch.fingerprints, batch.params, strict=True))
         db.execute(
             "INSERT INTO requests (fingerprint, call_id, params, state) "
-            f"SELECT {request_ids.FINGERPRINT}, ?3, value->>0, 'pending' "
+            f"SELECT {decisions.FINGERPRINT}, ?3, value->>0, 'pending' "
             "FROM json_each(CAST(?1 AS TEXT)) WHERE true ORDER BY key ON CONFLICT DO NOTHING",
             (to_json_text([[params[name]] for name in new]), b"".join(new), call_id),
         )
-        ids = request_ids.add_ids(ids, batch.fingerprints, request_ids.ids_in(db, "requests", new))
+        ids = decisions.add_ids(ids, batch.fingerprints, decisions.ids_in(db, "requests", new))
     chosen = _record_seen(db, batch, ids, selection)
     if db.exists("FROM requests WHERE erased_ms IS NOT NULL"):
         _restore_params(db, batch, ids, chosen)
@@ -144,8 +142,8 @@ def enroll(db: Database, target: Target, requests: RequestBatch, selection: Requ
 def _restore_params(db: Database, batch: RequestBatch, ids: Sequence[int | None], chosen: tuple[str, int]) -> None:
     """Restore the params of purged requests that are to be sent again."""
     purged = db.execute(
-        f"SELECT r.id FROM {request_ids.BATCH} CROSS JOIN seen s CROSS JOIN requests r "
-        f"WHERE s.id = b.id AND r.id = s.id AND s.{_TO_SEND} AND r.erased_ms IS NOT NULL",
+        f"SELECT r.id FROM {decisions.BATCH} CROSS JOIN seen s CROSS JOIN requests r "
+        f"WHERE s.id = b.id AND r.id = s.id AND s.{TO_SEND} AND r.erased_ms IS NOT NULL",
         chosen,
     ).fetchall()
     if purged and batch.complete is not None:
@@ -193,25 +191,6 @@ def apply_limits(db: Database, selection: RequestSelection) -> None:
             )
 
 
-def fill_queue(db: Database, selection: RequestSelection) -> None:
-    """Queue the selected requests. Leads that left the file are removed from the queue and never paid for.
-
-    The queue position is valid for this run only, and so is `--retry`. Running requests get a position too: if they
-    fail at no charge, they are sent again. When the user limits the number of requests, this applies only to
-    requests that this selection has sent.
-    """
-    db.claimed_up_to.clear()
-    db.execute(f"UPDATE requests SET queue_position = NULL WHERE {QUEUED}")
-    open_request_ids = f"(SELECT request_id FROM attempts WHERE {OPEN_ATTEMPT})"
-    db.execute(f"UPDATE requests SET queue_position = NULL WHERE id IN {open_request_ids}")
-    waiting = "" if selection.is_limited else " OR decision = 'waiting'"
-    planned = f"decision = 'planned' AND id IN {open_request_ids}"
-    db.execute(
-        "UPDATE requests SET queue_position = (SELECT queue_position FROM seen WHERE seen.id = requests.id) "
-        f"WHERE id IN (SELECT id FROM seen WHERE {_TO_SEND}{waiting} OR {planned})"
-    )
-
-
 def accept_in_doubt_as_failed(db: Database, sent_in: int | None = None) -> int:
     """Mark unconfirmed requests of this pass, but those sent in `sent_in`, as failed (edge f). Return how many."""
     # Their attempts stay `in_doubt` on record.
@@ -244,12 +223,12 @@ def row_decisions(db: Database, requests: RequestBatch) -> Iterator[RowDecision]
     batch = requests.distinct()
     with db.temporary_transaction():
         _ensure_pass_tables(db)
-        ids = request_ids.find_ids(db, batch)
+        ids = decisions.find_ids(db, batch)
         found = db.execute(
-            f"SELECT b.position, s.first_position, s.decision, a.settled_ms FROM {request_ids.BATCH} "
+            f"SELECT b.position, s.first_position, s.decision, a.settled_ms FROM {decisions.BATCH} "
             "CROSS JOIN seen s LEFT JOIN requests r ON r.id = b.id "
             "LEFT JOIN attempts a ON a.id = coalesce(r.answer_id, r.attempt_id) WHERE s.id = b.id",
-            request_ids.batch_parameters(batch, ids),
+            decisions.batch_parameters(batch, ids),
         )
         known = {position: (first, Decision(decision), settled_ms) for position, first, decision, settled_ms in found}
     first_rows = dict(zip(batch.fingerprints, batch.positions, strict=True))
@@ -268,18 +247,6 @@ def enrolled_counts(db: Database) -> Counter[State]:
     return Counter({State(name): count for name, count in counts.items()})
 
 
-def queue_position_of_new(db: Database, number: int) -> int:
-    """Return the place in the queue of the last of the first `number` requests without an answer."""
-    first = f"SELECT queue_position FROM requests WHERE {QUEUED} AND state = 'pending' ORDER BY queue_position LIMIT ?"
-    return db.number(f"SELECT coalesce(max(queue_position), -1) FROM ({first}) AS first", number)
-
-
-def queued_count(db: Database, states: Collection[State] = tuple(State)) -> int:
-    """Count the queued requests that are not running and in one of these states."""
-    names = ", ".join(f"'{state}'" for state in states)
-    return db.number(f"SELECT count(*) FROM requests WHERE {QUEUED} AND state IN ({names})")
-
-
 def request_results(db: Database, requests: RequestBatch, selection: RequestSelection | None = None) -> ResultColumns:
     """Return the result of each request of a batch. Leave out those never enrolled, unless they are capped.
 
@@ -290,13 +257,13 @@ def request_results(db: Database, requests: RequestBatch, selection: RequestSele
     with db.temporary_transaction():
         _ensure_pass_tables(db)
         if selection is None:
-            chosen = request_ids.batch_parameters(batch, request_ids.find_ids(db, batch))
+            chosen = decisions.batch_parameters(batch, decisions.find_ids(db, batch))
         else:
             chosen = preview(db, batch, selection)
         # The database makes the columns: a list for each row takes twice as long.
         lists = ", ".join(map(db.dialect.json_list.format, _RESULT_FIELDS.values()))
         columns = db.execute(
-            f"SELECT {lists} FROM {request_ids.BATCH} CROSS JOIN seen s "
+            f"SELECT {lists} FROM {decisions.BATCH} CROSS JOIN seen s "
             "LEFT JOIN requests r ON r.id = b.id LEFT JOIN attempts a ON a.id = coalesce(r.answer_id, r.attempt_id) "
             "WHERE s.id = b.id AND (b.id > 0 OR s.decision = 'capped')",
             chosen,
@@ -315,7 +282,7 @@ def _record_seen(
 
     Returns the `batch_parameters` of all of them.
     """
-    chosen = request_ids.batch_parameters(batch, ids)
+    chosen = decisions.batch_parameters(batch, ids)
     # Batches may come in any order. Processes that share a pass insert in the same order: no deadlocks.
     in_order = "ORDER BY b.id" if db.shares_passes else ""
     decided = (
@@ -331,7 +298,7 @@ def _record_seen(
     )
     if batch.queue_positions is None and batch.groups is None:
         select = "INSERT INTO seen SELECT b.id, b.position, b.position, NULL, "
-        db.execute(select + decided.format(request_ids.BATCH), chosen)
+        db.execute(select + decided.format(decisions.BATCH), chosen)
         return chosen
     rows = zip(
         ids, batch.positions, batch.queue_positions or batch.positions, batch.groups or repeat(None), strict=False

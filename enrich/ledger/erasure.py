@@ -15,7 +15,7 @@ from enrich.files.atomic import atomic_write
 from enrich.job.bounded_read import read_bounded
 from enrich.job.locations import LedgerLocation, path_beside_ledger
 from enrich.json_text import to_json_text
-from enrich.ledger import bindings, enroll
+from enrich.ledger import enroll, records
 from enrich.ledger.database import Database
 from enrich.ledger.dialect import JSON_NUMBERS, OPEN_ATTEMPT
 from enrich.ledger.file_identity import make_private_folder
@@ -86,7 +86,7 @@ def load_forgotten(db: Database) -> ForgottenRequests:
     """Return the hashes of forgotten requests. Raises CommandRefused when their key is missing or another one."""
     hashes = frozenset(row[0] for row in db.execute("SELECT hash FROM forgotten"))
     return (
-        ForgottenRequests(read_key(db.location, bindings.read_fact(db, "forgotten_key")), hashes)
+        ForgottenRequests(read_key(db.location, records.read_fact(db, "forgotten_key")), hashes)
         if hashes
         else ForgottenRequests(b"")
     )
@@ -101,7 +101,7 @@ def forget(
     """
     enroll.begin_pass(db)  # In PostgreSQL the rows of the last pass are still there, with group names
     db.execute("DELETE FROM known_batches")
-    bindings.bind(db, {"forgotten_key": key_id(key)})
+    records.bind(db, {"forgotten_key": key_id(key)})
 
     known = list(requests)
     hashes = [keyed_hash(key, params.encode()) for params in (*unsent, *(params for *_, params in known))]

@@ -1,21 +1,26 @@
-"""Locks a ledger for one writer. The lock is released when its process ends."""
+"""The right to write to a ledger: the lock of one run and, on PostgreSQL, a lease for each process.
+
+A lock is released when its process ends. A lease shows other processes that this one is alive, and ends when it is not
+renewed. It is also a clock with the server's time, because processes compare the times they store.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from enrich.errors import LOCKED_HINT, CommandRefused, LedgerLocked
+from enrich.databar.clock import boottime
+from enrich.errors import LOCKED_HINT, CommandRefused, LeaseLost, LedgerLocked
 from enrich.job.locations import LedgerLocation, PostgresLocation
-from enrich.ledger import execution_records, lease_table
-from enrich.ledger.database import Database, load_postgres, try_read
-from enrich.ledger.dialect import OUTAGE_TIMEOUT_S
+from enrich.ledger import lease_table, records, resume
+from enrich.ledger.database import OPEN_TIMEOUT_S, Database, load_postgres, try_read
+from enrich.ledger.dialect import OUTAGE_TIMEOUT_S, DatabaseFailed, FencingToken
 from enrich.ledger.file_identity import (
     check_has_one_name,
     check_is_no_other_file,
@@ -24,10 +29,6 @@ from enrich.ledger.file_identity import (
 )
 from enrich.ledger.sqlite import lock_path
 from enrich.models import iso_time
-
-if TYPE_CHECKING:
-    from enrich.ledger.leases import Lease
-    from enrich.ledger.postgres import FencingToken
 
 #: Longer than `is_locked` holds the lock, and how often a lock is tried, in seconds.
 MIN_LOCK_WAIT_S, LOCK_RETRY_S = 0.1, 0.05
@@ -85,7 +86,7 @@ def _try_lock(path: Path) -> int | None:
 def locked_error(path: Path) -> LedgerLocked:
     """Return the error about a locked ledger file: with the process and the start of its run, as far as known."""
     pid = lock_holder(path)
-    newest = try_read(path, lambda ledger: execution_records.list_executions(ledger, last=1))
+    newest = try_read(path, lambda ledger: records.list_executions(ledger, last=1))
     facts = [
         *([f"process {pid}"] if pid else []),
         *(f"since {iso_time(execution.started_ms)}" for execution in newest or () if execution.ended_ms is None),
@@ -151,8 +152,6 @@ def open_leased(
 ) -> Iterator[tuple[Database, Lease]]:
     """Open a ledger for writing under a lease (see `Lease`). Raises JobError when psycopg is not installed."""
     load_postgres()  # raises JobError without psycopg
-    from enrich.ledger.leases import Lease  # noqa: PLC0415 - only needed for PostgreSQL
-
     with (
         Lease(location, leader_id=leader_id, idle_timeout_s=idle_timeout_s) as lease,
         closing(Database(location, fencing_token=lease.fencing_token, open_timeout_s=OUTAGE_TIMEOUT_S)) as ledger,
@@ -174,3 +173,126 @@ def open_exclusive(location: LedgerLocation) -> Iterator[FencingToken | None]:
             with ledger.transaction():
                 lease_table.check_no_other_holders(ledger)
             yield lease.fencing_token
+
+
+#: How often a lease is renewed within its duration.
+RENEWALS_PER_LEASE = 6
+#: A worker without a share of the rate renews this often, in seconds: others wait for it, and it for them.
+JOIN_EVERY_S = 0.5
+#: The share of the lease after which the holder starts nothing new until it has renewed the lease.
+SAFE_SHARE = 0.8
+
+
+class Lease:
+    """The lease of this process. Use it as a context manager; its tasks are free for others when the block ends.
+
+    `leader_id`: the lease of the run that we work for. None: we lead it, and the run ends when our lease ends.
+    `idle_timeout_s`: after this many idle seconds in a transaction the server ends it, so that others do not wait for
+    us. Raises RunEnded when the leader's lease has ended, LeaseLost and DatabaseFailed.
+    """
+
+    def __init__(
+        self, location: PostgresLocation, *, leader_id: int | None = None, idle_timeout_s: float | None = None
+    ) -> None:
+        self._duration_s = seconds = location.lease_s
+        self._renewed_at = boottime()
+        self._leader_id = leader_id
+        self._stop = threading.Event()
+        self._lost = threading.Event()
+        self._thread = threading.Thread(target=self._renew_until_stopped, name="lease", daemon=True)
+        #: The share of the run's rate that a worker may use; 0 until each other worker has seen it.
+        self.rate_share = 0.0
+        self._ledger = Database(location, open_timeout_s=OPEN_TIMEOUT_S if leader_id is None else OUTAGE_TIMEOUT_S)
+        try:
+            lease_id = self._ledger.retry_on_disconnect(self._acquire)
+            #: For connections that write under this lease.
+            self.fencing_token = FencingToken(lease_id, seconds if idle_timeout_s is None else idle_timeout_s)
+            now_ms = self._ledger.retry_on_disconnect(self._read_clock)
+            if leader_id is not None:
+                self._joined_ms = now_ms + 1  # rounded up
+                self._ledger.retry_on_disconnect(self._renew)
+        except BaseException:
+            self._ledger.close()
+            raise
+
+    def __enter__(self) -> Lease:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._ledger.shorten_waits()
+        self._thread.join()
+        self._ledger.close()
+
+    def is_valid(self) -> bool:
+        """Return whether the lease surely lasts a while. Raises LeaseLost when it can no longer be renewed."""
+        if self._lost.is_set():
+            raise LeaseLost
+        return boottime() < self._renewed_at + SAFE_SHARE * self._duration_s
+
+    def monotonic(self) -> float:
+        """Return seconds from a clock that never steps."""
+        return time.monotonic()
+
+    def now_ms(self) -> int:
+        """Return the server's time in milliseconds since 1970 (UTC)."""
+        return int(boottime() * 1000) + self._offset_ms
+
+    def earliest_ms(self) -> int:
+        """Return the server's time. It does not depend on the API's time."""
+        return self.now_ms()
+
+    def observe(self, api_ms: int) -> None:
+        """Do nothing: all processes use the server's clock."""
+
+    def _renew_until_stopped(self) -> None:
+        ledger, lease_id = self._ledger, self.fencing_token.lease_id
+        try:
+            while not self._stop.wait(self._renewal_interval_s):
+                ledger.retry_on_disconnect(self._renew)
+        except (DatabaseFailed, LeaseLost):
+            self._lost.set()
+        try:
+            with ledger.transaction():
+                lease_table.release_lease(ledger, lease_id)
+                resume.recover(ledger, self._read_clock())
+        except (DatabaseFailed, LeaseLost):
+            pass  # the lease expires anyway
+
+    @property
+    def _renewal_interval_s(self) -> float:
+        interval_s = self._duration_s / RENEWALS_PER_LEASE
+        return interval_s if self._leader_id is None or self.rate_share else min(JOIN_EVERY_S, interval_s)
+
+    def _acquire(self) -> int:
+        with self._ledger.transaction():
+            name = f"{os.uname().nodename} {os.getpid()}"
+            return lease_table.acquire_lease(self._ledger, name, self._duration_s, leader_id=self._leader_id)
+
+    def _renew(self) -> None:
+        renewed_at = boottime()
+        ledger = self._ledger
+        with ledger.transaction():
+            if not lease_table.renew_lease(ledger, self.fencing_token.lease_id):
+                raise LeaseLost
+            if self._leader_id is not None:
+                self._update_rate_share()
+        self._renewed_at = renewed_at
+        with ledger.transaction():
+            resume.recover(ledger, self._read_clock())
+
+    def _update_rate_share(self) -> None:
+        """Take an equal share of the rate once every other worker has seen this one.
+
+        The sum is never more than the rate. A worker that joins has no share until all others have renewed their leases
+        since then. Each of them counts the workers at that renewal, and has its smaller share before its commit.
+        """
+        workers, not_renewed = lease_table.count_workers(self._ledger, self.fencing_token.lease_id, self._joined_ms)
+        self.rate_share = 1 / workers if self.rate_share or not not_renewed else 0.0
+
+    def _read_clock(self) -> int:
+        """Return the server's time (ms). Its offset is kept from boot time, which a new system time does not change."""
+        now_ms = lease_table.now_ms(self._ledger)
+        self._offset_ms = now_ms - int(boottime() * 1000)
+        return now_ms

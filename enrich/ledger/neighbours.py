@@ -12,7 +12,7 @@ from pathlib import Path
 
 from enrich.errors import EnrichError
 from enrich.job.locations import is_sandbox_ledger
-from enrich.ledger import bindings
+from enrich.ledger import records
 from enrich.ledger.database import Database
 from enrich.ledger.dialect import DATABASE_ERRORS
 from enrich.ledger.file_identity import file_identity
@@ -106,7 +106,7 @@ def _open_neighbours(
 
 def _has_same_binding(db: Database, bound_to: Mapping[str, str | None]) -> bool:
     """Check host and workspace. If a workspace is not known, the same host is enough."""
-    bound = {name: bindings.read_fact(db, name) for name in bound_to}
+    bound = {name: records.read_fact(db, name) for name in bound_to}
     return bound.get("api_host") is not None and all(
         None in (value, bound[name]) or value == bound[name] for name, value in bound_to.items()
     )

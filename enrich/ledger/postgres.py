@@ -12,11 +12,17 @@ from math import inf
 from typing import Any
 
 import psycopg
-from msgspec import Struct
 
 from enrich.errors import LeaseLost
 from enrich.job.locations import PostgresLocation
-from enrich.ledger.dialect import OUTAGE_TIMEOUT_S, Cursor, DatabaseFailed, Dialect, TransactionInterrupted
+from enrich.ledger.dialect import (
+    OUTAGE_TIMEOUT_S,
+    Cursor,
+    DatabaseFailed,
+    Dialect,
+    FencingToken,
+    TransactionInterrupted,
+)
 from enrich.ledger.postgres_connection import (
     CONFLICT_ERRORS,
     PERMANENT_ERRORS,
@@ -76,13 +82,6 @@ DIALECT = Dialect(
     "OR NOT EXISTS (SELECT FROM leases WHERE leases.id = lease_id))",
     skip_locked="FOR UPDATE SKIP LOCKED",
 )
-
-
-class FencingToken(Struct, frozen=True):
-    """The lease of a writer, which must be valid. The server ends transactions idle for `idle_timeout_s`."""
-
-    lease_id: int
-    idle_timeout_s: float
 
 
 class PostgresSession:

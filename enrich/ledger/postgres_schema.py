@@ -13,8 +13,8 @@ from psycopg import errors
 from enrich.errors import LOCKED_HINT, CommandRefused, LedgerLocked
 from enrich.job.locations import PostgresLocation
 from enrich.ledger import schema
-from enrich.ledger.dialect import DatabaseFailed, TransactionInterrupted
-from enrich.ledger.postgres import RETRY_EVERY_S, FencingToken, PostgresSession
+from enrich.ledger.dialect import DatabaseFailed, FencingToken, TransactionInterrupted
+from enrich.ledger.postgres import RETRY_EVERY_S, PostgresSession
 from enrich.ledger.postgres_connection import UnsuitableDatabase, error_text, is_unreachable
 
 #: Class id of our advisory locks: "enri" in ASCII.

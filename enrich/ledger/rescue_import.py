@@ -11,10 +11,10 @@ from typing import NamedTuple
 from msgspec import Struct
 
 from enrich.errors import CommandRefused
-from enrich.ledger import bindings, resume, transitions
+from enrich.ledger import records, resume, transitions
 from enrich.ledger.database import Database
 from enrich.ledger.dialect import OPEN_ATTEMPT
-from enrich.ledger.execution_records import newest_execution_id, start_execution
+from enrich.ledger.records import newest_execution_id, start_execution
 from enrich.ledger.rescue_file import RescuedAttempt, read_own_rescue_files
 from enrich.models import Answer, State
 
@@ -85,7 +85,7 @@ def import_rescued(db: Database, lines: Sequence[RescuedAttempt], job: str, now_
 
 def _check_binding(db: Database, lines: Sequence[RescuedAttempt]) -> None:
     for name in ("api_host", "workspace"):
-        values = {getattr(line, name) for line in lines} | {bindings.read_fact(db, name)}
+        values = {getattr(line, name) for line in lines} | {records.read_fact(db, name)}
         if len(values - {None}) > 1:
             raise CommandRefused(
                 f"the rescue file belongs to another {name.replace('_', ' ')} than this ledger",
@@ -249,7 +249,7 @@ def _mark_submitted(
         "(SELECT count(submitted_ms) FROM attempts WHERE execution_id = executions.id) WHERE id = ?",
         (execution_id,),
     )
-    bindings.bind(db, {"api_host": line.api_host, "workspace": line.workspace})
+    records.bind(db, {"api_host": line.api_host, "workspace": line.workspace})
 
 
 def _settle_if_answered(db: Database, attempt_id: int, execution_id: int, line: RescuedAttempt) -> bool:
@@ -334,7 +334,7 @@ def _insert_attempt(  # noqa: PLR0913, PLR0917 - each is a column
         ),
     )
     if line.task_id is not None:
-        bindings.bind(db, {"api_host": line.api_host, "workspace": line.workspace})
+        records.bind(db, {"api_host": line.api_host, "workspace": line.workspace})
 
 
 class _RequestState(NamedTuple):

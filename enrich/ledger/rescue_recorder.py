@@ -10,10 +10,10 @@ from itertools import islice
 from typing import Any
 
 from enrich.errors import LedgerFailed
-from enrich.ledger import resume, task_ids, transitions
+from enrich.ledger import resume, transitions
 from enrich.ledger.database import Database
 from enrich.ledger.dialect import DATABASE_ERRORS
-from enrich.ledger.execution_records import read_paths
+from enrich.ledger.records import read_paths
 from enrich.ledger.rescue_file import RescuedAttempt, RescueFile
 from enrich.ledger.rescue_import import SETTLED_STATES
 from enrich.ledger.transitions import InDoubtUpdate
@@ -191,7 +191,7 @@ REPLACEMENTS: Mapping[Callable[..., Any], Callable[..., Any]] = {
     transitions.mark_acknowledged: RescueRecorder.mark_acknowledged,
     transitions.settle: RescueRecorder.settle,
     transitions.settle_bulk_task: RescueRecorder.settle_bulk_task,
-    task_ids.has_task: lambda *_: True,  # without the ledger, no task counts as unknown
+    transitions.has_task: lambda *_: True,  # without the ledger, no task counts as unknown
     # The next run polls these tasks again.
     resume.save_unusable_answer: lambda *_: None,
     resume.mark_result_deleted: lambda *_: None,

@@ -12,10 +12,8 @@ from msgspec import Struct
 
 from enrich.json_text import to_json_text
 from enrich.ledger.database import Database
-from enrich.ledger.dialect import JSON_NUMBERS
-from enrich.ledger.refresh_review import ANSWERED, judge_answers
-from enrich.ledger.request_ids import FINGERPRINT, as_list, decision_sql
-from enrich.ledger.task_ids import RESULT_PRICE
+from enrich.ledger.decisions import ANSWERED, FINGERPRINT, as_list, decision_sql, judge_answers
+from enrich.ledger.dialect import JSON_NUMBERS, RESULT_PRICE
 from enrich.models import Decision, RequestResult, RequestSelection, State
 
 

@@ -2,27 +2,24 @@
 
 An operation takes a list of attempts and needs a few statements, whatever the length of the list. Every attempt must be
 in the expected state, or the whole operation is rolled back. Requests sent as one bulk task (`dispatch: bulk`) share a
-row of `bulk_tasks`: the price is known only for the whole task.
+row of `bulk_tasks`: the price is known only for the whole task. A task id belongs to one request, whose answer is
+charged once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from itertools import accumulate, groupby
+from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 from enrich.json_text import to_json_text
-from enrich.ledger import bindings, task_ids
-from enrich.ledger.claim_costs import highest_prices, left_of_step_cap
+from enrich.ledger import records
 from enrich.ledger.database import Database
-from enrich.ledger.dialect import JSON_NUMBERS, OPEN_ATTEMPT, QUEUED
-from enrich.ledger.execution_records import read_paths
-from enrich.models import DUPLICATE_TASK_ID, Acceptance, Answer, ClaimedRequest, State, Task
-
-#: A claim looks only behind the last one: beside an old snapshot, such as a backup's, the index keeps an entry for each
-#: claimed request. After this many claims it looks at the whole queue, as other processes return requests.
-CLAIMS_PER_FULL_LOOK = 64
+from enrich.ledger.dialect import JSON_NUMBERS, OPEN_ATTEMPT
+from enrich.ledger.records import read_paths
+from enrich.models import DUPLICATE_TASK_ID, Acceptance, Answer, State, Task
 
 #: An UPDATE and its parameters.
 Statement = tuple[str, tuple[Any, ...]]
@@ -32,102 +29,6 @@ AttemptUpdate = tuple[int, str, int]
 InDoubtUpdate = tuple[int, str, int, str | None]
 
 
-class CapReached(Exception):
-    """The credit cap has no room for another request now. Running tasks may free some of it when they settle."""
-
-
-class StepCapReached(CapReached):
-    """The cap of the step has no room, that of the run has."""
-
-
-def claim(  # noqa: PLR0913 - the budget and the selection
-    db: Database,
-    execution_id: int,
-    max_price: int,
-    now_ms: int,
-    count: int = 1,
-    *,
-    new_up_to: int | None = None,
-    bulk: bool = False,
-    priced_by: str | None = None,
-    step: str | None = None,
-    step_cap: int | None = None,
-) -> list[ClaimedRequest]:
-    """Claim the next `count` queued requests (edge a) and reserve `max_price` (millionths) for each.
-
-    Empty: the queue is empty. `new_up_to`: only requests without an answer, up to this place in the queue. `bulk` makes
-    one bulk task. With `priced_by`, `max_price` is multiplied by the number in this param. `step_cap` is the `step`'s.
-    Raises CapReached.
-    """
-    bound, bounded_looks = db.claimed_up_to.get(new_up_to, (-1, 0))
-    is_full_look = bound < 0 or bounded_looks >= CLAIMS_PER_FULL_LOOK
-    queued_rows = [] if is_full_look else _queued_after(db, bound, count, new_up_to)
-    if not queued_rows:
-        is_full_look, queued_rows = True, _queued_after(db, -1, count, new_up_to)
-    if not (request_ids := [request_id for request_id, _ in queued_rows]):
-        return []
-    prices = highest_prices(db, request_ids, max_price, priced_by)
-    total_price = sum(prices)
-    left_after = db.value(f"{_RESERVE} RETURNING cap - spent - reserved", total_price, execution_id)
-    remaining = None if left_after is None else left_after + total_price
-    step_remaining = None if step_cap is None else left_of_step_cap(db, execution_id, step, step_cap, total_price)
-    for left, reached in ((remaining, CapReached), (step_remaining, StepCapReached)):
-        if left is not None and sum(prices) > left:
-            affordable = sum(total <= left for total in accumulate(prices))
-            request_ids, prices = request_ids[:affordable], prices[:affordable]
-        if not request_ids:
-            db.execute(_RESERVE, (-total_price, execution_id))
-            raise reached
-    if sum(prices) < total_price:
-        db.execute(_RESERVE, (sum(prices) - total_price, execution_id))
-    last_claimed = max(bound, queued_rows[len(request_ids) - 1][1])
-    db.claimed_up_to[new_up_to] = (last_claimed, 0 if is_full_look else bounded_looks + 1)
-    bulk_task_id = None
-    if bulk:
-        insert = "INSERT INTO bulk_tasks (execution_id, size) VALUES (?, ?) RETURNING id"
-        bulk_task_id = db.value(insert, execution_id, len(request_ids))
-    priced_requests = list(zip(request_ids, prices, strict=True))
-    return _record_claim(db, execution_id, priced_requests, now_ms, bulk_task_id, step)
-
-
-def _record_claim(  # noqa: PLR0913, PLR0917 - each is a column
-    db: Database,
-    execution_id: int,
-    priced_requests: Sequence[tuple[int, int]],
-    now_ms: int,
-    bulk_task_id: int | None,
-    step: str | None,
-) -> list[ClaimedRequest]:
-    """Insert an attempt in `submitting` for each request (id, price), in the order given."""
-    attempt_rows = db.execute(
-        "INSERT INTO attempts (request_id, execution_id, previous_state, previous_id, state, claimed_ms, reserved, "
-        "bulk_task_id, bulk_index, step) "
-        "SELECT r.id, ?2, r.state, r.attempt_id, 'submitting', ?3, CAST(value->>1 AS BIGINT), CAST(?4 AS BIGINT), "
-        "CASE WHEN CAST(?4 AS BIGINT) IS NOT NULL THEN key END, CAST(?5 AS TEXT) "
-        "FROM json_each(CAST(?1 AS TEXT)) JOIN requests r ON r.id = CAST(value->>0 AS BIGINT) ORDER BY key "
-        "RETURNING id",
-        (to_json_text(priced_requests), execution_id, now_ms, bulk_task_id, step),
-    ).fetchall()
-    rows = db.execute(
-        "UPDATE requests SET state = 'submitting', attempt_id = a.id, "
-        "attempts = CASE a.previous_state WHEN 'pending' THEN attempts ELSE 0 END "
-        "FROM json_each(CAST(? AS TEXT)) JOIN attempts a ON a.id = CAST(value AS BIGINT) "
-        "WHERE requests.id = a.request_id RETURNING attempt_id, params",
-        (to_json_text([number for (number,) in attempt_rows]),),
-    ).fetchall()
-    return [ClaimedRequest(attempt_id, params, bulk_task_id) for attempt_id, params in sorted(rows)]
-
-
-def _queued_after(db: Database, position: int, count: int, new_up_to: int | None) -> list[tuple[int, int]]:
-    """Return id and position of the next queued requests behind a position, locked for this transaction."""
-    only_new = "" if new_up_to is None else f"AND {db.dialect.no_index}state = 'pending' AND queue_position <= ?3 "
-    return db.execute(
-        f"SELECT id, queue_position FROM requests WHERE {QUEUED} AND queue_position > ?2 {only_new}"
-        f"ORDER BY queue_position LIMIT ?1 {db.dialect.skip_locked}",
-        (count, position) if new_up_to is None else (count, position, new_up_to),
-    ).fetchall()
-
-
 def record_accepted(
     db: Database, updates: Sequence[AttemptUpdate], facts: Mapping[str, str | None]
 ) -> list[Acceptance]:
@@ -135,7 +36,7 @@ def record_accepted(
 
     An id that an attempt of another request already has is not accepted (edge d). Returns what each id means.
     """
-    acceptances = task_ids.check_task_ids(db, {attempt: task_id for attempt, task_id, _ in updates})
+    acceptances = check_task_ids(db, {attempt: task_id for attempt, task_id, _ in updates})
     conflicting_updates = [each for each in updates if acceptances[each[0]] is Acceptance.CONFLICT]
     accepted_updates = [each for each in updates if acceptances[each[0]] is not Acceptance.CONFLICT]
     if conflicting_updates:
@@ -151,7 +52,7 @@ def record_accepted(
             set_request="state = 'submitted', attempts = attempts + 1",
             also=[(_COUNT_SUBMITTED, (len(accepted_updates), accepted_updates[0][0]))],
         )
-        bindings.bind(db, facts)
+        records.bind(db, facts)
     return [acceptances[attempt] for attempt, _, _ in updates]
 
 
@@ -200,7 +101,7 @@ def mark_in_doubt(db: Database, updates: Sequence[InDoubtUpdate]) -> None:
     the error.
     """
     answered_ids = {attempt: task_id for attempt, _, _, task_id in updates if task_id is not None}
-    acceptances = task_ids.check_task_ids(db, answered_ids) if answered_ids else {}
+    acceptances = check_task_ids(db, answered_ids) if answered_ids else {}
     checked_updates = [
         (attempt, f"{reason}; {DUPLICATE_TASK_ID}: {task_id}", at, None)
         if acceptances.get(attempt) is Acceptance.CONFLICT
@@ -273,7 +174,7 @@ def settle(
 
     Returns the new states of the requests.
     """
-    answers = task_ids.charge_once(db, answers)
+    answers = charge_once(db, answers)
     priced_ids = [attempt_id for attempt_id, answer, _ in answers if answer.credits is not None]
     spent = sum(answer.credits or 0 for _, answer, _ in answers)
     charged = _charge_sql(execution_id, spent, len(answers) - len(priced_ids), priced_ids)
@@ -284,7 +185,7 @@ def settle_bulk_task(
     db: Database, answers: Sequence[tuple[int, Answer, int]], execution_id: int, max_attempts: int, credits_: int | None
 ) -> list[State]:
     """Store the answers of one bulk task. `credits_` is the price of the whole task; None: not known."""
-    if credits_ and task_ids.is_task_paid(db, answers[0][0]):
+    if credits_ and is_task_paid(db, answers[0][0]):
         credits_ = 0
     attempt_ids = [attempt_id for attempt_id, _, _ in answers]
     settled = (_SETTLE_BULK_TASK, (credits_, answers[0][2], execution_id, attempt_ids[0]))
@@ -333,7 +234,6 @@ def _write_answers(
     return [State(row[0]) for row in rows]
 
 
-_RESERVE = "UPDATE executions SET reserved = reserved + ? WHERE id = ?"
 _COUNT_SUBMITTED = (
     "UPDATE executions SET submitted = submitted + ? WHERE id = (SELECT execution_id FROM attempts WHERE id = ?)"
 )
@@ -392,3 +292,85 @@ def release_reservations(db: Database, updates: Sequence[AttemptUpdate]) -> None
 
 def _charge_sql(execution_id: int, spent: int, unknown: int, priced_ids: Sequence[int]) -> Statement:
     return _CHARGE, (spent, unknown, to_json_text(priced_ids), execution_id)
+
+
+def has_task(db: Database, task_id: str) -> bool:
+    """Return whether any attempt has this task id."""
+    return db.exists("FROM attempts WHERE task_id = ?", task_id)
+
+
+def check_task_ids(db: Database, ids_by_attempt: Mapping[int, str]) -> dict[int, Acceptance]:
+    """Compare the task ids of attempts with each other and with those in the ledger. Return what each means."""
+    acceptances = dict.fromkeys(ids_by_attempt, Acceptance.NEW)
+    ids = to_json_text([[task_id] for task_id in set(ids_by_attempt.values())])
+    if db.dialect.lock_task_ids:
+        db.execute(db.dialect.lock_task_ids, (ids,)).fetchall()
+    known_ids = db.execute(
+        "SELECT DISTINCT task_id FROM attempts WHERE task_id IN (SELECT value->>0 FROM json_each(CAST(? AS TEXT)))",
+        (ids,),
+    )
+    shared_ids = {task_id for (task_id,) in known_ids}
+    attempts_by_id: dict[str, list[int]] = {}
+    for attempt, task_id in ids_by_attempt.items():
+        attempts_by_id.setdefault(task_id, []).append(attempt)
+    for task_id, attempt_ids in sorted(attempts_by_id.items()):
+        if task_id not in shared_ids and len(attempt_ids) == 1:
+            continue
+        rows = db.execute(
+            # The attempts of a bulk task are one POST and share its id. Attempts that have the id come first.
+            "SELECT coalesce(-a.bulk_task_id, a.id), a.id, a.bulk_index, r.call_id, r.params FROM attempts a "
+            f"JOIN requests r ON r.id = a.request_id WHERE a.task_id = ?1 OR a.id IN ({JSON_NUMBERS.format('?2')}) "
+            "ORDER BY a.task_id IS NULL, a.id",
+            (task_id, to_json_text(attempt_ids)),
+        ).fetchall()
+        requests_by_post: dict[int, list[object]] = {}
+        for post, _, *request in rows:
+            requests_by_post.setdefault(post, []).append(request)
+        first_post, first_request = next(iter(requests_by_post.items()))
+        for post, attempt, *_ in rows:
+            if attempt in acceptances and post != first_post:
+                acceptances[attempt] = (
+                    Acceptance.CACHED if requests_by_post[post] == first_request else Acceptance.CONFLICT
+                )
+    return acceptances
+
+
+def charge_once(db: Database, answers: Sequence[tuple[int, Answer, int]]) -> list[tuple[int, Answer, int]]:
+    """Charge a task that two attempts share (the API's cache) only once."""
+    charged_ids = [attempt_id for attempt_id, answer, _ in answers if answer.credits]
+    if not charged_ids:
+        return list(answers)
+    rows = db.execute(
+        "SELECT a.id, a.task_id, max(CASE WHEN o.credits > 0 THEN 1 ELSE 0 END) FROM attempts a "
+        "JOIN attempts o ON o.task_id = a.task_id AND o.id <> a.id "
+        f"WHERE a.id IN ({JSON_NUMBERS.format('?')}) GROUP BY 1, 2",
+        (to_json_text(charged_ids),),
+    ).fetchall()
+    shared_ids = {attempt_id: task_id for attempt_id, task_id, _ in rows}
+    paid_ids = {task_id for _, task_id, is_paid in rows if is_paid}
+    charged_once = []
+    for attempt_id, answer, now_ms in answers:
+        task_id = shared_ids.get(attempt_id)
+        charged_once.append((attempt_id, replace(answer, credits=0) if task_id in paid_ids else answer, now_ms))
+        if task_id is not None:
+            paid_ids.add(task_id)
+    return charged_once
+
+
+def is_task_paid(db: Database, attempt_id: int) -> bool:
+    """Return whether another bulk task has the same task id and a price."""
+    return db.exists(
+        "FROM attempts a JOIN attempts o ON o.task_id = a.task_id "
+        "JOIN bulk_tasks b ON b.id = o.bulk_task_id WHERE a.id = ? AND b.id <> a.bulk_task_id AND b.credits > 0",
+        attempt_id,
+    )
+
+
+def unknown_task_ids(db: Database, task_ids: Sequence[str]) -> list[str]:
+    """Return the task ids that no attempt has."""
+    rows = db.execute(
+        "SELECT value->>0 FROM json_each(CAST(? AS TEXT)) "
+        "WHERE NOT EXISTS (SELECT 1 FROM attempts WHERE task_id = value->>0)",
+        (to_json_text([(task,) for task in task_ids]),),
+    )
+    return [task for (task,) in rows]

@@ -15,7 +15,7 @@ from enrich import __version__, exit_codes
 from enrich.errors import JobError
 from enrich.exit_codes import ExitCode
 from enrich.job.job import Job
-from enrich.ledger import execution_records, queries
+from enrich.ledger import queries, records
 from enrich.ledger.database import try_read
 from enrich.models import iso_time
 from enrich.monitoring import prometheus
@@ -173,7 +173,7 @@ class RunObservers:
 
     def _newest_execution(self) -> int:
         assert self.job is not None  # noqa: S101 - callers run after `start`
-        return try_read(self.job.ledger, execution_records.newest_execution_id) or 0
+        return try_read(self.job.ledger, records.newest_execution_id) or 0
 
     def report_problem(self, problem: str | None) -> None:
         """Log an observer's failure and show it to the user; None: no failure."""
@@ -185,7 +185,7 @@ class RunObservers:
 def _ledger_samples(job: Job) -> prometheus.Samples:
     """Return the samples of the whole ledger; empty when it can't be read."""
     totals = try_read(job.ledger, queries.totals)
-    last = try_read(job.ledger, lambda db: execution_records.last_ended_ms(db, job.name, exit_codes.SUCCESS_CODES))
+    last = try_read(job.ledger, lambda db: records.last_ended_ms(db, job.name, exit_codes.SUCCESS_CODES))
     samples = prometheus.samples_from_ledger(totals) if totals is not None else {}
     return samples if last is None else samples | {SUCCESS_SAMPLE: last / 1000}
 

@@ -20,10 +20,10 @@ from enrich.exit_codes import SUCCESS_CODES, ExitCode, JobArguments, RequiredAct
 from enrich.job.job import Job
 from enrich.job.locations import STDIN
 from enrich.job.target import Target
-from enrich.ledger import execution_records, queries
+from enrich.ledger import queries, records
 from enrich.ledger.database import Database, ledger_exists
-from enrich.ledger.execution_records import ExecutionRow
 from enrich.ledger.lock import is_locked
+from enrich.ledger.records import ExecutionRow
 from enrich.models import count_by_status, iso_time, pluralize, to_credits
 from enrich.monitoring.log_file import redact_message
 from enrich.report.anomalies import AnswerStats, find_anomalies
@@ -154,10 +154,10 @@ def _build_from_ledger(
 ) -> Report:
     now_ms = int(now.timestamp() * 1000)
     ledger_held = is_locked(job.ledger)
-    executions = execution_records.list_executions(ledger, job.name)[::-1]
+    executions = records.list_executions(ledger, job.name)[::-1]
     # Check twice: a run that began just before this snapshot, or ended just after it, was not killed.
     ledger_held = ledger_held or is_locked(job.ledger)
-    newest = execution_records.newest_execution_id(ledger)
+    newest = records.newest_execution_id(ledger)
     settled: defaultdict[int, dict[str, int]] = defaultdict(dict)
     for execution, state, number in queries.outcome_counts(ledger, job.name):
         settled[execution][state] = number
@@ -198,7 +198,7 @@ def _build_from_ledger(
         ],
         notes=[
             *notes,
-            *_report_notes(runs, stats, answers.erased, others=execution_records.has_other_jobs(ledger, job.name)),
+            *_report_notes(runs, stats, answers.erased, others=records.has_other_jobs(ledger, job.name)),
         ],
     )
 

@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from enrich.errors import CommandRefused, JobError
 from enrich.job.job import Job
-from enrich.ledger import execution_records, queries
+from enrich.ledger import queries, records
 from enrich.ledger.database import Database, ledger_exists
 from enrich.models import MICROS_PER_CREDIT, State, format_credits, pluralize, to_credits
 from enrich.report.build import reported_providers
@@ -43,7 +43,7 @@ class _SideData(Struct, frozen=True):
 def compare_executions(job: Job, execution: int) -> Comparison:
     """Compare the newest run with results to another one. Raises JobError or CommandRefused if there is none."""
     with closing(_open_ledger(job)) as ledger, ledger.snapshot():
-        known = [row.id for row in execution_records.list_executions(ledger, job.name)]
+        known = [row.id for row in records.list_executions(ledger, job.name)]
         if execution not in known:
             raise JobError(f"--compare {execution}: {job.name} has no run {execution}", "enrich runs lists them")
         settled = {number for number, _, _ in queries.outcome_counts(ledger, job.name)}

@@ -28,8 +28,8 @@ from enrich.job.job import Job
 from enrich.job.spec import STEP_FIELDS, step_column, step_columns
 from enrich.json_text import to_json_text
 from enrich.ledger.database import Database
+from enrich.ledger.decisions import find_known_batch, store_known_batch
 from enrich.ledger.erasure import ForgottenRequests
-from enrich.ledger.request_ids import find_known_batch, store_known_batch
 from enrich.models import Decision, RequestBatch, RowStatus
 from enrich.rows.template import RequestTemplate
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from msgspec import Struct, to_builtins
 
-from enrich.ledger.execution_records import ExecutionRow
+from enrich.ledger.records import ExecutionRow
 from enrich.models import to_credits
 
 #: Smaller differences are rounding.

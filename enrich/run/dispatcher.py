@@ -24,9 +24,9 @@ from enrich.errors import (
     Unauthorized,
 )
 from enrich.exit_codes import ExitCode
-from enrich.ledger import queries, transitions
+from enrich.ledger import queries, queue, transitions
 from enrich.ledger.database import Database
-from enrich.ledger.transitions import CapReached, StepCapReached
+from enrich.ledger.queue import CapReached, StepCapReached
 from enrich.ledger.writer import LedgerWriter
 from enrich.models import DUPLICATE_TASK_ID, Acceptance, ClaimedRequest, State, Task
 from enrich.run.poller import Poller
@@ -283,7 +283,7 @@ class Dispatcher:
         budget, is_bulk = self.config.budget, self.config.bulk is not None
         try:
             while max_requests > 0 and (
-                requests := transitions.claim(
+                requests := queue.claim(
                     ledger,
                     self.run_state.execution_id,
                     budget.max_request_price,

@@ -8,9 +8,9 @@ from msgspec.structs import replace
 
 from enrich.errors import EnrichError
 from enrich.exit_codes import ExitCode
-from enrich.ledger import enroll, erasure, queries, step_results
+from enrich.ledger import enroll, erasure, queries, queue, step_results
 from enrich.ledger.database import Database
-from enrich.ledger.refresh_review import review_refreshes
+from enrich.ledger.decisions import review_refreshes
 from enrich.models import DECISIONS_TO_SEND, Decision, RequestSelection, State, pluralize
 from enrich.rows.batches import RowCounts, store_batch
 from enrich.rows.job_input import JobInput
@@ -106,7 +106,7 @@ async def count_enrolled(context: RunContext, run_state: RunState) -> None:
 async def count_unsent(context: RunContext, run_state: RunState) -> None:
     """Count the requests of a step at its end. Those that were to be sent again, but were not, keep their answers."""
     await count_enrolled(context, run_state)
-    unsent = await context.ledger_writer.submit(enroll.queued_count, REUSED_STATES)
+    unsent = await context.ledger_writer.submit(queue.queued_count, REUSED_STATES)
     enrolled, step = run_state.enrolled, context.job.step
     enrolled[step] = replace(enrolled[step], reused=enrolled[step].reused + unsent)
 
@@ -154,5 +154,5 @@ def _apply_selection(ledger: Database, context: RunContext, selection: RequestSe
         check_stopped=context.signals.raise_if_received,
     )
     enroll.apply_limits(ledger, selection)
-    enroll.fill_queue(ledger, selection)
+    queue.fill_queue(ledger, selection)
     return accepted_in_doubt

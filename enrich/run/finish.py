@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from enrich.errors import CommandRefused, EnrichError, JobError, LedgerDamaged
 from enrich.exit_codes import ExitCode
-from enrich.ledger import execution_records, queries, resume, step_results
+from enrich.ledger import queries, records, resume, step_results
 from enrich.ledger.database import Database
 from enrich.ledger.sqlite import damaged_ledger_error
 from enrich.ledger.verify import as_enrich_error
@@ -69,7 +69,7 @@ async def finish_run(context: RunContext, run_state: RunState, outcome: Outcome)
         run_state.add_note(f"{answers} came from the API's cache (a known task id) and charged once")
     execution_id, counters = run_state.execution_id, run_state.counters
     await context.ledger_writer.submit(resume.recover, run_state.clock.now_ms())
-    totals = await context.ledger_writer.submit(execution_records.read_execution, execution_id)
+    totals = await context.ledger_writer.submit(records.read_execution, execution_id)
     before = context.preflight.balance
     after = await fetch_balance(context, run_state) if counters.settled or counters.attempted_requests else before
     spent, matches = totals.spent, counters.settled.get(State.FOUND, 0)
@@ -115,7 +115,7 @@ async def finish_run(context: RunContext, run_state: RunState, outcome: Outcome)
         summary = await _with_overrun(context, summary, execution_id, spent - totals.cap)
     summary = replace(summary, elapsed_s=round(context.elapsed_s(), 3))
     await context.ledger_writer.submit(
-        execution_records.end_execution,
+        records.end_execution,
         execution_id,
         summary.exit_code,
         summary.as_json(),

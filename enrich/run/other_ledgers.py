@@ -40,7 +40,7 @@ from enrich.job.locations import (
     sandbox_state_path,
 )
 from enrich.job.spec import Input
-from enrich.ledger import erasure, execution_records, neighbours, step_results, task_ids
+from enrich.ledger import erasure, neighbours, records, step_results, transitions
 from enrich.ledger.database import Database, try_read
 from enrich.ledger.neighbours import Overlap, find_ledger_files
 from enrich.ledger.sqlite import unknown_to_sandbox
@@ -73,7 +73,7 @@ async def find_output_of_other_ledger(
     """
     output: Location | None = None
     known_count, unknown_counts = 0, Counter[str]()
-    last_run_ms: int | None = await submit(execution_records.last_run_ms)
+    last_run_ms: int | None = await submit(records.last_run_ms)
     try:
         with interruptible():
             output = _newest_output(job, last_run_ms)
@@ -83,7 +83,7 @@ async def find_output_of_other_ledger(
                 tasks = next(batches, None)
             if tasks is None:
                 break
-            unknown: list[str] = await submit(task_ids.unknown_task_ids, tasks)
+            unknown: list[str] = await submit(transitions.unknown_task_ids, tasks)
             known_count += len(tasks) - len(unknown)
             unknown_counts.update(_without_sandbox_tasks(sandbox_ledger_location(job.ledger), unknown))
             if unknown_counts and last_run_ms is None:
@@ -112,7 +112,7 @@ async def find_output_of_other_ledger(
 
 def _without_sandbox_tasks(sandbox_ledger: LedgerLocation, tasks: list[str]) -> list[str]:
     """Leave out the tasks of the sandbox, which are in its ledger or in its own state."""
-    unknown = try_read(sandbox_ledger, lambda ledger: task_ids.unknown_task_ids(ledger, tasks))
+    unknown = try_read(sandbox_ledger, lambda ledger: transitions.unknown_task_ids(ledger, tasks))
     return unknown_to_sandbox(sandbox_state_path(sandbox_ledger), tasks if unknown is None else unknown)
 
 
@@ -218,9 +218,9 @@ def find_overlap(
     if job.sandbox or not isinstance(job.ledger, Path):
         return None
     if step_rows is None or not number:
-        if execution_records.has_own_submissions(ledger):
+        if records.has_own_submissions(ledger):
             return None
-    elif execution_records.has_sent_step(ledger, step_rows.steps[number].job.step):
+    elif records.has_sent_step(ledger, step_rows.steps[number].job.step):
         return None
     if step_rows is None:
         batches = neighbours.seen_fingerprints(ledger)
@@ -336,9 +336,7 @@ def is_written_by_run(job: Job, location: Location) -> bool:
         with suppress(CommandRefused, OSError):  # it has no readable tasks
             if any(_without_sandbox_tasks(job.ledger, tasks) for tasks in _read_task_ids(job, location)):
                 return True
-    return any(
-        try_read(ledger, lambda db: execution_records.has_written(db, str(location))) for ledger in _real_ledgers(job)
-    )
+    return any(try_read(ledger, lambda db: records.has_written(db, str(location))) for ledger in _real_ledgers(job))
 
 
 def _real_ledgers(job: Job) -> list[LedgerLocation]:

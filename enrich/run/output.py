@@ -19,7 +19,7 @@ from enrich.files.writer import limits_of, prepare_file, write_file
 from enrich.job.job import Job
 from enrich.job.locations import Location, is_dataset
 from enrich.job.spec import Changes, Output
-from enrich.ledger import change_feed, enroll, erasure, queries
+from enrich.ledger import enroll, erasure, queries, records
 from enrich.ledger.database import Database
 from enrich.models import RequestSelection, RowStatus, State
 from enrich.rows.batches import CHANGE_COLUMNS
@@ -133,7 +133,7 @@ def write_changes(collector: Collector, target: Location, changes: Changes) -> i
     schema = dict.fromkeys([*key, *CHANGE_COLUMNS], pl.String())
     limits = limits_of("changes", changes)
 
-    change_feed.begin_feed(collector.ledger)
+    records.begin_feed(collector.ledger)
 
     def changed(joined: JoinedBatch) -> pl.DataFrame:
         frame = pl.DataFrame(list(_changed_cells(collector, joined, key)), schema=schema, orient="row")
@@ -179,7 +179,7 @@ class _FeedValue(Struct, frozen=True, gc=False):
     """A value that the output has from an answer. Not tracked by the garbage collector: there are many."""
 
     value: str
-    delivery: change_feed.Delivery
+    delivery: records.Delivery
     provider: str | None
     at: str | None
 
@@ -196,10 +196,10 @@ def _changed_cells(collector: Collector, joined: JoinedBatch, key: list[str]) ->
     values = _feed_values(joined, {name: cells for name, (_, cells) in merged.items()})
     row_keys = {index: _row_key(keys[index]) for index in sorted(values)}
     # Rows with the same key cells differ in the first request that they have.
-    for index in change_feed.repeated_rows(ledger, row_keys):
+    for index in records.repeated_rows(ledger, row_keys):
         requests = (step.fingerprints[index] for step in joined.steps)
         row_keys[index] = _row_key(keys[index], next(filter(None, requests), b""))
-    delivered = change_feed.delivered_values(ledger, job, row_keys)
+    delivered = records.delivered_values(ledger, job, row_keys)
     changed = [
         (index, name, found, last)
         for index in row_keys
@@ -213,9 +213,7 @@ def _changed_cells(collector: Collector, joined: JoinedBatch, key: list[str]) ->
         old = merged[name][0][index] if name in merged else before
         if found.value not in (before, old):
             yield [*keys[index], name, old, found.value, found.provider, found.at]
-    change_feed.mark_delivered(
-        ledger, job, [(row_keys[index], name, found.delivery) for index, name, found, _ in changed]
-    )
+    records.mark_delivered(ledger, job, [(row_keys[index], name, found.delivery) for index, name, found, _ in changed])
 
 
 def _feed_values(joined: JoinedBatch, merged: Mapping[str, Sequence[str]]) -> dict[int, dict[str, _FeedValue]]:
@@ -231,7 +229,7 @@ def _feed_values(joined: JoinedBatch, merged: Mapping[str, Sequence[str]]) -> di
                 # `merge` may keep the cell of the input.
                 if (value := cells[index]) and (name not in merged or merged[name][index] == value):
                     values.setdefault(index, {})[name] = _FeedValue(
-                        value, change_feed.Delivery(result.attempt_id, path), *source
+                        value, records.Delivery(result.attempt_id, path), *source
                     )
     return values
 

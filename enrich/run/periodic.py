@@ -7,7 +7,7 @@ from contextlib import suppress
 
 from enrich.databar.clock import SystemClock
 from enrich.errors import LedgerFailed
-from enrich.ledger import bindings, execution_records
+from enrich.ledger import records
 from enrich.models import State, to_credits
 from enrich.run.context import RunContext
 from enrich.run.poll_schedule import PollSchedule
@@ -81,7 +81,7 @@ async def _store(context: RunContext, run_state: RunState) -> None:
         traffic=run_state.traffic.traffic(),
     )
     with suppress(LedgerFailed):  # the next write reports it
-        await context.ledger_writer.submit(execution_records.save_progress, run_state.execution_id, snapshot.as_text())
+        await context.ledger_writer.submit(records.save_progress, run_state.execution_id, snapshot.as_text())
 
 
 async def save_latencies(context: RunContext, run_state: RunState) -> None:
@@ -89,13 +89,13 @@ async def save_latencies(context: RunContext, run_state: RunState) -> None:
     schedule, scheduled = run_state.poll_schedule, run_state.scheduled_target
     if schedule.answers_recorded and scheduled is not None:
         target, bulk = scheduled
-        await context.ledger_writer.submit(bindings.save_latencies, target, schedule.weights_by_age, bulk)
+        await context.ledger_writer.submit(records.save_latencies, target, schedule.weights_by_age, bulk)
 
 
 async def load_schedule(context: RunContext, run_state: RunState) -> None:
     """Schedule polls by the durations of earlier tasks of the same target."""
     scheduled = context.preflight.template.target, context.job.model.dispatch.bulk
-    run_state.poll_schedule = PollSchedule(await context.ledger_writer.submit(bindings.load_latencies, *scheduled))
+    run_state.poll_schedule = PollSchedule(await context.ledger_writer.submit(records.load_latencies, *scheduled))
     run_state.scheduled_target = scheduled
 
 

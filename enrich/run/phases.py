@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from enrich.errors import ApiCallFailed, RunCancelled
 from enrich.exit_codes import ExitCode
-from enrich.ledger import enroll, execution_records, lease_table, queries, resume, transitions
+from enrich.ledger import enroll, lease_table, queries, queue, records, resume, transitions
 from enrich.ledger.database import Database
 from enrich.models import State, Task, pluralize, read_balance, to_credits
 from enrich.run import dispatcher
@@ -57,7 +57,7 @@ async def repoll_before_resubmitting(context: RunContext, run_state: RunState) -
     """Poll the old tasks of requests to be resent (`--retry`). What cannot be polled now is not resent."""
     ledger_writer = context.ledger_writer
     tasks = await ledger_writer.submit(resume.written_off_tasks, 0, only_queued=True)
-    queued = await ledger_writer.submit(enroll.queued_count)
+    queued = await ledger_writer.submit(queue.queued_count)
     unpolled = await _repoll_written_off(context, run_state, tasks, timeout_s=inf, to_be_resubmitted=True)
     if unpolled:
         run_state.add_note(f"{pluralize(len(unpolled), 'task')} could not be polled, so not sent again in this run")
@@ -65,7 +65,7 @@ async def repoll_before_resubmitting(context: RunContext, run_state: RunState) -
             resume.remove_from_queue, [attempt for task in unpolled for attempt in task.attempts]
         )
     if tasks:
-        run_state.requests_to_submit -= queued - await ledger_writer.submit(enroll.queued_count)
+        run_state.requests_to_submit -= queued - await ledger_writer.submit(queue.queued_count)
         await count_enrolled(context, run_state)
 
 
@@ -107,9 +107,7 @@ async def check_before_spending(context: RunContext, run_state: RunState, files:
         await check_neighbours(context, run_state, files.step_rows, number)
     if not to_submit:
         return
-    if options.confirm is not None and not await context.ledger_writer.submit(
-        execution_records.has_submitted, job.name
-    ):
+    if options.confirm is not None and not await context.ledger_writer.submit(records.has_submitted, job.name):
         question = await context.ledger_writer.submit(_plan_and_question, context, run_state, files.step_rows)
         with context.signals.interruptible():
             agreed = options.confirm(question)
@@ -145,7 +143,7 @@ async def submit_and_poll(context: RunContext, run_state: RunState) -> None:
     await ledger_writer.submit(resume.recover, run_state.clock.now_ms())
     if run_state.out_of_time:
         left = await ledger_writer.submit(enroll.enrolled_counts)
-        if left.get(State.SUBMITTED) or await ledger_writer.submit(enroll.queued_count):
+        if left.get(State.SUBMITTED) or await ledger_writer.submit(queue.queued_count):
             run_state.exit_reasons.setdefault(ExitCode.TIME, out_of_time_error())
 
 
@@ -156,7 +154,7 @@ async def _pass_canary(context: RunContext, run_state: RunState) -> bool:
         return True
     run_state.phase = Phase.CANARY
     # Resent requests prove nothing: requests without a match last month will have none again.
-    new_up_to = await context.ledger_writer.submit(enroll.queue_position_of_new, canary.rows)
+    new_up_to = await context.ledger_writer.submit(queue.queue_position_of_new, canary.rows)
     if not await _submit_and_poll_locally(context, run_state, new_up_to):
         return False
     outcomes = await context.ledger_writer.submit(

@@ -17,7 +17,7 @@ from enrich.databar.credentials import ApiAccess
 from enrich.errors import CommandRefused, EnrichError, RunDeclined
 from enrich.exit_codes import ExitCode
 from enrich.job.job import Job
-from enrich.ledger import execution_records
+from enrich.ledger import records
 from enrich.ledger.database import Database
 from enrich.ledger.rescue_file import RescueFile
 from enrich.ledger.writer import LedgerWriter
@@ -121,7 +121,7 @@ async def _run_phases(context: RunContext) -> RunSummary:
             return await finish_run(context, run_state, outcome)
         except RunDeclined as refusal:
             # A run in which nothing happened leaves no trace. One that collected open tasks ends with a summary.
-            if await context.ledger_writer.submit(execution_records.delete_unless_used, run_state.execution_id):
+            if await context.ledger_writer.submit(records.delete_unless_used, run_state.execution_id):
                 raise
             return await finish_failed_run(context, run_state, refusal)
         except (EnrichError, JSONDecodeError) as failure:

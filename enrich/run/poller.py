@@ -14,7 +14,7 @@ from enrich.databar.client import MAX_POLLS_IN_FLIGHT, Client
 from enrich.databar.task_results import BulkReader, TaskPhase, TaskReply, is_incomplete, read_answer, task_phase
 from enrich.errors import EnrichError, InvalidPollResponse, RateLimited, RequestNotAccepted, TaskUnknown, Unauthorized
 from enrich.exit_codes import ExitCode
-from enrich.ledger import resume, task_ids, transitions
+from enrich.ledger import resume, transitions
 from enrich.ledger.writer import LedgerWriter
 from enrich.models import Answer, State, Task
 from enrich.run.open_task import CONFIRMING_FOREIGN_REPLIES, CONFIRMING_REPLIES, OpenTask, Repeated
@@ -286,7 +286,9 @@ class Poller:
             return
         run_state.record_failure(error)
         now = run_state.clock.monotonic()
-        is_foreign = error.task_id is not None and not await self.ledger_writer.submit(task_ids.has_task, error.task_id)
+        is_foreign = error.task_id is not None and not await self.ledger_writer.submit(
+            transitions.has_task, error.task_id
+        )
         is_confirmed = is_foreign and open_task.foreign_reply.add(error.raw, now).count >= CONFIRMING_FOREIGN_REPLIES
         if is_confirmed or open_task.unconfirmed_reply.add(error.message, now).is_conclusive(
             now, run_state.timeouts.young_task_s

@@ -29,7 +29,7 @@ from enrich.errors import (
 )
 from enrich.job.job import Job
 from enrich.job.target import Target, TargetKind
-from enrich.ledger import bindings, queries
+from enrich.ledger import queries, records
 from enrich.ledger.database import Database
 from enrich.ledger.sqlite import damaged_ledger_error
 from enrich.models import read_balance
@@ -132,7 +132,7 @@ class LedgerBinding(Struct, frozen=True):
 
 def read_binding(ledger: Database, job: Job) -> LedgerBinding:
     """Read what the ledger is bound to, and its data about the job's target."""
-    bound_to = {name: bindings.read_fact(ledger, name) for name in ("api_host", "workspace")}
+    bound_to = {name: records.read_fact(ledger, name) for name in ("api_host", "workspace")}
     target = job.model.target
     description, providers = _load_description(ledger, target)
     listed = [] if description is None else [field.name for field in description.output_fields]
@@ -288,7 +288,7 @@ def steps_from_ledger(ledger: Database, job: Job, job_input: JobInput) -> tuple[
 
 def _load_description(ledger: Database, target: Target) -> tuple[Description | None, list[int] | None]:
     """Load a description and its default providers from the ledger. Raises LedgerDamaged if it is not one."""
-    if (stored := bindings.load_description(ledger, target)) is None:
+    if (stored := records.load_description(ledger, target)) is None:
         return None, None
     try:
         return parse_description(target.kind, stored[0]), stored[1]

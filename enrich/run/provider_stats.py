@@ -25,7 +25,7 @@ from enrich.databar.task_results import MAX_STEPS, ParsedData, parse_data
 from enrich.job.cell_text import is_blank
 from enrich.job.target import Target, TargetKind
 from enrich.json_text import parse_json
-from enrich.ledger import bindings
+from enrich.ledger import records
 from enrich.ledger.database import Database
 from enrich.models import SettledAttempt, State, to_credits, to_micros
 
@@ -334,7 +334,7 @@ def _read_call(target: Target, description: Description | None) -> _Call:
 def read_descriptions(ledger: Database) -> dict[tuple[TargetKind, str], Description]:
     """Read the descriptions that the ledger has. One that cannot be read is left out."""
     known = {}
-    for key, description in bindings.load_descriptions(ledger).items():
+    for key, description in records.load_descriptions(ledger).items():
         with suppress(ValidationError):
             known[key] = parse_description(key[0], description)
     return known

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from enrich.errors import LOCKED_HINT, EnrichError, Interrupted, LedgerLocked, WorkspaceMismatch
 from enrich.files.writer import prepare_file
-from enrich.ledger import bindings, erasure, execution_records, lease_table, rescue_import, resume, transitions
+from enrich.ledger import erasure, lease_table, records, rescue_import, resume, transitions
 from enrich.ledger.database import Database
 from enrich.ledger.lease_table import LeaseHolder
 from enrich.ledger.rescue_file import find_rescue_files
@@ -130,7 +130,7 @@ async def open_files(startup: Startup) -> None:
             prepare_file(location, job.input_path, job.temporary_name, kind)
         startup.files = RunFiles(JobInput(job, forgotten), target, extra_output_paths)
     startup.notes += startup.files.job_input.notes()
-    writer = await context.ledger_writer.submit(execution_records.last_writer, str(target))
+    writer = await context.ledger_writer.submit(records.last_writer, str(target))
     if writer not in (None, job.name):
         startup.problems.append(f"{target} is the output of the job `{writer}`, too: this run replaces it")
 
@@ -171,7 +171,7 @@ async def run_preflight(startup: Startup) -> None:
     )
     workspace = result.bound_to["workspace"]
     if options.workspace_renamed and workspace is not None:
-        await context.ledger_writer.submit(bindings.rename_workspace, workspace)
+        await context.ledger_writer.submit(records.rename_workspace, workspace)
     if startup.files is not None:
         step_rows = make_step_rows(startup.files.job_input, context.ledger, result, options)
         startup.files = replace(startup.files, step_rows=step_rows)
@@ -181,7 +181,7 @@ async def run_preflight(startup: Startup) -> None:
     budgets = tuple(make_budget(step_job, step.template, result.balance, most) for step_job, step in steps)
     for step in result.steps:
         await context.ledger_writer.submit(
-            bindings.save_description, step.description.target, step.description.model_dump(), step.providers
+            records.save_description, step.description.target, step.description.model_dump(), step.providers
         )
     startup.context = replace(startup.context, budgets=budgets)
 
@@ -203,7 +203,7 @@ async def start_run(startup: Startup) -> tuple[RunContext, RunState]:
     environment, ledger_writer, signals = context.environment, context.ledger_writer, context.signals
     paths = {step.job.step: list(step.preflight.template.columns.values()) for step in context.steps()}
     execution_id = await ledger_writer.submit(
-        execution_records.start_execution,
+        records.start_execution,
         context.job.name,
         context.budget.cap,
         environment.clock.now_ms(),

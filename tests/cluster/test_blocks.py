@@ -30,7 +30,7 @@ from enrich.job.job import load_job
 from enrich.job.locations import LedgerLocation, ObjectUrl, parse_ledger_location
 from enrich.job.spec import Input
 from enrich.job.target import Target, TargetKind
-from enrich.ledger import enroll
+from enrich.ledger import enroll, queue
 from enrich.ledger.database import Database
 from enrich.models import Decision, RequestSelection, RowStatus
 from enrich.rows.job_input import JobInput
@@ -146,7 +146,7 @@ def enroll_locally(rows: JobInput, ledger: CommittingLedger, selection: RequestS
             of_rows.update(status.value for status in batch.statuses if status is not None)
             height += batch.frame.height
         enroll.apply_limits(ledger.wrapped, selection)
-        enroll.fill_queue(ledger.wrapped, selection)
+        queue.fill_queue(ledger.wrapped, selection)
     return height, of_rows
 
 
@@ -158,7 +158,7 @@ def enroll_blocks(folder: Path, rows: JobInput, ledger: CommittingLedger, select
     found = enroll_on_ray(rows, begin_enrollment(folder, ledger, selection), monitor_heartbeats())
     with ledger.wrapped.transaction():
         enroll.apply_limits(ledger.wrapped, selection)
-        enroll.fill_queue(ledger.wrapped, selection)
+        queue.fill_queue(ledger.wrapped, selection)
     return found
 
 

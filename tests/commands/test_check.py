@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from enrich.databar.description import Waterfall, description_changes
-from enrich.ledger import bindings
+from enrich.ledger import records
 from enrich.sandbox.catalogue import WATERFALLS
 from tests.support.ledger import CALL
 from tests.support.workspace import JOB, SandboxApi, Workspace, make_leads
@@ -283,9 +283,9 @@ def test_online_reports_description_changes(workspace: Workspace, api: SandboxAp
     from enrich.ledger.database import Database  # noqa: PLC0415
 
     ledger = Database(workspace.ledger_path)
-    described, providers = bindings.load_description(ledger, CALL) or ({}, None)
+    described, providers = records.load_description(ledger, CALL) or ({}, None)
     described["available_enrichments"][0]["price"] = 0.25
-    bindings.save_description(ledger, CALL, described, providers or [])
+    records.save_description(ledger, CALL, described, providers or [])
     ledger.close()
 
     changed = workspace.run_in_process("check", "job.yaml", "--online", api=api)

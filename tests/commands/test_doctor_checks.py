@@ -21,7 +21,7 @@ from enrich.commands.doctor.system import (
     parse_env_lines,
     startup_error,
 )
-from enrich.ledger.execution_records import ExecutionRow
+from enrich.ledger.records import ExecutionRow
 from enrich.models import MICROS_PER_CREDIT
 from tests.support.cases import in_turn
 

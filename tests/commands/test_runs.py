@@ -8,7 +8,7 @@ import pytest
 
 from enrich.commands.runs import format_runs, read_runs
 from enrich.job.job import load_job
-from enrich.ledger import execution_records
+from enrich.ledger import records
 from enrich.ledger.database import Database
 from enrich.ledger.lock import is_locked, lock_ledger
 from enrich.models import Answer, State
@@ -64,10 +64,8 @@ def test_last_option(workspace: Workspace) -> None:
     for number in range(4):
         ledger.start_and_enroll(number)
         ledger.settle(ledger.submit())
-        ledger.commit(
-            execution_records.end_execution, ledger.execution, 0, {"rows": 1, "found": 1}, ledger.now + 3_723_000
-        )
-    ledger.commit(execution_records.start_execution, "other", None, ledger.now)
+        ledger.commit(records.end_execution, ledger.execution, 0, {"rows": 1, "found": 1}, ledger.now + 3_723_000)
+    ledger.commit(records.start_execution, "other", None, ledger.now)
     ledger.wrapped.close()
 
     output = workspace.run_in_process("runs", "job.yaml", "--last", "2", "--json").json_output
@@ -111,7 +109,7 @@ def test_line_width(workspace: Workspace) -> None:
     def end_with(rows: int, balance: int) -> list[str]:
         summary = {"rows": rows, "found": rows}
         ended_ms = ledger.now + 3_600_000
-        ledger.commit(execution_records.end_execution, ledger.execution, 13, summary, ended_ms, balance)
+        ledger.commit(records.end_execution, ledger.execution, 13, summary, ended_ms, balance)
         return list(format_runs(read_runs(load_job(workspace.job_file), 5)))
 
     shown = [end_with(*numbers)[:2] for numbers in ((263, 10**9), (1_234_567, 10**12), (10**15, 10**15))]
@@ -144,7 +142,7 @@ def test_runs_during_run(api: SandboxApi, workspace: Workspace) -> None:
     workspace.run_in_process("run", "job.yaml", api=api)
     ledger = Database(workspace.ledger_location)
     with ledger.transaction():
-        execution_records.start_execution(ledger, "job", None, 1)
+        records.start_execution(ledger, "job", None, 1)
         output = workspace.run_in_process("runs", "job.yaml", "--json").json_output
     ledger.close()
 

@@ -7,7 +7,7 @@ import pytest
 from enrich.commands.status import format_status, read_status
 from enrich.errors import CommandRefused
 from enrich.job.job import load_job
-from enrich.ledger import execution_records, transitions
+from enrich.ledger import queue, records, transitions
 from enrich.models import Answer, State, iso_time
 from tests.support.ledger import FREE_FAILURE, NO_MATCH, CommittingLedger
 from tests.support.workspace import FILE_ONLY, SandboxApi, Workspace, both_backends, make_leads
@@ -56,7 +56,7 @@ def test_status_matches_ledger(workspace: Workspace) -> None:
     ledger.submit()
     ledger.now += 5_000
     ledger.submit()
-    ledger.commit(execution_records.end_execution, ledger.execution, 10, {"rows": 9}, ledger.now)
+    ledger.commit(records.end_execution, ledger.execution, 10, {"rows": 9}, ledger.now)
     ledger.wrapped.close()
 
     status = read_status(load_job(workspace.job_file))
@@ -89,7 +89,7 @@ def test_status_during_run(workspace: Workspace) -> None:
     ledger = open_ledger(workspace).start_and_enroll(1, 2)
     ledger.submit()
     with ledger.wrapped.transaction():
-        transitions.claim(ledger.wrapped, ledger.execution, 1, 1)
+        queue.claim(ledger.wrapped, ledger.execution, 1, 1)
         status = read_status(load_job(workspace.job_file))
     ledger.wrapped.close()
 
@@ -114,7 +114,7 @@ def test_last_executions_of_job(workspace: Workspace) -> None:
     """Lists at most ten executions, newest first, without those of other jobs in the ledger."""
     ledger = open_ledger(workspace)
     started = [ledger.start_execution() for _ in range(12)]
-    ledger.commit(execution_records.start_execution, "other", None, ledger.now)
+    ledger.commit(records.start_execution, "other", None, ledger.now)
     ledger.wrapped.close()
 
     status = read_status(load_job(workspace.job_file))

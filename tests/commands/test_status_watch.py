@@ -30,9 +30,9 @@ from enrich.commands.status_watch import (
 from enrich.databar.clock import SystemClock
 from enrich.errors import CommandRefused
 from enrich.job.job import load_job
-from enrich.ledger import execution_records
-from enrich.ledger.execution_records import ExecutionRow
+from enrich.ledger import records
 from enrich.ledger.lock import lock_ledger
+from enrich.ledger.records import ExecutionRow
 from enrich.models import iso_time
 from enrich.monitoring.progress_bar import choose_layout, render_bar
 from enrich.run.progress import Phase, Progress, ProgressSnapshot, TrafficCounts, TrafficRecorder
@@ -269,7 +269,7 @@ def ledger_with_progress(workspace: Workspace, progress: ProgressSnapshot) -> Co
     ledger = CommittingLedger.open(load_job(workspace.job_file).ledger)
     ledger.now = NOW
     ledger.start_execution()
-    ledger.commit(execution_records.save_progress, ledger.execution, progress.as_text())
+    ledger.commit(records.save_progress, ledger.execution, progress.as_text())
     return ledger
 
 
@@ -283,13 +283,13 @@ def test_clock_change_does_not_end_run(workspace: Workspace) -> None:
         assert watcher.read_view().status is RunStatus.NO_HEARTBEAT
 
         now = 2.0
-        ledger.commit(execution_records.save_progress, ledger.execution, replace(result, at_ms=1).as_text())
+        ledger.commit(records.save_progress, ledger.execution, replace(result, at_ms=1).as_text())
         assert watcher.read_view().status is RunStatus.RUNNING
         now = 17.0
         assert watcher.read_view().status is RunStatus.RUNNING
         now = 17.1
         assert watcher.read_view().status is RunStatus.NO_HEARTBEAT
-    ledger.commit(execution_records.end_execution, ledger.execution, 0, {}, NOW)
+    ledger.commit(records.end_execution, ledger.execution, 0, {}, NOW)
     assert watcher.read_view().status is RunStatus.ENDED
     ledger.wrapped.close()
 
@@ -298,7 +298,7 @@ def test_free_lock_shows_killed_run_at_once(workspace: Workspace) -> None:
     """A run without an end was killed when the lock is free or a newer run holds it, however fresh its heartbeat."""
     ledger = ledger_with_progress(workspace, make_progress())
     fresh = replace(make_progress(), at_ms=SystemClock().now_ms())
-    ledger.commit(execution_records.save_progress, ledger.execution, fresh.as_text())
+    ledger.commit(records.save_progress, ledger.execution, fresh.as_text())
     watcher = RunWatcher(load_job(workspace.job_file))
     with lock_ledger(workspace.ledger_location, 0):
         assert watcher.read_view().status is RunStatus.RUNNING
@@ -310,7 +310,7 @@ def test_free_lock_shows_killed_run_at_once(workspace: Workspace) -> None:
     assert read_status(watcher.job)["at_work"] is None
 
     with lock_ledger(workspace.ledger_location, 0):
-        ledger.commit(execution_records.start_execution, "other", None, NOW)
+        ledger.commit(records.start_execution, "other", None, NOW)
         assert watcher.read_view().status is RunStatus.KILLED
     ledger.wrapped.close()
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from enrich.ledger import execution_records
+from enrich.ledger import records
 from tests.support.fake_renderer import fake_renderer
 from tests.support.workspace import INSTANT_API, SandboxApi, Workspace, kill_process, make_leads, serve_api, wait_until
 
@@ -68,7 +68,7 @@ def test_numbers_agree_after_kill(tmp_path: Path, workspace: Workspace) -> None:
 
 def _submitted_count(workspace: Workspace) -> int:
     with closing(workspace.open_ledger()) as ledger:
-        return sum(execution.submitted for execution in execution_records.list_executions(ledger, "job"))
+        return sum(execution.submitted for execution in records.list_executions(ledger, "job"))
 
 
 def _assert_numbers_agree(workspace: Workspace, api: SandboxApi) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from enrich.errors import JobError
-from enrich.ledger import execution_records, transitions
+from enrich.ledger import records, transitions
 from enrich.models import State
 from enrich.run.context import RunOptions
 from enrich.run.summary import RunSummary
@@ -763,7 +763,7 @@ def test_all_executions_are_stored(api: SandboxApi, workspace: Workspace) -> Non
 
     ledger = workspace.open_ledger()
     try:
-        kept = execution_records.list_executions(ledger, "job")
+        kept = records.list_executions(ledger, "job")
     finally:
         ledger.close()
     output = [json.loads(json.dumps(summary.as_json())) for summary in reversed(summaries)]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from enrich.ledger import execution_records, queries
+from enrich.ledger import queries, records
 from enrich.ledger.verify import check_ledger
 from enrich.run.context import RunOptions
 from enrich.run.summary import RunSummary
@@ -189,7 +189,7 @@ def test_credits_match_audit_after_kill(api: SandboxApi, workspace: Workspace) -
     ledger = workspace.open_ledger()
     try:
         spent, unknown = queries.spent_totals(ledger)
-        executions = execution_records.list_executions(ledger)
+        executions = records.list_executions(ledger)
     finally:
         ledger.close()
     assert [row.exit_code is None for row in executions] == [False, True]

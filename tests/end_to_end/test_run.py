@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import polars as pl
 import pytest
 
-from enrich.ledger import transitions
+from enrich.ledger import queue, transitions
 from enrich.ledger.database import Database
 from enrich.models import RowStatus
 from enrich.run.context import RunOptions
@@ -526,7 +526,7 @@ def test_results_of_lost_workers_count(api: SandboxApi, workspace: Workspace) ->
 
     async def reject_one_request() -> None:
         with closing(Database(workspace.ledger_location)) as ledger, ledger.transaction():
-            (claimed,) = transitions.claim(ledger, 1, 0, 0)
+            (claimed,) = queue.claim(ledger, 1, 0, 0)
             transitions.record_rejected(ledger, [(claimed.attempt_id, "rejected", 0)])
 
     lost_workers = SimpleNamespace(run=reject_one_request, lost_reasons=["lost"], finish_early=lambda: None)

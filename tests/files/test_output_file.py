@@ -29,7 +29,7 @@ from enrich.job.job import Overrides, load_job
 from enrich.job.locations import parse_location
 from enrich.job.spec import Output
 from enrich.job.target import Target, TargetKind
-from enrich.ledger import enroll, execution_records, queries, transitions
+from enrich.ledger import enroll, queries, queue, records, transitions
 from enrich.ledger.database import Database
 from enrich.models import Answer, RowStatus, State
 from enrich.rows.batches import STATUS_COLUMNS
@@ -377,13 +377,13 @@ def enroll_and_settle(
 ) -> None:
     """Enroll all rows and settle the distinct requests in order with these tasks; None leaves one pending."""
     with ledger.transaction():
-        execution = execution_records.start_execution(ledger, "job", None, 0)
+        execution = records.start_execution(ledger, "job", None, 0)
         enroll.begin_pass(ledger)
         for batch in rows.batches(template):
             enroll.enroll(ledger, template.target, batch.requests(), DEFAULT_SELECTION)
-        enroll.fill_queue(ledger, DEFAULT_SELECTION)
+        queue.fill_queue(ledger, DEFAULT_SELECTION)
         for number, task in enumerate(tasks):
-            (claim,) = transitions.claim(ledger, execution, 0, 0)
+            (claim,) = queue.claim(ledger, execution, 0, 0)
             if task is None:
                 transitions.record_refused(ledger, [(claim.attempt_id, "not now", 0)])
                 return
@@ -509,12 +509,12 @@ def test_output_does_not_depend_on_ledger_order(
 def settle_by_params(ledger: Database, rows: JobInput, template: RequestTemplate) -> None:
     """Enroll all rows and settle each request with an answer that depends on what it sends."""
     with ledger.transaction():
-        execution = execution_records.start_execution(ledger, "job", None, 0)
+        execution = records.start_execution(ledger, "job", None, 0)
         enroll.begin_pass(ledger)
         for batch in rows.batches(template):
             enroll.enroll(ledger, template.target, batch.requests(), DEFAULT_SELECTION)
-        enroll.fill_queue(ledger, DEFAULT_SELECTION)
-        while claims := transitions.claim(ledger, execution, 0, 0):
+        queue.fill_queue(ledger, DEFAULT_SELECTION)
+        while claims := queue.claim(ledger, execution, 0, 0):
             for claim in claims:
                 name = json.loads(claim.params)["a"].encode().hex()
                 transitions.record_accepted(ledger, [(claim.attempt_id, f"t-{name}", 0)], {})

@@ -10,9 +10,9 @@ import psycopg
 import pytest
 
 from enrich.job.locations import LedgerLocation, PostgresLocation
-from enrich.ledger import transitions
+from enrich.ledger import queue, transitions
 from enrich.ledger.database import Database
-from enrich.ledger.transitions import CLAIMS_PER_FULL_LOOK
+from enrich.ledger.queue import CLAIMS_PER_FULL_LOOK
 from enrich.models import State
 from tests.support.ledger import FREE_FAILURE, MAX_PRICE, CommittingLedger, params
 from tests.support.workspace import both_backends
@@ -42,7 +42,7 @@ def test_returned_request_is_claimed_next(ledger: CommittingLedger, how: str) ->
     else:
 
         def claim_and_fail(wrapped: Database) -> None:
-            transitions.claim(wrapped, ledger.execution, MAX_PRICE, ledger.now)
+            queue.claim(wrapped, ledger.execution, MAX_PRICE, ledger.now)
             raise ZeroDivisionError
 
         with pytest.raises(ZeroDivisionError):
@@ -50,7 +50,7 @@ def test_returned_request_is_claimed_next(ledger: CommittingLedger, how: str) ->
     expected = [3, 4, 5] if how == "rolled back" else [1, 3, 4, 5]
     assert [lead for _, lead in claim_leads(ledger, len(expected))] == expected
     assert first[1] == 0
-    assert ledger.commit(transitions.claim, ledger.execution, MAX_PRICE, ledger.now) == []
+    assert ledger.commit(queue.claim, ledger.execution, MAX_PRICE, ledger.now) == []
 
 
 @pytest.mark.parametrize("left", [10, 2 * CLAIMS_PER_FULL_LOOK])
@@ -65,7 +65,7 @@ def test_request_returned_by_other_process_is_not_skipped(ledger: CommittingLedg
     assert sorted(leads) == [0, *range(3, left + 3)]
     assert [lead for lead in leads if lead] == list(range(3, left + 3))
     assert leads.index(0) <= CLAIMS_PER_FULL_LOOK
-    assert ledger.commit(transitions.claim, ledger.execution, MAX_PRICE, ledger.now) == []
+    assert ledger.commit(queue.claim, ledger.execution, MAX_PRICE, ledger.now) == []
 
 
 def test_other_selection_begins_at_the_start(ledger: CommittingLedger) -> None:
@@ -74,7 +74,7 @@ def test_other_selection_begins_at_the_start(ledger: CommittingLedger) -> None:
     attempt = ledger.submit()
     ledger.settle(attempt, replace(FREE_FAILURE, free_failure=False))
     ledger.enroll(range(4), retry=[State.FAILED])
-    (new,) = ledger.commit(transitions.claim, ledger.execution, MAX_PRICE, ledger.now, new_up_to=2)
+    (new,) = ledger.commit(queue.claim, ledger.execution, MAX_PRICE, ledger.now, new_up_to=2)
     assert new.params == params(1)
     assert [lead for _, lead in claim_leads(ledger, 3)] == [0, 2, 3]
 
@@ -89,7 +89,7 @@ def test_claims_beside_old_snapshot(ledger: CommittingLedger, ledger_location: L
         backup.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
         backup.execute("SELECT count(*) FROM requests")
         for _ in range(CLAIMED_BESIDE_SNAPSHOT // 50):
-            ledger.commit(transitions.claim, ledger.execution, MAX_PRICE, ledger.now, 50)
+            ledger.commit(queue.claim, ledger.execution, MAX_PRICE, ledger.now, 50)
         assert claim_buffers(ledger) < 40
         backup.rollback()
 
@@ -106,7 +106,7 @@ def claim_buffers(ledger: CommittingLedger) -> int:
         return execute(sql, values)
 
     db.execute = explain  # type: ignore[method-assign]
-    ledger.commit(transitions.claim, ledger.execution, MAX_PRICE, ledger.now)
+    ledger.commit(queue.claim, ledger.execution, MAX_PRICE, ledger.now)
     db.execute = execute  # type: ignore[method-assign]
     (plan,) = found
     return int(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"])

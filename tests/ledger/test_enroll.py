@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from enrich.ledger import enroll, queries, request_ids, resume
+from enrich.ledger import decisions, enroll, queries, queue, resume
 from enrich.ledger.enroll import stratified_sample
 from enrich.models import Answer, Decision, RequestBatch, RequestSelection, State
 from enrich.rows.row_selection import rank_rows, sort_keys
@@ -57,7 +57,7 @@ def enroll_and_decide(
     ledger.commit(enroll.begin_pass)
     ledger.commit(enroll.enroll, CALL, batch, selection)
     ledger.commit(enroll.apply_limits, selection)
-    ledger.commit(enroll.fill_queue, selection)
+    ledger.commit(queue.fill_queue, selection)
     return [row.decision for row in enroll.row_decisions(ledger.wrapped, batch)]
 
 
@@ -98,7 +98,7 @@ def test_batch_is_inserted_by_one_statement(ledger: CommittingLedger) -> None:
 
 def test_requests_are_found_in_any_order(ledger: CommittingLedger, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each row finds its request, whatever left the file, joined it or moved, in batches of any size."""
-    monkeypatch.setattr(request_ids, "_WINDOW_EXTRA", 2)
+    monkeypatch.setattr(decisions, "_WINDOW_EXTRA", 2)
     rng = random.Random(7)
     ledger.commit(enroll.enroll, CALL, row_requests(range(40)), DEFAULT_SELECTION)
     ids = dict(ledger.query_all("SELECT fingerprint, id FROM requests"))
@@ -212,9 +212,9 @@ def test_answers_larger_than_one_value(tmp_path: Path) -> None:
 def test_batch_parameters() -> None:
     """A row without a request that the ledger knows has no id, and numbers may be large."""
     batch = replace(row_requests([1, 2, 3]), positions=[1 << 40, (1 << 40) + 2, (1 << 40) + 3])
-    assert request_ids.batch_parameters(batch, [9, None, 1 << 50]) == (f"[9,0,0,{1 << 50}]", 1 << 40)
-    assert request_ids.batch_parameters(replace(batch, positions=range(7, 10)), [3, 2, 1]) == ("[3,2,1]", 7)
-    assert request_ids.batch_parameters(row_requests([]), []) == ("[]", 0)
+    assert decisions.batch_parameters(batch, [9, None, 1 << 50]) == (f"[9,0,0,{1 << 50}]", 1 << 40)
+    assert decisions.batch_parameters(replace(batch, positions=range(7, 10)), [3, 2, 1]) == ("[3,2,1]", 7)
+    assert decisions.batch_parameters(row_requests([]), []) == ("[]", 0)
 
 
 class TestLimits:
@@ -324,7 +324,7 @@ class TestInDoubt:
             ledger.commit(enroll.enroll, CALL, as_batch(batch), DEFAULT_SELECTION)
         accepted = ledger.commit(enroll.accept_in_doubt_as_failed)
         ledger.commit(enroll.apply_limits, DEFAULT_SELECTION)
-        ledger.commit(enroll.fill_queue, DEFAULT_SELECTION)
+        ledger.commit(queue.fill_queue, DEFAULT_SELECTION)
 
         assert accepted == 2
         assert [ledger.state_of(number) for number in range(3)] == [State.FAILED, State.FAILED, State.IN_DOUBT]

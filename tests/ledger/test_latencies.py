@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from enrich.ledger import bindings
+from enrich.ledger import records
 from enrich.ledger.verify import check_ledger
 from tests.support.ledger import CALL, CommittingLedger
 from tests.support.workspace import Workspace, both_backends, make_leads, serve_api
@@ -19,14 +19,14 @@ def test_latencies_are_stored_per_call(tmp_path: Path) -> None:
     """Each call has its own latencies; the newest replace older ones."""
     ledger = CommittingLedger.open(tmp_path / "ledger.db")
     other = replace(CALL, enrichments=(*CALL.enrichments, 99))
-    ledger.commit(bindings.save_latencies, CALL, [(1.0, 3.0), (2.0, 0.5)])
-    ledger.commit(bindings.save_latencies, other, [(9.0, 1.0)])
-    ledger.commit(bindings.save_latencies, CALL, [(4.0, 2.0)])
-    assert bindings.load_latencies(ledger.wrapped, CALL) == [(4.0, 2.0)]
-    assert bindings.load_latencies(ledger.wrapped, other) == [(9.0, 1.0)]
-    ledger.commit(bindings.save_latencies, CALL, [(30.0, 1.0)], 100)
-    assert bindings.load_latencies(ledger.wrapped, CALL, 100) == [(30.0, 1.0)]
-    assert bindings.load_latencies(ledger.wrapped, CALL) == [(4.0, 2.0)]
+    ledger.commit(records.save_latencies, CALL, [(1.0, 3.0), (2.0, 0.5)])
+    ledger.commit(records.save_latencies, other, [(9.0, 1.0)])
+    ledger.commit(records.save_latencies, CALL, [(4.0, 2.0)])
+    assert records.load_latencies(ledger.wrapped, CALL) == [(4.0, 2.0)]
+    assert records.load_latencies(ledger.wrapped, other) == [(9.0, 1.0)]
+    ledger.commit(records.save_latencies, CALL, [(30.0, 1.0)], 100)
+    assert records.load_latencies(ledger.wrapped, CALL, 100) == [(30.0, 1.0)]
+    assert records.load_latencies(ledger.wrapped, CALL) == [(4.0, 2.0)]
     assert check_ledger(ledger.path).problems == []
     ledger.wrapped.close()
 

@@ -15,12 +15,11 @@ from enrich.errors import LedgerLocked, RunEnded
 from enrich.exit_codes import ExitCode
 from enrich.job.locations import LedgerLocation, parse_ledger_location
 from enrich.job.locations import PostgresLocation as Place
-from enrich.ledger import lease_table, resume, transitions
+from enrich.ledger import lease_table, queue, resume
 from enrich.ledger.database import Database, ledger_exists
 from enrich.ledger.database_copy import copy_ledger
 from enrich.ledger.dialect import DatabaseFailed
-from enrich.ledger.leases import Lease
-from enrich.ledger.lock import open_exclusive, open_for_run, open_leased
+from enrich.ledger.lock import Lease, open_exclusive, open_for_run, open_leased
 from enrich.ledger.verify import check_ledger
 from tests.support.cases import in_turn
 from tests.support.ledger import MAX_PRICE, CommittingLedger, run_sql
@@ -111,7 +110,7 @@ def test_lease_may_end_during_recovery(ledger: CommittingLedger, ledger_location
             assert leader is not None
             holder = Database(ledger_location, fencing_token=leader.fencing_token)
             with holder.transaction():
-                transitions.claim(holder, ledger.execution, MAX_PRICE, ledger.now)
+                queue.claim(holder, ledger.execution, MAX_PRICE, ledger.now)
             _before_statement(ledger.wrapped, moment, lambda: run_sql(ledger_location, "DELETE FROM leases"))
             ledger.commit(resume.recover, ledger.now)
             assert check_ledger(ledger_location).problems == []

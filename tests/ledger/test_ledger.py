@@ -14,10 +14,10 @@ import pytest
 
 from enrich.errors import CommandRefused
 from enrich.job.target import Target, TargetKind
-from enrich.ledger import bindings, enroll, execution_records, queries, resume, schema, transitions
+from enrich.ledger import enroll, queries, queue, records, resume, schema, transitions
 from enrich.ledger.database import Database
 from enrich.ledger.dialect import DATABASE_ERRORS
-from enrich.ledger.transitions import CapReached
+from enrich.ledger.queue import CapReached
 from enrich.models import Answer, State, Task
 from tests.support.cases import in_turn
 from tests.support.ledger import (
@@ -130,7 +130,7 @@ class TestTransitions:
         else:
             ledger.settle(attempt, Answer(state, "gone"))
         ledger.enroll([1])
-        assert ledger.commit(transitions.claim, ledger.execution, MAX_PRICE, ledger.now) == []
+        assert ledger.commit(queue.claim, ledger.execution, MAX_PRICE, ledger.now) == []
 
         ledger.enroll([1], retry={state})
 
@@ -176,7 +176,7 @@ class TestTransitions:
         ledger.enroll([2], retry={State.FAILED})
 
         assert ledger.claim().params == params(2)
-        assert ledger.commit(transitions.claim, ledger.execution, MAX_PRICE, ledger.now) == []
+        assert ledger.commit(queue.claim, ledger.execution, MAX_PRICE, ledger.now) == []
 
     @pytest.mark.long
     @pytest.mark.parametrize("state", [State.FAILED, State.EXPIRED, State.IN_DOUBT])
@@ -195,7 +195,7 @@ class TestTransitions:
         ledger.start_execution()
         ledger.enroll([1])
         assert enroll.enrolled_counts(ledger.wrapped) == {state: 1}
-        assert ledger.commit(transitions.claim, ledger.execution, MAX_PRICE, ledger.now) == []
+        assert ledger.commit(queue.claim, ledger.execution, MAX_PRICE, ledger.now) == []
 
     def test_failed_retry_is_not_repeated(self, ledger: CommittingLedger) -> None:
         """Edge f: a retry that fails is not repeated, so it can't pay in an endless loop."""
@@ -204,7 +204,7 @@ class TestTransitions:
         ledger.enroll([1], retry={State.FAILED})
         ledger.settle(ledger.submit("again"), Answer(State.FAILED, credits=COST))
 
-        assert ledger.commit(transitions.claim, ledger.execution, MAX_PRICE, ledger.now) == []
+        assert ledger.commit(queue.claim, ledger.execution, MAX_PRICE, ledger.now) == []
 
     @pytest.mark.long
     @pytest.mark.parametrize("answer", [FOUND, NO_MATCH])
@@ -344,7 +344,7 @@ class TestQueue:
         ledger.enroll([3, 5], [1, 4, 2])
 
         assert [ledger.claim().params for _ in range(5)] == [params(number) for number in (3, 5, 1, 4, 2)]
-        assert ledger.commit(transitions.claim, ledger.execution, MAX_PRICE, ledger.now) == []
+        assert ledger.commit(queue.claim, ledger.execution, MAX_PRICE, ledger.now) == []
 
     def test_lead_not_in_input_is_not_claimed(self, ledger: CommittingLedger) -> None:
         """A lead that is not in the current input is not claimed."""
@@ -352,7 +352,7 @@ class TestQueue:
         ledger.enroll([2])
 
         assert ledger.claim().params == params(2)
-        assert ledger.commit(transitions.claim, ledger.execution, MAX_PRICE, ledger.now) == []
+        assert ledger.commit(queue.claim, ledger.execution, MAX_PRICE, ledger.now) == []
 
     def test_free_failure_not_in_input_is_not_resent(self, ledger: CommittingLedger) -> None:
         """Edge g makes a free failure pending; without its row in the input it is not resent."""
@@ -361,7 +361,7 @@ class TestQueue:
         ledger.settle(attempt, FREE_FAILURE)
 
         assert ledger.claim().params == params(2)
-        assert ledger.commit(transitions.claim, ledger.execution, MAX_PRICE, ledger.now) == []
+        assert ledger.commit(queue.claim, ledger.execution, MAX_PRICE, ledger.now) == []
 
     def test_answered_requests_are_not_claimed(self, ledger: CommittingLedger) -> None:
         """Requests that are found, not found, failed or in doubt are reused, not claimed."""
@@ -372,7 +372,7 @@ class TestQueue:
 
         ledger.enroll([1, 2, 3, 4])
 
-        assert ledger.commit(transitions.claim, ledger.execution, MAX_PRICE, ledger.now) == []
+        assert ledger.commit(queue.claim, ledger.execution, MAX_PRICE, ledger.now) == []
         assert enroll.enrolled_counts(ledger.wrapped) == dict.fromkeys(
             (State.FOUND, State.NOT_FOUND, State.FAILED, State.IN_DOUBT), 1
         )
@@ -383,7 +383,7 @@ class TestQueue:
         first = ledger.submit()
         ledger.submit()
         with pytest.raises(CapReached), ledger.wrapped.transaction():
-            transitions.claim(ledger.wrapped, ledger.execution, MAX_PRICE, ledger.now)
+            queue.claim(ledger.wrapped, ledger.execution, MAX_PRICE, ledger.now)
         assert ledger.execution_counters[:2] == (0, 2 * MAX_PRICE)
 
         ledger.settle(first)
@@ -391,7 +391,7 @@ class TestQueue:
 
         assert ledger.execution_counters[:2] == (COST, 2 * MAX_PRICE)
         with pytest.raises(CapReached), ledger.wrapped.transaction():
-            transitions.claim(ledger.wrapped, ledger.execution, MAX_PRICE, ledger.now)
+            queue.claim(ledger.wrapped, ledger.execution, MAX_PRICE, ledger.now)
 
     def test_open_requests_may_release_credits_until_timeout(self, ledger: CommittingLedger) -> None:
         """At the cap, a worker waits for open requests that may release credits, but not for those past the timeout."""
@@ -407,7 +407,7 @@ class TestQueue:
         """With an empty queue, a cap of 0 is not reached."""
         ledger.start_and_enroll(cap=0)
 
-        assert ledger.commit(transitions.claim, ledger.execution, MAX_PRICE, ledger.now) == []
+        assert ledger.commit(queue.claim, ledger.execution, MAX_PRICE, ledger.now) == []
 
 
 class TestExecutions:
@@ -436,7 +436,7 @@ class TestExecutions:
         ledger.enroll([1, 2, 3])
         assert ledger.execution_counters == (0, MAX_PRICE, 0, 0)
         with pytest.raises(CapReached), ledger.wrapped.transaction():
-            transitions.claim(ledger.wrapped, second, MAX_PRICE, ledger.now)
+            queue.claim(ledger.wrapped, second, MAX_PRICE, ledger.now)
         ledger.settle(attempt)
 
         assert ledger.execution_counters == (COST, 0, 0, 0)
@@ -449,22 +449,22 @@ class TestExecutions:
     def test_execution_ends_with_summary(self, ledger: CommittingLedger) -> None:
         """The newest executions come first, and each job sees its own."""
         ledger.start_execution()
-        ledger.commit(execution_records.start_execution, "other", 3, ledger.now)
-        ledger.commit(execution_records.end_execution, ledger.execution, 10, {"rows": 2}, 77)
+        ledger.commit(records.start_execution, "other", 3, ledger.now)
+        ledger.commit(records.end_execution, ledger.execution, 10, {"rows": 2}, 77)
 
-        assert [row.job for row in execution_records.list_executions(ledger.wrapped)] == ["other", "job"]
-        (row,) = execution_records.list_executions(ledger.wrapped, "job", 5)
+        assert [row.job for row in records.list_executions(ledger.wrapped)] == ["other", "job"]
+        (row,) = records.list_executions(ledger.wrapped, "job", 5)
         assert (row.ended_ms, row.exit_code, row.summary) == (77, 10, '{"rows": 2}')
 
     def test_ledger_used_flag(self, ledger: CommittingLedger) -> None:
         """`has_submitted` is true once the API has accepted a request."""
         ledger.start_and_enroll(1)
         ledger.commit(transitions.record_refused, [(ledger.claim().attempt_id, "HTTP 429", ledger.now)])
-        assert not execution_records.has_submitted(ledger.wrapped, "job")
+        assert not records.has_submitted(ledger.wrapped, "job")
 
         ledger.submit()
 
-        assert execution_records.has_submitted(ledger.wrapped, "job")
+        assert records.has_submitted(ledger.wrapped, "job")
 
     def test_tasks_ordered_by_expiry(self, ledger: CommittingLedger) -> None:
         """The task submitted first expires first and comes first, whatever its row."""
@@ -492,18 +492,18 @@ class TestExecutions:
             {"api_host": "second", "workspace": "ours"},
         )
 
-        assert bindings.read_fact(ledger.wrapped, "api_host") == "first"
-        assert bindings.read_fact(ledger.wrapped, "workspace") == "ours"
-        assert bindings.read_fact(ledger.wrapped, "other") is None
+        assert records.read_fact(ledger.wrapped, "api_host") == "first"
+        assert records.read_fact(ledger.wrapped, "workspace") == "ours"
+        assert records.read_fact(ledger.wrapped, "other") is None
 
     def test_stored_waterfall_is_replaced(self, ledger: CommittingLedger) -> None:
         """The newest description of a target replaces the old one, and no other's."""
-        assert bindings.load_description(ledger.wrapped, CALL) is None
-        ledger.commit(bindings.save_description, CALL, {"name": "é"}, [1])
-        ledger.commit(bindings.save_description, CALL, {"name": "new"}, [2, 1])
+        assert records.load_description(ledger.wrapped, CALL) is None
+        ledger.commit(records.save_description, CALL, {"name": "é"}, [1])
+        ledger.commit(records.save_description, CALL, {"name": "new"}, [2, 1])
 
-        assert bindings.load_description(ledger.wrapped, CALL) == ({"name": "new"}, [2, 1])
-        assert bindings.load_description(ledger.wrapped, Target(TargetKind.ENRICHMENT, CALL.id)) is None
+        assert records.load_description(ledger.wrapped, CALL) == ({"name": "new"}, [2, 1])
+        assert records.load_description(ledger.wrapped, Target(TargetKind.ENRICHMENT, CALL.id)) is None
 
 
 class TestTransactions:
@@ -513,7 +513,7 @@ class TestTransactions:
         """A transaction that raises changes nothing."""
         ledger.start_and_enroll(1)
         with pytest.raises(ZeroDivisionError), ledger.wrapped.transaction():
-            fail_after(transitions.claim(ledger.wrapped, ledger.execution, MAX_PRICE, 1))
+            fail_after(queue.claim(ledger.wrapped, ledger.execution, MAX_PRICE, 1))
 
         assert ledger.state_of(1) is State.PENDING
         assert ledger.execution_counters == (0, 0, 0, 0)
@@ -522,9 +522,9 @@ class TestTransactions:
         """When one transition of a transaction raises, the others are kept."""
         ledger.start_and_enroll(1, 2)
         with ledger.wrapped.transaction():
-            transitions.claim(ledger.wrapped, ledger.execution, MAX_PRICE, 1)
+            queue.claim(ledger.wrapped, ledger.execution, MAX_PRICE, 1)
             with pytest.raises(ZeroDivisionError), ledger.wrapped.savepoint():
-                fail_after(transitions.claim(ledger.wrapped, ledger.execution, MAX_PRICE, 1))
+                fail_after(queue.claim(ledger.wrapped, ledger.execution, MAX_PRICE, 1))
 
         assert (ledger.state_of(1), ledger.state_of(2)) == (State.SUBMITTING, State.PENDING)
 
@@ -533,7 +533,7 @@ class TestTransactions:
         ledger.start_and_enroll(1, 2)
         ledger.submit()
         with ledger.wrapped.transaction():
-            transitions.claim(ledger.wrapped, ledger.execution, MAX_PRICE, ledger.now)
+            queue.claim(ledger.wrapped, ledger.execution, MAX_PRICE, ledger.now)
             reader = Database(ledger.location, read_only=True)
             assert queries.state_counts(reader) == {State.SUBMITTED: 1, State.PENDING: 1}
             with pytest.raises(DATABASE_ERRORS, match=r"read-?only"):

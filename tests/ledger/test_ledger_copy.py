@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from enrich.errors import CommandRefused, LedgerLocked
 from enrich.job.locations import LedgerLocation, PostgresLocation, parse_ledger_location
-from enrich.ledger import bindings, change_feed, database_copy, erasure, execution_records, request_ids, transitions
+from enrich.ledger import database_copy, decisions, erasure, records, transitions
 from enrich.ledger.database import ledger_exists
 from enrich.ledger.database_copy import COPIED_TABLES, copy_ledger
 from enrich.ledger.erasure import key_path, read_or_make_key
@@ -49,13 +49,13 @@ def filled_ledger(ledger: CommittingLedger) -> CommittingLedger:
     ledger.commit(transitions.record_rejected, [(ledger.claim().attempt_id, "company: Bad.", ledger.now)])
     ledger.settle(ledger.submit("d"), FREE_FAILURE)
     ledger.settle_bulk(ledger.submit_bulk(3), NO_MATCH, credits_=COST)
-    ledger.commit(bindings.save_description, CALL, {"name": "é"}, [1, 2])
-    ledger.commit(change_feed.mark_delivered, "job", [(b"key", "email", change_feed.Delivery(1, "email"))])
+    ledger.commit(records.save_description, CALL, {"name": "é"}, [1, 2])
+    ledger.commit(records.mark_delivered, "job", [(b"key", "email", records.Delivery(1, "email"))])
     ledger.commit(lambda db: db.execute("INSERT INTO step_rows VALUES (1, -7)"))
     ledger.commit(erasure.forget, read_or_make_key(ledger.location), [(2, b"0" * 16, "{}")], ledger.now)
-    ledger.commit(request_ids.store_known_batch, "job", range(20_000, 20_003), b"digest", '{"ids":[1,null,2]}')
-    ledger.commit(bindings.save_latencies, CALL, [(0.5, 3.25), (1e-300, 1 / 3)])
-    ledger.commit(execution_records.end_execution, ledger.execution, 10, {"rows": 9}, ledger.now)
+    ledger.commit(decisions.store_known_batch, "job", range(20_000, 20_003), b"digest", '{"ids":[1,null,2]}')
+    ledger.commit(records.save_latencies, CALL, [(0.5, 3.25), (1e-300, 1 / 3)])
+    ledger.commit(records.end_execution, ledger.execution, 10, {"rows": 9}, ledger.now)
     return ledger
 
 
@@ -168,7 +168,7 @@ def test_any_values_are_copied(
             db.executemany("UPDATE requests SET params = ? WHERE id = ?", [(it, n) for n, it in enumerate(asked, 1)])
             db.executemany("INSERT INTO forgotten VALUES (?)", [(it,) for it in hashes])
             db.execute("UPDATE executions SET balance_before = ?", (balance,))
-            bindings.save_latencies(ledger.wrapped, CALL, latencies.items())
+            records.save_latencies(ledger.wrapped, CALL, latencies.items())
         ledger.wrapped.close()
 
         assert copy_ledger(first, server).digest == copy_ledger(server, back).digest

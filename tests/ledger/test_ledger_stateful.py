@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from enrich.job.locations import LedgerLocation, parse_ledger_location
-from enrich.ledger import enroll, execution_records, queries, resume, transitions
-from enrich.ledger.transitions import CapReached, StepCapReached
+from enrich.ledger import enroll, queries, queue, records, resume, transitions
+from enrich.ledger.queue import CapReached, StepCapReached
 from enrich.models import OPEN_STATES, RETRYABLE_STATES, Acceptance, Answer, ClaimedRequest, State
 from tests.support.cases import examples
 from tests.support.ledger import BINDING, DEFAULT_SELECTION, CommittingLedger, params, results_of, row_requests
@@ -249,7 +249,7 @@ class LedgerStateMachine(RuleBasedStateMachine):
     def start_new_execution(self, cap: int | None) -> None:
         """End this execution normally and begin the next."""
         self.recover()
-        self.ledger.commit(execution_records.end_execution, self.ledger.execution, 0, {}, self.ledger.now)
+        self.ledger.commit(records.end_execution, self.ledger.execution, 0, {}, self.ledger.now)
         self.begin(cap)
 
     @rule(cap=st.none() | st.integers(0, 60))
@@ -300,14 +300,14 @@ class LedgerStateMachine(RuleBasedStateMachine):
         if not any(lead.queued for lead in self.model.requests.values()):
             self.enroll_rows([list(LEADS)], {State.IN_DOUBT}, {})
             self.requests_match_model()
-        queue = sorted((lead.queue_position, number) for number, lead in self.model.requests.items() if lead.queued)
+        queued = sorted((lead.queue_position, number) for number, lead in self.model.requests.items() if lead.queued)
         execution = self.ledger.execution
         cap = self.model.caps[execution]
         step_cap = None if step is None else step_cap
 
         def make_claims(count: int) -> list[ClaimedRequest]:
             return self.ledger.commit(
-                transitions.claim,
+                queue.claim,
                 execution,
                 price,
                 self.ledger.now,
@@ -323,14 +323,14 @@ class LedgerStateMachine(RuleBasedStateMachine):
         if step is not None and step_cap is not None:
             lefts.append((step_cap - self.model.step_cost(execution, step), StepCapReached))
         for left, reached in lefts:
-            if queue and price > left:
+            if queued and price > left:
                 with pytest.raises(CapReached) as caught:
                     make_claims(room)
                 assert caught.type is reached
                 return
             room = min(room, left // price)
         claims = make_claims(room)
-        for claim, (_, number) in zip(claims, queue[:room], strict=True):
+        for claim, (_, number) in zip(claims, queued[:room], strict=True):
             assert claim.params == params(number)
             assert claim.attempt_id not in self.model.attempts
             assert (claim.bulk_task_id is not None) is bulk
@@ -569,7 +569,7 @@ class LedgerStateMachine(RuleBasedStateMachine):
     def credits_match_model(self) -> None:
         """Spent, unknown and reserved credits equal the sums over the attempts, and the cap holds."""
         model = self.model
-        for row in execution_records.list_executions(self.ledger.wrapped):
+        for row in records.list_executions(self.ledger.wrapped):
             number = row.id
             assert row.spent == model.spent[number]
             assert row.unknown == model.unknown[number]

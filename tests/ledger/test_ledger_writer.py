@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from enrich.errors import EnrichError, LedgerFailed
-from enrich.ledger import bindings, execution_records, queries, transitions
+from enrich.ledger import queries, queue, records, transitions
 from enrich.ledger.database import Database
-from enrich.ledger.transitions import CapReached
+from enrich.ledger.queue import CapReached
 from enrich.ledger.writer import LedgerWriter
 from enrich.models import State
 from tests.support.ledger import (
@@ -47,7 +47,7 @@ def slow_move(_: Database) -> None:
 
 def fill_disk(ledger: Database) -> None:
     """Write more than fits on the full disk."""
-    bindings.save_description(ledger, CALL, {"description": "x" * 10_000_000}, [])
+    records.save_description(ledger, CALL, {"description": "x" * 10_000_000}, [])
 
 
 def test_transition_is_committed_before_future_resolves(ledger: CommittingLedger) -> None:
@@ -55,7 +55,7 @@ def test_transition_is_committed_before_future_resolves(ledger: CommittingLedger
 
     async def one(writer: LedgerWriter, number: int) -> None:
         await asyncio.sleep(number % 7 / 1000)
-        execution = await writer.submit(execution_records.start_execution, f"job {number}", None, number)
+        execution = await writer.submit(records.start_execution, f"job {number}", None, number)
         assert ledger.query_one("SELECT job FROM executions WHERE id = ?", execution) == (f"job {number}",)
 
     async def scenario() -> None:
@@ -71,7 +71,7 @@ def test_transitions_keep_order(ledger: CommittingLedger) -> None:
 
     async def scenario() -> list[int]:
         async with LedgerWriter(ledger.wrapped) as writer:
-            futures = [writer.submit(execution_records.start_execution, "job", None, number) for number in range(50)]
+            futures = [writer.submit(records.start_execution, "job", None, number) for number in range(50)]
             for number, future in enumerate(futures):
                 future.add_done_callback(partial(lambda number, _: resolved.append(number), number))
             return await asyncio.gather(*futures)
@@ -96,7 +96,7 @@ def test_concurrent_transitions_share_a_commit(ledger: CommittingLedger) -> None
         async with LedgerWriter(ledger.wrapped) as writer:
             moves: list[asyncio.Future[Any]] = [writer.submit(slow)]
             await asyncio.to_thread(slow_started.wait, 10)
-            moves += [writer.submit(transitions.claim, ledger.execution, MAX_PRICE, 1) for _ in range(100)]
+            moves += [writer.submit(queue.claim, ledger.execution, MAX_PRICE, 1) for _ in range(100)]
             await asyncio.sleep(0)
             all_submitted.set()
             await asyncio.gather(*moves)
@@ -118,7 +118,7 @@ def test_statements_do_not_grow_with_requests(ledger: CommittingLedger, *, bulk:
     record_statements(ledger.wrapped, statements)
     for size in (1, 1, 2, 40):  # the first two read what stays known
         statements.clear()
-        claimed = ledger.commit(transitions.claim, ledger.execution, MAX_PRICE, 1, size, bulk=bulk)
+        claimed = ledger.commit(queue.claim, ledger.execution, MAX_PRICE, 1, size, bulk=bulk)
         attempts = [request.attempt_id for request in claimed]
         accepted = [(attempt, f"task {attempts[0] if bulk else attempt}", 2) for attempt in attempts]
         ledger.commit(transitions.record_accepted, accepted, BINDING)
@@ -138,14 +138,14 @@ def test_failed_transition_is_rolled_back_alone(ledger: CommittingLedger) -> Non
     """A transition that fails is rolled back alone; the others in its batch are kept."""
 
     def failing_move(raw_ledger: Database) -> None:
-        transitions.claim(raw_ledger, ledger.execution, MAX_PRICE, 1)
+        queue.claim(raw_ledger, ledger.execution, MAX_PRICE, 1)
         raise CapReached
 
     async def scenario() -> list[object]:
         async with LedgerWriter(ledger.wrapped) as writer:
             moves: list[asyncio.Future[Any]] = [writer.submit(slow_move)]
-            moves += [writer.submit(transitions.claim, ledger.execution, MAX_PRICE, 1), writer.submit(failing_move)]
-            moves += [writer.submit(transitions.claim, ledger.execution, MAX_PRICE, 1) for _ in range(2)]
+            moves += [writer.submit(queue.claim, ledger.execution, MAX_PRICE, 1), writer.submit(failing_move)]
+            moves += [writer.submit(queue.claim, ledger.execution, MAX_PRICE, 1) for _ in range(2)]
             return list(await asyncio.gather(*moves, return_exceptions=True))
 
     results = asyncio.run(scenario())
@@ -174,7 +174,7 @@ def test_facts_of_a_repeated_transaction_are_stored(ledger: CommittingLedger) ->
     results = asyncio.run(scenario())
 
     assert [type(result).__name__ for result in results] == ["NoneType", "list", "list", "CapReached"]
-    assert {name: bindings.read_fact(ledger.wrapped, name) for name in BINDING} == BINDING
+    assert {name: records.read_fact(ledger.wrapped, name) for name in BINDING} == BINDING
 
 
 def test_equal_calls_are_batched(ledger: CommittingLedger) -> None:
@@ -245,7 +245,7 @@ def test_batched_statement_count(ledger: CommittingLedger, *, bulk: bool) -> Non
 
     async def scenario() -> None:
         async with LedgerWriter(ledger.wrapped) as writer:
-            claims = await writer.submit(transitions.claim, ledger.execution, MAX_PRICE, 1, 32, bulk=bulk)
+            claims = await writer.submit(queue.claim, ledger.execution, MAX_PRICE, 1, 32, bulk=bulk)
             attempts = [claim.attempt_id for claim in claims]
             accepted = [(attempt, "bundle" if bulk else f"task {attempt}", 2) for attempt in attempts]
             await asyncio.gather(
@@ -277,9 +277,9 @@ def test_transition_runs_after_cancelled_caller(ledger: CommittingLedger) -> Non
     async def scenario() -> None:
         async with LedgerWriter(ledger.wrapped) as writer:
             writer.submit(slow_move)
-            abandoned = asyncio.ensure_future(writer.submit(transitions.claim, ledger.execution, MAX_PRICE, 1))
+            abandoned = asyncio.ensure_future(writer.submit(queue.claim, ledger.execution, MAX_PRICE, 1))
             abandoned.cancel()
-            writer.submit(transitions.claim, ledger.execution, MAX_PRICE, 1)
+            writer.submit(queue.claim, ledger.execution, MAX_PRICE, 1)
 
     asyncio.run(scenario())
 
@@ -303,10 +303,10 @@ def test_failed_commit_stops_writer(ledger: CommittingLedger, trouble: str, monk
     async def scenario() -> None:
         async with LedgerWriter(ledger.wrapped) as writer:
             batch: list[asyncio.Future[Any]] = [
-                writer.submit(transitions.claim, ledger.execution, MAX_PRICE, 1),
+                writer.submit(queue.claim, ledger.execution, MAX_PRICE, 1),
                 writer.submit(fill_disk),
             ]
-            batch.append(writer.submit(transitions.claim, ledger.execution, MAX_PRICE, 1))
+            batch.append(writer.submit(queue.claim, ledger.execution, MAX_PRICE, 1))
             for result in await asyncio.gather(*batch, return_exceptions=True):
                 assert isinstance(result, LedgerFailed)
                 assert trouble in result.message
@@ -315,7 +315,7 @@ def test_failed_commit_stops_writer(ledger: CommittingLedger, trouble: str, monk
             else:
                 other.execute("ROLLBACK")
             with pytest.raises(EnrichError, match=trouble):
-                await writer.submit(transitions.claim, ledger.execution, MAX_PRICE, 1)
+                await writer.submit(queue.claim, ledger.execution, MAX_PRICE, 1)
 
     try:
         asyncio.run(scenario())

@@ -7,7 +7,7 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
-from enrich.ledger import bindings
+from enrich.ledger import records
 from enrich.ledger.database import Database
 from enrich.ledger.neighbours import find_ledger_files
 
@@ -25,7 +25,7 @@ def test_open_ledger_keeps_its_locks(tmp_path: Path) -> None:
     (tmp_path / "leads.csv").write_text("Email\n", encoding="utf-8")
     with closing(Database(path)) as ledger:
         with ledger.transaction():
-            bindings.bind(ledger, {"user": "1"})
+            records.bind(ledger, {"user": "1"})
         assert find_ledger_files(tmp_path) == [path]
         subprocess.run([sys.executable, "-c", READ_SCRIPT, str(path)], check=True)
         assert (tmp_path / "ledger.db-wal").exists()

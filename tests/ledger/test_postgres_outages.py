@@ -17,7 +17,7 @@ import pytest
 
 from enrich.errors import LedgerFailed
 from enrich.job.locations import PostgresLocation, parse_ledger_location
-from enrich.ledger import enroll, execution_records
+from enrich.ledger import enroll, records
 from enrich.ledger import postgres as postgres_session
 from enrich.ledger.database import Database
 from enrich.ledger.postgres import PostgresSession
@@ -95,7 +95,7 @@ def start_executions(
     async def scenario(ledger: Database) -> None:
         async with LedgerWriter(ledger) as writer:
             for number in range(count):
-                await writer.submit(execution_records.start_execution, f"job {number}", None, 1)
+                await writer.submit(records.start_execution, f"job {number}", None, 1)
                 if number == 0:
                     await asyncio.to_thread(between, ledger)
 
@@ -148,7 +148,7 @@ def test_wait_for_silent_server_can_be_shortened(
     with closing(Database(ledger_location)) as ledger, locked_table(ledger_location, "executions"):
         threading.Timer(0.5, ledger.shorten_waits).start()
         with pytest.raises(Exception, match="no response from the server"):
-            ledger.retry_on_disconnect(lambda: execution_records.newest_execution_id(ledger))
+            ledger.retry_on_disconnect(lambda: records.newest_execution_id(ledger))
     assert time.monotonic() - began < 10
 
 

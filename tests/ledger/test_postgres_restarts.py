@@ -13,7 +13,7 @@ from typing import Literal
 import pytest
 
 from enrich.job.locations import LedgerLocation, parse_ledger_location
-from enrich.ledger import execution_records
+from enrich.ledger import records
 from enrich.ledger.verify import check_ledger
 from enrich.ledger.writer import LedgerWriter
 from tests.support.ledger import CommittingLedger
@@ -36,9 +36,9 @@ def test_restart_between_transitions(
 
     async def scenario() -> None:
         async with LedgerWriter(ledger.wrapped) as writer:
-            await writer.submit(execution_records.start_execution, "before", None, 1)
+            await writer.submit(records.start_execution, "before", None, 1)
             await asyncio.to_thread(own_postgres.restart, how)
-            await writer.submit(execution_records.start_execution, "after", None, 2)
+            await writer.submit(records.start_execution, "after", None, 2)
 
     asyncio.run(scenario())
 
@@ -61,7 +61,7 @@ def test_no_duplicate_transition_after_lost_commit(
         while not stop.is_set():
             name = f"{task_number} {len(made)}"
             made.append(name)
-            await writer.submit(execution_records.start_execution, name, None, 1)
+            await writer.submit(records.start_execution, name, None, 1)
 
     async def restart_server() -> None:
         for _ in range(3):

@@ -15,7 +15,7 @@ from enrich.cluster.worker import SHARE_CHECK_EVERY_S, WorkerRateLimiter
 from enrich.errors import LeaseLost
 from enrich.job.locations import LedgerLocation, PostgresLocation
 from enrich.ledger.database import Database
-from enrich.ledger.leases import Lease
+from enrich.ledger.lock import Lease
 from tests.support.ledger import run_sql
 
 

@@ -13,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from enrich.errors import CommandRefused, LedgerLocked
-from enrich.ledger import bindings, execution_records, rescue_file, rescue_import, rescue_recorder, resume, transitions
+from enrich.ledger import queue, records, rescue_file, rescue_import, rescue_recorder, resume, transitions
 from enrich.ledger.database import Database
 from enrich.ledger.database_copy import copy_ledger
 from enrich.ledger.rescue_file import RescuedAttempt, RescueFile, read_rescue_file
@@ -92,7 +92,7 @@ def test_new_ledger_imports_everything(ledger: CommittingLedger) -> None:
     }
     (task,) = transitions.submitted_tasks(ledger.wrapped)
     assert (task.task_id, task.column_paths) == ("a", ("email",))
-    assert bindings.read_fact(ledger.wrapped, "workspace") == BINDING["workspace"]
+    assert records.read_fact(ledger.wrapped, "workspace") == BINDING["workspace"]
     assert_sound(ledger)
     assert import_lines(ledger, *lines).endswith("already in the ledger")
     assert_sound(ledger)
@@ -123,12 +123,12 @@ def test_answer_belongs_to_the_run_that_got_it(ledger: CommittingLedger) -> None
     """What a task of an earlier run has cost is spent in the last run, which had the answer: the first has ended."""
     ledger.start_and_enroll(1)
     ledger.submit("a")
-    ledger.commit(execution_records.end_execution, ledger.execution, 13, {}, ledger.now)
+    ledger.commit(records.end_execution, ledger.execution, 13, {}, ledger.now)
     first, last = ledger.execution, ledger.start_execution()
 
     import_lines(ledger, rescue_record(1, "found", task="a"))
 
-    spent = [execution_records.read_execution(ledger.wrapped, run).spent for run in (first, last)]
+    spent = [records.read_execution(ledger.wrapped, run).spent for run in (first, last)]
     assert (spent, request_states(ledger)) == ([0, 2], {1: "found"})
     assert ledger.execution_counters[1] == 0
     assert_sound(ledger)
@@ -215,7 +215,7 @@ def test_lost_ledger_keeps_answer_and_later_task(ledger: CommittingLedger) -> No
 def test_answers_of_a_part_of_a_bulk_task_are_kept(ledger: CommittingLedger) -> None:
     """The copy of the ledger was made while a bulk task was sent; one of its rows was sent again after its answer."""
     ledger.start_and_enroll(0, 1, 2)
-    assert len(ledger.commit(transitions.claim, ledger.execution, 5, 1_000, 3, bulk=True)) == 3
+    assert len(ledger.commit(queue.claim, ledger.execution, 5, 1_000, 3, bulk=True)) == 3
     lines = [
         rescue_record(number, "found", "bulk", attempt=number, bulk_task=1, bulk_index=number, size=3, credits=0)
         for number in range(2)
@@ -232,7 +232,7 @@ def test_answers_of_a_part_of_a_bulk_task_are_kept(ledger: CommittingLedger) -> 
 def test_part_of_a_bulk_task_is_not_polled(ledger: CommittingLedger) -> None:
     """A row of an unconfirmed bulk task was sent again while the rescue file was away: its answers have no rows."""
     ledger.start_and_enroll(0, 1)
-    ledger.commit(transitions.claim, ledger.execution, 5, 1_000, 2, bulk=True)
+    ledger.commit(queue.claim, ledger.execution, 5, 1_000, 2, bulk=True)
     ledger.commit(resume.recover, 1_500)
     import_lines(ledger, rescue_record(0, task="again", attempt=9, claimed_ms=4_000))
     bulk = [rescue_record(number, task="bulk", bulk_task=1, bulk_index=number, size=2) for number in range(2)]
@@ -249,7 +249,7 @@ def test_part_of_a_bulk_task_is_not_polled(ledger: CommittingLedger) -> None:
 def test_unconfirmed_part_of_a_bulk_task_is_not_polled(ledger: CommittingLedger) -> None:
     """The file has only some rows of a task that was being sent, with the id that came with an error."""
     ledger.start_and_enroll(0, 1, 2)
-    ledger.commit(transitions.claim, ledger.execution, 5, 1_000, 3, bulk=True)
+    ledger.commit(queue.claim, ledger.execution, 5, 1_000, 3, bulk=True)
 
     import_lines(
         ledger,

@@ -10,11 +10,10 @@ import pytest
 from enrich.errors import LeaseLost
 from enrich.job.locations import PostgresLocation as Place
 from enrich.job.locations import parse_ledger_location
-from enrich.ledger import execution_records, postgres_schema
+from enrich.ledger import postgres_schema, records
 from enrich.ledger.database import Database
 from enrich.ledger.dialect import TransactionInterrupted
-from enrich.ledger.leases import Lease
-from enrich.ledger.lock import is_locked, lock_ledger
+from enrich.ledger.lock import Lease, is_locked, lock_ledger
 from tests.support.ledger import run_sql
 from tests.support.postgres import PostgresServer
 from tests.support.workspace import wait_until
@@ -44,11 +43,11 @@ def test_idle_transaction_is_retried(ledger_location: Place) -> None:
         pid = ledger.session._connection.info.backend_pid  # type: ignore[union-attr]
         wait_until(lambda: not is_idle_in_transaction(ledger_location, pid))
         with pytest.raises(TransactionInterrupted) as failure:
-            execution_records.newest_execution_id(ledger)
+            records.newest_execution_id(ledger)
         ledger.rollback()
         assert ledger.reconnect(failure.value) is False
         with ledger.transaction():
-            assert execution_records.newest_execution_id(ledger) == 0
+            assert records.newest_execution_id(ledger) == 0
         ledger.close()
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from enrich.exit_codes import JobArguments
 from enrich.job.job import load_job
-from enrich.ledger import transitions
+from enrich.ledger import queue, transitions
 from enrich.ledger.lock import lock_ledger
 from enrich.models import Answer, RowStatus, State
 from enrich.report.build import build_report, latency_histogram
@@ -314,7 +314,7 @@ def test_report_during_run(workspace: Workspace) -> None:
     ledger = CommittingLedger.open(workspace.ledger_location).start_and_enroll(1, 2)
     ledger.submit()
     with lock_ledger(workspace.ledger_location, 0), ledger.wrapped.transaction():
-        transitions.claim(ledger.wrapped, ledger.execution, 1, 1)
+        queue.claim(ledger.wrapped, ledger.execution, 1, 1)
         report = report_json(workspace)
     ledger.wrapped.close()
 

@@ -20,7 +20,7 @@ from enrich.files import csv_format
 from enrich.job.cell_text import clean
 from enrich.job.job import load_job
 from enrich.job.target import Target, TargetKind
-from enrich.ledger import enroll
+from enrich.ledger import enroll, queue
 from enrich.ledger.database import Database
 from enrich.models import Decision, RequestBatch, RowStatus
 from enrich.rows.addresses import LEFT_OUT, email_address
@@ -237,7 +237,7 @@ class TestStatements:
 
         def follow() -> None:
             ledger.commit(enroll.apply_limits, DEFAULT_SELECTION)
-            ledger.commit(enroll.fill_queue, DEFAULT_SELECTION)
+            ledger.commit(queue.fill_queue, DEFAULT_SELECTION)
             ledger.commit(enroll.decision_counts)
             ledger.commit(enroll.enrolled_counts)
             ledger.commit(enroll.oldest_answer_ms)

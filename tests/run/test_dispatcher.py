@@ -15,22 +15,14 @@ from enrich.databar.client import MAX_POSTS_IN_FLIGHT
 from enrich.errors import EnrichError, LedgerFailed
 from enrich.exit_codes import ExitCode
 from enrich.job.target import Target, TargetKind
-from enrich.ledger import enroll, queries, resume, transitions
+from enrich.ledger import enroll, queries, queue, resume, transitions
 from enrich.ledger.database import Database
 from enrich.ledger.writer import LedgerWriter
 from enrich.models import State
 from enrich.run.rate_limit import MAX_BURST_S
 from enrich.sandbox.faults import Fault
 from tests.support.cases import first_quick
-from tests.support.ledger import (
-    CALL,
-    DEFAULT_SELECTION,
-    CommittingLedger,
-    RowRequest,
-    as_batch,
-    fingerprint,
-    params,
-)
+from tests.support.ledger import CALL, DEFAULT_SELECTION, CommittingLedger, RowRequest, as_batch, fingerprint, params
 from tests.support.run_loops import SANDBOX_MAX_PRICE, open_loops, wait_until
 from tests.support.workspace import SHORT_OUTAGE_TIMEOUT, SHORT_POST_TIMEOUT, SHORT_TIMEOUTS, SandboxApi, serve_api
 
@@ -293,7 +285,7 @@ class TestAnswers:
                 rows = [RowRequest(number, fingerprint(number), params(number)) for number in range(5)]
                 batch = as_batch([*rows, RowRequest(5, b"w" * 16, '{"first_name": "Ada"}')])
                 harness.ledger.commit(enroll.enroll, CALL, batch, DEFAULT_SELECTION)
-                harness.ledger.commit(enroll.fill_queue, DEFAULT_SELECTION)
+                harness.ledger.commit(queue.fill_queue, DEFAULT_SELECTION)
                 await harness.run_loops()
                 counts = queries.state_counts(harness.ledger.wrapped)
                 assert (counts[State.FAILED], sum(counts.values())) == (1, 6)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enrich.ledger import execution_records
+from enrich.ledger import records
 from enrich.ledger.database import Database
 from enrich.run.progress import (
     MAX_BINS,
@@ -113,7 +113,7 @@ def test_invalid_progress_is_none(text: str | None) -> None:
 def stored_progress(workspace: Workspace, execution: int = 1) -> ProgressSnapshot:
     """Return an execution's stored progress."""
     with_ledger = workspace.open_ledger()
-    snapshot = read_snapshot(execution_records.read_execution(with_ledger, execution).progress)
+    snapshot = read_snapshot(records.read_execution(with_ledger, execution).progress)
     with_ledger.close()
     assert snapshot is not None
     return snapshot
@@ -185,7 +185,7 @@ def test_progress_write_error_is_exit_1(api: SandboxApi, workspace: Workspace, m
     def full(*_: object) -> None:
         raise sqlite3.OperationalError("database or disk is full")
 
-    monkeypatch.setattr(execution_records, "save_progress", full)
+    monkeypatch.setattr(records, "save_progress", full)
     result = workspace.run_in_process("run", "job.yaml", "--json", api=api)
 
     assert result.exit_code == 1
@@ -200,7 +200,7 @@ def test_no_progress_after_end(api: SandboxApi, workspace: Workspace) -> None:
     before = stored_progress(workspace)
     ledger = Database(workspace.ledger_location)
     with ledger.transaction():
-        execution_records.save_progress(ledger, 1, json.dumps({"late": True}))
+        records.save_progress(ledger, 1, json.dumps({"late": True}))
     ledger.close()
 
     assert stored_progress(workspace) == before

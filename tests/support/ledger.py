@@ -14,7 +14,7 @@ import psycopg
 
 from enrich.job.locations import LedgerLocation
 from enrich.job.target import Target, TargetKind
-from enrich.ledger import enroll, execution_records, transitions
+from enrich.ledger import enroll, queue, records, transitions
 from enrich.ledger.database import Database
 from enrich.ledger.dialect import Cursor
 from enrich.models import Answer, ClaimedRequest, RequestBatch, RequestResult, RequestSelection, State
@@ -131,7 +131,7 @@ class CommittingLedger:
 
     def start_execution(self, cap: int | None = None) -> int:
         """Start an execution."""
-        self.execution = self.commit(execution_records.start_execution, "job", cap, self.now)
+        self.execution = self.commit(records.start_execution, "job", cap, self.now)
         return self.execution
 
     def enroll(
@@ -146,11 +146,11 @@ class CommittingLedger:
             position += len(batch.positions)
             self.commit(enroll.enroll, CALL, batch, selection)
         self.commit(enroll.apply_limits, selection)
-        self.commit(enroll.fill_queue, selection)
+        self.commit(queue.fill_queue, selection)
 
     def claim(self, price: int = MAX_PRICE) -> ClaimedRequest:
         """Claim the next request; there must be one."""
-        (claim,) = self.commit(transitions.claim, self.execution, price, self.now)
+        (claim,) = self.commit(queue.claim, self.execution, price, self.now)
         return claim
 
     def submit(self, task_id: str | None = None) -> int:
@@ -166,7 +166,7 @@ class CommittingLedger:
 
     def submit_bulk(self, size: int, task_id: str | None = None) -> list[int]:
         """Claim the next requests as one bulk task and record it as accepted; return their attempts."""
-        claims = self.commit(transitions.claim, self.execution, MAX_PRICE, self.now, size, bulk=True)
+        claims = self.commit(queue.claim, self.execution, MAX_PRICE, self.now, size, bulk=True)
         attempts = [claim.attempt_id for claim in claims]
         task_id = task_id or f"bundle-{attempts[0]}"
         self.commit(transitions.record_accepted, [(attempt, task_id, self.now) for attempt in attempts], BINDING)
@@ -195,7 +195,7 @@ class CommittingLedger:
     @property
     def execution_counters(self) -> tuple[int, int, int, int]:
         """The execution's spent, reserved, unknown and submitted."""
-        row = execution_records.read_execution(self.wrapped, self.execution)
+        row = records.read_execution(self.wrapped, self.execution)
         return row.spent, row.reserved, row.unknown, row.submitted
 
     def query_one(self, sql: str, *values: object) -> Any:

@@ -14,7 +14,7 @@ from enrich.databar.clock import CLOCK_TOLERANCE_MS
 from enrich.errors import EnrichError
 from enrich.exit_codes import ExitCode
 from enrich.job.locations import Location
-from enrich.ledger.execution_records import ExecutionRow
+from enrich.ledger.records import ExecutionRow
 from enrich.models import iso_time, pluralize, to_credits
 
 DAY_S = 86_400.0

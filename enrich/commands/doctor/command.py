@@ -26,7 +26,7 @@ from enrich.files import object_store
 from enrich.files.input_files import find_objects
 from enrich.job.job import Job
 from enrich.job.locations import InputLocation, ObjectUrl, PostgresLocation, sandbox_state_path
-from enrich.ledger import execution_records, queries, transitions
+from enrich.ledger import queries, records, transitions
 from enrich.ledger.database import ledger_exists, open_or_empty
 from enrich.ledger.lock import is_locked
 from enrich.models import State, read_balance, to_micros, to_ms
@@ -181,7 +181,7 @@ def _ledger_findings(
     try:
         with open_or_empty(path) as ledger:
             counts = queries.state_counts(ledger)
-            executions = execution_records.list_executions(ledger, job.name, RECENT_EXECUTIONS)
+            executions = records.list_executions(ledger, job.name, RECENT_EXECUTIONS)
             submitted = [task.submitted_ms for task in transitions.submitted_tasks(ledger) for _ in task.attempts]
         exists = ledger_exists(path)
     except EnrichError:

@@ -1,15 +1,21 @@
-"""The record of runs (`executions`): when each started and ended, its cap, its credits, its summary."""
+"""What a ledger records besides requests.
+
+Runs (`executions`), what the ledger is bound to (API host, workspace), descriptions of targets, how long their tasks
+take, and what change feeds have delivered.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from msgspec import Struct
 
 from enrich.exit_codes import exit_label
+from enrich.job.target import Target, TargetKind
 from enrich.ledger.database import Database
+from enrich.ledger.decisions import FINGERPRINT, as_list
 from enrich.ledger.dialect import MAX_ROWS, OPEN_ATTEMPT
 
 #: Paths of the columns of a job, or of each of its steps.
@@ -172,3 +178,114 @@ def last_ended_ms(db: Database, job: str, codes: Collection[int]) -> int | None:
 def has_other_jobs(db: Database, job: str) -> bool:
     """Return whether another job has run with this ledger."""
     return db.exists("FROM executions WHERE job <> ?", job)
+
+
+def read_fact(db: Database, name: str) -> str | None:
+    """Return what the ledger is bound to (`api_host`, `workspace`). None: not bound yet."""
+    row = db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
+    return None if row is None else str(row[0])
+
+
+def bind(db: Database, facts: Mapping[str, str | None]) -> None:
+    """Bind the ledger to facts. A fact that is already bound stays unchanged."""
+    new_facts = [(name, value) for name, value in facts.items() if value is not None and name not in db.known_facts]
+    if not new_facts:
+        return
+    # Facts that were read are permanent. Our own insert may still be rolled back.
+    db.known_facts = frozenset(name for (name,) in db.execute("SELECT name FROM facts").fetchall())
+    db.executemany("INSERT INTO facts VALUES (?, ?) ON CONFLICT DO NOTHING", new_facts)
+
+
+def rename_workspace(db: Database, name: str) -> None:
+    """Rename the workspace that the ledger is bound to."""
+    db.execute("UPDATE facts SET value = ? WHERE name = 'workspace'", (name,))
+
+
+def load_description(db: Database, target: Target) -> tuple[dict[str, Any], list[int] | None] | None:
+    """Return the latest description of a target, and a waterfall's default providers as first resolved."""
+    row = db.execute(
+        "SELECT description, providers FROM targets WHERE kind = ? AND identifier = ?", (target.kind, target.id)
+    ).fetchone()
+    return None if row is None else (json.loads(row[0]), None if row[1] is None else json.loads(row[1]))
+
+
+def save_description(db: Database, target: Target, description: Mapping[str, Any], providers: Sequence[int]) -> None:
+    """Store the description and replace the providers. Pass the stored providers to keep them."""
+    db.execute(
+        "INSERT INTO targets VALUES (?, ?, ?, ?) ON CONFLICT (kind, identifier) DO UPDATE "
+        "SET description = excluded.description, providers = excluded.providers",
+        (target.kind, target.id, json.dumps(description, ensure_ascii=False), json.dumps(list(providers))),
+    )
+
+
+def load_descriptions(db: Database) -> dict[tuple[TargetKind, str], Any]:
+    """Return the latest description of all targets, by kind and id."""
+    rows = db.execute("SELECT kind, identifier, description FROM targets").fetchall()
+    return {(TargetKind(kind), identifier): json.loads(description) for kind, identifier, description in rows}
+
+
+def load_latencies(db: Database, target: Target, bulk_size: int | None = None) -> list[tuple[float, float]]:
+    """Return pairs (seconds, answers): how many answers took at most that many seconds. Empty before the first run.
+
+    With `bulk_size`, those of bulk tasks with that many requests.
+    """
+    return db.execute(
+        "SELECT seconds, answers FROM latencies WHERE call = ? ORDER BY seconds", (_call_key(target, bulk_size),)
+    ).fetchall()
+
+
+def save_latencies(
+    db: Database, target: Target, learned: Iterable[tuple[float, float]], bulk_size: int | None = None
+) -> None:
+    """Replace the stored durations of a target."""
+    name = _call_key(target, bulk_size)
+    db.execute("DELETE FROM latencies WHERE call = ?", (name,))
+    db.executemany("INSERT INTO latencies VALUES (?, ?, ?)", ((name, seconds, answers) for seconds, answers in learned))
+
+
+def _call_key(target: Target, bulk_size: int | None) -> str:
+    return target.canonical() + ("" if bulk_size is None else f" bulk {bulk_size}")
+
+
+class Delivery(Struct, frozen=True, gc=False):
+    """Where a value of the feed came from: the attempt, and the path in its answer."""
+
+    attempt_id: int
+    path: str
+
+
+def begin_feed(db: Database) -> None:
+    """Prepare for the rows of a new feed."""
+    db.execute(
+        f"CREATE TEMP TABLE IF NOT EXISTS feed_keys (row_key {db.dialect.blob_type} PRIMARY KEY, row_index BIGINT)"
+    )
+    db.session.clear_table("feed_keys")
+
+
+def repeated_rows(db: Database, keys: Mapping[int, bytes]) -> set[int]:
+    """Take the keys of the rows of the next batch. Return the rows whose key an earlier row of the feed has."""
+    first_rows = db.execute(
+        f"INSERT INTO feed_keys SELECT {FINGERPRINT}, min(CAST(value AS BIGINT)) FROM json_each(CAST(?1 AS TEXT)) "
+        "GROUP BY 1 ON CONFLICT DO NOTHING RETURNING row_index",
+        as_list(keys.values(), keys),
+    )
+    return keys.keys() - {row for (row,) in first_rows.fetchall()}
+
+
+def delivered_values(db: Database, job: str, keys: Mapping[int, bytes]) -> dict[tuple[int, str], Delivery]:
+    """Return what a job's feed has delivered for rows with these keys, by row and field."""
+    found = db.execute(
+        "SELECT CAST(b.value AS BIGINT), d.field, d.attempt_id, d.path FROM json_each(CAST(?1 AS TEXT)) b "
+        f"CROSS JOIN delivered d WHERE d.job = ?3 AND d.row_key = {FINGERPRINT}",
+        (*as_list(keys.values(), keys), job),
+    )
+    return {(row, field): Delivery(attempt, path) for row, field, attempt, path in found.fetchall()}
+
+
+def mark_delivered(db: Database, job: str, values: Sequence[tuple[bytes, str, Delivery]]) -> None:
+    """Record what a job's feed has delivered: row key, field, and where the value came from."""
+    db.executemany(
+        "INSERT INTO delivered VALUES (?, ?, ?, ?, ?) ON CONFLICT (job, row_key, field) DO UPDATE "
+        "SET attempt_id = excluded.attempt_id, path = excluded.path",
+        ((job, key, field, delivery.attempt_id, delivery.path) for key, field, delivery in values),
+    )
