@@ -19,7 +19,8 @@ COLLECT_HINT = "the ledger has the results: `enrich collect JOB` writes them for
 _RERUN_HINT = "the ledger has the results: the next run writes the file, and sends nothing again for it"
 #: How to get a file of the run that was not written, by its key in the job file: `collect` writes the output alone.
 _RECOVERY_HINTS = {"output": COLLECT_HINT, "rejects": _RERUN_HINT, "changes": _RERUN_HINT}
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+#: The disk, a quota or the limit of a process (`ulimit -f`) allows no more.
+NO_SPACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def recovery_hint(remedy: str | None, kind: str) -> str | None:
@@ -39,7 +40,7 @@ def as_write_refused(target: Location, kind: str) -> Iterator[None]:
     except WriteProblem as problem:
         raise CommandRefused(f"{target}: {problem.message}", problem.hint) from problem
     except (OSError, pl.exceptions.ComputeError) as error:  # polars' sink reports disk errors as ComputeError
-        needs_space = not isinstance(error, OSError) or error.errno in _NO_SPACE
+        needs_space = not isinstance(error, OSError) or error.errno in NO_SPACE_ERRORS
         hint = recovery_hint("free some space" if needs_space else "check its folder", kind)
         reason = getattr(error, "strerror", None) or error
         raise CommandRefused(f"{target}: the {kind} cannot be written: {reason}", hint) from error

@@ -19,8 +19,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from enrich.errors import LOCKED_HINT, CommandRefused, LedgerLocked
-from enrich.files.atomic import fsync_dir
+from enrich.files.atomic import NO_SPACE_ERRORS, fsync_dir
 from enrich.json_text import parse_json
+from enrich.ledger.sqlite import DISK_HINT
 
 #: Appended to the ledger's name. Further files of the same ledger end with `.2`, `.3` and so on.
 SUFFIX = ".rescue"
@@ -167,15 +168,17 @@ class RescueFile:
         self._end = 0
         #: Path of the file, once something was written.
         self.path: Path | None = None
+        self._no_space: OSError | None = None
         reserved = list(ledger.parent.glob(f".{ledger.name}.room-*"))
         if any(map(_is_held, (*reserved, *find_rescue_files(ledger, ())))):
             raise LedgerLocked(f"{ledger}: another run is using this ledger, without a lock", LOCKED_HINT)
         self._reserve_space(reserved, max(MIN_RESERVED_BYTES, requests_in_flight * BYTES_PER_REQUEST))
 
     def _reserve_space(self, earlier: Iterable[Path], size: int) -> None:
-        """Reserve disk space, and free that of killed runs. On a disk that is already full the run continues without.
+        """Reserve disk space, and free that of killed runs.
 
-        The caller, or the process it works for, holds the ledger's lock.
+        The caller, or the process it works for, holds the ledger's lock. Without the space, the run continues until
+        `check_space`. On a file system that cannot reserve any, it continues to its end.
         """
         try:
             for path in earlier:
@@ -185,7 +188,9 @@ class RescueFile:
             self._file = os.open(self._reserved_path, os.O_CREAT | os.O_TRUNC | os.O_RDWR | os.O_NOFOLLOW, 0o600)
             _hold(self._file)
             os.posix_fallocate(self._file, 0, size)
-        except (OSError, AttributeError):
+        except (OSError, AttributeError) as error:
+            if isinstance(error, OSError) and error.errno in NO_SPACE_ERRORS:
+                self._no_space = error
             self._drop_reserved()
 
     def _drop_reserved(self) -> None:
@@ -194,6 +199,12 @@ class RescueFile:
         if self._file is not None:
             os.close(self._file)
             self._file = None
+
+    def check_space(self) -> None:
+        """Raise CommandRefused when the disk is full: the next POST might be charged, and recorded nowhere."""
+        if self._no_space is not None:
+            message = f"{self._ledger}: the rescue file cannot be written: {self._no_space.strerror}"
+            raise CommandRefused(message, DISK_HINT) from self._no_space
 
     def append(self, lines: Iterable[RescuedAttempt]) -> bool:
         """Append lines and fsync them. Return False when they could not be written anywhere."""

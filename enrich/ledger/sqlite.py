@@ -22,6 +22,7 @@ from enrich.ledger.file_identity import check_is_no_other_file, file_identity, l
 RESTORE_HINT = (
     "restore a backup without -wal and -shm files. Leads since the backup are charged again: see RELIABILITY.md"
 )
+DISK_HINT = "free some space, there and in TMPDIR, or repair the disk, then run the same command again"
 
 #: How long to wait for another process that writes, or that reads data to be erased, in seconds.
 BUSY_TIMEOUT_S = 30.0
@@ -202,8 +203,7 @@ def describe_write_error(error: BaseException) -> tuple[str, str]:
             "cannot be written: another program has locked it (database is locked)",
             "end the program that holds the lock, such as a database browser, then run the same command again",
         )
-    hint = "free some space, there and in TMPDIR, or repair the disk, then run the same command again"
-    return f"cannot be written: {error}", hint
+    return f"cannot be written: {error}", DISK_HINT
 
 
 def is_damage_error(error: BaseException | None) -> bool:

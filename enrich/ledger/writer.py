@@ -111,6 +111,11 @@ class LedgerWriter:
         if self._rescue_file is not None:
             self._rescue_file.close()
 
+    def check_rescue_space(self) -> None:
+        """Raise CommandRefused when the rescue file has no space. Check before the first POST of a run."""
+        if self._rescue_file is not None:
+            self._rescue_file.check_space()
+
     def shorten_waits(self) -> None:
         """Wait only a few more seconds for the write lock of another program."""
         if self._waits_shortened_at is None:

@@ -93,13 +93,14 @@ async def _repoll_written_off(
 
 
 async def check_before_spending(context: RunContext, run_state: RunState, files: RunFiles, number: int) -> None:
-    """Refuse when the balance is too low for one request, or the user declines.
+    """Refuse when the rescue file has no space, the balance is too low for one request, or the user declines.
 
     A step is checked before it sends anything: `number` counts from 0.
     """
     job, options, preflight = context.job, context.options, context.preflight
     to_submit = run_state.requests_to_submit
     if to_submit:
+        context.ledger_writer.check_rescue_space()
         has_spent = run_state.counters.submitted > 0
         balance = await fetch_balance(context, run_state) if has_spent else preflight.balance
         check_balance(job, preflight.template, balance)

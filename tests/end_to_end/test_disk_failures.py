@@ -105,6 +105,21 @@ def test_disk_full_before_first_post_is_exit_5(api: SandboxApi, workspace: Works
     assert workspace.run_in_process("run", "job.yaml", "--limit", "3", "--json", api=api).json_output["submitted"] == 3
 
 
+def test_no_space_for_rescue_file_is_exit_5(api: SandboxApi, workspace: Workspace) -> None:
+    """Sends nothing when task ids would have no place if the ledger could not be written; needs none without POSTs."""
+    workspace.write_leads(make_leads(3))
+    workspace.write_job(dispatch="{bulk: 1000}")
+
+    result = run_with_file_limit(workspace, api, 1_000_000, "run", "job.yaml", "--json")
+
+    assert_exit(result, 5, "job.db: the rescue file cannot be written", "File too large", "free some space")
+    assert api.audit()["accepted"] == 0
+    assert_resumes(workspace, api, 3)
+    (workspace.folder / "out.csv").unlink()
+    assert run_with_file_limit(workspace, api, 1_000_000, "run", "job.yaml", "--json").exit_code == 0
+    assert len(workspace.read_output()) == 3
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["out.csv", "out.parquet"])
 def test_disk_full_while_writing_output(api: SandboxApi, workspace: Workspace, name: str) -> None:
