@@ -14,9 +14,9 @@ from enrich.ledger.decisions import review_refreshes
 from enrich.models import DECISIONS_TO_SEND, Decision, RequestSelection, State, pluralize
 from enrich.rows.batches import RowCounts, store_batch
 from enrich.rows.job_input import JobInput
+from enrich.run.background import start_phase
 from enrich.run.budget import Cost
 from enrich.run.context import ClusterCallbacks, ClusterEngine, RunContext, RunFiles, RunOptions, select_requests
-from enrich.run.periodic import start_phase
 from enrich.run.progress import Phase
 from enrich.run.run_state import Enrolled, RunState
 from enrich.run.startup import make_step_rows

@@ -16,11 +16,11 @@ from enrich.ledger.sqlite import damaged_ledger_error
 from enrich.ledger.verify import as_enrich_error
 from enrich.models import State, format_credits, pluralize, to_credits
 from enrich.rows.requests import left_out_by_param
+from enrich.run.background import save_latencies, start_phase
 from enrich.run.balance import ROUNDING_CREDITS, explain_balance
 from enrich.run.context import RunContext, RunFiles
 from enrich.run.enrolling import INPUT_CHANGED, input_versions
 from enrich.run.output import Outcome
-from enrich.run.periodic import save_latencies, start_phase
 from enrich.run.phases import fetch_balance
 from enrich.run.progress import Phase
 from enrich.run.provider_stats import ProviderStats, ProviderTotals, count_kinds, read_descriptions

@@ -15,9 +15,9 @@ from enrich.ledger import enroll, lease_table, queries, queue, records, resume, 
 from enrich.ledger.database import Database
 from enrich.models import State, Task, pluralize, read_balance, to_credits
 from enrich.run import dispatcher
+from enrich.run.background import out_of_time_error
 from enrich.run.budget import Cost, check_balance, check_canary
 from enrich.run.context import RunContext, RunFiles, select_requests
-from enrich.run.early_end import out_of_time_error
 from enrich.run.enrolling import count_enrolled
 from enrich.run.other_ledgers import check_neighbours
 from enrich.run.plan import build_plan, format_plan, spend_question

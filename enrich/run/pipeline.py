@@ -21,14 +21,19 @@ from enrich.ledger import records
 from enrich.ledger.database import Database
 from enrich.ledger.rescue_file import RescueFile
 from enrich.ledger.writer import LedgerWriter
+from enrich.run.background import (
+    enforce_max_time,
+    load_schedule,
+    report_progress,
+    save_latencies,
+    save_latencies_periodically,
+)
 from enrich.run.budget import NO_BUDGET
 from enrich.run.context import RunContext, RunEnvironment, RunFiles, RunOptions, rescue_folders
 from enrich.run.dispatcher import max_posts_in_flight
-from enrich.run.early_end import enforce_max_time
 from enrich.run.enrolling import count_unsent, enroll_changed_input, enroll_input
 from enrich.run.finish import finish_failed_run, finish_run
 from enrich.run.output import write_output
-from enrich.run.periodic import load_schedule, report_progress, save_latencies, save_latencies_periodically
 from enrich.run.phases import check_before_spending, collect_open_tasks, repoll_before_resubmitting, submit_and_poll
 from enrich.run.plan_file import check_plan, gather_plan_inputs
 from enrich.run.preflight import offline_preflight

@@ -17,8 +17,7 @@ from enrich.exit_codes import ExitCode
 from enrich.ledger import resume, transitions
 from enrich.ledger.writer import LedgerWriter
 from enrich.models import Answer, State, Task
-from enrich.run.open_task import CONFIRMING_FOREIGN_REPLIES, CONFIRMING_REPLIES, OpenTask, Repeated
-from enrich.run.poll_schedule import PollCost
+from enrich.run.poll_schedule import CONFIRMING_FOREIGN_REPLIES, CONFIRMING_REPLIES, OpenTask, PollCost, Repeated
 from enrich.run.run_state import MAX_UNKNOWN_TASKS, RunState, WorkConfig
 
 IDLE_S = 1.0

@@ -20,16 +20,15 @@ from enrich.ledger.rescue_file import find_rescue_files
 from enrich.models import pluralize
 from enrich.rows.job_input import JobInput
 from enrich.rows.job_steps import make_steps
+from enrich.run.background import end_without_ledger, interrupt, load_schedule
 from enrich.run.budget import make_budget
 from enrich.run.context import RunContext, RunFiles, RunOptions, rescue_folders
-from enrich.run.early_end import end_without_ledger, interrupt
-from enrich.run.lead_selection import LeadSelection
 from enrich.run.other_ledgers import confirm_paying_again, find_output_of_other_ledger
-from enrich.run.periodic import load_schedule
 from enrich.run.plan_file import planned_cost
 from enrich.run.preflight import Preflight, check_api_host, preflight, read_binding
 from enrich.run.rate_limit import AdaptiveRateLimiter, InFlightLimit
 from enrich.run.run_state import RunState
+from enrich.run.step_batch import LeadSelection
 from enrich.run.step_rows import StepRows
 
 #: Seconds between checks whether the processes of an earlier run are gone.

@@ -12,9 +12,8 @@ from enrich.ledger.step_results import StepChoice, choose_requests
 from enrich.models import COUNTED_TOWARDS_LIMIT, Decision, RequestSelection
 from enrich.rows.batches import RowBatch
 from enrich.rows.job_steps import StepDecision
-from enrich.run.lead_selection import LeadSelection, capped_rows
 from enrich.run.plan_file import SavedPlan
-from enrich.run.step_batch import StepBatch, find_recorded_rows
+from enrich.run.step_batch import LeadSelection, StepBatch, capped_rows, find_recorded_rows
 from enrich.run.step_rows import StepRows
 
 

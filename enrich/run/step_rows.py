@@ -25,9 +25,8 @@ from enrich.rows.job_steps import RowFacts, Step, StepDecision, decide, row_stat
 from enrich.rows.requests import FORGOTTEN_REASON, RequestBuilder
 from enrich.rows.row_selection import order_of_rows
 from enrich.run.collector import JoinedBatch, JoinedStep
-from enrich.run.lead_selection import LeadSelection
 from enrich.run.output_cells import merge_cells, new_cells
-from enrich.run.step_batch import Identities, StepBatch, decided_batch, find_recorded_rows, identities
+from enrich.run.step_batch import Identities, LeadSelection, StepBatch, decided_batch, find_recorded_rows, identities
 
 
 @dataclass(slots=True)

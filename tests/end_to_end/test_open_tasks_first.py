@@ -218,7 +218,7 @@ def test_no_requests_to_other_host(workspace: Workspace) -> None:
 def test_only_continuous_404_expires_task(pattern: list[bool]) -> None:
     """A flickering task never expires, however often it is unknown in between."""
     from enrich.models import Task  # noqa: PLC0415
-    from enrich.run.open_task import OpenTask, Repeated  # noqa: PLC0415 - tests the rule without a run
+    from enrich.run.poll_schedule import OpenTask, Repeated  # noqa: PLC0415 - tests the rule without a run
 
     waiting, now = OpenTask(Task((1,), "t", 0), submitted_in_this_run=True, acknowledged=True, submitted_at_s=0.0), 0.0
     is_expired, run, since = False, 0, 0.0
