@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from enum import IntEnum
 from typing import Any
@@ -102,6 +103,7 @@ _ACTIONS_BY_STATUS: dict[RowStatus, tuple[str, tuple[str, ...]]] = {
     RowStatus.EXPIRED: ("Retry {things} (charges again)", ("enrich run {run} --retry expired",)),
     RowStatus.IN_DOUBT: ("{things} may have been charged. " + _ACTIONS[14][0], _ACTIONS[14][1]),
 }
+_COMMAND_OF_JOB = re.compile(r"enrich (\w+) JOB\b")
 _FAILURES = (RowStatus.FAILED, RowStatus.EXPIRED)
 
 
@@ -120,6 +122,13 @@ class JobArguments(Struct, frozen=True):
 
     run_args: str
     ledger_args: str
+
+    def in_hint(self, hint: str | None) -> str | None:
+        """Return a hint whose commands name the job instead of JOB."""
+        if hint is None:
+            return None
+        arguments = {"run": self.run_args, "plan": self.run_args, "collect": self.run_args}
+        return _COMMAND_OF_JOB.sub(lambda found: f"enrich {found[1]} {arguments.get(found[1], self.ledger_args)}", hint)
 
 
 class RequiredAction(Struct, frozen=True):

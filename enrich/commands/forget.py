@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -86,8 +86,8 @@ def forget_person(job: Job, matches: Sequence[str], confirm: Callable[[Forgotten
         waiting = sum(known["state"] in OPEN_STATES for known in found)
         if waiting:
             raise CommandRefused(
-                f"{pluralize(waiting, 'request')} of this person still running at Databar",
-                "collect them with `enrich run`, then run this again",
+                f"{job.ledger}: {pluralize(waiting, 'request')} of this person still running at Databar",
+                f"collect {'it' if waiting == 1 else 'them'} with `enrich run JOB --limit 0`, then run this again",
             )
         # Raises if the key of earlier hashes is missing: a new key would not match them.
         forgotten = erasure.load_forgotten(ledger)
@@ -274,14 +274,17 @@ def _has_requests(job: Job) -> bool:
     return ledger_exists(job.ledger) and bool(try_read(job.ledger, queries.state_counts) != {})
 
 
-def _erase(jobs: Iterable[Job], from_ledger: Callable[[Job], int], from_sandbox: Callable[[Job], int]) -> int:
+def _erase(
+    job_options: options.JobOptions, from_ledger: Callable[[Job], int], from_sandbox: Callable[[Job], int]
+) -> int:
     """Erase from the ledgers and from the states of the sandbox that exist. Return how many requests."""
     count = 0
-    for job in jobs:
+    for job in _jobs_to_erase(job_options):
         state_exists = job.sandbox and sandbox_state_path(job.ledger).is_file()
-        in_ledger = from_ledger(job) if not state_exists or _has_requests(job) else 0
-        # The sandbox stores the requests that its ledger has: they count once.
-        count += max(in_ledger, from_sandbox(job) if state_exists else 0)
+        with replace(job_options, use_sandbox=job.sandbox).named_in_hints():
+            in_ledger = from_ledger(job) if not state_exists or _has_requests(job) else 0
+            # The sandbox stores the requests that its ledger has: they count once.
+            count += max(in_ledger, from_sandbox(job) if state_exists else 0)
     return count
 
 
@@ -323,7 +326,7 @@ def forget(job_options: options.JobOptions, matches: tuple[str, ...], yes: bool,
         return counts.erased
 
     erased = _erase(
-        _jobs_to_erase(job_options),
+        job_options,
         from_ledger,
         lambda job: forget_in_sandbox_state(job, matches, known_params, lambda found: confirm(ForgottenCounts(found))),
     )
@@ -353,6 +356,6 @@ def purge(job_options: options.JobOptions, older_than: float, yes: bool, as_json
     def from_sandbox(job: Job) -> int:
         return _erase_from_sandbox_state(job, lambda lookup: lookup.last_sent_at < before_ms / 1000, lambda _: True)
 
-    count = _erase(_jobs_to_erase(job_options) if confirmed else [], from_ledger, from_sandbox)
+    count = _erase(job_options, from_ledger, from_sandbox) if confirmed else 0
     lines = [f"{pluralize(count, 'request')} purged"]
     options.echo_result({"exit_code": 0, "requests": count}, lines, as_json=as_json)

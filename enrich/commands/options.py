@@ -21,7 +21,7 @@ from pydantic import SecretStr
 
 from enrich.commands import LEDGER_META_KEY
 from enrich.databar.credentials import ApiAccess, find_access
-from enrich.errors import CommandRefused, JobError
+from enrich.errors import CommandRefused, EnrichError, JobError
 from enrich.exit_codes import JobArguments
 from enrich.extras import install_hint
 from enrich.job.field_types import parse_duration
@@ -141,6 +141,15 @@ class JobOptions(Struct, frozen=True):
         record_ledger(job.ledger)
         return job
 
+    @contextmanager
+    def named_in_hints(self) -> Iterator[None]:
+        """Name this job in the hint of an error that is raised in the block."""
+        try:
+            yield
+        except EnrichError as error:
+            error.hint = self.arguments(as_typed=True).in_hint(error.hint)
+            raise
+
     def arguments(self, *, as_typed: bool = False) -> JobArguments:
         """Return the arguments that name the job and its paths: absolute, or as given on the command line."""
 
@@ -187,7 +196,9 @@ def job_options(
         @functools.wraps(command)
         def wrapper(**params: Any) -> Any:  # noqa: ANN401 - click's options, and what the command returns
             given = {name: params.pop(name) for name in JobOptions.__struct_fields__ if name in params}
-            return command(job_options=JobOptions(**given), **params)
+            job_options = JobOptions(**given)
+            with job_options.named_in_hints():
+                return command(job_options=job_options, **params)
 
         return with_options(wrapper)
 

@@ -221,6 +221,7 @@ def print_summary(
 ) -> None:
     """Print the run summary: text to stderr, JSON to stdout."""
     options.begin_result()
+    summary = replace(summary, hint=job_arguments.in_hint(summary.hint))
     paint = options.make_styler()
     if summary.error:
         click.echo(f"{paint('error', 'red')}: {summary.error}", err=True)
@@ -338,10 +339,8 @@ def run(
             return run_observed(job, run_options, wait_s, observers, callbacks).exit_code
         except LedgerLocked as error:
             if not skip:
-                watch = f"enrich status {job_options.arguments(as_typed=True).ledger_args} --watch"
-                hint = (error.hint or "").replace("enrich status JOB --watch", watch)
                 options_hint = "To wait for it or to skip: --if-locked wait or skip"
-                raise LedgerLocked(error.message, ". ".join(filter(None, (hint, options_hint)))) from None
+                raise LedgerLocked(error.message, ". ".join(filter(None, (error.hint, options_hint)))) from None
             observers.skipped(error.message)
             if as_json:
                 options.echo_json({"exit_code": 0, "error": error.message})

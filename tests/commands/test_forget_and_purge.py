@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from enrich.job.job import Overrides, load_job
 from enrich.ledger import queries
 from enrich.ledger.verify import check_ledger
 from tests.support.cases import in_turn
+from tests.support.ledger import run_sql
 from tests.support.workspace import FILE_ONLY, SandboxApi, Workspace, both_backends, make_leads, serve_api
 
 backend = both_backends
@@ -179,7 +181,25 @@ def test_open_request_is_not_forgotten(tmp_path: Path) -> None:
     with serve_api(tmp_path / "api.db", latency="fixed(600)") as api:
         workspace.submit_without_collecting(api)
         result = workspace.run_in_process("forget", "job.yaml", "--match", "First Name=First1", "--yes")
+        named = ("--ledger", ".enrich/job.db", "--match", "First Name=First1", "--yes")
+        of_ledger = workspace.run_in_process("forget", "job.yaml", *named)
     assert (result.exit_code, "still running at Databar" in result.stderr) == (5, True)
+    assert result.stderr.endswith("hint: collect it with `enrich run job.yaml --limit 0`, then run this again\n")
+    assert "with `enrich run job.yaml --ledger .enrich/job.db --limit 0`" in of_ledger.stderr
+
+
+def test_open_sandbox_request_is_not_forgotten(workspace: Workspace) -> None:
+    """Names the sandbox in the command that collects a request of its ledger."""
+    workspace.write_leads(make_leads(2))
+    assert workspace.run_in_process("run", "job.yaml", "--sandbox").exit_code == 0
+    job = load_job(workspace.job_file, Overrides(sandbox=True))
+    run_sql(job.ledger, "UPDATE requests SET state = 'submitted'")
+
+    result = workspace.run_in_process("forget", "job.yaml", "--match", "First Name=First1", "--yes")
+
+    assert result.exit_code == 5
+    assert f"{job.ledger}: 1 request of this person still running" in result.stderr
+    assert "with `enrich run job.yaml --sandbox --limit 0`" in result.stderr
 
 
 @pytest.mark.long
