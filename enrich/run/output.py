@@ -193,11 +193,11 @@ def _changed_cells(collector: Collector, joined: JoinedBatch, key: list[str]) ->
         for name in collector.merged_columns
     }
     values = _feed_values(joined, {name: cells for name, (_, cells) in merged.items()})
-    row_keys = {index: _row_key(keys[index]) for index in sorted(values)}
+    row_keys = {index: _row_key(key, keys[index]) for index in sorted(values)}
     # Rows with the same key cells differ in the first request that they have.
     for index in records.repeated_rows(ledger, row_keys):
         requests = (step.fingerprints[index] for step in joined.steps)
-        row_keys[index] = _row_key(keys[index], next(filter(None, requests), b""))
+        row_keys[index] = _row_key(key, keys[index], next(filter(None, requests), b""))
     delivered = records.delivered_values(ledger, job, row_keys)
     changed = [
         (index, name, found, last)
@@ -233,8 +233,8 @@ def _feed_values(joined: JoinedBatch, merged: Mapping[str, Sequence[str]]) -> di
     return values
 
 
-def _row_key(cells: tuple[str, ...], fingerprint: bytes = b"") -> bytes:
-    content = json.dumps(cells).encode() + fingerprint
+def _row_key(columns: Sequence[str], cells: Sequence[str], fingerprint: bytes = b"") -> bytes:
+    content = json.dumps([columns, cells]).encode() + fingerprint
     return blake2b(content, digest_size=16, person=b"enrich-delivered").digest()
 
 

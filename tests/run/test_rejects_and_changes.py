@@ -162,6 +162,21 @@ def test_change_feed_with_merge(workspace: Workspace, api: SandboxApi) -> None:
     }
 
 
+def test_other_key_columns_begin_anew(workspace: Workspace, api: SandboxApi) -> None:
+    """With another key, each record is in the feed: equal cells in another column, or another order, name others."""
+    rows = [[*row[:3], str(5 - number), str(number)] for number, row in enumerate(make_leads(6))]
+    workspace.write_leads(rows)
+    for key in (["Note"], ["Email"], ["Email", "Note"], ["Note", "Email"]):
+        workspace.write_job(changes=f"{{path: changes.csv, key: [{', '.join(key)}]}}")
+
+        changes = run_and_read_changes(workspace, api)
+
+        expected = [[row[name] for name in (*key, "work_email")] for row in workspace.read_output()]
+        assert [[line[name] for name in (*key, "new")] for line in changes] == expected
+        assert {line["old"] for line in changes} == {""}
+        assert run_and_read_changes(workspace, api) == []
+
+
 #: The change feed of the tests below.
 FEED = "{path: changes.csv, key: Note}"
 
