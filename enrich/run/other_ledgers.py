@@ -91,7 +91,8 @@ async def find_output_of_other_ledger(
                     f"{output} was paid for from another ledger. The new ledger {job.ledger} pays for its leads again"
                 )
                 hint = "set `ledger:` to the one that paid, or restore it; or pay again with --new-ledger"
-                return CommandRefused(paid, hint), None
+                ledger = _ledger_with_tasks(job, output, unknown)
+                return CommandRefused(paid, hint if ledger is None else _hint_to_share(job, ledger)), None
     except (CommandRefused, OSError) as error:
         if last_run_ms is not None:
             return None, None
@@ -108,6 +109,21 @@ async def find_output_of_other_ledger(
         )
         return CommandRefused(message, "restore the newest copy; or pay again with --new-ledger"), None
     return None, None
+
+
+def _ledger_with_tasks(job: Job, output: Location | None, tasks: list[str]) -> Path | None:
+    """Find the ledger file that has some of these tasks, near the job or its output."""
+    beside = find_ledger_files(output.parent / ".enrich") if isinstance(output, Path) else []
+    for ledger in (path for path in (*_real_ledgers(job), *beside) if isinstance(path, Path)):
+        unknown = try_read(ledger, lambda db: transitions.unknown_task_ids(db, tasks))
+        if unknown is not None and len(unknown) < len(tasks):
+            return ledger
+    return None
+
+
+def _hint_to_share(job: Job, ledger: Path) -> str:
+    shared = os.path.relpath(ledger, job.document.folder)
+    return f"share its results with `ledger: {shared}` in the job file, or pay again with --new-ledger"
 
 
 def _without_sandbox_tasks(sandbox_ledger: LedgerLocation, tasks: list[str]) -> list[str]:
@@ -251,8 +267,7 @@ def refusal_to_pay_again(job: Job, overlap: Overlap, number: int = 0) -> Command
         f"{paid} are already paid for in {_ledger_names(overlap)}. The new ledger {job.ledger} pays for them again"
     )
     ((main_ledger, _),) = overlap.by_ledger.most_common(1)
-    shared = os.path.relpath(main_ledger, job.document.folder)
-    hint = f"share its results with `ledger: {shared}` in the job file, or pay again with --new-ledger"
+    hint = _hint_to_share(job, main_ledger)
     if number:  # the other ledger does not have the answers of the earlier steps
         hint = f"--new-ledger pays again for the step `{job.steps[number].step}`"
     return RunDeclined(message, hint)

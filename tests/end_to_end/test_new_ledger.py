@@ -64,6 +64,27 @@ def test_output_in_object_storage_is_checked(
 
 
 @FILE_ONLY
+@pytest.mark.parametrize(
+    ("renamed", "ledger"), [("nightly.yaml", ".enrich/job.db"), ("moved/job.yaml", "../.enrich/job.db")]
+)
+def test_ledger_of_a_renamed_job_is_named(api: SandboxApi, workspace: Workspace, renamed: str, ledger: str) -> None:
+    """The hint for a job file that was renamed or moved has the ledger that paid, as the job file names it."""
+    workspace.run_job(api)
+    up = "../" * renamed.count("/")
+    text = workspace.write_job(input=f"{up}leads.csv", output=f"{up}out.csv").read_text(encoding="utf-8")
+    moved = workspace.folder / renamed
+    moved.parent.mkdir(exist_ok=True)
+    workspace.job_file.rename(moved)
+
+    refused = workspace.run_in_process("run", renamed, "--json", api=api)
+    moved.write_text(f"{text}ledger: {ledger}\n", encoding="utf-8")
+    shared = workspace.run_in_process("run", renamed, "--json", api=api)
+
+    assert (refused.exit_code, f"`ledger: {ledger}` in the job file, or pay again" in refused.stderr) == (5, True)
+    assert (shared.exit_code, shared.json_output["reused"], shared.json_output["submitted"]) == (0, 5, 0)
+
+
+@FILE_ONLY
 def test_older_copy_of_the_ledger_is_refused(api: SandboxApi, workspace: Workspace) -> None:
     """Refuses a ledger from before the last run when the output has its tasks and many others."""
     workspace.write_leads(make_leads(22))
