@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,6 +24,8 @@ _NUMBER_TAGS = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"}
 #: A number has at most this many characters. Python refuses one that is longer still.
 _MAX_NUMBER_LENGTH = 1_000
 _OCTAL_NUMBER = re.compile(r"-?0[0-9]+")
+#: Messages of PyYAML about an element that has begun earlier.
+_NOT_ENDED = ("could not find expected ':'", "found unexpected end of stream", "found unexpected document separator")
 #: NUL and lone surrogates: YAML can write them as escapes only, and no output can contain them.
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
@@ -49,11 +51,13 @@ class YamlDocument:
         try:
             root = _Loader(text).get_single_node()
         except yaml.MarkedYAMLError as error:
-            mark = error.problem_mark or error.context_mark
+            problem, begin = error.problem or error.context or "", error.context_mark
+            # A key or a quoted text that does not end is noticed later. It is to be corrected where it begins.
+            mark = begin if begin and problem.startswith(_NOT_ENDED) else error.problem_mark or begin
             line = f":{mark.line + 1}" if mark else ""
-            problem = error.problem or error.context or ""
+            hint = _not_yaml_hint(path) or _syntax_hint(problem, 1 if begin is None else begin.line + 1)
             # Drop the cause: it quotes the file's content.
-            raise JobError(f"{path}{line}: {problem}", _not_yaml_hint(path) or _syntax_hint(problem)) from None
+            raise JobError(f"{path}{line}: {problem}", hint) from None
         except yaml.YAMLError as error:
             raise JobError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
         except RecursionError:
@@ -104,16 +108,21 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def _syntax_hint(problem: str) -> str | None:
+def _syntax_hint(problem: str, first_line: int) -> str | None:
+    """Return what to do about an error of YAML, in an element that begins at `first_line`."""
+    if problem.startswith(_NOT_ENDED):
+        return "put a colon and a blank after the key" if problem == _NOT_ENDED[0] else "close the quote"
+    if problem.startswith(("expected ',' or", "expected ':'")):
+        return f"close the bracket of line {first_line}, and put commas between its items"
+    if "escape" in problem:
+        return "put it in single quotes, where \\ is no escape"
     if "expected a comment or a line break" in problem or problem.endswith("but found '<scalar>'"):
         return "put the whole value in single quotes, and double those inside it"
     if "\\t" in problem:
         return "indent with blanks"
     if "cannot start any token" in problem or "expected alphabetic or numeric character" in problem:
         return "put it in quotes if it is text"
-    if any(
-        sign in problem for sign in ("<block end>", "mapping values are not allowed", "could not find expected ':'")
-    ):
+    if "<block end>" in problem or "mapping values are not allowed" in problem:
         return "check the indentation: keys of one level begin in the same column"
     return None
 
@@ -132,7 +141,7 @@ def _to_plain_data(node: yaml.Node, path: Path) -> Any:  # noqa: ANN401 - YAML
         for key, value in node.value:
             where = f"{path}:{key.start_mark.line + 1}"
             if not isinstance(key, yaml.ScalarNode):
-                raise JobError(f"{where}: a key must be text")
+                raise JobError(f"{where}: a key must be text", "put a text with { or [ in quotes")
             name = _checked_text(key, where)
             if name in data:
                 raise JobError(f"{where}: `{name}` is set twice", "remove one of the two")
@@ -184,6 +193,10 @@ _ERROR_MESSAGES = {
     "bool_type": "must be true or false",
     "string_type": "must be text",
 }
+_MISSING_HINTS = {
+    ": version: is missing": "begin the file with `version: 1`",
+    ": waterfall: is missing": "a job needs a `waterfall` or an `enrichment`",
+}
 #: What the patterns of the names of jobs and steps allow.
 _ALLOWED_NAMES = {
     "job": "must have only letters, digits and . _ -, and begin with a letter or digit",
@@ -234,8 +247,8 @@ def _join_errors(document: YamlDocument, error: ValidationError) -> JobError:
         found.append((document.line_of(key_path), f"{document.place_of(key_path)}: {message}", hint))
     found.sort(key=lambda each: each[0])
     if len(found) == 1:
-        no_target = found[0][1].endswith("waterfall: is missing")
-        return JobError(found[0][1], "a job needs a `waterfall` or an `enrichment`" if no_target else found[0][2])
+        _, text, hint = found[0]
+        return JobError(text, next((each for end, each in _MISSING_HINTS.items() if text.endswith(end)), hint))
     return JobError("\n".join(f"{text}, {hint}" if hint else text for _, text, hint in found))
 
 
@@ -246,7 +259,19 @@ def _key_hint(key_path: Sequence[str | int], *, is_stepped: bool) -> str | None:
         return f"`{key}` is a key of the job, for all steps together"
     if len(key_path) == 1 and key == "complete":
         return "`complete` is for a job with `steps`"
+    places = list(_places_below(key, JobModel)) if len(key_path) == 1 else []
+    if len(places) == 1:
+        return f"it is a key of `{places[0]}`"
     return suggest_name(key, _sibling_keys(key_path, is_stepped=is_stepped))
+
+
+def _places_below(key: str, model: type[BaseModel]) -> Iterator[str]:
+    """Yield the keys of a model whose own keys, at any depth, include this key."""
+    for name, field in model.model_fields.items():
+        if (inner := _model_in(field.annotation)) is not None:
+            if key in inner.model_fields:
+                yield name
+            yield from (f"{name}.{place}" for place in _places_below(key, inner))
 
 
 def _is_step(key_path: Sequence[str | int]) -> bool:

@@ -196,11 +196,14 @@ def test_quoted_values_are_text(tmp_path: Path, word: str) -> None:
     ("text", "expected"),
     [
         ("version: 1\n", ["1: input: is missing", "1: waterfall: is missing", "1: params: is missing"]),
+        (BASE_JOB.replace("version: 1\n", ""), ["1: version: is missing", "hint: begin the file with `version: 1`"]),
         (BASE_JOB.replace("version: 1", "version: 2"), ["1: version: must be 1"]),
         (BASE_JOB.replace("version: 1", "version: '1'"), ["1: version: must be 1"]),
         (f"{BASE_JOB}inputs: x\n", ["6: inputs: unknown key", "hint: did you mean `input`?"]),
         (f"{BASE_JOB}Where: x\n", ["6: Where: unknown key", "hint: did you mean `where`?"]),
         (f"{BASE_JOB}zzz: 1\n", ["6: zzz: unknown key"]),
+        (f"{BASE_JOB}max_credits: 1\n", ["6: max_credits: unknown key", "hint: it is a key of `limits`"]),
+        (f"{BASE_JOB}found: 90d\n", ["6: found: unknown key", "hint: it is a key of `policy.refresh`"]),
         (f"{BASE_JOB}limits:\n  in_flght: 3\n", ["7: limits.in_flght: unknown key", "hint: did you mean `in_flight`?"]),
         (f"{BASE_JOB}policy:\n  patence: 3h\n", ["7: policy.patence: unknown key", "hint: did you mean `patience`?"]),
         (f"{BASE_JOB}dispatch:\n  buk: 5\n", ["7: dispatch.buk: unknown key", "hint: did you mean `bulk`?"]),
@@ -377,7 +380,7 @@ def test_quoted_values_are_text(tmp_path: Path, word: str) -> None:
         (f"{BASE_JOB}  x: {{column: A, column: B}}\n", ["6: `column` is set twice", "hint: remove one of the two"]),
         (f"{BASE_JOB}where: &a x\nname: *a\n", ["7: YAML aliases (*a) are not allowed: write the value out"]),
         (f"{BASE_JOB}  <<: {{a: A}}\n", None),
-        (f"{BASE_JOB}? [a]\n: 1\n", ["6: a key must be text"]),
+        (f"{BASE_JOB}? [a]\n: 1\n", ["6: a key must be text", "hint: put a text with { or [ in quotes"]),
         (f"{BASE_JOB}where: !!python/name:os.system x\n", None),
         (
             f"{BASE_JOB}where: 2024-13-45\n",
@@ -401,8 +404,27 @@ def test_quoted_values_are_text(tmp_path: Path, word: str) -> None:
             "version: 1\n\tinput: x\n",
             ["2: found character '\\t' that cannot start any token", "hint: indent with blanks"],
         ),
-        ("version: 1\ninput: [a\nwaterfall: b\n", None),
-        ("version: 1\ninput: 'a\n", None),
+        (
+            "version: 1\ninput: [a\nwaterfall: b\n",
+            [
+                "3: expected ',' or ']', but got ':'",
+                "hint: close the bracket of line 2, and put commas between its items",
+            ],
+        ),
+        ("version: 1\ninput: 'a\nwaterfall: b\n", ["2: found unexpected end of stream", "hint: close the quote"]),
+        (
+            "version: 1\ninput a.csv\nwaterfall: b\n",
+            ["2: could not find expected ':'", "hint: put a colon and a blank after the key"],
+        ),
+        (
+            "version: 1\nparams\n  a: A\n",
+            ["2: could not find expected ':'", "hint: put a colon and a blank after the key"],
+        ),
+        (
+            'version: 1\ninput: "C:\\leads.csv"\n',
+            ["2: found unknown escape character 'l'", "hint: put it in single quotes, where \\ is no escape"],
+        ),
+        ("version: 1\nparams: {a: {{A}}}\n", ["2: a key must be text", "hint: put a text with { or [ in quotes"]),
         ("version: 1\nname: \x01\n", None),
         ("", [" a job file must be a mapping of keys", "hint: create one: enrich init CSV"]),
         ("# nothing\n", [" a job file must be a mapping of keys", "hint: create one: enrich init CSV"]),
