@@ -145,10 +145,16 @@ class JobInput:
                 message = "a spreadsheet would run this name as a formula"
                 raise job.error(["columns", name], message, "choose a name that begins with a letter")
             if name in self.columns and self.job.model.merge is None:
+                other_name = "choose another name for the new column"
+                if not (self.job.model.columns or self.job.step_jobs):  # the names are those of the API
+                    renamed = {
+                        f"new_{each}" if each in self.columns else each: path for each, path in template.columns.items()
+                    }
+                    other_name = f"name the new columns: `columns: {{{', '.join(map(': '.join, renamed.items()))}}}`"
                 raise job.error(
                     ["columns", name],
                     f"the input already has a column with this name ({self.job.input_path})",
-                    "choose another name for the new column, or fill the existing one: merge: fill_empty",
+                    f"{other_name}, or fill the existing one: merge: fill_empty",
                 )
         model = self.job.model
         new = [name for name in template.columns if name not in self.columns]

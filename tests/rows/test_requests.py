@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from enrich.errors import CommandRefused, JobError
 from enrich.job.cell_text import clean
@@ -361,6 +362,19 @@ def test_new_column_clash(tmp_path: Path) -> None:
         with pytest.raises(JobError) as caught:
             rows.check_new_columns(RequestTemplate(CALL, (), (), {name: "email"}, None))
         assert f"job.yaml:{message}" in caught.value.message
+
+
+def test_default_column_clash(tmp_path: Path) -> None:
+    """When a job has no `columns`, the hint has the key as it can be added to the file."""
+    rows = open_rows(tmp_path, "params: {a: A}\n", ["A", "email"])
+    template = RequestTemplate(CALL, (), (), {"email": "email", "phone": "phone"}, None)
+    with pytest.raises(JobError, match=r"columns\.email: the input already has a column") as caught:
+        rows.check_new_columns(template)
+    addition = str(caught.value.hint).split("`")[1]
+    assert addition == "columns: {new_email: email, phone: phone}"
+
+    renamed = open_rows(tmp_path, f"params: {{a: A}}\n{addition}\n", ["A", "email"])
+    renamed.check_new_columns(replace(template, columns=renamed.job.model.columns or {}))
 
 
 def test_status_columns_are_replaced(tmp_path: Path) -> None:
