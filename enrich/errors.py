@@ -119,7 +119,7 @@ class Interrupted(EnrichError):
     """A signal ended the run. `exit_code` is 130 or 143."""
 
     def __init__(self, code: ExitCode) -> None:
-        super().__init__("interrupted: the next run collects the running tasks")
+        super().__init__("interrupted: the same command resumes")
         self.exit_code = code
 
 

@@ -295,7 +295,7 @@ def confirm_paying_again(context: RunContext, error: CommandRefused) -> None:
     if confirm is None:
         raise error
     with context.signals.interruptible():
-        if not confirm(f"{error.message}.\nPay again?"):
+        if not confirm(f"{error.message}.\nhint: {error.hint}\nPay again?"):
             raise RunCancelled
 
 

@@ -420,7 +420,7 @@ sys.exit(main())
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
     assert (result.returncode, result.stdout) == (code, "")
-    assert result.stderr == "error: interrupted: the next run collects the running tasks\n"
+    assert result.stderr == "error: interrupted: the same command resumes\n"
 
 
 @pytest.mark.parametrize(("number", "code"), first_quick(1, [(signal.SIGINT, 130), (signal.SIGTERM, 143)]))

@@ -239,6 +239,7 @@ def test_question_on_a_terminal(api: SandboxApi, workspace: Workspace) -> None:
     declined, code = answer_on_terminal(workspace, api, "n", "run", job, "--yes")
     assert code == 5
     assert declined.count("Pay again? [y/N]") == 1
+    assert "hint: share its results with `ledger: .enrich/job.db` in the job file" in declined
     assert declined.rstrip().splitlines()[-1] == "Cancelled. Nothing sent."
     assert "to send" not in declined
     assert api.audit()["accepted"] == 12
