@@ -67,6 +67,9 @@ class LedgerDamaged(CommandRefused):
     """The ledger's file is damaged: its content is not what was written."""
 
 
+#: Hint for a file that cannot be written.
+UNWRITABLE_HINT = "choose another file, or change the permissions of its folder"
+
 #: Hint for LedgerLocked.
 LOCKED_HINT = "`enrich status JOB --watch` shows it"
 

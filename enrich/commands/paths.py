@@ -8,7 +8,7 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
-from enrich.errors import CommandRefused, EnrichError, JobError
+from enrich.errors import UNWRITABLE_HINT, CommandRefused, EnrichError, JobError
 from enrich.files.input_files import find_paths
 from enrich.files.parquet_dataset import check_own_folder
 from enrich.files.text import FileProblem
@@ -64,9 +64,7 @@ def path_problems(job: Job) -> Iterator[EnrichError]:
             yield JobError(f"{path}: `{one}` and `{other}` are the same file", f"choose another `{one}`")
     for key, path in outgoing.items():
         if reason := _why_not_writable(path, may_be_folder=key == "output" and is_dataset(path)):
-            yield CommandRefused(
-                f"{path}: `{key}` cannot be written: {reason}", "change the permissions, or choose another folder"
-            )
+            yield CommandRefused(f"{path}: `{key}` cannot be written: {reason}", UNWRITABLE_HINT)
     if isinstance(job.ledger, Path):
         yield from _ledger_problems(job.ledger)
     for key, path in incoming.items():

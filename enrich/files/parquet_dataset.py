@@ -20,7 +20,7 @@ import polars as pl
 from msgspec import Struct
 from msgspec.structs import replace
 
-from enrich.errors import CommandRefused, JobError
+from enrich.errors import UNWRITABLE_HINT, CommandRefused, JobError
 from enrich.files import object_store, parquet_format
 from enrich.files.atomic import COLLECT_HINT, as_write_refused, atomic_write, follow_link, fsync_dir
 from enrich.job.file_names import real_path
@@ -296,7 +296,7 @@ def prepare_folder(target: Path, input_location: InputLocation, job: str) -> Non
         if not os.access(target.parent, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, "Permission denied")
     except OSError as error:
-        raise CommandRefused(f"{target}: the output cannot be written: {error.strerror}") from error
+        raise CommandRefused(f"{target}: the output cannot be written: {error.strerror}", UNWRITABLE_HINT) from error
 
 
 def begin_dataset(target: Location, job: str, schema: Mapping[str, pl.DataType]) -> DatasetWriter:

@@ -20,7 +20,7 @@ from typing import BinaryIO, cast
 import polars as pl
 from msgspec import Struct
 
-from enrich.errors import CommandRefused, JobError
+from enrich.errors import UNWRITABLE_HINT, CommandRefused, JobError
 from enrich.files import csv_format, excel_format, jsonl_format, object_store, parquet_dataset, parquet_format
 from enrich.files.atomic import as_write_refused, atomic_write, follow_link
 from enrich.files.input_files import find_paths
@@ -76,7 +76,7 @@ def prepare_file(target: Location, input_location: InputLocation, job: str, kind
             if not stat.S_ISREG(mode):
                 raise OSError(errno.EINVAL, "it is a folder" if stat.S_ISDIR(mode) else "it is not a file")
     except OSError as error:
-        raise CommandRefused(f"{target}: the {kind} cannot be written: {error.strerror}") from error
+        raise CommandRefused(f"{target}: the {kind} cannot be written: {error.strerror}", UNWRITABLE_HINT) from error
 
 
 def _check_not_input(target: Path, input_location: InputLocation, kind: str) -> None:

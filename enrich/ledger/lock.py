@@ -16,7 +16,7 @@ from math import inf
 from pathlib import Path
 
 from enrich.databar.clock import boottime
-from enrich.errors import LOCKED_HINT, CommandRefused, LeaseLost, LedgerLocked
+from enrich.errors import LOCKED_HINT, UNWRITABLE_HINT, CommandRefused, LeaseLost, LedgerLocked
 from enrich.job.locations import LedgerLocation, PostgresLocation
 from enrich.ledger import lease_table, records, resume
 from enrich.ledger.database import OPEN_TIMEOUT_S, Database, load_postgres, try_read
@@ -58,7 +58,8 @@ def lock_ledger(ledger: LedgerLocation, wait_s: float) -> Iterator[None]:
                 raise locked_error(ledger)
             time.sleep(LOCK_RETRY_S)
     except OSError as error:
-        raise CommandRefused(f"{path}: the lock cannot be made: {error.strerror or error}") from error
+        message = f"{path}: the lock cannot be made: {error.strerror or error}"
+        raise CommandRefused(message, UNWRITABLE_HINT) from error
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from enrich.errors import CommandRefused, EnrichError, LedgerDamaged, LedgerFailed
+from enrich.errors import UNWRITABLE_HINT, CommandRefused, EnrichError, LedgerDamaged, LedgerFailed
 from enrich.job.locations import LedgerLocation, PostgresLocation
 from enrich.json_text import parse_json
 from enrich.ledger.database import Database, open_existing
@@ -186,7 +186,8 @@ def backup(db: Database, target: Path) -> None:
                 remove_with_journals(temporary)
         fsync_dir(target.parent)
     except OSError as error:
-        raise CommandRefused(f"{target}: the copy cannot be written: {error.strerror or error}") from error
+        message = f"{target}: the copy cannot be written: {error.strerror or error}"
+        raise CommandRefused(message, UNWRITABLE_HINT) from error
     except sqlite3.Error as error:
         if is_damage_error(error):
             raise damaged_ledger_error(db.location) from error

@@ -19,7 +19,7 @@ from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
-from enrich.errors import CommandRefused
+from enrich.errors import UNWRITABLE_HINT, CommandRefused
 from enrich.models import iso_time
 from enrich.run.progress import Progress
 
@@ -112,7 +112,7 @@ def open_log(path: Path | None, job: str, on_problem: Callable[[str], None]) -> 
     except OSError as error:
         is_unread = error.errno == errno.ENXIO and path.is_fifo()
         reason = "it is a pipe without a reader" if is_unread else error.strerror
-        raise CommandRefused(f"{path}: the log cannot be written: {reason}") from error
+        raise CommandRefused(f"{path}: the log cannot be written: {reason}", UNWRITABLE_HINT) from error
     try:
         yield RunLog(handler, job, path=path)
     finally:

@@ -26,7 +26,7 @@ REPORT_MARKER = b"\n<!-- a report of enrich -->\n"
 #: The line before it in the report of a sandbox run.
 SANDBOX_MARKER = b"\n<!-- SANDBOX -->"
 PAGE_SUFFIXES = (".html", ".htm")
-_OTHER_FILE_HINT = "choose another file: -o FILE"
+_OTHER_FILE_HINT = "choose another file: `report` in the job file, or enrich report JOB -o FILE"
 INSTALL_HINT = install_hint("report")
 _LIBRARIES = ("altair", "jinja2", "vl_convert")
 

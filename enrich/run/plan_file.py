@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Struct
 
 from enrich.databar.description import Provider
-from enrich.errors import CommandRefused, EnrichError, JobError
+from enrich.errors import UNWRITABLE_HINT, CommandRefused, EnrichError, JobError
 from enrich.files.atomic import follow_link, replace_file
 from enrich.job.bounded_read import read_text
 from enrich.job.job import Job
@@ -137,12 +137,12 @@ def write_plan(path: Path, plan: SavedPlan) -> Path:
     """
     try:
         if path.exists() and not path.is_file():
-            raise CommandRefused(f"{path}: the plan cannot be written: it is not a file")
+            raise CommandRefused(f"{path}: the plan cannot be written: it is not a file", UNWRITABLE_HINT)
         if path.exists() and path.stat().st_size and not _read_earlier(path).sandbox and plan.sandbox:
             return write_plan(path.with_name(sandbox_file_name(path.name)), plan)
         replace_file(follow_link(path), msgspec.json.format(msgspec.json.encode(plan), indent=2) + b"\n")
     except OSError as error:
-        raise CommandRefused(f"{path}: the plan cannot be written: {error.strerror}") from error
+        raise CommandRefused(f"{path}: the plan cannot be written: {error.strerror}", UNWRITABLE_HINT) from error
     return path
 
 

@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from enrich.databar.task_results import TaskReply, read_answer, task_phase
-from enrich.errors import CommandRefused, EnrichError, JobError
+from enrich.errors import UNWRITABLE_HINT, CommandRefused, EnrichError, JobError
 from enrich.files import reader
 from enrich.files.writer import prepare_file, temporary_path, write_file
 from enrich.job.job import Overrides, load_job
@@ -251,13 +251,14 @@ def test_output_never_replaces_ledger(tmp_path: Path) -> None:
         prepare_file(path, tmp_path / "leads.csv", "job")
 
 
-@in_turn("name", ["file/out.csv", "folder.csv", f"{'x' * 300}.csv"])
+@in_turn("name", ["file/out.csv", "file/out/", "folder.csv", f"{'x' * 300}.csv"])
 def test_invalid_output_refused_before_spending(tmp_path: Path, name: str) -> None:
     """An invalid output path is refused before anything is spent: file for folder, folder for file, name too long."""
     (tmp_path / "file").touch()
     (tmp_path / "folder.csv").mkdir()
-    with pytest.raises(CommandRefused, match="the output cannot be written"):
-        prepare_file(tmp_path / name, tmp_path / "leads.csv", "job")
+    with pytest.raises(CommandRefused, match="the output cannot be written") as caught:
+        prepare_file(parse_location(tmp_path, name), tmp_path / "leads.csv", "job")
+    assert caught.value.hint == UNWRITABLE_HINT
 
 
 FORMULAS = [
