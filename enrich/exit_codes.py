@@ -123,10 +123,8 @@ class JobArguments(Struct, frozen=True):
     run_args: str
     ledger_args: str
 
-    def in_hint(self, hint: str | None) -> str | None:
-        """Return a hint whose commands name the job instead of JOB."""
-        if hint is None:
-            return None
+    def in_hint(self, hint: str) -> str:
+        """Return a text whose commands name the job instead of JOB."""
         arguments = {"run": self.run_args, "plan": self.run_args, "collect": self.run_args}
         return _COMMAND_OF_JOB.sub(lambda found: f"enrich {found[1]} {arguments.get(found[1], self.ledger_args)}", hint)
 

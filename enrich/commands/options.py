@@ -147,7 +147,7 @@ class JobOptions(Struct, frozen=True):
         try:
             yield
         except EnrichError as error:
-            error.hint = self.arguments(as_typed=True).in_hint(error.hint)
+            error.hint = error.hint and self.arguments(as_typed=True).in_hint(error.hint)
             raise
 
     def arguments(self, *, as_typed: bool = False) -> JobArguments:

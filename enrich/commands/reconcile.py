@@ -90,4 +90,5 @@ def reconcile(job_options: options.JobOptions, since: int | None, as_json: bool)
         result = reconcile_job(job, access, since)
     if is_running:
         click.echo("note: a run of this ledger is in progress, and what it spends is not explained", err=True)
-    options.echo_result({"exit_code": 0, **result.as_json()}, format_reconciliation(result), as_json=as_json)
+    lines = map(job_options.arguments(as_typed=True).in_hint, format_reconciliation(result))
+    options.echo_result({"exit_code": 0, **result.as_json()}, lines, as_json=as_json)

@@ -221,7 +221,7 @@ def print_summary(
 ) -> None:
     """Print the run summary: text to stderr, JSON to stdout."""
     options.begin_result()
-    summary = replace(summary, hint=job_arguments.in_hint(summary.hint))
+    summary = replace(summary, hint=summary.hint and job_arguments.in_hint(summary.hint))
     paint = options.make_styler()
     if summary.error:
         click.echo(f"{paint('error', 'red')}: {summary.error}", err=True)

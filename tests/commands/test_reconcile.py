@@ -106,7 +106,7 @@ def test_reconcile_with_unconfirmed_requests(tmp_path: Path, workspace: Workspac
         assert output["in_doubt"]["number"] == 2
         assert output["unexplained"] == 0
         message = workspace.run_in_process("reconcile", "job.yaml", api=api).stdout
-        assert "--retry in_doubt" in message
+        assert "enrich run job.yaml --retry in_doubt" in message
         assert "--accept in_doubt" in message
         assert api.audit()["accepted"] == 12
 

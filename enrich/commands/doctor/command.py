@@ -11,6 +11,7 @@ from shutil import disk_usage
 
 import click
 from msgspec import Struct
+from msgspec.structs import replace
 
 from enrich.commands import options
 from enrich.commands.check import check_job, check_summary
@@ -301,13 +302,16 @@ def doctor(
     with ExitStack() as stack:
         shell = stack.enter_context(system.cron_environment(environ))
         job: Job | None = None
+        job_options = options.JobOptions(job_file, use_sandbox=use_sandbox)
         try:
-            job = options.JobOptions(job_file, use_sandbox=use_sandbox).load()
+            job = job_options.load()
         except EnrichError as error:
             findings.append(error_finding("job", error))
         access = stack.enter_context(_open_sandbox(job)) if use_sandbox else None
         context = DoctorContext(environ, shell, now, next_run_time(now, *at), offline, access)
         findings += environment_findings(context) if job is None else job_findings(job, context)
+    name_job = job_options.arguments(as_typed=True).in_hint
+    findings = [replace(each, remedy=each.remedy and name_job(each.remedy)) for each in findings]
     code = first_exit_code({finding.exit_code for finding in findings})
     fields = ("mark", "subject", "message", "remedy")
     listed = [{name: getattr(finding, name) for name in fields} for finding in findings]
