@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from msgspec import Struct
 from msgspec.structs import replace
 
-from enrich.databar.description import Description, Enrichment, Param, Provider, Waterfall
+from enrich.databar.description import DOCUMENTED_WATERFALLS, Description, Enrichment, Param, Provider, Waterfall
 from enrich.errors import JobError, closest_name, did_you_mean, suggest_name
 from enrich.job.job import Job
 from enrich.job.target import Target, TargetKind
@@ -46,8 +46,10 @@ class RequestTemplate(Struct, frozen=True):
 
 
 def template_of_unknown_target(job: Job) -> RequestTemplate:
-    """Return the template of a target that the API has not described yet."""
-    return RequestTemplate(job.model.target, (), (), job.model.columns or {}, None)
+    """Return the template of a target that the API has not described yet: its required params are the documented."""
+    documented = DOCUMENTED_WATERFALLS.get(job.model.waterfall or "")
+    required = () if documented is None else tuple(param.name for param in documented.input_params)
+    return RequestTemplate(job.model.target, required, (), job.model.columns or {}, None)
 
 
 def default_providers(description: Description) -> list[int]:

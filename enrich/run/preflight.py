@@ -259,7 +259,7 @@ def template_from_ledger(ledger: Database, job: Job) -> RequestTemplate:
 def find_template(ledger: Database, job: Job) -> tuple[RequestTemplate, bool]:
     """Return the request template of a job or a step, and whether the ledger has its target, or that of any step.
 
-    Without a description, the required params are not known.
+    Without a description, the required params are those of the documentation, if it has the target.
     """
     if job.step_jobs:
         templates, known = zip(*(find_template(ledger, step) for step in job.step_jobs), strict=True)

@@ -179,13 +179,14 @@ def test_at_most_twenty_rows(workspace: Workspace) -> None:
 
 
 def test_job_without_runs(workspace: Workspace) -> None:
-    """Explains a row before any run; creates no ledger."""
-    workspace.write_leads(make_leads(2))
+    """Explains a row before any run, by the documentation of the API; creates no ledger."""
+    workspace.write_leads([*make_leads(2), ["Ada", "", "engine.example", "", ""]])
 
     text = explain_text(workspace, "--row", "2")
 
     assert "job has never run (" in text
     assert "row 2: pending" in text
+    assert "row 3: invalid, last_name blank (Last Name)" in explain_text(workspace, "--row", "3")
     assert not workspace.ledger_path.parent.exists()
 
 
