@@ -208,10 +208,8 @@ def describe_write_error(error: BaseException) -> tuple[str, str]:
 
 def is_damage_error(error: BaseException | None) -> bool:
     """Return whether the error means that SQLite or Python's decoder found damage in the file."""
-    if isinstance(error, UnicodeDecodeError):
-        return True
     if not isinstance(error, sqlite3.Error):
-        return False
+        return isinstance(error, UnicodeDecodeError)
     is_damage = not _DAMAGE_CODES.isdisjoint({_error_code(error), _error_kind(error)})
     return is_damage or str(error).startswith(_DAMAGE_MESSAGES)
 
@@ -310,9 +308,12 @@ def _opening_error(path: Path, error: Exception) -> CommandRefused:
     if is_damage_error(error) or _error_kind(error) == sqlite3.SQLITE_ERROR:
         return damaged_ledger_error(path)
     reason = getattr(error, "strerror", None) or error
-    if _error_kind(error) == sqlite3.SQLITE_CANTOPEN and not os.access(path, os.R_OK):
-        reason = "this user has no permission to read it"
     hint = describe_write_error(error)[1] if is_disk_error(error) else "is it a ledger, and writable?"
+    if _error_kind(error) == sqlite3.SQLITE_CANTOPEN:
+        if not os.access(path, os.R_OK):
+            reason = "this user has no permission to read it"
+        elif not os.access(path.resolve().parent, os.W_OK):  # SQLite makes a file for readers, too
+            reason, hint = "its folder is read-only", "copy it to another folder, and name the copy with --ledger"
     return CommandRefused(f"{path}: the ledger cannot be opened: {reason}", hint)
 
 

@@ -194,6 +194,22 @@ def test_unwritable_ledger_is_named(workspace: Workspace, monkeypatch: pytest.Mo
     assert str(refusal.value) == f"{path}: the ledger cannot be opened: {reason}"
 
 
+def test_read_only_folder_is_named_by_readers(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that only reads says why SQLite cannot open the ledger, and how to read it."""
+    path = workspace.ledger_path
+    Database(path).close()
+    path.with_name("job.db-wal").mkdir()  # as in such a folder, SQLite cannot make this file
+    monkeypatch.setattr(os, "access", lambda asked, _: Path(asked) != path.parent)
+
+    result = workspace.run_in_process("status", "job.yaml")
+
+    assert (result.exit_code, f"{path}: the ledger cannot be opened: its folder is read-only" in result.stderr) == (
+        5,
+        True,
+    )
+    assert "hint: copy it to another folder, and name the copy with --ledger" in result.stderr
+
+
 def test_ledger_that_was_read_only(api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run works again after the ledger was read-only for a while: reading gave its side files the same mode."""
     monkeypatch.setattr(os, "access", lambda asked, _: bool(Path(asked).stat().st_mode & 0o200))  # root may write all
