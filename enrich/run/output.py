@@ -193,11 +193,14 @@ def _changed_cells(collector: Collector, joined: JoinedBatch, key: list[str]) ->
         for name in collector.merged_columns
     }
     values = _feed_values(joined, {name: cells for name, (_, cells) in merged.items()})
-    row_keys = {index: _row_key(key, keys[index]) for index in sorted(values)}
+    changes = collector.job.model.changes
+    # Equal cells of another `key` are another record. Without one, the cells that are sent are the record.
+    named = (changes and changes.key) or []
+    row_keys = {index: _row_key(named, keys[index]) for index in sorted(values)}
     # Rows with the same key cells differ in the first request that they have.
     for index in records.repeated_rows(ledger, row_keys):
         requests = (step.fingerprints[index] for step in joined.steps)
-        row_keys[index] = _row_key(key, keys[index], next(filter(None, requests), b""))
+        row_keys[index] = _row_key(named, keys[index], next(filter(None, requests), b""))
     delivered = records.delivered_values(ledger, job, row_keys)
     changed = [
         (index, name, found, last)

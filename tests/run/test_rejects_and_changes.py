@@ -177,6 +177,17 @@ def test_other_key_columns_begin_anew(workspace: Workspace, api: SandboxApi) -> 
         assert run_and_read_changes(workspace, api) == []
 
 
+def test_renamed_columns_without_a_key(workspace: Workspace, api: SandboxApi) -> None:
+    """Without `key` a lead is recognized by what is sent, whatever the names of the columns are."""
+    job = workspace.write_job(changes="changes.csv")
+    assert run_and_read_changes(workspace, api)
+    path = workspace.folder / "leads.csv"
+    path.write_text(path.read_text(encoding="utf-8").replace("First Name", "Vorname"), encoding="utf-8")
+    job.write_text(job.read_text(encoding="utf-8").replace("First Name", "Vorname"), encoding="utf-8")
+
+    assert run_and_read_changes(workspace, api) == []
+
+
 #: The change feed of the tests below.
 FEED = "{path: changes.csv, key: Note}"
 
