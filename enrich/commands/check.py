@@ -19,7 +19,7 @@ from enrich.databar.description import Description
 from enrich.errors import EnrichError, JobError
 from enrich.files.text import missing_column_hint
 from enrich.job.job import Job
-from enrich.job.locations import STDIN
+from enrich.job.locations import STDIN, format_of
 from enrich.job.target import UNFILLED_COLUMN, Param
 from enrich.ledger.database import open_or_empty
 from enrich.models import pluralize, to_credits
@@ -239,7 +239,8 @@ def _foreign_input_error(job: Job, job_input: JobInput) -> JobError | None:
     ):
         return None
     message = f"the input has none of these columns: {', '.join(named)} ({job.input_path})"
-    hint = job_input.separator_hint() or "check that it is the right file, and that its first line is the header"
+    place = "file and `sheet`" if format_of(str(job.input_path)) == "xlsx" else "file"
+    hint = job_input.separator_hint() or f"check that it is the right {place}, and that its first line is the header"
     return job.error(["params"], message, hint)
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from tests.support.cases import first_quick
 from tests.support.ledger import run_sql
+from tests.support.table_files import write_table
 from tests.support.workspace import SandboxApi, Workspace, make_leads, serve_api
 
 PARAMS = "{{{}: First Name, last_name: Last Name, company: {{column: [Website, Email], transform: [domain]}}}}"
@@ -132,6 +133,9 @@ def test_one_cause_is_one_message(workspace: Workspace) -> None:
         result = workspace.run_in_process("check", "job.yaml")
         assert (result.exit_code, result.stderr.count("error: ")) == (2, 1), result.stderr
         assert hint in result.stderr
+    write_table(workspace.folder / "leads.xlsx", ["a", "b"], [["1", "2"]])
+    workspace.write_job(input="leads.xlsx")
+    assert "the right file and `sheet`" in workspace.run_in_process("check", "job.yaml").stderr
 
 
 def test_columns_that_are_all_misspelled(workspace: Workspace) -> None:
