@@ -166,9 +166,11 @@ def _find_provider(fields: Mapping[str, Any], provider_data: object, steps: Sequ
 
 def is_blank(value: object) -> bool:
     """Check whether a value is empty: null, blank text, [], {}, NaN or infinity."""
+    if isinstance(value, dict | list):
+        return not value
     if isinstance(value, str):
         return is_blank_text(value)
-    return value is None or value in ([], {}) or (isinstance(value, float) and not isfinite(value))
+    return value is None or (isinstance(value, float) and not isfinite(value))
 
 
 def value_at(fields: object, path: str) -> Any:  # noqa: ANN401 - a JSON field can be any type
@@ -304,17 +306,18 @@ def _read_bulk_answers(
         count = f"{len(rows)} rows" if isinstance(rows, list) else "no list"
         reason = f"the API answered {size} rows with {count}: the rows cannot be matched"
         return _same_answers(Answer(State.FAILED, reason), size, raw), spent
-    if matches_only and size > 1 and not any(map(is_blank, rows)):
+    blanks = list(map(is_blank, rows))
+    if matches_only and size > 1 and not any(blanks):
         reason = "the API lists matches only, in no order: the rows cannot be matched"
         return _same_answers(Answer(State.FAILED, reason), size, raw), spent
-    blank_answer = _blank_row_answer(task.get("progress"), sum(map(is_blank, rows)), message, free=spent == 0)
-    if all(map(is_blank, rows)):
+    blank_answer = _blank_row_answer(task.get("progress"), sum(blanks), message, free=spent == 0)
+    if all(blanks):
         return [blank_answer] * size, spent
     paths, raw_data = tuple(paths), msgspec.json.decode(raw, type=_RawTask).data
     raw_rows = msgspec.json.decode(raw_data, type=list[msgspec.Raw]) if isinstance(data, list) else [raw_data]
     return [
-        blank_answer if is_blank(row) else _row_answer(row, str(raw_row, "utf-8"), paths, reply.note)
-        for row, raw_row in zip(rows, raw_rows, strict=True)
+        blank_answer if blank else _row_answer(row, str(raw_row, "utf-8"), paths, reply.note)
+        for row, raw_row, blank in zip(rows, raw_rows, blanks, strict=True)
     ], spent
 
 
