@@ -165,13 +165,13 @@ def _fail(code: ExitCode, message: str, hint: str | None, *, as_json: bool, labe
 #: The commands by section of the help: module and short help. A module is imported when its command is used.
 SECTIONS = {
     "Set up": {
-        "init": ("enrich.commands.init.command", "Write a commented job file for a CSV."),
+        "init": ("enrich.commands.init", "Write a commented job file for a CSV."),
         "check": ("enrich.commands.check", "Check JOB before it runs, and list every problem. Free, offline."),
         "waterfalls": ("enrich.commands.waterfalls", "List waterfalls, with params and prices."),
         "enrichments": ("enrich.commands.waterfalls", "List enrichments, with params and prices."),
         "schema": ("enrich.commands.schema", "Print the JSON Schema of the job file, for editors."),
         "cron": ("enrich.commands.cron", "Print the crontab line and the systemd units for JOB."),
-        "doctor": ("enrich.commands.doctor.command", "Check that the next cron run of JOB will work."),
+        "doctor": ("enrich.commands.doctor", "Check that the next cron run of JOB will work."),
     },
     "Run": {
         "plan": ("enrich.commands.plan", "Show what a run of JOB sends and the most it can cost. Free."),
@@ -180,7 +180,7 @@ SECTIONS = {
     },
     "Inspect": {
         "status": ("enrich.commands.status", "Show the last run of JOB, or watch the current one."),
-        "runs": ("enrich.commands.runs", "List the runs of JOB, newest first."),
+        "runs": ("enrich.commands.status", "List the runs of JOB, newest first."),
         "explain": ("enrich.commands.explain", "Show the history of one lead of JOB."),
         "report": ("enrich.commands.report", "Write the report of JOB: one HTML page."),
     },

@@ -166,6 +166,10 @@ def to_credits(micros: int | None) -> float | None:
     return None if micros is None else micros / MICROS_PER_CREDIT
 
 
+#: What people read for the status of a request or a row. The other statuses are their own words.
+STATUS_WORDS = {"not_found": "no match", "in_doubt": "unconfirmed", "invalid": "skipped"}
+
+
 def job_title(name: str, *, sandbox: bool) -> str:
     """Return a job's name for people, marked for a sandbox run."""
     return f"SANDBOX {name}" if sandbox else name

@@ -1,4 +1,4 @@
-"""`enrich cron`: writes the crontab line and the systemd units that run a job on a schedule. Installs nothing."""
+"""`enrich cron`: writes the crontab line and systemd units of a job, and installs nothing. Also cron's environment."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import os
 import pwd
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -14,11 +16,11 @@ import click
 from msgspec import Struct
 
 from enrich.commands import options
-from enrich.commands.doctor import system
-from enrich.commands.init.command import write_new_file
+from enrich.commands.init import write_new_file
 from enrich.commands.paths import absolute_path, files_written, nearest_existing
 from enrich.errors import JobError, printable
 from enrich.files.object_store import CREDENTIAL_VARIABLES
+from enrich.job.bounded_read import read_text
 from enrich.job.field_types import parse_duration
 from enrich.job.locations import ObjectUrl, is_url
 
@@ -206,6 +208,67 @@ def _quote_word(text: str) -> str:
     return quoted if plain else f'"{quoted}"'
 
 
+def enrich_command() -> list[str]:
+    """Return the absolute command that starts this program."""
+    for path in (Path(sys.argv[0]), Path(sys.executable).parent / "enrich"):
+        if path.name == "enrich" and path.is_file() and os.access(path, os.X_OK):
+            return [str(absolute_path(path))]
+    return [sys.executable, "-m", "enrich"]
+
+
+def make_cron_environ(given: tuple[str, ...], env_file: Path | None) -> dict[str, str]:
+    """Return the environment under cron: HOME, PATH and the crontab's variables. A bare name in `given` is copied."""
+    environ = {"HOME": pwd.getpwuid(os.getuid()).pw_dir, "PATH": "/usr/bin:/bin"}
+    if env_file is not None:
+        try:
+            environ |= parse_env_lines(read_text(env_file).splitlines())
+        except UnicodeDecodeError:
+            raise JobError(f"{env_file} is not UTF-8 text") from None
+        except OSError as error:
+            raise JobError(f"{env_file} cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise JobError(f"{env_file}: {error}") from error
+    for pair in given:
+        name, equals, value = pair.partition("=")
+        if not equals and name in os.environ:
+            value = os.environ[name]
+        elif not (name and equals):
+            raise click.BadParameter(
+                f"`{pair}` must be NAME=VALUE, or the NAME of a variable that is set", param_hint="--env"
+            )
+        environ[name] = value
+    return environ
+
+
+@contextmanager
+def cron_environment(environ: dict[str, str]) -> Iterator[dict[str, str]]:
+    """Use cron's environment during the block. Yields a copy of the shell's environment."""
+    shell = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(environ)
+    try:
+        yield shell
+    finally:
+        os.environ.clear()
+        os.environ.update(shell)
+
+
+def parse_env_lines(lines: Iterable[str]) -> dict[str, str]:
+    """Parse `NAME=VALUE` lines with `#` comments, quotes and `export` as in a shell. Raises ValueError."""
+    environ: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from None
+        for word in words[1:] if words[:1] == ["export"] else words:
+            name, equals, value = word.partition("=")
+            if not equals or not name.isidentifier():
+                raise ValueError(f"line {number}: must be NAME=VALUE")
+            environ[name] = value
+    return environ
+
+
 def _check_duration(text: str) -> str:
     parse_duration(text)
     return text
@@ -261,7 +324,7 @@ def cron(
     inherited = {name: value for name in INHERITED_VARIABLES if (value := os.environ.get(name))}
     scheduled = ScheduledJob(
         name=job.name,
-        command=system.enrich_command(),
+        command=enrich_command(),
         job=absolute_path(job_file),
         log=log,
         key_file=absolute_path(key_path),

@@ -1,31 +1,37 @@
-"""`enrich plan`: shows what a run would send and cost, and saves the plan on request."""
+"""`enrich plan`: shows what a run would send and cost, and saves the plan and the decision for each row on request."""
 
 from __future__ import annotations
 
 import asyncio
+import re
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import click
+import polars as pl
 from msgspec.structs import replace
+from pydantic import ValidationError
 
 from enrich.commands import options
-from enrich.commands.plan_rows import check_replaceable, write_rows, write_step_rows
 from enrich.databar.clock import SystemClock
 from enrich.databar.credentials import ApiAccess
 from enrich.errors import CommandRefused, JobError, LedgerLocked
-from enrich.files.writer import prepare_file
+from enrich.files.reader import InputTable
+from enrich.files.writer import prepare_file, write_file
 from enrich.job.file_names import is_same_file
 from enrich.job.job import Job
 from enrich.job.locations import sandbox_file_name
-from enrich.ledger import enroll, erasure, records
+from enrich.job.spec import Input, Output
+from enrich.ledger import enroll, erasure, records, step_results
 from enrich.ledger.database import Database, open_or_empty
 from enrich.ledger.decisions import review_refreshes
+from enrich.ledger.enroll import RowDecision
 from enrich.ledger.lock import is_locked
-from enrich.models import RequestSelection
+from enrich.models import DECISIONS_TO_SEND, Decision, RequestSelection, iso_time
 from enrich.rows.batches import RowCounts
 from enrich.rows.job_input import JobInput
 from enrich.rows.template import RequestTemplate
@@ -38,16 +44,29 @@ from enrich.run.other_ledgers import (
     overlap_notes,
     refusal_to_pay_again,
 )
-from enrich.run.plan import Plan, build_plan, format_plan
+from enrich.run.plan import DECISION_REASONS, Plan, build_plan, format_plan
 from enrich.run.plan_file import SavedPlan, gather_plan_inputs, write_plan
 from enrich.run.preflight import Preflight, preflight, read_binding, with_client
 from enrich.run.startup import make_step_rows
+from enrich.run.step_batch import StepBatch
 from enrich.run.step_input import StepInput, begin_steps
-from enrich.run.step_plan import StepsPlan, format_steps_plan, plan_steps
+from enrich.run.step_plan import StepDecisions, StepsPlan, decide_steps, format_steps_plan, plan_steps
 from enrich.run.step_rows import StepRows
 
 #: How the note begins that says why a run would not start.
 _REFUSED = "a run would be refused"
+#: Size of the first run that the plan suggests, and of the sample for an estimate.
+SUGGESTED_LIMIT, SUGGESTED_SAMPLE = 10, 20
+#: The columns that `--rows` adds to the input's.
+PLAN_COLUMNS = {
+    "plan_decision": pl.String(),
+    "plan_why": pl.String(),
+    "plan_same_as_row": pl.Int64(),
+    "plan_answered_at": pl.String(),
+    "plan_age_days": pl.Float64(),
+}
+#: The last column of a file of `--rows`: of a job without steps, and with steps.
+_LAST_COLUMN = re.compile(r"plan_age_days|plan_[a-z][a-z0-9_]*_why")
 
 
 @click.command()
@@ -137,10 +156,6 @@ def plan_with_access(
     return planned, f"{plan_file} is the plan of a real run. The plan of the sandbox is in {written}"
 
 
-#: Size of the first run that the plan suggests, and of the sample for an estimate.
-SUGGESTED_LIMIT, SUGGESTED_SAMPLE = 10, 20
-
-
 def make_plan(
     job: Job, access: ApiAccess, run_options: RunOptions, rows_file: Path | None = None, *, is_saved: bool = True
 ) -> tuple[Plan | StepsPlan, SavedPlan | None]:
@@ -176,7 +191,7 @@ def make_plan(
         else:
             read = _read_input(job_input, preflight_result.template, ledger, selections[0])
             if rows_file is not None:
-                write_rows(rows_file, job_input, ledger, preflight_result.template, now_ms)
+                _write_rows(rows_file, job_input, ledger, preflight_result.template, now_ms)
             plan = build_plan(job, preflight_result, ledger, read, budgets[0].cap)
             requests = [plan.to_submit]
         saved_plan = None
@@ -230,7 +245,7 @@ def _plan_steps(
     selections = [replace(selection, limit=None, sample=None) for selection in selections]
     plan = plan_steps(rows, rows.ledger, preflight_result, selections)
     if rows_file is not None:
-        write_step_rows(rows_file, rows, selections)
+        _write_step_rows(rows_file, rows, selections)
     return plan
 
 
@@ -244,7 +259,7 @@ def _prepare_rows_file(job: Job, rows_file: Path | None) -> Path | None:
     if is_written_by_run(job, rows_file):
         raise JobError(f"{rows_file}: the rows would replace a file that a run has written", "choose another name")
     prepare_file(rows_file, job.input_path, job.temporary_name, "plan")
-    check_replaceable(rows_file)
+    _check_replaceable(rows_file)
     return rows_file
 
 
@@ -279,3 +294,104 @@ def _other_ledger_notes(
     if overlap is not None:
         error = refusal_to_pay_again(job, overlap)
         yield from (overlap_notes(overlap) if error is None else (f"{_REFUSED}: {error.message}; {error.hint}",))
+
+
+def _check_replaceable(path: Path) -> None:
+    """Raise JobError if a file exists, has content, and was not written by `--rows`."""
+    columns: Sequence[str] = ()
+    with suppress(CommandRefused, OSError, ValidationError):
+        if not path.exists() or not path.stat().st_size:
+            return
+        columns = list(InputTable(path, Input(path=str(path))).schema)
+    if not _LAST_COLUMN.fullmatch("".join(columns[-1:])):
+        raise JobError(
+            f"{path}: this file exists and was not written by `plan --rows`", "choose another name, or remove the file"
+        )
+
+
+def _write_rows(target: Path, job_input: JobInput, ledger: Database, template: RequestTemplate, now_ms: int) -> None:
+    """Write the input with each row's decision. The time is in ms (UTC)."""
+    job = job_input.job
+    filters = [name for name in ("where", "only_if_empty") if getattr(job.model, name)]
+    filtered_reason = f"filtered by {' or '.join(filters)}"
+
+    def frames() -> Iterator[pl.DataFrame]:
+        for batch in job_input.batches(template):
+            decisions = {decided.position: decided for decided in enroll.row_decisions(ledger, batch.requests())}
+            if len(decisions) != batch.statuses.count(None):
+                raise CommandRefused(f"{job.input_path}: the input changed while it was read", "run the command again")
+            cells = [
+                _decision_cells(decisions[position], now_ms)
+                if status is None
+                else [Decision(status.value), error or filtered_reason, None, None, None]
+                for position, (status, error) in enumerate(
+                    zip(batch.statuses, batch.errors, strict=True), batch.first_position
+                )
+            ]
+            frame = batch.frame.drop(list(PLAN_COLUMNS), strict=False)  # those of an earlier plan
+            yield frame.hstack(pl.DataFrame(cells, PLAN_COLUMNS, orient="row"))
+
+    _write(target, job_input, frames(), PLAN_COLUMNS)
+
+
+def _write_step_rows(target: Path, rows: StepRows, selections: Sequence[RequestSelection]) -> None:
+    """Write the input with each row's decision in every step."""
+    columns = [(f"plan_{step.job.step}_decision", f"plan_{step.job.step}_why") for step in rows.steps]
+    added = {name: pl.String() for names in columns for name in names}
+
+    def frames() -> Iterator[pl.DataFrame]:
+        step_results.begin_plan(rows.ledger)
+        for table in rows.step_tables():
+            frame = table.frame.drop(list(added), strict=False)  # those of an earlier plan
+            for number, made in enumerate(decide_steps(rows, table, selections)):
+                cells = list(_step_cells(rows, number, table.steps[number][0], made))
+                frame = frame.hstack(pl.DataFrame(cells, dict.fromkeys(columns[number], pl.String), orient="row"))
+            yield frame
+
+    _write(target, rows.job_input, frames(), added)
+
+
+def _step_cells(
+    rows: StepRows, number: int, step_batch: StepBatch, made: StepDecisions
+) -> Iterator[tuple[Decision, str]]:
+    step = rows.steps[number]
+    known = [
+        name if decision in (*DECISIONS_TO_SEND, Decision.POSSIBLE) and not changes else None
+        for name, decision, changes in zip(made.fingerprints, made.decisions, made.may_change, strict=True)
+    ]
+    first_rows = step_results.add_planned(rows.ledger, step.job.step, filter(None, known))
+    depends_on = ", ".join(rows.steps[earlier].job.step for earlier in sorted(step.depends_on))
+    models = (rows.job_input.job.model, step.job.model)
+    filters = [name for name in ("where", "only_if_empty") if any(getattr(model, name) for model in models)]
+    for row, decision in enumerate(made.decisions):
+        name = known[row]
+        if name is not None and name not in first_rows:
+            yield Decision.DUPLICATE, f"{DECISION_REASONS[Decision.DUPLICATE]}: {decision.value}"
+            continue
+        first_rows.discard(name or b"")
+        reason = DECISION_REASONS.get(decision, f"sent if the results of {depends_on} require it")
+        if decision in (Decision.INVALID, Decision.FILTERED):
+            why = step_batch.batch.errors[row] or step_batch.built.errors[row]
+            reason = why or f"filtered by {' or '.join(filters)}"
+        elif decision is Decision.OVER_LIMIT:
+            reason = "over --limit or --sample"
+        yield decision, reason
+
+
+def _write(
+    target: Path, job_input: JobInput, frames: Iterator[pl.DataFrame], columns: Mapping[str, pl.DataType]
+) -> None:
+    schema = {name: kind for name, kind in job_input.schema.items() if name not in columns} | dict(columns)
+    output, job = Output(path=str(target)), job_input.job.temporary_name
+    write_file(target, output, job=job, schema=schema, frames=frames, new_columns=len(columns), kind="plan")
+
+
+def _decision_cells(row_decision: RowDecision, now_ms: int) -> list[object]:
+    answered_at, age_days, settled_ms = None, None, row_decision.settled_ms
+    has_answer = row_decision.decision in (Decision.FOUND, Decision.NOT_FOUND, Decision.REFRESH)
+    if has_answer and settled_ms is not None:
+        answered_at, age_days = iso_time(settled_ms), round((now_ms - settled_ms) / 86_400_000, 2)
+    if row_decision.first_position == row_decision.position:
+        return [row_decision.decision, DECISION_REASONS[row_decision.decision], None, answered_at, age_days]
+    reason = f"{DECISION_REASONS[Decision.DUPLICATE]}: {row_decision.decision.value}"
+    return [Decision.DUPLICATE, reason, row_decision.first_position + 1, answered_at, age_days]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from datetime import datetime
 
-from enrich.models import format_credits
+from enrich.models import STATUS_WORDS, format_credits
 
 DASH = "\N{EN DASH}"
 NO_BREAK_SPACE = "\N{NO-BREAK SPACE}"
@@ -15,7 +15,7 @@ HOUR_S = 3600.0
 #: The last two code points of each Unicode plane end in FFFE and FFFF; they are noncharacters.
 LAST_OF_PLANE = 0xFFFE
 #: Words of the page for states and row statuses; the others are their own.
-STATUS_LABELS = {"found": "match", "not_found": "no match", "in_doubt": "unconfirmed", "invalid": "skipped"}
+STATUS_LABELS = {**STATUS_WORDS, "found": "match"}
 #: From this amount on, charts show whole credits.
 LARGE_CREDITS = 10_000
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from enrich.commands.init.column_kinds import COLUMN_KINDS
-from enrich.commands.init.column_matching import (
+from enrich.commands.init_columns import (
+    COLUMN_KINDS,
     Column,
     ColumnMatch,
     count_matched_params,

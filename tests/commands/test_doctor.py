@@ -264,7 +264,7 @@ def test_last_run_stopped_by_cap(ready_workspace: Workspace, api: SandboxApi) ->
 def test_ledger_on_network_file_system(ready_workspace: Workspace, api: SandboxApi) -> None:
     """Reports a ledger on a network file system, whose locks are unreliable."""
     mounts = f"1 0 0:1 / / rw - ext4 x rw\n2 1 0:2 / {os.path.realpath(ready_workspace.folder)} rw - nfs4 nas:/x rw\n"
-    with patch("enrich.commands.doctor.system.read_mountinfo", lambda: mounts):
+    with patch("enrich.commands.doctor_checks.read_mountinfo", lambda: mounts):
         result = run_doctor(ready_workspace, api)
     assert result.exit_code == 0
     assert "network file system (nfs4)" in findings_with_mark(result, "warn")["ledger"]

@@ -11,14 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from enrich.commands.doctor import checks
-from enrich.commands.doctor.checks import Finding, format_findings
-from enrich.commands.doctor.system import (
+from enrich.commands import doctor_checks as checks
+from enrich.commands.cron import parse_env_lines
+from enrich.commands.doctor_checks import (
+    Finding,
     file_name_encoding,
     file_system_type,
+    format_findings,
     is_accessible_by_others,
     is_network_file_system,
-    parse_env_lines,
     startup_error,
 )
 from enrich.ledger.records import ExecutionRow

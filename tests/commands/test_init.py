@@ -14,9 +14,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from enrich.commands.init.column_matching import describe_column
-from enrich.commands.init.sample import Sample, take_sample
-from enrich.commands.init.template import JobDraft, render_job_file, yaml_scalar
+from enrich.commands.init import take_sample
+from enrich.commands.init_columns import describe_column
+from enrich.commands.init_template import JobDraft, Sample, render_job_file, yaml_scalar
 from enrich.databar.description import DOCUMENTED_WATERFALLS
 from enrich.files.text import TableFile
 from enrich.job.job import load_job

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from enrich.commands.runs import format_runs, read_runs
+from enrich.commands.status import format_runs, read_runs
 from enrich.job.job import load_job
 from enrich.ledger import records
 from enrich.ledger.database import Database

@@ -15,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from enrich.commands.run_view import RunStatus, RunView, format_headline, format_view, format_view_line
 from enrich.commands.status import read_status
 from enrich.commands.status_watch import (
     ENTER_SCREEN,
@@ -23,8 +22,13 @@ from enrich.commands.status_watch import (
     NO_HEARTBEAT_TEXT,
     WAITING_TEXT,
     LineDisplay,
+    RunStatus,
+    RunView,
     RunWatcher,
     TerminalDisplay,
+    format_headline,
+    format_view,
+    format_view_line,
     watch_job,
 )
 from enrich.databar.clock import SystemClock

@@ -16,9 +16,16 @@ from typing import Any
 
 import pytest
 
-from enrich.commands.run_view import RunStatus, format_headline
 from enrich.commands.status import read_status
-from enrich.commands.status_watch import ENTER_SCREEN, LEAVE_SCREEN, WAITING_TEXT, RunWatcher, watch_job
+from enrich.commands.status_watch import (
+    ENTER_SCREEN,
+    LEAVE_SCREEN,
+    WAITING_TEXT,
+    RunStatus,
+    RunWatcher,
+    format_headline,
+    watch_job,
+)
 from enrich.job.job import load_job
 from enrich.monitoring import log_file
 from tests.support.request_recorder import log_lines

@@ -8,22 +8,36 @@ from collections.abc import Iterator, Sequence
 import yaml
 from msgspec import Struct
 
-from enrich.commands.init.column_matching import (
+from enrich.commands.init_columns import (
+    Column,
     ColumnMatch,
     existing_result_columns,
     match_columns,
     result_column_names,
     unmatched_reason,
 )
-from enrich.commands.init.sample import Sample
 from enrich.databar.description import Description, Enrichment, Param, Waterfall
 from enrich.errors import printable
+from enrich.files.text import TableFile
 from enrich.job.target import UNFILLED_COLUMN
 from enrich.models import pluralize
 from enrich.rows.batches import STATUS_COLUMNS
 
 #: The cap of a new job whose price has no limit.
 REQUIRED_CREDITS = 100
+
+
+class Sample(Struct, frozen=True):
+    """The format of a table, and its columns as seen in the first `rows` rows."""
+
+    format: TableFile
+    columns: list[Column]
+    rows: int
+
+    @property
+    def header(self) -> list[str]:
+        """The column names."""
+        return [column.name for column in self.columns]
 
 
 class JobDraft(Struct, frozen=True):

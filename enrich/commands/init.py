@@ -2,27 +2,103 @@
 
 from __future__ import annotations
 
+import codecs
+import gzip
 import json
 import os
 import shlex
+import zlib
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 import click
+import polars as pl
 
 from enrich.commands import options
-from enrich.commands.init.column_matching import count_matched_params
-from enrich.commands.init.sample import Sample, take_sample
-from enrich.commands.init.template import JobDraft, render_job_file
+from enrich.commands.init_columns import count_matched_params, describe_column, is_usual_header
+from enrich.commands.init_template import JobDraft, Sample, render_job_file
 from enrich.commands.waterfalls import list_descriptions, read_description
 from enrich.databar.description import DOCUMENTED_ON, DOCUMENTED_WATERFALLS, Description
 from enrich.errors import ApiKeyRejected, ApiUnreachable, CommandRefused, JobError, suggest_name
+from enrich.files.csv_format import SEPARATORS, read_batches, read_header
+from enrich.files.reader import InputTable
+from enrich.files.text import NO_HEADER, NO_HEADER_HINT, FileProblem, TableFile, byte_order_encoding, looks_like_cell
+from enrich.files.values import text_frame
 from enrich.job.bounded_read import read_text
 from enrich.job.field_types import is_text_encoding
 from enrich.job.locations import format_of
-from enrich.job.spec import json_schema
+from enrich.job.spec import Input, json_schema
 from enrich.job.target import Target, TargetKind
+
+SAMPLE_ROWS = 1_000
+#: With this many usual names a first line is a header.
+_USUAL_HEADERS = 2
+_CHUNK_BYTES = 1 << 20
+#: The bytes that cp1252 lacks. Texts of other languages than those of Western Europe have some of them.
+_NOT_CP1252 = frozenset(b"\x81\x8d\x8f\x90\x9d")
+
+
+def take_sample(path: Path, encoding: str | None = None, sheet: str | None = None) -> Sample:
+    """Detect separator and encoding (None), and read the first rows. Raises CommandRefused if that fails."""
+    if (kind := format_of(path.name)) not in ("csv", None):
+        source = InputTable(path, Input(path=str(path), sheet=sheet))
+        frame = next(source.batches(), None)
+        return _make_sample(TableFile(path, format=kind, sheet=sheet), list(source.schema), frame)
+    encoding = encoding or _detect_encoding(path)
+    attempts = [_try_format(TableFile(path, separator, encoding)) for separator in SEPARATORS]
+    # With the right separator the rows have as many cells as the header, and more than with any other separator.
+    readable = [sample for sample in attempts if isinstance(sample, Sample)]
+    best = max(readable, key=lambda sample: len(sample.columns), default=None)
+    if best is None or (len(best.columns) == 1 and len(readable) < len(SEPARATORS)):
+        raise next(problem for problem in attempts if isinstance(problem, FileProblem))
+    return best
+
+
+def _try_format(source: TableFile) -> Sample | FileProblem:
+    try:
+        header = read_header(source)
+        frame = next(read_batches(source, SAMPLE_ROWS), None)
+    except FileProblem as problem:
+        return problem
+    return _make_sample(source, header, frame)
+
+
+def _make_sample(source: TableFile, header: list[str], frame: pl.DataFrame | None) -> Sample:
+    # Exports have names such as `ACCOUNT.NAME`, which may also be a domain.
+    if any(map(looks_like_cell, header)) and sum(map(is_usual_header, header)) < _USUAL_HEADERS:
+        raise CommandRefused(f"{source}: the first line {NO_HEADER}", NO_HEADER_HINT)
+    rows = None if frame is None else text_frame(frame.head(SAMPLE_ROWS))
+    columns = [describe_column(name, [] if rows is None else rows.get_column(name).to_list()) for name in header]
+    return Sample(source, columns, 0 if rows is None else rows.height)
+
+
+def _detect_encoding(path: Path) -> str:
+    """Return the encoding of the byte order mark if there is one, UTF-8 if the whole file is valid, else cp1252.
+
+    A UTF-8 mark counts only if the file is valid. Raises CommandRefused if the file is none of them.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        if not path.is_file():
+            return "utf-8"
+        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as raw:
+            beginning = raw.read(4)
+            marked = byte_order_encoding(beginning)
+            if marked not in (None, "utf-8"):
+                return marked
+            decoder.decode(beginning)
+            while chunk := raw.read(_CHUNK_BYTES):
+                decoder.decode(chunk)
+            decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        if not _NOT_CP1252.isdisjoint(error.object):
+            hint = "name the encoding that it was saved in, such as `--encoding cp932`"
+            raise CommandRefused(f"{path} is not UTF-8 or cp1252 text", hint) from None
+        return "cp1252"
+    except (OSError, EOFError, zlib.error):
+        return "utf-8"  # reading the table reports the error
+    return "utf-8-sig" if marked else "utf-8"
 
 
 def draft_job(sample: Sample, description: Description, source: str, target: Path | None) -> str:

@@ -1,7 +1,11 @@
-"""The checks of `enrich doctor`: pure functions that turn facts about a job into findings."""
+"""The checks of `enrich doctor`: facts about the machine, and pure functions that turn facts into findings."""
 
 from __future__ import annotations
 
+import re
+import stat
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
@@ -206,3 +210,79 @@ def next_run_time(now: datetime, hour: int, minute: int) -> datetime:
     today = clock.replace(hour=hour, minute=minute, second=0, microsecond=0)
     # Only then in the time zone, whose offset may change in the night.
     return (today if today > clock else today + timedelta(days=1)).astimezone()
+
+
+#: Network file systems, by their names in Linux. SQLite's locks are not safe on them.
+_NETWORK = re.compile(r"nfs\d?|cifs|smb\w*|ncpfs|afs|9p|ceph|glusterfs|lustre|beegfs|gpfs|davfs|fuse\..*")
+#: FUSE file systems whose data is on this machine.
+_LOCAL_FUSE = frozenset(
+    {"fuse.lxcfs", "fuse.portal", "fuse.gvfsd-fuse", "fuse.bindfs", "fuse.mergerfs", "fuse.ntfs-3g"}
+)
+_OCTAL_ESCAPE = re.compile(r"\\([0-7]{3})")
+#: A program that is started must finish within this time (seconds).
+_START_TIMEOUT_S = 30.0
+
+
+def file_system_type(mountinfo: str, path: Path) -> str | None:
+    """Return the type of the file system of a path (absolute, no links) from the text of /proc/self/mountinfo.
+
+    A line is `36 35 98:0 /root /mount/point rw,noatime - ext4 /dev/sda1 rw`, see proc(5). A later mount covers an
+    earlier one at the same mount point. None if the text does not contain it.
+    """
+    found: tuple[int, str] | None = None
+    for line in mountinfo.splitlines():
+        before, dash, after = line.partition(" - ")
+        fields, kind = before.split(" "), after.split(" ")[0]
+        if not dash or len(fields) < 5 or not kind:  # noqa: PLR2004 - the mount point is the fifth
+            continue
+        point = Path(_OCTAL_ESCAPE.sub(lambda code: chr(int(code[1], 8)), fields[4]))
+        if point in (path, *path.parents) and (found is None or len(point.parts) >= found[0]):
+            found = len(point.parts), kind
+    return None if found is None else found[1]
+
+
+def is_network_file_system(kind: str | None) -> bool:
+    """Whether this is the type of a network file system."""
+    return kind is not None and kind not in _LOCAL_FUSE and _NETWORK.fullmatch(kind) is not None
+
+
+def read_mountinfo() -> str:
+    """Return the text of /proc/self/mountinfo, "" on a system without it."""
+    try:
+        return Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def is_accessible_by_others(path: Path) -> bool:
+    """Whether the group or others have any permission on a file."""
+    return bool(path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO))
+
+
+def startup_error(command: Sequence[str], environ: Mapping[str, str]) -> str | None:
+    """Start the program as cron would. Return the error, None if it starts."""
+    try:
+        result = _run_program([*command, "--version"], {**environ, "PYTHONDONTWRITEBYTECODE": "1"})
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    if result.returncode:
+        return " ".join(result.stderr.decode(errors="replace").split())[-200:] or f"exit {result.returncode}"
+    return None
+
+
+def file_name_encoding(environ: Mapping[str, str]) -> str:
+    """Return the file name encoding of a Python process in this environment, "" if it does not start."""
+    script = "import sys; print(sys.getfilesystemencoding())"
+    return _run_program([sys.executable, "-c", script], environ).stdout.decode(errors="replace").strip()
+
+
+def _run_program(command: Sequence[str], environ: Mapping[str, str]) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(  # noqa: S603 - our own program or interpreter
+        command,
+        env=environ,
+        cwd="/",
+        capture_output=True,
+        timeout=_START_TIMEOUT_S,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )

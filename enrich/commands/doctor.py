@@ -1,4 +1,4 @@
-"""`enrich doctor`: checks that the next cron run of a job will work. Collects the facts for `checks`. Read-only."""
+"""`enrich doctor`: checks that the next cron run of a job will work. Read-only."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import click
 from msgspec import Struct
 from msgspec.structs import replace
 
+from enrich.commands import doctor_checks as checks
 from enrich.commands import options
 from enrich.commands.check import check_job, check_summary
 from enrich.commands.check_target import CheckResult
-from enrich.commands.doctor import checks, system
-from enrich.commands.doctor.checks import Finding, error_finding, next_run_time
+from enrich.commands.cron import cron_environment, enrich_command, make_cron_environ
+from enrich.commands.doctor_checks import Finding, error_finding, next_run_time
 from enrich.commands.paths import files_read, files_written, local_input_files, nearest_existing
 from enrich.databar.credentials import NO_KEY_HINT, ApiAccess, find_base_url, find_key
 from enrich.databar.network import find_proxy, load_certificates
@@ -137,12 +138,12 @@ def _key_file_findings(environ: Mapping[str, str], home: Path) -> Iterator[Findi
     path = Path(environ.get("DATABAR_API_KEY_FILE", "").strip() or home / ".databar" / "config")
     if not path.is_absolute():
         yield Finding("warn", "key", f"{path} is a relative path, and cron starts in {home}", "use the absolute path")
-    if system.is_accessible_by_others(path):
+    if checks.is_accessible_by_others(path):
         yield Finding("warn", "key", f"{path}: other users can read the key", f"chmod 600 {path}")
 
 
 def _file_findings(job: Job, context: DoctorContext) -> Iterator[Finding]:
-    """Check the input's age, the output's names and the ledger's file system."""
+    """Check the input's age, the output's names and the ledger's file checks."""
     if ages := [path.stat().st_mtime for path in local_input_files(job) if os.access(path, os.R_OK)]:
         yield checks.check_input_age(max(ages), context.now.timestamp())
     reserved = {path: f"the {key}" if key in ("input", "ledger") else key for key, path in files_read(job).items()}
@@ -150,8 +151,8 @@ def _file_findings(job: Job, context: DoctorContext) -> Iterator[Finding]:
         yield checks.check_output_names(job.output_path, context.next_run, reserved)
         return
     yield checks.check_output_names(job.output_path, context.next_run, {**reserved, job.ledger: "the ledger"})
-    kind = system.file_system_type(system.read_mountinfo(), Path(os.path.realpath(job.ledger)))
-    if system.is_network_file_system(kind):
+    kind = checks.file_system_type(checks.read_mountinfo(), Path(os.path.realpath(job.ledger)))
+    if checks.is_network_file_system(kind):
         message = f"{job.ledger} is on a network file system ({kind}), where SQLite locks are not reliable"
         yield Finding("warn", "ledger", message, "keep the ledger on a local disk: `ledger:` in the job file")
 
@@ -238,8 +239,8 @@ def _disk_findings(job: Job, context: DoctorContext, check: CheckResult) -> Iter
 
 def _program_findings(job: Job, context: DoctorContext) -> Iterator[Finding]:
     """Start the program as cron would, and check its encoding of file names."""
-    command = system.enrich_command()
-    problem = system.startup_error(command, context.cron_environ)
+    command = enrich_command()
+    problem = checks.startup_error(command, context.cron_environ)
     if problem:
         message = f"{command[0]} does not start with cron's environment: {problem}"
         yield Finding("fail", "program", message, "install it where cron's user can run it", ExitCode.REFUSED)
@@ -251,7 +252,7 @@ def _program_findings(job: Job, context: DoctorContext) -> Iterator[Finding]:
         return  # check_job has reported it
     if all(str(path).isascii() for path in paths):
         return
-    encoding = system.file_name_encoding(context.cron_environ)
+    encoding = checks.file_name_encoding(context.cron_environ)
     if encoding.replace("-", "").lower() != "utf8":
         message = f"file names are written in {encoding} under cron, and the job's paths are not ASCII"
         yield Finding(
@@ -296,11 +297,11 @@ def doctor(
     Uses cron's environment, without the variables of this shell. Free, changes nothing. The exit code is 0 if
     nothing fails, otherwise the one that the run would have.
     """
-    environ = system.make_cron_environ(given, env_file)
+    environ = make_cron_environ(given, env_file)
     now = datetime.now().astimezone()
     findings: list[Finding] = []
     with ExitStack() as stack:
-        shell = stack.enter_context(system.cron_environment(environ))
+        shell = stack.enter_context(cron_environment(environ))
         job: Job | None = None
         job_options = options.JobOptions(job_file, use_sandbox=use_sandbox)
         try:
