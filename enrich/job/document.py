@@ -25,7 +25,8 @@ _NUMBER_TAGS = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"}
 _MAX_NUMBER_LENGTH = 1_000
 _OCTAL_NUMBER = re.compile(r"-?0[0-9]+")
 #: Messages of PyYAML about an element that has begun earlier.
-_NOT_ENDED = ("could not find expected ':'", "found unexpected end of stream", "found unexpected document separator")
+_KEY_NOT_ENDED = "could not find expected ':'"
+_NOT_ENDED = (_KEY_NOT_ENDED, "found unexpected end of stream", "found unexpected document separator")
 #: NUL and lone surrogates: YAML can write them as escapes only, and no output can contain them.
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
@@ -111,7 +112,7 @@ class _Loader(yaml.SafeLoader):
 def _syntax_hint(problem: str, first_line: int) -> str | None:
     """Return what to do about an error of YAML, in an element that begins at `first_line`."""
     if problem.startswith(_NOT_ENDED):
-        return "put a colon and a blank after the key" if problem == _NOT_ENDED[0] else "close the quote"
+        return "put a colon and a blank after the key" if problem == _KEY_NOT_ENDED else "close the quote"
     if problem.startswith(("expected ',' or", "expected ':'")):
         return f"close the bracket of line {first_line}, and put commas between its items"
     if "escape" in problem:

@@ -6,9 +6,11 @@ import os
 import re
 from collections.abc import Collection, Iterable, Iterator
 from copy import copy
+from math import inf
 from pathlib import Path
 
 import polars as pl
+import yaml
 
 from enrich.errors import CommandRefused, EnrichError, closest_name
 from enrich.files.csv_format import likely_separator
@@ -150,7 +152,10 @@ class JobInput:
                     renamed = {
                         f"new_{each}" if each in self.columns else each: path for each, path in template.columns.items()
                     }
-                    other_name = f"name the new columns: `columns: {{{', '.join(map(': '.join, renamed.items()))}}}`"
+                    named = yaml.safe_dump(
+                        renamed, default_flow_style=True, sort_keys=False, allow_unicode=True, width=inf
+                    )
+                    other_name = f"name the new columns: `columns: {named.strip()}`"
                 raise job.error(
                     ["columns", name],
                     f"the input already has a column with this name ({self.job.input_path})",

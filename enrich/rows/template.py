@@ -46,7 +46,7 @@ class RequestTemplate(Struct, frozen=True):
 
 
 def template_of_unknown_target(job: Job) -> RequestTemplate:
-    """Return the template of a target that the API has not described yet: its required params are the documented."""
+    """Return the template of a target that the API has not described yet, with its documented required params."""
     documented = DOCUMENTED_WATERFALLS.get(job.model.waterfall or "")
     required = () if documented is None else tuple(param.name for param in documented.input_params)
     return RequestTemplate(job.model.target, required, (), job.model.columns or {}, None)

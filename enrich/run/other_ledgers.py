@@ -113,8 +113,8 @@ async def find_output_of_other_ledger(
 
 def _ledger_with_tasks(job: Job, output: Location | None, tasks: list[str]) -> Path | None:
     """Find the ledger file that has some of these tasks, near the job or its output."""
-    beside = find_ledger_files(output.parent / ".enrich") if isinstance(output, Path) else []
-    for ledger in (path for path in (*_real_ledgers(job), *beside) if isinstance(path, Path)):
+    near_output = find_ledger_files(output.parent / ".enrich") if isinstance(output, Path) else []
+    for ledger in (path for path in (*_real_ledgers(job), *near_output) if isinstance(path, Path)):
         unknown = try_read(ledger, lambda db: transitions.unknown_task_ids(db, tasks))
         if unknown is not None and len(unknown) < len(tasks):
             return ledger

@@ -377,6 +377,18 @@ def test_default_column_clash(tmp_path: Path) -> None:
     renamed.check_new_columns(replace(template, columns=renamed.job.model.columns or {}))
 
 
+def test_default_column_clash_with_signs_of_yaml(tmp_path: Path) -> None:
+    """Names of the API that are no plain text in YAML are quoted in the hint."""
+    rows = open_rows(tmp_path, "params: {a: A}\n", ["A", "email"])
+    names = ("email", "revenue: last, in {USD}", "yes", "#rank")
+    with pytest.raises(JobError) as caught:
+        rows.check_new_columns(RequestTemplate(CALL, (), (), dict(zip(names, names, strict=True)), None))
+    addition = str(caught.value.hint).split("`")[1]
+
+    renamed = open_rows(tmp_path, f"params: {{a: A}}\n{addition}\n", ["A", "email"])
+    assert renamed.job.model.columns == {"new_email": "email", **{name: name for name in names[1:]}}
+
+
 def test_status_columns_are_replaced(tmp_path: Path) -> None:
     """In an output used as input the status columns are not added twice, and can be read."""
     header = ["enrich_status", "A", "enrich_credits", "enrich_at"]
