@@ -1,287 +1,398 @@
-"""Bar charts and the waterfall chart."""
+"""Charts as inline SVG with the page's colors: what all of them share, and those over time and of latencies.
+
+A chart is drawn once for each screen size, because scaled text would become unreadable; the CSS shows one of them. All
+lengths are set explicitly, so the result does not depend on the fonts of the machine that draws.
+"""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from enum import StrEnum
+from itertools import accumulate, pairwise
+from typing import Any
 
-import altair as alt
+import vl_convert
+from markupsafe import Markup
 from msgspec import Struct
 
-from enrich.models import pluralize
-from enrich.report import drawing
-from enrich.report.data import AnswerAge, HitCounts, ReportedProvider, ReportedWaterfall
-from enrich.report.drawing import FULL, HALF, MEDIUM, NAME_PX, NARROW, ChartColor, ChartFrame, RenderedChart, ScreenSize
-from enrich.report.formatting import (
-    BLANK_LABEL,
-    LARGE_CREDITS,
-    clean_text,
-    fit_text,
-    format_amount,
-    format_count,
-    format_share,
-    format_status,
-    text_width,
+from enrich.report.data import LatencyHistogram, ReportedRun, Traffic
+from enrich.report.formatting import HOUR_S, LARGE_CREDITS, MINUTE_S, NO_BREAK_SPACE, format_day, format_seconds
+
+NAME_PX = 13
+TEXT_PX = 12
+#: Pixels for the numbers of an axis on the left.
+LEFT_MARGIN = 46.0
+
+
+class ChartColor(StrEnum):
+    """Placeholder colors, replaced by the page's CSS variables `--ink-…` (light, dark and print)."""
+
+    TEXT = "#fe0001"
+    MUTED = "#fe0002"
+    RULE = "#fe0003"
+    FOUND = "#fe0004"
+    PASSED = "#fe0005"
+    NO_MATCH = "#fe0006"
+    TRACK = "#fe0007"
+    FAILED = "#fe0008"
+
+
+class ScreenSize(Struct, frozen=True):
+    """A chart's width in pixels, and the CSS class of the screens it is for."""
+
+    name: str
+    width: int
+
+
+NARROW = ScreenSize("narrow", 350)
+#: Half of the page: all charts but the waterfall.
+HALF = ScreenSize("wide", 470)
+MEDIUM = ScreenSize("medium", 740)
+FULL = ScreenSize("wide", 980)
+
+
+class RenderedChart(Struct, frozen=True):
+    """A chart in all its sizes; `height` in pixels is that of the first size, the narrow one."""
+
+    svg: Markup
+    height: float
+
+
+#: A part of a specification of Vega-Lite: a layer, an axis, a channel.
+Spec = dict[str, Any]
+#: The values that one mark is drawn from.
+ChartRow = Mapping[str, Any]
+
+_COLOR = re.compile(r'"(#fe000[1-8])"')
+_LONG_NUMBER = re.compile(r"(?<![#\w])-?\d+\.\d{3,}")
+_TAG = re.compile(r"<[^>]*>")
+_NOISE = re.compile(
+    r'<path class="(?:background|foreground)"[^>]*/>| (?:pointer-events|aria-hidden|role|class|aria-roledescription|'
+    r'xmlns|xmlns:xlink|version|font-family)="[^"]*"| opacity="1"'
 )
-
-#: More bars than this are unreadable; the table lists all rows.
-MAX_BARS = 20
-
-
-class BarRow(Struct, frozen=True):
-    """A row of a bar chart: `parts` are drawn end to end, `text` summarizes them, `track` is their possible maximum."""
-
-    name: str
-    parts: Sequence[tuple[float, ChartColor]]
-    text: str
-    track: float = 0.0
-
-
-def draw_bars(rows: Sequence[BarRow], label: str) -> RenderedChart:
-    """Draw bars with the name on the left and the text on the right; at most MAX_BARS."""
-    shown = rows[:MAX_BARS]
-    longest = max(max(row.track, sum(value for value, _ in row.parts)) for row in shown)
-
-    def draw_at_size(size: ScreenSize) -> tuple[drawing.AltairChart, ChartFrame]:
-        row_height, bar = 26.0, 14.0
-        text = max(text_width(row.text, drawing.TEXT_PX) for row in shown) + 10
-        names = min(max(text_width(clean_text(row.name), NAME_PX) for row in shown) + 12, size.width * 0.36)
-        frame = ChartFrame(
-            size, row_height * len(shown) + 4, left=names, right=min(text, size.width * 0.48), top=2, bottom=2
-        )
-        domain = (0.0, longest)
-        middles = [row_height * (index + 0.5) for index in range(len(shown))]
-        tops = [middle - bar / 2 for middle in middles]
-        spans: dict[ChartColor, list[dict[str, float]]] = {}
-        for row, top in zip(shown, tops, strict=True):
-            ends = list(itertools.accumulate((value for value, _ in row.parts), initial=0.0))
-            spans_of_row = [(0.0, row.track, ChartColor.TRACK)] if row.track else []
-            spans_of_row += [
-                (start, end, color) for start, end, (_, color) in zip(ends, ends[1:], row.parts, strict=False)
-            ]
-            for start, end, color in spans_of_row:
-                spans.setdefault(color, []).append({"x": start, "x2": end, "y": top, "y2": top + bar})
-        names_before = [
-            {"px": -names, "py": middle, "text": fit_text(clean_text(row.name), names - 8, NAME_PX)}
-            for row, middle in zip(shown, middles, strict=True)
-        ]
-        texts_after = [
-            {"px": frame.inner_width + 8, "py": middle, "text": row.text}
-            for row, middle in zip(shown, middles, strict=True)
-        ]
-        chart = alt.layer(
-            *(drawing.rect_marks(bars, domain, None, color) for color, bars in spans.items()),
-            drawing.text_marks(names_before, ChartColor.TEXT, fontSize=NAME_PX),
-            drawing.text_marks(texts_after, ChartColor.MUTED),
-        )
-        return chart, frame
-
-    return drawing.render_chart((NARROW, HALF), draw_at_size, label)
+_SVG = re.compile(r'<svg width="(\d+)" height="(\d+)" viewBox="[^"]*">')
+_CONFIG: Spec = {
+    "view": {"stroke": None},
+    "axis": {
+        **dict.fromkeys(("labelFontSize", "titleFontSize"), TEXT_PX),
+        **dict.fromkeys(("labelColor", "titleColor"), ChartColor.MUTED),
+        **dict.fromkeys(("gridColor", "domainColor", "tickColor"), ChartColor.RULE),
+        **dict.fromkeys(("domain", "ticks"), False),
+        "titleFontWeight": "normal",
+        "labelPadding": 6,
+        "titlePadding": 8,
+    },
+    "axisLeft": {
+        "titleAngle": 0,
+        "titleAlign": "left",
+        "titleBaseline": "bottom",
+        "titleX": -LEFT_MARGIN,
+        "titleY": -13,
+    },
+}
 
 
-def status_chart(counts: Sequence[tuple[str, int]], label: str) -> RenderedChart:
-    """Draw the number of rows by status."""
-    whole = sum(count for _, count in counts)
-    colors = {"found": ChartColor.FOUND, "not_found": ChartColor.NO_MATCH, "failed": ChartColor.FAILED}
-    colors |= {"expired": ChartColor.FAILED, "in_doubt": ChartColor.FAILED}
-    rows = [
-        BarRow(
-            format_status(status),
-            [(count, colors.get(status, ChartColor.PASSED))],
-            f"{format_count(count)} · {format_share(count, whole)}",
-        )
-        for status, count in counts
-    ]
-    return draw_bars(rows, label)
+class ChartFrame(Struct, frozen=True):
+    """Margins around the marks of a chart, and its total height, in pixels."""
+
+    size: ScreenSize
+    height: float
+    left: float = 0
+    right: float = 0
+    top: float = 0
+    bottom: float = 0
+
+    @property
+    def inner_width(self) -> float:
+        """Width for the marks, without margins."""
+        return self.size.width - self.left - self.right
+
+    @property
+    def inner_height(self) -> float:
+        """Height for the marks, without margins."""
+        return self.height - self.top - self.bottom
 
 
-def hit_rate_chart(hits: Sequence[HitCounts], label: str) -> RenderedChart:
-    """Draw match rates, each on a track that stands for all answered rows."""
-    rows = [
-        BarRow(
-            clean_text(each.name, BLANK_LABEL),
-            [(each.found / each.answered, ChartColor.FOUND)] if each.answered else [],
-            f"{format_share(each.found, each.answered)} of {format_count(each.answered)}",
-            track=1.0,
-        )
-        for each in hits
-    ]
-    return draw_bars(rows, label)
+#: The layers of a chart in one size, and their frame.
+Drawing = tuple[list[Spec], ChartFrame]
 
 
-def age_chart(answers: Sequence[AnswerAge], label: str) -> RenderedChart:
-    """Draw the answers by age, matches first."""
-    rows = [
-        BarRow(
-            clean_text(each.label),
-            [(each.found, ChartColor.FOUND), (each.not_found, ChartColor.NO_MATCH)],
-            f"{format_count(each.found)} + {format_count(each.not_found)}",
-        )
-        for each in answers
-        if each.found + each.not_found
-    ]
-    return draw_bars(rows, label)
-
-
-NO_MATCH_LABEL, FAILED_LABEL = "No match", "Failed"
-#: Number columns to the right of the bars, with their right edges in pixels.
-NUMBER_COLUMNS = {"requests": 72.0, "matches": 142.0, "match rate": 216.0, "credits": 296.0, "per match": 372.0}
-#: Smallest and largest width of the names in pixels.
-NAME_WIDTHS = (110.0, 230.0)
-
-
-class WaterfallStep(Struct, frozen=True):
-    """A row of the waterfall chart: `found` requests from `start`, then those passed on, `inferred` of them.
-
-    Rows without a provider are the requests with no match, and those that failed.
-    """
-
-    name: str
-    start: int
-    found: int
-    end: int
-    inferred: int = 0
-    provider: ReportedProvider | None = None
-    color: ChartColor = ChartColor.PASSED
-
-
-def waterfall_steps(waterfall: ReportedWaterfall) -> list[WaterfallStep]:
-    """Start the bar of each provider where the matches of the previous ones end."""
-    result: list[WaterfallStep] = []
-    start = 0
-    for each in waterfall.providers:
-        if each.verifies:
-            continue
-        end = start + max(each.reported + each.inferred, each.found)
-        inferred = min(each.inferred, end - start - each.found)
-        result.append(WaterfallStep(clean_text(each.name), start, each.found, end, inferred, each))
-        start += each.found
-    answered = waterfall.answered
-    result.append(WaterfallStep(NO_MATCH_LABEL, waterfall.found, 0, answered, color=ChartColor.NO_MATCH))
-    if waterfall.failed:
-        result.append(WaterfallStep(FAILED_LABEL, answered, 0, waterfall.answers, color=ChartColor.FAILED))
-    return result
-
-
-def waterfall_chart(
-    waterfall: ReportedWaterfall, label: str, sizes: Sequence[ScreenSize] = (NARROW, MEDIUM, FULL)
+def render_chart(
+    sizes: Sequence[ScreenSize], draw_at_size: Callable[[ScreenSize], Drawing], label: str
 ) -> RenderedChart:
-    """Draw the waterfall for narrow, medium and wide screens, or for other sizes."""
-    steps = waterfall_steps(waterfall)
-
-    def draw_at_size(size: ScreenSize) -> tuple[drawing.AltairChart, ChartFrame]:
-        return _wide_layout(steps, size) if size is FULL else _stacked_layout(steps, size)
-
-    return drawing.render_chart(sizes, draw_at_size, label)
+    """Draw a chart in each size; `label` is its text for screen readers."""
+    drawn = [draw_at_size(size) for size in sizes]
+    return RenderedChart(Markup("\n").join(_to_svg(*each, label) for each in drawn), drawn[0][1].height)
 
 
-def _wide_layout(steps: Sequence[WaterfallStep], size: ScreenSize) -> tuple[drawing.AltairChart, ChartFrame]:
-    """Draw names to the left of the bars and number columns to the right."""
-    pitch, bar = 36.0, 22.0
-    least, most = NAME_WIDTHS
-    room = min(most, max(least, *(text_width(step.name, NAME_PX) + 18 for step in steps)))
-    frame = ChartFrame(
-        size, 34 + pitch * len(steps) + 40, left=room, right=NUMBER_COLUMNS["per match"] + 4, top=34, bottom=40
-    )
-    middles = [pitch * (index + 0.5) for index in range(len(steps))]
-    names = [
-        {"px": -room, "py": middle, "text": fit_text(step.name, room - 14, NAME_PX)}
-        for step, middle in zip(steps, middles, strict=True)
-    ]
-    heads = [{"px": frame.inner_width + edge, "py": -12, "text": name} for name, edge in NUMBER_COLUMNS.items()]
-    numbers = [
-        {"px": frame.inner_width + edge, "py": middle, "text": text}
-        for step, middle in zip(steps, middles, strict=True)
-        for edge, text in zip(NUMBER_COLUMNS.values(), step_numbers(step), strict=True)
-    ]
-    tall = {"baseline": "middle", "fontSize": NAME_PX}
-    chart = alt.layer(
-        *_step_marks(steps, [middle - bar / 2 for middle in middles], bar, 6, joined=True),
-        drawing.text_marks(names, ChartColor.TEXT, fontWeight=600, **tall),
-        drawing.text_marks(heads, ChartColor.MUTED, align="right"),
-        drawing.text_marks(numbers, ChartColor.TEXT, align="right", **tall),
-    )
-    return chart, frame
+def _to_svg(layers: list[Spec], frame: ChartFrame, label: str) -> Markup:
+    spec = {
+        "layer": layers,
+        "width": frame.inner_width,
+        "height": frame.inner_height,
+        "padding": {"left": frame.left, "right": frame.right, "top": frame.top, "bottom": frame.bottom},
+        "autosize": "none",
+        "background": "transparent",
+        "config": _CONFIG,
+    }
+    drawn = _TAG.sub(lambda tag: _clean_tag(tag[0]), vl_convert.vegalite_to_svg(spec))
+    start_tag = Markup(
+        '<svg class="chart {0}" role="img" aria-label="{1}" viewBox="0 0 {2} {3}" width="{2}" height="{3}">'
+    ).format(frame.size.name, label, frame.size.width, round(frame.height))
+    return start_tag + Markup(_SVG.sub("", drawn, count=1))  # noqa: S704 - Vega escapes text
 
 
-def _stacked_layout(steps: Sequence[WaterfallStep], size: ScreenSize) -> tuple[drawing.AltairChart, ChartFrame]:
-    """Draw each bar below its text, because there is no room beside it."""
-    narrow = size is not MEDIUM
-    bar, gap = 16.0, 14.0
-    found, facts = [_found_text(step) for step in steps], [_facts_text(step) for step in steps]
-    right = found if narrow else [f"{a} · {b}" if b else a for a, b in zip(found, facts, strict=True)]
-    below = facts if narrow else [""] * len(steps)
-    heads = [42.0 if text else 24.0 for text in below]
-    tops = [sum(heads[:index]) + (bar + gap) * index for index in range(len(steps))]
-    frame = ChartFrame(size, sum(heads) + (bar + gap) * len(steps) + 36, left=1, right=1, bottom=44)
-    rooms = [size.width - text_width(text, drawing.TEXT_PX) - 12 for text in right]
-    names = [fit_text(step.name, room, NAME_PX) for step, room in zip(steps, rooms, strict=True)]
-    chart = alt.layer(
-        *_step_marks(steps, [top + head for top, head in zip(tops, heads, strict=True)], bar, 3 if narrow else 5),
-        drawing.text_marks(_text_rows(names, tops, 0, 12), ChartColor.TEXT, fontWeight=600, fontSize=NAME_PX),
-        drawing.text_marks(_text_rows(right, tops, frame.inner_width, 12), ChartColor.TEXT, align="right"),
-        drawing.text_marks(_text_rows(below, tops, 0, 30), ChartColor.MUTED),
-    )
-    return chart, frame
+def _clean_tag(tag: str) -> str:
+    """Remove attributes that only SVG editors need, shorten numbers, and insert the CSS colors."""
+    tag = _COLOR.sub(lambda color: f'"var(--ink-{ChartColor(color[1]).name.lower()})"', _NOISE.sub("", tag))
+    return _LONG_NUMBER.sub(lambda number: f"{float(number[0]):.1f}".removesuffix(".0"), tag)
 
 
-def _text_rows(written: Sequence[str], tops: Sequence[float], px: float, below: float) -> list[dict[str, float | str]]:
-    return [{"px": px, "py": top + below, "text": text} for text, top in zip(written, tops, strict=True) if text]
+def text_width(text: str, size: float) -> float:
+    """Estimate the width of a text in pixels for common fonts; it is more often too large than too small."""
+    return sum(map(_em_width, text)) * size
 
 
-def _step_marks(
-    steps: Sequence[WaterfallStep], tops: Sequence[float], bar: float, ticks: int, *, joined: bool = False
-) -> list[alt.Chart]:
-    """Draw the bars at these heights; `joined` connects them when no text is between them."""
-    domain = (0.0, float(max(1, *(step.end for step in steps))))
-    axis = drawing.make_axis("requests", ticks, orient="bottom", labelFlush=30, grid=joined)
-    spans = list(zip(steps, tops, strict=True))
-    rests: dict[ChartColor, list[dict[str, float]]] = {}
-    for step, top in spans:
-        rest = _bar_rect(step.start + step.found, step.end - step.inferred, top, bar)
-        rests.setdefault(step.color, []).append(rest)
-    inferred = [
-        _bar_rect(step.end - step.inferred, step.end, top + 0.5, bar - 1) for step, top in spans if step.inferred
-    ]
-    found = [_bar_rect(step.start, step.start + step.found, top, bar) for step, top in spans if step.found]
-    joints = [
-        {"x": below.start, "y": top + bar, "y2": end} for (_, top), (below, end) in itertools.pairwise(spans) if joined
+def fit_text(text: str, room: float, size: float) -> str:
+    """Shorten a text with an ellipsis until it fits into `room` pixels."""
+    if text_width(text, size) <= room:
+        return text
+    while text and text_width(f"{text}…", size) > room:
+        text = text[:-1]
+    return f"{text.rstrip()}…"
+
+
+def _em_width(character: str) -> float:
+    if unicodedata.combining(character):
+        return 0.0
+    if unicodedata.east_asian_width(character) in "WF" or ord(character) > 0x2E80:  # noqa: PLR2004 - where ideographs begin
+        return 1.3
+    if character in f"{NO_BREAK_SPACE} .,:;·()'|!iljI":
+        return 0.42
+    return 1.0 if character in "MWmw@%" else 0.66
+
+
+def make_marks(kind: str, rows: Sequence[ChartRow], color: ChartColor, encoding: Spec, **style: object) -> Spec:
+    """Make a layer with a mark of this kind for the rows; a line or an area is one mark for all of them."""
+    mark = {"type": kind, "color": color, **style}
+    return {"mark": mark, "data": {"values": rows}, "encoding": encoding}
+
+
+def rect_marks(rows: Sequence[ChartRow], x: Spec, color: ChartColor, **style: object) -> Spec:
+    """Draw horizontal bars: from `x` to `x2` in the domain, from `y` to `y2` in pixels; layers share one axis."""
+    encoding = {"x": x, "x2": {"field": "x2"}, "y": _in_pixels("y"), "y2": {"field": "y2"}}
+    return make_marks("rect", rows, color, encoding, **style)
+
+
+def text_marks(rows: Sequence[ChartRow], color: ChartColor, **style: object) -> Spec:
+    """Draw texts at `px`, `py` in pixels from the upper left corner of the marks."""
+    encoding = {"x": _in_pixels("px"), "y": _in_pixels("py"), "text": {"field": "text", "type": "nominal"}}
+    style = {"align": "left", "baseline": "middle", "fontSize": TEXT_PX, **style}
+    return make_marks("text", rows, color, encoding, **style)
+
+
+def rule_marks(rows: Sequence[ChartRow], x: Spec, color: ChartColor, **style: object) -> Spec:
+    """Draw vertical lines: at `x` in the domain, from `y` to `y2` in pixels."""
+    encoding = {"x": x, "y": _in_pixels("y"), "y2": {"field": "y2"}}
+    return make_marks("rule", rows, color, encoding, strokeWidth=1, **style)
+
+
+def _in_pixels(field: str) -> Spec:
+    return {"field": field, "type": "quantitative", "scale": None, "axis": None}
+
+
+def x_scale(domain: tuple[float, float], axis: Spec | None) -> Spec:
+    """Scale `x` to exactly this domain."""
+    return {
+        "field": "x",
+        "type": "quantitative",
+        "scale": {"domain": domain, "nice": False, "zero": False},
+        "axis": axis,
+    }
+
+
+def make_axis(title: str, ticks: int, **more: object) -> Spec:
+    """Make an axis; `more` are further properties of Vega-Lite."""
+    return {"title": title, "tickCount": ticks, "format": ",~f", **more}
+
+
+# Over time and of latencies
+
+#: The axis of runs has at least this many slots; those of future runs are empty.
+MIN_SLOTS = 7
+#: Above this many, a line marks only its last point, and columns are drawn as one shape.
+MAX_POINTS = 40
+#: A bar wider than the first by this factor holds all slower tasks.
+WIDER_FACTOR = 1.01
+#: With more steps than this, neighboring steps are added up.
+MAX_STEPS = 90
+PANEL_HEIGHT = 216.0
+
+
+def credits_charts(runs: Sequence[ReportedRun], label: str) -> list[RenderedChart]:
+    """Draw the credits of each run, and the cumulative credits up to each run."""
+    spent = [run.credits_spent for run in runs]
+    own = [{"x": index - 0.38, "x2": index + 0.38, "v": 0, "v2": amount} for index, amount in enumerate(spent)]
+    total = [
+        {"x": index - 0.5, "x2": index + 0.5, "v": 0, "v2": round(amount, 6)}
+        for index, amount in enumerate(accumulate(spent))
     ]
     return [
-        *(drawing.rect_marks(bars, domain, axis, color) for color, bars in rests.items()),
-        drawing.rect_marks(
-            inferred, domain, axis, ChartColor.TRACK, stroke=ChartColor.MUTED.value, strokeDash=[3, 3], strokeWidth=1
-        ),
-        drawing.rule_marks(joints, domain, axis, ChartColor.MUTED, strokeDash=[2, 2]),
-        drawing.rect_marks(found, domain, axis, ChartColor.FOUND),
+        _column_chart(own, runs, "credits per run", label, ChartColor.FOUND),
+        _column_chart(total, runs, "credits, all runs so far", f"Cumulative. {label}", ChartColor.PASSED),
     ]
 
 
-def _bar_rect(x: float, x2: float, top: float, bar: float) -> dict[str, float]:
-    return {"x": x, "x2": x2, "y": top, "y2": top + bar}
+def latency_chart(times: LatencyHistogram, label: str) -> RenderedChart:
+    """Draw the histogram of latencies; the median and the 90th percentile are marked."""
+    width_s = times.bars[0].end - times.bars[0].start
+    slowest = [bar for bar in times.bars[1:] if bar.end - bar.start > width_s * WIDER_FACTOR]
+    end_s = slowest[0].start + width_s if slowest else times.bars[-1].end
+    unit, name = _time_unit(end_s)
+    domain = (times.bars[0].start / unit, max(end_s, times.p90, times.median) / unit)
+    marks = [(times.median, f"median {format_seconds(times.median)}"), (times.p90, f"90% {format_seconds(times.p90)}")]
+    rows = [
+        {"x": bar.start / unit, "x2": min(bar.end, end_s) / unit, "v": 0, "v2": bar.count}
+        for bar in times.bars
+        if bar.count
+    ]
+    beyond = [row for row in rows if slowest and row["x"] == slowest[0].start / unit]
+    x = x_scale(domain, make_axis(f"{name} to result", 5, grid=False))
+    y = _left_scale("v", "tasks", 4, _largest(rows), tickMinStep=1)
+
+    def draw_at_size(size: ScreenSize) -> Drawing:
+        frame = _make_frame(size, top=44)
+        marked: list[ChartRow] = []
+        labels: dict[str, list[ChartRow]] = {"left": [], "right": []}
+        for index, (at, text) in enumerate(marks):
+            px = frame.inner_width * (at / unit - domain[0]) / ((domain[1] - domain[0]) or 1.0)
+            top = -28.0 + 16 * index
+            marked.append({"x": at / unit, "y": top - 6, "y2": frame.inner_height})
+            align, away = ("right", -6) if px > frame.inner_width / 2 else ("left", 6)
+            labels[align].append({"px": px + away, "py": top, "text": text})
+        layers = [
+            _column_marks(rows, x, y, ChartColor.PASSED),
+            *([_column_marks(beyond, x, y, ChartColor.NO_MATCH)] if beyond else []),
+            rule_marks(marked, x, ChartColor.TEXT),
+            *(text_marks(texts, ChartColor.TEXT, align=align) for align, texts in labels.items()),
+        ]
+        return layers, frame
+
+    return render_chart((NARROW, HALF), draw_at_size, label)
 
 
-def step_numbers(step: WaterfallStep) -> tuple[str, ...]:
-    """Return the texts of NUMBER_COLUMNS."""
-    each = step.provider
-    if each is None:
-        return format_count(step.end - step.start), "", "", "", ""
-    calls = each.reported + each.inferred
-    rate = format_share(each.found, calls)
-    format_spent = format_amount if each.credits < LARGE_CREDITS else format_count
-    spent, per_hit = format_spent(each.credits), format_amount(each.cost_per_hit)
-    return format_count(calls), format_count(each.found), rate, spent, per_hit
+def traffic_charts(traffic: Traffic, label: str) -> Iterator[RenderedChart]:
+    """Draw requests sent and answered over the run, and the 429 responses, where there are any."""
+    merged = traffic.merged(MAX_STEPS)
+    sent, answered, limited, width_s = merged.submitted, merged.answered, merged.rate_limited, merged.width_s
+    per, per_name = (1.0, "second") if max(*sent, *answered) >= width_s else (MINUTE_S, "minute")
+    unit, name = _time_unit(width_s * len(sent))
+    x = x_scale((0.0, width_s * len(sent) / unit), make_axis(f"{name} from the start", 5, grid=False))
+
+    def rows(counts: Sequence[int]) -> list[ChartRow]:
+        heights = [count * per / width_s for count in counts]
+        return [{"x": at * width_s / unit, "v": height} for at, height in enumerate([*heights, heights[-1]])]
+
+    def draw_throughput(size: ScreenSize) -> Drawing:
+        encoding = {"x": x, "y": _left_scale("v", f"per {per_name}", 4, max(*sent, *answered))}
+        layers = [
+            make_marks("line", rows(counts), color, encoding, strokeWidth=2, strokeDash=dash, interpolate="step-after")
+            for counts, color, dash in ((sent, ChartColor.TEXT, [4, 3]), (answered, ChartColor.FOUND, [1, 0]))
+        ]
+        sent_label = [{"px": 50, "py": -19, "text": "sent (dashed)"}]
+        answered_label = [{"px": 150, "py": -19, "text": "results (solid)"}]
+        layers += [text_marks(sent_label, ChartColor.TEXT), text_marks(answered_label, ChartColor.FOUND)]
+        return layers, _make_frame(size)
+
+    def draw_limited(size: ScreenSize) -> Drawing:
+        bars = [
+            {"x": at * width_s / unit, "x2": (at + 0.9) * width_s / unit, "v": 0, "v2": count}
+            for at, count in enumerate(limited)
+            if count
+        ]
+        y = _left_scale("v", "rate-limited (429)", 2, _largest(bars), tickMinStep=1)
+        return [_column_marks(bars, x, y, ChartColor.FAILED)], _make_frame(size, height=PANEL_HEIGHT - 70)
+
+    if any(sent) or any(answered):
+        yield render_chart((NARROW, HALF), draw_throughput, label)
+    if any(limited):
+        yield render_chart((NARROW, HALF), draw_limited, label)
 
 
-def _found_text(step: WaterfallStep) -> str:
-    if step.provider is None:
-        return pluralize(step.end - step.start, "request")
-    calls = step.provider.reported + step.provider.inferred
-    return f"{pluralize(step.found, 'match')} ({format_share(step.found, calls)})"
+def line_chart(
+    values: Sequence[float | None], runs: Sequence[ReportedRun], title: str, label: str, **axis: str
+) -> RenderedChart:
+    """Draw a value of each run; runs without it (None) are left out. `axis` has properties of Vega-Lite."""
+    known = [{"x": index, "v": round(value, 6)} for index, value in enumerate(values) if value is not None]
+    y = _left_scale("v", title, 4, max(row["v"] for row in known), **axis)
+
+    def draw_at_size(size: ScreenSize) -> Drawing:
+        encoding = {"x": _run_scale(runs, size), "y": y}
+        dots = known if len(runs) <= MAX_POINTS else known[-1:]
+        line = make_marks("line", known, ChartColor.FOUND, encoding, strokeWidth=2)
+        points = make_marks("point", dots, ChartColor.FOUND, encoding, filled=True, size=36, opacity=1)
+        return [line, points], _make_frame(size)
+
+    return render_chart((NARROW, HALF), draw_at_size, label)
 
 
-def _facts_text(step: WaterfallStep) -> str:
-    if step.provider is None:
-        return ""
-    calls, _, _, spent, cost_per_hit = step_numbers(step)
-    return f"{calls} requests · {spent} credits · {cost_per_hit} per match"
+def _column_chart(
+    rows: Sequence[ChartRow], runs: Sequence[ReportedRun], title: str, label: str, color: ChartColor
+) -> RenderedChart:
+    """Draw a column for each run; touching columns, and more than MAX_POINTS, are drawn as one shape."""
+    touching = len(rows) > MAX_POINTS or all(one["x2"] == other["x"] for one, other in pairwise(rows))
+    outline = [*({"x": row["x"], "v2": row["v2"]} for row in rows), {"x": rows[-1]["x2"], "v2": rows[-1]["v2"]}]
+    y = _left_scale("v2" if touching else "v", title, 4, _largest(rows))
+
+    def draw_at_size(size: ScreenSize) -> Drawing:
+        x = _run_scale(runs, size)
+        if not touching:
+            return [_column_marks(rows, x, y, color)], _make_frame(size)
+        return [make_marks("area", outline, color, {"x": x, "y": y}, interpolate="step-after")], _make_frame(size)
+
+    return render_chart((NARROW, HALF), draw_at_size, label)
+
+
+def _column_marks(rows: Sequence[ChartRow], x: Spec, y: Spec, color: ChartColor) -> Spec:
+    """Draw vertical bars from `x` to `x2`."""
+    return make_marks("rect", rows, color, {"x": x, "x2": {"field": "x2"}, "y": y, "y2": {"field": "v2"}})
+
+
+def _left_scale(field: str, title: str, ticks: int, largest: float, **axis: object) -> Spec:
+    """Scale a field from 0 to about `largest`."""
+    large = {"format": "~s"} if largest >= LARGE_CREDITS else {}
+    left_axis = make_axis(title, ticks, **large, **axis)
+    return {"field": field, "type": "quantitative", "scale": {"zero": True}, "axis": left_axis}
+
+
+def _run_scale(runs: Sequence[ReportedRun], size: ScreenSize) -> Spec:
+    """Label a few runs with their day, or with their number when a day repeats."""
+    slots = max(len(runs), MIN_SLOTS)
+    room = 3 if size is NARROW else 5
+    step = max(1, -(-(len(runs) - 1) // room))
+    indexes = list(range(len(runs) - 1, -1, -step))[::-1]
+    days = [format_day(runs[index].started_at) for index in indexes]
+    labels = days if len(set(days)) == len(days) else [f"#{runs[index].execution}" for index in indexes]
+    names = f"({json.dumps(dict(zip(map(str, indexes), labels, strict=True)))})[datum.value]"
+    axis = make_axis("run", 6, values=indexes, labelExpr=names, grid=False)
+    return x_scale((-0.5, slots - 0.5), axis)
+
+
+def _make_frame(size: ScreenSize, height: float = PANEL_HEIGHT, top: float = 26) -> ChartFrame:
+    return ChartFrame(size, height + top - 26, left=LEFT_MARGIN, right=18, top=top, bottom=44)
+
+
+def _time_unit(longest_s: float) -> tuple[float, str]:
+    """Choose the unit of a time axis: its length in seconds, and its name."""
+    if longest_s <= 5 * MINUTE_S:
+        return 1.0, "seconds"
+    if longest_s <= 5 * HOUR_S:
+        return MINUTE_S, "minutes"
+    return HOUR_S, "hours"
+
+
+def _largest(rows: Sequence[ChartRow]) -> float:
+    return float(max(row["v2"] for row in rows))

@@ -28,7 +28,7 @@ SANDBOX_MARKER = b"\n<!-- SANDBOX -->"
 PAGE_SUFFIXES = (".html", ".htm")
 _OTHER_FILE_HINT = "choose another file: `report` in the job file, or enrich report JOB -o FILE"
 INSTALL_HINT = install_hint("report")
-_LIBRARIES = ("altair", "jinja2", "vl_convert")
+_LIBRARIES = ("jinja2", "vl_convert")
 
 
 def is_extra_missing() -> bool:

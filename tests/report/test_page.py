@@ -15,14 +15,17 @@ from html import escape, unescape
 from pathlib import Path
 from typing import Any, get_args
 
+import pypdf
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from enrich.report import bars
+from enrich.report.charts import ChartColor, fit_text, text_width
 from enrich.report.data import GroupedHits, HitCounts, Report
-from enrich.report.formatting import DASH, clean_text, fit_text
-from enrich.report.formatting import text_width as width_of
+from enrich.report.formatting import DASH, clean_text
+from enrich.report.render import make_sections, render_report, tile_groups, waterfall_figure
 from tests.end_to_end.test_document_wording import PATTERN
 from tests.support import sample_reports as reports
 from tests.support.browser import CHROMIUM_PATH, NOT_INSTALLED, Browser, Scheme, open_browser
@@ -39,13 +42,6 @@ WIDTHS = (390, 900, 1400)
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 #: Upper limit of a usual report, in bytes.
 MAX_PAGE_BYTES = 400_000
-
-
-def render_report(report: Report) -> str:
-    """Render the page. Imported here: Altair takes a second to import, in each pytest process."""
-    from enrich.report import render  # noqa: PLC0415
-
-    return render.render_report(report)
 
 
 needs_browser = pytest.mark.skipif(CHROMIUM_PATH is None, reason=NOT_INSTALLED)
@@ -136,8 +132,6 @@ def test_only_rates_are_compared() -> None:
 
 def tile_changes(report: Report) -> list[str]:
     """Return the changes that the tiles show."""
-    from enrich.report.render import tile_groups  # noqa: PLC0415 - slow to import
-
     return [tile.change for group in tile_groups(report) for tile in group.tiles if tile.change]
 
 
@@ -239,56 +233,46 @@ def test_empty_report() -> None:
 
 def test_provider_staircase_chart() -> None:
     """Each provider's bar of matches starts where the previous ones end; the rest is leads that were not found."""
-    from enrich.report import charts  # noqa: PLC0415 - slow to import
-
-    steps = charts.waterfall_steps(reports.typical_report().waterfall)
+    steps = bars.waterfall_steps(reports.typical_report().waterfall)
     assert [step.start for step in steps] == [0, 412, 599, 660, 718, 735]
     assert steps[0].end == 1090 + 74
     assert steps[0].inferred == 74
-    assert (steps[-1].name, steps[-1].end - steps[-1].start) == (charts.NO_MATCH_LABEL, 1180 - 735)
+    assert (steps[-1].name, steps[-1].end - steps[-1].start) == (bars.NO_MATCH_LABEL, 1180 - 735)
 
 
 def test_failures_have_a_row_of_their_own() -> None:
     """`No match` counts results without a match only. Both counts are in the column of the requests."""
-    from enrich.report import charts, drawing  # noqa: PLC0415 - slow to import
-
     waterfall = replace(reports.typical_report().waterfall, failed=17)
-    *_, no_match, failed = charts.waterfall_steps(waterfall)
-    assert (no_match.name, no_match.start, no_match.end) == (charts.NO_MATCH_LABEL, 735, 1163)
-    assert (failed.name, failed.start, failed.end) == (charts.FAILED_LABEL, 1163, 1180)
-    assert failed.color is drawing.ChartColor.FAILED
-    column = list(charts.NUMBER_COLUMNS).index("requests")
-    assert [charts.step_numbers(step)[column] for step in (no_match, failed)] == ["428", "17"]
-    assert charts.step_numbers(failed).count("") == len(charts.NUMBER_COLUMNS) - 1
+    *_, no_match, failed = bars.waterfall_steps(waterfall)
+    assert (no_match.name, no_match.start, no_match.end) == (bars.NO_MATCH_LABEL, 735, 1163)
+    assert (failed.name, failed.start, failed.end) == (bars.FAILED_LABEL, 1163, 1180)
+    assert failed.color is ChartColor.FAILED
+    column = list(bars.NUMBER_COLUMNS).index("requests")
+    assert [bars.step_numbers(step)[column] for step in (no_match, failed)] == ["428", "17"]
+    assert bars.step_numbers(failed).count("") == len(bars.NUMBER_COLUMNS) - 1
 
 
 def test_failures_sent_again_are_named() -> None:
     """The sentence says how many failures were free and sent again."""
-    from enrich.report import sections  # noqa: PLC0415 - slow to import
-
     waterfall = replace(reports.typical_report().waterfall, failed=3)
     for retried, text in ((0, "3 of 1,180 requests failed."), (2, "failed, 2 of them free and sent again.")):
-        figure = sections.waterfall_figure(replace(waterfall, retried=retried))
+        figure = waterfall_figure(replace(waterfall, retried=retried))
         assert figure is not None
         assert text in figure.finding
 
 
 def test_group_names_in_a_sentence() -> None:
     """A long value is cut, and blank cells have one pair of brackets."""
-    from enrich.report import sections  # noqa: PLC0415 - slow to import
-
     hits = [HitCounts("x" * 150, 10, 10, 2), HitCounts("", 10, 10, 5)]
     report = replace(reports.empty_report(), groups=[GroupedHits("Note", hits)])
-    (section,) = sections.make_sections(report)
+    (section,) = make_sections(report)
     assert section.figures[0].finding == f"From 20.0% ({'x' * 39}…) to 50.0% (blank)."
 
 
 @pytest.mark.long
 def test_verifiers_not_in_chart() -> None:
     """Verifiers find nothing, so they are in the table and the text but not in the chart."""
-    from enrich.report import charts  # noqa: PLC0415 - slow to import
-
-    assert "Mailproof" not in [step.name for step in charts.waterfall_steps(reports.typical_report().waterfall)]
+    assert "Mailproof" not in [step.name for step in bars.waterfall_steps(reports.typical_report().waterfall)]
     page = rendered_page(reports.typical_report)
     assert "Mailproof (verifier)" in page
     assert "Mailproof verified 752 matches: 37.60 credits." in page
@@ -321,7 +305,7 @@ def test_any_name_can_be_drawn(name: str) -> None:
 def test_long_names_are_shortened(name: str, room: int) -> None:
     """A name too wide for its place ends in an ellipsis; one that fits is kept."""
     fitted = fit_text(name, room, 13)
-    assert width_of(fitted, 13) <= room
+    assert text_width(fitted, 13) <= room
     assert fitted == name or fitted.endswith("…")
 
 
@@ -394,9 +378,7 @@ def check_structure(layout: dict[str, Any]) -> None:
 @pytest.mark.long
 @needs_browser
 def test_page_print_layout(browser: Browser, tmp_path: Path) -> None:
-    """In print the page is light, and folded parts are open. Imported here, as for Altair."""
-    import pypdf  # noqa: PLC0415
-
+    """In print the page is light, and folded parts are open."""
     browser.open(write_page(tmp_path, reports.full_report), 1024, "dark")
     printed = pypdf.PdfReader(io.BytesIO(browser.pdf()))
     text = " ".join(" ".join(page.extract_text() for page in printed.pages).split())
