@@ -222,7 +222,9 @@ def capped_rows(job_input: JobInput, caps: Caps, begun: bytearray) -> bytearray:
             taking_part &= ~suppressed
         rows = pl.int_range(first_position, first_position + text.height, eager=True)
         height = first_position + text.height
-        is_begun = pl.Series([bool(each) for each in begun[first_position:height]], dtype=pl.Boolean)
+        # The file may have grown since the begun leads were found.
+        known = begun[first_position:height].ljust(text.height, b"\0")
+        is_begun = pl.Series(map(bool, known), dtype=pl.Boolean)
         # Without `dedupe` each row has a request of its own.
         leads = joined_cells(text, sent).hash() if job_input.job.model.dedupe else rows.cast(pl.UInt64)
         columns = {"row": rows, "group": group.hash(), "lead": leads, "begun": is_begun}

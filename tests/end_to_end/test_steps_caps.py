@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from enrich.rows.job_input import JobInput
 from tests.end_to_end.test_steps import HEADER, SHORT_JOB, make_people
 from tests.support.workspace import SandboxApi, Workspace
 
@@ -31,3 +34,19 @@ def test_each_row_takes_a_place_without_dedupe(workspace: Workspace, api: Sandbo
     workspace.write_job(SHORT_JOB + "dedupe: false\ncaps: {by: Website, max: 2}\n")
     workspace.run_job(api)
     assert [row["enrich_email_status"] == "filtered" for row in workspace.read_output()] == [False] * 2 + [True] * 4
+
+
+def test_rows_added_while_counting(workspace: Workspace, api: SandboxApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that is added after the begun leads were found is one that no run has begun."""
+    first, second, third = make_people(3, companies=1)
+    workspace.write_leads([first, second], HEADER)
+    workspace.write_job(SHORT_JOB + "caps: {by: Website, max: 2}\n")
+
+    def add_row(_: JobInput) -> None:
+        workspace.write_leads([first, second, third], HEADER)
+
+    monkeypatch.setattr(JobInput, "queue_order", add_row)
+    summary = workspace.run_job(api)
+
+    assert (summary.exit_code, summary.error) == (4, "the input changed during the run")
+    assert [row["enrich_email_status"] == "filtered" for row in workspace.read_output()] == [False, False, True]
