@@ -111,7 +111,6 @@ def _check_steps(
 ) -> None:
     """Check what the steps read, and count the leads that each may send. An error becomes a problem."""
     from enrich.run.context import RunOptions, select_requests
-    from enrich.run.step_input import begin_steps
     from enrich.run.step_plan import forecast_steps
     from enrich.run.step_rows import StepRows
 
@@ -130,7 +129,7 @@ def _check_steps(
             return
         with open_or_empty(job.ledger) as ledger:
             rows = StepRows(job_input, ledger, steps)
-            begin_steps(rows)
+            rows.begin()
             selections = [select_requests(step.job, RunOptions(), 0) for step in steps]
             result.rows, forecasts = forecast_steps(rows, ledger, selections)
     except EnrichError as error:

@@ -32,7 +32,6 @@ from enrich.rows.requests import ParamCells, conversion_of, param_values, split_
 from enrich.rows.template import RequestTemplate
 from enrich.run.output import preview_caps
 from enrich.run.preflight import find_template, steps_from_ledger
-from enrich.run.step_input import begin_steps
 from enrich.run.step_rows import StepRows
 
 
@@ -186,7 +185,7 @@ def _explain_steps(ledger: Database, job_input: JobInput, found: Sequence[int]) 
     """Explain the rows of a job with steps."""
     job = job_input.job
     rows = StepRows(job_input, ledger, steps_from_ledger(ledger, job, job_input))
-    begin_steps(rows)
+    rows.begin()
     leads = _read_leads(_step_batches(rows), found)
     fingerprints = [{lead.fingerprint for lead in leads_of_step} - {None} for leads_of_step in zip(*leads, strict=True)]
     shared = _rows_by_request(_step_batches(rows), fingerprints)

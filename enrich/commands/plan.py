@@ -37,6 +37,7 @@ from enrich.rows.job_input import JobInput
 from enrich.rows.template import RequestTemplate
 from enrich.run.budget import check_balance, make_budget
 from enrich.run.context import RunOptions, find_job_rescue_files, select_requests
+from enrich.run.enrolling import StepInput
 from enrich.run.other_ledgers import (
     find_output_of_other_ledger,
     find_overlap,
@@ -49,7 +50,6 @@ from enrich.run.plan_file import SavedPlan, gather_plan_inputs, write_plan
 from enrich.run.preflight import Preflight, preflight, read_binding, with_client
 from enrich.run.startup import make_step_rows
 from enrich.run.step_batch import StepBatch
-from enrich.run.step_input import StepInput, begin_steps
 from enrich.run.step_plan import StepDecisions, StepsPlan, decide_steps, format_steps_plan, plan_steps
 from enrich.run.step_rows import StepRows
 
@@ -239,8 +239,7 @@ def _plan_steps(
     rows: StepRows, preflight_result: Preflight, selections: Sequence[RequestSelection], rows_file: Path | None
 ) -> StepsPlan:
     """Plan a run of a job with steps, and write each row's decisions, if a file is given."""
-    begin_steps(rows)
-    StepInput(rows, 0).choose_leads(selections[0])
+    StepInput(rows, 0).begin(selections[0])
     rows.prepare()
     selections = [replace(selection, limit=None, sample=None) for selection in selections]
     plan = plan_steps(rows, rows.ledger, preflight_result, selections)
@@ -357,7 +356,7 @@ def _step_cells(
     step = rows.steps[number]
     known = [
         name if decision in (*DECISIONS_TO_SEND, Decision.POSSIBLE) and not changes else None
-        for name, decision, changes in zip(made.fingerprints, made.decisions, made.may_change, strict=True)
+        for name, decision, changes in zip(step_batch.built.fingerprints, made.decisions, made.may_change, strict=True)
     ]
     first_rows = step_results.add_planned(rows.ledger, step.job.step, filter(None, known))
     depends_on = ", ".join(rows.steps[earlier].job.step for earlier in sorted(step.depends_on))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 from msgspec import Struct
@@ -102,8 +102,8 @@ class RowFacts(NamedTuple):
     """What the decision about a row in a step depends on.
 
     `left_out` and `invalid` are the reasons why the row has no request. `blank_from_step`: invalid only because an
-    earlier step found no value. `selected`: the step's own condition holds. `was_sent`: a request was sent for this
-    row. `ready`: all steps that it depends on are final.
+    earlier step found no value. `selected`: the step's own condition holds. `was_sent`: the row has a request that
+    was sent for it. `ready`: all steps that it depends on are final.
     """
 
     left_out: bool
@@ -114,6 +114,7 @@ class RowFacts(NamedTuple):
     ready: bool
 
 
+@cache
 def decide(facts: RowFacts) -> StepDecision:
     """Decide about a row. A request that was sent is kept while earlier steps are sent again or conditions change."""
     if facts.left_out:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable, Iterator
 
+from msgspec import Struct
 from msgspec.structs import replace
 
 from enrich.errors import EnrichError
@@ -11,21 +13,77 @@ from enrich.exit_codes import ExitCode
 from enrich.ledger import enroll, erasure, queries, queue, step_results
 from enrich.ledger.database import Database
 from enrich.ledger.decisions import review_refreshes
-from enrich.models import DECISIONS_TO_SEND, Decision, RequestSelection, State, pluralize
-from enrich.rows.batches import RowCounts, store_batch
+from enrich.ledger.step_results import StepChoice, choose_requests
+from enrich.models import COUNTED_TOWARDS_LIMIT, DECISIONS_TO_SEND, Decision, RequestSelection, State, pluralize
+from enrich.rows.batches import RowBatch, RowCounts, store_batch
 from enrich.rows.job_input import JobInput
+from enrich.rows.job_steps import StepDecision
 from enrich.run.background import start_phase
 from enrich.run.budget import Cost
 from enrich.run.context import ClusterCallbacks, ClusterEngine, RunContext, RunFiles, RunOptions, select_requests
 from enrich.run.progress import Phase
 from enrich.run.run_state import Enrolled, RunState
 from enrich.run.startup import make_step_rows
-from enrich.run.step_input import StepInput, begin_steps
+from enrich.run.step_batch import LeadSelection, StepBatch
 from enrich.run.step_plan import note_on_target
+from enrich.run.step_rows import StepRows
 
 INPUT_CHANGED = "the input changed during the run"
 #: States of requests whose stored result is reused.
 REUSED_STATES = (State.FOUND, State.NOT_FOUND, State.FAILED)
+#: What a run does with a request that the ledger does not have.
+NEW_REQUEST = StepChoice(Decision.NEW, sent_before=False)
+#: Decisions about requests that are not sent again. A row beyond the limit shows their outcome.
+FINAL_DECISIONS = (Decision.FOUND, Decision.NOT_FOUND, Decision.FAILED, Decision.EXPIRED, Decision.IN_DOUBT)
+
+
+class StepInput(Struct, frozen=True):
+    """The rows as one step sees them, with the requests that the run may send."""
+
+    rows: StepRows
+    number: int
+
+    def begin(self, selection: RequestSelection) -> None:
+        """Choose the leads that a limited run begins in this step. Raises JobError, see `StepRows.begin`."""
+        if not self.number:
+            self.rows.begin()
+        if (leads := self.rows.leads) is not None:
+            leads.choose(self._candidates(leads, selection), self.rows.job_input.queue_order())
+
+    def _candidates(self, leads: LeadSelection, selection: RequestSelection) -> Iterator[tuple[int, bytes | None]]:
+        """Yield the rows that would be sent, but for those that the run may send anyway."""
+        for step_batch in self.rows.step_batches(self.number, limited=False):
+            first_position, names = step_batch.batch.first_position, step_batch.to_send().fingerprints
+            choices = self._choose(filter(None, names), selection)
+            may_send = leads.may_send(first_position, step_batch.results)
+            for row, name in enumerate(names):
+                choice = choices.get(name, NEW_REQUEST) if name is not None else None
+                if choice is not None and choice.decision in COUNTED_TOWARDS_LIMIT and not may_send[row]:
+                    yield first_position + row, name if choice.sent_before else None
+
+    def batches(self, selection: RequestSelection) -> Iterator[RowBatch]:
+        """Read the whole input once. Yield the requests that the run may send, and those with a result."""
+        step_results.begin_requesting_rows(self.rows.ledger, self.rows.steps[self.number].job.step)
+        for step_batch in self.rows.step_batches(self.number, self.rows.job_input.queue_order()):
+            self.rows.add_requesting_rows(self.number, step_batch)
+            yield step_batch.to_send(self._final_rows(step_batch, selection))
+
+    def _final_rows(self, step_batch: StepBatch, selection: RequestSelection) -> set[int]:
+        """Return the rows beyond the limit whose request has a result, or is unconfirmed, and is not sent again."""
+        if self.rows.leads is None:
+            return set()
+        names = step_batch.batch.fingerprints
+        kept = {
+            row: name
+            for row in step_batch.requesting_rows
+            if step_batch.decisions[row] is StepDecision.KEEP and (name := names[row]) is not None
+        }
+        choices = self._choose(kept.values(), selection)
+        return {row for row, name in kept.items() if choices[name].decision in FINAL_DECISIONS}
+
+    def _choose(self, names: Iterable[bytes], selection: RequestSelection) -> dict[bytes, StepChoice]:
+        columns = self.rows.steps[self.number].template.columns.values()
+        return choose_requests(self.rows.ledger, names, selection, columns)
 
 
 async def enroll_input(context: RunContext, run_state: RunState, files: RunFiles, step_number: int) -> None:
@@ -48,7 +106,7 @@ async def enroll_changed_input(context: RunContext, run_state: RunState, files: 
     if step_rows is None:
         await _enroll(context, run_state, job_input, RunOptions())
     else:  # the output of a job with steps needs no pass
-        await context.ledger_writer.submit(lambda _: begin_steps(step_rows))
+        await context.ledger_writer.submit(lambda _: step_rows.begin())
     run_state.file_versions = versions
     run_state.exit_reasons.setdefault(ExitCode.API, EnrichError(INPUT_CHANGED, "run again for the new rows"))
     return replace(files, job_input=job_input, step_rows=step_rows)
@@ -64,11 +122,11 @@ async def _enroll(context: RunContext, run_state: RunState, rows: JobInput | Ste
     template, ledger_writer, step = context.preflight.template, context.ledger_writer, context.job.step
     run_state.selection = select_requests(context.job, options, run_state.clock.earliest_ms())
     if isinstance(rows, StepInput):
-        # In a job with steps, `--limit` counts leads, not requests.
-        if not rows.number:
-            await ledger_writer.submit(lambda _: begin_steps(rows.rows))
-        await ledger_writer.submit(lambda _: rows.choose_leads(run_state.selection))
-        run_state.selection = rows.limit_requests(run_state.selection, options.plan, run_state.execution_id)
+        await ledger_writer.submit(lambda _: rows.begin(run_state.selection))
+        # In a job with steps, `--limit` counts leads, not requests. A plan foresees how many a later step sends.
+        limit = options.plan.requests[rows.number] if options.plan and rows.number else None
+        sent_in = run_state.execution_id if rows.number else None
+        run_state.selection = replace(run_state.selection, limit=limit, sample=None, sent_in=sent_in)
     await start_phase(context, run_state, Phase.ENROLL)
     engine = context.environment.engine
     if engine is None or isinstance(rows, StepInput) or rows.why_not_parallel() is not None:

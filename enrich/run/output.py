@@ -32,7 +32,6 @@ from enrich.run.output_cells import answer_cells
 from enrich.run.preflight import steps_from_ledger, template_from_ledger
 from enrich.run.progress import Phase
 from enrich.run.run_state import RunState
-from enrich.run.step_input import begin_steps
 from enrich.run.step_rows import StepRows
 from enrich.run.summary import RunSummary, cost_per_lead, summarize_steps
 
@@ -272,7 +271,7 @@ def prepare_collector(ledger: Database, job: Job, template: RequestTemplate) -> 
     job_input.check_new_columns(template)
     if job.step_jobs:
         step_rows = StepRows(job_input, ledger, steps_from_ledger(ledger, job, job_input))
-        begin_steps(step_rows)
+        step_rows.begin()
         step_rows.prepare()
         return Collector(ledger, template, job_input, step_rows=step_rows)
     selection = preview_caps(ledger, template, job_input)

@@ -9,8 +9,9 @@ share counts once.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -32,24 +33,53 @@ from enrich.rows.job_input import JobInput
 from enrich.rows.job_steps import NOT_FINAL, StepDecision
 
 
-class StepBatch(Struct, frozen=True):
-    """The rows of a batch in one step.
+class StepBatch(Struct, frozen=True, dict=True):
+    """The rows of a batch in one step, with the decision about each.
 
-    `built` has every row's request, and `known` its result in the ledger. `batch` has the requests of those rows whose
-    answers count, and `results` theirs. `final`: a later step may build on the row.
+    `built` has every row's request, and `known` its result in the ledger. `requesting_rows` need their request, whether
+    the run may send it or not. `unsent` has the rows that are left out because the person is forgotten or a result was
+    purged, each with this reason. `identities` are those of all rows.
     """
 
     built: RowBatch
     known: Sequence[StepResult | None]
     decisions: Sequence[StepDecision]
-    batch: RowBatch
-    results: Sequence[StepResult | None]
-    final: Sequence[bool]
-    #: The rows that need their request, whether the run may send it or not, and the identities of all rows.
     requesting_rows: Sequence[int]
-    #: Why nothing new is sent for rows that are left out: the person is forgotten, or a result was purged.
-    unsent: Mapping[int, str]
+    unsent: dict[int, str]
     identities: Identities
+
+    @cached_property
+    def batch(self) -> RowBatch:
+        """The batch with the requests of those rows alone that have an answer or wait for one."""
+        built = self.built
+        fingerprints, statuses, errors = list(built.fingerprints), list(built.statuses), list(built.errors)
+        for row, decision in enumerate(self.decisions):
+            if decision in _WITH_REQUEST:
+                continue
+            fingerprints[row] = None
+            if decision is StepDecision.WAIT:
+                statuses[row], errors[row] = RowStatus.PENDING, None
+            elif decision is StepDecision.LACK:
+                statuses[row], errors[row] = RowStatus.FILTERED, f"{errors[row]}: not found by an earlier step"
+            elif decision is StepDecision.FILTER and statuses[row] is not RowStatus.FILTERED:
+                statuses[row], errors[row] = RowStatus.FILTERED, self.unsent.get(row)
+        return replace(built, fingerprints=fingerprints, statuses=statuses, errors=errors)
+
+    @cached_property
+    def results(self) -> list[StepResult | None]:
+        """The results of the requests of `batch`."""
+        rows = zip(self.known, self.decisions, strict=True)
+        return [result if decision in _WITH_REQUEST else None for result, decision in rows]
+
+    @cached_property
+    def final(self) -> list[bool]:
+        """Which rows a later step may build on."""
+        return [
+            result is not None and result.state not in NOT_FINAL
+            if decision in _WITH_REQUEST
+            else decision is not StepDecision.WAIT
+            for result, decision in zip(self.known, self.decisions, strict=True)
+        ]
 
     def purged_rows(self) -> list[int]:
         """Return the rows whose result was found, and then purged."""
@@ -70,41 +100,8 @@ class StepBatch(Struct, frozen=True):
         )
 
 
-def decided_batch(  # noqa: PLR0913, PLR0917 - what is known of a batch
-    batch: RowBatch,
-    decisions: Sequence[StepDecision],
-    results: Sequence[StepResult | None],
-    requesting_rows: Sequence[int],
-    unsent: Mapping[int, str],
-    names: Identities,
-) -> StepBatch:
-    """Keep the requests of the rows that have an answer or wait for one, and say why the others have none."""
-    fingerprints, statuses, errors, final = list(batch.fingerprints), list(batch.statuses), list(batch.errors), []
-    for row, decision in enumerate(decisions):
-        result = results[row]
-        if decision in (StepDecision.SEND, StepDecision.KEEP):
-            final.append(result is not None and result.state not in NOT_FINAL)
-            continue
-        final.append(decision is not StepDecision.WAIT)
-        fingerprints[row] = None
-        if decision is StepDecision.WAIT:
-            statuses[row], errors[row] = RowStatus.PENDING, None
-        elif decision is StepDecision.LACK:
-            statuses[row], errors[row] = RowStatus.FILTERED, f"{errors[row]}: not found by an earlier step"
-        elif decision is StepDecision.FILTER and statuses[row] is not RowStatus.FILTERED:
-            statuses[row], errors[row] = RowStatus.FILTERED, unsent.get(row)
-    kept = [result if fingerprints[row] is not None else None for row, result in enumerate(results)]
-    return StepBatch(
-        batch,
-        results,
-        decisions,
-        replace(batch, fingerprints=fingerprints, statuses=statuses, errors=errors),
-        kept,
-        final,
-        requesting_rows,
-        {row: why for row, why in unsent.items() if decisions[row] is StepDecision.FILTER},
-        names,
-    )
+#: Decisions with which a row has a request.
+_WITH_REQUEST = (StepDecision.SEND, StepDecision.KEEP)
 
 
 class Identities(NamedTuple):

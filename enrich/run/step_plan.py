@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -35,14 +35,13 @@ _OPEN = frozenset({*DECISIONS_TO_SEND, Decision.POSSIBLE, Decision.WAITING, Deci
 
 
 class StepDecisions(NamedTuple):
-    """The decisions about a batch in one step, with the requests of its rows as they are now.
+    """The decisions about the rows of a batch in one step.
 
     `uncertain`: an earlier step that the row depends on may bring another answer. `may_change`: another request, too.
     `is_bought_again`: the row has an answer, and is sent anew only if its request changes.
     """
 
     decisions: Sequence[Decision]
-    fingerprints: Sequence[bytes | None]
     uncertain: Sequence[bool]
     may_change: Sequence[bool]
     may_be_selected: Sequence[bool]
@@ -52,8 +51,8 @@ class StepDecisions(NamedTuple):
 def decide_steps(rows: StepRows, table: StepTables, selections: Sequence[RequestSelection]) -> Iterator[StepDecisions]:
     """Decide about a batch in every step."""
     is_open: list[pl.Series] = []
-    for number, (step_batch, text) in enumerate(table.steps):
-        made = _decide(rows, rows.steps[number], step_batch, text, is_open, selections[number])
+    for number, (step_batch, _) in enumerate(table.steps):
+        made = _decide(rows, table, number, is_open, selections[number])
         # A row that waits for an earlier step may still be sent, or have another answer.
         pairs = zip(made.decisions, step_batch.decisions, strict=True)
         is_row_open = [planned in _OPEN or decided is StepDecision.WAIT for planned, decided in pairs]
@@ -61,14 +60,11 @@ def decide_steps(rows: StepRows, table: StepTables, selections: Sequence[Request
         yield made
 
 
-def _decide(  # noqa: PLR0913, PLR0917 - what is known of a batch
-    rows: StepRows,
-    step: Step,
-    step_batch: StepBatch,
-    text: pl.DataFrame,
-    is_open: Sequence[pl.Series],
-    selection: RequestSelection,
+def _decide(
+    rows: StepRows, table: StepTables, number: int, is_open: Sequence[pl.Series], selection: RequestSelection
 ) -> StepDecisions:
+    """Decide about a batch in a step. `is_open`: the rows that earlier steps may still give another answer."""
+    step, (step_batch, text) = rows.steps[number], table.steps[number]
     names, known, requesting_rows = step_batch.built.fingerprints, step_batch.known, set(step_batch.requesting_rows)
     is_filtered = [status is RowStatus.FILTERED for status in step_batch.built.statuses]
     choices = choose_requests(rows.ledger, filter(None, names), selection, step.template.columns.values())
@@ -79,34 +75,35 @@ def _decide(  # noqa: PLR0913, PLR0917 - what is known of a batch
     as_new = [None if change else result for change, result in zip(may_change, known, strict=True)]
     allowed = [True] * text.height
     if rows.leads is not None:
-        allowed = rows.leads.may_send(step_batch.batch.first_position, as_new)
-    decisions, is_bought_again = [], []
-    for row, decided in enumerate(step_batch.decisions):
-        name, result = names[row], known[row]
-        choice = choices.get(name) if name is not None else None
-        by_ledger = Decision.NEW if choice is None else choice.decision
-        # The decision if the request is not sent again; None: it was never sent.
-        answered = _as_answered(result, by_ledger) if result is not None and result.was_sent else None
+        allowed = rows.leads.may_send(table.first_position, as_new)
+
+    def decide_row(row: int, decided: StepDecision, by_ledger: Decision, answered: Decision | None) -> Decision:
         left_out = Decision.INVALID if decided is StepDecision.REJECT else Decision.FILTERED
         if not uncertain[row]:
             if decided is StepDecision.SEND:
-                decision = by_ledger
-            elif row in requesting_rows and by_ledger in DECISIONS_TO_SEND:
-                decision = Decision.OVER_LIMIT
-            else:
-                decision = answered if answered is not None and decided is StepDecision.KEEP else left_out
-        elif name is None and not may_change[row] and not is_filtered[row]:
-            decision = Decision.INVALID
-        elif is_filtered[row] or not may_be_selected[row] or decided is StepDecision.REJECT:
-            decision = answered or left_out
-        elif answered is None or may_change[row] or by_ledger in DECISIONS_TO_SEND:
-            decision = Decision.POSSIBLE if allowed[row] else Decision.OVER_LIMIT
-        else:
-            decision = answered
+                return by_ledger
+            if row in requesting_rows and by_ledger in DECISIONS_TO_SEND:
+                return Decision.OVER_LIMIT
+            return answered if answered is not None and decided is StepDecision.KEEP else left_out
+        if names[row] is None and not may_change[row] and not is_filtered[row]:
+            return Decision.INVALID
+        if is_filtered[row] or not may_be_selected[row] or decided is StepDecision.REJECT:
+            return answered or left_out
+        if answered is None or may_change[row] or by_ledger in DECISIONS_TO_SEND:
+            return Decision.POSSIBLE if allowed[row] else Decision.OVER_LIMIT
+        return answered
+
+    decisions, is_bought_again = [], []
+    for row, (name, result, decided) in enumerate(zip(names, known, step_batch.decisions, strict=True)):
+        choice = None if name is None else choices.get(name)
+        by_ledger = Decision.NEW if choice is None else choice.decision
+        # The decision if the request is not sent again; None: it was never sent.
+        answered = _as_answered(result, by_ledger) if result is not None and result.was_sent else None
+        decision = decide_row(row, decided, by_ledger, answered)
         is_possible = decision is Decision.POSSIBLE
         is_bought_again.append(is_possible and answered is not None and by_ledger not in DECISIONS_TO_SEND)
         decisions.append(decision)
-    return StepDecisions(decisions, names, uncertain, may_change, may_be_selected, is_bought_again)
+    return StepDecisions(decisions, uncertain, may_change, may_be_selected, is_bought_again)
 
 
 def _as_answered(result: StepResult, by_ledger: Decision) -> Decision:
@@ -117,6 +114,7 @@ def _as_answered(result: StepResult, by_ledger: Decision) -> Decision:
 
 
 def _any_open(is_open: Sequence[pl.Series], numbers: frozenset[int], height: int) -> list[bool]:
+    """Return which rows any of these steps may still give another answer."""
     result = pl.repeat(value=False, n=height, eager=True)
     for number in numbers:
         result |= is_open[number]
@@ -197,11 +195,12 @@ class StepForecast:
             return Cost(None if self.at_most else 0.0, maximum)
         return Cost(round((self._likely_price or 0) * likely / 1_000_000, 6), maximum)
 
-    def add(self, made: StepDecisions, requesting_rows: Collection[int], ledger: Database) -> None:
-        """Add the rows of a batch. `requesting_rows` need their request now."""
+    def add(self, step_batch: StepBatch, made: StepDecisions, ledger: Database) -> None:
+        """Add the rows of a batch."""
         certain, possible, known = [], [], []
-        for row, decision in enumerate(made.decisions):
-            name, is_certain = made.fingerprints[row], not made.uncertain[row]
+        requesting_rows = set(step_batch.requesting_rows)
+        for row, (decision, name) in enumerate(zip(made.decisions, step_batch.built.fingerprints, strict=True)):
+            is_certain = not made.uncertain[row]
             is_requested = decision not in (Decision.INVALID, Decision.FILTERED, Decision.OVER_LIMIT)
             self.leads += is_requested
             self.decided += is_certain and bool(made.may_be_selected[row]) and decision is not Decision.INVALID
@@ -308,7 +307,7 @@ def forecast_steps(
         row_count += table.frame.height
         decided = decide_steps(rows, table, selections)
         for forecast, made, (step_batch, text) in zip(forecasts, decided, table.steps, strict=True):
-            forecast.add(made, set(step_batch.requesting_rows), ledger)
+            forecast.add(step_batch, made, ledger)
             forecast.follows_failure |= is_sent_after_failure(rows, forecast.step, text)
         enroll.preview(ledger, table.steps[0][0].to_send().requests(), selections[0])
     for number, forecast in enumerate(forecasts):

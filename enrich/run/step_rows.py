@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
 
 import msgspec
 import polars as pl
@@ -26,7 +25,7 @@ from enrich.rows.requests import FORGOTTEN_REASON, RequestBuilder
 from enrich.rows.row_selection import order_of_rows
 from enrich.run.collector import JoinedBatch, JoinedStep
 from enrich.run.output_cells import merge_cells, new_cells
-from enrich.run.step_batch import Identities, LeadSelection, StepBatch, decided_batch, find_recorded_rows, identities
+from enrich.run.step_batch import Identities, LeadSelection, StepBatch, capped_rows, find_recorded_rows, identities
 
 
 @dataclass(slots=True)
@@ -71,6 +70,33 @@ class StepRows(Struct, frozen=True):
     leads: LeadSelection | None = None
     #: Which rows `caps` leaves out, one byte for each; empty: none, or not known yet.
     capped: bytearray = msgspec.field(default_factory=bytearray)
+
+    def begin(self) -> None:
+        """Find out which leads `caps` leaves out, and which ones of a limited run were begun before.
+
+        Raises JobError if a condition of any step cannot be computed for the first rows.
+        """
+        caps = self.job_input.job.model.caps
+        next(self.step_tables(), None)
+        if caps is None and self.leads is None:
+            return
+        begun = self._begun_leads()
+        if caps is not None:
+            self.capped[:] = capped_rows(self.job_input, caps, begun)
+        if self.leads is not None:
+            self.leads.begun = begun
+
+    def _begun_leads(self) -> bytearray:
+        """Return for which rows a step has sent a request, one byte for each."""
+        begun = bytearray()
+        for tables in self.step_tables():
+            begun.extend(bytes(tables.frame.height))
+            for step, (step_batch, _) in zip(self.steps, tables.steps, strict=True):
+                names = step_batch.batch.fingerprints
+                sent = [row for row, result in enumerate(step_batch.results) if result is not None and result.was_sent]
+                for row in find_recorded_rows(self.ledger, step.job, names, sent, step_batch.identities):
+                    begun[tables.first_position + row] = 1
+        return begun
 
     def joined_batches(self, check_stopped: Callable[[], None] = lambda: None) -> Iterator[JoinedBatch]:
         """Read the input once. Yield each batch with the cells of all steps. A price is shown once."""
@@ -120,10 +146,10 @@ class StepRows(Struct, frozen=True):
             input_frame = frame.select(pl.nth(own))
             selected = self.job_input.selected_rows(text)
             capped = self.capped[first_position : first_position + text.height]
-            capped_rows = [row for row, is_capped in enumerate(capped) if is_capped]
+            left_out = [row for row, is_capped in enumerate(capped) if is_capped]
             own_text = text.select(pl.nth(own))
             names = identities(own_text, sent)
-            yield StepTables(first_position, input_frame, selected, capped_rows, names, input_frame, own_text)
+            yield StepTables(first_position, input_frame, selected, left_out, names, input_frame, own_text)
 
     def _advance(self, tables: StepTables, step: Step, builder: RequestBuilder, *, bill: bool) -> None:
         """Add a step's columns to the table that the next step reads."""
@@ -160,20 +186,16 @@ class StepRows(Struct, frozen=True):
         *,
         limited: bool = True,
     ) -> StepBatch:
-        text = tables.text
-        unsent = self._lacking(tables, step) | dict.fromkeys(tables.forgotten, FORGOTTEN_REASON)
-        selected = step.job_input.selected_rows(text) & ~_rows_as_mask(unsent, text.height)
-        ready = pl.repeat(value=True, n=text.height, eager=True)
+        """Map the rows to the requests of a step, and decide what the run does with each of them."""
+        text, height = tables.text, tables.text.height
+        unsent = self._rows_needing_purged(tables, step) | dict.fromkeys(tables.forgotten, FORGOTTEN_REASON)
+        selected = step.job_input.selected_rows(text) & ~_rows_as_mask(unsent, height)
+        ready = pl.repeat(value=True, n=height, eager=True)
         for number in step.depends_on:
             ready &= pl.Series(tables.steps[number][0].final, dtype=pl.Boolean)
-        rows = InputRows(
-            tables.first_position,
-            tables.table,
-            text,
-            tables.selected & ~_rows_as_mask(tables.capped, text.height),
-            step.job_input.suppressed_rows(text),
-            order,
-        )
+        taking_part = tables.selected & ~_rows_as_mask(tables.capped, height)
+        suppressed = step.job_input.suppressed_rows(text)
+        rows = InputRows(tables.first_position, tables.table, text, taking_part, suppressed, order)
         batch = builder.build_batch(rows, counted=selected & ready)
         for row in tables.capped:
             batch.errors[row] = CAPPED_REASON
@@ -181,77 +203,62 @@ class StepRows(Struct, frozen=True):
         tables.forgotten |= {row for row, reason in enumerate(batch.errors) if reason == FORGOTTEN_REASON}
         known = step_results.find_results(self.ledger, [name for name in batch.fingerprints if name is not None])
         results = [None if name is None else known.get(name) for name in batch.fingerprints]
-        blank_from_step = _blank_from_step(step, batch)
-        decisions = [
-            _DECISIONS[facts]
-            for facts in zip(
-                [status is RowStatus.FILTERED for status in batch.statuses],
-                [status is RowStatus.INVALID for status in batch.statuses],
-                blank_from_step,
-                selected.to_list(),
-                self._was_sent(tables, step, batch, (selected & ready).to_list(), ready.to_list(), results),
-                ready.to_list(),
-                strict=True,
-            )
+        is_ready = ready.to_list()
+        # Rows that send nothing new. They keep a request that was sent for them.
+        sends_new = zip((selected & ready).to_list(), results, strict=True)
+        idle = [
+            row for row, (new, result) in enumerate(sends_new) if not new and result is not None and result.was_sent
         ]
+        recorded = find_recorded_rows(self.ledger, step.job, batch.fingerprints, idle, tables.identities)
+        kept = {
+            row
+            for row, found in recorded.items()
+            # Where the step's condition does not hold, a request of another step, job or row does not count.
+            if not is_ready[row] or (found.is_sent_by_step and not found.is_requested_by_other)
+        }
+        facts = zip(
+            [status is RowStatus.FILTERED for status in batch.statuses],
+            [status is RowStatus.INVALID for status in batch.statuses],
+            _blank_from_step(step, batch),
+            selected.to_list(),
+            [row in kept for row in range(height)],
+            is_ready,
+            strict=True,
+        )
+        decisions = [decide(RowFacts._make(of_row)) for of_row in facts]
         requesting_rows = [row for row, decision in enumerate(decisions) if decision is StepDecision.SEND]
         if self.leads is not None and limited:
             may_send = self.leads.may_send(tables.first_position, results)
             for row in requesting_rows:
                 if not may_send[row]:  # the row waits, or keeps the result that the ledger has
                     decisions[row] = StepDecision.WAIT if results[row] is None else StepDecision.KEEP
-        return decided_batch(batch, decisions, results, requesting_rows, unsent, tables.identities)
+        unsent = {row: why for row, why in unsent.items() if decisions[row] is StepDecision.FILTER}
+        return StepBatch(batch, results, decisions, requesting_rows, unsent, tables.identities)
 
-    def _lacking(self, tables: StepTables, step: Step) -> dict[int, str]:
-        """Return the rows that need a result which was purged, and say so.
+    def _rows_needing_purged(self, tables: StepTables, step: Step) -> dict[int, str]:
+        """Return the rows for which the step may need a result that was purged, each with the reason.
 
-        What was found is not known then. Nor is what a step would have found that was left out for this reason.
+        What was found is not known then. Nor is what a step would have found that sent nothing for this reason.
         """
+        # By column that the step reads: the rows whose cell is not known.
         unknown: dict[str, dict[int, str]] = {}
         for number in sorted(step.depends_on):
             earlier, name = tables.steps[number][0], self.steps[number].job.step
-            reason = f"the result of `{name}` was purged"
-            lost = {**dict.fromkeys(earlier.purged_rows(), reason), **earlier.unsent}
-            for column in self.steps[number].template.columns if lost else ():
+            lost = dict.fromkeys(earlier.purged_rows(), f"the result of `{name}` was purged") | earlier.unsent
+            columns = [name for name in self.steps[number].template.columns if name in step.earlier_columns]
+            for column in columns if lost else ():
                 known = tables.is_known(self.job_input.job, column)
                 unknown.setdefault(column, {}).update({row: why for row, why in lost.items() if not known[row]})
-            unknown[self.status_column(number)] = {**earlier.unsent}
-        unknown = {name: rows for name, rows in unknown.items() if rows and name in step.earlier_columns}
-        if not unknown:
+            if self.status_column(number) in step.earlier_columns:
+                unknown[self.status_column(number)] = earlier.unsent
+        if not any(unknown.values()):
             return {}
+        height = tables.text.height
         text = tables.text.with_columns(
-            tables.text.get_column(name).set(_rows_as_mask(rows, tables.text.height), None)
-            for name, rows in unknown.items()
+            tables.text.get_column(name).set(_rows_as_mask(rows, height), None) for name, rows in unknown.items()
         )
         may_be_selected = step.job_input.selected_rows(text, unknown=True)
         return {row: why for rows in unknown.values() for row, why in rows.items() if may_be_selected[row]}
-
-    def _was_sent(  # noqa: PLR0913, PLR0917 - what is known of a batch
-        self,
-        tables: StepTables,
-        step: Step,
-        batch: RowBatch,
-        selected: Sequence[bool],
-        ready: Sequence[bool],
-        results: Sequence[StepResult | None],
-    ) -> list[bool]:
-        """Return which rows have a request that was sent for them.
-
-        Where the step's condition does not hold, that another step or job has sent it does not count.
-        """
-        sent = [result is not None and result.was_sent for result in results]
-        rows = [
-            row
-            for row, (is_sent, is_selected) in enumerate(zip(sent, selected, strict=True))
-            if is_sent and not is_selected
-        ]
-        recorded = find_recorded_rows(self.ledger, step.job, batch.fingerprints, rows, tables.identities)
-        for row in rows:
-            if (known := recorded.get(row)) is None:
-                sent[row] = False
-            elif ready[row]:
-                sent[row] = known.is_sent_by_step and not known.is_requested_by_other
-        return sent
 
     def prepare(self) -> None:
         """Find out which rows need their request in each step, where no run has done so."""
@@ -278,9 +285,6 @@ class StepRows(Struct, frozen=True):
 
 def _rows_as_mask(rows: Iterable[int], height: int) -> pl.Series:
     return pl.int_range(height, eager=True).is_in(list(rows))
-
-
-_DECISIONS = {facts: decide(RowFacts(*facts)) for facts in product([False, True], repeat=6)}
 
 
 def _blank_from_step(step: Step, batch: RowBatch) -> list[bool]:
