@@ -18,7 +18,7 @@ from click.shell_completion import CompletionItem, shell_complete
 
 from enrich import __version__
 from enrich.commands import LEDGER_META_KEY
-from enrich.commands.streams import flush_error, guard_streams
+from enrich.commands.streams import echo_error, flush_error, guard_streams
 from enrich.databar.text_filter import clean_text
 from enrich.errors import EnrichError, Interrupted, RunCancelled
 from enrich.exit_codes import ExitCode
@@ -153,12 +153,9 @@ def _find_api_key() -> str:
 
 
 def _fail(code: ExitCode, message: str, hint: str | None, *, as_json: bool, label: str = "error: ") -> int:
-    message = clean_text(message)  # it may contain a file name or a server's text
-    click.echo(f"{label}{message}", err=True)
-    if hint:
-        click.echo(f"hint: {hint}", err=True)
+    echo_error(message, hint, label=label)
     if as_json:
-        click.echo(json.dumps({"exit_code": int(code), "error": message}))
+        click.echo(json.dumps({"exit_code": int(code), "error": clean_text(message)}))
     return code
 
 

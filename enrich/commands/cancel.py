@@ -13,6 +13,7 @@ from msgspec import Struct
 from msgspec.structs import asdict, replace
 
 from enrich.commands import options
+from enrich.commands.streams import echo_error
 from enrich.databar.client import Client
 from enrich.databar.clock import Clock, SystemClock
 from enrich.databar.credentials import ApiAccess
@@ -255,7 +256,7 @@ def cancel(job_options: options.JobOptions, as_json: bool) -> int:
         ledger, lease = stack.enter_context(open_for_run(job.ledger))
         summary = cancel_tasks(job, access, ledger, lease or SystemClock())
     if summary.error:
-        options.echo_error(summary.error, summary.hint)
+        echo_error(summary.error, summary.hint)
     run_args = job_options.arguments(as_typed=True).run_args
     options.echo_result(summary.as_json(), format_cancel(job, summary, run_args), as_json=as_json)
     return summary.exit_code

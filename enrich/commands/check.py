@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from enrich.commands import options
 from enrich.commands.check_target import CheckResult, ParamFill, add_problem, check_target, read_stored
 from enrich.commands.paths import path_problems
+from enrich.commands.streams import echo_error, echo_message
 from enrich.databar.credentials import find_base_url, host_of
 from enrich.databar.description import Description
 from enrich.errors import EnrichError, JobError
@@ -308,11 +309,11 @@ def check(job_options: options.JobOptions, online: bool, as_json: bool) -> int:
         lines += result.fill.mapping_lines() if result.fill else ()
         options.echo_result(check_as_json(job, result), lines, as_json=as_json)
     for line in format_left_out(left_out_by_param(result.left_out)):
-        click.echo(f"not used: {line}", err=True)
+        echo_message(line, label="not used: ")
     for warning in result.warnings:
-        click.echo(f"warning: {warning}", err=True)
+        echo_message(warning, label="warning: ")
     for note in [*result.changes, *result.notes]:
-        click.echo(f"note: {note}", err=True)
+        echo_message(note, label="note: ")
     for problem in result.problems:
-        options.echo_error(problem.message, problem.hint)
+        echo_error(problem.message, problem.hint)
     return result.exit_code

@@ -18,6 +18,7 @@ from msgspec import Struct
 from enrich.commands import options
 from enrich.commands.init import write_new_file
 from enrich.commands.paths import absolute_path, files_written, nearest_existing
+from enrich.commands.streams import echo_message
 from enrich.errors import JobError, printable
 from enrich.files.object_store import CREDENTIAL_VARIABLES
 from enrich.job.bounded_read import read_text
@@ -346,7 +347,7 @@ def cron(
     if output_dir is not None:
         for name, text in units.items():
             write_new_file(text, output_dir / name, force=force, other="another folder")
-            click.echo(f"Written: {output_dir / name}", err=True)
+            echo_message(f"Written: {output_dir / name}")
     if only != "systemd" and not (output_dir and only is None):
         click.echo(crontab_text(scheduled), nl=False)
     if only != "crontab" and output_dir is None:

@@ -18,6 +18,7 @@ import polars as pl
 from enrich.commands import options
 from enrich.commands.init_columns import count_matched_params, describe_column, is_usual_header
 from enrich.commands.init_template import JobDraft, Sample, render_job_file
+from enrich.commands.streams import echo_message
 from enrich.commands.waterfalls import list_descriptions, read_description
 from enrich.databar.description import DOCUMENTED_ON, DOCUMENTED_WATERFALLS, Description
 from enrich.errors import ApiKeyRejected, ApiUnreachable, CommandRefused, JobError, suggest_name
@@ -175,7 +176,7 @@ def _read_available(*, use_sandbox: bool, offline: bool) -> tuple[Sequence[Descr
             listed = list_descriptions(access, TargetKind.WATERFALL)
             return listed, _source_text(access.host, use_sandbox=use_sandbox)
     except (ApiKeyRejected, ApiUnreachable) as error:
-        click.echo(f"note: {error.message}; using the waterfalls of the documentation", err=True)
+        echo_message(f"{error.message}; using the waterfalls of the documentation", label="note: ")
     return documented
 
 
@@ -193,8 +194,8 @@ def _choose_waterfall(
             hint = suggest_name(identifier, list(known))
             raise JobError(f"--waterfall: no waterfall `{identifier}` in {source}", hint)
         return known[identifier], source
-    click.echo(f"Waterfalls from {source}, best fit for {leads} first:", err=True)
-    click.echo("\n".join(rank_waterfalls(available, sample)), err=True)
+    echo_message(f"Waterfalls from {source}, best fit for {leads} first:")
+    echo_message("\n".join(rank_waterfalls(available, sample)))
     command = ["enrich", "init", str(leads), *given, "--waterfall", "ID"]
     raise JobError("no waterfall is chosen", shlex.join(command))
 
@@ -274,4 +275,4 @@ def init(
     if force and target.exists() and not _is_job_file(target):
         raise JobError(f"{target} is not a job file, so --force does not replace it", "choose another name with -o")
     write_new_file(text, target, force=force)
-    click.echo(f"Written: {target}. Read it, then: {shlex.join(['enrich', 'check', str(target)])}", err=True)
+    echo_message(f"Written: {target}. Read it, then: {shlex.join(['enrich', 'check', str(target)])}")

@@ -9,6 +9,7 @@ import click
 from msgspec.structs import asdict
 
 from enrich.commands import options
+from enrich.commands.streams import echo_error
 from enrich.exit_codes import ExitCode
 from enrich.job.file_names import why_no_ledger
 from enrich.job.locations import LedgerLocation, parse_ledger_location
@@ -68,7 +69,7 @@ def check(place: str, ledger: str | None, use_sandbox: bool, as_json: bool) -> i
     lines = report.problems or [f"ok: {report.requests:,} requests, {report.attempts:,} attempts, {runs}"]
     options.echo_result({"exit_code": int(code), "ledger": str(path)} | asdict(report), lines, as_json=as_json)
     if report.problems:
-        options.echo_error(f"{path}: the ledger is damaged", restore_hint(path))
+        echo_error(f"{path}: the ledger is damaged", restore_hint(path))
     return code
 
 

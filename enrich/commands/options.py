@@ -21,6 +21,7 @@ from pydantic import SecretStr
 
 from enrich.commands import LEDGER_META_KEY
 from enrich.databar.credentials import ApiAccess, find_access
+from enrich.databar.text_filter import clean_text
 from enrich.errors import CommandRefused, EnrichError, JobError
 from enrich.exit_codes import JobArguments
 from enrich.extras import install_hint
@@ -317,12 +318,13 @@ def open_access(job: Job | None, *, use_sandbox: bool) -> Iterator[ApiAccess]:
 
 
 def short_path(path: str | None) -> str | None:
-    """Return a path as seen from the working directory, if it is below it."""
-    if path is None or "://" in path:
-        return path
-    with suppress(ValueError):
-        return str(Path(path).relative_to(Path.cwd()))
-    return path
+    """Return a path as seen from the working directory, if it is below it, to be printed."""
+    if path is None:
+        return None
+    if "://" not in path:
+        with suppress(ValueError):
+            path = str(Path(path).relative_to(Path.cwd()))
+    return clean_text(path)
 
 
 def begin_result() -> None:
@@ -343,27 +345,7 @@ def echo_result(result: object, lines: Iterable[str], *, as_json: bool) -> None:
     if as_json:
         echo_json(result)
     else:
-        click.echo("\n".join(lines))
-
-
-def echo_error(message: str, hint: str | None) -> None:
-    """Print an error, and what to do about it, on stderr."""
-    click.echo(f"error: {message}", err=True)
-    if hint:
-        click.echo(f"hint: {hint}", err=True)
-
-
-#: Stand-ins for characters that not every terminal can show.
-_ASCII = str.maketrans({"✓": "ok:", "→": "->", "·": "-", "…": "..."})
-
-
-def for_terminal(text: str) -> str:
-    """Return a text as stderr can show it."""
-    try:
-        text.encode(sys.stderr.encoding or "utf-8")
-    except (LookupError, UnicodeEncodeError):
-        return text.translate(_ASCII)
-    return text
+        click.echo(clean_text("\n".join(lines)))
 
 
 def make_styler() -> Callable[[str, str], str]:

@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from pydantic import ValidationError
 
 from enrich.commands import options
+from enrich.commands.streams import echo_message
 from enrich.databar.clock import SystemClock
 from enrich.databar.credentials import ApiAccess
 from enrich.errors import CommandRefused, JobError, LedgerLocked
@@ -96,7 +97,7 @@ def plan(
     """
     planned, note = plan_with_access(job_options.load(max_credits), selected, plan_file, rows_file)
     if note is not None:
-        click.echo(f"note: {note}", err=True)
+        echo_message(note, label="note: ")
     command = f"enrich run {job_options.arguments(as_typed=True).run_args}"
     if plan_file is not None:
         chosen = f" --plan {shlex.quote(str(plan_file))}"

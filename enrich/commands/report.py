@@ -12,6 +12,7 @@ import click
 from msgspec.structs import replace
 
 from enrich.commands import options
+from enrich.commands.streams import echo_message
 from enrich.errors import EnrichError, JobError
 from enrich.exit_codes import JobArguments
 from enrich.job.job import Job
@@ -105,6 +106,6 @@ def report(
     elif path is not None:
         write_report(path, _render_page(data, job, now), job)
         if sys.stderr.isatty() or (page is not None and path != page.absolute()):
-            click.echo(f"report: {path}", err=True)
+            echo_message(str(path), label="report: ")
     if as_json:
         options.echo_json(data.as_json())

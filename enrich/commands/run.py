@@ -18,7 +18,9 @@ from msgspec.structs import replace
 
 from enrich.commands import options
 from enrich.commands.report import write_run_report
+from enrich.commands.streams import echo_error, echo_message, for_terminal
 from enrich.databar.clock import SystemClock
+from enrich.databar.text_filter import clean_text
 from enrich.errors import CommandRefused, EnrichError, JobError, LedgerLocked
 from enrich.exit_codes import ExitCode, JobArguments, format_actions, required_actions
 from enrich.extras import install_hint
@@ -136,7 +138,7 @@ def check_combination(selected: RunOptions, max_credits: float | None) -> None:
 def _confirm(text: str) -> bool:
     """Ask the question that is the last line of a text."""
     *lines, question = text.splitlines()
-    click.echo(options.for_terminal("\n".join(lines)), err=True)
+    echo_message("\n".join(lines))
     try:
         return click.confirm(question, prompt_suffix=" ", err=True)
     except click.Abort:  # Ctrl-D: no answer is a no
@@ -188,7 +190,7 @@ def run_observed(
 
         def note(text: str) -> None:
             observers.note(text)
-            callbacks.on_message(text)
+            callbacks.on_message(clean_text(text))
 
         def show_progress(progress: Progress) -> None:
             observers.show_progress(progress)
@@ -224,9 +226,7 @@ def print_summary(
     summary = replace(summary, hint=summary.hint and job_arguments.in_hint(summary.hint))
     paint = options.make_styler()
     if summary.error:
-        click.echo(f"{paint('error', 'red')}: {summary.error}", err=True)
-    if summary.hint:
-        click.echo(f"hint: {summary.hint}", err=True)
+        echo_error(summary.error, summary.hint, label=f"{paint('error', 'red')}: ")
     if show and summary.rows is not None:
         output, rejects, changes = map(options.short_path, (summary.output, summary.rejects, summary.changes))
         shown = replace(summary, output=output, rejects=rejects, changes=changes)
@@ -234,9 +234,7 @@ def print_summary(
         code = ExitCode.OK if summary.hint else summary.exit_code
         actions = required_actions(code, summary.as_json(), job_arguments)
         lines = [*format_summary(shown, paint), *(f"  {line}" for line in format_actions(actions))]
-        click.echo(
-            options.for_terminal("\n".join([*lines, *(format_details(summary, paint) if details else ())])), err=True
-        )
+        click.echo(for_terminal("\n".join([*lines, *(format_details(summary, paint) if details else ())])), err=True)
     if as_json:
         options.echo_json(summary.as_json())
 
@@ -302,7 +300,7 @@ def run(
     Collects the results of earlier requests, sends new ones, and writes the output. Without a terminal, it prints
     only errors and problems.
     """
-    with observe_run(job_options, log_file, lambda text: click.echo(f"note: {text}", err=True)) as observers:
+    with observe_run(job_options, log_file, lambda text: echo_message(text, label="note: ")) as observers:
         plan = None if plan_file is None else read_plan(plan_file)
         selected = replace(selected, plan=plan, accept_in_doubt=accept is not None)
         check_combination(selected, max_credits)
@@ -355,7 +353,7 @@ def collect(job_options: options.JobOptions, partial: bool, as_json: bool) -> in
     """Write the output of JOB from the ledger, without network and cost."""
     job, note = with_own_output(job_options.load())
     if note is not None:
-        click.echo(f"note: {note}", err=True)
+        echo_message(note, label="note: ")
     check_ledger_exists(job)
     with lock_ledger(job.ledger, 0):
         summary = rebuild_output(job, partial=partial)

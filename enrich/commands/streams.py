@@ -1,4 +1,4 @@
-"""Makes standard streams safe. Closed streams use /dev/null, and failed writes are dropped without an exception."""
+"""Makes standard streams safe, and prints messages. Failed writes are dropped, closed streams use /dev/null."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import os
 import select
 import sys
 from typing import TYPE_CHECKING, TextIO
+
+import click
+
+from enrich.databar.text_filter import clean_text
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -54,3 +58,28 @@ def flush_error(stream: TextIO) -> OSError | None:
     stream.flush()
     raw = getattr(getattr(stream, "buffer", None), "raw", None)
     return raw.write_error if isinstance(raw, _DroppingFile) else None
+
+
+#: Stand-ins for characters that not every terminal can show.
+_ASCII = str.maketrans({"✓": "ok:", "→": "->", "·": "-", "…": "..."})
+
+
+def for_terminal(text: str) -> str:
+    """Return a text as stderr can show it."""
+    try:
+        text.encode(sys.stderr.encoding or "utf-8")
+    except (LookupError, UnicodeEncodeError):
+        return text.translate(_ASCII)
+    return text
+
+
+def echo_message(text: str, *, label: str = "") -> None:
+    """Print a text on stderr, which may contain names of files and texts from outside, but no colors."""
+    click.echo(label + for_terminal(clean_text(text)), err=True)
+
+
+def echo_error(message: str, hint: str | None, *, label: str = "error: ") -> None:
+    """Print an error, and what to do about it, on stderr."""
+    echo_message(message, label=label)
+    if hint:
+        echo_message(hint, label="hint: ")

@@ -274,3 +274,28 @@ def test_file_names_are_escaped(workspace: Workspace) -> None:
     result = workspace.run_in_process("run", "no\x1b[2Jsuch\u202e.yaml")
     assert result.exit_code == 2
     assert not CONTROL_CHARACTERS & set(result.stderr)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("doctor", "job.yaml", "--offline"),
+        ("run", "job.yaml", "--sandbox", "--summary"),
+        ("status", "job.yaml"),
+        ("check", "other.yaml"),
+    ],
+    ids=" ".join,
+)
+def test_names_in_the_job_are_escaped(workspace: Workspace, words: tuple[str, ...]) -> None:
+    """Names of the job's files, and of those in its input folder, reach no screen with their control characters."""
+    name = "\u202e\x9b2J"
+    workspace.write_leads(make_leads(1))
+    workspace.write_job(output=json.dumps(f"{name}.csv"), ledger=json.dumps(f"{name}.db"))
+    (workspace.folder / "in").mkdir()
+    for header, file in (("Email", f"in/{name}.csv"), ("Mail", "in/other.csv")):
+        workspace.write_leads([["ada@engine.example"]], [header], file)
+    other = workspace.job_file.read_text(encoding="utf-8").replace("leads.csv", "in/")
+    (workspace.folder / "other.yaml").write_text(other, encoding="utf-8")
+    result = workspace.run_in_process(*words)
+    assert not CONTROL_CHARACTERS & set(result.stdout + result.stderr)
+    assert "2J" in result.stdout + result.stderr
