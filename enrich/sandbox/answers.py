@@ -1,16 +1,195 @@
-"""Decides what a run finds and costs, and writes it as JSON: the `data` of a task, and its body as of a given time."""
+"""Decides what a run finds and costs: invents people and companies, and writes the `data` of a task as JSON.
+
+Each result depends only on the seed and the lookup.
+"""
 
 import json
-from collections.abc import Sequence
+import re
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from hashlib import blake2b
+from typing import Any, Literal, TypeVar
 
-from enrich.sandbox import money
-from enrich.sandbox.catalogue import Service
+from enrich.sandbox.catalogue import Service, to_credits
 from enrich.sandbox.lookups import Cascade, EnrichmentCall, Lookup
-from enrich.sandbox.people import Fields, SeededRandom, invent_fields, invent_rows
 from enrich.sandbox.settings import SandboxSettings
-from enrich.sandbox.store import Run, Task
+
+T = TypeVar("T")
+
+Fields = dict[str, Any]
+
+FIRST_NAMES = ("Ada", "Bela", "Chidi", "Dolores", "Emre", "Freya", "Goran", "Hana", "Ines", "Jonas", "Kemal", "Lucía")
+LAST_NAMES = ("Abara", "Brandt", "Castellano", "Dvořák", "Eriksen", "Fontaine", "Grünwald", "Holm", "Ivers", "Jansen")
+TITLES = ("Head of Sales", "Founder", "Operations Lead", "Data Engineer", "Marketing Manager", "Finance Director")
+INDUSTRIES = ("Software", "Logistics", "Agriculture", "Textiles", "Machine tools", "Hospitality")
+CITIES = ("Lisbon", "Utrecht", "Ghent", "Tampere", "Graz", "Duluth")
+_MAILBOX_STATES = (
+    ("valid", "accepted"),
+    ("valid", "accepted"),
+    ("valid", "accepted"),
+    ("catch_all", "the domain accepts any address"),
+    ("invalid", "no such mailbox"),
+)
+AREA_CODES = ("202", "303", "404", "512", "617", "702", "808", "916")
+
+
+class SeededRandom:
+    """Returns a number between 0 and 1 for each label; always the same one for the same seed and subject."""
+
+    def __init__(self, seed: int, subject: str) -> None:
+        self._key = blake2b(f"{seed}\n{subject}".encode(), digest_size=32).digest()
+
+    def __call__(self, label: str) -> float:
+        """Return the number of a label; never 0 and never 1."""
+        digest = blake2b(label.encode(), key=self._key, digest_size=8).digest()
+        return ((int.from_bytes(digest) >> 12) + 0.5) / 2**52
+
+    def pick(self, label: str, choices: Sequence[T]) -> T:
+        """Return one of the choices."""
+        return choices[int(self(label) * len(choices))]
+
+
+def invent_fields(target: str, params: Mapping[str, str], draw: SeededRandom) -> Fields:
+    """Invent the result of a waterfall or of an enrichment (its id as text) for a known person or company."""
+    return _INVENTORS[target](params, draw)
+
+
+def invent_rows(target: str, params: Mapping[str, str], count: int, draw: SeededRandom) -> list[Fields]:
+    """Invent `count` rows of an enrichment that lists several. A larger count gives the same rows and further ones."""
+    return [_ROW_INVENTORS[target](params, draw, number) for number in range(count)]
+
+
+def ascii_name(text: str) -> str:
+    """Spell a name in the ASCII letters of an email address: `Zoë` is `zoe`, `Łukasz` is `lukasz`, `김` is `gim`."""
+    return "".join(_ascii_letter(character) for character in unicodedata.normalize("NFC", text))
+
+
+def _ascii_letter(character: str) -> str:
+    plain = "".join(c for c in unicodedata.normalize("NFKD", character) if c.isascii() and c.isalnum())
+    if plain or not character.isalpha():
+        return plain.lower()
+    # Letters without an ASCII base: the last word of the Unicode name, as in ZHE, HANGUL SYLLABLE GIM, IDEOGRAPH-674E.
+    name = re.sub(r" WITH .*", "", unicodedata.name(character, "x"))
+    return re.sub(r"[^a-z0-9]", "", re.split(r"[ -]", name)[-1].lower())
+
+
+def domain_of(company: str) -> str:
+    """Return the company's domain: the text itself if it is a domain or URL, else an invented one."""
+    bare = re.sub(r"^[a-z]+://", "", company.strip().lower()).split("/")[0].removeprefix("www.")
+    if re.fullmatch(r"[a-z0-9-]+(\.[a-z0-9-]+)+", bare):
+        return bare
+    return ("-".join(filter(None, map(ascii_name, company.split()))) or "company") + ".example"
+
+
+def invent_email(params: Mapping[str, str], draw: SeededRandom) -> Fields:
+    """Invent a work email address from the name."""
+    first = ascii_name(params["first_name"]) or "info"
+    last = ascii_name(params["last_name"]) or "office"
+    local = draw.pick("pattern", (f"{first}.{last}", f"{first}.{last}", f"{first[0]}{last}", f"{first}_{last[0]}"))
+    return {"email": f"{local}@{domain_of(params['company'])}"}
+
+
+def _invent_person(params: Mapping[str, str], draw: SeededRandom) -> Fields:
+    local = params["email"].partition("@")[0]
+    words = [word.capitalize() for word in re.split(r"[^\w]+|_|\d+", local) if word]
+    first = words[0] if len(words) > 1 else draw.pick("first", FIRST_NAMES)
+    last = words[-1] if words else draw.pick("last", LAST_NAMES)
+    link = f"https://linkedin.example/in/{ascii_name(first)}-{ascii_name(last)}"
+    return {"first_name": first, "last_name": last, "linkedin_url": link}
+
+
+def _invent_phone(_: Mapping[str, str], draw: SeededRandom) -> Fields:
+    return {"phone": f"+1-{draw.pick('area', AREA_CODES)}-555-01{int(draw('line') * 100):02d}"}
+
+
+def _invent_company(params: Mapping[str, str], draw: SeededRandom) -> Fields:
+    name, employees = _company_name(params["company_website"]), int(5 * 400 ** draw("employees"))
+    industries = sorted({draw.pick(f"industry {number}", INDUSTRIES) for number in range(2)})
+    rounds = 1 + int(draw("rounds") * 4)
+    return {
+        "name": name,
+        "description": f"{name} is in {industries[0].lower()}, in {draw.pick('city', CITIES)}.",
+        "linkedin": f"https://linkedin.example/company/{ascii_name(name)}",
+        "employees": employees,
+        "industries": industries,
+        "revenue": employees * 120_000,
+        "funding": {"total": rounds * 2_500_000, "rounds": rounds},
+    }
+
+
+def _company_name(website: str) -> str:
+    return domain_of(website).split(".")[0].replace("-", " ").title()
+
+
+def _invent_linked_person(params: Mapping[str, str], draw: SeededRandom) -> Fields:
+    words = [word.capitalize() for word in re.findall(r"[^\W\d_]+", params["link"].rstrip("/").split("/")[-1])]
+    first = words[0] if words else draw.pick("first", FIRST_NAMES)
+    last = words[1] if len(words) > 1 else draw.pick("last", LAST_NAMES)
+    local = f"{ascii_name(first)}.{ascii_name(last)}"
+    company = f"{draw.pick('company', LAST_NAMES)} {draw.pick('partner', LAST_NAMES)}"
+    return {
+        "first_name": first,
+        "last_name": last,
+        "work_email": f"{local}@{domain_of(company)}",
+        "personal_email": f"{local}@mail.example",
+    }
+
+
+def _invent_job_postings(params: Mapping[str, str], draw: SeededRandom) -> Fields:
+    site = domain_of(params["company_website"])
+    titles = sorted({draw.pick(f"job {number}", TITLES) for number in range(1 + int(draw("jobs") * 4))})
+    return {
+        "jobs": titles,
+        "job_links": [f"https://{site}/jobs/{ascii_name(title)}" for title in titles],
+        "descriptions": [f"{title} wanted" for title in titles],
+        "locations": [draw.pick(title, CITIES) for title in titles],
+    }
+
+
+def _verify_email(params: Mapping[str, str], draw: SeededRandom) -> Fields:
+    status, reason = draw.pick("status", _MAILBOX_STATES)
+    return {"email": params["email"], "status": status, "reason": reason}
+
+
+def _check_phone(params: Mapping[str, str], draw: SeededRandom) -> Fields:
+    line_type, carrier = draw.pick("line", ("mobile", "landline")), f"{draw.pick('carrier', CITIES)} Telecom"
+    return {"phone": params["phone"], "line_type": line_type, "carrier": carrier}
+
+
+def _invent_employee(params: Mapping[str, str], draw: SeededRandom, row: int) -> Fields:
+    first, last = draw.pick(f"{row} first", FIRST_NAMES), draw.pick(f"{row} last", LAST_NAMES)
+    link = f"https://linkedin.example/in/{ascii_name(first)}-{ascii_name(last)}"
+    title = f"{draw.pick(f'{row} title', TITLES)} of {_company_name(params['company_website'])}"
+    return {"first_name": first, "last_name": last, "title": title, "linkedin_url": link}
+
+
+def _invent_place(params: Mapping[str, str], draw: SeededRandom, row: int) -> Fields:
+    name = f"{draw.pick(f'{row} name', LAST_NAMES)} {params['query'].title()}"
+    return {
+        "name": name,
+        "address": f"{1 + int(draw(f'{row} number') * 99)} Station Road, {draw.pick(f'{row} city', CITIES)}",
+        "phone": f"+1-{draw.pick(f'{row} area', AREA_CODES)}-555-01{int(draw(f'{row} line') * 100):02d}",
+        "website": f"https://{domain_of(name)}",
+    }
+
+
+_INVENTORS: Mapping[str, Callable[[Mapping[str, str], SeededRandom], Fields]] = {
+    "email_getter": invent_email,
+    "person_getter": _invent_person,
+    "phone_getter": _invent_phone,
+    "company_lookup": _invent_company,
+    "person_by_link": _invent_linked_person,
+    "job_postings_getter": _invent_job_postings,
+    "10": _verify_email,
+    "12": _verify_email,
+    "80": _check_phone,
+}
+_ROW_INVENTORS: Mapping[str, Callable[[Mapping[str, str], SeededRandom, int], Fields]] = {
+    "60": _invent_employee,
+    "70": _invent_place,
+}
+
 
 # `free`: a failure that costs nothing and ends when sent again. `no_data`: no match, with that status for a while.
 Outcome = Literal["found", "missed", "no_data", "failed", "free"]
@@ -122,7 +301,7 @@ class _Search:
                 "provider": provider.name,
                 "result": result,
                 "details": None,
-                "cost": str(money.to_number(cost)),
+                "cost": str(to_credits(cost)),
                 "is_verified": verified,
                 "provider_logo": f"https://logos.example/{provider.id}.png",
             }
@@ -177,103 +356,3 @@ def make_answer(lookup: Lookup, attempt: int, draw: SeededRandom, settings: Sand
 
 def _error_json(draw: SeededRandom, text: str) -> str:
     return json.dumps([text, "Task failed."] if draw("error is a list") < 1 / 2 else text)
-
-
-ODD_STATUSES = ("queued", "verifying", "enriching")
-_FAILURES = ("failed", "free")
-_MISSES = ("missed", "no_data")
-
-
-class _TaskBody(NamedTuple):
-    """The values of a body; `data`, `error` and `progress` are JSON already, `cost` is in millionths."""
-
-    status: str
-    data: str = "null"
-    error: str = "null"
-    progress: str = ""
-    cost: int = 0
-
-
-class TaskRenderer:
-    """Renders tasks with the spellings chosen in the settings."""
-
-    def __init__(self, settings: SandboxSettings) -> None:
-        self._settings = settings
-        self._completed, self._failed = ("success", "error") if settings.aliases else ("completed", "failed")
-
-    def is_expired(self, task: Task, now: float) -> bool:
-        """Return True when the result has expired."""
-        finished = task.cancelled if task.cancelled is not None else max(run.ready for run in task.runs)
-        return now - finished > self._settings.result_ttl
-
-    def expired_body(self, task: Task) -> bytes:
-        """Return the body of an expired task, for a 200 response."""
-        return self._write_body(task, _TaskBody("gone", error='"Task data has expired"'))
-
-    def odd_status_body(self, task: Task, poll: int) -> bytes:
-        """Return a body with a status that the API's documentation does not name."""
-        return self._write_body(task, _TaskBody(ODD_STATUSES[poll % len(ODD_STATUSES)]))
-
-    def body(self, task: Task, now: float, *, partial: bool = False) -> bytes:
-        """Return the body of a task that has not expired."""
-        return self._write_body(
-            task, self._bulk_body(task, now, partial=partial) if task.bulk else self._single_body(task, now)
-        )
-
-    def _single_body(self, task: Task, now: float) -> _TaskBody:
-        run = task.runs[0]
-        if task.cancelled is not None:
-            return _TaskBody("cancelled")
-        if now < run.ready:
-            return _TaskBody("processing")
-        status = self._failed if run.outcome in _FAILURES else self._completed
-        no_data_s = self._settings.no_data_seconds
-        if run.outcome == "no_data" and (no_data_s is None or no_data_s < 0 or now < run.ready + no_data_s):
-            status = "no_data"
-        return _TaskBody(status, run.data, run.error, cost=run.cost)
-
-    def _bulk_body(self, task: Task, now: float, *, partial: bool) -> _TaskBody:
-        done = [run for run in task.runs if now >= run.ready and run.state != "refunded"]
-        failed = [run for run in done if run.outcome in _FAILURES]
-        missed = sum(run.outcome in _MISSES for run in done)
-        running = 0 if task.cancelled is not None else len(task.runs) - len(done)
-        counts = {
-            "total": len(task.runs),
-            "completed": len(done) - len(failed) - missed,
-            "no_data": missed,
-            "failed": len(failed),
-            "processing": running,
-        }
-        # Before July 2026, the API returned only the rows with a match, in no order.
-        listed_runs = (
-            done if self._settings.bulk_data == "aligned" else [run for run in reversed(done) if run.data != "null"]
-        )
-        progress, data = json.dumps(counts), f"[{','.join(run.data for run in listed_runs)}]"
-        if running:
-            # Not aligned: the documentation defines no order for the finished rows of a running task.
-            return _TaskBody("processing", data if partial else "null", progress=progress)
-        if task.cancelled is not None:
-            status = "cancelled"
-        elif len(failed) == len(task.runs):
-            status = self._failed
-        else:
-            status = "partially_completed" if failed else self._completed
-        return _TaskBody(status, data, _errors_json(failed), progress, sum(run.cost for run in done))
-
-    def _write_body(self, task: Task, shown: _TaskBody) -> bytes:
-        progress = f'"progress":{shown.progress},' if shown.progress else ""
-        spent = "" if self._settings.hide_credits else f',"credits_spent":{money.to_number(shown.cost)}'
-        return (
-            f'{{"task_id":"{task.task_id}","request_id":"{task.task_id}","status":"{shown.status}",{progress}'
-            f'"data":{shown.data},"error":{shown.error}{spent}}}'
-        ).encode()
-
-
-def _errors_json(failed: Sequence[Run]) -> str:
-    if not failed:
-        return "null"
-    texts: list[str] = []
-    for run in failed:
-        error = json.loads(run.error)
-        texts += error if isinstance(error, list) else [error]
-    return json.dumps(texts)

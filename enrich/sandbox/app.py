@@ -10,10 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
 from enrich.sandbox.catalogue import FLOWS, MAX_PAGES
 from enrich.sandbox.databar import ApiError, Databar
-from enrich.sandbox.faults import Fault, FaultInjector, Param
 from enrich.sandbox.lookups import Cascade, EnrichmentCall, Refused, make_cascade, make_enrichment_call
 from enrich.sandbox.middleware import FAULT_KEY, FaultMiddleware, Message, Receive, Send
-from enrich.sandbox.settings import SandboxSettings
+from enrich.sandbox.settings import Fault, Param, SandboxSettings
 from enrich.sandbox.store import SandboxStore
 
 
@@ -63,7 +62,6 @@ class _Context:
     databar: Databar
     settings: SandboxSettings
     middleware: FaultMiddleware
-    faults: FaultInjector
 
 
 # Key of the context in the ASGI scope: all servers of a process share the same routes.
@@ -93,14 +91,13 @@ _APP = FastAPI(title="Databar.ai API sandbox", version="0.1.2", openapi_url=None
 def build_app(store: SandboxStore, settings: SandboxSettings) -> FaultMiddleware:
     """Build the sandbox's application for one server."""
     databar = Databar(store, settings)
-    faults = FaultInjector(settings.faults, settings.fault_seed)
 
     async def app(scope: Message, receive: Receive, send: Send) -> None:
         scope[_CONTEXT_KEY] = context
         await _APP(scope, receive, send)
 
-    middleware = FaultMiddleware(app, settings, databar.clock, faults)
-    context = _Context(databar, settings, middleware, faults)
+    middleware = FaultMiddleware(app, settings, databar.clock)
+    context = _Context(databar, settings, middleware)
     return middleware
 
 
@@ -227,7 +224,7 @@ async def _me(context: Authorized) -> Response:
 async def _audit(context: Context, *, runs: Annotated[bool, Query()] = True) -> Response:
     counts = {
         "requests": dict(context.middleware.requests),
-        "faults": dict(context.faults.applied_counts),
+        "faults": dict(context.middleware.faults.applied_counts),
         "busiest_second": context.middleware.peak_rate.peak,
     }
     return JSONResponse(context.databar.audit(runs=runs) | counts)
@@ -254,17 +251,18 @@ async def _prices(
 
 @_APP.get("/__faults")
 async def _list_faults(context: Context) -> dict[str, Any]:
-    return {"chosen": context.faults.pending(), "happened": dict(context.faults.applied_counts)}
+    faults = context.middleware.faults
+    return {"chosen": faults.pending(), "happened": dict(faults.applied_counts)}
 
 
 @_APP.post("/__faults")
 async def _inject_faults(context: Context, body: _FaultsBody) -> Response:
     if body.clear:
-        context.faults.clear()
+        context.middleware.faults.clear()
         context.middleware.unavailable_until = 0
     else:
         try:
-            context.faults.inject(Fault(body.name, scope=body.scope, params=body.params), body.next)
+            context.middleware.faults.inject(Fault(body.name, scope=body.scope, params=body.params), body.next)
         except ValueError as error:
             return JSONResponse({"detail": str(error)}, 422)
     return JSONResponse(await _list_faults(context))

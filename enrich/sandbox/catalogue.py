@@ -2,13 +2,23 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from functools import cached_property
 from typing import Any
 
-from enrich.sandbox.money import to_micros
-
 #: Most pages of one run of an enrichment.
 MAX_PAGES = 100
+_MILLION = 1_000_000
+
+
+def to_micros(amount: Decimal | float | str) -> int:
+    """Convert credits, as the API or a user writes them, to whole millionths, so that sums are exact."""
+    return int((Decimal(str(amount)) * _MILLION).to_integral_value())
+
+
+def to_credits(micros: int) -> float:
+    """Convert millionths to credits as a JSON number."""
+    return micros / _MILLION
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ from typing import IO, Any, Literal, get_args, get_origin, get_type_hints
 import click
 
 from enrich.extras import install_hint
-from enrich.sandbox.faults import FAULT_KINDS, Fault
-from enrich.sandbox.settings import SandboxSettings
+from enrich.sandbox.settings import FAULT_KINDS, Fault, SandboxSettings
 
 _FAULTS = ", ".join(f"{name} ({', '.join(kind.params)})" if kind.params else name for name, kind in FAULT_KINDS.items())
 _HELP = f"""Serve the built-in sandbox of the Databar API on loopback, with invented people and configurable faults.

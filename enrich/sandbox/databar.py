@@ -6,17 +6,26 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from email.utils import formatdate
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
-from enrich.sandbox import money
-from enrich.sandbox.answers import TaskRenderer, make_answer
-from enrich.sandbox.catalogue import ENRICHMENTS, REAL_PRICES, WATERFALLS, Enrichment, Waterfall
-from enrich.sandbox.faults import Fault
+from enrich.sandbox.answers import SeededRandom, make_answer
+from enrich.sandbox.catalogue import (
+    ENRICHMENTS,
+    REAL_PRICES,
+    WATERFALLS,
+    Enrichment,
+    Waterfall,
+    to_credits,
+    to_micros,
+)
 from enrich.sandbox.lookups import Cascade, EnrichmentCall, Lookup, Refused, make_lookups
-from enrich.sandbox.people import SeededRandom
-from enrich.sandbox.settings import SandboxSettings, parse_latency
+from enrich.sandbox.settings import Fault, SandboxSettings, parse_latency
 from enrich.sandbox.store import Run, SandboxStore, Task, TaskFault
+
+ODD_STATUSES = ("queued", "verifying", "enriching")
+_FAILURES = ("failed", "free")
+_MISSES = ("missed", "no_data")
 
 
 class ApiError(Exception):
@@ -49,6 +58,16 @@ def _http_date(second: int) -> str:
     return formatdate(second, usegmt=True)
 
 
+class _TaskBody(NamedTuple):
+    """The values of a body; `data`, `error` and `progress` are JSON already, `cost` is in millionths."""
+
+    status: str
+    data: str = "null"
+    error: str = "null"
+    progress: str = ""
+    cost: int = 0
+
+
 class Databar:
     """The service behind the API routes."""
 
@@ -57,7 +76,7 @@ class Databar:
         self._store = store
         self._settings = settings
         self._latency = parse_latency(settings.latency)
-        self._renderer = TaskRenderer(settings)
+        self._completed, self._failed = ("success", "error") if settings.aliases else ("completed", "failed")
         self._polls: Counter[str] = Counter()
         self._first_polls: dict[str, float] = {}
 
@@ -138,16 +157,17 @@ class Databar:
     def poll(self, task_id: str, *, partial: bool) -> bytes:
         """Return the current body of a task."""
         task, now = self._task(task_id), self.clock.now()
-        if self._renderer.is_expired(task, now):
+        finished = task.cancelled if task.cancelled is not None else max(run.ready for run in task.runs)
+        if now - finished > self._settings.result_ttl:
             if self._settings.expired_as == "410":
                 raise ApiError(410, "Task data has expired")
-            return self._renderer.expired_body(task)
+            return self._write_body(task, _TaskBody("gone", error='"Task data has expired"'))
         if task.fault.name == "flickering-task" and self._is_hidden(task, now):
             raise ApiError(404, "Task not found")
         if task.fault.name == "odd-status" and self._polls[task_id] < task.fault.param:
             self._polls[task_id] += 1
-            return self._renderer.odd_status_body(task, self._polls[task_id])
-        return self._renderer.body(task, now, partial=partial)
+            return self._write_body(task, _TaskBody(ODD_STATUSES[self._polls[task_id] % len(ODD_STATUSES)]))
+        return self._body(task, now, partial=partial)
 
     def cancel(self, task_id: str) -> bytes:
         """Cancel a task, refund the runs that have not completed, and return its body."""
@@ -156,7 +176,7 @@ class Databar:
             raise ApiError(409, "Task has already finished")
         self._store.settle(now)
         self._store.cancel(task, now)
-        return self._renderer.body(self._task(task_id), now)
+        return self._body(self._task(task_id), now)
 
     def _task(self, task_id: str) -> Task:
         task = self._store.task(task_id)
@@ -172,20 +192,73 @@ class Databar:
             return all(run.ready <= now for run in task.runs)
         return now < self._first_polls[task.task_id] + task.fault.param
 
+    def _body(self, task: Task, now: float, *, partial: bool = False) -> bytes:
+        """Return the body of a task that has not expired."""
+        shown = self._bulk_body(task, now, partial=partial) if task.bulk else self._single_body(task, now)
+        return self._write_body(task, shown)
+
+    def _single_body(self, task: Task, now: float) -> _TaskBody:
+        run = task.runs[0]
+        if task.cancelled is not None:
+            return _TaskBody("cancelled")
+        if now < run.ready:
+            return _TaskBody("processing")
+        status = self._failed if run.outcome in _FAILURES else self._completed
+        no_data_s = self._settings.no_data_seconds
+        if run.outcome == "no_data" and (no_data_s is None or no_data_s < 0 or now < run.ready + no_data_s):
+            status = "no_data"
+        return _TaskBody(status, run.data, run.error, cost=run.cost)
+
+    def _bulk_body(self, task: Task, now: float, *, partial: bool) -> _TaskBody:
+        done = [run for run in task.runs if now >= run.ready and run.state != "refunded"]
+        failed = [run for run in done if run.outcome in _FAILURES]
+        missed = sum(run.outcome in _MISSES for run in done)
+        running = 0 if task.cancelled is not None else len(task.runs) - len(done)
+        counts = {
+            "total": len(task.runs),
+            "completed": len(done) - len(failed) - missed,
+            "no_data": missed,
+            "failed": len(failed),
+            "processing": running,
+        }
+        # Before July 2026, the API returned only the rows with a match, in no order.
+        listed_runs = (
+            done if self._settings.bulk_data == "aligned" else [run for run in reversed(done) if run.data != "null"]
+        )
+        progress, data = json.dumps(counts), f"[{','.join(run.data for run in listed_runs)}]"
+        if running:
+            # Not aligned: the documentation defines no order for the finished rows of a running task.
+            return _TaskBody("processing", data if partial else "null", progress=progress)
+        if task.cancelled is not None:
+            status = "cancelled"
+        elif len(failed) == len(task.runs):
+            status = self._failed
+        else:
+            status = "partially_completed" if failed else self._completed
+        return _TaskBody(status, data, _errors_json(failed), progress, sum(run.cost for run in done))
+
+    def _write_body(self, task: Task, shown: _TaskBody) -> bytes:
+        progress = f'"progress":{shown.progress},' if shown.progress else ""
+        spent = "" if self._settings.hide_credits else f',"credits_spent":{to_credits(shown.cost)}'
+        return (
+            f'{{"task_id":"{task.task_id}","request_id":"{task.task_id}","status":"{shown.status}",{progress}'
+            f'"data":{shown.data},"error":{shown.error}{spent}}}'
+        ).encode()
+
     def user(self) -> dict[str, Any]:
         """Return the account of the API key."""
         self._store.settle(self.clock.now())
         return {
             "first_name": "Sandra",
             "email": "sandra@sandbox.example",
-            "balance": money.to_number(self._store.balance),
+            "balance": to_credits(self._store.balance),
             "plan": "sandbox",
             "workspace": "sandbox",
         }
 
     def top_up(self, amount: float) -> None:
         """Add an amount of credits."""
-        self._store.top_up(money.to_micros(amount))
+        self._store.top_up(to_micros(amount))
 
     def set_prices(self, prices: Mapping[int, float]) -> None:
         """Change prices (credits), by the ids of providers, verifiers and enrichments; accepted runs keep theirs."""
@@ -202,13 +275,13 @@ class Databar:
         self._store.settle(self.clock.now())
         totals: dict[str, Any] = {
             **self._store.totals(),
-            "credits_charged": money.to_number(self._store.spent),
-            "credits_reserved": money.to_number(self._store.reserved),
-            "balance": money.to_number(self._store.balance),
-            "balance_at_start": money.to_number(self._store.balance_at_start),
-            "topped_up": money.to_number(self._store.topped_up),
+            "credits_charged": to_credits(self._store.spent),
+            "credits_reserved": to_credits(self._store.reserved),
+            "balance": to_credits(self._store.balance),
+            "balance_at_start": to_credits(self._store.balance_at_start),
+            "topped_up": to_credits(self._store.topped_up),
             "by_provider": {
-                name: {"calls": calls, "found": found, "credits": money.to_number(cost)}
+                name: {"calls": calls, "found": found, "credits": to_credits(cost)}
                 for name, calls, found, cost in self._store.provider_totals()
             },
         }
@@ -221,8 +294,18 @@ class Databar:
                 "params": json.loads(params),
                 "accepted": accepted,
                 "charged": charged,
-                "credits": money.to_number(cost),
+                "credits": to_credits(cost),
                 "task_ids": task_ids.split(),
             }
             for target, params, accepted, charged, cost, task_ids in self._store.lookup_totals()
         ]
+
+
+def _errors_json(failed: Sequence[Run]) -> str:
+    if not failed:
+        return "null"
+    texts: list[str] = []
+    for run in failed:
+        error = json.loads(run.error)
+        texts += error if isinstance(error, list) else [error]
+    return json.dumps(texts)

@@ -8,14 +8,14 @@ import socket
 import struct
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from hashlib import blake2b
 from ipaddress import ip_address
 from math import nan
 from typing import Any
 
 from enrich.sandbox.databar import Clock
-from enrich.sandbox.faults import Fault, FaultInjector
-from enrich.sandbox.settings import SandboxSettings
+from enrich.sandbox.settings import Fault, SandboxSettings
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -112,17 +112,69 @@ class PeakRate:
         self.peak = max(self.peak, len(self._times))
 
 
+class FaultInjector:
+    """Chooses the fault of each request, and counts the faults applied."""
+
+    def __init__(self, faults: Iterable[Fault], seed: int) -> None:
+        self.applied_counts: Counter[str] = Counter()
+        self._seed = seed
+        self._random_faults = list(faults)
+        #: The matching requests so far, by the index of the fault.
+        self._requests: Counter[int] = Counter()
+        self._injected: deque[Fault] = deque()
+
+    def inject(self, fault: Fault, times: int) -> None:
+        """Apply a fault to the next `times` matching requests."""
+        self._injected.extend([fault] * times)
+
+    def clear(self) -> None:
+        """Remove all faults."""
+        self._injected.clear()
+        self._random_faults.clear()
+
+    def pending(self) -> list[str]:
+        """Return the names of the injected faults that have not been applied yet."""
+        return [fault.name for fault in self._injected]
+
+    def draw(self, endpoint: str) -> Fault | None:
+        """Return the fault of this request, or None; injected faults come before random ones."""
+        if not self._injected and not self._random_faults:
+            return None
+        fault = self._take_injected(endpoint) or self._draw_random(endpoint)
+        if fault:
+            self.applied_counts[fault.name] += 1
+        return fault
+
+    def _take_injected(self, endpoint: str) -> Fault | None:
+        for index, fault in enumerate(self._injected):
+            if fault.applies_to(endpoint):
+                del self._injected[index]
+                return fault
+        return None
+
+    def _draw_random(self, endpoint: str) -> Fault | None:
+        drawn = None
+        for index, fault in enumerate(self._random_faults):
+            if fault.applies_to(endpoint):
+                self._requests[index] += 1
+                label = f"{self._seed} {index} {self._requests[index]}"
+                number = int.from_bytes(blake2b(label.encode(), digest_size=8).digest()) / 2**64
+                if number < fault.probability:
+                    drawn = drawn or fault
+        return drawn
+
+
 class FaultMiddleware:
     """The outermost ASGI application; `requests` counts requests by endpoint, and failures by status."""
 
-    def __init__(self, app: App, settings: SandboxSettings, clock: Clock, faults: FaultInjector) -> None:
+    def __init__(self, app: App, settings: SandboxSettings, clock: Clock) -> None:
         self.requests: Counter[str] = Counter()
         self.peak_rate = PeakRate()
         self.unavailable_until = 0.0
         self._app = app
         self._settings = settings
         self._clock = clock
-        self._faults = faults
+        self.faults = FaultInjector(settings.faults, settings.fault_seed)
         self._bucket = TokenBucket(settings.rate, settings.burst) if settings.rate else None
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -153,7 +205,7 @@ class FaultMiddleware:
         elif endpoint != "health" and self._bucket and not self._bucket.try_consume():
             await _drain(receive)
             await _reply(send_with_date, 429, _TOO_MANY, _retry_after(self._settings.retry_after))
-        elif fault := self._faults.draw(endpoint):
+        elif fault := self.faults.draw(endpoint):
             await self._apply_fault(fault, scope, receive, send_with_date)
         else:
             await self._app(scope, receive, send_with_date)

@@ -12,8 +12,8 @@ from threading import Event, Thread
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from enrich.sandbox import money
 from enrich.sandbox.app import build_app
+from enrich.sandbox.catalogue import to_micros
 from enrich.sandbox.middleware import TRANSPORT_KEY, App, Message, Receive, Send
 from enrich.sandbox.settings import DEFAULTS, SandboxSettings
 from enrich.sandbox.store import SandboxStore
@@ -32,7 +32,7 @@ class SandboxEndpoint:
 @contextmanager
 def serve_in_thread(state: Path, settings: SandboxSettings = DEFAULTS, port: int = 0) -> Iterator[SandboxEndpoint]:
     """Serve in a background thread until the block ends; the state file remains."""
-    with _bind(port) as listener, closing(SandboxStore(state, money.to_micros(settings.balance))) as store:
+    with _bind(port) as listener, closing(SandboxStore(state, to_micros(settings.balance))) as store:
         server = _Server(store, settings)
         thread = Thread(target=server.run, args=([listener],), name="sandbox", daemon=True)
         thread.start()
@@ -46,7 +46,7 @@ def serve_in_thread(state: Path, settings: SandboxSettings = DEFAULTS, port: int
 
 def serve(state: Path, settings: SandboxSettings, port: int) -> None:
     """Serve in the foreground until SIGTERM, SIGINT or SIGHUP; prints URL and key on stdout once it listens."""
-    with _bind(port) as listener, closing(SandboxStore(state, money.to_micros(settings.balance))) as store:
+    with _bind(port) as listener, closing(SandboxStore(state, to_micros(settings.balance))) as store:
 
         def announce() -> None:
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

@@ -14,7 +14,7 @@ from enrich.job.target import TargetKind
 from enrich.run import poller
 from enrich.run.run_state import Timeouts
 from enrich.sandbox import Fault
-from enrich.sandbox.faults import FAULT_KINDS
+from enrich.sandbox.settings import FAULT_KINDS
 from tests.support.cases import first_quick
 from tests.support.workspace import (
     JOB,

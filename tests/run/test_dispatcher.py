@@ -20,7 +20,7 @@ from enrich.ledger.database import Database
 from enrich.ledger.writer import LedgerWriter
 from enrich.models import State
 from enrich.run.rate_limit import MAX_BURST_S
-from enrich.sandbox.faults import Fault
+from enrich.sandbox.settings import Fault
 from tests.support.cases import first_quick
 from tests.support.ledger import CALL, DEFAULT_SELECTION, CommittingLedger, RowRequest, as_batch, fingerprint, params
 from tests.support.run_loops import SANDBOX_MAX_PRICE, open_loops, wait_until

@@ -23,7 +23,7 @@ from enrich.ledger import queries, resume, transitions
 from enrich.models import MICROS_PER_CREDIT, State
 from enrich.run.poll_schedule import PollCost, PollSchedule
 from enrich.run.run_state import RunState, Timeouts
-from enrich.sandbox.faults import Fault
+from enrich.sandbox.settings import Fault
 from tests.support.cases import in_turn
 from tests.support.run_loops import LoopHarness, open_loops, wait_until
 from tests.support.workspace import SHORT_OUTAGE_TIMEOUT, SHORT_TIMEOUTS, SandboxApi, serve_api

@@ -29,8 +29,8 @@ INSTANT = SandboxSettings(latency="fixed(0)")
 
 @contextmanager
 def start_process(*options: str) -> Iterator[tuple[subprocess.Popen[str], SandboxClient]]:
-    """Run `python -m enrich.sandbox`; return the process and a client."""
-    command = [sys.executable, "-m", "enrich.sandbox", "--latency", "fixed(0)", *options]
+    """Run `enrich sandbox`; return the process and a client."""
+    command = [sys.executable, "-m", "enrich", "sandbox", "--latency", "fixed(0)", *options]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=reset_signals
     ) as running:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from enrich.sandbox.people import ascii_name, domain_of
+from enrich.sandbox.answers import ascii_name, domain_of
 from tests.sandbox.conftest import ADA, SandboxClient, StartSandbox, make_leads
 from tests.support.cases import in_turn
 

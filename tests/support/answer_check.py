@@ -6,10 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from enrich.sandbox import SandboxSettings
-from enrich.sandbox.answers import make_answer
+from enrich.sandbox.answers import SeededRandom, invent_fields, make_answer
 from enrich.sandbox.catalogue import ENRICHMENTS, WATERFALLS
 from enrich.sandbox.lookups import EnrichmentCall, Lookup, make_cascade
-from enrich.sandbox.people import SeededRandom, invent_fields
 from tests.support.workspace import lead_name
 
 #: Statuses that count as an answer. Nothing expires here: `expired` would be a loss.
