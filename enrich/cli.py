@@ -145,7 +145,7 @@ def _has_working_directory() -> bool:
 
 def _find_api_key() -> str:
     """Return the API key, so that it can be masked in a traceback. Empty if there is none."""
-    from enrich.databar.credentials import find_key
+    from enrich.databar.environment import find_key
 
     with suppress(EnrichError):
         return find_key(os.environ, Path(os.path.expanduser("~"))).get_secret_value()  # noqa: PTH111 - as in options
@@ -189,7 +189,7 @@ SECTIONS = {
     "Maintenance": {
         "ledger": ("enrich.commands.ledger", "Check, back up or copy a ledger."),
         "reconcile": ("enrich.commands.reconcile", "Compare the account balance with the ledger of JOB."),
-        "sandbox": ("enrich.sandbox.command", "Serve the built-in sandbox of the Databar API."),
+        "sandbox": ("enrich.commands.sandbox", "Serve the built-in sandbox of the Databar API."),
     },
 }
 COMMANDS = {name: command for commands in SECTIONS.values() for name, command in commands.items()}

@@ -1,4 +1,4 @@
-"""All exceptions, grouped by what the caller does about them, and the hint for a misspelled name."""
+"""All exceptions, grouped by what the caller does about them, and hints for a missing extra and a misspelled name."""
 
 from __future__ import annotations
 
@@ -219,6 +219,11 @@ class SubmissionUnconfirmed(ApiCallFailed):
     def __init__(self, message: str, task_id: str | None = None) -> None:
         super().__init__(message)
         self.task_id = task_id
+
+
+def install_hint(extra: str) -> str:
+    """Return the command that installs enrich with an extra. It is in no index, so the command names a file."""
+    return f"pip install 'FILE[{extra}]', where FILE is the wheel of enrich or a folder with its source"
 
 
 def suggest_name(name: str, known: Iterable[str]) -> str | None:

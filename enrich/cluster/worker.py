@@ -14,7 +14,7 @@ from msgspec import Struct, field
 
 from enrich.databar.client import Client
 from enrich.databar.clock import SystemClock
-from enrich.databar.credentials import ApiAccess
+from enrich.databar.environment import ApiAccess
 from enrich.errors import EnrichError, LeaseLost, LedgerFailed, RunEnded
 from enrich.exit_codes import ExitCode
 from enrich.job.locations import PostgresLocation

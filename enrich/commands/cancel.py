@@ -16,7 +16,7 @@ from enrich.commands import options
 from enrich.commands.streams import echo_error
 from enrich.databar.client import Client
 from enrich.databar.clock import Clock, SystemClock
-from enrich.databar.credentials import ApiAccess
+from enrich.databar.environment import ApiAccess
 from enrich.databar.task_results import (
     TaskPhase,
     TaskReply,

@@ -15,8 +15,8 @@ from enrich.commands import options
 from enrich.commands.check_target import CheckResult, ParamFill, add_problem, check_target, read_stored
 from enrich.commands.paths import path_problems
 from enrich.commands.streams import echo_error, echo_message
-from enrich.databar.credentials import find_base_url, host_of
 from enrich.databar.description import Description
+from enrich.databar.environment import find_base_url, host_of
 from enrich.errors import EnrichError, JobError
 from enrich.files.text import missing_column_hint
 from enrich.job.job import Job

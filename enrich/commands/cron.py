@@ -21,8 +21,8 @@ from enrich.commands.paths import absolute_path, files_written, nearest_existing
 from enrich.commands.streams import echo_message
 from enrich.errors import JobError, printable
 from enrich.files.object_store import CREDENTIAL_VARIABLES
-from enrich.job.bounded_read import read_text
 from enrich.job.field_types import parse_duration
+from enrich.job.local_files import read_text
 from enrich.job.locations import ObjectUrl, is_url
 
 FOLDER = click.Path(path_type=Path, file_okay=False)

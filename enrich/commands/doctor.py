@@ -20,8 +20,7 @@ from enrich.commands.check_target import CheckResult
 from enrich.commands.cron import cron_environment, enrich_command, make_cron_environ
 from enrich.commands.doctor_checks import Finding, error_finding, next_run_time
 from enrich.commands.paths import files_read, files_written, local_input_files, nearest_existing
-from enrich.databar.credentials import NO_KEY_HINT, ApiAccess, find_base_url, find_key
-from enrich.databar.network import find_proxy, load_certificates
+from enrich.databar.environment import NO_KEY_HINT, ApiAccess, find_base_url, find_key, find_proxy, load_certificates
 from enrich.errors import CommandRefused, EnrichError, JobError
 from enrich.exit_codes import ExitCode, first_exit_code
 from enrich.files import object_store

@@ -26,8 +26,8 @@ from enrich.files.csv_format import SEPARATORS, read_batches, read_header
 from enrich.files.reader import InputTable
 from enrich.files.text import NO_HEADER, NO_HEADER_HINT, FileProblem, TableFile, byte_order_encoding, looks_like_cell
 from enrich.files.values import text_frame
-from enrich.job.bounded_read import read_text
 from enrich.job.field_types import is_text_encoding
+from enrich.job.local_files import read_text
 from enrich.job.locations import format_of
 from enrich.job.spec import Input, json_schema
 from enrich.job.target import Target, TargetKind

@@ -11,7 +11,7 @@ from msgspec.structs import asdict
 from enrich.commands import options
 from enrich.commands.streams import echo_error
 from enrich.exit_codes import ExitCode
-from enrich.job.file_names import why_no_ledger
+from enrich.job.local_files import why_no_ledger
 from enrich.job.locations import LedgerLocation, parse_ledger_location
 from enrich.ledger import verify
 from enrich.ledger.database import open_existing

@@ -20,14 +20,13 @@ from msgspec import Struct
 from pydantic import SecretStr
 
 from enrich.commands import LEDGER_META_KEY
-from enrich.databar.credentials import ApiAccess, find_access
+from enrich.databar.environment import ApiAccess, find_access
 from enrich.databar.text_filter import clean_text
-from enrich.errors import CommandRefused, EnrichError, JobError
+from enrich.errors import CommandRefused, EnrichError, JobError, install_hint
 from enrich.exit_codes import JobArguments
-from enrich.extras import install_hint
 from enrich.job.field_types import parse_duration
-from enrich.job.file_names import why_no_file
 from enrich.job.job import Job, Overrides, load_job
+from enrich.job.local_files import why_no_file
 from enrich.job.locations import LedgerLocation, check_no_password, hide_secrets, is_url, sandbox_state_path
 from enrich.ledger.dialect import DATABASE_ERRORS
 from enrich.ledger.file_identity import ledger_file_exists, make_private_folder

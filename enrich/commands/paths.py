@@ -13,8 +13,8 @@ from enrich.files.input_files import find_paths
 from enrich.files.parquet_dataset import check_own_folder
 from enrich.files.text import FileProblem
 from enrich.files.writer import is_sqlite_file
-from enrich.job.file_names import is_same_file
 from enrich.job.job import Job
+from enrich.job.local_files import is_same_file
 from enrich.job.locations import STDIN, is_dataset
 from enrich.ledger.file_identity import check_has_one_name, ledger_file_exists
 from enrich.report.page_file import is_report

@@ -19,12 +19,12 @@ from pydantic import ValidationError
 from enrich.commands import options
 from enrich.commands.streams import echo_message
 from enrich.databar.clock import SystemClock
-from enrich.databar.credentials import ApiAccess
+from enrich.databar.environment import ApiAccess
 from enrich.errors import CommandRefused, JobError, LedgerLocked
 from enrich.files.reader import InputTable
 from enrich.files.writer import prepare_file, write_file
-from enrich.job.file_names import is_same_file
 from enrich.job.job import Job
+from enrich.job.local_files import is_same_file
 from enrich.job.locations import sandbox_file_name
 from enrich.job.spec import Input, Output
 from enrich.ledger import enroll, erasure, records, step_results

@@ -8,7 +8,7 @@ from contextlib import closing
 import click
 
 from enrich.commands import options
-from enrich.databar.credentials import ApiAccess
+from enrich.databar.environment import ApiAccess
 from enrich.errors import ApiUnreachable, CommandRefused
 from enrich.job.job import Job
 from enrich.ledger import queries, records

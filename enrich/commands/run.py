@@ -21,9 +21,8 @@ from enrich.commands.report import write_run_report
 from enrich.commands.streams import echo_error, echo_message, for_terminal
 from enrich.databar.clock import SystemClock
 from enrich.databar.text_filter import clean_text
-from enrich.errors import CommandRefused, EnrichError, JobError, LedgerLocked
+from enrich.errors import CommandRefused, EnrichError, JobError, LedgerLocked, install_hint
 from enrich.exit_codes import ExitCode, JobArguments, format_actions, required_actions
-from enrich.extras import install_hint
 from enrich.job.job import Job
 from enrich.job.locations import STDIN, PostgresLocation, WebUrl
 from enrich.ledger.database import ledger_exists

@@ -8,8 +8,8 @@ import click
 
 from enrich.commands import options
 from enrich.databar.client import MIN_QUERY_LENGTH
-from enrich.databar.credentials import ApiAccess
 from enrich.databar.description import Description, Enrichment, Provider, Waterfall
+from enrich.databar.environment import ApiAccess
 from enrich.errors import JobError, JobRejected, suggest_name
 from enrich.job.target import Target, TargetKind
 from enrich.models import parse_count

@@ -17,9 +17,8 @@ from pydantic import BaseModel, ValidationError
 
 from enrich import __version__
 from enrich.databar.clock import Clock
-from enrich.databar.credentials import ApiAccess
 from enrich.databar.description import MODELS, Description, User
-from enrich.databar.network import find_proxy, load_certificates
+from enrich.databar.environment import ApiAccess, find_proxy, load_certificates
 from enrich.databar.responses import parse_body, read_task_reply, response_error, usable_task_id
 from enrich.databar.task_results import TaskReply
 from enrich.databar.text_filter import clean_line, clean_text

@@ -24,8 +24,8 @@ import aiohappyeyeballs
 import idna
 from msgspec import Struct
 
+from enrich.databar.environment import Proxy
 from enrich.databar.http_connection import AnswerExceedsLimit, Decompressor, HttpConnection
-from enrich.databar.network import Proxy
 
 #: Extra seconds after a timeout. A suspended process (a sleeping laptop) can then still read a response that arrived.
 RESUME_GRACE_S = 0.2

@@ -29,7 +29,7 @@ from msgspec.structs import replace
 from enrich.files import object_store, parquet_format
 from enrich.files.parquet_dataset import MANIFEST, read_manifest
 from enrich.files.text import FORMAT_NAMES, FileProblem, TableFile
-from enrich.job.file_names import is_leftover, is_visible, matches_key, why_no_file
+from enrich.job.local_files import is_leftover, is_visible, matches_key, why_no_file
 from enrich.job.locations import Location, ObjectUrl, WebUrl, has_wildcards, is_pattern
 from enrich.job.spec import Input
 
@@ -97,7 +97,7 @@ def find_paths(location: Path) -> list[Path]:
     if is_pattern(location):
         matches = map(Path, glob.glob(str(location)))  # noqa: PTH207 - Path.glob also finds hidden files
         return sorted(path for path in matches if path.is_file() and not is_leftover(path.name))
-    return sorted(_walk_folder(location)) if os.path.isdir(location) else [location]  # noqa: PTH112 - as in file_names
+    return sorted(_walk_folder(location)) if os.path.isdir(location) else [location]  # noqa: PTH112 - as in local_files
 
 
 def _walk_folder(folder: Path) -> Iterator[Path]:

@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, BinaryIO
 
-from enrich.errors import CommandRefused, JobError
-from enrich.extras import install_hint
+from enrich.errors import CommandRefused, JobError, install_hint
 from enrich.files.atomic import recovery_hint
 from enrich.job.locations import ObjectUrl
 

@@ -23,7 +23,7 @@ from msgspec.structs import replace
 from enrich.errors import UNWRITABLE_HINT, CommandRefused, JobError
 from enrich.files import object_store, parquet_format
 from enrich.files.atomic import COLLECT_HINT, as_write_refused, atomic_write, follow_link, fsync_dir
-from enrich.job.file_names import real_path
+from enrich.job.local_files import real_path
 from enrich.job.locations import STDIN, InputLocation, Location, ObjectUrl
 
 #: File that marks a folder as a dataset written by enrich. The list of the parts is in its metadata. It is a Parquet

@@ -11,7 +11,7 @@ from typing import BinaryIO
 import httpx
 
 from enrich import __version__
-from enrich.databar.network import find_proxy, load_certificates
+from enrich.databar.environment import find_proxy, load_certificates
 from enrich.databar.text_filter import clean_line
 from enrich.errors import CommandRefused
 from enrich.job.locations import WebUrl, is_loopback

@@ -26,7 +26,7 @@ from enrich.files.atomic import as_write_refused, atomic_write, follow_link
 from enrich.files.input_files import find_paths
 from enrich.files.text import FileProblem, quote_column
 from enrich.files.values import as_text, text_frame
-from enrich.job.file_names import is_same_file
+from enrich.job.local_files import is_same_file
 from enrich.job.locations import InputLocation, Location, ObjectUrl, format_of, is_dataset
 from enrich.job.spec import Output
 

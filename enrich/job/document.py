@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from enrich.errors import JobError, closest_name, did_you_mean, suggest_name
-from enrich.job.bounded_read import read_text
+from enrich.job.local_files import read_text
 from enrich.job.spec import JobModel, SteppedJobModel
 from enrich.job.target import SOURCES_KEY, Param, Source, TargetModel
 from enrich.models import PLAIN_NUMBER

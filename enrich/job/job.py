@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from enrich.errors import JobError
 from enrich.job.document import YamlDocument, validate_document
 from enrich.job.field_types import MAX_CREDITS
-from enrich.job.file_names import (
+from enrich.job.local_files import (
     MAX_JOB_NAME_BYTES,
     inclusion_problem,
     is_same_file,
@@ -346,7 +346,7 @@ def _ledger_location(document: YamlDocument, overrides: Overrides, path_or_url: 
     except ValueError as error:
         raise JobError(f"{document.place_of(['ledger'])}: {error}") from error
     # A folder is refused when it is opened, with the name that was given.
-    is_folder = isinstance(ledger, Path) and os.path.isdir(ledger)  # noqa: PTH112 - as in file_names
+    is_folder = isinstance(ledger, Path) and os.path.isdir(ledger)  # noqa: PTH112 - as in local_files
     return sandbox_ledger_location(ledger) if overrides.sandbox and not is_folder else ledger
 
 

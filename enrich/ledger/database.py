@@ -8,8 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from enrich.errors import CommandRefused, EnrichError, JobError
-from enrich.extras import install_hint
+from enrich.errors import CommandRefused, EnrichError, JobError, install_hint
 from enrich.job.locations import LedgerLocation, PostgresLocation
 from enrich.ledger.dialect import DATABASE_ERRORS, Cursor, Dialect
 from enrich.ledger.file_identity import ledger_file_exists

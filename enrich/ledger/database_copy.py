@@ -11,7 +11,7 @@ from typing import Any
 from msgspec import Struct
 
 from enrich.errors import CommandRefused
-from enrich.job.file_names import is_same_file
+from enrich.job.local_files import is_same_file
 from enrich.job.locations import LedgerLocation
 from enrich.ledger import verify
 from enrich.ledger.database import Database, delete_ledger, ledger_exists, open_existing

@@ -12,7 +12,7 @@ from msgspec import Struct
 
 from enrich.errors import CommandRefused
 from enrich.files.atomic import atomic_write
-from enrich.job.bounded_read import read_bounded
+from enrich.job.local_files import read_bounded
 from enrich.job.locations import LedgerLocation, path_beside_ledger
 from enrich.json_text import to_json_text
 from enrich.ledger import enroll, records

@@ -14,11 +14,10 @@ from uuid import uuid4
 import httpx
 from msgspec import Struct
 
-from enrich.errors import Interrupted, JobError
+from enrich.errors import Interrupted, JobError, install_hint
 from enrich.exit_codes import NEUTRAL_CODES, SUCCESS_CODES
-from enrich.extras import install_hint
 from enrich.files.web_download import open_web_client
-from enrich.job.bounded_read import read_text
+from enrich.job.local_files import read_text
 
 TRIES = 3
 REQUEST_TIMEOUT_S = 5.0

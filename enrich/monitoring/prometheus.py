@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from enrich.files.atomic import follow_link, replace_file
-from enrich.job.bounded_read import read_text
+from enrich.job.local_files import read_text
 from enrich.ledger.queries import LedgerTotals
 from enrich.models import RowStatus, to_credits
 

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from enrich.errors import CommandRefused, JobError
-from enrich.extras import install_hint
+from enrich.errors import CommandRefused, JobError, install_hint
 from enrich.files.atomic import follow_link, replace_file
-from enrich.job.file_names import real_path
 from enrich.job.job import Job
+from enrich.job.local_files import real_path
 from enrich.job.locations import sandbox_file_name
 
 if TYPE_CHECKING:

@@ -26,8 +26,8 @@ from enrich.files.text import (
 from enrich.files.values import text_frame
 from enrich.files.writer import FileLimits, is_formula, limits_of
 from enrich.job.cell_text import blank_cells
-from enrich.job.file_names import is_missing
 from enrich.job.job import Job
+from enrich.job.local_files import is_missing
 from enrich.job.locations import format_of, has_wildcards
 from enrich.job.spec import step_column, steps_in_header
 from enrich.ledger.database import Database

@@ -15,8 +15,8 @@ import polars as pl
 from msgspec import Struct
 
 from enrich.errors import CommandRefused
-from enrich.job.bounded_read import read_bounded
 from enrich.job.cell_text import clean_cells
+from enrich.job.local_files import read_bounded
 from enrich.rows.addresses import (
     canonical_host,
     fold_address,

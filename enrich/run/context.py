@@ -14,7 +14,7 @@ from msgspec import Struct, field
 from msgspec.structs import replace
 
 from enrich.databar.clock import Clock, SystemClock
-from enrich.databar.credentials import ApiAccess
+from enrich.databar.environment import ApiAccess
 from enrich.errors import CommandRefused
 from enrich.job.job import Job
 from enrich.job.locations import Location

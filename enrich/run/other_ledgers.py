@@ -23,8 +23,8 @@ from enrich.files.csv_format import read_resaved_cells
 from enrich.files.input_files import InputFile, LocalCopies
 from enrich.files.reader import InputTable
 from enrich.files.values import as_text
-from enrich.job.file_names import is_same_file
 from enrich.job.job import Job
+from enrich.job.local_files import is_same_file
 from enrich.job.locations import (
     LedgerLocation,
     Location,

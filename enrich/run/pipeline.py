@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from msgspec.structs import replace
 
 from enrich.databar.client import Client
-from enrich.databar.credentials import ApiAccess
+from enrich.databar.environment import ApiAccess
 from enrich.errors import CommandRefused, EnrichError, RunDeclined
 from enrich.exit_codes import ExitCode
 from enrich.job.job import Job

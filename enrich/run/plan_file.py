@@ -13,8 +13,8 @@ from msgspec import Struct
 from enrich.databar.description import Provider
 from enrich.errors import UNWRITABLE_HINT, CommandRefused, EnrichError, JobError
 from enrich.files.atomic import follow_link, replace_file
-from enrich.job.bounded_read import read_text
 from enrich.job.job import Job
+from enrich.job.local_files import read_text
 from enrich.job.locations import sandbox_file_name
 from enrich.ledger import queries
 from enrich.ledger.database import Database

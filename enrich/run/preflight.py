@@ -12,8 +12,8 @@ from msgspec.structs import replace
 from pydantic import ValidationError
 
 from enrich.databar.clock import Clock, SystemClock
-from enrich.databar.credentials import ApiAccess
 from enrich.databar.description import Description, Enrichment, User, Waterfall, parse_description
+from enrich.databar.environment import ApiAccess
 from enrich.errors import (
     ApiUnreachable,
     CertificateUntrusted,

@@ -15,7 +15,7 @@ from pydantic import SecretStr
 
 from enrich.cluster.worker import StopRequest, WorkerStatus, WorkerTask
 from enrich.databar.clock import SystemClock
-from enrich.databar.credentials import ApiAccess
+from enrich.databar.environment import ApiAccess
 from enrich.exit_codes import ExitCode
 from enrich.job.locations import PostgresLocation as Server
 from enrich.job.target import Target, TargetKind

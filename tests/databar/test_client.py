@@ -15,7 +15,7 @@ from pydantic import SecretStr
 
 from enrich.databar.client import Client
 from enrich.databar.clock import SystemClock
-from enrich.databar.credentials import ApiAccess
+from enrich.databar.environment import ApiAccess
 from enrich.databar.responses import wrong_rows
 from enrich.databar.task_results import has_value, parse_data
 from enrich.errors import (

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-from enrich.databar.credentials import DEFAULT_BASE_URL, ApiAccess, find_access, find_base_url, find_key
+from enrich.databar.environment import DEFAULT_BASE_URL, ApiAccess, find_access, find_base_url, find_key
 from enrich.errors import ApiKeyRejected, JobError
 from tests.support.cases import in_turn
 

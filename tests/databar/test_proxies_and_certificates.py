@@ -16,8 +16,7 @@ from pydantic import SecretStr
 
 from enrich.databar.client import Client
 from enrich.databar.clock import SystemClock
-from enrich.databar.credentials import ApiAccess
-from enrich.databar.network import Proxy, find_proxy, load_certificates
+from enrich.databar.environment import ApiAccess, Proxy, find_proxy, load_certificates
 from enrich.errors import ApiCallFailed, ApiUnreachable, CertificateUntrusted, JobError, RequestNotAccepted
 from enrich.job.target import Target, TargetKind
 from enrich.run.preflight import retry_until

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from pydantic import SecretStr
 
 from enrich.databar.clock import CLOCK_SAMPLE_SPREAD_MS, CLOCK_SAMPLES, SystemClock
-from enrich.databar.credentials import ApiAccess
+from enrich.databar.environment import ApiAccess
 from enrich.job.job import load_job
 from enrich.ledger.lock import lock_ledger, open_for_run
 from enrich.models import State

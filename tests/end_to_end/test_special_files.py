@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from enrich.job.bounded_read import MAX_BYTES
+from enrich.job.local_files import MAX_BYTES
 from tests.support.cases import first_quick
 from tests.support.workspace import ProgramResult, SandboxApi, Workspace, make_leads
 

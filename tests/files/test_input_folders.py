@@ -15,8 +15,8 @@ from enrich.files import input_files, object_store, parquet_dataset
 from enrich.files.input_files import find_paths
 from enrich.files.reader import InputTable
 from enrich.files.writer import write_file
-from enrich.job.file_names import inclusion_problem
 from enrich.job.job import load_job
+from enrich.job.local_files import inclusion_problem
 from enrich.job.locations import ObjectUrl
 from enrich.job.spec import Input, Output
 from tests.support.cases import in_turn

@@ -12,8 +12,7 @@ import httpx
 import polars as pl
 import pytest
 
-from enrich.errors import CommandRefused
-from enrich.extras import install_hint
+from enrich.errors import CommandRefused, install_hint
 from enrich.files import object_store
 from enrich.files.reader import InputTable
 from enrich.files.writer import prepare_file, write_file

@@ -20,7 +20,7 @@ from enrich.files import object_store, parquet_dataset
 from enrich.files.parquet_dataset import MANIFEST, read_manifest
 from enrich.files.reader import InputTable
 from enrich.files.writer import prepare_file, write_file
-from enrich.job.file_names import inclusion_problem
+from enrich.job.local_files import inclusion_problem
 from enrich.job.locations import Location, ObjectUrl
 from enrich.job.spec import Input, Output
 from tests.support.cases import first_quick, in_turn

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from enrich import exit_codes
+from enrich.errors import install_hint
 from enrich.exit_codes import ExitCode
-from enrich.extras import install_hint
 from enrich.ledger.lock import lock_ledger
 from enrich.monitoring import notifications
 from tests.support.raw_server import http_reply, serve_replies

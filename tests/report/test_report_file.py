@@ -9,8 +9,7 @@ from unittest.mock import patch
 import pytest
 from polars.exceptions import PanicException
 
-from enrich.errors import JobError
-from enrich.extras import install_hint
+from enrich.errors import JobError, install_hint
 from enrich.report.page_file import REPORT_MARKER
 from tests.support.cases import first_quick
 from tests.support.fake_renderer import fake_renderer

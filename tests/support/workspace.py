@@ -28,7 +28,7 @@ from pydantic import SecretStr
 
 from enrich.cli import run_command
 from enrich.databar.clock import SystemClock
-from enrich.databar.credentials import ApiAccess
+from enrich.databar.environment import ApiAccess
 from enrich.files.writer import temporary_path
 from enrich.job.job import load_job
 from enrich.job.locations import LedgerLocation, parse_ledger_location

@@ -1,17 +1,17 @@
-"""The command `enrich sandbox`: serve the API on loopback; every setting is an option."""
+"""`enrich sandbox`: serves the API on loopback; every setting is an option."""
 
-import sqlite3
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 from types import UnionType
-from typing import IO, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import click
 
-from enrich.extras import install_hint
+from enrich.errors import JobError, install_hint
+from enrich.ledger.dialect import DATABASE_ERRORS
 from enrich.sandbox.settings import FAULT_KINDS, Fault, SandboxSettings
 
 _FAULTS = ", ".join(f"{name} ({', '.join(kind.params)})" if kind.params else name for name, kind in FAULT_KINDS.items())
@@ -23,17 +23,6 @@ Faults, with their params in parentheses: {_FAULTS}."""
 
 MAX_PORT = 65_535
 _HINTS = get_type_hints(SandboxSettings, include_extras=True)
-
-
-class _NotInstalled(click.ClickException):
-    """The extra is missing."""
-
-    exit_code = 2
-    hint = install_hint("sandbox")
-
-    def show(self, file: IO[Any] | None = None) -> None:
-        """Print the error as `enrich` does."""
-        click.echo(f"error: {self.message}\nhint: {self.hint}", file, err=file is None)
 
 
 def _reader(name: str, read: Callable[[str], Any]) -> Callable[[Any], Any]:
@@ -84,17 +73,17 @@ def _run(port: int, state: Path | None, **values: Any) -> None:  # noqa: ANN401 
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     try:
-        from enrich.sandbox.server import serve  # noqa: PLC0415  # needs the extra
+        from enrich.sandbox.server import serve  # needs the extra
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("enrich"):
             raise
-        raise _NotInstalled("the sandbox is not installed") from error
+        raise JobError("the sandbox is not installed", install_hint("sandbox")) from error
     with ExitStack() as stack:
         if state is None:
             state = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sandbox-"))) / "state.db"
         try:
             serve(state, settings, port)
-        except sqlite3.Error as error:
+        except DATABASE_ERRORS as error:
             raise click.ClickException(f"{state}: {error}") from error
         except (OSError, ValueError) as error:
             raise click.ClickException(str(error)) from error
