@@ -19,7 +19,7 @@ from enrich.cli import SECTIONS, cli
 from enrich.run.context import RunOptions
 from tests.support.cases import first_quick
 from tests.support.program import ProgramStart, reset_signals
-from tests.support.workspace import SandboxApi, Workspace, make_leads, read_terminal, serve_api
+from tests.support.workspace import ProgramResult, SandboxApi, Workspace, make_leads, read_terminal, serve_api
 
 CONTEXT = click.Context(cli)
 COMMANDS = sorted(cli.list_commands(CONTEXT))
@@ -400,12 +400,13 @@ def test_sandbox_options_are_validated(workspace: Workspace) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=str)
-def test_signal_that_a_library_turns_into_its_own_error(number: signal.Signals, code: int) -> None:
+def test_signal_that_a_library_turns_into_its_own_error(
+    workspace: Workspace, number: signal.Signals, code: int
+) -> None:
     """Exits as after any signal, without a traceback."""
-    program = f"""
-import os, sys
-import enrich.job.spec
-from enrich.cli import main
+    prelude = f"""
+import os
+import enrich.commands.schema
 
 def schema():
     try:
@@ -414,12 +415,10 @@ def schema():
     except Exception as error:
         raise ValueError(str(error)) from None
 
-enrich.job.spec.json_schema = schema
-sys.argv = ["enrich", "schema"]
-sys.exit(main())
+enrich.commands.schema.json_schema = schema
 """
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
-    assert (result.returncode, result.stdout) == (code, "")
+    result = _run_with_prelude(workspace, prelude, "schema")
+    assert (result.exit_code, result.stdout) == (code, "")
     assert result.stderr == "error: interrupted: the same command resumes\n"
 
 
@@ -428,34 +427,32 @@ sys.exit(main())
 def test_signal_after_the_result(workspace: Workspace, moment: str, number: signal.Signals, code: int) -> None:
     """The result that is printed stands: no second document, no traceback. A second signal ends the process at once."""
     workspace.write_leads(make_leads(1))
-    program = f"""
-import os, sys
+    for signals, expected in ((1, 0), (2, code)):
+        prelude = f"""
+import os
 import click
 from enrich import cli
 
-signals = int(sys.argv.pop())
 function = {moment}
 
 def call_and_signal(*given, **options):
     result = function(*given, **options)
-    for _ in range(signals):
+    for _ in range({signals}):
         os.kill(os.getpid(), {int(number)})
     return result
 
 {moment} = call_and_signal
-os._exit(cli.main())
 """
-    for signals, expected in ((1, 0), (2, code)):
-        result = subprocess.run(
-            [sys.executable, "-c", program, "check", "job.yaml", "--json", str(signals)],
-            cwd=workspace.folder,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=60,
-            preexec_fn=reset_signals,
-        )
-        assert (result.returncode, result.stderr, json.loads(result.stdout)["exit_code"]) == (expected, "", 0)
+        result = _run_with_prelude(workspace, prelude, "check", "job.yaml", "--json")
+        assert (result.exit_code, result.stderr, result.json_output["exit_code"]) == (expected, "", 0)
+
+
+def _run_with_prelude(workspace: Workspace, prelude: str, *arguments: str) -> ProgramResult:
+    """Run the program in a process that runs other code first."""
+    start = ProgramStart(arguments, str(workspace.folder), workspace.environment(), prelude=prelude)
+    with start.start() as process:
+        out, err = process.communicate(timeout=60)
+    return ProgramResult(process.returncode, out, err)
 
 
 @pytest.mark.long
@@ -517,21 +514,16 @@ def test_only_yes_skips_question(workspace: Workspace, api: SandboxApi, answer: 
 def _run_on_terminal(workspace: Workspace, api: SandboxApi, answer: str, *options: str) -> tuple[int, str]:
     """Run the program with a terminal for stdin and stderr; answer its prompt; return exit code and output."""
     controller, terminal = os.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "enrich", "run", "job.yaml", *options],
-        cwd=workspace.folder,
-        env={"PATH": os.defpath, "HOME": str(workspace.folder), "TERM": "dumb", "COLUMNS": "80", **api.environ},
-        stdin=terminal,
-        stderr=terminal,
-        stdout=subprocess.PIPE,
-    )
+    environ = {**workspace.environment(api), "TERM": "dumb", "COLUMNS": "80"}
+    start = ProgramStart(("run", "job.yaml", *options), str(workspace.folder), environ)
+    process = start.start(stdin=terminal, stderr=terminal)
     os.close(terminal)
     shown = read_terminal(controller, up_to=b"[y/N]")
     os.write(controller, answer.encode())
     shown += read_terminal(controller)
     os.close(controller)
     out, _ = process.communicate(timeout=90)
-    assert out == b""
+    assert out == ""
     return process.returncode, shown.decode().replace("\r\n", "\n")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
-from hypothesis.stateful import invariant, run_state_machine_as_test
+from hypothesis.stateful import invariant
 
 from enrich.errors import CommandRefused
 from enrich.ledger import queries, schema, transitions, verify
@@ -20,10 +20,9 @@ from enrich.ledger.database import Database, open_existing
 from enrich.ledger.verify import INVARIANTS, LedgerCheck, check_ledger
 from enrich.models import State
 from enrich.run.context import RunOptions
-from tests.ledger.test_ledger_stateful import LedgerStateMachine, PostgresStateMachine
+from tests.ledger.test_ledger_stateful import LedgerStateMachine
 from tests.support.cases import examples, first_quick
 from tests.support.ledger import BINDING, COST, FREE_FAILURE, MAX_PRICE, NO_MATCH, CommittingLedger
-from tests.support.postgres import PostgresServer
 from tests.support.workspace import (
     BOTH_BACKENDS_SERVER_LONG,
     SHORT_TIMEOUTS,
@@ -220,20 +219,6 @@ class CheckedStateMachine(LedgerStateMachine):
     def check_finds_nothing(self) -> None:
         """The check finds no problem in any state."""
         assert check_ledger(self.ledger.location).problems == []
-
-
-class CheckedPostgresStateMachine(CheckedStateMachine, PostgresStateMachine):
-    """The same with the ledger on a server."""
-
-
-@pytest.mark.long
-def test_stateful_check_postgres(postgres: PostgresServer) -> None:
-    """The check finds no problem after any sequence of steps on a server."""
-    PostgresStateMachine.server = postgres
-    run_state_machine_as_test(
-        CheckedPostgresStateMachine,
-        settings=settings(TestChecked.settings, max_examples=examples(4), stateful_step_count=15),
-    )
 
 
 TestChecked = pytest.mark.long(CheckedStateMachine.TestCase)

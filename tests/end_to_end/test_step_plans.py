@@ -272,7 +272,7 @@ def make_plan(workspace: Workspace, api: SandboxApi, options: RunOptions) -> tup
 
 
 @pytest.mark.long
-@settings(max_examples=examples(12), deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(6), deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=CASES, stops=st.none() | st.lists(st.integers(0, 6), max_size=2))
 def test_plan_holds_for_any_history(mixed_api: SandboxApi, case: Case, stops: list[int] | None) -> None:
     """The first step is exact, the others stay below their ceilings, and rows are sent as their decisions say.

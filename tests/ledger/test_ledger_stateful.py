@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from enrich.job.locations import LedgerLocation, parse_ledger_location
 from enrich.ledger import enroll, queries, queue, records, resume, transitions
 from enrich.ledger.queue import CapReached, StepCapReached
+from enrich.ledger.verify import check_ledger
 from enrich.models import OPEN_STATES, RETRYABLE_STATES, Acceptance, Answer, ClaimedRequest, State
 from tests.support.cases import examples
 from tests.support.ledger import BINDING, DEFAULT_SELECTION, CommittingLedger, params, results_of, row_requests
@@ -622,7 +623,8 @@ class PostgresStateMachine(LedgerStateMachine):
         return parse_ledger_location(folder, cls.server.ledger_url(), folder)
 
     def teardown(self) -> None:
-        """Close the ledger and drop it."""
+        """Check the ledger, close it and drop it."""
+        assert check_ledger(self.ledger.location).problems == []
         super().teardown()
         self.server.drop_schemas()
 

@@ -55,7 +55,7 @@ class ProgramStart:
     """How a process of the program is started.
 
     `clock`: file with the offset of its clock in seconds. `closed`, `full`: descriptors that are closed, or on a full
-    disk.
+    disk. `prelude`: code that a forked process runs before the program, to replace parts of it.
     """
 
     arguments: Sequence[str]
@@ -67,17 +67,24 @@ class ProgramStart:
     clock: str | None = None
     closed: Sequence[int] = ()
     full: Sequence[int] = ()
+    prelude: str = ""
 
     def start(
-        self, stdin: int = subprocess.DEVNULL, output: int = subprocess.PIPE, *, execute: bool = False
+        self,
+        stdin: int = subprocess.DEVNULL,
+        stdout: int = subprocess.PIPE,
+        stderr: int = subprocess.PIPE,
+        *,
+        execute: bool = False,
     ) -> subprocess.Popen[str]:
-        """Start the process; the caller ends it. Its stdout and stderr go to `output`."""
+        """Start the process; the caller ends it."""
         execute = execute or server_folder is None or "ray" in self.arguments
         if execute or any(name.startswith(INTERPRETER_VARIABLES) for name in self.environ):
-            return self._execute(stdin, output)
-        return _ForkedProcess(self, stdin, output)
+            return self._execute(stdin, stdout, stderr)
+        return _ForkedProcess(self, stdin, stdout, stderr)
 
-    def _execute(self, stdin: int, output: int) -> subprocess.Popen[str]:
+    def _execute(self, stdin: int, stdout: int, stderr: int) -> subprocess.Popen[str]:
+        assert not self.prelude
         module, environ = ["enrich"], dict(self.environ)
         if self.clock is not None:
             module, environ["PYTHONPATH"] = ["tests.support.stepping_clock", self.clock], str(ROOT)
@@ -88,8 +95,8 @@ class ProgramStart:
             cwd=self.folder,
             env=environ,
             stdin=stdin,
-            stdout=output,
-            stderr=output,
+            stdout=stdout,
+            stderr=stderr,
             preexec_fn=self._prepare_process,
             text=True,
         )
@@ -123,9 +130,10 @@ class ProgramStart:
         sys.argv = ["enrich", *self.arguments]
         sys.path[0] = self.folder
         from databar_enrich import end_process  # noqa: PLC0415 - only the server imports the program
-        from enrich.cli import main  # noqa: PLC0415
+        from enrich import cli  # noqa: PLC0415
 
-        end_process(main())
+        exec(self.prelude, {})  # noqa: S102 - a test's own code
+        end_process(cli.main())
 
 
 def reset_signals(ignoring: Iterable[signal.Signals] = ()) -> None:
@@ -139,9 +147,9 @@ def reset_signals(ignoring: Iterable[signal.Signals] = ()) -> None:
 class _ForkedProcess(subprocess.Popen[str]):
     """A process that the server has forked. It is no child of this process: its exit code comes through a pipe."""
 
-    def __init__(self, start: ProgramStart, stdin: int, output: int) -> None:
+    def __init__(self, start: ProgramStart, stdin: int, stdout: int, stderr: int) -> None:
         self._start = start
-        super().__init__(["enrich", *start.arguments], stdin=stdin, stdout=output, stderr=output, text=True)
+        super().__init__(["enrich", *start.arguments], stdin=stdin, stdout=stdout, stderr=stderr, text=True)
 
     def _execute_child(self, *given: Any) -> None:
         """Let the server fork, where `Popen` would fork and execute."""

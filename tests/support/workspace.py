@@ -298,7 +298,7 @@ class Workspace:
             ignored_signals=tuple(ignoring),
             new_group=group,
             clock=None if clock is None else str(clock),
-        ).start(*((stdin,) if terminal is None else (terminal, terminal)))
+        ).start(*((stdin,) if terminal is None else (terminal, terminal, terminal)))
 
     def run_job(
         self, api: SandboxApi, options: RunOptions | None = None, timing: Timeouts | None = None, **around: Any
