@@ -298,7 +298,7 @@ def _check_duration(text: str) -> str:
 )
 @click.option("--user", help="User that runs the job. Default: you.")
 @click.option("--key-file", type=options.FILE, help="File with the API key. Default: DATABAR_API_KEY_FILE.")
-@click.option("--log-file", type=options.WRITTEN_FILE, help="Log file. Default: <name>.log in the folder of the job.")
+@click.option("--log-file", type=options.FILE, help="Log file. Default: <name>.log in the folder of the job.")
 @click.option("--crontab", "only", flag_value="crontab", help="Print the crontab line only.")
 @click.option("--systemd", "only", flag_value="systemd", help="Print the systemd units only.")
 @click.option("--output-dir", type=FOLDER, help="Write the systemd units into this folder instead.")

@@ -275,7 +275,7 @@ def _open_sandbox(job: Job | None) -> Iterator[ApiAccess]:
 @click.option(
     "--env", "given", multiple=True, metavar="NAME[=VALUE]", help="A variable that the crontab sets. Can be repeated."
 )
-@click.option("--env-file", type=options.WRITTEN_FILE, metavar="FILE", help="A file with such variables, one per line.")
+@click.option("--env-file", type=options.FILE, metavar="FILE", help="A file with such variables, one per line.")
 @click.option(
     "--at", default="02:00", show_default=True, type=options.TIME_OF_DAY, metavar="HH:MM", help="Time of the next run."
 )

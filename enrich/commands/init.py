@@ -22,6 +22,7 @@ from enrich.commands.streams import echo_message
 from enrich.commands.waterfalls import list_descriptions, read_description
 from enrich.databar.description import DOCUMENTED_ON, DOCUMENTED_WATERFALLS, Description
 from enrich.errors import ApiKeyRejected, ApiUnreachable, CommandRefused, JobError, suggest_name
+from enrich.files.atomic import replace_file
 from enrich.files.csv_format import SEPARATORS, read_batches, read_header
 from enrich.files.reader import InputTable
 from enrich.files.text import NO_HEADER, NO_HEADER_HINT, FileProblem, TableFile, byte_order_encoding, looks_like_cell
@@ -130,15 +131,11 @@ def _is_our_schema(path: Path) -> bool:
 
 def write_new_file(text: str, target: Path, *, force: bool, other: str = "another name with -o") -> None:
     """Write a file (mode 0600). Raises JobError if it exists (without `force`), CommandRefused if that fails."""
+    if not force and os.path.lexists(target):
+        raise JobError(f"{target} already exists", f"choose {other}, or replace it with --force")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        if force:
-            target.unlink(missing_ok=True)
-        descriptor = os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        raise JobError(f"{target} already exists", f"choose {other}, or replace it with --force") from None
+        replace_file(target, text.encode())
     except OSError as error:
         raise CommandRefused(f"{target}: cannot be written: {error.strerror or error}") from error
 
@@ -218,7 +215,7 @@ def _source_text(host: str, *, use_sandbox: bool) -> str:
 @click.option(
     "-o",
     "--out",
-    type=options.FILE,
+    type=options.FILE_OR_STDOUT,
     metavar="JOB.yaml",
     help="The job file to write, or - for stdout. Default: named after the CSV, in this folder.",
 )

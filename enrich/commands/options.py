@@ -37,15 +37,15 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class FilePath(click.Path):
-    """The path of a file. A URL and a name that no file can have are refused, and `-` unless it is allowed."""
+    """The path of a file. A URL and a name that no file can have are refused, and `-` unless it stands for stdout."""
 
-    def __init__(self, *, allow_dash: bool = True) -> None:
+    def __init__(self, *, allow_dash: bool = False) -> None:
         super().__init__(path_type=Path, dir_okay=False, allow_dash=allow_dash)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401 - as in click
         """Parse the path."""
         if str(value) == "-" and not self.allow_dash:
-            self.fail("must be a file, not `-` for stdout", param, ctx)
+            self.fail("must be a file, not `-`", param, ctx)
         if is_url(str(value)):
             self.fail("must be a file on this machine, not a URL", param, ctx)
         reason = why_no_file(Path(value)) if str(value) else "it is empty"
@@ -54,8 +54,7 @@ class FilePath(click.Path):
         return super().convert(value, param, ctx)
 
 
-FILE = FilePath()
-WRITTEN_FILE = FilePath(allow_dash=False)
+FILE, FILE_OR_STDOUT = FilePath(), FilePath(allow_dash=True)
 _INPUT_HELP = "Read this file or URL, or - for stdin, instead of the job's input."
 _OUTPUT_HELP = "Write this file or URL instead of the job's output."
 _TIME_OF_DAY = re.compile(r"([01]?[0-9]|2[0-3]):([0-5][0-9])")

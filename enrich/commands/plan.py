@@ -73,11 +73,11 @@ _LAST_COLUMN = re.compile(r"plan_age_days|plan_[a-z][a-z0-9_]*_why")
 @click.command()
 @options.RUN_JOB_OPTIONS
 @options.selection_options
-@click.option("-o", "plan_file", type=options.WRITTEN_FILE, help="Save the plan for `enrich run --plan`.")
+@click.option("-o", "plan_file", type=options.FILE, help="Save the plan for `enrich run --plan`.")
 @click.option(
     "--rows",
     "rows_file",
-    type=options.WRITTEN_FILE,
+    type=options.FILE,
     help="Write the decision for each row to this file. `.sandbox` is added to its name in a sandbox.",
 )
 @click.option("-v", "--verbose", is_flag=True, help="Add each decision, the prices of the providers and the time.")

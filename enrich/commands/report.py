@@ -73,7 +73,7 @@ def write_run_report(job: Job, job_arguments: JobArguments) -> str | None:
 
 @click.command()
 @options.job_options(has_input=True)
-@click.option("-o", "page", type=options.FILE, help="Write to this file, or - for stdout.")
+@click.option("-o", "page", type=options.FILE_OR_STDOUT, help="Write to this file, or - for stdout.")
 @click.option(
     "--compare", metavar="RUN|JOB", help="Compare the last run with another run, or the job with another job."
 )

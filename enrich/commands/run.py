@@ -273,7 +273,7 @@ def print_summary(
 @click.option("--summary", "always_summary", is_flag=True, help="Print the run summary without a terminal, too.")
 @click.option("-v", "--verbose", is_flag=True, help="Add columns, balance, polls and providers to the run summary.")
 @click.option("--quiet", is_flag=True, help="Print errors only: no progress bar, no run summary.")
-@click.option("--log-file", type=options.WRITTEN_FILE, help="Append events to this file, one JSON object per line.")
+@click.option("--log-file", type=options.FILE, help="Append events to this file, one JSON object per line.")
 def run(
     job_options: options.JobOptions,
     selected: RunOptions,

@@ -146,18 +146,19 @@ def runs(job_options: options.JobOptions, last: int, as_json: bool) -> None:
 
 
 SHOWN_EXECUTIONS = 10
+MAX_INTERVAL_S = 86_400
 _STATES = ("found", "not_found", "failed", "expired", "in_doubt", "pending")
 
 
 def read_status(job: Job) -> dict[str, Any]:
     """Return the object of `enrich status --json`. Requests are counted by status, named as in the run summary."""
-    with open_or_empty(job.ledger) as ledger:
+    view = RunWatcher(job).read_view()  # before reading: a run that ends meanwhile was not killed
+    with open_or_empty(job.ledger) as ledger, ledger.snapshot():
         counts = queries.state_counts(ledger)
         spent, unknown = queries.spent_totals(ledger)
         tasks = transitions.submitted_tasks(ledger)
         all_executions = records.list_executions(ledger)
         executions = records.list_executions(ledger, job.name, SHOWN_EXECUTIONS)
-        view = RunWatcher(job).read_view()
         in_doubt = queries.in_doubt_summary(ledger)
         step_counts = _step_counts(job, ledger)
     ttl_ms = to_ms(job.result_ttl)
@@ -331,8 +332,8 @@ def status(job_options: options.JobOptions, watching: bool, every: float | None,
     """
     job = job_options.load()
     if watching:
-        if every == 0:
-            raise click.UsageError("--every must be at least 1s")
+        if every is not None and not 1 <= every <= MAX_INTERVAL_S:
+            raise click.UsageError("--every must be from 1s to 1d")
         return watch_job(RunWatcher(job), sys.stdout, os.environ, every or DEFAULT_INTERVAL_S, as_json=as_json)
     if every is not None:
         raise click.UsageError("--every needs --watch")

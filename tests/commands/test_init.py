@@ -141,6 +141,19 @@ def test_force_replaces_only_job_files(sample_workspace: Workspace) -> None:
     assert load_job(folder / "nightly.job").model.waterfall == "email_getter"
 
 
+@pytest.mark.parametrize("edited", [None, "# mine\nversion: 1\ninput: leads.csv\n"], ids=["new", "old"])
+def test_a_full_disk_leaves_the_job_file(sample_workspace: Workspace, edited: str | None) -> None:
+    """A job file that cannot be written to its end leaves the old one, also with `--force`, or none."""
+    target = sample_workspace.folder / "leads.yaml"
+    if edited is not None:
+        target.write_text(edited, encoding="utf-8")
+    command = ("init", "leads.csv", "--waterfall", "email_getter", "--offline", "--force")
+    result = sample_workspace.run_subprocess(*command, max_file_bytes=100)
+
+    assert (result.exit_code, "cannot be written" in result.stderr) == (5, True), result.stderr
+    assert (target.read_text(encoding="utf-8") if target.exists() else None) == edited
+
+
 def test_matching_waterfalls_are_listed(workspace: Workspace) -> None:
     """Exits with 2 and lists matching waterfalls, the best first."""
     workspace.write_leads([["https://linkedin.example/in/ada"]], header=["LinkedIn"])

@@ -138,7 +138,12 @@ def test_interrupt_restores_terminal(workspace: Workspace) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [(("--every", "2s"), "--watch"), (("--watch", "--every", "0s"), "at least 1s")]
+    ("options", "message"),
+    [
+        (("--every", "2s"), "--watch"),
+        (("--watch", "--every", "0s"), "from 1s"),
+        (("--watch", "--every", "200000d"), "to 1d"),
+    ],
 )
 def test_invalid_interval_is_exit_2(workspace: Workspace, options: tuple[str, ...], message: str) -> None:
     """Exits with 2."""

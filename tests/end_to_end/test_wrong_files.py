@@ -73,11 +73,12 @@ def test_units_that_exist(workspace: Workspace) -> None:
     assert (result.exit_code, "choose another folder, or replace it with --force" in result.stderr) == (2, True)
 
 
-@pytest.mark.parametrize("case", ["plan -o", "plan --rows", "run --log-file", "cron --log-file"])
+@pytest.mark.parametrize("case", ["plan -o", "plan --rows", "run --log-file", "cron --log-file", "ledger backup"])
 def test_stdout_where_a_file_is_needed(workspace: Workspace, api: SandboxApi, case: str) -> None:
     """`-` is stdout elsewhere, so no file of that name is written."""
     command, option = case.split()
-    result = workspace.run_in_process(command, "job.yaml", option, "-", api=api)
+    words = (command, "job.yaml", option) if option.startswith("-") else (command, option, "job.yaml")
+    result = workspace.run_in_process(*words, "-", api=api)
     assert (result.exit_code, "must be a file" in result.stderr) == (2, True), result.stderr
     assert not (workspace.folder / "-").exists()
 
