@@ -175,10 +175,10 @@ def job_title(name: str, *, sandbox: bool) -> str:
     return f"SANDBOX {name}" if sandbox else name
 
 
-def pluralize(number: int, noun: str) -> str:
-    """Format a number with its noun, such as `1 row`, `1,000 rows` or `2 matches`."""
+def pluralize(number: float, noun: str) -> str:
+    """Format an exact number with its noun, such as `1 row`, `1,000 rows`, `2 matches` or `0.5 credits`."""
     ending = "" if number == 1 else "es" if noun.endswith("ch") else "s"
-    return f"{number:,} {noun}{ending}"
+    return f"{number:,.15g} {noun}{ending}"
 
 
 def format_credits(amount: float) -> str:

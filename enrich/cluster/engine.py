@@ -27,7 +27,7 @@ from enrich.job.locations import Location, ObjectUrl, PostgresLocation
 from enrich.ledger import enroll
 from enrich.ledger.database import Database
 from enrich.ledger.dialect import DATABASE_ERRORS, OUTAGE_TIMEOUT_S, FencingToken
-from enrich.models import RequestSelection
+from enrich.models import RequestSelection, pluralize
 from enrich.rows.batches import RowBatch, RowCounts
 from enrich.rows.job_input import JobInput
 from enrich.rows.template import RequestTemplate
@@ -210,7 +210,7 @@ def enroll_on_ray(job_input: JobInput, shared_pass: SharedPass, monitor: Heartbe
         total += some
     if total.rows != (expected := sum(part.rows for part in parts)):
         raise CommandRefused(
-            f"{total.rows:,} rows were read, not {expected:,}", "run again when the files are complete"
+            f"{pluralize(total.rows, 'row')} read, not {expected:,}", "run again when the files are complete"
         )
     return total
 

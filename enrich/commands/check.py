@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import reduce
+from operator import and_
 from pathlib import Path
 from typing import Any
 
 import click
+import polars as pl
 from msgspec.structs import replace
 
 from enrich.commands import options
@@ -19,6 +22,7 @@ from enrich.databar.description import Description
 from enrich.databar.environment import find_base_url, host_of
 from enrich.errors import EnrichError, JobError
 from enrich.files.text import missing_column_hint
+from enrich.job.cell_text import blank_cells
 from enrich.job.job import Job
 from enrich.job.locations import STDIN, format_of
 from enrich.job.target import UNFILLED_COLUMN, Param
@@ -95,6 +99,8 @@ def check_job(job: Job, bound_to: Mapping[str, str | None], live: Sequence[Descr
         _check_steps(job, job_input, templates, result)
     elif job_input is not None and (result.template is not None or not result.problems):
         _read_input(job_input, result.template or template_of_unknown_target(job), result)
+    if job_input is not None and not result.problems:
+        result.warnings += _key_warnings(job_input)
     of_paths, of_ledger = list(path_problems(job)), f"{job.ledger}: "
     # Only one problem of the ledger is reported: that it is another file of the job, or else why it cannot be opened.
     if any("`ledger` are the same" in problem.message or "`ledger` and" in problem.message for problem in of_paths):
@@ -264,6 +270,26 @@ def _read_input(job_input: JobInput, template: RequestTemplate, result: CheckRes
         result.problems.append(error)
         return
     result.rows, result.sendable_rows, result.fill = rows, fill.sendable, fill
+    result.warnings += fill.warnings()
+
+
+def _key_warnings(job_input: JobInput) -> Iterator[str]:
+    """Yield a warning for leads without a `changes.key`, and one for leads that share theirs."""
+    changes = job_input.job.model.changes
+    if changes is None or changes.key is None:
+        return
+    columns = [job_input.header.index(name) for name in changes.key]
+    blank, hashes = 0, [pl.Series(dtype=pl.UInt64)]
+    for _, _, text in job_input.frames():
+        keys = text[:, columns].filter(job_input.selected_rows(text))
+        is_blank = reduce(and_, (blank_cells(cells, ()) for cells in keys.get_columns()))
+        blank += int(is_blank.sum())
+        hashes.append(keys.filter(~is_blank).hash_rows())
+    name = f"`changes.key` ({', '.join(changes.key)})"
+    if blank:
+        yield f"{name} is blank in {pluralize(blank, 'lead')}: the change feed does not say which they are"
+    if shared := int(pl.concat(hashes).is_duplicated().sum()):
+        yield f"{name} is not unique: {pluralize(shared, 'lead')} share theirs with another one"
 
 
 def _step_lines(steps: Sequence[dict[str, Any]]) -> Iterator[str]:

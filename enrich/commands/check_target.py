@@ -20,7 +20,7 @@ from enrich.job.job import Job
 from enrich.ledger.database import Database, ledger_exists
 from enrich.ledger.sqlite import CHECKED_AT_START_BYTES, RESTORE_HINT
 from enrich.ledger.verify import check_ledger
-from enrich.models import RowStatus
+from enrich.models import RowStatus, pluralize
 from enrich.rows.batches import LeftOutCounts, RowBatch
 from enrich.rows.template import RequestTemplate, default_providers, make_request_template, name_problems
 from enrich.run.preflight import LedgerBinding, read_binding
@@ -74,13 +74,13 @@ class ParamFill:
             example = f"   e.g. {self.examples[name]}" if name in self.examples else ""
             yield f"  {name} ← {printable(source)}   {self.filled[name]:,} of {self.rows:,} filled{example}"
 
-    def warning(self) -> str | None:
-        """Return a warning when few rows can be sent; None: enough can."""
+    def warnings(self) -> Iterator[str]:
+        """Yield a warning when few rows can be sent."""
         if not self.rows or self.sendable >= MIN_SENDABLE_SHARE * self.rows:
-            return None
-        share = f"{self.sendable:,} of {self.rows:,} leads ({self.sendable / self.rows:.0%})"
+            return
+        share = f"{self.sendable:,} of {pluralize(self.rows, 'lead')} ({self.sendable / self.rows:.0%})"
         missing = [f"{name} is missing in {count:,}" for name, count in self.missing.most_common() if count]
-        return f"only {share} can be sent: {', '.join(missing)}"
+        yield f"only {share} can be sent: {', '.join(missing)}"
 
 
 @dataclass(slots=True)
@@ -94,6 +94,7 @@ class CheckResult:
 
     source: str
     problems: list[EnrichError] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     changes: list[str] = field(default_factory=list)
     template: RequestTemplate | None = None
@@ -103,11 +104,6 @@ class CheckResult:
     fill: ParamFill | None = None
     #: What is known of each step of a job with steps.
     steps: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def warnings(self) -> list[str]:
-        """A warning when few rows can be sent."""
-        return [warning] if self.fill and (warning := self.fill.warning()) else []
 
     @property
     def exit_code(self) -> ExitCode:

@@ -30,7 +30,7 @@ from enrich.job.locations import InputLocation, ObjectUrl, PostgresLocation, san
 from enrich.ledger import queries, records, transitions
 from enrich.ledger.database import ledger_exists, open_or_empty
 from enrich.ledger.lock import is_locked
-from enrich.models import State, read_balance, to_micros, to_ms
+from enrich.models import State, pluralize, read_balance, to_micros, to_ms
 from enrich.report.page_file import INSTALL_HINT, is_extra_missing
 from enrich.run.budget import make_budget
 from enrich.run.preflight import ApiSnapshot, query_api
@@ -187,8 +187,8 @@ def _ledger_findings(
         exists = ledger_exists(path)
     except EnrichError:
         return  # check_job has reported it
-    message = f"{sum(counts.values()):,} requests in {path}" if exists else f"{path}: created by the first run"
-    yield Finding("ok", "ledger", message)
+    requests = pluralize(sum(counts.values()), "request")
+    yield Finding("ok", "ledger", f"{requests} in {path}" if exists else f"{path}: created by the first run")
     if is_locked(path):
         yield Finding(
             "warn", "lock", "a run is in progress", "wait until it ends, or start the next one with --if-locked skip"

@@ -116,9 +116,8 @@ def check_cap(max_credits: int | None, max_price: int | None, executions: Sequen
         message = f"{cap_text}, but one request may cost {to_credits(max_price):,.2f}: nothing would be sent"
         return Finding("fail", "cap", message, "raise it, or choose cheaper `enrichments`", ExitCode.CREDITS)
     if stopped:
-        message = (
-            f"{cap_text}: {stopped} of the last {len(executions)} runs stopped for credits, with rows left pending"
-        )
+        runs = pluralize(len(executions), "run")
+        message = f"{cap_text}: {stopped} of the last {runs} stopped for credits, with rows left pending"
         return Finding("warn", "cap", message, "raise it if the backlog grows")
     if max_credits < max_spent:
         return Finding(
@@ -169,14 +168,14 @@ def check_output_names(
     daily_paths = [path_of(start + timedelta(days=day)) for day in range(DAYS_AHEAD)]
     for day, path in enumerate(daily_paths):
         if isinstance(path, Path) and path in reserved:
-            message = f"in {day} days the output is {path}, which is {reserved[path]}"
+            message = f"in {pluralize(day, 'day')} the output is {path}, which is {reserved[path]}"
             return Finding("fail", "output", message, "choose another `output`", ExitCode.USAGE)
     later = next((day for day in range(1, DAYS_AHEAD) if daily_paths[day] == daily_paths[0]), None)
     if later is None:
         return Finding("ok", "output", f"{daily_paths[0]} at the next run; each day has its own file")
     if later == 1 and len(set(daily_paths)) == 1:
         return Finding("ok", "output", f"{daily_paths[0]}; each run replaces it")
-    message = f"its name repeats after {later} days, and then the older file is replaced"
+    message = f"its name repeats after {pluralize(later, 'day')}, and then the older file is replaced"
     return Finding("warn", "output", message, "use %Y-%m-%d, or no codes at all")
 
 

@@ -24,7 +24,7 @@ from enrich.job.job import Job
 from enrich.ledger import enroll, erasure, queries
 from enrich.ledger.database import Database, open_or_empty
 from enrich.ledger.lock import is_locked
-from enrich.models import CAPPED_REASON, Decision, RowStatus
+from enrich.models import CAPPED_REASON, Decision, RowStatus, pluralize
 from enrich.rows.batches import RowBatch
 from enrich.rows.job_input import JobInput
 from enrich.rows.job_steps import StepDecision
@@ -102,7 +102,7 @@ def _find_rows(job_input: JobInput, row: int | None, match: str | None) -> tuple
         found += [position for position, cell in cells if fold(cell) == folded_value]
     if column is None:
         hint = "row numbers start at 1"
-        raise JobError(f"--row {row}: the input has {count:,} rows ({job_input.job.input_path})", hint)
+        raise JobError(f"--row {row}: the input has {pluralize(count, 'row')} ({job_input.job.input_path})", hint)
     return found[:MAX_LEADS_SHOWN], len(found)
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
-import yaml
 from msgspec import Struct
 
 from enrich.commands.init_columns import (
@@ -16,9 +14,10 @@ from enrich.commands.init_columns import (
     result_column_names,
     unmatched_reason,
 )
-from enrich.databar.description import Description, Enrichment, Param, Waterfall
+from enrich.databar.description import Description, Enrichment, Param, Waterfall, format_price
 from enrich.errors import printable
 from enrich.files.text import TableFile
+from enrich.job.document import yaml_scalar
 from enrich.job.target import UNFILLED_COLUMN
 from enrich.models import pluralize
 from enrich.rows.batches import STATUS_COLUMNS
@@ -94,13 +93,13 @@ def _job_lines(draft: JobDraft) -> Iterator[str]:
 def _input_lines(draft: JobDraft) -> Iterator[str]:
     source = draft.sample.format
     if source.sheet is not None:
-        yield f"input: {{path: {_quote(draft.input)}, sheet: {_quote(source.sheet)}}}"
+        yield f"input: {{path: {yaml_scalar(draft.input)}, sheet: {yaml_scalar(source.sheet)}}}"
         return
     encoding = source.encoding.removesuffix("-sig")  # the mark is read without it
     if (source.separator, encoding) == (",", "utf-8"):
         yield f"input: {yaml_scalar(draft.input)}"
         return
-    csv_options = f"separator: {_quote(source.separator)}, encoding: {encoding}"
+    csv_options = f"separator: {yaml_scalar(source.separator)}, encoding: {encoding}"
     doubt = "; if letters are wrong, name it with --encoding" if encoding == "cp1252" else ""
     yield f"input: {{path: {yaml_scalar(draft.input)}, {csv_options}}} # guessed from the file{doubt}"
 
@@ -111,9 +110,8 @@ def _provider_lines(waterfall: Waterfall) -> Iterator[str]:
         defaults = ", ".join(str(each.id) for each in providers if each.enabled_by_default)
         yield f"# enrichments: [{defaults}] # providers, in this order"
         for each in providers:
-            price = "price unknown" if each.price is None else f"{each.price} credits"
             more = "" if each.enabled_by_default else ", optional"
-            yield f"#   {each.id} {printable(each.name)}: {price}{more}"
+            yield f"#   {each.id} {printable(each.name)}: {format_price(each.price)}{more}"
     else:
         yield "# enrichments: [833, 966] # providers, in this order; `enrich waterfalls ID` lists their numbers"
     if waterfall.is_email_verifying:
@@ -209,19 +207,3 @@ def _optional_key_lines(described: Description, sample: Sample) -> Iterator[str]
     yield "#   requests_per_second: 20 # maximum; default: what the API allows"
     yield "# policy:"
     yield "#   refresh: {found: 90d, not_found: 14d} # send again after this time, at a price; default: never"
-
-
-def yaml_scalar(text: str) -> str:
-    """Format a text as a YAML scalar, quoted if necessary."""
-    plain = bool(text) and all(sign.isalnum() or sign in " _-./" for sign in text) and text[0] not in " -/"
-    if plain and text.isprintable() and text == text.strip():
-        try:
-            if yaml.safe_load(f"[{text}]") == [text]:
-                return text
-        except (yaml.YAMLError, ValueError):
-            pass
-    return _quote(text)
-
-
-def _quote(text: str) -> str:
-    return yaml.safe_dump(text, default_style='"', width=math.inf, allow_unicode=True).removesuffix("\n")

@@ -65,8 +65,8 @@ def check(place: str, ledger: str | None, use_sandbox: bool, as_json: bool) -> i
     path = _resolve_ledger(place, ledger, use_sandbox=use_sandbox)
     report = check_ledger(path)
     code = ExitCode.REFUSED if report.problems else ExitCode.OK
-    runs = pluralize(report.executions or 0, "run")
-    lines = report.problems or [f"ok: {report.requests:,} requests, {report.attempts:,} attempts, {runs}"]
+    counts = {"request": report.requests, "attempt": report.attempts, "run": report.executions}
+    lines = report.problems or [f"ok: {', '.join(pluralize(count or 0, name) for name, count in counts.items())}"]
     options.echo_result({"exit_code": int(code), "ledger": str(path)} | asdict(report), lines, as_json=as_json)
     if report.problems:
         echo_error(f"{path}: the ledger is damaged", restore_hint(path))
@@ -99,7 +99,7 @@ def copy(source: str, target: str, as_json: bool) -> None:
     copied = copy_ledger(old, new)
     result = {"exit_code": 0, "from": str(old), "to": str(new), "key": copied.key and str(copied.key)}
     lines = [
-        f"ok: {sum(copied.rows.values()):,} rows copied and verified: {copied.digest}",
+        f"ok: {pluralize(sum(copied.rows.values()), 'row')} copied and verified: {copied.digest}",
         *([] if copied.key is None else [f"The key of the erased people is {copied.key}"]),
         "Set it as `ledger` in the job file. Don't run with the old ledger again: its leads would be charged twice.",
     ]

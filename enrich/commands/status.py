@@ -253,7 +253,7 @@ def format_status(result: dict[str, Any], watch_command: str = "enrich status JO
     if (run := result["at_work"]) is not None:
         progress = next((phase.value for phase in Phase if phase.key == run["doing"]), "starting")
         if run["total"] is not None:
-            progress = f"{run['done']:,} of {run['total']:,} requests"
+            progress = f"{run['done']:,} of {pluralize(run['total'], 'request')}"
         yield f"{title}: running since {run['started_at']}: {progress}. Watch it: {watch_command}"
     for execution in result["executions"][:1]:
         yield from _last_run_lines(execution, title, is_running=run is not None)

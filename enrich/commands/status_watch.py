@@ -181,7 +181,8 @@ def run_facts(view: RunView) -> Iterator[tuple[str, str]]:
     if over_s:
         sent, answered = recent.submitted / over_s, recent.answered / over_s
         yield "speed", f"{sent:,.1f} sent/s, {answered:,.1f} results/s in the last {over_s:.0f} s"
-    yield "sent", f"{run.submitted:,} requests, {totals.polls:,} polls, {totals.rate_limited:,} rate-limited (429)"
+    requests = f"{pluralize(run.submitted, 'request')}, {pluralize(totals.polls, 'poll')}"
+    yield "sent", f"{requests}, {totals.rate_limited:,} rate-limited (429)"
     if view.next_expiry_ms is not None:
         at = iso_time(view.next_expiry_ms)
         if view.status is RunStatus.RUNNING:

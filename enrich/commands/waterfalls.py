@@ -8,7 +8,7 @@ import click
 
 from enrich.commands import options
 from enrich.databar.client import MIN_QUERY_LENGTH
-from enrich.databar.description import Description, Enrichment, Provider, Waterfall
+from enrich.databar.description import Description, Enrichment, Provider, Waterfall, format_price
 from enrich.databar.environment import ApiAccess
 from enrich.errors import JobError, JobRejected, suggest_name
 from enrich.job.target import Target, TargetKind
@@ -64,9 +64,8 @@ def format_description(described: Description) -> Iterator[str]:
 
 def _provider_lines(providers: list[Provider]) -> Iterator[str]:
     for provider in providers:
-        price = "price unknown" if provider.price is None else f"{provider.price} credits"
         only_named = "" if provider.enabled_by_default else ", only when named"
-        yield f"    {provider.id:<8}{provider.name:<24}{price}{only_named}"
+        yield f"    {provider.id:<8}{provider.name:<24}{format_price(provider.price)}{only_named}"
 
 
 _SANDBOX_OPTION = click.option("--sandbox", "use_sandbox", is_flag=True, help="Use the built-in sandbox.")

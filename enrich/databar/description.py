@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ModelWrapValidatorH
 
 from enrich.databar.text_filter import clean_line
 from enrich.job.target import Target, TargetKind
-from enrich.models import MAX_CREDITS, to_credits, to_micros
+from enrich.models import MAX_CREDITS, pluralize, to_credits, to_micros
 
 
 def _read_line(value: object) -> object:
@@ -269,7 +269,7 @@ class Enrichment(LenientModel):
         if self.highest_price(self.target) is None:
             return "price unknown"
         unit = f" for each {self.priced_by}" if self.priced_by else ""
-        return f"{self.price} credits{unit}{' for each page' if self.is_paginated else ''}"
+        return f"{format_price(self.price)}{unit}{' for each page' if self.is_paginated else ''}"
 
 
 Description: TypeAlias = Waterfall | Enrichment
@@ -317,18 +317,19 @@ def _provider_changes(kind: str, before: Sequence[Provider], now: Sequence[Provi
         if number not in new:
             yield f"{name}: removed"
         elif number not in old:
-            yield f"{name}: new, {_price_text(new[number])}"
+            yield f"{name}: new, {format_price(new[number].price)}"
         elif to_micros(old[number].price) != to_micros(new[number].price):
             before_micros, now_micros = to_micros(old[number].price), to_micros(new[number].price)
             trend = ""
             if before_micros is not None and now_micros is not None:
                 trend = " (more expensive)" if now_micros > before_micros else " (cheaper)"
-            yield f"{name}: {_price_text(old[number])} before, {_price_text(new[number])} now{trend}"
+            yield f"{name}: {format_price(old[number].price)} before, {format_price(new[number].price)} now{trend}"
 
 
-def _price_text(provider: Provider) -> str:
-    micros = to_micros(provider.price)
-    return "price unknown" if micros is None else f"{to_credits(micros):,.15g} credits"
+def format_price(price: CreditAmount) -> str:
+    """Return a price in words."""
+    micros = to_micros(price)
+    return "price unknown" if micros is None else pluralize(to_credits(micros), "credit")
 
 
 #: Month in which the API documentation was read.

@@ -19,7 +19,7 @@ import msgspec
 from msgspec import Struct
 
 from enrich.job.cell_text import is_blank as is_blank_text
-from enrich.models import MICROS_PER_CREDIT, Answer, State, parse_count, to_micros, whole_number
+from enrich.models import MICROS_PER_CREDIT, Answer, State, parse_count, pluralize, to_micros, whole_number
 
 
 class TaskPhase(Enum):
@@ -303,8 +303,8 @@ def _read_bulk_answers(
         return _same_answers(Answer(State.FAILED, reason, free_failure=spent == 0 and is_empty), size, raw), spent
     rows = [None] * size if is_blank(data) else [data] if size == 1 and isinstance(data, dict) else data
     if not isinstance(rows, list) or len(rows) != size:
-        count = f"{len(rows)} rows" if isinstance(rows, list) else "no list"
-        reason = f"the API answered {size} rows with {count}: the rows cannot be matched"
+        count = pluralize(len(rows), "row") if isinstance(rows, list) else "no list"
+        reason = f"the API answered {pluralize(size, 'row')} with {count}: the rows cannot be matched"
         return _same_answers(Answer(State.FAILED, reason), size, raw), spent
     blanks = list(map(is_blank, rows))
     if matches_only and size > 1 and not any(blanks):

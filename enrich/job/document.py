@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from math import inf
 from pathlib import Path
 from typing import Any, get_args
 
@@ -299,3 +300,20 @@ def _model_in(annotation: object) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next(filter(None, map(_model_in, get_args(annotation))), None)
+
+
+def yaml_scalar(text: str) -> str:
+    """Format a text as a YAML scalar on one line, quoted if necessary."""
+    plain = bool(text) and all(sign.isalnum() or sign in " _-./" for sign in text) and text[0] not in " -/"
+    if plain and text.isprintable() and text == text.strip():
+        try:
+            if yaml.safe_load(f"[{text}]") == [text]:
+                return text
+        except (yaml.YAMLError, ValueError):
+            pass
+    return yaml.safe_dump(text, default_style='"', width=inf, allow_unicode=True).removesuffix("\n")
+
+
+def yaml_mapping(values: Mapping[str, str]) -> str:
+    """Format texts with their names as a YAML mapping on one line."""
+    return f"{{{', '.join(f'{yaml_scalar(name)}: {yaml_scalar(value)}' for name, value in values.items())}}}"

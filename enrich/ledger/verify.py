@@ -29,6 +29,7 @@ from enrich.ledger.sqlite import (
     ledger_columns,
     remove_with_journals,
 )
+from enrich.models import pluralize
 
 JSON_TYPE_NAMES: Mapping[type, str] = {dict: "object", list: "list"}
 
@@ -106,7 +107,7 @@ def problems(db: Database) -> Iterator[str]:
             yield f"cannot be checked: {invariant}"
             continue
         if count:
-            yield f"{count:,} times: {invariant}"
+            yield f"{pluralize(count, 'time')}: {invariant}"
 
 
 def _unreadable_values(db: Database) -> Iterator[str]:

@@ -6,11 +6,9 @@ import os
 import re
 from collections.abc import Collection, Iterable, Iterator
 from copy import copy
-from math import inf
 from pathlib import Path
 
 import polars as pl
-import yaml
 
 from enrich.errors import CommandRefused, EnrichError, closest_name
 from enrich.files.csv_format import likely_separator
@@ -26,6 +24,7 @@ from enrich.files.text import (
 from enrich.files.values import text_frame
 from enrich.files.writer import FileLimits, is_formula, limits_of
 from enrich.job.cell_text import blank_cells
+from enrich.job.document import yaml_mapping, yaml_scalar
 from enrich.job.job import Job
 from enrich.job.local_files import is_missing
 from enrich.job.locations import format_of, has_wildcards
@@ -152,10 +151,7 @@ class JobInput:
                     renamed = {
                         f"new_{each}" if each in self.columns else each: path for each, path in template.columns.items()
                     }
-                    named = yaml.safe_dump(
-                        renamed, default_flow_style=True, sort_keys=False, allow_unicode=True, width=inf
-                    )
-                    other_name = f"name the new columns: `columns: {named.strip()}`"
+                    other_name = f"name the new columns: `columns: {yaml_mapping(renamed)}`"
                 raise job.error(
                     ["columns", name],
                     f"the input already has a column with this name ({self.job.input_path})",
@@ -301,7 +297,7 @@ class JobInput:
         settings = self.job.input
         if settings.format != "csv" or not (other := likely_separator(self.header, settings.separator)):
             return None
-        shown = {"\t": '"\\t"'}.get(other, f'"{other}"')
+        shown = yaml_scalar(other)
         return f"its header looks separated by {shown}: input: {{path: …, separator: {shown}}}"
 
     def _check_where(self) -> None:

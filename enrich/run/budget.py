@@ -11,14 +11,15 @@ from enrich.errors import CanaryStopped, CommandRefused
 from enrich.job.job import Job
 from enrich.job.spec import Canary
 from enrich.job.target import TargetKind
-from enrich.models import State, to_credits, to_micros
+from enrich.models import State, pluralize, to_credits, to_micros
 from enrich.rows.template import RequestTemplate
 
 
 class Budget(Struct, frozen=True):
-    """What a run may spend, in millionths of a credit. `cap` None: no cap. `stop_reason` is the message at its end.
+    """What a run may spend, in millionths of a credit. `cap` None: no cap.
 
-    The highest price of a request is `max_request_price`, times the number in its param `priced_by` if that is set.
+    `stop_reason` is the message where the cap ends the run, `step_stop_reason` where `step_cap` ends a step. The
+    highest price of a request is `max_request_price`, times the number in its param `priced_by` if that is set.
     """
 
     cap: int | None
@@ -28,6 +29,7 @@ class Budget(Struct, frozen=True):
     priced_by: str | None = None
     #: What one step may spend; None: no cap of its own.
     step_cap: int | None = None
+    step_stop_reason: str = ""
 
 
 #: Nothing may be spent.
@@ -101,14 +103,28 @@ def make_budget(job: Job, template: RequestTemplate, balance: int | None, planne
     }
     stop_reason, (cap, remedy) = min(caps.items(), key=lambda each: inf if each[1][0] is None else each[1][0])
     hint = f"{remedy}, then run again for the rest"
-    return Budget(cap, template.unit_price or 0, stop_reason, hint, template.priced_by, step_cap)
+    max_request_price = template.unit_price or 0
+    if cap == max_credits:
+        stop_reason = _too_low("`max_credits`", cap, max_request_price) or stop_reason
+    step_stop_reason = (
+        _too_low(f"`max_credits` of the step `{job.step}`", step_cap, max_request_price)
+        or f"the credits cap of the step `{job.step}` is reached"
+    )
+    return Budget(cap, max_request_price, stop_reason, hint, template.priced_by, step_cap, step_stop_reason)
+
+
+def _too_low(name: str, cap: int | None, max_request_price: int) -> str | None:
+    """Return that a cap does not allow a single request; None: it does."""
+    if cap is None or cap >= max_request_price:
+        return None
+    return f"{name} is {to_credits(cap):,.15g}, and one request may cost {to_credits(max_request_price):,.15g}"
 
 
 def check_balance(job: Job, template: RequestTemplate, balance: int | None) -> None:
     """Raise CommandRefused when the balance is too low for one request, or for one that leaves `min_balance`."""
     if balance is None:
         return
-    balance_text = f"the balance is {to_credits(balance):,.15g} credits"
+    balance_text = f"the balance is {pluralize(to_credits(balance), 'credit')}"
     if balance < 0:
         raise CommandRefused(balance_text, "top up the account")
     if (max_request_price := template.worst_price) is None:
@@ -139,7 +155,7 @@ def check_canary(canary: Canary, outcomes: Mapping[State, int], step: str = "") 
         return None
     others = ", ".join(f"{count:,} {state.value}" for state, count in outcomes.items() if state is not State.FOUND)
     observed = (
-        f"{found:,} of {conclusive:,} results have a match ({found / conclusive:.0%})"
+        f"{found:,} of {pluralize(conclusive, 'result')} matched ({found / conclusive:.0%})"
         if conclusive
         else "no result arrived"
     )

@@ -17,7 +17,7 @@ from enrich.job.job import Job
 from enrich.job.locations import Location, is_dataset
 from enrich.ledger import enroll, queries
 from enrich.ledger.database import Database
-from enrich.models import RequestResult, RequestSelection, ResultColumns, RowStatus, to_micros
+from enrich.models import RequestResult, RequestSelection, ResultColumns, RowStatus, pluralize, to_micros
 from enrich.rows.batches import INDEX_COLUMN, RowBatch, status_columns
 from enrich.rows.job_input import JobInput
 from enrich.rows.template import RequestTemplate
@@ -132,7 +132,7 @@ class Collector(Struct, frozen=True):
             pending = counts.statuses[RowStatus.PENDING]
             if pending and not partial:
                 raise CommandRefused(
-                    f"{pending:,} rows are pending: the output would be incomplete",
+                    f"{pluralize(pending, 'row')} pending: the output would be incomplete",
                     "finish them with `enrich run JOB`, or write the current results with --partial",
                 )
 

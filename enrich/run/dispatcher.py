@@ -143,10 +143,10 @@ class Dispatcher:
 
     def _end_at_cap(self, reached: type[CapReached] | None) -> None:
         """Note which cap ends the claims, if one does. That of a step ends the step only."""
-        budget, step = self.config.budget, self.config.step
+        budget = self.config.budget
         if reached is StepCapReached:
             self.step_cap_reached = True
-            reason = EnrichError(f"the credits cap of the step `{step}` is reached", STEP_CAP_HINT)
+            reason = EnrichError(budget.step_stop_reason, STEP_CAP_HINT)
             self.run_state.exit_reasons.setdefault(ExitCode.CREDITS, reason)
         elif reached is not None:
             self.run_state.stop(ExitCode.CREDITS, EnrichError(budget.stop_reason, budget.hint))

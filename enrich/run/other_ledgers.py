@@ -23,6 +23,7 @@ from enrich.files.csv_format import read_resaved_cells
 from enrich.files.input_files import InputFile, LocalCopies
 from enrich.files.reader import InputTable
 from enrich.files.values import as_text
+from enrich.job.document import yaml_scalar
 from enrich.job.job import Job
 from enrich.job.local_files import is_same_file
 from enrich.job.locations import (
@@ -122,7 +123,7 @@ def _ledger_with_tasks(job: Job, output: Location | None, tasks: list[str]) -> P
 
 
 def _hint_to_share(job: Job, ledger: Path) -> str:
-    shared = os.path.relpath(ledger, job.document.folder)
+    shared = yaml_scalar(os.path.relpath(ledger, job.document.folder))
     return f"share its results with `ledger: {shared}` in the job file, or pay again with --new-ledger"
 
 

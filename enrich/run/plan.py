@@ -208,7 +208,8 @@ def spend_question(maximum: float | None, leads: int) -> str:
     count = pluralize(leads, "lead")
     if maximum is None:
         return f"Send {count} at an unknown price?"
-    return f"Spend up to {format_credits(maximum).removesuffix('.00')} credits on {count}?"
+    amount = "1 credit" if maximum == 1 else f"{format_credits(maximum).removesuffix('.00')} credits"
+    return f"Spend up to {amount} on {count}?"
 
 
 def format_plan(plan: Plan, next_lines: Sequence[str] = (), *, details: bool = False) -> Iterator[str]:

@@ -50,6 +50,31 @@ def test_few_sendable_rows_are_a_warning(workspace: Workspace, api: SandboxApi) 
     }
 
 
+@pytest.mark.parametrize("is_stepped", [False, True])
+def test_key_of_the_change_feed(workspace: Workspace, *, is_stepped: bool) -> None:
+    """Warns of leads without a key, and of those that share one. Leads that the job leaves out don't count."""
+    notes = ["1", "2", "2", "3", "3", "3", "", " ", "left out", "left out"]
+    workspace.write_leads([[*lead[:4], note] for lead, note in zip(make_leads(10), notes, strict=True)])
+    if is_stepped:
+        files, step = JOB.split("waterfall:")
+        step = f"- name: mail\nwaterfall:{step[: step.index('limits:')]}".replace("\n", "\n  ")
+        workspace.write_job(f"{files}steps:\n{step}")
+    more = {"where": "Note <> 'left out'", "changes": "{path: feed.csv, key: [Note]}"}
+    workspace.write_job(workspace.job_file.read_text(), **more)
+
+    result = workspace.run_in_process("check", "job.yaml")
+
+    assert (result.exit_code, result.stderr.splitlines()) == (
+        0,
+        [
+            "warning: `changes.key` (Note) is blank in 2 leads: the change feed does not say which they are",
+            "warning: `changes.key` (Note) is not unique: 5 leads share theirs with another one",
+        ],
+    )
+    workspace.write_job(workspace.job_file.read_text(), changes="{path: feed.csv, key: [Note, Last Name]}")
+    assert workspace.run_in_process("check", "job.yaml").stderr == ""
+
+
 def test_param_from_a_status_column(workspace: Workspace, api: SandboxApi) -> None:
     """A param may read a status column of an earlier output, although the new output replaces that column."""
     workspace.write_leads(make_leads(3))
@@ -327,7 +352,7 @@ def test_waterfall_change_messages() -> None:
         "param linkedin: removed",
         "field email: removed",
         "field score: new",
-        "provider 966 Peoplegrid: 1 credits before, 0.4 credits now (cheaper)",
+        "provider 966 Peoplegrid: 1 credit before, 0.4 credits now (cheaper)",
         "provider 701 Inboxly: removed",
         "provider 745 Profilewell: 2 credits before, price unknown now",
         "provider 5 Newcomer: new, 9 credits",

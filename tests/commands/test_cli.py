@@ -275,7 +275,7 @@ def test_collect_requires_partial_for_pending_rows(api: SandboxApi, workspace: W
     refused = workspace.run_in_process("collect", "job.yaml", "--json")
 
     assert refused.exit_code == refused.json_output["exit_code"] == 5
-    assert "3 rows are pending" in refused.stderr
+    assert "3 rows pending" in refused.stderr
     assert "--partial" in refused.stderr
     assert path.read_text() == "old\n"
     partial = workspace.run_in_process("collect", "job.yaml", "--partial", "--json")

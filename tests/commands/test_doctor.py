@@ -257,7 +257,7 @@ def test_last_run_stopped_by_cap(ready_workspace: Workspace, api: SandboxApi) ->
     assert ready_workspace.run_in_process("run", "job.yaml", api=api).exit_code == 12
     result = run_doctor(ready_workspace, api)
     assert result.exit_code == 0
-    assert "1 of the last 1 runs stopped for credits" in findings_with_mark(result, "warn")["cap"]
+    assert "1 of the last 1 run stopped for credits" in findings_with_mark(result, "warn")["cap"]
 
 
 @pytest.mark.long

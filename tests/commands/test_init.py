@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from enrich.commands.init import take_sample
 from enrich.commands.init_columns import describe_column
-from enrich.commands.init_template import JobDraft, Sample, render_job_file, yaml_scalar
+from enrich.commands.init_template import JobDraft, Sample, render_job_file
 from enrich.databar.description import DOCUMENTED_WATERFALLS
 from enrich.files.text import TableFile
+from enrich.job.document import yaml_scalar
 from enrich.job.job import load_job
 from enrich.job.spec import json_schema
 from tests.support.cases import examples, first_quick, in_turn

@@ -161,7 +161,7 @@ def test_violations_are_reported(
     result = workspace.run_in_process("ledger", "check", str(filled_ledger.location))
 
     assert result.exit_code == 5
-    assert any(line.endswith(f"times: {violation}") for line in result.stdout.splitlines()), result.stdout
+    assert any(line.endswith(f": {violation}") for line in result.stdout.splitlines()), result.stdout
     assert "damaged" in result.stderr
     assert "hint: restore a backup" in result.stderr
 

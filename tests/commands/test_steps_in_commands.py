@@ -379,7 +379,7 @@ def test_collect_with_a_step_that_is_new(workspace: Workspace, api: SandboxApi) 
     workspace.write_job(SHORT_JOB[: SHORT_JOB.index("  - name: person")])
     workspace.run_job(api)
     workspace.write_job(SHORT_JOB)
-    assert "2 rows are pending" in workspace.run_in_process("collect", "job.yaml").stderr
+    assert "2 rows pending" in workspace.run_in_process("collect", "job.yaml").stderr
     assert workspace.run_in_process("collect", "job.yaml", "--partial").exit_code == 0
     assert [row["enrich_person_status"] for row in workspace.read_output()] == ["pending"] * 2
 

@@ -95,6 +95,19 @@ def test_run_is_refused(api: SandboxApi, workspace: Workspace, cause: str) -> No
     assert (again.exit_code, again.json_output["submitted"]) == (0, 0)
 
 
+def test_hint_names_a_ledger_with_signs_of_yaml(api: SandboxApi, workspace: Workspace) -> None:
+    """The line for the job file is quoted where YAML needs it, so that it can be pasted."""
+    workspace.ledger_path.rename(workspace.ledger_path.with_name("old: #1, {a}.db"))
+    refused = workspace.run_in_process(*RUN, api=api)
+    assert refused.exit_code == 5
+    key, _, value = refused.stderr.split("`")[1].partition(": ")
+
+    workspace.write_job(**{key: value})
+    shared = workspace.run_in_process(*RUN, api=api)
+
+    assert (shared.exit_code, shared.json_output["submitted"], shared.json_output["reused"]) == (0, 0, 12), shared
+
+
 def test_answers_from_a_rescue_file_are_not_paid_again(api: SandboxApi, workspace: Workspace) -> None:
     """A ledger that was renamed during a run is no reason to refuse: the rescue file has what it has paid for."""
     with closing(Database(workspace.ledger_path)) as ledger:

@@ -249,6 +249,25 @@ def test_tighter_limit_is_reported(tmp_path: Path, workspace: Workspace) -> None
             assert (summary.exit_code, message in str(summary.error)) == (12, True), summary
 
 
+def test_cap_below_the_price_of_one_request(api: SandboxApi, workspace: Workspace) -> None:
+    """Nothing can be sent: the message names the cap and the price, for a run and for a step."""
+    workspace.write_leads(make_leads(2))
+    workspace.write_job(limits="{max_credits: 1}")
+    summary = workspace.run_job(api)
+    assert (summary.exit_code, summary.submitted) == (12, 0)
+    assert summary.error == "`max_credits` is 1, and one request may cost 3.51"
+    assert str(summary.hint).startswith("raise `max_credits`")
+
+    step = "{name: mail, waterfall: email_getter, limits: {max_credits: 0.5}, params: {first_name: First Name, "
+    workspace.write_job(
+        "version: 1\ninput: leads.csv\noutput: out.csv\n"
+        f"steps: [{step}last_name: Last Name, company: Website}}, columns: {{work_email: email}}}}]\n"
+    )
+    summary = workspace.run_job(api)
+    assert (summary.exit_code, summary.submitted) == (12, 0)
+    assert summary.error == "`max_credits` of the step `mail` is 0.5, and one request may cost 3.51"
+
+
 @pytest.mark.long
 def test_unknown_price_with_cap_collects_only(
     tmp_path: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch

@@ -480,7 +480,7 @@ def test_refused_collect_keeps_old_dataset(workspace: Workspace, api: SandboxApi
     workspace.run_in_process("run", "job.yaml", api=api)
     workspace.write_leads(make_leads(3))
     result = workspace.run_in_process("collect", "job.yaml")
-    assert (result.exit_code, "1 rows are pending" in result.stderr) == (5, True)
+    assert (result.exit_code, "1 row pending" in result.stderr) == (5, True)
     assert row_indexes(workspace.folder / "out") == [0, 1]
     assert workspace.run_in_process("collect", "job.yaml", "--partial").exit_code == 0
     assert row_indexes(workspace.folder / "out") == [0, 1, 2]

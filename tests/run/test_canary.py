@@ -53,7 +53,7 @@ def test_bad_canary_stops_run(tmp_path: Path, canary_workspace: Workspace) -> No
         assert api.audit()["accepted"] == 6
 
     assert (result.exit_code, result.json_output["submitted"], result.json_output["pending"]) == (15, 6, LEADS - 6)
-    assert "0 of 6 results have a match (0%), at least 50% are required; 6 not_found" in result.stderr
+    assert "0 of 6 results matched (0%), at least 50% are required; 6 not_found" in result.stderr
     assert (canary_workspace.folder / "out.csv").read_text() == "of yesterday\n"
 
 
@@ -113,7 +113,7 @@ def test_canary_counts_requests_not_attempts(
         summary = canary_workspace.run_job(api)
     assert (summary.exit_code, summary.pending) == (code, LEADS - finished)
     assert summary.submitted >= 2 * finished
-    assert code == 0 or "0 of 6 results have a match" in (summary.error or "")
+    assert code == 0 or "0 of 6 results matched" in (summary.error or "")
 
 
 @FILE_ONLY
@@ -242,4 +242,4 @@ def test_canary_uses_new_leads_only(tmp_path: Path, canary_workspace: Workspace)
         stopped = canary_workspace.run_job(api)
 
     assert (stopped.exit_code, stopped.submitted) == (15, 6)
-    assert "0 of 6 results have a match" in (stopped.error or "")
+    assert "0 of 6 results matched" in (stopped.error or "")
