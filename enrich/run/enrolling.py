@@ -130,9 +130,13 @@ async def _enroll(context: RunContext, run_state: RunState, rows: JobInput | Ste
     await start_phase(context, run_state, Phase.ENROLL)
     engine = context.environment.engine
     if engine is None or isinstance(rows, StepInput) or rows.why_not_parallel() is not None:
-        run_state.read, accepted = await ledger_writer.submit(_enroll_locally, context, run_state.selection, rows)
+        read, accepted = await ledger_writer.submit(_enroll_locally, context, run_state.selection, rows)
     else:
-        run_state.read, accepted = await _enroll_on_cluster(context, run_state, rows, engine)
+        read, accepted = await _enroll_on_cluster(context, run_state, rows, engine)
+    if isinstance(rows, StepInput):
+        # Steps often read the same cell for a param. Then it counts once.
+        read = replace(read, left_out=run_state.read.left_out | read.left_out)
+    run_state.read = read
     run_state.accepted_in_doubt += accepted
     decided = await ledger_writer.submit(enroll.decision_counts)
     run_state.requests_to_submit = to_submit = sum(decided.get(decision, 0) for decision in DECISIONS_TO_SEND)

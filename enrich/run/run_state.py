@@ -181,7 +181,7 @@ class RunState:
     selection: RequestSelection = field(default_factory=RequestSelection)
     #: The versions of the input's files when the run began to read them.
     file_versions: object = None
-    #: The rows that were read last.
+    #: The rows that were read last. `left_out` is that of all steps so far.
     read: RowCounts = field(default_factory=RowCounts)
     #: By the name of the step; '' for a job without steps.
     enrolled: dict[str, Enrolled] = field(default_factory=dict)

@@ -599,3 +599,28 @@ def test_limited_run_names_invalid_and_filtered_rows(people: Workspace, api: San
     assert statuses_of(rows, "email")["filtered"] == 4
     assert statuses_of(rows, "email")["invalid"] == 1
     assert sum(row["enrich_email_task_id"] != "" for row in rows) == 2
+
+
+def test_cells_that_are_left_out_of_any_step(workspace: Workspace, api: SandboxApi) -> None:
+    """The summary counts the cells that any step leaves out. One that two steps leave out counts once."""
+    job = SHORT_JOB.replace(
+        "limits:",
+        "  - name: again\n"
+        "    waterfall: email_getter\n"
+        "    only_if_empty: [work_email]\n"
+        "    params: {first_name: First Name, last_name: Last Name, company: {column: Website, transform: [domain]}}\n"
+        "    columns: {other_email: email}\n"
+        "  - name: phone\n"
+        "    waterfall: phone_getter\n"
+        "    params: {linkedin: LinkedIn}\n"
+        "    columns: {phone: phone}\n"
+        "limits:",
+    )
+    workspace.write_job(job)
+    first, second = make_people(2)
+    first[2] = "gmail.com"
+    workspace.write_leads([first, second], HEADER)
+
+    summary = workspace.run_job(api)
+
+    assert summary.left_out == {"company": {"free mail": 1}}
