@@ -221,3 +221,29 @@ def test_first_tasks_are_polled_early() -> None:
     first = [schedule.first_delay_s() for _ in range(10)]
     assert first == [pytest.approx(0.1)] * 5 + [pytest.approx(0.9)] * 5
     assert trained_schedule(4.0).first_delay_s() >= 4.0
+
+
+@in_turn(
+    ("age_s", "open_tasks", "rate", "expected"),
+    [
+        (5.0, 1, 500.0, 1.0),  # the last task
+        (5.0, 1000, 500.0, 10.0),  # a fifth of the rate for all
+        (5.0, 10, 1.0, 50.0),
+        (40.0, 1, 500.0, 1.0),  # ten times the median
+        (140.0, 1, 500.0, 4.0),  # overdue: 3% of what is beyond
+    ],
+)
+def test_last_delay(age_s: float, open_tasks: int, rate: float, expected: float) -> None:
+    """The fewer tasks are open, the sooner each is polled, at most once a second; an overdue task more rarely."""
+    schedule = PollSchedule([(4.0, 15.0)])
+    assert schedule.last_delay_s(age_s, open_tasks, rate) == pytest.approx(expected, rel=0.05)
+
+
+@given(durations=st.lists(st.floats(0.1, 1000), min_size=1, max_size=50))
+def test_mean_duration_is_learned(durations: list[float]) -> None:
+    """The mean duration lies between the shortest and the longest of closely polled tasks."""
+    schedule = PollSchedule()
+    assert schedule.mean_s == PollSchedule.FIRST_GUESS_S
+    for duration in durations * 20:
+        schedule.record_duration(0.97 * duration, duration)
+    assert 0.85 * min(durations) <= schedule.mean_s <= 1.1 * max(durations)

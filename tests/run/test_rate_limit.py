@@ -1,4 +1,4 @@
-"""The rate limiter: never above the ceiling, quickly up to the limit, slower on request."""
+"""The rate limiter: below the ceiling, quickly up to the limit, slower on request. Circuit breaker and open tasks."""
 
 from __future__ import annotations
 
@@ -8,21 +8,27 @@ from math import ceil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from enrich.run.rate_limit import (
     CUT,
     FIRST_CUT,
     MAX_BURST_S,
+    MAX_OPEN_TASKS,
     MAX_OVER_PROVEN_RATE,
+    MIN_ANSWERS,
     MIN_RATE,
     PAUSE_S,
     REPEATED_CUT,
     RESTING_SHARE,
     RETURN_S,
     SLOW_START_STEP,
+    START_OPEN_TASKS,
     START_RATE,
     START_RATE_WITH_CEILING,
     AdaptiveRateLimiter,
+    CircuitBreaker,
+    InFlightLimit,
 )
 
 #: Events between two requests: nothing, an answer, a 429 with or without Retry-After, an unused slot.
@@ -290,3 +296,101 @@ def test_next_slot_delay() -> None:
     limiter.refund(1)
     assert limiter.delay(5.0) == 0
     assert ceil(limiter.rate) == 2
+
+
+# The circuit breaker
+
+
+def test_breaker_opens_and_probes() -> None:
+    """Three failures in a row open the breaker; its pauses double up to a minute, and a success closes it."""
+    breaker = CircuitBreaker()
+    for now in (1.0, 2.0):
+        breaker.record_failure(now)
+        assert breaker.is_healthy
+        assert breaker.delay(now, posts_in_flight=5) == 0
+    breaker.record_failure(3.0)
+    assert not breaker.is_healthy
+    assert breaker.failing_since == 1.0
+    assert breaker.delay(3.0, posts_in_flight=1) is None
+    pauses, now = [], 3.0
+    for _ in range(8):
+        pause = breaker.delay(now, posts_in_flight=0)
+        assert pause is not None
+        pauses.append(pause)
+        now += pause
+        breaker.record_failure(now)
+    assert pauses == [1, 2, 4, 8, 16, 32, 60, 60]
+    breaker.record_success()
+    assert breaker.is_healthy
+    assert breaker.failing_since is None
+    assert breaker.delay(3.0, posts_in_flight=31) == 0
+
+
+def test_simultaneous_failures_count_once() -> None:
+    """Failures of requests sent before the pause do not count again: the pause is a second, not a minute."""
+    breaker = CircuitBreaker()
+    for _ in range(32):
+        breaker.record_failure(5.0)
+    assert breaker.delay(5.0, posts_in_flight=0) == 1
+
+
+def test_success_resets_failure_count() -> None:
+    """A success resets the count, so only failures in a row open the breaker."""
+    breaker = CircuitBreaker()
+    for now in range(30):
+        breaker.record_failure(float(now))
+        breaker.record_failure(float(now))
+        breaker.record_success()
+    assert breaker.is_healthy
+
+
+# The limit of open tasks
+
+RATES = st.floats(0.2, 20_000)
+AGES_S = st.floats(0.05, 5_000)
+ANSWERS = st.integers(0, 100_000)
+LIMITS = st.builds(InFlightLimit, st.none() | st.integers(1, 50_000), st.integers(1, 32))
+
+
+@given(limit=LIMITS, rate=RATES, answers=ANSWERS, age_s=AGES_S, ttl_s=st.floats(1, 100_000))
+def test_limit_bounds(limit: InFlightLimit, rate: float, answers: int, age_s: float, ttl_s: float) -> None:
+    """All workers together stay within the limit, and within what can be fetched in a quarter of the results' time."""
+    share = replace(limit, result_ttl_s=ttl_s).max_open_tasks(rate, answers=answers, age_s=age_s)
+    assert share >= 1
+    if share > 1:
+        assert share * limit.workers <= (limit.configured or MAX_OPEN_TASKS)
+        assert share <= rate * ttl_s / 4
+
+
+@given(rate=RATES, age_s=AGES_S, answers=ANSWERS, longer=st.floats(1, 10))
+def test_limit_grows_with_rate_and_age(rate: float, age_s: float, answers: int, longer: float) -> None:
+    """The limit starts at 200, never falls below it for short tasks, and grows with rate and age after 20 answers."""
+
+    def limit(rate: float, age_s: float) -> int:
+        return InFlightLimit(result_ttl_s=1e9).max_open_tasks(rate, answers=answers, age_s=age_s)
+
+    assert limit(rate, age_s) >= START_OPEN_TASKS
+    assert limit(rate * longer, age_s) >= limit(rate, age_s)
+    assert limit(rate, age_s * longer) >= limit(rate, age_s)
+    if answers < MIN_ANSWERS:
+        assert limit(rate, age_s) == START_OPEN_TASKS
+    else:
+        assert limit(rate, age_s) >= min(MAX_OPEN_TASKS, int(rate * age_s))
+
+
+@given(configured=st.integers(1, 50_000), rate=RATES, age_s=AGES_S, answers=ANSWERS)
+def test_configured_limit_is_kept(configured: int, rate: float, age_s: float, answers: int) -> None:
+    """A limit of the user stays as it is, whatever is learned."""
+    limit = InFlightLimit(configured, result_ttl_s=1e9).max_open_tasks(rate, answers=answers, age_s=age_s)
+    assert limit == configured
+
+
+@given(workers=st.integers(1, 32), rate=st.floats(10, 10_000), age_s=st.floats(0.1, 100))
+def test_workers_share_the_limit(workers: int, rate: float, age_s: float) -> None:
+    """Workers that share a rate share the limit of the whole run, and the 20 answers, too."""
+
+    def limit(workers: int, answers: int) -> int:
+        return workers * InFlightLimit(None, workers).max_open_tasks(rate / workers, answers=answers, age_s=age_s)
+
+    for together in (0, MIN_ANSWERS):
+        assert limit(1, together) - workers < limit(workers, -(-together // workers)) <= limit(1, together)
