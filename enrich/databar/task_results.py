@@ -282,50 +282,12 @@ def read_answer(reply: TaskReply, phase: TaskPhase, paths: Iterable[str]) -> Ans
             return Answer(State.FOUND if found else State.NOT_FOUND, note, parsed.provider, cost, raw)
 
 
-def _read_bulk_answers(
-    reply: TaskReply, phase: TaskPhase, size: int, paths: Iterable[str], *, matches_only: bool
-) -> tuple[list[Answer], int | None]:
-    """Convert a bulk task; see `BulkReader.read`.
-
-    `matches_only`: earlier tasks were lists of matches without order, so a full list without null may be one, too.
-    """
-    task, raw = reply.body, reply.raw
-    spent = parse_price(task.get("credits_spent"))
-    data = task.get("data")
-    message = error_text(task.get("error"))
-    if phase is TaskPhase.GONE:
-        # Ignore `credits_spent` of an expired task: it is not a reliable price.
-        expired = Answer(State.EXPIRED, "the result expired before it was fetched", result_deleted=True)
-        return _same_answers(expired, size, raw), None
-    if phase is TaskPhase.FAILED:
-        is_empty = is_blank(data) or (isinstance(data, list) and all(map(is_blank, data)))
-        reason = message or f"API: {task.get('status')}"
-        return _same_answers(Answer(State.FAILED, reason, free_failure=spent == 0 and is_empty), size, raw), spent
-    rows = [None] * size if is_blank(data) else [data] if size == 1 and isinstance(data, dict) else data
-    if not isinstance(rows, list) or len(rows) != size:
-        count = pluralize(len(rows), "row") if isinstance(rows, list) else "no list"
-        reason = f"the API answered {pluralize(size, 'row')} with {count}: the rows cannot be matched"
-        return _same_answers(Answer(State.FAILED, reason), size, raw), spent
-    blanks = list(map(is_blank, rows))
-    if matches_only and size > 1 and not any(blanks):
-        reason = "the API lists matches only, in no order: the rows cannot be matched"
-        return _same_answers(Answer(State.FAILED, reason), size, raw), spent
-    blank_answer = _blank_row_answer(task.get("progress"), sum(blanks), message, free=spent == 0)
-    if all(blanks):
-        return [blank_answer] * size, spent
-    paths, raw_data = tuple(paths), msgspec.json.decode(raw, type=_RawTask).data
-    raw_rows = msgspec.json.decode(raw_data, type=list[msgspec.Raw]) if isinstance(data, list) else [raw_data]
-    return [
-        blank_answer if blank else _row_answer(row, str(raw_row, "utf-8"), paths, reply.note)
-        for row, raw_row, blank in zip(rows, raw_rows, blanks, strict=True)
-    ], spent
-
-
 @dataclass(slots=True)
 class BulkReader:
     """Converts bulk tasks into answers of their rows, and records whether the API lists matches only.
 
-    Such a list has no order. The API returned it before July 2026. A list in order has null for a row without a match.
+    Such a list has no order, so a full one without null may be one, too. The API returned it before July 2026. A list
+    in order has null for a row without a match.
     """
 
     matches_only: bool = False
@@ -338,14 +300,48 @@ class BulkReader:
         The price is in millionths of a credit, or None if unknown. The price of a single row is never known.
         If the response cannot be split into rows, all rows fail. Its JSON is kept with the first row, under `bundle`.
         """
-        data = reply.body.get("data")
-        if phase is TaskPhase.COMPLETED and isinstance(data, list) and not is_incomplete(reply.body, size):
+        if phase is TaskPhase.COMPLETED:
+            self._observe(reply.body, size)
+        task, raw = reply.body, reply.raw
+        spent = parse_price(task.get("credits_spent"))
+        data = task.get("data")
+        message = error_text(task.get("error"))
+        if phase is TaskPhase.GONE:
+            # Ignore `credits_spent` of an expired task: it is not a reliable price.
+            expired = Answer(State.EXPIRED, "the result expired before it was fetched", result_deleted=True)
+            return _same_answers(expired, size, raw), None
+        if phase is TaskPhase.FAILED:
+            is_empty = is_blank(data) or (isinstance(data, list) and all(map(is_blank, data)))
+            reason = message or f"API: {task.get('status')}"
+            return _same_answers(Answer(State.FAILED, reason, free_failure=spent == 0 and is_empty), size, raw), spent
+        rows = [None] * size if is_blank(data) else [data] if size == 1 and isinstance(data, dict) else data
+        if not isinstance(rows, list) or len(rows) != size:
+            count = pluralize(len(rows), "row") if isinstance(rows, list) else "no list"
+            reason = f"the API answered {pluralize(size, 'row')} with {count}: the rows cannot be matched"
+            return _same_answers(Answer(State.FAILED, reason), size, raw), spent
+        blanks = list(map(is_blank, rows))
+        if self.matches_only and size > 1 and not any(blanks):
+            reason = "the API lists matches only, in no order: the rows cannot be matched"
+            return _same_answers(Answer(State.FAILED, reason), size, raw), spent
+        blank_answer = _blank_row_answer(task.get("progress"), sum(blanks), message, free=spent == 0)
+        if all(blanks):
+            return [blank_answer] * size, spent
+        paths, raw_data = tuple(paths), msgspec.json.decode(raw, type=_RawTask).data
+        raw_rows = msgspec.json.decode(raw_data, type=list[msgspec.Raw]) if isinstance(data, list) else [raw_data]
+        return [
+            blank_answer if blank else _row_answer(row, str(raw_row, "utf-8"), paths, reply.note)
+            for row, raw_row, blank in zip(rows, raw_rows, blanks, strict=True)
+        ], spent
+
+    def _observe(self, task: Mapping[str, Any], size: int) -> None:
+        """Record whether this task lists matches only."""
+        data = task.get("data")
+        if isinstance(data, list) and not is_incomplete(task, size):
             has_null = any(map(is_blank, data))
             if has_null and len(data) == size:
                 self.matches_only = False
             elif data and not has_null and len(data) < size:
                 self.matches_only = True
-        return _read_bulk_answers(reply, phase, size, paths, matches_only=self.matches_only)
 
 
 class _RawTask(msgspec.Struct):

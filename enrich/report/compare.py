@@ -21,7 +21,7 @@ from enrich.ledger import queries, records
 from enrich.ledger.database import Database, ledger_exists
 from enrich.models import MICROS_PER_CREDIT, State, format_credits, pluralize, to_credits
 from enrich.report.build import reported_providers
-from enrich.report.data import ComparedSide, Comparison, ReportedProvider
+from enrich.report.data import ComparedSide, Comparison, ReportedProvider, ratio
 from enrich.run.provider_stats import ProviderStats, count_kinds, read_descriptions
 
 #: A difference with a p-value of at least SIGNIFICANT_P may be chance; one with less than CERTAIN_P is not chance.
@@ -86,8 +86,7 @@ def _read_side(ledger: Database, job: Job, label: str, execution: int | None) ->
     side_providers = reported_providers(stats.totals())
     names = [each.name for each in side_providers if not each.verifies]
     found, spent = states[State.FOUND], to_credits(paid)
-    cost_per_hit = spent / found if found else None
-    side = ComparedSide(label, names, states.total(), found, states[State.NOT_FOUND], spent, cost_per_hit)
+    side = ComparedSide(label, names, states.total(), found, states[State.NOT_FOUND], spent, ratio(spent, found))
     return _SideData(side, side_providers, _lead_frame(queries.answered_params(ledger, job.name, execution)))
 
 

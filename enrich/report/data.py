@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from msgspec import Struct, to_builtins
-from msgspec.structs import replace
 
 from enrich.exit_codes import RequiredAction
 from enrich.run.provider_stats import PROVIDER_KEYS
@@ -22,6 +21,11 @@ _JSON_KEYS = PROVIDER_KEYS | {
     "runs": "nights",
     "actions": "needs",
 }
+
+
+def ratio(part: float, whole: float) -> float | None:
+    """Return a part as a share of the whole, or a price for each of `whole` matches; None: there are none."""
+    return part / whole if whole else None
 
 
 class ReportValue(Struct, frozen=True, rename=_JSON_KEYS):
@@ -63,12 +67,12 @@ class ReportedRun(ReportValue, frozen=True):
     @property
     def hit_rate(self) -> float | None:
         """Matches as a share of the answered requests; None without any."""
-        return self.found / self.answered if self.answered else None
+        return ratio(self.found, self.answered)
 
     @property
     def cost_per_hit(self) -> float | None:
         """Credits per match; None without a match."""
-        return self.credits_spent / self.found if self.found else None
+        return ratio(self.credits_spent, self.found)
 
 
 class ReportedProvider(ReportValue, frozen=True):
@@ -115,11 +119,6 @@ class ReportedWaterfall(ReportValue, frozen=True):
         """Number of requests with a match or with no match."""
         return self.answers - self.failed
 
-    @property
-    def cost_per_hit(self) -> float | None:
-        """Credits per match; None without a match."""
-        return self.spent / self.found if self.found else None
-
 
 class HitCounts(ReportValue, frozen=True):
     """For a column or a group of rows: how many of the answered rows (found or not found) have a value."""
@@ -165,6 +164,9 @@ class LatencyHistogram(ReportValue, frozen=True):
     longest: float
 
 
+TRAFFIC_KINDS = ("submitted", "answered", "polls", "rate_limited")
+
+
 class Traffic(ReportValue, frozen=True):
     """Requests and responses of one execution: counts for each `width_s` seconds from its start."""
 
@@ -175,13 +177,16 @@ class Traffic(ReportValue, frozen=True):
     polls: Sequence[int]
     rate_limited: Sequence[int]
 
+    def series(self) -> tuple[Sequence[int], ...]:
+        """Return the counts of each of TRAFFIC_KINDS."""
+        return self.submitted, self.answered, self.polls, self.rate_limited
+
     def merged(self, most: int) -> Traffic:
         """Add up neighboring counts, so that there are at most `most` of each kind."""
-        series = {name: getattr(self, name) for name in ("submitted", "answered", "polls", "rate_limited")}
-        length = max(map(len, series.values()))
+        length = max(map(len, self.series()))
         step = max(1, -(-length // most))
-        sums = {name: [sum(counts[at : at + step]) for at in range(0, length, step)] for name, counts in series.items()}
-        return replace(self, width_s=self.width_s * step, **sums)
+        sums = ([sum(counts[at : at + step]) for at in range(0, length, step)] for counts in self.series())
+        return Traffic(self.execution, self.width_s * step, *sums)
 
 
 class AnswerAge(ReportValue, frozen=True):
@@ -278,8 +283,8 @@ class Report(ReportValue, frozen=True, kw_only=True):
     @property
     def cost_per_lead(self) -> float | None:
         """All credits divided by the found rows, for a job with steps. None: no steps, no found row, unknown prices."""
-        found = self.statuses.get("found", 0)
-        return self.credits_spent / found if self.step_waterfalls and found and not self.credits_unknown else None
+        is_known = self.step_waterfalls and not self.credits_unknown
+        return ratio(self.credits_spent, self.statuses.get("found", 0)) if is_known else None
 
     def as_json(self) -> dict[str, Any]:
         """Return the object that `--json` prints."""

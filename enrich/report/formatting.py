@@ -6,6 +6,7 @@ import unicodedata
 from datetime import datetime
 
 from enrich.models import STATUS_WORDS, format_credits
+from enrich.report.data import ratio
 
 DASH = "\N{EN DASH}"
 NO_BREAK_SPACE = "\N{NO-BREAK SPACE}"
@@ -42,7 +43,7 @@ def format_percent(share: float | None) -> str:
 
 def format_share(part: float, whole: float) -> str:
     """Format the part as a percentage of the whole; a dash when the whole is 0."""
-    return f"{part / whole:.1%}" if whole else DASH
+    return format_percent(ratio(part, whole))
 
 
 def format_seconds(time_s: float | None) -> str:

@@ -8,6 +8,7 @@ from msgspec import Struct
 
 from enrich.models import pluralize
 from enrich.report.data import (
+    TRAFFIC_KINDS,
     AnswerAge,
     ComparedSide,
     Comparison,
@@ -20,6 +21,7 @@ from enrich.report.data import (
     ReportedWaterfall,
     SkippedRows,
     Traffic,
+    ratio,
 )
 from enrich.report.formatting import (
     BLANK_LABEL,
@@ -84,6 +86,10 @@ def credits_cell(name: str, amount: float | None) -> Cell:
     return Cell(format_amount(amount), name, amount)
 
 
+def _credits_cells(facts: object, *names: str) -> list[Cell]:
+    return [credits_cell(name, getattr(facts, name)) for name in names]
+
+
 def share_cell(name: str, share: float | None) -> Cell:
     """Make a cell with a share (0 to 1)."""
     return Cell(format_percent(share), name, share)
@@ -91,7 +97,7 @@ def share_cell(name: str, share: float | None) -> Cell:
 
 def rate_cell(part: int, of: int, name: str = "hit_rate") -> Cell:
     """Make a cell with `part` as a share of `of`."""
-    return share_cell(name, part / of if of else None)
+    return share_cell(name, ratio(part, of))
 
 
 def provider_table(providers: Sequence[ReportedProvider], caption: str, about: str = "provider") -> Table:
@@ -112,8 +118,7 @@ def provider_table(providers: Sequence[ReportedProvider], caption: str, about: s
                     rate_cell(each.found, 0 if each.verifies else calls, "found_share"),
                     count_cell("rejected", None if each.verifies else each.rejected),
                     count_cell("passed_on", None if each.verifies else each.passed_on),
-                    credits_cell("credits", each.credits),
-                    credits_cell("cost_per_hit", each.cost_per_hit),
+                    *_credits_cells(each, "credits", "cost_per_hit"),
                 ),
             )
         )
@@ -159,8 +164,8 @@ def step_table(report: Report) -> Table:
             count_cell("found", found),
             rate_cell(found, answered),
             credits_cell("spent", spent),
-            credits_cell("cost_per_hit", spent / found if found else None),
-            credits_cell("cost_per_lead", None if report.credits_unknown or not leads else spent / leads),
+            credits_cell("cost_per_hit", ratio(spent, found)),
+            credits_cell("cost_per_lead", None if report.credits_unknown else ratio(spent, leads)),
         )
         return Line(about, name, cells)
 
@@ -180,10 +185,7 @@ def hit_rate_table(rows: Sequence[HitCounts], caption: str, head: str, about: st
         Line(
             f"{about} {each.name}",
             clean_text(each.name, BLANK_LABEL),
-            (
-                *count_cells(each, "rows", "answered", "found"),
-                rate_cell(each.found, each.answered),
-            ),
+            [*count_cells(each, "rows", "answered", "found"), rate_cell(each.found, each.answered)],
         )
         for each in rows
     ]
@@ -201,8 +203,7 @@ def run_table(facts: Sequence[ReportedRun], caption: str) -> Table:
                 clean_text(run.outcome, DASH),
                 *count_cells(run, "submitted", "found", "not_found", "failed", "expired"),
                 share_cell("hit_rate", run.hit_rate),
-                credits_cell("credits_spent", run.credits_spent),
-                credits_cell("cost_per_hit", run.cost_per_hit),
+                *_credits_cells(run, "credits_spent", "cost_per_hit"),
             ),
         )
         for run in reversed(facts)
@@ -231,9 +232,7 @@ def run_traffic_table(runs: Sequence[ReportedRun]) -> Table:
 def latency_table(times: LatencyHistogram) -> Table:
     """List the bars of the histogram."""
     lines = [
-        Line(
-            "latencies", f"{format_seconds(bar.start)} to {format_seconds(bar.end)}", (count_cell("count", bar.count),)
-        )
+        Line("latencies", f"{format_seconds(bar.start)} to {format_seconds(bar.end)}", count_cells(bar, "count"))
         for bar in times.bars
     ]
     return Table("Tasks by time to result", ("Time", "Tasks"), lines)
@@ -242,10 +241,9 @@ def latency_table(times: LatencyHistogram) -> Table:
 def traffic_table(facts: Traffic) -> Table:
     """List requests and responses in steps of equal length."""
     merged = facts.merged(MAX_TRAFFIC_LINES)
-    series = {name: getattr(merged, name) for name in ("submitted", "answered", "polls", "rate_limited")}
     lines = [
-        Line("traffic", format_seconds(number * merged.width_s), list(map(count_cell, series, counts)))
-        for number, counts in enumerate(zip(*series.values(), strict=True))
+        Line("traffic", format_seconds(number * merged.width_s), list(map(count_cell, TRAFFIC_KINDS, counts)))
+        for number, counts in enumerate(zip(*merged.series(), strict=True))
     ]
     caption = f"Run {facts.execution} in steps of {format_seconds(merged.width_s)}"
     return Table(caption, ("From", "Sent", "Results", "Polls", "429s"), lines)
@@ -270,8 +268,7 @@ def sides_table(comparison: Comparison) -> Table:
                 count_cell("requests", side.compared),
                 *count_cells(side, "found", "not_found"),
                 rate_cell(side.found, side.found + side.not_found),
-                credits_cell("credits", side.credits),
-                credits_cell("cost_per_hit", side.cost_per_hit),
+                *_credits_cells(side, "credits", "cost_per_hit"),
             ),
         )
 
@@ -284,12 +281,9 @@ def common_leads_table(comparison: Comparison) -> Table:
 
     def line(about: str, side: ComparedSide, only: int, spent: float) -> Line:
         found = comparison.both + only
-        cells = (count_cell("common_found", found), rate_cell(found, comparison.common), count_cell("only", only))
-        amounts = (
-            credits_cell("common_credits", spent),
-            credits_cell("common_per_hit", spent / found if found else None),
-        )
-        return Line(f"common {about}", clean_text(side.label), (*cells, *amounts))
+        cells = [count_cell("common_found", found), rate_cell(found, comparison.common), count_cell("only", only)]
+        cells += [credits_cell("common_credits", spent), credits_cell("common_per_hit", ratio(spent, found))]
+        return Line(f"common {about}", clean_text(side.label), cells)
 
     lines = [
         line("left", comparison.left, comparison.only_left, comparison.common_left_credits),

@@ -16,7 +16,7 @@ def to_micros(amount: Decimal | float | str) -> int:
     return int((Decimal(str(amount)) * _MILLION).to_integral_value())
 
 
-def to_credits(micros: int) -> float:
+def to_credits(micros: float) -> float:
     """Convert millionths to credits as a JSON number."""
     return micros / _MILLION
 

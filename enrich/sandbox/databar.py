@@ -45,7 +45,7 @@ class Clock:
 
     def now(self) -> float:
         """Return the time in seconds since the epoch."""
-        return time.time() + self._store.offset
+        return time.time() + self._store.facts["offset"]
 
     def date(self, ahead_s: float = 0.0) -> str:
         """Return the `Date` header of now, or of a moment `ahead_s` seconds later."""
@@ -258,17 +258,18 @@ class Databar:
 
     def top_up(self, amount: float) -> None:
         """Add an amount of credits."""
-        self._store.top_up(to_micros(amount))
+        self._store.set_fact("topped_up", self._store.facts["topped_up"] + to_micros(amount))
 
     def set_prices(self, prices: Mapping[int, float]) -> None:
         """Change prices (credits), by the ids of providers, verifiers and enrichments; accepted runs keep theirs."""
         for seller_id, price in prices.items():
-            self._store.set_price(seller_id, price)
+            self._store.set_fact(f"price:{seller_id}", price)
 
     def advance(self, seconds: float) -> dict[str, float]:
         """Move the clock forward permanently; return the new time, and all seconds that were added so far."""
-        self._store.set_offset(self._store.offset + seconds)
-        return {"now": self.clock.now(), "offset": self._store.offset}
+        offset = self._store.facts["offset"] + seconds
+        self._store.set_fact("offset", offset)
+        return {"now": self.clock.now(), "offset": offset}
 
     def audit(self, *, runs: bool) -> dict[str, Any]:
         """Settle the runs that are due, then return what was accepted and charged."""
@@ -278,8 +279,8 @@ class Databar:
             "credits_charged": to_credits(self._store.spent),
             "credits_reserved": to_credits(self._store.reserved),
             "balance": to_credits(self._store.balance),
-            "balance_at_start": to_credits(self._store.balance_at_start),
-            "topped_up": to_credits(self._store.topped_up),
+            "balance_at_start": to_credits(self._store.facts["balance_at_start"]),
+            "topped_up": to_credits(self._store.facts["topped_up"]),
             "by_provider": {
                 name: {"calls": calls, "found": found, "credits": to_credits(cost)}
                 for name, calls, found, cost in self._store.provider_totals()

@@ -95,7 +95,11 @@ class Task:
 
 
 class SandboxStore:
-    """The state file. `spent` and `reserved` are totals in millionths, updated with each change of the runs."""
+    """The state file. `spent` and `reserved` are totals in millionths, updated with each change of the runs.
+
+    `facts` has `balance_at_start` and `topped_up` in millionths, `offset` (the seconds by which the clock was moved),
+    and the changed prices in credits as `price:ID`.
+    """
 
     def __init__(self, path: Path, balance: int) -> None:
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
@@ -124,11 +128,7 @@ class SandboxStore:
             start = "INSERT INTO facts VALUES ('balance_at_start', ?), ('topped_up', 0), ('offset', 0)"
             self._db.execute(start, [balance])
             self._db.execute("COMMIT")
-        facts = dict(self._db.execute("SELECT name, value FROM facts"))
-        self.balance_at_start = int(facts["balance_at_start"])
-        self.topped_up = int(facts["topped_up"])
-        self.offset = float(facts["offset"])
-        self.prices = {int(name.removeprefix("price:")): facts[name] for name in facts if name.startswith("price:")}
+        self.facts: dict[str, float] = dict(self._db.execute("SELECT name, value FROM facts"))
         self.reserved, self.spent = map(
             int,
             self._one(
@@ -144,27 +144,22 @@ class SandboxStore:
     @property
     def balance(self) -> int:
         """Available credits, in millionths: not spent and not reserved."""
-        return self.balance_at_start + self.topped_up - self.spent - self.reserved
+        return int(self.facts["balance_at_start"] + self.facts["topped_up"]) - self.spent - self.reserved
+
+    @property
+    def prices(self) -> dict[int, float]:
+        """The changed prices, in credits, by the ids of providers, verifiers and enrichments."""
+        return {int(name.removeprefix("price:")): self.facts[name] for name in self.facts if name.startswith("price:")}
 
     def transaction(self) -> AbstractContextManager[sqlite3.Connection]:
         """Begin a transaction; it commits at the end of the block, or rolls back on an error."""
         self._db.execute("BEGIN IMMEDIATE")
         return self._db
 
-    def top_up(self, amount: int) -> None:
-        """Add credits, in millionths."""
-        self.topped_up += amount
-        self._db.execute("UPDATE facts SET value = ? WHERE name = 'topped_up'", [self.topped_up])
-
-    def set_offset(self, offset: float) -> None:
-        """Store the seconds by which the clock was moved."""
-        self.offset = offset
-        self._db.execute("UPDATE facts SET value = ? WHERE name = 'offset'", [offset])
-
-    def set_price(self, seller_id: int, price: float) -> None:
-        """Store the new price, in credits, of a provider, verifier or enrichment."""
-        self.prices[seller_id] = price
-        self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", [f"price:{seller_id}", price])
+    def set_fact(self, name: str, value: float) -> None:
+        """Store a value of `facts`."""
+        self.facts[name] = value
+        self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", [name, value])
 
     def count_lookup(self, key: bytes, canonical: tuple[str, str]) -> tuple[int, int]:
         """Count one more request for a lookup. Returns its id, and how often it was requested so far."""
