@@ -13,7 +13,8 @@ from enrich.job.cell_text import clean_cells
 from enrich.models import RowStatus
 from enrich.report.data import AnswerAge, GroupedHits, HitCounts, OutputRows, SkippedRows
 from enrich.report.formatting import BLANK_LABEL
-from enrich.run.collector import Collector, JoinedBatch, JoinedStep, count_statuses
+from enrich.run.collector import Collector, count_statuses
+from enrich.run.output_cells import JoinedBatch, JoinedStep
 
 #: Ages of answers: upper limit in full days (7.9 days are "1-7 days"), and the label.
 AGE_LABELS = ((0, "today"), (7, "1-7 days"), (30, "8-30 days"), (90, "31-90 days"), (365, "91-365 days"))

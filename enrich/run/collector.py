@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping
 
 import polars as pl
 from msgspec import Struct, field
@@ -17,39 +16,12 @@ from enrich.job.job import Job
 from enrich.job.locations import Location, is_dataset
 from enrich.ledger import enroll, queries
 from enrich.ledger.database import Database
-from enrich.models import RequestResult, RequestSelection, ResultColumns, RowStatus, pluralize, to_micros
+from enrich.models import RequestSelection, RowStatus, pluralize, to_micros
 from enrich.rows.batches import INDEX_COLUMN, RowBatch, status_columns
 from enrich.rows.job_input import JobInput
 from enrich.rows.template import RequestTemplate
-from enrich.run.output_cells import ANSWERED_STATES, merge_cells, new_cells
-
-
-class JoinedStep(Struct, frozen=True):
-    """A batch in one step: the results of its requests, and its new cells, by column.
-
-    `name` is '' for a job without steps. `columns` maps the step's new columns to dotted paths. `places` has for each
-    row the place of its result among the `request_results`; None: it has none.
-    """
-
-    name: str
-    columns: Mapping[str, str]
-    fingerprints: Sequence[bytes | None]
-    request_results: ResultColumns
-    places: Sequence[int | None]
-    cells: dict[str, pl.Series]
-
-    def results(self) -> list[RequestResult | None]:
-        """Return the result of each row's request; None where there is none."""
-        results = list(map(RequestResult._make, zip(*self.request_results.values(), strict=True)))
-        return [None if place is None else results[place] for place in self.places]
-
-
-class JoinedBatch(Struct, frozen=True):
-    """A batch with its new cells, by column, and what each step has found for it."""
-
-    batch: RowBatch
-    steps: Sequence[JoinedStep]
-    cells: Mapping[str, pl.Series]
+from enrich.run.output_cells import ANSWERED_STATES, JoinedBatch, JoinedStep, merge_cells, new_cells
+from enrich.run.step_rows import StepRows
 
 
 def count_statuses(cells: Mapping[str, pl.Series]) -> Counter[RowStatus]:
@@ -90,13 +62,6 @@ class OutputCounts(Struct, frozen=True):
                 self.unpriced[step.name] += sum(state in ANSWERED_STATES and price is None for state, price in prices)
 
 
-class JoinedRows(Protocol):
-    """The rows of a job with steps, joined with the ledger."""
-
-    def joined_batches(self, check_stopped: Callable[[], None]) -> Iterator[JoinedBatch]:
-        """Read the input once. Yield each batch with its new cells."""
-
-
 class Collector(Struct, frozen=True):
     """Builds the output. `check_stopped` is called before every batch and may raise to stop.
 
@@ -109,7 +74,7 @@ class Collector(Struct, frozen=True):
     check_stopped: Callable[[], None] = lambda: None
     selection: RequestSelection | None = None
     #: Joins the rows of a job with steps; None: the job has none.
-    step_rows: JoinedRows | None = None
+    step_rows: StepRows | None = None
 
     @property
     def job(self) -> Job:
@@ -181,7 +146,7 @@ class Collector(Struct, frozen=True):
     def joined_batches(self) -> Iterator[JoinedBatch]:
         """Read the input once. Yield each batch with its new cells."""
         if self.step_rows is not None:
-            yield from self.step_rows.joined_batches(self.check_stopped)
+            yield from replace(self.step_rows, check_stopped=self.check_stopped).joined_batches()
             return
         # The change feed records rows by their fingerprints.
         known = self.ledger if self.job.model.changes is None else None

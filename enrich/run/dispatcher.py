@@ -58,10 +58,10 @@ class Dispatcher:
     new_up_to: int | None = None
     #: The cap of the step leaves no room for another request.
     step_cap_reached: bool = False
-    #: Attempts that are claimed and certainly not sent yet.
+    #: Attempts that are claimed and certainly not sent yet. `_claim_posts` adds to them in the writer's thread.
     _unsent_attempts: set[int] = field(default_factory=set)
-    #: Those of them in the current claim. A failed commit is repeated, and may then claim others.
-    _claiming_attempts: set[int] = field(default_factory=set)
+    #: Those of them whose claim is not committed yet. A failed commit is repeated, and may then claim others.
+    _uncommitted_attempts: set[int] = field(default_factory=set)
     #: POSTs that are claimed and not answered yet. One whose acceptance waits for its commit makes room for the next,
     #: whose claim is in the same commit or a later one: a kill leaves no more of them unconfirmed.
     _unanswered_posts: int = 0
@@ -86,8 +86,7 @@ class Dispatcher:
                     for requests in requests_by_post:
                         posts.create_task(self._post(requests))
         finally:
-            # The writer runs this after all claims, including one that was made during the cancellation, which adds to
-            # the set.
+            # The writer runs this after the last claim, which may still add to the set.
             await self.ledger_writer.submit(
                 transitions.release_unsent, self._unsent_attempts, self.run_state.clock.now_ms()
             )
@@ -128,7 +127,7 @@ class Dispatcher:
         except LedgerFailed as error:
             run_state.stop(error.exit_code, error)  # POSTs in flight are waited for
             return None
-        self._claiming_attempts.clear()
+        self._uncommitted_attempts.clear()
         run_state.rate_limiter.refund(post_slots - len(posts))
         run_state.queue_is_empty = not posts
         if posts:
@@ -278,8 +277,8 @@ class Dispatcher:
         Returns the POSTs, the cap that stopped the claim, and whether tasks of other workers may free some budget.
         """
         posts: list[list[ClaimedRequest]] = []
-        self._unsent_attempts -= self._claiming_attempts
-        self._claiming_attempts.clear()
+        self._unsent_attempts -= self._uncommitted_attempts
+        self._uncommitted_attempts.clear()
         budget, is_bulk = self.config.budget, self.config.bulk is not None
         try:
             while max_requests > 0 and (
@@ -296,8 +295,8 @@ class Dispatcher:
                     step_cap=budget.step_cap,
                 )
             ):
-                self._claiming_attempts.update(request.attempt_id for request in requests)
-                self._unsent_attempts |= self._claiming_attempts
+                self._uncommitted_attempts.update(request.attempt_id for request in requests)
+                self._unsent_attempts |= self._uncommitted_attempts
                 posts += [requests] if is_bulk else [[request] for request in requests]
                 max_requests -= len(requests)
         except CapReached as reached:

@@ -102,7 +102,9 @@ async def enroll_changed_input(context: RunContext, run_state: RunState, files: 
     if versions == run_state.file_versions:
         return files
     job_input = JobInput(context.job, await context.ledger_writer.submit(erasure.load_forgotten))
-    step_rows = make_step_rows(job_input, context.ledger, context.preflight, context.options)
+    step_rows = make_step_rows(
+        job_input, context.ledger, context.preflight, context.options, context.signals.raise_if_received
+    )
     if step_rows is None:
         await _enroll(context, run_state, job_input, RunOptions())
     else:  # the output of a job with steps needs no pass

@@ -26,9 +26,9 @@ from enrich.rows.batches import CHANGE_COLUMNS
 from enrich.rows.job_input import JobInput
 from enrich.rows.template import RequestTemplate
 from enrich.run.background import out_of_time_error, start_phase
-from enrich.run.collector import Collector, JoinedBatch, OutputCounts
+from enrich.run.collector import Collector, OutputCounts
 from enrich.run.context import ClusterCallbacks, RunContext, RunFiles, RunOptions, select_requests
-from enrich.run.output_cells import answer_cells
+from enrich.run.output_cells import JoinedBatch, answer_cells
 from enrich.run.preflight import steps_from_ledger, template_from_ledger
 from enrich.run.progress import Phase
 from enrich.run.run_state import RunState

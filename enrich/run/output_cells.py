@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 import polars as pl
@@ -22,9 +22,38 @@ from enrich.files.values import (
 from enrich.job.cell_text import blank_cells
 from enrich.job.job import Job
 from enrich.json_text import parse_json
-from enrich.models import CAPPED_REASON, MICROS_PER_CREDIT, OPEN_STATES, ResultColumns, RowStatus, State
+from enrich.models import CAPPED_REASON, MICROS_PER_CREDIT, OPEN_STATES, RequestResult, ResultColumns, RowStatus, State
 from enrich.rows.batches import STATUS_COLUMNS, RowBatch
 from enrich.rows.template import RequestTemplate
+
+
+class JoinedStep(msgspec.Struct, frozen=True):
+    """A batch in one step: the results of its requests, and its new cells, by column.
+
+    `name` is '' for a job without steps. `columns` maps the step's new columns to dotted paths. `places` has for each
+    row the place of its result among the `request_results`; None: it has none.
+    """
+
+    name: str
+    columns: Mapping[str, str]
+    fingerprints: Sequence[bytes | None]
+    request_results: ResultColumns
+    places: Sequence[int | None]
+    cells: dict[str, pl.Series]
+
+    def results(self) -> list[RequestResult | None]:
+        """Return the result of each row's request; None where there is none."""
+        results = list(map(RequestResult._make, zip(*self.request_results.values(), strict=True)))
+        return [None if place is None else results[place] for place in self.places]
+
+
+class JoinedBatch(msgspec.Struct, frozen=True):
+    """A batch with its new cells, by column, and what each step has found for it."""
+
+    batch: RowBatch
+    steps: Sequence[JoinedStep]
+    cells: Mapping[str, pl.Series]
+
 
 _NUMBERS_AS_WRITTEN = json.JSONDecoder(parse_int=RawJson, parse_float=RawJson, parse_constant=lambda _: None)
 

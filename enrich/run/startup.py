@@ -172,7 +172,8 @@ async def run_preflight(startup: Startup) -> None:
     if options.workspace_renamed and workspace is not None:
         await context.ledger_writer.submit(records.rename_workspace, workspace)
     if startup.files is not None:
-        step_rows = make_step_rows(startup.files.job_input, context.ledger, result, options)
+        job_input, check_stopped = startup.files.job_input, context.signals.raise_if_received
+        step_rows = make_step_rows(job_input, context.ledger, result, options, check_stopped)
         startup.files = replace(startup.files, step_rows=step_rows)
     startup.context = replace(context, preflight=result)
     most = await context.ledger_writer.submit(planned_cost, job, options.plan, result)
@@ -185,7 +186,13 @@ async def run_preflight(startup: Startup) -> None:
     startup.context = replace(startup.context, budgets=budgets)
 
 
-def make_step_rows(job_input: JobInput, ledger: Database, result: Preflight, options: RunOptions) -> StepRows | None:
+def make_step_rows(
+    job_input: JobInput,
+    ledger: Database,
+    result: Preflight,
+    options: RunOptions,
+    check_stopped: Callable[[], None] = lambda: None,
+) -> StepRows | None:
     """Check the input against the columns of the job and of its steps. None: the job has no steps. Raises JobError."""
     job_input.check_new_columns(result.template)
     if not job_input.job.step_jobs:
@@ -193,7 +200,7 @@ def make_step_rows(job_input: JobInput, ledger: Database, result: Preflight, opt
     steps = make_steps(job_input.job, job_input, [step.template for step in result.steps])
     is_limited = options.limit is not None or options.sample is not None
     leads = LeadSelection(options.limit, options.sample, options.seed) if is_limited else None
-    return StepRows(job_input, ledger, steps, leads)
+    return StepRows(job_input, ledger, steps, leads, check_stopped)
 
 
 async def start_run(startup: Startup) -> tuple[RunContext, RunState]:

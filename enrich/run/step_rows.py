@@ -23,8 +23,7 @@ from enrich.rows.job_input import JobInput
 from enrich.rows.job_steps import RowFacts, Step, StepDecision, decide, row_status
 from enrich.rows.requests import FORGOTTEN_REASON, RequestBuilder
 from enrich.rows.row_selection import order_of_rows
-from enrich.run.collector import JoinedBatch, JoinedStep
-from enrich.run.output_cells import merge_cells, new_cells
+from enrich.run.output_cells import JoinedBatch, JoinedStep, merge_cells, new_cells
 from enrich.run.step_batch import Identities, LeadSelection, StepBatch, capped_rows, find_recorded_rows, identities
 
 
@@ -68,6 +67,8 @@ class StepRows(Struct, frozen=True):
     ledger: Database
     steps: Sequence[Step]
     leads: LeadSelection | None = None
+    #: Called before each batch. It may raise to stop.
+    check_stopped: Callable[[], None] = lambda: None
     #: Which rows `caps` leaves out, one byte for each; empty: none, or not known yet.
     capped: bytearray = msgspec.field(default_factory=bytearray)
 
@@ -98,10 +99,10 @@ class StepRows(Struct, frozen=True):
                     begun[tables.first_position + row] = 1
         return begun
 
-    def joined_batches(self, check_stopped: Callable[[], None] = lambda: None) -> Iterator[JoinedBatch]:
+    def joined_batches(self) -> Iterator[JoinedBatch]:
         """Read the input once. Yield each batch with the cells of all steps. A price is shown once."""
         step_results.begin_bill(self.ledger)
-        for tables in self._tables_after(len(self.steps), check_stopped, bill=True):
+        for tables in self._tables_after(len(self.steps), bill=True):
             batch = replace(tables.steps[0][0].batch, frame=tables.frame)
             cells = row_cells(self.job_input.job, tables.values, tables.text, tables.joined)
             yield JoinedBatch(batch, tables.joined, cells)
@@ -126,13 +127,11 @@ class StepRows(Struct, frozen=True):
         """Return the column with the status of a step."""
         return step_column(self.steps[number].job.step, "status")
 
-    def _tables_after(
-        self, steps: int, check_stopped: Callable[[], None] = lambda: None, *, bill: bool = False
-    ) -> Iterator[StepTables]:
+    def _tables_after(self, steps: int, *, bill: bool = False) -> Iterator[StepTables]:
         """Read the input once. Yield each batch after the first `steps`."""
         builders = [(step, step.job_input.request_builder(step.template)) for step in self.steps[:steps]]
         for tables in self._first_tables():
-            check_stopped()
+            self.check_stopped()
             for step, builder in builders:
                 self._advance(tables, step, builder, bill=bill)
             yield tables

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+
 import pytest
 
 from enrich.rows.job_input import JobInput
+from enrich.run.step_rows import StepRows
 from tests.end_to_end.test_steps import HEADER, SHORT_JOB, make_people
 from tests.support.workspace import SandboxApi, Workspace
 
@@ -50,3 +54,28 @@ def test_rows_added_while_counting(workspace: Workspace, api: SandboxApi, monkey
 
     assert (summary.exit_code, summary.error) == (4, "the input changed during the run")
     assert [row["enrich_email_status"] == "filtered" for row in workspace.read_output()] == [False, False, True]
+
+
+def test_signal_before_the_input_is_read(
+    workspace: Workspace, api: SandboxApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a signal, no pass over the input goes on, also not one that counts the leads of a group."""
+    workspace.write_leads(make_people(3), HEADER)
+    workspace.write_job(SHORT_JOB + "caps: {by: Website, max: 2}\n")
+    stop: Future[None] = Future()
+    advanced = 0
+    advance = StepRows._advance
+
+    def count_batches(*arguments: object, **options: object) -> None:
+        nonlocal advanced
+        advanced += 1
+        advance(*arguments, **options)  # type: ignore[arg-type]
+
+    def stop_once(_: object) -> None:
+        with suppress(InvalidStateError):
+            stop.set_result(None)
+
+    monkeypatch.setattr(StepRows, "_advance", count_batches)
+    summary = workspace.run_job(api, stop=stop, on_progress=stop_once)
+
+    assert (summary.exit_code, advanced) == (130, 0)
