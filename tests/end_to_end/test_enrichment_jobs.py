@@ -404,8 +404,8 @@ def test_enrichments_lists_and_shows(api: SandboxApi, workspace: Workspace) -> N
     listed = workspace.run_in_process("enrichments", api=api).stdout
     assert "60  People of a company  0.15 credits for each limit" in listed
     # The API's list says nothing of pages.
-    assert "70  Search places  1.0 credits" in listed
-    assert "1.0 credits for each page" in workspace.run_in_process("enrichments", "70", api=api).stdout
+    assert "70  Search places  1 credit" in listed
+    assert "1 credit for each page" in workspace.run_in_process("enrichments", "70", api=api).stdout
     assert len(listed.splitlines()) == 5
     assert [line[:2] for line in workspace.run_in_process("enrichments", "email", api=api).stdout.splitlines()] == [
         "10",
