@@ -96,7 +96,7 @@ def cancel_tasks(job: Job, access: ApiAccess, ledger: Database, clock: Clock) ->
 async def _cancel_tasks(job: Job, access: ApiAccess, ledger: Database, clock: Clock) -> CancelSummary:
     with ledger.transaction():
         binding, tasks = read_binding(ledger, job), transitions.open_tasks_of(ledger, job.name)
-    check_api_host(binding, job, access.host)
+    check_api_host(binding, access.host)
     bulk = [{"task_id": task.task_id, "requests": len(task.attempts)} for task in tasks if task.bulk_task_id]
     singles = [task for task in tasks if task.bulk_task_id is None]
     summary = CancelSummary(job.name, bulk=bulk)
@@ -104,7 +104,7 @@ async def _cancel_tasks(job: Job, access: ApiAccess, ledger: Database, clock: Cl
         return summary
     async with Client(access, clock) as client:
         user = await retry_until(client.get_user, Timeouts().startup_s)
-        check_workspace(binding, job, user)
+        check_workspace(binding, user)
         balance = read_balance(user.balance)
         with ledger.transaction():
             paths = list(singles[0].column_paths)

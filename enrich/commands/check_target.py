@@ -117,7 +117,7 @@ def read_stored(job: Job, bound_to: Mapping[str, str | None], result: CheckResul
         return _read_ledger(job, bound_to)
     except EnrichError as error:
         add_problem(result.problems, error)
-        return LedgerBinding()
+        return LedgerBinding(job)
 
 
 def check_target(
@@ -160,7 +160,7 @@ def _read_ledger(job: Job, bound_to: Mapping[str, str | None]) -> LedgerBinding:
     """Read the ledger's data about the target. Raises the same errors as a run."""
     path = job.ledger
     if not ledger_exists(path):
-        return LedgerBinding()
+        return LedgerBinding(job)
     if isinstance(path, Path) and path.is_file() and path.stat().st_size <= CHECKED_AT_START_BYTES:
         found = check_ledger(path)
         if found.problems:

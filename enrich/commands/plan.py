@@ -173,7 +173,7 @@ def make_plan(
         preflight_result = with_client(
             access,
             lambda client, timeout_s: preflight(
-                client, stored, job, access.host, timeout_s=timeout_s, update_providers=run_options.update_providers
+                client, stored, access.host, timeout_s, update_providers=run_options.update_providers
             ),
         )
         step_rows = make_step_rows(job_input, ledger, preflight_result, run_options)

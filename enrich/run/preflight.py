@@ -118,12 +118,13 @@ async def retry_until(
 
 
 class LedgerBinding(Struct, frozen=True):
-    """What the preflight needs from the ledger.
+    """What the ledger has about a job, or a step of it.
 
     `description` and its default `providers` are as the API last gave them, None without that. `answered` has the
     fields of the job's columns that answers have although the description does not name them.
     """
 
+    job: Job
     bound_to: Mapping[str, str | None] = {}
     description: Description | None = None
     providers: list[int] | None = None
@@ -138,25 +139,25 @@ def read_binding(ledger: Database, job: Job) -> LedgerBinding:
     listed = [] if description is None else [field.name for field in description.output_fields]
     fields = column_fields(job).difference(listed, BESIDE_RESULT)
     answered = frozenset(name for name in fields if queries.is_answered_field(ledger, name))
-    return LedgerBinding(bound_to, description, providers, answered)
+    return LedgerBinding(job, bound_to, description, providers, answered)
 
 
-def check_api_host(binding: LedgerBinding, job: Job, host: str) -> None:
+def check_api_host(binding: LedgerBinding, host: str) -> None:
     """Raise JobError when the ledger belongs to another API host, so that nothing of it is sent there."""
     bound_host = binding.bound_to.get("api_host")
     if bound_host not in (None, host):
         raise JobError(
-            f"{job.ledger}: this ledger belongs to another API host: {bound_host}, not {host}",
+            f"{binding.job.ledger}: this ledger belongs to another API host: {bound_host}, not {host}",
             "set another `ledger:`, or use the DATABAR_BASE_URL of this one",
         )
 
 
-def check_workspace(binding: LedgerBinding, job: Job, user: User) -> None:
+def check_workspace(binding: LedgerBinding, user: User) -> None:
     """Raise WorkspaceMismatch when the key belongs to another workspace than the ledger."""
     bound_workspace = binding.bound_to.get("workspace")
     if None not in (bound_workspace, user.workspace) and bound_workspace != user.workspace:
         raise WorkspaceMismatch(
-            f"{job.ledger}: this ledger belongs to another workspace: {bound_workspace}, not {user.workspace}",
+            f"{binding.job.ledger}: this ledger belongs to another workspace: {bound_workspace}, not {user.workspace}",
             "set another `ledger:`, or use the key of this one; if the workspace was renamed: --workspace-renamed",
         )
 
@@ -164,27 +165,26 @@ def check_workspace(binding: LedgerBinding, job: Job, user: User) -> None:
 async def preflight(  # noqa: PLR0913 - every argument is used once
     client: Client,
     bindings: Sequence[LedgerBinding],
-    job: Job,
     host: str,
-    *,
     timeout_s: float,
+    *,
     update_providers: bool,
     workspace_renamed: bool = False,
 ) -> Preflight:
     """Fetch what the run needs before it may spend. `bindings` are those of the job's steps.
 
-    Raises ApiUnreachable, Unauthorized, and JobError when the job, the API and the ledger do not match. Raises
-    WorkspaceMismatch for another workspace unless `workspace_renamed`.
+    Raises ApiUnreachable after `timeout_s` seconds, Unauthorized, and JobError when the job, the API and the ledger do
+    not match. Raises WorkspaceMismatch for another workspace unless `workspace_renamed`.
     """
-    check_api_host(bindings[0], job, host)
+    check_api_host(bindings[0], host)
     user = await _fetch_user(client, timeout_s)
     if not workspace_renamed:
-        check_workspace(bindings[0], job, user)
+        check_workspace(bindings[0], user)
     balance, bound_to = read_balance(user.balance), {"api_host": host, "workspace": user.workspace}
     steps = []
-    for step, binding in zip(job.steps, bindings, strict=True):
-        description = await _fetch_description(client, step, timeout_s)
-        providers, notes = _choose_providers(binding, step, description, update_providers=update_providers)
+    for binding in bindings:
+        step, description = binding.job, await _fetch_description(client, binding.job, timeout_s)
+        providers, notes = _choose_providers(binding, description, update_providers=update_providers)
         if problems := name_problems(step, description, binding.description, binding.answered):
             raise join_problems(problems)
         template = make_request_template(step, description, providers)
@@ -220,14 +220,14 @@ async def _fetch_description(client: Client, job: Job, timeout_s: float) -> Desc
 
 
 def _choose_providers(
-    binding: LedgerBinding, job: Job, description: Description, *, update_providers: bool
+    binding: LedgerBinding, description: Description, *, update_providers: bool
 ) -> tuple[list[int], list[str]]:
     """Keep the default providers of the first use. A change by the vendor is noted, not followed."""
     offered = default_providers(description)
     first = binding.providers
     if first is None or update_providers:
         return offered, []
-    if first != offered and job.model.enrichments is None:
+    if first != offered and binding.job.model.enrichments is None:
         listed = {provider.id for provider in description.available_enrichments}
         gone = [number for number in first if number not in listed]
         missing = f", but the API no longer lists {_join_ids(gone)}" if gone else ""

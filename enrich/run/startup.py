@@ -116,7 +116,7 @@ async def recover_requests(startup: Startup) -> None:
 async def check_ledger_host(context: RunContext) -> None:
     """Raise JobError when the ledger belongs to another API host, so that nothing of it is sent there."""
     binding = await context.ledger_writer.submit(read_binding, context.job)
-    check_api_host(binding, context.job, context.access.host)
+    check_api_host(binding, context.access.host)
 
 
 async def open_files(startup: Startup) -> None:
@@ -158,13 +158,12 @@ async def run_preflight(startup: Startup) -> None:
     Raises EnrichError when job, input, API and ledger do not match, or a cap cannot be enforced.
     """
     context, job, options = startup.context, startup.context.job, startup.context.options
-    bindings_of_steps = [await context.ledger_writer.submit(read_binding, step) for step in job.steps]
+    bindings = [await context.ledger_writer.submit(read_binding, step) for step in job.steps]
     result = await preflight(
         context.client,
-        bindings_of_steps,
-        job,
+        bindings,
         context.access.host,
-        timeout_s=context.environment.timeouts.startup_s,
+        context.environment.timeouts.startup_s,
         update_providers=options.update_providers,
         workspace_renamed=options.workspace_renamed,
     )
