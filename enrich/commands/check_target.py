@@ -18,7 +18,8 @@ from enrich.errors import CommandRefused, EnrichError, JobError, closest_name, p
 from enrich.exit_codes import ExitCode, first_exit_code
 from enrich.job.job import Job
 from enrich.ledger.database import Database, ledger_exists
-from enrich.ledger.sqlite import CHECKED_AT_START_BYTES, RESTORE_HINT
+from enrich.ledger.sqlite import CHECKED_AT_START_BYTES
+from enrich.ledger.sqlite_errors import RESTORE_HINT
 from enrich.ledger.verify import check_ledger
 from enrich.models import RowStatus, pluralize
 from enrich.rows.batches import LeftOutCounts, RowBatch

@@ -15,7 +15,7 @@ from enrich.job.local_files import why_no_ledger
 from enrich.job.locations import LedgerLocation, parse_ledger_location
 from enrich.ledger import verify
 from enrich.ledger.database import open_existing
-from enrich.ledger.sqlite import restore_hint
+from enrich.ledger.sqlite_errors import restore_hint
 from enrich.ledger.verify import check_ledger
 from enrich.models import pluralize
 

@@ -30,7 +30,7 @@ from enrich.job.local_files import why_no_file
 from enrich.job.locations import LedgerLocation, check_no_password, hide_secrets, is_url, sandbox_state_path
 from enrich.ledger.dialect import DATABASE_ERRORS
 from enrich.ledger.file_identity import ledger_file_exists, make_private_folder
-from enrich.ledger.sqlite import is_busy_error
+from enrich.ledger.sqlite_errors import is_busy_error
 from enrich.models import PLAIN_NUMBER, RETRYABLE_STATES, State
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]

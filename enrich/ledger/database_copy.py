@@ -19,7 +19,7 @@ from enrich.ledger.dialect import DATABASE_ERRORS
 from enrich.ledger.erasure import key_path, write_key
 from enrich.ledger.lock import lock_ledger, open_exclusive
 from enrich.ledger.rescue_file import find_rescue_files
-from enrich.ledger.sqlite import damaged_ledger_error, is_damage_error
+from enrich.ledger.sqlite_errors import damaged_ledger_error, is_damage_error
 
 #: All copied tables, each with the columns that identify a row. References are checked after all tables are loaded.
 COPIED_TABLES = {

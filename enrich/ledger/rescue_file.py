@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from enrich.errors import LOCKED_HINT, CommandRefused, LedgerLocked
 from enrich.files.atomic import NO_SPACE_ERRORS, fsync_dir
 from enrich.json_text import parse_json
-from enrich.ledger.sqlite import DISK_HINT
+from enrich.ledger.sqlite_errors import DISK_HINT
 
 #: Appended to the ledger's name. Further files of the same ledger end with `.2`, `.3` and so on.
 SUFFIX = ".rescue"

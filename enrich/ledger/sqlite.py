@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from enrich.errors import CommandRefused, LedgerDamaged, LedgerMoved
-from enrich.job.locations import PostgresLocation
+from enrich.errors import CommandRefused, LedgerMoved
 from enrich.ledger import schema
 from enrich.ledger.dialect import Dialect
 from enrich.ledger.file_identity import check_is_no_other_file, file_identity, ledger_file_exists, make_private_folder
-
-#: A journal of the damaged ledger would be applied to the backup.
-RESTORE_HINT = (
-    "restore a backup without -wal and -shm files. Leads since the backup are charged again: see RELIABILITY.md"
+from enrich.ledger.sqlite_errors import (
+    damaged_ledger_error,
+    describe_write_error,
+    error_code,
+    error_kind,
+    is_damage_error,
+    is_disk_error,
 )
-DISK_HINT = "free some space, there and in TMPDIR, or repair the disk, then run the same command again"
 
 #: How long to wait for another process that writes, or that reads data to be erased, in seconds.
 BUSY_TIMEOUT_S = 30.0
@@ -30,10 +31,6 @@ BUSY_TIMEOUT_S = 30.0
 RUN_BUSY_TIMEOUT_MS = 500
 #: Suffixes of the files that SQLite keeps next to a database.
 JOURNAL_SUFFIXES = ("-journal", "-wal", "-shm")
-_DAMAGE_CODES = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR_SHORT_READ, sqlite3.SQLITE_FORMAT}
-_DISK_ERROR_CODES = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY}
-#: Decoding errors of Python and of SQLite's JSON functions start with these. They have no error code.
-_DAMAGE_MESSAGES = ("Could not decode to UTF-8", "malformed JSON")
 #: Every command checks files up to this size (bytes), because that takes no time.
 ALWAYS_CHECKED_BYTES = 8 * 1024 * 1024
 #: Larger files (bytes) are not checked at each start. `enrich ledger check` checks them.
@@ -174,56 +171,6 @@ def lock_path(path: Path) -> Path:
     return real.parent / f"{real.name}.lock"
 
 
-def _error_code(error: BaseException | None) -> int:
-    """Return SQLite's code of an error; 0: it has none."""
-    return (getattr(error, "sqlite_errorcode", None) or 0) if isinstance(error, sqlite3.Error) else 0
-
-
-def _error_kind(error: BaseException | None) -> int:
-    """Return the low byte of the code: the kind of error. The other bytes are its subtype."""
-    return _error_code(error) & 0xFF
-
-
-def is_busy_error(error: BaseException | None) -> bool:
-    """Return whether the error means that another program holds the write lock."""
-    return _error_kind(error) == sqlite3.SQLITE_BUSY
-
-
-def is_disk_error(error: BaseException | None) -> bool:
-    """Return whether the disk is full, read-only or faulty. Errors that mean damage may be among these."""
-    return _error_kind(error) in _DISK_ERROR_CODES
-
-
-def describe_write_error(error: BaseException) -> tuple[str, str]:
-    """Describe why a database could not be written, without quoting its content, and what to do."""
-    if is_damage_error(error):
-        return "is damaged", RESTORE_HINT
-    if is_busy_error(error):
-        return (
-            "cannot be written: another program has locked it (database is locked)",
-            "end the program that holds the lock, such as a database browser, then run the same command again",
-        )
-    return f"cannot be written: {error}", DISK_HINT
-
-
-def is_damage_error(error: BaseException | None) -> bool:
-    """Return whether the error means that SQLite or Python's decoder found damage in the file."""
-    if not isinstance(error, sqlite3.Error):
-        return isinstance(error, UnicodeDecodeError)
-    is_damage = not _DAMAGE_CODES.isdisjoint({_error_code(error), _error_kind(error)})
-    return is_damage or str(error).startswith(_DAMAGE_MESSAGES)
-
-
-def damaged_ledger_error(path: object, detail: str = "") -> LedgerDamaged:
-    """Return the error for a damaged ledger. SQLite's own message may quote personal data and is never shown."""
-    return LedgerDamaged(f"{path}: the ledger is damaged{detail and f': {detail}'}", restore_hint(path))
-
-
-def restore_hint(location: object) -> str:
-    """Return how to restore a damaged ledger."""
-    return "restore a backup of its schema: pg_restore" if isinstance(location, PostgresLocation) else RESTORE_HINT
-
-
 def open_in_memory() -> SqliteSession:
     """Open a new ledger without a file."""
     db = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False, factory=SqliteSession)
@@ -302,31 +249,19 @@ def is_ledger_file(path: Path) -> bool:
 
 def _opening_error(path: Path, error: Exception) -> CommandRefused:
     """Return the error for a ledger that cannot be opened."""
-    if _error_code(error) == sqlite3.SQLITE_NOTADB:
+    if error_code(error) == sqlite3.SQLITE_NOTADB:
         check_is_no_other_file(path)
     # An error in our own SQL comes from the content: it fits every sound ledger.
-    if is_damage_error(error) or _error_kind(error) == sqlite3.SQLITE_ERROR:
+    if is_damage_error(error) or error_kind(error) == sqlite3.SQLITE_ERROR:
         return damaged_ledger_error(path)
     reason = getattr(error, "strerror", None) or error
     hint = describe_write_error(error)[1] if is_disk_error(error) else "is it a ledger, and writable?"
-    if _error_kind(error) == sqlite3.SQLITE_CANTOPEN:
+    if error_kind(error) == sqlite3.SQLITE_CANTOPEN:
         if not os.access(path, os.R_OK):
             reason = "this user has no permission to read it"
         elif not os.access(path.resolve().parent, os.W_OK):  # SQLite makes a file for readers, too
             reason, hint = "its folder is read-only", "copy it to another folder, and name the copy with --ledger"
     return CommandRefused(f"{path}: the ledger cannot be opened: {reason}", hint)
-
-
-def unknown_to_sandbox(state: Path, tasks: Sequence[str]) -> list[str]:
-    """Return the task ids that the sandbox with this state file did not issue. All of them if there is no file."""
-    if not state.is_file():
-        return list(tasks)
-    try:
-        with closing(sqlite3.connect(_file_uri(state, "mode=ro"), uri=True)) as db:
-            find = "SELECT 1 FROM tasks WHERE task_id = ?"
-            return [task for task in tasks if db.execute(find, (task,)).fetchone() is None]
-    except sqlite3.Error:
-        return list(tasks)
 
 
 def remove_with_journals(path: Path) -> None:

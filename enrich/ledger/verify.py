@@ -18,16 +18,13 @@ from enrich.job.locations import LedgerLocation, PostgresLocation
 from enrich.json_text import parse_json
 from enrich.ledger.database import Database, open_existing
 from enrich.ledger.dialect import DATABASE_ERRORS, DatabaseFailed
-from enrich.ledger.sqlite import (
-    Column,
+from enrich.ledger.sqlite import Column, is_ledger_file, ledger_columns, remove_with_journals
+from enrich.ledger.sqlite_errors import (
     damaged_ledger_error,
     describe_write_error,
     is_busy_error,
     is_damage_error,
     is_disk_error,
-    is_ledger_file,
-    ledger_columns,
-    remove_with_journals,
 )
 from enrich.models import pluralize
 

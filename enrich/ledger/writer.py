@@ -22,7 +22,7 @@ from enrich.ledger.database import Database
 from enrich.ledger.dialect import DATABASE_ERRORS
 from enrich.ledger.rescue_file import RescueFile
 from enrich.ledger.rescue_recorder import REPLACEMENTS, RescueRecorder
-from enrich.ledger.sqlite import describe_write_error, is_busy_error, is_damage_error, is_disk_error
+from enrich.ledger.sqlite_errors import describe_write_error, is_busy_error, is_damage_error, is_disk_error
 
 P = ParamSpec("P")
 T = TypeVar("T")

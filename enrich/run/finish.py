@@ -12,7 +12,7 @@ from enrich.errors import CommandRefused, EnrichError, JobError, LedgerDamaged
 from enrich.exit_codes import ExitCode
 from enrich.ledger import queries, records, resume, step_results
 from enrich.ledger.database import Database
-from enrich.ledger.sqlite import damaged_ledger_error
+from enrich.ledger.sqlite_errors import damaged_ledger_error
 from enrich.ledger.verify import as_enrich_error
 from enrich.models import State, format_credits, pluralize, to_credits
 from enrich.rows.requests import left_out_by_param

@@ -44,11 +44,11 @@ from enrich.job.spec import Input
 from enrich.ledger import erasure, neighbours, records, step_results, transitions
 from enrich.ledger.database import Database, try_read
 from enrich.ledger.neighbours import Overlap, find_ledger_files
-from enrich.ledger.sqlite import unknown_to_sandbox
 from enrich.models import pluralize
 from enrich.run.context import RunContext
 from enrich.run.run_state import RunState
 from enrich.run.step_rows import StepRows
+from enrich.sandbox.store import unknown_tasks
 
 _TASK_ID = "enrich_task_id"
 #: With steps, an output has one column per step instead.
@@ -130,7 +130,7 @@ def _hint_to_share(job: Job, ledger: Path) -> str:
 def _without_sandbox_tasks(sandbox_ledger: LedgerLocation, tasks: list[str]) -> list[str]:
     """Leave out the tasks of the sandbox, which are in its ledger or in its own state."""
     unknown = try_read(sandbox_ledger, lambda ledger: transitions.unknown_task_ids(ledger, tasks))
-    return unknown_to_sandbox(sandbox_state_path(sandbox_ledger), tasks if unknown is None else unknown)
+    return unknown_tasks(sandbox_state_path(sandbox_ledger), tasks if unknown is None else unknown)
 
 
 def _read_task_ids(job: Job, output: Location) -> Iterator[list[str]]:

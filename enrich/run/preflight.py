@@ -31,7 +31,7 @@ from enrich.job.job import Job
 from enrich.job.target import Target, TargetKind
 from enrich.ledger import queries, records
 from enrich.ledger.database import Database
-from enrich.ledger.sqlite import damaged_ledger_error
+from enrich.ledger.sqlite_errors import damaged_ledger_error
 from enrich.models import read_balance
 from enrich.rows.job_input import JobInput
 from enrich.rows.job_steps import Step, make_steps

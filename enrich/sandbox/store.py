@@ -6,7 +6,7 @@ cost, and is settled at its true cost, or refunded when its task is canceled bef
 
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -270,6 +270,18 @@ def read_lookups(state: Path) -> list[StoredLookup]:
             " JOIN tasks ON tasks.id = task WHERE params <> '{}' GROUP BY 1"
         )
         return [StoredLookup(number, params, answers[number], last_sent_at) for number, params, last_sent_at in rows]
+
+
+def unknown_tasks(state: Path, task_ids: Sequence[str]) -> list[str]:
+    """Return the task ids that are not in the file. All of them if there is none, or if it cannot be read."""
+    if not state.is_file():
+        return list(task_ids)
+    try:
+        with _open(state) as db:
+            find = "SELECT 1 FROM tasks WHERE task_id = ?"
+            return [task for task in task_ids if db.execute(find, [task]).fetchone() is None]
+    except sqlite3.Error:
+        return list(task_ids)
 
 
 def erase_lookups(state: Path, ids: Iterable[int]) -> None:
