@@ -93,7 +93,6 @@ sandbox = click.Command(
     "sandbox",
     callback=_run,
     help=_HELP,
-    short_help="Serve the built-in sandbox of the Databar API.",
     params=[
         click.Option(["--port"], type=int, default=0, metavar="PORT", help="Port to listen on. Default: a free one."),
         click.Option(

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-from array import array
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
-from hashlib import blake2b
 from itertools import islice
 from math import comb, erfc, sqrt
 
@@ -92,15 +90,11 @@ def _read_side(ledger: Database, job: Job, label: str, execution: int | None) ->
 
 def _lead_frame(answered: Iterator[tuple[str, bool, float | None]]) -> pl.DataFrame:
     """Keep an 8-byte hash of each lead's params; of several answers, keep the last."""
-    schema = {"lead": pl.UInt64(), "found": pl.Boolean(), "credits": pl.Float64()}
-    parts = [pl.DataFrame(schema=schema)]
-    while chunk := list(islice(answered, CHUNK_ROWS)):
-        leads = array("Q", (int.from_bytes(blake2b(params.encode(), digest_size=8).digest()) for params, _, _ in chunk))
-        parts.append(
-            pl.DataFrame(
-                {"lead": leads, "found": [row[1] for row in chunk], "credits": [row[2] for row in chunk]}, schema
-            )
-        )
+    schema = {"lead": pl.String(), "found": pl.Boolean(), "credits": pl.Float64()}
+    parts: list[pl.DataFrame] = []
+    while not parts or parts[-1].height == CHUNK_ROWS:
+        chunk = pl.DataFrame(list(islice(answered, CHUNK_ROWS)), schema, orient="row")
+        parts.append(chunk.with_columns(pl.col("lead").hash()))
     return pl.concat(parts).unique("lead", keep="last")
 
 
