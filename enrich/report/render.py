@@ -70,7 +70,7 @@ def render_report(report: Report) -> str:
     folder = files("enrich.report")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"clean": clean_text, "moment": format_time, "count": pluralize, "command": _format_command}
-    environment.globals |= {"count_cell": tables.count_cell, "credits_cell": tables.credits_cell}
+    environment.globals["Cell"] = Cell
     page, style, script = (folder.joinpath(f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))
     comparison, waterfalls = report.comparison, report.step_waterfalls or [report.waterfall]
     template = environment.from_string(page)
@@ -123,7 +123,7 @@ def _last_run_tiles(report: Report) -> Iterator[Tile]:
     rate_change = _format_change(earlier, run, "hit_rate", lambda points: f"{points * 100:.1f} points", 1)
     cost_change = _format_change(earlier, run, "cost_per_hit", format_amount, -1)
     yield from _result_tiles(run, _planned_text(report.planned, run), rate_change, cost_change)
-    yield Tile("Balance", tables.credits_cell("balance_after", run.balance_after), _balance_text(run))
+    yield Tile("Balance", Cell("balance_after", run.balance_after), _balance_text(run))
 
 
 def _all_runs_tiles(report: Report) -> Iterator[Tile]:
@@ -133,19 +133,19 @@ def _all_runs_tiles(report: Report) -> Iterator[Tile]:
         unknown = f"{report.credits_unknown:,} of unknown price" if report.credits_unknown else "credits spent"
         yield from _result_tiles(total, unknown)
     if report.step_waterfalls:
-        complete = tables.count_cell("found", report.statuses.get("found"))
+        complete = Cell("found", report.statuses.get("found"))
         yield Tile("Completed leads", complete, f"of {pluralize(report.rows or 0, 'row')}")
-        yield Tile("Per completed lead", tables.credits_cell("cost_per_lead", report.cost_per_lead), "credits")
+        yield Tile("Per completed lead", Cell("cost_per_lead", report.cost_per_lead), "credits")
 
 
 def _result_tiles(
     run: ReportedRun, spent_note: str, rate_change: _Change = _NO_CHANGE, cost_change: _Change = _NO_CHANGE
 ) -> Iterator[Tile]:
     results, requests = pluralize(run.answered, "result"), pluralize(run.submitted, "request")
-    yield Tile("Match rate", tables.share_cell("hit_rate", run.hit_rate), f"of {results}", *rate_change)
-    yield Tile("Matches", tables.count_cell("found", run.found), f"{requests} sent")
-    yield Tile("Credits", tables.credits_cell("credits_spent", run.credits_spent), spent_note)
-    per_match = tables.credits_cell("cost_per_hit", run.cost_per_hit)
+    yield Tile("Match rate", Cell("hit_rate", run.hit_rate), f"of {results}", *rate_change)
+    yield Tile("Matches", Cell("found", run.found), f"{requests} sent")
+    yield Tile("Credits", Cell("credits_spent", run.credits_spent), spent_note)
+    per_match = Cell("cost_per_hit", run.cost_per_hit)
     yield Tile("Cost per match", per_match, "credits" if run.found else "no match", *cost_change)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from msgspec import Struct
 
@@ -41,12 +41,30 @@ RECENT_RUNS = 60
 MAX_TRAFFIC_LINES = 60
 
 
-class Cell(Struct, frozen=True):
-    """A number of the report: its text, and its name and value in `--json`."""
+#: How the numbers of these names are written. The others are counts.
+_FORMATS: Mapping[str, Callable[[float | None], str]] = {
+    **dict.fromkeys(("hit_rate", "found_share", "share"), format_percent),
+    **dict.fromkeys(("credits", "credits_spent", "spent", "unattributed", "balance_after"), format_amount),
+    **dict.fromkeys(("cost_per_hit", "cost_per_lead", "common_credits", "common_per_hit"), format_amount),
+    "elapsed_s": format_seconds,
+}
 
-    text: str
+
+class Cell(Struct, frozen=True):
+    """A number of the report: its name and value in `--json`. The name decides how it is written."""
+
     name: str
     value: float | None
+
+    @property
+    def text(self) -> str:
+        """The number as it is shown."""
+        return _FORMATS.get(self.name, format_count)(self.value)
+
+
+def make_cells(facts: object, *names: str) -> list[Cell]:
+    """Make a cell of each of these values."""
+    return [Cell(name, getattr(facts, name)) for name in names]
 
 
 class Line(Struct, frozen=True):
@@ -71,35 +89,6 @@ class Table(Struct, frozen=True):
         return ["words", *("words" if isinstance(cell, str) else "" for cell in cells)]
 
 
-def count_cell(name: str, number: int | None) -> Cell:
-    """Make a cell with a count."""
-    return Cell(format_count(number), name, number)
-
-
-def count_cells(facts: object, *names: str) -> list[Cell]:
-    """Make a cell of each of these counts."""
-    return [count_cell(name, getattr(facts, name)) for name in names]
-
-
-def credits_cell(name: str, amount: float | None) -> Cell:
-    """Make a cell with an amount of credits."""
-    return Cell(format_amount(amount), name, amount)
-
-
-def _credits_cells(facts: object, *names: str) -> list[Cell]:
-    return [credits_cell(name, getattr(facts, name)) for name in names]
-
-
-def share_cell(name: str, share: float | None) -> Cell:
-    """Make a cell with a share (0 to 1)."""
-    return Cell(format_percent(share), name, share)
-
-
-def rate_cell(part: int, of: int, name: str = "hit_rate") -> Cell:
-    """Make a cell with `part` as a share of `of`."""
-    return share_cell(name, ratio(part, of))
-
-
 def provider_table(providers: Sequence[ReportedProvider], caption: str, about: str = "provider") -> Table:
     """List requests, matches and cost of each provider and verifier."""
     heads = ["Provider", "Requests", "Inferred", "Matches", "Match rate", "Rejected", "Passed on"]
@@ -112,13 +101,13 @@ def provider_table(providers: Sequence[ReportedProvider], caption: str, about: s
                 f"{about} {each.name}",
                 clean_text(each.name) + (" (verifier)" if each.verifies else ""),
                 (
-                    count_cell("calls", calls),
-                    count_cell("inferred", each.inferred),
-                    count_cell("found", None if each.verifies else each.found),
-                    rate_cell(each.found, 0 if each.verifies else calls, "found_share"),
-                    count_cell("rejected", None if each.verifies else each.rejected),
-                    count_cell("passed_on", None if each.verifies else each.passed_on),
-                    *_credits_cells(each, "credits", "cost_per_hit"),
+                    Cell("calls", calls),
+                    Cell("inferred", each.inferred),
+                    Cell("found", None if each.verifies else each.found),
+                    Cell("found_share", ratio(each.found, 0 if each.verifies else calls)),
+                    Cell("rejected", None if each.verifies else each.rejected),
+                    Cell("passed_on", None if each.verifies else each.passed_on),
+                    *make_cells(each, "credits", "cost_per_hit"),
                 ),
             )
         )
@@ -130,7 +119,7 @@ def status_table(counts: Iterable[tuple[str, int]], caption: str, head: str) -> 
     pairs = list(counts)
     total = sum(count for _, count in pairs)
     lines = [
-        Line("statuses", format_status(name), (count_cell(name, count), rate_cell(count, total, "share")))
+        Line("statuses", format_status(name), (Cell(name, count), Cell("share", ratio(count, total))))
         for name, count in pairs
     ]
     return Table(caption, (head, "Count", "Share"), lines)
@@ -141,7 +130,7 @@ def skipped_table(skipped: Sequence[SkippedRows]) -> Table:
     has_steps = any(each.step for each in skipped)
     lines = []
     for each in skipped:
-        reason, number = clean_text(each.reason), count_cell("rows", each.rows)
+        reason, number = clean_text(each.reason), Cell("rows", each.rows)
         status = format_status(each.status) if each.status else DASH
         step = (clean_text(each.step, DASH),) if has_steps else ()
         lines.append(Line(f"skipped {each.step}".rstrip(), reason, (*step, status, number)))
@@ -160,12 +149,12 @@ def step_table(report: Report) -> Table:
         spent = sum(each.spent for each in steps)
         cells = (
             target,
-            count_cell("answers", answers),
-            count_cell("found", found),
-            rate_cell(found, answered),
-            credits_cell("spent", spent),
-            credits_cell("cost_per_hit", ratio(spent, found)),
-            credits_cell("cost_per_lead", None if report.credits_unknown else ratio(spent, leads)),
+            Cell("answers", answers),
+            Cell("found", found),
+            Cell("hit_rate", ratio(found, answered)),
+            Cell("spent", spent),
+            Cell("cost_per_hit", ratio(spent, found)),
+            Cell("cost_per_lead", None if report.credits_unknown else ratio(spent, leads)),
         )
         return Line(about, name, cells)
 
@@ -185,7 +174,7 @@ def hit_rate_table(rows: Sequence[HitCounts], caption: str, head: str, about: st
         Line(
             f"{about} {each.name}",
             clean_text(each.name, BLANK_LABEL),
-            [*count_cells(each, "rows", "answered", "found"), rate_cell(each.found, each.answered)],
+            [*make_cells(each, "rows", "answered", "found"), Cell("hit_rate", ratio(each.found, each.answered))],
         )
         for each in rows
     ]
@@ -201,9 +190,8 @@ def run_table(facts: Sequence[ReportedRun], caption: str) -> Table:
             _run_label(run),
             (
                 clean_text(run.outcome, DASH),
-                *count_cells(run, "submitted", "found", "not_found", "failed", "expired"),
-                share_cell("hit_rate", run.hit_rate),
-                *_credits_cells(run, "credits_spent", "cost_per_hit"),
+                *make_cells(run, "submitted", "found", "not_found", "failed", "expired"),
+                *make_cells(run, "hit_rate", "credits_spent", "cost_per_hit"),
             ),
         )
         for run in reversed(facts)
@@ -217,11 +205,7 @@ def run_traffic_table(runs: Sequence[ReportedRun]) -> Table:
         Line(
             f"run {run.execution}",
             _run_label(run),
-            (
-                credits_cell("balance_after", run.balance_after),
-                *count_cells(run, "polls", "rate_limited"),
-                Cell(format_seconds(run.elapsed_s), "elapsed_s", run.elapsed_s),
-            ),
+            make_cells(run, "balance_after", "polls", "rate_limited", "elapsed_s"),
         )
         for run in runs[: -RECENT_RUNS - 1 : -1]
     ]
@@ -232,7 +216,7 @@ def run_traffic_table(runs: Sequence[ReportedRun]) -> Table:
 def latency_table(times: LatencyHistogram) -> Table:
     """List the bars of the histogram."""
     lines = [
-        Line("latencies", f"{format_seconds(bar.start)} to {format_seconds(bar.end)}", count_cells(bar, "count"))
+        Line("latencies", f"{format_seconds(bar.start)} to {format_seconds(bar.end)}", make_cells(bar, "count"))
         for bar in times.bars
     ]
     return Table("Tasks by time to result", ("Time", "Tasks"), lines)
@@ -242,7 +226,7 @@ def traffic_table(facts: Traffic) -> Table:
     """List requests and responses in steps of equal length."""
     merged = facts.merged(MAX_TRAFFIC_LINES)
     lines = [
-        Line("traffic", format_seconds(number * merged.width_s), list(map(count_cell, TRAFFIC_KINDS, counts)))
+        Line("traffic", format_seconds(number * merged.width_s), list(map(Cell, TRAFFIC_KINDS, counts)))
         for number, counts in enumerate(zip(*merged.series(), strict=True))
     ]
     caption = f"Run {facts.execution} in steps of {format_seconds(merged.width_s)}"
@@ -251,7 +235,7 @@ def traffic_table(facts: Traffic) -> Table:
 
 def age_table(answers: Sequence[AnswerAge]) -> Table:
     """List the results in use by age."""
-    lines = [Line("age", clean_text(each.label), count_cells(each, "found", "not_found")) for each in answers]
+    lines = [Line("age", clean_text(each.label), make_cells(each, "found", "not_found")) for each in answers]
     return Table("Results in use, by age", ("Age", "Matches", "No match"), lines)
 
 
@@ -265,10 +249,10 @@ def sides_table(comparison: Comparison) -> Table:
             clean_text(side.label),
             (
                 names,
-                count_cell("requests", side.compared),
-                *count_cells(side, "found", "not_found"),
-                rate_cell(side.found, side.found + side.not_found),
-                *_credits_cells(side, "credits", "cost_per_hit"),
+                Cell("requests", side.compared),
+                *make_cells(side, "found", "not_found"),
+                Cell("hit_rate", ratio(side.found, side.found + side.not_found)),
+                *make_cells(side, "credits", "cost_per_hit"),
             ),
         )
 
@@ -281,8 +265,8 @@ def common_leads_table(comparison: Comparison) -> Table:
 
     def line(about: str, side: ComparedSide, only: int, spent: float) -> Line:
         found = comparison.both + only
-        cells = [count_cell("common_found", found), rate_cell(found, comparison.common), count_cell("only", only)]
-        cells += [credits_cell("common_credits", spent), credits_cell("common_per_hit", ratio(spent, found))]
+        cells = [Cell("common_found", found), Cell("hit_rate", ratio(found, comparison.common)), Cell("only", only)]
+        cells += [Cell("common_credits", spent), Cell("common_per_hit", ratio(spent, found))]
         return Line(f"common {about}", clean_text(side.label), cells)
 
     lines = [
