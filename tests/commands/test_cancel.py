@@ -19,16 +19,13 @@ from enrich.run.context import RunOptions
 from tests.support.cases import first_quick, in_turn
 from tests.support.raw_server import RawServer, ReceivedRequest, Reply, http_reply, serve_replies
 from tests.support.workspace import (
-    FILE_ONLY,
+    BOTH_BACKENDS,
     JOB,
     SandboxApi,
     Workspace,
-    both_backends,
     make_leads,
     serve_api,
 )
-
-backend = both_backends
 
 
 @pytest.fixture
@@ -38,6 +35,7 @@ def slow_api(tmp_path: Path) -> Iterator[SandboxApi]:
         yield api
 
 
+@BOTH_BACKENDS
 def test_open_tasks_are_cancelled_and_refunded(slow_api: SandboxApi, workspace: Workspace) -> None:
     """All open tasks are refunded; their leads are failed, not bought again by the next run, only by --retry."""
     workspace.write_leads(make_leads(8))
@@ -61,6 +59,7 @@ def test_open_tasks_are_cancelled_and_refunded(slow_api: SandboxApi, workspace: 
     assert retried["to_submit"] == 8
 
 
+@BOTH_BACKENDS
 def test_cancel_is_listed_as_what_it_is(slow_api: SandboxApi, workspace: Workspace) -> None:
     """The list of runs, the status and the report name a cancellation, and it is no success of the job."""
     workspace.write_job(metrics="job.prom")
@@ -114,6 +113,7 @@ def test_failure_that_is_sent_again_is_no_result(tmp_path: Path, workspace: Work
     assert (last["receipt"]["answers"], plan["to_submit"]) == (0, 3)
 
 
+@BOTH_BACKENDS
 def test_text_names_the_refund_and_the_next_step(slow_api: SandboxApi, workspace: Workspace) -> None:
     """The text has the refund, and the command that sends the leads again, with the options that name the ledger."""
     workspace.write_leads(make_leads(2))
@@ -144,7 +144,6 @@ def test_bulk_tasks_are_listed(slow_api: SandboxApi, workspace: Workspace) -> No
     assert workspace.run_job(slow_api).found == 12
 
 
-@FILE_ONLY
 def test_needs_the_lock(slow_api: SandboxApi, workspace: Workspace) -> None:
     """While a run holds the ledger nothing is cancelled (exit 11)."""
     workspace.write_leads(make_leads(2))
@@ -155,7 +154,6 @@ def test_needs_the_lock(slow_api: SandboxApi, workspace: Workspace) -> None:
     assert slow_api.audit()["refunded"] == 0
 
 
-@FILE_ONLY
 @pytest.mark.parametrize(
     "fault", first_quick(1, ["error-after", "error-before", "rate-limit-bare", "reset-after", "broken-json"])
 )
@@ -172,7 +170,6 @@ def test_repeats_after_faults(
     assert workspace.run_job(slow_api).failed == 3
 
 
-@FILE_ONLY
 def test_refused_key(slow_api: SandboxApi, workspace: Workspace) -> None:
     """A wrong key is exit 3, and changes nothing."""
     workspace.write_leads(make_leads(2))
@@ -181,7 +178,6 @@ def test_refused_key(slow_api: SandboxApi, workspace: Workspace) -> None:
     assert (wrong.exit_code, workspace.open_task_count()) == (3, 2)
 
 
-@FILE_ONLY
 def test_unknown_task_stays_open(slow_api: SandboxApi, workspace: Workspace) -> None:
     """A task that the API does not know is left to the next run."""
     workspace.write_leads(make_leads(2))
@@ -192,7 +188,6 @@ def test_unknown_task_stays_open(slow_api: SandboxApi, workspace: Workspace) -> 
     assert workspace.open_task_count() == 1
 
 
-@FILE_ONLY
 def test_finished_and_then_unknown_task_stays_open(slow_api: SandboxApi, workspace: Workspace) -> None:
     """A task that has finished (409), and that the API then does not know, is left to the next run, too."""
     workspace.write_leads(make_leads(2))
@@ -203,7 +198,6 @@ def test_finished_and_then_unknown_task_stays_open(slow_api: SandboxApi, workspa
     assert workspace.open_task_count() == 2
 
 
-@FILE_ONLY
 def test_failure_with_a_price_is_finished(slow_api: SandboxApi, workspace: Workspace) -> None:
     """A task that had failed, and was charged, is not running any more."""
     workspace.write_leads(make_leads(2))
@@ -223,7 +217,6 @@ def cancel_at_api(api: SandboxApi, task_id: str) -> None:
 
 
 @pytest.mark.long
-@FILE_ONLY
 def test_cancelled_elsewhere_is_not_sent_again(slow_api: SandboxApi, workspace: Workspace) -> None:
     """A task that was cancelled at the API by another client is failed, and not bought again without --retry."""
     workspace.write_leads(make_leads(2))
@@ -234,7 +227,6 @@ def test_cancelled_elsewhere_is_not_sent_again(slow_api: SandboxApi, workspace: 
     assert (summary.submitted, summary.failed, summary.pending) == (0, 2, 0)
 
 
-@FILE_ONLY
 def test_other_jobs_and_hosts_are_left_alone(slow_api: SandboxApi, workspace: Workspace) -> None:
     """The open tasks of another job in the ledger stay; a ledger of another host is refused."""
     workspace.write_leads(make_leads(2))
@@ -251,7 +243,6 @@ def test_other_jobs_and_hosts_are_left_alone(slow_api: SandboxApi, workspace: Wo
 
 
 @pytest.mark.long
-@FILE_ONLY
 def test_commands_after_a_cancel(slow_api: SandboxApi, workspace: Workspace) -> None:
     """The ledger is sound, and status, runs, report, explain and reconcile show the cancel."""
     workspace.write_leads(make_leads(3))
@@ -288,7 +279,6 @@ def serve_cancellations(
         yield server, SandboxApi(server.base_url, "some-key")
 
 
-@FILE_ONLY
 @pytest.mark.parametrize(
     ("charged", "unknown"), first_quick(2, [({"credits_spent": None}, 2), ({"credits_spent": 5_000}, 0), ({}, 2)])
 )
@@ -325,7 +315,6 @@ def open_tasks(slow_api: SandboxApi, workspace: Workspace) -> Workspace:
     return workspace
 
 
-@FILE_ONLY
 @in_turn(
     ("status", "body", "exit_code", "reason"),
     [
@@ -354,7 +343,6 @@ def test_refused_cancellations(open_tasks: Workspace, status: int, body: object,
     assert open_tasks.open_task_count() == 2
 
 
-@FILE_ONLY
 def test_needs_a_ledger(slow_api: SandboxApi, workspace: Workspace) -> None:
     """A job that has never run has nothing to cancel (exit 5)."""
     workspace.write_leads(make_leads(1))

@@ -14,18 +14,15 @@ from enrich.models import State
 from enrich.run.context import RunOptions
 from tests.support.cases import in_turn
 from tests.support.workspace import (
-    FILE_ONLY,
+    BOTH_BACKENDS,
     SandboxApi,
     Workspace,
-    both_backends,
     clock_ahead,
     kill_process,
     make_leads,
     serve_api,
     wait_until,
 )
-
-backend = both_backends
 
 DAY = 86_400
 
@@ -52,6 +49,7 @@ def only_row(explanation: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+@BOTH_BACKENDS
 @pytest.mark.long
 def test_explain_matches_output(tmp_path: Path, workspace: Workspace) -> None:
     """For found, missed and failed rows: status, provider, price, task, time and answer equal the output."""
@@ -141,6 +139,7 @@ def test_rows_over_the_cap(api: SandboxApi, workspace: Workspace, *, has_run: bo
     assert "sends it" not in text
 
 
+@BOTH_BACKENDS
 def test_duplicate_rows(api: SandboxApi, workspace: Workspace) -> None:
     """Explains every matching row; letter case and surrounding spaces do not matter."""
     first, second = make_leads(2)
@@ -237,7 +236,6 @@ def test_accepted_in_doubt(api: SandboxApi, workspace: Workspace) -> None:
 
 
 @pytest.mark.long
-@FILE_ONLY  # The server uses its own clock.
 def test_refreshed_lead_has_all_attempts(tmp_path: Path, workspace: Workspace) -> None:
     """Shows all attempts with their executions; the last match stays, and the next refresh has a date."""
     workspace.write_job(policy="{refresh: {found: 90d, not_found: 14d}}")
@@ -256,7 +254,6 @@ def test_refreshed_lead_has_all_attempts(tmp_path: Path, workspace: Workspace) -
 
 
 @pytest.mark.long
-@FILE_ONLY  # The server uses its own clock.
 def test_last_match_is_kept_after_no_match(tmp_path: Path, workspace: Workspace) -> None:
     """The row is found, as in the output; the history includes the later miss."""
     workspace.write_job(policy="{refresh: {found: 90d}}")
@@ -309,6 +306,7 @@ def test_requests_with_other_providers(api: SandboxApi, workspace: Workspace) ->
     assert "other request for this lead" in explain_text(workspace, "--row", "1")
 
 
+@BOTH_BACKENDS
 @pytest.mark.long
 def test_explain_during_run(tmp_path: Path, workspace: Workspace) -> None:
     """Shows until when an open task's result is kept; after a kill, it is collected by the next run."""
@@ -354,7 +352,6 @@ def test_column_name_with_equals_sign(workspace: Workspace) -> None:
 
 
 @pytest.mark.long
-@FILE_ONLY
 def test_takes_no_lock_and_changes_nothing(api: SandboxApi, workspace: Workspace) -> None:
     """Takes no lock, uses no network, and leaves the ledger unchanged."""
     workspace.write_leads(make_leads(2))
@@ -385,7 +382,6 @@ def test_every_state_has_next_step(state: State, running: bool, message: str) ->
     assert message in describe_next_step(state, [], Policy(refresh=Refresh()), 0, is_running=running)
 
 
-@FILE_ONLY
 def test_fields_of_a_step_that_has_never_run(workspace: Workspace) -> None:
     """A step may read fields that are not known yet: the job is not called wrong."""
     steps = "steps:\n  - {name: a, enrichment: 10, params: {email: Email}}\n"

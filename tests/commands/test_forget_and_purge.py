@@ -13,9 +13,7 @@ from enrich.ledger import queries
 from enrich.ledger.verify import check_ledger
 from tests.support.cases import in_turn
 from tests.support.ledger import run_sql
-from tests.support.workspace import FILE_ONLY, SandboxApi, Workspace, both_backends, make_leads, serve_api
-
-backend = both_backends
+from tests.support.workspace import BOTH_BACKENDS, SandboxApi, Workspace, make_leads, serve_api
 
 
 @pytest.fixture
@@ -42,7 +40,6 @@ def forget_matching(workspace: Workspace, *matches: str) -> int:
     return int(result.json_output["requests"])
 
 
-@FILE_ONLY
 def test_unusable_input_is_named(workspace: Workspace) -> None:
     """A column that only the input may have is not called unknown when the input cannot be read."""
     (workspace.folder / "leads.csv").unlink()
@@ -51,6 +48,7 @@ def test_unusable_input_is_named(workspace: Workspace) -> None:
     assert forget_matching(workspace, "First Name=First1", "Last Name=Last1") == 1
 
 
+@BOTH_BACKENDS
 @pytest.mark.long
 def test_forgotten_lead_is_not_in_ledger_files(workspace: Workspace) -> None:
     """Overwrites params, answer, task and error on disk, not only unlinked; the ledger's sums still agree."""
@@ -80,6 +78,7 @@ def test_group_of_forgotten_lead_is_erased(workspace: Workspace, api: SandboxApi
     assert b"note 1" not in ledger_bytes(workspace)
 
 
+@BOTH_BACKENDS
 @pytest.mark.long
 def test_open_reader_delays_erasure(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """An open reader (a long report, say) delays erasure: that is reported, and the next call completes it."""
@@ -97,6 +96,7 @@ def test_open_reader_delays_erasure(workspace: Workspace, monkeypatch: pytest.Mo
     assert b"First1" not in ledger_bytes(workspace)
 
 
+@BOTH_BACKENDS
 def test_forgotten_lead_is_not_sent_again(workspace: Workspace, api: SandboxApi) -> None:
     """Neither the next run nor `--retry` sends the request; the row has the reason, and its cost stays recorded."""
     spent = workspace.run_in_process("status", "job.yaml", "--json").json_output["credits_spent"]
@@ -203,7 +203,6 @@ def test_open_sandbox_request_is_not_forgotten(workspace: Workspace) -> None:
 
 
 @pytest.mark.long
-@FILE_ONLY
 def test_missing_hash_key_blocks_run(workspace: Workspace, api: SandboxApi) -> None:
     """Refuses to run without the hash key, which is needed to recognize forgotten leads."""
     forget_matching(workspace, "First Name=First1")
@@ -217,7 +216,6 @@ def test_missing_hash_key_blocks_run(workspace: Workspace, api: SandboxApi) -> N
 
 @pytest.mark.long
 @pytest.mark.parametrize("key", [None, b"", b"x" * 100, bytes(32)])
-@FILE_ONLY
 def test_wrong_hash_key_is_refused(workspace: Workspace, api: SandboxApi, key: bytes | None) -> None:
     """Refuses a wrong hash key for runs and for forgetting: a forgotten lead would be sent again."""
     forget_matching(workspace, "First Name=First1")
@@ -274,6 +272,7 @@ def test_purged_answers_are_not_resent(workspace: Workspace, api: SandboxApi) ->
     assert check_ledger(workspace.ledger_location).problems == []
 
 
+@BOTH_BACKENDS
 @pytest.mark.long
 def test_purged_answers_can_be_refreshed(workspace: Workspace, api: SandboxApi) -> None:
     """Sends purged leads again when policy.refresh applies, with params from the input."""
@@ -288,6 +287,7 @@ def test_purged_answers_can_be_refreshed(workspace: Workspace, api: SandboxApi) 
     assert check_ledger(workspace.ledger_location).problems == []
 
 
+@BOTH_BACKENDS
 @pytest.mark.long
 def test_purge_keeps_recent_answers(workspace: Workspace) -> None:
     """Keeps answers that are not old enough."""

@@ -24,7 +24,7 @@ from tests.ledger.test_ledger_stateful import LedgerStateMachine
 from tests.support.cases import examples, first_quick
 from tests.support.ledger import BINDING, COST, FREE_FAILURE, MAX_PRICE, NO_MATCH, CommittingLedger
 from tests.support.workspace import (
-    BOTH_BACKENDS_SERVER_LONG,
+    BOTH_BACKENDS,
     SHORT_TIMEOUTS,
     ProgramResult,
     SandboxApi,
@@ -142,13 +142,13 @@ def test_missing_ledger(workspace: Workspace) -> None:
     assert not workspace.ledger_path.exists()
 
 
-@pytest.mark.parametrize("backend", BOTH_BACKENDS_SERVER_LONG)
+@BOTH_BACKENDS
 def test_ledger_with_all_states_is_sound(filled_ledger: CommittingLedger) -> None:
     """Every possible state of a request satisfies the invariants."""
     assert check_ledger(filled_ledger.location) == LedgerCheck([], requests=9, attempts=11, executions=1)
 
 
-@pytest.mark.parametrize("backend", BOTH_BACKENDS_SERVER_LONG)
+@BOTH_BACKENDS
 @pytest.mark.parametrize("violation", INVARIANTS)
 def test_violations_are_reported(
     filled_ledger: CommittingLedger, workspace: Workspace, backend: str, violation: str

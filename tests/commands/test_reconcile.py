@@ -19,15 +19,13 @@ from enrich.run.progress import Progress
 from tests.support.cases import in_turn
 from tests.support.raw_server import ReceivedRequest, Reply, http_reply, serve_replies
 from tests.support.workspace import (
+    BOTH_BACKENDS,
     SHORT_TIMEOUTS,
     SandboxApi,
     Workspace,
-    both_backends,
     make_leads,
     serve_api,
 )
-
-backend = both_backends
 
 
 def credits_(amount: float) -> int:
@@ -133,6 +131,7 @@ def test_spending_by_others_is_not_attributed(tmp_path: Path, workspace: Workspa
         assert "added: a top-up" in workspace.run_in_process("reconcile", "job.yaml", api=api).stdout
 
 
+@BOTH_BACKENDS
 def test_run_in_progress_is_noted(api: SandboxApi, workspace: Workspace) -> None:
     """Balance and ledger are read one after the other: a run in progress may spend in between."""
     workspace.write_leads(make_leads(1))
@@ -263,6 +262,7 @@ def test_unconfirmed_requests_persist(tmp_path: Path, workspace: Workspace) -> N
         assert (status["doubts"], status["balance"]["since_execution"]) == (None, 5)
 
 
+@BOTH_BACKENDS
 def test_cap_overrun_is_explained(workspace: Workspace) -> None:
     """Explains an overrun by prices that rose while tasks were open: how much, why, and where to look."""
     workspace.write_leads(make_leads(4))

@@ -13,9 +13,7 @@ from enrich.ledger.database import Database
 from enrich.ledger.lock import is_locked, lock_ledger
 from enrich.models import Answer, State
 from tests.support.ledger import NO_MATCH, CommittingLedger
-from tests.support.workspace import SandboxApi, Workspace, both_backends, make_leads, serve_api
-
-backend = both_backends
+from tests.support.workspace import BOTH_BACKENDS, SandboxApi, Workspace, make_leads, serve_api
 
 
 def open_ledger(workspace: Workspace) -> CommittingLedger:
@@ -32,6 +30,7 @@ def test_job_without_runs(workspace: Workspace) -> None:
     assert not workspace.ledger_path.parent.exists()
 
 
+@BOTH_BACKENDS
 def test_executions_are_listed_newest_first(tmp_path: Path, workspace: Workspace) -> None:
     """Lists time, exit code in words, rows, match rate, credits and balance of each execution."""
     workspace.write_leads(make_leads(20))
@@ -76,6 +75,7 @@ def test_last_option(workspace: Workspace) -> None:
     assert "1 h 02 min" in workspace.run_in_process("runs", "job.yaml").stdout
 
 
+@BOTH_BACKENDS
 def test_killed_or_running_execution(workspace: Workspace) -> None:
     """The execution that holds the lock is running; others without an end were killed."""
     ledger = open_ledger(workspace)
@@ -93,6 +93,7 @@ def test_killed_or_running_execution(workspace: Workspace) -> None:
     assert "killed" in workspace.run_in_process("runs", "job.yaml").stdout
 
 
+@BOTH_BACKENDS
 def test_inspection_takes_no_lock(workspace: Workspace) -> None:
     """Takes no lock, so that a run can start at the same time."""
     assert is_locked(workspace.ledger_location) is False
@@ -136,6 +137,7 @@ def test_unknown_prices_have_a_column(workspace: Workspace) -> None:
     assert last.endswith("1 result of unknown price (?)")
 
 
+@BOTH_BACKENDS
 def test_runs_during_run(api: SandboxApi, workspace: Workspace) -> None:
     """Works during a run without waiting."""
     workspace.write_leads(make_leads(1))

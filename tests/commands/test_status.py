@@ -10,9 +10,7 @@ from enrich.job.job import load_job
 from enrich.ledger import queue, records, transitions
 from enrich.models import Answer, State, iso_time
 from tests.support.ledger import FREE_FAILURE, NO_MATCH, CommittingLedger
-from tests.support.workspace import FILE_ONLY, SandboxApi, Workspace, both_backends, make_leads
-
-backend = both_backends
+from tests.support.workspace import BOTH_BACKENDS, SandboxApi, Workspace, make_leads
 
 CREDIT = 1_000_000
 DAY_MS = 86_400_000
@@ -41,6 +39,7 @@ def test_json_begins_with_exit_code(workspace: Workspace) -> None:
         assert (next(iter(printed)), printed["exit_code"]) == ("exit_code", 0)
 
 
+@BOTH_BACKENDS
 def test_status_matches_ledger(workspace: Workspace) -> None:
     """Counts, credits and unknown prices match what happened, request by request."""
     ledger = open_ledger(workspace)
@@ -84,6 +83,7 @@ def test_status_matches_ledger(workspace: Workspace) -> None:
     assert status["next_expiry"] in shown
 
 
+@BOTH_BACKENDS
 def test_status_during_run(workspace: Workspace) -> None:
     """Shows committed data without waiting, and the execution as not ended."""
     ledger = open_ledger(workspace).start_and_enroll(1, 2)
@@ -99,6 +99,7 @@ def test_status_during_run(workspace: Workspace) -> None:
     assert "did not end" in "\n".join(format_status(status))
 
 
+@BOTH_BACKENDS
 def test_status_after_crash(workspace: Workspace) -> None:
     """Shows committed data after a crash; the unconfirmed request is decided by the next run."""
     ledger = open_ledger(workspace).start_and_enroll(1)
@@ -134,7 +135,6 @@ def test_status_matches_bill(api: SandboxApi, workspace: Workspace) -> None:
     assert status["executions"][0]["receipt"]["credits_spent"] == status["credits_spent"]
 
 
-@FILE_ONLY
 def test_not_a_ledger_is_refused(workspace: Workspace) -> None:
     """The message names the file."""
     workspace.ledger_path.parent.mkdir()

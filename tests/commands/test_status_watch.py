@@ -41,9 +41,7 @@ from enrich.models import iso_time
 from enrich.monitoring.progress_bar import choose_layout, render_bar
 from enrich.run.progress import Phase, Progress, ProgressSnapshot, TrafficCounts, TrafficRecorder
 from tests.support.ledger import CommittingLedger
-from tests.support.workspace import FILE_ONLY, Workspace, both_backends
-
-backend = both_backends
+from tests.support.workspace import BOTH_BACKENDS, Workspace
 
 NOW = 1_795_000_000_000
 RUN = ExecutionRow(
@@ -277,6 +275,7 @@ def ledger_with_progress(workspace: Workspace, progress: ProgressSnapshot) -> Co
     return ledger
 
 
+@BOTH_BACKENDS
 def test_clock_change_does_not_end_run(workspace: Workspace) -> None:
     """A heartbeat with a wrong time keeps a run alive for the timeout after each change."""
     now = 0.0
@@ -298,6 +297,7 @@ def test_clock_change_does_not_end_run(workspace: Workspace) -> None:
     ledger.wrapped.close()
 
 
+@BOTH_BACKENDS
 def test_free_lock_shows_killed_run_at_once(workspace: Workspace) -> None:
     """A run without an end was killed when the lock is free or a newer run holds it, however fresh its heartbeat."""
     ledger = ledger_with_progress(workspace, make_progress())
@@ -319,6 +319,7 @@ def test_free_lock_shows_killed_run_at_once(workspace: Workspace) -> None:
     ledger.wrapped.close()
 
 
+@BOTH_BACKENDS
 def test_lock_keeps_silent_run_alive(workspace: Workspace) -> None:
     """A silent run that cannot store a heartbeat counts as running while it holds its ledger's lock."""
     ledger = ledger_with_progress(workspace, make_progress(Phase.ENROLL, total=None))
@@ -329,7 +330,6 @@ def test_lock_keeps_silent_run_alive(workspace: Workspace) -> None:
     ledger.wrapped.close()
 
 
-@FILE_ONLY
 def test_watch_takes_no_lock(workspace: Workspace) -> None:
     """Takes no lock: a run can start at any moment, and its files can be cleaned up."""
     job = load_job(workspace.job_file)

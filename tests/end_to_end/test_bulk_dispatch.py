@@ -32,20 +32,17 @@ from tests.commands.test_forget_and_purge import forget_matching, ledger_bytes
 from tests.support.cases import examples, first_quick
 from tests.support.run_loops import open_loops
 from tests.support.workspace import (
-    FILE_ONLY,
+    BOTH_BACKENDS,
     SHORT_POST_TIMEOUT,
     SHORT_TIMEOUTS,
     SandboxApi,
     Workspace,
-    both_backends,
     clock_ahead,
     kill_process,
     make_leads,
     serve_api,
     wait_until,
 )
-
-backend = both_backends
 
 LEADS, BULK_SIZE = 25, 10
 #: This many single runs are submitted within a second on any machine.
@@ -93,6 +90,7 @@ def assert_consistent_with_audit(api: SandboxApi, workspace: Workspace, summary:
 # One task for many requests
 
 
+@BOTH_BACKENDS
 def test_bulk_sends_many_requests_per_task(api: SandboxApi, workspace: Workspace) -> None:
     """Three POSTs for 25 leads; each row has its answer and its task id, but no price of its own."""
     summary = workspace.run_job(api)
@@ -126,7 +124,6 @@ def test_task_price_is_stored_once(api: SandboxApi, workspace: Workspace) -> Non
     assert plan["cost"]["likely"] == pytest.approx(summary.credits_spent, abs=1e-4)
 
 
-@FILE_ONLY
 def test_plan_duration_counts_tasks(api: SandboxApi, workspace: Workspace) -> None:
     """Plans a tenth of the time for ten requests in a POST."""
     workspace.write_job(limits="{requests_per_second: 1}", dispatch="{bulk: 25}")
@@ -134,7 +131,6 @@ def test_plan_duration_counts_tasks(api: SandboxApi, workspace: Workspace) -> No
     assert "polls per task of 25" in workspace.run_in_process("plan", "job.yaml", "-v", api=api).stdout
 
 
-@FILE_ONLY
 def test_second_run_sends_nothing(api: SandboxApi, workspace: Workspace) -> None:
     """Reuses answers; more leads are a new task."""
     workspace.run_job(api)
@@ -172,7 +168,6 @@ def test_output_equals_single_mode(seed: int, size: int, shape: Any, hit_rate: f
 # Failed POSTs
 
 
-@FILE_ONLY
 @pytest.mark.parametrize(
     "fault",
     first_quick(
@@ -205,7 +200,6 @@ def test_rejected_task_is_resent(api: SandboxApi, workspace: Workspace, fault: s
     assert_consistent_with_audit(api, workspace, summary)
 
 
-@FILE_ONLY
 @pytest.mark.parametrize(
     ("fault", "code"), first_quick(1, [("unauthorized", ExitCode.KEY), ("no-credits", ExitCode.CREDITS)])
 )
@@ -219,7 +213,6 @@ def test_fatal_status_leaves_rest_pending(api: SandboxApi, workspace: Workspace,
     assert api.audit()["accepted"] == LEADS
 
 
-@FILE_ONLY
 def test_task_shrinks_when_balance_is_low(tmp_path: Path, workspace: Workspace) -> None:
     """Sends smaller tasks when a whole one exceeds the balance (406); no run sends nothing or pays twice."""
     with serve_api(tmp_path / "api.db", balance=8 * MAX_PRICE, hit_rate=1.0) as api:
@@ -232,7 +225,6 @@ def test_task_shrinks_when_balance_is_low(tmp_path: Path, workspace: Workspace) 
     assert runs[-1].exit_code == ExitCode.OK
 
 
-@FILE_ONLY
 @pytest.mark.long
 def test_smaller_tasks_after_406(tmp_path: Path, workspace: Workspace) -> None:
     """Keeps the smaller task size for the whole run: rejected POSTs use the rate limit, too."""
@@ -245,7 +237,6 @@ def test_smaller_tasks_after_406(tmp_path: Path, workspace: Workspace) -> None:
         assert request_count(api, "406") <= 6 * 8
 
 
-@FILE_ONLY
 @pytest.mark.long
 def test_bulk_size_limit_error(tmp_path: Path, workspace: Workspace) -> None:
     """A task size above the API's limit is an error of the job file: nothing is sent, the API's message is shown."""
@@ -276,7 +267,6 @@ def lead_names(numbers: Iterable[int]) -> set[str]:
     return {f"First{number}" for number in numbers}
 
 
-@FILE_ONLY
 @pytest.mark.parametrize("shape", first_quick(1, ["new", "fields", "old", "old_short"]))
 @pytest.mark.parametrize("numbers", first_quick(1, [(0, 9, 10, 24), (3,), tuple(range(8, 15))], single=True))
 def test_invalid_rows_fail_and_rest_is_resent(
@@ -296,7 +286,6 @@ def test_invalid_rows_fail_and_rest_is_resent(
     assert failed == dict.fromkeys(rejected_leads, "company: Bad.")
 
 
-@FILE_ONLY
 @pytest.mark.long
 @pytest.mark.parametrize("shape", ["new", "old_short"])
 def test_all_rows_invalid(tmp_path: Path, workspace: Workspace, rejected_leads: set[str], shape: Any) -> None:
@@ -311,7 +300,6 @@ def test_all_rows_invalid(tmp_path: Path, workspace: Workspace, rejected_leads: 
 # Answers
 
 
-@FILE_ONLY
 @pytest.mark.long
 def test_unaligned_result_fails_rows(tmp_path: Path, workspace: Workspace) -> None:
     """Fails the rows when the result has matches only: none gets another's address, and the price is recorded."""
@@ -325,7 +313,6 @@ def test_unaligned_result_fails_rows(tmp_path: Path, workspace: Workspace) -> No
     assert not any(row["work_email"] for row in workspace.read_output())
 
 
-@FILE_ONLY
 @pytest.mark.long
 def test_explain_hides_unaligned_data(tmp_path: Path, workspace: Workspace) -> None:
     """`explain` does not show the task's first address for the first row."""
@@ -340,7 +327,6 @@ def test_explain_hides_unaligned_data(tmp_path: Path, workspace: Workspace) -> N
     assert "credits for all 10 of the task" in line
 
 
-@FILE_ONLY
 @pytest.mark.long
 def test_empty_unaligned_result_is_no_match(tmp_path: Path, workspace: Workspace) -> None:
     """Treats an empty list as no match for every row."""
@@ -349,7 +335,6 @@ def test_empty_unaligned_result_is_no_match(tmp_path: Path, workspace: Workspace
     assert (summary.exit_code, summary.not_found) == (0, LEADS)
 
 
-@FILE_ONLY
 @pytest.mark.long
 def test_partially_failed_task(tmp_path: Path, workspace: Workspace) -> None:
     """Keeps the matches; rows without an answer are failed where some failed, with that reason."""
@@ -362,6 +347,7 @@ def test_partially_failed_task(tmp_path: Path, workspace: Workspace) -> None:
     assert any("failed or no match" in row["enrich_error"] for row in workspace.read_output())
 
 
+@BOTH_BACKENDS
 @pytest.mark.long
 @pytest.mark.parametrize("attempts", [1, 5])
 def test_free_failed_task_is_retried(tmp_path: Path, workspace: Workspace, attempts: int) -> None:
@@ -380,6 +366,7 @@ def task_counts(workspace: Workspace) -> list[int]:
     return [count for (count,) in workspace.sql("SELECT count(task_id) FROM attempts GROUP BY request_id")]
 
 
+@BOTH_BACKENDS
 @pytest.mark.long
 def test_unknown_task_price(tmp_path: Path, workspace: Workspace) -> None:
     """Counts every row of the task as of unknown price and keeps its reservation."""
@@ -404,6 +391,7 @@ def test_reconcile_counts_task_credits_once(api: SandboxApi, workspace: Workspac
     assert (output["in_doubt"]["number"], output["unexplained"]) == (BULK_SIZE, 0)
 
 
+@BOTH_BACKENDS
 @pytest.mark.long
 @pytest.mark.parametrize("expired_as", ["410", "gone"])
 def test_expired_task(tmp_path: Path, workspace: Workspace, expired_as: Any) -> None:
@@ -422,7 +410,6 @@ def test_expired_task(tmp_path: Path, workspace: Workspace, expired_as: Any) -> 
     assert check_ledger(workspace.ledger_location).problems == []
 
 
-@FILE_ONLY
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("fault", "code", "in_doubt"),
@@ -438,7 +425,6 @@ def test_task_with_unknown_status(tmp_path: Path, workspace: Workspace, fault: s
     assert check_ledger(workspace.ledger_location).problems == []
 
 
-@FILE_ONLY
 def test_recovered_rows_are_counted(tmp_path: Path, workspace: Workspace) -> None:
     """Of an unconfirmed bulk task that exists after all, the note counts the requests."""
     with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
@@ -451,7 +437,6 @@ def test_recovered_rows_are_counted(tmp_path: Path, workspace: Workspace) -> Non
     assert f"{LEADS} requests recovered: the API has the task after all" in summary.notes
 
 
-@FILE_ONLY
 @pytest.mark.long
 def test_forgotten_task_expires_rows(tmp_path: Path, workspace: Workspace) -> None:
     """A known task that is now 404 expires its rows at an unknown price; they are not resent automatically."""
@@ -467,7 +452,6 @@ def test_forgotten_task_expires_rows(tmp_path: Path, workspace: Workspace) -> No
     assert check_ledger(workspace.ledger_location).problems == []
 
 
-@FILE_ONLY
 @pytest.mark.long
 def test_cancelled_task_is_retried(tmp_path: Path, workspace: Workspace) -> None:
     """Retries a cancelled task, which failed at no charge; pays once."""
@@ -506,7 +490,6 @@ def test_cap_limits_task_size(tmp_path: Path, workspace: Workspace) -> None:
     assert 6 * MAX_PRICE < summary.credits_spent <= 7 * MAX_PRICE + 1
 
 
-@FILE_ONLY
 @pytest.mark.long
 def test_limit_is_exact(api: SandboxApi, workspace: Workspace) -> None:
     """`--limit` counts requests, not tasks."""
@@ -514,7 +497,6 @@ def test_limit_is_exact(api: SandboxApi, workspace: Workspace) -> None:
     assert (summary.submitted, summary.pending, request_count(api, "bulk_run")) == (13, LEADS - 13, 2)
 
 
-@FILE_ONLY
 @pytest.mark.long
 @pytest.mark.parametrize(("hit_rate", "code", "bought"), [(1.0, 0, LEADS), (0.0, 15, 4)])
 def test_canary_is_a_separate_task(
@@ -527,7 +509,6 @@ def test_canary_is_a_separate_task(
         assert (summary.exit_code, api.audit()["accepted"], bulk_tasks(workspace)[0][0]) == (code, bought, 4)
 
 
-@FILE_ONLY
 @pytest.mark.long
 def test_bulk_posts_in_flight_limit(tmp_path: Path, workspace: Workspace) -> None:
     """Sends at most four POSTs at once, because a lost POST leaves all of its requests in doubt."""
@@ -573,7 +554,6 @@ def test_unsent_claims_are_released(api: SandboxApi, tmp_path: Path, monkeypatch
 
 
 @pytest.mark.long
-@FILE_ONLY  # The server uses its own clock.
 def test_refresh_and_retry_in_bulk(api: SandboxApi, workspace: Workspace) -> None:
     """`policy.refresh` and `--retry` work in bulk; a refused refresh keeps the old answer."""
     workspace.run_job(api)
@@ -591,6 +571,7 @@ def test_refresh_and_retry_in_bulk(api: SandboxApi, workspace: Workspace) -> Non
 # Killed, then resumed in the same or another mode
 
 
+@BOTH_BACKENDS
 @pytest.mark.long
 @pytest.mark.parametrize("fault", ["silence-after", "silence-before"])
 def test_kill_with_posts_in_flight(api: SandboxApi, workspace: Workspace, fault: str) -> None:
@@ -612,6 +593,7 @@ def test_kill_with_posts_in_flight(api: SandboxApi, workspace: Workspace, fault:
     assert check_ledger(workspace.ledger_location).problems == []
 
 
+@BOTH_BACKENDS
 @pytest.mark.long
 def test_kill_with_open_tasks(tmp_path: Path, workspace: Workspace) -> None:
     """The next run collects the open tasks first and pays for nothing again."""
@@ -646,7 +628,6 @@ def test_switching_between_bulk_and_single(tmp_path: Path, workspace: Workspace,
         assert (summary.exit_code, summary.submitted, api.audit()["accepted"]) == (0, 0, FEW_LEADS + 7)
 
 
-@FILE_ONLY
 @pytest.mark.long
 def test_bulk_answer_uses_columns_of_its_job(tmp_path: Path, workspace: Workspace) -> None:
     """Evaluates an answer by the columns of the job that sent it, whichever job of the ledger collects it."""
@@ -661,6 +642,7 @@ def test_bulk_answer_uses_columns_of_its_job(tmp_path: Path, workspace: Workspac
     assert (summary.exit_code, summary.found, summary.submitted) == (0, LEADS, 0)
 
 
+@BOTH_BACKENDS
 @pytest.mark.long
 def test_summaries_match_bill_under_faults(tmp_path: Path, workspace: Workspace) -> None:
     """The summaries plus the unconfirmed costs equal the API's bill; every run is sold once."""
@@ -701,6 +683,7 @@ def test_forget_erases_unaligned_task(tmp_path: Path, workspace: Workspace) -> N
     assert check_ledger(workspace.ledger_location).problems == []
 
 
+@BOTH_BACKENDS
 @pytest.mark.long
 def test_forget_keeps_other_rows_of_task(api: SandboxApi, workspace: Workspace) -> None:
     """Erases only the forgotten lead's answer when each row has its own."""
@@ -733,7 +716,6 @@ def test_purge_of_bulk_tasks(tmp_path: Path, workspace: Workspace) -> None:
     assert left == [(1,)]
 
 
-@FILE_ONLY
 def test_disk_space_is_reserved_for_all_rows(api: SandboxApi, workspace: Workspace) -> None:
     """On a disk that gets full, the rescue file has room for the task id of each row of the tasks in flight."""
     sizes = set[int]()

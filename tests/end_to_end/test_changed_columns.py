@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.workspace import SandboxApi, Workspace, both_backends, make_leads, serve_api
-
-backend = both_backends
+from tests.support.workspace import BOTH_BACKENDS, SandboxApi, Workspace, make_leads, serve_api
 
 PARAMS = "{first_name: First Name, last_name: Last Name, company: Website}"
 HEAD = """\
@@ -49,6 +47,7 @@ def matches(workspace: Workspace) -> list[str]:
     return [row["result"] for row in workspace.read_output()]
 
 
+@BOTH_BACKENDS
 @pytest.mark.long
 @pytest.mark.parametrize("job", [SINGLE, STEPPED], ids=["single", "steps"])
 def test_match_of_new_columns_is_not_bought_again(tmp_path: Path, workspace: Workspace, job: str) -> None:
@@ -69,6 +68,7 @@ def test_match_of_new_columns_is_not_bought_again(tmp_path: Path, workspace: Wor
     assert [value for value, known in zip(after, before, strict=True) if known] == [value for value in before if value]
 
 
+@BOTH_BACKENDS
 @pytest.mark.long
 @pytest.mark.parametrize("job", [SINGLE, STEPPED], ids=["single", "steps"])
 def test_match_of_new_columns_survives_a_miss(tmp_path: Path, workspace: Workspace, job: str) -> None:
@@ -88,6 +88,7 @@ def test_match_of_new_columns_survives_a_miss(tmp_path: Path, workspace: Workspa
     assert (again.submitted, after) == (LEADS, before)
 
 
+@BOTH_BACKENDS
 @pytest.mark.long
 @pytest.mark.parametrize("job", [SINGLE, STEPPED], ids=["single", "steps"])
 def test_match_of_old_columns_has_the_age_of_no_match(tmp_path: Path, workspace: Workspace, job: str) -> None:
@@ -123,6 +124,7 @@ def test_answers_have_the_age_of_new_columns(  # noqa: PLR0917 - the fixtures an
     assert f"sent again by the next run, by policy.refresh ({ages})" in explained
 
 
+@BOTH_BACKENDS
 @pytest.mark.long
 def test_request_of_two_steps_is_sent_once_in_a_run(workspace: Workspace, api: SandboxApi) -> None:
     """A step does not refresh what an earlier step of the same run has sent, though its columns are others."""

@@ -13,15 +13,12 @@ from enrich.run.context import RunOptions
 from tests.support.cases import first_quick, in_turn
 from tests.support.documents import ROOT
 from tests.support.workspace import (
-    FILE_ONLY,
+    BOTH_BACKENDS,
     SandboxApi,
     Workspace,
-    both_backends,
     make_leads,
     serve_api,
 )
-
-backend = both_backends
 
 VERIFY = """\
 version: 1
@@ -71,6 +68,7 @@ def write_queries(workspace: Workspace, count: int, **replaced: str) -> None:
     workspace.write_leads([[f"bakery {number}"] for number in range(count)], ["Query"])
 
 
+@BOTH_BACKENDS
 def test_answers_prices_and_source(api: SandboxApi, workspace: Workspace) -> None:
     """A run asks once for each address, pays the price of each, and names the source of each answer."""
     write_emails(workspace, 5)
@@ -90,7 +88,6 @@ def test_answers_prices_and_source(api: SandboxApi, workspace: Workspace) -> Non
 
 
 @pytest.mark.long
-@FILE_ONLY
 def test_shipped_job_verifies_addresses(api: SandboxApi, workspace: Workspace) -> None:
     """`jobs/verify_emails.yaml` asks once for each address of its sample, and skips what is none."""
     made = workspace.run_in_process(
@@ -159,7 +156,6 @@ def test_kind_of_target_is_in_the_fingerprint(api: SandboxApi, workspace: Worksp
     assert (audit["accepted"], audit["paid_twice"]) == (9, 0)
 
 
-@FILE_ONLY
 @pytest.mark.parametrize("shape", first_quick(0, SHAPES))
 def test_paths_beside_the_result_of_a_waterfall(tmp_path: Path, workspace: Workspace, shape: Any) -> None:
     """Columns reach what each provider knew, also of one with dots in its name; in flat answers `$x` is `x`."""
@@ -218,6 +214,7 @@ class TestPricePerParameter:
         assert "seniority" not in sent["f.example"]
         assert sent.keys() == {"a.example", "b.example", "f.example"}
 
+    @BOTH_BACKENDS
     def test_reaches_every_row_of_a_list(self, tmp_path: Path, workspace: Workspace) -> None:
         """A column takes the first row of a list, or the one with a number."""
         write_people(workspace, ("a.example", "3", ""))
@@ -260,7 +257,6 @@ class TestPricePerParameter:
         assert planned is not None
         assert planned["max"] == 100.0
 
-    @FILE_ONLY
     @in_turn(
         ("changed", "message"),
         [
@@ -347,7 +343,6 @@ def test_commands_know_enrichments(api: SandboxApi, workspace: Workspace) -> Non
     assert workspace.run_in_process("reconcile", "job.yaml", api=api).exit_code == 0
 
 
-@FILE_ONLY
 @pytest.mark.long
 def test_report_names_the_enrichment(api: SandboxApi, workspace: Workspace) -> None:
     """The report has a waterfall of the enrichment's sources."""
@@ -359,7 +354,6 @@ def test_report_names_the_enrichment(api: SandboxApi, workspace: Workspace) -> N
     assert "Mailproof" in page
 
 
-@FILE_ONLY
 def test_changed_price_is_told(api: SandboxApi, workspace: Workspace) -> None:
     """`check --online` names a changed price, and a saved plan of the old one is refused."""
     write_emails(workspace, 4)
@@ -372,7 +366,6 @@ def test_changed_price_is_told(api: SandboxApi, workspace: Workspace) -> None:
     assert (refused.exit_code, "the prices changed" in refused.stderr) == (5, True)
 
 
-@FILE_ONLY
 @pytest.mark.parametrize(("number", "limited"), first_quick(1, [("70", True), ("10", False), ("60", True)]))
 def test_init_writes_a_job_that_runs(api: SandboxApi, workspace: Workspace, number: str, *, limited: bool) -> None:
     """`init --enrichment` matches the columns, says the price, and sets a cap where the price has no limit."""
@@ -388,7 +381,6 @@ def test_init_writes_a_job_that_runs(api: SandboxApi, workspace: Workspace, numb
     assert api.audit()["accepted"] == 1
 
 
-@FILE_ONLY
 def test_init_chooses_one_target(api: SandboxApi, workspace: Workspace) -> None:
     """An enrichment and a waterfall, an unknown number, and `--offline` are refused."""
     write_emails(workspace, 1)
@@ -398,7 +390,6 @@ def test_init_chooses_one_target(api: SandboxApi, workspace: Workspace) -> None:
     assert (unknown.exit_code, "the API has no enrichment `99`" in unknown.stderr) == (2, True)
 
 
-@FILE_ONLY
 def test_enrichments_lists_and_shows(api: SandboxApi, workspace: Workspace) -> None:
     """`enrich enrichments` lists all or some of them with their prices, and shows one with its params."""
     listed = workspace.run_in_process("enrichments", api=api).stdout
@@ -421,7 +412,6 @@ def test_enrichments_lists_and_shows(api: SandboxApi, workspace: Workspace) -> N
     assert (missing.exit_code, "no enrichment `99`" in missing.stderr) == (2, True)
 
 
-@FILE_ONLY
 @in_turn(
     ("keys", "message"),
     [

@@ -13,9 +13,7 @@ from enrich.errors import CommandRefused
 from enrich.run.context import RunOptions
 from tests.support.cases import first_quick, in_turn
 from tests.support.object_storage import BUCKET
-from tests.support.workspace import FILE_ONLY, SandboxApi, Workspace, both_backends, make_leads
-
-backend = both_backends
+from tests.support.workspace import BOTH_BACKENDS, SandboxApi, Workspace, make_leads
 
 RUN = ("run", "job.yaml", "--json")
 JOB_WITH_STEPS = """\
@@ -47,7 +45,6 @@ def assert_refused(workspace: Workspace, api: SandboxApi, *more: str) -> None:
     assert api.audit()["accepted"] == before
 
 
-@FILE_ONLY
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["out.csv", "out/%Y-%m.csv", "out/", "out/%Y-%m/"])
 def test_output_in_object_storage_is_checked(
@@ -63,7 +60,6 @@ def test_output_in_object_storage_is_checked(
     assert_refused(workspace, api)
 
 
-@FILE_ONLY
 @pytest.mark.parametrize(
     ("renamed", "ledger"), [("nightly.yaml", ".enrich/job.db"), ("moved/job.yaml", "../.enrich/job.db")]
 )
@@ -84,7 +80,6 @@ def test_ledger_of_a_renamed_job_is_named(api: SandboxApi, workspace: Workspace,
     assert (shared.exit_code, shared.json_output["reused"], shared.json_output["submitted"]) == (0, 5, 0)
 
 
-@FILE_ONLY
 def test_older_copy_of_the_ledger_is_refused(api: SandboxApi, workspace: Workspace) -> None:
     """Refuses a ledger from before the last run when the output has its tasks and many others."""
     workspace.write_leads(make_leads(22))
@@ -104,7 +99,6 @@ def test_older_copy_of_the_ledger_is_refused(api: SandboxApi, workspace: Workspa
     assert workspace.run_in_process(*RUN, api=api).json_output["reused"] == 22
 
 
-@FILE_ONLY
 @pytest.mark.parametrize("case", first_quick(1, ["few", "saved again", "another ledger", "forgotten", "emptied"]))
 def test_output_that_refuses_no_ledger(api: SandboxApi, workspace: Workspace, case: str) -> None:
     """A ledger that is not new is used if the output lacks its tasks, or has few others, or those of erased people."""
@@ -131,6 +125,7 @@ def test_output_that_refuses_no_ledger(api: SandboxApi, workspace: Workspace, ca
     assert result.json_output["notes"] == []
 
 
+@BOTH_BACKENDS
 def test_tasks_of_the_input_refuse_no_ledger(api: SandboxApi, workspace: Workspace) -> None:
     """The input may be the output of a job with steps: the tasks of these are in the ledger of that job."""
     workspace.write_leads(make_leads(11))
@@ -149,7 +144,6 @@ def test_tasks_of_the_input_refuse_no_ledger(api: SandboxApi, workspace: Workspa
     assert (result.exit_code, result.json_output["reused"]) == (0, 11), result.stderr
 
 
-@FILE_ONLY
 @pytest.mark.parametrize("cause", first_quick(1, ["ledger removed", "folder removed", "another ledger", "renamed job"]))
 def test_new_ledger_with_paid_output_is_refused(api: SandboxApi, workspace: Workspace, cause: str) -> None:
     """Refuses a new ledger however it came about; with --new-ledger the run pays."""
@@ -186,6 +180,7 @@ def copy_ledger(workspace: Workspace) -> Callable[[], None]:
     return restore
 
 
+@BOTH_BACKENDS
 def test_server_ledger_is_checked(api: SandboxApi, workspace: Workspace) -> None:
     """Refuses when the output was written from a file or another schema."""
     workspace.run_job(api)
@@ -194,7 +189,6 @@ def test_server_ledger_is_checked(api: SandboxApi, workspace: Workspace) -> None
     )
 
 
-@FILE_ONLY
 @pytest.mark.parametrize(
     "name",
     first_quick(
@@ -237,7 +231,6 @@ def paid_output(api: SandboxApi, workspace: Workspace) -> str:
     return (workspace.folder / "out.csv").read_text(encoding="utf-8")
 
 
-@FILE_ONLY
 @in_turn("change", RESAVED)
 def test_output_that_was_saved_again_is_checked(
     api: SandboxApi, workspace: Workspace, paid_output: str, change: str
@@ -252,7 +245,6 @@ def test_output_that_was_saved_again_is_checked(
 
 
 @pytest.mark.long
-@FILE_ONLY
 @pytest.mark.parametrize("resaved", [False, True])
 def test_all_separators_and_encodings_are_checked(api: SandboxApi, workspace: Workspace, *, resaved: bool) -> None:
     """Reads the output with the job's separator and encoding, or with the usual ones."""
@@ -267,7 +259,6 @@ def test_all_separators_and_encodings_are_checked(api: SandboxApi, workspace: Wo
 
 
 @pytest.mark.long
-@FILE_ONLY
 def test_newest_output_is_checked(api: SandboxApi, workspace: Workspace) -> None:
     """Checks the newest output only: an older one may be of any ledger."""
     workspace.write_job(output="o-%Y-%m-%d.csv")
@@ -282,7 +273,6 @@ def test_newest_output_is_checked(api: SandboxApi, workspace: Workspace) -> None
 
 
 @pytest.mark.long
-@FILE_ONLY
 @pytest.mark.parametrize(
     "text",
     [
@@ -303,7 +293,6 @@ def test_output_without_tasks_is_ignored(api: SandboxApi, workspace: Workspace, 
 
 
 @pytest.mark.long
-@FILE_ONLY
 def test_unreadable_output_is_a_note(api: SandboxApi, workspace: Workspace) -> None:
     """The run continues, and the summary notes that the output was not checked."""
     (workspace.folder / "out.csv").write_bytes(b"\xff\xfe\x00enrich_task_id\n\x81\n")
@@ -318,7 +307,6 @@ def test_unreadable_output_is_a_note(api: SandboxApi, workspace: Workspace) -> N
 
 
 @pytest.mark.long
-@FILE_ONLY
 def test_sandbox_does_not_hide_a_real_output(api: SandboxApi, workspace: Workspace) -> None:
     """Ignores the sandbox's output. A real output is compared with a new ledger, also after a sandbox run."""
     assert workspace.run_in_process(*RUN, "--sandbox").exit_code == 0
@@ -330,7 +318,6 @@ def test_sandbox_does_not_hide_a_real_output(api: SandboxApi, workspace: Workspa
 
 
 @pytest.mark.long
-@FILE_ONLY
 def test_enriched_input_is_ignored(api: SandboxApi, workspace: Workspace) -> None:
     """Ignores an input that was enriched before; its columns are replaced as usual."""
     workspace.run_job(api)
@@ -345,12 +332,7 @@ def test_enriched_input_is_ignored(api: SandboxApi, workspace: Workspace) -> Non
 def test_confirmation_on_terminal(api: SandboxApi, workspace: Workspace) -> None:
     """No: one line, exit 5, no run recorded. Yes: the run pays."""
     workspace.run_job(api)
-    other = Workspace(
-        workspace.folder,
-        workspace.server_url and workspace.server_url.replace("schema=", "schema=other_"),
-        workspace.environ,
-    )
-    other.write_job(name="other", ledger=other.server_url or ".enrich/other.db")
+    workspace.write_job(name="other", ledger=".enrich/other.db")
     prompts: list[str] = []
 
     def confirm(text: str) -> bool:
@@ -358,9 +340,9 @@ def test_confirmation_on_terminal(api: SandboxApi, workspace: Workspace) -> None
         return len(prompts) > 1
 
     with pytest.raises(CommandRefused) as no:
-        other.run_job(api, RunOptions(confirm_new_ledger=confirm))
+        workspace.run_job(api, RunOptions(confirm_new_ledger=confirm))
     assert (no.value.message, no.value.hint) == ("Cancelled. Nothing sent.", None)
-    summary = other.run_job(api, RunOptions(confirm_new_ledger=confirm))
+    summary = workspace.run_job(api, RunOptions(confirm_new_ledger=confirm))
 
     assert (summary.exit_code, summary.submitted, summary.execution) == (0, 5, 1)
     assert len(prompts) == 2

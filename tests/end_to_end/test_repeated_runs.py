@@ -22,7 +22,7 @@ from enrich.sandbox.catalogue import WATERFALLS, Provider
 from enrich.sandbox.databar import Databar
 from tests.support.cases import first_quick
 from tests.support.workspace import (
-    BOTH_BACKENDS_SERVER_LONG,
+    BOTH_BACKENDS,
     SHORT_TIMEOUTS,
     SandboxApi,
     Workspace,
@@ -85,7 +85,7 @@ def test_unrelated_columns_may_change(api: SandboxApi, workspace: Workspace) -> 
     assert [row["Note"] for row in workspace.read_output()] == ["new"] * 6
 
 
-@pytest.mark.parametrize("backend", BOTH_BACKENDS_SERVER_LONG)
+@BOTH_BACKENDS
 def test_known_rows_give_the_same_night(api: SandboxApi, workspace: Workspace) -> None:
     """Plan, run and collect say and write the same whether they know the rows from the last run or compute them."""
     nameless = [["", "", "", "", ""], ["", "Last1", "company1.example", "", "x"]]

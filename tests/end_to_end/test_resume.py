@@ -18,17 +18,14 @@ from enrich.run.context import RunOptions
 from enrich.run.summary import RunSummary
 from tests.support.cases import first_quick
 from tests.support.workspace import (
-    FILE_ONLY,
+    BOTH_BACKENDS,
     SandboxApi,
     Workspace,
-    both_backends,
     kill_process,
     make_leads,
     serve_api,
     wait_until,
 )
-
-backend = both_backends
 
 OLD_OUTPUT = "the output of an older night\n"
 MAX_POSTS_IN_FLIGHT = 32  # the most requests that a kill may leave in doubt
@@ -80,6 +77,7 @@ def test_kill_before_first_post(api: SandboxApi, workspace: Workspace) -> None:
     assert_consistent_with_audit(workspace, api, summary, 20)
 
 
+@BOTH_BACKENDS
 @pytest.mark.parametrize("fault", first_quick(1, ["silence-after", "silence-before"]))
 def test_kill_with_posts_in_flight(api: SandboxApi, workspace: Workspace, fault: str) -> None:
     """At most 64 requests are in doubt, whether accepted or not; the others are bought once."""
@@ -113,6 +111,7 @@ def test_kill_while_submitting_and_polling(tmp_path: Path, workspace: Workspace)
     assert (summary.in_doubt or 0) + len({run["params"]["first_name"] for run in audit["runs"]}) >= 160
 
 
+@BOTH_BACKENDS
 def test_kill_while_polling(tmp_path: Path, workspace: Workspace) -> None:
     """The next run collects every answer and sends nothing."""
     workspace.write_leads(make_leads(12))
@@ -127,7 +126,6 @@ def test_kill_while_polling(tmp_path: Path, workspace: Workspace) -> None:
     assert (summary.found or 0) + (summary.not_found or 0) == 12
 
 
-@FILE_ONLY
 @pytest.mark.long
 def test_kill_while_writing_output(api: SandboxApi, workspace: Workspace) -> None:
     """The old output stays complete until it is replaced; the next run removes a partial one."""
@@ -148,7 +146,6 @@ def test_kill_while_writing_output(api: SandboxApi, workspace: Workspace) -> Non
     assert api.audit()["accepted"] == 10
 
 
-@FILE_ONLY
 def test_stale_part_removed_by_failed_run(api: SandboxApi, workspace: Workspace) -> None:
     """The next start removes a partial output even if that run fails."""
     workspace.write_leads(make_leads(1))
@@ -162,6 +159,7 @@ def test_stale_part_removed_by_failed_run(api: SandboxApi, workspace: Workspace)
     assert not part.exists()
 
 
+@BOTH_BACKENDS
 @pytest.mark.long
 def test_repeated_random_kills(tmp_path: Path, workspace: Workspace) -> None:
     """Resumes after repeated kills at random times, and one run finishes the job."""
@@ -178,6 +176,7 @@ def test_repeated_random_kills(tmp_path: Path, workspace: Workspace) -> None:
     assert summary.exit_code in (0, 14)
 
 
+@BOTH_BACKENDS
 @pytest.mark.long
 def test_credits_match_audit_after_kill(api: SandboxApi, workspace: Workspace) -> None:
     """The ledger's credits equal the API's over all executions, except for unconfirmed and unknown ones."""
@@ -255,6 +254,7 @@ def test_ledger_is_sound_after_kill(api: SandboxApi, workspace: Workspace) -> No
     assert check_ledger(workspace.ledger_location).problems == []
 
 
+@BOTH_BACKENDS
 @pytest.mark.long
 def test_concurrent_starts(tmp_path: Path, workspace: Workspace) -> None:
     """Of two simultaneous starts one runs and the other exits with 11, with a server after a moment."""

@@ -23,16 +23,13 @@ from enrich.models import RowStatus
 from enrich.run.context import RunOptions
 from enrich.sandbox.settings import Shape
 from tests.support.workspace import (
-    FILE_ONLY,
+    BOTH_BACKENDS,
     SHORT_TIMEOUTS,
     SandboxApi,
     Workspace,
-    both_backends,
     make_leads,
     serve_api,
 )
-
-backend = both_backends
 
 #: The guaranteed keys of the summary (section 5 of the contract), which users' scripts read.
 SUMMARY_KEYS = {
@@ -42,6 +39,7 @@ SUMMARY_KEYS = {
 }
 
 
+@BOTH_BACKENDS
 def test_csv_is_enriched(api: SandboxApi, workspace: Workspace) -> None:
     """Every row comes back in order, with the new columns and its status."""
     leads = make_leads(60)
@@ -61,6 +59,7 @@ def test_csv_is_enriched(api: SandboxApi, workspace: Workspace) -> None:
     assert sum(float(row["enrich_credits"] or 0) for row in output) == audit["credits_charged"]
 
 
+@BOTH_BACKENDS
 @pytest.mark.long
 def test_second_run_is_free(api: SandboxApi, workspace: Workspace) -> None:
     """The same command again answers from the ledger and writes the same output."""
@@ -101,7 +100,6 @@ def test_json_summary_keys(api: SandboxApi, workspace: Workspace) -> None:
     assert (summary["job"], summary["exit_code"], summary["credits_unknown"]) == ("job", 0, 0)
 
 
-@FILE_ONLY
 def test_success_is_silent_off_terminal(api: SandboxApi, workspace: Workspace) -> None:
     """Prints nothing after a successful run, so that cron sends no mail."""
     workspace.write_leads(make_leads(3))
@@ -111,7 +109,6 @@ def test_success_is_silent_off_terminal(api: SandboxApi, workspace: Workspace) -
     assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
 
 
-@FILE_ONLY
 @pytest.mark.long
 def test_gzip_input_and_output(api: SandboxApi, workspace: Workspace) -> None:
     """Reads and writes `.csv.gz` by its file name."""
@@ -129,7 +126,6 @@ def test_gzip_input_and_output(api: SandboxApi, workspace: Workspace) -> None:
     assert {row["enrich_status"] for row in rows} <= {"found", "not_found"}
 
 
-@FILE_ONLY
 @pytest.mark.long
 def test_parquet_output_types(api: SandboxApi, workspace: Workspace) -> None:
     """A Parquet output has the input's columns as text, nulls for unknown values, and numeric credits."""
@@ -150,6 +146,7 @@ def test_parquet_output_types(api: SandboxApi, workspace: Workspace) -> None:
     assert stat.S_IMODE((workspace.folder / "out.parquet").stat().st_mode) == 0o600
 
 
+@BOTH_BACKENDS
 @pytest.mark.long
 def test_output_with_every_status(tmp_path: Path, workspace: Workspace) -> None:
     """The output has found, not found, failed, expired, in doubt, invalid, filtered and pending rows together."""
@@ -201,6 +198,7 @@ def test_every_result_shape(tmp_path: Path, workspace: Workspace, shape: Shape) 
     assert sum(float(row["enrich_credits"]) for row in output) == audit["credits_charged"] == summary.credits_spent
 
 
+@BOTH_BACKENDS
 @pytest.mark.long
 def test_nested_and_json_values(api: SandboxApi, workspace: Workspace) -> None:
     """A column takes a field of a nested result; objects and lists are written as JSON, numbers unchanged."""
@@ -275,7 +273,6 @@ def test_step_prices_replace_hidden_price(tmp_path: Path, workspace: Workspace) 
     assert summary.credits_spent == pytest.approx(audit["credits_charged"])
 
 
-@FILE_ONLY
 @pytest.mark.long
 def test_providers_and_verifier_order(api: SandboxApi, workspace: Workspace) -> None:
     """Sends `enrichments` and `email_verifier` in the job's order, and the output names the provider of each match."""
@@ -292,7 +289,6 @@ def test_providers_and_verifier_order(api: SandboxApi, workspace: Workspace) -> 
     assert summary.credits_spent == pytest.approx(audit["credits_charged"])
 
 
-@FILE_ONLY
 def test_default_providers_are_sent(api: SandboxApi, workspace: Workspace) -> None:
     """Sends the waterfall's own providers when the job names none, so that a change of the defaults has no effect."""
     workspace.write_leads(make_leads(1))
@@ -302,6 +298,7 @@ def test_default_providers_are_sent(api: SandboxApi, workspace: Workspace) -> No
     assert api.audit()["runs"][0]["enrichments"] == [833, 966, 701, 745]
 
 
+@BOTH_BACKENDS
 def test_duplicates_are_sent_once(api: SandboxApi, workspace: Workspace) -> None:
     """Rows with the same request share the answer; the first shows the cost, so the column sums to the bill."""
     leads = make_leads(6)
@@ -320,6 +317,7 @@ def test_duplicates_are_sent_once(api: SandboxApi, workspace: Workspace) -> None
     assert sum(float(row["enrich_credits"] or 0) for row in output) == audit["credits_charged"]
 
 
+@BOTH_BACKENDS
 @pytest.mark.long
 def test_rows_without_dedupe(api: SandboxApi, workspace: Workspace) -> None:
     """`dedupe: false` sends and pays for each row once; the second run is free."""
@@ -335,7 +333,6 @@ def test_rows_without_dedupe(api: SandboxApi, workspace: Workspace) -> None:
     assert sum(float(row["enrich_credits"] or 0) for row in workspace.read_output()) == audit["credits_charged"]
 
 
-@FILE_ONLY
 def test_only_if_empty(api: SandboxApi, workspace: Workspace) -> None:
     """`only_if_empty` skips rows that have the answer already."""
     leads = make_leads(6)
@@ -350,7 +347,6 @@ def test_only_if_empty(api: SandboxApi, workspace: Workspace) -> None:
     assert workspace.read_output()[2]["enrich_status"] == "filtered"
 
 
-@FILE_ONLY
 def test_formula_injection_is_escaped(api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """A formula from the API gets a leading quote in CSV; the input's own cells stay unchanged."""
     monkeypatch.setattr(
@@ -367,6 +363,7 @@ def test_formula_injection_is_escaped(api: SandboxApi, workspace: Workspace, mon
     assert {row["work_email"] for row in output} == {"", '\'=HYPERLINK("http://evil.example")'}
 
 
+@BOTH_BACKENDS
 @pytest.mark.long
 def test_unicode_leads(api: SandboxApi, workspace: Workspace) -> None:
     """Preserves accents, other alphabets and emoji in requests and output."""
@@ -412,8 +409,7 @@ def test_files_are_private(tmp_path: Path, workspace: Workspace) -> None:
 
     assert result.exit_code == 14
     written = [path for path in workspace.folder.rglob("*") if path.is_file() and path not in before]
-    assert {path.name for path in written} >= {"out.csv", "enrich.log"}
-    assert workspace.server_url or {path.name for path in written} >= {"job.db", "job.db.lock"}
+    assert {path.name for path in written} >= {"out.csv", "enrich.log", "job.db", "job.db.lock"}
     for path in written:
         assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
         assert key.encode() not in path.read_bytes(), path
@@ -428,7 +424,6 @@ def test_files_are_private(tmp_path: Path, workspace: Workspace) -> None:
     }
 
 
-@FILE_ONLY
 @pytest.mark.long
 def test_log_is_appended(api: SandboxApi, workspace: Workspace) -> None:
     """Each run appends its lines to the log."""
@@ -441,7 +436,6 @@ def test_log_is_appended(api: SandboxApi, workspace: Workspace) -> None:
     assert [line["receipt"]["execution"] for line in lines if line["event"] == "end"] == [1, 2]
 
 
-@FILE_ONLY
 @pytest.mark.long
 def test_output_name_with_date(api: SandboxApi, workspace: Workspace) -> None:
     """Fills in strftime codes with local time and makes missing folders."""
@@ -455,7 +449,6 @@ def test_output_name_with_date(api: SandboxApi, workspace: Workspace) -> None:
     assert Path(summary.output).match("results/20??/leads-20??.csv")
 
 
-@FILE_ONLY
 @pytest.mark.long
 def test_default_output_name(api: SandboxApi, workspace: Workspace) -> None:
     """Without `output` it is `<input>_enriched.csv`."""
@@ -468,7 +461,6 @@ def test_default_output_name(api: SandboxApi, workspace: Workspace) -> None:
     assert len(workspace.read_output("leads_enriched.csv")) == 1
 
 
-@FILE_ONLY
 @pytest.mark.long
 def test_other_separator_and_encoding(api: SandboxApi, workspace: Workspace) -> None:
     """Uses the input's and the output's own separator and encoding."""
@@ -487,7 +479,6 @@ def test_other_separator_and_encoding(api: SandboxApi, workspace: Workspace) -> 
     assert api.audit()["runs"][0]["params"]["first_name"] == "Jürgen"
 
 
-@FILE_ONLY
 def test_output_is_replaced_atomically(api: SandboxApi, workspace: Workspace) -> None:
     """The new file replaces the old one with its mode, and nothing is left beside it."""
     workspace.write_leads(make_leads(2))
@@ -502,7 +493,6 @@ def test_output_is_replaced_atomically(api: SandboxApi, workspace: Workspace) ->
     assert [path.name for path in workspace.folder.glob("*part*")] == []
 
 
-@FILE_ONLY
 @pytest.mark.long
 def test_rate_limited_api(tmp_path: Path, workspace: Workspace) -> None:
     """429s slow the run down, and nothing is paid twice."""

@@ -14,9 +14,7 @@ from enrich.models import State
 from enrich.rows.job_input import JobInput
 from enrich.run.context import RunOptions
 from tests.support.cases import first_quick
-from tests.support.workspace import SandboxApi, Workspace, both_backends, make_leads, serve_api
-
-backend = both_backends
+from tests.support.workspace import BOTH_BACKENDS, SandboxApi, Workspace, make_leads, serve_api
 
 #: The maximum price of one request of the standard job, in credits.
 MAX_PRICE = 3.51
@@ -50,6 +48,7 @@ def row_statuses(workspace: Workspace) -> list[str]:
 # order_by
 
 
+@BOTH_BACKENDS
 @pytest.mark.long
 def test_order_by_largest_first(api: SandboxApi, workspace: Workspace) -> None:
     """Sends the largest values of the column first, run by run; the output keeps the file's order."""
@@ -75,6 +74,7 @@ def test_unknown_order_column(api: SandboxApi, workspace: Workspace) -> None:
         assert (result.exit_code, f"job.yaml:12: {key}" in result.stderr) == (2, True), result.stderr
 
 
+@BOTH_BACKENDS
 def test_rows_added_while_sorting(api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that grows during the run is no bug."""
     workspace.write_job(order_by="Note")
@@ -133,6 +133,7 @@ def test_cap_ignores_retries_and_refreshes(tmp_path: Path, workspace: Workspace)
     assert row_statuses(workspace)[0] == "capped"
 
 
+@BOTH_BACKENDS
 @pytest.mark.long
 def test_run_plan_and_collect_agree_on_capped(api: SandboxApi, workspace: Workspace) -> None:
     """run, plan and collect agree, with an order, a limit and a lead that came after the last run."""

@@ -27,9 +27,7 @@ from enrich.run.plan_file import SavedPlan, read_plan, write_plan
 from enrich.run.step_plan import StepsPlan
 from tests.end_to_end.test_steps import HEADER, JOB, SHORT_JOB, STEPS, make_people
 from tests.support.cases import examples, first_quick
-from tests.support.workspace import SandboxApi, Workspace, both_backends, serve_api
-
-backend = both_backends
+from tests.support.workspace import BOTH_BACKENDS, SandboxApi, Workspace, serve_api
 
 #: Decisions with which a row is sent in a step, or may be.
 MAY_BE_SENT = {"new", "retry", "refresh", "possible", "duplicate", "over_limit"}
@@ -64,6 +62,7 @@ def submitted_by_step(summary: dict[str, Any]) -> list[int]:
     return [step["submitted"] for step in summary["steps"]]
 
 
+@BOTH_BACKENDS
 @pytest.mark.parametrize(
     "arguments", first_quick(1, [("--limit", "4"), (), ("--sample", "5", "--seed", "3")], single=True), ids=str
 )
@@ -127,6 +126,7 @@ def test_changed_plan_is_refused(people: Workspace, api: SandboxApi) -> None:
         assert "changed since the plan was made" in summary["error"]
 
 
+@BOTH_BACKENDS
 @pytest.mark.long
 def test_rows_of_a_plan(people: Workspace, tmp_path: Path) -> None:
     """Each row has a decision and a reason in every step, and the run sends nothing for the others."""
@@ -154,6 +154,7 @@ def test_rows_of_a_plan(people: Workspace, tmp_path: Path) -> None:
     assert any(row["plan_email_why"] == "sent if the results of company require it" for row in rows)
 
 
+@BOTH_BACKENDS
 @pytest.mark.long
 def test_shared_request_takes_one_place_when_it_is_sent_again(people: Workspace, tmp_path: Path) -> None:
     """`--limit` counts a failed request that three leads share once, and so does the plan in a later step."""

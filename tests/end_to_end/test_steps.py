@@ -13,15 +13,13 @@ from enrich.models import State
 from enrich.run.context import RunOptions
 from enrich.run.progress import Progress
 from tests.support.workspace import (
+    BOTH_BACKENDS,
     JumpingClock,
     SandboxApi,
     Workspace,
-    both_backends,
     clock_ahead,
     serve_api,
 )
-
-backend = both_backends
 
 HEADER = ["First Name", "Last Name", "Website", "Email", "Title", "LinkedIn"]
 #: Company → e-mail → a fallback where nothing was found → phone for directors.
@@ -116,6 +114,7 @@ def people(workspace: Workspace) -> Workspace:
     return workspace
 
 
+@BOTH_BACKENDS
 def test_each_step_follows_from_those_before(people: Workspace, api: SandboxApi) -> None:
     """Each step asks where its condition holds, and the file, the receipt and the API's bill agree."""
     summary = people.run_job(api)
@@ -164,6 +163,7 @@ def test_second_run_and_collect(people: Workspace, api: SandboxApi) -> None:
     assert (people.folder / "out.csv").read_bytes() == before
 
 
+@BOTH_BACKENDS
 def test_waits_for_what_is_not_final(workspace: Workspace, tmp_path: Path) -> None:
     """A row whose earlier step is unconfirmed is sent nothing more; the others go on."""
     workspace.write_job(SHORT_JOB)
@@ -181,6 +181,7 @@ def test_waits_for_what_is_not_final(workspace: Workspace, tmp_path: Path) -> No
         assert (summary.exit_code, summary.submitted, summary.found) == (ExitCode.OK, 4, 6)
 
 
+@BOTH_BACKENDS
 @pytest.mark.long
 def test_fallback_after_failure(workspace: Workspace, tmp_path: Path) -> None:
     """After a failed request the fallback may be sent, and its value is the row's."""
@@ -358,6 +359,7 @@ def test_independent_steps_of_leads_beyond_the_limit(people: Workspace, api: San
     assert len(begun) == 4
 
 
+@BOTH_BACKENDS
 @pytest.mark.long
 def test_sample_counts_leads(people: Workspace, api: SandboxApi) -> None:
     """`--sample` begins so many leads, and their later steps are asked, too."""

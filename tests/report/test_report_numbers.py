@@ -26,17 +26,15 @@ from enrich.report.page_file import with_relative_paths
 from tests.support.ledger import FREE_FAILURE, NO_MATCH, CommittingLedger
 from tests.support.sample_reports import marked_values, report_json
 from tests.support.workspace import (
+    BOTH_BACKENDS,
     INSTANT_API,
     SandboxApi,
     Workspace,
-    both_backends,
     kill_process,
     make_leads,
     serve_api,
     wait_until,
 )
-
-backend = both_backends
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 TARGET = JobArguments("job.yaml --output out.csv", "job.yaml")
@@ -81,6 +79,7 @@ def assert_agrees_with_audit(report: dict[str, Any], audit: dict[str, Any]) -> N
         assert each["credits"] == pytest.approx(true[each["name"]]["credits"])
 
 
+@BOTH_BACKENDS
 @pytest.mark.long
 def test_page_matches_status(tmp_path: Path, workspace: Workspace) -> None:
     """The page has the same numbers of two runs as `status`."""
@@ -177,6 +176,7 @@ def cancel_tasks(api: SandboxApi, task_ids: list[str]) -> None:
             http.post(f"{api.base_url}/tasks/{task_id}/cancel").raise_for_status()
 
 
+@BOTH_BACKENDS
 @pytest.mark.long
 def test_provider_stats_match_audit(tmp_path: Path, workspace: Workspace) -> None:
     """Each provider's statistics equal the audit, over two runs with different prices."""
@@ -193,6 +193,7 @@ def test_provider_stats_match_audit(tmp_path: Path, workspace: Workspace) -> Non
     assert (report["waterfall"]["untold"], report["waterfall"]["elsewhere"]) == (0, 0)
 
 
+@BOTH_BACKENDS
 @pytest.mark.long
 def test_jobs_sharing_a_ledger(tmp_path: Path, workspace: Workspace) -> None:
     """Two jobs share a ledger, one in bulk: each shows its own spending, and together they equal the charges."""
@@ -282,6 +283,7 @@ def test_other_columns_use_stored_answers(finished_run: Workspace) -> None:
     ]
 
 
+@BOTH_BACKENDS
 @pytest.mark.long
 def test_unreadable_waterfall_description(finished_run: Workspace) -> None:
     """An unreadable description of a waterfall counts as missing, so nothing is inferred."""
@@ -292,6 +294,7 @@ def test_unreadable_waterfall_description(finished_run: Workspace) -> None:
     assert report["waterfall"]["untold"] == report["requests"]["not_found"]
 
 
+@BOTH_BACKENDS
 @pytest.mark.long
 def test_purged_and_forgotten_leads(finished_run: Workspace) -> None:
     """Purged and forgotten leads keep their cost; their unknown answers do not count as zero."""
@@ -308,6 +311,7 @@ def test_purged_and_forgotten_leads(finished_run: Workspace) -> None:
     assert report["anomalies"] == []
 
 
+@BOTH_BACKENDS
 def test_report_during_run(workspace: Workspace) -> None:
     """A report during a run shows what is committed, and the active run is not reported as killed."""
     workspace.write_leads(make_leads(2))

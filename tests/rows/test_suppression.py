@@ -15,9 +15,7 @@ from enrich.errors import CommandRefused
 from enrich.rows.row_selection import Suppression, read_suppression
 from enrich.run.context import RunOptions
 from tests.support.cases import in_turn
-from tests.support.workspace import SandboxApi, Workspace, both_backends, make_leads
-
-backend = both_backends
+from tests.support.workspace import BOTH_BACKENDS, SandboxApi, Workspace, make_leads
 
 HEADER = ["First Name", "Last Name", "Website", "Email", "Note"]
 
@@ -135,6 +133,7 @@ def test_domain_covers_subdomains(listed_: list[str], asked: list[str], seed: in
     assert is_suppressed(suppression, note=f"someone@{written}") is expected
 
 
+@BOTH_BACKENDS
 def test_suppressed_rows_are_not_sent(api: SandboxApi, workspace: Workspace) -> None:
     """Suppressed rows are marked in the output and the plan; a request that was already queued is removed."""
     workspace.write_leads([[*lead[:3], f"l{number}@mail.example", ""] for number, lead in enumerate(make_leads(4))])

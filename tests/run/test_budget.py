@@ -17,17 +17,14 @@ from enrich.sandbox.databar import Databar
 from enrich.sandbox.lookups import Refused
 from tests.support.cases import first_quick, in_turn
 from tests.support.workspace import (
-    FILE_ONLY,
+    BOTH_BACKENDS,
     SHORT_TIMEOUTS,
     Workspace,
-    both_backends,
     kill_process,
     make_leads,
     serve_api,
     wait_until,
 )
-
-backend = both_backends
 
 FAULTS = (
     "error-after=0.05,status=502",
@@ -38,7 +35,6 @@ FAULTS = (
 )
 
 
-@FILE_ONLY
 @pytest.mark.long
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_cap_holds_with_unconfirmed_requests(tmp_path: Path, workspace: Workspace, seed: int) -> None:
@@ -62,7 +58,6 @@ def test_cap_holds_with_unconfirmed_requests(tmp_path: Path, workspace: Workspac
     assert audit["credits_charged"] > cap / 4
 
 
-@FILE_ONLY
 @pytest.mark.long
 def test_open_tasks_count_against_next_cap(tmp_path: Path, workspace: Workspace) -> None:
     """Open tasks of an earlier run settle in the next one and count against its cap."""
@@ -127,7 +122,6 @@ def test_restart_checks_next_rows(tmp_path: Path, canary_workspace: Workspace) -
     ]
 
 
-@FILE_ONLY
 @pytest.mark.parametrize(("leads", "limit"), first_quick(1, [(5, None), (6, None), (LEADS, 4), (LEADS, 6)]))
 def test_canary_skipped_for_small_runs(
     tmp_path: Path, canary_workspace: Workspace, leads: int, limit: int | None
@@ -140,7 +134,6 @@ def test_canary_skipped_for_small_runs(
 
 
 @pytest.mark.long
-@FILE_ONLY
 def test_limit_includes_canary_rows(tmp_path: Path, canary_workspace: Workspace) -> None:
     """The canary's rows are among those that `--limit` allows."""
     with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
@@ -149,7 +142,6 @@ def test_limit_includes_canary_rows(tmp_path: Path, canary_workspace: Workspace)
     assert (summary.exit_code, summary.submitted, summary.pending) == (0, 10, LEADS - 10)
 
 
-@FILE_ONLY
 @pytest.mark.long
 def test_canary_counts_free_failures(tmp_path: Path, canary_workspace: Workspace) -> None:
     """Requests that fail at no charge count as results without a match once they are not sent again."""
@@ -160,7 +152,6 @@ def test_canary_counts_free_failures(tmp_path: Path, canary_workspace: Workspace
     assert (summary.exit_code, summary.failed, summary.pending) == (15, 6, LEADS - 6)
 
 
-@FILE_ONLY
 @pytest.mark.parametrize(("hit_rate", "code", "finished"), first_quick(1, [(1.0, 0, LEADS), (0.0, 15, 6)]))
 def test_canary_counts_requests_not_attempts(
     tmp_path: Path, canary_workspace: Workspace, hit_rate: float, code: int, finished: int
@@ -173,7 +164,6 @@ def test_canary_counts_requests_not_attempts(
     assert code == 0 or "0 of 6 results matched" in (summary.error or "")
 
 
-@FILE_ONLY
 @pytest.mark.long
 def test_canary_stops_on_unconfirmed(tmp_path: Path, canary_workspace: Workspace) -> None:
     """Without any answer from the canary's requests, the run stops."""
@@ -185,7 +175,6 @@ def test_canary_stops_on_unconfirmed(tmp_path: Path, canary_workspace: Workspace
     assert "no result arrived" in str(summary.error)
 
 
-@FILE_ONLY
 @pytest.mark.long
 def test_canary_counts_rejected_rows(
     tmp_path: Path, canary_workspace: Workspace, monkeypatch: pytest.MonkeyPatch
@@ -202,7 +191,6 @@ def test_canary_counts_rejected_rows(
     assert (summary.exit_code, summary.failed, summary.pending) == (15, 6, LEADS - 6)
 
 
-@FILE_ONLY
 @pytest.mark.long
 def test_canary_stops_on_timeout(tmp_path: Path, canary_workspace: Workspace) -> None:
     """When the canary's tasks time out, the run is exit 15, and the next run collects them."""
@@ -216,7 +204,6 @@ def test_canary_stops_on_timeout(tmp_path: Path, canary_workspace: Workspace) ->
         assert api.audit()["accepted"] == 6
 
 
-@FILE_ONLY
 @pytest.mark.long
 def test_canary_ignores_rate_limits(tmp_path: Path, canary_workspace: Workspace) -> None:
     """A 429 is no answer about a lead and does not count."""
@@ -227,6 +214,7 @@ def test_canary_ignores_rate_limits(tmp_path: Path, canary_workspace: Workspace)
     assert (summary.exit_code, summary.submitted) == (15, 6)
 
 
+@BOTH_BACKENDS
 @pytest.mark.long
 def test_cap_takes_precedence_over_canary(tmp_path: Path, canary_workspace: Workspace) -> None:
     """When the cap is reached among the canary's rows, the exit code is the cap's."""
@@ -238,6 +226,7 @@ def test_cap_takes_precedence_over_canary(tmp_path: Path, canary_workspace: Work
     assert summary.submitted < 6
 
 
+@BOTH_BACKENDS
 @pytest.mark.long
 def test_kill_during_canary(tmp_path: Path, canary_workspace: Workspace) -> None:
     """After a kill -9 during the canary, the next start collects its answers and checks six rows of its own."""

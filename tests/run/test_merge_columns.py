@@ -10,9 +10,7 @@ import polars as pl
 import pytest
 
 from tests.support.cases import first_quick
-from tests.support.workspace import HEADER, JOB, SandboxApi, Workspace, both_backends, make_leads, serve_api
-
-backend = both_backends
+from tests.support.workspace import BOTH_BACKENDS, HEADER, JOB, SandboxApi, Workspace, make_leads, serve_api
 
 MERGE_JOB = JOB.replace("work_email: email", "Email: email")
 
@@ -39,6 +37,7 @@ def run_and_compare_emails(workspace: Workspace, api: SandboxApi, merge: str) ->
     return before, [row["Email"] for row in rows], [row["enrich_status"] for row in rows]
 
 
+@BOTH_BACKENDS
 def test_fill_blank_cells(workspace: Workspace, api: SandboxApi) -> None:
     """Existing values stay, blanks are filled with matches, and a miss keeps the exact text."""
     before, after, status = run_and_compare_emails(workspace, api, "fill_empty")

@@ -29,16 +29,13 @@ from enrich.run.plan import Plan
 from enrich.run.plan_file import SavedPlan, read_plan, write_plan
 from tests.support.cases import examples, first_quick
 from tests.support.workspace import (
-    FILE_ONLY,
+    BOTH_BACKENDS,
     ProgramResult,
     SandboxApi,
     Workspace,
-    both_backends,
     make_leads,
     serve_api,
 )
-
-backend = both_backends
 
 #: The maximum price of one request of the standard job, in credits.
 MAX_PRICE = 3.51
@@ -233,6 +230,7 @@ def test_interrupted_plan_is_resumed(mixed_api: SandboxApi, case: PlanCase) -> N
 # Why a row is paid for or not
 
 
+@BOTH_BACKENDS
 def test_decisions_of_all_rows(api: SandboxApi, workspace: Workspace) -> None:
     """Each row has its decision and reason: new, answered, duplicate, invalid, filtered or over the limit."""
     workspace.write_job(where="Note <> 'no'", suppress="never.txt")
@@ -261,7 +259,6 @@ def test_decisions_of_all_rows(api: SandboxApi, workspace: Workspace) -> None:
     assert decided[0]["plan_answered_at"].endswith("Z")
 
 
-@FILE_ONLY
 def test_rows_file_is_replaced(api: SandboxApi, workspace: Workspace) -> None:
     """A file written by `--rows` can be the input of another plan, whose columns replace the old ones."""
     workspace.write_leads(make_leads(2))
@@ -273,7 +270,6 @@ def test_rows_file_is_replaced(api: SandboxApi, workspace: Workspace) -> None:
         assert (workspace.folder / "again.csv").read_text() == (workspace.folder / "rows.csv").read_text()
 
 
-@FILE_ONLY
 @pytest.mark.parametrize("name", first_quick(2, ["rows.csv", "rows.xlsx", "rows.csv.gz", "rows.parquet", "rows.jsonl"]))
 def test_rows_file_replaces_only_rows_files(api: SandboxApi, workspace: Workspace, name: str) -> None:
     """Replaces an older file of `--rows` and an empty file in every format; any other file is exit 2 and stays."""
@@ -291,7 +287,6 @@ def test_rows_file_replaces_only_rows_files(api: SandboxApi, workspace: Workspac
         assert path.read_bytes() == content
 
 
-@FILE_ONLY
 def test_rows_file_never_replaces_job_or_input(api: SandboxApi, workspace: Workspace) -> None:
     """A rows file that names the job, the input or the ledger is exit 2, and these files stay."""
     workspace.write_leads(make_leads(2))
@@ -303,7 +298,6 @@ def test_rows_file_never_replaces_job_or_input(api: SandboxApi, workspace: Works
 
 
 @pytest.mark.long
-@FILE_ONLY
 def test_rows_file_never_replaces_a_file_of_a_run(api: SandboxApi, workspace: Workspace) -> None:
     """A rows file that names an output, rejects or an output of an earlier day is exit 2, also in a sandbox run."""
     workspace.write_leads([*make_leads(2), ["", "", "", "", ""]])
@@ -335,7 +329,6 @@ def test_open_tasks_reduce_cap(tmp_path: Path, workspace: Workspace) -> None:
 # Output
 
 
-@FILE_ONLY
 def test_json_keys(api: SandboxApi, workspace: Workspace) -> None:
     """`--json` has the counts, cost, balance, what the cap allows, and the time in seconds at the configured rate."""
     workspace.write_job(limits="{requests_per_second: 10, max_credits: 8}")
@@ -361,7 +354,6 @@ def test_likely_cost_from_history(api: SandboxApi, workspace: Workspace) -> None
     assert made_plan.cost.likely == pytest.approx(summary.credits_spent / 12 * 8, abs=1e-5)
 
 
-@FILE_ONLY
 def test_unknown_price(api: SandboxApi, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """With an unknown price, cost and cap are null and shown as unknown; with a cap, plan and run refuse."""
     workspace.write_leads(make_leads(2))
@@ -410,7 +402,6 @@ def test_plan_leaves_no_files(api: SandboxApi, workspace: Workspace) -> None:
     assert api.audit()["accepted"] == 0
 
 
-@FILE_ONLY
 def test_plan_does_not_change_ledger(api: SandboxApi, workspace: Workspace) -> None:
     """A plan leaves every byte of the ledger as it was."""
     workspace.write_leads(make_leads(3))
@@ -422,6 +413,7 @@ def test_plan_does_not_change_ledger(api: SandboxApi, workspace: Workspace) -> N
     assert workspace.ledger_path.read_bytes() == before
 
 
+@BOTH_BACKENDS
 def test_plan_during_run(api: SandboxApi, workspace: Workspace) -> None:
     """During a run a plan warns that it may be outdated, and it can't be saved."""
     workspace.write_leads(make_leads(3))
@@ -443,7 +435,6 @@ def test_plan_during_run(api: SandboxApi, workspace: Workspace) -> None:
     assert not (workspace.folder / "night.plan").exists()
 
 
-@FILE_ONLY
 def test_older_ledger_is_not_migrated(api: SandboxApi, workspace: Workspace) -> None:
     """A plan does not migrate an older ledger; the hint names a command that does, without sending requests."""
     workspace.write_leads(make_leads(1))
@@ -457,7 +448,6 @@ def test_older_ledger_is_not_migrated(api: SandboxApi, workspace: Workspace) -> 
     assert "--limit 0" in result.stderr
 
 
-@FILE_ONLY
 def test_low_balance_is_reported(tmp_path: Path, workspace: Workspace) -> None:
     """With a low balance the plan is shown with the message that a run would give."""
     workspace.write_leads(make_leads(1))
@@ -468,7 +458,6 @@ def test_low_balance_is_reported(tmp_path: Path, workspace: Workspace) -> None:
     assert "Next: " not in result.stdout
 
 
-@FILE_ONLY
 def test_high_numbers_are_written_out(tmp_path: Path, workspace: Workspace) -> None:
     """High prices, and the options of the next command, have all their digits."""
     workspace.write_job(enrichments="[833]")
@@ -493,6 +482,7 @@ def save_plan(workspace: Workspace, api: SandboxApi, *arguments: str) -> str:
     return "night.plan"
 
 
+@BOTH_BACKENDS
 @pytest.mark.long
 def test_saved_plan_runs_once(api: SandboxApi, workspace: Workspace) -> None:
     """A saved plan is used up by its run, and its file is readable for its owner only."""
@@ -533,6 +523,7 @@ def test_saved_plan_refused_after_changes(api: SandboxApi, workspace: Workspace,
     assert api.audit()["accepted"] == 0
 
 
+@BOTH_BACKENDS
 def test_saved_plan_refused_after_price_change(api: SandboxApi, workspace: Workspace) -> None:
     """After a change of prices the plan is refused."""
     workspace.write_leads(make_leads(2))
@@ -548,6 +539,7 @@ def test_saved_plan_refused_after_price_change(api: SandboxApi, workspace: Works
     assert str(summary.error).startswith("the prices changed")
 
 
+@BOTH_BACKENDS
 @pytest.mark.long
 def test_killed_plan_keeps_its_budget(tmp_path: Path, workspace: Workspace) -> None:
     """After a kill, the second run sends only the rest of the plan: open tasks of the first one count once."""
@@ -575,7 +567,6 @@ def test_saved_plan_cap(api: SandboxApi, workspace: Workspace) -> None:
     assert (result.exit_code, result.json_output["submitted"]) == (12, 0)
 
 
-@FILE_ONLY
 @pytest.mark.long
 @pytest.mark.parametrize("option", [("--limit", "1"), ("--sample", "2"), ("--max-credits", "1"), ("--retry", "failed")])
 def test_saved_plan_rejects_selection_options(api: SandboxApi, workspace: Workspace, option: tuple[str, str]) -> None:
@@ -585,7 +576,6 @@ def test_saved_plan_rejects_selection_options(api: SandboxApi, workspace: Worksp
     assert (result.exit_code, "--plan cannot be combined with" in result.stderr) == (2, True)
 
 
-@FILE_ONLY
 @pytest.mark.parametrize("content", ["", "{}", '{"version": 2}', "First Name\nÅ\n"])
 def test_invalid_plan_file(api: SandboxApi, workspace: Workspace, content: str) -> None:
     """The error for an invalid plan file names it, without a traceback."""
@@ -598,7 +588,6 @@ def test_invalid_plan_file(api: SandboxApi, workspace: Workspace, content: str) 
 
 
 @pytest.mark.long
-@FILE_ONLY
 def test_plan_output_never_replaces_other_files(api: SandboxApi, workspace: Workspace) -> None:
     """`-o` with the name of the input, the job or the ledger is refused."""
     workspace.write_leads(make_leads(2))
@@ -612,7 +601,6 @@ def test_plan_output_never_replaces_other_files(api: SandboxApi, workspace: Work
     save_plan(workspace, api)
 
 
-@FILE_ONLY
 def test_plan_file_roundtrip(api: SandboxApi, workspace: Workspace) -> None:
     """A plan survives writing and reading."""
     workspace.write_leads(make_leads(2))
@@ -628,7 +616,6 @@ def test_plan_file_roundtrip(api: SandboxApi, workspace: Workspace) -> None:
         write_plan(workspace.folder / "missing" / "night.plan", made_plan)
 
 
-@FILE_ONLY
 def test_special_files_are_not_replaced(workspace: Workspace, api: SandboxApi) -> None:
     """A device or a pipe given as the output is not replaced."""
     workspace.write_leads(make_leads(1))

@@ -24,9 +24,7 @@ from enrich.run.progress import (
     read_snapshot,
 )
 from tests.support.cases import in_turn
-from tests.support.workspace import SandboxApi, Workspace, both_backends, make_leads, serve_api
-
-backend = both_backends
+from tests.support.workspace import BOTH_BACKENDS, SandboxApi, Workspace, make_leads, serve_api
 
 #: Seconds until the next tick, and the counts until then.
 TICKS = st.lists(
@@ -132,6 +130,7 @@ def assert_matches_summary(snapshot: ProgressSnapshot, summary: Any) -> None:
     assert snapshot.elapsed_s <= summary.elapsed_s + 0.001
 
 
+@BOTH_BACKENDS
 @pytest.mark.long
 def test_final_progress_matches_summary(tmp_path: Path, workspace: Workspace) -> None:
     """The last progress contains all requests and answers, including rate-limited ones."""
@@ -164,6 +163,7 @@ def test_progress_includes_canary_and_earlier_tasks(tmp_path: Path, workspace: W
     assert (snapshot.done, snapshot.total) == (3 + 2, 3 + 17)
 
 
+@BOTH_BACKENDS
 def test_progress_of_interrupted_run(api: SandboxApi, workspace: Workspace) -> None:
     """An unconfirmed request counts as done for this execution; with a broken input, the total is unknown."""
     workspace.write_leads(make_leads(2))

@@ -13,9 +13,7 @@ import pytest
 from enrich.run.output import write_changes
 from tests.end_to_end.test_steps import SHORT_JOB
 from tests.files.test_formats import TYPED
-from tests.support.workspace import FILE_ONLY, JOB, SandboxApi, Workspace, both_backends, make_leads, serve_api
-
-backend = both_backends
+from tests.support.workspace import BOTH_BACKENDS, JOB, SandboxApi, Workspace, make_leads, serve_api
 
 
 @pytest.fixture
@@ -65,7 +63,6 @@ def test_rejects_can_be_corrected_and_rerun(workspace: Workspace, api: SandboxAp
     assert workspace.read_output("rejects.csv") == []
 
 
-@FILE_ONLY
 @pytest.mark.parametrize("kind", ["csv", "csv.gz", "jsonl", "xlsx", "parquet"])
 @pytest.mark.parametrize("blank", ["", "Ada"])
 def test_rejects_and_changes_of_typed_columns(workspace: Workspace, api: SandboxApi, kind: str, blank: str) -> None:
@@ -102,6 +99,7 @@ def test_failed_rows_are_rejects(tmp_path: Path) -> None:
     assert all(row["enrich_status"] == "failed" and row["enrich_error"] for row in rejects)
 
 
+@BOTH_BACKENDS
 @pytest.mark.long
 def test_change_feed_reports_each_value_once(workspace: Workspace, api: SandboxApi) -> None:
     """The change feed has one line a field with its key, and never repeats it."""
@@ -144,6 +142,7 @@ def test_change_feed_after_refresh(workspace: Workspace, api: SandboxApi) -> Non
     assert run_and_read_changes(workspace, api) == []
 
 
+@BOTH_BACKENDS
 @pytest.mark.long
 def test_change_feed_with_merge(workspace: Workspace, api: SandboxApi) -> None:
     """With merge, the feed compares new values with the input's cells."""
@@ -282,6 +281,7 @@ def test_leads_with_the_same_key(workspace: Workspace, api: SandboxApi, monkeypa
     assert run_and_read_changes(workspace, api) == []
 
 
+@BOTH_BACKENDS
 @pytest.mark.long
 def test_change_feed_after_erasure(workspace: Workspace, api: SandboxApi) -> None:
     """`forget` erases what the feed has of a person. `purge` leaves no value: the next one has no `old`."""
@@ -301,6 +301,7 @@ def test_change_feed_after_erasure(workspace: Workspace, api: SandboxApi) -> Non
     assert lines_of(changes) == [("note 1", "work_email", "", workspace.read_output()[0]["work_email"])]
 
 
+@BOTH_BACKENDS
 @pytest.mark.long
 def test_end_between_change_feed_and_its_record(
     workspace: Workspace, api: SandboxApi, monkeypatch: pytest.MonkeyPatch

@@ -163,18 +163,16 @@ def serve_api(
         yield SandboxApi(server.base_url, server.api_key)
 
 
-#: Values of a `backend` fixture: both backends, the server among the long tests only.
-BOTH_BACKENDS_SERVER_LONG = ("file", pytest.param("server", marks=pytest.mark.long))
+_BACKENDS = ("file", pytest.param("server", marks=pytest.mark.long))
+#: For a test that runs with a SQLite file, and among the long tests with PostgreSQL. Each SQL statement has one, and so
+#: have kills, locks, erasing, and commands during a run. What touches no database runs with a file only.
+BOTH_BACKENDS = pytest.mark.parametrize("backend", _BACKENDS)
 
 
-@pytest.fixture(params=BOTH_BACKENDS_SERVER_LONG)
+@pytest.fixture(params=_BACKENDS)
 def both_backends(request: pytest.FixtureRequest) -> str:
-    """Run each test of a module with a SQLite file and with PostgreSQL, where the module has it as its `backend`."""
+    """Run each test of a module with both, where the module has it as its `backend`."""
     return str(request.param)
-
-
-#: For a test of the file in a module that covers both.
-FILE_ONLY = pytest.mark.parametrize("backend", ["file"])
 
 
 @dataclass(frozen=True)
