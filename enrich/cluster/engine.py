@@ -201,8 +201,8 @@ def _cluster_error(error: RayError) -> ClusterFailed:
 def enroll_on_ray(job_input: JobInput, shared_pass: SharedPass, monitor: HeartbeatMonitor) -> RowCounts:
     """Enroll all rows in a pass that the caller has begun; the caller selects which of them are sent.
 
-    Requests must not depend on other rows (`why_not_parallel`). Raises what `monitor` raises, CommandRefused when the
-    input cannot be read, LedgerFailed, LeaseLost, ClusterFailed.
+    The input must be one that `can_be_enrolled_in_parts`. Raises what `monitor` raises, CommandRefused when the input
+    cannot be read, LedgerFailed, LeaseLost, ClusterFailed.
     """
     parts = split_input(job_input, monitor)
     total = RowCounts()

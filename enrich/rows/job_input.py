@@ -104,13 +104,10 @@ class JobInput:
         """The columns of the input that are sent, by name: their order in the input and in the job may change."""
         return sorted(self.sent_columns.intersection(self.schema))
 
-    def why_not_parallel(self) -> str | None:
-        """Return why requests depend on all rows, so that parts cannot be enrolled separately; None: they do not."""
-        if not self.job.model.dedupe:
-            return "`dedupe: false` counts equal rows from the first to the last"
-        if self.job.model.order_by is not None:
-            return "`order_by` compares all rows"
-        return None
+    @property
+    def can_be_enrolled_in_parts(self) -> bool:
+        """Whether no request depends on other rows. `dedupe: false` counts equal rows, `order_by` compares all rows."""
+        return self.job.model.dedupe and self.job.model.order_by is None
 
     def for_frame(self, first_position: int, frame: pl.DataFrame) -> JobInput:
         """Return an input of rows in memory, the first of which has this position in the whole input."""
@@ -139,24 +136,7 @@ class JobInput:
         Raises JobError for new columns that the input already has, CommandRefused for columns that cannot be written.
         """
         for name in template.columns:
-            job = next((step for step in self.job.steps if name in (step.model.columns or {})), self.job)
-            if name in self._own_columns:
-                raise job.error(["columns", name], "this name belongs to the status columns", "choose another")
-            if format_of(self.job.output.path) == "csv" and is_formula(name):
-                message = "a spreadsheet would run this name as a formula"
-                raise job.error(["columns", name], message, "choose a name that begins with a letter")
-            if name in self.columns and self.job.model.merge is None:
-                other_name = "choose another name for the new column"
-                if not (self.job.model.columns or self.job.step_jobs):  # the names are those of the API
-                    renamed = {
-                        f"new_{each}" if each in self.columns else each: path for each, path in template.columns.items()
-                    }
-                    other_name = f"name the new columns: `columns: {yaml_mapping(renamed)}`"
-                raise job.error(
-                    ["columns", name],
-                    f"the input already has a column with this name ({self.job.input_path})",
-                    f"{other_name}, or fill the existing one: merge: fill_empty",
-                )
+            self._check_new_column(name, template)
         model = self.job.model
         new = [name for name in template.columns if name not in self.columns]
         feed_columns = dict.fromkeys([*self.change_key, *(name for name in template.columns if name in self.columns)])
@@ -169,6 +149,23 @@ class JobInput:
         self._limits = [(limits, columns) for limits, columns, _ in written]
         for limits, columns, names in written:
             limits.check_columns([*columns, *names], self.job.input_path)
+
+    def _check_new_column(self, name: str, template: RequestTemplate) -> None:
+        job = next((step for step in self.job.steps if name in (step.model.columns or {})), self.job)
+        if name in self._own_columns:
+            raise job.error(["columns", name], "this name belongs to the status columns", "choose another")
+        if format_of(self.job.output.path) == "csv" and is_formula(name):
+            message = "a spreadsheet would run this name as a formula"
+            raise job.error(["columns", name], message, "choose a name that begins with a letter")
+        if name not in self.columns or self.job.model.merge is not None:
+            return
+        hint = "choose another name for the new column"
+        if not (self.job.model.columns or self.job.step_jobs):  # the names are those of the API
+            paths = template.columns.items()
+            renamed = {f"new_{each}" if each in self.columns else each: path for each, path in paths}
+            hint = f"name the new columns: `columns: {yaml_mapping(renamed)}`"
+        message = f"the input already has a column with this name ({self.job.input_path})"
+        raise job.error(["columns", name], message, f"{hint}, or fill the existing one: merge: fill_empty")
 
     def queue_order(self) -> pl.Series | None:
         """Read the input once and return each row's place in the send order; None: the order of the input."""

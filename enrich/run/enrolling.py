@@ -131,7 +131,7 @@ async def _enroll(context: RunContext, run_state: RunState, rows: JobInput | Ste
         run_state.selection = replace(run_state.selection, limit=limit, sample=None, sent_in=sent_in)
     await start_phase(context, run_state, Phase.ENROLL)
     engine = context.environment.engine
-    if engine is None or isinstance(rows, StepInput) or rows.why_not_parallel() is not None:
+    if engine is None or isinstance(rows, StepInput) or not rows.can_be_enrolled_in_parts:
         read, accepted = await ledger_writer.submit(_enroll_locally, context, run_state.selection, rows)
     else:
         read, accepted = await _enroll_on_cluster(context, run_state, rows, engine)

@@ -158,11 +158,10 @@ def test_changed_row_count_is_refused(tmp_path: Path, kind: str, rows: int) -> N
 
 
 def test_undividable_inputs(tmp_path: Path) -> None:
-    """An input that can't be divided gives the reason."""
+    """Requests that depend on other rows are not enrolled in parts."""
     write_table(tmp_path / "leads.csv", ["A", "B"], [])
-    assert open_rows(tmp_path, "leads.csv").why_not_parallel() is None
-    assert "`dedupe: false`" in (open_rows(tmp_path, "leads.csv", "dedupe: false\n").why_not_parallel() or "")
-    assert "`order_by`" in (open_rows(tmp_path, "leads.csv", "order_by: A\n").why_not_parallel() or "")
+    inputs = [open_rows(tmp_path, "leads.csv", more) for more in ("", "dedupe: false\n", "order_by: A\n")]
+    assert [job_input.can_be_enrolled_in_parts for job_input in inputs] == [True, False, False]
 
 
 @pytest.mark.long
