@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import msgspec
 import polars as pl
 from msgspec import Struct
 from msgspec.structs import replace
@@ -57,7 +56,7 @@ class StepTables:
         return known.to_list()
 
 
-class StepRows(Struct, frozen=True):
+class StepRows(Struct):
     """The rows of a job with steps.
 
     `leads`: those that a limited run may send requests for; None: the run is not limited.
@@ -69,8 +68,8 @@ class StepRows(Struct, frozen=True):
     leads: LeadSelection | None = None
     #: Called before each batch. It may raise to stop.
     check_stopped: Callable[[], None] = lambda: None
-    #: Which rows `caps` leaves out, one byte for each; empty: none, or not known yet.
-    capped: bytearray = msgspec.field(default_factory=bytearray)
+    #: Which rows `caps` leaves out, one byte for each; None: no `caps`, or not known before `begin`.
+    _capped: bytearray | None = None
 
     def begin(self) -> None:
         """Find out which leads `caps` leaves out, and which ones of a limited run were begun before.
@@ -83,7 +82,7 @@ class StepRows(Struct, frozen=True):
             return
         begun = self._begun_leads()
         if caps is not None:
-            self.capped[:] = capped_rows(self.job_input, caps, begun)
+            self._capped = capped_rows(self.job_input, caps, begun)
         if self.leads is not None:
             self.leads.begun = begun
 
@@ -144,11 +143,17 @@ class StepRows(Struct, frozen=True):
         for first_position, frame, text in self.job_input.frames(max_rows):
             input_frame = frame.select(pl.nth(own))
             selected = self.job_input.selected_rows(text)
-            capped = self.capped[first_position : first_position + text.height]
-            left_out = [row for row, is_capped in enumerate(capped) if is_capped]
+            left_out = self._capped_rows(first_position, text.height)
             own_text = text.select(pl.nth(own))
             names = identities(own_text, sent)
             yield StepTables(first_position, input_frame, selected, left_out, names, input_frame, own_text)
+
+    def _capped_rows(self, first_position: int, height: int) -> list[int]:
+        """Return which rows of a batch `caps` leaves out, also those that were added after the rows were counted."""
+        if self._capped is None:
+            return []
+        capped = self._capped[first_position : first_position + height].ljust(height, b"\1")
+        return [row for row, is_capped in enumerate(capped) if is_capped]
 
     def _advance(self, tables: StepTables, step: Step, builder: RequestBuilder, *, bill: bool) -> None:
         """Add a step's columns to the table that the next step reads."""

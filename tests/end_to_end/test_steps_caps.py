@@ -56,6 +56,24 @@ def test_rows_added_while_counting(workspace: Workspace, api: SandboxApi, monkey
     assert [row["enrich_email_status"] == "filtered" for row in workspace.read_output()] == [False, False, True]
 
 
+def test_rows_added_after_counting(workspace: Workspace, api: SandboxApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that is added after the leads of each group were counted is left to the next run."""
+    first, second, third = make_people(3, companies=1)
+    workspace.write_leads([first, second], HEADER)
+    workspace.write_job(SHORT_JOB + "caps: {by: Website, max: 2}\n")
+    begin = StepRows.begin
+
+    def begin_and_add_row(rows: StepRows) -> None:
+        begin(rows)
+        workspace.write_leads([first, second, third], HEADER)
+
+    monkeypatch.setattr(StepRows, "begin", begin_and_add_row)
+    summary = workspace.run_job(api)
+
+    assert (summary.exit_code, summary.error) == (4, "the input changed during the run")
+    assert summary.steps[0]["submitted"] == 2
+
+
 def test_signal_before_the_input_is_read(
     workspace: Workspace, api: SandboxApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
