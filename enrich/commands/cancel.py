@@ -84,9 +84,7 @@ class CancelSummary(Struct, frozen=True):
 
 def cancel_tasks(job: Job, access: ApiAccess, ledger: Database, clock: Clock) -> CancelSummary:
     """Cancel the single tasks of a job that wait for their answer, under the ledger's lock. Raises EnrichError."""
-    with ledger.transaction():
-        imported = rescue_import.import_rescue_files(ledger, rescue_folders(job), job.name, clock.now_ms())
-    rescue_import.remove_imported_files(imported)
+    rescue_import.import_and_remove(ledger, rescue_folders(job), job.name, clock.now_ms())
     with ledger.transaction():
         lease_table.check_no_other_holders(ledger)
         resume.recover(ledger, clock.now_ms())

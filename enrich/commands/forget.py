@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from datetime import timedelta
@@ -14,6 +13,7 @@ from msgspec.structs import replace
 
 from enrich.commands import options
 from enrich.commands.forget_steps import RowRequests, follow_answers, requests_of_rows
+from enrich.commands.streams import ask, can_ask
 from enrich.databar.clock import SystemClock
 from enrich.databar.task_results import column_values
 from enrich.errors import CommandRefused, EnrichError, JobError, suggest_name
@@ -26,7 +26,7 @@ from enrich.ledger.database import Database, ledger_exists, try_read
 from enrich.ledger.dialect import DATABASE_ERRORS
 from enrich.ledger.erasure import read_or_make_key
 from enrich.ledger.lock import open_exclusive
-from enrich.ledger.rescue_import import import_rescue_files, remove_imported_files
+from enrich.ledger.rescue_import import import_and_remove
 from enrich.models import OPEN_STATES, pluralize, to_ms
 from enrich.rows.job_input import JobInput
 from enrich.rows.template import RequestTemplate
@@ -152,9 +152,8 @@ def _open_for_erasing(job: Job) -> Iterator[Database]:
     check_ledger_exists(job)
     with open_exclusive(job.ledger) as fence, closing(Database(job.ledger, fencing_token=fence)) as ledger:
         ledger.session.enable_secure_delete()
-        with ledger.transaction():  # so that no rescue file with the data is left beside the ledger
-            rescued = import_rescue_files(ledger, rescue_folders(job), job.name, SystemClock().now_ms())
-        remove_imported_files(rescued)
+        # So that no rescue file with the data is left beside the ledger.
+        import_and_remove(ledger, rescue_folders(job), job.name, SystemClock().now_ms())
         yield ledger
         if not ledger.session.discard_erased_data():
             raise CommandRefused(
@@ -248,14 +247,11 @@ def _texts(value: object) -> Iterator[str]:
             yield from _texts(inner)
 
 
-def _confirmed(prompt: str, *, yes: bool) -> bool:
-    """Ask for confirmation unless `yes` is set. Raises UsageError without a terminal."""
-    if yes:
-        return True
-    if sys.stdin is None or not sys.stdin.isatty():
+def _confirm(prompt: str) -> bool:
+    """Ask for confirmation. Raises UsageError without a terminal."""
+    if not can_ask():
         raise click.UsageError(f"{prompt} Without a terminal, add --yes")
-    click.echo(prompt, err=True)
-    return click.confirm("Continue?", prompt_suffix=" ", err=True)
+    return ask(f"{prompt}\nContinue?")
 
 
 def _jobs_to_erase(job_options: options.JobOptions) -> list[Job]:
@@ -313,7 +309,7 @@ def forget(job_options: options.JobOptions, matches: tuple[str, ...], yes: bool,
     def confirm(counts: ForgottenCounts) -> bool:
         """Ask once for the ledger and the sandbox."""
         if not confirmed:
-            confirmed.append(_confirmed(counts.prompt(), yes=False))
+            confirmed.append(_confirm(counts.prompt()))
         return confirmed[0]
 
     def from_ledger(job: Job) -> int:
@@ -345,7 +341,7 @@ def purge(job_options: options.JobOptions, older_than: float, yes: bool, as_json
     The ledger keeps that the requests were paid, so they are not sent again. Outputs written later lack these
     results.
     """
-    confirmed = _confirmed("This permanently erases older results. Outputs written later lack them.", yes=yes)
+    confirmed = yes or _confirm("This permanently erases older results. Outputs written later lack them.")
     now_ms = SystemClock().now_ms()
     before_ms = now_ms - to_ms(timedelta(seconds=older_than))
 

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from enrich.commands import options
 from enrich.commands.report import write_run_report
-from enrich.commands.streams import echo_error, echo_message, for_terminal
+from enrich.commands.streams import ask, can_ask, echo_error, echo_message, for_terminal
 from enrich.databar.clock import SystemClock
 from enrich.databar.text_filter import clean_text
 from enrich.errors import CommandRefused, EnrichError, JobError, LedgerLocked, install_hint
@@ -132,17 +132,6 @@ def check_combination(selected: RunOptions, max_credits: float | None) -> None:
     conflicting = sorted(selected.retry & {State.IN_DOUBT, State.FAILED}) if selected.accept_in_doubt else []
     if conflicting:
         raise JobError(f"--accept in_doubt and --retry {','.join(conflicting)} contradict each other: choose one")
-
-
-def _confirm(text: str) -> bool:
-    """Ask the question that is the last line of a text."""
-    *lines, question = text.splitlines()
-    echo_message("\n".join(lines))
-    try:
-        return click.confirm(question, prompt_suffix=" ", err=True)
-    except click.Abort:  # Ctrl-D: no answer is a no
-        click.echo(err=True)
-        return False
 
 
 class RunCallbacks(Struct, frozen=True):
@@ -305,16 +294,15 @@ def run(
         check_combination(selected, max_credits)
         job = job_options.load(max_credits if plan is None else plan.max_credits)
         on_terminal = sys.stderr.isatty()
-        can_confirm = on_terminal and sys.stdin is not None and sys.stdin.isatty()
-        use_sandbox = job_options.use_sandbox
+        can_confirm, use_sandbox = can_ask(), job_options.use_sandbox
         should_confirm = can_confirm and not yes and not use_sandbox and job.max_credits is None
         run_options = replace(
             selected,
             max_time_s=max_time,
             workspace_renamed=workspace_renamed,
-            confirm=_confirm if should_confirm and plan is None else None,
+            confirm=ask if should_confirm and plan is None else None,
             new_ledger=new_ledger or use_sandbox,
-            confirm_new_ledger=_confirm if can_confirm else None,
+            confirm_new_ledger=ask if can_confirm else None,
             cluster=make_cluster_options(job, engine, address, workers),
         )
         skip, wait_s = if_locked

@@ -158,9 +158,9 @@ def read_status(job: Job) -> dict[str, Any]:
         spent, unknown = queries.spent_totals(ledger)
         tasks = transitions.submitted_tasks(ledger)
         all_executions = records.list_executions(ledger)
-        executions = records.list_executions(ledger, job.name, SHOWN_EXECUTIONS)
         in_doubt = queries.in_doubt_summary(ledger)
         step_counts = _step_counts(job, ledger)
+    executions = [row for row in all_executions if row.job == job.name][:SHOWN_EXECUTIONS]
     ttl_ms = to_ms(job.result_ttl)
     may_run = view.status in (RunStatus.RUNNING, RunStatus.NO_HEARTBEAT)
     running_id = view.run.id if view.run is not None and may_run else None

@@ -1,4 +1,4 @@
-"""Makes standard streams safe, and prints messages. Failed writes are dropped, closed streams use /dev/null."""
+"""Makes standard streams safe, prints messages and asks. Failed writes are dropped, closed streams use /dev/null."""
 
 from __future__ import annotations
 
@@ -83,3 +83,19 @@ def echo_error(message: str, hint: str | None, *, label: str = "error: ") -> Non
     echo_message(message, label=label)
     if hint:
         echo_message(hint, label="hint: ")
+
+
+def can_ask() -> bool:
+    """Return whether there is a terminal to ask on."""
+    return sys.stderr.isatty() and sys.stdin is not None and sys.stdin.isatty()
+
+
+def ask(text: str) -> bool:
+    """Ask the question that is the last line of a text. No answer (Ctrl-D) is a no."""
+    *lines, question = text.splitlines()
+    echo_message("\n".join(lines))
+    try:
+        return click.confirm(question, prompt_suffix=" ", err=True)
+    except click.Abort:
+        click.echo(err=True)
+        return False

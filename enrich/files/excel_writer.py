@@ -120,7 +120,4 @@ def check_workbook(raw: BinaryIO, written: blake2b) -> None:
     except (zipfile.BadZipFile, KeyError, ValueError, ParseError):
         is_text_only = False
     if not is_text_only or found.digest() != written.digest():
-        raise WriteProblem(
-            "the written workbook cannot be read back",
-            "`enrich collect` with an --output that ends in .csv or .parquet writes it without paying",
-        )
+        raise WriteProblem("the written workbook cannot be read back", _OTHER_FORMAT_HINT)

@@ -191,10 +191,14 @@ class Database:
 
     def rollback(self) -> None:
         """Roll back and end the current transaction."""
+        self._clear_known()
+        self.session.rollback()
+
+    def _clear_known(self) -> None:
+        """Forget what is known of the ledger's content: it may have been read after a change that is rolled back."""
         self.claimed_up_to.clear()
         self.step_costs.clear()
-        self.known_facts = frozenset()  # a fact of this transaction may have been read in it
-        self.session.rollback()
+        self.known_facts = frozenset()
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:
@@ -219,8 +223,7 @@ class Database:
         try:
             yield
         except BaseException:
-            self.claimed_up_to.clear()
-            self.step_costs.clear()
+            self._clear_known()
             if self.session.in_transaction:  # false when a full disk has already ended the transaction
                 self.session.execute("ROLLBACK TO operation")
                 self.session.execute("RELEASE operation")

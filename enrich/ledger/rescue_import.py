@@ -73,6 +73,13 @@ def remove_imported_files(imported: Iterable[tuple[Path, RescueImport]]) -> None
             ) from error
 
 
+def import_and_remove(ledger: Database, other_folders: Sequence[Path], job: str, now_ms: int) -> None:
+    """Import the rescue files of a ledger in a transaction of their own, and remove them. Raises CommandRefused."""
+    with ledger.transaction():
+        imported = import_rescue_files(ledger, other_folders, job, now_ms)
+    remove_imported_files(imported)
+
+
 def import_rescued(db: Database, lines: Sequence[RescuedAttempt], job: str, now_ms: int) -> RescueImport:
     """Import the attempts of a rescue file. Data that the ledger already has stays, so an import can be repeated.
 
@@ -174,7 +181,6 @@ class _Import:
         is_whole = sum(line.state == "submitted" for line, _ in new_lines) == (lines[0].size or 1)
         bulk_task_id: int | None = None
         for line, request in new_lines:
-            execution_id = self._execution_id(line)
             if request.state == "submitted" and request.attempt_id is not None:
                 transitions.mark_in_doubt(db, [(request.attempt_id, "a newer attempt was sent", self.now_ms, None)])
             state = "in_doubt" if line.state == "submitting" else line.state
@@ -182,9 +188,58 @@ class _Import:
                 state = "in_doubt"
             if line.bulk_task is not None and state == "submitted" and bulk_task_id is None:
                 insert = "INSERT INTO bulk_tasks (execution_id, size) VALUES (?, ?) RETURNING id"
-                bulk_task_id = db.number(insert, execution_id, line.size)
-            _insert_attempt(db, execution_id, request, line, state, bulk_task_id if state == "submitted" else None)
+                bulk_task_id = db.number(insert, self._execution_id(line), line.size)
+            self._insert_attempt(line, request, state, bulk_task_id if state == "submitted" else None)
             self.counts[state if state in ("submitted", "in_doubt") else "answered"] += 1
+
+    def _insert_attempt(
+        self, line: RescuedAttempt, request: _RequestState, state: str, bulk_task_id: int | None
+    ) -> None:
+        """Insert the attempt of a line in this state. It becomes the newest of its request."""
+        db, execution_id, is_settled = self.db, self._execution_id(line), state in SETTLED_STATES
+        columns = {
+            "request_id": request.id,
+            "execution_id": execution_id,
+            "previous_state": request.state,
+            "previous_id": request.attempt_id,
+            "state": state,
+            "task_id": line.task_id,
+            "claimed_ms": line.claimed_ms,
+            "submitted_ms": line.submitted_ms,
+            "settled_ms": None if state == "submitted" else line.settled_ms or line.claimed_ms,
+            "settled_execution_id": execution_id if is_settled else None,
+            "acknowledged": int(line.acknowledged),
+            "reserved": line.reserved,
+            "credits": line.credits if is_settled else None,
+            "provider": line.provider,
+            "error": line.error or (_UNKNOWN_ANSWER_ERROR if state == "in_doubt" else None),
+            "answer": line.answer if is_settled else None,
+            "bulk_task_id": bulk_task_id,
+            "bulk_index": None if bulk_task_id is None else line.bulk_index,
+            "step": line.step,
+            # A row of a bulk task is not polled alone: it would get the answer of the first row.
+            "gone": int(line.bulk_task is not None and bulk_task_id is None),
+        }
+        insert = f"INSERT INTO attempts ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))}) RETURNING id"
+        attempt_id = db.number(insert, *columns.values())
+        db.execute(
+            "UPDATE requests SET state = ?1, attempt_id = ?2, attempts = attempts + 1, queue_position = NULL, "
+            "answer_id = CASE WHEN ?1 = 'found' THEN ?2 ELSE answer_id END WHERE id = ?3",
+            (state, attempt_id, request.id),
+        )
+        db.execute(
+            "UPDATE executions SET reserved = reserved + ?, spent = spent + ?, unknown = unknown + ?, "
+            "submitted = submitted + ? WHERE id = ?",
+            (
+                0 if is_settled and line.credits is not None else line.reserved,
+                (line.credits or 0) if is_settled else 0,
+                int(is_settled and line.credits is None),
+                int(line.submitted_ms is not None),
+                execution_id,
+            ),
+        )
+        if line.task_id is not None:
+            records.bind(db, {"api_host": line.api_host, "workspace": line.workspace})
 
     def _execution_id(self, line: RescuedAttempt) -> int:
         """Return the record of the run that made an attempt: one without a summary for all of the same columns."""
@@ -281,60 +336,6 @@ def _find_or_create_request(db: Database, line: RescuedAttempt) -> _RequestState
         )
         row = db.execute(find, (fingerprint,)).fetchone()
     return _RequestState(*row)
-
-
-def _insert_attempt(  # noqa: PLR0913, PLR0917 - each is a column
-    db: Database, execution_id: int, request: _RequestState, line: RescuedAttempt, state: str, bulk_task_id: int | None
-) -> None:
-    settled = state in SETTLED_STATES
-    row = db.execute(
-        "INSERT INTO attempts (request_id, execution_id, previous_state, previous_id, state, task_id, claimed_ms, "
-        "submitted_ms, settled_ms, settled_execution_id, acknowledged, reserved, credits, provider, error, answer, "
-        "bulk_task_id, bulk_index, step, gone) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) "
-        "RETURNING id",
-        (
-            request.id,
-            execution_id,
-            request.state,
-            request.attempt_id,
-            state,
-            line.task_id,
-            line.claimed_ms,
-            line.submitted_ms,
-            None if state == "submitted" else line.settled_ms or line.claimed_ms,
-            execution_id if settled else None,
-            int(line.acknowledged),
-            line.reserved,
-            line.credits if settled else None,
-            line.provider,
-            line.error or (_UNKNOWN_ANSWER_ERROR if state == "in_doubt" else None),
-            line.answer if settled else None,
-            bulk_task_id,
-            None if bulk_task_id is None else line.bulk_index,
-            line.step,
-            # A row of a bulk task is not polled alone: it would get the answer of the first row.
-            int(line.bulk_task is not None and bulk_task_id is None),
-        ),
-    ).fetchone()
-    db.execute(
-        "UPDATE requests SET state = ?1, attempt_id = ?2, attempts = attempts + 1, queue_position = NULL, "
-        "answer_id = CASE WHEN ?1 = 'found' THEN ?2 ELSE answer_id END WHERE id = ?3",
-        (state, row[0], request.id),
-    )
-    known = settled and line.credits is not None
-    db.execute(
-        "UPDATE executions SET reserved = reserved + ?, spent = spent + ?, unknown = unknown + ?, "
-        "submitted = submitted + ? WHERE id = ?",
-        (
-            0 if known else line.reserved,
-            (line.credits or 0) if settled else 0,
-            int(settled and line.credits is None),
-            int(line.submitted_ms is not None),
-            execution_id,
-        ),
-    )
-    if line.task_id is not None:
-        records.bind(db, {"api_host": line.api_host, "workspace": line.workspace})
 
 
 class _RequestState(NamedTuple):

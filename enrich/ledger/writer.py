@@ -134,14 +134,14 @@ class LedgerWriter:
         function: Callable[Concatenate[Database, Sequence[I], P], T],
         items: Sequence[I],
         *args: P.args,
-        **_: P.kwargs,
+        **kwargs: P.kwargs,
     ) -> asyncio.Future[T]:
-        """Run an operation on several items, merged with operations of the same time that have equal `args`.
+        """Run an operation on several items, merged with operations of the same time that have equal arguments.
 
         The operation returns one result per item or None. Each future gets its part of the results.
         """
         future: asyncio.Future[T] = self._loop.create_future()
-        self._enqueue(_Operation(function, future, args, items=items))
+        self._enqueue(_Operation(function, future, args, kwargs, items))
         return future
 
     def _enqueue(self, operation: _Operation[Any]) -> None:
@@ -275,7 +275,8 @@ def _group_batchable(batch: list[_Operation[Any]]) -> list[list[_Operation[Any]]
             for group in groups
             if operation.items is not None
             and group[0].items is not None
-            and (group[0].function, group[0].args) == (operation.function, operation.args)
+            and (group[0].function, group[0].args, group[0].kwargs)
+            == (operation.function, operation.args, operation.kwargs)
         )
         if (group := next(matching, None)) is None:
             groups.append([operation])
@@ -286,10 +287,11 @@ def _group_batchable(batch: list[_Operation[Any]]) -> list[list[_Operation[Any]]
 
 def _execute_group(operations: list[_Operation[Any]], ledger: Database) -> None:
     first = operations[0]
+    items = () if first.items is None else ([item for each in operations for item in each.items or ()],)
+    results = first.function(ledger, *items, *first.args, **first.kwargs)
     if first.items is None:
-        first.result = first.function(ledger, *first.args, **first.kwargs)
+        first.result = results
         return
-    results = first.function(ledger, [item for each in operations for item in each.items or ()], *first.args)
     start = 0
     for operation in operations:
         end = start + len(operation.items or ())

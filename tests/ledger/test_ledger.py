@@ -528,6 +528,20 @@ class TestTransactions:
 
         assert (ledger.state_of(1), ledger.state_of(2)) == (State.SUBMITTING, State.PENDING)
 
+    def test_savepoint_forgets_the_facts_it_rolls_back(self, ledger: CommittingLedger) -> None:
+        """What a failed operation bound the ledger to, and read again, is bound by the next operation."""
+
+        def bind_twice() -> None:
+            records.bind(ledger.wrapped, {"api_host": BINDING["api_host"]})
+            records.bind(ledger.wrapped, BINDING)
+
+        with ledger.wrapped.transaction():
+            with pytest.raises(ZeroDivisionError), ledger.wrapped.savepoint():
+                fail_after(bind_twice())  # type: ignore[func-returns-value]
+            records.bind(ledger.wrapped, BINDING)
+
+        assert {name: records.read_fact(ledger.wrapped, name) for name in BINDING} == BINDING
+
     def test_readers_do_not_block(self, ledger: CommittingLedger) -> None:
         """A reader sees committed data, waits for no writer and can't change anything."""
         ledger.start_and_enroll(1, 2)

@@ -1,4 +1,4 @@
-"""The ledger keeps task latencies from run to run."""
+"""What the ledger records besides requests: how long tasks took, from run to run."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from msgspec.structs import replace
 from enrich.ledger import records
 from enrich.ledger.verify import check_ledger
 from tests.support.ledger import CALL, CommittingLedger
-from tests.support.workspace import Workspace, both_backends, make_leads, serve_api
-
-backend = both_backends
+from tests.support.workspace import Workspace, make_leads, serve_api
 
 
 def test_latencies_are_stored_per_call(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Claims look behind the last one only: in the queue's order, without skipping what returned, beside old snapshots."""
+"""The queue: claims in its order, also beside old snapshots, and the cost of a step, which is seldom added up."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ import pytest
 from enrich.job.locations import LedgerLocation, PostgresLocation
 from enrich.ledger import queue, transitions
 from enrich.ledger.database import Database
-from enrich.ledger.queue import CLAIMS_PER_FULL_LOOK
+from enrich.ledger.queue import CLAIMS_PER_FULL_LOOK, StepCapReached
 from enrich.models import State
-from tests.support.ledger import FREE_FAILURE, MAX_PRICE, CommittingLedger, params
+from tests.support.ledger import COST, FOUND, FREE_FAILURE, MAX_PRICE, CommittingLedger, params
 from tests.support.workspace import both_backends
 
 backend = both_backends
 
 CLAIMED_BESIDE_SNAPSHOT = 3_000
+CLAIMS_UNDER_CAP = 400
 
 
 def claim_leads(ledger: CommittingLedger, count: int) -> list[tuple[int, int]]:
@@ -110,3 +111,25 @@ def claim_buffers(ledger: CommittingLedger) -> int:
     db.execute = execute  # type: ignore[method-assign]
     (plan,) = found
     return int(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"])
+
+
+@pytest.mark.long
+def test_cost_is_added_up_a_few_times(ledger: CommittingLedger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a cap that holds twice what is claimed, each claim reads only what was claimed since the last one."""
+    sums = list[int]()
+    exact_cost = queue._exact_cost
+
+    def count_sums(*given: Any) -> int:
+        sums.append(cost := exact_cost(*given))
+        return cost
+
+    monkeypatch.setattr(queue, "_exact_cost", count_sums)
+    ledger.start_and_enroll(*range(CLAIMS_UNDER_CAP + 1))
+    cap = COST * CLAIMS_UNDER_CAP + MAX_PRICE - 1
+    for number in range(CLAIMS_UNDER_CAP):
+        (claim,) = ledger.commit(queue.claim, ledger.execution, MAX_PRICE, ledger.now, step="email", step_cap=cap)
+        ledger.commit(transitions.record_accepted, [(claim.attempt_id, f"task{number}", ledger.now)], {})
+        ledger.settle(claim.attempt_id, FOUND)
+    assert 0 < len(sums) < CLAIMS_UNDER_CAP / 10
+    with pytest.raises(StepCapReached):
+        ledger.commit(queue.claim, ledger.execution, MAX_PRICE, ledger.now, step="email", step_cap=cap)
