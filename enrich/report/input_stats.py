@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,9 +17,9 @@ from enrich.report.formatting import BLANK_LABEL
 from enrich.run.collector import Collector, count_statuses
 from enrich.run.output_cells import JoinedBatch, JoinedStep
 
-#: Ages of answers: upper limit in full days (7.9 days are "1-7 days"), and the label.
-AGE_LABELS = ((0, "today"), (7, "1-7 days"), (30, "8-30 days"), (90, "31-90 days"), (365, "91-365 days"))
-OLDER_LABEL = "older"
+#: Ages of answers: upper limits in full days (7.9 days are "1-7 days"), and the labels.
+AGE_LIMITS = (0, 7, 30, 90, 365)
+AGE_LABELS = ("today", "1-7 days", "8-30 days", "31-90 days", "91-365 days", "older")
 DAY_MS = 86_400_000
 #: Limit of the values of a column that are named, and the rows that must share one: a unique value may be a person.
 MAX_NAMED_GROUPS, MIN_GROUP_ROWS = 15, 2
@@ -93,8 +94,7 @@ def read_input_stats(collector: Collector, by: Sequence[str], now_ms: int, *, wi
             stats.ungrouped.append(column)
         else:
             stats.groups.append(grouped_hits)
-    labels = (*(label for _, label in AGE_LABELS), OLDER_LABEL)
-    stats.ages = [AnswerAge(label, ages[label, "found"], ages[label, "not_found"]) for label in labels]
+    stats.ages = [AnswerAge(label, ages[label, "found"], ages[label, "not_found"]) for label in AGE_LABELS]
     if with_rows:
         stats.leads = OutputRows(_output_columns(collector), leads, stats.rows - len(leads))
     return stats
@@ -132,8 +132,7 @@ def _answers_by_age(step: JoinedStep, first_position: int, now_ms: int) -> dict[
     )
     ages: Counter[tuple[str, str]] = Counter()
     for days, name, number in counts.rows():
-        label = next((label for most, label in AGE_LABELS if days <= most), OLDER_LABEL)
-        ages[label, name] += number
+        ages[AGE_LABELS[bisect_left(AGE_LIMITS, days)], name] += number
     return ages
 
 
