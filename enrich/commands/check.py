@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from enrich.commands import options
 from enrich.commands.check_target import CheckResult, ParamFill, add_problem, check_target, read_stored
 from enrich.commands.paths import path_problems
+from enrich.commands.report import INSTALL_HINT, is_extra_missing
 from enrich.commands.streams import echo_error, echo_message
 from enrich.databar.description import Description
 from enrich.databar.environment import find_base_url, host_of
@@ -28,7 +29,6 @@ from enrich.job.locations import STDIN, format_of
 from enrich.job.target import UNFILLED_COLUMN, Param
 from enrich.ledger.database import open_or_empty
 from enrich.models import pluralize, to_credits
-from enrich.report.page_file import INSTALL_HINT, is_extra_missing
 from enrich.rows.job_input import JobInput
 from enrich.rows.job_steps import Step, make_steps
 from enrich.rows.requests import format_left_out, left_out_by_param

@@ -20,6 +20,7 @@ from enrich.commands.check_target import CheckResult
 from enrich.commands.cron import cron_environment, enrich_command, make_cron_environ
 from enrich.commands.doctor_checks import Finding, error_finding, next_run_time
 from enrich.commands.paths import files_read, files_written, local_input_files, nearest_existing
+from enrich.commands.report import INSTALL_HINT, is_extra_missing
 from enrich.databar.environment import NO_KEY_HINT, ApiAccess, find_base_url, find_key, find_proxy, load_certificates
 from enrich.errors import CommandRefused, EnrichError, JobError
 from enrich.exit_codes import ExitCode, first_exit_code
@@ -31,7 +32,6 @@ from enrich.ledger import queries, records, transitions
 from enrich.ledger.database import ledger_exists, open_or_empty
 from enrich.ledger.lock import is_locked
 from enrich.models import State, pluralize, read_balance, to_micros, to_ms
-from enrich.report.page_file import INSTALL_HINT, is_extra_missing
 from enrich.run.budget import make_budget
 from enrich.run.preflight import ApiSnapshot, query_api
 

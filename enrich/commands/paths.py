@@ -8,6 +8,7 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
+from enrich.commands.report import is_report
 from enrich.errors import UNWRITABLE_HINT, CommandRefused, EnrichError, JobError
 from enrich.files.input_files import find_paths
 from enrich.files.parquet_dataset import check_own_folder
@@ -17,7 +18,6 @@ from enrich.job.job import Job
 from enrich.job.local_files import is_same_file
 from enrich.job.locations import STDIN, is_dataset
 from enrich.ledger.file_identity import check_has_one_name, ledger_file_exists
-from enrich.report.page_file import is_report
 
 
 def absolute_path(path: Path) -> Path:

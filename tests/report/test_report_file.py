@@ -9,8 +9,8 @@ from unittest.mock import patch
 import pytest
 from polars.exceptions import PanicException
 
+from enrich.commands.report import REPORT_MARKER
 from enrich.errors import JobError, install_hint
-from enrich.report.page_file import REPORT_MARKER
 from tests.support.cases import first_quick
 from tests.support.fake_renderer import fake_renderer
 from tests.support.workspace import (
@@ -88,7 +88,7 @@ def test_unwritable_report_is_exit_5(finished_run: Workspace) -> None:
 def test_missing_report_extra(api: SandboxApi, finished_run: Workspace) -> None:
     """Without the report extra, the error shows how to install it; with `report:`, check, doctor and run do too."""
     pip = install_hint("report")
-    with patch("enrich.report.page_file._LIBRARIES", ("no_such_library",)):
+    with patch("enrich.commands.report._LIBRARIES", ("no_such_library",)):
         page, facts = (
             finished_run.run_in_process("report", "job.yaml"),
             finished_run.run_in_process("report", "job.yaml", "--json"),

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from enrich.commands.report import with_relative_paths
 from enrich.exit_codes import JobArguments
 from enrich.job.job import load_job
 from enrich.ledger import queue, transitions
@@ -22,7 +23,6 @@ from enrich.ledger.lock import lock_ledger
 from enrich.models import Answer, RowStatus, State
 from enrich.report.build import build_report, latency_histogram
 from enrich.report.data import Report
-from enrich.report.page_file import with_relative_paths
 from tests.support.ledger import FREE_FAILURE, NO_MATCH, CommittingLedger
 from tests.support.sample_reports import marked_values, report_json
 from tests.support.workspace import (
