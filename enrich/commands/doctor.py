@@ -30,6 +30,7 @@ from enrich.job.job import Job
 from enrich.job.locations import InputLocation, ObjectUrl, PostgresLocation, sandbox_state_path
 from enrich.ledger import queries, records, transitions
 from enrich.ledger.database import ledger_exists, open_or_empty
+from enrich.ledger.dialect import DATABASE_ERRORS
 from enrich.ledger.lock import is_locked
 from enrich.models import State, pluralize, read_balance, to_micros, to_ms
 from enrich.run.budget import make_budget
@@ -93,8 +94,8 @@ def job_findings(job: Job, context: DoctorContext) -> Iterator[Finding]:
     if not context.offline:
         with suppress(JobError):  # check_job has reported it
             yield from _storage_findings(job, context.next_run)
-    yield from _ledger_findings(job, context, check, live)
-    yield from _disk_findings(job, context, check)
+    requests = yield from _ledger_findings(job, context, check, live)
+    yield from _disk_findings(job, context, check, requests)
     yield from _program_findings(job, context)
 
 
@@ -176,8 +177,8 @@ def _storage_findings(job: Job, next_run: datetime) -> Iterator[Finding]:
 
 def _ledger_findings(
     job: Job, context: DoctorContext, check: CheckResult, live: ApiSnapshot | None
-) -> Iterator[Finding]:
-    """Check what earlier runs left in the ledger, and the credits for the next run."""
+) -> Generator[Finding, None, int]:
+    """Check what earlier runs left in the ledger, and the credits for the next run. Return how many requests it has."""
     path = job.ledger
     try:
         with open_or_empty(path) as ledger:
@@ -185,10 +186,11 @@ def _ledger_findings(
             executions = records.list_executions(ledger, job.name, RECENT_EXECUTIONS)
             submitted = [task.submitted_ms for task in transitions.submitted_tasks(ledger) for _ in task.attempts]
         exists = ledger_exists(path)
-    except EnrichError:
-        return  # check_job has reported it
-    requests = pluralize(sum(counts.values()), "request")
-    yield Finding("ok", "ledger", f"{requests} in {path}" if exists else f"{path}: created by the first run")
+    except (EnrichError, *DATABASE_ERRORS):
+        return 0  # check_job has reported it
+    requests = sum(counts.values())
+    content = f"{pluralize(requests, 'request')} in {path}" if exists else f"{path}: created by the first run"
+    yield Finding("ok", "ledger", content)
     if is_locked(path):
         yield Finding(
             "warn", "lock", "a run is in progress", "wait until it ends, or start the next one with --if-locked skip"
@@ -208,10 +210,11 @@ def _ledger_findings(
     if live:
         spent = [row.spent for row in executions]
         yield checks.check_balance(read_balance(live.user.balance), to_micros(limits.min_balance), max_price, spent)
+    return requests
 
 
-def _disk_findings(job: Job, context: DoctorContext, check: CheckResult) -> Iterator[Finding]:
-    """Check the free space for the output and the ledger."""
+def _disk_findings(job: Job, context: DoctorContext, check: CheckResult, requests: int) -> Iterator[Finding]:
+    """Check the free space for the output and the ledger, which has this many requests."""
     try:
         size = sum(
             path.stat().st_size * (GZIP_FACTOR if path.suffix.lower() == ".gz" else 1)
@@ -219,9 +222,7 @@ def _disk_findings(job: Job, context: DoctorContext, check: CheckResult) -> Iter
         )
         per_request = 0.0  # the disk of a database server is not checked
         if not isinstance(job.ledger, PostgresLocation):
-            with open_or_empty(job.ledger) as ledger:
-                count = sum(queries.state_counts(ledger).values())
-            per_request = job.ledger.stat().st_size / count if count >= ENOUGH_REQUESTS else REQUEST_BYTES
+            per_request = job.ledger.stat().st_size / requests if requests >= ENOUGH_REQUESTS else REQUEST_BYTES
         # SQLite's journal may hold a second copy of the data.
         growth = int(2 * per_request * (check.sendable_rows or 0))
         ledger_folder = job.ledger.local_folder if isinstance(job.ledger, PostgresLocation) else job.ledger.parent
@@ -232,7 +233,7 @@ def _disk_findings(job: Job, context: DoctorContext, check: CheckResult) -> Iter
         yield checks.check_free_space(output_disk, free, 2 * size, growth if is_one_disk else 0)
         if not is_one_disk:
             yield checks.check_free_space(ledger_disk, disk_usage(ledger_disk).free, 0, growth)
-    except (OSError, EnrichError):
+    except OSError:
         return  # check_job has reported what cannot be read
 
 

@@ -68,7 +68,7 @@ def forget_person(job: Job, matches: Sequence[str], confirm: Callable[[Forgotten
     neither in the input nor in the job, CommandRefused if a matching request is still running at Databar, and
     LedgerLocked.
     """
-    criteria = dict(_parse_match(match) for match in matches)
+    criteria = _parse_matches(matches)
     with _open_for_erasing(job) as ledger:
         _check_targets_are_known(ledger, job)
         template = template_from_ledger(ledger, job)
@@ -120,7 +120,7 @@ def forget_in_sandbox_state(
     A lookup has the params of its request: it is found by `known_params`, those of the person's requests elsewhere (as
     JSON), and by `matches` with these, its answers and the job's columns.
     """
-    criteria = dict(_parse_match(match) for match in matches)
+    criteria = _parse_matches(matches)
     known = list(map(json.loads, known_params))
     columns = {name: path for step in job.steps for name, path in (step.model.columns or {}).items()}
 
@@ -171,11 +171,16 @@ def _check_targets_are_known(ledger: Database, job: Job) -> None:
             raise CommandRefused(message, "first, which costs nothing: enrich run JOB --max-credits 0")
 
 
-def _parse_match(match: str) -> tuple[str, str]:
-    name, equals, value = match.partition("=")
-    if not equals or not name.strip() or not value.strip():
-        raise JobError(f"--match {match}: must be NAME=VALUE, such as Email=ada@engine.example")
-    return name.strip(), fold(value)
+def _parse_matches(matches: Sequence[str]) -> dict[str, str]:
+    """Parse `NAME=VALUE` texts. Raises JobError, also for a name with two values, which no person has."""
+    criteria: dict[str, str] = {}
+    for match in matches:
+        name, equals, value = (part.strip() for part in match.partition("="))
+        if not (name and equals and value):
+            raise JobError(f"--match {match}: must be NAME=VALUE, such as Email=ada@engine.example")
+        if criteria.setdefault(name, fold(value)) != fold(value):
+            raise JobError(f"--match {name}=…: two values of `{name}`", "erase one person after the other")
+    return criteria
 
 
 def _matching_requests(

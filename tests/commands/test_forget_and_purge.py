@@ -161,6 +161,9 @@ def test_no_match_is_an_error(workspace: Workspace) -> None:
     result = workspace.run_in_process("forget", "job.yaml", "--match", "Frist Name=First1", "--yes")
     assert (result.exit_code, "did you mean `First Name`?" in result.stderr) == (2, True)
     assert workspace.run_in_process("forget", "job.yaml", "--match", "First1", "--yes").exit_code == 2
+    two_people = ("--match", "First Name=First1", "--match", "First Name=First2", "--yes")
+    result = workspace.run_in_process("forget", "job.yaml", *two_people)
+    assert (result.exit_code, "one person after the other" in result.stderr) == (2, True), result.stderr
 
 
 @pytest.mark.long

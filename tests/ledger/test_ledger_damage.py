@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import socket
 import sqlite3
@@ -23,6 +24,7 @@ from tests.support.ledger import CommittingLedger
 from tests.support.workspace import ProgramResult, SandboxApi, Workspace, make_leads, serve_api
 
 SECRET = "Zaphira"
+DOCTOR = ["doctor", "job.yaml", "--offline", "--env", "DATABAR_API_KEY", "--env", "DATABAR_BASE_URL"]
 COMMANDS = [
     ["run", "job.yaml", "--limit", "0", "--json"],
     ["plan", "job.yaml", "--json"],
@@ -37,6 +39,9 @@ COMMANDS = [
     ["ledger", "check", "job.yaml", "--json"],
     ["ledger", "backup", "job.yaml", "copy.db"],
     ["ledger", "copy", "job.yaml", "other.db"],
+    ["check", "job.yaml", "--json"],
+    DOCTOR,
+    ["cancel", "job.yaml"],
 ]
 NAMES = [" ".join(command[:2]).removesuffix(" job.yaml") for command in COMMANDS]
 
@@ -108,6 +113,25 @@ def test_overwritten_bytes_are_reported(paid_ledger: tuple[SandboxApi, Workspace
         write_ledger(workspace, content[:start] + chance.randbytes(length) + content[start + length :])
 
         assert_error_without_content(workspace.run_in_process(*command, api=api), 5, 0)
+
+
+def test_doctor_goes_on_beside_damage(
+    paid_ledger: tuple[SandboxApi, Workspace, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A ledger that is too large to be checked whenever it is opened is one failure among the doctor's findings."""
+    api, workspace, content = paid_ledger
+    monkeypatch.setattr("enrich.ledger.sqlite.ALWAYS_CHECKED_BYTES", 0)
+    write_ledger(workspace, content)
+    with closing(sqlite3.connect(workspace.ledger_path)) as db:
+        (page,) = db.execute("SELECT rootpage FROM sqlite_master WHERE name = 'executions'").fetchone()
+    damaged = bytearray(content)
+    damaged[(page - 1) * 4096 : page * 4096] = b"\xff" * 4096
+    write_ledger(workspace, bytes(damaged))
+
+    result = workspace.run_in_process(*DOCTOR, api=api)
+
+    assert_error_without_content(result, 5)
+    assert re.search(r"^ok +program", result.stdout, re.MULTILINE)
 
 
 @pytest.mark.long
@@ -294,7 +318,7 @@ def test_special_files_are_refused(
 
     assert result.exit_code == 5, result.stderr
     assert "Traceback" not in result.stderr
-    assert str(workspace.ledger_path) in result.stderr
+    assert str(workspace.ledger_path) in result.stdout + result.stderr
     assert not workspace.ledger_path.with_name("gone.db").exists()
     assert api.audit()["accepted"] == 0
 
