@@ -13,22 +13,30 @@ from enrich.models import RowStatus, format_credits, pluralize
 
 
 class ExitCode(IntEnum):
-    """The exit codes. Each has one meaning, which must not change because users' cron jobs depend on it."""
+    """The exit codes, each with its meaning in a word or two, which must not change: users' cron jobs depend on it."""
 
-    OK = 0
-    BUG = 1
-    USAGE = 2
-    KEY = 3
-    API = 4
-    REFUSED = 5
-    SOME_FAILED = 10
-    LOCKED = 11
-    CREDITS = 12
-    TIME = 13
-    IN_DOUBT = 14
-    CANARY = 15
-    INTERRUPTED = 130
-    TERMINATED = 143
+    label: str
+
+    OK = 0, "ok"
+    BUG = 1, "bug or disk"
+    USAGE = 2, "wrong job"
+    KEY = 3, "key rejected"
+    API = 4, "API unreachable"
+    REFUSED = 5, "refused"
+    SOME_FAILED = 10, "some failed"
+    LOCKED = 11, "locked"
+    CREDITS = 12, "credits used up"
+    TIME = 13, "out of time"
+    IN_DOUBT = 14, "unconfirmed"
+    CANARY = 15, "canary"
+    INTERRUPTED = 130, "interrupted"
+    TERMINATED = 143, "terminated"
+
+    def __new__(cls, value: int, label: str = "") -> ExitCode:
+        """Make a code with its label. Only the value is given to look one up."""
+        code = int.__new__(cls, value)
+        code._value_, code.label = value, label
+        return code
 
 
 #: If several exit codes apply, the first in this order wins. LOCKED (11) is raised before any other could apply.
@@ -58,24 +66,6 @@ def first_exit_code(codes: Collection[ExitCode]) -> ExitCode:
 OUTPUT_WRITING_CODES = frozenset(
     {ExitCode.OK, ExitCode.API, ExitCode.SOME_FAILED, ExitCode.CREDITS, ExitCode.TIME, ExitCode.IN_DOUBT}
 )
-
-#: What each exit code means, in a word or two.
-EXIT_LABELS = {
-    0: "ok",
-    1: "bug or disk",
-    2: "wrong job",
-    3: "key rejected",
-    4: "API unreachable",
-    5: "refused",
-    10: "some failed",
-    11: "locked",
-    12: "credits used up",
-    13: "out of time",
-    14: "unconfirmed",
-    15: "canary",
-    130: "interrupted",
-    143: "terminated",
-}
 
 #: No action is required: the counts show the failures of 10, and the next run continues after 13.
 SUCCESS_CODES = frozenset({0, 10, 13})
@@ -109,7 +99,7 @@ _FAILURES = (RowStatus.FAILED, RowStatus.EXPIRED)
 
 def exit_label(code: int) -> str:
     """Return what an exit code means in a word or two."""
-    return EXIT_LABELS.get(code, "unknown")
+    return next((each.label for each in ExitCode if each == code), "unknown")
 
 
 def requires_action(code: int) -> bool:
