@@ -22,13 +22,11 @@ from enrich.report.charts import (
     RenderedChart,
     ScreenSize,
     Spec,
-    fit_text,
     make_axis,
     rect_marks,
     render_chart,
     rule_marks,
     text_marks,
-    text_width,
     x_scale,
 )
 from enrich.report.data import AnswerAge, HitCounts, ReportedProvider, ReportedWaterfall
@@ -36,10 +34,12 @@ from enrich.report.formatting import (
     BLANK_LABEL,
     LARGE_CREDITS,
     clean_text,
+    fit_text,
     format_amount,
     format_count,
     format_share,
     format_status,
+    text_width,
 )
 
 #: More bars than this are unreadable; the table lists all rows.

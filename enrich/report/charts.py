@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from itertools import accumulate, pairwise
@@ -19,7 +18,7 @@ from markupsafe import Markup
 from msgspec import Struct
 
 from enrich.report.data import LatencyHistogram, ReportedRun, Traffic
-from enrich.report.formatting import HOUR_S, LARGE_CREDITS, MINUTE_S, NO_BREAK_SPACE, format_day, format_seconds
+from enrich.report.formatting import HOUR_S, LARGE_CREDITS, MINUTE_S, format_day, format_seconds
 
 NAME_PX = 13
 TEXT_PX = 12
@@ -149,30 +148,6 @@ def _clean_tag(tag: str) -> str:
     """Remove attributes that only SVG editors need, shorten numbers, and insert the CSS colors."""
     tag = _COLOR.sub(lambda color: f'"var(--ink-{ChartColor(color[1]).name.lower()})"', _NOISE.sub("", tag))
     return _LONG_NUMBER.sub(lambda number: f"{float(number[0]):.1f}".removesuffix(".0"), tag)
-
-
-def text_width(text: str, size: float) -> float:
-    """Estimate the width of a text in pixels for common fonts; it is more often too large than too small."""
-    return sum(map(_em_width, text)) * size
-
-
-def fit_text(text: str, room: float, size: float) -> str:
-    """Shorten a text with an ellipsis until it fits into `room` pixels."""
-    if text_width(text, size) <= room:
-        return text
-    while text and text_width(f"{text}…", size) > room:
-        text = text[:-1]
-    return f"{text.rstrip()}…"
-
-
-def _em_width(character: str) -> float:
-    if unicodedata.combining(character):
-        return 0.0
-    if unicodedata.east_asian_width(character) in "WF" or ord(character) > 0x2E80:  # noqa: PLR2004 - where ideographs begin
-        return 1.3
-    if character in f"{NO_BREAK_SPACE} .,:;·()'|!iljI":
-        return 0.42
-    return 1.0 if character in "MWmw@%" else 0.66
 
 
 def make_marks(kind: str, rows: Sequence[ChartRow], color: ChartColor, encoding: Spec, **style: object) -> Spec:

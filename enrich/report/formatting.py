@@ -84,6 +84,30 @@ def clean_text(text: str, otherwise: str = "(no name)") -> str:
     return " ".join(printable.split()) or otherwise
 
 
+def text_width(text: str, size: float) -> float:
+    """Estimate the width of a text in pixels for common fonts; it is more often too large than too small."""
+    return sum(map(_em_width, text)) * size
+
+
+def fit_text(text: str, room: float, size: float) -> str:
+    """Shorten a text with an ellipsis until it fits into `room` pixels."""
+    if text_width(text, size) <= room:
+        return text
+    while text and text_width(f"{text}…", size) > room:
+        text = text[:-1]
+    return f"{text.rstrip()}…"
+
+
+def _em_width(character: str) -> float:
+    if unicodedata.combining(character):
+        return 0.0
+    if unicodedata.east_asian_width(character) in "WF" or ord(character) > 0x2E80:  # noqa: PLR2004 - where ideographs begin
+        return 1.3
+    if character in f"{NO_BREAK_SPACE} .,:;·()'|!iljI":
+        return 0.42
+    return 1.0 if character in "MWmw@%" else 0.66
+
+
 def _is_forbidden(character: str) -> bool:
     """Return True for control characters, surrogates, noncharacters and marks that change the text direction."""
     if unicodedata.category(character) in {"Cc", "Cs", "Zl", "Zp"} or ord(character) & LAST_OF_PLANE == LAST_OF_PLANE:

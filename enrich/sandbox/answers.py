@@ -309,20 +309,13 @@ class _Search:
 
     def _missed_answer(self) -> Answer:
         outputs = self.lookup.target.offer.outputs
-        match self.draw.pick("miss", self.settings.miss_kinds):
-            case "no_data":
-                return self._answer("no_data", "null")
-            case "empty_list":
-                data = "[]"
-            case "empty_object":
-                data = "{}"
-            case "null_result":
-                data = self._data_json(dict.fromkeys(outputs))
-            case "blank_result":
-                data = self._data_json(dict.fromkeys(outputs, ""))
-            case _:
-                data = "null"
-        return self._answer("missed", data)
+        kind = self.draw.pick("miss", self.settings.miss_kinds)
+        if kind == "no_data":
+            return self._answer("no_data", "null")
+        blank = {"null_result": None, "blank_result": ""}
+        if kind in blank:
+            return self._answer("missed", self._data_json(dict.fromkeys(outputs, blank[kind])))
+        return self._answer("missed", {"empty_list": "[]", "empty_object": "{}"}.get(kind, "null"))
 
     def _data_json(self, result: Fields | list[Fields]) -> str:
         """Write the result. An enrichment's is flat: nothing is beside it, and several rows are a list of them."""

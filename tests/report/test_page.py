@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from enrich.report import bars
-from enrich.report.charts import ChartColor, fit_text, text_width
+from enrich.report.charts import ChartColor
 from enrich.report.data import GroupedHits, HitCounts, Report
-from enrich.report.formatting import DASH, clean_text
+from enrich.report.formatting import DASH, clean_text, fit_text, text_width
 from enrich.report.render import make_sections, render_report, tile_groups, waterfall_figure
 from tests.end_to_end.test_document_wording import PATTERN
 from tests.support import sample_reports as reports
