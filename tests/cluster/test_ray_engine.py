@@ -33,7 +33,7 @@ needs_ray = [
     pytest.mark.skipif(find_spec("ray") is None, reason="Ray comes with the extra `cluster`"),
 ]
 RUN = ("run", "job.yaml", "--json")
-THREE = (*ON_RAY, "3")
+TWO = (*ON_RAY, "2")
 #: Rows in an order of their own are enrolled in one process: most tests here are about the workers.
 ORDER = "First Name"
 
@@ -153,7 +153,7 @@ def process_exists(pid: int) -> bool:
 def running_actors(
     workspace: Workspace, api: SandboxApi, head: RayHead | None = None, *, enough: int = 30, group: bool = False
 ) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
-    """Start a run and wait until its three actors have bought `enough` rows; kill the run at the end.
+    """Start a run and wait until its two actors have bought `enough` rows; kill the run at the end.
 
     It connects to the cluster of `head`. None: it starts one. The first POSTs are slow, so that few workers cannot
     do all the work before the others have started.
@@ -161,10 +161,10 @@ def running_actors(
     api.inject_fault("slow", 10_000, "post", seconds=3)
     address = () if head is None else ("--address", head.address)
     # Ray's processes would get little time on a busy machine.
-    process = workspace.start_subprocess(*THREE, *address, api=api, group=group, RAY_worker_niceness="0")
+    process = workspace.start_subprocess(*TWO, *address, api=api, group=group, RAY_worker_niceness="0")
     root = process.pid if head is None else head.pid
     try:
-        wait_until(lambda: len(list(worker_pids(root))) == 3 and accepted_count(api) >= enough, 120)
+        wait_until(lambda: len(list(worker_pids(root))) == 2 and accepted_count(api) >= enough, 120)
         api.clear_faults()
         yield process, list(worker_pids(root))
     finally:
@@ -212,7 +212,7 @@ class TestOnRay:
         postgres_workspace.write_job(limits=limits, output="out/leads/", canary=canary, dispatch="{bulk: 7}")
         postgres_workspace.write_leads(make_leads(100))
         outcomes = []
-        for words in (RUN, (*THREE, "--address", ray_head.address)):
+        for words in (RUN, (*TWO, "--address", ray_head.address)):
             more = ("--limit", "80", "--ledger", f"{postgres.ledger_url()}&lease=2", "--new-ledger")
             with serve_api(tmp_path / f"{len(words)}.db", failure_rate=0.1, rate=55.0, burst=15) as api:
                 result = wait_for_summary(postgres_workspace.start_subprocess(*words, *more, api=api))
@@ -286,7 +286,7 @@ class TestOnRay:
             assert postgres_workspace.sql(
                 "SELECT count(*) FROM attempts WHERE state IN ('submitting', 'in_doubt')"
             ) == [(0,)]
-            again = postgres_workspace.start_subprocess(*THREE, "--address", ray_head.address, api=api)
+            again = postgres_workspace.start_subprocess(*TWO, "--address", ray_head.address, api=api)
             summary = wait_for_summary(again)
             assert not list(worker_pids(ray_head.pid))
             assert_consistent_with_audit(api, 300, summary)
@@ -372,7 +372,7 @@ class TestStepsOnRay:
         """Workers send each step's requests, and the file's sum is the bill."""
         postgres_workspace.write_job(SHORT_STEPS)
         postgres_workspace.write_leads(make_people(40), STEPS_HEADER)
-        result = postgres_workspace.run_subprocess(*THREE, "--address", ray_head.address, api=api)
+        result = postgres_workspace.run_subprocess(*TWO, "--address", ray_head.address, api=api)
         summary, audit = result.json_output, api.audit()
         assert result.exit_code in (0, 10), result.stderr
         assert summary["steps"][0]["submitted"] >= 40

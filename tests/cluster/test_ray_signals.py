@@ -17,6 +17,7 @@ import pytest
 
 from tests.support.postgres import PostgresServer
 from tests.support.program import reset_signals
+from tests.support.ray_head import RayHead
 from tests.support.workspace import SandboxApi, Workspace, make_leads, wait_until
 
 pytestmark = [
@@ -93,29 +94,32 @@ def test_signal_during_ray_shutdown() -> None:
 
 
 SHARED_SCRIPT = """
-import os
+import os, sys
 from enrich.cluster.connection import connect_ray
 from enrich.errors import ClusterFailed
 
+address = sys.argv[1]
+
 def refused():
     try:
-        with connect_ray(None):
+        with connect_ray(address):
             return False
     except ClusterFailed as error:
         return "uses Ray already" in error.message
 
-with connect_ray(None):  # and print shows nothing
+with connect_ray(address):  # and print shows nothing
     import ray
     os.write(1, f"{refused()} {ray.is_initialized()} ".encode())
-ray.init("local", include_dashboard=False, log_to_driver=False)
+ray.init(address, log_to_driver=False)
 print(refused(), ray.is_initialized())
 ray.shutdown()
 """
 
 
-def test_ray_of_the_process_is_left_alone() -> None:
+def test_ray_of_the_process_is_left_alone(ray_head: RayHead) -> None:
     """A second run in a process that uses Ray is refused, and does not end the Ray of the first or of the program."""
-    result = subprocess.run([sys.executable, "-c", SHARED_SCRIPT], check=False, capture_output=True, timeout=100)
+    command = [sys.executable, "-c", SHARED_SCRIPT, ray_head.address]
+    result = subprocess.run(command, check=False, capture_output=True, timeout=100)
 
     assert result.stdout.split() == [b"True"] * 4
 
