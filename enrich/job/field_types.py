@@ -16,6 +16,8 @@ from enrich.job.locations import is_url
 #: Maximum number of credits. In millionths it still fits into the ledger's 64-bit integers.
 MAX_CREDITS = 1e12
 
+#: A program can wait for this long, and there is a date this far from now.
+_MAX_DURATION = timedelta(days=100_000)
 _DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", re.ASCII)
 
 
@@ -25,10 +27,10 @@ def parse_duration(value: object) -> timedelta:
     if match is None or not any(match.groups()):
         raise ValueError("a duration is a number with its unit: 90d, 24h, 30m or 45s")
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    try:
-        return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
-    except OverflowError as error:
-        raise ValueError("this duration is too long") from error
+    total_s = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    if total_s > _MAX_DURATION.total_seconds():
+        raise ValueError(f"this duration is too long: at most {_MAX_DURATION.days}d")
+    return timedelta(seconds=total_s)
 
 
 def check_text(value: object) -> object:

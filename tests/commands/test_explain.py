@@ -251,6 +251,8 @@ def test_refreshed_lead_has_all_attempts(tmp_path: Path, workspace: Workspace) -
     assert {attempt["state"] for attempt in row["request"]["attempts"]} == {"found"}
     assert row["request"]["outlook"].startswith("sent again on ")
     assert row["request"]["outlook"].endswith("by policy.refresh (found: 90d)")
+    workspace.write_job(policy="{refresh: {found: 100000d}}")
+    assert only_row(explain_json(workspace, "--row", "1"))["request"]["outlook"].startswith("sent again on 2")
 
 
 @pytest.mark.long
