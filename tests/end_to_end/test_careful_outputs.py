@@ -13,7 +13,7 @@ from enrich.models import RequestResult, result_columns, to_credits
 from enrich.run import output_cells
 from enrich.run.output_cells import answer_cells
 from tests.support.cases import in_turn
-from tests.support.fake_renderer import fake_renderer
+from tests.support.sample_reports import fake_renderer
 from tests.support.workspace import JOB, SandboxApi, Workspace, make_leads
 
 

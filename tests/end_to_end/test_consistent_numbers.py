@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from enrich.ledger import records
-from tests.support.fake_renderer import fake_renderer
+from tests.support.sample_reports import fake_renderer
 from tests.support.workspace import INSTANT_API, SandboxApi, Workspace, kill_process, make_leads, serve_api, wait_until
 
 SHARED_NUMBERS = ("submitted", "credits_spent", "credits_unknown", "balance_before", "balance_after")

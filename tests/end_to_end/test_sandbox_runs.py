@@ -12,7 +12,7 @@ import pytest
 
 from enrich.job.locations import is_sandbox_file_name, sandbox_file_name
 from tests.support.cases import first_quick
-from tests.support.fake_renderer import fake_renderer
+from tests.support.sample_reports import fake_renderer
 from tests.support.workspace import JOB, SandboxApi, Workspace, make_leads
 
 RUN = ("run", "job.yaml", "--json")

@@ -12,7 +12,7 @@ from polars.exceptions import PanicException
 from enrich.commands.report import REPORT_MARKER
 from enrich.errors import JobError, install_hint
 from tests.support.cases import first_quick
-from tests.support.fake_renderer import fake_renderer
+from tests.support.sample_reports import fake_renderer
 from tests.support.workspace import (
     HEADER,
     INSTANT_API,

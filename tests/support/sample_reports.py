@@ -1,11 +1,13 @@
-"""A full report of an invented job for the tests of the page, and reports at the extremes."""
+"""A full report of an invented job for the tests of the page, reports at the extremes, and a page that is not drawn."""
 
 from __future__ import annotations
 
 import re
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
 from html import escape
 from typing import Any
+from unittest.mock import patch
 
 from msgspec.structs import replace
 
@@ -355,6 +357,13 @@ def no_match_report() -> Report:
         actions=[],
         skipped=(),
     )
+
+
+def fake_renderer(
+    page: str = "<html>drawn</html>", error: BaseException | None = None
+) -> AbstractContextManager[object]:
+    """Return this page or raise this error for any report: drawing a page takes a second of processor time."""
+    return patch("enrich.report.render.render_report", return_value=page, side_effect=error)
 
 
 def marked_values(page: str, about: str, name: str) -> list[float | None]:
