@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 from enrich.exit_codes import ExitCode
 
@@ -224,6 +225,17 @@ class SubmissionUnconfirmed(ApiCallFailed):
 def install_hint(extra: str) -> str:
     """Return the command that installs enrich with an extra. It is in no index, so the command names a file."""
     return f"pip install 'FILE[{extra}]', where FILE is the wheel of enrich or a folder with its source"
+
+
+@contextmanager
+def needs_extra(extra: str, message: str) -> Iterator[None]:
+    """Raise JobError for an import in the block that fails without a package of the extra."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("enrich"):
+            raise
+        raise JobError(message, install_hint(extra)) from error
 
 
 def suggest_name(name: str, known: Iterable[str]) -> str | None:

@@ -22,7 +22,7 @@ from pydantic import SecretStr
 from enrich.commands import LEDGER_META_KEY
 from enrich.databar.environment import ApiAccess, find_access
 from enrich.databar.text_filter import clean_text
-from enrich.errors import CommandRefused, EnrichError, JobError, install_hint
+from enrich.errors import CommandRefused, EnrichError, needs_extra
 from enrich.exit_codes import JobArguments
 from enrich.job.field_types import parse_duration
 from enrich.job.job import Job, Overrides, load_job
@@ -294,10 +294,8 @@ def open_access(job: Job | None, *, use_sandbox: bool) -> Iterator[ApiAccess]:
         yield find_access(os.environ, Path(os.path.expanduser("~")))  # noqa: PTH111
         return
 
-    try:
+    with needs_extra("sandbox", "the sandbox is not installed"):
         from enrich.sandbox.server import serve_in_thread
-    except ModuleNotFoundError as error:
-        raise JobError("the sandbox is not installed", install_hint("sandbox")) from error
     with ExitStack() as stack:
         if job is None:
             state = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "sandbox.db"

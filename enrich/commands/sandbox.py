@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import click
 
-from enrich.errors import JobError, install_hint
+from enrich.errors import needs_extra
 from enrich.ledger.dialect import DATABASE_ERRORS
 from enrich.sandbox.settings import FAULT_KINDS, Fault, SandboxSettings
 
@@ -72,12 +72,8 @@ def _run(port: int, state: Path | None, **values: Any) -> None:  # noqa: ANN401 
         settings = SandboxSettings(**values)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    try:
-        from enrich.sandbox.server import serve  # needs the extra
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("enrich"):
-            raise
-        raise JobError("the sandbox is not installed", install_hint("sandbox")) from error
+    with needs_extra("sandbox", "the sandbox is not installed"):
+        from enrich.sandbox.server import serve
     with ExitStack() as stack:
         if state is None:
             state = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sandbox-"))) / "state.db"

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, BinaryIO
 
-from enrich.errors import CommandRefused, JobError, install_hint
+from enrich.errors import CommandRefused, needs_extra
 from enrich.files.atomic import recovery_hint
 from enrich.job.locations import ObjectUrl
 
@@ -103,11 +103,9 @@ def _version_of(meta: ObjectMeta) -> ObjectVersion:
 @contextmanager
 def _open_store(url: ObjectUrl) -> Iterator[ObjectStore]:
     """Open the bucket for the block. Storage errors become CommandRefused: a code, as texts may have secrets."""
-    try:
+    with needs_extra("storage", f"{url}: object storage is not installed"):
         from obstore.exceptions import BaseError  # noqa: PLC0415 - an optional dependency
         from obstore.store import from_url  # noqa: PLC0415
-    except ModuleNotFoundError:
-        raise JobError(f"{url}: object storage is not installed", install_hint("storage")) from None
     allow_http = os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true")
     try:
         yield from_url(

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from enrich.errors import CommandRefused, EnrichError, JobError, install_hint
+from enrich.errors import CommandRefused, EnrichError, needs_extra
 from enrich.job.locations import LedgerLocation, PostgresLocation
 from enrich.ledger.dialect import DATABASE_ERRORS, Cursor, Dialect
 from enrich.ledger.file_identity import ledger_file_exists
@@ -21,13 +21,8 @@ if TYPE_CHECKING:
 
 def load_postgres() -> ModuleType:
     """Import `enrich.ledger.postgres_schema`. Raises JobError when psycopg is not installed."""
-    try:
+    with needs_extra("cluster", "PostgreSQL support is not installed"):
         from enrich.ledger import postgres_schema  # noqa: PLC0415 - slow to import, and SQLite ledgers do not need it
-    except ModuleNotFoundError as error:
-        if error.name != "psycopg":
-            raise
-        hint = install_hint("cluster")
-        raise JobError("PostgreSQL support is not installed", hint) from error
     return postgres_schema
 
 
