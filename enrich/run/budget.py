@@ -65,6 +65,13 @@ class Cost(Struct, frozen=True):
         """Add two costs. The sum is None where one of them is unknown."""
         return Cost(_add_known(self.likely, other.likely), _add_known(self.maximum, other.maximum))
 
+    def within(self, cap: float | None) -> Cost:
+        """Return the cost where no more than `cap` credits are spent. None: there is no cap."""
+        if cap is None:
+            return self
+        likely = None if self.likely is None else min(self.likely, cap)
+        return Cost(likely, cap if self.maximum is None else min(self.maximum, cap))
+
     def as_json(self) -> dict[str, float | None]:
         """Return what `--json` prints."""
         return {"min": 0.0, "likely": self.likely, "max": self.maximum}

@@ -153,8 +153,8 @@ async def _enroll(context: RunContext, run_state: RunState, rows: JobInput | Ste
         run_state.enrolled[step] = replace(earlier, requests=requests)
         return
     average_price = await ledger_writer.submit(queries.average_price, template.target) if to_submit else None
-    cap = context.budget.step_cap if step else context.budget.cap
-    cost = Cost.for_template(to_submit, average_price, template, cap)
+    cost = Cost.for_template(to_submit, average_price, template, None if step else context.budget.cap)
+    cost = cost.within(context.job.step_max_credits)
     if not run_state.enrolled and run_state.open_tasks_cost is not None:
         cost += run_state.open_tasks_cost
     reused = sum(requests[state] for state in REUSED_STATES)

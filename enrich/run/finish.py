@@ -74,6 +74,8 @@ async def finish_run(context: RunContext, run_state: RunState, outcome: Outcome)
     after = await fetch_balance(context, run_state) if counters.settled or counters.attempted_requests else before
     spent, matches = totals.spent, counters.settled.get(State.FOUND, 0)
     reason, enrolled = run_state.exit_reasons.get(outcome.code), run_state.enrolled_in_all
+    # As in the plan: that of a job with steps is within its caps.
+    planned_cap = context.job.max_credits if context.job.step_jobs else None
     summary = RunSummary(
         job=context.job.name,
         exit_code=int(outcome.code),
@@ -88,7 +90,7 @@ async def finish_run(context: RunContext, run_state: RunState, outcome: Outcome)
         credits_spent=to_credits(spent),
         credits_unknown=totals.unknown,
         unconfirmed=await context.ledger_writer.submit(queries.unconfirmed_posts, execution_id),
-        planned=None if enrolled is None else enrolled.cost.as_json(),
+        planned=None if enrolled is None else enrolled.cost.within(planned_cap).as_json(),
         cost_per_hit=to_credits(round(spent / matches)) if matches else None,
         answers=sum(counters.settled.values()),
         balance_before=to_credits(before),

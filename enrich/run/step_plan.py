@@ -257,8 +257,8 @@ class StepsPlan(Struct, frozen=True):
         """The expected cost of all steps, each within its own cap, together within that of the job."""
         total = Cost(0.0, 0.0)
         for step in self.steps:
-            total += _capped(step.cost, step.step.job.step_max_credits)
-        return _capped(total, self.max_credits)
+            total += step.cost.within(step.step.job.step_max_credits)
+        return total.within(self.max_credits)
 
     def as_json(self) -> dict[str, Any]:
         """Return the object that `--json` prints."""
@@ -275,13 +275,6 @@ class StepsPlan(Struct, frozen=True):
             "sandbox": self.sandbox,
             "notes": self.notes,
         }
-
-
-def _capped(cost: Cost, cap: float | None) -> Cost:
-    if cap is None:
-        return cost
-    likely = None if cost.likely is None else min(cost.likely, cap)
-    return Cost(likely, cap if cost.maximum is None else min(cost.maximum, cap))
 
 
 def plan_steps(

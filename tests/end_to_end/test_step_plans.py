@@ -346,3 +346,19 @@ def test_price_that_depends_on_the_row(workspace: Workspace, api: SandboxApi) ->
     assert [line.split()[4:] for line in lines if line.startswith("  people")] == [
         ["by", "row", "by", "row", "cap", "2"]
     ]
+
+
+@pytest.mark.parametrize("cap_of", ["job", "step"])
+def test_planned_cost_within_the_cap(workspace: Workspace, api: SandboxApi, cap_of: str) -> None:
+    """Where the price depends on the row, plan and run summary name the cap as the highest cost, whichever it is."""
+    cap = "limits: {max_credits: 2}"
+    step = "{name: people, enrichment: 60, params: {company_website: Website, limit: Title}" + (
+        f", {cap}}}" if cap_of == "step" else "}"
+    )
+    job = f"version: 1\ninput: leads.csv\noutput: out.csv\nsteps:\n  - {step}\n"
+    workspace.write_job(job + (f"{cap}\n" if cap_of == "job" else ""))
+    workspace.write_leads([["", "", "a.example", "", "3", ""]], HEADER)
+    plan = workspace.run_in_process("plan", "job.yaml", "--json", api=api).json_output
+    planned = workspace.run_job(api).planned
+    assert planned is not None
+    assert plan["cost"]["max"] == planned["max"] == 2
