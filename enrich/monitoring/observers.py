@@ -15,7 +15,7 @@ from enrich import __version__, exit_codes
 from enrich.errors import JobError
 from enrich.exit_codes import ExitCode
 from enrich.job.job import Job
-from enrich.ledger import queries, records
+from enrich.ledger import records
 from enrich.ledger.database import try_read
 from enrich.models import iso_time
 from enrich.monitoring import prometheus
@@ -26,8 +26,6 @@ from enrich.run.summary import RunSummary, format_summary
 
 if TYPE_CHECKING:
     from enrich.monitoring.notifications import Healthcheck, Notifier
-
-SUCCESS_SAMPLE = ("enrich_last_success_timestamp_seconds", "")
 
 
 @dataclass(slots=True)
@@ -72,7 +70,7 @@ class RunObservers:
             for problem in problems:
                 self.report_problem(problem)
         if model.metrics is not None:
-            self._metrics_path = _checked_metrics_path(job, model.metrics)
+            self._metrics_path = prometheus.find_metrics_path(job, model.metrics)
 
     def _check_log_file(self, job: Job) -> None:
         if self.log.path is None:
@@ -138,7 +136,10 @@ class RunObservers:
         name = self.job.name
         headline = f"{name}: exit {code} ({exit_codes.exit_label(code)})"
         if self._metrics_path is not None:
-            self._write_metrics(self._metrics_path, self.job, code, samples)
+            try:
+                prometheus.update_metrics(self._metrics_path, self.job, samples, code, self._started_at)
+            except OSError as failure:
+                self.report_problem(f"{self._metrics_path}: the metrics cannot be written: {failure.strerror}")
         if self._healthcheck is not None:
             counts = [" ".join(line.split()) for line in summary_lines if line and "→" not in line]
             self.report_problem(self._healthcheck.end(code, "; ".join([headline, *counts])))
@@ -147,22 +148,6 @@ class RunObservers:
             self.report_problem(
                 self._notifier.send(f"enrich {name}: {exit_codes.exit_label(code)} (exit {code})", "\n".join(text))
             )
-
-    def _write_metrics(self, path: Path, job: Job, code: int, samples: prometheus.Samples) -> None:
-        now = time.time()
-        last_success = {key: at for key, at in prometheus.read_metrics(path).items() if key == SUCCESS_SAMPLE}
-        gauges = last_success | samples | _ledger_samples(job)
-        gauges |= {
-            ("enrich_last_start_timestamp_seconds", ""): self._started_at,
-            ("enrich_last_end_timestamp_seconds", ""): now,
-            ("enrich_exit_code", ""): code,
-        }
-        if code in exit_codes.SUCCESS_CODES:
-            gauges[SUCCESS_SAMPLE] = now
-        try:
-            prometheus.write_metrics(path, job.name, gauges)
-        except OSError as error:
-            self.report_problem(f"{path}: the metrics cannot be written: {error.strerror}")
 
     def _execution_id(self) -> int | None:
         """Return the execution's id; None before it has one."""
@@ -180,14 +165,6 @@ class RunObservers:
         if problem is not None:
             self.log.write_event("note", text=problem)
             self.show_note(problem)
-
-
-def _ledger_samples(job: Job) -> prometheus.Samples:
-    """Return the samples of the whole ledger; empty when it can't be read."""
-    totals = try_read(job.ledger, queries.totals)
-    last = try_read(job.ledger, lambda db: records.last_ended_ms(db, job.name, exit_codes.SUCCESS_CODES))
-    samples = prometheus.samples_from_ledger(totals) if totals is not None else {}
-    return samples if last is None else samples | {SUCCESS_SAMPLE: last / 1000}
 
 
 def _run_settings(job: Job, options: RunOptions) -> dict[str, Any]:
@@ -209,14 +186,3 @@ def _run_settings(job: Job, options: RunOptions) -> dict[str, Any]:
         "ledger": str(job.ledger),
         "options": run_options,
     }
-
-
-def _checked_metrics_path(job: Job, name: str) -> Path:
-    """Return the path of the metrics. Raises JobError if they cannot be written there."""
-    job.file_locations(datetime.now().astimezone())  # a refused run writes its metrics, too
-    path = job.resolve_path(name)
-    if path.exists() and not path.is_file():
-        raise job.error(["metrics"], f"{path}: the metrics cannot be written: it is not a file")
-    if prometheus.has_other_metrics(path):
-        raise job.error(["metrics"], f"{path} has metrics of another program", "choose another file")
-    return path

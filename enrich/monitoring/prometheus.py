@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from enrich.exit_codes import SUCCESS_CODES
 from enrich.files.atomic import follow_link, replace_file
+from enrich.job.job import Job
 from enrich.job.local_files import read_text
-from enrich.ledger.queries import LedgerTotals
+from enrich.ledger import queries, records
+from enrich.ledger.database import try_read
 from enrich.models import RowStatus, to_credits
 
 if TYPE_CHECKING:
@@ -46,6 +51,7 @@ LABELS = {
 
 #: (name, value of its label) to value; the label's value is empty for a gauge without one.
 Samples = dict[tuple[str, str], float]
+_LAST_SUCCESS = ("enrich_last_success_timestamp_seconds", "")
 
 
 def samples_from_summary(summary: Mapping[str, Any]) -> Samples:
@@ -59,14 +65,18 @@ def samples_from_summary(summary: Mapping[str, Any]) -> Samples:
     return {key: float(value) for key, value in samples.items() if value is not None}
 
 
-def samples_from_ledger(totals: LedgerTotals) -> Samples:
-    """Return the gauges of the whole ledger."""
-    return {
-        ("enrich_ledger_credits_spent", ""): to_credits(totals.spent),
-        ("enrich_ledger_answers_price_unknown", ""): totals.unknown,
-        ("enrich_ledger_requests_in_doubt", ""): totals.in_doubt,
-        ("enrich_ledger_requests_at_the_api", ""): totals.submitted,
-    }
+def _ledger_samples(job: Job) -> Samples:
+    """Return the gauges of the whole ledger; empty when it can't be read."""
+    samples: Samples = {}
+    if (totals := try_read(job.ledger, queries.totals)) is not None:
+        samples = {
+            ("enrich_ledger_credits_spent", ""): to_credits(totals.spent),
+            ("enrich_ledger_answers_price_unknown", ""): totals.unknown,
+            ("enrich_ledger_requests_in_doubt", ""): totals.in_doubt,
+            ("enrich_ledger_requests_at_the_api", ""): totals.submitted,
+        }
+    last_ms = try_read(job.ledger, lambda db: records.last_ended_ms(db, job.name, SUCCESS_CODES))
+    return samples if last_ms is None else samples | {_LAST_SUCCESS: last_ms / 1000}
 
 
 def read_metrics(path: Path) -> Samples:
@@ -81,10 +91,16 @@ def read_metrics(path: Path) -> Samples:
     return found
 
 
-def has_other_metrics(path: Path) -> bool:
-    """Return whether a file has metrics, but none of ours."""
+def find_metrics_path(job: Job, name: str) -> Path:
+    """Return the path of the metrics. Raises JobError if they cannot be written there."""
+    job.file_locations(datetime.now().astimezone())  # a refused run writes its metrics, too
+    path = job.resolve_path(name)
+    if path.exists() and not path.is_file():
+        raise job.error(["metrics"], f"{path}: the metrics cannot be written: it is not a file")
     samples = _read_samples(path)
-    return bool(samples) and not any(sample.name.startswith("enrich_") for sample in samples)
+    if samples and not any(sample.name.startswith("enrich_") for sample in samples):
+        raise job.error(["metrics"], f"{path} has metrics of another program", "choose another file")
+    return path
 
 
 def _read_samples(path: Path) -> Sequence[Sample]:
@@ -110,6 +126,21 @@ def format_metrics(job: str, samples: Samples) -> bytes:
         for label, value in by_label.items():
             gauge.labels(*([job, label] if label else [job])).set(value)
     return generate_latest(registry)
+
+
+def update_metrics(path: Path, job: Job, samples: Samples, code: int, started_at: float) -> None:
+    """Write the gauges of a run that has ended now, and those of the ledger. Raises OSError."""
+    now = time.time()
+    last_success = {key: at for key, at in read_metrics(path).items() if key == _LAST_SUCCESS}
+    gauges = last_success | samples | _ledger_samples(job)
+    gauges |= {
+        ("enrich_last_start_timestamp_seconds", ""): started_at,
+        ("enrich_last_end_timestamp_seconds", ""): now,
+        ("enrich_exit_code", ""): code,
+    }
+    if code in SUCCESS_CODES:
+        gauges[_LAST_SUCCESS] = now
+    write_metrics(path, job.name, gauges)
 
 
 def write_metrics(path: Path, job: str, samples: Samples) -> None:
