@@ -34,7 +34,7 @@ MAX_KINDS = 20_000
 
 
 # Not tracked by the garbage collector: that would take as long as parsing.
-class Step(msgspec.Struct, frozen=True, gc=False):
+class ProviderCall(msgspec.Struct, frozen=True, gc=False):
     """A provider that a waterfall called, or a verifier. None: the answer has no text or number there."""
 
     provider: str
@@ -60,14 +60,14 @@ class AnswerKind(NamedTuple):
     status: str | None
     #: What the caller returned for a stored match.
     fields: tuple[str, ...]
-    steps: tuple[Step, ...]
+    steps: tuple[ProviderCall, ...]
     #: The names of the params, unless the first step has a provider.
     sent: tuple[str, ...]
 
 
 class _UsualData(msgspec.Struct, gc=False):
     result: dict[str, Any]
-    steps: Annotated[tuple[Step, ...], msgspec.Meta(max_length=MAX_STEPS)]
+    steps: Annotated[tuple[ProviderCall, ...], msgspec.Meta(max_length=MAX_STEPS)]
 
 
 class _UsualTask(msgspec.Struct, gc=False):
@@ -112,7 +112,9 @@ def _named(kinds: Counter[tuple[object, ...]]) -> Iterator[tuple[AnswerKind, int
     return ((AnswerKind._make(values), number) for values, number in kinds.items())
 
 
-def _read_usual(answer: str | None, provider: str | None) -> tuple[str | None, ParsedData, tuple[Step, ...]] | None:
+def _read_usual(
+    answer: str | None, provider: str | None
+) -> tuple[str | None, ParsedData, tuple[ProviderCall, ...]] | None:
     """Return status, fields and steps of a usual answer; None: it is another."""
     try:
         task = _USUAL_TASKS.decode(answer or "")
@@ -122,11 +124,11 @@ def _read_usual(answer: str | None, provider: str | None) -> tuple[str | None, P
     return task.status, ParsedData(data.result, provider), data.steps
 
 
-def _read_any(answer: str | None, provider: str | None) -> tuple[str | None, ParsedData, tuple[Step, ...]]:
+def _read_any(answer: str | None, provider: str | None) -> tuple[str | None, ParsedData, tuple[ProviderCall, ...]]:
     task = load_task(answer)
     status, parsed = task.get("status"), parse_data(task.get("data"), provider, find_provider=False)
     steps = tuple(
-        Step(provider, _scalar(step.get("action")), _scalar(step.get("cost")))
+        ProviderCall(provider, _scalar(step.get("action")), _scalar(step.get("cost")))
         for step in parsed.steps
         if isinstance(provider := step.get("provider"), str)
     )
@@ -265,7 +267,7 @@ class ProviderStats:
         provider.credits += (kind.paid or 0) * answers
         self._totals.unattributed -= (kind.paid or 0) * answers
 
-    def _add_steps(self, steps: Sequence[Step], kind: AnswerKind, answers: int) -> None:
+    def _add_steps(self, steps: Sequence[ProviderCall], kind: AnswerKind, answers: int) -> None:
         verifier = self._call(kind.call).verifier
         previous: str | None = None
         called: dict[str, None] = {}
