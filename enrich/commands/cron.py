@@ -25,7 +25,6 @@ from enrich.job.field_types import parse_duration
 from enrich.job.local_files import read_text
 from enrich.job.locations import ObjectUrl, is_url
 
-FOLDER = click.Path(path_type=Path, file_okay=False)
 #: Environment variables copied from the current shell to the units and the crontab line.
 INHERITED_VARIABLES = ("DATABAR_BASE_URL", "SSL_CERT_FILE", "SSL_CERT_DIR", "ENRICH_LEDGER")
 DAYS = ("Sun", "Mon", "Tue", "Wed", "Thu", "Fri", "Sat")
@@ -270,6 +269,13 @@ def parse_env_lines(lines: Iterable[str]) -> dict[str, str]:
     return environ
 
 
+def _parse_folder(text: str) -> Path:
+    """Parse the path of a folder. Raises ValueError for a URL."""
+    if is_url(text):
+        raise ValueError("must be a folder on this machine, not a URL")
+    return Path(text)
+
+
 def _check_duration(text: str) -> str:
     parse_duration(text)
     return text
@@ -301,7 +307,12 @@ def _check_duration(text: str) -> str:
 @click.option("--log-file", type=options.FILE, help="Log file. Default: <name>.log in the folder of the job.")
 @click.option("--crontab", "only", flag_value="crontab", help="Print the crontab line only.")
 @click.option("--systemd", "only", flag_value="systemd", help="Print the systemd units only.")
-@click.option("--output-dir", type=FOLDER, help="Write the systemd units into this folder instead.")
+@click.option(
+    "--output-dir",
+    type=options.Parsed(_parse_folder),
+    metavar="DIRECTORY",
+    help="Write the systemd units into this folder instead.",
+)
 @click.option("--force", is_flag=True, help="Replace existing units.")
 def cron(
     job_file: Path,

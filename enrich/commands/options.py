@@ -300,6 +300,8 @@ def open_access(job: Job | None, *, use_sandbox: bool) -> Iterator[ApiAccess]:
         if job is None:
             state = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "sandbox.db"
         else:
+            if isinstance(job.ledger, Path):
+                ledger_file_exists(job.ledger)  # raises for a folder, before anything is created beside it
             state = sandbox_state_path(job.ledger)
         try:
             make_private_folder(state.parent)

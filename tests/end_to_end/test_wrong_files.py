@@ -71,6 +71,17 @@ def test_units_that_exist(workspace: Workspace) -> None:
     assert workspace.run_in_process("cron", "job.yaml", "--output-dir", "units").exit_code == 0
     result = workspace.run_in_process("cron", "job.yaml", "--output-dir", "units")
     assert (result.exit_code, "choose another folder, or replace it with --force" in result.stderr) == (2, True)
+    result = workspace.run_in_process("cron", "job.yaml", "--output-dir", "s3://units/enrich")
+    assert (result.exit_code, "must be a folder on this machine" in result.stderr) == (2, True), result.stderr
+
+
+@pytest.mark.parametrize("ledger", ["/", "folder"])
+def test_the_sandbox_of_a_folder_as_the_ledger(workspace: Workspace, ledger: str) -> None:
+    """A folder is no ledger, and the sandbox makes no file beside it."""
+    (workspace.folder / "folder").mkdir()
+    result = workspace.run_in_process("plan", "job.yaml", "--sandbox", "--ledger", ledger)
+    assert (result.exit_code, "this is a folder" in result.stderr) == (5, True), result.stderr
+    assert not list(workspace.folder.glob("*.api.db*"))
 
 
 @pytest.mark.parametrize("case", ["plan -o", "plan --rows", "run --log-file", "cron --log-file", "ledger backup"])
