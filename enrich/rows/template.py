@@ -46,9 +46,13 @@ class RequestTemplate(Struct, frozen=True):
 
 
 def template_of_unknown_target(job: Job) -> RequestTemplate:
-    """Return the template of a target that the API has not described yet, with its documented required params."""
+    """Return the template of a target that the API has not described yet.
+
+    The documented params are required, as far as the job has them.
+    """
     documented = DOCUMENTED_WATERFALLS.get(job.model.waterfall or "")
-    required = () if documented is None else tuple(param.name for param in documented.input_params)
+    names = () if documented is None else (param.name for param in documented.input_params)
+    required = tuple(name for name in names if name in job.model.params)
     return RequestTemplate(job.model.target, required, (), job.model.columns or {}, None)
 
 

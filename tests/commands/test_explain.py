@@ -392,3 +392,11 @@ def test_fields_of_a_step_that_has_never_run(workspace: Workspace) -> None:
     workspace.write_leads(make_leads(1))
     result = workspace.run_in_process("explain", "job.yaml", "--row", "1")
     assert (result.exit_code, "the step `a` has never run" in result.stderr) == (5, True), result.stderr
+
+
+def test_job_without_a_documented_param(workspace: Workspace) -> None:
+    """Before the first run, a job may lack a param of the documentation: the row is explained by those it has."""
+    workspace.write_leads(make_leads(1))
+    workspace.write_job(params="{first_name: First Name, company: Website}")
+    result = workspace.run_in_process("explain", "job.yaml", "--row", "1")
+    assert (result.exit_code, "has never run" in result.stdout) == (0, True), result.stderr
