@@ -256,7 +256,7 @@ def _opening_error(path: Path, error: Exception) -> CommandRefused:
         return damaged_ledger_error(path)
     reason = getattr(error, "strerror", None) or error
     hint = describe_write_error(error)[1] if is_disk_error(error) else "is it a ledger, and writable?"
-    if error_kind(error) == sqlite3.SQLITE_CANTOPEN:
+    if error_kind(error) in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY):
         if not os.access(path, os.R_OK):
             reason = "this user has no permission to read it"
         elif not os.access(path.resolve().parent, os.W_OK):  # SQLite makes a file for readers, too

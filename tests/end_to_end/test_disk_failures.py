@@ -10,6 +10,7 @@ import stat
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -192,6 +193,26 @@ def test_unwritable_ledger_is_named(workspace: Workspace, monkeypatch: pytest.Mo
 
     reason = "it is read-only" if target == "file" else "its folder is read-only"
     assert str(refusal.value) == f"{path}: the ledger cannot be opened: {reason}"
+
+
+def test_readable_ledger_in_a_folder_of_another_user() -> None:
+    """A reader without permission to write there is shown the cause and the remedy, not a full disk."""
+    user = os.getuid()
+    reader = user or 65534  # root may write everywhere
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "job.db"
+        Database(path).close()
+        path.chmod(0o644)
+        Path(folder).chmod(0o555)
+        os.setresuid(reader, reader, user)
+        try:
+            with pytest.raises(CommandRefused) as refusal:
+                Database(path, read_only=True)
+        finally:
+            os.setresuid(user, user, user)
+            Path(folder).chmod(0o755)
+    assert str(refusal.value) == f"{path}: the ledger cannot be opened: its folder is read-only"
+    assert refusal.value.hint == "copy it to another folder, and name the copy with --ledger"
 
 
 def test_read_only_folder_is_named_by_readers(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
