@@ -278,8 +278,9 @@ def read_answer(reply: TaskReply, phase: TaskPhase, paths: Iterable[str]) -> Ans
             free = spent == 0 and not any_cost and not is_cancelled(task)
             return Answer(State.FAILED, message, parsed.provider, cost, raw, free_failure=free)
         case TaskPhase.COMPLETED | TaskPhase.NO_DATA | TaskPhase.RUNNING:
-            found = has_value(parsed, paths)
-            return Answer(State.FOUND if found else State.NOT_FOUND, note, parsed.provider, cost, raw)
+            if has_value(parsed, paths):
+                return Answer(State.FOUND, note, parsed.provider, cost, raw)
+            return Answer(State.NOT_FOUND, note or error_text(task.get("error")), parsed.provider, cost, raw)
 
 
 @dataclass(slots=True)

@@ -130,6 +130,14 @@ def test_no_match_found_in_every_shape(status: str, data: object) -> None:
     assert (answer.state, answer.error, answer.provider, answer.credits) == (State.NOT_FOUND, None, None, 0)
 
 
+def test_no_match_keeps_the_api_error() -> None:
+    """What the API says of a task without a match is shown with it; a match needs no reason."""
+    missing = parse_answer(status="completed", data=None, error=["provider A timed out", ""], credits_spent=0)
+    assert (missing.state, missing.error) == (State.NOT_FOUND, "provider A timed out")
+    found = parse_answer(status="partially_completed", data={"email": "ada@a.example"}, error="provider B timed out")
+    assert (found.state, found.error) == (State.FOUND, None)
+
+
 @in_turn("value", [0, False, 0.0, "0", "null", [None], {"a": None}])
 def test_zero_and_false_are_values(value: object) -> None:
     """0 and false are values; only null, blank text, [] and {} are blank."""
