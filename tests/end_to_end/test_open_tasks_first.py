@@ -18,8 +18,9 @@ from enrich.databar.clock import CLOCK_SAMPLE_SPREAD_MS, CLOCK_SAMPLES, SystemCl
 from enrich.databar.environment import ApiAccess
 from enrich.job.job import load_job
 from enrich.ledger.lock import lock_ledger, open_for_run
+from enrich.ledger.verify import check_ledger
 from enrich.models import State
-from enrich.run import poller
+from enrich.run import phases, poller
 from enrich.run.context import RunEnvironment, RunOptions
 from enrich.run.pipeline import run as run_job
 from enrich.run.run_state import Timeouts
@@ -296,6 +297,95 @@ def test_in_doubt_with_id_polled_before_retry(workspace: Workspace, task_state: 
     bought = 2 if task_state in ("unknown", "gone") else 0
     assert (summary.exit_code, len(scripted_api.posts)) == (0, bought)
     assert request_states(workspace) == ["found"] * 2
+
+
+LATE_REPLIES: dict[str, tuple[Callable[[str], Reply], int | None]] = {
+    "completed": (completed_reply, 500_000),
+    "failed at no charge": (
+        lambda name: http_reply(200, {"task_id": f"t-{name}", "status": "failed", "credits_spent": 0}),
+        0,
+    ),
+    "still running": (running_reply, None),
+    "without a price": (lambda name: completed_reply(name, credits_spent=None), None),
+    "deleted": (lambda _: http_reply(410, {}), None),
+}
+
+
+@pytest.mark.parametrize("late", first_quick(1, LATE_REPLIES))
+def test_late_answer_of_a_resent_request_adds_its_price_only(workspace: Workspace, late: str) -> None:
+    """The price is charged to the run that gets it, once. Row and request keep the newer answer."""
+    scripted_api, (reply, credits_) = ScriptedApi(), LATE_REPLIES[late]
+    workspace.write_leads(make_leads(2))
+    scripted_api.post = lambda name: http_reply(500, {"task_id": f"t-{name}", "detail": "sorry"})
+    with serve_replies(scripted_api) as server:
+        assert run_once(workspace, server.base_url).exit_code == 14
+        scripted_api.post = lambda name: http_reply(200, {"task_id": f"t-{name}Again", "status": "created"})
+        scripted_api.task = lambda name: completed_reply(name) if name.endswith("Again") else http_reply(404, {})
+        resent = run_once(workspace, server.base_url, RunOptions(retry=frozenset({State.IN_DOUBT})))
+        rows = workspace.read_output()
+        scripted_api.take_requests()
+        scripted_api.task = reply
+
+        summary = run_once(workspace, server.base_url)
+        polls = len(scripted_api.polls)
+        last = run_once(workspace, server.base_url)
+
+    assert (resent.exit_code, resent.submitted, resent.credits_spent) == (0, 2, 1.0)
+    assert (summary.credits_spent, last.credits_spent) == (2 * (credits_ or 0) / 1_000_000, 0.0)
+    assert (scripted_api.posts, polls) == ([], 2)
+    assert len(scripted_api.polls) == (4 if late in ("still running", "without a price") else 2)
+    assert workspace.read_output() == rows
+    assert [row["work_email"] for row in rows] == ["first0again@found.example", "first1again@found.example"]
+    attempts = workspace.sql("SELECT state, credits, settled_execution_id FROM attempts ORDER BY id")
+    settled_in = None if credits_ is None else summary.execution
+    assert attempts == [("in_doubt", credits_, settled_in)] * 2 + [("found", 500_000, resent.execution)] * 2
+    assert not check_ledger(workspace.ledger_path).problems
+
+
+@pytest.mark.parametrize("reply", first_quick(1, [http_reply(429, {}), http_reply(503, {})], single=True))
+def test_request_whose_old_task_cannot_be_polled_is_not_resent(workspace: Workspace, reply: Reply) -> None:
+    """`--retry` sends the others, and the run says why it left this one."""
+    scripted_api = ScriptedApi()
+    workspace.write_leads(make_leads(2))
+    scripted_api.post = lambda name: http_reply(500, {"task_id": f"t-{name}", "detail": "sorry"})
+    with serve_replies(scripted_api) as server:
+        assert run_once(workspace, server.base_url).exit_code == 14
+        scripted_api.post = lambda name: http_reply(200, {"task_id": f"t-{name}Again", "status": "created"})
+        scripted_api.take_requests()
+        # The first poll is that of every run, the next one comes before the request is sent again.
+        first = iter([http_reply(404, {})])
+        replies = {"First0": lambda: next(first, reply), "First1": lambda: http_reply(404, {})}
+        scripted_api.task = lambda name: replies[name]() if name in replies else completed_reply(name)
+
+        summary = run_once(workspace, server.base_url, RunOptions(retry=frozenset({State.IN_DOUBT})))
+
+    assert (summary.exit_code, scripted_api.posts) == (14, ["First1"])
+    assert "1 task could not be polled, so not sent again in this run" in summary.notes
+    assert request_states(workspace) == ["in_doubt", "found"]
+
+
+@pytest.mark.long
+def test_old_tasks_are_polled_for_a_limited_time(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are left are polled by the next run. Nothing is sent, and new leads do not wait for them."""
+    scripted_api = ScriptedApi()
+    workspace.write_leads(make_leads(4))
+    scripted_api.post = lambda name: http_reply(500, {"task_id": f"t-{name}", "detail": "sorry"})
+    with serve_replies(scripted_api) as server:
+        assert run_once(workspace, server.base_url).exit_code == 14
+        scripted_api.take_requests()
+        workspace.write_job(limits="{requests_per_second: 4}")
+        monkeypatch.setattr(phases, "REPOLL_S", 0.1)
+
+        first = run_once(workspace, server.base_url)
+        recovered = request_states(workspace).count("found")
+        workspace.write_job()
+        monkeypatch.setattr(phases, "REPOLL_S", 60.0)
+        second = run_once(workspace, server.base_url)
+
+    assert (first.exit_code, second.exit_code, scripted_api.posts) == (14, 0, [])
+    assert recovered < 4
+    assert request_states(workspace) == ["found"] * 4
+    assert sorted(scripted_api.polls) == [f"First{number}" for number in range(4)]
 
 
 @pytest.mark.long
