@@ -49,8 +49,8 @@ class RescueRecorder:
     database_missing: bool
     _lines: dict[int, RescuedAttempt] = field(default_factory=dict)
     _changed: set[int] = field(default_factory=set)
-    #: Task ids that could not be written anywhere.
-    _unsaved_task_ids: dict[int, str | None] = field(default_factory=dict)
+    #: Task ids that are in no file so far, by attempt.
+    _unsaved_task_ids: dict[int, str] = field(default_factory=dict)
 
     def begin(self) -> None:
         """Record all running and unconfirmed attempts when the whole ledger is gone."""
@@ -58,6 +58,9 @@ class RescueRecorder:
             with suppress(*_READ_ERRORS):
                 self._lines = {line.attempt: line for line in _read_attempts(self.ledger, _OPEN)}
                 self._changed = set(self._lines)
+                self._unsaved_task_ids = {
+                    attempt: line.task_id for attempt, line in self._lines.items() if line.task_id is not None
+                }
         self.flush()
 
     def record_accepted(
@@ -67,8 +70,7 @@ class RescueRecorder:
         for attempt, task_id, now_ms in updates:
             line_facts = {name: value for name, value in facts.items() if value is not None}
             self._update_line(attempt, state="submitted", task_id=task_id, submitted_ms=now_ms, **line_facts)
-            if attempt not in self._lines:
-                self._unsaved_task_ids[attempt] = task_id
+            self._unsaved_task_ids[attempt] = task_id
         return [Acceptance.NEW] * len(updates)
 
     def mark_in_doubt(self, updates: Sequence[InDoubtUpdate]) -> None:
@@ -77,6 +79,7 @@ class RescueRecorder:
             self._update_line(attempt, state="in_doubt", error=error, settled_ms=now_ms)
             if task_id is not None:
                 self._update_line(attempt, task_id=task_id)
+                self._unsaved_task_ids[attempt] = task_id
 
     def record_refused(self, updates: Sequence[tuple[int, str, int]]) -> None:
         """Record that nothing was accepted, so that these attempts do not become unconfirmed."""
@@ -132,20 +135,21 @@ class RescueRecorder:
 
     def flush(self) -> None:
         """Write what changed. Answers may be long, so they are written at the end."""
-        unanswered = [line for line in self._unwritten_lines() if line.state not in SETTLED_STATES]
-        if self.file.append(unanswered):
-            self._changed.difference_update(line.attempt for line in unanswered)
+        self._write_changed(settled=False)
 
-    def _unwritten_lines(self) -> list[RescuedAttempt]:
-        return [self._lines[attempt] for attempt in sorted(self._changed)]
+    def _write_changed(self, *, settled: bool) -> None:
+        """Write the changed lines that are settled, or those that are not."""
+        changed = [self._lines[attempt] for attempt in sorted(self._changed)]
+        lines = [line for line in changed if (line.state in SETTLED_STATES) == settled]
+        if self.file.append(lines):
+            for line in lines:
+                self._changed.discard(line.attempt)
+                self._unsaved_task_ids.pop(line.attempt, None)
 
     def close(self) -> LedgerFailed:
         """Write the answers. Return the failure, with the path of the rescue file in its message."""
-        self.flush()
-        self._unsaved_task_ids |= {
-            line.attempt: line.task_id for line in self._unwritten_lines() if line.state == "submitted"
-        }
-        self.file.append(line for line in self._unwritten_lines() if line.state in SETTLED_STATES)
+        self._write_changed(settled=False)
+        self._write_changed(settled=True)
         if self.database_missing:
             with suppress(*_READ_ERRORS):
                 answered = _read_attempts(self.ledger, _ANSWERED)

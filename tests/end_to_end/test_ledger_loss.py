@@ -15,6 +15,11 @@ from typing import Any
 
 import pytest
 
+from enrich.errors import LedgerFailed
+from enrich.ledger.verify import check_ledger
+from tests.support.cases import first_quick
+from tests.support.raw_server import Reply, http_reply, serve_replies
+from tests.support.scripted_api import ScriptedApi, request_states, run_once
 from tests.support.workspace import (
     ProgramResult,
     SandboxApi,
@@ -259,3 +264,62 @@ def test_successful_run_leaves_no_rescue_file(api: SandboxApi, workspace: Worksp
     assert workspace.run_subprocess(*RUN, api=api).exit_code in (0, 14)
 
     assert {path.name for path in workspace.ledger_path.parent.iterdir()} == {"job.db", "job.db.lock"}
+
+
+#: A response to a POST that comes after the ledger is lost; then the states after the next run, and what it sends.
+LATE_POST_REPLIES: dict[str, tuple[Callable[[str], Reply], str, list[str]]] = {
+    "a task id": (ScriptedApi.post, "found", []),
+    "an error": (lambda _: http_reply(500, {"detail": "sorry"}), "in_doubt", []),
+    "an error with a task id": (lambda name: http_reply(500, {"task_id": f"t-{name}"}), "found", []),
+    "a refusal of the params": (
+        lambda _: http_reply(422, {"detail": [{"loc": ["body", "params", "last_name"], "msg": "too short"}]}),
+        "failed",
+        [],
+    ),
+    "a rate limit": (lambda _: http_reply(429, {}), "found", ["First0"]),
+}
+
+
+@pytest.mark.parametrize("response", first_quick(1, LATE_POST_REPLIES))
+def test_response_to_a_post_after_the_ledger_is_lost(workspace: Workspace, response: str) -> None:
+    """The next run has it from the rescue file: it sends only what was not accepted."""
+    reply, state, sent = LATE_POST_REPLIES[response]
+    scripted_api = ScriptedApi()
+    workspace.write_leads(make_leads(1))
+
+    def lose_ledger_and_reply(name: str) -> Reply:
+        workspace.ledger_path.unlink(missing_ok=True)
+        return reply(name)
+
+    scripted_api.post = lose_ledger_and_reply
+    with serve_replies(scripted_api) as server:
+        with pytest.raises(LedgerFailed, match="kept in"):
+            run_once(workspace, server.base_url)
+        scripted_api.clear_requests()
+        scripted_api.post = ScriptedApi.post
+        summary = run_once(workspace, server.base_url)
+
+    assert scripted_api.posts == sent
+    assert request_states(workspace) == [state]
+    assert summary.exit_code == (14 if state == "in_doubt" else 0)
+    assert rescue_files(workspace) == []
+    assert not check_ledger(workspace.ledger_path).problems
+
+
+def test_task_ids_that_can_be_written_nowhere_are_in_the_message(workspace: Workspace) -> None:
+    """The folders of the ledger and of the output are gone: the user gets the ids and the requests."""
+    scripted_api = ScriptedApi()
+    workspace.write_leads(make_leads(1))
+
+    def remove_folder_and_reply(name: str) -> Reply:
+        fingerprints.extend(workspace.sql("SELECT lower(hex(fingerprint)) FROM requests"))
+        shutil.rmtree(workspace.folder)
+        return ScriptedApi.post(name)
+
+    fingerprints: list[tuple[str]] = []
+    scripted_api.post = remove_folder_and_reply
+    with serve_replies(scripted_api) as server, pytest.raises(LedgerFailed) as failure:
+        run_once(workspace, server.base_url)
+
+    ((fingerprint,),) = fingerprints
+    assert f"so keep their ids: t-First0 (request {fingerprint})" in failure.value.message

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -16,91 +13,28 @@ from pydantic import SecretStr
 
 from enrich.databar.clock import CLOCK_SAMPLE_SPREAD_MS, CLOCK_SAMPLES, SystemClock
 from enrich.databar.environment import ApiAccess
-from enrich.job.job import load_job
-from enrich.ledger.lock import lock_ledger, open_for_run
 from enrich.ledger.verify import check_ledger
 from enrich.models import State
 from enrich.run import phases, poller
-from enrich.run.context import RunEnvironment, RunOptions
-from enrich.run.pipeline import run as run_job
-from enrich.run.run_state import Timeouts
-from enrich.run.summary import RunSummary
+from enrich.run.context import RunOptions
 from tests.support.cases import first_quick
-from tests.support.raw_server import ReceivedRequest, Reply, http_reply, serve_replies
-from tests.support.workspace import SHORT_TIMEOUTS, Workspace, make_leads
-
-TIMEOUTS = replace(SHORT_TIMEOUTS, startup_s=3.0, young_task_s=0.4, outage_s=10.0, no_data_s=0.1)
-WATERFALL = {
-    "identifier": "email_getter",
-    "name": "E-mail",
-    "input_params": [{"name": name, "required": True} for name in ("first_name", "last_name", "company")],
-    "output_fields": [{"name": "email"}],
-    "available_enrichments": [{"id": 833, "name": "Mailhound", "price": "0.5"}],
-}
+from tests.support.raw_server import Reply, http_reply, serve_replies
+from tests.support.scripted_api import (
+    TIMEOUTS,
+    WATERFALL,
+    ScriptedApi,
+    completed_reply,
+    request_states,
+    run_once,
+    running_reply,
+)
+from tests.support.workspace import Workspace, make_leads
 
 
 @pytest.fixture(autouse=True)
 def _fast_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Poll again soon after a response that does not count."""
     monkeypatch.setattr(poller, "FAILED_POLL_S", 0.1)
-
-
-@dataclass
-class ScriptedApi:
-    """An API whose responses a test can replace; task ids are named after the lead, and `task` answers polls."""
-
-    user: Reply = field(default_factory=lambda: http_reply(200, {"balance": 100, "workspace": "ours"}))
-    waterfall: Reply = field(default_factory=lambda: http_reply(200, WATERFALL))
-    post: Callable[[str], Reply] = lambda name: http_reply(200, {"task_id": f"t-{name}", "status": "created"})
-    task: Callable[[str], Reply] = lambda name: completed_reply(name)  # noqa: PLW0108 - it is defined below
-    posts: list[str] = field(default_factory=list)
-    polls: list[str] = field(default_factory=list)
-
-    def __call__(self, request: ReceivedRequest) -> Reply:
-        """Answer a request."""
-        path = request.line.split()[1]
-        if request.line.startswith("POST"):
-            name = re.findall(rb'"first_name": ?"(\w+)"', request.body)[0].decode()
-            self.posts.append(name)
-            return self.post(name)
-        if "/tasks/" in path:
-            name = path.rpartition("-")[2]
-            self.polls.append(name)
-            return self.task(name)
-        if path.endswith("/waterfalls/"):
-            return http_reply(200, [WATERFALL])
-        return self.user if path.endswith("/me") else self.waterfall
-
-    def take_requests(self) -> None:
-        """Return the requests since the last call."""
-        self.posts.clear()
-        self.polls.clear()
-
-
-def completed_reply(name: str, **more: Any) -> Reply:
-    """Return a task reply with the lead's address."""
-    body = {"task_id": f"t-{name}", "status": "completed", "data": [{"email": f"{name.lower()}@found.example"}]}
-    return http_reply(200, body | {"credits_spent": 0.5} | more)
-
-
-def running_reply(name: str) -> Reply:
-    """Return the reply of a running task."""
-    return http_reply(200, {"task_id": f"t-{name}", "status": "processing"})
-
-
-def run_once(
-    workspace: Workspace, base_url: str, options: RunOptions | None = None, timing: Timeouts = TIMEOUTS
-) -> RunSummary:
-    """Run the job against a scripted API."""
-    job = load_job(workspace.job_file)
-    with lock_ledger(job.ledger, 0), open_for_run(job.ledger) as (ledger, _):
-        access = ApiAccess(base_url, SecretStr("key-of-the-test"))
-        return run_job(job, access, ledger, options or RunOptions(), RunEnvironment(timeouts=timing))
-
-
-def request_states(workspace: Workspace) -> list[str]:
-    """Return the states of the requests in input order."""
-    return [state for (state,) in workspace.sql("SELECT state FROM requests ORDER BY id")]
 
 
 def submit_and_leave(workspace: Workspace, scripted_api: ScriptedApi, base_url: str, leads: int = 3) -> None:
@@ -112,7 +46,7 @@ def submit_and_leave(workspace: Workspace, scripted_api: ScriptedApi, base_url: 
     assert request_states(workspace) == ["submitted"] * leads
     workspace.write_job()
     scripted_api.task = completed_reply
-    scripted_api.take_requests()
+    scripted_api.clear_requests()
 
 
 REFUSALS: dict[str, tuple[Callable[[ScriptedApi, Workspace], object], int]] = {
@@ -283,7 +217,7 @@ def test_in_doubt_with_id_polled_before_retry(workspace: Workspace, task_state: 
             ("in_doubt", "t-First1"),
         ]
         scripted_api.post = ScriptedApi.post
-        scripted_api.take_requests()
+        scripted_api.clear_requests()
         replies = iter([running_reply("First0"), running_reply("First0")])
         scripted_api.task = {
             "completed": completed_reply,
@@ -323,7 +257,7 @@ def test_late_answer_of_a_resent_request_adds_its_price_only(workspace: Workspac
         scripted_api.task = lambda name: completed_reply(name) if name.endswith("Again") else http_reply(404, {})
         resent = run_once(workspace, server.base_url, RunOptions(retry=frozenset({State.IN_DOUBT})))
         rows = workspace.read_output()
-        scripted_api.take_requests()
+        scripted_api.clear_requests()
         scripted_api.task = reply
 
         summary = run_once(workspace, server.base_url)
@@ -351,7 +285,7 @@ def test_request_whose_old_task_cannot_be_polled_is_not_resent(workspace: Worksp
     with serve_replies(scripted_api) as server:
         assert run_once(workspace, server.base_url).exit_code == 14
         scripted_api.post = lambda name: http_reply(200, {"task_id": f"t-{name}Again", "status": "created"})
-        scripted_api.take_requests()
+        scripted_api.clear_requests()
         # The first poll is that of every run, the next one comes before the request is sent again.
         first = iter([http_reply(404, {})])
         replies = {"First0": lambda: next(first, reply), "First1": lambda: http_reply(404, {})}
@@ -372,7 +306,7 @@ def test_old_tasks_are_polled_for_a_limited_time(workspace: Workspace, monkeypat
     scripted_api.post = lambda name: http_reply(500, {"task_id": f"t-{name}", "detail": "sorry"})
     with serve_replies(scripted_api) as server:
         assert run_once(workspace, server.base_url).exit_code == 14
-        scripted_api.take_requests()
+        scripted_api.clear_requests()
         workspace.write_job(limits="{requests_per_second: 4}")
         monkeypatch.setattr(phases, "REPOLL_S", 0.1)
 
