@@ -28,6 +28,7 @@ from enrich.job.locations import ObjectUrl, is_url
 #: Environment variables copied from the current shell to the units and the crontab line.
 INHERITED_VARIABLES = ("DATABAR_BASE_URL", "SSL_CERT_FILE", "SSL_CERT_DIR", "ENRICH_LEDGER")
 DAYS = ("Sun", "Mon", "Tue", "Wed", "Thu", "Fri", "Sat")
+_ENV_FILE_HINT = "`--env-file` is a file with the variables of your crontab, one NAME=VALUE per line"
 _LONG_DAYS = ("sunday", "monday", "tuesday", "wednesday", "thursday", "friday", "saturday")
 
 
@@ -223,9 +224,9 @@ def make_cron_environ(given: tuple[str, ...], env_file: Path | None) -> dict[str
         try:
             environ |= parse_env_lines(read_text(env_file).splitlines())
         except UnicodeDecodeError:
-            raise JobError(f"{env_file} is not UTF-8 text") from None
+            raise JobError(f"{env_file} is not UTF-8 text", _ENV_FILE_HINT) from None
         except OSError as error:
-            raise JobError(f"{env_file} cannot be read: {error.strerror}") from error
+            raise JobError(f"{env_file} cannot be read: {error.strerror}", _ENV_FILE_HINT) from error
         except ValueError as error:
             raise JobError(f"{env_file}: {error}") from error
     for pair in given:
@@ -270,10 +271,13 @@ def parse_env_lines(lines: Iterable[str]) -> dict[str, str]:
 
 
 def _parse_folder(text: str) -> Path:
-    """Parse the path of a folder. Raises ValueError for a URL."""
+    """Parse the path of a folder, which need not exist. Raises ValueError for a URL and for a file."""
     if is_url(text):
         raise ValueError("must be a folder on this machine, not a URL")
-    return Path(text)
+    path = Path(text)
+    if os.path.lexists(path) and not os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises PermissionError
+        raise ValueError(f"{text} is not a folder: choose another, or leave the option out to print the units")
+    return path
 
 
 def _check_duration(text: str) -> str:

@@ -308,7 +308,7 @@ def open_access(job: Job | None, *, use_sandbox: bool) -> Iterator[ApiAccess]:
             server = stack.enter_context(serve_in_thread(state))
         except (OSError, ValueError, *DATABASE_ERRORS) as error:
             is_used = is_busy_error(error)
-            reason = "another command is using it" if is_used else str(error)
+            reason = "another command is using it" if is_used else getattr(error, "strerror", None) or error
             own_hint = None if job is None else "name another ledger with --ledger"
             hint = "run this again after that command ends" if is_used else own_hint
             raise CommandRefused(f"{state}: the sandbox cannot use this file: {reason}", hint) from error

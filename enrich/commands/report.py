@@ -20,7 +20,7 @@ from enrich.errors import CommandRefused, EnrichError, JobError, install_hint
 from enrich.exit_codes import JobArguments
 from enrich.files.atomic import follow_link, replace_file
 from enrich.job.job import Job
-from enrich.job.local_files import real_path
+from enrich.job.local_files import make_folder, real_path
 from enrich.job.locations import sandbox_file_name
 from enrich.models import parse_count
 
@@ -146,7 +146,10 @@ def default_report_path(job: Job, now: datetime) -> Path:
 def given_report_path(job: Job, path: Path) -> Path:
     """Return where to write a page of this name: in a sandbox not over a real run's report. Raises JobError."""
     job.check_not_own(path, "report", _OTHER_FILE_HINT, allowed="report")
-    return path.with_name(sandbox_file_name(path.name)) if job.sandbox and _is_real_report(path) else path
+    with suppress(OSError):  # `write_report` reports a file that cannot be read
+        if job.sandbox and _is_real_report(path):
+            return path.with_name(sandbox_file_name(path.name))
+    return path
 
 
 def write_report(path: Path, page: str, job: Job) -> None:
@@ -158,7 +161,7 @@ def write_report(path: Path, page: str, job: Job) -> None:
         path = follow_link(path)
         if job.sandbox and _is_real_report(path):
             raise CommandRefused(f"{path}: the report would replace that of a real run", _OTHER_FILE_HINT)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         marker = (SANDBOX_MARKER if job.sandbox else b"") + REPORT_MARKER
         replace_file(path, page.encode(errors="replace") + marker)
     except OSError as error:

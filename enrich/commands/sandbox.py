@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import click
 
-from enrich.errors import needs_extra
+from enrich.errors import JobError, needs_extra
 from enrich.ledger.dialect import DATABASE_ERRORS
 from enrich.sandbox.settings import FAULT_KINDS, Fault, SandboxSettings
 
@@ -79,10 +79,11 @@ def _run(port: int, state: Path | None, **values: Any) -> None:  # noqa: ANN401 
             state = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sandbox-"))) / "state.db"
         try:
             serve(state, settings, port)
-        except DATABASE_ERRORS as error:
-            raise click.ClickException(f"{state}: {error}") from error
-        except (OSError, ValueError) as error:
-            raise click.ClickException(str(error)) from error
+        except (OSError, ValueError, *DATABASE_ERRORS) as error:
+            used = getattr(error, "filename", None) or state  # the file, or the port
+            option = "--port" if str(used) == f"port {port}" else "--state"
+            reason = getattr(error, "strerror", None) or error
+            raise JobError(f"{used}: the sandbox cannot use it: {reason}", f"choose another with {option}") from error
 
 
 sandbox = click.Command(

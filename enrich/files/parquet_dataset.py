@@ -23,7 +23,7 @@ from msgspec.structs import replace
 from enrich.errors import UNWRITABLE_HINT, CommandRefused, JobError
 from enrich.files import object_store, parquet_format
 from enrich.files.atomic import COLLECT_HINT, as_write_refused, atomic_write, follow_link, fsync_dir
-from enrich.job.local_files import real_path
+from enrich.job.local_files import make_folder, real_path
 from enrich.job.locations import STDIN, InputLocation, Location, ObjectUrl
 
 #: File that marks a folder as a dataset written by enrich. The list of the parts is in its metadata. It is a Parquet
@@ -287,7 +287,7 @@ def prepare_folder(target: Path, input_location: InputLocation, job: str) -> Non
         raise JobError(f"{target}: the output would replace the input", "choose another `output`")
     try:
         target = follow_link(target)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         if target.exists() and not target.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "it is a file, not a folder")
         clean_up_folder(target, job)

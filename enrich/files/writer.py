@@ -26,7 +26,7 @@ from enrich.files.atomic import as_write_refused, atomic_write, follow_link
 from enrich.files.input_files import find_paths
 from enrich.files.text import FileProblem, quote_column
 from enrich.files.values import as_text, text_frame
-from enrich.job.local_files import is_same_file
+from enrich.job.local_files import is_same_file, make_folder
 from enrich.job.locations import InputLocation, Location, ObjectUrl, format_of, is_dataset
 from enrich.job.spec import Output
 
@@ -67,7 +67,7 @@ def prepare_file(target: Location, input_location: InputLocation, job: str, kind
         target = follow_link(target)
         if is_sqlite_file(target):
             raise JobError(f"{target}: the {kind} would replace a ledger", f"choose another `{kind}`")
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         temporary_path(target, job, kind).unlink(missing_ok=True)
         if not os.access(target.parent, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, "Permission denied")
@@ -134,7 +134,7 @@ def _open_target(target: Location, job: str, kind: str) -> Iterator[BinaryIO]:
     if isinstance(target, Path):
         target = follow_link(target)
         # The folder may have been removed during a long run.
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         with atomic_write(target, temporary_path(target, job, kind)) as raw:
             yield raw
         return

@@ -133,6 +133,14 @@ def is_leftover(name: str) -> bool:
     return name.startswith("~$") or name.lower() in _LEFTOVERS
 
 
+def make_folder(folder: Path, mode: int = 0o777) -> None:
+    """Create a folder and its parents, if they are missing. Raises OSError; for a file of this name ENOTDIR."""
+    try:
+        folder.mkdir(mode, parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, f"{folder} is not a folder") from None
+
+
 #: Default size limit in bytes. Key files, job files, plans and address lists are far smaller.
 MAX_BYTES = 1 << 20
 PIPE_TIMEOUT_S = 10.0

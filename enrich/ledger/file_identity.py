@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from enrich.errors import CommandRefused
+from enrich.job.local_files import make_folder
 
 _FILE_KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -87,7 +88,7 @@ def make_private_folder(folder: Path) -> None:
 
     An existing folder keeps its rights, except our own `.enrich`. Raises OSError.
     """
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_folder(folder, 0o700)
     if folder.name == ".enrich" and folder.stat().st_mode & 0o077:
         with suppress(OSError):  # it may belong to another user
             folder.chmod(0o700)

@@ -20,6 +20,7 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
 from enrich.errors import UNWRITABLE_HINT, CommandRefused
+from enrich.job.local_files import make_folder
 from enrich.models import iso_time
 from enrich.run.progress import Progress
 
@@ -105,7 +106,7 @@ def open_log(path: Path | None, job: str, on_problem: Callable[[str], None]) -> 
         yield RunLog(None, job)
         return
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         _check_is_log(path)
         # Resolve a symlink: otherwise rotation would rename the link, and its target would keep growing.
         handler = _LogHandler(path.resolve() if path.is_file() else path, on_problem)

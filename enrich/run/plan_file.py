@@ -22,6 +22,8 @@ from enrich.models import State, iso_time, to_micros
 from enrich.rows.job_input import JobInput
 from enrich.run.preflight import Preflight
 
+_CREATE_HINT = "create one: enrich plan JOB -o FILE"
+
 
 class ProviderPrice(Struct, frozen=True, forbid_unknown_fields=True):
     """A provider or the verifier, with its price in millionths of a credit; None: unknown."""
@@ -158,8 +160,6 @@ def read_plan(path: Path) -> SavedPlan:
     try:
         return msgspec.json.decode(read_text(path), type=SavedPlan)
     except OSError as error:
-        raise CommandRefused(f"{path}: the plan cannot be read: {error.strerror}") from error
+        raise CommandRefused(f"{path}: the plan cannot be read: {error.strerror}", _CREATE_HINT) from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise JobError(
-            f"{path}: this is not a plan of this version of enrich", "create one: enrich plan JOB -o FILE"
-        ) from error
+        raise JobError(f"{path}: this is not a plan of this version of enrich", _CREATE_HINT) from error

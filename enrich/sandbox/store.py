@@ -117,7 +117,7 @@ class SandboxStore:
         new = self._one("SELECT count(*) FROM sqlite_master")[0] == 0
         version_found = (self._one("PRAGMA application_id")[0], self._one("PRAGMA user_version")[0])
         if not new and version_found != (_APPLICATION_ID, _VERSION):
-            raise ValueError(f"{path} is no state of this sandbox; choose a new file")
+            raise ValueError("it is not the state of a sandbox of this version")
         path.chmod(0o600)
         self._db.execute("PRAGMA journal_mode = WAL")
         # Without syncs, only a crash of the machine can lose commits.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
+import os
+import socket
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -73,6 +76,61 @@ def test_units_that_exist(workspace: Workspace) -> None:
     assert (result.exit_code, "choose another folder, or replace it with --force" in result.stderr) == (2, True)
     result = workspace.run_in_process("cron", "job.yaml", "--output-dir", "s3://units/enrich")
     assert (result.exit_code, "must be a folder on this machine" in result.stderr) == (2, True), result.stderr
+
+
+WRONG_PLACES = [
+    ("cron job.yaml --output-dir leads.csv", 2, "leads.csv is not a folder", "enrich cron --help"),
+    ("cron job.yaml --output-dir nowhere", 2, "nowhere is not a folder", "enrich cron --help"),
+    ("cron job.yaml --output-dir /dev/full", 2, "/dev/full is not a folder", "enrich cron --help"),
+    ("cron job.yaml --output-dir leads.csv/units", 5, "cannot be written: Not a directory", "choose another folder"),
+    ("init leads.csv --waterfall email_getter --offline -o /proc/x", 5, "/proc/x: cannot be written", "choose another"),
+    ("init leads.csv --waterfall email_getter --offline -o leads.csv/x", 5, "not a folder", "choose another name"),
+    ("report job.yaml -o leads.csv/x.html", 5, "is not a folder", "choose another file"),
+    ("report job.yaml -o /proc/self/mem", 5, "the report cannot be written", "choose another file"),
+    ("report job.yaml --sandbox -o /proc/self/mem", 5, "the report cannot be written", "choose another file"),
+    ("plan job.yaml --rows leads.csv/x.csv", 5, "is not a folder", "choose another file"),
+    ("run job.yaml --log-file leads.csv/x.log", 5, "is not a folder", "choose another file"),
+    ("run job.yaml --ledger leads.csv/x.db", 5, "is not a folder", "choose another file"),
+    ("run job.yaml --plan nowhere", 5, "the plan cannot be read: No such file", "create one: enrich plan job.yaml"),
+    ("doctor job.yaml --offline --env-file nowhere", 2, "nowhere cannot be read: No such file", "NAME=VALUE per line"),
+    ("sandbox --state leads.csv/x.db", 2, "leads.csv/x.db: the sandbox cannot use it: Not", "another with --state"),
+    ("sandbox --state /proc/self/mem", 2, "mem: the sandbox cannot use it", "choose another with --state"),
+    ("sandbox --state leads.csv", 2, "leads.csv: the sandbox cannot use it", "choose another with --state"),
+]
+
+
+@in_turn(["arguments", "code", "message", "hint"], WRONG_PLACES)
+def test_a_file_in_place_of_a_folder(  # noqa: PLR0917 - the columns of the table
+    finished_job: Workspace, api: SandboxApi, arguments: str, code: int, message: str, hint: str
+) -> None:
+    """And devices, dangling links, missing files: the error names the file, the reason and what to do."""
+    if not (finished_job.folder / "nowhere").is_symlink():
+        (finished_job.folder / "nowhere").symlink_to("missing")
+    result = finished_job.run_in_process(*arguments.split(), api=api)
+    problem, remedy = result.stderr.rsplit("\nhint: ", 1)
+    assert (result.exit_code, message in problem, hint in remedy) == (code, True, True), result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_job_file_in_a_closed_folder(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`init` says what to do. Root may write everywhere."""
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("enrich.commands.init.replace_file", refuse)
+    result = workspace.run_in_process("init", "leads.csv", "--waterfall", "email_getter", "--offline")
+    assert (result.exit_code, "permissions of its folder" in result.stderr) == (5, True), result.stderr
+
+
+def test_port_in_use(workspace: Workspace) -> None:
+    """The sandbox names the port, not its state."""
+    with socket.create_server(("127.0.0.1", 0)) as used:
+        port = used.getsockname()[1]
+        result = workspace.run_in_process("sandbox", "--port", str(port))
+    assert result.exit_code == 2
+    assert f"port {port}: the sandbox cannot use it: Address already in use" in result.stderr
+    assert "choose another with --port" in result.stderr
 
 
 @pytest.mark.parametrize("ledger", ["/", "folder"])
