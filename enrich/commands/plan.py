@@ -187,7 +187,7 @@ def make_plan(
         ]
         plan: Plan | StepsPlan
         if step_rows is not None:
-            plan = _plan_steps(step_rows, preflight_result, selections, rows_file)
+            plan = _plan_steps(step_rows, preflight_result, selections, budgets[0].cap, rows_file)
             requests = [step.at_most for step in plan.steps]
         else:
             read = _read_input(job_input, preflight_result.template, ledger, selections[0])
@@ -237,13 +237,17 @@ def _read_input(
 
 
 def _plan_steps(
-    rows: StepRows, preflight_result: Preflight, selections: Sequence[RequestSelection], rows_file: Path | None
+    rows: StepRows,
+    preflight_result: Preflight,
+    selections: Sequence[RequestSelection],
+    cap: int | None,
+    rows_file: Path | None,
 ) -> StepsPlan:
     """Plan a run of a job with steps, and write each row's decisions, if a file is given."""
     StepInput(rows, 0).begin(selections[0])
     rows.prepare()
     selections = [replace(selection, limit=None, sample=None) for selection in selections]
-    plan = plan_steps(rows, rows.ledger, preflight_result, selections)
+    plan = plan_steps(rows, rows.ledger, preflight_result, selections, cap)
     if rows_file is not None:
         _write_step_rows(rows_file, rows, selections)
     return plan

@@ -52,29 +52,24 @@ class Cost(Struct, frozen=True):
         most = None if worst_price is None else to_credits(worst_price * requests)
         return cls(likely if requests else 0.0, most if requests else 0.0)
 
-    @classmethod
-    def for_template(
-        cls, requests: int, likely_price: float | None, template: RequestTemplate, cap: int | None
-    ) -> Cost:
-        """Return the cost of requests of a template. Where the price depends on the row, the cap is its limit."""
-        cost = cls.for_requests(requests, likely_price, template.worst_price)
-        by_row = template.priced_by is not None and cost.maximum is None
-        return cls(cost.likely, to_credits(cap)) if by_row else cost
-
     def __add__(self, other: Cost) -> Cost:
         """Add two costs. The sum is None where one of them is unknown."""
         return Cost(_add_known(self.likely, other.likely), _add_known(self.maximum, other.maximum))
 
-    def within(self, cap: float | None) -> Cost:
-        """Return the cost where no more than `cap` credits are spent. None: there is no cap."""
+    def within(self, cap: float | None, reserved: float = 0.0) -> Cost:
+        """Return the cost where open tasks have `reserved` credits of a cap, and these the rest. None: no cap."""
         if cap is None:
             return self
-        likely = None if self.likely is None else min(self.likely, cap)
-        return Cost(likely, cap if self.maximum is None else min(self.maximum, cap))
+        rest = max(0.0, round(cap - reserved, 6))
+        likely = None if self.likely is None else min(self.likely, rest)
+        return Cost(likely, rest if self.maximum is None else min(self.maximum, rest))
 
     def as_json(self) -> dict[str, float | None]:
         """Return what `--json` prints."""
         return {"min": 0.0, "likely": self.likely, "max": self.maximum}
+
+
+NO_COST = Cost(0.0, 0.0)
 
 
 def _add_known(one: float | None, other: float | None) -> float | None:

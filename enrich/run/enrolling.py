@@ -153,10 +153,7 @@ async def _enroll(context: RunContext, run_state: RunState, rows: JobInput | Ste
         run_state.enrolled[step] = replace(earlier, requests=requests)
         return
     average_price = await ledger_writer.submit(queries.average_price, template.target) if to_submit else None
-    cost = Cost.for_template(to_submit, average_price, template, None if step else context.budget.cap)
-    cost = cost.within(context.job.step_max_credits)
-    if not run_state.enrolled and run_state.open_tasks_cost is not None:
-        cost += run_state.open_tasks_cost
+    cost = Cost.for_requests(to_submit, average_price, template.worst_price).within(context.job.step_max_credits)
     reused = sum(requests[state] for state in REUSED_STATES)
     run_state.enrolled[step] = Enrolled(requests, reused, cost)
 

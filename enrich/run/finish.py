@@ -18,6 +18,7 @@ from enrich.models import State, format_credits, pluralize, to_credits
 from enrich.rows.requests import left_out_by_param
 from enrich.run.background import save_latencies, start_phase
 from enrich.run.balance import ROUNDING_CREDITS, explain_balance
+from enrich.run.budget import Cost
 from enrich.run.context import RunContext, RunFiles
 from enrich.run.enrolling import INPUT_CHANGED, input_versions
 from enrich.run.output import Outcome
@@ -74,8 +75,6 @@ async def finish_run(context: RunContext, run_state: RunState, outcome: Outcome)
     after = await fetch_balance(context, run_state) if counters.settled or counters.attempted_requests else before
     spent, matches = totals.spent, counters.settled.get(State.FOUND, 0)
     reason, enrolled = run_state.exit_reasons.get(outcome.code), run_state.enrolled_in_all
-    # As in the plan: that of a job with steps is within its caps.
-    planned_cap = context.job.max_credits if context.job.step_jobs else None
     summary = RunSummary(
         job=context.job.name,
         exit_code=int(outcome.code),
@@ -90,7 +89,7 @@ async def finish_run(context: RunContext, run_state: RunState, outcome: Outcome)
         credits_spent=to_credits(spent),
         credits_unknown=totals.unknown,
         unconfirmed=await context.ledger_writer.submit(queries.unconfirmed_posts, execution_id),
-        planned=None if enrolled is None else enrolled.cost.within(planned_cap).as_json(),
+        planned=None if enrolled is None else _planned(enrolled.cost, run_state.open_tasks_cost, totals.cap).as_json(),
         cost_per_hit=to_credits(round(spent / matches)) if matches else None,
         answers=sum(counters.settled.values()),
         balance_before=to_credits(before),
@@ -125,6 +124,11 @@ async def finish_run(context: RunContext, run_state: RunState, outcome: Outcome)
         after,
     )
     return summary
+
+
+def _planned(new: Cost, open_tasks: Cost, cap: int | None) -> Cost:
+    """Return the expected cost of a run: that of the tasks that were open, and new requests get the rest of the cap."""
+    return new.within(to_credits(cap), open_tasks.maximum or 0.0) + open_tasks
 
 
 async def _with_overrun(context: RunContext, summary: RunSummary, execution_id: int, beyond_cap: int) -> RunSummary:

@@ -123,7 +123,7 @@ def _plan_and_question(ledger: Database, context: RunContext, run_state: RunStat
             replace(select_requests(step, context.options, now_ms), limit=None, sample=None)
             for step in step_rows.job_input.job.steps
         ]
-        steps_plan = plan_steps(step_rows, ledger, context.preflight, selections)
+        steps_plan = plan_steps(step_rows, ledger, context.preflight, selections, context.budget.cap)
         question = spend_question(steps_plan.cost.maximum, steps_plan.rows)
         return "\n".join([*format_steps_plan(steps_plan), question])
     plan = build_plan(context.job, context.preflight, ledger, run_state.read, context.budget.cap)

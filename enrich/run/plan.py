@@ -169,7 +169,7 @@ def build_plan(job: Job, preflight: Preflight, ledger: Database, read: RowCounts
     if cap is not None and template.worst_price:
         cap_allows = min(to_submit, max(0, cap - reserved) // template.worst_price)
     average_price = queries.average_price(ledger, template.target) if to_submit else None
-    cost = Cost.for_template(to_submit, average_price, template, cap)
+    cost = Cost.for_requests(to_submit, average_price, template.worst_price)
     return Plan(
         job=job.name,
         sandbox=job.sandbox,
@@ -187,7 +187,7 @@ def build_plan(job: Job, preflight: Preflight, ledger: Database, read: RowCounts
         worst_price=to_credits(template.worst_price),
         priced_by=template.priced_by,
         pages=template.target.pages,
-        cost=cost,
+        cost=cost.within(to_credits(cap), to_credits(reserved)),
         reserved=to_credits(reserved),
         requests_per_second=job.model.limits.requests_per_second,
         polls_per_task=queries.polls_per_task(ledger),
@@ -227,7 +227,8 @@ def format_plan(plan: Plan, next_lines: Sequence[str] = (), *, details: bool = F
     if plan.cap_allows is not None and plan.cap_allows < plan.to_submit:
         running = f", after {plan.reserved:,.2f} for running tasks" if plan.reserved else ""
         enough = f"{plan.cap_allows:,} of {pluralize(plan.to_submit, 'request')}"
-        yield f"The cap is enough for {enough} at their maximum price{running}"
+        all_cost = f" ({plan.to_submit * plan.worst_price:,.2f} for all)" if plan.worst_price else ""
+        yield f"The cap is enough for {enough} at their maximum price{running}{all_cost}"
     if plan.canary is not None and plan.decisions.get(Decision.NEW, 0) > plan.canary:
         yield f"Canary: the first {pluralize(plan.canary, 'request')} are checked before the others are sent"
     yield from (f"Note: {note}" for note in plan.notes)

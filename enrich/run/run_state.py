@@ -19,7 +19,7 @@ from enrich.exit_codes import ExitCode, first_exit_code
 from enrich.job.target import Target
 from enrich.models import RequestSelection, State
 from enrich.rows.batches import RowCounts
-from enrich.run.budget import Budget, Cost
+from enrich.run.budget import NO_COST, Budget, Cost
 from enrich.run.poll_schedule import PollCost, PollSchedule
 from enrich.run.progress import Phase, TrafficRecorder
 from enrich.run.rate_limit import AdaptiveRateLimiter, CircuitBreaker, InFlightLimit
@@ -193,7 +193,7 @@ class RunState:
     #: The user agreed to pay for `paid_in_other_ledgers`.
     pays_again: bool = False
     #: Expected cost of the tasks that were already open.
-    open_tasks_cost: Cost | None = None
+    open_tasks_cost: Cost = NO_COST
     #: Summary fields of the output, rejects and changes files.
     files_written: dict[str, Any] = field(default_factory=dict)
 

@@ -23,7 +23,7 @@ from enrich.models import (
     to_credits,
 )
 from enrich.rows.job_steps import Step, StepDecision
-from enrich.run.budget import Cost
+from enrich.run.budget import NO_COST, Cost
 from enrich.run.plan import format_cost
 from enrich.run.preflight import Preflight
 from enrich.run.step_batch import StepBatch
@@ -245,6 +245,9 @@ class StepsPlan(Struct, frozen=True):
     steps: Sequence[StepForecast]
     balance: float | None
     max_credits: float | None
+    #: The lowest of `max_credits` and what `min_balance` leaves, and what open tasks have reserved of it.
+    cap: float | None
+    reserved: float
     notes: list[str] = []
 
     @property
@@ -254,11 +257,11 @@ class StepsPlan(Struct, frozen=True):
 
     @property
     def cost(self) -> Cost:
-        """The expected cost of all steps, each within its own cap, together within that of the job."""
-        total = Cost(0.0, 0.0)
+        """The expected cost of all steps, each within its own cap, together within the rest of the run's."""
+        total = NO_COST
         for step in self.steps:
             total += step.cost.within(step.step.job.step_max_credits)
-        return total.within(self.max_credits)
+        return total.within(self.cap, self.reserved)
 
     def as_json(self) -> dict[str, Any]:
         """Return the object that `--json` prints."""
@@ -278,14 +281,23 @@ class StepsPlan(Struct, frozen=True):
 
 
 def plan_steps(
-    rows: StepRows, ledger: Database, preflight: Preflight, selections: Sequence[RequestSelection]
+    rows: StepRows, ledger: Database, preflight: Preflight, selections: Sequence[RequestSelection], cap: int | None
 ) -> StepsPlan:
-    """Plan all steps. The pass of the ledger sees the requests of the first step."""
+    """Plan all steps, within a cap in millionths. The pass of the ledger sees the requests of the first step."""
     row_count, forecasts = forecast_steps(rows, ledger, selections)
     job = rows.job_input.job
     notes = [*preflight.notes, *_notes(forecasts, ledger)]
-    balance = to_credits(preflight.balance)
-    return StepsPlan(job.name, job.sandbox, row_count, forecasts, balance, job.max_credits, notes)
+    return StepsPlan(
+        job.name,
+        job.sandbox,
+        row_count,
+        forecasts,
+        to_credits(preflight.balance),
+        job.max_credits,
+        to_credits(cap),
+        to_credits(queries.open_reservations(ledger)),
+        notes,
+    )
 
 
 def forecast_steps(

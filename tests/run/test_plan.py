@@ -30,6 +30,7 @@ from enrich.run.plan_file import SavedPlan, read_plan, write_plan
 from tests.support.cases import examples, first_quick
 from tests.support.workspace import (
     BOTH_BACKENDS,
+    JOB,
     ProgramResult,
     SandboxApi,
     Workspace,
@@ -324,6 +325,45 @@ def test_open_tasks_reduce_cap(tmp_path: Path, workspace: Workspace) -> None:
 
     assert made_plan.decisions[Decision.WAITING] == 1
     assert (made_plan.to_submit, made_plan.cap_allows) == (3, 1)  # 10 - 3.51 leaves room for one at its maximum price
+    assert made_plan.cost.maximum == round(10 - MAX_PRICE, 6)
+
+
+#: The same job with one step.
+STEP_JOB = """\
+version: 1
+input: leads.csv
+output: out.csv
+steps:
+  - name: email
+    waterfall: email_getter
+    params:
+      first_name: First Name
+      last_name: Last Name
+      company: {column: [Website, Email], transform: [domain]}
+    columns: {work_email: email}
+"""
+
+
+@pytest.mark.parametrize(
+    ("job", "cap"), first_quick(4, [(JOB, 5), (JOB, 2), (STEP_JOB, 5), (STEP_JOB, 2), (JOB, 20), (STEP_JOB, 20)])
+)
+def test_planned_cost_with_open_tasks(tmp_path: Path, workspace: Workspace, job: str, cap: float) -> None:
+    """What open tasks may cost is planned even beyond the cap; new requests get the rest of it, in plan and summary."""
+    workspace.write_job(job)
+    workspace.write_leads(make_leads(1))
+    with serve_api(tmp_path / "api.db", latency="fixed(60)") as api:
+        workspace.submit_without_collecting(api)
+        api.advance(61)
+    workspace.write_job(job, limits=f"{{max_credits: {cap}, requests_per_second: 1000}}")
+    workspace.write_leads(make_leads(4))
+    with serve_api(tmp_path / "api.db", latency="fixed(0)") as api:
+        planned = run_plan_command(workspace, api, "--json").json_output["cost"]
+        summary = workspace.run_job(api)
+    new = min(3 * MAX_PRICE, max(0, cap - MAX_PRICE))
+    assert planned["max"] == pytest.approx(new)
+    assert summary.planned is not None
+    assert summary.planned["max"] == pytest.approx(MAX_PRICE + new)
+    assert summary.credits_spent <= MAX_PRICE + new
 
 
 # Output
@@ -337,7 +377,7 @@ def test_json_keys(api: SandboxApi, workspace: Workspace) -> None:
     output = run_plan_command(workspace, api, "--json").json_output
 
     assert (output["rows"], output["requests"], output["to_submit"], output["exit_code"]) == (4, 4, 4, 0)
-    assert output["cost"] == {"min": 0.0, "likely": None, "max": 4 * MAX_PRICE}
+    assert output["cost"] == {"min": 0.0, "likely": None, "max": 8}  # the cap, less than 4 * MAX_PRICE
     assert (output["balance"], output["max_credits"], output["cap_allows"]) == (10_000, 8, 2)
     assert output["seconds"] == 1.0  # four requests and six polls, at ten a second
 
