@@ -151,14 +151,15 @@ _STATES = ("found", "not_found", "failed", "expired", "in_doubt", "pending")
 
 def read_status(job: Job) -> dict[str, Any]:
     """Return the object of `enrich status --json`. Requests are counted by status, named as in the run summary."""
-    view = RunWatcher(job).read_view()  # before reading: a run that ends meanwhile was not killed
-    with open_or_empty(job.ledger) as ledger, ledger.snapshot():
-        counts = queries.state_counts(ledger)
-        spent, unknown = queries.spent_totals(ledger)
-        tasks = transitions.submitted_tasks(ledger)
-        all_executions = records.list_executions(ledger)
-        in_doubt = queries.in_doubt_summary(ledger)
-        step_counts = _step_counts(job, ledger)
+    with open_or_empty(job.ledger) as ledger:
+        view = RunWatcher(job).read_view(ledger)
+        with ledger.snapshot():
+            counts = queries.state_counts(ledger)
+            spent, unknown = queries.spent_totals(ledger)
+            tasks = transitions.submitted_tasks(ledger)
+            all_executions = records.list_executions(ledger)
+            in_doubt = queries.in_doubt_summary(ledger)
+            step_counts = _step_counts(job, ledger)
     executions = [row for row in all_executions if row.job == job.name][:SHOWN_EXECUTIONS]
     ttl_ms = to_ms(job.result_ttl)
     may_run = view.status in (RunStatus.RUNNING, RunStatus.NO_HEARTBEAT)

@@ -7,7 +7,7 @@ import shutil
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from math import inf
@@ -24,7 +24,7 @@ from enrich.exit_codes import ExitCode, exit_label
 from enrich.job.job import Job
 from enrich.job.locations import LedgerLocation, PostgresLocation
 from enrich.ledger import queries, records
-from enrich.ledger.database import ledger_exists, open_existing
+from enrich.ledger.database import Database, ledger_exists, open_existing
 from enrich.ledger.dialect import OUTAGE_TIMEOUT_S, DatabaseFailed
 from enrich.ledger.lock import is_locked
 from enrich.ledger.records import ExecutionRow
@@ -243,15 +243,15 @@ class RunWatcher:
     _changed_at: float = 0.0
     _has_changed: bool = False
 
-    def read_view(self) -> RunView:
-        """Read the current state. Raises CommandRefused if the file is not a ledger or cannot be read."""
+    def read_view(self, opened: Database | None = None) -> RunView:
+        """Read the current state, from an open ledger if given. Raises CommandRefused if it cannot be opened."""
         job, now_ms = self.job, SystemClock().now_ms()
         view = RunView(job.name, job.ledger, now_ms, RunStatus.NO_LEDGER, sandbox=job.sandbox)
-        if not ledger_exists(job.ledger):
+        if opened is None and not ledger_exists(job.ledger):
             return view
         lock_held = is_locked(job.ledger)  # before reading: a run that ends meanwhile was not killed
         # Close it at once: an open ledger keeps the run from cleaning up at its end.
-        with closing(open_existing(job.ledger)) as ledger:
+        with closing(open_existing(job.ledger)) if opened is None else nullcontext(opened) as ledger:
             executions = records.list_executions(ledger, job.name, last=1)
             newest = records.newest_execution_id(ledger)
             oldest_open_ms = queries.oldest_open_submission_ms(ledger)

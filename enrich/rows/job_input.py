@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from copy import copy
 from pathlib import Path
 
@@ -167,12 +167,18 @@ class JobInput:
         message = f"the input already has a column with this name ({self.job.input_path})"
         raise job.error(["columns", name], message, f"{hint}, or fill the existing one: merge: fill_empty")
 
-    def queue_order(self) -> pl.Series | None:
-        """Read the input once and return each row's place in the send order; None: the order of the input."""
+    def queue_order(self, check_stopped: Callable[[], None] = lambda: None) -> pl.Series | None:
+        """Read the input once and return each row's place in the send order; None: the order of the input.
+
+        `check_stopped` is called before each batch. It may raise to stop.
+        """
         if self.job.model.order_by is None:
             return None
         column_indexes = list(map(self.header.index, self.job.model.order_by))
-        keys = [sort_keys(text_frame(frame), column_indexes) for frame in self._table.batches()]
+        keys = []
+        for frame in self._table.batches():
+            check_stopped()
+            keys.append(sort_keys(text_frame(frame), column_indexes))
         return rank_rows(pl.concat(keys)) if keys else None
 
     def batches(

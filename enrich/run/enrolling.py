@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Iterator
 
+import polars as pl
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -48,7 +49,7 @@ class StepInput(Struct, frozen=True):
         if not self.number:
             self.rows.begin()
         if (leads := self.rows.leads) is not None:
-            leads.choose(self._candidates(leads, selection), self.rows.job_input.queue_order())
+            leads.choose(self._candidates(leads, selection), self._queue_order())
 
     def _candidates(self, leads: LeadSelection, selection: RequestSelection) -> Iterator[tuple[int, bytes | None]]:
         """Yield the rows that would be sent, but for those that the run may send anyway."""
@@ -64,9 +65,12 @@ class StepInput(Struct, frozen=True):
     def batches(self, selection: RequestSelection) -> Iterator[RowBatch]:
         """Read the whole input once. Yield the requests that the run may send, and those with a result."""
         step_results.begin_requesting_rows(self.rows.ledger, self.rows.steps[self.number].job.step)
-        for step_batch in self.rows.step_batches(self.number, self.rows.job_input.queue_order()):
+        for step_batch in self.rows.step_batches(self.number, self._queue_order()):
             self.rows.add_requesting_rows(self.number, step_batch)
             yield step_batch.to_send(self._final_rows(step_batch, selection))
+
+    def _queue_order(self) -> pl.Series | None:
+        return self.rows.job_input.queue_order(self.rows.check_stopped)
 
     def _final_rows(self, step_batch: StepBatch, selection: RequestSelection) -> set[int]:
         """Return the rows beyond the limit whose request has a result, or is unconfirmed, and is not sent again."""
@@ -176,14 +180,15 @@ def _enroll_locally(
     ledger: Database, context: RunContext, selection: RequestSelection, rows: JobInput | StepInput
 ) -> tuple[RowCounts, int]:
     """Enroll the input in this process, in one transaction."""
-    template = context.preflight.template
+    template, check_stopped = context.preflight.template, context.signals.raise_if_received
     enroll.begin_pass(ledger)
     read = RowCounts()
-    batches = (
-        rows.batches(selection) if isinstance(rows, StepInput) else rows.batches(template, rows.queue_order(), ledger)
-    )
+    if isinstance(rows, StepInput):
+        batches = rows.batches(selection)
+    else:
+        batches = rows.batches(template, rows.queue_order(check_stopped), ledger)
     for batch in batches:
-        context.signals.raise_if_received()
+        check_stopped()
         ids = enroll.enroll(ledger, template.target, batch.requests(), selection)
         store_batch(ledger, context.job, batch, ids)
         read += RowCounts.from_batch(batch)

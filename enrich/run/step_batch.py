@@ -9,7 +9,7 @@ share counts once.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
@@ -203,16 +203,18 @@ class LeadSelection:
             self.chosen.update(list(filter(self._is_begun, rows)) or rows[:1])
 
 
-def capped_rows(job_input: JobInput, caps: Caps, begun: bytearray) -> bytearray:
+def capped_rows(job_input: JobInput, caps: Caps, begun: bytearray, check_stopped: Callable[[], None]) -> bytearray:
     """Return which rows of the input are beyond the cap of their group, one byte for each row.
 
     Rows that earlier runs have `begun` count first and are never left out, then the others in the send order. Rows that
     the job leaves out, and those without a group, do not count. Rows that send the same cells are one lead.
+    `check_stopped` is called before each batch. It may raise to stop.
     """
-    order, height = job_input.queue_order(), 0
+    order, height = job_input.queue_order(check_stopped), 0
     sent = job_input.identifying_columns
     parts = []
     for first_position, _, text in job_input.frames():
+        check_stopped()
         group = clean_cells(text.get_column(caps.by).alias("")).str.to_lowercase()
         taking_part = job_input.selected_rows(text) & (group != "")
         if (suppressed := job_input.suppressed_rows(text)) is not None:

@@ -82,7 +82,7 @@ class StepRows(Struct):
             return
         begun = self._begun_leads()
         if caps is not None:
-            self._capped = capped_rows(self.job_input, caps, begun)
+            self._capped = capped_rows(self.job_input, caps, begun, self.check_stopped)
         if self.leads is not None:
             self.leads.begun = begun
 

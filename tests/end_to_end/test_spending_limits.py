@@ -79,7 +79,7 @@ def test_rows_added_while_sorting(api: SandboxApi, workspace: Workspace, monkeyp
     """A file that grows during the run is no bug."""
     workspace.write_job(order_by="Note")
     workspace.write_leads(make_leads(4))
-    monkeypatch.setattr(JobInput, "queue_order", lambda _: pl.Series([1, 0]))
+    monkeypatch.setattr(JobInput, "queue_order", lambda *_: pl.Series([1, 0]))
     workspace.run_job(api, RunOptions(limit=3))
     assert requested_leads(api) == {"First0", "First1", "First2"}
 

@@ -46,7 +46,7 @@ def test_rows_added_while_counting(workspace: Workspace, api: SandboxApi, monkey
     workspace.write_leads([first, second], HEADER)
     workspace.write_job(SHORT_JOB + "caps: {by: Website, max: 2}\n")
 
-    def add_row(_: JobInput) -> None:
+    def add_row(_: JobInput, __: object) -> None:
         workspace.write_leads([first, second, third], HEADER)
 
     monkeypatch.setattr(JobInput, "queue_order", add_row)

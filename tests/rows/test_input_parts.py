@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest.mock import patch
 
@@ -13,16 +13,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enrich.errors import CommandRefused
+from enrich.errors import CommandRefused, Interrupted
+from enrich.exit_codes import ExitCode
 from enrich.files import reader
 from enrich.files.input_files import LocalCopies
 from enrich.files.reader import InputPart, read_part
 from enrich.job.job import load_job
+from enrich.job.spec import Caps
 from enrich.job.target import Target, TargetKind
 from enrich.ledger.erasure import ForgottenRequests, keyed_hash
 from enrich.rows.batches import RowBatch
 from enrich.rows.job_input import JobInput
 from enrich.rows.template import RequestTemplate
+from enrich.run.step_batch import capped_rows
 from tests.support.cases import in_turn
 from tests.support.object_storage import BUCKET, put_object
 from tests.support.table_files import input_parts, write_table
@@ -214,3 +217,27 @@ def test_row_counting_reads(tmp_path: Path) -> None:
             ("a.parquet", 0, 3, 0),
             ("b.parquet", 0, 3, 3),
         ]
+
+
+def test_reading_the_send_order_can_be_stopped(tmp_path: Path) -> None:
+    """A signal ends the passes of the input for `order_by` and `caps` before the next batch."""
+    (tmp_path / "leads").mkdir()
+    for name in ("a.parquet", "b.parquet"):
+        write_table(tmp_path / "leads" / name, ["A", "B"], [["1", "2"]])
+    calls = []
+
+    def stop_at(number: int) -> Callable[[], None]:
+        def check_stopped() -> None:
+            calls.append(number)
+            if len(calls) == number:
+                raise Interrupted(ExitCode.TERMINATED)
+
+        return check_stopped
+
+    rows = open_rows(tmp_path, more="order_by: A\n")
+    with pytest.raises(Interrupted):
+        rows.queue_order(stop_at(2))
+    calls.clear()
+    with pytest.raises(Interrupted):
+        capped_rows(rows, Caps(by="A", max=1), bytearray(), stop_at(4))
+    assert len(calls) == 4
