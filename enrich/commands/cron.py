@@ -28,6 +28,8 @@ from enrich.job.locations import ObjectUrl, is_url
 #: Environment variables copied from the current shell to the units and the crontab line.
 INHERITED_VARIABLES = ("DATABAR_BASE_URL", "SSL_CERT_FILE", "SSL_CERT_DIR", "ENRICH_LEDGER")
 DAYS = ("Sun", "Mon", "Tue", "Wed", "Thu", "Fri", "Sat")
+#: It is written into the units without quotes.
+_USER_NAME = re.compile(r"[\w.][\w.@$+-]*")
 _ENV_FILE_HINT = "`--env-file` is a file with the variables of your crontab, one NAME=VALUE per line"
 _LONG_DAYS = ("sunday", "monday", "tuesday", "wednesday", "thursday", "friday", "saturday")
 
@@ -264,20 +266,28 @@ def parse_env_lines(lines: Iterable[str]) -> dict[str, str]:
             raise ValueError(f"line {number}: {error}") from None
         for word in words[1:] if words[:1] == ["export"] else words:
             name, equals, value = word.partition("=")
-            if not equals or not name.isidentifier():
+            if not equals or not name.isidentifier() or "\0" in value:
                 raise ValueError(f"line {number}: must be NAME=VALUE")
             environ[name] = value
     return environ
 
 
 def _parse_folder(text: str) -> Path:
-    """Parse the path of a folder, which need not exist. Raises ValueError for a URL and for a file."""
+    """Parse the path of a folder, which need not exist. Raises ValueError for a URL, a file and an empty text."""
+    if not text:
+        raise ValueError("it is empty")
     if is_url(text):
         raise ValueError("must be a folder on this machine, not a URL")
     path = Path(text)
     if os.path.lexists(path) and not os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises PermissionError
         raise ValueError(f"{text} is not a folder: choose another, or leave the option out to print the units")
     return path
+
+
+def _check_user(text: str) -> str:
+    if not _USER_NAME.fullmatch(text):
+        raise ValueError(f"{text!r} is not the name of a user")
+    return text
 
 
 def _check_duration(text: str) -> str:
@@ -306,7 +316,7 @@ def _check_duration(text: str) -> str:
     metavar="5h",
     help="Stop a run after this time.",
 )
-@click.option("--user", help="User that runs the job. Default: you.")
+@click.option("--user", type=options.Parsed(_check_user), metavar="NAME", help="User that runs the job. Default: you.")
 @click.option("--key-file", type=options.FILE, help="File with the API key. Default: DATABAR_API_KEY_FILE.")
 @click.option("--log-file", type=options.FILE, help="Log file. Default: <name>.log in the folder of the job.")
 @click.option("--crontab", "only", flag_value="crontab", help="Print the crontab line only.")

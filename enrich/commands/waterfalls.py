@@ -77,7 +77,7 @@ _SANDBOX_OPTION = click.option("--sandbox", "use_sandbox", is_flag=True, help="U
 @options.JSON_OPTION
 def waterfalls(identifier: str | None, use_sandbox: bool, as_json: bool) -> None:
     """List the waterfalls of the API, or show one with its params, fields, providers and prices."""
-    target = None if identifier is None else Target(TargetKind.WATERFALL, identifier)
+    target = Target(TargetKind.WATERFALL, identifier) if identifier else None
     _show(TargetKind.WATERFALL, target, None, use_sandbox=use_sandbox, as_json=as_json)
 
 

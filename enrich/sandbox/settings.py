@@ -16,7 +16,7 @@ fault has its own series of random numbers (from `fault_seed` and the number of 
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from statistics import NormalDist
 from typing import Annotated, Literal, get_args
 
@@ -102,6 +102,9 @@ class Fault:
         kind = FAULT_KINDS[self.name]
         if unknown := params.keys() - kind.params.keys():
             raise ValueError(f"fault {self.name!r} has no param {', '.join(sorted(unknown))}")
+        for name, value in params.items():
+            if not isinstance(kind.params[name], str) and (isinstance(value, str) or not math.isfinite(value)):
+                raise ValueError(f"the param {name} of fault {self.name!r} must be a number")
         scope = self.scope or kind.scope
         if scope not in ENDPOINTS:
             raise ValueError(f"no scope is called {scope!r}; there are {', '.join(ENDPOINTS)}")
@@ -223,6 +226,10 @@ class SandboxSettings:
     ] = ()
 
     def __post_init__(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{each.name} must be a finite number")
         for name in ("hit_rate", "failure_rate", "free_failures"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1")

@@ -305,7 +305,17 @@ def test_crontab_or_systemd_option(odd_path_workspace: Workspace) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [("--at", "25:00"), ("--days", "someday"), ("--max-time", "soon"), ("--systemd", "--at", "2")]
+    "options",
+    [
+        ("--at", "25:00"),
+        ("--days", "someday"),
+        ("--max-time", "soon"),
+        ("--systemd", "--at", "2"),
+        ("--output-dir", ""),
+        ("--user", ""),
+        ("--user", "nightly\n* * * * * other"),
+        ("--user", "nightly;other"),
+    ],
 )
 def test_invalid_options_are_exit_2(odd_path_workspace: Workspace, options: tuple[str, ...]) -> None:
     """Exits with 2 for invalid options and prints nothing."""

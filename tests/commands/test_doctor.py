@@ -113,9 +113,10 @@ def test_environment_file(ready_workspace: Workspace, api: SandboxApi) -> None:
     )
     (ready_workspace.folder / "env").write_text(text, encoding="utf-8")
     assert ready_workspace.run_in_process("doctor", "job.yaml", "--env-file", "env").exit_code == 0
-    (ready_workspace.folder / "env").write_text("nonsense", encoding="utf-8")
-    refused = ready_workspace.run_in_process("doctor", "job.yaml", "--env-file", "env")
-    assert (refused.exit_code, refused.stderr) == (2, "error: env: line 1: must be NAME=VALUE\n")
+    for line in ("nonsense", "NAME=a\0b"):
+        (ready_workspace.folder / "env").write_text(line, encoding="utf-8")
+        refused = ready_workspace.run_in_process("doctor", "job.yaml", "--env-file", "env")
+        assert (refused.exit_code, refused.stderr) == (2, "error: env: line 1: must be NAME=VALUE\n")
     endless = ready_workspace.run_in_process("doctor", "job.yaml", "--env-file", "/dev/zero")
     assert (endless.exit_code, "more than 1,048,576 bytes" in endless.stderr) == (2, True)
     assert ready_workspace.run_in_process("doctor", "job.yaml", "--env", "nonsense").exit_code == 2

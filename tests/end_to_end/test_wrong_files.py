@@ -175,7 +175,8 @@ def test_sandbox_without_its_extra(workspace: Workspace, monkeypatch: pytest.Mon
 
 
 def test_no_enrichment_matches(workspace: Workspace, api: SandboxApi) -> None:
-    """An empty list says so; in JSON it is one."""
+    """An empty list says so; in JSON it is one. Without a name, all are listed."""
+    assert workspace.run_in_process("waterfalls", "", api=api).stdout.startswith("email_getter")
     shown = workspace.run_in_process("enrichments", "nothing like it", api=api)
     assert (shown.exit_code, shown.stdout, shown.stderr) == (0, "", "no enrichment matches\n")
     assert workspace.run_in_process("enrichments", "nothing like it", "--json", api=api).stdout == "[]\n"

@@ -355,7 +355,10 @@ def test_fault_syntax(text: str, fault: Fault) -> None:
 
 @in_turn(
     "text",
-    ["html", "html=x", "html=2", "quake=1", "run:html=1", "html=1,colour=red", "html=1,status", "get:lost-task=1"],
+    [
+        *("html", "html=x", "html=2", "quake=1", "run:html=1", "html=1,colour=red", "html=1,status"),
+        *("get:lost-task=1", "slow=1,seconds=x", "slow=1,seconds=nan"),
+    ],
 )
 def test_invalid_fault_syntax(text: str) -> None:
     """Text that is no fault is an error."""

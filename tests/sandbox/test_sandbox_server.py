@@ -190,6 +190,8 @@ def test_options_reach_settings(tmp_path: Path) -> None:
         (["--latency", "soon"], "none of lognormal"),
         (["--hit-rate", "2"], "between 0 and 1"),
         (["--rate", "0"], "above 0"),
+        (["--rate", "nan"], "must be a finite number"),
+        (["--balance", "inf"], "must be a finite number"),
         (["--retry-after", "soon"], "invalid literal"),
         (["--shape", "round"], "not one of"),
     ],
