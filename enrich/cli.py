@@ -166,7 +166,7 @@ SECTIONS = {
         "check": ("enrich.commands.check", "Check JOB before it runs, and list every problem. Free, offline."),
         "waterfalls": ("enrich.commands.waterfalls", "List waterfalls, with params and prices."),
         "enrichments": ("enrich.commands.waterfalls", "List enrichments, with params and prices."),
-        "schema": ("enrich.commands.init", "Print the JSON Schema of the job file, for editors."),
+        "schema": ("enrich.commands.schema", "Print the JSON Schema of the job file, for editors."),
         "cron": ("enrich.commands.cron", "Print the crontab line and the systemd units for JOB."),
         "doctor": ("enrich.commands.doctor", "Check that the next cron run of JOB will work."),
     },
@@ -188,7 +188,7 @@ SECTIONS = {
     },
     "Maintenance": {
         "ledger": ("enrich.commands.ledger", "Check, back up or copy a ledger."),
-        "reconcile": ("enrich.commands.ledger", "Compare the account balance with the ledger of JOB."),
+        "reconcile": ("enrich.commands.reconcile", "Compare the account balance with the ledger of JOB."),
         "sandbox": ("enrich.commands.sandbox", "Serve the built-in sandbox of the Databar API."),
     },
 }

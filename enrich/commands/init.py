@@ -1,4 +1,4 @@
-"""`enrich init` writes a commented job file for a CSV and a target; `enrich schema` prints the JSON Schema."""
+"""`enrich init`: writes a commented job file for a CSV and a waterfall or an enrichment."""
 
 from __future__ import annotations
 
@@ -274,9 +274,3 @@ def init(
         raise JobError(f"{target} is not a job file, so --force does not replace it", "choose another name with -o")
     write_new_file(text, target, force=force)
     echo_message(f"Written: {target}. Read it, then: {shlex.join(['enrich', 'check', str(target)])}")
-
-
-@click.command()
-def schema() -> None:
-    """Print the JSON Schema of the job file, for editors."""
-    click.echo(json.dumps(json_schema(), indent=2, ensure_ascii=False))

@@ -406,7 +406,7 @@ def test_signal_that_a_library_turns_into_its_own_error(
     """Exits as after any signal, without a traceback."""
     prelude = f"""
 import os
-import enrich.commands.init
+import enrich.commands.schema
 
 def schema():
     try:
@@ -415,7 +415,7 @@ def schema():
     except Exception as error:
         raise ValueError(str(error)) from None
 
-enrich.commands.init.json_schema = schema
+enrich.commands.schema.json_schema = schema
 """
     result = _run_with_prelude(workspace, prelude, "schema")
     assert (result.exit_code, result.stdout) == (code, "")

@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from enrich.commands.ledger import format_reconciliation
+from enrich.commands.reconcile import format_reconciliation
 from enrich.databar.description import Enrichment, User, Waterfall
 from enrich.exit_codes import ExitCode
 from enrich.ledger.lock import lock_ledger
