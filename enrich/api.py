@@ -19,7 +19,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from enrich.commands.check import check_with_access
 from enrich.commands.check_target import CheckResult
-from enrich.commands.options import JobOptions
+from enrich.commands.options import JobOptions, parse_file_path
 from enrich.commands.plan import plan_with_access
 from enrich.commands.run import RunCallbacks, check_combination, make_cluster_options, observe_run, run_observed
 from enrich.errors import ApiCallFailed, ApiKeyRejected, ApiUnreachable, Interrupted, JobError
@@ -186,7 +186,8 @@ def _run(job_file: StrPath, stop: Future[None], **settings: Unpack[RunSettings])
     job_options = _job_options(job_file, settings)
     on_message, on_progress = settings.get("on_message"), settings.get("on_progress")
     callbacks = RunCallbacks(_guarded(on_message), _guarded(on_progress), stop=stop)
-    log_file, plan = _path(settings.get("log_file")), _path(settings.get("plan"))
+    log_file = _optional_file("log_file", settings.get("log_file"))
+    plan = _optional_file("plan", settings.get("plan"))
     with observe_run(job_options, log_file, callbacks.on_message) as observers:
         saved_plan = None if plan is None else read_plan(plan)
         max_credits = settings.get("max_credits")
@@ -210,7 +211,8 @@ def _run(job_file: StrPath, stop: Future[None], **settings: Unpack[RunSettings])
 def _plan(job_file: StrPath, save_to: StrPath | None, rows: StrPath | None, settings: PlanSettings) -> Plan | StepsPlan:
     selected = _selected(settings)
     job = _job_options(job_file, settings).load(settings.get("max_credits"))
-    plan, note = _with_enrich_errors(job, lambda: plan_with_access(job, selected, _path(save_to), _path(rows)))
+    plan_file, rows_file = _optional_file("save_to", save_to), _optional_file("rows", rows)
+    plan, note = _with_enrich_errors(job, lambda: plan_with_access(job, selected, plan_file, rows_file))
     if note is not None:
         logging.getLogger("enrich").warning(note)
     return plan
@@ -221,14 +223,22 @@ def _check(job_file: StrPath, settings: JobSettings, *, online: bool) -> CheckRe
     return _with_enrich_errors(job, lambda: check_with_access(job, online=online))
 
 
-def _path(path: StrPath | None) -> Path | None:
-    return None if path is None else Path(path)
+def _file(name: str, path: StrPath) -> Path:
+    """Return the path of a file. Raises JobError for a name that no file can have."""
+    try:
+        return parse_file_path(os.fspath(path))
+    except ValueError as error:
+        raise JobError(f"`{name}`: {error}") from error
+
+
+def _optional_file(name: str, path: StrPath | None) -> Path | None:
+    return None if path is None else _file(name, path)
 
 
 def _job_options(job_file: StrPath, settings: JobSettings) -> JobOptions:
     paths = (settings.get("input"), settings.get("output"), settings.get("ledger"))
     input_path, output, ledger = (None if path is None else os.fspath(path) for path in paths)
-    return JobOptions(Path(job_file), input_path, output, ledger, settings.get("sandbox", False))
+    return JobOptions(_file("job_file", job_file), input_path, output, ledger, settings.get("sandbox", False))
 
 
 def _selected(settings: PlanSettings) -> RunOptions:

@@ -36,22 +36,34 @@ from enrich.models import PLAIN_NUMBER, RETRYABLE_STATES, State
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
+def parse_file_path(text: str) -> Path:
+    """Parse the path of a file, which need not exist. Raises ValueError for a name that no file can have."""
+    if text == "-":
+        raise ValueError("must be a file, not `-`")
+    if is_url(text):
+        raise ValueError("must be a file on this machine, not a URL")
+    reason = why_no_file(Path(text)) if text else "it is empty"
+    if reason is not None:
+        raise ValueError(f"`{text}` cannot be the name of a file: {reason}")
+    if os.path.isdir(text):  # noqa: PTH112 - Path.is_dir raises PermissionError
+        raise ValueError(f"`{text}` is a folder, not a file")
+    return Path(text)
+
+
 class FilePath(click.Path):
-    """The path of a file. A URL and a name that no file can have are refused, and `-` unless it stands for stdout."""
+    """The path of a file, as of `parse_file_path`; `-` may stand for stdout."""
 
     def __init__(self, *, allow_dash: bool = False) -> None:
-        super().__init__(path_type=Path, dir_okay=False, allow_dash=allow_dash)
+        super().__init__(dir_okay=False, allow_dash=allow_dash)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401 - as in click
         """Parse the path."""
-        if str(value) == "-" and not self.allow_dash:
-            self.fail("must be a file, not `-`", param, ctx)
-        if is_url(str(value)):
-            self.fail("must be a file on this machine, not a URL", param, ctx)
-        reason = why_no_file(Path(value)) if str(value) else "it is empty"
-        if reason is not None:
-            self.fail(f"`{value}` cannot be the name of a file: {reason}", param, ctx)
-        return super().convert(value, param, ctx)
+        if str(value) == "-" and self.allow_dash:
+            return Path("-")
+        try:
+            return parse_file_path(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 FILE, FILE_OR_STDOUT = FilePath(), FilePath(allow_dash=True)

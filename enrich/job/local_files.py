@@ -42,6 +42,8 @@ def why_no_file(location: InputLocation) -> str | None:
     if isinstance(location, Path):
         try:
             os.stat(location)  # noqa: PTH116 - as short as Path.stat
+        except ValueError:
+            return "it has a null character"
         except OSError as error:
             if error.errno == errno.ELOOP:
                 return "its links lead in a circle"

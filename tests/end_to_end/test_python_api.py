@@ -193,6 +193,10 @@ def test_a_plan_shows_the_price_of_new_providers(job_file: Path, monkeypatch: py
         ({"max_time": float("nan")}, "`max_time` must be 0 or more"),
         ({"engine": "x"}, "`engine` must be 'ray'"),
         ({"workers": 2}, "need --engine ray"),
+        ({"log_file": "s3://bucket/run.log"}, "`log_file`: must be a file on this machine"),
+        ({"log_file": ""}, "`log_file`: .* it is empty"),
+        ({"log_file": "."}, "`log_file`: .* is a folder"),
+        ({"plan": "a\0b"}, "`plan`: .* it has a null character"),
         ({"retry": ["in_doubt"], "accept_in_doubt": True}, "choose one"),
     ],
 )
@@ -218,6 +222,11 @@ def test_settings_of_all_functions_are_checked(job_file: Path) -> None:
         enrich.check_job(job_file, online="no")  # type: ignore[arg-type]
     with pytest.raises(enrich.JobError, match="`job_file` must be a valid string"):
         enrich.check_job(None)  # type: ignore[arg-type]
+    for name in ("", "-", ".", "https://h.example/x"):
+        with pytest.raises(enrich.JobError, match="`rows`: "):
+            enrich.plan_job(job_file, rows=name)
+        with pytest.raises(enrich.JobError, match="`job_file`: "):
+            enrich.check_job(name)
 
 
 @pytest.mark.parametrize("first", first_quick(1, [True, False]))
