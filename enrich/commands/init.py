@@ -28,7 +28,7 @@ from enrich.files.reader import InputTable
 from enrich.files.text import NO_HEADER, NO_HEADER_HINT, FileProblem, TableFile, byte_order_encoding, looks_like_cell
 from enrich.files.values import text_frame
 from enrich.job.field_types import is_text_encoding
-from enrich.job.local_files import make_folder, read_text
+from enrich.job.local_files import read_text
 from enrich.job.locations import format_of
 from enrich.job.spec import Input, json_schema
 from enrich.job.target import Target, TargetKind
@@ -134,7 +134,6 @@ def write_new_file(text: str, target: Path, *, force: bool, other: str = "anothe
     if not force and os.path.lexists(target):
         raise JobError(f"{target} already exists", f"choose {other}, or replace it with --force")
     try:
-        make_folder(target.parent)
         replace_file(target, text.encode())
     except OSError as error:
         hint = f"choose {other}, or change the permissions of its folder"

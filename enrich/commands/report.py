@@ -18,9 +18,9 @@ from enrich.commands import options
 from enrich.commands.streams import echo_message
 from enrich.errors import CommandRefused, EnrichError, JobError, install_hint
 from enrich.exit_codes import JobArguments
-from enrich.files.atomic import follow_link, replace_file
+from enrich.files.atomic import replace_file
 from enrich.job.job import Job
-from enrich.job.local_files import make_folder, real_path
+from enrich.job.local_files import real_path
 from enrich.job.locations import sandbox_file_name
 from enrich.models import parse_count
 
@@ -158,10 +158,8 @@ def write_report(path: Path, page: str, job: Job) -> None:
     try:
         if path.exists() and not is_report(path):
             raise JobError(f"{path} exists and is not a report of enrich", _OTHER_FILE_HINT)
-        path = follow_link(path)
         if job.sandbox and _is_real_report(path):
             raise CommandRefused(f"{path}: the report would replace that of a real run", _OTHER_FILE_HINT)
-        make_folder(path.parent)
         marker = (SANDBOX_MARKER if job.sandbox else b"") + REPORT_MARKER
         replace_file(path, page.encode(errors="replace") + marker)
     except OSError as error:

@@ -13,6 +13,7 @@ from uuid import uuid4
 import polars as pl
 
 from enrich.errors import CommandRefused
+from enrich.job.local_files import make_folder
 from enrich.job.locations import Location
 
 COLLECT_HINT = "the ledger has the results: `enrich collect JOB` writes them for free"
@@ -73,7 +74,12 @@ def atomic_write(target: Path, temporary: Path) -> Iterator[BinaryIO]:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Replace a file (mode 0600) atomically, also while other processes do the same. Raises OSError."""
+    """Replace a file (mode 0600) atomically, also while other processes do the same. Raises OSError.
+
+    The target of a link is replaced, not the link. Missing folders are made.
+    """
+    path = follow_link(path)
+    make_folder(path.parent)
     with atomic_write(path, path.with_name(f".enrich.{uuid4().hex}")) as file:
         file.write(content)
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from enrich.exit_codes import SUCCESS_CODES
-from enrich.files.atomic import follow_link, replace_file
+from enrich.files.atomic import replace_file
 from enrich.job.job import Job
-from enrich.job.local_files import make_folder, read_text
+from enrich.job.local_files import read_text
 from enrich.ledger import queries, records
 from enrich.ledger.database import try_read
 from enrich.models import RowStatus, to_credits
@@ -145,6 +145,4 @@ def update_metrics(path: Path, job: Job, samples: Samples, code: int, started_at
 
 def write_metrics(path: Path, job: str, samples: Samples) -> None:
     """Replace the file (mode 0600) atomically: the collector may read at any time. Raises OSError."""
-    path = follow_link(path)
-    make_folder(path.parent)
     replace_file(path, format_metrics(job, samples))

@@ -12,7 +12,7 @@ from msgspec import Struct
 
 from enrich.databar.description import Provider
 from enrich.errors import UNWRITABLE_HINT, CommandRefused, EnrichError, JobError
-from enrich.files.atomic import follow_link, replace_file
+from enrich.files.atomic import replace_file
 from enrich.job.job import Job
 from enrich.job.local_files import read_text
 from enrich.job.locations import sandbox_file_name
@@ -142,7 +142,7 @@ def write_plan(path: Path, plan: SavedPlan) -> Path:
             raise CommandRefused(f"{path}: the plan cannot be written: it is not a file", UNWRITABLE_HINT)
         if path.exists() and path.stat().st_size and not _read_earlier(path).sandbox and plan.sandbox:
             return write_plan(path.with_name(sandbox_file_name(path.name)), plan)
-        replace_file(follow_link(path), msgspec.json.format(msgspec.json.encode(plan), indent=2) + b"\n")
+        replace_file(path, msgspec.json.format(msgspec.json.encode(plan), indent=2) + b"\n")
     except OSError as error:
         raise CommandRefused(f"{path}: the plan cannot be written: {error.strerror}", UNWRITABLE_HINT) from error
     return path

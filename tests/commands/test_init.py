@@ -119,6 +119,19 @@ def test_existing_file_needs_force(sample_workspace: Workspace) -> None:
     assert load_job(sample_workspace.folder / "leads.yaml").model.waterfall == "email_getter"
 
 
+def test_force_replaces_the_target_of_a_link(sample_workspace: Workspace) -> None:
+    """As with all files that are written: the job file stays where it is kept, and so does its input."""
+    folder = sample_workspace.folder
+    (folder / "kept").mkdir()
+    (folder / "leads.yaml").symlink_to("kept/leads.yaml")
+    command = ("init", "leads.csv", "--waterfall", "email_getter", "--offline", "--force")
+    for _ in range(2):
+        assert sample_workspace.run_in_process(*command).exit_code == 0
+        assert (folder / "leads.yaml").is_symlink()
+        assert (folder / "kept" / "leads.yaml").is_file()
+        assert load_job(folder / "leads.yaml").input_path == folder / "leads.csv"
+
+
 def test_force_replaces_only_job_files(sample_workspace: Workspace) -> None:
     """Keeps leads, ledgers, locks, reports and outputs even with `--force`; replaces a job file of any name."""
     folder = sample_workspace.folder

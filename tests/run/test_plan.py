@@ -642,18 +642,18 @@ def test_plan_output_never_replaces_other_files(api: SandboxApi, workspace: Work
 
 
 def test_plan_file_roundtrip(api: SandboxApi, workspace: Workspace) -> None:
-    """A plan survives writing and reading."""
+    """A plan survives writing and reading. Its folder is made, as that of an output is."""
     workspace.write_leads(make_leads(2))
     made_plan = saved_plan(workspace, api, RunOptions(sample=1, seed=7, retry=frozenset({State.FAILED})))
-    path = workspace.folder / "night.plan"
+    path = workspace.folder / "plans" / "night.plan"
 
     write_plan(path, made_plan)
 
     assert read_plan(path) == made_plan
     assert "First0" not in path.read_text()
     assert json.loads(path.read_text())["version"] == 1
-    with pytest.raises(EnrichError):
-        write_plan(workspace.folder / "missing" / "night.plan", made_plan)
+    with pytest.raises(EnrichError, match="is not a folder"):
+        write_plan(path / "night.plan", made_plan)
 
 
 def test_special_files_are_not_replaced(workspace: Workspace, api: SandboxApi) -> None:
