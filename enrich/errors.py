@@ -71,6 +71,9 @@ class LedgerDamaged(CommandRefused):
 #: Hint for a file that cannot be written.
 UNWRITABLE_HINT = "choose another file, or change the permissions of its folder"
 
+#: Hint for a file that cannot be read.
+UNREADABLE_HINT = "check that it is a file, and that this user may read it"
+
 #: Hint for LedgerLocked.
 LOCKED_HINT = "`enrich status JOB --watch` shows it"
 

@@ -123,4 +123,5 @@ class HeartbeatMonitor:
 def require_same_version(version: str) -> None:
     """Raise JobError when this machine has another version of enrich than the run."""
     if version != __version__:
-        raise JobError(f"enrich {version} can't work with enrich {__version__}, which is on the cluster")
+        message = f"enrich {version} can't work with enrich {__version__}, which is on the cluster"
+        raise JobError(message, "install one version on all machines")

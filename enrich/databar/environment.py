@@ -18,7 +18,7 @@ from urllib.parse import unquote_to_bytes, urlsplit
 from msgspec import Struct
 from pydantic import SecretStr
 
-from enrich.errors import ApiKeyRejected, JobError
+from enrich.errors import UNREADABLE_HINT, ApiKeyRejected, JobError
 from enrich.job.local_files import read_text
 from enrich.job.locations import is_loopback, parse_ip
 
@@ -95,13 +95,14 @@ def _read_key_file(path: Path, source: str) -> str:
         return read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise ApiKeyRejected(f"{path}: the key file of {source} cannot be read: {reason}") from error
+        raise ApiKeyRejected(f"{path}: the key file of {source} cannot be read: {reason}", UNREADABLE_HINT) from error
 
 
 def _check_key(key: str, source: str) -> SecretStr:
     """Refuse a key that an HTTP header cannot carry. The message does not show the key."""
     if not (key.isascii() and key.isprintable()) or " " in key:
-        raise ApiKeyRejected(f"{source}: the key has invalid characters (line break, space or accent)")
+        message = f"{source}: the key has invalid characters (line break, space or accent)"
+        raise ApiKeyRejected(message, "copy it again from Databar, without anything around it")
     return SecretStr(key)
 
 

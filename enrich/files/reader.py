@@ -11,7 +11,7 @@ from pathlib import Path
 import polars as pl
 from msgspec import Struct
 
-from enrich.errors import CommandRefused
+from enrich.errors import UNREADABLE_HINT, CommandRefused
 from enrich.files import csv_format, excel_format, jsonl_format, parquet_format
 from enrich.files.input_files import (
     InputFile,
@@ -236,7 +236,7 @@ class InputTable:
                 with self._copies.table_file(file).path.open("rb") as raw:
                     total.update(file_digest(raw, "sha256").digest())
             except OSError as error:
-                raise FileProblem(f"{file} cannot be read: {error.strerror}") from None
+                raise FileProblem(f"{file} cannot be read: {error.strerror}", UNREADABLE_HINT) from None
             total.update(repr(file.partition_values).encode() if file.partition_values else b"")
         return total.hexdigest()
 

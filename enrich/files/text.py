@@ -16,7 +16,7 @@ from typing import TextIO
 
 from msgspec import Struct
 
-from enrich.errors import CommandRefused, did_you_mean, suggest_name
+from enrich.errors import UNREADABLE_HINT, CommandRefused, did_you_mean, suggest_name
 from enrich.job.cell_text import clean
 from enrich.job.locations import Format
 
@@ -132,7 +132,7 @@ def as_file_problem(source: TableFile) -> Iterator[None]:
         hint = "download the file again; if it is plain text, rename it without `.gz`"
         raise FileProblem(f"{source} is a damaged gzip file", hint) from None
     except OSError as error:
-        raise FileProblem(f"{source} cannot be read: {error.strerror or error}") from None
+        raise FileProblem(f"{source} cannot be read: {error.strerror or error}", UNREADABLE_HINT) from None
 
 
 def quote_column(column: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from enrich.errors import JobError, closest_name, did_you_mean, suggest_name
+from enrich.errors import UNREADABLE_HINT, JobError, closest_name, did_you_mean, suggest_name
 from enrich.job.local_files import read_text
 from enrich.job.spec import JobModel, SteppedJobModel
 from enrich.job.target import SOURCES_KEY, Param, Source, TargetModel
@@ -45,7 +45,7 @@ class YamlDocument:
         except FileNotFoundError:
             raise JobError(f"{path}: the job file does not exist", "create one: enrich init CSV") from None
         except OSError as error:
-            raise JobError(f"{path}: the job file cannot be read: {error.strerror}") from error
+            raise JobError(f"{path}: the job file cannot be read: {error.strerror}", UNREADABLE_HINT) from error
         except UnicodeDecodeError as error:
             raise JobError(
                 f"{path}: the job file is not UTF-8 text", _not_yaml_hint(path) or "save it as UTF-8"
@@ -61,7 +61,7 @@ class YamlDocument:
             # Drop the cause: it quotes the file's content.
             raise JobError(f"{path}{line}: {problem}", hint) from None
         except yaml.YAMLError as error:
-            raise JobError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+            raise JobError(f"{path}: not YAML: {' '.join(str(error).split())}", _not_yaml_hint(path)) from None
         except RecursionError:
             raise JobError(f"{path}: nested too deeply") from None
         if not isinstance(root, yaml.MappingNode):

@@ -47,7 +47,8 @@ def compare_executions(job: Job, execution: int) -> Comparison:
         settled = {number for number, _, _ in queries.outcome_counts(ledger, job.name)}
         newest = max(settled - {execution}, default=None)
         if newest is None:
-            raise CommandRefused(f"--compare {execution}: no other run of {job.name} has results")
+            message = f"--compare {execution}: no other run of {job.name} has results"
+            raise CommandRefused(message, "compare it after the next run")
         left, right = (_read_side(ledger, job, f"run {number}", number) for number in (newest, execution))
     return _compare(left, right)
 

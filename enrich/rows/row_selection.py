@@ -14,7 +14,7 @@ from pathlib import Path
 import polars as pl
 from msgspec import Struct
 
-from enrich.errors import CommandRefused
+from enrich.errors import UNREADABLE_HINT, CommandRefused
 from enrich.job.cell_text import clean_cells
 from enrich.job.local_files import read_bounded
 from enrich.rows.addresses import (
@@ -210,7 +210,8 @@ def read_suppression(path: Path) -> Suppression:
             f"{path}: the list of `suppress` does not exist", "create it, or remove `suppress` from the job file"
         ) from None
     except OSError as error:
-        raise CommandRefused(f"{path}: the list of `suppress` cannot be read: {error.strerror}") from error
+        message = f"{path}: the list of `suppress` cannot be read: {error.strerror}"
+        raise CommandRefused(message, UNREADABLE_HINT) from error
     except UnicodeDecodeError as error:
         raise CommandRefused(f"{path}: the list of `suppress` is not UTF-8 text", "save it as UTF-8") from error
     addresses, domains = set(), set()

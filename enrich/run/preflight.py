@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from enrich.databar.clock import Clock, SystemClock
 from enrich.databar.description import Description, Enrichment, User, Waterfall, parse_description
-from enrich.databar.environment import ApiAccess
+from enrich.databar.environment import DEFAULT_BASE_URL, ApiAccess
 from enrich.errors import (
     ApiUnreachable,
     CertificateUntrusted,
@@ -206,7 +206,8 @@ async def _fetch_user(client: Client, timeout_s: float) -> User:
     try:
         return await retry_until(client.get_user, timeout_s)
     except JobRejected as error:
-        raise JobError(f"DATABAR_BASE_URL: no Databar API at this address: {error.message}") from error
+        message = f"DATABAR_BASE_URL: no Databar API at this address: {error.message}"
+        raise JobError(message, f"remove it to use {DEFAULT_BASE_URL}") from error
 
 
 async def _fetch_description(client: Client, job: Job, timeout_s: float) -> Description:

@@ -177,7 +177,7 @@ def test_invalid_comparisons(api: SandboxApi, workspace: Workspace) -> None:
 
     assert comparison_error(workspace, "1") == (
         5,
-        "error: --compare 1: no other run of job has results\n",
+        "error: --compare 1: no other run of job has results\nhint: compare it after the next run\n",
     )
     code, message = comparison_error(workspace, "7")
     assert code == 2
