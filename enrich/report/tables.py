@@ -85,7 +85,7 @@ class Table(Struct, frozen=True):
     @property
     def sides(self) -> list[str]:
         """For each column, `words` (text) or an empty string (numbers)."""
-        cells = self.lines[0].cells if self.lines else ()
+        cells = self.lines[0].cells if self.lines else self.heads[1:]
         return ["words", *("words" if isinstance(cell, str) else "" for cell in cells)]
 
 

@@ -23,7 +23,7 @@ from msgspec.structs import replace
 
 from enrich.report import bars
 from enrich.report.charts import ChartColor
-from enrich.report.data import GroupedHits, HitCounts, Report
+from enrich.report.data import GroupedHits, HitCounts, OutputRows, Report
 from enrich.report.formatting import DASH, clean_text, fit_text, text_width
 from enrich.report.render import make_sections, render_report, tile_groups, waterfall_figure
 from tests.end_to_end.test_document_wording import PATTERN
@@ -226,6 +226,12 @@ def test_empty_report() -> None:
     assert "This job has no runs yet" in page
     assert "enrich run jobs/leads.yaml <span>--limit</span> 10" in page
     assert "<svg" not in page
+
+
+def test_rows_of_an_input_without_rows() -> None:
+    """A file with a header alone has no leads to show: the table is empty."""
+    page = render_report(replace(reports.typical_report(), leads=OutputRows(("Email", "enrich_status"), (), 0)))
+    assert "<bdi>enrich_status</bdi></th></tr></thead>\n<tbody>\n</tbody>" in page
 
 
 # The provider staircase
