@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import reduce
 from operator import and_
@@ -212,16 +212,22 @@ def _open_input(job: Job, problems: list[EnrichError]) -> JobInput | None:
             problems.append(error)
             return None
         first_column = job_input.columns[:1]
+        # A param is tried beside the columns that the input has: without any, the header may be a later row.
+        present = [name for param in model.params.values() for name in param.columns if name in job_input.all_columns]
+        beside = {"": Param(column=present)} if present else {}
+
+        def fits(name: str, param: Param) -> bool:
+            """Try each column of a param separately, so that each missing column is reported."""
+            if UNFILLED_COLUMN in param.columns:
+                return False
+            return not [each for each in param.columns if not can_open(params={**beside, name: param.only_from(each)})]
 
         def fitting(key: str, columns: Sequence[str]) -> list[str]:
             """Try each column of a key at its index, so that an error names its line."""
             tried = ((column, [*first_column * index, column]) for index, column in enumerate(columns))
             return [column for column, listed in tried if can_open(**{key: listed})]
 
-        params = {
-            name: param if _param_fits(name, param, can_open) else Param(value="?")
-            for name, param in model.params.items()
-        }
+        params = {name: param if fits(name, param) else Param(value="?") for name, param in model.params.items()}
         valid_parts: dict[str, object] = {
             "params": params,
             "only_if_empty": fitting("only_if_empty", model.only_if_empty),
@@ -250,13 +256,6 @@ def _foreign_input_error(job: Job, job_input: JobInput) -> JobError | None:
     return job.error(["params"], message, hint)
 
 
-def _param_fits(name: str, param: Param, can_open: Callable[..., bool]) -> bool:
-    """Try each column of a param separately, so that each missing column is reported."""
-    if UNFILLED_COLUMN in param.columns:
-        return False
-    return not [column for column in param.columns if not can_open(params={name: param.only_from(column)})]
-
-
 def _read_input(job_input: JobInput, template: RequestTemplate, result: CheckResult) -> None:
     """Read the input to its end and count its rows. An error becomes a problem."""
     try:
@@ -267,7 +266,7 @@ def _read_input(job_input: JobInput, template: RequestTemplate, result: CheckRes
             result.left_out += batch.left_out
             fill.add(batch)
     except EnrichError as error:
-        result.problems.append(error)
+        add_problem(result.problems, error)
         return
     result.rows, result.sendable_rows, result.fill = rows, fill.sendable, fill
     result.warnings += fill.warnings()

@@ -256,6 +256,14 @@ def test_input_is_read_completely(workspace: Workspace) -> None:
     assert (result.exit_code, "row 31" in result.stderr) == (5, True)
 
 
+def test_missing_column_and_ragged_row(workspace: Workspace) -> None:
+    """A column that is missing is reported beside a row that cannot be read, and each of them once."""
+    workspace.write_leads([*make_leads(1), ["short"]], header=["First Name", "Name", "Website", "Email", "Note"])
+    result = workspace.run_in_process("check", "job.yaml", "--json")
+    missing, ragged = (problem["message"] for problem in result.json_output["problems"])
+    assert (result.exit_code, "no column `Last Name`" in missing, "row 2 (line 3)" in ragged) == (2, True, True)
+
+
 def test_skipped_rows_are_counted(workspace: Workspace, api: SandboxApi) -> None:
     """Counts skipped rows (blank required param, invalid address) as a run does, with documentation or ledger."""
     workspace.write_leads([["", "", "", email, ""] for email in ("ada@engine.example", "none", "")])
