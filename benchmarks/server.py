@@ -31,7 +31,7 @@ import msgspec
 import uvloop
 
 from enrich.sandbox.catalogue import WATERFALLS
-from enrich.sandbox.middleware import PeakRate
+from enrich.sandbox.faults import PeakRate
 from enrich.sandbox.settings import Latency, parse_latency
 
 ROOT = Path(__file__).parent.parent

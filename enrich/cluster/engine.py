@@ -17,7 +17,7 @@ from ray.exceptions import OutOfMemoryError, RayError, WorkerCrashedError
 
 from enrich.cluster.heartbeats import CHECK_EVERY_S, RUN_AGAIN_HINT, HeartbeatMonitor, Heartbeats, new_heartbeat_counter
 from enrich.cluster.worker import WorkerTask
-from enrich.cluster.workers import WorkerPool
+from enrich.cluster.worker_pool import WorkerPool
 from enrich.databar.environment import ApiAccess
 from enrich.errors import ClusterFailed, CommandRefused, EnrichError, LedgerFailed
 from enrich.files.input_files import InputFile, LocalCopies

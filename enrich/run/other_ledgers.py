@@ -41,9 +41,9 @@ from enrich.job.locations import (
     sandbox_state_path,
 )
 from enrich.job.spec import Input
-from enrich.ledger import erasure, neighbours, records, step_results, transitions
+from enrich.ledger import erasure, neighbour_ledgers, records, step_results, transitions
 from enrich.ledger.database import Database, try_read
-from enrich.ledger.neighbours import Overlap, find_ledger_files
+from enrich.ledger.neighbour_ledgers import Overlap, find_ledger_files
 from enrich.models import pluralize
 from enrich.run.context import RunContext
 from enrich.run.run_state import RunState
@@ -240,12 +240,12 @@ def find_overlap(
     elif records.has_sent_step(ledger, step_rows.steps[number].job.step):
         return None
     if step_rows is None:
-        batches = neighbours.seen_fingerprints(ledger)
+        batches = neighbour_ledgers.seen_fingerprints(ledger)
     else:
         batches = _fingerprints_of_steps(
             ledger, step_rows, range(number, number + 1 if number else len(step_rows.steps))
         )
-    return neighbours.compare_with_neighbours(batches, job.ledger, bound_to, COMPARE_TIMEOUT_S)
+    return neighbour_ledgers.compare_with_neighbours(batches, job.ledger, bound_to, COMPARE_TIMEOUT_S)
 
 
 def _fingerprints_of_steps(ledger: Database, step_rows: StepRows, numbers: Iterable[int]) -> Iterator[list[bytes]]:
@@ -256,7 +256,7 @@ def _fingerprints_of_steps(ledger: Database, step_rows: StepRows, numbers: Itera
             rows = zip(step_batch.to_send().fingerprints, step_batch.known, strict=True)
             new = [name for name, result in rows if name is not None and not (result and result.was_sent)]
             step_results.add_planned(ledger, step_rows.steps[number].job.step, new)
-    yield from neighbours.planned_fingerprints(ledger)
+    yield from neighbour_ledgers.planned_fingerprints(ledger)
 
 
 def refusal_to_pay_again(job: Job, overlap: Overlap, number: int = 0) -> CommandRefused | None:

@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
 from enrich.sandbox.catalogue import FLOWS, MAX_PAGES
 from enrich.sandbox.databar import ApiError, Databar
+from enrich.sandbox.faults import FAULT_KEY, FaultMiddleware, Message, Receive, Send
 from enrich.sandbox.lookups import Cascade, EnrichmentCall, Refused, make_cascade, make_enrichment_call
-from enrich.sandbox.middleware import FAULT_KEY, FaultMiddleware, Message, Receive, Send
 from enrich.sandbox.settings import Fault, Param, SandboxSettings
 from enrich.sandbox.store import SandboxStore
 

@@ -14,7 +14,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from enrich.sandbox.app import build_app
 from enrich.sandbox.catalogue import to_micros
-from enrich.sandbox.middleware import TRANSPORT_KEY, App, Message, Receive, Send
+from enrich.sandbox.faults import TRANSPORT_KEY, App, Message, Receive, Send
 from enrich.sandbox.settings import DEFAULTS, SandboxSettings
 from enrich.sandbox.store import SandboxStore
 

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from enrich.sandbox.middleware import PeakRate
+from enrich.sandbox.faults import PeakRate
 from enrich.sandbox.settings import parse_latency
 from tests.sandbox.conftest import ADA, SandboxClient, StartSandbox, make_leads
 from tests.support.cases import in_turn

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from enrich.sandbox.middleware import FaultInjector
+from enrich.sandbox.faults import FaultInjector
 from enrich.sandbox.settings import FAULT_KINDS, Fault
 from tests.sandbox.conftest import ADA, SandboxClient, StartSandbox, make_leads
 from tests.support.cases import in_turn

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from enrich.ledger import records
 from enrich.ledger.database import Database
-from enrich.ledger.neighbours import find_ledger_files
+from enrich.ledger.neighbour_ledgers import find_ledger_files
 
 READ_SCRIPT = """
 import sqlite3, sys

@@ -25,7 +25,7 @@ from enrich.run.rate_limit import AdaptiveRateLimiter, InFlightLimit
 from enrich.run.run_state import RunCounters, RunState, Timeouts, WorkConfig
 
 if TYPE_CHECKING:
-    from enrich.cluster.workers import WorkerPool
+    from enrich.cluster.worker_pool import WorkerPool
 
 pytestmark = [
     pytest.mark.cluster,
@@ -116,10 +116,10 @@ def run_pool(
     failing_starts: int = 0,
 ) -> WorkerPool:
     """Run a pool of three workers, apply the steps one after the other, and return when all workers have exited."""
-    from enrich.cluster import workers  # noqa: PLC0415 - imports Ray
+    from enrich.cluster import worker_pool  # noqa: PLC0415 - imports Ray
 
-    monkeypatch.setattr(workers, "STATUS_EVERY_S", 0.02)
-    monkeypatch.setattr(workers, "START_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(worker_pool, "STATUS_EVERY_S", 0.02)
+    monkeypatch.setattr(worker_pool, "START_TIMEOUT_S", 0.5)
     monkeypatch.setattr("ray.kill", lambda actor: actor.exit(ended=False))
     run_state = RunState(1, SystemClock(), AdaptiveRateLimiter(None))
     budget = Budget(None, 0, "", "")
@@ -141,7 +141,7 @@ def run_pool(
 
     async def run_steps() -> WorkerPool:
         backend = FakeBackend(failing_starts=failing_starts)
-        pool = workers.WorkerPool(run_state, worker_task, backend.start_actor)
+        pool = worker_pool.WorkerPool(run_state, worker_task, backend.start_actor)
         run = asyncio.create_task(pool.run())
         for step in steps:
             await asyncio.sleep(0.1)
@@ -230,7 +230,7 @@ def test_worker_lost_before_first_status_is_replaced(monkeypatch: pytest.MonkeyP
 
 def test_replacement_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each worker is replaced a limited number of times; then the pool ends, and the driver does the rest."""
-    from enrich.cluster.workers import REPLACEMENTS_PER_WORKER  # noqa: PLC0415 - imports Ray
+    from enrich.cluster.worker_pool import REPLACEMENTS_PER_WORKER  # noqa: PLC0415 - imports Ray
 
     def lose_all_workers(backend: FakeBackend) -> None:
         for worker in backend.workers:
@@ -270,7 +270,7 @@ def test_worker_that_starts_late_is_told_to_stop(monkeypatch: pytest.MonkeyPatch
             requests.append(request)
             return await super()._work(_version, _task, request)
 
-    monkeypatch.setattr("tests.cluster.test_workers.FakeActor", RecordingActor)
+    monkeypatch.setattr("tests.cluster.test_worker_pool.FakeActor", RecordingActor)
 
     def refuse_key(backend: FakeBackend) -> None:
         for worker in backend.workers[:2]:
@@ -302,7 +302,7 @@ def test_worker_that_never_starts_is_skipped(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_post_counts_as_in_flight_until_worker_stops() -> None:
     """Until a worker reports that it has stopped submitting, one POST counts as in flight once the run closes."""
-    from enrich.cluster.workers import StartedWorker  # noqa: PLC0415 - imports Ray
+    from enrich.cluster.worker_pool import StartedWorker  # noqa: PLC0415 - imports Ray
 
     worker = StartedWorker(has_reported=True)
 

@@ -1,4 +1,4 @@
-"""ASGI middleware before the routes: counts requests, limits their rate, and applies faults."""
+"""Faults before the routes: an ASGI middleware that applies them, counts requests, and limits their rate."""
 
 import asyncio
 import gzip
