@@ -84,9 +84,9 @@ def _open_sheet(source: TableFile) -> tuple[CalamineSheet, list[str]]:
         try:
             check_size(source.path)
             book = CalamineWorkbook.from_path(source.path)
-            name = _choose_sheet(source, book)
-            stat = source.path.stat()
-            scan = scan_sheet(source.path, name, (stat.st_size, stat.st_mtime_ns))
+            names, stat = _possible_sheets(source, book), source.path.stat()
+            scans = ((name, scan_sheet(source.path, name, (stat.st_size, stat.st_mtime_ns))) for name in names)
+            name, scan = next(((name, scan) for name, scan in scans if scan.has_cells), (names[0], SheetScan()))
             if scan.far_cell is not None:
                 hint = "delete the rows and columns beyond the table, or save the sheet as CSV"
                 raise FileProblem(f"{source}: sheet `{name}` has a cell far beyond its table: {scan.far_cell}", hint)
@@ -106,18 +106,19 @@ def _open_sheet(source: TableFile) -> tuple[CalamineSheet, list[str]]:
             raise FileProblem(f"{source} is a damaged Excel workbook{reason}", hint) from None
 
 
-def _choose_sheet(source: TableFile, book: CalamineWorkbook) -> str:
+def _possible_sheets(source: TableFile, book: CalamineWorkbook) -> list[str]:
+    """Return the named sheet, or else all visible tables, of which the first with cells is read. Raises FileProblem."""
     tables = [each for each in book.sheets_metadata if each.typ == SheetTypeEnum.WorkSheet]
     hint = f"its sheets: {', '.join(each.name for each in tables) or 'none with cells'}"
     if source.sheet is not None:
         if source.sheet not in [each.name for each in tables]:
             kind = "" if source.sheet not in book.sheet_names else " with cells"
             raise FileProblem(f"{source} has no sheet `{source.sheet}`{kind}", hint)
-        return source.sheet
+        return [source.sheet]
     visible = [each.name for each in tables if each.visible == SheetVisibleEnum.Visible]
     if not visible:
         raise FileProblem(f"{source} has no visible sheet with cells", f"{hint}; choose one: `sheet: …`")
-    return visible[0]
+    return visible
 
 
 def _text_rows(source: TableFile, sheet: CalamineSheet) -> Iterator[list[str]]:
@@ -168,10 +169,11 @@ class UnsoundWorkbook(ValueError):
 
 
 class SheetScan(Struct, frozen=True):
-    """What a scan found, as cells such as `B2`. None: there is none."""
+    """What a scan found: whether there are cells, and cells such as `B2`. None: there is none."""
 
-    far_cell: str | None
-    formula_without_value: str | None
+    has_cells: bool = False
+    far_cell: str | None = None
+    formula_without_value: str | None = None
 
 
 def check_size(path: Path) -> None:
@@ -207,7 +209,8 @@ def scan_sheet(path: Path, sheet: str, version: tuple[int, int]) -> SheetScan:  
     numbers = [_column_number(letters) for letters in columns]
     width = max(numbers) - min(numbers) + 1 if numbers else 0
     is_sparse = (rows[1] - rows[0] + 1) * width > max(_MAX_POSITIONS, _MAX_POSITIONS_PER_CELL * count)
-    return SheetScan(last_cell if is_sparse else None, formula_without_value)
+    has_cells = count > 0 or formula_without_value is not None
+    return SheetScan(has_cells, last_cell if is_sparse else None, formula_without_value)
 
 
 def find_non_date(path: Path, sheet: str, row: int) -> str | None:

@@ -150,6 +150,21 @@ def test_hidden_sheets(tmp_path: Path, state: Literal["hidden", "veryHidden"]) -
     assert "its sheets: _lists, Leads" in refusal(tmp_path / "leads.xlsx", sheet="Other")
 
 
+def test_empty_sheet_before_the_leads(tmp_path: Path) -> None:
+    """A visible sheet without cells, such as the one of a new workbook, is no table; a formula is a cell."""
+    book = openpyxl.Workbook()
+    empty, leads = book.active, book.create_sheet("Leads")
+    assert empty is not None
+    leads.append(["a"])
+    leads.append(["1"])
+    book.save(tmp_path / "leads.xlsx")
+    assert read_rows(tmp_path / "leads.xlsx") == [("1",)]
+    assert "sheet `Sheet` is empty" in refusal(tmp_path / "leads.xlsx", sheet="Sheet")
+    empty.append(["=1+1"])
+    book.save(tmp_path / "leads.xlsx")
+    assert "sheet `Sheet` has a formula without a value: A1" in refusal(tmp_path / "leads.xlsx")
+
+
 def test_other_sheets_are_not_scanned(tmp_path: Path) -> None:
     """A formula without a value is a problem only in the sheet that is read."""
     book = openpyxl.Workbook()
