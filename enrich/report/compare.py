@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
@@ -43,7 +44,9 @@ def compare_executions(job: Job, execution: int) -> Comparison:
     with closing(_open_ledger(job)) as ledger, ledger.snapshot():
         known = [row.id for row in records.list_executions(ledger, job.name)]
         if execution not in known:
-            raise JobError(f"--compare {execution}: {job.name} has no run {execution}", "enrich runs lists them")
+            raise JobError(
+                f"--compare {execution}: {job.name} has no run {execution}", "`enrich runs JOB` lists the runs"
+            )
         settled = {number for number, _, _ in queries.outcome_counts(ledger, job.name)}
         newest = max(settled - {execution}, default=None)
         if newest is None:
@@ -70,7 +73,8 @@ def compare_jobs(job: Job, other: Job) -> Comparison:
 
 def _open_ledger(job: Job) -> Database:
     if not ledger_exists(job.ledger):
-        raise CommandRefused(f"{job.ledger}: no ledger, because {job.name} has no runs yet", "enrich run it first")
+        command = shlex.join(["enrich", "run", str(job.document.path)])
+        raise CommandRefused(f"{job.ledger}: no ledger, because {job.name} has no runs yet", f"run it first: {command}")
     return Database(job.ledger, read_only=True)
 
 

@@ -205,7 +205,7 @@ class Databar:
             return _TaskBody("processing")
         status = self._failed if run.outcome in _FAILURES else self._completed
         no_data_s = self._settings.no_data_seconds
-        if run.outcome == "no_data" and (no_data_s is None or no_data_s < 0 or now < run.ready + no_data_s):
+        if run.outcome == "no_data" and (no_data_s is None or now < run.ready + no_data_s):
             status = "no_data"
         return _TaskBody(status, run.data, run.error, cost=run.cost)
 

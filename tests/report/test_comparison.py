@@ -182,12 +182,14 @@ def test_invalid_comparisons(api: SandboxApi, workspace: Workspace) -> None:
     code, message = comparison_error(workspace, "7")
     assert code == 2
     assert "job has no run 7" in message
+    assert "`enrich runs job.yaml` lists the runs" in message
     for text in ("\N{ARABIC-INDIC DIGIT ONE}", "9" * 5000):  # not the number of a run
         assert comparison_error(workspace, text)[0] == 2
     assert comparison_error(workspace, "job.yaml")[0] == 2
     code, message = comparison_error(workspace, "other.yaml")
     assert code == 5
     assert "other has no runs yet" in message
+    assert message.rstrip().endswith("other.yaml")
     code, message = comparison_error(workspace, "third.yaml")
     assert code == 2
     assert "third.yaml" in message
