@@ -29,7 +29,7 @@ from enrich.files.text import NO_HEADER, NO_HEADER_HINT, FileProblem, TableFile,
 from enrich.files.values import text_frame
 from enrich.job.field_types import is_text_encoding
 from enrich.job.local_files import read_text
-from enrich.job.locations import format_of
+from enrich.job.locations import as_argument, format_of
 from enrich.job.spec import Input, json_schema
 from enrich.job.target import Target, TargetKind
 
@@ -193,7 +193,7 @@ def _choose_waterfall(
         return known[identifier], source
     echo_message(f"Waterfalls from {source}, best fit for {leads} first:")
     echo_message("\n".join(rank_waterfalls(available, sample)))
-    command = ["enrich", "init", str(leads), *given, "--waterfall", "ID"]
+    command = ["enrich", "init", as_argument(leads), *given, "--waterfall", "ID"]
     raise JobError("no waterfall is chosen", shlex.join(command))
 
 
@@ -272,4 +272,4 @@ def init(
     if force and target.exists() and not _is_job_file(target):
         raise JobError(f"{target} is not a job file, so --force does not replace it", "choose another name with -o")
     write_new_file(text, target, force=force)
-    echo_message(f"Written: {target}. Read it, then: {shlex.join(['enrich', 'check', str(target)])}")
+    echo_message(f"Written: {target}. Read it, then: {shlex.join(['enrich', 'check', as_argument(target)])}")

@@ -27,7 +27,14 @@ from enrich.exit_codes import JobArguments
 from enrich.job.field_types import parse_duration
 from enrich.job.job import Job, Overrides, load_job
 from enrich.job.local_files import why_no_file
-from enrich.job.locations import LedgerLocation, check_no_password, hide_secrets, is_url, sandbox_state_path
+from enrich.job.locations import (
+    LedgerLocation,
+    as_argument,
+    check_no_password,
+    hide_secrets,
+    is_url,
+    sandbox_state_path,
+)
 from enrich.ledger.dialect import DATABASE_ERRORS
 from enrich.ledger.file_identity import ledger_file_exists, make_private_folder
 from enrich.ledger.sqlite_errors import is_busy_error
@@ -170,9 +177,7 @@ class JobOptions(Struct, frozen=True):
                 return hide_secrets(text)
             if text == "-":
                 return text
-            if as_typed:  # a leading dash would be parsed as an option
-                return f"./{text}" if text.startswith("-") else text
-            return str(Path(text).absolute())
+            return as_argument(text) if as_typed else str(Path(text).absolute())
 
         ledger_args = [path(self.job_file)]
         if self.ledger is not None:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from enrich.errors import UNREADABLE_HINT, JobError, closest_name, did_you_mean, suggest_name
 from enrich.job.local_files import read_text
+from enrich.job.locations import as_argument
 from enrich.job.spec import JobModel, SteppedJobModel
 from enrich.job.target import SOURCES_KEY, Param, Source, TargetModel
 from enrich.models import PLAIN_NUMBER
@@ -133,7 +134,7 @@ def _not_yaml_hint(path: Path) -> str | None:
     """Return a hint on creating a job if the file is not a YAML file but, for example, the leads. Else None."""
     if path.suffix in (".yaml", ".yml"):
         return None
-    return f"JOB must be a YAML file. To create one: {shlex.join(['enrich', 'init', str(path)])}"
+    return f"JOB must be a YAML file. To create one: {shlex.join(['enrich', 'init', as_argument(path)])}"
 
 
 def _to_plain_data(node: yaml.Node, path: Path) -> Any:  # noqa: ANN401 - YAML

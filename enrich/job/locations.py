@@ -206,6 +206,12 @@ def path_beside_ledger(ledger: LedgerLocation, suffix: str) -> Path:
     return ledger.parent / f"{ledger.name}{suffix}"
 
 
+def as_argument(path: Path | str) -> str:
+    """Return a path as a word of a command: with a leading dash it would be parsed as an option."""
+    text = str(path)
+    return f"./{text}" if text.startswith("-") else text
+
+
 def is_url(text: str) -> bool:
     """Check whether a text is a URL, not the path of a file on this machine."""
     return _URL.fullmatch(text) is not None

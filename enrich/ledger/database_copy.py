@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from hashlib import blake2b
@@ -132,7 +133,7 @@ def _copy_tables(reader: Database, writer: Database) -> tuple[dict[str, int], st
     if problems:
         raise CommandRefused(
             f"{writer.location}: the copy is damaged and was removed: {'; '.join(problems)}",
-            f"check the ledger: enrich ledger check {reader.location}",
+            f"check the ledger: enrich ledger check {shlex.quote(str(reader.location))}",
         )
     overall_hash = blake2b(repr(list(read.values())).encode(), digest_size=16)
     return {table: count for table, (count, _) in read.items()}, overall_hash.hexdigest()

@@ -23,7 +23,7 @@ from enrich.job.document import yaml_scalar
 from enrich.job.job import load_job
 from enrich.job.spec import json_schema
 from tests.support.cases import examples, first_quick, in_turn
-from tests.support.workspace import SHORT_STARTUP_TIMEOUT, SandboxApi, Workspace, make_leads
+from tests.support.workspace import SHORT_STARTUP_TIMEOUT, ProgramResult, SandboxApi, Workspace, make_leads
 
 LEADS = Path(__file__).parents[2] / "sample_data" / "leads.csv"
 
@@ -335,6 +335,24 @@ def test_job_in_other_folder(workspace: Workspace) -> None:
     assert made.exit_code == 0
     assert "input: ../leads.csv" in (workspace.folder / "jobs" / "night.yaml").read_text(encoding="utf-8")
     assert workspace.run_in_process("check", "jobs/night.yaml").exit_code == 0
+
+
+def test_commands_for_names_starting_with_dash(workspace: Workspace) -> None:
+    """The commands that the messages show work when pasted: no name in them is parsed as an option."""
+    workspace.write_leads(make_leads(2), name="-leads.csv")
+
+    def pasted(*arguments: str, intro: str) -> ProgramResult:
+        result = workspace.run_in_process(*arguments)
+        (line,) = (line for line in result.stderr.splitlines() if intro in line)
+        return workspace.run_in_process(*line.partition(intro)[2].replace("ID", "email_getter").split())
+
+    assert "create one: enrich init ./-leads.csv" in workspace.run_in_process("run", "--", "-leads.csv").stderr
+    made = pasted("init", "--offline", "--", "-leads.csv", intro="hint: enrich ")
+    assert (made.exit_code, "then: enrich check ./-leads.yaml" in made.stderr) == (0, True)
+    checked = pasted(
+        *("init", "./-leads.csv", "--offline", "--force", "--waterfall", "email_getter"), intro="then: enrich "
+    )
+    assert checked.exit_code == 0
 
 
 def test_percent_sign_in_file_name(workspace: Workspace) -> None:
