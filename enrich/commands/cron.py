@@ -284,6 +284,14 @@ def _parse_folder(text: str) -> Path:
     return path
 
 
+def _absolute_value(variable: str, value: str) -> str:
+    """Return a URL unchanged, and absolute paths in place of others. SSL_CERT_DIR may name several folders."""
+    if is_url(value):
+        return value
+    paths = value.split(os.pathsep) if variable == "SSL_CERT_DIR" else [value]
+    return os.pathsep.join(str(absolute_path(Path(path))) for path in paths)
+
+
 def _check_user(text: str) -> str:
     if not _USER_NAME.fullmatch(text):
         raise ValueError(f"{text!r} is not the name of a user")
@@ -360,9 +368,7 @@ def cron(
         days=days or (),
         max_time=max_time.replace(" ", ""),
         writable_folders=sorted(folder for folder in folders if folders.isdisjoint(folder.parents)),
-        environ={
-            name: value if is_url(value) else str(absolute_path(Path(value))) for name, value in inherited.items()
-        },
+        environ={name: _absolute_value(name, value) for name, value in inherited.items()},
         storages=sorted({location.scheme for location in locations if isinstance(location, ObjectUrl)}),
     )
     units = {

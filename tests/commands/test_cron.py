@@ -252,13 +252,19 @@ def test_paths_are_absolute_without_dots(workspace: Workspace) -> None:
     other.folder.mkdir()
     options = ("--key-file", "../key", "--log-file", "../other/../run.log")
 
-    printed = other.run_in_process("cron", "../job.yaml", *options, ENRICH_LEDGER="../l.db", SSL_CERT_FILE="c.pem")
+    printed = other.run_in_process(
+        *("cron", "../job.yaml", *options),
+        ENRICH_LEDGER="../l.db",
+        SSL_CERT_FILE="c.pem",
+        SSL_CERT_DIR="certs:/etc/certs:../more",
+    )
 
     assert printed.exit_code == 0
     assert ".." not in printed.stdout
     for setting in (
         f"LoadCredential=databar_api_key:{folder}/key",
         f"Environment=SSL_CERT_FILE={folder}/other/c.pem",
+        f"Environment=SSL_CERT_DIR={folder}/other/certs:/etc/certs:{folder}/more",
         f"Environment=ENRICH_LEDGER={folder}/l.db",
         f"ReadWritePaths={folder}",
     ):
