@@ -103,6 +103,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Schedul
     return CostlyInOneProcess(config, log)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With all tests, begin with the long ones: at the end no process should wait for one."""
+    if not config.option.markexpr:
+        items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 @pytest.fixture
 def api(tmp_path: Path) -> Iterator[SandboxApi]:
     """Serve an API that answers immediately and never fails."""

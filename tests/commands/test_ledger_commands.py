@@ -251,7 +251,7 @@ def test_killed_run_leaves_sound_ledger(tmp_path: Path, workspace: Workspace) ->
 def test_faulty_run_leaves_sound_ledger(tmp_path: Path, workspace: Workspace) -> None:
     """Sound after unconfirmed, refused, failed and free-failed requests and a cap; then after retries and a refresh."""
     workspace.write_leads(make_leads(30))
-    workspace.write_job(limits="{max_credits: 80}")
+    workspace.write_job(limits="{requests_per_second: 1000, max_credits: 80}")
     with serve_api(tmp_path / "api.db", failure_rate=0.3, free_failures=0.5) as api:
         for fault in ("no-task-id", "reset-after", "reset-before", "html-200", "lost-task"):
             api.inject_fault(fault, 2)

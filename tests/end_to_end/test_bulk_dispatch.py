@@ -444,7 +444,7 @@ def test_forgotten_task_expires_rows(tmp_path: Path, workspace: Workspace) -> No
         workspace.submit_without_collecting(api)
     # Old enough to be known by now.
     assert workspace.sql("SELECT count(*) FROM attempts WHERE acknowledged = 1") == [(LEADS,)]
-    workspace.sql("UPDATE attempts SET submitted_ms = submitted_ms - 600000")
+    workspace.sql("UPDATE attempts SET submitted_ms = submitted_ms - 60000")
     with serve_api(tmp_path / "other.db", port=int(api.base_url.rpartition(":")[2].partition("/")[0])) as other:
         summary = workspace.run_job(other, timing=replace(Timeouts(), young_task_s=0.5))
         assert other.audit()["accepted"] == 0

@@ -29,6 +29,7 @@ from enrich.run.summary import RunSummary
 from enrich.sandbox import Fault
 from enrich.sandbox.databar import ApiError, Databar
 from enrich.sandbox.lookups import Refused as ApiRefusal
+from tests.support import short_waits
 from tests.support.cases import first_quick, in_turn
 from tests.support.workspace import (
     SHORT_OUTAGE_TIMEOUT,
@@ -39,7 +40,6 @@ from tests.support.workspace import (
     Workspace,
     make_leads,
     serve_api,
-    use_short_timeouts,
     wait_until,
 )
 
@@ -250,7 +250,7 @@ def test_key_revoked_during_run_is_exit_3(
 
 def test_unreachable_api_is_exit_4(workspace: Workspace, old_output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unreachable at the start: no execution is recorded, nothing is spent, the old output is kept."""
-    use_short_timeouts(monkeypatch)
+    monkeypatch.setattr(short_waits, "TIMEOUTS", SHORT_STARTUP_TIMEOUT)
     workspace.write_leads(make_leads(1))
     unassigned = SandboxApi("http://127.0.0.1:9/v1", "key")
     started_at = time.monotonic()

@@ -27,15 +27,16 @@ from enrich.run.context import ClusterOptions, RunOptions
 from enrich.run.progress import Progress
 from enrich.sandbox.databar import Databar
 from enrich.sandbox.lookups import Refused as ApiRefusal
+from tests.support import short_waits
 from tests.support.cases import in_turn
 from tests.support.request_recorder import assert_no_personal_data, log_events, log_lines, searchable_leads
 from tests.support.workspace import (
+    SHORT_STARTUP_TIMEOUT,
     SandboxApi,
     Workspace,
     kill_process,
     make_leads,
     serve_api,
-    use_short_timeouts,
     wait_until,
 )
 
@@ -113,7 +114,7 @@ def test_failed_start_is_logged(
     expected: tuple[int, str, list[str]],
 ) -> None:
     """A start that fails before the execution, also for an invalid job file, is an error with its exit code."""
-    use_short_timeouts(monkeypatch)
+    monkeypatch.setattr(short_waits, "TIMEOUTS", SHORT_STARTUP_TIMEOUT)
     code, word, seen = expected
     workspace.write_leads(searchable_leads(1))
     environ = break_start(workspace, api)

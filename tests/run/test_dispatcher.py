@@ -20,6 +20,7 @@ from enrich.ledger import enroll, queries, queue, resume, transitions
 from enrich.ledger.database import Database
 from enrich.ledger.writer import LedgerWriter
 from enrich.models import State
+from enrich.run import rate_limit
 from enrich.run.rate_limit import MAX_BURST_S
 from enrich.sandbox.settings import Fault
 from tests.support.cases import first_quick
@@ -183,11 +184,14 @@ class TestAnswers:
     """The effect of each response to a POST on its request."""
 
     @pytest.mark.parametrize("fault", first_quick(1, ["rate-limit-bare", "rate-limit", "redirect"]))
-    def test_rejections_are_resent_without_loss(self, api: SandboxApi, tmp_path: Path, fault: str) -> None:
+    def test_rejections_are_resent_without_loss(
+        self, api: SandboxApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+    ) -> None:
         """A rejected POST is sent again, is paid once, and does not count as an attempt."""
         count = 20 if fault == "rate-limit-bare" else 2
         api.inject_fault(fault, count, "post")
         # On a busy machine the rejections come one by one, each after a longer pause: that is no outage.
+        monkeypatch.setattr(rate_limit, "MAX_PAUSE_S", 0.2)
         timing = structs.replace(SHORT_TIMEOUTS, outage_s=300.0)
 
         async def scenario() -> None:

@@ -75,6 +75,8 @@ class _Pooler:
                 break
             client.sendall(b"N")
         server = socket.create_connection(("127.0.0.1", self.server_port))
+        for connection in (client, server):  # a message that is not sent at once waits 40 ms for the other end's ACK
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         server.sendall(struct.pack("!i", size) + body)
         self._relay_answer(server, client)
         return server

@@ -18,6 +18,7 @@ from enrich.run.pipeline import run as run_job
 from enrich.run.run_state import Timeouts
 from enrich.run.summary import RunSummary
 from tests.support.raw_server import ReceivedRequest, Reply, http_reply
+from tests.support.short_waits import short_waits
 from tests.support.workspace import SHORT_TIMEOUTS, Workspace
 
 TIMEOUTS = replace(SHORT_TIMEOUTS, startup_s=3.0, young_task_s=0.4, outage_s=10.0, no_data_s=0.1)
@@ -78,7 +79,7 @@ def run_once(
 ) -> RunSummary:
     """Run the job against a scripted API."""
     job = load_job(workspace.job_file)
-    with lock_ledger(job.ledger, 0), open_for_run(job.ledger) as (ledger, _):
+    with short_waits(), lock_ledger(job.ledger, 0), open_for_run(job.ledger) as (ledger, _):
         access = ApiAccess(base_url, SecretStr("key-of-the-test"))
         return run_job(job, access, ledger, options or RunOptions(), RunEnvironment(timeouts=timing))
 

@@ -13,10 +13,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import chdir, closing, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from http import HTTPStatus
 from http.client import HTTPConnection
-from math import inf
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -36,10 +34,8 @@ from enrich.job.target import TargetKind
 from enrich.ledger import transitions
 from enrich.ledger.database import Database, ledger_exists
 from enrich.ledger.lock import lock_ledger, open_for_run
-from enrich.run import rate_limit
 from enrich.run.context import RunEnvironment, RunOptions
 from enrich.run.pipeline import run
-from enrich.run.poll_schedule import PollSchedule
 from enrich.run.progress import Progress
 from enrich.run.run_state import Timeouts
 from enrich.run.summary import RunSummary
@@ -47,6 +43,7 @@ from enrich.sandbox import SandboxSettings
 from enrich.sandbox.server import serve_in_thread
 from tests.support.ledger import run_sql
 from tests.support.program import ProgramStart
+from tests.support.short_waits import TIMEOUTS, short_waits
 
 #: An API that answers immediately and never fails; most tests use it.
 INSTANT_API = SandboxSettings(latency="fixed(0)", failure_rate=0.0, miss_kinds=("null",))
@@ -67,12 +64,6 @@ SHORT_STARTUP_TIMEOUT = replace(SHORT_TIMEOUTS, startup_s=0.5)
 SHORT_OUTAGE_TIMEOUT = replace(SHORT_TIMEOUTS, outage_s=1.0)
 #: For POSTs that are never answered.
 SHORT_POST_TIMEOUT = replace(SHORT_TIMEOUTS, post_s=2.0)
-
-
-def use_short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `enrich run` in this process use the timeouts `SHORT_STARTUP_TIMEOUT`."""
-    environment = partial(RunEnvironment, timeouts=SHORT_STARTUP_TIMEOUT)
-    monkeypatch.setattr("enrich.commands.run.RunEnvironment", environment)
 
 
 JOB = """\
@@ -265,7 +256,7 @@ class Workspace:
         """Run the program in this process: starts faster, and ignores signals."""
         out, err = io.StringIO(), io.StringIO()
         with (
-            _no_waiting(),
+            short_waits(),
             chdir(self.folder),
             patch.dict(os.environ, self.environment(api) | environ, clear=True),
             redirect_stdout(out),
@@ -283,11 +274,13 @@ class Workspace:
         clock: Path | None = None,
         stdin: int = subprocess.DEVNULL,
         terminal: int | None = None,
+        prelude: str = "",
         **environ: str,
     ) -> subprocess.Popen[str]:
         """Start the program, `ignoring` signals as under `nohup`; `group`: in a process group. The caller ends it.
 
         `clock`: file with the offset of its clock in seconds. `terminal`: descriptor of all three streams.
+        `prelude`: code that runs before the program.
         """
         return ProgramStart(
             arguments,
@@ -296,17 +289,18 @@ class Workspace:
             ignored_signals=tuple(ignoring),
             new_group=group,
             clock=None if clock is None else str(clock),
+            prelude=prelude,
         ).start(*((stdin,) if terminal is None else (terminal, terminal, terminal)))
 
     def run_job(
-        self, api: SandboxApi, options: RunOptions | None = None, timing: Timeouts | None = None, **around: Any
+        self, api: SandboxApi, options: RunOptions | None = None, timing: Timeouts = TIMEOUTS, **around: Any
     ) -> RunSummary:
         """Run the job in this process with any timeouts."""
         job = load_job(self.job_file)
-        with _no_waiting(), lock_ledger(job.ledger, 0), open_for_run(job.ledger) as (ledger, lease):
+        with short_waits(), lock_ledger(job.ledger, 0), open_for_run(job.ledger) as (ledger, lease):
             if lease is not None:
                 around = {"clock": lease, "lease_valid": lease.is_valid} | around
-            environment = RunEnvironment(timeouts=timing or Timeouts(), **around)
+            environment = RunEnvironment(timeouts=timing, **around)
             return run(job, api.access, ledger, options or RunOptions(), environment)
 
     def open_task_count(self) -> int:
@@ -357,20 +351,6 @@ class ProgramResult:
         """The one JSON object on stdout."""
         output: dict[str, Any] = json.loads(self.stdout)
         return output
-
-
-@contextmanager
-def _no_waiting() -> Iterator[None]:
-    """Poll after 0.05 s instead of 0.9 s, because hundreds of tests wait for runs against an instant sandbox.
-
-    Likewise, begin with the rate that the job allows, instead of finding it.
-    """
-    with (
-        patch.object(PollSchedule, "FIRST_GUESS_S", 0.05),
-        patch.object(PollSchedule, "MIN_DELAY_S", 0.05),
-        patch.object(rate_limit, "START_RATE_WITH_CEILING", inf),
-    ):
-        yield
 
 
 def clock_ahead(seconds: float) -> SystemClock:
