@@ -40,7 +40,7 @@ cluster-tests: .venv/cluster ## run the tests on a local Ray cluster
 	$(BIN)/pytest -m cluster -n 1
 
 all-tests: .venv/cluster ## run every test once, files side by side, as many tests mostly wait
-	HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-full} $(BIN)/pytest -n 6 --dist loadscope -m ''
+	HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-full} $(BIN)/pytest -n 8 --dist loadscope -m ''
 
 check: lint types layers all-tests ## everything that CI runs: lint, types, layers, dependencies, every test
 

@@ -55,6 +55,16 @@ def wait_for_end(process: subprocess.Popen[str]) -> ProgramResult:
     return ProgramResult(process.returncode, out, err)
 
 
+def resume(workspace: Workspace, api: SandboxApi, *options: str) -> ProgramResult:
+    """Run the job again, without its low rate: nothing happens to the ledger now."""
+    workspace.write_job()
+    result = workspace.run_subprocess(*RUN, *options, api=api)
+    assert result.exit_code == 0, result.stderr
+    assert not rescue_files(workspace)
+    assert_nothing_lost(workspace, api)
+    return result
+
+
 def rescue_files(workspace: Workspace) -> list[Path]:
     """Return the rescue files."""
     return sorted(workspace.folder.rglob("*.rescue*"))
@@ -149,12 +159,9 @@ def test_lost_ledger_stops_run(
     }
     slow_api.clear_faults()
 
-    second = workspace.run_subprocess(*RUN, "--new-ledger", api=slow_api)
+    second = resume(workspace, slow_api, "--new-ledger")
 
-    assert second.exit_code == 0, second.stderr
     assert any(file.name in note for note in second.json_output["notes"])
-    assert not rescue_files(workspace)
-    assert_nothing_lost(workspace, slow_api)
 
 
 @pytest.mark.long
@@ -166,11 +173,7 @@ def test_restored_ledger_imports_rescue_file(slow_api: SandboxApi, workspace: Wo
     assert wait_for_end(process).exit_code == 1
     (workspace.folder / "elsewhere").rename(workspace.ledger_path.parent)
 
-    second = workspace.run_subprocess(*RUN, api=slow_api)
-
-    assert second.exit_code == 0, second.stderr
-    assert not rescue_files(workspace)
-    assert_nothing_lost(workspace, slow_api)
+    resume(workspace, slow_api)
 
 
 @pytest.mark.long
@@ -191,10 +194,7 @@ def test_removed_lock_file_stops_run(slow_api: SandboxApi, workspace: Workspace,
     if second is not None:
         assert wait_for_end(second).exit_code in (0, 11, 14)  # 11: the first run was still alive
     slow_api.clear_faults()
-    third = workspace.run_subprocess(*RUN, api=slow_api)
-    assert third.exit_code == 0, third.stderr
-    assert not rescue_files(workspace)
-    assert_nothing_lost(workspace, slow_api)
+    resume(workspace, slow_api)
 
 
 @pytest.mark.long
@@ -236,9 +236,7 @@ def test_foreign_lock_with_signal_or_max_time(
     assert "another program has locked it" in result.stderr
     assert "Traceback" not in result.stderr
     slow_api.clear_faults()
-    assert workspace.run_subprocess(*RUN, api=slow_api).exit_code == 0
-    assert not rescue_files(workspace)
-    assert_nothing_lost(workspace, slow_api)
+    resume(workspace, slow_api)
 
 
 @pytest.mark.long
@@ -250,9 +248,7 @@ def test_disk_full_keeps_task_ids(api: SandboxApi, workspace: Workspace) -> None
     assert result.exit_code == 1, result.stderr
     assert "the ledger cannot be written" in result.stderr
     assert "free some space" in result.stderr
-    second = workspace.run_subprocess(*RUN, api=api)
-    assert second.exit_code == 0, second.stderr
-    assert_nothing_lost(workspace, api)
+    resume(workspace, api)
 
 
 @pytest.mark.long
