@@ -129,12 +129,17 @@ def first_without_text(column: pl.Series) -> int | None:
 
 def _has_temporal(kind: pl.DataType) -> bool:
     if isinstance(kind, pl.Struct):
-        return any(_has_temporal(inner) for _, inner in _fields(kind))
+        return any(_has_temporal(cast("pl.DataType", field.dtype)) for field in kind.fields)
     return _has_temporal(_inner(kind)) if isinstance(kind, pl.List | pl.Array) else kind.is_temporal()
 
 
-def _fields(kind: pl.Struct) -> list[tuple[str, pl.DataType]]:
-    return [(field.name, cast("pl.DataType", field.dtype)) for field in kind.fields]
+def _fields(kind: pl.Struct, value: pl.Expr) -> list[tuple[str, pl.DataType, pl.Expr]]:
+    """Return name, type and value of each field of a struct. They are read by number: see `numbered_frame`."""
+    numbered = value.struct.rename_fields([str(number) for number in range(len(kind.fields))])
+    return [
+        (field.name, cast("pl.DataType", field.dtype), numbered.struct.field(str(number)))
+        for number, field in enumerate(kind.fields)
+    ]
 
 
 def _inner(kind: pl.List | pl.Array) -> pl.DataType:
@@ -154,7 +159,7 @@ def _plain(value: pl.Expr, kind: pl.DataType) -> pl.Expr:
     if not _has_temporal(kind):
         return value
     if isinstance(kind, pl.Struct):
-        fields = [_plain(value.struct.field(name), inner).alias(name) for name, inner in _fields(kind)]
+        fields = [_plain(field, inner).alias(name) for name, inner, field in _fields(kind, value)]
         return pl.when(value.is_not_null()).then(pl.struct(fields))
     if isinstance(kind, pl.Array):
         value = value.arr.to_list()
@@ -168,7 +173,7 @@ def _plain(value: pl.Expr, kind: pl.DataType) -> pl.Expr:
 def _has_text(value: pl.Expr, kind: pl.DataType) -> pl.Expr:
     """Return whether all dates and times in a value can be written."""
     if isinstance(kind, pl.Struct):
-        fields = [_has_text(value.struct.field(name), inner) for name, inner in _fields(kind)]
+        fields = [_has_text(field, inner) for _, inner, field in _fields(kind, value)]
         return pl.all_horizontal(fields) if fields else pl.lit(value=True)
     if isinstance(kind, pl.Array):
         value = value.arr.to_list()

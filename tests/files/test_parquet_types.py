@@ -15,7 +15,7 @@ from enrich.errors import CommandRefused
 from enrich.files import parquet_format
 from enrich.files.reader import InputTable
 from enrich.files.text import FileProblem, TableFile
-from enrich.files.values import as_text, json_cells
+from enrich.files.values import as_text, json_cells, text_frame
 from enrich.job.spec import Input
 from tests.support.cases import in_turn
 
@@ -47,6 +47,23 @@ def write_with_zone(path: Path, zone: str) -> None:
     changed = base64.b64encode(base64.b64decode(schema).replace(known.encode(), zone.encode()))
     assert changed != schema
     path.write_bytes(raw.replace(schema, changed))
+
+
+def test_struct_fields_named_like_patterns(tmp_path: Path) -> None:
+    """Polars takes a name such as `^a$` for a pattern: a date was that of another field, or the file was damaged."""
+    first, second = datetime(2026, 1, 1, tzinfo=UTC), datetime(2027, 1, 1, tzinfo=UTC)
+    pair = {"a": first.date(), "^a$": second.date()}
+    columns = {
+        "pair": [pair, None],
+        "list": [[pair, None], None],
+        "inner": [{"^.*$": pair}, None],
+        "x": [{"^y": first}] * 2,
+    }
+    pl.DataFrame(columns).write_parquet(tmp_path / "leads.parquet")
+    (frame,) = InputTable(tmp_path / "leads.parquet", Input(path="leads.parquet")).batches()
+    shown = '{"a":"2026-01-01","^a$":"2027-01-01"}'
+    time = '{"^y":"2026-01-01T00:00:00+00:00"}'
+    assert text_frame(frame).rows() == [(shown, f"[{shown},null]", f'{{"^.*$":{shown}}}', time), ("", "", "", time)]
 
 
 @in_turn("zone", ["+03:30", "-05:45", "Nowhere/City"])
