@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import Literal
 
 from msgspec import Struct
@@ -22,6 +23,8 @@ EXACT_HEADER, INEXACT_HEADER = 3, 2
 _MIN_WORD_LENGTH = 5
 
 
+# Each header is compared with each kind of data for each param.
+@lru_cache(maxsize=1 << 16)
 def split_words(name: str) -> tuple[str, ...]:
     """Split a header or param name (`firstName`, `First-Name`, `Prénom`) into lower-case words without accents."""
     spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name)
