@@ -183,9 +183,8 @@ class _Import:
         for line, request in new_lines:
             if request.state == "submitted" and request.attempt_id is not None:
                 transitions.mark_in_doubt(db, [(request.attempt_id, "a newer attempt was sent", self.now_ms, None)])
-            state = "in_doubt" if line.state == "submitting" else line.state
-            if state == "submitted" and (not is_whole or self._has_conflicting_task(line)):
-                state = "in_doubt"
+            is_partial = line.state == "submitted" and not is_whole
+            state = "in_doubt" if is_partial or self._is_in_doubt(line) else line.state
             if line.bulk_task is not None and state == "submitted" and bulk_task_id is None:
                 insert = "INSERT INTO bulk_tasks (execution_id, size) VALUES (?, ?) RETURNING id"
                 bulk_task_id = db.number(insert, self._execution_id(line), line.size)
@@ -269,10 +268,8 @@ class _Import:
         return _BEST_STATE_FIRST.index("in_doubt" if self._is_in_doubt(line) else line.state)
 
     def _is_in_doubt(self, line: RescuedAttempt) -> bool:
-        """Return whether a line has neither an answer nor a task that can be polled."""
-        return line.state in ("in_doubt", "submitting") or (
-            line.state == "submitted" and self._has_conflicting_task(line)
-        )
+        """Return whether a line has neither an answer nor a task that can be polled: another request's do not count."""
+        return line.state in ("in_doubt", "submitting") or self._has_conflicting_task(line)
 
     def _has_conflicting_task(self, line: RescuedAttempt) -> bool:
         """Return whether the task id of a line belongs to another request that was not in the same bulk task."""

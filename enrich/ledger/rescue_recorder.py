@@ -17,7 +17,7 @@ from enrich.ledger.records import read_paths
 from enrich.ledger.rescue_file import RescuedAttempt, RescueFile
 from enrich.ledger.rescue_import import SETTLED_STATES
 from enrich.ledger.transitions import InDoubtUpdate
-from enrich.models import Acceptance, Answer, State
+from enrich.models import DUPLICATE_TASK_ID, Acceptance, Answer, State
 
 #: Lines per write.
 _LINES_PER_WRITE = 1000
@@ -66,20 +66,39 @@ class RescueRecorder:
     def record_accepted(
         self, updates: Sequence[tuple[int, str, int]], facts: Mapping[str, str | None]
     ) -> list[Acceptance]:
-        """Record task ids. The import compares them with others."""
+        """Record task ids. An id that an attempt of another request has is not accepted."""
+        line_facts = {name: value for name, value in facts.items() if value is not None}
+        acceptances = []
         for attempt, task_id, now_ms in updates:
-            line_facts = {name: value for name, value in facts.items() if value is not None}
-            self._update_line(attempt, state="submitted", task_id=task_id, submitted_ms=now_ms, **line_facts)
-            self._unsaved_task_ids[attempt] = task_id
-        return [Acceptance.NEW] * len(updates)
+            if is_conflict := self._is_of_another_request(attempt, task_id):
+                self.mark_in_doubt([(attempt, f"{DUPLICATE_TASK_ID}: {task_id}", now_ms, None)])
+            else:
+                self._update_line(attempt, state="submitted", task_id=task_id, submitted_ms=now_ms, **line_facts)
+                self._unsaved_task_ids[attempt] = task_id
+            acceptances.append(Acceptance.CONFLICT if is_conflict else Acceptance.NEW)
+        return acceptances
 
     def mark_in_doubt(self, updates: Sequence[InDoubtUpdate]) -> None:
         """Record attempts that may have been charged."""
         for attempt, error, now_ms, task_id in updates:
             self._update_line(attempt, state="in_doubt", error=error, settled_ms=now_ms)
-            if task_id is not None:
+            if task_id is not None and not self._is_of_another_request(attempt, task_id):
                 self._update_line(attempt, task_id=task_id)
                 self._unsaved_task_ids[attempt] = task_id
+
+    def _is_of_another_request(self, attempt: int, task_id: str) -> bool:
+        """Return whether a task id is known from another POST about another request."""
+        self._read_line(attempt)
+        own = self._lines.get(attempt)
+        known = [line for line in self._lines.values() if line.task_id == task_id]
+        with suppress(*_READ_ERRORS):
+            known += _read_attempts(self.ledger, "a.task_id = ?", task_id)
+        return any(
+            line.attempt != attempt
+            and (own is None or line.fingerprint != own.fingerprint)
+            and (own is None or own.bulk_task is None or line.bulk_task != own.bulk_task)
+            for line in known
+        )
 
     def record_refused(self, updates: Sequence[tuple[int, str, int]]) -> None:
         """Record that nothing was accepted, so that these attempts do not become unconfirmed."""
@@ -125,10 +144,13 @@ class RescueRecorder:
             }
             self._update_line(attempt, **fields, answer=answer.raw, settled_ms=now_ms)
 
-    def _update_line(self, attempt: int, **changes: Any) -> None:  # noqa: ANN401 - fields of a line
+    def _read_line(self, attempt: int) -> None:
         if attempt not in self._lines:
             with suppress(*_READ_ERRORS):
                 self._lines |= {line.attempt: line for line in _read_attempts(self.ledger, "a.id = ?", attempt)}
+
+    def _update_line(self, attempt: int, **changes: Any) -> None:  # noqa: ANN401 - fields of a line
+        self._read_line(attempt)
         if attempt in self._lines:
             self._lines[attempt] = self._lines[attempt].model_copy(update=changes)
             self._changed.add(attempt)

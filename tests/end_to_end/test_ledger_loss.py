@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from enrich.errors import LedgerFailed
 from enrich.ledger.verify import check_ledger
 from tests.support.cases import first_quick
 from tests.support.raw_server import Reply, http_reply, serve_replies
-from tests.support.scripted_api import ScriptedApi, request_states, run_once
+from tests.support.scripted_api import ScriptedApi, completed_reply, request_states, run_once, running_reply
 from tests.support.workspace import (
     ProgramResult,
     SandboxApi,
@@ -319,3 +320,49 @@ def test_task_ids_that_can_be_written_nowhere_are_in_the_message(workspace: Work
 
     ((fingerprint,),) = fingerprints
     assert f"so keep their ids: t-First0 (request {fingerprint})" in failure.value.message
+
+
+@pytest.mark.parametrize("restored", [False, True])
+@pytest.mark.parametrize(("owner", "other"), [("First0", "First1"), ("First1", "First0")])
+def test_task_id_of_another_request_after_the_ledger_is_lost(
+    workspace: Workspace, owner: str, other: str, *, restored: bool
+) -> None:
+    """A POST that gets the id of another's task is unconfirmed, and never has its answer."""
+    scripted_api, is_lost, is_polled_again = ScriptedApi(), Event(), Event()
+    workspace.write_leads(make_leads(3))
+    files = [Path(f"{workspace.ledger_path}{suffix}") for suffix in ("", "-wal", "-shm")]
+
+    def post(name: str) -> Reply:
+        if name == other:
+            assert is_lost.wait(30)
+        return ScriptedApi.post(owner if name == other else name)
+
+    def poll(name: str) -> Reply:
+        if name == "First2":
+            if is_lost.is_set():
+                is_polled_again.wait(1)  # the run still polls while this response is awaited
+            return running_reply(name)
+        if is_lost.is_set():
+            is_polled_again.set()
+        else:
+            for file in files:
+                file.rename(workspace.folder / file.name)
+            is_lost.set()
+        return completed_reply(name)
+
+    scripted_api.post, scripted_api.task = post, poll
+    with serve_replies(scripted_api) as server:
+        with pytest.raises(LedgerFailed, match="kept in"):
+            run_once(workspace, server.base_url)
+        assert len(scripted_api.posts) == 3
+        for file in files if restored else ():
+            (workspace.folder / file.name).rename(file)
+        scripted_api.clear_requests()
+        scripted_api.task = completed_reply
+        summary = run_once(workspace, server.base_url)
+
+    rows = {row["First Name"]: (row["enrich_status"], row["work_email"]) for row in workspace.read_output()}
+    found = {name: ("found", f"{name.lower()}@found.example") for name in (owner, "First2")}
+    assert rows == found | {other: ("in_doubt", "")}
+    assert (summary.exit_code, scripted_api.posts) == (14, [])
+    assert not check_ledger(workspace.ledger_path).problems

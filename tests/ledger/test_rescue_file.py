@@ -664,3 +664,17 @@ def test_failed_removal_is_reported(tmp_path: Path) -> None:
 def test_rescue_line_states() -> None:
     """A rescue line may have any state of an attempt; `pending` is none."""
     assert set(STATES) - {"refused"} == {state.value for state in State} - {"pending"}
+
+
+@pytest.mark.parametrize("is_known", [False, True])
+def test_answer_of_another_requests_task_is_not_imported(ledger: CommittingLedger, *, is_known: bool) -> None:
+    """The request is unconfirmed, whether the ledger has its attempt or not."""
+    ledger.start_and_enroll(1, 2)
+    ledger.settle(ledger.submit("task-of-1"))
+    if is_known:
+        ledger.claim()
+
+    import_lines(ledger, rescue_record(2, "found", "task-of-1", claimed_ms=ledger.now, answer=FOUND.raw, credits=2))
+
+    assert request_states(ledger) == {1: "found", 2: "in_doubt"}
+    assert_sound(ledger)
