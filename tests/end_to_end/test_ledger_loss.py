@@ -308,13 +308,13 @@ def test_task_ids_that_can_be_written_nowhere_are_in_the_message(workspace: Work
     scripted_api = ScriptedApi()
     workspace.write_leads(make_leads(1))
 
-    def remove_folder_and_reply(name: str) -> Reply:
+    def rename_folder_and_reply(name: str) -> Reply:
         fingerprints.extend(workspace.sql("SELECT lower(hex(fingerprint)) FROM requests"))
-        shutil.rmtree(workspace.folder)
+        workspace.folder.rename(workspace.folder.with_name("elsewhere"))  # in one step
         return ScriptedApi.post(name)
 
     fingerprints: list[tuple[str]] = []
-    scripted_api.post = remove_folder_and_reply
+    scripted_api.post = rename_folder_and_reply
     with serve_replies(scripted_api) as server, pytest.raises(LedgerFailed) as failure:
         run_once(workspace, server.base_url)
 
