@@ -237,13 +237,13 @@ def _read_input(
 
 
 def _plan_steps(
-    rows: StepRows, found: Preflight, selections: Sequence[RequestSelection], cap: int | None, rows_file: Path | None
+    rows: StepRows, result: Preflight, selections: Sequence[RequestSelection], cap: int | None, rows_file: Path | None
 ) -> StepsPlan:
     """Plan a run of a job with steps, and write each row's decisions, if a file is given."""
     StepInput(rows, 0).begin(selections[0])
     rows.prepare()
     selections = [replace(selection, limit=None, sample=None) for selection in selections]
-    plan = plan_steps(rows, rows.ledger, found, selections, cap)
+    plan = plan_steps(rows, rows.ledger, result, selections, cap)
     if rows_file is not None:
         _write_step_rows(rows_file, rows, selections)
     return plan

@@ -268,7 +268,7 @@ class _Import:
         return _BEST_STATE_FIRST.index("in_doubt" if self._is_in_doubt(line) else line.state)
 
     def _is_in_doubt(self, line: RescuedAttempt) -> bool:
-        """Return whether a line has neither an answer nor a task that can be polled: another request's do not count."""
+        """Return whether a line has neither an answer nor a task to poll. A task of another request counts as none."""
         return line.state in ("in_doubt", "submitting") or self._has_conflicting_task(line)
 
     def _has_conflicting_task(self, line: RescuedAttempt) -> bool:

@@ -87,17 +87,16 @@ class RescueRecorder:
                 self._unsaved_task_ids[attempt] = task_id
 
     def _is_of_another_request(self, attempt: int, task_id: str) -> bool:
-        """Return whether a task id is known from another POST about another request."""
-        self._read_line(attempt)
-        own = self._lines.get(attempt)
+        """Return whether a POST about another request has this task id. The rows of a bulk task are one POST."""
         known = [line for line in self._lines.values() if line.task_id == task_id]
         with suppress(*_READ_ERRORS):
             known += _read_attempts(self.ledger, "a.task_id = ?", task_id)
+        others = [line for line in known if line.attempt != attempt]
+        if (own := self._find_line(attempt)) is None:
+            return bool(others)
         return any(
-            line.attempt != attempt
-            and (own is None or line.fingerprint != own.fingerprint)
-            and (own is None or own.bulk_task is None or line.bulk_task != own.bulk_task)
-            for line in known
+            line.fingerprint != own.fingerprint and (own.bulk_task is None or line.bulk_task != own.bulk_task)
+            for line in others
         )
 
     def record_refused(self, updates: Sequence[tuple[int, str, int]]) -> None:
@@ -144,15 +143,16 @@ class RescueRecorder:
             }
             self._update_line(attempt, **fields, answer=answer.raw, settled_ms=now_ms)
 
-    def _read_line(self, attempt: int) -> None:
+    def _find_line(self, attempt: int) -> RescuedAttempt | None:
+        """Return the line of an attempt. None: the ledger cannot be read."""
         if attempt not in self._lines:
             with suppress(*_READ_ERRORS):
                 self._lines |= {line.attempt: line for line in _read_attempts(self.ledger, "a.id = ?", attempt)}
+        return self._lines.get(attempt)
 
     def _update_line(self, attempt: int, **changes: Any) -> None:  # noqa: ANN401 - fields of a line
-        self._read_line(attempt)
-        if attempt in self._lines:
-            self._lines[attempt] = self._lines[attempt].model_copy(update=changes)
+        if (line := self._find_line(attempt)) is not None:
+            self._lines[attempt] = line.model_copy(update=changes)
             self._changed.add(attempt)
 
     def flush(self) -> None:
@@ -170,7 +170,7 @@ class RescueRecorder:
 
     def close(self) -> LedgerFailed:
         """Write the answers. Return the failure, with the path of the rescue file in its message."""
-        self._write_changed(settled=False)
+        self.flush()
         self._write_changed(settled=True)
         if self.database_missing:
             with suppress(*_READ_ERRORS):
