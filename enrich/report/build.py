@@ -20,7 +20,7 @@ from enrich.exit_codes import SUCCESS_CODES, ExitCode, JobArguments, RequiredAct
 from enrich.job.job import Job
 from enrich.job.locations import STDIN
 from enrich.job.target import Target
-from enrich.ledger import queries, records
+from enrich.ledger import erasure, queries, records
 from enrich.ledger.database import Database, ledger_exists
 from enrich.ledger.lock import is_locked
 from enrich.ledger.records import ExecutionRow
@@ -37,6 +37,7 @@ from enrich.report.data import (
     Traffic,
 )
 from enrich.report.input_stats import MAX_GROUP_VALUES, InputStats, read_input_stats
+from enrich.rows.job_input import JobInput
 from enrich.run import provider_stats
 from enrich.run.output import prepare_collector
 from enrich.run.preflight import template_from_ledger
@@ -240,7 +241,7 @@ def _try_read_input(
         return unread(error.message, is_expected=isinstance(error, CommandRefused))
     try:
         by = [] if job.model.report is None else job.model.report.by
-        collector = prepare_collector(ledger, job, template)
+        collector = prepare_collector(ledger, JobInput(job, erasure.load_forgotten(ledger)), template)
         return read_input_stats(collector, by, now_ms, with_rows=with_rows), [], []
     except EnrichError as error:
         return unread(redact_message(error.message), is_expected=False)

@@ -13,6 +13,7 @@ import polars as pl
 from msgspec import Struct
 from msgspec.structs import replace
 
+from enrich.errors import CommandRefused, JobError
 from enrich.exit_codes import OUTPUT_WRITING_CODES, ExitCode
 from enrich.files.values import as_text
 from enrich.files.writer import limits_of, prepare_file, write_file
@@ -29,7 +30,7 @@ from enrich.run.background import out_of_time_error, start_phase
 from enrich.run.collector import Collector, OutputCounts
 from enrich.run.context import ClusterCallbacks, RunContext, RunFiles, RunOptions, select_requests
 from enrich.run.output_cells import JoinedBatch, answer_cells
-from enrich.run.preflight import steps_from_ledger, template_from_ledger
+from enrich.run.preflight import find_template, steps_from_ledger, template_from_ledger
 from enrich.run.progress import Phase
 from enrich.run.run_state import RunState
 from enrich.run.step_rows import StepRows
@@ -46,14 +47,42 @@ class Outcome(Struct, frozen=True):
     counts: OutputCounts | None = None
 
 
-async def write_output(context: RunContext, run_state: RunState, files: RunFiles) -> Outcome:
-    """Write the output if the exit code allows it, and count the rows by status."""
-    template, ledger_writer = context.preflight.template, context.ledger_writer
+async def write_known_output(context: RunContext, run_state: RunState, files: RunFiles) -> Outcome:
+    """Write the output as the ledger has it, because the API cannot be reached.
+
+    Nothing is written from a ledger that has paid for nothing yet, or if the job was changed since its last run: an
+    earlier output may have more.
+    """
+
+    def prepare(ledger: Database) -> Collector | None:
+        template, is_known = find_template(ledger, context.job)
+        if not is_known or not records.has_own_submissions(ledger):
+            return None
+        return prepare_collector(ledger, files.job_input, template)
+
+    try:
+        collector = await context.ledger_writer.submit(prepare)
+    except (JobError, CommandRefused):
+        collector = None
+    if collector is None:
+        return Outcome(run_state.exit_code({}))
+    return await write_output(context, run_state, files, collector)
+
+
+async def write_output(
+    context: RunContext, run_state: RunState, files: RunFiles, known: Collector | None = None
+) -> Outcome:
+    """Write the output if the exit code allows it, and count the rows by status.
+
+    `known` joins the input with an earlier ledger; None: the input was enrolled in this run.
+    """
+    ledger_writer = context.ledger_writer
     await start_phase(context, run_state, Phase.COLLECT)
     settled = run_state.counters.settled
     some_failed = bool(settled.get(State.FAILED) or settled.get(State.EXPIRED) or run_state.accepted_in_doubt)
     code = run_state.exit_code({ExitCode.SOME_FAILED: some_failed})
-    collector = Collector(context.ledger, template, files.job_input, step_rows=files.step_rows)
+    template = context.preflight.template
+    collector = known or Collector(context.ledger, template, files.job_input, step_rows=files.step_rows)
     if code not in OUTPUT_WRITING_CODES:
         if run_state.read.rows > MAX_ROWS_WHEN_INTERRUPTED:
             return Outcome(code)
@@ -66,7 +95,7 @@ async def write_output(context: RunContext, run_state: RunState, files: RunFiles
     unconfirmed = counts.statuses[RowStatus.IN_DOUBT] or any(
         step.requests[State.IN_DOUBT] for step in run_state.enrolled.values()
     )
-    if files.step_rows is not None and run_state.out_of_time and counts.statuses[RowStatus.PENDING]:
+    if collector.step_rows is not None and run_state.out_of_time and counts.statuses[RowStatus.PENDING]:
         run_state.exit_reasons.setdefault(ExitCode.TIME, out_of_time_error())
     conditions = {ExitCode.SOME_FAILED: some_failed, ExitCode.IN_DOUBT: bool(unconfirmed)}
     return Outcome(run_state.exit_code(conditions), counts)
@@ -75,9 +104,15 @@ async def write_output(context: RunContext, run_state: RunState, files: RunFiles
 async def _write_target(
     context: RunContext, run_state: RunState, collector: Collector, target: Location
 ) -> OutputCounts:
-    """Write the output. With a cluster engine, many processes write a dataset."""
+    """Write the output. With a cluster engine, many processes write a dataset of what was enrolled."""
     engine, dedupe = context.environment.engine, context.job.model.dedupe
-    if engine is None or collector.step_rows is not None or not is_dataset(target) or not dedupe:
+    if (
+        engine is None
+        or not run_state.enrolled
+        or collector.step_rows is not None
+        or not is_dataset(target)
+        or not dedupe
+    ):
         return await context.ledger_writer.submit(lambda _: collector.write(target))
     return await asyncio.to_thread(
         engine.collect,
@@ -251,13 +286,13 @@ def rebuild_output(job: Job, *, partial: bool) -> RunSummary:
         target = job.output_path(now)
         job.extra_output_paths(now)  # raises when the output is one of these files
         prepare_file(target, job.input_path, job.temporary_name)
-        counts = prepare_collector(ledger, job, template).write(target, partial=partial)
+        job_input = JobInput(job, erasure.load_forgotten(ledger))
+        counts = prepare_collector(ledger, job_input, template).write(target, partial=partial)
         _, unknown = queries.spent_totals(ledger) if job.step_jobs else (0, 0)
     summary = RunSummary(
         job.name,
         int(ExitCode.OK),
         sandbox=job.sandbox,
-        rows=counts.statuses.total(),
         output=str(target),
         steps=summarize_steps(job, {}, {}, counts),
         cost_per_lead=cost_per_lead(counts, unknown),
@@ -265,9 +300,9 @@ def rebuild_output(job: Job, *, partial: bool) -> RunSummary:
     return summary.with_row_counts(counts.statuses, counts.filled_by_column)
 
 
-def prepare_collector(ledger: Database, job: Job, template: RequestTemplate) -> Collector:
+def prepare_collector(ledger: Database, job_input: JobInput, template: RequestTemplate) -> Collector:
     """Prepare to join the current input with the ledger alone. Raises EnrichError when the input cannot be read."""
-    job_input = JobInput(job, erasure.load_forgotten(ledger))
+    job = job_input.job
     job_input.check_new_columns(template)
     if job.step_jobs:
         step_rows = StepRows(job_input, ledger, steps_from_ledger(ledger, job, job_input))

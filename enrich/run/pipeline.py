@@ -33,7 +33,7 @@ from enrich.run.context import RunContext, RunEnvironment, RunFiles, RunOptions,
 from enrich.run.dispatcher import max_posts_in_flight
 from enrich.run.enrolling import count_unsent, enroll_changed_input, enroll_input
 from enrich.run.finish import finish_failed_run, finish_run
-from enrich.run.output import write_output
+from enrich.run.output import write_known_output, write_output
 from enrich.run.phases import check_before_spending, collect_open_tasks, repoll_before_resubmitting, submit_and_poll
 from enrich.run.plan_file import check_plan, gather_plan_inputs
 from enrich.run.preflight import offline_preflight
@@ -118,6 +118,10 @@ async def _run_phases(context: RunContext) -> RunSummary:
     ):
         try:
             await collect_open_tasks(context, run_state)
+            if (outage := startup.outage) is not None and startup.files is not None:
+                run_state.exit_reasons.setdefault(outage.exit_code, outage)
+                outcome = await write_known_output(context, run_state, startup.files)
+                return await finish_run(context, run_state, outcome)
             files = startup.opened_files()
             for number in range(len(context.job.steps)):
                 await _run_step(context, run_state, files, number)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from enrich.errors import LOCKED_HINT, EnrichError, Interrupted, LedgerLocked, WorkspaceMismatch
+from enrich.errors import LOCKED_HINT, ApiUnreachable, EnrichError, Interrupted, LedgerLocked, WorkspaceMismatch
 from enrich.files.writer import prepare_file
 from enrich.ledger import erasure, lease_table, records, rescue_import, resume, transitions
 from enrich.ledger.database import Database
@@ -37,7 +37,7 @@ RECHECK_S = 0.5
 
 @dataclass(slots=True)
 class Startup:
-    """What is found out before the run is recorded. With a postponed error, it only collects open tasks."""
+    """What is found out before the run is recorded. With a postponed error, the run sends nothing new."""
 
     context: RunContext
     postponed_errors: list[EnrichError] = field(default_factory=list)
@@ -48,17 +48,28 @@ class Startup:
     files: RunFiles | None = None
 
     async def check(self, check: Callable[[Startup], Awaitable[None]]) -> None:
-        """Run a check. While the API may hold paid results, its error is postponed, to collect these first."""
+        """Run a check. While the API may hold paid results, its error is postponed, to collect these first.
+
+        That the API cannot be reached is postponed, too, if the ledger has results to write.
+        """
         try:
             await check(self)
         except Interrupted:
             raise
         except EnrichError as error:
             submit, since_ms = self.context.ledger_writer.submit, self.context.results_kept_since_ms()
+            has_results = isinstance(error, ApiUnreachable) and await submit(records.has_own_submissions)
             # The API may still hold a result that was paid for.
-            if not (await submit(transitions.submitted_tasks) or await submit(resume.written_off_tasks, since_ms)):
+            may_collect = await submit(transitions.submitted_tasks) or await submit(resume.written_off_tasks, since_ms)
+            if not (has_results or may_collect):
                 raise
             self.postponed_errors.append(error)
+
+    @property
+    def outage(self) -> ApiUnreachable | None:
+        """The reason why the API cannot be reached, if nothing else is wrong."""
+        first = next(iter(self.postponed_errors), None)
+        return first if isinstance(first, ApiUnreachable) else None
 
     def opened_files(self) -> RunFiles:
         """Return the files. Raises the first postponed error."""

@@ -87,7 +87,7 @@ class RunSummary(Struct, frozen=True):
     def with_row_counts(self, counts: Mapping[RowStatus, int], columns: Mapping[str, int]) -> RunSummary:
         """Add the rows by status, and the rows that have a value in each new column."""
         by_status: dict[str, Any] = {status.value: counts.get(status, 0) for status in RowStatus}
-        return replace(self, **by_status, columns=dict(columns))
+        return replace(self, rows=sum(counts.values()), **by_status, columns=dict(columns))
 
     def as_json(self) -> dict[str, Any]:
         """Return the object that `--json` prints."""

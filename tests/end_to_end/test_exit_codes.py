@@ -32,6 +32,7 @@ from enrich.sandbox.lookups import Refused as ApiRefusal
 from tests.support import short_waits
 from tests.support.cases import first_quick, in_turn
 from tests.support.workspace import (
+    JOB,
     SHORT_OUTAGE_TIMEOUT,
     SHORT_STARTUP_TIMEOUT,
     SHORT_TIMEOUTS,
@@ -260,6 +261,79 @@ def test_unreachable_api_is_exit_4(workspace: Workspace, old_output: Path, monke
     assert_exit(result, 4, "unreachable", "again later")
     assert result.json_output.keys() == {"exit_code", "error"}
     assert time.monotonic() - started_at < 15
+    assert old_output.read_text() == OLD_OUTPUT
+
+
+STEPS_JOB = """\
+version: 1
+input: leads.csv
+output: out.csv
+steps:
+  - name: email
+    waterfall: email_getter
+    params: {first_name: First Name, last_name: Last Name, company: {column: Website, transform: [domain]}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "changed"),
+    first_quick(
+        1,
+        [
+            (JOB, {}),
+            (JOB, {"caps": "{by: Website, max: 1}"}),
+            (JOB, {"changes": "{path: feed.csv, key: [Note]}", "rejects": "rejects.csv"}),
+            (JOB, {"output": "out/"}),
+            (STEPS_JOB, {}),
+        ],
+    ),
+)
+def test_failing_api_at_start_writes_what_the_ledger_has(
+    api: SandboxApi, workspace: Workspace, text: str, changed: dict[str, str]
+) -> None:
+    """Once a run has sent requests, the output is written from the ledger, and new leads are pending."""
+    workspace.write_job(text, **changed)
+    workspace.write_leads(make_leads(3))
+    first = workspace.run_job(api)
+    assert (first.exit_code, first.found) == (0, 3)
+    workspace.write_leads([*make_leads(3, 1), *make_leads(1)])
+    api.inject_fault("unavailable", 1, "all", seconds=600)
+
+    summary = workspace.run_job(api, timing=SHORT_STARTUP_TIMEOUT)
+
+    assert (summary.exit_code, summary.submitted, summary.execution) == (4, 0, 2)
+    assert "unreachable" in (summary.error or "")
+    assert (summary.rows, summary.found, summary.pending) == (4, 3, 1)
+    assert summary.output == first.output
+    if "output" not in changed:
+        rows = workspace.read_output()
+        assert [row["First Name"] for row in rows] == ["First1", "First2", "First3", "First0"]
+        assert [row["enrich_status"] for row in rows] == ["found", "found", "pending", "found"]
+    api.clear_faults()
+    again = workspace.run_job(api)
+    assert (again.exit_code, again.submitted, again.found) == (0, 1, 4)
+
+
+@pytest.mark.parametrize("change", ["the waterfall is new", "a param is new", "nothing was sent"])
+def test_failing_api_at_start_keeps_fuller_output(
+    api: SandboxApi, workspace: Workspace, old_output: Path, change: str
+) -> None:
+    """The old output is kept if the ledger cannot have what it shows."""
+    workspace.write_leads(make_leads(2))
+    workspace.run_job(api, RunOptions(limit=0 if change == "nothing was sent" else None))
+    if change == "the waterfall is new":
+        workspace.write_job(waterfall="phone_getter", columns="{phone: phone}")
+    elif change == "a param is new":
+        workspace.write_job(params="{first_name: First Name, last_name: Last Name, company: Website, age: Note}")
+    old_output.write_text(OLD_OUTPUT)
+    api.inject_fault("unavailable", 1, "all", seconds=600)
+
+    if change == "nothing was sent":
+        with pytest.raises(ApiUnreachable):
+            workspace.run_job(api, timing=SHORT_STARTUP_TIMEOUT)
+    else:
+        summary = workspace.run_job(api, timing=SHORT_STARTUP_TIMEOUT)
+        assert (summary.exit_code, summary.output, summary.rows) == (4, None, None)
     assert old_output.read_text() == OLD_OUTPUT
 
 

@@ -98,6 +98,9 @@ def test_open_tasks_collected_before_refusal(workspace: Workspace, refusal: str)
     assert (summary.exit_code, scripted_api.posts) == (code, [])
     assert request_states(workspace) == ["found"] * 3
     assert summary.error
+    if code == 4:  # writes the output, but for a waterfall whose results it cannot have
+        unknown = refusal == "the job names an unknown waterfall"
+        assert (summary.found, summary.output is None) == ((None, True) if unknown else (3, False))
 
 
 NOT_FOUND_REPLIES = [
