@@ -345,9 +345,9 @@ def _ledger_location(document: YamlDocument, overrides: Overrides, path_or_url: 
             raise ValueError(f"{ledger}: {reason}")
     except ValueError as error:
         raise JobError(f"{document.place_of(['ledger'])}: {error}") from error
-    # A folder is refused when it is opened, with the name that was given.
-    is_folder = isinstance(ledger, Path) and os.path.isdir(ledger)  # noqa: PTH112 - as in local_files
-    return sandbox_ledger_location(ledger) if overrides.sandbox and not is_folder else ledger
+    # What exists and is no file (a folder, device or pipe) is refused when it is opened, with the name that was given.
+    is_no_file = isinstance(ledger, Path) and os.path.lexists(ledger) and not os.path.isfile(ledger)  # noqa: PTH113 - as in local_files
+    return sandbox_ledger_location(ledger) if overrides.sandbox and not is_no_file else ledger
 
 
 def _with_sandbox_names(model: JobModel) -> JobModel:

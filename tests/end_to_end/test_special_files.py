@@ -177,3 +177,26 @@ def test_log_to_null_or_stderr(api: SandboxApi, workspace: Workspace, name: str)
     """Accepts these devices for the log, because they accept lines."""
     workspace.write_leads(make_leads(1))
     assert run_job(workspace, api, "run", "job.yaml", "--log-file", name).exit_code == 0
+
+
+@pytest.mark.parametrize("command", ["run", "check"])
+@pytest.mark.parametrize("kind", ["device", "pipe", "folder", "dangling link"])
+def test_sandbox_ledger_beside_no_file_is_refused(workspace: Workspace, kind: str, command: str) -> None:
+    """A ledger that is no regular file is refused with --sandbox, too, and nothing is created beside it."""
+    workspace.write_leads(make_leads(1))
+    path = workspace.folder / "special"
+    if kind == "device":
+        path.symlink_to("/dev/full")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("missing.db")
+    before = sorted(workspace.folder.rglob("*"))
+
+    result = workspace.run_in_process(command, "job.yaml", "--ledger", "special", "--sandbox")
+
+    assert result.exit_code == 5, result.stderr
+    assert f"{path}: the ledger " in result.stderr
+    assert sorted(workspace.folder.rglob("*")) == before
