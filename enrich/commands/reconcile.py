@@ -70,7 +70,9 @@ def format_reconciliation(result: Reconciliation) -> Iterator[str]:
     elif not is_unchanged:
         yield "  The ledger explains the whole difference."
     if result.in_doubt.number:
-        yield "For unconfirmed requests: enrich run JOB --retry in_doubt (may charge again) or --accept in_doubt"
+        yield "Unconfirmed requests: retry them (may charge again) or mark them as failed:"
+        yield "  enrich run JOB --retry in_doubt"
+        yield "  enrich run JOB --accept in_doubt"
 
 
 @click.command()

@@ -104,8 +104,8 @@ def test_reconcile_with_unconfirmed_requests(tmp_path: Path, workspace: Workspac
         assert output["in_doubt"]["number"] == 2
         assert output["unexplained"] == 0
         message = workspace.run_in_process("reconcile", "job.yaml", api=api).stdout
-        assert "enrich run job.yaml --retry in_doubt" in message
-        assert "--accept in_doubt" in message
+        assert "\n  enrich run job.yaml --retry in_doubt\n" in message
+        assert "\n  enrich run job.yaml --accept in_doubt\n" in message
         assert api.audit()["accepted"] == 12
 
 
