@@ -123,7 +123,7 @@ def write_file(  # noqa: PLR0913 - all of these describe one file
                 excel_writer.write(plain, list(schema), map(text_frame, frames))
             case "jsonl":
                 jsonl_format.write(plain, list(schema), frames)
-            case _:
+            case "csv" | None:
                 texts = (_csv_text(frame, new_columns) for frame in frames)
                 csv_format.write(plain, list(schema), texts, output.separator, output.encoding)
 
@@ -301,7 +301,7 @@ def limits_of(kind: str, output: Output) -> FileLimits:
             # Every Unicode encoding has all characters.
             encoding = None if codecs.lookup(output.encoding).name.startswith("utf") else output.encoding
             return FileLimits(name, encoding, max_cell=csv_format.MAX_CELL_CHARACTERS, runs_formulas=True)
-        case _:
+        case "jsonl" | "parquet" | None:
             return FileLimits(name)
 
 

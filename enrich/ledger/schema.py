@@ -58,5 +58,5 @@ def check_version(location: object, version: int, newest: int, *, may_upgrade: b
 
 
 def statements(script: str) -> list[str]:
-    """Split a script into its statements. An empty line separates them."""
+    """Split a script into its statements. Each ends with a semicolon and an empty line."""
     return [statement for part in script.split(";\n\n") if (statement := part.strip().removesuffix(";"))]

@@ -1,9 +1,9 @@
 """The settings of the sandbox, each also an option of `enrich sandbox` with its help text from here; and the faults.
 
 Faults are set as `[SCOPE:]NAME=PROBABILITY[,PARAM=VALUE…]`; `POST /__faults` injects them into the next N requests.
-"Before": the request is not carried out. "After": the request is carried out, a run is accepted and charged,
-and only the response is broken (a response other than 200 stays as it is, because nothing was carried out). "Task": the
-fault belongs to the accepted task.
+"Before": the request is not carried out (but `slow` delays it). "After": the request is carried out, a run is accepted
+and charged, and only the response is broken (a response other than 200 stays as it is, because nothing was carried
+out). "Task": the fault belongs to the accepted task, and has at most one param, a number.
 
 `FAULT_KINDS` has the default scope. Any other may be given, except for no-task-id and the faults of moment "task":
 they apply to `post` only. `post` is run and bulk-run, `get` the GET of a task, `me` the user, `waterfalls` and

@@ -28,11 +28,10 @@ from tests.support.workspace import (
     wait_until,
 )
 
-#: `fault`: name in the sandbox (`get:` for a poll), injected for two of four leads. `lead_status`: status of these two
-#: leads after the run. `resent`: whether the request is resent automatically: `same run` or `next run` when it
+#: `fault`: name in the sandbox (`get:` for a poll), injected for two of four leads. `lead is`: status of these two
+#: leads after the run. `posted again`: whether the request is resent automatically: `same run` or `next run` when it
 #: was certainly not accepted, `never` when that is unknown, blank when not needed. `accepted`: whether the API accepted
-#: the first POST. `exit_codes`: of the run. (After a slow POST whose client disconnected, the sandbox does nothing;
-#: `silence-after` is the fault that was charged.)
+#: the first POST. `exit`: exit code of the run.
 TABLE = """
 | fault                            | lead is  | posted again | accepted | exit |
 |----------------------------------|----------|--------------|----------|------|
@@ -178,6 +177,7 @@ def test_fault_outcomes_match_table(
     summary = workspace.run_job(api, timing=case.timing)
 
     assert summary.exit_code == int(case.exit_codes)
+    assert api.audit()["faults"]
     if case.fault.startswith("slow"):  # carried out after the client gave up
         wait_until(lambda: sum(accepted_counts(api).values()) == LEADS)
     if summary.exit_code == ExitCode.KEY:  # the old output is kept

@@ -34,8 +34,8 @@ from tests.support.answer_check import ANSWER_STATUSES, misassigned_rows
 from tests.support.faulty_proxy import ProxyFaultKind, faulty_proxy, random_faults
 from tests.support.workspace import JOBS, SandboxApi, Workspace, lead_name, make_leads, serve_api
 
-#: Every kind of API fault, each for a small share of the requests. A lost task is left out:
-#: it takes a minute to be sure of one.
+#: The faults of the API, each for a small share of the requests. Those that end a run (no-credits, unauthorized,
+#: forbidden, unavailable) are left out, and a lost task, as it takes a minute to be sure of one.
 FAULTS = (
     "rate-limit=0.001,retry_after=1",
     "rate-limit-date=0.001,retry_after=1",
