@@ -44,7 +44,7 @@ all-tests: .venv/cluster ## run every test once, files side by side, as many tes
 
 check: lint types layers all-tests ## everything that CI runs: lint, types, layers, dependencies, every test
 
-torture: .venv/dev ## kill a run a hundred times under all faults and print what was paid twice or lost
+torture: .venv/dev ## kill a run a hundred times under faults and print what was paid twice or lost
 	$(BIN)/python -m tests.support.torture
 
 bench: .venv/bench ## measure against plain loops and the vendor's SDK, in under five minutes

@@ -30,7 +30,7 @@ from enrich.run.background import out_of_time_error, start_phase
 from enrich.run.collector import Collector, OutputCounts
 from enrich.run.context import ClusterCallbacks, RunContext, RunFiles, RunOptions, select_requests
 from enrich.run.output_cells import JoinedBatch, answer_cells
-from enrich.run.preflight import find_template, steps_from_ledger, template_from_ledger
+from enrich.run.preflight import steps_from_ledger, template_from_ledger
 from enrich.run.progress import Phase
 from enrich.run.run_state import RunState
 from enrich.run.step_rows import StepRows
@@ -48,24 +48,22 @@ class Outcome(Struct, frozen=True):
 
 
 async def write_known_output(context: RunContext, run_state: RunState, files: RunFiles) -> Outcome:
-    """Write the output as the ledger has it, because the API cannot be reached.
+    """Write the output from the ledger alone, because the API cannot be reached.
 
-    Nothing is written from a ledger that has paid for nothing yet, or if the job was changed since its last run: an
-    earlier output may have more.
+    Nothing is written if no run of this ledger has sent anything, or if the ledger cannot have what the job asks for:
+    an earlier output may have more.
     """
 
-    def prepare(ledger: Database) -> Collector | None:
-        template, is_known = find_template(ledger, context.job)
-        if not is_known or not records.has_own_submissions(ledger):
-            return None
-        return prepare_collector(ledger, files.job_input, template)
+    def prepare(ledger: Database) -> Collector:
+        return prepare_collector(ledger, files.job_input, template_from_ledger(ledger, context.job))
 
+    nothing_written = Outcome(run_state.exit_code({}))
+    if not await context.ledger_writer.submit(records.has_own_submissions):
+        return nothing_written
     try:
         collector = await context.ledger_writer.submit(prepare)
     except (JobError, CommandRefused):
-        collector = None
-    if collector is None:
-        return Outcome(run_state.exit_code({}))
+        return nothing_written
     return await write_output(context, run_state, files, collector)
 
 
@@ -74,7 +72,7 @@ async def write_output(
 ) -> Outcome:
     """Write the output if the exit code allows it, and count the rows by status.
 
-    `known` joins the input with an earlier ledger; None: the input was enrolled in this run.
+    `known`: joins an input that this run did not enroll with the results of earlier runs.
     """
     ledger_writer = context.ledger_writer
     await start_phase(context, run_state, Phase.COLLECT)

@@ -36,6 +36,7 @@ from tests.support.workspace import (
     SHORT_OUTAGE_TIMEOUT,
     SHORT_STARTUP_TIMEOUT,
     SHORT_TIMEOUTS,
+    STEP_JOB,
     ProgramResult,
     SandboxApi,
     Workspace,
@@ -264,17 +265,6 @@ def test_unreachable_api_is_exit_4(workspace: Workspace, old_output: Path, monke
     assert old_output.read_text() == OLD_OUTPUT
 
 
-STEPS_JOB = """\
-version: 1
-input: leads.csv
-output: out.csv
-steps:
-  - name: email
-    waterfall: email_getter
-    params: {first_name: First Name, last_name: Last Name, company: {column: Website, transform: [domain]}}
-"""
-
-
 @pytest.mark.parametrize(
     ("text", "changed"),
     first_quick(
@@ -284,7 +274,7 @@ steps:
             (JOB, {"caps": "{by: Website, max: 1}"}),
             (JOB, {"changes": "{path: feed.csv, key: [Note]}", "rejects": "rejects.csv"}),
             (JOB, {"output": "out/"}),
-            (STEPS_JOB, {}),
+            (STEP_JOB, {}),
         ],
     ),
 )

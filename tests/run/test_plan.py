@@ -31,6 +31,7 @@ from tests.support.cases import examples, first_quick
 from tests.support.workspace import (
     BOTH_BACKENDS,
     JOB,
+    STEP_JOB,
     ProgramResult,
     SandboxApi,
     Workspace,
@@ -326,22 +327,6 @@ def test_open_tasks_reduce_cap(tmp_path: Path, workspace: Workspace) -> None:
     assert made_plan.decisions[Decision.WAITING] == 1
     assert (made_plan.to_submit, made_plan.cap_allows) == (3, 1)  # 10 - 3.51 leaves room for one at its maximum price
     assert made_plan.cost.maximum == round(10 - MAX_PRICE, 6)
-
-
-#: The same job with one step.
-STEP_JOB = """\
-version: 1
-input: leads.csv
-output: out.csv
-steps:
-  - name: email
-    waterfall: email_getter
-    params:
-      first_name: First Name
-      last_name: Last Name
-      company: {column: [Website, Email], transform: [domain]}
-    columns: {work_email: email}
-"""
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,20 @@ columns:
   work_email: email
 limits: {requests_per_second: 1000}
 """
+#: The same job as one step.
+STEP_JOB = """\
+version: 1
+input: leads.csv
+output: out.csv
+steps:
+  - name: email
+    waterfall: email_getter
+    params:
+      first_name: First Name
+      last_name: Last Name
+      company: {column: [Website, Email], transform: [domain]}
+    columns: {work_email: email}
+"""
 #: The same leads with an enrichment, which is sent the first name and returns it.
 ENRICHMENT_JOB = """\
 version: 1
