@@ -17,7 +17,7 @@ START_RATE = 10.0  # requests per second, before anything is known
 START_RATE_WITH_CEILING = 50.0  # the same, when the user sets a ceiling
 MIN_RATE = 0.2
 #: Until the first 429, each answer adds this many requests per second to the rate.
-SLOW_START_STEP = 3.0
+SLOW_START_STEP = 4.0
 #: The rate is at most this multiple of the rate of the last answered request: at most 25% too much is in flight.
 MAX_OVER_PROVEN_RATE = 1.25
 

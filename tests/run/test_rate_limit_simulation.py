@@ -133,7 +133,7 @@ def test_run_ends_with_its_last_task(name: str) -> None:
     """
     seen = in_flight.simulate(100, 2_000, LATENCIES[name])
     assert seen.tail_s <= (4 if name == "Pareto(1.5) from 1.5 s" else 1.5)
-    assert seen.polls_per_row <= (6 if name == "lognormal(60 s, 0.6)" else 1.9)
+    assert seen.polls_per_row <= (7 if name == "lognormal(60 s, 0.6)" else 1.9)
 
 
 def test_fast_answers_are_noticed_early() -> None:
