@@ -203,7 +203,8 @@ class LedgerStateMachine(RuleBasedStateMachine):
         return folder / "ledger.db"
 
     def teardown(self) -> None:
-        """Close the ledger."""
+        """Check the ledger and close it."""
+        assert check_ledger(self.ledger.location).problems == []
         self.ledger.wrapped.close()
         self.folder.cleanup()
 
@@ -624,7 +625,6 @@ class PostgresStateMachine(LedgerStateMachine):
 
     def teardown(self) -> None:
         """Check the ledger, close it and drop it."""
-        assert check_ledger(self.ledger.location).problems == []
         super().teardown()
         self.server.drop_schemas()
 
