@@ -131,7 +131,7 @@ def _record_claim(  # noqa: PLR0913, PLR0917 - each is a column
     ).fetchall()
     rows = db.execute(
         "UPDATE requests SET state = 'submitting', attempt_id = a.id, "
-        "attempts = CASE a.previous_state WHEN 'pending' THEN attempts ELSE 0 END "
+        "attempt_count = CASE a.previous_state WHEN 'pending' THEN attempt_count ELSE 0 END "
         "FROM json_each(CAST(? AS TEXT)) JOIN attempts a ON a.id = CAST(value AS BIGINT) "
         "WHERE requests.id = a.request_id RETURNING attempt_id, params",
         (to_json_text([number for (number,) in attempt_rows]),),

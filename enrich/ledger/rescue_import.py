@@ -222,8 +222,8 @@ class _Import:
         insert = f"INSERT INTO attempts ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))}) RETURNING id"
         attempt_id = db.number(insert, *columns.values())
         db.execute(
-            "UPDATE requests SET state = ?1, attempt_id = ?2, attempts = attempts + 1, queue_position = NULL, "
-            "answer_id = CASE WHEN ?1 = 'found' THEN ?2 ELSE answer_id END WHERE id = ?3",
+            "UPDATE requests SET state = ?1, attempt_id = ?2, attempt_count = attempt_count + 1, "
+            "queue_position = NULL, answer_id = CASE WHEN ?1 = 'found' THEN ?2 ELSE answer_id END WHERE id = ?3",
             (state, attempt_id, request.id),
         )
         db.execute(
@@ -293,7 +293,7 @@ def _mark_submitted(
         (line.task_id, line.submitted_ms, int(line.acknowledged), attempt_id),
     )
     db.execute(
-        "UPDATE requests SET state = 'submitted', attempts = attempts + ? WHERE attempt_id = ?",
+        "UPDATE requests SET state = 'submitted', attempt_count = attempt_count + ? WHERE attempt_id = ?",
         (0 if already_counted else 1, attempt_id),
     )
     db.execute(

@@ -41,7 +41,7 @@ def recover(db: Database, now_ms: int) -> int:
     ).fetchall()
     if attempt_rows:
         db.execute(
-            "UPDATE requests SET state = 'in_doubt', attempts = attempts + 1, queue_position = NULL "
+            "UPDATE requests SET state = 'in_doubt', attempt_count = attempt_count + 1, queue_position = NULL "
             f"WHERE state = 'submitting' AND attempt_id IN ({JSON_NUMBERS.format('?')})",
             (to_json_text([number for (number,) in attempt_rows]),),
         )

@@ -12,9 +12,9 @@ from importlib.resources import files
 from enrich.errors import CommandRefused
 
 #: `PRAGMA application_id` of a ledger. A SQLite file with another one belongs to another program.
-APPLICATION_ID = 0x656E7237
+APPLICATION_ID = 0x656E7238
 #: The application ids of ledgers made before the first release.
-UNRELEASED_IDS = (0x656E7269, 0x656E7231, 0x656E7232, 0x656E7233, 0x656E7234, 0x656E7235, 0x656E7236)
+UNRELEASED_IDS = (0x656E7269, 0x656E7231, 0x656E7232, 0x656E7233, 0x656E7234, 0x656E7235, 0x656E7236, 0x656E7237)
 
 #: Text columns that hold JSON, by table, with its types.
 JSON_COLUMNS: Mapping[str, Mapping[str, tuple[type, ...]]] = {

@@ -43,7 +43,7 @@ CREATE TABLE requests (         -- one distinct paid request
     params TEXT NOT NULL,       -- JSON, as sent
     state TEXT NOT NULL CHECK (state IN
         ('pending', 'submitting', 'submitted', 'found', 'not_found', 'failed', 'expired', 'in_doubt')),
-    attempts INTEGER NOT NULL DEFAULT 0,  -- accepted or unconfirmed POSTs since the last retry or refresh
+    attempt_count INTEGER NOT NULL DEFAULT 0,  -- accepted or unconfirmed POSTs since the last retry or refresh
     attempt_id INTEGER REFERENCES attempts,  -- the newest attempt
     answer_id INTEGER REFERENCES attempts,   -- the newest attempt with a match: its answer is used. By other columns it may be none
     queue_position INTEGER,     -- place in the queue; NULL: the current run does not select it

@@ -45,7 +45,7 @@ CREATE TABLE requests (
     params TEXT NOT NULL,
     state TEXT NOT NULL CHECK (state IN
         ('pending', 'submitting', 'submitted', 'found', 'not_found', 'failed', 'expired', 'in_doubt')),
-    attempts INTEGER NOT NULL DEFAULT 0,
+    attempt_count INTEGER NOT NULL DEFAULT 0,
     attempt_id BIGINT,
     answer_id BIGINT,
     queue_position BIGINT,

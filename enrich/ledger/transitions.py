@@ -49,7 +49,7 @@ def record_accepted(
             accepted_updates,
             "submitting",
             set_attempt="state = 'submitted', task_id = value->>1, submitted_ms = CAST(value->>2 AS BIGINT)",
-            set_request="state = 'submitted', attempts = attempts + 1",
+            set_request="state = 'submitted', attempt_count = attempt_count + 1",
             also=[(_COUNT_SUBMITTED, (len(accepted_updates), accepted_updates[0][0]))],
         )
         records.bind(db, facts)
@@ -116,7 +116,7 @@ def mark_in_doubt(db: Database, updates: Sequence[InDoubtUpdate]) -> None:
         set_attempt="state = 'in_doubt', error = value->>1, settled_ms = CAST(value->>2 AS BIGINT), "
         "task_id = coalesce(task_id, value->>3)",
         set_request="state = 'in_doubt', queue_position = NULL, "
-        "attempts = attempts + CASE WHEN a.state = 'submitting' THEN 1 ELSE 0 END",
+        "attempt_count = attempt_count + CASE WHEN a.state = 'submitting' THEN 1 ELSE 0 END",
     )
 
 
@@ -204,7 +204,7 @@ def _write_answers(
     *,
     also: Sequence[Statement],
 ) -> list[State]:
-    retry_condition = f"CAST(value->>2 AS INTEGER) = 1 AND attempts < {max_attempts:d}"
+    retry_condition = f"CAST(value->>2 AS INTEGER) = 1 AND attempt_count < {max_attempts:d}"
     transition(
         db,
         [

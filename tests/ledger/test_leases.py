@@ -117,7 +117,7 @@ def test_lease_may_end_during_recovery(ledger: CommittingLedger, ledger_location
             holder.close()
         result += ledger.commit(resume.recover, ledger.now)
         assert check_ledger(ledger_location).problems == []
-    assert ledger.query_all("SELECT attempts FROM requests WHERE state = 'in_doubt'") == [(1,)] * 4
+    assert ledger.query_all("SELECT attempt_count FROM requests WHERE state = 'in_doubt'") == [(1,)] * 4
     assert result < 4  # some were found by the first recovery
 
 

@@ -61,7 +61,7 @@ class TestTransitions:
         assert ledger.state_of(1) is State.SUBMITTED
         assert ledger.execution_counters == (0, MAX_PRICE, 0, 1)
         assert ledger.query_one("SELECT task_id, submitted_ms FROM attempts") == ("task-1", ledger.now)
-        assert ledger.query_one("SELECT attempts FROM requests") == (1,)
+        assert ledger.query_one("SELECT attempt_count FROM requests") == (1,)
 
     def test_refused_request_is_released(self, ledger: CommittingLedger) -> None:
         """Edge c: the reservation is released and the attempt does not count."""
@@ -70,7 +70,7 @@ class TestTransitions:
 
         assert ledger.state_of(1) is State.PENDING
         assert ledger.execution_counters == (0, 0, 0, 0)
-        assert ledger.query_one("SELECT attempts FROM requests") == (0,)
+        assert ledger.query_one("SELECT attempt_count FROM requests") == (0,)
         assert ledger.query_one("SELECT state, error, credits FROM attempts") == ("refused", "HTTP 429", 0)
         assert ledger.claim().attempt_id != claim.attempt_id
 
@@ -118,7 +118,7 @@ class TestTransitions:
 
         assert ledger.state_of(1) is State.IN_DOUBT
         assert ledger.execution_counters == (0, MAX_PRICE, 0, 1)
-        assert ledger.query_one("SELECT attempts FROM requests") == (1,)
+        assert ledger.query_one("SELECT attempt_count FROM requests") == (1,)
 
     @pytest.mark.long
     @pytest.mark.parametrize("state", [State.FAILED, State.EXPIRED, State.IN_DOUBT])
@@ -424,7 +424,7 @@ class TestExecutions:
         assert [ledger.state_of(number) for number in (1, 2, 3)] == [State.SUBMITTED, State.IN_DOUBT, State.PENDING]
         assert ledger.commit(resume.recover, 8) == 0
         assert ledger.query_one("SELECT settled_ms, error IS NOT NULL FROM attempts WHERE state = 'in_doubt'") == (7, 1)
-        assert ledger.query_one("SELECT attempts FROM requests WHERE state = 'in_doubt'") == (1,)
+        assert ledger.query_one("SELECT attempt_count FROM requests WHERE state = 'in_doubt'") == (1,)
 
     def test_open_reservations_are_adopted(self, ledger: CommittingLedger) -> None:
         """Open tasks settle in the new execution and count against its cap; in-doubt reservations stay behind."""

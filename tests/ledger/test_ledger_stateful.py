@@ -546,7 +546,7 @@ class LedgerStateMachine(RuleBasedStateMachine):
     def requests_match_model(self) -> None:
         """States, counts and queue positions equal the model's, and each transition is in the state diagram."""
         rows = self.ledger.query_all(
-            "SELECT fingerprint, state, attempts, attempt_id, answer_id, queue_position FROM requests"
+            "SELECT fingerprint, state, attempt_count, attempt_id, answer_id, queue_position FROM requests"
         )
         known = {int.from_bytes(key): (State(state), *rest) for key, state, *rest in rows}
         states = {number: state for number, (state, *_) in known.items()}

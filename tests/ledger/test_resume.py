@@ -1,4 +1,4 @@
-"""Tasks that an earlier run wrote off: which are polled, and what their late answers change in the counts of both runs."""
+"""Tasks that an earlier run wrote off: which are polled, and what their answers change in the counts of both runs."""
 
 from __future__ import annotations
 

@@ -199,7 +199,7 @@ class TestAnswers:
                 await harness.run_loops()
                 assert harness.run_state.exit_reasons == {}
                 assert harness.run_state.counters.rate_limited == (0 if fault == "redirect" else count)
-                assert harness.ledger.query_all("SELECT DISTINCT attempts FROM requests") == [(1,)]
+                assert harness.ledger.query_all("SELECT DISTINCT attempt_count FROM requests") == [(1,)]
                 refused = harness.ledger.query_one(
                     "SELECT count(*), sum(credits) FROM attempts WHERE state = 'refused'"
                 )
