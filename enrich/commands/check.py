@@ -22,10 +22,9 @@ from enrich.commands.streams import echo_error, echo_message
 from enrich.databar.description import Description
 from enrich.databar.environment import find_base_url, host_of
 from enrich.errors import EnrichError, JobError
-from enrich.files.text import missing_column_hint
 from enrich.job.cell_text import blank_cells
 from enrich.job.job import Job
-from enrich.job.locations import STDIN, format_of
+from enrich.job.locations import STDIN
 from enrich.job.target import UNFILLED_COLUMN, Param
 from enrich.ledger.database import open_or_empty
 from enrich.models import pluralize, to_credits
@@ -34,9 +33,6 @@ from enrich.rows.job_steps import Step, make_steps
 from enrich.rows.requests import format_left_out, left_out_by_param
 from enrich.rows.template import RequestTemplate, join_templates, template_of_unknown_target
 from enrich.run.preflight import query_api
-
-#: If the input lacks all columns of the job, and it has at least this many, that is one problem, not one for each.
-_MANY_COLUMNS = 2
 
 
 def check_summary(job: Job, result: CheckResult) -> str:
@@ -208,12 +204,13 @@ def _open_input(job: Job, problems: list[EnrichError]) -> JobInput | None:
 
     try:
         job_input = JobInput(replace(job, model=bare_model))
-        if (error := _foreign_input_error(job, job_input)) is not None:
-            problems.append(error)
-            return None
+        # That is one problem, not one for each column.
+        named = [name for param in model.params.values() for name in param.columns]
+        if (foreign := job_input.foreign_input_error(named)) is not None:
+            raise foreign
         first_column = job_input.columns[:1]
-        # A param is tried beside the columns that the input has: without any, the header may be a later row.
-        present = [name for param in model.params.values() for name in param.columns if name in job_input.all_columns]
+        # A param is tried beside the columns that the input has: without any, the input may be of another file.
+        present = [name for name in named if name in job_input.all_columns]
         beside = {"": Param(column=present)} if present else {}
 
         def fits(name: str, param: Param) -> bool:
@@ -240,20 +237,6 @@ def _open_input(job: Job, problems: list[EnrichError]) -> JobInput | None:
     except EnrichError as error:
         problems.append(error)
         return None
-
-
-def _foreign_input_error(job: Job, job_input: JobInput) -> JobError | None:
-    """Return one error when the input has no column of the params: it is another file, or read in another way."""
-    named = dict.fromkeys(column for param in job.model.params.values() for column in param.columns)
-    header = list(job_input.all_columns)
-    if len(named) < _MANY_COLUMNS or any(
-        column in header or missing_column_hint(column, header, named) for column in named
-    ):
-        return None
-    message = f"the input has none of these columns: {', '.join(named)} ({job.input_path})"
-    place = "file and `sheet`" if format_of(str(job.input_path)) == "xlsx" else "file"
-    hint = job_input.separator_hint() or f"check that it is the right {place}, and that its first line is the header"
-    return job.error(["params"], message, hint)
 
 
 def _read_input(job_input: JobInput, template: RequestTemplate, result: CheckResult) -> None:

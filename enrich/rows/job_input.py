@@ -51,6 +51,8 @@ from enrich.rows.template import RequestTemplate
 
 #: A title above the header has at most this many lines.
 _MAX_TITLE_ROWS = 50
+#: If the input lacks all columns of the params, and they are at least this many, that is one error.
+_MANY_COLUMNS = 2
 #: The cells of `enrich_status` in a file that we wrote.
 _OWN_STATUSES = [*(status.value for status in RowStatus), ""]
 _MISSING_COLUMN = re.compile(r'unable to find column "(.*)"; valid columns')
@@ -267,18 +269,34 @@ class JobInput:
         if column in self.header:
             return
         job_columns = [name for param in self.job.model.params.values() for name in param.columns]
-        if is_headerless(self.header, job_columns):
-            raise CommandRefused(f"{self.job.input_path}: the first line {NO_HEADER}", NO_HEADER_HINT)
-        if (hint := self.separator_hint() or self._step_hint(column)) is None:
-            if (row := self._row_with_names(job_columns)) is not None:
-                message = (
-                    f"{self.job.input_path}: the first line is not the header: row {row} under it has the column names"
-                )
-                raise CommandRefused(message, LATER_HEADER_HINT)
+        if (foreign := self.foreign_input_error(job_columns)) is not None:
+            raise foreign
+        if (hint := self._separator_hint() or self._step_hint(column)) is None:
             if hint_if_unlike is None or closest_name(column, self.header) is not None:
                 hint_if_unlike = missing_column_hint(column, [*self.header, *other_names], [*job_columns, *other_names])
             hint = hint_if_unlike
         raise self.job.error(key_path, f"the input has no column `{column}` ({self.job.input_path})", hint)
+
+    def foreign_input_error(self, named: Collection[str]) -> EnrichError | None:
+        """Return an error when the input has no column that the params name: its header is none, or of another file.
+
+        Raises FileProblem when the rows cannot be read, as below a title.
+        """
+        path = self.job.input_path
+        if is_headerless(self.header, named):
+            return CommandRefused(f"{path}: the first line {NO_HEADER}", NO_HEADER_HINT)
+        separator_hint = self._separator_hint()
+        if separator_hint is None and (row := self._row_with_names(named)) is not None:
+            message = f"{path}: the first line is not the header: row {row} under it has the column names"
+            return CommandRefused(message, LATER_HEADER_HINT)
+        if len(set(named)) < _MANY_COLUMNS or any(
+            column in self.header or missing_column_hint(column, self.header, named) for column in named
+        ):
+            return None
+        message = f"the input has none of these columns: {', '.join(dict.fromkeys(named))} ({path})"
+        place = "file and `sheet`" if self.job.input.format == "xlsx" else "file"
+        hint = f"check that it is the right {place}, and that its first line is the header"
+        return self.job.error(["params"], message, separator_hint or hint)
 
     def _step_hint(self, column: str) -> str | None:
         """Return a hint when a step gives the column, which keys of the job cannot read."""
@@ -287,7 +305,7 @@ class JobInput:
                 return f"the step `{step.step}` gives it, and only later steps can read it"
         return None
 
-    def _row_with_names(self, job_columns: list[str]) -> int | None:
+    def _row_with_names(self, job_columns: Collection[str]) -> int | None:
         """Return which of the first rows (from 1) has names of the job's columns as cells. None: there is none."""
         if not job_columns or set(job_columns) & set(self.header):
             return None
@@ -295,7 +313,7 @@ class JobInput:
         rows = [] if frame is None else text_frame(frame.head(_MAX_TITLE_ROWS)).rows()
         return next((number for number, cells in enumerate(rows, 1) if set(job_columns) & set(cells)), None)
 
-    def separator_hint(self) -> str | None:
+    def _separator_hint(self) -> str | None:
         """Return a hint when the header looks as if its columns were separated by another character."""
         settings = self.job.input
         if settings.format != "csv" or not (other := likely_separator(self.header, settings.separator)):

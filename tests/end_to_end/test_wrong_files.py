@@ -233,3 +233,40 @@ def test_plan_beside_a_sandbox_run(workspace: Workspace) -> None:
     with closing(SandboxStore(workspace.folder / ".enrich" / "job.sandbox.api.db", 0)):
         result = workspace.run_in_process("plan", "job.yaml", "--sandbox")
     assert (result.exit_code, "another command is using it" in result.stderr) == (5, True), result.stderr
+
+
+TITLE = "Leads of December\n"
+LEADS = "First Name,Last Name,Website,Email,Note\nAda,Byron,acme.example,,\n"
+OTHER_COLUMNS = "Artikel,Menge,Preis\n1,2,3\n"
+
+
+@in_turn(
+    ("content", "code", "words"),
+    [
+        ("", 5, "is empty"),
+        (f"{TITLE}{LEADS}", 5, "the header may be a later row"),
+        (f"{TITLE}\n{LEADS}", 5, "the header may be a later row"),
+        (f"Leads,of,December,a,b\n{LEADS}", 5, "row 1 under it has the column names"),
+        (f"{LEADS}Ada,Byron\n", 5, "row 2 (line 3) has 2 cells"),
+        (LEADS.replace("Note", "Email"), 5, "duplicate column names"),
+        ("Ada,Byron,acme.example,a\n", 5, "the file has no header"),
+        (LEADS.replace("Last Name", "Surname"), 2, "no column `Last Name`"),
+        (LEADS.replace(",", ";"), 2, "its header looks separated by"),
+        (OTHER_COLUMNS, 2, "the input has none of these columns: First Name, Last Name, Website, Email"),
+    ],
+)
+def test_a_fault_of_the_input_is_the_same_in_every_command(
+    finished_job: Workspace, api: SandboxApi, content: str, code: int, words: str
+) -> None:
+    """Each command that reads the input has the same exit code, sentence and hint for it, in JSON, too."""
+    workspace = finished_job
+    (workspace.folder / "leads.csv").write_text(content)
+    shown = set()
+    for command in ("check", "plan", "run", "collect", "explain --row 1"):
+        name, *arguments = command.split()
+        result = workspace.run_in_process(name, "job.yaml", *arguments, "--json", api=api)
+        assert result.exit_code == result.json_output["exit_code"] == code, (command, result.stderr)
+        assert f"error: {result.json_output['error']}\n" in result.stderr
+        shown.add(result.stderr)
+    assert len(shown) == 1, shown
+    assert words in shown.pop()
