@@ -241,7 +241,6 @@ def _plan_steps(
 ) -> StepsPlan:
     """Plan a run of a job with steps, and write each row's decisions, if a file is given."""
     StepInput(rows, 0).begin(selections[0])
-    rows.prepare()
     selections = [replace(selection, limit=None, sample=None) for selection in selections]
     plan = plan_steps(rows, rows.ledger, result, selections, cap)
     if rows_file is not None:

@@ -64,9 +64,7 @@ class StepInput(Struct, frozen=True):
 
     def batches(self, selection: RequestSelection) -> Iterator[RowBatch]:
         """Read the whole input once. Yield the requests that the run may send, and those with a result."""
-        step_results.begin_requesting_rows(self.rows.ledger, self.rows.steps[self.number].job.step)
-        for step_batch in self.rows.step_batches(self.number, self._queue_order()):
-            self.rows.add_requesting_rows(self.number, step_batch)
+        for step_batch in self.rows.requesting_batches(self.number, self._queue_order()):
             yield step_batch.to_send(self._final_rows(step_batch, selection))
 
     def _queue_order(self) -> pl.Series | None:

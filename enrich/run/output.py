@@ -305,7 +305,6 @@ def prepare_collector(ledger: Database, job_input: JobInput, template: RequestTe
     if job.step_jobs:
         step_rows = StepRows(job_input, ledger, steps_from_ledger(ledger, job, job_input))
         step_rows.begin()
-        step_rows.prepare()
         return Collector(ledger, template, job_input, step_rows=step_rows)
     selection = preview_caps(ledger, template, job_input)
     return Collector(ledger, template, job_input, selection=selection)

@@ -70,6 +70,8 @@ class StepRows(Struct):
     check_stopped: Callable[[], None] = lambda: None
     #: Which rows `caps` leaves out, one byte for each; None: no `caps`, or not known before `begin`.
     _capped: bytearray | None = None
+    #: The steps of which the ledger has the rows that need their request.
+    _prepared: set[int] = set()
 
     def begin(self) -> None:
         """Find out which leads `caps` leaves out, and which ones of a limited run were begun before.
@@ -77,7 +79,7 @@ class StepRows(Struct):
         Raises JobError if a condition of any step cannot be computed for the first rows.
         """
         caps = self.job_input.job.model.caps
-        next(self.step_tables(), None)
+        next(self._tables_after(len(self.steps)), None)
         if caps is None and self.leads is None:
             return
         begun = self._begun_leads()
@@ -89,7 +91,7 @@ class StepRows(Struct):
     def _begun_leads(self) -> bytearray:
         """Return for which rows a step has sent a request, one byte for each."""
         begun = bytearray()
-        for tables in self.step_tables():
+        for tables in self._tables_after(len(self.steps)):
             begun.extend(bytes(tables.frame.height))
             for step, (step_batch, _) in zip(self.steps, tables.steps, strict=True):
                 names = step_batch.batch.fingerprints
@@ -99,7 +101,8 @@ class StepRows(Struct):
         return begun
 
     def joined_batches(self) -> Iterator[JoinedBatch]:
-        """Read the input once. Yield each batch with the cells of all steps. A price is shown once."""
+        """Yield each batch with the cells of all steps. A price is shown once."""
+        self._prepare()
         step_results.begin_bill(self.ledger)
         for tables in self._tables_after(len(self.steps), bill=True):
             batch = replace(tables.steps[0][0].batch, frame=tables.frame)
@@ -119,7 +122,8 @@ class StepRows(Struct):
             yield self._decide(tables, step, builder, order, limited=limited)
 
     def step_tables(self) -> Iterator[StepTables]:
-        """Read the input once. Yield each batch as it is in every step."""
+        """Yield each batch as it is in every step."""
+        self._prepare()
         return self._tables_after(len(self.steps))
 
     def status_column(self, number: int) -> str:
@@ -264,14 +268,23 @@ class StepRows(Struct):
         may_be_selected = step.job_input.selected_rows(text, unknown=True)
         return {row: why for rows in unknown.values() for row, why in rows.items() if may_be_selected[row]}
 
-    def prepare(self) -> None:
-        """Find out which rows need their request in each step, where no run has done so."""
-        for number, step in enumerate(self.steps):
-            step_results.begin_requesting_rows(self.ledger, step.job.step)
-            for step_batch in self.step_batches(number):
-                self.add_requesting_rows(number, step_batch)
+    def _prepare(self) -> None:
+        """Find out which rows need their request in each step that the run has not enrolled."""
+        for number in range(len(self.steps)):
+            if number not in self._prepared:
+                for _ in self.requesting_batches(number):
+                    pass
 
-    def add_requesting_rows(self, number: int, step_batch: StepBatch) -> None:
+    def requesting_batches(self, number: int, queue_order: pl.Series | None = None) -> Iterator[StepBatch]:
+        """Yield the same as `step_batches`. The ledger then has the rows that need their request in the step."""
+        step = self.steps[number].job.step
+        step_results.begin_requesting_rows(self.ledger, step)
+        for step_batch in self.step_batches(number, queue_order):
+            self._add_requesting_rows(number, step_batch)
+            yield step_batch
+        self._prepared.add(number)
+
+    def _add_requesting_rows(self, number: int, step_batch: StepBatch) -> None:
         """Add the rows of a batch that need their request in a step, whether the run sends it for them or not."""
         job = self.steps[number].job
         for sends in (False, True):

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from enrich.exit_codes import ExitCode
 from enrich.models import State
 from enrich.run.context import RunOptions
+from enrich.sandbox.databar import Databar
 from tests.end_to_end.test_steps import credits_of
 from tests.support.cases import first_quick
-from tests.support.workspace import SandboxApi, Workspace, serve_api
+from tests.support.workspace import BOTH_BACKENDS, SandboxApi, Workspace, serve_api
 
 HEADER = ["First Name", "Last Name", "Website", "Title"]
 ANN, BOB = ["Ann", "Aaa", "https://one.example", "Director"], ["Bob", "Bbb", "https://one.example", "Engineer"]
@@ -139,6 +142,43 @@ def test_question_of_another_row(workspace: Workspace, api: SandboxApi, job: str
         assert statuses(workspace, "company") == ["filtered", "found"]
     assert workspace.run_in_process("collect", "job.yaml").exit_code == 0
     assert statuses(workspace, "company") == ["filtered", "found"]
+    for number, status in enumerate(statuses(workspace, "company"), 1):
+        explained = workspace.run_in_process("explain", "job.yaml", "--row", str(number), "--json").json_output
+        assert explained["rows"][0]["steps"][0]["status"] == status
+
+
+@BOTH_BACKENDS
+def test_question_of_another_row_where_the_run_stops(workspace: Workspace, api: SandboxApi) -> None:
+    """A row does not get the answer of another row in the output of a run that ended before the step."""
+    first = "  - name: phone\n    enrichment: 80\n    params: {phone: Website}\n    columns: {carrier: carrier}\n"
+    workspace.write_job(COMPANY_JOB.replace("steps:\n", f"steps:\n{first}"))
+    workspace.write_leads([ANN, BOB], HEADER)
+    workspace.run_job(api)
+    workspace.write_leads([ANN, BOB, ["Dan", "Ddd", "https://two.example", ""]], HEADER)
+    api.inject_fault("no-credits", 1, "post")
+    assert workspace.run_job(api).exit_code == ExitCode.CREDITS
+    assert statuses(workspace, "phone") == ["found", "found", "pending"]
+    assert statuses(workspace, "company") == ["filtered", "found", "filtered"]
+
+
+@pytest.mark.long
+def test_question_of_a_row_that_came_during_the_run(
+    workspace: Workspace, api: SandboxApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row does not get the answer of another row that came into the input while the run was sending."""
+    workspace.write_job(COMPANY_JOB)
+    workspace.write_leads([ANN, BOB], HEADER)
+    workspace.run_job(api)
+    cat, submit = ["Cat", "Ccc", "https://two.example", "Engineer"], Databar.submit
+    workspace.write_leads([ANN, cat], HEADER)
+
+    def add_row(*arguments: Any, **options: Any) -> str:
+        workspace.write_leads([ANN, cat, BOB], HEADER)
+        return submit(*arguments, **options)
+
+    monkeypatch.setattr(Databar, "submit", add_row)
+    assert workspace.run_job(api).submitted == 1
+    assert statuses(workspace, "company") == ["filtered", "found", "found"]
 
 
 @pytest.mark.long
