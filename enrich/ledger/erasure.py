@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from hashlib import blake2b
 from pathlib import Path
@@ -116,17 +117,35 @@ def forget(
     same_tasks = f"bulk_task_id IN (SELECT bulk_task_id FROM attempts WHERE {of_requests})"
     db.execute(f"DELETE FROM delivered WHERE attempt_id IN (SELECT id FROM attempts WHERE {of_requests})", ids)
     db.execute(f"DELETE FROM step_rows WHERE {of_requests}", ids)
-    # The API's message about a whole task may concern anyone in it.
-    db.execute(
-        "UPDATE attempts SET answer = NULL, error = 'failed; what the API said was erased with a person of the "
-        f"same task' WHERE state = 'failed' AND task_id IS NOT NULL AND {same_tasks}",
-        ids,
-    )
-    db.execute(f"UPDATE attempts SET answer = NULL WHERE state = 'expired' AND {same_tasks}", ids)
+    _forget_words_of_the_api(db, of_requests, same_tasks, ids)
     db.execute(
         f"UPDATE attempts SET answer = NULL, error = NULL, task_id = NULL, erased_ms = {now_ms:d} WHERE {of_requests}",
         ids,
     )
+
+
+def _forget_words_of_the_api(db: Database, of_requests: str, same_tasks: str, ids: tuple[str]) -> None:
+    """Erase what the API said about a whole task, or about a POST that was not accepted: it may concern anyone in it.
+
+    Both conditions select attempts with `ids`: those of the forgotten requests, and those of their bulk tasks.
+    """
+    ended_runs = db.execute(
+        "SELECT DISTINCT e.id, e.summary FROM executions e JOIN attempts a ON a.execution_id = e.id "
+        f"WHERE (a.{of_requests} OR a.{same_tasks}) AND e.summary{db.dialect.as_json}->>'error' = a.error",
+        ids * 2,
+    ).fetchall()
+    summaries = [
+        (to_json_text(json.loads(summary) | {"error": "what the API said was erased with a person"}), execution_id)
+        for execution_id, summary in ended_runs
+    ]
+    db.executemany("UPDATE executions SET summary = ? WHERE id = ?", summaries)
+    db.execute(
+        "UPDATE attempts SET answer = NULL, error = CASE state WHEN 'failed' THEN 'failed; ' ELSE '' END || "
+        f"'what the API said was erased with a person of the same task' WHERE {same_tasks} AND "
+        "(state = 'failed' AND task_id IS NOT NULL OR state IN ('refused', 'in_doubt') AND error LIKE '%HTTP %')",
+        ids,
+    )
+    db.execute(f"UPDATE attempts SET answer = NULL WHERE state IN ('expired', 'in_doubt') AND {same_tasks}", ids)
 
 
 def forgotten_task_count(db: Database) -> int:
@@ -156,8 +175,8 @@ def purge(db: Database, before_ms: int, now_ms: int) -> int:
     )
     # The answer of a whole task is stored with its first request, which may have been sent again since.
     db.execute(
-        "UPDATE attempts SET answer = NULL WHERE state IN ('failed', 'expired') AND answer IS NOT NULL "
-        "AND bulk_task_id IN (SELECT id FROM bulk_tasks WHERE settled_ms < ?)",
+        "UPDATE attempts SET answer = NULL WHERE state IN ('failed', 'expired', 'in_doubt') AND answer IS NOT NULL "
+        "AND bulk_task_id IS NOT NULL AND settled_ms < ?",
         (before_ms,),
     )
     return purged
