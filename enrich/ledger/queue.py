@@ -155,8 +155,8 @@ _RESERVE = "UPDATE executions SET reserved = reserved + ? WHERE id = ?"
 def left_of_step_cap(db: Database, execution_id: int, step: str | None, step_cap: int, price: int) -> int:
     """Return what is left of the step's cap. It is exact when less than `price` is left.
 
-    Summing all attempts at each claim is slow. So claims since the last sum count at their highest price, and the sum
-    is repeated once half of the rest is claimed.
+    Summing all attempts at each claim is slow. So claims since the last sum count at their highest price, and at what
+    their answers cost beyond it. The sum is repeated once half of the rest is claimed.
     """
     if (known := db.step_costs.get((execution_id, step))) is not None:
         newest, reserved = db.execute(
@@ -173,6 +173,21 @@ def left_of_step_cap(db: Database, execution_id: int, step: str | None, step_cap
         known = StepCost(exact, exact, newest, earlier)
     db.step_costs[execution_id, step] = known
     return step_cap - known.at_most
+
+
+def count_overruns_of_steps(db: Database, attempt_ids: Sequence[int]) -> None:
+    """Add what settled attempts cost more than was reserved for them to what their steps cost at most."""
+    if not db.step_costs:
+        return
+    rows = db.execute(
+        "SELECT step, sum(paid) - sum(reserved) FROM billed WHERE paid IS NOT NULL "
+        f"AND id IN ({JSON_NUMBERS.format('?')}) GROUP BY 1",
+        (to_json_text(attempt_ids),),
+    )
+    overruns = {step: int(overrun) for step, overrun in rows if overrun > 0}
+    for (execution_id, step), known in db.step_costs.items():
+        at_most = known.at_most + overruns.get(step, 0)
+        db.step_costs[execution_id, step] = known._replace(at_most=at_most)
 
 
 def _exact_cost(db: Database, execution_id: int, step: str | None, earlier: int) -> int:

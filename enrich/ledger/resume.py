@@ -98,6 +98,7 @@ def written_off_tasks(db: Database, since_ms: int, *, only_queued: bool = False)
 
 def revive(db: Database, attempt_ids: Sequence[int], execution_id: int) -> None:
     """Wait again for tasks that an earlier run wrote off but the API still has (edge i)."""
+    db.step_costs.clear()
     ids_json = to_json_text(attempt_ids)
     _unsettle(db, ids_json)
     db.execute(
@@ -142,6 +143,7 @@ def _unsettle(db: Database, ids_json: str) -> None:
 
 def settle_superseded(db: Database, attempt_id: int, answer: Answer, now_ms: int, execution_id: int) -> None:
     """Store the cost of an attempt whose request was sent again meanwhile. The request stays unchanged."""
+    db.step_costs.clear()
     _unsettle(db, to_json_text([attempt_id]))
     db.execute(
         "UPDATE attempts SET credits = ?, answer = ?, provider = ?, settled_ms = ?, settled_execution_id = ? WHERE "

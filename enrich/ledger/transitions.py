@@ -18,6 +18,7 @@ from enrich.json_text import to_json_text
 from enrich.ledger import records
 from enrich.ledger.database import Database
 from enrich.ledger.dialect import JSON_NUMBERS, OPEN_ATTEMPT
+from enrich.ledger.queue import count_overruns_of_steps
 from enrich.ledger.records import read_paths
 from enrich.models import DUPLICATE_TASK_ID, Acceptance, Answer, State, Task
 
@@ -223,6 +224,7 @@ def _write_answers(
         "answer_id = CASE WHEN value->>1 = 'found' THEN a.id ELSE answer_id END",
         also=also,
     )
+    count_overruns_of_steps(db, [attempt_id for attempt_id, _, _ in answers])
     if not any(answer.free_failure for _, answer, _ in answers):
         return [answer.state for _, answer, _ in answers]
     db.claimed_up_to.clear()

@@ -164,6 +164,23 @@ def test_tasks_of_an_earlier_run_count_for_the_cap_of_their_step(workspace: Work
     assert summary.steps[0]["credits_spent"] == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize("step", [True, False])
+def test_prices_above_the_reserved_ones_count_for_a_cap(workspace: Workspace, tmp_path: Path, *, step: bool) -> None:
+    """A cap, of a step as of the job, ends the claims once the answers have cost it, whatever was reserved for them."""
+    caps = "    limits: {max_credits: 10}\nlimits: {in_flight: 2}\n"
+    if not step:
+        caps = "limits: {max_credits: 10, in_flight: 2}\n"
+    job = SHORT_JOB[: SHORT_JOB.index("  - name: person")] + "    enrichments: [833]\n" + caps
+    workspace.write_job(job)
+    workspace.write_leads(make_people(20), HEADER)
+    with serve_api(tmp_path / "api.db", hit_rate=1.0) as api:
+        api.set_prices({833: 0.5})
+        api.inject_fault("odd-credits", 99, "get", credits=3)
+        summary = workspace.run_job(api)
+    assert (summary.exit_code, summary.submitted in {4, 5}) == (ExitCode.CREDITS, True), summary.submitted
+    assert summary.credits_spent == 3 * summary.submitted
+
+
 def test_failures_of_found_leads_are_named(workspace: Workspace, tmp_path: Path) -> None:
     """A step that failed for leads that are found is in the summary, with the command that sends it again."""
     workspace.write_job(SHORT_JOB + "complete: [work_email]\n")

@@ -101,8 +101,8 @@ class LedgerModel:
     adopted: dict[int, int] = field(default_factory=dict)
     spent: Counter[int] = field(default_factory=Counter)
     unknown: Counter[int] = field(default_factory=Counter)
-    #: Credits that late polls of written-off tasks added to executions, beyond their cap.
-    settled_late: Counter[int] = field(default_factory=Counter)
+    #: Credits of executions beyond their cap: late polls of written-off tasks, and prices above the reserved one.
+    beyond_cap: Counter[int] = field(default_factory=Counter)
     #: Price of each bulk task; None: unknown.
     bulk_tasks: dict[int, int | None] = field(default_factory=dict)
 
@@ -158,8 +158,8 @@ class LedgerModel:
             other for other, each in self.attempts.items() if each.task_id == post.task_id and other not in numbers
         ]
         if post.bulk_id is None:
-            return any(self.attempts[other].credits is not None for other in alike)
-        return any(self.bulk_tasks.get(self.attempts[other].bulk_id or 0) is not None for other in alike)
+            return any(self.attempts[other].credits for other in alike)
+        return any(self.bulk_tasks.get(self.attempts[other].bulk_id or 0) for other in alike)
 
     def written_off(self) -> list[list[int]]:
         """List the POSTs that were written off and whose task a free poll may still find."""
@@ -424,20 +424,20 @@ class LedgerStateMachine(RuleBasedStateMachine):
             model.spent[ledger.execution] += paid
             post.credits, post.execution_charged, post.at = paid, None, ledger.now
             post.settled_execution = ledger.execution
-            model.settled_late[ledger.execution] += paid
+            model.beyond_cap[ledger.execution] += paid
             return
         ledger.commit(resume.revive, numbers, ledger.execution)
         for number in numbers:
             post = model.attempts[number]
             if post.execution != ledger.execution:
-                model.settled_late[ledger.execution] += post.reserved
+                model.beyond_cap[ledger.execution] += post.reserved
             post.state, post.execution_charged = "submitted", ledger.execution
             model.requests[post.lead].state = State.SUBMITTED
 
     @rule(
         data=st.data(),
         state=st.sampled_from([State.FOUND, State.NOT_FOUND, State.FAILED, State.EXPIRED]),
-        share=st.none() | st.integers(0, 3),
+        share=st.none() | st.integers(0, 3) | st.just(12),
         free=st.booleans(),
     )
     def settle_task(self, data: Any, state: State, share: int | None, *, free: bool) -> None:
@@ -464,6 +464,7 @@ class LedgerStateMachine(RuleBasedStateMachine):
         self.settle_attempt(number, after, state.value)
         post.credits, post.settled_execution = paid, ledger.execution
         self.model.spent[ledger.execution] += paid or 0
+        self.model.beyond_cap[ledger.execution] += max(0, (paid or 0) - post.reserved)
         if paid is None:
             self.model.unknown[ledger.execution] += 1
         else:
@@ -481,7 +482,8 @@ class LedgerStateMachine(RuleBasedStateMachine):
                 numbers, data.draw(st.tuples(*[st.sampled_from(fates)] * len(numbers))), strict=True
             )
         ]
-        paid = None if share is None else sum(model.attempts[number].reserved for number in numbers) * share // 3
+        reserved = sum(model.attempts[number].reserved for number in numbers)
+        paid = None if share is None else reserved * share // 3
         after = [
             State.PENDING
             if answer.free_failure and model.requests[model.attempts[number].lead].attempts < MAX_ATTEMPTS
@@ -496,6 +498,7 @@ class LedgerStateMachine(RuleBasedStateMachine):
         assert bulk_task is not None
         model.bulk_tasks[bulk_task] = paid
         model.spent[ledger.execution] += paid or 0
+        model.beyond_cap[ledger.execution] += max(0, (paid or 0) - reserved)
         for number, answer, state in zip(numbers, answers, after, strict=True):
             post = model.attempts[number]
             self.settle_attempt(number, state, answer.state.value)
@@ -579,7 +582,7 @@ class LedgerStateMachine(RuleBasedStateMachine):
                 assert row.reserved == model.reserved(number) >= 0
             assert (
                 row.cap is None
-                or row.spent + row.reserved <= max(row.cap, model.adopted[number]) + model.settled_late[number]
+                or row.spent + row.reserved <= max(row.cap, model.adopted[number]) + model.beyond_cap[number]
             )
         spent, unknown = queries.spent_totals(self.ledger.wrapped)
         alone = sum(post.credits or 0 for post in model.attempts.values())

@@ -10,7 +10,7 @@ import psycopg
 import pytest
 
 from enrich.job.locations import LedgerLocation, PostgresLocation
-from enrich.ledger import queue, transitions
+from enrich.ledger import queue, resume, transitions
 from enrich.ledger.database import Database
 from enrich.ledger.queue import CLAIMS_PER_FULL_LOOK, StepCapReached
 from enrich.models import State
@@ -111,6 +111,29 @@ def claim_buffers(ledger: CommittingLedger) -> int:
     db.execute = execute  # type: ignore[method-assign]
     (plan,) = found
     return int(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"])
+
+
+def test_price_above_the_reserved_one_under_a_cap_of_a_step(ledger: CommittingLedger) -> None:
+    """What an answer costs beyond its reservation counts at the next claim, and so does a task that came back."""
+    ledger.start_and_enroll(*range(8))
+    lost = ledger.commit(queue.claim, ledger.execution, MAX_PRICE, ledger.now, step="email")[0].attempt_id
+    ledger.commit(transitions.mark_in_doubt, [(lost, "lost", ledger.now, "lost task")])
+    ledger.start_and_enroll(*range(8))
+
+    def claim(cap: int) -> int:
+        (claim,) = ledger.commit(queue.claim, ledger.execution, MAX_PRICE, ledger.now, step="email", step_cap=cap)
+        return claim.attempt_id
+
+    attempt = claim(100)
+    ledger.commit(transitions.record_accepted, [(attempt, "task", ledger.now)], {})
+    ledger.settle(attempt, replace(FOUND, credits=30))
+    with pytest.raises(StepCapReached):
+        claim(30 + MAX_PRICE - 1)
+    claim(100)
+    ledger.commit(resume.revive, [lost], ledger.execution)
+    with pytest.raises(StepCapReached):
+        claim(30 + 3 * MAX_PRICE - 1)
+    claim(30 + 3 * MAX_PRICE)
 
 
 @pytest.mark.long
