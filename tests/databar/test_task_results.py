@@ -220,11 +220,13 @@ def test_missing_credits_are_unknown() -> None:
 
 
 def test_step_costs_replace_missing_credits() -> None:
-    """Missing credits are the sum of the steps' costs, given as text; an unreadable cost makes the sum unknown."""
+    """Missing credits are the sum of the steps' costs, given as text. An unreadable cost or sum makes it unknown."""
     steps = [step("A", "1.0"), step("B", 0.5), step("C", "0")]
     assert parse_answer(status="completed", data=wrapper({}, *steps)).credits == 1_500_000
     assert parse_answer(status="completed", data=wrapper({}, *steps), credits_spent=9).credits == 9_000_000
     assert parse_answer(status="completed", data=wrapper({}, *steps, step("D", None))).credits is None
+    assert parse_answer(status="completed", data=wrapper({}, step("A", 6e5), step("B", 4e5))).credits == 10**12
+    assert parse_answer(status="completed", data=wrapper({}, step("A", 6e5), step("B", 5e5))).credits is None
 
 
 @in_turn(
