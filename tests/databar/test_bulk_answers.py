@@ -42,10 +42,11 @@ def state_names(answers: list[Answer]) -> list[str]:
 def test_rows_get_their_own_answer() -> None:
     """Rows get their answers in the order sent; wrappers, flat fields and lists of one work as in a single run."""
     wrapper = {"result": ADA, "steps": [{"provider": "Mailhound", "cost": "1.0"}], "enrichment_data": {}}
-    answers, price = parse_bulk_answer(4, status="completed", data=[wrapper, None, ADA, [ADA]], credits_spent=2.5)
+    rows = [wrapper, None, ADA, [ADA], {"email": None, "phone": "1"}]
+    answers, price = parse_bulk_answer(5, status="completed", data=rows, credits_spent=2.5)
 
-    assert state_names(answers) == ["found", "not_found", "found", "found"]
-    assert (price, [answer.credits for answer in answers]) == (2_500_000, [None] * 4)
+    assert state_names(answers) == ["found", "not_found", "found", "found", "not_found"]
+    assert (price, [answer.credits for answer in answers]) == (2_500_000, [None] * 5)
     assert answers[0].provider == "Mailhound"
     assert json.loads(answers[2].raw or "") == {"data": ADA}
 
@@ -79,6 +80,7 @@ def test_lists_of_matches_without_order() -> None:
     assert states(ADA, ADA) == ["found", "found"]
     assert states(ADA) == ["failed", "failed"]
     assert states(None, None) == ["not_found", "not_found"]
+    assert states(ADA, None, ADA) == ["failed", "failed"]
     assert states(ADA, ADA) == ["failed", "failed"]
     assert states(ADA, None) == ["found", "not_found"]
     assert states(ADA, ADA) == ["found", "found"]

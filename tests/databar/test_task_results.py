@@ -388,6 +388,8 @@ VERIFIED = wrapper(
         ("0.email", {"0": {"email": EMAIL}}, EMAIL),
         ("result", {"email": EMAIL, "result": "deliverable", "steps": 2}, "deliverable"),
         ("result", {"email": None, "result": None, "steps": []}, None),
+        ("result.email", {"result": {"email": EMAIL}, "score": 1}, EMAIL),
+        ("email", {"result": {"email": EMAIL}, "score": 1}, None),
         ("0.email", [wrapper({"0": {"email": EMAIL}})], EMAIL),
     ],
 )
