@@ -103,7 +103,8 @@ def check_job(job: Job, bound_to: Mapping[str, str | None], live: Sequence[Descr
         result.problems = [each for each in result.problems if not each.message.startswith(of_ledger)]
     elif any(problem.message.startswith(of_ledger) for problem in result.problems):
         of_paths = [each for each in of_paths if not each.message.startswith(of_ledger)]
-    result.problems += of_paths
+    for problem in of_paths:
+        add_problem(result.problems, problem)
     if job.model.report is not None and job.model.report.path is not None and is_extra_missing():
         result.notes.append(f"the `report` needs its extra: {INSTALL_HINT}")
     return result

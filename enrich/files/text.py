@@ -216,9 +216,11 @@ def open_binary(source: TableFile) -> io.BufferedReader | gzip.GzipFile:
 
 
 def check_magic_bytes(source: TableFile) -> None:
-    """Raise FileProblem that says what a binary file is, if its beginning shows that it is of another format."""
+    """Raise FileProblem that says what a binary file is, if its beginning shows it: empty, or of another format."""
     with as_file_problem(source), source.path.open("rb") as raw:
         beginning = raw.read(_MAGIC_LENGTH)
+    if not beginning:
+        raise FileProblem(f"{source} is empty", "write or download it again")
     if not beginning.startswith(_OWN_MAGIC_BYTES.get(source.format, b"-")) or _OPEN_DOCUMENT in beginning:
         _check_other_format(source, beginning)
 

@@ -137,8 +137,8 @@ class Job(Struct, frozen=True):
         files, output = self._locations(now), self.output_path(now)
         names = list(files)
         for kind, location in files.items():
-            if kind not in ("the job file", "ledger") and (reason := why_no_file(location)) is not None:
-                raise self.error([kind], f"{location}: {reason}", "choose another name")
+            if kind not in ("the job file", "ledger") and (error := self.name_error(kind, location)) is not None:
+                raise error
         for place, kind in enumerate(names):
             if kind in _FILES_READ:
                 continue
@@ -152,6 +152,11 @@ class Job(Struct, frozen=True):
             if kind not in _FILES_READ and (problem := inclusion_problem(self.input_path, location, kind)) is not None:
                 raise self.error([kind], *problem)
         return files
+
+    def name_error(self, key: str, location: InputLocation) -> JobError | None:
+        """Return an error if no file can have the name that this key of the job file gives. None: one can."""
+        reason = why_no_file(location)
+        return None if reason is None else self.error([key], f"{location}: {reason}", "choose another name")
 
     def _locations(self, now: datetime) -> dict[str, InputLocation]:
         """All files of the job by their keys, first those that it reads."""

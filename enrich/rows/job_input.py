@@ -72,7 +72,7 @@ class JobInput:
         try:
             self._table: InputTable | InMemoryRows = InputTable(job.input_path, job.input)
         except CommandRefused as error:
-            raise _missing_input_error(job) or error from error
+            raise _input_path_error(job) or error from error
         #: All columns that a job can name, with their types.
         self.all_columns = self._table.schema
         #: The names of the columns that params and conditions can read.
@@ -371,16 +371,20 @@ def _former_steps(job: Job, header: Collection[str]) -> list[str]:
     return [step for step in steps_in_header(header) if step not in {known.step for known in job.step_jobs}]
 
 
-def _missing_input_error(job: Job) -> CommandRefused | None:
-    """Return an error that names the job file and the right path, when the input of the job file does not exist."""
+def _input_path_error(job: Job) -> EnrichError | None:
+    """Return an error that names the job file when the input cannot be at its path, or is not: with the right path."""
     path, written = job.input_path, job.input.path
+    if (error := job.name_error("input", path)) is not None:
+        return error
     is_given = "input" in job.document.replaced_keys
     if is_given or not isinstance(path, Path) or has_wildcards(written) or not is_missing(path):
         return None
     folder = job.document.folder
     from_here = Path.cwd() / written
     names = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
-    if from_here.exists():
+    if path.is_symlink():
+        hint = f"it is a link to {path.readlink()}, which is missing"
+    elif from_here.exists():
         hint = f"a path in the job file is relative to that file: write {os.path.relpath(from_here, folder)}"
     elif (closest := closest_name(path.name, names)) is not None:
         hint = f"did you mean {os.path.relpath(path.with_name(closest), folder)}? It is relative to the job file"

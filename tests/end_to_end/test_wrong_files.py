@@ -259,8 +259,34 @@ def test_a_fault_of_the_input_is_the_same_in_every_command(
     finished_job: Workspace, api: SandboxApi, content: str, code: int, words: str
 ) -> None:
     """Each command that reads the input has the same exit code, sentence and hint for it, in JSON, too."""
-    workspace = finished_job
-    (workspace.folder / "leads.csv").write_text(content)
+    (finished_job.folder / "leads.csv").write_text(content)
+    _check_same_in_every_command(finished_job, api, code, words)
+
+
+@in_turn(
+    ("name", "target", "code", "words"),
+    [
+        ("loop.csv", "loop.csv", 2, "its links lead in a circle"),
+        ("link.csv", "no.csv", 5, "it is a link to no.csv, which is missing"),
+        ("empty.xlsx", None, 5, "empty.xlsx is empty"),
+        ("empty.parquet", None, 5, "empty.parquet is empty"),
+        ("empty.csv.gz", None, 5, "empty.csv.gz is empty"),
+        ("absent.csv", "", 5, "check the path; it is relative to the job file"),
+    ],
+)
+def test_an_input_that_is_no_table_is_the_same_in_every_command(  # noqa: PLR0917 - the columns of the table
+    finished_job: Workspace, api: SandboxApi, name: str, target: str | None, code: int, words: str
+) -> None:
+    """A link that leads nowhere, or a file without content."""
+    finished_job.write_job(input=name)
+    if target is None:
+        (finished_job.folder / name).touch()
+    elif target:
+        (finished_job.folder / name).symlink_to(target)
+    _check_same_in_every_command(finished_job, api, code, words)
+
+
+def _check_same_in_every_command(workspace: Workspace, api: SandboxApi, code: int, words: str) -> None:
     shown = set()
     for command in ("check", "plan", "run", "collect", "explain --row 1"):
         name, *arguments = command.split()
