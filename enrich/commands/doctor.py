@@ -41,7 +41,10 @@ RECENT_EXECUTIONS = 7
 REQUEST_BYTES, ENOUGH_REQUESTS = 2_000, 100
 #: Maximum factor by which gzip compresses a CSV.
 GZIP_FACTOR = 10
-KEY_REMEDY = "set DATABAR_API_KEY_FILE in the crontab (see `enrich cron`), then pass --env DATABAR_API_KEY_FILE=…"
+KEY_REMEDY = (
+    "set DATABAR_API_KEY_FILE in the crontab, as `enrich cron JOB --at 02:00` does, then pass "
+    "--env DATABAR_API_KEY_FILE=…"
+)
 #: Environment variables that change where and how the API and the ledger are reached.
 ENVIRONMENT_VARIABLES = (
     "DATABAR_BASE_URL",

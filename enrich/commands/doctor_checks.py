@@ -16,7 +16,7 @@ from msgspec import Struct
 
 from enrich.databar.clock import CLOCK_TOLERANCE_MS
 from enrich.errors import EnrichError
-from enrich.exit_codes import ExitCode
+from enrich.exit_codes import ExitCode, JobArguments, format_actions, required_actions
 from enrich.job.locations import Location
 from enrich.ledger.records import ExecutionRow
 from enrich.models import iso_time, pluralize, to_credits
@@ -40,10 +40,10 @@ class Finding(Struct, frozen=True):
     exit_code: ExitCode = ExitCode.OK
 
     def lines(self) -> Iterator[str]:
-        """Yield the finding as text, the remedy on a line of its own."""
+        """Yield the finding as text, each line of the remedy on a line of its own."""
         yield f"{self.mark:<6}{self.subject:<13}{' '.join(self.message.split())}"
-        if self.remedy:
-            yield f"{'':<6}{'':<13}→ {' '.join(self.remedy.split())}"
+        for number, line in enumerate((self.remedy or "").splitlines()):
+            yield f"{'':<6}{'':<13}{' ' if number else '→'} {' '.join(line.split())}"
 
 
 def format_findings(findings: Sequence[Finding]) -> Iterator[str]:
@@ -144,13 +144,9 @@ def check_in_doubt(count: int) -> Finding:
     """Check for unconfirmed requests, which need a decision."""
     if not count:
         return Finding("ok", "unconfirmed", "no request is unconfirmed")
-    remedy = "enrich reconcile JOB, then enrich run JOB with --retry in_doubt (may charge again) or --accept in_doubt"
-    return Finding(
-        "warn",
-        "unconfirmed",
-        f"{pluralize(count, 'request')} may have been charged: runs end with 14 until you decide",
-        remedy,
-    )
+    remedy = "\n".join(format_actions(required_actions(ExitCode.IN_DOUBT, {}, JobArguments("JOB", "JOB"))))
+    message = f"{pluralize(count, 'request')} may have been charged: runs end with 14 until you decide"
+    return Finding("warn", "unconfirmed", message, remedy)
 
 
 def check_input_age(changed_s: float, now_s: float) -> Finding:

@@ -73,7 +73,7 @@ _LAST_COLUMN = re.compile(r"plan_age_days|plan_[a-z][a-z0-9_]*_why")
 @click.command()
 @options.RUN_JOB_OPTIONS
 @options.selection_options
-@click.option("-o", "plan_file", type=options.FILE, help="Save the plan for `enrich run --plan`.")
+@click.option("-o", "plan_file", type=options.FILE, help="Save the plan for `enrich run JOB --plan FILE`.")
 @click.option(
     "--rows",
     "rows_file",

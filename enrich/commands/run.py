@@ -222,7 +222,8 @@ def print_summary(
         code = ExitCode.OK if summary.hint else summary.exit_code
         actions = required_actions(code, summary.as_json(), job_arguments)
         lines = [*format_summary(shown, paint), *(f"  {line}" for line in format_actions(actions))]
-        click.echo(for_terminal("\n".join([*lines, *(format_details(summary, paint) if details else ())])), err=True)
+        lines += map(job_arguments.in_hint, format_details(summary, paint) if details else ())
+        click.echo(for_terminal("\n".join(lines)), err=True)
     if as_json:
         options.echo_json(summary.as_json())
 
@@ -230,7 +231,9 @@ def print_summary(
 @click.command()
 @options.RUN_JOB_OPTIONS
 @options.selection_options
-@click.option("--plan", "plan_file", type=options.FILE, help="Send exactly what a plan of `enrich plan -o` contains.")
+@click.option(
+    "--plan", "plan_file", type=options.FILE, help="Send exactly what a plan of `enrich plan JOB -o FILE` contains."
+)
 @click.option("--max-time", type=options.SECONDS, metavar="5h", help="Stop after this time. The rest stays pending.")
 @click.option(
     "--accept", type=click.Choice(["in_doubt"]), help="Mark unconfirmed requests as failed, without sending them again."

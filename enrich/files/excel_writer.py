@@ -20,7 +20,7 @@ from enrich.files.atomic import WriteProblem
 from enrich.files.input_files import temporary_folder
 from enrich.files.text import quote_column
 
-_OTHER_FORMAT_HINT = "`enrich collect` with an --output that ends in .csv or .parquet writes it for free"
+_OTHER_FORMAT_HINT = "`enrich collect JOB --output FILE.csv` writes it as CSV, for free"
 _COLUMN_WIDTH = 18
 _ESCAPE = re.compile("_x([0-9A-Fa-f]{4})_")
 _LIKE_ESCAPE = re.compile("_(?=x[0-9A-Fa-f]{4}_)")

@@ -53,7 +53,7 @@ def check_version(location: object, version: int, newest: int, *, may_upgrade: b
     if version < newest and not may_upgrade:
         raise CommandRefused(
             f"{location}: this ledger is of an older version of enrich",
-            "a run upgrades it; with --limit 0 it sends nothing new",
+            "a run upgrades it, and sends nothing new with `enrich run JOB --limit 0`",
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
@@ -164,7 +165,8 @@ def backup(db: Database, target: Path) -> None:
     from enrich.files.atomic import fsync_dir  # noqa: PLC0415 - it imports polars, which `ledger check` does not need
 
     if isinstance(db.location, PostgresLocation):
-        hint = "pg_dump copies it, and `enrich ledger copy` makes a file of it"
+        command = shlex.join(["enrich", "ledger", "copy", str(db.location), str(target)])
+        hint = f"back it up with pg_dump, or make a file of it: {command}"
         raise CommandRefused(f"{db.location}: a ledger on a server is no file that could be copied", hint)
     temporary = target.with_name(f".{target.name}.part")
     try:

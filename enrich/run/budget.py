@@ -165,5 +165,5 @@ def check_canary(canary: Canary, outcomes: Mapping[State, int], step: str = "") 
     return CanaryStopped(
         f"{where}the canary stopped the run: {observed}, at least {canary.min_hit_rate:.0%} are required"
         + (f"; {others}" if others else ""),
-        "check `params` and some results (`enrich explain`). The rest is pending, and the output is unchanged",
+        "check `params` and a result (`enrich explain JOB --row 1`). The rest is pending, and the output is unchanged",
     )

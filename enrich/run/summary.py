@@ -274,7 +274,7 @@ def _difference_parts(difference: Mapping[str, Any]) -> Iterator[tuple[str, str]
             yield format_credits(part["most"]), f"{part['number']:,} {label}{up_to}"
     if unexplained := difference["unexplained"]:
         direction = "missing" if unexplained > 0 else "added"
-        yield format_credits(abs(unexplained)), f"{direction}, not explained: enrich reconcile"
+        yield format_credits(abs(unexplained)), f"{direction}, not explained: enrich reconcile JOB"
 
 
 def _percentage(part: int, whole: int) -> str:

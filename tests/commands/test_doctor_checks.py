@@ -241,13 +241,14 @@ def test_next_run_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_findings_are_sorted() -> None:
-    """Prints failures, then warnings, then the rest, each on one line with its remedy below, and their number."""
+    """Prints failures, then warnings, then the rest, each on one line, its remedy below it, and their number."""
     findings = [Finding("ok", "api", "reached"), Finding("warn", "job", "a\nb", "c\nd"), Finding("fail", "key", "none")]
 
     assert list(format_findings(findings)) == [
         "fail  key          none",
         "warn  job          a b",
-        "                   → c d",
+        "                   → c",
+        "                     d",
         "ok    api          reached",
         "1 failure, 1 warning",
     ]

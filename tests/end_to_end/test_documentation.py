@@ -138,6 +138,21 @@ def test_troubleshooting_quotes_the_source() -> None:
     assert len(messages) == len(set(messages))
 
 
+def test_commands_in_messages_can_be_copied() -> None:
+    """Each command in a message has its arguments: in backticks, or after a colon to the end. A bare name is a noun."""
+    shown = re.compile(r"`enrich ([^`]+ [^`]+)`|(?:^\s*|: )enrich (.*\S)$", re.MULTILINE)
+    wrong = []
+    for module in (ROOT / "enrich").rglob("*.py"):
+        for quoted, last in (found for text in message_texts(module) for found in shown.findall(text)):
+            name, *arguments = re.sub(r"…|\{\w+\}", "JOB", quoted or last).split()
+            try:
+                if (command := cli.get_command(click.Context(cli), name)) is not None:
+                    command.make_context(name, arguments)
+            except click.UsageError as error:
+                wrong.append(f"{module.name}: enrich {quoted or last}: {error.format_message()}")
+    assert not wrong
+
+
 @each_document
 def test_documented_commands_exist(document: Path) -> None:
     """Every `enrich …` in a block or a sentence has an existing command and options."""
