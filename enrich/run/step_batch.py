@@ -207,8 +207,9 @@ def capped_rows(job_input: JobInput, caps: Caps, begun: bytearray, check_stopped
     """Return which rows of the input are beyond the cap of their group, one byte for each row.
 
     Rows that earlier runs have `begun` count first and are never left out, then the others in the send order. Rows that
-    the job leaves out, and those without a group, do not count. Rows that send the same cells are one lead.
-    `check_stopped` is called before each batch. It may raise to stop.
+    the job leaves out do not count, and those without a group are not limited. Rows that send the same cells are one
+    lead: if it takes part with one row, it does with all. `check_stopped` is called before each batch. It may raise to
+    stop.
     """
     order, height = job_input.queue_order(check_stopped), 0
     sent = job_input.identifying_columns
@@ -216,7 +217,7 @@ def capped_rows(job_input: JobInput, caps: Caps, begun: bytearray, check_stopped
     for first_position, _, text in job_input.frames():
         check_stopped()
         group = clean_cells(text.get_column(caps.by).alias("")).str.to_lowercase()
-        taking_part = job_input.selected_rows(text) & (group != "")
+        taking_part = job_input.selected_rows(text)
         if (suppressed := job_input.suppressed_rows(text)) is not None:
             taking_part &= ~suppressed
         rows = pl.int_range(first_position, first_position + text.height, eager=True)
@@ -226,7 +227,7 @@ def capped_rows(job_input: JobInput, caps: Caps, begun: bytearray, check_stopped
         is_begun = pl.Series(map(bool, known), dtype=pl.Boolean)
         # Without `dedupe` each row has a request of its own.
         leads = joined_cells(text, sent).hash() if job_input.job.model.dedupe else rows.cast(pl.UInt64)
-        columns = {"row": rows, "group": group.hash(), "lead": leads, "begun": is_begun}
+        columns = {"row": rows, "group": group.hash(), "lead": leads, "begun": is_begun, "limited": group != ""}
         parts.append(pl.DataFrame(columns).filter(taking_part))
     capped = bytearray(height)
     if not parts:
@@ -240,7 +241,9 @@ def capped_rows(job_input: JobInput, caps: Caps, begun: bytearray, check_stopped
         .with_row_index("first")
         .with_columns(pl.col("first").min().over("group", "lead").rank("dense").over("group").alias("number"))
     )
-    for row in numbered.filter((pl.col("number") > caps.max) & ~pl.col("begun")).get_column("row"):
+    takes_part = (pl.col("number") <= caps.max) | pl.col("begun") | ~pl.col("limited")
+    # The next run finds all rows of such a lead begun.
+    for row in numbered.filter(~takes_part.any().over("lead")).get_column("row"):
         capped[row] = 1
     return capped
 

@@ -10,6 +10,7 @@ import pytest
 from enrich.rows.job_input import JobInput
 from enrich.run.step_rows import StepRows
 from tests.end_to_end.test_steps import HEADER, SHORT_JOB, make_people
+from tests.support.cases import first_quick
 from tests.support.workspace import SandboxApi, Workspace
 
 
@@ -26,6 +27,26 @@ def test_rows_of_one_lead_take_one_place(workspace: Workspace, api: SandboxApi) 
     written = output.read_bytes()
     taking_part = [row["enrich_email_status"] != "filtered" for row in workspace.read_output()]
     assert taking_part == [True, True, True, False, True]
+    assert workspace.run_in_process("collect", "job.yaml").exit_code == 0
+    assert output.read_bytes() == written
+    assert workspace.run_job(api).submitted == 0
+    assert output.read_bytes() == written
+
+
+@pytest.mark.parametrize("other_group", first_quick(1, ["Director", ""]))
+def test_lead_in_two_groups(workspace: Workspace, api: SandboxApi, other_group: str) -> None:
+    """A lead that takes part with one row does so with all: in the first run, later, and when collected."""
+    first, second, third = make_people(3, companies=1)
+    leads = [(second, "Engineer"), (first, "Engineer"), (third, "Engineer"), (first, other_group)]
+    workspace.write_leads([[*lead[:4], group, ""] for lead, group in leads], HEADER)
+    workspace.write_job(SHORT_JOB + "caps: {by: Title, max: 1}\n")
+
+    assert workspace.run_job(api).exit_code == 0
+
+    output = workspace.folder / "out.csv"
+    written = output.read_bytes()
+    left_out = [row["enrich_email_status"] == "filtered" for row in workspace.read_output()]
+    assert left_out == [False, False, True, False]
     assert workspace.run_in_process("collect", "job.yaml").exit_code == 0
     assert output.read_bytes() == written
     assert workspace.run_job(api).submitted == 0
