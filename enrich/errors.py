@@ -74,6 +74,9 @@ UNWRITABLE_HINT = "choose another file, or change the permissions of its folder"
 #: Hint for a file that cannot be read.
 UNREADABLE_HINT = "check that it is a file, and that this user may read it"
 
+#: Why a run that cannot reach the API writes no output from the ledger.
+NOTHING_SENT = "no run of this ledger has sent a request"
+
 #: Hint for LedgerLocked.
 LOCKED_HINT = "`enrich status JOB --watch` shows it"
 

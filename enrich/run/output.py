@@ -13,7 +13,7 @@ import polars as pl
 from msgspec import Struct
 from msgspec.structs import replace
 
-from enrich.errors import CommandRefused, JobError
+from enrich.errors import NOTHING_SENT, CommandRefused, JobError
 from enrich.exit_codes import OUTPUT_WRITING_CODES, ExitCode
 from enrich.files.values import as_text
 from enrich.files.writer import limits_of, prepare_file, write_file
@@ -51,20 +51,24 @@ async def write_known_output(context: RunContext, run_state: RunState, files: Ru
     """Write the output from the ledger alone, because the API cannot be reached.
 
     Nothing is written if no run of this ledger has sent anything, or if the ledger cannot have what the job asks for:
-    an earlier output may have more.
+    an earlier output may have more. A problem says so.
     """
 
     def prepare(ledger: Database) -> Collector:
         return prepare_collector(ledger, files.job_input, template_from_ledger(ledger, context.job))
 
-    nothing_written = Outcome(run_state.exit_code({}))
-    if not await context.ledger_writer.submit(records.has_own_submissions):
-        return nothing_written
-    try:
-        collector = await context.ledger_writer.submit(prepare)
-    except (JobError, CommandRefused):
-        return nothing_written
-    return await write_output(context, run_state, files, collector)
+    reason = NOTHING_SENT
+    if await context.ledger_writer.submit(records.has_own_submissions):
+        try:
+            collector = await context.ledger_writer.submit(prepare)
+        except (JobError, CommandRefused) as error:
+            reason = error.message
+        else:
+            return await write_output(context, run_state, files, collector)
+    problem = f"no output is written, and an earlier one is unchanged: {reason}"
+    run_state.notes.append(problem)
+    context.environment.on_problem(problem)
+    return Outcome(run_state.exit_code({}))
 
 
 async def write_output(

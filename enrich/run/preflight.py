@@ -253,7 +253,8 @@ def template_from_ledger(ledger: Database, job: Job) -> RequestTemplate:
     """
     template, is_known = find_template(ledger, job)
     if not is_known:
-        raise CommandRefused(f"{job.ledger}: this job has never run", "run it first: enrich run JOB")
+        what = "a step of this job" if job.step_jobs else job.model.target.label
+        raise CommandRefused(f"{job.ledger}: no run of this ledger has used {what}", "run it first: enrich run JOB")
     return template
 
 

@@ -11,7 +11,15 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from enrich.errors import LOCKED_HINT, ApiUnreachable, EnrichError, Interrupted, LedgerLocked, WorkspaceMismatch
+from enrich.errors import (
+    LOCKED_HINT,
+    NOTHING_SENT,
+    ApiUnreachable,
+    EnrichError,
+    Interrupted,
+    LedgerLocked,
+    WorkspaceMismatch,
+)
 from enrich.files.writer import prepare_file
 from enrich.ledger import erasure, lease_table, records, rescue_import, resume, transitions
 from enrich.ledger.database import Database
@@ -62,6 +70,8 @@ class Startup:
             # The API may still hold a result that was paid for.
             may_collect = await submit(transitions.submitted_tasks) or await submit(resume.written_off_tasks, since_ms)
             if not (has_results or may_collect):
+                if isinstance(error, ApiUnreachable):
+                    error.hint = f"{error.hint}. No output is written: {NOTHING_SENT}"
                 raise
             self.postponed_errors.append(error)
 

@@ -319,11 +319,21 @@ def test_failing_api_at_start_keeps_fuller_output(
     api.inject_fault("unavailable", 1, "all", seconds=600)
 
     if change == "nothing was sent":
-        with pytest.raises(ApiUnreachable):
+        with pytest.raises(ApiUnreachable) as unreachable:
             workspace.run_job(api, timing=SHORT_STARTUP_TIMEOUT)
+        assert "No output is written: no run of this ledger has sent a request" in (unreachable.value.hint or "")
     else:
-        summary = workspace.run_job(api, timing=SHORT_STARTUP_TIMEOUT)
+        problems: list[str] = []
+        summary = workspace.run_job(api, timing=SHORT_STARTUP_TIMEOUT, on_problem=problems.append)
         assert (summary.exit_code, summary.output, summary.rows) == (4, None, None)
+        assert problems == summary.notes
+        reason = (
+            "no run of this ledger has used the waterfall"
+            if change == "the waterfall is new"
+            else "no param with this name"
+        )
+        assert problems[0].startswith("no output is written, and an earlier one is unchanged: ")
+        assert reason in problems[0]
     assert old_output.read_text() == OLD_OUTPUT
 
 
