@@ -43,7 +43,7 @@ def keys_of_a_job() -> set[str]:
 
 
 def parse_command_line(arguments: list[str]) -> None:
-    """Parse arguments as the command line does; raises click.UsageError for an unknown command or option."""
+    """Parse arguments as the command line does; raises click.UsageError for an unknown name, a missing argument."""
     command: click.Command = cli
     while isinstance(command, click.Group) and arguments:
         name, *arguments = arguments
@@ -53,7 +53,14 @@ def parse_command_line(arguments: list[str]) -> None:
         if known is None:
             raise click.UsageError(f"there is no command {name}")
         command = known
-    command.make_parser(click.Context(command)).parse_args(arguments)
+    command.make_parser(click.Context(command)).parse_args(list(arguments))
+    try:
+        command.make_context(command.name, list(arguments))
+    except click.MissingParameter:
+        if arguments:  # without any, it is the name of the command
+            raise
+    except (click.exceptions.Exit, click.BadParameter):  # a help text; a word such as ROW for a value
+        return
 
 
 @pytest.mark.long
