@@ -128,3 +128,14 @@ def test_clock_step_during_retry_after(tmp_path: Path, workspace: Workspace) -> 
         elapsed = assert_run_completes(workspace, api, None)["elapsed_s"]
         assert isinstance(elapsed, float)
         assert elapsed < 60
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("first", "second"), [(-48, 0), (0, 48), (-9000, 9000)])
+def test_wrong_clock_refreshes_nothing(api: SandboxApi, workspace: Workspace, first: int, second: int) -> None:
+    """Results do not get older than they are by a clock that is behind when they arrive, or ahead in the next run."""
+    workspace.write_leads(make_leads(LEADS))
+    workspace.write_job(policy="{refresh: {found: 1d, not_found: 1d}}")
+    for hours, expected in ((first, LEADS), (second, 0), (0, 0)):
+        (workspace.folder / "clock").write_text(str(hours * 3600))
+        assert assert_run_completes(workspace, api, None)["submitted"] == expected
