@@ -604,12 +604,13 @@ def test_limited_run_names_invalid_and_filtered_rows(people: Workspace, api: San
 
 
 def test_cells_that_are_left_out_of_any_step(workspace: Workspace, api: SandboxApi) -> None:
-    """The summary counts the cells that any step leaves out. One that two steps leave out counts once."""
-    job = SHORT_JOB.replace(
+    """The summary counts the cells that any step leaves out of what it sends. One of two steps counts once."""
+    job = SHORT_JOB.replace("columns: {work_email: email}", "columns: {work_email: email}\n    only_if_empty: [Email]")
+    job = job.replace(
         "limits:",
         "  - name: again\n"
         "    waterfall: email_getter\n"
-        "    only_if_empty: [work_email]\n"
+        "    only_if_empty: [Email, work_email]\n"
         "    params: {first_name: First Name, last_name: Last Name, company: {column: Website, transform: [domain]}}\n"
         "    columns: {other_email: email}\n"
         "  - name: phone\n"
@@ -619,9 +620,10 @@ def test_cells_that_are_left_out_of_any_step(workspace: Workspace, api: SandboxA
         "limits:",
     )
     workspace.write_job(job)
-    first, second = make_people(2)
-    first[2] = "gmail.com"
-    workspace.write_leads([first, second], HEADER)
+    first, second, known = make_people(3)
+    first[2] = known[2] = "gmail.com"
+    known[3] = "ada@engine.example"
+    workspace.write_leads([first, second, known], HEADER)
 
     summary = workspace.run_job(api)
 

@@ -147,12 +147,16 @@ def test_blank_required_param_is_invalid(tmp_path: Path) -> None:
     assert batch.errors == [None, "company: no public host (Site, Mail)", "first blank (First)"]
     assert [fingerprint is None for fingerprint in batch.fingerprints] == [False, True, True]
     assert batch.requests().positions == [0]
+    assert batch.missing == {"first": 1, "company": 1}
 
 
 def test_row_without_params_is_invalid(tmp_path: Path) -> None:
     """A row without any params is invalid, even when none is required."""
-    batch = read_requests(open_rows(tmp_path, "params: {a: A}\n", ["A", "B"], [["", "x"]]))
-    assert (batch.statuses, batch.errors) == ([RowStatus.INVALID], ["all params blank"])
+    batch = read_requests(
+        open_rows(tmp_path, "params: {a: A, b: B}\n", ["A", "B", "C"], [["", "", "x"], ["", "b", ""]])
+    )
+    assert (batch.statuses, batch.errors) == ([RowStatus.INVALID, None], ["all params blank", None])
+    assert batch.missing == {"a": 1, "b": 1}
 
 
 @in_turn(
