@@ -314,7 +314,7 @@ def doctor(
         access = stack.enter_context(_open_sandbox(job)) if use_sandbox else None
         context = DoctorContext(environ, shell, now, next_run_time(now, *at), offline, access)
         findings += environment_findings(context) if job is None else job_findings(job, context)
-    name_job = job_options.arguments(as_typed=True).in_hint
+        name_job = job_options.arguments(as_typed=True).in_hint
     findings = [replace(each, remedy=each.remedy and name_job(each.remedy)) for each in findings]
     code = first_exit_code({finding.exit_code for finding in findings})
     fields = ("mark", "subject", "message", "remedy")

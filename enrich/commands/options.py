@@ -152,10 +152,15 @@ class JobOptions(Struct, frozen=True):
     ledger: str | None = None
     use_sandbox: bool = False
 
+    @property
+    def given_ledger(self) -> str | None:
+        """The ledger of `--ledger`, or else of `ENRICH_LEDGER`. None: the job's."""
+        return self.ledger or os.environ.get("ENRICH_LEDGER") or None
+
     def load(self, max_credits: float | None = None) -> Job:
         """Load the job file. The options and `ENRICH_LEDGER` override its values. Raises JobError."""
-        ledger = self.ledger or os.environ.get("ENRICH_LEDGER") or None
-        job = load_job(self.job_file, Overrides(self.input_path, self.output, ledger, max_credits, self.use_sandbox))
+        overrides = Overrides(self.input_path, self.output, self.given_ledger, max_credits, self.use_sandbox)
+        job = load_job(self.job_file, overrides)
         record_ledger(job.ledger)
         return job
 
@@ -180,8 +185,8 @@ class JobOptions(Struct, frozen=True):
             return as_argument(text) if as_typed else str(Path(text).absolute())
 
         ledger_args = [path(self.job_file)]
-        if self.ledger is not None:
-            ledger_args += ["--ledger", path(self.ledger)]
+        if self.given_ledger is not None:  # a reader's shell lacks the variables of cron
+            ledger_args += ["--ledger", path(self.given_ledger)]
         if self.use_sandbox:
             ledger_args.append("--sandbox")
         run_args = list(ledger_args)

@@ -126,7 +126,7 @@ def _next_lines(planned: Plan | StepsPlan, command: str, chosen: str) -> Iterato
     if any(note.startswith(_REFUSED) for note in planned.notes):
         return
     if not planned.to_submit:
-        yield f"Next: {command}{chosen} (free: writes the output)"
+        yield f"Next (free, writes the output): {command}{chosen}"
         return
     is_new = planned.cost.likely is None and not chosen and planned.cost.maximum is not None
     if is_new and planned.to_submit > SUGGESTED_SAMPLE:

@@ -366,13 +366,18 @@ def test_terminal_colors(api: SandboxApi, workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_commands_use_given_paths(tmp_path: Path, workspace: Workspace) -> None:
-    """Commands use the paths as typed, so they work in the reader's folder."""
+    """Commands use the paths as given, so they work in the reader's folder, with the ledger that the run used."""
     workspace.write_leads(make_leads(30))
     with serve_api(tmp_path / "api.db", failure_rate=1.0, free_failures=0.0) as api:
-        result = workspace.run_in_process("run", "job.yaml", "--ledger", "my ledger.db", "--output", "o.csv", api=api)
+        given = "run", "job.yaml", "--output", "o.csv"
+        result = workspace.run_in_process(*given, "--ledger", "my ledger.db", api=api)
+        # Of a cron job, whose environment a reader's shell does not have.
+        of_cron = workspace.run_in_process(*given, "--new-ledger", api=api, ENRICH_LEDGER="other ledger.db")
 
-        assert result.exit_code == 10
-        assert ": enrich run job.yaml --ledger 'my ledger.db' --output o.csv --retry failed\n" in result.stderr
+    assert (result.exit_code, of_cron.exit_code) == (10, 10)
+    command = ": enrich run job.yaml --ledger '{} ledger.db' --output o.csv --retry failed\n"
+    assert command.format("my") in result.stderr
+    assert command.format("other") in of_cron.stderr
 
 
 @pytest.mark.long
