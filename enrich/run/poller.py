@@ -11,7 +11,7 @@ from itertools import count
 from math import inf
 
 from enrich.databar.client import MAX_POLLS_IN_FLIGHT, Client
-from enrich.databar.task_results import BulkReader, TaskPhase, TaskReply, is_incomplete, read_answer, task_phase
+from enrich.databar.task_results import TaskPhase, TaskReply, is_incomplete, read_answer, task_phase
 from enrich.errors import EnrichError, InvalidPollResponse, RateLimited, RequestNotAccepted, TaskUnknown, Unauthorized
 from enrich.exit_codes import ExitCode
 from enrich.ledger import resume, transitions
@@ -47,7 +47,6 @@ class Poller:
     revived_requests: int = 0
     _scheduled: list[tuple[float, int, OpenTask]] = field(default_factory=list)
     _ready: list[tuple[int, int, OpenTask]] = field(default_factory=list)
-    _bulk_reader: BulkReader = field(default_factory=BulkReader)
     _open_polls: int = 0
     #: The number of open tasks when polls were last brought forward.
     _brought_forward_at: float = inf
@@ -249,7 +248,7 @@ class Poller:
             answer = read_answer(reply, phase, column_paths)
             await self._settle(open_task, [answer], answer.credits)
         else:
-            await self._settle(open_task, *self._bulk_reader.read(reply, phase, size, column_paths))
+            await self._settle(open_task, *run_state.bulk_reader.read(reply, phase, size, column_paths))
 
     def _handle_running(self, open_task: OpenTask, age_s: float) -> None:
         if open_task.to_be_resubmitted:  # it is not resent then, and the requests that are must not wait for it

@@ -14,6 +14,7 @@ from typing import Any
 from msgspec import Struct
 
 from enrich.databar.clock import Clock
+from enrich.databar.task_results import BulkReader
 from enrich.errors import EnrichError, RateLimited
 from enrich.exit_codes import ExitCode, first_exit_code
 from enrich.job.target import Target
@@ -139,6 +140,7 @@ class RunState:
     counters: RunCounters = field(default_factory=RunCounters)
     circuit_breaker: CircuitBreaker = field(default_factory=CircuitBreaker)
     poll_schedule: PollSchedule = field(default_factory=PollSchedule)
+    bulk_reader: BulkReader = field(default_factory=BulkReader)
     #: The target whose durations the schedule has learned, and the size of its tasks.
     scheduled_target: tuple[Target, int | None] | None = None
     open_tasks: int = 0

@@ -30,7 +30,9 @@ from enrich.run.summary import RunSummary
 from enrich.sandbox import Fault, lookups
 from tests.commands.test_forget_and_purge import forget_matching, ledger_bytes
 from tests.support.cases import examples, first_quick
+from tests.support.raw_server import Reply, serve_replies
 from tests.support.run_loops import open_loops
+from tests.support.scripted_api import ScriptedApi, completed_reply, run_once
 from tests.support.workspace import (
     BOTH_BACKENDS,
     SHORT_POST_TIMEOUT,
@@ -311,6 +313,22 @@ def test_unaligned_result_fails_rows(tmp_path: Path, workspace: Workspace) -> No
     assert summary.credits_spent > 0
     assert all("the rows cannot be matched" in row["enrich_error"] for row in workspace.read_output())
     assert not any(row["work_email"] for row in workspace.read_output())
+
+
+def test_lists_of_matches_are_known_to_the_whole_run(workspace: Workspace) -> None:
+    """After a list of matches only among the canary, no full list of the run is read by position."""
+    workspace.write_job(dispatch="{bulk: 2}", canary="{rows: 3, min_hit_rate: 0.1}")
+    workspace.write_leads(make_leads(7))
+
+    def task(name: str) -> Reply:
+        first = int(name.removeprefix("First"))
+        matches = [{"email": f"first{number}@found.example"} for number in (first, first + 1)]
+        return completed_reply(name, data=matches[:1] if first in {0, 2} else matches[::-1])
+
+    with serve_replies(ScriptedApi(task=task)) as server:
+        run_once(workspace, server.base_url)
+    found = {row["First Name"].lower(): row["work_email"] for row in workspace.read_output() if row["work_email"]}
+    assert found == {"first2": "first2@found.example"}
 
 
 @pytest.mark.long
