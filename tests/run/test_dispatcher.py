@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -483,6 +484,24 @@ def test_release_survives_lost_commit(api: SandboxApi, tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
+def test_release_after_a_lost_claim(api: SandboxApi, tmp_path: Path) -> None:
+    """When the commit of a claim is lost and the repeated claim takes fewer requests, only these are released."""
+
+    async def scenario() -> None:
+        async with open_loops(api, tmp_path / LEDGER, range(3)) as harness:
+            ledger, dispatcher = harness.ledger.wrapped, harness.make_dispatcher(harness.make_poller())
+            ledger.session.begin()
+            dispatcher._claim_posts(ledger, 3, 1, 0)
+            ledger.rollback()
+            with ledger.transaction():
+                dispatcher._claim_posts(ledger, 1, 1, 0)
+            with ledger.transaction():
+                transitions.release_unsent(ledger, dispatcher._unsent_attempts, 0)
+            assert queries.state_counts(ledger) == {State.PENDING: 3}
+
+    asyncio.run(scenario())
+
+
 def test_no_claims_without_valid_lease(api: SandboxApi, tmp_path: Path) -> None:
     """Without a valid lease the dispatcher waits and claims nothing."""
 
@@ -500,3 +519,18 @@ def test_no_claims_without_valid_lease(api: SandboxApi, tmp_path: Path) -> None:
             assert harness.ledger.query_all("SELECT count(*) FROM attempts") == [(3,)]
 
     asyncio.run(scenario())
+
+
+def test_nothing_is_sent_after_the_lease_has_ended(api: SandboxApi, tmp_path: Path) -> None:
+    """A request that was claimed with a valid lease is not sent without one: another process may have taken it over."""
+
+    async def scenario() -> None:
+        async with open_loops(api, tmp_path / LEDGER, range(1)) as harness:
+            read_attempts = partial(harness.ledger.query_all, "SELECT state, error FROM attempts ORDER BY id")
+            harness.run_state.lease_valid = lambda: read_attempts() != [("submitting", None)]
+            await harness.run_loops()
+            assert read_attempts()[0] == ("refused", "not sent")
+            assert harness.run_state.counters.submitted == 1
+
+    asyncio.run(scenario())
+    assert api.audit()["accepted"] == 1
