@@ -210,7 +210,7 @@ def _open_input(job: Job, problems: list[EnrichError]) -> JobInput | None:
         if (foreign := job_input.foreign_input_error(named)) is not None:
             raise foreign
         first_column = job_input.columns[:1]
-        # A param is tried beside the columns that the input has: without any, the input may be of another file.
+        # A column is tried beside those that the input has: without any, the input may be of another file.
         present = [name for name in named if name in job_input.all_columns]
         beside = {"": Param(column=present)} if present else {}
 
@@ -223,7 +223,7 @@ def _open_input(job: Job, problems: list[EnrichError]) -> JobInput | None:
         def fitting(key: str, columns: Sequence[str]) -> list[str]:
             """Try each column of a key at its index, so that an error names its line."""
             tried = ((column, [*first_column * index, column]) for index, column in enumerate(columns))
-            return [column for column, listed in tried if can_open(**{key: listed})]
+            return [column for column, listed in tried if can_open(params=beside, **{key: listed})]
 
         params = {name: param if fits(name, param) else Param(value="?") for name, param in model.params.items()}
         valid_parts: dict[str, object] = {

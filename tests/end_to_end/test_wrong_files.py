@@ -286,6 +286,24 @@ def test_an_input_that_is_no_table_is_the_same_in_every_command(  # noqa: PLR091
     _check_same_in_every_command(finished_job, api, code, words)
 
 
+@in_turn(
+    ("changed", "words"),
+    [
+        ({"order_by": "[Size]"}, "known: First Name, Last Name, Website, Email, Note"),
+        ({"only_if_empty": "[Size]"}, "known: First Name, Last Name, Website, Email, Note"),
+        ({"caps": "{by: Land, max: 1}"}, "known: First Name, Last Name, Website, Email, Note, first_name"),
+        ({"report": "{by: Land}"}, "known: First Name, Last Name, Website, Email, Note"),
+        ({"where": "Country = 'DE'"}, "names with blanks are put in double quotes"),
+    ],
+)
+def test_a_missing_column_is_the_same_in_every_command(
+    finished_job: Workspace, api: SandboxApi, changed: dict[str, str], words: str
+) -> None:
+    """Of each key that names one, with the known columns in the hint."""
+    finished_job.write_job(**changed)
+    _check_same_in_every_command(finished_job, api, 2, words)
+
+
 def _check_same_in_every_command(workspace: Workspace, api: SandboxApi, code: int, words: str) -> None:
     shown = set()
     for command in ("check", "plan", "run", "collect", "explain --row 1"):
