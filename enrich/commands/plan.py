@@ -170,18 +170,20 @@ def make_plan(
         file_versions = job_input.full_table.file_versions()
         rows_file = _prepare_rows_file(job, rows_file)
         stored = [read_binding(ledger, step) for step in job.steps]
+        clock = SystemClock()
         preflight_result = with_client(
             access,
             lambda client, timeout_s: preflight(
                 client, stored, access.host, timeout_s, update_providers=run_options.update_providers
             ),
+            clock,
         )
         step_rows = make_step_rows(job_input, ledger, preflight_result, run_options)
         budgets = [
             make_budget(step, of_step.template, of_step.balance)
             for step, of_step in zip(job.steps, preflight_result.steps, strict=True)
         ]
-        now_ms, is_running = SystemClock().now_ms(), is_locked(job.ledger)
+        now_ms, is_running = clock.earliest_ms(), is_locked(job.ledger)
         selections = [
             replace(select_requests(step, run_options, now_ms), no_active_run=not is_running) for step in job.steps
         ]

@@ -177,11 +177,12 @@ def check_no_rescue_file(job: Job) -> None:
 def select_requests(job: Job, options: RunOptions, now_ms: int) -> RequestSelection:
     """Build the selection of requests from the job and the user's options.
 
-    A saved plan is applied as of the time when it was made, so that it selects the same requests.
+    A saved plan is applied as of the time when it was made, so that it selects the same requests. A clock that was
+    ahead then makes no result older.
     """
     plan = options.plan
     if plan is not None:
-        now_ms = plan.made_ms
+        now_ms = min(now_ms, plan.made_ms)
     refresh = job.model.policy.refresh
     ages = {State.FOUND: refresh.found, State.NOT_FOUND: refresh.not_found}
     return RequestSelection(

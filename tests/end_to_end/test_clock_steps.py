@@ -139,3 +139,21 @@ def test_wrong_clock_refreshes_nothing(api: SandboxApi, workspace: Workspace, fi
     for hours, expected in ((first, LEADS), (second, 0), (0, 0)):
         (workspace.folder / "clock").write_text(str(hours * 3600))
         assert assert_run_completes(workspace, api, None)["submitted"] == expected
+
+
+@pytest.mark.long
+def test_plan_by_a_clock_that_is_ahead(api: SandboxApi, workspace: Workspace) -> None:
+    """A plan that is made, or was saved, by a clock that is two days ahead finds no result too old."""
+    workspace.write_leads(make_leads(LEADS))
+    workspace.write_job(policy="{refresh: {found: 1d, not_found: 1d}}")
+    assert_run_completes(workspace, api, None)
+    clock = workspace.folder / "clock"
+    clock.write_text(str(48 * 3600))
+    arguments = ("plan", "job.yaml", "--json", "-o", "plan.json")
+    out, stderr = workspace.start_subprocess(*arguments, api=api, clock=clock).communicate(timeout=60)
+    assert json.loads(out)["to_submit"] == 0, stderr
+    saved = workspace.folder / "plan.json"
+    plan = json.loads(saved.read_text())
+    saved.write_text(json.dumps(plan | {"made_ms": plan["made_ms"] + 48 * 3_600_000}))
+    clock.write_text("0")
+    assert assert_run_completes(workspace, api, None, "--plan", "plan.json")["submitted"] == 0
