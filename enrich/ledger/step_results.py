@@ -143,6 +143,11 @@ class RecordedRow(NamedTuple):
     is_requested_by_other: bool
 
 
+def has_recorded_rows(db: Database) -> bool:
+    """Return whether any row is recorded with a request."""
+    return db.exists("FROM step_rows")
+
+
 def begin_requesting_rows(db: Database, step: str) -> None:
     """Start to collect the rows that need a request in a step. None of them does yet."""
     with db.temporary_transaction():

@@ -19,18 +19,22 @@ from enrich.rows.template import RequestTemplate
 
 
 class Step(Struct, frozen=True):
-    """A step, its template, and the table that it reads. `depends_on` has the numbers of earlier steps."""
+    """A step, its template, and the table that it reads. Earlier steps that it reads are named by their numbers."""
 
     job: Job
     template: RequestTemplate
     job_input: JobInput
-    depends_on: frozenset[int]
     #: The columns of the params and conditions that an earlier step gives.
     earlier_columns: frozenset[str]
     #: The steps whose columns the params read.
     params_depend_on: frozenset[int]
     #: The steps whose columns the step's own conditions read.
     conditions_depend_on: frozenset[int]
+
+    @property
+    def depends_on(self) -> frozenset[int]:
+        """The steps that must be final for a row before the step sends it."""
+        return self.params_depend_on | self.conditions_depend_on
 
 
 def make_steps(job: Job, job_input: JobInput, templates: Sequence[RequestTemplate]) -> tuple[Step, ...]:
@@ -48,14 +52,12 @@ def make_steps(job: Job, job_input: JobInput, templates: Sequence[RequestTemplat
         by_conditions = set(model.only_if_empty).intersection(earlier)
         if model.where is not None:
             by_conditions |= columns_used(model.where, step_input.header, set(earlier))
-        depends_on, params_depend_on, conditions_depend_on = (
-            frozenset(number for number, columns in enumerate(given[:number]) if read.intersection(columns))
-            for read in (by_params | by_conditions, by_params, by_conditions)
+        params_depend_on, conditions_depend_on = (
+            frozenset(giver for giver, columns in enumerate(given[:number]) if read.intersection(columns))
+            for read in (by_params, by_conditions)
         )
         earlier_columns = frozenset(by_params | by_conditions)
-        steps.append(
-            Step(step_job, template, step_input, depends_on, earlier_columns, params_depend_on, conditions_depend_on)
-        )
+        steps.append(Step(step_job, template, step_input, earlier_columns, params_depend_on, conditions_depend_on))
     columns = list(dict.fromkeys(column for template in templates for column in template.columns))
     for index, column in enumerate(job.complete):
         if column not in columns:

@@ -269,7 +269,12 @@ class StepRows(Struct):
         return {row: why for rows in unknown.values() for row, why in rows.items() if may_be_selected[row]}
 
     def _prepare(self) -> None:
-        """Find out which rows need their request in each step that the run has not enrolled."""
+        """Find out which rows need their request in each step that the run has not enrolled.
+
+        That matters only where rows are recorded with requests, so not before the first run.
+        """
+        if not step_results.has_recorded_rows(self.ledger):
+            return
         for number in range(len(self.steps)):
             if number not in self._prepared:
                 for _ in self.requesting_batches(number):
