@@ -16,7 +16,7 @@ import certifi
 from pydantic import BaseModel, ValidationError
 
 from enrich import __version__
-from enrich.databar.clock import Clock
+from enrich.databar.clock import CLOCK_SAMPLES, Clock
 from enrich.databar.description import MODELS, Description, User
 from enrich.databar.environment import ApiAccess, find_proxy, load_certificates
 from enrich.databar.responses import parse_body, read_task_reply, response_error, usable_task_id
@@ -70,7 +70,7 @@ class Client:
         self._base_url = access.base_url
         self._key = access.key.get_secret_value()
         self._clock = clock
-        self._last_date = ""
+        self._last_date, self._dates_observed = "", 0
         # Build headers and URLs once: creating a request costs as much time as sending it.
         self._origin = Origin.of(self._base_url)
         self._header_lines = serialize_headers(
@@ -222,11 +222,13 @@ class Client:
         return answer
 
     def _observe_clock(self, answer: HttpAnswer) -> None:
-        """Pass the response's `Date` to the clock when it changes, but not that of a cached response (`Age`)."""
+        """Pass the `Date` of the first responses to the clock, then when it changes. Skip cached responses (`Age`)."""
         date = answer.header(b"date")
-        if date == self._last_date or any(name == b"age" for name, _ in answer.headers):
+        is_repeated = date == self._last_date and self._dates_observed >= CLOCK_SAMPLES
+        if is_repeated or any(name == b"age" for name, _ in answer.headers):
             return
         self._last_date = date
+        self._dates_observed += 1
         try:
             self._clock.observe(int(parsedate_to_datetime(date).timestamp() * 1000))
         except (ValueError, TypeError, OverflowError):

@@ -39,8 +39,7 @@ def boottime() -> float:
 class SystemClock:
     """This machine's clock, read once at program start. Later changes of the system time have no effect.
 
-    If several API responses agree that it is off by more than 5 minutes, it is set to the API's `Date`. Where it is
-    behind, the first response is enough: results that seem older than they are would be refreshed too early.
+    If several API responses agree that it is off by more than 5 minutes, it is set to the API's `Date`.
     """
 
     offset_ms: int = 0
@@ -71,8 +70,7 @@ class SystemClock:
         """Record the API's time. Adopt it if several matching responses show that the local clock is too far off."""
         self._api_offsets_ms.append(api_ms - self._local_ms())
         low, high = min(self._api_offsets_ms), max(self._api_offsets_ms)
-        are_enough = len(self._api_offsets_ms) == CLOCK_SAMPLES or low > CLOCK_TOLERANCE_MS
-        if are_enough and high - low <= CLOCK_SAMPLE_SPREAD_MS:
+        if len(self._api_offsets_ms) == CLOCK_SAMPLES and high - low <= CLOCK_SAMPLE_SPREAD_MS:
             self.offset_ms = high if abs(high) > CLOCK_TOLERANCE_MS else 0
 
     def _local_ms(self) -> int:
