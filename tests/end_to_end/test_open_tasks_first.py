@@ -399,6 +399,7 @@ def test_unusable_answer_affects_one_row(workspace: Workspace, answer_name: str)
     with serve_replies(scripted_api) as server:
         summary = run_once(workspace, server.base_url)
         rows = workspace.read_output()
+        stored = workspace.sql("SELECT answer FROM attempts WHERE task_id = 't-First0'")
         second = run_once(workspace, server.base_url) if state == "submitted" else summary
         scripted_api.task = completed_reply
         last = run_once(workspace, server.base_url)
@@ -406,6 +407,7 @@ def test_unusable_answer_affects_one_row(workspace: Workspace, answer_name: str)
     assert summary.exit_code == (13 if state == "submitted" else 0)
     assert [row["enrich_status"] for row in rows[1:]] == ["found", "found"]
     assert rows[1]["work_email"] == "first1@found.example"
+    assert "first1@" not in str(stored)
     assert second.exit_code in (0, 13)
     if state == "found":
         assert rows[0]["enrich_status"] == "found"

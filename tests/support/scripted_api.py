@@ -71,7 +71,7 @@ def completed_reply(name: str, **more: Any) -> Reply:
 
 def running_reply(name: str) -> Reply:
     """Return the reply of a running task."""
-    return http_reply(200, {"task_id": f"t-{name}", "status": "processing"})
+    return http_reply(200, {"task_id": f"t-{name}", "status": "processing", "data": None, "credits_spent": 0})
 
 
 def run_once(
