@@ -7,15 +7,19 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
+from enrich.errors import CommandRefused
 from enrich.exit_codes import ExitCode
+from enrich.job.job import Job, load_job
 from enrich.job.spec import Canary
 from enrich.models import State
-from enrich.run.budget import check_canary
+from enrich.rows.template import RequestTemplate
+from enrich.run.budget import check_balance, check_canary, make_budget
 from enrich.run.context import RunOptions
 from enrich.sandbox import Fault
 from enrich.sandbox.databar import Databar
 from enrich.sandbox.lookups import Refused
 from tests.support.cases import first_quick, in_turn
+from tests.support.ledger import CALL
 from tests.support.workspace import (
     BOTH_BACKENDS,
     SHORT_TIMEOUTS,
@@ -241,6 +245,25 @@ def test_kill_during_canary(tmp_path: Path, canary_workspace: Workspace) -> None
         summary = canary_workspace.run_job(api)
         assert (summary.exit_code, summary.submitted) == (15, 6)
         assert (api.audit()["accepted"], api.audit()["paid_twice"]) == (12, 0)
+
+
+def test_limits_allow_a_request_that_costs_all_that_is_left(workspace: Workspace) -> None:
+    """The highest price may use up the cap, or the balance down to `min_balance`, but no millionth of a credit more."""
+    template = RequestTemplate(CALL, (), (), {}, 3_510_000)
+
+    def job(limits: str) -> Job:
+        workspace.write_job(limits=limits)
+        return load_job(workspace.folder / "job.yaml")
+
+    check_balance(job("{}"), template, 3_510_000)
+    check_balance(job("{min_balance: 60}"), template, 63_510_000)
+    for limits, balance, message in (("{}", 3_509_999, "may cost 3.51"), ("{min_balance: 60}", 63_509_999, "is 60")):
+        with pytest.raises(CommandRefused, match=message):
+            check_balance(job(limits), template, balance)
+    assert make_budget(job("{min_balance: 60}"), template, 63_000_000).cap == 3_000_000
+    assert make_budget(job("{min_balance: 60}"), template, 50_000_000).cap == 0
+    assert make_budget(job("{max_credits: 3.51}"), template, None).stop_reason == "the credits cap is reached"
+    assert make_budget(job("{max_credits: 3.5}"), template, None).stop_reason.startswith("`max_credits` is 3.5")
 
 
 @in_turn("of", [7, 20, 100])
