@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from enum import IntEnum
 from typing import Any
@@ -116,6 +117,7 @@ class JobArguments(Struct, frozen=True):
     def in_hint(self, hint: str) -> str:
         """Return a text whose commands name the job instead of JOB."""
         arguments = {"run": self.run_args, "plan": self.run_args, "collect": self.run_args}
+        arguments["cron"] = shlex.join(shlex.split(self.ledger_args)[:1])  # `enrich cron` copies ENRICH_LEDGER
         return _COMMAND_OF_JOB.sub(lambda found: f"enrich {found[1]} {arguments.get(found[1], self.ledger_args)}", hint)
 
 

@@ -137,9 +137,12 @@ def test_invalid_proxy_for_cron(ready_workspace: Workspace, api: SandboxApi, nam
 
 def test_missing_key(ready_workspace: Workspace) -> None:
     """Exits with 3 without a key, as the run would."""
-    result = ready_workspace.run_in_process("doctor", "job.yaml", "--env", f"HOME={ready_workspace.folder}")
+    given = ("--env", f"HOME={ready_workspace.folder}", "--env", "ENRICH_LEDGER=other.db")
+    result = ready_workspace.run_in_process("doctor", "job.yaml", *given)
     assert result.exit_code == 3
-    assert "no API key" in findings_with_mark(result, "fail")["key"]
+    finding = findings_with_mark(result, "fail")["key"]
+    assert "no API key" in finding
+    assert "`enrich cron job.yaml --at 02:00`" in finding  # it has no --ledger
 
 
 def test_invalid_key(ready_workspace: Workspace, api: SandboxApi) -> None:
