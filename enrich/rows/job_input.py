@@ -278,9 +278,10 @@ class JobInput:
         raise self.job.error(key_path, f"the input has no column `{column}` ({self.job.input_path})", hint)
 
     def foreign_input_error(self, named: Collection[str]) -> EnrichError | None:
-        """Return an error when the input has no column that the params name: its header is none, or of another file.
+        """Return an error if the input has no column that the params name.
 
-        Raises FileProblem when the rows cannot be read, as below a title.
+        Then it has no header, a title above its header, or it is another file. Raises FileProblem if the rows cannot be
+        read, for example below a title.
         """
         path = self.job.input_path
         if is_headerless(self.header, named):
@@ -289,8 +290,11 @@ class JobInput:
         if separator_hint is None and (row := self._row_with_names(named)) is not None:
             message = f"{path}: the first line is not the header: row {row} under it has the column names"
             return CommandRefused(message, LATER_HEADER_HINT)
-        if len(set(named)) < _MANY_COLUMNS or any(
-            column in self.header or missing_column_hint(column, self.header, named) for column in named
+        has_earlier_steps = not set(self.header).issubset(self.all_columns)  # they have found their columns
+        if (
+            has_earlier_steps
+            or len(set(named)) < _MANY_COLUMNS
+            or any(column in self.header or missing_column_hint(column, self.header, named) for column in named)
         ):
             return None
         message = f"the input has none of these columns: {', '.join(dict.fromkeys(named))} ({path})"
@@ -372,7 +376,7 @@ def _former_steps(job: Job, header: Collection[str]) -> list[str]:
 
 
 def _input_path_error(job: Job) -> EnrichError | None:
-    """Return an error that names the job file when the input cannot be at its path, or is not: with the right path."""
+    """Return an error that names the job file if no file can be at the input's path, or if it is missing there."""
     path, written = job.input_path, job.input.path
     if (error := job.name_error("input", path)) is not None:
         return error

@@ -235,6 +235,12 @@ limits: {requests_per_second: 1000}
             "work_email",
         ),
         (
+            "email: work_email}",
+            "email: [Firma, Vorname]}",
+            "steps.1.params.email: the input has no column `Firma`",
+            None,
+        ),
+        (
             "last_name: Last Name",
             "last_name: link",
             "steps.0.params.last_name: `link` comes from a later step: `person`",
