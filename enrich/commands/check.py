@@ -205,12 +205,12 @@ def _open_input(job: Job, problems: list[EnrichError]) -> JobInput | None:
 
     try:
         job_input = JobInput(replace(job, model=bare_model))
-        # That is one problem, not one for each column.
+        # An input without any column of the params is one problem, not one for each column.
         named = [name for param in model.params.values() for name in param.columns]
         if (foreign := job_input.foreign_input_error(named)) is not None:
             raise foreign
         first_column = job_input.columns[:1]
-        # A column is tried beside those that the input has: without any, the input may be of another file.
+        # A column is tried beside those that the input has: without any, the input seems to be another file.
         present = [name for name in named if name in job_input.all_columns]
         beside = {"": Param(column=present)} if present else {}
 

@@ -61,7 +61,7 @@ def _job_lines(draft: JobDraft) -> Iterator[str]:
         yield f"# yaml-language-server: $schema={draft.schema}"
     yield f"# {printable(described.name or described.identifier)}: {printable(draft.input)}"
     rows_read = pluralize(draft.sample.rows, "row")
-    yield f"# Written by `enrich init` from {rows_read}. Read the matches."
+    yield f"# Written by `enrich init` from {rows_read}. Check the matched columns."
     yield f"# Params and fields of the {described.target.kind} are from {draft.source}."
     yield "version: 1"
     yield from _input_lines(draft)

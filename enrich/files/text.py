@@ -216,7 +216,7 @@ def open_binary(source: TableFile) -> io.BufferedReader | gzip.GzipFile:
 
 
 def check_magic_bytes(source: TableFile) -> None:
-    """Raise FileProblem that says what a binary file is, if its beginning shows it: empty, or of another format."""
+    """Raise FileProblem if a binary file is empty, or if its beginning shows that it is of another format."""
     with as_file_problem(source), source.path.open("rb") as raw:
         beginning = raw.read(_MAGIC_LENGTH)
     if not beginning:

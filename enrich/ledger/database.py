@@ -34,8 +34,8 @@ OPEN_TIMEOUT_S = 3.0
 class StepCost(NamedTuple):
     """The cost of a step in a run: `exact` when it was last summed.
 
-    `at_most` adds the highest price of the attempts claimed since, up to the id `newest`. The attempts of earlier runs
-    have ids up to `earlier`.
+    `at_most` adds the highest price of the attempts claimed since, up to the id `newest`, and what answers have cost
+    beyond it since. The attempts of earlier runs have ids up to `earlier`.
     """
 
     exact: int

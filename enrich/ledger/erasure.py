@@ -117,15 +117,15 @@ def forget(
     same_tasks = f"bulk_task_id IN (SELECT bulk_task_id FROM attempts WHERE {of_requests})"
     db.execute(f"DELETE FROM delivered WHERE attempt_id IN (SELECT id FROM attempts WHERE {of_requests})", ids)
     db.execute(f"DELETE FROM step_rows WHERE {of_requests}", ids)
-    _forget_words_of_the_api(db, of_requests, same_tasks, ids)
+    _erase_api_messages(db, of_requests, same_tasks, ids)
     db.execute(
         f"UPDATE attempts SET answer = NULL, error = NULL, task_id = NULL, erased_ms = {now_ms:d} WHERE {of_requests}",
         ids,
     )
 
 
-def _forget_words_of_the_api(db: Database, of_requests: str, same_tasks: str, ids: tuple[str]) -> None:
-    """Erase what the API said about a whole task, or about a POST that was not accepted: it may concern anyone in it.
+def _erase_api_messages(db: Database, of_requests: str, same_tasks: str, ids: tuple[str]) -> None:
+    """Erase the messages of the API about bulk tasks, and about POSTs that were not accepted: they may name any lead.
 
     Both conditions select attempts with `ids`: those of the forgotten requests, and those of their bulk tasks.
     """

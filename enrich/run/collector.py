@@ -144,7 +144,7 @@ class Collector(Struct, frozen=True):
         return [name for name in self.template.columns if name in self.job_input.columns]
 
     def joined_batches(self) -> Iterator[JoinedBatch]:
-        """Read the input once. Yield each batch with its new cells."""
+        """Yield each batch of the input with its new cells."""
         if self.step_rows is not None:
             yield from replace(self.step_rows, check_stopped=self.check_stopped).joined_batches()
             return

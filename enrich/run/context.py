@@ -177,8 +177,8 @@ def check_no_rescue_file(job: Job) -> None:
 def select_requests(job: Job, options: RunOptions, now_ms: int) -> RequestSelection:
     """Build the selection of requests from the job and the user's options.
 
-    A saved plan is applied as of the time when it was made, so that it selects the same requests. A clock that was
-    ahead then makes no result older.
+    A saved plan is applied as of the time when it was made, so that it selects the same requests. If that is in the
+    future, the clock was ahead, and results are not older than they are now.
     """
     plan = options.plan
     if plan is not None:

@@ -51,7 +51,7 @@ async def write_known_output(context: RunContext, run_state: RunState, files: Ru
     """Write the output from the ledger alone, because the API cannot be reached.
 
     Nothing is written if no run of this ledger has sent anything, or if the ledger cannot have what the job asks for:
-    an earlier output may have more. A problem says so.
+    an earlier output may have more. A note gives the reason.
     """
 
     def prepare(ledger: Database) -> Collector:

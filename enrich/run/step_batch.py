@@ -208,8 +208,7 @@ def capped_rows(job_input: JobInput, caps: Caps, begun: bytearray, check_stopped
 
     Rows that earlier runs have `begun` count first and are never left out, then the others in the send order. Rows that
     the job leaves out do not count, and those without a group are not limited. Rows that send the same cells are one
-    lead: if it takes part with one row, it does with all. `check_stopped` is called before each batch. It may raise to
-    stop.
+    lead: if one of them takes part, all do. `check_stopped` is called before each batch. It may raise to stop.
     """
     order, height = job_input.queue_order(check_stopped), 0
     sent = job_input.identifying_columns
@@ -242,7 +241,7 @@ def capped_rows(job_input: JobInput, caps: Caps, begun: bytearray, check_stopped
         .with_columns(pl.col("first").min().over("group", "lead").rank("dense").over("group").alias("number"))
     )
     takes_part = (pl.col("number") <= caps.max) | pl.col("begun") | ~pl.col("limited")
-    # The next run finds all rows of such a lead begun.
+    # All rows of a lead: the next run finds all of them begun, and must write the same output.
     for row in numbered.filter(~takes_part.any().over("lead")).get_column("row"):
         capped[row] = 1
     return capped

@@ -281,7 +281,7 @@ class StepRows(Struct):
                     pass
 
     def requesting_batches(self, number: int, queue_order: pl.Series | None = None) -> Iterator[StepBatch]:
-        """Yield the same as `step_batches`. The ledger then has the rows that need their request in the step."""
+        """Yield the same as `step_batches`. After the last one, the ledger has the rows that need their request."""
         step = self.steps[number].job.step
         step_results.begin_requesting_rows(self.ledger, step)
         for step_batch in self.step_batches(number, queue_order):
