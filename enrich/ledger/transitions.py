@@ -308,7 +308,9 @@ def check_task_ids(db: Database, ids_by_attempt: Mapping[int, str]) -> dict[int,
     if db.dialect.lock_task_ids:
         db.execute(db.dialect.lock_task_ids, (ids,)).fetchall()
     known_ids = db.execute(
-        "SELECT DISTINCT task_id FROM attempts WHERE task_id IN (SELECT value->>0 FROM json_each(CAST(? AS TEXT)))",
+        # With IN or EXISTS PostgreSQL may join the ids with all attempts.
+        "SELECT value->>0 FROM json_each(CAST(? AS TEXT)) "
+        "WHERE (SELECT count(*) FROM attempts WHERE task_id = value->>0) > 0",
         (ids,),
     )
     shared_ids = {task_id for (task_id,) in known_ids}
@@ -320,8 +322,9 @@ def check_task_ids(db: Database, ids_by_attempt: Mapping[int, str]) -> dict[int,
             continue
         rows = db.execute(
             # The attempts of a bulk task are one POST and share its id. Attempts that have the id come first.
-            "SELECT coalesce(-a.bulk_task_id, a.id), a.id, a.bulk_index, r.call_id, r.params FROM attempts a "
-            f"JOIN requests r ON r.id = a.request_id WHERE a.task_id = ?1 OR a.id IN ({JSON_NUMBERS.format('?2')}) "
+            "SELECT coalesce(-a.bulk_task_id, a.id), a.id, a.bulk_index, r.call_id, r.params FROM "
+            f"(SELECT id FROM attempts WHERE task_id = ?1 UNION {JSON_NUMBERS.format('?2')}) b "
+            "CROSS JOIN attempts a JOIN requests r ON r.id = a.request_id WHERE a.id = b.id "
             "ORDER BY a.task_id IS NULL, a.id",
             (task_id, to_json_text(attempt_ids)),
         ).fetchall()

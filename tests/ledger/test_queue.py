@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from enrich.ledger import queue, resume, transitions
 from enrich.ledger.database import Database
 from enrich.ledger.queue import CLAIMS_PER_FULL_LOOK, StepCapReached
 from enrich.models import State
-from tests.support.ledger import COST, FOUND, FREE_FAILURE, MAX_PRICE, CommittingLedger, params
+from tests.support.ledger import COST, FOUND, FREE_FAILURE, MAX_PRICE, CommittingLedger, params, run_sql
 from tests.support.workspace import both_backends
 
 backend = both_backends
@@ -95,22 +96,46 @@ def test_claims_beside_old_snapshot(ledger: CommittingLedger, ledger_location: L
         backup.rollback()
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("backend", ["server"], indirect=True)
+def test_task_ids_are_found_by_index(ledger: CommittingLedger, ledger_location: LedgerLocation) -> None:
+    """Comparing the id of a bulk task with those of the ledger does not read all attempts."""
+    ledger.start_and_enroll(*range(20_002))
+    ledger.commit(queue.claim, ledger.execution, MAX_PRICE, ledger.now, 20_000)
+    run_sql(ledger_location, "UPDATE attempts SET task_id = id::text")
+    run_sql(ledger_location, "ANALYZE attempts")
+    (pages,) = ledger.query_one("SELECT pg_relation_size('attempts') / 8192")
+    claims = ledger.commit(queue.claim, ledger.execution, MAX_PRICE, ledger.now, 2, bulk=True)
+    for sql in ("SELECT value->>0", "SELECT coalesce(-a.bulk_task_id"):
+        with buffers_of(ledger, sql) as buffers:
+            transitions.check_task_ids(ledger.wrapped, {claim.attempt_id: "new" for claim in claims})
+        assert sum(buffers) < pages / 10
+
+
 def claim_buffers(ledger: CommittingLedger) -> int:
     """Return how many buffers the next claim's look at the queue touches."""
-    found: list[Any] = []
+    with buffers_of(ledger, "SELECT id, queue_position FROM requests") as buffers:
+        ledger.commit(queue.claim, ledger.execution, MAX_PRICE, ledger.now)
+    return sum(buffers)
+
+
+@contextmanager
+def buffers_of(ledger: CommittingLedger, start: str) -> Iterator[list[int]]:
+    """Collect how many buffers each statement that begins with `start` touches."""
+    buffers: list[int] = []
     db = ledger.wrapped.session
     execute = db.execute
 
     def explain(sql: str, values: Any = (), /) -> Any:
-        if sql.startswith("SELECT id, queue_position FROM requests"):
-            found.append(execute(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {sql}", values).fetchone()[0][0]["Plan"])
+        if sql.startswith(start):
+            plan = execute(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {sql}", values).fetchone()[0][0]["Plan"]
+            buffers.append(int(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"]))
         return execute(sql, values)
 
     db.execute = explain  # type: ignore[method-assign]
-    ledger.commit(queue.claim, ledger.execution, MAX_PRICE, ledger.now)
+    yield buffers
     db.execute = execute  # type: ignore[method-assign]
-    (plan,) = found
-    return int(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"])
+    assert buffers
 
 
 def test_price_above_the_reserved_one_under_a_cap_of_a_step(ledger: CommittingLedger) -> None:
