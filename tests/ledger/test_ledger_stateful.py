@@ -330,7 +330,8 @@ class LedgerStateMachine(RuleBasedStateMachine):
                     make_claims(room)
                 assert caught.type is reached
                 return
-            room = min(room, left // price)
+            if queued:  # else all of the cap may be spent
+                room = min(room, left // price)
         claims = make_claims(room)
         for claim, (_, number) in zip(claims, queued[:room], strict=True):
             assert claim.params == params(number)
