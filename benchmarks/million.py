@@ -68,7 +68,7 @@ SELECT id, id, :execution, 'pending', iif(id % 10 < 7, 'found', 'not_found'), 't
        :execution, 1, 5000000, iif(id % 10 < 7, 2000000, 0), iif(id % 10 < 7, 'Mailhound', NULL),
        '{"task_id":"task-' || id || iif(id % 10 < 7, :found, :missed)
 FROM requests WHERE state = 'pending';
-UPDATE requests SET state = iif(id % 10 < 7, 'found', 'not_found'), attempts = 1, attempt_id = id,
+UPDATE requests SET state = iif(id % 10 < 7, 'found', 'not_found'), attempt_count = 1, attempt_id = id,
        answer_id = iif(id % 10 < 7, id, NULL) WHERE state = 'pending';
 UPDATE executions SET submitted = (SELECT count(*) FROM attempts), spent = (SELECT sum(credits) FROM attempts)
 WHERE id = :execution
