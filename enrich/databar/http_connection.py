@@ -12,6 +12,7 @@ import sys
 import zlib
 from asyncio import sslproto
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import cast
 
 import httptools
@@ -120,7 +121,8 @@ class HttpConnection(asyncio.Protocol):
     def disconnect(self) -> None:
         """Close the connection at once. A request waiting on it fails. A TLS shutdown could take 30 seconds."""
         if self._transport is not None:
-            self._transport.abort()
+            with suppress(AttributeError):  # Python 3.11.2: a TLS transport that was closed twice
+                self._transport.abort()
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
