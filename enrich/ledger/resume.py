@@ -42,10 +42,17 @@ def recover(db: Database, now_ms: int) -> int:
     if attempt_rows:
         db.execute(
             "UPDATE requests SET state = 'in_doubt', attempt_count = attempt_count + 1, queue_position = NULL "
-            f"WHERE state = 'submitting' AND attempt_id IN ({JSON_NUMBERS.format('?')})",
+            f"{_REQUESTS_OF_ATTEMPTS} AND requests.state = 'submitting'",
             (to_json_text([number for (number,) in attempt_rows]),),
         )
     return len(attempt_rows)
+
+
+#: End of an UPDATE of the requests whose newest attempts are listed.
+_REQUESTS_OF_ATTEMPTS = (
+    "FROM json_each(CAST(? AS TEXT)) JOIN attempts a ON a.id = CAST(value AS BIGINT) "
+    "WHERE requests.id = a.request_id AND attempt_id = a.id"
+)
 
 
 def take_over_tasks(db: Database, limit: int | None = None) -> list[Task]:
@@ -172,6 +179,6 @@ def save_unusable_answer(db: Database, attempt_ids: Sequence[int], reason: str, 
 def remove_from_queue(db: Database, attempt_ids: Sequence[int]) -> None:
     """Keep the requests of these attempts from being sent again in this run."""
     db.execute(
-        f"UPDATE requests SET queue_position = NULL WHERE attempt_id IN ({JSON_NUMBERS.format('?')})",
+        f"UPDATE requests SET queue_position = NULL {_REQUESTS_OF_ATTEMPTS}",
         (to_json_text(attempt_ids),),
     )

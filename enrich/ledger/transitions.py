@@ -263,16 +263,17 @@ def transition(
     of an update only, because answers are long. `also` are UPDATEs of other tables.
     """
     request_updates = [update[:3] for update in updates]
-    from_states_sql = ", ".join(f"'{state}'" for state in from_states)
+    # An expression keeps PostgreSQL from the index `open_attempts`, which has settled attempts until it is vacuumed.
+    is_in_state = "coalesce({}.state, '') IN (" + ", ".join(f"'{state}'" for state in from_states) + ")"
     requests_sql = (
         f"UPDATE requests SET {set_request} "
         "FROM json_each(CAST(? AS TEXT)) JOIN attempts a ON a.id = CAST(value->>0 AS BIGINT) "
         f"WHERE requests.id = a.request_id AND attempt_id = a.id AND requests.state = a.state "
-        f"AND a.state IN ({from_states_sql})"
+        f"AND {is_in_state.format('a')}"
     )
     attempts_sql = (
         f"UPDATE attempts SET {set_attempt} FROM json_each(CAST(? AS TEXT)) "
-        f"WHERE attempts.id = CAST(value->>0 AS BIGINT) AND attempts.state IN ({from_states_sql})"
+        f"WHERE attempts.id = CAST(value->>0 AS BIGINT) AND {is_in_state.format('attempts')}"
     )
     requests_changed, attempts_changed, *_ = db.write_together(
         [(requests_sql, (to_json_text(request_updates),)), (attempts_sql, (to_json_text(updates),)), *also]

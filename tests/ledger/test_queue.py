@@ -22,6 +22,8 @@ backend = both_backends
 
 CLAIMED_BESIDE_SNAPSHOT = 3_000
 CLAIMS_UNDER_CAP = 400
+BULK_TASKS = 40
+BULK_SIZE = 100
 
 
 def claim_leads(ledger: CommittingLedger, count: int) -> list[tuple[int, int]]:
@@ -94,6 +96,22 @@ def test_claims_beside_old_snapshot(ledger: CommittingLedger, ledger_location: L
             ledger.commit(queue.claim, ledger.execution, MAX_PRICE, ledger.now, 50)
         assert claim_buffers(ledger) < 40
         backup.rollback()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("backend", ["server"], indirect=True)
+def test_first_run_finds_its_attempts_by_index(ledger: CommittingLedger, ledger_location: LedgerLocation) -> None:
+    """Statements that the server has planned when the tables were almost empty do not read them whole later."""
+    ledger.start_and_enroll(*range(BULK_TASKS * BULK_SIZE))
+    for _ in range(BULK_TASKS):
+        ledger.settle_bulk(ledger.submit_bulk(BULK_SIZE), FOUND, credits_=0)
+    ledger.wrapped.execute("SELECT pg_stat_force_next_flush()")
+    ((of_table, of_open_attempts),) = run_sql(
+        ledger_location,
+        "SELECT seq_tup_read, idx_tup_read FROM pg_stat_user_tables t JOIN pg_stat_user_indexes i USING (relid) "
+        "WHERE t.schemaname = current_schema() AND t.relname = 'attempts' AND indexrelname = 'open_attempts'",
+    )
+    assert of_table + of_open_attempts < BULK_TASKS * BULK_SIZE
 
 
 @pytest.mark.long
